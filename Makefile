@@ -1,0 +1,31 @@
+# `make demo` and `make test` do all their set-up: Debian packages (as root), a virtual environment, the build.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := pyproject.toml iobmd/_version.py $(wildcard cython_ext/*)
+
+.PHONY: demo test lint docs bench clean
+
+demo: $(READY)
+	$(BIN)/iobmd doctor
+	$(BIN)/iobmd demo
+
+test: $(READY)
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" tools/lint
+
+docs: $(READY)
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+bench: $(READY)
+	$(BIN)/iobmd bench copy
+
+$(READY): $(SOURCES) tools/prepare
+	tools/prepare "$(PYTHON)" "$(VENV)"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist docs/_build *.egg-info iobmd/_native/*.so

@@ -1,0 +1,141 @@
+# cython: language_level=3, auto_pickle=False, autotestdict=False
+"""A mapping of this process that is unmapped exactly once, and its export by the buffer protocol."""
+
+from libc.errno cimport errno
+from libc.stdint cimport uint64_t, uintptr_t
+from libc.string cimport memmove, strerror
+from posix.unistd cimport _SC_PAGESIZE, sysconf
+from cpython.buffer cimport (
+    PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
+)
+from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
+from cpython.ref cimport Py_INCREF, Py_DECREF
+
+from mman cimport (
+    MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, c_mmap, c_munmap,
+)
+
+cdef size_t PAGE_SIZE = sysconf(_SC_PAGESIZE)
+
+# Below this a copy is over before another thread could take the GIL.
+cdef size_t RELEASE_GIL_FROM = 64 << 10
+
+
+cdef class Mapping:
+    """A range of this process's address space; `close()` or collection unmaps it, once.
+
+    `users` counts what keeps it mapped: buffer views alive and copies under way.
+    """
+
+    cdef readonly uint64_t address
+    cdef readonly size_t size
+    cdef readonly int users
+
+    @staticmethod
+    def anonymous(size_t size, size_t alignment):
+        """Map `size` bytes (whole pages) of private zeroed memory at a multiple of `alignment`."""
+        cdef uint64_t start, aligned, end
+        cdef size_t span = size + (alignment - PAGE_SIZE if alignment > PAGE_SIZE else 0)
+        cdef void *found
+        if span < size:
+            raise OverflowError("size and alignment together exceed the address space")
+        with nogil:
+            found = c_mmap(NULL, span, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+        if found == MAP_FAILED:
+            raise OSError(errno, f"mmap: {strerror(errno).decode()}")
+        start = <uintptr_t>found
+        end = start + span
+        aligned = (start + alignment - 1) & ~<uint64_t>(alignment - 1)
+        if aligned > start:
+            c_munmap(<void *><uintptr_t>start, aligned - start)
+        if end > aligned + size:
+            c_munmap(<void *><uintptr_t>(aligned + size), end - aligned - size)
+        cdef Mapping self = Mapping.__new__(Mapping)
+        self.address = aligned
+        self.size = size
+        return self
+
+    def close(self):
+        """Unmap. Raises BufferError while a view is alive or a copy is under way; idempotent."""
+        if self.users:
+            raise BufferError(f"{self.users} users")
+        cdef uint64_t address = self.address
+        cdef size_t size = self.size
+        cdef int failed = 0
+        # Cleared first: no other thread may start to use what is about to go.
+        self.address = 0
+        self.size = 0
+        if address:
+            with nogil:
+                failed = c_munmap(<void *><uintptr_t>address, size)
+            if failed:
+                raise OSError(errno, f"munmap: {strerror(errno).decode()}")
+
+    def read(self, size_t offset, size_t length):
+        """Return `length` bytes from `offset` on."""
+        self._check(offset, length)
+        cdef bytes data = PyBytes_FromStringAndSize(NULL, length)
+        self._copy(PyBytes_AsString(data), <void *><uintptr_t>(self.address + offset), length)
+        return data
+
+    def read_into(self, size_t offset, buffer):
+        """Fill the writable `buffer` from `offset` on."""
+        cdef Py_buffer view
+        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        try:
+            self._check(offset, view.len)
+            self._copy(view.buf, <void *><uintptr_t>(self.address + offset), view.len)
+        finally:
+            PyBuffer_Release(&view)
+
+    def write(self, size_t offset, data):
+        """Copy the whole of `data` to `offset`."""
+        cdef Py_buffer view
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            self._check(offset, view.len)
+            self._copy(<void *><uintptr_t>(self.address + offset), view.buf, view.len)
+        finally:
+            PyBuffer_Release(&view)
+
+    cdef _check(self, size_t offset, size_t length):
+        if not self.address:
+            raise ValueError("the mapping is closed")
+        if offset > self.size or length > self.size - offset:
+            raise ValueError("range past the end of the mapping")
+
+    cdef _copy(self, void *destination, void *source, size_t length):
+        if length < RELEASE_GIL_FROM:
+            memmove(destination, source, length)
+            return
+        self.users += 1
+        with nogil:
+            memmove(destination, source, length)
+        self.users -= 1
+
+    def __dealloc__(self):
+        if self.address:
+            c_munmap(<void *><uintptr_t>self.address, self.size)
+
+
+cdef class Exporter:
+    """Base of Python classes that export a `Mapping` by the buffer protocol, also before Python 3.12.
+
+    The subclass defines `_exported()`, which returns `(mapping, length)` or raises.
+    """
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        cdef Mapping mapping
+        cdef Py_ssize_t length
+        mapping, length = self._exported()
+        if <size_t>length > mapping.size:
+            raise BufferError("the mapping is closed")
+        PyBuffer_FillInfo(view, self, <void *><uintptr_t>mapping.address, length, False, flags)
+        mapping.users += 1
+        Py_INCREF(mapping)
+        view.internal = <void *>mapping
+
+    def __releasebuffer__(self, Py_buffer *view):
+        cdef Mapping mapping = <Mapping>view.internal
+        mapping.users -= 1
+        Py_DECREF(mapping)

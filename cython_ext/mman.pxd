@@ -1,0 +1,46 @@
+# sys/mman.h: mmap(2), mlock(2), madvise(2), mincore(2)
+cdef extern from "<sys/mman.h>" nogil:
+    void *c_mmap "mmap"(void *addr, size_t length, int prot, int flags, int fd, long offset)
+    int c_munmap "munmap"(void *addr, size_t length)
+    int c_madvise "madvise"(void *addr, size_t length, int advice)
+    int c_mlock "mlock"(const void *addr, size_t length)
+    int c_munlock "munlock"(const void *addr, size_t length)
+    int c_mincore "mincore"(void *addr, size_t length, unsigned char *vec)
+    void *MAP_FAILED
+    enum:
+        PROT_READ
+        PROT_WRITE
+        MAP_PRIVATE
+        MAP_ANONYMOUS
+
+cdef extern from * nogil:
+    """
+    #include <sys/syscall.h>
+    #include <unistd.h>
+    #define iobmd_mlock2(address, length, flags) ((int)syscall(__NR_mlock2, address, length, flags))
+    /* linux/mman.h since 5.4 and 5.14: libc headers may be older than the running kernel. */
+    #ifndef MADV_COLD
+    #define MADV_COLD 20
+    #endif
+    #ifndef MADV_PAGEOUT
+    #define MADV_PAGEOUT 21
+    #endif
+    #ifndef MADV_POPULATE_READ
+    #define MADV_POPULATE_READ 22
+    #endif
+    #ifndef MADV_POPULATE_WRITE
+    #define MADV_POPULATE_WRITE 23
+    #endif
+    #ifndef MADV_COLLAPSE
+    #define MADV_COLLAPSE 25
+    #endif
+    """
+    int c_mlock2 "iobmd_mlock2"(const void *addr, size_t length, unsigned int flags)
+    enum:
+        C_MADV_HUGEPAGE "MADV_HUGEPAGE"
+        C_MADV_NOHUGEPAGE "MADV_NOHUGEPAGE"
+        C_MADV_DONTNEED "MADV_DONTNEED"
+        C_MADV_PAGEOUT "MADV_PAGEOUT"
+        C_MADV_POPULATE_READ "MADV_POPULATE_READ"
+        C_MADV_POPULATE_WRITE "MADV_POPULATE_WRITE"
+        C_MADV_COLLAPSE "MADV_COLLAPSE"

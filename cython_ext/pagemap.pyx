@@ -1,0 +1,113 @@
+# cython: language_level=3, auto_pickle=False, autotestdict=False
+"""Decoding of /proc/PID/pagemap entries and the PAGEMAP_SCAN ioctl (proc_pid_pagemap(5))."""
+
+from libc.errno cimport errno
+from libc.stdint cimport uint64_t, uintptr_t
+from libc.string cimport memcpy, strerror
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+
+from pagemap_scan cimport IOBMD_PAGEMAP_SCAN, ioctl, iobmd_page_region, iobmd_scan_arg
+
+cdef uint64_t PFN_MASK = (<uint64_t>1 << 55) - 1
+cdef uint64_t SOFT_DIRTY = <uint64_t>1 << 55
+cdef uint64_t EXCLUSIVE = <uint64_t>1 << 56
+cdef uint64_t GUARD = <uint64_t>1 << 58
+cdef uint64_t FILE_OR_SHARED = <uint64_t>1 << 61
+cdef uint64_t SWAPPED = <uint64_t>1 << 62
+cdef uint64_t PRESENT = <uint64_t>1 << 63
+
+PAGE_IS_PRESENT = 1 << 3
+PAGE_IS_SWAPPED = 1 << 4
+PAGE_IS_PFNZERO = 1 << 5
+PAGE_IS_HUGE = 1 << 6
+
+
+def decode(raw):
+    """Decode little arrays of 64-bit entries.
+
+    Returns
+    -------
+    list[tuple[bool, bool, int | None, bool, bool, bool, bool]]
+        Per entry: present, swapped, PFN (None: not present, or hidden by the kernel), file or shared,
+        exclusively mapped, soft-dirty, guard page.
+    """
+    cdef Py_buffer view
+    cdef size_t index
+    cdef uint64_t entry
+    entries = []
+    PyObject_GetBuffer(raw, &view, PyBUF_SIMPLE)
+    try:
+        for index in range(<size_t>view.len // 8):
+            memcpy(&entry, <char *>view.buf + index * 8, 8)
+            entries.append((
+                bool(entry & PRESENT),
+                # A guard page (6.15) has the swap bit set, for it is kept as a marker in the swap format.
+                bool(entry & SWAPPED) and not entry & GUARD,
+                entry & PFN_MASK if entry & PRESENT and entry & PFN_MASK else None,
+                bool(entry & FILE_OR_SHARED),
+                bool(entry & EXCLUSIVE),
+                bool(entry & SOFT_DIRTY),
+                bool(entry & GUARD),
+            ))
+    finally:
+        PyBuffer_Release(&view)
+    return entries
+
+
+def tally(raw):
+    """Count entries: `(present, swapped, hidden, exclusive)`; `hidden` are present without a PFN."""
+    cdef Py_buffer view
+    cdef size_t index, present = 0, swapped = 0, hidden = 0, exclusive = 0
+    cdef uint64_t entry
+    PyObject_GetBuffer(raw, &view, PyBUF_SIMPLE)
+    try:
+        for index in range(<size_t>view.len // 8):
+            memcpy(&entry, <char *>view.buf + index * 8, 8)
+            if entry & PRESENT:
+                present += 1
+                hidden += not entry & PFN_MASK
+                exclusive += bool(entry & EXCLUSIVE)
+            elif entry & SWAPPED and not entry & GUARD:
+                swapped += 1
+    finally:
+        PyBuffer_Release(&view)
+    return present, swapped, hidden, exclusive
+
+
+def scan(int fd, uint64_t start, uint64_t end, uint64_t required, uint64_t excluded):
+    """Ask PAGEMAP_SCAN (Linux 6.7) for the ranges whose pages have every category of `required` and none of
+    `excluded`.
+
+    Returns
+    -------
+    list[tuple[int, int]]
+        Start and end addresses, ascending; neighbours may touch.
+    """
+    # With 4096 and more entries the final walk_end is stale and a resumed walk repeats pages (6.18).
+    cdef iobmd_page_region regions[512]
+    cdef iobmd_scan_arg arg
+    cdef int found, index
+    ranges = []
+    while start < end:
+        arg.size = sizeof(arg)
+        arg.flags = 0
+        arg.start = start
+        arg.end = end
+        arg.walk_end = 0
+        arg.vec = <uintptr_t>&regions[0]
+        arg.vec_len = 512
+        arg.max_pages = 0
+        arg.category_inverted = excluded
+        arg.category_mask = required | excluded
+        arg.category_anyof_mask = 0
+        arg.return_mask = required
+        with nogil:
+            found = ioctl(fd, IOBMD_PAGEMAP_SCAN, &arg)
+        if found < 0:
+            raise OSError(errno, f"ioctl(PAGEMAP_SCAN): {strerror(errno).decode()}")
+        for index in range(found):
+            ranges.append((regions[index].start, regions[index].end))
+        if arg.walk_end <= start:
+            break
+        start = arg.walk_end
+    return ranges

@@ -1,0 +1,34 @@
+"""Real, wired, physically known memory on Linux, from Python, under IOKit's names.
+
+>>> import iobmd
+>>> with iobmd.allocate(65536) as buf:
+...     buf.writeBytes(0, b"hello"), buf.wiring
+(5, <Wiring.RESIDENT: 'resident'>)
+"""
+
+from __future__ import annotations
+
+from iobmd import constants
+from iobmd._version import __version__
+from iobmd.buffer import IOBufferMemoryDescriptor
+from iobmd.constants import *  # noqa: F403
+from iobmd.descriptor import IOMemoryDescriptor
+from iobmd.errors import IOReturnError
+from iobmd.facade import allocate, copy
+from iobmd.task import Task, current_task, get_task_map, kernel_task
+from iobmd.wiring import Wiring
+
+__all__ = [
+    "IOBufferMemoryDescriptor",
+    "IOMemoryDescriptor",
+    "IOReturnError",
+    "Task",
+    "Wiring",
+    "__version__",
+    "allocate",
+    "copy",
+    "current_task",
+    "get_task_map",
+    "kernel_task",
+]
+__all__ += constants.__all__

@@ -1,0 +1,1 @@
+"""Compiled modules (sources in `cython_ext/`): thin system calls and hot loops, no policy."""

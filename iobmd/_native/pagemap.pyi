@@ -1,0 +1,10 @@
+from typing_extensions import Buffer
+
+PAGE_IS_HUGE: int
+PAGE_IS_PFNZERO: int
+PAGE_IS_PRESENT: int
+PAGE_IS_SWAPPED: int
+
+def decode(raw: Buffer) -> list[tuple[bool, bool, int | None, bool, bool, bool, bool]]: ...
+def scan(fd: int, start: int, end: int, required: int, excluded: int) -> list[tuple[int, int]]: ...
+def tally(raw: Buffer) -> tuple[int, int, int, int]: ...

@@ -1,0 +1,42 @@
+"""Where a descriptor's bytes live. Each kind of memory is one module; this is what they have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from iobmd._native.mapping import Mapping
+    from iobmd.task import Task
+    from iobmd.wiring import Wiring
+
+
+class Backing(Protocol):
+    """Memory that one descriptor owns."""
+
+    task: Task
+    """The task whose address space `address` belongs to."""
+    mapping: Mapping
+    """The memory as it is mapped in this process."""
+    wiring: Wiring
+
+    @property
+    def address(self) -> int:
+        """Address in `task`."""
+
+    @property
+    def size(self) -> int:
+        """Bytes mapped, whole pages."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset` on."""
+
+    def read_into(self, offset: int, buffer: Buffer) -> None:
+        """Fill `buffer` from `offset` on."""
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Copy `data` to `offset`."""
+
+    def close(self) -> None:
+        """Give the memory back. Raises BufferError while it is in use; idempotent."""

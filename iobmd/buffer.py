@@ -1,0 +1,241 @@
+"""`IOBufferMemoryDescriptor`: memory that is allocated with its descriptor."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import TYPE_CHECKING, Self
+
+from iobmd import request
+from iobmd._native.mapping import Exporter, Mapping
+from iobmd.backing.anonymous import AnonymousBacking
+from iobmd.constants import IOOptionBits, IOReturn
+from iobmd.descriptor import IOMemoryDescriptor
+from iobmd.errors import IOReturnError
+from iobmd.task import Task, as_task, check_range, kernel_task
+from iobmd.units import PAGE_SIZE
+
+if TYPE_CHECKING:
+    import psutil
+    from typing_extensions import Buffer
+
+    from iobmd.copying import Progress
+
+    AnyTask = Task | int | psutil.Process
+
+_CONTIGUOUS = int(IOOptionBits.kIOMemoryPhysicallyContiguous)
+
+
+class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
+    """A buffer: zeroed memory, allocated by the factories below and given back by `free` or at the end of `with`.
+
+    It is wired (resident, by mlock) unless `kIOMemoryPageable` is among its options. It has the buffer protocol
+    over its first `getLength()` bytes: `memoryview(buf)`, `numpy.frombuffer(buf)`, `file.readinto(buf)`.
+
+    Source: IOKit's IOBufferMemoryDescriptor.h; where IOKit returns NULL or false, `IOReturnError` is raised.
+    """
+
+    _capacity = 0
+
+    def __init__(self, *, copy_of: tuple[Task, int] | None = None, progress: Progress | None = None) -> None:
+        # Made in two steps, as in IOKit: this only says what initWithPhysicalMask is to fill the memory with.
+        self._copy_of = copy_of
+        self._progress = progress
+
+    # --- factories
+
+    @classmethod
+    def withCopy(
+        cls,
+        inTask: AnyTask | None,
+        options: int,
+        sourceMap: AnyTask,
+        source: int,
+        size: int,
+        *,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Make a buffer that holds a copy of memory of a task, this one or another.
+
+        Parameters
+        ----------
+        inTask : Task, int or psutil.Process
+            The task to allocate in.
+        options : int
+            `IOOptionBits`.
+        sourceMap : Task, int or psutil.Process
+            The task to copy from.
+        source, size : int
+            Address there, and the number of bytes.
+        progress : callable, optional
+            Called now and then in this thread with the number of bytes copied.
+
+        Raises
+        ------
+        IOReturnError
+            As `initWithPhysicalMask` and `Task.read`. The copy is whole, or this is raised and nothing stays
+            allocated: `kIOReturnVMError` with `.address`, the first byte that could not be read,
+            `kIOReturnNotFound` when the source exits midway, `kIOReturnNotPermitted`.
+
+        Notes
+        -----
+        By process_vm_readv(2) into fresh huge pages, on several threads when large, with the GIL released. The
+        source runs on meanwhile: bytes that it changes during the copy may come as before or as after.
+        """
+        self = cls(copy_of=(as_task(sourceMap), source), progress=progress)
+        self.initWithPhysicalMask(inTask, options, size, PAGE_SIZE, 0)
+        return self
+
+    @classmethod
+    def inTaskWithOptions(
+        cls,
+        inTask: AnyTask | None,
+        options: int,
+        capacity: int,
+        alignment: int = 1,
+        kernTag: int = 0,
+        userTag: int = 0,
+    ) -> Self:
+        """Make a buffer of `capacity` bytes in a task. Raises as `initWithPhysicalMask`.
+
+        `kernTag` and `userTag` are kept as `vm_tags`.
+        """
+        self = cls()
+        self.vm_tags = (kernTag, userTag)
+        self.initWithPhysicalMask(inTask, options, capacity, alignment, 0)
+        return self
+
+    @classmethod
+    def inTaskWithPhysicalMask(cls, inTask: AnyTask | None, options: int, capacity: int, physicalMask: int) -> Self:
+        """Make a buffer whose physical addresses have no bit outside of `physicalMask`."""
+        self = cls()
+        self.initWithPhysicalMask(inTask, options, capacity, 1, physicalMask)
+        return self
+
+    @classmethod
+    def withOptions(cls, options: int, capacity: int, alignment: int = 1) -> Self:
+        """Make a buffer of `capacity` bytes in `kernel_task`. Raises as `initWithPhysicalMask`."""
+        return cls.inTaskWithOptions(kernel_task, options, capacity, alignment)
+
+    @classmethod
+    def withCapacity(cls, capacity: int, withDirection: int, withContiguousMemory: bool = False) -> Self:
+        """Make a wired buffer of `capacity` bytes. Raises as `initWithPhysicalMask`."""
+        options = request.check_direction(withDirection) | (_CONTIGUOUS if withContiguousMemory else 0)
+        return cls.withOptions(options, capacity)
+
+    @classmethod
+    def withBytes(cls, data: Buffer, withDirection: int, withContiguousMemory: bool = False) -> Self:
+        """Make a wired buffer that holds a copy of `data`. Raises as `initWithPhysicalMask`."""
+        self = cls.withCapacity(memoryview(data).nbytes, withDirection, withContiguousMemory)
+        self.writeBytes(0, data)
+        return self
+
+    def initWithPhysicalMask(
+        self, inTask: AnyTask | None, options: int, capacity: int, alignment: int, physicalMask: int
+    ) -> bool:
+        """Allocate: the designated initialiser, which every factory comes down to. Returns True.
+
+        Parameters
+        ----------
+        inTask : Task, int or psutil.Process
+            The task to allocate in.
+        options : int
+            `IOOptionBits`: direction, and `kIOMemoryPageable` for memory that is not wired.
+        capacity : int
+            Size in bytes; `getLength()` starts there.
+        alignment : int
+            Of the address, a power of two (0 and 1: none). A page or more rounds the allocation up to pages.
+        physicalMask : int
+            0: any physical address.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnBadArgument`; `kIOReturnUnsupported` for options of the contract that this version does not
+            have; `kIOReturnCannotWire` at RLIMIT_MEMLOCK; `kIOReturnNoMemory`; `kIOReturnBusy` when called twice.
+        """
+        if self._state != "not initialised":
+            raise IOReturnError(IOReturn.kIOReturnBusy, f"{self!r} is initialised already")
+        wanted = request.check(inTask, options, capacity, alignment, physicalMask)
+        if self._copy_of:
+            check_range(self._copy_of[1], capacity)
+        self._backing = AnonymousBacking(
+            wanted.capacity, wired=wanted.wired, source=self._copy_of, progress=self._progress
+        )
+        self._copy_of = self._progress = None
+        self._options, self._capacity, self._length = wanted.options, capacity, capacity
+        self._maker = os.getpid()
+        self._state = "open"
+        return True
+
+    # --- the buffer
+
+    vm_tags = (0, 0)
+    """The `kernTag` and `userTag` it was made with."""
+
+    def getCapacity(self) -> int:
+        """Return the size in bytes it was made with, the most that `setLength` takes."""
+        self._memory()
+        return self._capacity
+
+    def setLength(self, length: int) -> None:
+        """Set the length of later transfers and views, in bytes. Existing memoryviews keep theirs.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnBadArgument` when negative or above the capacity.
+        """
+        self._memory()
+        if not 0 <= length <= self._capacity:
+            raise IOReturnError(
+                IOReturn.kIOReturnBadArgument,
+                f"length {length} is not within the capacity of {self._capacity} bytes",
+            )
+        self._length = length
+
+    def setDirection(self, direction: int) -> None:
+        """Set the direction of later transfers, one of the four `kIODirection…`."""
+        self._memory()
+        self._options = self._options & ~request.DIRECTION_MASK | request.check_direction(direction)
+
+    def getBytesNoCopy(self, start: int = 0, withLength: int = 0) -> int:
+        """Return the virtual address of the byte `start`, in the buffer's task.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnBadArgument` when `start` + `withLength` passes the length.
+        """
+        backing = self._memory()
+        self._check_range(start, withLength)
+        return backing.address + start
+
+    def appendBytes(self, data: Buffer) -> int:
+        """Copy bytes behind the present length and lengthen it; return how many fitted into the capacity."""
+        backing = self._memory()
+        with memoryview(data) as view, view.cast("B") as source:
+            fitting = source[: self._capacity - self._length]
+            backing.write(self._length, fitting)
+            self._length += len(fitting)
+            return len(fitting)
+
+    def _exported(self) -> tuple[Mapping, int]:
+        return self._memory().mapping, self._length
+
+    def __repr__(self) -> str:
+        name = type(self).__name__
+        if self._backing is None:
+            return f"<{name} {self._state}>"
+        backing, direction = self._backing, ("none", "in", "out", "inout")[self._options & 3]
+        return (
+            f"<{name} in task {backing.task.pid} at {backing.address:#x}, length {self._length} of "
+            f"{self._capacity}, {backing.wiring.value}, direction {direction}, {self._state}>"
+        )
+
+    def __del__(self) -> None:
+        if self._backing is None:
+            return
+        if self._maker == os.getpid():
+            warnings.warn(f"{self!r} was never freed", ResourceWarning, stacklevel=2, source=self)
+        self.free()

@@ -1,0 +1,101 @@
+"""What goes wrong, with IOKit's code for it: one exception type a situation, all of them `IOReturnError`."""
+
+from typing import Any, Self
+
+from iobmd.constants import IOReturn
+
+
+class IOReturnError(OSError):
+    """An IOKit call failed. Raised wherever IOKit itself would return NULL or an IOReturn.
+
+    Parameters
+    ----------
+    code : IOReturn
+        IOKit's name for what went wrong. The most fitting subclass is made, as with `OSError`.
+    message : str
+        What failed, why, and what to do about it.
+    errno : int
+        The kernel's error number, 0 when the kernel gave none.
+    address : int, optional
+        For `kIOReturnVMError`: the first byte that could not be reached.
+
+    Attributes
+    ----------
+    code, errno, address
+        As above.
+    """
+
+    code: IOReturn
+    address: int | None
+    _by_code: dict[IOReturn, type["IOReturnError"]] = {}  # noqa: RUF012 (filled by __init_subclass__)
+
+    def __init_subclass__(cls, code: IOReturn | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if code is not None:
+            cls._by_code[code] = cls
+
+    def __new__(cls, code: IOReturn, *_args: Any, **_kwargs: Any) -> Self:
+        """Make the subclass that stands for `code`."""
+        fitting = cls._by_code.get(code, cls)
+        return super().__new__(fitting if issubclass(fitting, cls) else cls)
+
+    def __init__(self, code: IOReturn, message: str, errno: int = 0, address: int | None = None) -> None:
+        super().__init__(errno, message)
+        self.errno = errno
+        self.strerror = message
+        self.code = IOReturn(code)
+        self.address = address
+
+    def __str__(self) -> str:
+        return f"{self.strerror} [{self.code.name}]"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return IOReturnError, (self.code, self.strerror, self.errno, self.address)
+
+
+class BadArgumentError(IOReturnError, ValueError, code=IOReturn.kIOReturnBadArgument):
+    """A bad size, alignment, combination of options, or an offset past the end."""
+
+
+class NotPrivilegedError(IOReturnError, PermissionError, code=IOReturn.kIOReturnNotPrivileged):
+    """The calling process lacks a capability, such as CAP_SYS_ADMIN for physical addresses."""
+
+
+class NotPermittedError(IOReturnError, PermissionError, code=IOReturn.kIOReturnNotPermitted):
+    """Another task refuses access: its user, Yama, a seccomp filter, or it is traced already."""
+
+
+class CannotWireError(IOReturnError, code=IOReturn.kIOReturnCannotWire):
+    """Memory cannot be wired: a limit on locked memory, or pinning is not available."""
+
+
+class NoResourcesError(IOReturnError, code=IOReturn.kIOReturnNoResources):
+    """No contiguous run, no page under the mask, or an empty pool."""
+
+
+class NoMemoryError(IOReturnError, code=IOReturn.kIOReturnNoMemory):
+    """The kernel is out of memory or address space."""
+
+
+class VMError(IOReturnError, code=IOReturn.kIOReturnVMError):
+    """An address range is not mapped or not accessible; `address` is the first such byte."""
+
+
+class NotFoundError(IOReturnError, ProcessLookupError, code=IOReturn.kIOReturnNotFound):
+    """The task is gone: it exited, or its pid belongs to another process now."""
+
+
+class NotReadyError(IOReturnError, code=IOReturn.kIOReturnNotReady):
+    """A physical address was asked of memory that is not wired."""
+
+
+class BusyError(IOReturnError, BufferError, code=IOReturn.kIOReturnBusy):
+    """Still in use: prepared, or a `memoryview` of it is alive."""
+
+
+class NotOpenError(IOReturnError, ValueError, code=IOReturn.kIOReturnNotOpen):
+    """Used after release, or before it was initialised."""
+
+
+class UnsupportedError(IOReturnError, code=IOReturn.kIOReturnUnsupported):
+    """The kernel, the CPU, the kind of memory or the version of `iobmd` cannot do it."""

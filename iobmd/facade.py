@@ -1,0 +1,131 @@
+"""The same buffers by keyword: `iobmd.allocate` and `iobmd.copy`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from iobmd.buffer import IOBufferMemoryDescriptor
+from iobmd.constants import IOOptionBits, IOReturn
+from iobmd.errors import IOReturnError
+from iobmd.request import unsupported
+from iobmd.task import Task, as_task, kernel_task
+
+if TYPE_CHECKING:
+    import psutil
+
+    AnyTask = Task | int | psutil.Process
+
+DIRECTIONS = {
+    "none": IOOptionBits.kIODirectionNone,
+    "in": IOOptionBits.kIODirectionIn,
+    "out": IOOptionBits.kIODirectionOut,
+    "inout": IOOptionBits.kIODirectionInOut,
+}
+CACHES = {
+    "default": IOOptionBits.kIOMapDefaultCache,
+    "inhibit": IOOptionBits.kIOMapInhibitCache,
+    "writethru": IOOptionBits.kIOMapWriteThruCache,
+    "copyback": IOOptionBits.kIOMapCopybackCache,
+    "writecombine": IOOptionBits.kIOMapWriteCombineCache,
+}
+
+
+def allocate(
+    size: int,
+    *,
+    task: AnyTask | None = kernel_task,
+    wired: bool = True,
+    contiguous: bool = False,
+    purgeable: bool = False,
+    shared: bool = False,
+    alignment: int = 1,
+    physical_mask: int = 0,
+    cache: str = "default",
+    direction: str = "inout",
+) -> IOBufferMemoryDescriptor:
+    """Allocate a zeroed buffer.
+
+    Parameters
+    ----------
+    size : int
+        In bytes.
+    task : Task, int or psutil.Process
+        Whose address space it is mapped in.
+    wired : bool
+        Keep it resident; False: pageable.
+    contiguous, purgeable, shared, physical_mask
+        As the IOKit options of these names.
+    alignment : int
+        A power of two.
+    cache : str
+        ``"default"``, ``"inhibit"``, ``"writethru"``, ``"copyback"`` or ``"writecombine"``.
+    direction : str
+        ``"none"``, ``"in"``, ``"out"`` or ``"inout"``.
+
+    Raises
+    ------
+    IOReturnError
+        As `IOBufferMemoryDescriptor.initWithPhysicalMask`, which says what this version supports.
+    """
+    form = _Form(wired, contiguous, purgeable, shared, alignment, physical_mask, cache, direction)
+    return form.make(IOBufferMemoryDescriptor(), task, size)
+
+
+def copy(
+    task: AnyTask, address: int, size: int, *, freeze: bool = False, **as_allocate: Any
+) -> IOBufferMemoryDescriptor:
+    """Allocate a buffer that holds a copy of memory of a task.
+
+    Parameters
+    ----------
+    task : Task, int or psutil.Process
+        The task to copy from.
+    address, size : int
+        Address there, and the number of bytes.
+    freeze : bool
+        Keep the source from changing the bytes meanwhile.
+    **as_allocate
+        `wired` and the other keywords of `allocate`; the buffer is made in this process.
+
+    Raises
+    ------
+    IOReturnError
+        As `IOBufferMemoryDescriptor.withCopy`.
+    """
+    if freeze:
+        raise unsupported("freezing the source of a copy")
+    form = _Form(**as_allocate)
+    return form.make(IOBufferMemoryDescriptor(copy_of=(as_task(task), address)), kernel_task, size)
+
+
+class _Form(NamedTuple):
+    """The keywords that `allocate` and `copy` share."""
+
+    wired: bool = True
+    contiguous: bool = False
+    purgeable: bool = False
+    shared: bool = False
+    alignment: int = 1
+    physical_mask: int = 0
+    cache: str = "default"
+    direction: str = "inout"
+
+    def make(self, buffer: IOBufferMemoryDescriptor, task: AnyTask | None, size: int) -> IOBufferMemoryDescriptor:
+        """Initialise `buffer` as these keywords say."""
+        options = _named(DIRECTIONS, "direction", self.direction) | _named(CACHES, "cache", self.cache)
+        for asked, option in (
+            (not self.wired, IOOptionBits.kIOMemoryPageable),
+            (self.contiguous, IOOptionBits.kIOMemoryPhysicallyContiguous),
+            (self.purgeable, IOOptionBits.kIOMemoryPurgeable),
+            (self.shared, IOOptionBits.kIOMemoryKernelUserShared),
+        ):
+            if asked:
+                options |= option
+        buffer.initWithPhysicalMask(task, options, size, self.alignment, self.physical_mask)
+        return buffer
+
+
+def _named(names: dict[str, IOOptionBits], what: str, name: str) -> IOOptionBits:
+    if name not in names:
+        raise IOReturnError(IOReturn.kIOReturnBadArgument, f"{what} must be one of {', '.join(names)}, not {name!r}")
+    return names[name]

@@ -1,0 +1,77 @@
+"""How much memory can be filled before the kernel kills a process for it.
+
+An mmap succeeds long before there is memory behind it, and the kernel answers the page fault that finds none by
+killing somebody. A large buffer is therefore refused beforehand when it cannot fit.
+"""
+
+from pathlib import Path
+
+from iobmd import procfs
+from iobmd.constants import IOReturn
+from iobmd.errors import IOReturnError
+from iobmd.units import format_size
+
+ASK_FROM = 16 << 20
+"""Bytes from which it is worth asking; the answer takes about 0.1 ms."""
+
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def require(size: int, *, swappable: bool) -> None:
+    """Raise `kIOReturnNoMemory` when `size` bytes cannot be filled now; may let through, never refuses wrongly.
+
+    `swappable` memory may also fill what is free of the swap space.
+    """
+    if size < ASK_FROM:
+        return
+    memory = procfs.meminfo()
+    host = memory["MemAvailable"] + (memory["SwapFree"] if swappable else 0)
+    for available, whose in ((host, "this host"), *_cgroup_headrooms(swappable)):
+        if size > available:
+            message = (
+                f"{format_size(size)} do not fit into the {format_size(max(available, 0))} of memory that "
+                f"{whose} has left; free some, raise the limit, or ask for less"
+            )
+            raise IOReturnError(IOReturn.kIOReturnNoMemory, message)
+
+
+def _cgroup_headrooms(swappable: bool) -> list[tuple[int, str]]:
+    """Return what each memory cgroup around this process has left, where it has a limit."""
+    found = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = _CGROUPS / controllers
+        group = root / path.lstrip("/")
+        for place in (group, *group.parents):
+            if not place.is_relative_to(root):
+                break
+            headroom = _headroom_v1(place) if controllers else _headroom_v2(place, swappable)
+            if headroom is not None:
+                found.append((headroom, f"the memory cgroup {place}"))
+    return found
+
+
+def _headroom_v1(group: Path) -> int | None:
+    try:
+        limit = int((group / "memory.limit_in_bytes").read_text())
+        usage = int((group / "memory.usage_in_bytes").read_text())
+        return limit - usage + _reclaimable(group, "total_")
+    except (OSError, ValueError):
+        return None
+
+
+def _headroom_v2(group: Path, swappable: bool) -> int | None:
+    try:
+        limit = int((group / "memory.max").read_text())  # "max" is no limit: ValueError
+        usage = int((group / "memory.current").read_text())
+        swap = (group / "memory.swap.max").read_text().strip() if swappable else "0"
+    except (OSError, ValueError):
+        return None
+    return limit - usage + _reclaimable(group) + (limit if swap == "max" else int(swap))
+
+
+def _reclaimable(group: Path, prefix: str = "") -> int:
+    counters = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return int(counters.get(f"{prefix}active_file", 0)) + int(counters.get(f"{prefix}inactive_file", 0))

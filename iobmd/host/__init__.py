@@ -1,0 +1,94 @@
+"""What this host can do, and how to turn on what it cannot.
+
+Every probe tries the thing itself and undoes it, and none asks for a kernel version or a user id. A missing or
+unreadable file is a finding, never an exception. All is safe in any thread and after a fork; nothing is cached,
+for limits and capabilities change while a process runs.
+"""
+
+from collections.abc import Sequence
+
+from iobmd.host import access, pages, pinning, pressure, privilege
+from iobmd.host.access import pfns_visible, yama_scope
+from iobmd.host.fact import Fact, Status
+from iobmd.host.pages import HugePool, SwapArea, huge_pages_enabled, hugetlb_pools, pool_remedy, swap_areas
+from iobmd.host.pinning import io_uring_disabled
+from iobmd.host.pressure import PressureFile, cgroup_pressure, system_pressure
+from iobmd.host.privilege import (
+    Capability,
+    capability_remedy,
+    has_capability,
+    has_host_capability,
+    memlock_limit,
+    memlock_remedy,
+)
+
+__all__ = [
+    "Fact",
+    "Status",
+    "facts",
+    "obstacles",
+    "can_run_main_job",
+    "Capability",
+    "has_capability",
+    "has_host_capability",
+    "capability_remedy",
+    "memlock_limit",
+    "memlock_remedy",
+    "huge_pages_enabled",
+    "HugePool",
+    "hugetlb_pools",
+    "pool_remedy",
+    "SwapArea",
+    "swap_areas",
+    "pfns_visible",
+    "yama_scope",
+    "io_uring_disabled",
+    "PressureFile",
+    "system_pressure",
+    "cgroup_pressure",
+]
+
+
+def facts() -> list[Fact]:
+    """Probe everything, in about 50 ms.
+
+    Returns
+    -------
+    list[Fact]
+        Names are unique; the hugetlb pools are one fact a page size.
+    """
+    return [
+        pages.kernel(),
+        pages.page_size(),
+        privilege.mlock(),
+        privilege.memlock(),
+        access.process_vm_readv(),
+        access.proc_mem(),
+        access.yama(),
+        *(privilege.capability(which) for which in Capability),
+        access.frames(),
+        pinning.io_uring(),
+        access.pagemap_scan(),
+        pages.huge_pages(),
+        *pages.hugetlb(),
+        pages.swap(),
+        pressure.pressure(),
+        pressure.cgroup(),
+    ]
+
+
+def obstacles(found: Sequence[Fact]) -> list[Fact]:
+    """Return those of `found` that keep the main job from running here.
+
+    The main job is to copy memory out of another process into a wired buffer: a page can be locked, Yama does not
+    forbid all of it, and process_vm_readv or /proc/PID/mem works (one of the two is enough).
+    """
+    by_name = {fact.name: fact for fact in found}
+    copying = [by_name["process_vm_readv"], by_name["/proc/PID/mem"]]
+    unusable = [fact for fact in (by_name["mlock"], by_name["yama.ptrace_scope"]) if not fact.usable]
+    return unusable if any(fact.usable for fact in copying) else unusable + copying
+
+
+def can_run_main_job(found: Sequence[Fact]) -> bool:
+    """Say whether, by the facts `found`, the main job can run here (see `obstacles`)."""
+    return not obstacles(found)

@@ -1,0 +1,203 @@
+"""The host's pages: base and huge ones, pools, swap."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from iobmd import procfs
+from iobmd._native import memory
+from iobmd.host.fact import JSON, Fact, Status, own_status, read_int, read_text, scratch
+from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
+
+_THP = Path("/sys/kernel/mm/transparent_hugepage")
+_POOLS = Path("/sys/kernel/mm/hugepages")
+# With 64 KiB base pages a huge page is 512 MiB: too much to fault in for a question.
+_LARGEST_TRIED = 32 << 20
+# What the command in a remedy reserves, at least one page.
+_SUGGESTED_POOL = 128 << 20
+
+
+class HugePool(NamedTuple):
+    """The hugetlb pool of one page size (Documentation/admin-guide/mm/hugetlbpage.rst).
+
+    `size` is in bytes, all else in pages. `free` counts reserved pages too: `free - reserved` can be had.
+    """
+
+    size: int
+    total: int
+    free: int
+    reserved: int
+    surplus: int
+    overcommit: int
+
+    @property
+    def directory(self) -> Path:
+        """The pool's directory in sysfs."""
+        return _POOLS / f"hugepages-{self.size >> 10}kB"
+
+    @property
+    def available(self) -> int:
+        """Pages a new mapping can have without growing the pool."""
+        return max(self.free - self.reserved, 0)
+
+
+def hugetlb_pools() -> list[HugePool]:
+    """Return the hugetlb pools by ascending page size; empty when the kernel has none (/sys/kernel/mm/hugepages)."""
+    counters = ("nr", "free", "resv", "surplus", "nr_overcommit")
+    pools = []
+    for directory in _pool_directories():
+        size = int(directory.name.removeprefix("hugepages-").removesuffix("kB")) << 10
+        pools.append(HugePool(size, *(read_int(directory / f"{name}_hugepages") or 0 for name in counters)))
+    return sorted(pools)
+
+
+def _pool_directories() -> list[Path]:
+    try:
+        return [directory for directory in _POOLS.iterdir() if directory.name.startswith("hugepages-")]
+    except OSError:
+        return []
+
+
+def pool_remedy(pool: HugePool, pages: int) -> str:
+    """Return the commands that grow `pool` by `pages` pages, one alternative a line."""
+    total = pool.total + pages
+    told = f"as root: {pages} more of {format_size(pool.size)}"
+    remedy = f"echo {total} > {pool.directory}/nr_hugepages  # {told}"
+    if pool.size == _default_pool_size():
+        remedy += f"\nsysctl vm.nr_hugepages={total}  # the same"
+    return f"{remedy}\nboot parameter: hugepagesz={pool.size >> 20}M hugepages={total}  # before memory fragments"
+
+
+def _default_pool_size() -> int | None:
+    try:
+        return procfs.meminfo().get("Hugepagesize")
+    except OSError:
+        return None
+
+
+def _selected(path: Path) -> str | None:
+    # "always [madvise] never" -> "madvise"
+    return (read_text(path) or "").partition("[")[2].partition("]")[0] or None
+
+
+def huge_page_size() -> int:
+    """Return the size of a transparent huge page in bytes (transparent_hugepage/hpage_pmd_size, Linux 4.9)."""
+    return read_int(_THP / "hpage_pmd_size") or HUGE_PAGE_SIZE
+
+
+def huge_pages_setting() -> str | None:
+    """Return what the host allows for transparent huge pages: "always", "madvise", "never"; None: not to be seen.
+
+    The setting of the huge-page size (hugepages-SIZEkB/enabled, Linux 6.8) comes before the general one
+    (Documentation/admin-guide/mm/transhuge.rst).
+    """
+    own = _selected(_THP / f"hugepages-{huge_page_size() >> 10}kB" / "enabled")
+    general = _selected(_THP / "enabled")
+    return general if own in (None, "inherit") else own
+
+
+def huge_pages_enabled() -> bool:
+    """Say whether this process may ask for transparent huge pages with MADV_HUGEPAGE (madvise(2))."""
+    # THP_enabled (Linux 5.0) is 0 after prctl(PR_SET_THP_DISABLE), and in a kernel built without huge pages.
+    return huge_pages_setting() != "never" and own_status().get("THP_enabled") != "0"
+
+
+def _obtains_huge_page(size: int) -> bool:
+    try:
+        with scratch(size) as area:
+            memory.advise(area.address, size, memory.MADV_HUGEPAGE)
+            area.write(0, b"\1")
+            # One byte was written: whatever else is resident came with a huge page.
+            return all(entry & 1 for entry in memory.incore(area.address, size // PAGE_SIZE, PAGE_SIZE))
+    except OSError:
+        return False
+
+
+def huge_pages() -> Fact:
+    """Probe transparent huge pages: ask for one, and see whether one byte written makes all of it resident."""
+    size, setting = huge_page_size(), huge_pages_setting()
+    obtained = _obtains_huge_page(size) if size <= _LARGEST_TRIED else None
+    settings: dict[str, JSON] = {name: _selected(_THP / name) for name in ("enabled", "defrag", "shmem_enabled")}
+    value = {**settings, "size": size, "setting": setting, "obtained": obtained}
+    told = f"{format_size(size)}: {setting}, defrag {settings['defrag']}, shmem {settings['shmem_enabled']}"
+    if setting is None:
+        told = f"{format_size(size)}, settings not to be seen"
+    status, why, remedy = _judge_huge_pages(obtained)
+    return Fact("THP", status, value, told + why, "fill and copy large buffers several times as fast", remedy)
+
+
+def _judge_huge_pages(obtained: bool | None) -> tuple[Status, str, str]:
+    if obtained or (obtained is None and huge_pages_enabled()):
+        return Status.YES, "", ""
+    if read_text(_THP / "enabled") is None:
+        return Status.NO, "; not in this kernel", "a kernel with CONFIG_TRANSPARENT_HUGEPAGE"
+    if own_status().get("THP_enabled") == "0":
+        return Status.NO, "; off in this process", "start without prctl(PR_SET_THP_DISABLE), which is inherited"
+    if not huge_pages_enabled():
+        own = _THP / f"hugepages-{huge_page_size() >> 10}kB" / "enabled"
+        commands = [f"echo madvise > {_THP / 'enabled'}  # as root"]
+        if _selected(own) == "never":
+            commands = [f"echo inherit > {own}  # as root", *commands]
+        return Status.NO, "", "\n".join(commands)
+    remedy = "echo 1 > /proc/sys/vm/compact_memory  # as root: memory is short or fragmented"
+    return Status.LIMITED, "; none to be had now", remedy
+
+
+def hugetlb() -> list[Fact]:
+    """Report the hugetlb pools, one fact a page size."""
+    purpose = "long contiguous buffers, never moved by compaction"
+    pools = hugetlb_pools()
+    if not pools:
+        remedy = "a kernel with CONFIG_HUGETLBFS; container: mount /sys"
+        return [Fact("hugetlb", Status.NO, None, "no pools", purpose, remedy)]
+    return [_pool(pool, purpose) for pool in pools]
+
+
+def _pool(pool: HugePool, purpose: str) -> Fact:
+    status = Status.YES if pool.available else Status.LIMITED if pool.overcommit > pool.surplus else Status.NO
+    summary = f"{pool.total} total, {pool.free} free, {pool.reserved} reserved, {pool.surplus} surplus"
+    remedy = "" if status is Status.YES else pool_remedy(pool, max(_SUGGESTED_POOL // pool.size, 1))
+    value = {**pool._asdict(), "available": pool.available}
+    return Fact(f"hugepages-{pool.size >> 10}kB", status, value, summary, purpose, remedy)
+
+
+def page_size() -> Fact:
+    """Report the base page size in bytes (sysconf(3))."""
+    return Fact("page size", Status.INFO, PAGE_SIZE, format_size(PAGE_SIZE), "unit of wiring and of addresses")
+
+
+def kernel() -> Fact:
+    """Report the kernel's release and machine (uname(2)); nothing here is decided by them."""
+    system = os.uname()
+    value = {"release": system.release, "machine": system.machine}
+    return Fact("kernel", Status.INFO, value, f"{system.release} {system.machine}", "to quote in reports")
+
+
+class SwapArea(NamedTuple):
+    """A line of /proc/swaps (proc_swaps(5)), sizes in bytes."""
+
+    name: str
+    type: str
+    size: int
+    used: int
+    priority: int
+
+
+def swap_areas() -> list[SwapArea]:
+    """Return the swap areas in use."""
+    lines = [line.rsplit(maxsplit=4) for line in (read_text("/proc/swaps") or "").splitlines()[1:]]
+    return [
+        SwapArea(name, kind, int(size) << 10, int(used) << 10, int(priority))
+        for name, kind, size, used, priority in lines
+    ]
+
+
+def swap() -> Fact:
+    """Report the swap areas."""
+    areas, purpose = swap_areas(), "pageable buffers can leave RAM (wired ones never do)"
+    if areas:
+        summary = ", ".join(f"{area.name} {format_size(area.size)}" for area in areas)
+        return Fact("swap", Status.YES, [area._asdict() for area in areas], summary, purpose)
+    file = "/swapfile"
+    remedy = f"fallocate -l 1G {file} && chmod 600 {file} && mkswap {file} && swapon {file}  # as root"
+    return Fact("swap", Status.NO, [], "none", purpose, remedy)

@@ -1,0 +1,109 @@
+"""How the kernel tells that memory runs short: PSI, and the files of our own cgroup."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from iobmd.host.fact import JSON, Fact, Status, read_text
+
+PSI_MEMORY = Path("/proc/pressure/memory")
+# 150 ms of stalls in 2 s. Without CAP_SYS_RESOURCE only windows of whole 2 s are taken (Linux 6.5).
+_TRIGGER = b"some 150000 2000000\0"
+
+
+class PressureFile(NamedTuple):
+    """A file that tells of memory pressure; `notifies`: it can wake a waiter, else it has to be polled."""
+
+    path: Path
+    notifies: bool
+
+
+def _psi(path: Path) -> PressureFile | None:
+    """Read the file and set a trigger, which goes with its descriptor (Documentation/accounting/psi.rst)."""
+    # Booted with psi=0 the file may exist and refuse to be read.
+    if not read_text(path):
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return PressureFile(path, notifies=False)
+    try:
+        os.write(descriptor, _TRIGGER)
+    except OSError:
+        return PressureFile(path, notifies=False)
+    finally:
+        os.close(descriptor)
+    return PressureFile(path, notifies=True)
+
+
+def _pressure_level(path: Path) -> PressureFile | None:
+    """Look at cgroup v1's file. Events are not tried: the first one makes the kernel log a warning (6.18)."""
+    if not os.access(path, os.F_OK):
+        return None
+    control = path.parent / "cgroup.event_control"
+    notifies = os.access(path, os.R_OK) and os.access(control, os.W_OK)
+    return PressureFile(path, notifies=notifies)
+
+
+def _own_cgroup(kind: str) -> Path | None:
+    """Return our cgroup's directory in the hierarchy `kind`: "cgroup2", or "cgroup" for v1's memory one."""
+    inside = None
+    for line in (read_text("/proc/self/cgroup") or "").splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0" if kind == "cgroup2" else "memory" in controllers.split(","):
+            inside = path
+    for root, mounted_at in _mounts(kind) if inside else ():
+        # A container may see a part of the hierarchy only: `root` is the part's own name.
+        if inside and PurePosixPath(inside).is_relative_to(root):
+            return Path(mounted_at) / PurePosixPath(inside).relative_to(root)
+    return None
+
+
+def _mounts(kind: str) -> Iterator[tuple[str, str]]:
+    for line in (read_text("/proc/self/mountinfo") or "").splitlines():
+        place, _, system = line.partition(" - ")
+        filesystem, _source, options = system.split(" ", 2)
+        if filesystem == kind and (kind == "cgroup2" or "memory" in options.split(",")):
+            _id, _parent, _device, root, mounted_at, *_rest = place.split(" ")
+            yield root, mounted_at
+
+
+def system_pressure() -> PressureFile | None:
+    """Return the host's pressure file, None when the kernel keeps none (PSI, Linux 4.20)."""
+    return _psi(PSI_MEMORY)
+
+
+def cgroup_pressure() -> PressureFile | None:
+    """Return the pressure file of our own cgroup: v2 memory.pressure or v1 memory.pressure_level, or None."""
+    unified, legacy = _own_cgroup("cgroup2"), _own_cgroup("cgroup")
+    found = [
+        _psi(unified / "memory.pressure") if unified else None,
+        _pressure_level(legacy / "memory.pressure_level") if legacy else None,
+    ]
+    files = [file for file in found if file]
+    return next((file for file in files if file.notifies), files[0] if files else None)
+
+
+def _fact(name: str, file: PressureFile | None, purpose: str, missing: str, limited: str) -> Fact:
+    if file is None:
+        return Fact(name, Status.NO, None, "none", purpose, missing)
+    value: JSON = {"path": str(file.path), "notifies": file.notifies}
+    if file.notifies:
+        return Fact(name, Status.YES, value, f"{file.path} notifies", purpose)
+    return Fact(name, Status.LIMITED, value, f"{file.path} can be read only", purpose, limited)
+
+
+def pressure() -> Fact:
+    """Probe the host's memory pressure: read it, and set a trigger for a moment."""
+    purpose = "purge volatile shared buffers when the host runs short"
+    missing = "boot parameter: psi=1  # with CONFIG_PSI"
+    limited = "CAP_SYS_RESOURCE, or Linux 6.5 or later"
+    return _fact("/proc/pressure/memory", system_pressure(), purpose, missing, limited)
+
+
+def cgroup() -> Fact:
+    """Probe memory pressure of our own cgroup (cgroups(7)), as `pressure`."""
+    purpose = "purge volatile shared buffers when our own limit is near"
+    remedy = "systemd-run --user --scope COMMAND  # a cgroup of one's own, with cgroup v2"
+    return _fact("cgroup pressure", cgroup_pressure(), purpose, remedy, remedy)

@@ -1,0 +1,160 @@
+"""Capabilities of this process, and how much memory it may lock."""
+
+import errno
+import os
+import resource
+import sys
+from enum import IntEnum
+from pathlib import Path
+
+from iobmd._native import memory
+from iobmd.host.fact import Fact, Status, own_status, scratch
+from iobmd.units import PAGE_SIZE, format_size
+
+# Namespace files have the inode number of their namespace; the first user namespace's is fixed (PROC_USER_INIT_INO).
+_INITIAL_USER_NAMESPACE = 0xEFFFFFFD
+
+
+class Capability(IntEnum):
+    """The capabilities that matter here, by bit number (capabilities(7), linux/capability.h)."""
+
+    CAP_IPC_LOCK = 14
+    CAP_SYS_PTRACE = 19
+    CAP_SYS_ADMIN = 21
+
+
+_PURPOSES = {
+    Capability.CAP_IPC_LOCK: "lock and pin any amount of memory",
+    Capability.CAP_SYS_ADMIN: "physical addresses; shared memory in huge pages",
+    Capability.CAP_SYS_PTRACE: "copy from processes of other users, whatever Yama says up to scope 2",
+}
+
+
+def has_capability(name: str) -> bool:
+    """Say whether this process has the effective capability `name` in its own user namespace.
+
+    Parameters
+    ----------
+    name : str
+        The kernel's name of one of `Capability`, such as "CAP_SYS_ADMIN".
+
+    Raises
+    ------
+    KeyError
+        No member of `Capability` has this name.
+
+    Notes
+    -----
+    Source: CapEff in proc_pid_status(5); False where /proc is not mounted. See `has_host_capability`.
+    """
+    return bool(int(own_status().get("CapEff", "0"), 16) >> Capability[name] & 1)
+
+
+def in_initial_user_namespace() -> bool:
+    """Say whether this process lives in the host's first user namespace (user_namespaces(7))."""
+    try:
+        return Path("/proc/self/ns/user").stat().st_ino == _INITIAL_USER_NAMESPACE
+    except OSError:
+        # No /proc, or a kernel without user namespaces: then there is only the first.
+        return True
+
+
+def has_host_capability(name: str) -> bool:
+    """Say whether the capability `name` counts for the host's own resources.
+
+    The kernel asks for CAP_IPC_LOCK (locking beyond the limit) and CAP_SYS_ADMIN (physical addresses) in the
+    first user namespace: those of a rootless container do not count. Raises as `has_capability`.
+    """
+    return has_capability(name) and in_initial_user_namespace()
+
+
+def memlock_limit() -> int | None:
+    """Return how many bytes this process may lock or pin, None when nothing limits it.
+
+    Nothing does when RLIMIT_MEMLOCK is unlimited or CAP_IPC_LOCK lifts it (mlock(2), getrlimit(2)). mlock counts
+    per process, io_uring's pins per user: one is not charged for the other.
+    """
+    soft, _hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY or has_host_capability("CAP_IPC_LOCK"):
+        return None
+    return soft
+
+
+def capability_remedy() -> str:
+    """Return how to give this interpreter the capabilities that matter, one alternative a line."""
+    if not in_initial_user_namespace():
+        return "leave the user namespace (rootless container, unshare -U): its capabilities do not count here"
+    names = [capability.name.lower() for capability in Capability]
+    container = " ".join(f"--cap-add {name.removeprefix('cap_').upper()}" for name in names)
+    return (
+        "run as root (sudo)\n"
+        f"setcap {','.join(names)}+ep {os.path.realpath(sys.executable)}  # as root; for all it runs\n"
+        f"systemd unit: AmbientCapabilities={' '.join(names).upper()}\n"
+        f"container: {container}"
+    )
+
+
+def memlock_remedy() -> str:
+    """Return how to raise the limit on locked memory, one alternative a line."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    highest = "unlimited" if hard == resource.RLIM_INFINITY else str(hard >> 10)
+    shell = f"ulimit -l {highest}  # in the shell; the most its hard limit allows"
+    if soft == hard:
+        shell = "ulimit -l unlimited  # in a shell of root that then starts this program"
+    return (
+        f"{shell}\n"
+        "prlimit --memlock=unlimited:unlimited --pid PID  # as root, for a process that runs\n"
+        "/etc/security/limits.conf: * - memlock unlimited  # from the next login\n"
+        "systemd unit: LimitMEMLOCK=infinity\n"
+        "container: --ulimit memlock=-1, or --cap-add IPC_LOCK, which lifts the limit"
+    )
+
+
+def capability(which: Capability) -> Fact:
+    """Probe one capability of this process."""
+    effective, host = has_capability(which.name), has_host_capability(which.name)
+    status = Status.YES if host else Status.LIMITED if effective else Status.NO
+    summary = {Status.YES: "effective", Status.LIMITED: "only inside its user namespace"}.get(status, "missing")
+    remedy = "" if host else capability_remedy()
+    return Fact(which.name, status, {"effective": effective, "host": host}, summary, _PURPOSES[which], remedy)
+
+
+def memlock() -> Fact:
+    """Report RLIMIT_MEMLOCK, and how much this process has locked (VmLck) and pinned (VmPin), in bytes."""
+    limits = [
+        None if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    ]
+    fields = own_status()
+    locked, pinned = (int(fields.get(name, "0").split()[0]) << 10 for name in ("VmLck", "VmPin"))
+    bound = memlock_limit()
+    value = {"soft": limits[0], "hard": limits[1], "effective": bound, "locked": locked, "pinned": pinned}
+    summary = "unlimited" if limits[0] is None else format_size(limits[0])
+    if limits[0] is not None and bound is None:
+        summary += ", lifted by CAP_IPC_LOCK"
+    summary += f"; {format_size(locked)} locked, {format_size(pinned)} pinned"
+    status = Status.YES if bound is None else Status.LIMITED if bound >= PAGE_SIZE else Status.NO
+    purpose = "how much memory may be wired"
+    return Fact("RLIMIT_MEMLOCK", status, value, summary, purpose, "" if bound is None else memlock_remedy())
+
+
+def mlock() -> Fact:
+    """Probe mlock(2): lock a page of our own, which unmapping it unlocks."""
+    name, purpose = "mlock", "wired buffers: memory that stays in RAM"
+    try:
+        with scratch() as page:
+            memory.lock(page.address, page.size)
+    except OSError as error:
+        why, remedy = _why_not_locked(error)
+        return Fact(name, Status.NO, False, why, purpose, remedy)
+    return Fact(name, Status.YES, True, "a page was locked", purpose)
+
+
+def _why_not_locked(error: OSError) -> tuple[str, str]:
+    bound = memlock_limit()
+    # EPERM is the kernel's answer to a limit of 0, ENOMEM and (at mmap, under mlockall) EAGAIN to one reached.
+    if bound is not None and (bound < PAGE_SIZE or error.errno in (errno.ENOMEM, errno.EAGAIN)):
+        return f"RLIMIT_MEMLOCK ({format_size(bound)}) leaves no room for a page", memlock_remedy()
+    if error.errno in (errno.EPERM, errno.ENOSYS):
+        remedy = "allow mlock in the seccomp profile (container: --security-opt seccomp=unconfined)"
+        return f"{error.strerror}; a seccomp filter or security module forbids it", remedy
+    return f"{error.strerror}", "free some memory"

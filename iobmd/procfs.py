@@ -1,0 +1,85 @@
+"""What /proc says of a process and of the host (proc(5)), parsed and in bytes."""
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+_FIELD = re.compile(r"(\w+(?:\(\w+\))?):\s+(\d+) kB")
+_ESCAPE = re.compile(r"\\([0-7]{3})")
+
+
+class VMA(NamedTuple):
+    """One virtual memory area: a line of /proc/PID/maps. Addresses and `offset` are in bytes."""
+
+    start: int
+    end: int
+    perms: str
+    offset: int
+    inode: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.start:#x}-{self.end:#x} {self.perms} {self.name or '(anonymous)'}"
+
+
+def _parse_vma(line: str) -> VMA:
+    span, perms, offset, _device, inode, *name = line.rstrip("\n").split(maxsplit=5)
+    start, _, end = span.partition("-")
+    text = _ESCAPE.sub(lambda match: chr(int(match[1], 8)), name[0]) if name else ""
+    return VMA(int(start, 16), int(end, 16), perms, int(offset, 16), int(inode), text)
+
+
+def maps(pid: int | str = "self") -> Iterator[VMA]:
+    """Iterate over /proc/PID/maps, ascending by address."""
+    with Path(f"/proc/{pid}/maps").open(errors="surrogateescape") as lines:
+        for line in lines:
+            yield _parse_vma(line)
+
+
+def smaps(pid: int | str = "self") -> Iterator[tuple[VMA, dict[str, int]]]:
+    """Iterate over /proc/PID/smaps: each area with its counters, in bytes."""
+    area: VMA | None = None
+    counters: dict[str, int] = {}
+    with Path(f"/proc/{pid}/smaps").open(errors="surrogateescape") as lines:
+        for line in lines:
+            if field := _FIELD.match(line):
+                counters[field[1]] = int(field[2]) << 10
+            elif not line.startswith(("VmFlags", "THPeligible", "ProtectionKey")):
+                if area:
+                    yield area, counters
+                area, counters = _parse_vma(line), {}
+    if area:
+        yield area, counters
+
+
+def find_vma(pid: int, address: int) -> VMA | None:
+    """Return the area that holds `address`, or None."""
+    return next((area for area in maps(pid) if area.start <= address < area.end), None)
+
+
+def uncovered(areas: Iterable[VMA], address: int, end: int, permission: str) -> int:
+    """Return the first address of `address`…`end` that no area with `permission` covers (`end`: all are)."""
+    for area in areas:
+        if area.end <= address:
+            continue
+        if area.start > address or permission not in area.perms or address >= end:
+            break
+        address = area.end
+    return min(address, end)
+
+
+def status(pid: int | str = "self") -> dict[str, str]:
+    """Return the fields of /proc/PID/status as text."""
+    lines = Path(f"/proc/{pid}/status").read_text(errors="surrogateescape").splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def locked_bytes() -> int:
+    """Return how much memory this process holds locked by mlock (VmLck), in bytes."""
+    return int(status()["VmLck"].removesuffix("kB")) << 10
+
+
+def meminfo() -> dict[str, int]:
+    """Return the sizes of /proc/meminfo, in bytes."""
+    return {field[1]: int(field[2]) << 10 for field in _FIELD.finditer(Path("/proc/meminfo").read_text())}

@@ -1,0 +1,91 @@
+"""Why access to another task failed, as the error to raise: every sentence names the cause and the remedy."""
+
+import errno
+import os
+from pathlib import Path
+
+from iobmd import host, procfs
+from iobmd.constants import IOReturn
+from iobmd.errors import IOReturnError
+
+_PF_KTHREAD = 0x00200000
+
+
+def gone(what: str, number: int = errno.ESRCH) -> IOReturnError:
+    """Return the error for a task that exited: `what` says which and how we know."""
+    return IOReturnError(IOReturn.kIOReturnNotFound, what, number)
+
+
+def unreadable(pid: int, address: int, *, write: bool = False) -> IOReturnError:
+    """Return the error for the byte `address` of the task `pid`, which is not mapped or not accessible."""
+    verb = "write to" if write else "read"
+    try:
+        area = procfs.find_vma(pid, address)
+    except OSError:
+        area = None
+    if area is None:
+        why = "no memory is mapped there"
+    elif ("w" if write else "r") not in area.perms:
+        why = f"it lies in a mapping without {'write' if write else 'read'} permission, {area}"
+    else:
+        why = f"the kernel cannot fault it in (past the end of its file, a guard page, or a device), in {area}"
+    message = f"cannot {verb} address {address:#x} of task {pid}: {why}"
+    return IOReturnError(IOReturn.kIOReturnVMError, message, errno.EFAULT, address)
+
+
+def refused(pid: int, number: int, what: str) -> IOReturnError:
+    """Return the error for a kernel that refused `what` ("memory", "pagemap") of the task `pid`."""
+    return IOReturnError(
+        IOReturn.kIOReturnNotPermitted, f"no access to the {what} of task {pid}: {_why_refused(pid)}", number
+    )
+
+
+def without_memory(pid: int) -> IOReturnError:
+    """Return the error for a task that has no user memory, or none any more."""
+    if is_kernel_thread(pid):
+        return IOReturnError(
+            IOReturn.kIOReturnUnsupported,
+            f"task {pid} is a kernel thread: it has no user memory",
+            errno.ESRCH,
+        )
+    return gone(f"the memory of task {pid} is gone: it exited, or replaced its program by exec meanwhile")
+
+
+def is_kernel_thread(pid: int) -> bool:
+    """Say whether `pid` is a kernel thread (PF_KTHREAD in the flags of /proc/PID/stat)."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return False
+    return bool(int(after_name[6]) & _PF_KTHREAD)
+
+
+def thread_with_memory(pid: int) -> int | None:
+    """Return a thread of `pid` that still has its memory when the leader has none (it exited before others)."""
+    try:
+        threads = [int(entry.name) for entry in Path(f"/proc/{pid}/task").iterdir() if entry.name != str(pid)]
+    except OSError:
+        return None
+    return next((thread for thread in threads if "VmSize" in procfs.status(thread)), None)
+
+
+def _why_refused(pid: int) -> str:
+    try:
+        theirs = procfs.status(pid)["Uid"].split()
+    except OSError:
+        theirs = []
+    if not host.has_capability("CAP_SYS_PTRACE"):
+        if theirs and theirs[0] != str(os.getuid()):
+            return (
+                f"it belongs to uid {theirs[0]}, this process to uid {os.getuid()}; "
+                "run as that user or with CAP_SYS_PTRACE"
+            )
+        if scope := host.yama_scope():
+            return (
+                f"Yama's kernel.yama.ptrace_scope is {scope}; "
+                "run with CAP_SYS_PTRACE, or `sysctl kernel.yama.ptrace_scope=0`"
+            )
+        if pid == os.getpid():
+            return "it has changed its user and is not dumpable; call prctl(PR_SET_DUMPABLE, 1)"
+        return "it is not dumpable or runs with more privilege than this process; run with CAP_SYS_PTRACE"
+    return "a seccomp filter, a security module or a user namespace forbids it; allow process_vm_readv or ptrace"

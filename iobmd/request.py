@@ -1,0 +1,106 @@
+"""What a caller asks of a buffer, checked against IOKit's rules (IOBufferMemoryDescriptor.h)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from iobmd._version import __version__
+from iobmd.constants import IOOptionBits, IOReturn
+from iobmd.errors import IOReturnError
+from iobmd.task import Task, as_task, kernel_task
+from iobmd.units import PAGE_SIZE, is_power_of_two
+
+if TYPE_CHECKING:
+    import psutil
+
+DIRECTION_MASK = 0x3
+CACHE_MASK = 0xF00
+
+_PAGEABLE = int(IOOptionBits.kIOMemoryPageable)
+_PURGEABLE = int(IOOptionBits.kIOMemoryPurgeable)
+_KNOWN = CACHE_MASK | sum({int(option) for option in IOOptionBits})
+
+_NOT_YET = {
+    int(IOOptionBits.kIOMemoryPhysicallyContiguous): "physically contiguous memory",
+    int(IOOptionBits.kIOMemoryHostPhysicallyContiguous): "physically contiguous memory",
+    _PURGEABLE: "purgeable memory",
+    int(IOOptionBits.kIOMemoryKernelUserShared): "memory shared between tasks",
+    int(IOOptionBits.kIOMemoryClearEncrypt): "encrypted memory",
+    int(IOOptionBits.kIOMemoryUseReserve): "the reserve",
+    CACHE_MASK & ~int(IOOptionBits.kIOMemoryMapperNone): "a cache mode",
+}
+"""Options of the contract that this version does not have, and what they ask for."""
+
+
+class Request(NamedTuple):
+    """A checked request: sizes in bytes."""
+
+    options: int
+    capacity: int
+    alignment: int
+
+    @property
+    def wired(self) -> bool:
+        """Whether the memory stays resident."""
+        return not self.options & _PAGEABLE
+
+
+def check(
+    task: Task | int | psutil.Process | None, options: int, capacity: int, alignment: int, physical_mask: int
+) -> Request:
+    """Check a request for a buffer; the parameters are those of `initWithPhysicalMask`.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnBadArgument`, or `kIOReturnUnsupported` for what this version does not have.
+    """
+    options = int(options)
+    if capacity <= 0:
+        raise _bad(f"a buffer's size must be positive, not {capacity}")
+    if alignment not in (0, 1) and not is_power_of_two(alignment):
+        raise _bad(f"alignment {alignment} is not a power of two")
+    if not 0 <= physical_mask < 1 << 64:
+        raise _bad(f"physical mask {physical_mask:#x} is not a 64-bit mask")
+    if capacity + alignment > 1 << 63:
+        raise _bad(f"size {capacity:#x} with alignment {alignment:#x} exceeds every address space")
+    _check_options(options)
+    if physical_mask:
+        raise unsupported("a physical mask")
+    if alignment > PAGE_SIZE:
+        raise unsupported(f"alignment above a page ({PAGE_SIZE} bytes)")
+    _check_task(task)
+    return Request(options, capacity, alignment)
+
+
+def check_direction(direction: int) -> int:
+    """Return `direction` if it is one of the four of IOKit."""
+    if not 0 <= direction <= DIRECTION_MASK:
+        raise _bad(f"direction {direction:#x} is none of kIODirectionNone, In, Out and InOut")
+    return int(direction)
+
+
+def _check_options(options: int) -> None:
+    if options < 0 or options & ~_KNOWN:
+        raise _bad(f"options {options:#x} have unknown bits {options & ~_KNOWN & 0xFFFFFFFFFFFFFFFF:#x}")
+    if options & _PURGEABLE and not options & _PAGEABLE:
+        raise _bad("kIOMemoryPurgeable needs kIOMemoryPageable: wired memory cannot be taken back")
+    for bits, meaning in _NOT_YET.items():
+        if options & bits:
+            raise unsupported(meaning)
+
+
+def _check_task(task: Task | int | psutil.Process | None) -> None:
+    if task is None:
+        raise unsupported("memory mapped in no task")
+    if task is not kernel_task and not as_task(task).is_current:
+        raise unsupported("memory in another task")
+
+
+def _bad(message: str) -> IOReturnError:
+    return IOReturnError(IOReturn.kIOReturnBadArgument, message)
+
+
+def unsupported(what: str) -> IOReturnError:
+    """Return the error for a part of the contract that this version does not have."""
+    return IOReturnError(IOReturn.kIOReturnUnsupported, f"iobmd {__version__} does not support {what} yet")

@@ -1,0 +1,277 @@
+"""`Task`: one process, and access to its memory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+from operator import index
+from typing import TYPE_CHECKING, SupportsIndex
+
+from iobmd import copying, refusals
+from iobmd._native.crosstask import HeldBuffer, fresh_bytes
+from iobmd.constants import IOReturn
+from iobmd.errors import IOReturnError
+
+if TYPE_CHECKING:
+    import psutil
+    from typing_extensions import Buffer
+
+ADDRESS_END = 1 << 64
+
+
+class Task:
+    """One process, identified by its pid and its start time: a reused pid is another task.
+
+    Parameters
+    ----------
+    process : int or psutil.Process
+        The process. A number is a pid as this process's pid namespace counts.
+
+    Attributes
+    ----------
+    pid : int
+        The process id.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnNotFound`: no such process. `kIOReturnBadArgument`: not a process id.
+
+    Notes
+    -----
+    Holds a pidfd (pidfd_open(2), Linux 5.3), which stays with the process whatever happens to its number; psutil
+    gives identity and state. Usable from any thread; a forked child may go on using it.
+    """
+
+    __slots__ = ("__weakref__", "_pidfd", "_process", "pid")
+
+    pid: int
+
+    def __init__(self, process: int | psutil.Process) -> None:
+        self._pidfd = -1
+        self.pid = _pid_of(process)
+        self._pidfd = _open_pidfd(self.pid)
+        self._process = _identify(self.pid if isinstance(process, SupportsIndex) else process)
+
+    def __del__(self) -> None:
+        if getattr(self, "_pidfd", -1) >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    @property
+    def process(self) -> psutil.Process:
+        """The same process as psutil sees it: its name, user, state and much more."""
+        return self._process
+
+    @property
+    def is_current(self) -> bool:
+        """Whether this is the calling process."""
+        return self.pid == os.getpid() and self.alive
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs; False once it has exited, also before its parent has waited for it."""
+        if self._pidfd < 0:
+            return self._alive_without_pidfd()
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return not poll.poll(0)
+
+    def _alive_without_pidfd(self) -> bool:
+        import psutil  # noqa: PLC0415 (see _identify)
+
+        try:
+            return self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    def read(self, address: int, size: int) -> bytes:
+        """Return the `size` bytes at `address` of this task.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnVMError` (`.address` is the first byte that could not be read), `kIOReturnNotFound`,
+            `kIOReturnNotPermitted`, `kIOReturnBadArgument`.
+        """
+        check_range(address, size)
+        data = fresh_bytes(size)
+        # Nobody else has seen these bytes yet, so that they may still be written.
+        with HeldBuffer(data, False) as held:
+            self.copy_in(address, held.address, size)
+        return data
+
+    def readinto(self, address: int, buffer: Buffer) -> int:
+        """Fill the writable `buffer` from `address` on; return its size in bytes. Raises as `read`."""
+        with HeldBuffer(buffer, True) as held:
+            self.copy_in(address, held.address, held.size)
+            return held.size
+
+    def write(self, address: int, data: Buffer) -> int:
+        """Copy the bytes of `data` to `address`; return how many. Raises as `read`.
+
+        On `kIOReturnVMError` the bytes before `.address` may have been written.
+        """
+        with HeldBuffer(data, False) as held:
+            self._transfer(address, held.address, held.size, write=True)
+            return held.size
+
+    def copy_in(
+        self,
+        source: int,
+        destination: int,
+        size: int,
+        *,
+        huge: int = 0,
+        progress: copying.Progress | None = None,
+    ) -> None:
+        """Copy `size` bytes at `source` of this task to the address `destination` of the calling process.
+
+        `huge` and `progress` are those of `copying.copy`. Raises as `read`.
+        """
+        self._transfer(source, destination, size, huge=huge, progress=progress)
+
+    def _transfer(
+        self,
+        theirs: int,
+        ours: int,
+        size: int,
+        *,
+        write: bool = False,
+        huge: int = 0,
+        progress: copying.Progress | None = None,
+    ) -> None:
+        check_range(theirs, size)
+        done, error = copying.copy(self.pid, theirs, ours, size, write=write, huge=huge, progress=progress)
+        if error == errno.ESRCH and (thread := refusals.thread_with_memory(self.pid)):
+            done, error = copying.copy(thread, theirs, ours, size, write=write, huge=huge, progress=progress)
+        # Alive afterwards means that the pid was this task's all the while.
+        if not self.alive:
+            raise refusals.gone(f"task {self.pid} is gone: it exited before its memory was copied")
+        if error == errno.ESRCH:
+            raise refusals.without_memory(self.pid)
+        if error in (errno.EPERM, errno.EACCES):
+            raise refusals.refused(self.pid, error, "memory")
+        if error:
+            raise refusals.unreadable(self.pid, theirs + done, write=write)
+
+    def __eq__(self, other: object) -> bool:
+        return self.process == other.process if isinstance(other, Task) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.process)
+
+    def __repr__(self) -> str:
+        state = "this process" if self.is_current else "alive" if self.alive else "exited"
+        return f"<Task {self.pid} {state}>"
+
+
+class _CurrentTask(Task):
+    """The calling process, also after a fork: there it is the child."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        self._pidfd = -1
+
+    @property
+    def pid(self) -> int:  # type: ignore[override]
+        return os.getpid()
+
+    @property
+    def process(self) -> psutil.Process:
+        return _identify(os.getpid())
+
+    @property
+    def is_current(self) -> bool:
+        return True
+
+    @property
+    def alive(self) -> bool:
+        return True
+
+
+kernel_task: Task = _CurrentTask()
+"""This process in the kernel's role: memory allocated in it is wired unless it is asked to be pageable."""
+
+
+def current_task() -> Task:
+    """Return this process; the same object as `kernel_task`, for both have one address space here."""
+    return kernel_task
+
+
+def get_task_map(task: Task | int | psutil.Process) -> Task:
+    """Return the task itself: on Linux a task's map is its address space (kept for ports of IOKit code)."""
+    return as_task(task)
+
+
+def as_task(task: Task | int | psutil.Process) -> Task:
+    """Return `task` as a `Task`."""
+    return task if isinstance(task, Task) else Task(task)
+
+
+def check_range(address: int, size: int) -> None:
+    """Raise `kIOReturnBadArgument` unless `address`…`address + size` is a range of 64-bit addresses."""
+    if size < 0:
+        raise IOReturnError(IOReturn.kIOReturnBadArgument, f"size {size} is negative")
+    if address < 0 or address + size > ADDRESS_END:
+        raise IOReturnError(
+            IOReturn.kIOReturnBadArgument,
+            f"address {address:#x} with size {size:#x} is outside of the 64-bit address space",
+        )
+
+
+def _pid_of(process: int | psutil.Process) -> int:
+    if process is None:
+        raise IOReturnError(IOReturn.kIOReturnBadArgument, "a task is needed here, not None")
+    pid = index(process if isinstance(process, SupportsIndex) else process.pid)
+    if isinstance(process, bool) or not 0 < pid < 1 << 31:
+        raise IOReturnError(IOReturn.kIOReturnBadArgument, f"{process!r} is not a process id")
+    return pid
+
+
+def _open_pidfd(pid: int) -> int:
+    """Return a pidfd, or -1 where the kernel or a seccomp filter has none to give."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        if error.errno == errno.ESRCH:
+            raise refusals.gone(f"no process has the pid {pid}", errno.ESRCH) from None
+        if error.errno in (errno.EINVAL, errno.ENOENT):
+            raise IOReturnError(
+                IOReturn.kIOReturnBadArgument,
+                f"{pid} is a thread, not a process; name its process",
+                errno.EINVAL,
+            ) from None
+        if error.errno in _NO_DESCRIPTOR:
+            raise _no_descriptor(pid, error) from None
+        return -1
+
+
+def _identify(process: int | psutil.Process) -> psutil.Process:
+    # psutil takes two thirds of the time that `import iobmd` may take: loaded with the first task.
+    import psutil  # noqa: PLC0415
+
+    try:
+        if isinstance(process, int):
+            return psutil.Process(process)
+        if process.is_running():
+            return process
+    except psutil.NoSuchProcess:
+        pass
+    except OSError as error:
+        raise _no_descriptor(process, error) from None
+    pid = process if isinstance(process, int) else process.pid
+    raise refusals.gone(f"task {pid} is gone: no process has that pid and start time")
+
+
+_NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
+
+
+def _no_descriptor(process: int | psutil.Process, error: OSError) -> IOReturnError:
+    return IOReturnError(
+        IOReturn.kIOReturnNoResources,
+        f"no file descriptor is free to look at task {process}; close some, or raise `ulimit -n`",
+        error.errno or 0,
+    )

@@ -1,0 +1,66 @@
+"""Sizes: this host's page size, rounding, and sizes as people write and read them."""
+
+import mmap
+import re
+
+PAGE_SIZE = mmap.PAGESIZE
+"""Bytes in a base page of this host (sysconf(_SC_PAGESIZE))."""
+
+HUGE_PAGE_SIZE = 2 << 20
+"""Bytes a PMD maps with 4 KiB base pages; used to place mappings so that they can be huge."""
+
+_SUFFIXES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_SIZE = re.compile(r"(0x[0-9a-f]+|[0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
+
+
+def round_down(value: int, multiple: int) -> int:
+    """Return the largest multiple of `multiple` that is not above `value`."""
+    return value - value % multiple
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Return the smallest multiple of `multiple` that is not below `value`."""
+    return round_down(value + multiple - 1, multiple)
+
+
+def is_power_of_two(value: int) -> bool:
+    """Say whether `value` is a positive power of two."""
+    return value > 0 and value & (value - 1) == 0
+
+
+def pages(size: int) -> int:
+    """Return how many base pages hold `size` bytes."""
+    return round_up(size, PAGE_SIZE) // PAGE_SIZE
+
+
+def parse_size(text: str) -> int:
+    """Read a size in bytes: decimal or 0x hexadecimal, with an optional binary suffix (`64k`, `1.5MiB`).
+
+    Raises
+    ------
+    ValueError
+        `text` is not a size, or not a whole number of bytes.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f"{text!r} is not a size: write bytes, 0x…, or a number with k, M, G or T")
+    number: str = match[1]
+    scale = _SUFFIXES[match[2].lower()]
+    if number.lower().startswith("0x"):
+        return int(number, 16) * scale
+    whole, _, fraction = number.partition(".")
+    numerator = int(whole + fraction) * scale
+    denominator: int = 10 ** len(fraction)
+    if numerator % denominator:
+        raise ValueError(f"{text!r} is not a whole number of bytes")
+    return numerator // denominator
+
+
+def format_size(size: int) -> str:
+    """Write a size for people, in binary units with at most one decimal: `64 KiB`, `1.5 GiB`."""
+    amount, unit = float(size), "B"
+    for bigger in ("KiB", "MiB", "GiB", "TiB"):
+        if amount < 1024:
+            break
+        amount, unit = amount / 1024, bigger
+    return f"{amount:.1f}".removesuffix(".0") + f" {unit}"

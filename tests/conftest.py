@@ -1,0 +1,121 @@
+"""Requirements, the report header, and the fixtures that change the host and put it back."""
+
+import gc
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support import requirements, zoo
+from support.kernel import Footprint
+
+REQUIRE_ALL = os.environ.get("IOBMD_REQUIRE") == "all"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(*requirements): what the test needs of the host (support.requirements)")
+
+
+def pytest_report_header() -> list[str]:
+    offers = {name: requirements.missing(name) for name in requirements.PROBES}
+    have = [name for name, reason in offers.items() if not reason]
+    lack = [f"{name} ({reason})" for name, reason in offers.items() if reason]
+    return [
+        f"iobmd: uid {os.geteuid()}, Linux {os.uname().release}, IOBMD_REQUIRE={'all' if REQUIRE_ALL else 'no'}",
+        f"host offers: {', '.join(have) or 'nothing'}; lacks: {', '.join(lack) or 'nothing'}",
+    ]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("needs"):
+        for name in marker.args:
+            reason = requirements.missing(name)
+            if not reason:
+                continue
+            if REQUIRE_ALL and name not in requirements.MAY_BE_MISSING:
+                pytest.fail(f"IOBMD_REQUIRE=all, and the host lacks {name}: {reason}", pytrace=False)
+            pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def zoo_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return zoo.build(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture
+def start_zoo(zoo_program: Path) -> Iterator[Callable[..., zoo.Zoo]]:
+    """Start C processes with memory of every kind; they are ended with the test."""
+    started: list[zoo.Zoo] = []
+
+    def start(size: int = 4 << 20, *options: str) -> zoo.Zoo:
+        started.append(zoo.Zoo(zoo_program, size, *options))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.__exit__()
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """Fail the test when it leaves mappings, descriptors or locked memory behind.
+
+    Asked for by `usefixtures`, for then it is set up before, and looks after, what the test's own fixtures start.
+    """
+    gc.collect()
+    before = Footprint.now()
+    yield
+    gc.collect()
+    after = Footprint.now()
+    assert after.descriptors == before.descriptors
+    assert after.locked == before.locked
+    # glibc keeps some of what tests free, and the stacks and arenas of threads: less than any buffer they leak
+    assert after.resident - before.resident < 8 << 20, (before, after)
+
+
+@pytest.fixture
+def hugetlb_pool() -> Iterator[int]:
+    """Eight free 2 MiB pages in the pool, which is put back afterwards."""
+    setting = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+    before = setting.read_text()
+    setting.write_text(str(int(before) + 8))
+    yield 8
+    setting.write_text(before)
+    assert setting.read_text() == before
+
+
+@pytest.fixture
+def swap() -> Iterator[None]:
+    """64 MiB of swap on zram, taken away afterwards."""
+    device = Path("/sys/block/zram0")
+    assert Path("/proc/swaps").read_text().count("\n") == 1, "the host swaps already"
+    (device / "disksize").write_text(str(64 << 20))
+    try:
+        subprocess.run(["mkswap", "/dev/zram0"], check=True, capture_output=True)
+        subprocess.run(["swapon", "/dev/zram0"], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run(["swapoff", "/dev/zram0"], check=True)
+    finally:
+        (device / "reset").write_text("1")
+
+
+@pytest.fixture
+def memory_cgroup() -> Iterator[Callable[[int], Path]]:
+    """Make memory cgroups with a limit in bytes; returns the path of cgroup.procs to write a pid to."""
+    made: list[Path] = []
+    v1 = Path("/sys/fs/cgroup/memory/cgroup.procs").exists()
+    root = Path("/sys/fs/cgroup/memory" if v1 else "/sys/fs/cgroup")
+
+    def make(limit: int) -> Path:
+        group = root / f"iobmd-test-{os.getpid()}-{len(made)}"
+        group.mkdir()
+        made.append(group)
+        (group / ("memory.limit_in_bytes" if v1 else "memory.max")).write_text(str(limit))
+        return group / "cgroup.procs"
+
+    yield make
+    for group in made:
+        group.rmdir()

@@ -1,0 +1,115 @@
+"""`iobmd.pagemap` against an independent few-line reader, and its honesty about hidden frames."""
+
+import os
+import subprocess
+from collections.abc import Callable
+
+import pytest
+from support import kernel
+from support.child import NOBODY, in_child
+from support.zoo import Zoo
+
+import iobmd
+from iobmd import IOReturn, IOReturnError, Task, kernel_task, pagemap
+from iobmd._native import memory
+
+Start = Callable[..., Zoo]
+
+
+def independent(address: int, size: int, pid: int | str = "self") -> list[tuple[bool, bool, int | None, bool, bool]]:
+    """Read the table of proc_pid_pagemap(5) word by word."""
+    return [
+        (bool(e >> 63), bool(e >> 62 & 1), (e & (1 << 55) - 1 or None) if e >> 63 else None, bool(e >> 61 & 1),
+         bool(e >> 56 & 1))
+        for e in kernel.entries(address, size, pid)
+    ]  # fmt: skip
+
+
+@pytest.mark.needs("compiler")
+@pytest.mark.parametrize("kind", ["anonymous", "thp", "memfd", "file", "readonly", "stack", "untouched"])
+def test_every_page_as_an_independent_reader_sees_it(start_zoo: Start, kind: str) -> None:
+    zoo = start_zoo(40 << 20)  # more pages than one read of pagemap returns
+    animal = zoo[kind]
+    ours = list(pagemap.pages(zoo.pid, *animal))
+    assert [tuple(page[1:6]) for page in ours] == independent(*animal, zoo.pid)
+    assert [page.address for page in ours] == list(
+        range(animal.address // 4096 * 4096, animal.address + animal.size, 4096)
+    )
+    counts = pagemap.counts(Task(zoo.pid), *animal)
+    assert counts.present == sum(page.present for page in ours)
+    assert counts.exclusive == sum(page.present and page.exclusive for page in ours)
+    assert counts.hidden == sum(page.pfn_hidden for page in ours)
+    assert (counts.present > 0) == (kind != "untouched")
+    assert {page.file_or_shared for page in ours if page.present} <= {kind in ("memfd", "file")}
+
+
+@pytest.mark.needs("frames")
+def test_frames_are_shown_to_root() -> None:
+    with iobmd.allocate(64 << 10) as buffer:
+        pages = list(pagemap.pages(kernel_task, buffer.getBytesNoCopy(), 64 << 10))
+        assert all(page.pfn and page.physical_address == page.pfn * 4096 for page in pages)
+        assert len({page.pfn for page in pages}) == 16
+
+
+def test_hidden_frames_are_never_zero() -> None:
+    def look() -> list[tuple[int | None, bool, int | None]]:
+        with iobmd.allocate(16 << 10) as buffer:
+            found = list(pagemap.pages(os.getpid(), buffer.getBytesNoCopy(), 16 << 10))
+            assert pagemap.counts(kernel_task, buffer.getBytesNoCopy(), 16 << 10).hidden == 4
+        return [(page.pfn, page.pfn_hidden, page.physical_address) for page in found if page.present]
+
+    assert in_child(look, uid=NOBODY) == [(None, True, None)] * 4
+
+
+@pytest.mark.needs("swap")
+@pytest.mark.usefixtures("swap")
+def test_swapped_pages() -> None:
+    with iobmd.allocate(1 << 20, wired=False) as buffer:
+        address, size = buffer.getBytesNoCopy(), len(buffer)
+        buffer.writeBytes(0, os.urandom(size))
+        memory.advise(address, size, memory.MADV_PAGEOUT)
+        counts = pagemap.counts(kernel_task, address, size)
+        assert counts.swapped == kernel.swapped(address, size) > 200
+        assert all(page.pfn is None for page in pagemap.pages(kernel_task, address, size) if page.swapped)
+        # Half of it back: resident and dirty are what is resident now.
+        buffer.readBytes(0, size // 2)
+        assert buffer.getPageCounts()[0] == kernel.present(address, size) < 256
+
+
+def test_guard_pages_are_not_swapped() -> None:
+    """MADV_GUARD_INSTALL (102, Linux 6.13) leaves a marker that looks like a swap entry."""
+    with iobmd.allocate(4 * 4096, wired=False) as buffer:
+        buffer.writeBytes(0, b"x" * len(buffer))
+        try:
+            memory.advise(buffer.getBytesNoCopy() + 4096, 4096, 102)
+        except OSError as error:
+            pytest.skip(f"no guard pages on this kernel: {error}")
+        pages = list(pagemap.pages(kernel_task, buffer.getBytesNoCopy(), len(buffer)))
+        assert [page.guard for page in pages] == [False, True, False, False]
+        assert not any(page.swapped for page in pages)
+        assert pagemap.counts(kernel_task, buffer.getBytesNoCopy(), len(buffer)).swapped == 0
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_what_it_refuses() -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    task = Task(child.pid)
+    child.kill()
+    child.wait()
+
+    def code(target: Task | int, address: int) -> IOReturn:
+        with pytest.raises(IOReturnError) as caught:
+            pagemap.counts(target, address, 4096)
+        return caught.value.code
+
+    assert code(task, 0x400000) == IOReturn.kIOReturnNotFound
+    assert code(kernel_task, 1 << 63) == IOReturn.kIOReturnBadArgument
+    assert code(kernel_task, -4096) == IOReturn.kIOReturnBadArgument
+    assert code(2, 0x400000) in (IOReturn.kIOReturnUnsupported, IOReturn.kIOReturnNotPermitted)
+
+
+@pytest.mark.needs("root")
+def test_another_users_pagemap() -> None:
+    with pytest.raises(PermissionError, match="pagemap of task 1") as caught:
+        in_child(lambda: pagemap.counts(1, 0x400000, 4096), uid=NOBODY)
+    assert caught.value.code == IOReturn.kIOReturnNotPermitted

@@ -1,0 +1,110 @@
+"""Running a piece of a test in a forked child: as another user, under a limit, behind a seccomp filter."""
+
+import ctypes
+import os
+import pickle
+import resource
+import signal
+import struct
+import sys
+from collections.abc import Callable
+from typing import Any
+
+NOBODY = 65534
+CAP_IPC_LOCK = 1 << 14
+PR_SET_DUMPABLE = 4
+PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
+SYSCALLS = {
+    "x86_64": {
+        "ioctl": 16, "pread64": 17, "mlock": 149, "process_vm_readv": 310, "process_vm_writev": 311,
+        "io_uring_setup": 425, "io_uring_register": 427, "pidfd_open": 434,
+    },
+    "aarch64": {
+        "ioctl": 29, "pread64": 67, "mlock": 228, "process_vm_readv": 270, "process_vm_writev": 271,
+        "io_uring_setup": 425, "io_uring_register": 427, "pidfd_open": 434,
+    },
+}[os.uname().machine]  # fmt: skip
+
+
+def in_child(
+    function: Callable[[], Any],
+    *,
+    uid: int | None = None,
+    memlock: int | None = None,
+    deny: dict[str, int] | None = None,
+    drop: int = 0,
+) -> Any:
+    """Return what `function` returns in a forked child; an exception there is raised here.
+
+    `uid` also drops every capability, `drop` a set of them (bits); `memlock` sets RLIMIT_MEMLOCK in bytes; `deny`
+    maps names of system calls to the error number that a seccomp filter gives them.
+    """
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(reading)
+        signal.alarm(120)
+        try:
+            _restrict(uid, memlock, deny or {}, drop)
+            outcome: tuple[bool, Any] = True, function()
+        except BaseException as error:
+            outcome = False, error
+        try:
+            message = pickle.dumps(outcome)
+        except Exception as error:
+            message = pickle.dumps((False, RuntimeError(f"{outcome!r}: {error!r}")))
+        with os.fdopen(writing, "wb") as pipe:
+            pipe.write(message)
+        sys.stdout.flush()
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        message = pipe.read()
+    _, status = os.waitpid(pid, 0)
+    assert message, f"the child died without a word, wait status {status:#x}"
+    passed, result = pickle.loads(message)
+    if not passed:
+        raise result
+    return result
+
+
+def _restrict(uid: int | None, memlock: int | None, deny: dict[str, int], drop: int) -> None:
+    if memlock is not None:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (memlock, memlock))
+    if uid is not None and os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+        # A change of user makes a process undumpable, and its own /proc files root's; a login would not.
+        assert ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0) == 0
+    if drop:
+        drop_capabilities(drop)
+    if deny:
+        deny_calls(deny)
+
+
+def drop_capabilities(drop: int) -> None:
+    """Give up capabilities of this process, as bits (capset(2))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, sets = ctypes.create_string_buffer(struct.pack("=II", 0x20080522, 0)), ctypes.create_string_buffer(24)
+    assert libc.capget(header, sets) == 0
+    low_effective, low_permitted, *rest = struct.unpack("=6I", sets.raw)
+    kept = struct.pack("=6I", low_effective & ~drop, low_permitted & ~drop, *rest)
+    assert libc.capset(header, kept) == 0, os.strerror(ctypes.get_errno())
+
+
+def deny_calls(deny: dict[str, int]) -> None:
+    """Make system calls of this process fail from now on, by a seccomp filter (seccomp(2))."""
+
+    def statement(code: int, jump_true: int, jump_false: int, k: int) -> bytes:
+        return struct.pack("=HBBI", code, jump_true, jump_false, k)
+
+    program = statement(0x20, 0, 0, 0)  # load the number of the call
+    for name, number in deny.items():
+        program += statement(0x15, 0, 1, SYSCALLS[name]) + statement(0x06, 0, 0, 0x00050000 | number)
+    program += statement(0x06, 0, 0, 0x7FFF0000)  # allow the rest
+    kept = ctypes.create_string_buffer(program, len(program))
+    header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(kept))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+    assert libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0) == 0, os.strerror(ctypes.get_errno())

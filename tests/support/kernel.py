@@ -1,0 +1,61 @@
+"""What the kernel says, read without any help of `iobmd`."""
+
+import os
+import re
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+PAGE = os.sysconf("SC_PAGESIZE")
+
+
+def status(name: str, pid: int | str = "self") -> int:
+    """Return a field of /proc/PID/status in bytes."""
+    match = re.search(rf"^{name}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return int(match[1]) << 10 if match else 0
+
+
+def entries(address: int, size: int, pid: int | str = "self") -> list[int]:
+    """Return the raw pagemap entries of a range."""
+    with Path(f"/proc/{pid}/pagemap").open("rb", buffering=0) as pagemap:
+        first, last = address // PAGE, (address + size - 1) // PAGE
+        pagemap.seek(first * 8)
+        raw = pagemap.read((last - first + 1) * 8)
+    return list(struct.unpack(f"={len(raw) // 8}Q", raw))
+
+
+def present(address: int, size: int) -> int:
+    """Count the pages with a frame."""
+    return sum(entry >> 63 for entry in entries(address, size))
+
+
+def swapped(address: int, size: int) -> int:
+    """Count the pages that are in swap."""
+    return sum(entry >> 62 & 1 for entry in entries(address, size))
+
+
+def smaps(address: int, pid: int | str = "self") -> dict[str, int]:
+    """Return the counters of the mapping that holds `address`, in bytes; empty when nothing is mapped."""
+    inside = False
+    counters: dict[str, int] = {}
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if head := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(head[1], 16) <= address < int(head[2], 16)
+        elif inside and (field := re.match(r"(\w+):\s+(\d+) kB", line)):
+            counters[field[1]] = int(field[2]) << 10
+    return counters
+
+
+class Footprint(NamedTuple):
+    """What a process holds of the kernel's resources."""
+
+    mappings: int
+    resident: int
+    descriptors: int
+    locked: int
+
+    @classmethod
+    def now(cls) -> "Footprint":
+        descriptors = len(list(Path("/proc/self/fd").iterdir()))
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        return cls(len(maps), status("VmRSS"), descriptors, status("VmLck"))

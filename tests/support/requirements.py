@@ -1,0 +1,73 @@
+"""What tests need of the host: each requirement with a probe. With IOBMD_REQUIRE=all a missing one is a failure.
+
+`@pytest.mark.needs("root", "swap")` names them. A test whose requirement is missing is skipped with the reason.
+"""
+
+import mmap
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+MAY_BE_MISSING: dict[str, str] = {
+    # requirement: why IOBMD_REQUIRE=all lets it be missing
+}
+
+
+def _root() -> str | None:
+    return None if os.geteuid() == 0 else "needs root"
+
+
+def _frames() -> str | None:
+    page = mmap.mmap(-1, mmap.PAGESIZE)
+    page[0] = 1
+    import ctypes
+
+    from support import kernel
+
+    address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    return None if kernel.entries(address, 1)[0] & (1 << 55) - 1 else "frame numbers are hidden (no CAP_SYS_ADMIN)"
+
+
+def _swap() -> str | None:
+    if _root():
+        return "needs root to turn swap on"
+    if not Path("/sys/block/zram0").exists():
+        return "no /sys/block/zram0 (modprobe zram)"
+    return None if shutil.which("mkswap") else "no mkswap"
+
+
+def _hugetlb() -> str | None:
+    return _root() or (None if Path("/sys/kernel/mm/hugepages/hugepages-2048kB").exists() else "no 2 MiB pages")
+
+
+def _memory_cgroup() -> str | None:
+    if _root():
+        return "needs root to make a memory cgroup"
+    v1, v2 = Path("/sys/fs/cgroup/memory/cgroup.procs"), Path("/sys/fs/cgroup/cgroup.controllers")
+    return None if v1.exists() or (v2.exists() and "memory" in v2.read_text()) else "no memory cgroup controller"
+
+
+def _compiler() -> str | None:
+    return None if shutil.which("cc") else "needs a C compiler"
+
+
+def _big_memory() -> str | None:
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGESIZE")
+    return None if available > 8 << 30 else "needs 8 GiB of free memory"
+
+
+PROBES: dict[str, Callable[[], str | None]] = {
+    "root": _root,
+    "frames": _frames,
+    "swap": _swap,
+    "hugetlb": _hugetlb,
+    "memory_cgroup": _memory_cgroup,
+    "compiler": _compiler,
+    "big_memory": _big_memory,
+}
+
+
+def missing(name: str) -> str | None:
+    """Return why the requirement `name` is not met, None when it is."""
+    return PROBES[name]()

@@ -1,0 +1,64 @@
+"""`Zoo`: a C process with memory of every kind (zoo.c), obeying commands."""
+
+import subprocess
+from pathlib import Path
+from typing import NamedTuple, Self
+
+SOURCE = Path(__file__).with_name("zoo.c")
+
+
+class Animal(NamedTuple):
+    """One piece of memory of the zoo: its address there, 0 when the host could not give that kind."""
+
+    address: int
+    size: int
+
+
+def build(folder: Path) -> Path:
+    """Compile the program."""
+    program = folder / "zoo"
+    subprocess.run(["cc", "-O2", "-Wall", "-Werror", "-pthread", "-o", program, SOURCE], check=True)
+    return program
+
+
+class Zoo:
+    """The running program. `with` ends it."""
+
+    def __init__(self, program: Path, size: int = 4 << 20, *options: str) -> None:
+        self.process = subprocess.Popen(
+            [program, str(size), *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.pid = self.process.pid
+        self.animals: dict[str, Animal] = {}
+        while (line := self._answer()) != "ready":
+            kind, address, length = line.split()
+            self.animals[kind] = Animal(int(address), int(length))
+
+    def __getitem__(self, kind: str) -> Animal:
+        return self.animals[kind]
+
+    def tell(self, command: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{command}\n")
+        self.process.stdin.flush()
+
+    def obey(self, command: str) -> None:
+        self.tell(command)
+        answer = self._answer()
+        assert answer == "ok", answer
+
+    def dump(self, kind: str, path: Path) -> bytes:
+        """Return the bytes of one kind as the process itself wrote them to a file."""
+        self.obey(f"dump {kind} {path}")
+        return path.read_bytes()
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.process.kill()
+        self.process.communicate()

@@ -1,0 +1,36 @@
+"""Sizes as people write and read them."""
+
+import pytest
+
+from iobmd.units import format_size, pages, parse_size, round_down, round_up
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("0", 0), ("4096", 4096), ("0x1000", 4096), ("0XfF", 255), ("64k", 65536), ("64K", 65536), ("64KiB", 65536),
+        ("1.5MiB", 3 << 19), ("2g", 2 << 30), ("1 TB", 1 << 40), ("0.5k", 512), ("10b", 10), ("0x10k", 16384),
+        (" 7 ", 7),
+    ],
+)  # fmt: skip
+def test_parse(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "k", "-1", "1.2.3", "1e3", "64q", "0.3", "0x", "1_000", "1.0001k"])
+def test_not_a_size(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (1536, "1.5 KiB"), (64 << 20, "64 MiB"), (3 << 40, "3 TiB")],
+)
+def test_format(size: int, text: str) -> None:
+    assert format_size(size) == text
+
+
+def test_rounding() -> None:
+    assert (round_up(1, 4096), round_up(4096, 4096), round_down(4097, 4096)) == (4096, 4096, 4096)
+    assert (pages(0), pages(1), pages(4097)) == (0, 1, 2)
