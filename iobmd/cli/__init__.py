@@ -1,0 +1,70 @@
+"""The `iobmd` command. Each subcommand is one module with `main(argv) -> int`, imported only when asked for."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from iobmd._version import __version__
+from iobmd.errors import IOReturnError
+
+COMMANDS = {
+    "demo": ("iobmd.cli.demo", "copy memory out of another process into wired buffers, and prove it"),
+    "copy": ("iobmd.cli.copy", "copy a range of a process's memory to a file"),
+    "doctor": ("iobmd.cli.doctor", "show what this host can do, and how to turn on what it cannot"),
+    "bench": ("iobmd.tools.bench", "measure iobmd against the bare kernel calls"),
+}
+"""Subcommands: the module that runs each, by name (some live above this package), and its summary."""
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
+    return (
+        "usage: iobmd [-h] [--version] COMMAND ...\n\n"
+        "Real wired, copied and inspected memory on Linux.\n\n"
+        f"commands:\n{commands}\n\n"
+        "`iobmd COMMAND --help` tells more about each."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: this process's) and return its exit code.
+
+    0: done; 1: it failed, with one line on stderr that says why; 2: wrong usage.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] in (["--version"], ["-V"]):
+        print(f"iobmd {__version__}")
+        return EXIT_OK
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(_usage())
+        return EXIT_OK
+    if not arguments or arguments[0] not in COMMANDS:
+        wrong = f"iobmd: no command {arguments[0]!r}\n" if arguments else ""
+        print(f"{wrong}{_usage()}", file=sys.stderr)
+        return EXIT_USAGE
+    return _run(arguments[0], arguments[1:])
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    command = importlib.import_module(COMMANDS[name][0])
+    try:
+        code: int = command.main(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output went away: not an error, and the interpreter's last flush must not fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except OSError as error:
+        what = error if isinstance(error, IOReturnError) else f"{error.filename or 'error'}: {error.strerror}"
+        print(f"iobmd {name}: {what}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print(f"iobmd {name}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except SystemExit as leave:  # argparse: --help or wrong usage
+        return leave.code if isinstance(leave.code, int) else EXIT_USAGE
+    return code

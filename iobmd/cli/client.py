@@ -1,0 +1,115 @@
+"""A process with known random data in several kinds of memory: what the demonstration and benchmarks copy from.
+
+`python -m iobmd.cli.client KIND=SIZE …` fills the memory, prints one JSON line a kind, and waits until its standard
+input is closed. `Client` starts it and reads the lines.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import mmap
+import os
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple, Self
+
+from iobmd._native.crosstask import HeldBuffer
+from iobmd.units import PAGE_SIZE
+
+MAP_HUGETLB = 0x40000
+GUARDED_PAGE = 1
+"""Index of the page of "guarded" memory that nobody may access."""
+
+
+class Piece(NamedTuple):
+    """Memory of the client: its kind, address and size in bytes there, and the SHA-256 of its content."""
+
+    kind: str
+    address: int
+    size: int
+    sha256: str
+
+
+class Client:
+    """The process, in a `with`: `pid`, and `pieces` by kind. A kind that the host cannot give is missing."""
+
+    def __init__(self, **sizes: int) -> None:
+        command = [sys.executable, "-m", "iobmd.cli.client", *(f"{kind}={size}" for kind, size in sizes.items())]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.pid = self._process.pid
+        assert self._process.stdout
+        lines = (self._process.stdout.readline() for _ in sizes)
+        found = (Piece(**json.loads(line)) for line in lines if line)
+        self.pieces = {piece.kind: piece for piece in found if piece.address}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._process.communicate()
+
+
+def _map(kind: str, size: int) -> mmap.mmap | None:
+    """Map memory of one kind and fill it; None where the host cannot give it."""
+    if kind == "hugetlb":
+        try:
+            area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_HUGETLB)
+        except OSError:
+            return None
+    elif kind in ("memfd", "file", "read-only"):
+        area = _map_file(kind, size)
+    else:
+        area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if kind == "THP":
+        area.madvise(mmap.MADV_HUGEPAGE)
+    elif kind in ("anonymous", "guarded"):
+        area.madvise(mmap.MADV_NOHUGEPAGE)
+    if kind not in ("untouched", "read-only"):
+        for offset in range(0, size, 1 << 20):
+            area[offset : offset + (1 << 20)] = os.urandom(min(1 << 20, size - offset))
+    return area
+
+
+def _map_file(kind: str, size: int) -> mmap.mmap:
+    if kind == "memfd":
+        descriptor = os.memfd_create("iobmd-client")
+        os.ftruncate(descriptor, size)
+        return mmap.mmap(descriptor, size)
+    with tempfile.TemporaryFile() as file:
+        file.truncate(size)
+        if kind == "file":
+            return mmap.mmap(file.fileno(), size)
+        file.write(os.urandom(size))
+        file.flush()
+        return mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
+
+
+def _forbid_a_page(address: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(address), ctypes.c_size_t(PAGE_SIZE), 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
+
+
+def main(arguments: list[str]) -> None:
+    """Run as the client process."""
+    kept = []
+    for argument in arguments:
+        kind, _, size = argument.partition("=")
+        area = _map(kind, int(size))
+        if area is None:
+            print(json.dumps({"kind": kind, "address": 0, "size": 0, "sha256": ""}), flush=True)
+            continue
+        held = HeldBuffer(area, False)
+        digest = hashlib.sha256(area).hexdigest()
+        if kind == "guarded":
+            _forbid_a_page(held.address + GUARDED_PAGE * PAGE_SIZE)
+        kept.append((area, held))
+        piece = {"kind": kind, "address": held.address, "size": held.size, "sha256": digest}
+        print(json.dumps(piece), flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

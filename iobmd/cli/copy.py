@@ -1,0 +1,176 @@
+"""`iobmd copy`: a range of a process's memory, copied whole or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from iobmd import procfs, refusals
+from iobmd.buffer import IOBufferMemoryDescriptor
+from iobmd.cli import EXIT_OK
+from iobmd.cli.arguments import size
+from iobmd.constants import IOOptionBits, IOReturn
+from iobmd.errors import IOReturnError
+from iobmd.task import Task, kernel_task
+from iobmd.units import format_size, parse_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from iobmd.copying import Progress
+
+PROGRESS_FROM = 256 << 20
+"""Bytes from which a copy takes long enough to watch."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `iobmd copy`."""
+    arguments = _parser().parse_args(argv)
+    task = Task(arguments.pid)
+    address, length = _range(task, arguments.address, arguments.size)
+    options = IOOptionBits.kIOMemoryPageable if arguments.pageable else IOOptionBits(0)
+    begin = time.perf_counter()
+    with _progress(length) as progress:
+        buffer = IOBufferMemoryDescriptor.withCopy(kernel_task, options, task, address, length, progress=progress)
+    seconds = time.perf_counter() - begin
+    with buffer:
+        summary = {
+            "version": 1,
+            "pid": task.pid,
+            "address": address,
+            "size": length,
+            "seconds": round(seconds, 6),
+            "gigabytes_per_second": round(length / seconds / 1e9, 3),
+            "wiring": buffer.wiring.value,
+            "sha256": hashlib.sha256(buffer).hexdigest(),
+            "output": arguments.output,
+        }
+        if arguments.output:
+            _write(buffer, arguments.output)
+    _report(summary, arguments.json, sys.stderr if arguments.output == "-" else sys.stdout)
+    return EXIT_OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="iobmd copy",
+        description="Copy a range of a process's memory into a buffer, and from there to a file.",
+        epilog="Sizes and addresses: decimal, 0x hexadecimal, or with a suffix k, M, G, T.",
+    )
+    parser.add_argument("pid", type=int, help="the process")
+    parser.add_argument(
+        "address",
+        help="an address, a range ADDRESS-END, or a mapping: [heap], libc.so.6, or its range as in /proc/PID/maps",
+    )
+    parser.add_argument("size", type=size, nargs="?", help="bytes; may be left out with a range or a mapping")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write the bytes there (-: standard output)")
+    wiring = parser.add_mutually_exclusive_group()
+    wiring.add_argument("--wired", action="store_true", help="into wired memory (default)")
+    wiring.add_argument(
+        "--pageable", action="store_true", help="into pageable memory: needs no limit on locked memory"
+    )
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON document")
+    return parser
+
+
+def _range(task: Task, text: str, length: int | None) -> tuple[int, int]:
+    """Return the address and size that the arguments ask for."""
+    if (bounds := _find(task, text) or _numbers(text)) is None:
+        raise IOReturnError(
+            IOReturn.kIOReturnVMError, f"task {task.pid} has no readable mapping {text!r}: see /proc/{task.pid}/maps"
+        )
+    start, end = bounds
+    if end is None and length is None:
+        raise IOReturnError(IOReturn.kIOReturnBadArgument, f"how many bytes at {text}? give a SIZE, or a range")
+    if end is not None and length is not None and length > end - start:
+        raise IOReturnError(
+            IOReturn.kIOReturnBadArgument, f"{length} bytes are more than {text} has: {end - start} bytes"
+        )
+    return start, length or (end or 0) - start
+
+
+def _numbers(text: str) -> tuple[int, int | None] | None:
+    """Read ADDRESS or ADDRESS-END."""
+    first, dash, last = text.partition("-")
+    try:
+        return parse_size(first), parse_size(last) if dash else None
+    except ValueError:
+        return None
+
+
+def _find(task: Task, name: str) -> tuple[int, int] | None:
+    """Return the first readable range mapped as `name`: a path, a file name, [heap], or as /proc/PID/maps has it."""
+    found: tuple[int, int] | None = None
+    try:
+        for area in procfs.maps(task.pid):
+            if f"{area.start:08x}-{area.end:08x}" == name:
+                return area.start, area.end
+            if name not in (area.name, Path(area.name).name) or not name or "r" not in area.perms:
+                continue
+            if found and found[1] != area.start:
+                break
+            found = (found[0] if found else area.start, area.end)
+    except PermissionError as error:
+        raise refusals.refused(task.pid, error.errno or 0, "maps") from None
+    except OSError:
+        raise refusals.without_memory(task.pid) from None
+    return found
+
+
+@contextlib.contextmanager
+def _progress(length: int) -> Iterator[Progress | None]:
+    """Show a bar on stderr for a long copy, if somebody watches."""
+    if length < PROGRESS_FROM or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console  # noqa: PLC0415 (loaded only to be seen)
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn  # noqa: PLC0415
+
+    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        job = bar.add_task("copy", total=length)
+        yield lambda copied: bar.update(job, completed=copied)
+
+
+def _write(buffer: IOBufferMemoryDescriptor, name: str) -> None:
+    """Write the whole buffer, or leave a file that was there as it was."""
+    path = Path(name)
+    if name == "-":
+        sys.stdout.buffer.write(buffer)
+        sys.stdout.buffer.flush()
+    elif path.exists() and not path.is_file():  # a device or a pipe
+        path.open("wb", buffering=0).write(buffer)
+    else:
+        descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with open(descriptor, "wb") as file:  # noqa: PTH123 (it is open already)
+                file.write(buffer)
+            Path(draft).chmod(0o600)  # another process's memory is nobody else's business
+            os.replace(draft, path)  # noqa: PTH105
+        except BaseException:
+            Path(draft).unlink()
+            raise
+
+
+def _report(summary: dict[str, object], as_json: bool, stream: TextIO) -> None:
+    if as_json:
+        print(json.dumps(summary, indent=2), file=stream)
+        return
+    length = int(str(summary["size"]))
+    print(
+        f"{length} bytes ({format_size(length)}) from {int(str(summary['address'])):#x} of process {summary['pid']} "
+        f"into {summary['wiring']} memory in {float(str(summary['seconds'])) * 1e3:.3g} ms, "
+        f"{summary['gigabytes_per_second']} GB/s",
+        file=stream,
+    )
+    print(f"SHA-256 {summary['sha256']}", file=stream)
+    if summary["output"] not in (None, "-"):
+        print(f"written to {summary['output']}", file=stream)

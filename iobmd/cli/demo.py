@@ -1,0 +1,132 @@
+"""`iobmd demo`: the main job, shown on another process of this host."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from iobmd import host, pagemap, procfs
+from iobmd.buffer import IOBufferMemoryDescriptor
+from iobmd.cli import EXIT_FAILED, EXIT_OK, table
+from iobmd.cli.arguments import size
+from iobmd.cli.client import GUARDED_PAGE, Client, Piece
+from iobmd.constants import IOOptionBits
+from iobmd.errors import IOReturnError
+from iobmd.task import Task, kernel_task
+from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_down
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+DEFAULT_SIZE = 64 << 20
+WIRED, PAGEABLE = IOOptionBits(0), IOOptionBits.kIOMemoryPageable
+
+
+class Row(NamedTuple):
+    """One copy, and what the kernel says of the buffer that holds it. Sizes in bytes."""
+
+    source: str
+    size: int
+    gigabytes_per_second: float
+    wiring: str
+    resident: int
+    """By pagemap."""
+    locked: int
+    """By smaps."""
+    equal: bool
+    """The SHA-256 of the copy is the one that the client computed."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `iobmd demo`."""
+    parser = argparse.ArgumentParser(
+        prog="iobmd demo",
+        description="Copy memory of several kinds out of another process into buffers of this one, and let the "
+        "kernel say where they lie.",
+    )
+    parser.add_argument("--size", type=size, help="size of the large pieces (default: 64M, or what may be locked)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    arguments = parser.parse_args(argv)
+    big = arguments.size or _lockable()
+    small = min(big, 4 << 20)
+    with Client(
+        **{"anonymous": big, "THP": big, "memfd": big, "file": small, "read-only": small, "untouched": small},
+        hugetlb=HUGE_PAGE_SIZE,
+        guarded=small,
+    ) as client:
+        task = Task(client.pid)
+        guarded = client.pieces.pop("guarded")
+        _copy(task, client.pieces["anonymous"], PAGEABLE)  # the first touch of a virtual machine's memory is slow
+        rows = [_copy(task, piece, WIRED) for piece in client.pieces.values()]
+        rows.append(_copy(task, client.pieces["anonymous"], PAGEABLE))
+        refusal = _fail(task, guarded)
+    passed = all(row.equal for row in rows) and refusal is not None
+    if arguments.json:
+        document = {"version": 1, "pid": task.pid, "copies": [row._asdict() for row in rows], "refusal": refusal}
+        print(json.dumps(document | {"passed": passed}, indent=2))
+    else:
+        _show(task, rows, refusal)
+    return EXIT_OK if passed else EXIT_FAILED
+
+
+def _lockable() -> int:
+    """Return the default size, or less where less may be locked."""
+    limit = host.memlock_limit()
+    if limit is None:
+        return DEFAULT_SIZE
+    return max(PAGE_SIZE, round_down(min(DEFAULT_SIZE, limit // 2), PAGE_SIZE))
+
+
+def _copy(task: Task, piece: Piece, options: IOOptionBits) -> Row:
+    begin = time.perf_counter()
+    with IOBufferMemoryDescriptor.withCopy(kernel_task, options, task, piece.address, piece.size) as buffer:
+        seconds = time.perf_counter() - begin
+        address = buffer.getBytesNoCopy()
+        return Row(
+            piece.kind,
+            piece.size,
+            round(piece.size / seconds / 1e9, 2),
+            buffer.wiring.value,
+            pagemap.counts(kernel_task, address, piece.size).present * PAGE_SIZE,
+            _locked(address, piece.size),
+            hashlib.sha256(buffer).hexdigest() == piece.sha256,
+        )
+
+
+def _locked(address: int, length: int) -> int:
+    """Return how many bytes of the mapping around `address` are locked, not more than are asked about."""
+    for area, counters in procfs.smaps():
+        if area.start <= address < area.end:
+            return min(counters["Locked"], length)
+    return 0
+
+
+def _fail(task: Task, guarded: Piece) -> str | None:
+    """Copy memory with an unreadable page in it; return the message, None when it did not name that page."""
+    try:
+        IOBufferMemoryDescriptor.withCopy(kernel_task, WIRED, task, guarded.address, guarded.size).free()
+    except IOReturnError as error:
+        return str(error) if error.address == guarded.address + GUARDED_PAGE * PAGE_SIZE else None
+    return None
+
+
+def _show(task: Task, rows: list[Row], refusal: str | None) -> None:
+    cells = [
+        (
+            row.source,
+            format_size(row.size),
+            f"{row.gigabytes_per_second:.2f}",
+            row.wiring,
+            f"{row.resident / row.size:.0%}",
+            f"{row.locked / row.size:.0%}",
+            "equal" if row.equal else "DIFFERENT",
+        )
+        for row in rows
+    ]
+    columns = ("source", "size", "GB/s", "wiring", "resident (pagemap)", "locked (smaps)", "SHA-256")
+    table.show(f"withCopy from process {task.pid} into buffers of this one", columns, cells, right=(1, 2, 4, 5))
+    print("\nAnd a copy that must fail, for one page in it may not be read:")
+    print(f"  {refusal}" if refusal else "  it did not fail as it should")

@@ -1,0 +1,89 @@
+"""`iobmd doctor`: what this host can do, and how to turn on what it cannot."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+from iobmd import host
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+_STYLES = {host.Status.YES: "green", host.Status.LIMITED: "yellow", host.Status.NO: "red", host.Status.INFO: "dim"}
+_MAIN_JOB = "copying another process's memory into a wired buffer"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="iobmd doctor",
+        description="Show what this host can do for iobmd, what it is good for, and how to turn on what is missing.",
+        epilog=f"Exit code: 0 when the main job ({_MAIN_JOB}) can run here, 1 when not, 2 for wrong usage.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `iobmd doctor` with the arguments `argv`; return 0 when the main job can run here, else 1."""
+    arguments = _parser().parse_args(argv)
+    found = host.facts()
+    if arguments.json:
+        _print_json(found)
+    else:
+        _print_report(found)
+    return 0 if host.can_run_main_job(found) else 1
+
+
+def _print_json(found: list[host.Fact]) -> None:
+    facts = [fact._asdict() for fact in found]
+    document = {"version": 1, "main_job": host.can_run_main_job(found), "facts": facts}
+    print(json.dumps(document, indent=2))
+
+
+def _table(found: list[host.Fact]) -> Table:
+    from rich import box  # noqa: PLC0415 (slow to import, and not needed for --json)
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for heading in ("fact", "", "value", "what it is good for"):
+        # "fold": a path longer than its column goes on in the next line and is not cut.
+        table.add_column(heading, overflow="fold")
+    for fact in found:
+        status = "" if fact.status is host.Status.INFO else fact.status.value
+        marked = Text(status, style=_STYLES[fact.status])
+        table.add_row(Text(fact.name), marked, Text(fact.summary), Text(fact.purpose))
+    return table
+
+
+def _print_report(found: list[host.Fact]) -> None:
+    from rich.console import Console  # noqa: PLC0415 (see _table)
+
+    Console().print(_table(found))
+    if remedies := _remedies(found):
+        # Plain lines of any length: a command that is wrapped here could not be copied.
+        print(f"\nTo turn on (lines under one name are alternatives):\n{remedies}")
+    print(f"\n{_verdict(found)}")
+
+
+def _remedies(found: list[host.Fact]) -> str:
+    names: dict[str, list[str]] = {}
+    for fact in found:
+        if fact.remedy:
+            names.setdefault(fact.remedy, []).append(fact.name)
+    lines = []
+    for number, (remedy, named) in enumerate(names.items(), 1):
+        lines.append(f"{number:2}. {', '.join(named)}")
+        lines += [f"      {line}" for line in remedy.splitlines()]
+    return "\n".join(lines)
+
+
+def _verdict(found: list[host.Fact]) -> str:
+    if not (missing := host.obstacles(found)):
+        return f"The main job, {_MAIN_JOB}, can run here."
+    why = "; ".join(f"{fact.name}: {fact.summary}" for fact in missing)
+    return f"The main job, {_MAIN_JOB}, cannot run here: {why}."

@@ -1,0 +1,32 @@
+"""Tables for people: through rich, loaded only when one is shown."""
+
+import sys
+from collections.abc import Iterable, Sequence
+
+
+def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[int] = ()) -> None:
+    """Print a table on stdout.
+
+    Parameters
+    ----------
+    title : str
+        Above the table.
+    columns : sequence of str
+        The headings.
+    rows : iterable of sequences
+        Cells, turned to text.
+    right : iterable of int
+        Indices of columns that are aligned to the right.
+    """
+    from rich.console import Console  # noqa: PLC0415 (rich takes longer to load than most commands to run)
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    table = Table(title=title, title_justify="left")
+    for index, heading in enumerate(columns):
+        table.add_column(heading, justify="right" if index in set(right) else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    # Into a file or a pipe, a table is as wide as it needs to be: nobody folds it there.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(table)

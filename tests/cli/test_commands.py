@@ -1,0 +1,241 @@
+"""The commands as people run them: exit codes, streams, JSON; one line on stderr for a mistake."""
+
+import hashlib
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.child import CAP_IPC_LOCK, NOBODY, in_child
+from support.kernel import Footprint
+from support.zoo import Zoo
+
+import iobmd
+from iobmd.cli import main
+
+Start = Callable[..., Zoo]
+Captured = pytest.CaptureFixture[str]
+
+
+def one_line(text: str) -> str:
+    assert text.count("\n") == 1, text
+    return text
+
+
+# --- iobmd itself
+
+
+def test_version(capsys: Captured) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"iobmd {iobmd.__version__}\n"
+
+
+def test_help(capsys: Captured) -> None:
+    assert main(["--help"]) == 0
+    assert "iobmd COMMAND --help" in capsys.readouterr().out
+    for command in ("demo", "copy", "doctor", "bench"):
+        assert main([command, "--help"]) == 0
+        assert f"usage: iobmd {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["nonsense"], ["copy"], ["copy", "x", "0"], ["bench", "nothing"], ["demo", "-z"]]
+)
+def test_usage(argv: list[str], capsys: Captured) -> None:
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert "usage: iobmd" in captured.err
+    assert not captured.out
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "iobmd", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"iobmd {iobmd.__version__}\n")
+
+
+def test_reader_that_goes_away() -> None:
+    command = f"{sys.executable} -m iobmd doctor | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
+# --- demo
+
+
+def test_demo(capsys: Captured) -> None:
+    before = Footprint.now()
+    assert main(["demo", "--size", "2M", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["version"] == 1
+    assert document["passed"] is True
+    sources = [row["source"] for row in document["copies"]]
+    assert {"anonymous", "THP", "memfd", "file", "read-only", "untouched"} <= set(sources)
+    for row in document["copies"]:
+        assert row["equal"] is True
+        assert row["resident"] == row["size"]
+        assert row["locked"] == (row["size"] if row["wiring"] == "resident" else 0)
+    assert {row["wiring"] for row in document["copies"]} == {"resident", "pageable"}
+    assert "without read permission" in document["refusal"]
+    assert Footprint.now().descriptors == before.descriptors
+    assert not Path(f"/proc/{document['pid']}").exists()
+
+
+def test_demo_for_people(capsys: Captured) -> None:
+    assert main(["demo", "--size", "1M"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("equal") >= 7
+    assert "DIFFERENT" not in out
+    assert "without read permission" in out
+
+
+def test_demo_fits_into_a_small_limit() -> None:
+    def run() -> int:
+        return main(["demo", "--json"])
+
+    assert in_child(run, drop=CAP_IPC_LOCK, memlock=256 << 10) == 0
+
+
+# --- copy
+
+
+@pytest.mark.needs("compiler")
+@pytest.mark.parametrize("form", ["hex", "decimal", "range", "maps", "kilobytes"])
+def test_copy_to_a_file(start_zoo: Start, tmp_path: Path, capsys: Captured, form: str) -> None:
+    zoo = start_zoo(1 << 20)
+    address, size = zoo["memfd"]
+    expected = zoo.dump("memfd", tmp_path / "dump")
+    where = {
+        "hex": [hex(address), hex(size)],
+        "decimal": [str(address), str(size)],
+        "range": [f"{address:#x}-{address + size:#x}"],
+        "maps": [f"{address:08x}-{address + size:08x}"],
+        "kilobytes": [hex(address), "1MiB"],
+    }[form]
+    out = tmp_path / "out"
+    out.write_bytes(b"what was there before")
+    assert main(["copy", str(zoo.pid), *where, "-o", str(out), "--json"]) == 0
+    assert out.read_bytes() == expected
+    assert out.stat().st_mode & 0o777 == 0o600
+    document = json.loads(capsys.readouterr().out)
+    assert (document["version"], document["pid"], document["address"], document["size"]) == (
+        1,
+        zoo.pid,
+        address,
+        size,
+    )
+    assert document["wiring"] == "resident"
+    assert document["sha256"] == hashlib.sha256(expected).hexdigest()
+    assert {path.name for path in tmp_path.iterdir()} == {"dump", "out"}
+
+
+@pytest.mark.needs("compiler")
+def test_copy_a_mapping_by_name(start_zoo: Start, capsys: Captured) -> None:
+    zoo = start_zoo()
+    for name in ("[stack]", "libc.so.6", "memfd:zoo (deleted)"):
+        assert main(["copy", str(zoo.pid), name, "--pageable", "--json"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        areas = [line.split() for line in Path(f"/proc/{zoo.pid}/maps").read_text().splitlines() if name in line]
+        assert document["address"] == int(areas[0][0].split("-")[0], 16)
+        assert document["wiring"] == "pageable"
+    assert main(["copy", str(zoo.pid), "[stack]", "100"]) == 0
+    assert capsys.readouterr().out.startswith("100 bytes (100 B) from 0x")
+
+
+@pytest.mark.needs("compiler")
+def test_copy_to_standard_output(start_zoo: Start, tmp_path: Path) -> None:
+    zoo = start_zoo(1 << 20)
+    address, size = zoo["anonymous"]
+    expected = zoo.dump("anonymous", tmp_path / "dump")
+    command = [sys.executable, "-m", "iobmd", "copy", str(zoo.pid), hex(address), str(size), "-o", "-"]
+    done = subprocess.run(command, capture_output=True, check=True)
+    assert done.stdout == expected
+    assert b"1048576 bytes" in done.stderr
+
+
+@pytest.mark.needs("compiler")
+def test_what_copy_refuses(start_zoo: Start, tmp_path: Path, capsys: Captured) -> None:
+    zoo = start_zoo()
+    address, size = zoo["no-access"]
+    out = tmp_path / "out"
+    out.write_bytes(b"as before")
+    for arguments, why in (
+        ([str(zoo.pid), hex(address), str(size), "-o", str(out)], "without read permission"),
+        (["4194304", "0", "1"], "no process has the pid 4194304"),
+        (["2", "0x1000", "1"], "kernel thread"),
+        ([str(zoo.pid), "[nowhere]"], "no readable mapping '[nowhere]'"),
+        ([str(zoo.pid), "0x1000"], "how many bytes"),
+        ([str(zoo.pid), "0x2000-0x1000"], "must be positive"),
+        ([str(zoo.pid), "0x1000-0x2000", "2M"], "are more than"),
+        ([str(zoo.pid), "[stack]", "-o", str(tmp_path / "no" / "where")], "No such file or directory"),
+    ):
+        assert main(["copy", *arguments]) == 1, arguments
+        captured = capsys.readouterr()
+        assert why in one_line(captured.err)
+        assert captured.err.startswith("iobmd copy: ")
+        assert not captured.out
+    assert out.read_bytes() == b"as before"
+    for arguments in ([str(zoo.pid), "0x1000", "0"], [str(zoo.pid), "0x1000", "5q"], ["self", "0", "1"]):
+        assert main(["copy", *arguments]) == 2
+        capsys.readouterr()
+
+
+@pytest.mark.needs("root")
+def test_copy_from_another_user(tmp_path: Path) -> None:
+    def run() -> tuple[int, str]:
+        import contextlib
+        import io
+
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            return main(["copy", "1", "0x400000", "4096"]), err.getvalue()
+
+    code, err = in_child(run, uid=NOBODY)
+    assert code == 1
+    assert f"belongs to uid 0, this process to uid {NOBODY}" in one_line(err)
+
+
+@pytest.mark.needs("compiler")
+def test_progress_only_on_a_terminal(start_zoo: Start) -> None:
+    zoo = start_zoo(300 << 20, "only-anonymous")
+    address, size = zoo["anonymous"]
+    command = [sys.executable, "-m", "iobmd", "copy", str(zoo.pid), hex(address), str(size)]
+    assert subprocess.run(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, check=True).stderr == b""
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=os.environ | {"TERM": "xterm"})
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            piece = os.read(ours, 4096)
+        except OSError:  # the child has closed the terminal
+            break
+        seen += piece
+    os.close(ours)
+    assert child.wait() == 0
+    assert b"MiB" in seen
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    def interrupt(*_arguments: object, **_keywords: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("iobmd.cli.copy.Task", interrupt)
+    assert main(["copy", "1", "0", "1"]) == 130
+    assert one_line(capsys.readouterr().err) == "iobmd copy: interrupted\n"
+
+
+# --- bench
+
+
+def test_bench_copy(capsys: Captured) -> None:
+    assert main(["bench", "copy", "--size", "8M", "--rounds", "1", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["version"] == 1
+    results = document["results"]
+    assert len(results) == 9
+    assert all(result["ratio"] > 0 and result["against"] and result["goal"] for result in results)
+    assert main(["bench", "copy", "--size", "1M", "--rounds", "1"]) == 0
+    assert "process_vm_readv" in capsys.readouterr().out

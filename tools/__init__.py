@@ -1,0 +1,1 @@
+"""Tools that stand on the package: benchmarks (`iobmd bench`). Installed as `iobmd.tools`."""

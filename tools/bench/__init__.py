@@ -1,0 +1,56 @@
+"""`iobmd bench`: every figure is a ratio against a named floor or peer, measured in the same run."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+from typing import TYPE_CHECKING
+
+from iobmd._version import __version__
+from iobmd.cli import EXIT_OK, table
+from iobmd.cli.arguments import size
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+BENCHMARKS = {"copy": ("iobmd.tools.bench.copy", "withCopy from another process, and the start of the program")}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `iobmd bench NAME`."""
+    parser = argparse.ArgumentParser(
+        prog="iobmd bench",
+        description="Measure against the bare kernel calls. Medians; memory is warmed up first.",
+        epilog="benchmarks: " + "; ".join(f"{name}: {what}" for name, (_, what) in BENCHMARKS.items()),
+    )
+    parser.add_argument("benchmark", choices=BENCHMARKS)
+    parser.add_argument("--size", type=size, default=512 << 20, help="size of the large copies (default: 512M)")
+    parser.add_argument("--rounds", type=int, default=7, help="measurements of each (default: 7)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    arguments = parser.parse_args(argv)
+    if arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    benchmark = importlib.import_module(BENCHMARKS[arguments.benchmark][0])
+    results = benchmark.run(arguments.size, arguments.rounds)
+    host = f"Linux {platform.release()}, {platform.machine()}, {len(os.sched_getaffinity(0))} processors"
+    if arguments.json:
+        rows = [result._asdict() for result in results]
+        print(json.dumps({"version": 1, "iobmd": __version__, "host": host, "results": rows}, indent=2))
+        return EXIT_OK
+    cells = [
+        (
+            result.what,
+            result.figure,
+            result.against,
+            f"{result.ratio:.2f}",
+            result.goal,
+            "met" if result.met else "MISSED",
+        )
+        for result in results
+    ]
+    columns = ("measured", "figure", "against", "ratio", "goal", "")
+    table.show(f"iobmd {__version__}, {host}, medians of {arguments.rounds}", columns, cells, right=(1, 3))
+    return EXIT_OK

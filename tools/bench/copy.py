@@ -1,0 +1,127 @@
+"""`iobmd bench copy`: withCopy against what people write by hand, and against memcpy."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from iobmd._native import floors
+from iobmd.buffer import IOBufferMemoryDescriptor
+from iobmd.cli.client import Client, Piece
+from iobmd.constants import IOOptionBits
+from iobmd.copying import PIECE, threads
+from iobmd.task import Task, kernel_task
+
+from .result import Result, at_least, at_most, medians, seconds
+
+SMALL = 64 << 10
+WIRED, PAGEABLE = IOOptionBits(0), IOOptionBits.kIOMemoryPageable
+MANY = 40
+"""How many more measurements of what takes microseconds than of what takes tenths of a second."""
+
+
+def run(size: int, rounds: int) -> list[Result]:
+    """Measure; `size` is that of the large copies, in bytes."""
+    with Client(anonymous=size) as client:
+        task, piece = Task(client.pid), client.pieces["anonymous"]
+        return [
+            *_large(task, piece, rounds),
+            *_small(task, piece, rounds * MANY),
+            _peak(piece, client.pid),
+            *_start(rounds),
+        ]
+
+
+def _with_copy(task: Task, options: IOOptionBits, address: int, size: int) -> float:
+    """Return the seconds that a copy and its release take."""
+    return seconds(lambda: IOBufferMemoryDescriptor.withCopy(kernel_task, options, task, address, size).free())
+
+
+def _large(task: Task, piece: Piece, rounds: int) -> list[Result]:
+    size, address = piece.size, piece.address
+    by_hand = partial(floors.read_fresh, task.pid, address, size)
+    copies = [partial(_with_copy, task, options, address, size) for options in (PAGEABLE, WIRED)]
+    workers = threads(size)
+    with (
+        IOBufferMemoryDescriptor.withOptions(WIRED, size) as source,
+        IOBufferMemoryDescriptor.withOptions(WIRED, size) as destination,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        memcpy = partial(_memcpy, pool, workers, destination.getBytesNoCopy(), source.getBytesNoCopy(), size)
+        hand, pageable, wired, warm_copy = medians(rounds, by_hand, *copies, memcpy)
+    results = []
+    for name, took in (("pageable", pageable), ("wired", wired)):
+        what, figure = f"withCopy, {size >> 20} MiB, {name}", _rate(size, took)
+        alone = f"one process_vm_readv into fresh memory: {_rate(size, hand)}"
+        results.append(at_least(what, figure, alone, hand / took, 5))
+        peer = f"memcpy of warm huge pages, {workers} threads: {_rate(size, warm_copy)}"
+        results.append(at_least(what, figure, peer, warm_copy / took, 0.5))
+    return results
+
+
+def _rate(size: int, took: float) -> str:
+    return f"{size / took / 1e9:.2f} GB/s"
+
+
+def _memcpy(pool: ThreadPoolExecutor, workers: int, destination: int, source: int, size: int) -> float:
+    """Return the seconds of a memcpy in the pieces and on the threads of withCopy."""
+    share = size // workers
+
+    def work(number: int) -> None:
+        for offset in range(share * number, share * (number + 1), PIECE):
+            floors.copy(destination + offset, source + offset, min(PIECE, size - offset))
+
+    return seconds(lambda: list(pool.map(work, range(workers))))
+
+
+def _small(task: Task, piece: Piece, rounds: int) -> list[Result]:
+    by_hand = partial(floors.read_fresh, task.pid, piece.address, SMALL)
+    copies = [partial(_with_copy, task, options, piece.address, SMALL) for options in (PAGEABLE, WIRED)]
+    hand, *ours = medians(rounds, by_hand, *copies)
+    floor = f"mmap, process_vm_readv, munmap in C: {hand * 1e6:.1f} µs"
+    return [
+        at_most(f"withCopy, 64 KiB, {name}", f"{took * 1e6:.1f} µs", floor, took / hand, 1.5)
+        for name, took in zip(("pageable", "wired"), ours, strict=True)
+    ]
+
+
+def _peak(piece: Piece, pid: int) -> Result:
+    """Measure in a fresh interpreter how much its resident memory grows at most during a copy."""
+    program = f"""
+import iobmd, pathlib, re
+def field(name):
+    return int(re.search(name + r":\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) << 10
+task = iobmd.Task({pid})
+task.read({piece.address}, 1)
+before = field("VmRSS")
+iobmd.copy(task, {piece.address}, {piece.size}).free()
+print(field("VmHWM") - before)
+"""
+    grown = int(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
+    figure, against = f"{grown >> 20} MiB", f"the size of the buffer: {piece.size >> 20} MiB"
+    return at_most("peak memory of a wired withCopy", figure, against, grown / piece.size, 1.02)
+
+
+def _start(rounds: int) -> list[Result]:
+    command = str(Path(sys.executable).with_name("iobmd"))
+    launch = [command] if os.access(command, os.X_OK) else [sys.executable, "-m", "iobmd"]
+    bare, imported, version = medians(
+        rounds * 3,
+        partial(_spawn, [sys.executable, "-c", "pass"]),
+        partial(_spawn, [sys.executable, "-c", "import iobmd"]),
+        partial(_spawn, [*launch, "--version"]),
+    )
+    more = (imported - bare) * 1e3
+    floor = f"the bare interpreter: {bare * 1e3:.1f} ms"
+    return [
+        Result("import iobmd", f"+{more:.1f} ms", floor, imported / bare, "≤ 40 ms more", more <= 40),
+        Result("iobmd --version", f"{version * 1e3:.1f} ms", floor, version / bare, "≤ 120 ms", version <= 0.120),
+    ]
+
+
+def _spawn(command: list[str]) -> float:
+    return seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))

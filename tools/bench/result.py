@@ -1,0 +1,50 @@
+"""What a benchmark reports, and how it takes a median."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Result(NamedTuple):
+    """One figure beside its floor or peer."""
+
+    what: str
+    figure: str
+    """The figure itself, with its unit."""
+    against: str
+    """The floor or peer, and its figure in the same run."""
+    ratio: float
+    goal: str
+    met: bool
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """Return how long `action` takes."""
+    begin = time.perf_counter()
+    action()
+    return time.perf_counter() - begin
+
+
+def medians(rounds: int, *actions: Callable[[], float]) -> list[float]:
+    """Return the median of what each of `actions` returns.
+
+    They take turns, so that a slow moment of the host hits all, and each runs twice, the first time unmeasured: on a
+    virtual machine the first touch of memory that lay free for a while waits for the host to back it.
+    """
+    samples = [[(action(), action())[1] for action in actions] for _ in range(rounds)]
+    return [statistics.median(column) for column in zip(*samples, strict=True)]
+
+
+def at_most(what: str, unit_figure: str, against: str, ratio: float, limit: float) -> Result:
+    """Report a ratio that is to stay below a limit."""
+    return Result(what, unit_figure, against, ratio, f"≤ {limit:g}", ratio <= limit)
+
+
+def at_least(what: str, unit_figure: str, against: str, ratio: float, limit: float) -> Result:
+    """Report a ratio that is to stay above a limit."""
+    return Result(what, unit_figure, against, ratio, f"≥ {limit:g}", ratio >= limit)
