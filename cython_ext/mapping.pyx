@@ -12,13 +12,39 @@ from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
 from cpython.ref cimport Py_INCREF, Py_DECREF
 
 from mman cimport (
-    MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, c_mmap, c_munmap,
+    MAP_ANONYMOUS, MAP_FAILED, MAP_HUGETLB, MAP_NORESERVE, MAP_PRIVATE, PROT_NONE, PROT_READ, PROT_WRITE,
+    c_mmap, c_munmap,
 )
 
 cdef size_t PAGE_SIZE = sysconf(_SC_PAGESIZE)
 
+cdef int MAP_HUGE_SHIFT = 26  # linux/mman.h: log2 of the page size above this bit of mmap's flags
+
 # Below this a copy is over before another thread could take the GIL.
 cdef size_t RELEASE_GIL_FROM = 64 << 10
+
+
+cdef Mapping _map(size_t size, size_t alignment, int protection, int flags):
+    cdef uint64_t start, aligned, end
+    cdef size_t span = size + (alignment - PAGE_SIZE if alignment > PAGE_SIZE else 0)
+    cdef void *found
+    if span < size:
+        raise OverflowError("size and alignment together exceed the address space")
+    with nogil:
+        found = c_mmap(NULL, span, protection, flags, -1, 0)
+    if found == MAP_FAILED:
+        raise OSError(errno, f"mmap: {strerror(errno).decode()}")
+    start = <uintptr_t>found
+    end = start + span
+    aligned = (start + alignment - 1) & ~<uint64_t>(alignment - 1)
+    if aligned > start:
+        c_munmap(<void *><uintptr_t>start, aligned - start)
+    if end > aligned + size:
+        c_munmap(<void *><uintptr_t>(aligned + size), end - aligned - size)
+    cdef Mapping self = Mapping.__new__(Mapping)
+    self.address = aligned
+    self.size = size
+    return self
 
 
 cdef class Mapping:
@@ -34,26 +60,28 @@ cdef class Mapping:
     @staticmethod
     def anonymous(size_t size, size_t alignment):
         """Map `size` bytes (whole pages) of private zeroed memory at a multiple of `alignment`."""
-        cdef uint64_t start, aligned, end
-        cdef size_t span = size + (alignment - PAGE_SIZE if alignment > PAGE_SIZE else 0)
-        cdef void *found
-        if span < size:
-            raise OverflowError("size and alignment together exceed the address space")
-        with nogil:
-            found = c_mmap(NULL, span, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
-        if found == MAP_FAILED:
-            raise OSError(errno, f"mmap: {strerror(errno).decode()}")
-        start = <uintptr_t>found
-        end = start + span
-        aligned = (start + alignment - 1) & ~<uint64_t>(alignment - 1)
-        if aligned > start:
-            c_munmap(<void *><uintptr_t>start, aligned - start)
-        if end > aligned + size:
-            c_munmap(<void *><uintptr_t>(aligned + size), end - aligned - size)
-        cdef Mapping self = Mapping.__new__(Mapping)
-        self.address = aligned
+        return _map(size, alignment, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS)
+
+    @staticmethod
+    def reserve(size_t size, size_t alignment):
+        """Set `size` bytes of address space aside, with nothing in it that could be touched."""
+        return _map(size, alignment, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
+
+    @staticmethod
+    def hugetlb(size_t size, size_t page):
+        """Map `size` bytes out of the pool of huge pages of `page` bytes (MAP_HUGETLB), a multiple of them."""
+        cdef int shift = 0
+        while <size_t>1 << shift < page:
+            shift += 1
+        return _map(size, PAGE_SIZE, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | shift << MAP_HUGE_SHIFT)
+
+    def shrink(self, size_t size):
+        """Unmap what lies behind the first `size` bytes (whole pages)."""
+        if not 0 < size < self.size or self.users:
+            return
+        c_munmap(<void *><uintptr_t>(self.address + size), self.size - size)
         self.size = size
-        return self
 
     def close(self):
         """Unmap. Raises BufferError while a view is alive or a copy is under way; idempotent."""

@@ -7,11 +7,12 @@ from libc.string cimport strerror
 from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
 
 from mman cimport (
-    C_MADV_COLLAPSE, C_MADV_DONTNEED, C_MADV_HUGEPAGE, C_MADV_NOHUGEPAGE, C_MADV_PAGEOUT,
+    C_MADV_COLD, C_MADV_COLLAPSE, C_MADV_DONTNEED, C_MADV_HUGEPAGE, C_MADV_NOHUGEPAGE, C_MADV_PAGEOUT,
     C_MADV_POPULATE_READ, C_MADV_POPULATE_WRITE, c_madvise, c_mincore, c_mlock, c_mlock2,
-    c_munlock,
+    c_mremap, c_munlock, MAP_FAILED, MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE,
 )
 
+MADV_COLD = C_MADV_COLD
 MADV_DONTNEED = C_MADV_DONTNEED
 MADV_HUGEPAGE = C_MADV_HUGEPAGE
 MADV_NOHUGEPAGE = C_MADV_NOHUGEPAGE
@@ -32,6 +33,40 @@ def advise(uint64_t address, size_t size, int advice):
     with nogil:
         failed = c_madvise(<void *><uintptr_t>address, size, advice)
     _check(failed, "madvise")
+
+
+def populate(uint64_t address, size_t size, size_t huge, size_t page):
+    """Fault a range in for writing, huge page by huge page of `huge` bytes, each by its last base page of `page`.
+
+    That order lets the kernel clear a huge page upwards (see crosstask). Returns the bytes done and the error
+    number that ended it, 0 for none; whatever a huge page could not be had for is faulted in too.
+    """
+    cdef size_t done = 0, piece
+    cdef int failed = 0
+    with nogil:
+        while done < size:
+            piece = min(size - done, huge - (address + done) % huge)
+            if piece == huge:
+                c_madvise(<void *><uintptr_t>(address + done + huge - page), page, C_MADV_POPULATE_WRITE)
+            failed = c_madvise(<void *><uintptr_t>(address + done), piece, C_MADV_POPULATE_WRITE)
+            if failed:
+                failed = errno
+                break
+            done += piece
+    return done, failed
+
+
+def move(uint64_t source, uint64_t destination, size_t size):
+    """Move private anonymous pages to another place, over what is mapped there; `source` stays mapped, empty.
+
+    mremap(2) with MREMAP_DONTUNMAP (Linux 5.7): the emptied range cannot be taken by another thread's mapping
+    before its owner unmaps it.
+    """
+    cdef void *moved
+    with nogil:
+        moved = c_mremap(<void *><uintptr_t>source, size, size,
+                         MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, <void *><uintptr_t>destination)
+    _check(moved == MAP_FAILED, "mremap")
 
 
 def lock(uint64_t address, size_t size):

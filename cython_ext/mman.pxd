@@ -5,6 +5,7 @@ cdef extern from "<sys/mman.h>" nogil:
     int c_madvise "madvise"(void *addr, size_t length, int advice)
     int c_mlock "mlock"(const void *addr, size_t length)
     int c_munlock "munlock"(const void *addr, size_t length)
+    void *c_mremap "mremap"(void *old, size_t old_size, size_t new_size, int flags, void *new)
     int c_mincore "mincore"(void *addr, size_t length, unsigned char *vec)
     void *MAP_FAILED
     enum:
@@ -12,6 +13,11 @@ cdef extern from "<sys/mman.h>" nogil:
         PROT_WRITE
         MAP_PRIVATE
         MAP_ANONYMOUS
+        MAP_NORESERVE
+        MAP_HUGETLB
+        PROT_NONE
+        MREMAP_MAYMOVE
+        MREMAP_FIXED
 
 cdef extern from * nogil:
     """
@@ -19,6 +25,9 @@ cdef extern from * nogil:
     #include <unistd.h>
     #define iobmd_mlock2(address, length, flags) ((int)syscall(__NR_mlock2, address, length, flags))
     /* linux/mman.h since 5.4 and 5.14: libc headers may be older than the running kernel. */
+    #ifndef MREMAP_DONTUNMAP
+    #define MREMAP_DONTUNMAP 4
+    #endif
     #ifndef MADV_COLD
     #define MADV_COLD 20
     #endif
@@ -37,6 +46,8 @@ cdef extern from * nogil:
     """
     int c_mlock2 "iobmd_mlock2"(const void *addr, size_t length, unsigned int flags)
     enum:
+        MREMAP_DONTUNMAP
+        C_MADV_COLD "MADV_COLD"
         C_MADV_HUGEPAGE "MADV_HUGEPAGE"
         C_MADV_NOHUGEPAGE "MADV_NOHUGEPAGE"
         C_MADV_DONTNEED "MADV_DONTNEED"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import psutil
     from typing_extensions import Buffer
 
-    from iobmd.copying import Progress
+    from iobmd.pieces import Progress
 
     AnyTask = Task | int | psutil.Process
 

@@ -8,7 +8,7 @@ import select
 from operator import index
 from typing import TYPE_CHECKING, SupportsIndex
 
-from iobmd import copying, refusals
+from iobmd import copying, pieces, refusals
 from iobmd._native.crosstask import HeldBuffer, fresh_bytes
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
@@ -124,7 +124,7 @@ class Task:
         size: int,
         *,
         huge: int = 0,
-        progress: copying.Progress | None = None,
+        progress: pieces.Progress | None = None,
     ) -> None:
         """Copy `size` bytes at `source` of this task to the address `destination` of the calling process.
 
@@ -140,7 +140,7 @@ class Task:
         *,
         write: bool = False,
         huge: int = 0,
-        progress: copying.Progress | None = None,
+        progress: pieces.Progress | None = None,
     ) -> None:
         check_range(theirs, size)
         done, error = copying.copy(self.pid, theirs, ours, size, write=write, huge=huge, progress=progress)

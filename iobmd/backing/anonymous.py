@@ -18,7 +18,7 @@ from iobmd.wiring import Wiring, make_resident
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from iobmd.copying import Progress
+    from iobmd.pieces import Progress
 
 
 class AnonymousBacking:

@@ -25,7 +25,7 @@ from iobmd.units import format_size, parse_size
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from iobmd.copying import Progress
+    from iobmd.pieces import Progress
 
 PROGRESS_FROM = 256 << 20
 """Bytes from which a copy takes long enough to watch."""

@@ -249,7 +249,7 @@ def test_interrupt_leaves_nothing(start_zoo: Start) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         IOBufferMemoryDescriptor.withCopy(kernel_task, 0, zoo.pid, zoo["anonymous"].address, BIG, progress=interrupt)
-    assert not [thread for thread in threading.enumerate() if thread.name == "iobmd-copy"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "iobmd-piece"]
 
 
 @needs_compiler

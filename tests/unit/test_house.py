@@ -24,6 +24,7 @@ FLOORS = [
     {"pagemap"},
     {"task"},
     {"copying", "refusals"},
+    {"pieces"},
     {"host"},
     {"procfs"},
     {"errors"},

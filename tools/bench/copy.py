@@ -13,7 +13,7 @@ from iobmd._native import floors
 from iobmd.buffer import IOBufferMemoryDescriptor
 from iobmd.cli.client import Client, Piece
 from iobmd.constants import IOOptionBits
-from iobmd.copying import PIECE, threads
+from iobmd.pieces import PIECE, threads
 from iobmd.task import Task, kernel_task
 
 from .result import Result, at_least, at_most, medians, seconds
