@@ -6,7 +6,7 @@ from libc.stdint cimport uint64_t, uintptr_t
 from libc.string cimport memcpy, strerror
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
-from mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, c_mmap, c_munmap
+from mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, c_mlock, c_mmap, c_munmap
 from uio cimport iovec, process_vm_readv
 
 
@@ -44,6 +44,25 @@ def read_fresh(int pid, uint64_t source, size_t size):
         seconds = _read_fresh(pid, source, size)
     if seconds < 0:
         raise OSError(errno, f"process_vm_readv: {strerror(errno).decode()}")
+    return seconds
+
+
+cdef double _lock_small(size_t size) noexcept nogil:
+    cdef double begin = _now()
+    cdef void *fresh = c_mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    if fresh == MAP_FAILED or c_mlock(fresh, size):
+        return -1
+    c_munmap(fresh, size)
+    return _now() - begin
+
+
+def map_and_lock(size_t size):
+    """Seconds for mmap + mlock + munmap of `size` bytes."""
+    cdef double seconds
+    with nogil:
+        seconds = _lock_small(size)
+    if seconds < 0:
+        raise OSError(errno, f"mlock: {strerror(errno).decode()}")
     return seconds
 
 

@@ -12,26 +12,24 @@ from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
 from cpython.ref cimport Py_INCREF, Py_DECREF
 
 from mman cimport (
-    MAP_ANONYMOUS, MAP_FAILED, MAP_HUGETLB, MAP_NORESERVE, MAP_PRIVATE, PROT_NONE, PROT_READ, PROT_WRITE,
+    MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, PROT_NONE, PROT_READ, PROT_WRITE,
     c_mmap, c_munmap,
 )
 
 cdef size_t PAGE_SIZE = sysconf(_SC_PAGESIZE)
 
-cdef int MAP_HUGE_SHIFT = 26  # linux/mman.h: log2 of the page size above this bit of mmap's flags
-
 # Below this a copy is over before another thread could take the GIL.
 cdef size_t RELEASE_GIL_FROM = 64 << 10
 
 
-cdef Mapping _map(size_t size, size_t alignment, int protection, int flags):
+cdef Mapping _map(size_t size, size_t alignment, int protection, int flags, int fd=-1):
     cdef uint64_t start, aligned, end
     cdef size_t span = size + (alignment - PAGE_SIZE if alignment > PAGE_SIZE else 0)
     cdef void *found
     if span < size:
         raise OverflowError("size and alignment together exceed the address space")
     with nogil:
-        found = c_mmap(NULL, span, protection, flags, -1, 0)
+        found = c_mmap(NULL, span, protection, flags, fd, 0)
     if found == MAP_FAILED:
         raise OSError(errno, f"mmap: {strerror(errno).decode()}")
     start = <uintptr_t>found
@@ -56,6 +54,7 @@ cdef class Mapping:
     cdef readonly uint64_t address
     cdef readonly size_t size
     cdef readonly int users
+    cdef bint sealed
 
     @staticmethod
     def anonymous(size_t size, size_t alignment):
@@ -68,25 +67,31 @@ cdef class Mapping:
         return _map(size, alignment, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
 
     @staticmethod
-    def hugetlb(size_t size, size_t page):
-        """Map `size` bytes out of the pool of huge pages of `page` bytes (MAP_HUGETLB), a multiple of them."""
-        cdef int shift = 0
-        while <size_t>1 << shift < page:
-            shift += 1
-        return _map(size, PAGE_SIZE, PROT_READ | PROT_WRITE,
-                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | shift << MAP_HUGE_SHIFT)
+    def file(int fd, size_t size):
+        """Map the first `size` bytes of a file, shared."""
+        return _map(size, PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd)
 
-    def shrink(self, size_t size):
-        """Unmap what lies behind the first `size` bytes (whole pages)."""
-        if not 0 < size < self.size or self.users:
-            return
-        c_munmap(<void *><uintptr_t>(self.address + size), self.size - size)
+    def keep(self, size_t offset, size_t size):
+        """Unmap all but `size` bytes from `offset` on, whole pages."""
+        cdef size_t end = offset + size
+        if self.users or not size or end < size or end > self.size:
+            raise ValueError("not a part of the mapping, or in use")
+        if end < self.size:
+            c_munmap(<void *><uintptr_t>(self.address + end), self.size - end)
+        if offset:
+            c_munmap(<void *><uintptr_t>self.address, offset)
+        self.address += offset
         self.size = size
 
-    def close(self):
-        """Unmap. Raises BufferError while a view is alive or a copy is under way; idempotent."""
+    def seal(self):
+        """Let nobody begin to use it. Raises BufferError while a view is alive or a copy is under way."""
         if self.users:
             raise BufferError(f"{self.users} users")
+        self.sealed = True
+
+    def close(self):
+        """Seal and unmap; idempotent."""
+        self.seal()
         cdef uint64_t address = self.address
         cdef size_t size = self.size
         cdef int failed = 0
@@ -127,7 +132,7 @@ cdef class Mapping:
             PyBuffer_Release(&view)
 
     cdef _check(self, size_t offset, size_t length):
-        if not self.address:
+        if self.sealed:
             raise ValueError("the mapping is closed")
         if offset > self.size or length > self.size - offset:
             raise ValueError("range past the end of the mapping")
@@ -156,7 +161,7 @@ cdef class Exporter:
         cdef Mapping mapping
         cdef Py_ssize_t length
         mapping, length = self._exported()
-        if <size_t>length > mapping.size:
+        if mapping.sealed or <size_t>length > mapping.size:
             raise BufferError("the mapping is closed")
         PyBuffer_FillInfo(view, self, <void *><uintptr_t>mapping.address, length, False, flags)
         mapping.users += 1

@@ -9,7 +9,7 @@ from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
 from mman cimport (
     C_MADV_COLD, C_MADV_COLLAPSE, C_MADV_DONTNEED, C_MADV_HUGEPAGE, C_MADV_NOHUGEPAGE, C_MADV_PAGEOUT,
     C_MADV_POPULATE_READ, C_MADV_POPULATE_WRITE, c_madvise, c_mincore, c_mlock, c_mlock2,
-    c_mremap, c_munlock, MAP_FAILED, MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE,
+    c_fallocate, c_mmap, c_mremap, MAP_FIXED, MAP_SHARED, PROT_READ, PROT_WRITE, c_munlock, MAP_FAILED, MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE,
 )
 
 MADV_COLD = C_MADV_COLD
@@ -56,6 +56,20 @@ def populate(uint64_t address, size_t size, size_t huge, size_t page):
     return done, failed
 
 
+def populate_downwards(uint64_t address, size_t size, size_t huge, size_t page):
+    """As `populate`, for whole aligned huge pages, from the highest to the lowest."""
+    cdef size_t left = size
+    cdef int failed = 0
+    with nogil:
+        while left >= huge and not failed:
+            left -= huge
+            c_madvise(<void *><uintptr_t>(address + left + huge - page), page, C_MADV_POPULATE_WRITE)
+            failed = c_madvise(<void *><uintptr_t>(address + left), huge, C_MADV_POPULATE_WRITE)
+            if failed:
+                failed = errno
+    return size - left, failed
+
+
 def move(uint64_t source, uint64_t destination, size_t size):
     """Move private anonymous pages to another place, over what is mapped there; `source` stays mapped, empty.
 
@@ -67,6 +81,22 @@ def move(uint64_t source, uint64_t destination, size_t size):
         moved = c_mremap(<void *><uintptr_t>source, size, size,
                          MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, <void *><uintptr_t>destination)
     _check(moved == MAP_FAILED, "mremap")
+
+
+def map_file(uint64_t address, size_t size, int fd, uint64_t offset):
+    """Map a piece of a file, shared, over what is mapped at `address`."""
+    cdef void *mapped
+    with nogil:
+        mapped = c_mmap(<void *><uintptr_t>address, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, offset)
+    _check(mapped == MAP_FAILED, "mmap")
+
+
+def punch(int fd, uint64_t offset, size_t size):
+    """Free a piece of a memfd (fallocate(2), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)."""
+    cdef int failed
+    with nogil:
+        failed = c_fallocate(fd, 3, offset, size)
+    _check(failed, "fallocate")
 
 
 def lock(uint64_t address, size_t size):

@@ -14,10 +14,14 @@ cdef extern from "<sys/mman.h>" nogil:
         MAP_PRIVATE
         MAP_ANONYMOUS
         MAP_NORESERVE
-        MAP_HUGETLB
+        MAP_SHARED
+        MAP_FIXED
         PROT_NONE
         MREMAP_MAYMOVE
         MREMAP_FIXED
+
+cdef extern from "<fcntl.h>" nogil:
+    int c_fallocate "fallocate"(int fd, int mode, long offset, long length)
 
 cdef extern from * nogil:
     """

@@ -26,7 +26,7 @@ cdef class PhysicalSegment:
     cdef readonly uint64_t address
     cdef readonly uint64_t length
 
-    def __cinit__(self, uint64_t address, uint64_t length):
+    def __init__(self, uint64_t address, uint64_t length):
         self.address = address
         self.length = length
 
@@ -88,6 +88,7 @@ cdef class RunTable:
         cdef size_t index
         cdef Run *ours
         cdef Run *theirs
+        cdef RunTable longer
         if self.count == other.count and not memcmp(self.runs, other.runs, self.count * sizeof(Run)):
             return None
         for index in range(min(self.count, other.count)):
@@ -96,7 +97,8 @@ cdef class RunTable:
                 return min(ours.virtual, theirs.virtual)
             if ours.length != theirs.length:
                 return ours.virtual + min(ours.length, theirs.length)
-        return self.runs[index].virtual + self.runs[index].length if self.count or other.count else None
+        longer = self if self.count > other.count else other
+        return longer[min(self.count, other.count)][0]
 
     def largest(self):
         """Return the length of the longest run, in bytes."""
@@ -144,6 +146,7 @@ cdef class RunTable:
     def segments(self, uint64_t virtual, uint64_t length):
         """Return the `PhysicalSegment`s of a range that runs cover, in order; neighbours never touch."""
         cdef uint64_t end = virtual + length, start, stop
+        cdef PhysicalSegment segment
         cdef size_t index
         cdef Run *run
         cut = []
@@ -155,7 +158,10 @@ cdef class RunTable:
                 break
             start, stop = max(virtual, run.virtual), min(end, run.virtual + run.length)
             if start < stop:
-                cut.append(PhysicalSegment.__new__(PhysicalSegment, run.physical + (start - run.virtual), stop - start))
+                segment = PhysicalSegment.__new__(PhysicalSegment)
+                segment.address = run.physical + (start - run.virtual)
+                segment.length = stop - start
+                cut.append(segment)
         return cut
 
     def __dealloc__(self):

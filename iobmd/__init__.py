@@ -9,12 +9,15 @@
 from __future__ import annotations
 
 from iobmd import constants
+from iobmd._native.runs import PhysicalSegment
 from iobmd._version import __version__
 from iobmd.buffer import IOBufferMemoryDescriptor
 from iobmd.constants import *  # noqa: F403
 from iobmd.descriptor import IOMemoryDescriptor
 from iobmd.errors import IOReturnError
 from iobmd.facade import allocate, copy
+from iobmd.physical import Layout
+from iobmd.policy import policy
 from iobmd.task import Task, current_task, get_task_map, kernel_task
 from iobmd.wiring import Wiring
 
@@ -22,6 +25,8 @@ __all__ = [
     "IOBufferMemoryDescriptor",
     "IOMemoryDescriptor",
     "IOReturnError",
+    "Layout",
+    "PhysicalSegment",
     "Task",
     "Wiring",
     "__version__",
@@ -30,5 +35,6 @@ __all__ = [
     "current_task",
     "get_task_map",
     "kernel_task",
+    "policy",
 ]
 __all__ += constants.__all__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from typing import TYPE_CHECKING, Self
 
@@ -14,11 +15,13 @@ from iobmd.descriptor import IOMemoryDescriptor
 from iobmd.errors import IOReturnError
 from iobmd.task import Task, as_task, check_range, kernel_task
 from iobmd.units import PAGE_SIZE
+from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
     import psutil
     from typing_extensions import Buffer
 
+    from iobmd.backing import Backing
     from iobmd.pieces import Progress
 
     AnyTask = Task | int | psutil.Process
@@ -36,6 +39,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     """
 
     _capacity = 0
+    _contiguous = False
 
     def __init__(self, *, copy_of: tuple[Task, int] | None = None, progress: Progress | None = None) -> None:
         # Made in two steps, as in IOKit: this only says what initWithPhysicalMask is to fill the memory with.
@@ -160,11 +164,13 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         if self._copy_of:
             check_range(self._copy_of[1], capacity)
         self._backing = AnonymousBacking(
-            wanted.capacity, wired=wanted.wired, source=self._copy_of, progress=self._progress
+            capacity, wired=wanted.wired, want=wanted.want, source=self._copy_of, progress=self._progress
         )
         self._copy_of = self._progress = None
         self._options, self._capacity, self._length = wanted.options, capacity, capacity
-        self._maker = os.getpid()
+        self._maker, self._preparing = os.getpid(), threading.Lock()
+        self._contiguous = bool(wanted.want and wanted.want.contiguous)
+        self._pinned_for_good = self._backing.wiring is Wiring.PINNED
         self._state = "open"
         return True
 
@@ -228,10 +234,16 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         if self._backing is None:
             return f"<{name} {self._state}>"
         backing, direction = self._backing, ("none", "in", "out", "inout")[self._options & 3]
+        wiring = backing.wiring.value + self._placement(backing)
         return (
             f"<{name} in task {backing.task.pid} at {backing.address:#x}, length {self._length} of "
-            f"{self._capacity}, {backing.wiring.value}, direction {direction}, {self._state}>"
+            f"{self._capacity}, {wiring}, direction {direction}, {self._state}>"
         )
+
+    def _placement(self, backing: Backing) -> str:
+        if not self._contiguous:
+            return ""
+        return ", contiguous" if backing.runs else ", contiguous in one huge page, addresses hidden"
 
     def __del__(self) -> None:
         if self._backing is None:

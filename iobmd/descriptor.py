@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import TYPE_CHECKING, Any
 
-from iobmd import pagemap
-from iobmd.constants import IOOptionBits, IOReturn
+from iobmd import pagemap, pinning
+from iobmd.constants import (
+    IOOptionBits,
+    IOReturn,
+    kIODirectionPrepareNoFault,
+    kIODirectionPrepareToPhys32,
+)
 from iobmd.errors import IOReturnError
+from iobmd.physical import Layout, layout
 from iobmd.request import DIRECTION_MASK
+from iobmd.units import PAGE_SIZE
 from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from iobmd._native.runs import PhysicalSegment, RunTable
     from iobmd.backing import Backing
 
 
@@ -31,6 +40,9 @@ class IOMemoryDescriptor:
     _tag = 0
     _maker = 0  # pid of the process that made it
     _state = "not initialised"
+    _prepared = 0
+    _pinned_for_good = False  # by its options, not by prepare()
+    _preparing: threading.Lock  # of each descriptor, made with it
 
     def getLength(self) -> int:
         """Return the length in bytes."""
@@ -88,6 +100,136 @@ class IOMemoryDescriptor:
         backing.write(offset, data)
         return size
 
+    def prepare(self, forDirection: int = 0) -> None:
+        """Pin the memory for a transfer, so that its physical addresses hold until `complete`.
+
+        Calls are counted, in pairs with `complete`, from any thread. Memory that is pinned by its options is only
+        counted. A descriptor cannot be freed while it is prepared.
+
+        Parameters
+        ----------
+        forDirection : int
+            0 for the descriptor's own direction, or directions of the transfer, with `kIODirectionPrepareNoFault`
+            (refuse rather than fault pages in) and `kIODirectionPrepareToPhys32` (refuse memory above 4 GiB).
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnCannotWire` when pinning is impossible or over a limit, and why; `kIOReturnBadArgument`;
+            `kIOReturnNoResources` for memory above 4 GiB; then nothing is prepared.
+        """
+        backing = self._memory()
+        if forDirection & ~(DIRECTION_MASK | kIODirectionPrepareToPhys32 | kIODirectionPrepareNoFault):
+            raise IOReturnError(IOReturn.kIOReturnBadArgument, f"direction {forDirection:#x} has unknown bits")
+        with self._preparing:
+            fresh = backing.wiring is not Wiring.PINNED
+            if fresh:
+                if forDirection & kIODirectionPrepareNoFault:
+                    self._require_resident(backing)
+                backing.pin()
+            try:
+                if forDirection & kIODirectionPrepareToPhys32:
+                    _require_low(self._runs(backing))
+            except BaseException:
+                if fresh:
+                    backing.unpin()
+                raise
+            self._prepared += 1
+
+    def complete(self, forDirection: int = 0) -> None:  # noqa: ARG002 (IOKit's)
+        """Undo one `prepare`; the last one lets the kernel move the memory again.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnNotReady` when it is not prepared.
+        """
+        backing = self._memory()
+        with self._preparing:
+            if not self._prepared:
+                raise IOReturnError(IOReturn.kIOReturnNotReady, f"{self!r} is not prepared: nothing to complete")
+            self._prepared -= 1
+            if not self._prepared and not self._pinned_for_good:
+                backing.unpin()
+
+    def getPhysicalAddress(self) -> int:
+        """Return the physical address of the first byte. Raises as `segments`."""
+        return self.getPhysicalSegment(0)[0]
+
+    def getPhysicalSegment(self, offset: int, options: int = 0) -> tuple[int, int]:  # noqa: ARG002 (IOKit's)
+        """Return the physical address of the byte `offset`, and how many bytes from there on are contiguous.
+
+        `(0, 0)` for an offset past the end. Raises as `segments`.
+        """
+        backing = self._memory()
+        table = self._runs(backing)
+        if not 0 <= offset < self._length:
+            return 0, 0
+        return table.segment(backing.address + offset, self._length - offset)
+
+    def segments(self, offset: int = 0, length: int | None = None) -> list[PhysicalSegment]:
+        """Return the physically contiguous pieces of a range, in order; each has `.address` and `.length` in bytes.
+
+        Parameters
+        ----------
+        offset, length : int
+            In bytes, any; `length` None: to the end.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnNotReady`: not pinned, so that addresses could change; `prepare()` pins it.
+            `kIOReturnNotPrivileged`: the kernel hides the addresses. `kIOReturnBadArgument`: past the end.
+        """
+        backing = self._memory()
+        length = self._length - offset if length is None else length
+        self._check_range(offset, length)
+        return self._runs(backing).segments(backing.address + offset, length)
+
+    def layout(self) -> Layout:
+        """Summarise how the memory lies: runs, the largest, contiguous or not, huge pages. Raises as `segments`."""
+        return layout(self._runs(self._memory()))
+
+    def verify(self) -> None:
+        """Read every frame again, and compare it with what was recorded when the memory was pinned.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnVMError`: a page has moved, `.address` is its virtual address. Or as `segments`.
+        """
+        backing = self._memory()
+        recorded = self._runs(backing)
+        now = pinning.own_runs(backing.address, backing.size)
+        if (moved := recorded.difference(now)) is not None:
+            was, _ = recorded.segment(moved, 1)
+            lies, _ = now.segment(moved, 1)
+            message = (
+                f"the page at {moved:#x} was at physical {was:#x} and is at {lies:#x} now: do not use it for I/O"
+            )
+            raise IOReturnError(IOReturn.kIOReturnVMError, message, 0, moved)
+
+    def _runs(self, backing: Backing) -> RunTable:
+        if backing.wiring is not Wiring.PINNED:
+            raise IOReturnError(
+                IOReturn.kIOReturnNotReady,
+                f"{self!r} is not pinned: its physical addresses could change; call prepare() first",
+            )
+        if backing.runs is None:
+            raise IOReturnError(
+                IOReturn.kIOReturnNotPrivileged,
+                "the kernel hides physical addresses from this process; run with CAP_SYS_ADMIN",
+            )
+        return backing.runs
+
+    def _require_resident(self, backing: Backing) -> None:
+        resident = pagemap.counts(backing.task, backing.address, backing.size).present * PAGE_SIZE
+        if resident < backing.size:
+            raise IOReturnError(
+                IOReturn.kIOReturnCannotWire,
+                f"{backing.size - resident} bytes are not resident, and kIODirectionPrepareNoFault forbids faults",
+            )
+
     def getPageCounts(self) -> tuple[int, int]:
         """Return how many pages are resident, and how many of those are dirty (written to), as pagemap says."""
         backing = self._memory()
@@ -103,6 +245,9 @@ class IOMemoryDescriptor:
         """
         if self._backing is None:
             return
+        if self._prepared and self._maker == os.getpid():
+            message = f"{self!r} is prepared {self._prepared} times: call complete() as often first"
+            raise IOReturnError(IOReturn.kIOReturnBusy, message)
         try:
             self._backing.close()
         except BufferError as error:
@@ -141,3 +286,12 @@ class IOMemoryDescriptor:
 
     def __exit__(self, *_error: object) -> None:
         self.free()
+
+
+def _require_low(table: RunTable) -> None:
+    if table.highest() >> 32:
+        raise IOReturnError(
+            IOReturn.kIOReturnNoResources,
+            f"memory at {table.highest():#x} lies above 4 GiB, and kIODirectionPrepareToPhys32 forbids that; make "
+            "it with inTaskWithPhysicalMask(…, 0xffffffff)",
+        )

@@ -10,11 +10,12 @@ import errno
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import refusals
+from iobmd import procfs, refusals
 from iobmd._native import pagemap as native
+from iobmd._native import runs as native_runs
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.task import Task, as_task, check_range
+from iobmd.task import Task, as_task, check_range, kernel_task
 from iobmd.units import PAGE_SIZE, round_down, round_up
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import psutil
 
 _ENTRY = 8
+_STEP = 16 << 20  # bytes of address space a step: a scan holds up the task's own mmap for that long
 _READ = 64 << 10  # bytes of entries a read; larger reads are no faster (measured)
 
 
@@ -115,6 +117,65 @@ def resident_and_dirty(task: Task, address: int, size: int) -> tuple[int, int]:
         # Before Linux 6.7: the zero page counts as mapped by many, a page of one's own does not.
         return resident.present, resident.exclusive
     return resident.present, sum(end - start for start, end in written) // PAGE_SIZE
+
+
+def is_huge(address: int, size: int) -> bool:
+    """Say whether a range of this process is mapped by huge pages throughout; needs no privilege.
+
+    By PAGEMAP_SCAN (Linux 6.7), by AnonHugePages of smaps before that.
+    """
+    try:
+        with _open(kernel_task) as descriptor:
+            found = native.scan(
+                descriptor.fd, address, address + size, native.PAGE_IS_PRESENT | native.PAGE_IS_HUGE, 0
+            )
+        return sum(end - start for start, end in found) == size
+    except OSError:
+        areas = ((area, counters) for area, counters in procfs.smaps() if area.start < address + size)
+        overlapping = [(area, counters) for area, counters in areas if area.end > address]
+        return bool(overlapping) and all(
+            counters["AnonHugePages"] >= area.end - area.start for area, counters in overlapping
+        )
+
+
+class Run(NamedTuple):
+    """Pages that lie behind each other both virtually and physically; all in bytes."""
+
+    virtual: int
+    physical: int
+    length: int
+
+
+def runs(task: Task | int | psutil.Process, address: int, size: int) -> Iterator[Run]:
+    """Iterate over the physically contiguous runs of a range, ascending by virtual address.
+
+    Absent pages, and pages whose frame is hidden, are in no run. Read in steps, with few objects at a time.
+    Parameters and errors as `pages`.
+    """
+    task = as_task(task)
+    check_range(address, size)
+    start, end = round_down(address, PAGE_SIZE), round_up(address + size, PAGE_SIZE)
+    pending: Run | None = None
+    with _open(task) as descriptor:
+        for step in range(start, end, _STEP):
+            try:
+                table = native_runs.read(descriptor.fd, step, min(_STEP, end - step), PAGE_SIZE)
+            except OSError:
+                raise _no_entries(task, step) from None
+            for index in range(table.count):
+                run = Run(*table[index])
+                if pending and _follows(pending, run):
+                    pending = pending._replace(length=pending.length + run.length)
+                    continue
+                if pending:
+                    yield pending
+                pending = run
+    if pending:
+        yield pending
+
+
+def _follows(first: Run, second: Run) -> bool:
+    return first.virtual + first.length == second.virtual and first.physical + first.length == second.physical
 
 
 class _open:  # noqa: N801 (used as a function)

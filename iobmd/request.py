@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd._version import __version__
 from iobmd.constants import IOOptionBits, IOReturn
+from iobmd.contiguous import ALL_ADDRESSES, Want
 from iobmd.errors import IOReturnError
 from iobmd.task import Task, as_task, kernel_task
 from iobmd.units import PAGE_SIZE, is_power_of_two
@@ -20,9 +21,9 @@ _PAGEABLE = int(IOOptionBits.kIOMemoryPageable)
 _PURGEABLE = int(IOOptionBits.kIOMemoryPurgeable)
 _KNOWN = CACHE_MASK | sum({int(option) for option in IOOptionBits})
 
+_CONTIGUOUS = int(IOOptionBits.kIOMemoryPhysicallyContiguous | IOOptionBits.kIOMemoryHostPhysicallyContiguous)
+
 _NOT_YET = {
-    int(IOOptionBits.kIOMemoryPhysicallyContiguous): "physically contiguous memory",
-    int(IOOptionBits.kIOMemoryHostPhysicallyContiguous): "physically contiguous memory",
     _PURGEABLE: "purgeable memory",
     int(IOOptionBits.kIOMemoryKernelUserShared): "memory shared between tasks",
     int(IOOptionBits.kIOMemoryClearEncrypt): "encrypted memory",
@@ -37,7 +38,8 @@ class Request(NamedTuple):
 
     options: int
     capacity: int
-    alignment: int
+    want: Want | None
+    """What is asked of the physical addresses; None: nothing."""
 
     @property
     def wired(self) -> bool:
@@ -65,12 +67,26 @@ def check(
     if capacity + alignment > 1 << 63:
         raise _bad(f"size {capacity:#x} with alignment {alignment:#x} exceeds every address space")
     _check_options(options)
-    if physical_mask:
-        raise unsupported("a physical mask")
-    if alignment > PAGE_SIZE:
-        raise unsupported(f"alignment above a page ({PAGE_SIZE} bytes)")
+    want = _physical(options, capacity, alignment, physical_mask)
+    if want and options & _PAGEABLE:
+        raise _bad(f"pageable memory moves, and cannot be {want}: leave kIOMemoryPageable out")
     _check_task(task)
-    return Request(options, capacity, alignment)
+    return Request(options, capacity, want)
+
+
+def _physical(options: int, capacity: int, alignment: int, mask: int) -> Want | None:
+    """Return what the options, the alignment and the mask ask of physical addresses, None for nothing."""
+    allowed = ALL_ADDRESSES
+    if mask:
+        # The bits below the mask's lowest are free within a piece of that alignment (initWithPhysicalMask of IOKit).
+        lowest = mask & -mask
+        allowed = mask | (max(lowest, PAGE_SIZE) - 1)
+        if alignment <= 1:
+            alignment = max(lowest, PAGE_SIZE)
+    contiguous = bool(options & _CONTIGUOUS) or alignment > PAGE_SIZE
+    if allowed == ALL_ADDRESSES and alignment <= PAGE_SIZE and (capacity <= PAGE_SIZE or not contiguous):
+        return None  # any page will do
+    return Want(capacity, contiguous, max(alignment, 1), allowed)
 
 
 def check_direction(direction: int) -> int:

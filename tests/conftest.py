@@ -10,6 +10,8 @@ import pytest
 from support import requirements, zoo
 from support.kernel import Footprint
 
+import iobmd
+
 REQUIRE_ALL = os.environ.get("IOBMD_REQUIRE") == "all"
 
 
@@ -36,6 +38,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             if REQUIRE_ALL and name not in requirements.MAY_BE_MISSING:
                 pytest.fail(f"IOBMD_REQUIRE=all, and the host lacks {name}: {reason}", pytrace=False)
             pytest.skip(reason)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def what_the_library_keeps() -> None:
+    """Have the one ring and the one open pagemap of the process made, which are kept: no test leaks them."""
+    iobmd.allocate(1).free()
 
 
 @pytest.fixture(scope="session")
@@ -83,6 +91,23 @@ def hugetlb_pool() -> Iterator[int]:
     yield 8
     setting.write_text(before)
     assert setting.read_text() == before
+
+
+@pytest.fixture
+def setting() -> Iterator[Callable[[str, object], None]]:
+    """Write settings of the host (files of /proc/sys and /sys), and put each back as it was."""
+    before: dict[Path, str] = {}
+
+    def write(path: str, value: object) -> None:
+        file = Path(path)
+        text = file.read_text()
+        # "always [madvise] never": the chosen one is in brackets
+        before.setdefault(file, text.partition("[")[2].partition("]")[0] or text)
+        file.write_text(str(value))
+
+    yield write
+    for file, value in before.items():
+        file.write_text(value)
 
 
 @pytest.fixture

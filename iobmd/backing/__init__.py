@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from iobmd._native.mapping import Mapping
+    from iobmd._native.runs import RunTable
     from iobmd.task import Task
     from iobmd.wiring import Wiring
 
@@ -19,7 +20,18 @@ class Backing(Protocol):
     """The task whose address space `address` belongs to."""
     mapping: Mapping
     """The memory as it is mapped in this process."""
-    wiring: Wiring
+    runs: RunTable | None
+    """Where it lies while it is pinned; None where the kernel hides that."""
+
+    @property
+    def wiring(self) -> Wiring:
+        """How firmly it stays where it is."""
+
+    def pin(self) -> None:
+        """Pin every page and record where it lies. Raises `kIOReturnCannotWire`."""
+
+    def unpin(self) -> None:
+        """Undo `pin`."""
 
     @property
     def address(self) -> int:

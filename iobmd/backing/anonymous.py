@@ -1,4 +1,4 @@
-"""Private anonymous memory of this process."""
+"""Memory of this process: private anonymous pages, or hugetlb pages where those alone can be had as wanted."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import contextlib
 import errno
 from typing import TYPE_CHECKING
 
-from iobmd import headroom
+from iobmd import contiguous, headroom, pinning
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
 from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.contiguous import Want
+from iobmd.errors import CannotWireError, IOReturnError
+from iobmd.populate import populate
 from iobmd.task import Task, kernel_task
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_up
 from iobmd.wiring import Wiring, make_resident
@@ -18,18 +20,23 @@ from iobmd.wiring import Wiring, make_resident
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from iobmd._native.runs import RunTable
     from iobmd.pieces import Progress
+
+_TRIES = 4
 
 
 class AnonymousBacking:
-    """Zeroed memory that only this process maps.
+    """Zeroed memory that this process maps.
 
     Parameters
     ----------
     size : int
         Bytes; rounded up to whole pages.
     wired : bool
-        Keep it resident (mlock).
+        Keep it resident (mlock), and pinned where the kernel lets us.
+    want : Want, optional
+        What is asked of the physical addresses; then it has to be pinned.
     source : tuple of (Task, int), optional
         Fill it with the `size` bytes at this address of this task.
     progress : callable, optional
@@ -41,29 +48,92 @@ class AnonymousBacking:
         size: int,
         *,
         wired: bool,
+        want: Want | None = None,
         source: tuple[Task, int] | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.task = kernel_task
-        self.wiring = Wiring.RESIDENT if wired else Wiring.PAGEABLE
-        populated = wired or source is not None
-        if populated:
+        self._wired = wired
+        self._pin: pinning.Pin | None = None
+        self._hugetlb = False
+        self.runs: RunTable | None = None
+        if wired or source:
             headroom.require(size, swappable=not wired)
-        huge = size >= HUGE_PAGE_SIZE
-        self.mapping = _map(round_up(size, PAGE_SIZE), HUGE_PAGE_SIZE if huge else PAGE_SIZE)
+        for _attempt in range(_TRIES):
+            self.mapping = contiguous.obtain(want) if want else _map(size)
+            try:
+                self._fill(size, source, progress, populated=want is not None)
+                if not wired or self._wire(size, want, source):
+                    return
+            except BaseException:
+                self.close()
+                raise
+            self.close()
+        message = f"the kernel moved the pages at each of {_TRIES} tries to pin {want}"
+        raise IOReturnError(IOReturn.kIOReturnNoResources, message)
+
+    def _fill(
+        self, size: int, source: tuple[Task, int] | None, progress: Progress | None, *, populated: bool
+    ) -> None:
+        huge = HUGE_PAGE_SIZE if self.size >= HUGE_PAGE_SIZE and not populated else 0
+        if huge and (self._wired or source):
+            with contextlib.suppress(OSError):  # a kernel without transparent huge pages: slower, nothing else
+                memory.advise(self.address, self.size, memory.MADV_HUGEPAGE)
+        if self._wired:
+            # Large memory is faulted in on several threads, by the copy or by `populate`: this reserves the limit.
+            make_resident(self.address, self.size, populate=not huge)
+        if source:
+            task, address = source
+            task.copy_in(address, self.address, size, huge=huge, progress=progress)
+        elif huge and self._wired:
+            populate(self.address, self.size)
+            make_resident(self.address, self.size)
+
+    def _wire(self, size: int, want: Want | None, source: tuple[Task, int] | None) -> bool:
+        """Pin; return False where pinning moved pages away from where they are wanted, and another try may do."""
         try:
-            if huge and populated:
-                self._prefer_huge_pages()
-            if wired:
-                # A large copy faults its pages in by itself, on several threads: reserve the limit, do not populate.
-                make_resident(self.address, self.size, populate=not (huge and source))
-            if source:
-                task, address = source
-                huge_size = HUGE_PAGE_SIZE if huge else 0
-                task.copy_in(address, self.address, size, huge=huge_size, progress=progress)
-        except BaseException:
+            self.pin()
+        except CannotWireError:
+            if not self._take_hugetlb(want or Want(size)):
+                if want:
+                    raise
+                return True  # resident, then, and it says so
+            self._fill(size, source, None, populated=True)
+        return not want or self.runs is None or want.accepts(self.runs)
+
+    def _take_hugetlb(self, want: Want) -> bool:
+        """Without pins, hugetlb pages are the next best: compaction does not move them."""
+        mapping = contiguous.from_pools(want)
+        if mapping:
             self.mapping.close()
+            self.mapping = mapping
+            self.runs = pinning.visible_runs(self.address, self.size)
+            self._hugetlb = True
+        return mapping is not None
+
+    def pin(self) -> None:
+        """Pin every page, and read where it lies. Raises `kIOReturnCannotWire`."""
+        pin = pinning.Pin(self.address, self.size)
+        try:
+            # Read afterwards: a pin may move a page once.
+            self.runs = pinning.visible_runs(self.address, self.size)
+        except BaseException:
+            pin.release()
             raise
+        self._pin = pin
+
+    def unpin(self) -> None:
+        """Let the kernel move the pages again."""
+        if self._pin:
+            self._pin.release()
+        self._pin = self.runs = None
+
+    @property
+    def wiring(self) -> Wiring:
+        """How firmly it stays where it is."""
+        if self._pin or self._hugetlb:
+            return Wiring.PINNED
+        return Wiring.RESIDENT if self._wired else Wiring.PAGEABLE
 
     @property
     def address(self) -> int:
@@ -74,10 +144,6 @@ class AnonymousBacking:
     def size(self) -> int:
         """Bytes mapped, whole pages."""
         return self.mapping.size
-
-    def _prefer_huge_pages(self) -> None:
-        with contextlib.suppress(OSError):  # a kernel without transparent huge pages: slower, nothing else
-            memory.advise(self.address, self.size, memory.MADV_HUGEPAGE)
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset` on."""
@@ -92,13 +158,15 @@ class AnonymousBacking:
         self.mapping.write(offset, data)
 
     def close(self) -> None:
-        """Unmap the memory, which also unlocks it. Raises BufferError while it is in use; idempotent."""
+        """Unpin and unmap, which also unlocks. Raises BufferError while it is in use; idempotent."""
+        self.mapping.seal()
+        self.unpin()
         self.mapping.close()
 
 
-def _map(size: int, alignment: int) -> Mapping:
+def _map(size: int) -> Mapping:
     try:
-        return Mapping.anonymous(size, alignment)
+        return Mapping.anonymous(round_up(size, PAGE_SIZE), HUGE_PAGE_SIZE if size >= HUGE_PAGE_SIZE else PAGE_SIZE)
     except (OSError, OverflowError) as error:
         number = getattr(error, "errno", errno.ENOMEM)
         message = (

@@ -11,7 +11,7 @@ from iobmd.host import access, pages, pinning, pressure, privilege
 from iobmd.host.access import pfns_visible, yama_scope
 from iobmd.host.fact import Fact, Status
 from iobmd.host.pages import HugePool, SwapArea, huge_pages_enabled, hugetlb_pools, pool_remedy, swap_areas
-from iobmd.host.pinning import io_uring_disabled
+from iobmd.host.pinning import io_uring_disabled, why_not_pinned
 from iobmd.host.pressure import PressureFile, cgroup_pressure, system_pressure
 from iobmd.host.privilege import (
     Capability,
@@ -43,6 +43,7 @@ __all__ = [
     "pfns_visible",
     "yama_scope",
     "io_uring_disabled",
+    "why_not_pinned",
     "PressureFile",
     "system_pressure",
     "cgroup_pressure",

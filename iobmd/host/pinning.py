@@ -52,12 +52,13 @@ def io_uring() -> Fact:
     try:
         _pin_patiently()
     except OSError as error:
-        why, remedy = _why_not_pinned(error)
+        why, remedy = why_not_pinned(error)
         return Fact(name, Status.NO, {"pins": False, "errno": error.errno}, why, purpose, remedy)
     return Fact(name, Status.YES, {"pins": True, "errno": 0}, "a page was pinned", purpose)
 
 
-def _why_not_pinned(error: OSError) -> tuple[str, str]:
+def why_not_pinned(error: OSError) -> tuple[str, str]:
+    """Return why io_uring refused to pin with `error`, and how to turn it on (one alternative a line)."""
     if error.errno == errno.EPERM:
         return _why_forbidden(f"{error.strerror}")
     if error.errno == errno.ENOSYS:

@@ -1,5 +1,6 @@
 """What the kernel says, read without any help of `iobmd`."""
 
+import contextlib
 import os
 import re
 import struct
@@ -44,6 +45,15 @@ def smaps(address: int, pid: int | str = "self") -> dict[str, int]:
         elif inside and (field := re.match(r"(\w+):\s+(\d+) kB", line)):
             counters[field[1]] = int(field[2]) << 10
     return counters
+
+
+def rings() -> int:
+    """Count the open io_uring descriptors of this process."""
+    count = 0
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the one that lists the folder
+            count += "io_uring" in str(path.readlink())
+    return count
 
 
 class Footprint(NamedTuple):

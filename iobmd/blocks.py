@@ -1,0 +1,119 @@
+"""Huge pages to choose from by physical address: collected, looked at, and put into order or given back."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Protocol
+
+from iobmd import pinning
+from iobmd._native import memory
+from iobmd._native.mapping import Mapping
+from iobmd.populate import populate
+from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE
+
+if TYPE_CHECKING:
+    from iobmd._native.runs import RunTable
+
+_STEP = 32 << 20  # an interrupt is seen that often
+Places = dict[int, int]
+"""Physical address of a block: where it is mapped now."""
+
+
+class Source(Protocol):
+    """Where blocks come from. `close` gives back all that were not assembled."""
+
+    block: int
+    """Size of a block in bytes; blocks are aligned to it physically."""
+    hidden: bool
+    """The kernel hides the frames of this process's pages."""
+
+    def more(self, count: int, alignment: int) -> Places:
+        """Take about `count` more blocks; empty when there are none to be had."""
+
+    def assemble(self, chosen: list[int], alignment: int) -> Mapping:
+        """Return a mapping of the blocks at these places, in this order, at a multiple of `alignment`."""
+
+    def close(self) -> None:
+        """Give back what is held."""
+
+
+def blocks_of(table: RunTable, block: int) -> Places:
+    """Return the whole, aligned blocks among runs of pages."""
+    places: Places = {}
+    for index in range(table.count):
+        virtual, physical, length = table[index]
+        shift = -physical % block
+        if (virtual + shift) % block == 0:
+            for offset in range(shift, length - block + 1, block):
+                places[physical + offset] = virtual + offset
+    return places
+
+
+def _spans(chosen: list[int], block: int) -> list[tuple[int, int]]:
+    """Join blocks that lie behind each other: starts and lengths."""
+    spans: list[tuple[int, int]] = []
+    for place in chosen:
+        if spans and sum(spans[-1]) == place:
+            spans[-1] = (spans[-1][0], spans[-1][1] + block)
+        else:
+            spans.append((place, block))
+    return spans
+
+
+class TransparentBlocks:
+    """Transparent huge pages of private memory, moved into place by mremap(2)."""
+
+    block = HUGE_PAGE_SIZE
+
+    def __init__(self) -> None:
+        self.hidden = False
+        self._batches: list[Mapping] = []
+
+    def more(self, count: int, alignment: int) -> Places:
+        """Take about `count` more huge pages; those that came in small pages are not counted."""
+        size = count * self.block
+        batch = Mapping.anonymous(size, self.block if self._batches else max(self.block, alignment))
+        self._batches.append(batch)
+        with contextlib.suppress(OSError):  # a kernel without huge pages: none will be found
+            memory.advise(batch.address, size, memory.MADV_HUGEPAGE)
+        # From the top down: the kernel mostly hands out what was freed last, at ever lower addresses, so that huge
+        # pages come in ascending order and need not be moved.
+        for top in range(size, 0, -_STEP):
+            step = min(_STEP, top)
+            done, error = memory.populate_downwards(batch.address + top - step, step, self.block, PAGE_SIZE)
+            if error:  # before 5.14, or out of memory, which is told there
+                populate(batch.address, top - done)
+                break
+        table = pinning.own_runs(batch.address, size)
+        self.hidden = table.hidden > 0
+        return blocks_of(table, self.block)
+
+    def assemble(self, chosen: list[int], alignment: int) -> Mapping:
+        """Move the huge pages behind each other; those that lie so already stay where they are."""
+        size = len(chosen) * self.block
+        spans = _spans(chosen, self.block)
+        if len(spans) == 1 and chosen[0] % alignment == 0:
+            batch = next(batch for batch in self._batches if 0 <= chosen[0] - batch.address < batch.size)
+            self._batches.remove(batch)
+            batch.keep(chosen[0] - batch.address, size)
+            return batch
+        target = Mapping.reserve(size, max(self.block, alignment))
+        place = target.address
+        try:
+            for start, length in spans:
+                memory.move(start, place, length)
+                place += length
+        except BaseException:
+            target.close()
+            raise
+        return target
+
+    def take_first(self) -> Mapping:
+        """Return the first batch as it is."""
+        return self._batches.pop(0)
+
+    def close(self) -> None:
+        """Give back what is held."""
+        for batch in self._batches:
+            batch.close()
+        self._batches.clear()

@@ -1,0 +1,167 @@
+"""Memory at wanted physical addresses: contiguous, aligned, under a mask.
+
+The kernel gives userspace no say in which frames it gets. So huge pages are collected, sorted by frame and put into
+physical order, and those that are not needed are given back. It needs no pool, no boot parameter and no setting of
+the host: only to see the frames (CAP_SYS_ADMIN). Without that one huge page is still provably contiguous, and
+aligned to its size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from iobmd import host, lowmem, pagemap, trim
+from iobmd.blocks import Places, Source, TransparentBlocks
+from iobmd.constants import IOReturn
+from iobmd.errors import IOReturnError
+from iobmd.hugetlb import PoolBlocks
+from iobmd.policy import Budget, may_reserve
+from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_up
+
+if TYPE_CHECKING:
+    from iobmd._native.mapping import Mapping
+    from iobmd._native.runs import RunTable
+
+ALL_ADDRESSES = (1 << 64) - 1
+
+
+class Want(NamedTuple):
+    """What is asked of the physical addresses of `size` bytes."""
+
+    size: int
+    contiguous: bool = False
+    alignment: int = 1
+    """Of the physical and the virtual address of the first byte."""
+    allowed: int = ALL_ADDRESSES
+    """The bits that addresses may have."""
+
+    def accepts(self, table: RunTable) -> bool:
+        """Say whether memory is as wanted, by its runs."""
+        if table.hidden or not table.count or table.highest() & ~self.allowed:
+            return False
+        return not self.contiguous or (table.count == 1 and table[0][1] % max(self.alignment, 1) == 0)
+
+    def __str__(self) -> str:
+        kind = "contiguous " if self.contiguous else ""
+        aligned = f" aligned to {format_size(self.alignment)}" if self.alignment > PAGE_SIZE else ""
+        under = f" under the mask {self.allowed:#x}" if self.allowed != ALL_ADDRESSES else ""
+        return f"{kind}physical memory of {format_size(self.size)}{aligned}{under}"
+
+
+def obtain(want: Want) -> Mapping:
+    """Return populated, zeroed memory that is as wanted: whole pages, at least `want.size` bytes.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnNoResources`: not found within the policy's budget, with the longest run that was, and what
+        would help. `kIOReturnNotPrivileged`: the frames must be seen for it, and are hidden. `kIOReturnNoMemory`.
+    """
+    budget = Budget()
+    if want.allowed != ALL_ADDRESSES and (why := lowmem.out_of_reach(want.allowed, budget.bytes)):
+        raise _not_found(want, why)
+    hunt = _Hunt(want, budget)
+    source = TransparentBlocks()
+    try:
+        if chosen := hunt.run(source):
+            mapping = source.assemble(chosen, want.alignment)
+            trim.trim(mapping, round_up(want.size, PAGE_SIZE))
+            return mapping
+        if source.hidden:
+            return _one_huge_page(want, source)
+    finally:
+        source.close()
+    if pooled := _search_pools(want, hunt):
+        return pooled
+    raise _not_found(want, hunt.report())
+
+
+def from_pools(want: Want) -> Mapping | None:
+    """Return memory of the hugetlb pools that is as wanted, None when they have none; pools are not raised."""
+    return _search_pools(want, _Hunt(want, Budget()), reserve=False)
+
+
+class _Hunt:
+    """The search through what sources give, within one budget."""
+
+    def __init__(self, want: Want, budget: Budget) -> None:
+        self.want = want
+        self.budget = budget
+        self.looked_at = 0
+        self.longest = 0
+
+    def run(self, source: Source) -> list[int] | None:
+        """Return the places of blocks that are as wanted, in physical order; None when the budget has none."""
+        needed = -(-self.want.size // source.block)
+        found: Places = {}
+        held = 0
+        batch = needed
+        while batch > 0:
+            more = source.more(batch, self.want.alignment)
+            held += batch
+            self.looked_at += len(more) * source.block
+            found |= more
+            if chosen := self._choose(found, source.block, needed):
+                return [found[block] for block in chosen]
+            if not more or source.hidden or self.budget.over:
+                return None
+            batch = max(needed // 2, 4, held // 4)
+            if not self.budget.allows((held + batch) * source.block):
+                batch = self.budget.bytes // source.block - held
+        return None
+
+    def _choose(self, found: Places, block: int, needed: int) -> list[int] | None:
+        allowed, alignment = self.want.allowed, self.want.alignment
+        fitting = sorted(address for address in found if not (address | block - 1) & ~allowed)
+        if not self.want.contiguous:
+            return fitting[:needed] if len(fitting) >= needed else None
+        start = 0
+        for index, address in enumerate(fitting):
+            if index and address != fitting[index - 1] + block:
+                start = index
+            self.longest = max(self.longest, (index + 1 - start) * block)
+            while start <= index and fitting[start] % alignment:
+                start += 1
+            if index + 1 - start >= needed:
+                return fitting[start : start + needed]
+        return None
+
+    def report(self) -> str:
+        """Say what was looked at in vain, and what would help."""
+        blocks = -(-self.want.size // HUGE_PAGE_SIZE)
+        return (
+            f"of {format_size(self.looked_at)} looked at in {self.budget.elapsed:.2f} s the longest run was "
+            f"{format_size(self.longest)}; allow more (iobmd.policy(memory_budget=…, time_budget=…)), let it raise "
+            "the hugetlb pools (iobmd.policy(reserve=True), as root), or fill one: "
+            f"echo {4 * blocks} > /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
+        )
+
+
+def _one_huge_page(want: Want, source: TransparentBlocks) -> Mapping:
+    """Without seeing frames: one huge page is contiguous, and its base is aligned to its size."""
+    if want.size > HUGE_PAGE_SIZE or want.alignment > HUGE_PAGE_SIZE or want.allowed != ALL_ADDRESSES:
+        raise IOReturnError(
+            IOReturn.kIOReturnNotPrivileged,
+            f"no {want}: physical addresses are hidden from this process, and without them only what lies in one "
+            f"huge page ({format_size(HUGE_PAGE_SIZE)}) is known; run with CAP_SYS_ADMIN",
+        )
+    mapping = source.take_first()
+    if pagemap.is_huge(mapping.address, mapping.size):
+        return mapping
+    mapping.close()
+    raise _not_found(want, "the kernel had no huge page; `iobmd doctor` tells how to turn them on")
+
+
+def _search_pools(want: Want, hunt: _Hunt, *, reserve: bool | None = None) -> Mapping | None:
+    for pool in host.hugetlb_pools():
+        source = PoolBlocks(pool, reserve=may_reserve() if reserve is None else reserve)
+        try:
+            if chosen := hunt.run(source):
+                return source.assemble(chosen, want.alignment)
+        finally:
+            source.close()
+    return None
+
+
+def _not_found(want: Want, why: str) -> IOReturnError:
+    return IOReturnError(IOReturn.kIOReturnNoResources, f"no {want}: {why}")

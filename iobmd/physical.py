@@ -1,0 +1,49 @@
+"""Where a pinned range lies: addresses, segments, and a layout for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from iobmd.units import HUGE_PAGE_SIZE, format_size
+
+if TYPE_CHECKING:
+    from iobmd._native.runs import RunTable
+
+
+class Layout(NamedTuple):
+    """How a range lies in physical memory; sizes in bytes."""
+
+    size: int
+    runs: int
+    """Physically contiguous pieces."""
+    largest: int
+    """Length of the longest piece."""
+    huge: int
+    """Bytes in pieces that hold whole, aligned huge pages."""
+    lowest: int
+    """Lowest physical address."""
+    highest: int
+    """Highest physical address, that of the last byte."""
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether it is one piece."""
+        return self.runs == 1
+
+    def __str__(self) -> str:
+        shape = "contiguous" if self.contiguous else f"{self.runs} runs, the largest {format_size(self.largest)}"
+        return f"{shape}, {self.lowest:#x}…{self.highest:#x}, {format_size(self.huge)} in huge pages"
+
+
+def layout(table: RunTable) -> Layout:
+    """Summarise the runs of a range."""
+    size = largest = huge = highest = 0
+    lowest = 1 << 64
+    for index in range(table.count):
+        virtual, physical, length = table[index]
+        size, largest = size + length, max(largest, length)
+        lowest, highest = min(lowest, physical), max(highest, physical + length - 1)
+        shift = -physical % HUGE_PAGE_SIZE
+        if (virtual + shift) % HUGE_PAGE_SIZE == 0:
+            huge += max(0, length - shift) // HUGE_PAGE_SIZE * HUGE_PAGE_SIZE
+    return Layout(size, table.count, largest, huge, lowest, highest)

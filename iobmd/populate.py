@@ -1,0 +1,44 @@
+"""Filling fresh memory in: every page resident and zero, on several threads when it is large."""
+
+import errno
+
+from iobmd import pieces
+from iobmd._native import memory
+from iobmd.constants import IOReturn
+from iobmd.errors import IOReturnError
+from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
+
+
+def populate(address: int, size: int, huge: int = HUGE_PAGE_SIZE) -> None:
+    """Fault in a range of this process for writing (MADV_POPULATE_WRITE, Linux 5.14; mlock before that).
+
+    Parameters
+    ----------
+    address, size : int
+        Whole pages, in bytes.
+    huge : int
+        Size of the huge pages they may be.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnNoMemory`.
+    """
+    done, number = pieces.run(lambda offset, length: memory.populate(address + offset, length, huge, PAGE_SIZE), size)
+    if number == errno.EINVAL:
+        _by_locking(address, size)
+    elif number:
+        raise _no_memory(size, done, number)
+
+
+def _by_locking(address: int, size: int) -> None:
+    try:
+        memory.lock(address, size)
+        memory.unlock(address, size)
+    except OSError as error:
+        raise _no_memory(size, 0, error.errno or 0) from None
+
+
+def _no_memory(size: int, done: int, number: int) -> IOReturnError:
+    message = f"the kernel has no memory for {format_size(size)}: it gave {format_size(done)}"
+    return IOReturnError(IOReturn.kIOReturnNoMemory, message, number)

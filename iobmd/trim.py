@@ -1,0 +1,30 @@
+"""Giving back the end of a huge page that only its beginning is needed of."""
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from iobmd._native import memory
+from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, round_down
+
+if TYPE_CHECKING:
+    from iobmd._native.mapping import Mapping
+
+
+def trim(mapping: "Mapping", size: int) -> None:
+    """Shorten a mapping of fresh zeroed huge pages to `size` bytes, whole pages, and free the rest of the last one.
+
+    Unmapping a part of a huge page alone frees nothing while another part is in use. Advice on a part makes the
+    kernel split it first (MADV_COLD, Linux 5.4) - and replace the base pages that hold only zeros by the zero page
+    (6.12), so that the pages to keep are made to hold something else meanwhile.
+    """
+    last = round_down(size, HUGE_PAGE_SIZE)
+    if size == mapping.size:
+        return
+    marks = range(last, size, PAGE_SIZE)
+    for offset in marks:
+        mapping.write(offset, b"\1")
+    with contextlib.suppress(OSError):
+        memory.advise(mapping.address + size, mapping.size - size, memory.MADV_COLD)
+    for offset in marks:
+        mapping.write(offset, b"\0")
+    mapping.keep(0, size)

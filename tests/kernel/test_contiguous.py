@@ -1,0 +1,305 @@
+"""Contiguous, aligned, under a mask: as an independent reading of pagemap has it, or refused with nothing left."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support import kernel
+from support.child import NOBODY, in_child
+from support.moving import frames
+
+import iobmd
+from iobmd import IOReturn, IOReturnError, Wiring, pinning
+from iobmd._native import memory
+from iobmd._native.mapping import Mapping
+from iobmd.policy import may_reserve
+
+MIB, GIB = 1 << 20, 1 << 30
+Buffer = iobmd.IOBufferMemoryDescriptor
+Setting = Callable[[str, object], None]
+POOLS = Path("/sys/kernel/mm/hugepages")
+
+pytestmark = pytest.mark.usefixtures("pools_as_before")
+
+
+@pytest.fixture
+def pools_as_before() -> Iterator[None]:
+    """Fail the test when it leaves a hugetlb pool larger or smaller than it was."""
+
+    def pools() -> dict[str, str]:
+        return {str(path): path.read_text() for path in POOLS.glob("*/nr_hugepages")}
+
+    before = pools()
+    yield
+    assert pools() == before
+
+
+def is_contiguous(address: int, size: int) -> bool:
+    seen = frames(address, size)
+    return seen[0] > 0 and seen == list(range(seen[0], seen[0] + len(seen)))
+
+
+def available() -> int:
+    return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) << 10
+
+
+@pytest.mark.needs("frames")
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("option", [iobmd.kIOMemoryPhysicallyContiguous, iobmd.kIOMemoryHostPhysicallyContiguous])
+@pytest.mark.parametrize("size", [1, 4096, 4097, 65536, MIB, 2 * MIB, 2 * MIB + 1, 3 * MIB, 16 * MIB + 5000])
+def test_contiguous(size: int, option: int) -> None:
+    for _ in range(3):
+        with Buffer.withOptions(option, size) as buffer:
+            assert is_contiguous(buffer.getBytesNoCopy(), size)
+            assert buffer.getPhysicalSegment(0) == (buffer.getPhysicalAddress(), size)
+            assert [tuple(segment) for segment in buffer.segments()] == [(buffer.getPhysicalAddress(), size)]
+            assert (buffer.layout().contiguous, buffer.layout().largest) == (True, -(-size // 4096) * 4096)
+            assert buffer.wiring is Wiring.PINNED
+            assert not any(memoryview(buffer)), "zero when handed out"
+            for offset in range(0, size, 4096):
+                buffer.writeBytes(offset, b"\xa5")
+
+
+@pytest.mark.needs("frames")
+def test_the_rest_is_given_back() -> None:
+    """Of a huge page that only a part is needed of, the rest is free again while the buffer lives."""
+    buffers = [iobmd.allocate(64 << 10, contiguous=True)]
+    before = available()
+    buffers += [iobmd.allocate(64 << 10, contiguous=True) for _ in range(200)]
+    assert before - available() < 120 * MIB, "200 whole huge pages would be 400 MiB"
+    for buffer in buffers:
+        assert is_contiguous(buffer.getBytesNoCopy(), 64 << 10)
+        buffer.free()
+
+
+@pytest.mark.needs("frames")
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("alignment", [8192, 65536, MIB, 2 * MIB, 4 * MIB, 8 * MIB, 32 * MIB])
+@pytest.mark.parametrize("size", [1, 5000, 3 * MIB])
+def test_alignment_above_a_page(size: int, alignment: int) -> None:
+    with iobmd.allocate(size, alignment=alignment) as buffer:
+        assert buffer.getBytesNoCopy() % alignment == 0
+        assert buffer.getPhysicalAddress() % alignment == 0
+        assert is_contiguous(buffer.getBytesNoCopy(), size)
+        assert buffer.getCapacity() == size
+
+
+@pytest.mark.needs("frames")
+@pytest.mark.usefixtures("nothing_left")
+def test_contiguous_copy() -> None:
+    data = os.urandom(5 * MIB + 3)
+    with (
+        Buffer.withBytes(data, 0) as source,
+        iobmd.copy(iobmd.kernel_task, source.getBytesNoCopy(), len(data), contiguous=True) as copied,
+    ):
+        assert bytes(copied) == data
+        assert is_contiguous(copied.getBytesNoCopy(), len(data))
+
+
+@pytest.mark.needs("frames", "big_memory")
+@pytest.mark.usefixtures("nothing_left")
+def test_sixty_four_megabytes_without_a_pool() -> None:
+    for _ in range(5):
+        with iobmd.policy(time_budget=20), iobmd.allocate(64 * MIB, contiguous=True) as buffer:
+            assert is_contiguous(buffer.getBytesNoCopy(), 64 * MIB)
+            assert buffer.getBytesNoCopy() % (2 * MIB) == 0
+
+
+@pytest.mark.needs("frames")
+@pytest.mark.usefixtures("nothing_left")
+def test_budgets_bind() -> None:
+    before = available()
+    with iobmd.policy(memory_budget=0), pytest.raises(IOReturnError) as caught:
+        iobmd.allocate(8 * GIB, contiguous=True)
+    assert caught.value.code in (IOReturn.kIOReturnNoResources, IOReturn.kIOReturnNoMemory)
+    with iobmd.policy(time_budget=0), pytest.raises(IOReturnError, match="longest run was") as caught:
+        iobmd.allocate(256 * MIB, alignment=4 * GIB)
+    assert caught.value.code == IOReturn.kIOReturnNoResources
+    for word in ("memory_budget", "reserve=True", "nr_hugepages"):
+        assert word in str(caught.value)
+    assert before - available() < 256 * MIB
+    with pytest.raises(IOReturnError) as caught, iobmd.policy(memory_budget=-1):
+        pass
+    assert caught.value.code == IOReturn.kIOReturnBadArgument
+
+
+def test_policy_is_of_its_context() -> None:
+    seen = []
+    with iobmd.policy(reserve=True):
+        with iobmd.policy():
+            assert not may_reserve()
+        assert may_reserve()
+        thread = threading.Thread(target=lambda: seen.append(may_reserve()))
+        thread.start()
+        thread.join()
+    assert seen == [False]
+    assert not may_reserve()
+
+
+@pytest.mark.needs("root", "frames", "hugetlb", "big_memory")
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("size", [256 * MIB, GIB])
+def test_reserve(size: int) -> None:
+    setting = POOLS / "hugepages-2048kB" / "nr_hugepages"
+    before = setting.read_text()
+    with iobmd.policy(reserve=True, time_budget=5):
+        buffer = iobmd.allocate(size, contiguous=True)
+    with buffer:
+        assert is_contiguous(buffer.getBytesNoCopy(), size)
+        assert buffer.wiring is Wiring.PINNED
+    assert setting.read_text() == before
+
+
+@pytest.mark.needs("root", "frames", "hugetlb")
+def test_pools_are_taken_when_huge_pages_are_off(setting: Setting) -> None:
+    setting(str(POOLS / "hugepages-2048kB" / "nr_hugepages"), 64)
+    setting("/sys/kernel/mm/transparent_hugepage/enabled", "never")
+    with iobmd.allocate(4 * MIB, contiguous=True) as buffer:
+        assert is_contiguous(buffer.getBytesNoCopy(), 4 * MIB)
+        assert kernel.smaps(buffer.getBytesNoCopy())["KernelPageSize"] == 2 * MIB
+        free = int((POOLS / "hugepages-2048kB" / "free_hugepages").read_text())
+        assert free == 62, "what was only looked at goes back to the pool"
+    assert int((POOLS / "hugepages-2048kB" / "free_hugepages").read_text()) == 64
+
+
+@pytest.mark.needs("root", "hugetlb")
+@pytest.mark.usefixtures("nothing_left")
+def test_no_huge_page_at_all(setting: Setting) -> None:
+    setting("/sys/kernel/mm/transparent_hugepage/enabled", "never")
+    with pytest.raises(IOReturnError) as caught:
+        iobmd.allocate(4 * MIB, contiguous=True)
+    assert caught.value.code == IOReturn.kIOReturnNoResources
+
+
+# --- without seeing frames
+
+
+def test_one_huge_page_unprivileged() -> None:
+    def look() -> tuple[int, str, list[IOReturn]]:
+        refused = []
+        with iobmd.allocate(2 * MIB, contiguous=True) as whole, iobmd.allocate(9000, alignment=65536) as part:
+            address = whole.getBytesNoCopy()
+            assert whole.wiring is part.wiring is Wiring.PINNED
+            assert part.getBytesNoCopy() % 65536 == 0
+            huge = kernel.smaps(address)["AnonHugePages"]
+            for keywords in ({"size": 2 * MIB + 1}, {"size": 1, "alignment": 4 * MIB}, {"size": 1, "mask": 1}):
+                with pytest.raises(IOReturnError) as caught:
+                    iobmd.allocate(
+                        keywords["size"],
+                        contiguous=True,
+                        alignment=keywords.get("alignment", 1),
+                        physical_mask=0xFFFFFFFFFFFF if "mask" in keywords else 0,
+                    )
+                refused.append(caught.value.code)
+            with pytest.raises(IOReturnError) as caught:
+                whole.getPhysicalAddress()
+            refused.append(caught.value.code)
+            return huge, repr(whole), refused
+
+    huge, told, refused = in_child(look, uid=NOBODY - 3, memlock=8 * MIB)
+    assert huge >= 2 * MIB
+    assert "pinned, contiguous in one huge page, addresses hidden" in told
+    assert refused == [IOReturn.kIOReturnNotPrivileged] * 4
+
+
+# --- masks
+
+
+@pytest.mark.needs("frames")
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("bits", [34, 40, 64])
+@pytest.mark.parametrize("size", [5000, 5 * MIB])
+def test_mask_that_most_memory_fits(size: int, bits: int) -> None:
+    if bits == 34 and max_address() >> 36:
+        pytest.skip("most memory of this host lies above 16 GiB")
+    with Buffer.inTaskWithPhysicalMask(iobmd.kernel_task, 0, size, (1 << bits) - 1) as buffer:
+        assert all(frame << 12 < 1 << bits for frame in frames(buffer.getBytesNoCopy(), size))
+        assert buffer.wiring is Wiring.PINNED
+        assert not any(memoryview(buffer))
+
+
+def max_address() -> int:
+    ranges = [line.split()[0].split("-")[1] for line in Path("/proc/iomem").read_text().splitlines() if "RAM" in line]
+    return max(int(end, 16) for end in ranges)
+
+
+@pytest.mark.needs("frames")
+def test_alignment_comes_from_the_mask() -> None:
+    """The mask's lowest bit is the alignment, as initWithPhysicalMask of IOKit derives it."""
+    every = (1 << 48) - 1
+    with iobmd.allocate(100, physical_mask=every & ~0xFFFF) as buffer:
+        assert buffer.getPhysicalAddress() % 65536 == 0
+        assert buffer.getBytesNoCopy() % 65536 == 0
+    with iobmd.allocate(3 * MIB, physical_mask=every & ~0xFFF) as buffer:
+        assert buffer.getPhysicalAddress() % 4096 == 0
+
+
+@pytest.mark.needs("frames")
+@pytest.mark.usefixtures("nothing_left")
+def test_mask_out_of_reach_is_refused_at_once() -> None:
+    before = available()
+    with iobmd.policy(memory_budget=64 * MIB), pytest.raises(IOReturnError) as caught:
+        Buffer.inTaskWithPhysicalMask(iobmd.kernel_task, 0, 8 * MIB, (1 << 24) - 1)
+    assert caught.value.code == IOReturn.kIOReturnNoResources
+    assert "under the mask 0xffffff" in str(caught.value)
+    assert before - available() < 128 * MIB
+
+
+@pytest.mark.needs("root", "frames", "big_memory")
+@pytest.mark.usefixtures("nothing_left")
+def test_low_memory_by_holding_what_lies_above() -> None:
+    """Below 4 GiB, with a budget for all that is free above; refused where even that does not reach."""
+    with iobmd.policy(memory_budget=1 << 60, time_budget=60):
+        try:
+            with iobmd.allocate(8 * MIB, physical_mask=0xFFFFFFFF) as buffer:
+                assert all(frame << 12 < 1 << 32 for frame in frames(buffer.getBytesNoCopy(), 8 * MIB))
+                outcome = "found"
+        except IOReturnError as error:
+            assert error.code == IOReturn.kIOReturnNoResources
+            outcome = "refused"
+    memory_total = int(Path("/proc/meminfo").read_text().split()[1]) << 10
+    assert available() > memory_total // 2, f"{outcome}, and what was held is given back"
+
+
+# --- a fragmented host
+
+
+@pytest.mark.needs("root", "frames", "big_memory")
+def test_on_a_fragmented_host() -> None:
+    """With a pinned page in 80 % of all free huge pages, small requests succeed and large ones are refused."""
+
+    def fragment() -> dict[int, str]:
+        holders: list[Mapping] = []
+        pins: list[pinning.Pin] = []
+        outcome = {}
+        goal = available() * 8 // 10
+        while goal > 0:
+            span = min(goal, GIB)
+            holder = Mapping.anonymous(span // (2 * MIB) * 2 * MIB, 2 * MIB)
+            memory.advise(holder.address, holder.size, memory.MADV_HUGEPAGE)
+            memory.populate(holder.address, holder.size, 2 * MIB, 4096)
+            holders.append(holder)
+            for offset in range(0, holder.size, 2 * MIB):
+                place = holder.address + offset
+                holder.write(offset, b"x" * 4096)
+                memory.advise(place + 4096, 2 * MIB - 4096, memory.MADV_COLD)  # splits the huge page
+                pins.append(pinning.Pin(place, 4096))
+                memory.advise(place + 4096, 2 * MIB - 4096, memory.MADV_DONTNEED)
+            goal -= span
+        before = available()
+        for size in (64 << 10, MIB, 2 * MIB, 16 * MIB, 64 * MIB, 256 * MIB):
+            try:
+                with iobmd.allocate(size, contiguous=True) as buffer:
+                    assert is_contiguous(buffer.getBytesNoCopy(), size)
+                    outcome[size] = "found"
+            except IOReturnError as error:
+                assert error.code == IOReturn.kIOReturnNoResources
+                outcome[size] = "refused"
+            assert before - available() < 256 * MIB, "a search gives back all it held"
+        return outcome
+
+    outcome = in_child(fragment)
+    print(outcome)
+    assert outcome[64 << 10] == outcome[MIB] == outcome[2 * MIB] == "found"

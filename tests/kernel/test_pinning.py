@@ -1,0 +1,424 @@
+"""Pinned means that no frame changes: under everything that moves pages, while an mlocked control moves."""
+
+import errno
+import random
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support import kernel
+from support.child import CAP_IPC_LOCK, NOBODY, in_child
+from support.moving import frames
+
+import iobmd
+from iobmd import IOReturn, IOReturnError, Wiring, pinning
+from iobmd._native import memory
+from iobmd.cli.strewn import Strewn, compact
+
+MIB = 1 << 20
+Buffer = iobmd.IOBufferMemoryDescriptor
+Setting = Callable[[str, object], None]
+
+
+def code_of(action: Callable[[], object]) -> IOReturn:
+    with pytest.raises(IOReturnError) as caught:
+        action()
+    return caught.value.code
+
+
+def lies(buffer: Buffer) -> list[int]:
+    return frames(buffer.getBytesNoCopy(), buffer.getCapacity())
+
+
+# --- what pins are
+
+
+@pytest.mark.needs("frames")
+@pytest.mark.usefixtures("nothing_left")
+def test_wired_is_pinned_and_says_where() -> None:
+    for size in (1, 4096, 300_000, 5 * MIB + 1):
+        with iobmd.allocate(size) as buffer:
+            assert buffer.wiring is Wiring.PINNED
+            assert kernel.status("VmPin") >= size
+            seen = [
+                segment.address // 4096 + page
+                for segment in buffer.segments()
+                for page in range(-(-segment.length // 4096))
+            ]
+            assert seen == lies(buffer)
+            assert buffer.getPhysicalAddress() == lies(buffer)[0] * 4096
+            buffer.verify()
+        assert kernel.status("VmPin") == 0
+
+
+@pytest.mark.needs("frames")
+@pytest.mark.usefixtures("nothing_left")
+def test_prepare_and_complete() -> None:
+    with iobmd.allocate(64 << 10, wired=False) as buffer:
+        assert buffer.wiring is Wiring.PAGEABLE
+        for ask in (buffer.getPhysicalAddress, buffer.segments, buffer.verify, buffer.layout):
+            assert code_of(ask) == IOReturn.kIOReturnNotReady
+        buffer.prepare()
+        buffer.prepare(iobmd.kIODirectionIn)
+        assert buffer.wiring is Wiring.PINNED
+        assert kernel.status("VmPin") == 64 << 10
+        assert [segment.address for segment in buffer.segments()][:1] == [lies(buffer)[0] * 4096]
+        assert code_of(buffer.free) == IOReturn.kIOReturnBusy
+        buffer.complete()
+        assert buffer.wiring is Wiring.PINNED
+        buffer.complete()
+        assert buffer.wiring is Wiring.PAGEABLE
+        assert kernel.status("VmPin") == 0
+        assert code_of(buffer.complete) == IOReturn.kIOReturnNotReady
+        assert code_of(buffer.getPhysicalAddress) == IOReturn.kIOReturnNotReady
+        assert code_of(lambda: buffer.prepare(1 << 9)) == IOReturn.kIOReturnBadArgument
+    with iobmd.allocate(4096) as wired:
+        wired.prepare()
+        assert code_of(wired.free) == IOReturn.kIOReturnBusy
+        wired.complete()
+        assert wired.wiring is Wiring.PINNED
+
+
+def test_prepare_flags() -> None:
+    with iobmd.allocate(64 << 10, wired=False) as buffer:
+        assert code_of(lambda: buffer.prepare(iobmd.kIODirectionPrepareNoFault)) == IOReturn.kIOReturnCannotWire
+        assert buffer.getPageCounts() == (0, 0)
+        buffer.writeBytes(0, b"x" * len(buffer))
+        buffer.prepare(iobmd.kIODirectionPrepareNoFault)
+        buffer.complete()
+
+
+@pytest.mark.needs("frames")
+def test_prepare_to_32_bits() -> None:
+    with iobmd.allocate(64 << 10, wired=False) as buffer:
+        buffer.writeBytes(0, b"x" * len(buffer))
+        if max(lies(buffer)) < 1 << 20:
+            pytest.skip("this host gave memory below 4 GiB")
+        assert code_of(lambda: buffer.prepare(iobmd.kIODirectionPrepareToPhys32)) == IOReturn.kIOReturnNoResources
+        assert buffer.wiring is Wiring.PAGEABLE
+        assert kernel.status("VmPin") == 0
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_prepare_in_many_threads() -> None:
+    buffer = iobmd.allocate(64 << 10, wired=False)
+
+    def work() -> None:
+        for _ in range(300):
+            buffer.prepare()
+            assert buffer.wiring is Wiring.PINNED
+            buffer.complete()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert buffer.wiring is Wiring.PAGEABLE
+    assert kernel.status("VmPin") == 0
+    buffer.free()
+
+
+@pytest.mark.needs("frames")
+def test_verify_finds_a_page_that_moved() -> None:
+    with iobmd.allocate(64 << 10) as buffer:
+        buffer.verify()
+        backing = buffer._backing
+        assert backing is not None
+        recorded = backing.runs
+        # Behind the descriptor's back: the pin stays on the old page, and the address gets a new one.
+        memory.unlock(buffer.getBytesNoCopy(), len(buffer))
+        memory.advise(buffer.getBytesNoCopy() + 4096, 4096, memory.MADV_DONTNEED)
+        buffer.writeBytes(4096, b"x")
+        with pytest.raises(IOReturnError, match="do not use") as caught:
+            buffer.verify()
+        assert caught.value.code == IOReturn.kIOReturnVMError
+        assert caught.value.address == buffer.getBytesNoCopy() + 4096
+        assert backing.runs is recorded
+
+
+# --- what moves pages
+
+
+@pytest.mark.needs("root", "frames", "big_memory")
+def test_nothing_moves_a_pinned_page(setting: Setting) -> None:
+    resident = Strewn(4 << 30)
+    with (
+        iobmd.allocate(16 * MIB) as large,
+        iobmd.allocate(MIB + 5) as small,
+        iobmd.allocate(4 * MIB, contiguous=True) as contiguous,
+        iobmd.allocate(8 * MIB, wired=False) as prepared,
+        Buffer.withCopy(iobmd.kernel_task, 0, iobmd.kernel_task, small.getBytesNoCopy(), MIB) as copied,
+    ):
+        prepared.writeBytes(0, b"y" * len(prepared))
+        prepared.prepare()
+        many = [iobmd.allocate(4096) for _ in range(500)]
+        pinned = [large, small, contiguous, prepared, copied, *many]
+        before = [lies(buffer) for buffer in pinned]
+
+        def unmoved() -> None:
+            assert [lies(buffer) for buffer in pinned] == before
+            for buffer in pinned[:5]:
+                buffer.verify()
+
+        for _ in range(3):
+            assert compact()
+            unmoved()
+        moved, of = resident.moved()
+        assert moved > of // 10, f"the control must move, or this proves nothing: {moved} of {of}"
+
+        for buffer in (large, contiguous):
+            try:
+                memory.advise(buffer.getBytesNoCopy(), 2 * MIB, memory.MADV_COLLAPSE)
+            except OSError as error:
+                assert error.errno in (errno.EAGAIN, errno.EINVAL, errno.EBUSY, errno.ENOMEM)
+        unmoved()
+
+        in_child(lambda: None)
+        for buffer in pinned:
+            buffer.writeBytes(0, b"z" * min(len(buffer), 9 * 4096))
+        unmoved()
+
+        setting("/sys/kernel/mm/transparent_hugepage/enabled", "always")
+        setting("/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs", 10)
+        setting("/sys/kernel/mm/transparent_hugepage/khugepaged/pages_to_scan", 100_000)
+        setting("/sys/kernel/mm/ksm/sleep_millisecs", 1)
+        setting("/sys/kernel/mm/ksm/pages_to_scan", 10_000)
+        setting("/sys/kernel/mm/ksm/run", 1)
+        for buffer in (small, prepared, *many):
+            memory.advise(buffer.getBytesNoCopy(), -(-len(buffer) // 4096) * 4096, 12)  # MADV_MERGEABLE
+        threading.Event().wait(1.0)
+        unmoved()
+        setting("/sys/kernel/mm/ksm/run", 2)
+
+        setting("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", 1 << 30)
+        unmoved()
+        setting("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", 0)
+        prepared.complete()
+        for buffer in many:
+            buffer.free()
+    resident.close()
+    assert (kernel.status("VmPin"), kernel.status("VmLck")) == (0, 0)
+
+
+@pytest.mark.needs("frames")
+@pytest.mark.usefixtures("nothing_left")
+def test_fork_moves_nothing_and_the_child_unpins_nothing() -> None:
+    with iobmd.allocate(MIB) as wired, iobmd.allocate(MIB, wired=False) as prepared:
+        prepared.writeBytes(0, b"a" * MIB)
+        prepared.prepare()
+        before = lies(wired), lies(prepared)
+
+        def child() -> list[IOReturn]:
+            refused = [code_of(wired.getPhysicalAddress), code_of(prepared.segments), code_of(wired.verify)]
+            with iobmd.allocate(4096) as own:  # the child has a ring of its own
+                assert own.wiring is Wiring.PINNED
+            wired.free()
+            return refused
+
+        assert in_child(child) == [IOReturn.kIOReturnNotOpen] * 3
+        for buffer in (wired, prepared):
+            buffer.writeBytes(0, b"b" * MIB)
+        assert (lies(wired), lies(prepared)) == before
+        assert kernel.status("VmPin") == 2 * MIB
+        prepared.complete()
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_ring_does_not_leak_into_programs() -> None:
+    with iobmd.allocate(4096):
+        assert kernel.rings()
+        done = subprocess.run(["ls", "-l", "/proc/self/fd"], close_fds=False, capture_output=True, check=True)
+        assert b"pipe" in done.stdout
+        assert b"io_uring" not in done.stdout
+
+
+# --- limits
+
+
+def test_hidden_addresses_unprivileged() -> None:
+    def look() -> tuple[Wiring, list[IOReturn]]:
+        with iobmd.allocate(64 << 10) as buffer:
+            asks = (buffer.getPhysicalAddress, buffer.segments, buffer.verify, buffer.layout)
+            return buffer.wiring, [code_of(ask) for ask in asks]
+
+    wiring, codes = in_child(look, uid=NOBODY)
+    assert wiring is Wiring.PINNED
+    assert codes == [IOReturn.kIOReturnNotPrivileged] * 4
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_limit_on_pins() -> None:
+    """mlock and pins are charged apart, pins to the user: what cannot be pinned is resident and says so."""
+
+    def pin() -> tuple[list[Wiring], str, list[Wiring]]:
+        limit = 8 * MIB
+        with iobmd.allocate(5 * MIB) as first, iobmd.allocate(MIB, wired=False) as later:
+            later.prepare()
+            with iobmd.allocate(2 * MIB + 4096) as second:
+                with pytest.raises(IOReturnError) as caught:
+                    second.prepare()
+                assert caught.value.code == IOReturn.kIOReturnCannotWire
+                assert code_of(second.getPhysicalAddress) == IOReturn.kIOReturnNotReady
+                wirings = [first.wiring, second.wiring]
+            later.complete()
+            with iobmd.allocate(limit - 6 * MIB) as third:
+                return wirings, str(caught.value), [third.wiring]
+
+    wirings, message, after = in_child(pin, uid=NOBODY - 1, memlock=8 * MIB)
+    assert wirings == [Wiring.PINNED, Wiring.RESIDENT]
+    assert "RLIMIT_MEMLOCK (8 MiB" in message
+    assert after == [Wiring.PINNED]
+
+
+def unpinnable() -> tuple[Wiring, str, IOReturn]:
+    with iobmd.allocate(8192) as buffer, iobmd.allocate(8192, wired=False) as pageable:
+        with pytest.raises(IOReturnError) as caught:
+            pageable.prepare()
+        assert caught.value.code == IOReturn.kIOReturnCannotWire
+        refused = code_of(lambda: iobmd.allocate(8192, contiguous=True))
+        return buffer.wiring, str(caught.value), refused
+
+
+@pytest.mark.needs("root")
+@pytest.mark.usefixtures("nothing_left")
+def test_io_uring_disabled_by_sysctl(setting: Setting) -> None:
+    if not Path("/proc/sys/kernel/io_uring_disabled").exists():
+        pytest.skip("this kernel has no kernel.io_uring_disabled")
+    setting("/proc/sys/kernel/io_uring_disabled", 2)
+    wiring, message, refused = in_child(unpinnable)
+    assert wiring is Wiring.RESIDENT
+    assert "kernel.io_uring_disabled is 2" in message
+    assert "sysctl kernel.io_uring_disabled=0" in message
+    assert refused == IOReturn.kIOReturnCannotWire
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS])
+@pytest.mark.usefixtures("nothing_left")
+def test_io_uring_denied_by_seccomp(number: int) -> None:
+    wiring, message, refused = in_child(unpinnable, deny={"io_uring_setup": number, "io_uring_register": number})
+    assert wiring is Wiring.RESIDENT
+    assert "seccomp" in message
+    assert refused == IOReturn.kIOReturnCannotWire
+
+
+@pytest.mark.needs("hugetlb")
+@pytest.mark.usefixtures("hugetlb_pool")
+def test_hugetlb_is_the_next_choice() -> None:
+    def wire() -> tuple[Wiring, bool, int]:
+        with iobmd.allocate(3 * MIB) as buffer:
+            buffer.writeBytes(2 * MIB, b"kept")
+            assert buffer.readBytes(2 * MIB, 4) == b"kept"
+            runs = [segment.address for segment in buffer.segments()]
+            mapped = kernel.smaps(buffer.getBytesNoCopy())
+            return (
+                buffer.wiring,
+                runs[0] == lies(buffer)[0] * 4096,
+                mapped["Shared_Hugetlb"] + mapped["Private_Hugetlb"] > 0,
+            )
+
+    deny = {"io_uring_setup": errno.EPERM}
+    assert in_child(wire, deny=deny) == (Wiring.PINNED, True, True)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_more_buffers_than_one_table_holds() -> None:
+    def many() -> tuple[int, int]:
+        buffers = [iobmd.allocate(1) for _ in range(pinning.SLOTS + 100)]
+        wirings = {buffer.wiring for buffer in buffers}
+        assert wirings == {Wiring.PINNED}
+        pinned = kernel.status("VmPin")
+        for buffer in buffers:
+            buffer.free()
+        return pinned // 4096, kernel.status("VmPin")
+
+    assert in_child(many) == (pinning.SLOTS + 100, 0)
+
+
+@pytest.mark.needs("big_memory", "frames")
+@pytest.mark.usefixtures("nothing_left")
+def test_three_gigabytes() -> None:
+    """More than one slot may hold: 1 GiB each."""
+    with iobmd.allocate(3 << 30) as buffer:
+        assert buffer.wiring is Wiring.PINNED
+        assert kernel.status("VmPin") == 3 << 30
+        assert sum(segment.length for segment in buffer.segments()) == 3 << 30
+        for offset in (0, (1 << 30) - 4096, 1 << 30, (3 << 30) - 4096):
+            address, length = buffer.getPhysicalSegment(offset)
+            assert address == frames(buffer.getBytesNoCopy() + offset, 4096)[0] * 4096
+            assert length >= 4096
+
+
+def test_kernels_without_sparse_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 5.19 each piece takes a ring of its own; here the table is refused as such a kernel refuses it."""
+
+    def no_tables(_ring: int, _slots: int) -> None:
+        raise OSError(errno.EINVAL, "io_uring_register: Invalid argument")
+
+    def pin() -> tuple[int, int]:
+        monkeypatch.setattr(pinning.uring, "register_sparse", no_tables)
+        buffers = [iobmd.allocate(4096) for _ in range(20)]
+        assert {buffer.wiring for buffer in buffers} == {Wiring.PINNED}
+        held = kernel.rings()
+        for buffer in buffers:
+            buffer.free()
+        return held, kernel.rings()
+
+    assert in_child(pin) == (20, 0)
+
+
+# --- any order, many threads
+
+
+@pytest.mark.needs("frames")
+@pytest.mark.usefixtures("nothing_left")
+def test_thousand_random_sequences() -> None:
+    live: dict[int, set[int]] = {}
+    lock = threading.Lock()
+    wrong: list[str] = []
+
+    def work(seed: int) -> None:
+        chance = random.Random(seed)
+        for turn in range(250):
+            wired = chance.random() < 0.5
+            size = chance.choice([1, 5000, 70_000, 3 * MIB])
+            buffer = iobmd.allocate(size, wired=wired, contiguous=wired and chance.random() < 0.3)
+            if not wired:
+                buffer.prepare()
+            mine = set(lies(buffer))
+            with lock:
+                for other in live.values():
+                    if mine & other:
+                        wrong.append(f"seed {seed} turn {turn}")
+                live[seed] = mine
+            if 0 in mine:
+                wrong.append("a page without a frame")
+            buffer.prepare()
+            buffer.verify()
+            buffer.complete()
+            with lock:
+                del live[seed]
+            if not wired:
+                buffer.complete()
+            buffer.free()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert kernel.status("VmPin") == 0
+
+
+def test_limit_reached_in_a_loop_leaks_nothing() -> None:
+    def loop() -> tuple[int, int]:
+        for _ in range(300):
+            with iobmd.allocate(MIB) as fits, iobmd.allocate(3 * MIB, wired=False) as too_large:
+                assert fits.wiring is Wiring.PINNED
+                assert code_of(too_large.prepare) == IOReturn.kIOReturnCannotWire
+        return kernel.status("VmPin"), kernel.status("VmLck")
+
+    assert in_child(loop, uid=NOBODY - 2, drop=CAP_IPC_LOCK, memlock=2 * MIB) == (0, 0)

@@ -1,0 +1,108 @@
+"""Segments: exact for any offset and length, against frames read one by one; runs of any task."""
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import kernel
+from support.moving import frames
+from support.zoo import Zoo
+
+import iobmd
+from iobmd import IOReturn, IOReturnError, PhysicalSegment, pagemap
+
+Start = Callable[..., Zoo]
+MIB = 1 << 20
+
+pytestmark = pytest.mark.needs("frames")
+
+
+def expected(address: int, length: int, offset: int) -> list[tuple[int, int]]:
+    """Cut segments byte-exactly out of single pages."""
+    start = address + offset
+    cut: list[tuple[int, int]] = []
+    if not length:
+        return cut
+    for index, frame in enumerate(frames(start, length)):
+        page = start // 4096 * 4096 + index * 4096
+        first, last = max(start, page), min(start + length, page + 4096)
+        physical = frame * 4096 + first - page
+        if cut and sum(cut[-1]) == physical:
+            cut[-1] = (cut[-1][0], cut[-1][1] + last - first)
+        else:
+            cut.append((physical, last - first))
+    return cut
+
+
+def test_exact_at_any_offset() -> None:
+    with iobmd.allocate(300_000) as small, iobmd.allocate(5 * MIB + 77) as large:
+
+        @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(st.sampled_from([small, large]), st.data())
+        def check(buffer: iobmd.IOBufferMemoryDescriptor, data: st.DataObject) -> None:
+            offset = data.draw(st.integers(0, len(buffer)))
+            length = data.draw(st.integers(0, len(buffer) - offset))
+            wanted = expected(buffer.getBytesNoCopy(), length, offset)
+            assert [tuple(segment) for segment in buffer.segments(offset, length)] == wanted
+            assert sum(segment.length for segment in buffer.segments(offset)) == len(buffer) - offset
+            if length:
+                rest = expected(buffer.getBytesNoCopy(), len(buffer) - offset, offset)
+                assert buffer.getPhysicalSegment(offset) == rest[0]
+
+        check()
+
+
+def test_ends() -> None:
+    with iobmd.allocate(10_000) as buffer:
+        assert buffer.getPhysicalSegment(10_000) == (0, 0)
+        assert buffer.getPhysicalSegment(1 << 40) == (0, 0)
+        assert buffer.getPhysicalSegment(-1) == (0, 0)
+        assert buffer.segments(10_000) == []
+        buffer.setLength(5000)
+        assert sum(segment.length for segment in buffer.segments()) == 5000
+        assert buffer.getPhysicalSegment(5000) == (0, 0)
+        for offset, length in ((0, 5001), (-1, 1), (5001, 0)):
+            with pytest.raises(IOReturnError) as caught:
+                buffer.segments(offset, length)
+            assert caught.value.code == IOReturn.kIOReturnBadArgument
+
+
+def test_what_a_segment_is() -> None:
+    one, same, other = PhysicalSegment(4096, 10), PhysicalSegment(4096, 10), PhysicalSegment(4096, 11)
+    assert one == same != other
+    assert len({one, same, other}) == 2
+    address, length = one
+    assert (address, length) == (one.address, one.length) == (4096, 10)
+    assert repr(one) == "PhysicalSegment(address=0x1000, length=0xa)"
+    assert one != (4096, 10)
+
+
+@pytest.mark.needs("compiler")
+@pytest.mark.parametrize("kind", ["anonymous", "thp", "memfd", "stack", "untouched"])
+def test_runs_of_another_task(start_zoo: Start, kind: str) -> None:
+    zoo = start_zoo(40 * MIB)
+    address, size = zoo[kind]
+    wanted: list[list[int]] = []
+    for index, entry in enumerate(kernel.entries(address, size, zoo.pid)):
+        virtual, frame = address // 4096 * 4096 + index * 4096, entry & (1 << 55) - 1
+        if not entry >> 63:
+            continue
+        if wanted and wanted[-1][0] + wanted[-1][2] == virtual and wanted[-1][1] + wanted[-1][2] == frame * 4096:
+            wanted[-1][2] += 4096
+        else:
+            wanted.append([virtual, frame * 4096, 4096])
+    assert [list(run) for run in pagemap.runs(zoo.pid, address, size)] == wanted
+    assert bool(wanted) == (kind != "untouched")
+
+
+def test_layout() -> None:
+    with iobmd.allocate(16 * MIB) as buffer:
+        layout = buffer.layout()
+        lies = frames(buffer.getBytesNoCopy(), len(buffer))
+        assert layout.size == len(buffer)
+        assert layout.runs == len(buffer.segments())
+        assert layout.largest == max(segment.length for segment in buffer.segments())
+        assert (layout.lowest, layout.highest) == (min(lies) * 4096, max(lies) * 4096 + 4095)
+        assert layout.huge == kernel.smaps(buffer.getBytesNoCopy())["AnonHugePages"]
+        assert str(layout.runs) in str(layout) or layout.contiguous
