@@ -87,4 +87,3 @@ def _holds_memory(memory: int, address: int) -> bool:
         return len(os.pread(memory, 1, address)) == 1
     except OSError:
         return True  # it exists, but that address is not mapped
-

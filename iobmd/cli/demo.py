@@ -5,23 +5,27 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import host, pagemap, procfs
-from iobmd.buffer import IOBufferMemoryDescriptor
 from iobmd.cli import EXIT_FAILED, EXIT_OK, table
 from iobmd.cli.arguments import size
 from iobmd.cli.client import GUARDED_PAGE, Client, Piece
+from iobmd.cli.strewn import Strewn, compact
 from iobmd.constants import IOOptionBits
 from iobmd.errors import IOReturnError
+from iobmd.facade import allocate, copy
 from iobmd.task import Task, kernel_task
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_down
+from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 DEFAULT_SIZE = 64 << 20
+CONTIGUOUS = IOOptionBits.kIOMemoryPhysicallyContiguous
 WIRED, PAGEABLE = IOOptionBits(0), IOOptionBits.kIOMemoryPageable
 
 
@@ -48,6 +52,9 @@ def main(argv: Sequence[str]) -> int:
         "kernel say where they lie.",
     )
     parser.add_argument("--size", type=size, help="size of the large pieces (default: 64M, or what may be locked)")
+    parser.add_argument(
+        "--control", type=size, default=1 << 30, help="span of the mlocked control under compaction (default: 1G)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args(argv)
     big = arguments.size or _lockable()
@@ -62,13 +69,20 @@ def main(argv: Sequence[str]) -> int:
         _copy(task, client.pieces["anonymous"], PAGEABLE)  # the first touch of a virtual machine's memory is slow
         rows = [_copy(task, piece, WIRED) for piece in client.pieces.values()]
         rows.append(_copy(task, client.pieces["anonymous"], PAGEABLE))
+        contiguous = _copy_contiguous(task, client.pieces["THP"])
         refusal = _fail(task, guarded)
-    passed = all(row.equal for row in rows) and refusal is not None
+    rows += [contiguous] if isinstance(contiguous, Row) else []
+    compaction = _compact(arguments.control, min(big, 16 << 20))
+    passed = all(row.equal for row in rows) and refusal is not None and (not compaction or not compaction["pinned"])
     if arguments.json:
         document = {"version": 1, "pid": task.pid, "copies": [row._asdict() for row in rows], "refusal": refusal}
+        document |= {"contiguous": getattr(contiguous, "size", contiguous), "compaction": compaction}
         print(json.dumps(document | {"passed": passed}, indent=2))
     else:
         _show(task, rows, refusal)
+        if isinstance(contiguous, str):
+            print(f"\nNo contiguous copy: {contiguous}")
+        _show_compaction(compaction)
     return EXIT_OK if passed else EXIT_FAILED
 
 
@@ -80,16 +94,24 @@ def _lockable() -> int:
     return max(PAGE_SIZE, round_down(min(DEFAULT_SIZE, limit // 2), PAGE_SIZE))
 
 
+def _copy_contiguous(task: Task, piece: Piece) -> Row | str:
+    """Copy into contiguous memory; returns why not where this host or user cannot have it."""
+    try:
+        return _copy(task, piece, CONTIGUOUS)
+    except IOReturnError as error:
+        return str(error)
+
+
 def _copy(task: Task, piece: Piece, options: IOOptionBits) -> Row:
     begin = time.perf_counter()
-    with IOBufferMemoryDescriptor.withCopy(kernel_task, options, task, piece.address, piece.size) as buffer:
+    with copy(task, piece.address, piece.size, wired=options != PAGEABLE, contiguous=options == CONTIGUOUS) as buffer:
         seconds = time.perf_counter() - begin
         address = buffer.getBytesNoCopy()
         return Row(
             piece.kind,
             piece.size,
             round(piece.size / seconds / 1e9, 2),
-            buffer.wiring.value,
+            buffer.wiring.value + (", contiguous" if options == CONTIGUOUS else ""),
             pagemap.counts(kernel_task, address, piece.size).present * PAGE_SIZE,
             _locked(address, piece.size),
             hashlib.sha256(buffer).hexdigest() == piece.sha256,
@@ -97,20 +119,48 @@ def _copy(task: Task, piece: Piece, options: IOOptionBits) -> Row:
 
 
 def _locked(address: int, length: int) -> int:
-    """Return how many bytes of the mapping around `address` are locked, not more than are asked about."""
-    for area, counters in procfs.smaps():
-        if area.start <= address < area.end:
-            return min(counters["Locked"], length)
-    return 0
+    """Return how many bytes of the mappings of a range are locked, not more than are asked about."""
+    areas = ((area, counters) for area, counters in procfs.smaps() if area.start < address + length)
+    return min(length, sum(counters["Locked"] for area, counters in areas if area.end > address))
 
 
 def _fail(task: Task, guarded: Piece) -> str | None:
     """Copy memory with an unreadable page in it; return the message, None when it did not name that page."""
     try:
-        IOBufferMemoryDescriptor.withCopy(kernel_task, WIRED, task, guarded.address, guarded.size).free()
+        copy(task, guarded.address, guarded.size).free()
     except IOReturnError as error:
         return str(error) if error.address == guarded.address + GUARDED_PAGE * PAGE_SIZE else None
     return None
+
+
+def _compact(span: int, length: int) -> dict[str, int] | None:
+    """Compact the host's memory beside a control; returns pages that moved, None where that is not allowed."""
+    may_compact = os.access("/proc/sys/vm/compact_memory", os.W_OK) and host.has_host_capability("CAP_SYS_ADMIN")
+    if not may_compact or host.memlock_limit() is not None:
+        return None
+    with allocate(length) as ours:
+        if ours.wiring is not Wiring.PINNED:
+            return None
+        control = Strewn(span)
+        before = [page.pfn for page in pagemap.pages(kernel_task, ours.getBytesNoCopy(), len(ours))]
+        compact()
+        after = [page.pfn for page in pagemap.pages(kernel_task, ours.getBytesNoCopy(), len(ours))]
+        moved, of = control.moved()
+        control.close()
+        pinned = sum(old != new for old, new in zip(before, after, strict=True))
+    return {"mlocked": moved, "mlocked_of": of, "pinned": pinned, "pinned_of": len(before)}
+
+
+def _show_compaction(found: dict[str, int] | None) -> None:
+    if found is None:
+        print("\nNot shown: what compaction moves (it takes root, visible frames and io_uring).")
+        return
+    print(
+        f"\nAfter one compaction of this host's memory:\n"
+        f"  mlocked only: {found['mlocked']:,} of {found['mlocked_of']:,} pages lie elsewhere, "
+        "and an address taken before is somebody else's\n"
+        f"  pinned:       {found['pinned']:,} of {found['pinned_of']:,} pages moved"
+    )
 
 
 def _show(task: Task, rows: list[Row], refusal: str | None) -> None:

@@ -22,11 +22,12 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for index, heading in enumerate(columns):
         table.add_column(heading, justify="right" if index in set(right) else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     # Into a file or a pipe, a table is as wide as it needs to be: nobody folds it there.
     console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(Text(title))
     console.print(table)

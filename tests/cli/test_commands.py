@@ -37,7 +37,7 @@ def test_version(capsys: Captured) -> None:
 def test_help(capsys: Captured) -> None:
     assert main(["--help"]) == 0
     assert "iobmd COMMAND --help" in capsys.readouterr().out
-    for command in ("demo", "copy", "doctor", "bench"):
+    for command in ("demo", "copy", "alloc", "doctor", "bench"):
         assert main([command, "--help"]) == 0
         assert f"usage: iobmd {command}" in capsys.readouterr().out
 
@@ -68,7 +68,7 @@ def test_reader_that_goes_away() -> None:
 
 def test_demo(capsys: Captured) -> None:
     before = Footprint.now()
-    assert main(["demo", "--size", "2M", "--json"]) == 0
+    assert main(["demo", "--size", "2M", "--control", "64M", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["version"] == 1
     assert document["passed"] is True
@@ -77,19 +77,35 @@ def test_demo(capsys: Captured) -> None:
     for row in document["copies"]:
         assert row["equal"] is True
         assert row["resident"] == row["size"]
-        assert row["locked"] == (row["size"] if row["wiring"] == "resident" else 0)
-    assert {row["wiring"] for row in document["copies"]} == {"resident", "pageable"}
+        assert row["locked"] == (0 if row["wiring"] == "pageable" else row["size"])
+    assert {"pageable", "pinned" if have_ring() else "resident"} <= {row["wiring"] for row in document["copies"]}
     assert "without read permission" in document["refusal"]
     assert Footprint.now().descriptors == before.descriptors
     assert not Path(f"/proc/{document['pid']}").exists()
 
 
 def test_demo_for_people(capsys: Captured) -> None:
-    assert main(["demo", "--size", "1M"]) == 0
+    assert main(["demo", "--size", "1M", "--control", "64M"]) == 0
     out = capsys.readouterr().out
     assert out.count("equal") >= 7
     assert "DIFFERENT" not in out
     assert "without read permission" in out
+    assert "After one compaction" in out or "Not shown: what compaction moves" in out
+
+
+def have_ring() -> bool:
+    with iobmd.allocate(1) as buffer:
+        return buffer.wiring is iobmd.Wiring.PINNED
+
+
+@pytest.mark.needs("root", "frames")
+def test_demo_shows_what_compaction_moves(capsys: Captured) -> None:
+    assert main(["demo", "--size", "2M", "--control", "512M", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["contiguous"] == 2 << 20
+    compaction = document["compaction"]
+    assert compaction["mlocked_of"] == 65536  # that a control does move is shown in test_pinning
+    assert (compaction["pinned"], compaction["pinned_of"]) == (0, 512)
 
 
 def test_demo_fits_into_a_small_limit() -> None:
@@ -97,6 +113,37 @@ def test_demo_fits_into_a_small_limit() -> None:
         return main(["demo", "--json"])
 
     assert in_child(run, drop=CAP_IPC_LOCK, memlock=256 << 10) == 0
+
+
+# --- alloc
+
+
+@pytest.mark.needs("frames")
+def test_alloc(capsys: Captured) -> None:
+    assert main(["alloc", "3M", "--contiguous", "--hold", "0.01", "--json"]) == 0
+    text = capsys.readouterr().out
+    document, end = json.JSONDecoder().raw_decode(text)
+    assert text[end:].strip() == "verified: every page is where it was"
+    assert (document["version"], document["size"], document["wiring"]) == (1, 3 << 20, "pinned")
+    assert document["layout"]["contiguous"] is True
+    assert [segment["length"] for segment in document["segments"]] == [3 << 20]
+    assert main(["alloc", "1M", "--align", "4M"]) == 0
+    assert "contiguous; " in capsys.readouterr().out
+    assert main(["alloc", "200k"]) == 0
+    assert "200 KiB at 0x" in capsys.readouterr().out
+
+
+def test_alloc_refuses(capsys: Captured) -> None:
+    assert main(["alloc", "1", "--mask", "0xfff", "--budget", "1M"]) == 1
+    assert "under the mask 0xfff" in one_line(capsys.readouterr().err)
+    assert main(["alloc", "4096", "--align", "3k"]) == 1
+    assert "not a power of two" in one_line(capsys.readouterr().err)
+    assert main(["alloc", "0"]) == 2
+
+
+def test_alloc_with_hidden_addresses(capfd: pytest.CaptureFixture[str]) -> None:
+    assert in_child(lambda: main(["alloc", "64k"]), uid=NOBODY) == 0
+    assert "hides physical addresses" in capfd.readouterr().out
 
 
 # --- copy
@@ -127,7 +174,7 @@ def test_copy_to_a_file(start_zoo: Start, tmp_path: Path, capsys: Captured, form
         address,
         size,
     )
-    assert document["wiring"] == "resident"
+    assert document["wiring"] in ("resident", "pinned")
     assert document["sha256"] == hashlib.sha256(expected).hexdigest()
     assert {path.name for path in tmp_path.iterdir()} == {"dump", "out"}
 

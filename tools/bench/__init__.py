@@ -16,7 +16,11 @@ from iobmd.cli.arguments import size
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-BENCHMARKS = {"copy": ("iobmd.tools.bench.copy", "withCopy from another process, and the start of the program")}
+BENCHMARKS = {
+    "copy": ("iobmd.tools.bench.copy", "withCopy from another process, and the start of the program"),
+    "wired": ("iobmd.tools.bench.wired", "pins, segments, small wired buffers"),
+    "contiguous": ("iobmd.tools.bench.contiguous", "contiguous memory with no pool, and with policy(reserve=True)"),
+}
 
 
 def main(argv: Sequence[str]) -> int:

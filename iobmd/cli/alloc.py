@@ -1,0 +1,111 @@
+"""`iobmd alloc`: allocate as a driver would, and show what the kernel gave."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+from iobmd.cli import EXIT_OK, table
+from iobmd.cli.arguments import size
+from iobmd.errors import IOReturnError
+from iobmd.facade import allocate
+from iobmd.policy import policy
+from iobmd.units import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from iobmd.buffer import IOBufferMemoryDescriptor
+
+SHOWN = 16
+"""Segments shown to people; --json has all."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `iobmd alloc`."""
+    arguments = _parser().parse_args(argv)
+    begin = time.perf_counter()
+    with policy(reserve=arguments.reserve, memory_budget=arguments.budget, time_budget=arguments.seconds):
+        buffer = allocate(
+            arguments.size,
+            contiguous=arguments.contiguous,
+            alignment=arguments.align or 1,
+            physical_mask=arguments.mask or 0,
+        )
+    seconds = time.perf_counter() - begin
+    with buffer:
+        found = _describe(buffer, seconds)
+        if arguments.json:
+            print(json.dumps(found, indent=2), flush=True)
+        else:
+            _show(found)
+        if arguments.hold:
+            time.sleep(arguments.hold)
+            _verify(buffer)
+    return EXIT_OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="iobmd alloc",
+        description="Allocate wired memory, show where it lies, and give it back.",
+        epilog="Sizes and masks: decimal, 0x hexadecimal, or with a suffix k, M, G, T.",
+    )
+    parser.add_argument("size", type=size, help="bytes")
+    parser.add_argument("--contiguous", action="store_true", help="in one piece physically")
+    parser.add_argument("--align", type=size, metavar="A", help="align the virtual and the physical address")
+    parser.add_argument("--mask", type=size, metavar="M", help="only physical addresses within these bits")
+    parser.add_argument("--hold", type=float, metavar="SECONDS", help="keep it so long, then verify that it stayed")
+    parser.add_argument("--reserve", action="store_true", help="the hugetlb pools may be raised meanwhile (root)")
+    parser.add_argument("--budget", type=size, metavar="SIZE", help="memory that may be held while looking")
+    parser.add_argument("--seconds", type=float, metavar="S", help="time that may be spent looking (default: 2)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    return parser
+
+
+def _describe(buffer: IOBufferMemoryDescriptor, seconds: float) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "version": 1,
+        "size": len(buffer),
+        "address": buffer.getBytesNoCopy(),
+        "wiring": buffer.wiring.value,
+        "seconds": round(seconds, 6),
+    }
+    try:
+        lies = buffer.layout()
+        segments = [{"address": segment.address, "length": segment.length} for segment in buffer.segments()]
+        return found | {
+            "hidden": None,
+            "layout": lies._asdict() | {"contiguous": lies.contiguous},
+            "segments": segments,
+        }
+    except IOReturnError as error:
+        return found | {"hidden": error.strerror, "layout": None, "segments": []}
+
+
+def _show(found: dict[str, Any]) -> None:
+    print(
+        f"{format_size(found['size'])} at {found['address']:#x}, {found['wiring']}, "
+        f"in {found['seconds'] * 1e3:.3g} ms",
+        flush=True,
+    )
+    if found["hidden"]:
+        print(f"physical addresses: {found['hidden']}", flush=True)
+        return
+    segments, lies = found["segments"], found["layout"]
+    shape = "contiguous" if lies["contiguous"] else f"{lies['runs']} runs, the largest {format_size(lies['largest'])}"
+    rows = [(f"{one['address']:#x}", format_size(one["length"])) for one in segments[:SHOWN]]
+    table.show(f"{shape}; {format_size(lies['huge'])} in huge pages", ("physical", "length"), rows, right=(0, 1))
+    if len(segments) > SHOWN:
+        print(f"… and {len(segments) - SHOWN} more (--json has all)", flush=True)
+
+
+def _verify(buffer: IOBufferMemoryDescriptor) -> None:
+    try:
+        buffer.verify()
+    except IOReturnError as error:
+        print(f"after holding: {error}")
+    else:
+        print("verified: every page is where it was")

@@ -1,0 +1,102 @@
+"""`iobmd bench contiguous`: finding contiguous memory beside populating and pinning as much of any."""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING
+
+from iobmd import host, pinning
+from iobmd._native import memory
+from iobmd._native.mapping import Mapping
+from iobmd.errors import IOReturnError
+from iobmd.facade import allocate
+from iobmd.policy import policy
+from iobmd.units import HUGE_PAGE_SIZE, format_size
+
+from .result import Result, at_most, seconds
+
+if TYPE_CHECKING:
+    pass
+
+TRIES = 100
+RESERVED_TRIES = 20
+WARM = 4 << 30
+"""Memory that is touched first: on a virtual machine the first touch waits for the host."""
+
+
+def run(_size: int, rounds: int) -> list[Result]:
+    """Measure; the sizes are those of the goals. `rounds` below 7 makes fewer tries, in proportion."""
+    _warm_up()
+    tries = max(1, TRIES * min(rounds, 7) // 7)
+    results = [_found(size << 20, tries, limit) for size, limit in ((2, 1.5), (16, 1.5), (64, 4.0), (256, None))]
+    if host.has_host_capability("CAP_SYS_ADMIN") and rounds >= 7:
+        results += [_reserved(size << 20, RESERVED_TRIES) for size in (256, 1024)]
+    return results
+
+
+def _warm_up() -> None:
+    size = min(WARM, host_available() // 2)
+    mapping = Mapping.anonymous(size // HUGE_PAGE_SIZE * HUGE_PAGE_SIZE, HUGE_PAGE_SIZE)
+    _populate(mapping)
+    mapping.close()
+
+
+def host_available() -> int:
+    """Return MemAvailable in bytes."""
+    from iobmd import procfs  # noqa: PLC0415
+
+    return procfs.meminfo()["MemAvailable"]
+
+
+def _populate(mapping: Mapping) -> None:
+    memory.advise(mapping.address, mapping.size, memory.MADV_HUGEPAGE)
+    memory.advise(mapping.address, mapping.size, memory.MADV_POPULATE_WRITE)
+
+
+def _any(size: int) -> float:
+    """Return the seconds of populating and pinning as much memory in huge pages, wherever it lies."""
+
+    def take() -> None:
+        mapping = Mapping.anonymous(size, HUGE_PAGE_SIZE)
+        _populate(mapping)
+        pin = pinning.Pin(mapping.address, size)
+        pin.release()
+        mapping.close()
+
+    return seconds(take)
+
+
+def _ours(size: int) -> float | None:
+    try:
+        return seconds(lambda: allocate(size, contiguous=True).free())
+    except IOReturnError:
+        return None
+
+
+def _found(size: int, tries: int, limit: float | None) -> Result:
+    samples = [(_any(size), _ours(size)) for _ in range(tries)]
+    bare = statistics.median(any_ for any_, _ in samples)
+    found = [ours for _, ours in samples if ours is not None]
+    what = f"contiguous {format_size(size)}, no pool: {len(found)} of {tries}"
+    against = f"populate and pin as much THP: {bare * 1e3:.2f} ms"
+    if not found:
+        return Result(what, "none", against, 0.0, "reported" if limit is None else f"≤ {limit:g}", limit is None)
+    ours = statistics.median(found)
+    if limit is None:
+        return Result(what, f"{ours * 1e3:.2f} ms", against, ours / bare, "reported", True)
+    result = at_most(what, f"{ours * 1e3:.2f} ms", against, ours / bare, limit)
+    return result._replace(goal=f"{result.goal}, all found", met=result.met and len(found) == tries)
+
+
+def _reserved(size: int, tries: int) -> Result:
+    before = host.hugetlb_pools()
+    with policy(reserve=True):
+        samples = [(_any(size), _ours(size)) for _ in range(tries)]
+    same = [pool.total for pool in host.hugetlb_pools()] == [pool.total for pool in before]
+    bare = statistics.median(any_ for any_, _ in samples)
+    found = [ours for _, ours in samples if ours is not None]
+    what = f"contiguous {format_size(size)}, policy(reserve=True): {len(found)} of {tries}"
+    ours = statistics.median(found) if found else 0.0
+    against = f"populate and pin as much THP: {bare * 1e3:.1f} ms"
+    goal = "all found, pools as before"
+    return Result(what, f"{ours * 1e3:.1f} ms", against, ours / bare, goal, same and len(found) == tries)

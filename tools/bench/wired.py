@@ -1,0 +1,124 @@
+"""`iobmd bench wired`: what pins, segments and small buffers cost beside the bare calls."""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+from iobmd import pinning
+from iobmd._native import floors, memory, uring
+from iobmd._native.mapping import Mapping
+from iobmd.constants import IOOptionBits
+from iobmd.facade import allocate
+from iobmd.populate import populate
+from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE
+
+from .result import Result, at_most, medians, seconds
+
+if TYPE_CHECKING:
+    from iobmd.buffer import IOBufferMemoryDescriptor
+
+PINNED = 64 << 20
+SPARSE = 1 << 30
+MANY = 100
+PAGEABLE = IOOptionBits.kIOMemoryPageable
+
+
+def run(_size: int, rounds: int) -> list[Result]:
+    """Measure; the sizes are those of the goals."""
+    return [*_pin(rounds), _segments(rounds), *_small(rounds)]
+
+
+def _pin(rounds: int) -> list[Result]:
+    results = []
+    for name, advice in (("4 KiB pages", memory.MADV_NOHUGEPAGE), ("THP", memory.MADV_HUGEPAGE)):
+        mapping = Mapping.anonymous(PINNED, HUGE_PAGE_SIZE)
+        memory.advise(mapping.address, PINNED, advice)
+        populate(mapping.address, PINNED)
+        bare, ours = medians(rounds, partial(_register, mapping), partial(_pinned, mapping))
+        floor = f"io_uring_register alone: {bare * 1e3:.2f} ms"
+        results.append(at_most(f"pin 64 MiB, {name}", f"{ours * 1e3:.2f} ms", floor, ours / bare, 1.3))
+        mapping.close()
+    return results
+
+
+def _register(mapping: Mapping) -> float:
+    ring = uring.setup(1)
+    try:
+        return seconds(lambda: uring.register_buffer(ring, mapping.address, mapping.size))
+    finally:
+        os.close(ring)
+        time.sleep(0.03)  # a closed ring is taken apart later, by a worker that would disturb what comes next
+
+
+def _pinned(mapping: Mapping) -> float:
+    begin = time.perf_counter()
+    pin = pinning.Pin(mapping.address, mapping.size)
+    took = time.perf_counter() - begin
+    pin.release()
+    return took
+
+
+def _segments(rounds: int) -> Result:
+    """1 GiB in 4 KiB pages, read afresh out of pagemap as a first pin does, and cut into segments."""
+    with allocate(SPARSE, wired=False) as buffer:
+        memory.advise(buffer.getBytesNoCopy(), SPARSE, memory.MADV_NOHUGEPAGE)
+        populate(buffer.getBytesNoCopy(), SPARSE)
+        buffer.prepare()
+        bare, ours = medians(rounds, partial(_read_pagemap, buffer), partial(_read_segments, buffer))
+        count = len(buffer.segments())
+        buffer.complete()
+    what = f"segments() of 1 GiB in 4 KiB pages, {count:,} of them, frames read again"
+    return at_most(what, f"{ours * 1e3:.1f} ms", f"raw pread of pagemap: {bare * 1e3:.1f} ms", ours / bare, 1.3)
+
+
+def _read_pagemap(buffer: IOBufferMemoryDescriptor) -> float:
+    entries, first = SPARSE // PAGE_SIZE * 8, buffer.getBytesNoCopy() // PAGE_SIZE * 8
+    room = bytearray(64 << 10)
+    pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return seconds(
+            lambda: [os.preadv(pagemap, [room], first + offset) for offset in range(0, entries, len(room))]
+        )
+    finally:
+        os.close(pagemap)
+
+
+def _read_segments(buffer: IOBufferMemoryDescriptor) -> float:
+    def read() -> None:
+        pinning.own_runs(buffer.getBytesNoCopy(), SPARSE)
+        buffer.segments()
+
+    return seconds(read)
+
+
+def _small(rounds: int) -> list[Result]:
+    size = PAGE_SIZE
+    bare, wired, prepared = medians(
+        rounds * MANY,
+        partial(floors.map_and_lock, size),
+        lambda: seconds(lambda: allocate(size).free()),
+        _prepare_once(size),
+    )
+    floor = f"mmap, mlock, munmap in C: {bare * 1e6:.1f} µs"
+    return [
+        at_most("wired 4 KiB buffer, made and freed", f"{wired * 1e6:.1f} µs", floor, wired / bare, 3),
+        at_most(
+            "prepare and complete of a 4 KiB buffer (what a slab would leave)",
+            f"{prepared * 1e6:.1f} µs",
+            floor,
+            prepared / bare,
+            3,
+        ),
+    ]
+
+
+def _prepare_once(size: int):  # type: ignore[no-untyped-def]
+    buffer = allocate(size, wired=False)
+
+    def once() -> float:
+        return seconds(lambda: (buffer.prepare(), buffer.complete()))
+
+    return once
