@@ -8,8 +8,9 @@ from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
 
 from mman cimport (
     C_MADV_COLD, C_MADV_COLLAPSE, C_MADV_DONTNEED, C_MADV_HUGEPAGE, C_MADV_NOHUGEPAGE, C_MADV_PAGEOUT,
-    C_MADV_POPULATE_READ, C_MADV_POPULATE_WRITE, c_madvise, c_mincore, c_mlock, c_mlock2,
-    c_fallocate, c_mmap, c_mremap, MAP_FIXED, MAP_SHARED, PROT_READ, PROT_WRITE, c_munlock, MAP_FAILED, MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE,
+    C_MADV_POPULATE_READ, C_MADV_POPULATE_WRITE, MAP_FAILED, MAP_FIXED, MAP_SHARED, MREMAP_DONTUNMAP, MREMAP_FIXED,
+    MREMAP_MAYMOVE, PROT_READ, PROT_WRITE, c_fallocate, c_madvise, c_mincore, c_mlock, c_mlock2, c_mmap, c_mremap,
+    c_munlock,
 )
 
 MADV_COLD = C_MADV_COLD

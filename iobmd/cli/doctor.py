@@ -40,7 +40,12 @@ def main(argv: Sequence[str]) -> int:
 
 def _print_json(found: list[host.Fact]) -> None:
     facts = [fact._asdict() for fact in found]
-    document = {"version": 1, "main_job": host.can_run_main_job(found), "facts": facts}
+    document = {
+        "version": 1,
+        "main_job": host.can_run_main_job(found),
+        "physical_memory": _physical(found),
+        "facts": facts,
+    }
     print(json.dumps(document, indent=2))
 
 
@@ -67,7 +72,7 @@ def _print_report(found: list[host.Fact]) -> None:
     if remedies := _remedies(found):
         # Plain lines of any length: a command that is wrapped here could not be copied.
         print(f"\nTo turn on (lines under one name are alternatives):\n{remedies}")
-    print(f"\n{_verdict(found)}")
+    print(f"\n{_physical(found)}\n{_verdict(found)}")
 
 
 def _remedies(found: list[host.Fact]) -> str:
@@ -80,6 +85,18 @@ def _remedies(found: list[host.Fact]) -> str:
         lines.append(f"{number:2}. {', '.join(named)}")
         lines += [f"      {line}" for line in remedy.splitlines()]
     return "\n".join(lines)
+
+
+def _physical(found: list[host.Fact]) -> str:
+    """Say what pinning and contiguity this host can give."""
+    usable = {fact.name: fact.usable for fact in found}
+    pinned = "Wired memory is pinned." if usable["io_uring"] else "Wired memory is resident, and can move."
+    if not usable["io_uring"]:
+        return f"{pinned} Contiguous memory: only out of a hugetlb pool."
+    if not usable["PFN"]:
+        return f"{pinned} Contiguous memory: up to 2 MiB, in one huge page; addresses stay hidden."
+    how = "collected huge pages" if usable["THP"] else "a hugetlb pool only"
+    return f"{pinned} Contiguous memory: from {how}, addresses are shown."
 
 
 def _verdict(found: list[host.Fact]) -> str:

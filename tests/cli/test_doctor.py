@@ -91,6 +91,7 @@ def test_json(capsys):
     assert main(["doctor", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert (document["version"], document["main_job"]) == (1, True)
+    assert document["physical_memory"].startswith("Wired memory is ")
     assert [fact["name"] for fact in document["facts"]] == [fact.name for fact in host.facts()]
     for fact in document["facts"]:
         assert list(fact) == ["name", "status", "value", "summary", "purpose", "remedy"]
@@ -110,9 +111,23 @@ def test_json_from_a_shell_needs_no_rich():
     assert json.loads(run.stdout)["main_job"] is True
 
 
+@pytest.mark.needs("root", "frames")
+def test_says_what_pinning_and_contiguity_the_host_gives(capsys, setting):
+    main(["doctor"])
+    assert "Wired memory is pinned. Contiguous memory: from collected huge pages, addresses are shown." in (
+        capsys.readouterr().out
+    )
+    setting("/proc/sys/kernel/io_uring_disabled", 2)
+    main(["doctor"])
+    assert "Wired memory is resident, and can move. Contiguous memory: only out of a hugetlb pool." in (
+        capsys.readouterr().out
+    )
+
+
 def test_nobody_with_a_limit_can_run_the_main_job():
     code, out, err, found = as_nobody(memlock=64 << 10)
     assert (code, err) == (0, "")
+    assert "Contiguous memory: up to 2 MiB, in one huge page; addresses stay hidden." in out
     assert {fact.name: fact.value for fact in found}["PFN"] is False
     assert re.search(r"^PFN +no +hidden", out, re.MULTILINE)
     assert "setcap cap_ipc_lock,cap_sys_ptrace,cap_sys_admin+ep" in out
