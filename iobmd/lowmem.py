@@ -7,6 +7,7 @@ pages are to be had only by holding what is free above them.
 import re
 from pathlib import Path
 
+from iobmd import procfs
 from iobmd.units import PAGE_SIZE, format_size
 
 _ZONE = re.compile(r"^Node \d+, zone +(\w+)\n", re.MULTILINE)
@@ -19,7 +20,8 @@ def out_of_reach(allowed: int, budget: int) -> str:
     except OSError:  # hidden in this container
         return ""
     under = [free for _name, start, free in zones if start <= allowed]
-    above = sum(free for _name, start, free in zones if start > allowed)
+    # Not the sum of the zones above: a kernel that initialises memory lazily counts in a zone only what is ready.
+    above = max(0, procfs.meminfo()["MemFree"] - sum(under))
     if not any(under):
         return "no free page of this host lies there"
     if above > budget:
