@@ -3,7 +3,7 @@
 >>> import iobmd
 >>> with iobmd.allocate(65536) as buf:
 ...     buf.writeBytes(0, b"hello"), buf.wiring
-(5, <Wiring.RESIDENT: 'resident'>)
+(5, <Wiring.PINNED: 'pinned'>)
 """
 
 from __future__ import annotations

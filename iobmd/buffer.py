@@ -32,8 +32,9 @@ _CONTIGUOUS = int(IOOptionBits.kIOMemoryPhysicallyContiguous)
 class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     """A buffer: zeroed memory, allocated by the factories below and given back by `free` or at the end of `with`.
 
-    It is wired (resident, by mlock) unless `kIOMemoryPageable` is among its options. It has the buffer protocol
-    over its first `getLength()` bytes: `memoryview(buf)`, `numpy.frombuffer(buf)`, `file.readinto(buf)`.
+    It is wired unless `kIOMemoryPageable` is among its options: resident (mlock), and pinned as well where the
+    kernel lets us; `wiring` tells. It has the buffer protocol over its first `getLength()` bytes:
+    `memoryview(buf)`, `numpy.frombuffer(buf)`, `file.readinto(buf)`.
 
     Source: IOKit's IOBufferMemoryDescriptor.h; where IOKit returns NULL or false, `IOReturnError` is raised.
     """
@@ -144,19 +145,24 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         inTask : Task, int or psutil.Process
             The task to allocate in.
         options : int
-            `IOOptionBits`: direction, and `kIOMemoryPageable` for memory that is not wired.
+            `IOOptionBits`: direction, `kIOMemoryPageable` for memory that is not wired,
+            `kIOMemoryPhysicallyContiguous` or `kIOMemoryHostPhysicallyContiguous` for memory in one piece.
         capacity : int
             Size in bytes; `getLength()` starts there.
         alignment : int
-            Of the address, a power of two (0 and 1: none). A page or more rounds the allocation up to pages.
+            A power of two (0 and 1: none). Above a page the memory is contiguous too, and its physical address
+            aligned like the virtual one.
         physicalMask : int
-            0: any physical address.
+            The bits that physical addresses may have, 0: any address. With `alignment` up to 1, its lowest bit is
+            the alignment, and at least a page.
 
         Raises
         ------
         IOReturnError
             `kIOReturnBadArgument`; `kIOReturnUnsupported` for options of the contract that this version does not
-            have; `kIOReturnCannotWire` at RLIMIT_MEMLOCK; `kIOReturnNoMemory`; `kIOReturnBusy` when called twice.
+            have; `kIOReturnCannotWire` at RLIMIT_MEMLOCK; `kIOReturnNoResources` when no memory as wanted is found
+            within the policy (`iobmd.policy`), and `kIOReturnNotPrivileged` when the frames must be seen to find
+            it; `kIOReturnNoMemory`; `kIOReturnBusy` when called twice.
         """
         if self._state != "not initialised":
             raise IOReturnError(IOReturn.kIOReturnBusy, f"{self!r} is initialised already")

@@ -188,7 +188,8 @@ class IOMemoryDescriptor:
 
     def layout(self) -> Layout:
         """Summarise how the memory lies: runs, the largest, contiguous or not, huge pages. Raises as `segments`."""
-        return layout(self._runs(self._memory()))
+        backing = self._memory()
+        return layout(self._runs(backing), pagemap.huge_bytes(backing.address, backing.size))
 
     def verify(self) -> None:
         """Read every frame again, and compare it with what was recorded when the memory was pinned.

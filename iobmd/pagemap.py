@@ -119,23 +119,29 @@ def resident_and_dirty(task: Task, address: int, size: int) -> tuple[int, int]:
     return resident.present, sum(end - start for start, end in written) // PAGE_SIZE
 
 
-def is_huge(address: int, size: int) -> bool:
-    """Say whether a range of this process is mapped by huge pages throughout; needs no privilege.
+def huge_bytes(address: int, size: int) -> int:
+    """Count the bytes of a range of this process that huge pages map; needs no privilege.
 
-    By PAGEMAP_SCAN (Linux 6.7), by AnonHugePages of smaps before that.
+    By PAGEMAP_SCAN (Linux 6.7); before that by smaps, as far as it tells for sure.
     """
+    end = address + size
     try:
         with _open(kernel_task) as descriptor:
-            found = native.scan(
-                descriptor.fd, address, address + size, native.PAGE_IS_PRESENT | native.PAGE_IS_HUGE, 0
-            )
-        return sum(end - start for start, end in found) == size
+            found = native.scan(descriptor.fd, address, end, native.PAGE_IS_PRESENT | native.PAGE_IS_HUGE, 0)
+        return sum(until - start for start, until in found)
     except OSError:
-        areas = ((area, counters) for area, counters in procfs.smaps() if area.start < address + size)
-        overlapping = [(area, counters) for area, counters in areas if area.end > address]
-        return bool(overlapping) and all(
-            counters["AnonHugePages"] >= area.end - area.start for area, counters in overlapping
-        )
+        certain = 0
+        for area, counters in procfs.smaps():
+            inside = min(area.end, end) - max(area.start, address)
+            if inside > 0:
+                outside = area.end - area.start - inside
+                certain += max(0, counters["AnonHugePages"] + counters.get("Private_Hugetlb", 0) - outside)
+        return certain
+
+
+def is_huge(address: int, size: int) -> bool:
+    """Say whether a range of this process is mapped by huge pages throughout, as `huge_bytes` counts."""
+    return huge_bytes(address, size) == size
 
 
 class Run(NamedTuple):

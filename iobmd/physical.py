@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd.units import HUGE_PAGE_SIZE, format_size
+from iobmd.units import format_size
 
 if TYPE_CHECKING:
     from iobmd._native.runs import RunTable
@@ -19,7 +19,7 @@ class Layout(NamedTuple):
     largest: int
     """Length of the longest piece."""
     huge: int
-    """Bytes in pieces that hold whole, aligned huge pages."""
+    """Bytes that huge pages map."""
     lowest: int
     """Lowest physical address."""
     highest: int
@@ -35,15 +35,12 @@ class Layout(NamedTuple):
         return f"{shape}, {self.lowest:#x}…{self.highest:#x}, {format_size(self.huge)} in huge pages"
 
 
-def layout(table: RunTable) -> Layout:
-    """Summarise the runs of a range."""
-    size = largest = huge = highest = 0
+def layout(table: RunTable, huge: int) -> Layout:
+    """Summarise the runs of a range, `huge` bytes of which are mapped by huge pages."""
+    size = largest = highest = 0
     lowest = 1 << 64
     for index in range(table.count):
-        virtual, physical, length = table[index]
+        _virtual, physical, length = table[index]
         size, largest = size + length, max(largest, length)
         lowest, highest = min(lowest, physical), max(highest, physical + length - 1)
-        shift = -physical % HUGE_PAGE_SIZE
-        if (virtual + shift) % HUGE_PAGE_SIZE == 0:
-            huge += max(0, length - shift) // HUGE_PAGE_SIZE * HUGE_PAGE_SIZE
     return Layout(size, table.count, largest, huge, lowest, highest)

@@ -1,5 +1,6 @@
 """`iobmd.pagemap` against an independent few-line reader, and its honesty about hidden frames."""
 
+import errno
 import os
 import subprocess
 from collections.abc import Callable
@@ -113,3 +114,23 @@ def test_another_users_pagemap() -> None:
     with pytest.raises(PermissionError, match="pagemap of task 1") as caught:
         in_child(lambda: pagemap.counts(1, 0x400000, 4096), uid=NOBODY)
     assert caught.value.code == IOReturn.kIOReturnNotPermitted
+
+
+@pytest.mark.parametrize("scans", [True, False], ids=["PAGEMAP_SCAN", "smaps"])
+def test_huge_pages_are_counted_with_and_without_pagemap_scan(monkeypatch: pytest.MonkeyPatch, scans: bool) -> None:
+    def no_scan(*_arguments: object) -> list[tuple[int, int]]:
+        raise OSError(errno.ENOTTY, "ioctl: no PAGEMAP_SCAN before Linux 6.7")
+
+    if not scans:
+        monkeypatch.setattr(pagemap.native, "scan", no_scan)
+    with iobmd.allocate(8 << 20, wired=False) as buffer:
+        address = buffer.getBytesNoCopy()
+        memory.advise(address, 4 << 20, memory.MADV_HUGEPAGE)
+        memory.advise(address + (4 << 20), 4 << 20, memory.MADV_NOHUGEPAGE)
+        memory.advise(address, 8 << 20, memory.MADV_POPULATE_WRITE)
+        if not kernel.smaps(address)["AnonHugePages"]:
+            pytest.skip("the kernel has no huge page")
+        assert pagemap.huge_bytes(address, 8 << 20) == 4 << 20
+        assert pagemap.is_huge(address, 4 << 20)
+        assert not pagemap.is_huge(address, 8 << 20)
+        assert pagemap.huge_bytes(address + (4 << 20), 4 << 20) == 0
