@@ -1,0 +1,77 @@
+"""The examples of README.md and docs/: Python blocks run as they stand, and so do the commands of console blocks.
+
+`<!-- needs: frames -->` above a block names what it needs of the host.
+"""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from iobmd.cli import main
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_BLOCK = re.compile(
+    r"(?:<!-- needs: (?P<needs>[\w, ]+) -->\n)?^```(?P<kind>python|console)\n(?P<text>.*?)^```$", re.M | re.S
+)
+_LINK = re.compile(r"\]\((?!https?:)([\w./-]+)(?:#[\w-]+)?\)")
+
+
+class Block(NamedTuple):
+    kind: str
+    needs: frozenset[str]
+    text: str
+
+
+def blocks(page: Path, kind: str) -> list[Block]:
+    found = (
+        Block(one["kind"], frozenset((one["needs"] or "").split()), one["text"])
+        for one in _BLOCK.finditer(page.read_text())
+    )
+    return [block for block in found if block.kind == kind]
+
+
+def texts(kind: str) -> list[object]:
+    """What to run of each page: what needs nothing of the host, and where that is not all of it, all of it too."""
+    runs = []
+    for page in PAGES:
+        all_of_it = blocks(page, kind)
+        needs = frozenset().union(*(block.needs for block in all_of_it))
+        for allowed in [frozenset(), needs] if needs else [needs]:
+            text = "\n".join(block.text for block in all_of_it if block.needs <= allowed)
+            marks = pytest.mark.needs(*allowed) if allowed else ()
+            if text:
+                runs.append(pytest.param(text, id="-".join([page.name, *sorted(allowed)]), marks=marks))
+    return runs
+
+
+def test_every_block_is_found() -> None:
+    for kind in ("python", "console"):
+        found = sum(len(blocks(page, kind)) for page in PAGES)
+        assert found == sum(page.read_text().count(f"```{kind}\n") for page in PAGES) > 2
+
+
+@pytest.mark.parametrize("text", texts("python"))
+def test_python_blocks_run(text: str) -> None:
+    """In one interpreter a page, with nothing but the page before them."""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", text], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("text", texts("console"))
+def test_commands_run(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in filter(None, text.splitlines()):
+        prompt, command, *arguments = shlex.split(line)
+        assert (prompt, command) == ("$", "iobmd")
+        assert main(arguments) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in _LINK.findall(page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
