@@ -49,11 +49,11 @@ def blocks_of(table: RunTable, block: int) -> Places:
     return places
 
 
-def _spans(chosen: list[int], block: int) -> list[tuple[int, int]]:
-    """Join blocks that lie behind each other: starts and lengths."""
+def _spans(chosen: list[int], block: int, starts: set[int]) -> list[tuple[int, int]]:
+    """Join blocks that lie behind each other, but none that begins a mapping at `starts`: starts and lengths."""
     spans: list[tuple[int, int]] = []
     for place in chosen:
-        if spans and sum(spans[-1]) == place:
+        if spans and sum(spans[-1]) == place and place not in starts:
             spans[-1] = (spans[-1][0], spans[-1][1] + block)
         else:
             spans.append((place, block))
@@ -91,7 +91,7 @@ class TransparentBlocks:
     def assemble(self, chosen: list[int], alignment: int) -> Mapping:
         """Move the huge pages behind each other; those that lie so already stay where they are."""
         size = len(chosen) * self.block
-        spans = _spans(chosen, self.block)
+        spans = _spans(chosen, self.block, {batch.address for batch in self._batches})
         if len(spans) == 1 and chosen[0] % alignment == 0:
             batch = next(batch for batch in self._batches if 0 <= chosen[0] - batch.address < batch.size)
             self._batches.remove(batch)

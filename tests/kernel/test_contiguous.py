@@ -14,6 +14,7 @@ import iobmd
 from iobmd import IOReturn, IOReturnError, Wiring, pinning
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
+from iobmd.blocks import TransparentBlocks
 from iobmd.policy import may_reserve
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -202,6 +203,28 @@ def test_one_huge_page_unprivileged() -> None:
     assert huge >= 2 * MIB
     assert "pinned, contiguous in one huge page, addresses hidden" in told
     assert refused == [IOReturn.kIOReturnNotPrivileged] * 4
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_blocks_of_mappings_that_lie_behind_each_other() -> None:
+    """One chosen range may reach over the end of one batch of huge pages into another."""
+    source = TransparentBlocks()
+    try:
+        for _ in range(64):
+            source.more(1, 1)
+            starts = {batch.address for batch in source._batches}
+            if pair := [start for start in starts if start + 2 * MIB in starts]:
+                break
+        low, high = pair[0], pair[0] + 2 * MIB
+        lay = frames(low, 4 * MIB)
+        for batch in source._batches:
+            batch.write(0, b"low" if batch.address == low else b"high")
+        joined = source.assemble([low, high], 1)
+    finally:
+        source.close()
+    assert (joined.read(0, 3), joined.read(2 * MIB, 4)) == (b"low", b"high")
+    assert frames(joined.address, 4 * MIB) == lay
+    joined.close()
 
 
 # --- masks
