@@ -1,9 +1,17 @@
 # cython: language_level=3, auto_pickle=False, autotestdict=False
-"""io_uring registered buffers: the one long-term page pin that userspace can take without a device."""
+"""io_uring registered buffers: the one long-term page pin that userspace can take without a device.
 
+A `Table` is a ring with the table of its registered buffers, a `Slot` one pin in it. Slots are taken and given back
+in C, between two steps of the interpreter: no thread, signal handler or garbage collection comes in between, so that
+no pin is lost and none is given back twice.
+"""
+
+cimport cython
 from libc.errno cimport errno
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
 from libc.string cimport strerror
+from posix.unistd cimport close
 
 from io_uring cimport (
     iobmd_uring_register, iobmd_uring_setup, iobmd_uring_sparse, iobmd_uring_update,
@@ -16,33 +24,98 @@ cdef int _check(int result, str call) except -1:
     return result
 
 
-def setup(unsigned int entries):
-    """Call io_uring_setup(2); returns the ring's descriptor (close-on-exec, as the kernel makes it)."""
-    cdef int ring
-    with nogil:
-        ring = iobmd_uring_setup(entries)
-    return _check(ring, "io_uring_setup")
+@cython.final
+@cython.no_gc
+cdef class Table:
+    """A ring, and which slots of its table are free."""
+
+    cdef readonly int ring
+    """Its descriptor, -1 once it is closed."""
+    cdef readonly uint32_t slots
+    cdef uint32_t *_free
+    cdef uint32_t _count
+
+    def __cinit__(self, uint32_t slots):
+        """Make a ring with a sparse table (IORING_RSRC_REGISTER_SPARSE, Linux 5.19); for one slot without (5.1)."""
+        cdef uint32_t slot
+        cdef int result
+        self.ring = -1
+        self.slots = slots
+        self._free = <uint32_t *>malloc(slots * sizeof(uint32_t))
+        if not self._free:
+            raise MemoryError()
+        for slot in range(slots):
+            self._free[slot] = slots - 1 - slot
+        self._count = slots
+        with nogil:
+            result = iobmd_uring_setup(1)
+        self.ring = _check(result, "io_uring_setup")
+        if slots > 1:
+            with nogil:
+                result = iobmd_uring_sparse(self.ring, slots)
+            _check(result, "io_uring_register")
+
+    def pin(self, uint64_t address, size_t size):
+        """Pin a range of up to 1 GiB; returns its `Slot`, None when no slot is free."""
+        if not self._count:
+            return None
+        cdef Slot slot = Slot.__new__(Slot)
+        cdef int result
+        self._count -= 1
+        slot._index = self._free[self._count]
+        slot._table = self
+        with nogil:
+            if self.slots > 1:
+                result = iobmd_uring_update(self.ring, slot._index, address, size)
+            else:
+                result = iobmd_uring_register(self.ring, address, size)
+        if result < 0:
+            self._give_back(slot)
+        _check(result, "io_uring_register")
+        return slot
+
+    cdef void _give_back(self, Slot slot) noexcept:
+        # errno belongs to the caller, who reports it.
+        slot._table = None
+        self._free[self._count] = slot._index
+        self._count += 1
+
+    def close(self):
+        """Close this process's descriptor of the ring: the pins end with the last one of any process."""
+        cdef int ring = self.ring
+        self.ring = -1
+        if ring >= 0:
+            with nogil:
+                close(ring)
+
+    def __dealloc__(self):
+        if self.ring >= 0:
+            close(self.ring)
+        free(self._free)
 
 
-def register_buffer(int ring, uint64_t address, size_t size):
-    """Pin one range with io_uring_register(2), IORING_REGISTER_BUFFERS; closing the ring unpins it."""
-    cdef int result
-    with nogil:
-        result = iobmd_uring_register(ring, address, size)
-    _check(result, "io_uring_register")
+@cython.final
+@cython.no_gc
+cdef class Slot:
+    """One pin. It ends by `release`, or with this object."""
 
+    cdef Table _table
+    cdef uint32_t _index
 
-def register_sparse(int ring, unsigned int slots):
-    """Give the ring a table of empty slots (IORING_RSRC_REGISTER_SPARSE, Linux 5.19)."""
-    cdef int result
-    with nogil:
-        result = iobmd_uring_sparse(ring, slots)
-    _check(result, "io_uring_register")
+    def release(self):
+        """Unpin; idempotent, and nothing where the table is closed (in a forked child)."""
+        cdef Table table = self._table
+        self._table = None
+        if table is None or table.ring < 0:
+            return
+        if table.slots == 1:
+            table.close()
+            return
+        with nogil:
+            iobmd_uring_update(table.ring, self._index, 0, 0)
+        self._table = table
+        table._give_back(self)
 
-
-def update(int ring, unsigned int slot, uint64_t address, size_t size):
-    """Pin a range into a slot of the ring's table; address and size 0 empty the slot and unpin what it held."""
-    cdef int result
-    with nogil:
-        result = iobmd_uring_update(ring, slot, address, size)
-    _check(result, "io_uring_register")
+    def __dealloc__(self):
+        if self._table is not None:
+            self.release()

@@ -118,10 +118,11 @@ class IOMemoryDescriptor:
             `kIOReturnCannotWire` when pinning is impossible or over a limit, and why; `kIOReturnBadArgument`;
             `kIOReturnNoResources` for memory above 4 GiB; then nothing is prepared.
         """
-        backing = self._memory()
+        self._memory()
         if forDirection & ~(DIRECTION_MASK | kIODirectionPrepareToPhys32 | kIODirectionPrepareNoFault):
             raise IOReturnError(IOReturn.kIOReturnBadArgument, f"direction {forDirection:#x} has unknown bits")
         with self._preparing:
+            backing = self._memory()  # again: another thread may have freed it
             fresh = backing.wiring is not Wiring.PINNED
             if fresh:
                 if forDirection & kIODirectionPrepareNoFault:
@@ -144,8 +145,9 @@ class IOMemoryDescriptor:
         IOReturnError
             `kIOReturnNotReady` when it is not prepared.
         """
-        backing = self._memory()
+        self._memory()
         with self._preparing:
+            backing = self._memory()
             if not self._prepared:
                 raise IOReturnError(IOReturn.kIOReturnNotReady, f"{self!r} is not prepared: nothing to complete")
             self._prepared -= 1
@@ -246,9 +248,20 @@ class IOMemoryDescriptor:
         """
         if self._backing is None:
             return
-        if self._prepared and self._maker == os.getpid():
-            message = f"{self!r} is prepared {self._prepared} times: call complete() as often first"
-            raise IOReturnError(IOReturn.kIOReturnBusy, message)
+        if self._maker != os.getpid():
+            self._close()  # the lock may have been held by a thread that the fork did not bring along
+            return
+        with self._preparing:
+            if self._prepared:
+                message = f"{self!r} is prepared {self._prepared} times: call complete() as often first"
+                raise IOReturnError(IOReturn.kIOReturnBusy, message)
+            self._close()
+
+    release = free
+
+    def _close(self) -> None:
+        if self._backing is None:  # another thread was faster
+            return
         try:
             self._backing.close()
         except BufferError as error:
@@ -256,8 +269,6 @@ class IOMemoryDescriptor:
             raise IOReturnError(IOReturn.kIOReturnBusy, message) from None
         self._backing = None
         self._state = "released"
-
-    release = free
 
     def _memory(self) -> Backing:
         """Return where the bytes live, or raise `kIOReturnNotOpen`."""

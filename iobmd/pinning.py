@@ -8,10 +8,8 @@ takes a ring of its own.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -30,119 +28,56 @@ LARGEST = 1 << 30  # the most that one slot takes
 _LATE = 0.2  # seconds after which a closed ring is surely uncharged: a kernel worker does it, up to 25 ms later
 
 
-class _Ring:
-    """A ring, and which slots of its table are free. `slots` 1 and no table: a ring for one pin."""
-
-    def __init__(self, slots: int) -> None:
-        self.fd = uring.setup(1)
-        self.sparse = slots > 1
-        self._fresh = iter(range(slots))
-        self._used: list[int] = []
-        if self.sparse:
-            try:
-                uring.register_sparse(self.fd, slots)
-            except BaseException:
-                self.close()
-                raise
-
-    def take(self) -> int | None:
-        """Return a free slot, None when there is none."""
-        return self._used.pop() if self._used else next(self._fresh, None)
-
-    def pin(self, slot: int, address: int, size: int) -> None:
-        if self.sparse:
-            uring.update(self.fd, slot, address, size)
-        else:
-            uring.register_buffer(self.fd, address, size)
-
-    def give_back(self, slot: int) -> None:
-        self._used.append(slot)
-
-    def unpin(self, slot: int) -> None:
-        if self.fd < 0:  # a ring of the process that this one was forked from
-            return
-        if self.sparse:
-            uring.update(self.fd, slot, 0, 0)
-            self._used.append(slot)
-        else:
-            self.close()
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-
 class _Pins:
     """The rings of this process."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self._rings: list[_Ring] = []
-        self._single: list[_Ring] = []
+        self._tables: list[uring.Table] = []
+        self._single: list[uring.Table] = []
         self._no_tables = False
         self._closed_at = 0.0
 
-    def pin(self, address: int, size: int) -> list[tuple[_Ring, int]]:
-        """Pin a range; returns the slots. Raises OSError with nothing pinned."""
-        held: list[tuple[_Ring, int]] = []
-        try:
-            for start in range(0, size, LARGEST):
-                ring, slot = self._take()
-                try:
-                    self._patiently(ring, slot, address + start, min(LARGEST, size - start))
-                except BaseException:
-                    self._give_back(ring, slot)
-                    raise
-                held.append((ring, slot))
-        except BaseException:
-            self.unpin(held)
-            raise
-        return held
-
-    def unpin(self, held: list[tuple[_Ring, int]]) -> None:
-        for ring, slot in held:
-            ring.unpin(slot)
-            if not ring.sparse:
-                self._closed_at = time.monotonic()
-                with contextlib.suppress(ValueError):
-                    self._single.remove(ring)
-
-    def _take(self) -> tuple[_Ring, int]:
-        for ring in reversed(self._rings):
-            if (slot := ring.take()) is not None:
-                return ring, slot
+    def pin(self, address: int, size: int) -> uring.Slot:
+        """Pin up to 1 GiB. Raises OSError."""
+        for table in reversed(self._tables):
+            if slot := self._patiently(table, address, size):
+                return slot
         if not self._no_tables:
             try:
-                self._rings.append(_Ring(min(SLOTS, FIRST_SLOTS << 2 * len(self._rings))))
+                table = uring.Table(min(SLOTS, FIRST_SLOTS << 2 * len(self._tables)))
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
                 self._no_tables = True
             else:
-                return self._take()
-        self._single.append(_Ring(1))
-        return self._single[-1], 0
+                self._tables.append(table)  # two threads may each make one: both are used
+                return self.pin(address, size)
+        self._single.append(table := uring.Table(1))
+        slot = self._patiently(table, address, size)
+        assert slot, "a new table has room"
+        return slot
 
-    def _give_back(self, ring: _Ring, slot: int) -> None:
-        if ring.sparse:
-            ring.give_back(slot)
-        else:
-            self.unpin([(ring, slot)])
-
-    def _patiently(self, ring: _Ring, slot: int, address: int, size: int) -> None:
+    def _patiently(self, table: uring.Table, address: int, size: int) -> uring.Slot | None:
         while True:
             try:
-                return ring.pin(slot, address, size)
+                return table.pin(address, size)
             except OSError as error:
                 if error.errno != errno.ENOMEM or time.monotonic() - self._closed_at > _LATE:
                     raise
             time.sleep(0.01)
 
+    def unpin(self, slots: list[uring.Slot]) -> None:
+        """Release the slots."""
+        for slot in slots:
+            slot.release()
+        if self._no_tables:
+            self._closed_at = time.monotonic()
+            self._single = [table for table in self._single if table.ring >= 0]
+
     def forget(self) -> None:
         """Close the rings without unpinning: in a forked child, whose parent goes on using them."""
-        for ring in (*self._rings, *self._single):
-            ring.close()
+        for table in (*self._tables, *self._single):
+            table.close()
 
 
 class _Process:
@@ -189,17 +124,19 @@ class Pin:
     """
 
     def __init__(self, address: int, size: int) -> None:
+        pins = _process.pins
+        self._slots: list[uring.Slot] = []
         try:
-            with _process.pins.lock:
-                self._held = _process.pins.pin(address, size)
+            for start in range(0, size, LARGEST):
+                self._slots.append(pins.pin(address + start, min(LARGEST, size - start)))
         except OSError as error:
+            self.release()
             raise _cannot_pin(size, error) from None
 
     def release(self) -> None:
         """Unpin; idempotent."""
-        with _process.pins.lock:
-            held, self._held = self._held, []
-            _process.pins.unpin(held)
+        slots, self._slots = self._slots, []
+        _process.pins.unpin(slots)
 
 
 def _cannot_pin(size: int, error: OSError) -> IOReturnError:

@@ -15,7 +15,7 @@ from iobmd.errors import IOReturnError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-DEFAULT_SECONDS = 2.0
+DEFAULT_SECONDS = 5.0
 ALWAYS = 64 << 20  # so little may be held without looking at what the host has left
 
 
@@ -46,7 +46,7 @@ def policy(
         Bytes that may be held at a time while looking; all but the buffer itself are given back. Default: half of
         what is available. Never more than leaves a sixteenth of the host's memory available.
     time_budget : float, optional
-        Seconds after which no more memory is taken. Default: 2.
+        Seconds after which no more memory is taken. Default: 5.
 
     Raises
     ------

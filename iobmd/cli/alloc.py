@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--hold", type=float, metavar="SECONDS", help="keep it so long, then verify that it stayed")
     parser.add_argument("--reserve", action="store_true", help="the hugetlb pools may be raised meanwhile (root)")
     parser.add_argument("--budget", type=size, metavar="SIZE", help="memory that may be held while looking")
-    parser.add_argument("--seconds", type=float, metavar="S", help="time that may be spent looking (default: 2)")
+    parser.add_argument("--seconds", type=float, metavar="S", help="time that may be spent looking (default: 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser
 

@@ -1,7 +1,6 @@
 """io_uring: the long-term pin that keeps a page at its physical address."""
 
 import errno
-import os
 import time
 
 from iobmd._native import uring
@@ -26,11 +25,11 @@ def io_uring_disabled() -> int | None:
 
 def _pin_a_page() -> None:
     with scratch() as page:
-        ring = uring.setup(1)
+        table = uring.Table(1)
         try:
-            uring.register_buffer(ring, page.address, page.size)
+            table.pin(page.address, page.size)
         finally:
-            os.close(ring)
+            table.close()
 
 
 def _pin_patiently() -> None:

@@ -1,7 +1,6 @@
 """Pinned means that no frame changes: under everything that moves pages, while an mlocked control moves."""
 
 import errno
-import random
 import subprocess
 import threading
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support import kernel
-from support.child import CAP_IPC_LOCK, NOBODY, in_child
+from support.child import NOBODY, in_child
 from support.moving import frames
 
 import iobmd
@@ -354,11 +353,15 @@ def test_three_gigabytes() -> None:
 def test_kernels_without_sparse_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before 5.19 each piece takes a ring of its own; here the table is refused as such a kernel refuses it."""
 
-    def no_tables(_ring: int, _slots: int) -> None:
-        raise OSError(errno.EINVAL, "io_uring_register: Invalid argument")
+    table = pinning.uring.Table
+
+    def no_tables(slots: int) -> pinning.uring.Table:
+        if slots > 1:
+            raise OSError(errno.EINVAL, "io_uring_register: Invalid argument")
+        return table(slots)
 
     def pin() -> tuple[int, int]:
-        monkeypatch.setattr(pinning.uring, "register_sparse", no_tables)
+        monkeypatch.setattr(pinning.uring, "Table", no_tables)
         buffers = [iobmd.allocate(4096) for _ in range(20)]
         assert {buffer.wiring for buffer in buffers} == {Wiring.PINNED}
         held = kernel.rings()
@@ -367,58 +370,3 @@ def test_kernels_without_sparse_tables(monkeypatch: pytest.MonkeyPatch) -> None:
         return held, kernel.rings()
 
     assert in_child(pin) == (20, 0)
-
-
-# --- any order, many threads
-
-
-@pytest.mark.needs("frames")
-@pytest.mark.usefixtures("nothing_left")
-def test_thousand_random_sequences() -> None:
-    live: dict[int, set[int]] = {}
-    lock = threading.Lock()
-    wrong: list[str] = []
-
-    def work(seed: int) -> None:
-        chance = random.Random(seed)
-        for turn in range(250):
-            wired = chance.random() < 0.5
-            size = chance.choice([1, 5000, 70_000, 3 * MIB])
-            buffer = iobmd.allocate(size, wired=wired, contiguous=wired and chance.random() < 0.3)
-            if not wired:
-                buffer.prepare()
-            mine = set(lies(buffer))
-            with lock:
-                for other in live.values():
-                    if mine & other:
-                        wrong.append(f"seed {seed} turn {turn}")
-                live[seed] = mine
-            if 0 in mine:
-                wrong.append("a page without a frame")
-            buffer.prepare()
-            buffer.verify()
-            buffer.complete()
-            with lock:
-                del live[seed]
-            if not wired:
-                buffer.complete()
-            buffer.free()
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-    assert kernel.status("VmPin") == 0
-
-
-def test_limit_reached_in_a_loop_leaks_nothing() -> None:
-    def loop() -> tuple[int, int]:
-        for _ in range(300):
-            with iobmd.allocate(MIB) as fits, iobmd.allocate(3 * MIB, wired=False) as too_large:
-                assert fits.wiring is Wiring.PINNED
-                assert code_of(too_large.prepare) == IOReturn.kIOReturnCannotWire
-        return kernel.status("VmPin"), kernel.status("VmLck")
-
-    assert in_child(loop, uid=NOBODY - 2, drop=CAP_IPC_LOCK, memlock=2 * MIB) == (0, 0)

@@ -47,11 +47,11 @@ def _pin(rounds: int) -> list[Result]:
 
 
 def _register(mapping: Mapping) -> float:
-    ring = uring.setup(1)
+    table = uring.Table(1)
     try:
-        return seconds(lambda: uring.register_buffer(ring, mapping.address, mapping.size))
+        return seconds(lambda: table.pin(mapping.address, mapping.size))
     finally:
-        os.close(ring)
+        table.close()
         time.sleep(0.03)  # a closed ring is taken apart later, by a worker that would disturb what comes next
 
 

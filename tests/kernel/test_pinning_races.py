@@ -1,0 +1,149 @@
+"""Pins in any order and from many threads: frames are never shared, and nothing leaks."""
+
+import contextlib
+import gc
+import random
+import signal
+import threading
+import warnings
+
+import pytest
+from support import kernel
+from support.child import CAP_IPC_LOCK, NOBODY, in_child
+from support.moving import frames
+
+import iobmd
+from iobmd import IOReturn, IOReturnError, Wiring
+
+MIB = 1 << 20
+
+
+@pytest.mark.needs("frames")
+@pytest.mark.usefixtures("nothing_left")
+def test_thousand_random_sequences() -> None:
+    live: dict[int, set[int]] = {}
+    lock = threading.Lock()
+    wrong: list[str] = []
+
+    def work(seed: int) -> None:
+        chance = random.Random(seed)
+        for turn in range(250):
+            wired = chance.random() < 0.5
+            size = chance.choice([1, 5000, 70_000, 3 * MIB])
+            buffer = iobmd.allocate(size, wired=wired, contiguous=wired and chance.random() < 0.3)
+            if not wired:
+                buffer.prepare()
+            mine = set(frames(buffer.getBytesNoCopy(), size))
+            with lock:
+                for other in live.values():
+                    if mine & other:
+                        wrong.append(f"seed {seed} turn {turn}")
+                live[seed] = mine
+            if 0 in mine:
+                wrong.append("a page without a frame")
+            buffer.prepare()
+            buffer.verify()
+            buffer.complete()
+            with lock:
+                del live[seed]
+            if not wired:
+                buffer.complete()
+            buffer.free()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert kernel.status("VmPin") == 0
+
+
+def test_limit_reached_in_a_loop_leaks_nothing() -> None:
+    def loop() -> tuple[int, int]:
+        for _ in range(300):
+            with iobmd.allocate(MIB) as fits, iobmd.allocate(3 * MIB, wired=False) as too_large:
+                assert fits.wiring is Wiring.PINNED
+                with pytest.raises(IOReturnError) as caught:
+                    too_large.prepare()
+                assert caught.value.code == IOReturn.kIOReturnCannotWire
+        return kernel.status("VmPin"), kernel.status("VmLck")
+
+    assert in_child(loop, uid=NOBODY - 2, drop=CAP_IPC_LOCK, memlock=2 * MIB) == (0, 0)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_free_races_prepare() -> None:
+    """Either it is prepared, and free refuses, or it is freed, and prepare refuses: no pin stays without an owner."""
+    outcomes = set()
+
+    def prepare(buffer: iobmd.IOBufferMemoryDescriptor, start: threading.Barrier) -> None:
+        start.wait()
+        try:
+            buffer.prepare()
+        except IOReturnError as error:
+            outcomes.add(error.code)
+        else:
+            buffer.complete()
+
+    for turn in range(300):
+        buffer = iobmd.allocate(MIB, wired=False)
+        memoryview(buffer)[::4096] = bytes(256)
+        start = threading.Barrier(2)
+        thread = threading.Thread(target=prepare, args=(buffer, start))
+        thread.start()
+        start.wait()
+        threading.Event().wait((turn % 10) / 100_000)
+        with contextlib.suppress(BufferError):
+            buffer.free()
+            outcomes.add("freed")
+        thread.join()
+        buffer.free()
+        assert kernel.status("VmPin") == 0, f"turn {turn}"
+    assert outcomes == {"freed", IOReturn.kIOReturnNotOpen}
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_the_garbage_collector_frees_one_buffer_while_another_is_pinned() -> None:
+    def collect() -> tuple[int, int]:
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.set_threshold(1, 1, 1)
+        for _ in range(500):
+            lost = iobmd.allocate(4096)
+            lost.itself = lost  # type: ignore[attr-defined]
+            del lost
+            with iobmd.allocate(4096) as buffer:
+                assert buffer.wiring is Wiring.PINNED
+        gc.collect()
+        return kernel.status("VmPin"), kernel.status("VmLck")
+
+    assert in_child(collect) == (0, 0)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_interrupts_at_any_point_leave_no_pin() -> None:
+    """A signal handler that raises, at every moment of allocating and freeing."""
+
+    def interrupt(*_arguments: object) -> None:
+        nonlocal hit
+        hit += 1
+        raise KeyboardInterrupt
+
+    def loop() -> tuple[int, int, int]:
+        warnings.simplefilter("ignore", ResourceWarning)
+        signal.signal(signal.SIGALRM, interrupt)
+        chance = random.Random(5)
+        for _ in range(2000):
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-5, 4e-4))
+                for _ in range(20):
+                    iobmd.allocate(8192).free()
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        gc.collect()
+        return hit, kernel.status("VmPin"), kernel.status("VmLck")
+
+    hit = 0
+    hit, pinned, locked = in_child(loop)
+    assert hit > 1000
+    assert (pinned, locked) == (0, 0)
