@@ -178,7 +178,7 @@ def read(int fd, uint64_t address, uint64_t size, size_t page):
     """
     cdef RunTable table = RunTable.__new__(RunTable)
     cdef uint64_t *entries = <uint64_t *>malloc(ENTRIES * 8)
-    cdef uint64_t left = size // page, entry
+    cdef uint64_t left = size // page, entry, next = 0
     cdef ssize_t found
     cdef size_t index
     cdef int error = 0
@@ -194,13 +194,21 @@ def read(int fd, uint64_t address, uint64_t size, size_t page):
                     error = errno if found < 0 else 61  # ENODATA
                     break
                 for index in range(<size_t>found // 8):
-                    entry = entries[index]
-                    if entry & PRESENT:
+                    entry = entries[index] & (PRESENT | PFN_MASK)
+                    if next and entry == next:  # behind the page before it, as nearly all of a huge page are
                         table.pages += 1
+                        table.runs[table.count - 1].length += page
+                        next += 1
+                    elif entry & PRESENT:
+                        table.pages += 1
+                        next = 0
                         if entry & PFN_MASK:
                             table._add(address, (entry & PFN_MASK) * page, page)
+                            next = entry + 1
                         else:
                             table.hidden += 1
+                    else:
+                        next = 0
                     address += page
                 left -= found // 8
     finally:

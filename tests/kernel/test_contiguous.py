@@ -162,7 +162,7 @@ def test_reserve(size: int) -> None:
 
 @pytest.mark.needs("root", "frames", "hugetlb")
 def test_pools_are_taken_when_huge_pages_are_off(setting: Setting) -> None:
-    setting(str(POOLS / "hugepages-2048kB" / "nr_hugepages"), 64)
+    setting(str(POOLS / "hugepages-2048kB" / "nr_hugepages"), 512)
     setting("/sys/kernel/mm/transparent_hugepage/enabled", "never")
     with iobmd.allocate(4 * MIB, contiguous=True) as buffer:
         assert is_contiguous(buffer.getBytesNoCopy(), 4 * MIB)
