@@ -1,5 +1,6 @@
 """Pinned means that no frame changes: under everything that moves pages, while an mlocked control moves."""
 
+import contextlib
 import errno
 import subprocess
 import threading
@@ -14,6 +15,7 @@ from support.moving import frames
 import iobmd
 from iobmd import IOReturn, IOReturnError, Wiring, pinning
 from iobmd._native import memory
+from iobmd._native.mapping import Mapping
 from iobmd.cli.strewn import Strewn, compact
 
 MIB = 1 << 20
@@ -141,6 +143,31 @@ def test_verify_finds_a_page_that_moved() -> None:
 # --- what moves pages
 
 
+def small_pages(size: int) -> Mapping:
+    """Memory that is mlocked, in pages of 4 KiB, at a multiple of 2 MiB."""
+    mapping = Mapping.anonymous(size, 2 * MIB)
+    memory.advise(mapping.address, size, memory.MADV_NOHUGEPAGE)
+    memory.lock(mapping.address, size)
+    return mapping
+
+
+@pytest.mark.needs("root", "frames")
+def test_collapse_moves_what_is_mlocked_and_not_what_is_pinned() -> None:
+    mlocked, pinned = small_pages(2 * MIB), small_pages(2 * MIB)
+    pin = pinning.Pin(pinned.address, 2 * MIB)
+    before = [frames(one.address, 2 * MIB) for one in (mlocked, pinned)]
+    for one in (mlocked, pinned):
+        memory.advise(one.address, 2 * MIB, memory.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):
+            memory.advise(one.address, 2 * MIB, memory.MADV_COLLAPSE)
+    after = [frames(one.address, 2 * MIB) for one in (mlocked, pinned)]
+    assert sum(old != new for old, new in zip(before[0], after[0], strict=True)) > 500
+    assert before[1] == after[1]
+    pin.release()
+    for one in (mlocked, pinned):
+        one.close()
+
+
 @pytest.mark.needs("root", "frames", "big_memory")
 def test_nothing_moves_a_pinned_page(setting: Setting) -> None:
     resident = Strewn(4 << 30)
@@ -166,7 +193,8 @@ def test_nothing_moves_a_pinned_page(setting: Setting) -> None:
             assert compact()
             unmoved()
         moved, of = resident.moved()
-        assert moved > of // 10, f"the control must move, or this proves nothing: {moved} of {of}"
+        # How many depends on where memory is free: from 2 to 40 % were seen on one host.
+        assert moved > of // 200, f"the control must move, or this proves nothing: {moved} of {of}"
 
         for buffer in (large, contiguous):
             try:
