@@ -25,6 +25,14 @@ def entries(address: int, size: int, pid: int | str = "self") -> list[int]:
     return list(struct.unpack(f"={len(raw) // 8}Q", raw))
 
 
+def is_part_of_larger_page(frame: int) -> bool:
+    """Say whether a frame belongs to a compound or huge page (/proc/kpageflags, for root)."""
+    with Path("/proc/kpageflags").open("rb", buffering=0) as flags:
+        flags.seek(frame * 8)
+        (bits,) = struct.unpack("Q", flags.read(8))
+    return bool(bits & (1 << 15 | 1 << 16 | 1 << 22))  # KPF_COMPOUND_HEAD, KPF_COMPOUND_TAIL, KPF_THP
+
+
 def present(address: int, size: int) -> int:
     """Count the pages with a frame."""
     return sum(entry >> 63 for entry in entries(address, size))
