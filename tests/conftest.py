@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from support import requirements, zoo
 from support.kernel import Footprint
@@ -16,6 +17,9 @@ REQUIRE_ALL = os.environ.get("IOBMD_REQUIRE") == "all"
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Its database goes where tests may not write, for an unprivileged user.
+    hypothesis.settings.register_profile("iobmd", database=None)
+    hypothesis.settings.load_profile("iobmd")
     config.addinivalue_line("markers", "needs(*requirements): what the test needs of the host (support.requirements)")
 
 

@@ -248,7 +248,7 @@ def test_copy_from_another_user(tmp_path: Path) -> None:
 def test_progress_only_on_a_terminal(start_zoo: Start) -> None:
     zoo = start_zoo(300 << 20, "only-anonymous")
     address, size = zoo["anonymous"]
-    command = [sys.executable, "-m", "iobmd", "copy", str(zoo.pid), hex(address), str(size)]
+    command = [sys.executable, "-m", "iobmd", "copy", str(zoo.pid), hex(address), str(size), "--pageable"]
     assert subprocess.run(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, check=True).stderr == b""
     ours, theirs = pty.openpty()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=os.environ | {"TERM": "xterm"})
@@ -272,17 +272,3 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
     monkeypatch.setattr("iobmd.cli.copy.Task", interrupt)
     assert main(["copy", "1", "0", "1"]) == 130
     assert one_line(capsys.readouterr().err) == "iobmd copy: interrupted\n"
-
-
-# --- bench
-
-
-def test_bench_copy(capsys: Captured) -> None:
-    assert main(["bench", "copy", "--size", "8M", "--rounds", "1", "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert document["version"] == 1
-    results = document["results"]
-    assert len(results) == 9
-    assert all(result["ratio"] > 0 and result["against"] and result["goal"] for result in results)
-    assert main(["bench", "copy", "--size", "1M", "--rounds", "1"]) == 0
-    assert "process_vm_readv" in capsys.readouterr().out

@@ -120,6 +120,7 @@ def page_out(buffer: Buffer) -> None:
     memory.advise(buffer.getBytesNoCopy(), buffer.getCapacity(), memory.MADV_PAGEOUT)
 
 
+@pytest.mark.needs("memlock")
 @pytest.mark.usefixtures("nothing_left")
 def test_large_wired_memory_is_huge() -> None:
     if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():

@@ -350,6 +350,7 @@ def test_hugetlb_is_the_next_choice() -> None:
     assert in_child(wire, deny=deny) == (Wiring.PINNED, True, True)
 
 
+@pytest.mark.needs("memlock")
 @pytest.mark.usefixtures("nothing_left")
 def test_more_buffers_than_one_table_holds() -> None:
     def many() -> tuple[int, int]:

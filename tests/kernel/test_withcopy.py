@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import kernel
+from support import kernel, requirements
 from support.child import in_child
 from support.zoo import Zoo
 
@@ -20,10 +20,13 @@ Start = Callable[..., Zoo]
 READABLE = ("anonymous", "thp", "memfd", "file", "readonly", "stack", "untouched")
 BIG = 64 << 20
 
+LARGE = 0 if requirements.may_lock(BIG) else int(kIOMemoryPageable)
+"""Options of a large copy: wired, unless a limit forbids it."""
+
 needs_compiler = pytest.mark.needs("compiler")
 
 
-def copy(zoo: Zoo, address: int, size: int, options: int = 0) -> bytes:
+def copy(zoo: Zoo, address: int, size: int, options: int = LARGE) -> bytes:
     with IOBufferMemoryDescriptor.withCopy(kernel_task, options, zoo.pid, address, size) as buffer:
         return bytes(buffer)
 
@@ -66,7 +69,9 @@ def test_any_offset_and_size(start_zoo: Start, tmp_path: Path) -> None:
     @given(st.integers(0, size - 1), st.integers(1, 1 << 20) | st.integers(1, size), st.booleans())
     def check(offset: int, length: int, wired: bool) -> None:
         length = min(length, size - offset)
-        with iobmd.copy(zoo.pid, address + offset, length, wired=wired) as buffer:
+        with iobmd.copy(
+            zoo.pid, address + offset, length, wired=wired and (not LARGE or length <= 1 << 20)
+        ) as buffer:
             assert len(buffer) == length
             assert memoryview(buffer) == memoryview(expected)[offset : offset + length]
 
@@ -148,7 +153,7 @@ def test_source_that_goes_away_midway(start_zoo: Start, end: str) -> None:
                 pass
 
     with pytest.raises(iobmd.IOReturnError) as caught:
-        IOBufferMemoryDescriptor.withCopy(kernel_task, 0, task, zoo["anonymous"].address, BIG, progress=go_away)
+        IOBufferMemoryDescriptor.withCopy(kernel_task, LARGE, task, zoo["anonymous"].address, BIG, progress=go_away)
     assert called
     assert called[0] < BIG
     if end == "kill":
@@ -211,7 +216,7 @@ def test_many_threads_at_once(start_zoo: Start, tmp_path: Path) -> None:
     def work(seed: int) -> None:
         for turn in range(8):
             offset = (seed * 7919 + turn * 104729) % (size // 2)
-            with iobmd.copy(zoo.pid, address + offset, size - offset) as buffer:
+            with iobmd.copy(zoo.pid, address + offset, size - offset, wired=not LARGE) as buffer:
                 if memoryview(buffer) != memoryview(expected)[offset:]:
                     wrong.append(offset)
 
@@ -248,7 +253,9 @@ def test_interrupt_leaves_nothing(start_zoo: Start) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        IOBufferMemoryDescriptor.withCopy(kernel_task, 0, zoo.pid, zoo["anonymous"].address, BIG, progress=interrupt)
+        IOBufferMemoryDescriptor.withCopy(
+            kernel_task, LARGE, zoo.pid, zoo["anonymous"].address, BIG, progress=interrupt
+        )
     assert not [thread for thread in threading.enumerate() if thread.name == "iobmd-piece"]
 
 
@@ -260,7 +267,7 @@ def test_no_second_copy_of_the_data(start_zoo: Start) -> None:
     def peak() -> int:
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         before = kernel.status("VmRSS")
-        with iobmd.copy(zoo.pid, address, size):
+        with iobmd.copy(zoo.pid, address, size, wired=not LARGE):
             return kernel.status("VmHWM") - before
 
     assert size <= in_child(peak) < size + (8 << 20)

@@ -5,9 +5,12 @@
 
 import mmap
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+
+from support.child import CAP_IPC_LOCK
 
 MAY_BE_MISSING: dict[str, str] = {
     # requirement: why IOBMD_REQUIRE=all lets it be missing
@@ -57,11 +60,23 @@ def _big_memory() -> str | None:
     return None if available > 8 << 30 else "needs 8 GiB of free memory"
 
 
+def may_lock(size: int) -> bool:
+    """Say whether so many bytes may be locked, and pinned as well."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    capabilities = Path("/proc/self/status").read_text().partition("CapEff:")[2].split()[0]
+    return bool(int(capabilities, 16) & CAP_IPC_LOCK) or limit == resource.RLIM_INFINITY or size < limit
+
+
+def _memlock() -> str | None:
+    return None if may_lock(1 << 30) else "may not lock a GiB (RLIMIT_MEMLOCK, CAP_IPC_LOCK)"
+
+
 PROBES: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "frames": _frames,
     "swap": _swap,
     "hugetlb": _hugetlb,
+    "memlock": _memlock,
     "memory_cgroup": _memory_cgroup,
     "compiler": _compiler,
     "big_memory": _big_memory,

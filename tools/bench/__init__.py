@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 BENCHMARKS = {
     "copy": ("iobmd.tools.bench.copy", "withCopy from another process, and the start of the program"),
     "wired": ("iobmd.tools.bench.wired", "pins, segments, small wired buffers"),
-    "contiguous": ("iobmd.tools.bench.contiguous", "contiguous memory with no pool, and with policy(reserve=True)"),
+    "contiguous": (
+        "iobmd.tools.bench.contiguous",
+        "contiguous memory with no pool; as root also with raised pools, and DPDK",
+    ),
 }
 
 

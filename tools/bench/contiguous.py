@@ -1,11 +1,10 @@
-"""`iobmd bench contiguous`: finding contiguous memory beside populating and pinning as much of any."""
+"""`iobmd bench contiguous`: finding contiguous memory beside populating and pinning as much of any, and DPDK."""
 
 from __future__ import annotations
 
 import statistics
-from typing import TYPE_CHECKING
 
-from iobmd import host, pinning
+from iobmd import host, pinning, procfs
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
 from iobmd.errors import IOReturnError
@@ -13,10 +12,8 @@ from iobmd.facade import allocate
 from iobmd.policy import policy
 from iobmd.units import HUGE_PAGE_SIZE, format_size
 
+from . import dpdk
 from .result import Result, at_most, seconds
-
-if TYPE_CHECKING:
-    pass
 
 TRIES = 100
 RESERVED_TRIES = 20
@@ -31,6 +28,7 @@ def run(_size: int, rounds: int) -> list[Result]:
     results = [_found(size << 20, tries, limit) for size, limit in ((2, 1.5), (16, 1.5), (64, 4.0), (256, None))]
     if host.has_host_capability("CAP_SYS_ADMIN") and rounds >= 7:
         results += [_reserved(size << 20, RESERVED_TRIES) for size in (256, 1024)]
+        results += dpdk.compare(_ours, RESERVED_TRIES)
     return results
 
 
@@ -43,8 +41,6 @@ def _warm_up() -> None:
 
 def host_available() -> int:
     """Return MemAvailable in bytes."""
-    from iobmd import procfs  # noqa: PLC0415
-
     return procfs.meminfo()["MemAvailable"]
 
 

@@ -18,8 +18,6 @@ from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE
 from .result import Result, at_most, medians, seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from iobmd.buffer import IOBufferMemoryDescriptor
 
 PINNED = 64 << 20
@@ -96,12 +94,13 @@ def _read_pagemap(buffer: IOBufferMemoryDescriptor) -> float:
 
 def _small(rounds: int) -> list[Result]:
     size = PAGE_SIZE
-    bare, wired, prepared = medians(
-        rounds * MANY,
-        partial(floors.map_and_lock, size),
-        lambda: seconds(lambda: allocate(size).free()),
-        _prepare_once(size),
-    )
+    with allocate(size, wired=False) as there:
+        bare, wired, prepared = medians(
+            rounds * MANY,
+            partial(floors.map_and_lock, size),
+            lambda: seconds(lambda: allocate(size).free()),
+            partial(_prepare, there),
+        )
     floor = f"mmap, mlock, munmap in C: {bare * 1e6:.1f} µs"
     return [
         at_most("wired 4 KiB buffer, made and freed", f"{wired * 1e6:.1f} µs", floor, wired / bare, 3),
@@ -115,14 +114,9 @@ def _small(rounds: int) -> list[Result]:
     ]
 
 
-def _prepare_once(size: int) -> Callable[[], float]:
-    """Return a measurement of pinning and unpinning a buffer that is there already."""
-    buffer = allocate(size, wired=False)
-
-    def once() -> float:
-        begin = time.perf_counter()
-        buffer.prepare()
-        buffer.complete()
-        return time.perf_counter() - begin
-
-    return once
+def _prepare(buffer: IOBufferMemoryDescriptor) -> float:
+    """Pin and unpin a buffer that is there already."""
+    begin = time.perf_counter()
+    buffer.prepare()
+    buffer.complete()
+    return time.perf_counter() - begin

@@ -1,0 +1,73 @@
+"""`iobmd bench`: every figure has its floor or peer, and the host is as before."""
+
+import json
+from pathlib import Path
+
+import pytest
+from iobmd.tools.bench import dpdk
+
+from iobmd.cli import main
+
+Captured = pytest.CaptureFixture[str]
+POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("copy", 9),
+        pytest.param("wired", 6, marks=pytest.mark.needs("frames", "memlock", "big_memory")),
+        pytest.param("contiguous", 4, marks=pytest.mark.needs("frames", "memlock", "big_memory")),
+    ],
+)
+def test_every_figure_has_its_floor(name: str, rows: int, capsys: Captured) -> None:
+    assert main(["bench", name, "--size", "2M", "--rounds", "1", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["version"] == 1
+    results = document["results"]
+    assert len(results) == rows
+    assert all(result["against"] and result["goal"] for result in results)
+    assert all(result["ratio"] > 0 for result in results if result["figure"] != "none")
+
+
+def test_table(capsys: Captured) -> None:
+    assert main(["bench", "copy", "--size", "1M", "--rounds", "1"]) == 0
+    assert "process_vm_readv" in capsys.readouterr().out
+
+
+def test_dpdk_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Says how to install it, and touches neither the pool nor our side of the comparison."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    before = POOL.read_text()
+
+    def ours(_size: int) -> float:
+        raise AssertionError("nothing to compare with")
+
+    (row,) = dpdk.compare(ours, 3)
+    assert row.figure == "not installed"
+    assert "apt-get install" in row.against
+    assert POOL.read_text() == before
+
+
+def test_what_dpdk_prints() -> None:
+    printed = "EAL: Detected CPU lcores: 2\n2 3 4.8 contiguous\n64 0 11898.8 contiguous\n16 3 28.9 scattered\n"
+    found = dpdk.parse(printed)
+    assert {size: one.found for size, one in found.items()} == {2: 3, 64: 0, 16: 0}
+    assert found[64].microseconds == 11898.8
+
+
+@pytest.mark.needs("root", "hugetlb")
+def test_pool_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = POOL.read_text()
+    seen: list[int] = []
+
+    def ours(_size: int) -> float:
+        seen.append(int(POOL.read_text()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dpdk, "_build", lambda _folder: Path("/bin/true"))
+    monkeypatch.setattr(dpdk, "POOL", 8)
+    with pytest.raises(KeyboardInterrupt):
+        dpdk.compare(ours, 3)
+    assert seen == [int(before) + 8]
+    assert POOL.read_text() == before
