@@ -61,21 +61,21 @@ def _spans(chosen: list[int], block: int, starts: set[int]) -> list[tuple[int, i
 
 
 class TransparentBlocks:
-    """Transparent huge pages of private memory, moved into place by mremap(2)."""
+    """Pages of private memory, transparent huge ones or base pages, moved into place by mremap(2)."""
 
-    block = HUGE_PAGE_SIZE
-
-    def __init__(self) -> None:
+    def __init__(self, block: int = HUGE_PAGE_SIZE) -> None:
+        self.block = block
         self.hidden = False
+        self._advice = memory.MADV_HUGEPAGE if block > PAGE_SIZE else memory.MADV_NOHUGEPAGE
         self._batches: list[Mapping] = []
 
     def more(self, count: int, alignment: int) -> Places:
-        """Take about `count` more huge pages; those that came in small pages are not counted."""
+        """Take about `count` more blocks; huge pages that came in small pages are not counted."""
         size = count * self.block
         batch = Mapping.anonymous(size, self.block if self._batches else max(self.block, alignment))
         self._batches.append(batch)
         with contextlib.suppress(OSError):  # a kernel without huge pages: none will be found
-            memory.advise(batch.address, size, memory.MADV_HUGEPAGE)
+            memory.advise(batch.address, size, self._advice)
         # From the top down: the kernel mostly hands out what was freed last, at ever lower addresses, so that huge
         # pages come in ascending order and need not be moved.
         for top in range(size, 0, -_STEP):
@@ -89,7 +89,7 @@ class TransparentBlocks:
         return blocks_of(table, self.block)
 
     def assemble(self, chosen: list[int], alignment: int) -> Mapping:
-        """Move the huge pages behind each other; those that lie so already stay where they are."""
+        """Move the blocks behind each other; those that lie so already stay where they are."""
         size = len(chosen) * self.block
         spans = _spans(chosen, self.block, {batch.address for batch in self._batches})
         if len(spans) == 1 and chosen[0] % alignment == 0:

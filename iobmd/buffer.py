@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import warnings
 from typing import TYPE_CHECKING, Self
 
@@ -46,6 +45,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         # Made in two steps, as in IOKit: this only says what initWithPhysicalMask is to fill the memory with.
         self._copy_of = copy_of
         self._progress = progress
+        self._locks = {}
 
     # --- factories
 
@@ -174,8 +174,8 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         )
         self._copy_of = self._progress = None
         self._options, self._capacity, self._length = wanted.options, capacity, capacity
-        self._maker, self._preparing = os.getpid(), threading.Lock()
-        self._contiguous = bool(wanted.want and wanted.want.contiguous)
+        self._maker = self._wired_by = os.getpid()
+        self._contiguous = wanted.contiguous
         self._pinned_for_good = self._backing.wiring is Wiring.PINNED
         self._state = "open"
         return True

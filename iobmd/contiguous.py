@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from iobmd._native.runs import RunTable
 
 ALL_ADDRESSES = (1 << 64) - 1
+_STEP = 8 << 20  # the least that is worth another look
 
 
 class Want(NamedTuple):
@@ -34,6 +35,19 @@ class Want(NamedTuple):
     """Of the physical and the virtual address of the first byte."""
     allowed: int = ALL_ADDRESSES
     """The bits that addresses may have."""
+
+    @property
+    def lowest_hole(self) -> int:
+        """The lowest bit that addresses may not have; 1 << 64 for none."""
+        hole = ~self.allowed & ALL_ADDRESSES
+        return hole & -hole or 1 << 64
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Sizes of the pages to search, the next where there are none of the one before."""
+        if self.lowest_hole < HUGE_PAGE_SIZE:  # no huge page has such addresses only
+            return (PAGE_SIZE,)
+        return (HUGE_PAGE_SIZE,) if self.contiguous else (HUGE_PAGE_SIZE, PAGE_SIZE)
 
     def accepts(self, table: RunTable) -> bool:
         """Say whether memory is as wanted, by its runs."""
@@ -57,23 +71,35 @@ def obtain(want: Want) -> Mapping:
         `kIOReturnNoResources`: not found within the policy's budget, with the longest run that was, and what
         would help. `kIOReturnNotPrivileged`: the frames must be seen for it, and are hidden. `kIOReturnNoMemory`.
     """
-    budget = Budget()
-    if want.allowed != ALL_ADDRESSES and (why := lowmem.out_of_reach(want.allowed, budget.bytes)):
-        raise _not_found(want, why)
-    hunt = _Hunt(want, budget)
-    source = TransparentBlocks()
-    try:
-        if chosen := hunt.run(source):
-            mapping = source.assemble(chosen, want.alignment)
-            trim.trim(mapping, round_up(want.size, PAGE_SIZE))
-            return mapping
-        if source.hidden:
-            return _one_huge_page(want, source)
-    finally:
-        source.close()
+    hunt = _Hunt(want, Budget())
+    why = _out_of_reach(want, hunt.budget)
+    for block in () if why else want.blocks:
+        source = TransparentBlocks(block)
+        try:
+            if chosen := hunt.run(source):
+                mapping = source.assemble(chosen, want.alignment)
+                trim.trim(mapping, round_up(want.size, PAGE_SIZE))
+                return mapping
+            if source.hidden:
+                return _one_huge_page(want, source)
+        finally:
+            source.close()
+        if hunt.looked_at:
+            break
     if pooled := _search_pools(want, hunt):
         return pooled
-    raise _not_found(want, hunt.report())
+    raise _not_found(want, why or hunt.report())
+
+
+def _out_of_reach(want: Want, budget: Budget) -> str:
+    """Return why a search is in vain from the start, "" when it is not."""
+    if want.allowed == ALL_ADDRESSES:
+        return ""
+    if want.contiguous and want.size > want.lowest_hole:
+        return (
+            f"addresses of {want.size} bytes in one piece have the bit {want.lowest_hole:#x}, which the mask forbids"
+        )
+    return lowmem.out_of_reach(want.allowed, budget.bytes)
 
 
 def from_pools(want: Want) -> Mapping | None:
@@ -89,6 +115,7 @@ class _Hunt:
         self.budget = budget
         self.looked_at = 0
         self.longest = 0
+        self.fitting = 0
 
     def run(self, source: Source) -> list[int] | None:
         """Return the places of blocks that are as wanted, in physical order; None when the budget has none."""
@@ -105,7 +132,7 @@ class _Hunt:
                 return [found[block] for block in chosen]
             if not more or source.hidden or self.budget.over:
                 return None
-            batch = max(needed // 2, 4, held // 4)
+            batch = max(needed // 2, _STEP // source.block, held // 4)
             if not self.budget.allows((held + batch) * source.block):
                 batch = self.budget.bytes // source.block - held
         return None
@@ -113,6 +140,7 @@ class _Hunt:
     def _choose(self, found: Places, block: int, needed: int) -> list[int] | None:
         allowed, alignment = self.want.allowed, self.want.alignment
         fitting = sorted(address for address in found if not (address | block - 1) & ~allowed)
+        self.fitting = max(self.fitting, len(fitting) * block)
         if not self.want.contiguous:
             return fitting[:needed] if len(fitting) >= needed else None
         start = 0
@@ -128,13 +156,19 @@ class _Hunt:
 
     def report(self) -> str:
         """Say what was looked at in vain, and what would help."""
-        blocks = -(-self.want.size // HUGE_PAGE_SIZE)
+        best = f"the longest run was {format_size(self.longest)}"
+        if not self.want.contiguous:
+            best = f"{format_size(self.fitting)} lay there"
         return (
-            f"of {format_size(self.looked_at)} looked at in {self.budget.elapsed:.2f} s the longest run was "
-            f"{format_size(self.longest)}; allow more (iobmd.policy(memory_budget=…, time_budget=…)), let it raise "
-            "the hugetlb pools (iobmd.policy(reserve=True), as root), or fill one: "
-            f"echo {4 * blocks} > /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
+            f"of {format_size(self.looked_at)} looked at in {self.budget.elapsed:.2f} s {best}; allow more "
+            "(iobmd.policy(memory_budget=…, time_budget=…)), let it raise the hugetlb pools "
+            f"(iobmd.policy(reserve=True), as root){self._pool_remedy()}"
         )
+
+    def _pool_remedy(self) -> str:
+        pages = 4 * -(-self.want.size // HUGE_PAGE_SIZE)
+        pools = (pool for pool in host.hugetlb_pools() if pool.size == HUGE_PAGE_SIZE)
+        return next((f", or fill one: {host.pool_remedy(pool, pages).partition('  #')[0]}" for pool in pools), "")
 
 
 def _one_huge_page(want: Want, source: TransparentBlocks) -> Mapping:

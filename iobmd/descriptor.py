@@ -39,10 +39,11 @@ class IOMemoryDescriptor:
     _options = 0
     _tag = 0
     _maker = 0  # pid of the process that made it
+    _wired_by = 0  # pid of the process whose memory is wired: by its options, or by prepare()
     _state = "not initialised"
     _prepared = 0
     _pinned_for_good = False  # by its options, not by prepare()
-    _preparing: threading.Lock  # of each descriptor, made with it
+    _locks: dict[int, threading.RLock]  # by process: the lock of a parent may be held by a thread of its own
 
     def getLength(self) -> int:
         """Return the length in bytes."""
@@ -121,13 +122,14 @@ class IOMemoryDescriptor:
         self._memory()
         if forDirection & ~(DIRECTION_MASK | kIODirectionPrepareToPhys32 | kIODirectionPrepareNoFault):
             raise IOReturnError(IOReturn.kIOReturnBadArgument, f"direction {forDirection:#x} has unknown bits")
-        with self._preparing:
+        with self._lock():
             backing = self._memory()  # again: another thread may have freed it
             fresh = backing.wiring is not Wiring.PINNED
             if fresh:
                 if forDirection & kIODirectionPrepareNoFault:
                     self._require_resident(backing)
                 backing.pin()
+                self._wired_by = os.getpid()
             try:
                 if forDirection & kIODirectionPrepareToPhys32:
                     _require_low(self._runs(backing))
@@ -146,7 +148,7 @@ class IOMemoryDescriptor:
             `kIOReturnNotReady` when it is not prepared.
         """
         self._memory()
-        with self._preparing:
+        with self._lock():
             backing = self._memory()
             if not self._prepared:
                 raise IOReturnError(IOReturn.kIOReturnNotReady, f"{self!r} is not prepared: nothing to complete")
@@ -248,16 +250,16 @@ class IOMemoryDescriptor:
         """
         if self._backing is None:
             return
-        if self._maker != os.getpid():
-            self._close()  # the lock may have been held by a thread that the fork did not bring along
-            return
-        with self._preparing:
-            if self._prepared:
+        with self._lock():
+            if self._prepared and self._wired_by == os.getpid():
                 message = f"{self!r} is prepared {self._prepared} times: call complete() as often first"
                 raise IOReturnError(IOReturn.kIOReturnBusy, message)
             self._close()
 
     release = free
+
+    def _lock(self) -> threading.RLock:
+        return self._locks.setdefault(os.getpid(), threading.RLock())
 
     def _close(self) -> None:
         if self._backing is None:  # another thread was faster
@@ -274,11 +276,11 @@ class IOMemoryDescriptor:
         """Return where the bytes live, or raise `kIOReturnNotOpen`."""
         if self._backing is None:
             raise IOReturnError(IOReturn.kIOReturnNotOpen, f"this {type(self).__name__} is {self._state}")
-        if self._maker != os.getpid() and self._backing.wiring is not Wiring.PAGEABLE:
+        if self._wired_by != os.getpid() and self._backing.wiring is not Wiring.PAGEABLE:
             raise IOReturnError(
                 IOReturn.kIOReturnNotOpen,
-                f"this {type(self).__name__} is wired memory of process {self._maker}, and fork does not pass wiring "
-                f"on to process {os.getpid()}: make the buffer after the fork, or a pageable one before it",
+                f"this {type(self).__name__} is wired memory of process {self._wired_by}, and fork does not pass "
+                f"wiring on to process {os.getpid()}: make the buffer after the fork, or a pageable one before it",
             )
         return self._backing
 

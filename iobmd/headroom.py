@@ -24,7 +24,10 @@ def require(size: int, *, swappable: bool) -> None:
     """
     if size < ASK_FROM:
         return
-    memory = procfs.meminfo()
+    try:
+        memory = procfs.meminfo()
+    except OSError:  # no descriptor is free, or /proc is not there
+        return
     host = memory["MemAvailable"] + (memory["SwapFree"] if swappable else 0)
     for available, whose in ((host, "this host"), *_cgroup_headrooms(swappable)):
         if size > available:
@@ -38,7 +41,11 @@ def require(size: int, *, swappable: bool) -> None:
 def _cgroup_headrooms(swappable: bool) -> list[tuple[int, str]]:
     """Return what each memory cgroup around this process has left, where it has a limit."""
     found = []
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue

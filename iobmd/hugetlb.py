@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,10 +44,8 @@ class PoolBlocks:
             if not count:
                 return {}
             size = count * self.block
-            name = f"iobmd-{self.block >> 20}M"
-            fd = os.memfd_create(
-                name, os.MFD_CLOEXEC | os.MFD_HUGETLB | self.block.bit_length() - 1 << MFD_HUGE_SHIFT
-            )
+            kind = os.MFD_HUGETLB | self.block.bit_length() - 1 << MFD_HUGE_SHIFT
+            fd = os.memfd_create(f"iobmd-{self.block >> 20}M", os.MFD_CLOEXEC | kind)
             try:
                 os.ftruncate(fd, size)
                 mapping = Mapping.file(fd, size)
@@ -94,17 +93,19 @@ class PoolBlocks:
             yield self._available()
             return
         setting = Path(self._pool.directory) / "nr_hugepages"
-        before = _persistent(self._pool.directory)
-        missing = max(0, count - self._available())
-        try:
-            if missing:
-                with contextlib.suppress(OSError):  # not root: as many as there are
-                    setting.write_text(str(before + missing))
-            yield self._available()
-        finally:
-            if missing:
-                with contextlib.suppress(OSError):
-                    setting.write_text(str(before))
+        with setting.open() as one_at_a_time:  # of all threads and processes, or one restores what another raised
+            fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
+            before = _persistent(self._pool.directory)
+            missing = max(0, count - self._available())
+            try:
+                if missing:
+                    with contextlib.suppress(OSError):  # not root: as many as there are
+                        setting.write_text(str(before + missing))
+                yield self._available()
+            finally:
+                if missing:
+                    with contextlib.suppress(OSError):
+                        setting.write_text(str(before))
 
     def _available(self) -> int:
         return next((pool.available for pool in host.hugetlb_pools() if pool.size == self.block), 0)

@@ -14,7 +14,7 @@ from iobmd import procfs, refusals
 from iobmd._native import pagemap as native
 from iobmd._native import runs as native_runs
 from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import IOReturnError, NoResourcesError
 from iobmd.task import Task, as_task, check_range, kernel_task
 from iobmd.units import PAGE_SIZE, round_down, round_up
 
@@ -129,6 +129,8 @@ def huge_bytes(address: int, size: int) -> int:
         with _open(kernel_task) as descriptor:
             found = native.scan(descriptor.fd, address, end, native.PAGE_IS_PRESENT | native.PAGE_IS_HUGE, 0)
         return sum(until - start for start, until in found)
+    except NoResourcesError:
+        raise
     except OSError:
         certain = 0
         for area, counters in procfs.smaps():
@@ -193,6 +195,8 @@ class _open:  # noqa: N801 (used as a function)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ESRCH):
                 raise refusals.without_memory(task.pid) from None
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise refusals.own(error, f"cannot read the pagemap of task {task.pid}") from None
             raise refusals.refused(task.pid, error.errno or errno.EACCES, "pagemap") from None
 
     def __enter__(self) -> _open:

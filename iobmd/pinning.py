@@ -13,10 +13,10 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from iobmd import host
+from iobmd import host, refusals
 from iobmd._native import runs, uring
 from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import IOReturnError, NotPrivilegedError
 from iobmd.units import PAGE_SIZE, format_size
 
 if TYPE_CHECKING:
@@ -104,8 +104,23 @@ os.register_at_fork(after_in_child=_process.forget)
 
 
 def own_runs(address: int, size: int) -> RunTable:
-    """Return the physical runs of whole pages of this process; raises OSError where pagemap cannot be read."""
-    return _process.runs(address, size)
+    """Return the physical runs of whole pages of this process.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnNotPrivileged`: this process may not read its own pagemap. `kIOReturnNoResources`: no descriptor.
+    """
+    try:
+        return _process.runs(address, size)
+    except PermissionError as error:
+        message = (
+            "this process may not read its own pagemap: it has changed its user and is not dumpable; call "
+            "prctl(PR_SET_DUMPABLE, 1), or run with CAP_SYS_ADMIN"
+        )
+        raise IOReturnError(IOReturn.kIOReturnNotPrivileged, message, error.errno or 0) from None
+    except OSError as error:
+        raise refusals.own(error, "cannot read /proc/self/pagemap") from None
 
 
 class Pin:
@@ -150,6 +165,6 @@ def visible_runs(address: int, size: int) -> RunTable | None:
     """Return the runs of pinned pages of this process; None where the kernel hides their frames."""
     try:
         table = own_runs(address, size)
-    except OSError:
+    except NotPrivilegedError:
         return None
     return None if table.hidden else table

@@ -43,8 +43,8 @@ def policy(
         The hugetlb pools may be raised for a buffer, and are put back (needs root). Off, no setting of the host is
         ever changed.
     memory_budget : int, optional
-        Bytes that may be held at a time while looking; all but the buffer itself are given back. Default: half of
-        what is available. Never more than leaves a sixteenth of the host's memory available.
+        Bytes that may be held at a time while looking, but at least the buffer's own; all others are given back.
+        Default: half of what is available. Never more than leaves a sixteenth of the host's memory available.
     time_budget : float, optional
         Seconds after which no more memory is taken. Default: 5.
 

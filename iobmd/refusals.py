@@ -8,6 +8,7 @@ from iobmd import host, procfs
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 
+_PF_EXITING = 0x00000004
 _PF_KTHREAD = 0x00200000
 
 
@@ -40,6 +41,21 @@ def refused(pid: int, number: int, what: str) -> IOReturnError:
     )
 
 
+def own(error: OSError | OverflowError, doing: str) -> IOReturnError:
+    """Return the error for a system call on this process itself that failed while `doing` something."""
+    number = getattr(error, "errno", None) or errno.ENOMEM
+    if number in (errno.EMFILE, errno.ENFILE):
+        why = "no file descriptor is free; close some, or raise `ulimit -n`"
+        return IOReturnError(IOReturn.kIOReturnNoResources, f"{doing}: {why}", number)
+    if number == errno.ENOMEM:
+        why = (
+            "the address space, the overcommit limit (vm.overcommit_memory, `ulimit -v`) or the number of mappings "
+            "(vm.max_map_count) is exhausted"
+        )
+        return IOReturnError(IOReturn.kIOReturnNoMemory, f"{doing}: {why}", number)
+    return IOReturnError(IOReturn.kIOReturnError, f"{doing}: {error}", number)
+
+
 def without_memory(pid: int) -> IOReturnError:
     """Return the error for a task that has no user memory, or none any more."""
     if is_kernel_thread(pid):
@@ -52,12 +68,22 @@ def without_memory(pid: int) -> IOReturnError:
 
 
 def is_kernel_thread(pid: int) -> bool:
-    """Say whether `pid` is a kernel thread (PF_KTHREAD in the flags of /proc/PID/stat)."""
+    """Say whether `pid` is a kernel thread (PF_KTHREAD)."""
+    return bool(_flags(pid) & _PF_KTHREAD)
+
+
+def is_exiting(pid: int) -> bool:
+    """Say whether `pid` has begun to exit (PF_EXITING): its memory may be gone while it still seems to run."""
+    return bool(_flags(pid) & _PF_EXITING)
+
+
+def _flags(pid: int) -> int:
+    """Return the kernel's flags of a task, the ninth field of /proc/PID/stat; 0 when it is gone."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
-        return False
-    return bool(int(after_name[6]) & _PF_KTHREAD)
+        return 0
+    return int(after_name[6])
 
 
 def thread_with_memory(pid: int) -> int | None:

@@ -39,7 +39,9 @@ class Request(NamedTuple):
     options: int
     capacity: int
     want: Want | None
-    """What is asked of the physical addresses; None: nothing."""
+    """What is asked of the physical addresses; None: nothing that not any page has."""
+    contiguous: bool
+    """Asked to be in one piece, by an option or by its alignment."""
 
     @property
     def wired(self) -> bool:
@@ -67,15 +69,16 @@ def check(
     if capacity + alignment > 1 << 63:
         raise _bad(f"size {capacity:#x} with alignment {alignment:#x} exceeds every address space")
     _check_options(options)
-    want = _physical(options, capacity, alignment, physical_mask)
-    if want and options & _PAGEABLE:
-        raise _bad(f"pageable memory moves, and cannot be {want}: leave kIOMemoryPageable out")
+    want, contiguous = _physical(options, capacity, alignment, physical_mask)
+    if options & _PAGEABLE and (want or contiguous):
+        what = want or Want(capacity, contiguous)
+        raise _bad(f"pageable memory moves, and cannot be {what}: leave kIOMemoryPageable out")
     _check_task(task)
-    return Request(options, capacity, want)
+    return Request(options, capacity, want, contiguous)
 
 
-def _physical(options: int, capacity: int, alignment: int, mask: int) -> Want | None:
-    """Return what the options, the alignment and the mask ask of physical addresses, None for nothing."""
+def _physical(options: int, capacity: int, alignment: int, mask: int) -> tuple[Want | None, bool]:
+    """Return what is asked of physical addresses, None when any page will do, and whether contiguity is asked."""
     allowed = ALL_ADDRESSES
     if mask:
         # The bits below the mask's lowest are free within a piece of that alignment (initWithPhysicalMask of IOKit).
@@ -85,8 +88,8 @@ def _physical(options: int, capacity: int, alignment: int, mask: int) -> Want | 
             alignment = max(lowest, PAGE_SIZE)
     contiguous = bool(options & _CONTIGUOUS) or alignment > PAGE_SIZE
     if allowed == ALL_ADDRESSES and alignment <= PAGE_SIZE and (capacity <= PAGE_SIZE or not contiguous):
-        return None  # any page will do
-    return Want(capacity, contiguous, max(alignment, 1), allowed)
+        return None, contiguous
+    return Want(capacity, contiguous, max(alignment, 1), allowed), contiguous
 
 
 def check_direction(direction: int) -> int:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 from typing import TYPE_CHECKING
 
-from iobmd import contiguous, headroom, pinning
+from iobmd import contiguous, headroom, pagemap, pinning, refusals
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
 from iobmd.constants import IOReturn
@@ -60,7 +59,7 @@ class AnonymousBacking:
         if wired or source:
             headroom.require(size, swappable=not wired)
         for _attempt in range(_TRIES):
-            self.mapping = contiguous.obtain(want) if want else _map(size)
+            self.mapping = self._obtain(size, want)
             try:
                 self._fill(size, source, progress, populated=want is not None)
                 if not wired or self._wire(size, want, source):
@@ -71,6 +70,18 @@ class AnonymousBacking:
             self.close()
         message = f"the kernel moved the pages at each of {_TRIES} tries to pin {want}"
         raise IOReturnError(IOReturn.kIOReturnNoResources, message)
+
+    @staticmethod
+    def _obtain(size: int, want: Want | None) -> Mapping:
+        try:
+            if want:
+                return contiguous.obtain(want)
+            huge = HUGE_PAGE_SIZE if size >= HUGE_PAGE_SIZE else PAGE_SIZE
+            return Mapping.anonymous(round_up(size, PAGE_SIZE), huge)
+        except IOReturnError:
+            raise
+        except (OSError, OverflowError) as error:
+            raise refusals.own(error, f"cannot map {format_size(size)}") from None
 
     def _fill(
         self, size: int, source: tuple[Task, int] | None, progress: Progress | None, *, populated: bool
@@ -99,7 +110,9 @@ class AnonymousBacking:
                     raise
                 return True  # resident, then, and it says so
             self._fill(size, source, None, populated=True)
-        return not want or self.runs is None or want.accepts(self.runs)
+        if not want:
+            return True
+        return want.accepts(self.runs) if self.runs else pagemap.is_huge(self.address, self.size)
 
     def _take_hugetlb(self, want: Want) -> bool:
         """Without pins, hugetlb pages are the next best: compaction does not move them."""
@@ -162,15 +175,3 @@ class AnonymousBacking:
         self.mapping.seal()
         self.unpin()
         self.mapping.close()
-
-
-def _map(size: int) -> Mapping:
-    try:
-        return Mapping.anonymous(round_up(size, PAGE_SIZE), HUGE_PAGE_SIZE if size >= HUGE_PAGE_SIZE else PAGE_SIZE)
-    except (OSError, OverflowError) as error:
-        number = getattr(error, "errno", errno.ENOMEM)
-        message = (
-            f"cannot map {format_size(size)}: the address space, the overcommit limit (vm.overcommit_memory, "
-            "`ulimit -v`) or the number of mappings (vm.max_map_count) is exhausted"
-        )
-        raise IOReturnError(IOReturn.kIOReturnNoMemory, message, number) from None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 from iobmd.cli import EXIT_OK, table
-from iobmd.cli.arguments import size
-from iobmd.errors import IOReturnError
+from iobmd.cli.arguments import duration, size
+from iobmd.errors import IOReturnError, NotPrivilegedError, NotReadyError
 from iobmd.facade import allocate
 from iobmd.policy import policy
 from iobmd.units import format_size
@@ -57,10 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--contiguous", action="store_true", help="in one piece physically")
     parser.add_argument("--align", type=size, metavar="A", help="align the virtual and the physical address")
     parser.add_argument("--mask", type=size, metavar="M", help="only physical addresses within these bits")
-    parser.add_argument("--hold", type=float, metavar="SECONDS", help="keep it so long, then verify that it stayed")
+    parser.add_argument(
+        "--hold", type=duration, metavar="SECONDS", help="keep it so long, then verify that it stayed"
+    )
     parser.add_argument("--reserve", action="store_true", help="the hugetlb pools may be raised meanwhile (root)")
     parser.add_argument("--budget", type=size, metavar="SIZE", help="memory that may be held while looking")
-    parser.add_argument("--seconds", type=float, metavar="S", help="time that may be spent looking (default: 5)")
+    parser.add_argument("--seconds", type=duration, metavar="S", help="time that may be spent looking (default: 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser
 
@@ -103,9 +106,10 @@ def _show(found: dict[str, Any]) -> None:
 
 
 def _verify(buffer: IOBufferMemoryDescriptor) -> None:
+    """Raise `kIOReturnVMError` if a page has moved."""
     try:
         buffer.verify()
-    except IOReturnError as error:
-        print(f"after holding: {error}")
+    except (NotReadyError, NotPrivilegedError) as error:
+        print(f"cannot be verified: {error}", file=sys.stderr)
     else:
-        print("verified: every page is where it was")
+        print("verified: every page is where it was", file=sys.stderr)

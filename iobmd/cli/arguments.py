@@ -1,6 +1,8 @@
 """Types of command line arguments that several commands take."""
 
 import argparse
+import math
+import threading
 
 from iobmd.units import parse_size
 
@@ -14,3 +16,14 @@ def size(text: str) -> int:
     if number <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not positive")
     return number
+
+
+def duration(text: str) -> float:
+    """Read a number of seconds, for argparse."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= threading.TIMEOUT_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return seconds

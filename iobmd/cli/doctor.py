@@ -93,6 +93,8 @@ def _physical(found: list[host.Fact]) -> str:
     pinned = "Wired memory is pinned." if usable["io_uring"] else "Wired memory is resident, and can move."
     if not usable["io_uring"]:
         return f"{pinned} Contiguous memory: only out of a hugetlb pool."
+    if not usable["PFN"] and not usable["THP"]:
+        return f"{pinned} Contiguous memory: none without huge pages, for addresses are hidden."
     if not usable["PFN"]:
         return f"{pinned} Contiguous memory: up to 2 MiB, in one huge page; addresses stay hidden."
     how = "collected huge pages" if usable["THP"] else "a hugetlb pool only"

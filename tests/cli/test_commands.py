@@ -121,9 +121,9 @@ def test_demo_fits_into_a_small_limit() -> None:
 @pytest.mark.needs("frames")
 def test_alloc(capsys: Captured) -> None:
     assert main(["alloc", "3M", "--contiguous", "--hold", "0.01", "--json"]) == 0
-    text = capsys.readouterr().out
-    document, end = json.JSONDecoder().raw_decode(text)
-    assert text[end:].strip() == "verified: every page is where it was"
+    out, err = capsys.readouterr()
+    assert err == "verified: every page is where it was\n"
+    document = json.loads(out)
     assert (document["version"], document["size"], document["wiring"]) == (1, 3 << 20, "pinned")
     assert document["layout"]["contiguous"] is True
     assert [segment["length"] for segment in document["segments"]] == [3 << 20]
@@ -139,6 +139,18 @@ def test_alloc_refuses(capsys: Captured) -> None:
     assert main(["alloc", "4096", "--align", "3k"]) == 1
     assert "not a power of two" in one_line(capsys.readouterr().err)
     assert main(["alloc", "0"]) == 2
+    for seconds in ("-1", "nan", "inf", "1e300", "soon"):
+        assert main(["alloc", "4096", "--hold", seconds]) == 2
+
+
+@pytest.mark.needs("frames")
+def test_alloc_says_when_a_page_has_moved(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    def moved(_buffer: object) -> None:
+        raise iobmd.IOReturnError(iobmd.IOReturn.kIOReturnVMError, "the page at 0x1000 was elsewhere", 0, 0x1000)
+
+    monkeypatch.setattr(iobmd.IOMemoryDescriptor, "verify", moved)
+    assert main(["alloc", "4096", "--hold", "0.01"]) == 1
+    assert "was elsewhere" in one_line(capsys.readouterr().err)
 
 
 def test_alloc_with_hidden_addresses(capfd: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import NOBODY, in_child
+from support.kernel import available
 from support.moving import frames
 
 import iobmd
@@ -47,10 +48,6 @@ def patience() -> Iterator[None]:
 def is_contiguous(address: int, size: int) -> bool:
     seen = frames(address, size)
     return seen[0] > 0 and seen == list(range(seen[0], seen[0] + len(seen)))
-
-
-def available() -> int:
-    return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) << 10
 
 
 @pytest.mark.needs("frames")
@@ -233,67 +230,6 @@ def test_blocks_of_mappings_that_lie_behind_each_other() -> None:
     assert (joined.read(0, 3), joined.read(2 * MIB, 4)) == (b"low", b"high")
     assert frames(joined.address, 4 * MIB) == lay
     joined.close()
-
-
-# --- masks
-
-
-@pytest.mark.needs("frames")
-@pytest.mark.usefixtures("nothing_left")
-@pytest.mark.parametrize("bits", [34, 40, 64])
-@pytest.mark.parametrize("size", [5000, 5 * MIB])
-def test_mask_that_most_memory_fits(size: int, bits: int) -> None:
-    if bits == 34 and max_address() >> 36:
-        pytest.skip("most memory of this host lies above 16 GiB")
-    with Buffer.inTaskWithPhysicalMask(iobmd.kernel_task, 0, size, (1 << bits) - 1) as buffer:
-        assert all(frame << 12 < 1 << bits for frame in frames(buffer.getBytesNoCopy(), size))
-        assert buffer.wiring is Wiring.PINNED
-        assert not any(memoryview(buffer))
-
-
-def max_address() -> int:
-    ranges = [line.split()[0].split("-")[1] for line in Path("/proc/iomem").read_text().splitlines() if "RAM" in line]
-    return max(int(end, 16) for end in ranges)
-
-
-@pytest.mark.needs("frames")
-def test_alignment_comes_from_the_mask() -> None:
-    """The mask's lowest bit is the alignment, as initWithPhysicalMask of IOKit derives it."""
-    every = (1 << 48) - 1
-    with iobmd.allocate(100, physical_mask=every & ~0xFFFF) as buffer:
-        assert buffer.getPhysicalAddress() % 65536 == 0
-        assert buffer.getBytesNoCopy() % 65536 == 0
-    with iobmd.allocate(3 * MIB, physical_mask=every & ~0xFFF) as buffer:
-        assert buffer.getPhysicalAddress() % 4096 == 0
-
-
-@pytest.mark.needs("frames")
-@pytest.mark.usefixtures("nothing_left")
-def test_mask_out_of_reach_is_refused_at_once() -> None:
-    before = available()
-    with iobmd.policy(memory_budget=64 * MIB), pytest.raises(IOReturnError) as caught:
-        Buffer.inTaskWithPhysicalMask(iobmd.kernel_task, 0, 8 * MIB, (1 << 24) - 1)
-    assert caught.value.code == IOReturn.kIOReturnNoResources
-    message = str(caught.value)
-    assert "under the mask 0xffffff: " in message
-    assert "would have to be held to reach it" in message or "no free page of this host lies there" in message
-    assert before - available() < 128 * MIB
-
-
-@pytest.mark.needs("root", "frames", "big_memory")
-@pytest.mark.usefixtures("nothing_left")
-def test_low_memory_by_holding_what_lies_above() -> None:
-    """Below 4 GiB, with a budget for all that is free above; refused where even that does not reach."""
-    with iobmd.policy(memory_budget=1 << 60, time_budget=60):
-        try:
-            with iobmd.allocate(8 * MIB, physical_mask=0xFFFFFFFF) as buffer:
-                assert all(frame << 12 < 1 << 32 for frame in frames(buffer.getBytesNoCopy(), 8 * MIB))
-                outcome = "found"
-        except IOReturnError as error:
-            assert error.code == IOReturn.kIOReturnNoResources
-            outcome = "refused"
-    memory_total = int(Path("/proc/meminfo").read_text().split()[1]) << 10
-    assert available() > memory_total // 2, f"{outcome}, and what was held is given back"
 
 
 # --- a fragmented host

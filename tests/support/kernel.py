@@ -25,6 +25,11 @@ def entries(address: int, size: int, pid: int | str = "self") -> list[int]:
     return list(struct.unpack(f"={len(raw) // 8}Q", raw))
 
 
+def available() -> int:
+    """Return MemAvailable in bytes."""
+    return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) << 10
+
+
 def is_part_of_larger_page(frame: int) -> bool:
     """Say whether a frame belongs to a compound or huge page (/proc/kpageflags, for root)."""
     with Path("/proc/kpageflags").open("rb", buffering=0) as flags:

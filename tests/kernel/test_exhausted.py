@@ -1,0 +1,131 @@
+"""Descriptors, address space and locks that are used up: IOKit's codes, and nothing left behind."""
+
+import os
+import resource
+import signal
+import threading
+
+import pytest
+from support import kernel
+from support.child import in_child
+
+import iobmd
+from iobmd import IOReturn, IOReturnError, Task, Wiring
+
+MIB = 1 << 20
+
+
+def outcome(**keywords: object) -> IOReturn | Wiring:
+    try:
+        with iobmd.allocate(**keywords) as buffer:  # type: ignore[arg-type]
+            buffer.getPhysicalAddress()
+            return buffer.wiring
+    except IOReturnError as error:
+        assert "hides" not in str(error) or os.geteuid()
+        return error.code
+
+
+WISHES = (
+    {"size": 4096},
+    {"size": 65 * MIB},
+    {"size": 64 << 10, "contiguous": True},
+    {"size": 8 * MIB, "contiguous": True},
+    {"size": 4096, "physical_mask": 0xFFFFFFFF},
+)
+
+
+@pytest.mark.needs("frames", "memlock")
+@pytest.mark.parametrize("free", [0, 1, 2])
+@pytest.mark.parametrize("first", [True, False], ids=["first of the process", "with a ring"])
+@pytest.mark.parametrize("wish", WISHES, ids=str)
+def test_no_file_descriptor(free: int, first: bool, wish: dict[str, object]) -> None:
+    def full() -> tuple[object, object, int]:
+        if not first:
+            iobmd.allocate(4096).free()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        held = []
+        while True:
+            try:
+                held.append(os.open("/dev/null", os.O_RDONLY))
+            except OSError:
+                break
+        for _ in range(free):
+            os.close(held.pop())
+        told = outcome(**wish)
+        for descriptor in held:
+            os.close(descriptor)
+        return told, outcome(size=4096), kernel.status("VmPin")
+
+    told, afterwards, pinned = in_child(full)
+    # A ring that cannot be made leaves it resident, and then it has no address: kIOReturnNotReady.
+    allowed = {IOReturn.kIOReturnNoResources, IOReturn.kIOReturnNotReady, IOReturn.kIOReturnCannotWire}
+    assert told in allowed | {Wiring.PINNED}
+    assert afterwards is Wiring.PINNED
+    assert pinned == 0
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("alignment", [1 << 40, 1 << 50, 1 << 62])
+def test_alignment_that_no_address_space_has(alignment: int) -> None:
+    with pytest.raises(IOReturnError) as caught:
+        iobmd.allocate(4096, alignment=alignment)
+    assert caught.value.code in (IOReturn.kIOReturnNoMemory, IOReturn.kIOReturnNotPrivileged)
+
+
+@pytest.mark.needs("frames")
+def test_no_address_space() -> None:
+    def full() -> list[object]:
+        size = int(open("/proc/self/statm").read().split()[0]) * 4096  # noqa: SIM115, PTH123
+        resource.setrlimit(resource.RLIMIT_AS, (size + MIB, size + MIB))
+        return [outcome(size=8 * MIB), outcome(size=8 * MIB, contiguous=True)]
+
+    assert in_child(full) == [IOReturn.kIOReturnNoMemory] * 2
+
+
+def test_lock_that_a_thread_of_the_parent_held() -> None:
+    """A pageable buffer goes on in a forked child, though a thread was in prepare() as the process forked."""
+    with iobmd.allocate(4096, wired=False) as buffer:
+        taken, leave = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with buffer._lock():
+                taken.set()
+                leave.wait()
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        taken.wait()
+
+        def child() -> Wiring:
+            signal.alarm(10)
+            buffer.prepare()
+            wiring = buffer.wiring
+            buffer.complete()
+            buffer.free()
+            return wiring
+
+        try:
+            assert in_child(child) is Wiring.PINNED
+        finally:
+            leave.set()
+            thread.join()
+
+
+@pytest.mark.needs("compiler")
+def test_task_that_exits_is_gone_and_not_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between giving up its memory and being gone a task seems to run, and the kernel says EPERM or EACCES."""
+    assert not iobmd.task.refusals.is_exiting(os.getpid())
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert iobmd.task.refusals.is_exiting(child)
+    os.waitpid(child, 0)
+
+    monkeypatch.setattr(iobmd.task.copying, "copy", lambda *_arguments, **_keywords: (0, 13))
+    task = Task(os.getpid())
+    with pytest.raises(PermissionError):
+        task.read(0, 1)
+    monkeypatch.setattr(iobmd.task.refusals, "is_exiting", lambda _pid: True)
+    with pytest.raises(ProcessLookupError):
+        task.read(0, 1)

@@ -1,0 +1,127 @@
+"""Physical addresses under a mask, as an independent reading of pagemap has them, or an honest refusal."""
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.child import in_child
+from support.kernel import available
+from support.moving import frames
+
+import iobmd
+from iobmd import IOReturn, IOReturnError, Wiring
+
+MIB = 1 << 20
+Setting = Callable[[str, object], None]
+Buffer = iobmd.IOBufferMemoryDescriptor
+PR_SET_THP_DISABLE = 41
+EVERY = (1 << 48) - 1
+
+
+@pytest.mark.needs("frames")
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("bits", [34, 40, 64])
+@pytest.mark.parametrize("size", [5000, 5 * MIB])
+def test_mask_that_most_memory_fits(size: int, bits: int) -> None:
+    if bits == 34 and max_address() >> 36:
+        pytest.skip("most memory of this host lies above 16 GiB")
+    with Buffer.inTaskWithPhysicalMask(iobmd.kernel_task, 0, size, (1 << bits) - 1) as buffer:
+        assert all(frame << 12 < 1 << bits for frame in frames(buffer.getBytesNoCopy(), size))
+        assert buffer.wiring is Wiring.PINNED
+        assert not any(memoryview(buffer))
+
+
+def max_address() -> int:
+    ranges = [line.split()[0].split("-")[1] for line in Path("/proc/iomem").read_text().splitlines() if "RAM" in line]
+    return max(int(end, 16) for end in ranges)
+
+
+@pytest.mark.needs("frames")
+def test_alignment_comes_from_the_mask() -> None:
+    """The mask's lowest bit is the alignment, as initWithPhysicalMask of IOKit derives it."""
+    every = (1 << 48) - 1
+    with iobmd.allocate(100, physical_mask=every & ~0xFFFF) as buffer:
+        assert buffer.getPhysicalAddress() % 65536 == 0
+        assert buffer.getBytesNoCopy() % 65536 == 0
+    with iobmd.allocate(3 * MIB, physical_mask=every & ~0xFFF) as buffer:
+        assert buffer.getPhysicalAddress() % 4096 == 0
+
+
+@pytest.mark.needs("frames")
+@pytest.mark.usefixtures("nothing_left")
+def test_mask_out_of_reach_is_refused_at_once() -> None:
+    before = available()
+    with iobmd.policy(memory_budget=64 * MIB), pytest.raises(IOReturnError) as caught:
+        Buffer.inTaskWithPhysicalMask(iobmd.kernel_task, 0, 8 * MIB, (1 << 24) - 1)
+    assert caught.value.code == IOReturn.kIOReturnNoResources
+    message = str(caught.value)
+    assert "under the mask 0xffffff: " in message
+    assert "would have to be held to reach it" in message or "no free page of this host lies there" in message
+    assert before - available() < 128 * MIB
+
+
+@pytest.mark.needs("root", "frames", "big_memory")
+@pytest.mark.usefixtures("nothing_left")
+def test_low_memory_by_holding_what_lies_above() -> None:
+    """Below 4 GiB, with a budget for all that is free above; refused where even that does not reach."""
+    with iobmd.policy(memory_budget=1 << 60, time_budget=60):
+        try:
+            with iobmd.allocate(8 * MIB, physical_mask=0xFFFFFFFF) as buffer:
+                assert all(frame << 12 < 1 << 32 for frame in frames(buffer.getBytesNoCopy(), 8 * MIB))
+                outcome = "found"
+        except IOReturnError as error:
+            assert error.code == IOReturn.kIOReturnNoResources
+            outcome = "refused"
+    memory_total = int(Path("/proc/meminfo").read_text().split()[1]) << 10
+    assert available() > memory_total // 2, f"{outcome}, and what was held is given back"
+
+
+@pytest.mark.needs("frames")
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("hole", [0x1000, 0x2000, 0x40000])
+@pytest.mark.parametrize("size", [5000, MIB])
+def test_mask_with_a_hole_that_no_huge_page_fits(size: int, hole: int) -> None:
+    with iobmd.allocate(size, physical_mask=EVERY & ~hole) as buffer:
+        assert buffer.wiring is Wiring.PINNED
+        assert not any(frame << 12 & hole for frame in frames(buffer.getBytesNoCopy(), size))
+        assert not any(memoryview(buffer))
+
+
+@pytest.mark.needs("frames")
+def test_contiguous_under_a_mask_with_a_hole() -> None:
+    """Below the hole it can be had; above, every long piece has an address with that bit."""
+    with iobmd.allocate(8192, contiguous=True, physical_mask=EVERY & ~0x4000) as buffer:
+        first, second = frames(buffer.getBytesNoCopy(), 8192)
+        assert second == first + 1
+        assert not (first | second) << 12 & 0x4000
+    with pytest.raises(IOReturnError, match="have the bit 0x4000") as caught:
+        iobmd.allocate(65536, contiguous=True, physical_mask=EVERY & ~0x4000)
+    assert caught.value.code == IOReturn.kIOReturnNoResources
+
+
+@pytest.mark.needs("frames")
+def test_masks_need_no_huge_pages() -> None:
+    def low() -> list[int]:
+        assert ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0
+        with iobmd.allocate(MIB, physical_mask=(1 << 40) - 1) as buffer:
+            return frames(buffer.getBytesNoCopy(), MIB)
+
+    found = in_child(low)
+    assert len(set(found)) == 256
+    assert all(0 < frame < 1 << 28 for frame in found)
+
+
+@pytest.mark.needs("root", "frames", "hugetlb")
+def test_pools_are_searched_before_a_refusal(setting: Setting) -> None:
+    """Memory under 4 GiB, that is out of reach of a small budget, is taken out of a pool that has it."""
+    pool = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
+    setting(pool, 64)
+    with iobmd.policy(memory_budget=64 * MIB):
+        try:
+            with iobmd.allocate(4096, physical_mask=0xFFFFFFFF) as buffer:
+                assert frames(buffer.getBytesNoCopy(), 4096)[0] < 1 << 20
+        except IOReturnError as error:
+            assert error.code == IOReturn.kIOReturnNoResources
+            assert f"echo {64 + 4} > {pool}" in str(error) or "would have to be held" in str(error)
+    assert Path(pool).read_text() == "64\n"
