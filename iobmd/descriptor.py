@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 from iobmd import pagemap, pinning
 from iobmd.constants import (
@@ -290,6 +290,11 @@ class IOMemoryDescriptor:
                 IOReturn.kIOReturnBadArgument,
                 f"offset {offset} with length {length} is not inside of the descriptor's {self._length} bytes",
             )
+
+    def __reduce_ex__(self, _protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} owns its memory and cannot be copied or pickled; withCopy makes another one"
+        )
 
     def __len__(self) -> int:
         return self.getLength()

@@ -6,7 +6,7 @@ import errno
 import os
 import select
 from operator import index
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
 from iobmd import copying, pieces, refusals
 from iobmd._native.crosstask import HeldBuffer, fresh_bytes
@@ -58,6 +58,15 @@ class Task:
         if getattr(self, "_pidfd", -1) >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _memo: object) -> Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Task cannot be pickled: its pid may be another process's when it is read; send the pid")
 
     @property
     def process(self) -> psutil.Process:
