@@ -50,10 +50,11 @@ def test_dpdk_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_what_dpdk_prints() -> None:
-    printed = "EAL: Detected CPU lcores: 2\n2 3 4.8 contiguous\n64 0 11898.8 contiguous\n16 3 28.9 scattered\n"
+    lines = ("EAL: Detected CPU lcores: 2", "start 250000.5", "2 3 4.8 contiguous", "64 0 11898.8 contiguous")
+    printed = "\n".join([*lines, "16 3 28.9 scattered", ""])
     found = dpdk.parse(printed)
     assert {size: one.found for size, one in found.items()} == {2: 3, 64: 0, 16: 0}
-    assert found[64].microseconds == 11898.8
+    assert (found[64].start, found[64].reserve) == (250000.5, 11898.8)
 
 
 @pytest.mark.needs("root", "hugetlb")

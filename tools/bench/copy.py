@@ -124,4 +124,6 @@ def _start(rounds: int) -> list[Result]:
 
 
 def _spawn(command: list[str]) -> float:
-    return seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
+    # With compiled modules kept, as they are where a program is installed.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=env))

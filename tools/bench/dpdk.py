@@ -27,11 +27,13 @@ _OPTIONS = "--iova-mode=pa --no-pci --no-telemetry -l 0 --log-level=lib.eal:erro
 
 
 class Peer(NamedTuple):
-    """What DPDK found of one size."""
+    """What DPDK found of one size; times in microseconds."""
 
     found: int
-    microseconds: float
-    """Median of one try, found or not."""
+    start: float
+    """Of its start, which collects memory."""
+    reserve: float
+    """Of one try after that, found or not: the median."""
 
 
 def compare(ours: Callable[[int], float | None], tries: int) -> list[Result]:
@@ -88,10 +90,13 @@ def _run(program: Path, folder: Path, option: str, tries: int) -> dict[int, Peer
 def parse(output: str) -> dict[int, Peer]:
     """Read what memzone.c prints; what was not contiguous after all does not count as found."""
     found = {}
+    start = 0.0
     for line in output.splitlines():
         match line.split():
+            case ["start", microseconds]:
+                start = float(microseconds)
             case [size, count, median, "contiguous" | "scattered" as shape] if size.isdigit():
-                found[int(size)] = Peer(int(count) if shape == "contiguous" else 0, float(median))
+                found[int(size)] = Peer(int(count) if shape == "contiguous" else 0, start, float(median))
     return found
 
 
@@ -100,10 +105,12 @@ def _compare(size: int, samples: list[float | None], peers: dict[str, dict[int, 
     ours = found[len(found) // 2] if found else 0.0
     theirs = {mode: peer[size] for mode, peer in peers.items() if size in peer}
     against = [
-        f"{mode}: {one.found} of {len(samples)}, {one.microseconds / 1e3:.2f} ms" for mode, one in theirs.items()
+        f"{mode}: {one.found} of {len(samples)}, {one.start / 1e3:.0f} ms at start and {one.reserve / 1e3:.2f} ms"
+        for mode, one in theirs.items()
     ]
     what = f"contiguous {format_size(size << 20)}, pool of {POOL} pages: {len(found)} of {len(samples)}"
-    fastest = min((one.microseconds / 1e6 for one in theirs.values() if one.found), default=0.0)
+    # From nothing to the first buffer: DPDK collects its memory as it starts, we as it is asked for.
+    fastest = min(((one.start + one.reserve) / 1e6 for one in theirs.values() if one.found), default=0.0)
     ratio = ours / fastest if fastest else 0.0
     told = "DPDK " + ("; ".join(against) or "did not run")
     return Result(what, f"{ours * 1e3:.2f} ms", told, ratio, "reported", True)

@@ -1,8 +1,8 @@
 /* The peer of `iobmd bench contiguous`: DPDK's physically contiguous memzones.
  *
  * Usage: memzone TRIES MIB... -- EAL-OPTIONS
- * Prints a line a size: MiB, how many of the tries found it, median microseconds, and whether every memzone was
- * contiguous by DPDK's own reading of pagemap.
+ * Prints the microseconds of its start, "start 1234.5", and a line a size: MiB, how many of the tries found it,
+ * median microseconds, and whether every memzone was contiguous by DPDK's own reading of pagemap.
  */
 #include <rte_cycles.h>
 #include <rte_eal.h>
@@ -13,6 +13,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 static int ascending(const void *one, const void *other)
 {
@@ -37,11 +38,15 @@ int main(int argc, char **argv)
         return 2;
     int tries = atoi(argv[1]);
     double *took = calloc(tries, sizeof *took);
+    struct timespec begin, end;
     argv[options] = argv[0];
+    clock_gettime(CLOCK_MONOTONIC, &begin);
     if (!took || rte_eal_init(argc - options, argv + options) < 0) {
         fprintf(stderr, "rte_eal_init: %s\n", rte_strerror(rte_errno));
         return 1;
     }
+    clock_gettime(CLOCK_MONOTONIC, &end);
+    printf("start %.1f\n", (end.tv_sec - begin.tv_sec) * 1e6 + (end.tv_nsec - begin.tv_nsec) / 1e3);
     for (int index = 2; index < options; index++) {
         size_t size = strtoul(argv[index], NULL, 10) << 20;
         int found = 0, contiguous = 1;
