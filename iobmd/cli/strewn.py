@@ -1,14 +1,17 @@
-"""Mlocked small pages with a hole beside each: what compaction exists to move. The control beside pinned memory."""
+"""What the kernel moves: mlocked pages, strewn for compaction or collapsed. The control beside pinned memory."""
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from pathlib import Path
 
-from iobmd import pagemap
+from iobmd import pagemap, pinning
 from iobmd._native import memory
 from iobmd._native.crosstask import HeldBuffer
+from iobmd._native.mapping import Mapping
 from iobmd.task import kernel_task
+from iobmd.units import HUGE_PAGE_SIZE
 
 HOLE = 64 << 10
 
@@ -20,6 +23,33 @@ def compact() -> bool:
     except OSError:
         return False
     return True
+
+
+def frames(address: int, size: int) -> list[int | None]:
+    """Return the frame number of each page of this process, None where there is none to see."""
+    return [page.pfn for page in pagemap.pages(kernel_task, address, size)]
+
+
+def collapse(*, pin: bool) -> int:
+    """Have mlocked small pages collapsed into a huge page (MADV_COLLAPSE, Linux 6.1), pinned as well or not.
+
+    Returns how many of the pages of one huge page moved.
+    """
+    mapping = Mapping.anonymous(HUGE_PAGE_SIZE, HUGE_PAGE_SIZE)
+    memory.advise(mapping.address, mapping.size, memory.MADV_NOHUGEPAGE)
+    memory.lock(mapping.address, mapping.size)
+    held = pinning.Pin(mapping.address, mapping.size) if pin else None
+    try:
+        before = frames(mapping.address, mapping.size)
+        memory.advise(mapping.address, mapping.size, memory.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # EAGAIN for what is pinned
+            memory.advise(mapping.address, mapping.size, memory.MADV_COLLAPSE)
+        after = frames(mapping.address, mapping.size)
+    finally:
+        if held:
+            held.release()
+        mapping.close()
+    return sum(old != new for old, new in zip(before, after, strict=True))
 
 
 class Strewn:
@@ -35,14 +65,11 @@ class Strewn:
         for offset in range(0, span, 2 * HOLE):
             memory.advise(self.address + offset, HOLE, memory.MADV_DONTNEED)
         memory.lock_on_fault(self.address, span)
-        self._before = self._frames()
-
-    def _frames(self) -> list[int | None]:
-        return [page.pfn for page in pagemap.pages(kernel_task, self.address, self.size)]
+        self._before = frames(self.address, self.size)
 
     def moved(self) -> tuple[int, int]:
         """Return how many of how many pages lie in another frame than at first."""
-        pairs = [(old, new) for old, new in zip(self._before, self._frames(), strict=True) if old]
+        pairs = [(old, new) for old, new in zip(self._before, frames(self.address, self.size), strict=True) if old]
         return sum(old != new for old, new in pairs), len(pairs)
 
     def close(self) -> None:

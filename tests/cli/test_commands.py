@@ -106,6 +106,8 @@ def test_demo_shows_what_compaction_moves(capsys: Captured) -> None:
     compaction = document["compaction"]
     assert compaction["mlocked_of"] == 65536  # that a control does move is shown in test_pinning
     assert (compaction["pinned"], compaction["pinned_of"]) == (0, 512)
+    assert compaction["collapse_mlocked"] > 500
+    assert compaction["collapse_pinned"] == 0
 
 
 def test_demo_fits_into_a_small_limit() -> None:
