@@ -73,11 +73,8 @@ def main(argv: Sequence[str]) -> int:
         refusal = _fail(task, guarded)
     rows += [contiguous] if isinstance(contiguous, Row) else []
     compaction = _compact(arguments.control, min(big, 16 << 20))
-    passed = (
-        all(row.equal for row in rows)
-        and refusal is not None
-        and not (compaction and compaction["pinned"] + compaction["collapse_pinned"])
-    )
+    still = not compaction or compaction["pinned"] + compaction["collapse_pinned"] == 0
+    passed = all(row.equal for row in rows) and refusal is not None and still
     if arguments.json:
         document = {"version": 1, "pid": task.pid, "copies": [row._asdict() for row in rows], "refusal": refusal}
         document |= {"contiguous": getattr(contiguous, "size", contiguous), "compaction": compaction}
