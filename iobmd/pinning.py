@@ -89,7 +89,11 @@ class _Process:
 
     def runs(self, address: int, size: int) -> RunTable:
         if self._pagemap < 0:
-            self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+            opened = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+            if self._pagemap < 0:
+                self._pagemap = opened
+            else:  # another thread was faster
+                os.close(opened)
         return runs.read(self._pagemap, address, size, PAGE_SIZE)
 
     def forget(self) -> None:

@@ -112,7 +112,9 @@ class AnonymousBacking:
             self._fill(size, source, None, populated=True)
         if not want:
             return True
-        return want.accepts(self.runs) if self.runs else pagemap.is_huge(self.address, self.size)
+        if self.runs is None:  # hidden: then it was to be in one huge page
+            return pagemap.is_huge(self.address, self.size)
+        return want.accepts(self.runs)
 
     def _take_hugetlb(self, want: Want) -> bool:
         """Without pins, hugetlb pages are the next best: compaction does not move them."""
