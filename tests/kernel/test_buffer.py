@@ -543,7 +543,8 @@ def test_ten_thousand_failed_copies() -> None:
     for _ in range(10_000):
         fail()
     after = kernel.Footprint.now()
-    assert (after.mappings, after.descriptors, after.locked) == (before.mappings, before.descriptors, before.locked)
+    assert after.mappings <= before.mappings + 1  # Python's allocator may take an arena
+    assert (after.descriptors, after.locked) == (before.descriptors, before.locked)
     assert kernel.status("VmRSS") - resident < MIB
     del anchor
     area.close()
