@@ -147,9 +147,14 @@ def _write(buffer: IOBufferMemoryDescriptor, name: str) -> None:
         sys.stdout.buffer.write(buffer)
         sys.stdout.buffer.flush()
     elif path.exists() and not path.is_file():  # a device or a pipe
-        path.open("wb", buffering=0).write(buffer)
+        with path.open("wb") as file:
+            file.write(buffer)
     else:
-        descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        except OSError as error:
+            error.filename = name  # what was asked for, not the draft's
+            raise
         try:
             with open(descriptor, "wb") as file:  # noqa: PTH123 (it is open already)
                 file.write(buffer)

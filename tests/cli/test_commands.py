@@ -207,6 +207,20 @@ def test_copy_a_mapping_by_name(start_zoo: Start, capsys: Captured) -> None:
 
 
 @pytest.mark.needs("compiler")
+def test_copy_to_a_pipe_that_has_a_name(start_zoo: Start, tmp_path: Path) -> None:
+    zoo = start_zoo(1 << 20)
+    address, size = zoo["anonymous"]
+    expected = zoo.dump("anonymous", tmp_path / "dump")
+    os.mkfifo(tmp_path / "pipe")
+    read = tmp_path / "read"
+    with read.open("wb") as file, subprocess.Popen(["timeout", "60", "cat", tmp_path / "pipe"], stdout=file):
+        command = [sys.executable, "-m", "iobmd", "copy", str(zoo.pid), hex(address), str(size), "-o", "pipe"]
+        subprocess.run(command, capture_output=True, check=False, cwd=tmp_path, timeout=60)
+    assert read.read_bytes() == expected
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.needs("compiler")
 def test_copy_to_standard_output(start_zoo: Start, tmp_path: Path) -> None:
     zoo = start_zoo(1 << 20)
     address, size = zoo["anonymous"]
@@ -231,7 +245,7 @@ def test_what_copy_refuses(start_zoo: Start, tmp_path: Path, capsys: Captured) -
         ([str(zoo.pid), "0x1000"], "how many bytes"),
         ([str(zoo.pid), "0x2000-0x1000"], "must be positive"),
         ([str(zoo.pid), "0x1000-0x2000", "2M"], "are more than"),
-        ([str(zoo.pid), "[stack]", "-o", str(tmp_path / "no" / "where")], "No such file or directory"),
+        ([str(zoo.pid), "[stack]", "-o", str(tmp_path / "no" / "where")], "no/where: No such file or directory"),
     ):
         assert main(["copy", *arguments]) == 1, arguments
         captured = capsys.readouterr()
