@@ -6,7 +6,7 @@ import os
 import warnings
 from typing import TYPE_CHECKING, Self
 
-from iobmd import request
+from iobmd import own, request
 from iobmd._native.mapping import Exporter, Mapping
 from iobmd.backing.anonymous import AnonymousBacking
 from iobmd.constants import IOOptionBits, IOReturn
@@ -45,7 +45,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         # Made in two steps, as in IOKit: this only says what initWithPhysicalMask is to fill the memory with.
         self._copy_of = copy_of
         self._progress = progress
-        self._locks = {}
+        self._locks = own.Locks()
 
     # --- factories
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import threading
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
-from iobmd import pagemap, pinning
+from iobmd import own, pagemap, pinning
 from iobmd.constants import (
     IOOptionBits,
     IOReturn,
@@ -20,6 +19,8 @@ from iobmd.units import PAGE_SIZE
 from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
+    import threading
+
     from typing_extensions import Buffer
 
     from iobmd._native.runs import PhysicalSegment, RunTable
@@ -43,7 +44,7 @@ class IOMemoryDescriptor:
     _state = "not initialised"
     _prepared = 0
     _pinned_for_good = False  # by its options, not by prepare()
-    _locks: dict[int, threading.RLock]  # by process: the lock of a parent may be held by a thread of its own
+    _locks: own.Locks
 
     def getLength(self) -> int:
         """Return the length in bytes."""
@@ -259,7 +260,7 @@ class IOMemoryDescriptor:
     release = free
 
     def _lock(self) -> threading.RLock:
-        return self._locks.setdefault(os.getpid(), threading.RLock())
+        return self._locks.here()
 
     def _close(self) -> None:
         if self._backing is None:  # another thread was faster

@@ -13,7 +13,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from iobmd import host, refusals
+from iobmd import host, own, refusals
 from iobmd._native import runs, uring
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NotPrivilegedError
@@ -78,51 +78,18 @@ class _Pins:
         """Close the rings without unpinning: in a forked child, whose parent goes on using them."""
         for table in (*self._tables, *self._single):
             table.close()
-
-
-class _Process:
-    """What belongs to this process and not to one forked from it: its rings, and its open pagemap."""
-
-    def __init__(self) -> None:
-        self.pins = _Pins()
-        self._pagemap = -1
-
-    def runs(self, address: int, size: int) -> RunTable:
-        if self._pagemap < 0:
-            opened = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-            if self._pagemap < 0:
-                self._pagemap = opened
-            else:  # another thread was faster
-                os.close(opened)
-        return runs.read(self._pagemap, address, size, PAGE_SIZE)
-
-    def forget(self) -> None:
-        self.pins.forget()
-        if self._pagemap >= 0:
-            os.close(self._pagemap)
         self.__init__()  # type: ignore[misc]
 
 
-_process = _Process()
-os.register_at_fork(after_in_child=_process.forget)
+_pins = _Pins()
+os.register_at_fork(after_in_child=_pins.forget)
 
 
 def own_runs(address: int, size: int) -> RunTable:
-    """Return the physical runs of whole pages of this process.
-
-    Raises
-    ------
-    IOReturnError
-        `kIOReturnNotPrivileged`: this process may not read its own pagemap. `kIOReturnNoResources`: no descriptor.
-    """
+    """Return the physical runs of whole pages of this process. Raises as `own.pagemap`."""
+    descriptor = own.pagemap()
     try:
-        return _process.runs(address, size)
-    except PermissionError as error:
-        message = (
-            "this process may not read its own pagemap: it has changed its user and is not dumpable; call "
-            "prctl(PR_SET_DUMPABLE, 1), or run with CAP_SYS_ADMIN"
-        )
-        raise IOReturnError(IOReturn.kIOReturnNotPrivileged, message, error.errno or 0) from None
+        return runs.read(descriptor, address, size, PAGE_SIZE)
     except OSError as error:
         raise refusals.own(error, "cannot read /proc/self/pagemap") from None
 
@@ -143,11 +110,10 @@ class Pin:
     """
 
     def __init__(self, address: int, size: int) -> None:
-        pins = _process.pins
         self._slots: list[uring.Slot] = []
         try:
             for start in range(0, size, LARGEST):
-                self._slots.append(pins.pin(address + start, min(LARGEST, size - start)))
+                self._slots.append(_pins.pin(address + start, min(LARGEST, size - start)))
         except OSError as error:
             self.release()
             raise _cannot_pin(size, error) from None
@@ -155,7 +121,7 @@ class Pin:
     def release(self) -> None:
         """Unpin; idempotent."""
         slots, self._slots = self._slots, []
-        _process.pins.unpin(slots)
+        _pins.unpin(slots)
 
 
 def _cannot_pin(size: int, error: OSError) -> IOReturnError:

@@ -8,24 +8,22 @@ from typing import TYPE_CHECKING
 from iobmd import contiguous, headroom, pagemap, pinning, refusals
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
+from iobmd.backing.mapped import MappedBacking
 from iobmd.constants import IOReturn
 from iobmd.contiguous import Want
 from iobmd.errors import CannotWireError, IOReturnError
 from iobmd.populate import populate
-from iobmd.task import Task, kernel_task
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_up
-from iobmd.wiring import Wiring, make_resident
+from iobmd.wiring import make_resident
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
-    from iobmd._native.runs import RunTable
     from iobmd.pieces import Progress
+    from iobmd.task import Task
 
 _TRIES = 4
 
 
-class AnonymousBacking:
+class AnonymousBacking(MappedBacking):
     """Zeroed memory that this process maps.
 
     Parameters
@@ -51,11 +49,7 @@ class AnonymousBacking:
         source: tuple[Task, int] | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.task = kernel_task
-        self._wired = wired
-        self._pin: pinning.Pin | None = None
-        self._hugetlb = False
-        self.runs: RunTable | None = None
+        super().__init__(wired=wired)
         if wired or source:
             headroom.require(size, swappable=not wired)
         for _attempt in range(_TRIES):
@@ -123,57 +117,5 @@ class AnonymousBacking:
             self.mapping.close()
             self.mapping = mapping
             self.runs = pinning.visible_runs(self.address, self.size)
-            self._hugetlb = True
+            self._immovable = True
         return mapping is not None
-
-    def pin(self) -> None:
-        """Pin every page, and read where it lies. Raises `kIOReturnCannotWire`."""
-        pin = pinning.Pin(self.address, self.size)
-        try:
-            # Read afterwards: a pin may move a page once.
-            self.runs = pinning.visible_runs(self.address, self.size)
-        except BaseException:
-            pin.release()
-            raise
-        self._pin = pin
-
-    def unpin(self) -> None:
-        """Let the kernel move the pages again."""
-        if self._pin:
-            self._pin.release()
-        self._pin = self.runs = None
-
-    @property
-    def wiring(self) -> Wiring:
-        """How firmly it stays where it is."""
-        if self._pin or self._hugetlb:
-            return Wiring.PINNED
-        return Wiring.RESIDENT if self._wired else Wiring.PAGEABLE
-
-    @property
-    def address(self) -> int:
-        """Address in this process."""
-        return self.mapping.address
-
-    @property
-    def size(self) -> int:
-        """Bytes mapped, whole pages."""
-        return self.mapping.size
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Return `length` bytes from `offset` on."""
-        return self.mapping.read(offset, length)
-
-    def read_into(self, offset: int, buffer: Buffer) -> None:
-        """Fill `buffer` from `offset` on."""
-        self.mapping.read_into(offset, buffer)
-
-    def write(self, offset: int, data: Buffer) -> None:
-        """Copy `data` to `offset`."""
-        self.mapping.write(offset, data)
-
-    def close(self) -> None:
-        """Unpin and unmap, which also unlocks. Raises BufferError while it is in use; idempotent."""
-        self.mapping.seal()
-        self.unpin()
-        self.mapping.close()

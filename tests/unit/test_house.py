@@ -25,7 +25,7 @@ FLOORS = [
     {"blocks"},
     {"wiring", "headroom", "populate", "lowmem", "policy", "physical"},
     {"pinning"},
-    {"pagemap"},
+    {"pagemap", "own"},
     {"task"},
     {"copying", "refusals"},
     {"pieces"},
