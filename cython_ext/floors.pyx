@@ -4,9 +4,18 @@
 from libc.errno cimport errno
 from libc.stdint cimport uint64_t, uintptr_t
 from libc.string cimport memcpy, strerror
+from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
-from mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, c_mlock, c_mmap, c_munmap
+from mman cimport (
+    C_MADV_FREE, C_MADV_POPULATE_WRITE, MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, c_madvise,
+    c_mincore, c_mlock, c_mlock2, c_mmap, c_munlock, c_munmap,
+)
+from pagemap_scan cimport (
+    C_CHECK_WPASYNC, C_PAGE_IS_PFNZERO, C_PAGE_IS_PRESENT, C_WP_MATCHING, IOBMD_PAGEMAP_SCAN, ioctl,
+    iobmd_first_lost, iobmd_page_region, iobmd_scan_arg,
+)
+from userfault cimport iobmd_uffd_unprotect
 from uio cimport iovec, process_vm_readv
 
 
@@ -70,3 +79,50 @@ def copy(uint64_t destination, uint64_t source, size_t size):
     """memcpy between two addresses of this process, with the GIL released."""
     with nogil:
         memcpy(<void *><uintptr_t>destination, <void *><uintptr_t>source, size)
+
+
+cdef int _protect(int pagemap, uint64_t start, uint64_t end) noexcept nogil:
+    cdef iobmd_page_region region
+    cdef iobmd_scan_arg arg
+    arg.size = sizeof(arg)
+    arg.flags = C_WP_MATCHING | C_CHECK_WPASYNC
+    arg.start = start
+    arg.end = end
+    arg.walk_end = arg.max_pages = arg.category_anyof_mask = 0
+    arg.vec = <uintptr_t>&region
+    arg.vec_len = 1
+    arg.category_inverted = C_PAGE_IS_PFNZERO
+    arg.category_mask = C_PAGE_IS_PRESENT | C_PAGE_IS_PFNZERO
+    arg.return_mask = C_PAGE_IS_PRESENT
+    return ioctl(pagemap, IOBMD_PAGEMAP_SCAN, &arg)
+
+
+def free_and_take_back(int tracker, int pagemap, uint64_t address, size_t size, size_t page):
+    """Seconds for the bare calls of a round trip of lazily freed memory, all of which is there.
+
+    MADV_FREE, mlock2 on fault, a look, MADV_POPULATE_WRITE, munlock. The look is mincore; with a `tracker` (not
+    negative) PAGEMAP_SCAN, and writes are tracked by it before and no longer after. `page`: the base page size.
+    """
+    cdef bytes kept = PyBytes_FromStringAndSize(NULL, size // page)
+    cdef unsigned char *vector = <unsigned char *>PyBytes_AsString(kept)
+    cdef double begin
+    cdef uint64_t where
+    cdef void *start = <void *><uintptr_t>address
+    cdef int failed = 0
+    with nogil:
+        begin = _now()
+        if tracker >= 0:
+            failed |= _protect(pagemap, address, address + size) != 1
+        failed |= c_madvise(start, size, C_MADV_FREE)
+        failed |= c_mlock2(start, size, 1)
+        if tracker >= 0:
+            failed |= iobmd_first_lost(pagemap, address, address + size, &where)
+            failed |= iobmd_uffd_unprotect(tracker, address, size)
+        else:
+            failed |= c_mincore(start, size, vector)
+        failed |= c_madvise(start, size, C_MADV_POPULATE_WRITE)
+        failed |= c_munlock(start, size)
+        begin = _now() - begin
+    if failed:
+        raise OSError(errno, f"a round trip of lazily freed memory: {strerror(errno).decode()}")
+    return begin

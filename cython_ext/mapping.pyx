@@ -154,8 +154,10 @@ cdef class Mapping:
 cdef class Exporter:
     """Base of Python classes that export a `Mapping` by the buffer protocol, also before Python 3.12.
 
-    The subclass defines `_exported()`, which returns `(mapping, length)` or raises.
+    The subclass defines `_exported()`, which returns `(mapping, length)` or raises. `exports` counts the views alive.
     """
+
+    cdef readonly int exports
 
     def __getbuffer__(self, Py_buffer *view, int flags):
         cdef Mapping mapping
@@ -165,10 +167,12 @@ cdef class Exporter:
             raise BufferError("the mapping is closed")
         PyBuffer_FillInfo(view, self, <void *><uintptr_t>mapping.address, length, False, flags)
         mapping.users += 1
+        self.exports += 1
         Py_INCREF(mapping)
         view.internal = <void *>mapping
 
     def __releasebuffer__(self, Py_buffer *view):
         cdef Mapping mapping = <Mapping>view.internal
         mapping.users -= 1
+        self.exports -= 1
         Py_DECREF(mapping)

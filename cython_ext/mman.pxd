@@ -28,9 +28,12 @@ cdef extern from * nogil:
     #include <sys/syscall.h>
     #include <unistd.h>
     #define iobmd_mlock2(address, length, flags) ((int)syscall(__NR_mlock2, address, length, flags))
-    /* linux/mman.h since 5.4 and 5.14: libc headers may be older than the running kernel. */
+    /* linux/mman.h since 4.5, 5.4 and 5.14: libc headers may be older than the running kernel. */
     #ifndef MREMAP_DONTUNMAP
     #define MREMAP_DONTUNMAP 4
+    #endif
+    #ifndef MADV_FREE
+    #define MADV_FREE 8
     #endif
     #ifndef MADV_COLD
     #define MADV_COLD 20
@@ -51,6 +54,7 @@ cdef extern from * nogil:
     int c_mlock2 "iobmd_mlock2"(const void *addr, size_t length, unsigned int flags)
     enum:
         MREMAP_DONTUNMAP
+        C_MADV_FREE "MADV_FREE"
         C_MADV_COLD "MADV_COLD"
         C_MADV_HUGEPAGE "MADV_HUGEPAGE"
         C_MADV_NOHUGEPAGE "MADV_NOHUGEPAGE"

@@ -6,7 +6,10 @@ from libc.stdint cimport uint64_t, uintptr_t
 from libc.string cimport memcpy, strerror
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 
-from pagemap_scan cimport IOBMD_PAGEMAP_SCAN, ioctl, iobmd_page_region, iobmd_scan_arg
+from pagemap_scan cimport (
+    C_CHECK_WPASYNC, C_PAGE_IS_HUGE, C_PAGE_IS_PFNZERO, C_PAGE_IS_PRESENT, C_PAGE_IS_SWAPPED, C_PAGE_IS_WRITTEN,
+    C_WP_MATCHING, IOBMD_PAGEMAP_SCAN, ioctl, iobmd_page_region, iobmd_scan_arg,
+)
 
 cdef uint64_t PFN_MASK = (<uint64_t>1 << 55) - 1
 cdef uint64_t SOFT_DIRTY = <uint64_t>1 << 55
@@ -16,10 +19,11 @@ cdef uint64_t FILE_OR_SHARED = <uint64_t>1 << 61
 cdef uint64_t SWAPPED = <uint64_t>1 << 62
 cdef uint64_t PRESENT = <uint64_t>1 << 63
 
-PAGE_IS_PRESENT = 1 << 3
-PAGE_IS_SWAPPED = 1 << 4
-PAGE_IS_PFNZERO = 1 << 5
-PAGE_IS_HUGE = 1 << 6
+PAGE_IS_WRITTEN = C_PAGE_IS_WRITTEN
+PAGE_IS_PRESENT = C_PAGE_IS_PRESENT
+PAGE_IS_SWAPPED = C_PAGE_IS_SWAPPED
+PAGE_IS_PFNZERO = C_PAGE_IS_PFNZERO
+PAGE_IS_HUGE = C_PAGE_IS_HUGE
 
 
 def decode(raw):
@@ -74,9 +78,9 @@ def tally(raw):
     return present, swapped, hidden, exclusive
 
 
-def scan(int fd, uint64_t start, uint64_t end, uint64_t required, uint64_t excluded):
+def scan(int fd, uint64_t start, uint64_t end, uint64_t required, uint64_t excluded, bint protect=False):
     """Ask PAGEMAP_SCAN (Linux 6.7) for the ranges whose pages have every category of `required` and none of
-    `excluded`.
+    `excluded`. With `protect` the writes to these pages are tracked from here on: PAGE_IS_WRITTEN tells of them.
 
     Returns
     -------
@@ -90,7 +94,7 @@ def scan(int fd, uint64_t start, uint64_t end, uint64_t required, uint64_t exclu
     ranges = []
     while start < end:
         arg.size = sizeof(arg)
-        arg.flags = 0
+        arg.flags = C_WP_MATCHING | C_CHECK_WPASYNC if protect else 0
         arg.start = start
         arg.end = end
         arg.walk_end = 0

@@ -11,6 +11,24 @@ cdef extern from * nogil:
         uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
     };
     #define IOBMD_PAGEMAP_SCAN _IOWR('f', 16, struct iobmd_scan_arg)
+    enum {
+        IOBMD_PAGE_IS_WRITTEN = 1 << 1, IOBMD_PAGE_IS_PRESENT = 1 << 3, IOBMD_PAGE_IS_SWAPPED = 1 << 4,
+        IOBMD_PAGE_IS_PFNZERO = 1 << 5, IOBMD_PAGE_IS_HUGE = 1 << 6,
+    };
+    enum { IOBMD_PM_SCAN_WP_MATCHING = 1 << 0, IOBMD_PM_SCAN_CHECK_WPASYNC = 1 << 1 };
+    /* Find the first page that is absent, the zero page, or written to since it was protected; 0: none is. */
+    static int iobmd_first_lost(int pagemap, uint64_t start, uint64_t end, uint64_t *where)
+    {
+        const uint64_t lost = IOBMD_PAGE_IS_PRESENT | IOBMD_PAGE_IS_PFNZERO | IOBMD_PAGE_IS_WRITTEN;
+        struct iobmd_page_region region = { 0, 0, 0 };
+        struct iobmd_scan_arg arg = {
+            .size = sizeof arg, .start = start, .end = end, .vec = (uintptr_t)&region, .vec_len = 1, .max_pages = 1,
+            .category_inverted = IOBMD_PAGE_IS_PRESENT, .category_anyof_mask = lost, .return_mask = lost,
+        };
+        int found = ioctl(pagemap, IOBMD_PAGEMAP_SCAN, &arg);
+        *where = region.start;
+        return found;
+    }
     """
     struct iobmd_page_region:
         uint64_t start, end, categories
@@ -18,6 +36,15 @@ cdef extern from * nogil:
         uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages
         uint64_t category_inverted, category_mask, category_anyof_mask, return_mask
     unsigned long IOBMD_PAGEMAP_SCAN
+    enum:
+        C_PAGE_IS_WRITTEN "IOBMD_PAGE_IS_WRITTEN"
+        C_PAGE_IS_PRESENT "IOBMD_PAGE_IS_PRESENT"
+        C_PAGE_IS_SWAPPED "IOBMD_PAGE_IS_SWAPPED"
+        C_PAGE_IS_PFNZERO "IOBMD_PAGE_IS_PFNZERO"
+        C_WP_MATCHING "IOBMD_PM_SCAN_WP_MATCHING"
+        C_CHECK_WPASYNC "IOBMD_PM_SCAN_CHECK_WPASYNC"
+        C_PAGE_IS_HUGE "IOBMD_PAGE_IS_HUGE"
+    int iobmd_first_lost(int pagemap, uint64_t start, uint64_t end, uint64_t *where)
 
 cdef extern from "<sys/ioctl.h>" nogil:
     int ioctl(int fd, unsigned long request, void *arg)

@@ -18,6 +18,7 @@ from iobmd.errors import IOReturnError
 from iobmd.facade import allocate, copy
 from iobmd.physical import Layout
 from iobmd.policy import policy
+from iobmd.purgeable.purger import purge
 from iobmd.task import Task, current_task, get_task_map, kernel_task
 from iobmd.wiring import Wiring
 
@@ -36,5 +37,6 @@ __all__ = [
     "get_task_map",
     "kernel_task",
     "policy",
+    "purge",
 ]
 __all__ += constants.__all__

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Self
 from iobmd import own, request
 from iobmd._native.mapping import Exporter, Mapping
 from iobmd.backing.anonymous import AnonymousBacking
+from iobmd.backing.shared import SharedBacking
 from iobmd.constants import IOOptionBits, IOReturn
 from iobmd.descriptor import IOMemoryDescriptor
 from iobmd.errors import IOReturnError
+from iobmd.purgeable import purger
 from iobmd.task import Task, as_task, check_range, kernel_task
 from iobmd.units import PAGE_SIZE
 from iobmd.wiring import Wiring
@@ -146,7 +148,9 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
             The task to allocate in.
         options : int
             `IOOptionBits`: direction, `kIOMemoryPageable` for memory that is not wired,
-            `kIOMemoryPhysicallyContiguous` or `kIOMemoryHostPhysicallyContiguous` for memory in one piece.
+            `kIOMemoryPhysicallyContiguous` or `kIOMemoryHostPhysicallyContiguous` for memory in one piece,
+            `kIOMemoryPurgeable` (with pageable) for memory that `setPurgeable` takes, `kIOMemoryKernelUserShared`
+            for memory of a shared object, which a forked child shares.
         capacity : int
             Size in bytes; `getLength()` starts there.
         alignment : int
@@ -169,16 +173,25 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         wanted = request.check(inTask, options, capacity, alignment, physicalMask)
         if self._copy_of:
             check_range(self._copy_of[1], capacity)
-        self._backing = AnonymousBacking(
-            capacity, wired=wanted.wired, want=wanted.want, source=self._copy_of, progress=self._progress
-        )
+        self._backing = self._obtain(wanted)
         self._copy_of = self._progress = None
         self._options, self._capacity, self._length = wanted.options, capacity, capacity
         self._maker = self._wired_by = os.getpid()
         self._contiguous = wanted.contiguous
         self._pinned_for_good = self._backing.wiring is Wiring.PINNED
         self._state = "open"
+        if wanted.purgeable:
+            purger.know(self)
         return True
+
+    def _obtain(self, wanted: request.Request) -> Backing:
+        size, wired, purgeable = wanted.capacity, wanted.wired, wanted.purgeable
+        source, progress = self._copy_of, self._progress
+        if wanted.shared:
+            return SharedBacking(size, wired=wired, purgeable=purgeable, source=source, progress=progress)
+        return AnonymousBacking(
+            size, wired=wired, purgeable=purgeable, want=wanted.want, source=source, progress=progress
+        )
 
     # --- the buffer
 
@@ -228,6 +241,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         backing = self._memory()
         with memoryview(data) as view, view.cast("B") as source:
             fitting = source[: self._capacity - self._length]
+            self._before_write(backing, self._length, len(fitting))
             backing.write(self._length, fitting)
             self._length += len(fitting)
             return len(fitting)

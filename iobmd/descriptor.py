@@ -16,6 +16,7 @@ from iobmd.errors import IOReturnError
 from iobmd.physical import Layout, layout
 from iobmd.request import DIRECTION_MASK
 from iobmd.units import PAGE_SIZE
+from iobmd.volatility import Volatility
 from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from iobmd.backing import Backing
 
 
-class IOMemoryDescriptor:
+class IOMemoryDescriptor(Volatility):
     """A range of memory with a length, a direction and a task. Made by the factories of its subclasses.
 
     Methods may be called from any thread. Memory that goes away under a copy is impossible: `free` refuses while
@@ -99,6 +100,7 @@ class IOMemoryDescriptor:
         backing = self._memory()
         size = memoryview(data).nbytes
         self._check_range(offset, size)
+        self._before_write(backing, offset, size)
         backing.write(offset, data)
         return size
 
@@ -118,7 +120,8 @@ class IOMemoryDescriptor:
         ------
         IOReturnError
             `kIOReturnCannotWire` when pinning is impossible or over a limit, and why; `kIOReturnBadArgument`;
-            `kIOReturnNoResources` for memory above 4 GiB; then nothing is prepared.
+            `kIOReturnNoResources` for memory above 4 GiB; `kIOReturnNotReady` for memory that is volatile; then
+            nothing is prepared.
         """
         self._memory()
         if forDirection & ~(DIRECTION_MASK | kIODirectionPrepareToPhys32 | kIODirectionPrepareNoFault):
@@ -126,17 +129,19 @@ class IOMemoryDescriptor:
         with self._lock():
             backing = self._memory()  # again: another thread may have freed it
             fresh = backing.wiring is not Wiring.PINNED
-            if fresh:
-                if forDirection & kIODirectionPrepareNoFault:
-                    self._require_resident(backing)
-                backing.pin()
-                self._wired_by = os.getpid()
+            if fresh and backing.purgeable:
+                backing.purgeable.hold()
             try:
+                if fresh:
+                    if forDirection & kIODirectionPrepareNoFault:
+                        self._require_resident(backing)
+                    backing.pin()
+                    self._wired_by = os.getpid()
                 if forDirection & kIODirectionPrepareToPhys32:
                     _require_low(self._runs(backing))
             except BaseException:
                 if fresh:
-                    backing.unpin()
+                    self._unwire(backing)
                 raise
             self._prepared += 1
 
@@ -155,7 +160,13 @@ class IOMemoryDescriptor:
                 raise IOReturnError(IOReturn.kIOReturnNotReady, f"{self!r} is not prepared: nothing to complete")
             self._prepared -= 1
             if not self._prepared and not self._pinned_for_good:
-                backing.unpin()
+                self._unwire(backing)
+
+    @staticmethod
+    def _unwire(backing: Backing) -> None:
+        backing.unpin()
+        if backing.purgeable:
+            backing.purgeable.let_go()
 
     def getPhysicalAddress(self) -> int:
         """Return the physical address of the first byte. Raises as `segments`."""
@@ -237,9 +248,11 @@ class IOMemoryDescriptor:
             )
 
     def getPageCounts(self) -> tuple[int, int]:
-        """Return how many pages are resident, and how many of those are dirty (written to), as pagemap says."""
-        backing = self._memory()
-        return pagemap.resident_and_dirty(backing.task, backing.address, backing.size)
+        """Return how many pages are resident, and how many of those are dirty, as the kernel says.
+
+        Dirty: written to, and not lazily freed since. All of a shared object is dirty, for it has no file.
+        """
+        return self._memory().page_counts()
 
     def free(self) -> None:
         """Give the memory back; the descriptor cannot be used afterwards. Idempotent, and so is leaving `with`.
@@ -261,6 +274,12 @@ class IOMemoryDescriptor:
 
     def _lock(self) -> threading.RLock:
         return self._locks.here()
+
+    def _before_write(self, backing: Backing, offset: int, length: int) -> None:
+        if backing.purgeable:
+            with self._lock():
+                self._memory()  # again: another thread may have freed it
+                backing.purgeable.before_write(offset, length)
 
     def _close(self) -> None:
         if self._backing is None:  # another thread was faster

@@ -14,6 +14,9 @@ from iobmd.units import format_size
 ASK_FROM = 64 << 20
 """Bytes from which it is worth asking; the answer takes up to 0.5 ms, a tenth of what filling them does."""
 
+SPARE = 16
+"""The part of memory, or of a limit, that is to stay free: one in so many."""
+
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -29,7 +32,7 @@ def require(size: int, *, swappable: bool) -> None:
     except OSError:  # no descriptor is free, or /proc is not there
         return
     host = memory["MemAvailable"] + (memory["SwapFree"] if swappable else 0)
-    for available, whose in ((host, "this host"), *_cgroup_headrooms(swappable)):
+    for available, _limit, whose in ((host, 0, "this host"), *_cgroup_headrooms(swappable)):
         if size > available:
             message = (
                 f"{format_size(size)} do not fit into the {format_size(max(available, 0))} of memory that "
@@ -38,8 +41,21 @@ def require(size: int, *, swappable: bool) -> None:
             raise IOReturnError(IOReturn.kIOReturnNoMemory, message)
 
 
-def _cgroup_headrooms(swappable: bool) -> list[tuple[int, str]]:
-    """Return what each memory cgroup around this process has left, where it has a limit."""
+def shortage() -> int:
+    """Return how many bytes are missing for a sixteenth to be left, of the host's memory and of each cgroup's limit.
+
+    0 when that much is left. Swap does not count: it is what running short leads to.
+    """
+    try:
+        memory = procfs.meminfo()
+    except OSError:
+        return 0
+    places = ((memory["MemAvailable"], memory["MemTotal"], ""), *_cgroup_headrooms(swappable=False))
+    return max(0, *(limit // SPARE - available for available, limit, _whose in places))
+
+
+def _cgroup_headrooms(swappable: bool) -> list[tuple[int, int, str]]:
+    """Return what each memory cgroup around this process has left of its limit, where it has one."""
     found = []
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
@@ -55,28 +71,28 @@ def _cgroup_headrooms(swappable: bool) -> list[tuple[int, str]]:
             if not place.is_relative_to(root):
                 break
             headroom = _headroom_v1(place) if controllers else _headroom_v2(place, swappable)
-            if headroom is not None:
-                found.append((headroom, f"the memory cgroup {place}"))
+            if headroom:
+                found.append((*headroom, f"the memory cgroup {place}"))
     return found
 
 
-def _headroom_v1(group: Path) -> int | None:
+def _headroom_v1(group: Path) -> tuple[int, int] | None:
     try:
         limit = int((group / "memory.limit_in_bytes").read_text())
         usage = int((group / "memory.usage_in_bytes").read_text())
-        return limit - usage + _reclaimable(group, "total_")
+        return limit - usage + _reclaimable(group, "total_"), limit
     except (OSError, ValueError):
         return None
 
 
-def _headroom_v2(group: Path, swappable: bool) -> int | None:
+def _headroom_v2(group: Path, swappable: bool) -> tuple[int, int] | None:
     try:
         limit = int((group / "memory.max").read_text())  # "max" is no limit: ValueError
         usage = int((group / "memory.current").read_text())
         swap = (group / "memory.swap.max").read_text().strip() if swappable else "0"
     except (OSError, ValueError):
         return None
-    return limit - usage + _reclaimable(group) + (limit if swap == "max" else int(swap))
+    return limit - usage + _reclaimable(group) + (limit if swap == "max" else int(swap)), limit
 
 
 def _reclaimable(group: Path, prefix: str = "") -> int:

@@ -1,42 +1,49 @@
-"""What belongs to one process and not to a child forked from it: its open pagemap, and locks.
+"""What belongs to one process and not to a child forked from it: its pagemap, its userfaultfd, and locks.
 
-A descriptor of /proc/self/pagemap goes on naming the parent's memory after a fork, and a lock may have been held by a
-thread that the child does not have.
+These descriptors go on naming the parent's memory after a fork, and a lock may have been held by a thread that the
+child does not have.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+from typing import TYPE_CHECKING
 
 from iobmd import refusals
+from iobmd._native import lazyfree
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-class _Pagemap:
-    """The open pagemap of this process, -1 before it is first asked for."""
 
-    def __init__(self) -> None:
-        self.fd = -1
+class _Kept:
+    """A descriptor that is opened when it is first asked for, and then kept."""
+
+    def __init__(self, opener: Callable[[], int]) -> None:
+        self._opener = opener
+        self._fd = -1
+        os.register_at_fork(after_in_child=self._forget)
 
     def open(self) -> int:
-        if self.fd < 0:
-            opened = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-            if self.fd < 0:
-                self.fd = opened
+        if self._fd < 0:
+            opened = self._opener()
+            if self._fd < 0:
+                self._fd = opened
             else:  # another thread was faster
                 os.close(opened)
-        return self.fd
+        return self._fd
 
-    def forget(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-        self.fd = -1
+    def _forget(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
 
 
-_pagemap = _Pagemap()
-os.register_at_fork(after_in_child=_pagemap.forget)
+_pagemap = _Kept(lambda: os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC))
+_tracker = _Kept(lazyfree.track)
 
 
 def pagemap() -> int:
@@ -59,6 +66,22 @@ def pagemap() -> int:
         raise refusals.own(error, "cannot read /proc/self/pagemap") from None
 
 
+def track_writes(address: int, size: int) -> int:
+    """Track the writes to a range of this process, whole pages, from when PAGEMAP_SCAN protects them.
+
+    Returns
+    -------
+    int
+        The userfaultfd that does so; -1 where none can be had (before Linux 6.7, behind a seccomp filter).
+    """
+    try:
+        tracker = _tracker.open()
+        lazyfree.register(tracker, address, size)
+    except OSError:
+        return -1
+    return tracker
+
+
 class Locks:
     """A reentrant lock that is another one in each process."""
 
@@ -69,4 +92,5 @@ class Locks:
 
     def here(self) -> threading.RLock:
         """Return this process's."""
-        return self._by_pid.setdefault(os.getpid(), threading.RLock())
+        pid = os.getpid()
+        return self._by_pid.get(pid) or self._by_pid.setdefault(pid, threading.RLock())

@@ -10,7 +10,7 @@ import errno
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import procfs, refusals
+from iobmd import own, procfs, refusals
 from iobmd._native import pagemap as native
 from iobmd._native import runs as native_runs
 from iobmd.constants import IOReturn
@@ -119,10 +119,35 @@ def resident_and_dirty(task: Task, address: int, size: int) -> tuple[int, int]:
     return resident.present, sum(end - start for start, end in written) // PAGE_SIZE
 
 
+def own_ranges(address: int, size: int, *, protect: bool) -> list[tuple[int, int]]:
+    """Return the ranges of this process's memory, whole pages, that are resident and were ever written to.
+
+    With `protect` the writes to them are tracked from the same moment on, where `own.track_writes` was asked to
+    (PAGEMAP_SCAN, Linux 6.7).
+    """
+    try:
+        found = native.scan(
+            own.pagemap(), address, address + size, native.PAGE_IS_PRESENT, native.PAGE_IS_PFNZERO, protect
+        )
+    except OSError as error:
+        if isinstance(error, IOReturnError) or protect:
+            raise
+        # Before Linux 6.7: the zero page counts as mapped by many, a page of one's own does not.
+        written = (page.address for page in pages(kernel_task, address, size) if page.present and page.exclusive)
+        found = [(start, start + PAGE_SIZE) for start in written]
+    joined = found[:1]
+    for start, end in found[1:]:
+        if joined[-1][1] == start:
+            joined[-1] = joined[-1][0], end
+        else:
+            joined.append((start, end))
+    return joined
+
+
 def huge_bytes(address: int, size: int) -> int:
     """Count the bytes of a range of this process that huge pages map; needs no privilege.
 
-    By PAGEMAP_SCAN (Linux 6.7); before that by smaps, as far as it tells for sure.
+    By PAGEMAP_SCAN (Linux 6.7); before that by `certain_bytes`.
     """
     end = address + size
     try:
@@ -132,13 +157,21 @@ def huge_bytes(address: int, size: int) -> int:
     except NoResourcesError:
         raise
     except OSError:
-        certain = 0
-        for area, counters in procfs.smaps():
-            inside = min(area.end, end) - max(area.start, address)
-            if inside > 0:
-                outside = area.end - area.start - inside
-                certain += max(0, counters["AnonHugePages"] + counters.get("Private_Hugetlb", 0) - outside)
-        return certain
+        return certain_bytes(address, size, "AnonHugePages", "Private_Hugetlb")
+
+
+def certain_bytes(address: int, size: int, *counters: str) -> int:
+    """Count the bytes of a range of this process by counters of smaps, as far as those tell for sure.
+
+    They count whole areas; what may lie outside of the range does not count.
+    """
+    certain, end = 0, address + size
+    for area, found in procfs.smaps():
+        inside = min(area.end, end) - max(area.start, address)
+        if inside > 0:
+            outside = area.end - area.start - inside
+            certain += max(0, sum(found.get(name, 0) for name in counters) - outside)
+    return certain
 
 
 def is_huge(address: int, size: int) -> bool:

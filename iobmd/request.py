@@ -19,13 +19,12 @@ CACHE_MASK = 0xF00
 
 _PAGEABLE = int(IOOptionBits.kIOMemoryPageable)
 _PURGEABLE = int(IOOptionBits.kIOMemoryPurgeable)
+_SHARED = int(IOOptionBits.kIOMemoryKernelUserShared)
 _KNOWN = CACHE_MASK | sum({int(option) for option in IOOptionBits})
 
 _CONTIGUOUS = int(IOOptionBits.kIOMemoryPhysicallyContiguous | IOOptionBits.kIOMemoryHostPhysicallyContiguous)
 
 _NOT_YET = {
-    _PURGEABLE: "purgeable memory",
-    int(IOOptionBits.kIOMemoryKernelUserShared): "memory shared between tasks",
     int(IOOptionBits.kIOMemoryClearEncrypt): "encrypted memory",
     int(IOOptionBits.kIOMemoryUseReserve): "the reserve",
     CACHE_MASK & ~int(IOOptionBits.kIOMemoryMapperNone): "a cache mode",
@@ -47,6 +46,16 @@ class Request(NamedTuple):
     def wired(self) -> bool:
         """Whether the memory stays resident."""
         return not self.options & _PAGEABLE
+
+    @property
+    def purgeable(self) -> bool:
+        """Whether the system may take it while it is volatile."""
+        return bool(self.options & _PURGEABLE)
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes may map it."""
+        return bool(self.options & _SHARED)
 
 
 def check(
@@ -73,6 +82,8 @@ def check(
     if options & _PAGEABLE and (want or contiguous):
         what = want or Want(capacity, contiguous)
         raise _bad(f"pageable memory moves, and cannot be {what}: leave kIOMemoryPageable out")
+    if options & _SHARED and (want or contiguous):
+        raise unsupported("contiguous or masked memory that is shared between tasks")
     _check_task(task)
     return Request(options, capacity, want, contiguous)
 

@@ -40,10 +40,11 @@ def make_resident(address: int, size: int, *, populate: bool = True) -> None:
     try:
         (memory.lock if populate else memory.lock_on_fault)(address, size)
     except OSError as error:
-        raise _cannot_lock(size, error) from None
+        raise cannot_lock(size, error) from None
 
 
-def _cannot_lock(size: int, error: OSError) -> IOReturnError:
+def cannot_lock(size: int, error: OSError) -> IOReturnError:
+    """Return the error for an mlock of `size` bytes that failed: which limit, its value, and how to raise it."""
     limit = host.memlock_limit()
     locked = procfs.locked_bytes()
     if limit is not None and (error.errno == errno.EPERM or locked + size > limit):

@@ -3,6 +3,7 @@
 import gc
 import os
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -46,8 +47,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def what_the_library_keeps() -> None:
-    """Have the one ring and the one open pagemap of the process made, which are kept: no test leaks them."""
+    """Have the ring, the open pagemap and the userfaultfd of the process made, which are kept: no test leaks them."""
     iobmd.allocate(1).free()
+    iobmd.allocate(1, wired=False, purgeable=True).free()
 
 
 @pytest.fixture(scope="session")
@@ -69,16 +71,24 @@ def start_zoo(zoo_program: Path) -> Iterator[Callable[..., zoo.Zoo]]:
         one.__exit__()
 
 
+def settle() -> None:
+    """Let go what is garbage, and wait for the purger's thread: it ends when nothing shared is volatile any more."""
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name == "iobmd-purger":
+            thread.join(10)
+
+
 @pytest.fixture
 def nothing_left() -> Iterator[None]:
     """Fail the test when it leaves mappings, descriptors or locked memory behind.
 
     Asked for by `usefixtures`, for then it is set up before, and looks after, what the test's own fixtures start.
     """
-    gc.collect()
+    settle()
     before = Footprint.now()
     yield
-    gc.collect()
+    settle()
     after = Footprint.now()
     assert after.descriptors == before.descriptors
     assert after.locked == before.locked

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
     from iobmd._native.mapping import Mapping
     from iobmd._native.runs import RunTable
+    from iobmd.purgeable import Purgeable
     from iobmd.task import Task
     from iobmd.wiring import Wiring
 
@@ -22,6 +23,9 @@ class Backing(Protocol):
     """The memory as it is mapped in this process."""
     runs: RunTable | None
     """Where it lies while it is pinned; None where the kernel hides that."""
+
+    purgeable: Purgeable | None
+    """What takes it and keeps it, when it was made purgeable."""
 
     @property
     def wiring(self) -> Wiring:
@@ -40,6 +44,9 @@ class Backing(Protocol):
     @property
     def size(self) -> int:
         """Bytes mapped, whole pages."""
+
+    def page_counts(self) -> tuple[int, int]:
+        """Return how many pages are resident, and how many of those are dirty."""
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset` on."""

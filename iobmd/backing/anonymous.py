@@ -13,6 +13,7 @@ from iobmd.constants import IOReturn
 from iobmd.contiguous import Want
 from iobmd.errors import CannotWireError, IOReturnError
 from iobmd.populate import populate
+from iobmd.purgeable.private import LazilyFreed
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_up
 from iobmd.wiring import make_resident
 
@@ -32,6 +33,8 @@ class AnonymousBacking(MappedBacking):
         Bytes; rounded up to whole pages.
     wired : bool
         Keep it resident (mlock), and pinned where the kernel lets us.
+    purgeable : bool
+        The kernel may take it while it is volatile.
     want : Want, optional
         What is asked of the physical addresses; then it has to be pinned.
     source : tuple of (Task, int), optional
@@ -45,6 +48,7 @@ class AnonymousBacking(MappedBacking):
         size: int,
         *,
         wired: bool,
+        purgeable: bool = False,
         want: Want | None = None,
         source: tuple[Task, int] | None = None,
         progress: Progress | None = None,
@@ -55,6 +59,8 @@ class AnonymousBacking(MappedBacking):
         for _attempt in range(_TRIES):
             self.mapping = self._obtain(size, want)
             try:
+                if purgeable:
+                    self.purgeable = LazilyFreed(self.address, self.size)
                 self._fill(size, source, progress, populated=want is not None)
                 if not wired or self._wire(size, want, source):
                     return
@@ -81,7 +87,7 @@ class AnonymousBacking(MappedBacking):
         self, size: int, source: tuple[Task, int] | None, progress: Progress | None, *, populated: bool
     ) -> None:
         huge = HUGE_PAGE_SIZE if self.size >= HUGE_PAGE_SIZE and not populated else 0
-        if huge and (self._wired or source):
+        if huge and (self._wired or source or self.purgeable):
             with contextlib.suppress(OSError):  # a kernel without transparent huge pages: slower, nothing else
                 memory.advise(self.address, self.size, memory.MADV_HUGEPAGE)
         if self._wired:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iobmd import pinning
+from iobmd import pagemap, pinning
 from iobmd.task import kernel_task
+from iobmd.units import PAGE_SIZE
 from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from iobmd._native.mapping import Mapping
     from iobmd._native.runs import RunTable
+    from iobmd.purgeable import Purgeable
 
 
 class MappedBacking:
@@ -23,6 +25,7 @@ class MappedBacking:
     def __init__(self, *, wired: bool) -> None:
         self.task = kernel_task
         self.runs: RunTable | None = None
+        self.purgeable: Purgeable | None = None
         self._wired = wired
         self._pin: pinning.Pin | None = None
         self._immovable = False  # hugetlb pages, which stay where they are without a pin
@@ -60,6 +63,12 @@ class MappedBacking:
     def size(self) -> int:
         """Bytes mapped, whole pages."""
         return self.mapping.size
+
+    def page_counts(self) -> tuple[int, int]:
+        """Count the pages that are resident, and those of them that were written to and not lazily freed since."""
+        resident, written = pagemap.resident_and_dirty(self.task, self.address, self.size)
+        lazily_freed = self.purgeable.lazily_freed() if self.purgeable else 0
+        return resident, written - lazily_freed // PAGE_SIZE
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset` on."""

@@ -74,14 +74,19 @@ def system_pressure() -> PressureFile | None:
     return _psi(PSI_MEMORY)
 
 
-def cgroup_pressure() -> PressureFile | None:
-    """Return the pressure file of our own cgroup: v2 memory.pressure or v1 memory.pressure_level, or None."""
+def cgroup_pressures() -> list[PressureFile]:
+    """Return the pressure files of our own cgroup: v2 memory.pressure, v1 memory.pressure_level, or both."""
     unified, legacy = _own_cgroup("cgroup2"), _own_cgroup("cgroup")
     found = [
         _psi(unified / "memory.pressure") if unified else None,
         _pressure_level(legacy / "memory.pressure_level") if legacy else None,
     ]
-    files = [file for file in found if file]
+    return [file for file in found if file]
+
+
+def cgroup_pressure() -> PressureFile | None:
+    """Return the one of `cgroup_pressures` that notifies, or the first, or None."""
+    files = cgroup_pressures()
     return next((file for file in files if file.notifies), files[0] if files else None)
 
 

@@ -274,8 +274,8 @@ def test_bad_arguments(options: int, capacity: int, alignment: int, mask: int) -
 @pytest.mark.parametrize(
     "keywords",
     [
-        {"purgeable": True, "wired": False},
-        {"shared": True},
+        {"shared": True, "contiguous": True},
+        {"shared": True, "physical_mask": 0xFFFFFFFF},
         {"cache": "inhibit"},
         {"cache": "writecombine"},
         {"task": None},

@@ -1,5 +1,6 @@
 """Running a piece of a test in a forked child: as another user, under a limit, behind a seccomp filter."""
 
+import contextlib
 import ctypes
 import os
 import pickle
@@ -7,21 +8,21 @@ import resource
 import signal
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 NOBODY = 65534
 CAP_IPC_LOCK = 1 << 14
-PR_SET_DUMPABLE = 4
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
 SYSCALLS = {
     "x86_64": {
         "ioctl": 16, "pread64": 17, "mlock": 149, "process_vm_readv": 310, "process_vm_writev": 311,
-        "io_uring_setup": 425, "io_uring_register": 427, "pidfd_open": 434,
+        "userfaultfd": 323, "io_uring_setup": 425, "io_uring_register": 427, "pidfd_open": 434,
     },
     "aarch64": {
         "ioctl": 29, "pread64": 67, "mlock": 228, "process_vm_readv": 270, "process_vm_writev": 271,
-        "io_uring_setup": 425, "io_uring_register": 427, "pidfd_open": 434,
+        "userfaultfd": 282, "io_uring_setup": 425, "io_uring_register": 427, "pidfd_open": 434,
     },
 }[os.uname().machine]  # fmt: skip
 
@@ -108,3 +109,22 @@ def deny_calls(deny: dict[str, int]) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
     assert libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0) == 0, os.strerror(ctypes.get_errno())
+
+
+@contextlib.contextmanager
+def forked(body: Callable[[], object]) -> Iterator[int]:
+    """Run `body` over and over in a forked child, which ends with the `with` or with this process; gives its pid."""
+    if not (pid := os.fork()):
+        try:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            while True:
+                body()
+        finally:
+            os._exit(1)
+    try:
+        yield pid
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the child ended, or was killed"
+    finally:
+        with contextlib.suppress(OSError):  # it ended before, and was waited for
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)

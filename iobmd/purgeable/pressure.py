@@ -1,0 +1,96 @@
+"""Watching the kernel's pressure files: whether memory runs short."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import time
+from typing import TYPE_CHECKING, Self
+
+from iobmd import headroom, host
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_TOTAL = re.compile(r"some .*total=(\d+)")
+_STALLED = 0.075  # the part of the time that somebody waits for memory; the kernel's own triggers see it 2 s later
+_LEVEL = "medium"  # "low" tells of every reclaim, that of old page cache too
+
+
+class Watch:
+    """What tells of pressure here, until the end of `with`: as root, as an ordinary user, with cgroup v1 or v2.
+
+    PSI (Linux 4.20) says how long tasks waited for memory, and anybody may read it. cgroup v1 wakes us at a level of
+    pressure and when its limit comes near, if we may register for that.
+    """
+
+    def __init__(self) -> None:
+        self._poll = select.poll()
+        self._events: dict[int, bool] = {}  # eventfds; whether each says by itself that memory is short
+        self._held: list[int] = []
+        groups = host.cgroup_pressures()
+        files = [file.path for file in (host.system_pressure(), *groups) if file]
+        self._waits = {path: _Waits(path) for path in files if path.name != "memory.pressure_level"}
+        for file in groups:
+            if file.path not in self._waits and file.notifies:
+                with contextlib.suppress(OSError):
+                    self._register(file.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every descriptor; idempotent."""
+        while self._held:
+            os.close(self._held.pop())
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long at the most; returns whether there was pressure meanwhile."""
+        pressed = False
+        for fd, _event in self._poll.poll(seconds * 1000):
+            os.eventfd_read(fd)
+            pressed |= self._events[fd]
+        many = [waits.many() for waits in self._waits.values()]  # each is to be asked
+        return pressed or any(many)
+
+    def _register(self, level: Path) -> None:
+        """Have cgroup v1 tell of pressure, and of less than a sixteenth left (admin-guide/cgroup-v1/memory.rst)."""
+        limit = int((level.parent / "memory.limit_in_bytes").read_text())
+        near = limit - limit // headroom.SPARE
+        for file, argument, says in ((level, _LEVEL, True), (level.parent / "memory.usage_in_bytes", near, False)):
+            event = self._hold(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            watched = self._hold(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+            (level.parent / "cgroup.event_control").write_text(f"{event} {watched} {argument}")
+            self._events[event] = says
+            self._poll.register(event, select.POLLIN)
+
+    def _hold(self, fd: int) -> int:
+        self._held.append(fd)
+        return fd
+
+
+class _Waits:
+    """The time that tasks waited for memory, by a PSI file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._before = self._read()
+
+    def _read(self) -> tuple[float, float]:
+        """Return the seconds waited so far, and now; nothing where the file went away, with its cgroup."""
+        with contextlib.suppress(OSError):
+            if found := _TOTAL.match(self._path.read_text()):
+                return int(found[1]) / 1e6, time.monotonic()
+        return 0.0, time.monotonic()
+
+    def many(self) -> bool:
+        """Say whether tasks waited for much of the time since it was last asked."""
+        waited, now = self._read()
+        before, then = self._before
+        self._before = waited, now
+        return waited - before > (now - then) * _STALLED

@@ -1,0 +1,708 @@
+"""Purgeable private memory: states as IOKit has them, and the truth about what the kernel took."""
+
+import ctypes
+import errno
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support import kernel
+from support.child import NOBODY, in_child
+from support.purging import (
+    DENIALS,
+    EMPTY,
+    KEEP_CURRENT,
+    LIFO,
+    NON_VOLATILE,
+    OBSOLETE,
+    VOLATILE,
+    page_out,
+    purgeable,
+    reads_zero,
+    take,
+)
+from support.requirements import may_lock
+
+import iobmd
+from iobmd import IOBufferMemoryDescriptor as Buffer
+from iobmd import IOPurgeable, IOReturn, IOReturnError
+from iobmd._native import memory
+
+MIB = 1 << 20
+PAGES = pytest.mark.parametrize("huge", [False, True], ids=["4 KiB", "THP"])
+WAYS = pytest.mark.parametrize("deny", DENIALS.values(), ids=DENIALS)
+
+
+def code_of(action: Callable[[], object]) -> IOReturn:
+    with pytest.raises(IOReturnError) as caught:
+        action()
+    return caught.value.code
+
+
+# --- states
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
+def test_every_transition(shared: bool) -> None:
+    """Each of the three states, moved to each of the four words: the old state, the next one, and the bytes."""
+    reach = {NON_VOLATILE: [NON_VOLATILE], VOLATILE: [NON_VOLATILE, VOLATILE], EMPTY: [EMPTY]}
+    for before, way in reach.items():
+        for word in (KEEP_CURRENT, NON_VOLATILE, VOLATILE, EMPTY):
+            buffer, data = purgeable(5 * kernel.PAGE + 7, shared=shared)
+            with buffer:
+                for step in way:
+                    buffer.setPurgeable(step)
+                assert buffer.setPurgeable(word) is before
+                # Empty memory with nothing in it has nothing to become volatile; it stays Empty (as in XNU).
+                stays = word is KEEP_CURRENT or (before is EMPTY and word is VOLATILE)
+                assert buffer.setPurgeable(KEEP_CURRENT) is (before if stays else word)
+                buffer.setPurgeable(NON_VOLATILE)
+                lost = before is EMPTY or word is EMPTY
+                assert bytes(buffer) == (bytes(len(data)) if lost else data)
+
+
+def test_old_state_is_a_plain_state() -> None:
+    buffer, data = purgeable(kernel.PAGE)
+    with buffer:
+        assert buffer.setPurgeable(VOLATILE | LIFO | IOPurgeable.kIOMemoryPurgeableVolatileGroup3) is NON_VOLATILE
+        assert buffer.setPurgeable(VOLATILE) is VOLATILE
+        assert buffer.setPurgeable(int(NON_VOLATILE)) is VOLATILE
+        assert bytes(buffer) == data
+
+
+@pytest.mark.parametrize("word", [0, 5, 15, 2 | 0x80, 3 | 0x800, 3 | 0x10, 1 << 16, -1])
+def test_bad_states(word: int) -> None:
+    buffer, data = purgeable(kernel.PAGE)
+    with buffer:
+        assert code_of(lambda: buffer.setPurgeable(word)) == IOReturn.kIOReturnBadArgument
+        assert buffer.setPurgeable(KEEP_CURRENT) is NON_VOLATILE
+        assert bytes(buffer) == data
+
+
+def test_only_what_was_made_purgeable() -> None:
+    with iobmd.allocate(4096, wired=False) as pageable, iobmd.allocate(4096) as wired:
+        for buffer in (pageable, wired):
+            assert code_of(lambda: buffer.setPurgeable(KEEP_CURRENT)) == IOReturn.kIOReturnUnsupported  # noqa: B023
+            assert buffer.lazily_freed == 0
+    assert code_of(lambda: iobmd.allocate(4096, purgeable=True)) == IOReturn.kIOReturnBadArgument
+    options = iobmd.kIOMemoryPageable | iobmd.kIOMemoryPurgeable
+    with Buffer.withOptions(options, 100) as buffer:
+        assert buffer.setPurgeable(KEEP_CURRENT) is NON_VOLATILE
+    with pytest.raises(ValueError, match="released"):
+        buffer.setPurgeable(KEEP_CURRENT)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_obsolete_drops_at_once() -> None:
+    buffer, _ = purgeable(4 * MIB)
+    with buffer:
+        assert kernel.present(buffer.getBytesNoCopy(), 4 * MIB) == 1024
+        assert buffer.setPurgeable(VOLATILE | OBSOLETE) is NON_VOLATILE
+        assert kernel.present(buffer.getBytesNoCopy(), 4 * MIB) == 0
+        assert buffer.setPurgeable(NON_VOLATILE) is EMPTY
+
+
+def test_empty_memory_that_is_filled_again_can_be_volatile() -> None:
+    buffer, _ = purgeable(4 * kernel.PAGE)
+    with buffer:
+        buffer.setPurgeable(EMPTY)
+        buffer.writeBytes(0, b"new")
+        assert buffer.setPurgeable(VOLATILE) is EMPTY
+        assert buffer.setPurgeable(NON_VOLATILE) is VOLATILE
+        assert buffer.readBytes(0, 4) == b"new\0"
+
+
+# --- the truth
+
+
+@PAGES
+@WAYS
+@pytest.mark.parametrize("lost", ["none", "first", "one", "half", "last", "all"])
+def test_loss_is_told(lost: str, deny: dict[str, int], huge: bool) -> None:
+    size = 4 * MIB + 5 * kernel.PAGE
+    spans = {
+        "none": (0, 0),
+        "first": (0, kernel.PAGE),
+        "one": (2 * MIB + 3 * kernel.PAGE, kernel.PAGE),
+        "half": (0, 2 * MIB),
+        "last": (size - kernel.PAGE, kernel.PAGE),
+        "all": (0, size),
+    }
+
+    def look() -> tuple[list[IOPurgeable], bool, int, int]:
+        buffer, data = purgeable(size, huge=huge)
+        with buffer:
+            address = buffer.getBytesNoCopy()
+            assert kernel.smaps(address)["AnonHugePages"] == (4 * MIB if huge else 0)
+            buffer.setPurgeable(VOLATILE)
+            offset, length = spans[lost]
+            if length:
+                take(buffer, offset, length)
+            there = kernel.present(address, size)
+            states = [buffer.setPurgeable(KEEP_CURRENT)]
+            if states == [EMPTY]:
+                assert reads_zero(buffer), "all or nothing"
+            states += [buffer.setPurgeable(NON_VOLATILE), buffer.setPurgeable(KEEP_CURRENT)]
+            intact = bytes(buffer) == data
+            assert intact or reads_zero(buffer)
+            return states, intact, there, kernel.status("VmLck")
+
+    states, intact, there, locked = in_child(look, deny=deny)
+    assert (there < size // kernel.PAGE) == (lost != "none"), "the kernel did not take what it was asked to"
+    expected = VOLATILE if lost == "none" else EMPTY
+    assert states == [expected, expected, NON_VOLATILE]
+    assert intact == (lost == "none")
+    assert locked == 0
+
+
+@PAGES
+@WAYS
+def test_readers_do_not_hide_a_loss(deny: dict[str, int], huge: bool) -> None:
+    """Reading a lost page maps the zero page, which mincore takes for resident."""
+
+    def look() -> tuple[bytes, IOPurgeable]:
+        buffer, _ = purgeable(4 * MIB, huge=huge)
+        with buffer, memoryview(buffer) as view:
+            buffer.setPurgeable(VOLATILE)
+            take(buffer, 2 * MIB, 2 * MIB)
+            seen = bytes(view[2 * MIB :])
+            assert 0 not in memory.incore(buffer.getBytesNoCopy(), 1024, kernel.PAGE), "the trap is not there"
+            return seen, buffer.setPurgeable(NON_VOLATILE)
+
+    assert in_child(look, deny=deny) == (bytes(2 * MIB), EMPTY)
+
+
+@PAGES
+@WAYS
+def test_stores_do_not_hide_a_loss(deny: dict[str, int], huge: bool) -> None:
+    """A store through a view to a lost page makes a fresh page: every page is there, and the old bytes are not."""
+
+    def look() -> IOPurgeable:
+        buffer, _ = purgeable(4 * MIB, huge=huge)
+        with buffer:
+            with memoryview(buffer) as view:
+                buffer.setPurgeable(VOLATILE)
+                take(buffer, 2 * MIB, 2 * MIB)
+                view[2 * MIB :: kernel.PAGE] = b"x" * 512
+            assert kernel.present(buffer.getBytesNoCopy(), 4 * MIB) == 1024
+            state = buffer.setPurgeable(NON_VOLATILE)
+            assert reads_zero(buffer)
+            return state
+
+    assert in_child(look, deny=deny) is EMPTY
+
+
+@WAYS
+def test_writes_by_the_descriptor_while_volatile(deny: dict[str, int]) -> None:
+    def look() -> list[object]:
+        found: list[object] = []
+        buffer, data = purgeable(64 * kernel.PAGE)
+        with buffer:
+            buffer.setLength(20 * kernel.PAGE)
+            buffer.setPurgeable(VOLATILE)
+            buffer.writeBytes(3 * kernel.PAGE - 1, b"ab")
+            assert buffer.appendBytes(b"cd") == 2
+            found.append(buffer.setPurgeable(KEEP_CURRENT))
+            page_out(buffer, 0, 64 * kernel.PAGE)  # what was written to is safe, the rest goes
+            assert bytes(memoryview(buffer)[3 * kernel.PAGE - 1 : 3 * kernel.PAGE + 1]) == b"ab"
+            found.append(buffer.setPurgeable(NON_VOLATILE))
+            buffer.setLength(64 * kernel.PAGE)
+            assert not any(bytes(buffer))
+            buffer.writeBytes(0, data)
+            buffer.setPurgeable(VOLATILE)
+            buffer.writeBytes(kernel.PAGE, b"ef")
+            found.append(buffer.setPurgeable(NON_VOLATILE))
+            assert bytes(buffer) == data[: kernel.PAGE] + b"ef" + data[kernel.PAGE + 2 :]
+            buffer.setPurgeable(VOLATILE)
+            take(buffer, 5 * kernel.PAGE, kernel.PAGE)
+            buffer.writeBytes(5 * kernel.PAGE, b"new")  # to the very page that was lost
+            found.append(buffer.setPurgeable(NON_VOLATILE))
+            assert buffer.readBytes(5 * kernel.PAGE, 4) == b"new\0"
+            assert sum(map(bool, bytes(buffer))) == 3, "the rest was dropped"
+        return found
+
+    assert in_child(look, deny=deny) == [VOLATILE, EMPTY, VOLATILE, EMPTY]
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_volatile_again_frees_what_was_written_meanwhile() -> None:
+    buffer, data = purgeable(64 * kernel.PAGE)
+    with buffer:
+        buffer.setPurgeable(VOLATILE)
+        buffer.writeBytes(0, data[: 32 * kernel.PAGE])
+        assert buffer.lazily_freed == 32 * kernel.PAGE
+        assert buffer.setPurgeable(VOLATILE) is VOLATILE
+        assert buffer.lazily_freed == 64 * kernel.PAGE
+        assert buffer.setPurgeable(NON_VOLATILE) is VOLATILE
+        assert bytes(buffer) == data
+
+
+def test_untouched_pages_are_no_loss() -> None:
+    """A buffer that was never filled whole is intact when what was filled is."""
+    with iobmd.allocate(64 * kernel.PAGE, wired=False, purgeable=True) as buffer:
+        buffer.writeBytes(10 * kernel.PAGE, b"here")
+        buffer.readBytes(30 * kernel.PAGE, 10 * kernel.PAGE)  # maps the zero page
+        buffer.setPurgeable(VOLATILE)
+        assert buffer.lazily_freed == kernel.PAGE
+        assert buffer.setPurgeable(NON_VOLATILE) is VOLATILE
+        assert buffer.readBytes(10 * kernel.PAGE, 4) == b"here"
+        buffer.setPurgeable(VOLATILE)
+        take(buffer, 10 * kernel.PAGE, kernel.PAGE)
+        assert buffer.setPurgeable(NON_VOLATILE) is EMPTY
+
+
+@pytest.mark.needs("swap")
+@pytest.mark.usefixtures("swap")
+@WAYS
+def test_swapped_pages_stay_in_swap(deny: dict[str, int]) -> None:
+    """MADV_FREE throws swapped pages away: it is not called on them."""
+
+    def look() -> tuple[int, int, list[IOPurgeable]]:
+        buffer, data = purgeable(8 * MIB, huge=False)
+        with buffer:
+            address = buffer.getBytesNoCopy()
+            page_out(buffer, 0, 2 * MIB)
+            swapped = kernel.swapped(address, 8 * MIB)
+            buffer.setPurgeable(VOLATILE)
+            still = kernel.swapped(address, 8 * MIB)
+            states = [buffer.setPurgeable(NON_VOLATILE)]
+            assert bytes(buffer) == data
+            buffer.setPurgeable(VOLATILE)
+            page_out(buffer, 4 * MIB, MIB)
+            assert kernel.swapped(address + 4 * MIB, MIB) < 64, "lazily freed pages are discarded, not swapped"
+            states.append(buffer.setPurgeable(NON_VOLATILE))
+            assert reads_zero(buffer)
+            return swapped, still, states
+
+    swapped, still, states = in_child(look, deny=deny)
+    assert swapped > 400
+    assert still == swapped
+    assert states == [VOLATILE, EMPTY]
+
+
+@pytest.mark.needs("swap")
+@pytest.mark.usefixtures("swap")
+def test_nothing_is_lost_after_the_move_back() -> None:
+    """What is non-volatile is swapped like any memory, and comes back."""
+    buffer, data = purgeable(8 * MIB, huge=False)
+    with buffer:
+        buffer.setPurgeable(VOLATILE)
+        assert buffer.setPurgeable(NON_VOLATILE) is VOLATILE
+        for _ in range(2):  # the first time reclaim only learns that the pages are worth swapping again
+            page_out(buffer, 0, 8 * MIB)
+        assert kernel.swapped(buffer.getBytesNoCopy(), 8 * MIB) > 1000
+        assert bytes(buffer) == data
+
+
+# --- counts
+
+
+@PAGES
+def test_page_counts_of_lazily_freed_memory(huge: bool) -> None:
+    size = 4 * MIB
+    buffer, _ = purgeable(size, huge=huge)
+    with buffer:
+        address, before = buffer.getBytesNoCopy(), kernel.status("VmRSS")
+        assert buffer.getPageCounts() == (1024, 1024)
+        assert buffer.lazily_freed == 0
+        buffer.setPurgeable(VOLATILE)
+        assert buffer.getPageCounts() == (1024, 0)
+        assert buffer.lazily_freed == size
+        # The kernel counts pages that wait in a per-CPU batch a moment later.
+        assert size - kernel.smaps(address)["LazyFree"] < 128 * kernel.PAGE
+        assert abs(kernel.status("VmRSS") - before) < MIB, "they count as resident still"
+        with memoryview(buffer) as view:
+            view[0] = 1
+        assert buffer.getPageCounts() in ((1024, 1), (1024, 512 if huge else 1))
+        buffer.setPurgeable(NON_VOLATILE)
+
+
+@pytest.mark.parametrize("deny", list(DENIALS.values())[1:], ids=list(DENIALS)[1:])
+def test_page_counts_without_tracking(deny: dict[str, int]) -> None:
+    def look() -> tuple[tuple[int, int], int]:
+        buffer, _ = purgeable(4 * MIB, huge=False)
+        with buffer:
+            buffer.setPurgeable(VOLATILE)
+            return buffer.getPageCounts(), buffer.lazily_freed
+
+    (resident, dirty), lazily_freed = in_child(look, deny=deny)
+    assert resident == 1024
+    assert dirty == 1024 - lazily_freed // kernel.PAGE < 128
+
+
+# --- wiring
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
+def test_prepared_memory_is_not_volatile(shared: bool) -> None:
+    buffer, data = purgeable(16 * kernel.PAGE, shared=shared)
+    with buffer:
+        buffer.prepare()
+        buffer.prepare()
+        for word in (VOLATILE, EMPTY, VOLATILE | OBSOLETE):
+            assert code_of(lambda: buffer.setPurgeable(word)) == IOReturn.kIOReturnBusy  # noqa: B023
+        assert buffer.setPurgeable(NON_VOLATILE) is NON_VOLATILE
+        buffer.complete()
+        assert code_of(lambda: buffer.setPurgeable(VOLATILE)) == IOReturn.kIOReturnBusy
+        buffer.complete()
+        assert buffer.setPurgeable(VOLATILE) is NON_VOLATILE
+        assert code_of(buffer.prepare) == IOReturn.kIOReturnNotReady
+        assert kernel.status("VmPin") == 0
+        assert buffer.setPurgeable(NON_VOLATILE) is VOLATILE
+        buffer.prepare()
+        buffer.complete()
+        assert bytes(buffer) == data
+
+
+# --- limits
+
+
+@PAGES
+@pytest.mark.parametrize("limit", [kernel.PAGE, 64 << 10])
+@WAYS
+def test_with_little_to_lock(limit: int, deny: dict[str, int], huge: bool) -> None:
+    def look() -> tuple[list[IOPurgeable], int]:
+        # smaps is read once a window without tracking: fewer windows then
+        size = (4 * MIB if not deny else 2 * MIB) if limit > kernel.PAGE else 64 * kernel.PAGE
+        buffer, data = purgeable(size, huge=huge)
+        with buffer:
+            buffer.setPurgeable(VOLATILE)
+            states = [buffer.setPurgeable(NON_VOLATILE)]
+            assert bytes(buffer) == data
+            buffer.setPurgeable(VOLATILE)
+            take(buffer, size - kernel.PAGE, kernel.PAGE)
+            states.append(buffer.setPurgeable(NON_VOLATILE))
+            assert reads_zero(buffer)
+            return states, kernel.status("VmLck")
+
+    assert in_child(look, uid=NOBODY, memlock=limit, deny=deny) == ([VOLATILE, EMPTY], 0)
+
+
+def test_no_page_may_be_locked() -> None:
+    """The move back is refused, with the state and the bytes as before; it succeeds when it may."""
+
+    def look() -> tuple[list[IOReturn], str, IOPurgeable]:
+        import resource
+
+        buffer, data = purgeable(64 * kernel.PAGE)
+        with buffer:
+            buffer.setPurgeable(VOLATILE)
+            codes = []
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 64 << 10))
+            for action in (lambda: buffer.setPurgeable(NON_VOLATILE), lambda: buffer.writeBytes(0, b"x")):
+                with pytest.raises(IOReturnError) as caught:
+                    action()
+                codes.append(caught.value.code)
+            assert buffer.setPurgeable(KEEP_CURRENT) is VOLATILE
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (64 << 10, 64 << 10))
+            state = buffer.setPurgeable(NON_VOLATILE)
+            assert bytes(buffer) == data
+            return codes, str(caught.value), state
+
+    codes, message, state = in_child(look, uid=NOBODY, memlock=64 << 10)
+    assert codes == [IOReturn.kIOReturnCannotWire] * 2
+    assert "RLIMIT_MEMLOCK" in message
+    assert state is VOLATILE
+
+
+def test_a_refusal_midway_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the lock of a later window fails, the windows before it are safe, and the rest is volatile still."""
+    from iobmd._native import lazyfree
+
+    buffer, data = purgeable(64 * kernel.PAGE)
+    real, calls = lazyfree.take_back, 0
+
+    def take_back(tracker: int, pagemap: int, start: int, end: int) -> tuple[bool, int, int]:
+        nonlocal calls
+        if end - start > 16 * kernel.PAGE:
+            return False, lazyfree.LOCK, errno.ENOMEM
+        calls += 1
+        return (False, lazyfree.LOCK, errno.EPERM) if calls > 2 else real(tracker, pagemap, start, end)
+
+    with buffer:
+        buffer.setPurgeable(VOLATILE)
+        with monkeypatch.context() as patch:
+            patch.setattr(lazyfree, "take_back", take_back)
+            assert code_of(lambda: buffer.setPurgeable(NON_VOLATILE)) == IOReturn.kIOReturnCannotWire
+        assert buffer.setPurgeable(KEEP_CURRENT) is VOLATILE
+        assert buffer.lazily_freed == 32 * kernel.PAGE
+        assert bytes(buffer) == data
+        assert buffer.setPurgeable(NON_VOLATILE) is VOLATILE
+
+
+def test_memory_that_others_locked() -> None:
+    """mlockall: the kernel refuses MADV_FREE, and so do we, with the state and the bytes as before."""
+
+    def look() -> tuple[IOReturn, str, IOPurgeable]:
+        buffer, data = purgeable(4 * kernel.PAGE)
+        assert ctypes.CDLL(None).mlockall(1) == 0
+        with pytest.raises(IOReturnError, match="mlockall") as caught:
+            buffer.setPurgeable(VOLATILE)
+        state = buffer.setPurgeable(KEEP_CURRENT)
+        assert bytes(buffer) == data
+        ctypes.CDLL(None).munlockall()
+        buffer.setPurgeable(VOLATILE)
+        buffer.free()
+        return caught.value.code, str(caught.value), state
+
+    if not may_lock(256 * MIB):
+        pytest.skip("may not lock all of this process")
+    code, message, state = in_child(look)
+    assert (code, state) == (IOReturn.kIOReturnUnsupported, NON_VOLATILE)
+    assert "munlock" in message or "unlock it first" in message
+
+
+def test_own_pagemap_not_readable() -> None:
+    """A process that is not dumpable cannot look at its pages: refused before anything is freed."""
+
+    def look() -> tuple[IOReturn, bool]:
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        buffer, data = purgeable(4 * kernel.PAGE)
+        code = code_of(lambda: buffer.setPurgeable(VOLATILE))
+        return code, bytes(buffer) == data and buffer.setPurgeable(KEEP_CURRENT) is NON_VOLATILE
+
+    if os.geteuid():
+        pytest.skip("needs root to become somebody else")
+    assert in_child(look) == (IOReturn.kIOReturnNotPrivileged, True)
+
+
+# --- forks
+
+
+@WAYS
+def test_fork_while_volatile(deny: dict[str, int]) -> None:
+    """The child has a copy of its own, volatile too: what it says of it is true, and the parent's is untouched."""
+
+    def look() -> list[tuple[IOPurgeable, bool]]:
+        found = []
+        for child_first in (True, False):
+            buffer, data = purgeable(64 * kernel.PAGE)
+            buffer.setPurgeable(VOLATILE)
+
+            def child(buffer: Buffer = buffer, data: bytes = data) -> tuple[IOPurgeable, bool]:
+                state = buffer.setPurgeable(NON_VOLATILE)
+                right = bytes(buffer) == (data if state is VOLATILE else bytes(len(data)))
+                buffer.writeBytes(0, b"child")
+                buffer.setPurgeable(VOLATILE)
+                again = buffer.setPurgeable(NON_VOLATILE)
+                right &= again is EMPTY or buffer.readBytes(0, 5) == b"child"
+                return state, right
+
+            if child_first:
+                found.append(in_child(child))
+            state = buffer.setPurgeable(NON_VOLATILE)
+            found.append((state, bytes(buffer) == data))
+            if not child_first:
+                buffer.setPurgeable(VOLATILE)
+                take(buffer, 0, kernel.PAGE)
+                found.append(in_child(child))
+                assert buffer.setPurgeable(NON_VOLATILE) is EMPTY
+            buffer.free()
+        return found
+
+    first_child, first, second, last_child = in_child(look, deny=deny)
+    assert first == second == (VOLATILE, True)
+    assert first_child[1]
+    assert last_child == (EMPTY, True)
+
+
+def test_fork_after_which_the_parent_goes_on() -> None:
+    """A child that sleeps holds the parent's pages: the parent's memory can be kept and lost as before."""
+    buffer, data = purgeable(64 * kernel.PAGE)
+    with buffer:
+        leave_read, leave_write = os.pipe()
+        if not (pid := os.fork()):
+            os.read(leave_read, 1)
+            os._exit(0)
+        try:
+            for lost in (False, True, False, True):
+                buffer.setPurgeable(VOLATILE)
+                if lost:
+                    take(buffer, 5 * kernel.PAGE, kernel.PAGE)
+                gone = kernel.present(buffer.getBytesNoCopy(), 64 * kernel.PAGE) < 64
+                assert buffer.setPurgeable(NON_VOLATILE) is (EMPTY if gone else VOLATILE)
+                assert bytes(buffer) == (bytes(len(data)) if gone else data)
+                buffer.writeBytes(0, data)
+        finally:
+            os.write(leave_write, b"x")
+            os.waitpid(pid, 0)
+            os.close(leave_read)
+            os.close(leave_write)
+
+
+# --- lifetime
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
+def test_freed_while_volatile(shared: bool) -> None:
+    for _ in range(200):
+        buffer, _ = purgeable(16 * kernel.PAGE, shared=shared)
+        buffer.setPurgeable(VOLATILE)
+        buffer.free()
+    assert iobmd.purge() == 0
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_nonvolatile_context() -> None:
+    buffer, data = purgeable(16 * kernel.PAGE)
+    with buffer:
+        buffer.setPurgeable(VOLATILE | LIFO)
+        with buffer.nonvolatile() as intact:
+            assert intact is True
+            with buffer.nonvolatile() as inner:
+                assert inner is True
+            assert buffer.setPurgeable(KEEP_CURRENT) is NON_VOLATILE, "the inner one does not end the outer one"
+        take(buffer, 0, kernel.PAGE)
+        with buffer.nonvolatile() as intact:
+            assert intact is False
+            buffer.writeBytes(0, data)
+        assert buffer.setPurgeable(KEEP_CURRENT) is VOLATILE
+        iobmd.purge()
+        with buffer.nonvolatile() as intact:
+            assert intact is False
+            buffer.writeBytes(0, data)
+        assert buffer.setPurgeable(KEEP_CURRENT) is VOLATILE, "though it was seen to be Empty before"
+        take(buffer, 0, kernel.PAGE)
+        with pytest.raises(KeyError), buffer.nonvolatile() as intact:
+            buffer.writeBytes(0, b"half of i")
+            raise KeyError
+        assert buffer.setPurgeable(NON_VOLATILE) is EMPTY, "it was not filled again"
+        with buffer.nonvolatile() as intact:
+            assert intact is True
+        assert buffer.setPurgeable(KEEP_CURRENT) is NON_VOLATILE, "as before"
+
+
+def test_threads_see_one_order() -> None:
+    """The old states that racing threads see are those of some order one after another."""
+    buffer, _ = purgeable(16 * kernel.PAGE)
+    seen: list[IOPurgeable] = []
+    start = threading.Barrier(4)
+
+    def flip(seed: int) -> None:
+        chance = random.Random(seed)
+        start.wait()
+        for _ in range(500):
+            word = chance.choice((VOLATILE, NON_VOLATILE))
+            old = buffer.setPurgeable(word)
+            seen.append((word, old))  # type: ignore[arg-type]
+
+    threads = [threading.Thread(target=flip, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    last = buffer.setPurgeable(KEEP_CURRENT)
+    buffer.free()
+    # A state is left as often as it is entered, but for the first and the last.
+    for state in (VOLATILE, NON_VOLATILE):
+        entered = sum(word is state for word, _old in seen) + (state is NON_VOLATILE)  # type: ignore[misc]
+        left = sum(old is state for _word, old in seen) + (state is last)  # type: ignore[misc]
+        assert entered == left
+
+
+# --- purge on request
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_purge_frees_memory_and_says_how_much() -> None:
+    buffers = [purgeable(MIB)[0] for _ in range(8)]
+    for buffer in buffers[:6]:
+        buffer.setPurgeable(VOLATILE)
+    take(buffers[0], 0, MIB // 2)
+    before = kernel.status("VmRSS")
+    freed = iobmd.purge()
+    assert freed == 5 * MIB + MIB // 2, "what the kernel had taken before does not count"
+    assert abs(before - kernel.status("VmRSS") - freed) < MIB // 2
+    assert [buffer.setPurgeable(NON_VOLATILE) for buffer in buffers] == [EMPTY] * 6 + [NON_VOLATILE] * 2
+    assert iobmd.purge() == 0
+    assert code_of(lambda: iobmd.purge(-1)) == IOReturn.kIOReturnBadArgument
+    for buffer in buffers:
+        buffer.free()
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
+def test_purge_order(shared: bool) -> None:
+    """Group 0 to 7; in a group FIFO, the oldest first, and then LIFO, the latest first; obsolete before all."""
+    group = {n: IOPurgeable(n << 8) for n in range(8)}
+    plan = [
+        (VOLATILE | group[7], 7),
+        (VOLATILE | group[1] | LIFO, 5),
+        (VOLATILE | group[1], 2),
+        (VOLATILE | group[1] | LIFO, 4),
+        (VOLATILE | group[1], 3),
+        (VOLATILE, 1),
+        (VOLATILE | group[2], 6),
+    ]
+    if shared:
+        plan.append((VOLATILE | group[7] | OBSOLETE, 0))
+    buffers = {}
+    for word, place in plan:
+        buffers[place], _ = purgeable(16 * kernel.PAGE, shared=shared)
+        buffers[place].setPurgeable(word)
+    for place in sorted(buffers):
+        assert iobmd.purge(1) == 16 * kernel.PAGE
+        empty = [one for one, buffer in sorted(buffers.items()) if buffer.setPurgeable(KEEP_CURRENT) is EMPTY]
+        assert empty[-1] == place
+        assert len(empty) == place + (1 if shared else 0)
+    for buffer in buffers.values():
+        buffer.free()
+
+
+def test_purge_while_others_free_and_fill() -> None:
+    stop = threading.Event()
+
+    def churn() -> None:
+        while not stop.is_set():
+            buffer, data = purgeable(16 * kernel.PAGE)
+            buffer.setPurgeable(VOLATILE)
+            if buffer.setPurgeable(NON_VOLATILE) is VOLATILE:
+                assert bytes(buffer) == data
+            else:
+                assert reads_zero(buffer)
+            buffer.setPurgeable(VOLATILE)
+            buffer.free()
+
+    failures: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            churn()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=guarded) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    freed, end = 0, time.monotonic() + 1.5
+    while time.monotonic() < end:
+        freed += iobmd.purge()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert freed > 0
+
+
+def test_huge_pages_that_stay_huge() -> None:
+    """A round trip does not split what the kernel maps by one entry."""
+    if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+        pytest.skip("transparent huge pages are off")
+    if not may_lock(8 * MIB):
+        pytest.skip("windows smaller than a huge page split it")
+    buffer, data = purgeable(8 * MIB)
+    with buffer:
+        address = buffer.getBytesNoCopy()
+        assert kernel.smaps(address)["AnonHugePages"] == 8 * MIB
+        for _ in range(3):
+            buffer.setPurgeable(VOLATILE)
+            assert buffer.setPurgeable(NON_VOLATILE) is VOLATILE
+        assert kernel.smaps(address)["AnonHugePages"] == 8 * MIB
+        assert bytes(buffer) == data

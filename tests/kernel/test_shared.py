@@ -1,0 +1,371 @@
+"""Memory of a shared object: the same pages in a forked child, and a purgeable state that both agree on."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support import kernel
+from support.child import forked, in_child
+from support.purging import EMPTY, KEEP_CURRENT, NON_VOLATILE, VOLATILE, purgeable, reads_zero
+
+import iobmd
+from iobmd import IOPurgeable, IOReturn, IOReturnError, Wiring
+from iobmd._native import memory
+
+MIB = 1 << 20
+
+
+# --- shared memory that is not purgeable
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("wired", [False, True], ids=["pageable", "wired"])
+def test_memory_of_a_shared_object(wired: bool) -> None:
+    with iobmd.allocate(3 * MIB + 5, wired=wired, shared=True) as buffer:
+        address = buffer.getBytesNoCopy()
+        assert not any(bytes(buffer))
+        mapping = next(line for line in Path("/proc/self/maps").read_text().splitlines() if f"{address:x}-" in line)
+        assert "rw-s" in mapping
+        assert "/memfd:iobmd" in mapping
+        assert buffer.wiring is (Wiring.PINNED if wired else Wiring.PAGEABLE)
+        if wired:
+            assert kernel.present(address, 3 * MIB + 5) == 769
+            assert kernel.status("VmLck") == 769 * kernel.PAGE
+            assert buffer.getPageCounts() == (769, 769)
+        buffer.writeBytes(3 * MIB, b"12345")
+        assert bytes(memoryview(buffer)[-5:]) == b"12345"
+
+
+@pytest.mark.needs("frames")
+def test_prepared_shared_memory_has_addresses_that_hold() -> None:
+    with iobmd.allocate(64 << 10, wired=False, shared=True) as buffer:
+        buffer.prepare()
+        assert sum(segment.length for segment in buffer.segments()) == 64 << 10
+        buffer.verify()
+        buffer.complete()
+
+
+def test_child_sees_and_changes_the_same_bytes() -> None:
+    with iobmd.allocate(64 << 10, wired=False, shared=True) as buffer:
+        buffer.writeBytes(0, b"parent")
+
+        def look() -> bytes:
+            seen = buffer.readBytes(0, 6)
+            buffer.writeBytes(60_000, b"child")
+            buffer.free()
+            return seen
+
+        assert in_child(look) == b"parent"
+        assert buffer.readBytes(60_000, 5) == b"child"
+
+
+def test_wired_shared_memory_refuses_in_a_child() -> None:
+    with iobmd.allocate(4096, shared=True) as buffer:
+
+        def look() -> IOReturn:
+            with pytest.raises(IOReturnError) as caught:
+                buffer.readBytes(0, 1)
+            return caught.value.code
+
+        assert in_child(look) == IOReturn.kIOReturnNotOpen
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_copy_into_shared_memory() -> None:
+    data = os.urandom(5 * MIB)
+    with iobmd.allocate(len(data), wired=False) as source:
+        source.writeBytes(0, data)
+        with iobmd.copy(os.getpid(), source.getBytesNoCopy(), len(data), shared=True, wired=False) as copied:
+            assert bytes(copied) == data
+        with pytest.raises(IOReturnError):
+            iobmd.copy(os.getpid(), 0, 4096, shared=True, wired=False)
+
+
+def test_nobody_can_cut_the_memory_away() -> None:
+    with iobmd.allocate(64 << 10, wired=False, shared=True) as buffer:
+        descriptor = buffer._backing._fd
+        for size in (0, 1 << 20):
+            with pytest.raises(PermissionError):
+                os.ftruncate(descriptor, size)
+
+
+# --- purgeable
+
+
+def test_child_and_parent_agree() -> None:
+    """Each sees what the other set; the content goes for both, and stays for both."""
+    buffer, data = purgeable(64 * kernel.PAGE, shared=True)
+    with buffer:
+
+        def make_volatile() -> IOPurgeable:
+            return buffer.setPurgeable(VOLATILE)
+
+        def purge() -> int:
+            return iobmd.purge()
+
+        assert in_child(make_volatile) is NON_VOLATILE
+        assert buffer.setPurgeable(KEEP_CURRENT) is VOLATILE
+        assert buffer.setPurgeable(NON_VOLATILE) is VOLATILE
+        assert bytes(buffer) == data
+        buffer.setPurgeable(VOLATILE)
+        assert in_child(purge) == 64 * kernel.PAGE, "the child never touched the state itself"
+        assert buffer.setPurgeable(KEEP_CURRENT) is EMPTY
+        assert reads_zero(buffer)
+        assert in_child(lambda: buffer.setPurgeable(NON_VOLATILE)) is EMPTY
+        assert buffer.setPurgeable(KEEP_CURRENT) is NON_VOLATILE
+
+
+def test_purged_while_another_process_maps_and_reads_it() -> None:
+    buffer, data = purgeable(4 * MIB, shared=True)
+    reading, writing = os.pipe()
+    with buffer:
+        if not (pid := os.fork()):
+            # A reader that never stops: it sees the bytes or zeros, and does not crash.
+            try:
+                with memoryview(buffer) as view:
+                    os.write(writing, b"r")
+                    while view[:8] != bytes(8) or view[-8:] != bytes(8):
+                        assert bytes(view[:8]) in (data[:8], bytes(8))
+                    os.write(writing, b"z")
+            finally:
+                os._exit(0)
+        assert os.read(reading, 1) == b"r"
+        buffer.setPurgeable(VOLATILE)
+        assert iobmd.purge() == 4 * MIB
+        assert os.read(reading, 1) == b"z"
+        assert os.waitpid(pid, 0)[1] == 0
+        assert buffer.setPurgeable(NON_VOLATILE) is EMPTY
+    os.close(reading)
+    os.close(writing)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_prepared_in_another_process() -> None:
+    """The other's wiring counts, until it completes, or dies."""
+    buffer, data = purgeable(16 * kernel.PAGE, shared=True)
+    with buffer:
+        ready_read, ready_write = os.pipe()
+
+        def hold() -> None:
+            buffer.prepare()
+            os.write(ready_write, b"x")
+            signal.pause()
+
+        with forked(hold):
+            os.read(ready_read, 1)
+            for word in (VOLATILE, EMPTY):
+                with pytest.raises(IOReturnError, match="another process") as caught:
+                    buffer.setPurgeable(word)
+                assert caught.value.code == IOReturn.kIOReturnBusy
+            buffer.prepare()  # both at a time
+            buffer.complete()
+        os.close(ready_read)
+        os.close(ready_write)
+        assert buffer.setPurgeable(VOLATILE) is NON_VOLATILE
+        assert buffer.setPurgeable(NON_VOLATILE) is VOLATILE
+        assert bytes(buffer) == data
+
+
+@pytest.mark.parametrize("moment", ["holding the lock", "before the punch", "after the punch"])
+def test_sharer_killed_between_states(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """kill -9 in the middle of a purge: the next to come finds the mark, finishes it, and is not held up."""
+    buffer, data = purgeable(16 * kernel.PAGE, shared=True)
+    with buffer:
+        buffer.setPurgeable(VOLATILE)
+        punch = memory.punch
+
+        def die(fd: int, offset: int, size: int) -> None:
+            if moment == "after the punch":
+                punch(fd, offset, size)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        if not (pid := os.fork()):
+            if moment == "holding the lock":
+                with buffer._backing.purgeable._exclusively():
+                    os.kill(os.getpid(), signal.SIGKILL)
+            monkeypatch.setattr(memory, "punch", die)
+            buffer.setPurgeable(EMPTY)
+            os._exit(1)
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+        begin = time.monotonic()
+        state = buffer.setPurgeable(NON_VOLATILE)
+        assert time.monotonic() - begin < 1
+        if moment == "holding the lock":
+            assert (state, bytes(buffer)) == (VOLATILE, data)
+        else:
+            assert state is EMPTY
+            assert reads_zero(buffer)
+        buffer.writeBytes(0, data)
+        assert buffer.setPurgeable(VOLATILE) is NON_VOLATILE
+        assert buffer.setPurgeable(NON_VOLATILE) is VOLATILE
+        assert bytes(buffer) == data
+
+
+def test_sharers_killed_at_random_moments() -> None:
+    """200 children that flip the state and purge, killed anywhere: the state and the bytes agree whenever we look."""
+    buffer, data = purgeable(16 * kernel.PAGE, shared=True)
+    with buffer:
+        for turn in range(200):
+
+            def flip(last: IOPurgeable = EMPTY if turn % 3 else NON_VOLATILE) -> None:
+                buffer.setPurgeable(VOLATILE)
+                buffer.setPurgeable(last)
+
+            with forked(flip):
+                time.sleep(turn % 20 / 10_000)
+            state = buffer.setPurgeable(NON_VOLATILE)
+            assert bytes(buffer) == (bytes(len(data)) if state is EMPTY else data), f"turn {turn}, {state!r}"
+            buffer.writeBytes(0, data)
+
+
+def test_processes_race() -> None:
+    """Two processes fill, give and keep the same memory: Volatile means that the bytes are those last agreed on."""
+    buffer, _ = purgeable(64 * kernel.PAGE, shared=True)
+    with buffer, forked(iobmd.purge):
+        outcomes = {VOLATILE: 0, EMPTY: 0}
+        for turn in range(1000):
+            content = bytes([1 + turn % 255]) * (64 * kernel.PAGE)
+            buffer.writeBytes(0, content)
+            buffer.setPurgeable(VOLATILE)
+            if turn % 2:
+                time.sleep(0.0002)
+            state = buffer.setPurgeable(NON_VOLATILE)
+            outcomes[state] += 1
+            assert bytes(buffer) == (content if state is VOLATILE else bytes(len(content)))
+        assert min(outcomes.values()) > 10, outcomes
+
+
+# --- the purger
+
+
+def purged_within(buffer: iobmd.IOBufferMemoryDescriptor, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if buffer.setPurgeable(KEEP_CURRENT) is EMPTY:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.needs("memory_cgroup")
+@pytest.mark.usefixtures("nothing_left")
+def test_pressure_takes_shared_memory(memory_cgroup: Callable[[int], Path]) -> None:
+    """A process whose limit is 128 MiB, 96 of them volatile, fills 64 more, and lives; what is to go last stays."""
+    procs = memory_cgroup(128 * MIB)
+    content = os.urandom(16 * MIB)
+
+    def live() -> tuple[list[IOPurgeable], bool]:
+        procs.write_text(str(os.getpid()))
+        buffers = []
+        for group in (0, 1, 2, 7, 7, 7):
+            buffer = iobmd.allocate(16 * MIB, wired=False, purgeable=True, shared=True)
+            buffer.writeBytes(0, content)
+            buffer.setPurgeable(VOLATILE | group << 8)
+            buffers.append(buffer)
+        hog = iobmd.allocate(64 * MIB, wired=False)
+        for offset in range(0, 64 * MIB, MIB):
+            hog.writeBytes(offset, content[:MIB])
+            time.sleep(0.005)
+        states, right = [], True
+        for buffer in buffers:
+            states.append(state := buffer.setPurgeable(NON_VOLATILE))
+            with memoryview(buffer) as view:
+                right &= view == content if state is VOLATILE else state is EMPTY
+            buffer.free()
+        hog.free()
+        return states, right
+
+    states, right = in_child(live)
+    assert right
+    assert states[:2] == [EMPTY] * 2, "the lower groups go first"
+    assert states[-1] is VOLATILE
+    assert states == sorted(states, key=lambda state: state is VOLATILE), "in order, and no more than needed"
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_purger_ends_with_its_work() -> None:
+    def running() -> bool:
+        return any(thread.name == "iobmd-purger" for thread in threading.enumerate())
+
+    buffer, _ = purgeable(kernel.PAGE, shared=True)
+    assert not running(), "it is not needed before something is volatile"
+    for _ in range(2):
+        buffer.setPurgeable(VOLATILE)
+        time.sleep(0.8)
+        assert running()
+        buffer.setPurgeable(NON_VOLATILE)
+        end = time.monotonic() + 5
+        while running() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not running()
+    buffer.free()
+
+
+def test_purger_of_a_child() -> None:
+    """A fork does not take the thread along: a child that makes memory volatile starts its own."""
+    first, _ = purgeable(kernel.PAGE, shared=True)
+    with first:
+        first.setPurgeable(VOLATILE)
+
+        def look() -> tuple[int, int]:
+            before = len(threading.enumerate())
+            buffer, _ = purgeable(kernel.PAGE, shared=True)
+            with buffer:
+                buffer.setPurgeable(VOLATILE)
+                return before, len(threading.enumerate())
+
+        assert in_child(look) == (1, 2)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_tasks_that_wait_for_memory_are_pressure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PSI: a quarter of what is volatile goes while tasks wait much of the time, and nothing while they do not."""
+    from iobmd.purgeable import pressure
+
+    file = tmp_path / "memory.pressure"
+    file.write_text("some avg10=0.00 avg60=0.00 avg300=0.00 total=1000\nfull avg10=0.00 total=0\n")
+    shown = [pressure.host.PressureFile(file, notifies=False)]
+    monkeypatch.setattr(pressure.host, "system_pressure", lambda: None)
+    monkeypatch.setattr(pressure.host, "cgroup_pressures", lambda: shown)
+    buffers = [purgeable(MIB, shared=True)[0] for _ in range(4)]
+    for buffer in buffers:
+        buffer.setPurgeable(VOLATILE)
+    assert not purged_within(buffers[0], 0.6)
+    file.write_text("some avg10=9.00 avg60=0.00 avg300=0.00 total=9000000\nfull avg10=0.00 total=0\n")
+    assert purged_within(buffers[0], 1)
+    assert not purged_within(buffers[1], 0.6)
+    assert [buffer.setPurgeable(NON_VOLATILE) for buffer in buffers[1:]] == [VOLATILE] * 3
+    file.unlink()  # the cgroup went away
+    buffers[1].setPurgeable(VOLATILE)
+    assert not purged_within(buffers[1], 0.6)
+    for buffer in buffers:
+        buffer.free()
+
+
+@pytest.mark.needs("memory_cgroup")
+@pytest.mark.usefixtures("nothing_left")
+def test_little_left_is_a_shortage(memory_cgroup: Callable[[int], Path]) -> None:
+    """What falls short of a sixteenth of the limit, as anybody can read it: no event has to tell."""
+    from iobmd import headroom
+
+    procs = memory_cgroup(64 * MIB)
+
+    def look() -> list[int]:
+        procs.write_text(str(os.getpid()))
+        found = [headroom.shortage()]
+        with iobmd.allocate(59 * MIB, wired=False) as filled:
+            content = b"x" * MIB
+            for offset in range(0, 59 * MIB, MIB):
+                filled.writeBytes(offset, content)
+                if offset == 40 * MIB:
+                    found.append(headroom.shortage())
+            found.append(headroom.shortage())
+        return found
+
+    none, half, short = in_child(look)
+    assert (none, half) == (0, 0)
+    assert 0 < short < 4 * MIB

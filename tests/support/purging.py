@@ -1,0 +1,59 @@
+"""What the tests of purgeable memory share: buffers with known bytes, and pages the kernel takes on demand."""
+
+import errno
+import os
+import time
+
+import iobmd
+from iobmd import IOPurgeable
+from iobmd._native import memory
+from support import kernel
+
+KEEP_CURRENT = IOPurgeable.kIOMemoryPurgeableKeepCurrent
+NON_VOLATILE = IOPurgeable.kIOMemoryPurgeableNonVolatile
+VOLATILE = IOPurgeable.kIOMemoryPurgeableVolatile
+EMPTY = IOPurgeable.kIOMemoryPurgeableEmpty
+OBSOLETE = IOPurgeable.kIOMemoryPurgeableVolatileOrderingObsolete
+LIFO = IOPurgeable.kIOMemoryPurgeableVolatileBehaviorLifo
+
+DENIALS = {
+    "tracked": {},
+    "no userfaultfd": {"userfaultfd": errno.ENOSYS},
+    "no PAGEMAP_SCAN": {"ioctl": errno.ENOTTY},
+}
+"""How lost pages are told from others: by what the kernel has, less what a seccomp filter takes away."""
+
+
+def purgeable(size: int, *, shared: bool = False, huge: bool = True) -> tuple[iobmd.IOBufferMemoryDescriptor, bytes]:
+    """Return a purgeable buffer full of random bytes, none of them zero, and those bytes."""
+    buffer = iobmd.allocate(size, wired=False, purgeable=True, shared=shared)
+    if not huge and not shared:
+        memory.advise(buffer.getBytesNoCopy(), size, memory.MADV_NOHUGEPAGE)
+    data = os.urandom(4096).replace(b"\0", b"\1") * -(-size // 4096)
+    buffer.writeBytes(0, data[:size])
+    return buffer, data[:size]
+
+
+def page_out(buffer: iobmd.IOBufferMemoryDescriptor, offset: int, size: int) -> None:
+    """Have the kernel reclaim what it can of a range: what is lazily freed is discarded, the rest goes into swap."""
+    memory.advise(buffer.getBytesNoCopy() + offset, size, memory.MADV_PAGEOUT)
+
+
+def take(buffer: iobmd.IOBufferMemoryDescriptor, offset: int, size: int) -> None:
+    """Have the kernel discard pages of a volatile buffer, every one.
+
+    Pages that a processor has only just faulted in wait in a batch of its own, and MADV_FREE passes them over.
+    """
+    address = buffer.getBytesNoCopy() + offset
+    for _ in range(1000):
+        page_out(buffer, offset, size)
+        if not kernel.present(address, size):
+            return
+        time.sleep(0.001)
+        memory.advise(address, size, memory.MADV_FREE)
+    raise AssertionError("the kernel keeps the pages")
+
+
+def reads_zero(buffer: iobmd.IOBufferMemoryDescriptor) -> bool:
+    """Say whether every byte is zero, read through the kernel and not through the buffer."""
+    return not any(iobmd.kernel_task.read(buffer.getBytesNoCopy(), buffer.getCapacity()))
