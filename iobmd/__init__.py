@@ -12,6 +12,7 @@ from iobmd import constants
 from iobmd._native.runs import PhysicalSegment
 from iobmd._version import __version__
 from iobmd.buffer import IOBufferMemoryDescriptor
+from iobmd.cache import CacheItem, CacheStatistics, PurgeableCache
 from iobmd.constants import *  # noqa: F403
 from iobmd.descriptor import IOMemoryDescriptor
 from iobmd.errors import IOReturnError
@@ -23,11 +24,14 @@ from iobmd.task import Task, current_task, get_task_map, kernel_task
 from iobmd.wiring import Wiring
 
 __all__ = [
+    "CacheItem",
+    "CacheStatistics",
     "IOBufferMemoryDescriptor",
     "IOMemoryDescriptor",
     "IOReturnError",
     "Layout",
     "PhysicalSegment",
+    "PurgeableCache",
     "Task",
     "Wiring",
     "__version__",

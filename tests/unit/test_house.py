@@ -15,6 +15,7 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"__init__"},
+    {"cache"},
     {"facade"},
     {"buffer"},
     {"descriptor"},

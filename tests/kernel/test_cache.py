@@ -1,0 +1,280 @@
+"""`PurgeableCache`: contents that come, go and come again; who uses one keeps it."""
+
+import array
+import gc
+import threading
+import time
+from collections import Counter
+
+import pytest
+from support import kernel
+from support.child import in_child
+from support.purging import EMPTY, KEEP_CURRENT, NON_VOLATILE, VOLATILE, take
+
+import iobmd
+from iobmd import IOPurgeable, IOReturn, PurgeableCache
+
+MIB = 1 << 20
+SIZE = 64 << 10
+
+
+class Loader:
+    """Makes 64 KiB of one byte for a number, and counts how often."""
+
+    def __init__(self, size: int = SIZE) -> None:
+        self.calls: Counter[int] = Counter()
+        self.size = size
+
+    def __call__(self, key: int) -> bytes:
+        self.calls[key] += 1
+        return bytes([key]) * self.size
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_hit_purge_and_rebuild() -> None:
+    loader = Loader()
+    with PurgeableCache(loader) as cache:
+        for key in (1, 2, 1):
+            with cache[key] as item:
+                assert bytes(item) == bytes([key]) * SIZE
+                assert item.buffer.setPurgeable(KEEP_CURRENT) is NON_VOLATILE
+            assert (len(cache), key in cache, 3 in cache) == (min(len(loader.calls), 2), True, False)
+        buffer = cache[1].buffer
+        gc.collect()
+        assert buffer.setPurgeable(KEEP_CURRENT) is VOLATILE
+        assert buffer.lazily_freed == SIZE
+        take(buffer, 0, kernel.PAGE)
+        with cache[1] as item:
+            assert bytes(item) == b"\1" * SIZE
+        found = cache.statistics
+        assert found == (2, 2, 1, 1, 2, 0, 2 * SIZE, 0)
+        assert loader.calls == {1: 2, 2: 1}
+        assert list(cache) == [1, 2]
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_content_in_use_stays() -> None:
+    """While the item, or a view made of it, is alive: for as long as somebody can look at the bytes."""
+    with PurgeableCache(Loader()) as cache:
+        item, again = cache[5], cache[5]
+        view = memoryview(item)
+        part = view[100:200]
+        assert cache.statistics.held_bytes == SIZE
+        for gone in ("again", "view", "item"):
+            with pytest.raises(BufferError) as caught:
+                item.release()
+            assert caught.value.code == IOReturn.kIOReturnBusy
+            if gone == "again":
+                again.release()
+                again.release()
+            elif gone == "view":
+                view.release()
+            else:
+                del item, caught
+            iobmd.purge()
+            assert bytes(part) == b"\5" * 100
+            if gone == "view":
+                item = part.obj
+        assert cache.statistics.held == 1
+        with pytest.raises(BufferError):
+            del cache[5]
+        with pytest.raises(BufferError):
+            cache.close()
+        part.release()
+        gc.collect()
+        assert cache.statistics.held == 0
+        assert iobmd.purge() == SIZE
+
+
+def test_released_item() -> None:
+    with PurgeableCache(Loader()) as cache:
+        with cache[1] as item:
+            assert repr(item) == f"<CacheItem of {SIZE} bytes>"
+            assert len(item) == SIZE
+        for use in (lambda: memoryview(item), lambda: item.view, lambda: item.buffer, item.__enter__):
+            with pytest.raises(ValueError, match="released"):
+                use()
+        assert repr(item) == "<CacheItem released>"
+        assert repr(cache) == "<PurgeableCache of 1 keys>"
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_shapes_and_formats() -> None:
+    made = {
+        "doubles": array.array("d", [1.5, -2.5, 3.5]),
+        "grid": memoryview(array.array("i", range(6))).cast("B").cast("i", (2, 3)),
+        "bytes": b"abc",
+        "none": b"",
+        "stepped": memoryview(b"a-b-c-")[::2],
+        "bool": memoryview(bytearray(b"\0\1")).cast("?"),
+    }
+    with PurgeableCache(made.__getitem__) as cache:
+        for _ in range(2):
+            for name, source in made.items():
+                expected = memoryview(source)
+                with cache[name] as item, item.view as view:
+                    assert view.tolist() == expected.tolist()
+                    assert (view.format, view.shape) == (expected.format, expected.shape)
+                    assert len(item) == expected.nbytes
+        iobmd.purge()
+        with cache["grid"] as item, item.view as view:
+            assert view.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_content_that_changes_its_size() -> None:
+    sizes = iter([100, 3 * kernel.PAGE, 10, 50 * kernel.PAGE])
+    with PurgeableCache(lambda _key: b"x" * next(sizes)) as cache:
+        for size in (100, 3 * kernel.PAGE, 10, 50 * kernel.PAGE):
+            with cache["k"] as item:
+                assert bytes(item) == b"x" * size
+            iobmd.purge()
+        assert cache.statistics.rebuilt == 3
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_loader_that_fails() -> None:
+    broken = True
+
+    def loader(key: str) -> bytes:
+        if broken:
+            raise LookupError(key)
+        return b"made"
+
+    with PurgeableCache(loader) as cache:
+        with pytest.raises(LookupError):
+            cache["a"]
+        assert (len(cache), cache.statistics.entries) == (0, 0)
+        broken = False
+        assert bytes(cache["a"]) == b"made"
+        gc.collect()
+        iobmd.purge()
+        broken = True
+        with pytest.raises(LookupError):
+            cache["a"]
+        assert "a" not in cache, "an empty content is not kept for a whole one"
+        broken = False
+        assert bytes(cache["a"]) == b"made"
+        with pytest.raises(TypeError):
+            PurgeableCache(lambda _key: 7)["k"]  # type: ignore[arg-type, return-value]
+        with pytest.raises(KeyError):
+            del cache["b"]
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_sweep_forgets_what_was_taken() -> None:
+    with PurgeableCache(Loader()) as cache:
+        for key in range(5):
+            cache[key].release()
+        in_use = cache[0]
+        for key in (1, 2):
+            take(cache._entries[key].buffer, 0, kernel.PAGE)
+        assert cache.sweep() == 2
+        assert sorted(cache) == [0, 3, 4]
+        assert cache.sweep() == 0
+        assert cache.statistics.purged == 2
+        in_use.release()
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_order_of_purge() -> None:
+    first = PurgeableCache(Loader(), modifiers=IOPurgeable.kIOMemoryPurgeableVolatileGroup1)
+    second = PurgeableCache(Loader(), modifiers=IOPurgeable.kIOMemoryPurgeableVolatileGroup0)
+    with first, second:
+        for cache in (first, second):
+            cache[1].release()
+        assert iobmd.purge(1) == SIZE
+        assert second.sweep() == 1
+        assert first.sweep() == 0
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_one_load_at_a_time_for_a_key_and_several_for_several() -> None:
+    active, most = Counter[int](), Counter[int]()
+    guard = threading.Lock()
+
+    def loader(key: int) -> bytes:
+        with guard:
+            active[key] += 1
+            most[key] = max(most[key], active[key])
+            most[-1] = max(most[-1], active.total())
+        time.sleep(0.02)
+        with guard:
+            active[key] -= 1
+        return bytes([key]) * SIZE
+
+    with PurgeableCache(loader) as cache:
+        failures: list[BaseException] = []
+
+        def use(number: int) -> None:
+            try:
+                for turn in range(30):
+                    key = (number + turn) % 4
+                    with cache[key] as item:
+                        assert bytes(item) == bytes([key]) * SIZE
+                    if turn % 10 == 9:
+                        iobmd.purge()
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=use, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+        assert most[-1] > 1
+        del most[-1]
+        assert set(most.values()) == {1}
+        found = cache.statistics
+        assert found.hits + found.loaded + found.rebuilt == 120
+        assert found.held == 0
+
+
+def test_fork() -> None:
+    with PurgeableCache(Loader()) as cache:
+        item = cache[1]
+
+        def child() -> tuple[bytes, bytes]:
+            seen = bytes(item)[:1]
+            item.release()
+            return seen, bytes(cache[2])[:1]
+
+        assert in_child(child) == (b"\1", b"\2")
+        assert bytes(item) == b"\1" * SIZE
+        assert 2 not in cache
+        item.release()
+
+
+def test_cache_that_is_never_closed() -> None:
+    with pytest.warns(ResourceWarning, match="PurgeableCache of 2 keys> was never closed"):
+        cache = PurgeableCache(Loader())
+        cache[1].release()
+        cache[2].release()
+        del cache
+        gc.collect()
+
+
+def test_nothing_but_what_a_mapping_is() -> None:
+    with PurgeableCache(Loader()) as cache:
+        assert cache == cache  # noqa: PLR0124
+        assert cache != {}
+        assert hash(cache)
+        assert bytes(cache.get(3)) == b"\3" * SIZE
+        assert {key: bytes(item)[:1] for key, item in cache.items()} == {3: b"\3"}
+    cache.close()
+    assert len(cache) == 0
+
+
+def test_state_is_what_the_kernel_says() -> None:
+    """Contents count as resident until the kernel takes them, and a rebuilt one is there again."""
+    with PurgeableCache(Loader(4 * MIB)) as cache:
+        before = kernel.status("VmRSS")
+        buffers = [cache[key].buffer for key in range(8)]
+        gc.collect()
+        assert kernel.status("VmRSS") - before > 31 * MIB
+        assert [buffer.setPurgeable(KEEP_CURRENT) for buffer in buffers] == [VOLATILE] * 8
+        assert iobmd.purge() == 32 * MIB
+        assert kernel.status("VmRSS") - before < 6 * MIB, "but for what the loader made last"
+        assert [buffer.setPurgeable(KEEP_CURRENT) for buffer in buffers] == [EMPTY] * 8
+        assert bytes(cache[7])[:2] == b"\7\7"
