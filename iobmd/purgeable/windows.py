@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable
+from functools import partial
 
 from iobmd import own, procfs
 from iobmd._native import lazyfree, memory
@@ -56,7 +57,7 @@ def take_back(ranges: list[Range], tracker: int) -> bool:
         with _alone.here():
             return _each(ranges, _take_back_by_smaps)
     pagemap = own.pagemap()
-    return _each(ranges, lambda start, end: _take_back_tracked(tracker, pagemap, start, end))
+    return _each(ranges, partial(_take_back_tracked, tracker, pagemap))
 
 
 def all_there(ranges: list[Range], tracker: int) -> bool:

@@ -17,6 +17,7 @@ POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
     [
         ("copy", 9),
         pytest.param("wired", 6, marks=pytest.mark.needs("frames", "memlock", "big_memory")),
+        pytest.param("purgeable", 5, marks=pytest.mark.needs("memlock")),
         pytest.param("contiguous", 4, marks=pytest.mark.needs("frames", "memlock", "big_memory")),
     ],
 )

@@ -23,6 +23,10 @@ BENCHMARKS = {
         "iobmd.tools.bench.contiguous",
         "contiguous memory with no pool; as root also with raised pools, and DPDK",
     ),
+    "purgeable": (
+        "iobmd.tools.bench.purgeable",
+        "purgeable memory there and back; as root also a cache under a memory limit",
+    ),
 }
 
 

@@ -1,0 +1,97 @@
+"""`iobmd bench purgeable`: a round trip against its bare calls, and a cache under a memory limit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import partial
+from typing import TYPE_CHECKING
+
+from iobmd import own
+from iobmd._native import floors, memory
+from iobmd.facade import allocate
+from iobmd.purgeable import NON_VOLATILE, VOLATILE
+from iobmd.units import PAGE_SIZE, format_size
+
+from .limit import limited
+from .result import Result, at_least, at_most, medians, seconds
+
+if TYPE_CHECKING:
+    from iobmd.buffer import IOBufferMemoryDescriptor
+
+SIZE = 64 << 20
+LIMIT = 256 << 20
+WORKING_SET = 1 << 30
+MANY = 20
+"""How many more measurements of what takes microseconds than of what takes seconds."""
+
+
+def run(_size: int, rounds: int) -> list[Result]:
+    """Measure; the sizes are those of the goals."""
+    return [*_round_trips(rounds * MANY), _under_a_limit()]
+
+
+def _round_trips(rounds: int) -> list[Result]:
+    results = []
+    for name, advice in (("4 KiB pages", memory.MADV_NOHUGEPAGE), ("THP", memory.MADV_HUGEPAGE)):
+        with allocate(SIZE, wired=False, purgeable=True) as buffer:
+            memory.advise(buffer.getBytesNoCopy(), SIZE, advice)
+            buffer.writeBytes(0, b"\1" * SIZE)
+            results += _round_trip(name, buffer, rounds)
+    return results
+
+
+def _round_trip(name: str, buffer: IOBufferMemoryDescriptor, rounds: int) -> list[Result]:
+    address = buffer.getBytesNoCopy()
+    tracker = own.track_writes(address, SIZE)
+    bare, tracked, ours = medians(
+        rounds,
+        partial(floors.free_and_take_back, -1, -1, address, SIZE, PAGE_SIZE),
+        partial(floors.free_and_take_back, tracker, own.pagemap(), address, SIZE, PAGE_SIZE),
+        partial(seconds, partial(_give_and_keep, buffer)),
+    )
+    what = f"Volatile and back, {format_size(SIZE)}, {name}"
+    figure = f"{ours * 1e6:.0f} µs"
+    untruthful = f"madvise, mlock2, mincore, populate, munlock in C: {bare * 1e6:.0f} µs"
+    floor = f"its calls in C, with writes tracked: {tracked * 1e6:.0f} µs"
+    return [
+        at_most(what, figure, floor, ours / tracked, 1.3),
+        Result(what, figure, untruthful, ours / bare, "reported", True),
+    ]
+
+
+def _give_and_keep(buffer: IOBufferMemoryDescriptor) -> None:
+    buffer.setPurgeable(VOLATILE)
+    buffer.setPurgeable(NON_VOLATILE)
+
+
+def _under_a_limit() -> Result:
+    """Hits of a cache four times the limit, against those without one; and the same program with `bytes`."""
+    free = _work("cache")
+    what = f"PurgeableCache, {format_size(WORKING_SET)} in a cgroup of {format_size(LIMIT)}: hits in their time"
+    try:
+        with limited(LIMIT) as procs:
+            tight, plain = _work("cache", str(procs)), _work("bytes", str(procs))
+    except OSError as error:
+        return Result(what, "none", f"a memory cgroup takes root: {error.strerror}", 0.0, "≥ 0.8", True)
+    if not (free and tight):
+        return Result(what, "killed", "without a limit it lives", 0.0, "≥ 0.8", False)
+    with_bytes = f"{plain['rate']:,.0f}/s" if plain else "killed"
+    against = f"no limit: {_told(free)}; with bytes in the limit: {with_bytes}"
+    return at_least(what, _told(tight), against, tight["rate"] / free["rate"], 0.8)
+
+
+def _told(found: dict[str, float]) -> str:
+    return f"{found['rate']:,.0f}/s ({found['share']:.0%} hits)"
+
+
+def _work(kind: str, procs: str = "") -> dict[str, float] | None:
+    """Run the program; None when it was killed."""
+    command = [sys.executable, "-m", "iobmd.tools.bench.workload", kind, str(WORKING_SET), procs]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode < 0:
+        return None
+    done.check_returncode()
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
