@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import host, pagemap, procfs
-from iobmd.cli import EXIT_FAILED, EXIT_OK, table
+from iobmd.cli import EXIT_FAILED, EXIT_OK, purging, table
 from iobmd.cli.arguments import size
 from iobmd.cli.client import GUARDED_PAGE, Client, Piece
 from iobmd.cli.strewn import Strewn, collapse, compact, frames
@@ -74,16 +74,19 @@ def main(argv: Sequence[str]) -> int:
     rows += [contiguous] if isinstance(contiguous, Row) else []
     compaction = _compact(arguments.control, min(big, 16 << 20))
     still = not compaction or compaction["pinned"] + compaction["collapse_pinned"] == 0
-    passed = all(row.equal for row in rows) and refusal is not None and still
+    purged = purging.demonstrate(min(big, 16 << 20))
+    passed = all(row.equal for row in rows) and refusal is not None and still and purging.truthful(purged)
     if arguments.json:
         document = {"version": 1, "pid": task.pid, "copies": [row._asdict() for row in rows], "refusal": refusal}
         document |= {"contiguous": getattr(contiguous, "size", contiguous), "compaction": compaction}
+        document["purgeable"] = purged
         print(json.dumps(document | {"passed": passed}, indent=2))
     else:
         _show(task, rows, refusal)
         if isinstance(contiguous, str):
             print(f"\nNo contiguous copy: {contiguous}")
         _show_compaction(compaction)
+        purging.show(purged)
     return EXIT_OK if passed else EXIT_FAILED
 
 

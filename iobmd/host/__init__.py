@@ -7,7 +7,7 @@ for limits and capabilities change while a process runs.
 
 from collections.abc import Sequence
 
-from iobmd.host import access, pages, pinning, pressure, privilege
+from iobmd.host import access, lazyfree, pages, pinning, pressure, privilege
 from iobmd.host.access import pfns_visible, yama_scope
 from iobmd.host.fact import Fact, Status
 from iobmd.host.pages import HugePool, SwapArea, huge_pages_enabled, hugetlb_pools, pool_remedy, swap_areas
@@ -74,6 +74,8 @@ def facts() -> list[Fact]:
         pages.huge_pages(),
         *pages.hugetlb(),
         pages.swap(),
+        lazyfree.madv_free(),
+        lazyfree.write_tracking(),
         pressure.pressure(),
         pressure.cgroup(),
     ]

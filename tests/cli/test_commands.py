@@ -80,6 +80,11 @@ def test_demo(capsys: Captured) -> None:
         assert row["locked"] == (0 if row["wiring"] == "pageable" else row["size"])
     assert {"pageable", "pinned" if have_ring() else "resident"} <= {row["wiring"] for row in document["copies"]}
     assert "without read permission" in document["refusal"]
+    purged = document["purgeable"]
+    assert purged["size"] == purged["lazily_freed"] == 2 << 20
+    assert purged["resident"] == 512
+    assert purged["taken"] >= 1
+    assert purged["intact"] is purged["lost"] is purged["zero"] is True
     assert Footprint.now().descriptors == before.descriptors
     assert not Path(f"/proc/{document['pid']}").exists()
 
@@ -90,6 +95,8 @@ def test_demo_for_people(capsys: Captured) -> None:
     assert out.count("equal") >= 7
     assert "DIFFERENT" not in out
     assert "without read permission" in out
+    assert "every byte is intact" in out
+    assert "it is Empty, and every byte reads zero" in out
     assert "After one compaction" in out or "Not shown: what compaction moves" in out
 
 

@@ -18,7 +18,7 @@ import pytest
 from support.child import NOBODY, SYSCALLS, deny_calls, in_child
 
 from iobmd import host
-from iobmd.host import Status, access, pages, pinning, pressure, privilege
+from iobmd.host import Status, access, lazyfree, pages, pinning, pressure, privilege
 
 PAGE = resource.getpagesize()
 IO_URING_SETUP = SYSCALLS["io_uring_setup"]
@@ -41,6 +41,8 @@ PROBES = {
     "huge_pages": pages.huge_pages,
     "hugetlb": pages.hugetlb,
     "swap": pages.swap,
+    "madv_free": lazyfree.madv_free,
+    "write_tracking": lazyfree.write_tracking,
     "pressure": pressure.pressure,
     "cgroup": pressure.cgroup,
 }
@@ -614,6 +616,34 @@ def test_swap_comes_and_goes(tmp_path):
     assert fact.status is Status.YES
     assert str(file) in fact.summary
     assert str(file) not in [area.name for area in host.swap_areas()]
+
+
+# Purgeable memory.
+
+
+def test_lazy_freeing_here():
+    assert lazyfree.madv_free().status is Status.YES
+
+
+def test_lazy_freeing_of_locked_memory():
+    def look():
+        check(libc.mlockall(2))  # MCL_FUTURE
+        return lazyfree.madv_free()
+
+    fact = in_child(look, memlock=8 << 20)
+    assert fact.status is Status.NO
+    assert "munlockall" in fact.remedy
+
+
+def test_write_tracking():
+    here = lazyfree.write_tracking()
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    assert here.status in (Status.YES, Status.LIMITED)
+    denied = in_child(lazyfree.write_tracking, deny={"userfaultfd": errno.EPERM})
+    assert denied.status is Status.LIMITED
+    assert "smaps" in denied.summary
+    assert "seccomp" in denied.remedy
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
 
 
 def takes_trigger(path):
