@@ -19,7 +19,9 @@ def out_of_reach(allowed: int, budget: int) -> str:
         zones = [(name, *_zone(text)) for name, text in _zones()]
     except OSError:  # hidden in this container
         return ""
-    under = [free for _name, start, free in zones if start <= allowed]
+    if all(end <= allowed + 1 for _name, _start, end, _free in zones):
+        return ""
+    under = [free for _name, start, _end, free in zones if start <= allowed]
     # Not the sum of the zones above: a kernel that initialises memory lazily counts in a zone only what is ready.
     above = max(0, procfs.meminfo()["MemFree"] - sum(under))
     if not any(under):
@@ -37,10 +39,10 @@ def _zones() -> list[tuple[str, str]]:
     return list(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def _zone(text: str) -> tuple[int, int]:
-    """Return the physical address where a zone starts, and how many bytes of it are free for ordinary use."""
-    free, high, start = (
+def _zone(text: str) -> tuple[int, int, int]:
+    """Return where a zone starts and ends physically, and how many bytes of it are free for ordinary use."""
+    free, high, spanned, start = (
         int(found[1]) if (found := re.search(pattern, text, re.MULTILINE)) else 0
-        for pattern in (r"^ +pages free +(\d+)", r"^ +high +(\d+)", r"^ +start_pfn: +(\d+)")
+        for pattern in (r"^ +pages free +(\d+)", r"^ +high +(\d+)", r"^ +spanned +(\d+)", r"^ +start_pfn: +(\d+)")
     )
-    return start * PAGE_SIZE, max(0, free - high) * PAGE_SIZE
+    return start * PAGE_SIZE, (start + spanned) * PAGE_SIZE, max(0, free - high) * PAGE_SIZE

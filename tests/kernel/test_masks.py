@@ -125,3 +125,12 @@ def test_pools_are_searched_before_a_refusal(setting: Setting) -> None:
             assert error.code == IOReturn.kIOReturnNoResources
             assert f"echo {64 + 4} > {pool}" in str(error) or "would have to be held" in str(error)
     assert Path(pool).read_text() == "64\n"
+
+
+def test_a_mask_over_all_memory_is_in_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while the kernel has not yet made all free memory ready: zones count less of it than meminfo then."""
+    from iobmd import lowmem
+
+    monkeypatch.setattr(lowmem.procfs, "meminfo", lambda: {"MemFree": 1 << 50})
+    assert lowmem.out_of_reach((1 << 48) - 1, 0) == ""
+    assert "would have to be held" in lowmem.out_of_reach(0xFFFFFF, 0)
