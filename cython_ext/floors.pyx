@@ -15,7 +15,7 @@ from pagemap_scan cimport (
     C_CHECK_WPASYNC, C_PAGE_IS_PFNZERO, C_PAGE_IS_PRESENT, C_WP_MATCHING, IOBMD_PAGEMAP_SCAN, ioctl,
     iobmd_first_lost, iobmd_page_region, iobmd_scan_arg,
 )
-from userfault cimport iobmd_uffd_unprotect
+from userfault cimport iobmd_uffd_protect
 from uio cimport iovec, process_vm_readv
 
 
@@ -117,7 +117,7 @@ def free_and_take_back(int tracker, int pagemap, uint64_t address, size_t size, 
         failed |= c_mlock2(start, size, 1)
         if tracker >= 0:
             failed |= iobmd_first_lost(pagemap, address, address + size, &where)
-            failed |= iobmd_uffd_unprotect(tracker, address, size)
+            failed |= iobmd_uffd_protect(tracker, address, size, 0)
         else:
             failed |= c_mincore(start, size, vector)
         failed |= c_madvise(start, size, C_MADV_POPULATE_WRITE)

@@ -8,7 +8,7 @@ from posix.unistd cimport close
 
 from mman cimport C_MADV_POPULATE_WRITE, c_madvise, c_mlock2, c_munlock
 from pagemap_scan cimport iobmd_first_lost
-from userfault cimport iobmd_uffd_open, iobmd_uffd_register, iobmd_uffd_track, iobmd_uffd_unprotect
+from userfault cimport iobmd_uffd_open, iobmd_uffd_protect, iobmd_uffd_register, iobmd_uffd_track
 
 cdef extern from * nogil:
     """
@@ -59,7 +59,7 @@ def register(int fd, uint64_t address, size_t size):
 def first_lost(int pagemap, uint64_t start, uint64_t end):
     """Return the address of the first page that is not as it was when it was protected, None when all are.
 
-    Such a page is absent, or the zero page (read after it was lost), or has been written to.
+    Such a page is gone, or the zero page (read after it was lost), or has been written to.
     """
     cdef uint64_t where = 0
     cdef int found
@@ -104,12 +104,13 @@ def take_back(int tracker, int pagemap, uint64_t start, uint64_t end):
             elif found == 0:
                 step = C_UNPROTECT
                 # Not by the faults of the populate: that would be one for each page.
-                if iobmd_uffd_unprotect(tracker, start, size):
+                if iobmd_uffd_protect(tracker, start, size, 0):
                     error = errno
                 else:
                     step = C_POPULATE
                     if c_madvise(<void *><uintptr_t>start, size, C_MADV_POPULATE_WRITE):
                         error = errno
+                        iobmd_uffd_protect(tracker, start, size, 1)  # all of it is there still: as before
             c_munlock(<void *><uintptr_t>start, size)
     if error:
         return False, step, error

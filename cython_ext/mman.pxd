@@ -28,7 +28,7 @@ cdef extern from * nogil:
     #include <sys/syscall.h>
     #include <unistd.h>
     #define iobmd_mlock2(address, length, flags) ((int)syscall(__NR_mlock2, address, length, flags))
-    /* linux/mman.h since 4.5, 5.4 and 5.14: libc headers may be older than the running kernel. */
+    /* linux/mman.h since 4.5, 5.4, 5.14 and 5.18: libc headers may be older than the running kernel. */
     #ifndef MREMAP_DONTUNMAP
     #define MREMAP_DONTUNMAP 4
     #endif
@@ -47,6 +47,9 @@ cdef extern from * nogil:
     #ifndef MADV_POPULATE_WRITE
     #define MADV_POPULATE_WRITE 23
     #endif
+    #ifndef MADV_DONTNEED_LOCKED
+    #define MADV_DONTNEED_LOCKED 24
+    #endif
     #ifndef MADV_COLLAPSE
     #define MADV_COLLAPSE 25
     #endif
@@ -60,6 +63,9 @@ cdef extern from * nogil:
         C_MADV_NOHUGEPAGE "MADV_NOHUGEPAGE"
         C_MADV_DONTNEED "MADV_DONTNEED"
         C_MADV_PAGEOUT "MADV_PAGEOUT"
+        C_MADV_DONTNEED_LOCKED "MADV_DONTNEED_LOCKED"
+        C_MADV_NORMAL "MADV_NORMAL"
+        C_MADV_RANDOM "MADV_RANDOM"
         C_MADV_POPULATE_READ "MADV_POPULATE_READ"
         C_MADV_POPULATE_WRITE "MADV_POPULATE_WRITE"
         C_MADV_COLLAPSE "MADV_COLLAPSE"

@@ -16,18 +16,30 @@ cdef extern from * nogil:
         IOBMD_PAGE_IS_PFNZERO = 1 << 5, IOBMD_PAGE_IS_HUGE = 1 << 6,
     };
     enum { IOBMD_PM_SCAN_WP_MATCHING = 1 << 0, IOBMD_PM_SCAN_CHECK_WPASYNC = 1 << 1 };
-    /* Find the first page that is absent, the zero page, or written to since it was protected; 0: none is. */
+    /*
+     * Find the first page that is gone, the zero page, or written to since it was protected; 0: none is. A page that
+     * is in swap, or on its way to another frame, and was not written to, is there.
+     */
     static int iobmd_first_lost(int pagemap, uint64_t start, uint64_t end, uint64_t *where)
     {
         const uint64_t lost = IOBMD_PAGE_IS_PRESENT | IOBMD_PAGE_IS_PFNZERO | IOBMD_PAGE_IS_WRITTEN;
-        struct iobmd_page_region region = { 0, 0, 0 };
-        struct iobmd_scan_arg arg = {
-            .size = sizeof arg, .start = start, .end = end, .vec = (uintptr_t)&region, .vec_len = 1, .max_pages = 1,
-            .category_inverted = IOBMD_PAGE_IS_PRESENT, .category_anyof_mask = lost, .return_mask = lost,
-        };
-        int found = ioctl(pagemap, IOBMD_PAGEMAP_SCAN, &arg);
-        *where = region.start;
-        return found;
+        while (start < end) {
+            struct iobmd_page_region region = { 0, 0, 0 };
+            struct iobmd_scan_arg arg = {
+                .size = sizeof arg, .start = start, .end = end, .vec = (uintptr_t)&region, .vec_len = 1,
+                .max_pages = 1, .category_inverted = IOBMD_PAGE_IS_PRESENT, .category_anyof_mask = lost,
+                .return_mask = lost | IOBMD_PAGE_IS_SWAPPED,
+            };
+            int found = ioctl(pagemap, IOBMD_PAGEMAP_SCAN, &arg);
+            if (found <= 0)
+                return found;
+            if ((region.categories & (IOBMD_PAGE_IS_SWAPPED | IOBMD_PAGE_IS_WRITTEN)) != IOBMD_PAGE_IS_SWAPPED) {
+                *where = region.start;
+                return 1;
+            }
+            start = region.end;
+        }
+        return 0;
     }
     """
     struct iobmd_page_region:

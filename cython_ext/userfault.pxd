@@ -32,13 +32,13 @@ cdef extern from * nogil:
         struct iobmd_uffd_register range = { start, len, IOBMD_UFFD_REGISTER_WP, 0 };
         return ioctl(fd, IOBMD_UFFDIO_REGISTER, &range);
     }
-    static int iobmd_uffd_unprotect(int fd, uint64_t start, uint64_t len)
+    static int iobmd_uffd_protect(int fd, uint64_t start, uint64_t len, int protect)
     {
-        struct iobmd_uffd_writeprotect range = { start, len, 0 };
+        struct iobmd_uffd_writeprotect range = { start, len, protect };
         return ioctl(fd, IOBMD_UFFDIO_WRITEPROTECT, &range);
     }
     """
     int iobmd_uffd_open()
     int iobmd_uffd_track(int fd)
     int iobmd_uffd_register(int fd, uint64_t start, uint64_t len)
-    int iobmd_uffd_unprotect(int fd, uint64_t start, uint64_t len)
+    int iobmd_uffd_protect(int fd, uint64_t start, uint64_t len, int protect)

@@ -47,7 +47,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         # Made in two steps, as in IOKit: this only says what initWithPhysicalMask is to fill the memory with.
         self._copy_of = copy_of
         self._progress = progress
-        self._locks = own.Locks()
+        self._guard = own.Guard()
 
     # --- factories
 

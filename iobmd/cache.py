@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import TYPE_CHECKING, Generic, NamedTuple, Self, TypeVar
 
@@ -30,11 +31,11 @@ class CacheStatistics(NamedTuple):
     hits: int
     """Requests that found the content intact."""
     loaded: int
-    """Contents that the loader made for the first time."""
+    """Contents that the loader made for keys that were not there."""
     purged: int
     """Contents that were found to be taken by the system."""
     rebuilt: int
-    """Contents that the loader made again after that."""
+    """Contents that the loader made again for keys whose content had been taken."""
     entries: int
     """Keys, also those whose content has been taken."""
     held: int
@@ -66,11 +67,6 @@ class CacheItem(Exporter):
             return raw.cast(entry.format, entry.shape) if entry.shape else raw  # type: ignore[call-overload]
         return raw
 
-    @property
-    def buffer(self) -> IOBufferMemoryDescriptor:
-        """The buffer that keeps the content."""
-        return self._held().buffer
-
     def release(self) -> None:
         """End the use, so that the content may be taken when nobody else uses it; idempotent.
 
@@ -79,14 +75,16 @@ class CacheItem(Exporter):
         IOReturnError
             `kIOReturnBusy` while a view of this item is alive: the use goes on then.
         """
-        if self._entry is None:
-            return
         if self.exports:
-            raise IOReturnError(
-                IOReturn.kIOReturnBusy, f"{self.exports} views of {self!r} are alive: release them first"
-            )
-        entry, self._entry = self._entry, None
-        entry.let_go(self)
+            message = f"{self.exports} views of {self!r} are alive: release them first"
+            raise IOReturnError(IOReturn.kIOReturnBusy, message)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if entry := self._entry:
+            entry.users.discard(id(self))
+            self._entry = None
+            entry.settle()
 
     def _held(self) -> _Entry:
         if self._entry is None:
@@ -94,10 +92,10 @@ class CacheItem(Exporter):
         return self._entry
 
     def _exported(self) -> tuple[Mapped, int]:
-        return self._held().buffer._exported()
+        return self._held().memory._exported()
 
     def __len__(self) -> int:
-        return len(self._held().buffer)
+        return self._held().size
 
     def __repr__(self) -> str:
         return f"<CacheItem {f'of {len(self)} bytes' if self._entry else 'released'}>"
@@ -110,56 +108,72 @@ class CacheItem(Exporter):
         self.release()
 
     def __del__(self) -> None:
-        if getattr(self, "_entry", None):
-            self.release()
+        self._let_go()
 
 
 class _Entry:
     """One content: its buffer, what it looks like, and who uses it."""
 
-    buffer: IOBufferMemoryDescriptor
+    buffer: IOBufferMemoryDescriptor | None = None
     format = "B"
     shape: tuple[int, ...] = ()
+    size = 0
+    filled = False  # the content is whole, as far as the system did not take it
+    known = False  # it was made before
 
-    def __init__(self, modifiers: int) -> None:
-        self.lock = own.Locks()
-        self.filled = False
+    def __init__(self, modifiers: int, unsettled: deque[_Entry]) -> None:
+        self.guard = own.Guard()
         self.users: set[int] = set()  # by id: adding and removing are one step, also for a garbage collection
         self._modifiers = modifiers
+        self._unsettled = unsettled
 
     def fill(self, data: Buffer) -> None:
         """Put what the loader made into the buffer, which is non-volatile afterwards."""
         with memoryview(data) as made:
-            self.format, self.shape = made.format, made.shape or ()
             content = made if made.c_contiguous else memoryview(made.tobytes())
-            if not self.filled or self.buffer.getCapacity() < made.nbytes:
-                fresh = allocate(max(made.nbytes, 1), wired=False, purgeable=True)
+            if self.buffer is None or self.buffer.getCapacity() < made.nbytes:
                 self.free()
-                self.buffer, self.filled = fresh, True
+                self.buffer = allocate(max(made.nbytes, 1), wired=False, purgeable=True)
             self.buffer.setPurgeable(NON_VOLATILE)
             self.buffer.setLength(made.nbytes)
             self.buffer.writeBytes(0, content)
+            self.format, self.shape, self.size = made.format, made.shape or (), made.nbytes
+        self.filled = self.known = True
 
-    def intact(self) -> bool:
-        """Make it non-volatile; say whether the content is there."""
-        return self.filled and self.buffer.setPurgeable(NON_VOLATILE) != EMPTY
-
-    def let_go(self, item: object) -> None:
-        """End one use."""
-        with self.lock.here():
-            self.users.discard(id(item))
-            self.settle()
+    def lost(self) -> bool:
+        """Make it non-volatile; say whether the content was taken."""
+        taken = self.filled and self.memory.setPurgeable(NON_VOLATILE) == EMPTY
+        self.filled &= not taken
+        return taken
 
     def settle(self) -> None:
-        """Let the system take it when nobody uses it."""
-        if self.filled and not self.users:
-            self.buffer.setPurgeable(VOLATILE | self._modifiers)
+        """Let the system take it when nobody uses it. It waits for nobody: called by the garbage collector too."""
+        if self.users:
+            return
+        if self.guard.mine:  # in the middle of another use: later, then
+            self._unsettled.append(self)
+            return
+        try:
+            if not self.guard.enter_if_free():
+                self._unsettled.append(self)
+            elif self.filled and not self.users:
+                self.memory.setPurgeable(VOLATILE | self._modifiers)
+        except BusyError:  # this thread was interrupted in the middle of a change
+            self._unsettled.append(self)
+        finally:
+            self.guard.leave()
 
     def free(self) -> None:
         """Give the buffer back."""
-        if self.filled:
-            self.filled = False
-            self.buffer.free()
+        buffer, self.buffer, self.filled = self.buffer, None, False
+        if buffer is not None:
+            buffer.free()
+
+    @property
+    def memory(self) -> IOBufferMemoryDescriptor:
+        """The buffer, which is there."""
+        assert self.buffer is not None
+        return self.buffer
 
 
 class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
@@ -189,7 +203,8 @@ class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
         self._loader = loader
         self._modifiers = int(modifiers)
         self._entries: dict[K, _Entry] = {}
-        self._lock = own.Locks()
+        self._unsettled: deque[_Entry] = deque()  # whose last use ended while they were busy
+        self._guard = own.Guard()
         self._counts = dict.fromkeys(("hits", "loaded", "purged", "rebuilt"), 0)
         self._maker = os.getpid()
 
@@ -199,41 +214,42 @@ class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
         Raises
         ------
         IOReturnError
-            As `allocate` and `setPurgeable`. Or whatever the loader raises: then nothing is kept.
+            As `allocate` and `setPurgeable`; `kIOReturnBusy` when a loader asks for the very key that it makes. Or
+            whatever the loader raises: then nothing is kept.
         """
+        self._settle()
         while True:
-            entry = self._entries.get(key) or self._entries.setdefault(key, _Entry(self._modifiers))
-            item = CacheItem(entry)
-            with entry.lock.here():
-                entry.users.add(id(item))  # first: from here on nobody makes it volatile
+            entry = self._entries.get(key) or self._entries.setdefault(key, _Entry(self._modifiers, self._unsettled))
+            with entry.guard:
                 if self._entries.get(key) is not entry:  # forgotten by another thread meanwhile
+                    continue
+                item = CacheItem(entry)
+                entry.users.add(id(item))  # first: from here on nobody makes it volatile
+                try:
+                    self._provide(key, entry)
+                except BaseException:
                     entry.users.discard(id(item))
                     item._entry = None
-                    continue
-                self._provide(key, entry, item)
-            return item
+                    if not entry.filled:
+                        self._forget(key, entry)
+                    elif not entry.users:
+                        self._unsettled.append(entry)
+                    raise
+                return item
 
-    def _provide(self, key: K, entry: _Entry, item: CacheItem) -> None:
-        was_there = entry.filled
-        try:
-            if entry.intact():
-                self._count("hits")
-                return
-            if was_there:
-                self._count("purged")
-            entry.fill(self._loader(key))
-            self._count("rebuilt" if was_there else "loaded")
-        except BaseException:
-            item._entry = None
-            entry.users.discard(id(item))
-            self._forget(key, entry)
-            raise
+    def _provide(self, key: K, entry: _Entry) -> None:
+        if entry.lost():
+            self._count("purged")
+        if entry.filled:
+            self._count("hits")
+            return
+        known = entry.known
+        entry.fill(self._loader(key))
+        self._count("rebuilt" if known else "loaded")
 
     def _forget(self, key: K, entry: _Entry) -> None:
-        """Forget a key and its content, which is not in use, with the entry's lock held."""
-        with self._lock.here():
-            if self._entries.get(key) is entry:
-                del self._entries[key]
+        """Forget a key and its content, which is not in use, with the entry's guard held."""
+        self._entries.pop(key, None)
         entry.free()
 
     def __delitem__(self, key: K) -> None:
@@ -247,52 +263,70 @@ class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
             No such key.
         """
         entry = self._entries[key]
-        with entry.lock.here():
+        with entry.guard:
             if entry.users:
                 raise IOReturnError(IOReturn.kIOReturnBusy, f"the content of {key!r} is in use")
-            self._forget(key, entry)
+            if self._entries.get(key) is entry:
+                self._forget(key, entry)
 
     def sweep(self) -> int:
         """Forget the keys whose content the system has taken; returns how many."""
+        self._settle()
         swept = 0
-        for key, entry in self._known():
-            with entry.lock.here():
-                if entry.filled and not entry.users and entry.buffer.setPurgeable(KEEP_CURRENT) == EMPTY:
+        for key, entry in list(self._entries.items()):
+            with entry.guard:
+                if entry.filled and not entry.users and entry.memory.setPurgeable(KEEP_CURRENT) == EMPTY:
                     self._forget(key, entry)
                     self._count("purged")
                     swept += 1
         return swept
 
     def close(self) -> None:
-        """Forget all keys and free their contents; idempotent. Raises `kIOReturnBusy` while some are in use."""
-        for key, _entry in self._known():
-            with contextlib.suppress(KeyError):  # another thread was faster
+        """Forget all keys and free their contents; idempotent.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnBusy` while some are in use; the others are freed.
+        """
+        busy: BusyError | None = None
+        for key in list(self._entries):
+            try:
                 del self[key]
+            except BusyError as error:
+                busy = error
+            except KeyError:  # another thread was faster
+                pass
+        if busy:
+            raise busy
 
     @property
     def statistics(self) -> CacheStatistics:
         """What the cache did so far, and what it keeps now."""
-        known = [entry for _key, entry in self._known() if entry.filled]
-        held = [entry for entry in known if entry.users]
-        sizes = [sum(len(entry.buffer) for entry in some) for some in (known, held)]
-        with self._lock.here():
+        self._settle()
+        known = [entry for entry in list(self._entries.values()) if entry.known]
+        held = [entry.size for entry in known if entry.users]
+        size = sum(entry.size for entry in known)
+        with self._guard:
             return CacheStatistics(
-                **self._counts, entries=len(known), held=len(held), bytes=sizes[0], held_bytes=sizes[1]
+                **self._counts, entries=len(known), held=len(held), bytes=size, held_bytes=sum(held)
             )
 
-    def _count(self, what: str) -> None:
-        with self._lock.here():
-            self._counts[what] += 1
+    def _settle(self) -> None:
+        """Let the system take what came out of use while it was busy."""
+        for _ in range(len(self._unsettled)):
+            with contextlib.suppress(IndexError):  # another thread was faster
+                self._unsettled.popleft().settle()
 
-    def _known(self) -> list[tuple[K, _Entry]]:
-        with self._lock.here():
-            return list(self._entries.items())
+    def _count(self, what: str) -> None:
+        with self._guard:
+            self._counts[what] += 1
 
     def __contains__(self, key: object) -> bool:
         return key in self._entries
 
     def __iter__(self) -> Iterator[K]:
-        return iter([key for key, _entry in self._known()])
+        return iter(list(self._entries))
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -20,8 +20,6 @@ from iobmd.volatility import Volatility
 from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
-    import threading
-
     from typing_extensions import Buffer
 
     from iobmd._native.runs import PhysicalSegment, RunTable
@@ -45,7 +43,7 @@ class IOMemoryDescriptor(Volatility):
     _state = "not initialised"
     _prepared = 0
     _pinned_for_good = False  # by its options, not by prepare()
-    _locks: own.Locks
+    _guard: own.Guard
 
     def getLength(self) -> int:
         """Return the length in bytes."""
@@ -252,7 +250,8 @@ class IOMemoryDescriptor(Volatility):
 
         Dirty: written to, and not lazily freed since. All of a shared object is dirty, for it has no file.
         """
-        return self._memory().page_counts()
+        with self._guard:
+            return self._memory().page_counts()
 
     def free(self) -> None:
         """Give the memory back; the descriptor cannot be used afterwards. Idempotent, and so is leaving `with`.
@@ -272,8 +271,8 @@ class IOMemoryDescriptor(Volatility):
 
     release = free
 
-    def _lock(self) -> threading.RLock:
-        return self._locks.here()
+    def _lock(self) -> own.Guard:
+        return self._guard
 
     def _before_write(self, backing: Backing, offset: int, length: int) -> None:
         if backing.purgeable:

@@ -4,6 +4,8 @@ An mmap succeeds long before there is memory behind it, and the kernel answers t
 killing somebody. A large buffer is therefore refused beforehand when it cannot fit.
 """
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from iobmd import procfs
@@ -20,6 +22,14 @@ SPARE = 16
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
+_reliefs: list[Callable[[int], None]] = []
+
+
+def on_shortage(relief: Callable[[int], None]) -> None:
+    """Have `relief` called with the bytes that are missing, before memory is refused."""
+    _reliefs.append(relief)
+
+
 def require(size: int, *, swappable: bool) -> None:
     """Raise `kIOReturnNoMemory` when `size` bytes cannot be filled now; may let through, never refuses wrongly.
 
@@ -27,31 +37,39 @@ def require(size: int, *, swappable: bool) -> None:
     """
     if size < ASK_FROM:
         return
+    for relief in (*_reliefs, None):
+        available, whose = _least(swappable)
+        if size <= available:
+            return
+        if relief:
+            relief(size - available)
+    message = (
+        f"{format_size(size)} do not fit into the {format_size(max(available, 0))} of memory that "
+        f"{whose} has left; free some, raise the limit, or ask for less"
+    )
+    raise IOReturnError(IOReturn.kIOReturnNoMemory, message)
+
+
+def _least(swappable: bool) -> tuple[int, str]:
+    """Return what is left where least is, and where that is."""
     try:
         memory = procfs.meminfo()
     except OSError:  # no descriptor is free, or /proc is not there
-        return
+        return sys.maxsize, ""
     host = memory["MemAvailable"] + (memory["SwapFree"] if swappable else 0)
-    for available, _limit, whose in ((host, 0, "this host"), *_cgroup_headrooms(swappable)):
-        if size > available:
-            message = (
-                f"{format_size(size)} do not fit into the {format_size(max(available, 0))} of memory that "
-                f"{whose} has left; free some, raise the limit, or ask for less"
-            )
-            raise IOReturnError(IOReturn.kIOReturnNoMemory, message)
+    places = ((host, 0, "this host"), *_cgroup_headrooms(swappable))
+    available, _limit, whose = min(places)
+    return available, whose
 
 
 def shortage() -> int:
     """Return how many bytes are missing for a sixteenth to be left, of the host's memory and of each cgroup's limit.
 
-    0 when that much is left. Swap does not count: it is what running short leads to.
+    Negative: how many more are left. Swap does not count: it is what running short leads to. Raises OSError.
     """
-    try:
-        memory = procfs.meminfo()
-    except OSError:
-        return 0
+    memory = procfs.meminfo()
     places = ((memory["MemAvailable"], memory["MemTotal"], ""), *_cgroup_headrooms(swappable=False))
-    return max(0, *(limit // SPARE - available for available, limit, _whose in places))
+    return max(limit // SPARE - available for available, limit, _whose in places)
 
 
 def _cgroup_headrooms(swappable: bool) -> list[tuple[int, int, str]]:

@@ -7,10 +7,10 @@ child does not have.
 from __future__ import annotations
 
 import os
-import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from iobmd import refusals
+from iobmd._native import guard as native
 from iobmd._native import lazyfree
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
@@ -82,15 +82,11 @@ def track_writes(address: int, size: int) -> int:
     return tracker
 
 
-class Locks:
-    """A reentrant lock that is another one in each process."""
+class Guard(native.Guard):
+    """Keeps other threads out of a `with`, and a signal handler out of what it interrupted; free after a fork."""
 
-    __slots__ = ("_by_pid",)
-
-    def __init__(self) -> None:
-        self._by_pid: dict[int, threading.RLock] = {}
-
-    def here(self) -> threading.RLock:
-        """Return this process's."""
-        pid = os.getpid()
-        return self._by_pid.get(pid) or self._by_pid.setdefault(pid, threading.RLock())
+    def reentered(self) -> NoReturn:
+        """Raise `kIOReturnBusy`."""
+        raise IOReturnError(
+            IOReturn.kIOReturnBusy, "a signal handler, or a function called back, cannot use what it interrupted"
+        )

@@ -144,6 +144,13 @@ def own_ranges(address: int, size: int, *, protect: bool) -> list[tuple[int, int
     return joined
 
 
+def has_content(address: int, size: int) -> bool:
+    """Say whether any of this process's pages was written to and is there still, in memory or in swap."""
+    if own_ranges(address, size, protect=False):
+        return True
+    return counts(kernel_task, address, size).swapped > 0
+
+
 def huge_bytes(address: int, size: int) -> int:
     """Count the bytes of a range of this process that huge pages map; needs no privilege.
 

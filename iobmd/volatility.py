@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING
 
 from iobmd.constants import IOPurgeable, IOReturn
@@ -10,9 +9,7 @@ from iobmd.errors import IOReturnError
 from iobmd.purgeable import EMPTY, KEEP_CURRENT, NON_VOLATILE, OBSOLETE, VOLATILE, parse, purger
 
 if TYPE_CHECKING:
-    import threading
-    from collections.abc import Iterator
-
+    from iobmd import own
     from iobmd.backing import Backing
     from iobmd.purgeable import Purgeable
 
@@ -28,14 +25,14 @@ class Volatility:
 
     _backing: Backing | None
     _prepared: int
-    _given = 0  # the modifiers it was last made volatile with
+    _guard: own.Guard
+    _given: int | None = None  # the modifiers it was last made volatile with; None: it never was
     _keepers = 0  # how many are inside of `nonvolatile`
     _volatile_again: int | None = None  # with which modifiers the last of them makes it volatile; None: not
+    _unfilled = False  # it was found to be taken, and nobody has filled it since
+    _spoilt = False  # somebody failed to
 
     def _memory(self) -> Backing:
-        raise NotImplementedError
-
-    def _lock(self) -> threading.RLock:
         raise NotImplementedError
 
     def setPurgeable(self, newState: int) -> IOPurgeable:
@@ -76,67 +73,68 @@ class Volatility:
         when the parent has made it non-volatile since. Calls of several threads come one after another.
         """
         state, modifiers = parse(newState)
-        with self._lock():
-            purgeable = self._purgeable()
-            if state == NON_VOLATILE:
-                return _STATES[purgeable.keep()]
-            if state == KEEP_CURRENT:
-                old = purgeable.current()
-            elif self._prepared:
-                message = f"{self!r} is prepared {self._prepared} times: call complete() as often first"
-                raise IOReturnError(IOReturn.kIOReturnBusy, message)
-            elif state == EMPTY:
-                old = purgeable.empty()
-            else:
-                old = purgeable.give(modifiers)
-                self._given = modifiers
-            if purgeable.shared and purgeable.order():
-                purger.watch()
-            return _STATES[old]
+        with self._guard:
+            return _STATES[self._change(self._purgeable(), state, modifiers)]
 
-    @contextlib.contextmanager
-    def nonvolatile(self) -> Iterator[bool]:
+    def _change(self, purgeable: Purgeable, state: int, modifiers: int) -> int:
+        if state == NON_VOLATILE:
+            return purgeable.keep()
+        if state == KEEP_CURRENT:
+            return purgeable.current()
+        if self._prepared:
+            message = f"{self!r} is prepared {self._prepared} times: call complete() as often first"
+            raise IOReturnError(IOReturn.kIOReturnBusy, message)
+        if state == EMPTY:
+            return purgeable.empty()
+        old = purgeable.give(modifiers)
+        self._given = modifiers
+        return old
+
+    def nonvolatile(self) -> NonVolatile:
         """Keep purgeable memory non-volatile inside of a `with`; it is volatile again afterwards if it was before.
 
         Gives True when the content is intact, False when it was taken: then fill it again inside of the `with`. If
         that fails with an exception the memory is left Empty. Threads may be inside at the same time, and the last
-        to leave makes it volatile; which of them fills it again is for a lock of their own.
+        to leave makes it volatile. Until one that was given False has left without an exception, all are given
+        False; which of them fills it again is for a lock of their own.
 
         Raises
         ------
         IOReturnError
             As `setPurgeable`.
         """
-        intact = self._enter()
-        try:
-            yield intact
-        except BaseException:
-            self._leave(spoilt=not intact)
-            raise
-        self._leave(spoilt=False)
+        return NonVolatile(self)
 
-    def _enter(self) -> bool:
-        with self._lock():
+    def _enter(self, inside: NonVolatile) -> None:
+        with self._guard:
             purgeable = self._purgeable()
             order = purgeable.order()
             old = purgeable.keep()
-            if order:
-                self._volatile_again = order.modifiers
-            elif old == EMPTY:  # it was seen to be taken before
-                self._volatile_again = self._given & ~OBSOLETE
+            if old == VOLATILE:
+                self._volatile_again = order.modifiers if order else self._given or 0
+            elif old == EMPTY:
+                self._unfilled = True
+                if order or self._given is not None:
+                    self._volatile_again = order.modifiers if order else (self._given or 0) & ~OBSOLETE
+            inside._intact = not self._unfilled
             self._keepers += 1
-            return old != EMPTY
 
-    def _leave(self, *, spoilt: bool) -> None:
-        with self._lock():
+    def _leave(self, *, intact: bool, failed: bool) -> None:
+        with self._guard:
+            if not intact:
+                self._unfilled = failed
+                self._spoilt |= failed
             self._keepers -= 1
-            if self._keepers or self._backing is None:  # others are inside, or it was freed there
+            if self._keepers:
                 return
             modifiers, self._volatile_again = self._volatile_again, None
+            spoilt, self._spoilt, self._unfilled = self._spoilt, False, False
+            if self._backing is None:  # freed inside
+                return
             if spoilt:
-                self.setPurgeable(EMPTY)
+                self._change(self._purgeable(), EMPTY, 0)
             elif modifiers is not None:
-                self.setPurgeable(VOLATILE | modifiers)
+                self._change(self._purgeable(), VOLATILE, modifiers)
 
     @property
     def lazily_freed(self) -> int:
@@ -144,8 +142,9 @@ class Volatility:
 
         They still count as resident: RSS does not shrink when memory becomes volatile, but when the kernel takes it.
         """
-        purgeable = self._memory().purgeable
-        return purgeable.lazily_freed() if purgeable else 0
+        with self._guard:
+            purgeable = self._memory().purgeable
+            return purgeable.lazily_freed() if purgeable else 0
 
     def _purgeable(self) -> Purgeable:
         if purgeable := self._memory().purgeable:
@@ -156,14 +155,51 @@ class Volatility:
             "iobmd.allocate(…, wired=False, purgeable=True)",
         )
 
-    def _candidate(self) -> purger.Candidate | None:
+    def _is_shared(self) -> bool:
         backing = self._backing
-        if backing is None or backing.purgeable is None:
+        return backing is not None and backing.purgeable is not None and backing.purgeable.shared
+
+    def _candidate(self) -> purger.Candidate | None:
+        """Say whether it is volatile; None also while somebody is changing it."""
+        if self._guard.mine:
             return None
-        order = backing.purgeable.order()
-        return order and purger.Candidate(order, backing.purgeable.shared, backing.size)
+        try:
+            if self._guard.enter_if_free() and self._backing and self._backing.purgeable:
+                order = self._backing.purgeable.order()
+                return order and purger.Candidate(order, self._backing.size)
+            return None
+        finally:
+            self._guard.leave()
 
     def _purge(self) -> int:
-        with self._lock():
-            backing = self._backing
-            return backing.purgeable.purge() if backing and backing.purgeable else 0
+        if self._guard.mine:
+            return 0
+        try:
+            if self._guard.enter_if_free() and self._backing and self._backing.purgeable:
+                return self._backing.purgeable.purge()
+            return 0
+        finally:
+            self._guard.leave()
+
+
+class NonVolatile:
+    """The `with` of `IOMemoryDescriptor.nonvolatile`."""
+
+    def __init__(self, memory: Volatility) -> None:
+        self._memory = memory
+        self._intact: bool | None = None  # what it gave; None: not entered
+
+    def __enter__(self) -> bool:
+        try:
+            self._memory._enter(self)
+        except BaseException:
+            # Also an interrupt that came as it was entered already.
+            if self._intact is not None:
+                self._memory._leave(intact=self._intact, failed=False)
+            raise
+        assert self._intact is not None
+        return self._intact
+
+    def __exit__(self, failed: object, *_error: object) -> None:
+        assert self._intact is not None
+        self._memory._leave(intact=self._intact, failed=failed is not None)

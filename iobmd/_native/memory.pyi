@@ -1,12 +1,15 @@
 MADV_COLD: int
 MADV_COLLAPSE: int
 MADV_DONTNEED: int
+MADV_DONTNEED_LOCKED: int
 MADV_FREE: int
 MADV_HUGEPAGE: int
 MADV_NOHUGEPAGE: int
+MADV_NORMAL: int
 MADV_PAGEOUT: int
 MADV_POPULATE_READ: int
 MADV_POPULATE_WRITE: int
+MADV_RANDOM: int
 
 def advise(address: int, size: int, advice: int) -> None: ...
 def incore(address: int, pages: int, page_size: int) -> bytes: ...

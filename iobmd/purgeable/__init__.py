@@ -18,14 +18,14 @@ _STATE_BITS = 0xF
 OBSOLETE = int(IOPurgeable.kIOMemoryPurgeableVolatileOrderingObsolete)
 _LIFO = int(IOPurgeable.kIOMemoryPurgeableVolatileBehaviorLifo)
 _GROUP = int(IOPurgeable.kIOMemoryPurgeableVolatileGroup7)
-_MODIFIERS = OBSOLETE | _LIFO | _GROUP
+MODIFIERS = OBSOLETE | _LIFO | _GROUP
 
 
 def parse(new_state: int) -> tuple[int, int]:
     """Return the state and the modifiers of a word as `setPurgeable` takes it. Raises `kIOReturnBadArgument`."""
     word = int(new_state)
     state, modifiers = word & _STATE_BITS, word & ~_STATE_BITS
-    if not KEEP_CURRENT <= state <= EMPTY or modifiers & ~_MODIFIERS:
+    if not KEEP_CURRENT <= state <= EMPTY or modifiers & ~MODIFIERS:
         raise IOReturnError(
             IOReturn.kIOReturnBadArgument,
             f"{word:#x} is not a purgeable state: kIOMemoryPurgeableKeepCurrent, …NonVolatile, …Volatile with its "
@@ -87,7 +87,7 @@ class Purgeable(Protocol):
         """Return when it is to be taken, None when it is not volatile; may be late by a moment."""
 
     def purge(self) -> int:
-        """Drop the content if it is volatile; returns the bytes of memory that came free."""
+        """Drop the content if it is volatile and nobody else is at it; returns the bytes of memory that came free."""
 
     def before_write(self, offset: int, length: int) -> None:
         """Have bytes that are about to be written to survive like the rest, though it is volatile."""

@@ -12,12 +12,13 @@ import contextlib
 import fcntl
 import os
 import struct
+import time
 from typing import TYPE_CHECKING
 
 from iobmd._native import memory
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.purgeable import EMPTY, NON_VOLATILE, VOLATILE, Order, now, wanted_non_volatile
+from iobmd.purgeable import EMPTY, MODIFIERS, NON_VOLATILE, VOLATILE, Order, now, wanted_non_volatile
 from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -28,10 +29,10 @@ TRAILER = PAGE_SIZE
 
 _WORD = struct.Struct("=Q")
 _STATE = 0xF
-_MODIFIERS = 0x760
 _PURGING = 0x10
 _TIME_SHIFT = 16
 _BLOCK = 512  # unit of st_blocks (stat(2))
+_PATIENCE = 5.0  # seconds to wait for another process, which needs milliseconds at the most
 
 
 class AgreedState:
@@ -65,7 +66,8 @@ class AgreedState:
         with self._exclusively() as word:
             self._require_unprepared()
             if word & _STATE != EMPTY or self._allocated():
-                self._set(VOLATILE | modifiers | now() << _TIME_SHIFT)
+                same = word & (_STATE | MODIFIERS) == VOLATILE | modifiers  # then it keeps its place in the order
+                self._set(word if same else VOLATILE | modifiers | now() << _TIME_SHIFT)
             return word & _STATE
 
     def empty(self) -> int:
@@ -78,11 +80,13 @@ class AgreedState:
     def order(self) -> Order | None:
         """Return when it is to be taken."""
         word = self._word()
-        return Order(word & _MODIFIERS, word >> _TIME_SHIFT) if word & _STATE == VOLATILE else None
+        return Order(word & MODIFIERS, word >> _TIME_SHIFT) if word & _STATE == VOLATILE else None
 
     def purge(self) -> int:
-        """Drop the content if it is volatile; memory and swap count, whoever mapped it."""
-        with self._exclusively() as word:
+        """Drop the content if it is volatile; memory and swap count. Nothing while another process changes it."""
+        if not self.order():
+            return 0
+        with self._exclusively(wait=False) as word:
             if word & _STATE != VOLATILE:
                 return 0
             before = self._allocated()
@@ -112,23 +116,46 @@ class AgreedState:
         return self._size + _WORD.size
 
     @contextlib.contextmanager
-    def _exclusively(self) -> Iterator[int]:
+    def _exclusively(self, *, wait: bool = True) -> Iterator[int]:
         """Keep all others out, finish what one of them died of, and yield the word."""
-        fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, self._size)
-        try:
+        try:  # around the lock too: it is given back whatever interrupts us, and if we do not have it that is no harm
+            self._lock(_PATIENCE if wait else 0)
             if self._word() & _PURGING:
                 self._drop()
             yield self._word()
+        except OSError as error:
+            if isinstance(error, IOReturnError):
+                raise
+            message = f"cannot change the state of shared memory: {error}"
+            raise IOReturnError(IOReturn.kIOReturnError, message, error.errno or 0) from None
         finally:
             fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, self._size)
 
+    def _lock(self, patience: float) -> None:
+        """Take the record lock by trying again: waiting in the kernel takes threads for deadlocked processes."""
+        deadline = time.monotonic() + patience
+        pause = 0.00005
+        while not self._try(self._size):
+            if time.monotonic() > deadline:
+                message = (
+                    "another process is changing the state of this shared memory, and does not end: is it stopped?"
+                )
+                raise IOReturnError(IOReturn.kIOReturnBusy, message)
+            time.sleep(pause)
+            pause = min(pause * 2, 0.005)
+
+    def _try(self, place: int) -> bool:
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
+
     def _require_unprepared(self) -> None:
         """Raise `kIOReturnBusy` while another process has it prepared."""
-        try:
-            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._preparing)
-        except (BlockingIOError, PermissionError):
+        if not self._try(self._preparing):
             message = "the memory is prepared in another process: it stays wired until complete() there"
-            raise IOReturnError(IOReturn.kIOReturnBusy, message) from None
+            raise IOReturnError(IOReturn.kIOReturnBusy, message)
         self.let_go()
 
     def _drop(self) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 from iobmd import own, pagemap
 from iobmd._native import memory
 from iobmd._native import pagemap as native
+from iobmd._native.guard import generation
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.purgeable import (
@@ -35,7 +34,7 @@ class LazilyFreed:
         self._address = address
         self._size = size
         self._tracker = own.track_writes(address, size)
-        self._tracked_by = os.getpid()
+        self._tracked_in = generation()
         self._state = NON_VOLATILE
         # What is lazily freed. None: nobody knows, for freeing it was interrupted, and then it counts as lost.
         self._ranges: list[windows.Range] | None = []
@@ -59,9 +58,10 @@ class LazilyFreed:
         old = self._settle()
         if modifiers & OBSOLETE:
             self._drop()
-        elif old != EMPTY or self._resident():
+        elif old != EMPTY or pagemap.has_content(self._address, self._size):
             self._free_lazily()
-            self._modifiers, self._since = modifiers, now()
+            if old != VOLATILE or modifiers != self._modifiers:  # else it keeps its place in the order
+                self._modifiers, self._since = modifiers, now()
         return old
 
     def empty(self) -> int:
@@ -78,7 +78,8 @@ class LazilyFreed:
         """Drop the content if it is volatile; what the kernel left of it counts."""
         if self._state != VOLATILE:
             return 0
-        freed = sum(end - start for start, end in self._resident())
+        resident = pagemap.own_ranges(self._address, self._size, protect=False)
+        freed = sum(end - start for start, end in resident)
         self._drop()
         return freed
 
@@ -110,7 +111,7 @@ class LazilyFreed:
     @property
     def _here(self) -> int:
         """The tracker, -1 where it is that of a parent, whose memory this is not."""
-        return self._tracker if self._tracked_by == os.getpid() else -1
+        return self._tracker if self._tracked_in == generation() else -1
 
     def _settle(self) -> int:
         """Take everything back; returns the state before. What is left of `VOLATILE` is a name to be changed."""
@@ -134,9 +135,6 @@ class LazilyFreed:
         finally:
             self._ranges = outside + inside
 
-    def _resident(self) -> list[windows.Range]:
-        return pagemap.own_ranges(self._address, self._size, protect=False)
-
     def _free_lazily(self) -> None:
         # Only what is resident, and protected in the same moment: swapped pages stay in swap, for MADV_FREE would
         # throw them away, and what was never touched has nothing to lose.
@@ -156,9 +154,21 @@ class LazilyFreed:
         self._ranges = ranges
 
     def _drop(self) -> None:
-        self._state, self._half_dropped = EMPTY, True
-        memory.advise(self._address, self._size, memory.MADV_DONTNEED)
+        before, self._state, self._half_dropped = self._state, EMPTY, True
+        try:
+            _discard(self._address, self._size)
+        except OSError as error:
+            self._state, self._half_dropped = before, False
+            message = f"cannot drop the content: the kernel refuses it ({error})"
+            raise IOReturnError(IOReturn.kIOReturnUnsupported, message, error.errno or 0) from None
         self._ranges, self._half_dropped = [], False
+
+
+def _discard(address: int, size: int) -> None:
+    try:
+        memory.advise(address, size, memory.MADV_DONTNEED_LOCKED)  # Linux 5.18
+    except OSError:
+        memory.advise(address, size, memory.MADV_DONTNEED)
 
 
 def _split(ranges: list[windows.Range], first: int, end: int) -> tuple[list[windows.Range], list[windows.Range]]:

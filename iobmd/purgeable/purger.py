@@ -1,7 +1,8 @@
 """Taking volatile memory: on request (`purge`), and shared memory by a thread when the system runs short.
 
-The kernel takes private volatile memory by itself. Shared memory it cannot: while any is volatile, a thread of this
-process watches the kernel's pressure files and what is free (`pressure`), and takes whole buffers in IOKit's order.
+The kernel takes private volatile memory by itself. Shared memory it cannot: while this process has purgeable shared
+memory, which any process that maps it may make volatile, a thread watches the kernel's pressure files and what is
+free, and takes whole buffers in IOKit's order.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from iobmd.errors import IOReturnError
 from iobmd.purgeable import Order
 from iobmd.purgeable.pressure import Watch
 
-_POLL = 0.25  # seconds between looks at what is free, where nothing tells earlier
-_LINGER = 1  # looks at nothing volatile, after which the thread ends
+_SLOWEST = 0.25  # seconds between looks at what is free, where nothing tells earlier
+_FASTEST = 0.005
+_RATE = 1 << 30  # bytes a second by which memory may be filled meanwhile
 _SHARE = 4  # pressure does not say how much is missing: a quarter of what is volatile, each time
 
 
@@ -27,7 +29,6 @@ class Candidate(NamedTuple):
     """Volatile memory of one descriptor."""
 
     order: Order
-    shared: bool
     size: int
     """Bytes, taken or not."""
 
@@ -35,27 +36,24 @@ class Candidate(NamedTuple):
 class Descriptor(Protocol):
     """A descriptor of purgeable memory."""
 
+    def _is_shared(self) -> bool:
+        """Whether it is open, and other processes may map it."""
+
     def _candidate(self) -> Candidate | None:
-        """Say whether it is volatile."""
+        """Say whether it is volatile, and not being changed by this very thread."""
 
     def _purge(self) -> int:
         """Take it if it is volatile still; returns the bytes that came free."""
 
 
-_known: weakref.WeakSet[Descriptor] = weakref.WeakSet()
-_lock = own.Locks()
+_known: dict[int, weakref.ref[Descriptor]] = {}
 
 
 def know(descriptor: Descriptor) -> None:
     """Take note of purgeable memory; a forked child knows that of its parent."""
-    with _lock.here():
-        # Until it goes away: leaving could come, by a garbage collection, while others look.
-        _known.add(descriptor)
-
-
-def watch() -> None:
-    """Have shared memory taken when the system runs short, from now on: some of it is volatile."""
-    with _lock.here():
+    number = id(descriptor)
+    _known[number] = weakref.ref(descriptor, lambda _gone: _known.pop(number, None))
+    if descriptor._is_shared():
         _thread.start()
 
 
@@ -79,16 +77,25 @@ def purge(target_bytes: int | None = None) -> int:
     ------
     IOReturnError
         `kIOReturnBadArgument`: negative.
+
+    Notes
+    -----
+    Memory that cannot be taken now is passed over: what another process is changing, and what a signal handler that
+    calls this has interrupted.
     """
     if target_bytes is not None and target_bytes < 0:
         raise IOReturnError(IOReturn.kIOReturnBadArgument, f"cannot purge {target_bytes} bytes")
-    return _purge(_volatile(), target_bytes)
+    return _purge(_volatile(shared_only=False), target_bytes)
 
 
-def _volatile() -> list[tuple[Candidate, Descriptor]]:
+def _descriptors(*, shared_only: bool) -> list[Descriptor]:
+    found = [one for reference in list(_known.values()) if (one := reference()) is not None]
+    return [one for one in found if one._is_shared()] if shared_only else found
+
+
+def _volatile(*, shared_only: bool) -> list[tuple[Candidate, Descriptor]]:
     """Return what is volatile, in the order it is to be taken."""
-    with _lock.here():
-        known = list(_known)
+    known = _descriptors(shared_only=shared_only)
     found = [(candidate, one) for one in known if (candidate := one._candidate())]
     return sorted(found, key=lambda pair: pair[0].order.key)
 
@@ -98,55 +105,82 @@ def _purge(volatile: list[tuple[Candidate, Descriptor]], target: int | None) -> 
     for _candidate, one in volatile:
         if target is not None and freed >= target:
             break
-        freed += one._purge()
+        with contextlib.suppress(IOReturnError):  # locked by others, or being changed: the next one
+            freed += one._purge()
     return freed
 
 
+def relieve(missing: int) -> None:
+    """Take as much volatile shared memory as is missing."""
+    _purge(_volatile(shared_only=True), missing)
+
+
+headroom.on_shortage(relieve)
+
+
 class _Purger:
-    """The thread. It runs while shared memory is volatile, and a second longer."""
+    """The thread. It runs while purgeable shared memory is open, and a moment longer."""
 
     def __init__(self) -> None:
         self._watch: Watch | None = None
+        self._guard = own.Guard()
 
     def start(self) -> None:
-        """Start it unless it runs. With the lock held."""
-        if not self._watch:
-            self._watch = Watch()
-            threading.Thread(target=self._run, args=(self._watch,), name="iobmd-purger", daemon=True).start()
+        """Start it unless it runs. Where no thread or descriptor is to be had, memory is taken on request only."""
+        with contextlib.suppress(OSError, RuntimeError), self._guard:
+            if self._watch:
+                return
+            watch = Watch()
+            try:
+                threading.Thread(target=self._run, args=(watch,), name="iobmd-purger", daemon=True).start()
+            except BaseException:
+                watch.close()
+                raise
+            self._watch = watch
 
     def _run(self, watch: Watch) -> None:
-        with watch:
-            idle = 0
-            while idle <= _LINGER or not self._over():
-                pressed = watch.wait(_POLL)
-                idle = 0 if _relieve(pressed) else idle + 1
+        try:
+            pressed = False
+            while not self._over(watch):
+                with contextlib.suppress(OSError):  # whatever went wrong, the next look tries again
+                    _look(pressed)
+                pressed = watch.wait(_pause())
+        finally:
+            watch.close()
 
-    def _over(self) -> bool:
-        """Say whether it may end, so that the next memory to become volatile starts another."""
-        with _lock.here():
-            if any(candidate.shared for candidate, _one in _volatile()):
+    def _over(self, watch: Watch) -> bool:
+        """Say whether it may end, so that the next memory starts another."""
+        with self._guard:
+            if _descriptors(shared_only=True):
                 return False
-            self._watch = None
+            if self._watch is watch:
+                self._watch = None
             return True
 
-    def forget(self) -> None:
-        """Close the descriptors of a parent's thread, which a forked child does not have."""
+    def forked(self) -> None:
+        """Go on in a forked child, which has the memory and not the thread."""
         if self._watch:
             self._watch.close()
-        self._watch = None
+            self._watch = None
+            if _descriptors(shared_only=True):
+                self.start()
 
 
 _thread = _Purger()
-os.register_at_fork(after_in_child=_thread.forget)
+os.register_at_fork(after_in_child=_thread.forked)
 
 
-def _relieve(pressed: bool) -> bool:
-    """Take as much shared memory as is missing; returns whether any is volatile."""
-    volatile = [pair for pair in _volatile() if pair[0].shared]
-    missing = headroom.shortage() if volatile else 0
+def _look(pressed: bool) -> None:
+    """Take as much shared memory as is missing."""
+    missing = headroom.shortage()
+    volatile = _volatile(shared_only=True) if pressed or missing else []
     if pressed:
         missing = max(missing, sum(candidate.size for candidate, _one in volatile) // _SHARE)
-    if missing:
-        with contextlib.suppress(OSError):  # whatever went wrong, the next look tries again
-            _purge(volatile, missing)
-    return bool(volatile)
+    _purge(volatile, missing)
+
+
+def _pause() -> float:
+    """Return how long nothing can run short, in seconds."""
+    with contextlib.suppress(OSError):
+        return min(_SLOWEST, max(_FASTEST, -headroom.shortage() / _RATE))
+    return _SLOWEST

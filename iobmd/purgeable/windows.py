@@ -4,9 +4,10 @@ Each window is locked on fault, so that reclaim takes nothing from there on, loo
 lazy free, and unlocked. No bytes of the user's serve as a marker. How a page that was lost is told from one that is
 there, even when it was read or written to since:
 
-- where writes are tracked (userfaultfd, Linux 6.7) by PAGEMAP_SCAN: it is absent, the zero page, or written to;
-- elsewhere by smaps: what is there is clean, for MADV_FREE made it so; what is absent or the zero page does not
-  count, and what was written to is dirty. The lock makes a window an area of its own, which smaps tells from others.
+- where writes are tracked (userfaultfd, Linux 6.7) by PAGEMAP_SCAN: it is gone, the zero page, or written to;
+- elsewhere by smaps: what is there is clean, for MADV_FREE made it so; what is gone or the zero page does not count,
+  and what was written to is dirty. Beside swap a page that was written to can be clean again, so that there only what
+  smaps calls lazily freed counts; the kernel passes some pages over, and then intact memory is taken for lost.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from iobmd import own, procfs
+from iobmd import host, own, procfs
 from iobmd._native import lazyfree, memory
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
@@ -27,10 +28,17 @@ Range = tuple[int, int]
 """Start and end address, whole pages."""
 
 _Look = Callable[[int, int], bool]
-"""Looks at a window, from its start to its end address; raises OSError when it cannot be locked."""
+"""Looks at a window, from its start to its end address; raises `_LockError`."""
 
 _TRIES = 100  # of a millisecond each, where other threads hold all that may be locked
-_alone = own.Locks()  # two windows of smaps that touch would be one area
+_alone = own.Guard()  # two windows of smaps that touch would be one area
+
+
+class _LockError(Exception):
+    """A window cannot be locked."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
 def take_back(ranges: list[Range], tracker: int) -> bool:
@@ -54,17 +62,16 @@ def take_back(ranges: list[Range], tracker: int) -> bool:
         `kIOReturnCannotWire`: not even a page may be locked. `kIOReturnNoMemory`.
     """
     if tracker < 0:
-        with _alone.here():
-            return _each(ranges, _take_back_by_smaps)
-    pagemap = own.pagemap()
-    return _each(ranges, partial(_take_back_tracked, tracker, pagemap))
+        with _alone:
+            return _each(ranges, partial(_by_smaps, rewrite=True))
+    return _each(ranges, partial(_take_back_tracked, tracker, own.pagemap()))
 
 
 def all_there(ranges: list[Range], tracker: int) -> bool:
     """Say whether every page was there as the call began, and change nothing. Parameters and errors as above."""
     if tracker < 0:
-        with _alone.here():
-            return _each(ranges.copy(), _look_by_smaps)
+        with _alone:
+            return _each(ranges.copy(), partial(_by_smaps, rewrite=False))
     pagemap = own.pagemap()
     return all(lazyfree.first_lost(pagemap, start, end) is None for start, end in ranges)
 
@@ -77,18 +84,17 @@ def _each(ranges: list[Range], look: _Look) -> bool:
         try:
             if not look(start, start + window):
                 return False
-        except OSError as error:
-            if isinstance(error, IOReturnError):
-                raise
+        except _LockError as error:
             tries -= window <= PAGE_SIZE
-            if error.errno == errno.EPERM or not tries:
-                raise cannot_lock(window, error) from None
+            if error.number == errno.EPERM or not tries:
+                raise cannot_lock(window, OSError(error.number, "mlock2")) from None
             if window <= PAGE_SIZE:
                 time.sleep(0.001)
             largest = max(PAGE_SIZE, round_up(window // 2, PAGE_SIZE))
             continue
         if start + window < end:
             ranges[-1] = start + window, end
+            largest *= 2  # whoever held what may be locked may be gone
         else:
             ranges.pop()
     return True
@@ -97,33 +103,51 @@ def _each(ranges: list[Range], look: _Look) -> bool:
 def _take_back_tracked(tracker: int, pagemap: int, start: int, end: int) -> bool:
     there, step, number = lazyfree.take_back(tracker, pagemap, start, end)
     if step == lazyfree.LOCK:
-        raise OSError(number, "mlock2")
+        raise _LockError(number)
     if step:
         message = f"cannot make {format_size(end - start)} of volatile memory safe: the kernel has no memory for it"
         raise IOReturnError(IOReturn.kIOReturnNoMemory, message, number)
     return there
 
 
-def _take_back_by_smaps(start: int, end: int) -> bool:
-    memory.lock_on_fault(start, end - start)
+def _by_smaps(start: int, end: int, *, rewrite: bool) -> bool:
+    size = end - start
     try:
-        if not _clean(start, end):
+        memory.lock_on_fault(start, size)
+    except OSError as error:
+        raise _LockError(error.errno or errno.ENOMEM) from None
+    try:
+        memory.advise(start, size, memory.MADV_RANDOM)  # a flag that no neighbour has: smaps tells the window apart
+        if not _patiently_clean(start, end):
             return False
-        # Not by MADV_POPULATE_WRITE: it marks a huge page dirty as a whole, with the pages of windows to come.
-        lazyfree.rewrite(start, end - start, PAGE_SIZE)
+        if rewrite:
+            # Not by MADV_POPULATE_WRITE: it marks a huge page dirty as a whole, with the pages of windows to come.
+            lazyfree.rewrite(start, size, PAGE_SIZE)
+    except IOReturnError:
+        raise
+    except OSError as error:
+        message = f"cannot look at volatile memory: {error}"
+        raise IOReturnError(IOReturn.kIOReturnNoResources, message, error.errno or 0) from None
+    else:
         return True
     finally:
-        memory.unlock(start, end - start)
+        memory.advise(start, size, memory.MADV_NORMAL)
+        memory.unlock(start, size)
 
 
-def _look_by_smaps(start: int, end: int) -> bool:
-    memory.lock_on_fault(start, end - start)
-    try:
-        return _clean(start, end)
-    finally:
-        memory.unlock(start, end - start)
+def _patiently_clean(start: int, end: int) -> bool:
+    """Look again where not all is there: a page on its way to another frame soon is; a lost one stays lost."""
+    for pause in (*[0.002] * 5, 0):
+        if _clean(start, end):
+            return True
+        time.sleep(pause)
+    return False
 
 
 def _clean(start: int, end: int) -> bool:
-    inside = (counters for area, counters in procfs.smaps() if start <= area.start and area.end <= end)
-    return sum(counters["Private_Clean"] + counters["Shared_Clean"] for counters in inside) == end - start
+    inside = [(area, counters) for area, counters in procfs.smaps() if start <= area.start and area.end <= end]
+    if sum(area.end - area.start for area, _counters in inside) != end - start:
+        message = f"smaps does not show {start:#x}…{end:#x} apart from what is beside it"
+        raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
+    names = ("LazyFree",) if host.swap_areas() else ("Private_Clean", "Shared_Clean")
+    return sum(counters[name] for _area, counters in inside for name in names) == end - start

@@ -37,9 +37,9 @@ def test_hit_purge_and_rebuild() -> None:
         for key in (1, 2, 1):
             with cache[key] as item:
                 assert bytes(item) == bytes([key]) * SIZE
-                assert item.buffer.setPurgeable(KEEP_CURRENT) is NON_VOLATILE
+                assert item._entry.buffer.setPurgeable(KEEP_CURRENT) is NON_VOLATILE
             assert (len(cache), key in cache, 3 in cache) == (min(len(loader.calls), 2), True, False)
-        buffer = cache[1].buffer
+        buffer = cache[1]._entry.buffer
         gc.collect()
         assert buffer.setPurgeable(KEEP_CURRENT) is VOLATILE
         assert buffer.lazily_freed == SIZE
@@ -91,7 +91,7 @@ def test_released_item() -> None:
         with cache[1] as item:
             assert repr(item) == f"<CacheItem of {SIZE} bytes>"
             assert len(item) == SIZE
-        for use in (lambda: memoryview(item), lambda: item.view, lambda: item.buffer, item.__enter__):
+        for use in (lambda: memoryview(item), lambda: item.view, item.__enter__):
             with pytest.raises(ValueError, match="released"):
                 use()
         assert repr(item) == "<CacheItem released>"
@@ -270,7 +270,7 @@ def test_state_is_what_the_kernel_says() -> None:
     """Contents count as resident until the kernel takes them, and a rebuilt one is there again."""
     with PurgeableCache(Loader(4 * MIB)) as cache:
         before = kernel.status("VmRSS")
-        buffers = [cache[key].buffer for key in range(8)]
+        buffers = [cache[key]._entry.buffer for key in range(8)]
         gc.collect()
         assert kernel.status("VmRSS") - before > 31 * MIB
         assert [buffer.setPurgeable(KEEP_CURRENT) for buffer in buffers] == [VOLATILE] * 8
@@ -278,3 +278,112 @@ def test_state_is_what_the_kernel_says() -> None:
         assert kernel.status("VmRSS") - before < 6 * MIB, "but for what the loader made last"
         assert [buffer.setPurgeable(KEEP_CURRENT) for buffer in buffers] == [EMPTY] * 8
         assert bytes(cache[7])[:2] == b"\7\7"
+
+
+def test_half_made_content_is_no_hit() -> None:
+    """A child that is forked while a thread of its parent is in the loader makes the content itself."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def loader(key: str) -> bytes:
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            go_on.wait()
+        return b"made" * 1000
+
+    with PurgeableCache(loader) as cache:
+        cache["k"].release()
+        iobmd.purge()
+        thread = threading.Thread(target=lambda: bytes(cache["k"]))
+        thread.start()
+        inside.wait()
+
+        def child() -> tuple[bytes, int]:
+            with cache["k"] as item:
+                return bytes(item), cache.statistics.hits
+
+        try:
+            assert in_child(child) == (b"made" * 1000, 0)
+        finally:
+            go_on.set()
+            thread.join()
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_loader_that_asks_for_what_it_makes() -> None:
+    def loader(key: int) -> bytes:
+        return bytes(cache[key])
+
+    with PurgeableCache(loader) as cache:
+        with pytest.raises(BufferError) as caught:
+            cache[1]
+        assert caught.value.code == IOReturn.kIOReturnBusy
+        assert len(cache) == 0
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_loader_that_asks_for_others() -> None:
+    with PurgeableCache(lambda key: bytes(cache[key - 1]) + b"x" if key else b"") as cache:
+        assert bytes(cache[20]) == b"x" * 20
+        gc.collect()
+        assert cache.statistics.held == 0
+
+
+def test_garbage_collections_everywhere() -> None:
+    """Items in reference cycles die wherever a collection comes: nobody waits for anybody then."""
+
+    def churn() -> int:
+        gc.set_threshold(5, 2, 2)
+        with PurgeableCache(Loader(kernel.PAGE)) as cache:
+
+            def work(number: int) -> None:
+                for turn in range(400):
+                    item = cache[(number + turn) % 6]
+                    item.itself = item  # type: ignore[attr-defined]
+                    assert memoryview(item)[0] == (number + turn) % 6
+                    del item
+                    if turn % 7 == 0:
+                        cache.sweep()
+                    if turn % 11 == 0:
+                        iobmd.purge()
+                    assert cache.statistics.held >= 0
+
+            threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            gc.collect()
+            return cache.statistics.held
+
+    assert in_child(churn) == 0
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_an_interrupted_hit_takes_nothing_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    with PurgeableCache(Loader()) as cache:
+        item = cache[1]
+
+        def interrupt(_what: str) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cache, "_count", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                cache[1]
+        assert bytes(item) == b"\1" * SIZE
+        assert cache.statistics.held == 1
+        item.release()
+        assert iobmd.purge() == SIZE
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_close_frees_what_is_not_in_use() -> None:
+    cache = PurgeableCache(Loader())
+    items = {key: cache[key] for key in range(4)}
+    for key in (0, 2, 3):
+        items.pop(key).release()
+    with pytest.raises(BufferError):
+        cache.close()
+    assert list(cache) == [1]
+    items.pop(1).release()
+    cache.close()

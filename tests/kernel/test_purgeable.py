@@ -4,14 +4,17 @@ import ctypes
 import errno
 import os
 import random
+import signal
 import threading
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support import kernel
-from support.child import NOBODY, in_child
+from support.child import NOBODY, deny_calls, forked, in_child
 from support.purging import (
     DENIALS,
     EMPTY,
@@ -148,6 +151,8 @@ def test_loss_is_told(lost: str, deny: dict[str, int], huge: bool) -> None:
             if states == [EMPTY]:
                 assert reads_zero(buffer), "all or nothing"
             states += [buffer.setPurgeable(NON_VOLATILE), buffer.setPurgeable(KEEP_CURRENT)]
+            for _ in range(2):
+                page_out(buffer, 0, size)  # what is non-volatile has nowhere to go
             intact = bytes(buffer) == data
             assert intact or reads_zero(buffer)
             return states, intact, there, kernel.status("VmLck")
@@ -283,6 +288,63 @@ def test_swapped_pages_stay_in_swap(deny: dict[str, int]) -> None:
     assert swapped > 400
     assert still == swapped
     assert states == [VOLATILE, EMPTY]
+
+
+@pytest.mark.needs("swap")
+@pytest.mark.usefixtures("swap")
+@WAYS
+def test_a_store_that_went_through_swap_does_not_hide_a_loss(deny: dict[str, int]) -> None:
+    """Lost, written to, swapped out and read back: the page is there and clean, and not the one it was."""
+
+    def look() -> tuple[IOPurgeable, bool]:
+        buffer, _ = purgeable(64 * kernel.PAGE)
+        with buffer:
+            buffer.setPurgeable(VOLATILE)
+            take(buffer, 0, kernel.PAGE)
+            with memoryview(buffer) as view:
+                view[0] = 7
+                while not kernel.swapped(buffer.getBytesNoCopy(), kernel.PAGE):
+                    page_out(buffer, 0, kernel.PAGE)
+                assert view[0] == 7
+            return buffer.setPurgeable(NON_VOLATILE), reads_zero(buffer)
+
+    assert in_child(look, deny=deny) == (EMPTY, True)
+
+
+@pytest.mark.needs("swap")
+@pytest.mark.usefixtures("swap")
+def test_empty_memory_that_is_filled_and_swapped_out_has_content() -> None:
+    buffer, data = purgeable(64 * kernel.PAGE)
+    with buffer:
+        buffer.setPurgeable(EMPTY)
+        buffer.writeBytes(0, data)
+        while kernel.present(buffer.getBytesNoCopy(), 64 * kernel.PAGE):
+            page_out(buffer, 0, 64 * kernel.PAGE)
+        assert buffer.setPurgeable(VOLATILE) is EMPTY
+        assert buffer.setPurgeable(NON_VOLATILE) is VOLATILE
+        assert bytes(buffer) == data
+
+
+def test_windows_beside_locked_memory() -> None:
+    """smaps would show a window and locked neighbours as one area; it is told apart."""
+
+    def look() -> list[IOPurgeable]:
+        kept: list[Buffer] = []
+        states = []
+        with iobmd.allocate(2 * MIB, wired=False) as source:
+            for _ in range(4):
+                kept.append(iobmd.copy(os.getpid(), source.getBytesNoCopy(), 2 * MIB))
+                kept.append(purgeable(2 * MIB)[0])
+        for buffer in kept[1::2]:
+            buffer.setPurgeable(VOLATILE)
+            states.append(buffer.setPurgeable(NON_VOLATILE))
+        for buffer in kept:
+            buffer.free()
+        return states
+
+    if not may_lock(64 * MIB):
+        pytest.skip("may not lock so much")
+    assert in_child(look, deny=DENIALS["no userfaultfd"]) == [VOLATILE] * 4
 
 
 @pytest.mark.needs("swap")
@@ -579,19 +641,49 @@ def test_nonvolatile_context() -> None:
         assert buffer.setPurgeable(KEEP_CURRENT) is NON_VOLATILE, "as before"
 
 
+def test_nonvolatile_of_threads_at_the_same_time() -> None:
+    """Nobody is told that half-filled memory is intact, and a failure is not forgotten for others who are inside."""
+    buffer, data = purgeable(16 * kernel.PAGE)
+    with buffer:
+        buffer.setPurgeable(VOLATILE)
+        iobmd.purge()
+        first, second = buffer.nonvolatile(), buffer.nonvolatile()
+        assert first.__enter__() is False
+        buffer.writeBytes(0, data[:100])
+        assert second.__enter__() is False
+        first.__exit__(KeyError, KeyError(), None)
+        second.__exit__(None, None, None)
+        with buffer.nonvolatile() as intact:
+            assert intact is False, "one of them failed"
+            buffer.writeBytes(0, data)
+            with buffer.nonvolatile() as other:
+                assert other is False, "whoever fills it has not left"
+        with buffer.nonvolatile() as intact:
+            assert intact is True
+        assert bytes(buffer) == data
+
+
+def test_nonvolatile_of_memory_that_never_was_volatile() -> None:
+    buffer, _ = purgeable(kernel.PAGE)
+    with buffer:
+        buffer.setPurgeable(EMPTY)
+        with buffer.nonvolatile() as intact:
+            assert intact is False
+        assert buffer.setPurgeable(KEEP_CURRENT) is NON_VOLATILE
+
+
 def test_threads_see_one_order() -> None:
     """The old states that racing threads see are those of some order one after another."""
     buffer, _ = purgeable(16 * kernel.PAGE)
-    seen: list[IOPurgeable] = []
+    seen: list[tuple[IOPurgeable, IOPurgeable]] = []
     start = threading.Barrier(4)
 
     def flip(seed: int) -> None:
         chance = random.Random(seed)
         start.wait()
         for _ in range(500):
-            word = chance.choice((VOLATILE, NON_VOLATILE))
-            old = buffer.setPurgeable(word)
-            seen.append((word, old))  # type: ignore[arg-type]
+            word = chance.choice((VOLATILE, NON_VOLATILE, EMPTY))
+            seen.append((word, buffer.setPurgeable(word)))
 
     threads = [threading.Thread(target=flip, args=(seed,)) for seed in range(4)]
     for thread in threads:
@@ -600,11 +692,89 @@ def test_threads_see_one_order() -> None:
         thread.join()
     last = buffer.setPurgeable(KEEP_CURRENT)
     buffer.free()
-    # A state is left as often as it is entered, but for the first and the last.
-    for state in (VOLATILE, NON_VOLATILE):
-        entered = sum(word is state for word, _old in seen) + (state is NON_VOLATILE)  # type: ignore[misc]
-        left = sum(old is state for _word, old in seen) + (state is last)  # type: ignore[misc]
-        assert entered == left
+    # A state is left as often as it is entered, but for the first and the last. Empty memory with nothing in it stays
+    # Empty when it is asked to be volatile; non-volatile memory with nothing in it becomes volatile.
+    entered = Counter(EMPTY if word is VOLATILE and old is EMPTY else word for word, old in seen) + Counter(
+        [NON_VOLATILE]
+    )
+    left = Counter(old for _word, old in seen) + Counter([last])
+    assert entered == left
+
+
+# --- errors
+
+
+def test_what_is_locked_is_not_half_dropped() -> None:
+    """A drop that the kernel refuses changes nothing; others are purged all the same."""
+
+    def look() -> tuple[IOReturn, bool, int, IOPurgeable]:
+        locked, data = purgeable(4 * kernel.PAGE)
+        other, _ = purgeable(4 * kernel.PAGE)
+        locked.setPurgeable(VOLATILE)
+        other.setPurgeable(VOLATILE)
+        memory.lock_on_fault(locked.getBytesNoCopy(), 4 * kernel.PAGE)  # mlock would write to the pages
+        code = code_of(lambda: locked.setPurgeable(EMPTY))
+        freed = iobmd.purge()
+        memory.unlock(locked.getBytesNoCopy(), 4 * kernel.PAGE)
+        state = locked.setPurgeable(NON_VOLATILE)
+        return code, bytes(locked) == data, freed, state
+
+    with pytest.MonkeyPatch.context() as patch:
+        # as before Linux 5.18
+        patch.setattr(memory, "MADV_DONTNEED_LOCKED", 12345)
+        found = in_child(look)
+    assert found == (IOReturn.kIOReturnUnsupported, True, 4 * kernel.PAGE, VOLATILE)
+
+
+def test_what_is_locked_can_be_dropped_since_5_18() -> None:
+    buffer, _ = purgeable(4 * kernel.PAGE)
+    with buffer:
+        memory.lock(buffer.getBytesNoCopy(), 4 * kernel.PAGE)
+        assert buffer.setPurgeable(EMPTY) is NON_VOLATILE
+        assert reads_zero(buffer)
+        memory.unlock(buffer.getBytesNoCopy(), 4 * kernel.PAGE)
+
+
+def test_populate_that_fails_loses_nothing() -> None:
+    """Out of memory in the last step, which a fork makes possible: the state and the bytes are as before."""
+
+    def look() -> tuple[IOReturn, IOPurgeable, bool]:
+        buffer, data = purgeable(64 * kernel.PAGE)
+        buffer.setPurgeable(VOLATILE)
+        deny_calls({"madvise": errno.ENOMEM})
+        code = code_of(lambda: buffer.setPurgeable(NON_VOLATILE))
+        state = buffer.setPurgeable(KEEP_CURRENT)
+        return code, state, bytes(buffer) == data
+
+    assert in_child(look) == (IOReturn.kIOReturnNoMemory, VOLATILE, True)
+
+
+@pytest.mark.needs("root")
+@WAYS
+def test_compaction_is_no_loss(deny: dict[str, int]) -> None:
+    """A page on its way to another frame is not present, and not lost."""
+    compact = Path("/proc/sys/vm/compact_memory")
+
+    def look() -> Counter[str]:
+        outcomes: Counter[str] = Counter()
+        # Forked first: a child that shares the pages has them dirty, which smaps cannot tell from written to.
+        with forked(lambda: (compact.write_text("1"), time.sleep(0.1 if deny else 0))):
+            buffer, data = purgeable(16 * MIB, huge=False)
+            scattered = [purgeable(kernel.PAGE)[0] for _ in range(100)]
+            del scattered[::2]
+            buffer.setPurgeable(VOLATILE)
+            end = time.monotonic() + 1
+            while time.monotonic() < end:
+                outcomes[buffer.setPurgeable(KEEP_CURRENT).name or ""] += 1
+            state = buffer.setPurgeable(NON_VOLATILE)
+            assert bytes(buffer) == (data if state is VOLATILE else bytes(len(data)))
+            buffer.free()
+        return outcomes
+
+    warnings.simplefilter("ignore", ResourceWarning)
+    outcomes = in_child(look, deny=deny)
+    if not deny:  # elsewhere MADV_FREE passes a page over that moves, and what is dirty counts as taken
+        assert set(outcomes) == {VOLATILE.name}
 
 
 # --- purge on request
@@ -656,29 +826,30 @@ def test_purge_order(shared: bool) -> None:
         buffer.free()
 
 
-def test_purge_while_others_free_and_fill() -> None:
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
+def test_purge_while_others_free_and_fill(shared: bool) -> None:
+    """A descriptor that is freed under the purger is passed over, and never a closed one looked at."""
     stop = threading.Event()
-
-    def churn() -> None:
-        while not stop.is_set():
-            buffer, data = purgeable(16 * kernel.PAGE)
-            buffer.setPurgeable(VOLATILE)
-            if buffer.setPurgeable(NON_VOLATILE) is VOLATILE:
-                assert bytes(buffer) == data
-            else:
-                assert reads_zero(buffer)
-            buffer.setPurgeable(VOLATILE)
-            buffer.free()
-
     failures: list[BaseException] = []
 
-    def guarded() -> None:
+    def churn() -> None:
         try:
-            churn()
+            while not stop.is_set():
+                buffer, data = purgeable(16 * kernel.PAGE, shared=shared)
+                buffer.setPurgeable(VOLATILE)
+                time.sleep(0)
+                if buffer.setPurgeable(NON_VOLATILE) is VOLATILE:
+                    assert bytes(buffer) == data
+                else:
+                    assert reads_zero(buffer)
+                buffer.setPurgeable(VOLATILE)
+                time.sleep(0)
+                buffer.free()
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=guarded) for _ in range(3)]
+    threads = [threading.Thread(target=churn) for _ in range(3)]
     for thread in threads:
         thread.start()
     freed, end = 0, time.monotonic() + 1.5
@@ -689,6 +860,44 @@ def test_purge_while_others_free_and_fill() -> None:
         thread.join()
     assert not failures
     assert freed > 0
+
+
+def test_a_signal_handler_cannot_purge_what_it_interrupted() -> None:
+    """It takes other memory, and passes over what this thread is in the middle of: Volatile stays true."""
+
+    def loop(shared: bool) -> tuple[int, int]:
+        buffer, data = purgeable(16 * kernel.PAGE, shared=shared)
+        taken = refused = 0
+
+        def purge(*_arguments: object) -> None:
+            nonlocal taken, refused
+            taken += iobmd.purge() > 0
+            try:
+                buffer.setPurgeable(EMPTY)
+                buffer.setPurgeable(VOLATILE)
+            except IOReturnError as error:
+                assert error.code == IOReturn.kIOReturnBusy
+                refused += 1
+
+        signal.signal(signal.SIGALRM, purge)
+        signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-4)
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            buffer.setPurgeable(VOLATILE)
+            state = buffer.setPurgeable(NON_VOLATILE)
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+            if state is VOLATILE and buffer.setPurgeable(KEEP_CURRENT) is NON_VOLATILE:
+                assert bytes(buffer) == data
+            buffer.setPurgeable(NON_VOLATILE)
+            buffer.writeBytes(0, data)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return taken, refused
+
+    for shared in (False, True):
+        taken, refused = in_child(lambda shared=shared: loop(shared))  # type: ignore[misc]
+        assert taken > 10
+        assert refused > 10
 
 
 def test_huge_pages_that_stay_huge() -> None:
