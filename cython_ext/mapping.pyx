@@ -1,7 +1,7 @@
 # cython: language_level=3, auto_pickle=False, autotestdict=False
 """A mapping of this process that is unmapped exactly once, and its export by the buffer protocol."""
 
-from libc.errno cimport errno
+from libc.errno cimport EEXIST, errno
 from libc.stdint cimport uint64_t, uintptr_t
 from libc.string cimport memmove, strerror
 from posix.unistd cimport _SC_PAGESIZE, sysconf
@@ -12,8 +12,8 @@ from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
 from cpython.ref cimport Py_INCREF, Py_DECREF
 
 from mman cimport (
-    MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, PROT_NONE, PROT_READ, PROT_WRITE,
-    c_mmap, c_munmap,
+    MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, PROT_NONE,
+    PROT_READ, PROT_WRITE, c_mmap, c_munmap,
 )
 
 cdef size_t PAGE_SIZE = sysconf(_SC_PAGESIZE)
@@ -42,6 +42,7 @@ cdef Mapping _map(size_t size, size_t alignment, int protection, int flags, int 
     cdef Mapping self = Mapping.__new__(Mapping)
     self.address = aligned
     self.size = size
+    self.writable = True  # what is set aside, too, when something is there
     return self
 
 
@@ -54,7 +55,9 @@ cdef class Mapping:
     cdef readonly uint64_t address
     cdef readonly size_t size
     cdef readonly int users
+    cdef readonly bint writable
     cdef bint sealed
+    cdef size_t margin
 
     @staticmethod
     def anonymous(size_t size, size_t alignment):
@@ -70,6 +73,47 @@ cdef class Mapping:
     def file(int fd, size_t size):
         """Map the first `size` bytes of a file, shared."""
         return _map(size, PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd)
+
+    @staticmethod
+    def view(int fd, uint64_t offset, size_t size, uint64_t at, bint writable, size_t guard):
+        """Map a piece of a file, shared.
+
+        `at` is the address, where nothing may be mapped yet (FileExistsError), or 0 for any; then `guard` bytes on
+        each side can be set aside which nobody can touch.
+        """
+        cdef int protection = PROT_READ | (PROT_WRITE if writable else 0)
+        cdef int flags = MAP_SHARED | (MAP_FIXED_NOREPLACE if at else 0)
+        cdef void *found
+        cdef Mapping self
+        if guard:
+            self = _map(size + 2 * guard, PAGE_SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
+            at = self.address + guard
+            flags = MAP_SHARED | MAP_FIXED
+        else:
+            self = Mapping.__new__(Mapping)
+        with nogil:
+            found = c_mmap(<void *><uintptr_t>at, size, protection, flags, fd, offset)
+        if found == MAP_FAILED:
+            raise OSError(errno, f"mmap: {strerror(errno).decode()}")
+        self.address = <uintptr_t>found
+        self.size = size
+        self.margin = guard
+        self.writable = writable
+        if at and self.address != at:  # before 4.17 the address is but a wish
+            raise FileExistsError(EEXIST, "mmap: something is mapped there")
+        return self
+
+    def redirect(self, int fd, uint64_t offset):
+        """Show a piece of another file at the same addresses, in one step for whoever looks there (MAP_FIXED)."""
+        cdef int protection = PROT_READ | (PROT_WRITE if self.writable else 0)
+        cdef void *found
+        self._check(0, self.size)
+        self.users += 1
+        with nogil:
+            found = c_mmap(<void *><uintptr_t>self.address, self.size, protection, MAP_SHARED | MAP_FIXED, fd, offset)
+        self.users -= 1
+        if found == MAP_FAILED:
+            raise OSError(errno, f"mmap: {strerror(errno).decode()}")
 
     def keep(self, size_t offset, size_t size):
         """Unmap all but `size` bytes from `offset` on, whole pages."""
@@ -92,13 +136,14 @@ cdef class Mapping:
     def close(self):
         """Seal and unmap; idempotent."""
         self.seal()
-        cdef uint64_t address = self.address
-        cdef size_t size = self.size
+        cdef uint64_t address = self.address - self.margin
+        cdef size_t size = self.size + 2 * self.margin
+        cdef bint mapped = self.address
         cdef int failed = 0
         # Cleared first: no other thread may start to use what is about to go.
         self.address = 0
         self.size = 0
-        if address:
+        if mapped:
             with nogil:
                 failed = c_munmap(<void *><uintptr_t>address, size)
             if failed:
@@ -127,6 +172,8 @@ cdef class Mapping:
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
             self._check(offset, view.len)
+            if not self.writable:
+                raise ValueError("the mapping is read-only")
             self._copy(<void *><uintptr_t>(self.address + offset), view.buf, view.len)
         finally:
             PyBuffer_Release(&view)
@@ -148,24 +195,27 @@ cdef class Mapping:
 
     def __dealloc__(self):
         if self.address:
-            c_munmap(<void *><uintptr_t>self.address, self.size)
+            c_munmap(<void *><uintptr_t>(self.address - self.margin), self.size + 2 * self.margin)
 
 
 cdef class Exporter:
     """Base of Python classes that export a `Mapping` by the buffer protocol, also before Python 3.12.
 
-    The subclass defines `_exported()`, which returns `(mapping, length)` or raises. `exports` counts the views alive.
+    The subclass defines `_exported()`, which returns `(mapping, offset, length, writable)` or raises. `exports`
+    counts the views alive.
     """
 
     cdef readonly int exports
 
     def __getbuffer__(self, Py_buffer *view, int flags):
         cdef Mapping mapping
-        cdef Py_ssize_t length
-        mapping, length = self._exported()
-        if mapping.sealed or <size_t>length > mapping.size:
+        cdef Py_ssize_t offset, length
+        cdef bint writable
+        mapping, offset, length, writable = self._exported()
+        if mapping.sealed or <size_t>(offset + length) > mapping.size:
             raise BufferError("the mapping is closed")
-        PyBuffer_FillInfo(view, self, <void *><uintptr_t>mapping.address, length, False, flags)
+        writable = writable and mapping.writable
+        PyBuffer_FillInfo(view, self, <void *><uintptr_t>(mapping.address + offset), length, not writable, flags)
         mapping.users += 1
         self.exports += 1
         Py_INCREF(mapping)

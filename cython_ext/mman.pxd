@@ -28,7 +28,10 @@ cdef extern from * nogil:
     #include <sys/syscall.h>
     #include <unistd.h>
     #define iobmd_mlock2(address, length, flags) ((int)syscall(__NR_mlock2, address, length, flags))
-    /* linux/mman.h since 4.5, 5.4, 5.14 and 5.18: libc headers may be older than the running kernel. */
+    /* linux/mman.h since 4.5, 4.17, 5.4, 5.14 and 5.18: libc headers may be older than the running kernel. */
+    #ifndef MAP_FIXED_NOREPLACE
+    #define MAP_FIXED_NOREPLACE 0x100000
+    #endif
     #ifndef MREMAP_DONTUNMAP
     #define MREMAP_DONTUNMAP 4
     #endif
@@ -56,6 +59,7 @@ cdef extern from * nogil:
     """
     int c_mlock2 "iobmd_mlock2"(const void *addr, size_t length, unsigned int flags)
     enum:
+        MAP_FIXED_NOREPLACE
         MREMAP_DONTUNMAP
         C_MADV_FREE "MADV_FREE"
         C_MADV_COLD "MADV_COLD"

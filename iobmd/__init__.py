@@ -17,6 +17,7 @@ from iobmd.constants import *  # noqa: F403
 from iobmd.descriptor import IOMemoryDescriptor
 from iobmd.errors import IOReturnError
 from iobmd.facade import allocate, copy
+from iobmd.mapping import IOMemoryMap
 from iobmd.physical import Layout
 from iobmd.policy import policy
 from iobmd.purgeable.purger import purge
@@ -28,6 +29,7 @@ __all__ = [
     "CacheStatistics",
     "IOBufferMemoryDescriptor",
     "IOMemoryDescriptor",
+    "IOMemoryMap",
     "IOReturnError",
     "Layout",
     "PhysicalSegment",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from typing import TYPE_CHECKING, Self
 
 from iobmd import own, request
@@ -48,6 +49,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         self._copy_of = copy_of
         self._progress = progress
         self._guard = own.Guard()
+        self._windows = weakref.WeakSet()
 
     # --- factories
 
@@ -246,8 +248,8 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
             self._length += len(fitting)
             return len(fitting)
 
-    def _exported(self) -> tuple[Mapping, int]:
-        return self._memory().mapping, self._length
+    def _exported(self) -> tuple[Mapping, int, int, bool]:
+        return self._memory().mapping, 0, self._length, True
 
     def __repr__(self) -> str:
         name = type(self).__name__

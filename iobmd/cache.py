@@ -91,7 +91,7 @@ class CacheItem(Exporter):
             raise IOReturnError(IOReturn.kIOReturnNotOpen, "this cache item is released")
         return self._entry
 
-    def _exported(self) -> tuple[Mapped, int]:
+    def _exported(self) -> tuple[Mapped, int, int, bool]:
         return self._held().memory._exported()
 
     def __len__(self) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import weakref
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
-from iobmd import own, pagemap, pinning
+from iobmd import mapping, own, pagemap, pinning
 from iobmd.constants import (
     IOOptionBits,
     IOReturn,
@@ -14,16 +15,22 @@ from iobmd.constants import (
 )
 from iobmd.errors import IOReturnError
 from iobmd.physical import Layout, layout
-from iobmd.request import DIRECTION_MASK
+from iobmd.request import DIRECTION_MASK, unsupported
+from iobmd.task import as_task, kernel_task
 from iobmd.units import PAGE_SIZE
 from iobmd.volatility import Volatility
 from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
+    import psutil
     from typing_extensions import Buffer
 
     from iobmd._native.runs import PhysicalSegment, RunTable
     from iobmd.backing import Backing
+    from iobmd.mapping import IOMemoryMap
+    from iobmd.task import Task
+
+    AnyTask = Task | int | psutil.Process
 
 
 class IOMemoryDescriptor(Volatility):
@@ -44,6 +51,7 @@ class IOMemoryDescriptor(Volatility):
     _prepared = 0
     _pinned_for_good = False  # by its options, not by prepare()
     _guard: own.Guard
+    _windows: weakref.WeakSet[mapping.Window]
 
     def getLength(self) -> int:
         """Return the length in bytes."""
@@ -245,6 +253,54 @@ class IOMemoryDescriptor(Volatility):
                 f"{backing.size - resident} bytes are not resident, and kIODirectionPrepareNoFault forbids faults",
             )
 
+    def map(self, options: int = 0) -> IOMemoryMap:
+        """Map it in this process; as `createMappingInTask` with `kIOMapAnywhere`."""
+        return self.createMappingInTask(kernel_task, 0, int(options) | mapping.ANYWHERE)
+
+    def createMappingInTask(
+        self,
+        intoTask: AnyTask,
+        atAddress: int,
+        options: int,
+        offset: int = 0,
+        length: int = 0,
+    ) -> IOMemoryMap:
+        """Map the memory, or a part of it, in a task: this process, for now.
+
+        Parameters
+        ----------
+        intoTask : Task, int or psutil.Process
+            The task to map it in.
+        atAddress : int
+            Where, if not `kIOMapAnywhere`; nothing may be mapped there. Its place in a page is that of `offset`.
+        options : IOMapOptions
+            `kIOMapAnywhere`; `kIOMapReadOnly`; `kIOMapUnique` for addresses of its own; `kIOMapPrefault` to have
+            every page in place; `kIOMapGuardedSmall` or `Large` for a page or 64 KiB on each side that nobody can
+            touch.
+        offset, length : int
+            The part, in bytes, any; `length` 0: to the end.
+
+        Returns
+        -------
+        IOMemoryMap
+            At the addresses of the descriptor itself, or of a mapping that there is already, where those will do
+            (not unique, not guarded, anywhere), as in IOKit.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnBadArgument`; `kIOReturnNoResources`: the address is not free; `kIOReturnUnsupported`: another
+            task, a cache mode, or private memory at a second place; `kIOReturnNoMemory`.
+        """
+        if not as_task(intoTask).is_current:
+            raise unsupported("mappings in another task")
+        self._memory()
+        length = length or self._length - offset
+        self._check_range(offset, length)
+        place = mapping.Place(atAddress, options, offset, length)
+        with self._guard:
+            return mapping.open_map(self, place)
+
     def getPageCounts(self) -> tuple[int, int]:
         """Return how many pages are resident, and how many of those are dirty, as the kernel says.
 
@@ -283,6 +339,9 @@ class IOMemoryDescriptor(Volatility):
     def _close(self) -> None:
         if self._backing is None:  # another thread was faster
             return
+        if self._windows and (mapped := mapping.uses(self)):
+            message = f"{self!r} is mapped {mapped} times: call unmap() as often first"
+            raise IOReturnError(IOReturn.kIOReturnBusy, message)
         try:
             self._backing.close()
         except BufferError as error:

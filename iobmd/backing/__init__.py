@@ -57,5 +57,11 @@ class Backing(Protocol):
     def write(self, offset: int, data: Buffer) -> None:
         """Copy `data` to `offset`."""
 
+    def view(self, offset: int, size: int, at: int, writable: bool, guard: int) -> Mapping:
+        """Map whole pages of it once more, as `Mapping.view`. Raises `kIOReturnUnsupported` where it cannot be."""
+
+    def show_in(self, mapping: Mapping, offset: int) -> None:
+        """Show whole pages of it, from `offset` on, where `mapping` showed others. Raises as `view`."""
+
     def close(self) -> None:
         """Give the memory back. Raises BufferError while it is in use; idempotent."""

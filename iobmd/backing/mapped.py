@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from iobmd import pagemap, pinning
+from iobmd.constants import IOReturn
+from iobmd.errors import IOReturnError
 from iobmd.task import kernel_task
 from iobmd.units import PAGE_SIZE
 from iobmd.wiring import Wiring
@@ -82,8 +84,23 @@ class MappedBacking:
         """Copy `data` to `offset`."""
         self.mapping.write(offset, data)
 
+    def view(self, _offset: int, _size: int, _at: int, _writable: bool, _guard: int) -> Mapping:
+        """Refuse: private pages can be at one place only."""
+        raise _private()
+
+    def show_in(self, _mapping: Mapping, _offset: int) -> None:
+        """Refuse, as `view`."""
+        raise _private()
+
     def close(self) -> None:
         """Unpin and unmap, which also unlocks. Raises BufferError while it is in use; idempotent."""
         self.mapping.seal()
         self.unpin()
         self.mapping.close()
+
+
+def _private() -> IOReturnError:
+    return IOReturnError(
+        IOReturn.kIOReturnUnsupported,
+        "private memory cannot be mapped at a second place; make it with kIOMemoryKernelUserShared (shared=True)",
+    )

@@ -11,7 +11,8 @@ from iobmd import headroom, refusals
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
 from iobmd.backing.mapped import MappedBacking
-from iobmd.errors import CannotWireError
+from iobmd.constants import IOReturn
+from iobmd.errors import CannotWireError, IOReturnError
 from iobmd.purgeable.agreed import TRAILER, AgreedState
 from iobmd.units import PAGE_SIZE, format_size, pages, round_up
 from iobmd.wiring import make_resident
@@ -62,6 +63,29 @@ class SharedBacking(MappedBacking):
         except BaseException:
             self.close()
             raise
+
+    def view(self, offset: int, size: int, at: int, writable: bool, guard: int) -> Mapping:
+        """Map whole pages of it once more, as `Mapping.view`.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnNoResources`: something is mapped at `at`. `kIOReturnNoMemory`: no address space.
+        """
+        try:
+            return Mapping.view(self._fd, offset, size, at, writable, guard)
+        except FileExistsError as error:
+            message = f"{at:#x} to {at + size:#x} is not free: something is mapped there"
+            raise IOReturnError(IOReturn.kIOReturnNoResources, message, error.errno or 0) from None
+        except OSError as error:
+            raise refusals.own(error, f"cannot map {format_size(size)}") from None
+
+    def show_in(self, mapping: Mapping, offset: int) -> None:
+        """Show whole pages of it, from `offset` on, where `mapping` showed others."""
+        try:
+            mapping.redirect(self._fd, offset)
+        except OSError as error:
+            raise refusals.own(error, "cannot redirect a mapping") from None
 
     def page_counts(self) -> tuple[int, int]:
         """Count the pages that are resident, mapped here or not. All are dirty: there is no file to drop them for."""

@@ -19,7 +19,7 @@ FLOORS = [
     {"facade"},
     {"buffer"},
     {"descriptor"},
-    {"volatility"},
+    {"volatility", "mapping"},
     {"request"},
     {"backing"},
     {"purgeable"},
