@@ -138,7 +138,7 @@ cdef class Mapping:
         self.seal()
         cdef uint64_t address = self.address - self.margin
         cdef size_t size = self.size + 2 * self.margin
-        cdef bint mapped = self.address
+        cdef bint mapped = self.address != 0  # a bint is an int, which a high address would not fit into
         cdef int failed = 0
         # Cleared first: no other thread may start to use what is about to go.
         self.address = 0

@@ -132,7 +132,7 @@ class IOMemoryDescriptor(Volatility):
         self._memory()
         if forDirection & ~(DIRECTION_MASK | kIODirectionPrepareToPhys32 | kIODirectionPrepareNoFault):
             raise IOReturnError(IOReturn.kIOReturnBadArgument, f"direction {forDirection:#x} has unknown bits")
-        with self._lock():
+        with self._guard:
             backing = self._memory()  # again: another thread may have freed it
             fresh = backing.wiring is not Wiring.PINNED
             if fresh and backing.purgeable:
@@ -160,7 +160,7 @@ class IOMemoryDescriptor(Volatility):
             `kIOReturnNotReady` when it is not prepared.
         """
         self._memory()
-        with self._lock():
+        with self._guard:
             backing = self._memory()
             if not self._prepared:
                 raise IOReturnError(IOReturn.kIOReturnNotReady, f"{self!r} is not prepared: nothing to complete")
@@ -319,7 +319,7 @@ class IOMemoryDescriptor(Volatility):
         """
         if self._backing is None:
             return
-        with self._lock():
+        with self._guard:
             if self._prepared and self._wired_by == os.getpid():
                 message = f"{self!r} is prepared {self._prepared} times: call complete() as often first"
                 raise IOReturnError(IOReturn.kIOReturnBusy, message)
@@ -327,12 +327,9 @@ class IOMemoryDescriptor(Volatility):
 
     release = free
 
-    def _lock(self) -> own.Guard:
-        return self._guard
-
     def _before_write(self, backing: Backing, offset: int, length: int) -> None:
         if backing.purgeable:
-            with self._lock():
+            with self._guard:
                 self._memory()  # again: another thread may have freed it
                 backing.purgeable.before_write(offset, length)
 

@@ -201,5 +201,5 @@ class NonVolatile:
         return self._intact
 
     def __exit__(self, failed: object, *_error: object) -> None:
-        assert self._intact is not None
-        self._memory._leave(intact=self._intact, failed=failed is not None)
+        intact, self._intact = self._intact, None
+        self._memory._leave(intact=bool(intact), failed=failed is not None)

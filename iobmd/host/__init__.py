@@ -12,7 +12,7 @@ from iobmd.host.access import pfns_visible, yama_scope
 from iobmd.host.fact import Fact, Status
 from iobmd.host.pages import HugePool, SwapArea, huge_pages_enabled, hugetlb_pools, pool_remedy, swap_areas
 from iobmd.host.pinning import io_uring_disabled, why_not_pinned
-from iobmd.host.pressure import PressureFile, cgroup_pressure, cgroup_pressures, system_pressure
+from iobmd.host.pressure import PressureFile, cgroup_pressure, pressure_level, psi_files, system_pressure
 from iobmd.host.privilege import (
     Capability,
     capability_remedy,
@@ -47,7 +47,8 @@ __all__ = [
     "PressureFile",
     "system_pressure",
     "cgroup_pressure",
-    "cgroup_pressures",
+    "psi_files",
+    "pressure_level",
 ]
 
 

@@ -74,20 +74,29 @@ def system_pressure() -> PressureFile | None:
     return _psi(PSI_MEMORY)
 
 
-def cgroup_pressures() -> list[PressureFile]:
-    """Return the pressure files of our own cgroup: v2 memory.pressure, v1 memory.pressure_level, or both."""
+def cgroup_pressure() -> PressureFile | None:
+    """Return the pressure file of our own cgroup: v2 memory.pressure or v1 memory.pressure_level, or None."""
     unified, legacy = _own_cgroup("cgroup2"), _own_cgroup("cgroup")
     found = [
         _psi(unified / "memory.pressure") if unified else None,
         _pressure_level(legacy / "memory.pressure_level") if legacy else None,
     ]
-    return [file for file in found if file]
-
-
-def cgroup_pressure() -> PressureFile | None:
-    """Return the one of `cgroup_pressures` that notifies, or the first, or None."""
-    files = cgroup_pressures()
+    files = [file for file in found if file]
     return next((file for file in files if file.notifies), files[0] if files else None)
+
+
+def psi_files() -> list[Path]:
+    """Return the PSI files that can be read here: the host's, and that of our own cgroup (v2)."""
+    unified = _own_cgroup("cgroup2")
+    paths = [PSI_MEMORY, *([unified / "memory.pressure"] if unified else [])]
+    return [path for path in paths if read_text(path)]
+
+
+def pressure_level() -> Path | None:
+    """Return cgroup v1's memory.pressure_level of our own cgroup, where this process may register for its events."""
+    legacy = _own_cgroup("cgroup")
+    file = _pressure_level(legacy / "memory.pressure_level") if legacy else None
+    return file.path if file and file.notifies else None
 
 
 def _fact(name: str, file: PressureFile | None, purpose: str, missing: str, limited: str) -> Fact:

@@ -30,13 +30,10 @@ class Watch:
         self._poll = select.poll()
         self._events: dict[int, bool] = {}  # eventfds; whether each says by itself that memory is short
         self._held: list[int] = []
-        groups = host.cgroup_pressures()
-        files = [file.path for file in (host.system_pressure(), *groups) if file]
-        self._waits = {path: _Waits(path) for path in files if path.name != "memory.pressure_level"}
-        for file in groups:
-            if file.path not in self._waits and file.notifies:
-                with contextlib.suppress(OSError):
-                    self._register(file.path)
+        self._waits = [_Waits(path) for path in host.psi_files()]
+        if level := host.pressure_level():
+            with contextlib.suppress(OSError):
+                self._register(level)
 
     def __enter__(self) -> Self:
         return self
@@ -53,9 +50,10 @@ class Watch:
         """Wait so long at the most; returns whether there was pressure meanwhile."""
         pressed = False
         for fd, _event in self._poll.poll(seconds * 1000):
-            os.eventfd_read(fd)
-            pressed |= self._events[fd]
-        many = [waits.many() for waits in self._waits.values()]  # each is to be asked
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(fd)
+                pressed |= self._events[fd]
+        many = [waits.many() for waits in self._waits]  # each is to be asked
         return pressed or any(many)
 
     def _register(self, level: Path) -> None:

@@ -122,65 +122,54 @@ class _Purger:
     """The thread. It runs while purgeable shared memory is open, and a moment longer."""
 
     def __init__(self) -> None:
-        self._watch: Watch | None = None
+        self._runs = False
+        self._watch: Watch | None = None  # of the thread that was started last
         self._guard = own.Guard()
 
     def start(self) -> None:
-        """Start it unless it runs. Where no thread or descriptor is to be had, memory is taken on request only."""
-        with contextlib.suppress(OSError, RuntimeError), self._guard:
-            if self._watch:
-                return
-            watch = Watch()
-            try:
-                threading.Thread(target=self._run, args=(watch,), name="iobmd-purger", daemon=True).start()
-            except BaseException:
-                watch.close()
-                raise
+        """Start it unless it runs. Where no thread is to be had, memory is taken on request only."""
+        with contextlib.suppress(IOReturnError, RuntimeError), self._guard:
+            if not self._runs:
+                threading.Thread(target=self._run, name="iobmd-purger", daemon=True).start()
+                self._runs = True
+
+    def _run(self) -> None:
+        with Watch() as watch:
             self._watch = watch
-
-    def _run(self, watch: Watch) -> None:
-        try:
             pressed = False
-            while not self._over(watch):
+            while not self._over():
+                pause = _SLOWEST
                 with contextlib.suppress(OSError):  # whatever went wrong, the next look tries again
-                    _look(pressed)
-                pressed = watch.wait(_pause())
-        finally:
-            watch.close()
+                    pause = _look(pressed)
+                pressed = watch.wait(pause)
 
-    def _over(self, watch: Watch) -> bool:
+    def _over(self) -> bool:
         """Say whether it may end, so that the next memory starts another."""
         with self._guard:
-            if _descriptors(shared_only=True):
-                return False
-            if self._watch is watch:
-                self._watch = None
-            return True
+            self._runs = bool(_descriptors(shared_only=True))
+            return not self._runs
 
     def forked(self) -> None:
         """Go on in a forked child, which has the memory and not the thread."""
         if self._watch:
             self._watch.close()
-            self._watch = None
-            if _descriptors(shared_only=True):
-                self.start()
+        self._watch, ran, self._runs = None, self._runs, False
+        if ran:
+            self.start()
 
 
 _thread = _Purger()
 os.register_at_fork(after_in_child=_thread.forked)
 
 
-def _look(pressed: bool) -> None:
-    """Take as much shared memory as is missing."""
+def _look(pressed: bool) -> float:
+    """Take as much shared memory as is missing; returns for how many seconds none can be."""
+    volatile = _volatile(shared_only=True)
+    if not volatile:
+        return _SLOWEST
     missing = headroom.shortage()
-    volatile = _volatile(shared_only=True) if pressed or missing else []
     if pressed:
         missing = max(missing, sum(candidate.size for candidate, _one in volatile) // _SHARE)
-    _purge(volatile, missing)
-
-
-def _pause() -> float:
-    """Return how long nothing can run short, in seconds."""
-    with contextlib.suppress(OSError):
-        return min(_SLOWEST, max(_FASTEST, -headroom.shortage() / _RATE))
-    return _SLOWEST
+    if missing > 0:
+        _purge(volatile, missing)
+    return min(_SLOWEST, max(_FASTEST, -missing / _RATE))

@@ -88,7 +88,7 @@ def test_lock_that_a_thread_of_the_parent_held() -> None:
         taken, leave = threading.Event(), threading.Event()
 
         def hold() -> None:
-            with buffer._lock():
+            with buffer._guard:
                 taken.set()
                 leave.wait()
 

@@ -465,9 +465,8 @@ def test_tasks_that_wait_for_memory_are_pressure(tmp_path: Path, monkeypatch: py
 
     file = tmp_path / "memory.pressure"
     file.write_text("some avg10=0.00 avg60=0.00 avg300=0.00 total=1000\nfull avg10=0.00 total=0\n")
-    shown = [pressure.host.PressureFile(file, notifies=False)]
-    monkeypatch.setattr(pressure.host, "system_pressure", lambda: None)
-    monkeypatch.setattr(pressure.host, "cgroup_pressures", lambda: shown)
+    monkeypatch.setattr(pressure.host, "psi_files", lambda: [file])
+    monkeypatch.setattr(pressure.host, "pressure_level", lambda: None)
     buffers = [purgeable(MIB, shared=True)[0] for _ in range(4)]
     for buffer in buffers:
         buffer.setPurgeable(VOLATILE)
