@@ -52,13 +52,18 @@ cdef class Guard:
         """Raise what tells that it is entered already by this thread."""
         raise RuntimeError("entered again by the thread that is inside")
 
-    def __enter__(self):
+    def enter(self):
+        """Enter it, to be left by `leave`; returns True."""
         if self.mine:
             self.reentered()
         if self._made_in != _generation:
             self._renew()
         self._lock.acquire()
         self._owner = PyThread_get_thread_ident()
+        return True
+
+    def __enter__(self):
+        self.enter()
 
     def enter_if_free(self):
         """Enter it unless somebody is inside; returns whether it was entered, and is then to be left by `leave`."""

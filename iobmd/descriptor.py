@@ -38,7 +38,8 @@ class IOMemoryDescriptor(Volatility):
 
     Methods may be called from any thread. Memory that goes away under a copy is impossible: `free` refuses while
     one is under way. In a forked child a wired descriptor refuses to work, for mlock(2) is not inherited: the
-    child's copy of the memory is not wired. A pageable one goes on there with the child's copy-on-write memory.
+    child's copy of the memory is not wired. A pageable one goes on there with the child's copy-on-write memory, or
+    with the same memory if it is that of a shared object.
     """
 
     _backing: Backing | None = None

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from iobmd.constants import IOPurgeable, IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.purgeable import EMPTY, KEEP_CURRENT, NON_VOLATILE, OBSOLETE, VOLATILE, parse, purger
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from iobmd import own
     from iobmd.backing import Backing
     from iobmd.purgeable import Purgeable
+
+_T = TypeVar("_T")
 
 _STATES = {int(state): state for state in (
     IOPurgeable.kIOMemoryPurgeableNonVolatile,
@@ -88,6 +92,8 @@ class Volatility:
             return purgeable.empty()
         old = purgeable.give(modifiers)
         self._given = modifiers
+        if purgeable.shared:
+            purger.watch()
         return old
 
     def nonvolatile(self) -> NonVolatile:
@@ -119,11 +125,12 @@ class Volatility:
             inside._intact = not self._unfilled
             self._keepers += 1
 
-    def _leave(self, *, intact: bool, failed: bool) -> None:
+    def _leave(self, inside: NonVolatile, *, failed: bool) -> None:
         with self._guard:
-            if not intact:
+            if inside._intact is False:
                 self._unfilled = failed
                 self._spoilt |= failed
+            inside._intact = None
             self._keepers -= 1
             if self._keepers:
                 return
@@ -159,25 +166,26 @@ class Volatility:
         backing = self._backing
         return backing is not None and backing.purgeable is not None and backing.purgeable.shared
 
-    def _candidate(self) -> purger.Candidate | None:
-        """Say whether it is volatile; None also while somebody is changing it."""
-        if self._guard.mine:
-            return None
-        try:
-            if self._guard.enter_if_free() and self._backing and self._backing.purgeable:
-                order = self._backing.purgeable.order()
-                return order and purger.Candidate(order, self._backing.size)
-            return None
-        finally:
-            self._guard.leave()
+    def _candidate(self, *, wait: bool) -> purger.Candidate | None:
+        def look(backing: Backing, purgeable: Purgeable) -> purger.Candidate | None:
+            order = purgeable.order()
+            return order and purger.Candidate(order, backing.size)
 
-    def _purge(self) -> int:
+        return self._if_free(look, wait=wait)
+
+    def _purge(self, *, wait: bool) -> int:
+        return self._if_free(lambda _backing, purgeable: purgeable.purge(), wait=wait) or 0
+
+    def _if_free(self, action: Callable[[Backing, Purgeable], _T], *, wait: bool) -> _T | None:
+        """Do something with purgeable memory, unless it is being changed: by us, or by others if we do not `wait`."""
         if self._guard.mine:
-            return 0
+            return None
         try:
-            if self._guard.enter_if_free() and self._backing and self._backing.purgeable:
-                return self._backing.purgeable.purge()
-            return 0
+            if (wait and self._guard.enter()) or self._guard.enter_if_free():
+                backing = self._backing
+                if backing is not None and backing.purgeable:
+                    return action(backing, backing.purgeable)
+            return None
         finally:
             self._guard.leave()
 
@@ -190,16 +198,14 @@ class NonVolatile:
         self._intact: bool | None = None  # what it gave; None: not entered
 
     def __enter__(self) -> bool:
-        try:
-            self._memory._enter(self)
-        except BaseException:
-            # Also an interrupt that came as it was entered already.
-            if self._intact is not None:
-                self._memory._leave(intact=self._intact, failed=False)
-            raise
+        self._memory._enter(self)
         assert self._intact is not None
         return self._intact
 
     def __exit__(self, failed: object, *_error: object) -> None:
-        intact, self._intact = self._intact, None
-        self._memory._leave(intact=bool(intact), failed=failed is not None)
+        self._memory._leave(self, failed=failed is not None)
+
+    def __del__(self) -> None:
+        # An interrupt came between it and the `with`, at its begin or its end.
+        if self._intact is not None:
+            self._memory._leave(self, failed=True)

@@ -30,10 +30,13 @@ class Watch:
         self._poll = select.poll()
         self._events: dict[int, bool] = {}  # eventfds; whether each says by itself that memory is short
         self._held: list[int] = []
+        self._wakes = -1
         self._waits = [_Waits(path) for path in host.psi_files()]
         if level := host.pressure_level():
             with contextlib.suppress(OSError):
                 self._register(level)
+        with contextlib.suppress(OSError):  # no descriptor is free: then it is not woken
+            self._wakes = self._event(says=False)
 
     def __enter__(self) -> Self:
         return self
@@ -43,8 +46,15 @@ class Watch:
 
     def close(self) -> None:
         """Close every descriptor; idempotent."""
+        self._wakes = -1
         while self._held:
             os.close(self._held.pop())
+
+    def wake(self) -> None:
+        """End the present `wait`."""
+        if self._wakes >= 0:
+            with contextlib.suppress(OSError):  # closed meanwhile
+                os.eventfd_write(self._wakes, 1)
 
     def wait(self, seconds: float) -> bool:
         """Wait so long at the most; returns whether there was pressure meanwhile."""
@@ -61,11 +71,16 @@ class Watch:
         limit = int((level.parent / "memory.limit_in_bytes").read_text())
         near = limit - limit // headroom.SPARE
         for file, argument, says in ((level, _LEVEL, True), (level.parent / "memory.usage_in_bytes", near, False)):
-            event = self._hold(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            event = self._event(says=says)
             watched = self._hold(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
             (level.parent / "cgroup.event_control").write_text(f"{event} {watched} {argument}")
-            self._events[event] = says
-            self._poll.register(event, select.POLLIN)
+
+    def _event(self, *, says: bool) -> int:
+        """Return an eventfd that ends `wait`; whether it says that memory is short."""
+        event = self._hold(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        self._events[event] = says
+        self._poll.register(event, select.POLLIN)
+        return event
 
     def _hold(self, fd: int) -> int:
         self._held.append(fd)

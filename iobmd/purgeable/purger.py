@@ -39,11 +39,11 @@ class Descriptor(Protocol):
     def _is_shared(self) -> bool:
         """Whether it is open, and other processes may map it."""
 
-    def _candidate(self) -> Candidate | None:
-        """Say whether it is volatile, and not being changed by this very thread."""
+    def _candidate(self, *, wait: bool) -> Candidate | None:
+        """Say whether it is volatile. None while this thread is changing it, or another and we do not `wait`."""
 
-    def _purge(self) -> int:
-        """Take it if it is volatile still; returns the bytes that came free."""
+    def _purge(self, *, wait: bool) -> int:
+        """Take it if it is volatile still; returns the bytes that came free, 0 as above."""
 
 
 _known: dict[int, weakref.ref[Descriptor]] = {}
@@ -55,6 +55,11 @@ def know(descriptor: Descriptor) -> None:
     _known[number] = weakref.ref(descriptor, lambda _gone: _known.pop(number, None))
     if descriptor._is_shared():
         _thread.start()
+
+
+def watch() -> None:
+    """Look soon: shared memory became volatile."""
+    _thread.wake()
 
 
 def purge(target_bytes: int | None = None) -> int:
@@ -85,7 +90,7 @@ def purge(target_bytes: int | None = None) -> int:
     """
     if target_bytes is not None and target_bytes < 0:
         raise IOReturnError(IOReturn.kIOReturnBadArgument, f"cannot purge {target_bytes} bytes")
-    return _purge(_volatile(shared_only=False), target_bytes)
+    return _purge(_volatile(shared_only=False, wait=True), target_bytes, wait=True)
 
 
 def _descriptors(*, shared_only: bool) -> list[Descriptor]:
@@ -93,26 +98,26 @@ def _descriptors(*, shared_only: bool) -> list[Descriptor]:
     return [one for one in found if one._is_shared()] if shared_only else found
 
 
-def _volatile(*, shared_only: bool) -> list[tuple[Candidate, Descriptor]]:
+def _volatile(*, shared_only: bool, wait: bool) -> list[tuple[Candidate, Descriptor]]:
     """Return what is volatile, in the order it is to be taken."""
     known = _descriptors(shared_only=shared_only)
-    found = [(candidate, one) for one in known if (candidate := one._candidate())]
+    found = [(candidate, one) for one in known if (candidate := one._candidate(wait=wait))]
     return sorted(found, key=lambda pair: pair[0].order.key)
 
 
-def _purge(volatile: list[tuple[Candidate, Descriptor]], target: int | None) -> int:
+def _purge(volatile: list[tuple[Candidate, Descriptor]], target: int | None, *, wait: bool) -> int:
     freed = 0
     for _candidate, one in volatile:
         if target is not None and freed >= target:
             break
         with contextlib.suppress(IOReturnError):  # locked by others, or being changed: the next one
-            freed += one._purge()
+            freed += one._purge(wait=wait)
     return freed
 
 
 def relieve(missing: int) -> None:
     """Take as much volatile shared memory as is missing."""
-    _purge(_volatile(shared_only=True), missing)
+    _purge(_volatile(shared_only=True, wait=False), missing, wait=False)
 
 
 headroom.on_shortage(relieve)
@@ -123,6 +128,7 @@ class _Purger:
 
     def __init__(self) -> None:
         self._runs = False
+        self._idle = False
         self._watch: Watch | None = None  # of the thread that was started last
         self._guard = own.Guard()
 
@@ -139,9 +145,16 @@ class _Purger:
             pressed = False
             while not self._over():
                 pause = _SLOWEST
+                self._idle = True  # before the look: what becomes volatile after it is told by `wake`
                 with contextlib.suppress(OSError):  # whatever went wrong, the next look tries again
-                    pause = _look(pressed)
+                    self._idle, pause = _look(pressed)
                 pressed = watch.wait(pause)
+
+    def wake(self) -> None:
+        """End the pause of a thread that saw nothing volatile."""
+        if self._idle and (watch := self._watch):
+            self._idle = False
+            watch.wake()
 
     def _over(self) -> bool:
         """Say whether it may end, so that the next memory starts another."""
@@ -162,14 +175,14 @@ _thread = _Purger()
 os.register_at_fork(after_in_child=_thread.forked)
 
 
-def _look(pressed: bool) -> float:
-    """Take as much shared memory as is missing; returns for how many seconds none can be."""
-    volatile = _volatile(shared_only=True)
+def _look(pressed: bool) -> tuple[bool, float]:
+    """Take as much shared memory as is missing; returns whether none is volatile, and when to look again."""
+    volatile = _volatile(shared_only=True, wait=False)
     if not volatile:
-        return _SLOWEST
+        return True, _SLOWEST
     missing = headroom.shortage()
     if pressed:
         missing = max(missing, sum(candidate.size for candidate, _one in volatile) // _SHARE)
     if missing > 0:
-        _purge(volatile, missing)
-    return min(_SLOWEST, max(_FASTEST, -missing / _RATE))
+        _purge(volatile, missing, wait=False)
+    return False, min(_SLOWEST, max(_FASTEST, -missing / _RATE))

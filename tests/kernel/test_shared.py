@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support import kernel
-from support.child import forked, in_child
+from support.child import NOBODY, forked, in_child
 from support.purging import EMPTY, KEEP_CURRENT, NON_VOLATILE, VOLATILE, purgeable, reads_zero
 
 import iobmd
@@ -373,33 +373,45 @@ def purged_within(buffer: iobmd.IOBufferMemoryDescriptor, seconds: float) -> boo
 
 @pytest.mark.needs("memory_cgroup")
 @pytest.mark.usefixtures("nothing_left")
-def test_pressure_takes_shared_memory(memory_cgroup: Callable[[int], Path]) -> None:
-    """A process whose limit is 128 MiB, 96 of them volatile, fills 64 more, and lives; what is to go last stays."""
+@pytest.mark.parametrize("uid", [0, NOBODY], ids=["root", "nobody"])
+def test_pressure_takes_shared_memory(memory_cgroup: Callable[[int], Path], uid: int) -> None:
+    """A process whose limit is 128 MiB, 96 of them volatile, fills 64 more, and lives; what is to go last stays.
+
+    Root is told by events of the cgroup; nobody has to look.
+    """
     procs = memory_cgroup(128 * MIB)
-    content = os.urandom(16 * MIB)
+    content = os.urandom(MIB)
 
     def live() -> tuple[list[IOPurgeable], bool]:
-        procs.write_text(str(os.getpid()))
         buffers = []
         for group in (0, 1, 2, 7, 7, 7):
             buffer = iobmd.allocate(16 * MIB, wired=False, purgeable=True, shared=True)
-            buffer.writeBytes(0, content)
+            for offset in range(0, 16 * MIB, MIB):
+                buffer.writeBytes(offset, content)
             buffer.setPurgeable(VOLATILE | group << 8)
             buffers.append(buffer)
         hog = iobmd.allocate(64 * MIB, wired=False)
         for offset in range(0, 64 * MIB, MIB):
-            hog.writeBytes(offset, content[:MIB])
+            hog.writeBytes(offset, content)
             time.sleep(0.005)
         states, right = [], True
         for buffer in buffers:
             states.append(state := buffer.setPurgeable(NON_VOLATILE))
             with memoryview(buffer) as view:
-                right &= view == content if state is VOLATILE else state is EMPTY
+                parts = [view[offset : offset + MIB] for offset in range(0, 16 * MIB, MIB)]
+                right &= all(part == (content if state is VOLATILE else bytes(MIB)) for part in parts)
+                for part in parts:
+                    part.release()
             buffer.free()
         hog.free()
         return states, right
 
-    states, right = in_child(live)
+    def inside() -> tuple[list[IOPurgeable], bool]:
+        procs.write_text(str(os.getpid()))
+        result: tuple[list[IOPurgeable], bool] = in_child(live, uid=uid or None)
+        return result
+
+    states, right = in_child(inside)
     assert right
     assert states[:2] == [EMPTY] * 2, "the lower groups go first"
     assert states[-1] is VOLATILE

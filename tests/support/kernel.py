@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import struct
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,19 @@ def entries(address: int, size: int, pid: int | str = "self") -> list[int]:
 def available() -> int:
     """Return MemAvailable in bytes."""
     return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) << 10
+
+
+def is_given_back(before: int, slack: int) -> bool:
+    """Say whether as much is available as `before`, but for `slack`; waits for it.
+
+    Pages that were freed may stay in lists of the processors for seconds, up to a gigabyte each, and are not counted.
+    """
+    end = time.monotonic() + 30
+    while before - available() >= slack:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def is_part_of_larger_page(frame: int) -> bool:
