@@ -886,8 +886,10 @@ def test_a_signal_handler_cannot_purge_what_it_interrupted() -> None:
             buffer.setPurgeable(VOLATILE)
             state = buffer.setPurgeable(NON_VOLATILE)
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+            seen = bytes(buffer)
+            # a handler may have come after the move, which dropped it: that is told
             if state is VOLATILE and buffer.setPurgeable(KEEP_CURRENT) is NON_VOLATILE:
-                assert bytes(buffer) == data
+                assert seen == data
             buffer.setPurgeable(NON_VOLATILE)
             buffer.writeBytes(0, data)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
@@ -896,8 +898,8 @@ def test_a_signal_handler_cannot_purge_what_it_interrupted() -> None:
 
     for shared in (False, True):
         taken, refused = in_child(lambda shared=shared: loop(shared))  # type: ignore[misc]
-        assert taken > 10
-        assert refused > 10
+        assert taken > 0
+        assert refused > 0
 
 
 def test_huge_pages_that_stay_huge() -> None:
