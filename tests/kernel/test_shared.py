@@ -135,7 +135,8 @@ def test_purged_while_another_process_maps_and_reads_it() -> None:
         with forked(read):  # it fails when the reader crashes, or sees anything else
             assert os.read(reading, 1) == b"r"
             buffer.setPurgeable(VOLATILE)
-            assert iobmd.purge() == 4 * MIB
+            # The reader has its two pages back, empty ones, as soon as they are taken: they may count as not freed.
+            assert 4 * MIB - 2 * kernel.PAGE <= iobmd.purge() <= 4 * MIB
             while os.read(reading, 1) != b"z":
                 pass
         assert buffer.setPurgeable(NON_VOLATILE) is EMPTY
