@@ -16,7 +16,7 @@ from iobmd.units import format_size
 ASK_FROM = 64 << 20
 """Bytes from which it is worth asking; the answer takes up to 0.5 ms, a tenth of what filling them does."""
 
-SPARE = 16
+SPARE = 8
 """The part of memory, or of a limit, that is to stay free: one in so many."""
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -63,7 +63,7 @@ def _least(swappable: bool) -> tuple[int, str]:
 
 
 def shortage() -> int:
-    """Return how many bytes are missing for a sixteenth to be left, of the host's memory and of each cgroup's limit.
+    """Return how many bytes are missing for an eighth to be left, of the host's memory and of each cgroup's limit.
 
     Negative: how many more are left. Swap does not count: it is what running short leads to. Raises OSError.
     """

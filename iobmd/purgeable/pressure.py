@@ -67,7 +67,7 @@ class Watch:
         return pressed or any(many)
 
     def _register(self, level: Path) -> None:
-        """Have cgroup v1 tell of pressure, and of less than a sixteenth left (admin-guide/cgroup-v1/memory.rst)."""
+        """Have cgroup v1 tell of pressure, and of less than an eighth left (admin-guide/cgroup-v1/memory.rst)."""
         limit = int((level.parent / "memory.limit_in_bytes").read_text())
         near = limit - limit // headroom.SPARE
         for file, argument, says in ((level, _LEVEL, True), (level.parent / "memory.usage_in_bytes", near, False)):

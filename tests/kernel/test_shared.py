@@ -396,7 +396,7 @@ def test_pressure_takes_shared_memory(memory_cgroup: Callable[[int], Path], uid:
         hog = iobmd.allocate(64 * MIB, wired=False)
         for offset in range(0, 64 * MIB, MIB):
             hog.writeBytes(offset, content)
-            time.sleep(0.005)
+            time.sleep(0.01)
         states, right = [], True
         for buffer in buffers:
             states.append(state := buffer.setPurgeable(NON_VOLATILE))
@@ -500,7 +500,7 @@ def test_tasks_that_wait_for_memory_are_pressure(tmp_path: Path, monkeypatch: py
 @pytest.mark.needs("memory_cgroup")
 @pytest.mark.usefixtures("nothing_left")
 def test_little_left_is_a_shortage(memory_cgroup: Callable[[int], Path]) -> None:
-    """What falls short of a sixteenth of the limit, as anybody can read it: no event has to tell."""
+    """What falls short of an eighth of the limit, as anybody can read it: no event has to tell."""
     from iobmd import headroom
 
     procs = memory_cgroup(64 * MIB)
@@ -519,4 +519,4 @@ def test_little_left_is_a_shortage(memory_cgroup: Callable[[int], Path]) -> None
 
     none, half, short = in_child(look)
     assert none < half < 0
-    assert 0 < short < 4 * MIB
+    assert 0 < short < 8 * MIB
