@@ -1,13 +1,14 @@
 # cython: language_level=3, auto_pickle=False, autotestdict=False
 """Copies between this process and a task, with the GIL released: process_vm_readv and /proc/PID/mem."""
 
-from libc.errno cimport EINTR, errno
+from libc.errno cimport EFAULT, EINTR, errno
 from libc.stdint cimport uint64_t, uintptr_t
+from libc.string cimport strerror
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
 from mman cimport C_MADV_POPULATE_WRITE, c_madvise
-from uio cimport iovec, pread, process_vm_readv, process_vm_writev, pwrite
+from uio cimport SYS_pidfd_getfd, iovec, pread, process_vm_readv, process_vm_writev, pwrite, syscall
 
 # process_vm_readv moves at most 0x7ffff000 bytes a call; smaller pieces let a dying task be seen sooner.
 cdef size_t LARGEST_PIECE = 64 << 20
@@ -120,3 +121,37 @@ cdef class HeldBuffer:
     def __dealloc__(self):
         if self.held:
             PyBuffer_Release(&self.view)
+
+
+def fetch_descriptor(int pidfd, int fd):
+    """Return a descriptor of this process for what `fd` is in another (pidfd_getfd(2), Linux 5.6)."""
+    cdef long fetched
+    with nogil:
+        fetched = syscall(SYS_pidfd_getfd, pidfd, fd, 0)
+    if fetched < 0:
+        raise OSError(errno, f"pidfd_getfd: {strerror(errno).decode()}")
+    return fetched
+
+
+def touch(int pid, uint64_t address, size_t size, size_t page):
+    """Have another process's pages faulted in for reading, by a byte of each; returns the error number or 0."""
+    cdef char byte[512]
+    cdef iovec local, remote[512]
+    cdef size_t done = 0
+    cdef int count
+    cdef ssize_t moved
+    cdef int error = 0
+    with nogil:
+        while done < size and not error:
+            count = 0
+            while count < 512 and done < size:
+                remote[count].iov_base = <void *><uintptr_t>(address + done)
+                remote[count].iov_len = 1
+                done += page
+                count += 1
+            local.iov_base = byte
+            local.iov_len = count
+            moved = process_vm_readv(pid, &local, 1, remote, count, 0)
+            if moved < count:
+                error = errno if moved < 0 else EFAULT
+    return error

@@ -22,14 +22,14 @@ cdef size_t PAGE_SIZE = sysconf(_SC_PAGESIZE)
 cdef size_t RELEASE_GIL_FROM = 64 << 10
 
 
-cdef Mapping _map(size_t size, size_t alignment, int protection, int flags, int fd=-1):
+cdef Mapping _map(size_t size, size_t alignment, int protection, int flags):
     cdef uint64_t start, aligned, end
     cdef size_t span = size + (alignment - PAGE_SIZE if alignment > PAGE_SIZE else 0)
     cdef void *found
     if span < size:
         raise OverflowError("size and alignment together exceed the address space")
     with nogil:
-        found = c_mmap(NULL, span, protection, flags, fd, 0)
+        found = c_mmap(NULL, span, protection, flags, -1, 0)
     if found == MAP_FAILED:
         raise OSError(errno, f"mmap: {strerror(errno).decode()}")
     start = <uintptr_t>found
@@ -43,6 +43,33 @@ cdef Mapping _map(size_t size, size_t alignment, int protection, int flags, int 
     self.address = aligned
     self.size = size
     self.writable = True  # what is set aside, too, when something is there
+    return self
+
+
+cdef uint64_t _map_at(uint64_t at, size_t size, int fd, uint64_t offset, bint writable, int flags) except 0:
+    cdef int protection = PROT_READ | (PROT_WRITE if writable else 0)
+    cdef void *found
+    with nogil:
+        found = c_mmap(<void *><uintptr_t>at, size, protection, MAP_SHARED | flags, fd, offset)
+    if found == MAP_FAILED:
+        raise OSError(errno, f"mmap: {strerror(errno).decode()}")
+    return <uintptr_t>found
+
+
+cdef Mapping _set_aside(uint64_t at, size_t size, size_t alignment):
+    """Reserve address space, at `at` if that is not 0 and free, else at a multiple of `alignment`."""
+    cdef int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
+    cdef void *found
+    cdef Mapping self
+    if not at:
+        return _map(size, alignment, PROT_NONE, flags)
+    self = Mapping.__new__(Mapping)
+    with nogil:
+        found = c_mmap(<void *><uintptr_t>at, size, PROT_NONE, flags | MAP_FIXED_NOREPLACE, -1, 0)
+    if found == MAP_FAILED:
+        raise OSError(errno, f"mmap: {strerror(errno).decode()}")
+    self.address = <uintptr_t>found
+    self.size = size
     return self
 
 
@@ -70,50 +97,51 @@ cdef class Mapping:
         return _map(size, alignment, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
 
     @staticmethod
-    def file(int fd, size_t size):
-        """Map the first `size` bytes of a file, shared."""
-        return _map(size, PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd)
+    def view(int fd, extents, uint64_t at, bint writable, size_t guard, size_t alignment):
+        """Map pieces of a file behind each other, shared; `extents` are their offsets and lengths, whole pages.
 
-    @staticmethod
-    def view(int fd, uint64_t offset, size_t size, uint64_t at, bint writable, size_t guard):
-        """Map a piece of a file, shared.
-
-        `at` is the address, where nothing may be mapped yet (FileExistsError), or 0 for any; then `guard` bytes on
-        each side can be set aside which nobody can touch.
+        `at` is the address, where nothing may be mapped yet (FileExistsError), or 0 for any multiple of `alignment`;
+        then `guard` bytes on each side can be set aside which nobody can touch.
         """
-        cdef int protection = PROT_READ | (PROT_WRITE if writable else 0)
-        cdef int flags = MAP_SHARED | (MAP_FIXED_NOREPLACE if at else 0)
-        cdef void *found
+        cdef size_t size = sum(length for _offset, length in extents)
+        cdef uint64_t wanted = at
         cdef Mapping self
-        if guard:
-            self = _map(size + 2 * guard, PAGE_SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
-            at = self.address + guard
-            flags = MAP_SHARED | MAP_FIXED
+        if guard or len(extents) > 1 or (alignment > PAGE_SIZE and not at):
+            self = _set_aside(at, size + 2 * guard, alignment)
+            at = self.address
         else:
             self = Mapping.__new__(Mapping)
-        with nogil:
-            found = c_mmap(<void *><uintptr_t>at, size, protection, flags, fd, offset)
-        if found == MAP_FAILED:
-            raise OSError(errno, f"mmap: {strerror(errno).decode()}")
-        self.address = <uintptr_t>found
+            self.address = _map_at(at, size, fd, extents[0][0], writable, MAP_FIXED_NOREPLACE if at else 0)
+            at = self.address
+            extents = ()
         self.size = size
         self.margin = guard
         self.writable = writable
-        if at and self.address != at:  # before 4.17 the address is but a wish
+        self.address = at + guard
+        if wanted and self.address != wanted:  # before 4.17 the address is but a wish
             raise FileExistsError(EEXIST, "mmap: something is mapped there")
+        self._show(fd, extents)
         return self
 
-    def redirect(self, int fd, uint64_t offset):
-        """Show a piece of another file at the same addresses, in one step for whoever looks there (MAP_FIXED)."""
-        cdef int protection = PROT_READ | (PROT_WRITE if self.writable else 0)
-        cdef void *found
+    cdef _show(self, int fd, extents):
+        """Map pieces of a file over what is there."""
+        cdef uint64_t place = self.address
+        cdef size_t length
+        cdef uint64_t offset
+        for offset, length in extents:
+            _map_at(place, length, fd, offset, self.writable, MAP_FIXED)
+            place += length
+
+    def redirect(self, int fd, extents):
+        """Show pieces of another file at the same addresses, each in one step for whoever looks there (MAP_FIXED)."""
         self._check(0, self.size)
+        if sum(length for _offset, length in extents) != self.size:
+            raise ValueError("not as many bytes as are mapped")
         self.users += 1
-        with nogil:
-            found = c_mmap(<void *><uintptr_t>self.address, self.size, protection, MAP_SHARED | MAP_FIXED, fd, offset)
-        self.users -= 1
-        if found == MAP_FAILED:
-            raise OSError(errno, f"mmap: {strerror(errno).decode()}")
+        try:
+            self._show(fd, extents)
+        finally:
+            self.users -= 1
 
     def keep(self, size_t offset, size_t size):
         """Unmap all but `size` bytes from `offset` on, whole pages."""

@@ -83,6 +83,12 @@ cdef class RunTable:
         self.count += 1
         return 0
 
+    def count_from(self, uint64_t old, uint64_t new):
+        """Give the runs other virtual addresses: `new` where it was `old`."""
+        cdef size_t index
+        for index in range(self.count):
+            self.runs[index].virtual += new - old
+
     def difference(self, RunTable other):
         """Return the first virtual address at which `other` differs, None when both are the same."""
         cdef size_t index

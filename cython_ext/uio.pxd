@@ -11,3 +11,15 @@ cdef extern from "<sys/uio.h>" nogil:
 cdef extern from "<unistd.h>" nogil:
     ssize_t pread(int fd, void *buf, size_t count, long offset)
     ssize_t pwrite(int fd, const void *buf, size_t count, long offset)
+
+cdef extern from * nogil:
+    """
+    #include <unistd.h>
+    #include <sys/syscall.h>
+    #ifndef SYS_pidfd_getfd
+    #define SYS_pidfd_getfd 438
+    #endif
+    """
+    enum:
+        SYS_pidfd_getfd
+    long syscall(long number, ...)

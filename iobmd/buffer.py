@@ -7,15 +7,14 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Self
 
-from iobmd import own, request
+from iobmd import allocation, own, request
 from iobmd._native.mapping import Exporter, Mapping
-from iobmd.backing.anonymous import AnonymousBacking
-from iobmd.backing.shared import SharedBacking
 from iobmd.constants import IOOptionBits, IOReturn
+from iobmd.contents import CopyOf
 from iobmd.descriptor import IOMemoryDescriptor
 from iobmd.errors import IOReturnError
 from iobmd.purgeable import purger
-from iobmd.task import Task, as_task, check_range, kernel_task
+from iobmd.task import Task, as_task, kernel_task
 from iobmd.units import PAGE_SIZE
 from iobmd.wiring import Wiring
 
@@ -44,10 +43,9 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     _capacity = 0
     _contiguous = False
 
-    def __init__(self, *, copy_of: tuple[Task, int] | None = None, progress: Progress | None = None) -> None:
+    def __init__(self, *, contents: CopyOf | None = None) -> None:
         # Made in two steps, as in IOKit: this only says what initWithPhysicalMask is to fill the memory with.
-        self._copy_of = copy_of
-        self._progress = progress
+        self._contents = contents
         self._guard = own.Guard()
         self._windows = weakref.WeakSet()
 
@@ -91,7 +89,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         By process_vm_readv(2) into fresh huge pages, on several threads when large, with the GIL released. The
         source runs on meanwhile: bytes that it changes during the copy may come as before or as after.
         """
-        self = cls(copy_of=(as_task(sourceMap), source), progress=progress)
+        self = cls(contents=CopyOf(as_task(sourceMap), source, size, progress))
         self.initWithPhysicalMask(inTask, options, size, PAGE_SIZE, 0)
         return self
 
@@ -173,10 +171,10 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         if self._state != "not initialised":
             raise IOReturnError(IOReturn.kIOReturnBusy, f"{self!r} is initialised already")
         wanted = request.check(inTask, options, capacity, alignment, physicalMask)
-        if self._copy_of:
-            check_range(self._copy_of[1], capacity)
-        self._backing = self._obtain(wanted)
-        self._copy_of = self._progress = None
+        if self._contents:
+            self._contents.check()
+        self._backing = allocation.allocate(wanted, self._contents)
+        self._contents = None
         self._options, self._capacity, self._length = wanted.options, capacity, capacity
         self._maker = self._wired_by = os.getpid()
         self._contiguous = wanted.contiguous
@@ -185,15 +183,6 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         if wanted.purgeable:
             purger.know(self)
         return True
-
-    def _obtain(self, wanted: request.Request) -> Backing:
-        size, wired, purgeable = wanted.capacity, wanted.wired, wanted.purgeable
-        source, progress = self._copy_of, self._progress
-        if wanted.shared:
-            return SharedBacking(size, wired=wired, purgeable=purgeable, source=source, progress=progress)
-        return AnonymousBacking(
-            size, wired=wired, purgeable=purgeable, want=wanted.want, source=source, progress=progress
-        )
 
     # --- the buffer
 
@@ -232,9 +221,13 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         Raises
         ------
         IOReturnError
-            `kIOReturnBadArgument` when `start` + `withLength` passes the length.
+            `kIOReturnBadArgument` when `start` + `withLength` passes the length. `kIOReturnUnsupported` for memory
+            that is mapped in no task.
         """
         backing = self._memory()
+        if backing.task is None:
+            message = f"{self!r} has no address: map() and createMappingInTask() give it one"
+            raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
         self._check_range(start, withLength)
         return backing.address + start
 
@@ -249,16 +242,17 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
             return len(fitting)
 
     def _exported(self) -> tuple[Mapping, int, int, bool]:
-        return self._memory().mapping, 0, self._length, True
+        return self._memory().exported(), 0, self._length, True
 
     def __repr__(self) -> str:
         name = type(self).__name__
         if self._backing is None:
             return f"<{name} {self._state}>"
         backing, direction = self._backing, ("none", "in", "out", "inout")[self._options & 3]
+        where = f"task {backing.task.pid} at {backing.address:#x}" if backing.task else "no task"
         wiring = backing.wiring.value + self._placement(backing)
         return (
-            f"<{name} in task {backing.task.pid} at {backing.address:#x}, length {self._length} of "
+            f"<{name} in {where}, length {self._length} of "
             f"{self._capacity}, {wiring}, direction {direction}, {self._state}>"
         )
 

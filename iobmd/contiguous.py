@@ -14,13 +14,17 @@ from iobmd import host, lowmem, pagemap, trim
 from iobmd.blocks import Places, Source, TransparentBlocks
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
+from iobmd.fileblocks import FileBlocks
 from iobmd.hugetlb import PoolBlocks
 from iobmd.policy import Budget, may_reserve
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_up
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from iobmd._native.mapping import Mapping
     from iobmd._native.runs import RunTable
+    from iobmd.shmem import SharedObject
 
 ALL_ADDRESSES = (1 << 64) - 1
 _STEP = 8 << 20  # the least that is worth another look
@@ -102,6 +106,32 @@ def _out_of_reach(want: Want, budget: Budget) -> str:
     return lowmem.out_of_reach(want.allowed, budget.bytes)
 
 
+def obtain_shared(want: Want) -> SharedObject:
+    """Return a shared object whose pages are as wanted. Raises as `obtain`."""
+    hunt = _Hunt(want, Budget())
+    why = _out_of_reach(want, hunt.budget)
+    size = round_up(want.size, PAGE_SIZE)
+    hidden = False
+    for source in () if why else _shared_sources():
+        try:
+            if chosen := hunt.run(source):
+                return source.share(chosen, want.alignment, size)
+            hidden = hidden or source.hidden
+            if source.hidden and _fits_one_huge_page(want) and (place := source.first()) is not None:
+                return source.share([place], want.alignment, size)
+        finally:
+            source.close()
+    if hidden and not _fits_one_huge_page(want):
+        raise _must_be_seen(want)
+    raise _not_found(want, why or hunt.report())
+
+
+def _shared_sources() -> Iterator[FileBlocks]:
+    yield FileBlocks()
+    for pool in host.hugetlb_pools():
+        yield PoolBlocks(pool, reserve=may_reserve())
+
+
 def from_pools(want: Want) -> Mapping | None:
     """Return memory of the hugetlb pools that is as wanted, None when they have none; pools are not raised."""
     return _search_pools(want, _Hunt(want, Budget()), reserve=False)
@@ -173,17 +203,25 @@ class _Hunt:
 
 def _one_huge_page(want: Want, source: TransparentBlocks) -> Mapping:
     """Without seeing frames: one huge page is contiguous, and its base is aligned to its size."""
-    if want.size > HUGE_PAGE_SIZE or want.alignment > HUGE_PAGE_SIZE or want.allowed != ALL_ADDRESSES:
-        raise IOReturnError(
-            IOReturn.kIOReturnNotPrivileged,
-            f"no {want}: physical addresses are hidden from this process, and without them only what lies in one "
-            f"huge page ({format_size(HUGE_PAGE_SIZE)}) is known; run with CAP_SYS_ADMIN",
-        )
+    if not _fits_one_huge_page(want):
+        raise _must_be_seen(want)
     mapping = source.take_first()
     if pagemap.is_huge(mapping.address, mapping.size):
         return mapping
     mapping.close()
     raise _not_found(want, "the kernel had no huge page; `iobmd doctor` tells how to turn them on")
+
+
+def _fits_one_huge_page(want: Want) -> bool:
+    return want.size <= HUGE_PAGE_SIZE and want.alignment <= HUGE_PAGE_SIZE and want.allowed == ALL_ADDRESSES
+
+
+def _must_be_seen(want: Want) -> IOReturnError:
+    return IOReturnError(
+        IOReturn.kIOReturnNotPrivileged,
+        f"no {want}: physical addresses are hidden from this process, and without them only what lies in one "
+        f"huge page ({format_size(HUGE_PAGE_SIZE)}) is known; run with CAP_SYS_ADMIN",
+    )
 
 
 def _search_pools(want: Want, hunt: _Hunt, *, reserve: bool | None = None) -> Mapping | None:

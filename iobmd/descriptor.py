@@ -6,7 +6,7 @@ import os
 import weakref
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
-from iobmd import mapping, own, pagemap, pinning
+from iobmd import mapping, own, windows
 from iobmd.constants import (
     IOOptionBits,
     IOReturn,
@@ -14,8 +14,8 @@ from iobmd.constants import (
     kIODirectionPrepareToPhys32,
 )
 from iobmd.errors import IOReturnError
-from iobmd.physical import Layout, layout
-from iobmd.request import DIRECTION_MASK, unsupported
+from iobmd.placement import Placement
+from iobmd.request import DIRECTION_MASK
 from iobmd.task import as_task, kernel_task
 from iobmd.units import PAGE_SIZE
 from iobmd.volatility import Volatility
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import psutil
     from typing_extensions import Buffer
 
-    from iobmd._native.runs import PhysicalSegment, RunTable
+    from iobmd._native.runs import RunTable
     from iobmd.backing import Backing
     from iobmd.mapping import IOMemoryMap
     from iobmd.task import Task
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     AnyTask = Task | int | psutil.Process
 
 
-class IOMemoryDescriptor(Volatility):
+class IOMemoryDescriptor(Placement, Volatility):
     """A range of memory with a length, a direction and a task. Made by the factories of its subclasses.
 
     Methods may be called from any thread. Memory that goes away under a copy is impossible: `free` refuses while
@@ -52,7 +52,7 @@ class IOMemoryDescriptor(Volatility):
     _prepared = 0
     _pinned_for_good = False  # by its options, not by prepare()
     _guard: own.Guard
-    _windows: weakref.WeakSet[mapping.Window]
+    _windows: weakref.WeakSet[windows.Window]
 
     def getLength(self) -> int:
         """Return the length in bytes."""
@@ -175,79 +175,8 @@ class IOMemoryDescriptor(Volatility):
         if backing.purgeable:
             backing.purgeable.let_go()
 
-    def getPhysicalAddress(self) -> int:
-        """Return the physical address of the first byte. Raises as `segments`."""
-        return self.getPhysicalSegment(0)[0]
-
-    def getPhysicalSegment(self, offset: int, options: int = 0) -> tuple[int, int]:  # noqa: ARG002 (IOKit's)
-        """Return the physical address of the byte `offset`, and how many bytes from there on are contiguous.
-
-        `(0, 0)` for an offset past the end. Raises as `segments`.
-        """
-        backing = self._memory()
-        table = self._runs(backing)
-        if not 0 <= offset < self._length:
-            return 0, 0
-        return table.segment(backing.address + offset, self._length - offset)
-
-    def segments(self, offset: int = 0, length: int | None = None) -> list[PhysicalSegment]:
-        """Return the physically contiguous pieces of a range, in order; each has `.address` and `.length` in bytes.
-
-        Parameters
-        ----------
-        offset, length : int
-            In bytes, any; `length` None: to the end.
-
-        Raises
-        ------
-        IOReturnError
-            `kIOReturnNotReady`: not pinned, so that addresses could change; `prepare()` pins it.
-            `kIOReturnNotPrivileged`: the kernel hides the addresses. `kIOReturnBadArgument`: past the end.
-        """
-        backing = self._memory()
-        length = self._length - offset if length is None else length
-        self._check_range(offset, length)
-        return self._runs(backing).segments(backing.address + offset, length)
-
-    def layout(self) -> Layout:
-        """Summarise how the memory lies: runs, the largest, contiguous or not, huge pages. Raises as `segments`."""
-        backing = self._memory()
-        return layout(self._runs(backing), pagemap.huge_bytes(backing.address, backing.size))
-
-    def verify(self) -> None:
-        """Read every frame again, and compare it with what was recorded when the memory was pinned.
-
-        Raises
-        ------
-        IOReturnError
-            `kIOReturnVMError`: a page has moved, `.address` is its virtual address. Or as `segments`.
-        """
-        backing = self._memory()
-        recorded = self._runs(backing)
-        now = pinning.own_runs(backing.address, backing.size)
-        if (moved := recorded.difference(now)) is not None:
-            was, _ = recorded.segment(moved, 1)
-            lies, _ = now.segment(moved, 1)
-            message = (
-                f"the page at {moved:#x} was at physical {was:#x} and is at {lies:#x} now: do not use it for I/O"
-            )
-            raise IOReturnError(IOReturn.kIOReturnVMError, message, 0, moved)
-
-    def _runs(self, backing: Backing) -> RunTable:
-        if backing.wiring is not Wiring.PINNED:
-            raise IOReturnError(
-                IOReturn.kIOReturnNotReady,
-                f"{self!r} is not pinned: its physical addresses could change; call prepare() first",
-            )
-        if backing.runs is None:
-            raise IOReturnError(
-                IOReturn.kIOReturnNotPrivileged,
-                "the kernel hides physical addresses from this process; run with CAP_SYS_ADMIN",
-            )
-        return backing.runs
-
     def _require_resident(self, backing: Backing) -> None:
-        resident = pagemap.counts(backing.task, backing.address, backing.size).present * PAGE_SIZE
+        resident = backing.page_counts()[0] * PAGE_SIZE
         if resident < backing.size:
             raise IOReturnError(
                 IOReturn.kIOReturnCannotWire,
@@ -256,7 +185,7 @@ class IOMemoryDescriptor(Volatility):
 
     def map(self, options: int = 0) -> IOMemoryMap:
         """Map it in this process; as `createMappingInTask` with `kIOMapAnywhere`."""
-        return self.createMappingInTask(kernel_task, 0, int(options) | mapping.ANYWHERE)
+        return self.createMappingInTask(kernel_task, 0, int(options) | windows.ANYWHERE)
 
     def createMappingInTask(
         self,
@@ -266,7 +195,7 @@ class IOMemoryDescriptor(Volatility):
         offset: int = 0,
         length: int = 0,
     ) -> IOMemoryMap:
-        """Map the memory, or a part of it, in a task: this process, for now.
+        """Map the memory, or a part of it, in a task: this process or another.
 
         Parameters
         ----------
@@ -290,17 +219,22 @@ class IOMemoryDescriptor(Volatility):
         Raises
         ------
         IOReturnError
-            `kIOReturnBadArgument`; `kIOReturnNoResources`: the address is not free; `kIOReturnUnsupported`: another
-            task, a cache mode, or private memory at a second place; `kIOReturnNoMemory`.
+            `kIOReturnBadArgument`; `kIOReturnNoResources`: the address is not free; `kIOReturnUnsupported`: a cache
+            mode, or private memory at a second place; `kIOReturnNoMemory`. For another task also
+            `kIOReturnNotPermitted`, `kIOReturnNotFound` and `kIOReturnTimeout`: it cannot be stopped, and why.
+
+        Notes
+        -----
+        One thread of another task is stopped for it, for a quarter of a millisecond (ptrace(2); python-ptrace is
+        needed, the extra `remote`), and goes on as if nothing had happened.
         """
-        if not as_task(intoTask).is_current:
-            raise unsupported("mappings in another task")
+        task = as_task(intoTask)
         self._memory()
         length = length or self._length - offset
         self._check_range(offset, length)
-        place = mapping.Place(atAddress, options, offset, length)
+        place = windows.Place(atAddress, options, offset, length)
         with self._guard:
-            return mapping.open_map(self, place)
+            return mapping.open_map(self, task, place)
 
     def getPageCounts(self) -> tuple[int, int]:
         """Return how many pages are resident, and how many of those are dirty, as the kernel says.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from iobmd.buffer import IOBufferMemoryDescriptor
 from iobmd.constants import IOOptionBits, IOReturn
+from iobmd.contents import CopyOf
 from iobmd.errors import IOReturnError
 from iobmd.request import unsupported
 from iobmd.task import Task, as_task, kernel_task
@@ -100,7 +101,7 @@ def copy(
     if freeze:
         raise unsupported("freezing the source of a copy")
     form = _Form(**as_allocate)
-    return form.make(IOBufferMemoryDescriptor(copy_of=(as_task(task), address)), kernel_task, size)
+    return form.make(IOBufferMemoryDescriptor(contents=CopyOf(as_task(task), address, size)), kernel_task, size)
 
 
 class _Form(NamedTuple):

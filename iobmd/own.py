@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-class _Kept:
+class Kept:
     """A descriptor that is opened when it is first asked for, and then kept."""
 
     def __init__(self, opener: Callable[[], int]) -> None:
@@ -28,6 +28,7 @@ class _Kept:
         os.register_at_fork(after_in_child=self._forget)
 
     def open(self) -> int:
+        """Return it. Raises OSError."""
         if self._fd < 0:
             opened = self._opener()
             if self._fd < 0:
@@ -42,8 +43,8 @@ class _Kept:
         self._fd = -1
 
 
-_pagemap = _Kept(lambda: os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC))
-_tracker = _Kept(lazyfree.track)
+_pagemap = Kept(lambda: os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC))
+_tracker = Kept(lazyfree.track)
 
 
 def pagemap() -> int:

@@ -18,16 +18,18 @@ class VMA(NamedTuple):
     offset: int
     inode: int
     name: str
+    device: str = ""
+    """Of the file's file system, as "major:minor" in hexadecimal."""
 
     def __str__(self) -> str:
         return f"{self.start:#x}-{self.end:#x} {self.perms} {self.name or '(anonymous)'}"
 
 
 def _parse_vma(line: str) -> VMA:
-    span, perms, offset, _device, inode, *name = line.rstrip("\n").split(maxsplit=5)
+    span, perms, offset, device, inode, *name = line.rstrip("\n").split(maxsplit=5)
     start, _, end = span.partition("-")
     text = _ESCAPE.sub(lambda match: chr(int(match[1], 8)), name[0]) if name else ""
-    return VMA(int(start, 16), int(end, 16), perms, int(offset, 16), int(inode), text)
+    return VMA(int(start, 16), int(end, 16), perms, int(offset, 16), int(inode), text, device)
 
 
 def maps(pid: int | str = "self") -> Iterator[VMA]:

@@ -41,6 +41,21 @@ def refused(pid: int, number: int, what: str) -> IOReturnError:
     )
 
 
+def within(pid: int, error: OSError, doing: str) -> IOReturnError:
+    """Return the error for a system call in the task `pid` that failed while `doing` something there."""
+    number = error.errno or 0
+    code, why = {
+        errno.ENOMEM: (
+            IOReturn.kIOReturnNoMemory,
+            "its address space (RLIMIT_AS), its number of mappings (vm.max_map_count) or the memory is exhausted",
+        ),
+        errno.EMFILE: (IOReturn.kIOReturnNoResources, "it has three file descriptors free for a moment no more"),
+        errno.ENFILE: (IOReturn.kIOReturnNoResources, "the host has no file descriptor free"),
+        errno.EPERM: (IOReturn.kIOReturnNotPermitted, _why_refused(pid)),
+    }.get(number, (IOReturn.kIOReturnError, str(error)))
+    return IOReturnError(code, f"{doing} in task {pid}: {why}", number)
+
+
 def own(error: OSError | OverflowError, doing: str) -> IOReturnError:
     """Return the error for a system call on this process itself that failed while `doing` something."""
     number = getattr(error, "errno", None) or errno.ENOMEM

@@ -35,12 +35,19 @@ _NOT_YET = {
 class Request(NamedTuple):
     """A checked request: sizes in bytes."""
 
+    task: Task | None
+    """Whose address space it is mapped in; None: in none."""
     options: int
     capacity: int
     want: Want | None
     """What is asked of the physical addresses; None: nothing that not any page has."""
     contiguous: bool
     """Asked to be in one piece, by an option or by its alignment."""
+
+    @property
+    def here(self) -> bool:
+        """Whether it is mapped in this process."""
+        return self.task is not None and self.task.is_current
 
     @property
     def wired(self) -> bool:
@@ -82,10 +89,8 @@ def check(
     if options & _PAGEABLE and (want or contiguous):
         what = want or Want(capacity, contiguous)
         raise _bad(f"pageable memory moves, and cannot be {what}: leave kIOMemoryPageable out")
-    if options & _SHARED and (want or contiguous):
-        raise unsupported("contiguous or masked memory that is shared between tasks")
-    _check_task(task)
-    return Request(options, capacity, want, contiguous)
+    where = None if task is None else kernel_task if task is kernel_task else as_task(task)
+    return Request(where, options, capacity, want, contiguous)
 
 
 def _physical(options: int, capacity: int, alignment: int, mask: int) -> tuple[Want | None, bool]:
@@ -118,13 +123,6 @@ def _check_options(options: int) -> None:
     for bits, meaning in _NOT_YET.items():
         if options & bits:
             raise unsupported(meaning)
-
-
-def _check_task(task: Task | int | psutil.Process | None) -> None:
-    if task is None:
-        raise unsupported("memory mapped in no task")
-    if task is not kernel_task and not as_task(task).is_current:
-        raise unsupported("memory in another task")
 
 
 def _bad(message: str) -> IOReturnError:

@@ -74,6 +74,11 @@ class Task:
         return self._process
 
     @property
+    def pidfd(self) -> int:
+        """The descriptor that stays with the process; -1 where the kernel or a seccomp filter gives none."""
+        return self._pidfd
+
+    @property
     def is_current(self) -> bool:
         """Whether this is the calling process."""
         return self.pid == os.getpid() and self.alive

@@ -47,9 +47,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def what_the_library_keeps() -> None:
-    """Have the ring, the open pagemap and the userfaultfd of the process made, which are kept: no test leaks them."""
+    """Have the ring, the open pagemap, the userfaultfd and the tmpfs of the process made: no test leaks them."""
     iobmd.allocate(1).free()
     iobmd.allocate(1, wired=False, purgeable=True).free()
+    iobmd.allocate(2 << 20, wired=False, shared=True).free()
 
 
 @pytest.fixture(scope="session")

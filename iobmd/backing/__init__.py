@@ -10,22 +10,32 @@ if TYPE_CHECKING:
     from iobmd._native.mapping import Mapping
     from iobmd._native.runs import RunTable
     from iobmd.purgeable import Purgeable
+    from iobmd.shmem import SharedObject
     from iobmd.task import Task
     from iobmd.wiring import Wiring
+
+
+class Contents(Protocol):
+    """What new memory is filled with."""
+
+    def fill(self, destination: int, *, huge: int = 0) -> None:
+        """Copy it to an address of this process, where huge pages of size `huge` may come."""
 
 
 class Backing(Protocol):
     """Memory that one descriptor owns."""
 
-    task: Task
-    """The task whose address space `address` belongs to."""
-    mapping: Mapping
-    """The memory as it is mapped in this process."""
+    task: Task | None
+    """The task whose address space `address` belongs to; None: it is mapped in none."""
     runs: RunTable | None
-    """Where it lies while it is pinned; None where the kernel hides that."""
+    """Where it lies while it is pinned, counted from `address`; None where the kernel hides that."""
 
     purgeable: Purgeable | None
     """What takes it and keeps it, when it was made purgeable."""
+
+    @property
+    def shared(self) -> SharedObject | None:
+        """The object that its pages are of, when they can be mapped at further places."""
 
     @property
     def wiring(self) -> Wiring:
@@ -36,6 +46,12 @@ class Backing(Protocol):
 
     def unpin(self) -> None:
         """Undo `pin`."""
+
+    def read_runs(self) -> RunTable | None:
+        """Read where it lies now, as `runs`."""
+
+    def huge_bytes(self) -> int:
+        """Count the bytes that huge pages map."""
 
     @property
     def address(self) -> int:
@@ -57,11 +73,11 @@ class Backing(Protocol):
     def write(self, offset: int, data: Buffer) -> None:
         """Copy `data` to `offset`."""
 
-    def view(self, offset: int, size: int, at: int, writable: bool, guard: int) -> Mapping:
-        """Map whole pages of it once more, as `Mapping.view`. Raises `kIOReturnUnsupported` where it cannot be."""
+    def exported(self) -> Mapping:
+        """Return it as it is mapped in this process. Raises `kIOReturnUnsupported` where it is not."""
 
-    def show_in(self, mapping: Mapping, offset: int) -> None:
-        """Show whole pages of it, from `offset` on, where `mapping` showed others. Raises as `view`."""
+    def view(self, offset: int, size: int, at: int, writable: bool, guard: int) -> Mapping:
+        """Map whole pages of it once more here, as `Mapping.view`. Raises `kIOReturnUnsupported` for private ones."""
 
     def close(self) -> None:
         """Give the memory back. Raises BufferError while it is in use; idempotent."""

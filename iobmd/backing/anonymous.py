@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from iobmd import contiguous, headroom, pagemap, pinning, refusals
+from iobmd import contiguous, headroom, pagemap, refusals
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
 from iobmd.backing.mapped import MappedBacking
@@ -18,8 +18,7 @@ from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_up
 from iobmd.wiring import make_resident
 
 if TYPE_CHECKING:
-    from iobmd.pieces import Progress
-    from iobmd.task import Task
+    from iobmd.backing import Contents
 
 _TRIES = 4
 
@@ -37,10 +36,8 @@ class AnonymousBacking(MappedBacking):
         The kernel may take it while it is volatile.
     want : Want, optional
         What is asked of the physical addresses; then it has to be pinned.
-    source : tuple of (Task, int), optional
-        Fill it with the `size` bytes at this address of this task.
-    progress : callable, optional
-        Told how many of those bytes are copied.
+    contents : Contents, optional
+        What to fill it with.
     """
 
     def __init__(
@@ -50,19 +47,18 @@ class AnonymousBacking(MappedBacking):
         wired: bool,
         purgeable: bool = False,
         want: Want | None = None,
-        source: tuple[Task, int] | None = None,
-        progress: Progress | None = None,
+        contents: Contents | None = None,
     ) -> None:
         super().__init__(wired=wired)
-        if wired or source:
+        if wired or contents:
             headroom.require(size, swappable=not wired)
         for _attempt in range(_TRIES):
             self.mapping = self._obtain(size, want)
             try:
                 if purgeable:
                     self.purgeable = LazilyFreed(self.address, self.size)
-                self._fill(size, source, progress, populated=want is not None)
-                if not wired or self._wire(size, want, source):
+                self._fill(contents, populated=want is not None)
+                if not wired or self._wire(size, want, contents):
                     return
             except BaseException:
                 self.close()
@@ -83,24 +79,21 @@ class AnonymousBacking(MappedBacking):
         except (OSError, OverflowError) as error:
             raise refusals.own(error, f"cannot map {format_size(size)}") from None
 
-    def _fill(
-        self, size: int, source: tuple[Task, int] | None, progress: Progress | None, *, populated: bool
-    ) -> None:
+    def _fill(self, contents: Contents | None, *, populated: bool) -> None:
         huge = HUGE_PAGE_SIZE if self.size >= HUGE_PAGE_SIZE and not populated else 0
-        if huge and (self._wired or source or self.purgeable):
+        if huge and (self._wired or contents or self.purgeable):
             with contextlib.suppress(OSError):  # a kernel without transparent huge pages: slower, nothing else
                 memory.advise(self.address, self.size, memory.MADV_HUGEPAGE)
         if self._wired:
             # Large memory is faulted in on several threads, by the copy or by `populate`: this reserves the limit.
             make_resident(self.address, self.size, populate=not huge)
-        if source:
-            task, address = source
-            task.copy_in(address, self.address, size, huge=huge, progress=progress)
+        if contents:
+            contents.fill(self.address, huge=huge)
         elif huge and self._wired:
             populate(self.address, self.size)
             make_resident(self.address, self.size)
 
-    def _wire(self, size: int, want: Want | None, source: tuple[Task, int] | None) -> bool:
+    def _wire(self, size: int, want: Want | None, contents: Contents | None) -> bool:
         """Pin; return False where pinning moved pages away from where they are wanted, and another try may do."""
         try:
             self.pin()
@@ -109,7 +102,7 @@ class AnonymousBacking(MappedBacking):
                 if want:
                     raise
                 return True  # resident, then, and it says so
-            self._fill(size, source, None, populated=True)
+            self._fill(contents, populated=True)
         if not want:
             return True
         if self.runs is None:  # hidden: then it was to be in one huge page
@@ -122,6 +115,6 @@ class AnonymousBacking(MappedBacking):
         if mapping:
             self.mapping.close()
             self.mapping = mapping
-            self.runs = pinning.visible_runs(self.address, self.size)
+            self.runs = self.read_runs()
             self._immovable = True
         return mapping is not None

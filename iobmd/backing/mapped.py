@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from iobmd import pagemap, pinning
@@ -12,11 +13,15 @@ from iobmd.units import PAGE_SIZE
 from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from typing_extensions import Buffer
 
     from iobmd._native.mapping import Mapping
     from iobmd._native.runs import RunTable
     from iobmd.purgeable import Purgeable
+    from iobmd.shmem import SharedObject
+    from iobmd.task import Task
 
 
 class MappedBacking:
@@ -25,19 +30,24 @@ class MappedBacking:
     mapping: Mapping
 
     def __init__(self, *, wired: bool) -> None:
-        self.task = kernel_task
+        self.task: Task | None = kernel_task
         self.runs: RunTable | None = None
         self.purgeable: Purgeable | None = None
         self._wired = wired
         self._pin: pinning.Pin | None = None
         self._immovable = False  # hugetlb pages, which stay where they are without a pin
 
+    def here(self, *, populated: bool = False) -> AbstractContextManager[Mapping]:  # noqa: ARG002 (a subclass's)
+        """Have it mapped in this process inside of a `with`; `populated`: with every page that it has in place."""
+        return contextlib.nullcontext(self.mapping)
+
     def pin(self) -> None:
         """Pin every page, and read where it lies. Raises `kIOReturnCannotWire`."""
-        pin = pinning.Pin(self.address, self.size)
+        with self.here() as mapping:
+            pin = pinning.Pin(mapping.address, self.size)
         try:
             # Read afterwards: a pin may move a page once.
-            self.runs = pinning.visible_runs(self.address, self.size)
+            self.runs = self.read_runs()
         except BaseException:
             pin.release()
             raise
@@ -49,6 +59,24 @@ class MappedBacking:
             self._pin.release()
         self._pin = self.runs = None
 
+    def read_runs(self) -> RunTable | None:
+        """Read where it lies now, counted from `address`; None where the kernel hides that."""
+        with self.here(populated=True) as mapping:
+            table = pinning.visible_runs(mapping.address, self.size)
+            if table is not None:
+                table.count_from(mapping.address, self.address)
+        return table
+
+    def huge_bytes(self) -> int:
+        """Count the bytes that huge pages map."""
+        with self.here(populated=True) as mapping:
+            return pagemap.huge_bytes(mapping.address, self.size)
+
+    @property
+    def shared(self) -> SharedObject | None:
+        """The object that its pages are of, when they can be mapped at further places."""
+        return None
+
     @property
     def wiring(self) -> Wiring:
         """How firmly it stays where it is."""
@@ -58,7 +86,7 @@ class MappedBacking:
 
     @property
     def address(self) -> int:
-        """Address in this process."""
+        """Address in `task`."""
         return self.mapping.address
 
     @property
@@ -68,7 +96,7 @@ class MappedBacking:
 
     def page_counts(self) -> tuple[int, int]:
         """Count the pages that are resident, and those of them that were written to and not lazily freed since."""
-        resident, written = pagemap.resident_and_dirty(self.task, self.address, self.size)
+        resident, written = pagemap.resident_and_dirty(kernel_task, self.mapping.address, self.size)
         lazily_freed = self.purgeable.lazily_freed() if self.purgeable else 0
         return resident, written - lazily_freed // PAGE_SIZE
 
@@ -84,13 +112,13 @@ class MappedBacking:
         """Copy `data` to `offset`."""
         self.mapping.write(offset, data)
 
+    def exported(self) -> Mapping:
+        """Return it as it is mapped in this process."""
+        return self.mapping
+
     def view(self, _offset: int, _size: int, _at: int, _writable: bool, _guard: int) -> Mapping:
         """Refuse: private pages can be at one place only."""
-        raise _private()
-
-    def show_in(self, _mapping: Mapping, _offset: int) -> None:
-        """Refuse, as `view`."""
-        raise _private()
+        raise private()
 
     def close(self) -> None:
         """Unpin and unmap, which also unlocks. Raises BufferError while it is in use; idempotent."""
@@ -99,7 +127,8 @@ class MappedBacking:
         self.mapping.close()
 
 
-def _private() -> IOReturnError:
+def private() -> IOReturnError:
+    """Return the error for private memory that is to be at a second place."""
     return IOReturnError(
         IOReturn.kIOReturnUnsupported,
         "private memory cannot be mapped at a second place; make it with kIOMemoryKernelUserShared (shared=True)",

@@ -3,7 +3,10 @@
 The state is a word behind the last page of the shared object: the `IOPurgeable` word it was set with, a mark while a
 purge is under way, and the time it became volatile. It is read and written under a record lock (fcntl(2)) on the
 word, which the kernel takes from a process that dies: whoever comes next finds the mark, and finishes the purge. A
-second record lock, held shared while the memory is prepared, tells the other processes so in the same way.
+second record lock, held shared while the memory is prepared, tells the other users so in the same way.
+
+The locks belong to the open file description (F_OFD_SETLK, Linux 3.15), and every user has one of its own, also two
+of the same process, and a child that has been forked.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ import fcntl
 import os
 import struct
 import time
+import weakref
 from typing import TYPE_CHECKING
 
+from iobmd import shmem
 from iobmd._native import memory
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
@@ -24,10 +29,13 @@ from iobmd.units import PAGE_SIZE
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from iobmd.shmem import SharedObject
+
 TRAILER = PAGE_SIZE
 """Bytes behind the memory that the object needs for the word."""
 
 _WORD = struct.Struct("=Q")
+_FLOCK = struct.Struct("@hhqqi4x")  # struct flock (fcntl(2)): type, whence, start, length, pid
 _STATE = 0xF
 _PURGING = 0x10
 _TIME_SHIFT = 16
@@ -38,15 +46,15 @@ _PATIENCE = 5.0  # seconds to wait for another process, which needs milliseconds
 class AgreedState:
     """The first `size` bytes of a shared object, whole pages, and the word behind them.
 
-    Closing any other descriptor of the object in this process would release its record locks (fcntl(2)): it has this
-    one only.
+    Nobody else has the open file description of the object's descriptor.
     """
 
     shared = True
 
-    def __init__(self, fd: int, size: int) -> None:
-        self._fd = fd
-        self._size = size
+    def __init__(self, shared: SharedObject) -> None:
+        self._object = shared
+        self._size = shared.size
+        _open.add(self)
         if not self._word():
             self._set(NON_VOLATILE)
 
@@ -101,11 +109,11 @@ class AgreedState:
         with self._exclusively() as word:
             if word & _STATE == VOLATILE:
                 raise wanted_non_volatile()
-            fcntl.lockf(self._fd, fcntl.LOCK_SH, 1, self._preparing)
+            self._set_lock(fcntl.F_RDLCK, self._preparing)
 
     def let_go(self) -> None:
-        """Undo `hold`, for this process."""
-        fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, self._preparing)
+        """Undo `hold`, for this user."""
+        self._set_lock(fcntl.F_UNLCK, self._preparing)
 
     def lazily_freed(self) -> int:
         """Return 0: the kernel takes no shared memory by itself."""
@@ -129,10 +137,10 @@ class AgreedState:
             message = f"cannot change the state of shared memory: {error}"
             raise IOReturnError(IOReturn.kIOReturnError, message, error.errno or 0) from None
         finally:
-            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, self._size)
+            self._set_lock(fcntl.F_UNLCK, self._size)
 
     def _lock(self, patience: float) -> None:
-        """Take the record lock by trying again: waiting in the kernel takes threads for deadlocked processes."""
+        """Take the record lock by trying again, for a wait in the kernel has no deadline."""
         deadline = time.monotonic() + patience
         pause = 0.00005
         while not self._try(self._size):
@@ -146,10 +154,13 @@ class AgreedState:
 
     def _try(self, place: int) -> bool:
         try:
-            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+            self._set_lock(fcntl.F_WRLCK, place)
         except (BlockingIOError, PermissionError):
             return False
         return True
+
+    def _set_lock(self, kind: int, place: int) -> None:
+        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, place, 1, 0))
 
     def _require_unprepared(self) -> None:
         """Raise `kIOReturnBusy` while another process has it prepared."""
@@ -167,9 +178,33 @@ class AgreedState:
         """Return how many bytes of memory and swap the object holds, without the word's page."""
         return max(0, os.fstat(self._fd).st_blocks * _BLOCK - TRAILER)
 
+    def forked(self) -> None:
+        """In a forked child: have an open file description of its own, under the same number."""
+        if self._fd < 0:
+            return
+        with contextlib.suppress(OSError):
+            fd = shmem.reopen(self._fd)
+            os.dup2(fd, self._fd, inheritable=False)
+            os.close(fd)
+
+    @property
+    def _fd(self) -> int:
+        return self._object.fd
+
     def _word(self) -> int:
         (word,) = _WORD.unpack(os.pread(self._fd, _WORD.size, self._size))
         return int(word)
 
     def _set(self, word: int) -> None:
         os.pwrite(self._fd, _WORD.pack(word), self._size)
+
+
+_open: weakref.WeakSet[AgreedState] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for state in list(_open):
+        state.forked()
+
+
+os.register_at_fork(after_in_child=_forked)

@@ -274,12 +274,8 @@ def test_bad_arguments(options: int, capacity: int, alignment: int, mask: int) -
 @pytest.mark.parametrize(
     "keywords",
     [
-        {"shared": True, "contiguous": True},
-        {"shared": True, "physical_mask": 0xFFFFFFFF},
         {"cache": "inhibit"},
         {"cache": "writecombine"},
-        {"task": None},
-        {"task": os.getppid()},
     ],
 )
 def test_not_supported_yet(keywords: dict[str, object]) -> None:

@@ -285,10 +285,10 @@ def test_refused(options: int, offset: int, length: int, code: IOReturn) -> None
     with buffer:
         action = lambda: buffer.createMappingInTask(iobmd.kernel_task, 0, ANYWHERE | options, offset, length)  # noqa: E731
         assert code_of(action) == code
-        other = lambda: buffer.createMappingInTask(os.getppid(), 0, ANYWHERE)  # noqa: E731
-        assert code_of(other) == IOReturn.kIOReturnUnsupported
     with iobmd.allocate(4096, wired=False) as private:
         assert code_of(lambda: private.map(UNIQUE)) == IOReturn.kIOReturnUnsupported
+        other = lambda: private.createMappingInTask(os.getppid(), 0, ANYWHERE)  # noqa: E731
+        assert code_of(other) == IOReturn.kIOReturnUnsupported
 
 
 def test_maps_come_and_go_in_threads() -> None:

@@ -1,0 +1,71 @@
+"""Which kind of memory a request gets, and making it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from iobmd import contiguous, headroom
+from iobmd.backing.anonymous import AnonymousBacking
+from iobmd.backing.elsewhere import RemoteBacking, UnmappedBacking
+from iobmd.backing.shared import SharedBacking
+from iobmd.constants import IOReturn
+from iobmd.errors import IOReturnError
+from iobmd.purgeable.agreed import TRAILER
+from iobmd.shmem import SharedObject
+from iobmd.units import PAGE_SIZE, round_up
+from iobmd.wiring import Wiring
+
+if TYPE_CHECKING:
+    from iobmd.backing import Backing, Contents
+    from iobmd.contiguous import Want
+    from iobmd.request import Request
+
+_TRIES = 4
+
+
+def allocate(wanted: Request, contents: Contents | None) -> Backing:
+    """Return the memory that is asked for, filled.
+
+    Memory of this process that nobody else is to map is private; all other is that of a shared object.
+
+    Raises
+    ------
+    IOReturnError
+        As `IOBufferMemoryDescriptor.initWithPhysicalMask`.
+    """
+    if wanted.here and not wanted.shared:
+        return AnonymousBacking(
+            wanted.capacity, wired=wanted.wired, purgeable=wanted.purgeable, want=wanted.want, contents=contents
+        )
+    if wanted.wired or contents:
+        headroom.require(wanted.capacity, swappable=not wanted.wired)
+    if wanted.want is None:
+        trailer = TRAILER if wanted.purgeable else 0
+        return _show(SharedObject.create(round_up(wanted.capacity, PAGE_SIZE), trailer), wanted, contents)
+    for _attempt in range(_TRIES):
+        backing = _show(contiguous.obtain_shared(wanted.want), wanted, contents)
+        try:
+            if _is_as_wanted(backing, wanted.want):
+                return backing
+        except BaseException:
+            backing.close()
+            raise
+        backing.close()
+    message = f"the kernel moved the pages at each of {_TRIES} tries to pin {wanted.want}"
+    raise IOReturnError(IOReturn.kIOReturnNoResources, message)
+
+
+def _show(shared: SharedObject, wanted: Request, contents: Contents | None) -> SharedBacking:
+    """Map a new object where it is wanted."""
+    wired, purgeable, task = wanted.wired, wanted.purgeable, wanted.task
+    if task is None:
+        return UnmappedBacking(shared, wired=wired, purgeable=purgeable, contents=contents)
+    if wanted.here:
+        return SharedBacking(shared, wired=wired, purgeable=purgeable, contents=contents)
+    return RemoteBacking(shared, task, wired=wired, purgeable=purgeable, contents=contents)
+
+
+def _is_as_wanted(backing: SharedBacking, want: Want) -> bool:
+    if backing.wiring is not Wiring.PINNED:
+        backing.pin()  # says why it cannot be
+    return want.accepts(backing.runs) if backing.runs else backing.huge_bytes() >= want.size

@@ -1,0 +1,134 @@
+"""Memory of a shared object in another task, or mapped in none."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, NoReturn
+
+from iobmd.backing.shared import SharedBacking
+from iobmd.constants import IOReturn
+from iobmd.errors import IOReturnError
+from iobmd.populate import populate
+from iobmd.remote.sharing import RemoteMapping, touch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from typing_extensions import Buffer
+
+    from iobmd._native.mapping import Mapping
+    from iobmd.backing import Contents
+    from iobmd.shmem import SharedObject
+    from iobmd.task import Task
+
+
+class RemoteBacking(SharedBacking):
+    """Memory in another task. We map it too, so as to reach it, and so that pages are in place before the task stops.
+
+    Parameters as those of `SharedBacking`.
+    """
+
+    def __init__(
+        self,
+        shared: SharedObject,
+        task: Task,
+        *,
+        wired: bool,
+        purgeable: bool = False,
+        contents: Contents | None = None,
+    ) -> None:
+        self._there: RemoteMapping | None = None
+        super().__init__(shared, wired=wired, purgeable=purgeable, contents=contents)
+        try:
+            self._there = RemoteMapping(task, shared, 0, shared.size)
+        except BaseException:
+            self.close()
+            raise
+        self.task = task
+        if wired:
+            touch(task, self.address, self.size)
+        if self.runs:
+            self.runs.count_from(self.mapping.address, self.address)
+
+    @property
+    def address(self) -> int:
+        """Address in `task`."""
+        return self._there.address if self._there else self.mapping.address
+
+    @property
+    def stopped_ns(self) -> int:
+        """For how long the task stood still while it was mapped there."""
+        return self._there.stopped_ns if self._there else 0
+
+    def exported(self) -> NoReturn:
+        """Refuse: it is the other task's."""
+        raise _not_here(f"in task {self.task.pid}" if self.task else "")
+
+    def close(self) -> None:
+        """Unmap it there, if the task is still there, and here. Raises as `RemoteMapping.close`; idempotent."""
+        if self._there:
+            self._there.close()
+        super().close()
+
+
+class UnmappedBacking(SharedBacking):
+    """Memory mapped in no task. We map it for as long as it takes to read, to write or to pin it.
+
+    Parameters as those of `SharedBacking`. Its address is 0.
+    """
+
+    def __init__(
+        self, shared: SharedObject, *, wired: bool, purgeable: bool = False, contents: Contents | None = None
+    ) -> None:
+        super().__init__(shared, wired=wired, purgeable=purgeable, contents=contents)
+        self.task = None
+        self.mapping.close()
+
+    def _wire(self) -> None:
+        # Pinned pages stay without a mapping; pages that are only locked would not.
+        populate(self.mapping.address, self.size)
+        self.pin()
+
+    @contextlib.contextmanager
+    def here(self, *, populated: bool = False) -> Iterator[Mapping]:
+        """Map it for a moment."""
+        if self.mapping.address:  # as it is made
+            yield self.mapping
+            return
+        mapping = self._shared.map(0, self.size)
+        try:
+            if populated:
+                populate(mapping.address, self.size)
+            yield mapping
+        finally:
+            mapping.close()
+
+    @property
+    def address(self) -> int:
+        """0, where it begins."""
+        return 0
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset` on."""
+        with self.here() as mapping:
+            return mapping.read(offset, length)
+
+    def read_into(self, offset: int, buffer: Buffer) -> None:
+        """Fill `buffer` from `offset` on."""
+        with self.here() as mapping:
+            mapping.read_into(offset, buffer)
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Copy `data` to `offset`."""
+        with self.here() as mapping:
+            mapping.write(offset, data)
+
+    def exported(self) -> NoReturn:
+        """Refuse: it is mapped nowhere."""
+        raise _not_here("mapped in no task")
+
+
+def _not_here(where: str) -> IOReturnError:
+    return IOReturnError(
+        IOReturn.kIOReturnUnsupported, f"this memory is {where}, and cannot be viewed here: map() gives a view of it"
+    )

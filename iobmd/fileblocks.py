@@ -1,0 +1,123 @@
+"""Huge pages to choose from by physical address that are a file's: mapped in any order, and by several processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+from iobmd import pagemap, pinning, shmem
+from iobmd._native import memory
+from iobmd._native.mapping import Mapping
+from iobmd.blocks import blocks_of
+from iobmd.errors import IOReturnError
+from iobmd.populate import populate
+from iobmd.shmem import Extent, SharedObject
+from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE
+
+if TYPE_CHECKING:
+    from iobmd.blocks import Places
+
+
+class FileBlocks:
+    """Transparent huge pages of a file in a tmpfs; where there is none, of a memfd, which they are collapsed in."""
+
+    immovable = False
+    """The pages stay where they are without a pin."""
+
+    def __init__(self, block: int = HUGE_PAGE_SIZE) -> None:
+        self.block = block
+        self.hidden = False
+        self._fd = -1
+        self._size = 0
+        self._batches: list[tuple[int, Mapping]] = []  # each with its offset in the file
+        self._collapses = False
+
+    def create(self) -> int:
+        """Return a new empty file. Raises OSError."""
+        fd = shmem.create_huge(0)
+        self._collapses = fd < 0
+        return os.memfd_create("iobmd", os.MFD_CLOEXEC) if fd < 0 else fd
+
+    def more(self, count: int, alignment: int) -> Places:  # noqa: ARG002 (the protocol's)
+        """Take up to `count` more blocks; empty when there are none."""
+        if not count:
+            return {}
+        size = count * self.block
+        try:
+            if self._fd < 0:
+                self._fd = self.create()
+            os.ftruncate(self._fd, self._size + size)
+            batch = Mapping.view(self._fd, [(self._size, size)], 0, True, 0, self.block)
+        except OSError:
+            return {}
+        self._batches.append((self._size, batch))
+        self._size += size
+        try:
+            populate(batch.address, size, self.block)
+        except IOReturnError:  # somebody else was faster
+            return {}
+        if self._collapses:
+            with contextlib.suppress(OSError):
+                memory.advise(batch.address, size, memory.MADV_COLLAPSE)
+        table = pinning.own_runs(batch.address, size)
+        self.hidden = table.hidden > 0
+        return blocks_of(table, self.block)
+
+    def assemble(self, chosen: list[int], alignment: int) -> Mapping:
+        """Map the blocks behind each other; what is not chosen is given back."""
+        shared = self.share(chosen, alignment)
+        try:
+            mapping = shared.map(0, shared.size)
+            populate(mapping.address, mapping.size, self.block)  # they are there: this only maps them
+        finally:
+            shared.close()
+        return mapping
+
+    def share(self, chosen: list[int], alignment: int, size: int = 0) -> SharedObject:
+        """Return the blocks as an object, in this order; only `size` bytes of them, where that is not 0."""
+        offsets = [self._offset(place) for place in chosen]
+        for offset in set(range(0, self._size, self.block)) - set(offsets):
+            memory.punch(self._fd, offset, self.block)
+        extents = self._joined(offsets)
+        if size and self.block == HUGE_PAGE_SIZE and not self.immovable:
+            last = extents[-1]
+            excess = len(chosen) * self.block - size
+            if excess:
+                extents[-1] = Extent(last.offset, last.length - excess)
+                memory.punch(self._fd, sum(extents[-1]), excess)
+        fd, self._fd = self._fd, -1
+        page = self.block if self.immovable else PAGE_SIZE
+        return SharedObject(fd, extents, alignment=max(self.block, alignment), page=page, immovable=self.immovable)
+
+    def first(self) -> int | None:
+        """Return the place of the first block if it is one huge page, though its frame is hidden."""
+        if not self._batches:
+            return None
+        address = self._batches[0][1].address
+        return address if pagemap.is_huge(address, self.block) else None
+
+    def _joined(self, offsets: list[int]) -> list[Extent]:
+        extents: list[Extent] = []
+        for offset in offsets:
+            if extents and sum(extents[-1]) == offset:
+                extents[-1] = Extent(extents[-1].offset, extents[-1].length + self.block)
+            else:
+                extents.append(Extent(offset, self.block))
+        return extents
+
+    def _offset(self, place: int) -> int:
+        return next(
+            start + place - batch.address
+            for start, batch in self._batches
+            if batch.address <= place < batch.address + batch.size
+        )
+
+    def close(self) -> None:
+        """Give back what is held."""
+        for _start, batch in self._batches:
+            batch.close()
+        self._batches.clear()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

@@ -1,0 +1,65 @@
+"""Where in a task a system call instruction lies already: writing one would dirty its code, and race."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from iobmd import procfs, refusals
+from iobmd.constants import IOReturn
+from iobmd.errors import IOReturnError, VMError
+
+if TYPE_CHECKING:
+    from iobmd.task import Task
+
+_SYSCALL = b"\x0f\x05"  # x86-64
+_AT_SYSINFO_EHDR = 33  # elf(5): where the vDSO is
+_VDSO = 0x4000  # bytes of it that are looked through
+_CODE = 4 << 20  # of a mapping, where there is no vDSO
+
+_offset_in_vdso: int | None = None  # the same in every 64-bit task
+
+
+def find(task: Task) -> int:
+    """Return the address of a system call instruction of a task. Raises `kIOReturnUnsupported` where it has none."""
+    base = _vdso(task.pid)
+    if base and _offset_in_vdso is not None and is_at(task, base + _offset_in_vdso):
+        return base + _offset_in_vdso
+    return _search(task, base)
+
+
+def is_at(task: Task, address: int) -> bool:
+    """Say whether the instruction is there."""
+    try:
+        return task.read(address, len(_SYSCALL)) == _SYSCALL
+    except VMError:
+        return False
+
+
+def _vdso(pid: int) -> int:
+    try:
+        raw = Path(f"/proc/{pid}/auxv").read_bytes()
+    except OSError:
+        return 0
+    entries = struct.iter_unpack("=QQ", raw[: len(raw) // 16 * 16])
+    return next((int(value) for key, value in entries if key == _AT_SYSINFO_EHDR), 0)
+
+
+def _search(task: Task, base: int) -> int:
+    global _offset_in_vdso  # noqa: PLW0603
+    try:
+        code = [area for area in procfs.maps(task.pid) if "x" in area.perms and "r" in area.perms]
+    except OSError as error:
+        raise refusals.refused(task.pid, error.errno or 0, "memory map") from None
+    for area in sorted(code, key=lambda area: area.name != "[vdso]"):
+        try:
+            found = task.read(area.start, min(area.end - area.start, _CODE)).find(_SYSCALL)
+        except VMError:  # [vsyscall], or the end of a file
+            continue
+        if found >= 0:
+            if area.start == base:
+                _offset_in_vdso = found
+            return area.start + found
+    message = f"task {task.pid} has no system call instruction that could be used, not in its vDSO either"
+    raise IOReturnError(IOReturn.kIOReturnUnsupported, message)

@@ -1,0 +1,84 @@
+"""Why a task's threads cannot be stopped, as the error to raise: found out before anything is done to it."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from iobmd import host, procfs, refusals
+from iobmd.constants import IOReturn
+from iobmd.errors import IOReturnError
+from iobmd.remote import tracing
+
+if TYPE_CHECKING:
+    from iobmd.task import Task
+
+
+class Traced(Exception):  # noqa: N818 (it may pass)
+    """Somebody traces the task at this moment."""
+
+
+def check(task: Task) -> int:
+    """Return the options to trace a task with.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnUnsupported`, `kIOReturnNotFound`, `kIOReturnNotPermitted`, with the reason.
+    Traced
+        Another tracer is at it.
+    """
+    tracing.require()
+    pid = task.pid
+    if task.is_current:
+        message = f"task {pid} is this process, which makes its system calls itself"
+        raise IOReturnError(IOReturn.kIOReturnBadArgument, message)
+    try:
+        status = procfs.status(pid)
+    except OSError:
+        status = {}
+    if not task.alive:
+        zombie = status.get("State", "").startswith("Z")
+        raise refusals.gone(
+            f"task {pid} is gone: {'it is a zombie, its parent has not waited' if zombie else 'exited'}"
+        )
+    if not status:
+        raise refusals.gone(f"task {pid} is gone: it exited")
+    if refusals.is_kernel_thread(pid):
+        raise refusals.without_memory(pid)
+    if status["TracerPid"] != "0":
+        raise Traced
+    return _past_seccomp(pid, status.get("Seccomp", "0"))
+
+
+def _past_seccomp(pid: int, mode: str) -> int:
+    if mode == "0":
+        return 0
+    what = "lets only read and write through (strict seccomp)" if mode == "1" else "has a seccomp filter"
+    if not host.has_capability("CAP_SYS_ADMIN"):
+        why = "which could kill it for calls of ours; suspending it needs CAP_SYS_ADMIN"
+    elif procfs.status().get("Seccomp", "0") != "0":
+        why = "which this process cannot suspend, for it has a seccomp filter itself"
+    else:
+        return tracing.O_SUSPEND_SECCOMP
+    raise IOReturnError(IOReturn.kIOReturnNotPermitted, f"task {pid} {what}, {why}", errno.EPERM)
+
+
+def traced_by_another(pid: int) -> IOReturnError:
+    """Return the error for a task that has a tracer already."""
+    try:
+        tracer = procfs.status(pid)["TracerPid"]
+        name = Path(f"/proc/{tracer}/comm").read_text().strip()
+    except (OSError, KeyError):
+        tracer, name = "", ""
+    whom = f"process {tracer} ({name})" if name else "another process"
+    message = f"task {pid} is traced by {whom} already, and a task has one tracer only: detach that first"
+    return IOReturnError(IOReturn.kIOReturnNotPermitted, message, errno.EPERM)
+
+
+def refused(pid: int, error: OSError) -> IOReturnError:
+    """Return the error for a kernel that would not let us trace a task."""
+    if error.errno == errno.ESRCH:
+        return refusals.gone(f"task {pid} is gone: it exited")
+    return refusals.refused(pid, error.errno or errno.EPERM, "system calls")

@@ -1,0 +1,212 @@
+"""One thread of another task, stopped, and system calls in it (ptrace(2), x86-64).
+
+All of it belongs to one OS thread of ours. If that ends early, the kernel lets the other thread run on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import signal
+import struct
+import time
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from iobmd import refusals
+from iobmd.constants import IOReturn
+from iobmd.errors import IOReturnError
+from iobmd.remote import gadget, threads, tracing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from iobmd.task import Task
+
+    _T = TypeVar("_T")
+
+SYSCALLS = {
+    "mmap": 9, "mprotect": 10, "munmap": 11, "mremap": 25, "socketpair": 53, "recvmsg": 47, "close": 3, "clone": 56,
+    "wait4": 61, "close_range": 436,
+}  # fmt: skip
+_ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
+_NO_CALL = (1 << 64) - 1  # in orig_rax: the registers are not those of an interrupted system call
+_WORD = (1 << 64) - 1
+_ERESTARTNOHAND = 514  # kernel-internal: EINTR if a handler runs, the call once more if none does
+_CODE_32 = 0x23  # the code segment of 32-bit programs
+_SPINS = 300  # looks at a thread before they are spaced out, about half a millisecond
+
+_yield_processor = ctypes.PyDLL(None).sched_yield  # without letting go of the GIL
+
+
+class NotStopped(Exception):  # noqa: N818 (another thread may do)
+    """The thread did not stop in time: it is in an uninterruptible sleep, or frozen."""
+
+
+class Stop:
+    """A thread that is being stopped: `wait` until it is, and `release` it whatever happens.
+
+    Parameters
+    ----------
+    task : Task
+        Its process.
+    activity : threads.Activity
+        The thread, and what it does.
+    options : int
+        As `preflight.check` returns them.
+    """
+
+    def __init__(self, task: Task, activity: threads.Activity, options: int) -> None:
+        self.task = task
+        self._tid = activity.tid
+        self._saved: Any = None
+        self._changed = False  # what it is to go on with is not what it stopped with
+        self._mask: bytes | None = None
+        self._gadget = 0
+        self._withheld: list[int] = []
+        self._remaining_ms: int | None = None
+        if activity.timeout_ms:
+            self._remaining_ms = max(0, activity.timeout_ms - int(threads.asleep_ms(task.pid, self._tid)))
+        tracing.seize(self._tid, options)
+        self.began = time.monotonic_ns()
+        tracing.interrupt(self._tid)
+
+    def wait(self, deadline: float) -> None:
+        """Wait until it stands still between two instructions of its own.
+
+        Raises
+        ------
+        NotStopped
+            Not until the `deadline` (time.monotonic).
+        IOReturnError
+            `kIOReturnNotFound`; `kIOReturnUnsupported` for a 32-bit program.
+        """
+        while not (why := self._look(lambda: tracing.stopped_for(self._tid), deadline)).is_event_stop:
+            tracing.run(self._tid, why.number)  # a signal came first: to its handler with it
+        self._saved = tracing.registers(self._tid)
+        self._undo_eintr()
+
+    def _undo_eintr(self) -> None:
+        regs = self._saved
+        if regs.rax == _WORD - errno.EINTR + 1 and regs.orig_rax in threads.ENDED_BY_A_STOP:
+            regs.rax = _WORD - _ERESTARTNOHAND + 1
+            if self._remaining_ms is not None and regs.orig_rax in (threads.EPOLL_WAIT, threads.EPOLL_PWAIT):
+                regs.r10 = self._remaining_ms
+            self._changed = True
+
+    def ready(self, instruction: int) -> None:
+        """Make it ready for system calls, by the system call `instruction` of its task.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnUnsupported`: a 32-bit program, or one that diverts its system calls.
+        """
+        if self._saved.cs == _CODE_32:
+            message = f"task {self.task.pid} is a 32-bit program: its system calls are others"
+            raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
+        if tracing.diverts_syscalls(self._tid):
+            message = f"task {self.task.pid} diverts its system calls to a handler (PR_SET_SYSCALL_USER_DISPATCH)"
+            raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
+        # It may have run another program since.
+        self._gadget = instruction if gadget.is_at(self.task, instruction) else gadget.find(self.task)
+        self._abort_rseq()
+        self._mask = tracing.signal_mask(self._tid)
+        tracing.set_signal_mask(self._tid)
+
+    def _abort_rseq(self) -> None:
+        """Do what the kernel does as it interrupts a restartable sequence; our calls hide that from it (rseq(2))."""
+        area = tracing.rseq_area(self._tid)
+        if not area:
+            return
+        (descriptor,) = struct.unpack("=Q", self.task.read(area + 8, 8))
+        if not descriptor:
+            return
+        _version, _flags, start, length, abort = struct.unpack("=IIQQQ", self.task.read(descriptor, 32))
+        if 0 <= self._saved.rip - start < length:
+            self._saved.rip = abort
+            self._changed = True
+
+    def call(self, name: str, *arguments: int) -> int:
+        """Make a system call in the thread; returns its result.
+
+        Raises
+        ------
+        OSError
+            As the call failed there.
+        IOReturnError
+            `kIOReturnNotFound`: it died.
+        """
+        regs = tracing.copy_of(self._saved)
+        regs.rip, regs.rax, regs.orig_rax = self._gadget, SYSCALLS[name], _NO_CALL
+        for register, value in zip(_ARGUMENTS, arguments, strict=False):
+            setattr(regs, register, value & _WORD)
+        tracing.set_registers(self._tid, regs)
+        self._changed = True
+        self._to_syscall_stop(at_exit=False)
+        result = self._to_syscall_stop(at_exit=True)
+        if -4096 < result < 0:
+            raise OSError(-result, f"{name} in task {self.task.pid}: {os.strerror(-result)}")
+        return result & _WORD if name in ("mmap", "mremap") else result
+
+    def _to_syscall_stop(self, *, at_exit: bool) -> int:
+        tracing.run_to_syscall_stop(self._tid)
+        # No deadline that would help: it cannot be left like this. Calls that could take long are not made.
+        while True:
+            try:
+                stop = self._look(lambda: tracing.syscall_stop(self._tid), None)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                self._pass_over_signal()
+                continue
+            if stop.at_exit == at_exit:
+                return stop.result
+            tracing.run_to_syscall_stop(self._tid)
+
+    def _pass_over_signal(self) -> None:
+        """Go on after a stop by what cannot be blocked: SIGSTOP, which is sent once more at the end, or a fault."""
+        why = tracing.stopped_for(self._tid)
+        if why is None:
+            return
+        if not why.is_event_stop:
+            self._withheld.append(why.number)
+            if why.number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGSYS):
+                self._withheld.pop()
+                message = f"task {self.task.pid} got {signal.Signals(why.number).name} for a system call of ours"
+                raise IOReturnError(IOReturn.kIOReturnError, message)
+        tracing.run_to_syscall_stop(self._tid)
+
+    def new_process(self) -> int | None:
+        """Return the process that a clone under PTRACE_O_TRACE… made, as we count; None before there is one."""
+        return tracing.event_message(self._tid) or None
+
+    def _look(self, look: Callable[[], _T | None], deadline: float | None) -> _T:
+        """Wait for what `look` finds: at first without giving the processor's time to other threads of ours."""
+        spins = 0
+        while (found := look()) is None:
+            spins += 1
+            if spins < _SPINS:
+                _yield_processor()
+                continue
+            if threads.state(self.task.pid, self._tid) in ("", "Z", "X", "x"):
+                raise refusals.gone(f"task {self.task.pid} is gone: it exited, or its thread {self._tid} did")
+            if deadline is not None and time.monotonic() > deadline:
+                raise NotStopped
+            time.sleep(0.0002)
+        return found
+
+    def release(self) -> int:
+        """Let it go on where it was; returns for how many nanoseconds it did not, at the most."""
+        try:
+            if self._mask is not None:
+                tracing.set_signal_mask(self._tid, self._mask)
+            if self._saved is not None and self._changed:
+                tracing.set_registers(self._tid, self._saved)
+            for number in self._withheld:
+                os.kill(self.task.pid, number)
+            tracing.detach(self._tid)
+        except OSError as error:  # it died, or has not stopped yet: that ends with the thread that traces it
+            if error.errno != errno.ESRCH:
+                raise
+        return time.monotonic_ns() - self.began

@@ -1,0 +1,213 @@
+"""ptrace(2) on a thread that this OS thread traces, in python-ptrace's terms.
+
+python-ptrace is an extra (`pip install iobmd[remote]`), and loaded when it is first used: it is GPL-2.0-only. Its
+constants and register layout are what we need of it. The call itself keeps the GIL: a stop of another program must
+not last longer because other threads of ours compute.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import struct
+import warnings
+from functools import cache
+from typing import Any, NamedTuple
+
+from iobmd.constants import IOReturn
+from iobmd.errors import IOReturnError
+
+# Younger than what python-ptrace knows (linux/ptrace.h).
+_SEIZE, _INTERRUPT = 0x4206, 0x4207
+_GETSIGMASK, _SETSIGMASK = 0x420A, 0x420B
+_GET_SYSCALL_INFO = 0x420E  # Linux 5.3
+_GET_RSEQ_CONFIGURATION = 0x420F  # Linux 5.13
+_GET_SYSCALL_USER_DISPATCH_CONFIG = 0x4211  # Linux 6.4
+O_SUSPEND_SECCOMP = 1 << 21
+_EVENT_STOP = 128
+_SYSCALL_EXIT = 2
+_SIGSET = 8
+_ALL_SIGNALS = b"\xff" * _SIGSET
+
+
+class Signal(NamedTuple):
+    """What a thread stopped for."""
+
+    number: int
+    code: int
+
+    @property
+    def is_event_stop(self) -> bool:
+        """Whether it is the stop that was asked for, or that of its whole process by SIGSTOP."""
+        return self.code >> 8 == _EVENT_STOP
+
+
+@cache
+def _binding() -> Any:
+    """Return python-ptrace's binding of the C library's ptrace."""
+    try:
+        with warnings.catch_warnings():
+            # datetime.utcfromtimestamp, as it is imported
+            warnings.simplefilter("ignore", DeprecationWarning)
+            from ptrace.binding import func  # type: ignore[import-untyped] # noqa: PLC0415 (an extra)
+    except ImportError as error:
+        raise IOReturnError(
+            IOReturn.kIOReturnUnsupported,
+            f"system calls in another task need python-ptrace ({error}): pip install 'iobmd[remote]'",
+        ) from None
+    return func
+
+
+@cache
+def _library_call() -> Any:
+    call = ctypes.PyDLL(None, use_errno=True).ptrace
+    call.argtypes = (ctypes.c_ulong,) * 4
+    call.restype = ctypes.c_long
+    return call
+
+
+def require() -> None:
+    """Raise `kIOReturnUnsupported` where python-ptrace is missing, or the processor is another."""
+    if platform.machine() != "x86_64":
+        raise IOReturnError(
+            IOReturn.kIOReturnUnsupported,
+            f"system calls in another task are made on x86-64 only, and this is {platform.machine()}",
+        )
+    _binding()
+
+
+def _ptrace(request: int, tid: int, address: int = 0, data: int = 0) -> int:
+    result: int = _library_call()(request, tid, address, data)
+    if result == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, f"ptrace: {os.strerror(number)}")
+    return result
+
+
+def seize(tid: int, options: int = 0) -> None:
+    """Trace a thread without stopping it. The calls below report a system call's own stops apart from signals."""
+    _ptrace(_SEIZE, tid, 0, options | _binding().PTRACE_O_TRACESYSGOOD)
+
+
+def interrupt(tid: int) -> None:
+    """Ask a traced thread to stop."""
+    _ptrace(_INTERRUPT, tid)
+
+
+def stopped_for(tid: int) -> Signal | None:
+    """Return why a traced thread is stopped; None while it runs, or when it is gone."""
+    info = ctypes.create_string_buffer(128)
+    try:
+        _ptrace(_binding().PTRACE_GETSIGINFO, tid, 0, ctypes.addressof(info))
+    except OSError as error:
+        if error.errno == errno.ESRCH:
+            return None
+        raise
+    number, _errno, code = struct.unpack_from("=iii", info)
+    return Signal(number, code)
+
+
+class SyscallStop(NamedTuple):
+    """A stop at a system call."""
+
+    at_exit: bool
+    result: int
+
+
+def syscall_stop(tid: int) -> SyscallStop | None:
+    """Return at which end of a system call a traced thread is stopped; None when it runs.
+
+    Raises
+    ------
+    OSError
+        `EBUSY`: it is stopped for something else.
+    """
+    info = ctypes.create_string_buffer(88)
+    try:
+        _ptrace(_GET_SYSCALL_INFO, tid, len(info), ctypes.addressof(info))
+    except OSError as error:
+        if error.errno == errno.ESRCH:
+            return None
+        raise
+    if not info.raw[0]:
+        raise OSError(errno.EBUSY, "stopped by a signal")
+    at_exit = info.raw[0] == _SYSCALL_EXIT
+    return SyscallStop(at_exit, struct.unpack_from("=q", info, 24)[0] if at_exit else 0)
+
+
+def run_to_syscall_stop(tid: int, signal: int = 0) -> None:
+    """Let it run until the next begin or end of a system call."""
+    _ptrace(_binding().PTRACE_SYSCALL, tid, 0, signal)
+
+
+def run(tid: int, signal: int = 0) -> None:
+    """Let it run on, with a signal or without."""
+    _ptrace(_binding().PTRACE_CONT, tid, 0, signal)
+
+
+def detach(tid: int, signal: int = 0) -> None:
+    """Trace it no longer, and let it run on."""
+    _ptrace(_binding().PTRACE_DETACH, tid, 0, signal)
+
+
+def registers(tid: int) -> Any:
+    """Return its registers, a ctypes structure with their names (user_regs_struct)."""
+    found = _binding().ptrace_registers_t()
+    _ptrace(_binding().PTRACE_GETREGS, tid, 0, ctypes.addressof(found))
+    return found
+
+
+def set_registers(tid: int, values: Any) -> None:
+    """Set its registers."""
+    _ptrace(_binding().PTRACE_SETREGS, tid, 0, ctypes.addressof(values))
+
+
+def copy_of(values: Any) -> Any:
+    """Return a copy of registers."""
+    return type(values).from_buffer_copy(values)
+
+
+def signal_mask(tid: int) -> bytes:
+    """Return which signals it blocks."""
+    mask = ctypes.create_string_buffer(_SIGSET)
+    _ptrace(_GETSIGMASK, tid, _SIGSET, ctypes.addressof(mask))
+    return mask.raw
+
+
+def set_signal_mask(tid: int, mask: bytes = _ALL_SIGNALS) -> None:
+    """Have it block signals; SIGKILL and SIGSTOP cannot be."""
+    kept = ctypes.create_string_buffer(mask, _SIGSET)
+    _ptrace(_SETSIGMASK, tid, _SIGSET, ctypes.addressof(kept))
+
+
+def rseq_area(tid: int) -> int:
+    """Return the address of its restartable sequences area (rseq(2)); 0: none, or the kernel is older than 5.13."""
+    configuration = ctypes.create_string_buffer(24)
+    try:
+        _ptrace(_GET_RSEQ_CONFIGURATION, tid, len(configuration), ctypes.addressof(configuration))
+    except OSError as error:
+        if error.errno == errno.EIO:
+            return 0
+        raise
+    return int(struct.unpack_from("=Q", configuration)[0])
+
+
+def diverts_syscalls(tid: int) -> bool:
+    """Say whether it has its system calls sent to a handler of its own (PR_SET_SYSCALL_USER_DISPATCH)."""
+    configuration = ctypes.create_string_buffer(32)
+    try:
+        _ptrace(_GET_SYSCALL_USER_DISPATCH_CONFIG, tid, len(configuration), ctypes.addressof(configuration))
+    except OSError as error:
+        if error.errno == errno.EIO:
+            return False
+        raise
+    return bool(struct.unpack_from("=Q", configuration)[0])
+
+
+def event_message(tid: int) -> int:
+    """Return what an event of a traced thread tells: the new process of a fork."""
+    message = ctypes.c_ulong()
+    _ptrace(_binding().PTRACE_GETEVENTMSG, tid, 0, ctypes.addressof(message))
+    return message.value

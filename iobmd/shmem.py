@@ -1,0 +1,164 @@
+"""Shared objects: memory with a descriptor, so that several processes, and several places of one, can map it.
+
+Three kinds of object do: a memfd, a file in a tmpfs of huge pages that is mounted nowhere (CAP_SYS_ADMIN, where the
+host's own settings keep memfds in small pages), and hugetlb pages. Whoever maps a page sees the same frame.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+from iobmd import own, refusals
+from iobmd._native import tmpfs
+from iobmd._native.mapping import Mapping
+from iobmd.constants import IOReturn
+from iobmd.errors import IOReturnError
+from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# linux/fcntl.h: without them a process that has the descriptor could cut the memory away under the others.
+_F_ADD_SEALS, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 0x2, 0x4
+
+
+class Extent(NamedTuple):
+    """A piece of a shared object: where it begins in the object, and its length, in bytes."""
+
+    offset: int
+    length: int
+
+
+class SharedObject:
+    """Memory that is made of pieces of an object, in an order of their own; this owns a descriptor of the object.
+
+    Parameters
+    ----------
+    fd : int
+        The descriptor.
+    extents : sequence of Extent
+        The pieces, whole pages.
+    alignment : int
+        Of the addresses it is mapped at.
+    page : int
+        Size of its pages: what it is mapped in multiples of.
+    immovable : bool
+        The pages stay where they are without a pin.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        extents: Sequence[Extent],
+        *,
+        alignment: int = PAGE_SIZE,
+        page: int = PAGE_SIZE,
+        immovable: bool = False,
+    ) -> None:
+        self.fd = fd
+        self.extents = tuple(extents)
+        self.size = sum(extent.length for extent in extents)
+        self.alignment = alignment
+        self.page = page
+        self.immovable = immovable
+
+    @classmethod
+    def create(cls, size: int, trailer: int = 0) -> SharedObject:
+        """Make a zeroed object of `size` bytes, whole pages, and `trailer` bytes behind them.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnNoResources`: no descriptor is free. `kIOReturnNoMemory`.
+        """
+        try:
+            fd = -1 if trailer or size < HUGE_PAGE_SIZE else create_huge(size)
+            return cls(create_memfd(size + trailer) if fd < 0 else fd, [Extent(0, size)])
+        except OSError as error:
+            raise refusals.own(error, f"cannot make a shared object of {format_size(size)}") from None
+
+    def cut(self, offset: int, size: int) -> list[Extent]:
+        """Return the pieces of `size` bytes from `offset` on. Raises `kIOReturnUnsupported` within a large page."""
+        if offset % self.page or size % self.page:
+            message = f"this memory is in pages of {format_size(self.page)}, and can be mapped in whole ones only"
+            raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
+        found = []
+        for extent in self.extents:
+            if offset < extent.length and size:
+                length = min(extent.length - offset, size)
+                found.append(Extent(extent.offset + offset, length))
+                size, offset = size - length, 0
+            else:
+                offset -= extent.length
+        return found
+
+    def map(self, offset: int, size: int, at: int = 0, writable: bool = True, guard: int = 0) -> Mapping:
+        """Map whole pages of it in this process, as `Mapping.view`.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnNoResources`: something is mapped at `at`. `kIOReturnNoMemory`: no address space.
+        """
+        try:
+            return Mapping.view(self.fd, self.cut(offset, size), at, writable, guard, self.alignment)
+        except FileExistsError as error:
+            message = f"{at:#x} to {at + size:#x} is not free: something is mapped there"
+            raise IOReturnError(IOReturn.kIOReturnNoResources, message, error.errno or 0) from None
+        except OSError as error:
+            raise refusals.own(error, f"cannot map {format_size(size)}") from None
+
+    def show_in(self, mapping: Mapping, offset: int) -> None:
+        """Show whole pages of it, from `offset` on, where `mapping` showed others."""
+        try:
+            mapping.redirect(self.fd, self.cut(offset, mapping.size))
+        except OSError as error:
+            raise refusals.own(error, "cannot redirect a mapping") from None
+
+    def close(self) -> None:
+        """Let go of the object, which goes with its last user; idempotent."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def reopen(fd: int) -> int:
+    """Return a descriptor of the same object with an open file description of its own, for locks belong to those."""
+    return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+
+
+def create_memfd(size: int) -> int:
+    """Return a memfd of `size` bytes whose size is sealed. Raises OSError."""
+    fd = os.memfd_create("iobmd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+_numbers = itertools.count()
+# Whole huge pages only, none for the end of an object; as many as there is memory.
+_huge = own.Kept(lambda: tmpfs.mount({"huge": "within_size", "size": "0", "nr_inodes": "0"}))
+
+
+def create_huge(size: int) -> int:
+    """Return a file of `size` bytes in huge pages, as far as there are any; -1 where none can be made."""
+    try:
+        name = f"iobmd-{next(_numbers)}"  # which /proc/PID/maps shows
+        fd = os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=_huge.open())
+    except OSError:
+        return -1
+    try:
+        os.unlink(name, dir_fd=_huge.open())
+        os.fchmod(fd, 0o666)  # nobody finds it: who has been given a descriptor may open another
+        os.ftruncate(fd, size)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd

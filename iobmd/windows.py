@@ -1,0 +1,188 @@
+"""Windows: pages of a descriptor's memory at addresses of a task, which several maps may share."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Protocol
+
+from iobmd._native import memory
+from iobmd._native.mapping import Mapping
+from iobmd.backing.mapped import private
+from iobmd.constants import IOMapOptions, IOReturn
+from iobmd.errors import IOReturnError
+from iobmd.remote.sharing import RemoteMapping, touch
+from iobmd.request import unsupported
+from iobmd.units import PAGE_SIZE, round_down, round_up
+
+if TYPE_CHECKING:
+    import weakref
+
+    from iobmd import own
+    from iobmd.backing import Backing
+    from iobmd.task import Task
+
+ANYWHERE = int(IOMapOptions.kIOMapAnywhere)
+_READ_ONLY = int(IOMapOptions.kIOMapReadOnly)
+_UNIQUE = int(IOMapOptions.kIOMapUnique)
+_PREFAULT = int(IOMapOptions.kIOMapPrefault)
+_SMALL, _LARGE = int(IOMapOptions.kIOMapGuardedSmall), int(IOMapOptions.kIOMapGuardedLarge)
+_CACHE_MASK = 0xF00
+_GUARDS = {0: 0, _SMALL: PAGE_SIZE, _LARGE: round_up(64 << 10, PAGE_SIZE)}
+_KNOWN = (
+    ANYWHERE | _READ_ONLY | int(IOMapOptions.kIOMapReference) | _UNIQUE | _PREFAULT | _CACHE_MASK | _SMALL | _LARGE
+)
+
+
+class Descriptor(Protocol):
+    """What a map needs of an `IOMemoryDescriptor`."""
+
+    _windows: weakref.WeakSet[Window]
+    _guard: own.Guard
+
+    def _memory(self) -> Backing: ...
+
+    def getLength(self) -> int:
+        """Return the length in bytes."""
+
+    def getPhysicalSegment(self, offset: int, options: int = 0) -> tuple[int, int]:
+        """Return the physical address of a byte, and how many are contiguous from there on."""
+
+
+class Place:
+    """What part of a memory is to be mapped, where and how; checked."""
+
+    def __init__(self, at_address: int, options: int, offset: int, length: int) -> None:
+        self.options, self.offset, self.length = int(options), offset, length
+        if self.options & ~_KNOWN:
+            raise _bad(f"map options {self.options:#x} have unknown bits {self.options & ~_KNOWN:#x}")
+        if self.options & _CACHE_MASK:
+            raise unsupported("cache modes of mappings")
+        if not length:
+            raise _bad("a mapping of no bytes is asked for")
+        guarded = self.options & (_SMALL | _LARGE)
+        if guarded not in _GUARDS or (guarded and not self.anywhere):
+            raise _bad("a mapping is guarded small or large, not both, and anywhere")
+        self.guard = _GUARDS[guarded]
+        self.first = round_down(offset, PAGE_SIZE)
+        self.size = round_up(offset + length, PAGE_SIZE) - self.first
+        self.at = 0 if self.anywhere else at_address - (offset - self.first)
+        if not self.anywhere and (self.at <= 0 or self.at % PAGE_SIZE or self.at + self.size > 1 << 63):
+            raise _bad(
+                f"offset {offset:#x} cannot be at {at_address:#x}, another place in a page; use kIOMapAnywhere"
+            )
+
+    @property
+    def anywhere(self) -> bool:
+        """Whether any addresses will do."""
+        return bool(self.options & ANYWHERE)
+
+    @property
+    def unique(self) -> bool:
+        """Whether it must have addresses of its own."""
+        return bool(self.options & _UNIQUE) or self.guard > 0
+
+    @property
+    def writable(self) -> bool:
+        """Whether it may be written to there."""
+        return not self.options & _READ_ONLY
+
+
+class Window:
+    """Pages of a memory at addresses of a task: those of the descriptor itself, or a mapping of its own."""
+
+    def __init__(
+        self, descriptor: Descriptor, task: Task, place: Place, own_mapping: Mapping | RemoteMapping | None
+    ) -> None:
+        self.descriptor = descriptor
+        self.task = task
+        self.place = place
+        self.own = own_mapping
+        self.users: set[int] = set()
+        self.first = place.first if own_mapping else 0
+        """Offset in the memory of the first byte that is mapped here."""
+
+    @classmethod
+    def open(cls, descriptor: Descriptor, task: Task, place: Place) -> Window:
+        """Map pages of a memory, or take the addresses it has, where those will do: IOKit's static mapping."""
+        backing = descriptor._memory()
+        if place.anywhere and not place.unique and backing.task == task:
+            window = cls(descriptor, task, place, None)
+        elif task.is_current:
+            window = cls(
+                descriptor, task, place, backing.view(place.first, place.size, place.at, place.writable, place.guard)
+            )
+        else:
+            window = cls(descriptor, task, place, _map_there(backing, task, place))
+        if place.options & _PREFAULT:
+            window._prefault(place)
+        return window
+
+    @property
+    def address(self) -> int:
+        """Where it begins, in its task."""
+        return self.own.address if self.own else self.descriptor._memory().address
+
+    @property
+    def mapping(self) -> Mapping:
+        """The mapping that shows it here. Raises `kIOReturnUnsupported` when it is in another task."""
+        if isinstance(self.own, RemoteMapping):
+            message = (
+                f"this map is in task {self.task.pid}, and cannot be viewed here: map() gives a view of the memory"
+            )
+            raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
+        return self.own or self.descriptor._memory().exported()
+
+    def serves(self, task: Task, place: Place) -> bool:
+        """Say whether what is asked for is here already, as IOKit has it."""
+        if self.own is None or not self.users or self.place.unique or place.unique or self.task != task:
+            return False
+        if self.place.writable != place.writable:
+            return False
+        if not self.first <= place.first or place.first + place.size > self.first + self.own.size:
+            return False
+        return place.anywhere or place.at == self.own.address + place.first - self.first
+
+    def let_go(self, user: int) -> None:
+        """End one use; the last one unmaps it. Raises BufferError while a view or a copy of it is alive."""
+        if self.own and self.users <= {user}:
+            self.own.close()
+        self.users.discard(user)
+
+    def show(self, descriptor: Descriptor, first: int) -> None:
+        """Show other memory, from its byte `first` on."""
+        shared = descriptor._memory().shared
+        if shared is None or self.own is None:
+            raise private()
+        if isinstance(self.own, RemoteMapping):
+            self.own.redirect(shared, first)
+        else:
+            shared.show_in(self.own, first)
+        self.descriptor._windows.discard(self)
+        descriptor._windows.add(self)
+        self.descriptor, self.first = descriptor, first
+
+    def _prefault(self, place: Place) -> None:
+        if not self.task.is_current:
+            touch(self.task, self.address + place.first - self.first, place.size)
+            return
+        advice = memory.MADV_POPULATE_WRITE if place.writable else memory.MADV_POPULATE_READ
+        try:
+            memory.advise(self.address + place.first - self.first, place.size, advice)
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # before Linux 5.14: the pages come when they are touched
+                return
+            message = f"cannot fault {place.size} bytes in ahead of time ({error}); leave kIOMapPrefault out"
+            raise IOReturnError(IOReturn.kIOReturnNoMemory, message, error.errno or 0) from None
+
+
+def _map_there(backing: Backing, task: Task, place: Place) -> RemoteMapping:
+    shared = backing.shared
+    if shared is None:
+        raise private()
+    return RemoteMapping(
+        task, shared, place.first, place.size, at=place.at, writable=place.writable, guard=place.guard
+    )
+
+
+def _bad(message: str) -> IOReturnError:
+    return IOReturnError(IOReturn.kIOReturnBadArgument, message)
