@@ -17,6 +17,7 @@ from iobmd.constants import *  # noqa: F403
 from iobmd.descriptor import IOMemoryDescriptor
 from iobmd.errors import IOReturnError
 from iobmd.facade import allocate, copy
+from iobmd.handover import Handle, attach, share
 from iobmd.mapping import IOMemoryMap
 from iobmd.physical import Layout
 from iobmd.policy import policy
@@ -27,6 +28,7 @@ from iobmd.wiring import Wiring
 __all__ = [
     "CacheItem",
     "CacheStatistics",
+    "Handle",
     "IOBufferMemoryDescriptor",
     "IOMemoryDescriptor",
     "IOMemoryMap",
@@ -38,11 +40,13 @@ __all__ = [
     "Wiring",
     "__version__",
     "allocate",
+    "attach",
     "copy",
     "current_task",
     "get_task_map",
     "kernel_task",
     "policy",
     "purge",
+    "share",
 ]
 __all__ += constants.__all__

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 from iobmd import allocation, own, request
 from iobmd._native.mapping import Exporter, Mapping
 from iobmd.constants import IOOptionBits, IOReturn
-from iobmd.contents import CopyOf
+from iobmd.contents import CopyOf, FrozenCopyOf
 from iobmd.descriptor import IOMemoryDescriptor
 from iobmd.errors import IOReturnError
 from iobmd.purgeable import purger
@@ -43,7 +43,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     _capacity = 0
     _contiguous = False
 
-    def __init__(self, *, contents: CopyOf | None = None) -> None:
+    def __init__(self, *, contents: CopyOf | FrozenCopyOf | None = None) -> None:
         # Made in two steps, as in IOKit: this only says what initWithPhysicalMask is to fill the memory with.
         self._contents = contents
         self._guard = own.Guard()
@@ -173,21 +173,40 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         wanted = request.check(inTask, options, capacity, alignment, physicalMask)
         if self._contents:
             self._contents.check()
-        self._backing = allocation.allocate(wanted, self._contents)
+        self._open(allocation.allocate(wanted, self._contents), wanted.options, capacity, wanted.contiguous)
+        if isinstance(self._contents, FrozenCopyOf):
+            self.source_stopped_ns = self._contents.stopped_ns
         self._contents = None
-        self._options, self._capacity, self._length = wanted.options, capacity, capacity
-        self._maker = self._wired_by = os.getpid()
-        self._contiguous = wanted.contiguous
-        self._pinned_for_good = self._backing.wiring is Wiring.PINNED
-        self._state = "open"
-        if wanted.purgeable:
-            purger.know(self)
         return True
+
+    def _open(self, backing: Backing, options: int, capacity: int, contiguous: bool) -> None:
+        self._backing = backing
+        self._options, self._capacity, self._length = options, capacity, capacity
+        self._maker = self._wired_by = os.getpid()
+        self._contiguous = contiguous
+        self._pinned_for_good = backing.wiring is Wiring.PINNED
+        self._state = "open"
+        if backing.purgeable:
+            purger.know(self)
+
+    def _attach(self, backing: Backing, options: int, capacity: int, length: int) -> Self:
+        """Be a buffer of memory that another process has made."""
+        self._open(backing, options, capacity, bool(options & _CONTIGUOUS))
+        self._length = length
+        return self
 
     # --- the buffer
 
     vm_tags = (0, 0)
     """The `kernTag` and `userTag` it was made with."""
+
+    source_stopped_ns = 0
+    """For how many nanoseconds, at the most, the source of its contents stood still (`copy(…, freeze=True)`)."""
+
+    @property
+    def task_stopped_ns(self) -> int:
+        """For how many nanoseconds, at the most, a thread of its task stood still as it was made; 0: of this one."""
+        return self._memory().stopped_ns
 
     def getCapacity(self) -> int:
         """Return the size in bytes it was made with, the most that `setLength` takes."""

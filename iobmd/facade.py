@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from iobmd.buffer import IOBufferMemoryDescriptor
 from iobmd.constants import IOOptionBits, IOReturn
-from iobmd.contents import CopyOf
+from iobmd.contents import CopyOf, FrozenCopyOf
 from iobmd.errors import IOReturnError
-from iobmd.request import unsupported
 from iobmd.task import Task, as_task, kernel_task
 
 if TYPE_CHECKING:
     import psutil
+
+    from iobmd.pieces import Progress
 
     AnyTask = Task | int | psutil.Process
 
@@ -78,7 +79,13 @@ def allocate(
 
 
 def copy(
-    task: AnyTask, address: int, size: int, *, freeze: bool = False, **as_allocate: Any
+    task: AnyTask,
+    address: int,
+    size: int,
+    *,
+    freeze: bool = False,
+    progress: Progress | None = None,
+    **as_allocate: Any,
 ) -> IOBufferMemoryDescriptor:
     """Allocate a buffer that holds a copy of memory of a task.
 
@@ -89,19 +96,27 @@ def copy(
     address, size : int
         Address there, and the number of bytes.
     freeze : bool
-        Keep the source from changing the bytes meanwhile.
+        Copy the bytes as they are at one moment. The source stands still for it: for as long as a snapshot takes
+        (a child that shares its private memory), or for the whole copy where that is less, or the memory is shared.
+        `source_stopped_ns` of the buffer tells for how long.
+    progress : callable, optional
+        Called now and then with the number of bytes copied.
     **as_allocate
         `wired` and the other keywords of `allocate`; the buffer is made in this process.
 
     Raises
     ------
     IOReturnError
-        As `IOBufferMemoryDescriptor.withCopy`.
+        As `IOBufferMemoryDescriptor.withCopy`; with `freeze` also `kIOReturnNotPermitted`, `kIOReturnTimeout` and
+        `kIOReturnUnsupported` (this process itself, or python-ptrace is missing), when the source cannot be stopped.
+
+    Notes
+    -----
+    Every thread of the source is stopped by ptrace(2), and no other process that shares its memory.
     """
-    if freeze:
-        raise unsupported("freezing the source of a copy")
-    form = _Form(**as_allocate)
-    return form.make(IOBufferMemoryDescriptor(contents=CopyOf(as_task(task), address, size)), kernel_task, size)
+    copied = CopyOf(as_task(task), address, size, progress)
+    contents = FrozenCopyOf(copied) if freeze else copied
+    return _Form(**as_allocate).make(IOBufferMemoryDescriptor(contents=contents), kernel_task, size)
 
 
 class _Form(NamedTuple):

@@ -55,6 +55,18 @@ def smaps(pid: int | str = "self") -> Iterator[tuple[VMA, dict[str, int]]]:
         yield area, counters
 
 
+def vm_flags(pid: int | str = "self") -> Iterator[tuple[VMA, set[str]]]:
+    """Iterate over /proc/PID/smaps: each area with the kernel's flags of it, two letters each (VmFlags)."""
+    area: VMA | None = None
+    with Path(f"/proc/{pid}/smaps").open(errors="surrogateescape") as lines:
+        for line in lines:
+            if line.startswith("VmFlags:"):
+                if area:
+                    yield area, set(line.split()[1:])
+            elif not _FIELD.match(line) and not line.startswith(("THPeligible", "ProtectionKey")):
+                area = _parse_vma(line)
+
+
 def find_vma(pid: int, address: int) -> VMA | None:
     """Return the area that holds `address`, or None."""
     return next((area for area in maps(pid) if area.start <= address < area.end), None)

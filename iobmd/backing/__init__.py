@@ -30,6 +30,8 @@ class Backing(Protocol):
     runs: RunTable | None
     """Where it lies while it is pinned, counted from `address`; None where the kernel hides that."""
 
+    stopped_ns: int
+    """For how long, at the most, a thread of `task` stood still as it was made."""
     purgeable: Purgeable | None
     """What takes it and keeps it, when it was made purgeable."""
 

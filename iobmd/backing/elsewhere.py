@@ -44,7 +44,7 @@ class RemoteBacking(SharedBacking):
         except BaseException:
             self.close()
             raise
-        self.task = task
+        self.task, self.stopped_ns = task, self._there.stopped_ns
         if wired:
             touch(task, self.address, self.size)
         if self.runs:
@@ -54,11 +54,6 @@ class RemoteBacking(SharedBacking):
     def address(self) -> int:
         """Address in `task`."""
         return self._there.address if self._there else self.mapping.address
-
-    @property
-    def stopped_ns(self) -> int:
-        """For how long the task stood still while it was mapped there."""
-        return self._there.stopped_ns if self._there else 0
 
     def exported(self) -> NoReturn:
         """Refuse: it is the other task's."""

@@ -31,6 +31,7 @@ class MappedBacking:
 
     def __init__(self, *, wired: bool) -> None:
         self.task: Task | None = kernel_task
+        self.stopped_ns = 0
         self.runs: RunTable | None = None
         self.purgeable: Purgeable | None = None
         self._wired = wired

@@ -45,13 +45,7 @@ def with_stopped(task: Task, work: Callable[[Stop], None]) -> int:
     OSError
         As a system call failed in the task.
     """
-
-    def body() -> int:
-        options = options_for(task)
-        instruction = gadget.find(task)
-        return _stop_one(task, options, instruction, work)
-
-    return in_tracer(task, body)
+    return in_tracer(task, lambda: stop_one(task, gadget.find(task), work))
 
 
 def in_tracer(task: Task, body: Callable[[], _T]) -> _T:
@@ -133,8 +127,9 @@ def seize(task: Task, activity: threads.Activity, options: int) -> Stop | None:
     raise preflight.refused(task.pid, refusal)
 
 
-def _stop_one(task: Task, options: int, instruction: int, work: Callable[[Stop], None]) -> int:
-    """Do `work` in the first thread that stops."""
+def stop_one(task: Task, instruction: int, work: Callable[[Stop], None]) -> int:
+    """As `with_stopped`, in the thread that traces already."""
+    options = options_for(task)
     deadline = time.monotonic() + PATIENCE
     late: list[Stop] = []
     try:

@@ -65,6 +65,9 @@ class Stop:
         self._gadget = 0
         self._withheld: list[int] = []
         self._remaining_ms: int | None = None
+        self._options = options
+        self.child = 0
+        """The process that a clone made, as we count."""
         if activity.timeout_ms:
             self._remaining_ms = max(0, activity.timeout_ms - int(threads.asleep_ms(task.pid, self._tid)))
         tracing.seize(self._tid, options)
@@ -137,6 +140,8 @@ class Stop:
         IOReturnError
             `kIOReturnNotFound`: it died.
         """
+        if name == "clone":
+            tracing.report_children(self._tid, self._options)
         regs = tracing.copy_of(self._saved)
         regs.rip, regs.rax, regs.orig_rax = self._gadget, SYSCALLS[name], _NO_CALL
         for register, value in zip(_ARGUMENTS, arguments, strict=False):
@@ -169,17 +174,15 @@ class Stop:
         why = tracing.stopped_for(self._tid)
         if why is None:
             return
-        if not why.is_event_stop:
+        if why.is_clone:
+            self.child = tracing.event_message(self._tid)
+        elif not why.is_event_stop:
             self._withheld.append(why.number)
             if why.number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGSYS):
                 self._withheld.pop()
                 message = f"task {self.task.pid} got {signal.Signals(why.number).name} for a system call of ours"
                 raise IOReturnError(IOReturn.kIOReturnError, message)
         tracing.run_to_syscall_stop(self._tid)
-
-    def new_process(self) -> int | None:
-        """Return the process that a clone under PTRACE_O_TRACE… made, as we count; None before there is one."""
-        return tracing.event_message(self._tid) or None
 
     def _look(self, look: Callable[[], _T | None], deadline: float | None) -> _T:
         """Wait for what `look` finds: at first without giving the processor's time to other threads of ours."""

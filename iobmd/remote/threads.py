@@ -39,10 +39,10 @@ def candidates(pid: int) -> list[Activity]:
     """
     found: list[Activity] = []
     for tid in thread_ids(pid):
-        activity = _activity(pid, tid)
-        if activity:
-            found.append(activity)
-            if not activity.rank or len(found) >= _PATIENT:
+        one = activity(pid, tid)
+        if one:
+            found.append(one)
+            if not one.rank or len(found) >= _PATIENT:
                 break
     return sorted(found)
 
@@ -63,7 +63,8 @@ def state(pid: int, tid: int) -> str:
         return ""
 
 
-def _activity(pid: int, tid: int) -> Activity | None:
+def activity(pid: int, tid: int) -> Activity | None:
+    """Return what a thread does; None when it has ended."""
     now = state(pid, tid)
     if now in ("", "Z", "X", "x"):
         return None

@@ -12,6 +12,7 @@ import errno
 import os
 import platform
 import struct
+import time
 import warnings
 from functools import cache
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ _GET_SYSCALL_INFO = 0x420E  # Linux 5.3
 _GET_RSEQ_CONFIGURATION = 0x420F  # Linux 5.13
 _GET_SYSCALL_USER_DISPATCH_CONFIG = 0x4211  # Linux 6.4
 O_SUSPEND_SECCOMP = 1 << 21
+_O_EXITKILL = 1 << 20  # Linux 3.8
 _EVENT_STOP = 128
 _SYSCALL_EXIT = 2
 _SIGSET = 8
@@ -42,6 +44,11 @@ class Signal(NamedTuple):
     def is_event_stop(self) -> bool:
         """Whether it is the stop that was asked for, or that of its whole process by SIGSTOP."""
         return self.code >> 8 == _EVENT_STOP
+
+    @property
+    def is_clone(self) -> bool:
+        """Whether it has just made a new process, which begins stopped and traced by us."""
+        return self.code >> 8 == int(_binding().PTRACE_EVENT_CLONE)
 
 
 @cache
@@ -89,6 +96,26 @@ def _ptrace(request: int, tid: int, address: int = 0, data: int = 0) -> int:
 def seize(tid: int, options: int = 0) -> None:
     """Trace a thread without stopping it. The calls below report a system call's own stops apart from signals."""
     _ptrace(_SEIZE, tid, 0, options | _binding().PTRACE_O_TRACESYSGOOD)
+
+
+def report_children(tid: int, options: int) -> None:
+    """Have a thread that was seized with `options` report the processes that it makes, which are traced too then."""
+    binding = _binding()
+    wanted = options | binding.PTRACE_O_TRACESYSGOOD | binding.PTRACE_O_TRACECLONE
+    _ptrace(binding.PTRACE_SETOPTIONS, tid, 0, wanted)
+
+
+def kill_with_tracer(tid: int) -> None:
+    """Have the kernel kill a stopped process when we end."""
+    deadline = time.monotonic() + 1  # it is made, and stops in a moment
+    while True:
+        try:
+            _ptrace(_binding().PTRACE_SETOPTIONS, tid, 0, _O_EXITKILL)
+        except OSError as error:
+            if error.errno != errno.ESRCH or time.monotonic() > deadline:
+                raise
+        else:
+            return
 
 
 def interrupt(tid: int) -> None:

@@ -16,7 +16,7 @@ FLOORS = [
     {"cli"},
     {"__init__"},
     {"cache"},
-    {"facade"},
+    {"facade", "handover"},
     {"buffer"},
     {"allocation"},
     {"descriptor"},

@@ -1,0 +1,267 @@
+"""Handing shared memory to a process that cooperates: `share` it here, `attach` it there; no privilege, no ptrace."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, SupportsIndex
+
+from iobmd import refusals, shmem
+from iobmd.backing.mapped import private
+from iobmd.backing.shared import SharedBacking
+from iobmd.buffer import IOBufferMemoryDescriptor
+from iobmd.constants import IOOptionBits, IOReturn
+from iobmd.errors import IOReturnError
+from iobmd.purgeable.agreed import TRAILER
+from iobmd.shmem import Extent, SharedObject
+from iobmd.units import PAGE_SIZE
+
+if TYPE_CHECKING:
+    import socket as sockets
+
+_HEADER = struct.Struct("=6sxxI")  # a mark, and the length of the description behind it; the descriptor goes with it
+_MARK = b"iobmd1"
+_LARGEST = 16 << 20  # bytes of a description: a million pieces
+_PAGEABLE = int(IOOptionBits.kIOMemoryPageable)
+_PURGEABLE = int(IOOptionBits.kIOMemoryPurgeable)
+
+
+class _Description(NamedTuple):
+    """What a process has to know of a buffer besides the descriptor of its memory."""
+
+    options: int
+    capacity: int
+    length: int
+    extents: list[tuple[int, int]]
+    alignment: int
+    page: int
+    immovable: bool
+
+    def shared(self, fd: int) -> SharedObject:
+        """Return the object, checked: who sent this may be wrong. Raises ValueError or TypeError as well."""
+        end = os.fstat(fd).st_size - (TRAILER if self.options & _PURGEABLE else 0)
+        extents = [Extent(offset, length) for offset, length in self.extents]
+        size = sum(extent.length for extent in extents)
+        pages = [number % self.page for extent in extents for number in extent]
+        if any(pages) or self.page < PAGE_SIZE or any(min(extent) < 0 or sum(extent) > end for extent in extents):
+            raise _not_ours("its pieces are not inside of its memory")
+        if not 0 < self.capacity <= size or not 0 <= self.length <= self.capacity:
+            raise _not_ours("it is longer than its memory")
+        return SharedObject(fd, extents, alignment=self.alignment, page=self.page, immovable=self.immovable)
+
+
+class Handle:
+    """Shared memory on its way to another process: `send` it over a Unix socket, or give it to multiprocessing.
+
+    Made by `iobmd.share`. It holds the memory, but not the buffer, which may be freed meanwhile, until `close` or the
+    end of `with`. A process that multiprocessing starts, or that is at the other end of its pipes and queues, gets it
+    by pickling.
+    """
+
+    def __init__(self, fd: int, description: _Description) -> None:
+        self._fd = fd
+        self._description = description
+        _teach_multiprocessing()
+
+    def send(self, socket: sockets.socket) -> None:
+        """Send it over a Unix socket, to a process that calls `iobmd.attach` with its end; may be done repeatedly.
+
+        Raises
+        ------
+        OSError
+            As the socket has it.
+        """
+        import json  # noqa: PLC0415 (with sockets: as long to import as all of iobmd)
+        import socket as sockets  # noqa: PLC0415
+
+        description = json.dumps(self._description).encode()
+        fd = _own_description(self._open())
+        try:
+            sockets.send_fds(socket, [_HEADER.pack(_MARK, len(description))], [fd])
+        finally:
+            os.close(fd)
+        socket.sendall(description)
+
+    @classmethod
+    def receive(cls, socket: sockets.socket) -> Handle:
+        """Return what was sent. Raises `kIOReturnBadArgument`: that is no buffer; `kIOReturnNotOpen`: at the end."""
+        import json  # noqa: PLC0415 (as above)
+        import socket as sockets  # noqa: PLC0415
+
+        header, fds, _flags, _address = sockets.recv_fds(socket, _HEADER.size, 4, sockets.MSG_CMSG_CLOEXEC)
+        try:
+            if not header:
+                raise IOReturnError(IOReturn.kIOReturnNotOpen, "the other end of the socket is closed")
+            header += _exactly(socket, _HEADER.size - len(header))
+            mark, length = _HEADER.unpack(header)
+            if mark != _MARK or length > _LARGEST or len(fds) != 1:
+                raise _not_ours("it was not sent by iobmd")
+            fields = json.loads(_exactly(socket, length))
+            return cls(fds.pop(), _Description(*fields))
+        except (ValueError, TypeError) as error:
+            raise error if isinstance(error, IOReturnError) else _not_ours(str(error)) from None
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def attach(self, *, wired: bool | None = None) -> IOBufferMemoryDescriptor:
+        """As `iobmd.attach`."""
+        description = self._description
+        options = description.options
+        if wired is not None:
+            options = options & ~_PAGEABLE if wired else options | _PAGEABLE
+        if options & _PURGEABLE and not options & _PAGEABLE:
+            raise IOReturnError(IOReturn.kIOReturnBadArgument, "purgeable memory cannot be wired")
+        fd = _own_description(self._open())
+        try:
+            shared = description.shared(fd)
+        except BaseException as error:
+            os.close(fd)
+            if isinstance(error, (ValueError, TypeError)) and not isinstance(error, IOReturnError):
+                raise _not_ours(str(error)) from None
+            raise
+        backing = SharedBacking(shared, wired=not options & _PAGEABLE, purgeable=bool(options & _PURGEABLE))
+        return IOBufferMemoryDescriptor()._attach(backing, options, description.capacity, description.length)
+
+    def close(self) -> None:
+        """Let go of the memory; idempotent."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _open(self) -> int:
+        if self._fd < 0:
+            raise IOReturnError(IOReturn.kIOReturnNotOpen, "this handle is closed")
+        return self._fd
+
+    def __enter__(self) -> Self:
+        self._open()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __reduce_ex__(self, _protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "a Handle goes through multiprocessing's pipes, queues and arguments, or `send`, and nothing else"
+        )
+
+    def __repr__(self) -> str:
+        state = "closed" if self._fd < 0 else f"of {self._description.capacity} bytes"
+        return f"<iobmd.Handle {state}>"
+
+
+def share(buffer: IOBufferMemoryDescriptor, socket: sockets.socket | None = None) -> Handle:
+    """Make shared memory ready to be handed to another process that cooperates.
+
+    Parameters
+    ----------
+    buffer : IOBufferMemoryDescriptor
+        Shared memory (`shared=True`, `kIOMemoryKernelUserShared`), in whatever task.
+    socket : socket.socket, optional
+        Send it over this Unix socket at once.
+
+    Returns
+    -------
+    Handle
+        To `send` over Unix sockets, or to be given to multiprocessing.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnUnsupported`: private memory. `kIOReturnNoResources`: no descriptor is free.
+
+    Notes
+    -----
+    By a descriptor (unix(7), SCM_RIGHTS). Memory of a memfd is sealed, so that nobody can cut it away; memory in huge
+    pages (2 MiB and more, as root) is not: hand it to processes that you trust.
+    """
+    shared = buffer._memory().shared
+    if shared is None:
+        raise private()
+    try:
+        fd = os.dup(shared.fd)
+    except OSError as error:
+        raise refusals.own(error, "cannot share memory") from None
+    extents = [tuple(extent) for extent in shared.extents]
+    capacity, length, options = buffer.getCapacity(), buffer.getLength(), int(buffer.getFlags())
+    handle = Handle(
+        fd,
+        _Description(options, capacity, length, extents, shared.alignment, shared.page, shared.immovable),  # type: ignore[arg-type]
+    )
+    if socket is not None:
+        handle.send(socket)
+    return handle
+
+
+def attach(source: Handle | sockets.socket, *, wired: bool | None = None) -> IOBufferMemoryDescriptor:
+    """Return a buffer of memory that another process has shared: the same pages, mapped here.
+
+    Parameters
+    ----------
+    source : Handle or socket.socket
+        What `share` returned, as multiprocessing brought it; or a Unix socket that it was sent over.
+    wired : bool, optional
+        Keep it resident, and pinned where the kernel lets us, on this process's account; default: as it was made.
+
+    Returns
+    -------
+    IOBufferMemoryDescriptor
+        Its length, options and purgeable state are those of the buffer that was shared; its memory lives as long as
+        anybody has it.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnBadArgument`: what came is no buffer. `kIOReturnNotOpen`: the socket or the handle is closed.
+        `kIOReturnCannotWire` at RLIMIT_MEMLOCK. `kIOReturnNoMemory`, `kIOReturnNoResources`.
+    """
+    if isinstance(source, Handle):
+        return source.attach(wired=wired)
+    with Handle.receive(source) as handle:
+        return handle.attach(wired=wired)
+
+
+def _own_description(fd: int) -> int:
+    """Return another descriptor of the same object, with an open file description of its own where /proc is."""
+    with contextlib.suppress(OSError):
+        return shmem.reopen(fd)
+    try:
+        return os.dup(fd)
+    except OSError as error:
+        raise refusals.own(error, "cannot open shared memory") from None
+
+
+def _exactly(socket: sockets.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        more = socket.recv(size - len(data))
+        if not more:
+            raise _not_ours("the other end was closed in the middle of it")
+        data += more
+    return data
+
+
+def _not_ours(why: str) -> IOReturnError:
+    return IOReturnError(IOReturn.kIOReturnBadArgument, f"what came is no shared buffer: {why}")
+
+
+def _rebuild(fd: Any, description: tuple[Any, ...]) -> Handle:
+    return Handle(fd.detach(), _Description(*description))
+
+
+def _reduce(handle: Handle) -> tuple[Any, ...]:
+    from multiprocessing import reduction  # noqa: PLC0415 (see _teach_multiprocessing)
+
+    return _rebuild, (reduction.DupFd(handle._open()), tuple(handle._description))
+
+
+def _teach_multiprocessing() -> None:
+    """Have multiprocessing's pickler know handles; the ordinary one could not take a descriptor with it."""
+    from multiprocessing import reduction  # noqa: PLC0415 (as above)
+
+    reduction.register(Handle, _reduce)

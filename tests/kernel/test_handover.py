@@ -1,0 +1,232 @@
+"""`share` and `attach`: the same frames in processes that cooperate, by sockets and by multiprocessing."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support import kernel
+from support.child import in_child
+from support.handing import look
+from support.moving import frames
+from support.purging import EMPTY, KEEP_CURRENT, NON_VOLATILE, VOLATILE
+
+import iobmd
+from iobmd import IOReturn, IOReturnError
+
+MIB = 1 << 20
+
+
+def code_of(action: Callable[[], object]) -> IOReturn:
+    with pytest.raises(IOReturnError) as caught:
+        action()
+    return caught.value.code
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("size", [5000, 4 * MIB + 5000], ids=["small", "huge"])
+def test_over_a_socket(size: int) -> None:
+    with iobmd.allocate(size, shared=True, wired=False) as buffer:
+        buffer.writeBytes(0, b"hello")
+        buffer.setLength(4096)
+        here, there = pair()
+
+        def receive() -> tuple[object, ...]:
+            with iobmd.attach(there) as attached:
+                seen = attached.readBytes(0, 5), len(attached), attached.getCapacity()
+                attached.writeBytes(4000, b"back")
+                return *seen, frames(attached.getBytesNoCopy(), 1)
+
+        with here, there:
+            iobmd.share(buffer, here).close()
+            seen = in_child(receive)
+        assert seen == (b"hello", 4096, size, frames(buffer.getBytesNoCopy(), 1))
+        assert buffer.readBytes(4000, 4) == b"back"
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_by_multiprocessing(method: str) -> None:
+    context = multiprocessing.get_context(method)
+    with iobmd.allocate(MIB, shared=True, wired=False) as buffer, iobmd.share(buffer) as handle:
+        buffer.writeBytes(0, b"hello")
+        near, far = context.Pipe()
+        process = context.Process(target=look, args=(handle, far))
+        process.start()
+        assert near.poll(30), "the child says nothing"
+        assert near.recv() == (b"hello", MIB, MIB)
+        process.join(30)
+        assert process.exitcode == 0
+        assert buffer.readBytes(100, 10) == b"from there"
+        near.close()
+        far.close()
+        process.close()
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_memory_outlives_who_made_it() -> None:
+    buffer = iobmd.allocate(8192, shared=True, wired=False)
+    buffer.writeBytes(0, b"still here")
+    handle = iobmd.share(buffer)
+    buffer.free()
+    with handle, iobmd.attach(handle, wired=False) as attached, iobmd.attach(handle, wired=False) as again:
+        assert attached.readBytes(0, 10) == b"still here"
+        again.writeBytes(0, b"S")
+        assert attached.readBytes(0, 10) == b"Still here"
+        assert attached.getBytesNoCopy() != again.getBytesNoCopy()
+    assert code_of(lambda: iobmd.attach(handle)) == IOReturn.kIOReturnNotOpen
+    assert repr(handle) == "<iobmd.Handle closed>"
+
+
+@pytest.mark.needs("frames", "memlock")
+@pytest.mark.usefixtures("nothing_left")
+def test_wired_stays_wired() -> None:
+    """Who attaches holds pins of its own: the frames stay when the first one has gone."""
+    buffer = iobmd.allocate(64 << 10, shared=True)
+    was = [segment.address for segment in buffer.segments()]
+    with iobmd.share(buffer) as handle, iobmd.attach(handle) as attached:
+        assert attached.wiring is iobmd.Wiring.PINNED
+        buffer.free()
+        assert [segment.address for segment in attached.segments()] == was
+        attached.verify()
+
+
+@pytest.mark.needs("frames")
+@pytest.mark.usefixtures("nothing_left")
+def test_contiguous_memory_stays_in_order() -> None:
+    """Its pieces may be anywhere in the object: they are mapped in the order of their addresses there too."""
+    with iobmd.allocate(16 * MIB, shared=True, contiguous=True) as buffer:
+        for offset in range(0, 16 * MIB, MIB):
+            buffer.writeBytes(offset, struct.pack("=Q", offset))
+        here, there = pair()
+
+        def receive() -> tuple[object, ...]:
+            with iobmd.attach(there) as attached:
+                values = [attached.readBytes(offset, 8) for offset in range(0, 16 * MIB, MIB)]
+                return values, attached.getPhysicalSegment(0)
+
+        with here, there:
+            iobmd.share(buffer, here).close()
+            values, segment = in_child(receive)
+        assert values == [struct.pack("=Q", offset) for offset in range(0, 16 * MIB, MIB)]
+        assert segment == buffer.getPhysicalSegment(0) == (buffer.getPhysicalAddress(), 16 * MIB)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_purgeable_state_is_common() -> None:
+    """Two users of one process too: their locks are not each other's, and closing one does not lose the other's."""
+    with iobmd.allocate(MIB, shared=True, wired=False, purgeable=True) as buffer, iobmd.share(buffer) as handle:
+        buffer.writeBytes(0, b"x" * 100)
+        first, second = iobmd.attach(handle), iobmd.attach(handle)
+        assert buffer.setPurgeable(VOLATILE) == NON_VOLATILE
+        assert first.setPurgeable(KEEP_CURRENT) == VOLATILE
+        assert first.setPurgeable(NON_VOLATILE) == VOLATILE
+        first.prepare()
+        second.free()  # closes a descriptor of the object in this process
+        assert code_of(lambda: buffer.setPurgeable(VOLATILE)) == IOReturn.kIOReturnBusy
+        first.complete()
+        assert buffer.setPurgeable(EMPTY) == NON_VOLATILE
+        assert first.setPurgeable(KEEP_CURRENT) == EMPTY
+        assert not any(first.readBytes(0, 100))
+        first.free()
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_states_changed_from_many_sides() -> None:
+    """Volatile and back by threads with a user each, and by processes: no state is made up, and nobody hangs."""
+    with iobmd.allocate(64 << 10, shared=True, wired=False, purgeable=True) as buffer, iobmd.share(buffer) as handle:
+        found: set[int] = set()
+
+        def change() -> None:
+            with iobmd.attach(handle) as own:
+                for _ in range(200):
+                    found.add(int(own.setPurgeable(VOLATILE)))
+                    found.add(int(own.setPurgeable(NON_VOLATILE)))
+
+        threads = [threading.Thread(target=change) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        in_child(change)
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive()
+        assert found == {2, 3}
+        assert buffer.setPurgeable(KEEP_CURRENT) == NON_VOLATILE
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_refused() -> None:
+    with iobmd.allocate(4096, wired=False) as private:
+        assert code_of(lambda: iobmd.share(private)) == IOReturn.kIOReturnUnsupported
+    with iobmd.allocate(4096, wired=False, shared=True) as buffer, iobmd.share(buffer) as handle:
+        with pytest.raises(TypeError, match="multiprocessing"):
+            pickle.dumps(handle)
+        with pytest.raises(TypeError):
+            pickle.dumps(buffer)
+        with (
+            iobmd.allocate(4096, wired=False, shared=True, purgeable=True) as purgeable,
+            iobmd.share(purgeable) as other,
+        ):
+            assert code_of(lambda: iobmd.attach(other, wired=True)) == IOReturn.kIOReturnBadArgument
+        limited = in_child(lambda: code_of(lambda: iobmd.attach(handle, wired=True)), uid=65534, memlock=0)
+        assert limited == IOReturn.kIOReturnCannotWire
+
+
+def message(extents: object, *, capacity: int = 4096, mark: bytes = b"iobmd1", page: int = 4096) -> bytes:
+    fields = json.dumps([0x23, capacity, capacity, extents, 4096, page, False]).encode()
+    return struct.pack("=6sxxI", mark, len(fields)) + fields
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        b"",
+        b"GET / HTTP/1.0\r\n\r\n",
+        message([[0, 4096]])[:20],
+        message([[0, 4096]], mark=b"iobmd9"),
+        message([[0, 1 << 40]], capacity=1 << 40),
+        message([[4096, 4096]]),
+        message([[-4096, 4096]]),
+        message([[1, 4096]]),
+        message([[0, 4096]], capacity=4097),
+        message([[0, 4096]], capacity=0),
+        message([[0, 4096]], page=1),
+        message("nonsense"),
+        struct.pack("=6sxxI", b"iobmd1", 5) + b"{bad}",
+        struct.pack("=6sxxI", b"iobmd1", 1 << 31),
+    ],
+)
+def test_what_a_stranger_sends(wrong: bytes) -> None:
+    """Nothing is mapped that the object does not have, which would be a SIGBUS when it is touched."""
+    here, there = pair()
+    with here, there:
+        if wrong:
+            descriptor = os.memfd_create("strange")
+            os.ftruncate(descriptor, 4096)
+            socket.send_fds(here, [wrong], [descriptor])
+            os.close(descriptor)
+        here.close()
+        expected = IOReturn.kIOReturnBadArgument if wrong else IOReturn.kIOReturnNotOpen
+        assert code_of(lambda: iobmd.attach(there)) == expected
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_no_descriptor_of_the_message_stays() -> None:
+    """Strangers may send more than is asked for."""
+    here, there = pair()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with here, there:
+        socket.send_fds(here, [message([[0, 4096]])], [0, 1, 2])
+        assert code_of(lambda: iobmd.attach(there)) == IOReturn.kIOReturnBadArgument
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert kernel.status("VmLck") == 0
