@@ -83,6 +83,11 @@ class IOMemoryMap(Exporter):
         """Return the task it is mapped in."""
         return self._open().task
 
+    @property
+    def task_stopped_ns(self) -> int:
+        """For how many nanoseconds, at the most, a thread of its task stood still for the mapping; 0 in this one."""
+        return self._open().stopped_ns
+
     def getMemoryDescriptor(self) -> Any:
         """Return the `IOMemoryDescriptor` whose memory it shows."""
         return self._open().descriptor

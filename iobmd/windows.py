@@ -123,6 +123,11 @@ class Window:
         return self.own.address if self.own else self.descriptor._memory().address
 
     @property
+    def stopped_ns(self) -> int:
+        """For how long, at the most, a thread of another task stood still for it."""
+        return self.own.stopped_ns if isinstance(self.own, RemoteMapping) else 0
+
+    @property
     def mapping(self) -> Mapping:
         """The mapping that shows it here. Raises `kIOReturnUnsupported` when it is in another task."""
         if isinstance(self.own, RemoteMapping):

@@ -11,6 +11,7 @@ from iobmd.errors import IOReturnError
 COMMANDS = {
     "demo": ("iobmd.cli.demo", "copy memory out of another process into wired buffers, and prove it"),
     "copy": ("iobmd.cli.copy", "copy a range of a process's memory to a file"),
+    "share": ("iobmd.cli.share", "map memory into another process, and hold it there"),
     "alloc": ("iobmd.cli.alloc", "allocate wired, contiguous or low memory, and show where it lies"),
     "doctor": ("iobmd.cli.doctor", "show what this host can do, and how to turn on what it cannot"),
     "bench": ("iobmd.tools.bench", "measure iobmd against the bare kernel calls"),

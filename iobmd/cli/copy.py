@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from iobmd import procfs, refusals
-from iobmd.buffer import IOBufferMemoryDescriptor
 from iobmd.cli import EXIT_OK
 from iobmd.cli.arguments import size
-from iobmd.constants import IOOptionBits, IOReturn
+from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.task import Task, kernel_task
+from iobmd.facade import copy
+from iobmd.task import Task
 from iobmd.units import format_size, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from iobmd.buffer import IOBufferMemoryDescriptor
     from iobmd.pieces import Progress
 
 PROGRESS_FROM = 256 << 20
@@ -36,13 +37,12 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     task = Task(arguments.pid)
     address, length = _range(task, arguments.address, arguments.size)
-    options = IOOptionBits.kIOMemoryPageable if arguments.pageable else IOOptionBits(0)
     begin = time.perf_counter()
     with _progress(length) as progress:
-        buffer = IOBufferMemoryDescriptor.withCopy(kernel_task, options, task, address, length, progress=progress)
+        buffer = copy(task, address, length, freeze=arguments.freeze, progress=progress, wired=not arguments.pageable)
     seconds = time.perf_counter() - begin
     with buffer:
-        summary = {
+        summary: dict[str, object] = {
             "version": 1,
             "pid": task.pid,
             "address": address,
@@ -53,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
             "sha256": hashlib.sha256(buffer).hexdigest(),
             "output": arguments.output,
         }
+        if arguments.freeze:
+            summary["source_stopped_ms"] = round(buffer.source_stopped_ns / 1e6, 3)
         if arguments.output:
             _write(buffer, arguments.output)
     _report(summary, arguments.json, sys.stderr if arguments.output == "-" else sys.stdout)
@@ -72,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("size", type=size, nargs="?", help="bytes; may be left out with a range or a mapping")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the bytes there (-: standard output)")
+    parser.add_argument(
+        "--freeze", action="store_true", help="as the bytes are at one moment, for which the process stands still"
+    )
     wiring = parser.add_mutually_exclusive_group()
     wiring.add_argument("--wired", action="store_true", help="into wired memory (default)")
     wiring.add_argument(
@@ -176,6 +181,8 @@ def _report(summary: dict[str, object], as_json: bool, stream: TextIO) -> None:
         f"{summary['gigabytes_per_second']} GB/s",
         file=stream,
     )
+    if "source_stopped_ms" in summary:
+        print(f"the process stood still for {summary['source_stopped_ms']} ms", file=stream)
     print(f"SHA-256 {summary['sha256']}", file=stream)
     if summary["output"] not in (None, "-"):
         print(f"written to {summary['output']}", file=stream)

@@ -7,7 +7,7 @@ for limits and capabilities change while a process runs.
 
 from collections.abc import Sequence
 
-from iobmd.host import access, lazyfree, pages, pinning, pressure, privilege
+from iobmd.host import access, elsewhere, lazyfree, pages, pinning, pressure, privilege
 from iobmd.host.access import pfns_visible, yama_scope
 from iobmd.host.fact import Fact, Status
 from iobmd.host.pages import HugePool, SwapArea, huge_pages_enabled, hugetlb_pools, pool_remedy, swap_areas
@@ -79,6 +79,9 @@ def facts() -> list[Fact]:
         lazyfree.write_tracking(),
         pressure.pressure(),
         pressure.cgroup(),
+        elsewhere.python_ptrace(),
+        elsewhere.pidfd_getfd(),
+        elsewhere.huge_shared(),
     ]
 
 

@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
+import errno
 import struct
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iobmd import procfs, refusals
+from iobmd import refusals
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, VMError
+from iobmd.remote.areas import areas, thread_with_memory
 
 if TYPE_CHECKING:
     from iobmd.task import Task
 
 _SYSCALL = b"\x0f\x05"  # x86-64
 _AT_SYSINFO_EHDR = 33  # elf(5): where the vDSO is
-_VDSO = 0x4000  # bytes of it that are looked through
+_SETTLED = 1.0  # seconds that a task is given to end an exec, or to exit
 _CODE = 4 << 20  # of a mapping, where there is no vDSO
 
 _offset_in_vdso: int | None = None  # the same in every 64-bit task
 
 
 def find(task: Task) -> int:
-    """Return the address of a system call instruction of a task. Raises `kIOReturnUnsupported` where it has none."""
-    base = _vdso(task.pid)
+    """Return the address of a system call instruction of a task.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnUnsupported` where it has none; `kIOReturnNotFound` when it exits.
+    """
+    deadline = time.monotonic() + _SETTLED
+    while True:
+        if found := _look(task):
+            return found
+        # In the middle of an exec a task has no code at all, and as it exits no memory.
+        if not task.alive or (time.monotonic() > deadline and not areas(task)):
+            raise refusals.without_memory(task.pid)
+        if time.monotonic() > deadline:
+            message = f"task {task.pid} has no system call instruction that could be used, not in its vDSO either"
+            raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
+        time.sleep(0.001)
+
+
+def _look(task: Task) -> int:
+    base = _vdso(task)
     if base and _offset_in_vdso is not None and is_at(task, base + _offset_in_vdso):
         return base + _offset_in_vdso
     return _search(task, base)
@@ -37,9 +60,9 @@ def is_at(task: Task, address: int) -> bool:
         return False
 
 
-def _vdso(pid: int) -> int:
+def _vdso(task: Task) -> int:
     try:
-        raw = Path(f"/proc/{pid}/auxv").read_bytes()
+        raw = Path(f"/proc/{thread_with_memory(task)}/auxv").read_bytes()
     except OSError:
         return 0
     entries = struct.iter_unpack("=QQ", raw[: len(raw) // 16 * 16])
@@ -47,10 +70,13 @@ def _vdso(pid: int) -> int:
 
 
 def _search(task: Task, base: int) -> int:
+    """Return the address of the first one in the code of a task, 0 for none."""
     global _offset_in_vdso  # noqa: PLW0603
     try:
-        code = [area for area in procfs.maps(task.pid) if "x" in area.perms and "r" in area.perms]
+        code = [area for area in areas(task) if "x" in area.perms and "r" in area.perms]
     except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESRCH):
+            raise refusals.without_memory(task.pid) from None
         raise refusals.refused(task.pid, error.errno or 0, "memory map") from None
     for area in sorted(code, key=lambda area: area.name != "[vdso]"):
         try:
@@ -61,5 +87,4 @@ def _search(task: Task, base: int) -> int:
             if area.start == base:
                 _offset_in_vdso = found
             return area.start + found
-    message = f"task {task.pid} has no system call instruction that could be used, not in its vDSO either"
-    raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
+    return 0

@@ -29,7 +29,6 @@ def check(task: Task) -> int:
     Traced
         Another tracer is at it.
     """
-    tracing.require()
     pid = task.pid
     if task.is_current:
         message = f"task {pid} is this process, which makes its system calls itself"

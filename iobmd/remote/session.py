@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-import threading
 import time
-import weakref
 from typing import TYPE_CHECKING, TypeVar
 
-from iobmd import own, refusals
+from iobmd import host, own, refusals
+from iobmd._native import apart
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.remote import gadget, preflight, threads
+from iobmd.remote import gadget, preflight, threads, tracing
 from iobmd.remote.stop import NotStopped, Stop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from iobmd.task import Task
 
@@ -27,8 +27,8 @@ _SHORT = 0.2  # seconds for one thread of several
 _ATTEMPTS = 3
 
 
-_busy: weakref.WeakValueDictionary[int, own.Guard] = weakref.WeakValueDictionary()
-os.register_at_fork(after_in_child=_busy.clear)
+_guards = [own.Guard() for _ in range(64)]
+"""One for each task, or for a few."""
 
 
 def with_stopped(task: Task, work: Callable[[Stop], None]) -> int:
@@ -45,61 +45,34 @@ def with_stopped(task: Task, work: Callable[[Stop], None]) -> int:
     OSError
         As a system call failed in the task.
     """
-    return in_tracer(task, lambda: stop_one(task, gadget.find(task), work))
+
+    def body() -> int:
+        options = options_for(task)
+        return stop_one(task, options, gadget.find(task), work)
+
+    return in_tracer(task, body)
 
 
 def in_tracer(task: Task, body: Callable[[], _T]) -> _T:
-    """Return what `body` does in a thread of its own, the only one of ours that traces this task meanwhile."""
-    guard = _busy.setdefault(task.pid, own.Guard())
-    with guard:
-        tracer = _Tracer(body)
-        interrupt = tracer.run_to_end()
-    if interrupt is not None:
-        raise interrupt
-    if tracer.error is not None:
-        raise tracer.error
-    return tracer.result  # type: ignore[return-value]
+    """Return what `body` does in a tracer of its own, the only one of ours that traces this task meanwhile.
 
-
-class _Tracer(threading.Thread):
-    """The thread. It ends in bounded time, and with it, by the kernel, whatever it left traced."""
-
-    def __init__(self, body: Callable[[], object]) -> None:
-        super().__init__(name="iobmd-tracer", daemon=False)
-        self._body = body
-        self._done = threading.Event()
-        self._cancelled = False
-        self.result: object = None
-        self.error: BaseException | None = None
-
-    def run(self) -> None:
-        """Do it."""
+    That is a process that shares our memory and descriptors: no wait of ours is told of stops, and if we are killed,
+    it finishes what is under way. It ends in bounded time, and with it, by the kernel, whatever it left traced. An
+    interrupt of the calling thread comes after that.
+    """
+    tracing.require()  # here: a thread that imports something could wait for us, who wait for it
+    # To Yama's scope 1 only a parent may trace, and that is we.
+    in_process = host.yama_scope() != 1 or host.has_capability("CAP_SYS_PTRACE")
+    with _guards[task.pid % len(_guards)]:
         try:
-            if not self._cancelled:
-                self.result = self._body()
-        except BaseException as error:
-            self.error = error
-        finally:
-            del self._body
-            self._done.set()
-
-    def run_to_end(self) -> BaseException | None:
-        """Start it, and wait until it is done whatever comes; returns what did, for its task is stopped meanwhile."""
-        interrupt: BaseException | None = None
-        try:
-            self.start()
-        except RuntimeError as error:  # no thread is to be had
-            return IOReturnError(IOReturn.kIOReturnNoResources, f"cannot trace a task: {error}")
-        except BaseException as error:
-            interrupt, self._cancelled = error, True  # it may have been started, or not
-        late = time.monotonic() + PATIENCE
-        while not self._done.is_set() and (interrupt is None or self.ident or time.monotonic() < late):
-            try:
-                self._done.wait(PATIENCE)
-                self.join(PATIENCE)
-            except BaseException as error:
-                interrupt = error
-        return interrupt
+            return apart.run_apart(body, in_process)
+        except BlockingIOError as error:
+            message = f"cannot trace a task: {error.strerror}"
+            raise IOReturnError(IOReturn.kIOReturnNoResources, message) from None
+        except ProcessLookupError as error:
+            if isinstance(error, IOReturnError):
+                raise
+            raise refusals.gone(f"task {task.pid} is gone: it exited meanwhile") from None
 
 
 def options_for(task: Task) -> int:
@@ -114,11 +87,25 @@ def options_for(task: Task) -> int:
         time.sleep(0.002)
 
 
+@contextlib.contextmanager
+def near(activity: threads.Activity) -> Iterator[None]:
+    """Run on the processor of a thread: the two take turns there in a few microseconds, and their clocks are one."""
+    allowed = os.sched_getaffinity(0)
+    with contextlib.suppress(OSError, OverflowError):
+        os.sched_setaffinity(0, {activity.cpu})
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, allowed)
+
+
 def seize(task: Task, activity: threads.Activity, options: int) -> Stop | None:
     """Begin to stop a thread; None when it ended. Raises `kIOReturnNotPermitted` with the reason."""
     for _attempt in range(_ATTEMPTS):
         try:
-            return Stop(task, activity, options)
+            with near(activity):
+                return Stop(task, activity, options)
         except OSError as error:
             if error.errno == errno.ESRCH:
                 return None
@@ -127,33 +114,33 @@ def seize(task: Task, activity: threads.Activity, options: int) -> Stop | None:
     raise preflight.refused(task.pid, refusal)
 
 
-def stop_one(task: Task, instruction: int, work: Callable[[Stop], None]) -> int:
+def stop_one(task: Task, options: int, instruction: int, work: Callable[[Stop], None]) -> int:
     """As `with_stopped`, in the thread that traces already."""
-    options = options_for(task)
     deadline = time.monotonic() + PATIENCE
-    late: list[Stop] = []
+    late: dict[int, Stop] = {}
     try:
         while time.monotonic() < deadline:
             for activity in threads.candidates(task.pid):
-                stop = seize(task, activity, options)
-                if stop is None:
-                    continue
-                try:
-                    stop.wait(time.monotonic() + _SHORT)
-                    stop.ready(instruction)
-                    work(stop)
-                except NotStopped:
-                    late.append(stop)
-                    continue
-                except BaseException:
-                    stop.release()
-                    raise
-                return stop.release()
+                with near(activity):
+                    stop = late.pop(activity.tid, None) or seize(task, activity, options)
+                    if stop is None:
+                        continue
+                    try:
+                        stop.wait(time.monotonic() + _SHORT)
+                        stop.ready(instruction)
+                        work(stop)
+                    except NotStopped:
+                        late[activity.tid] = stop
+                        continue
+                    except BaseException:
+                        stop.release()
+                        raise
+                    return stop.release()
             if not task.alive:
                 raise refusals.gone(f"task {task.pid} is gone: it exited")
         raise never_stopped(task)
     finally:
-        for stop in late:
+        for stop in late.values():
             stop.release()
 
 

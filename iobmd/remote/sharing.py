@@ -13,10 +13,11 @@ import os
 import struct
 from typing import TYPE_CHECKING
 
-from iobmd import procfs, refusals
+from iobmd import refusals
 from iobmd._native import crosstask
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NotFoundError
+from iobmd.remote.areas import areas
 from iobmd.units import PAGE_SIZE, format_size, round_up
 
 if TYPE_CHECKING:
@@ -169,14 +170,19 @@ class RemoteMapping:
                     _with_stopped(self.task, lambda stop: _unmap(stop, ours))
         self._whole = (0, 0)
 
+    def __del__(self) -> None:
+        # Only an interrupt at the wrong moment leaves one open: nothing of ours must stay in another program.
+        with contextlib.suppress(IOReturnError, AttributeError):
+            self.close()
+
     def _ours(self, start: int, end: int) -> list[tuple[int, int]]:
         """Return the ranges that show our objects, and the guards around them."""
         found: list[tuple[int, int]] = []
         try:
-            areas = [area for area in procfs.maps(self.task.pid) if area.start < end and start < area.end]
+            mapped = [area for area in areas(self.task) if area.start < end and start < area.end]
         except OSError:
             return []
-        for area in areas:
+        for area in mapped:
             guard = self._margin and area.perms.startswith("---") and not area.inode
             if guard or (area.device, area.inode) in self._objects:
                 first, last = max(area.start, start), min(area.end, end)

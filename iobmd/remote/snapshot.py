@@ -60,7 +60,7 @@ class Snapshot:
             os.waitpid(self._pid, _WALL)
         # Whatever keeps the task from being stopped once more: a zombie stays until it exits.
         with contextlib.suppress(OSError):
-            session.stop_one(self._origin, self._gadget, self._collect)
+            session.stop_one(self._origin, session.options_for(self._origin), self._gadget, self._collect)
 
     def _collect(self, stop: Stop) -> None:
         deadline = time.monotonic() + 0.1

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from iobmd import refusals
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.remote import gadget, threads, tracing
+from iobmd.remote import gadget, restart, threads, tracing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +32,6 @@ SYSCALLS = {
 _ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
 _NO_CALL = (1 << 64) - 1  # in orig_rax: the registers are not those of an interrupted system call
 _WORD = (1 << 64) - 1
-_ERESTARTNOHAND = 514  # kernel-internal: EINTR if a handler runs, the call once more if none does
 _CODE_32 = 0x23  # the code segment of 32-bit programs
 _SPINS = 300  # looks at a thread before they are spaced out, about half a millisecond
 
@@ -63,13 +62,10 @@ class Stop:
         self._changed = False  # what it is to go on with is not what it stopped with
         self._mask: bytes | None = None
         self._gadget = 0
-        self._withheld: list[int] = []
-        self._remaining_ms: int | None = None
         self._options = options
         self.child = 0
         """The process that a clone made, as we count."""
-        if activity.timeout_ms:
-            self._remaining_ms = max(0, activity.timeout_ms - int(threads.asleep_ms(task.pid, self._tid)))
+        self._sleep = restart.look(task.pid, activity)
         tracing.seize(self._tid, options)
         self.began = time.monotonic_ns()
         tracing.interrupt(self._tid)
@@ -87,15 +83,7 @@ class Stop:
         while not (why := self._look(lambda: tracing.stopped_for(self._tid), deadline)).is_event_stop:
             tracing.run(self._tid, why.number)  # a signal came first: to its handler with it
         self._saved = tracing.registers(self._tid)
-        self._undo_eintr()
-
-    def _undo_eintr(self) -> None:
-        regs = self._saved
-        if regs.rax == _WORD - errno.EINTR + 1 and regs.orig_rax in threads.ENDED_BY_A_STOP:
-            regs.rax = _WORD - _ERESTARTNOHAND + 1
-            if self._remaining_ms is not None and regs.orig_rax in (threads.EPOLL_WAIT, threads.EPOLL_PWAIT):
-                regs.r10 = self._remaining_ms
-            self._changed = True
+        self._changed = restart.undo_eintr(self.task, self._tid, self._saved, self._sleep)
 
     def ready(self, instruction: int) -> None:
         """Make it ready for system calls, by the system call `instruction` of its task.
@@ -170,19 +158,19 @@ class Stop:
             tracing.run_to_syscall_stop(self._tid)
 
     def _pass_over_signal(self) -> None:
-        """Go on after a stop by what cannot be blocked: SIGSTOP, which is sent once more at the end, or a fault."""
+        """Go on after a stop by what cannot be blocked: SIGSTOP, which stops its process all the same, or a fault."""
         why = tracing.stopped_for(self._tid)
         if why is None:
             return
+        number = 0
         if why.is_clone:
             self.child = tracing.event_message(self._tid)
         elif not why.is_event_stop:
-            self._withheld.append(why.number)
-            if why.number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGSYS):
-                self._withheld.pop()
-                message = f"task {self.task.pid} got {signal.Signals(why.number).name} for a system call of ours"
+            number = why.number
+            if number != signal.SIGSTOP:
+                message = f"task {self.task.pid} got {signal.Signals(number).name} for a system call of ours"
                 raise IOReturnError(IOReturn.kIOReturnError, message)
-        tracing.run_to_syscall_stop(self._tid)
+        tracing.run_to_syscall_stop(self._tid, number)
 
     def _look(self, look: Callable[[], _T | None], deadline: float | None) -> _T:
         """Wait for what `look` finds: at first without giving the processor's time to other threads of ours."""
@@ -206,8 +194,6 @@ class Stop:
                 tracing.set_signal_mask(self._tid, self._mask)
             if self._saved is not None and self._changed:
                 tracing.set_registers(self._tid, self._saved)
-            for number in self._withheld:
-                os.kill(self.task.pid, number)
             tracing.detach(self._tid)
         except OSError as error:  # it died, or has not stopped yet: that ends with the thread that traces it
             if error.errno != errno.ESRCH:

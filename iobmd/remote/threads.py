@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 from typing import NamedTuple
 
-EPOLL_WAIT, EPOLL_PWAIT = 232, 281
+EPOLL_WAIT, EPOLL_PWAIT, EPOLL_PWAIT2 = 232, 281, 441
 ENDED_BY_A_STOP = {
     0: "read", 1: "write", 19: "readv", 20: "writev", 42: "connect", 43: "accept", 44: "sendto", 45: "recvfrom",
     46: "sendmsg", 47: "recvmsg", 65: "semop", 128: "rt_sigtimedwait", 208: "io_getevents", 220: "semtimedop",
     EPOLL_WAIT: "epoll_wait", EPOLL_PWAIT: "epoll_pwait", 288: "accept4", 299: "recvmmsg", 307: "sendmmsg",
-    333: "io_pgetevents", 426: "io_uring_enter", 441: "epoll_pwait2",
+    333: "io_pgetevents", 426: "io_uring_enter", EPOLL_PWAIT2: "epoll_pwait2",
 }  # fmt: skip
 """System calls that may return EINTR for a stop which no signal handler had a part in (signal(7)), by number.
 
 They have done nothing then, and are begun once more.
 """
-_SOCKET_CALLS = {0, 1, 19, 20}  # only with a timeout, which files and pipes do not have
+_RANKS = {0: 1, 19: 1, 1: 4, 20: 4, 44: 4, 45: 4, 46: 4, 47: 4, 299: 4, 307: 4, 426: 4}
+"""Reads are ended only on sockets with a timeout; what may have done a part of its work would stop with that."""
 _PATIENT = 16  # threads looked at; one of them will do
 
 
@@ -27,8 +27,10 @@ class Activity(NamedTuple):
 
     rank: int
     tid: int
-    timeout_ms: int | None
-    """Of the epoll_wait it is in."""
+    cpu: int
+    """The processor it ran on last; -1: unknown."""
+    call: int
+    """The system call it sleeps in, -1 when it does not."""
 
 
 def candidates(pid: int) -> list[Activity]:
@@ -57,46 +59,31 @@ def thread_ids(pid: int) -> list[int]:
 
 def state(pid: int, tid: int) -> str:
     """Return the state of a thread as ps(1) shows it, "" when it is gone."""
+    return _stat(pid, tid)[0]
+
+
+def _stat(pid: int, tid: int) -> tuple[str, int]:
+    """Return the state of a thread and its processor: the third and the 39th field of its stat (proc_pid_stat(5))."""
     try:
-        return Path(f"/proc/{pid}/task/{tid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return ""
+        fields = Path(f"/proc/{pid}/task/{tid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return fields[0], int(fields[36])
+    except (OSError, IndexError, ValueError):
+        return "", -1
 
 
 def activity(pid: int, tid: int) -> Activity | None:
     """Return what a thread does; None when it has ended."""
-    now = state(pid, tid)
+    now, cpu = _stat(pid, tid)
     if now in ("", "Z", "X", "x"):
         return None
     try:
-        call, *arguments = Path(f"/proc/{pid}/task/{tid}/syscall").read_text().split()
-    except OSError:  # the kernel has no such file, or does not show it to us: any thread, then
-        return Activity(2, tid, None)
+        call = Path(f"/proc/{pid}/task/{tid}/syscall").read_text().split()[0]
+    except (OSError, IndexError):  # the kernel has no such file, or does not show it to us: any thread, then
+        return Activity(2, tid, cpu, -1)
     if now == "D":
-        return Activity(9, tid, None)
+        return Activity(9, tid, cpu, -1)
     if call in ("running", "-1"):
-        return Activity(1, tid, None)
+        return Activity(1, tid, cpu, -1)
     number = int(call)
-    timeout = None
-    if number in (EPOLL_WAIT, EPOLL_PWAIT):
-        timeout = int(arguments[3], 16) & 0xFFFFFFFF
-        timeout = None if timeout >> 31 else timeout  # negative: for ever
-    if number in _SOCKET_CALLS:
-        return Activity(1, tid, None)
-    return Activity(3 if number in ENDED_BY_A_STOP else 0, tid, timeout)
-
-
-def asleep_ms(pid: int, tid: int) -> float:
-    """Return for how long a sleeping thread has been asleep, in milliseconds; 0 where the kernel does not tell.
-
-    By the time it last ran (se.exec_start of /proc/PID/sched, on the scheduler's clock) and that we do.
-    """
-    os.sched_yield()  # brings our own figure up to date
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        return max(0.0, _last_ran("/proc/thread-self/sched") - _last_ran(f"/proc/{pid}/task/{tid}/sched"))
-    return 0.0
-
-
-def _last_ran(path: str) -> float:
-    lines = Path(path).read_text().splitlines()
-    return float(next(line for line in lines if line.startswith("se.exec_start")).rpartition(":")[2])
+    rank = 3 if number in ENDED_BY_A_STOP else 0
+    return Activity(_RANKS.get(number, rank), tid, cpu, number)

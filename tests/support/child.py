@@ -12,17 +12,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 NOBODY = 65534
-CAP_IPC_LOCK = 1 << 14
+CAP_IPC_LOCK, CAP_SYS_ADMIN = 1 << 14, 1 << 21
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
 SYSCALLS = {
     "x86_64": {
         "ioctl": 16, "pread64": 17, "madvise": 28, "mlock": 149, "process_vm_readv": 310, "process_vm_writev": 311,
-        "userfaultfd": 323, "io_uring_setup": 425, "io_uring_register": 427, "pidfd_open": 434,
+        "userfaultfd": 323, "io_uring_setup": 425, "io_uring_register": 427, "fsopen": 430, "pidfd_open": 434,
+        "pidfd_getfd": 438,
     },
     "aarch64": {
         "ioctl": 29, "pread64": 67, "madvise": 233, "mlock": 228, "process_vm_readv": 270, "process_vm_writev": 271,
-        "userfaultfd": 282, "io_uring_setup": 425, "io_uring_register": 427, "pidfd_open": 434,
+        "userfaultfd": 282, "io_uring_setup": 425, "io_uring_register": 427, "fsopen": 430, "pidfd_open": 434,
+        "pidfd_getfd": 438,
     },
 }[os.uname().machine]  # fmt: skip
 

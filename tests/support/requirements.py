@@ -14,6 +14,9 @@ from support.child import CAP_IPC_LOCK
 
 MAY_BE_MISSING: dict[str, str] = {
     # requirement: why IOBMD_REQUIRE=all lets it be missing
+    "go": "a compiler of 200 MB for one program of the zoo",
+    "rustc": "the same; where there is one, it is used",
+    "two_processors": "a host may have one",
 }
 
 

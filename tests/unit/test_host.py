@@ -18,7 +18,7 @@ import pytest
 from support.child import NOBODY, SYSCALLS, deny_calls, in_child
 
 from iobmd import host
-from iobmd.host import Status, access, lazyfree, pages, pinning, pressure, privilege
+from iobmd.host import Status, access, elsewhere, lazyfree, pages, pinning, pressure, privilege
 
 PAGE = resource.getpagesize()
 IO_URING_SETUP = SYSCALLS["io_uring_setup"]
@@ -45,6 +45,9 @@ PROBES = {
     "write_tracking": lazyfree.write_tracking,
     "pressure": pressure.pressure,
     "cgroup": pressure.cgroup,
+    "python_ptrace": elsewhere.python_ptrace,
+    "pidfd_getfd": elsewhere.pidfd_getfd,
+    "huge_shared": elsewhere.huge_shared,
 }
 
 
@@ -644,6 +647,18 @@ def test_write_tracking():
     assert "smaps" in denied.summary
     assert "seccomp" in denied.remedy
     assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+
+
+def test_what_memory_in_other_tasks_rests_on(monkeypatch):
+    assert elsewhere.python_ptrace().status is Status.YES
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    assert "iobmd[remote]" in elsewhere.python_ptrace().remedy
+    assert elsewhere.pidfd_getfd().status is Status.YES
+    denied = in_child(elsewhere.pidfd_getfd, deny={"pidfd_getfd": errno.EPERM})
+    assert denied.status is Status.NO
+    assert "seccomp" in denied.remedy
+    denied = in_child(elsewhere.huge_shared, deny={"fsopen": errno.EPERM})
+    assert (denied.status, denied.usable) == (Status.LIMITED, True)
 
 
 def takes_trigger(path):

@@ -1,0 +1,131 @@
+"""`iobmd share`: memory of ours in another process, for as long as the command runs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import select
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from iobmd.cli import EXIT_OK
+from iobmd.cli.arguments import duration, size
+from iobmd.constants import IOMapOptions
+from iobmd.errors import NotPrivilegedError, NotReadyError
+from iobmd.facade import allocate
+from iobmd.task import Task
+from iobmd.units import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from iobmd.buffer import IOBufferMemoryDescriptor
+    from iobmd.mapping import IOMemoryMap
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `iobmd share`."""
+    arguments = _parser().parse_args(argv)
+    task = Task(arguments.pid)
+    options = IOMapOptions.kIOMapPrefault
+    options |= IOMapOptions(0) if arguments.at else IOMapOptions.kIOMapAnywhere
+    options |= IOMapOptions.kIOMapReadOnly if arguments.read_only else IOMapOptions(0)
+    begin = time.perf_counter()
+    with (
+        allocate(
+            arguments.size, shared=True, wired=not arguments.pageable, contiguous=arguments.contiguous
+        ) as buffer,
+        buffer.createMappingInTask(task, arguments.at or 0, options) as there,
+    ):
+        found = _describe(buffer, there, time.perf_counter() - begin)
+        if arguments.json:
+            print(json.dumps(found, indent=2), flush=True)
+        else:
+            _show(found)
+        _hold(task, arguments.hold)
+    return EXIT_OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="iobmd share",
+        description="Map zeroed memory of ours into another process too, until this command is interrupted.",
+        epilog="Sizes and addresses: decimal, 0x hexadecimal, or with a suffix k, M, G, T.",
+    )
+    parser.add_argument("pid", type=int, help="the process; a thread of it is stopped for a moment")
+    parser.add_argument("size", type=size, help="bytes")
+    parser.add_argument("--at", type=size, metavar="ADDRESS", help="where in the process (default: anywhere)")
+    parser.add_argument("--read-only", action="store_true", help="the process may not write to it")
+    parser.add_argument("--contiguous", action="store_true", help="in one piece physically")
+    parser.add_argument("--pageable", action="store_true", help="not wired: needs no limit on locked memory")
+    parser.add_argument("--hold", type=duration, metavar="SECONDS", help="end by itself after so long")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    return parser
+
+
+def _describe(buffer: IOBufferMemoryDescriptor, there: IOMemoryMap, seconds: float) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "version": 1,
+        "pid": there.getAddressTask().pid,
+        "size": len(buffer),
+        "address": there.getAddress(),
+        "address_here": buffer.getBytesNoCopy(),
+        "wiring": buffer.wiring.value,
+        "stopped_us": round(there.task_stopped_ns / 1e3, 1),
+        "seconds": round(seconds, 6),
+    }
+    try:
+        found["segments"] = [{"physical": address, "length": length} for address, length in buffer.segments()]
+    except (NotPrivilegedError, NotReadyError) as error:
+        found["segments"], found["hidden"] = None, str(error)
+    return found
+
+
+def _show(found: dict[str, Any]) -> None:
+    print(
+        f"{format_size(found['size'])} at {found['address']:#x} of process {found['pid']} and at "
+        f"{found['address_here']:#x} here, {found['wiring']}"
+    )
+    if found["segments"]:
+        first, more = found["segments"][0], len(found["segments"]) - 1
+        rest = f", and {more} more" if more else ", all of it"
+        print(f"physical: {first['physical']:#x} + {format_size(first['length'])}{rest}")
+    print(f"a thread of the process stood still for {found['stopped_us']:.0f} µs", flush=True)
+
+
+def _hold(task: Task, seconds: float | None) -> None:
+    """Wait until we are interrupted, the process exits, or the time is over."""
+    with _terminable(), contextlib.suppress(KeyboardInterrupt):
+        if seconds is None:
+            print("interrupt to take it away (Ctrl-C)", file=sys.stderr, flush=True)
+        end = None if seconds is None else time.monotonic() + seconds
+        poll = select.poll()
+        if task.pidfd >= 0:
+            poll.register(task.pidfd, select.POLLIN)
+        while task.alive:
+            left = 1.0 if end is None else end - time.monotonic()
+            if left <= 0:
+                return
+            poll.poll(min(left, 1.0) * 1e3)
+        print(f"process {task.pid} has exited", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Have SIGTERM interrupt like Ctrl-C, where we may set its handler."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

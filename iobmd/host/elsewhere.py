@@ -1,0 +1,50 @@
+"""What memory in other tasks rests on: python-ptrace, pidfd_getfd, and shared memory in huge pages."""
+
+import errno
+import importlib.util
+import os
+
+from iobmd._native import crosstask, tmpfs
+from iobmd.host.fact import Fact, Status, has_seccomp_filter
+from iobmd.host.privilege import capability_remedy
+
+
+def python_ptrace() -> Fact:
+    """Report whether python-ptrace is installed, which system calls in other tasks are made by."""
+    name, purpose = "python-ptrace", "allocate in other tasks, map into them, copy from them as of one moment"
+    if importlib.util.find_spec("ptrace") is None:
+        return Fact(name, Status.NO, False, "not installed", purpose, "pip install 'iobmd[remote]'")
+    if os.uname().machine != "x86_64":
+        return Fact(name, Status.NO, False, f"not on {os.uname().machine}", purpose, "an x86-64 host")
+    return Fact(name, Status.YES, True, "installed", purpose)
+
+
+def pidfd_getfd() -> Fact:
+    """Probe pidfd_getfd(2) (Linux 5.6) on this process itself."""
+    name, purpose = "pidfd_getfd", "bring shared memory into another task, whatever its namespaces"
+    fetched = pidfd = -1
+    try:
+        pidfd = os.pidfd_open(os.getpid())
+        fetched = crosstask.fetch_descriptor(pidfd, pidfd)
+    except OSError as error:
+        remedy = "Linux 5.6 or later"
+        if error.errno in (errno.EPERM, errno.ENOSYS) and has_seccomp_filter():
+            remedy = "allow pidfd_getfd in the seccomp profile (container: --cap-add SYS_PTRACE)"
+        return Fact(name, Status.NO, False, f"{error.strerror}", purpose, remedy)
+    finally:
+        for descriptor in (fetched, pidfd):
+            if descriptor >= 0:
+                os.close(descriptor)
+    return Fact(name, Status.YES, True, "works", purpose)
+
+
+def huge_shared() -> Fact:
+    """Probe a tmpfs of huge pages that is mounted nowhere (fsopen(2), Linux 5.2)."""
+    name, purpose = "huge tmpfs", "shared memory in huge pages, whatever shmem_enabled says"
+    try:
+        os.close(tmpfs.mount({"huge": "within_size"}))
+    except OSError as error:
+        known = {errno.ENOSYS: "Linux 5.2 or later", errno.EINVAL: "a kernel with CONFIG_TRANSPARENT_HUGEPAGE"}
+        remedy = known.get(error.errno or 0, capability_remedy())
+        return Fact(name, Status.LIMITED, False, f"{error.strerror}: memfds in small pages", purpose, remedy)
+    return Fact(name, Status.YES, True, "works", purpose)

@@ -1,0 +1,95 @@
+"""Putting a thread back into a system call that our stop has ended, with as much of its timeout as was left.
+
+The kernel resumes most calls by itself. Those in `threads.ENDED_BY_A_STOP` come back with EINTR, as if a signal
+handler had run. In place of it goes the kernel's own code for "once more, unless a handler runs", ERESTARTNOHAND.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import struct
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from iobmd.errors import IOReturnError
+from iobmd.remote import threads
+
+if TYPE_CHECKING:
+    from iobmd.task import Task
+
+_WORD = 1 << 64
+_ERESTARTNOHAND = 514
+_EPOLL = (threads.EPOLL_WAIT, threads.EPOLL_PWAIT, threads.EPOLL_PWAIT2)
+
+
+class Sleep(NamedTuple):
+    """One sleep of a thread in epoll_wait: since when, by our clock in seconds, and how often it had slept before."""
+
+    since: float
+    switches: int
+
+
+def look(pid: int, activity: threads.Activity) -> Sleep | None:
+    """Return the sleep a thread is in, before it is stopped; None where that does not matter, or cannot be known.
+
+    By the time it last ran (se.exec_start of /proc/PID/sched), which is on the clock of its processor: we have to run
+    on the same one.
+    """
+    if activity.call not in _EPOLL:
+        return None
+    with contextlib.suppress(OSError, LookupError, ValueError):
+        switches = _switches(pid, activity.tid)
+        if os.sched_getaffinity(0) != {activity.cpu}:
+            return None
+        os.sched_yield()  # brings our own figure up to date
+        asleep_ms = _last_ran("/proc/thread-self/sched") - _last_ran(f"/proc/{pid}/task/{activity.tid}/sched")
+        return Sleep(time.monotonic() - max(0.0, asleep_ms / 1e3), switches)
+    return None
+
+
+def undo_eintr(task: Task, tid: int, regs: Any, sleep: Sleep | None) -> bool:
+    """Change the registers of a stopped thread so that it goes back into its call; says whether that was needed."""
+    if regs.rax != _WORD - errno.EINTR or regs.orig_rax not in threads.ENDED_BY_A_STOP:
+        return False
+    if regs.orig_rax in _EPOLL and (timeout_ms := _timeout_ms(task, regs)) is not None:
+        with contextlib.suppress(OSError, LookupError, ValueError):
+            # It has slept once more since: it stands still.
+            if sleep and _switches(task.pid, tid) == sleep.switches + 1:
+                timeout_ms -= (time.monotonic() - sleep.since) * 1e3
+        regs.r10 = max(0, math.ceil(timeout_ms))
+        if regs.orig_rax == threads.EPOLL_PWAIT2:  # the same with a number in the place of a pointer to one
+            regs.orig_rax = threads.EPOLL_PWAIT
+    regs.rax = _WORD - _ERESTARTNOHAND
+    return True
+
+
+def _timeout_ms(task: Task, regs: Any) -> float | None:
+    """Return the timeout of the call that it began with; None: it has none."""
+    if regs.orig_rax != threads.EPOLL_PWAIT2:
+        (timeout,) = struct.unpack("=i", struct.pack("=I", regs.r10 & 0xFFFFFFFF))
+        return float(timeout) if timeout > 0 else None
+    if not regs.r10:
+        return None
+    try:
+        seconds, nanoseconds = struct.unpack("=qq", task.read(regs.r10, 16))
+    except IOReturnError:
+        return None
+    timeout = seconds * 1e3 + nanoseconds / 1e6
+    return timeout if 0 < timeout < 1 << 31 else None
+
+
+def _switches(pid: int, tid: int) -> int:
+    return int(_field(f"/proc/{pid}/task/{tid}/status", "voluntary_ctxt_switches"))
+
+
+def _last_ran(path: str) -> float:
+    return float(_field(path, "se.exec_start"))
+
+
+def _field(path: str, name: str) -> str:
+    lines = Path(path).read_text(errors="replace").splitlines()
+    return next(line.rpartition(":")[2] for line in lines if line.startswith(name))

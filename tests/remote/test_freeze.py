@@ -1,0 +1,206 @@
+"""Copies as of one moment: out of a snapshot, and out of a task that stands still."""
+
+import os
+import signal
+import struct
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import kernel
+
+import iobmd
+from iobmd import IOReturn, IOReturnError
+from iobmd.remote import freeze
+
+MIB = 1 << 20
+SOURCE = r"""
+#include <pthread.h>
+#include <stdio.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+/* Two threads count in every page of their half, page after page: a copy of one moment holds at most two neighbouring
+   numbers in each half, and the larger before the smaller. */
+static char *base; static size_t half;
+static void *count(void *which) {
+    char *start = base + (which ? half : 0);
+    for (uint64_t round = 2;; round++)
+        for (size_t page = 0; page < half; page += 4096) *(volatile uint64_t *)(start + page) = round;
+}
+int main(int argc, char **argv) {
+    size_t size = strtoull(argv[1], 0, 0);
+    int shared = !strcmp(argv[2], "shared");
+    half = size / 2;
+    base = mmap(0, size, PROT_READ | PROT_WRITE, MAP_ANONYMOUS | (shared ? MAP_SHARED : MAP_PRIVATE), -1, 0);
+    if (!strcmp(argv[2], "small")) madvise(base, size, MADV_NOHUGEPAGE);
+    if (!strcmp(argv[2], "huge")) madvise(base, size, MADV_HUGEPAGE);
+    if (!strcmp(argv[2], "dontfork")) madvise(base, size, MADV_DONTFORK);
+    if (!strcmp(argv[2], "wipeonfork")) madvise(base, size, MADV_WIPEONFORK);
+    for (size_t page = 0; page < size; page += 4096) *(uint64_t *)(base + page) = 1;
+    pthread_t other;
+    pthread_create(&other, 0, count, (void *)1);
+    printf("%lu\n", (unsigned long)base); fflush(stdout);
+    count(0);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def counter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("counter")
+    (folder / "counter.c").write_text(SOURCE)
+    subprocess.run(["cc", "-O2", "-pthread", "-o", folder / "counter", folder / "counter.c"], check=True)
+    return folder / "counter"
+
+
+class Source:
+    """The running program."""
+
+    def __init__(self, program: Path, size: int, kind: str) -> None:
+        self.process = subprocess.Popen([program, str(size), kind], stdout=subprocess.PIPE)
+        assert self.process.stdout
+        self.address, self.size = int(self.process.stdout.readline()), size
+        self.pid = self.process.pid
+
+    def end(self) -> None:
+        assert self.process.poll() is None, "it did not survive"
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def start(counter: Path) -> Iterator[object]:
+    started: list[Source] = []
+
+    def run(size: int, kind: str) -> Source:
+        started.append(Source(counter, size, kind))
+        return started[-1]
+
+    yield run
+    for one in started:
+        one.end()
+
+
+def is_of_one_moment(data: memoryview, size: int) -> bool:
+    numbers = [struct.unpack_from("=Q", data, page)[0] for page in range(0, size, kernel.PAGE)]
+    halves = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
+    return all(half == sorted(half, reverse=True) and half[0] - half[-1] <= 1 for half in halves)
+
+
+def children(pid: int) -> str:
+    return "".join(
+        Path(f"/proc/{pid}/task/{tid.name}/children").read_text() for tid in Path(f"/proc/{pid}/task").iterdir()
+    )
+
+
+@pytest.mark.needs("compiler")
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("kind", ["small", "huge", "shared", "dontfork", "wipeonfork"])
+def test_of_one_moment(start, kind: str) -> None:  # type: ignore[no-untyped-def]
+    size = 32 * MIB
+    source = start(size, kind)
+    plain = 0
+    for _ in range(5):
+        with iobmd.copy(source.pid, source.address, size, freeze=True, wired=False) as buffer:
+            with memoryview(buffer) as view:
+                assert is_of_one_moment(view, size)
+            assert 0 < buffer.source_stopped_ns < 5 * 10**9
+        with iobmd.copy(source.pid, source.address, size, wired=False) as buffer, memoryview(buffer) as view:
+            plain += is_of_one_moment(view, size)
+            assert buffer.source_stopped_ns == 0
+    assert plain < 5, "the test shows nothing: a copy without freeze is of one moment too"
+    assert not children(source.pid), "a snapshot was left behind"
+
+
+@pytest.mark.needs("compiler")
+def test_how_it_is_done(start, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """Private memory by a snapshot, shared memory and what a child does not get from the task that stands still."""
+    made: list[int] = []
+    make = freeze.Snapshot.make
+
+    def count(self: object, stop: object) -> None:
+        make(self, stop)  # type: ignore[arg-type]
+        made.append(self._pid)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(freeze.Snapshot, "make", count)
+    for kind, snapshots in (("small", 1), ("shared", 0), ("dontfork", 0), ("wipeonfork", 0)):
+        source = start(8 * MIB, kind)
+        made.clear()
+        iobmd.copy(source.pid, source.address, 8 * MIB, freeze=True, wired=False).free()
+        assert len(made) == snapshots, kind
+        assert not any(Path(f"/proc/{pid}").exists() for pid in made)
+    made.clear()
+    iobmd.copy(source.pid, source.address, 4096, freeze=True, wired=False).free()
+    assert not made, "a page is copied sooner than a snapshot is made"
+
+
+@pytest.mark.needs("compiler")
+def test_a_child_that_cannot_be_made(start, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """Then the task stands still for the copy."""
+    from iobmd.remote.stop import Stop
+
+    call = Stop.call
+
+    def refuse(self: Stop, name: str, *arguments: int) -> int:
+        if name == "clone":
+            raise OSError(11, "no more processes")
+        return call(self, name, *arguments)
+
+    monkeypatch.setattr(Stop, "call", refuse)
+    source = start(8 * MIB, "small")
+    with iobmd.copy(source.pid, source.address, 8 * MIB, freeze=True, wired=False) as buffer:
+        with memoryview(buffer) as view:
+            assert is_of_one_moment(view, 8 * MIB)
+
+
+def test_refused() -> None:
+    with pytest.raises(IOReturnError, match="itself") as caught:
+        iobmd.copy(os.getpid(), 4096, 4096, freeze=True, wired=False)
+    assert caught.value.code == IOReturn.kIOReturnUnsupported
+    target = subprocess.Popen(["sleep", "1000"])
+    try:
+        for address in (0, 1 << 46):
+            with pytest.raises(IOReturnError) as caught:
+                iobmd.copy(target.pid, address, 1 << 20, freeze=True, wired=False)
+            assert caught.value.code == IOReturn.kIOReturnVMError
+            assert caught.value.address == address
+        assert target.poll() is None
+        assert not children(target.pid)
+    finally:
+        target.kill()
+        target.wait()
+
+
+@pytest.mark.needs("compiler")
+def test_stopped_process_stays_stopped(start) -> None:  # type: ignore[no-untyped-def]
+    source = start(8 * MIB, "small")
+    os.kill(source.pid, signal.SIGSTOP)
+    while "T (stopped)" not in Path(f"/proc/{source.pid}/status").read_text():
+        time.sleep(0.001)
+    with iobmd.copy(source.pid, source.address, 8 * MIB, freeze=True, wired=False) as buffer:
+        assert buffer.readBytes(0, 8 * MIB) == iobmd.Task(source.pid).read(source.address, 8 * MIB)
+    time.sleep(0.05)
+    assert "T (stopped)" in Path(f"/proc/{source.pid}/status").read_text()
+    os.kill(source.pid, signal.SIGCONT)
+
+
+@pytest.mark.needs("compiler")
+def test_no_memory_is_held_by_the_snapshot(start) -> None:  # type: ignore[no-untyped-def]
+    """The child shares the descriptors: what the task closes is closed, though a snapshot is being read."""
+    source = start(8 * MIB, "small")
+    before = len(list(Path(f"/proc/{source.pid}/fd").iterdir()))
+    seen: list[int] = []
+
+    def look(_copied: int) -> None:
+        seen.append(len(children(source.pid).split()))
+
+    iobmd.copy(source.pid, source.address, 8 * MIB, freeze=True, wired=False, progress=look).free()
+    assert seen
+    assert set(seen) == {1}
+    assert len(list(Path(f"/proc/{source.pid}/fd").iterdir())) == before

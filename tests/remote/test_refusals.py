@@ -1,0 +1,268 @@
+"""Tasks that cannot be stopped: each refusal names its reason, and the task goes on as before."""
+
+import contextlib
+import ctypes
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.child import CAP_SYS_ADMIN, in_child
+
+import iobmd
+from iobmd import IOReturn, IOReturnError
+
+PTRACE_SEIZE, PTRACE_DETACH, PTRACE_INTERRUPT = 0x4206, 17, 0x4207
+
+
+def refusal(pid: int, match: str) -> IOReturn:
+    with pytest.raises(IOReturnError, match=match) as caught:
+        iobmd.allocate(4096, task=pid, wired=False)
+    return caught.value.code
+
+
+def refused(pid: int) -> tuple[IOReturn, str]:
+    """The same in a child, which cannot use pytest's."""
+    try:
+        iobmd.allocate(4096, task=pid, wired=False).free()
+    except IOReturnError as error:
+        return error.code, str(error)
+    raise AssertionError("it is not refused")
+
+
+@contextlib.contextmanager
+def program(*command: str, **options: object) -> Iterator[subprocess.Popen[bytes]]:
+    one = subprocess.Popen(command, **options)  # type: ignore[call-overload]
+    try:
+        yield one
+        assert one.poll() is None, "it did not survive"
+    finally:
+        one.kill()
+        one.wait()
+
+
+def test_traced_by_another() -> None:
+    """By a debugger, whose name is told; after it has let go, all is well."""
+    with program("sleep", "1000") as target:
+        script = (
+            "import ctypes, sys, time\n"
+            f"assert ctypes.CDLL(None).ptrace({PTRACE_SEIZE}, {target.pid}, 0, 0) == 0\n"
+            "print('traced', flush=True); sys.stdin.read()\n"
+        )
+        with subprocess.Popen([sys.executable, "-c", script], stdin=-1, stdout=-1, text=True) as debugger:
+            assert debugger.stdout
+            assert debugger.stdout.readline() == "traced\n"
+            begin = time.monotonic()
+            assert (
+                refusal(target.pid, rf"traced by process {debugger.pid} \(python") == IOReturn.kIOReturnNotPermitted
+            )
+            assert time.monotonic() - begin < 10
+            # Another user of iobmd is such a tracer too, and gone in a moment: that is waited for.
+            threading.Timer(0.3, debugger.stdin.close).start()  # type: ignore[union-attr]
+            iobmd.allocate(4096, task=target.pid, wired=False).free()
+
+
+def test_kernel_thread() -> None:
+    """kthreadd, or this namespace's first process where that is not to be seen."""
+    if Path("/proc/2/comm").read_text().strip() != "kthreadd":
+        pytest.skip("no kernel thread is to be seen in this pid namespace")
+    assert refusal(2, "is a kernel thread") == IOReturn.kIOReturnUnsupported
+
+
+def test_zombie_and_gone() -> None:
+    target = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, target.pid, os.WEXITED | os.WNOWAIT)
+    assert refusal(target.pid, "zombie") == IOReturn.kIOReturnNotFound
+    task = None
+    with program("sleep", "1000") as other:
+        task = iobmd.Task(other.pid)
+    target.wait()
+    with pytest.raises(IOReturnError) as caught:
+        iobmd.allocate(4096, task=task)
+    assert caught.value.code == IOReturn.kIOReturnNotFound
+
+
+@pytest.mark.needs("root")
+def test_another_user() -> None:
+    with program("sleep", "1000") as target:
+        code, message = in_child(lambda: refused(target.pid), uid=65534)
+    assert code == IOReturn.kIOReturnNotPermitted
+    assert "belongs to uid 0" in message
+
+
+@pytest.mark.needs("root")
+def test_seccomp_without_the_right_to_suspend_it() -> None:
+    filtered = (
+        "import time; from support import child; child.deny_calls({'userfaultfd': 1})\n"
+        "print(1, flush=True); time.sleep(999)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    with program(sys.executable, "-c", filtered, stdout=-1, env=environment) as target:
+        assert target.stdout
+        target.stdout.readline()
+        code, message = in_child(lambda: refused(target.pid), drop=CAP_SYS_ADMIN)
+        assert code == IOReturn.kIOReturnNotPermitted
+        assert "seccomp filter" in message
+        assert "CAP_SYS_ADMIN" in message
+        code, message = in_child(lambda: refused(target.pid), deny={"userfaultfd": errno.EPERM})
+        assert code == IOReturn.kIOReturnNotPermitted
+        assert "itself" in message
+        with iobmd.allocate(4096, task=target.pid, wired=False) as buffer:
+            buffer.writeBytes(0, b"suspended for a moment")
+        target.stdout.close()
+
+
+def test_this_process_itself() -> None:
+    """It makes its own system calls: buffers in it need no ptrace, whatever it is called."""
+    for itself in (os.getpid(), iobmd.kernel_task, iobmd.Task(os.getpid())):
+        with iobmd.allocate(4096, task=itself, wired=False, shared=True) as buffer:
+            assert buffer.task_stopped_ns == 0
+            assert len(memoryview(buffer)) == 4096
+
+
+def test_python_ptrace_is_missing() -> None:
+    """The message names the command; what needs no other task works."""
+
+    def without() -> tuple[IOReturn, str]:
+        sys.modules["ptrace"] = None  # type: ignore[assignment]
+        for name in [name for name in sys.modules if name.startswith("ptrace.")]:
+            sys.modules[name] = None  # type: ignore[assignment]
+        from iobmd.remote import tracing
+
+        tracing._binding.cache_clear()
+        iobmd.allocate(4096, wired=False, shared=True).free()
+        return refused(target.pid)
+
+    with program("sleep", "1000") as target:
+        code, message = in_child(without)
+    assert code == IOReturn.kIOReturnUnsupported
+    assert "pip install 'iobmd[remote]'" in message
+
+
+def test_no_pidfd() -> None:
+    with program("sleep", "1000") as target:
+        code, message = in_child(lambda: refused(target.pid), deny={"pidfd_getfd": errno.EPERM})
+        assert code == IOReturn.kIOReturnNotPermitted
+        assert "system calls" in message or "seccomp" in message
+        assert not [name for name in Path(f"/proc/{target.pid}/fd").iterdir() if name.name not in "012"]
+
+
+@pytest.mark.needs("compiler")
+def test_32_bit_program(tmp_path: Path) -> None:
+    source = tmp_path / "small.c"
+    source.write_text('void _start(void) { for (;;) __asm__ volatile ("int $0x80" : : "a"(29)); }\n')  # pause
+    # Without the C library: that of 32 bits is seldom installed.
+    command = ["cc", "-m32", "-nostdlib", "-static", "-ffreestanding", "-fno-pic", "-no-pie"]
+    subprocess.run([*command, "-o", tmp_path / "small", source], check=True)
+    with program(str(tmp_path / "small")) as target:
+        time.sleep(0.1)
+        assert refusal(target.pid, "32-bit program") == IOReturn.kIOReturnUnsupported
+
+
+@pytest.mark.needs("compiler")
+def test_a_thread_that_does_not_stop(tmp_path: Path) -> None:
+    """A parent that waits for its vfork child to run a program: it can be stopped when that has done so."""
+    source = tmp_path / "parent.c"
+    source.write_text(
+        "#include <unistd.h>\n#include <stdlib.h>\n"
+        "int main(int n, char **a) { if (!vfork()) { usleep(atoi(a[1])); _exit(0); }\n"
+        'write(1, "on\\n", 3); for (;;) pause(); }\n'
+    )
+    subprocess.run(["cc", "-o", tmp_path / "parent", source], check=True)
+    with program(str(tmp_path / "parent"), "6000000", stdout=-1) as target:
+        time.sleep(0.1)
+        begin = time.monotonic()
+        assert refusal(target.pid, "did not stop for 2 s") == IOReturn.kIOReturnTimeout
+        assert time.monotonic() - begin < 5
+        while "TracerPid:\t0" not in Path(f"/proc/{target.pid}/status").read_text():  # ends with our thread
+            assert time.monotonic() - begin < 5
+        assert target.stdout
+        assert target.stdout.readline() == b"on\n"
+        iobmd.allocate(4096, task=target.pid, wired=False).free()
+        target.stdout.close()
+
+
+def test_no_address_space_there() -> None:
+    import resource
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (256 << 20, 256 << 20))
+
+    with program("sleep", "1000", preexec_fn=limit) as target:
+        time.sleep(0.1)
+        maps = Path(f"/proc/{target.pid}/maps").read_text()
+        with pytest.raises(IOReturnError, match="RLIMIT_AS") as caught:
+            iobmd.allocate(1 << 30, task=target.pid, wired=False)
+        assert caught.value.code == IOReturn.kIOReturnNoMemory
+        assert Path(f"/proc/{target.pid}/maps").read_text() == maps
+
+
+def test_two_users_at_once() -> None:
+    """Threads of ours, and processes: each waits its turn, and the program notices none of them."""
+
+    def use() -> int:
+        for _ in range(20):
+            with iobmd.allocate(8192, task=target.pid, wired=False) as buffer:
+                buffer.writeBytes(0, b"x")
+        return 0
+
+    with program("sleep", "1000") as target:
+        failed: list[BaseException] = []
+
+        def in_thread() -> None:
+            try:
+                use()
+            except BaseException as error:
+                failed.append(error)
+
+        threads = [threading.Thread(target=in_thread) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        in_child(use)
+        for thread in threads:
+            thread.join(60)
+        assert not failed
+        assert "iobmd" not in Path(f"/proc/{target.pid}/maps").read_text()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one that came in a __del__
+def test_an_interrupt_leaves_nothing_there() -> None:
+    """Ctrl-C at any moment: the memory is there, or it is not, but never without a buffer that knows of it."""
+    libc = ctypes.CDLL(None)
+
+    class Interrupt(Exception):  # noqa: N818
+        pass
+
+    armed = False
+
+    def interrupt(_number: int, _frame: object) -> None:
+        if armed:
+            raise Interrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    hits = 0
+    try:
+        with program("sleep", "1000") as target:
+            for number in range(300):
+                buffer, armed = None, True
+                try:
+                    libc.ualarm(1 + number * 7 % 1500, 0)
+                    buffer = iobmd.allocate(4096, task=target.pid, wired=False)
+                    armed = False
+                except Interrupt:
+                    armed = False
+                    hits += 1
+                libc.ualarm(0, 0)
+                if buffer is not None:
+                    buffer.free()
+                assert "iobmd" not in Path(f"/proc/{target.pid}/maps").read_text(), number
+            assert "TracerPid:\t0" in Path(f"/proc/{target.pid}/status").read_text()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert hits > 10
