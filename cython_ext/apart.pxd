@@ -10,7 +10,7 @@ cdef extern from * nogil:
     #include <sys/syscall.h>
     #include <sys/wait.h>
 
-    /* Who made it is dead: what is under way is finished, which takes no time; a wait for him would never end. */
+    /* Who made it is dead: what is under way is finished, and takes no time; a wait for him would never end. */
     static void iobmd_orphaned(int number) { (void)number; alarm(5); }
 
     static void iobmd_begin_apart(void)
@@ -26,8 +26,8 @@ cdef extern from * nogil:
     }
 
     /* Run a function in such a child, with all signals blocked; 0, or an error number where no child is to be had.
-       The child goes on in this very frame, and never leaves it: what this thread, which waits, has below is lost, and
-       what it has above is as it was. */
+       The child goes on in this very frame, and never leaves it: of the stack of this thread, which waits, what is
+       below is lost, and what is above is as it was. */
     static __attribute__((noinline)) int iobmd_run_apart(void *function, void *argument)
     {
     #ifdef __x86_64__

@@ -33,7 +33,7 @@ _ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
 _NO_CALL = (1 << 64) - 1  # in orig_rax: the registers are not those of an interrupted system call
 _WORD = (1 << 64) - 1
 _CODE_32 = 0x23  # the code segment of 32-bit programs
-_SPINS = 300  # looks at a thread before they are spaced out, about half a millisecond
+_SPINS = 100  # looks at a thread before they are spaced out, a tenth of a millisecond or two
 
 _yield_processor = ctypes.PyDLL(None).sched_yield  # without letting go of the GIL
 
@@ -184,7 +184,7 @@ class Stop:
                 raise refusals.gone(f"task {self.task.pid} is gone: it exited, or its thread {self._tid} did")
             if deadline is not None and time.monotonic() > deadline:
                 raise NotStopped
-            time.sleep(0.0002)
+            time.sleep(0.00005 if spins < 2 * _SPINS else 0.0005)
         return found
 
     def release(self) -> int:

@@ -18,6 +18,7 @@ POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
         ("copy", 9),
         pytest.param("wired", 6, marks=pytest.mark.needs("frames", "memlock", "big_memory")),
         pytest.param("purgeable", 5, marks=pytest.mark.needs("memlock")),
+        ("remote", 5),
         pytest.param("contiguous", 4, marks=pytest.mark.needs("frames", "memlock", "big_memory")),
     ],
 )

@@ -1,5 +1,6 @@
 """The commands as people run them: exit codes, streams, JSON; one line on stderr for a mistake."""
 
+import gc
 import hashlib
 import json
 import os
@@ -67,6 +68,7 @@ def test_reader_that_goes_away() -> None:
 
 
 def test_demo(capsys: Captured) -> None:
+    gc.collect()  # what other tests have left
     before = Footprint.now()
     assert main(["demo", "--size", "2M", "--control", "64M", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
@@ -85,6 +87,11 @@ def test_demo(capsys: Captured) -> None:
     assert purged["resident"] == 512
     assert purged["taken"] >= 1
     assert purged["intact"] is purged["lost"] is purged["zero"] is True
+    remote = document["remote"]
+    assert (remote["seen"], remote["frozen"]) == (True, 2 << 20)
+    assert remote["same_frames"] in ([True] if os.geteuid() == 0 else [True, None])
+    assert remote["stopped_us"] > 0 < remote["frozen_stopped_us"]
+    gc.collect()
     assert Footprint.now().descriptors == before.descriptors
     assert not Path(f"/proc/{document['pid']}").exists()
 

@@ -154,9 +154,11 @@ def test_a_child_that_cannot_be_made(start, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(Stop, "call", refuse)
     source = start(8 * MIB, "small")
-    with iobmd.copy(source.pid, source.address, 8 * MIB, freeze=True, wired=False) as buffer:
-        with memoryview(buffer) as view:
-            assert is_of_one_moment(view, 8 * MIB)
+    with (
+        iobmd.copy(source.pid, source.address, 8 * MIB, freeze=True, wired=False) as buffer,
+        memoryview(buffer) as view,
+    ):
+        assert is_of_one_moment(view, 8 * MIB)
 
 
 def test_refused() -> None:

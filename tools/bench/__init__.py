@@ -27,6 +27,7 @@ BENCHMARKS = {
         "iobmd.tools.bench.purgeable",
         "purgeable memory there and back; as root also a cache under a memory limit",
     ),
+    "remote": ("iobmd.tools.bench.remote", "how long another task stands still, and the speed of shared memory"),
 }
 
 

@@ -1,0 +1,62 @@
+"""What `iobmd demo` shows of memory in another task: allocated there, the same frames, and a copy of one moment."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from iobmd import pagemap
+from iobmd.errors import IOReturnError
+from iobmd.facade import allocate, copy
+from iobmd.units import format_size
+
+if TYPE_CHECKING:
+    from iobmd.cli.client import Piece
+    from iobmd.task import Task
+
+_SIZE = 64 << 10
+
+
+def demonstrate(task: Task, piece: Piece) -> dict[str, Any] | str:
+    """Allocate in a task, and copy a piece of it while it stands still; returns why not where that is impossible."""
+    data = os.urandom(_SIZE)
+    try:
+        with allocate(_SIZE, task=task) as buffer, buffer.map() as here:
+            there = buffer.getBytesNoCopy()
+            buffer.writeBytes(0, data)
+            seen = task.read(there, _SIZE) == data
+            seen = seen and bytes(memoryview(here)) == data  # which puts each page into our page tables, too
+            frames = [_frames(task, there), _frames(os.getpid(), here.getAddress())]
+            found = {
+                "size": _SIZE,
+                "address": there,
+                "wiring": buffer.wiring.value,
+                "seen": seen,
+                "same_frames": None if None in frames[0] else frames[0] == frames[1],
+                "stopped_us": buffer.task_stopped_ns // 1000,
+            }
+        with copy(task, piece.address, piece.size, freeze=True, wired=False) as frozen:
+            return found | {"frozen": piece.size, "frozen_stopped_us": frozen.source_stopped_ns // 1000}
+    except IOReturnError as error:
+        return str(error)
+
+
+def _frames(task: Task | int, address: int) -> list[int | None]:
+    return [page.pfn for page in pagemap.pages(task, address, _SIZE)]
+
+
+def truthful(found: dict[str, Any] | str) -> bool:
+    """Say whether what was shown is as it should be."""
+    return isinstance(found, str) or (found["seen"] and found["same_frames"] is not False)
+
+
+def show(found: dict[str, Any] | str) -> None:
+    """Print it."""
+    if isinstance(found, str):
+        print(f"\nNo memory in the other process: {found}")
+        return
+    frames = {True: "the same in both", False: "NOT the same", None: "hidden"}[found["same_frames"]]
+    print(f"\nMemory in the other process, {format_size(found['size'])}, {found['wiring']}:")
+    print(f"  allocated there:       at {found['address']:#x}, {found['stopped_us']} µs of its time")
+    print(f"  written here:          {'seen' if found['seen'] else 'NOT seen'} there; frames {frames}")
+    print(f"  copied at one moment:  {format_size(found['frozen'])}, {found['frozen_stopped_us']} µs of its time")

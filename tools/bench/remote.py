@@ -1,0 +1,105 @@
+"""`iobmd bench remote`: for how long another task stands still, and how fast memory is that it shares."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+from iobmd._native import floors, memory
+from iobmd._native.mapping import Mapping
+from iobmd.cli.client import Client
+from iobmd.facade import allocate, copy
+from iobmd.remote import session
+from iobmd.task import Task
+from iobmd.units import HUGE_PAGE_SIZE, format_size
+
+from .result import Result, at_least, medians, seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SMALL = 64 << 10
+PER_ROUND = 150  # of the small ones: seven rounds are a thousand
+
+
+def run(size: int, rounds: int) -> list[Result]:
+    """Measure; `size` is that of the frozen copy."""
+    program = subprocess.Popen(["sleep", "1000"])
+    try:
+        time.sleep(0.1)
+        return [
+            *_stops(Task(program.pid), rounds * PER_ROUND),
+            _first_write(program.pid, size * 2, rounds),
+            _freeze(size, rounds),
+        ]
+    finally:
+        program.kill()
+        program.wait()
+
+
+def _stops(task: Task, count: int) -> list[Result]:
+    stopped, bare, whole = [], [], []
+    for _ in range(count):
+        bare.append(session.with_stopped(task, lambda _stop: None) / 1e9)
+        begin = time.perf_counter()
+        buffer = allocate(SMALL, task=task, wired=False)
+        whole.append(time.perf_counter() - begin)
+        stopped.append(buffer.task_stopped_ns / 1e9)
+        buffer.free()
+    floor = statistics.median(bare)
+    against = f"a stop without a call: {floor * 1e3:.2f} ms, {max(bare) * 1e3:.1f} ms at worst"
+    what = f"{format_size(SMALL)} in another task"
+    return [
+        _within(f"{what}: a thread of it stands still", statistics.median(stopped), against, floor, 0.5e-3),
+        _within(f"{what}: the same, the worst of {count:,}", max(stopped), against, max(bare), 3e-3),
+        _within(f"{what}: in all", statistics.median(whole), against, floor, 1e-3),
+    ]
+
+
+def _within(what: str, took: float, against: str, floor: float, goal: float) -> Result:
+    return Result(what, f"{took * 1e3:.2f} ms", against, took / floor, f"≤ {goal * 1e3:g} ms", took <= goal)
+
+
+def _first_write(pid: int, size: int, rounds: int) -> Result:
+    """Write fresh memory that is mapped in another process too, and fresh private memory in huge pages."""
+    source = b"\1" * HUGE_PAGE_SIZE
+    bare, ours = medians(rounds, partial(_write_private, size, source), partial(_write_shared, pid, size, source))
+    rate = f"{size / ours / 1e9:.1f} GB/s"
+    floor = f"private memory, THP: {size / bare / 1e9:.1f} GB/s"
+    return at_least(f"first write of {format_size(size)} shared with another process", rate, floor, bare / ours, 0.8)
+
+
+def _write_private(size: int, source: bytes) -> float:
+    mapping = Mapping.anonymous(size, HUGE_PAGE_SIZE)
+    memory.advise(mapping.address, size, memory.MADV_HUGEPAGE)
+    try:
+        return seconds(partial(_fill, mapping.write, size, source))
+    finally:
+        mapping.close()
+
+
+def _write_shared(pid: int, size: int, source: bytes) -> float:
+    with allocate(size, wired=False, shared=True) as buffer, buffer.createMappingInTask(pid, 0, 1):
+        return seconds(partial(_fill, buffer.writeBytes, size, source))
+
+
+def _fill(write: Callable[[int, bytes], object], size: int, source: bytes) -> None:
+    for offset in range(0, size, len(source)):
+        write(offset, source)
+
+
+def _freeze(size: int, rounds: int) -> Result:
+    with Client(anonymous=size) as client:
+        piece = client.pieces["anonymous"]
+        stopped, whole = [], []
+        for _ in range(rounds):
+            whole.append(floors.read_fresh(client.pid, piece.address, size))
+            with copy(client.pid, piece.address, size, freeze=True, wired=False) as buffer:
+                stopped.append(buffer.source_stopped_ns / 1e9)
+    floor = statistics.median(whole)
+    what = f"copy(freeze=True) of {format_size(size)} in 4 KiB pages: the source stands still"
+    against = f"one process_vm_readv into fresh memory: {floor * 1e3:.0f} ms"
+    return _within(what, statistics.median(stopped), against, floor, 30e-3)
