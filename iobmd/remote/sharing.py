@@ -242,7 +242,7 @@ class _Sent:
         stop.task.write(scratch + _MESSAGE, self._message())
         stop.call("socketpair", socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC, 0, scratch + _ENDS)
         self._theirs += struct.unpack("=ii", stop.task.read(scratch + _ENDS, 8))
-        with socket.socket(fileno=crosstask.fetch_descriptor(stop.task.pidfd, self._theirs[0])) as near:
+        with socket.socket(fileno=self._fetched(self._theirs[0])) as near:
             socket.send_fds(near, [b"."], [self._ours])
         stop.call("recvmsg", self._theirs[1], scratch + _MESSAGE, _MSG_CMSG_CLOEXEC)
         control = stop.task.read(scratch + _CONTROL, _HEADER + 4)
@@ -250,6 +250,17 @@ class _Sent:
             raise OSError(errno.EMFILE, "recvmsg")
         (self.fd,) = struct.unpack_from("=i", control, _HEADER)
         self._theirs.append(self.fd)
+
+    def _fetched(self, fd: int) -> int:
+        try:
+            return crosstask.fetch_descriptor(self._stop.task.pidfd, fd)
+        except OSError as error:
+            message = (
+                f"cannot fetch a descriptor of task {self._stop.task.pid} ({error}): pidfd_getfd needs Linux 5.6, "
+                "and a seccomp filter of this process may forbid it; `iobmd doctor` tells"
+            )
+            code = IOReturn.kIOReturnUnsupported if error.errno == errno.ENOSYS else IOReturn.kIOReturnNotPermitted
+            raise IOReturnError(code, message, error.errno or 0) from None
 
     def _message(self) -> bytes:
         """Return a struct msghdr for a byte and a descriptor, and all it points to, as it lies from `_MESSAGE` on."""

@@ -149,7 +149,7 @@ def test_no_pidfd() -> None:
     with program("sleep", "1000") as target:
         code, message = in_child(lambda: refused(target.pid), deny={"pidfd_getfd": errno.EPERM})
         assert code == IOReturn.kIOReturnNotPermitted
-        assert "system calls" in message or "seccomp" in message
+        assert "pidfd_getfd" in message
         assert not [name for name in Path(f"/proc/{target.pid}/fd").iterdir() if name.name not in "012"]
 
 
@@ -231,10 +231,12 @@ def test_two_users_at_once() -> None:
         assert "iobmd" not in Path(f"/proc/{target.pid}/maps").read_text()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one that came in a __del__
-def test_an_interrupt_leaves_nothing_there() -> None:
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_an_interrupt_leaves_nothing_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C at any moment: the memory is there, or it is not, but never without a buffer that knows of it."""
     libc = ctypes.CDLL(None)
+    # One that came in a __del__; pytest's would keep it, and with it the frames that hold the buffer.
+    monkeypatch.setattr(sys, "unraisablehook", lambda _what: None)
 
     class Interrupt(Exception):  # noqa: N818
         pass

@@ -236,7 +236,7 @@ def _read_until(target: Target, handled: int) -> None:
 @pytest.mark.parametrize("kind", ["timerfd", "sleep", "signal"])
 def test_no_tick_of_a_millisecond_timer_is_lost(kind: str) -> None:
     with Target([build("busy"), kind, "2000"]) as target:
-        exercise(target.pid, 20, pause=0.01)
+        exercise(target.pid, 10, pause=0.01)
         code, said = target.end()
     print(f"{kind}: {said.strip()}")
     fields = dict(zip(said.split()[::2], map(int, said.split()[1::2]), strict=True))
