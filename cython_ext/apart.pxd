@@ -11,7 +11,12 @@ cdef extern from * nogil:
     #include <sys/wait.h>
 
     /* Who made it is dead: what is under way is finished, and takes no time; a wait for him would never end. */
-    static void iobmd_orphaned(int number) { (void)number; alarm(5); }
+    static volatile pid_t iobmd_maker;
+    static void iobmd_orphaned(int number)
+    {
+        (void)number;
+        if (getppid() != iobmd_maker) alarm(5);
+    }
 
     static void iobmd_begin_apart(void)
     {
@@ -19,13 +24,22 @@ cdef extern from * nogil:
         signal(SIGTERM, iobmd_orphaned);
         signal(SIGALRM, SIG_DFL);
         prctl(PR_SET_PDEATHSIG, SIGTERM);
+        iobmd_orphaned(0);
         sigemptyset(&ours);
         sigaddset(&ours, SIGTERM);
         sigaddset(&ours, SIGALRM);
         sigprocmask(SIG_UNBLOCK, &ours, NULL);
     }
 
-    /* Run a function in such a child, with all signals blocked; 0, or an error number where no child is to be had.
+    static __attribute__((noinline, noreturn)) void iobmd_apart(void *function, void *argument)
+    {
+        iobmd_begin_apart();
+        ((void (*)(void *))function)(argument);
+        for (;;) syscall(SYS_exit, 0);
+    }
+
+    /* Run a function in such a child, with all signals blocked; 0, an error number where no child is to be had, or -1
+       where it was killed.
        The child goes on in this very frame, and never leaves it: of the stack of this thread, which waits, what is
        below is lost, and what is above is as it was. */
     static __attribute__((noinline)) int iobmd_run_apart(void *function, void *argument)
@@ -33,6 +47,8 @@ cdef extern from * nogil:
     #ifdef __x86_64__
         sigset_t all, before;
         long pid;
+        int status = 0;
+        iobmd_maker = getpid();
         sigfillset(&all);
         pthread_sigmask(SIG_SETMASK, &all, &before);
         /* CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_VFORK, and no signal when it ends */
@@ -41,15 +57,12 @@ cdef extern from * nogil:
             : "=a"(pid)
             : "0"((long)SYS_clone), "D"(0x4700L), "S"(0L), "d"(0L)
             : "rcx", "r8", "r10", "r11", "memory");
-        if (pid == 0) {
-            iobmd_begin_apart();
-            ((void (*)(void *))function)(argument);
-            for (;;) syscall(SYS_exit, 0);
-        }
+        if (pid == 0)
+            iobmd_apart(function, argument);
         if (pid > 0)
-            while (waitpid(pid, NULL, __WALL) < 0 && errno == EINTR) continue;
+            while (waitpid(pid, &status, __WALL) < 0 && errno == EINTR) continue;
         pthread_sigmask(SIG_SETMASK, &before, NULL);
-        return pid < 0 ? (int)-pid : 0;
+        return pid < 0 ? (int)-pid : status ? -1 : 0;
     #else
         (void)function; (void)argument;
         return ENOSYS;

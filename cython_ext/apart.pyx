@@ -2,10 +2,10 @@
 """Running a function apart: in an OS thread of its own, and there in a process of its own that shares everything.
 
 What the kernel ties to a process, the traced threads of ptrace(2) and the reports of their stops, are then nothing of
-ours: no wait of another thread sees them, and if this process is killed what is under way is still finished.
+ours: no wait of another thread sees them. If this process is killed, what is under way is still finished, unless one
+of our threads had the GIL at that moment.
 """
 
-from libc.errno cimport EAGAIN
 from cpython.ref cimport PyObject
 
 from _thread import start_new_thread
@@ -20,6 +20,11 @@ cdef extern from "Python.h":
     void PyThread_release_lock(PyThread_type_lock lock) nogil
     int PyGC_Disable()
     int PyGC_Enable()
+    void Py_FatalError(const char *message)
+
+
+class NoThreadError(Exception):
+    """No thread is to be had."""
 
 
 cdef class _Job:
@@ -54,24 +59,27 @@ cdef void _do(void *argument) noexcept:
 
 
 def _run(_Job job, bint in_process):
-    try:
-        if not in_process or iobmd_run_apart(<void *>_do, <void *><PyObject *>job):
-            _do(<void *><PyObject *>job)
-    finally:
-        PyThread_release_lock(job.over)
+    cdef int failed = 1
+    if in_process:
+        failed = iobmd_run_apart(<void *>_do, <void *><PyObject *>job)
+        if failed < 0:  # whether it had the GIL nobody knows
+            Py_FatalError("the process that traces another for iobmd was killed")
+    if failed:
+        _do(<void *><PyObject *>job)
+    PyThread_release_lock(job.over)
 
 
 def run_apart(body, bint in_process):
     """Return what `body` does, apart; with `in_process` in a process of its own, where one is to be had.
 
     Signals that come meanwhile are handled afterwards: whoever calls this never goes on before `body` is over. Raises
-    BlockingIOError where no thread is to be had.
+    NoThreadError.
     """
     cdef _Job job = _Job(body)
     try:
         start_new_thread(_run, (job, in_process))
     except RuntimeError as error:
-        raise BlockingIOError(EAGAIN, str(error)) from None
+        raise NoThreadError(str(error)) from None
     with nogil:
         PyThread_acquire_lock(job.over, 1)
     if job.error is not None:

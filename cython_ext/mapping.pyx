@@ -161,6 +161,10 @@ cdef class Mapping:
             raise BufferError(f"{self.users} users")
         self.sealed = True
 
+    def unseal(self):
+        """Undo `seal`."""
+        self.sealed = False
+
     def close(self):
         """Seal and unmap; idempotent."""
         self.seal()

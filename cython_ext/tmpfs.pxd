@@ -24,3 +24,14 @@ cdef extern from * nogil:
     int iobmd_fsopen(const char *type)
     int iobmd_fsconfig(int fd, unsigned command, const char *key, const char *value)
     int iobmd_fsmount(int fd)
+
+cdef extern from "<sys/vfs.h>" nogil:
+    ctypedef struct statfs_t "struct statfs":
+        long f_type
+        long f_bsize
+    int fstatfs(int fd, statfs_t *status)
+
+cdef extern from "<linux/magic.h>" nogil:
+    enum:
+        TMPFS_MAGIC
+        HUGETLBFS_MAGIC

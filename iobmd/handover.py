@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import stat
 import struct
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, SupportsIndex
 
-from iobmd import refusals, shmem
+from iobmd import refusals, request, shmem
+from iobmd._native import tmpfs
 from iobmd.backing.mapped import private
 from iobmd.backing.shared import SharedBacking
 from iobmd.buffer import IOBufferMemoryDescriptor
@@ -15,6 +18,7 @@ from iobmd.constants import IOOptionBits, IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.purgeable.agreed import TRAILER
 from iobmd.shmem import Extent, SharedObject
+from iobmd.task import kernel_task
 from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -25,6 +29,8 @@ _MARK = b"iobmd1"
 _LARGEST = 16 << 20  # bytes of a description: a million pieces
 _PAGEABLE = int(IOOptionBits.kIOMemoryPageable)
 _PURGEABLE = int(IOOptionBits.kIOMemoryPurgeable)
+_CONTIGUOUS = int(IOOptionBits.kIOMemoryPhysicallyContiguous | IOOptionBits.kIOMemoryHostPhysicallyContiguous)
+_F_GET_SEALS = 1034  # linux/fcntl.h
 
 
 class _Description(NamedTuple):
@@ -35,20 +41,30 @@ class _Description(NamedTuple):
     length: int
     extents: list[tuple[int, int]]
     alignment: int
-    page: int
-    immovable: bool
+
+    @classmethod
+    def parse(cls, fields: Any) -> _Description:
+        """Return what was sent. Raises ValueError or TypeError."""
+        options, capacity, length, extents, alignment = fields
+        pieces = [(offset, size) for offset, size in extents]
+        numbers = [options, capacity, length, alignment, *(number for piece in pieces for number in piece)]
+        if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+            raise ValueError("its numbers are none")
+        request.check(kernel_task, options & ~_CONTIGUOUS, capacity, alignment, 0)
+        return cls(options, capacity, length, pieces, alignment)
 
     def shared(self, fd: int) -> SharedObject:
-        """Return the object, checked: who sent this may be wrong. Raises ValueError or TypeError as well."""
+        """Return the object, checked: who sent this may be wrong. Raises ValueError."""
+        hugetlb = tmpfs.hugetlb_page(fd)
         end = os.fstat(fd).st_size - (TRAILER if self.options & _PURGEABLE else 0)
         extents = [Extent(offset, length) for offset, length in self.extents]
         size = sum(extent.length for extent in extents)
-        pages = [number % self.page for extent in extents for number in extent]
-        if any(pages) or self.page < PAGE_SIZE or any(min(extent) < 0 or sum(extent) > end for extent in extents):
-            raise _not_ours("its pieces are not inside of its memory")
-        if not 0 < self.capacity <= size or not 0 <= self.length <= self.capacity:
-            raise _not_ours("it is longer than its memory")
-        return SharedObject(fd, extents, alignment=self.alignment, page=self.page, immovable=self.immovable)
+        page = hugetlb or PAGE_SIZE
+        if any(number % page for extent in extents for number in extent) or any(sum(one) > end for one in extents):
+            raise ValueError("its pieces are not inside of its memory")
+        if not 0 < self.capacity <= size or self.length > self.capacity:
+            raise ValueError("it is longer than its memory")
+        return SharedObject(fd, extents, alignment=self.alignment, page=page, immovable=bool(hugetlb))
 
 
 class Handle:
@@ -97,10 +113,12 @@ class Handle:
             mark, length = _HEADER.unpack(header)
             if mark != _MARK or length > _LARGEST or len(fds) != 1:
                 raise _not_ours("it was not sent by iobmd")
-            fields = json.loads(_exactly(socket, length))
-            return cls(fds.pop(), _Description(*fields))
-        except (ValueError, TypeError) as error:
-            raise error if isinstance(error, IOReturnError) else _not_ours(str(error)) from None
+            description = _Description.parse(json.loads(_exactly(socket, length)))
+            _check_memory(fds[0], trusted=_is_trusted(socket))
+            return cls(fds.pop(), description)
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            ours = isinstance(error, IOReturnError) and error.code != IOReturn.kIOReturnUnsupported
+            raise error if ours else _not_ours(str(error)) from None
         finally:
             for fd in fds:
                 os.close(fd)
@@ -116,11 +134,9 @@ class Handle:
         fd = _own_description(self._open())
         try:
             shared = description.shared(fd)
-        except BaseException as error:
+        except (ValueError, OSError) as error:
             os.close(fd)
-            if isinstance(error, (ValueError, TypeError)) and not isinstance(error, IOReturnError):
-                raise _not_ours(str(error)) from None
-            raise
+            raise _not_ours(str(error)) from None
         backing = SharedBacking(shared, wired=not options & _PAGEABLE, purgeable=bool(options & _PURGEABLE))
         return IOBufferMemoryDescriptor()._attach(backing, options, description.capacity, description.length)
 
@@ -187,12 +203,9 @@ def share(buffer: IOBufferMemoryDescriptor, socket: sockets.socket | None = None
         fd = os.dup(shared.fd)
     except OSError as error:
         raise refusals.own(error, "cannot share memory") from None
-    extents = [tuple(extent) for extent in shared.extents]
+    extents = [(offset, size) for offset, size in shared.extents]
     capacity, length, options = buffer.getCapacity(), buffer.getLength(), int(buffer.getFlags())
-    handle = Handle(
-        fd,
-        _Description(options, capacity, length, extents, shared.alignment, shared.page, shared.immovable),  # type: ignore[arg-type]
-    )
+    handle = Handle(fd, _Description(options, capacity, length, extents, shared.alignment))
     if socket is not None:
         handle.send(socket)
     return handle
@@ -224,6 +237,24 @@ def attach(source: Handle | sockets.socket, *, wired: bool | None = None) -> IOB
         return source.attach(wired=wired)
     with Handle.receive(source) as handle:
         return handle.attach(wired=wired)
+
+
+def _is_trusted(socket: sockets.socket) -> bool:
+    """Say whether who is at the other end could harm us anyway: root, or our own user (unix(7), SO_PEERCRED)."""
+    import socket as sockets  # noqa: PLC0415 (as above)
+
+    credentials = struct.Struct("=iII")
+    _pid, uid, _gid = credentials.unpack(socket.getsockopt(sockets.SOL_SOCKET, sockets.SO_PEERCRED, credentials.size))
+    return uid in (0, os.geteuid())
+
+
+def _check_memory(fd: int, *, trusted: bool) -> None:
+    """Raise ValueError unless a descriptor is of memory that may be written to, and will not be cut away under us."""
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR or not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise ValueError("its descriptor may not be written to")  # and reopening it would pass over that
+    tmpfs.hugetlb_page(fd)
+    if not trusted and not fcntl.fcntl(fd, _F_GET_SEALS) & shmem.F_SEAL_SHRINK:
+        raise ValueError("its sender is another user, who could cut it away: its size is not sealed")
 
 
 def _own_description(fd: int) -> int:

@@ -27,6 +27,7 @@ def open_map(descriptor: Descriptor, task: Task, place: Place) -> IOMemoryMap:
         known = [window for window in list(descriptor._windows) if window.serves(task, place)]
         window = known[0] if known else Window.open(descriptor, task, place)
         descriptor._windows.add(window)
+        window.prefault(place)
         return IOMemoryMap(window, place)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # linux/fcntl.h: without them a process that has the descriptor could cut the memory away under the others.
-_F_ADD_SEALS, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 0x2, 0x4
+_F_ADD_SEALS, F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 0x2, 0x4
 
 
 class Extent(NamedTuple):
@@ -135,7 +135,7 @@ def create_memfd(size: int) -> int:
     fd = os.memfd_create("iobmd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, size)
-        fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
+        fcntl.fcntl(fd, _F_ADD_SEALS, F_SEAL_SHRINK | _F_SEAL_GROW)
     except BaseException:
         os.close(fd)
         raise

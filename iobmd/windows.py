@@ -113,8 +113,6 @@ class Window:
             )
         else:
             window = cls(descriptor, task, place, _map_there(backing, task, place))
-        if place.options & _PREFAULT:
-            window._prefault(place)
         return window
 
     @property
@@ -166,7 +164,10 @@ class Window:
         descriptor._windows.add(self)
         self.descriptor, self.first = descriptor, first
 
-    def _prefault(self, place: Place) -> None:
+    def prefault(self, place: Place) -> None:
+        """Have every page in place, if that is asked for."""
+        if not place.options & _PREFAULT:
+            return
         if not self.task.is_current:
             touch(self.task, self.address + place.first - self.first, place.size)
             return

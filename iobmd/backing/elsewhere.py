@@ -62,7 +62,12 @@ class RemoteBacking(SharedBacking):
     def close(self) -> None:
         """Unmap it there, if the task is still there, and here. Raises as `RemoteMapping.close`; idempotent."""
         if self._there:
-            self._there.close()
+            self.mapping.seal()  # refuses while it is in use, before anything is taken away there
+            try:
+                self._there.close()
+            except BaseException:
+                self.mapping.unseal()
+                raise
         super().close()
 
 

@@ -35,6 +35,8 @@ def main(argv: Sequence[str]) -> int:
     options |= IOMapOptions.kIOMapReadOnly if arguments.read_only else IOMapOptions(0)
     begin = time.perf_counter()
     with (
+        _terminable(),
+        contextlib.suppress(KeyboardInterrupt),
         allocate(
             arguments.size, shared=True, wired=not arguments.pageable, contiguous=arguments.contiguous
         ) as buffer,
@@ -98,34 +100,36 @@ def _show(found: dict[str, Any]) -> None:
 
 def _hold(task: Task, seconds: float | None) -> None:
     """Wait until we are interrupted, the process exits, or the time is over."""
-    with _terminable(), contextlib.suppress(KeyboardInterrupt):
-        if seconds is None:
-            print("interrupt to take it away (Ctrl-C)", file=sys.stderr, flush=True)
-        end = None if seconds is None else time.monotonic() + seconds
-        poll = select.poll()
-        if task.pidfd >= 0:
-            poll.register(task.pidfd, select.POLLIN)
-        while task.alive:
-            left = 1.0 if end is None else end - time.monotonic()
-            if left <= 0:
-                return
-            poll.poll(min(left, 1.0) * 1e3)
-        print(f"process {task.pid} has exited", file=sys.stderr, flush=True)
+    if seconds is None:
+        print("interrupt to take it away (Ctrl-C)", file=sys.stderr, flush=True)
+    end = None if seconds is None else time.monotonic() + seconds
+    poll = select.poll()
+    if task.pidfd >= 0:
+        poll.register(task.pidfd, select.POLLIN)
+    while task.alive:
+        left = 1.0 if end is None else end - time.monotonic()
+        if left <= 0:
+            return
+        poll.poll(min(left, 1.0) * 1e3)
+    print(f"process {task.pid} has exited", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Have SIGTERM interrupt like Ctrl-C, where we may set its handler."""
+    """Have SIGTERM and SIGHUP interrupt like Ctrl-C, once each, where we may set their handlers."""
 
-    def interrupt(_number: int, _frame: object) -> None:
+    def interrupt(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # what follows takes the memory away: not to be interrupted again
         raise KeyboardInterrupt
 
+    before = {}
     try:
-        before = signal.signal(signal.SIGTERM, interrupt)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            before[number] = signal.signal(number, interrupt)
     except ValueError:  # not in the main thread
-        yield
-        return
+        pass
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _NOT_IN_A_CHILD = {"sh", "dc", "wf", "ht", "io", "pf"}
 """Flags of memory that a child shares with its parent, does not get, or gets at the cost of hugetlb pages (smaps)."""
 _USERFAULT = {"um", "uw", "ui"}
+_QUICK = 4 << 20  # bytes that are copied in a call or two
 _WORTH_IT = 4  # a child costs a fifth or less of what it takes to copy as much as it shares (measured)
 
 
@@ -49,37 +50,46 @@ def copy(source: Source) -> int:
     IOReturnError
         As `Task.read`, and as `session.with_stopped`.
     """
-    return session.in_tracer(source.task, lambda: _copy(source))
-
-
-def _copy(source: Source) -> int:
+    before = 0
     if _suits_a_child(source):
+        snapshot = Snapshot(source.task)
         try:
-            return _from_snapshot(source)
+            before = session.in_tracer(source.task, lambda: _make(snapshot))
+            source.copy_from(snapshot.task)
         except (UnsupportedError, VMError, NotFoundError):
             pass  # a 32-bit program, memory that only the task itself has, or its child was killed: stopped, then
         except OSError as error:
             if isinstance(error, IOReturnError):
                 raise  # and where it can have no more processes, too
-    stops = _stop_all(source.task)
+        else:
+            snapshot.close()
+            return before + snapshot.stopped_ns
+        finally:
+            snapshot.close()
+        before += snapshot.stopped_ns
+    # A long copy in a thread: it lets go of the GIL; if we are killed, tracing was all that was done to the task.
+    quick = source.size < _QUICK
+    stopped = session.in_tracer(source.task, lambda: _copy_stopped(source), may_be_apart=quick)
+    if source.progress:
+        source.progress(source.size)
+    return before + stopped
+
+
+def _make(snapshot: Snapshot) -> int:
+    stops = _stop_all(snapshot.origin)
     try:
-        source.copy_from(source.task)
+        snapshot.make(stops[0])
     finally:
         stopped = _release(stops)
     return stopped
 
 
-def _from_snapshot(source: Source) -> int:
-    snapshot = Snapshot(source.task)
+def _copy_stopped(source: Source) -> int:
+    stops = _stop_all(source.task)
     try:
-        stops = _stop_all(source.task)
-        try:
-            snapshot.make(stops[0])
-        finally:
-            stopped = _release(stops)
-        source.copy_from(snapshot.task)
+        source._replace(progress=None).copy_from(source.task)  # it belongs to the caller's thread
     finally:
-        snapshot.close()
+        stopped = _release(stops)
     return stopped
 
 

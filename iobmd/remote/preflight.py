@@ -64,14 +64,21 @@ def _past_seccomp(pid: int, mode: str) -> int:
     raise IOReturnError(IOReturn.kIOReturnNotPermitted, f"task {pid} {what}, {why}", errno.EPERM)
 
 
-def traced_by_another(pid: int) -> IOReturnError:
+def tracer(pid: int, tid: int) -> int | None:
+    """Return who traces a thread of a task, 0 for nobody; None when the thread has ended."""
+    try:
+        status = procfs.status(f"{pid}/task/{tid}")
+    except OSError:
+        return None
+    return None if status["State"][0] in "ZX" else int(status["TracerPid"])
+
+
+def traced_by_another(pid: int, tracer: int) -> IOReturnError:
     """Return the error for a task that has a tracer already."""
     try:
-        tracer = procfs.status(pid)["TracerPid"]
-        name = Path(f"/proc/{tracer}/comm").read_text().strip()
-    except (OSError, KeyError):
-        tracer, name = "", ""
-    whom = f"process {tracer} ({name})" if name else "another process"
+        whom = f"process {tracer} ({Path(f'/proc/{tracer}/comm').read_text().strip()})"
+    except OSError:
+        whom = "another process"
     message = f"task {pid} is traced by {whom} already, and a task has one tracer only: detach that first"
     return IOReturnError(IOReturn.kIOReturnNotPermitted, message, errno.EPERM)
 

@@ -1,4 +1,4 @@
-"""Putting a thread back into a system call that our stop has ended, with as much of its timeout as was left.
+"""Putting a thread back into a system call that our stop has ended.
 
 The kernel resumes most calls by itself. Those in `threads.ENDED_BY_A_STOP` come back with EINTR, as if a signal
 handler had run. In place of it goes the kernel's own code for "once more, unless a handler runs", ERESTARTNOHAND.
@@ -15,15 +15,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from iobmd.errors import IOReturnError
 from iobmd.remote import threads
+from iobmd.remote.areas import areas
 
 if TYPE_CHECKING:
     from iobmd.task import Task
 
 _WORD = 1 << 64
 _ERESTARTNOHAND = 514
-_EPOLL = (threads.EPOLL_WAIT, threads.EPOLL_PWAIT, threads.EPOLL_PWAIT2)
+_EPOLL = (threads.EPOLL_WAIT, threads.EPOLL_PWAIT)
 
 
 class Sleep(NamedTuple):
@@ -52,34 +52,29 @@ def look(pid: int, activity: threads.Activity) -> Sleep | None:
 
 
 def undo_eintr(task: Task, tid: int, regs: Any, sleep: Sleep | None) -> bool:
-    """Change the registers of a stopped thread so that it goes back into its call; says whether that was needed."""
+    """Change the registers of a stopped thread so that it goes back into its call; says whether that was needed.
+
+    Where the C library made the call, which does not look at the timeout's register again, that is set to the rest;
+    elsewhere, and where the timeout is in memory or a setting of a socket, it begins again.
+    """
     if regs.rax != _WORD - errno.EINTR or regs.orig_rax not in threads.ENDED_BY_A_STOP:
         return False
-    if regs.orig_rax in _EPOLL and (timeout_ms := _timeout_ms(task, regs)) is not None:
+    regs.rax = _WORD - _ERESTARTNOHAND
+    (timeout_ms,) = struct.unpack("=i", struct.pack("=I", regs.r10 & 0xFFFFFFFF))
+    if regs.orig_rax in _EPOLL and timeout_ms > 0 and sleep and _is_in_c_library(task, regs.rip):
         with contextlib.suppress(OSError, LookupError, ValueError):
             # It has slept once more since: it stands still.
-            if sleep and _switches(task.pid, tid) == sleep.switches + 1:
-                timeout_ms -= (time.monotonic() - sleep.since) * 1e3
-        regs.r10 = max(0, math.ceil(timeout_ms))
-        if regs.orig_rax == threads.EPOLL_PWAIT2:  # the same with a number in the place of a pointer to one
-            regs.orig_rax = threads.EPOLL_PWAIT
-    regs.rax = _WORD - _ERESTARTNOHAND
+            if _switches(task.pid, tid) == sleep.switches + 1:
+                regs.r10 = max(0, math.ceil(timeout_ms - (time.monotonic() - sleep.since) * 1e3))
     return True
 
 
-def _timeout_ms(task: Task, regs: Any) -> float | None:
-    """Return the timeout of the call that it began with; None: it has none."""
-    if regs.orig_rax != threads.EPOLL_PWAIT2:
-        (timeout,) = struct.unpack("=i", struct.pack("=I", regs.r10 & 0xFFFFFFFF))
-        return float(timeout) if timeout > 0 else None
-    if not regs.r10:
-        return None
+def _is_in_c_library(task: Task, address: int) -> bool:
     try:
-        seconds, nanoseconds = struct.unpack("=qq", task.read(regs.r10, 16))
-    except IOReturnError:
-        return None
-    timeout = seconds * 1e3 + nanoseconds / 1e6
-    return timeout if 0 < timeout < 1 << 31 else None
+        area = next((area for area in areas(task) if area.start <= address < area.end), None)
+    except OSError:
+        return False
+    return area is not None and Path(area.name).name.startswith(("libc.so", "libc-", "ld-musl"))
 
 
 def _switches(pid: int, tid: int) -> int:
@@ -92,4 +87,5 @@ def _last_ran(path: str) -> float:
 
 def _field(path: str, name: str) -> str:
     lines = Path(path).read_text(errors="replace").splitlines()
-    return next(line.rpartition(":")[2] for line in lines if line.startswith(name))
+    found = [line.rpartition(":")[2] for line in lines if line.startswith(name)]
+    return found[0]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import sys
 import time
 from typing import TYPE_CHECKING, TypeVar
 
-from iobmd import host, own, refusals
+from iobmd import host, own, procfs, refusals
 from iobmd._native import apart
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 PATIENCE = 2.0  # seconds for a thread to stop, and for another tracer to end
+_ATTEMPTS = 10
 _SHORT = 0.2  # seconds for one thread of several
-_ATTEMPTS = 3
 
 
 _guards = [own.Guard() for _ in range(64)]
@@ -53,26 +54,43 @@ def with_stopped(task: Task, work: Callable[[Stop], None]) -> int:
     return in_tracer(task, body)
 
 
-def in_tracer(task: Task, body: Callable[[], _T]) -> _T:
+def in_tracer(task: Task, body: Callable[[], _T], *, may_be_apart: bool = True) -> _T:
     """Return what `body` does in a tracer of its own, the only one of ours that traces this task meanwhile.
 
-    That is a process that shares our memory and descriptors: no wait of ours is told of stops, and if we are killed,
-    it finishes what is under way. It ends in bounded time, and with it, by the kernel, whatever it left traced. An
-    interrupt of the calling thread comes after that.
+    That is a thread, or a process that shares our memory and descriptors (`apart`). It ends in bounded time, and with
+    it, by the kernel, whatever it left traced. An interrupt of the calling thread comes after that.
     """
     tracing.require()  # here: a thread that imports something could wait for us, who wait for it
-    # To Yama's scope 1 only a parent may trace, and that is we.
-    in_process = host.yama_scope() != 1 or host.has_capability("CAP_SYS_PTRACE")
+    if sys.is_finalizing():  # no thread can be had any more
+        raise IOReturnError(IOReturn.kIOReturnNotReady, f"cannot trace task {task.pid}: the interpreter ends")
+    in_process = (may_be_apart and _has_advantage(task)) and (
+        # To Yama's scope 1 only a parent may trace, and that is we.
+        host.yama_scope() != 1 or host.has_capability("CAP_SYS_PTRACE")
+    )
     with _guards[task.pid % len(_guards)]:
         try:
             return apart.run_apart(body, in_process)
-        except BlockingIOError as error:
-            message = f"cannot trace a task: {error.strerror}"
+        except apart.NoThreadError as error:
+            message = f"cannot trace a task: {error}"
             raise IOReturnError(IOReturn.kIOReturnNoResources, message) from None
         except ProcessLookupError as error:
             if isinstance(error, IOReturnError):
                 raise
             raise refusals.gone(f"task {task.pid} is gone: it exited meanwhile") from None
+
+
+def _has_advantage(task: Task) -> bool:
+    """Say whether the tracer is better a process of its own.
+
+    Where no other thread of ours can want the GIL, it finishes what is under way if we are killed. Where the task is
+    a child of ours, a wait of another thread would take its stops for its end.
+    """
+    if len(sys._current_frames()) == 1:
+        return True
+    try:
+        return procfs.status(task.pid)["PPid"] == str(os.getpid())
+    except (OSError, KeyError):
+        return False
 
 
 def options_for(task: Task) -> int:
@@ -83,7 +101,8 @@ def options_for(task: Task) -> int:
             return preflight.check(task)
         except preflight.Traced:
             if time.monotonic() > deadline:
-                raise preflight.traced_by_another(task.pid) from None
+                tracer = preflight.tracer(task.pid, task.pid)
+                raise preflight.traced_by_another(task.pid, tracer or 0) from None
         time.sleep(0.002)
 
 
@@ -91,7 +110,7 @@ def options_for(task: Task) -> int:
 def near(activity: threads.Activity) -> Iterator[None]:
     """Run on the processor of a thread: the two take turns there in a few microseconds, and their clocks are one."""
     allowed = os.sched_getaffinity(0)
-    with contextlib.suppress(OSError, OverflowError):
+    with contextlib.suppress(OSError, ValueError, OverflowError):  # it may be -1
         os.sched_setaffinity(0, {activity.cpu})
     try:
         yield
@@ -102,16 +121,24 @@ def near(activity: threads.Activity) -> Iterator[None]:
 
 def seize(task: Task, activity: threads.Activity, options: int) -> Stop | None:
     """Begin to stop a thread; None when it ended. Raises `kIOReturnNotPermitted` with the reason."""
-    for _attempt in range(_ATTEMPTS):
+    deadline = time.monotonic() + PATIENCE
+    refusals_seen = 0  # without a tracer: one may have ended since, but not each time
+    while True:
         try:
             with near(activity):
                 return Stop(task, activity, options)
         except OSError as error:
-            if error.errno == errno.ESRCH:
-                return None
             refusal = error
-        options_for(task)  # waits for another tracer, if that is why
-    raise preflight.refused(task.pid, refusal)
+        tracer = preflight.tracer(task.pid, activity.tid)
+        if refusal.errno == errno.ESRCH or tracer in (None, os.getpid()):
+            return None
+        if not tracer:
+            refusals_seen += 1
+            if refusals_seen > _ATTEMPTS:
+                raise preflight.refused(task.pid, refusal)
+        elif time.monotonic() > deadline:
+            raise preflight.traced_by_another(task.pid, tracer)
+        time.sleep(0.002)
 
 
 def stop_one(task: Task, options: int, instruction: int, work: Callable[[Stop], None]) -> int:

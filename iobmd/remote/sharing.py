@@ -7,10 +7,12 @@ before the task goes on.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import os
 import struct
+import weakref
 from typing import TYPE_CHECKING
 
 from iobmd import refusals
@@ -85,6 +87,7 @@ class RemoteMapping:
         self.address = 0
         self.stopped_ns = 0
         self._owner = os.getpid()
+        _open.add(self)
         self._margin = guard
         self._whole = (0, 0)
         self._writable = writable
@@ -102,6 +105,16 @@ class RemoteMapping:
             raise
 
     def _open(self, stop: Stop, fd: int, extents: Sequence[Extent], at: int, alignment: int) -> None:
+        try:
+            self._map(stop, fd, extents, at, alignment)
+        except BaseException:
+            if self._whole[1]:
+                with contextlib.suppress(OSError):
+                    stop.call("munmap", *self._whole)
+                self._whole = (0, 0)
+            raise
+
+    def _map(self, stop: Stop, fd: int, extents: Sequence[Extent], at: int, alignment: int) -> None:
         with _Sent(stop, fd) as sent:
             reserved = (
                 self._reserve(stop, at, alignment) if self._margin or len(extents) > 1 or alignment > PAGE_SIZE else 0
@@ -193,6 +206,19 @@ class RemoteMapping:
         return found
 
 
+_open: weakref.WeakSet[RemoteMapping] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    """As the interpreter ends, while threads are to be had still: nothing of ours must stay in other programs."""
+    for mapping in list(_open):
+        with contextlib.suppress(IOReturnError):
+            mapping.close()
+
+
+atexit.register(_close_all)
+
+
 def touch(task: Task, address: int, size: int) -> None:
     """Have pages in the page tables of a task, as far as it goes, without stopping it."""
     crosstask.touch(task.pid, address, size, PAGE_SIZE)
@@ -254,6 +280,9 @@ class _Sent:
     def _fetched(self, fd: int) -> int:
         try:
             return crosstask.fetch_descriptor(self._stop.task.pidfd, fd)
+        except ProcessLookupError as error:
+            message = f"task {self._stop.task.pid} runs without its first thread, which its descriptors go by"
+            raise IOReturnError(IOReturn.kIOReturnUnsupported, message, error.errno or 0) from None
         except OSError as error:
             message = (
                 f"cannot fetch a descriptor of task {self._stop.task.pid} ({error}): pidfd_getfd needs Linux 5.6, "

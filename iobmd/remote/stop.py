@@ -5,6 +5,7 @@ All of it belongs to one OS thread of ours. If that ends early, the kernel lets 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from iobmd import refusals
 from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import IOReturnError, VMError
 from iobmd.remote import gadget, restart, threads, tracing
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ _ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
 _NO_CALL = (1 << 64) - 1  # in orig_rax: the registers are not those of an interrupted system call
 _WORD = (1 << 64) - 1
 _CODE_32 = 0x23  # the code segment of 32-bit programs
+_BEGIN = 1.0  # seconds for it to begin a call
 _SPINS = 100  # looks at a thread before they are spaced out, a tenth of a millisecond or two
 
 _yield_processor = ctypes.PyDLL(None).sched_yield  # without letting go of the GIL
@@ -82,6 +84,9 @@ class Stop:
         """
         while not (why := self._look(lambda: tracing.stopped_for(self._tid), deadline)).is_event_stop:
             tracing.run(self._tid, why.number)  # a signal came first: to its handler with it
+        self._save()
+
+    def _save(self) -> None:
         self._saved = tracing.registers(self._tid)
         self._changed = restart.undo_eintr(self.task, self._tid, self._saved, self._sleep)
 
@@ -110,10 +115,13 @@ class Stop:
         area = tracing.rseq_area(self._tid)
         if not area:
             return
-        (descriptor,) = struct.unpack("=Q", self.task.read(area + 8, 8))
-        if not descriptor:
+        try:
+            (descriptor,) = struct.unpack("=Q", self.task.read(area + 8, 8))
+            if not descriptor:
+                return
+            _version, _flags, start, length, abort = struct.unpack("=IIQQQ", self.task.read(descriptor, 32))
+        except VMError:  # that of a program before an exec
             return
-        _version, _flags, start, length, abort = struct.unpack("=IIQQQ", self.task.read(descriptor, 32))
         if 0 <= self._saved.rip - start < length:
             self._saved.rip = abort
             self._changed = True
@@ -144,10 +152,15 @@ class Stop:
 
     def _to_syscall_stop(self, *, at_exit: bool) -> int:
         tracing.run_to_syscall_stop(self._tid)
-        # No deadline that would help: it cannot be left like this. Calls that could take long are not made.
+        # Once it has begun a call it cannot be left; before that it can, and a frozen task does not begin one.
+        deadline = None if at_exit else time.monotonic() + _BEGIN
         while True:
             try:
-                stop = self._look(lambda: tracing.syscall_stop(self._tid), None)
+                stop = self._look(lambda: tracing.syscall_stop(self._tid), deadline)
+            except NotStopped:
+                self._take_back()
+                message = f"task {self.task.pid} does not run: it is frozen, or kept from any processor"
+                raise IOReturnError(IOReturn.kIOReturnTimeout, message) from None
             except OSError as error:
                 if error.errno != errno.EBUSY:
                     raise
@@ -156,6 +169,12 @@ class Stop:
             if stop.at_exit == at_exit:
                 return stop.result
             tracing.run_to_syscall_stop(self._tid)
+
+    def _take_back(self) -> None:
+        """Have it stop before the call that it does not begin."""
+        tracing.interrupt(self._tid)
+        with contextlib.suppress(NotStopped):
+            self._look(lambda: tracing.stopped_for(self._tid), time.monotonic() + _BEGIN)
 
     def _pass_over_signal(self) -> None:
         """Go on after a stop by what cannot be blocked: SIGSTOP, which stops its process all the same, or a fault."""
@@ -190,6 +209,8 @@ class Stop:
     def release(self) -> int:
         """Let it go on where it was; returns for how many nanoseconds it did not, at the most."""
         try:
+            if self._saved is None and (why := tracing.stopped_for(self._tid)) and why.is_event_stop:
+                self._save()  # it stopped late, and nobody has looked
             if self._mask is not None:
                 tracing.set_signal_mask(self._tid, self._mask)
             if self._saved is not None and self._changed:

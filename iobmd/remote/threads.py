@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-EPOLL_WAIT, EPOLL_PWAIT, EPOLL_PWAIT2 = 232, 281, 441
+EPOLL_WAIT, EPOLL_PWAIT = 232, 281
 ENDED_BY_A_STOP = {
     0: "read", 1: "write", 19: "readv", 20: "writev", 42: "connect", 43: "accept", 44: "sendto", 45: "recvfrom",
     46: "sendmsg", 47: "recvmsg", 65: "semop", 128: "rt_sigtimedwait", 208: "io_getevents", 220: "semtimedop",
     EPOLL_WAIT: "epoll_wait", EPOLL_PWAIT: "epoll_pwait", 288: "accept4", 299: "recvmmsg", 307: "sendmmsg",
-    333: "io_pgetevents", 426: "io_uring_enter", EPOLL_PWAIT2: "epoll_pwait2",
+    333: "io_pgetevents", 426: "io_uring_enter", 441: "epoll_pwait2",
 }  # fmt: skip
 """System calls that may return EINTR for a stop which no signal handler had a part in (signal(7)), by number.
 
@@ -63,10 +63,14 @@ def state(pid: int, tid: int) -> str:
 
 
 def _stat(pid: int, tid: int) -> tuple[str, int]:
-    """Return the state of a thread and its processor: the third and the 39th field of its stat (proc_pid_stat(5))."""
+    """Return the state of a thread and its processor, -1 for one of a real-time policy, which would not let us run.
+
+    The third, 39th and 41st field of its stat (proc_pid_stat(5)).
+    """
     try:
         fields = Path(f"/proc/{pid}/task/{tid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return fields[0], int(fields[36])
+        real_time = int(fields[38]) not in (os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_IDLE)
+        return fields[0], -1 if real_time else int(fields[36])
     except (OSError, IndexError, ValueError):
         return "", -1
 

@@ -6,8 +6,10 @@ import os
 import pickle
 import socket
 import struct
+import tempfile
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -181,9 +183,10 @@ def test_refused() -> None:
         assert limited == IOReturn.kIOReturnCannotWire
 
 
-def message(extents: object, *, capacity: int = 4096, mark: bytes = b"iobmd1", page: int = 4096) -> bytes:
-    fields = json.dumps([0x23, capacity, capacity, extents, 4096, page, False]).encode()
-    return struct.pack("=6sxxI", mark, len(fields)) + fields
+def message(extents: object, *, capacity: object = 4096, mark: bytes = b"iobmd1", **other: object) -> bytes:
+    fields = {"options": 0x23, "capacity": capacity, "length": 4096, "extents": extents, "alignment": 4096} | other
+    text = json.dumps(list(fields.values())).encode()
+    return struct.pack("=6sxxI", mark, len(text)) + text
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -200,8 +203,18 @@ def message(extents: object, *, capacity: int = 4096, mark: bytes = b"iobmd1", p
         message([[1, 4096]]),
         message([[0, 4096]], capacity=4097),
         message([[0, 4096]], capacity=0),
-        message([[0, 4096]], page=1),
+        message([[0, 4096]], capacity=4096.0),
+        message([[0, 4096]], capacity=True),
+        message([[0, 4096]], length=-1),
+        message([[0, 4096]], alignment=1 << 70),
+        message([[0, 4096]], alignment=3),
+        message([[0, 4096]], alignment="a"),
+        message([[0, 4096]], options="x"),
+        message([[0, 4096]], options=1 << 40),
+        message([[0, 4096]], more=1),
         message("nonsense"),
+        message([["a", "b"]]),
+        struct.pack("=6sxxI", b"iobmd1", 200_000) + b"[" * 200_000,
         struct.pack("=6sxxI", b"iobmd1", 5) + b"{bad}",
         struct.pack("=6sxxI", b"iobmd1", 1 << 31),
     ],
@@ -213,9 +226,11 @@ def test_what_a_stranger_sends(wrong: bytes) -> None:
         if wrong:
             descriptor = os.memfd_create("strange")
             os.ftruncate(descriptor, 4096)
-            socket.send_fds(here, [wrong], [descriptor])
+            socket.send_fds(here, [wrong[:12]], [descriptor])
             os.close(descriptor)
-        here.close()
+            threading.Thread(target=lambda: (here.sendall(wrong[12:]), here.close())).start()
+        else:
+            here.close()
         expected = IOReturn.kIOReturnBadArgument if wrong else IOReturn.kIOReturnNotOpen
         assert code_of(lambda: iobmd.attach(there)) == expected
 
@@ -230,3 +245,59 @@ def test_no_descriptor_of_the_message_stays() -> None:
         assert code_of(lambda: iobmd.attach(there)) == IOReturn.kIOReturnBadArgument
         assert len(list(Path("/proc/self/fd").iterdir())) == before
     assert kernel.status("VmLck") == 0
+
+
+def send(descriptor: int, here: socket.socket) -> None:
+    socket.send_fds(here, [message([[0, 4096]])], [descriptor])
+    os.close(descriptor)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_file_that_may_only_be_read(tmp_path: Path) -> None:
+    """A service of root must not write for others into files that they may not write to."""
+    file = tmp_path / "precious"
+    file.write_bytes(b"x" * 4096)
+    memory = os.memfd_create("precious")
+    os.ftruncate(memory, 4096)
+
+    def received(descriptor: int) -> IOReturn:
+        here, there = pair()
+        with here, there:
+            send(descriptor, here)
+            return code_of(lambda: iobmd.attach(there))
+
+    assert received(os.open(file, os.O_RDONLY)) == IOReturn.kIOReturnBadArgument
+    assert received(os.open(file, os.O_RDWR)) == IOReturn.kIOReturnBadArgument
+    assert received(os.open(f"/proc/self/fd/{memory}", os.O_RDONLY)) == IOReturn.kIOReturnBadArgument
+    os.close(memory)
+    assert file.read_bytes() == b"x" * 4096
+
+
+@pytest.mark.needs("root")
+def test_memory_of_another_user_must_be_sealed() -> None:
+    """Who can cut it away can end us with SIGBUS."""
+
+    def serve(path: str, sealed: bool) -> None:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+            if sealed:
+                with iobmd.allocate(4096, shared=True, wired=False) as buffer:
+                    iobmd.share(buffer, client).close()
+            else:
+                memory = os.memfd_create("unsealed")
+                os.ftruncate(memory, 4096)
+                send(memory, client)
+
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as server:
+        Path(folder).chmod(0o777)
+        path = f"{folder}/socket"
+        server.bind(path)
+        Path(path).chmod(0o777)
+        server.listen()
+        for sealed in (True, False):
+            in_child(partial(serve, path, sealed), uid=65534)
+            with server.accept()[0] as peer:
+                if sealed:
+                    iobmd.attach(peer, wired=False).free()
+                else:
+                    assert code_of(partial(iobmd.attach, peer)) == IOReturn.kIOReturnBadArgument

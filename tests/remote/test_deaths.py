@@ -35,7 +35,7 @@ def test_the_task_is_killed(freeze: bool) -> None:
                 line for line in Path(f"/proc/{target.pid}/maps").read_text().splitlines() if "[stack]" in line
             )
             address = int(stack.split("-")[0], 16)
-            killer = threading.Timer(random.uniform(0, 0.006), target.kill)
+            killer = threading.Timer(random.uniform(0, 0.006), os.kill, (target.pid, signal.SIGKILL))
             killer.start()
             begin = time.monotonic()
             try:

@@ -347,6 +347,9 @@ def test_prefault(target: subprocess.Popen[bytes]) -> None:
             assert all(page.present for page in pages(target.pid, mapped.getAddress(), MIB))
         with buffer.createMappingInTask(target.pid, 0, ANYWHERE) as mapped:
             assert not any(page.present for page in pages(target.pid, mapped.getAddress(), MIB))
+            with buffer.createMappingInTask(target.pid, 0, ANYWHERE | PREFAULT) as again:
+                assert again.getAddress() == mapped.getAddress()
+                assert all(page.present for page in pages(target.pid, mapped.getAddress(), MIB))
 
 
 @pytest.mark.usefixtures("nothing_left")

@@ -1,0 +1,172 @@
+"""What is left in the other task when something ends at a bad moment: our program, a call, or our patience."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import iobmd
+from iobmd import IOMapOptions, IOReturn, IOReturnError
+from iobmd.remote.stop import Stop
+
+ANYWHERE = IOMapOptions.kIOMapAnywhere
+MIB = 1 << 20
+
+
+@pytest.fixture
+def target() -> Iterator[subprocess.Popen[bytes]]:
+    program = subprocess.Popen(["sleep", "1000"])
+    while not Path(f"/proc/{program.pid}/syscall").read_text().startswith(("35 ", "230 ")):
+        pass
+    yield program
+    assert program.poll() is None
+    os.kill(program.pid, signal.SIGKILL)
+    program.wait()
+
+
+def ours(pid: int) -> list[str]:
+    return [
+        line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "iobmd" in line or " ---p " in line
+    ]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "kept = iobmd.allocate(65536, task=pid, wired=False)",
+        "kept = iobmd.allocate(65536, shared=True, wired=False).createMappingInTask(pid, 0, 1)",
+        "def f():\n    kept = iobmd.allocate(65536, task=pid, wired=False)\n    raise RuntimeError('a bug')\nf()",
+        "import threading, time\n"
+        "def use():\n    while True: iobmd.allocate(4096, task=pid, wired=False).free()\n"
+        "threading.Thread(target=use, daemon=True).start(); time.sleep(0.3)",
+    ],
+    ids=["buffer", "map", "traceback", "daemon thread"],
+)
+def test_program_ends_with_memory_there(target: subprocess.Popen[bytes], script: str) -> None:
+    before = ours(target.pid)
+    program = f"import iobmd\npid = {target.pid}\n{script}\n"
+    done = subprocess.run([sys.executable, "-c", program], timeout=20, capture_output=True, check=False)
+    assert done.returncode in (0, 1), done.stderr
+    if "thread" not in script:  # what a thread does that the interpreter ends in the middle, nobody takes back
+        assert ours(target.pid) == before
+
+
+def test_signals_to_the_whole_group(target: subprocess.Popen[bytes]) -> None:
+    """timeout(1), shells and service managers send them to all processes of a group; the tracer is one for a moment."""
+    script = (
+        "import signal, time, iobmd\n"
+        "signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        "print(1, flush=True)\n"
+        "end = time.monotonic() + 3\n"
+        f"while time.monotonic() < end: iobmd.allocate(4096, task={target.pid}, wired=False).free()\n"
+    )
+    program = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, start_new_session=True)
+    assert program.stdout
+    program.stdout.readline()
+    for _ in range(200):
+        time.sleep(0.01)
+        os.killpg(program.pid, signal.SIGTERM)
+    program.stdout.close()
+    assert program.wait(20) == 0
+    assert not [line for line in ours(target.pid) if "iobmd" in line]
+
+
+def test_free_while_it_is_read(target: subprocess.Popen[bytes]) -> None:
+    """It refuses, and then the task has it still."""
+    buffer = iobmd.allocate(256 * MIB, task=target.pid, wired=False)
+    address = buffer.getBytesNoCopy()
+    over = threading.Event()
+
+    def read() -> None:
+        into = bytearray(256 * MIB)
+        while not over.is_set():
+            buffer.readBytesInto(0, into)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    busy = 0
+    try:
+        deadline = time.monotonic() + 10
+        while not busy and time.monotonic() < deadline:
+            time.sleep(0.01)
+            try:
+                buffer.free()
+            except IOReturnError as error:
+                assert error.code == IOReturn.kIOReturnBusy
+                busy += 1
+                assert f"{address:x}-" in Path(f"/proc/{target.pid}/maps").read_text()
+            else:
+                break
+    finally:
+        over.set()
+        reader.join()
+    assert busy
+    buffer.free()
+    assert f"{address:x}-" not in Path(f"/proc/{target.pid}/maps").read_text()
+
+
+@pytest.mark.needs("frames")
+@pytest.mark.parametrize("failing", range(1, 9))
+def test_a_call_there_fails(target: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    """Whichever it is: what was made before it is taken away again, while the task still stands."""
+    before = Path(f"/proc/{target.pid}/maps").read_text(), os.listdir(f"/proc/{target.pid}/fd")  # noqa: PTH208
+    call = Stop.call
+    count = 0
+
+    def fail(self: Stop, name: str, *arguments: int) -> int:
+        nonlocal count
+        count += name not in ("munmap", "close", "close_range")
+        if count == failing and name not in ("munmap", "close", "close_range"):
+            raise OSError(errno.ENOMEM, f"{name}: as if")
+        return call(self, name, *arguments)
+
+    with iobmd.allocate(16 * MIB, shared=True, contiguous=True) as buffer:
+        backing = buffer._backing
+        assert backing is not None
+        shared = backing.shared
+        assert shared is not None
+        whole, extent = shared.extents, type(shared.extents[0])
+        start = whole[0].offset
+        shared.extents = (extent(start, 2 * MIB), extent(start + 2 * MIB, whole[0].length - 2 * MIB), *whole[1:])
+        monkeypatch.setattr(Stop, "call", fail)
+        try:
+            buffer.createMappingInTask(target.pid, 0, ANYWHERE).unmap()
+        except IOReturnError as error:
+            assert error.code == IOReturn.kIOReturnNoMemory
+        else:
+            assert failing > 5, "it has to fail"
+        monkeypatch.setattr(Stop, "call", call)
+    after = Path(f"/proc/{target.pid}/maps").read_text(), os.listdir(f"/proc/{target.pid}/fd")  # noqa: PTH208
+    assert after == before
+
+
+@pytest.mark.needs("root")
+def test_a_frozen_task(target: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    """As by docker pause: it comes to a stop, and runs no call. We give up, and it goes on when it is thawed."""
+    subprocess.run(["mount", "-t", "cgroup2", "none", tmp_path], check=True)
+    group = tmp_path / f"iobmd-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "cgroup.procs").write_text(str(target.pid))
+        (group / "cgroup.freeze").write_text("1")
+        while "frozen 1" not in (group / "cgroup.events").read_text():
+            time.sleep(0.01)
+        begin = time.monotonic()
+        with pytest.raises(IOReturnError, match="frozen") as caught:
+            iobmd.allocate(4096, task=target.pid, wired=False)
+        assert caught.value.code == IOReturn.kIOReturnTimeout
+        assert time.monotonic() - begin < 8
+        (group / "cgroup.freeze").write_text("0")
+        iobmd.allocate(4096, task=target.pid, wired=False).free()
+    finally:
+        (group / "cgroup.freeze").write_text("0")
+        (tmp_path / "cgroup.procs").write_text(str(target.pid))
+        group.rmdir()
+        subprocess.run(["umount", tmp_path], check=True)
