@@ -59,7 +59,7 @@ def test_program_ends_with_memory_there(target: subprocess.Popen[bytes], script:
 
 
 def test_signals_to_the_whole_group(target: subprocess.Popen[bytes]) -> None:
-    """timeout(1), shells and service managers send them to all processes of a group; the tracer is one for a moment."""
+    """timeout(1) and service managers send them to all processes of a group; the tracer is one for a moment."""
     script = (
         "import signal, time, iobmd\n"
         "signal.signal(signal.SIGTERM, lambda *_: None)\n"
