@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import os
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, TypeVar
 
@@ -61,13 +63,11 @@ def in_tracer(task: Task, body: Callable[[], _T], *, may_be_apart: bool = True) 
     it, by the kernel, whatever it left traced. An interrupt of the calling thread comes after that.
     """
     tracing.require()  # here: a thread that imports something could wait for us, who wait for it
-    if sys.is_finalizing():  # no thread can be had any more
-        raise IOReturnError(IOReturn.kIOReturnNotReady, f"cannot trace task {task.pid}: the interpreter ends")
     in_process = (may_be_apart and _has_advantage(task)) and (
         # To Yama's scope 1 only a parent may trace, and that is we.
         host.yama_scope() != 1 or host.has_capability("CAP_SYS_PTRACE")
     )
-    with _guards[task.pid % len(_guards)]:
+    with _guards[task.pid % len(_guards)], _lasting():
         try:
             return apart.run_apart(body, in_process)
         except apart.NoThreadError as error:
@@ -77,6 +77,36 @@ def in_tracer(task: Task, body: Callable[[], _T], *, may_be_apart: bool = True) 
             if isinstance(error, IOReturnError):
                 raise
             raise refusals.gone(f"task {task.pid} is gone: it exited meanwhile") from None
+
+
+_active: set[object] = set()
+_ending = 0
+"""The thread that ends the interpreter."""
+
+
+@contextlib.contextmanager
+def _lasting() -> Iterator[None]:
+    """Keep the interpreter from ending in the middle, which would leave a task in the middle too."""
+    session = object()
+    _active.add(session)
+    try:
+        if sys.is_finalizing() or _ending not in (0, threading.get_ident()):
+            raise IOReturnError(IOReturn.kIOReturnNotReady, "cannot trace a task: the interpreter ends")
+        yield
+    finally:
+        _active.discard(session)
+
+
+def _end() -> None:
+    global _ending  # noqa: PLW0603
+    _ending = threading.get_ident()
+    deadline = time.monotonic() + 10
+    while _active and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+atexit.register(_end)
+os.register_at_fork(after_in_child=_active.clear)
 
 
 def _has_advantage(task: Task) -> bool:
