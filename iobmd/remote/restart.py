@@ -46,7 +46,10 @@ def look(pid: int, activity: threads.Activity) -> Sleep | None:
         if os.sched_getaffinity(0) != {activity.cpu}:
             return None
         os.sched_yield()  # brings our own figure up to date
-        asleep_ms = _last_ran("/proc/thread-self/sched") - _last_ran(f"/proc/{pid}/task/{activity.tid}/sched")
+        ours, theirs = _last_ran("/proc/thread-self/sched"), _last_ran(f"/proc/{pid}/task/{activity.tid}/sched")
+        if not theirs:  # it was moved to this processor in its sleep
+            return None
+        asleep_ms = ours - theirs
         return Sleep(time.monotonic() - max(0.0, asleep_ms / 1e3), switches)
     return None
 
