@@ -8,8 +8,6 @@ from iobmd import contiguous, headroom
 from iobmd.backing.anonymous import AnonymousBacking
 from iobmd.backing.elsewhere import RemoteBacking, UnmappedBacking
 from iobmd.backing.shared import SharedBacking
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
 from iobmd.purgeable.agreed import TRAILER
 from iobmd.shmem import SharedObject
 from iobmd.units import PAGE_SIZE, round_up
@@ -19,8 +17,6 @@ if TYPE_CHECKING:
     from iobmd.backing import Backing, Contents
     from iobmd.contiguous import Want
     from iobmd.request import Request
-
-_TRIES = 4
 
 
 def allocate(wanted: Request, contents: Contents | None) -> Backing:
@@ -42,7 +38,7 @@ def allocate(wanted: Request, contents: Contents | None) -> Backing:
     if wanted.want is None:
         trailer = TRAILER if wanted.purgeable else 0
         return _show(SharedObject.create(round_up(wanted.capacity, PAGE_SIZE), trailer), wanted, contents)
-    for _attempt in range(_TRIES):
+    for _attempt in range(contiguous.TRIES):
         backing = _show(contiguous.obtain_shared(wanted.want), wanted, contents)
         try:
             if _is_as_wanted(backing, wanted.want):
@@ -51,8 +47,7 @@ def allocate(wanted: Request, contents: Contents | None) -> Backing:
             backing.close()
             raise
         backing.close()
-    message = f"the kernel moved the pages at each of {_TRIES} tries to pin {wanted.want}"
-    raise IOReturnError(IOReturn.kIOReturnNoResources, message)
+    raise contiguous.kept_moving(wanted.want)
 
 
 def _show(shared: SharedObject, wanted: Request, contents: Contents | None) -> SharedBacking:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from iobmd.shmem import SharedObject
 
 ALL_ADDRESSES = (1 << 64) - 1
+TRIES = 4
+"""How often memory is looked for that its pin then moves away."""
 _STEP = 8 << 20  # the least that is worth another look
 
 
@@ -233,6 +235,12 @@ def _search_pools(want: Want, hunt: _Hunt, *, reserve: bool | None = None) -> Ma
         finally:
             source.close()
     return None
+
+
+def kept_moving(want: Want | None) -> IOReturnError:
+    """Return the error for memory that was found, and moved away at each of `TRIES` tries to pin it."""
+    message = f"the kernel moved the pages at each of {TRIES} tries to pin {want}"
+    return IOReturnError(IOReturn.kIOReturnNoResources, message)
 
 
 def _not_found(want: Want, why: str) -> IOReturnError:

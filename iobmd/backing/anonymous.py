@@ -9,7 +9,6 @@ from iobmd import contiguous, headroom, pagemap, refusals
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
 from iobmd.backing.mapped import MappedBacking
-from iobmd.constants import IOReturn
 from iobmd.contiguous import Want
 from iobmd.errors import CannotWireError, IOReturnError
 from iobmd.populate import populate
@@ -19,8 +18,6 @@ from iobmd.wiring import make_resident
 
 if TYPE_CHECKING:
     from iobmd.backing import Contents
-
-_TRIES = 4
 
 
 class AnonymousBacking(MappedBacking):
@@ -52,7 +49,7 @@ class AnonymousBacking(MappedBacking):
         super().__init__(wired=wired)
         if wired or contents:
             headroom.require(size, swappable=not wired)
-        for _attempt in range(_TRIES):
+        for _attempt in range(contiguous.TRIES):
             self.mapping = self._obtain(size, want)
             try:
                 if purgeable:
@@ -64,8 +61,7 @@ class AnonymousBacking(MappedBacking):
                 self.close()
                 raise
             self.close()
-        message = f"the kernel moved the pages at each of {_TRIES} tries to pin {want}"
-        raise IOReturnError(IOReturn.kIOReturnNoResources, message)
+        raise contiguous.kept_moving(want)
 
     @staticmethod
     def _obtain(size: int, want: Want | None) -> Mapping:

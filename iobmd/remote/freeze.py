@@ -50,23 +50,23 @@ def copy(source: Source) -> int:
     IOReturnError
         As `Task.read`, and as `session.with_stopped`.
     """
-    before = 0
+    before, copied = 0, False
     if _suits_a_child(source):
         snapshot = Snapshot(source.task)
         try:
             before = session.in_tracer(source.task, lambda: _make(snapshot))
             source.copy_from(snapshot.task)
+            copied = True
         except (UnsupportedError, VMError, NotFoundError):
             pass  # a 32-bit program, memory that only the task itself has, or its child was killed: stopped, then
         except OSError as error:
             if isinstance(error, IOReturnError):
                 raise  # and where it can have no more processes, too
-        else:
-            snapshot.close()
-            return before + snapshot.stopped_ns
         finally:
             snapshot.close()
         before += snapshot.stopped_ns
+    if copied:
+        return before
     # A long copy in a thread: it lets go of the GIL; if we are killed, tracing was all that was done to the task.
     quick = source.size < _QUICK
     stopped = session.in_tracer(source.task, lambda: _copy_stopped(source), may_be_apart=quick)

@@ -85,6 +85,4 @@ def traced_by_another(pid: int, tracer: int) -> IOReturnError:
 
 def refused(pid: int, error: OSError) -> IOReturnError:
     """Return the error for a kernel that would not let us trace a task."""
-    if error.errno == errno.ESRCH:
-        return refusals.gone(f"task {pid} is gone: it exited")
     return refusals.refused(pid, error.errno or errno.EPERM, "system calls")

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     _T = TypeVar("_T")
 
 SYSCALLS = {
-    "mmap": 9, "mprotect": 10, "munmap": 11, "mremap": 25, "socketpair": 53, "recvmsg": 47, "close": 3, "clone": 56,
-    "wait4": 61, "close_range": 436,
+    "mmap": 9, "munmap": 11, "socketpair": 53, "recvmsg": 47, "close": 3, "clone": 56, "wait4": 61,
+    "close_range": 436,
 }  # fmt: skip
 _ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
 _NO_CALL = (1 << 64) - 1  # in orig_rax: the registers are not those of an interrupted system call
@@ -80,7 +80,7 @@ class Stop:
         NotStopped
             Not until the `deadline` (time.monotonic).
         IOReturnError
-            `kIOReturnNotFound`; `kIOReturnUnsupported` for a 32-bit program.
+            `kIOReturnNotFound`.
         """
         while not (why := self._look(lambda: tracing.stopped_for(self._tid), deadline)).is_event_stop:
             tracing.run(self._tid, why.number)  # a signal came first: to its handler with it
@@ -148,7 +148,7 @@ class Stop:
         result = self._to_syscall_stop(at_exit=True)
         if -4096 < result < 0:
             raise OSError(-result, f"{name} in task {self.task.pid}: {os.strerror(-result)}")
-        return result & _WORD if name in ("mmap", "mremap") else result
+        return result & _WORD if name == "mmap" else result
 
     def _to_syscall_stop(self, *, at_exit: bool) -> int:
         tracing.run_to_syscall_stop(self._tid)

@@ -177,9 +177,9 @@ def run(tid: int, signal: int = 0) -> None:
     _ptrace(_binding().PTRACE_CONT, tid, 0, signal)
 
 
-def detach(tid: int, signal: int = 0) -> None:
+def detach(tid: int) -> None:
     """Trace it no longer, and let it run on."""
-    _ptrace(_binding().PTRACE_DETACH, tid, 0, signal)
+    _ptrace(_binding().PTRACE_DETACH, tid)
 
 
 def registers(tid: int) -> Any:
@@ -214,26 +214,24 @@ def set_signal_mask(tid: int, mask: bytes = _ALL_SIGNALS) -> None:
 
 def rseq_area(tid: int) -> int:
     """Return the address of its restartable sequences area (rseq(2)); 0: none, or the kernel is older than 5.13."""
-    configuration = ctypes.create_string_buffer(24)
+    return _first_word(_GET_RSEQ_CONFIGURATION, tid, 24)
+
+
+def diverts_syscalls(tid: int) -> bool:
+    """Say whether it has its system calls sent to a handler of its own (PR_SET_SYSCALL_USER_DISPATCH)."""
+    return _first_word(_GET_SYSCALL_USER_DISPATCH_CONFIG, tid, 32) != 0
+
+
+def _first_word(request: int, tid: int, size: int) -> int:
+    """Return the first word of a configuration of `size` bytes, 0 where the kernel does not know the request."""
+    configuration = ctypes.create_string_buffer(size)
     try:
-        _ptrace(_GET_RSEQ_CONFIGURATION, tid, len(configuration), ctypes.addressof(configuration))
+        _ptrace(request, tid, size, ctypes.addressof(configuration))
     except OSError as error:
         if error.errno == errno.EIO:
             return 0
         raise
     return int(struct.unpack_from("=Q", configuration)[0])
-
-
-def diverts_syscalls(tid: int) -> bool:
-    """Say whether it has its system calls sent to a handler of its own (PR_SET_SYSCALL_USER_DISPATCH)."""
-    configuration = ctypes.create_string_buffer(32)
-    try:
-        _ptrace(_GET_SYSCALL_USER_DISPATCH_CONFIG, tid, len(configuration), ctypes.addressof(configuration))
-    except OSError as error:
-        if error.errno == errno.EIO:
-            return False
-        raise
-    return bool(struct.unpack_from("=Q", configuration)[0])
 
 
 def event_message(tid: int) -> int:
