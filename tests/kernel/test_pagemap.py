@@ -13,6 +13,7 @@ from support.zoo import Zoo
 import iobmd
 from iobmd import IOReturn, IOReturnError, Task, kernel_task, pagemap
 from iobmd._native import memory
+from iobmd._native import pagemap as native
 
 Start = Callable[..., Zoo]
 
@@ -122,7 +123,7 @@ def test_huge_pages_are_counted_with_and_without_pagemap_scan(monkeypatch: pytes
         raise OSError(errno.ENOTTY, "ioctl: no PAGEMAP_SCAN before Linux 6.7")
 
     if not scans:
-        monkeypatch.setattr(pagemap.native, "scan", no_scan)
+        monkeypatch.setattr(native, "scan", no_scan)
     with iobmd.allocate(8 << 20, wired=False) as buffer:
         address = buffer.getBytesNoCopy()
         memory.advise(address, 4 << 20, memory.MADV_HUGEPAGE)

@@ -1,0 +1,139 @@
+"""Pages one by one: the entries of /proc/PID/pagemap, decoded (proc_pid_pagemap(5))."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+from iobmd import refusals
+from iobmd._native import pagemap as native
+from iobmd.constants import IOReturn
+from iobmd.errors import IOReturnError
+from iobmd.task import Task, as_task, check_range
+from iobmd.units import PAGE_SIZE, round_down, round_up
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import psutil
+
+_ENTRY = 8
+_READ = 64 << 10  # bytes of entries a read; larger reads are no faster (measured)
+
+
+class Page(NamedTuple):
+    """One page of a task's address space."""
+
+    address: int
+    """Virtual address in bytes."""
+    present: bool
+    """Mapped to a frame now."""
+    swapped: bool
+    """Kept in swap."""
+    pfn: int | None
+    """Physical frame number; None when not present, or when the kernel hides it."""
+    file_or_shared: bool
+    """A page of a file, or of shared memory; False: anonymous."""
+    exclusive: bool
+    """Mapped by this task alone."""
+    soft_dirty: bool
+    """Written since the soft-dirty bits were cleared, on kernels that track it."""
+    guard: bool
+    """A guard page (MADV_GUARD_INSTALL, Linux 6.13)."""
+
+    @property
+    def pfn_hidden(self) -> bool:
+        """Present in a frame whose number the kernel hides (no CAP_SYS_ADMIN)."""
+        return self.present and self.pfn is None
+
+    @property
+    def physical_address(self) -> int | None:
+        """Physical address in bytes, None like `pfn`."""
+        return None if self.pfn is None else self.pfn * PAGE_SIZE
+
+
+class PageCounts(NamedTuple):
+    """How many pages of a range are in which state."""
+
+    present: int
+    swapped: int
+    hidden: int
+    """Present, but with a frame number that the kernel hides."""
+    exclusive: int
+
+
+def pages(task: Task | int | psutil.Process, address: int, size: int) -> Iterator[Page]:
+    """Iterate over the pages that hold `size` bytes from `address` of `task`, ascending.
+
+    Parameters
+    ----------
+    task
+        Whose address space.
+    address, size
+        In bytes; rounded outwards to whole pages.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnNotPermitted`, `kIOReturnNotFound`, `kIOReturnBadArgument` (also: an address that no process
+        can have), `kIOReturnUnsupported` (a kernel thread).
+    """
+    for start, raw in _entries(as_task(task), address, size):
+        for index, fields in enumerate(native.decode(raw)):
+            yield Page(start + index * PAGE_SIZE, *fields)
+
+
+def counts(task: Task | int | psutil.Process, address: int, size: int) -> PageCounts:
+    """Count the pages of a range by state, without an object a page. Parameters and errors as `pages`."""
+    present = swapped = hidden = exclusive = 0
+    for _start, raw in _entries(as_task(task), address, size):
+        more = native.tally(raw)
+        present, swapped = present + more[0], swapped + more[1]
+        hidden, exclusive = hidden + more[2], exclusive + more[3]
+    return PageCounts(present, swapped, hidden, exclusive)
+
+
+class opened:  # noqa: N801 (used as a function)
+    """The open pagemap of a task."""
+
+    def __init__(self, task: Task) -> None:
+        try:
+            self.fd = os.open(f"/proc/{task.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ESRCH):
+                raise refusals.without_memory(task.pid) from None
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise refusals.own(error, f"cannot read the pagemap of task {task.pid}") from None
+            raise refusals.refused(task.pid, error.errno or errno.EACCES, "pagemap") from None
+
+    def __enter__(self) -> opened:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        os.close(self.fd)
+
+
+def _entries(task: Task, address: int, size: int) -> Iterator[tuple[int, bytes]]:
+    """Yield raw entries: the address of the first page of each read, and its bytes."""
+    check_range(address, size)
+    start, end = round_down(address, PAGE_SIZE), round_up(address + size, PAGE_SIZE)
+    with opened(task) as descriptor:
+        while start < end:
+            wanted = min(_READ, (end - start) // PAGE_SIZE * _ENTRY)
+            raw = os.pread(descriptor.fd, wanted, start // PAGE_SIZE * _ENTRY)
+            if not raw:
+                raise no_entries(task, start)
+            yield start, raw
+            start += len(raw) // _ENTRY * PAGE_SIZE
+    if not task.alive:
+        raise refusals.gone(f"task {task.pid} is gone: it exited while its pagemap was read")
+
+
+def no_entries(task: Task, address: int) -> IOReturnError:
+    """Return the error for a pagemap that has no entry for an address."""
+    if not task.alive:
+        return refusals.without_memory(task.pid)
+    return IOReturnError(
+        IOReturn.kIOReturnBadArgument, f"address {address:#x} is past the end of the user address space"
+    )
