@@ -26,6 +26,12 @@ PAGE_IS_PFNZERO = C_PAGE_IS_PFNZERO
 PAGE_IS_HUGE = C_PAGE_IS_HUGE
 
 
+cdef bint _is_swapped(uint64_t entry) noexcept:
+    # Guard pages (6.15) and other markers have the swap bit set, for they are kept in the swap format. The type of a
+    # marker is above those of swap files (MAX_SWAPFILES is 23 to 30), and hidden where frame numbers are.
+    return entry & SWAPPED != 0 and entry & GUARD == 0 and entry & 31 < 20
+
+
 def decode(raw):
     """Decode little arrays of 64-bit entries.
 
@@ -45,8 +51,7 @@ def decode(raw):
             memcpy(&entry, <char *>view.buf + index * 8, 8)
             entries.append((
                 bool(entry & PRESENT),
-                # A guard page (6.15) has the swap bit set, for it is kept as a marker in the swap format.
-                bool(entry & SWAPPED) and not entry & GUARD,
+                _is_swapped(entry),
                 entry & PFN_MASK if entry & PRESENT and entry & PFN_MASK else None,
                 bool(entry & FILE_OR_SHARED),
                 bool(entry & EXCLUSIVE),
@@ -71,7 +76,7 @@ def tally(raw):
                 present += 1
                 hidden += not entry & PFN_MASK
                 exclusive += bool(entry & EXCLUSIVE)
-            elif entry & SWAPPED and not entry & GUARD:
+            elif _is_swapped(entry):
                 swapped += 1
     finally:
         PyBuffer_Release(&view)

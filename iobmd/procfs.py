@@ -39,32 +39,44 @@ def maps(pid: int | str = "self") -> Iterator[VMA]:
             yield _parse_vma(line)
 
 
-def smaps(pid: int | str = "self") -> Iterator[tuple[VMA, dict[str, int]]]:
-    """Iterate over /proc/PID/smaps: each area with its counters, in bytes."""
+class Details(NamedTuple):
+    """What /proc/PID/smaps says of an area."""
+
+    area: VMA
+    counters: dict[str, int]
+    """By their names there, in bytes."""
+    flags: frozenset[str]
+    """The kernel's flags of the area, two letters each (VmFlags)."""
+
+
+def details(pid: int | str = "self") -> Iterator[Details]:
+    """Iterate over /proc/PID/smaps, ascending by address. For each area the kernel walks through all of its pages."""
     area: VMA | None = None
     counters: dict[str, int] = {}
+    flags: frozenset[str] = frozenset()
     with Path(f"/proc/{pid}/smaps").open(errors="surrogateescape") as lines:
         for line in lines:
-            if field := _FIELD.match(line):
-                counters[field[1]] = int(field[2]) << 10
-            elif not line.startswith(("VmFlags", "THPeligible", "ProtectionKey")):
+            name, _, rest = line.partition(":")
+            if rest.endswith(" kB\n"):
+                counters[name] = int(rest[:-4]) << 10
+            elif name == "VmFlags":
+                flags = frozenset(rest.split())
+            elif name not in ("THPeligible", "ProtectionKey"):
                 if area:
-                    yield area, counters
-                area, counters = _parse_vma(line), {}
+                    yield Details(area, counters, flags)
+                area, counters, flags = _parse_vma(line), {}, frozenset()
     if area:
-        yield area, counters
+        yield Details(area, counters, flags)
 
 
-def vm_flags(pid: int | str = "self") -> Iterator[tuple[VMA, set[str]]]:
+def smaps(pid: int | str = "self") -> Iterator[tuple[VMA, dict[str, int]]]:
+    """Iterate over /proc/PID/smaps: each area with its counters, in bytes."""
+    return ((found.area, found.counters) for found in details(pid))
+
+
+def vm_flags(pid: int | str = "self") -> Iterator[tuple[VMA, frozenset[str]]]:
     """Iterate over /proc/PID/smaps: each area with the kernel's flags of it, two letters each (VmFlags)."""
-    area: VMA | None = None
-    with Path(f"/proc/{pid}/smaps").open(errors="surrogateescape") as lines:
-        for line in lines:
-            if line.startswith("VmFlags:"):
-                if area:
-                    yield area, set(line.split()[1:])
-            elif not _FIELD.match(line) and not line.startswith(("THPeligible", "ProtectionKey")):
-                area = _parse_vma(line)
+    return ((found.area, found.flags) for found in details(pid))
 
 
 def find_vma(pid: int, address: int) -> VMA | None:

@@ -4,16 +4,58 @@ The kernel shows physical frame numbers to holders of CAP_SYS_ADMIN only; for ev
 reported here as hidden, never as an address.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from iobmd.pagemap.entries import Page, PageCounts, counts, pages
 from iobmd.pagemap.ownmemory import certain_bytes, has_content, huge_bytes, is_huge, own_ranges, resident_and_dirty
-from iobmd.pagemap.runs import Run, runs
+
+if TYPE_CHECKING:
+    from iobmd.pagemap.area import Area, areas
+    from iobmd.pagemap.change import Change, Kind, changes
+    from iobmd.pagemap.frame import DescribedRun, FrameFacts, Frames, Use, described, users
+    from iobmd.pagemap.segment import Segment, segments
+    from iobmd.pagemap.snapshot import Header, Snapshot, save
+    from iobmd.pagemap.span import Run, Span, runs, spans
+
+_LATER = {
+    "area": ("Area", "areas"),
+    "change": ("Change", "Kind", "changes"),
+    "frame": ("DescribedRun", "FrameFacts", "Frames", "Use", "described", "users"),
+    "segment": ("Segment", "segments"),
+    "snapshot": ("Header", "Snapshot", "save"),
+    "span": ("Run", "Span", "runs", "spans"),
+}
+"""Names by module, which is loaded when one is asked for: allocating memory needs none of them."""
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _LATER.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
+    "Area",
+    "Change",
+    "DescribedRun",
+    "FrameFacts",
+    "Frames",
+    "Header",
+    "Kind",
     "Page",
     "PageCounts",
     "Run",
+    "Segment",
+    "Snapshot",
+    "Span",
+    "Use",
+    "areas",
     "certain_bytes",
+    "changes",
     "counts",
+    "described",
     "has_content",
     "huge_bytes",
     "is_huge",
@@ -21,4 +63,8 @@ __all__ = [
     "pages",
     "resident_and_dirty",
     "runs",
+    "save",
+    "segments",
+    "spans",
+    "users",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,7 +11,7 @@ from iobmd import refusals
 from iobmd._native import pagemap as native
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.task import Task, as_task, check_range
+from iobmd.task import Task, as_task, check_range, kernel_task
 from iobmd.units import PAGE_SIZE, round_down, round_up
 
 if TYPE_CHECKING:
@@ -134,6 +135,16 @@ def no_entries(task: Task, address: int) -> IOReturnError:
     """Return the error for a pagemap that has no entry for an address."""
     if not task.alive:
         return refusals.without_memory(task.pid)
+    if _has_entry(task, address):
+        return refusals.gone(f"the memory of task {task.pid} is gone: it ran another program meanwhile (exec)")
+    if _has_entry(kernel_task, address):
+        return refusals.gone(f"the memory of task {task.pid} is gone: it exits")
     return IOReturnError(
         IOReturn.kIOReturnBadArgument, f"address {address:#x} is past the end of the user address space"
     )
+
+
+def _has_entry(task: Task, address: int) -> bool:
+    with contextlib.suppress(OSError), opened(task) as fresh:
+        return bool(os.pread(fresh.fd, _ENTRY, address // PAGE_SIZE * _ENTRY))
+    return False

@@ -1,0 +1,206 @@
+# cython: language_level=3, auto_pickle=False, autotestdict=False, cdivision=True
+"""What the kernel says of page frames: /proc/kpageflags, /proc/kpagecount, /proc/kpagecgroup; and move_pages(2)."""
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.errno cimport EINTR, errno
+from libc.stdint cimport int32_t, uint64_t, uintptr_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset, strerror
+from posix.unistd cimport pread
+
+cdef extern from "<sys/syscall.h>" nogil:
+    long SYS_move_pages
+cdef extern from "<unistd.h>" nogil:
+    long syscall(long number, ...)
+cdef extern from *:
+    int __builtin_clzll(unsigned long long) nogil
+
+cdef enum:
+    READ = 4096  # frames a read
+    MOST = 1 << 18  # pages of the largest folio: 1 GiB of 4 KiB
+    ORDERS = 48
+    CGROUPS = 8  # of one run that are told apart
+
+# linux/kernel-page-flags.h
+cdef uint64_t HEAD = <uint64_t>1 << 15
+cdef uint64_t TAIL = <uint64_t>1 << 16
+cdef uint64_t HUGETLB = <uint64_t>1 << 17
+cdef uint64_t THP = <uint64_t>1 << 22
+
+cdef struct Span:  # as `walk.Walk.raw` has them
+    uint64_t virtual
+    uint64_t physical
+    uint64_t length
+    uint64_t flags
+
+
+cdef ssize_t _read(int fd, uint64_t *words, uint64_t frame, uint64_t many) noexcept nogil:
+    """Read words of consecutive frames; returns how many there are, or -1."""
+    cdef ssize_t got
+    while True:
+        got = pread(fd, words, min(many, <uint64_t>READ) * 8, frame * 8)
+        if got >= 0:
+            return got // 8
+        if errno != EINTR:
+            return -1
+
+
+cdef uint64_t _head(int fd, uint64_t *words, uint64_t frame) noexcept nogil:
+    """Return the first frame of the folio that a tail page belongs to."""
+    cdef uint64_t back = 0, some
+    cdef ssize_t got, index
+    while frame and back < MOST:
+        some = min(<uint64_t>512, frame)
+        frame -= some
+        back += some
+        got = _read(fd, words, frame, some)
+        for index in range(got - 1, -1, -1):
+            if not words[index] & TAIL:
+                return frame + index
+        if got <= 0:
+            break
+    return frame
+
+
+cdef uint64_t _end(int fd, uint64_t *words, uint64_t frame) noexcept nogil:
+    """Return the frame behind a folio that `frame` belongs to."""
+    cdef uint64_t first = frame
+    cdef ssize_t got, index
+    frame += 1
+    while frame - first < MOST:
+        got = _read(fd, words, frame, 512)
+        if got <= 0:
+            break
+        for index in range(got):
+            if not words[index] & TAIL:
+                return frame + index
+        frame += got
+    return frame
+
+
+def folios(int fd, raw, uint64_t present, uint64_t excluded, uint64_t page, dict sums):
+    """Add to `sums`, by the size of the folios they belong to in bytes, how many bytes of spans there are.
+
+    Parameters
+    ----------
+    fd : int
+        An open /proc/kpageflags.
+    raw : bytes
+        Spans as `walk.Walk.raw` returns them.
+    present, excluded : int
+        Flags of the spans that count, and that do not.
+    page : int
+        Bytes of a page.
+    sums : dict[int, int]
+        Pages of no large folio count under the size of a page.
+    """
+    cdef Py_buffer view
+    cdef uint64_t found[ORDERS]
+    cdef uint64_t *words = <uint64_t *>malloc(READ * 8 * 2)
+    cdef uint64_t *aside = words + READ
+    cdef uint64_t frame, left, head = 0, end = 0, take
+    cdef ssize_t got, at, index
+    cdef Span *span
+    cdef int order
+    if words == NULL:
+        raise MemoryError
+    memset(found, 0, sizeof(found))
+    PyObject_GetBuffer(raw, &view, PyBUF_SIMPLE)
+    with nogil:
+        for index in range(view.len // <ssize_t>sizeof(Span)):
+            span = <Span *>view.buf + index
+            if not span.flags & present or span.flags & excluded or not span.physical:
+                continue
+            frame, left = span.physical // page, span.length // page
+            while left:
+                got = _read(fd, words, frame, left)
+                if got <= 0:
+                    break
+                at = 0
+                while at < got:
+                    if frame >= head and frame < end:
+                        take = min(end - frame, <uint64_t>(got - at))
+                        order = 63 - __builtin_clzll(end - head)
+                    else:
+                        take, order = 1, 0
+                        if words[at] & (HEAD | TAIL) and words[at] & (THP | HUGETLB):
+                            head = frame if words[at] & HEAD else _head(fd, aside, frame)
+                            end = _end(fd, aside, frame)
+                            continue
+                    found[order] += take
+                    at += take
+                    frame += take
+                left -= got
+    PyBuffer_Release(&view)
+    free(words)
+    for order in range(ORDERS):
+        if found[order]:
+            sums[page << order] = sums.get(page << order, 0) + found[order] * page
+
+
+def describe(int flags_fd, int count_fd, int cgroup_fd, uint64_t frame, uint64_t many):
+    """Return what is said of `many` frames from `frame` on; a descriptor of -1 says nothing.
+
+    Returns
+    -------
+    tuple
+        kpageflags of all of them, kpageflags of at least one, the least and the most mappings (None: not known), and
+        the inode numbers of their memory cgroups, a few of them (0: of none).
+    """
+    cdef uint64_t *words = <uint64_t *>malloc(READ * 8)
+    cdef uint64_t every = ~<uint64_t>0, some = 0, least = ~<uint64_t>0, most = 0, at, last = 0
+    cdef ssize_t got, index
+    if words == NULL:
+        raise MemoryError
+    groups = set()
+    at = frame
+    while flags_fd >= 0 and at < frame + many:
+        got = _read(flags_fd, words, at, frame + many - at)
+        if got <= 0:
+            break
+        for index in range(got):
+            every &= words[index]
+            some |= words[index]
+        at += got
+    at = frame
+    while count_fd >= 0 and at < frame + many:
+        got = _read(count_fd, words, at, frame + many - at)
+        if got <= 0:
+            break
+        for index in range(got):
+            least, most = min(least, words[index]), max(most, words[index])
+        at += got
+    at = frame
+    while cgroup_fd >= 0 and at < frame + many:
+        got = _read(cgroup_fd, words, at, frame + many - at)
+        if got <= 0:
+            break
+        for index in range(got):
+            if (words[index] != last or not groups) and len(groups) < CGROUPS:
+                last = words[index]
+                groups.add(last)
+        at += got
+    free(words)
+    known = least <= most
+    return every & some, some, least if known else None, most if known else None, groups
+
+
+def nodes(int pid, addresses):
+    """Return the NUMA nodes of pages of a process (move_pages(2) that moves nothing), negative errors among them."""
+    cdef size_t many = len(addresses), index
+    cdef uintptr_t *pages = <uintptr_t *>malloc((many + 1) * sizeof(uintptr_t))
+    cdef int32_t *status = <int32_t *>malloc((many + 1) * sizeof(int32_t))
+    cdef long failed
+    try:
+        if pages == NULL or status == NULL:
+            raise MemoryError
+        for index, address in enumerate(addresses):
+            pages[index] = address
+        with nogil:
+            failed = syscall(SYS_move_pages, <long>pid, many, pages, NULL, status, <long>0)
+        if failed < 0:
+            raise OSError(errno, f"move_pages: {strerror(errno).decode()}")
+        return [status[index] for index in range(many)]
+    finally:
+        free(pages)
+        free(status)

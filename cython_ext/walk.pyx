@@ -1,0 +1,584 @@
+# cython: language_level=3, auto_pickle=False, autotestdict=False, cdivision=True
+"""A walk through the pages of an address space, by /proc/PID/pagemap and, where it saves reading, PAGEMAP_SCAN.
+
+What is found comes as spans: neighbouring pages of one state whose frames, where they are known, are neighbours too.
+Everything is read in steps, none of which holds the lock of the address space for long.
+"""
+
+cimport cython
+
+from libc.errno cimport EINTR, ENODATA, errno
+from libc.stdint cimport uint64_t, uintptr_t
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memcpy, memset, strerror
+from posix.unistd cimport pread
+
+from pagemap_scan cimport (
+    C_PAGE_IS_HUGE, C_PAGE_IS_PFNZERO, C_PAGE_IS_PRESENT, C_PAGE_IS_SWAPPED, IOBMD_PAGEMAP_SCAN, ioctl,
+    iobmd_page_region, iobmd_scan_arg,
+)
+
+# Of an entry (proc_pid_pagemap(5)).
+cdef uint64_t PFN_MASK = (<uint64_t>1 << 55) - 1
+cdef uint64_t SOFT_DIRTY_BIT = <uint64_t>1 << 55
+cdef uint64_t EXCLUSIVE_BIT = <uint64_t>1 << 56
+cdef uint64_t GUARD_BIT = <uint64_t>1 << 58
+cdef uint64_t FILE_BIT = <uint64_t>1 << 61
+cdef uint64_t SWAP_BIT = <uint64_t>1 << 62
+cdef uint64_t PRESENT_BIT = <uint64_t>1 << 63
+
+cdef enum:
+    # Of a span.
+    C_PRESENT = 1
+    C_SWAPPED = 2
+    C_FILE = 4
+    C_ZERO = 8
+    C_GUARD = 16
+    C_MARKER = 32
+    C_HUGE = 64
+    ENTRIES = 8192  # 64 KiB a read: larger ones are no faster (measured)
+    FEW_REGIONS = 32
+    REGIONS = 512  # with 4096 and more the final walk_end is stale (6.18)
+    STEP = 4096  # pages a step: 16 MiB hold up the address space for a tenth of a millisecond
+    SPARSE_STEP = 65536  # pages a step through what may be empty
+    NEAR = 128  # pages between two ranges that cost less to read than another call
+    MOST_PATIENCE = 64  # steps until the next look whether scanning pays
+    FIRST_MARKER = 20  # swap types from here on are markers, not swap files (MAX_SWAPFILES is 23 to 30)
+    CLASSES = 48
+
+PRESENT, SWAPPED, FILE, ZERO = C_PRESENT, C_SWAPPED, C_FILE, C_ZERO
+GUARD, MARKER, HUGE = C_GUARD, C_MARKER, C_HUGE
+
+cdef struct Span:
+    uint64_t virtual
+    uint64_t physical
+    uint64_t length
+    uint64_t flags
+
+
+cdef struct Counts:  # in bytes, but for the runs
+    uint64_t present
+    uint64_t hidden
+    uint64_t swapped
+    uint64_t file
+    uint64_t zero
+    uint64_t exclusive
+    uint64_t soft_dirty
+    uint64_t guard
+    uint64_t marker
+    uint64_t huge
+    uint64_t huge_zero
+    uint64_t runs
+    uint64_t largest
+    uint64_t ascending
+    uint64_t descending
+    uint64_t number[CLASSES]
+    uint64_t sums[CLASSES]
+
+
+cdef extern from *:
+    int __builtin_clzll(unsigned long long) nogil
+
+
+@cython.final
+cdef class Tally:
+    """What a walk found, in bytes; of the physically contiguous runs also how many, and how they lie."""
+
+    cdef readonly uint64_t present
+    cdef readonly uint64_t hidden
+    cdef readonly uint64_t swapped
+    cdef readonly uint64_t file
+    cdef readonly uint64_t zero
+    cdef readonly uint64_t exclusive
+    cdef readonly uint64_t soft_dirty
+    cdef readonly uint64_t guard
+    cdef readonly uint64_t marker
+    cdef readonly uint64_t huge
+    cdef readonly uint64_t huge_zero
+    cdef readonly uint64_t runs
+    cdef readonly uint64_t largest
+    cdef readonly uint64_t ascending
+    cdef readonly uint64_t descending
+    cdef uint64_t number[CLASSES]
+    cdef uint64_t sums[CLASSES]
+
+    def classes(self):
+        """Return a dict of the sizes of runs: from the least of a class, a power of two, to (runs, bytes) in it."""
+        cdef int index
+        return {
+            1 << index: (self.number[index], self.sums[index]) for index in range(CLASSES) if self.number[index]
+        }
+
+
+@cython.final  # whose methods are then called without a table
+cdef class Walk:
+    """Walks through address ranges in ascending order.
+
+    Parameters
+    ----------
+    fd : int
+        An open pagemap, which the caller keeps open.
+    page, huge : int
+        The sizes in bytes of a page, and of a huge page as the page tables map it (0: there is none).
+    zero, huge_zero : int
+        The frame numbers of the zero page and of the first of the huge zero page, 0 where they are not known.
+    thorough : bool
+        Whether to scan everything: huge pages and zero pages are told also where frame numbers are hidden, and where
+        a range begins or ends within one.
+    scan : bool
+        Whether PAGEMAP_SCAN may be used.
+    """
+
+    cdef int fd
+    cdef uint64_t page, huge, zero, huge_zero
+    cdef bint thorough
+    cdef readonly bint scans
+    """Whether PAGEMAP_SCAN is used: without it huge pages, and hidden zero pages, are not told."""
+    cdef uint64_t *entries
+    cdef iobmd_page_region *regions
+    cdef Counts tally
+    # The pages being looked at: `pages` entries from `at` on that all are `entry`, or count up from it.
+    cdef uint64_t at, pages, entry, expected, stride, extra
+    cdef Span open  # not yet among the spans
+    cdef Span run
+    cdef uint64_t last_physical
+    cdef Span *spans
+    cdef size_t room
+    cdef readonly size_t count
+    cdef int patience, skip
+    cdef bint keeps  # the spans found
+    cdef uint64_t low, high  # physical addresses of spans that are kept
+    cdef uint64_t ahead_from, ahead_to  # whose entries were read ahead
+
+    def __cinit__(
+        self, int fd, uint64_t page, uint64_t huge, uint64_t zero, uint64_t huge_zero, bint thorough, bint scan
+    ):
+        self.fd, self.page, self.huge, self.zero, self.huge_zero = fd, page, huge, zero, huge_zero
+        self.thorough, self.scans, self.keeps = thorough, scan, True
+        self.high = ~<uint64_t>0
+        self.entries = <uint64_t *>malloc(ENTRIES * 8)
+        self.regions = <iobmd_page_region *>malloc(REGIONS * sizeof(iobmd_page_region))
+        if self.entries == NULL or self.regions == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self.entries)
+        free(self.regions)
+        free(self.spans)
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, size_t index):
+        if index >= self.count:
+            raise IndexError(index)
+        cdef Span *span = &self.spans[index]
+        return span.virtual, span.physical, span.length, span.flags
+
+    def clear(self):
+        """Forget the spans found so far; what is not closed yet stays."""
+        self.count = 0
+
+    def raw(self):
+        """Return the spans found so far as bytes: virtual, physical, length and flags of each, 64 bits each."""
+        return (<char *>self.spans)[:self.count * sizeof(Span)]
+
+    def within(self, uint64_t low, uint64_t high):
+        """From here on keep only spans of which a part lies in the physical addresses `low`…`high`."""
+        self.low, self.high = low, high
+
+    def take(self):
+        """Return the `Tally` since the last call, and begin to count anew."""
+        cdef Counts *found = &self.tally
+        cdef Tally tally = Tally.__new__(Tally)
+        tally.present = found.present
+        tally.hidden = found.hidden
+        tally.swapped = found.swapped
+        tally.file = found.file
+        tally.zero = found.zero
+        tally.exclusive = found.exclusive
+        tally.soft_dirty = found.soft_dirty
+        tally.guard = found.guard
+        tally.marker = found.marker
+        tally.huge = found.huge
+        tally.huge_zero = found.huge_zero
+        tally.runs = found.runs
+        tally.largest = found.largest
+        tally.ascending = found.ascending
+        tally.descending = found.descending
+        memcpy(tally.number, found.number, sizeof(found.number))
+        memcpy(tally.sums, found.sums, sizeof(found.sums))
+        memset(found, 0, sizeof(Counts))
+        return tally
+
+    def step(self, uint64_t start, uint64_t end):
+        """Walk on from `start`, towards `end` but no further than is good in one step; return how far.
+
+        Call `finish` at the end of a range. Raises OSError: the kernel's, or ENODATA where the address space ends.
+        """
+        cdef uint64_t until = 0
+        cdef int error
+        with nogil:
+            error = self._step(start, end, &until)
+        if error:
+            raise OSError(error, f"read of pagemap: {strerror(error).decode()}")
+        return until
+
+    def total(self, uint64_t start, uint64_t end, bint keep=False):
+        """Walk from `start` to `end` and finish, keeping no spans unless asked to; return what `take` does."""
+        cdef int error = 0
+        self.keeps = keep
+        with nogil:
+            while start < end and not error:
+                error = self._step(start, end, &start)
+            if not error:
+                error = self._finish()
+        self.keeps = True
+        if error:
+            raise OSError(error, f"read of pagemap: {strerror(error).decode()}")
+        return self.take()
+
+    def read_ahead(self, uint64_t start, uint64_t end):
+        """Read at once what the next small ranges up to `end` need; as far as there is room and the kernel does."""
+        cdef ssize_t got
+        with nogil:
+            got = pread(self.fd, self.entries, min((end - start) // self.page, <uint64_t>ENTRIES) * 8,
+                        start // self.page * 8)
+        self.ahead_from = start
+        self.ahead_to = start + (<uint64_t>got // 8 * self.page if got > 0 else 0)
+
+    def finish(self):
+        """Close the last span and the last run."""
+        cdef int error
+        with nogil:
+            error = self._finish()
+        if error:
+            raise OSError(error, f"read of pagemap: {strerror(error).decode()}")
+
+    cdef int _finish(self) noexcept nogil:
+        cdef int error = self._settle()
+        if not error:
+            error = self._close_span()
+        self._close_run()
+        self.last_physical = 0
+        return error
+
+    cdef int _step(self, uint64_t start, uint64_t end, uint64_t *until) noexcept nogil:
+        cdef uint64_t stop
+        cdef int error
+        # What was read ahead is small areas: the pages are read sooner than asked about.
+        if not self.scans or (
+            not self.thorough and (self.skip > 0 or (self.ahead_from <= start and end <= self.ahead_to))
+        ):
+            stop = min(end, start + STEP * self.page)
+            until[0] = stop
+            error = self._read(start, stop, 0)
+            if self.skip:
+                self.skip -= 1
+                if not self.entry and self.pages * self.page >= stop - start:  # an empty stretch: scanning pays again
+                    self.skip = self.patience = 0
+            return error
+        return self._scan(start, end, until)
+
+    cdef int _scan(self, uint64_t start, uint64_t end, uint64_t *until) noexcept nogil:
+        cdef iobmd_scan_arg arg
+        cdef uint64_t known = C_PAGE_IS_PRESENT | C_PAGE_IS_SWAPPED | C_PAGE_IS_HUGE | C_PAGE_IS_PFNZERO
+        cdef uint64_t here = start, read = 0, first, last, kind
+        cdef int found, index = 0, error
+        memset(&arg, 0, sizeof(arg))
+        arg.size = sizeof(arg)
+        arg.start = start
+        arg.end = min(end, start + SPARSE_STEP * self.page)
+        arg.vec = <uintptr_t>self.regions
+        arg.vec_len = REGIONS
+        arg.max_pages = STEP
+        arg.category_anyof_mask = C_PAGE_IS_PRESENT | C_PAGE_IS_SWAPPED
+        arg.return_mask = known
+        found = ioctl(self.fd, IOBMD_PAGEMAP_SCAN, &arg)
+        if found < 0:
+            if errno == EINTR:
+                until[0] = start
+                return 0
+            self.scans = False
+            until[0] = start
+            return 0
+        until[0] = arg.walk_end if arg.walk_end > start else arg.end
+        while index < found:
+            first, last = self.regions[index].start, self.regions[index].end
+            kind = self.regions[index].categories
+            index += 1
+            error = self._absent(here, first)
+            if error:
+                return error
+            if kind & C_PAGE_IS_HUGE and self.huge:
+                error = self._read_huge(first, last, C_HUGE | (C_ZERO if kind & C_PAGE_IS_PFNZERO else 0))
+            elif kind & C_PAGE_IS_PFNZERO:
+                read += (last - first) // self.page
+                error = self._read(first, last, C_ZERO)
+            else:
+                while index < found and self.regions[index].start - last <= NEAR * self.page and not (
+                    self.regions[index].categories & (C_PAGE_IS_HUGE | C_PAGE_IS_PFNZERO)
+                ):
+                    last = self.regions[index].end
+                    index += 1
+                read += (last - first) // self.page
+                error = self._read(first, last, 0)
+            if error:
+                return error
+            here = last
+        if read * self.page * 2 > until[0] - start:
+            self.patience = min(self.patience * 2 + 1, MOST_PATIENCE)
+            self.skip = self.patience
+        else:
+            self.patience = 0
+        return self._absent(here, until[0])
+
+    cdef int _absent(self, uint64_t start, uint64_t end) noexcept nogil:
+        cdef int error
+        if start >= end:
+            return 0
+        error = self._settle()
+        self._begin(start, 0, 0)
+        self.pages = (end - start) // self.page
+        return error
+
+    cdef int _read_huge(self, uint64_t start, uint64_t end, uint64_t extra) noexcept nogil:
+        """One entry tells of all pages that one entry of the page tables maps."""
+        cdef uint64_t entry = 0, stop
+        cdef ssize_t got
+        cdef int error
+        while start < end:
+            stop = min(end, (start // self.huge + 1) * self.huge)
+            got = pread(self.fd, &entry, 8, start // self.page * 8)
+            if got < 8:
+                if got < 0 and errno == EINTR:
+                    continue
+                return errno if got < 0 else ENODATA
+            if not entry & PRESENT_BIT:  # given up meanwhile, in part or as a whole
+                error = self._read(start, stop, 0)
+            elif entry == self.expected and extra == self.extra and entry & PFN_MASK:
+                error = 0
+                self.pages += (stop - start) // self.page
+                self.expected += (stop - start) // self.page
+            else:
+                error = self._settle()
+                self._begin(start, entry, extra)
+                self.pages = (stop - start) // self.page
+                self.expected = entry + self.stride * self.pages
+            if error:
+                return error
+            start = stop
+        return 0
+
+    cdef int _read(self, uint64_t start, uint64_t end, uint64_t extra) noexcept nogil:
+        cdef uint64_t entry, expected, stride, pages
+        cdef uint64_t *entries
+        cdef ssize_t got
+        cdef size_t index, many
+        cdef int error
+        if extra != self.extra or not self.pages:
+            error = self._settle()
+            if error:
+                return error
+        while start < end:
+            entries = self.entries
+            if self.ahead_from <= start and end <= self.ahead_to:
+                entries += (start - self.ahead_from) // self.page
+                many = (end - start) // self.page
+            else:
+                self.ahead_to = 0
+                got = pread(self.fd, entries, min((end - start) // self.page, <uint64_t>ENTRIES) * 8,
+                            start // self.page * 8)
+                if got < 8:
+                    if got < 0 and errno == EINTR:
+                        continue
+                    return errno if got < 0 else ENODATA
+                many = got // 8
+            index = 0
+            while index < many:
+                # Most pages follow the one before, as all of a large folio do, or are absent as it is.
+                expected, stride, pages = self.expected, self.stride, self.pages
+                if pages:
+                    while index < many and entries[index] == expected:
+                        expected += stride
+                        pages += 1
+                        index += 1
+                    self.expected, self.pages = expected, pages
+                    if index == many:
+                        break
+                    error = self._settle()
+                    if error:
+                        return error
+                entry = entries[index]
+                self._begin(start + index * self.page, entry, extra)
+                self.pages = 1
+                self.expected += self.stride
+                index += 1
+            start += many * self.page
+        return 0
+
+    cdef void _begin(self, uint64_t at, uint64_t entry, uint64_t extra) noexcept nogil:
+        """Look at the page `at`, whose entry is `entry`; the caller counts it."""
+        self.at, self.entry, self.expected, self.extra = at, entry, entry, extra
+        self.stride = 1 if entry & PRESENT_BIT and entry & PFN_MASK else 0
+
+    cdef int _settle(self) noexcept nogil:
+        """Count the pages looked at, and add them to a span."""
+        cdef uint64_t entry = self.entry, length = self.pages * self.page, flags = self.extra, frame
+        cdef uint64_t at = self.at
+        cdef Counts *tally = &self.tally
+        if not length:
+            return 0
+        self.pages = 0
+        self.at += length
+        frame = entry & PFN_MASK
+        if entry & PRESENT_BIT:
+            flags |= C_PRESENT
+            tally.present += length
+            if entry & EXCLUSIVE_BIT:
+                tally.exclusive += length
+            if entry & FILE_BIT:
+                flags |= C_FILE
+                tally.file += length
+            if not frame:
+                tally.hidden += length
+            elif frame == self.zero:
+                flags |= C_ZERO
+            elif self.huge_zero and frame - self.huge_zero < self.huge // self.page:
+                flags |= C_ZERO | C_HUGE
+        elif entry & SWAP_BIT:
+            # A guard page (6.15) has the swap bit set, for it is kept as a marker in the swap format.
+            if entry & GUARD_BIT:
+                flags |= C_GUARD
+                tally.guard += length
+            elif frame and (frame & 31) >= FIRST_MARKER:
+                flags |= C_MARKER
+                tally.marker += length
+            else:
+                flags |= C_SWAPPED
+                tally.swapped += length
+            frame = 0
+        else:
+            return self._close_span()
+        if entry & SOFT_DIRTY_BIT:
+            tally.soft_dirty += length
+        frame *= self.page
+        if (
+            self.open.length and self.open.virtual + self.open.length == at and self.open.flags == flags
+            and self._follows(&self.open, frame)
+        ):
+            self.open.length += length
+            return 0
+        cdef int error = self._close_span()
+        self.open = Span(at, frame, length, flags)
+        return error
+
+    cdef bint _follows(self, Span *span, uint64_t physical) noexcept nogil:
+        """Say whether a neighbour in the frame `physical` and with the same flags belongs to the span."""
+        if not span.physical or (span.flags & C_ZERO and not span.flags & C_HUGE):  # one frame again and again
+            return span.physical == physical
+        return span.physical + span.length == physical
+
+    cdef int _close_span(self) noexcept nogil:
+        """Add the open span to those found, in parts where huge pages map a part of it."""
+        cdef Span span = self.open
+        cdef uint64_t first, last, here, stop
+        cdef iobmd_page_region regions[FEW_REGIONS]
+        cdef iobmd_scan_arg arg
+        cdef int found, index, error
+        self.open.length = 0
+        if not span.length:
+            return 0
+        if span.length < self.huge or not (self.scans and self.huge and span.physical) or span.flags & C_HUGE:
+            return self._add(span.virtual, span.physical, span.length, span.flags)
+        first = (span.virtual + self.huge - 1) // self.huge * self.huge
+        last = (span.virtual + span.length) // self.huge * self.huge
+        if first >= last or (span.virtual ^ span.physical) & (self.huge - 1):
+            return self._add(span.virtual, span.physical, span.length, span.flags)
+        here = span.virtual
+        while first < last:
+            memset(&arg, 0, sizeof(arg))
+            arg.size = sizeof(arg)
+            arg.start, arg.end = first, min(last, first + STEP * self.page)
+            arg.vec, arg.vec_len = <uintptr_t>&regions[0], FEW_REGIONS
+            arg.category_mask = C_PAGE_IS_PRESENT | C_PAGE_IS_HUGE
+            arg.return_mask = C_PAGE_IS_PRESENT | C_PAGE_IS_HUGE | C_PAGE_IS_PFNZERO
+            found = ioctl(self.fd, IOBMD_PAGEMAP_SCAN, &arg)
+            if found < 0:
+                break
+            for index in range(found):
+                self.skip = self.patience = 0
+                stop = regions[index].end
+                error = self._add_part(&span, here, regions[index].start, 0)
+                if not error:
+                    error = self._add_part(
+                        &span, regions[index].start, stop,
+                        C_HUGE | (C_ZERO if regions[index].categories & C_PAGE_IS_PFNZERO else 0),
+                    )
+                if error:
+                    return error
+                here = stop
+            first = max(arg.walk_end, first + self.huge)
+        return self._add_part(&span, here, span.virtual + span.length, 0)
+
+    cdef int _add_part(self, Span *span, uint64_t start, uint64_t end, uint64_t extra) noexcept nogil:
+        if start >= end:
+            return 0
+        return self._add(start, span.physical + (start - span.virtual), end - start, span.flags | extra)
+
+    cdef int _add(self, uint64_t virtual, uint64_t physical, uint64_t length, uint64_t flags) noexcept nogil:
+        cdef Span *more
+        cdef Span *last
+        if flags & C_HUGE:
+            self.tally.huge += length
+            if flags & C_ZERO:
+                self.tally.huge_zero += length
+        if flags & C_ZERO:
+            self.tally.zero += length
+        if flags & C_ZERO and physical and not flags & C_HUGE:
+            self._close_run()
+            self._count_runs(length // self.page, self.page)
+        elif physical:
+            if self.run.virtual + self.run.length == virtual and self.run.physical + self.run.length == physical:
+                self.run.length += length
+            else:
+                self._close_run()
+                self.run = Span(virtual, physical, length, 0)
+        cdef uint64_t frames = self.page if flags & C_ZERO and not flags & C_HUGE else length
+        if not self.keeps or physical >= self.high or physical + frames <= self.low:
+            return 0
+        if self.count:
+            last = &self.spans[self.count - 1]
+            if (
+                last.flags == flags and last.virtual + last.length == virtual and self._follows(last, physical)
+            ):
+                last.length += length
+                return 0
+        if self.count == self.room:
+            more = <Span *>realloc(self.spans, (self.room * 2 + 64) * sizeof(Span))
+            if more == NULL:
+                return errno
+            self.spans = more
+            self.room = self.room * 2 + 64
+        self.spans[self.count] = Span(virtual, physical, length, flags)
+        self.count += 1
+        return 0
+
+    cdef void _count_runs(self, uint64_t many, uint64_t length) noexcept nogil:
+        cdef int index = 63 - __builtin_clzll(length)
+        self.tally.runs += many
+        self.tally.largest = max(self.tally.largest, length)
+        self.tally.number[index] += many
+        self.tally.sums[index] += many * length
+
+    cdef void _close_run(self) noexcept nogil:
+        if not self.run.length:
+            return
+        self._count_runs(1, self.run.length)
+        if self.last_physical:
+            if self.run.physical > self.last_physical:
+                self.tally.ascending += 1
+            elif self.run.physical < self.last_physical:
+                self.tally.descending += 1
+        self.last_physical = self.run.physical
+        self.run.length = 0

@@ -1,0 +1,9 @@
+from collections.abc import Sequence
+
+from typing_extensions import Buffer
+
+def describe(
+    flags_fd: int, count_fd: int, cgroup_fd: int, frame: int, many: int
+) -> tuple[int, int, int | None, int | None, set[int]]: ...
+def folios(fd: int, raw: Buffer, present: int, excluded: int, page: int, sums: dict[int, int]) -> None: ...
+def nodes(pid: int, addresses: Sequence[int]) -> list[int]: ...

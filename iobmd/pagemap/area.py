@@ -1,0 +1,236 @@
+"""The areas of an address space (VMAs), and what each of them holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from iobmd import procfs
+from iobmd._native import walk
+from iobmd.pagemap.frame import Frames
+from iobmd.pagemap.reader import Reader
+from iobmd.pagemap.target import USER_END, resolve, unreadable_maps
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from iobmd._native.walk import Tally
+    from iobmd.pagemap.target import Target, Where
+    from iobmd.procfs import VMA, Details
+    from iobmd.task import Task
+
+_SMALL = 2 << 20
+"""Areas up to here are read several at once."""
+_GAP = 128
+"""Pages between two of them that cost less to read than another call does."""
+BEARABLE = 256 << 20
+"""Bytes of small pages in one area that smaps walks through in a millisecond or two, while the task cannot mmap."""
+
+
+class Area(NamedTuple):
+    """One area of an address space, or the part of one that was asked for, and what it holds. Sizes are in bytes."""
+
+    vma: VMA
+    start: int
+    end: int
+    tally: Tally
+    details: Details | None
+    """What smaps says, where it was read."""
+    folios: dict[int, int] | None
+    """How many bytes lie in folios of which size; pages of no large folio count under the size of a page. None: not
+    known."""
+    visible: bool
+    """Whether frame numbers are shown; if not there are no runs."""
+    scans: bool
+    """Whether there is PAGEMAP_SCAN; if not, huge pages are told by smaps alone."""
+    nothing_locked: bool
+    """Whether the task has locked no memory at all (VmLck)."""
+
+    @property
+    def size(self) -> int:
+        """Of the area."""
+        return self.end - self.start
+
+    @property
+    def resident(self) -> int:
+        """Mapped to memory, as RSS counts it: without the zero page, and without the memory of devices."""
+        if self.is_device:
+            return 0
+        told = self._counters("Rss", "Private_Hugetlb", "Shared_Hugetlb")
+        if not self.visible and not self.scans and told is not None:  # nothing else tells the zero page
+            return min(self.tally.present, told)
+        return self.tally.present - self.tally.zero
+
+    @property
+    def device(self) -> int:
+        """Mapped to what is not memory of the system, such as the registers of a device."""
+        return self.tally.present - self.tally.zero if self.is_device else 0
+
+    @property
+    def file_or_shared(self) -> int:
+        """Resident pages of files, or of shared memory."""
+        return 0 if self.is_device else self.tally.file
+
+    @property
+    def anonymous(self) -> int:
+        """Resident pages that belong to no file and are not shared memory."""
+        return self.resident - self.file_or_shared
+
+    @property
+    def swapped(self) -> int:
+        """Kept in swap. Of shared memory pagemap does not tell: there it is what smaps says."""
+        return max(self.tally.swapped, self._counter("Swap") or 0)
+
+    @property
+    def huge(self) -> int | None:
+        """Resident and mapped by huge pages in the page tables: a PMD, or a page of hugetlb; None: not known."""
+        if not self.scans:
+            return self._counters(
+                "AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Private_Hugetlb", "Shared_Hugetlb"
+            )
+        return self.tally.huge - self.tally.huge_zero
+
+    @property
+    def hugetlb_page(self) -> int:
+        """The size of its pages where they come from a hugetlb pool and smaps was read, else 0."""
+        pool = self.details is not None and "ht" in self.details.flags
+        return (self._counter("KernelPageSize") or 0) if pool else 0
+
+    @property
+    def locked(self) -> int | None:
+        """Resident and locked by mlock; None: not known."""
+        if self.details is None:
+            return 0 if self.nothing_locked else None
+        return self.resident if "lo" in self.details.flags else 0
+
+    @property
+    def lazy_free(self) -> int | None:
+        """Resident and given up by MADV_FREE: the kernel takes it when it is short; None: not known."""
+        return self._counter("LazyFree")
+
+    def _counters(self, *names: str) -> int | None:
+        told = [self._counter(name) for name in names]
+        return None if None in told else sum(filter(None, told))
+
+    def _counter(self, name: str) -> int | None:
+        # They count the whole area, which tells nothing of a part.
+        if self.details is None or self.size != self.vma.end - self.vma.start:
+            return None
+        return self.details.counters.get(name, 0)
+
+    @property
+    def is_device(self) -> bool:
+        """Whether it maps what is not memory of the system (VM_PFNMAP; without smaps judged by its name)."""
+        if self.details is not None:
+            return "pf" in self.details.flags
+        name = self.vma.name
+        return name.startswith("[vvar") or (name.startswith("/dev/") and not name.startswith(_MEMORY))
+
+
+_MEMORY = ("/dev/shm/", "/dev/zero", "/dev/hugepages", "/dev/mqueue")
+
+
+def areas(
+    target: Target,
+    address: int | None = None,
+    size: int | None = None,
+    *,
+    details: bool | None = None,
+    folios: bool = False,
+) -> Iterator[Area]:
+    """Iterate over the areas of an address space, ascending, with what each holds.
+
+    Parameters
+    ----------
+    target, address, size
+        As those of `spans`.
+    details
+        Whether to read /proc/PID/smaps too, which alone tells what is locked and what is lazily free. For that the
+        kernel walks through the pages of a whole area while the task can map nothing: 7 ms a GiB of small pages
+        (measured). By default it is read when no area holds more than `BEARABLE` bytes of small pages.
+    folios
+        Whether to tell the sizes of the folios (mTHP, split huge pages, of the page cache), which takes
+        /proc/kpageflags: root.
+
+    Raises
+    ------
+    IOReturnError
+        As `spans`; `kIOReturnNotPrivileged`: `folios`, and /proc/kpageflags cannot be read.
+    """
+    where = resolve(target, address, size)
+    with Reader(where.task, whole=where.whole) as reader, Frames(folios and reader.visible) as frames:
+        wanted = details if details is not None else is_bearable(where, reader)
+        nothing_locked = _status_bytes(where.task, "VmLck") == 0
+        for batch in _batches(reader, _with_details(where) if wanted else _without(where)):
+            for vma, found in batch:
+                start, end = max(vma.start, where.start), min(vma.end, where.end)
+                if folios and reader.visible:
+                    sizes: dict[int, int] | None = _folios(reader, frames, start, end)
+                    tally = reader.take()
+                else:
+                    sizes, tally = None, reader.total(start, end)
+                yield Area(vma, start, end, tally, found, sizes, reader.visible, reader.scans, nothing_locked)
+        reader.require_task()
+
+
+def _without(where: Where) -> Iterator[tuple[VMA, Details | None]]:
+    return ((area, None) for area in where.areas())
+
+
+def _with_details(where: Where) -> Iterator[tuple[VMA, Details | None]]:
+    with unreadable_maps(where.task):
+        for found in procfs.details(where.task.pid):
+            if found.area.end > where.start and found.area.start < min(where.end, USER_END):
+                yield found.area, found
+
+
+def _batches(
+    reader: Reader, areas: Iterator[tuple[VMA, Details | None]]
+) -> Iterator[list[tuple[VMA, Details | None]]]:
+    """Group neighbours that are small, and have the reader read each group ahead."""
+    batch: list[tuple[VMA, Details | None]] = []
+    for area, found in areas:
+        if batch and not (
+            area.end - area.start <= _SMALL
+            and area.start - batch[-1][0].end <= _GAP * reader.page
+            and reader.near(batch[0][0].start, area.end)
+        ):
+            yield _ahead(reader, batch)
+            batch = []
+        batch.append((area, found))
+    if batch:
+        yield _ahead(reader, batch)
+
+
+def _ahead(reader: Reader, batch: list[tuple[VMA, Details | None]]) -> list[tuple[VMA, Details | None]]:
+    if len(batch) > 1:
+        reader.read_ahead(batch[0][0].start, batch[-1][0].end)
+    return batch
+
+
+def _folios(reader: Reader, frames: Frames, start: int, end: int) -> dict[int, int]:
+    sizes: dict[int, int] = {}
+    for step in reader.steps(start, end):
+        frames.add_folios(step.raw(), walk.PRESENT, walk.HUGE | walk.ZERO, sizes)
+    return sizes
+
+
+def is_bearable(where: Where, reader: Reader) -> bool:
+    """Say whether reading smaps holds up no area of the task for longer than a millisecond or two."""
+    resident = _status_bytes(where.task, "VmRSS")
+    if resident is not None and resident <= BEARABLE:
+        return True
+    return all(
+        area.end - area.start <= BEARABLE or _small(reader.total(area.start, area.end)) <= BEARABLE
+        for area in where.areas()
+    )
+
+
+def _small(tally: Tally) -> int:
+    return tally.present - tally.huge
+
+
+def _status_bytes(task: Task, field: str) -> int | None:
+    try:
+        return int(procfs.status(task.pid)[field].removesuffix("kB")) << 10
+    except (OSError, KeyError):
+        return None

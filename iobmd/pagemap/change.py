@@ -1,0 +1,120 @@
+"""What changed between two snapshots."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from iobmd.pagemap.snapshot import Snapshot
+    from iobmd.pagemap.span import Span
+
+    _T = TypeVar("_T")
+
+
+class Kind(StrEnum):
+    """What happened to pages."""
+
+    MAPPED = "mapped"
+    """An area is there that was not."""
+    UNMAPPED = "unmapped"
+    """An area is gone."""
+    NEWLY_RESIDENT = "newly resident"
+    """In memory, and was neither there nor in swap; the zero page is no memory of one's own."""
+    RELEASED = "released"
+    """Neither in memory nor in swap any more."""
+    SWAPPED_OUT = "swapped out"
+    SWAPPED_IN = "swapped in"
+    MIGRATED = "migrated"
+    """In another frame."""
+    SPLIT = "split"
+    """Mapped by a huge page before, and by small ones now."""
+    COLLAPSED = "collapsed"
+    """Mapped by a huge page now, and by small ones before."""
+    OTHER = "other"
+    """The zero page, guard pages and markers that came or went."""
+
+
+class Change(NamedTuple):
+    """What happened to neighbouring pages; in bytes."""
+
+    kind: Kind
+    virtual: int
+    length: int
+    before: int | None
+    """The physical address before, where it is known."""
+    after: int | None
+    """The physical address after."""
+
+
+def changes(before: Snapshot, after: Snapshot) -> Iterator[Change]:
+    """Iterate over what changed: first areas that came or went, then pages, each ascending.
+
+    Where frame numbers are hidden in one of the two, pages that moved are not told.
+    """
+    for start, end, old, new in _pieces(before.areas(), after.areas(), lambda area: (area.start, area.end)):
+        if old is None or new is None:
+            yield Change(Kind.MAPPED if old is None else Kind.UNMAPPED, start, end - start, None, None)
+    for first, last, had, has in _pieces(before.spans(), after.spans(), lambda span: (span.virtual, span.end)):
+        if kind := _judge(first, had, has):
+            yield Change(kind, first, last - first, _frame(had, first), _frame(has, first))
+
+
+def _judge(address: int, before: Span | None, after: Span | None) -> Kind | None:
+    had, has = _state(before), _state(after)
+    if had == has == "memory":
+        assert before is not None
+        assert after is not None
+        if before.huge != after.huge:
+            return Kind.COLLAPSED if after.huge else Kind.SPLIT
+        known = before.physical is not None and after.physical is not None
+        return Kind.MIGRATED if known and _frame(before, address) != _frame(after, address) else None
+    if had == has:
+        return None
+    return _KINDS.get((had, has)) or (Kind.NEWLY_RESIDENT if has == "memory" else _left(had, has))
+
+
+def _left(had: str, has: str) -> Kind:
+    return Kind.RELEASED if had in ("memory", "swap") and has != "swap" else Kind.OTHER
+
+
+_KINDS = {("memory", "swap"): Kind.SWAPPED_OUT, ("swap", "memory"): Kind.SWAPPED_IN}
+
+
+def _state(span: Span | None) -> str:
+    if span is None:
+        return "nothing"
+    if span.swapped:
+        return "swap"
+    return "memory" if span.present and not span.zero else span.state
+
+
+def _frame(span: Span | None, address: int) -> int | None:
+    if span is None or span.physical is None:
+        return None
+    return span.physical if span.zero and not span.huge else span.physical + (address - span.virtual)
+
+
+def _pieces(
+    before: Iterable[_T], after: Iterable[_T], bounds: Callable[[_T], tuple[int, int]]
+) -> Iterator[tuple[int, int, _T | None, _T | None]]:
+    """Cut two ascending sequences of ranges at each other's ends; yields start, end, and what each has there."""
+    olds, news = iter(before), iter(after)
+    old, new = next(olds, None), next(news, None)
+    at = 0
+    while old is not None or new is not None:
+        low, high = bounds(old) if old is not None else (_END, _END)
+        start, stop = bounds(new) if new is not None else (_END, _END)
+        at = max(at, min(low, start))
+        end = min(edge for edge in (low, high, start, stop) if edge > at)
+        yield at, end, old if low <= at else None, new if start <= at else None
+        at = end
+        if old is not None and high <= at:
+            old = next(olds, None)
+        if new is not None and stop <= at:
+            new = next(news, None)
+
+
+_END = 1 << 65

@@ -1,0 +1,240 @@
+"""Page frames: what the kernel says of them (/proc/kpageflags, kpagecount, kpagecgroup), and who maps them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+from iobmd import host, procfs
+from iobmd._native import frames as native
+from iobmd.constants import IOReturn
+from iobmd.errors import IOReturnError
+from iobmd.pagemap.reader import Reader
+from iobmd.pagemap.span import runs
+from iobmd.pagemap.target import USER_END, resolve
+from iobmd.task import Task
+from iobmd.units import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from iobmd.pagemap.span import Run
+    from iobmd.pagemap.target import Target
+
+FLAGS = {
+    0: "LOCKED", 1: "ERROR", 2: "REFERENCED", 3: "UPTODATE", 4: "DIRTY", 5: "LRU", 6: "ACTIVE", 7: "SLAB",
+    8: "WRITEBACK", 9: "RECLAIM", 10: "BUDDY", 11: "MMAP", 12: "ANON", 13: "SWAPCACHE", 14: "SWAPBACKED",
+    15: "COMPOUND_HEAD", 16: "COMPOUND_TAIL", 17: "HUGE", 18: "UNEVICTABLE", 19: "HWPOISON", 20: "NOPAGE",
+    21: "KSM", 22: "THP", 23: "OFFLINE", 24: "ZERO_PAGE", 25: "IDLE", 26: "PGTABLE", 32: "RESERVED",
+    33: "MLOCKED", 34: "MAPPEDTODISK", 35: "PRIVATE", 36: "PRIVATE_2", 37: "OWNER_PRIVATE", 38: "ARCH",
+    39: "UNCACHED", 40: "SOFTDIRTY", 41: "ARCH_2", 42: "ARCH_3",
+}  # fmt: skip
+"""Names of the bits of /proc/kpageflags (linux/kernel-page-flags.h; from 32 on: fs/proc/page.c, for hackers)."""
+
+_NODES = 4096
+"""Pages whose node is asked for at once."""
+
+
+class FrameFacts(NamedTuple):
+    """What the kernel says of some frames."""
+
+    flags: tuple[str, ...]
+    """kpageflags that all of them have, by their names."""
+    some_flags: tuple[str, ...]
+    """kpageflags that some have and others do not."""
+    mapped: tuple[int, int] | None
+    """How often the least and the most mapped of them is mapped (kpagecount); None: not known."""
+    cgroups: tuple[str, ...] | None
+    """The memory cgroups that they are charged to, a few at the most, by path; None: not known."""
+    node: int | None
+    """The NUMA node of the first; None: not known."""
+
+
+class DescribedRun(NamedTuple):
+    """A physically contiguous run, and what the kernel says of its frames."""
+
+    run: Run
+    facts: FrameFacts
+
+
+class Frames:
+    """The kernel's tables of page frames, open.
+
+    Parameters
+    ----------
+    wanted : bool
+        With False it opens nothing, and is of no use.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnNotPrivileged`: /proc/kpageflags cannot be read.
+    """
+
+    def __init__(self, wanted: bool = True) -> None:
+        self._flags = self._count = self._cgroup = -1
+        self._names: dict[int, str] | None = None
+        if not wanted:
+            return
+        try:
+            self._flags = os.open("/proc/kpageflags", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            message = f"the flags of frames cannot be read: /proc/kpageflags: {error.strerror}; root may"
+            raise IOReturnError(IOReturn.kIOReturnNotPrivileged, message, error.errno or 0) from None
+        with contextlib.suppress(OSError):
+            self._count = os.open("/proc/kpagecount", os.O_RDONLY | os.O_CLOEXEC)
+        with contextlib.suppress(OSError):  # CONFIG_MEMCG
+            self._cgroup = os.open("/proc/kpagecgroup", os.O_RDONLY | os.O_CLOEXEC)
+
+    def add_folios(self, raw: bytes, present: int, excluded: int, sizes: dict[int, int]) -> None:
+        """Add up the sizes of the folios of raw spans; parameters as those of the native function."""
+        native.folios(self._flags, raw, present, excluded, PAGE_SIZE, sizes)
+
+    def describe(self, physical: int, length: int, node: int | None = None) -> FrameFacts:
+        """Return what the kernel says of the frames of a physical range, in bytes."""
+        first, many = physical // PAGE_SIZE, -(-length // PAGE_SIZE)
+        every, some, least, most, groups = native.describe(self._flags, self._count, self._cgroup, first, many)
+        mapped = None if least is None or most is None else (least, most)
+        cgroups = None if self._cgroup < 0 else tuple(sorted(self._cgroup_name(inode) for inode in groups if inode))
+        return FrameFacts(flag_names(every), flag_names(some & ~every), mapped, cgroups, node)
+
+    def _cgroup_name(self, inode: int) -> str:
+        if self._names is None:
+            self._names = _memory_cgroups()
+        return self._names.get(inode, f"inode {inode}")
+
+    def close(self) -> None:
+        """Close them."""
+        for fd in (self._flags, self._count, self._cgroup):
+            if fd >= 0:
+                os.close(fd)
+        self._flags = self._count = self._cgroup = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+
+def flag_names(flags: int) -> tuple[str, ...]:
+    """Return the names of bits of kpageflags."""
+    return tuple(FLAGS.get(bit, f"BIT_{bit}") for bit in range(64) if flags >> bit & 1)
+
+
+def _memory_cgroups() -> dict[int, str]:
+    """Return the memory cgroups that can be seen here: their paths by the inode number of their directories."""
+    found: dict[int, str] = {}
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        mount, _, kind = line.partition(" - ")
+        if not (
+            kind.startswith("cgroup2 ") or (kind.startswith("cgroup ") and "memory" in kind.split()[-1].split(","))
+        ):
+            continue
+        top = Path(mount.split()[4])
+        for directory, _names, _files in os.walk(top):
+            with contextlib.suppress(OSError):
+                found.setdefault(Path(directory).stat().st_ino, f"/{Path(directory).relative_to(top)}".rstrip("."))
+    return found
+
+
+def described(target: Target, address: int | None = None, size: int | None = None) -> Iterator[DescribedRun]:
+    """Iterate over the physically contiguous runs, with what the kernel says of their frames.
+
+    Parameters as those of `runs`.
+
+    Raises
+    ------
+    IOReturnError
+        As `runs`; `kIOReturnNotPrivileged`: frames or their flags are hidden (CAP_SYS_ADMIN, root).
+    """
+    where = resolve(target, address, size)
+    require_frames()
+    with Frames() as frames:
+        for batch in _batches(runs(where)):
+            nodes = _nodes(where.task, batch)
+            for run, node in zip(batch, nodes, strict=True):
+                yield DescribedRun(run, frames.describe(run.physical, run.length, node))
+
+
+def require_frames() -> None:
+    """Raise `kIOReturnNotPrivileged` where frame numbers are hidden."""
+    if not host.pfns_visible():
+        message = f"frame numbers are hidden from this process: {host.capability_remedy()}"
+        raise IOReturnError(IOReturn.kIOReturnNotPrivileged, message)
+
+
+def _batches(found: Iterable[Run]) -> Iterator[list[Run]]:
+    batch: list[Run] = []
+    for run in found:
+        batch.append(run)
+        if len(batch) == _NODES:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _nodes(task: Task, batch: list[Run]) -> list[int | None]:
+    try:
+        found = native.nodes(task.pid, [run.virtual for run in batch])
+    except OSError:  # no CONFIG_NUMA, or refused
+        return [None] * len(batch)
+    return [node if node >= 0 else None for node in found]
+
+
+class Use(NamedTuple):
+    """Frames that a process maps; all in bytes."""
+
+    pid: int
+    process: str
+    """Its name."""
+    area: procfs.VMA
+    virtual: int
+    physical: int
+    length: int
+
+
+def users(physical: int, length: int, *, progress: Callable[[int, int], object] | None = None) -> Iterator[Use]:
+    """Iterate over the processes that map any of the frames of a physical range: a scan of all of them.
+
+    Parameters
+    ----------
+    physical, length : int
+        The range in bytes.
+    progress : callable, optional
+        Called with the number of processes scanned and that of all.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnNotPrivileged`: frame numbers are hidden (CAP_SYS_ADMIN).
+
+    Notes
+    -----
+    A process that exits meanwhile, or that may not be looked at, is passed over. Threads are not listed apart.
+    """
+    require_frames()
+    pids = sorted(int(entry) for entry in os.listdir("/proc") if entry.isdigit())  # noqa: PTH208 (names alone)
+    for index, pid in enumerate(pids):
+        if progress:
+            progress(index, len(pids))
+        with contextlib.suppress(IOReturnError, OSError):
+            yield from _uses(pid, physical, physical + length)
+    if progress:
+        progress(len(pids), len(pids))
+
+
+def _uses(pid: int, low: int, high: int) -> Iterator[Use]:
+    task = Task(pid)
+    name = procfs.status(pid).get("Name", "")
+    with Reader(task) as reader:
+        for area in procfs.maps(pid):
+            if area.start >= USER_END:
+                continue
+            for virtual, frame, length, _flags in reader.within(area.start, area.end, low, high):
+                first, last = max(low, frame), min(high, frame + length)
+                # The zero page is one frame behind many addresses.
+                yield Use(pid, name, area, virtual + (first - frame), first, min(length, last - first))

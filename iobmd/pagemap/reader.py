@@ -1,0 +1,166 @@
+"""The open pagemap of a task, walked through in steps."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Self
+
+from iobmd import host
+from iobmd._native import memory
+from iobmd._native import pagemap as native
+from iobmd._native.walk import Tally, Walk
+from iobmd.host.fact import scratch
+from iobmd.host.pages import huge_page_size
+from iobmd.pagemap.entries import no_entries, opened
+from iobmd.task import kernel_task
+from iobmd.units import PAGE_SIZE, round_down, round_up
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from iobmd.task import Task
+
+_AHEAD = 8192
+"""Pages that the native walk reads ahead at the most."""
+
+
+class Reader:
+    """The pagemap of a task: what its pages are, in steps that hold up the task for a tenth of a millisecond each.
+
+    Parameters
+    ----------
+    task : Task
+        Whose pages.
+    whole : bool
+        Whether whole areas are read, as they are in the end for all of a task. Parts of huge pages are told as such
+        only when it is False, at more cost.
+
+    Attributes
+    ----------
+    page : int
+        Bytes of a page.
+    visible : bool
+        Whether the kernel shows frame numbers (CAP_SYS_ADMIN).
+    scans : bool
+        Whether there is PAGEMAP_SCAN (Linux 6.7). Without it nothing here tells what huge pages map.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnNotPermitted`, `kIOReturnNotFound`, `kIOReturnUnsupported` (a kernel thread),
+        `kIOReturnNoResources`.
+    """
+
+    def __init__(self, task: Task, *, whole: bool = True) -> None:
+        self.task = task
+        self.page = PAGE_SIZE
+        self._opened = opened(task)
+        self.visible, zero = _zero_frame()
+        self.scans = _has_scan(self._opened.fd)
+        huge, huge_zero = _smallest_huge_page(), 0 if self.scans else _huge_zero_frame()
+        thorough = not (whole and self.visible)
+        self._walk = Walk(self._opened.fd, self.page, huge, zero, huge_zero, thorough, self.scans)
+
+    def total(self, start: int, end: int) -> Tally:
+        """Return what there is between two addresses. Raises as `steps`."""
+        try:
+            return self._walk.total(*self._whole_pages(start, end))
+        except OSError:
+            raise no_entries(self.task, start) from None
+
+    def read_ahead(self, start: int, end: int) -> None:
+        """Read at once the pages of several small ranges, for which `total` is called next."""
+        self._walk.read_ahead(start, end)
+
+    def near(self, start: int, end: int) -> bool:
+        """Say whether two addresses are near enough to be read ahead at once."""
+        return end - start <= _AHEAD * self.page
+
+    def steps(self, start: int, end: int) -> Iterator[Walk]:
+        """Walk from `start` to `end`; yields after each step, with the spans of that step.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnNotFound`: the task exited meanwhile. `kIOReturnBadArgument`: the address space ends before.
+        """
+        start, end = self._whole_pages(start, end)
+        while start < end:
+            self._walk.clear()
+            try:
+                start = self._walk.step(start, end)
+                if start >= end:
+                    self._walk.finish()
+            except OSError:
+                raise no_entries(self.task, start) from None
+            yield self._walk
+
+    def within(self, start: int, end: int, low: int, high: int) -> list[tuple[int, int, int, int]]:
+        """Return the spans between two addresses of which a part lies in the physical addresses `low`…`high`."""
+        self._walk.clear()
+        self._walk.within(low, high)
+        try:
+            self._walk.total(*self._whole_pages(start, end), True)
+        except OSError:
+            raise no_entries(self.task, start) from None
+        return [self._walk[index] for index in range(len(self._walk))]
+
+    def require_task(self) -> None:
+        """Raise `kIOReturnNotFound` when the memory is gone: lists of areas end early then, without an error."""
+        if not os.pread(self._opened.fd, 8, 0):
+            raise no_entries(self.task, 0)
+
+    def take(self) -> Tally:
+        """Return what `steps` went through since the last call."""
+        return self._walk.take()
+
+    def _whole_pages(self, start: int, end: int) -> tuple[int, int]:
+        return round_down(start, self.page), round_up(end, self.page)
+
+    def close(self) -> None:
+        """Close the pagemap."""
+        self._opened.__exit__()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+
+def _zero_frame() -> tuple[bool, int]:
+    """Return whether frame numbers are shown to this process, and that of the zero page, 0 when it is not known."""
+    frames = _frames_after_read(PAGE_SIZE)
+    return bool(frames and frames[0]), frames[0] or 0 if frames else 0
+
+
+def _huge_zero_frame() -> int:
+    """Return the first frame number of the huge zero page, 0 when it is not known or is not used."""
+    frames = _frames_after_read(huge_page_size())
+    # Where the small zero page is used, it lies behind every address.
+    return frames[0] if frames and frames[0] and frames[0] != frames[-1] else 0
+
+
+def _frames_after_read(size: int) -> list[int | None]:
+    """Return the frame numbers behind fresh memory that was only read."""
+    try:
+        with scratch(size) as mapping, opened(kernel_task) as descriptor:
+            if size > PAGE_SIZE:
+                memory.advise(mapping.address, size, memory.MADV_HUGEPAGE)
+            mapping.read(0, 1)
+            raw = os.pread(descriptor.fd, size // PAGE_SIZE * 8, mapping.address // PAGE_SIZE * 8)
+            return [entry[2] for entry in native.decode(raw)]
+    except OSError:
+        return []
+
+
+def _has_scan(fd: int) -> bool:
+    try:
+        native.scan(fd, 0, PAGE_SIZE, native.PAGE_IS_PRESENT, 0)
+    except OSError:
+        return False
+    return True
+
+
+def _smallest_huge_page() -> int:
+    return min((pool.size for pool in host.hugetlb_pools()), default=huge_page_size())

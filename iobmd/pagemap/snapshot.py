@@ -1,0 +1,139 @@
+"""Snapshots of where a task's memory lies, in files: one JSON document a line, for they may be long."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from iobmd import procfs
+from iobmd.constants import IOReturn
+from iobmd.errors import IOReturnError
+from iobmd.pagemap.reader import Reader
+from iobmd.pagemap.span import Span
+from iobmd.pagemap.target import resolve
+from iobmd.procfs import VMA
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any, TextIO
+
+    from iobmd.pagemap.target import Target
+
+VERSION = 1
+_BATCH = 1000
+"""Spans a line."""
+
+
+class Header(NamedTuple):
+    """Of what and when a snapshot is."""
+
+    version: int
+    pid: int
+    name: str
+    """Of the program."""
+    time: float
+    """Seconds since the epoch."""
+    kernel: str
+    page_bytes: int
+    frames_visible: bool
+    """Without them nobody can tell that a page has moved."""
+
+
+def save(target: Target, path: str | Path, address: int | None = None, size: int | None = None) -> Header:
+    """Write a snapshot of a target, which is given as to `spans`, to a file; return its header.
+
+    The file appears when it is whole, in the place of what was there.
+
+    Raises
+    ------
+    IOReturnError
+        As `spans`.
+    OSError
+        The file cannot be written.
+    """
+    where = resolve(target, address, size)
+    path = Path(path)
+    with Reader(where.task, whole=where.whole) as reader:
+        header = Header(
+            VERSION,
+            where.task.pid,
+            procfs.status(where.task.pid).get("Name", ""),
+            round(time.time(), 3),
+            os.uname().release,
+            reader.page,
+            reader.visible,
+        )
+        with _replacing(path) as file:
+            file.write(json.dumps({"iobmd pagemap": header._asdict()}) + "\n")
+            for area in where.areas():
+                file.write(json.dumps({"area": area}) + "\n")
+                for step in reader.steps(max(area.start, where.start), min(area.end, where.end)):
+                    for first in range(0, len(step), _BATCH):
+                        spans = [step[index] for index in range(first, min(first + _BATCH, len(step)))]
+                        file.write(json.dumps({"spans": spans}) + "\n")
+            reader.require_task()
+    return header
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[TextIO]:
+    if path.exists() and not path.is_file():  # a device or a pipe is written to as it is
+        with path.open("w") as file:
+            yield file
+        return
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("w") as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class Snapshot:
+    """A snapshot that was saved. It is read from its file anew each time, piece by piece.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnBadArgument`: the file is no snapshot, or one of another version.
+    OSError
+        The file cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        first = next(self._lines("iobmd pagemap"), None)
+        if not isinstance(first, dict) or first.get("version") != VERSION or set(first) != set(Header._fields):
+            message = f"{self._path} is no snapshot of version {VERSION} of `iobmd pagemap --save`"
+            raise IOReturnError(IOReturn.kIOReturnBadArgument, message)
+        self.header = Header(**first)
+
+    def _lines(self, kind: str) -> Iterator[Any]:
+        with self._path.open() as lines:
+            for line in lines:
+                try:
+                    document = json.loads(line)
+                    if not isinstance(document, dict):
+                        raise ValueError("not an object")  # noqa: TRY301, TRY004
+                except ValueError as error:
+                    message = f"{self._path} is no snapshot, or damaged: {error}"
+                    raise IOReturnError(IOReturn.kIOReturnBadArgument, message) from None
+                if kind in document:
+                    yield document[kind]
+                elif kind == "iobmd pagemap":
+                    return
+
+    def areas(self) -> Iterator[VMA]:
+        """Iterate over the areas, ascending."""
+        return (VMA(*fields) for fields in self._lines("area"))
+
+    def spans(self) -> Iterator[Span]:
+        """Iterate over the spans, ascending."""
+        for batch in self._lines("spans"):
+            for virtual, physical, length, flags in batch:
+                yield Span(virtual, length, physical or None, flags)

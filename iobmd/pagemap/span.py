@@ -1,0 +1,165 @@
+"""Spans of pages in one state, and physically contiguous runs of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from iobmd._native import walk
+from iobmd.pagemap.reader import Reader
+from iobmd.pagemap.target import resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from iobmd.pagemap.target import Target
+
+
+class Span(NamedTuple):
+    """Neighbouring pages in one state, in frames that are neighbours too; all in bytes."""
+
+    virtual: int
+    length: int
+    physical: int | None
+    """Of the first page; None when nothing is there, or when the kernel hides it. Zero pages of a span share it."""
+    flags: int
+
+    @property
+    def end(self) -> int:
+        """The address behind it."""
+        return self.virtual + self.length
+
+    @property
+    def present(self) -> bool:
+        """Mapped to frames."""
+        return bool(self.flags & walk.PRESENT)
+
+    @property
+    def swapped(self) -> bool:
+        """Kept in swap."""
+        return bool(self.flags & walk.SWAPPED)
+
+    @property
+    def file_or_shared(self) -> bool:
+        """Pages of a file, or of shared memory; False: anonymous."""
+        return bool(self.flags & walk.FILE)
+
+    @property
+    def zero(self) -> bool:
+        """The kernel's zero page, which memory that was only ever read maps."""
+        return bool(self.flags & walk.ZERO)
+
+    @property
+    def guard(self) -> bool:
+        """Guard pages (MADV_GUARD_INSTALL, Linux 6.13)."""
+        return bool(self.flags & walk.GUARD)
+
+    @property
+    def marker(self) -> bool:
+        """Neither memory nor swap: pages under migration, poisoned ones, markers of userfaultfd."""
+        return bool(self.flags & walk.MARKER)
+
+    @property
+    def huge(self) -> bool:
+        """Mapped by huge pages in the page tables. Split ones, and those smaller than a PMD, are not."""
+        return bool(self.flags & walk.HUGE)
+
+    @property
+    def state(self) -> str:
+        """One word: huge, present, file, zero, swapped, guard, marker."""
+        for flag, word in _STATES:
+            if self.flags & flag:
+                return word
+        return "present"
+
+
+_STATES = (
+    (walk.SWAPPED, "swapped"),
+    (walk.GUARD, "guard"),
+    (walk.MARKER, "marker"),
+    (walk.ZERO, "zero"),
+    (walk.HUGE, "huge"),
+    (walk.FILE, "file"),
+)
+
+
+class Run(NamedTuple):
+    """Pages that lie behind each other both virtually and physically; all in bytes."""
+
+    virtual: int
+    physical: int
+    length: int
+
+
+def spans(target: Target, address: int | None = None, size: int | None = None) -> Iterator[Span]:
+    """Iterate over what is in an address space, ascending: where no span is, there is nothing.
+
+    Parameters
+    ----------
+    target : Task, int, psutil.Process, a buffer or a map of iobmd, or anything with the buffer protocol
+        Whose memory: a task's, or that of the buffer.
+    address, size : int, optional
+        A range in bytes of the task, rounded outwards to whole pages; by default all of it.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnNotPermitted`, `kIOReturnNotFound` (also: the task exited meanwhile), `kIOReturnBadArgument`,
+        `kIOReturnUnsupported` (a kernel thread).
+
+    Notes
+    -----
+    Reads in steps (proc_pid_pagemap(5), PAGEMAP_SCAN): little memory is needed however large the target is, and it is
+    never held up for long. What changes meanwhile is seen before or after the change.
+    """
+    where = resolve(target, address, size)
+    with Reader(where.task, whole=where.whole) as reader:
+        for start, end in where.ranges():
+            yield from read_spans(reader, start, end)
+        reader.require_task()
+
+
+def read_spans(reader: Reader, start: int, end: int) -> Iterator[Span]:
+    """Iterate over the spans of one range."""
+    for step in reader.steps(start, end):
+        for index in range(len(step)):
+            virtual, physical, length, flags = step[index]
+            yield Span(virtual, length, physical or None, flags)
+
+
+def runs(target: Target, address: int | None = None, size: int | None = None) -> Iterator[Run]:
+    """Iterate over the physically contiguous runs, ascending by virtual address.
+
+    Absent pages, and pages whose frame is hidden, are in no run. Parameters, errors and notes as `spans`.
+    """
+    where = resolve(target, address, size)
+    with Reader(where.task) as reader:
+        yield from joined(_parts(reader, where.ranges()))
+        reader.require_task()
+
+
+def _parts(reader: Reader, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    for start, end in ranges:
+        for step in reader.steps(start, end):
+            for index in range(len(step)):
+                virtual, physical, length, flags = step[index]
+                if not physical:
+                    continue
+                if flags & walk.ZERO and not flags & walk.HUGE:  # one frame, again and again
+                    for offset in range(0, length, reader.page):
+                        yield virtual + offset, physical, reader.page
+                else:
+                    yield virtual, physical, length
+
+
+def joined(parts: Iterable[tuple[int, int, int]]) -> Iterator[Run]:
+    """Join neighbours to runs; each part is (virtual, physical, length)."""
+    start = frame = length = 0
+    for virtual, physical, more in parts:
+        if length and start + length == virtual and frame + length == physical:
+            length += more
+            continue
+        if length:
+            yield Run(start, frame, length)
+        start, frame, length = virtual, physical, more
+    if length:
+        yield Run(start, frame, length)

@@ -1,0 +1,105 @@
+"""What is looked at: a task, a range of one, or a buffer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from iobmd import procfs, refusals
+from iobmd._native.crosstask import HeldBuffer
+from iobmd.constants import IOReturn
+from iobmd.errors import IOReturnError
+from iobmd.task import ADDRESS_END, Task, as_task, check_range, kernel_task
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from iobmd.procfs import VMA
+
+Target: TypeAlias = Any
+"""A `Task`, a pid or a psutil.Process; a buffer or map of iobmd; or anything with the buffer protocol."""
+
+
+class Where(NamedTuple):
+    """A range of a task's address space, in bytes."""
+
+    task: Task
+    start: int
+    end: int
+    held: object = None
+    """What keeps a buffer where it is meanwhile."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of the address space."""
+        return not self.start and self.end == ADDRESS_END
+
+    def areas(self) -> Iterator[VMA]:
+        """Iterate over the areas that have a part in it, ascending. Raises IOReturnError."""
+        with unreadable_maps(self.task):
+            for area in procfs.maps(self.task.pid):
+                if area.start >= self.end:
+                    break
+                if area.end > self.start and area.start < USER_END:
+                    yield area
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Iterate over the ranges to read: the areas of all of the address space, or the range itself."""
+        if not self.whole:
+            yield self.start, self.end
+            return
+        for area in self.areas():
+            yield area.start, area.end
+
+
+USER_END = 1 << 63
+"""Above it the kernel maps what has no entry in pagemap (vsyscall)."""
+
+
+class unreadable_maps:  # noqa: N801 (used as a function)
+    """Turn what the kernel says as it refuses /proc/PID/maps or smaps into an IOReturnError."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, IOReturnError) or not isinstance(error, OSError):
+            return
+        if isinstance(error, PermissionError):
+            raise refusals.refused(self._task.pid, error.errno or 0, "memory map") from None
+        if isinstance(error, (FileNotFoundError, ProcessLookupError)):
+            raise refusals.without_memory(self._task.pid) from None
+
+
+def resolve(target: Target, address: int | None = None, size: int | None = None) -> Where:
+    """Return what is meant.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnBadArgument`, `kIOReturnNotFound`, `kIOReturnUnsupported` (a buffer that is mapped in no task).
+    """
+    if isinstance(target, Where):
+        return target
+    if address is not None or size is not None:
+        if address is None or size is None:
+            raise IOReturnError(IOReturn.kIOReturnBadArgument, "a range has both an address and a size")
+        check_range(address, size)
+        return Where(as_task(target), address, address + size)
+    if hasattr(target, "getAddressTask"):  # a map
+        start = target.getAddress()
+        return Where(target.getAddressTask(), start, start + target.getLength(), target)
+    if hasattr(target, "getBytesNoCopy"):
+        start = target.getBytesNoCopy()
+        # Not None: getBytesNoCopy() refuses memory that is mapped in no task.
+        return Where(target._memory().task, start, start + len(target), target)
+    if isinstance(target, (Task, int)) or hasattr(target, "pid"):
+        return Where(as_task(target), 0, ADDRESS_END)
+    try:
+        held = HeldBuffer(target, False)
+    except TypeError:
+        message = f"{target!r} is neither a task, nor a process id, nor a buffer"
+        raise IOReturnError(IOReturn.kIOReturnBadArgument, message) from None
+    return Where(kernel_task, held.address, held.address + held.size, held)

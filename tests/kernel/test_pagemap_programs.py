@@ -1,0 +1,270 @@
+"""`iobmd.pagemap` on programs as they run: what they hold and share; and on those that change or end meanwhile."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from support import pagezoo
+from support.pagezoo import PAGE, PageZoo, quiet
+
+from iobmd import IOReturn, IOReturnError, pagemap
+
+pytestmark = pytest.mark.needs("root", "frames", "compiler")
+
+IDLE = {
+    "sleep": ["120"], "cat": [], "bash": ["-c", "read line"], "sh": ["-c", "read line"], "sqlite3": [":memory:"],
+    "tail": ["-f", "/dev/null"], "perl": ["-e", "my $text = 'x' x 30000000; <STDIN>"], "awk": ["{ print }"],
+    "sed": ["p"], "sort": [], "bc": ["-q"], "gdb": ["-q", "-nx"], "tee": [], "wc": [], "grep": ["x"],
+    "timeout": ["120", "sleep", "120"], "od": [], "head": ["-n", "1000"], "cut": ["-c", "1"], "tr": ["a", "b"],
+    "uniq": [], "xargs": ["echo"],
+}  # fmt: skip
+"""Programs that wait for their input, and their arguments; those that are installed are started."""
+PYTHON = "import json, sqlite3, decimal; memory = [bytes(1000) for _ in range(50000)]; input()"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pagezoo.build(tmp_path_factory.mktemp("programs"))
+
+
+@pytest.fixture
+def programs() -> Iterator[list[int]]:
+    """Twenty programs and more, asleep."""
+    commands = [[path, *arguments] for name, arguments in IDLE.items() if (path := shutil.which(name))]
+    started = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for command in [*commands, [sys.executable, "-c", PYTHON]]
+    ]
+    for one in started:
+        wait(one.pid, is_asleep)
+    yield [one.pid for one in started]
+    for one in started:
+        one.kill()
+        one.communicate()
+
+
+def wait(pid: int, until: Callable[[int], bool]) -> None:
+    end = time.monotonic() + 10
+    while not until(pid):
+        assert time.monotonic() < end, Path(f"/proc/{pid}/stat").read_text()
+        time.sleep(0.02)
+
+
+def is_asleep(pid: int) -> bool:
+    """Say whether a process sleeps, and used no processor for a moment."""
+
+    def look() -> tuple[str, list[str]]:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return state, fields[10:12] + fields[6:8]  # its times and faults
+
+    before = look()
+    time.sleep(0.02)
+    return before[0] == "S" and look() == before
+
+
+def rollup(pid: int) -> dict[str, int]:
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    found = {name: int(number) << 10 for name, number in re.findall(r"(\w+):\s+(\d+) kB", text)}
+    found["Rss"] += found["Shared_Hugetlb"] + found["Private_Hugetlb"]
+    return {name: found[name] for name in ("Rss", "Swap", "LazyFree")}
+
+
+def compare(pid: int, details: bool) -> None:
+    theirs, ours = quiet(lambda: rollup(pid), lambda: list(pagemap.areas(pid, details=details)))
+    resident = sum(area.resident for area in ours)
+    assert abs(resident - theirs["Rss"]) <= theirs["Rss"] // 100, (pid, resident, theirs)
+    assert sum(area.swapped for area in ours) == theirs["Swap"], (pid, theirs)
+
+
+@pytest.mark.parametrize("details", [True, False])
+def test_programs_hold_what_the_kernel_adds_up(programs: list[int], details: bool) -> None:
+    for pid in programs:
+        compare(pid, details)
+    seen = len(programs)
+    for entry in Path("/proc").glob("[1-9]*"):  # what runs here anyway
+        pid = int(entry.name)
+        if pid == os.getpid() or seen >= 40:
+            continue
+        with contextlib.suppress(OSError):  # it ended, or is of the kernel
+            if is_asleep(pid) and rollup(pid)["Rss"]:
+                compare(pid, details)
+                seen += 1
+    assert seen >= 20
+
+
+@pytest.fixture
+def family(program: Path) -> Iterator[PageZoo]:
+    """Three processes: the zoo and two children. One has the shared memory at another address."""
+    with PageZoo(program, "forked", "zero") as zoo:
+        yield zoo
+
+
+def frame(zoo: PageZoo, kind: str, page: int) -> int:
+    address = zoo[kind][0] + page * PAGE
+    return pagezoo.entries(zoo.pid, [(address, address + PAGE)])[address] & (1 << 55) - 1
+
+
+def users(physical: int, length: int = PAGE) -> set[tuple[int, int, int, int]]:
+    found = list(pagemap.users(physical, length))
+    assert all(use.area.start <= use.virtual and use.virtual + use.length <= use.area.end for use in found)
+    assert all(use.process == Path(f"/proc/{use.pid}/status").read_text().split()[1] for use in found)
+    unique = {(use.pid, use.virtual, use.physical, use.length) for use in found}
+    assert len(unique) == len(found)
+    return unique
+
+
+def test_users_of_shared_memory_are_all_found(family: PageZoo) -> None:
+    physical = frame(family, "shared", 5) * PAGE
+    (child, child_pid), (moved, moved_pid) = family["child"], family["moved-child"]
+    theirs = {(family.pid, family["shared"][0]), (child_pid, child), (moved_pid, moved)}
+    assert family["shared"][0] == child != moved
+    assert users(physical) == {(pid, address + 5 * PAGE, physical, PAGE) for pid, address in theirs}
+
+
+def test_users_of_memory_that_fork_shares(family: PageZoo) -> None:
+    pids = (family.pid, family["child"][1], family["moved-child"][1])
+    physical = frame(family, "forked", 100) * PAGE
+    assert users(physical) == {(pid, family["forked"][0] + 100 * PAGE, physical, PAGE) for pid in pids}
+    # In the first half of a huge page, which one child still maps by small pages; and in the second, which none does.
+    for page, mappers in ((100, pids[:2]), (400, pids[:1])):
+        physical = frame(family, "half-shared", page) * PAGE
+        address = family["half-shared"][0] + page * PAGE
+        assert users(physical, 3 * PAGE) == {(pid, address, physical, 3 * PAGE) for pid in mappers}
+
+
+def test_private_memory_has_one_user(family: PageZoo) -> None:
+    """At its address one child maps something else."""
+    physical = frame(family, "own", 2) * PAGE
+    assert family["own"][0] == family["moved-child"][0]
+    assert users(physical) == {(family.pid, family["own"][0] + 2 * PAGE, physical, PAGE)}
+
+
+def test_the_zero_page_has_no_neighbours(family: PageZoo) -> None:
+    """One frame stands behind many addresses: those behind the first are not in the frames behind it."""
+    zero = frame(family, "zero", 1)
+    assert family.pid in {pid for pid, *_ in users(zero * PAGE)}
+    assert not users((zero + 1) * PAGE)
+
+
+def spans(pid: int) -> Iterator[object]:
+    return pagemap.spans(pid)
+
+
+def detailed(pid: int) -> Iterator[object]:
+    return pagemap.areas(pid, details=True)
+
+
+def bare(pid: int) -> Iterator[object]:
+    return pagemap.areas(pid, details=False, folios=True)
+
+
+READERS: list[Callable[[int], Iterator[object]]] = [spans, detailed, bare, pagemap.runs, pagemap.described]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_reading_while_the_target_maps_and_unmaps(program: Path, read: Callable[[int], Iterator[object]]) -> None:
+    with PageZoo(program, "thp", "anonymous", "tiny") as zoo:
+        zoo.obey("flap")
+        refused = 0
+        end = time.monotonic() + 0.8
+        for _read in range(200):
+            try:
+                assert sum(1 for _found in read(zoo.pid))
+                pagemap.counts(zoo.pid, *zoo["thp"])
+            except IOReturnError:
+                refused += 1
+            if time.monotonic() > end:
+                break
+        assert not refused, "it lives, and is refused"
+        assert zoo.process.poll() is None, "the zoo did not live through it"
+
+
+@pytest.mark.parametrize("kind", ["anonymous", "sparse"])
+def test_a_target_that_exits_in_between_is_not_found(program: Path, kind: str) -> None:
+    """What was not read yet is gone: an end without an error would say that there was nothing."""
+    with PageZoo(program, kind, "tiny") as zoo:
+        address, size = zoo[kind]
+        readers = [
+            *(partial(read, zoo.pid) for read in READERS),
+            partial(pagemap.spans, zoo.pid, address, size),
+            partial(pagemap.runs, zoo.pid, address, size),
+            partial(pagemap.pages, zoo.pid, address, min(size, 64 << 20)),
+        ]
+        whole = [total(read()) for read in readers]
+        begun = [read() for read in readers]
+        found = [total([next(reader)]) for reader in begun]  # in the midst of a large area
+        zoo.process.kill()
+        zoo.process.wait()
+        refused = 0
+        for index, reader in enumerate(begun):
+            try:
+                assert found[index] + total(reader) == whole[index], readers[index]
+            except IOReturnError as error:
+                assert error.code == IOReturn.kIOReturnNotFound, readers[index]
+                refused += 1
+        assert refused >= len(begun) - 1, "what describes runs may have read all of a few before it yields the first"
+        for read in READERS:
+            with pytest.raises(IOReturnError) as caught:
+                list(read(zoo.pid))
+            assert caught.value.code == IOReturn.kIOReturnNotFound
+
+
+@pytest.mark.parametrize("kind", ["anonymous", "sparse"])
+def test_a_target_that_becomes_another_program(program: Path, kind: str) -> None:
+    """The pages of both must not be mixed: it ends with an error, or with what there was before."""
+    with PageZoo(program, kind) as zoo:
+        address, size = zoo[kind]
+        theirs = pagezoo.entries(zoo.pid, [(address, address + size)])
+        begun = pagemap.spans(zoo.pid, address, size)
+        found = [next(begun)]
+        zoo.tell("exec")
+        wait(zoo.pid, lambda pid: Path(f"/proc/{pid}/comm").read_text() == "sleep\n")
+        with contextlib.suppress(IOReturnError):
+            found += list(begun)
+            assert sum(span.length for span in found) == len(theirs) * PAGE, "cut short, and no error said so"
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_what_is_read_while_the_target_dies_is_whole_or_refused(
+    program: Path, read: Callable[[int], Iterator[object]]
+) -> None:
+    for attempt in range(6):
+        with PageZoo(program, "anonymous") as zoo:
+            whole = total(read(zoo.pid))
+            killer = threading.Timer(0.003 * attempt, os.kill, (zoo.pid, signal.SIGKILL))
+            killer.start()
+            try:
+                for _read in range(200):
+                    assert total(read(zoo.pid)) >= whole, "cut short, and no error said so"  # it may touch more
+                    assert zoo.process.poll() is None, "it is gone, and was read"
+            except IOReturnError as error:
+                assert error.code == IOReturn.kIOReturnNotFound, error
+            else:
+                pytest.fail("two hundred reads, and it did not die")
+            finally:
+                killer.join()
+
+
+def total(found: Iterable[object]) -> int:
+    """Add up the memory of whatever a reader yields."""
+    size = 0
+    for one in found:
+        if isinstance(one, pagemap.Area):
+            size += one.tally.present
+        elif isinstance(one, pagemap.Page):
+            size += one.present * PAGE
+        elif isinstance(one, pagemap.DescribedRun):
+            size += one.run.length
+        elif isinstance(one, pagemap.Run) or (isinstance(one, pagemap.Span) and one.present):
+            size += one.length
+    return size

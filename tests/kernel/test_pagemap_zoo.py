@@ -1,0 +1,389 @@
+"""`iobmd.pagemap` page for page against an independent reader, on memory in every state that the kernel knows."""
+
+import random
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from support import pagezoo
+from support.child import NOBODY, in_child
+from support.pagezoo import PAGE, PageZoo, quiet, table
+
+from iobmd import pagemap
+from iobmd._native.walk import FILE, GUARD, MARKER, PRESENT, SWAPPED, ZERO, Walk
+from iobmd.pagemap import Span, reader
+
+pytestmark = pytest.mark.needs("compiler", "frames", "root")
+
+STATES: dict[str, set[str]] = {
+    "untouched": set(), "anonymous": {"present"}, "thp": {"huge"}, "split": {"present", "huge"}, "mthp": {"present"},
+    "zero": {"present", "zero"}, "hugezero": {"huge", "zero"}, "hugetail": {"huge", "zero"},
+    "guard": {"present", "guard"}, "hugetlb": {"huge"}, "hugetlb-shared": {"huge"}, "giga": {"huge"},
+    "memfd": {"file"}, "memfd-huge": {"huge"}, "file": {"file"}, "file-private": {"file", "present"},
+    "no-access": {"present"}, "swapped": {"present", "swapped"}, "swapped-shared": {"file"}, "lazy": {"present"},
+    "locked": {"present"}, "watched": {"present", "marker"}, "sparse": {"present"}, "tiny": {"present"},
+    "shared": {"file"}, "forked": {"present"}, "half-shared": {"huge"}, "own": {"present"}, "ring": {"file"},
+}  # fmt: skip
+"""What each kind of memory is made of: a zoo without it would prove nothing."""
+ORDINARY = (
+    "untouched", "anonymous", "thp", "split", "zero", "hugezero", "hugetail", "guard", "memfd", "file", "no-access",
+    "lazy", "locked", "watched", "sparse", "tiny", "forked", "ring",
+)  # fmt: skip
+GROUPS = {
+    "ordinary": ORDINARY, "folios": ("mthp", "memfd-huge"), "hugetlb": ("hugetlb",), "giga": ("giga",),
+    "swap": ("swapped",),
+}  # fmt: skip
+THP = "/sys/kernel/mm/transparent_hugepage"
+GIGA = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pagezoo.build(tmp_path_factory.mktemp("pagezoo"))
+
+
+@pytest.fixture
+def giga_pool(setting: Callable[[str, object], None]) -> None:
+    setting(GIGA, int(Path(GIGA).read_text()) + 1)
+    free = Path(GIGA).with_name("free_hugepages")
+    if not int(free.read_text()):
+        pytest.skip("the kernel finds no GiB in one piece")
+
+
+@pytest.fixture
+def small_folios(setting: Callable[[str, object], None]) -> None:
+    setting(f"{THP}/hugepages-64kB/enabled", "madvise")
+    setting(f"{THP}/shmem_enabled", "advise")
+
+
+SMALL = [
+    pytest.param(("ordinary", None), id="ordinary"),
+    pytest.param(("folios", "small_folios"), id="folios"),
+    pytest.param(("hugetlb", "hugetlb_pool"), id="hugetlb", marks=pytest.mark.needs("hugetlb")),
+    pytest.param(("swap", "swap"), id="swap", marks=pytest.mark.needs("swap")),
+]
+LARGE = pytest.param(("giga", "giga_pool"), id="giga", marks=pytest.mark.needs("hugetlb"))
+small = pytest.mark.parametrize("zoo", SMALL, indirect=True)
+all_sizes = pytest.mark.parametrize("zoo", [*SMALL, LARGE], indirect=True)  # a GiB takes the kernel seconds
+
+
+@pytest.fixture
+def zoo(request: pytest.FixtureRequest, program: Path) -> Iterator[PageZoo]:
+    group, fixture = request.param
+    if fixture:
+        request.getfixturevalue(fixture)
+    with PageZoo(program, *GROUPS[group]) as started:
+        yield started
+
+
+def kinds(zoo: PageZoo) -> list[str]:
+    return [kind for kind in zoo.found if kind in STATES]
+
+
+def expand(found: Iterable[Span]) -> dict[int, tuple[object, ...]]:
+    """Return what spans say of each page, the zero page apart."""
+    pages: dict[int, tuple[object, ...]] = {}
+    for span in found:
+        assert span.length > 0
+        stride = 0 if span.zero and not span.huge else 1
+        for index in range(span.length // PAGE):
+            frame = None if span.physical is None else span.physical // PAGE + index * stride
+            address = span.virtual + index * PAGE
+            assert address not in pages
+            assert not span.physical or not span.physical % PAGE
+            pages[address] = (
+                pagezoo.Page(span.present, span.swapped, span.guard, span.marker, span.file_or_shared, frame),
+                span.zero,
+            )
+    return pages
+
+
+def entries(zoo: PageZoo, kind: str) -> dict[int, int]:
+    address, size = zoo[kind]
+    return pagezoo.entries(zoo.pid, [(address, address + size)])
+
+
+def both(zoo: PageZoo, kind: str) -> tuple[dict[int, int], list[Span]]:
+    return quiet(lambda: entries(zoo, kind), lambda: list(pagemap.spans(zoo.pid, *zoo[kind])))
+
+
+def everything(zoo: PageZoo) -> dict[int, int]:
+    return pagezoo.entries(zoo.pid, [(area.start, area.end) for area in pagezoo.areas(zoo.pid)])
+
+
+def huge_bytes(found: Iterable[Span], start: int, end: int) -> int:
+    """Return how much memory between two addresses huge pages map; the huge zero page is none."""
+    return sum(max(0, min(span.end, end) - max(span.virtual, start)) for span in found if span.huge and not span.zero)
+
+
+def check_huge(pid: int, found: list[Span]) -> None:
+    for area in pagezoo.areas(pid):
+        assert huge_bytes(found, area.start, area.end) == area.huge, area
+
+
+@all_sizes
+def test_spans_say_of_every_page_what_the_kernel_says(zoo: PageZoo) -> None:
+    for kind in kinds(zoo):
+        theirs, ours = both(zoo, kind)
+        assert not pagezoo.differing(pagezoo.expected(theirs), expand(ours)), kind
+        assert {span.state for span in ours} == STATES[kind], kind
+        assert all(before.end <= after.virtual for before, after in pairwise(ours)), kind
+    words, found = quiet(lambda: everything(zoo), lambda: list(pagemap.spans(zoo.pid)))
+    assert not pagezoo.differing(pagezoo.expected(words), expand(found))
+    check_huge(zoo.pid, found)
+
+
+@small
+def test_a_part_of_an_area_is_as_it_is_in_the_whole(zoo: PageZoo) -> None:
+    """Ranges that begin and end within huge pages, swapped ones and holes."""
+    chance = random.Random(1)
+    for kind in kinds(zoo):
+        words = pagezoo.expected(entries(zoo, kind))
+        address, size = zoo[kind]
+        for _try in range(12):
+            start = address + chance.randrange(size // PAGE) * PAGE
+            end = min(address + size, start + chance.choice((1, 3, 100, 512, 700, 5000)) * PAGE)
+            theirs = {page: words[page] for page in range(start, end, PAGE) if page in words}
+            ours = expand(pagemap.spans(zoo.pid, start + 7, end - start - 9))
+            assert not pagezoo.differing(theirs, ours), (kind, hex(start), end - start)
+
+
+@small
+def test_runs_are_broken_where_the_frames_are(zoo: PageZoo) -> None:
+    for kind in kinds(zoo):
+        theirs, ours = quiet(
+            lambda kind=kind: pagezoo.runs(entries(zoo, kind)),
+            lambda kind=kind: [tuple(run) for run in pagemap.runs(zoo.pid, *zoo[kind])],
+        )
+        assert not pagezoo.differing(dict(enumerate(theirs)), dict(enumerate(ours))), kind
+    theirs, ours = quiet(lambda: pagezoo.runs(everything(zoo)), lambda: [tuple(run) for run in pagemap.runs(zoo.pid)])
+    assert not pagezoo.differing(dict(enumerate(theirs)), dict(enumerate(ours)))
+
+
+def our_facts(area: pagemap.Area) -> dict[str, object]:
+    names = ["present", "guard", "marker", "file", "zero", "hidden", "exclusive"]
+    names += ["runs", "largest", "ascending", "descending"]
+    return {
+        **{name: getattr(area.tally, name) for name in names},
+        **{name: getattr(area, name) for name in ("resident", "swapped", "lazy_free", "locked", "huge", "folios")},
+        "tally.swapped": area.tally.swapped,
+    }
+
+
+@all_sizes
+def test_areas_hold_what_smaps_and_the_frames_say(zoo: PageZoo) -> None:
+    (areas, words), ours = quiet(
+        lambda: (pagezoo.areas(zoo.pid), everything(zoo)),
+        lambda: list(pagemap.areas(zoo.pid, details=True, folios=True)),
+    )
+    assert [(area.start, area.end) for area in ours] == [(area.start, area.end) for area in areas]
+    sizes: dict[int, int] = {}
+    wrong: dict[str, object] = {}
+    at = iter([*words.items(), (1 << 64, 0)])
+    address, word = next(at)
+    with table() as flags:
+        for area, ours_of_it in zip(areas, ours, strict=True):
+            inside: dict[int, int] = {}
+            while address < area.end:
+                inside[address] = word
+                address, word = next(at)
+            theirs = pagezoo.area_facts(area, inside, flags)
+            if difference := pagezoo.differing(theirs, our_facts(ours_of_it)):
+                wrong[f"{area.start:#x}-{area.end:#x} {area.name}"] = difference
+            for size, number in (ours_of_it.folios or {}).items():
+                sizes[size] = sizes.get(size, 0) + number
+    assert not wrong
+    if "mthp" in zoo.found:
+        assert sizes[64 << 10] >= 1 << 20, sizes
+    if "split" in zoo.found:
+        assert sizes[2 << 20] >= 5 << 20, sizes
+    # What smaps tells of areas it need not be asked for, where it is not.
+    for area, bare in zip(ours, pagemap.areas(zoo.pid, details=False), strict=True):
+        assert (bare.resident, bare.huge, bare.tally.runs) == (area.resident, area.huge, area.tally.runs), area
+        assert bare.swapped == area.tally.swapped
+
+
+@small
+def test_counts_and_pages_agree(zoo: PageZoo) -> None:
+    for kind in kinds(zoo):
+        theirs, ours = quiet(partial(entries, zoo, kind), partial(pagemap.counts, zoo.pid, *zoo[kind]))
+        pages = pagezoo.pages(theirs)
+        exclusive = sum(word >> 63 and word >> 56 & 1 for word in theirs.values())
+        present, swapped = (sum(page[index] for page in pages.values()) for index in (0, 1))
+        assert ours == (present, swapped, 0, exclusive), kind
+
+
+@small
+def test_without_pagemap_scan_all_but_huge_is_right(zoo: PageZoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "_has_scan", lambda _fd: False)
+    for kind in kinds(zoo):
+        theirs, ours = both(zoo, kind)
+        assert not pagezoo.differing(pagezoo.expected(theirs), expand(ours)), kind
+        assert not any(span.huge and not span.zero for span in ours), kind  # the zero one is known by its frame
+    areas, ours_of_them = quiet(lambda: pagezoo.areas(zoo.pid), lambda: list(pagemap.areas(zoo.pid, details=True)))
+    for area, found in zip(areas, ours_of_them, strict=True):
+        assert (found.resident, found.swapped) == (area.resident, area.counters["Swap"]), area
+
+
+@pytest.mark.parametrize(
+    ("fixture", "group"),
+    [
+        (
+            None,
+            tuple(kind for kind in ORDINARY if kind != "watched"),
+        ),  # markers look swapped: only the hidden part tells
+        pytest.param("hugetlb_pool", ("hugetlb",), marks=pytest.mark.needs("hugetlb")),
+        pytest.param("swap", ("swapped",), marks=pytest.mark.needs("swap")),
+    ],
+    ids=["ordinary", "hugetlb", "swap"],
+)
+def test_with_hidden_frames_the_states_remain(
+    request: pytest.FixtureRequest, program: Path, fixture: str | None, group: tuple[str, ...]
+) -> None:
+    if fixture:
+        request.getfixturevalue(fixture)
+    with PageZoo(program, *group, user=NOBODY) as zoo:
+        hidden(zoo)
+
+
+def hidden(zoo: PageZoo) -> None:
+    def look() -> list[tuple[str, list[Span], list[int]]]:
+        return [
+            (
+                kind,
+                list(pagemap.spans(zoo.pid, *zoo[kind])),
+                [run.length for run in pagemap.runs(zoo.pid, *zoo[kind])],
+            )
+            for kind in kinds(zoo)
+        ]
+
+    for kind, found, runs in in_child(look, uid=NOBODY):
+        assert not pagezoo.differing(pagezoo.expected(entries(zoo, kind), hidden=True), expand(found)), kind
+        assert {span.state for span in found} == STATES[kind], kind
+        assert not runs
+    found = in_child(lambda: list(pagemap.spans(zoo.pid)), uid=NOBODY)
+    check_huge(zoo.pid, found)
+    facts = in_child(lambda: [(a.resident, a.swapped, a.huge) for a in pagemap.areas(zoo.pid)], uid=NOBODY)
+    areas = pagezoo.areas(zoo.pid)
+    assert facts == [(area.resident, area.counters["Swap"], area.huge) for area in areas]
+
+
+def test_the_stack_grows(program: Path) -> None:
+    with PageZoo(program) as zoo:
+        sizes = []
+        for _round in range(2):
+            (area,) = (area for area in pagezoo.areas(zoo.pid) if area.name == "[stack]")
+            theirs = pagezoo.entries(zoo.pid, [(area.start, area.end)])
+            (ours,) = pagemap.areas(zoo.pid, area.start, area.end - area.start)
+            found = pagemap.spans(zoo.pid, area.start, area.end - area.start)
+            assert not pagezoo.differing(pagezoo.expected(theirs), expand(found))
+            assert ours.resident == area.resident == len(theirs) * PAGE
+            sizes.append(ours.resident)
+            zoo.obey("grow")
+        assert sizes[1] >= sizes[0] + (1 << 20)
+
+
+@pytest.mark.parametrize("details", [True, False])
+def test_no_area_of_twenty_thousand_is_missed(program: Path, details: bool) -> None:
+    with PageZoo(program, "many") as zoo:
+        areas = pagezoo.areas(zoo.pid)
+        assert len(areas) > 20_000
+        ours = [(area.start, area.end, area.resident) for area in pagemap.areas(zoo.pid, details=details)]
+    assert ours == [(area.start, area.end, area.resident) for area in areas]
+
+
+VOLATILE = {
+    "LOCKED", "REFERENCED", "UPTODATE", "DIRTY", "LRU", "ACTIVE", "WRITEBACK", "RECLAIM", "UNEVICTABLE", "MLOCKED",
+    "IDLE", "SWAPCACHE", "PRIVATE", "PRIVATE_2", "OWNER_PRIVATE", "ARCH", "ARCH_2", "ARCH_3", "MAPPEDTODISK",
+}  # fmt: skip
+"""Flags that change while nobody maps or unmaps anything."""
+STEADY = {
+    "MMAP": 11, "ANON": 12, "SWAPBACKED": 14, "COMPOUND_HEAD": 15, "COMPOUND_TAIL": 16, "HUGE": 17, "NOPAGE": 20,
+    "KSM": 21, "THP": 22, "OFFLINE": 23, "ZERO_PAGE": 24, "SLAB": 7, "BUDDY": 10, "HWPOISON": 19, "PGTABLE": 26,
+    "RESERVED": 32, "SOFTDIRTY": 40, "UNCACHED": 39, "ERROR": 1,
+}  # fmt: skip
+"""The others, of linux/kernel-page-flags.h and fs/proc/page.c."""
+
+
+@small
+def test_runs_are_described_as_the_frame_tables_do(zoo: PageZoo) -> None:
+    maps = Path(f"/proc/{zoo.pid}/numa_maps").read_text().splitlines()
+    nodes = {int(line.split()[0], 16): {int(word[1]) for word in line.split() if word[0] == "N"} for line in maps}
+    for kind in kinds(zoo):
+        theirs, ours = quiet(
+            partial(entries, zoo, kind), lambda kind=kind: list(pagemap.described(zoo.pid, *zoo[kind]))
+        )
+        assert [tuple(found.run) for found in ours] == pagezoo.runs(theirs), kind
+        with table() as flags, table("kpagecount") as counts:
+            for found in ours:
+                frames = range(found.run.physical // PAGE, (found.run.physical + found.run.length) // PAGE)
+                words = [flags[frame] for frame in frames]
+                every = {name for name, bit in STEADY.items() if all(word >> bit & 1 for word in words)}
+                some = {name for name, bit in STEADY.items() if any(word >> bit & 1 for word in words)} - every
+                assert {*found.facts.flags} - VOLATILE == every, (kind, found)
+                assert {*found.facts.some_flags} - VOLATILE == some, (kind, found)
+                numbers = [counts[frame] for frame in frames]
+                assert found.facts.mapped == (min(numbers), max(numbers)), (kind, found)
+                assert (found.facts.node is None) == ("ZERO_PAGE" in every), (kind, found)
+        where = nodes.get(zoo[kind][0], set())
+        assert {found.facts.node for found in ours} - {None} <= where or len(where) != 1, kind
+
+
+@pytest.mark.parametrize("page", [4096, 16384, 65536])
+@pytest.mark.parametrize("visible", [True, False])
+def test_a_pagemap_of_other_page_sizes(tmp_path: Path, page: int, visible: bool) -> None:
+    """Entries that are made up, in an ordinary file."""
+    chance = random.Random(page)
+    zero, frame = 0x777, 0x1000
+    words: list[int] = []
+    while len(words) < 60_000:
+        frame = chance.choice((frame, frame, chance.randrange(1, 1 << 40)))
+        for _page in range(chance.choice((1, 1, 2, 17, 600))):
+            words.append(1 << 63 | frame)
+            frame += 1
+        words += [0] * chance.choice((0, 0, 1, 5, 4096))
+        others = (
+            1 << 63 | zero,
+            1 << 63 | 1 << 61 | frame,
+            1 << 63 | 1 << 56 | frame + 1,
+            1 << 62 | 5 << 5,  # swap type 0
+            1 << 62 | 26,  # a marker
+            1 << 62 | 1 << 58 | 26,  # a guard page
+            1 << 55,  # soft-dirty, and nothing else
+        )
+        words += [chance.choice(others)] * chance.choice((0, 1, 3))
+    if not visible:
+        words = [word & ~((1 << 55) - 1) if word >> 63 else word for word in words]
+    file = tmp_path / "pagemap"
+    file.write_bytes(struct.pack(f"={len(words)}Q", *words))
+    with file.open("rb") as opened:
+        walk = Walk(opened.fileno(), page, 2 << 20, zero if visible else 0, 0, False, False)
+        tally = walk.total(0, len(words) * page, True)
+        found = [walk[index] for index in range(len(walk))]
+        with pytest.raises(OSError, match="read of pagemap"):
+            walk.total(0, (len(words) + 1) * page)
+    theirs, ours = {}, {}
+    for index, word in enumerate(words):
+        number = word & (1 << 55) - 1
+        flags = 0
+        if word >> 63:
+            flags = PRESENT | (FILE if word >> 61 & 1 else 0) | (ZERO if visible and number == zero else 0)
+        elif word >> 62 & 1:
+            flags = GUARD if word >> 58 & 1 else MARKER if number & 31 == 26 else SWAPPED
+        if flags:
+            theirs[index * page] = (number * page if flags & PRESENT else 0, flags)
+    for virtual, physical, length, flags in found:
+        for offset in range(0, length, page):
+            assert virtual + offset not in ours
+            ours[virtual + offset] = (physical and (physical if flags & ZERO else physical + offset), flags)
+    assert not pagezoo.differing(theirs, ours)
+    for name, flag in {"present": PRESENT, "file": FILE, "zero": ZERO, "swapped": SWAPPED, "guard": GUARD}.items():
+        assert getattr(tally, name) == sum(bool(flags & flag) for _frame, flags in theirs.values()) * page, name
+    assert tally.marker == sum(flags == MARKER for _frame, flags in theirs.values()) * page
+    assert tally.exclusive == sum(word >> 63 and word >> 56 & 1 for word in words) * page
+    assert tally.hidden == (0 if visible else tally.present)
+    assert tally.huge == 0
+    assert tally.present == sum(size for _number, size in tally.classes().values()) or not visible
