@@ -13,6 +13,7 @@ COMMANDS = {
     "copy": ("iobmd.cli.copy", "copy a range of a process's memory to a file"),
     "share": ("iobmd.cli.share", "map memory into another process, and hold it there"),
     "alloc": ("iobmd.cli.alloc", "allocate wired, contiguous or low memory, and show where it lies"),
+    "pagemap": ("iobmd.tools.pagemap", "show where a process's memory lies: frames, huge pages, swap, locks"),
     "doctor": ("iobmd.cli.doctor", "show what this host can do, and how to turn on what it cannot"),
     "bench": ("iobmd.tools.bench", "measure iobmd against the bare kernel calls"),
 }

@@ -196,6 +196,7 @@ def test_areas_hold_what_smaps_and_the_frames_say(zoo: PageZoo) -> None:
             for size, number in (ours_of_it.folios or {}).items():
                 sizes[size] = sizes.get(size, 0) + number
     assert not wrong
+    assert any(area.is_device for area in ours)  # [vvar]
     if "mthp" in zoo.found:
         assert sizes[64 << 10] >= 1 << 20, sizes
     if "split" in zoo.found:

@@ -1,5 +1,5 @@
-/* A process with the kinds of memory that it is asked for: pagezoo FILE KIND... For each it says "KIND ADDRESS SIZE" on
- * stdout, then "ready". FILE is a file of 4 MiB. It obeys lines on stdin, and answers "ok" to each:
+/* A process with the kinds of memory that it is asked for: pagezoo FILE KIND... For each it says "KIND ADDRESS SIZE"
+ * on stdout, then "ready". FILE is a file of 4 MiB. It obeys lines on stdin, and answers "ok" to each:
  *   grow     touch 2 MiB more of the stack
  *   flap     from now on map, unmap, protect, split and give up memory of the first kind again and again
  *   exec     become `sleep 60`
@@ -43,7 +43,7 @@ static void must(int good, const char *what)
     }
 }
 
-/* Map at a multiple of the huge page size and `offset` more, with a gap before the next so that no two areas merge. */
+/* Map at a multiple of the huge page size and `offset` more, with a gap behind so that no two areas merge. */
 static char *map_at(size_t offset, size_t size, int flags, int fd)
 {
     char *address = next + offset;
@@ -52,10 +52,7 @@ static char *map_at(size_t offset, size_t size, int flags, int fd)
     return address;
 }
 
-static char *map(size_t size, int flags, int fd)
-{
-    return map_at(0, size, flags, fd);
-}
+static char *map(size_t size, int flags, int fd) { return map_at(0, size, flags, fd); }
 
 static void announce(const char *kind, void *address, size_t size)
 {

@@ -1,0 +1,140 @@
+"""`iobmd pagemap`, against what an independent reader and smaps say of the same process."""
+
+import csv
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from support import kernel
+from support.child import NOBODY, in_child
+
+from iobmd.cli import main
+
+
+@pytest.fixture
+def target() -> Iterator[int]:
+    """A process that stands still."""
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(b"x")
+        process.stdin.flush()
+        process.stdout.read(1)
+        yield process.pid
+        process.kill()
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["pagemap", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def rss(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("Rss:")).split()[1]) << 10
+
+
+def test_json_has_every_area_and_its_resident_memory(target: int, capsys: pytest.CaptureFixture[str]) -> None:
+    document = json.loads(shown(capsys, str(target), "--json"))
+    maps = [
+        line.split()[0] for line in Path(f"/proc/{target}/maps").read_text().splitlines() if "vsyscall" not in line
+    ]
+    assert document["version"] == 1
+    assert [f"{vma['start']:x}-{vma['end']:x}" for vma in document["vmas"]] == maps
+    assert document["summary"]["resident_bytes"] == rss(target)
+    assert sum(vma["resident_bytes"] for vma in document["vmas"]) == rss(target)
+
+
+@pytest.mark.needs("frames")
+def test_runs_are_broken_at_every_page_that_is_absent_or_elsewhere(
+    target: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = json.loads(shown(capsys, str(target), "--json", "--runs"))
+    wanted: list[list[int]] = []
+    for vma in document["vmas"]:
+        for index, entry in enumerate(kernel.entries(vma["start"], vma["end"] - vma["start"], target)):
+            virtual, physical = vma["start"] + index * 4096, (entry & (1 << 55) - 1) * 4096
+            if not entry >> 63:
+                continue
+            if wanted and wanted[-1][0] + wanted[-1][2] == virtual and wanted[-1][1] + wanted[-1][2] == physical:
+                wanted[-1][2] += 4096
+            else:
+                wanted.append([virtual, physical, 4096])
+    assert [[run["virtual"], run["physical"], run["length"]] for run in document["runs"]] == wanted
+    rows = list(csv.reader(StringIO(shown(capsys, str(target), "--csv", "--runs"))))
+    assert [[int(cell) for cell in row] for row in rows[1:]] == wanted
+    text = shown(capsys, str(target), "--max-segment", "4096")
+    assert f"{sum(length for _virtual, _physical, length in wanted) // 4096:,} segments" in text
+
+
+def test_a_row_for_each_area_and_a_summary(target: int, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, str(target))
+    assert "[stack]" in text
+    assert "cat (" in text
+    named = shown(capsys, str(target), "--name", "[stack]", "--only", "resident")
+    assert "1 areas" in named
+    sizes = [
+        int(row["size_bytes"])
+        for row in csv.DictReader(StringIO(shown(capsys, str(target), "--csv", "--sort", "size")))
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.needs("root")
+def test_an_ordinary_user_is_told_what_is_hidden() -> None:
+    def look() -> tuple[int, str]:
+        process, printed = subprocess.Popen(["sleep", "60"]), StringIO()
+        try:
+            with redirect_stdout(printed):
+                code = main(["pagemap", str(process.pid), "--json"])
+        finally:
+            process.kill()
+            process.wait()
+        return code, printed.getvalue()
+
+    code, text = in_child(look, uid=NOBODY)
+    document = json.loads(text)
+    assert code == 0
+    assert document["capabilities"]["frames"] is False
+    assert document["hidden"]
+    assert document["summary"]["run_count"] is None
+    assert document["summary"]["resident_bytes"] > 1 << 20
+
+
+@pytest.mark.needs("frames")
+def test_who_maps_a_frame(target: int, capsys: pytest.CaptureFixture[str]) -> None:
+    stack = next(line for line in Path(f"/proc/{target}/maps").read_text().splitlines() if "[stack]" in line)
+    start, end = (int(part, 16) for part in stack.split()[0].split("-"))
+    entries = kernel.entries(start, end - start, target)
+    index, entry = next((index, entry) for index, entry in enumerate(entries) if entry >> 63)
+    frame = entry & (1 << 55) - 1
+    document = json.loads(shown(capsys, "--frame", hex(frame), "--json"))
+    assert [(use["pid"], use["virtual"]) for use in document["users"]] == [(target, start + index * 4096)]
+    assert "ANON" in document["frames"]["flags"]
+
+
+def test_save_and_diff(target: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown(capsys, str(target), "--save", str(tmp_path / "file"))
+    assert "nothing changed" in shown(capsys, str(target), "--diff", str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["x"], ["1", "--json", "--csv"], ["1", "--frame", "1"], ["1", "--range", "5"], ["1", "--boundary", "3"]],
+)
+def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pagemap", *arguments]) == 2
+    assert "usage: iobmd pagemap" in capsys.readouterr().err
+
+
+def test_a_process_that_is_gone_or_has_no_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    assert main(["pagemap", str(process.pid)]) == 1
+    assert "kIOReturnNotFound" in capsys.readouterr().err
+    assert main(["pagemap", "2"]) == 1
+    assert "Traceback" not in capsys.readouterr().err

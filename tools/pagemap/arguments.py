@@ -1,0 +1,137 @@
+"""The command line of `iobmd pagemap`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+from iobmd.cli.arguments import duration, size
+from iobmd.units import PAGE_SIZE, parse_size
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+STATES = ("resident", "anonymous", "file", "huge", "swapped", "locked", "lazy", "zero", "guard", "device")
+KEYS = ("address", "size", "resident", "swapped", "huge", "locked", "runs", "largest", "name")
+
+_WAYS = ("frame", "diff", "save", "json", "csv")
+"""Options that choose what is shown instead of the table."""
+_MODULES = {"json": "document", "csv": "sheet", "diff": "snapshots", "save": "snapshots"}
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; `way` of what it returns is the module that shows what was asked for."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    chosen = [way for way in _WAYS if getattr(arguments, way) not in (None, False)]
+    if len(chosen) > 1 and not (set(chosen) == {"frame", "json"} or set(chosen) == {"diff", "json"}):
+        parser.error(f"--{chosen[0]} and --{chosen[1]} do not go together")
+    if arguments.pid is None and arguments.frame is None:
+        parser.error("a process is needed: its PID, or self")
+    if arguments.pid is not None and arguments.frame is not None:
+        parser.error("--frame looks in all processes: it takes no PID")
+    listed = not chosen or chosen[0] in ("json", "csv")
+    if (arguments.runs or arguments.flags) and not listed:
+        parser.error(f"--runs and --flags do not go together with --{chosen[0]}")
+    arguments.runs = arguments.runs or bool(arguments.max_segment or arguments.boundary)
+    if arguments.boundary and arguments.boundary & (arguments.boundary - 1):
+        parser.error("--boundary must be a power of two")
+    way = chosen[0] if chosen else "table"
+    if way == "table" and (arguments.runs or arguments.flags):
+        way = "runs"
+    arguments.way = _MODULES.get(way, way)
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="iobmd pagemap",
+        usage="%(prog)s PID|self [options]\n       %(prog)s --frame PFN[-PFN] [--json]",
+        description="Show where a process's memory lies: a row for each of its areas (VMAs), and a summary.",
+        epilog="Sizes and addresses: decimal, 0x hexadecimal, or with a suffix k, M, G, T. Frame numbers and what "
+        "follows from them (runs, folio sizes) are shown to holders of CAP_SYS_ADMIN; the rest to anyone who may "
+        "trace the process.",
+    )
+    parser.add_argument("pid", nargs="?", type=_pid, metavar="PID", help="the process, or self: this command")
+    _add_choices(parser.add_argument_group("which areas"))
+    _add_details(parser.add_argument_group("what of them"))
+    _add_ways(parser.add_argument_group("shown how"))
+    return parser
+
+
+def _add_choices(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--name", metavar="TEXT", help="those whose name has this text in it")
+    group.add_argument("--min-size", type=size, metavar="SIZE", help="those that are so large, or larger")
+    group.add_argument("--range", type=_addresses, metavar="A-B", help="what lies between two addresses")
+    group.add_argument("--only", choices=STATES, metavar="STATE", help=f"those with such pages: {', '.join(STATES)}")
+    group.add_argument("--sort", choices=KEYS, metavar="KEY", default="address", help=f"by {', '.join(KEYS)}")
+
+
+def _add_details(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--runs", action="store_true", help="physically contiguous runs, and a histogram of them")
+    group.add_argument("--max-segment", type=size, metavar="SIZE", help="DMA segments of at most so many bytes")
+    group.add_argument("--boundary", type=size, metavar="SIZE", help="DMA segments that cross no multiple of this")
+    group.add_argument("--flags", action="store_true", help="kpageflags, map counts, cgroup, NUMA node of each run")
+    group.add_argument("--frame", type=_frames, metavar="PFN[-PFN]", help="who maps these frames, of all processes")
+    group.add_argument(
+        "--smaps",
+        action=argparse.BooleanOptionalAction,
+        help="locked and lazily free memory, which smaps alone tells; by default unless that holds up the process",
+    )
+
+
+def _add_ways(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--json", action="store_true", help="one JSON document")
+    group.add_argument("--csv", action="store_true", help="comma-separated values with a heading")
+    group.add_argument(
+        "--map", action="store_true", help="a picture in the terminal, a cell for each block of memory"
+    )
+    group.add_argument(
+        "--watch", type=duration, metavar="SECONDS", help="look again and again, and show what changed"
+    )
+    group.add_argument("--save", metavar="FILE", help="keep a snapshot")
+    group.add_argument("--diff", metavar="FILE", help="what changed since that snapshot was saved")
+
+
+def _pid(text: str) -> int:
+    if text == "self":
+        return os.getpid()
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a process id nor self") from None
+
+
+def _addresses(text: str) -> tuple[int, int]:
+    first, separator, last = text.partition("-")
+    try:
+        start, end = _address(first), _address(last)
+    except ValueError:
+        start = end = 0
+    if not separator or start >= end:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a range of addresses such as 0x7f0000000000-0x7f0000200000"
+        )
+    return start, end
+
+
+def _address(text: str) -> int:
+    """Read an address as `parse_size`, or without 0x as /proc/PID/maps writes it."""
+    try:
+        return int(text, 16) if len(text) >= 8 else parse_size(text)
+    except ValueError:
+        return parse_size(text)
+
+
+def _frames(text: str) -> tuple[int, int]:
+    """Return the physical range of frame numbers: its start, and its length in bytes."""
+    first, _, last = text.partition("-")
+    try:
+        low = int(first, 0)
+        high = int(last, 0) if last else low
+    except ValueError:
+        low, high = 1, 0
+    if not 0 <= low <= high < 1 << 52:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a frame number, or two such as 0x1a000-0x1a0ff")
+    return low * PAGE_SIZE, (high - low + 1) * PAGE_SIZE

@@ -1,0 +1,127 @@
+"""What is looked at, as the command line chooses it, and what of it is hidden."""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+from iobmd import host, procfs
+from iobmd.pagemap.area import areas, is_bearable
+from iobmd.pagemap.reader import Reader
+from iobmd.pagemap.target import resolve
+from iobmd.task import Task
+from iobmd.units import PAGE_SIZE
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Iterator
+
+    from iobmd.pagemap.area import Area
+    from iobmd.pagemap.target import Where
+
+
+class Hidden(NamedTuple):
+    """Something that is not shown, why, and what would show it."""
+
+    what: str
+    why: str
+    remedy: str
+
+
+class Look:
+    """A process, and the areas of it that the command line chooses."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.task = Task(arguments.pid)
+        start, end = arguments.range or (None, None)
+        self.where: Where = resolve(self.task, start, None if end is None else end - start)
+        self.name = procfs.status(self.task.pid).get("Name", "")
+        self.time = time.time()
+        self.kernel = os.uname().release
+        with Reader(self.task) as reader:
+            self.frames, self.scans = reader.visible, reader.scans
+            needed = arguments.only in ("locked", "lazy") or arguments.sort == "locked"
+            wanted = True if needed and arguments.smaps is None else arguments.smaps
+            self.details: bool = is_bearable(self.where, reader) if wanted is None else wanted
+        self.flags = self.frames and os.access("/proc/kpageflags", os.R_OK)
+
+    @cached_property
+    def hidden(self) -> list[Hidden]:
+        """What is not shown of this process."""
+        found = []
+        if not self.frames:
+            found.append(
+                Hidden(
+                    "frame numbers, and so runs and the sizes of folios",
+                    "the kernel shows them to holders of CAP_SYS_ADMIN only",
+                    host.capability_remedy(),
+                )
+            )
+        elif not self.flags:
+            found.append(Hidden("the sizes of folios", "/proc/kpageflags is root's", "run it as root"))
+        if not self.details:
+            why = (
+                "no smaps was asked for"
+                if self.arguments.smaps is False
+                else "reading smaps would hold up the process"
+            )
+            found.append(Hidden("what is locked or lazily free, and swapped shared memory", why, "--smaps"))
+        if not self.scans:
+            found.append(
+                Hidden("PAGEMAP_SCAN", "this kernel lacks it: huge pages are told by smaps", "Linux 6.7 or later")
+            )
+        return found
+
+    def areas(self) -> Iterator[Area]:
+        """Iterate over the areas that were chosen, in the order that was asked for."""
+        chosen = filter(self._is_chosen, areas(self.where, details=self.details, folios=self.flags))
+        key, backwards = _KEYS[self.arguments.sort]
+        return chosen if key is None else iter(sorted(chosen, key=key, reverse=backwards))
+
+    def _is_chosen(self, area: Area) -> bool:
+        chosen = self.arguments
+        return (
+            (chosen.name is None or chosen.name in area.vma.name)
+            and (chosen.min_size is None or area.size >= chosen.min_size)
+            and (chosen.only is None or _STATES[chosen.only](area) > 0)
+        )
+
+    @property
+    def chooses(self) -> bool:
+        """Whether only some areas are chosen."""
+        chosen = self.arguments
+        return bool(chosen.name is not None or chosen.min_size or chosen.only or chosen.range)
+
+
+_STATES: dict[str, Callable[[Area], int]] = {
+    "resident": lambda area: area.resident,
+    "anonymous": lambda area: area.anonymous,
+    "file": lambda area: area.file_or_shared,
+    "huge": lambda area: area.huge or 0,
+    "swapped": lambda area: area.swapped,
+    "locked": lambda area: area.locked or 0,
+    "lazy": lambda area: area.lazy_free or 0,
+    "zero": lambda area: area.tally.zero,
+    "guard": lambda area: area.tally.guard,
+    "device": lambda area: area.device,
+}
+
+_KEYS: dict[str, tuple[Callable[[Area], int | str] | None, bool]] = {
+    "address": (None, False),
+    "name": (lambda area: area.vma.name, False),
+    "size": (lambda area: area.size, True),
+    "resident": (lambda area: area.resident, True),
+    "swapped": (lambda area: area.swapped, True),
+    "huge": (lambda area: area.huge or 0, True),
+    "locked": (lambda area: area.locked or 0, True),
+    "runs": (lambda area: area.tally.runs, True),
+    "largest": (lambda area: area.tally.largest, True),
+}
+
+
+def page_line(look: Look) -> str:
+    """Say of what process, on what host, all the rest is."""
+    return f"{look.name} ({look.task.pid}), Linux {look.kernel}, pages of {PAGE_SIZE >> 10} KiB"

@@ -1,0 +1,120 @@
+"""`--runs` and `--flags`: the physically contiguous runs of the areas, or the segments they are cut to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from iobmd.pagemap.frame import described, require_frames
+from iobmd.pagemap.segment import segments
+from iobmd.pagemap.span import runs
+from iobmd.pagemap.target import Where
+from iobmd.units import format_size
+
+from .look import Look
+from .table import show_head
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+
+    from iobmd.pagemap.frame import FrameFacts
+    from iobmd.pagemap.span import Run
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the runs, or the segments that they are cut to, and a histogram."""
+    look = Look(arguments)
+    require_frames()
+    show_head(look)
+    seen = Histogram()
+    if arguments.max_segment or arguments.boundary:
+        _show_segments(seen.watch(chosen_runs(look)), arguments.max_segment, arguments.boundary)
+    elif arguments.flags:
+        print(f"{'virtual':>16} {'physical':>14} {'length':>9} {'mapped':>9} {'node':>4}  flags (~: of some) cgroups")
+        for found, facts in chosen_descriptions(look):
+            seen.add(found)
+            node = "?" if facts.node is None else facts.node
+            print(f"{_line(found)} {_times(facts):>9} {node:>4}  {_words(facts)}")
+    else:
+        print(f"{'virtual':>16} {'physical':>14} {'length':>9}")
+        for found in seen.watch(chosen_runs(look)):
+            print(_line(found))
+    seen.show()
+
+
+def chosen_runs(look: Look) -> Iterator[Run]:
+    """Iterate over the runs of the areas that were chosen: of all of them as one address space."""
+    if not look.chooses:
+        yield from runs(look.where)
+        return
+    for area in look.areas():
+        yield from runs(Where(look.task, area.start, area.end))
+
+
+def chosen_descriptions(look: Look) -> Iterator[tuple[Run, FrameFacts]]:
+    """As `chosen_runs`, with what the kernel says of the frames."""
+    places = (Where(look.task, area.start, area.end) for area in look.areas()) if look.chooses else (look.where,)
+    for place in places:
+        for one in described(place):
+            yield one.run, one.facts
+
+
+def _line(found: Run) -> str:
+    return f"{found.virtual:16x} {found.physical:14x} {format_size(found.length):>9}"
+
+
+def _times(facts: FrameFacts) -> str:
+    if facts.mapped is None:
+        return "?"
+    least, most = facts.mapped
+    return f"{least}" if least == most else f"{least}-{most}"
+
+
+def _words(facts: FrameFacts) -> str:
+    return " ".join((*facts.flags, *(f"~{name}" for name in facts.some_flags), *(facts.cgroups or ())))
+
+
+def _show_segments(found: Iterator[Run], most: int | None, boundary: int | None) -> None:
+    print(f"{'physical':>14} {'length':>12}")
+    number = 0
+    for number, one in enumerate(segments(found, most, boundary), 1):  # noqa: B007 (counts them)
+        print(f"{one.physical:14x} {one.length:12,}")
+    print(f"\n{number:,} segments")
+
+
+class Histogram:
+    """How many runs of which size there were, and how they lay."""
+
+    def __init__(self) -> None:
+        self._classes: dict[int, tuple[int, int]] = {}
+        self._last = self._ascending = self._descending = self._largest = 0
+
+    def add(self, found: Run) -> None:
+        """Count a run in."""
+        least = 1 << (found.length.bit_length() - 1)
+        number, length = self._classes.get(least, (0, 0))
+        self._classes[least] = number + 1, length + found.length
+        self._largest = max(self._largest, found.length)
+        if self._last:
+            self._ascending += found.physical > self._last
+            self._descending += found.physical < self._last
+        self._last = found.physical
+
+    def watch(self, found: Iterator[Run]) -> Iterator[Run]:
+        """Count each of them in as it passes."""
+        for one in found:
+            self.add(one)
+            yield one
+
+    def show(self) -> None:
+        """Print it."""
+        total = sum(length for _number, length in self._classes.values())
+        runs_in_all = sum(number for number, _length in self._classes.values())
+        print(
+            f"\n{runs_in_all:,} runs, {format_size(total)}, the largest {format_size(self._largest)}; "
+            f"{self._ascending:,} ascend, {self._descending:,} descend"
+        )
+        widest = max((length for _number, length in self._classes.values()), default=1)
+        for least, (number, length) in sorted(self._classes.items()):
+            bar = "#" * max(1, length * 40 // widest)
+            print(f"{format_size(least):>9} and more: {number:9,} runs {format_size(length):>9}  {bar}")

@@ -1,0 +1,64 @@
+"""`--save` and `--diff`: snapshots, and what changed since one was saved."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from iobmd.pagemap.change import changes
+from iobmd.pagemap.snapshot import Snapshot, save
+from iobmd.units import format_size
+
+from .look import Look
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+
+    from iobmd.pagemap.change import Change, Kind
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Save a snapshot, or print what changed since one."""
+    look = Look(arguments)
+    if arguments.save:
+        header = save(look.where, arguments.save)
+        print(f"saved {header.name} ({header.pid}) to {arguments.save}")
+        return
+    before = Snapshot(arguments.diff)
+    with tempfile.TemporaryDirectory(prefix="iobmd-") as folder:
+        save(look.where, Path(folder) / "now")
+        _show(before, Snapshot(Path(folder) / "now"))
+
+
+def _show(before: Snapshot, after: Snapshot) -> None:
+    old, new = before.header, after.header
+    print(
+        f"{new.name} ({new.pid}) against {old.name} ({old.pid}) of "
+        f"{time.strftime('%F %T', time.localtime(old.time))}, {new.time - old.time:.0f} s before"
+    )
+    if not (old.frames_visible and new.frames_visible):
+        print("not shown: pages that moved (frame numbers are hidden in one of the two)")
+    sums: Counter[Kind] = Counter()
+    for kind, start, end in _joined(changes(before, after)):
+        sums[kind] += end - start
+        print(f"{f'{start:x}-{end:x}':>29} {format_size(end - start):>9} {kind}")
+    print("\n" + (", ".join(f"{format_size(size)} {kind}" for kind, size in sums.items()) or "nothing changed"))
+
+
+def _joined(found: Iterator[Change]) -> Iterator[tuple[Kind, int, int]]:
+    """Join neighbours to which the same happened."""
+    last: tuple[Kind, int, int] | None = None
+    for change in found:
+        end = change.virtual + change.length
+        if last and last[0] == change.kind and last[2] == change.virtual:
+            last = change.kind, last[1], end
+            continue
+        if last:
+            yield last
+        last = change.kind, change.virtual, end
+    if last:
+        yield last

@@ -1,0 +1,109 @@
+"""The table for people: plain text in columns of fixed width, a row at a time however many there are."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from iobmd.units import PAGE_SIZE, format_size
+
+from .look import Look, page_line
+from .total import Total
+
+if TYPE_CHECKING:
+    import argparse
+
+    from iobmd.pagemap.area import Area
+
+HEADING = (
+    f"{'addresses':>29} {'perms':5} {'size':>9} {'resident':>9} {'file/shm':>9} {'swapped':>9} {'huge':>9} "
+    f"{'locked':>9} {'lazyfree':>9} {'runs':>7} {'largest':>9}  name"
+)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the table."""
+    look = Look(arguments)
+    show_head(look)
+    print(HEADING)
+    total = Total()
+    for area in look.areas():
+        total.add(area)
+        print(_row(area))
+    show_total(look, total)
+
+
+def show_head(look: Look) -> None:
+    """Print what it is of, and what is hidden."""
+    print(page_line(look))
+    for hidden in look.hidden:
+        print(f"not shown: {hidden.what} ({hidden.why}). To show it: {hidden.remedy.splitlines()[0]}")
+
+
+def amount(size: int | None) -> str:
+    """Write a size: a dash for nothing, a question mark for what is not known."""
+    return "?" if size is None else format_size(size) if size else "-"
+
+
+def folios(sizes: dict[int, int]) -> str:
+    """Write how much lies in folios of which size, if any are larger than a page."""
+    large = {size: held for size, held in sorted(sizes.items()) if size > PAGE_SIZE}
+    return ", ".join(f"{format_size(held)} in folios of {format_size(size)}" for size, held in large.items())
+
+
+def _row(area: Area) -> str:
+    addresses = f"{area.start:x}-{area.end:x}"
+    runs = f"{area.tally.runs:,}" if area.visible else "?"
+    largest = amount(area.tally.largest) if area.visible else "?"
+    notes = _notes(area)
+    return (
+        f"{addresses:>29} {area.vma.perms:5} {amount(area.size):>9} {amount(area.resident):>9} "
+        f"{amount(area.file_or_shared):>9} {amount(area.swapped):>9} {amount(area.huge):>9} {amount(area.locked):>9} "
+        f"{amount(area.lazy_free):>9} {runs:>7} {largest:>9}  {area.vma.name}{notes}"
+    )
+
+
+def _notes(area: Area) -> str:
+    notes = []
+    if area.hugetlb_page:
+        notes.append(f"hugetlb pages of {format_size(area.hugetlb_page)}")
+    elif area.folios and (large := folios(area.folios)):
+        notes.append(large)
+    for what, size in (
+        ("of the zero page", area.tally.zero),
+        ("of guard pages", area.tally.guard),
+        ("of markers", area.tally.marker),
+        ("of a device", area.device),
+    ):
+        if size:
+            notes.append(f"{format_size(size)} {what}")
+    return f" [{'; '.join(notes)}]" if notes else ""
+
+
+def show_total(look: Look, total: Total) -> None:
+    """Print the summary."""
+    print(f"\n{total.areas:,} areas, {format_size(total.size)} of addresses")
+    huge = f", {share(total.huge, total.resident)} by huge pages" if total.huge is not None else ""
+    print(
+        f"  resident {format_size(total.resident)}: {format_size(total.anonymous)} anonymous, "
+        f"{format_size(total.file_or_shared)} of files or shared; {format_size(total.exclusive)} mapped by it "
+        f"alone{huge}"
+    )
+    print(
+        f"  swapped {amount(total.swapped)}, locked {amount(total.locked)}, lazily free {amount(total.lazy_free)}, "
+        f"zero page {amount(total.zero)}, guard pages {amount(total.guard)}"
+    )
+    if look.frames and total.runs:
+        mean = sum(length for _number, length in total.classes.values()) // total.runs
+        print(
+            f"  {total.runs:,} physical runs, the largest {format_size(total.largest)}, "
+            f"{format_size(mean)} on average; {total.ascending:,} ascend, {total.descending:,} descend"
+        )
+    if large := folios(total.folios):
+        print(f"  mapped page by page: {large}")
+    sys.stdout.flush()
+
+
+def share(part: int, whole: int) -> str:
+    """Write a part with its share of a whole."""
+    return f"{format_size(part)} ({part * 100 / whole:.0f} %)" if whole else format_size(part)

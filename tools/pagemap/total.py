@@ -1,0 +1,53 @@
+"""The sums over areas."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from iobmd.pagemap.area import Area
+
+
+class Total:
+    """What several areas hold together, in bytes; None where it is not known of one of them."""
+
+    def __init__(self) -> None:
+        self.areas = self.size = self.resident = self.anonymous = self.file_or_shared = self.swapped = 0
+        self.exclusive = self.zero = self.guard = self.marker = self.device = self.runs = self.largest = 0
+        self.ascending = self.descending = 0
+        self.huge: int | None = 0
+        self.locked: int | None = 0
+        self.lazy_free: int | None = 0
+        self.folios: Counter[int] = Counter()
+        self.classes: dict[int, tuple[int, int]] = {}
+
+    def add(self, area: Area) -> None:
+        """Count an area in."""
+        tally = area.tally
+        self.areas += 1
+        self.size += area.size
+        self.resident += area.resident
+        self.anonymous += area.anonymous
+        self.file_or_shared += area.file_or_shared
+        self.swapped += area.swapped
+        self.exclusive += tally.exclusive
+        self.zero += tally.zero
+        self.guard += tally.guard
+        self.marker += tally.marker
+        self.device += area.device
+        self.huge = _sum(self.huge, area.huge)
+        self.locked = _sum(self.locked, area.locked)
+        self.lazy_free = _sum(self.lazy_free, area.lazy_free)
+        self.runs += tally.runs
+        self.largest = max(self.largest, tally.largest)
+        self.ascending += tally.ascending
+        self.descending += tally.descending
+        self.folios.update(area.folios or {})
+        for least, (number, length) in tally.classes().items():
+            runs, sums = self.classes.get(least, (0, 0))
+            self.classes[least] = runs + number, sums + length
+
+
+def _sum(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one + other
