@@ -124,7 +124,18 @@ def test_save_and_diff(target: int, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["x"], ["1", "--json", "--csv"], ["1", "--frame", "1"], ["1", "--range", "5"], ["1", "--boundary", "3"]],
+    [
+        [],
+        ["x"],
+        ["1", "--json", "--csv"],
+        ["1", "--frame", "1"],
+        ["1", "--range", "5"],
+        ["1", "--boundary", "3"],
+        ["1", "--diff", "file", "--json"],
+        ["1", "--json", "--max-segment", "4k"],
+        ["1", "--map"],
+        ["1", "--watch", "1"],
+    ],
 )
 def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pagemap", *arguments]) == 2

@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from iobmd.cli.arguments import duration, size
+from iobmd.cli.arguments import size
 from iobmd.units import PAGE_SIZE, parse_size
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     arguments = parser.parse_args(argv)
     chosen = [way for way in _WAYS if getattr(arguments, way) not in (None, False)]
-    if len(chosen) > 1 and not (set(chosen) == {"frame", "json"} or set(chosen) == {"diff", "json"}):
+    if len(chosen) > 1 and set(chosen) != {"frame", "json"}:
         parser.error(f"--{chosen[0]} and --{chosen[1]} do not go together")
     if arguments.pid is None and arguments.frame is None:
         parser.error("a process is needed: its PID, or self")
@@ -34,6 +34,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     listed = not chosen or chosen[0] in ("json", "csv")
     if (arguments.runs or arguments.flags) and not listed:
         parser.error(f"--runs and --flags do not go together with --{chosen[0]}")
+    if chosen and (arguments.max_segment or arguments.boundary):
+        parser.error(f"segments are shown as text: --max-segment and --boundary do not go with --{chosen[0]}")
     arguments.runs = arguments.runs or bool(arguments.max_segment or arguments.boundary)
     if arguments.boundary and arguments.boundary & (arguments.boundary - 1):
         parser.error("--boundary must be a power of two")
@@ -84,12 +86,6 @@ def _add_details(group: argparse._ArgumentGroup) -> None:
 def _add_ways(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--json", action="store_true", help="one JSON document")
     group.add_argument("--csv", action="store_true", help="comma-separated values with a heading")
-    group.add_argument(
-        "--map", action="store_true", help="a picture in the terminal, a cell for each block of memory"
-    )
-    group.add_argument(
-        "--watch", type=duration, metavar="SECONDS", help="look again and again, and show what changed"
-    )
     group.add_argument("--save", metavar="FILE", help="keep a snapshot")
     group.add_argument("--diff", metavar="FILE", help="what changed since that snapshot was saved")
 
