@@ -1,7 +1,6 @@
 # cython: language_level=3, auto_pickle=False, autotestdict=False, cdivision=True
 """What the kernel says of page frames: /proc/kpageflags, /proc/kpagecount, /proc/kpagecgroup; and move_pages(2)."""
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport int32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
@@ -19,7 +18,7 @@ cdef enum:
     READ = 4096  # frames a read
     MOST = 1 << 18  # pages of the largest folio: 1 GiB of 4 KiB
     ORDERS = 48
-    CGROUPS = 8  # of one run that are told apart
+    DISTINCT = 8  # words, such as the cgroups of one run, that are told apart
 
 # linux/kernel-page-flags.h
 cdef uint64_t HEAD = <uint64_t>1 << 15
@@ -78,7 +77,7 @@ cdef uint64_t _end(int fd, uint64_t *words, uint64_t frame) noexcept nogil:
     return frame
 
 
-def folios(int fd, raw, uint64_t present, uint64_t excluded, uint64_t page, dict sums):
+def folios(int fd, bytes raw, uint64_t present, uint64_t excluded, uint64_t page, dict sums):
     """Add to `sums`, by the size of the folios they belong to in bytes, how many bytes of spans there are.
 
     Parameters
@@ -94,21 +93,21 @@ def folios(int fd, raw, uint64_t present, uint64_t excluded, uint64_t page, dict
     sums : dict[int, int]
         Pages of no large folio count under the size of a page.
     """
-    cdef Py_buffer view
+    cdef const char *start = raw
+    cdef ssize_t many = len(raw) // <ssize_t>sizeof(Span)
     cdef uint64_t found[ORDERS]
     cdef uint64_t *words = <uint64_t *>malloc(READ * 8 * 2)
     cdef uint64_t *aside = words + READ
     cdef uint64_t frame, left, head = 0, end = 0, take
     cdef ssize_t got, at, index
-    cdef Span *span
+    cdef const Span *span
     cdef int order
     if words == NULL:
         raise MemoryError
     memset(found, 0, sizeof(found))
-    PyObject_GetBuffer(raw, &view, PyBUF_SIMPLE)
     with nogil:
-        for index in range(view.len // <ssize_t>sizeof(Span)):
-            span = <Span *>view.buf + index
+        for index in range(many):
+            span = <const Span *>start + index
             if not span.flags & present or span.flags & excluded or not span.physical:
                 continue
             frame, left = span.physical // page, span.length // page
@@ -131,11 +130,46 @@ def folios(int fd, raw, uint64_t present, uint64_t excluded, uint64_t page, dict
                     at += take
                     frame += take
                 left -= got
-    PyBuffer_Release(&view)
     free(words)
     for order in range(ORDERS):
         if found[order]:
             sums[page << order] = sums.get(page << order, 0) + found[order] * page
+
+
+cdef struct Summary:  # of the words of several frames
+    uint64_t every, some, least, most
+    uint64_t distinct[DISTINCT]
+    int many
+
+
+cdef void _summarise(int fd, uint64_t *words, uint64_t frame, uint64_t many, Summary *summary) noexcept nogil:
+    """Summarise the words of consecutive frames; of none where `fd` is -1."""
+    cdef uint64_t end = frame + many
+    cdef ssize_t got, index
+    memset(summary, 0, sizeof(Summary))
+    summary.every = summary.least = ~<uint64_t>0
+    while fd >= 0 and frame < end:
+        got = _read(fd, words, frame, end - frame)
+        if got <= 0:
+            break
+        for index in range(got):
+            summary.every &= words[index]
+            summary.some |= words[index]
+            summary.least, summary.most = min(summary.least, words[index]), max(summary.most, words[index])
+            # Neighbours mostly say the same: it is looked for only where that changes.
+            if not summary.many or words[index] != summary.distinct[summary.many - 1]:
+                _add_distinct(summary, words[index])
+        frame += got
+
+
+cdef void _add_distinct(Summary *summary, uint64_t word) noexcept nogil:
+    cdef int index
+    for index in range(summary.many):
+        if summary.distinct[index] == word:
+            return
+    if summary.many < DISTINCT:
+        summary.distinct[summary.many] = word
+        summary.many += 1
 
 
 def describe(int flags_fd, int count_fd, int cgroup_fd, uint64_t frame, uint64_t many):
@@ -148,41 +182,20 @@ def describe(int flags_fd, int count_fd, int cgroup_fd, uint64_t frame, uint64_t
         the inode numbers of their memory cgroups, a few of them (0: of none).
     """
     cdef uint64_t *words = <uint64_t *>malloc(READ * 8)
-    cdef uint64_t every = ~<uint64_t>0, some = 0, least = ~<uint64_t>0, most = 0, at, last = 0
-    cdef ssize_t got, index
+    cdef Summary flags, counts, groups
+    cdef int index
     if words == NULL:
         raise MemoryError
-    groups = set()
-    at = frame
-    while flags_fd >= 0 and at < frame + many:
-        got = _read(flags_fd, words, at, frame + many - at)
-        if got <= 0:
-            break
-        for index in range(got):
-            every &= words[index]
-            some |= words[index]
-        at += got
-    at = frame
-    while count_fd >= 0 and at < frame + many:
-        got = _read(count_fd, words, at, frame + many - at)
-        if got <= 0:
-            break
-        for index in range(got):
-            least, most = min(least, words[index]), max(most, words[index])
-        at += got
-    at = frame
-    while cgroup_fd >= 0 and at < frame + many:
-        got = _read(cgroup_fd, words, at, frame + many - at)
-        if got <= 0:
-            break
-        for index in range(got):
-            if (words[index] != last or not groups) and len(groups) < CGROUPS:
-                last = words[index]
-                groups.add(last)
-        at += got
+    with nogil:
+        _summarise(flags_fd, words, frame, many, &flags)
+        _summarise(count_fd, words, frame, many, &counts)
+        _summarise(cgroup_fd, words, frame, many, &groups)
     free(words)
-    known = least <= most
-    return every & some, some, least if known else None, most if known else None, groups
+    known = counts.many > 0
+    return (
+        flags.every & flags.some, flags.some, counts.least if known else None, counts.most if known else None,
+        {groups.distinct[index] for index in range(groups.many)},
+    )
 
 
 def nodes(int pid, addresses):

@@ -6,30 +6,19 @@ from libc.stdint cimport uint64_t, uintptr_t
 from libc.string cimport memcpy, strerror
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 
+from pagemap_entry cimport (
+    EXCLUSIVE_BIT, FILE_BIT, GUARD_BIT, PFN_MASK, PRESENT_BIT, SOFT_DIRTY_BIT, iobmd_is_swapped,
+)
 from pagemap_scan cimport (
     C_CHECK_WPASYNC, C_PAGE_IS_HUGE, C_PAGE_IS_PFNZERO, C_PAGE_IS_PRESENT, C_PAGE_IS_SWAPPED, C_PAGE_IS_WRITTEN,
     C_WP_MATCHING, IOBMD_PAGEMAP_SCAN, ioctl, iobmd_page_region, iobmd_scan_arg,
 )
-
-cdef uint64_t PFN_MASK = (<uint64_t>1 << 55) - 1
-cdef uint64_t SOFT_DIRTY = <uint64_t>1 << 55
-cdef uint64_t EXCLUSIVE = <uint64_t>1 << 56
-cdef uint64_t GUARD = <uint64_t>1 << 58
-cdef uint64_t FILE_OR_SHARED = <uint64_t>1 << 61
-cdef uint64_t SWAPPED = <uint64_t>1 << 62
-cdef uint64_t PRESENT = <uint64_t>1 << 63
 
 PAGE_IS_WRITTEN = C_PAGE_IS_WRITTEN
 PAGE_IS_PRESENT = C_PAGE_IS_PRESENT
 PAGE_IS_SWAPPED = C_PAGE_IS_SWAPPED
 PAGE_IS_PFNZERO = C_PAGE_IS_PFNZERO
 PAGE_IS_HUGE = C_PAGE_IS_HUGE
-
-
-cdef bint _is_swapped(uint64_t entry) noexcept:
-    # Guard pages (6.15) and other markers have the swap bit set, for they are kept in the swap format. The type of a
-    # marker is above those of swap files (MAX_SWAPFILES is 23 to 30), and hidden where frame numbers are.
-    return entry & SWAPPED != 0 and entry & GUARD == 0 and entry & 31 < 20
 
 
 def decode(raw):
@@ -50,13 +39,13 @@ def decode(raw):
         for index in range(<size_t>view.len // 8):
             memcpy(&entry, <char *>view.buf + index * 8, 8)
             entries.append((
-                bool(entry & PRESENT),
-                _is_swapped(entry),
-                entry & PFN_MASK if entry & PRESENT and entry & PFN_MASK else None,
-                bool(entry & FILE_OR_SHARED),
-                bool(entry & EXCLUSIVE),
-                bool(entry & SOFT_DIRTY),
-                bool(entry & GUARD),
+                bool(entry & PRESENT_BIT),
+                iobmd_is_swapped(entry),
+                entry & PFN_MASK if entry & PRESENT_BIT and entry & PFN_MASK else None,
+                bool(entry & FILE_BIT),
+                bool(entry & EXCLUSIVE_BIT),
+                bool(entry & SOFT_DIRTY_BIT),
+                bool(entry & GUARD_BIT),
             ))
     finally:
         PyBuffer_Release(&view)
@@ -72,11 +61,11 @@ def tally(raw):
     try:
         for index in range(<size_t>view.len // 8):
             memcpy(&entry, <char *>view.buf + index * 8, 8)
-            if entry & PRESENT:
+            if entry & PRESENT_BIT:
                 present += 1
                 hidden += not entry & PFN_MASK
-                exclusive += bool(entry & EXCLUSIVE)
-            elif _is_swapped(entry):
+                exclusive += bool(entry & EXCLUSIVE_BIT)
+            elif iobmd_is_swapped(entry):
                 swapped += 1
     finally:
         PyBuffer_Release(&view)

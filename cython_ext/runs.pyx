@@ -7,8 +7,7 @@ from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, strerror
 from posix.unistd cimport pread
 
-cdef uint64_t PFN_MASK = (<uint64_t>1 << 55) - 1
-cdef uint64_t PRESENT = <uint64_t>1 << 63
+from pagemap_entry cimport PFN_MASK, PRESENT_BIT
 
 cdef enum:
     ENTRIES = 8192  # 64 KiB a read: larger ones are no faster (measured)
@@ -200,12 +199,12 @@ def read(int fd, uint64_t address, uint64_t size, size_t page):
                     error = errno if found < 0 else 61  # ENODATA
                     break
                 for index in range(<size_t>found // 8):
-                    entry = entries[index] & (PRESENT | PFN_MASK)
+                    entry = entries[index] & (PRESENT_BIT | PFN_MASK)
                     if next and entry == next:  # behind the page before it, as nearly all of a huge page are
                         table.pages += 1
                         table.runs[table.count - 1].length += page
                         next += 1
-                    elif entry & PRESENT:
+                    elif entry & PRESENT_BIT:
                         table.pages += 1
                         next = 0
                         if entry & PFN_MASK:

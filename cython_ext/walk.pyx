@@ -10,22 +10,16 @@ cimport cython
 from libc.errno cimport EINTR, ENODATA, errno
 from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memcpy, memset, strerror
+from libc.string cimport memset, strerror
 from posix.unistd cimport pread
 
+from pagemap_entry cimport (
+    EXCLUSIVE_BIT, FILE_BIT, GUARD_BIT, PFN_MASK, PRESENT_BIT, SOFT_DIRTY_BIT, SWAP_BIT, iobmd_is_marker,
+)
 from pagemap_scan cimport (
     C_PAGE_IS_HUGE, C_PAGE_IS_PFNZERO, C_PAGE_IS_PRESENT, C_PAGE_IS_SWAPPED, IOBMD_PAGEMAP_SCAN, ioctl,
     iobmd_page_region, iobmd_scan_arg,
 )
-
-# Of an entry (proc_pid_pagemap(5)).
-cdef uint64_t PFN_MASK = (<uint64_t>1 << 55) - 1
-cdef uint64_t SOFT_DIRTY_BIT = <uint64_t>1 << 55
-cdef uint64_t EXCLUSIVE_BIT = <uint64_t>1 << 56
-cdef uint64_t GUARD_BIT = <uint64_t>1 << 58
-cdef uint64_t FILE_BIT = <uint64_t>1 << 61
-cdef uint64_t SWAP_BIT = <uint64_t>1 << 62
-cdef uint64_t PRESENT_BIT = <uint64_t>1 << 63
 
 cdef enum:
     # Of a span.
@@ -43,37 +37,17 @@ cdef enum:
     SPARSE_STEP = 65536  # pages a step through what may be empty
     NEAR = 128  # pages between two ranges that cost less to read than another call
     MOST_PATIENCE = 64  # steps until the next look whether scanning pays
-    FIRST_MARKER = 20  # swap types from here on are markers, not swap files (MAX_SWAPFILES is 23 to 30)
     CLASSES = 48
 
 PRESENT, SWAPPED, FILE, ZERO = C_PRESENT, C_SWAPPED, C_FILE, C_ZERO
 GUARD, MARKER, HUGE = C_GUARD, C_MARKER, C_HUGE
+AHEAD = ENTRIES  # pages that `Walk.read_ahead` reads at the most
 
 cdef struct Span:
     uint64_t virtual
     uint64_t physical
     uint64_t length
     uint64_t flags
-
-
-cdef struct Counts:  # in bytes, but for the runs
-    uint64_t present
-    uint64_t hidden
-    uint64_t swapped
-    uint64_t file
-    uint64_t zero
-    uint64_t exclusive
-    uint64_t soft_dirty
-    uint64_t guard
-    uint64_t marker
-    uint64_t huge
-    uint64_t huge_zero
-    uint64_t runs
-    uint64_t largest
-    uint64_t ascending
-    uint64_t descending
-    uint64_t number[CLASSES]
-    uint64_t sums[CLASSES]
 
 
 cdef extern from *:
@@ -136,7 +110,7 @@ cdef class Walk:
     """Whether PAGEMAP_SCAN is used: without it huge pages, and hidden zero pages, are not told."""
     cdef uint64_t *entries
     cdef iobmd_page_region *regions
-    cdef Counts tally
+    cdef Tally tally
     # The pages being looked at: `pages` entries from `at` on that all are `entry`, or count up from it.
     cdef uint64_t at, pages, entry, expected, stride, extra
     cdef Span open  # not yet among the spans
@@ -156,6 +130,7 @@ cdef class Walk:
         self.fd, self.page, self.huge, self.zero, self.huge_zero = fd, page, huge, zero, huge_zero
         self.thorough, self.scans, self.keeps = thorough, scan, True
         self.high = ~<uint64_t>0
+        self.tally = Tally.__new__(Tally)
         self.entries = <uint64_t *>malloc(ENTRIES * 8)
         self.regions = <iobmd_page_region *>malloc(REGIONS * sizeof(iobmd_page_region))
         if self.entries == NULL or self.regions == NULL:
@@ -189,26 +164,8 @@ cdef class Walk:
 
     def take(self):
         """Return the `Tally` since the last call, and begin to count anew."""
-        cdef Counts *found = &self.tally
-        cdef Tally tally = Tally.__new__(Tally)
-        tally.present = found.present
-        tally.hidden = found.hidden
-        tally.swapped = found.swapped
-        tally.file = found.file
-        tally.zero = found.zero
-        tally.exclusive = found.exclusive
-        tally.soft_dirty = found.soft_dirty
-        tally.guard = found.guard
-        tally.marker = found.marker
-        tally.huge = found.huge
-        tally.huge_zero = found.huge_zero
-        tally.runs = found.runs
-        tally.largest = found.largest
-        tally.ascending = found.ascending
-        tally.descending = found.descending
-        memcpy(tally.number, found.number, sizeof(found.number))
-        memcpy(tally.sums, found.sums, sizeof(found.sums))
-        memset(found, 0, sizeof(Counts))
+        cdef Tally tally = self.tally
+        self.tally = Tally.__new__(Tally)
         return tally
 
     def step(self, uint64_t start, uint64_t end):
@@ -282,7 +239,6 @@ cdef class Walk:
 
     cdef int _scan(self, uint64_t start, uint64_t end, uint64_t *until) noexcept nogil:
         cdef iobmd_scan_arg arg
-        cdef uint64_t known = C_PAGE_IS_PRESENT | C_PAGE_IS_SWAPPED | C_PAGE_IS_HUGE | C_PAGE_IS_PFNZERO
         cdef uint64_t here = start, read = 0, first, last, kind
         cdef int found, index = 0, error
         memset(&arg, 0, sizeof(arg))
@@ -293,13 +249,10 @@ cdef class Walk:
         arg.vec_len = REGIONS
         arg.max_pages = STEP
         arg.category_anyof_mask = C_PAGE_IS_PRESENT | C_PAGE_IS_SWAPPED
-        arg.return_mask = known
+        arg.return_mask = C_PAGE_IS_PRESENT | C_PAGE_IS_SWAPPED | C_PAGE_IS_HUGE | C_PAGE_IS_PFNZERO
         found = ioctl(self.fd, IOBMD_PAGEMAP_SCAN, &arg)
-        if found < 0:
-            if errno == EINTR:
-                until[0] = start
-                return 0
-            self.scans = False
+        if found < 0:  # try again, or go on without
+            self.scans = errno == EINTR
             until[0] = start
             return 0
         until[0] = arg.walk_end if arg.walk_end > start else arg.end
@@ -376,7 +329,7 @@ cdef class Walk:
         cdef ssize_t got
         cdef size_t index, many
         cdef int error
-        if extra != self.extra or not self.pages:
+        if extra != self.extra:
             error = self._settle()
             if error:
                 return error
@@ -426,7 +379,6 @@ cdef class Walk:
         """Count the pages looked at, and add them to a span."""
         cdef uint64_t entry = self.entry, length = self.pages * self.page, flags = self.extra, frame
         cdef uint64_t at = self.at
-        cdef Counts *tally = &self.tally
         if not length:
             return 0
         self.pages = 0
@@ -434,34 +386,33 @@ cdef class Walk:
         frame = entry & PFN_MASK
         if entry & PRESENT_BIT:
             flags |= C_PRESENT
-            tally.present += length
+            self.tally.present += length
             if entry & EXCLUSIVE_BIT:
-                tally.exclusive += length
+                self.tally.exclusive += length
             if entry & FILE_BIT:
                 flags |= C_FILE
-                tally.file += length
+                self.tally.file += length
             if not frame:
-                tally.hidden += length
+                self.tally.hidden += length
             elif frame == self.zero:
                 flags |= C_ZERO
             elif self.huge_zero and frame - self.huge_zero < self.huge // self.page:
                 flags |= C_ZERO | C_HUGE
         elif entry & SWAP_BIT:
-            # A guard page (6.15) has the swap bit set, for it is kept as a marker in the swap format.
             if entry & GUARD_BIT:
                 flags |= C_GUARD
-                tally.guard += length
-            elif frame and (frame & 31) >= FIRST_MARKER:
+                self.tally.guard += length
+            elif iobmd_is_marker(entry):
                 flags |= C_MARKER
-                tally.marker += length
+                self.tally.marker += length
             else:
                 flags |= C_SWAPPED
-                tally.swapped += length
+                self.tally.swapped += length
             frame = 0
         else:
             return self._close_span()
         if entry & SOFT_DIRTY_BIT:
-            tally.soft_dirty += length
+            self.tally.soft_dirty += length
         frame *= self.page
         if (
             self.open.length and self.open.virtual + self.open.length == at and self.open.flags == flags
@@ -568,8 +519,8 @@ cdef class Walk:
         cdef int index = 63 - __builtin_clzll(length)
         self.tally.runs += many
         self.tally.largest = max(self.tally.largest, length)
-        self.tally.number[index] += many
-        self.tally.sums[index] += many * length
+        self.tally.number[index] = self.tally.number[index] + many  # (`+=` would take the GIL)
+        self.tally.sums[index] = self.tally.sums[index] + many * length
 
     cdef void _close_run(self) noexcept nogil:
         if not self.run.length:

@@ -1,5 +1,6 @@
 from typing import Self, final
 
+AHEAD: int
 FILE: int
 GUARD: int
 HUGE: int

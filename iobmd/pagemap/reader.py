@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 from iobmd import host
 from iobmd._native import memory
 from iobmd._native import pagemap as native
-from iobmd._native.walk import Tally, Walk
+from iobmd._native.walk import AHEAD, Tally, Walk
 from iobmd.host.fact import scratch
 from iobmd.host.pages import huge_page_size
 from iobmd.pagemap.entries import no_entries, opened
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from iobmd.task import Task
-
-_AHEAD = 8192
-"""Pages that the native walk reads ahead at the most."""
 
 
 class Reader:
@@ -74,7 +71,7 @@ class Reader:
 
     def near(self, start: int, end: int) -> bool:
         """Say whether two addresses are near enough to be read ahead at once."""
-        return end - start <= _AHEAD * self.page
+        return end - start <= AHEAD * self.page
 
     def steps(self, start: int, end: int) -> Iterator[Walk]:
         """Walk from `start` to `end`; yields after each step, with the spans of that step.
