@@ -101,9 +101,14 @@ def status(pid: int | str = "self") -> dict[str, str]:
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
+def status_bytes(field: str, pid: int | str = "self") -> int:
+    """Return a size of /proc/PID/status, in bytes."""
+    return int(status(pid)[field].removesuffix("kB")) << 10
+
+
 def locked_bytes() -> int:
     """Return how much memory this process holds locked by mlock (VmLck), in bytes."""
-    return int(status()["VmLck"].removesuffix("kB")) << 10
+    return status_bytes("VmLck")
 
 
 def meminfo() -> dict[str, int]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import procfs
 from iobmd._native import walk
 from iobmd.pagemap.frame import Frames
 from iobmd.pagemap.reader import Reader
-from iobmd.pagemap.target import USER_END, resolve, unreadable_maps
+from iobmd.pagemap.target import resolve, unreadable_maps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,8 +37,8 @@ class Area(NamedTuple):
     details: Details | None
     """What smaps says, where it was read."""
     folios: dict[int, int] | None
-    """How many bytes lie in folios of which size; pages of no large folio count under the size of a page. None: not
-    known."""
+    """Of what is mapped page by page, how many bytes lie in folios of which size; pages of no large folio count under
+    the size of a page. None: not known."""
     visible: bool
     """Whether frame numbers are shown; if not there are no runs."""
     scans: bool
@@ -157,17 +158,16 @@ def areas(
         As `spans`; `kIOReturnNotPrivileged`: `folios`, and /proc/kpageflags cannot be read.
     """
     where = resolve(target, address, size)
-    with Reader(where.task, whole=where.whole) as reader, Frames(folios and reader.visible) as frames:
+    with ExitStack() as opened:
+        reader = opened.enter_context(Reader(where.task, whole=where.whole))
+        frames = opened.enter_context(Frames()) if folios and reader.visible else None
         wanted = details if details is not None else is_bearable(where, reader)
-        nothing_locked = _status_bytes(where.task, "VmLck") == 0
+        nothing_locked = _status(where.task, "VmLck") == 0
         for batch in _batches(reader, _with_details(where) if wanted else _without(where)):
             for vma, found in batch:
                 start, end = max(vma.start, where.start), min(vma.end, where.end)
-                if folios and reader.visible:
-                    sizes: dict[int, int] | None = _folios(reader, frames, start, end)
-                    tally = reader.take()
-                else:
-                    sizes, tally = None, reader.total(start, end)
+                sizes = _folios(reader, frames, start, end) if frames else None
+                tally = reader.take() if frames else reader.total(start, end)
                 yield Area(vma, start, end, tally, found, sizes, reader.visible, reader.scans, nothing_locked)
         reader.require_task()
 
@@ -179,7 +179,7 @@ def _without(where: Where) -> Iterator[tuple[VMA, Details | None]]:
 def _with_details(where: Where) -> Iterator[tuple[VMA, Details | None]]:
     with unreadable_maps(where.task):
         for found in procfs.details(where.task.pid):
-            if found.area.end > where.start and found.area.start < min(where.end, USER_END):
+            if where.meets(found.area):
                 yield found.area, found
 
 
@@ -216,7 +216,7 @@ def _folios(reader: Reader, frames: Frames, start: int, end: int) -> dict[int, i
 
 def is_bearable(where: Where, reader: Reader) -> bool:
     """Say whether reading smaps holds up no area of the task for longer than a millisecond or two."""
-    resident = _status_bytes(where.task, "VmRSS")
+    resident = _status(where.task, "VmRSS")
     if resident is not None and resident <= BEARABLE:
         return True
     return all(
@@ -229,8 +229,8 @@ def _small(tally: Tally) -> int:
     return tally.present - tally.huge
 
 
-def _status_bytes(task: Task, field: str) -> int | None:
+def _status(task: Task, field: str) -> int | None:
     try:
-        return int(procfs.status(task.pid)[field].removesuffix("kB")) << 10
+        return procfs.status_bytes(field, task.pid)
     except (OSError, KeyError):
         return None

@@ -13,7 +13,7 @@ from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.span import runs
-from iobmd.pagemap.target import USER_END, resolve
+from iobmd.pagemap.target import resolve
 from iobmd.task import Task
 from iobmd.units import PAGE_SIZE
 
@@ -62,22 +62,15 @@ class DescribedRun(NamedTuple):
 class Frames:
     """The kernel's tables of page frames, open.
 
-    Parameters
-    ----------
-    wanted : bool
-        With False it opens nothing, and is of no use.
-
     Raises
     ------
     IOReturnError
         `kIOReturnNotPrivileged`: /proc/kpageflags cannot be read.
     """
 
-    def __init__(self, wanted: bool = True) -> None:
+    def __init__(self) -> None:
         self._flags = self._count = self._cgroup = -1
         self._names: dict[int, str] | None = None
-        if not wanted:
-            return
         try:
             self._flags = os.open("/proc/kpageflags", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -152,9 +145,14 @@ def described(target: Target, address: int | None = None, size: int | None = Non
     """
     where = resolve(target, address, size)
     require_frames()
+    yield from describe_runs(where.task, runs(where))
+
+
+def describe_runs(task: Task, found: Iterable[Run]) -> Iterator[DescribedRun]:
+    """Iterate over runs of a task, with what the kernel says of their frames."""
     with Frames() as frames:
-        for batch in _batches(runs(where)):
-            nodes = _nodes(where.task, batch)
+        for batch in _batches(found):
+            nodes = _nodes(task, batch)
             for run, node in zip(batch, nodes, strict=True):
                 yield DescribedRun(run, frames.describe(run.physical, run.length, node))
 
@@ -231,9 +229,7 @@ def _uses(pid: int, low: int, high: int) -> Iterator[Use]:
     task = Task(pid)
     name = procfs.status(pid).get("Name", "")
     with Reader(task) as reader:
-        for area in procfs.maps(pid):
-            if area.start >= USER_END:
-                continue
+        for area in resolve(task).areas():
             for virtual, frame, length, _flags in reader.within(area.start, area.end, low, high):
                 first, last = max(low, frame), min(high, frame + length)
                 # The zero page is one frame behind many addresses.

@@ -58,10 +58,10 @@ class Reader:
         thorough = not (whole and self.visible)
         self._walk = Walk(self._opened.fd, self.page, huge, zero, huge_zero, thorough, self.scans)
 
-    def total(self, start: int, end: int) -> Tally:
+    def total(self, start: int, end: int, *, keep: bool = False) -> Tally:
         """Return what there is between two addresses. Raises as `steps`."""
         try:
-            return self._walk.total(*self._whole_pages(start, end))
+            return self._walk.total(*self._whole_pages(start, end), keep)
         except OSError:
             raise no_entries(self.task, start) from None
 
@@ -96,10 +96,7 @@ class Reader:
         """Return the spans between two addresses of which a part lies in the physical addresses `low`…`high`."""
         self._walk.clear()
         self._walk.within(low, high)
-        try:
-            self._walk.total(*self._whole_pages(start, end), True)
-        except OSError:
-            raise no_entries(self.task, start) from None
+        self.total(start, end, keep=True)
         return [self._walk[index] for index in range(len(self._walk))]
 
     def require_task(self) -> None:

@@ -114,16 +114,11 @@ def spans(target: Target, address: int | None = None, size: int | None = None) -
     where = resolve(target, address, size)
     with Reader(where.task, whole=where.whole) as reader:
         for start, end in where.ranges():
-            yield from read_spans(reader, start, end)
+            for step in reader.steps(start, end):
+                for index in range(len(step)):
+                    virtual, physical, length, flags = step[index]
+                    yield Span(virtual, length, physical or None, flags)
         reader.require_task()
-
-
-def read_spans(reader: Reader, start: int, end: int) -> Iterator[Span]:
-    """Iterate over the spans of one range."""
-    for step in reader.steps(start, end):
-        for index in range(len(step)):
-            virtual, physical, length, flags = step[index]
-            yield Span(virtual, length, physical or None, flags)
 
 
 def runs(target: Target, address: int | None = None, size: int | None = None) -> Iterator[Run]:
@@ -133,8 +128,13 @@ def runs(target: Target, address: int | None = None, size: int | None = None) ->
     """
     where = resolve(target, address, size)
     with Reader(where.task) as reader:
-        yield from joined(_parts(reader, where.ranges()))
+        yield from read_runs(reader, where.ranges())
         reader.require_task()
+
+
+def read_runs(reader: Reader, ranges: Iterable[tuple[int, int]]) -> Iterator[Run]:
+    """Iterate over the runs of ascending ranges; neighbours are joined also where one range follows another."""
+    return _joined(_parts(reader, ranges))
 
 
 def _parts(reader: Reader, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
@@ -151,7 +151,7 @@ def _parts(reader: Reader, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[
                     yield virtual, physical, length
 
 
-def joined(parts: Iterable[tuple[int, int, int]]) -> Iterator[Run]:
+def _joined(parts: Iterable[tuple[int, int, int]]) -> Iterator[Run]:
     """Join neighbours to runs; each part is (virtual, physical, length)."""
     start = frame = length = 0
     for virtual, physical, more in parts:

@@ -39,8 +39,12 @@ class Where(NamedTuple):
             for area in procfs.maps(self.task.pid):
                 if area.start >= self.end:
                     break
-                if area.end > self.start and area.start < USER_END:
+                if self.meets(area):
                     yield area
+
+    def meets(self, area: VMA) -> bool:
+        """Say whether an area has a part in it that pagemap knows."""
+        return area.end > self.start and area.start < min(self.end, USER_END)
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """Iterate over the ranges to read: the areas of all of the address space, or the range itself."""

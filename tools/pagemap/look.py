@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import host, procfs
@@ -48,7 +47,7 @@ class Look:
             self.details: bool = is_bearable(self.where, reader) if wanted is None else wanted
         self.flags = self.frames and os.access("/proc/kpageflags", os.R_OK)
 
-    @cached_property
+    @property
     def hidden(self) -> list[Hidden]:
         """What is not shown of this process."""
         found = []

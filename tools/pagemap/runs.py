@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iobmd.pagemap.frame import described, require_frames
+from iobmd.pagemap.frame import describe_runs, require_frames
+from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.segment import segments
-from iobmd.pagemap.span import runs
-from iobmd.pagemap.target import Where
+from iobmd.pagemap.span import read_runs, runs
 from iobmd.units import format_size
 
 from .look import Look
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
-    from iobmd.pagemap.frame import FrameFacts
+    from iobmd.pagemap.frame import DescribedRun, FrameFacts
     from iobmd.pagemap.span import Run
 
 
@@ -43,20 +43,19 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def chosen_runs(look: Look) -> Iterator[Run]:
-    """Iterate over the runs of the areas that were chosen: of all of them as one address space."""
+    """Iterate over the runs of all of the address space, or of each of the areas that were chosen."""
     if not look.chooses:
         yield from runs(look.where)
         return
-    for area in look.areas():
-        yield from runs(Where(look.task, area.start, area.end))
+    with Reader(look.task) as reader:
+        for area in look.areas():
+            yield from read_runs(reader, [(area.start, area.end)])
+        reader.require_task()
 
 
-def chosen_descriptions(look: Look) -> Iterator[tuple[Run, FrameFacts]]:
+def chosen_descriptions(look: Look) -> Iterator[DescribedRun]:
     """As `chosen_runs`, with what the kernel says of the frames."""
-    places = (Where(look.task, area.start, area.end) for area in look.areas()) if look.chooses else (look.where,)
-    for place in places:
-        for one in described(place):
-            yield one.run, one.facts
+    return describe_runs(look.task, chosen_runs(look))
 
 
 def _line(found: Run) -> str:
