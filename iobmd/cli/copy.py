@@ -6,9 +6,7 @@ import argparse
 import contextlib
 import hashlib
 import json
-import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -19,6 +17,7 @@ from iobmd.cli.arguments import size
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.facade import copy
+from iobmd.files import replacing
 from iobmd.task import Task
 from iobmd.units import format_size, parse_size
 
@@ -151,23 +150,9 @@ def _write(buffer: IOBufferMemoryDescriptor, name: str) -> None:
     if name == "-":
         sys.stdout.buffer.write(buffer)
         sys.stdout.buffer.flush()
-    elif path.exists() and not path.is_file():  # a device or a pipe
-        with path.open("wb") as file:
-            file.write(buffer)
     else:
-        try:
-            descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        except OSError as error:
-            error.filename = name  # what was asked for, not the draft's
-            raise
-        try:
-            with open(descriptor, "wb") as file:  # noqa: PTH123 (it is open already)
-                file.write(buffer)
-            Path(draft).chmod(0o600)  # another process's memory is nobody else's business
-            os.replace(draft, path)  # noqa: PTH105
-        except BaseException:
-            Path(draft).unlink()
-            raise
+        with replacing(path, 0o600) as file:  # another process's memory is nobody else's business
+            file.write(buffer)
 
 
 def _report(summary: dict[str, object], as_json: bool, stream: TextIO) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import procfs
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
+from iobmd.files import replacing
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.span import Span
 from iobmd.pagemap.target import resolve
@@ -19,7 +20,7 @@ from iobmd.procfs import VMA
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from typing import Any, TextIO
+    from typing import Any
 
     from iobmd.pagemap.target import Target
 
@@ -56,7 +57,6 @@ def save(target: Target, path: str | Path, address: int | None = None, size: int
         The file cannot be written.
     """
     where = resolve(target, address, size)
-    path = Path(path)
     with Reader(where.task, whole=where.whole) as reader:
         header = Header(
             VERSION,
@@ -67,7 +67,7 @@ def save(target: Target, path: str | Path, address: int | None = None, size: int
             reader.page,
             reader.visible,
         )
-        with _replacing(path) as file:
+        with replacing(path, 0o666) as opened, TextIOWrapper(opened) as file:
             file.write(json.dumps({"iobmd pagemap": header._asdict()}) + "\n")
             for area in where.areas():
                 file.write(json.dumps({"area": area}) + "\n")
@@ -77,21 +77,6 @@ def save(target: Target, path: str | Path, address: int | None = None, size: int
                         file.write(json.dumps({"spans": spans}) + "\n")
             reader.require_task()
     return header
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[TextIO]:
-    if path.exists() and not path.is_file():  # a device or a pipe is written to as it is
-        with path.open("w") as file:
-            yield file
-        return
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("w") as file:
-            yield file
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 class Snapshot:

@@ -40,7 +40,7 @@ FLOORS = [
     {"host"},
     {"procfs"},
     {"errors"},
-    {"constants", "units", "_version"},
+    {"constants", "units", "files", "_version"},
     {"_native"},
 ]
 """From the roof to the ground; what stands on one floor does not import each other."""
