@@ -7,7 +7,9 @@ import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+from support import zoo
 
 SOURCE = Path(__file__).with_name("pagezoo.c")
 PAGE = 4096
@@ -26,12 +28,10 @@ T = TypeVar("T")
 
 def build(folder: Path) -> Path:
     """Compile the program."""
-    program = folder / "pagezoo"
-    subprocess.run(["cc", "-O2", "-Wall", "-Werror", "-pthread", "-o", program, SOURCE], check=True)
-    return program
+    return zoo.build(folder, SOURCE)
 
 
-class PageZoo:
+class PageZoo(zoo.Obedient):
     """The running program. `with` ends it."""
 
     def __init__(self, program: Path, *kinds: str, user: int | None = None) -> None:
@@ -60,27 +60,6 @@ class PageZoo:
 
     def __getitem__(self, kind: str) -> tuple[int, int]:
         return self.found[kind]
-
-    def tell(self, command: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{command}\n")
-        self.process.stdin.flush()
-
-    def obey(self, command: str) -> None:
-        self.tell(command)
-        assert self._answer() == "ok"
-
-    def _answer(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.process.kill()
-        with contextlib.suppress(OSError):  # it does not read any more
-            self.process.communicate()
 
 
 class Area(NamedTuple):

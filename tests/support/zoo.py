@@ -1,5 +1,6 @@
 """`Zoo`: a C process with memory of every kind (zoo.c), obeying commands."""
 
+import contextlib
 import subprocess
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -14,14 +15,42 @@ class Animal(NamedTuple):
     size: int
 
 
-def build(folder: Path) -> Path:
+def build(folder: Path, source: Path = SOURCE) -> Path:
     """Compile the program."""
-    program = folder / "zoo"
-    subprocess.run(["cc", "-O2", "-Wall", "-Werror", "-pthread", "-o", program, SOURCE], check=True)
+    program = folder / source.stem
+    subprocess.run(["cc", "-O2", "-Wall", "-Werror", "-pthread", "-o", program, source], check=True)
     return program
 
 
-class Zoo:
+class Obedient:
+    """A running program that obeys lines and answers them. `with` ends it."""
+
+    process: subprocess.Popen[str]
+
+    def tell(self, command: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{command}\n")
+        self.process.stdin.flush()
+
+    def obey(self, command: str) -> None:
+        self.tell(command)
+        answer = self._answer()
+        assert answer == "ok", answer
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.process.kill()
+        with contextlib.suppress(OSError):  # it does not read any more
+            self.process.communicate()
+
+
+class Zoo(Obedient):
     """The running program. `with` ends it."""
 
     def __init__(self, program: Path, size: int = 4 << 20, *options: str) -> None:
@@ -37,28 +66,7 @@ class Zoo:
     def __getitem__(self, kind: str) -> Animal:
         return self.animals[kind]
 
-    def tell(self, command: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{command}\n")
-        self.process.stdin.flush()
-
-    def obey(self, command: str) -> None:
-        self.tell(command)
-        answer = self._answer()
-        assert answer == "ok", answer
-
     def dump(self, kind: str, path: Path) -> bytes:
         """Return the bytes of one kind as the process itself wrote them to a file."""
         self.obey(f"dump {kind} {path}")
         return path.read_bytes()
-
-    def _answer(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.process.kill()
-        self.process.communicate()
