@@ -111,6 +111,13 @@ def hugetlb_pool() -> Iterator[int]:
 
 
 @pytest.fixture
+def compacted() -> None:
+    """Have the kernel compact memory, as root: what ran before may have left no 64 MiB in one piece."""
+    if os.geteuid() == 0:
+        Path("/proc/sys/vm/compact_memory").write_text("1")
+
+
+@pytest.fixture
 def setting() -> Iterator[Callable[[str, object], None]]:
     """Write settings of the host (files of /proc/sys and /sys), and put each back as it was."""
     before: dict[Path, str] = {}

@@ -133,10 +133,10 @@ def test_contiguous_in_a_task(target: subprocess.Popen[bytes], size: int) -> Non
 
 
 @pytest.mark.needs("frames", "big_memory")
-@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.usefixtures("compacted", "nothing_left")
 def test_contiguous_in_pieces_of_the_object(target: subprocess.Popen[bytes]) -> None:
     """64 MiB seldom come in order: the pieces are mapped one by one, in both tasks, and as a part too."""
-    with iobmd.allocate(64 * MIB, contiguous=True, shared=True) as buffer:
+    with iobmd.policy(time_budget=20), iobmd.allocate(64 * MIB, contiguous=True, shared=True) as buffer:
         assert buffer.getPhysicalSegment(0)[1] == 64 * MIB
         for offset in range(0, 64 * MIB, 2 * MIB):
             buffer.writeBytes(offset, offset.to_bytes(8))
