@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from iobmd.pagemap.snapshot import Snapshot
+    from iobmd.pagemap.snapshot import Batch, Snapshot
     from iobmd.pagemap.span import Span
 
     _T = TypeVar("_T")
@@ -57,9 +57,36 @@ def changes(before: Snapshot, after: Snapshot) -> Iterator[Change]:
     for start, end, old, new in _pieces(before.areas(), after.areas(), lambda area: (area.start, area.end)):
         if old is None or new is None:
             yield Change(Kind.MAPPED if old is None else Kind.UNMAPPED, start, end - start, None, None)
-    for first, last, had, has in _pieces(before.spans(), after.spans(), lambda span: (span.virtual, span.end)):
-        if kind := _judge(first, had, has):
-            yield Change(kind, first, last - first, _frame(had, first), _frame(has, first))
+    for olds, news in _differing(before.batches(), after.batches()):
+        for first, last, had, has in _pieces(olds, news, lambda span: (span.virtual, span.end)):
+            if kind := _judge(first, had, has):
+                yield Change(kind, first, last - first, _frame(had, first), _frame(has, first))
+
+
+def _differing(before: Iterator[Batch], after: Iterator[Batch]) -> Iterator[tuple[list[Span], list[Span]]]:
+    """Iterate over the spans of two snapshots in groups that end at the same address, without those that are equal.
+
+    Most of a large task is as it was: comparing the texts takes a tenth of the time that reading them does.
+    """
+    old, new = next(before, None), next(after, None)
+    olds: list[Span] = []
+    news: list[Span] = []
+    while old or new:
+        together = old and new and old.start == new.start
+        if together:
+            yield olds, news
+            olds, news = [], []
+        if old and new and together and old.text == new.text:
+            old, new = next(before, None), next(after, None)
+            continue
+        start = min(batch.start for batch in (old, new) if batch)
+        if old and old.start == start:
+            olds += old.spans()
+            old = next(before, None)
+        if new and new.start == start:
+            news += new.spans()
+            new = next(after, None)
+    yield olds, news
 
 
 def _judge(address: int, before: Span | None, after: Span | None) -> Kind | None:

@@ -19,12 +19,14 @@ from iobmd.pagemap.target import resolve
 from iobmd.procfs import VMA
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import Any
 
     from iobmd.pagemap.target import Target
 
 VERSION = 1
+_HEADER = "iobmd pagemap"
+_KINDS = (f'{{"{_HEADER}": ', '{"area": ', '{"spans": ')
 _BATCH = 1000
 """Spans a line."""
 
@@ -68,7 +70,7 @@ def save(target: Target, path: str | Path, address: int | None = None, size: int
             reader.visible,
         )
         with replacing(path, 0o666) as opened, TextIOWrapper(opened) as file:
-            file.write(json.dumps({"iobmd pagemap": header._asdict()}) + "\n")
+            file.write(json.dumps({_HEADER: header._asdict()}) + "\n")
             for area in where.areas():
                 file.write(json.dumps({"area": area}) + "\n")
                 for step in reader.steps(max(area.start, where.start), min(area.end, where.end)):
@@ -92,33 +94,66 @@ class Snapshot:
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
-        first = next(self._lines("iobmd pagemap"), None)
+        first = next(self._documents(_HEADER), None)
         if not isinstance(first, dict) or first.get("version") != VERSION or set(first) != set(Header._fields):
             message = f"{self._path} is no snapshot of version {VERSION} of `iobmd pagemap --save`"
             raise IOReturnError(IOReturn.kIOReturnBadArgument, message)
         self.header = Header(**first)
 
-    def _lines(self, kind: str) -> Iterator[Any]:
-        with self._path.open() as lines:
-            for line in lines:
-                try:
-                    document = json.loads(line)
-                    if not isinstance(document, dict):
-                        raise ValueError("not an object")  # noqa: TRY301, TRY004
-                except ValueError as error:
-                    message = f"{self._path} is no snapshot, or damaged: {error}"
-                    raise IOReturnError(IOReturn.kIOReturnBadArgument, message) from None
-                if kind in document:
-                    yield document[kind]
-                elif kind == "iobmd pagemap":
+    def _lines(self, kind: str) -> Iterator[str]:
+        """Iterate over the lines that hold one kind of document; the header comes first, and is there once."""
+        start = f'{{"{kind}": '
+        with self._path.open(errors="surrogateescape") as lines:
+            for number, line in enumerate(lines):
+                if line.startswith(start):
+                    yield line
+                elif not line.startswith(_KINDS):
+                    raise self._damaged(f"line {number + 1} is of no kind that is known")
+                if kind == _HEADER:
                     return
+
+    def _documents(self, kind: str) -> Iterator[Any]:
+        return (self._parse(line, kind) for line in self._lines(kind))
+
+    def _parse(self, line: str, kind: str) -> Any:
+        try:
+            return json.loads(line)[kind]
+        except ValueError as error:
+            raise self._damaged(str(error)) from None
+
+    def _damaged(self, why: str) -> IOReturnError:
+        return IOReturnError(IOReturn.kIOReturnBadArgument, f"{self._path} is no snapshot, or damaged: {why}")
 
     def areas(self) -> Iterator[VMA]:
         """Iterate over the areas, ascending."""
-        return (VMA(*fields) for fields in self._lines("area"))
+        return (VMA(*fields) for fields in self._documents("area"))
 
     def spans(self) -> Iterator[Span]:
         """Iterate over the spans, ascending."""
-        for batch in self._lines("spans"):
-            for virtual, physical, length, flags in batch:
-                yield Span(virtual, length, physical or None, flags)
+        return (span for batch in self.batches() for span in batch.spans())
+
+    def batches(self) -> Iterator[Batch]:
+        """Iterate over the spans as they stand in the file, ascending: where nothing changed the texts are equal."""
+        for line in self._lines("spans"):
+            yield Batch(line, self._parse)
+
+
+class Batch:
+    """Spans that follow each other, as a line of a snapshot."""
+
+    def __init__(self, text: str, parse: Callable[[str, str], Any]) -> None:
+        self.text = text
+        self._parse = parse
+
+    @property
+    def start(self) -> int:
+        """The address of the first."""
+        first = self.text[len('{"spans": [[') :].partition(",")[0]
+        return int(first) if first.isdecimal() else self.spans()[0].virtual
+
+    def spans(self) -> list[Span]:
+        """Return the spans. Raises IOReturnError: the text is damaged."""
+        return [
+            Span(virtual, length, physical or None, flags)
+            for virtual, physical, length, flags in self._parse(self.text, "spans")
+        ]

@@ -1,0 +1,88 @@
+"""What changed between two snapshots, against a comparison page by page; the snapshots are made up."""
+
+import json
+import tempfile
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from iobmd import pagemap
+from iobmd.pagemap import Kind
+
+PAGE = 4096
+PRESENT, SWAPPED, HUGE = 1, 2, 64
+STEP = 16
+"""Pages after which a line ends, as it does between the steps of a walk; spans may reach beyond."""
+Page = tuple[int, int]
+"""Flags, and the frame number (0: none)."""
+HEADER = {
+    "version": 1, "pid": 1, "name": "x", "time": 0.0, "kernel": "6", "page_bytes": PAGE, "frames_visible": True,
+}  # fmt: skip
+
+
+@st.composite
+def memories(draw: st.DrawFn) -> tuple[dict[int, Page], dict[int, Page]]:
+    """What 64 pages are before and after: stretches that stay as they are, and stretches that do not."""
+    found: tuple[dict[int, Page], dict[int, Page]] = ({}, {})
+    first = 0
+    while first < 64:
+        last = min(64, first + draw(st.integers(1, 24)))
+        kinds = draw(st.tuples(st.sampled_from("-pmsh"), st.sampled_from("-pmsh=====")))
+        for memory, kind in zip(found, (kinds[0], kinds[0] if kinds[1] == "=" else kinds[1]), strict=True):
+            for page in range(first, last):
+                if kind != "-":
+                    frame = {"p": 100 + page, "m": 1000 + page * 2, "s": 0, "h": 100 + page}[kind]
+                    memory[page] = {"s": SWAPPED, "h": PRESENT | HUGE}.get(kind, PRESENT), frame
+        first = last
+    return found
+
+
+def save(memory: dict[int, Page], path: Path) -> pagemap.Snapshot:
+    spans: list[list[int]] = []
+    for page, (flags, frame) in sorted(memory.items()):
+        if spans:
+            virtual, physical, length, state = spans[-1]
+            follows = physical + length == frame * PAGE if physical else not frame
+            if virtual + length == page * PAGE and state == flags and follows:
+                spans[-1][2] += PAGE
+                continue
+        spans.append([page * PAGE, frame * PAGE, PAGE, flags])
+    lines: dict[int, list[list[int]]] = {}
+    for span in spans:
+        lines.setdefault(span[0] // PAGE // STEP, []).append(span)
+    documents = [{"iobmd pagemap": HEADER}, {"area": [0, 64 * PAGE, "rw-p", 0, 0, "", ""]}]
+    documents += [{"spans": line} for line in lines.values()]
+    path.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    return pagemap.Snapshot(path)
+
+
+def expected(before: Page | None, after: Page | None) -> Kind | None:
+    if before == after:
+        return None
+    if before is None or after is None:
+        if after is None:
+            return Kind.RELEASED
+        return Kind.NEWLY_RESIDENT if after[0] & PRESENT else Kind.OTHER
+    if before[0] & SWAPPED or after[0] & SWAPPED:
+        return Kind.SWAPPED_IN if before[0] & SWAPPED else Kind.SWAPPED_OUT
+    if before[0] != after[0]:
+        return Kind.COLLAPSED if after[0] & HUGE else Kind.SPLIT
+    return Kind.MIGRATED
+
+
+@given(memories())
+def test_page_by_page(memory: tuple[dict[int, Page], dict[int, Page]]) -> None:
+    before, after = memory
+    with tempfile.TemporaryDirectory() as folder:
+        snapshots = save(before, Path(folder, "before")), save(after, Path(folder, "after"))
+        found = {
+            address // PAGE: (change.kind, change.before, change.after, address - change.virtual)
+            for change in pagemap.changes(*snapshots)
+            for address in range(change.virtual, change.virtual + change.length, PAGE)
+        }
+    wanted = {page: kind for page in range(64) if (kind := expected(before.get(page), after.get(page)))}
+    assert {page: kind for page, (kind, *_rest) in found.items()} == wanted
+    for page, (_kind, physical, now, offset) in found.items():
+        assert (0 if physical is None else physical + offset) == before.get(page, (0, 0))[1] * PAGE
+        assert (0 if now is None else now + offset) == after.get(page, (0, 0))[1] * PAGE
