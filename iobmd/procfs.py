@@ -106,6 +106,13 @@ def status_bytes(field: str, pid: int | str = "self") -> int:
     return int(status(pid)[field].removesuffix("kB")) << 10
 
 
+def page_faults(pid: int | str = "self") -> int:
+    """Return how many page faults a process had, all its threads together (minflt and majflt of /proc/PID/stat)."""
+    # The program's name is in parentheses, and may hold anything.
+    fields = Path(f"/proc/{pid}/stat").read_text(errors="surrogateescape").rpartition(")")[2].split()
+    return int(fields[7]) + int(fields[9])
+
+
 def locked_bytes() -> int:
     """Return how much memory this process holds locked by mlock (VmLck), in bytes."""
     return status_bytes("VmLck")

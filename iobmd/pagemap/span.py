@@ -66,10 +66,15 @@ class Span(NamedTuple):
     @property
     def state(self) -> str:
         """One word: huge, present, file, zero, swapped, guard, marker."""
-        for flag, word in _STATES:
-            if self.flags & flag:
-                return word
-        return "present"
+        return state_of(self.flags)
+
+
+def state_of(flags: int) -> str:
+    """Return the one word for the flags of a span, which is the first of those that fit."""
+    for flag, word in _STATES:
+        if flags & flag:
+            return word
+    return "present"
 
 
 _STATES = (

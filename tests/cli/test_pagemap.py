@@ -120,6 +120,9 @@ def test_who_maps_a_frame(target: int, capsys: pytest.CaptureFixture[str]) -> No
 def test_save_and_diff(target: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown(capsys, str(target), "--save", str(tmp_path / "file"))
     assert "nothing changed" in shown(capsys, str(target), "--diff", str(tmp_path / "file"))
+    document = json.loads(shown(capsys, str(target), "--diff", str(tmp_path / "file"), "--json"))
+    assert document["before"]["pid"] == document["after"]["pid"] == target
+    assert document["changes"] == []
 
 
 @pytest.mark.parametrize(
@@ -131,10 +134,18 @@ def test_save_and_diff(target: int, tmp_path: Path, capsys: pytest.CaptureFixtur
         ["1", "--frame", "1"],
         ["1", "--range", "5"],
         ["1", "--boundary", "3"],
-        ["1", "--diff", "file", "--json"],
+        ["1", "--diff", "file", "--csv"],
+        ["1", "--diff", "file", "--json", "--watch", "1"],
         ["1", "--json", "--max-segment", "4k"],
-        ["1", "--map"],
-        ["1", "--watch", "1"],
+        ["1", "--map", "--svg", "file"],
+        ["1", "--map", "--json"],
+        ["1", "--map", "--sort", "size"],
+        ["1", "--save", "file", "--name", "x"],
+        ["--frame", "1", "--only", "huge"],
+        ["1", "--watch", "0"],
+        ["1", "--watch", "x"],
+        ["1", "--watch", "1", "--count", "0"],
+        ["1", "--count", "3"],
     ],
 )
 def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

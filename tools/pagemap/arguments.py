@@ -15,9 +15,22 @@ if TYPE_CHECKING:
 STATES = ("resident", "anonymous", "file", "huge", "swapped", "locked", "lazy", "zero", "guard", "device")
 KEYS = ("address", "size", "resident", "swapped", "huge", "locked", "runs", "largest", "name")
 
-_WAYS = ("frame", "diff", "save", "json", "csv")
+_FILTERS = ("name", "min_size", "only")
+_WAYS = ("frame", "watch", "diff", "save", "map", "svg", "png", "html", "json", "csv")
 """Options that choose what is shown instead of the table."""
-_MODULES = {"json": "document", "csv": "sheet", "diff": "snapshots", "save": "snapshots"}
+_AS_JSON = ("frame", "watch", "diff")
+"""Those of them that --json gives as data."""
+_WITHOUT_CHOICE = {"frame": ("name", "min_size", "range", "only"), "diff": _FILTERS, "save": _FILTERS}
+_WITH_ORDER = ("json", "csv")
+_MODULES = {
+    "json": "document",
+    "csv": "sheet",
+    "diff": "snapshots",
+    "save": "snapshots",
+    "svg": "picture",
+    "png": "picture",
+    "html": "picture",
+}
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -25,12 +38,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     arguments = parser.parse_args(argv)
     chosen = [way for way in _WAYS if getattr(arguments, way) not in (None, False)]
-    if len(chosen) > 1 and set(chosen) != {"frame", "json"}:
+    if len(chosen) > 1 and (len(chosen) > 2 or chosen[0] not in _AS_JSON or chosen[1] != "json"):
         parser.error(f"--{chosen[0]} and --{chosen[1]} do not go together")
     if arguments.pid is None and arguments.frame is None:
         parser.error("a process is needed: its PID, or self")
     if arguments.pid is not None and arguments.frame is not None:
         parser.error("--frame looks in all processes: it takes no PID")
+    if arguments.count is not None and arguments.watch is None:
+        parser.error("--count goes with --watch")
+    _refuse_without_effect(parser, arguments, chosen)
     listed = not chosen or chosen[0] in ("json", "csv")
     if (arguments.runs or arguments.flags) and not listed:
         parser.error(f"--runs and --flags do not go together with --{chosen[0]}")
@@ -44,6 +60,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         way = "runs"
     arguments.way = _MODULES.get(way, way)
     return arguments
+
+
+def _refuse_without_effect(parser: argparse.ArgumentParser, arguments: argparse.Namespace, chosen: list[str]) -> None:
+    """Refuse options that would do nothing in the way that was chosen."""
+    if not chosen:
+        return
+    without = [name for name in _WITHOUT_CHOICE.get(chosen[0], ()) if getattr(arguments, name) is not None]
+    if arguments.sort != "address" and chosen[0] not in _WITH_ORDER:
+        without.append("sort")
+    if without:
+        parser.error(f"--{without[0].replace('_', '-')} does not go together with --{chosen[0]}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,6 +113,14 @@ def _add_details(group: argparse._ArgumentGroup) -> None:
 def _add_ways(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--json", action="store_true", help="one JSON document")
     group.add_argument("--csv", action="store_true", help="comma-separated values with a heading")
+    group.add_argument("--map", action="store_true", help="a map in the terminal, a cell for each block of addresses")
+    group.add_argument("--svg", metavar="FILE", help="a picture: addresses against physical memory")
+    group.add_argument("--png", metavar="FILE", help="the same (needs the extra iobmd[plot])")
+    group.add_argument("--html", metavar="FILE", help="the same as a page that needs nothing else")
+    group.add_argument(
+        "--watch", type=_seconds, metavar="SECONDS", help="look again and again, and show what changes"
+    )
+    group.add_argument("--count", type=_count, metavar="N", help="watch: look so many times")
     group.add_argument("--save", metavar="FILE", help="keep a snapshot")
     group.add_argument("--diff", metavar="FILE", help="what changed since that snapshot was saved")
 
@@ -97,6 +132,22 @@ def _pid(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a process id nor self") from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, more than none, a day at most")
+    return seconds
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of looks, 1 or more")
+    return int(text)
 
 
 def _addresses(text: str) -> tuple[int, int]:

@@ -27,24 +27,27 @@ def run(arguments: argparse.Namespace) -> None:
     look = Look(arguments)
     if arguments.flags:
         require_frames()
-    print("{" + _members(_head(look)) + ',\n"vmas": [', end="")
+    print("{" + members(_head(look)) + ',\n"vmas": [', end="")
     total = Total()
-    _write_list(_rows(look, total))
+    write_list(_rows(look, total))
     print(f'],\n"summary": {json.dumps(summary(total, look.frames))}', end="")
     if arguments.runs or arguments.flags:
         print(',\n"runs": [', end="")
         if look.frames:
-            _write_list(_runs(look, arguments.flags))
+            write_list(_runs(look, arguments.flags))
         print("]", end="")
-    print("}")
+    restless = look.restless()
+    print(f',\n"changed_while_read": {json.dumps(restless and restless._asdict())}}}')
     sys.stdout.flush()
 
 
-def _members(document: dict[str, Any]) -> str:
+def members(document: dict[str, Any]) -> str:
+    """Return the members of an object as JSON, without the braces around them."""
     return json.dumps(document)[1:-1]
 
 
-def _write_list(rows: Iterable[dict[str, Any]]) -> None:
+def write_list(rows: Iterable[dict[str, Any]]) -> None:
+    """Print the elements of a list as JSON, each on a line of its own, as they come."""
     for index, row in enumerate(rows):
         print("," if index else "", json.dumps(row), sep="\n", end="")
 

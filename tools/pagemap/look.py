@@ -13,12 +13,17 @@ from iobmd.pagemap.target import resolve
 from iobmd.task import Task
 from iobmd.units import PAGE_SIZE
 
+from .steady import Steady
+
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator
 
     from iobmd.pagemap.area import Area
     from iobmd.pagemap.target import Where
+    from iobmd.procfs import VMA
+
+    from .steady import Restless
 
 
 class Hidden(NamedTuple):
@@ -37,6 +42,7 @@ class Look:
         self.task = Task(arguments.pid)
         start, end = arguments.range or (None, None)
         self.where: Where = resolve(self.task, start, None if end is None else end - start)
+        self._steady = Steady(self.task.pid)
         self.name = procfs.status(self.task.pid).get("Name", "")
         self.time = time.time()
         self.kernel = os.uname().release
@@ -74,6 +80,10 @@ class Look:
             )
         return found
 
+    def restless(self) -> Restless | None:
+        """Return what the process did since the look began; None: nothing."""
+        return self._steady.restless()
+
     def areas(self) -> Iterator[Area]:
         """Iterate over the areas that were chosen, in the order that was asked for."""
         chosen = filter(self._is_chosen, areas(self.where, details=self.details, folios=self.flags))
@@ -88,11 +98,22 @@ class Look:
             and (chosen.only is None or _STATES[chosen.only](area) > 0)
         )
 
-    @property
-    def chooses(self) -> bool:
-        """Whether only some areas are chosen."""
+    def parts(self) -> Iterator[tuple[VMA, int, int]]:
+        """Iterate over the same areas, ascending, with the start and end of the part of each that was asked for.
+
+        What they hold is read only when the choice depends on it.
+        """
         chosen = self.arguments
-        return bool(chosen.name is not None or chosen.min_size or chosen.only or chosen.range)
+        if chosen.name is None and chosen.min_size is None and chosen.only is None:
+            for vma in self.where.areas():
+                yield vma, max(vma.start, self.where.start), min(vma.end, self.where.end)
+            return
+        for area in filter(self._is_chosen, areas(self.where, details=self.details)):
+            yield area.vma, area.start, area.end
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Iterate over the starts and ends of `parts`."""
+        return ((start, end) for _vma, start, end in self.parts())
 
 
 _STATES: dict[str, Callable[[Area], int]] = {

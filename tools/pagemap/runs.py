@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from iobmd.pagemap.frame import describe_runs, require_frames
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.segment import segments
-from iobmd.pagemap.span import read_runs, runs
+from iobmd.pagemap.span import read_runs
 from iobmd.units import format_size
 
 from .look import Look
-from .table import show_head
+from .table import show_head, show_restless
 
 if TYPE_CHECKING:
     import argparse
@@ -40,16 +40,13 @@ def run(arguments: argparse.Namespace) -> None:
         for found in seen.watch(chosen_runs(look)):
             print(_line(found))
     seen.show()
+    show_restless(look)
 
 
 def chosen_runs(look: Look) -> Iterator[Run]:
-    """Iterate over the runs of all of the address space, or of each of the areas that were chosen."""
-    if not look.chooses:
-        yield from runs(look.where)
-        return
+    """Iterate over the runs of the areas that were chosen."""
     with Reader(look.task) as reader:
-        for area in look.areas():
-            yield from read_runs(reader, [(area.start, area.end)])
+        yield from read_runs(reader, look.ranges())
         reader.require_task()
 
 

@@ -12,6 +12,7 @@ from iobmd.pagemap.change import changes
 from iobmd.pagemap.snapshot import Snapshot, save
 from iobmd.units import format_size
 
+from .document import VERSION, members, write_list
 from .look import Look
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 def run(arguments: argparse.Namespace) -> None:
     """Save a snapshot, or print what changed since one."""
     look = Look(arguments)
+    show = _write if arguments.json else _show
     if arguments.save:
         header = save(look.where, arguments.save)
         print(f"saved {header.name} ({header.pid}) to {arguments.save}")
@@ -31,7 +33,14 @@ def run(arguments: argparse.Namespace) -> None:
     before = Snapshot(arguments.diff)
     with tempfile.TemporaryDirectory(prefix="iobmd-") as folder:
         save(look.where, Path(folder) / "now")
-        _show(before, Snapshot(Path(folder) / "now"))
+        show(before, Snapshot(Path(folder) / "now"))
+
+
+def _write(before: Snapshot, after: Snapshot) -> None:
+    head = {"version": VERSION, "before": before.header._asdict(), "after": after.header._asdict()}
+    print("{" + members(head) + ',\n"changes": [', end="")
+    write_list({"kind": kind, "start": start, "end": end} for kind, start, end in _joined(changes(before, after)))
+    print("]}")
 
 
 def _show(before: Snapshot, after: Snapshot) -> None:

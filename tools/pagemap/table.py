@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
         total.add(area)
         print(_row(area))
     show_total(look, total)
+    show_restless(look)
 
 
 def show_head(look: Look) -> None:
@@ -101,6 +102,12 @@ def show_total(look: Look, total: Total) -> None:
         )
     if large := folios(total.folios):
         print(f"  mapped page by page: {large}")
+
+
+def show_restless(look: Look) -> None:
+    """Say so when the process changed while it was read."""
+    if restless := look.restless():
+        print(f"  {restless}")
     sys.stdout.flush()
 
 

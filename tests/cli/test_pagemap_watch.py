@@ -1,0 +1,156 @@
+"""`iobmd pagemap --watch`: what another process was made to do between two looks is what is shown."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import IO
+
+import pytest
+
+PROGRAM = """
+import mmap, sys
+kept = mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+kept.madvise(mmap.MADV_NOHUGEPAGE)
+for line in sys.stdin:
+    if line == "fill\\n":
+        kept[:4 << 20] = b"x" * (4 << 20)
+    elif line == "drop\\n":
+        kept.madvise(mmap.MADV_DONTNEED, 0, 4 << 20)
+    elif line == "map\\n":
+        more = mmap.mmap(-1, 1 << 20)
+    elif line == "unmap\\n":
+        more.close()
+    print("done", flush=True)
+"""
+
+
+class Target:
+    """A process that does what it is told."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.tell("nothing")
+
+    def tell(self, what: str) -> None:
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline() == "done\n"
+
+
+@pytest.fixture
+def target() -> Iterator[Target]:
+    made = Target()
+    with made.process:
+        yield made
+        made.process.kill()
+
+
+def watch(target: Target, *options: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "iobmd", "pagemap", str(target.process.pid), "--watch", "0.2", *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def looks_until(lines: IO[str], wanted: dict[str, int]) -> None:
+    """Read looks, a JSON document each, until as many bytes have had to them happen what is wanted."""
+    sums: dict[str, int] = {}
+    for line in lines:
+        for change in json.loads(line)["changes"]:
+            sums[change["kind"]] = sums.get(change["kind"], 0) + change["length"]
+        if all(sums.get(kind, 0) >= size for kind, size in wanted.items()):
+            break
+    # Small things happen in any process; the interpreter touches a page or two.
+    assert all(size <= sums[kind] <= size + (256 << 10) for kind, size in wanted.items()), sums
+
+
+def test_what_happened_between_two_looks(target: Target) -> None:
+    with watch(target, "--json") as watching:
+        assert watching.stdout
+        first = json.loads(watching.stdout.readline())
+        assert first["changes"] == []
+        for order, wanted in (
+            ("fill", {"newly resident": 4 << 20}),
+            ("drop", {"released": 4 << 20}),
+            ("map", {"mapped": 1 << 20}),
+            ("unmap", {"unmapped": 1 << 20}),
+        ):
+            target.tell(order)
+            looks_until(watching.stdout, wanted)
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait(20) == 0
+        assert watching.stderr
+        assert watching.stderr.read() == ""
+
+
+def test_a_process_that_ends(target: Target) -> None:
+    with watch(target) as watching:
+        assert watching.stdout
+        while "areas, resident" not in watching.stdout.readline():
+            pass
+        target.process.kill()
+        target.process.wait()
+        _out, error = watching.communicate(timeout=20)
+    assert watching.returncode == 0
+    assert "has ended" in error
+
+
+def test_as_many_looks_as_asked_for(target: Target) -> None:
+    with watch(target, "--count", "3", "--name", "[stack]") as watching:
+        out, error = watching.communicate(timeout=20)
+    assert (watching.returncode, error) == (0, "")
+    looks = [line for line in out.splitlines() if "areas, resident" in line]
+    assert [": " in line.partition("resident")[2] for line in looks] == [False, True, True]
+    assert all(" 1 areas" in line for line in looks)
+
+
+def test_a_process_that_is_not_there() -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    command = [sys.executable, "-m", "iobmd", "pagemap", str(process.pid), "--watch", "1"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1
+    assert "kIOReturnNotFound" in done.stderr
+
+
+def test_on_a_terminal(target: Target) -> None:
+    """Changes are in colour, and in the first row."""
+    screen, side = pty.openpty()
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40"}
+    command = [sys.executable, "-m", "iobmd", "pagemap", str(target.process.pid), "--watch", "0.2"]
+    with subprocess.Popen(command, stdin=side, stdout=side, stderr=side, env=environment) as watching:
+        os.close(side)
+        text = _read_until(screen, r"areas, resident")
+        target.tell("fill")
+        text = _read_until(screen, r"\x1b\[32m4(\.\d)? MiB newly resident")
+        row = next(line for line in text.split("\n") if "\x1b[32m4" in line)
+        assert re.search(r"^\s*[0-9a-f]+-[0-9a-f]+ .* MiB", re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", row))
+        watching.send_signal(signal.SIGINT)
+        _read_until(screen, None)
+        assert watching.wait(20) == 0
+    os.close(screen)
+
+
+def _read_until(screen: int, wanted: str | None) -> str:
+    """Read from a terminal until a pattern has come; None: until it is closed."""
+    text, end = "", time.monotonic() + 30
+    while time.monotonic() < end:
+        try:
+            data = os.read(screen, 1 << 16)
+        except OSError:  # closed by the other side
+            data = b""
+        if not data:
+            break
+        text += data.decode(errors="replace")
+        if wanted and re.search(wanted, text):
+            return text
+    assert wanted is None, text
+    return text

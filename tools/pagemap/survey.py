@@ -1,0 +1,58 @@
+"""What pictures show: the areas that were chosen, and a grid of what they hold."""
+
+from __future__ import annotations
+
+import struct
+from bisect import bisect_right
+from typing import TYPE_CHECKING, NamedTuple
+
+from iobmd.pagemap.reader import Reader
+from iobmd.pagemap.span import state_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from .grid import Grid
+    from .look import Look
+
+
+class Part(NamedTuple):
+    """An area, or the part of one that was asked for."""
+
+    start: int
+    end: int
+    name: str
+
+
+def survey(look: Look, grid: Grid) -> list[Part]:
+    """Read all that was chosen, put it into a grid, and return the areas, ascending."""
+    parts = []
+    with Reader(look.task, whole=look.where.whole) as reader:
+        for vma, start, end in look.parts():
+            parts.append(Part(start, end, vma.name))
+            for step in reader.steps(start, end):
+                for virtual, physical, length, flags in struct.iter_unpack("=4Q", step.raw()):
+                    state = state_of(flags)
+                    # The zero page takes no memory wherever it is mapped.
+                    grid.add(virtual, None if state == "zero" else physical or None, length, state)
+        reader.require_task()
+    return parts
+
+
+def between(parts: Sequence[Part], start: int, end: int) -> Iterator[Part]:
+    """Iterate over the parts of ascending areas that lie between two addresses."""
+    for index in range(bisect_right(parts, start, key=lambda part: part.end), len(parts)):
+        part = parts[index]
+        if part.start >= end:
+            break
+        yield Part(max(part.start, start), min(part.end, end), part.name)
+
+
+def names(parts: Iterable[Part]) -> list[str]:
+    """Return the short names of areas, each once."""
+    return list(dict.fromkeys(short(part.name) for part in parts))
+
+
+def short(name: str) -> str:
+    """Return the name of an area without its folder; that of a device whole."""
+    return name if name.startswith("/dev/") else name.rpartition("/")[2] or "(anonymous)"
