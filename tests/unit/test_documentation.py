@@ -64,7 +64,10 @@ def test_python_blocks_run(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", texts("console"))
-def test_commands_run(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_run(
+    text: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # some write files
     for line in filter(None, text.splitlines()):
         prompt, command, *arguments = shlex.split(line)
         assert (prompt, command) == ("$", "iobmd")
