@@ -144,3 +144,20 @@ def read_pagemap(int fd, ranges, size_t page):
                     break
                 at += <uint64_t>got // 8 * page
     return _now() - begin
+
+
+def map_stalls(double seconds, size_t size):
+    """For so many seconds map and unmap `size` bytes; returns the longest that one mmap took, in seconds."""
+    cdef double end = _now() + seconds, begin, took, worst = 0
+    cdef void *mapped
+    with nogil:
+        while True:
+            begin = _now()
+            mapped = c_mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+            took = _now() - begin
+            if mapped != MAP_FAILED:
+                c_munmap(mapped, size)
+            worst = max(worst, took)
+            if begin > end:
+                break
+    return worst

@@ -6,6 +6,7 @@ PAGE_IS_PRESENT: int
 PAGE_IS_SWAPPED: int
 PAGE_IS_WRITTEN: int
 
+def amount(fd: int, start: int, end: int, required: int, excluded: int, limit: int) -> int: ...
 def decode(raw: Buffer) -> list[tuple[bool, bool, int | None, bool, bool, bool, bool]]: ...
 def scan(
     fd: int, start: int, end: int, required: int, excluded: int, protect: bool = False

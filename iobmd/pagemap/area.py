@@ -219,14 +219,7 @@ def is_bearable(where: Where, reader: Reader) -> bool:
     resident = _status(where.task, "VmRSS")
     if resident is not None and resident <= BEARABLE:
         return True
-    return all(
-        area.end - area.start <= BEARABLE or _small(reader.total(area.start, area.end)) <= BEARABLE
-        for area in where.areas()
-    )
-
-
-def _small(tally: Tally) -> int:
-    return tally.present - tally.huge
+    return not any(reader.has_small_pages(area.start, area.end, BEARABLE + 1) for area in where.areas())
 
 
 def _status(task: Task, field: str) -> int | None:

@@ -65,6 +65,19 @@ class Reader:
         except OSError:
             raise no_entries(self.task, start) from None
 
+    def has_small_pages(self, start: int, end: int, size: int) -> bool:
+        """Say whether `size` bytes or more between two addresses are mapped page by page."""
+        if end - start < size:
+            return False
+        if not self.scans:  # and so not known which are huge
+            tally = self.total(start, end)
+            return tally.present - tally.huge >= size
+        try:
+            present, huge = native.PAGE_IS_PRESENT, native.PAGE_IS_HUGE
+            return native.amount(self._opened.fd, start, end, present, huge, size) >= size
+        except OSError:
+            raise no_entries(self.task, start) from None
+
     def read_ahead(self, start: int, end: int) -> None:
         """Read at once the pages of several small ranges, for which `total` is called next."""
         self._walk.read_ahead(start, end)

@@ -27,6 +27,10 @@ BENCHMARKS = {
         "iobmd.tools.bench.purgeable",
         "purgeable memory there and back; as root also a cache under a memory limit",
     ),
+    "pagemap": (
+        "iobmd.tools.bench.pagemap",
+        "walking through the pages of a process, and what that costs it",
+    ),
     "remote": ("iobmd.tools.bench.remote", "how long another task stands still, and the speed of shared memory"),
 }
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 from iobmd._native import floors
 from iobmd.buffer import IOBufferMemoryDescriptor
@@ -16,7 +14,7 @@ from iobmd.constants import IOOptionBits
 from iobmd.pieces import PIECE, threads
 from iobmd.task import Task, kernel_task
 
-from .result import Result, at_least, at_most, medians, seconds
+from .result import Result, at_least, at_most, launcher, medians, seconds, spawned
 
 SMALL = 64 << 10
 WIRED, PAGEABLE = IOOptionBits(0), IOOptionBits.kIOMemoryPageable
@@ -107,13 +105,11 @@ print(field("VmHWM") - before)
 
 
 def _start(rounds: int) -> list[Result]:
-    command = str(Path(sys.executable).with_name("iobmd"))
-    launch = [command] if os.access(command, os.X_OK) else [sys.executable, "-m", "iobmd"]
     bare, imported, version = medians(
         rounds * 3,
-        partial(_spawn, [sys.executable, "-c", "pass"]),
-        partial(_spawn, [sys.executable, "-c", "import iobmd"]),
-        partial(_spawn, [*launch, "--version"]),
+        partial(spawned, [sys.executable, "-c", "pass"]),
+        partial(spawned, [sys.executable, "-c", "import iobmd"]),
+        partial(spawned, [*launcher(), "--version"]),
     )
     more = (imported - bare) * 1e3
     floor = f"the bare interpreter: {bare * 1e3:.1f} ms"
@@ -121,9 +117,3 @@ def _start(rounds: int) -> list[Result]:
         Result("import iobmd", f"+{more:.1f} ms", floor, imported / bare, "≤ 40 ms more", more <= 40),
         Result("iobmd --version", f"{version * 1e3:.1f} ms", floor, version / bare, "≤ 120 ms", version <= 0.120),
     ]
-
-
-def _spawn(command: list[str]) -> float:
-    # With compiled modules kept, as they are where a program is installed.
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    return seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=env))

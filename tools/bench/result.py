@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import statistics
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -48,3 +52,16 @@ def at_most(what: str, unit_figure: str, against: str, ratio: float, limit: floa
 def at_least(what: str, unit_figure: str, against: str, ratio: float, limit: float) -> Result:
     """Report a ratio that is to stay above a limit."""
     return Result(what, unit_figure, against, ratio, f"≥ {limit:g}", ratio >= limit)
+
+
+def launcher() -> list[str]:
+    """Return how the command `iobmd` is started."""
+    command = Path(sys.executable).with_name("iobmd")
+    return [str(command)] if os.access(command, os.X_OK) else [sys.executable, "-m", "iobmd"]
+
+
+def spawned(command: list[str]) -> float:
+    """Return how long a program runs."""
+    # With compiled modules kept, as they are where a program is installed.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=env))

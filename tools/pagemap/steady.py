@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,9 +35,9 @@ class Steady:
         found = Restless(areas != self._areas, faults - self._faults)
         return found if any(found) else None
 
-    def _now(self) -> tuple[bytes, int]:
+    def _now(self) -> tuple[int, int]:
         try:
             areas = Path(f"/proc/{self._pid}/maps").read_bytes()
-            return hashlib.blake2b(areas).digest(), procfs.page_faults(self._pid)
+            return zlib.crc32(areas), procfs.page_faults(self._pid)
         except OSError:  # it has exited, or may not be looked at: who reads it says so
-            return b"", 0
+            return 0, 0

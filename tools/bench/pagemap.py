@@ -1,0 +1,154 @@
+"""`iobmd bench pagemap`: walking through the pages of a process, against raw reads of its pagemap in C."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+from iobmd import procfs
+from iobmd._native import floors
+from iobmd.pagemap import areas
+from iobmd.pagemap.entries import opened
+from iobmd.pagemap.reader import Reader
+from iobmd.task import Task
+from iobmd.units import PAGE_SIZE, format_size
+
+from .result import Result, at_most, launcher, medians, seconds, spawned
+from .target import SMALL_AREA, Target
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SCANNED = 0.5  # seconds in which the worst stall is looked for
+
+
+def run(size: int, rounds: int) -> list[Result]:
+    """Measure; the large target is eight times `size`, the reserved memory 128 times."""
+    large, reserved = size * 8, size * 128
+    results = [*_large("small", large, 1.2, rounds)]
+    for kind in ("THP", "hugetlb"):
+        try:
+            results += _walk(kind, large, f"{format_size(large)}, {kind}", 0.8, rounds)
+        except OSError:
+            continue  # no huge page to be had, or none in the pool
+    results += _walk(
+        "clustered", reserved, f"{format_size(reserved)} reserved, 1 % resident, clustered", 0.25, rounds
+    )
+    results += _walk("scattered", reserved, f"{format_size(reserved)} reserved, 1 % resident, scattered", 1.4, rounds)
+    return [*results, *_small_areas(rounds), *_start(rounds)]
+
+
+def _walk(kind: str, size: int, what: str, goal: float, rounds: int) -> list[Result]:
+    with Target(kind, size) as target:
+        return [_row(target, what, goal, rounds)]
+
+
+def _row(target: Target, what: str, goal: float, rounds: int) -> Result:
+    ours = partial(seconds, partial(_areas, target))
+    raw, took = _against_raw(target, ours, rounds)
+    return at_most(what, _ms(took), f"raw pread, 64 KiB each: {_ms(raw)}", took / raw, goal)
+
+
+def _against_raw(target: Target, ours: Callable[[], float], rounds: int) -> list[float]:
+    with opened(Task(target.pid)) as descriptor:
+        return medians(rounds, partial(floors.read_pagemap, descriptor.fd, target.ranges, PAGE_SIZE), ours)
+
+
+def _areas(target: Target) -> None:
+    for _area in areas(Task(target.pid), target.start, target.end - target.start, details=False):
+        pass
+
+
+def _ms(took: float) -> str:
+    return f"{took * 1e3:.3g} ms"
+
+
+def _large(kind: str, size: int, goal: float, rounds: int) -> list[Result]:
+    with Target(kind, size) as target:
+        what = f"{format_size(size)}, 4 KiB pages, with runs"
+        return [_row(target, what, goal, rounds), _stall(target, rounds), _memory(target)]
+
+
+def _stall(target: Target, rounds: int) -> Result:
+    """Compare the worst that mapping memory takes in the target, while it is walked through by either."""
+    with opened(Task(target.pid)) as descriptor:
+        raw = partial(floors.read_pagemap, descriptor.fd, target.ranges, PAGE_SIZE)
+        bare, ours = medians(rounds, *(partial(_worst, target, scan) for scan in (raw, partial(_areas, target))))
+    floor = f"while raw pread reads 64 KiB each: {_ms(bare)}"
+    return at_most("the longest mmap in the target meanwhile", _ms(ours), floor, ours / bare, 1.5)
+
+
+def _worst(target: Target, scan: Callable[[], object]) -> float:
+    target.begin_mapping(SCANNED)
+    end = time.monotonic() + SCANNED
+    while time.monotonic() < end:
+        scan()
+    return target.worst()
+
+
+_PEAK = """
+import sys
+from iobmd import procfs
+from iobmd.cli import main
+main(sys.argv[1:])
+print(procfs.status_bytes("VmHWM"), file=sys.stderr)
+"""
+
+
+def _memory(target: Target) -> Result:
+    with Reader(Task(target.pid)) as reader:
+        options = ["--runs"] if reader.visible else []
+    command = [sys.executable, "-c", _PEAK, "pagemap", str(target.pid), *options]
+    done = subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    peak, limit = int(done.stderr), 32 << 20
+    asked = " ".join(["iobmd pagemap PID", *options])
+    what = f"peak resident memory of `{asked}` for {format_size(target.end - target.start)}"
+    return Result(what, format_size(peak), "32 MiB", peak / limit, "≤ 32 MiB", peak <= limit)
+
+
+def _small_areas(rounds: int) -> list[Result]:
+    """Measure many small areas: the walk itself, and with the list of areas, which is read from maps."""
+    with Target("areas", SMALL_AREA * 1000) as target, Reader(Task(target.pid)) as reader:
+        walk = partial(seconds, lambda: [reader.total(*one) for one in target.ranges])
+        raw, bare = _against_raw(target, walk, rounds)
+        listed, whole = medians(
+            rounds,
+            partial(seconds, lambda: sum(1 for _area in procfs.maps(target.pid))),
+            partial(seconds, partial(_areas, target)),
+        )
+    floor = f"raw pread of each: {_ms(raw)}"
+    with_maps = f"the same, and reading /proc/PID/maps: {_ms(raw + listed)}"
+    what = "1,000 areas of 64 KiB"
+    return [
+        at_most(f"{what}, the walk", _ms(bare), floor, bare / raw, 1.6),
+        at_most(f"{what}, `areas`", _ms(whole), with_maps, whole / (raw + listed), 1.6),
+    ]
+
+
+def _start(rounds: int) -> list[Result]:
+    """Start the command for a small process that stands still."""
+    process = subprocess.Popen(["sleep", "1000"])
+    try:
+        bare, took = medians(rounds * 3, *(partial(spawned, command) for command in _commands(process.pid)))
+    finally:
+        process.kill()
+        process.wait()
+    more = (took - bare) * 1e3
+    floor = f"the bare interpreter: {bare * 1e3:.1f} ms"
+    return [
+        Result(
+            "`iobmd pagemap PID` of a small process",
+            f"+{more:.1f} ms",
+            floor,
+            took / bare,
+            "≤ 60 ms more",
+            more <= 60,
+        )
+    ]
+
+
+def _commands(pid: int) -> list[list[str]]:
+    return [[sys.executable, "-c", "pass"], [*launcher(), "pagemap", str(pid)]]
