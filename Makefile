@@ -10,6 +10,7 @@ SOURCES := pyproject.toml iobmd/_version.py $(wildcard cython_ext/*)
 demo: $(READY)
 	$(BIN)/iobmd doctor
 	$(BIN)/iobmd demo
+	$(BIN)/iobmd pagemap self --map
 
 test: $(READY)
 	$(BIN)/pytest $(PYTEST_ARGS)

@@ -26,10 +26,12 @@ class VMA(NamedTuple):
 
 
 def _parse_vma(line: str) -> VMA:
-    span, perms, offset, device, inode, *name = line.rstrip("\n").split(maxsplit=5)
+    span, perms, offset, device, inode, *rest = line.rstrip("\n").split(maxsplit=5)
     start, _, end = span.partition("-")
-    text = _ESCAPE.sub(lambda match: chr(int(match[1], 8)), name[0]) if name else ""
-    return VMA(int(start, 16), int(end, 16), perms, int(offset, 16), int(inode), text, device)
+    name = rest[0] if rest else ""
+    if "\\" in name:
+        name = _ESCAPE.sub(lambda match: chr(int(match[1], 8)), name)
+    return VMA(int(start, 16), int(end, 16), perms, int(offset, 16), int(inode), name, device)
 
 
 def maps(pid: int | str = "self") -> Iterator[VMA]:

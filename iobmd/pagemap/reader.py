@@ -122,6 +122,8 @@ class Reader:
         return self._walk.take()
 
     def _whole_pages(self, start: int, end: int) -> tuple[int, int]:
+        if not (start | end) % self.page:  # as areas begin and end
+            return start, end
         return round_down(start, self.page), round_up(end, self.page)
 
     def close(self) -> None:

@@ -95,10 +95,10 @@ def show_total(look: Look, total: Total) -> None:
         f"zero page {amount(total.zero)}, guard pages {amount(total.guard)}"
     )
     if look.frames and total.runs:
-        mean = sum(length for _number, length in total.classes.values()) // total.runs
+        mean = format_size(total.in_runs // total.runs)
         print(
-            f"  {total.runs:,} physical runs, the largest {format_size(total.largest)}, "
-            f"{format_size(mean)} on average; {total.ascending:,} ascend, {total.descending:,} descend"
+            f"  {total.runs:,} physical runs, the largest {format_size(total.largest)}, {mean} on average; "
+            f"{total.ascending:,} ascend, {total.descending:,} descend"
         )
     if large := folios(total.folios):
         print(f"  mapped page by page: {large}")

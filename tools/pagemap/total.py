@@ -15,12 +15,11 @@ class Total:
     def __init__(self) -> None:
         self.areas = self.size = self.resident = self.anonymous = self.file_or_shared = self.swapped = 0
         self.exclusive = self.zero = self.guard = self.marker = self.device = self.runs = self.largest = 0
-        self.ascending = self.descending = 0
+        self.in_runs = self.ascending = self.descending = 0
         self.huge: int | None = 0
         self.locked: int | None = 0
         self.lazy_free: int | None = 0
         self.folios: Counter[int] = Counter()
-        self.classes: dict[int, tuple[int, int]] = {}
 
     def add(self, area: Area) -> None:
         """Count an area in."""
@@ -40,13 +39,11 @@ class Total:
         self.locked = _sum(self.locked, area.locked)
         self.lazy_free = _sum(self.lazy_free, area.lazy_free)
         self.runs += tally.runs
+        self.in_runs += tally.present - tally.hidden
         self.largest = max(self.largest, tally.largest)
         self.ascending += tally.ascending
         self.descending += tally.descending
         self.folios.update(area.folios or {})
-        for least, (number, length) in tally.classes().items():
-            runs, sums = self.classes.get(least, (0, 0))
-            self.classes[least] = runs + number, sums + length
 
 
 def _sum(one: int | None, other: int | None) -> int | None:
