@@ -108,11 +108,21 @@ def status_bytes(field: str, pid: int | str = "self") -> int:
     return int(status(pid)[field].removesuffix("kB")) << 10
 
 
-def page_faults(pid: int | str = "self") -> int:
-    """Return how many page faults a process had, all its threads together (minflt and majflt of /proc/PID/stat)."""
+def stat(pid: int | str = "self") -> list[str]:
+    """Return the fields of /proc/PID/stat behind the name: the first is the third that proc_pid_stat(5) counts."""
     # The program's name is in parentheses, and may hold anything.
-    fields = Path(f"/proc/{pid}/stat").read_text(errors="surrogateescape").rpartition(")")[2].split()
+    return Path(f"/proc/{pid}/stat").read_text(errors="surrogateescape").rpartition(")")[2].split()
+
+
+def page_faults(pid: int | str = "self") -> int:
+    """Return how many page faults a process had, all its threads together (minflt and majflt)."""
+    fields = stat(pid)
     return int(fields[7]) + int(fields[9])
+
+
+def start_time(pid: int | str = "self") -> int:
+    """Return when a process started, in clock ticks since boot: pid and start time together name one process."""
+    return int(stat(pid)[19])
 
 
 def locked_bytes() -> int:

@@ -95,10 +95,9 @@ def is_exiting(pid: int) -> bool:
 def _flags(pid: int) -> int:
     """Return the kernel's flags of a task, the ninth field of /proc/PID/stat; 0 when it is gone."""
     try:
-        after_name = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return int(procfs.stat(pid)[6])
     except OSError:
         return 0
-    return int(after_name[6])
 
 
 def thread_with_memory(pid: int) -> int | None:

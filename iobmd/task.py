@@ -8,7 +8,7 @@ import select
 from operator import index
 from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
-from iobmd import copying, pieces, refusals
+from iobmd import copying, pieces, procfs, refusals
 from iobmd._native.crosstask import HeldBuffer, fresh_bytes
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
@@ -40,11 +40,11 @@ class Task:
 
     Notes
     -----
-    Holds a pidfd (pidfd_open(2), Linux 5.3), which stays with the process whatever happens to its number; psutil
-    gives identity and state. Usable from any thread; a forked child may go on using it.
+    Holds a pidfd (pidfd_open(2), Linux 5.3), which stays with the process whatever happens to its number; psutil is
+    loaded when `process` is asked for. Usable from any thread; a forked child may go on using it.
     """
 
-    __slots__ = ("__weakref__", "_pidfd", "_process", "pid")
+    __slots__ = ("__weakref__", "_pidfd", "_process", "_started", "pid")
 
     pid: int
 
@@ -52,7 +52,10 @@ class Task:
         self._pidfd = -1
         self.pid = _pid_of(process)
         self._pidfd = _open_pidfd(self.pid)
-        self._process = _identify(self.pid if isinstance(process, SupportsIndex) else process)
+        self._started = _start_of(self.pid)
+        self._process: psutil.Process | None = None
+        if not isinstance(process, SupportsIndex):
+            self._process = _running(process)
 
     def __del__(self) -> None:
         if getattr(self, "_pidfd", -1) >= 0:
@@ -70,8 +73,23 @@ class Task:
 
     @property
     def process(self) -> psutil.Process:
-        """The same process as psutil sees it: its name, user, state and much more."""
+        """The same process as psutil sees it: its name, user, state and much more.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnNotFound`: it was first asked for when the process was gone.
+        """
+        if self._process is None:
+            found = _as_psutil(self.pid)
+            if _start_of(self.pid) != self._started:
+                raise refusals.gone(f"task {self.pid} is gone: another process has its pid")
+            self._process = found
         return self._process
+
+    @property
+    def _identity(self) -> tuple[int, int]:
+        return self.pid, self._started
 
     @property
     def pidfd(self) -> int:
@@ -93,12 +111,11 @@ class Task:
         return not poll.poll(0)
 
     def _alive_without_pidfd(self) -> bool:
-        import psutil  # noqa: PLC0415 (see _identify)
-
         try:
-            return self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
+            fields = procfs.stat(self.pid)
+        except OSError:
             return False
+        return int(fields[19]) == self._started and fields[0] not in "ZX"
 
     def read(self, address: int, size: int) -> bytes:
         """Return the `size` bytes at `address` of this task.
@@ -174,10 +191,10 @@ class Task:
             raise refusals.unreadable(self.pid, theirs + done, write=write)
 
     def __eq__(self, other: object) -> bool:
-        return self.process == other.process if isinstance(other, Task) else NotImplemented
+        return self._identity == other._identity if isinstance(other, Task) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash(self.process)
+        return hash(self._identity)
 
     def __repr__(self) -> str:
         state = "this process" if self.is_current else "alive" if self.alive else "exited"
@@ -198,7 +215,11 @@ class _CurrentTask(Task):
 
     @property
     def process(self) -> psutil.Process:
-        return _identify(os.getpid())
+        return _as_psutil(os.getpid())
+
+    @property
+    def _identity(self) -> tuple[int, int]:
+        return self.pid, _start_of(self.pid)
 
     @property
     def is_current(self) -> bool:
@@ -266,21 +287,34 @@ def _open_pidfd(pid: int) -> int:
         return -1
 
 
-def _identify(process: int | psutil.Process) -> psutil.Process:
-    # psutil takes two thirds of the time that `import iobmd` may take: loaded with the first task.
+def _start_of(pid: int) -> int:
+    try:
+        return procfs.start_time(pid)
+    except OSError as error:
+        if error.errno in _NO_DESCRIPTOR:
+            raise _no_descriptor(pid, error) from None
+        raise refusals.gone(f"no process has the pid {pid}", errno.ESRCH) from None
+
+
+def _running(process: psutil.Process) -> psutil.Process:
+    try:
+        if process.is_running():
+            return process
+    except OSError as error:
+        raise _no_descriptor(process, error) from None
+    raise refusals.gone(f"task {process.pid} is gone: no process has that pid and start time")
+
+
+def _as_psutil(pid: int) -> psutil.Process:
+    # psutil takes as long to load as half of iobmd: most tasks need none of it.
     import psutil  # noqa: PLC0415
 
     try:
-        if isinstance(process, int):
-            return psutil.Process(process)
-        if process.is_running():
-            return process
+        return psutil.Process(pid)
     except psutil.NoSuchProcess:
-        pass
+        raise refusals.gone(f"no process has the pid {pid}", errno.ESRCH) from None
     except OSError as error:
-        raise _no_descriptor(process, error) from None
-    pid = process if isinstance(process, int) else process.pid
-    raise refusals.gone(f"task {pid} is gone: no process has that pid and start time")
+        raise _no_descriptor(pid, error) from None
 
 
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)

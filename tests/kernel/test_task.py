@@ -46,8 +46,13 @@ def test_a_dead_task_stays_dead() -> None:
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     assert not task.alive, "a zombie has exited"
+    asked_before = Task(child.pid)
+    assert asked_before.process == process
     child.wait()
     assert not task.alive
+    assert asked_before.process == process
+    with pytest.raises(ProcessLookupError):
+        _ = task.process
     for again in (child.pid, process):
         with pytest.raises(ProcessLookupError) as caught:
             Task(again)
@@ -72,6 +77,8 @@ def test_a_reused_pid_is_another_task() -> None:
         assert second.pid == task.pid
         assert not task.alive
         assert Task(second.pid) != task
+        with pytest.raises(ProcessLookupError):
+            _ = task.process
         with pytest.raises(ProcessLookupError):
             task.read(0x400000, 1)
         with pytest.raises(ProcessLookupError):
