@@ -19,8 +19,8 @@ REQUIRE_ALL = os.environ.get("IOBMD_REQUIRE") == "all"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Its database goes where tests may not write, for an unprivileged user.
-    hypothesis.settings.register_profile("iobmd", database=None)
+    # Its database goes where an unprivileged user may not write; and no test is a timed one.
+    hypothesis.settings.register_profile("iobmd", database=None, deadline=None)
     hypothesis.settings.load_profile("iobmd")
     config.addinivalue_line("markers", "needs(*requirements): what the test needs of the host (support.requirements)")
 
