@@ -7,9 +7,9 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Self
 
-from iobmd import allocation, own, request
+from iobmd import allocation, caching, own, request
 from iobmd._native.mapping import Exporter, Mapping
-from iobmd.constants import IOOptionBits, IOReturn
+from iobmd.constants import IOOptionBits, IOReturn, kIOMemoryIncoherentIOFlush
 from iobmd.contents import CopyOf, FrozenCopyOf
 from iobmd.descriptor import IOMemoryDescriptor
 from iobmd.errors import IOReturnError
@@ -176,6 +176,8 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         self._open(allocation.allocate(wanted, self._contents), wanted.options, capacity, wanted.contiguous)
         if isinstance(self._contents, FrozenCopyOf):
             self.source_stopped_ns = self._contents.stopped_ns
+        if self._contents and caching.of_copies(wanted.options):
+            self.performOperation(kIOMemoryIncoherentIOFlush, 0, capacity)  # they came by way of the caches
         self._contents = None
         return True
 
@@ -186,6 +188,8 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         self._contiguous = contiguous
         self._pinned_for_good = backing.wiring is Wiring.PINNED
         self._state = "open"
+        if options & caching.MODES:
+            backing.treat_caches(caching.of_copies(options))
         if backing.purgeable:
             purger.know(self)
 

@@ -7,6 +7,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 from iobmd import mapping, own, windows
+from iobmd.caching import Caching
 from iobmd.constants import (
     IOOptionBits,
     IOReturn,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     AnyTask = Task | int | psutil.Process
 
 
-class IOMemoryDescriptor(Placement, Volatility):
+class IOMemoryDescriptor(Caching, Placement, Volatility):
     """A range of memory with a length, a direction and a task. Made by the factories of its subclasses.
 
     Methods may be called from any thread. Memory that goes away under a copy is impossible: `free` refuses while

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from iobmd import caching
 from iobmd._version import __version__
 from iobmd.constants import IOOptionBits, IOReturn
 from iobmd.contiguous import ALL_ADDRESSES, Want
@@ -27,7 +28,6 @@ _CONTIGUOUS = int(IOOptionBits.kIOMemoryPhysicallyContiguous | IOOptionBits.kIOM
 _NOT_YET = {
     int(IOOptionBits.kIOMemoryClearEncrypt): "encrypted memory",
     int(IOOptionBits.kIOMemoryUseReserve): "the reserve",
-    CACHE_MASK & ~int(IOOptionBits.kIOMemoryMapperNone): "a cache mode",
 }
 """Options of the contract that this version does not have, and what they ask for."""
 
@@ -123,6 +123,7 @@ def _check_options(options: int) -> None:
     for bits, meaning in _NOT_YET.items():
         if options & bits:
             raise unsupported(meaning)
+    caching.check(options)
 
 
 def _bad(message: str) -> IOReturnError:

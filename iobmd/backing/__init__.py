@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from typing_extensions import Buffer
 
     from iobmd._native.mapping import Mapping
@@ -62,6 +64,12 @@ class Backing(Protocol):
     @property
     def size(self) -> int:
         """Bytes mapped, whole pages."""
+
+    def treat_caches(self, how: int) -> None:
+        """Have `read` and `write` treat the processors' caches as `Mapping.cache` says."""
+
+    def here(self, *, populated: bool = False) -> AbstractContextManager[Mapping]:
+        """Have it mapped in this process inside of a `with`; `populated`: with every page that it has in place."""
 
     def page_counts(self) -> tuple[int, int]:
         """Return how many pages are resident, and how many of those are dirty."""

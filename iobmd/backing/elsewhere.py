@@ -82,7 +82,12 @@ class UnmappedBacking(SharedBacking):
     ) -> None:
         super().__init__(shared, wired=wired, purgeable=purgeable, contents=contents)
         self.task = None
+        self._cache = 0
         self.mapping.close()
+
+    def treat_caches(self, how: int) -> None:
+        """Have copies treat the processors' caches as `Mapping.cache` says."""
+        self._cache = how
 
     def _wire(self) -> None:
         # Pinned pages stay without a mapping; pages that are only locked would not.
@@ -96,6 +101,7 @@ class UnmappedBacking(SharedBacking):
             yield self.mapping
             return
         mapping = self._shared.map(0, self.size)
+        mapping.cache = self._cache
         try:
             if populated:
                 populate(mapping.address, self.size)

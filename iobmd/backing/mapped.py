@@ -42,6 +42,10 @@ class MappedBacking:
         """Have it mapped in this process inside of a `with`; `populated`: with every page that it has in place."""
         return contextlib.nullcontext(self.mapping)
 
+    def treat_caches(self, how: int) -> None:
+        """Have copies treat the processors' caches as `Mapping.cache` says."""
+        self.mapping.cache = how
+
     def pin(self) -> None:
         """Pin every page, and read where it lies. Raises `kIOReturnCannotWire`."""
         with self.here() as mapping:

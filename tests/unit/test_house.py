@@ -23,6 +23,7 @@ FLOORS = [
     {"volatility", "mapping", "placement"},
     {"windows"},
     {"request"},
+    {"caching"},
     {"backing"},
     {"contiguous"},
     {"hugetlb", "trim"},

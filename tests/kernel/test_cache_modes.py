@@ -1,0 +1,291 @@
+"""Cache modes: the bytes, at every odd offset; and which instructions on cache lines were really executed."""
+
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from support.steps import cache_instructions
+
+import iobmd
+from iobmd import (
+    IOBufferMemoryDescriptor,
+    IOReturn,
+    IOReturnError,
+    kIOMapCopybackCache,
+    kIOMapDefaultCache,
+    kIOMapInhibitCache,
+    kIOMapWriteCombineCache,
+    kIOMapWriteThruCache,
+    kIOMemoryIncoherentIOFlush,
+    kIOMemoryIncoherentIOStore,
+    kIOMemoryKernelUserShared,
+    kIOMemoryPageable,
+)
+from iobmd._native import cacheline
+from iobmd._native.mapping import Mapping
+
+PAGE = mmap.PAGESIZE
+LINE = cacheline.LINE_SIZE
+MODES = {
+    "default": kIOMapDefaultCache,
+    "inhibit": kIOMapInhibitCache,
+    "writethru": kIOMapWriteThruCache,
+    "copyback": kIOMapCopybackCache,
+    "writecombine": kIOMapWriteCombineCache,
+}
+NAMES = {cacheline.CLFLUSH: "clflush", cacheline.CLFLUSHOPT: "clflushopt", cacheline.CLWB: "clwb"}
+x86 = pytest.mark.skipif(os.uname().machine != "x86_64", reason="the instructions of x86-64")
+
+
+def flags() -> set[str]:
+    return set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
+
+
+def instructions() -> list[int]:
+    """Those of this processor, as the kernel tells them."""
+    if os.uname().machine != "x86_64":
+        return [cacheline.DC]
+    return [instruction for instruction, name in NAMES.items() if name in flags()]
+
+
+def lines(offset: int, length: int) -> int:
+    """How many lines hold a byte of the range."""
+    return len({byte // LINE for byte in range(offset, offset + length)})
+
+
+@x86
+def test_the_best_instruction_of_this_processor() -> None:
+    assert instructions()[-1] == cacheline.BEST
+    assert str(LINE) == Path("/sys/devices/system/cpu/cpu0/cache/index0/coherency_line_size").read_text().strip() or (
+        f"clflush size\t: {LINE}\n" in Path("/proc/cpuinfo").read_text()
+    )
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_requested_and_effective(name: str) -> None:
+    """Main memory is cached whatever is asked for, and says so."""
+    with iobmd.allocate(PAGE, cache=name) as buffer:
+        assert buffer.cache_mode == (MODES[name], kIOMapCopybackCache)
+        assert buffer.getFlags() & 0x700 == MODES[name]
+        assert not any(buffer.readBytes(0, PAGE))
+
+
+@pytest.mark.parametrize("mode", [0x500, 0x600, 0x700])
+def test_modes_of_kernels_only(mode: int) -> None:
+    with pytest.raises(IOReturnError) as caught:
+        IOBufferMemoryDescriptor.withOptions(mode, PAGE)
+    assert caught.value.code == IOReturn.kIOReturnUnsupported
+
+
+def test_a_processor_without_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cacheline, "BEST", cacheline.NONE)
+    with pytest.raises(IOReturnError) as caught:
+        iobmd.allocate(PAGE, cache="writethru")
+    assert caught.value.code == IOReturn.kIOReturnUnsupported
+    with iobmd.allocate(PAGE, cache="copyback") as buffer, pytest.raises(IOReturnError) as caught:
+        buffer.performOperation(kIOMemoryIncoherentIOStore, 0, 1)
+    assert caught.value.code == IOReturn.kIOReturnUnsupported
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from([0, 1, 2, 3, 4]),
+    st.sampled_from(instructions()),
+    st.integers(0, 3 * LINE),
+    st.integers(0, 5 * LINE),
+    st.integers(0, LINE),
+)
+@example(4, cacheline.BEST, LINE, 2 * LINE, 0)
+@example(4, cacheline.BEST, 1, LINE - 1, 1)
+@example(4, cacheline.BEST, 63, 66, 3)
+@example(4, cacheline.BEST, 5, 0, 0)
+def test_bytes_by_every_mode_and_instruction(
+    mode: int, instruction: int, offset: int, length: int, skew: int
+) -> None:
+    """Written whole, and nothing before or behind; read back whole, from sources at any place in a line."""
+    mapping = Mapping.anonymous(PAGE, PAGE)
+    model = bytearray(b"." * PAGE)
+    mapping.write(0, model)
+    mapping.cache, mapping.instruction = mode, instruction
+    source = memoryview(os.urandom(length + skew))[skew:]
+    mapping.write(offset, source)
+    model[offset : offset + length] = source
+    assert mapping.read(0, PAGE) == model
+    target = bytearray(length + 2)
+    with memoryview(target)[1:-1] as middle:
+        mapping.read_into(offset, middle)
+    assert target == b"\0" + source.tobytes() + b"\0"
+    mapping.close()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from([1, 2, 4]), st.integers(0, 400), st.integers(0, 400), st.integers(0, 600))
+@example(4, 0, 64, 512)
+@example(4, 64, 0, 512)
+def test_a_source_that_overlaps(mode: int, here: int, there: int, length: int) -> None:
+    """As memmove: a copy within the buffer, either way."""
+    name = {1: "inhibit", 2: "writethru", 4: "writecombine"}[mode]
+    with iobmd.allocate(PAGE, wired=False, cache=name) as buffer:
+        model = bytearray(os.urandom(PAGE))
+        buffer.writeBytes(0, model)
+        with memoryview(buffer) as view:
+            buffer.writeBytes(there, view[here : here + length])
+        model[there : there + length] = bytes(model[here : here + length])
+        assert buffer.readBytes(0, PAGE) == model
+
+
+@x86
+@pytest.mark.parametrize(("offset", "length"), [(60, 8), (LINE - 1, 3 * LINE)])
+@pytest.mark.parametrize("instruction", instructions())
+def test_write_through_writes_every_line_back(instruction: int, offset: int, length: int) -> None:
+    mapping = Mapping.anonymous(PAGE, PAGE)
+    mapping.cache, mapping.instruction = 2, instruction
+    data = bytes(length)
+    assert cache_instructions(lambda: mapping.write(offset, data)) == {
+        NAMES[instruction]: lines(offset, length),
+        "mfence": 1,
+    }
+    assert not cache_instructions(lambda: mapping.read(offset, length))
+    mapping.close()
+
+
+@x86
+@pytest.mark.parametrize(("offset", "length"), [(60, 8), (LINE - 1, 3 * LINE)])
+@pytest.mark.parametrize("instruction", instructions())
+def test_inhibit_drops_every_line(instruction: int, offset: int, length: int) -> None:
+    """Before a read and after a write, by what surely drops it: clwb may keep it."""
+    mapping = Mapping.anonymous(PAGE, PAGE)
+    mapping.cache, mapping.instruction = 1, instruction
+    data = bytes(length)
+    dropping = NAMES[min(instruction, cacheline.CLFLUSHOPT)]
+    for action in (lambda: mapping.write(offset, data), lambda: mapping.read(offset, length)):
+        assert cache_instructions(action) == {dropping: lines(offset, length), "mfence": 1}
+    mapping.close()
+
+
+@x86
+@pytest.mark.parametrize(
+    ("offset", "length", "whole", "torn"),
+    [(0, 10 * LINE, 10, 0), (LINE, LINE - 1, 0, 1), (60, 8, 0, 2), (60, 4 + LINE, 1, 1), (1, 5 * LINE, 4, 2)],
+)
+def test_write_combine_goes_past_the_caches(offset: int, length: int, whole: int, torn: int) -> None:
+    """Whole lines by stores past the caches, four a line; torn ones by ordinary stores, and then dropped; a fence."""
+    mapping = Mapping.anonymous(PAGE, PAGE)
+    mapping.cache = 4
+    data = bytes(length)
+    seen = cache_instructions(lambda: mapping.write(offset, data))
+    assert seen["movntdq"] == 4 * whole
+    assert seen[NAMES[min(cacheline.BEST, cacheline.CLFLUSHOPT)]] == torn
+    assert seen["mfence"] >= 1
+    mapping.close()
+
+
+@x86
+@pytest.mark.parametrize("name", ["default", "copyback"])
+def test_cached_memory_takes_none_of_them(name: str) -> None:
+    with iobmd.allocate(PAGE, wired=False, cache=name) as buffer:
+        assert not cache_instructions(lambda: (buffer.writeBytes(1, b"12345"), buffer.readBytes(0, 7)))
+
+
+def everywhere() -> dict[str, Callable[[int], IOBufferMemoryDescriptor]]:
+    """Every kind of memory of this process."""
+    make = IOBufferMemoryDescriptor.inTaskWithOptions
+    pageable, shared = int(kIOMemoryPageable), int(kIOMemoryKernelUserShared)
+    return {
+        "private": lambda mode: make(iobmd.kernel_task, mode | pageable, PAGE),
+        "shared": lambda mode: make(iobmd.kernel_task, mode | pageable | shared, PAGE),
+        "in no task": lambda mode: make(None, mode | pageable, PAGE),
+    }
+
+
+@x86
+@pytest.mark.parametrize("kind", everywhere())
+def test_every_kind_of_memory_honours_it(kind: str) -> None:
+    with everywhere()[kind](int(kIOMapInhibitCache)) as buffer:
+        seen = cache_instructions(lambda: buffer.writeBytes(10, b"12345"))
+        assert seen["clflushopt"] + seen["clflush"] == 1
+        seen = cache_instructions(lambda: buffer.readBytes(10, 5))
+        assert seen["clflushopt"] + seen["clflush"] == 1
+
+
+@x86
+def test_views_do_not_and_operations_do_it_for_them() -> None:
+    with iobmd.allocate(2 * PAGE, wired=False, cache="writethru") as buffer, memoryview(buffer) as view:
+
+        def store() -> None:
+            view[100] = 1
+
+        assert not cache_instructions(store)
+        done = cache_instructions(lambda: buffer.performOperation(kIOMemoryIncoherentIOStore, 100, LINE))
+        assert done == {NAMES[cacheline.BEST]: lines(100, LINE), "mfence": 1}
+        done = cache_instructions(lambda: buffer.performOperation(kIOMemoryIncoherentIOFlush, PAGE - 1, 2))
+        assert done == {NAMES[min(cacheline.BEST, cacheline.CLFLUSHOPT)]: 2, "mfence": 1}
+        assert not cache_instructions(lambda: buffer.performOperation(kIOMemoryIncoherentIOFlush, PAGE, 0))
+
+
+@x86
+def test_a_copy_does_not_stay_in_the_caches() -> None:
+    with iobmd.allocate(PAGE, wired=False) as source:
+        source.writeBytes(0, b"copied" * 100)
+
+        def copy() -> None:
+            iobmd.copy(iobmd.kernel_task, source.getBytesNoCopy(), 600, wired=False, cache="inhibit").free()
+
+        seen = cache_instructions(copy)
+        assert seen["clflushopt"] + seen["clflush"] == lines(0, 600)
+
+
+def guarded(size: int) -> Mapping:
+    """Pages that nobody can touch beyond: one line too many would be a fault."""
+    descriptor = os.memfd_create("iobmd-test")
+    os.ftruncate(descriptor, size)
+    mapping = Mapping.view(descriptor, [(0, size)], 0, True, PAGE, PAGE)
+    os.close(descriptor)
+    return mapping
+
+
+@pytest.mark.parametrize("mode", [1, 2, 4])
+@pytest.mark.parametrize("instruction", instructions())
+def test_copies_touch_no_line_beyond(mode: int, instruction: int) -> None:
+    mapping = guarded(PAGE)
+    mapping.cache, mapping.instruction = mode, instruction
+    for offset, length in ((0, PAGE), (PAGE - 1, 1), (PAGE - LINE, LINE), (0, 1), (PAGE - LINE - 1, LINE + 1)):
+        data = os.urandom(length)
+        mapping.write(offset, data)
+        assert mapping.read(offset, length) == data
+        assert mapping.write_back(offset, length) == mapping.drop(offset, length) == lines(offset, length)
+    for offset, length in ((PAGE, 1), (0, PAGE + 1), (PAGE + 1, 0)):
+        for refused in (mapping.drop, mapping.write_back):
+            with pytest.raises(ValueError, match="past the end"):
+                refused(offset, length)
+    mapping.close()
+    with pytest.raises(ValueError, match="closed"):
+        mapping.drop(0, 1)
+
+
+@pytest.mark.parametrize("operation", [0, 3, 4, -1])
+def test_operations_that_are_not_known(operation: int) -> None:
+    with iobmd.allocate(PAGE) as buffer, pytest.raises(IOReturnError) as caught:
+        buffer.performOperation(operation, 0, PAGE)
+    assert caught.value.code == IOReturn.kIOReturnUnsupported
+
+
+@pytest.mark.parametrize(("offset", "length"), [(0, PAGE + 1), (PAGE, 1), (-1, 1), (0, -1)])
+def test_operations_past_the_end(offset: int, length: int) -> None:
+    with iobmd.allocate(PAGE) as buffer, pytest.raises(IOReturnError) as caught:
+        buffer.performOperation(kIOMemoryIncoherentIOFlush, offset, length)
+    assert caught.value.code == IOReturn.kIOReturnBadArgument
+
+
+def test_operations_on_memory_that_was_freed() -> None:
+    buffer = iobmd.allocate(PAGE)
+    buffer.free()
+    with pytest.raises(IOReturnError) as caught:
+        buffer.performOperation(kIOMemoryIncoherentIOFlush, 0, PAGE)
+    assert caught.value.code == IOReturn.kIOReturnNotOpen
+    with pytest.raises(IOReturnError):
+        _ = buffer.cache_mode

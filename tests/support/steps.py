@@ -1,0 +1,65 @@
+"""Which instructions on cache lines a piece of a test executes: a forked child is stepped through it (x86-64)."""
+
+import ctypes
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.ptrace.restype = ctypes.c_long
+_LIBC.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+_TRACEME, _PEEKTEXT, _PEEKUSER, _SINGLESTEP = 0, 1, 3, 9
+_RIP = 16 * 8  # in struct user
+
+
+def _kind(code: bytes) -> str | None:
+    """The name of the instruction that begins with these bytes (Intel SDM volume 2), None for all others."""
+    rest, wide = (code[1:], True) if code[0] == 0x66 else (code, False)
+    if 0x40 <= rest[0] <= 0x4F:  # REX
+        rest = rest[1:]
+    if rest[:2] == b"\x0f\xe7" and wide:
+        return "movntdq"
+    if rest[:2] != b"\x0f\xae":
+        return None
+    operation, register = rest[2] >> 3 & 7, rest[2] >> 6 == 3
+    if register:
+        return {6: "mfence", 7: "sfence"}.get(operation) if not wide else None
+    return {(7, False): "clflush", (7, True): "clflushopt", (6, True): "clwb"}.get((operation, wide))
+
+
+def _next(pid: int) -> bytes:
+    rip = _LIBC.ptrace(_PEEKUSER, pid, _RIP, None)
+    word = _LIBC.ptrace(_PEEKTEXT, pid, rip, None) & (1 << 64) - 1
+    return word.to_bytes(8, "little")
+
+
+def cache_instructions(action: Callable[[], object]) -> Counter[str]:
+    """Count those that `action` executes, by name."""
+    pid = os.fork()
+    if not pid:
+        try:
+            _LIBC.ptrace(_TRACEME, 0, None, None)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            action()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        finally:
+            os._exit(0)
+    seen: Counter[str] = Counter()
+    try:
+        _, status = os.waitpid(pid, 0)
+        assert os.WIFSTOPPED(status)
+        assert os.WSTOPSIG(status) == signal.SIGSTOP
+        while True:
+            if kind := _kind(_next(pid)):
+                seen[kind] += 1
+            assert _LIBC.ptrace(_SINGLESTEP, pid, None, None) == 0
+            _, status = os.waitpid(pid, 0)
+            assert os.WIFSTOPPED(status), f"the child ended with {status:#x}"
+            if os.WSTOPSIG(status) != signal.SIGTRAP:
+                assert os.WSTOPSIG(status) == signal.SIGSTOP
+                return seen
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        if os.WIFSTOPPED(status):
+            os.waitpid(pid, 0)
