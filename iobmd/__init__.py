@@ -15,6 +15,7 @@ from iobmd.buffer import IOBufferMemoryDescriptor
 from iobmd.cache import CacheItem, CacheStatistics, PurgeableCache
 from iobmd.constants import *  # noqa: F403
 from iobmd.descriptor import IOMemoryDescriptor
+from iobmd.dma import IODMACommand
 from iobmd.errors import IOReturnError
 from iobmd.facade import allocate, copy
 from iobmd.handover import Handle, attach, share
@@ -30,6 +31,7 @@ __all__ = [
     "CacheStatistics",
     "Handle",
     "IOBufferMemoryDescriptor",
+    "IODMACommand",
     "IOMemoryDescriptor",
     "IOMemoryMap",
     "IOReturnError",

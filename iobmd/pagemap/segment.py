@@ -43,10 +43,21 @@ def segments(runs: Iterable[Run], max_segment: int | None = None, boundary: int 
 
 def _cut(runs: Iterable[Run], most: int | None, boundary: int | None) -> Iterator[Segment]:
     for run in runs:
-        at, end = run.physical, run.physical + run.length
-        while at < end:
-            stop = min(end, at + most) if most else end
-            if boundary:
-                stop = min(stop, at - at % boundary + boundary)
-            yield Segment(at, stop - at)
-            at = stop
+        yield from cut(run.physical, run.length, most, boundary)
+
+
+def cut(at: int, length: int, most: int | None, boundary: int | None, alignment: int = 1) -> Iterator[Segment]:
+    """Cut one piece of physical memory; as `segments`, without its checks.
+
+    No segment is longer than `most` or crosses a multiple of `boundary`. Where `at` is a multiple of `alignment`, and
+    neither limit is below it, every segment starts at one.
+    """
+    end = at + length
+    while at < end:
+        stop = min(end, at + most) if most else end
+        if boundary:
+            stop = min(stop, at - at % boundary + boundary)
+        if stop < end and stop - stop % alignment > at:
+            stop -= stop % alignment
+        yield Segment(at, stop - at)
+        at = stop

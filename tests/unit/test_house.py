@@ -16,7 +16,7 @@ FLOORS = [
     {"cli"},
     {"__init__"},
     {"cache"},
-    {"facade", "handover"},
+    {"facade", "handover", "dma"},
     {"buffer"},
     {"allocation"},
     {"descriptor"},

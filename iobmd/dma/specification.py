@@ -1,0 +1,86 @@
+"""What a device can address, checked: the limits that an `IODMACommand` keeps."""
+
+from __future__ import annotations
+
+from enum import KEEP, IntFlag
+from typing import NamedTuple
+
+from iobmd.constants import IOReturn
+from iobmd.contiguous import ALL_ADDRESSES
+from iobmd.errors import IOReturnError
+from iobmd.units import PAGE_SIZE, is_power_of_two
+
+
+class MappingOptions(IntFlag, boundary=KEEP):
+    """How a device reaches memory (IODMACommand.h)."""
+
+    kMapped = 0
+    kBypassed = 0x1
+    kNonCoherent = 0x2
+    kUnmapped = 0x3
+    kTypeMask = 0xF
+    kNoCacheStore = 0x10
+    kOnChip = 0x20
+    kIterateOnly = 0x40
+
+
+_KNOWN = 0x3 | int(MappingOptions.kNoCacheStore | MappingOptions.kOnChip | MappingOptions.kIterateOnly)
+
+
+class Specification(NamedTuple):
+    """A device's limits; sizes in bytes, 0: no limit."""
+
+    address_bits: int = 64
+    max_segment: int = 0
+    options: int = 0
+    max_transfer: int = 0
+    alignment: int = 1
+    boundary: int = 0
+
+    def checked(self) -> Specification:
+        """Return it, with defaults for zeros.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnBadArgument`: a limit that no transfer can keep, or an option that is not known.
+        """
+        bits, alignment = self.address_bits or 64, self.alignment or 1
+        if not PAGE_SIZE.bit_length() - 1 <= bits <= 64:
+            raise _bad(f"a device with {bits} address bits: there must be 64 at the most, and enough for one page")
+        if not is_power_of_two(alignment) or alignment > 1 << bits - 1:
+            raise _bad(f"alignment {alignment} is not a power of two within the device's {bits} address bits")
+        if self.boundary and not is_power_of_two(self.boundary):
+            raise _bad(f"boundary {self.boundary} is not a power of two")
+        if min(self.max_segment, self.max_transfer, self.boundary) < 0:
+            raise _bad("a limit cannot be negative")
+        for name, limit in (("segments", self.max_segment), ("pieces between boundaries", self.boundary)):
+            if 0 < limit < alignment:
+                raise _bad(f"{name} of {limit} bytes cannot all start at a multiple of {alignment}")
+        if self.options & ~_KNOWN:
+            raise _bad(f"mapping options {self.options:#x} have unknown bits")
+        return self._replace(address_bits=bits, alignment=alignment, options=int(self.options))
+
+    @property
+    def highest(self) -> int:
+        """The highest address that the device reaches."""
+        return ALL_ADDRESSES >> 64 - self.address_bits
+
+    @property
+    def mask(self) -> int:
+        """The mask of the addresses that it reaches, 0 when it reaches all."""
+        return 0 if self.address_bits == 64 else self.highest
+
+    @property
+    def iterates_only(self) -> bool:
+        """Whether it is never given other memory than the descriptor's."""
+        return bool(self.options & MappingOptions.kIterateOnly)
+
+    @property
+    def incoherent(self) -> bool:
+        """Whether the device does not see what is in the processors' caches."""
+        return self.options & MappingOptions.kTypeMask == MappingOptions.kNonCoherent
+
+
+def _bad(message: str) -> IOReturnError:
+    return IOReturnError(IOReturn.kIOReturnBadArgument, message)

@@ -1,0 +1,273 @@
+"""A prepared range of memory as a device sees it: in place where it reaches it, in bounce buffers elsewhere."""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from typing import TYPE_CHECKING, NamedTuple
+
+from iobmd._native.runs import PhysicalSegment
+from iobmd.buffer import IOBufferMemoryDescriptor
+from iobmd.constants import (
+    IOReturn,
+    kIODirectionIn,
+    kIODirectionOut,
+    kIOMemoryIncoherentIOFlush,
+    kIOMemoryIncoherentIOStore,
+)
+from iobmd.errors import IOReturnError
+from iobmd.pagemap import segment
+from iobmd.task import kernel_task
+from iobmd.units import PAGE_SIZE, pages
+from iobmd.wiring import Wiring
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from typing_extensions import Buffer
+
+    from iobmd.descriptor import IOMemoryDescriptor
+    from iobmd.dma.specification import Specification
+
+
+class Stretch(NamedTuple):
+    """Bytes of a transfer that lie together; in bytes."""
+
+    offset: int
+    """In the transfer."""
+    length: int
+    place: int | None
+    """In the bounce buffer; None: in the memory itself."""
+
+
+class Transfer:
+    """A range of pinned memory, made reachable for a device, and kept prepared until `release`.
+
+    Parameters
+    ----------
+    memory : IOMemoryDescriptor
+        Pinned already.
+    offset, length : int
+        The range, in bytes.
+    limits : Specification
+        The device's.
+    double : bool
+        Have all of it in a bounce buffer.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnNotReady`: it is not pinned. `kIOReturnNoResources`: no memory for the bounce buffer where the
+        device reaches it. And as `IOMemoryDescriptor.segments`. Then nothing is held.
+    """
+
+    def __init__(
+        self, memory: IOMemoryDescriptor, offset: int, length: int, limits: Specification, *, double: bool = False
+    ) -> None:
+        self.memory, self.offset, self.length, self.limits = memory, offset, length, limits
+        self.bounce: IOBufferMemoryDescriptor | None = None
+        self.double = double
+        if memory.wiring is not Wiring.PINNED:
+            message = f"{memory!r} is not pinned: call its prepare() first"
+            raise IOReturnError(IOReturn.kIOReturnNotReady, message)
+        memory.prepare()
+        try:
+            self._stretches = self._divide(memory.segments(offset, length))
+            self.bounce = self._allocate()
+            self._pieces = self._locate()
+            self._starts = self._count()
+        except BaseException:
+            self.release()
+            raise
+
+    def _divide(self, lying: list[PhysicalSegment]) -> list[Stretch]:
+        if not self.length:
+            return []
+        if self.limits.iterates_only:
+            return [Stretch(0, self.length, None)]
+        self.double = self.double or _must_move(lying, self.limits)
+        return [Stretch(0, self.length, 0)] if self.double else _split(lying, self.limits.highest)
+
+    def _allocate(self) -> IOBufferMemoryDescriptor | None:
+        bounced = [stretch for stretch in self._stretches if stretch.place is not None]
+        if not bounced:
+            return None
+        size = max((stretch.place or 0) + stretch.length for stretch in bounced)
+        bounce = IOBufferMemoryDescriptor()
+        limits, direction = self.limits, self.memory.getDirection()
+        bounce.initWithPhysicalMask(kernel_task, direction, size, limits.alignment, limits.mask)
+        try:
+            bounce.prepare()  # where the policy of the host left it resident only, this says why
+        except BaseException:
+            bounce.free()
+            raise
+        return bounce
+
+    def _locate(self) -> list[PhysicalSegment]:
+        """Where the bytes lie for the device, neighbours joined."""
+        found: list[PhysicalSegment] = []
+        for source, place, length in self._parts(0, self.length):
+            for piece in source.segments(place, length):
+                if found and found[-1].address + found[-1].length == piece.address:
+                    piece = PhysicalSegment(found[-1].address, found.pop().length + piece.length)  # noqa: PLW2901
+                found.append(piece)
+        return found
+
+    def _count(self) -> list[int]:
+        """Where in the transfer each piece begins, and its end."""
+        starts = list(itertools.accumulate((piece.length for piece in self._pieces), initial=0))
+        if starts[-1] != self.length:
+            message = f"{self.memory!r} knows where {starts[-1]} of {self.length} bytes lie"
+            raise IOReturnError(IOReturn.kIOReturnUnderrun, message)
+        return starts
+
+    def _parts(self, offset: int, length: int) -> Iterator[tuple[IOMemoryDescriptor, int, int]]:
+        """Yield what a part of the transfer lies in: a descriptor, the offset there, and how many bytes."""
+        end = offset + length
+        first = bisect_right(self._stretches, offset, key=lambda stretch: stretch.offset) - 1
+        for stretch in itertools.islice(self._stretches, max(first, 0), None):
+            start, stop = max(offset, stretch.offset), min(end, stretch.offset + stretch.length)
+            if stretch.offset >= end:
+                return
+            if start >= stop:
+                continue
+            if stretch.place is None or self.bounce is None:
+                yield self.memory, self.offset + start, stop - start
+            else:
+                yield self.bounce, stretch.place + start - stretch.offset, stop - start
+
+    def segments(self, offset: int) -> Iterator[PhysicalSegment]:
+        """Yield what the device is told from `offset` on, cut to its limits.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnMessageTooLarge`: out of the device's reach, which happens without bounce buffers only.
+            `kIOReturnNotAligned`: an address that the device cannot start at.
+        """
+        limits = self.limits
+        index = bisect_right(self._starts, offset) - 1
+        skipped = offset - self._starts[index]
+        for piece in itertools.islice(self._pieces, index, None):
+            at, length = piece.address + skipped, piece.length - skipped
+            if at % limits.alignment:
+                message = f"a segment at {at:#x} does not start at a multiple of {limits.alignment}"
+                raise IOReturnError(IOReturn.kIOReturnNotAligned, message)
+            for address, size in segment.cut(at, length, limits.max_segment, limits.boundary, limits.alignment):
+                if address + size - 1 > limits.highest:
+                    message = f"a segment of {size} bytes at {address:#x} is out of reach of {limits.highest:#x}"
+                    raise IOReturnError(IOReturn.kIOReturnMessageTooLarge, message)
+                yield PhysicalSegment(address, size)
+            skipped = 0
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return bytes as the device sees them."""
+        return b"".join(source.readBytes(place, size) for source, place, size in self._parts(offset, length))
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Store bytes where the device would."""
+        done = 0
+        with memoryview(data) as view, view.cast("B") as source:
+            for target, place, size in self._parts(offset, len(source)):
+                target.writeBytes(place, source[done : done + size])
+                done += size
+
+    def begin(self, *, flush: bool, synchronize: bool) -> None:
+        """Hand it over to the device: the bytes that go out are in the bounce buffer, and in memory."""
+        if synchronize and self._goes(kIODirectionOut):
+            self.copy_out()
+        if flush and self.limits.incoherent:
+            self._operate(kIOMemoryIncoherentIOStore)
+
+    def end(self, *, invalidate: bool, synchronize: bool) -> None:
+        """Take it back from the device: the bytes that came in are in the descriptor's memory."""
+        if invalidate and self.limits.incoherent:
+            self._operate(kIOMemoryIncoherentIOFlush)
+        if synchronize and self._goes(kIODirectionIn):
+            self.copy_in()
+
+    def doubled(self) -> Transfer:
+        """Return the same transfer with all of it in a bounce buffer, in place of this one. Raises as the class."""
+        if self.double:
+            return self
+        if self.limits.iterates_only:
+            message = "a command with kIterateOnly has no bounce buffers"
+            raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
+        after = Transfer(self.memory, self.offset, self.length, self.limits, double=True)
+        try:
+            self.end(invalidate=False, synchronize=True)
+            after.begin(flush=False, synchronize=True)
+        except BaseException:
+            after.release()
+            raise
+        self.release()
+        return after
+
+    def copy_out(self) -> None:
+        """Copy the memory's bytes to the bounce buffer, whatever its direction."""
+        for offset, part in self._bounced():
+            self.memory.readBytesInto(offset, part)
+
+    def copy_in(self) -> None:
+        """Copy the bounce buffer's bytes to the memory, whatever its direction."""
+        for offset, part in self._bounced():
+            self.memory.writeBytes(offset, part)
+
+    def _bounced(self) -> Iterator[tuple[int, memoryview]]:
+        """Yield what is in the bounce buffer, with its offset in the memory."""
+        if self.bounce is None:
+            return
+        with memoryview(self.bounce) as view:
+            for stretch in self._stretches:
+                if stretch.place is not None:
+                    with view[stretch.place : stretch.place + stretch.length] as part:
+                        yield self.offset + stretch.offset, part
+
+    def _goes(self, direction: int) -> bool:
+        """Whether it goes in the direction; memory without one goes in both."""
+        its = self.memory.getDirection()
+        return not its or bool(its & direction)
+
+    def _operate(self, operation: int) -> None:
+        for source, place, length in self._parts(0, self.length):
+            source.performOperation(operation, place, length)
+
+    def release(self) -> None:
+        """Give the bounce buffer back, and let go of the memory; to be called once."""
+        try:
+            if self.bounce is not None:
+                self.bounce.complete()
+                self.bounce.free()
+        finally:
+            self.memory.complete()
+
+
+def _must_move(lying: list[PhysicalSegment], limits: Specification) -> bool:
+    """Whether bounce pages for what is out of reach would not do: pieces the device cannot start at."""
+    if limits.alignment > PAGE_SIZE and any(piece.address + piece.length - 1 > limits.highest for piece in lying):
+        return True
+    return any(piece.address % limits.alignment for piece in lying)
+
+
+def _split(lying: list[PhysicalSegment], highest: int) -> list[Stretch]:
+    """Divide a range into what a device reaches, and what goes to bounce pages, at the same places in these."""
+    found: list[Stretch] = []
+    offset = used = 0
+    for address, length in lying:
+        within = min(max(highest + 1 - address, 0), length)
+        if within:
+            _add(found, Stretch(offset, within, None))
+        if beyond := length - within:
+            place = used + (address + within) % PAGE_SIZE
+            used += pages((address + within) % PAGE_SIZE + beyond) * PAGE_SIZE
+            _add(found, Stretch(offset + within, beyond, place))
+        offset += length
+    return found
+
+
+def _add(found: list[Stretch], stretch: Stretch) -> None:
+    last = found[-1] if found else None
+    if last and stretch.place == (None if last.place is None else last.place + last.length):
+        found[-1] = last._replace(length=last.length + stretch.length)
+    else:
+        found.append(stretch)

@@ -1,0 +1,465 @@
+"""IODMACommand: bounce buffers in each direction, pairs of prepare and complete; faults leave all as it was."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from support.child import in_child
+from support.moving import frames
+from support.strewn import Strewn
+
+import iobmd
+from iobmd import (
+    IODMACommand,
+    IOReturn,
+    IOReturnError,
+    Wiring,
+    kIODirectionIn,
+    kIODirectionInOut,
+    kIODirectionNone,
+    kIODirectionOut,
+    kIOMemoryIncoherentIOFlush,
+    kIOMemoryIncoherentIOStore,
+)
+
+PAGE = 4096
+MIB = 1 << 20
+ABOVE = 1 << 48  # of what a command with 48 address bits reaches
+PIECES = [(PAGE + 100, 50), (ABOVE - 10, 2 * PAGE), (9 * PAGE, PAGE), (ABOVE + 7 * PAGE - 3, 6)]
+DIRECTIONS = [kIODirectionNone, kIODirectionIn, kIODirectionOut, kIODirectionInOut]
+pytestmark = [pytest.mark.needs("frames"), pytest.mark.usefixtures("nothing_left")]
+
+
+def code_of(error: pytest.ExceptionInfo[IOReturnError]) -> IOReturn:
+    return error.value.code
+
+
+@pytest.fixture
+def command() -> Iterator[IODMACommand]:
+    """A device with 48 address bits, which reaches what this host has, and a part of `Strewn(PIECES)`."""
+    with IODMACommand.withSpecification(48) as made:
+        yield made
+
+
+def bounced(memory: Strewn) -> list[bool]:
+    """Whether each byte is out of the device's reach."""
+    return [address + index >= ABOVE for address, size in memory.pieces for index in range(size)]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_bytes_go_out_and_come_in_as_the_direction_says(command: IODMACommand, direction: int) -> None:
+    """A device that inverts every byte: memory out of its reach sees it as far as the direction lets it."""
+    memory = Strewn(PIECES, direction)
+    before, beyond = bytes(memory.bytes), bounced(memory)
+    out = direction != kIODirectionIn
+    command.setMemoryDescriptor(memory)
+    seen = command.readBytes(0, len(before))
+    assert seen == bytes(byte if out or not far else 0 for byte, far in zip(before, beyond, strict=True))
+    command.writeBytes(0, bytes(byte ^ 0xFF for byte in before))
+    now = bytes(byte if far else byte ^ 0xFF for byte, far in zip(before, beyond, strict=True))
+    assert memory.bytes == now, "what is in reach is the memory itself, the rest is elsewhere"
+    command.complete()
+    inverted = bytes(byte ^ 0xFF for byte in before)
+    assert memory.bytes == (now if direction == kIODirectionOut else inverted)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_without_synchronize_nothing_is_copied(command: IODMACommand, direction: int) -> None:
+    memory = Strewn([(ABOVE, 100)], direction)
+    before = bytes(memory.bytes)
+    command.setMemoryDescriptor(memory, autoPrepare=False)
+    command.prepare(synchronize=False)
+    assert command.readBytes(0, 100) == bytes(100), "zeros, never what was in that memory before"
+    command.writeBytes(0, b"d" * 100)
+    command.complete(synchronize=False)
+    assert memory.bytes == before
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_synchronize_copies_whatever_the_direction(command: IODMACommand, direction: int) -> None:
+    memory = Strewn([(ABOVE, 100)], direction)
+    command.setMemoryDescriptor(memory)
+    memory.bytes[:] = b"m" * 100
+    command.synchronize(kIODirectionOut)
+    assert command.readBytes(0, 100) == b"m" * 100
+    command.writeBytes(10, b"device")
+    assert memory.bytes == b"m" * 100
+    command.synchronize(kIODirectionIn)
+    assert memory.bytes == b"m" * 10 + b"device" + b"m" * 84
+    command.synchronize(0)
+    command.complete(synchronize=False)
+
+
+@pytest.mark.parametrize("direction", [3, 4, -1, 1 | 8])
+def test_synchronize_in_no_direction(command: IODMACommand, direction: int) -> None:
+    command.setMemoryDescriptor(Strewn([(ABOVE, 100)]))
+    with pytest.raises(IOReturnError) as caught:
+        command.synchronize(direction)
+    assert code_of(caught) == IOReturn.kIOReturnBadArgument
+
+
+@pytest.mark.parametrize("by_bit", [False, True])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_forced_double_buffer(direction: int, by_bit: bool) -> None:
+    """All of the range moves to other pages, which pagemap shows; the device sees what the direction lets it."""
+    options = int(direction)
+    with (
+        iobmd.IOBufferMemoryDescriptor.withOptions(options, 3 * PAGE) as memory,
+        IODMACommand.withSpecification() as command,
+    ):
+        memory.writeBytes(0, b"memory" * 2048)
+        command.setMemoryDescriptor(memory, autoPrepare=False)
+        command.prepare(10, 2 * PAGE)
+        own = set(frames(memory.getBytesNoCopy(), 3 * PAGE))
+        assert {address // PAGE for address, _ in command.genIOVMSegments()} <= own
+        if by_bit:
+            command.synchronize(IODMACommand.kForceDoubleBuffer)
+        else:
+            command.synchronize(0, forceDoubleBuffer=True)
+        bounce = command.getIOMemoryDescriptor()
+        assert bounce is not memory
+        segments = command.genIOVMSegments()
+        assert segments[0].address % PAGE == 0
+        assert sum(segment.length for segment in segments) == 2 * PAGE
+        assert not {address // PAGE for address, _ in segments} & own
+        assert {address // PAGE for address, _ in segments} <= set(frames(bounce.getBytesNoCopy(), 2 * PAGE))
+        goes_out = direction != kIODirectionIn
+        assert command.readBytes(0, 12) == ((b"memory" * 4)[10:22] if goes_out else bytes(12))
+        command.writeBytes(0, b"device")
+        assert memory.readBytes(10, 6) == (b"memory" * 4)[10:16]
+        command.synchronize(0, forceDoubleBuffer=True)
+        assert command.getIOMemoryDescriptor() is bounce
+        command.complete()
+        comes_in = direction != kIODirectionOut
+        assert memory.readBytes(10, 6) == (b"device" if comes_in else (b"memory" * 4)[10:16])
+        assert memory.readBytes(0, 10) == b"memorymemo"
+        assert command.getIOMemoryDescriptor() is memory
+        with pytest.raises(IOReturnError):
+            bounce.getLength()  # given back
+
+
+@pytest.mark.parametrize("bits", [30, 31, 32, 33, 34])
+def test_real_memory_out_of_reach(bits: int) -> None:
+    """Pages above the mask get pages below it, as pagemap has them; or an honest refusal, and all is as before."""
+    size = 4 * MIB
+    with (
+        iobmd.allocate(size) as memory,
+        IODMACommand.withSpecification(bits) as command,
+        iobmd.policy(memory_budget=512 * MIB, time_budget=2),
+    ):
+        if max(frames(memory.getBytesNoCopy(), size)) * PAGE < 1 << bits:
+            pytest.skip(f"this host's memory lies below {1 << bits:#x}")
+        memory.writeBytes(0, os.urandom(size))
+        before = memory.readBytes(0, size)
+        try:
+            command.setMemoryDescriptor(memory)
+        except IOReturnError as error:
+            assert error.code == IOReturn.kIOReturnNoResources
+            assert command.getMemoryDescriptor() is None
+            assert memory.readBytes(0, size) == before
+            return
+        segments = command.genIOVMSegments()
+        assert all(address + length <= 1 << bits for address, length in segments)
+        transfer = command._transfer
+        assert transfer is not None
+        assert transfer.bounce is not None
+        there = set(frames(transfer.bounce.getBytesNoCopy(), transfer.bounce.getCapacity()))
+        assert max(there) * PAGE < 1 << bits
+        here = set(frames(memory.getBytesNoCopy(), size))
+        assert {address // PAGE for address, _ in segments} <= there | here
+        assert command.readBytes(0, size) == before
+        command.writeBytes(0, before[::-1])
+        command.complete()
+        assert memory.readBytes(0, size) == before[::-1]
+
+
+@pytest.mark.parametrize("alignment", [512, PAGE, 1 << 16])
+def test_a_piece_that_the_device_cannot_start_at(alignment: int) -> None:
+    """All of the range goes to an aligned buffer: what is before and behind the range stays untouched."""
+    with (
+        iobmd.allocate(5 * PAGE) as memory,
+        IODMACommand.withSpecification(maxSegmentSize=3 << 16, alignment=alignment) as command,
+    ):
+        memory.writeBytes(0, b"m" * 5 * PAGE)
+        command.setMemoryDescriptor(memory, autoPrepare=False)
+        command.prepare(101, 2 * PAGE)
+        segments = command.genIOVMSegments()
+        assert all(segment.address % alignment == 0 for segment in segments)
+        command.writeBytes(0, b"d" * 2 * PAGE)
+        command.complete()
+        assert memory.readBytes(0, 5 * PAGE) == b"m" * 101 + b"d" * 2 * PAGE + b"m" * (3 * PAGE - 101)
+
+
+@pytest.mark.parametrize("options", [0, IODMACommand.kNonCoherent])
+def test_a_device_that_does_not_see_the_caches(options: int) -> None:
+    """What it reads is written back as the transfer begins; what it wrote is dropped from the caches as it ends."""
+    memory = Strewn([(PAGE, 100), (ABOVE, 50), (3 * PAGE, 7)])
+    with IODMACommand.withSpecification(48, mappingOptions=options) as command:
+        command.setMemoryDescriptor(memory, autoPrepare=False)
+        command.prepare(10, 145)
+        pieces = [(10, 90), (150, 5)] if options else []
+        assert memory.operations == [(kIOMemoryIncoherentIOStore, *piece) for piece in pieces]
+        bounce = command._transfer.bounce
+        done: list[tuple[int, int, int]] = []
+        bounce.performOperation = lambda *operation: done.append(operation)
+        command.complete()
+        assert memory.operations[len(pieces) :] == [(kIOMemoryIncoherentIOFlush, *piece) for piece in pieces]
+        assert done == ([(kIOMemoryIncoherentIOFlush, 0, 50)] if options else [])
+        memory.operations.clear()
+        command.prepare(flushCache=False)
+        command.complete(invalidateCache=False)
+        assert not memory.operations
+
+
+def test_pairs(command: IODMACommand) -> None:
+    """Counted; the same range only; the last complete copies back."""
+    memory = Strewn([(ABOVE, 100)])
+    command.setMemoryDescriptor(memory)
+    command.prepare()
+    command.prepare(0, 100)
+    with pytest.raises(IOReturnError) as caught:
+        command.prepare(1)
+    assert code_of(caught) == IOReturn.kIOReturnNotReady
+    command.writeBytes(0, b"device")
+    for _ in range(2):
+        command.complete()
+        assert bytes(memory.bytes[:6]) != b"device"
+        assert memory.prepared == 2
+    command.complete()
+    assert bytes(memory.bytes[:6]) == b"device"
+    assert memory.prepared == 1
+    with pytest.raises(IOReturnError) as caught:
+        command.complete()
+    assert code_of(caught) == IOReturn.kIOReturnNotReady
+
+
+def test_not_prepared_is_not_ready(command: IODMACommand) -> None:
+    command.setMemoryDescriptor(Strewn([(PAGE, 100)]), autoPrepare=False)
+    for use in (
+        command.complete,
+        command.genIOVMSegments,
+        command.getPreparedOffsetAndLength,
+        lambda: command.synchronize(kIODirectionIn),
+        lambda: command.readBytes(0, 1),
+        lambda: command.writeBytes(0, b"1"),
+    ):
+        with pytest.raises(IOReturnError) as caught:
+            use()
+        assert code_of(caught) == IOReturn.kIOReturnNotReady
+
+
+def test_no_memory_is_not_ready(command: IODMACommand) -> None:
+    with pytest.raises(IOReturnError, match="setMemoryDescriptor") as caught:
+        command.prepare()
+    assert code_of(caught) == IOReturn.kIOReturnNotReady
+
+
+def test_memory_that_is_not_prepared(command: IODMACommand) -> None:
+    """Its own prepare() comes first, as in IOKit: the command neither pins it nor keeps it."""
+    with iobmd.allocate(PAGE, wired=False) as memory:
+        with pytest.raises(IOReturnError, match=r"prepare\(\) first") as caught:
+            command.setMemoryDescriptor(memory)
+        assert code_of(caught) == IOReturn.kIOReturnNotReady
+        assert command.getMemoryDescriptor() is None
+        assert memory.wiring is Wiring.PAGEABLE
+        memory.prepare()
+        command.setMemoryDescriptor(memory)
+        memory.complete()
+        assert memory.wiring is Wiring.PINNED, "the command holds it"
+        assert command.genIOVMSegments()[0].address == frames(memory.getBytesNoCopy(), PAGE)[0] * PAGE
+        command.complete()
+        assert memory.wiring is Wiring.PAGEABLE
+
+
+def test_active_memory_is_not_released(command: IODMACommand) -> None:
+    memory = iobmd.allocate(PAGE)
+    command.setMemoryDescriptor(memory)
+    with pytest.raises(IOReturnError) as caught:
+        memory.free()
+    assert code_of(caught) == IOReturn.kIOReturnBusy
+    with pytest.raises(IOReturnError) as caught:
+        command.clearMemoryDescriptor(autoComplete=False)
+    assert code_of(caught) == IOReturn.kIOReturnNotReady
+    with pytest.raises(IOReturnError) as caught:
+        command.free()
+    assert code_of(caught) == IOReturn.kIOReturnBusy
+    with iobmd.allocate(PAGE) as other, pytest.raises(IOReturnError) as caught:
+        command.setMemoryDescriptor(other)
+    assert code_of(caught) == IOReturn.kIOReturnBusy
+    assert command.getMemoryDescriptor() is memory
+    command.clearMemoryDescriptor()
+    memory.free()
+    command.free()
+    command.free()
+
+
+def test_memory_that_was_freed(command: IODMACommand) -> None:
+    memory = iobmd.allocate(PAGE)
+    command.setMemoryDescriptor(memory, autoPrepare=False)
+    memory.free()
+    for use in (command.prepare, lambda: IODMACommand.withSpecification().setMemoryDescriptor(memory)):
+        with pytest.raises(IOReturnError) as caught:
+            use()
+        assert code_of(caught) == IOReturn.kIOReturnNotOpen
+
+
+def test_one_command_serves_many_transfers(command: IODMACommand) -> None:
+    """As a pool of commands does; the same memory may be set again, and that completes it when it is not prepared."""
+    for size in (1, PAGE, 3 * PAGE):
+        with iobmd.allocate(size) as memory:
+            command.setMemoryDescriptor(memory)
+            command.setMemoryDescriptor(memory)
+            assert sum(segment.length for segment in command.genIOVMSegments()) == size
+            command.setMemoryDescriptor(memory, autoPrepare=False)
+            with pytest.raises(IOReturnError):
+                command.genIOVMSegments()
+            command.setMemoryDescriptor(memory)
+            assert command.genIOVMSegments()
+            command.complete()
+            command.setMemoryDescriptor(None)
+            assert command.getMemoryDescriptor() is None
+
+
+@pytest.mark.parametrize(("offset", "length"), [(-1, 0), (0, 101), (101, 0), (50, 51), (0, -1)])
+def test_ranges_past_the_end(command: IODMACommand, offset: int, length: int) -> None:
+    memory = Strewn([(PAGE, 100)])
+    command.setMemoryDescriptor(memory, autoPrepare=False)
+    with pytest.raises(IOReturnError) as caught:
+        command.prepare(offset, length)
+    assert code_of(caught) == IOReturn.kIOReturnBadArgument
+    assert memory.prepared == 1
+    command.prepare(10, 50)
+    for use in (
+        lambda: command.readBytes(0, 51),
+        lambda: command.writeBytes(50, b"1"),
+        lambda: command.readBytes(-1, 1),
+    ):
+        with pytest.raises(IOReturnError) as caught:
+            use()
+        assert code_of(caught) == IOReturn.kIOReturnBadArgument
+
+
+def test_more_than_a_transfer_takes() -> None:
+    with IODMACommand.withSpecification(maxTransferSize=64) as command:
+        command.setMemoryDescriptor(Strewn([(PAGE, 100)]), autoPrepare=False)
+        with pytest.raises(IOReturnError) as caught:
+            command.prepare()
+        assert code_of(caught) == IOReturn.kIOReturnNoSpace
+        command.prepare(36, 64)
+
+
+def test_no_low_memory_for_bounce_buffers() -> None:
+    """As a pool that is exhausted: refused at once, and the memory is as prepared as it was."""
+    memory = Strewn([(1 << 24, PAGE)])
+    with IODMACommand.withSpecification(24) as command, iobmd.policy(memory_budget=64 * MIB):
+        command.setMemoryDescriptor(memory, autoPrepare=False)
+        with pytest.raises(IOReturnError, match="under the mask 0xffffff") as caught:
+            command.prepare()
+        assert code_of(caught) == IOReturn.kIOReturnNoResources
+        assert memory.prepared == 1
+        memory.pieces = [(PAGE, PAGE)]
+        command.prepare()
+        with pytest.raises(IOReturnError) as caught:
+            command.synchronize(0, forceDoubleBuffer=True)
+        assert code_of(caught) == IOReturn.kIOReturnNoResources
+        assert command.genIOVMSegments() == [iobmd.PhysicalSegment(PAGE, PAGE)]
+        assert memory.prepared == 2
+
+
+class Failing(Strewn):
+    """Memory of a task that dies: from some moment on nothing can be copied."""
+
+    fails = False
+
+    def readBytesInto(self, offset: int, buffer: memoryview) -> int:
+        self._copy()
+        return super().readBytesInto(offset, buffer)
+
+    def writeBytes(self, offset: int, data: memoryview) -> int:
+        self._copy()
+        return super().writeBytes(offset, data)
+
+    def _copy(self) -> None:
+        if self.fails:
+            raise IOReturnError(IOReturn.kIOReturnNotFound, "the task is gone")
+
+
+def test_a_copy_that_fails(command: IODMACommand) -> None:
+    """As the transfer begins nothing is prepared; as it ends it has ended; a forced buffer leaves it as it was."""
+    memory = Failing([(ABOVE, 100)])
+    memory.fails = True
+    for use in (lambda: command.setMemoryDescriptor(memory),):
+        with pytest.raises(ProcessLookupError):
+            use()
+        assert memory.prepared == 1
+        assert command.getMemoryDescriptor() is None
+    memory.fails = False
+    command.setMemoryDescriptor(memory)
+    segments = command.genIOVMSegments()
+    memory.fails = True
+    with pytest.raises(ProcessLookupError):
+        command.synchronize(0, forceDoubleBuffer=True)
+    assert command.genIOVMSegments() == segments
+    assert memory.prepared == 2
+    with pytest.raises(ProcessLookupError):
+        command.complete()
+    assert memory.prepared == 1
+    with pytest.raises(IOReturnError) as caught:
+        command.complete()
+    assert code_of(caught) == IOReturn.kIOReturnNotReady
+
+
+def test_memory_that_does_not_know_where_it_lies(command: IODMACommand) -> None:
+    memory = Strewn([(PAGE, 100)])
+    memory.pieces = [(PAGE, 60)]
+    with pytest.raises(IOReturnError) as caught:
+        command.setMemoryDescriptor(memory)
+    assert code_of(caught) == IOReturn.kIOReturnUnderrun
+    assert memory.prepared == 1
+
+
+def test_hidden_addresses() -> None:
+    def unprivileged() -> tuple[IOReturn, Wiring]:
+        with iobmd.allocate(PAGE) as memory, IODMACommand.withSpecification() as command:
+            try:
+                command.setMemoryDescriptor(memory)
+            except PermissionError as error:
+                memory.free()  # not prepared any more
+                return error.code
+            return None
+
+    assert in_child(unprivileged, uid=65534, memlock=MIB) == IOReturn.kIOReturnNotPrivileged
+
+
+def test_in_a_forked_child_it_refuses() -> None:
+    with iobmd.allocate(PAGE) as memory, IODMACommand.withSpecification() as command:
+        command.setMemoryDescriptor(memory)
+
+        def child() -> list[IOReturn]:
+            codes = []
+            for use in (lambda: command.readBytes(0, 1), lambda: command.synchronize(0, forceDoubleBuffer=True)):
+                try:
+                    use()
+                except IOReturnError as error:
+                    codes.append(error.code)
+            return codes
+
+        assert in_child(child) == [IOReturn.kIOReturnNotOpen] * 2
+        assert command.readBytes(0, 1) == b"\0"
+
+
+def test_collected_while_prepared() -> None:
+    """It warns, and the memory can be freed."""
+    memory = iobmd.allocate(PAGE)
+    command = IODMACommand.withSpecification()
+    command.setMemoryDescriptor(memory)
+    command.synchronize(0, forceDoubleBuffer=True)
+    with pytest.warns(ResourceWarning, match="never completed"):
+        del command
+    memory.free()
+
+
+def test_repr(command: IODMACommand) -> None:
+    assert repr(command) == "<IODMACommand for 48 address bits, not prepared>"
+    command.setMemoryDescriptor(Strewn([(ABOVE - 1, 3)]))
+    assert repr(command) == "<IODMACommand for 48 address bits, prepared 1 times, 2 bytes bounced>"

@@ -1,0 +1,66 @@
+"""A descriptor whose bytes lie at physical addresses of the test's choice: what a device may meet, on any host."""
+
+from collections.abc import Iterable
+
+from iobmd import IOReturn, IOReturnError, PhysicalSegment, Wiring, kIODirectionInOut
+
+
+class Strewn:
+    """As an `IOMemoryDescriptor` is to `IODMACommand`: its public methods, over a `bytearray`."""
+
+    def __init__(self, pieces: Iterable[tuple[int, int]], direction: int = int(kIODirectionInOut)) -> None:
+        self.pieces = list(pieces)
+        self.bytes = bytearray(sum(length for _, length in self.pieces))
+        self.bytes[:] = bytes(index * 7 % 251 for index in range(len(self.bytes)))
+        self.direction = direction
+        self.prepared = 1
+        self.freed = False
+        self.operations: list[tuple[int, int, int]] = []
+
+    def _open(self) -> None:
+        if self.freed:
+            raise IOReturnError(IOReturn.kIOReturnNotOpen, "released")
+
+    @property
+    def wiring(self) -> Wiring:
+        self._open()
+        return Wiring.PINNED if self.prepared else Wiring.PAGEABLE
+
+    def getLength(self) -> int:
+        self._open()
+        return len(self.bytes)
+
+    def getDirection(self) -> int:
+        return self.direction
+
+    def prepare(self, forDirection: int = 0) -> None:
+        self.prepared += 1
+
+    def complete(self, forDirection: int = 0) -> None:
+        assert self.prepared > 0
+        self.prepared -= 1
+
+    def segments(self, offset: int, length: int) -> list[PhysicalSegment]:
+        found, end, at = [], offset + length, 0
+        for address, size in self.pieces:
+            start, stop = max(offset, at), min(end, at + size)
+            if start < stop:
+                found.append(PhysicalSegment(address + start - at, stop - start))
+            at += size
+        return found
+
+    def readBytes(self, offset: int, length: int) -> bytes:
+        return bytes(self.bytes[offset : offset + length])
+
+    def readBytesInto(self, offset: int, buffer: memoryview) -> int:
+        buffer[:] = self.bytes[offset : offset + len(buffer)]
+        return len(buffer)
+
+    def writeBytes(self, offset: int, data: memoryview) -> int:
+        size = memoryview(data).nbytes
+        assert offset + size <= len(self.bytes)
+        self.bytes[offset : offset + size] = data
+        return size
+
+    def performOperation(self, options: int, offset: int, length: int) -> None:
+        self.operations.append((options, offset, length))
