@@ -20,6 +20,10 @@ from userfault cimport iobmd_uffd_protect
 from uio cimport iovec, process_vm_readv
 
 
+cdef extern from *:
+    ctypedef uint64_t volatile_uint64 "volatile uint64_t"
+
+
 cdef double _now() noexcept nogil:
     cdef timespec moment
     clock_gettime(CLOCK_MONOTONIC, &moment)
@@ -80,6 +84,19 @@ def copy(uint64_t destination, uint64_t source, size_t size):
     """memcpy between two addresses of this process, with the GIL released."""
     with nogil:
         memcpy(<void *><uintptr_t>destination, <void *><uintptr_t>source, size)
+
+
+def chase(uint64_t address, size_t steps):
+    """Seconds a load takes where each tells where the next one is: at `address` and on, offsets of eight bytes."""
+    cdef double begin
+    cdef size_t _step
+    cdef uint64_t offset = 0
+    with nogil:
+        begin = _now()
+        for _step in range(steps):
+            offset = (<volatile_uint64 *><uintptr_t>(address + offset))[0]
+        begin = _now() - begin
+    return begin / steps
 
 
 cdef int _protect(int pagemap, uint64_t start, uint64_t end) noexcept nogil:

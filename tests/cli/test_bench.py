@@ -20,6 +20,7 @@ POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
         pytest.param("purgeable", 5, marks=pytest.mark.needs("memlock")),
         ("remote", 5),
         ("pagemap", 9),
+        ("cachemode", 7),
         pytest.param("contiguous", 4, marks=pytest.mark.needs("frames", "memlock", "big_memory")),
     ],
 )

@@ -31,6 +31,7 @@ BENCHMARKS = {
         "iobmd.tools.bench.pagemap",
         "walking through the pages of a process, and what that costs it",
     ),
+    "cachemode": ("iobmd.tools.bench.cachemode", "what each cache mode costs, and write-combine brings"),
     "remote": ("iobmd.tools.bench.remote", "how long another task stands still, and the speed of shared memory"),
 }
 
