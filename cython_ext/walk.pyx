@@ -37,7 +37,6 @@ cdef enum:
     SPARSE_STEP = 65536  # pages a step through what may be empty
     NEAR = 128  # pages between two ranges that cost less to read than another call
     MOST_PATIENCE = 64  # steps until the next look whether scanning pays
-    CLASSES = 48
 
 PRESENT, SWAPPED, FILE, ZERO = C_PRESENT, C_SWAPPED, C_FILE, C_ZERO
 GUARD, MARKER, HUGE = C_GUARD, C_MARKER, C_HUGE
@@ -48,10 +47,6 @@ cdef struct Span:
     uint64_t physical
     uint64_t length
     uint64_t flags
-
-
-cdef extern from *:
-    int __builtin_clzll(unsigned long long) nogil
 
 
 @cython.final
@@ -73,15 +68,6 @@ cdef class Tally:
     cdef readonly uint64_t largest
     cdef readonly uint64_t ascending
     cdef readonly uint64_t descending
-    cdef uint64_t number[CLASSES]
-    cdef uint64_t sums[CLASSES]
-
-    def classes(self):
-        """Return a dict of the sizes of runs: from the least of a class, a power of two, to (runs, bytes) in it."""
-        cdef int index
-        return {
-            1 << index: (self.number[index], self.sums[index]) for index in range(CLASSES) if self.number[index]
-        }
 
 
 @cython.final  # whose methods are then called without a table
@@ -181,10 +167,10 @@ cdef class Walk:
             raise OSError(error, f"read of pagemap: {strerror(error).decode()}")
         return until
 
-    def total(self, uint64_t start, uint64_t end, bint keep=False):
-        """Walk from `start` to `end` and finish, keeping no spans unless asked to; return what `take` does."""
+    def total(self, uint64_t start, uint64_t end):
+        """Walk from `start` to `end` and finish, keeping no spans; return what `take` does."""
         cdef int error = 0
-        self.keeps = keep
+        self.keeps = False
         with nogil:
             while start < end and not error:
                 error = self._step(start, end, &start)
@@ -486,6 +472,9 @@ cdef class Walk:
                 self.tally.huge_zero += length
         if flags & C_ZERO:
             self.tally.zero += length
+            if flags & C_FILE:  # as the huge zero page claims to be
+                self.tally.file -= length
+                flags &= ~<uint64_t>C_FILE
         if flags & C_ZERO and physical and not flags & C_HUGE:
             self._close_run()
             self._count_runs(length // self.page, self.page)
@@ -516,11 +505,8 @@ cdef class Walk:
         return 0
 
     cdef void _count_runs(self, uint64_t many, uint64_t length) noexcept nogil:
-        cdef int index = 63 - __builtin_clzll(length)
         self.tally.runs += many
         self.tally.largest = max(self.tally.largest, length)
-        self.tally.number[index] = self.tally.number[index] + many  # (`+=` would take the GIL)
-        self.tally.sums[index] = self.tally.sums[index] + many * length
 
     cdef void _close_run(self) noexcept nogil:
         if not self.run.length:

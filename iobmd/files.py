@@ -29,8 +29,12 @@ def replacing(path: str | Path, mode: int) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     if path.exists() and not path.is_file():
-        with path.open("wb") as file:
-            yield file
+        try:
+            with path.open("wb") as file:
+                yield file
+        except OSError as error:
+            error.filename = error.filename or str(path)
+            raise
         return
     draft = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
     try:

@@ -1,9 +1,10 @@
 """What /proc says of a process and of the host (proc(5)), parsed and in bytes."""
 
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 _FIELD = re.compile(r"(\w+(?:\(\w+\))?):\s+(\d+) kB")
 _ESCAPE = re.compile(r"\\([0-7]{3})")
@@ -36,9 +37,14 @@ def _parse_vma(line: str) -> VMA:
 
 def maps(pid: int | str = "self") -> Iterator[VMA]:
     """Iterate over /proc/PID/maps, ascending by address."""
-    with Path(f"/proc/{pid}/maps").open(errors="surrogateescape") as lines:
+    with _lines(pid, "maps") as lines:
         for line in lines:
             yield _parse_vma(line)
+
+
+def _lines(pid: int | str, name: str) -> TextIO:
+    # Of what ends lines elsewhere the kernel escapes the newline alone in names.
+    return Path(f"/proc/{pid}/{name}").open(errors="surrogateescape", newline="\n")
 
 
 class Details(NamedTuple):
@@ -56,17 +62,18 @@ def details(pid: int | str = "self") -> Iterator[Details]:
     area: VMA | None = None
     counters: dict[str, int] = {}
     flags: frozenset[str] = frozenset()
-    with Path(f"/proc/{pid}/smaps").open(errors="surrogateescape") as lines:
+    with _lines(pid, "smaps") as lines:
         for line in lines:
-            name, _, rest = line.partition(":")
-            if rest.endswith(" kB\n"):
-                counters[name] = int(rest[:-4]) << 10
-            elif name == "VmFlags":
-                flags = frozenset(rest.split())
-            elif name not in ("THPeligible", "ProtectionKey"):
+            if not line[0].isupper():  # an address, whose digits are small letters
                 if area:
                     yield Details(area, counters, flags)
                 area, counters, flags = _parse_vma(line), {}, frozenset()
+                continue
+            name, _, rest = line.partition(":")
+            if rest.endswith(" kB\n"):
+                counters[sys.intern(name)] = int(rest[:-4]) << 10
+            elif name == "VmFlags":
+                flags = frozenset(map(sys.intern, rest.split()))
     if area:
         yield Details(area, counters, flags)
 
@@ -99,8 +106,8 @@ def uncovered(areas: Iterable[VMA], address: int, end: int, permission: str) -> 
 
 def status(pid: int | str = "self") -> dict[str, str]:
     """Return the fields of /proc/PID/status as text."""
-    lines = Path(f"/proc/{pid}/status").read_text(errors="surrogateescape").splitlines()
-    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    with _lines(pid, "status") as lines:
+        return {key: value.strip("\n\t ") for key, _, value in (line.partition(":") for line in lines)}
 
 
 def status_bytes(field: str, pid: int | str = "self") -> int:

@@ -4,8 +4,10 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from iobmd._version import __version__
+from iobmd.cli.printable import printable
 from iobmd.errors import IOReturnError
 
 COMMANDS = {
@@ -53,9 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, arguments: list[str]) -> int:
-    command = importlib.import_module(COMMANDS[name][0])
     try:
-        code: int = command.main(arguments)
+        if sys.stdout is None:  # closed by whoever started us
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (until the end)
+        code: int = importlib.import_module(COMMANDS[name][0]).main(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read our output went away: not an error, and the interpreter's last flush must not fail.
@@ -63,7 +66,7 @@ def _run(name: str, arguments: list[str]) -> int:
         return EXIT_FAILED
     except OSError as error:
         what = error if isinstance(error, IOReturnError) else f"{error.filename or 'error'}: {error.strerror}"
-        print(f"iobmd {name}: {what}", file=sys.stderr)
+        print(f"iobmd {name}: {printable(str(what))}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         print(f"iobmd {name}: interrupted", file=sys.stderr)

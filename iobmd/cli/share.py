@@ -6,13 +6,13 @@ import argparse
 import contextlib
 import json
 import select
-import signal
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 from iobmd.cli import EXIT_OK
 from iobmd.cli.arguments import duration, size
+from iobmd.cli.ending import terminable
 from iobmd.constants import IOMapOptions
 from iobmd.errors import NotPrivilegedError, NotReadyError
 from iobmd.facade import allocate
@@ -20,7 +20,7 @@ from iobmd.task import Task
 from iobmd.units import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from iobmd.buffer import IOBufferMemoryDescriptor
     from iobmd.mapping import IOMemoryMap
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     options |= IOMapOptions.kIOMapReadOnly if arguments.read_only else IOMapOptions(0)
     begin = time.perf_counter()
     with (
-        _terminable(),
+        terminable(),
         contextlib.suppress(KeyboardInterrupt),
         allocate(
             arguments.size, shared=True, wired=not arguments.pageable, contiguous=arguments.contiguous
@@ -112,24 +112,3 @@ def _hold(task: Task, seconds: float | None) -> None:
             return
         poll.poll(min(left, 1.0) * 1e3)
     print(f"process {task.pid} has exited", file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP interrupt like Ctrl-C, once each, where we may set their handlers."""
-
-    def interrupt(number: int, _frame: object) -> None:
-        signal.signal(number, signal.SIG_IGN)  # what follows takes the memory away: not to be interrupted again
-        raise KeyboardInterrupt
-
-    before = {}
-    try:
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            before[number] = signal.signal(number, interrupt)
-    except ValueError:  # not in the main thread
-        pass
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -23,6 +23,8 @@ _SMALL = 2 << 20
 """Areas up to here are read several at once."""
 _GAP = 128
 """Pages between two of them that cost less to read than another call does."""
+_MOST = 128
+"""Of them at once, whatever their size."""
 BEARABLE = 256 << 20
 """Bytes of small pages in one area that smaps walks through in a millisecond or two, while the task cannot mmap."""
 
@@ -190,7 +192,8 @@ def _batches(
     batch: list[tuple[VMA, Details | None]] = []
     for area, found in areas:
         if batch and not (
-            area.end - area.start <= _SMALL
+            len(batch) < _MOST
+            and area.end - area.start <= _SMALL
             and area.start - batch[-1][0].end <= _GAP * reader.page
             and reader.near(batch[0][0].start, area.end)
         ):

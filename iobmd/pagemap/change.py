@@ -5,6 +5,9 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from iobmd.constants import IOReturn
+from iobmd.errors import IOReturnError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
@@ -53,7 +56,23 @@ def changes(before: Snapshot, after: Snapshot) -> Iterator[Change]:
     """Iterate over what changed: first areas that came or went, then pages, each ascending.
 
     Where frame numbers are hidden in one of the two, pages that moved are not told.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnBadArgument`: they are of different ranges, or page sizes; or one is damaged.
     """
+    old_header, new_header = before.header, after.header
+    for what, old_one, new_one in (
+        ("ranges", (old_header.start, old_header.end), (new_header.start, new_header.end)),
+        ("page sizes", old_header.page_bytes, new_header.page_bytes),
+    ):
+        if old_one != new_one:
+            raise IOReturnError(IOReturn.kIOReturnBadArgument, f"the snapshots are of different {what}")
+    return _changes(before, after)
+
+
+def _changes(before: Snapshot, after: Snapshot) -> Iterator[Change]:
     for start, end, old, new in _pieces(before.areas(), after.areas(), lambda area: (area.start, area.end)):
         if old is None or new is None:
             yield Change(Kind.MAPPED if old is None else Kind.UNMAPPED, start, end - start, None, None)

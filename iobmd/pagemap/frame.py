@@ -229,8 +229,10 @@ def _uses(pid: int, low: int, high: int) -> Iterator[Use]:
     task = Task(pid)
     name = procfs.status(pid).get("Name", "")
     with Reader(task) as reader:
+        reader.keep_within(low, high)
         for area in resolve(task).areas():
-            for virtual, frame, length, _flags in reader.within(area.start, area.end, low, high):
-                first, last = max(low, frame), min(high, frame + length)
-                # The zero page is one frame behind many addresses.
-                yield Use(pid, name, area, virtual + (first - frame), first, min(length, last - first))
+            for step in reader.steps(area.start, area.end):
+                for virtual, frame, length, _flags in (step[index] for index in range(len(step))):
+                    first, last = max(low, frame), min(high, frame + length)
+                    # The zero page is one frame behind many addresses.
+                    yield Use(pid, name, area, virtual + (first - frame), first, min(length, last - first))

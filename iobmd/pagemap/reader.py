@@ -58,10 +58,10 @@ class Reader:
         thorough = not (whole and self.visible)
         self._walk = Walk(self._opened.fd, self.page, huge, zero, huge_zero, thorough, self.scans)
 
-    def total(self, start: int, end: int, *, keep: bool = False) -> Tally:
+    def total(self, start: int, end: int) -> Tally:
         """Return what there is between two addresses. Raises as `steps`."""
         try:
-            return self._walk.total(*self._whole_pages(start, end), keep)
+            return self._walk.total(*self._whole_pages(start, end))
         except OSError:
             raise no_entries(self.task, start) from None
 
@@ -105,12 +105,9 @@ class Reader:
                 raise no_entries(self.task, start) from None
             yield self._walk
 
-    def within(self, start: int, end: int, low: int, high: int) -> list[tuple[int, int, int, int]]:
-        """Return the spans between two addresses of which a part lies in the physical addresses `low`…`high`."""
-        self._walk.clear()
+    def keep_within(self, low: int, high: int) -> None:
+        """Have `steps` keep only spans of which a part lies in the physical addresses `low`…`high`."""
         self._walk.within(low, high)
-        self.total(start, end, keep=True)
-        return [self._walk[index] for index in range(len(self._walk))]
 
     def require_task(self) -> None:
         """Raise `kIOReturnNotFound` when the memory is gone: lists of areas end early then, without an error."""

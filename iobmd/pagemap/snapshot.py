@@ -17,18 +17,20 @@ from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.span import Span
 from iobmd.pagemap.target import resolve
 from iobmd.procfs import VMA
+from iobmd.task import ADDRESS_END
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Any
 
+    from iobmd._native.walk import Walk
     from iobmd.pagemap.target import Target
 
 VERSION = 1
 _HEADER = "iobmd pagemap"
 _KINDS = (f'{{"{_HEADER}": ', '{"area": ', '{"spans": ')
-_BATCH = 1000
-"""Spans a line."""
+_WINDOW = 4 << 20
+"""Bytes of addresses whose spans are a line: where nothing changed two snapshots have the same lines."""
 
 
 class Header(NamedTuple):
@@ -44,6 +46,21 @@ class Header(NamedTuple):
     page_bytes: int
     frames_visible: bool
     """Without them nobody can tell that a page has moved."""
+    start: int
+    """Of the range that was asked for."""
+    end: int
+
+    @property
+    def valid(self) -> bool:
+        """Whether it may have been written by `save`."""
+        numbers = (self.pid, self.page_bytes, self.start, self.end)
+        return (
+            self.version == VERSION
+            and all(type(number) is int and 0 <= number <= ADDRESS_END for number in numbers)
+            and all(isinstance(text, str) for text in (self.name, self.kernel))
+            and isinstance(self.time, (int, float))
+            and 0 <= self.time < 1 << 36
+        )
 
 
 def save(target: Target, path: str | Path, address: int | None = None, size: int | None = None) -> Header:
@@ -68,17 +85,33 @@ def save(target: Target, path: str | Path, address: int | None = None, size: int
             os.uname().release,
             reader.page,
             reader.visible,
+            where.start,
+            where.end,
         )
         with replacing(path, 0o666) as opened, TextIOWrapper(opened) as file:
             file.write(json.dumps({_HEADER: header._asdict()}) + "\n")
             for area in where.areas():
                 file.write(json.dumps({"area": area}) + "\n")
-                for step in reader.steps(max(area.start, where.start), min(area.end, where.end)):
-                    for first in range(0, len(step), _BATCH):
-                        spans = [step[index] for index in range(first, min(first + _BATCH, len(step)))]
-                        file.write(json.dumps({"spans": spans}) + "\n")
+                for spans in _windows(reader.steps(max(area.start, where.start), min(area.end, where.end))):
+                    file.write(json.dumps({"spans": spans}) + "\n")
             reader.require_task()
     return header
+
+
+def _windows(steps: Iterable[Walk]) -> Iterator[list[tuple[int, int, int, int]]]:
+    """Group spans by the window that they begin in, for steps end where it suits the kernel."""
+    spans: list[tuple[int, int, int, int]] = []
+    window = -1
+    for step in steps:
+        for index in range(len(step)):
+            span = step[index]
+            if span[0] // _WINDOW != window:
+                if spans:
+                    yield spans
+                spans, window = [], span[0] // _WINDOW
+            spans.append(span)
+    if spans:
+        yield spans
 
 
 class Snapshot:
@@ -95,10 +128,11 @@ class Snapshot:
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
         first = next(self._documents(_HEADER), None)
-        if not isinstance(first, dict) or first.get("version") != VERSION or set(first) != set(Header._fields):
+        header = Header(**first) if isinstance(first, dict) and set(first) == set(Header._fields) else None
+        if not header or not header.valid:
             message = f"{self._path} is no snapshot of version {VERSION} of `iobmd pagemap --save`"
             raise IOReturnError(IOReturn.kIOReturnBadArgument, message)
-        self.header = Header(**first)
+        self.header = header
 
     def _lines(self, kind: str) -> Iterator[str]:
         """Iterate over the lines that hold one kind of document; the header comes first, and is there once."""
@@ -126,7 +160,11 @@ class Snapshot:
 
     def areas(self) -> Iterator[VMA]:
         """Iterate over the areas, ascending."""
-        return (VMA(*fields) for fields in self._documents("area"))
+        for fields in self._documents("area"):
+            try:
+                yield VMA(*fields)
+            except TypeError as error:
+                raise self._damaged(str(error)) from None
 
     def spans(self) -> Iterator[Span]:
         """Iterate over the spans, ascending."""
@@ -135,15 +173,24 @@ class Snapshot:
     def batches(self) -> Iterator[Batch]:
         """Iterate over the spans as they stand in the file, ascending: where nothing changed the texts are equal."""
         for line in self._lines("spans"):
-            yield Batch(line, self._parse)
+            yield Batch(line, self._read)
+
+    def _read(self, line: str) -> list[Span]:
+        try:
+            return [
+                Span(virtual, length, physical or None, flags)
+                for virtual, physical, length, flags in self._parse(line, "spans")
+            ]
+        except (TypeError, ValueError) as error:
+            raise self._damaged(str(error)) from None
 
 
 class Batch:
     """Spans that follow each other, as a line of a snapshot."""
 
-    def __init__(self, text: str, parse: Callable[[str, str], Any]) -> None:
+    def __init__(self, text: str, read: Callable[[str], list[Span]]) -> None:
         self.text = text
-        self._parse = parse
+        self._read = read
 
     @property
     def start(self) -> int:
@@ -153,7 +200,4 @@ class Batch:
 
     def spans(self) -> list[Span]:
         """Return the spans. Raises IOReturnError: the text is damaged."""
-        return [
-            Span(virtual, length, physical or None, flags)
-            for virtual, physical, length, flags in self._parse(self.text, "spans")
-        ]
+        return self._read(self.text)

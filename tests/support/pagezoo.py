@@ -17,7 +17,7 @@ HEAD, TAIL, HUGETLB, THP, ZERO_PAGE = 1 << 15, 1 << 16, 1 << 17, 1 << 22, 1 << 2
 STATES = 1 << 63 | 1 << 62 | 1 << 58
 """Bits of an entry for something that is there: present, swapped, guard (the soft-dirty bit alone is nothing)."""
 COUNTERS = (
-    "Rss", "Swap", "LazyFree", "AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Shared_Hugetlb",
+    "Rss", "Swap", "LazyFree", "Anonymous", "AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Shared_Hugetlb",
     "Private_Hugetlb",
 )  # fmt: skip
 """Of smaps; the others depend on what other processes do."""
@@ -78,7 +78,7 @@ class Area(NamedTuple):
     @property
     def huge(self) -> int:
         """Mapped by huge pages."""
-        return sum(self.counters[name] for name in COUNTERS[3:])
+        return sum(self.counters[name] for name in COUNTERS[4:])
 
 
 def areas(pid: int) -> list[Area]:
@@ -208,10 +208,12 @@ def quiet(look: Callable[[], S], ours: Callable[[], T]) -> tuple[S, T]:
 def expected(words: dict[int, int], hidden: bool = False) -> dict[int, tuple[Page, bool]]:
     """Return the state of each page, and whether it is the zero page."""
     with table() as flags:
-        return {
-            address: (page, bool(words[address] >> 63 and flags[words[address] & (1 << 55) - 1] & ZERO_PAGE))
-            for address, page in pages(words, hidden).items()
-        }
+        found = {}
+        for address, page in pages(words, hidden).items():
+            zero = bool(words[address] >> 63 and flags[words[address] & (1 << 55) - 1] & ZERO_PAGE)
+            # The huge zero page has bit 61 set; of a file it is not.
+            found[address] = page._replace(file=page.file and not zero), zero
+        return found
 
 
 def area_facts(area: Area, inside: dict[int, int], flags: FrameTable) -> dict[str, object]:
@@ -237,7 +239,11 @@ def area_facts(area: Area, inside: dict[int, int], flags: FrameTable) -> dict[st
         "tally.swapped": sum(page.swapped for page in found) * PAGE,
         "guard": sum(page.guard for page in found) * PAGE,
         "marker": sum(page.marker for page in found) * PAGE,
-        "file": sum(page.file for page in found) * PAGE,
+        "file": sum(page.file for page in found if page.frame not in zero) * PAGE,
+        # Of a pool smaps tells it not.
+        "anonymous": sum(page.present and not page.file for page in found) * PAGE
+        if "ht" in area.flags
+        else area.counters["Anonymous"],
         "zero": sum(page.frame in zero for page in found if page.present) * PAGE,
         "hidden": 0,
         "exclusive": sum(word >> 63 and word >> 56 & 1 for word in inside.values()) * PAGE,

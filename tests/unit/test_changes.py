@@ -18,6 +18,7 @@ Page = tuple[int, int]
 """Flags, and the frame number (0: none)."""
 HEADER = {
     "version": 1, "pid": 1, "name": "x", "time": 0.0, "kernel": "6", "page_bytes": PAGE, "frames_visible": True,
+    "start": 0, "end": 1 << 64,
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from iobmd.cli import EXIT_OK
+from iobmd.cli.ending import terminable
 
 from .arguments import parse
 
@@ -18,5 +19,6 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
     # Each way to show it is loaded when it is asked for: most runs print a table.
     way = importlib.import_module(f"{__name__}.{arguments.way}")
-    way.run(arguments)
+    with terminable():  # there may be drafts and folders to remove
+        way.run(arguments)
     return EXIT_OK

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from typing import TYPE_CHECKING
 
 from iobmd.cli.arguments import size
@@ -78,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="iobmd pagemap",
         usage="%(prog)s PID|self [options]\n       %(prog)s --frame PFN[-PFN] [--json]",
         description="Show where a process's memory lies: a row for each of its areas (VMAs), and a summary.",
-        epilog="Sizes and addresses: decimal, 0x hexadecimal, or with a suffix k, M, G, T. Frame numbers and what "
+        epilog="Sizes and addresses: decimal, 0x hexadecimal, or with a suffix k, M, G, T; a range of 8 digits or "
+        "more also as /proc/PID/maps has it, hexadecimal without 0x. Frame numbers and what "
         "follows from them (runs, folio sizes) are shown to holders of CAP_SYS_ADMIN; the rest to anyone who may "
         "trace the process.",
     )
@@ -128,10 +130,9 @@ def _add_ways(group: argparse._ArgumentGroup) -> None:
 def _pid(text: str) -> int:
     if text == "self":
         return os.getpid()
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a process id nor self") from None
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a process id nor self")
+    return int(text)
 
 
 def _seconds(text: str) -> float:
@@ -145,15 +146,17 @@ def _seconds(text: str) -> float:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
+    if not (text.isascii() and text.isdecimal()) or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of looks, 1 or more")
     return int(text)
 
 
 def _addresses(text: str) -> tuple[int, int]:
     first, separator, last = text.partition("-")
+    # /proc/PID/maps writes eight digits or more, hexadecimal and without 0x.
+    read = _hexadecimal if _IN_MAPS.fullmatch(text) else parse_size
     try:
-        start, end = _address(first), _address(last)
+        start, end = read(first), read(last)
     except ValueError:
         start = end = 0
     if not separator or start >= end:
@@ -163,12 +166,11 @@ def _addresses(text: str) -> tuple[int, int]:
     return start, end
 
 
-def _address(text: str) -> int:
-    """Read an address as `parse_size`, or without 0x as /proc/PID/maps writes it."""
-    try:
-        return int(text, 16) if len(text) >= 8 else parse_size(text)
-    except ValueError:
-        return parse_size(text)
+def _hexadecimal(text: str) -> int:
+    return int(text, 16)
+
+
+_IN_MAPS = re.compile(r"[0-9a-f]{8,16}-[0-9a-f]{8,16}")
 
 
 def _frames(text: str) -> tuple[int, int]:
@@ -179,6 +181,6 @@ def _frames(text: str) -> tuple[int, int]:
         high = int(last, 0) if last else low
     except ValueError:
         low, high = 1, 0
-    if not 0 <= low <= high < 1 << 52:
+    if not 0 <= low <= high < 1 << 40:  # of 52 bits of address
         raise argparse.ArgumentTypeError(f"{text!r} is not a frame number, or two such as 0x1a000-0x1a0ff")
     return low * PAGE_SIZE, (high - low + 1) * PAGE_SIZE

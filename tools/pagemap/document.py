@@ -15,7 +15,7 @@ from .total import Total
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from iobmd.pagemap.area import Area
 
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
         require_frames()
     print("{" + members(_head(look)) + ',\n"vmas": [', end="")
     total = Total()
-    write_list(_rows(look, total))
+    write_lines(look.rows(lambda area: json.dumps(row(total.counted(area)))))
     print(f'],\n"summary": {json.dumps(summary(total, look.frames))}', end="")
     if arguments.runs or arguments.flags:
         print(',\n"runs": [', end="")
@@ -48,8 +48,13 @@ def members(document: dict[str, Any]) -> str:
 
 def write_list(rows: Iterable[dict[str, Any]]) -> None:
     """Print the elements of a list as JSON, each on a line of its own, as they come."""
-    for index, row in enumerate(rows):
-        print("," if index else "", json.dumps(row), sep="\n", end="")
+    write_lines(map(json.dumps, rows))
+
+
+def write_lines(rows: Iterable[str]) -> None:
+    """Print the elements of a list, which are JSON already."""
+    for index, one in enumerate(rows):
+        print("," if index else "", one, sep="\n", end="")
 
 
 def _head(look: Look) -> dict[str, Any]:
@@ -70,41 +75,37 @@ def _head(look: Look) -> dict[str, Any]:
     }
 
 
-def _rows(look: Look, total: Total) -> Iterator[dict[str, Any]]:
-    for area in look.areas():
-        total.add(area)
-        yield row(area)
-
-
 def row(area: Area) -> dict[str, Any]:
     """Return an area as data: sizes in bytes, null for what is not known."""
-    vma, tally = area.vma, area.tally
-    return {
-        "start": area.start,
-        "end": area.end,
-        "perms": vma.perms,
-        "offset": vma.offset,
-        "device": vma.device,
-        "inode": vma.inode,
-        "name": vma.name,
-        "size_bytes": area.size,
-        "resident_bytes": area.resident,
-        "anonymous_bytes": area.anonymous,
-        "file_or_shared_bytes": area.file_or_shared,
-        "exclusive_bytes": tally.exclusive,
-        "swapped_bytes": area.swapped,
-        "huge_bytes": area.huge,
-        "hugetlb_page_bytes": area.hugetlb_page,
-        "folio_bytes": area.folios,
-        "locked_bytes": area.locked,
-        "lazy_free_bytes": area.lazy_free,
-        "zero_bytes": tally.zero,
-        "guard_bytes": tally.guard,
-        "marker_bytes": tally.marker,
-        "device_bytes": area.device,
-        "run_count": tally.runs if area.visible else None,
-        "largest_run_bytes": tally.largest if area.visible else None,
-    }
+    return {name: value(area) for name, value in FIELDS.items()}
+
+
+FIELDS: dict[str, Callable[[Area], Any]] = {
+    "start": lambda area: area.start,
+    "end": lambda area: area.end,
+    "perms": lambda area: area.vma.perms,
+    "offset": lambda area: area.vma.offset,
+    "device": lambda area: area.vma.device,
+    "inode": lambda area: area.vma.inode,
+    "name": lambda area: area.vma.name,
+    "size_bytes": lambda area: area.size,
+    "resident_bytes": lambda area: area.resident,
+    "anonymous_bytes": lambda area: area.anonymous,
+    "file_or_shared_bytes": lambda area: area.file_or_shared,
+    "exclusive_bytes": lambda area: area.tally.exclusive,
+    "swapped_bytes": lambda area: area.swapped,
+    "huge_bytes": lambda area: area.huge,
+    "hugetlb_page_bytes": lambda area: area.hugetlb_page,
+    "folio_bytes": lambda area: area.folios,
+    "locked_bytes": lambda area: area.locked,
+    "lazy_free_bytes": lambda area: area.lazy_free,
+    "zero_bytes": lambda area: area.tally.zero,
+    "guard_bytes": lambda area: area.tally.guard,
+    "marker_bytes": lambda area: area.tally.marker,
+    "device_bytes": lambda area: area.device,
+    "run_count": lambda area: area.tally.runs if area.visible else None,
+    "largest_run_bytes": lambda area: area.tally.largest if area.visible else None,
+}
 
 
 def summary(total: Total, visible: bool) -> dict[str, Any]:

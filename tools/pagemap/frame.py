@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from typing import TYPE_CHECKING
 
+from iobmd.cli.printable import printable
 from iobmd.errors import IOReturnError
 from iobmd.pagemap.frame import Frames, require_frames, users
 from iobmd.units import PAGE_SIZE, format_size
+
+from .document import VERSION, members, write_list
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator
 
-    from iobmd.pagemap.frame import FrameFacts
+    from iobmd.pagemap.frame import FrameFacts, Use
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -26,23 +28,34 @@ def run(arguments: argparse.Namespace) -> None:
     with contextlib.suppress(IOReturnError), Frames() as frames:
         facts = frames.describe(physical, length)
     with _progress() as progress:
-        found = list(users(physical, length, progress=progress))
-    if arguments.json:
-        uses = [use._asdict() | {"area": use.area._asdict()} for use in found]
-        about = facts._asdict() if facts else None
-        document = {"version": 1, "physical": physical, "length": length, "frames": about, "users": uses}
-        print(json.dumps(document, indent=2))
-        return
+        found = users(physical, length, progress=progress)
+        if arguments.json:
+            _write(physical, length, facts, found)
+        else:
+            _show(physical, length, facts, found)
+
+
+def _write(physical: int, length: int, facts: FrameFacts | None, found: Iterator[Use]) -> None:
+    about = facts._asdict() if facts else None
+    head = {"version": VERSION, "physical": physical, "length": length, "frames": about}
+    print("{" + members(head) + ',\n"users": [', end="")
+    write_list(use._asdict() | {"area": use.area._asdict()} for use in found)
+    print("]}")
+
+
+def _show(physical: int, length: int, facts: FrameFacts | None, found: Iterator[Use]) -> None:
     print(f"frames {physical // PAGE_SIZE:#x}-{(physical + length) // PAGE_SIZE - 1:#x}, {format_size(length)}")
     if facts:
         least, most = facts.mapped or ("?", "?")
         print(f"  flags: {' '.join(facts.flags) or 'none common to all'}")
         print(f"  of some: {' '.join(facts.some_flags) or 'none'}; mapped {least} to {most} times")
         print(f"  cgroups: {' '.join(facts.cgroups or ()) or 'none known'}")
+    pids = set()
     for use in found:
+        pids.add(use.pid)
         where = f"{use.virtual:16x} {use.physical:14x} {format_size(use.length):>9}"
-        print(f"{use.pid:8} {use.process:16} {where}  {use.area}")
-    print(f"mapped by {len({use.pid for use in found})} processes")
+        print(f"{use.pid:8} {printable(use.process):16} {where}  {printable(str(use.area))}")
+    print(f"mapped by {len(pids)} processes")
 
 
 @contextlib.contextmanager
@@ -53,6 +66,7 @@ def _progress() -> Iterator[Callable[[int, int], object] | None]:
     from rich.console import Console  # noqa: PLC0415 (slow to load)
     from rich.progress import Progress  # noqa: PLC0415
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    # What is printed meanwhile goes above the bar if both are on the terminal, and past it if not.
+    with Progress(console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
         scan = bar.add_task("processes")
         yield lambda done, total: bar.update(scan, completed=done, total=total)

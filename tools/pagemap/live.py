@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
@@ -60,23 +61,17 @@ def _view(look: Look, tick: Tick, height: int) -> RenderableType:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("changed", ratio=3, no_wrap=True)
     table.add_column("name", ratio=1, no_wrap=True)
-    for row in _rows(tick)[: max(4, height - _AROUND - len(hidden))]:
+    for row in islice(_rows(tick), max(4, height - _AROUND - len(hidden))):
         table.add_row(*row)
     return Group(Text(page_line(look), style="bold"), *hidden, Text(line(tick)), Text(), table)
 
 
-def _rows(tick: Tick) -> list[tuple[RenderableType, ...]]:
-    """Return what changed, most first, and then the other areas, the largest in memory first."""
-    now = {area.vma for area in tick.areas}
-    gone = [(vma, sums) for vma, sums in tick.changed.items() if vma not in now]
-    areas = sorted(tick.areas, key=lambda area: (-sum(_changed(tick, area).values()), -area.resident))
-    changed = sum(area.vma in tick.changed for area in areas)
-    rows = [_row(area, _changed(tick, area)) for area in areas]
-    return rows[:changed] + [_gone(vma, sums) for vma, sums in gone] + rows[changed:]
-
-
-def _changed(tick: Tick, area: Area) -> Counter[Kind]:
-    return tick.changed.get(area.vma, Counter())
+def _rows(tick: Tick) -> Iterator[tuple[RenderableType, ...]]:
+    """Iterate over what changed, most first, and then the other areas, the largest in memory first."""
+    for vma, area, sums in sorted(tick.changed, key=lambda one: -one.sums.total()):
+        yield _row(area, sums) if area else _gone(vma, sums)
+    for area in tick.largest:
+        yield _row(area, Counter())
 
 
 def _row(area: Area, sums: Counter[Kind]) -> tuple[RenderableType, ...]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import host, procfs
+from iobmd.cli.printable import printable
 from iobmd.pagemap.area import areas, is_bearable
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.target import resolve
 from iobmd.task import Task
 from iobmd.units import PAGE_SIZE
 
+from .order import ordered
 from .steady import Steady
 
 if TYPE_CHECKING:
@@ -41,9 +44,10 @@ class Look:
         self.arguments = arguments
         self.task = Task(arguments.pid)
         start, end = arguments.range or (None, None)
+        self.name = ""
         self.where: Where = resolve(self.task, start, None if end is None else end - start)
         self._steady = Steady(self.task.pid)
-        self.name = procfs.status(self.task.pid).get("Name", "")
+        self.name_anew()
         self.time = time.time()
         self.kernel = os.uname().release
         with Reader(self.task) as reader:
@@ -52,6 +56,16 @@ class Look:
             wanted = True if needed and arguments.smaps is None else arguments.smaps
             self.details: bool = is_bearable(self.where, reader) if wanted is None else wanted
         self.flags = self.frames and os.access("/proc/kpageflags", os.R_OK)
+
+    @property
+    def title(self) -> str:
+        """The process's name and number, fit to be shown."""
+        return f"{printable(self.name)} ({self.task.pid})"
+
+    def name_anew(self) -> None:
+        """Ask for the name again: a process that executes another program has another."""
+        with contextlib.suppress(OSError):  # it is gone: who reads its memory says so
+            self.name = procfs.status(self.task.pid).get("Name", "")
 
     @property
     def hidden(self) -> list[Hidden]:
@@ -85,17 +99,25 @@ class Look:
         return self._steady.restless()
 
     def areas(self) -> Iterator[Area]:
-        """Iterate over the areas that were chosen, in the order that was asked for."""
-        chosen = filter(self._is_chosen, areas(self.where, details=self.details, folios=self.flags))
+        """Iterate over the areas that were chosen, ascending."""
+        return filter(self._is_chosen, areas(self.where, details=self.details, folios=self.flags))
+
+    def rows(self, write: Callable[[Area], str]) -> Iterator[str]:
+        """Iterate over the same as text, in the order that was asked for."""
         key, backwards = _KEYS[self.arguments.sort]
-        return chosen if key is None else iter(sorted(chosen, key=key, reverse=backwards))
+        if key is None:
+            return map(write, self.areas())
+        return ordered(((key(area), write(area)) for area in self.areas()), backwards=backwards)
 
     def _is_chosen(self, area: Area) -> bool:
+        only = self.arguments.only
+        return self.may_choose(area.vma, area.size) and (only is None or _STATES[only](area) > 0)
+
+    def may_choose(self, vma: VMA, size: int) -> bool:
+        """Say whether an area is chosen, whatever it holds; `size` is that of the part that was asked for."""
         chosen = self.arguments
-        return (
-            (chosen.name is None or chosen.name in area.vma.name)
-            and (chosen.min_size is None or area.size >= chosen.min_size)
-            and (chosen.only is None or _STATES[chosen.only](area) > 0)
+        return (chosen.name is None or chosen.name in vma.name) and (
+            chosen.min_size is None or size >= chosen.min_size
         )
 
     def parts(self) -> Iterator[tuple[VMA, int, int]]:
@@ -103,13 +125,13 @@ class Look:
 
         What they hold is read only when the choice depends on it.
         """
-        chosen = self.arguments
-        if chosen.name is None and chosen.min_size is None and chosen.only is None:
-            for vma in self.where.areas():
-                yield vma, max(vma.start, self.where.start), min(vma.end, self.where.end)
+        if self.arguments.only is not None:
+            yield from ((area.vma, area.start, area.end) for area in self.areas())
             return
-        for area in filter(self._is_chosen, areas(self.where, details=self.details)):
-            yield area.vma, area.start, area.end
+        for vma in self.where.areas():
+            start, end = max(vma.start, self.where.start), min(vma.end, self.where.end)
+            if self.may_choose(vma, end - start):
+                yield vma, start, end
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """Iterate over the starts and ends of `parts`."""
@@ -144,4 +166,4 @@ _KEYS: dict[str, tuple[Callable[[Area], int | str] | None, bool]] = {
 
 def page_line(look: Look) -> str:
     """Say of what process, on what host, all the rest is."""
-    return f"{look.name} ({look.task.pid}), Linux {look.kernel}, pages of {PAGE_SIZE >> 10} KiB"
+    return f"{look.title}, Linux {look.kernel}, pages of {PAGE_SIZE >> 10} KiB"

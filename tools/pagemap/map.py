@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from .grid import Sums
     from .survey import Part
 
-_MARGIN = 20  # the address of the row, and blanks
-_SHADES = "░▒▓█"
+_MARGIN = 18  # the address of the row, and blanks
+_SHADES, _NOTHING, _LEFT_OUT = "░▒▓█", "·", "⋮"
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -34,10 +34,13 @@ def run(arguments: argparse.Namespace) -> None:
     look = Look(arguments)
     show_head(look)
     screen = shutil.get_terminal_size((100, 44))
-    cells = 1 << max(3, (screen.columns - _MARGIN).bit_length() - 1)
-    grid = Grid(max(16, screen.lines - 12), row=cells)
+    cells = 1 << max(0, max(0, screen.columns - _MARGIN).bit_length() - 1)
+    grid = Grid(max(8, screen.lines - 12), row=cells)
     parts = survey(look, grid)
-    console = Console(width=screen.columns, highlight=False)
+    if not grid.totals():
+        print("nothing that was chosen holds anything")
+        return
+    console = Console(width=max(screen.columns, _MARGIN + 1), highlight=False)
     paint = _shade if console.color_system and not console.no_color and _can_shade() else _letter
     print(f"a cell: {format_size(grid.block)}, a row: {format_size(grid.block * cells)}\n")
     for line in _lines(grid, cells, parts, paint):
@@ -48,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _can_shade() -> bool:
     try:
-        _SHADES.encode(sys.stdout.encoding or "ascii")
+        (_SHADES + _NOTHING + _LEFT_OUT).encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:
         return False
     return True
@@ -76,14 +79,15 @@ def _lines(grid: Grid, cells: int, parts: list[Part], paint: Callable[..., Text]
 def _skipped(parts: list[Part], start: int, end: int) -> str:
     """Say what lies between two rows: areas that hold nothing, or none."""
     size = sum(part.end - part.start for part in between(parts, start, end))
-    return f"{'⋮':>16}" + (f"  {format_size(size)} of areas that hold nothing" if size else "")
+    sign = _LEFT_OUT if _can_shade() else ":"
+    return f"{sign:>16}" + (f"  {format_size(size)} of areas that hold nothing" if size else "")
 
 
 def _shade(sums: Sums, block: int, mapped: bool) -> Text:
     from rich.text import Text  # noqa: PLC0415
 
     if not sums:
-        return Text("·" if mapped else " ", style="dim")
+        return Text(_NOTHING if mapped else " ", style="dim")
     filled = min(3, sum(sums.values()) * 4 // block)
     return Text(_SHADES[filled], style=INKS[main_state(sums)].color)
 

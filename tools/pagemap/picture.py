@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import sys
 from typing import TYPE_CHECKING
 
 from iobmd import lowmem
@@ -25,18 +26,17 @@ COLUMNS, ROWS = 240, 160
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the picture."""
-    path = arguments.svg or arguments.png or arguments.html
-    write = _write_png if arguments.png else _write_html if arguments.html else _write_svg
+    kind, path = next((kind, path) for kind in _WRITERS if (path := getattr(arguments, kind)) is not None)
     look = Look(arguments)
-    if arguments.png:
+    if kind == "png":
         _require_pillow()
     grid = Grid(COLUMNS, physical_limit=ROWS)
     if look.frames:
         grid.reach(lowmem.end_of_memory())
     drawing = Drawing(look, grid, survey(look, grid))
-    with replacing(path, 0o666) as file:
-        write(drawing, file)
-    print(f"{path}: {look.name} ({look.task.pid}), {drawing.width}x{drawing.height} pixels")
+    with replacing("/dev/stdout" if path == "-" else path, 0o666) as file:
+        _WRITERS[kind](drawing, file)
+    print(f"{path}: {look.title}, {drawing.width}x{drawing.height} pixels", file=sys.stderr)
 
 
 def _write_svg(drawing: Drawing, file: BinaryIO) -> None:
@@ -65,8 +65,7 @@ def _label(label: Label) -> str:
 
 
 def _write_html(drawing: Drawing, file: BinaryIO) -> None:
-    title = html.escape(f"{drawing.look.name} ({drawing.look.task.pid})")
-    file.write(_PAGE_HEAD.replace("TITLE", title).encode())
+    file.write(_PAGE_HEAD.replace("TITLE", html.escape(drawing.look.title)).encode())
     _write_svg(drawing, file)
     file.write(_PAGE_TAIL.encode())
 
@@ -128,3 +127,7 @@ def _write_png(drawing: Drawing, file: BinaryIO) -> None:
             anchor = "rs" if item.to_the_left else "ls"
             pen.text((item.x, item.y), item.text, fill="black", font=fonts[item.strong], anchor=anchor)
     image.save(file, "PNG")
+
+
+_WRITERS = {"svg": _write_svg, "png": _write_png, "html": _write_html}
+"""By the option that asks for one."""

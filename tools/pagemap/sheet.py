@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import csv
 import sys
+from io import StringIO
 from typing import TYPE_CHECKING
 
+from iobmd.cli.printable import printable
 from iobmd.pagemap.frame import require_frames
 from iobmd.pagemap.span import Run
 
-from .document import row
+from .document import FIELDS, row
 from .look import Look
 from .runs import chosen_descriptions, chosen_runs
 
 if TYPE_CHECKING:
     import argparse
+
+    from iobmd.pagemap.area import Area
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -32,11 +36,16 @@ def run(arguments: argparse.Namespace) -> None:
         lines.writerow(Run._fields)
         lines.writerows(chosen_runs(look))
     else:
-        for index, area in enumerate(look.areas()):
-            fields = row(area)
-            sizes = fields.pop("folio_bytes") or {}
-            fields["folio_bytes"] = " ".join(f"{size}:{held}" for size, held in sorted(sizes.items()))
-            if not index:
-                lines.writerow(fields)
-            lines.writerow(fields.values())
+        lines.writerow(FIELDS)
+        sys.stdout.writelines(look.rows(_line))
     sys.stdout.flush()
+
+
+def _line(area: Area) -> str:
+    fields = row(area)
+    fields["name"] = printable(area.vma.name)
+    sizes = fields["folio_bytes"] or {}
+    fields["folio_bytes"] = " ".join(f"{size}:{held}" for size, held in sorted(sizes.items()))
+    text = StringIO()
+    csv.writer(text, lineterminator="\n").writerow(fields.values())
+    return text.getvalue()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from iobmd.cli.printable import printable
 from iobmd.pagemap.change import changes
 from iobmd.pagemap.snapshot import Snapshot, save
 from iobmd.units import format_size
@@ -24,16 +26,23 @@ if TYPE_CHECKING:
 
 def run(arguments: argparse.Namespace) -> None:
     """Save a snapshot, or print what changed since one."""
-    look = Look(arguments)
-    show = _write if arguments.json else _show
-    if arguments.save:
-        header = save(look.where, arguments.save)
-        print(f"saved {header.name} ({header.pid}) to {arguments.save}")
+    if arguments.save is not None:
+        _save(Look(arguments), arguments.save)
         return
     before = Snapshot(arguments.diff)
+    if arguments.range is None:
+        arguments.range = before.header.start, before.header.end
+    look = Look(arguments)
+    show = _write if arguments.json else _show
     with tempfile.TemporaryDirectory(prefix="iobmd-") as folder:
         save(look.where, Path(folder) / "now")
         show(before, Snapshot(Path(folder) / "now"))
+
+
+def _save(look: Look, path: str) -> None:
+    save(look.where, "/dev/stdout" if path == "-" else path)
+    restless = look.restless()
+    print(f"saved {look.title} to {path}" + (f"; {restless}" if restless else ""), file=sys.stderr)
 
 
 def _write(before: Snapshot, after: Snapshot) -> None:
@@ -46,7 +55,7 @@ def _write(before: Snapshot, after: Snapshot) -> None:
 def _show(before: Snapshot, after: Snapshot) -> None:
     old, new = before.header, after.header
     print(
-        f"{new.name} ({new.pid}) against {old.name} ({old.pid}) of "
+        f"{printable(new.name)} ({new.pid}) against {printable(old.name)} ({old.pid}) of "
         f"{time.strftime('%F %T', time.localtime(old.time))}, {new.time - old.time:.0f} s before"
     )
     if not (old.frames_visible and new.frames_visible):

@@ -12,11 +12,15 @@ from iobmd import procfs
 class Restless(NamedTuple):
     """What a process did while it was read: what is shown of it may be of before or of after."""
 
+    ended: bool
+    """It is gone, or was another in the end."""
     areas: bool
     """Whether areas came, went or changed."""
     page_faults: int
 
     def __str__(self) -> str:
+        if self.ended:
+            return "it ended while it was read"
         areas = "areas came, went or changed" if self.areas else ""
         faults = f"{self.page_faults:,} page faults" if self.page_faults else ""
         return "it changed while it was read: " + ", ".join(filter(None, (areas, faults)))
@@ -27,17 +31,19 @@ class Steady:
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
-        self._areas, self._faults = self._now()
+        self._then = self._now()
 
     def restless(self) -> Restless | None:
         """Return what it did since; None: nothing."""
-        areas, faults = self._now()
-        found = Restless(areas != self._areas, faults - self._faults)
+        now = self._now()
+        if self._then is None or now is None:
+            return Restless(True, False, 0) if now is None else None
+        found = Restless(False, now[0] != self._then[0], now[1] - self._then[1])
         return found if any(found) else None
 
-    def _now(self) -> tuple[int, int]:
+    def _now(self) -> tuple[int, int] | None:
         try:
             areas = Path(f"/proc/{self._pid}/maps").read_bytes()
             return zlib.crc32(areas), procfs.page_faults(self._pid)
         except OSError:  # it has exited, or may not be looked at: who reads it says so
-            return 0, 0
+            return None

@@ -6,6 +6,7 @@ import struct
 from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
+from iobmd.cli.printable import printable
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.span import state_of
 
@@ -54,5 +55,6 @@ def names(parts: Iterable[Part]) -> list[str]:
 
 
 def short(name: str) -> str:
-    """Return the name of an area without its folder; that of a device whole."""
+    """Return the name of an area without its folder, that of a device whole; fit to be shown."""
+    name = printable(name)
     return name if name.startswith("/dev/") else name.rpartition("/")[2] or "(anonymous)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from iobmd.cli.printable import printable
 from iobmd.units import PAGE_SIZE, format_size
 
 from .look import Look, page_line
@@ -27,9 +28,8 @@ def run(arguments: argparse.Namespace) -> None:
     show_head(look)
     print(HEADING)
     total = Total()
-    for area in look.areas():
-        total.add(area)
-        print(_row(area))
+    for row in look.rows(lambda area: _row(total.counted(area))):
+        print(row)
     show_total(look, total)
     show_restless(look)
 
@@ -60,7 +60,7 @@ def _row(area: Area) -> str:
     return (
         f"{addresses:>29} {area.vma.perms:5} {amount(area.size):>9} {amount(area.resident):>9} "
         f"{amount(area.file_or_shared):>9} {amount(area.swapped):>9} {amount(area.huge):>9} {amount(area.locked):>9} "
-        f"{amount(area.lazy_free):>9} {runs:>7} {largest:>9}  {area.vma.name}{notes}"
+        f"{amount(area.lazy_free):>9} {runs:>7} {largest:>9}  {printable(area.vma.name)}{notes}"
     )
 
 

@@ -21,8 +21,8 @@ class Total:
         self.lazy_free: int | None = 0
         self.folios: Counter[int] = Counter()
 
-    def add(self, area: Area) -> None:
-        """Count an area in."""
+    def counted(self, area: Area) -> Area:
+        """Count an area in, and return it."""
         tally = area.tally
         self.areas += 1
         self.size += area.size
@@ -44,6 +44,7 @@ class Total:
         self.ascending += tally.ascending
         self.descending += tally.descending
         self.folios.update(area.folios or {})
+        return area
 
 
 def _sum(one: int | None, other: int | None) -> int | None:

@@ -1,0 +1,312 @@
+"""`iobmd pagemap` of odd processes: names that would break or steer what shows them, many areas, ends at any time."""
+
+import contextlib
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from io import StringIO
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from support import kernel
+
+from iobmd.cli import main
+
+PROGRAM = """
+import ctypes, mmap, os, sys
+held = []
+for name in os.listdir(os.fsencode(sys.argv[1])):
+    file = os.open(os.path.join(os.fsencode(sys.argv[1]), name), os.O_RDWR)
+    held.append(mmap.mmap(file, 4096, prot=mmap.PROT_READ))
+    held[-1][0]
+ctypes.CDLL(None).prctl(15, b"c\\x1b[31m\\xff\\rX", 0, 0, 0)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+NAMES = (
+    b"a\rb", b"q\r700000000000-700000001000 rwxp 00000000 00:00 0 FORGED", b"file 4 kB", b"x\ny",
+    b"esc\x1b[31mred\x1b]0;t\x07", b"not utf-8 \xff\xfe", "\u202egpj.exe".encode(), b"<b>&\"'",
+    b"c1 \xc2\x9b31m", b"Rss: 4 kB",
+)  # fmt: skip
+AREAS = """
+import mmap, sys
+held = []
+for number in range(20000):
+    held.append(mmap.mmap(-1, 8192, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=3 if number % 2 else 1))
+    if number % 2:
+        held[-1][0] = 1
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def started(*arguments: str) -> "subprocess.Popen[bytes]":
+    process = subprocess.Popen([sys.executable, "-c", *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout
+    assert process.stdout.readline() == b"ready\n"
+    return process
+
+
+@pytest.fixture(scope="module")
+def odd() -> Iterator[int]:
+    with tempfile.TemporaryDirectory() as folder:
+        for name in NAMES:
+            Path(folder, os.fsdecode(name)).write_bytes(b"x" * 4096)
+        with started(PROGRAM, folder) as process:
+            yield process.pid
+            process.kill()
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["pagemap", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+TEXT = (
+    [], ["--sort", "name"], ["--csv"], ["--map"], ["--watch", "0.05", "--count", "2"], ["--runs"],
+    ["--svg", "-"], ["--html", "-"],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("options", TEXT, ids=lambda options: " ".join(options) or "table")
+def test_names_neither_break_nor_steer_what_is_shown(odd: int, options: list[str]) -> None:
+    if options == ["--runs"] and not kernel.entries(id(odd), 1)[0] & (1 << 55) - 1:
+        pytest.skip("frame numbers are hidden (no CAP_SYS_ADMIN)")
+    command = [sys.executable, "-m", "iobmd", "pagemap", str(odd), *options]
+    done = subprocess.run(command, capture_output=True, check=False, env=os.environ | {"PYTHONIOENCODING": "utf-8"})
+    assert done.returncode == 0, done.stderr
+    for output in (done.stdout, done.stderr):
+        text = output.decode()  # which must be UTF-8
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
+        assert not re.search(r"^ *700000000000", text, re.M), "an area that is not there"
+    if options == ["--svg", "-"]:
+        ElementTree.fromstring(done.stdout)
+
+
+def test_every_name_comes_whole(odd: int, capsys: pytest.CaptureFixture[str]) -> None:
+    document = json.loads(shown(capsys, str(odd), "--json", "--smaps"))
+    assert document["name"] == "c\x1b[31m\udcff\rX"
+    # The kernel itself writes a newline as \012, and a name with \012 in it looks the same.
+    names = {os.fsencode(vma["name"]).rpartition(b"/")[2] for vma in document["vmas"]}
+    assert names >= set(NAMES)
+    text = shown(capsys, str(odd))
+    for name in (r"a\x0db", "file 4 kB", r"esc\x1b[31mred\x1b]0;t\x07", r"not utf-8 \xff\xfe", r"\u202egpj.exe"):
+        assert name in text
+    rows = list(csv.DictReader(StringIO(shown(capsys, str(odd), "--csv"))))
+    assert len(rows) == len(document["vmas"])
+
+
+def test_a_snapshot_of_odd_names(odd: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown(capsys, str(odd), "--save", str(tmp_path / "file"))
+    assert "nothing changed" in shown(capsys, str(odd), "--diff", str(tmp_path / "file"))
+
+
+@pytest.fixture(scope="module")
+def many() -> Iterator[int]:
+    with started(AREAS) as process:
+        yield process.pid
+        process.kill()
+
+
+PEAK = """
+import sys
+from iobmd import procfs
+from iobmd.cli import main
+code = main(sys.argv[1:])
+print(procfs.status_bytes("VmHWM"), file=sys.stderr)
+sys.exit(code)
+"""
+LIMIT = 32 << 20
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--json"], ["--csv"], ["--sort", "size"], ["--map"], ["--svg", "/dev/null"], ["--save", "/dev/null"],
+     ["--watch", "0.01", "--count", "3"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_twenty_thousand_areas_in_little_memory(many: int, options: list[str]) -> None:
+    command = [sys.executable, "-c", PEAK, "pagemap", str(many), *options]
+    done = subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert int(done.stderr.splitlines()[-1]) <= LIMIT
+
+
+def test_rows_in_order(many: int, capsys: pytest.CaptureFixture[str]) -> None:
+    document = json.loads(shown(capsys, str(many), "--json", "--sort", "resident"))
+    sizes = [vma["resident_bytes"] for vma in document["vmas"]]
+    assert len(sizes) > 20000
+    assert sizes == sorted(sizes, reverse=True)
+    assert sum(sizes) == document["summary"]["resident_bytes"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_watch_that_is_ended_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "iobmd", "pagemap", str(os.getpid()), "--watch", "0.05"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"TMPDIR": str(tmp_path)}) as watching:
+        assert watching.stdout
+        while b"resident" not in watching.stdout.readline():
+            pass
+        assert list(tmp_path.iterdir())
+        watching.send_signal(number)
+        watching.stdout.read()
+    assert watching.returncode == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_changes_while_it_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    busy = "import mmap\nprint('ready', flush=True)\nwhile True:\n m = mmap.mmap(-1, 1 << 20); m[0] = 1; m.close()"
+    with started(busy) as process:
+        document = json.loads(shown(capsys, str(process.pid), "--json"))
+        text = shown(capsys, str(process.pid))
+        process.kill()
+    assert document["changed_while_read"]["page_faults"] > 0
+    assert re.search(r"changed while it was read: .*page faults", text)
+
+
+def test_a_process_that_stands_still(odd: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert json.loads(shown(capsys, str(odd), "--json"))["changed_while_read"] is None
+    assert "changed while" not in shown(capsys, str(odd))
+
+
+def test_a_process_that_ends_while_it_is_read() -> None:
+    from iobmd.tools.pagemap.steady import Steady
+
+    with subprocess.Popen(["sleep", "60"]) as process:
+        steady = Steady(process.pid)
+        process.kill()
+        process.wait()
+    assert "ended" in str(steady.restless())
+
+
+def test_what_was_released_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = "import mmap,sys\nm = mmap.mmap(-1, 4 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
+    program += "m[:] = bytes(4 << 20)\nprint('ready', flush=True)\nsys.stdin.readline()\n"
+    program += "m.madvise(mmap.MADV_DONTNEED, 0, 1 << 20)\nprint('ready', flush=True)\nsys.stdin.read()"
+    with started(program) as process:
+        assert process.stdin
+        assert process.stdout
+        shown(capsys, str(process.pid), "--save", str(tmp_path / "file"))
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"ready\n"
+        assert re.search(
+            r"^ *[0-9a-f]+-[0-9a-f]+ +1 MiB released$",
+            shown(capsys, str(process.pid), "--diff", str(tmp_path / "file")),
+            re.M,
+        )
+        process.kill()
+
+
+def test_a_snapshot_keeps_its_range(odd: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stack = next(
+        line for line in Path(f"/proc/{odd}/maps").read_text(errors="replace").split("\n") if "[stack]" in line
+    )
+    part = stack.split()[0]
+    shown(capsys, str(odd), "--save", str(tmp_path / "part"), "--range", part)
+    assert "nothing changed" in shown(capsys, str(odd), "--diff", str(tmp_path / "part"))
+    shown(capsys, str(odd), "--save", str(tmp_path / "whole"))
+    assert main(["pagemap", str(odd), "--diff", str(tmp_path / "whole"), "--range", part]) == 1
+    assert "different ranges" in capsys.readouterr().err
+
+
+Damage = Callable[[list[str]], list[str]]
+
+
+def header(**fields: object) -> Damage:
+    def change(lines: list[str]) -> list[str]:
+        first = json.loads(lines[0])
+        first["iobmd pagemap"] |= fields
+        return [json.dumps(first), *lines[1:]]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        header(time=1e30), header(time="x"), header(page_bytes=65536), header(pid=None), header(start=-1),
+        lambda lines: [line.replace('"spans": [[', '"spans": [[1, ') for line in lines],
+        lambda lines: [line.replace('"area": [', '"area": [1, ') for line in lines],
+        lambda lines: [lines[0], *(line[: len(line) // 2] for line in lines[1:])],
+        lambda lines: [lines[0], "x", *lines[1:]],
+    ],
+)  # fmt: skip
+def test_a_damaged_snapshot_is_refused(
+    odd: int, damage: Damage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    shown(capsys, str(odd), "--save", str(file))
+    file.write_text("\n".join(damage(file.read_text().splitlines())))
+    assert main(["pagemap", str(odd), "--diff", str(file)]) == 1
+    assert re.search("snapshot|different page sizes", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("option", ["--svg", "--save", "--diff", "--png", "--html"])
+def test_no_name_of_a_file(odd: int, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pagemap", str(odd), option, ""]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", [1, 19, 20, 28, 79, 300])
+def test_a_map_fits_any_width(
+    odd: int, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("LINES", "30")
+    text = shown(capsys, str(odd), "--map")
+    rows = [line for line in text.splitlines() if re.match(r" *[0-9a-f]+  ", line)]
+    assert rows
+    assert max(map(len, rows)) <= max(columns, 19)
+    assert len(rows) <= 18
+
+
+def test_a_map_without_the_letters_for_it(odd: int) -> None:
+    command = [sys.executable, "-m", "iobmd", "pagemap", str(odd), "--map"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "FORCE_COLOR": "1", "TERM": "xterm"}
+    done = subprocess.run(command, capture_output=True, check=False, env=environment, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_output_that_is_closed(odd: int) -> None:
+    command = f"exec {sys.executable} -m iobmd pagemap {odd} >&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_interrupted_at_any_time(odd: int) -> None:
+    for delay in range(0, 400, 20):
+        command = [sys.executable, "-m", "iobmd", "pagemap", str(odd), "--watch", "0.05"]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as watching:
+            time.sleep(delay / 1000)
+            for _ in range(100):  # as it starts the interpreter may lose one
+                watching.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    watching.wait(1)
+                    break
+            watching.kill()
+            assert watching.stderr
+            error = watching.stderr.read()
+        # Before our first line the interpreter itself is interrupted.
+        assert watching.returncode in (0, 130, -signal.SIGINT, 1)
+        assert "tools/pagemap" not in error, error
+
+
+def test_decimal_and_hexadecimal_ranges(odd: int, capsys: pytest.CaptureFixture[str]) -> None:
+    start, end = next(iter(Path(f"/proc/{odd}/maps").read_text(errors="replace").split("\n"))).split()[0].split("-")
+    for text in (f"{start}-{end}", f"0x{start}-0x{end}", f"{int(start, 16)}k-{int(end, 16)}k"):
+        document = json.loads(shown(capsys, str(odd), "--json", "--range", text))
+        assert len(document["vmas"]) == (0 if text.endswith("k") else 1)
+
+
+@pytest.mark.parametrize("pid", ["1_0", "\u0663", "-1", "0x1"])
+def test_what_is_no_pid(pid: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pagemap", pid]) == 2
+    assert "usage" in capsys.readouterr().err

@@ -1,0 +1,24 @@
+"""Rows in another order than that they are found in, without all of them in memory."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+
+def ordered(rows: Iterable[tuple[int | str, str]], *, backwards: bool) -> Iterator[str]:
+    """Iterate over rows by their keys, those of equal keys as they came; they wait in a file meanwhile."""
+    with tempfile.TemporaryFile(prefix="iobmd-") as file:
+        places: list[tuple[int | str, int, int]] = []
+        end = 0
+        for key, row in rows:
+            data = row.encode(errors="surrogateescape")
+            places.append((key, end, len(data)))
+            end += file.write(data)
+        places.sort(key=lambda place: place[0], reverse=backwards)
+        for _key, start, length in places:
+            file.seek(start)
+            yield file.read(length).decode(errors="surrogateescape")
