@@ -3,8 +3,6 @@ cdef extern from "<sys/mman.h>" nogil:
     void *c_mmap "mmap"(void *addr, size_t length, int prot, int flags, int fd, long offset)
     int c_munmap "munmap"(void *addr, size_t length)
     int c_madvise "madvise"(void *addr, size_t length, int advice)
-    int c_mlock "mlock"(const void *addr, size_t length)
-    int c_munlock "munlock"(const void *addr, size_t length)
     void *c_mremap "mremap"(void *old, size_t old_size, size_t new_size, int flags, void *new)
     int c_mincore "mincore"(void *addr, size_t length, unsigned char *vec)
     void *MAP_FAILED
@@ -27,6 +25,13 @@ cdef extern from * nogil:
     """
     #include <sys/syscall.h>
     #include <unistd.h>
+    #ifdef __SANITIZE_ADDRESS__  /* whose mlock and munlock do nothing */
+    #define iobmd_mlock(address, length) ((int)syscall(__NR_mlock, address, length))
+    #define iobmd_munlock(address, length) ((int)syscall(__NR_munlock, address, length))
+    #else
+    #define iobmd_mlock mlock
+    #define iobmd_munlock munlock
+    #endif
     #define iobmd_mlock2(address, length, flags) ((int)syscall(__NR_mlock2, address, length, flags))
     /* linux/mman.h since 4.5, 4.17, 5.4, 5.14 and 5.18: libc headers may be older than the running kernel. */
     #ifndef MAP_FIXED_NOREPLACE
@@ -57,6 +62,8 @@ cdef extern from * nogil:
     #define MADV_COLLAPSE 25
     #endif
     """
+    int c_mlock "iobmd_mlock"(const void *addr, size_t length)
+    int c_munlock "iobmd_munlock"(const void *addr, size_t length)
     int c_mlock2 "iobmd_mlock2"(const void *addr, size_t length, unsigned int flags)
     enum:
         MAP_FIXED_NOREPLACE

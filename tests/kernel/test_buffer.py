@@ -271,16 +271,10 @@ def test_bad_arguments(options: int, capacity: int, alignment: int, mask: int) -
 
 
 @pytest.mark.usefixtures("nothing_left")
-@pytest.mark.parametrize(
-    "keywords",
-    [
-        {"cache": "inhibit"},
-        {"cache": "writecombine"},
-    ],
-)
-def test_not_supported_yet(keywords: dict[str, object]) -> None:
+@pytest.mark.parametrize("options", [IOOptionBits.kIOMemoryClearEncrypt, IOOptionBits.kIOMemoryUseReserve])
+def test_not_supported_yet(options: int) -> None:
     with pytest.raises(IOReturnError, match=r"does not support .* yet") as caught:
-        iobmd.allocate(4096, **keywords)  # type: ignore[arg-type]
+        Buffer.withOptions(options, 4096)
     assert caught.value.code == IOReturn.kIOReturnUnsupported
 
 
