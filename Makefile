@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml iobmd/_version.py $(wildcard cython_ext/*)
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test test-asan lint docs bench clean
 
 demo: $(READY)
 	$(BIN)/iobmd doctor
@@ -14,6 +14,13 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+# The extensions under the address sanitizer. Left out by default: tests of whole address spaces, in which the
+# sanitizer's own takes minutes to walk, and tests of exact limits, which its memory exceeds.
+ASAN_TESTS := $(patsubst %,tests/kernel/test_%.py,\
+    buffer cache_modes copies dma dma_segments handover mapping masks pinning purgeable segments shared task withcopy)
+test-asan:
+	tools/asan "$(PYTHON)" build/asan $(or $(PYTEST_ARGS),$(ASAN_TESTS))
 
 lint: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" tools/lint

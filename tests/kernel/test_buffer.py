@@ -496,6 +496,7 @@ def test_child_that_exits_normally_is_quiet() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.needs("own_footprint")
 @RULES
 @pytest.mark.usefixtures("nothing_left")
 def test_ten_thousand_buffers(wired: bool) -> None:
@@ -515,6 +516,7 @@ def test_ten_thousand_buffers(wired: bool) -> None:
     assert kernel.status("VmRSS") - resident < MIB
 
 
+@pytest.mark.needs("own_footprint")
 @pytest.mark.usefixtures("nothing_left")
 def test_ten_thousand_failed_copies() -> None:
     area = mmap.mmap(-1, 2 * kernel.PAGE)

@@ -160,6 +160,7 @@ def test_guards(options: IOMapOptions, guard: int) -> None:
         buffer.map(options)
 
 
+@pytest.mark.needs("own_footprint")
 @pytest.mark.usefixtures("nothing_left")
 def test_compatible_maps_share_addresses() -> None:
     buffer, _ = shared()
@@ -291,6 +292,7 @@ def test_refused(options: int, offset: int, length: int, code: IOReturn) -> None
         assert code_of(other) == IOReturn.kIOReturnUnsupported
 
 
+@pytest.mark.needs("own_footprint")
 def test_maps_come_and_go_in_threads() -> None:
     """Maps in reference cycles die wherever a collection comes."""
 

@@ -74,6 +74,11 @@ def _memlock() -> str | None:
     return None if may_lock(1 << 30) else "may not lock a GiB (RLIMIT_MEMLOCK, CAP_IPC_LOCK)"
 
 
+def _own_footprint() -> str | None:
+    sanitizer = "libasan" in Path("/proc/self/maps").read_text()
+    return "the address sanitizer maps memory of its own, and keeps some" if sanitizer else None
+
+
 PROBES: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "frames": _frames,
@@ -83,6 +88,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "memory_cgroup": _memory_cgroup,
     "compiler": _compiler,
     "big_memory": _big_memory,
+    "own_footprint": _own_footprint,
 }
 
 
