@@ -211,6 +211,14 @@ def test_a_device_that_does_not_see_the_caches(options: int) -> None:
         assert not memory.operations
 
 
+def test_bounce_pages_keep_the_place_in_the_page(command: IODMACommand) -> None:
+    command.setMemoryDescriptor(
+        Strewn([(ABOVE + 100, 50), (ABOVE + 9 * PAGE - 3, 6), (PAGE, 10), (ABOVE + 512, 512)])
+    )
+    segments = command.genIOVMSegments()
+    assert [at % PAGE for at, _ in segments if at % PAGE] == [100, PAGE - 3, 512]
+
+
 def test_pairs(command: IODMACommand) -> None:
     """Counted; the same range only; the last complete copies back."""
     memory = Strewn([(ABOVE, 100)])

@@ -16,7 +16,7 @@ POWERS = [1 << shift for shift in range(14)]
 limits = st.tuples(
     st.sampled_from([0, 64, 48]),  # address bits that all of a host's memory, and so a bounce buffer, is within
     st.one_of(st.just(0), st.integers(64, 3 * PAGE)),  # the largest segment
-    st.sampled_from(POWERS),  # alignment
+    st.one_of(st.just(1), st.sampled_from(POWERS)),  # alignment
     st.sampled_from([0, 64, 512, PAGE, 1 << 16]),  # boundary
 )
 pieces = st.lists(
@@ -97,6 +97,10 @@ def test_in_reach_every_byte_once_in_order_within_limits(limit, found, at_a_time
 @given(limits, pieces, st.booleans(), st.sampled_from([None, 1, 3]))
 @example((48, 0, 1, 0), [(0, PAGE - 3, 6)], True, None)  # two bytes of three pages
 @example((48, 700, 512, 1024), [(0, 1, 5000)], True, 1)
+@example((48, 0, 1, 0), [(8, PAGE - 6, 10), (20, 0, 10)], True, None)  # a page's end, and a page's begin behind it
+@example(
+    (48, 0, 2 * PAGE, 0), [(8, 0, PAGE), (0, 0, PAGE), (20, 0, PAGE)], True, None
+)  # bounce pages would be misaligned
 def test_out_of_reach_or_alignment_the_limits_hold(limit, found, high, at_a_time) -> None:
     """Memory above the device's reach, or where it cannot start: all bytes are there, within its limits."""
     bits = 48 if high else limit[0]
