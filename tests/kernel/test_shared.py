@@ -373,6 +373,7 @@ def purged_within(buffer: iobmd.IOBufferMemoryDescriptor, seconds: float) -> boo
     return False
 
 
+@pytest.mark.needs("own_footprint")
 @pytest.mark.needs("memory_cgroup")
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("uid", [0, NOBODY], ids=["root", "nobody"])
@@ -497,6 +498,7 @@ def test_tasks_that_wait_for_memory_are_pressure(tmp_path: Path, monkeypatch: py
         buffer.free()
 
 
+@pytest.mark.needs("own_footprint")
 @pytest.mark.needs("memory_cgroup")
 @pytest.mark.usefixtures("nothing_left")
 def test_little_left_is_a_shortage(memory_cgroup: Callable[[int], Path]) -> None:
