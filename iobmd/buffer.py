@@ -7,7 +7,7 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Self
 
-from iobmd import allocation, own, request
+from iobmd import allocation, live, own, request
 from iobmd._native.mapping import Exporter, Mapping
 from iobmd.constants import IOOptionBits, IOReturn
 from iobmd.contents import CopyOf, FrozenCopyOf
@@ -186,6 +186,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         self._contiguous = contiguous
         self._pinned_for_good = backing.wiring is Wiring.PINNED
         self._state = "open"
+        live.know(self)
         if backing.purgeable:
             purger.know(self)
 
@@ -261,7 +262,8 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
             return len(fitting)
 
     def _exported(self) -> tuple[Mapping, int, int, bool]:
-        return self._memory().exported(), 0, self._length, True
+        mapping, first = self._memory().exported()
+        return mapping, first, self._length, True
 
     def __repr__(self) -> str:
         name = type(self).__name__
@@ -283,6 +285,6 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     def __del__(self) -> None:
         if self._backing is None:
             return
-        if self._maker == os.getpid():
+        if self._maker == os.getpid() and not self._inherited:
             warnings.warn(f"{self!r} was never freed", ResourceWarning, stacklevel=2, source=self)
         self.free()

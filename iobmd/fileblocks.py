@@ -48,7 +48,7 @@ class FileBlocks:
             if self._fd < 0:
                 self._fd = self.create()
             os.ftruncate(self._fd, self._size + size)
-            batch = Mapping.view(self._fd, [(self._size, size)], 0, True, 0, self.block)
+            batch = Mapping.view([(self._fd, self._size, size)], 0, True, 0, self.block)
         except OSError:
             return {}
         self._batches.append((self._size, batch))
@@ -68,7 +68,7 @@ class FileBlocks:
         """Map the blocks behind each other; what is not chosen is given back."""
         shared = self.share(chosen, alignment)
         try:
-            mapping = shared.map(0, shared.size)
+            mapping = shared.map()
             populate(mapping.address, mapping.size, self.block)  # they are there: this only maps them
         finally:
             shared.close()

@@ -24,6 +24,8 @@ _KNOWN = CACHE_MASK | sum({int(option) for option in IOOptionBits})
 
 _CONTIGUOUS = int(IOOptionBits.kIOMemoryPhysicallyContiguous | IOOptionBits.kIOMemoryHostPhysicallyContiguous)
 
+_OF_NEW_MEMORY = _CONTIGUOUS | _PAGEABLE | _PURGEABLE
+
 _NOT_YET = {
     int(IOOptionBits.kIOMemoryClearEncrypt): "encrypted memory",
     int(IOOptionBits.kIOMemoryUseReserve): "the reserve",
@@ -106,6 +108,21 @@ def _physical(options: int, capacity: int, alignment: int, mask: int) -> tuple[W
     if allowed == ALL_ADDRESSES and alignment <= PAGE_SIZE and (capacity <= PAGE_SIZE or not contiguous):
         return None, contiguous
     return Want(capacity, contiguous, max(alignment, 1), allowed), contiguous
+
+
+def check_existing(options: int) -> int:
+    """Return the options of a descriptor of memory that exists already.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnBadArgument` for what can only be asked of new memory; `kIOReturnUnsupported` as `check`.
+    """
+    options = int(options)
+    _check_options(options)
+    if options & _OF_NEW_MEMORY:
+        raise _bad(f"options {options:#x} ask for memory as it can only be made, and this memory exists already")
+    return options
 
 
 def check_direction(direction: int) -> int:

@@ -32,6 +32,19 @@ class Extent(NamedTuple):
     length: int
 
 
+class Stretch(NamedTuple):
+    """Pages of an object that are to be mapped behind those of another stretch; sizes in bytes."""
+
+    fd: int
+    """A descriptor of the object, which stays open as long as its owner does."""
+    offset: int
+    length: int
+    page: int
+    """Size of its pages: what it is mapped in multiples of."""
+    alignment: int
+    """Of the address it is mapped at first, where that is free to choose."""
+
+
 class SharedObject:
     """Memory that is made of pieces of an object, in an order of their own; this owns a descriptor of the object.
 
@@ -80,49 +93,89 @@ class SharedObject:
         except OSError as error:
             raise refusals.own(error, f"cannot make a shared object of {format_size(size)}") from None
 
-    def cut(self, offset: int, size: int) -> list[Extent]:
+    def cut(self, offset: int, size: int) -> list[Stretch]:
         """Return the pieces of `size` bytes from `offset` on. Raises `kIOReturnUnsupported` within a large page."""
         if offset % self.page or size % self.page:
-            message = f"this memory is in pages of {format_size(self.page)}, and can be mapped in whole ones only"
-            raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
+            raise _within_a_page(self.page)
         found = []
         for extent in self.extents:
             if offset < extent.length and size:
                 length = min(extent.length - offset, size)
-                found.append(Extent(extent.offset + offset, length))
+                found.append(Stretch(self.fd, extent.offset + offset, length, self.page, self.alignment))
                 size, offset = size - length, 0
             else:
                 offset -= extent.length
         return found
 
-    def map(self, offset: int, size: int, at: int = 0, writable: bool = True, guard: int = 0) -> Mapping:
-        """Map whole pages of it in this process, as `Mapping.view`.
-
-        Raises
-        ------
-        IOReturnError
-            `kIOReturnNoResources`: something is mapped at `at`. `kIOReturnNoMemory`: no address space.
-        """
-        try:
-            return Mapping.view(self.fd, self.cut(offset, size), at, writable, guard, self.alignment)
-        except FileExistsError as error:
-            message = f"{at:#x} to {at + size:#x} is not free: something is mapped there"
-            raise IOReturnError(IOReturn.kIOReturnNoResources, message, error.errno or 0) from None
-        except OSError as error:
-            raise refusals.own(error, f"cannot map {format_size(size)}") from None
-
-    def show_in(self, mapping: Mapping, offset: int) -> None:
-        """Show whole pages of it, from `offset` on, where `mapping` showed others."""
-        try:
-            mapping.redirect(self.fd, self.cut(offset, mapping.size))
-        except OSError as error:
-            raise refusals.own(error, "cannot redirect a mapping") from None
+    def map(self, guard: int = 0) -> Mapping:
+        """Map all of it in this process. Parameters and errors as those of `show`."""
+        return show(self.cut(0, self.size), guard=guard)
 
     def close(self) -> None:
         """Let go of the object, which goes with its last user; idempotent."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+def show(stretches: Sequence[Stretch], at: int = 0, *, writable: bool = True, guard: int = 0) -> Mapping:
+    """Map stretches behind each other in this process.
+
+    Parameters
+    ----------
+    stretches : sequence of Stretch
+        Of one object, or of several.
+    at : int
+        The address, where nothing may be mapped yet; 0 for any.
+    writable : bool
+        May it be written to there?
+    guard : int
+        Bytes on each side that nobody can touch.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnNoResources`: something is mapped at `at`. `kIOReturnNoMemory`: no address space.
+        `kIOReturnUnsupported`: large pages at a place that is none of theirs.
+    """
+    alignment, size = alignment_of(stretches), sum(stretch.length for stretch in stretches)
+    try:
+        return Mapping.view([stretch[:3] for stretch in stretches], at, writable, guard, alignment)
+    except FileExistsError as error:
+        message = f"{at:#x} to {at + size:#x} is not free: something is mapped there"
+        raise IOReturnError(IOReturn.kIOReturnNoResources, message, error.errno or 0) from None
+    except OSError as error:
+        raise refusals.own(error, f"cannot map {format_size(size)}") from None
+
+
+def show_in(mapping: Mapping, stretches: Sequence[Stretch]) -> None:
+    """Show stretches where `mapping` showed others. Raises as `show`."""
+    alignment_of(stretches)
+    try:
+        mapping.redirect([stretch[:3] for stretch in stretches])
+    except OSError as error:
+        raise refusals.own(error, "cannot redirect a mapping") from None
+
+
+def alignment_of(stretches: Sequence[Stretch]) -> int:
+    """Return what the address of the first is to be a multiple of.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnUnsupported`: large pages would come to lie at a place that is none of theirs.
+    """
+    place = 0
+    for stretch in stretches:
+        if place % stretch.page:
+            raise _within_a_page(stretch.page)
+        place += stretch.length
+    return max(stretch.alignment for stretch in stretches)
+
+
+def _within_a_page(page: int) -> IOReturnError:
+    message = f"this memory is in pages of {format_size(page)}, and can be mapped in whole ones only"
+    return IOReturnError(IOReturn.kIOReturnUnsupported, message)
 
 
 def reopen(fd: int) -> int:

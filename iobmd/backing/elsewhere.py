@@ -40,7 +40,7 @@ class RemoteBacking(SharedBacking):
         self._there: RemoteMapping | None = None
         super().__init__(shared, wired=wired, purgeable=purgeable, contents=contents)
         try:
-            self._there = RemoteMapping(task, shared, 0, shared.size)
+            self._there = RemoteMapping(task, shared.cut(0, shared.size))
         except BaseException:
             self.close()
             raise
@@ -95,7 +95,7 @@ class UnmappedBacking(SharedBacking):
         if self.mapping.address:  # as it is made
             yield self.mapping
             return
-        mapping = self._shared.map(0, self.size)
+        mapping = self._shared.map()
         try:
             if populated:
                 populate(mapping.address, self.size)
