@@ -17,6 +17,7 @@ from iobmd.constants import *  # noqa: F403
 from iobmd.descriptor import IOMemoryDescriptor
 from iobmd.errors import IOReturnError
 from iobmd.facade import allocate, copy
+from iobmd.family import IOMultiMemoryDescriptor, IOSubMemoryDescriptor
 from iobmd.handover import Handle, attach, share
 from iobmd.mapping import IOMemoryMap
 from iobmd.physical import Layout
@@ -32,7 +33,9 @@ __all__ = [
     "IOBufferMemoryDescriptor",
     "IOMemoryDescriptor",
     "IOMemoryMap",
+    "IOMultiMemoryDescriptor",
     "IOReturnError",
+    "IOSubMemoryDescriptor",
     "Layout",
     "PhysicalSegment",
     "PurgeableCache",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from iobmd import live
 from iobmd.backing.existing import RangeBacking
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     import psutil
 
+    from iobmd.backing import Backing
     from iobmd.task import Task
 
     AnyTask = Task | int | psutil.Process
@@ -27,12 +28,12 @@ class Existing:
     """The factories over addresses."""
 
     @classmethod
-    def withAddressRange(cls, address: int, length: int, options: int, task: AnyTask) -> Any:
+    def withAddressRange(cls, address: int, length: int, options: int, task: AnyTask) -> Self:
         """Describe `length` bytes that are at `address` of a task already. As `withAddressRanges` with one range."""
         return cls.withAddressRanges([(address, length)], options, task)
 
     @classmethod
-    def withAddressRanges(cls, ranges: Iterable[tuple[int, int]], options: int, task: AnyTask) -> Any:
+    def withAddressRanges(cls, ranges: Iterable[tuple[int, int]], options: int, task: AnyTask) -> Self:
         """Describe memory that a task has already: ranges of its addresses, one behind the other.
 
         It can be read, written, prepared and described. Memory of iobmd's is known again by its addresses: it lives
@@ -69,10 +70,15 @@ class Existing:
         where = as_task(task)
         where = kernel_task if where.is_current else where
         found = [cls._at(where, address, length, options) for address, length in _adjacent_joined(ranges)]
+        length = sum(one.length for one in found)
+        self: Self = cls._plain()._hold(cls._together(found, options), options, length)
+        return self
+
+    @classmethod
+    def _together(cls, found: list[Part | RangeBacking], options: int) -> Backing:
         if len(found) == 1 and isinstance(found[0], RangeBacking):
-            return cls._plain()._hold(found[0], options, found[0].length)
-        parts = [one if isinstance(one, Part) else cls._as_part(one, options) for one in found]
-        return cls._plain()._hold(JoinedBacking(parts), options, sum(part.length for part in parts))
+            return found[0]
+        return JoinedBacking([one if isinstance(one, Part) else cls._as_part(one, options) for one in found])
 
     @staticmethod
     def _at(task: Task, address: int, length: int, options: int) -> Part | RangeBacking:

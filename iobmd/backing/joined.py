@@ -179,15 +179,18 @@ class JoinedBacking:
         return None
 
     def stretches(self, offset: int, length: int) -> list[Stretch]:
-        """Return the pages that hold a range. Inside of it one part ends, and the next begins, with a page."""
+        """Return the pages that hold a range. Parts of it meet between two pages, or go on in the same one."""
         found: list[Stretch] = []
-        backings, end = self._backings(), 0
+        end = 0  # the place in its page where the part before ends
         for index, place, start, size in self._pieces(offset, length):
-            backing = backings[index]
-            if start and (end or backing.in_page(place)):
-                raise _unaligned(offset + start)
-            end = (backing.in_page(place) + size) % PAGE_SIZE
-            found += backing.stretches(place, size)
+            backing = self._backing(index)
+            begin, more = backing.in_page(place), backing.stretches(place, size)
+            if start and (begin or end):
+                if begin != end or not _is_same_page(found[-1], more[0]):
+                    raise _unaligned(offset + start)
+                more[0] = more[0]._replace(offset=more[0].offset + PAGE_SIZE, length=more[0].length - PAGE_SIZE)
+            found += [stretch for stretch in more if stretch.length]
+            end = (begin + size) % PAGE_SIZE
         return found
 
     # --- its bytes
@@ -305,6 +308,11 @@ def _merged(parts: Sequence[Part]) -> tuple[Part, ...]:
         elif part.length:
             found.append(part)
     return tuple(found)
+
+
+def _is_same_page(before: Stretch, after: Stretch) -> bool:
+    """Say whether a stretch begins with the page that the one before it ends with."""
+    return before.fd == after.fd and before.offset + before.length == after.offset + PAGE_SIZE
 
 
 def _in_parts() -> NoReturn:
