@@ -22,14 +22,15 @@ if TYPE_CHECKING:
 def allocate(wanted: Request, contents: Contents | None) -> Backing:
     """Return the memory that is asked for, filled.
 
-    Memory of this process that nobody else is to map is private; all other is that of a shared object.
+    Memory of this process that nobody else is to map is private; all other is that of a shared object. So is memory
+    with guard pages, for XNU's can be mapped once more.
 
     Raises
     ------
     IOReturnError
         As `IOBufferMemoryDescriptor.initWithPhysicalMask`.
     """
-    if wanted.here and not wanted.shared:
+    if wanted.here and not wanted.shared and not wanted.guard:
         return AnonymousBacking(
             wanted.capacity, wired=wanted.wired, purgeable=wanted.purgeable, want=wanted.want, contents=contents
         )
@@ -56,8 +57,8 @@ def _show(shared: SharedObject, wanted: Request, contents: Contents | None) -> S
     if task is None:
         return UnmappedBacking(shared, wired=wired, purgeable=purgeable, contents=contents)
     if wanted.here:
-        return SharedBacking(shared, wired=wired, purgeable=purgeable, contents=contents)
-    return RemoteBacking(shared, task, wired=wired, purgeable=purgeable, contents=contents)
+        return SharedBacking(shared, wired=wired, purgeable=purgeable, contents=contents, guard=wanted.guard)
+    return RemoteBacking(shared, task, wired=wired, purgeable=purgeable, contents=contents, guard=wanted.guard)
 
 
 def _is_as_wanted(backing: SharedBacking, want: Want) -> bool:

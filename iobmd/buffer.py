@@ -15,7 +15,7 @@ from iobmd.descriptor import IOMemoryDescriptor
 from iobmd.errors import IOReturnError
 from iobmd.purgeable import purger
 from iobmd.task import Task, as_task, kernel_task
-from iobmd.units import PAGE_SIZE
+from iobmd.units import PAGE_SIZE, round_up
 from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
 
     _capacity = 0
     _contiguous = False
+    _guarded = False
 
     def __init__(self, *, contents: CopyOf | FrozenCopyOf | None = None) -> None:
         # Made in two steps, as in IOKit: this only says what initWithPhysicalMask is to fill the memory with.
@@ -120,6 +121,33 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         return self
 
     @classmethod
+    def inTaskWithGuardPages(cls, inTask: AnyTask, options: int, capacity: int) -> Self:
+        """Make a buffer with a page on each side that nobody can touch: who leaves it there dies of SIGSEGV.
+
+        Parameters
+        ----------
+        inTask : Task, int or psutil.Process
+            The task to allocate in.
+        options : int
+            `IOOptionBits`, neither pageable nor contiguous.
+        capacity : int
+            Rounded up to whole pages, so that the guards touch the memory; its length, too.
+
+        Raises
+        ------
+        IOReturnError
+            As `initWithPhysicalMask`; `kIOReturnBadArgument` for pageable or contiguous memory, or no task.
+
+        Notes
+        -----
+        The memory is that of a shared object, which can be mapped once more, as in XNU; a forked child shares it.
+        """
+        self = cls()
+        self._guarded = True
+        self.initWithPhysicalMask(inTask, options, round_up(capacity, PAGE_SIZE), PAGE_SIZE, 0)
+        return self
+
+    @classmethod
     def withOptions(cls, options: int, capacity: int, alignment: int = 1) -> Self:
         """Make a buffer of `capacity` bytes in `kernel_task`. Raises as `initWithPhysicalMask`."""
         return cls.inTaskWithOptions(kernel_task, options, capacity, alignment)
@@ -170,7 +198,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         """
         if self._state != "not initialised":
             raise IOReturnError(IOReturn.kIOReturnBusy, f"{self!r} is initialised already")
-        wanted = request.check(inTask, options, capacity, alignment, physicalMask)
+        wanted = request.check(inTask, options, capacity, alignment, physicalMask, guarded=self._guarded)
         if self._contents:
             self._contents.check()
         self._open(allocation.allocate(wanted, self._contents), wanted.options, capacity, wanted.contiguous)
@@ -197,9 +225,6 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         return self
 
     # --- the buffer
-
-    vm_tags = (0, 0)
-    """The `kernTag` and `userTag` it was made with."""
 
     source_stopped_ns = 0
     """For how many nanoseconds, at the most, the source of its contents stood still (`copy(…, freeze=True)`)."""

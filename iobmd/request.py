@@ -45,6 +45,8 @@ class Request(NamedTuple):
     """What is asked of the physical addresses; None: nothing that not any page has."""
     contiguous: bool
     """Asked to be in one piece, by an option or by its alignment."""
+    guard: int = 0
+    """Bytes on each side that nobody can touch."""
 
     @property
     def here(self) -> bool:
@@ -68,9 +70,15 @@ class Request(NamedTuple):
 
 
 def check(
-    task: Task | int | psutil.Process | None, options: int, capacity: int, alignment: int, physical_mask: int
+    task: Task | int | psutil.Process | None,
+    options: int,
+    capacity: int,
+    alignment: int,
+    physical_mask: int,
+    *,
+    guarded: bool = False,
 ) -> Request:
-    """Check a request for a buffer; the parameters are those of `initWithPhysicalMask`.
+    """Check a request for a buffer; the parameters are those of `initWithPhysicalMask`, and whether it has guards.
 
     Raises
     ------
@@ -87,12 +95,14 @@ def check(
     if capacity + alignment > 1 << 63:
         raise _bad(f"size {capacity:#x} with alignment {alignment:#x} exceeds every address space")
     _check_options(options)
+    if guarded:
+        _check_guarded(task, options)
     want, contiguous = _physical(options, capacity, alignment, physical_mask)
     if options & _PAGEABLE and (want or contiguous):
         what = want or Want(capacity, contiguous)
         raise _bad(f"pageable memory moves, and cannot be {what}: leave kIOMemoryPageable out")
     where = None if task is None else kernel_task if task is kernel_task else as_task(task)
-    return Request(where, options, capacity, want, contiguous)
+    return Request(where, options, capacity, want, contiguous, PAGE_SIZE if guarded else 0)
 
 
 def _physical(options: int, capacity: int, alignment: int, mask: int) -> tuple[Want | None, bool]:
@@ -140,6 +150,13 @@ def _check_options(options: int) -> None:
     for bits, meaning in _NOT_YET.items():
         if options & bits:
             raise unsupported(meaning)
+
+
+def _check_guarded(task: object, options: int) -> None:
+    if options & (_PAGEABLE | _CONTIGUOUS):
+        raise _bad("memory with guard pages is neither pageable nor contiguous: leave those options out")
+    if task is None:
+        raise _bad("memory that is mapped in no task has no guard pages; map it with kIOMapGuardedSmall")
 
 
 def _bad(message: str) -> IOReturnError:

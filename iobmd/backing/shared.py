@@ -31,16 +31,24 @@ class SharedBacking(MappedBacking):
         It may be taken while it is volatile; the object has `TRAILER` bytes behind it for that.
     contents : Contents, optional
         What to fill it with.
+    guard : int
+        Bytes on each side that nobody can touch.
     """
 
     def __init__(
-        self, shared: SharedObject, *, wired: bool, purgeable: bool = False, contents: Contents | None = None
+        self,
+        shared: SharedObject,
+        *,
+        wired: bool,
+        purgeable: bool = False,
+        contents: Contents | None = None,
+        guard: int = 0,
     ) -> None:
         super().__init__(wired=wired)
         self._shared = shared
         self._immovable = wired and shared.immovable
         try:
-            self.mapping = shared.map()
+            self.mapping = shared.map(guard)
         except BaseException:
             shared.close()
             raise
