@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from iobmd import contiguous, headroom
+from iobmd._native import memory
 from iobmd.backing.anonymous import AnonymousBacking
 from iobmd.backing.elsewhere import RemoteBacking, UnmappedBacking
 from iobmd.backing.shared import SharedBacking
@@ -31,16 +33,21 @@ def allocate(wanted: Request, contents: Contents | None) -> Backing:
         As `IOBufferMemoryDescriptor.initWithPhysicalMask`.
     """
     if wanted.here and not wanted.shared and not wanted.guard:
-        return AnonymousBacking(
-            wanted.capacity, wired=wanted.wired, purgeable=wanted.purgeable, want=wanted.want, contents=contents
+        return _named(
+            AnonymousBacking(
+                wanted.capacity, wired=wanted.wired, purgeable=wanted.purgeable, want=wanted.want, contents=contents
+            ),
+            wanted,
         )
     if wanted.wired or contents:
         headroom.require(wanted.capacity, swappable=not wanted.wired)
     if wanted.want is None:
         trailer = TRAILER if wanted.purgeable else 0
-        return _show(SharedObject.create(round_up(wanted.capacity, PAGE_SIZE), trailer), wanted, contents)
+        return _show(
+            SharedObject.create(round_up(wanted.capacity, PAGE_SIZE), trailer, wanted.name), wanted, contents
+        )
     for _attempt in range(contiguous.TRIES):
-        backing = _show(contiguous.obtain_shared(wanted.want), wanted, contents)
+        backing = _show(contiguous.obtain_shared(wanted.want, wanted.name), wanted, contents)
         try:
             if _is_as_wanted(backing, wanted.want):
                 return backing
@@ -49,6 +56,14 @@ def allocate(wanted: Request, contents: Contents | None) -> Backing:
             raise
         backing.close()
     raise contiguous.kept_moving(wanted.want)
+
+
+def _named(backing: AnonymousBacking, wanted: Request) -> AnonymousBacking:
+    """Give private memory the name of its tag, where the kernel has names for such."""
+    if wanted.tag:
+        with contextlib.suppress(OSError):
+            memory.name(backing.address, backing.size, wanted.name.encode())
+    return backing
 
 
 def _show(shared: SharedObject, wanted: Request, contents: Contents | None) -> SharedBacking:

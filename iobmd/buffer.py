@@ -106,7 +106,15 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     ) -> Self:
         """Make a buffer of `capacity` bytes in a task. Raises as `initWithPhysicalMask`.
 
-        `kernTag` and `userTag` are kept as `vm_tags`.
+        Parameters
+        ----------
+        inTask, options, capacity, alignment
+            As there.
+        kernTag, userTag : int
+            Numbers that name its mapping in /proc/PID/maps, and so in `iobmd pagemap`: `kernTag` in `kernel_task` and
+            in no task, `userTag` in others, the other one where that is 0. Memory of a shared object is named so
+            (``/memfd:iobmd:7``), private memory where the kernel has names for that (CONFIG_ANON_VMA_NAME:
+            ``[anon:iobmd:7]``). Both are kept as `vm_tags`.
         """
         self = cls()
         self.vm_tags = (kernTag, userTag)
@@ -198,7 +206,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         """
         if self._state != "not initialised":
             raise IOReturnError(IOReturn.kIOReturnBusy, f"{self!r} is initialised already")
-        wanted = request.check(inTask, options, capacity, alignment, physicalMask, guarded=self._guarded)
+        wanted = request.check(inTask, options, capacity, alignment, physicalMask, self._guarded, self.vm_tags)
         if self._contents:
             self._contents.check()
         self._open(allocation.allocate(wanted, self._contents), wanted.options, capacity, wanted.contiguous)

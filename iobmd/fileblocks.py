@@ -25,8 +25,9 @@ class FileBlocks:
     immovable = False
     """The pages stay where they are without a pin."""
 
-    def __init__(self, block: int = HUGE_PAGE_SIZE) -> None:
+    def __init__(self, block: int = HUGE_PAGE_SIZE, name: str = shmem.NAME) -> None:
         self.block = block
+        self.name = name
         self.hidden = False
         self._fd = -1
         self._size = 0
@@ -35,9 +36,9 @@ class FileBlocks:
 
     def create(self) -> int:
         """Return a new empty file. Raises OSError."""
-        fd = shmem.create_huge(0)
+        fd = shmem.create_huge(0, self.name)
         self._collapses = fd < 0
-        return os.memfd_create("iobmd", os.MFD_CLOEXEC) if fd < 0 else fd
+        return os.memfd_create(self.name, os.MFD_CLOEXEC) if fd < 0 else fd
 
     def more(self, count: int, alignment: int) -> Places:  # noqa: ARG002 (the protocol's)
         """Take up to `count` more blocks; empty when there are none."""

@@ -8,6 +8,7 @@ from iobmd._version import __version__
 from iobmd.constants import IOOptionBits, IOReturn
 from iobmd.contiguous import ALL_ADDRESSES, Want
 from iobmd.errors import IOReturnError
+from iobmd.shmem import NAME
 from iobmd.task import Task, as_task, kernel_task
 from iobmd.units import PAGE_SIZE, is_power_of_two
 
@@ -47,6 +48,13 @@ class Request(NamedTuple):
     """Asked to be in one piece, by an option or by its alignment."""
     guard: int = 0
     """Bytes on each side that nobody can touch."""
+    tag: int = 0
+    """What its mappings are named by; 0: nothing."""
+
+    @property
+    def name(self) -> str:
+        """The name of its mappings, where the kernel shows one."""
+        return f"{NAME}:{self.tag}" if self.tag else NAME
 
     @property
     def here(self) -> bool:
@@ -75,10 +83,10 @@ def check(
     capacity: int,
     alignment: int,
     physical_mask: int,
-    *,
     guarded: bool = False,
+    tags: tuple[int, int] = (0, 0),
 ) -> Request:
-    """Check a request for a buffer; the parameters are those of `initWithPhysicalMask`, and whether it has guards.
+    """Check a request for a buffer; the parameters are those of `initWithPhysicalMask`, and what factories add.
 
     Raises
     ------
@@ -102,7 +110,8 @@ def check(
         what = want or Want(capacity, contiguous)
         raise _bad(f"pageable memory moves, and cannot be {what}: leave kIOMemoryPageable out")
     where = None if task is None else kernel_task if task is kernel_task else as_task(task)
-    return Request(where, options, capacity, want, contiguous, PAGE_SIZE if guarded else 0)
+    tag = _tag(tags, in_kernel=where is None or where is kernel_task)
+    return Request(where, options, capacity, want, contiguous, PAGE_SIZE if guarded else 0, tag)
 
 
 def _physical(options: int, capacity: int, alignment: int, mask: int) -> tuple[Want | None, bool]:
@@ -150,6 +159,13 @@ def _check_options(options: int) -> None:
     for bits, meaning in _NOT_YET.items():
         if options & bits:
             raise unsupported(meaning)
+
+
+def _tag(tags: tuple[int, int], *, in_kernel: bool) -> int:
+    """Return the tag of a mapping: in `kernel_task` the first, else the second; the other where that is 0."""
+    if any(not 0 <= tag < 1 << 32 for tag in tags):
+        raise _bad(f"tags {tags} are not 32-bit numbers")
+    return (tags[0] or tags[1]) if in_kernel else (tags[1] or tags[0])
 
 
 def _check_guarded(task: object, options: int) -> None:

@@ -21,6 +21,9 @@ from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+NAME = "iobmd"
+"""Of objects, as /proc/PID/maps shows them, where no tag says more."""
+
 # linux/fcntl.h: without them a process that has the descriptor could cut the memory away under the others.
 _F_ADD_SEALS, F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 0x2, 0x4
 
@@ -79,7 +82,7 @@ class SharedObject:
         self.immovable = immovable
 
     @classmethod
-    def create(cls, size: int, trailer: int = 0) -> SharedObject:
+    def create(cls, size: int, trailer: int = 0, name: str = NAME) -> SharedObject:
         """Make a zeroed object of `size` bytes, whole pages, and `trailer` bytes behind them.
 
         Raises
@@ -88,8 +91,8 @@ class SharedObject:
             `kIOReturnNoResources`: no descriptor is free. `kIOReturnNoMemory`.
         """
         try:
-            fd = -1 if trailer or size < HUGE_PAGE_SIZE else create_huge(size)
-            return cls(create_memfd(size + trailer) if fd < 0 else fd, [Extent(0, size)])
+            fd = -1 if trailer or size < HUGE_PAGE_SIZE else create_huge(size, name)
+            return cls(create_memfd(size + trailer, name) if fd < 0 else fd, [Extent(0, size)])
         except OSError as error:
             raise refusals.own(error, f"cannot make a shared object of {format_size(size)}") from None
 
@@ -183,9 +186,9 @@ def reopen(fd: int) -> int:
     return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
 
 
-def create_memfd(size: int) -> int:
+def create_memfd(size: int, name: str = NAME) -> int:
     """Return a memfd of `size` bytes whose size is sealed. Raises OSError."""
-    fd = os.memfd_create("iobmd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, size)
         fcntl.fcntl(fd, _F_ADD_SEALS, F_SEAL_SHRINK | _F_SEAL_GROW)
@@ -200,10 +203,10 @@ _numbers = itertools.count()
 _huge = own.Kept(lambda: tmpfs.mount({"huge": "within_size", "size": "0", "nr_inodes": "0"}))
 
 
-def create_huge(size: int) -> int:
+def create_huge(size: int, name: str = NAME) -> int:
     """Return a file of `size` bytes in huge pages, as far as there are any; -1 where none can be made."""
     try:
-        name = f"iobmd-{next(_numbers)}"  # which /proc/PID/maps shows
+        name = f"{name}-{next(_numbers)}"
         fd = os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=_huge.open())
     except OSError:
         return -1
