@@ -12,7 +12,7 @@ from iobmd.request import check_existing
 from iobmd.task import as_task, check_range, kernel_task
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     import psutil
 
@@ -69,7 +69,7 @@ class Existing:
         options = check_existing(options)
         where = as_task(task)
         where = kernel_task if where.is_current else where
-        found = [cls._at(where, address, length, options) for address, length in _adjacent_joined(ranges)]
+        found = list(_found(where, ranges, writable=bool(options & _IN)))
         length = sum(one.length for one in found)
         self: Self = cls._plain()._hold(cls._together(found, options), options, length)
         return self
@@ -79,10 +79,6 @@ class Existing:
         if len(found) == 1 and isinstance(found[0], RangeBacking):
             return found[0]
         return JoinedBacking([one if isinstance(one, Part) else cls._as_part(one, options) for one in found])
-
-    @staticmethod
-    def _at(task: Task, address: int, length: int, options: int) -> Part | RangeBacking:
-        return live.find(task, address, length) or RangeBacking(task, address, length, writable=bool(options & _IN))
 
     @classmethod
     def _as_part(cls, backing: RangeBacking, options: int) -> Part:
@@ -96,13 +92,18 @@ class Existing:
         raise NotImplementedError
 
 
-def _adjacent_joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the ranges that have bytes, those that follow each other as one. Raises `kIOReturnBadArgument`."""
-    found: list[tuple[int, int]] = []
+def _found(task: Task, ranges: Iterable[tuple[int, int]], *, writable: bool) -> Iterator[Part | RangeBacking]:
+    """Yield what is at the ranges that have bytes: memory of iobmd, or else ranges, adjacent ones as one."""
+    open_range = (0, 0)
     for address, length in ranges:
         check_range(address, length)
-        if found and length and sum(found[-1]) == address:
-            found[-1] = found[-1][0], found[-1][1] + length
+        part = live.find(task, address, length) if length else None
+        if open_range[1] and (part or (length and sum(open_range) != address)):
+            yield RangeBacking(task, *open_range, writable=writable)
+            open_range = (0, 0)
+        if part:
+            yield part
         elif length:
-            found.append((address, length))
-    return found
+            open_range = (open_range[0] if open_range[1] else address), open_range[1] + length
+    if open_range[1]:
+        yield RangeBacking(task, *open_range, writable=writable)

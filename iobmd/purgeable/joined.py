@@ -45,7 +45,8 @@ class JoinedState:
         return _together([owner.setPurgeable(NON_VOLATILE) for owner in self._owners])
 
     def give(self, modifiers: int) -> int:
-        """Make all of it volatile; where one refuses, what was non-volatile stays so."""
+        """Make all of it volatile, or nothing while one is prepared; where one refuses, what was kept is kept."""
+        self._refuse_if_prepared()
         before: list[tuple[Owner, int]] = []
         try:
             for owner in self._owners:
@@ -60,11 +61,14 @@ class JoinedState:
 
     def empty(self) -> int:
         """Drop the content of all of it, or of nothing while one is prepared."""
+        self._refuse_if_prepared()
+        return _together([owner.setPurgeable(EMPTY) for owner in self._owners])
+
+    def _refuse_if_prepared(self) -> None:
         for owner in self._owners:
             if owner._prepared:
                 message = f"{owner!r} is prepared {owner._prepared} times: call complete() as often first"
                 raise IOReturnError(IOReturn.kIOReturnBusy, message)
-        return _together([owner.setPurgeable(EMPTY) for owner in self._owners])
 
     def order(self) -> Order | None:
         """Tell nothing: the owners are taken one by one."""

@@ -238,6 +238,9 @@ def test_parts_that_meet_within_a_page_are_not_mapped() -> None:
             with multi(parts, INOUT) as whole:
                 assert code_of(lambda: whole.map(UNIQUE)) == IOReturn.kIOReturnBadArgument
                 whole.createMappingInTask(kernel_task, 0, ANYWHERE, 0, 50).unmap()
+        for other in (second, sub(first, PAGE, PAGE, INOUT)):
+            with multi([sub(first, 0, 100, INOUT), sub(other, 100, 100, INOUT)], INOUT) as elsewhere:
+                assert code_of(lambda: elsewhere.map(UNIQUE)) == IOReturn.kIOReturnBadArgument
         pieces = [(0, 100), (100, 1), (101, PAGE - 101), (PAGE, 7), (PAGE + 7, 9)]
         with multi([*(sub(first, *piece, INOUT) for piece in pieces), sub(first, 9, 9, INOUT)], INOUT) as meeting:
             assert code_of(lambda: meeting.map(UNIQUE)) == IOReturn.kIOReturnBadArgument
