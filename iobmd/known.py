@@ -9,20 +9,23 @@ _T = TypeVar("_T")
 
 
 class Known(Generic[_T]):
-    """Objects, each until it goes; a forked child knows those of its parent."""
+    """Objects, each until it goes; a forked child knows those of its parent.
+
+    They are compared by identity. A set of references, which each leaves by a callback in C: it is paid for with every
+    buffer that is made.
+    """
 
     def __init__(self) -> None:
-        self._references: dict[int, weakref.ref[_T]] = {}
+        self._references: set[weakref.ref[_T]] = set()
 
     def add(self, one: _T) -> None:
         """Take note of it."""
-        number = id(one)
-        self._references[number] = weakref.ref(one, lambda _gone: self._references.pop(number, None))
+        self._references.add(weakref.ref(one, self._references.discard))
 
     def remove(self, one: _T) -> None:
         """Forget it."""
-        self._references.pop(id(one), None)
+        self._references.discard(weakref.ref(one))
 
     def all(self) -> list[_T]:
         """Return those that are there still."""
-        return [one for reference in list(self._references.values()) if (one := reference()) is not None]
+        return [one for reference in list(self._references) if (one := reference()) is not None]

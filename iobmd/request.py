@@ -163,6 +163,8 @@ def _check_options(options: int) -> None:
 
 def _tag(tags: tuple[int, int], *, in_kernel: bool) -> int:
     """Return the tag of a mapping: in `kernel_task` the first, else the second; the other where that is 0."""
+    if tags == (0, 0):
+        return 0
     if any(not 0 <= tag < 1 << 32 for tag in tags):
         raise _bad(f"tags {tags} are not 32-bit numbers")
     return (tags[0] or tags[1]) if in_kernel else (tags[1] or tags[0])
