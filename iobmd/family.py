@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import warnings
 from typing import TYPE_CHECKING, Any, Self
 
 from iobmd.backing.joined import JoinedBacking, Part
@@ -30,14 +27,6 @@ class Derived(IOMemoryDescriptor):
         self = cls()._hold(JoinedBacking(parts), check_existing(options), sum(part.length for part in parts))
         self._tag = tag
         return self
-
-    def __del__(self) -> None:
-        if self._backing is None or not self._prepared or self._maker != os.getpid():
-            return
-        warnings.warn(f"{self!r} was never completed", ResourceWarning, stacklevel=2, source=self)
-        with contextlib.suppress(IOReturnError):
-            while self._prepared:
-                self.complete()
 
 
 class IOSubMemoryDescriptor(Derived):

@@ -11,7 +11,7 @@ _T = TypeVar("_T")
 class Known(Generic[_T]):
     """Objects, each until it goes; a forked child knows those of its parent.
 
-    They are compared by identity. A set of references, which each leaves by a callback in C: it is paid for with every
+    Compared by identity. A set of references, which each leaves by a callback in C: it is paid for with every
     buffer that is made.
     """
 

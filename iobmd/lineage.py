@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, Self
 
@@ -31,8 +33,11 @@ class Lineage:
     def _refuse_if_mapped(self) -> None:
         raise NotImplementedError
 
+    _maker: int
+    _prepared: int
     if TYPE_CHECKING:
         free: Any
+        complete: Any
 
     @property
     def _children(self) -> Known[JoinedBacking]:
@@ -74,3 +79,13 @@ class Lineage:
         """Give the memory back when its caller has, and nothing is left that was made of it."""
         if self._inherited and self._backing is not None and not self._children.all():
             self.free()
+
+    def __del__(self) -> None:
+        """Undo what its user has left prepared, of its own memory or that of others. It need not be freed."""
+        if self._backing is None or not self._prepared or self._maker != os.getpid():
+            return
+        if not self._inherited:
+            warnings.warn(f"{self!r} was never completed", ResourceWarning, stacklevel=2, source=self)
+        with contextlib.suppress(IOReturnError):
+            while self._prepared:
+                self.complete()

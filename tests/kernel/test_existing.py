@@ -381,3 +381,17 @@ def test_fork(theirs: Theirs) -> None:
     md.complete()
     md.free()
     gc.collect()
+
+
+def test_forgotten_while_prepared(theirs: Theirs) -> None:
+    with iobmd.allocate(PAGE, wired=False) as buffer:
+        at = buffer.getBytesNoCopy()
+        for ranges in ([(theirs.address, 9)], [(at, 9)], [(theirs.address, 9), (at, 9), (theirs.address + PAGE, 9)]):
+            md = IOMemoryDescriptor.withAddressRanges(ranges, INOUT, kernel_task)
+            md.prepare()
+            md.prepare()
+            assert kernel.status("VmPin")
+            with pytest.warns(ResourceWarning, match="never completed"):
+                del md
+            assert buffer.wiring is Wiring.PAGEABLE
+            assert kernel.status("VmPin") == 0
