@@ -51,10 +51,11 @@ class Family(RuleBasedStateMachine):
     """Descriptors of iobmd, each with its relative in the model."""
 
     steps = 0
+    relatives: list[Relative]
 
     @initialize()
     def begin(self) -> None:
-        self.relatives: list[Relative] = []
+        self.relatives = []
         self.maps: list[tuple[Any, Relative, int, int]] = []
         self.views: list[tuple[memoryview, Relative]] = []
         self.theirs = mmap.mmap(-1, 4 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -220,9 +221,22 @@ class Family(RuleBasedStateMachine):
     @rule()
     def purge(self) -> None:
         iobmd.purge()
-        for memory in {id(memory): memory for one in self.relatives for memory in one.memories()}.values():
-            if memory.state == VOLATILE:
-                memory.drop()
+        for memory in self.volatile():
+            memory.drop()
+
+    def volatile(self) -> list[Memory]:
+        known = {id(memory): memory for one in self.relatives for memory in one.memories()}
+        return [memory for memory in known.values() if memory.state == VOLATILE]
+
+    def notice_what_was_taken(self) -> None:
+        """A host that is short of memory may take what is volatile, page by page: then have all of that taken."""
+        for memory in self.volatile():
+            seen, wanted = ctypes.string_at(memory.address, len(memory.content)), bytes(memory.content)
+            for page in range(0, len(seen), PAGE):
+                assert seen[page : page + PAGE] == wanted[page : page + PAGE] or not any(seen[page : page + PAGE])
+            if seen != wanted:
+                self.purge()
+                return
 
     # --- their end
 
@@ -245,6 +259,8 @@ class Family(RuleBasedStateMachine):
     @invariant()
     def bytes_are_as_they_should_be(self) -> None:
         Family.steps += 1
+        if hasattr(self, "relatives"):
+            self.notice_what_was_taken()
         for one in getattr(self, "relatives", []):
             assert one.real.readBytes(0, one.length) == one.read(0, one.length)
             assert len(one.real) == one.length

@@ -110,7 +110,9 @@ class Relative:
         return joined(found)
 
     def memories(self) -> list[Memory]:
-        return list({id(piece.of): piece.of for piece in self.bytes_at(0, self.length)}.values())
+        """All memory of all that it is made of, not only its parts of that: it is prepared and purged as a whole."""
+        found = [piece.of.memories() if isinstance(piece.of, Relative) else [piece.of] for piece in self.parts]
+        return list({id(memory): memory for some in found for memory in some}.values())
 
     # --- what happens to it
 
