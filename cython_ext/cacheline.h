@@ -26,7 +26,8 @@ static inline size_t iobmd_line(void)
 {
     unsigned a, b = 0, c, d;
     __get_cpuid(1, &a, &b, &c, &d);
-    return (b >> 8 & 0xff) * 8;
+    size_t line = (b >> 8 & 0xff) * 8;
+    return line ? line : 64; /* an emulator may hide it */
 }
 
 static inline void iobmd_write_back(void *line, int how)

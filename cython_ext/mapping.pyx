@@ -92,6 +92,7 @@ cdef class Mapping:
     cdef public int cache
     cdef public int instruction
     cdef bint sealed
+    cdef bint borrowed
     cdef size_t margin
 
     @staticmethod
@@ -105,49 +106,61 @@ cdef class Mapping:
         return _map(size, alignment, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
 
     @staticmethod
-    def view(int fd, extents, uint64_t at, bint writable, size_t guard, size_t alignment):
-        """Map pieces of a file behind each other, shared; `extents` are their offsets and lengths, whole pages.
+    def borrow(uint64_t address, size_t size, bint writable):
+        """Stand for what somebody else has mapped, and unmaps: it has to be there for as long as it is used."""
+        cdef Mapping self = Mapping.__new__(Mapping)
+        self.address = address
+        self.size = size
+        self.writable = writable
+        self.borrowed = True
+        return self
+
+    @staticmethod
+    def view(pieces, uint64_t at, bint writable, size_t guard, size_t alignment):
+        """Map pieces of files behind each other, shared; each is (descriptor, offset, length), whole pages.
 
         `at` is the address, where nothing may be mapped yet (FileExistsError), or 0 for any multiple of `alignment`;
         then `guard` bytes on each side can be set aside which nobody can touch.
         """
-        cdef size_t size = sum(length for _offset, length in extents)
+        cdef size_t size = sum(length for _fd, _offset, length in pieces)
         cdef uint64_t wanted = at
         cdef Mapping self
-        if guard or len(extents) > 1 or (alignment > PAGE_SIZE and not at):
+        if guard or len(pieces) > 1 or (alignment > PAGE_SIZE and not at):
             self = _set_aside(at, size + 2 * guard, alignment)
             at = self.address
         else:
             self = Mapping.__new__(Mapping)
-            self.address = _map_at(at, size, fd, extents[0][0], writable, MAP_FIXED_NOREPLACE if at else 0)
+            fd, offset, _length = pieces[0]
+            self.address = _map_at(at, size, fd, offset, writable, MAP_FIXED_NOREPLACE if at else 0)
             at = self.address
-            extents = ()
+            pieces = ()
         self.size = size
         self.margin = guard
         self.writable = writable
         self.address = at + guard
         if wanted and self.address != wanted:  # before 4.17 the address is but a wish
             raise FileExistsError(EEXIST, "mmap: something is mapped there")
-        self._show(fd, extents)
+        self._show(pieces)
         return self
 
-    cdef _show(self, int fd, extents):
-        """Map pieces of a file over what is there."""
+    cdef _show(self, pieces):
+        """Map pieces of files over what is there."""
         cdef uint64_t place = self.address
         cdef size_t length
         cdef uint64_t offset
-        for offset, length in extents:
+        cdef int fd
+        for fd, offset, length in pieces:
             _map_at(place, length, fd, offset, self.writable, MAP_FIXED)
             place += length
 
-    def redirect(self, int fd, extents):
-        """Show pieces of another file at the same addresses, each in one step for whoever looks there (MAP_FIXED)."""
+    def redirect(self, pieces):
+        """Show pieces of other files at the same addresses, each in one step for whoever looks there (MAP_FIXED)."""
         self._check(0, self.size)
-        if sum(length for _offset, length in extents) != self.size:
+        if sum(length for _fd, _offset, length in pieces) != self.size:
             raise ValueError("not as many bytes as are mapped")
         self.users += 1
         try:
-            self._show(fd, extents)
+            self._show(pieces)
         finally:
             self.users -= 1
 
@@ -178,7 +191,8 @@ cdef class Mapping:
         self.seal()
         cdef uint64_t address = self.address - self.margin
         cdef size_t size = self.size + 2 * self.margin
-        cdef bint mapped = self.address != 0  # a bint is an int, which a high address would not fit into
+        # A bint is an int, which a high address would not fit into.
+        cdef bint mapped = self.address != 0 and not self.borrowed
         cdef int failed = 0
         # Cleared first: no other thread may start to use what is about to go.
         self.address = 0
@@ -218,21 +232,17 @@ cdef class Mapping:
         finally:
             PyBuffer_Release(&view)
 
-    def write_back(self, size_t offset, size_t length):
-        """Write the cache lines of a range back to memory; they may stay in caches. Return how many there are."""
-        return self._operate(offset, length, iobmd_write_back)
-
-    def drop(self, size_t offset, size_t length):
-        """Write the cache lines of a range back to memory, and drop them; return how many there are."""
-        return self._operate(offset, length, iobmd_drop)
-
-    cdef _operate(self, size_t offset, size_t length, void (*what)(void *, int) noexcept nogil):
+    def write_back(self, size_t offset, size_t length, bint drop):
+        """Write the cache lines of a range back to memory, and `drop` them if asked to; return how many there are."""
         cdef int how = self.instruction or BEST
         cdef size_t count
         self._check(offset, length)
         self.users += 1
         with nogil:
-            count = iobmd_lines(self.address + offset, length, LINE, how, what)
+            if drop:
+                count = iobmd_lines(self.address + offset, length, LINE, how, iobmd_drop)
+            else:
+                count = iobmd_lines(self.address + offset, length, LINE, how, iobmd_write_back)
         self.users -= 1
         return count
 
@@ -253,7 +263,7 @@ cdef class Mapping:
         self.users -= 1
 
     def __dealloc__(self):
-        if self.address:
+        if self.address and not self.borrowed:
             c_munmap(<void *><uintptr_t>(self.address - self.margin), self.size + 2 * self.margin)
 
 

@@ -11,7 +11,7 @@ from mman cimport (
     C_MADV_NOHUGEPAGE, C_MADV_NORMAL, C_MADV_PAGEOUT, C_MADV_POPULATE_READ, C_MADV_POPULATE_WRITE, C_MADV_RANDOM,
     MAP_FAILED, MAP_FIXED, MAP_SHARED,
     MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE, PROT_READ, PROT_WRITE, c_fallocate, c_madvise,
-    c_mincore, c_mlock, c_mlock2, c_mmap, c_mremap, c_munlock,
+    c_mincore, c_mlock, c_mlock2, c_mmap, c_mremap, c_munlock, c_prctl,
 )
 
 MADV_COLD = C_MADV_COLD
@@ -127,6 +127,15 @@ def unlock(uint64_t address, size_t size):
     with nogil:
         failed = c_munlock(<void *><uintptr_t>address, size)
     _check(failed, "munlock")
+
+
+def name(uint64_t address, size_t size, bytes text):
+    """Name anonymous memory in /proc/PID/maps (prctl(2), PR_SET_VMA_ANON_NAME, Linux 5.17 where it is built in)."""
+    cdef const char *raw = PyBytes_AsString(text)
+    cdef int failed
+    with nogil:
+        failed = c_prctl(0x53564D41, <unsigned long>0, <unsigned long>address, <unsigned long>size, raw)
+    _check(failed, "prctl")
 
 
 def incore(uint64_t address, size_t pages, size_t page_size):

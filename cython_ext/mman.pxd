@@ -18,6 +18,9 @@ cdef extern from "<sys/mman.h>" nogil:
         MREMAP_MAYMOVE
         MREMAP_FIXED
 
+cdef extern from "<sys/prctl.h>" nogil:
+    int c_prctl "prctl"(int operation, ...)
+
 cdef extern from "<fcntl.h>" nogil:
     int c_fallocate "fallocate"(int fd, int mode, long offset, long length)
 

@@ -173,6 +173,31 @@ cdef class RunTable:
         free(self.runs)
 
 
+def concatenated(tables, uint64_t virtual):
+    """Return the runs of ranges that are behind each other from `virtual` on: each of (table, address in it, length).
+
+    A range may begin and end anywhere in a page.
+    """
+    cdef RunTable joined = RunTable.__new__(RunTable)
+    cdef RunTable table
+    cdef uint64_t address, end, start, stop, length
+    cdef size_t index
+    cdef Run *run
+    for table, address, length in tables:
+        end = address + length
+        joined.pages += table.pages
+        joined.hidden += table.hidden
+        for index in range(table._find(address), table.count):
+            run = &table.runs[index]
+            if run.virtual >= end:
+                break
+            start, stop = max(address, run.virtual), min(end, run.virtual + run.length)
+            if start < stop:
+                joined._add(virtual + start - address, run.physical + (start - run.virtual), stop - start)
+        virtual += length
+    return joined
+
+
 def read(int fd, uint64_t address, uint64_t size, size_t page):
     """Read the runs of whole pages `address`…`address + size` from an open pagemap.
 

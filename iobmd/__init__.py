@@ -18,6 +18,7 @@ from iobmd.descriptor import IOMemoryDescriptor
 from iobmd.dma import IODMACommand
 from iobmd.errors import IOReturnError
 from iobmd.facade import allocate, copy
+from iobmd.family import IOMultiMemoryDescriptor, IOSubMemoryDescriptor
 from iobmd.handover import Handle, attach, share
 from iobmd.mapping import IOMemoryMap
 from iobmd.physical import Layout
@@ -34,7 +35,9 @@ __all__ = [
     "IODMACommand",
     "IOMemoryDescriptor",
     "IOMemoryMap",
+    "IOMultiMemoryDescriptor",
     "IOReturnError",
+    "IOSubMemoryDescriptor",
     "Layout",
     "PhysicalSegment",
     "PurgeableCache",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from iobmd import contiguous, headroom
+from iobmd._native import memory
 from iobmd.backing.anonymous import AnonymousBacking
 from iobmd.backing.elsewhere import RemoteBacking, UnmappedBacking
 from iobmd.backing.shared import SharedBacking
@@ -14,32 +16,39 @@ from iobmd.units import PAGE_SIZE, round_up
 from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
-    from iobmd.backing import Backing, Contents
+    from iobmd.backing import Contents
+    from iobmd.backing.mapped import MappedBacking
     from iobmd.contiguous import Want
     from iobmd.request import Request
 
 
-def allocate(wanted: Request, contents: Contents | None) -> Backing:
+def allocate(wanted: Request, contents: Contents | None) -> MappedBacking:
     """Return the memory that is asked for, filled.
 
-    Memory of this process that nobody else is to map is private; all other is that of a shared object.
+    Memory of this process that nobody else is to map is private; all other is that of a shared object. So is memory
+    with guard pages, for XNU's can be mapped once more.
 
     Raises
     ------
     IOReturnError
         As `IOBufferMemoryDescriptor.initWithPhysicalMask`.
     """
-    if wanted.here and not wanted.shared:
-        return AnonymousBacking(
-            wanted.capacity, wired=wanted.wired, purgeable=wanted.purgeable, want=wanted.want, contents=contents
+    if wanted.here and not wanted.shared and not wanted.guard:
+        return _named(
+            AnonymousBacking(
+                wanted.capacity, wired=wanted.wired, purgeable=wanted.purgeable, want=wanted.want, contents=contents
+            ),
+            wanted,
         )
     if wanted.wired or contents:
         headroom.require(wanted.capacity, swappable=not wanted.wired)
     if wanted.want is None:
         trailer = TRAILER if wanted.purgeable else 0
-        return _show(SharedObject.create(round_up(wanted.capacity, PAGE_SIZE), trailer), wanted, contents)
+        return _show(
+            SharedObject.create(round_up(wanted.capacity, PAGE_SIZE), trailer, wanted.name), wanted, contents
+        )
     for _attempt in range(contiguous.TRIES):
-        backing = _show(contiguous.obtain_shared(wanted.want), wanted, contents)
+        backing = _show(contiguous.obtain_shared(wanted.want, wanted.name), wanted, contents)
         try:
             if _is_as_wanted(backing, wanted.want):
                 return backing
@@ -50,14 +59,22 @@ def allocate(wanted: Request, contents: Contents | None) -> Backing:
     raise contiguous.kept_moving(wanted.want)
 
 
+def _named(backing: AnonymousBacking, wanted: Request) -> AnonymousBacking:
+    """Give private memory the name of its tag, where the kernel has names for such."""
+    if wanted.tag:
+        with contextlib.suppress(OSError):
+            memory.name(backing.address, backing.size, wanted.name.encode())
+    return backing
+
+
 def _show(shared: SharedObject, wanted: Request, contents: Contents | None) -> SharedBacking:
     """Map a new object where it is wanted."""
     wired, purgeable, task = wanted.wired, wanted.purgeable, wanted.task
     if task is None:
         return UnmappedBacking(shared, wired=wired, purgeable=purgeable, contents=contents)
     if wanted.here:
-        return SharedBacking(shared, wired=wired, purgeable=purgeable, contents=contents)
-    return RemoteBacking(shared, task, wired=wired, purgeable=purgeable, contents=contents)
+        return SharedBacking(shared, wired=wired, purgeable=purgeable, contents=contents, guard=wanted.guard)
+    return RemoteBacking(shared, task, wired=wired, purgeable=purgeable, contents=contents, guard=wanted.guard)
 
 
 def _is_as_wanted(backing: SharedBacking, want: Want) -> bool:

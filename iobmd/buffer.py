@@ -7,7 +7,7 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Self
 
-from iobmd import allocation, caching, own, request
+from iobmd import allocation, caching, live, own, request
 from iobmd._native.mapping import Exporter, Mapping
 from iobmd.constants import IOOptionBits, IOReturn, kIOMemoryIncoherentIOFlush
 from iobmd.contents import CopyOf, FrozenCopyOf
@@ -15,7 +15,7 @@ from iobmd.descriptor import IOMemoryDescriptor
 from iobmd.errors import IOReturnError
 from iobmd.purgeable import purger
 from iobmd.task import Task, as_task, kernel_task
-from iobmd.units import PAGE_SIZE
+from iobmd.units import PAGE_SIZE, round_up
 from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from iobmd.backing import Backing
+    from iobmd.backing.mapped import MappedBacking
     from iobmd.pieces import Progress
 
     AnyTask = Task | int | psutil.Process
@@ -42,6 +43,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
 
     _capacity = 0
     _contiguous = False
+    _guarded = False
 
     def __init__(self, *, contents: CopyOf | FrozenCopyOf | None = None) -> None:
         # Made in two steps, as in IOKit: this only says what initWithPhysicalMask is to fill the memory with.
@@ -105,7 +107,15 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     ) -> Self:
         """Make a buffer of `capacity` bytes in a task. Raises as `initWithPhysicalMask`.
 
-        `kernTag` and `userTag` are kept as `vm_tags`.
+        Parameters
+        ----------
+        inTask, options, capacity, alignment
+            As there.
+        kernTag, userTag : int
+            Numbers that name its mapping in /proc/PID/maps, and so in `iobmd pagemap`: `kernTag` in `kernel_task` and
+            in no task, `userTag` in others, the other one where that is 0. Memory of a shared object is named so
+            (``/memfd:iobmd:7``), private memory where the kernel has names for that (CONFIG_ANON_VMA_NAME:
+            ``[anon:iobmd:7]``). Both are kept as `vm_tags`.
         """
         self = cls()
         self.vm_tags = (kernTag, userTag)
@@ -117,6 +127,33 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         """Make a buffer whose physical addresses have no bit outside of `physicalMask`."""
         self = cls()
         self.initWithPhysicalMask(inTask, options, capacity, 1, physicalMask)
+        return self
+
+    @classmethod
+    def inTaskWithGuardPages(cls, inTask: AnyTask, options: int, capacity: int) -> Self:
+        """Make a buffer with a page on each side that nobody can touch: who leaves it there dies of SIGSEGV.
+
+        Parameters
+        ----------
+        inTask : Task, int or psutil.Process
+            The task to allocate in.
+        options : int
+            `IOOptionBits`, neither pageable nor contiguous.
+        capacity : int
+            Rounded up to whole pages, so that the guards touch the memory; its length, too.
+
+        Raises
+        ------
+        IOReturnError
+            As `initWithPhysicalMask`; `kIOReturnBadArgument` for pageable or contiguous memory, or no task.
+
+        Notes
+        -----
+        The memory is that of a shared object, which can be mapped once more, as in XNU; a forked child shares it.
+        """
+        self = cls()
+        self._guarded = True
+        self.initWithPhysicalMask(inTask, options, round_up(capacity, PAGE_SIZE), PAGE_SIZE, 0)
         return self
 
     @classmethod
@@ -170,7 +207,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         """
         if self._state != "not initialised":
             raise IOReturnError(IOReturn.kIOReturnBusy, f"{self!r} is initialised already")
-        wanted = request.check(inTask, options, capacity, alignment, physicalMask)
+        wanted = request.check(inTask, options, capacity, alignment, physicalMask, self._guarded, self.vm_tags)
         if self._contents:
             self._contents.check()
         self._open(allocation.allocate(wanted, self._contents), wanted.options, capacity, wanted.contiguous)
@@ -181,7 +218,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         self._contents = None
         return True
 
-    def _open(self, backing: Backing, options: int, capacity: int, contiguous: bool) -> None:
+    def _open(self, backing: MappedBacking, options: int, capacity: int, contiguous: bool) -> None:
         self._backing = backing
         self._options, self._capacity, self._length = options, capacity, capacity
         self._maker = self._wired_by = os.getpid()
@@ -190,19 +227,17 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         self._state = "open"
         if options & caching.MODES:
             backing.treat_caches(caching.of_copies(options))
+        live.know(self)
         if backing.purgeable:
             purger.know(self)
 
-    def _attach(self, backing: Backing, options: int, capacity: int, length: int) -> Self:
+    def _attach(self, backing: MappedBacking, options: int, capacity: int, length: int) -> Self:
         """Be a buffer of memory that another process has made."""
         self._open(backing, options, capacity, bool(options & _CONTIGUOUS))
         self._length = length
         return self
 
     # --- the buffer
-
-    vm_tags = (0, 0)
-    """The `kernTag` and `userTag` it was made with."""
 
     source_stopped_ns = 0
     """For how many nanoseconds, at the most, the source of its contents stood still (`copy(…, freeze=True)`)."""
@@ -265,7 +300,8 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
             return len(fitting)
 
     def _exported(self) -> tuple[Mapping, int, int, bool]:
-        return self._memory().exported(), 0, self._length, True
+        mapping, first = self._memory().exported()
+        return mapping, first, self._length, True
 
     def __repr__(self) -> str:
         name = type(self).__name__
@@ -287,6 +323,6 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     def __del__(self) -> None:
         if self._backing is None:
             return
-        if self._maker == os.getpid():
+        if self._maker == os.getpid() and not self._inherited:
             warnings.warn(f"{self!r} was never freed", ResourceWarning, stacklevel=2, source=self)
         self.free()

@@ -66,11 +66,7 @@ class Caching:
             raise IOReturnError(IOReturn.kIOReturnUnsupported, f"operation {options:#x} is not known")
         require(cacheline.BEST)
         self._check_range(offset, length)
-        with backing.here() as mapping:
-            if options == kIOMemoryIncoherentIOStore:
-                mapping.write_back(offset, length)
-            else:
-                mapping.drop(offset, length)
+        backing.write_back(offset, length, drop=options == kIOMemoryIncoherentIOFlush)
 
 
 def check(options: int) -> None:

@@ -108,13 +108,13 @@ def _out_of_reach(want: Want, budget: Budget) -> str:
     return lowmem.out_of_reach(want.allowed, budget.bytes)
 
 
-def obtain_shared(want: Want) -> SharedObject:
-    """Return a shared object whose pages are as wanted. Raises as `obtain`."""
+def obtain_shared(want: Want, name: str) -> SharedObject:
+    """Return a shared object, of that name, whose pages are as wanted. Raises as `obtain`."""
     hunt = _Hunt(want, Budget())
     why = _out_of_reach(want, hunt.budget)
     size = round_up(want.size, PAGE_SIZE)
     hidden = False
-    for source in () if why else _shared_sources():
+    for source in () if why else _shared_sources(name):
         try:
             if chosen := hunt.run(source):
                 return source.share(chosen, want.alignment, size)
@@ -128,10 +128,10 @@ def obtain_shared(want: Want) -> SharedObject:
     raise _not_found(want, why or hunt.report())
 
 
-def _shared_sources() -> Iterator[FileBlocks]:
-    yield FileBlocks()
+def _shared_sources(name: str) -> Iterator[FileBlocks]:
+    yield FileBlocks(name=name)
     for pool in host.hugetlb_pools():
-        yield PoolBlocks(pool, reserve=may_reserve())
+        yield PoolBlocks(pool, reserve=may_reserve(), name=name)
 
 
 def from_pools(want: Want) -> Mapping | None:

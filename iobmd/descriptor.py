@@ -15,6 +15,9 @@ from iobmd.constants import (
     kIODirectionPrepareToPhys32,
 )
 from iobmd.errors import IOReturnError
+from iobmd.existing import Existing
+from iobmd.labels import Labels
+from iobmd.lineage import Lineage
 from iobmd.placement import Placement
 from iobmd.request import DIRECTION_MASK
 from iobmd.task import as_task, kernel_task
@@ -34,8 +37,8 @@ if TYPE_CHECKING:
     AnyTask = Task | int | psutil.Process
 
 
-class IOMemoryDescriptor(Caching, Placement, Volatility):
-    """A range of memory with a length, a direction and a task. Made by the factories of its subclasses.
+class IOMemoryDescriptor(Existing, Lineage, Labels, Caching, Placement, Volatility):
+    """A range of memory with a length, a direction and a task. Made by `withAddressRange` and by its subclasses.
 
     Methods may be called from any thread. Memory that goes away under a copy is impossible: `free` refuses while
     one is under way. In a forked child a wired descriptor refuses to work, for mlock(2) is not inherited: the
@@ -54,6 +57,10 @@ class IOMemoryDescriptor(Caching, Placement, Volatility):
     _pinned_for_good = False  # by its options, not by prepare()
     _guard: own.Guard
     _windows: weakref.WeakSet[windows.Window]
+
+    @staticmethod
+    def _plain() -> IOMemoryDescriptor:
+        return IOMemoryDescriptor()
 
     def getLength(self) -> int:
         """Return the length in bytes."""
@@ -136,19 +143,20 @@ class IOMemoryDescriptor(Caching, Placement, Volatility):
             raise IOReturnError(IOReturn.kIOReturnBadArgument, f"direction {forDirection:#x} has unknown bits")
         with self._guard:
             backing = self._memory()  # again: another thread may have freed it
-            fresh = backing.wiring is not Wiring.PINNED
+            fresh = bool(backing.parts) or backing.wiring is not Wiring.PINNED
             if fresh and backing.purgeable:
                 backing.purgeable.hold()
+            undo = fresh and not backing.parts  # those have undone it where it failed
             try:
                 if fresh:
                     if forDirection & kIODirectionPrepareNoFault:
                         self._require_resident(backing)
                     backing.pin()
-                    self._wired_by = os.getpid()
+                    undo, self._wired_by = True, os.getpid()
                 if forDirection & kIODirectionPrepareToPhys32:
                     _require_low(self._runs(backing))
             except BaseException:
-                if fresh:
+                if undo:
                     self._unwire(backing)
                 raise
             self._prepared += 1
@@ -167,7 +175,7 @@ class IOMemoryDescriptor(Caching, Placement, Volatility):
             if not self._prepared:
                 raise IOReturnError(IOReturn.kIOReturnNotReady, f"{self!r} is not prepared: nothing to complete")
             self._prepared -= 1
-            if not self._prepared and not self._pinned_for_good:
+            if backing.parts or not (self._prepared or self._pinned_for_good):
                 self._unwire(backing)
 
     @staticmethod
@@ -233,8 +241,8 @@ class IOMemoryDescriptor(Caching, Placement, Volatility):
         self._memory()
         length = length or self._length - offset
         self._check_range(offset, length)
-        place = windows.Place(atAddress, options, offset, length)
         with self._guard:
+            place = windows.Place(atAddress, options, offset, length, self._memory().in_page(offset))
             return mapping.open_map(self, task, place)
 
     def getPageCounts(self) -> tuple[int, int]:
@@ -245,8 +253,19 @@ class IOMemoryDescriptor(Caching, Placement, Volatility):
         with self._guard:
             return self._memory().page_counts()
 
+    def getDMAMapLength(self) -> tuple[int, int]:
+        """Return how many bytes the pages have that hold it, and the place of its first byte in its page.
+
+        They are counted range by range: a page that holds bytes of two counts for each.
+        """
+        backing = self._memory()
+        return backing.span(0, self._length), backing.in_page(0)
+
     def free(self) -> None:
         """Give the memory back; the descriptor cannot be used afterwards. Idempotent, and so is leaving `with`.
+
+        Memory that other descriptors have parts of (`IOSubMemoryDescriptor`, `IOMultiMemoryDescriptor`, ranges of its
+        addresses) goes with the last of those.
 
         Raises
         ------
@@ -259,22 +278,26 @@ class IOMemoryDescriptor(Caching, Placement, Volatility):
             if self._prepared and self._wired_by == os.getpid():
                 message = f"{self!r} is prepared {self._prepared} times: call complete() as often first"
                 raise IOReturnError(IOReturn.kIOReturnBusy, message)
-            self._close()
+            if not self._bequeath():
+                self._close()
 
     release = free
 
     def _before_write(self, backing: Backing, offset: int, length: int) -> None:
-        if backing.purgeable:
+        if not backing.parts and backing.purgeable:
             with self._guard:
                 self._memory()  # again: another thread may have freed it
                 backing.purgeable.before_write(offset, length)
 
-    def _close(self) -> None:
-        if self._backing is None:  # another thread was faster
-            return
+    def _refuse_if_mapped(self) -> None:
         if self._windows and (mapped := mapping.uses(self)):
             message = f"{self!r} is mapped {mapped} times: call unmap() as often first"
             raise IOReturnError(IOReturn.kIOReturnBusy, message)
+
+    def _close(self) -> None:
+        if self._backing is None:  # another thread was faster
+            return
+        self._refuse_if_mapped()
         try:
             self._backing.close()
         except BufferError as error:
@@ -301,6 +324,10 @@ class IOMemoryDescriptor(Caching, Placement, Volatility):
                 IOReturn.kIOReturnBadArgument,
                 f"offset {offset} with length {length} is not inside of the descriptor's {self._length} bytes",
             )
+
+    def __repr__(self) -> str:
+        direction = ("none", "in", "out", "inout")[self._options & 3]
+        return f"<{type(self).__name__}, length {self._length}, direction {direction}, {self._state}>"
 
     def __reduce_ex__(self, _protocol: SupportsIndex) -> NoReturn:
         raise TypeError(

@@ -25,8 +25,9 @@ class FileBlocks:
     immovable = False
     """The pages stay where they are without a pin."""
 
-    def __init__(self, block: int = HUGE_PAGE_SIZE) -> None:
+    def __init__(self, block: int = HUGE_PAGE_SIZE, name: str = shmem.NAME) -> None:
         self.block = block
+        self.name = name
         self.hidden = False
         self._fd = -1
         self._size = 0
@@ -35,9 +36,9 @@ class FileBlocks:
 
     def create(self) -> int:
         """Return a new empty file. Raises OSError."""
-        fd = shmem.create_huge(0)
+        fd = shmem.create_huge(0, self.name)
         self._collapses = fd < 0
-        return os.memfd_create("iobmd", os.MFD_CLOEXEC) if fd < 0 else fd
+        return os.memfd_create(self.name, os.MFD_CLOEXEC) if fd < 0 else fd
 
     def more(self, count: int, alignment: int) -> Places:  # noqa: ARG002 (the protocol's)
         """Take up to `count` more blocks; empty when there are none."""
@@ -48,7 +49,7 @@ class FileBlocks:
             if self._fd < 0:
                 self._fd = self.create()
             os.ftruncate(self._fd, self._size + size)
-            batch = Mapping.view(self._fd, [(self._size, size)], 0, True, 0, self.block)
+            batch = Mapping.view([(self._fd, self._size, size)], 0, True, 0, self.block)
         except OSError:
             return {}
         self._batches.append((self._size, batch))
@@ -68,7 +69,7 @@ class FileBlocks:
         """Map the blocks behind each other; what is not chosen is given back."""
         shared = self.share(chosen, alignment)
         try:
-            mapping = shared.map(0, shared.size)
+            mapping = shared.map()
             populate(mapping.address, mapping.size, self.block)  # they are there: this only maps them
         finally:
             shared.close()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from iobmd import host
 from iobmd.fileblocks import FileBlocks
+from iobmd.shmem import NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,15 +30,15 @@ class PoolBlocks(FileBlocks):
 
     immovable = True  # but by memory hot-remove
 
-    def __init__(self, pool: HugePool, *, reserve: bool) -> None:
-        super().__init__(pool.size)
+    def __init__(self, pool: HugePool, *, reserve: bool, name: str = NAME) -> None:
+        super().__init__(pool.size, name)
         self._pool = pool
         self._reserve = reserve
 
     def create(self) -> int:
         """Return a new empty file."""
         kind = os.MFD_HUGETLB | self.block.bit_length() - 1 << _MFD_HUGE_SHIFT
-        return os.memfd_create(f"iobmd-{self.block >> 20}M", os.MFD_CLOEXEC | kind)
+        return os.memfd_create(f"{self.name}-{self.block >> 20}M", os.MFD_CLOEXEC | kind)
 
     def more(self, count: int, alignment: int) -> Places:
         """Take up to `count` pages of the pool; empty when it has none."""

@@ -9,7 +9,6 @@ from iobmd import own
 from iobmd._native.mapping import Exporter
 from iobmd.constants import IOMapOptions, IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.units import PAGE_SIZE
 from iobmd.windows import Descriptor, Place, Window
 
 if TYPE_CHECKING:
@@ -36,6 +35,12 @@ def uses(descriptor: Descriptor) -> int:
     with _changes:
         _end_abandoned()
         return sum(len(window.users) for window in list(descriptor._windows))
+
+
+def windows(descriptor: Descriptor) -> list[Window]:
+    """Return where a descriptor's memory is mapped besides its own addresses."""
+    with _changes:
+        return [window for window in list(descriptor._windows) if window.own]
 
 
 def _end_abandoned() -> None:
@@ -140,16 +145,10 @@ class IOMemoryMap(Exporter):
                 IOReturn.kIOReturnUnsupported,
                 "this map has the addresses of its descriptor, which keep their memory: map it with kIOMapUnique",
             )
-        first = offset - self._within
-        if first % PAGE_SIZE or first < 0:
-            raise _bad(
-                f"offset {offset} has another place in a page than the map, or other maps need what is before it"
-            )
-        backing = newBackingMemory._memory()
-        if first + window.own.size > backing.size or offset + self._length > newBackingMemory.getLength():
-            raise _bad(f"the new memory has not as many bytes from offset {offset} on")
+        if offset < 0 or offset + self._length > newBackingMemory.getLength():
+            raise _bad(f"the new memory has not {self._length} bytes from offset {offset} on")
         with newBackingMemory._guard, _changes:
-            window.show(newBackingMemory, first)
+            window.show(newBackingMemory, offset - window.first - self._within)
 
     def unmap(self) -> None:
         """End it; idempotent. The addresses go when nobody else has been given them.
@@ -175,7 +174,8 @@ class IOMemoryMap(Exporter):
         return self._window
 
     def _exported(self) -> tuple[Mapping, int, int, bool]:
-        return self._open().mapping, self._within, self._length, self._writable
+        mapping, first = self._open().mapping
+        return mapping, first + self._within, self._length, self._writable
 
     def __len__(self) -> int:
         return self.getLength()

@@ -109,6 +109,8 @@ class Pin:
     as any copy of the ring's descriptor is open: a child forked in C, without exec, keeps it alive.
     """
 
+    holds_frames = True
+
     def __init__(self, address: int, size: int) -> None:
         self._slots: list[uring.Slot] = []
         try:

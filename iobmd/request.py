@@ -9,6 +9,7 @@ from iobmd._version import __version__
 from iobmd.constants import IOOptionBits, IOReturn
 from iobmd.contiguous import ALL_ADDRESSES, Want
 from iobmd.errors import IOReturnError
+from iobmd.shmem import NAME
 from iobmd.task import Task, as_task, kernel_task
 from iobmd.units import PAGE_SIZE, is_power_of_two
 
@@ -24,6 +25,8 @@ _SHARED = int(IOOptionBits.kIOMemoryKernelUserShared)
 _KNOWN = CACHE_MASK | sum({int(option) for option in IOOptionBits})
 
 _CONTIGUOUS = int(IOOptionBits.kIOMemoryPhysicallyContiguous | IOOptionBits.kIOMemoryHostPhysicallyContiguous)
+
+_OF_NEW_MEMORY = _CONTIGUOUS | _PAGEABLE | _PURGEABLE
 
 _NOT_YET = {
     int(IOOptionBits.kIOMemoryClearEncrypt): "encrypted memory",
@@ -43,6 +46,15 @@ class Request(NamedTuple):
     """What is asked of the physical addresses; None: nothing that not any page has."""
     contiguous: bool
     """Asked to be in one piece, by an option or by its alignment."""
+    guard: int = 0
+    """Bytes on each side that nobody can touch."""
+    tag: int = 0
+    """What its mappings are named by; 0: nothing."""
+
+    @property
+    def name(self) -> str:
+        """The name of its mappings, where the kernel shows one."""
+        return f"{NAME}:{self.tag}" if self.tag else NAME
 
     @property
     def here(self) -> bool:
@@ -66,9 +78,15 @@ class Request(NamedTuple):
 
 
 def check(
-    task: Task | int | psutil.Process | None, options: int, capacity: int, alignment: int, physical_mask: int
+    task: Task | int | psutil.Process | None,
+    options: int,
+    capacity: int,
+    alignment: int,
+    physical_mask: int,
+    guarded: bool = False,
+    tags: tuple[int, int] = (0, 0),
 ) -> Request:
-    """Check a request for a buffer; the parameters are those of `initWithPhysicalMask`.
+    """Check a request for a buffer; the parameters are those of `initWithPhysicalMask`, and what factories add.
 
     Raises
     ------
@@ -85,12 +103,15 @@ def check(
     if capacity + alignment > 1 << 63:
         raise _bad(f"size {capacity:#x} with alignment {alignment:#x} exceeds every address space")
     _check_options(options)
+    if guarded:
+        _check_guarded(task, options)
     want, contiguous = _physical(options, capacity, alignment, physical_mask)
     if options & _PAGEABLE and (want or contiguous):
         what = want or Want(capacity, contiguous)
         raise _bad(f"pageable memory moves, and cannot be {what}: leave kIOMemoryPageable out")
     where = None if task is None else kernel_task if task is kernel_task else as_task(task)
-    return Request(where, options, capacity, want, contiguous)
+    tag = _tag(tags, in_kernel=where is None or where is kernel_task)
+    return Request(where, options, capacity, want, contiguous, PAGE_SIZE if guarded else 0, tag)
 
 
 def _physical(options: int, capacity: int, alignment: int, mask: int) -> tuple[Want | None, bool]:
@@ -106,6 +127,21 @@ def _physical(options: int, capacity: int, alignment: int, mask: int) -> tuple[W
     if allowed == ALL_ADDRESSES and alignment <= PAGE_SIZE and (capacity <= PAGE_SIZE or not contiguous):
         return None, contiguous
     return Want(capacity, contiguous, max(alignment, 1), allowed), contiguous
+
+
+def check_existing(options: int) -> int:
+    """Return the options of a descriptor of memory that exists already.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnBadArgument` for what can only be asked of new memory; `kIOReturnUnsupported` as `check`.
+    """
+    options = int(options)
+    _check_options(options)
+    if options & _OF_NEW_MEMORY:
+        raise _bad(f"options {options:#x} ask for memory as it can only be made, and this memory exists already")
+    return options
 
 
 def check_direction(direction: int) -> int:
@@ -124,6 +160,22 @@ def _check_options(options: int) -> None:
         if options & bits:
             raise unsupported(meaning)
     caching.check(options)
+
+
+def _tag(tags: tuple[int, int], *, in_kernel: bool) -> int:
+    """Return the tag of a mapping: in `kernel_task` the first, else the second; the other where that is 0."""
+    if tags == (0, 0):
+        return 0
+    if any(not 0 <= tag < 1 << 32 for tag in tags):
+        raise _bad(f"tags {tags} are not 32-bit numbers")
+    return (tags[0] or tags[1]) if in_kernel else (tags[1] or tags[0])
+
+
+def _check_guarded(task: object, options: int) -> None:
+    if options & (_PAGEABLE | _CONTIGUOUS):
+        raise _bad("memory with guard pages is neither pageable nor contiguous: leave those options out")
+    if task is None:
+        raise _bad("memory that is mapped in no task has no guard pages; map it with kIOMapGuardedSmall")
 
 
 def _bad(message: str) -> IOReturnError:

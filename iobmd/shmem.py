@@ -21,6 +21,9 @@ from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+NAME = "iobmd"
+"""Of objects, as /proc/PID/maps shows them, where no tag says more."""
+
 # linux/fcntl.h: without them a process that has the descriptor could cut the memory away under the others.
 _F_ADD_SEALS, F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 0x2, 0x4
 
@@ -30,6 +33,19 @@ class Extent(NamedTuple):
 
     offset: int
     length: int
+
+
+class Stretch(NamedTuple):
+    """Pages of an object that are to be mapped behind those of another stretch; sizes in bytes."""
+
+    fd: int
+    """A descriptor of the object, which stays open as long as its owner does."""
+    offset: int
+    length: int
+    page: int
+    """Size of its pages: what it is mapped in multiples of."""
+    alignment: int
+    """Of the address it is mapped at first, where that is free to choose."""
 
 
 class SharedObject:
@@ -66,7 +82,7 @@ class SharedObject:
         self.immovable = immovable
 
     @classmethod
-    def create(cls, size: int, trailer: int = 0) -> SharedObject:
+    def create(cls, size: int, trailer: int = 0, name: str = NAME) -> SharedObject:
         """Make a zeroed object of `size` bytes, whole pages, and `trailer` bytes behind them.
 
         Raises
@@ -75,48 +91,28 @@ class SharedObject:
             `kIOReturnNoResources`: no descriptor is free. `kIOReturnNoMemory`.
         """
         try:
-            fd = -1 if trailer or size < HUGE_PAGE_SIZE else create_huge(size)
-            return cls(create_memfd(size + trailer) if fd < 0 else fd, [Extent(0, size)])
+            fd = -1 if trailer or size < HUGE_PAGE_SIZE else create_huge(size, name)
+            return cls(create_memfd(size + trailer, name) if fd < 0 else fd, [Extent(0, size)])
         except OSError as error:
             raise refusals.own(error, f"cannot make a shared object of {format_size(size)}") from None
 
-    def cut(self, offset: int, size: int) -> list[Extent]:
+    def cut(self, offset: int, size: int) -> list[Stretch]:
         """Return the pieces of `size` bytes from `offset` on. Raises `kIOReturnUnsupported` within a large page."""
         if offset % self.page or size % self.page:
-            message = f"this memory is in pages of {format_size(self.page)}, and can be mapped in whole ones only"
-            raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
+            raise _within_a_page(self.page)
         found = []
         for extent in self.extents:
             if offset < extent.length and size:
                 length = min(extent.length - offset, size)
-                found.append(Extent(extent.offset + offset, length))
+                found.append(Stretch(self.fd, extent.offset + offset, length, self.page, self.alignment))
                 size, offset = size - length, 0
             else:
                 offset -= extent.length
         return found
 
-    def map(self, offset: int, size: int, at: int = 0, writable: bool = True, guard: int = 0) -> Mapping:
-        """Map whole pages of it in this process, as `Mapping.view`.
-
-        Raises
-        ------
-        IOReturnError
-            `kIOReturnNoResources`: something is mapped at `at`. `kIOReturnNoMemory`: no address space.
-        """
-        try:
-            return Mapping.view(self.fd, self.cut(offset, size), at, writable, guard, self.alignment)
-        except FileExistsError as error:
-            message = f"{at:#x} to {at + size:#x} is not free: something is mapped there"
-            raise IOReturnError(IOReturn.kIOReturnNoResources, message, error.errno or 0) from None
-        except OSError as error:
-            raise refusals.own(error, f"cannot map {format_size(size)}") from None
-
-    def show_in(self, mapping: Mapping, offset: int) -> None:
-        """Show whole pages of it, from `offset` on, where `mapping` showed others."""
-        try:
-            mapping.redirect(self.fd, self.cut(offset, mapping.size))
-        except OSError as error:
-            raise refusals.own(error, "cannot redirect a mapping") from None
+    def map(self, guard: int = 0) -> Mapping:
+        """Map all of it in this process. Parameters and errors as those of `show`."""
+        return show(self.cut(0, self.size), guard=guard)
 
     def close(self) -> None:
         """Let go of the object, which goes with its last user; idempotent."""
@@ -125,14 +121,74 @@ class SharedObject:
             os.close(fd)
 
 
+def show(stretches: Sequence[Stretch], at: int = 0, *, writable: bool = True, guard: int = 0) -> Mapping:
+    """Map stretches behind each other in this process.
+
+    Parameters
+    ----------
+    stretches : sequence of Stretch
+        Of one object, or of several.
+    at : int
+        The address, where nothing may be mapped yet; 0 for any.
+    writable : bool
+        May it be written to there?
+    guard : int
+        Bytes on each side that nobody can touch.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnNoResources`: something is mapped at `at`. `kIOReturnNoMemory`: no address space.
+        `kIOReturnUnsupported`: large pages at a place that is none of theirs.
+    """
+    alignment, size = alignment_of(stretches), sum(stretch.length for stretch in stretches)
+    try:
+        return Mapping.view([stretch[:3] for stretch in stretches], at, writable, guard, alignment)
+    except FileExistsError as error:
+        message = f"{at:#x} to {at + size:#x} is not free: something is mapped there"
+        raise IOReturnError(IOReturn.kIOReturnNoResources, message, error.errno or 0) from None
+    except OSError as error:
+        raise refusals.own(error, f"cannot map {format_size(size)}") from None
+
+
+def show_in(mapping: Mapping, stretches: Sequence[Stretch]) -> None:
+    """Show stretches where `mapping` showed others. Raises as `show`."""
+    alignment_of(stretches)
+    try:
+        mapping.redirect([stretch[:3] for stretch in stretches])
+    except OSError as error:
+        raise refusals.own(error, "cannot redirect a mapping") from None
+
+
+def alignment_of(stretches: Sequence[Stretch]) -> int:
+    """Return what the address of the first is to be a multiple of.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnUnsupported`: large pages would come to lie at a place that is none of theirs.
+    """
+    place = 0
+    for stretch in stretches:
+        if place % stretch.page:
+            raise _within_a_page(stretch.page)
+        place += stretch.length
+    return max(stretch.alignment for stretch in stretches)
+
+
+def _within_a_page(page: int) -> IOReturnError:
+    message = f"this memory is in pages of {format_size(page)}, and can be mapped in whole ones only"
+    return IOReturnError(IOReturn.kIOReturnUnsupported, message)
+
+
 def reopen(fd: int) -> int:
     """Return a descriptor of the same object with an open file description of its own, for locks belong to those."""
     return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
 
 
-def create_memfd(size: int) -> int:
+def create_memfd(size: int, name: str = NAME) -> int:
     """Return a memfd of `size` bytes whose size is sealed. Raises OSError."""
-    fd = os.memfd_create("iobmd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, size)
         fcntl.fcntl(fd, _F_ADD_SEALS, F_SEAL_SHRINK | _F_SEAL_GROW)
@@ -147,10 +203,10 @@ _numbers = itertools.count()
 _huge = own.Kept(lambda: tmpfs.mount({"huge": "within_size", "size": "0", "nr_inodes": "0"}))
 
 
-def create_huge(size: int) -> int:
+def create_huge(size: int, name: str = NAME) -> int:
     """Return a file of `size` bytes in huge pages, as far as there are any; -1 where none can be made."""
     try:
-        name = f"iobmd-{next(_numbers)}"  # which /proc/PID/maps shows
+        name = f"{name}-{next(_numbers)}"
         fd = os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=_huge.open())
     except OSError:
         return -1

@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Protocol
 
+from iobmd import shmem
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
-from iobmd.backing.mapped import private
 from iobmd.constants import IOMapOptions, IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.remote.sharing import RemoteMapping, touch
 from iobmd.request import unsupported
-from iobmd.units import PAGE_SIZE, round_down, round_up
+from iobmd.units import PAGE_SIZE, round_up
 
 if TYPE_CHECKING:
     import weakref
@@ -49,9 +49,13 @@ class Descriptor(Protocol):
 
 
 class Place:
-    """What part of a memory is to be mapped, where and how; checked."""
+    """What part of a memory is to be mapped, where and how; checked.
 
-    def __init__(self, at_address: int, options: int, offset: int, length: int) -> None:
+    Offsets count from the memory's first byte, which need not be the first of a page: `first`, that of the first byte
+    of the first page, may be negative. `in_page` is the place of the byte `offset` in its page.
+    """
+
+    def __init__(self, at_address: int, options: int, offset: int, length: int, in_page: int) -> None:
         self.options, self.offset, self.length = int(options), offset, length
         if self.options & ~_KNOWN:
             raise _bad(f"map options {self.options:#x} have unknown bits {self.options & ~_KNOWN:#x}")
@@ -63,9 +67,9 @@ class Place:
         if guarded not in _GUARDS or (guarded and not self.anywhere):
             raise _bad("a mapping is guarded small or large, not both, and anywhere")
         self.guard = _GUARDS[guarded]
-        self.first = round_down(offset, PAGE_SIZE)
-        self.size = round_up(offset + length, PAGE_SIZE) - self.first
-        self.at = 0 if self.anywhere else at_address - (offset - self.first)
+        self.first = offset - in_page
+        self.size = round_up(in_page + length, PAGE_SIZE)
+        self.at = 0 if self.anywhere else at_address - in_page
         if not self.anywhere and (self.at <= 0 or self.at % PAGE_SIZE or self.at + self.size > 1 << 63):
             raise _bad(
                 f"offset {offset:#x} cannot be at {at_address:#x}, another place in a page; use kIOMapAnywhere"
@@ -96,24 +100,24 @@ class Window:
         self.descriptor = descriptor
         self.task = task
         self.place = place
+        self.offset = place.offset
         self.own = own_mapping
         self.users: set[int] = set()
         self.first = place.first if own_mapping else 0
-        """Offset in the memory of the first byte that is mapped here."""
+        """Offset in the memory of what `address` shows, as `Place.first`."""
 
     @classmethod
     def open(cls, descriptor: Descriptor, task: Task, place: Place) -> Window:
         """Map pages of a memory, or take the addresses it has, where those will do: IOKit's static mapping."""
         backing = descriptor._memory()
         if place.anywhere and not place.unique and backing.task == task:
-            window = cls(descriptor, task, place, None)
-        elif task.is_current:
-            window = cls(
-                descriptor, task, place, backing.view(place.first, place.size, place.at, place.writable, place.guard)
-            )
-        else:
-            window = cls(descriptor, task, place, _map_there(backing, task, place))
-        return window
+            return cls(descriptor, task, place, None)
+        stretches = backing.stretches(place.offset, place.length)
+        if task.is_current:
+            here = shmem.show(stretches, place.at, writable=place.writable, guard=place.guard)
+            return cls(descriptor, task, place, here)
+        there = RemoteMapping(task, stretches, at=place.at, writable=place.writable, guard=place.guard)
+        return cls(descriptor, task, place, there)
 
     @property
     def address(self) -> int:
@@ -126,14 +130,17 @@ class Window:
         return self.own.stopped_ns if isinstance(self.own, RemoteMapping) else 0
 
     @property
-    def mapping(self) -> Mapping:
-        """The mapping that shows it here. Raises `kIOReturnUnsupported` when it is in another task."""
+    def mapping(self) -> tuple[Mapping, int]:
+        """The mapping that shows it here, and where in that `first` is.
+
+        Raises `kIOReturnUnsupported` when it is in another task.
+        """
         if isinstance(self.own, RemoteMapping):
             message = (
                 f"this map is in task {self.task.pid}, and cannot be viewed here: map() gives a view of the memory"
             )
             raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
-        return self.own or self.descriptor._memory().exported()
+        return (self.own, 0) if self.own else self.descriptor._memory().exported()
 
     def serves(self, task: Task, place: Place) -> bool:
         """Say whether what is asked for is here already, as IOKit has it."""
@@ -151,18 +158,23 @@ class Window:
             self.own.close()
         self.users.discard(user)
 
-    def show(self, descriptor: Descriptor, first: int) -> None:
-        """Show other memory, from its byte `first` on."""
-        shared = descriptor._memory().shared
-        if shared is None or self.own is None:
-            raise private()
+    def show(self, descriptor: Descriptor, further: int) -> None:
+        """Show other memory, each byte at an offset that is so much larger than it was."""
+        assert self.own
+        offset, length = self.offset + further, self.place.length
+        backing = descriptor._memory()
+        if offset < 0 or offset + length > descriptor.getLength():
+            raise _bad(f"the new memory has not {length} bytes from offset {offset} on")
+        if backing.in_page(offset) != self.offset - self.first:
+            raise _bad(f"offset {offset} has another place in a page than what is mapped")
+        stretches = backing.stretches(offset, length)
         if isinstance(self.own, RemoteMapping):
-            self.own.redirect(shared, first)
+            self.own.redirect(stretches)
         else:
-            shared.show_in(self.own, first)
+            shmem.show_in(self.own, stretches)
         self.descriptor._windows.discard(self)
         descriptor._windows.add(self)
-        self.descriptor, self.first = descriptor, first
+        self.descriptor, self.offset, self.first = descriptor, offset, self.first + further
 
     def prefault(self, place: Place) -> None:
         """Have every page in place, if that is asked for."""
@@ -179,15 +191,6 @@ class Window:
                 return
             message = f"cannot fault {place.size} bytes in ahead of time ({error}); leave kIOMapPrefault out"
             raise IOReturnError(IOReturn.kIOReturnNoMemory, message, error.errno or 0) from None
-
-
-def _map_there(backing: Backing, task: Task, place: Place) -> RemoteMapping:
-    shared = backing.shared
-    if shared is None:
-        raise private()
-    return RemoteMapping(
-        task, shared, place.first, place.size, at=place.at, writable=place.writable, guard=place.guard
-    )
 
 
 def _bad(message: str) -> IOReturnError:

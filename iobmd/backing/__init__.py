@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
+    from collections.abc import Sequence
 
     from typing_extensions import Buffer
 
     from iobmd._native.mapping import Mapping
     from iobmd._native.runs import RunTable
+    from iobmd.backing.joined import Part
     from iobmd.purgeable import Purgeable
-    from iobmd.shmem import SharedObject
+    from iobmd.shmem import SharedObject, Stretch
     from iobmd.task import Task
     from iobmd.wiring import Wiring
 
@@ -27,19 +28,28 @@ class Contents(Protocol):
 class Backing(Protocol):
     """Memory that one descriptor owns."""
 
-    task: Task | None
-    """The task whose address space `address` belongs to; None: it is mapped in none."""
-    runs: RunTable | None
-    """Where it lies while it is pinned, counted from `address`; None where the kernel hides that."""
-
     stopped_ns: int
     """For how long, at the most, a thread of `task` stood still as it was made."""
-    purgeable: Purgeable | None
-    """What takes it and keeps it, when it was made purgeable."""
+
+    @property
+    def task(self) -> Task | None:
+        """The task whose address space `address` belongs to; None: it is mapped in none, or not in one piece."""
+
+    @property
+    def runs(self) -> RunTable | None:
+        """Where it lies while it is pinned, counted from `address`; None where the kernel hides that."""
+
+    @property
+    def purgeable(self) -> Purgeable | None:
+        """What takes it and keeps it, when it was made purgeable."""
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """What it is made of, when that is memory of other descriptors: those are prepared with it, each time."""
 
     @property
     def shared(self) -> SharedObject | None:
-        """The object that its pages are of, when they can be mapped at further places."""
+        """The object that its pages are of, when they are those of one."""
 
     @property
     def wiring(self) -> Wiring:
@@ -65,11 +75,8 @@ class Backing(Protocol):
     def size(self) -> int:
         """Bytes mapped, whole pages."""
 
-    def treat_caches(self, how: int) -> None:
-        """Have `read` and `write` treat the processors' caches as `Mapping.cache` says."""
-
-    def here(self, *, populated: bool = False) -> AbstractContextManager[Mapping]:
-        """Have it mapped in this process inside of a `with`; `populated`: with every page that it has in place."""
+    def write_back(self, offset: int, length: int, *, drop: bool) -> None:
+        """Write the cache lines of a range back to memory, and `drop` them from the caches if asked to."""
 
     def page_counts(self) -> tuple[int, int]:
         """Return how many pages are resident, and how many of those are dirty."""
@@ -83,11 +90,23 @@ class Backing(Protocol):
     def write(self, offset: int, data: Buffer) -> None:
         """Copy `data` to `offset`."""
 
-    def exported(self) -> Mapping:
-        """Return it as it is mapped in this process. Raises `kIOReturnUnsupported` where it is not."""
+    def exported(self) -> tuple[Mapping, int]:
+        """Return where it is mapped in this process: the mapping, and the offset in that of its first byte.
 
-    def view(self, offset: int, size: int, at: int, writable: bool, guard: int) -> Mapping:
-        """Map whole pages of it once more here, as `Mapping.view`. Raises `kIOReturnUnsupported` for private ones."""
+        Raises `kIOReturnUnsupported` where it is not.
+        """
+
+    def in_page(self, offset: int) -> int:
+        """Return the place of the byte `offset` in its page."""
+
+    def span(self, offset: int, length: int) -> int:
+        """Return how many bytes the pages have that hold a range; a page counts for each piece that it holds."""
+
+    def stretches(self, offset: int, length: int) -> list[Stretch]:
+        """Return the pages that hold a range, for mapping them at further places.
+
+        Raises `kIOReturnUnsupported` for private ones, `kIOReturnBadArgument` where pages are not filled.
+        """
 
     def close(self) -> None:
         """Give the memory back. Raises BufferError while it is in use; idempotent."""

@@ -36,11 +36,12 @@ class RemoteBacking(SharedBacking):
         wired: bool,
         purgeable: bool = False,
         contents: Contents | None = None,
+        guard: int = 0,
     ) -> None:
         self._there: RemoteMapping | None = None
         super().__init__(shared, wired=wired, purgeable=purgeable, contents=contents)
         try:
-            self._there = RemoteMapping(task, shared, 0, shared.size)
+            self._there = RemoteMapping(task, shared.cut(0, shared.size), guard=guard)
         except BaseException:
             self.close()
             raise
@@ -100,7 +101,7 @@ class UnmappedBacking(SharedBacking):
         if self.mapping.address:  # as it is made
             yield self.mapping
             return
-        mapping = self._shared.map(0, self.size)
+        mapping = self._shared.map()
         mapping.cache = self._cache
         try:
             if populated:

@@ -9,18 +9,20 @@ from iobmd import pagemap, pinning
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.task import kernel_task
-from iobmd.units import PAGE_SIZE
+from iobmd.units import PAGE_SIZE, round_up
 from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
     from typing_extensions import Buffer
 
     from iobmd._native.mapping import Mapping
     from iobmd._native.runs import RunTable
+    from iobmd.backing.joined import Part
     from iobmd.purgeable import Purgeable
-    from iobmd.shmem import SharedObject
+    from iobmd.shmem import SharedObject, Stretch
     from iobmd.task import Task
 
 
@@ -28,6 +30,7 @@ class MappedBacking:
     """Memory that this process maps as `mapping`, which the subclass makes."""
 
     mapping: Mapping
+    parts: Sequence[Part] = ()
 
     def __init__(self, *, wired: bool) -> None:
         self.task: Task | None = kernel_task
@@ -45,6 +48,11 @@ class MappedBacking:
     def treat_caches(self, how: int) -> None:
         """Have copies treat the processors' caches as `Mapping.cache` says."""
         self.mapping.cache = how
+
+    def write_back(self, offset: int, length: int, *, drop: bool) -> None:
+        """Write the cache lines of a range back to memory, and `drop` them from the caches if asked to."""
+        with self.here() as mapping:
+            mapping.write_back(offset, length, drop)
 
     def pin(self) -> None:
         """Pin every page, and read where it lies. Raises `kIOReturnCannotWire`."""
@@ -117,11 +125,19 @@ class MappedBacking:
         """Copy `data` to `offset`."""
         self.mapping.write(offset, data)
 
-    def exported(self) -> Mapping:
-        """Return it as it is mapped in this process."""
-        return self.mapping
+    def exported(self) -> tuple[Mapping, int]:
+        """Return it as it is mapped in this process, from its first byte on."""
+        return self.mapping, 0
 
-    def view(self, _offset: int, _size: int, _at: int, _writable: bool, _guard: int) -> Mapping:
+    def in_page(self, offset: int) -> int:
+        """Return the place of a byte in its page; the first byte is the first of one."""
+        return offset % PAGE_SIZE
+
+    def span(self, offset: int, length: int) -> int:
+        """Return how many bytes the pages have that hold a range."""
+        return span(self.in_page(offset), length)
+
+    def stretches(self, _offset: int, _length: int) -> list[Stretch]:
         """Refuse: private pages can be at one place only."""
         raise private()
 
@@ -130,6 +146,11 @@ class MappedBacking:
         self.mapping.seal()
         self.unpin()
         self.mapping.close()
+
+
+def span(in_page: int, length: int) -> int:
+    """Return how many bytes the pages have that hold a range which begins at a place in a page."""
+    return round_up(in_page + length, PAGE_SIZE) if length else 0
 
 
 def private() -> IOReturnError:

@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from iobmd._native import memory
-from iobmd.backing.mapped import MappedBacking
+from iobmd.backing.mapped import MappedBacking, span
 from iobmd.errors import CannotWireError
 from iobmd.populate import populate
 from iobmd.purgeable.agreed import AgreedState
@@ -14,9 +14,8 @@ from iobmd.units import PAGE_SIZE, pages
 from iobmd.wiring import make_resident
 
 if TYPE_CHECKING:
-    from iobmd._native.mapping import Mapping
     from iobmd.backing import Contents
-    from iobmd.shmem import SharedObject
+    from iobmd.shmem import SharedObject, Stretch
 
 
 class SharedBacking(MappedBacking):
@@ -32,16 +31,24 @@ class SharedBacking(MappedBacking):
         It may be taken while it is volatile; the object has `TRAILER` bytes behind it for that.
     contents : Contents, optional
         What to fill it with.
+    guard : int
+        Bytes on each side that nobody can touch.
     """
 
     def __init__(
-        self, shared: SharedObject, *, wired: bool, purgeable: bool = False, contents: Contents | None = None
+        self,
+        shared: SharedObject,
+        *,
+        wired: bool,
+        purgeable: bool = False,
+        contents: Contents | None = None,
+        guard: int = 0,
     ) -> None:
         super().__init__(wired=wired)
         self._shared = shared
         self._immovable = wired and shared.immovable
         try:
-            self.mapping = shared.map(0, shared.size)
+            self.mapping = shared.map(guard)
         except BaseException:
             shared.close()
             raise
@@ -74,9 +81,10 @@ class SharedBacking(MappedBacking):
         """Bytes of it, whole pages."""
         return self._shared.size
 
-    def view(self, offset: int, size: int, at: int, writable: bool, guard: int) -> Mapping:
-        """Map whole pages of it once more in this process. Raises as `SharedObject.map`."""
-        return self._shared.map(offset, size, at, writable, guard)
+    def stretches(self, offset: int, length: int) -> list[Stretch]:
+        """Return the pages of the object that hold a range. Raises as `SharedObject.cut`."""
+        in_page = self.in_page(offset)
+        return self._shared.cut(offset - in_page, span(in_page, length))
 
     def page_counts(self) -> tuple[int, int]:
         """Count the pages that are resident, mapped here or not. All are dirty: there is no file to drop them for."""

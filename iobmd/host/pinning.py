@@ -65,6 +65,8 @@ def why_not_pinned(error: OSError) -> tuple[str, str]:
         if io_uring_disabled() is not None or has_seccomp_filter():
             return "a seccomp filter hides it (ENOSYS)", _SECCOMP
         return "not built into this kernel (ENOSYS)", "a kernel with CONFIG_IO_URING, Linux 5.1 or later"
+    if error.errno in (errno.EFAULT, errno.EOPNOTSUPP):
+        return "it is read-only, or of a file or a device: no long-term pin is to be had of that", "a copy (withCopy)"
     bound = memlock_limit()
     if error.errno == errno.ENOMEM and bound is not None:
         return (

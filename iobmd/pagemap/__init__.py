@@ -8,7 +8,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from iobmd.pagemap.entries import Page, PageCounts, counts, pages
-from iobmd.pagemap.ownmemory import certain_bytes, has_content, huge_bytes, is_huge, own_ranges, resident_and_dirty
+from iobmd.pagemap.ownmemory import (
+    certain_bytes,
+    has_content,
+    huge_bytes,
+    is_huge,
+    own_ranges,
+    resident_and_dirty,
+    visible_runs,
+)
 
 if TYPE_CHECKING:
     from iobmd.pagemap.area import Area, areas
@@ -67,4 +75,5 @@ __all__ = [
     "segments",
     "spans",
     "users",
+    "visible_runs",
 ]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import errno
+from typing import TYPE_CHECKING
 
-from iobmd import own, procfs
+from iobmd import own, procfs, refusals
 from iobmd._native import pagemap as native
+from iobmd._native import runs
 from iobmd.errors import IOReturnError, NoResourcesError
 from iobmd.pagemap.entries import counts, opened, pages
 from iobmd.task import Task, kernel_task
 from iobmd.units import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from iobmd._native.runs import RunTable
 
 
 def resident_and_dirty(task: Task, address: int, size: int) -> tuple[int, int]:
@@ -56,6 +61,18 @@ def own_ranges(address: int, size: int, *, protect: bool) -> list[tuple[int, int
     return joined
 
 
+def visible_runs(task: Task, address: int, size: int) -> RunTable | None:
+    """Return the runs of whole pages of another task; None where the kernel hides their frames."""
+    try:
+        with opened(task) as descriptor:
+            table = runs.read(descriptor.fd, address, size, PAGE_SIZE)
+    except IOReturnError:
+        raise
+    except OSError as error:
+        raise refusals.refused(task.pid, error.errno or 0, "pagemap") from None
+    return None if table.hidden else table
+
+
 def has_content(address: int, size: int) -> bool:
     """Say whether any of this process's pages was written to and is there still, in memory or in swap."""
     if own_ranges(address, size, protect=False):
@@ -63,29 +80,29 @@ def has_content(address: int, size: int) -> bool:
     return counts(kernel_task, address, size).swapped > 0
 
 
-def huge_bytes(address: int, size: int) -> int:
-    """Count the bytes of a range of this process that huge pages map; needs no privilege.
+def huge_bytes(address: int, size: int, task: Task = kernel_task) -> int:
+    """Count the bytes of a range, of this process or of another, that huge pages map; needs no privilege.
 
     By PAGEMAP_SCAN (Linux 6.7); before that by `certain_bytes`.
     """
     end = address + size
     try:
-        with opened(kernel_task) as descriptor:
+        with opened(task) as descriptor:
             found = native.scan(descriptor.fd, address, end, native.PAGE_IS_PRESENT | native.PAGE_IS_HUGE, 0)
         return sum(until - start for start, until in found)
     except NoResourcesError:
         raise
     except OSError:
-        return certain_bytes(address, size, "AnonHugePages", "Private_Hugetlb")
+        return certain_bytes(address, size, "AnonHugePages", "Private_Hugetlb", task=task)
 
 
-def certain_bytes(address: int, size: int, *counters: str) -> int:
-    """Count the bytes of a range of this process by counters of smaps, as far as those tell for sure.
+def certain_bytes(address: int, size: int, *counters: str, task: Task = kernel_task) -> int:
+    """Count the bytes of a range, as `huge_bytes`, by counters of smaps, as far as those tell for sure.
 
     They count whole areas; what may lie outside of the range does not count.
     """
     certain, end = 0, address + size
-    for area, found in procfs.smaps():
+    for area, found in procfs.smaps(task.pid):
         inside = min(area.end, end) - max(area.start, address)
         if inside > 0:
             outside = area.end - area.start - inside

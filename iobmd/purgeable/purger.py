@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import weakref
 from typing import NamedTuple, Protocol
 
 from iobmd import headroom, own
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
+from iobmd.known import Known
 from iobmd.purgeable import Order
 from iobmd.purgeable.pressure import Watch
 
@@ -46,13 +46,12 @@ class Descriptor(Protocol):
         """Take it if it is volatile still; returns the bytes that came free, 0 as above."""
 
 
-_known: dict[int, weakref.ref[Descriptor]] = {}
+_known: Known[Descriptor] = Known()
 
 
 def know(descriptor: Descriptor) -> None:
     """Take note of purgeable memory; a forked child knows that of its parent."""
-    number = id(descriptor)
-    _known[number] = weakref.ref(descriptor, lambda _gone: _known.pop(number, None))
+    _known.add(descriptor)
     if descriptor._is_shared():
         _thread.start()
 
@@ -94,7 +93,7 @@ def purge(target_bytes: int | None = None) -> int:
 
 
 def _descriptors(*, shared_only: bool) -> list[Descriptor]:
-    found = [one for reference in list(_known.values()) if (one := reference()) is not None]
+    found = _known.all()
     return [one for one in found if one._is_shared()] if shared_only else found
 
 

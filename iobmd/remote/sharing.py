@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import itertools
 import os
 import struct
 import weakref
@@ -20,13 +21,14 @@ from iobmd._native import crosstask
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NotFoundError
 from iobmd.remote.areas import areas
+from iobmd.shmem import alignment_of
 from iobmd.units import PAGE_SIZE, format_size, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from iobmd.remote.stop import Stop
-    from iobmd.shmem import Extent, SharedObject
+    from iobmd.shmem import Stretch
     from iobmd.task import Task
 
 _PROT_NONE, _PROT_READ, _PROT_WRITE = 0, 1, 2
@@ -42,16 +44,14 @@ _HEADER = 16  # struct cmsghdr, before the descriptor
 
 
 class RemoteMapping:
-    """Pages of a shared object in another task, until `close`.
+    """Pages of shared objects in another task, until `close`.
 
     Parameters
     ----------
     task : Task
         The other task.
-    shared : SharedObject
-        The object; not needed any more afterwards.
-    offset, size : int
-        What is mapped of it, in bytes, whole pages.
+    stretches : sequence of Stretch
+        What is mapped there, of one object or of several; they are not needed any more afterwards.
     at : int
         The address, where nothing may be mapped yet; 0 for any.
     writable : bool
@@ -74,16 +74,14 @@ class RemoteMapping:
     def __init__(
         self,
         task: Task,
-        shared: SharedObject,
-        offset: int,
-        size: int,
+        stretches: Sequence[Stretch],
         *,
         at: int = 0,
         writable: bool = True,
         guard: int = 0,
     ) -> None:
         self.task = task
-        self.size = size
+        self.size = size = sum(stretch.length for stretch in stretches)
         self.address = 0
         self.stopped_ns = 0
         self._owner = os.getpid()
@@ -91,22 +89,21 @@ class RemoteMapping:
         self._margin = guard
         self._whole = (0, 0)
         self._writable = writable
-        self._objects = {_identity(shared.fd)}
-        extents = shared.cut(offset, size)
-        alignment = PAGE_SIZE if at else shared.alignment
+        self._objects = {_identity(stretch.fd) for stretch in stretches}
+        alignment = alignment_of(stretches)
         try:
             with _reported(task, size, at):
                 self.stopped_ns = _with_stopped(
-                    task, lambda stop: self._open(stop, shared.fd, extents, at, alignment)
+                    task, lambda stop: self._open(stop, stretches, at, PAGE_SIZE if at else alignment)
                 )
         except BaseException:
             with contextlib.suppress(IOReturnError):
                 self.close()
             raise
 
-    def _open(self, stop: Stop, fd: int, extents: Sequence[Extent], at: int, alignment: int) -> None:
+    def _open(self, stop: Stop, stretches: Sequence[Stretch], at: int, alignment: int) -> None:
         try:
-            self._map(stop, fd, extents, at, alignment)
+            self._map(stop, stretches, at, alignment)
         except BaseException:
             if self._whole[1]:
                 with contextlib.suppress(OSError):
@@ -114,20 +111,18 @@ class RemoteMapping:
                 self._whole = (0, 0)
             raise
 
-    def _map(self, stop: Stop, fd: int, extents: Sequence[Extent], at: int, alignment: int) -> None:
-        with _Sent(stop, fd) as sent:
-            reserved = (
-                self._reserve(stop, at, alignment) if self._margin or len(extents) > 1 or alignment > PAGE_SIZE else 0
-            )
-            place = reserved + self._margin if reserved else at
-            flags = _MAP_FIXED if reserved else _MAP_FIXED_NOREPLACE if at else 0
-            self.address = self._show(stop, sent.fd, extents, place, flags)
-            if not reserved:
-                self._whole = (self.address, self.size)
-            if at and self.address != at:  # before Linux 4.17 the address is but a wish
-                stop.call("munmap", *self._whole)
-                self._whole = (0, 0)
-                raise OSError(errno.EEXIST, "mmap")
+    def _map(self, stop: Stop, stretches: Sequence[Stretch], at: int, alignment: int) -> None:
+        in_parts = self._margin or len(stretches) > 1 or alignment > PAGE_SIZE
+        reserved = self._reserve(stop, at, alignment) if in_parts else 0
+        place = reserved + self._margin if reserved else at
+        flags = _MAP_FIXED if reserved else _MAP_FIXED_NOREPLACE if at else 0
+        self.address = self._show(stop, stretches, place, flags)
+        if not reserved:
+            self._whole = (self.address, self.size)
+        if at and self.address != at:  # before Linux 4.17 the address is but a wish
+            stop.call("munmap", *self._whole)
+            self._whole = (0, 0)
+            raise OSError(errno.EEXIST, "mmap")
 
     def _reserve(self, stop: Stop, at: int, alignment: int) -> int:
         """Set address space aside, aligned; what is too much of it is given back."""
@@ -144,24 +139,28 @@ class RemoteMapping:
         self._whole = (aligned, size)
         return aligned
 
-    def _show(self, stop: Stop, fd: int, extents: Sequence[Extent], place: int, flags: int) -> int:
+    def _show(self, stop: Stop, stretches: Sequence[Stretch], place: int, flags: int) -> int:
+        """Map stretches behind each other; returns where the first is. A descriptor goes there once for its run."""
         protection = _PROT_READ | (_PROT_WRITE if self._writable else 0)
         first = 0
-        for extent in extents:
-            mapped = stop.call("mmap", place, extent.length, protection, flags | _MAP_SHARED, fd, extent.offset)
-            first = first or mapped
-            place = mapped + extent.length
+        for fd, run in itertools.groupby(stretches, lambda stretch: stretch.fd):
+            with _Sent(stop, fd) as sent:
+                for stretch in run:
+                    mapped = stop.call(
+                        "mmap", place, stretch.length, protection, flags | _MAP_SHARED, sent.fd, stretch.offset
+                    )
+                    first = first or mapped
+                    place = mapped + stretch.length
         return first
 
-    def redirect(self, shared: SharedObject, offset: int) -> None:
-        """Show other pages at the same addresses, an extent at a time. Raises as the constructor."""
-        extents = shared.cut(offset, self.size)
+    def redirect(self, stretches: Sequence[Stretch]) -> None:
+        """Show other pages at the same addresses, a stretch at a time. Raises as the constructor."""
+        alignment_of(stretches)
 
         def work(stop: Stop) -> None:
-            with _Sent(stop, shared.fd) as sent:
-                self._show(stop, sent.fd, extents, self.address, _MAP_FIXED)
+            self._show(stop, stretches, self.address, _MAP_FIXED)
 
-        self._objects.add(_identity(shared.fd))
+        self._objects |= {_identity(stretch.fd) for stretch in stretches}
         with _reported(self.task, self.size, 0):
             self.stopped_ns = _with_stopped(self.task, work)
 

@@ -1,7 +1,9 @@
 """Cache modes: the bytes, at every odd offset; and which instructions on cache lines were really executed."""
 
+import ctypes
 import mmap
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +15,12 @@ from support.steps import cache_instructions
 import iobmd
 from iobmd import (
     IOBufferMemoryDescriptor,
+    IOMemoryDescriptor,
+    IOMultiMemoryDescriptor,
     IOReturn,
     IOReturnError,
+    IOSubMemoryDescriptor,
+    kIODirectionInOut,
     kIOMapCopybackCache,
     kIOMapDefaultCache,
     kIOMapInhibitCache,
@@ -24,6 +30,7 @@ from iobmd import (
     kIOMemoryIncoherentIOStore,
     kIOMemoryKernelUserShared,
     kIOMemoryPageable,
+    procfs,
 )
 from iobmd._native import cacheline
 from iobmd._native.mapping import Mapping
@@ -228,6 +235,31 @@ def test_views_do_not_and_operations_do_it_for_them() -> None:
 
 
 @x86
+def test_operations_reach_what_relatives_are_made_of() -> None:
+    """Parts, concatenations and memory that was there already; that of another task is refused."""
+    own = mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(own))
+    drop = NAMES[min(cacheline.BEST, cacheline.CLFLUSHOPT)]
+    with (
+        iobmd.allocate(PAGE, wired=False) as one,
+        IOMemoryDescriptor.withAddressRange(address + 100, 2000, kIODirectionInOut, iobmd.kernel_task) as other,
+        IOMultiMemoryDescriptor.withDescriptors([one, other], kIODirectionInOut) as both,
+        IOSubMemoryDescriptor.withSubRange(both, PAGE - LINE, 2 * LINE, kIODirectionInOut) as middle,
+    ):
+        done = cache_instructions(lambda: middle.performOperation(kIOMemoryIncoherentIOFlush, 0, 2 * LINE))
+        assert done == {drop: 1 + lines(100, LINE), "mfence": 2}
+        done = cache_instructions(lambda: other.performOperation(kIOMemoryIncoherentIOFlush, 10, 1))
+        assert done == {drop: 1, "mfence": 1}
+        with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+            stack = next(area for area in procfs.maps(process.pid) if area.name == "[stack]")
+            theirs = IOMemoryDescriptor.withAddressRange(stack.end - PAGE, PAGE, kIODirectionInOut, process.pid)
+            with theirs, pytest.raises(IOReturnError) as caught:
+                theirs.performOperation(kIOMemoryIncoherentIOFlush, 0, 1)
+            process.kill()
+    assert caught.value.code == IOReturn.kIOReturnUnsupported
+
+
+@x86
 def test_a_copy_does_not_stay_in_the_caches() -> None:
     with iobmd.allocate(PAGE, wired=False) as source:
         source.writeBytes(0, b"copied" * 100)
@@ -243,7 +275,7 @@ def guarded(size: int) -> Mapping:
     """Pages that nobody can touch beyond: one line too many would be a fault."""
     descriptor = os.memfd_create("iobmd-test")
     os.ftruncate(descriptor, size)
-    mapping = Mapping.view(descriptor, [(0, size)], 0, True, PAGE, PAGE)
+    mapping = Mapping.view([(descriptor, 0, size)], 0, True, PAGE, PAGE)
     os.close(descriptor)
     return mapping
 
@@ -257,14 +289,15 @@ def test_copies_touch_no_line_beyond(mode: int, instruction: int) -> None:
         data = os.urandom(length)
         mapping.write(offset, data)
         assert mapping.read(offset, length) == data
-        assert mapping.write_back(offset, length) == mapping.drop(offset, length) == lines(offset, length)
+        assert mapping.write_back(offset, length, False) == lines(offset, length)
+        assert mapping.write_back(offset, length, True) == lines(offset, length)
     for offset, length in ((PAGE, 1), (0, PAGE + 1), (PAGE + 1, 0)):
-        for refused in (mapping.drop, mapping.write_back):
+        for drop in (False, True):
             with pytest.raises(ValueError, match="past the end"):
-                refused(offset, length)
+                mapping.write_back(offset, length, drop)
     mapping.close()
     with pytest.raises(ValueError, match="closed"):
-        mapping.drop(0, 1)
+        mapping.write_back(0, 1, True)
 
 
 @pytest.mark.parametrize("operation", [0, 3, 4, -1])

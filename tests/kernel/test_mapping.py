@@ -2,7 +2,6 @@
 
 import gc
 import os
-import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import in_child
+from support.faulting import faults
 
 import iobmd
 from iobmd import IOMapOptions, IOReturn, IOReturnError
@@ -34,19 +34,6 @@ def code_of(action: Callable[[], object]) -> IOReturn:
     with pytest.raises(IOReturnError) as caught:
         action()
     return caught.value.code
-
-
-def faults(address: int, *, write: bool = False) -> bool:
-    """Say whether touching an address kills a process by SIGSEGV."""
-    if not (pid := os.fork()):
-        import ctypes
-
-        signal.signal(signal.SIGSEGV, signal.SIG_DFL)
-        byte = ctypes.c_char.from_address(address)
-        if write:
-            byte.value = b"x"
-        os._exit(len(byte.value) - 1)
-    return os.waitpid(pid, 0)[1] & 0x7F == signal.SIGSEGV
 
 
 @pytest.mark.usefixtures("nothing_left")

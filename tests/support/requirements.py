@@ -17,6 +17,7 @@ MAY_BE_MISSING: dict[str, str] = {
     "go": "a compiler of 200 MB for one program of the zoo",
     "rustc": "the same; where there is one, it is used",
     "two_processors": "a host may have one",
+    "area_names": "a kernel may be built without CONFIG_ANON_VMA_NAME",
 }
 
 
@@ -79,6 +80,16 @@ def _own_footprint() -> str | None:
     return "the address sanitizer maps memory of its own, and keeps some" if sanitizer else None
 
 
+def _area_names() -> str | None:
+    import ctypes
+
+    page = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    arguments = [ctypes.c_ulong(number) for number in (0, address, mmap.PAGESIZE)]  # PR_SET_VMA_ANON_NAME
+    named = ctypes.CDLL(None).prctl(0x53564D41, *arguments, b"iobmd-test") == 0
+    return None if named else "this kernel does not name anonymous memory (CONFIG_ANON_VMA_NAME)"
+
+
 PROBES: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "frames": _frames,
@@ -89,6 +100,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "compiler": _compiler,
     "big_memory": _big_memory,
     "own_footprint": _own_footprint,
+    "area_names": _area_names,
 }
 
 

@@ -31,7 +31,7 @@ from support.requirements import MAY_BE_MISSING
 SIZE = 64 << 10
 ANYWHERE = int(IOMapOptions.kIOMapAnywhere)
 FRAME = (1 << 55) - 1
-_OURS = re.compile(r" /(memfd:iobmd|iobmd-\d+)\b")
+_OURS = re.compile(r" /(memfd:iobmd|iobmd(:\d+)?-\d+)\b")
 PATIENCE = 30.0  # seconds for a program to do anything at all
 HERE = Path(__file__).parent
 

@@ -1,0 +1,159 @@
+"""Memory that a task has already, and that nobody shared: a range of its addresses, wherever in a page it begins."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from iobmd import pagemap, pinning, procfs, refusals
+from iobmd._native.mapping import Mapping
+from iobmd.backing.mapped import private, span
+from iobmd.constants import IOReturn
+from iobmd.errors import CannotWireError, IOReturnError
+from iobmd.remote import areas, wired
+from iobmd.units import PAGE_SIZE
+from iobmd.wiring import Wiring
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from typing_extensions import Buffer
+
+    from iobmd._native.runs import RunTable
+    from iobmd.backing.joined import Part
+    from iobmd.purgeable import Purgeable
+    from iobmd.shmem import SharedObject, Stretch
+    from iobmd.task import Task
+
+
+class RangeBacking:
+    """`length` bytes at `address` of a task, which maps and unmaps them itself.
+
+    Parameters
+    ----------
+    task, address, length
+        Whose, where, and how many bytes.
+    writable : bool
+        It has to be memory that may be written to.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnVMError`: a byte is not mapped, or not accessible. `kIOReturnNotPermitted`, `kIOReturnNotFound`.
+    """
+
+    parts: Sequence[Part] = ()
+    purgeable: Purgeable | None = None
+    shared: SharedObject | None = None
+    stopped_ns = 0
+
+    def __init__(self, task: Task, address: int, length: int, *, writable: bool) -> None:
+        self.task = task
+        self.address = address
+        self.length = length
+        self.size = span(address % PAGE_SIZE, length)
+        self.runs: RunTable | None = None
+        self._first = address - address % PAGE_SIZE
+        self._pin: pinning.Pin | wired.RemotePin | None = None
+        self._seen: Mapping | None = None
+        self._require(mapped=True, writable=writable)
+
+    def _require(self, *, mapped: bool, writable: bool) -> None:
+        """Look whether all of it is mapped and may be read, and written to if it is to be `writable`."""
+        found = areas.known(self.task)
+        for wanted, permission in ((mapped, "r"), (writable, "w")):
+            bad = procfs.uncovered(found, self.address, self.address + self.length, permission) if wanted else 0
+            if wanted and bad < self.address + self.length:
+                raise refusals.unreadable(self.task.pid, max(bad, self.address), write=permission == "w")
+
+    def pin(self) -> None:
+        """Pin its pages, or have them resident where that is all that can be had in another task."""
+        try:
+            if self.task.is_current:
+                pin: pinning.Pin | wired.RemotePin = pinning.Pin(self._first, self.size)
+            else:
+                pin = wired.RemotePin(self.task, self._first, self.size)
+        except CannotWireError:
+            self._require(mapped=True, writable=False)  # which tells more, if it went away
+            raise
+        try:
+            self.runs = self.read_runs() if pin.holds_frames else None
+        except BaseException:
+            pin.release()
+            raise
+        self._pin = pin
+
+    def unpin(self) -> None:
+        """Undo `pin`."""
+        if self._pin:
+            self._pin.release()
+        self._pin = self.runs = None
+
+    def read_runs(self) -> RunTable | None:
+        """Read where its pages lie now; None where the kernel hides that."""
+        if self.task.is_current:
+            return pinning.visible_runs(self._first, self.size)
+        return pagemap.visible_runs(self.task, self._first, self.size)
+
+    @property
+    def wiring(self) -> Wiring:
+        """What we did to hold it; its task may have done more."""
+        if self._pin is None:
+            return Wiring.PAGEABLE
+        return Wiring.PINNED if self._pin.holds_frames else Wiring.RESIDENT
+
+    def huge_bytes(self) -> int:
+        """Count the bytes of its pages that huge pages map."""
+        return pagemap.huge_bytes(self._first, self.size, self.task)
+
+    def page_counts(self) -> tuple[int, int]:
+        """Count the pages that are resident, and those of them that were written to."""
+        return pagemap.resident_and_dirty(self.task, self._first, self.size)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset` on. Raises as `Task.read`."""
+        return self.task.read(self.address + offset, length)
+
+    def read_into(self, offset: int, buffer: Buffer) -> None:
+        """Fill `buffer` from `offset` on. Raises as `Task.read`."""
+        self.task.readinto(self.address + offset, buffer)
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Copy `data` to `offset`. Raises as `Task.write`."""
+        self.task.write(self.address + offset, data)
+
+    def write_back(self, offset: int, length: int, *, drop: bool) -> None:
+        """Write the cache lines of a range back to memory, which takes addresses of this process."""
+        self._require_here("its cache lines cannot be reached from here")
+        Mapping.borrow(self.address, self.length, False).write_back(offset, length, drop)
+
+    def _require_here(self, else_: str) -> None:
+        if not self.task.is_current:
+            message = f"this memory is in task {self.task.pid}, and {else_}"
+            raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
+
+    def exported(self) -> tuple[Mapping, int]:
+        """Return it as its task has mapped it, if that is this process."""
+        self._require_here("cannot be viewed here")
+        if self._seen is None:
+            end = self.address + self.length
+            writable = procfs.uncovered(procfs.maps(), self.address, end, "w") == end
+            self._seen = Mapping.borrow(self.address, self.length, writable)
+        return self._seen, 0
+
+    def in_page(self, offset: int) -> int:
+        """Return the place of a byte in its page."""
+        return (self.address + offset) % PAGE_SIZE
+
+    def span(self, offset: int, length: int) -> int:
+        """Return how many bytes the pages have that hold a range."""
+        return span(self.in_page(offset), length)
+
+    def stretches(self, _offset: int, _length: int) -> list[Stretch]:
+        """Refuse: nobody shared it."""
+        raise private()
+
+    def close(self) -> None:
+        """Let go of it. Raises BufferError while a view of it is alive; idempotent."""
+        if self._seen:
+            self._seen.seal()
+        self.unpin()

@@ -1,0 +1,53 @@
+"""Which addresses show memory of iobmd: so that it is known again where a caller has no more than its address."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Protocol
+
+from iobmd import mapping
+from iobmd.backing.joined import Owner, Part
+from iobmd.errors import NotOpenError
+from iobmd.known import Known
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from iobmd.task import Task
+    from iobmd.windows import Descriptor
+
+    class Live(Owner, Descriptor, Protocol):
+        """A descriptor with memory of its own."""
+
+
+_known: Known[Live] = Known()
+
+
+def know(descriptor: Live) -> None:
+    """Take note of memory that was made."""
+    _known.add(descriptor)
+
+
+def find(task: Task, address: int, length: int) -> Part | None:
+    """Return the part of a descriptor's memory that is at these addresses of a task; None: there is none, or less."""
+    for owner in _known.all():
+        with contextlib.suppress(NotOpenError):  # it was freed just now, or is not this process's after a fork
+            for start, offset in _places(owner, task):
+                place = offset + address - start
+                if start <= address and place >= 0 and place + length <= owner.getLength():
+                    return Part(owner, place, length)
+    return None
+
+
+def _places(owner: Live, task: Task) -> Iterator[tuple[int, int]]:
+    """Yield the addresses in a task where its memory begins to show, and the offset of what shows there."""
+    backing = owner._memory()
+    if _same(backing.task, task):
+        yield backing.address, 0
+    for window in mapping.windows(owner):
+        if _same(window.task, task):
+            yield window.address, window.first
+
+
+def _same(one: Task | None, other: Task) -> bool:
+    return one is other or (one is not None and one.pid == other.pid and one == other)

@@ -1,0 +1,397 @@
+"""Descriptors of memory of this process that exists already: bytes, frames and pins, by the kernel's own account."""
+
+import ctypes
+import gc
+import itertools
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import kernel
+from support.child import in_child
+from support.moving import frames
+
+import iobmd
+from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Wiring, kernel_task
+
+PAGE = kernel.PAGE
+IN, OUT, INOUT, NONE = 1, 2, 3, 0
+UNIQUE, SMALL = IOMapOptions.kIOMapUnique, IOMapOptions.kIOMapGuardedSmall
+
+
+def code_of(action: Callable[[], object]) -> IOReturn:
+    with pytest.raises(IOReturnError) as caught:
+        action()
+    return caught.value.code
+
+
+class Theirs:
+    """16 pages of memory that another library of this process has mapped."""
+
+    def __init__(self, protection: int = mmap.PROT_READ | mmap.PROT_WRITE) -> None:
+        self.map = mmap.mmap(-1, 16 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.map[:] = os.urandom(16 * PAGE)
+        self._held = ctypes.c_char.from_buffer(self.map)
+        self.address = ctypes.addressof(self._held)
+        self.protect(0, 16 * PAGE, protection)
+
+    def protect(self, offset: int, size: int, protection: int) -> None:
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(self.address + offset), size, protection) == 0
+
+    def close(self) -> None:
+        self.protect(0, 16 * PAGE, mmap.PROT_READ | mmap.PROT_WRITE)
+        del self._held
+        self.map.close()
+
+
+@pytest.fixture
+def theirs() -> Iterator[Theirs]:
+    one = Theirs()
+    yield one
+    one.close()
+
+
+Ranges = list[tuple[int, int]]
+
+
+@st.composite
+def ranges(draw: st.DrawFn) -> Ranges:
+    """Up to five ranges of the 16 pages: odd, empty, adjacent, overlapping, in any order."""
+    found: Ranges = []
+    for _ in range(draw(st.integers(0, 5))):
+        start = sum(found[-1]) if found and draw(st.booleans()) else draw(st.integers(0, 16 * PAGE))
+        start = min(start, 16 * PAGE)
+        found.append((start, draw(st.integers(0, min(5 * PAGE, 16 * PAGE - start)))))
+    return found
+
+
+def test_bytes_across_ranges(theirs: Theirs) -> None:
+    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(ranges(), st.data())
+    def check(chosen: Ranges, data: st.DataObject) -> None:
+        places = [index for start, length in chosen for index in range(start, start + length)]
+        offset = data.draw(st.integers(0, len(places)))
+        length = data.draw(st.integers(0, len(places) - offset))
+        absolute = [(theirs.address + start, size) for start, size in chosen]
+        with IOMemoryDescriptor.withAddressRanges(absolute, INOUT, os.getpid()) as md:
+            assert len(md) == md.getLength() == len(places)
+            model = bytes(theirs.map[place] for place in places)
+            assert md.readBytes(0, len(places)) == model
+            filled = bytearray(length)
+            assert md.readBytesInto(offset, filled) == length
+            assert filled == model[offset : offset + length]
+            wanted = bytearray(theirs.map)
+            new = os.urandom(length)
+            for place, byte in zip(places[offset : offset + length], new, strict=True):
+                wanted[place] = byte
+            assert md.writeBytes(offset, new) == length
+            assert theirs.map[:] == wanted
+            assert code_of(lambda: md.readBytes(offset, len(places) - offset + 1)) == IOReturn.kIOReturnBadArgument
+
+    check()
+
+
+@pytest.mark.needs("frames")
+def test_segments_across_ranges(theirs: Theirs) -> None:
+    """Each byte where pagemap says, for ranges that begin and end anywhere in a page."""
+
+    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(ranges(), st.data())
+    def check(chosen: Ranges, data: st.DataObject) -> None:
+        absolute = [(theirs.address + start, size) for start, size in chosen]
+        with IOMemoryDescriptor.withAddressRanges(absolute, INOUT, kernel_task) as md:
+            offset = data.draw(st.integers(0, len(md)))
+            length = data.draw(st.integers(0, len(md) - offset))
+            md.prepare()
+            lies = frames(theirs.address, 16 * PAGE)
+            places = [index for start, size in chosen for index in range(start, start + size)]
+            wanted = [lies[place // PAGE] * PAGE + place % PAGE for place in places[offset : offset + length]]
+            got = md.segments(offset, length)
+            assert [at for address, size in got for at in range(address, address + size)] == wanted
+            assert all(sum(one) != other.address for one, other in itertools.pairwise(got)), "they touch"
+            if length:
+                address, size = md.getPhysicalSegment(offset)
+                assert address == wanted[0]
+                assert size >= got[0].length
+            md.verify()
+            md.complete()
+
+    check()
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_prepare_pins_and_complete_lets_go(theirs: Theirs) -> None:
+    with IOMemoryDescriptor.withAddressRange(theirs.address + 5, 3 * PAGE, INOUT, kernel_task) as md:
+        assert md.wiring is Wiring.PAGEABLE
+        assert code_of(md.segments) == IOReturn.kIOReturnNotReady
+        md.prepare()
+        md.prepare(IN)
+        assert md.wiring is Wiring.PINNED
+        assert kernel.status("VmPin") == 4 * PAGE
+        assert code_of(md.free) == IOReturn.kIOReturnBusy
+        md.complete()
+        assert kernel.status("VmPin") == 4 * PAGE
+        md.complete()
+        assert kernel.status("VmPin") == 0
+        assert code_of(md.complete) == IOReturn.kIOReturnNotReady
+        ranges = [(theirs.address, PAGE), (theirs.address + 8 * PAGE + 1, PAGE)]
+        with IOMemoryDescriptor.withAddressRanges(ranges, INOUT, kernel_task) as several:
+            several.prepare()
+            several.prepare()
+            assert kernel.status("VmPin") == 3 * PAGE
+            several.complete()
+            assert kernel.status("VmPin") == 3 * PAGE
+            several.complete()
+            assert kernel.status("VmPin") == 0
+
+
+@pytest.mark.needs("frames")
+def test_pinned_pages_do_not_move(theirs: Theirs) -> None:
+    with IOMemoryDescriptor.withAddressRange(theirs.address, 16 * PAGE, INOUT, kernel_task) as md:
+        md.prepare()
+        before = frames(theirs.address, 16 * PAGE)
+        Path("/proc/sys/vm/compact_memory").write_text("1")
+        assert frames(theirs.address, 16 * PAGE) == before
+        md.verify()
+        md.complete()
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_zero_length() -> None:
+    for address, task in ((0, iobmd.current_task()), (0xFFFF, os.getppid()), ((1 << 64) - 1, kernel_task)):
+        with IOMemoryDescriptor.withAddressRange(address, 0, NONE, task) as md:
+            md.prepare()
+            md.complete()
+            assert (md.getLength(), md.segments(), md.readBytes(0, 0)) == (0, [], b"")
+            assert (md.getPhysicalSegment(0), md.getPhysicalAddress()) == ((0, 0), 0)
+            assert md.getDMAMapLength() == (0, 0)
+            assert md.getPageCounts() == (0, 0)
+            assert code_of(md.map) == IOReturn.kIOReturnBadArgument
+            assert code_of(lambda: md.readBytes(0, 1)) == IOReturn.kIOReturnBadArgument
+    with IOMemoryDescriptor.withAddressRanges([], NONE, kernel_task) as none:
+        assert len(none) == 0
+
+
+def test_dma_map_length(theirs: Theirs) -> None:
+    at = theirs.address
+
+    def told(*ranges: tuple[int, int]) -> tuple[int, int]:
+        with IOMemoryDescriptor.withAddressRanges(ranges, INOUT, kernel_task) as md:
+            return md.getDMAMapLength()
+
+    assert told((at, 2)) == (PAGE, 0)
+    assert told((at + PAGE - 2, 4)) == (2 * PAGE, PAGE - 2)
+    assert told((at + 4 * PAGE, 4 * PAGE), (at, 4 * PAGE)) == (8 * PAGE, 0)
+    assert told((at + 1, 1), (at + 3, 1), (at + 2 * PAGE - 1, 2)) == (4 * PAGE, 1)
+    with iobmd.allocate(5000, wired=False) as buffer:
+        assert buffer.getDMAMapLength() == (2 * PAGE, 0)
+        buffer.setLength(5)
+        assert buffer.getDMAMapLength() == (PAGE, 0)
+
+
+def test_directions_and_access(theirs: Theirs) -> None:
+    theirs.protect(4 * PAGE, PAGE, mmap.PROT_READ)
+    theirs.protect(8 * PAGE, PAGE, 0)
+    at = theirs.address
+    for direction in (NONE, OUT):
+        with IOMemoryDescriptor.withAddressRange(at, 8 * PAGE, direction, kernel_task) as md:
+            assert (md.getDirection(), md.getFlags()) == (direction, direction)
+            assert md.readBytes(4 * PAGE, 9) == theirs.map[4 * PAGE : 4 * PAGE + 9]
+            with pytest.raises(IOReturnError) as caught:
+                md.writeBytes(4 * PAGE - 5, b"0123456789")
+            assert (caught.value.code, caught.value.address) == (IOReturn.kIOReturnVMError, at + 4 * PAGE)
+    for direction in (IN, INOUT):
+        with pytest.raises(IOReturnError) as caught:
+            IOMemoryDescriptor.withAddressRange(at + 9, 8 * PAGE - 9, direction, kernel_task)
+        assert (caught.value.code, caught.value.address) == (IOReturn.kIOReturnVMError, at + 4 * PAGE)
+    for direction in (NONE, IN, OUT, INOUT):
+        with pytest.raises(IOReturnError) as caught:
+            IOMemoryDescriptor.withAddressRanges([(at, 9), (at + 8 * PAGE + 7, 1)], direction, kernel_task)
+        assert (caught.value.code, caught.value.address) == (IOReturn.kIOReturnVMError, at + 8 * PAGE + 7)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_read_only_memory_is_not_pinned(theirs: Theirs) -> None:
+    """And nothing else stays pinned of what was to be prepared with it."""
+    theirs.protect(4 * PAGE, PAGE, mmap.PROT_READ)
+    ranges = [(theirs.address, PAGE), (theirs.address + 3 * PAGE, 2 * PAGE)]
+    with IOMemoryDescriptor.withAddressRanges(ranges, OUT, kernel_task) as md:
+        with pytest.raises(IOReturnError, match="read-only, or of a file") as caught:
+            md.prepare()
+        assert caught.value.code == IOReturn.kIOReturnCannotWire
+        assert kernel.status("VmPin") == 0
+        assert code_of(md.complete) == IOReturn.kIOReturnNotReady
+
+
+def test_memory_that_goes_away() -> None:
+    one = Theirs()
+    md = IOMemoryDescriptor.withAddressRange(one.address + PAGE, PAGE, INOUT, kernel_task)
+    hole = one.address + PAGE
+    assert ctypes.CDLL(None).munmap(ctypes.c_void_p(hole), PAGE) == 0
+    for action in (lambda: md.readBytes(0, 1), lambda: md.writeBytes(5, b"x"), md.prepare):
+        with pytest.raises(IOReturnError) as caught:
+            action()
+        assert caught.value.code == IOReturn.kIOReturnVMError
+    assert caught.value.address == hole
+    assert kernel.status("VmPin") == 0
+    md.free()
+
+
+@pytest.mark.parametrize(
+    ("ranges", "options", "code"),
+    [
+        ([(1 << 64, 1)], INOUT, IOReturn.kIOReturnBadArgument),
+        ([(-1, 1)], INOUT, IOReturn.kIOReturnBadArgument),
+        ([(4096, -1)], INOUT, IOReturn.kIOReturnBadArgument),
+        ([((1 << 64) - 1, 2)], INOUT, IOReturn.kIOReturnBadArgument),
+        ([(0, 1)], INOUT, IOReturn.kIOReturnVMError),
+        ([(1 << 63, 4096)], INOUT, IOReturn.kIOReturnVMError),
+        ([(0, 0)], 1 << 28, IOReturn.kIOReturnBadArgument),
+        ([(0, 0)], iobmd.kIOMemoryPageable, IOReturn.kIOReturnBadArgument),
+        ([(0, 0)], iobmd.kIOMemoryPhysicallyContiguous, IOReturn.kIOReturnBadArgument),
+        ([(0, 0)], iobmd.kIOMemoryPageable | iobmd.kIOMemoryPurgeable, IOReturn.kIOReturnBadArgument),
+    ],
+)
+def test_refused(ranges: Ranges, options: int, code: IOReturn) -> None:
+    assert code_of(lambda: IOMemoryDescriptor.withAddressRanges(ranges, options, kernel_task)) == code
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_private_memory_has_its_own_addresses_and_no_other(theirs: Theirs) -> None:
+    with IOMemoryDescriptor.withAddressRange(theirs.address + 7, 5000, INOUT, kernel_task) as md:
+        with md.map() as static, md.createMappingInTask(kernel_task, 0, IOMapOptions.kIOMapAnywhere, 100, 10) as part:
+            assert (static.getAddress(), part.getAddress()) == (theirs.address + 7, theirs.address + 107)
+            with memoryview(static) as view:
+                view[0] = theirs.map[7] ^ 0xFF
+                assert theirs.map[7] == view[0]
+                assert code_of(static.unmap) == IOReturn.kIOReturnBusy
+            assert code_of(md.free) == IOReturn.kIOReturnBusy
+        for options in (UNIQUE, SMALL):
+            assert code_of(lambda: md.map(options)) == IOReturn.kIOReturnUnsupported  # noqa: B023
+        other = lambda: md.createMappingInTask(os.getppid(), 0, IOMapOptions.kIOMapAnywhere)  # noqa: E731
+        assert code_of(other) == IOReturn.kIOReturnUnsupported
+        assert code_of(lambda: md.setPurgeable(1)) == IOReturn.kIOReturnUnsupported
+        assert "length 5000" in repr(md)
+    assert code_of(md.getLength) == IOReturn.kIOReturnNotOpen
+    theirs.protect(0, PAGE, mmap.PROT_READ)
+    with (
+        IOMemoryDescriptor.withAddressRange(theirs.address, 9, OUT, kernel_task) as md,
+        md.map() as mapped,
+        memoryview(mapped) as view,
+    ):
+        assert view.readonly
+
+
+# --- memory of iobmd
+
+
+@pytest.mark.needs("frames")
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("options", [UNIQUE, SMALL | IOMapOptions.kIOMapPrefault])
+def test_shared_memory_is_known_again(options: IOMapOptions) -> None:
+    with iobmd.allocate(16 * PAGE, shared=True, wired=False) as buffer:
+        buffer.writeBytes(0, os.urandom(16 * PAGE))
+        at = buffer.getBytesNoCopy()
+        ranges = [(at + 8 * PAGE + 5, 3 * PAGE - 5), (at, 2 * PAGE), (at + 4 * PAGE, 77)]
+        with IOMemoryDescriptor.withAddressRanges(ranges, INOUT, os.getpid()) as md, md.map(options) as mapped:
+            assert mapped.getAddress() % PAGE == 5
+            assert len(mapped) == 5 * PAGE - 5 + 77
+            model = bytes(memoryview(buffer)[8 * PAGE + 5 : 11 * PAGE]) + buffer.readBytes(0, 2 * PAGE)
+            assert bytes(mapped) == model + buffer.readBytes(4 * PAGE, 77)
+            lies = frames(at, 16 * PAGE)
+            assert frames(mapped.getAddress(), len(mapped)) == [lies[page] for page in (8, 9, 10, 0, 1, 4)]
+            with memoryview(mapped) as view:
+                view[3 * PAGE - 5] ^= 0xFF
+            assert buffer.readBytes(0, 1)[0] == model[3 * PAGE - 5] ^ 0xFF
+
+
+def test_misplaced_ranges_cannot_be_mapped_together() -> None:
+    with iobmd.allocate(8 * PAGE, shared=True, wired=False) as buffer:
+        at = buffer.getBytesNoCopy()
+        ranges = [(at, PAGE), (at + 3 * PAGE + 1, PAGE)]
+        with IOMemoryDescriptor.withAddressRanges(ranges, INOUT, kernel_task) as md:
+            assert code_of(lambda: md.map(UNIQUE)) == IOReturn.kIOReturnBadArgument
+            part = md.createMappingInTask(kernel_task, 0, IOMapOptions.kIOMapAnywhere, PAGE + 2, 9)
+            assert part.getAddress() % PAGE == 3, "one of them can"
+            buffer.writeBytes(3 * PAGE + 3, b"right one")
+            assert bytes(part) == b"right one"
+            part.unmap()
+        with IOMemoryDescriptor.withAddressRanges([(at, 100), (at + 100, 2 * PAGE)], INOUT, kernel_task) as md:
+            md.map(UNIQUE).unmap()
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_known_by_the_addresses_of_a_map() -> None:
+    with iobmd.allocate(8 * PAGE, shared=True, wired=False) as buffer, buffer.map(UNIQUE) as seen:
+        md = IOMemoryDescriptor.withAddressRange(seen.getAddress() + PAGE, PAGE, INOUT, kernel_task)
+        with md, md.map(UNIQUE) as mapped:
+            buffer.writeBytes(PAGE, b"here")
+            assert bytes(mapped)[:4] == b"here"
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_it_keeps_memory_of_iobmd() -> None:
+    buffer = iobmd.allocate(4 * PAGE)
+    buffer.writeBytes(PAGE, b"kept")
+    address = buffer.getBytesNoCopy()
+    md = IOMemoryDescriptor.withAddressRange(address + PAGE, 4, INOUT, kernel_task)
+    buffer.free()
+    assert code_of(buffer.getLength) == IOReturn.kIOReturnNotOpen
+    again = IOMemoryDescriptor.withAddressRange(address + PAGE + 1, 2, INOUT, kernel_task)
+    assert (md.readBytes(0, 4), again.readBytes(0, 2)) == (b"kept", b"ep")
+    assert kernel.smaps(address)
+    md.free()
+    assert kernel.smaps(address)
+    again.free()
+    assert not kernel.smaps(address)
+
+
+def test_volatile_memory_is_written_as_through_its_buffer() -> None:
+    """A store of unknown origin would make it count as taken."""
+    with iobmd.allocate(4 * PAGE, wired=False, purgeable=True) as buffer:
+        buffer.writeBytes(0, b"x" * 4 * PAGE)
+        md = IOMemoryDescriptor.withAddressRange(buffer.getBytesNoCopy() + PAGE, 5, INOUT, kernel_task)
+        assert md.setPurgeable(3) == 2
+        assert buffer.setPurgeable(1) == 3
+        assert code_of(md.prepare) == IOReturn.kIOReturnNotReady
+        md.writeBytes(0, b"12345")
+        assert md.setPurgeable(2) == 3
+        assert buffer.readBytes(PAGE - 1, 7) == b"x12345x"
+        md.free()
+
+
+def test_fork(theirs: Theirs) -> None:
+    """The child's descriptor is of the child's memory."""
+    md = IOMemoryDescriptor.withAddressRange(theirs.address, 4, INOUT, kernel_task)
+    md.writeBytes(0, b"ours")
+
+    def child() -> bytes:
+        theirs.map[0:4] = b"mine"
+        return md.readBytes(0, 4)
+
+    assert in_child(child) == b"mine"
+    assert md.readBytes(0, 4) == b"ours"
+    md.prepare()
+    with pytest.raises(IOReturnError, match="fork"):
+        in_child(child)
+    md.complete()
+    md.free()
+    gc.collect()
+
+
+def test_forgotten_while_prepared(theirs: Theirs) -> None:
+    with iobmd.allocate(PAGE, wired=False) as buffer:
+        at = buffer.getBytesNoCopy()
+        for ranges in ([(theirs.address, 9)], [(at, 9)], [(theirs.address, 9), (at, 9), (theirs.address + PAGE, 9)]):
+            md = IOMemoryDescriptor.withAddressRanges(ranges, INOUT, kernel_task)
+            md.prepare()
+            md.prepare()
+            assert kernel.status("VmPin")
+            with pytest.warns(ResourceWarning, match="never completed"):
+                del md
+            assert buffer.wiring is Wiring.PAGEABLE
+            assert kernel.status("VmPin") == 0

@@ -1,0 +1,543 @@
+"""Sub-ranges and concatenations: bytes and frames by pagemap, guards that kill, pins by VmPin, and who keeps what."""
+
+import gc
+import os
+import subprocess
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import kernel
+from support.child import in_child
+from support.faulting import faults
+from support.moving import PFN, frames
+from support.targets import need_ptrace, until_blocked
+
+import iobmd
+from iobmd import (
+    IOBufferMemoryDescriptor,
+    IOMapOptions,
+    IOMemoryDescriptor,
+    IOMultiMemoryDescriptor,
+    IOReturn,
+    IOReturnError,
+    IOSubMemoryDescriptor,
+    Wiring,
+    kernel_task,
+)
+
+PAGE = kernel.PAGE
+INOUT = iobmd.kIODirectionInOut
+ANYWHERE, UNIQUE, READ_ONLY = IOMapOptions.kIOMapAnywhere, IOMapOptions.kIOMapUnique, IOMapOptions.kIOMapReadOnly
+SMALL, LARGE = IOMapOptions.kIOMapGuardedSmall, IOMapOptions.kIOMapGuardedLarge
+NON_VOLATILE, VOLATILE, EMPTY, KEEP = 2, 3, 4, 1
+sub, multi = IOSubMemoryDescriptor.withSubRange, IOMultiMemoryDescriptor.withDescriptors
+
+
+def code_of(action: Callable[[], object]) -> IOReturn:
+    with pytest.raises(IOReturnError) as caught:
+        action()
+    return caught.value.code
+
+
+def filled(pages: int, *, shared: bool = True, wired: bool = False, **how: bool) -> IOBufferMemoryDescriptor:
+    buffer = iobmd.allocate(pages * PAGE, shared=shared, wired=wired, **how)
+    buffer.writeBytes(0, os.urandom(pages * PAGE))
+    return buffer
+
+
+# --- bytes, frames and maps
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_as_xnu_tests_it() -> None:
+    """The order of things, and what is where, of IOMultMemoryDescriptorTest; released before it is mapped."""
+    buffer = iobmd.allocate(8 * PAGE, shared=True)
+    for page in range(8):
+        buffer.writeBytes(page * PAGE, bytes([0xD0 | page]) * PAGE)
+    at = buffer.getBytesNoCopy()
+    ranges = IOMemoryDescriptor.withAddressRanges([(at + 4 * PAGE, 4 * PAGE), (at, 4 * PAGE)], INOUT, kernel_task)
+    parts = [ranges, sub(ranges, 3 * PAGE, 2 * PAGE, INOUT), sub(ranges, 7 * PAGE, PAGE, INOUT)]
+    assert parts[1].getDMAMapLength() == (2 * PAGE, 0)
+    whole = multi(parts, INOUT, False)
+    assert whole.getDMAMapLength() == (11 * PAGE, 0)
+    for one in (*reversed(parts), buffer):
+        one.release()
+    mapped = whole.createMappingInTask(kernel_task, 0, ANYWHERE | SMALL, 7 * PAGE, whole.getLength() - 7 * PAGE)
+    assert mapped.getLength() == 4 * PAGE
+    assert bytes(mapped) == b"".join(bytes([byte]) * PAGE for byte in (0xD3, 0xD7, 0xD0, 0xD3))
+    mapped.unmap()
+    whole.release()
+    assert not kernel.smaps(at)
+
+
+Bytes = list[tuple[IOBufferMemoryDescriptor, int, int]]
+"""What memory is made of: of which buffer, from where on, and how many."""
+
+
+def cut(of: Bytes, offset: int, length: int) -> Bytes:
+    found = []
+    for buffer, start, size in of:
+        low, high = max(offset, 0), min(offset + length, size)
+        if low < high:
+            found.append((buffer, start + low, high - low))
+        offset -= size
+    return found
+
+
+def content(of: Bytes) -> bytes:
+    return b"".join(buffer.readBytes(start, size) for buffer, start, size in of)
+
+
+def places(of: Bytes) -> list[list[int]]:
+    """Where it lies in physical memory, by pagemap, page by page; what is adjacent is joined."""
+    found: list[list[int]] = []
+    for buffer, start, size in of:
+        lies = frames(buffer.getBytesNoCopy(), buffer.getCapacity())
+        for page in range(start // PAGE, (start + size - 1) // PAGE + 1):
+            low, high = max(start, page * PAGE), min(start + size, page * PAGE + PAGE)
+            physical = lies[page] * PAGE + low % PAGE
+            if found and sum(found[-1]) == physical:
+                found[-1][1] += high - low
+            else:
+                found.append([physical, high - low])
+    return found
+
+
+@pytest.mark.needs("frames")
+def test_any_nesting() -> None:
+    """Trees of sub-ranges and concatenations, over shared and private memory: the right bytes, and where they lie."""
+    leaves = [filled(3), filled(2, shared=False), filled(1, wired=True)]
+
+    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        known = [(leaf, [(leaf, 0, len(leaf))]) for leaf in leaves]
+        for _ in range(data.draw(st.integers(1, 6))):
+            if data.draw(st.booleans()):
+                of, made_of = data.draw(st.sampled_from(known))
+                offset = data.draw(st.integers(0, len(of)))
+                length = data.draw(st.integers(0, len(of) - offset))
+                known.append((sub(of, offset, length, INOUT), cut(made_of, offset, length)))
+            else:
+                chosen = data.draw(st.lists(st.sampled_from(known), max_size=3))
+                joined = [piece for _, made_of in chosen for piece in made_of]
+                known.append((multi([one for one, _ in chosen], INOUT), joined))
+        one, made_of = known[-1]
+        assert len(one) == sum(size for _, _, size in made_of)
+        assert one.readBytes(0, len(one)) == content(made_of)
+        offset = data.draw(st.integers(0, len(one)))
+        length = data.draw(st.integers(0, len(one) - offset))
+        if length:
+            one.writeBytes(offset + length - 1, b"\xa5")
+            ((leaf, place, _),) = cut(made_of, offset + length - 1, 1)
+            assert leaf.readBytes(place, 1) == b"\xa5"
+            assert one.readBytes(offset, length) == content(cut(made_of, offset, length))
+        one.prepare()
+        assert [list(segment) for segment in one.segments(offset, length)] == places(cut(made_of, offset, length))
+        one.verify()
+        one.complete()
+
+    check()
+    assert kernel.status("VmPin") == PAGE, "that of the wired one"
+    for leaf in leaves:
+        leaf.free()
+
+
+@pytest.mark.needs("frames")
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize(("options", "guard"), [(UNIQUE, 0), (SMALL, PAGE), (LARGE, 64 << 10)])
+def test_concatenation_is_one_range_of_addresses(options: IOMapOptions, guard: int) -> None:
+    with filled(4) as first, filled(2) as second, filled(3) as third:
+        inner = multi([sub(first, PAGE + 9, 3 * PAGE - 9, INOUT), second], INOUT)
+        with multi([inner, sub(third, 0, PAGE + 1, INOUT)], INOUT) as whole, whole.map(options) as mapped:
+            start = mapped.getAddress()
+            assert start % PAGE == 9
+            model = first.readBytes(PAGE + 9, 3 * PAGE - 9) + bytes(second) + third.readBytes(0, PAGE + 1)
+            assert bytes(mapped) == model
+            seen = frames(start, len(mapped))
+            wanted = [(first, 1), (first, 2), (first, 3), (second, 0), (second, 1), (third, 0), (third, 1)]
+            assert seen == [frames(of.getBytesNoCopy(), len(of))[page] for of, page in wanted]
+            with memoryview(mapped) as view:
+                view[4 * PAGE] ^= 0xFF
+            assert second.readBytes(PAGE + 9, 1)[0] == model[4 * PAGE] ^ 0xFF
+            first_byte, end = start - 9, start - 9 + 7 * PAGE
+            for outside in (first_byte - 1, first_byte - guard, end, end + guard - 1) if guard else ():
+                assert faults(outside)
+            assert not faults(first_byte, write=True)
+            assert not faults(end - 1, write=True)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_sub_range_has_the_addresses_of_its_memory() -> None:
+    with filled(4, shared=False) as private, sub(private, 4097, 5000, INOUT) as part:
+        with part.map() as mapped, part.createMappingInTask(kernel_task, 0, ANYWHERE, 3, 7) as inside:
+            assert mapped.getAddress() == private.getBytesNoCopy() + 4097
+            assert inside.getAddress() == private.getBytesNoCopy() + 4100
+            assert bytes(mapped) == private.readBytes(4097, 5000)
+            assert bytes(inside) == private.readBytes(4100, 7)
+            assert part.getDMAMapLength() == (2 * PAGE, 1)
+            assert code_of(part.free) == IOReturn.kIOReturnBusy
+        assert code_of(lambda: part.map(UNIQUE)) == IOReturn.kIOReturnUnsupported
+        twice = multi([part, part], INOUT)
+        assert twice.readBytes(4999, 2) == part.readBytes(4999, 1) + part.readBytes(0, 1)
+        assert code_of(twice.map) == IOReturn.kIOReturnUnsupported
+        twice.free()
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_sub_range_of_shared_memory_at_a_second_place() -> None:
+    with (
+        filled(6) as buffer,
+        sub(buffer, 2 * PAGE + 5, 2 * PAGE, INOUT) as part,
+        part.map(UNIQUE | READ_ONLY) as seen,
+    ):
+        assert seen.getAddress() % PAGE == 5
+        assert bytes(seen) == buffer.readBytes(2 * PAGE + 5, 2 * PAGE)
+        again = part.map(UNIQUE | READ_ONLY)
+        assert again.getAddress() != seen.getAddress()
+        again.unmap()
+        place = iobmd._native.mapping.Mapping.reserve(16 * PAGE, PAGE)
+        address = place.address
+        place.close()
+        fixed = part.createMappingInTask(kernel_task, address + 5, 0)
+        inner = part.createMappingInTask(kernel_task, address + PAGE, 0, PAGE - 5, 9)
+        assert (fixed.getAddress(), inner.getAddress()) == (address + 5, address + PAGE)
+        assert bytes(inner) == buffer.readBytes(3 * PAGE, 9)
+        fixed.unmap()
+        inner.unmap()
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_redirect_to_a_concatenation() -> None:
+    with filled(4) as first, filled(2) as second, filled(2) as third, first.map(UNIQUE) as mapped:
+        with multi([third, second], INOUT) as whole, sub(whole, 0, 4 * PAGE - 1, INOUT) as shorter:
+            mapped.redirect(whole)
+            assert bytes(mapped) == bytes(third) + bytes(second)
+            assert code_of(lambda: mapped.redirect(shorter)) == IOReturn.kIOReturnBadArgument
+            mapped.redirect(first)
+            assert bytes(mapped) == bytes(first)
+        odd, part = first.createMappingInTask(kernel_task, 0, ANYWHERE | UNIQUE, 5, PAGE), sub(second, 5, PAGE, INOUT)
+        odd.redirect(part)
+        assert bytes(odd) == bytes(second)[5 : PAGE + 5]
+        odd.redirect(first, 0, PAGE + 5)
+        assert bytes(odd) == bytes(first)[PAGE + 5 : 2 * PAGE + 5]
+        assert code_of(lambda: odd.redirect(second, 0, 6)) == IOReturn.kIOReturnBadArgument
+        odd.unmap()
+
+
+@pytest.mark.needs("frames")
+@pytest.mark.usefixtures("nothing_left")
+def test_parts_that_meet_within_a_page_are_not_mapped() -> None:
+    with filled(2) as first, filled(2) as second:
+        for parts in ([sub(first, 0, 100, INOUT), second], [first, sub(second, 7, 100, INOUT)]):
+            with multi(parts, INOUT) as whole:
+                assert code_of(lambda: whole.map(UNIQUE)) == IOReturn.kIOReturnBadArgument
+                whole.createMappingInTask(kernel_task, 0, ANYWHERE, 0, 50).unmap()
+        for other in (second, sub(first, PAGE, PAGE, INOUT)):
+            with multi([sub(first, 0, 100, INOUT), sub(other, 100, 100, INOUT)], INOUT) as elsewhere:
+                assert code_of(lambda: elsewhere.map(UNIQUE)) == IOReturn.kIOReturnBadArgument
+        pieces = [(0, 100), (100, 1), (101, PAGE - 101), (PAGE, 7), (PAGE + 7, 9)]
+        with multi([*(sub(first, *piece, INOUT) for piece in pieces), sub(first, 9, 9, INOUT)], INOUT) as meeting:
+            assert code_of(lambda: meeting.map(UNIQUE)) == IOReturn.kIOReturnBadArgument
+            with meeting.createMappingInTask(kernel_task, 0, ANYWHERE, 50, PAGE - 40) as mapped:
+                assert bytes(mapped) == first.readBytes(50, PAGE - 40), "these go on in the same pages"
+                assert frames(mapped.getAddress(), len(mapped)) == frames(first.getBytesNoCopy(), 2 * PAGE)
+
+
+@pytest.mark.needs("frames")
+@pytest.mark.usefixtures("nothing_left")
+def test_concatenation_in_another_task() -> None:
+    need_ptrace()
+    with subprocess.Popen(["sleep", "100"]) as program, filled(3) as first, filled(2) as second:
+        until_blocked(program.pid)
+        before = Path(f"/proc/{program.pid}/maps").read_text().count("\n")
+        with multi([second, sub(first, PAGE, PAGE, INOUT), second], INOUT) as whole:
+            with whole.createMappingInTask(program.pid, 0, ANYWHERE | SMALL | IOMapOptions.kIOMapPrefault) as there:
+                task = iobmd.Task(program.pid)
+                assert task.read(there.getAddress(), len(there)) == whole.readBytes(0, len(whole))
+                seen = [entry & PFN for entry in kernel.entries(there.getAddress(), len(there), program.pid)]
+                one, two = frames(first.getBytesNoCopy(), 3 * PAGE), frames(second.getBytesNoCopy(), 2 * PAGE)
+                assert seen == [*two, one[1], *two]
+                task.write(there.getAddress() + 2 * PAGE, b"theirs")
+                assert first.readBytes(PAGE, 6) == b"theirs"
+            assert Path(f"/proc/{program.pid}/maps").read_text().count("\n") == before
+        program.kill()
+
+
+# --- prepared
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_prepare_is_passed_on_each_time() -> None:
+    with filled(4, shared=False) as buffer, filled(1) as other:
+        part = sub(buffer, 5, 10, INOUT)
+        whole = multi([part, other, part], INOUT)
+        whole.prepare()
+        assert (buffer.wiring, other.wiring, whole.wiring) == (Wiring.PINNED,) * 3
+        assert kernel.status("VmPin") == 5 * PAGE
+        part.prepare()
+        whole.complete()
+        assert (buffer.wiring, other.wiring) == (Wiring.PINNED, Wiring.PAGEABLE)
+        assert kernel.status("VmPin") == 4 * PAGE
+        assert code_of(buffer.free) == IOReturn.kIOReturnBusy
+        assert code_of(part.free) == IOReturn.kIOReturnBusy
+        assert code_of(whole.complete) == IOReturn.kIOReturnNotReady
+        part.complete()
+        assert kernel.status("VmPin") == 0
+        whole.free()
+        part.free()
+
+
+def test_prepared_through_a_part_of_wired_memory() -> None:
+    with filled(1, wired=True) as buffer, sub(buffer, 0, 10, INOUT) as part:
+        assert part.wiring is Wiring.PINNED
+        part.prepare()
+        assert code_of(buffer.free) == IOReturn.kIOReturnBusy
+        part.complete()
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_all_is_prepared_or_nothing() -> None:
+    with filled(1) as good, filled(1, shared=False, purgeable=True) as bad:
+        bad.setPurgeable(VOLATILE)
+        with multi([good, sub(good, 0, 5, INOUT), bad], INOUT) as whole:
+            assert code_of(whole.prepare) == IOReturn.kIOReturnNotReady
+            assert kernel.status("VmPin") == 0
+            assert code_of(good.complete) == IOReturn.kIOReturnNotReady
+            bad.setPurgeable(NON_VOLATILE)
+            whole.prepare()
+            low = lambda: whole.prepare(iobmd.kIODirectionPrepareNoFault | iobmd.kIODirectionPrepareToPhys32)  # noqa: E731
+            if os.geteuid() == 0 and max(frames(good.getBytesNoCopy(), PAGE)) >= 1 << 20:
+                assert code_of(low) == IOReturn.kIOReturnNoResources
+            whole.complete()
+            assert code_of(good.complete) == IOReturn.kIOReturnNotReady
+            assert kernel.status("VmPin") == 0
+    with iobmd.allocate(2 * PAGE, wired=False) as untouched, sub(untouched, 0, 1, INOUT) as part:
+        assert code_of(lambda: part.prepare(iobmd.kIODirectionPrepareNoFault)) == IOReturn.kIOReturnCannotWire
+        assert kernel.present(untouched.getBytesNoCopy(), 2 * PAGE) == 0
+
+
+# --- purgeable
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_purgeable_state_is_that_of_all_the_memory() -> None:
+    with filled(2, shared=False, purgeable=True) as first, filled(2, purgeable=True) as second, filled(1) as other:
+        whole = multi([sub(first, 0, 9, INOUT), sub(first, PAGE, 9, INOUT), second], INOUT)
+        assert whole.setPurgeable(VOLATILE) == NON_VOLATILE, "though the first is in it twice"
+        assert (first.setPurgeable(KEEP), second.setPurgeable(KEEP), whole.setPurgeable(KEEP)) == (VOLATILE,) * 3
+        assert whole.lazily_freed == first.lazily_freed == 2 * PAGE
+        assert iobmd.purge(PAGE) > 0
+        assert whole.setPurgeable(NON_VOLATILE) == EMPTY
+        assert {first.setPurgeable(KEEP), second.setPurgeable(KEEP)} == {NON_VOLATILE}
+        first.prepare()
+        for state in (VOLATILE, EMPTY):
+            assert code_of(lambda: whole.setPurgeable(state)) == IOReturn.kIOReturnBusy  # noqa: B023
+        first.complete()
+        second.prepare()
+        second.writeBytes(0, b"here")
+        for state in (VOLATILE, EMPTY):
+            assert code_of(lambda: whole.setPurgeable(state)) == IOReturn.kIOReturnBusy  # noqa: B023
+            assert first.setPurgeable(KEEP) == NON_VOLATILE, "it was taken back"
+        second.complete()
+        assert second.readBytes(0, 4) == b"here"
+        mixed = multi([first, other], INOUT)
+        assert code_of(lambda: mixed.setPurgeable(VOLATILE)) == IOReturn.kIOReturnUnsupported
+        assert first.setPurgeable(KEEP) == NON_VOLATILE
+        mixed.free()
+        whole.free()
+
+
+def test_page_counts() -> None:
+    with filled(3, shared=False) as first, iobmd.allocate(2 * PAGE, wired=False) as second:
+        part = sub(first, 0, 5, INOUT)
+        assert part.getPageCounts() == (3, 3)
+        assert multi([part, second, first], INOUT).getPageCounts() == (6, 6)
+
+
+# --- who keeps what
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_children_keep_their_memory() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        buffer = filled(2, shared=False)
+        data, address = bytes(buffer), buffer.getBytesNoCopy()
+        part = sub(buffer, PAGE, 9, INOUT)
+        whole = multi([part, buffer], INOUT)
+        buffer.free()
+        buffer.free()
+        assert "released" in repr(buffer)
+        for use in (buffer.getLength, buffer.prepare, buffer.map, buffer.getBytesNoCopy, buffer.__enter__):
+            assert code_of(use) == IOReturn.kIOReturnNotOpen
+        part.free()
+        assert whole.readBytes(0, 9) == data[PAGE : PAGE + 9]
+        del part, buffer
+        gc.collect()
+        whole.prepare()
+        assert kernel.status("VmPin") == 2 * PAGE
+        whole.complete()
+        assert whole.readBytes(9, 2 * PAGE) == data
+        assert kernel.smaps(address)
+        whole.free()
+        assert not kernel.smaps(address)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_memory_goes_when_the_last_child_is_collected() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        buffer = filled(2)
+        address = buffer.getBytesNoCopy()
+        parts = [sub(buffer, 0, 9, INOUT) for _ in range(3)]
+        parts.append(sub(parts[0], 3, 3, INOUT))
+        buffer.free()
+        while parts:
+            assert kernel.smaps(address)
+            parts.pop()
+            gc.collect()
+        assert not kernel.smaps(address)
+
+
+def test_parents_know_children_weakly() -> None:
+    buffer = filled(1)
+    address = buffer.getBytesNoCopy()
+    for _ in range(100):
+        sub(buffer, 0, 1, INOUT)
+    gc.collect()
+    buffer.free()
+    assert not kernel.smaps(address), "nobody was left to keep it"
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_memory_in_use_is_not_left_to_children() -> None:
+    buffer = filled(2)
+    part = sub(buffer, 0, 9, INOUT)
+    with memoryview(buffer), pytest.raises(BufferError):
+        buffer.free()
+    with buffer.map(UNIQUE), pytest.raises(BufferError):
+        buffer.free()
+    assert buffer.readBytes(0, 9) == part.readBytes(0, 9)
+    mapped = part.map()
+    buffer.free()
+    address = mapped.getAddress()
+    assert code_of(part.free) == IOReturn.kIOReturnBusy
+    assert bytes(mapped) == part.readBytes(0, 9)
+    mapped.unmap()
+    part.free()
+    assert not kernel.smaps(address)
+
+
+def test_forgotten_while_prepared() -> None:
+    with filled(1) as buffer:
+        part = sub(buffer, 0, 9, INOUT)
+        part.prepare()
+        part.prepare()
+        with pytest.warns(ResourceWarning, match="never completed"):
+            del part
+        assert buffer.wiring is Wiring.PAGEABLE
+        assert kernel.status("VmPin") == 0
+
+
+@pytest.mark.needs("root")
+@pytest.mark.usefixtures("nothing_left")
+def test_memory_in_another_task_is_kept_there() -> None:
+    need_ptrace()
+    with subprocess.Popen(["sleep", "100"]) as program:
+        until_blocked(program.pid)
+        buffer = iobmd.allocate(PAGE, task=program.pid)
+        address = buffer.getBytesNoCopy()
+        part = sub(buffer, 4, 4, INOUT)
+        buffer.free()
+        part.writeBytes(0, b"kept")
+        assert iobmd.Task(program.pid).read(address + 4, 4) == b"kept"
+        part.free()
+        assert not kernel.smaps(address, program.pid)
+        program.kill()
+
+
+def test_freed_while_others_use_it() -> None:
+    """Whoever works through a child does not notice that the parent is released."""
+    for turn in range(60):
+        buffer = filled(1)
+        part = sub(buffer, 0, 100, INOUT)
+        data, failures, begun = part.readBytes(0, 100), [], threading.Event()
+
+        def work() -> None:
+            try:
+                for _ in range(40):
+                    assert part.readBytes(0, 100) == data  # noqa: B023
+                    part.prepare()  # noqa: B023
+                    part.complete()  # noqa: B023
+                    begun.set()  # noqa: B023
+            except BaseException as error:
+                failures.append(error)  # noqa: B023
+                begun.set()  # noqa: B023
+
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        begun.wait()
+        while True:
+            try:
+                buffer.free()
+                break
+            except BufferError:  # prepared just now
+                pass
+        for thread in threads:
+            thread.join()
+        assert not failures, turn
+        part.free()
+
+
+def test_fork() -> None:
+    with filled(1) as shared, filled(1, shared=False) as private, filled(1, wired=True) as wired:
+        whole = multi([sub(shared, 0, 4, INOUT), private], INOUT)
+
+        def child() -> bytes:
+            whole.writeBytes(0, b"seen....")
+            whole.free()
+            return shared.readBytes(0, 4)
+
+        assert in_child(child) == b"seen"
+        assert whole.readBytes(0, 4) == b"seen"
+        assert whole.readBytes(4, 4) == private.readBytes(0, 4) != b"...."
+        with sub(wired, 0, 4, INOUT) as part, pytest.raises(IOReturnError, match="fork"):
+            in_child(lambda: part.readBytes(0, 1))
+        whole.free()
+
+
+# --- what it is told
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_lengths_tags_directions() -> None:
+    with filled(2) as buffer, filled(1) as other:
+        buffer.setTag(7)
+        part = sub(buffer, 10, 20, iobmd.kIODirectionOut)
+        whole = multi([other, part], iobmd.kIODirectionIn)
+        assert (part.getTag(), whole.getTag(), other.getTag()) == (7, 7, 0)
+        assert (part.getDirection(), whole.getDirection()) == (iobmd.kIODirectionOut, iobmd.kIODirectionIn)
+        assert (len(part), len(whole)) == (20, PAGE + 20)
+        assert "IOSubMemoryDescriptor, length 20, direction out, open" in repr(part)
+        buffer.setLength(15)
+        assert part.readBytes(0, 5) == buffer.readBytes(10, 5)
+        assert code_of(lambda: part.readBytes(0, 6)) == IOReturn.kIOReturnBadArgument
+        for offset, length in ((0, 16), (-1, 1), (1, -1), (16, 0)):
+            assert code_of(lambda: sub(buffer, offset, length, INOUT)) == IOReturn.kIOReturnBadArgument  # noqa: B023
+        for options in (1 << 29, iobmd.kIOMemoryPageable):
+            assert code_of(lambda: sub(buffer, 0, 1, options)) == IOReturn.kIOReturnBadArgument  # noqa: B023
+            assert code_of(lambda: multi([buffer], options)) == IOReturn.kIOReturnBadArgument  # noqa: B023
+        empty = multi([], INOUT)
+        empty.prepare()
+        empty.complete()
+        assert (len(empty), empty.segments(), empty.getDMAMapLength()) == (0, [], (0, 0))
+        for one in (part, whole, empty):
+            one.free()
+            assert code_of(one.getLength) == IOReturn.kIOReturnNotOpen

@@ -1,0 +1,348 @@
+"""The whole family, used in any order: after each step all bytes are as in the model, and nothing is left at the end.
+
+2,000 steps; IOBMD_NIGHTLY=1: 50,000.
+"""
+
+import contextlib
+import ctypes
+import gc
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from support import kernel, requirements
+from support.moving import frames
+from support.relatives import EMPTY, NON_VOLATILE, VOLATILE, Memory, Piece, Relative
+
+import iobmd
+from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, kernel_task
+from iobmd._native import memory as native
+
+PAGE = kernel.PAGE
+INOUT = iobmd.kIODirectionInOut
+UNIQUE, SMALL, LARGE = IOMapOptions.kIOMapUnique, IOMapOptions.kIOMapGuardedSmall, IOMapOptions.kIOMapGuardedLarge
+KINDS = {
+    "private": {"wired": False},
+    "wired": {},
+    "shared": {"wired": False, "shared": True},
+    "wired and shared": {"shared": True},
+    "purgeable": {"wired": False, "purgeable": True},
+    "purgeable and shared": {"wired": False, "purgeable": True, "shared": True},
+}
+STEPS = 50_000 if os.environ.get("IOBMD_NIGHTLY") else 2_000
+MOST = 14  # descriptors at a time
+DATA = st.binary(min_size=1, max_size=64)
+
+
+class Family(RuleBasedStateMachine):
+    """Descriptors of iobmd, each with its relative in the model."""
+
+    steps = 0
+    relatives: list[Relative]
+
+    @initialize()
+    def begin(self) -> None:
+        self.relatives = []
+        self.maps: list[tuple[Any, Relative, int, int]] = []
+        self.views: list[tuple[memoryview, Relative]] = []
+        self.theirs = mmap.mmap(-1, 4 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.theirs[:] = os.urandom(4 * PAGE)
+        self._held = ctypes.c_char.from_buffer(self.theirs)
+        self.foreign = Memory(bytearray(self.theirs), ctypes.addressof(self._held), ours=False)
+        self.seen = requirements.missing("frames") is None
+        self.before = footprint()
+
+    # --- making them
+
+    @precondition(lambda self: len(self.relatives) < MOST)
+    @rule(kind=st.sampled_from([*sorted(KINDS), "guarded"]), size=st.integers(1, 3 * PAGE), data=DATA)
+    def allocate(self, kind: str, size: int, data: bytes) -> None:
+        how: dict[str, Any] = KINDS.get(kind, {"shared": True})
+        if kind == "guarded":
+            buffer = iobmd.IOBufferMemoryDescriptor.inTaskWithGuardPages(kernel_task, INOUT, size)
+        else:
+            buffer = iobmd.allocate(size, **how)
+        content = bytearray((data * len(buffer))[: len(buffer)])
+        buffer.writeBytes(0, content)
+        shared, wired = how.get("shared", False), how.get("wired", True)
+        one = Memory(content, buffer.getBytesNoCopy(), shared, wired, how.get("purgeable", False))
+        self.relatives.append(Relative(buffer, [Piece(one, 0, len(buffer))]))
+
+    @precondition(lambda self: len(self.relatives) < MOST)
+    @rule(data=st.data())
+    def describe_addresses(self, data: st.DataObject) -> None:
+        """Ranges of memory that is not iobmd's, and of buffers by their addresses."""
+        buffers = [one for one in self.relatives if one.memory]
+        ranges, parts = [], []
+        for _ in range(data.draw(st.integers(0, 3))):
+            of = data.draw(st.sampled_from([None, *buffers]))
+            whole, address = (of.length, of.memory.address) if of else (4 * PAGE, self.foreign.address)
+            start = data.draw(st.integers(0, whole))
+            length = data.draw(st.integers(0, whole - start))
+            ranges.append((address + start, length))
+            parts.append(Piece(of or self.foreign, start, length))
+        md = IOMemoryDescriptor.withAddressRanges(ranges, INOUT, kernel_task)
+        self.relatives.append(Relative(md, parts))
+
+    @precondition(lambda self: 0 < len(self.relatives) < MOST)
+    @rule(data=st.data())
+    def take_part(self, data: st.DataObject) -> None:
+        of, offset, length = self.range_of_one(data)
+        part = iobmd.IOSubMemoryDescriptor.withSubRange(of.real, offset, length, INOUT)
+        self.relatives.append(Relative(part, [Piece(of, offset, length)]))
+
+    @precondition(lambda self: len(self.relatives) < MOST)
+    @rule(data=st.data())
+    def concatenate(self, data: st.DataObject) -> None:
+        some = [one for one in self.relatives if one.length < 8 * PAGE and one.weight < 20]
+        chosen = data.draw(st.lists(st.sampled_from(some), max_size=3)) if some else []
+        whole = iobmd.IOMultiMemoryDescriptor.withDescriptors([one.real for one in chosen], INOUT)
+        self.relatives.append(Relative(whole, [Piece(one, 0, one.length) for one in chosen]))
+
+    # --- using them
+
+    def one(self, data: st.DataObject) -> Relative:
+        return data.draw(st.sampled_from(self.relatives))
+
+    def range_of_one(self, data: st.DataObject) -> tuple[Relative, int, int]:
+        one = self.one(data)
+        offset = data.draw(st.integers(0, one.length))
+        return one, offset, data.draw(st.integers(0, one.length - offset))
+
+    @precondition(lambda self: self.relatives)
+    @rule(data=st.data(), new=DATA)
+    def write(self, data: st.DataObject, new: bytes) -> None:
+        one, offset, length = self.range_of_one(data)
+        expected = {IOReturn.kIOReturnBadArgument} if offset + len(new) > one.length else set()
+        if self.happens(expected, lambda: one.real.writeBytes(offset, new)):
+            one.write(offset, new)
+        assert one.real.readBytes(offset, length) == one.read(offset, length)
+        self.happens({IOReturn.kIOReturnBadArgument}, lambda: one.real.readBytes(offset, one.length - offset + 1))
+
+    @precondition(lambda self: self.relatives)
+    @rule(data=st.data())
+    def prepare(self, data: st.DataObject) -> None:
+        one = self.one(data)
+        if self.happens(one.cannot_prepare(), one.real.prepare):
+            one.prepared += 1
+
+    @precondition(lambda self: any(one.prepared or not one.is_prepared() for one in self.relatives))
+    @rule(data=st.data())
+    def complete(self, data: st.DataObject) -> None:
+        """What others have prepared is theirs to complete."""
+        one = data.draw(st.sampled_from([one for one in self.relatives if one.prepared or not one.is_prepared()]))
+        if self.happens(set() if one.prepared else {IOReturn.kIOReturnNotReady}, one.real.complete):
+            one.prepared -= 1
+
+    @precondition(lambda self: self.relatives)
+    @rule(data=st.data())
+    def segments(self, data: st.DataObject) -> None:
+        one, offset, length = self.range_of_one(data)
+        expected = set() if one.is_pinned() else {IOReturn.kIOReturnNotReady}
+        if expected or self.seen:
+            if self.happens(expected, lambda: one.real.segments(offset, length)):
+                assert [list(segment) for segment in one.real.segments(offset, length)] == places(one, offset, length)
+        elif length:
+            self.happens({IOReturn.kIOReturnNotPrivileged}, lambda: one.real.segments(offset, length))
+
+    @precondition(lambda self: self.relatives)
+    @rule(data=st.data(), options=st.sampled_from([IOMapOptions(0), UNIQUE, SMALL, LARGE]))
+    def map(self, data: st.DataObject, options: IOMapOptions) -> None:
+        one, offset, length = self.range_of_one(data)
+        expected = one.cannot_map(offset, length or one.length - offset, elsewhere=options != 0)
+        anywhere = options | IOMapOptions.kIOMapAnywhere
+        made = self.happens(expected, lambda: one.real.createMappingInTask(kernel_task, 0, anywhere, offset, length))
+        if made:
+            one.maps += 1
+            self.maps.append((made, one, offset, length or one.length - offset))
+
+    @precondition(lambda self: self.maps)
+    @rule(data=st.data(), new=st.binary(min_size=1, max_size=1))
+    def write_by_a_map(self, data: st.DataObject, new: bytes) -> None:
+        mapped, one, offset, length = data.draw(st.sampled_from(self.maps))
+        at = data.draw(st.integers(0, length - 1))
+        if any(memory.state == VOLATILE for memory in one.memories()):
+            return  # a store that nobody tells it of makes private volatile memory count as taken
+        memoryview(mapped)[at : at + 1] = new
+        one.write(offset + at, new)
+
+    @precondition(lambda self: self.maps)
+    @rule(data=st.data())
+    def unmap(self, data: st.DataObject) -> None:
+        chosen = data.draw(st.sampled_from(self.maps))
+        self.maps.remove(chosen)
+        chosen[0].unmap()
+        chosen[1].maps -= 1
+
+    @precondition(lambda self: any(one.memory for one in self.relatives))
+    @rule(data=st.data())
+    def view(self, data: st.DataObject) -> None:
+        one = data.draw(st.sampled_from([one for one in self.relatives if one.memory]))
+        self.views.append((memoryview(one.real), one))
+        one.views += 1
+
+    @precondition(lambda self: self.views)
+    @rule()
+    def end_view(self) -> None:
+        seen, one = self.views.pop()
+        seen.release()
+        one.views -= 1
+
+    @precondition(lambda self: self.relatives)
+    @rule(data=st.data(), state=st.sampled_from([1, NON_VOLATILE, VOLATILE, EMPTY]))
+    def set_purgeable(self, data: st.DataObject, state: int) -> None:
+        one = data.draw(st.sampled_from([one for one in self.relatives if not one.cannot_set(1)] or self.relatives))
+        if state == VOLATILE and not all(memory.filled for memory in one.memories()):
+            return  # where there is nothing to take it may stay Empty
+        old = self.happens(one.cannot_set(state), lambda: one.real.setPurgeable(state))
+        if old is None:
+            return
+        states = [memory.state for memory in one.memories()]
+        assert old == (EMPTY if EMPTY in states else max(states))
+        for memory in one.memories():
+            if state == EMPTY:
+                memory.drop()
+            elif state != 1:
+                memory.state = state
+
+    @rule()
+    def purge(self) -> None:
+        iobmd.purge()
+        for memory in self.volatile():
+            memory.drop()
+
+    def volatile(self) -> list[Memory]:
+        known = {id(memory): memory for one in self.relatives for memory in one.memories()}
+        return [memory for memory in known.values() if memory.state == VOLATILE]
+
+    def notice_what_was_taken(self) -> None:
+        """A host that is short of memory may take what is volatile, page by page: then have all of that taken."""
+        for memory in self.volatile():
+            seen, wanted = ctypes.string_at(memory.address, len(memory.content)), bytes(memory.content)
+            for page in range(0, len(seen), PAGE):
+                assert seen[page : page + PAGE] == wanted[page : page + PAGE] or not any(seen[page : page + PAGE])
+            if seen != wanted:
+                self.purge()
+                return
+
+    # --- their end
+
+    @precondition(lambda self: self.relatives)
+    @rule(data=st.data(), forget=st.booleans())
+    def free(self, data: st.DataObject, forget: bool) -> None:
+        """By its method, or, what has no memory of its own, by dropping it."""
+        one = self.one(data)
+        expected = one.cannot_free()
+        if forget and not expected and not one.memory:
+            one.real = None
+        elif self.happens(expected, one.real.free) is None and expected:
+            return
+        one.released = True
+        self.relatives.remove(one)
+        for origin in one.origins():
+            if origin.memory and origin.released and not origin.is_kept():
+                assert not is_mapped(origin.memory.address), "nobody is left"
+
+    @invariant()
+    def bytes_are_as_they_should_be(self) -> None:
+        Family.steps += 1
+        if hasattr(self, "relatives"):
+            self.notice_what_was_taken()
+        for one in getattr(self, "relatives", []):
+            assert one.real.readBytes(0, one.length) == one.read(0, one.length)
+            assert len(one.real) == one.length
+        for mapped, one, offset, length in getattr(self, "maps", []):
+            assert bytes(mapped) == one.read(offset, length)
+
+    def happens(self, expected: set[IOReturn], action: Callable[[], Any]) -> Any:
+        """Return what it returns (True for None), or None when it was refused as expected."""
+        try:
+            result = action()
+        except IOReturnError as error:
+            assert error.code in expected, (error, expected)
+            return None
+        assert not expected, f"not refused: {expected}"
+        return True if result is None else result
+
+    def teardown(self) -> None:
+        if not hasattr(self, "relatives"):
+            return
+        for seen, _one in self.views:
+            seen.release()
+        for mapped, *_ in self.maps:
+            mapped.unmap()
+        for one in self.relatives:
+            while one.prepared:
+                one.real.complete()
+                one.prepared -= 1
+        for one in self.relatives:
+            one.real.free()
+        self.relatives, self.maps, self.views = [], [], []
+        one = seen = mapped = None  # type: ignore[assignment]
+        del self._held
+        self.theirs.close()
+        settle()
+        assert footprint() == self.before, list(mapped_objects())
+
+
+def places(one: Relative, offset: int, length: int) -> list[list[int]]:
+    """Where a range lies in physical memory, by pagemap, page by page; what is adjacent is joined."""
+    found: list[list[int]] = []
+    for piece in one.bytes_at(offset, length):
+        lies = list(frames(piece.of.address, len(piece.of.content)))
+        base = piece.of.address % PAGE
+        start, end = base + piece.start, base + piece.start + piece.length
+        for page in range(start // PAGE, (end - 1) // PAGE + 1):
+            low, high = max(start, page * PAGE), min(end, page * PAGE + PAGE)
+            physical = lies[page] * PAGE + low % PAGE
+            if found and sum(found[-1]) == physical:
+                found[-1][1] += high - low
+            else:
+                found.append([physical, high - low])
+    return found
+
+
+def is_mapped(address: int) -> bool:
+    with contextlib.suppress(OSError):
+        native.incore(address - address % PAGE, 1, PAGE)
+        return True
+    return False
+
+
+def settle() -> None:
+    """Let go what is garbage, and wait for the purger's thread."""
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name == "iobmd-purger":
+            thread.join(10)
+
+
+def footprint() -> tuple[int, int, int, int]:
+    """What this process has of the kernel's: objects of ours mapped, descriptors, locked and pinned bytes."""
+    ours = sum("iobmd" in line for line in mapped_objects())
+    return ours, len(list(Path("/proc/self/fd").iterdir())), kernel.status("VmLck"), kernel.status("VmPin")
+
+
+def mapped_objects() -> Iterator[str]:
+    yield from (line for line in Path("/proc/self/maps").read_text().splitlines() if "deleted" in line)
+
+
+def test_family_in_any_order() -> None:
+    """Hypothesis makes runs of up to so many steps, and often shorter ones: as many runs as it takes."""
+    checks = list(HealthCheck)
+    while Family.steps < STEPS:
+        how = settings(max_examples=25, stateful_step_count=100, deadline=None, suppress_health_check=checks)
+        run_state_machine_as_test(Family, settings=how)

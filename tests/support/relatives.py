@@ -1,0 +1,183 @@
+"""A model of the family of descriptors: which bytes a descriptor is made of, who keeps whom, and what is refused.
+
+It knows nothing of how iobmd does it: memory is a bytearray, a descriptor a list of pieces of other descriptors.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+from iobmd import IOReturn
+from support import kernel
+
+PAGE = kernel.PAGE
+NON_VOLATILE, VOLATILE, EMPTY = 2, 3, 4
+
+
+@dataclass(eq=False, repr=False)
+class Memory:
+    """Memory, and its bytes as they should be."""
+
+    content: bytearray
+    address: int
+    shared: bool = False
+    wired: bool = False
+    purgeable: bool = False
+    ours: bool = True
+    """It was made by iobmd."""
+    state: int = NON_VOLATILE
+    filled: bool = True
+    """Somebody has written to it since it was dropped."""
+
+    def drop(self) -> None:
+        self.filled = False
+        self.content[:] = bytes(len(self.content))
+        self.state = EMPTY
+
+
+@dataclass
+class Piece:
+    """Bytes of memory, or of another relative."""
+
+    of: Any
+    start: int
+    length: int
+
+
+def joined(pieces: list[Piece]) -> list[Piece]:
+    """Those that have bytes, and those that go on in the same as one."""
+    found: list[Piece] = []
+    for piece in pieces:
+        if found and found[-1].of is piece.of and found[-1].start + found[-1].length == piece.start:
+            found[-1] = Piece(piece.of, found[-1].start, found[-1].length + piece.length)
+        elif piece.length:
+            found.append(piece)
+    return found
+
+
+@dataclass(eq=False, repr=False)
+class Relative:
+    """A descriptor: `real` is that of iobmd, `parts` are pieces of others, or all of one memory."""
+
+    real: Any
+    parts: list[Piece]
+    children: list[Relative] = field(default_factory=list)
+    prepared: int = 0
+    """By its own user."""
+    maps: int = 0
+    views: int = 0
+    released: bool = False
+    weight: int = 0
+    """How many pieces of memory it comes down to: what is in it repeatedly is done to repeatedly."""
+
+    def __repr__(self) -> str:
+        return f"{self.real!r} of {[(id(piece.of), piece.start, piece.length) for piece in self.parts]}"
+
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
+        printer.text(repr(self))
+
+    def __post_init__(self) -> None:
+        self.parts = joined(self.parts)
+        self.weight = sum(piece.of.weight if isinstance(piece.of, Relative) else 1 for piece in self.parts)
+        for parent in self.parents():
+            parent.children.append(self)
+
+    def parents(self) -> list[Relative]:
+        return list({id(piece.of): piece.of for piece in self.parts if isinstance(piece.of, Relative)}.values())
+
+    @property
+    def memory(self) -> Memory | None:
+        """The memory that it was made with."""
+        of = self.parts[0].of if self.parts else None
+        return of if isinstance(of, Memory) and of.ours else None
+
+    @property
+    def length(self) -> int:
+        return sum(piece.length for piece in self.parts)
+
+    def bytes_at(self, offset: int, length: int) -> list[Piece]:
+        """The memory that a range is made of."""
+        found: list[Piece] = []
+        for piece in self.parts:
+            low, high = max(offset, 0), min(offset + length, piece.length)
+            if low < high:
+                start = piece.start + low
+                more = piece.of.bytes_at(start, high - low) if isinstance(piece.of, Relative) else None
+                found += [Piece(piece.of, start, high - low)] if more is None else more
+            offset -= piece.length
+        return joined(found)
+
+    def memories(self) -> list[Memory]:
+        """All memory of all that it is made of, not only its parts of that: it is prepared and purged as a whole."""
+        found = [piece.of.memories() if isinstance(piece.of, Relative) else [piece.of] for piece in self.parts]
+        return list({id(memory): memory for some in found for memory in some}.values())
+
+    # --- what happens to it
+
+    def read(self, offset: int, length: int) -> bytes:
+        pieces = self.bytes_at(offset, length)
+        return b"".join(bytes(piece.of.content[piece.start : piece.start + piece.length]) for piece in pieces)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """One byte after the other: it may have the same memory twice."""
+        at = 0
+        for piece in self.bytes_at(offset, len(data)):
+            piece.of.content[piece.start : piece.start + piece.length] = data[at : at + piece.length]
+            piece.of.filled = True
+            at += piece.length
+
+    def is_prepared(self) -> bool:
+        return self.prepared > 0 or any(child.is_prepared() for child in self.children)
+
+    def is_kept(self) -> bool:
+        """Whether something is there that was made of it."""
+        return any(not child.released or child.is_kept() for child in self.children)
+
+    def is_pinned(self) -> bool:
+        """Whether all of its memory is, by whomever."""
+        if self.memory:
+            return self.memory.wired or self.is_prepared()
+        others = [piece.of for piece in self.parts if isinstance(piece.of, Relative)]
+        return all(other.is_pinned() for other in others) and (len(others) == len(self.parts) or self.is_prepared())
+
+    # --- what is refused
+
+    def cannot_prepare(self) -> set[IOReturn]:
+        volatile = any(memory.state == VOLATILE for memory in self.memories())
+        return {IOReturn.kIOReturnNotReady} if volatile else set()
+
+    def cannot_free(self) -> set[IOReturn]:
+        return {IOReturn.kIOReturnBusy} if self.is_prepared() or self.maps or self.views else set()
+
+    def cannot_set(self, state: int) -> set[IOReturn]:
+        memories = self.memories()
+        if not memories or not all(memory.purgeable for memory in memories):
+            return {IOReturn.kIOReturnUnsupported}
+        busy = self.is_prepared() or any(origin.is_prepared() for origin in self.origins())
+        return {IOReturn.kIOReturnBusy} if state in (VOLATILE, EMPTY) and busy else set()
+
+    def origins(self) -> list[Relative]:
+        if self.memory:
+            return [self]
+        found = [origin for parent in self.parents() for origin in parent.origins()]
+        return list({id(origin): origin for origin in found}.values())
+
+    def is_in_one_place(self) -> bool:
+        """Whether it has addresses of its own."""
+        if len(self.parts) != 1:
+            return False
+        return not isinstance(self.parts[0].of, Relative) or self.parts[0].of.is_in_one_place()
+
+    def cannot_map(self, offset: int, length: int, *, elsewhere: bool) -> set[IOReturn]:
+        if not length:
+            return {IOReturn.kIOReturnBadArgument}
+        if not elsewhere and self.is_in_one_place():
+            return set()
+        pieces = self.bytes_at(offset, length)
+        found = set() if all(piece.of.shared for piece in pieces) else {IOReturn.kIOReturnUnsupported}
+        for before, after in itertools.pairwise(pieces):
+            if (before.start + before.length) % PAGE or after.start % PAGE:
+                found.add(IOReturn.kIOReturnBadArgument)
+        return found
