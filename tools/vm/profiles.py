@@ -1,0 +1,33 @@
+"""Which guests there are: what each is made of, and what runs in it."""
+
+from typing import NamedTuple
+
+from .machine import Machine
+
+_PYTEST = "python3 -m pytest -v --assert=plain -p no:cacheprovider -p no:randomly"
+
+
+class Profile(NamedTuple):
+    """One kind of guest."""
+
+    machine: Machine
+    tests: str
+    """Arguments of pytest."""
+    timeout: float = 240
+    """Seconds; several times what it takes, for others use the processor too."""
+    disk: int = 0
+    """MiB of the NVMe disk that it gets, which is compared with what it was to write there."""
+
+    @property
+    def command(self) -> str:
+        """The script that runs the tests."""
+        return f"{_PYTEST} {self.tests}\n"
+
+
+PROFILES = {
+    "kernel": Profile(Machine(memory=2048), "tests/unit/test_errors.py"),
+}
+"""By name; a full run takes all of them on every kernel."""
+
+CI = {"5.10": tuple(PROFILES), "newest": tuple(PROFILES)}
+"""What CI runs: the oldest kernel and the newest, within its time."""
