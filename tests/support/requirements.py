@@ -17,6 +17,7 @@ MAY_BE_MISSING: dict[str, str] = {
     "go": "a compiler of 200 MB for one program of the zoo",
     "rustc": "the same; where there is one, it is used",
     "two_processors": "a host may have one",
+    "edu": "a device of QEMU: make test-vm runs what needs it",
 }
 
 
@@ -74,6 +75,12 @@ def _memlock() -> str | None:
     return None if may_lock(1 << 30) else "may not lock a GiB (RLIMIT_MEMLOCK, CAP_IPC_LOCK)"
 
 
+def _edu() -> str | None:
+    from support import edu
+
+    return edu.missing()
+
+
 PROBES: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "frames": _frames,
@@ -83,6 +90,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "memory_cgroup": _memory_cgroup,
     "compiler": _compiler,
     "big_memory": _big_memory,
+    "edu": _edu,
 }
 
 

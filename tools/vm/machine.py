@@ -16,7 +16,7 @@ class Machine(NamedTuple):
     below_4g: int = 0
     """MiB of it that lie below 4 GiB, the rest lies above; 0: as many as fit."""
     nodes: int = 1
-    """NUMA nodes, among which memory and processors are divided evenly; a processor each."""
+    """NUMA nodes, 1 or 2: memory and the two processors are divided among them evenly."""
     edu: int = 0
     """Educational devices, which do DMA of up to 4 KiB at a time in either direction (QEMU, docs/specs/edu)."""
     edu_mask: int = (1 << 64) - 1
@@ -32,7 +32,7 @@ class Machine(NamedTuple):
         """Return QEMU's command line: the results come out of its standard output, the kernel's messages in `log`."""
         return [
             *(QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-            *("-accel", "tcg", "-cpu", "max", "-smp", str(max(2, self.nodes)), "-m", str(self.memory)),
+            *("-accel", "tcg", "-cpu", "max", "-smp", f"2,sockets={self.nodes}", "-m", str(self.memory)),
             *("-machine", self._chipset(), "-kernel", str(kernel), "-initrd", str(initramfs)),
             *("-append", f"console=ttyS0 panic=-1 oops=panic loglevel=5 {self.append}"),
             *("-serial", f"file:{log}", "-chardev", "stdio,id=results,signal=off", "-serial", "chardev:results"),

@@ -25,6 +25,10 @@ class Profile(NamedTuple):
 
 
 PROFILES = {
+    "device": Profile(
+        Machine(memory=2048, below_4g=1024, nodes=2, edu=16),
+        "tests/vm/test_dma.py",
+    ),
     "kernel": Profile(Machine(memory=2048), "tests/unit/test_errors.py"),
 }
 """By name; a full run takes all of them on every kernel."""
