@@ -378,3 +378,21 @@ def test_kernels_without_sparse_tables(monkeypatch: pytest.MonkeyPatch) -> None:
         return held, kernel.rings()
 
     assert in_child(pin) == (20, 0)
+
+
+@pytest.mark.needs("frames")
+def test_pinned_pages_out_of_the_page_table_are_not_left_out() -> None:
+    """As they are for a moment while the kernel finds out that it cannot move them."""
+    size = 64 << 10
+    with iobmd.allocate(size, wired=False, shared=True) as buffer:
+        buffer.writeBytes(0, b"x" * size)
+        buffer.prepare()
+        before = buffer.segments()
+        memory.advise(buffer.getBytesNoCopy(), size, memory.MADV_DONTNEED)
+        assert kernel.present(buffer.getBytesNoCopy(), size) == 0
+        buffer.verify()
+        assert kernel.present(buffer.getBytesNoCopy(), size) == size // 4096
+        memory.advise(buffer.getBytesNoCopy(), size, memory.MADV_DONTNEED)
+        assert pinning.own_runs(buffer.getBytesNoCopy(), size, pinned=True).pages == size // 4096
+        assert buffer.segments() == before
+        buffer.complete()
