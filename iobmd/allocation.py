@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iobmd import contiguous, headroom
+from iobmd import contiguous, headroom, numa
 from iobmd.backing.anonymous import AnonymousBacking
 from iobmd.backing.elsewhere import RemoteBacking, UnmappedBacking
 from iobmd.backing.shared import SharedBacking
@@ -22,13 +22,26 @@ if TYPE_CHECKING:
 def allocate(wanted: Request, contents: Contents | None) -> Backing:
     """Return the memory that is asked for, filled.
 
-    Memory of this process that nobody else is to map is private; all other is that of a shared object.
+    Memory of this process that nobody else is to map is private; all other is that of a shared object. What is wired
+    is of the NUMA node that is wanted.
 
     Raises
     ------
     IOReturnError
         As `IOBufferMemoryDescriptor.initWithPhysicalMask`.
     """
+    backing = _make(wanted, contents)
+    if wanted.wired and numa.is_wanted():
+        try:
+            with backing.here(populated=True) as mapping:
+                numa.require(mapping.address, backing.size)
+        except BaseException:
+            backing.close()
+            raise
+    return backing
+
+
+def _make(wanted: Request, contents: Contents | None) -> Backing:
     if wanted.here and not wanted.shared:
         return AnonymousBacking(
             wanted.capacity, wired=wanted.wired, purgeable=wanted.purgeable, want=wanted.want, contents=contents

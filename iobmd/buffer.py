@@ -7,7 +7,7 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Self
 
-from iobmd import allocation, own, request
+from iobmd import allocation, numa, own, request
 from iobmd._native.mapping import Exporter, Mapping
 from iobmd.constants import IOOptionBits, IOReturn
 from iobmd.contents import CopyOf, FrozenCopyOf
@@ -43,9 +43,11 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     _capacity = 0
     _contiguous = False
 
-    def __init__(self, *, contents: CopyOf | FrozenCopyOf | None = None) -> None:
-        # Made in two steps, as in IOKit: this only says what initWithPhysicalMask is to fill the memory with.
+    def __init__(self, *, contents: CopyOf | FrozenCopyOf | None = None, node: int | None = None) -> None:
+        # Made in two steps, as in IOKit: this only says what initWithPhysicalMask is to fill the memory with, and
+        # which NUMA node it is to be of.
         self._contents = contents
+        self._node = node
         self._guard = own.Guard()
         self._windows = weakref.WeakSet()
 
@@ -173,7 +175,9 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         wanted = request.check(inTask, options, capacity, alignment, physicalMask)
         if self._contents:
             self._contents.check()
-        self._open(allocation.allocate(wanted, self._contents), wanted.options, capacity, wanted.contiguous)
+        with numa.on(self._node):
+            backing = allocation.allocate(wanted, self._contents)
+        self._open(backing, wanted.options, capacity, wanted.contiguous)
         if isinstance(self._contents, FrozenCopyOf):
             self.source_stopped_ns = self._contents.stopped_ns
         self._contents = None

@@ -30,7 +30,7 @@ FLOORS = [
     {"blocks", "purgeable", "contents"},
     {"remote"},
     {"shmem"},
-    {"wiring", "headroom", "populate", "lowmem", "policy", "physical"},
+    {"wiring", "headroom", "populate", "lowmem", "numa", "policy", "physical"},
     {"pinning"},
     {"pagemap"},
     {"own"},
