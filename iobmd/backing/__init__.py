@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from typing_extensions import Buffer
 
     from iobmd._native.mapping import Mapping
@@ -42,6 +44,9 @@ class Backing(Protocol):
     @property
     def wiring(self) -> Wiring:
         """How firmly it stays where it is."""
+
+    def here(self, *, populated: bool = False) -> AbstractContextManager[Mapping]:
+        """Have it mapped in this process inside of a `with`; `populated`: with every page that it has in place."""
 
     def pin(self) -> None:
         """Pin every page and record where it lies. Raises `kIOReturnCannotWire`."""

@@ -18,6 +18,9 @@ MAY_BE_MISSING: dict[str, str] = {
     "rustc": "the same; where there is one, it is used",
     "two_processors": "a host may have one",
     "edu": "a device of QEMU: make test-vm runs what needs it",
+    "iommu": "the same",
+    "nvme": "the same",
+    "two_nodes": "a host may have one; two are those of make test-vm",
 }
 
 
@@ -81,6 +84,24 @@ def _edu() -> str | None:
     return edu.missing()
 
 
+def _iommu() -> str | None:
+    groups = Path("/sys/kernel/iommu_groups")
+    return None if groups.exists() and any(groups.iterdir()) else "no IOMMU translates for a device"
+
+
+def _two_nodes() -> str | None:
+    return None if Path("/sys/devices/system/node/node1").exists() else "one NUMA node"
+
+
+def _nvme() -> str | None:
+    """A disk of a guest: these tests write all over it."""
+    from support import pci
+
+    if "IOBMD_GUEST" not in os.environ:
+        return "no guest (make test-vm runs it in some)"
+    return None if pci.find(0x1B36, 0x0010) else "no NVMe controller of QEMU's"
+
+
 PROBES: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "frames": _frames,
@@ -91,6 +112,9 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "compiler": _compiler,
     "big_memory": _big_memory,
     "edu": _edu,
+    "iommu": _iommu,
+    "nvme": _nvme,
+    "two_nodes": _two_nodes,
 }
 
 

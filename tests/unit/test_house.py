@@ -17,7 +17,7 @@ FLOORS = [
     {"__init__"},
     {"cache"},
     {"facade", "handover"},
-    {"buffer"},
+    {"buffer", "iommu"},
     {"allocation"},
     {"descriptor"},
     {"volatility", "mapping", "placement"},

@@ -34,15 +34,14 @@ class Machine(NamedTuple):
             *(QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
             *("-accel", "tcg", "-cpu", "max", "-smp", f"2,sockets={self.nodes}", "-m", str(self.memory)),
             *("-machine", self._chipset(), "-kernel", str(kernel), "-initrd", str(initramfs)),
-            *("-append", f"console=ttyS0 panic=-1 oops=panic loglevel=5 {self.append}"),
+            *("-append", f"console=ttyS0 panic=-1 oops=panic no_timer_check loglevel=5 {self.append}"),
             *("-serial", f"file:{log}", "-chardev", "stdio,id=results,signal=off", "-serial", "chardev:results"),
             *self._memory(),
             *self._devices(),
         ]
 
     def _chipset(self) -> str:
-        iommu = ",kernel-irqchip=split" if self.iommu else ""
-        return "q35" + (f",max-ram-below-4g={self.below_4g}M" if self.below_4g else "") + iommu
+        return "q35" + (f",max-ram-below-4g={self.below_4g}M" if self.below_4g else "")
 
     def _memory(self) -> list[str]:
         words: list[str] = []

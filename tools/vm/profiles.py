@@ -27,8 +27,10 @@ class Profile(NamedTuple):
 PROFILES = {
     "device": Profile(
         Machine(memory=2048, below_4g=1024, nodes=2, edu=16),
-        "tests/vm/test_dma.py",
+        "tests/vm/test_dma.py tests/vm/test_numa.py",
     ),
+    "iommu": Profile(Machine(edu=3, iommu=True, append="intel_iommu=on"), "tests/vm/test_iommu.py"),
+    "nvme": Profile(Machine(), "tests/vm/test_nvme.py", disk=256),
     "kernel": Profile(Machine(memory=2048), "tests/unit/test_errors.py"),
 }
 """By name; a full run takes all of them on every kernel."""
