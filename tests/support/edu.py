@@ -1,7 +1,6 @@
 """QEMU's educational device: it knows nothing of Linux, and reads and writes memory at the addresses it is told."""
 
 import itertools
-import os
 import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -81,10 +80,3 @@ class Fleet:
             for edu, _copy in batch:
                 edu.wait()
             self.transfers += 2 * len(batch)
-
-
-def missing() -> str | None:
-    """Return why there is no device to be had."""
-    if "IOBMD_GUEST" not in os.environ:
-        return "no guest (make test-vm runs it in some)"
-    return None if pci.find(VENDOR, DEVICE) else "no educational device in this guest"

@@ -17,7 +17,8 @@ MAY_BE_MISSING: dict[str, str] = {
     "go": "a compiler of 200 MB for one program of the zoo",
     "rustc": "the same; where there is one, it is used",
     "two_processors": "a host may have one",
-    "edu": "a device of QEMU: make test-vm runs what needs it",
+    "guest": "make test-vm runs what needs it",
+    "edu": "the same, of a device of QEMU's",
     "iommu": "the same",
     "nvme": "the same",
     "two_nodes": "a host may have one; two are those of make test-vm",
@@ -78,10 +79,15 @@ def _memlock() -> str | None:
     return None if may_lock(1 << 30) else "may not lock a GiB (RLIMIT_MEMLOCK, CAP_IPC_LOCK)"
 
 
-def _edu() -> str | None:
-    from support import edu
+def _guest() -> str | None:
+    return None if "IOBMD_GUEST" in os.environ else "no guest (make test-vm runs it in some)"
 
-    return edu.missing()
+
+def _device(vendor: int, device: int) -> str | None:
+    """A device of QEMU's, and in a guest only: what the tests do to it is not to be done to a host's."""
+    from support import pci
+
+    return _guest() or (None if pci.find(vendor, device) else f"no PCI device {vendor:04x}:{device:04x}")
 
 
 def _iommu() -> str | None:
@@ -93,15 +99,6 @@ def _two_nodes() -> str | None:
     return None if Path("/sys/devices/system/node/node1").exists() else "one NUMA node"
 
 
-def _nvme() -> str | None:
-    """A disk of a guest: these tests write all over it."""
-    from support import pci
-
-    if "IOBMD_GUEST" not in os.environ:
-        return "no guest (make test-vm runs it in some)"
-    return None if pci.find(0x1B36, 0x0010) else "no NVMe controller of QEMU's"
-
-
 PROBES: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "frames": _frames,
@@ -111,9 +108,10 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "memory_cgroup": _memory_cgroup,
     "compiler": _compiler,
     "big_memory": _big_memory,
-    "edu": _edu,
+    "guest": _guest,
+    "edu": lambda: _device(0x1234, 0x11E8),
     "iommu": _iommu,
-    "nvme": _nvme,
+    "nvme": lambda: _device(0x1B36, 0x0010),
     "two_nodes": _two_nodes,
 }
 

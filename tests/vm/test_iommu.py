@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support import edu, pci
 from support.child import NOBODY, in_child
-from support.kernel import status
+from support.kernel import nothing_is_pinned, status
 from support.proof import PAGE, pieces_of
 
 import iobmd
@@ -147,7 +147,7 @@ def test_below_the_limit_of_the_device(name: str, bits: int) -> None:
 def test_more_than_the_device_can_address(name: str) -> None:
     with IOMapper(name, address_bits=24) as mapper, iobmd.allocate(20 * MIB, wired=False) as buffer:
         assert code_of(lambda: mapper.prepare(buffer)) == IOReturn.kIOReturnNoResources
-        assert status("VmPin") == 0
+        assert nothing_is_pinned()
         with iobmd.allocate(9 * MIB, wired=False) as half:
             for _ in range(3):  # the addresses are given back each time
                 with mapper.prepare(half):
@@ -244,7 +244,7 @@ def test_prepared_memory_cannot_be_freed_and_a_mapper_in_use_not_closed(name: st
         assert code_of(action) == IOReturn.kIOReturnBusy
     prepared.complete()
     prepared.complete()
-    assert status("VmPin") == 0
+    assert nothing_is_pinned()
     mapper.close()
     mapper.close()
     assert code_of(lambda: mapper.prepare(buffer)) == IOReturn.kIOReturnNotOpen
