@@ -87,8 +87,14 @@ def verdict(output: str, log: str) -> str:
 
 
 def _start(words: list[str]) -> subprocess.Popen[str]:
+    # The kernel ends it with this process, whatever ends that.
     return subprocess.Popen(
-        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ["setpriv", "--pdeathsig", "KILL", *words],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
     )
 
 

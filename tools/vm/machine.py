@@ -62,5 +62,5 @@ class Machine(NamedTuple):
 def missing() -> str:
     """Return which programs are missing to run guests, "" for none."""
     paths = f"{os.environ.get('PATH', os.defpath)}:/sbin:/usr/sbin"
-    needed = (QEMU, "busybox", "dpkg-deb", "apt-get", "ldd", "zstd")
+    needed = (QEMU, "busybox", "dpkg-deb", "apt-get", "ldd", "zstd", "setpriv")
     return " ".join(program for program in needed if not shutil.which(program, path=paths))

@@ -41,7 +41,7 @@ def run(kernel: Kernel, name: str, payload: Path, verbose: bool) -> Run:
     profile, tag = PROFILES[name], f"{kernel.release} {name}"
     see = functools.partial(_show, tag) if verbose else _pass_over
     with tempfile.TemporaryDirectory(prefix="iobmd-vm.") as folder:
-        machine = profile.machine
+        machine = profile.machine._replace(append=f"{profile.machine.append} IOBMD_GUEST={name}")
         if profile.disk:
             machine = machine._replace(disk=disk.make(Path(folder, "disk"), profile.disk))
         initramfs = Path(folder, "initramfs")

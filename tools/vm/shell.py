@@ -18,6 +18,8 @@ def open_in(kernel: Kernel, machine: Machine) -> int:
         payload, initramfs = Path(folder, "payload.cpio"), Path(folder, "initramfs")
         image.payload(payload)
         image.initramfs(initramfs, _COMMAND, payload, kernel.modules)
-        machine = machine._replace(disk=disk.make(Path(folder, "disk"), _DISK))
+        machine = machine._replace(
+            disk=disk.make(Path(folder, "disk"), _DISK), append=f"{machine.append} IOBMD_GUEST=shell"
+        )
         command = machine.command(kernel.image, initramfs, Path(folder, "kernel.log"))
         return subprocess.run(command, check=False).returncode
