@@ -67,10 +67,11 @@ def _unpacked(series: str, release: str) -> Kernel:
 
 
 def _releases() -> list[str]:
-    """Return all that the mirror lists, as of some days ago, so that the cache is of use."""
+    """Return all that the mirror lists, as of some days ago, so that the cache is of use; or ever, if it is away."""
     known = cache.folder() / "releases"
     if known.exists() and time.time() - known.stat().st_mtime > _LOOK_AGAIN:
-        known.unlink()
+        with contextlib.suppress(subprocess.CalledProcessError):
+            cache.made(known.with_name("releases.new"), _ask_mirror).replace(known)
     return cache.made(known, _ask_mirror).read_text().split()
 
 
