@@ -3,6 +3,7 @@
 `@pytest.mark.needs("root", "swap")` names them. A test whose requirement is missing is skipped with the reason.
 """
 
+import errno
 import mmap
 import os
 import resource
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from support.child import CAP_IPC_LOCK
 
+HUGE = 2 << 20
 MAY_BE_MISSING: dict[str, str] = {
     # requirement: why IOBMD_REQUIRE=all lets it be missing
     "go": "a compiler of 200 MB for one program of the zoo",
@@ -58,6 +60,17 @@ def _memory_cgroup() -> str | None:
         return "needs root to make a memory cgroup"
     v1, v2 = Path("/sys/fs/cgroup/memory/cgroup.procs"), Path("/sys/fs/cgroup/cgroup.controllers")
     return None if v1.exists() or (v2.exists() and "memory" in v2.read_text()) else "no memory cgroup controller"
+
+
+def _collapse() -> str | None:
+    """MADV_COLLAPSE, Linux 6.1."""
+    with mmap.mmap(-1, 2 * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        area[:] = b"\1" * len(area)
+        try:
+            area.madvise(25, 0, len(area))
+        except OSError as error:
+            return None if error.errno != errno.EINVAL else "no MADV_COLLAPSE (before Linux 6.1)"
+    return None
 
 
 def _compiler() -> str | None:
@@ -113,6 +126,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "memlock": _memlock,
     "memory_cgroup": _memory_cgroup,
     "compiler": _compiler,
+    "collapse": _collapse,
     "big_memory": _big_memory,
     "guest": _guest,
     "edu": lambda: _device(0x1234, 0x11E8),

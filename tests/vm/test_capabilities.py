@@ -12,6 +12,7 @@ from support.child import in_child
 import iobmd
 from iobmd import IOReturn, IOReturnError, Task, Wiring, host, pagemap, pinning
 from iobmd._native import memory
+from iobmd.cli import main
 from iobmd.host.fact import Status
 
 pytestmark = pytest.mark.needs("guest")
@@ -186,6 +187,11 @@ def test_of_the_kernel(record_property) -> None:
     for name in ("io_uring", "PAGEMAP_SCAN", "MADV_FREE", "huge tmpfs", "userfaultfd", "pidfd_getfd"):
         assert found[name].status is Status.YES or found[name].remedy
         record_property(name, "works" if found[name].status is Status.YES else "no")
+
+
+def test_doctor_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) in (0, 1)
+    assert "Traceback" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

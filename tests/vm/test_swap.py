@@ -49,14 +49,16 @@ def test_wired_and_prepared_memory_stays(wired: bool, shared: bool) -> None:
         control.writeBytes(0, CONTENT)
         buffer.writeBytes(0, CONTENT)
         buffer.prepare()
-        before = frames(buffer.getBytesNoCopy(), MIB)
-        page_out(buffer)
-        run_short()
-        assert kernel.present(control.getBytesNoCopy(), MIB) < MIB // 4096, "nothing was swapped out"
-        buffer.verify()
-        assert frames(buffer.getBytesNoCopy(), MIB) == before
+        try:
+            before = frames(buffer.getBytesNoCopy(), MIB)
+            page_out(buffer)
+            run_short()
+            assert kernel.present(control.getBytesNoCopy(), MIB) < MIB // 4096, "nothing was swapped out"
+            buffer.verify()
+            assert frames(buffer.getBytesNoCopy(), MIB) == before
+        finally:
+            buffer.complete()
         assert (buffer.readBytes(0, MIB), control.readBytes(0, MIB)) == (CONTENT, CONTENT)
-        buffer.complete()
 
 
 def run_short() -> None:

@@ -26,7 +26,7 @@ class Profile(NamedTuple):
     machine: Machine
     tests: str
     """Arguments of pytest."""
-    timeout: float = 240
+    timeout: float = 600
     """Seconds; several times what it takes, for others use the processor too."""
     disk: int = 0
     """MiB of the NVMe disk that it gets, which is compared with what it was to write there."""
@@ -41,16 +41,15 @@ PROFILES = {
     "device": Profile(
         Machine(memory=2048, below_4g=1024, nodes=2, edu=16),
         "tests/vm/test_dma.py tests/vm/test_numa.py tests/vm/test_masks.py",
-        timeout=400,
     ),
     "small": Profile(
-        Machine(memory=768, below_4g=256, edu=8, edu_mask=(1 << 28) - 1),
+        Machine(memory=512, below_4g=256, edu=8, edu_mask=(1 << 28) - 1),
         "tests/vm/test_masks.py tests/vm/test_swap.py",
     ),
-    "iommu": Profile(Machine(edu=3, iommu=True, append="intel_iommu=on"), "tests/vm/test_iommu.py", timeout=400),
+    "iommu": Profile(Machine(edu=3, iommu=True, append="intel_iommu=on"), "tests/vm/test_iommu.py"),
     "nvme": Profile(Machine(), "tests/vm/test_nvme.py", disk=256),
     "table": Profile(Machine(memory=2048, below_4g=1024), "tests/vm/test_capabilities.py"),
-    "kernel": Profile(Machine(memory=2048, below_4g=1024), f"{_KERNEL_TESTS} -k 'not ({_TOO_SLOW})'", timeout=600),
+    "kernel": Profile(Machine(memory=2048, below_4g=1024), f"{_KERNEL_TESTS} -k 'not ({_TOO_SLOW})'"),
 }
 """By name; a full run takes all of them on every kernel."""
 
