@@ -62,6 +62,7 @@ class QueuePair:
         words = (*dwords, *[0] * (6 - len(dwords)))
         self.commands.writeBytes(self._tail * 64, _COMMAND.pack(opcode, identifier, namespace, first, second, *words))
         self._tail = (self._tail + 1) % self.depth
+        # x86 keeps stores in order; elsewhere a barrier belongs between the command and the doorbell.
         self._registers[self._tail_doorbell] = self._tail
 
     def _entries(self, identifier: int, pages: Sequence[int]) -> tuple[int, int]:
@@ -75,13 +76,12 @@ class QueuePair:
     def complete(self) -> int:
         """Wait for one command to end, and return its result. Raises `CommandError`, TimeoutError."""
         end = time.monotonic() + TIMEOUT
-        while True:
-            entry = self.completions.readBytes(self._head * 16, 16)
-            result, _head, _queue, identifier, status = _COMPLETION.unpack(entry)
-            if status & 1 == self._phase:
-                break
+        while self.completions.readBytes(self._head * 16 + 14, 1)[0] & 1 != self._phase:
             if time.monotonic() > end:
                 raise TimeoutError(f"no answer of the controller within {TIMEOUT} s")
+        # Read once the phase has flipped, which the controller does last.
+        entry = self.completions.readBytes(self._head * 16, 16)
+        result, _head, _queue, identifier, status = _COMPLETION.unpack(entry)
         self._head = (self._head + 1) % self.depth
         self._phase ^= not self._head
         self._registers[self._head_doorbell] = self._head
