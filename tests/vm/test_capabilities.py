@@ -47,7 +47,7 @@ def contiguous_and_shared() -> None:
 
 def masked() -> None:
     with (
-        iobmd.policy(memory_budget=1 << 40, time_budget=120),
+        iobmd.policy(memory_budget=1 << 40, time_budget=300),
         iobmd.allocate(MIB, physical_mask=0xFFFFFFFF) as buffer,
     ):
         assert all(address + length <= 1 << 32 for address, length in buffer.segments())

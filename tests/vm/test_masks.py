@@ -24,7 +24,7 @@ def low_pages(fleet: Fleet):
 
 def searching():
     """Allow all of the memory above to be held for the search."""
-    return iobmd.policy(memory_budget=1 << 40, time_budget=120)
+    return iobmd.policy(memory_budget=1 << 40, time_budget=300)
 
 
 @pytest.mark.needs("edu", "narrow_edu")

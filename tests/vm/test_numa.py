@@ -40,7 +40,7 @@ def spans(node: int) -> list[range]:
     ids=str,
 )
 def test_wired_memory_is_the_nodes(size: int, keywords: dict[str, object], node: int) -> None:
-    with iobmd.allocate(size, node=node, **keywords) as buffer:
+    with iobmd.policy(time_budget=300), iobmd.allocate(size, node=node, **keywords) as buffer:
         mine, others = spans(node), spans(1 - node)
         seen = frames(buffer.getBytesNoCopy(), size)
         assert all(any(frame in span for span in mine) for frame in seen)
