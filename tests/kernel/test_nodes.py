@@ -45,5 +45,5 @@ def test_no_such_node(node: int) -> None:
 @pytest.mark.parametrize("shared", [False, True])
 def test_memory_of_other_nodes_is_given_back(monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
     monkeypatch.setattr(native, "elsewhere", lambda *_: 3)
-    assert code_of(lambda: iobmd.allocate(8 * MIB, node=0, shared=shared)) == IOReturn.kIOReturnNoResources
-    iobmd.allocate(8 * MIB).free()  # no node is wanted any more
+    assert code_of(lambda: iobmd.allocate(2 * MIB, node=0, shared=shared)) == IOReturn.kIOReturnNoResources
+    iobmd.allocate(2 * MIB).free()  # no node is wanted any more
