@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from iobmd.tools.vm import disk
 from support import pci
-from support.kernel import nothing_is_pinned, status
+from support.kernel import nothing_is_pinned
 
 import iobmd
 
@@ -73,10 +73,11 @@ def test_errors_of_the_controller(controller) -> None:
         assert buffer.readBytes(0, 4096) == disk.pattern(0)[:4096]
 
 
+@pytest.mark.usefixtures("nothing_left")
 def test_memory_is_given_back() -> None:
     from nvme import Controller
 
     for _ in range(2):
         with Controller(name()):
-            assert status("VmPin") > 0
-        assert nothing_is_pinned()
+            pass
+    assert nothing_is_pinned()
