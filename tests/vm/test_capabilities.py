@@ -163,7 +163,7 @@ CAPABILITIES: dict[str, tuple[Callable[[], str | None], set[IOReturn]]] = {
     "`copy(freeze=True)`": (frozen_copy, {IOReturn.kIOReturnUnsupported}),
     "memory in another task": (in_another_task, {IOReturn.kIOReturnUnsupported}),
     "`iobmd.pagemap`": (looked_at, set()),
-    "a forked child is refused": (child_is_told, set()),
+    "refusal of wired memory in a forked child": (child_is_told, set()),
 }
 """Name: how to try it, and the errors that a kernel without it may be refused with."""
 
