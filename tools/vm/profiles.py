@@ -41,7 +41,6 @@ PROFILES = {
         Machine(memory=2048, below_4g=1024, nodes=2, edu=16),
         "tests/vm/test_dma.py tests/vm/test_numa.py tests/vm/test_masks.py",
     ),
-    # With less than 512 MiB the kernel turns huge pages off.
     "small": Profile(
         Machine(memory=640, below_4g=256, edu=8, edu_mask=(1 << 28) - 1),
         "tests/vm/test_masks.py tests/vm/test_swap.py",
