@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml iobmd/_version.py $(wildcard cython_ext/*)
 
-.PHONY: demo test test-asan lint docs bench clean
+.PHONY: demo test test-asan test-vm vm-shell lint docs bench clean
 
 demo: $(READY)
 	$(BIN)/iobmd doctor
@@ -21,6 +21,16 @@ ASAN_TESTS := $(patsubst %,tests/kernel/test_%.py,buffer cache cache_modes copie
     segments shared task withcopy) tests/remote/test_freeze.py
 test-asan:
 	tools/asan "$(PYTHON)" build/asan $(or $(PYTEST_ARGS),$(ASAN_TESTS))
+
+# Tests in guests: KERNELS="5.10 6.12", PROFILE="kernel" or ci, JOBS=1, VERBOSE=1, TABLE=docs/kernels.md
+test-vm: $(READY)
+	tools/prepare-vm
+	$(BIN)/python -m iobmd.tools.vm run --kernels "$(KERNELS)" --profiles "$(PROFILE)" $(if $(JOBS),--jobs $(JOBS)) $(if $(VERBOSE),--verbose) $(if $(TABLE),--table $(TABLE))
+
+# A shell in a guest: KERNEL=6.12, PROFILE=device
+vm-shell: $(READY)
+	tools/prepare-vm
+	$(BIN)/python -m iobmd.tools.vm shell $(if $(KERNEL),--kernel $(KERNEL)) $(if $(PROFILE),--profile $(PROFILE))
 
 lint: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" tools/lint

@@ -73,6 +73,7 @@ def populate_downwards(uint64_t address, size_t size, size_t huge, size_t page):
             failed = c_madvise(<void *><uintptr_t>(address + left), huge, C_MADV_POPULATE_WRITE)
             if failed:
                 failed = errno
+                left += huge
     return size - left, failed
 
 

@@ -1,16 +1,18 @@
 # cython: language_level=3, auto_pickle=False, autotestdict=False
 """Physically contiguous runs of pages, read out of pagemap into plain arrays, and segments cut from them."""
 
-from libc.errno cimport EINTR, errno
-from libc.stdint cimport uint64_t
+from libc.errno cimport EBUSY, EINTR, EINVAL, errno
+from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, strerror
-from posix.unistd cimport pread
+from posix.unistd cimport pread, usleep
 
+from mman cimport C_MADV_POPULATE_READ, c_madvise
 from pagemap_entry cimport PFN_MASK, PRESENT_BIT
 
 cdef enum:
     ENTRIES = 8192  # 64 KiB a read: larger ones are no faster (measured)
+    LOOKS = 10000
 
 
 cdef struct Run:
@@ -198,8 +200,30 @@ def concatenated(tables, uint64_t virtual):
     return joined
 
 
-def read(int fd, uint64_t address, uint64_t size, size_t page):
+cdef int _return(int fd, uint64_t address, size_t page, uint64_t *entry) noexcept nogil:
+    """Wait until a pinned page of this process is in place again, and read its entry; returns an error number.
+
+    The kernel takes a page out of the page table before it finds out that it cannot migrate it (migrate_pages), and
+    reclaim does so with shared ones: for that moment pagemap has no frame for it. A fault waits for its return.
+    """
+    cdef int _look
+    for _look in range(LOOKS):
+        if c_madvise(<void *><uintptr_t>address, page, C_MADV_POPULATE_READ):
+            if errno != EINVAL:
+                return errno
+            (<volatile char *><uintptr_t>address)[0]  # before 5.14
+        if pread(fd, entry, 8, address // page * 8) < 8:
+            return errno
+        if entry[0] & PRESENT_BIT:
+            return 0
+        usleep(100)
+    return EBUSY
+
+
+def read(int fd, uint64_t address, uint64_t size, size_t page, bint pinned=False):
     """Read the runs of whole pages `address`…`address + size` from an open pagemap.
+
+    With `pinned` they are pages of this process that cannot have gone: each is waited for.
 
     Raises
     ------
@@ -224,6 +248,10 @@ def read(int fd, uint64_t address, uint64_t size, size_t page):
                     error = errno if found < 0 else 61  # ENODATA
                     break
                 for index in range(<size_t>found // 8):
+                    if pinned and not entries[index] & PRESENT_BIT:
+                        error = _return(fd, address, page, &entries[index])
+                        if error:
+                            break
                     entry = entries[index] & (PRESENT_BIT | PFN_MASK)
                     if next and entry == next:  # behind the page before it, as nearly all of a huge page are
                         table.pages += 1
@@ -240,6 +268,8 @@ def read(int fd, uint64_t address, uint64_t size, size_t page):
                     else:
                         next = 0
                     address += page
+                if error:
+                    break
                 left -= found // 8
     finally:
         free(entries)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from iobmd import contiguous, headroom
+from iobmd import contiguous, headroom, numa
 from iobmd._native import memory
 from iobmd.backing.anonymous import AnonymousBacking
 from iobmd.backing.elsewhere import RemoteBacking, UnmappedBacking
@@ -26,13 +26,25 @@ def allocate(wanted: Request, contents: Contents | None) -> MappedBacking:
     """Return the memory that is asked for, filled.
 
     Memory of this process that nobody else is to map is private; all other is that of a shared object. So is memory
-    with guard pages, for XNU's can be mapped once more.
+    with guard pages, for XNU's can be mapped once more. What is wired is of the NUMA node that is wanted.
 
     Raises
     ------
     IOReturnError
         As `IOBufferMemoryDescriptor.initWithPhysicalMask`.
     """
+    backing = _make(wanted, contents)
+    if wanted.wired and numa.is_wanted():
+        try:
+            with backing.here(populated=True) as mapping:
+                numa.require(mapping.address, backing.size)
+        except BaseException:
+            backing.close()
+            raise
+    return backing
+
+
+def _make(wanted: Request, contents: Contents | None) -> MappedBacking:
     if wanted.here and not wanted.shared and not wanted.guard:
         return _named(
             AnonymousBacking(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Protocol
 
-from iobmd import pinning
+from iobmd import numa, pinning
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
 from iobmd.populate import populate
@@ -74,6 +74,7 @@ class TransparentBlocks:
         size = count * self.block
         batch = Mapping.anonymous(size, self.block if self._batches else max(self.block, alignment))
         self._batches.append(batch)
+        numa.place(batch.address, size)
         with contextlib.suppress(OSError):  # a kernel without huge pages: none will be found
             memory.advise(batch.address, size, self._advice)
         # From the top down: the kernel mostly hands out what was freed last, at ever lower addresses, so that huge

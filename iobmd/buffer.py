@@ -7,7 +7,7 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Self
 
-from iobmd import allocation, caching, live, own, request
+from iobmd import allocation, caching, live, numa, own, request
 from iobmd._native.mapping import Exporter, Mapping
 from iobmd.constants import IOOptionBits, IOReturn, kIOMemoryIncoherentIOFlush
 from iobmd.contents import CopyOf, FrozenCopyOf
@@ -45,9 +45,11 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     _contiguous = False
     _guarded = False
 
-    def __init__(self, *, contents: CopyOf | FrozenCopyOf | None = None) -> None:
-        # Made in two steps, as in IOKit: this only says what initWithPhysicalMask is to fill the memory with.
+    def __init__(self, *, contents: CopyOf | FrozenCopyOf | None = None, node: int | None = None) -> None:
+        # Made in two steps, as in IOKit: this only says what initWithPhysicalMask is to fill the memory with, and
+        # which NUMA node it is to be of.
         self._contents = contents
+        self._node = node
         self._guard = own.Guard()
         self._windows = weakref.WeakSet()
 
@@ -210,7 +212,9 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         wanted = request.check(inTask, options, capacity, alignment, physicalMask, self._guarded, self.vm_tags)
         if self._contents:
             self._contents.check()
-        self._open(allocation.allocate(wanted, self._contents), wanted.options, capacity, wanted.contiguous)
+        with numa.on(self._node):
+            backing = allocation.allocate(wanted, self._contents)
+        self._open(backing, wanted.options, capacity, wanted.contiguous)
         if isinstance(self._contents, FrozenCopyOf):
             self.source_stopped_ns = self._contents.stopped_ns
         if self._contents and caching.of_copies(wanted.options):

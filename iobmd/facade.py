@@ -49,6 +49,7 @@ def allocate(
     physical_mask: int = 0,
     cache: str = "default",
     direction: str = "inout",
+    node: int | None = None,
 ) -> IOBufferMemoryDescriptor:
     """Allocate a zeroed buffer.
 
@@ -68,14 +69,18 @@ def allocate(
         ``"default"``, ``"inhibit"``, ``"writethru"``, ``"copyback"`` or ``"writecombine"``.
     direction : str
         ``"none"``, ``"in"``, ``"out"`` or ``"inout"``.
+    node : int, optional
+        The NUMA node whose memory it is to be (mbind(2)). Wired memory is all of that node; pageable memory comes
+        from there as it is touched, while the node has any.
 
     Raises
     ------
     IOReturnError
         As `IOBufferMemoryDescriptor.initWithPhysicalMask`, which says what this version supports.
+        `kIOReturnBadArgument`: the node has no memory; `kIOReturnNoResources`: not as much is free there.
     """
     form = _Form(wired, contiguous, purgeable, shared, alignment, physical_mask, cache, direction)
-    return form.make(IOBufferMemoryDescriptor(), task, size)
+    return form.make(IOBufferMemoryDescriptor(node=node), task, size)
 
 
 def copy(

@@ -6,7 +6,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
-from iobmd import pagemap, pinning, shmem
+from iobmd import numa, pagemap, pinning, shmem
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
 from iobmd.blocks import blocks_of
@@ -53,6 +53,7 @@ class FileBlocks:
         except OSError:
             return {}
         self._batches.append((self._size, batch))
+        numa.place(batch.address, size)
         self._size += size
         try:
             populate(batch.address, size, self.block)

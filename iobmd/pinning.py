@@ -85,11 +85,11 @@ _pins = _Pins()
 os.register_at_fork(after_in_child=_pins.forget)
 
 
-def own_runs(address: int, size: int) -> RunTable:
-    """Return the physical runs of whole pages of this process. Raises as `own.pagemap`."""
+def own_runs(address: int, size: int, *, pinned: bool = False) -> RunTable:
+    """Return the physical runs of whole pages of this process, of all if they are pinned. Raises as `own.pagemap`."""
     descriptor = own.pagemap()
     try:
-        return runs.read(descriptor, address, size, PAGE_SIZE)
+        return runs.read(descriptor, address, size, PAGE_SIZE, pinned)
     except OSError as error:
         raise refusals.own(error, "cannot read /proc/self/pagemap") from None
 
@@ -136,7 +136,7 @@ def _cannot_pin(size: int, error: OSError) -> IOReturnError:
 def visible_runs(address: int, size: int) -> RunTable | None:
     """Return the runs of pinned pages of this process; None where the kernel hides their frames."""
     try:
-        table = own_runs(address, size)
+        table = own_runs(address, size, pinned=True)
     except NotPrivilegedError:
         return None
     return None if table.hidden else table

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     from typing_extensions import Buffer
 
@@ -54,6 +55,12 @@ class Backing(Protocol):
     @property
     def wiring(self) -> Wiring:
         """How firmly it stays where it is."""
+
+    def here(self, *, populated: bool = False) -> AbstractContextManager[Mapping]:
+        """Have its pages mapped in this process inside of a `with`, all of them in place if `populated`.
+
+        Raises `kIOReturnUnsupported` where they are not, or not in one piece.
+        """
 
     def pin(self) -> None:
         """Pin every page and record where it lies. Raises `kIOReturnCannotWire`."""

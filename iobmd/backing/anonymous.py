@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from iobmd import contiguous, headroom, pagemap, refusals
+from iobmd import contiguous, headroom, numa, pagemap, refusals
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
 from iobmd.backing.mapped import MappedBacking
@@ -76,6 +76,8 @@ class AnonymousBacking(MappedBacking):
             raise refusals.own(error, f"cannot map {format_size(size)}") from None
 
     def _fill(self, contents: Contents | None, *, populated: bool) -> None:
+        if not populated:
+            numa.place(self.address, self.size)
         huge = HUGE_PAGE_SIZE if self.size >= HUGE_PAGE_SIZE and not populated else 0
         if huge and (self._wired or contents or self.purgeable):
             with contextlib.suppress(OSError):  # a kernel without transparent huge pages: slower, nothing else

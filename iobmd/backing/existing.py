@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from iobmd import pagemap, pinning, procfs, refusals
@@ -15,6 +16,7 @@ from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     from typing_extensions import Buffer
 
@@ -120,6 +122,11 @@ class RangeBacking:
     def write(self, offset: int, data: Buffer) -> None:
         """Copy `data` to `offset`. Raises as `Task.write`."""
         self.task.write(self.address + offset, data)
+
+    def here(self, *, populated: bool = False) -> AbstractContextManager[Mapping]:  # noqa: ARG002 (the protocol's)
+        """Stand for its pages, if its task is this process."""
+        self._require_here("is not mapped here")
+        return contextlib.nullcontext(Mapping.borrow(self._first, self.size, False))
 
     def write_back(self, offset: int, length: int, *, drop: bool) -> None:
         """Write the cache lines of a range back to memory, which takes addresses of this process."""

@@ -176,6 +176,10 @@ class JoinedBacking:
         mapping, first = self._backings()[0].exported()
         return mapping, first + self.parts[0].offset
 
+    def here(self, *, populated: bool = False) -> NoReturn:  # noqa: ARG002 (the protocol's)
+        """Refuse: what it is made of is mapped as a whole."""
+        raise _in_parts()
+
     @property
     def shared(self) -> SharedObject | None:
         """None: `stretches` has its pages."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
+from iobmd import numa
 from iobmd._native import memory
 from iobmd.backing.mapped import MappedBacking, span
 from iobmd.errors import CannotWireError
@@ -53,6 +54,7 @@ class SharedBacking(MappedBacking):
             shared.close()
             raise
         try:
+            numa.place(self.mapping.address, self.size)
             if purgeable:
                 self.purgeable = AgreedState(shared)
             if contents:

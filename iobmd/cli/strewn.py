@@ -10,6 +10,7 @@ from iobmd import pagemap, pinning
 from iobmd._native import memory
 from iobmd._native.crosstask import HeldBuffer
 from iobmd._native.mapping import Mapping
+from iobmd.populate import populate
 from iobmd.task import kernel_task
 from iobmd.units import HUGE_PAGE_SIZE
 
@@ -60,7 +61,7 @@ class Strewn:
         self._held = HeldBuffer(self._area, True)
         self.address, self.size = self._held.address, span
         memory.advise(self.address, span, memory.MADV_NOHUGEPAGE)
-        memory.advise(self.address, span, memory.MADV_POPULATE_WRITE)
+        populate(self.address, span)
         # Holes first, for memory that is locked cannot be given back.
         for offset in range(0, span, 2 * HOLE):
             memory.advise(self.address + offset, HOLE, memory.MADV_DONTNEED)

@@ -12,15 +12,18 @@ there, even when it was read or written to since:
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from iobmd import host, own, procfs
 from iobmd._native import lazyfree, memory
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
+from iobmd.host.fact import scratch
 from iobmd.units import PAGE_SIZE, format_size, round_up
 from iobmd.wiring import cannot_lock
 
@@ -113,26 +116,60 @@ def _take_back_tracked(tracker: int, pagemap: int, start: int, end: int) -> bool
 def _by_smaps(start: int, end: int, *, rewrite: bool) -> bool:
     size = end - start
     try:
-        memory.lock_on_fault(start, size)
-    except OSError as error:
-        raise _LockError(error.errno or errno.ENOMEM) from None
-    try:
         memory.advise(start, size, memory.MADV_RANDOM)  # a flag that no neighbour has: smaps tells the window apart
-        if not _patiently_clean(start, end):
-            return False
-        if rewrite:
-            # Not by MADV_POPULATE_WRITE: it marks a huge page dirty as a whole, with the pages of windows to come.
-            lazyfree.rewrite(start, size, PAGE_SIZE)
+        if locking_dirties():
+            return _patiently_clean(start, end) and (not rewrite or _is_safe_once_locked(start, end))
+        with _locked(start, size):
+            there = _patiently_clean(start, end)
+            if there and rewrite:
+                # Not by MADV_POPULATE_WRITE: it marks a huge page dirty as a whole, with pages of windows to come.
+                lazyfree.rewrite(start, size, PAGE_SIZE)
+            return there
     except IOReturnError:
         raise
     except OSError as error:
         message = f"cannot look at volatile memory: {error}"
         raise IOReturnError(IOReturn.kIOReturnNoResources, message, error.errno or 0) from None
-    else:
-        return True
     finally:
         memory.advise(start, size, memory.MADV_NORMAL)
+
+
+@contextlib.contextmanager
+def _locked(start: int, size: int) -> Iterator[None]:
+    try:
+        memory.lock_on_fault(start, size)
+    except OSError as error:
+        raise _LockError(error.errno or errno.ENOMEM) from None
+    try:
+        yield
+    finally:
         memory.unlock(start, size)
+
+
+@functools.cache
+def locking_dirties() -> bool:
+    """Say whether mlock2 marks the pages that it finds as written to, as it does before Linux 5.18.
+
+    There the look comes before the lock, which cancels the lazy free of what is there still, and faults nothing in:
+    what was lost in between is missing then. Only a page that was lost in between, and that another thread wrote
+    to in the same moment, would be taken for intact.
+    """
+    with scratch(PAGE_SIZE) as area:
+        area.write(0, b"\1")
+        memory.advise(area.address, PAGE_SIZE, memory.MADV_RANDOM)
+        memory.advise(area.address, PAGE_SIZE, memory.MADV_FREE)
+        end = area.address + PAGE_SIZE
+        before = _bytes_of(area.address, end, "Private_Dirty")
+        with _locked(area.address, PAGE_SIZE):
+            return before < _bytes_of(area.address, end, "Private_Dirty")
+
+
+def _is_safe_once_locked(start: int, end: int) -> bool:
+    with _locked(start, end - start):
+        if _bytes_of(start, end, "Anonymous") < end - start:  # gone, or the zero page
+            return False
+        lazyfree.rewrite(start, end - start, PAGE_SIZE)
+        return True
 
 
 def _patiently_clean(start: int, end: int) -> bool:
@@ -145,9 +182,14 @@ def _patiently_clean(start: int, end: int) -> bool:
 
 
 def _clean(start: int, end: int) -> bool:
+    names = ("LazyFree",) if host.swap_areas() else ("Private_Clean", "Shared_Clean")
+    return _bytes_of(start, end, *names) == end - start
+
+
+def _bytes_of(start: int, end: int, *names: str) -> int:
+    """Return the sum of counters of smaps in a window."""
     inside = [(area, counters) for area, counters in procfs.smaps() if start <= area.start and area.end <= end]
     if sum(area.end - area.start for area, _counters in inside) != end - start:
         message = f"smaps does not show {start:#x}…{end:#x} apart from what is beside it"
         raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
-    names = ("LazyFree",) if host.swap_areas() else ("Private_Clean", "Shared_Clean")
-    return sum(counters[name] for _area, counters in inside for name in names) == end - start
+    return sum(counters[name] for _area, counters in inside for name in names)

@@ -1,5 +1,6 @@
 """Contiguous, aligned, under a mask: as an independent reading of pagemap has it, or refused with nothing left."""
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -272,3 +273,8 @@ def test_on_a_fragmented_host() -> None:
     outcome = in_child(fragment)
     print(outcome)
     assert outcome[64 << 10] == outcome[MIB] == outcome[2 * MIB] == "found"
+
+
+def test_nothing_is_called_populated_that_is_not() -> None:
+    """Before Linux 5.14 nothing is: then the rest, which is all, is filled in another way."""
+    assert memory.populate_downwards(1 << 46, 4 * MIB, 2 * MIB, 4096) == (0, errno.ENOMEM)

@@ -1,6 +1,7 @@
 """Pinned means that no frame changes: under everything that moves pages, while an mlocked control moves."""
 
 import errno
+import functools
 import subprocess
 import threading
 from collections.abc import Callable
@@ -31,6 +32,17 @@ def lies(buffer: Buffer) -> list[int]:
     return frames(buffer.getBytesNoCopy(), buffer.getCapacity())
 
 
+@functools.cache
+def pins_are_counted() -> bool:
+    """Say whether VmPin tells of pins: for a process with CAP_IPC_LOCK Linux 7.3 does not count io_uring's."""
+
+    def while_pinned() -> int:
+        with iobmd.allocate(kernel.PAGE):
+            return kernel.status("VmPin")
+
+    return in_child(while_pinned) > 0
+
+
 # --- what pins are
 
 
@@ -40,7 +52,7 @@ def test_wired_is_pinned_and_says_where() -> None:
     for size in (1, 4096, 300_000, 5 * MIB + 1):
         with iobmd.allocate(size) as buffer:
             assert buffer.wiring is Wiring.PINNED
-            assert kernel.status("VmPin") >= size
+            assert kernel.status("VmPin") >= size or not pins_are_counted()
             seen = [
                 segment.address // 4096 + page
                 for segment in buffer.segments()
@@ -49,7 +61,7 @@ def test_wired_is_pinned_and_says_where() -> None:
             assert seen == lies(buffer)
             assert buffer.getPhysicalAddress() == lies(buffer)[0] * 4096
             buffer.verify()
-        assert kernel.status("VmPin") == 0
+        assert kernel.nothing_is_pinned()
 
 
 @pytest.mark.needs("frames")
@@ -62,14 +74,14 @@ def test_prepare_and_complete() -> None:
         buffer.prepare()
         buffer.prepare(iobmd.kIODirectionIn)
         assert buffer.wiring is Wiring.PINNED
-        assert kernel.status("VmPin") == 64 << 10
+        assert kernel.status("VmPin") == 64 << 10 or not pins_are_counted()
         assert [segment.address for segment in buffer.segments()][:1] == [lies(buffer)[0] * 4096]
         assert code_of(buffer.free) == IOReturn.kIOReturnBusy
         buffer.complete()
         assert buffer.wiring is Wiring.PINNED
         buffer.complete()
         assert buffer.wiring is Wiring.PAGEABLE
-        assert kernel.status("VmPin") == 0
+        assert kernel.nothing_is_pinned()
         assert code_of(buffer.complete) == IOReturn.kIOReturnNotReady
         assert code_of(buffer.getPhysicalAddress) == IOReturn.kIOReturnNotReady
         assert code_of(lambda: buffer.prepare(1 << 9)) == IOReturn.kIOReturnBadArgument
@@ -97,7 +109,7 @@ def test_prepare_to_32_bits() -> None:
             pytest.skip("this host gave memory below 4 GiB")
         assert code_of(lambda: buffer.prepare(iobmd.kIODirectionPrepareToPhys32)) == IOReturn.kIOReturnNoResources
         assert buffer.wiring is Wiring.PAGEABLE
-        assert kernel.status("VmPin") == 0
+        assert kernel.nothing_is_pinned()
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -116,7 +128,7 @@ def test_prepare_in_many_threads() -> None:
     for thread in threads:
         thread.join()
     assert buffer.wiring is Wiring.PAGEABLE
-    assert kernel.status("VmPin") == 0
+    assert kernel.nothing_is_pinned()
     buffer.free()
 
 
@@ -141,7 +153,7 @@ def test_verify_finds_a_page_that_moved() -> None:
 # --- what moves pages
 
 
-@pytest.mark.needs("root", "frames")
+@pytest.mark.needs("root", "frames", "collapse")
 def test_collapse_moves_what_is_mlocked_and_not_what_is_pinned() -> None:
     assert collapse(pin=False) > 500
     assert collapse(pin=True) == 0
@@ -206,7 +218,7 @@ def test_nothing_moves_a_pinned_page(setting: Setting) -> None:
         for buffer in many:
             buffer.free()
     resident.close()
-    assert (kernel.status("VmPin"), kernel.status("VmLck")) == (0, 0)
+    assert (kernel.nothing_is_pinned(), kernel.status("VmLck")) == (True, 0)
 
 
 @pytest.mark.needs("frames")
@@ -228,7 +240,7 @@ def test_fork_moves_nothing_and_the_child_unpins_nothing() -> None:
         for buffer in (wired, prepared):
             buffer.writeBytes(0, b"b" * MIB)
         assert (lies(wired), lies(prepared)) == before
-        assert kernel.status("VmPin") == 2 * MIB
+        assert kernel.status("VmPin") == 2 * MIB or not pins_are_counted()
         prepared.complete()
 
 
@@ -378,3 +390,21 @@ def test_kernels_without_sparse_tables(monkeypatch: pytest.MonkeyPatch) -> None:
         return held, kernel.rings()
 
     assert in_child(pin) == (20, 0)
+
+
+@pytest.mark.needs("frames")
+def test_pinned_pages_out_of_the_page_table_are_not_left_out() -> None:
+    """As they are for a moment while the kernel finds out that it cannot move them."""
+    size = 64 << 10
+    with iobmd.allocate(size, wired=False, shared=True) as buffer:
+        buffer.writeBytes(0, b"x" * size)
+        buffer.prepare()
+        before = buffer.segments()
+        memory.advise(buffer.getBytesNoCopy(), size, memory.MADV_DONTNEED)
+        assert kernel.present(buffer.getBytesNoCopy(), size) == 0
+        buffer.verify()
+        assert kernel.present(buffer.getBytesNoCopy(), size) == size // 4096
+        memory.advise(buffer.getBytesNoCopy(), size, memory.MADV_DONTNEED)
+        assert pinning.own_runs(buffer.getBytesNoCopy(), size, pinned=True).pages == size // 4096
+        assert buffer.segments() == before
+        buffer.complete()

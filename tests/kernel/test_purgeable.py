@@ -415,7 +415,7 @@ def test_prepared_memory_is_not_volatile(shared: bool) -> None:
         buffer.complete()
         assert buffer.setPurgeable(VOLATILE) is NON_VOLATILE
         assert code_of(buffer.prepare) == IOReturn.kIOReturnNotReady
-        assert kernel.status("VmPin") == 0
+        assert kernel.nothing_is_pinned()
         assert buffer.setPurgeable(NON_VOLATILE) is VOLATILE
         buffer.prepare()
         buffer.complete()

@@ -62,6 +62,14 @@ def swapped(address: int, size: int) -> int:
     return sum(entry >> 62 & 1 for entry in entries(address, size))
 
 
+def nothing_is_pinned() -> bool:
+    """Say whether nothing is; waits for it, for old kernels end a pin a moment after its ring was closed."""
+    end = time.monotonic() + 5
+    while status("VmPin") and time.monotonic() < end:
+        time.sleep(0.01)
+    return not status("VmPin")
+
+
 def smaps(address: int, pid: int | str = "self") -> dict[str, int]:
     """Return the counters of the mapping that holds `address`, in bytes; empty when nothing is mapped."""
     inside = False

@@ -3,6 +3,7 @@
 `@pytest.mark.needs("root", "swap")` names them. A test whose requirement is missing is skipped with the reason.
 """
 
+import errno
 import mmap
 import os
 import resource
@@ -12,12 +13,19 @@ from pathlib import Path
 
 from support.child import CAP_IPC_LOCK
 
+HUGE = 2 << 20
 MAY_BE_MISSING: dict[str, str] = {
     # requirement: why IOBMD_REQUIRE=all lets it be missing
     "go": "a compiler of 200 MB for one program of the zoo",
     "rustc": "the same; where there is one, it is used",
     "two_processors": "a host may have one",
     "area_names": "a kernel may be built without CONFIG_ANON_VMA_NAME",
+    "guest": "make test-vm runs what needs it",
+    "edu": "the same, of a device of QEMU's",
+    "iommu": "the same",
+    "nvme": "the same",
+    "narrow_edu": "the same",
+    "two_nodes": "a host may have one; two are those of make test-vm",
 }
 
 
@@ -55,6 +63,17 @@ def _memory_cgroup() -> str | None:
     return None if v1.exists() or (v2.exists() and "memory" in v2.read_text()) else "no memory cgroup controller"
 
 
+def _collapse() -> str | None:
+    """MADV_COLLAPSE, Linux 6.1."""
+    with mmap.mmap(-1, 2 * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        area[:] = b"\1" * len(area)
+        try:
+            area.madvise(25, 0, len(area))
+        except OSError as error:
+            return None if error.errno != errno.EINVAL else "no MADV_COLLAPSE (before Linux 6.1)"
+    return None
+
+
 def _compiler() -> str | None:
     return None if shutil.which("cc") else "needs a C compiler"
 
@@ -90,6 +109,31 @@ def _area_names() -> str | None:
     return None if named else "this kernel does not name anonymous memory (CONFIG_ANON_VMA_NAME)"
 
 
+def _guest() -> str | None:
+    return None if "IOBMD_GUEST" in os.environ else "no guest (make test-vm runs it in some)"
+
+
+def _device(vendor: int, device: int) -> str | None:
+    """A device of QEMU's, and in a guest only: what the tests do to it is not to be done to a host's."""
+    from support import pci
+
+    return _guest() or (None if pci.find(vendor, device) else f"no PCI device {vendor:04x}:{device:04x}")
+
+
+def _iommu() -> str | None:
+    groups = Path("/sys/kernel/iommu_groups")
+    return None if groups.exists() and any(groups.iterdir()) else "no IOMMU translates for a device"
+
+
+def _two_nodes() -> str | None:
+    return None if Path("/sys/devices/system/node/node1").exists() else "one NUMA node"
+
+
+def _narrow_edu() -> str | None:
+    """In guests with 256 MiB below 4 GiB the devices put out 28 bits (tools/vm/profiles.py)."""
+    return None if os.environ.get("IOBMD_GUEST") == "small" else "no guest whose devices put out 28 bits of address"
+
+
 PROBES: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "frames": _frames,
@@ -98,9 +142,16 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "memlock": _memlock,
     "memory_cgroup": _memory_cgroup,
     "compiler": _compiler,
+    "collapse": _collapse,
     "big_memory": _big_memory,
     "own_footprint": _own_footprint,
     "area_names": _area_names,
+    "guest": _guest,
+    "edu": lambda: _device(0x1234, 0x11E8),
+    "iommu": _iommu,
+    "nvme": lambda: _device(0x1B36, 0x0010),
+    "narrow_edu": _narrow_edu,
+    "two_nodes": _two_nodes,
 }
 
 

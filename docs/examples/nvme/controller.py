@@ -1,0 +1,152 @@
+"""The driver: a controller is started, identified, given queues, and asked to read and write blocks."""
+
+import time
+from collections.abc import Iterator
+from typing import NamedTuple, Self
+
+import iobmd
+
+from .pci import Registers
+from .queues import PAGE, CommandError, QueuePair
+
+CAPABILITIES, CONFIGURATION, STATUS = 0x00, 0x14, 0x1C  # registers
+ADMIN_SIZES, ADMIN_COMMANDS, ADMIN_COMPLETIONS = 0x24, 0x28, 0x30
+ENABLE, READY, FATAL = 1, 1, 2
+ENTRY_SIZES = 6 << 16 | 4 << 20  # commands of 1 << 6 bytes, completions of 1 << 4
+CREATE_COMMANDS, CREATE_COMPLETIONS, IDENTIFY = 0x01, 0x05, 0x06
+FLUSH, WRITE, READ = 0x00, 0x01, 0x02
+
+
+class Identity(NamedTuple):
+    """What the controller says about itself and its first namespace."""
+
+    model: str
+    serial: str
+    firmware: str
+    blocks: int
+    block_size: int
+    """In bytes."""
+    largest: int
+    """Bytes of data of one command."""
+
+
+class Controller:
+    """An NVMe controller that this process drives: `with Controller("0000:01:00.0") as disk`.
+
+    Needs root: the registers, and physical addresses (CAP_SYS_ADMIN).
+    """
+
+    def __init__(self, name: str, depth: int = 32) -> None:
+        self._registers = Registers(name)
+        self._capabilities = self._registers.read64(CAPABILITIES)
+        depth = min(depth, (self._capabilities & 0xFFFF) + 1)
+        self._admin, self._io = (QueuePair(self._registers, number, depth) for number in (0, 1))
+        try:
+            self._start()
+            self.identity = self._identify()
+            self._create_queues()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        self._enable(on=False)
+        self._registers[ADMIN_SIZES] = (self._admin.depth - 1) * (1 | 1 << 16)
+        self._registers.write64(ADMIN_COMMANDS, self._admin.commands.getPhysicalAddress())
+        self._registers.write64(ADMIN_COMPLETIONS, self._admin.completions.getPhysicalAddress())
+        self._enable(on=True)
+
+    def _enable(self, *, on: bool) -> None:
+        self._registers[CONFIGURATION] = ENTRY_SIZES | on * ENABLE  # pages of 4 KiB
+        end = time.monotonic() + (self._capabilities >> 24 & 0xFF) / 2 + 1  # CAP.TO, in half seconds
+        while self._registers[STATUS] & READY != on:
+            if self._registers[STATUS] & FATAL or time.monotonic() > end:
+                raise OSError(f"the controller does not become {'ready' if on else 'idle'}")
+            time.sleep(0.01)
+
+    def _ask(self, opcode: int, *dwords: int, namespace: int = 0, pages: tuple[int, ...] = ()) -> int:
+        self._admin.submit(opcode, namespace, pages, dwords)
+        return self._admin.complete()
+
+    def _identify(self) -> Identity:
+        with iobmd.allocate(2 * PAGE, alignment=PAGE) as answer:
+            for index, (what, namespace) in enumerate([(1, 0), (0, 1)]):  # the controller, namespace 1
+                page = answer.getPhysicalSegment(index * PAGE)[0]
+                self._ask(IDENTIFY, what, namespace=namespace, pages=(page,))
+            told = answer.readBytes(0, 2 * PAGE)
+        serial, model, firmware = (told[start:end].decode().strip() for start, end in ((4, 24), (24, 64), (64, 72)))
+        smallest = 4096 << (self._capabilities >> 48 & 0xF)
+        largest = min(smallest << told[77] if told[77] else PAGE * 512, PAGE * 512)  # MDTS; and one list of pages
+        namespace_data = told[PAGE:]
+        blocks = int.from_bytes(namespace_data[:8], "little")
+        format_at = 128 + 4 * (namespace_data[26] & 0xF)  # FLBAS chooses among the formats
+        return Identity(model, serial, firmware, blocks, 1 << namespace_data[format_at + 2], largest)
+
+    def _create_queues(self) -> None:
+        size = 1 | self._io.depth - 1 << 16  # queue 1
+        contiguous = 1
+        self._ask(CREATE_COMPLETIONS, size, contiguous, pages=(self._io.completions.getPhysicalAddress(),))
+        self._ask(CREATE_COMMANDS, size, contiguous | 1 << 16, pages=(self._io.commands.getPhysicalAddress(),))
+
+    # --- reading and writing
+
+    def read(self, block: int, buffer: iobmd.IOMemoryDescriptor) -> None:
+        """Read blocks from number `block` on into all of a buffer, any that `prepare` takes."""
+        self._transfer(READ, block, buffer)
+
+    def write(self, block: int, buffer: iobmd.IOMemoryDescriptor) -> None:
+        """Write all of a buffer to the blocks from number `block` on."""
+        self._transfer(WRITE, block, buffer)
+
+    def flush(self) -> None:
+        """Have all that was written kept when the power fails."""
+        self._io.submit(FLUSH, 1)
+        self._io.complete()
+
+    def _transfer(self, opcode: int, block: int, buffer: iobmd.IOMemoryDescriptor) -> None:
+        size, most = self.identity.block_size, self.identity.largest
+        if len(buffer) % PAGE or block * size + len(buffer) > self.identity.blocks * size:
+            raise ValueError(f"{len(buffer)} bytes at block {block} are no whole pages within the disk")
+        buffer.prepare()
+        try:
+            pages = list(pages_of(buffer))
+            for start in range(0, len(buffer), most):
+                piece = pages[start // PAGE : (start + most) // PAGE]
+                first, count = block + start // size, len(piece) * PAGE // size
+                if self._io.full:
+                    self._io.complete()
+                self._io.submit(opcode, 1, piece, (first & 0xFFFFFFFF, first >> 32, count - 1))
+        finally:
+            failed = self._drain()  # the controller must not write there once the memory is somebody else's
+            buffer.complete()
+        if failed:
+            raise failed
+
+    def _drain(self) -> CommandError | None:
+        """Wait for all that is under way. Without an answer it raises TimeoutError, and the memory stays pinned."""
+        failed = None
+        while not self._io.idle:
+            try:
+                self._io.complete()
+            except CommandError as error:
+                failed = error
+        return failed
+
+    def close(self) -> None:
+        """Stop the controller, which lets go of all memory, and give the memory back."""
+        self._enable(on=False)
+        self._registers.close()
+        self._admin.free()
+        self._io.free()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+
+def pages_of(buffer: iobmd.IOMemoryDescriptor) -> Iterator[int]:
+    """Yield the physical address of each page of a buffer, which PRP entries hold: from its contiguous segments."""
+    for address, length in buffer.segments():
+        yield from range(address, address + length, PAGE)

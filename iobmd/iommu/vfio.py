@@ -1,0 +1,192 @@
+"""VFIO (Documentation/driver-api/vfio.rst, linux/vfio.h): containers, groups and devices, by their ioctls."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+from iobmd import refusals
+from iobmd.constants import IOReturn
+from iobmd.errors import IOReturnError
+from iobmd.wiring import cannot_lock
+
+READ, WRITE = 1, 2
+"""What a device may do with what is mapped for it."""
+
+_CONTAINER = "/dev/vfio/vfio"
+_BASE = ord(";") << 8 | 100  # _IO(VFIO_TYPE, VFIO_BASE)
+_SET_IOMMU, _GROUP_STATUS, _SET_CONTAINER, _DEVICE = _BASE + 2, _BASE + 3, _BASE + 4, _BASE + 6
+_IOMMU_INFO, _MAP_DMA, _UNMAP_DMA = _BASE + 12, _BASE + 13, _BASE + 14
+_TYPE1V2 = 3
+_VIABLE = 1
+_HAS_CAPABILITIES, _IOVA_RANGES = 1 << 1, 1
+_INFO = struct.Struct("=IIQI4x")  # vfio_iommu_type1_info: argsz, flags, iova_pgsizes, cap_offset
+_HEADER = struct.Struct("=HHI")  # vfio_info_cap_header: id, version, next
+_MAP = struct.Struct("=IIQQQ")  # vfio_iommu_type1_dma_map: argsz, flags, vaddr, iova, size
+_UNMAP = struct.Struct("=IIQQ")
+_EVERYWHERE = [(0, (1 << 39) - 1)]  # of kernels before 5.4, which do not tell; the least that VT-d translates
+
+
+class Device(NamedTuple):
+    """A PCI device, as sysfs has it."""
+
+    name: str
+    """Its address: domain, bus, device, function, as in "0000:00:03.0"."""
+
+    @property
+    def folder(self) -> Path:
+        """Its folder in sysfs."""
+        return Path("/sys/bus/pci/devices", self.name)
+
+    def group(self) -> str:
+        """Return the number of its IOMMU group.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnNoDevice`; `kIOReturnUnsupported`: no IOMMU is on, and how to turn it on.
+        """
+        if not self.folder.exists():
+            raise IOReturnError(
+                IOReturn.kIOReturnNoDevice, f"there is no PCI device {self.name} (lspci -D lists them)"
+            )
+        try:
+            return (self.folder / "iommu_group").readlink().name
+        except OSError:
+            raise IOReturnError(
+                IOReturn.kIOReturnUnsupported,
+                f"no IOMMU translates for {self.name}: boot with intel_iommu=on (AMD's is on where the firmware has "
+                "it), and turn VT-d or AMD-Vi on in the firmware; virtual machines need an emulated one",
+            ) from None
+
+    def bind_commands(self) -> str:
+        """Return the commands that give it to VFIO."""
+        return (
+            f"modprobe vfio-pci; echo vfio-pci > {self.folder}/driver_override; "
+            f"echo {self.name} > {self.folder}/driver/unbind; echo {self.name} > /sys/bus/pci/drivers_probe"
+        )
+
+
+class Container:
+    """An I/O address space, and the group of the device that is in it. Raises as `iobmd.iommu.IOMapper`."""
+
+    def __init__(self, device: Device) -> None:
+        group = device.group()
+        self._container = _open(_CONTAINER, "load it: modprobe vfio_iommu_type1 vfio-pci")
+        self._group = self._device = -1
+        try:
+            self._group = _open(f"/dev/vfio/{group}", f"give it to VFIO, as root: {device.bind_commands()}")
+            self._require_viable(device, group)
+            fcntl.ioctl(self._group, _SET_CONTAINER, struct.pack("=i", self._container))
+            fcntl.ioctl(self._container, _SET_IOMMU, _TYPE1V2)
+            self._device = fcntl.ioctl(self._group, _DEVICE, bytearray(device.name.encode() + b"\0"))
+        except OSError as error:
+            self.close()
+            raise error if isinstance(error, IOReturnError) else _not_attached(device, error) from None
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def device(self) -> int:
+        """The descriptor of the device, for its regions (VFIO_DEVICE_GET_REGION_INFO, mmap)."""
+        return self._device
+
+    def _require_viable(self, device: Device, group: str) -> None:
+        status = bytearray(struct.pack("=II", 8, 0))
+        fcntl.ioctl(self._group, _GROUP_STATUS, status)
+        if struct.unpack("=II", status)[1] & _VIABLE:
+            return
+        members = sorted(path.name for path in Path(f"/sys/kernel/iommu_groups/{group}/devices").iterdir())
+        raise IOReturnError(
+            IOReturn.kIOReturnBusy,
+            f"the IOMMU group {group} of {device.name} is shared with devices that other drivers hold: give each of "
+            f"{', '.join(members)} to vfio-pci as well, or to no driver",
+        )
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """Return the first and last address of each range that can be mapped (told since Linux 5.4)."""
+        info = bytearray(_INFO.size)
+        _INFO.pack_into(info, 0, len(info), 0, 0, 0)
+        fcntl.ioctl(self._container, _IOMMU_INFO, info)
+        size, flags, _pages, _at = _INFO.unpack_from(info)
+        if not flags & _HAS_CAPABILITIES:
+            return _EVERYWHERE
+        info = bytearray(size)
+        _INFO.pack_into(info, 0, size, 0, 0, 0)
+        fcntl.ioctl(self._container, _IOMMU_INFO, info)
+        return _iova_ranges(info) or _EVERYWHERE
+
+    def map(self, virtual: int, address: int, size: int, access: int) -> None:
+        """Have the device see whole pages of this process at `address`. They are pinned until `unmap`.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnCannotWire` at RLIMIT_MEMLOCK; `kIOReturnNoResources`; `kIOReturnNoMemory`.
+        """
+        try:
+            fcntl.ioctl(self._container, _MAP_DMA, _MAP.pack(_MAP.size, access, virtual, address, size))
+        except OSError as error:
+            if error.errno == errno.ENOMEM:
+                raise cannot_lock(size, error) from None
+            if error.errno == errno.ENOSPC:
+                message = "VFIO has no mapping left (the parameter dma_entry_limit of vfio_iommu_type1); unmap some"
+                raise IOReturnError(IOReturn.kIOReturnNoResources, message, error.errno) from None
+            raise refusals.own(error, f"cannot map {size} bytes for the device at {address:#x}") from None
+
+    def unmap(self, address: int, size: int) -> None:
+        """Have the device see nothing there: what it does there faults from now on."""
+        fcntl.ioctl(self._container, _UNMAP_DMA, bytearray(_UNMAP.pack(_UNMAP.size, 0, address, size)))
+
+    def close(self) -> None:
+        """Let go of the device; the last descriptor that is closed takes all mappings away. Idempotent."""
+        for descriptor in (self._device, self._group, self._container):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._device = self._group = self._container = -1
+
+
+def _iova_ranges(info: bytearray) -> list[tuple[int, int]]:
+    at: int = _INFO.unpack_from(info)[3]
+    while at:
+        kind, _version, following = _HEADER.unpack_from(info, at)
+        if kind == _IOVA_RANGES:
+            (count,) = struct.unpack_from("=I", info, at + _HEADER.size)
+            begin = at + _HEADER.size + 8
+            return [struct.unpack_from("=QQ", info, begin + 16 * index) for index in range(count)]
+        at = following
+    return []
+
+
+def _open(path: str, absent: str) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError as error:
+        message = f"this process may not open {path}: as root, chown it to this user, or run with CAP_DAC_OVERRIDE"
+        raise IOReturnError(IOReturn.kIOReturnNotPrivileged, message, error.errno or 0) from None
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            message = f"{path} is in use: another process, or another mapper of this one, has the device"
+            raise IOReturnError(IOReturn.kIOReturnBusy, message, errno.EBUSY) from None
+        if error.errno in (errno.ENOENT, errno.ENODEV):
+            message = f"there is no {path}: {absent}"
+            raise IOReturnError(IOReturn.kIOReturnUnsupported, message, error.errno) from None
+        raise refusals.own(error, f"cannot open {path}") from None
+
+
+def _not_attached(device: Device, error: OSError) -> IOReturnError:
+    if error.errno == errno.EPERM:
+        message = (
+            f"VFIO refuses {device.name}: its interrupts are not remapped; turn interrupt remapping on, or, if the "
+            "device is trusted, `echo 1 > /sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts` as root"
+        )
+        return IOReturnError(IOReturn.kIOReturnNotPrivileged, message, errno.EPERM)
+    if error.errno == errno.ENODEV:
+        message = f"{device.name} is not vfio-pci's: give it to VFIO, as root: {device.bind_commands()}"
+        return IOReturnError(IOReturn.kIOReturnNotReady, message, errno.ENODEV)
+    return refusals.own(error, f"VFIO cannot attach {device.name}")

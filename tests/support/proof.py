@@ -1,0 +1,71 @@
+"""Proof by devices: what they read and write at physical addresses is what the processor sees at virtual ones."""
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+
+import iobmd
+from support.edu import LARGEST, Copy, Fleet
+
+PAGE = 4096
+
+
+class Proof:
+    """Has devices read and write memory at physical addresses, and compares every byte with what the processor sees.
+
+    Each piece is copied by a device to a page of its own, and back from there: `fleet` counts two transfers for each.
+    """
+
+    def __init__(self, fleet: Fleet, pages: iobmd.IOBufferMemoryDescriptor) -> None:
+        self.fleet = fleet
+        self.pages = pages
+        self._places = [pages.getPhysicalSegment(index * PAGE)[0] for index in range(len(fleet.devices))]
+
+    def read(self, addresses: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return what devices read at physical addresses, each of up to 4095 bytes."""
+        found = []
+        for start in range(0, len(addresses), len(self._places)):
+            batch = addresses[start : start + len(self._places)]
+            self.pages.writeBytes(0, os.urandom(len(self.pages)))
+            self.fleet.copy(
+                [Copy(source, place, length) for (source, length), place in zip(batch, self._places, strict=False)]
+            )
+            found += [self.pages.readBytes(index * PAGE, length) for index, (_, length) in enumerate(batch)]
+        return found
+
+    def write(self, addresses: Sequence[tuple[int, int]], contents: Sequence[bytes]) -> None:
+        """Have devices write to physical addresses."""
+        for start in range(0, len(addresses), len(self._places)):
+            batch = addresses[start : start + len(self._places)]
+            for index, data in enumerate(contents[start : start + len(batch)]):
+                self.pages.writeBytes(index * PAGE, data)
+            self.fleet.copy(
+                [Copy(place, target, length) for (target, length), place in zip(batch, self._places, strict=False)]
+            )
+
+    def holds(self, buffer: iobmd.IOBufferMemoryDescriptor, offset: int = 0, length: int | None = None) -> int:
+        """Check both ways, both ends of every segment and inside of long ones; return how many pieces there were."""
+        pieces = list(pieces_of(buffer.segments(offset, length), offset))
+        places = [(physical, size) for _, physical, size in pieces]
+        data = [os.urandom(size) for _, _, size in pieces]
+        for (at, _, _), each in zip(pieces, data, strict=True):
+            buffer.writeBytes(at, each)
+        assert self.read(places) == data, "a device read other bytes than were written"
+        data = [os.urandom(size) for _, _, size in pieces]
+        self.write(places, data)
+        written = [buffer.readBytes(at, size) for at, _, size in pieces]
+        assert written == data, "what a device wrote is not there"
+        return len(pieces)
+
+
+def pieces_of(segments: Sequence[iobmd.PhysicalSegment], offset: int) -> Iterator[tuple[int, int, int]]:
+    """Return pieces of segments, no two overlapping: offset in the buffer, physical address, and length."""
+    for address, length in segments:
+        size = min(length, LARGEST)
+        starts = {length - size}
+        if length >= 2 * size:
+            inside = range(size, length - 2 * size, size)
+            starts |= {0, *random.sample(inside, min(6, len(inside)))}
+        for start in sorted(starts):
+            yield offset + start, address + start, size
+        offset += length

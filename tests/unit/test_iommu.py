@@ -1,0 +1,58 @@
+"""`iobmd.iommu` where there is no device: addresses, and what is said to be missing."""
+
+import struct
+from pathlib import Path
+
+import pytest
+
+from iobmd import IOReturn, IOReturnError
+from iobmd.iommu import IOMapper, vfio
+from iobmd.iommu.addresses import Addresses
+
+MIB = 1 << 20
+
+
+def test_addresses_are_taken_from_below_and_given_back() -> None:
+    addresses = Addresses([(0, 0xFEDFFFFF), (0xFEF00000, (1 << 39) - 1)], (1 << 32) - 1)
+    assert addresses.take(4096, 4096) == 4096  # 0 is none, for many devices
+    assert addresses.take(4 * MIB, 2 * MIB) == 2 * MIB
+    assert addresses.take(4096, 4096) == 8192  # the gap that the alignment left
+    addresses.give_back(2 * MIB, 4 * MIB)
+    assert addresses.take(8 * MIB, 2 * MIB) == 2 * MIB
+
+
+def test_no_address_above_the_limit_nor_in_a_hole() -> None:
+    addresses = Addresses([(0, 0xFEDFFFFF), (0xFEF00000, (1 << 39) - 1)], (1 << 32) - 1)
+    assert addresses.take(0xFEE00000 - 4096, 4096) == 4096  # all below the interrupts
+    assert addresses.take(16 * MIB, 4096) == 0xFEF00000
+    assert addresses.take(2 * MIB, 4096) is None
+    assert Addresses([(1 << 32, (1 << 39) - 1)], (1 << 32) - 1).take(4096, 4096) is None
+
+
+def test_what_the_kernel_tells_of_addresses() -> None:
+    header = struct.pack("=IIQI4x", 0, 2, 0, 24)
+    other = struct.pack("=HHI", 3, 1, 32)  # another capability comes first
+    ranges = struct.pack("=HHIII", 1, 1, 0, 2, 0) + struct.pack("=QQQQ", 0, 0xFFF, 0x10000, 0x1FFFF)
+    assert vfio._iova_ranges(bytearray(header + other + ranges)) == [(0, 0xFFF), (0x10000, 0x1FFFF)]
+    assert vfio._iova_ranges(bytearray(struct.pack("=IIQI4x", 0, 0, 0, 0))) == []
+
+
+def test_no_such_device() -> None:
+    with pytest.raises(IOReturnError, match="lspci -D") as caught:
+        IOMapper("0000:ff:1f.7")
+    assert caught.value.code == IOReturn.kIOReturnNoDevice
+
+
+@pytest.mark.parametrize("bits", [12, 65, 0, -1])
+def test_bad_numbers_of_bits(bits: int) -> None:
+    with pytest.raises(IOReturnError) as caught:
+        IOMapper("0000:00:00.0", address_bits=bits)
+    assert caught.value.code == IOReturn.kIOReturnBadArgument
+
+
+def test_a_device_without_an_iommu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "device").mkdir()
+    monkeypatch.setattr(vfio.Device, "folder", tmp_path / "device")
+    with pytest.raises(IOReturnError, match="intel_iommu=on") as caught:
+        IOMapper("device")
+    assert caught.value.code == IOReturn.kIOReturnUnsupported

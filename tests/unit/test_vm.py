@@ -1,0 +1,157 @@
+"""The harness of the guests (tools/vm): what counts as failed, which kernel is taken, what it packs."""
+
+import gzip
+import lzma
+import struct
+from pathlib import Path
+
+import pytest
+from iobmd.tools.vm import cache, cpio, disk, kernels, modules, table, vmlinux
+from iobmd.tools.vm.guest import Outcome, verdict
+from iobmd.tools.vm.kernels import Kernel
+from iobmd.tools.vm.machine import Machine
+from iobmd.tools.vm.runs import Run
+
+GOOD = "@@UP 5.1 6.1\n===== 3 passed, 1 skipped in 0.83s =====\n@@EXIT 0 18.14\n"
+
+
+def test_a_guest_that_passed() -> None:
+    assert verdict(GOOD, "") == ""
+
+
+@pytest.mark.parametrize(
+    ("output", "log", "why"),
+    [
+        (GOOD.replace("@@EXIT 0 18.14\n", ""), "", "marker"),
+        (GOOD.replace("@@EXIT 0", "@@EXIT 1"), "", "status 1"),
+        ("@@EXIT 0 18.14\n", "", "no summary"),
+        ("===== 1 skipped in 0.83s =====\n@@EXIT 0 18.14\n", "", "no summary"),  # everything skipped proves nothing
+        (GOOD, "[ 9.1] BUG: kernel NULL pointer dereference, address: 0", "NULL pointer"),
+        (GOOD, "[ 9.1] Kernel panic - not syncing: sysrq", "panic"),
+        (GOOD, "[ 9.1] WARNING: CPU: 0 PID: 1 at mm/gup.c:12", "gup"),
+        (GOOD, "[ 9.1] WARNING: mm/gup.c:12 at try_grab_folio, CPU#0: python3/1", "gup"),
+    ],
+)
+def test_a_guest_that_failed(output: str, log: str, why: str) -> None:
+    assert why in verdict(output, log)
+
+
+LISTED = [
+    "5.10.0-46",
+    "6.1.0-0.deb11.52",
+    "6.1.0-56",
+    "6.12.9+deb13",
+    "6.12.117+deb12",
+    "7.3.4+deb13",
+    "6.18.15+deb13",
+]
+
+
+@pytest.mark.parametrize(
+    ("series", "first"),
+    [
+        ("6.1", "6.1.0-56"),  # not 6.12, and not the older one of another suite
+        ("6.12", "6.12.117+deb12"),  # 117 is more than 9
+        ("newest", "7.3.4+deb13"),
+        ("6.6", "7.3.4+deb13"),  # the mirror has none
+    ],
+)
+def test_the_newest_of_a_series(series: str, first: str) -> None:
+    assert kernels.by_age(LISTED, series)[0] == first
+
+
+def test_an_archive_is_what_the_kernel_unpacks(tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/file").write_bytes(b"12345")
+    (tmp_path / "tree/link").symlink_to("file")
+    with (tmp_path / "archive").open("wb") as file, cpio.Archive(file) as packed:
+        packed.copy(tmp_path / "tree", "/a/b")
+    raw = (tmp_path / "archive").read_bytes()
+    assert len(raw) % 512 == 0
+    assert unpacked(raw) == {"a": b"", "a/b": b"", "a/b/file": b"12345", "a/b/link": b"file"}
+
+
+def unpacked(raw: bytes) -> dict[str, bytes]:
+    """Read an archive as init/initramfs.c does."""
+    found: dict[str, bytes] = {}
+    at = 0
+    while True:
+        assert raw[at : at + 6] == b"070701"
+        fields = [int(raw[at + 6 + 8 * index : at + 14 + 8 * index], 16) for index in range(13)]
+        name = raw[at + 110 : at + 110 + fields[11] - 1].decode()
+        at = -(-(at + 110 + fields[11]) // 4) * 4
+        if name == "TRAILER!!!":
+            return found
+        found[name] = raw[at : at + fields[6]]
+        at = -(-(at + fields[6]) // 4) * 4
+
+
+@pytest.mark.parametrize("compress", [lzma.compress, gzip.compress])
+def test_the_kernel_is_taken_out_of_its_image(compress) -> None:
+    packed = compress(b"\x7fELF kernel") + b"size"
+    header = bytearray(0x400 + 512)
+    header[0x1F1] = 1
+    struct.pack_into("<II", header, 0x248, 512, len(packed))
+    assert vmlinux.extract(bytes(header) + b"\0" * (1024 + 512 - len(header)) + packed) == b"\x7fELF kernel"
+
+
+def test_modules_come_after_what_they_need(tmp_path: Path) -> None:
+    (tmp_path / "kernel/drivers").mkdir(parents=True)
+    (tmp_path / "kernel/drivers/vfio-pci.ko.xz").write_bytes(lzma.compress(b"\0depends=vfio,irqbypass\0"))
+    (tmp_path / "kernel/vfio.ko").write_bytes(b"\0depends=\0")
+    (tmp_path / "kernel/irqbypass.ko").write_bytes(b"no such field")
+    assert list(modules.load(tmp_path, ("vfio_pci", "built_in"))) == ["vfio", "irqbypass", "vfio_pci"]
+
+
+def test_what_fails_halfway_is_not_kept(tmp_path: Path) -> None:
+    def fail(draft: Path) -> None:
+        draft.write_text("half")
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        cache.made(tmp_path / "kernel", fail)
+    assert not list(tmp_path.iterdir())
+    made = cache.made(tmp_path / "kernel", lambda draft: draft.write_text("whole"))  # type: ignore[arg-type,return-value]
+    assert cache.made(made, fail).read_text() == "whole"
+
+
+def test_the_disk_is_compared(tmp_path: Path) -> None:
+    image = disk.make(tmp_path / "disk", 2)
+    assert "MiB 0" in disk.compare(image)
+    image.write_bytes(disk.pattern(0) + disk.pattern(1))
+    assert disk.compare(image) == ""
+    image.write_bytes(disk.pattern(0) + disk.pattern(1)[:-1] + bytes([disk.pattern(1)[-1] ^ 1]))
+    assert "MiB 1" in disk.compare(image)
+
+
+def test_devices_of_a_machine() -> None:
+    words = Machine(memory=512, edu=2, edu_mask=0xFFFF, iommu=True, nodes=2).command(Path("k"), Path("i"), Path("l"))
+    assert words.count("edu,dma_mask=0xffff") == 2
+    assert "intel-iommu,intremap=on" in words
+    assert "memory-backend-ram,id=memory1,size=256M" in words
+
+
+def outcome(release: str, output: str) -> Run:
+    return Run(Kernel("", release, Path(), Path()), "device", Outcome(output, "", "", 12.3))
+
+
+def test_the_table(tmp_path: Path) -> None:
+    runs = [
+        outcome("5.10-amd64", "@@CAPABILITY wired: works\n@@CAPABILITY scan: refused\n@@COUNT DMA transfers: 40\n"),
+        outcome("6.1-amd64", "@@CAPABILITY wired: works\n@@COUNT DMA transfers: 2\n"),
+    ]
+    page = tmp_path / "page.md"
+    page.write_text(f"above\n{table.BEGIN}\nold\n{table.END}\nbelow\n")
+    table.write(runs, page)
+    text = page.read_text()
+    assert "| wired | works | works |\n| scan | refused |  |\n" in text
+    assert "DMA transfers: 42" in text
+    assert "old" not in text
+    assert (text.startswith("above\n"), text.endswith("below\n")) == (True, True)
+
+
+def test_a_page_without_markers(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("nothing")
+    with pytest.raises(ValueError, match="has not the lines"):
+        table.write([], page)

@@ -1,0 +1,67 @@
+"""What the tests in guests share: devices that do DMA, and a kernel that is kept moving memory."""
+
+import contextlib
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.edu import Fleet
+from support.proof import PAGE, Proof
+
+import iobmd
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what the tests recorded, for the harness to read (tools/vm/table.py)."""
+    # Those of the end have what was recorded at any time; they are filed under no name when it was quiet.
+    reports = [report for report in terminalreporter.getreports("") if report.when == "teardown"]
+    counted: dict[str, int] = {}
+    for name, value in (found for report in reports for found in report.user_properties):
+        if isinstance(value, int):
+            counted[name] = counted.get(name, 0) + value
+        else:
+            terminalreporter.write_line(f"@@CAPABILITY {name}: {value}")
+    for name, value in counted.items():
+        terminalreporter.write_line(f"@@COUNT {name}: {value}")
+
+
+@pytest.fixture(scope="session")
+def fleet() -> Fleet:
+    return Fleet.of_guest()
+
+
+@pytest.fixture
+def proof(fleet: Fleet, record_property) -> Iterator[Proof]:
+    """Proof by devices at physical addresses, which counts the transfers."""
+    before = fleet.transfers
+    with iobmd.allocate(len(fleet.devices) * PAGE) as pages:
+        yield Proof(fleet, pages)
+    record_property("DMA transfers", fleet.transfers - before)
+
+
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Have the kernel compact memory over and over, while most of what is free is filled and freed again."""
+    stop = threading.Event()
+
+    def compact() -> None:
+        while not stop.wait(0.05):
+            Path("/proc/sys/vm/compact_memory").write_text("1")
+
+    free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) >> 10
+    fill = f"while :; do dd if=/dev/zero of=/tmp/fill bs=1M count={free * 5 // 8}; rm /tmp/fill; done"
+    filler = subprocess.Popen(["sh", "-c", fill], stderr=subprocess.DEVNULL, start_new_session=True)
+    compactor = threading.Thread(target=compact)
+    compactor.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        compactor.join()
+        os.killpg(filler.pid, 9)
+        filler.wait()
+        with contextlib.suppress(FileNotFoundError):
+            Path("/tmp/fill").unlink()

@@ -1,0 +1,328 @@
+"""`iobmd.iommu`: devices reach any buffer in one piece at an address of their own, and nothing else."""
+
+import ctypes
+import errno
+import mmap
+import os
+import struct
+import time
+from collections.abc import Callable, Iterator
+from fcntl import ioctl
+from pathlib import Path
+
+import pytest
+from support import edu, pci
+from support.child import NOBODY, in_child
+from support.kernel import nothing_is_pinned
+from support.proof import PAGE, pieces_of
+
+import iobmd
+from iobmd import IOReturn, IOReturnError
+from iobmd.iommu import IOMapper
+
+pytestmark = pytest.mark.needs("edu", "iommu")
+MIB = 1 << 20
+REGION_INFO = ord(";") << 8 | 108  # VFIO_DEVICE_GET_REGION_INFO
+CONFIGURATION = 7  # VFIO_PCI_CONFIG_REGION_INDEX
+
+
+def give_to_vfio(device: Path) -> str:
+    (device / "driver_override").write_text("vfio-pci")
+    (pci.DEVICES.parent / "drivers_probe").write_text(device.name)
+    return device.name
+
+
+def region(device: int, index: int) -> tuple[int, int]:
+    info = bytearray(struct.pack("=IIIIQQ", 32, 0, index, 0, 0, 0))
+    ioctl(device, REGION_INFO, info)
+    return struct.unpack("=IIIIQQ", info)[4:]
+
+
+def through(mapper: IOMapper) -> edu.Edu:
+    """Return the device that a mapper has, switched on."""
+    pci.become_master(mapper.fileno(), region(mapper.fileno(), CONFIGURATION)[1])
+    size, offset = region(mapper.fileno(), 0)
+    return edu.Edu(pci.Registers(mmap.mmap(mapper.fileno(), size, offset=offset)))
+
+
+@pytest.fixture(scope="module")
+def name() -> str:
+    """A device that VFIO has; all others stay as they are."""
+    return give_to_vfio(pci.find(edu.VENDOR, edu.DEVICE)[0])
+
+
+@pytest.fixture
+def mapper(name: str) -> Iterator[IOMapper]:
+    with IOMapper(name) as one:
+        yield one
+
+
+@pytest.fixture
+def device(mapper: IOMapper) -> edu.Edu:
+    return through(mapper)
+
+
+@pytest.fixture
+def page(mapper: IOMapper) -> Iterator[tuple[iobmd.IOBufferMemoryDescriptor, int]]:
+    """A page that the device copies to and from, and its address for the device."""
+    with iobmd.allocate(PAGE) as buffer, mapper.prepare(buffer) as prepared:
+        yield buffer, prepared.address
+
+
+class Window:
+    """Reads and writes through the device at its own addresses."""
+
+    def __init__(self, device: edu.Edu, page: tuple[iobmd.IOBufferMemoryDescriptor, int], record) -> None:
+        self._fleet = edu.Fleet([device])
+        self._page, self._address = page
+        self._record = record
+
+    def read(self, address: int, length: int) -> bytes:
+        self._page.writeBytes(0, os.urandom(PAGE))
+        self._copy(edu.Copy(address, self._address, length))
+        return self._page.readBytes(0, length)
+
+    def write(self, address: int, data: bytes) -> None:
+        self._page.writeBytes(0, data)
+        self._copy(edu.Copy(self._address, address, len(data)))
+
+    def _copy(self, copy: edu.Copy) -> None:
+        self._fleet.copy([copy])
+        self._record("DMA transfers", 2)
+
+
+@pytest.fixture
+def window(device: edu.Edu, page: tuple[iobmd.IOBufferMemoryDescriptor, int], record_property) -> Window:
+    return Window(device, page, record_property)
+
+
+@pytest.mark.usefixtures("restless")
+@pytest.mark.parametrize(
+    ("size", "keywords"),
+    [
+        (100, {}),
+        (256 << 10, {"wired": False}),
+        (256 << 10, {"wired": False, "shared": True}),
+        (256 << 10, {"task": None}),
+        (5 * MIB + 1, {}),
+    ],
+    ids=str,
+)
+def test_any_memory_is_one_piece(mapper: IOMapper, window: Window, size: int, keywords: dict[str, object]) -> None:
+    with iobmd.allocate(size, **keywords) as buffer, mapper.prepare(buffer) as prepared:
+        assert prepared.length == size
+        for offset, address, length in pieces_of(prepared.segments(), 0):
+            data = os.urandom(length)
+            buffer.writeBytes(offset, data)
+            assert window.read(address, length) == data
+            data = os.urandom(length)
+            window.write(address, data)
+            assert buffer.readBytes(offset, length) == data
+
+
+def test_memory_that_was_there_already(mapper: IOMapper, window: Window) -> None:
+    """It begins in the middle of a page, and so does what the device sees."""
+    with mmap.mmap(-1, 4 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as own:
+        own[:] = data = os.urandom(4 * PAGE)
+        address = ctypes.addressof(view := ctypes.c_char.from_buffer(own))
+        with (
+            iobmd.IOMemoryDescriptor.withAddressRange(
+                address + 100, 2 * PAGE, iobmd.kIODirectionInOut, iobmd.kernel_task
+            ) as described,
+            mapper.prepare(described) as prepared,
+        ):
+            assert prepared.address % PAGE == (address + 100) % PAGE
+            assert window.read(prepared.address, 1000) == data[100:1100]
+            window.write(prepared.address + PAGE, b"written")
+        assert own[100 + PAGE : 107 + PAGE] == b"written"
+        del view
+
+
+def test_pages_that_lie_apart_are_read_across_their_borders(mapper: IOMapper, window: Window) -> None:
+    size = 64 * PAGE
+    with iobmd.allocate(size, wired=False) as buffer:
+        with mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as between:
+            for offset in range(0, size, PAGE):
+                between[offset] = 1
+                buffer.writeBytes(offset, os.urandom(PAGE))
+        with mapper.prepare(buffer) as prepared:
+            assert len(buffer.segments()) > 8, "it lies in one piece anyway"
+            for offset in (PAGE - 2000, 7 * PAGE - 100, size - 4000):
+                assert window.read(prepared.address + offset, 4000) == buffer.readBytes(offset, 4000)
+
+
+@pytest.mark.parametrize("bits", [24, 28, 32])
+def test_below_the_limit_of_the_device(name: str, bits: int) -> None:
+    """Wherever the memory lies: a mask of physical addresses could only be refused."""
+    with IOMapper(name, address_bits=bits) as mapper, iobmd.allocate(4 * MIB) as buffer:
+        device = through(mapper)
+        with mapper.prepare(buffer) as prepared, iobmd.allocate(PAGE) as page, mapper.prepare(page) as other:
+            assert prepared.address + len(buffer) <= 1 << bits
+            buffer.writeBytes(3 * MIB, b"below")
+            device_copy(device, prepared.address + 3 * MIB, other.address, 5)
+            assert page.readBytes(0, 5) == b"below"
+
+
+def test_more_than_the_device_can_address(name: str) -> None:
+    with IOMapper(name, address_bits=24) as mapper, iobmd.allocate(20 * MIB, wired=False) as buffer:
+        assert code_of(lambda: mapper.prepare(buffer)) == IOReturn.kIOReturnNoResources
+        assert nothing_is_pinned()
+        with iobmd.allocate(9 * MIB, wired=False) as half:
+            for _ in range(3):  # the addresses are given back each time
+                with mapper.prepare(half):
+                    assert code_of(lambda: mapper.prepare(half)) == IOReturn.kIOReturnNoResources
+
+
+def device_copy(device: edu.Edu, source: int, destination: int, length: int) -> None:
+    edu.Fleet([device]).copy([edu.Copy(source, destination, length)])
+
+
+# --- what must not be reached
+
+
+def test_a_physical_address_is_not_reached(mapper: IOMapper, window: Window) -> None:
+    with iobmd.allocate(PAGE) as buffer:
+        buffer.writeBytes(0, b"unseen" * 600)
+        assert window.read(buffer.getPhysicalAddress(), 3600) != buffer.readBytes(0, 3600)
+        assert is_faulted(lambda: window.write(buffer.getPhysicalAddress(), os.urandom(3600)))
+        assert buffer.readBytes(0, 3600) == b"unseen" * 600
+
+
+def test_a_device_that_nobody_mapped_for_reaches_nothing(record_property) -> None:
+    """Not VFIO's, and given no address by any driver: physical addresses mean nothing to it."""
+    bystander = pci.find(edu.VENDOR, edu.DEVICE)[1]
+    pci.switch_on(bystander)
+    device = edu.Edu(pci.Registers.of(bystander))
+    with iobmd.allocate(2 * PAGE) as buffer:
+        content = os.urandom(2 * PAGE)
+        buffer.writeBytes(0, content)
+        places = [buffer.getPhysicalSegment(offset)[0] for offset in (0, PAGE)]
+        assert is_faulted(lambda: device_copy(device, places[0], places[1], 4000))
+        record_property("DMA transfers", 2)
+        assert buffer.readBytes(0, 2 * PAGE) == content
+
+
+def test_use_after_complete_faults(mapper: IOMapper, window: Window) -> None:
+    with iobmd.allocate(PAGE) as buffer:
+        with mapper.prepare(buffer) as prepared:
+            address = prepared.address
+            window.write(address, b"while prepared")
+            assert buffer.readBytes(0, 14) == b"while prepared"
+        assert is_faulted(lambda: window.write(address, b"afterwards!!!!"))
+        assert buffer.readBytes(0, 14) == b"while prepared"
+
+
+def is_faulted(action: Callable[[], object]) -> bool:
+    """Say whether the kernel reports a fault of a device; it does so ten times in five seconds at the most."""
+    for wait in (6, 6, 0):
+        before = faults()
+        action()
+        if faults() > before:
+            return True
+        time.sleep(wait)
+    return False
+
+
+def faults() -> int:
+    """Count the lines about faults in the kernel's log."""
+    log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+    count = 0
+    try:
+        while True:
+            try:
+                count += b"DMAR: [DMA" in os.read(log, 8192)
+            except BlockingIOError:
+                return count
+            except OSError as error:  # older lines were overwritten meanwhile
+                if error.errno != errno.EPIPE:
+                    raise
+    finally:
+        os.close(log)
+
+
+@pytest.mark.parametrize(("direction", "reads", "writes"), [("out", True, False), ("in", None, True)])
+def test_only_in_the_direction(
+    mapper: IOMapper, window: Window, direction: str, reads: bool | None, writes: bool
+) -> None:
+    with iobmd.allocate(PAGE, direction=direction) as buffer, mapper.prepare(buffer) as prepared:
+        buffer.writeBytes(0, b"before")
+        if reads is not None:  # VT-d may let a device read what it may write
+            assert (window.read(prepared.address, 6) == b"before") is reads
+        window.write(prepared.address, b"device")
+        assert (buffer.readBytes(0, 6) == b"device") is writes
+
+
+# --- errors, and what they leave
+
+
+def test_prepared_memory_cannot_be_freed_and_a_mapper_in_use_not_closed(name: str) -> None:
+    mapper, buffer = IOMapper(name), iobmd.allocate(MIB, wired=False)
+    prepared = mapper.prepare(buffer)
+    for action in (buffer.free, mapper.close):
+        assert code_of(action) == IOReturn.kIOReturnBusy
+    prepared.complete()
+    prepared.complete()
+    assert nothing_is_pinned()
+    mapper.close()
+    mapper.close()
+    assert code_of(lambda: mapper.prepare(buffer)) == IOReturn.kIOReturnNotOpen
+    buffer.free()
+
+
+def test_a_second_mapper_of_a_device_is_refused(mapper: IOMapper, name: str) -> None:
+    assert code_of(lambda: IOMapper(name)) == IOReturn.kIOReturnBusy
+
+
+def test_no_direction(mapper: IOMapper) -> None:
+    with iobmd.allocate(PAGE, direction="none") as buffer:
+        assert code_of(lambda: mapper.prepare(buffer)) == IOReturn.kIOReturnBadArgument
+        with mapper.prepare(buffer, iobmd.IOOptionBits.kIODirectionIn):
+            pass
+        buffer.free()  # nothing is left prepared
+
+
+def test_what_is_missing_is_said(name: str) -> None:
+    other = pci.find(edu.VENDOR, edu.DEVICE)[-1].name
+    code, message = told(lambda: IOMapper(other))  # without a driver, VFIO has no group for it
+    assert code == IOReturn.kIOReturnUnsupported
+    assert f"echo {other} > /sys/bus/pci/drivers_probe" in message
+    code, message = told(lambda: IOMapper("0000:ff:1f.7"))
+    assert (code, "lspci" in message) == (IOReturn.kIOReturnNoDevice, True)
+    code, message = in_child(lambda: told(lambda: IOMapper(name)), uid=NOBODY)
+    assert code == IOReturn.kIOReturnNotPrivileged
+    assert "chown" in message
+    assert "/dev/vfio/" in message
+
+
+def test_an_ordinary_user_whom_the_device_was_given(name: str) -> None:
+    group = Path("/dev/vfio") / (pci.DEVICES / name / "iommu_group").readlink().name
+    os.chown(group, NOBODY, NOBODY)
+    try:
+        assert in_child(lambda: prepared_once(name), uid=NOBODY, memlock=8 * MIB) == 64 << 10
+    finally:
+        os.chown(group, 0, 0)
+
+
+def prepared_once(name: str) -> int:
+    with IOMapper(name) as mapper, iobmd.allocate(64 << 10) as buffer, mapper.prepare(buffer) as prepared:
+        return prepared.length
+
+
+def test_a_forked_child_must_not_use_it(mapper: IOMapper) -> None:
+    def in_the_child() -> IOReturn:
+        with iobmd.allocate(PAGE) as buffer:
+            return code_of(lambda: mapper.prepare(buffer))
+
+    assert in_child(in_the_child) == IOReturn.kIOReturnNotOpen
+    with iobmd.allocate(PAGE) as buffer, mapper.prepare(buffer):
+        pass
+
+
+def code_of(action: Callable[[], object]) -> IOReturn:
+    return told(action)[0]
+
+
+def told(action: Callable[[], object]) -> tuple[IOReturn, str]:
+    with pytest.raises(IOReturnError) as caught:
+        action()
+    return caught.value.code, str(caught.value)

@@ -1,0 +1,67 @@
+"""Devices that put out few bits of address: memory below their limit is found and reached, or refused honestly."""
+
+import os
+
+import pytest
+from support.edu import Fleet
+from support.kernel import available, is_given_back
+from support.moving import frames
+from support.proof import Proof
+
+import iobmd
+from iobmd import IOReturn, IOReturnError
+
+MIB = 1 << 20
+DEVICES_MASK = (1 << 28) - 1
+
+
+@pytest.fixture
+def low_pages(fleet: Fleet):
+    """Pages that a device of 28 bits reaches, to copy to and from."""
+    with searching(), iobmd.allocate(len(fleet.devices) * 4096, physical_mask=DEVICES_MASK) as pages:
+        yield pages
+
+
+def searching():
+    """Allow all of the memory above to be held for the search."""
+    return iobmd.policy(memory_budget=1 << 40, time_budget=300)
+
+
+@pytest.mark.needs("edu", "narrow_edu")
+@pytest.mark.parametrize("bits", [28, 32])
+@pytest.mark.parametrize(
+    ("size", "keywords"), [(4096, {}), (MIB, {}), (4 * MIB, {"contiguous": True}), (MIB, {"shared": True})], ids=str
+)
+def test_met_and_reached(fleet: Fleet, low_pages, record_property, size: int, keywords: dict, bits: int) -> None:
+    before = fleet.transfers
+    with searching(), iobmd.allocate(size, physical_mask=(1 << bits) - 1, **keywords) as buffer:
+        assert all(frame << 12 < 1 << bits for frame in frames(buffer.getBytesNoCopy(), size))
+        assert Proof(fleet, low_pages).holds(buffer) > 0
+    record_property("DMA transfers", fleet.transfers - before)
+
+
+@pytest.mark.needs("edu", "narrow_edu")
+def test_what_lies_above_is_not_reached(fleet: Fleet, low_pages, record_property) -> None:
+    """The control: such a device clamps the address, and reads another frame without a word."""
+    before = fleet.transfers
+    with iobmd.allocate(16 * MIB) as buffer:
+        high = [offset for offset in range(0, 16 * MIB, MIB) if buffer.getPhysicalSegment(offset)[0] >> 28]
+        assert high, "all of it lies low"
+        for offset in high:
+            buffer.writeBytes(offset, os.urandom(4000))
+        found = Proof(fleet, low_pages).read([(buffer.getPhysicalSegment(offset)[0], 4000) for offset in high])
+        assert not any(read == buffer.readBytes(at, 4000) for read, at in zip(found, high, strict=True))
+    record_property("DMA transfers", fleet.transfers - before)
+
+
+@pytest.mark.needs("guest", "two_nodes")
+@pytest.mark.usefixtures("nothing_left")
+def test_refused_where_it_is_out_of_reach() -> None:
+    before = available()
+    with (
+        iobmd.policy(memory_budget=64 * MIB),
+        pytest.raises(IOReturnError, match="under the mask 0xfffffff") as caught,
+    ):
+        iobmd.allocate(MIB, physical_mask=DEVICES_MASK)
+    assert caught.value.code == IOReturn.kIOReturnNoResources
+    assert is_given_back(before, 128 * MIB)

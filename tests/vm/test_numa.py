@@ -1,0 +1,71 @@
+"""Memory of the NUMA node that is asked for, as the spans of the zones and the kernel's own answer have it."""
+
+import re
+from pathlib import Path
+
+import pytest
+from support.kernel import available, is_given_back
+from support.moving import frames
+
+import iobmd
+from iobmd import IOReturn, IOReturnError
+from iobmd._native import numa
+
+pytestmark = pytest.mark.needs("frames", "two_nodes")
+MIB = 1 << 20
+
+
+def spans(node: int) -> list[range]:
+    """Return which frames are a node's (/proc/zoneinfo)."""
+    found = []
+    for text in re.split(r"^Node ", Path("/proc/zoneinfo").read_text(), flags=re.MULTILINE)[1:]:
+        spanned, start = (re.search(rf"^ +{name}:? +(\d+)", text, re.MULTILINE) for name in ("spanned", "start_pfn"))
+        if text.startswith(f"{node},") and spanned and start and int(spanned[1]):
+            found.append(range(int(start[1]), int(start[1]) + int(spanned[1])))
+    return found
+
+
+@pytest.mark.parametrize("node", [0, 1])
+@pytest.mark.parametrize(
+    ("size", "keywords"),
+    [
+        (100, {}),
+        (5 * MIB, {}),
+        (8 * MIB, {"contiguous": True}),
+        (MIB, {"shared": True}),
+        (5 * MIB, {"shared": True}),
+        (4 * MIB, {"shared": True, "contiguous": True}),
+        (MIB, {"alignment": MIB}),
+    ],
+    ids=str,
+)
+def test_wired_memory_is_the_nodes(size: int, keywords: dict[str, object], node: int) -> None:
+    with iobmd.policy(time_budget=300), iobmd.allocate(size, node=node, **keywords) as buffer:
+        mine, others = spans(node), spans(1 - node)
+        seen = frames(buffer.getBytesNoCopy(), size)
+        assert all(any(frame in span for span in mine) for frame in seen)
+        assert not any(frame in span for frame in seen for span in others)
+        assert numa.elsewhere(buffer.getBytesNoCopy(), len(seen), 4096, node) == 0
+        assert numa.elsewhere(buffer.getBytesNoCopy(), len(seen), 4096, 1 - node) == len(seen)
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_pageable_memory_comes_from_there_as_it_is_touched(node: int) -> None:
+    with iobmd.allocate(MIB, wired=False, node=node) as buffer:
+        buffer.writeBytes(0, b"x" * MIB)
+        assert numa.elsewhere(buffer.getBytesNoCopy(), MIB // 4096, 4096, node) == 0
+
+
+def test_a_node_that_has_not_as_much_is_refused_and_nothing_kept() -> None:
+    total = sum(len(span) for span in spans(1)) * 4096
+    before = available()
+    with pytest.raises(IOReturnError) as caught:
+        iobmd.allocate(total + 16 * MIB, node=1)
+    assert caught.value.code in (IOReturn.kIOReturnNoResources, IOReturn.kIOReturnNoMemory)
+    assert is_given_back(before, 64 * MIB)
+
+
+def test_no_such_node() -> None:
+    with pytest.raises(IOReturnError, match="node 7 has no memory; of this host have: 0, 1") as caught:
+        iobmd.allocate(1, node=7)
+    assert caught.value.code == IOReturn.kIOReturnBadArgument

@@ -1,0 +1,83 @@
+"""The NVMe driver of docs/examples: a disk is written, read back and compared, and once more on the host."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from iobmd.tools.vm import disk
+from support import pci
+from support.kernel import nothing_is_pinned
+
+import iobmd
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "docs/examples"))
+
+pytestmark = pytest.mark.needs("nvme")
+PIECE = 8 * disk.MIB
+
+
+def name() -> str:
+    return pci.find(0x1B36, 0x0010)[0].name
+
+
+@pytest.fixture
+def controller() -> Iterator[object]:
+    from nvme import Controller
+
+    with Controller(name()) as one:
+        yield one
+
+
+def test_identify(controller) -> None:
+    assert controller.identity.serial == "iobmd"
+    assert controller.identity.model == "QEMU NVMe Ctrl"
+    assert controller.identity.blocks * controller.identity.block_size % disk.MIB == 0
+
+
+def test_all_of_the_disk_is_written_and_read_back(controller, record_property) -> None:
+    """From wired memory, into pageable memory that is prepared: it need not be contiguous."""
+    size = controller.identity.block_size
+    total = controller.identity.blocks * size
+    with iobmd.allocate(PIECE, direction="out") as source, iobmd.allocate(PIECE, wired=False) as target:
+        for start in range(0, total, PIECE):
+            wanted = b"".join(disk.pattern((start + offset) // disk.MIB) for offset in range(0, PIECE, disk.MIB))
+            source.writeBytes(0, wanted)
+            controller.write(start // size, source)
+            controller.flush()
+            controller.read(start // size, target)
+            assert target.readBytes(0, PIECE) == wanted
+            record_property("NVMe MiB written and read", PIECE // disk.MIB)
+
+
+@pytest.mark.parametrize("size", [4096, 8192, 12288, 513 * 4096])
+def test_transfers_of_every_form_of_entries(controller, size: int) -> None:
+    """One page, two, a list of them, and more than one command's."""
+    before = [disk.pattern(index)[: 1 << 20] for index in range(3)]
+    whole = b"".join(before)
+    with iobmd.allocate(size, wired=False) as buffer:
+        controller.read(8, buffer)
+        assert buffer.readBytes(0, size) == whole[8 * controller.identity.block_size :][:size]
+
+
+def test_errors_of_the_controller(controller) -> None:
+    from nvme.queues import CommandError
+
+    with iobmd.allocate(4096) as buffer:
+        with pytest.raises(ValueError, match="within the disk"):
+            controller.read(controller.identity.blocks, buffer)
+        with pytest.raises(CommandError, match="status code 0x80"):  # LBA out of range
+            controller._io.submit(2, 1, [buffer.getPhysicalAddress()], (controller.identity.blocks, 0, 7))
+            controller._io.complete()
+        controller.read(0, buffer)
+        assert buffer.readBytes(0, 4096) == disk.pattern(0)[:4096]
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_memory_is_given_back() -> None:
+    from nvme import Controller
+
+    for _ in range(2):
+        with Controller(name()):
+            pass
+    assert nothing_is_pinned()

@@ -1,0 +1,80 @@
+"""Swap: pageable memory leaves and comes back with every byte; wired and prepared memory never leaves its frames."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from support import kernel
+from support.moving import frames
+
+import iobmd
+from iobmd._native import memory
+
+pytestmark = pytest.mark.needs("guest", "swap", "frames")
+MIB = 1 << 20
+CONTENT = bytes(range(256)) * 4096
+
+
+def page_out(buffer: iobmd.IOBufferMemoryDescriptor) -> None:
+    """Ask the kernel to swap it out; wired memory is refused (EINVAL)."""
+    try:
+        memory.advise(buffer.getBytesNoCopy(), len(buffer), memory.MADV_PAGEOUT)
+    except OSError as error:
+        assert error.errno == 22
+
+
+@pytest.mark.usefixtures("swap")
+@pytest.mark.parametrize("shared", [False, True])
+def test_pageable_memory_goes_and_comes_back(shared: bool) -> None:
+    with iobmd.allocate(MIB, wired=False, shared=shared) as buffer:
+        buffer.writeBytes(0, CONTENT)
+        page_out(buffer)
+        assert kernel.present(buffer.getBytesNoCopy(), MIB) == 0
+        assert swap_in_use() >= MIB // 2
+        assert buffer.readBytes(0, MIB) == CONTENT
+        assert kernel.present(buffer.getBytesNoCopy(), MIB) == MIB // 4096
+
+
+def swap_in_use() -> int:
+    """Return how much of the swap is in use, in bytes, and of what is in its cache."""
+    return int(Path("/proc/swaps").read_text().splitlines()[1].split()[3]) << 10
+
+
+@pytest.mark.usefixtures("swap")
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("wired", [False, True])
+def test_wired_and_prepared_memory_stays(wired: bool, shared: bool) -> None:
+    """Under the hint, and while the guest runs out of memory and swaps what it can."""
+    with iobmd.allocate(MIB, wired=False) as control, iobmd.allocate(MIB, wired=wired, shared=shared) as buffer:
+        control.writeBytes(0, CONTENT)
+        buffer.writeBytes(0, CONTENT)
+        buffer.prepare()
+        try:
+            before = frames(buffer.getBytesNoCopy(), MIB)
+            for each in (buffer, control):
+                page_out(each)
+            assert kernel.present(control.getBytesNoCopy(), MIB) == 0
+            swapped = pages_swapped_out()
+            run_short()
+            assert pages_swapped_out() > swapped, "nothing was swapped out"
+            buffer.verify()
+            assert frames(buffer.getBytesNoCopy(), MIB) == before
+        finally:
+            buffer.complete()
+        assert (buffer.readBytes(0, MIB), control.readBytes(0, MIB)) == (CONTENT, CONTENT)
+
+
+def pages_swapped_out() -> int:
+    """Return how many pages were since the guest began."""
+    return int(Path("/proc/vmstat").read_text().split("pswpout ")[1].split()[0])
+
+
+def run_short() -> None:
+    """Fill a tmpfs until 16 MiB more than all memory is asked for, and free it again."""
+    megabytes = (kernel.available() >> 20) + 16
+    subprocess.run(
+        f"dd if=/dev/zero of=/tmp/fill bs=1M count={megabytes}; rm -f /tmp/fill",
+        shell=True,
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )

@@ -1,0 +1,64 @@
+"""`python -m iobmd.tools.vm`: run tests in guests, or open a shell in one."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from . import kernels, machine, runs, shell, table
+from .profiles import CI, PROFILES
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return 0 when every guest passed, 1 when one failed, 2 when none could be run."""
+    args = _arguments(argv)
+    if missing := machine.missing():
+        print(
+            f"programs are missing to run guests: {missing}; as root, tools/prepare-vm installs them", file=sys.stderr
+        )
+        return 2
+    if args.command == "shell":
+        return shell.open_in(kernels.kernel(args.kernel), PROFILES[args.profile].machine)
+    begin = time.monotonic()
+    pairs = _wanted(args.kernels.split(), args.profiles.split())
+    done = runs.run_all(pairs, args.jobs, args.verbose)
+    failed = sum(bool(run.outcome.failure) for run in done)
+    print(f"{len(done)} guests in {time.monotonic() - begin:.0f} s, {failed} failed", *table.totals(done), sep="; ")
+    if args.table and not failed:
+        table.write(done, args.table)
+    return 1 if failed else 0
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m iobmd.tools.vm", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="run the tests in guests")
+    run.add_argument("--kernels", default="", help=f"of {' '.join(kernels.SERIES)}, or any other series; all of them")
+    run.add_argument("--profiles", default="", help=f"of {' '.join(PROFILES)}, or ci; all of them")
+    run.add_argument("--jobs", type=int, default=2, help="guests at a time")
+    run.add_argument("--table", type=Path, help="a page of the documentation whose table is brought up to date")
+    run.add_argument("--verbose", action="store_true", help="show what comes out of passing guests too")
+    shell_command = commands.add_parser("shell", help="open a shell in a guest; `poweroff -f` ends it")
+    shell_command.add_argument("--kernel", default="newest", help="its series")
+    shell_command.add_argument("--profile", default=next(iter(PROFILES)), choices=PROFILES, help="its hardware")
+    args = parser.parse_args(argv)
+    if args.command == "run" and (unknown := {*args.profiles.split()} - {*PROFILES, "ci"}):
+        parser.error(f"no profile {' '.join(unknown)}; there are {' '.join(PROFILES)} ci")
+    return args
+
+
+def _wanted(series: list[str], profiles: list[str]) -> list[tuple[kernels.Kernel, str]]:
+    """Return which profiles to run on which kernels, each kernel once."""
+    only = CI if "ci" in profiles else {}
+    names = [name for name in profiles if name != "ci"] or list(PROFILES)
+    found: dict[str, kernels.Kernel] = {}
+    for each in series or only or kernels.SERIES:
+        kernel = kernels.kernel(each)
+        other = "" if each == "newest" or kernel.release.startswith(f"{each}.") else ": the mirror has none of it"
+        print(f"{each}: {kernel.release}{other}", flush=True)
+        found.setdefault(kernel.release, kernel)
+    return [(kernel, name) for kernel in found.values() for name in only.get(kernel.series, names)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

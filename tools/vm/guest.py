@@ -1,0 +1,104 @@
+"""Booting a guest, and judging what came out of it."""
+
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from .kernels import Kernel
+from .machine import Machine
+
+_EXIT = re.compile(r"^@@EXIT (\d+) ", re.MULTILINE)
+_SUMMARY = re.compile(r"^=+ (.*\d+ passed.*) in [\d.]+s.* =+$", re.MULTILINE)
+_OOPS = re.compile(
+    r"^.*(?:Oops|Kernel panic|kernel BUG|BUG: |WARNING: (?:CPU: |\S+ at )|protection fault|soft lockup|hung_task).*$",
+    re.MULTILINE,
+)
+
+
+class Outcome(NamedTuple):
+    """What became of a guest."""
+
+    output: str
+    """What came out of it."""
+    log: str
+    """The kernel's messages."""
+    failure: str
+    """Why it counts as failed, "" when it does not."""
+    seconds: float
+
+    @property
+    def summary(self) -> str:
+        """What the test runner counted."""
+        found = _SUMMARY.search(self.output)
+        return found[1] if found else ""
+
+
+def boot(kernel: Kernel, machine: Machine, initramfs: Path, timeout: float, see: Callable[[str], None]) -> Outcome:
+    """Boot a guest, which runs its script and powers off.
+
+    Parameters
+    ----------
+    kernel, machine
+        What it is.
+    initramfs : Path
+        What it starts from; its log is kept beside.
+    timeout : float
+        Seconds after which it is ended, and has failed.
+    see : callable
+        Is given each line that comes out of it.
+    """
+    log = initramfs.with_name("kernel.log")
+    log.touch()
+    begin = time.monotonic()
+    lines: list[str] = []
+    with _start(machine.command(kernel.image, initramfs, log)) as qemu:
+        alarm = threading.Timer(timeout, qemu.kill)
+        alarm.start()
+        try:
+            assert qemu.stdout
+            for line in qemu.stdout:
+                lines.append(line.replace("\r", ""))
+                see(lines[-1].rstrip("\n"))
+            status = qemu.wait()
+        finally:
+            alarm.cancel()
+            qemu.kill()
+    output, messages = "".join(lines), log.read_text(errors="replace")
+    seconds = time.monotonic() - begin
+    ended = f"still running after {timeout:.0f} s" if seconds >= timeout else _ended(status)
+    return Outcome(output, messages, ended or verdict(output, messages), seconds)
+
+
+def verdict(output: str, log: str) -> str:
+    """Return why a guest failed, "" when it did not: no marker and no summary of the test runner is a failure too."""
+    if oops := _OOPS.search(log):
+        return f"the kernel: {oops[0].strip()}"
+    exit_status = _EXIT.search(output)
+    if not exit_status:
+        return "it ended without the marker of its end"
+    if exit_status[1] != "0":
+        return f"its tests ended with status {exit_status[1]}"
+    return "" if _SUMMARY.search(output) else "no summary of the tests came out of it"
+
+
+def _start(words: list[str]) -> subprocess.Popen[str]:
+    # The kernel ends it with this process, whatever ends that.
+    return subprocess.Popen(
+        ["setpriv", "--pdeathsig", "KILL", *words],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+
+
+def _ended(status: int) -> str:
+    if status < 0:
+        return f"QEMU was ended by {signal.Signals(-status).name}"
+    return f"QEMU ended with status {status}" if status else ""

@@ -1,0 +1,66 @@
+"""What a guest is made of, and QEMU's words for it."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+QEMU = "qemu-system-x86_64"
+
+
+class Machine(NamedTuple):
+    """A guest's hardware."""
+
+    memory: int = 1024
+    """MiB."""
+    below_4g: int = 0
+    """MiB of it that lie below 4 GiB, the rest lies above; 0: as many as fit."""
+    nodes: int = 1
+    """NUMA nodes, 1 or 2: memory and the two processors are divided among them evenly."""
+    edu: int = 0
+    """Educational devices, which do DMA of up to 4 KiB at a time in either direction (QEMU, docs/specs/edu)."""
+    edu_mask: int = (1 << 64) - 1
+    """The addresses an edu reaches: it clamps others, and reads a wrong frame without a word."""
+    iommu: bool = False
+    """An Intel IOMMU, through which all devices go."""
+    disk: Path | None = None
+    """The image of an NVMe disk."""
+    append: str = ""
+    """More words for the kernel's command line."""
+
+    def command(self, kernel: Path, initramfs: Path, log: Path) -> list[str]:
+        """Return QEMU's command line: the results come out of its standard output, the kernel's messages in `log`."""
+        return [
+            *(QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+            *("-accel", "tcg", "-cpu", "max", "-smp", f"2,sockets={self.nodes}", "-m", str(self.memory)),
+            *("-machine", self._chipset(), "-kernel", str(kernel), "-initrd", str(initramfs)),
+            *("-append", f"console=ttyS0 panic=-1 oops=panic no_timer_check loglevel=5 {self.append}"),
+            *("-serial", f"file:{log}", "-chardev", "stdio,id=results,signal=off", "-serial", "chardev:results"),
+            *self._memory(),
+            *self._devices(),
+        ]
+
+    def _chipset(self) -> str:
+        return "q35" + (f",max-ram-below-4g={self.below_4g}M" if self.below_4g else "")
+
+    def _memory(self) -> list[str]:
+        words: list[str] = []
+        for node in range(self.nodes if self.nodes > 1 else 0):
+            words += ["-object", f"memory-backend-ram,id=memory{node},size={self.memory // self.nodes}M"]
+            words += ["-numa", f"node,nodeid={node},cpus={node},memdev=memory{node}"]
+        return words
+
+    def _devices(self) -> list[str]:
+        words = ["-device", "intel-iommu,intremap=on"] if self.iommu else []
+        words += ["-device", f"edu,dma_mask={self.edu_mask:#x}"] * self.edu
+        if self.disk:
+            words += ["-drive", f"file={self.disk},format=raw,if=none,id=disk,cache=unsafe"]
+            words += ["-device", "nvme,serial=iobmd,drive=disk"]
+        return words
+
+
+def missing() -> str:
+    """Return which programs are missing to run guests, "" for none."""
+    paths = f"{os.environ.get('PATH', os.defpath)}:/sbin:/usr/sbin"
+    needed = (QEMU, "busybox", "dpkg-deb", "apt-get", "ldd", "zstd", "setpriv")
+    return " ".join(program for program in needed if not shutil.which(program, path=paths))

@@ -1,0 +1,67 @@
+"""Running guests, some at a time, and telling how they did."""
+
+import functools
+import tempfile
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from . import disk, guest, image
+from .kernels import Kernel
+from .profiles import PROFILES
+
+_LOG_TAIL = 30  # lines of a kernel's messages that are shown when its guest failed
+_speaking = threading.Lock()
+
+
+class Run(NamedTuple):
+    """A guest to be run, and what became of it."""
+
+    kernel: Kernel
+    profile: str
+    outcome: guest.Outcome
+
+    def __str__(self) -> str:
+        told = f"FAILED: {self.outcome.failure}" if self.outcome.failure else self.outcome.summary
+        return f"{self.kernel.release:24} {self.profile:8} {self.outcome.seconds:5.0f} s  {told}"
+
+
+def run_all(pairs: Iterable[tuple[Kernel, str]], jobs: int, verbose: bool) -> list[Run]:
+    """Run a guest for each kernel and profile, `jobs` at a time."""
+    with tempfile.TemporaryDirectory(prefix="iobmd-vm.") as folder, ThreadPoolExecutor(jobs) as pool:
+        payload = Path(folder, "payload.cpio")
+        image.payload(payload)
+        return list(pool.map(lambda pair: run(pair[0], pair[1], payload, verbose), pairs))
+
+
+def run(kernel: Kernel, name: str, payload: Path, verbose: bool) -> Run:
+    """Run one guest; its lines are shown as they come, or only when it fails."""
+    profile, tag = PROFILES[name], f"{kernel.release} {name}"
+    see = functools.partial(_show, tag) if verbose else _pass_over
+    with tempfile.TemporaryDirectory(prefix="iobmd-vm.") as folder:
+        machine = profile.machine._replace(append=f"{profile.machine.append} IOBMD_GUEST={name}")
+        if profile.disk:
+            machine = machine._replace(disk=disk.make(Path(folder, "disk"), profile.disk))
+        initramfs = Path(folder, "initramfs")
+        image.initramfs(initramfs, profile.command, payload, kernel.modules)
+        outcome = guest.boot(kernel, machine, initramfs, profile.timeout, see)
+        if machine.disk and not outcome.failure:
+            outcome = outcome._replace(failure=disk.compare(machine.disk))
+    done = Run(kernel, name, outcome)
+    with _speaking:
+        if outcome.failure:
+            lines = [*([] if verbose else outcome.output.splitlines()), *outcome.log.splitlines()[-_LOG_TAIL:]]
+            print(*(f"{tag} | {line}" for line in lines), sep="\n")
+        print(done, flush=True)
+    return done
+
+
+def _show(tag: str, line: str) -> None:
+    with _speaking:
+        print(f"{tag} | {line}", flush=True)
+
+
+def _pass_over(_line: str) -> None:
+    pass
