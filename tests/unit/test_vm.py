@@ -36,6 +36,11 @@ def test_a_guest_that_failed(output: str, log: str, why: str) -> None:
     assert why in verdict(output, log)
 
 
+def test_a_guest_that_did_not_come_up() -> None:
+    assert Outcome(GOOD, "", "", 1).came_up
+    assert not Outcome("", "Oops: int3", "the kernel", 1).came_up
+
+
 LISTED = [
     "5.10.0-46",
     "6.1.0-0.deb11.52",

@@ -32,6 +32,11 @@ class Outcome(NamedTuple):
     seconds: float
 
     @property
+    def came_up(self) -> bool:
+        """Whether its first process, and so anything of ours, began."""
+        return "@@UP " in self.output
+
+    @property
     def summary(self) -> str:
         """What the test runner counted."""
         found = _SUMMARY.search(self.output)

@@ -47,6 +47,9 @@ def run(kernel: Kernel, name: str, payload: Path, verbose: bool) -> Run:
         initramfs = Path(folder, "initramfs")
         image.initramfs(initramfs, profile.command, payload, kernel.modules)
         outcome = guest.boot(kernel, machine, initramfs, profile.timeout, see)
+        if not outcome.came_up:  # emulated processors sometimes trip over code that the kernel patches as it boots
+            print(f"{tag} did not come up ({outcome.failure}): once more", flush=True)
+            outcome = guest.boot(kernel, machine, initramfs, profile.timeout, see)
         if machine.disk and not outcome.failure:
             outcome = outcome._replace(failure=disk.compare(machine.disk))
     done = Run(kernel, name, outcome)
