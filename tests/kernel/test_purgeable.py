@@ -880,9 +880,10 @@ def test_a_signal_handler_cannot_purge_what_it_interrupted() -> None:
                 refused += 1
 
         signal.signal(signal.SIGALRM, purge)
-        signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-4)
-        end = time.monotonic() + 1
+        end, turn = time.monotonic() + 1, 0
         while time.monotonic() < end:
+            turn += 1  # at another moment each time: a timer of one period keeps step with the loop
+            signal.setitimer(signal.ITIMER_REAL, 1e-5 + turn % 199 * 1e-6)
             buffer.setPurgeable(VOLATILE)
             state = buffer.setPurgeable(NON_VOLATILE)
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
