@@ -161,7 +161,7 @@ def areas(
     """
     where = resolve(target, address, size)
     with ExitStack() as opened:
-        reader = opened.enter_context(Reader(where.task, whole=where.whole))
+        reader = opened.enter_context(Reader(where.task, whole=where.cuts_no_huge_page))
         frames = opened.enter_context(Frames()) if folios and reader.visible else None
         wanted = details if details is not None else is_bearable(where, reader)
         nothing_locked = _status(where.task, "VmLck") == 0

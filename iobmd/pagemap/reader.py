@@ -29,7 +29,7 @@ class Reader:
     task : Task
         Whose pages.
     whole : bool
-        Whether whole areas are read, as they are in the end for all of a task. Parts of huge pages are told as such
+        Whether what is read cuts no huge page. Parts of huge pages are told as such
         only when it is False, at more cost.
 
     Attributes

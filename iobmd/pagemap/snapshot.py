@@ -76,7 +76,7 @@ def save(target: Target, path: str | Path, address: int | None = None, size: int
         The file cannot be written.
     """
     where = resolve(target, address, size)
-    with Reader(where.task, whole=where.whole) as reader:
+    with Reader(where.task, whole=where.cuts_no_huge_page) as reader:
         header = Header(
             VERSION,
             where.task.pid,

@@ -117,7 +117,7 @@ def spans(target: Target, address: int | None = None, size: int | None = None) -
     never held up for long. What changes meanwhile is seen before or after the change.
     """
     where = resolve(target, address, size)
-    with Reader(where.task, whole=where.whole) as reader:
+    with Reader(where.task, whole=where.cuts_no_huge_page) as reader:
         for start, end in where.ranges():
             for step in reader.steps(start, end):
                 for index in range(len(step)):

@@ -9,6 +9,7 @@ from iobmd._native.crosstask import HeldBuffer
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.task import ADDRESS_END, Task, as_task, check_range, kernel_task
+from iobmd.units import HUGE_PAGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,6 +33,11 @@ class Where(NamedTuple):
     def whole(self) -> bool:
         """Whether it is all of the address space."""
         return not self.start and self.end == ADDRESS_END
+
+    @property
+    def cuts_no_huge_page(self) -> bool:
+        """Whether no huge page can be partly in it and partly not."""
+        return not (self.start % HUGE_PAGE_SIZE or self.end % HUGE_PAGE_SIZE)
 
     def areas(self) -> Iterator[VMA]:
         """Iterate over the areas that have a part in it, ascending. Raises IOReturnError."""

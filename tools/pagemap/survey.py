@@ -28,7 +28,7 @@ class Part(NamedTuple):
 def survey(look: Look, grid: Grid) -> list[Part]:
     """Read all that was chosen, put it into a grid, and return the areas, ascending."""
     parts = []
-    with Reader(look.task, whole=look.where.whole) as reader:
+    with Reader(look.task, whole=look.where.cuts_no_huge_page) as reader:
         for vma, start, end in look.parts():
             parts.append(Part(start, end, vma.name))
             for step in reader.steps(start, end):
