@@ -32,21 +32,22 @@ def find(task: Task, address: int, length: int) -> Part | None:
     """Return the part of a descriptor's memory that is at these addresses of a task; None: there is none, or less."""
     for owner in _known.all():
         with contextlib.suppress(NotOpenError):  # it was freed just now, or is not this process's after a fork
-            for start, offset in _places(owner, task):
+            for start, offset, size in _places(owner, task):
                 place = offset + address - start
-                if start <= address and place >= 0 and place + length <= owner.getLength():
+                end = min(offset + size, owner.getLength())
+                if start <= address and place >= 0 and place + length <= end:
                     return Part(owner, place, length)
     return None
 
 
-def _places(owner: Live, task: Task) -> Iterator[tuple[int, int]]:
-    """Yield the addresses in a task where its memory begins to show, and the offset of what shows there."""
+def _places(owner: Live, task: Task) -> Iterator[tuple[int, int, int]]:
+    """Yield the addresses in a task where its memory shows, the offset of the first byte there, and how many."""
     backing = owner._memory()
     if _same(backing.task, task):
-        yield backing.address, 0
+        yield backing.address, 0, backing.size
     for window in mapping.windows(owner):
-        if _same(window.task, task):
-            yield window.address, window.first
+        if window.own and _same(window.task, task):  # what is behind a window may be another's
+            yield window.address, window.first, window.own.size
 
 
 def _same(one: Task | None, other: Task) -> bool:

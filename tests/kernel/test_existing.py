@@ -1,5 +1,6 @@
 """Descriptors of memory of this process that exists already: bytes, frames and pins, by the kernel's own account."""
 
+import contextlib
 import ctypes
 import gc
 import itertools
@@ -331,6 +332,26 @@ def test_known_by_the_addresses_of_a_map() -> None:
         with md, md.map(UNIQUE) as mapped:
             buffer.writeBytes(PAGE, b"here")
             assert bytes(mapped)[:4] == b"here"
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_what_is_behind_a_map_is_not_taken_for_more_of_its_buffer() -> None:
+    """A map of one page of three, and right behind it another buffer's."""
+
+    def free_address() -> int:
+        with mmap.mmap(-1, 2 * PAGE) as area:
+            return ctypes.addressof(ctypes.c_char.from_buffer(area))
+
+    with contextlib.ExitStack() as opened:
+        for _ in range(8):  # buffers are looked through in no order
+            one = opened.enter_context(iobmd.allocate(3 * PAGE, wired=False, shared=True))
+            other = opened.enter_context(iobmd.allocate(PAGE, wired=False, shared=True))
+            at = free_address()
+            opened.enter_context(one.createMappingInTask(kernel_task, at, 0, 0, PAGE))
+            opened.enter_context(other.createMappingInTask(kernel_task, at + PAGE, 0, 0, PAGE))
+            with IOMemoryDescriptor.withAddressRange(at + PAGE + 5, 10, INOUT, kernel_task) as md:
+                md.writeBytes(0, b"other")
+            assert (other.readBytes(5, 5), one.readBytes(PAGE + 5, 5)) == (b"other", bytes(5))
 
 
 @pytest.mark.usefixtures("nothing_left")
