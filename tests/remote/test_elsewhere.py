@@ -264,6 +264,7 @@ def test_no_pin_no_wired_memory_of_no_task() -> None:
 
 
 @pytest.mark.usefixtures("nothing_left")
+@pytest.mark.needs("compiler")
 def test_copy_between_two_tasks(start_zoo: Callable[..., Zoo], target: subprocess.Popen[bytes]) -> None:
     with start_zoo() as zoo:
         animal = zoo["anonymous"]
