@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from iobmd import pagemap, pinning, procfs, refusals
 from iobmd._native.mapping import Mapping
 from iobmd.backing.mapped import private, span
+from iobmd.backing.pinned import Pinned
 from iobmd.constants import IOReturn
 from iobmd.errors import CannotWireError, IOReturnError
 from iobmd.remote import areas, wired
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
 
     from iobmd._native.runs import RunTable
     from iobmd.backing.joined import Part
+    from iobmd.backing.pinned import Pin
     from iobmd.purgeable import Purgeable
     from iobmd.shmem import SharedObject, Stretch
     from iobmd.task import Task
 
 
-class RangeBacking:
+class RangeBacking(Pinned):
     """`length` bytes at `address` of a task, which maps and unmaps them itself.
 
     Parameters
@@ -53,9 +55,7 @@ class RangeBacking:
         self.address = address
         self.length = length
         self.size = span(address % PAGE_SIZE, length)
-        self.runs: RunTable | None = None
         self._first = address - address % PAGE_SIZE
-        self._pin: pinning.Pin | wired.RemotePin | None = None
         self._seen: Mapping | None = None
         self._require(mapped=True, writable=writable)
 
@@ -71,24 +71,13 @@ class RangeBacking:
         """Pin its pages, or have them resident where that is all that can be had in another task."""
         try:
             if self.task.is_current:
-                pin: pinning.Pin | wired.RemotePin = pinning.Pin(self._first, self.size)
+                pin: Pin = pinning.Pin(self._first, self.size)
             else:
                 pin = wired.RemotePin(self.task, self._first, self.size)
         except CannotWireError:
             self._require(mapped=True, writable=False)  # which tells more, if it went away
             raise
-        try:
-            self.runs = self.read_runs() if pin.holds_frames else None
-        except BaseException:
-            pin.release()
-            raise
-        self._pin = pin
-
-    def unpin(self) -> None:
-        """Undo `pin`."""
-        if self._pin:
-            self._pin.release()
-        self._pin = self.runs = None
+        self._take(pin)
 
     def read_runs(self) -> RunTable | None:
         """Read where its pages lie now; None where the kernel hides that."""

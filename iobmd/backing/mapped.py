@@ -6,6 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from iobmd import pagemap, pinning
+from iobmd.backing.pinned import Pinned
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.task import kernel_task
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from iobmd.task import Task
 
 
-class MappedBacking:
+class MappedBacking(Pinned):
     """Memory that this process maps as `mapping`, which the subclass makes."""
 
     mapping: Mapping
@@ -35,10 +36,8 @@ class MappedBacking:
     def __init__(self, *, wired: bool) -> None:
         self.task: Task | None = kernel_task
         self.stopped_ns = 0
-        self.runs: RunTable | None = None
         self.purgeable: Purgeable | None = None
         self._wired = wired
-        self._pin: pinning.Pin | None = None
         self._immovable = False  # hugetlb pages, which stay where they are without a pin
 
     def here(self, *, populated: bool = False) -> AbstractContextManager[Mapping]:  # noqa: ARG002 (a subclass's)
@@ -58,19 +57,7 @@ class MappedBacking:
         """Pin every page, and read where it lies. Raises `kIOReturnCannotWire`."""
         with self.here() as mapping:
             pin = pinning.Pin(mapping.address, self.size)
-        try:
-            # Read afterwards: a pin may move a page once.
-            self.runs = self.read_runs()
-        except BaseException:
-            pin.release()
-            raise
-        self._pin = pin
-
-    def unpin(self) -> None:
-        """Let the kernel move the pages again."""
-        if self._pin:
-            self._pin.release()
-        self._pin = self.runs = None
+        self._take(pin)
 
     def read_runs(self) -> RunTable | None:
         """Read where it lies now, counted from `address`; None where the kernel hides that."""

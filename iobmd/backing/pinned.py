@@ -1,0 +1,46 @@
+"""What holds pages in place for a while: the part that all memory has in common that is pinned itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from iobmd._native.runs import RunTable
+
+
+class Pin(Protocol):
+    """Pages that are held."""
+
+    @property
+    def holds_frames(self) -> bool:
+        """Whether they stay in their frames; else they are only kept in memory."""
+
+    def release(self) -> None:
+        """Let them go. Idempotent."""
+
+
+class Pinned:
+    """Takes one pin at a time, and knows where the pages lie while it has it."""
+
+    runs: RunTable | None = None
+    _pin: Pin | None = None
+
+    def read_runs(self) -> RunTable | None:
+        """Read where the pages lie now."""
+        raise NotImplementedError
+
+    def _take(self, pin: Pin) -> None:
+        """Keep a pin until `unpin`, or release it where it cannot be read where the pages lie."""
+        try:
+            # Read afterwards: a pin may move a page once.
+            self.runs = self.read_runs() if pin.holds_frames else None
+        except BaseException:
+            pin.release()
+            raise
+        self._pin = pin
+
+    def unpin(self) -> None:
+        """Let the kernel move the pages again."""
+        if self._pin:
+            self._pin.release()
+        self._pin = self.runs = None
