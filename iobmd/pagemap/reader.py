@@ -29,8 +29,8 @@ class Reader:
     task : Task
         Whose pages.
     whole : bool
-        Whether what is read cuts no huge page. Parts of huge pages are told as such
-        only when it is False, at more cost.
+        Whether what is read cuts no huge page. Parts of huge pages are told as such only when it is False, at more
+        cost.
 
     Attributes
     ----------

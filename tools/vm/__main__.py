@@ -5,6 +5,8 @@ import sys
 import time
 from pathlib import Path
 
+from iobmd.cli.ending import terminable
+
 from . import kernels, machine, runs, shell, table
 from .profiles import CI, PROFILES
 
@@ -21,7 +23,8 @@ def main(argv: list[str] | None = None) -> int:
         return shell.open_in(kernels.kernel(args.kernel), PROFILES[args.profile].machine)
     begin = time.monotonic()
     pairs = _wanted(args.kernels.split(), args.profiles.split())
-    done = runs.run_all(pairs, args.jobs, args.verbose)
+    with terminable():  # there are disks and archives to remove
+        done = runs.run_all(pairs, args.jobs, args.verbose)
     failed = sum(bool(run.outcome.failure) for run in done)
     print(f"{len(done)} guests in {time.monotonic() - begin:.0f} s, {failed} failed", *table.totals(done), sep="; ")
     if args.table and not failed:
