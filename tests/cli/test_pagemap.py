@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support import kernel
-from support.child import NOBODY, in_child
+from support.child import NOBODY, in_child, sleeping
 
 from iobmd.cli import main
 
@@ -87,13 +87,8 @@ def test_a_row_for_each_area_and_a_summary(target: int, capsys: pytest.CaptureFi
 @pytest.mark.needs("root")
 def test_an_ordinary_user_is_told_what_is_hidden() -> None:
     def look() -> tuple[int, str]:
-        process, printed = subprocess.Popen(["sleep", "60"]), StringIO()
-        try:
-            with redirect_stdout(printed):
-                code = main(["pagemap", str(process.pid), "--json"])
-        finally:
-            process.kill()
-            process.wait()
+        with sleeping() as process, redirect_stdout(StringIO()) as printed:
+            code = main(["pagemap", str(process.pid), "--json"])
         return code, printed.getvalue()
 
     code, text = in_child(look, uid=NOBODY)

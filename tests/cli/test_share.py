@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.child import sleeping
 
 import iobmd
 from iobmd.cli import main
@@ -19,12 +20,8 @@ Captured = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def target() -> Iterator[subprocess.Popen[bytes]]:
-    program = subprocess.Popen(["sleep", "1000"])
-    while "sleep" not in Path(f"/proc/{program.pid}/comm").read_text():
-        pass
-    yield program
-    program.kill()
-    program.wait()
+    with sleeping() as program:
+        yield program
 
 
 def mapped(pid: int) -> bool:

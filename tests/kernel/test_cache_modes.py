@@ -3,13 +3,13 @@
 import ctypes
 import mmap
 import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.child import sleeping
 from support.steps import cache_instructions
 
 import iobmd
@@ -250,12 +250,11 @@ def test_operations_reach_what_relatives_are_made_of() -> None:
         assert done == {drop: 1 + lines(100, LINE), "mfence": 2}
         done = cache_instructions(lambda: other.performOperation(kIOMemoryIncoherentIOFlush, 10, 1))
         assert done == {drop: 1, "mfence": 1}
-        with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        with sleeping() as process:
             stack = next(area for area in procfs.maps(process.pid) if area.name == "[stack]")
             theirs = IOMemoryDescriptor.withAddressRange(stack.end - PAGE, PAGE, kIODirectionInOut, process.pid)
             with theirs, pytest.raises(IOReturnError) as caught:
                 theirs.performOperation(kIOMemoryIncoherentIOFlush, 0, 1)
-            process.kill()
     assert caught.value.code == IOReturn.kIOReturnUnsupported
 
 

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import subprocess
 import threading
 import warnings
 from collections.abc import Callable
@@ -12,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import kernel
-from support.child import in_child
+from support.child import in_child, sleeping
 from support.faulting import faults
 from support.moving import PFN, frames
-from support.targets import need_ptrace, until_blocked
+from support.targets import need_ptrace
 
 import iobmd
 from iobmd import (
@@ -253,8 +252,7 @@ def test_parts_that_meet_within_a_page_are_not_mapped() -> None:
 @pytest.mark.usefixtures("nothing_left")
 def test_concatenation_in_another_task() -> None:
     need_ptrace()
-    with subprocess.Popen(["sleep", "100"]) as program, filled(3) as first, filled(2) as second:
-        until_blocked(program.pid)
+    with sleeping() as program, filled(3) as first, filled(2) as second:
         before = Path(f"/proc/{program.pid}/maps").read_text().count("\n")
         with multi([second, sub(first, PAGE, PAGE, INOUT), second], INOUT) as whole:
             with whole.createMappingInTask(program.pid, 0, ANYWHERE | SMALL | IOMapOptions.kIOMapPrefault) as there:
@@ -266,7 +264,6 @@ def test_concatenation_in_another_task() -> None:
                 task.write(there.getAddress() + 2 * PAGE, b"theirs")
                 assert first.readBytes(PAGE, 6) == b"theirs"
             assert Path(f"/proc/{program.pid}/maps").read_text().count("\n") == before
-        program.kill()
 
 
 # --- prepared
@@ -449,8 +446,7 @@ def test_forgotten_while_prepared() -> None:
 @pytest.mark.usefixtures("nothing_left")
 def test_memory_in_another_task_is_kept_there() -> None:
     need_ptrace()
-    with subprocess.Popen(["sleep", "100"]) as program:
-        until_blocked(program.pid)
+    with sleeping() as program:
         buffer = iobmd.allocate(PAGE, task=program.pid)
         address = buffer.getBytesNoCopy()
         part = sub(buffer, 4, 4, INOUT)
@@ -459,7 +455,6 @@ def test_memory_in_another_task_is_kept_there() -> None:
         assert iobmd.Task(program.pid).read(address + 4, 4) == b"kept"
         part.free()
         assert not kernel.smaps(address, program.pid)
-        program.kill()
 
 
 def test_freed_while_others_use_it() -> None:

@@ -1,15 +1,14 @@
 """Buffers with guard pages: a child that touches either side dies, and nothing is lost of the memory between."""
 
 import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support import kernel
-from support.child import in_child
+from support.child import in_child, sleeping
 from support.faulting import faults
-from support.targets import need_ptrace, until_blocked
+from support.targets import need_ptrace
 
 import iobmd
 from iobmd import IOBufferMemoryDescriptor, IOMapOptions, IOReturn, IOReturnError, Wiring, kernel_task
@@ -77,8 +76,7 @@ def test_it_is_there_in_a_forked_child() -> None:
 @pytest.mark.usefixtures("nothing_left")
 def test_in_another_task() -> None:
     need_ptrace()
-    with subprocess.Popen(["sleep", "100"]) as program:
-        until_blocked(program.pid)
+    with sleeping() as program:
         before = Path(f"/proc/{program.pid}/maps").read_text()
         with guarded(program.pid, INOUT, PAGE + 1) as buffer:
             address = buffer.getBytesNoCopy()
@@ -94,7 +92,6 @@ def test_in_another_task() -> None:
             buffer.writeBytes(2 * PAGE - 4, b"seen")
             assert iobmd.Task(program.pid).read(address + 2 * PAGE - 4, 4) == b"seen"
         assert Path(f"/proc/{program.pid}/maps").read_text() == before
-        program.kill()
 
 
 @pytest.mark.usefixtures("nothing_left")

@@ -1,5 +1,6 @@
 """`share` and `attach`: the same frames in processes that cooperate, by sockets and by multiprocessing."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -222,17 +223,25 @@ def message(extents: object, *, capacity: object = 4096, mark: bytes = b"iobmd1"
 def test_what_a_stranger_sends(wrong: bytes) -> None:
     """Nothing is mapped that the object does not have, which would be a SIGBUS when it is touched."""
     here, there = pair()
+
+    def send_the_rest() -> None:
+        with here, contextlib.suppress(OSError):  # refused before all of it was read
+            here.sendall(wrong[12:])
+
     with here, there:
         if wrong:
             descriptor = os.memfd_create("strange")
             os.ftruncate(descriptor, 4096)
             socket.send_fds(here, [wrong[:12]], [descriptor])
             os.close(descriptor)
-            threading.Thread(target=lambda: (here.sendall(wrong[12:]), here.close())).start()
-        else:
-            here.close()
+        # A thread, for the socket may not take all of it before it is read.
+        rest = threading.Thread(target=send_the_rest)
+        rest.start()
         expected = IOReturn.kIOReturnBadArgument if wrong else IOReturn.kIOReturnNotOpen
         assert code_of(lambda: iobmd.attach(there)) == expected
+        there.close()
+        rest.join(30)
+        assert not rest.is_alive()
 
 
 @pytest.mark.usefixtures("nothing_left")

@@ -2,14 +2,14 @@
 
 import gc
 import os
-import subprocess
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support import kernel
-from support.targets import need_ptrace, until_blocked
+from support.child import sleeping
+from support.targets import need_ptrace
 
 import iobmd
 from iobmd import IOBufferMemoryDescriptor, IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, kernel_task
@@ -64,12 +64,13 @@ def test_tag_names_memory_in_huge_pages(size: int) -> None:
 @pytest.mark.usefixtures("nothing_left")
 def test_tag_of_a_user_task() -> None:
     need_ptrace()
-    with subprocess.Popen(["sleep", "100"]) as program:
-        until_blocked(program.pid)
-        with make(program.pid, SHARED, PAGE, 1, 7, 8) as buffer, make(program.pid, SHARED, PAGE, 1, 7) as other:
-            assert name_of(buffer.getBytesNoCopy(), program.pid) == "/memfd:iobmd:8"
-            assert name_of(other.getBytesNoCopy(), program.pid) == "/memfd:iobmd:7"
-        program.kill()
+    with (
+        sleeping() as program,
+        make(program.pid, SHARED, PAGE, 1, 7, 8) as buffer,
+        make(program.pid, SHARED, PAGE, 1, 7) as other,
+    ):
+        assert name_of(buffer.getBytesNoCopy(), program.pid) == "/memfd:iobmd:8"
+        assert name_of(other.getBytesNoCopy(), program.pid) == "/memfd:iobmd:7"
     with make(None, SHARED, PAGE, 1, 7, 8) as unmapped, unmapped.map() as mapped:
         assert name_of(mapped.getAddress()) == "/memfd:iobmd:7"
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.child import forked
+from support.child import forked, sleeping
 from support.kernel import Footprint
 
 import iobmd
@@ -30,27 +30,27 @@ def test_the_task_is_killed(freeze: bool) -> None:
     with iobmd.allocate(64 << 10, shared=True, wired=False) as buffer:
         before = Footprint.now()
         for number in range(60 if freeze else 200):
-            target = subprocess.Popen(["sleep", "1000"])
-            stack = next(
-                line for line in Path(f"/proc/{target.pid}/maps").read_text().splitlines() if "[stack]" in line
-            )
-            address = int(stack.split("-")[0], 16)
-            killer = threading.Timer(random.uniform(0, 0.006), os.kill, (target.pid, signal.SIGKILL))
-            killer.start()
-            begin = time.monotonic()
-            try:
-                while time.monotonic() - begin < 5:
-                    if freeze:
-                        iobmd.copy(target.pid, address, 4096, freeze=True, wired=False).free()
-                    elif number % 2:
-                        iobmd.allocate(8192, task=target.pid).free()
-                    else:
-                        buffer.createMappingInTask(target.pid, 0, ANYWHERE).unmap()
-            except IOReturnError as error:
-                assert error.code == IOReturn.kIOReturnNotFound, error
-                raised += 1
-            killer.join()
-            assert target.wait(10) == -signal.SIGKILL
+            with sleeping() as target:
+                stack = next(
+                    line for line in Path(f"/proc/{target.pid}/maps").read_text().splitlines() if "[stack]" in line
+                )
+                address = int(stack.split("-")[0], 16)
+                killer = threading.Timer(random.uniform(0, 0.006), os.kill, (target.pid, signal.SIGKILL))
+                killer.start()
+                begin = time.monotonic()
+                try:
+                    while time.monotonic() - begin < 5:
+                        if freeze:
+                            iobmd.copy(target.pid, address, 4096, freeze=True, wired=False).free()
+                        elif number % 2:
+                            iobmd.allocate(8192, task=target.pid).free()
+                        else:
+                            buffer.createMappingInTask(target.pid, 0, ANYWHERE).unmap()
+                except IOReturnError as error:
+                    assert error.code == IOReturn.kIOReturnNotFound, error
+                    raised += 1
+                killer.join()
+                assert target.wait(10) == -signal.SIGKILL
         gc.collect()
         after = Footprint.now()
     assert raised == number + 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support import kernel
-from support.child import in_child
+from support.child import in_child, sleeping, until_asleep
 from support.moving import PFN
 from support.zoo import Zoo
 
@@ -31,24 +31,11 @@ def code_of(action: Callable[[], object]) -> IOReturn:
 @pytest.fixture
 def target() -> Iterator[subprocess.Popen[bytes]]:
     """A program that sleeps, and must do so still at the end, with nothing of ours left in it."""
-    program = subprocess.Popen(["sleep", "1000"])
-    try:
-        until_asleep(program.pid)
+    with sleeping() as program:
         before = snapshot(program.pid)
         yield program
         if program.poll() is None:
             assert snapshot(program.pid) == before
-    finally:
-        program.kill()
-        program.wait()
-
-
-def until_asleep(pid: int) -> None:
-    """Wait until a process is sleep(1), and past its dynamic linker."""
-    while True:
-        number = Path(f"/proc/{pid}/syscall").read_text().split()[0]
-        if Path(f"/proc/{pid}/comm").read_text() == "sleep\n" and number in ("35", "230"):  # (clock_)nanosleep
-            return
 
 
 def snapshot(pid: int) -> tuple[list[str], set[str]]:

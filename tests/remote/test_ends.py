@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.child import sleeping
 
 import iobmd
 from iobmd import IOMapOptions, IOReturn, IOReturnError
@@ -22,13 +23,9 @@ MIB = 1 << 20
 
 @pytest.fixture
 def target() -> Iterator[subprocess.Popen[bytes]]:
-    program = subprocess.Popen(["sleep", "1000"])
-    while not Path(f"/proc/{program.pid}/syscall").read_text().startswith(("35 ", "230 ")):
-        pass
-    yield program
-    assert program.poll() is None
-    os.kill(program.pid, signal.SIGKILL)
-    program.wait()
+    with sleeping() as program:
+        yield program
+        assert program.poll() is None
 
 
 def ours(pid: int) -> list[str]:

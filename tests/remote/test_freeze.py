@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support import kernel
+from support.child import sleeping
 
 import iobmd
 from iobmd import IOReturn, IOReturnError
@@ -165,8 +166,7 @@ def test_refused() -> None:
     with pytest.raises(IOReturnError, match="itself") as caught:
         iobmd.copy(os.getpid(), 4096, 4096, freeze=True, wired=False)
     assert caught.value.code == IOReturn.kIOReturnUnsupported
-    target = subprocess.Popen(["sleep", "1000"])
-    try:
+    with sleeping() as target:
         for address in (0, 1 << 46):
             with pytest.raises(IOReturnError) as caught:
                 iobmd.copy(target.pid, address, 1 << 20, freeze=True, wired=False)
@@ -174,9 +174,6 @@ def test_refused() -> None:
             assert caught.value.address == address
         assert target.poll() is None
         assert not children(target.pid)
-    finally:
-        target.kill()
-        target.wait()
 
 
 @pytest.mark.needs("compiler")

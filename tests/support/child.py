@@ -7,8 +7,11 @@ import pickle
 import resource
 import signal
 import struct
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 NOBODY = 65534
@@ -27,6 +30,7 @@ SYSCALLS = {
         "pidfd_getfd": 438,
     },
 }[os.uname().machine]  # fmt: skip
+NANOSLEEP = {"x86_64": ("35", "230"), "aarch64": ("101", "115")}[os.uname().machine]  # nanosleep, clock_nanosleep
 
 
 def in_child(
@@ -111,6 +115,26 @@ def deny_calls(deny: dict[str, int]) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
     assert libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0) == 0, os.strerror(ctypes.get_errno())
+
+
+@contextlib.contextmanager
+def sleeping() -> Iterator[subprocess.Popen[bytes]]:
+    """A sleep(1) in its sleep, which ends with the `with` at the latest.
+
+    Popen() returns in the middle of execve(2), when descriptors are closed: no stack, no program is mapped yet.
+    """
+    with subprocess.Popen(["sleep", "1000"]) as program:
+        try:
+            until_asleep(program.pid)
+            yield program
+        finally:
+            program.kill()
+
+
+def until_asleep(pid: int) -> None:
+    """Wait until a process is in nanosleep(2)."""
+    while Path(f"/proc/{pid}/syscall").read_text().split()[0] not in NANOSLEEP:
+        time.sleep(0.0005)
 
 
 @contextlib.contextmanager
