@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import host, lowmem, pagemap, trim
 from iobmd.blocks import Places, Source, TransparentBlocks
+from iobmd.budget import Budget, may_reserve
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.fileblocks import FileBlocks
 from iobmd.hugetlb import PoolBlocks
-from iobmd.policy import Budget, may_reserve
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_up
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from iobmd import IOReturn, IOReturnError, Wiring, pinning
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
 from iobmd.blocks import TransparentBlocks
-from iobmd.policy import may_reserve
+from iobmd.budget import may_reserve
 
 MIB, GIB = 1 << 20, 1 << 30
 Buffer = iobmd.IOBufferMemoryDescriptor

@@ -7,9 +7,9 @@ import statistics
 from iobmd import host, pinning, procfs
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
+from iobmd.budget import policy
 from iobmd.errors import IOReturnError
 from iobmd.facade import allocate
-from iobmd.policy import policy
 from iobmd.units import HUGE_PAGE_SIZE, format_size
 
 from . import dpdk
