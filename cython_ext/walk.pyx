@@ -181,6 +181,12 @@ cdef class Walk:
             raise OSError(error, f"read of pagemap: {strerror(error).decode()}")
         return self.take()
 
+    def totals(self, list ranges):
+        """Return what `total` does for each of several small ranges that lie near each other, as (start, end)."""
+        if len(ranges) > 1:
+            self.read_ahead(ranges[0][0], ranges[-1][1])
+        return [self.total(start, end) for start, end in ranges]
+
     def read_ahead(self, uint64_t start, uint64_t end):
         """Read at once what the next small ranges up to `end` need; as far as there is room and the kernel does."""
         cdef ssize_t got

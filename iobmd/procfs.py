@@ -1,10 +1,13 @@
 """What /proc says of a process and of the host (proc(5)), parsed and in bytes."""
 
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import BinaryIO, NamedTuple, TextIO
+
+from iobmd._native import maps as native
 
 _FIELD = re.compile(r"(\w+(?:\(\w+\))?):\s+(\d+) kB")
 _ESCAPE = re.compile(r"\\([0-7]{3})")
@@ -26,25 +29,33 @@ class VMA(NamedTuple):
         return f"{self.start:#x}-{self.end:#x} {self.perms} {self.name or '(anonymous)'}"
 
 
-def _parse_vma(line: str) -> VMA:
-    span, perms, offset, device, inode, *rest = line.rstrip("\n").split(maxsplit=5)
-    start, _, end = span.partition("-")
-    name = rest[0] if rest else ""
-    if "\\" in name:
-        name = _ESCAPE.sub(lambda match: chr(int(match[1], 8)), name)
-    return VMA(int(start, 16), int(end, 16), perms, int(offset, 16), int(inode), name, device)
+def _parse(text: bytes) -> Iterable[VMA]:
+    areas = map(VMA._make, native.parse(text))
+    return map(_unescaped, areas) if b"\\" in text else areas
+
+
+def _unescaped(area: VMA) -> VMA:
+    # Of what ends lines elsewhere the kernel escapes the newline alone.
+    return area._replace(name=_ESCAPE.sub(lambda match: chr(int(match[1], 8)), area.name))
 
 
 def maps(pid: int | str = "self") -> Iterator[VMA]:
     """Iterate over /proc/PID/maps, ascending by address."""
-    with _lines(pid, "maps") as lines:
-        for line in lines:
-            yield _parse_vma(line)
+    rest = b""
+    with _binary(pid, "maps") as file:
+        while text := file.read(1 << 16):
+            whole, newline, rest = (rest + text).rpartition(b"\n")
+            yield from _parse(whole + newline)
+
+
+def _binary(pid: int | str, name: str) -> BinaryIO:
+    return Path(f"/proc/{pid}/{name}").open("rb", buffering=0)
 
 
 def _lines(pid: int | str, name: str) -> TextIO:
-    # Of what ends lines elsewhere the kernel escapes the newline alone in names.
-    return Path(f"/proc/{pid}/{name}").open(errors="surrogateescape", newline="\n")
+    return Path(f"/proc/{pid}/{name}").open(
+        encoding=sys.getfilesystemencoding(), errors="surrogateescape", newline="\n"
+    )
 
 
 class Details(NamedTuple):
@@ -67,7 +78,8 @@ def details(pid: int | str = "self") -> Iterator[Details]:
             if not line[0].isupper():  # an address, whose digits are small letters
                 if area:
                     yield Details(area, counters, flags)
-                area, counters, flags = _parse_vma(line), {}, frozenset()
+                area, *_ = _parse(os.fsencode(line))
+                counters, flags = {}, frozenset()
                 continue
             name, _, rest = line.partition(":")
             if rest.endswith(" kB\n"):

@@ -33,7 +33,7 @@ class HugePool(NamedTuple):
     @property
     def directory(self) -> Path:
         """The pool's directory in sysfs."""
-        return _POOLS / f"hugepages-{self.size >> 10}kB"
+        return _pool_directory(self.size)
 
     @property
     def available(self) -> int:
@@ -45,17 +45,24 @@ def hugetlb_pools() -> list[HugePool]:
     """Return the hugetlb pools by ascending page size; empty when the kernel has none (/sys/kernel/mm/hugepages)."""
     counters = ("nr", "free", "resv", "surplus", "nr_overcommit")
     pools = []
-    for directory in _pool_directories():
-        size = int(directory.name.removeprefix("hugepages-").removesuffix("kB")) << 10
+    for size in hugetlb_sizes():
+        directory = _pool_directory(size)
         pools.append(HugePool(size, *(read_int(directory / f"{name}_hugepages") or 0 for name in counters)))
-    return sorted(pools)
+    return pools
 
 
-def _pool_directories() -> list[Path]:
+def hugetlb_sizes() -> list[int]:
+    """Return the page sizes of the hugetlb pools, ascending."""
     try:
-        return [directory for directory in _POOLS.iterdir() if directory.name.startswith("hugepages-")]
+        names = [entry.name for entry in _POOLS.iterdir()]
     except OSError:
         return []
+    pools = (name.removeprefix("hugepages-").removesuffix("kB") for name in names if name.startswith("hugepages-"))
+    return sorted(int(size) << 10 for size in pools)
+
+
+def _pool_directory(size: int) -> Path:
+    return _POOLS / f"hugepages-{size >> 10}kB"
 
 
 def pool_remedy(pool: HugePool, pages: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from itertools import repeat
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import procfs
@@ -23,7 +24,7 @@ _SMALL = 2 << 20
 """Areas up to here are read several at once."""
 _GAP = 128
 """Pages between two of them that cost less to read than another call does."""
-_MOST = 128
+MOST = 128
 """Of them at once, whatever their size."""
 BEARABLE = 256 << 20
 """Bytes of small pages in one area that smaps walks through in a millisecond or two, while the task cannot mmap."""
@@ -165,12 +166,12 @@ def areas(
         frames = opened.enter_context(Frames()) if folios and reader.visible else None
         wanted = details if details is not None else is_bearable(where, reader)
         nothing_locked = _status(where.task, "VmLck") == 0
+        known = reader.visible, reader.scans, nothing_locked
         for batch in _batches(reader, _with_details(where) if wanted else _without(where)):
-            for vma, found in batch:
-                start, end = max(vma.start, where.start), min(vma.end, where.end)
-                sizes = _folios(reader, frames, start, end) if frames else None
-                tally = reader.take() if frames else reader.total(start, end)
-                yield Area(vma, start, end, tally, found, sizes, reader.visible, reader.scans, nothing_locked)
+            ranges = [(max(vma.start, where.start), min(vma.end, where.end)) for vma, _found in batch]
+            contents = _with_folios(reader, frames, ranges) if frames else zip(reader.totals(ranges), repeat(None))
+            for (vma, found), (start, end), (tally, sizes) in zip(batch, ranges, contents, strict=True):
+                yield Area(vma, start, end, tally, found, sizes, *known)
         reader.require_task()
 
 
@@ -188,33 +189,32 @@ def _with_details(where: Where) -> Iterator[tuple[VMA, Details | None]]:
 def _batches(
     reader: Reader, areas: Iterator[tuple[VMA, Details | None]]
 ) -> Iterator[list[tuple[VMA, Details | None]]]:
-    """Group neighbours that are small, and have the reader read each group ahead."""
+    """Group neighbours that are small, so that they can be read at once."""
     batch: list[tuple[VMA, Details | None]] = []
     for area, found in areas:
         if batch and not (
-            len(batch) < _MOST
+            len(batch) < MOST
             and area.end - area.start <= _SMALL
             and area.start - batch[-1][0].end <= _GAP * reader.page
             and reader.near(batch[0][0].start, area.end)
         ):
-            yield _ahead(reader, batch)
+            yield batch
             batch = []
         batch.append((area, found))
     if batch:
-        yield _ahead(reader, batch)
+        yield batch
 
 
-def _ahead(reader: Reader, batch: list[tuple[VMA, Details | None]]) -> list[tuple[VMA, Details | None]]:
-    if len(batch) > 1:
-        reader.read_ahead(batch[0][0].start, batch[-1][0].end)
-    return batch
-
-
-def _folios(reader: Reader, frames: Frames, start: int, end: int) -> dict[int, int]:
-    sizes: dict[int, int] = {}
-    for step in reader.steps(start, end):
-        frames.add_folios(step.raw(), walk.PRESENT, walk.HUGE | walk.ZERO, sizes)
-    return sizes
+def _with_folios(
+    reader: Reader, frames: Frames, ranges: list[tuple[int, int]]
+) -> Iterator[tuple[Tally, dict[int, int]]]:
+    if len(ranges) > 1:
+        reader.read_ahead(ranges[0][0], ranges[-1][1])
+    for start, end in ranges:
+        sizes: dict[int, int] = {}
+        for step in reader.steps(start, end):
+            frames.add_folios(step.raw(), walk.PRESENT, walk.HUGE | walk.ZERO, sizes)
+        yield reader.take(), sizes
 
 
 def is_bearable(where: Where, reader: Reader) -> bool:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Self
 
-from iobmd import host
 from iobmd._native import memory
 from iobmd._native import pagemap as native
 from iobmd._native.walk import AHEAD, Tally, Walk
 from iobmd.host.fact import scratch
-from iobmd.host.pages import huge_page_size
+from iobmd.host.pages import huge_page_size, hugetlb_sizes
 from iobmd.pagemap.entries import no_entries, opened
 from iobmd.task import kernel_task
 from iobmd.units import PAGE_SIZE, round_down, round_up
@@ -60,10 +59,14 @@ class Reader:
 
     def total(self, start: int, end: int) -> Tally:
         """Return what there is between two addresses. Raises as `steps`."""
+        return self.totals([(start, end)])[0]
+
+    def totals(self, ranges: list[tuple[int, int]]) -> list[Tally]:
+        """Return what there is in each of several ranges, read at once if they are `near`. Raises as `steps`."""
         try:
-            return self._walk.total(*self._whole_pages(start, end))
+            return self._walk.totals([self._whole_pages(start, end) for start, end in ranges])
         except OSError:
-            raise no_entries(self.task, start) from None
+            raise no_entries(self.task, ranges[0][0]) from None
 
     def has_small_pages(self, start: int, end: int, size: int) -> bool:
         """Say whether `size` bytes or more between two addresses are mapped page by page."""
@@ -79,7 +82,7 @@ class Reader:
             raise no_entries(self.task, start) from None
 
     def read_ahead(self, start: int, end: int) -> None:
-        """Read at once the pages of several small ranges, for which `total` is called next."""
+        """Read at once the pages of several small ranges, through which `steps` goes next."""
         self._walk.read_ahead(start, end)
 
     def near(self, start: int, end: int) -> bool:
@@ -169,4 +172,4 @@ def _has_scan(fd: int) -> bool:
 
 
 def _smallest_huge_page() -> int:
-    return min((pool.size for pool in host.hugetlb_pools()), default=huge_page_size())
+    return next(iter(hugetlb_sizes()), 0) or huge_page_size()

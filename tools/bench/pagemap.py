@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from iobmd import procfs
 from iobmd._native import floors
 from iobmd.pagemap import areas
+from iobmd.pagemap.area import MOST
 from iobmd.pagemap.entries import opened
 from iobmd.pagemap.reader import Reader
 from iobmd.task import Task
@@ -111,8 +112,9 @@ def _memory(target: Target) -> Result:
 
 def _small_areas(rounds: int) -> list[Result]:
     """Measure many small areas: the walk itself, and with the list of areas, which is read from maps."""
-    with Target("areas", SMALL_AREA * 1000) as target, Reader(Task(target.pid)) as reader:
-        walk = partial(seconds, lambda: [reader.total(*one) for one in target.ranges])
+    with Target("areas", SMALL_AREA * 1024) as target, Reader(Task(target.pid)) as reader:
+        groups = [target.ranges[first : first + MOST] for first in range(0, 1024, MOST)]
+        walk = partial(seconds, lambda: [reader.totals(group) for group in groups])
         raw, bare = _against_raw(target, walk, rounds)
         listed, whole = medians(
             rounds,
@@ -121,7 +123,7 @@ def _small_areas(rounds: int) -> list[Result]:
         )
     floor = f"raw pread of each: {_ms(raw)}"
     with_maps = f"the same, and reading /proc/PID/maps: {_ms(raw + listed)}"
-    what = "1,000 areas of 64 KiB"
+    what = "1,024 areas of 64 KiB"
     return [
         at_most(f"{what}, the walk", _ms(bare), floor, bare / raw, 1.6),
         at_most(f"{what}, `areas`", _ms(whole), with_maps, whole / (raw + listed), 1.6),

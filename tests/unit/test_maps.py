@@ -1,0 +1,83 @@
+"""Parsing of /proc/PID/maps, against another way to take its lines apart."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from iobmd import procfs
+from iobmd._native import maps
+
+LINE = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) (\S+) (\d+) *(.*)", re.S)
+
+
+def reference(line: bytes) -> tuple[int, int, str, int, int, str, str]:
+    found = LINE.fullmatch(line)
+    assert found
+    start, end, perms, offset, device, inode, name = found.groups()
+    place = int(start, 16), int(end, 16), perms.decode(), int(offset, 16), int(inode)
+    return *place, os.fsdecode(name), device.decode()
+
+
+def test_maps_of_this_process() -> None:
+    text = Path("/proc/self/maps").read_bytes()
+    assert maps.parse(text) == [reference(line) for line in text.splitlines()]
+    assert maps.parse(b"") == []
+
+
+hexadecimal = st.integers(0, (1 << 64) - 1).map(lambda number: b"%x" % number)
+names = st.binary(max_size=40).map(lambda name: name.replace(b"\n", b"").lstrip(b" "))
+devices = st.tuples(st.integers(0, 1 << 12), st.integers(0, 1 << 20)).map(lambda pair: b"%02x:%02x" % pair)
+lines = st.tuples(
+    hexadecimal,
+    hexadecimal,
+    st.sampled_from([b"rwxp", b"---s"]),
+    hexadecimal,
+    devices,
+    st.integers(0, 1 << 63),
+    names,
+).map(lambda parts: b"%b-%b %b %b %b %d   %b" % parts)
+
+
+@given(st.lists(lines), st.booleans())
+def test_any_lines(found: list[bytes], newline: bool) -> None:
+    """Of names of any bytes, with or without a newline at the end."""
+    text = b"\n".join(found) + (b"\n" if newline and found else b"")
+    assert maps.parse(text) == [reference(line) for line in found]
+
+
+@given(st.binary())
+def test_anything_else_is_refused(text: bytes) -> None:
+    if all(LINE.fullmatch(line) for line in text.splitlines()):
+        return
+    with pytest.raises(ValueError, match="not a line of maps"):
+        maps.parse(text)
+
+
+WHOLE = b"7f00-7f01 rw-p 00000000 00:01 12"
+
+
+@pytest.mark.parametrize("length", range(1, len(WHOLE) - 1))
+def test_a_part_of_a_line_is_refused(length: int) -> None:
+    with pytest.raises(ValueError, match="not a line of maps"):
+        maps.parse(b"7f00-7f01 rw-p 00000000 00:01 12\n" + WHOLE[:length])
+
+
+def test_ends_are_not_passed_by() -> None:
+    """A line that ends early must not be taken for one that goes on behind its end."""
+    for length in range(1, len(WHOLE) - 1):
+        with pytest.raises(ValueError, match="not a line of maps"):
+            maps.parse(WHOLE[:length] + b"\n" + WHOLE[length:])
+
+
+def test_newlines_in_names(tmp_path: Path) -> None:
+    import mmap
+
+    file = tmp_path / "two\nlines"
+    file.write_bytes(b"x" * 4096)
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ):
+        assert str(file) in [area.name for area in procfs.maps()]
+        assert str(file) in [area.name for area, _counters in procfs.smaps()]
