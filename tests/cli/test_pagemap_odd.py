@@ -166,7 +166,9 @@ def test_a_process_that_changes_while_it_is_read(capsys: pytest.CaptureFixture[s
     with started(busy) as process:
         document = json.loads(shown(capsys, str(process.pid), "--json"))
         text = shown(capsys, str(process.pid))
+        assert main(["pagemap", str(process.pid), "--csv"]) == 0
         process.kill()
+    assert re.fullmatch(r"iobmd pagemap: .* it changed while it was read: .*page faults\n", capsys.readouterr().err)
     assert document["changed_while_read"]["page_faults"] > 0
     assert re.search(r"changed while it was read: .*page faults", text)
 
@@ -174,6 +176,8 @@ def test_a_process_that_changes_while_it_is_read(capsys: pytest.CaptureFixture[s
 def test_a_process_that_stands_still(odd: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(shown(capsys, str(odd), "--json"))["changed_while_read"] is None
     assert "changed while" not in shown(capsys, str(odd))
+    assert main(["pagemap", str(odd), "--csv"]) == 0
+    assert not capsys.readouterr().err
 
 
 def test_a_process_that_ends_while_it_is_read() -> None:

@@ -39,6 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
         lines.writerow(FIELDS)
         sys.stdout.writelines(look.rows(_line))
     sys.stdout.flush()
+    if restless := look.restless():  # not among the lines, which programs read
+        print(f"iobmd pagemap: {look.title}: {restless}", file=sys.stderr)
 
 
 def _line(area: Area) -> str:
