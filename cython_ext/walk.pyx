@@ -182,14 +182,22 @@ cdef class Walk:
         return self.take()
 
     def totals(self, list ranges):
-        """Return what `total` does for each of several small ranges that lie near each other, as (start, end)."""
+        """Return what `total` does for each of several ranges, as (start, end), with all of the pages they touch.
+
+        What can be is read ahead: they had better be small, and near each other.
+        """
+        cdef uint64_t start, end
         if len(ranges) > 1:
             self.read_ahead(ranges[0][0], ranges[-1][1])
-        return [self.total(start, end) for start, end in ranges]
+        tallies = []
+        for start, end in ranges:
+            tallies.append(self.total(start // self.page * self.page, (end + self.page - 1) // self.page * self.page))
+        return tallies
 
     def read_ahead(self, uint64_t start, uint64_t end):
         """Read at once what the next small ranges up to `end` need; as far as there is room and the kernel does."""
         cdef ssize_t got
+        start = start // self.page * self.page
         with nogil:
             got = pread(self.fd, self.entries, min((end - start) // self.page, <uint64_t>ENTRIES) * 8,
                         start // self.page * 8)

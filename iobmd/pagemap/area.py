@@ -167,16 +167,12 @@ def areas(
         wanted = details if details is not None else is_bearable(where, reader)
         nothing_locked = _status(where.task, "VmLck") == 0
         known = reader.visible, reader.scans, nothing_locked
-        for batch in _batches(reader, _with_details(where) if wanted else _without(where)):
+        for batch in _batches(reader, _with_details(where) if wanted else zip(where.areas(), repeat(None))):
             ranges = [(max(vma.start, where.start), min(vma.end, where.end)) for vma, _found in batch]
             contents = _with_folios(reader, frames, ranges) if frames else zip(reader.totals(ranges), repeat(None))
             for (vma, found), (start, end), (tally, sizes) in zip(batch, ranges, contents, strict=True):
                 yield Area(vma, start, end, tally, found, sizes, *known)
         reader.require_task()
-
-
-def _without(where: Where) -> Iterator[tuple[VMA, Details | None]]:
-    return ((area, None) for area in where.areas())
 
 
 def _with_details(where: Where) -> Iterator[tuple[VMA, Details | None]]:
@@ -191,15 +187,16 @@ def _batches(
 ) -> Iterator[list[tuple[VMA, Details | None]]]:
     """Group neighbours that are small, so that they can be read at once."""
     batch: list[tuple[VMA, Details | None]] = []
+    gap, first, last = _GAP * reader.page, 0, 0
     for area, found in areas:
-        if batch and not (
-            len(batch) < MOST
-            and area.end - area.start <= _SMALL
-            and area.start - batch[-1][0].end <= _GAP * reader.page
-            and reader.near(batch[0][0].start, area.end)
-        ):
+        start, end = area.start, area.end
+        together = end - start <= _SMALL and start - last <= gap and end - first <= reader.reach
+        if batch and not (together and len(batch) < MOST):
             yield batch
             batch = []
+        if not batch:
+            first = start
+        last = end
         batch.append((area, found))
     if batch:
         yield batch

@@ -35,6 +35,8 @@ class Reader:
     ----------
     page : int
         Bytes of a page.
+    reach : int
+        Bytes of addresses that are read ahead at the most.
     visible : bool
         Whether the kernel shows frame numbers (CAP_SYS_ADMIN).
     scans : bool
@@ -50,6 +52,7 @@ class Reader:
     def __init__(self, task: Task, *, whole: bool = True) -> None:
         self.task = task
         self.page = PAGE_SIZE
+        self.reach = AHEAD * self.page
         self._opened = opened(task)
         self.visible, zero = _zero_frame()
         self.scans = _has_scan(self._opened.fd)
@@ -62,9 +65,9 @@ class Reader:
         return self.totals([(start, end)])[0]
 
     def totals(self, ranges: list[tuple[int, int]]) -> list[Tally]:
-        """Return what there is in each of several ranges, read at once if they are `near`. Raises as `steps`."""
+        """Return what there is in each of several ranges, read at once as far as they reach. Raises as `steps`."""
         try:
-            return self._walk.totals([self._whole_pages(start, end) for start, end in ranges])
+            return self._walk.totals(ranges)
         except OSError:
             raise no_entries(self.task, ranges[0][0]) from None
 
@@ -85,10 +88,6 @@ class Reader:
         """Read at once the pages of several small ranges, through which `steps` goes next."""
         self._walk.read_ahead(start, end)
 
-    def near(self, start: int, end: int) -> bool:
-        """Say whether two addresses are near enough to be read ahead at once."""
-        return end - start <= AHEAD * self.page
-
     def steps(self, start: int, end: int) -> Iterator[Walk]:
         """Walk from `start` to `end`; yields after each step, with the spans of that step.
 
@@ -97,7 +96,7 @@ class Reader:
         IOReturnError
             `kIOReturnNotFound`: the task exited meanwhile. `kIOReturnBadArgument`: the address space ends before.
         """
-        start, end = self._whole_pages(start, end)
+        start, end = round_down(start, self.page), round_up(end, self.page)
         while start < end:
             self._walk.clear()
             try:
@@ -120,11 +119,6 @@ class Reader:
     def take(self) -> Tally:
         """Return what `steps` went through since the last call."""
         return self._walk.take()
-
-    def _whole_pages(self, start: int, end: int) -> tuple[int, int]:
-        if not (start | end) % self.page:  # as areas begin and end
-            return start, end
-        return round_down(start, self.page), round_up(end, self.page)
 
     def close(self) -> None:
         """Close the pagemap."""

@@ -41,11 +41,12 @@ class Where(NamedTuple):
 
     def areas(self) -> Iterator[VMA]:
         """Iterate over the areas that have a part in it, ascending. Raises IOReturnError."""
+        start, end = self.start, min(self.end, USER_END)
         with unreadable_maps(self.task):
             for area in procfs.maps(self.task.pid):
-                if area.start >= self.end:
+                if area.start >= end:
                     break
-                if self.meets(area):
+                if area.end > start:
                     yield area
 
     def meets(self, area: VMA) -> bool:

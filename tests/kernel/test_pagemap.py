@@ -1,6 +1,7 @@
 """`iobmd.pagemap` against an independent few-line reader, and its honesty about hidden frames."""
 
 import errno
+import mmap
 import os
 import subprocess
 from collections.abc import Callable
@@ -90,6 +91,33 @@ def test_guard_pages_are_not_swapped() -> None:
         assert [page.guard for page in pages] == [False, True, False, False]
         assert not any(page.swapped for page in pages)
         assert pagemap.counts(kernel_task, buffer.getBytesNoCopy(), len(buffer)).swapped == 0
+
+
+@pytest.mark.parametrize("before", [0, 1, 100, 4095, 4096, 5000])
+@pytest.mark.parametrize("after", [0, 1, 5000])
+def test_many_small_areas(before: int, after: int) -> None:
+    """Which are read several at once, also where the range begins and ends inside a page."""
+    pages = 600
+    with iobmd.allocate(pages * 4096, wired=False) as buffer:
+        address = buffer.getBytesNoCopy()
+        memory.advise(address, pages * 4096, memory.MADV_NOHUGEPAGE)
+        for number in range(0, pages, 3):
+            buffer.writeBytes(number * 4096, b"x")
+        for number in range(0, pages, 2):
+            memory.advise(address + number * 4096, 4096, mmap.MADV_DONTFORK)
+        low, high = address + before, address + pages * 4096 - after
+        found = list(pagemap.areas(kernel_task, low, high - low))
+        frames = {
+            address + number * 4096: entry & (1 << 55) - 1
+            for number, entry in enumerate(kernel.entries(address, pages * 4096))
+            if entry >> 63
+        }
+    assert len(found) == pages - before // 4096 - after // 4096
+    assert (found[0].start, found[-1].end) == (low, high)
+    for area in found:
+        (page,) = range(area.start // 4096 * 4096, area.end, 4096)
+        assert area.tally.present == (4096 if page in frames else 0)
+        assert area.tally.largest == (4096 if frames.get(page) else 0)
 
 
 @pytest.mark.usefixtures("nothing_left")
