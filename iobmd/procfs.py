@@ -6,6 +6,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+HUGE = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Private_Hugetlb", "Shared_Hugetlb")
+"""Counters of smaps of what huge pages map in the page tables: a PMD, or a page of hugetlb."""
+
 _FIELD = re.compile(r"(\w+(?:\(\w+\))?):\s+(\d+) kB")
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 
