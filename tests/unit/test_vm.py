@@ -2,14 +2,21 @@
 
 import gzip
 import lzma
+import os
+import signal
 import struct
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from iobmd.tools.vm import cache, cpio, disk, kernels, modules, table, vmlinux
+from iobmd.tools.vm import cache, cpio, disk, image, kernels, machine, modules, table, vmlinux
+from iobmd.tools.vm.__main__ import main
 from iobmd.tools.vm.guest import Outcome, verdict
 from iobmd.tools.vm.kernels import Kernel
-from iobmd.tools.vm.machine import Machine
+from iobmd.tools.vm.machine import QEMU, Machine
 from iobmd.tools.vm.runs import Run
 
 GOOD = "@@UP 5.1 6.1\n===== 3 passed, 1 skipped in 0.83s =====\n@@EXIT 0 18.14\n"
@@ -39,6 +46,44 @@ def test_a_guest_that_failed(output: str, log: str, why: str) -> None:
 def test_a_guest_that_did_not_come_up() -> None:
     assert Outcome(GOOD, "", "", 1).came_up
     assert not Outcome("", "Oops: int3", "the kernel", 1).came_up
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_guests(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also those that have not begun, and with nothing left of them: no process, no folder."""
+    qemu, started, folder = tmp_path / QEMU, tmp_path / "started", tmp_path / "tmp"
+    folder.mkdir()
+    qemu.write_text(f"#!/bin/sh\necho $$ >>{started}\nexec sleep 1000\n")
+    qemu.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(machine, "missing", str)
+    monkeypatch.setattr(kernels, "kernel", lambda series: Kernel(series, series, Path(), Path()))
+    monkeypatch.setattr(image, "base", Path)
+    monkeypatch.setattr(image, "payload", Path.touch)
+    monkeypatch.setattr(image, "initramfs", lambda file, *_parts: file.touch())
+
+    def pids() -> list[int]:
+        return [int(pid) for pid in started.read_text().split()] if started.exists() else []
+
+    def interrupt() -> None:
+        while len(pids()) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=interrupt).start()
+    assert main(["run", "--kernels", "5.10 6.1", "--profiles", "table nvme", "--jobs", "2"]) == 130
+    assert len(pids()) == 2
+    for pid in pids():
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert not list(folder.iterdir())
+    shown = capsys.readouterr()
+    assert shown.err == "interrupted: the guests are ended\n"
+    assert "FAILED" not in shown.out
+    assert "once more" not in shown.out
 
 
 LISTED = [
@@ -118,6 +163,19 @@ def test_what_fails_halfway_is_not_kept(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     made = cache.made(tmp_path / "kernel", lambda draft: draft.write_text("whole"))  # type: ignore[arg-type,return-value]
     assert cache.made(made, fail).read_text() == "whole"
+
+
+def test_two_threads_may_make_the_same(tmp_path: Path) -> None:
+    both = threading.Barrier(2)
+
+    def make(draft: Path) -> None:
+        draft.write_text("whole")
+        both.wait(10)
+
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(lambda _: cache.made(tmp_path / "base", make), range(2)))
+    assert [path.read_text() for path in made] == ["whole", "whole"]
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_the_disk_is_compared(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+from iobmd.cli import EXIT_INTERRUPTED
 from iobmd.cli.ending import terminable
 
 from . import kernels, machine, runs, shell, table
@@ -12,7 +13,7 @@ from .profiles import CI, PROFILES
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Return 0 when every guest passed, 1 when one failed, 2 when none could be run."""
+    """Return 0 when every guest passed, 1 when one failed, 2 when none could be run, 130 when it was interrupted."""
     args = _arguments(argv)
     if missing := machine.missing():
         print(
@@ -21,10 +22,18 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if args.command == "shell":
         return shell.open_in(kernels.kernel(args.kernel), PROFILES[args.profile].machine)
+    try:
+        with terminable():  # there are guests to end, and disks and archives to remove
+            return _run(args)
+    except KeyboardInterrupt:
+        print("interrupted: the guests are ended", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _run(args: argparse.Namespace) -> int:
     begin = time.monotonic()
     pairs = _wanted(args.kernels.split(), args.profiles.split())
-    with terminable():  # there are disks and archives to remove
-        done = runs.run_all(pairs, args.jobs, args.verbose)
+    done = runs.run_all(pairs, args.jobs, args.verbose)
     failed = sum(bool(run.outcome.failure) for run in done)
     print(f"{len(done)} guests in {time.monotonic() - begin:.0f} s, {failed} failed", *table.totals(done), sep="; ")
     if args.table and not failed:

@@ -29,14 +29,19 @@ class Run(NamedTuple):
 
 
 def run_all(pairs: Iterable[tuple[Kernel, str]], jobs: int, verbose: bool) -> list[Run]:
-    """Run a guest for each kernel and profile, `jobs` at a time."""
-    with tempfile.TemporaryDirectory(prefix="iobmd-vm.") as folder, ThreadPoolExecutor(jobs) as pool:
+    """Run a guest for each kernel and profile, `jobs` at a time. What interrupts it ends them, with all they had."""
+    with (
+        tempfile.TemporaryDirectory(prefix="iobmd-vm.") as folder,
+        ThreadPoolExecutor(jobs) as pool,
+        guest.Guests() as guests,
+    ):
         payload = Path(folder, "payload.cpio")
         image.payload(payload)
-        return list(pool.map(lambda pair: run(pair[0], pair[1], payload, verbose), pairs))
+        image.base()  # into the cache, before the threads ask for it
+        return list(pool.map(lambda pair: run(guests, pair[0], pair[1], payload, verbose), pairs))
 
 
-def run(kernel: Kernel, name: str, payload: Path, verbose: bool) -> Run:
+def run(guests: guest.Guests, kernel: Kernel, name: str, payload: Path, verbose: bool) -> Run:
     """Run one guest; its lines are shown as they come, or only when it fails."""
     profile, tag = PROFILES[name], f"{kernel.release} {name}"
     see = functools.partial(_show, tag) if verbose else _pass_over
@@ -46,10 +51,10 @@ def run(kernel: Kernel, name: str, payload: Path, verbose: bool) -> Run:
             machine = machine._replace(disk=disk.make(Path(folder, "disk"), profile.disk))
         initramfs = Path(folder, "initramfs")
         image.initramfs(initramfs, profile.command, payload, kernel.modules)
-        outcome = guest.boot(kernel, machine, initramfs, profile.timeout, see)
+        outcome = guests.boot(kernel, machine, initramfs, profile.timeout, see)
         if not outcome.came_up:  # emulated processors sometimes trip over code that the kernel patches as it boots
             print(f"{tag} did not come up ({outcome.failure}): once more", flush=True)
-            outcome = guest.boot(kernel, machine, initramfs, profile.timeout, see)
+            outcome = guests.boot(kernel, machine, initramfs, profile.timeout, see)
         if machine.disk and not outcome.failure:
             outcome = outcome._replace(failure=disk.compare(machine.disk))
     done = Run(kernel, name, outcome)
