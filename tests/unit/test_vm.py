@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from iobmd.tools.vm import cache, cpio, disk, image, kernels, machine, modules, table, vmlinux
+from iobmd.tools.vm import cache, cpio, disk, guest, image, kernels, machine, modules, table, vmlinux
 from iobmd.tools.vm.__main__ import main
 from iobmd.tools.vm.guest import Outcome, verdict
 from iobmd.tools.vm.kernels import Kernel
@@ -48,16 +48,44 @@ def test_a_guest_that_did_not_come_up() -> None:
     assert not Outcome("", "Oops: int3", "the kernel", 1).came_up
 
 
+def emulate(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Have a shell script stand for QEMU."""
+    qemu = folder / QEMU
+    qemu.write_text(f"#!/bin/sh\n{script}\n")
+    qemu.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
+@pytest.mark.parametrize(
+    ("script", "why", "came_up"),
+    [
+        ("exec sleep 1000", "not up after 0.2 s", False),
+        ("echo @@UP 1 6.1; exec sleep 1000", "still running after 0 s", True),
+        ("echo @@UP 1 6.1; sleep 0.4; echo '=== 1 passed in 1s ==='; echo @@EXIT 0 2", "", True),
+        ("exit 3", "QEMU ended with status 3", False),
+        ("kill -SEGV $$", "QEMU was ended by SIGSEGV", False),
+    ],
+)
+def test_how_a_guest_ended(
+    script: str, why: str, came_up: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulate(tmp_path, monkeypatch, script)
+    monkeypatch.setattr(guest, "BOOT", 0.2)
+    timeout = 10 if not why else 0.3
+    kernel = Kernel("6.1", "6.1", tmp_path, tmp_path)
+    with guest.Guests() as guests:
+        outcome = guests.boot(kernel, Machine(), tmp_path / "initramfs", timeout, lambda _line: None)
+    assert (outcome.failure, outcome.came_up) == (why, came_up)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_the_guests(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also those that have not begun, and with nothing left of them: no process, no folder."""
-    qemu, started, folder = tmp_path / QEMU, tmp_path / "started", tmp_path / "tmp"
+    started, folder = tmp_path / "started", tmp_path / "tmp"
     folder.mkdir()
-    qemu.write_text(f"#!/bin/sh\necho $$ >>{started}\nexec sleep 1000\n")
-    qemu.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    emulate(tmp_path, monkeypatch, f"echo $$ >>{started}; exec sleep 1000")
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     monkeypatch.setattr(machine, "missing", str)
     monkeypatch.setattr(kernels, "kernel", lambda series: Kernel(series, series, Path(), Path()))
@@ -74,7 +102,7 @@ def test_an_interrupt_ends_the_guests(
         os.kill(os.getpid(), number)
 
     threading.Thread(target=interrupt).start()
-    assert main(["run", "--kernels", "5.10 6.1", "--profiles", "table nvme", "--jobs", "2"]) == 130
+    assert main(["run", "--kernels", "5.10 6.1", "--profiles", "small nvme", "--jobs", "2"]) == 130
     assert len(pids()) == 2
     for pid in pids():
         with pytest.raises(ProcessLookupError):

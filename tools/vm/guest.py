@@ -12,6 +12,10 @@ from typing import NamedTuple, Self
 from .kernels import Kernel
 from .machine import Machine
 
+BOOT = 60
+"""Seconds for a guest to come up, which takes 5 to 15: emulated processors sometimes hang in code that is patched."""
+
+_UP = "@@UP "
 _EXIT = re.compile(r"^@@EXIT (\d+) ", re.MULTILINE)
 _SUMMARY = re.compile(r"^=+ (.*\d+ passed.*) in [\d.]+s.* =+$", re.MULTILINE)
 _OOPS = re.compile(
@@ -34,7 +38,7 @@ class Outcome(NamedTuple):
     @property
     def came_up(self) -> bool:
         """Whether its first process, and so anything of ours, began."""
-        return "@@UP " in self.output
+        return _UP in self.output
 
     @property
     def summary(self) -> str:
@@ -76,7 +80,7 @@ class Guests:
         initramfs : Path
             What it starts from; its log is kept beside.
         timeout : float
-            Seconds after which it is ended, and has failed.
+            Seconds after it came up when it is ended, and has failed.
         see : callable
             Is given each line that comes out of it.
 
@@ -90,23 +94,26 @@ class Guests:
         begin = time.monotonic()
         lines: list[str] = []
         with self._start(machine.command(kernel.image, initramfs, log)) as qemu:
-            alarm = threading.Timer(timeout, qemu.kill)
-            alarm.start()
+            alarm = _Alarm(qemu)
+            alarm.set(BOOT, f"not up after {BOOT} s")
             try:
                 assert qemu.stdout
                 for line in qemu.stdout:
                     lines.append(line.replace("\r", ""))
                     see(lines[-1].rstrip("\n"))
+                    if line.startswith(_UP):
+                        alarm.set(timeout, f"still running after {timeout:.0f} s")
                 status = qemu.wait()
             finally:
                 alarm.cancel()
                 qemu.kill()
-                self._running.discard(qemu)
+                with self._lock:
+                    self._running.discard(qemu)
         if self._ended:
             raise EndedError
         output, messages = "".join(lines), log.read_text(errors="replace")
         seconds = time.monotonic() - begin
-        ended = f"still running after {timeout:.0f} s" if seconds >= timeout else _ended(status)
+        ended = alarm.rang or _ended(status)
         return Outcome(output, messages, ended or verdict(output, messages), seconds)
 
     def _start(self, words: list[str]) -> subprocess.Popen[str]:
@@ -125,6 +132,29 @@ class Guests:
             )
             self._running.add(qemu)
         return qemu
+
+
+class _Alarm:
+    """Ends a guest when its time is over; `rang` says then why."""
+
+    def __init__(self, qemu: subprocess.Popen[str]) -> None:
+        self._qemu = qemu
+        self._timer = threading.Timer(0, self._ring)
+        self.rang = ""
+
+    def set(self, seconds: float, why: str) -> None:
+        """Ring in so many seconds, instead of when it was to ring before."""
+        self.cancel()
+        self._timer = threading.Timer(seconds, self._ring, [why])
+        self._timer.start()
+
+    def cancel(self) -> None:
+        """Do not ring."""
+        self._timer.cancel()
+
+    def _ring(self, why: str) -> None:
+        self.rang = why
+        self._qemu.kill()
 
 
 def verdict(output: str, log: str) -> str:

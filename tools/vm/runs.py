@@ -12,6 +12,7 @@ from . import disk, guest, image
 from .kernels import Kernel
 from .profiles import PROFILES
 
+_BOOTS = 3  # emulated processors sometimes trip over code that the kernel patches as it boots
 _LOG_TAIL = 30  # lines of a kernel's messages that are shown when its guest failed
 _speaking = threading.Lock()
 
@@ -51,10 +52,11 @@ def run(guests: guest.Guests, kernel: Kernel, name: str, payload: Path, verbose:
             machine = machine._replace(disk=disk.make(Path(folder, "disk"), profile.disk))
         initramfs = Path(folder, "initramfs")
         image.initramfs(initramfs, profile.command, payload, kernel.modules)
-        outcome = guests.boot(kernel, machine, initramfs, profile.timeout, see)
-        if not outcome.came_up:  # emulated processors sometimes trip over code that the kernel patches as it boots
-            print(f"{tag} did not come up ({outcome.failure}): once more", flush=True)
+        for _ in range(_BOOTS):
             outcome = guests.boot(kernel, machine, initramfs, profile.timeout, see)
+            if outcome.came_up:
+                break
+            print(f"{tag} did not come up ({outcome.failure}): once more", flush=True)
         if machine.disk and not outcome.failure:
             outcome = outcome._replace(failure=disk.compare(machine.disk))
     done = Run(kernel, name, outcome)
