@@ -102,17 +102,17 @@ def test_prefault_without_advice(options: IOMapOptions) -> None:
 
 @pytest.mark.parametrize("kind", ["private", "shared"])
 def test_prefault_in_place_without_advice(kind: str) -> None:
-    def look() -> tuple[int, int, bytes, int]:
+    def look() -> tuple[int, int, bytes, bool]:
         with iobmd.allocate(64 * kernel.PAGE, wired=False, shared=kind == "shared") as buffer:
             buffer.writeBytes(kernel.PAGE, b"kept")
             with buffer.map(PREFAULT) as mapped:
                 own = [entry >> 56 & 1 for entry in kernel.entries(mapped.getAddress(), 64 * kernel.PAGE)]
                 there = kernel.present(mapped.getAddress(), 64 * kernel.PAGE)
                 kept = bytes(mapped)[kernel.PAGE :][:5]
-            return there, sum(own), kept, kernel.status("VmPin")
+            return there, sum(own), kept, kernel.nothing_is_pinned()
 
     # Each page is its own: the kernel's page of zeroes is mapped by many.
-    assert in_child(look, deny=NO_ADVICE) == (64, 64, b"kept\0", 0)
+    assert in_child(look, deny=NO_ADVICE) == (64, 64, b"kept\0", True)
     unpinnable = {**NO_ADVICE, "io_uring_setup": errno.ENOSYS}
     assert in_child(look, deny=unpinnable)[0] == 64
     assert in_child(look, deny={**unpinnable, "process_vm_readv": errno.ENOSYS})[0] == 1, "no refusal even then"
