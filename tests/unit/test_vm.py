@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from iobmd.tools.vm import cache, cpio, disk, guest, image, kernels, machine, modules, table, vmlinux
+from iobmd.tools.vm import cache, cpio, disk, guest, image, kernels, machine, modules, profiles, table, vmlinux
 from iobmd.tools.vm.__main__ import main
 from iobmd.tools.vm.guest import Outcome, verdict
 from iobmd.tools.vm.kernels import Kernel
@@ -220,6 +220,28 @@ def test_devices_of_a_machine() -> None:
     assert words.count("edu,dma_mask=0xffff") == 2
     assert "intel-iommu,intremap=on" in words
     assert "memory-backend-ram,id=memory1,size=256M" in words
+
+
+def test_a_full_run_takes_each_profile_once() -> None:
+    assert sorted("+".join(profiles.FULL).split("+")) == sorted(profiles.PROFILES)
+    assert not [name for name in profiles.FULL if "+" in name and profiles.ALONE & {*name.split("+")}]
+
+
+def test_profiles_in_one_guest() -> None:
+    device, nvme, both = (profiles.profile(name) for name in ("device", "nvme", "device+nvme"))
+    assert both.machine == device.machine._replace(memory=max(device.machine.memory, nvme.machine.memory))
+    assert both.disk == nvme.disk
+    assert both.tests == f"{device.tests} {nvme.tests}"
+
+
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [("nowhere", "no profile nowhere"), ("device+ci", "no profile ci"), ("device+iommu", "a guest of its own")],
+)
+def test_profiles_that_there_are_not(names: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "--profiles", names])
+    assert why in capsys.readouterr().err
 
 
 def outcome(release: str, output: str) -> Run:
