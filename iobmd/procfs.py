@@ -9,6 +9,9 @@ from typing import BinaryIO, NamedTuple, TextIO
 
 from iobmd._native import maps as native
 
+HUGE = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Private_Hugetlb", "Shared_Hugetlb")
+"""Counters of smaps of what huge pages map in the page tables: a PMD, or a page of hugetlb."""
+
 _FIELD = re.compile(r"(\w+(?:\(\w+\))?):\s+(\d+) kB")
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from typing import TYPE_CHECKING, Protocol
 
-from iobmd import shmem
+from iobmd import pinning, shmem
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
 from iobmd.constants import IOMapOptions, IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import CannotWireError, IOReturnError
 from iobmd.remote.sharing import RemoteMapping, touch
 from iobmd.request import unsupported
 from iobmd.units import PAGE_SIZE, round_up
@@ -180,17 +181,27 @@ class Window:
         """Have every page in place, if that is asked for."""
         if not place.options & _PREFAULT:
             return
+        address = self.address + place.first - self.first
         if not self.task.is_current:
-            touch(self.task, self.address + place.first - self.first, place.size)
+            touch(self.task, address, place.size)
             return
         advice = memory.MADV_POPULATE_WRITE if place.writable else memory.MADV_POPULATE_READ
         try:
-            memory.advise(self.address + place.first - self.first, place.size, advice)
+            memory.advise(address, place.size, advice)
         except OSError as error:
-            if error.errno == errno.EINVAL:  # before Linux 5.14: the pages come when they are touched
+            if error.errno == errno.EINVAL:  # before Linux 5.14
+                self._touch(address, place)
                 return
             message = f"cannot fault {place.size} bytes in ahead of time ({error}); leave kIOMapPrefault out"
             raise IOReturnError(IOReturn.kIOReturnNoMemory, message, error.errno or 0) from None
+
+    def _touch(self, address: int, place: Place) -> None:
+        """Have every page in place as far as it goes, with nothing written that another thread could miss."""
+        if place.writable and self.own is None:
+            # It may be private: a pin has each page made, where a look maps the kernel's page of zeroes.
+            with contextlib.suppress(CannotWireError):
+                pinning.Pin(address, place.size).release()
+        touch(self.task, address, place.size)
 
 
 def _bad(message: str) -> IOReturnError:

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import hypothesis
 import pytest
 from support import requirements, zoo
 from support.kernel import Footprint
@@ -19,9 +18,12 @@ REQUIRE_ALL = os.environ.get("IOBMD_REQUIRE") == "all"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Its database goes where an unprivileged user may not write; and no test is a timed one.
-    hypothesis.settings.register_profile("iobmd", database=None, deadline=None)
-    hypothesis.settings.load_profile("iobmd")
+    if "IOBMD_GUEST" not in os.environ:  # emulated, the import takes seconds, and no test in guests needs it
+        import hypothesis
+
+        # Its database goes where an unprivileged user may not write; and no test is a timed one.
+        hypothesis.settings.register_profile("iobmd", database=None, deadline=None)
+        hypothesis.settings.load_profile("iobmd")
     config.addinivalue_line("markers", "needs(*requirements): what the test needs of the host (support.requirements)")
 
 

@@ -88,9 +88,7 @@ class Area(NamedTuple):
     def huge(self) -> int | None:
         """Resident and mapped by huge pages in the page tables: a PMD, or a page of hugetlb; None: not known."""
         if not self.scans:
-            return self._counters(
-                "AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Private_Hugetlb", "Shared_Hugetlb"
-            )
+            return self._counters(*procfs.HUGE)
         return self.tally.huge - self.tally.huge_zero
 
     @property

@@ -93,7 +93,7 @@ def huge_bytes(address: int, size: int, task: Task = kernel_task) -> int:
     except NoResourcesError:
         raise
     except OSError:
-        return certain_bytes(address, size, "AnonHugePages", "Private_Hugetlb", task=task)
+        return certain_bytes(address, size, *procfs.HUGE, task=task)
 
 
 def certain_bytes(address: int, size: int, *counters: str, task: Task = kernel_task) -> int:

@@ -1,5 +1,6 @@
 """`IOMemoryMap`: the same pages at further addresses, as pagemap has them, and their end."""
 
+import errno
 import gc
 import os
 import threading
@@ -79,6 +80,55 @@ def test_prefault() -> None:
     with buffer, buffer.map(UNIQUE) as lazy, buffer.map(UNIQUE | PREFAULT) as there:
         assert kernel.present(lazy.getAddress(), 16 * kernel.PAGE) == 0
         assert kernel.present(there.getAddress(), 16 * kernel.PAGE) == 16
+
+
+NO_ADVICE = {"madvise": errno.EINVAL}  # as of MADV_POPULATE_WRITE before Linux 5.14
+
+
+@pytest.mark.parametrize("options", [UNIQUE, UNIQUE | READ_ONLY, SMALL, LARGE | READ_ONLY], ids=str)
+def test_prefault_without_advice(options: IOMapOptions) -> None:
+    def look() -> tuple[int, bool, int]:
+        buffer, data = shared(64 * kernel.PAGE)
+        offset, length = 3 * kernel.PAGE + 5, 40 * kernel.PAGE
+        with (
+            buffer,
+            buffer.createMappingInTask(os.getpid(), 0, PREFAULT | ANYWHERE | options, offset, length) as mapped,
+        ):
+            there = kernel.present(mapped.getAddress(), length)
+            return there, bytes(mapped) == data[offset : offset + length], kernel.present(mapped.getAddress(), length)
+
+    assert in_child(look, deny=NO_ADVICE) == (41, True, 41)
+
+
+@pytest.mark.parametrize("kind", ["private", "shared"])
+def test_prefault_in_place_without_advice(kind: str) -> None:
+    def look() -> tuple[int, int, bytes, bool]:
+        with iobmd.allocate(64 * kernel.PAGE, wired=False, shared=kind == "shared") as buffer:
+            buffer.writeBytes(kernel.PAGE, b"kept")
+            with buffer.map(PREFAULT) as mapped:
+                own = [entry >> 56 & 1 for entry in kernel.entries(mapped.getAddress(), 64 * kernel.PAGE)]
+                there = kernel.present(mapped.getAddress(), 64 * kernel.PAGE)
+                kept = bytes(mapped)[kernel.PAGE :][:5]
+            return there, sum(own), kept, kernel.nothing_is_pinned()
+
+    # Each page is its own: the kernel's page of zeroes is mapped by many.
+    assert in_child(look, deny=NO_ADVICE) == (64, 64, b"kept\0", True)
+    unpinnable = {**NO_ADVICE, "io_uring_setup": errno.ENOSYS}
+    assert in_child(look, deny=unpinnable)[0] == 64
+    assert in_child(look, deny={**unpinnable, "process_vm_readv": errno.ENOSYS})[0] == 1, "no refusal even then"
+
+
+@pytest.mark.needs("memlock")
+def test_prefault_without_advice_leaves_wired_memory_wired() -> None:
+    def look() -> tuple[int, int]:
+        with iobmd.allocate(64 * kernel.PAGE) as buffer:
+            locked = kernel.status("VmLck")
+            with buffer.map(PREFAULT):
+                buffer.verify()
+            return locked, kernel.status("VmLck")
+
+    before, after = in_child(look, deny=NO_ADVICE)
+    assert before == after >= 64 * kernel.PAGE
 
 
 @pytest.mark.usefixtures("nothing_left")

@@ -15,6 +15,7 @@ import iobmd
 from iobmd import IOReturn, IOReturnError, Task, kernel_task, pagemap
 from iobmd._native import memory
 from iobmd._native import pagemap as native
+from iobmd._native.mapping import Mapping
 
 Start = Callable[..., Zoo]
 
@@ -145,11 +146,12 @@ def test_another_users_pagemap() -> None:
     assert caught.value.code == IOReturn.kIOReturnNotPermitted
 
 
+def no_scan(*_arguments: object) -> list[tuple[int, int]]:
+    raise OSError(errno.ENOTTY, "ioctl: no PAGEMAP_SCAN before Linux 6.7")
+
+
 @pytest.mark.parametrize("scans", [True, False], ids=["PAGEMAP_SCAN", "smaps"])
 def test_huge_pages_are_counted_with_and_without_pagemap_scan(monkeypatch: pytest.MonkeyPatch, scans: bool) -> None:
-    def no_scan(*_arguments: object) -> list[tuple[int, int]]:
-        raise OSError(errno.ENOTTY, "ioctl: no PAGEMAP_SCAN before Linux 6.7")
-
     if not scans:
         monkeypatch.setattr(native, "scan", no_scan)
     with iobmd.allocate(8 << 20, wired=False) as buffer:
@@ -163,3 +165,34 @@ def test_huge_pages_are_counted_with_and_without_pagemap_scan(monkeypatch: pytes
         assert pagemap.is_huge(address, 4 << 20)
         assert not pagemap.is_huge(address, 8 << 20)
         assert pagemap.huge_bytes(address + (4 << 20), 4 << 20) == 0
+
+
+@pytest.mark.needs("root")
+@pytest.mark.parametrize("scans", [True, False], ids=["PAGEMAP_SCAN", "smaps"])
+def test_huge_pages_of_a_tmpfs_are_counted(monkeypatch: pytest.MonkeyPatch, scans: bool) -> None:
+    if not scans:
+        monkeypatch.setattr(native, "scan", no_scan)
+    with iobmd.allocate(4 << 20, shared=True) as buffer:
+        mapped = kernel.smaps(buffer.getBytesNoCopy())["ShmemPmdMapped"]
+        if not mapped:
+            pytest.skip("the kernel has no huge page")
+        assert buffer.layout().huge == mapped
+
+
+@pytest.mark.needs("hugetlb")
+@pytest.mark.usefixtures("hugetlb_pool")
+@pytest.mark.parametrize("scans", [True, False], ids=["PAGEMAP_SCAN", "smaps"])
+def test_pages_of_a_pool_are_counted(monkeypatch: pytest.MonkeyPatch, scans: bool) -> None:
+    if not scans:
+        monkeypatch.setattr(native, "scan", no_scan)
+    fd = os.memfd_create("pool", os.MFD_HUGETLB | os.MFD_HUGE_2MB)
+    os.ftruncate(fd, 4 << 20)
+    once, twice = (Mapping.view([(fd, 0, 4 << 20)], 0, True, 0, 2 << 20) for _ in range(2))
+    os.close(fd)
+    memory.lock(once.address, 4 << 20)
+    assert pagemap.huge_bytes(once.address, 4 << 20) == 4 << 20
+    memory.lock(twice.address, 2 << 20)
+    assert pagemap.huge_bytes(once.address, 4 << 20) == 4 << 20, "mapped by two, as Shared_Hugetlb"
+    assert pagemap.huge_bytes(twice.address, 4 << 20) == 2 << 20
+    once.close()
+    twice.close()

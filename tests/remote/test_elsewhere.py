@@ -160,6 +160,7 @@ def test_memory_of_a_pool(target: subprocess.Popen[bytes]) -> None:
     with pytest.raises(IOReturnError, match="whole ones only"):
         shared.cut(4096, 4096)
     backing.close()
+    assert kernel.nothing_is_pinned()
     pool = next(pool for pool in iobmd.host.hugetlb_pools() if pool.size == 2 * MIB)
     assert pool.free == 8
 

@@ -2,14 +2,21 @@
 
 import gzip
 import lzma
+import os
+import signal
 import struct
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from iobmd.tools.vm import cache, cpio, disk, kernels, modules, table, vmlinux
+from iobmd.tools.vm import cache, cpio, disk, guest, image, kernels, machine, modules, profiles, table, vmlinux
+from iobmd.tools.vm.__main__ import main
 from iobmd.tools.vm.guest import Outcome, verdict
 from iobmd.tools.vm.kernels import Kernel
-from iobmd.tools.vm.machine import Machine
+from iobmd.tools.vm.machine import QEMU, Machine
 from iobmd.tools.vm.runs import Run
 
 GOOD = "@@UP 5.1 6.1\n===== 3 passed, 1 skipped in 0.83s =====\n@@EXIT 0 18.14\n"
@@ -39,6 +46,72 @@ def test_a_guest_that_failed(output: str, log: str, why: str) -> None:
 def test_a_guest_that_did_not_come_up() -> None:
     assert Outcome(GOOD, "", "", 1).came_up
     assert not Outcome("", "Oops: int3", "the kernel", 1).came_up
+
+
+def emulate(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Have a shell script stand for QEMU."""
+    qemu = folder / QEMU
+    qemu.write_text(f"#!/bin/sh\n{script}\n")
+    qemu.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
+@pytest.mark.parametrize(
+    ("script", "why", "came_up"),
+    [
+        ("exec sleep 1000", "not up after 0.2 s", False),
+        ("echo @@UP 1 6.1; exec sleep 1000", "still running after 0 s", True),
+        ("echo @@UP 1 6.1; sleep 0.4; echo '=== 1 passed in 1s ==='; echo @@EXIT 0 2", "", True),
+        ("exit 3", "QEMU ended with status 3", False),
+        ("kill -SEGV $$", "QEMU was ended by SIGSEGV", False),
+    ],
+)
+def test_how_a_guest_ended(
+    script: str, why: str, came_up: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulate(tmp_path, monkeypatch, script)
+    monkeypatch.setattr(guest, "BOOT", 0.2)
+    timeout = 10 if not why else 0.3
+    kernel = Kernel("6.1", "6.1", tmp_path, tmp_path)
+    with guest.Guests() as guests:
+        outcome = guests.boot(kernel, Machine(), tmp_path / "initramfs", timeout, lambda _line: None)
+    assert (outcome.failure, outcome.came_up) == (why, came_up)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_guests(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also those that have not begun, and with nothing left of them: no process, no folder."""
+    started, folder = tmp_path / "started", tmp_path / "tmp"
+    folder.mkdir()
+    emulate(tmp_path, monkeypatch, f"echo $$ >>{started}; exec sleep 1000")
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(machine, "missing", str)
+    monkeypatch.setattr(kernels, "kernel", lambda series: Kernel(series, series, Path(), Path()))
+    monkeypatch.setattr(image, "base", Path)
+    monkeypatch.setattr(image, "payload", Path.touch)
+    monkeypatch.setattr(image, "initramfs", lambda file, *_parts: file.touch())
+
+    def pids() -> list[int]:
+        return [int(pid) for pid in started.read_text().split()] if started.exists() else []
+
+    def interrupt() -> None:
+        while len(pids()) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=interrupt).start()
+    assert main(["run", "--kernels", "5.10 6.1", "--profiles", "small nvme", "--jobs", "2"]) == 130
+    assert len(pids()) == 2
+    for pid in pids():
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert not list(folder.iterdir())
+    shown = capsys.readouterr()
+    assert shown.err == "interrupted: the guests are ended\n"
+    assert "FAILED" not in shown.out
+    assert "once more" not in shown.out
 
 
 LISTED = [
@@ -120,6 +193,19 @@ def test_what_fails_halfway_is_not_kept(tmp_path: Path) -> None:
     assert cache.made(made, fail).read_text() == "whole"
 
 
+def test_two_threads_may_make_the_same(tmp_path: Path) -> None:
+    both = threading.Barrier(2)
+
+    def make(draft: Path) -> None:
+        draft.write_text("whole")
+        both.wait(10)
+
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(lambda _: cache.made(tmp_path / "base", make), range(2)))
+    assert [path.read_text() for path in made] == ["whole", "whole"]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_the_disk_is_compared(tmp_path: Path) -> None:
     image = disk.make(tmp_path / "disk", 2)
     assert "MiB 0" in disk.compare(image)
@@ -134,6 +220,28 @@ def test_devices_of_a_machine() -> None:
     assert words.count("edu,dma_mask=0xffff") == 2
     assert "intel-iommu,intremap=on" in words
     assert "memory-backend-ram,id=memory1,size=256M" in words
+
+
+def test_a_full_run_takes_each_profile_once() -> None:
+    assert sorted("+".join(profiles.FULL).split("+")) == sorted(profiles.PROFILES)
+    assert not [name for name in profiles.FULL if "+" in name and profiles.ALONE & {*name.split("+")}]
+
+
+def test_profiles_in_one_guest() -> None:
+    device, nvme, both = (profiles.profile(name) for name in ("device", "nvme", "device+nvme"))
+    assert both.machine == device.machine._replace(memory=max(device.machine.memory, nvme.machine.memory))
+    assert both.disk == nvme.disk
+    assert both.tests == f"{device.tests} {nvme.tests}"
+
+
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [("nowhere", "no profile nowhere"), ("device+ci", "no profile ci"), ("device+iommu", "a guest of its own")],
+)
+def test_profiles_that_there_are_not(names: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "--profiles", names])
+    assert why in capsys.readouterr().err
 
 
 def outcome(release: str, output: str) -> Run:

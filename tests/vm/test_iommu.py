@@ -294,13 +294,33 @@ def test_what_is_missing_is_said(name: str) -> None:
     assert "/dev/vfio/" in message
 
 
-def test_an_ordinary_user_whom_the_device_was_given(name: str) -> None:
+@pytest.fixture
+def given(name: str) -> Iterator[str]:
+    """The device, given to an ordinary user for a while."""
     group = Path("/dev/vfio") / (pci.DEVICES / name / "iommu_group").readlink().name
     os.chown(group, NOBODY, NOBODY)
-    try:
-        assert in_child(lambda: prepared_once(name), uid=NOBODY, memlock=8 * MIB) == 64 << 10
-    finally:
-        os.chown(group, 0, 0)
+    yield name
+    os.chown(group, 0, 0)
+
+
+def test_an_ordinary_user_whom_the_device_was_given(given: str) -> None:
+    assert in_child(lambda: prepared_once(given), uid=NOBODY, memlock=8 * MIB) == 64 << 10
+
+
+def test_at_the_limit_of_locked_memory(given: str) -> None:
+    """What is wired counts in the counter that VFIO's counts in too; what was refused has left nothing there."""
+
+    def refused() -> tuple[IOReturn, str, int]:
+        with IOMapper(given) as mapper, iobmd.allocate(640 << 10) as large, iobmd.allocate(64 << 10) as small:
+            code, message = told(lambda: mapper.prepare(large))
+            with mapper.prepare(small) as first, mapper.prepare(small) as second:
+                return code, message, second.address - first.address
+
+    code, message, apart = in_child(refused, uid=NOBODY, memlock=MIB)
+    assert code == IOReturn.kIOReturnCannotWire
+    assert f"RLIMIT_MEMLOCK is {MIB} bytes, {704 << 10} of them in use" in message
+    assert "prlimit --memlock" in message
+    assert apart == 64 << 10
 
 
 def prepared_once(name: str) -> int:

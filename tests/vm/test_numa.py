@@ -1,6 +1,7 @@
 """Memory of the NUMA node that is asked for, as the spans of the zones and the kernel's own answer have it."""
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from support.moving import frames
 
 import iobmd
 from iobmd import IOReturn, IOReturnError
-from iobmd._native import numa
+from iobmd._native import memory, numa
 
 pytestmark = pytest.mark.needs("frames", "two_nodes")
 MIB = 1 << 20
@@ -54,6 +55,29 @@ def test_pageable_memory_comes_from_there_as_it_is_touched(node: int) -> None:
     with iobmd.allocate(MIB, wired=False, node=node) as buffer:
         buffer.writeBytes(0, b"x" * MIB)
         assert numa.elsewhere(buffer.getBytesNoCopy(), MIB // 4096, 4096, node) == 0
+
+
+def test_purgeable_memory_stays_while_nodes_are_balanced() -> None:
+    """The kernel makes pages inaccessible, to see which node uses them: they are there all the same."""
+    content = bytes(range(256)) * (4 * MIB // 256)
+    with iobmd.allocate(4 * MIB, wired=False, purgeable=True) as buffer:
+        memory.advise(buffer.getBytesNoCopy(), 4 * MIB, memory.MADV_HUGEPAGE)
+        buffer.writeBytes(0, content)
+        buffer.setPurgeable(iobmd.IOPurgeable.kIOMemoryPurgeableVolatile)
+        before, end = made_inaccessible(), time.monotonic() + 6
+        while made_inaccessible() == before and time.monotonic() < end:
+            pass  # the kernel does it to programs that use the processor
+        for state in (
+            iobmd.IOPurgeable.kIOMemoryPurgeableKeepCurrent,
+            iobmd.IOPurgeable.kIOMemoryPurgeableNonVolatile,
+        ):
+            assert buffer.setPurgeable(state) == iobmd.IOPurgeable.kIOMemoryPurgeableVolatile
+        assert buffer.readBytes(0, 4 * MIB) == content
+
+
+def made_inaccessible() -> int:
+    """Return how many huge pages were, by NUMA balancing."""
+    return int(Path("/proc/vmstat").read_text().split("numa_huge_pte_updates ")[1].split()[0])
 
 
 def test_a_node_that_has_not_as_much_is_refused_and_nothing_kept() -> None:

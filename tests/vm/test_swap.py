@@ -1,5 +1,6 @@
 """Swap: pageable memory leaves and comes back with every byte; wired and prepared memory never leaves its frames."""
 
+import contextlib
 import subprocess
 from pathlib import Path
 
@@ -41,27 +42,31 @@ def swap_in_use() -> int:
 
 
 @pytest.mark.usefixtures("swap")
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("wired", [False, True])
-def test_wired_and_prepared_memory_stays(wired: bool, shared: bool) -> None:
-    """Under the hint, and while the guest runs out of memory and swaps what it can."""
-    with iobmd.allocate(MIB, wired=False) as control, iobmd.allocate(MIB, wired=wired, shared=shared) as buffer:
-        control.writeBytes(0, CONTENT)
-        buffer.writeBytes(0, CONTENT)
-        buffer.prepare()
-        try:
-            before = frames(buffer.getBytesNoCopy(), MIB)
-            for each in (buffer, control):
-                page_out(each)
-            assert kernel.present(control.getBytesNoCopy(), MIB) == 0
-            swapped = pages_swapped_out()
-            run_short()
-            assert pages_swapped_out() > swapped, "nothing was swapped out"
+def test_wired_and_prepared_memory_stays() -> None:
+    """Private and shared, under the hint, and while the guest runs out of memory and swaps what it can."""
+    with contextlib.ExitStack() as stack:
+
+        def filled(**keywords: bool) -> iobmd.IOBufferMemoryDescriptor:
+            buffer = stack.enter_context(iobmd.allocate(MIB, **keywords))
+            buffer.writeBytes(0, CONTENT)
+            return buffer
+
+        control = filled(wired=False)
+        held = [filled(wired=wired, shared=shared) for wired in (False, True) for shared in (False, True)]
+        for buffer in held:
+            buffer.prepare()
+            stack.callback(buffer.complete)
+        before = [frames(buffer.getBytesNoCopy(), MIB) for buffer in held]
+        for each in (control, *held):
+            page_out(each)
+        assert kernel.present(control.getBytesNoCopy(), MIB) == 0
+        swapped = pages_swapped_out()
+        run_short()
+        assert pages_swapped_out() > swapped, "nothing was swapped out"
+        for buffer in held:
             buffer.verify()
-            assert frames(buffer.getBytesNoCopy(), MIB) == before
-        finally:
-            buffer.complete()
-        assert (buffer.readBytes(0, MIB), control.readBytes(0, MIB)) == (CONTENT, CONTENT)
+        assert [frames(buffer.getBytesNoCopy(), MIB) for buffer in held] == before
+        assert all(each.readBytes(0, MIB) == CONTENT for each in (control, *held))
 
 
 def pages_swapped_out() -> int:

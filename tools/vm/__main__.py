@@ -5,14 +5,15 @@ import sys
 import time
 from pathlib import Path
 
+from iobmd.cli import EXIT_INTERRUPTED
 from iobmd.cli.ending import terminable
 
 from . import kernels, machine, runs, shell, table
-from .profiles import CI, PROFILES
+from .profiles import ALONE, CI, FULL, PROFILES, profile
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Return 0 when every guest passed, 1 when one failed, 2 when none could be run."""
+    """Return 0 when every guest passed, 1 when one failed, 2 when none could be run, 130 when it was interrupted."""
     args = _arguments(argv)
     if missing := machine.missing():
         print(
@@ -20,11 +21,19 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     if args.command == "shell":
-        return shell.open_in(kernels.kernel(args.kernel), PROFILES[args.profile].machine)
+        return shell.open_in(kernels.kernel(args.kernel), profile(args.profile).machine)
+    try:
+        with terminable():  # there are guests to end, and disks and archives to remove
+            return _run(args)
+    except KeyboardInterrupt:
+        print("interrupted: the guests are ended", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _run(args: argparse.Namespace) -> int:
     begin = time.monotonic()
     pairs = _wanted(args.kernels.split(), args.profiles.split())
-    with terminable():  # there are disks and archives to remove
-        done = runs.run_all(pairs, args.jobs, args.verbose)
+    done = runs.run_all(pairs, args.jobs, args.verbose)
     failed = sum(bool(run.outcome.failure) for run in done)
     print(f"{len(done)} guests in {time.monotonic() - begin:.0f} s, {failed} failed", *table.totals(done), sep="; ")
     if args.table and not failed:
@@ -37,7 +46,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run the tests in guests")
     run.add_argument("--kernels", default="", help=f"of {' '.join(kernels.SERIES)}, or any other series; all of them")
-    run.add_argument("--profiles", default="", help=f"of {' '.join(PROFILES)}, or ci; all of them")
+    run.add_argument("--profiles", default="", help=f"of {' '.join(PROFILES)}, or ci, joined by + in one guest; all")
     run.add_argument("--jobs", type=int, default=2, help="guests at a time")
     run.add_argument("--table", type=Path, help="a page of the documentation whose table is brought up to date")
     run.add_argument("--verbose", action="store_true", help="show what comes out of passing guests too")
@@ -45,22 +54,27 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     shell_command.add_argument("--kernel", default="newest", help="its series")
     shell_command.add_argument("--profile", default=next(iter(PROFILES)), choices=PROFILES, help="its hardware")
     args = parser.parse_args(argv)
-    if args.command == "run" and (unknown := {*args.profiles.split()} - {*PROFILES, "ci"}):
-        parser.error(f"no profile {' '.join(unknown)}; there are {' '.join(PROFILES)} ci")
+    for each in args.profiles.split() if args.command == "run" else ():
+        names = each.split("+")
+        if unknown := {*names} - ({*PROFILES, "ci"} if len(names) == 1 else {*PROFILES}):
+            parser.error(f"no profile {' '.join(unknown)}; there are {' '.join(PROFILES)} ci")
+        if len(names) > 1 and (alone := {*names} & ALONE):
+            parser.error(f"{' '.join(alone)}: in a guest of its own only")
     return args
 
 
 def _wanted(series: list[str], profiles: list[str]) -> list[tuple[kernels.Kernel, str]]:
     """Return which profiles to run on which kernels, each kernel once."""
     only = CI if "ci" in profiles else {}
-    names = [name for name in profiles if name != "ci"] or list(PROFILES)
+    names = [name for name in profiles if name != "ci"] or FULL
     found: dict[str, kernels.Kernel] = {}
     for each in series or only or kernels.SERIES:
         kernel = kernels.kernel(each)
         other = "" if each == "newest" or kernel.release.startswith(f"{each}.") else ": the mirror has none of it"
         print(f"{each}: {kernel.release}{other}", flush=True)
         found.setdefault(kernel.release, kernel)
-    return [(kernel, name) for kernel in found.values() for name in only.get(kernel.series, names)]
+    pairs = [(kernel, name) for kernel in found.values() for name in only.get(kernel.series, names)]
+    return sorted(pairs, key=lambda pair: -pair[1].count("+"))  # the long ones first: none runs alone at the end
 
 
 if __name__ == "__main__":

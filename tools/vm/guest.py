@@ -7,11 +7,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from .kernels import Kernel
 from .machine import Machine
 
+BOOT = 60
+"""Seconds for a guest to come up, which takes 5 to 15: emulated processors sometimes hang in code that is patched."""
+
+_UP = "@@UP "
 _EXIT = re.compile(r"^@@EXIT (\d+) ", re.MULTILINE)
 _SUMMARY = re.compile(r"^=+ (.*\d+ passed.*) in [\d.]+s.* =+$", re.MULTILINE)
 _OOPS = re.compile(
@@ -34,7 +38,7 @@ class Outcome(NamedTuple):
     @property
     def came_up(self) -> bool:
         """Whether its first process, and so anything of ours, began."""
-        return "@@UP " in self.output
+        return _UP in self.output
 
     @property
     def summary(self) -> str:
@@ -43,40 +47,114 @@ class Outcome(NamedTuple):
         return found[1] if found else ""
 
 
-def boot(kernel: Kernel, machine: Machine, initramfs: Path, timeout: float, see: Callable[[str], None]) -> Outcome:
-    """Boot a guest, which runs its script and powers off.
+class EndedError(Exception):
+    """The guests were ended before this one was through."""
 
-    Parameters
-    ----------
-    kernel, machine
-        What it is.
-    initramfs : Path
-        What it starts from; its log is kept beside.
-    timeout : float
-        Seconds after which it is ended, and has failed.
-    see : callable
-        Is given each line that comes out of it.
-    """
-    log = initramfs.with_name("kernel.log")
-    log.touch()
-    begin = time.monotonic()
-    lines: list[str] = []
-    with _start(machine.command(kernel.image, initramfs, log)) as qemu:
-        alarm = threading.Timer(timeout, qemu.kill)
-        alarm.start()
-        try:
-            assert qemu.stdout
-            for line in qemu.stdout:
-                lines.append(line.replace("\r", ""))
-                see(lines[-1].rstrip("\n"))
-            status = qemu.wait()
-        finally:
-            alarm.cancel()
-            qemu.kill()
-    output, messages = "".join(lines), log.read_text(errors="replace")
-    seconds = time.monotonic() - begin
-    ended = f"still running after {timeout:.0f} s" if seconds >= timeout else _ended(status)
-    return Outcome(output, messages, ended or verdict(output, messages), seconds)
+
+class Guests:
+    """Guests that run at the same time, each booted by a thread; whatever ends the `with` ends them all."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[str]] = set()
+        self._ended = False
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        with self._lock:
+            self._ended = True
+            for qemu in self._running:
+                qemu.kill()
+
+    def boot(
+        self, kernel: Kernel, machine: Machine, initramfs: Path, timeout: float, see: Callable[[str], None]
+    ) -> Outcome:
+        """Boot a guest, which runs its script and powers off.
+
+        Parameters
+        ----------
+        kernel, machine
+            What it is.
+        initramfs : Path
+            What it starts from; its log is kept beside.
+        timeout : float
+            Seconds after it came up when it is ended, and has failed.
+        see : callable
+            Is given each line that comes out of it.
+
+        Raises
+        ------
+        EndedError
+            The `with` was over before.
+        """
+        log = initramfs.with_name("kernel.log")
+        log.touch()
+        begin = time.monotonic()
+        lines: list[str] = []
+        with self._start(machine.command(kernel.image, initramfs, log)) as qemu:
+            alarm = _Alarm(qemu)
+            alarm.set(BOOT, f"not up after {BOOT} s")
+            try:
+                assert qemu.stdout
+                for line in qemu.stdout:
+                    lines.append(line.replace("\r", ""))
+                    see(lines[-1].rstrip("\n"))
+                    if line.startswith(_UP):
+                        alarm.set(timeout, f"still running after {timeout:.0f} s")
+                status = qemu.wait()
+            finally:
+                alarm.cancel()
+                qemu.kill()
+                with self._lock:
+                    self._running.discard(qemu)
+        if self._ended:
+            raise EndedError
+        output, messages = "".join(lines), log.read_text(errors="replace")
+        seconds = time.monotonic() - begin
+        ended = alarm.rang or _ended(status)
+        return Outcome(output, messages, ended or verdict(output, messages), seconds)
+
+    def _start(self, words: list[str]) -> subprocess.Popen[str]:
+        with self._lock:
+            if self._ended:
+                raise EndedError
+            # The kernel ends it with this process, whatever ends that. Ctrl-C on the terminal is not for it.
+            qemu = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", *words],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
+            self._running.add(qemu)
+        return qemu
+
+
+class _Alarm:
+    """Ends a guest when its time is over; `rang` says then why."""
+
+    def __init__(self, qemu: subprocess.Popen[str]) -> None:
+        self._qemu = qemu
+        self._timer = threading.Timer(0, self._ring)
+        self.rang = ""
+
+    def set(self, seconds: float, why: str) -> None:
+        """Ring in so many seconds, instead of when it was to ring before."""
+        self.cancel()
+        self._timer = threading.Timer(seconds, self._ring, [why])
+        self._timer.start()
+
+    def cancel(self) -> None:
+        """Do not ring."""
+        self._timer.cancel()
+
+    def _ring(self, why: str) -> None:
+        self.rang = why
+        self._qemu.kill()
 
 
 def verdict(output: str, log: str) -> str:
@@ -89,18 +167,6 @@ def verdict(output: str, log: str) -> str:
     if exit_status[1] != "0":
         return f"its tests ended with status {exit_status[1]}"
     return "" if _SUMMARY.search(output) else "no summary of the tests came out of it"
-
-
-def _start(words: list[str]) -> subprocess.Popen[str]:
-    # The kernel ends it with this process, whatever ends that.
-    return subprocess.Popen(
-        ["setpriv", "--pdeathsig", "KILL", *words],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
 
 
 def _ended(status: int) -> str:

@@ -28,13 +28,25 @@ class Machine(NamedTuple):
     append: str = ""
     """More words for the kernel's command line."""
 
+    def with_all_of(self, other: "Machine") -> "Machine":
+        """Return a machine that has what both have, the more of each; neither has an IOMMU, or narrow devices."""
+        return self._replace(
+            memory=max(self.memory, other.memory),
+            below_4g=max(self.below_4g, other.below_4g),
+            nodes=max(self.nodes, other.nodes),
+            edu=max(self.edu, other.edu),
+        )
+
     def command(self, kernel: Path, initramfs: Path, log: Path) -> list[str]:
         """Return QEMU's command line: the results come out of its standard output, the kernel's messages in `log`."""
         return [
             *(QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
             *("-accel", "tcg", "-cpu", "max", "-smp", f"2,sockets={self.nodes}", "-m", str(self.memory)),
             *("-machine", self._chipset(), "-kernel", str(kernel), "-initrd", str(initramfs)),
-            *("-append", f"console=ttyS0 panic=-1 oops=panic no_timer_check loglevel=5 {self.append}"),
+            *(
+                "-append",
+                f"console=ttyS0 panic=-1 oops=panic no_timer_check mitigations=off loglevel=5 {self.append}",
+            ),
             *("-serial", f"file:{log}", "-chardev", "stdio,id=results,signal=off", "-serial", "chardev:results"),
             *self._memory(),
             *self._devices(),

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from . import disk, guest, image
 from .kernels import Kernel
-from .profiles import PROFILES
+from .profiles import profile
 
+_BOOTS = 3  # emulated processors sometimes trip over code that the kernel patches as it boots
 _LOG_TAIL = 30  # lines of a kernel's messages that are shown when its guest failed
 _speaking = threading.Lock()
 
@@ -25,31 +26,37 @@ class Run(NamedTuple):
 
     def __str__(self) -> str:
         told = f"FAILED: {self.outcome.failure}" if self.outcome.failure else self.outcome.summary
-        return f"{self.kernel.release:24} {self.profile:8} {self.outcome.seconds:5.0f} s  {told}"
+        return f"{self.kernel.release:24} {self.profile:18} {self.outcome.seconds:5.0f} s  {told}"
 
 
 def run_all(pairs: Iterable[tuple[Kernel, str]], jobs: int, verbose: bool) -> list[Run]:
-    """Run a guest for each kernel and profile, `jobs` at a time."""
-    with tempfile.TemporaryDirectory(prefix="iobmd-vm.") as folder, ThreadPoolExecutor(jobs) as pool:
+    """Run a guest for each kernel and profile, `jobs` at a time. What interrupts it ends them, with all they had."""
+    with (
+        tempfile.TemporaryDirectory(prefix="iobmd-vm.") as folder,
+        ThreadPoolExecutor(jobs) as pool,
+        guest.Guests() as guests,
+    ):
         payload = Path(folder, "payload.cpio")
         image.payload(payload)
-        return list(pool.map(lambda pair: run(pair[0], pair[1], payload, verbose), pairs))
+        image.base()  # into the cache, before the threads ask for it
+        return list(pool.map(lambda pair: run(guests, pair[0], pair[1], payload, verbose), pairs))
 
 
-def run(kernel: Kernel, name: str, payload: Path, verbose: bool) -> Run:
+def run(guests: guest.Guests, kernel: Kernel, name: str, payload: Path, verbose: bool) -> Run:
     """Run one guest; its lines are shown as they come, or only when it fails."""
-    profile, tag = PROFILES[name], f"{kernel.release} {name}"
+    wanted, tag = profile(name), f"{kernel.release} {name}"
     see = functools.partial(_show, tag) if verbose else _pass_over
     with tempfile.TemporaryDirectory(prefix="iobmd-vm.") as folder:
-        machine = profile.machine._replace(append=f"{profile.machine.append} IOBMD_GUEST={name}")
-        if profile.disk:
-            machine = machine._replace(disk=disk.make(Path(folder, "disk"), profile.disk))
+        machine = wanted.machine._replace(append=f"{wanted.machine.append} IOBMD_GUEST={name}")
+        if wanted.disk:
+            machine = machine._replace(disk=disk.make(Path(folder, "disk"), wanted.disk))
         initramfs = Path(folder, "initramfs")
-        image.initramfs(initramfs, profile.command, payload, kernel.modules)
-        outcome = guest.boot(kernel, machine, initramfs, profile.timeout, see)
-        if not outcome.came_up:  # emulated processors sometimes trip over code that the kernel patches as it boots
+        image.initramfs(initramfs, wanted.command, payload, kernel.modules)
+        for _ in range(_BOOTS):
+            outcome = guests.boot(kernel, machine, initramfs, wanted.timeout, see)
+            if outcome.came_up:
+                break
             print(f"{tag} did not come up ({outcome.failure}): once more", flush=True)
-            outcome = guest.boot(kernel, machine, initramfs, profile.timeout, see)
         if machine.disk and not outcome.failure:
             outcome = outcome._replace(failure=disk.compare(machine.disk))
     done = Run(kernel, name, outcome)
