@@ -10,7 +10,8 @@ from support.kernel import available, is_given_back
 from support.moving import frames
 
 import iobmd
-from iobmd import IOReturn, IOReturnError, Wiring
+from iobmd import IOReturn, IOReturnError, Wiring, pagemap
+from iobmd.contiguous import Want
 
 MIB = 1 << 20
 Setting = Callable[[str, object], None]
@@ -134,3 +135,15 @@ def test_a_mask_over_all_memory_is_in_reach(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(lowmem.procfs, "meminfo", lambda: {"MemFree": 1 << 50})
     assert lowmem.out_of_reach((1 << 48) - 1, 0) == ""
     assert "would have to be held" in lowmem.out_of_reach(0xFFFFFF, 0)
+
+
+@pytest.mark.needs("frames")
+@pytest.mark.usefixtures("nothing_left")
+def test_what_moved_out_of_reach_before_it_was_pinned_is_not_taken() -> None:
+    """Pages are found, and pinned, and looked at again: here they are looked at, with limits on either side."""
+    with iobmd.allocate(MIB) as buffer:
+        table = pagemap.visible_runs(iobmd.kernel_task, buffer.getBytesNoCopy(), MIB)
+        top = max(frames(buffer.getBytesNoCopy(), MIB)).bit_length() + 12
+    assert table
+    assert Want(MIB, allowed=(1 << top) - 1).accepts(table)
+    assert not Want(MIB, allowed=(1 << top - 1) - 1).accepts(table)
