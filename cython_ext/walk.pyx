@@ -190,8 +190,11 @@ cdef class Walk:
         if len(ranges) > 1:
             self.read_ahead(ranges[0][0], ranges[-1][1])
         tallies = []
-        for start, end in ranges:
-            tallies.append(self.total(start // self.page * self.page, (end + self.page - 1) // self.page * self.page))
+        try:
+            for start, end in ranges:
+                tallies.append(self.total(start // self.page * self.page, -(-end // self.page) * self.page))
+        finally:
+            self.ahead_to = 0  # what is asked for next is read anew
         return tallies
 
     def read_ahead(self, uint64_t start, uint64_t end):
@@ -227,7 +230,7 @@ cdef class Walk:
         if not self.scans or (
             not self.thorough and (self.skip > 0 or (self.ahead_from <= start and end <= self.ahead_to))
         ):
-            stop = min(end, start + STEP * self.page)
+            stop = start + min(end - start, STEP * self.page)
             until[0] = stop
             error = self._read(start, stop, 0)
             if self.skip:
@@ -244,7 +247,7 @@ cdef class Walk:
         memset(&arg, 0, sizeof(arg))
         arg.size = sizeof(arg)
         arg.start = start
-        arg.end = min(end, start + SPARSE_STEP * self.page)
+        arg.end = start + min(end - start, SPARSE_STEP * self.page)
         arg.vec = <uintptr_t>self.regions
         arg.vec_len = REGIONS
         arg.max_pages = STEP
@@ -450,7 +453,7 @@ cdef class Walk:
         while first < last:
             memset(&arg, 0, sizeof(arg))
             arg.size = sizeof(arg)
-            arg.start, arg.end = first, min(last, first + STEP * self.page)
+            arg.start, arg.end = first, first + min(last - first, STEP * self.page)
             arg.vec, arg.vec_len = <uintptr_t>&regions[0], FEW_REGIONS
             arg.category_mask = C_PAGE_IS_PRESENT | C_PAGE_IS_HUGE
             arg.return_mask = C_PAGE_IS_PRESENT | C_PAGE_IS_HUGE | C_PAGE_IS_PFNZERO

@@ -6,35 +6,57 @@
 (5, <Wiring.PINNED: 'pinned'>)
 """
 
-from importlib import import_module
-from importlib.machinery import PathFinder
+import sys
 from typing import TYPE_CHECKING
 
 from iobmd import constants
-from iobmd._version import __version__ as __version__
+from iobmd._version import __version__
 from iobmd.constants import *  # noqa: F403
 
-if TYPE_CHECKING:
-    from iobmd.library import *  # noqa: F403
-else:
+# Whole, and not when a name is first used: by then there may be threads, forks, and no file to be opened any more.
+# The command has none of these.
+if TYPE_CHECKING or "iobmd_command" not in sys.modules:
+    from iobmd._native.runs import PhysicalSegment
+    from iobmd.budget import policy
+    from iobmd.buffer import IOBufferMemoryDescriptor
+    from iobmd.cache import CacheItem, CacheStatistics, PurgeableCache
+    from iobmd.descriptor import IOMemoryDescriptor
+    from iobmd.dma import IODMACommand
+    from iobmd.errors import IOReturnError
+    from iobmd.facade import allocate, copy
+    from iobmd.family import IOMultiMemoryDescriptor, IOSubMemoryDescriptor
+    from iobmd.handover import Handle, attach, share
+    from iobmd.mapping import IOMemoryMap
+    from iobmd.physical import Layout
+    from iobmd.purgeable.purger import purge
+    from iobmd.task import Task, current_task, get_task_map, kernel_task
+    from iobmd.wiring import Wiring
 
-    def __getattr__(name):
-        """Load the library, whole, when the first of its names is used: a command needs a part of its modules only.
-
-        Whole, for what comes later may be unable to open a file: out of descriptors, in a chroot, as another user.
-        """
-        if name != "__all__":
-            if name.startswith("__"):
-                raise AttributeError(f"module 'iobmd' has no attribute {name!r}")
-            # `from iobmd import procfs` asks here too
-            if PathFinder.find_spec(f"iobmd.{name}", __path__):  # noqa: F405
-                return import_module(f"iobmd.{name}")
-        library = import_module("iobmd.library")
-        public = [*library.__all__, *constants.__all__, "__version__"]
-        globals().update({each: getattr(library, each) for each in library.__all__}, __all__=public)
-        if name in globals():
-            return globals()[name]
-        raise AttributeError(f"module 'iobmd' has no attribute {name!r}")
-
-    def __dir__():
-        return sorted({*globals(), *__getattr__("__all__")})
+    __all__ = [
+        "CacheItem",
+        "CacheStatistics",
+        "Handle",
+        "IOBufferMemoryDescriptor",
+        "IODMACommand",
+        "IOMemoryDescriptor",
+        "IOMemoryMap",
+        "IOMultiMemoryDescriptor",
+        "IOReturnError",
+        "IOSubMemoryDescriptor",
+        "Layout",
+        "PhysicalSegment",
+        "PurgeableCache",
+        "Task",
+        "Wiring",
+        "__version__",
+        "allocate",
+        "attach",
+        "copy",
+        "current_task",
+        "get_task_map",
+        "kernel_task",
+        "policy",
+        "purge",
+        "share",
+    ]
+    __all__ += constants.__all__

@@ -16,6 +16,7 @@ from iobmd import IOReturn, IOReturnError, Task, kernel_task, pagemap
 from iobmd._native import memory
 from iobmd._native import pagemap as native
 from iobmd._native.mapping import Mapping
+from iobmd.pagemap.reader import Reader
 
 Start = Callable[..., Zoo]
 
@@ -119,6 +120,28 @@ def test_many_small_areas(before: int, after: int) -> None:
         (page,) = range(area.start // 4096 * 4096, area.end, 4096)
         assert area.tally.present == (4096 if page in frames else 0)
         assert area.tally.largest == (4096 if frames.get(page) else 0)
+
+
+def test_what_was_read_ahead_is_not_kept() -> None:
+    with iobmd.allocate(64 << 10, wired=False) as buffer, Reader(kernel_task) as reader:
+        address = buffer.getBytesNoCopy()
+        memory.advise(address, 64 << 10, memory.MADV_NOHUGEPAGE)
+        buffer.writeBytes(0, bytes(64 << 10))
+        before, _rest = reader.totals([(address, address + 4096), (address + 4096, address + (64 << 10))])
+        memory.advise(address, 64 << 10, mmap.MADV_DONTNEED)
+        assert (before.present, reader.total(address, address + 4096).present) == (4096, 0)
+
+
+@pytest.mark.parametrize("address", [1 << 63, 0xFFFFFFFFFF600000, (1 << 64) - 8192])
+def test_above_all_of_user_space(address: int) -> None:
+    """Also where another step would reach beyond the last address."""
+
+    def look() -> IOReturn:
+        with pytest.raises(IOReturnError) as caught:
+            list(pagemap.spans(kernel_task, address, 4096))
+        return caught.value.code
+
+    assert in_child(look) == IOReturn.kIOReturnBadArgument
 
 
 @pytest.mark.usefixtures("nothing_left")

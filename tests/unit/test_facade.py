@@ -1,4 +1,4 @@
-"""The names of `iobmd`: all there, whenever they are asked for, and not loaded before."""
+"""The names of `iobmd`: all there from the start, but for the command, which needs a part of its modules."""
 
 import subprocess
 import sys
@@ -7,6 +7,7 @@ from importlib.machinery import PathFinder
 import pytest
 
 import iobmd
+from iobmd.cli import COMMANDS
 
 
 def python(program: str) -> str:
@@ -35,40 +36,33 @@ def test_what_is_not_there() -> None:
 
 
 def test_modules_need_no_import_of_their_own() -> None:
-    assert (
-        python("import iobmd; print(iobmd.pagemap.areas.__name__, iobmd.iommu.IOMapper.__name__)") == "areas IOMapper"
-    )
+    assert python("import iobmd; print(iobmd.pagemap.areas.__name__)") == "areas"
 
 
-@pytest.mark.parametrize(
-    "used", ["iobmd.IOReturn, iobmd.pagemap, iobmd.__version__", "iobmd.cli.main(['--version'])"]
-)
-def test_loaded_when_the_first_name_is_used(used: str) -> None:
-    program = f"import sys, iobmd, iobmd.cli; {used}; print('iobmd.buffer' in sys.modules); "
-    program += "iobmd.Task; print('iobmd.buffer' in sys.modules, 'allocate' in vars(iobmd))"
-    assert python(program).splitlines()[-2:] == ["False", "True True"]
+COMMAND = "import sys, iobmd_command; sys.argv[1:] = {}; code = iobmd_command.main(); print(*sys.modules, code)"
 
 
-def test_the_first_use_is_in_many_threads() -> None:
-    program = """
-import threading, iobmd
-start, found = threading.Barrier(16), []
-def use():
-    start.wait()
-    found.append((iobmd.allocate, iobmd.Wiring.PINNED, iobmd.kernel_task))
-threads = [threading.Thread(target=use) for _ in range(16)]
-for thread in threads: thread.start()
-for thread in threads: thread.join()
-print(len(found), len(set(found)))
-"""
-    assert python(program) == "16 1"
+@pytest.mark.parametrize("arguments", [["--version"], ["pagemap", "self"], ["doctor", "--help"]], ids=str)
+def test_commands_load_what_they_need(arguments: list[str]) -> None:
+    *modules, code = python(COMMAND.format(arguments)).splitlines()[-1].split()
+    assert code == "0"
+    assert "iobmd.buffer" not in modules
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_finds_all_it_needs(name: str) -> None:
+    """Its modules, which must not take for granted that somebody else has loaded the library."""
+    module = COMMANDS[name][0]
+    program = f"import iobmd_command, importlib, pkgutil; module = importlib.import_module({module!r})\n"
+    program += "for found in pkgutil.iter_modules(getattr(module, '__path__', []), module.__name__ + '.'):\n"
+    program += "    importlib.import_module(found.name)\nprint('found')"
+    assert python(program) == "found"
 
 
 def test_nothing_is_loaded_late() -> None:
-    """Who has used one name may go where no file can be opened: memory is had, refusals are told."""
+    """A program may go where no file can be opened: memory is had, refusals are told."""
     program = """
 import resource, sys, iobmd
-iobmd.Task
 before = set(sys.modules)
 resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
 with iobmd.allocate(4096, wired=False) as buffer:

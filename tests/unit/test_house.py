@@ -15,7 +15,6 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"__init__"},
-    {"library"},
     {"cache"},
     {"facade", "handover", "dma", "family"},
     {"buffer", "iommu"},
@@ -71,7 +70,7 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
     found = {name.split(".")[1] for name in names if name.startswith("iobmd.")}
-    return {room if any(room in names for names in FLOORS) else "library" for room in found}
+    return {room if any(room in names for names in FLOORS) else "__init__" for room in found}
 
 
 @pytest.mark.parametrize("path", rooms(), ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -95,8 +95,8 @@ class Guests:
         lines: list[str] = []
         with self._start(machine.command(kernel.image, initramfs, log)) as qemu:
             alarm = _Alarm(qemu)
-            alarm.set(BOOT, f"not up after {BOOT} s")
             try:
+                alarm.set(BOOT, f"not up after {BOOT} s")
                 assert qemu.stdout
                 for line in qemu.stdout:
                     lines.append(line.replace("\r", ""))

@@ -52,11 +52,12 @@ def run(guests: guest.Guests, kernel: Kernel, name: str, payload: Path, verbose:
             machine = machine._replace(disk=disk.make(Path(folder, "disk"), wanted.disk))
         initramfs = Path(folder, "initramfs")
         image.initramfs(initramfs, wanted.command, payload, kernel.modules)
-        for _ in range(_BOOTS):
-            outcome = guests.boot(kernel, machine, initramfs, wanted.timeout, see)
+        outcome = guests.boot(kernel, machine, initramfs, wanted.timeout, see)
+        for _ in range(_BOOTS - 1):
             if outcome.came_up:
                 break
             print(f"{tag} did not come up ({outcome.failure}): once more", flush=True)
+            outcome = guests.boot(kernel, machine, initramfs, wanted.timeout, see)
         if machine.disk and not outcome.failure:
             outcome = outcome._replace(failure=disk.compare(machine.disk))
     done = Run(kernel, name, outcome)
