@@ -187,8 +187,7 @@ cdef class Walk:
         What can be is read ahead: they had better be small, and near each other.
         """
         cdef uint64_t start, end
-        if len(ranges) > 1:
-            self.read_ahead(ranges[0][0], ranges[-1][1])
+        self.read_ahead(ranges)
         tallies = []
         try:
             for start, end in ranges:
@@ -197,10 +196,13 @@ cdef class Walk:
             self.ahead_to = 0  # what is asked for next is read anew
         return tallies
 
-    def read_ahead(self, uint64_t start, uint64_t end):
-        """Read at once what the next small ranges up to `end` need; as far as there is room and the kernel does."""
+    def read_ahead(self, list ranges):
+        """Read at once what small ranges, as (start, end), need; as far as there is room, and the kernel does."""
         cdef ssize_t got
-        start = start // self.page * self.page
+        cdef uint64_t start, end
+        if len(ranges) < 2:
+            return
+        start, end = ranges[0][0] // self.page * self.page, ranges[-1][1]
         with nogil:
             got = pread(self.fd, self.entries, min((end - start) // self.page, <uint64_t>ENTRIES) * 8,
                         start // self.page * 8)

@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 from iobmd._native import maps as native
 
@@ -45,14 +45,10 @@ def _unescaped(area: VMA) -> VMA:
 def maps(pid: int | str = "self") -> Iterator[VMA]:
     """Iterate over /proc/PID/maps, ascending by address."""
     rest = b""
-    with _binary(pid, "maps") as file:
+    with Path(f"/proc/{pid}/maps").open("rb", buffering=0) as file:
         while text := file.read(1 << 16):
             whole, newline, rest = (rest + text).rpartition(b"\n")
             yield from _parse(whole + newline)
-
-
-def _binary(pid: int | str, name: str) -> BinaryIO:
-    return Path(f"/proc/{pid}/{name}").open("rb", buffering=0)
 
 
 def _lines(pid: int | str, name: str) -> TextIO:

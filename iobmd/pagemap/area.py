@@ -174,9 +174,10 @@ def areas(
 
 
 def _with_details(where: Where) -> Iterator[tuple[VMA, Details | None]]:
+    low, high = where.known
     with unreadable_maps(where.task):
         for found in procfs.details(where.task.pid):
-            if where.meets(found.area):
+            if found.area.end > low and found.area.start < high:
                 yield found.area, found
 
 
@@ -203,8 +204,7 @@ def _batches(
 def _with_folios(
     reader: Reader, frames: Frames, ranges: list[tuple[int, int]]
 ) -> Iterator[tuple[Tally, dict[int, int]]]:
-    if len(ranges) > 1:
-        reader.read_ahead(ranges[0][0], ranges[-1][1])
+    reader.read_ahead(ranges)
     for start, end in ranges:
         sizes: dict[int, int] = {}
         for step in reader.steps(start, end):

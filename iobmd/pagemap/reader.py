@@ -84,9 +84,9 @@ class Reader:
         except OSError:
             raise no_entries(self.task, start) from None
 
-    def read_ahead(self, start: int, end: int) -> None:
+    def read_ahead(self, ranges: list[tuple[int, int]]) -> None:
         """Read at once the pages of several small ranges, through which `steps` goes next."""
-        self._walk.read_ahead(start, end)
+        self._walk.read_ahead(ranges)
 
     def steps(self, start: int, end: int) -> Iterator[Walk]:
         """Walk from `start` to `end`; yields after each step, with the spans of that step.

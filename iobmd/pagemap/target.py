@@ -41,17 +41,18 @@ class Where(NamedTuple):
 
     def areas(self) -> Iterator[VMA]:
         """Iterate over the areas that have a part in it, ascending. Raises IOReturnError."""
-        start, end = self.start, min(self.end, USER_END)
+        low, high = self.known
         with unreadable_maps(self.task):
             for area in procfs.maps(self.task.pid):
-                if area.start >= end:
+                if area.start >= high:
                     break
-                if area.end > start:
+                if area.end > low:
                     yield area
 
-    def meets(self, area: VMA) -> bool:
-        """Say whether an area has a part in it that pagemap knows."""
-        return area.end > self.start and area.start < min(self.end, USER_END)
+    @property
+    def known(self) -> tuple[int, int]:
+        """Where it begins, and where it ends or pagemap knows no more."""
+        return self.start, min(self.end, USER_END)
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """Iterate over the ranges to read: the areas of all of the address space, or the range itself."""
