@@ -66,6 +66,22 @@ def test_a_part_of_a_line_is_refused(length: int) -> None:
         maps.parse(b"7f00-7f01 rw-p 00000000 00:01 12\n" + WHOLE[:length])
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"0-1 rwx 00000000 00:00 0",
+        b"0-1 rwxps 00000000 00:00 0",
+        b"0-1  rwxp 00000000 00:00 0",
+        b"0-1 rwxp 00000000 00:00 12/name",
+        b"0-1 rwxp 00000000  0",
+        b"0 1 rwxp 00000000 00:00 0",
+    ],
+)
+def test_what_is_almost_a_line_is_refused(line: bytes) -> None:
+    with pytest.raises(ValueError, match="not a line of maps"):
+        maps.parse(line)
+
+
 def test_ends_are_not_passed_by() -> None:
     """A line that ends early must not be taken for one that goes on behind its end."""
     for length in range(1, len(WHOLE) - 1):
