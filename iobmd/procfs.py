@@ -12,8 +12,8 @@ from iobmd._native import maps as native
 HUGE = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Private_Hugetlb", "Shared_Hugetlb")
 """Counters of smaps of what huge pages map in the page tables: a PMD, or a page of hugetlb."""
 
-_FIELD = re.compile(r"(\w+(?:\(\w+\))?):\s+(\d+) kB")
-_ESCAPE = re.compile(r"\\([0-7]{3})")
+_FIELD = r"(\w+(?:\(\w+\))?):\s+(\d+) kB"
+_ESCAPE = r"\\([0-7]{3})"
 
 
 class VMA(NamedTuple):
@@ -39,7 +39,7 @@ def _parse(text: bytes) -> Iterable[VMA]:
 
 def _unescaped(area: VMA) -> VMA:
     # Of what ends lines elsewhere the kernel escapes the newline alone.
-    return area._replace(name=_ESCAPE.sub(lambda match: chr(int(match[1], 8)), area.name))
+    return area._replace(name=re.sub(_ESCAPE, lambda match: chr(int(match[1], 8)), area.name))
 
 
 def maps(pid: int | str = "self") -> Iterator[VMA]:
@@ -150,4 +150,4 @@ def locked_bytes() -> int:
 
 def meminfo() -> dict[str, int]:
     """Return the sizes of /proc/meminfo, in bytes."""
-    return {field[1]: int(field[2]) << 10 for field in _FIELD.finditer(Path("/proc/meminfo").read_text())}
+    return {field[1]: int(field[2]) << 10 for field in re.finditer(_FIELD, Path("/proc/meminfo").read_text())}

@@ -10,7 +10,7 @@ HUGE_PAGE_SIZE = 2 << 20
 """Bytes a PMD maps with 4 KiB base pages; used to place mappings so that they can be huge."""
 
 _SUFFIXES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-_SIZE = re.compile(r"(0x[0-9a-f]+|[0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
+_SIZE = r"(0x[0-9a-f]+|[0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(?:i?b)?"
 
 
 def round_down(value: int, multiple: int) -> int:
@@ -41,7 +41,7 @@ def parse_size(text: str) -> int:
     ValueError
         `text` is not a size, or not a whole number of bytes.
     """
-    match = _SIZE.fullmatch(text.strip())
+    match = re.fullmatch(_SIZE, text.strip(), re.IGNORECASE)
     if not match:
         raise ValueError(f"{text!r} is not a size: write bytes, 0x…, or a number with k, M, G or T")
     number: str = match[1]

@@ -47,6 +47,7 @@ def test_commands_load_what_they_need(arguments: list[str]) -> None:
     *modules, code = python(COMMAND.format(arguments)).splitlines()[-1].split()
     assert code == "0"
     assert "iobmd.buffer" not in modules
+    assert "inspect" not in modules  # nothing but Cython asked for it (cython_ext/limited.h)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

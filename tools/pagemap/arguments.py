@@ -154,7 +154,7 @@ def _count(text: str) -> int:
 def _addresses(text: str) -> tuple[int, int]:
     first, separator, last = text.partition("-")
     # /proc/PID/maps writes eight digits or more, hexadecimal and without 0x.
-    read = _hexadecimal if _IN_MAPS.fullmatch(text) else parse_size
+    read = _hexadecimal if re.fullmatch(_IN_MAPS, text) else parse_size
     try:
         start, end = read(first), read(last)
     except ValueError:
@@ -170,7 +170,7 @@ def _hexadecimal(text: str) -> int:
     return int(text, 16)
 
 
-_IN_MAPS = re.compile(r"[0-9a-f]{8,16}-[0-9a-f]{8,16}")
+_IN_MAPS = r"[0-9a-f]{8,16}-[0-9a-f]{8,16}"
 
 
 def _frames(text: str) -> tuple[int, int]:
