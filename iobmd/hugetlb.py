@@ -51,10 +51,11 @@ class PoolBlocks(FileBlocks):
         if not self._reserve:
             yield self._available()
             return
-        setting = Path(self._pool.directory) / "nr_hugepages"
+        directory = Path(self._pool.directory)
+        setting = directory / "nr_hugepages"
         with setting.open() as one_at_a_time:  # of all threads and processes, or one restores what another raised
             fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
-            before = _persistent(self._pool.directory)
+            before = _persistent(directory)
             missing = max(0, count - self._available())
             try:
                 if missing:

@@ -4,7 +4,6 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from iobmd._native import maps as native
@@ -45,16 +44,15 @@ def _unescaped(area: VMA) -> VMA:
 def maps(pid: int | str = "self") -> Iterator[VMA]:
     """Iterate over /proc/PID/maps, ascending by address."""
     rest = b""
-    with Path(f"/proc/{pid}/maps").open("rb", buffering=0) as file:
+    with open(f"/proc/{pid}/maps", "rb", buffering=0) as file:
         while text := file.read(1 << 16):
             whole, newline, rest = (rest + text).rpartition(b"\n")
             yield from _parse(whole + newline)
 
 
 def _lines(pid: int | str, name: str) -> TextIO:
-    return Path(f"/proc/{pid}/{name}").open(
-        encoding=sys.getfilesystemencoding(), errors="surrogateescape", newline="\n"
-    )
+    encoding = sys.getfilesystemencoding()
+    return open(f"/proc/{pid}/{name}", encoding=encoding, errors="surrogateescape", newline="\n")
 
 
 class Details(NamedTuple):
@@ -129,7 +127,8 @@ def status_bytes(field: str, pid: int | str = "self") -> int:
 def stat(pid: int | str = "self") -> list[str]:
     """Return the fields of /proc/PID/stat behind the name: the first is the third that proc_pid_stat(5) counts."""
     # The program's name is in parentheses, and may hold anything.
-    return Path(f"/proc/{pid}/stat").read_text(errors="surrogateescape").rpartition(")")[2].split()
+    with _lines(pid, "stat") as lines:
+        return lines.read().rpartition(")")[2].split()
 
 
 def page_faults(pid: int | str = "self") -> int:
@@ -150,4 +149,5 @@ def locked_bytes() -> int:
 
 def meminfo() -> dict[str, int]:
     """Return the sizes of /proc/meminfo, in bytes."""
-    return {field[1]: int(field[2]) << 10 for field in re.finditer(_FIELD, Path("/proc/meminfo").read_text())}
+    with open("/proc/meminfo") as lines:
+        return {field[1]: int(field[2]) << 10 for field in re.finditer(_FIELD, lines.read())}

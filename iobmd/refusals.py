@@ -2,7 +2,6 @@
 
 import errno
 import os
-from pathlib import Path
 
 from iobmd import host, procfs
 from iobmd.constants import IOReturn
@@ -103,7 +102,7 @@ def _flags(pid: int) -> int:
 def thread_with_memory(pid: int) -> int | None:
     """Return a thread of `pid` that still has its memory when the leader has none (it exited before others)."""
     try:
-        threads = [int(entry.name) for entry in Path(f"/proc/{pid}/task").iterdir() if entry.name != str(pid)]
+        threads = [int(name) for name in os.listdir(f"/proc/{pid}/task") if name != str(pid)]
     except OSError:
         return None
     return next((thread for thread in threads if "VmSize" in procfs.status(thread)), None)

@@ -4,7 +4,6 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from iobmd._version import __version__
 from iobmd.cli.printable import printable
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(name: str, arguments: list[str]) -> int:
     try:
         if sys.stdout is None:  # closed by whoever started us
-            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (until the end)
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the end)
         code: int = importlib.import_module(COMMANDS[name][0]).main(arguments)
         sys.stdout.flush()
     except BrokenPipeError:

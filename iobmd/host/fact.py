@@ -3,13 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
-from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from iobmd import procfs, units
 from iobmd._native import mapping
 
-JSON: TypeAlias = "bool | int | str | Sequence[JSON] | Mapping[str, JSON] | None"
+JSON: TypeAlias = bool | int | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
 
 
 class Status(StrEnum):
@@ -53,15 +52,16 @@ class Fact(NamedTuple):
         return self.status is not Status.NO
 
 
-def read_text(path: Path | str) -> str | None:
+def read_text(path: str) -> str | None:
     """Return the text of a kernel file without its last newline, or None when it is missing or unreadable."""
     try:
-        return Path(path).read_text(errors="surrogateescape").rstrip("\n")
+        with open(path, errors="surrogateescape") as file:
+            return file.read().rstrip("\n")
     except OSError:
         return None
 
 
-def read_int(path: Path | str) -> int | None:
+def read_int(path: str) -> int | None:
     """Return the number a kernel file holds, or None as `read_text`."""
     try:
         return int(read_text(path) or "")

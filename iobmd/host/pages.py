@@ -1,7 +1,6 @@
 """The host's pages: base and huge ones, pools, swap."""
 
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 from iobmd import procfs
@@ -9,8 +8,8 @@ from iobmd._native import memory
 from iobmd.host.fact import JSON, Fact, Status, own_status, read_int, read_text, scratch
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 
-_THP = Path("/sys/kernel/mm/transparent_hugepage")
-_POOLS = Path("/sys/kernel/mm/hugepages")
+_THP = "/sys/kernel/mm/transparent_hugepage"
+_POOLS = "/sys/kernel/mm/hugepages"
 # With 64 KiB base pages a huge page is 512 MiB: too much to fault in for a question.
 _LARGEST_TRIED = 32 << 20
 # What the command in a remedy reserves, at least one page.
@@ -31,7 +30,7 @@ class HugePool(NamedTuple):
     overcommit: int
 
     @property
-    def directory(self) -> Path:
+    def directory(self) -> str:
         """The pool's directory in sysfs."""
         return _pool_directory(self.size)
 
@@ -47,22 +46,22 @@ def hugetlb_pools() -> list[HugePool]:
     pools = []
     for size in hugetlb_sizes():
         directory = _pool_directory(size)
-        pools.append(HugePool(size, *(read_int(directory / f"{name}_hugepages") or 0 for name in counters)))
+        pools.append(HugePool(size, *(read_int(f"{directory}/{name}_hugepages") or 0 for name in counters)))
     return pools
 
 
 def hugetlb_sizes() -> list[int]:
     """Return the page sizes of the hugetlb pools, ascending."""
     try:
-        names = [entry.name for entry in _POOLS.iterdir()]
+        names = os.listdir(_POOLS)
     except OSError:
         return []
     pools = (name.removeprefix("hugepages-").removesuffix("kB") for name in names if name.startswith("hugepages-"))
     return sorted(int(size) << 10 for size in pools)
 
 
-def _pool_directory(size: int) -> Path:
-    return _POOLS / f"hugepages-{size >> 10}kB"
+def _pool_directory(size: int) -> str:
+    return f"{_POOLS}/hugepages-{size >> 10}kB"
 
 
 def pool_remedy(pool: HugePool, pages: int) -> str:
@@ -82,14 +81,18 @@ def _default_pool_size() -> int | None:
         return None
 
 
-def _selected(path: Path) -> str | None:
+def _selected(path: str) -> str | None:
     # "always [madvise] never" -> "madvise"
     return (read_text(path) or "").partition("[")[2].partition("]")[0] or None
 
 
 def huge_page_size() -> int:
     """Return the size of a transparent huge page in bytes (transparent_hugepage/hpage_pmd_size, Linux 4.9)."""
-    return read_int(_THP / "hpage_pmd_size") or HUGE_PAGE_SIZE
+    return read_int(f"{_THP}/hpage_pmd_size") or HUGE_PAGE_SIZE
+
+
+def _own_setting() -> str:
+    return f"{_THP}/hugepages-{huge_page_size() >> 10}kB/enabled"
 
 
 def huge_pages_setting() -> str | None:
@@ -98,8 +101,8 @@ def huge_pages_setting() -> str | None:
     The setting of the huge-page size (hugepages-SIZEkB/enabled, Linux 6.8) comes before the general one
     (Documentation/admin-guide/mm/transhuge.rst).
     """
-    own = _selected(_THP / f"hugepages-{huge_page_size() >> 10}kB" / "enabled")
-    general = _selected(_THP / "enabled")
+    own = _selected(_own_setting())
+    general = _selected(f"{_THP}/enabled")
     return general if own in (None, "inherit") else own
 
 
@@ -124,7 +127,7 @@ def huge_pages() -> Fact:
     """Probe transparent huge pages: ask for one, and see whether one byte written makes all of it resident."""
     size, setting = huge_page_size(), huge_pages_setting()
     obtained = _obtains_huge_page(size) if size <= _LARGEST_TRIED else None
-    settings: dict[str, JSON] = {name: _selected(_THP / name) for name in ("enabled", "defrag", "shmem_enabled")}
+    settings: dict[str, JSON] = {name: _selected(f"{_THP}/{name}") for name in ("enabled", "defrag", "shmem_enabled")}
     value = {**settings, "size": size, "setting": setting, "obtained": obtained}
     told = f"{format_size(size)}: {setting}, defrag {settings['defrag']}, shmem {settings['shmem_enabled']}"
     if setting is None:
@@ -136,13 +139,13 @@ def huge_pages() -> Fact:
 def _judge_huge_pages(obtained: bool | None) -> tuple[Status, str, str]:
     if obtained or (obtained is None and huge_pages_enabled()):
         return Status.YES, "", ""
-    if read_text(_THP / "enabled") is None:
+    if read_text(f"{_THP}/enabled") is None:
         return Status.NO, "; not in this kernel", "a kernel with CONFIG_TRANSPARENT_HUGEPAGE"
     if own_status().get("THP_enabled") == "0":
         return Status.NO, "; off in this process", "start without prctl(PR_SET_THP_DISABLE), which is inherited"
     if not huge_pages_enabled():
-        own = _THP / f"hugepages-{huge_page_size() >> 10}kB" / "enabled"
-        commands = [f"echo madvise > {_THP / 'enabled'}  # as root"]
+        own = _own_setting()
+        commands = [f"echo madvise > {_THP}/enabled  # as root"]
         if _selected(own) == "never":
             commands = [f"echo inherit > {own}  # as root", *commands]
         return Status.NO, "", "\n".join(commands)

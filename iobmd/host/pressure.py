@@ -2,12 +2,11 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from iobmd.host.fact import JSON, Fact, Status, read_text
 
-PSI_MEMORY = Path("/proc/pressure/memory")
+PSI_MEMORY = "/proc/pressure/memory"
 # 150 ms of stalls in 2 s. Without CAP_SYS_RESOURCE only windows of whole 2 s are taken (Linux 6.5).
 _TRIGGER = b"some 150000 2000000\0"
 
@@ -15,11 +14,11 @@ _TRIGGER = b"some 150000 2000000\0"
 class PressureFile(NamedTuple):
     """A file that tells of memory pressure; `notifies`: it can wake a waiter, else it has to be polled."""
 
-    path: Path
+    path: str
     notifies: bool
 
 
-def _psi(path: Path) -> PressureFile | None:
+def _psi(path: str) -> PressureFile | None:
     """Read the file and set a trigger, which goes with its descriptor (Documentation/accounting/psi.rst)."""
     # Booted with psi=0 the file may exist and refuse to be read.
     if not read_text(path):
@@ -37,16 +36,16 @@ def _psi(path: Path) -> PressureFile | None:
     return PressureFile(path, notifies=True)
 
 
-def _pressure_level(path: Path) -> PressureFile | None:
+def _pressure_level(path: str) -> PressureFile | None:
     """Look at cgroup v1's file. Events are not tried: the first one makes the kernel log a warning (6.18)."""
     if not os.access(path, os.F_OK):
         return None
-    control = path.parent / "cgroup.event_control"
+    control = f"{os.path.dirname(path)}/cgroup.event_control"
     notifies = os.access(path, os.R_OK) and os.access(control, os.W_OK)
     return PressureFile(path, notifies=notifies)
 
 
-def _own_cgroup(kind: str) -> Path | None:
+def _own_cgroup(kind: str) -> str | None:
     """Return our cgroup's directory in the hierarchy `kind`: "cgroup2", or "cgroup" for v1's memory one."""
     inside = None
     for line in (read_text("/proc/self/cgroup") or "").splitlines():
@@ -55,8 +54,9 @@ def _own_cgroup(kind: str) -> Path | None:
             inside = path
     for root, mounted_at in _mounts(kind) if inside else ():
         # A container may see a part of the hierarchy only: `root` is the part's own name.
-        if inside and PurePosixPath(inside).is_relative_to(root):
-            return Path(mounted_at) / PurePosixPath(inside).relative_to(root)
+        below = root.rstrip("/")
+        if inside and f"{inside}/".startswith(f"{below}/"):
+            return (mounted_at + inside.removeprefix(below)).rstrip("/")
     return None
 
 
@@ -78,31 +78,31 @@ def cgroup_pressure() -> PressureFile | None:
     """Return the pressure file of our own cgroup: v2 memory.pressure or v1 memory.pressure_level, or None."""
     unified, legacy = _own_cgroup("cgroup2"), _own_cgroup("cgroup")
     found = [
-        _psi(unified / "memory.pressure") if unified else None,
-        _pressure_level(legacy / "memory.pressure_level") if legacy else None,
+        _psi(f"{unified}/memory.pressure") if unified else None,
+        _pressure_level(f"{legacy}/memory.pressure_level") if legacy else None,
     ]
     files = [file for file in found if file]
     return next((file for file in files if file.notifies), files[0] if files else None)
 
 
-def psi_files() -> list[Path]:
+def psi_files() -> list[str]:
     """Return the PSI files that can be read here: the host's, and that of our own cgroup (v2)."""
     unified = _own_cgroup("cgroup2")
-    paths = [PSI_MEMORY, *([unified / "memory.pressure"] if unified else [])]
+    paths = [PSI_MEMORY, *([f"{unified}/memory.pressure"] if unified else [])]
     return [path for path in paths if read_text(path)]
 
 
-def pressure_level() -> Path | None:
+def pressure_level() -> str | None:
     """Return cgroup v1's memory.pressure_level of our own cgroup, where this process may register for its events."""
     legacy = _own_cgroup("cgroup")
-    file = _pressure_level(legacy / "memory.pressure_level") if legacy else None
+    file = _pressure_level(f"{legacy}/memory.pressure_level") if legacy else None
     return file.path if file and file.notifies else None
 
 
 def _fact(name: str, file: PressureFile | None, purpose: str, missing: str, limited: str) -> Fact:
     if file is None:
         return Fact(name, Status.NO, None, "none", purpose, missing)
-    value: JSON = {"path": str(file.path), "notifies": file.notifies}
+    value: JSON = {"path": file.path, "notifies": file.notifies}
     if file.notifies:
         return Fact(name, Status.YES, value, f"{file.path} notifies", purpose)
     return Fact(name, Status.LIMITED, value, f"{file.path} can be read only", purpose, limited)

@@ -5,7 +5,6 @@ import os
 import resource
 import sys
 from enum import IntEnum
-from pathlib import Path
 
 from iobmd._native import memory
 from iobmd.host.fact import Fact, Status, own_status, scratch
@@ -53,7 +52,7 @@ def has_capability(name: str) -> bool:
 def in_initial_user_namespace() -> bool:
     """Say whether this process lives in the host's first user namespace (user_namespaces(7))."""
     try:
-        return Path("/proc/self/ns/user").stat().st_ino == _INITIAL_USER_NAMESPACE
+        return os.stat("/proc/self/ns/user").st_ino == _INITIAL_USER_NAMESPACE
     except OSError:
         # No /proc, or a kernel without user namespaces: then there is only the first.
         return True

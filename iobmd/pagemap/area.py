@@ -1,24 +1,18 @@
 """The areas of an address space (VMAs), and what each of them holds."""
 
-from __future__ import annotations
-
+from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import repeat
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from iobmd import procfs
 from iobmd._native import walk
+from iobmd._native.walk import Tally
 from iobmd.pagemap.frame import Frames
 from iobmd.pagemap.reader import Reader
-from iobmd.pagemap.target import resolve, unreadable_maps
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from iobmd._native.walk import Tally
-    from iobmd.pagemap.target import Target, Where
-    from iobmd.procfs import VMA, Details
-    from iobmd.task import Task
+from iobmd.pagemap.target import Target, Where, resolve, unreadable_maps
+from iobmd.procfs import VMA, Details
+from iobmd.task import Task
 
 _SMALL = 2 << 20
 """Areas up to here are read several at once."""

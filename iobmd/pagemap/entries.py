@@ -1,11 +1,10 @@
 """Pages one by one: the entries of /proc/PID/pagemap, decoded (proc_pid_pagemap(5))."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from iobmd import refusals
 from iobmd._native import pagemap as native
@@ -15,8 +14,6 @@ from iobmd.task import Task, as_task, check_range, kernel_task
 from iobmd.units import PAGE_SIZE, round_down, round_up
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import psutil
 
 _ENTRY = 8
@@ -64,7 +61,7 @@ class PageCounts(NamedTuple):
     exclusive: int
 
 
-def pages(task: Task | int | psutil.Process, address: int, size: int) -> Iterator[Page]:
+def pages(task: "Task | int | psutil.Process", address: int, size: int) -> Iterator[Page]:
     """Iterate over the pages that hold `size` bytes from `address` of `task`, ascending.
 
     Parameters
@@ -85,7 +82,7 @@ def pages(task: Task | int | psutil.Process, address: int, size: int) -> Iterato
             yield Page(start + index * PAGE_SIZE, *fields)
 
 
-def counts(task: Task | int | psutil.Process, address: int, size: int) -> PageCounts:
+def counts(task: "Task | int | psutil.Process", address: int, size: int) -> PageCounts:
     """Count the pages of a range by state, without an object a page. Parameters and errors as `pages`."""
     present = swapped = hidden = exclusive = 0
     for _start, raw in _entries(as_task(task), address, size):
@@ -108,7 +105,7 @@ class opened:  # noqa: N801 (used as a function)
                 raise refusals.own(error, f"cannot read the pagemap of task {task.pid}") from None
             raise refusals.refused(task.pid, error.errno or errno.EACCES, "pagemap") from None
 
-    def __enter__(self) -> opened:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_error: object) -> None:

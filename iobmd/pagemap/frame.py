@@ -1,27 +1,20 @@
 """Page frames: what the kernel says of them (/proc/kpageflags, kpagecount, kpagecgroup), and who maps them."""
 
-from __future__ import annotations
-
 import contextlib
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, Self
 
 from iobmd import host, procfs
 from iobmd._native import frames as native
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
+from iobmd.host.fact import read_text
 from iobmd.pagemap.reader import Reader
-from iobmd.pagemap.span import runs
-from iobmd.pagemap.target import resolve
+from iobmd.pagemap.span import Run, runs
+from iobmd.pagemap.target import Target, resolve
 from iobmd.task import Task
 from iobmd.units import PAGE_SIZE
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-
-    from iobmd.pagemap.span import Run
-    from iobmd.pagemap.target import Target
 
 FLAGS = {
     0: "LOCKED", 1: "ERROR", 2: "REFERENCED", 3: "UPTODATE", 4: "DIRTY", 5: "LRU", 6: "ACTIVE", 7: "SLAB",
@@ -120,16 +113,16 @@ def flag_names(flags: int) -> tuple[str, ...]:
 def _memory_cgroups() -> dict[int, str]:
     """Return the memory cgroups that can be seen here: their paths by the inode number of their directories."""
     found: dict[int, str] = {}
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in (read_text("/proc/self/mountinfo") or "").splitlines():
         mount, _, kind = line.partition(" - ")
         if not (
             kind.startswith("cgroup2 ") or (kind.startswith("cgroup ") and "memory" in kind.split()[-1].split(","))
         ):
             continue
-        top = Path(mount.split()[4])
+        top = mount.split()[4]
         for directory, _names, _files in os.walk(top):
             with contextlib.suppress(OSError):
-                found.setdefault(Path(directory).stat().st_ino, f"/{Path(directory).relative_to(top)}".rstrip("."))
+                found.setdefault(os.stat(directory).st_ino, directory.removeprefix(top) or "/")
     return found
 
 
@@ -215,7 +208,7 @@ def users(physical: int, length: int, *, progress: Callable[[int, int], object] 
     A process that exits meanwhile, or that may not be looked at, is passed over. Threads are not listed apart.
     """
     require_frames()
-    pids = sorted(int(entry) for entry in os.listdir("/proc") if entry.isdigit())  # noqa: PTH208 (names alone)
+    pids = sorted(int(entry) for entry in os.listdir("/proc") if entry.isdigit())
     for index, pid in enumerate(pids):
         if progress:
             progress(index, len(pids))

@@ -1,17 +1,11 @@
 """Spans of pages in one state, and physically contiguous runs of them."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from iobmd._native import walk
 from iobmd.pagemap.reader import Reader
-from iobmd.pagemap.target import resolve
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from iobmd.pagemap.target import Target
+from iobmd.pagemap.target import Target, resolve
 
 
 class Span(NamedTuple):

@@ -1,20 +1,15 @@
 """What is looked at: a task, a range of one, or a buffer."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeAlias
 
 from iobmd import procfs, refusals
 from iobmd._native.crosstask import HeldBuffer
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
+from iobmd.procfs import VMA
 from iobmd.task import ADDRESS_END, Task, as_task, check_range, kernel_task
 from iobmd.units import HUGE_PAGE_SIZE
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from iobmd.procfs import VMA
 
 Target: TypeAlias = Any
 """A `Task`, a pid or a psutil.Process; a buffer or map of iobmd; or anything with the buffer protocol."""

@@ -31,10 +31,10 @@ class Watch:
         self._events: dict[int, bool] = {}  # eventfds; whether each says by itself that memory is short
         self._held: list[int] = []
         self._wakes = -1
-        self._waits = [_Waits(path) for path in host.psi_files()]
+        self._waits = [_Waits(Path(path)) for path in host.psi_files()]
         if level := host.pressure_level():
             with contextlib.suppress(OSError):
-                self._register(level)
+                self._register(Path(level))
         with contextlib.suppress(OSError):  # no descriptor is free: then it is not woken
             self._wakes = self._event(says=False)
 

@@ -577,22 +577,22 @@ def assert_pool_is_meminfos():
 
 def test_pools_are_those_of_the_kernel():
     listed = {path.name for path in Path("/sys/kernel/mm/hugepages").iterdir()}
-    assert {pool.directory.name for pool in host.hugetlb_pools()} == listed
+    assert {Path(pool.directory).name for pool in host.hugetlb_pools()} == listed
     assert_pool_is_meminfos()
 
 
 @pytest.mark.needs("root")
 def test_pool_filled_by_its_remedy():
     pool = default_pool()
-    counter = pool.directory / "nr_hugepages"
+    counter = Path(pool.directory) / "nr_hugepages"
     with setting(counter, "0"):
-        (fact,) = (fact for fact in pages.hugetlb() if fact.name == pool.directory.name)
+        (fact,) = (fact for fact in pages.hugetlb() if fact.name == counter.parent.name)
         assert fact.status is Status.NO
         assert f"sysctl vm.nr_hugepages={(128 << 20) // pool.size}" in fact.remedy
         run_remedy(fact)
         assert counter.read_text().strip() == str((128 << 20) // pool.size)
         assert_pool_is_meminfos()
-        (fact,) = (fact for fact in pages.hugetlb() if fact.name == pool.directory.name)
+        (fact,) = (fact for fact in pages.hugetlb() if fact.name == counter.parent.name)
         assert (fact.status, fact.remedy) == (Status.YES, "")
         with mmap.mmap(-1, pool.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40000):
             assert_pool_is_meminfos()
@@ -675,7 +675,7 @@ def test_pressure_of_the_host():
     file = host.system_pressure()
     assert (file is not None) == path.exists()
     if file:
-        assert file == (path, takes_trigger(path))
+        assert file == (str(path), takes_trigger(path))
 
 
 def test_pressure_of_our_own_cgroup():
@@ -683,9 +683,10 @@ def test_pressure_of_our_own_cgroup():
     if file is None:
         assert "/sys/fs/cgroup" not in Path("/proc/self/mounts").read_text()
         pytest.skip("no cgroup is mounted here")
-    assert str(os.getpid()) in (file.path.parent / "cgroup.procs").read_text().split()
-    if file.path.name == "memory.pressure":
-        assert file.notifies == takes_trigger(file.path)
+    path = Path(file.path)
+    assert str(os.getpid()) in (path.parent / "cgroup.procs").read_text().split()
+    if path.name == "memory.pressure":
+        assert file.notifies == takes_trigger(path)
 
 
 @pytest.mark.needs("root")

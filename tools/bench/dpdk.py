@@ -119,7 +119,7 @@ def _compare(size: int, samples: list[float | None], peers: dict[str, dict[int, 
 @contextlib.contextmanager
 def _pool() -> Iterator[None]:
     pool = next(pool for pool in host.hugetlb_pools() if pool.size == HUGE_PAGE_SIZE)
-    setting = pool.directory / "nr_hugepages"
+    setting = Path(pool.directory) / "nr_hugepages"
     setting.write_text(str(pool.total + POOL))
     try:
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from functools import partial
 from typing import TYPE_CHECKING
 
 from iobmd.cli.arguments import size
@@ -83,11 +84,14 @@ def _parser() -> argparse.ArgumentParser:
         "more also as /proc/PID/maps has it, hexadecimal without 0x. Frame numbers and what "
         "follows from them (runs, folio sizes) are shown to holders of CAP_SYS_ADMIN; the rest to anyone who may "
         "trace the process.",
+        # Each option of its own has one made, which would ask for the terminal's width and load shutil for it.
+        formatter_class=partial(argparse.HelpFormatter, width=80),
     )
     parser.add_argument("pid", nargs="?", type=_pid, metavar="PID", help="the process, or self: this command")
     _add_choices(parser.add_argument_group("which areas"))
     _add_details(parser.add_argument_group("what of them"))
     _add_ways(parser.add_argument_group("shown how"))
+    parser.formatter_class = argparse.HelpFormatter
     return parser
 
 

@@ -1,32 +1,23 @@
 """What is looked at, as the command line chooses it, and what of it is hidden."""
 
-from __future__ import annotations
-
+import argparse
 import contextlib
 import os
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from iobmd import host, procfs
 from iobmd.cli.printable import printable
-from iobmd.pagemap.area import areas, is_bearable
+from iobmd.pagemap.area import Area, areas, is_bearable
 from iobmd.pagemap.reader import Reader
-from iobmd.pagemap.target import resolve
+from iobmd.pagemap.target import Where, resolve
+from iobmd.procfs import VMA
 from iobmd.task import Task
 from iobmd.units import PAGE_SIZE
 
 from .order import ordered
-from .steady import Steady
-
-if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Callable, Iterator
-
-    from iobmd.pagemap.area import Area
-    from iobmd.pagemap.target import Where
-    from iobmd.procfs import VMA
-
-    from .steady import Restless
+from .steady import Restless, Steady
 
 
 class Hidden(NamedTuple):

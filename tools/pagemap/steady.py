@@ -1,9 +1,6 @@
 """Whether a process stood still while it was read."""
 
-from __future__ import annotations
-
 import zlib
-from pathlib import Path
 from typing import NamedTuple
 
 from iobmd import procfs
@@ -43,7 +40,7 @@ class Steady:
 
     def _now(self) -> tuple[int, int] | None:
         try:
-            areas = Path(f"/proc/{self._pid}/maps").read_bytes()
-            return zlib.crc32(areas), procfs.page_faults(self._pid)
+            with open(f"/proc/{self._pid}/maps", "rb") as areas:
+                return zlib.crc32(areas.read()), procfs.page_faults(self._pid)
         except OSError:  # it has exited, or may not be looked at: who reads it says so
             return None
