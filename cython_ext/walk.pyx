@@ -34,6 +34,7 @@ cdef enum:
     FEW_REGIONS = 32
     REGIONS = 512  # with 4096 and more the final walk_end is stale (6.18)
     STEP = 4096  # pages a step: 16 MiB hold up the address space for a tenth of a millisecond
+    HUGE_STEP = 16384  # where the step before found huge pages alone, each of which takes as long as a small one
     SPARSE_STEP = 65536  # pages a step through what may be empty
     NEAR = 128  # pages between two ranges that cost less to read than another call
     MOST_PATIENCE = 64  # steps until the next look whether scanning pays
@@ -106,6 +107,7 @@ cdef class Walk:
     cdef size_t room
     cdef readonly size_t count
     cdef int patience, skip
+    cdef uint64_t most  # pages found in the next scan
     cdef bint keeps  # the spans found
     cdef uint64_t low, high  # physical addresses of spans that are kept
     cdef uint64_t ahead_from, ahead_to  # whose entries were read ahead
@@ -116,6 +118,7 @@ cdef class Walk:
         self.fd, self.page, self.huge, self.zero, self.huge_zero = fd, page, huge, zero, huge_zero
         self.thorough, self.scans, self.keeps = thorough, scan, True
         self.high = ~<uint64_t>0
+        self.most = STEP
         self.tally = Tally.__new__(Tally)
         self.entries = <uint64_t *>malloc(ENTRIES * 8)
         self.regions = <iobmd_page_region *>malloc(REGIONS * sizeof(iobmd_page_region))
@@ -252,7 +255,7 @@ cdef class Walk:
         arg.end = start + min(end - start, SPARSE_STEP * self.page)
         arg.vec = <uintptr_t>self.regions
         arg.vec_len = REGIONS
-        arg.max_pages = STEP
+        arg.max_pages = self.most
         arg.category_anyof_mask = C_PAGE_IS_PRESENT | C_PAGE_IS_SWAPPED
         arg.return_mask = C_PAGE_IS_PRESENT | C_PAGE_IS_SWAPPED | C_PAGE_IS_HUGE | C_PAGE_IS_PFNZERO
         found = ioctl(self.fd, IOBMD_PAGEMAP_SCAN, &arg)
@@ -261,6 +264,7 @@ cdef class Walk:
             until[0] = start
             return 0
         until[0] = arg.walk_end if arg.walk_end > start else arg.end
+        self.most = HUGE_STEP if found else STEP
         while index < found:
             first, last = self.regions[index].start, self.regions[index].end
             kind = self.regions[index].categories
@@ -268,6 +272,8 @@ cdef class Walk:
             error = self._absent(here, first)
             if error:
                 return error
+            if not kind & C_PAGE_IS_HUGE:
+                self.most = STEP
             if kind & C_PAGE_IS_HUGE and self.huge:
                 error = self._read_huge(first, last, C_HUGE | (C_ZERO if kind & C_PAGE_IS_PFNZERO else 0))
             elif kind & C_PAGE_IS_PFNZERO:
@@ -301,32 +307,46 @@ cdef class Walk:
         return error
 
     cdef int _read_huge(self, uint64_t start, uint64_t end, uint64_t extra) noexcept nogil:
-        """One entry tells of all pages that one entry of the page tables maps."""
-        cdef uint64_t entry = 0, stop
+        """One entry tells of all pages that one entry of the page tables maps, and one read of two such."""
+        cdef uint64_t two[2]
+        cdef uint64_t middle, stop
         cdef ssize_t got
         cdef int error
         while start < end:
-            stop = min(end, (start // self.huge + 1) * self.huge)
-            got = pread(self.fd, &entry, 8, start // self.page * 8)
+            middle = min(end, (start // self.huge + 1) * self.huge)
+            stop = min(end, middle + self.huge)
+            # The last page before the border, and the first behind it.
+            got = pread(self.fd, two, 16 if stop > middle else 8, (middle // self.page - 1) * 8)
             if got < 8:
                 if got < 0 and errno == EINTR:
                     continue
                 return errno if got < 0 else ENODATA
-            if not entry & PRESENT_BIT:  # given up meanwhile, in part or as a whole
-                error = self._read(start, stop, 0)
-            elif entry == self.expected and extra == self.extra and entry & PFN_MASK:
-                error = 0
-                self.pages += (stop - start) // self.page
-                self.expected += (stop - start) // self.page
-            else:
-                error = self._settle()
-                self._begin(start, entry, extra)
-                self.pages = (stop - start) // self.page
-                self.expected = entry + self.stride * self.pages
+            if two[0] & PFN_MASK:
+                two[0] -= (middle - start) // self.page - 1
+            error = self._add_huge(start, middle, two[0], extra)
+            start = middle
+            if not error and got == 16:
+                error = self._add_huge(middle, stop, two[1], extra)
+                start = stop
             if error:
                 return error
-            start = stop
         return 0
+
+    cdef int _add_huge(self, uint64_t start, uint64_t stop, uint64_t entry, uint64_t extra) noexcept nogil:
+        """Look at the pages of a huge page, or of a part of it, the first of which has this entry."""
+        cdef uint64_t pages = (stop - start) // self.page
+        cdef int error
+        if not entry & PRESENT_BIT:  # given up meanwhile, in part or as a whole
+            return self._read(start, stop, 0)
+        if entry == self.expected and extra == self.extra and entry & PFN_MASK:
+            self.pages += pages
+            self.expected += pages
+            return 0
+        error = self._settle()
+        self._begin(start, entry, extra)
+        self.pages = pages
+        self.expected = entry + self.stride * pages
+        return error
 
     cdef int _read(self, uint64_t start, uint64_t end, uint64_t extra) noexcept nogil:
         cdef uint64_t entry, expected, stride, pages
