@@ -1,7 +1,9 @@
 """`iobmd pagemap`, against what an independent reader and smaps say of the same process."""
 
 import csv
+import ctypes
 import json
+import mmap
 import subprocess
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -9,10 +11,12 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from iobmd.tools.pagemap import frame as frame_command
 from support import kernel
 from support.child import NOBODY, in_child, sleeping
 
 from iobmd.cli import main
+from iobmd.pagemap import frame
 
 
 @pytest.fixture
@@ -110,6 +114,26 @@ def test_who_maps_a_frame(target: int, capsys: pytest.CaptureFixture[str]) -> No
     document = json.loads(shown(capsys, "--frame", hex(frame), "--json"))
     assert [(use["pid"], use["virtual"]) for use in document["users"]] == [(target, start + index * 4096)]
     assert "ANON" in document["frames"]["flags"]
+    assert document["changed_while_read"] is False
+
+
+@pytest.mark.needs("frames")
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["text", "json"])
+def test_a_frame_that_is_given_up_while_its_users_are_looked_for(
+    form: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory[0] = 1
+    (entry,) = kernel.entries(ctypes.addressof(ctypes.c_char.from_buffer(memory)), 4096)
+
+    def users(*asked: object, **named: object) -> Iterator[object]:
+        yield from frame.users(*asked, **named)
+        memory.close()
+
+    monkeypatch.setattr(frame_command, "users", users)
+    text = shown(capsys, "--frame", hex(entry & (1 << 55) - 1), *form)
+    told = json.loads(text)["changed_while_read"] if form else "mapped or unmapped while" in text
+    assert told is True
 
 
 def test_save_and_diff(target: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from typing import TYPE_CHECKING
 
@@ -24,9 +25,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print them."""
     physical, length = arguments.frame
     require_frames()
-    facts: FrameFacts | None = None
-    with contextlib.suppress(IOReturnError), Frames() as frames:
-        facts = frames.describe(physical, length)
+    facts = _facts(physical, length)
     with _progress() as progress:
         found = users(physical, length, progress=progress)
         if arguments.json:
@@ -35,12 +34,24 @@ def run(arguments: argparse.Namespace) -> None:
             _show(physical, length, facts, found)
 
 
+def _facts(physical: int, length: int) -> FrameFacts | None:
+    with contextlib.suppress(IOReturnError), Frames() as frames:
+        return frames.describe(physical, length)
+    return None
+
+
+def _changed(physical: int, length: int, before: FrameFacts | None) -> bool:
+    """Say whether they are mapped more or less often by now. Their flags change while nobody touches them."""
+    now = _facts(physical, length)
+    return now is not None and before is not None and now.mapped != before.mapped
+
+
 def _write(physical: int, length: int, facts: FrameFacts | None, found: Iterator[Use]) -> None:
     about = facts._asdict() if facts else None
     head = {"version": VERSION, "physical": physical, "length": length, "frames": about}
     print("{" + members(head) + ',\n"users": [', end="")
     write_list(use._asdict() | {"area": use.area._asdict()} for use in found)
-    print("]}")
+    print(f'],\n"changed_while_read": {json.dumps(_changed(physical, length, facts))}}}')
 
 
 def _show(physical: int, length: int, facts: FrameFacts | None, found: Iterator[Use]) -> None:
@@ -56,6 +67,8 @@ def _show(physical: int, length: int, facts: FrameFacts | None, found: Iterator[
         where = f"{use.virtual:16x} {use.physical:14x} {format_size(use.length):>9}"
         print(f"{use.pid:8} {printable(use.process):16} {where}  {printable(str(use.area))}")
     print(f"mapped by {len(pids)} processes")
+    if _changed(physical, length, facts):
+        print("  they were mapped or unmapped while the processes were looked through")
 
 
 @contextlib.contextmanager
