@@ -57,13 +57,12 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args(argv)
-    big = arguments.size or _lockable()
+    big = arguments.size or _lockable(DEFAULT_SIZE)
     small = min(big, 4 << 20)
-    with Client(
-        **{"anonymous": big, "THP": big, "memfd": big, "file": small, "read-only": small, "untouched": small},
-        hugetlb=HUGE_PAGE_SIZE,
-        guarded=small,
-    ) as client:
+    sizes = {"anonymous": big, "THP": big, "memfd": big, "file": small, "read-only": small, "untouched": small}
+    if _lockable(HUGE_PAGE_SIZE) == HUGE_PAGE_SIZE:
+        sizes["hugetlb"] = HUGE_PAGE_SIZE
+    with Client(**sizes, guarded=small) as client:
         task = Task(client.pid)
         guarded = client.pieces.pop("guarded")
         _copy(task, client.pieces["anonymous"], PAGEABLE)  # the first touch of a virtual machine's memory is slow
@@ -93,12 +92,12 @@ def main(argv: Sequence[str]) -> int:
     return EXIT_OK if passed else EXIT_FAILED
 
 
-def _lockable() -> int:
-    """Return the default size, or less where less may be locked."""
+def _lockable(size: int) -> int:
+    """Return the size, or less where less may be locked."""
     limit = host.memlock_limit()
     if limit is None:
-        return DEFAULT_SIZE
-    return max(PAGE_SIZE, round_down(min(DEFAULT_SIZE, limit // 2), PAGE_SIZE))
+        return size
+    return max(PAGE_SIZE, round_down(min(size, limit // 2), PAGE_SIZE))
 
 
 def _copy_contiguous(task: Task, piece: Piece) -> Row | str:
