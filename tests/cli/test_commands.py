@@ -131,7 +131,7 @@ def test_demo_fits_into_a_small_limit() -> None:
     assert in_child(run, drop=CAP_IPC_LOCK, memlock=256 << 10) == 0
 
 
-@pytest.mark.needs("root")
+@pytest.mark.needs("hugetlb")
 @pytest.mark.usefixtures("hugetlb_pool")
 def test_demo_leaves_out_a_huge_page_that_must_not_be_locked() -> None:
     test_demo_fits_into_a_small_limit()
