@@ -91,6 +91,35 @@ def test_names_neither_break_nor_steer_what_is_shown(odd: int, options: list[str
         ElementTree.fromstring(done.stdout)
 
 
+@pytest.mark.parametrize("path", ["-", "/dev/fd/1"])
+@pytest.mark.parametrize("option", ["--svg", "--save"])
+def test_standard_output_in_a_file_is_written_to_where_it_is(option: str, path: str, tmp_path: Path) -> None:
+    """As root the file took the place of /dev/stdout once, for the whole host: a link in a folder is tried first."""
+    link, file = tmp_path / "link", tmp_path / "file"
+    link.symlink_to("/proc/self/fd/1")
+    file.write_text("before\n")
+    for name in (str(link), path):
+        command = [sys.executable, "-m", "iobmd", "pagemap", "self", option, name]
+        with file.open("a") as output:
+            subprocess.run(command, stdout=output, stderr=subprocess.PIPE, check=True)
+        assert link.readlink() == Path("/proc/self/fd/1")
+    text = file.read_text()
+    assert text.startswith("before\n")
+    assert text.count("<svg" if option == "--svg" else '"kernel"') == 2
+    assert sorted(tmp_path.iterdir()) == [file, link]
+
+
+def test_the_file_behind_a_link_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "folder").mkdir()
+    link, file = tmp_path / "link", tmp_path / "folder" / "file"
+    link.symlink_to("folder/file")
+    for _attempt in range(2):  # made, and replaced
+        shown(capsys, "self", "--svg", str(link))
+        assert "<svg" in file.read_text()
+        assert link.is_symlink()
+        file.write_text("old")
+
+
 def test_every_name_comes_whole(odd: int, capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads(shown(capsys, str(odd), "--json", "--smaps"))
     assert document["name"] == "c\x1b[31m\udcff\rX"
