@@ -109,6 +109,7 @@ cdef class Walk:
     cdef int patience, skip
     cdef uint64_t most  # pages found in the next scan
     cdef bint keeps  # the spans found
+    cdef bint present_only
     cdef uint64_t low, high  # physical addresses of spans that are kept
     cdef uint64_t ahead_from, ahead_to  # whose entries were read ahead
 
@@ -149,7 +150,7 @@ cdef class Walk:
 
     def within(self, uint64_t low, uint64_t high):
         """From here on keep only spans of which a part lies in the physical addresses `low`…`high`."""
-        self.low, self.high = low, high
+        self.low, self.high, self.present_only = low, high, True
 
     def take(self):
         """Return the `Tally` since the last call, and begin to count anew."""
@@ -226,6 +227,7 @@ cdef class Walk:
             error = self._close_span()
         self._close_run()
         self.last_physical = 0
+        self.most = STEP
         return error
 
     cdef int _step(self, uint64_t start, uint64_t end, uint64_t *until) noexcept nogil:
@@ -309,7 +311,7 @@ cdef class Walk:
     cdef int _read_huge(self, uint64_t start, uint64_t end, uint64_t extra) noexcept nogil:
         """One entry tells of all pages that one entry of the page tables maps, and one read of two such."""
         cdef uint64_t two[2]
-        cdef uint64_t middle, stop
+        cdef uint64_t middle, stop, before
         cdef ssize_t got
         cdef int error
         while start < end:
@@ -321,8 +323,11 @@ cdef class Walk:
                 if got < 0 and errno == EINTR:
                     continue
                 return errno if got < 0 else ENODATA
-            if two[0] & PFN_MASK:
-                two[0] -= (middle - start) // self.page - 1
+            before = (middle - start) // self.page - 1
+            if two[0] & PFN_MASK >= before:
+                two[0] -= before
+            elif two[0] & PFN_MASK:  # too low to be what it was
+                two[0] = 0
             error = self._add_huge(start, middle, two[0], extra)
             start = middle
             if not error and got == 16:
@@ -334,11 +339,12 @@ cdef class Walk:
 
     cdef int _add_huge(self, uint64_t start, uint64_t stop, uint64_t entry, uint64_t extra) noexcept nogil:
         """Look at the pages of a huge page, or of a part of it, the first of which has this entry."""
-        cdef uint64_t pages = (stop - start) // self.page
+        cdef uint64_t pages = (stop - start) // self.page, frame = entry & PFN_MASK
         cdef int error
-        if not entry & PRESENT_BIT:  # given up meanwhile, in part or as a whole
+        # Given up or replaced meanwhile, in part or as a whole: a huge page is aligned to its size.
+        if not entry & PRESENT_BIT or (frame and (frame * self.page ^ start) & (self.huge - 1)):
             return self._read(start, stop, 0)
-        if entry == self.expected and extra == self.extra and entry & PFN_MASK:
+        if self.pages and entry == self.expected and extra == self.extra and frame:
             self.pages += pages
             self.expected += pages
             return 0
@@ -525,6 +531,8 @@ cdef class Walk:
                 self.run = Span(virtual, physical, length, 0)
         cdef uint64_t frames = self.page if flags & C_ZERO and not flags & C_HUGE else length
         if not self.keeps or physical >= self.high or physical + frames <= self.low:
+            return 0
+        if self.present_only and not flags & C_PRESENT:  # what is swapped lies nowhere
             return 0
         if self.count:
             last = &self.spans[self.count - 1]

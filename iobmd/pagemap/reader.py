@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class Reader:
     """The pagemap of a task: what its pages are, in steps that hold up the task for a tenth of a millisecond each.
 
+    A step behind huge pages may take four times as long.
+
     Parameters
     ----------
     task : Task

@@ -1,10 +1,12 @@
 """`iobmd.pagemap` against an independent few-line reader, and its honesty about hidden frames."""
 
+import ctypes
 import errno
 import mmap
 import os
 import subprocess
 from collections.abc import Callable
+from contextlib import closing
 
 import pytest
 from support import kernel
@@ -17,8 +19,13 @@ from iobmd._native import memory
 from iobmd._native import pagemap as native
 from iobmd._native.mapping import Mapping
 from iobmd.pagemap.reader import Reader
+from iobmd.pagemap.span import read_runs
 
 Start = Callable[..., Zoo]
+
+HUGE = 2 << 20
+MADV_GUARD_INSTALL = 102
+MREMAP_MAYMOVE_FIXED_DONTUNMAP = 7
 
 
 def independent(address: int, size: int, pid: int | str = "self") -> list[tuple[bool, bool, int | None, bool, bool]]:
@@ -93,6 +100,39 @@ def test_guard_pages_are_not_swapped() -> None:
         assert [page.guard for page in pages] == [False, True, False, False]
         assert not any(page.swapped for page in pages)
         assert pagemap.counts(kernel_task, buffer.getBytesNoCopy(), len(buffer)).swapped == 0
+
+
+@pytest.mark.needs("frames")
+def test_what_lies_nowhere_is_not_in_the_first_frames() -> None:
+    size = 8 << 20
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        try:
+            area.madvise(MADV_GUARD_INSTALL)
+        except OSError:
+            pytest.skip("no MADV_GUARD_INSTALL (Linux 6.13)")
+        assert os.getpid() not in {use.pid for use in pagemap.users(4096, size - 4096)}
+
+
+@pytest.mark.needs("frames", "big_memory")
+def test_huge_pages_that_are_neighbours_in_memory_alone() -> None:
+    """Two areas, of which the second begins with the frame behind the last one of the first."""
+    mremap = ctypes.CDLL(None, use_errno=True).mremap
+    mremap.restype, mremap.argtypes = ctypes.c_long, [ctypes.c_long] * 5
+    with closing(Mapping.anonymous(256 << 20, HUGE)) as area, closing(Mapping.anonymous(16 << 20, HUGE)) as apart:
+        memory.advise(area.address, area.size, memory.MADV_HUGEPAGE)
+        memory.advise(area.address, area.size, memory.MADV_POPULATE_WRITE)
+        places = {
+            (kernel.entries(address, 4096)[0] & (1 << 55) - 1) * 4096: address
+            for address in range(area.address, area.address + area.size, HUGE)
+        }
+        first = next(frame for frame in places if frame + HUGE in places)
+        wanted = [(apart.address, first, HUGE), (apart.address + (8 << 20), first + HUGE, HUGE)]
+        for address, frame, length in wanted:
+            moved = mremap(places[frame], length, length, MREMAP_MAYMOVE_FIXED_DONTUNMAP, address)
+            assert moved == address, ctypes.get_errno()
+        with Reader(kernel_task) as reader:
+            found = read_runs(reader, [(address, address + length) for address, _frame, length in wanted])
+            assert list(found) == wanted
 
 
 @pytest.mark.parametrize("before", [0, 1, 100, 4095, 4096, 5000])
