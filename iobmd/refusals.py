@@ -78,6 +78,10 @@ def without_memory(pid: int) -> IOReturnError:
             f"task {pid} is a kernel thread: it has no user memory",
             errno.ESRCH,
         )
+    if (thread := thread_with_memory(pid)) is not None:
+        return gone(
+            f"the main thread of task {pid} has exited: its memory is to be had by its threads alone ({thread})"
+        )
     return gone(f"the memory of task {pid} is gone: it exited, or replaced its program by exec meanwhile")
 
 

@@ -21,6 +21,8 @@ def terminable() -> Iterator[None]:
     before = {}
     try:
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # nohup
             before[number] = signal.signal(number, interrupt)
     except ValueError:  # not in the main thread
         pass

@@ -74,9 +74,12 @@ class Area(NamedTuple):
         return self.resident - self.file_or_shared
 
     @property
-    def swapped(self) -> int:
-        """Kept in swap. Of shared memory pagemap does not tell: there it is what smaps says."""
-        return max(self.tally.swapped, self._counter("Swap") or 0)
+    def swapped(self) -> int | None:
+        """Kept in swap. Of shared memory pagemap does not tell: there it is what smaps says; None: not known."""
+        told = self._counter("Swap")
+        if told is None and self.vma.inode and self.vma.device.startswith("00:"):  # on a tmpfs, it may be
+            return None
+        return max(self.tally.swapped, told or 0)
 
     @property
     def huge(self) -> int | None:
@@ -138,7 +141,7 @@ def areas(
     Parameters
     ----------
     target, address, size
-        As those of `spans`.
+        As those of `spans`. What an area holds is told of whole pages, and so may be more than a part of it is long.
     details
         Whether to read /proc/PID/smaps too, which alone tells what is locked and what is lazily free. For that the
         kernel walks through the pages of a whole area while the task can map nothing: 7 ms a GiB of small pages

@@ -27,7 +27,7 @@ class Kind(StrEnum):
     NEWLY_RESIDENT = "newly resident"
     """In memory, and was neither there nor in swap; the zero page is no memory of one's own."""
     RELEASED = "released"
-    """Neither in memory nor in swap any more."""
+    """Neither in memory nor in swap any more; or shared memory in swap, of which pagemap does not tell."""
     SWAPPED_OUT = "swapped out"
     SWAPPED_IN = "swapped in"
     MIGRATED = "migrated"

@@ -153,7 +153,7 @@ def describe_runs(task: Task, found: Iterable[Run]) -> Iterator[DescribedRun]:
 def require_frames() -> None:
     """Raise `kIOReturnNotPrivileged` where frame numbers are hidden."""
     if not host.pfns_visible():
-        message = f"frame numbers are hidden from this process: {host.capability_remedy()}"
+        message = f"frame numbers are hidden from this process: {host.capability_remedy().splitlines()[0]}"
         raise IOReturnError(IOReturn.kIOReturnNotPrivileged, message)
 
 

@@ -34,6 +34,11 @@ class Where(NamedTuple):
         """Whether no huge page can be partly in it and partly not."""
         return not (self.start % HUGE_PAGE_SIZE or self.end % HUGE_PAGE_SIZE)
 
+    @property
+    def cuts_an_area(self) -> bool:
+        """Whether it begins or ends within one."""
+        return not self.whole and any(area.start < self.start or area.end > self.end for area in self.areas())
+
     def areas(self) -> Iterator[VMA]:
         """Iterate over the areas that have a part in it, ascending. Raises IOReturnError."""
         low, high = self.known

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 from iobmd.tools.pagemap import frame as frame_command
+from iobmd.tools.pagemap import look
 from support import kernel
 from support.child import NOBODY, in_child, sleeping
 
+from iobmd import pagemap
 from iobmd.cli import main
 from iobmd.pagemap import frame
 
@@ -73,6 +75,47 @@ def test_runs_are_broken_at_every_page_that_is_absent_or_elsewhere(
     assert [[int(cell) for cell in row] for row in rows[1:]] == wanted
     text = shown(capsys, str(target), "--max-segment", "4096")
     assert f"{sum(length for _virtual, _physical, length in wanted) // 4096:,} segments" in text
+    cut = [[run[1] + at, 4096] for run in wanted for at in range(0, run[2], 4096)]
+    document = json.loads(shown(capsys, str(target), "--json", "--max-segment", "4096"))
+    assert [[segment["physical"], segment["length"]] for segment in document["segments"]] == cut
+    assert "runs" not in document
+    rows = list(csv.reader(StringIO(shown(capsys, str(target), "--csv", "--max-segment", "4096"))))
+    assert [[int(cell) for cell in row] for row in rows[1:]] == cut
+
+
+@pytest.mark.parametrize("form", ["table", "--csv", "--json", "--sort"])
+def test_what_was_begun_is_ended_when_the_process_dies(
+    form: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with sleeping() as process:
+
+        def dying(*asked: object, **named: object) -> Iterator[pagemap.Area]:
+            for number, area in enumerate(pagemap.areas(*asked, **named)):
+                if number == 3:
+                    process.kill()
+                    process.wait()
+                yield area
+
+        monkeypatch.setattr(look, "areas", dying)
+        options = {"table": [], "--sort": ["--sort", "size"], "--json": ["--json", "--boundary", "4k"]}
+        assert main(["pagemap", str(process.pid), *options.get(form, [form])]) == 1
+    printed = capsys.readouterr()
+    assert "kIOReturnNotFound" in printed.err
+    if form == "--json":
+        document = json.loads(printed.out)
+        assert document["changed_while_read"]["ended"] is True
+        assert document["summary"]["vmas"] == len(document["vmas"]) >= 3
+    else:
+        assert "it ended while it was read" in (printed.err if form == "--csv" else printed.out)
+
+
+def test_what_smaps_does_not_tell_of_a_part(target: int, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = json.loads(shown(capsys, str(target), "--json"))
+    area = next(vma for vma in whole["vmas"] if vma["name"] == "[stack]")
+    for end, told in ((area["end"], False), (area["end"] - 4096, True)):
+        document = json.loads(shown(capsys, str(target), "--json", "--range", f"{area['start']:#x}-{end:#x}"))
+        assert any("that the range cuts" in hidden["what"] for hidden in document["hidden"]) is told
+        assert (document["vmas"][0]["lazy_free_bytes"] is None) is told
 
 
 def test_a_row_for_each_area_and_a_summary(target: int, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,14 +133,18 @@ def test_a_row_for_each_area_and_a_summary(target: int, capsys: pytest.CaptureFi
 
 @pytest.mark.needs("root")
 def test_an_ordinary_user_is_told_what_is_hidden() -> None:
-    def look() -> tuple[int, str]:
+    def shown_there() -> tuple[int, str]:
         with sleeping() as process, redirect_stdout(StringIO()) as printed:
-            code = main(["pagemap", str(process.pid), "--json"])
+            code = main(["pagemap", str(process.pid), "--runs"])
+            code |= main(["pagemap", str(process.pid), "--json", "--flags"])
         return code, printed.getvalue()
 
-    code, text = in_child(look, uid=NOBODY)
-    document = json.loads(text)
+    code, text = in_child(shown_there, uid=NOBODY)
     assert code == 0
+    head, _, text = text.partition("{")
+    assert "not shown: frame numbers" in head
+    document = json.loads("{" + text)
+    assert document["runs"] is None
     assert document["capabilities"]["frames"] is False
     assert document["hidden"]
     assert document["summary"]["run_count"] is None
@@ -155,7 +202,9 @@ def test_save_and_diff(target: int, tmp_path: Path, capsys: pytest.CaptureFixtur
         ["1", "--boundary", "3"],
         ["1", "--diff", "file", "--csv"],
         ["1", "--diff", "file", "--json", "--watch", "1"],
-        ["1", "--json", "--max-segment", "4k"],
+        ["1", "--flags", "--max-segment", "4k"],
+        ["1", "--runs", "--sort", "size"],
+        ["1", "--map", "--boundary", "4k"],
         ["1", "--map", "--svg", "file"],
         ["1", "--map", "--json"],
         ["1", "--map", "--sort", "size"],

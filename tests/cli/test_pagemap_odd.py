@@ -190,6 +190,18 @@ def test_a_watch_that_is_ended_leaves_nothing(number: signal.Signals, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_watch_goes_on_under_nohup() -> None:
+    command = ["nohup", sys.executable, "-m", "iobmd", "pagemap", str(os.getpid()), "--watch", "0.05"]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout
+        for number in (signal.SIGHUP, signal.SIGTERM):
+            for _look in range(3):
+                assert "resident" in next(line for line in watching.stdout if "resident" in line)
+            watching.send_signal(number)
+        watching.stdout.read()
+    assert watching.returncode == 0
+
+
 def test_a_process_that_changes_while_it_is_read(capsys: pytest.CaptureFixture[str]) -> None:
     busy = "import mmap\nprint('ready', flush=True)\nwhile True:\n m = mmap.mmap(-1, 1 << 20); m[0] = 1; m.close()"
     with started(busy) as process:

@@ -52,14 +52,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     listed = not chosen or chosen[0] in ("json", "csv")
     if (arguments.runs or arguments.flags) and not listed:
         parser.error(f"--runs and --flags do not go together with --{chosen[0]}")
-    if chosen and (arguments.max_segment or arguments.boundary):
-        parser.error(f"segments are shown as text: --max-segment and --boundary do not go with --{chosen[0]}")
-    arguments.runs = arguments.runs or bool(arguments.max_segment or arguments.boundary)
+    arguments.segments = bool(arguments.max_segment or arguments.boundary)
+    if arguments.segments and not listed:
+        parser.error(f"--max-segment and --boundary do not go together with --{chosen[0]}")
+    if arguments.segments and arguments.flags:
+        parser.error("--flags is of runs: it goes together with neither --max-segment nor --boundary")
     if arguments.boundary and arguments.boundary & (arguments.boundary - 1):
         parser.error("--boundary must be a power of two")
     way = chosen[0] if chosen else "table"
-    if way == "table" and (arguments.runs or arguments.flags):
+    if way == "table" and (arguments.runs or arguments.flags or arguments.segments):
         way = "runs"
+        if arguments.sort != "address":
+            parser.error("runs and segments are shown by address: --sort does not go with them")
     arguments.way = _MODULES.get(way, way)
     return arguments
 

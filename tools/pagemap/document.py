@@ -6,11 +6,10 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from iobmd.pagemap.frame import require_frames
 from iobmd.units import PAGE_SIZE
 
 from .look import Look
-from .runs import chosen_descriptions, chosen_runs
+from .runs import chosen_descriptions, chosen_runs, chosen_segments
 from .total import Total
 
 if TYPE_CHECKING:
@@ -25,20 +24,27 @@ VERSION = 1
 def run(arguments: argparse.Namespace) -> None:
     """Print the document."""
     look = Look(arguments)
-    if arguments.flags:
-        require_frames()
     print("{" + members(_head(look)) + ',\n"vmas": [', end="")
     total = Total()
     write_lines(look.rows(lambda area: json.dumps(row(total.counted(area)))))
     print(f'],\n"summary": {json.dumps(summary(total, look.frames))}', end="")
     if arguments.runs or arguments.flags:
-        print(',\n"runs": [', end="")
-        if look.frames:
-            write_list(_runs(look, arguments.flags))
-        print("]", end="")
+        _write_found(look, "runs", _runs(look, arguments.flags))
+    if arguments.segments:
+        _write_found(look, "segments", (found._asdict() for found in chosen_segments(look)))
     restless = look.restless()
     print(f',\n"changed_while_read": {json.dumps(restless and restless._asdict())}}}')
     sys.stdout.flush()
+    look.require_task()
+
+
+def _write_found(look: Look, name: str, found: Iterator[dict[str, Any]]) -> None:
+    if not look.frames:
+        print(f',\n"{name}": null', end="")
+        return
+    print(f',\n"{name}": [', end="")
+    write_list(look.until_gone(found))
+    print("]", end="")
 
 
 def members(document: dict[str, Any]) -> str:
@@ -62,7 +68,7 @@ def _head(look: Look) -> dict[str, Any]:
         "version": VERSION,
         "pid": look.task.pid,
         "name": look.name,
-        "time": round(look.time, 3),
+        "time": round(look.time),
         "kernel": look.kernel,
         "page_bytes": PAGE_SIZE,
         "capabilities": {

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
+import time
 from typing import TYPE_CHECKING
 
 from iobmd.cli.printable import printable
@@ -48,7 +50,8 @@ def _changed(physical: int, length: int, before: FrameFacts | None) -> bool:
 
 def _write(physical: int, length: int, facts: FrameFacts | None, found: Iterator[Use]) -> None:
     about = facts._asdict() if facts else None
-    head = {"version": VERSION, "physical": physical, "length": length, "frames": about}
+    head: dict[str, object] = {"version": VERSION, "time": round(time.time()), "kernel": os.uname().release}
+    head |= {"physical": physical, "length": length, "frames": about}
     print("{" + members(head) + ',\n"users": [', end="")
     write_list(use._asdict() | {"area": use.area._asdict()} for use in found)
     print(f'],\n"changed_while_read": {json.dumps(_changed(physical, length, facts))}}}')

@@ -4,11 +4,13 @@ import argparse
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, TypeVar
 
 from iobmd import host, procfs
 from iobmd.cli.printable import printable
+from iobmd.constants import IOReturn
+from iobmd.errors import IOReturnError
 from iobmd.pagemap.area import Area, areas, is_bearable
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.target import Where, resolve
@@ -18,6 +20,8 @@ from iobmd.units import PAGE_SIZE
 
 from .order import ordered
 from .steady import Restless, Steady
+
+_T = TypeVar("_T")
 
 
 class Hidden(NamedTuple):
@@ -36,6 +40,7 @@ class Look:
         self.task = Task(arguments.pid)
         start, end = arguments.range or (None, None)
         self.name = ""
+        self._gone: IOReturnError | None = None
         self.where: Where = resolve(self.task, start, None if end is None else end - start)
         self._steady = Steady(self.task.pid)
         self.name_anew()
@@ -79,6 +84,12 @@ class Look:
                 else "reading smaps would hold up the process"
             )
             found.append(Hidden("what is locked or lazily free, and swapped shared memory", why, "--smaps"))
+        elif self.where.cuts_an_area:
+            what = "what is lazily free, and swapped shared memory, of areas that the range cuts"
+            found.append(Hidden(what, "smaps counts whole areas", "a --range of whole areas"))
+        if self.details and self.arguments.way in _WITHOUT_SMAPS and host.swap_areas():
+            what = "shared memory in swap, which looks as if it were not there"
+            found.append(Hidden(what, "smaps alone tells of it", "the table, or --json"))
         if not self.scans:
             found.append(
                 Hidden("PAGEMAP_SCAN", "this kernel lacks it: huge pages are told by smaps", "Linux 6.7 or later")
@@ -87,7 +98,7 @@ class Look:
 
     def restless(self) -> Restless | None:
         """Return what the process did since the look began; None: nothing."""
-        return self._steady.restless()
+        return Restless(True, False, 0) if self._gone else self._steady.restless()
 
     def areas(self) -> Iterator[Area]:
         """Iterate over the areas that were chosen, ascending."""
@@ -96,9 +107,24 @@ class Look:
     def rows(self, write: Callable[[Area], str]) -> Iterator[str]:
         """Iterate over the same as text, in the order that was asked for."""
         key, backwards = _KEYS[self.arguments.sort]
+        areas = self.until_gone(self.areas())
         if key is None:
-            return map(write, self.areas())
-        return ordered(((key(area), write(area)) for area in self.areas()), backwards=backwards)
+            return map(write, areas)
+        return ordered(((key(area), write(area)) for area in areas), backwards=backwards)
+
+    def until_gone(self, found: Iterable[_T]) -> Iterator[_T]:
+        """Iterate until the task is gone, so that what was begun can be ended; `require_task` then says so."""
+        try:
+            yield from found
+        except IOReturnError as error:
+            if error.code != IOReturn.kIOReturnNotFound:
+                raise
+            self._gone = error
+
+    def require_task(self) -> None:
+        """Raise what `until_gone` kept back."""
+        if self._gone:
+            raise self._gone
 
     def _is_chosen(self, area: Area) -> bool:
         only = self.arguments.only
@@ -129,12 +155,15 @@ class Look:
         return ((start, end) for _vma, start, end in self.parts())
 
 
+_WITHOUT_SMAPS = ("map", "picture", "watch", "snapshots")
+"""Ways to show it that look at the pages alone."""
+
 _STATES: dict[str, Callable[[Area], int]] = {
     "resident": lambda area: area.resident,
     "anonymous": lambda area: area.anonymous,
     "file": lambda area: area.file_or_shared,
     "huge": lambda area: area.huge or 0,
-    "swapped": lambda area: area.swapped,
+    "swapped": lambda area: area.swapped or 0,
     "locked": lambda area: area.locked or 0,
     "lazy": lambda area: area.lazy_free or 0,
     "zero": lambda area: area.tally.zero,
@@ -147,7 +176,7 @@ _KEYS: dict[str, tuple[Callable[[Area], int | str] | None, bool]] = {
     "name": (lambda area: area.vma.name, False),
     "size": (lambda area: area.size, True),
     "resident": (lambda area: area.resident, True),
-    "swapped": (lambda area: area.swapped, True),
+    "swapped": (lambda area: area.swapped or 0, True),
     "huge": (lambda area: area.huge or 0, True),
     "locked": (lambda area: area.locked or 0, True),
     "runs": (lambda area: area.tally.runs, True),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iobmd.pagemap.frame import describe_runs, require_frames
+from iobmd.pagemap.frame import describe_runs
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.segment import segments
 from iobmd.pagemap.span import read_runs
@@ -18,17 +18,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from iobmd.pagemap.frame import DescribedRun, FrameFacts
+    from iobmd.pagemap.segment import Segment
     from iobmd.pagemap.span import Run
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the runs, or the segments that they are cut to, and a histogram."""
     look = Look(arguments)
-    require_frames()
     show_head(look)
+    if not look.frames:  # the head says so
+        return
     seen = Histogram()
-    if arguments.max_segment or arguments.boundary:
-        _show_segments(seen.watch(chosen_runs(look)), arguments.max_segment, arguments.boundary)
+    if arguments.segments:
+        _show_segments(segments(seen.watch(chosen_runs(look)), arguments.max_segment, arguments.boundary))
     elif arguments.flags:
         print(f"{'virtual':>16} {'physical':>14} {'length':>9} {'mapped':>9} {'node':>4}  flags (~: of some) cgroups")
         for found, facts in chosen_descriptions(look):
@@ -70,10 +72,15 @@ def _words(facts: FrameFacts) -> str:
     return " ".join((*facts.flags, *(f"~{name}" for name in facts.some_flags), *(facts.cgroups or ())))
 
 
-def _show_segments(found: Iterator[Run], most: int | None, boundary: int | None) -> None:
+def chosen_segments(look: Look) -> Iterator[Segment]:
+    """Iterate over the segments that these are cut to."""
+    return segments(chosen_runs(look), look.arguments.max_segment, look.arguments.boundary)
+
+
+def _show_segments(found: Iterator[Segment]) -> None:
     print(f"{'physical':>14} {'length':>12}")
     number = 0
-    for number, one in enumerate(segments(found, most, boundary), 1):  # noqa: B007 (counts them)
+    for number, one in enumerate(found, 1):  # noqa: B007 (counts them)
         print(f"{one.physical:14x} {one.length:12,}")
     print(f"\n{number:,} segments")
 

@@ -1,4 +1,4 @@
-"""`--csv`: a line for each area, or with `--runs` for each run."""
+"""`--csv`: a line for each area, run or segment."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from iobmd.cli.printable import printable
 from iobmd.pagemap.frame import require_frames
+from iobmd.pagemap.segment import Segment
 from iobmd.pagemap.span import Run
 
 from .document import FIELDS, row
 from .look import Look
-from .runs import chosen_descriptions, chosen_runs
+from .runs import chosen_descriptions, chosen_runs, chosen_segments
 
 if TYPE_CHECKING:
     import argparse
@@ -35,12 +36,17 @@ def run(arguments: argparse.Namespace) -> None:
         require_frames()
         lines.writerow(Run._fields)
         lines.writerows(chosen_runs(look))
+    elif arguments.segments:
+        require_frames()
+        lines.writerow(Segment._fields)
+        lines.writerows(chosen_segments(look))
     else:
         lines.writerow(FIELDS)
         sys.stdout.writelines(look.rows(_line))
     sys.stdout.flush()
     if restless := look.restless():  # not among the lines, which programs read
         print(f"iobmd pagemap: {look.title}: {restless}", file=sys.stderr)
+    look.require_task()
 
 
 def _line(area: Area) -> str:

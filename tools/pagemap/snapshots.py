@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from iobmd import host
 from iobmd.cli.printable import printable
 from iobmd.pagemap.change import changes
 from iobmd.pagemap.snapshot import Snapshot, save
@@ -58,6 +59,8 @@ def _show(before: Snapshot, after: Snapshot) -> None:
         f"{printable(new.name)} ({new.pid}) against {printable(old.name)} ({old.pid}) of "
         f"{time.strftime('%F %T', time.localtime(old.time))}, {new.time - old.time:.0f} s before"
     )
+    if host.swap_areas():
+        print("not shown: shared memory that was swapped out, which counts as released (pagemap does not tell of it)")
     if not (old.frames_visible and new.frames_visible):
         print("not shown: pages that moved (frame numbers are hidden in one of the two)")
     sums: Counter[Kind] = Counter()

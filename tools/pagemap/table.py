@@ -32,6 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(row)
     show_total(look, total)
     show_restless(look)
+    look.require_task()
 
 
 def show_head(look: Look) -> None:

@@ -13,9 +13,10 @@ class Total:
     """What several areas hold together, in bytes; None where it is not known of one of them."""
 
     def __init__(self) -> None:
-        self.areas = self.size = self.resident = self.anonymous = self.file_or_shared = self.swapped = 0
+        self.areas = self.size = self.resident = self.anonymous = self.file_or_shared = 0
         self.exclusive = self.zero = self.guard = self.marker = self.device = self.runs = self.largest = 0
         self.in_runs = self.ascending = self.descending = 0
+        self.swapped: int | None = 0
         self.huge: int | None = 0
         self.locked: int | None = 0
         self.lazy_free: int | None = 0
@@ -29,7 +30,7 @@ class Total:
         self.resident += area.resident
         self.anonymous += area.anonymous
         self.file_or_shared += area.file_or_shared
-        self.swapped += area.swapped
+        self.swapped = _sum(self.swapped, area.swapped)
         self.exclusive += tally.exclusive
         self.zero += tally.zero
         self.guard += tally.guard
