@@ -69,6 +69,11 @@ class Area(NamedTuple):
         return 0 if self.is_device else self.tally.file
 
     @property
+    def shared(self) -> int:
+        """Resident pages that others map too, or that are mapped more than once; of files or not."""
+        return max(0, self.resident - self.tally.exclusive)
+
+    @property
     def anonymous(self) -> int:
         """Resident pages that belong to no file and are not shared memory."""
         return self.resident - self.file_or_shared

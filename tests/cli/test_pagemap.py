@@ -39,9 +39,9 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-def rss(pid: int) -> int:
+def rollup(pid: int, *names: str) -> int:
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("Rss:")).split()[1]) << 10
+    return sum(int(line.split()[1]) << 10 for line in lines if line.partition(":")[0] in names)
 
 
 def test_json_has_every_area_and_its_resident_memory(target: int, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,8 +51,10 @@ def test_json_has_every_area_and_its_resident_memory(target: int, capsys: pytest
     ]
     assert document["version"] == 1
     assert [f"{vma['start']:x}-{vma['end']:x}" for vma in document["vmas"]] == maps
-    assert document["summary"]["resident_bytes"] == rss(target)
-    assert sum(vma["resident_bytes"] for vma in document["vmas"]) == rss(target)
+    assert document["summary"]["resident_bytes"] == rollup(target, "Rss")
+    assert sum(vma["resident_bytes"] for vma in document["vmas"]) == rollup(target, "Rss")
+    shared = rollup(target, "Shared_Clean", "Shared_Dirty")
+    assert sum(vma["shared_bytes"] for vma in document["vmas"]) == shared > 0
 
 
 @pytest.mark.needs("frames")

@@ -99,6 +99,7 @@ FIELDS: dict[str, Callable[[Area], Any]] = {
     "anonymous_bytes": lambda area: area.anonymous,
     "file_or_shared_bytes": lambda area: area.file_or_shared,
     "exclusive_bytes": lambda area: area.tally.exclusive,
+    "shared_bytes": lambda area: area.shared,
     "swapped_bytes": lambda area: area.swapped,
     "huge_bytes": lambda area: area.huge,
     "hugetlb_page_bytes": lambda area: area.hugetlb_page,

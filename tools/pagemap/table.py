@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from iobmd.pagemap.area import Area
 
 HEADING = (
-    f"{'addresses':>29} {'perms':5} {'size':>9} {'resident':>9} {'file/shm':>9} {'swapped':>9} {'huge':>9} "
-    f"{'locked':>9} {'lazyfree':>9} {'runs':>7} {'largest':>9}  name"
+    f"{'addresses':>29} {'perms':5} {'size':>9} {'resident':>9} {'file/shm':>9} {'shared':>9} {'swapped':>9} "
+    f"{'huge':>9} {'locked':>9} {'lazyfree':>9} {'runs':>7} {'largest':>9}  name"
 )
 
 
@@ -60,8 +60,9 @@ def _row(area: Area) -> str:
     notes = _notes(area)
     return (
         f"{addresses:>29} {area.vma.perms:5} {amount(area.size):>9} {amount(area.resident):>9} "
-        f"{amount(area.file_or_shared):>9} {amount(area.swapped):>9} {amount(area.huge):>9} {amount(area.locked):>9} "
-        f"{amount(area.lazy_free):>9} {runs:>7} {largest:>9}  {printable(area.vma.name)}{notes}"
+        f"{amount(area.file_or_shared):>9} {amount(area.shared):>9} {amount(area.swapped):>9} "
+        f"{amount(area.huge):>9} {amount(area.locked):>9} {amount(area.lazy_free):>9} {runs:>7} {largest:>9}  "
+        f"{printable(area.vma.name)}{notes}"
     )
 
 
