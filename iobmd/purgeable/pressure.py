@@ -7,12 +7,10 @@ import os
 import re
 import select
 import time
-from typing import TYPE_CHECKING, Self
+from pathlib import Path
+from typing import Self
 
 from iobmd import headroom, host
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 _TOTAL = re.compile(r"some .*total=(\d+)")
 _STALLED = 0.075  # the part of the time that somebody waits for memory; the kernel's own triggers see it 2 s later
