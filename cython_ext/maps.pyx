@@ -1,8 +1,8 @@
 # cython: language_level=3, auto_pickle=False, autotestdict=False
-"""What /proc/PID/maps says (proc_pid_maps(5)): processes have tens of thousands of areas, a line each."""
+"""What /proc/PID/maps and smaps say (proc_pid_maps(5)): tens of thousands of areas, a line or 26 lines each."""
 
 from libc.stdint cimport uint64_t
-from libc.string cimport memchr
+from libc.string cimport memchr, memcmp
 
 cdef extern from "Python.h":
     # Names are those of files, which need not be UTF-8.
@@ -22,6 +22,51 @@ def parse(bytes text):
     while at < end:
         at = _add(areas, at, end)
     return areas
+
+
+def parse_details(bytes text):
+    """Return what whole entries of smaps say, each of which begins with a line of maps.
+
+    Each as (area, counters, flags): the area as of `parse`; what is counted in kB, in bytes, by name; the words of
+    VmFlags. Raises ValueError where a line is none of smaps.
+    """
+    cdef const char *at = text
+    cdef const char *end = at + len(text)
+    cdef const char *stop
+    cdef const char *colon
+    cdef const char *behind
+    cdef uint64_t value
+    areas, found = [], []
+    names, words = {}, {}  # the same ones come again and again
+    while at < end:
+        at = _add(areas, at, end)
+        counters, flags = {}, frozenset()
+        while at < end and c"A" <= at[0] <= c"Z":  # a line of maps begins with a digit or a small letter
+            stop = <const char *>memchr(at, c"\n", end - at)
+            if stop == NULL:
+                stop = end
+            colon = <const char *>memchr(at, c":", stop - at)
+            if colon == NULL:
+                raise ValueError("not a line of smaps")
+            line = at[:colon - at]
+            name = names.get(line)
+            if name is None:
+                name = names[line] = PyUnicode_DecodeFSDefaultAndSize(at, colon - at)
+            at = colon + 1
+            while at < stop and at[0] == c" ":
+                at += 1
+            value = 0
+            behind = _number(at, 10, &value)
+            if stop - behind == 3 and memcmp(behind, <const char *>b" kB", 3) == 0:
+                counters[name] = value << 10
+            elif name == "VmFlags":
+                line = at[:stop - at]
+                flags = words.get(line)
+                if flags is None:
+                    flags = words[line] = frozenset(PyUnicode_DecodeFSDefaultAndSize(at, stop - at).split())
+            at = stop + 1
+        found.append((areas.pop(), counters, flags))
+    return found
 
 
 cdef const char *_add(list areas, const char *at, const char *end) except NULL:

@@ -1,6 +1,5 @@
 """What /proc says of a process and of the host (proc(5)), parsed and in bytes."""
 
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -67,24 +66,19 @@ class Details(NamedTuple):
 
 def details(pid: int | str = "self") -> Iterator[Details]:
     """Iterate over /proc/PID/smaps, ascending by address. For each area the kernel walks through all of its pages."""
-    area: VMA | None = None
-    counters: dict[str, int] = {}
-    flags: frozenset[str] = frozenset()
-    with _lines(pid, "smaps") as lines:
-        for line in lines:
-            if not line[0].isupper():  # an address, whose digits are small letters
-                if area:
-                    yield Details(area, counters, flags)
-                area, *_ = _parse(os.fsencode(line))
-                counters, flags = {}, frozenset()
+    rest = b""
+    with open(f"/proc/{pid}/smaps", "rb", buffering=0) as file:
+        while text := file.read(1 << 16):
+            # The flags are the last line of an area: names have no newline in them.
+            before, flags, behind = (rest + text).rpartition(b"\nVmFlags:")
+            line, newline, behind = behind.partition(b"\n")
+            if not (flags and newline):
+                rest += text
                 continue
-            name, _, rest = line.partition(":")
-            if rest.endswith(" kB\n"):
-                counters[sys.intern(name)] = int(rest[:-4]) << 10
-            elif name == "VmFlags":
-                flags = frozenset(map(sys.intern, rest.split()))
-    if area:
-        yield Details(area, counters, flags)
+            rest = behind
+            for found, counters, words in native.parse_details(before + flags + line + newline):
+                area = VMA._make(found)
+                yield Details(_unescaped(area) if "\\" in area.name else area, counters, words)
 
 
 def smaps(pid: int | str = "self") -> Iterator[tuple[VMA, dict[str, int]]]:

@@ -53,9 +53,10 @@ class Area(NamedTuple):
         """Mapped to memory, as RSS counts it: without the zero page, and without the memory of devices."""
         if self.is_device:
             return 0
-        told = self._counters("Rss", "Private_Hugetlb", "Shared_Hugetlb")
-        if not self.visible and not self.scans and told is not None:  # nothing else tells the zero page
-            return min(self.tally.present, told)
+        if not self.visible and not self.scans:  # then smaps alone tells the zero page
+            told = self._counters("Rss", "Private_Hugetlb", "Shared_Hugetlb")
+            if told is not None:
+                return min(self.tally.present, told)
         return self.tally.present - self.tally.zero
 
     @property

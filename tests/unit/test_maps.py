@@ -1,5 +1,7 @@
 """Parsing of /proc/PID/maps, against another way to take its lines apart."""
 
+import contextlib
+import io
 import os
 import re
 from pathlib import Path
@@ -87,6 +89,60 @@ def test_ends_are_not_passed_by() -> None:
     for length in range(1, len(WHOLE) - 1):
         with pytest.raises(ValueError, match="not a line of maps"):
             maps.parse(WHOLE[:length] + b"\n" + WHOLE[length:])
+
+
+COUNTERS = re.compile(rb"(\w+): +(\d+) kB")
+
+
+def entries(text: bytes) -> list[tuple[tuple[object, ...], dict[str, int], frozenset[str]]]:
+    """Take smaps apart line by line."""
+    found: list[tuple[tuple[object, ...], dict[str, int], frozenset[str]]] = []
+    for line in text.splitlines():
+        if not re.match(rb"[A-Z]", line):
+            found.append((reference(line), {}, frozenset()))
+        elif counter := COUNTERS.fullmatch(line):
+            found[-1][1][counter[1].decode()] = int(counter[2]) * 1024
+        elif line.startswith(b"VmFlags:"):
+            found[-1] = *found[-1][:2], frozenset(line.decode().split()[1:])
+    return found
+
+
+def test_smaps_of_this_process() -> None:
+    text = Path("/proc/self/smaps").read_bytes()
+    found = maps.parse_details(text)
+    assert found == entries(text)
+    assert all(counters["Size"] == area[1] - area[0] and "rd" in flags for area, counters, flags in found[:1])
+    assert maps.parse_details(b"") == []
+    areas = [(one.start, one.end) for one in procfs.maps()]
+    assert {(one.area.start, one.area.end) for one in procfs.details()} <= {*areas} | {one[:2] for one in areas}
+
+
+@pytest.mark.parametrize("cut", [1, 7, 100, 5000])
+def test_smaps_in_pieces(cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much each read returns; and a name that looks like the end of an area."""
+    text = Path("/proc/self/smaps").read_bytes()
+    text = text.replace(b"[heap]", b"/VmFlags: x\\012")
+
+    class Pieces(io.BytesIO):
+        def read(self, _size: int | None = -1) -> bytes:
+            return super().read(cut)
+
+    monkeypatch.setattr(procfs, "open", lambda *_path, **_how: Pieces(text), raising=False)
+    found = list(procfs.details())
+    assert [(one.counters, one.flags) for one in found] == [one[1:] for one in entries(text)]
+    assert "/VmFlags: x\n" in [one.area.name for one in found]
+
+
+@pytest.mark.parametrize("line", [b"Rss", b"Rss\n", b"Rss 12 kB\n", b"7f00-7f01\n"])
+def test_what_is_no_line_of_smaps_is_refused(line: bytes) -> None:
+    with pytest.raises(ValueError, match="not a line of"):
+        maps.parse_details(WHOLE + b"\n" + line)
+
+
+@given(st.binary())
+def test_any_bytes_behind_an_area(text: bytes) -> None:
+    with contextlib.suppress(ValueError):
+        maps.parse_details(WHOLE + b"\nRss:   4 kB\n" + text)
 
 
 def test_newlines_in_names(tmp_path: Path) -> None:
