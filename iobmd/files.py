@@ -53,7 +53,8 @@ def _open(path: Path, mode: int) -> tuple[Path, Path | None, int]:
     real = path.resolve()
     try:
         if descriptor is not None:
-            sys.stdout.flush()
+            if sys.stdout:
+                sys.stdout.flush()
             return real, None, os.dup(descriptor)
         if real.exists() and not real.is_file():
             return real, None, os.open(real, os.O_WRONLY | os.O_CLOEXEC)

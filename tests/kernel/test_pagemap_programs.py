@@ -83,7 +83,8 @@ def compare(pid: int, details: bool) -> None:
     theirs, ours = quiet(lambda: rollup(pid), lambda: list(pagemap.areas(pid, details=details)))
     resident = sum(area.resident for area in ours)
     assert abs(resident - theirs["Rss"]) <= theirs["Rss"] // 100, (pid, resident, theirs)
-    assert sum(area.swapped for area in ours) == theirs["Swap"], (pid, theirs)
+    assert sum(area.swapped or 0 for area in ours) == theirs["Swap"], (pid, theirs)
+    assert not details or None not in {area.swapped for area in ours}
 
 
 @pytest.mark.parametrize("details", [True, False])

@@ -155,7 +155,7 @@ class Look:
         return ((start, end) for _vma, start, end in self.parts())
 
 
-_WITHOUT_SMAPS = ("map", "picture", "watch", "snapshots")
+_WITHOUT_SMAPS = ("map", "picture", "watch")
 """Ways to show it that look at the pages alone."""
 
 _STATES: dict[str, Callable[[Area], int]] = {
