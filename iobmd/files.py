@@ -50,7 +50,7 @@ def replacing(path: str | Path, mode: int) -> Iterator[BinaryIO]:
 def _open(path: Path, mode: int) -> tuple[Path, Path | None, int]:
     """Return the path with links followed, the draft that is to take its place if any, and what is open to write."""
     descriptor = _descriptor(path)
-    real = path.resolve()
+    real = Path(os.path.realpath(path))  # which takes links that lead in circles as they are
     try:
         if descriptor is not None:
             if sys.stdout:
@@ -68,10 +68,10 @@ def _open(path: Path, mode: int) -> tuple[Path, Path | None, int]:
 
 def _descriptor(path: Path) -> int | None:
     """Return the descriptor of this process that `path` is a name of."""
-    ours = Path("/proc/self/fd").resolve()
+    ours = Path(os.path.realpath("/proc/self/fd"))
     for _ in range(_LINKS):
-        path = path.parent.resolve() / path.name
-        if path.parent == ours:
+        path = Path(os.path.realpath(path.parent), path.name)
+        if path.parent == ours and path.name.isdecimal():
             return int(path.name)
         if not path.is_symlink():
             break

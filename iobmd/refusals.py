@@ -105,11 +105,20 @@ def _flags(pid: int) -> int:
 
 def thread_with_memory(pid: int) -> int | None:
     """Return a thread of `pid` that still has its memory when the leader has none (it exited before others)."""
+    if _has_memory(pid):
+        return None
     try:
         threads = [int(name) for name in os.listdir(f"/proc/{pid}/task") if name != str(pid)]
     except OSError:
         return None
-    return next((thread for thread in threads if "VmSize" in procfs.status(thread)), None)
+    return next((thread for thread in threads if _has_memory(thread)), None)
+
+
+def _has_memory(pid: int) -> bool:
+    try:
+        return "VmSize" in procfs.status(pid)
+    except OSError:  # it is gone
+        return False
 
 
 def _why_refused(pid: int) -> str:

@@ -120,6 +120,17 @@ def test_the_file_behind_a_link_is_replaced(tmp_path: Path, capsys: pytest.Captu
         file.write_text("old")
 
 
+def test_odd_paths_to_write_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Links that lead in circles are replaced; what is no descriptor in /proc/self/fd cannot be made."""
+    circle = tmp_path / "circle"
+    circle.symlink_to("circle")
+    shown(capsys, "self", "--svg", str(circle))
+    assert "<svg" in circle.read_text()
+    for path in ("/proc/self/fd/name", "/proc/self/fd/99999", str(tmp_path / "missing" / "file")):
+        assert main(["pagemap", "self", "--svg", path]) == 1
+        assert f"{path}: " in capsys.readouterr().err
+
+
 def test_every_name_comes_whole(odd: int, capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads(shown(capsys, str(odd), "--json", "--smaps"))
     assert document["name"] == "c\x1b[31m\udcff\rX"
