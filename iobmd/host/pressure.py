@@ -52,7 +52,7 @@ def _own_cgroup(kind: str) -> str | None:
         number, controllers, path = line.split(":", 2)
         if number == "0" if kind == "cgroup2" else "memory" in controllers.split(","):
             inside = path
-    for root, mounted_at in _mounts(kind) if inside else ():
+    for root, mounted_at in memory_mounts(kind) if inside else ():
         # A container may see a part of the hierarchy only: `root` is the part's own name.
         below = root.rstrip("/")
         if inside and f"{inside}/".startswith(f"{below}/"):
@@ -60,7 +60,8 @@ def _own_cgroup(kind: str) -> str | None:
     return None
 
 
-def _mounts(kind: str) -> Iterator[tuple[str, str]]:
+def memory_mounts(kind: str) -> Iterator[tuple[str, str]]:
+    """Iterate over where the hierarchy `kind` is mounted, and which part of it: that, and the mount point."""
     for line in (read_text("/proc/self/mountinfo") or "").splitlines():
         place, _, system = line.partition(" - ")
         filesystem, _source, options = system.split(" ", 2)

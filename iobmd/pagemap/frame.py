@@ -9,7 +9,7 @@ from iobmd import host, procfs
 from iobmd._native import frames as native
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.host.fact import read_text
+from iobmd.host.pressure import memory_mounts
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.span import Run, runs
 from iobmd.pagemap.target import Target, resolve
@@ -113,13 +113,7 @@ def flag_names(flags: int) -> tuple[str, ...]:
 def _memory_cgroups() -> dict[int, str]:
     """Return the memory cgroups that can be seen here: their paths by the inode number of their directories."""
     found: dict[int, str] = {}
-    for line in (read_text("/proc/self/mountinfo") or "").splitlines():
-        mount, _, kind = line.partition(" - ")
-        if not (
-            kind.startswith("cgroup2 ") or (kind.startswith("cgroup ") and "memory" in kind.split()[-1].split(","))
-        ):
-            continue
-        top = mount.split()[4]
+    for _part, top in (*memory_mounts("cgroup2"), *memory_mounts("cgroup")):
         for directory, _names, _files in os.walk(top):
             with contextlib.suppress(OSError):
                 found.setdefault(os.stat(directory).st_ino, directory.removeprefix(top) or "/")

@@ -33,7 +33,7 @@ class Hidden(NamedTuple):
 
 
 class Look:
-    """A process, and the areas of it that the command line chooses."""
+    """A process, the areas of it that the command line chooses, and what of them is hidden."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -52,6 +52,7 @@ class Look:
             wanted = True if needed and arguments.smaps is None else arguments.smaps
             self.details: bool = is_bearable(self.where, reader) if wanted is None else wanted
         self.flags = self.frames and os.access("/proc/kpageflags", os.R_OK)
+        self.hidden = self._hidden()  # once: a live view shows it again and again
 
     @property
     def title(self) -> str:
@@ -63,9 +64,7 @@ class Look:
         with contextlib.suppress(OSError):  # it is gone: who reads its memory says so
             self.name = procfs.status(self.task.pid).get("Name", "")
 
-    @property
-    def hidden(self) -> list[Hidden]:
-        """What is not shown of this process."""
+    def _hidden(self) -> list[Hidden]:
         found = []
         if not self.frames:
             found.append(

@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     seen = Histogram()
     if arguments.segments:
-        _show_segments(segments(seen.watch(chosen_runs(look)), arguments.max_segment, arguments.boundary))
+        _show_segments(cut(look, seen.watch(chosen_runs(look))))
     elif arguments.flags:
         print(f"{'virtual':>16} {'physical':>14} {'length':>9} {'mapped':>9} {'node':>4}  flags (~: of some) cgroups")
         for found, facts in chosen_descriptions(look):
@@ -74,7 +74,12 @@ def _words(facts: FrameFacts) -> str:
 
 def chosen_segments(look: Look) -> Iterator[Segment]:
     """Iterate over the segments that these are cut to."""
-    return segments(chosen_runs(look), look.arguments.max_segment, look.arguments.boundary)
+    return cut(look, chosen_runs(look))
+
+
+def cut(look: Look, found: Iterator[Run]) -> Iterator[Segment]:
+    """Cut runs to segments within the limits that were asked for."""
+    return segments(found, look.arguments.max_segment, look.arguments.boundary)
 
 
 def _show_segments(found: Iterator[Segment]) -> None:
