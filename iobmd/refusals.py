@@ -35,6 +35,9 @@ def unreadable(pid: int, address: int, *, write: bool = False) -> IOReturnError:
 
 def refused(pid: int, number: int, what: str) -> IOReturnError:
     """Return the error for a kernel that refused `what` ("memory", "pagemap") of the task `pid`."""
+    if _flags(pid) & (_PF_EXITING | _PF_KTHREAD):
+        # What belongs to a task without memory is root's, so that others are refused for that reason alone.
+        return without_memory(pid)
     return IOReturnError(
         IOReturn.kIOReturnNotPermitted, f"no access to the {what} of task {pid}: {_why_refused(pid)}", number
     )
@@ -88,11 +91,6 @@ def without_memory(pid: int) -> IOReturnError:
 def is_kernel_thread(pid: int) -> bool:
     """Say whether `pid` is a kernel thread (PF_KTHREAD)."""
     return bool(_flags(pid) & _PF_KTHREAD)
-
-
-def is_exiting(pid: int) -> bool:
-    """Say whether `pid` has begun to exit (PF_EXITING): its memory may be gone while it still seems to run."""
-    return bool(_flags(pid) & _PF_EXITING)
 
 
 def _flags(pid: int) -> int:

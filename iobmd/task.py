@@ -183,9 +183,6 @@ class Task:
         if error == errno.ESRCH:
             raise refusals.without_memory(self.pid)
         if error in (errno.EPERM, errno.EACCES):
-            # Without privilege the kernel refuses memory that an exiting task has given up already.
-            if refusals.is_exiting(self.pid):
-                raise refusals.gone(f"task {self.pid} is gone: it exits")
             raise refusals.refused(self.pid, error, "memory")
         if error:
             raise refusals.unreadable(self.pid, theirs + done, write=write)
