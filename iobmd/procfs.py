@@ -1,5 +1,6 @@
 """What /proc says of a process and of the host (proc(5)), parsed and in bytes."""
 
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -9,6 +10,10 @@ from iobmd._native import maps as native
 
 HUGE = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Private_Hugetlb", "Shared_Hugetlb")
 """Counters of smaps of what huge pages map in the page tables: a PMD, or a page of hugetlb."""
+
+PF_EXITING = 0x00000004
+PF_KTHREAD = 0x00200000
+"""Of the kernel's flags of a task."""
 
 _FIELD = r"(\w+(?:\(\w+\))?):\s+(\d+) kB"
 _ESCAPE = r"\\([0-7]{3})"
@@ -43,15 +48,15 @@ def _unescaped(area: VMA) -> VMA:
 def maps(pid: int | str = "self") -> Iterator[VMA]:
     """Iterate over /proc/PID/maps, ascending by address."""
     rest = b""
-    with open(f"/proc/{pid}/maps", "rb", buffering=0) as file:
+    with open(memory_file(pid, "maps"), "rb", buffering=0) as file:
         while text := file.read(1 << 16):
             whole, newline, rest = (rest + text).rpartition(b"\n")
             yield from _parse(whole + newline)
 
 
-def _lines(pid: int | str, name: str) -> TextIO:
+def _lines(path: str) -> TextIO:
     encoding = sys.getfilesystemencoding()
-    return open(f"/proc/{pid}/{name}", encoding=encoding, errors="surrogateescape", newline="\n")
+    return open(path, encoding=encoding, errors="surrogateescape", newline="\n")
 
 
 class Details(NamedTuple):
@@ -67,7 +72,7 @@ class Details(NamedTuple):
 def details(pid: int | str = "self") -> Iterator[Details]:
     """Iterate over /proc/PID/smaps, ascending by address. For each area the kernel walks through all of its pages."""
     rest = b""
-    with open(f"/proc/{pid}/smaps", "rb", buffering=0) as file:
+    with open(memory_file(pid, "smaps"), "rb", buffering=0) as file:
         while text := file.read(1 << 16):
             # The flags are the last line of an area: names have no newline in them.
             before, flags, behind = (rest + text).rpartition(b"\nVmFlags:")
@@ -109,20 +114,52 @@ def uncovered(areas: Iterable[VMA], address: int, end: int, permission: str) -> 
 
 def status(pid: int | str = "self") -> dict[str, str]:
     """Return the fields of /proc/PID/status as text."""
-    with _lines(pid, "status") as lines:
+    return _fields(f"/proc/{pid}/status")
+
+
+def _fields(path: str) -> dict[str, str]:
+    with _lines(path) as lines:
         return {key: value.strip("\n\t ") for key, _, value in (line.partition(":") for line in lines)}
 
 
 def status_bytes(field: str, pid: int | str = "self") -> int:
-    """Return a size of /proc/PID/status, in bytes."""
-    return int(status(pid)[field].removesuffix("kB")) << 10
+    """Return a size of memory that /proc/PID/status tells, in bytes."""
+    return int(_fields(memory_file(pid, "status"))[field].removesuffix("kB")) << 10
 
 
 def stat(pid: int | str = "self") -> list[str]:
     """Return the fields of /proc/PID/stat behind the name: the first is the third that proc_pid_stat(5) counts."""
     # The program's name is in parentheses, and may hold anything.
-    with _lines(pid, "stat") as lines:
+    with _lines(f"/proc/{pid}/stat") as lines:
         return lines.read().rpartition(")")[2].split()
+
+
+def flags(pid: int | str = "self") -> int:
+    """Return the kernel's flags of a task (PF_…)."""
+    return int(stat(pid)[6])
+
+
+def memory_file(pid: int | str, name: str) -> str:
+    """Return the path of a file of /proc that tells of the memory of a process, such as "pagemap"."""
+    return f"/proc/{pid if isinstance(pid, str) else memory_id(pid)}/{name}"
+
+
+def memory_id(pid: int) -> int:
+    """Return the id by which the kernel finds the memory of a process.
+
+    That is its pid, or the id of one of its threads when the main thread has exited before these.
+    """
+    if not flags(pid) & PF_EXITING:
+        return pid
+    threads = map(int, os.listdir(f"/proc/{pid}/task"))
+    return next((tid for tid in threads if tid != pid and _has_memory(tid)), pid)
+
+
+def _has_memory(tid: int) -> bool:
+    try:
+        return "VmSize" in status(tid)
+    except OSError:  # it is gone
+        return False
 
 
 def page_faults(pid: int | str = "self") -> int:

@@ -6,9 +6,7 @@ import os
 from iobmd import host, procfs
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
-
-_PF_EXITING = 0x00000004
-_PF_KTHREAD = 0x00200000
+from iobmd.procfs import PF_EXITING, PF_KTHREAD
 
 
 def gone(what: str, number: int = errno.ESRCH) -> IOReturnError:
@@ -35,7 +33,7 @@ def unreadable(pid: int, address: int, *, write: bool = False) -> IOReturnError:
 
 def refused(pid: int, number: int, what: str) -> IOReturnError:
     """Return the error for a kernel that refused `what` ("memory", "pagemap") of the task `pid`."""
-    if _flags(pid) & (_PF_EXITING | _PF_KTHREAD):
+    if not _has_memory(pid):
         # What belongs to a task without memory is root's, so that others are refused for that reason alone.
         return without_memory(pid)
     return IOReturnError(
@@ -81,40 +79,20 @@ def without_memory(pid: int) -> IOReturnError:
             f"task {pid} is a kernel thread: it has no user memory",
             errno.ESRCH,
         )
-    if (thread := thread_with_memory(pid)) is not None:
-        return gone(
-            f"the main thread of task {pid} has exited: its memory is to be had by its threads alone ({thread})"
-        )
     return gone(f"the memory of task {pid} is gone: it exited, or replaced its program by exec meanwhile")
 
 
 def is_kernel_thread(pid: int) -> bool:
-    """Say whether `pid` is a kernel thread (PF_KTHREAD)."""
-    return bool(_flags(pid) & _PF_KTHREAD)
-
-
-def _flags(pid: int) -> int:
-    """Return the kernel's flags of a task, the ninth field of /proc/PID/stat; 0 when it is gone."""
+    """Say whether `pid` is a kernel thread."""
     try:
-        return int(procfs.stat(pid)[6])
-    except OSError:
-        return 0
-
-
-def thread_with_memory(pid: int) -> int | None:
-    """Return a thread of `pid` that still has its memory when the leader has none (it exited before others)."""
-    if _has_memory(pid):
-        return None
-    try:
-        threads = [int(name) for name in os.listdir(f"/proc/{pid}/task") if name != str(pid)]
-    except OSError:
-        return None
-    return next((thread for thread in threads if _has_memory(thread)), None)
+        return bool(procfs.flags(pid) & PF_KTHREAD)
+    except OSError:  # it is gone
+        return False
 
 
 def _has_memory(pid: int) -> bool:
     try:
-        return "VmSize" in procfs.status(pid)
+        return not procfs.flags(pid) & (PF_EXITING | PF_KTHREAD) or procfs.memory_id(pid) != pid
     except OSError:  # it is gone
         return False
 

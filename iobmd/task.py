@@ -175,7 +175,7 @@ class Task:
     ) -> None:
         check_range(theirs, size)
         done, error = copying.copy(self.pid, theirs, ours, size, write=write, huge=huge, progress=progress)
-        if error == errno.ESRCH and (thread := refusals.thread_with_memory(self.pid)):
+        if error == errno.ESRCH and (thread := self._thread_with_memory()) != self.pid:
             done, error = copying.copy(thread, theirs, ours, size, write=write, huge=huge, progress=progress)
         # Alive afterwards means that the pid was this task's all the while.
         if not self.alive:
@@ -186,6 +186,12 @@ class Task:
             raise refusals.refused(self.pid, error, "memory")
         if error:
             raise refusals.unreadable(self.pid, theirs + done, write=write)
+
+    def _thread_with_memory(self) -> int:
+        try:
+            return procfs.memory_id(self.pid)
+        except OSError:  # it is gone
+            return self.pid
 
     def __eq__(self, other: object) -> bool:
         return self._identity == other._identity if isinstance(other, Task) else NotImplemented

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-from iobmd import refusals
+from iobmd import procfs, refusals
 from iobmd._native import pagemap as native
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
@@ -97,7 +97,7 @@ class opened:  # noqa: N801 (used as a function)
 
     def __init__(self, task: Task) -> None:
         try:
-            self.fd = os.open(f"/proc/{task.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+            self.fd = os.open(procfs.memory_file(task.pid, "pagemap"), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ESRCH):
                 raise refusals.without_memory(task.pid) from None

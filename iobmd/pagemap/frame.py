@@ -164,7 +164,7 @@ def _batches(found: Iterable[Run]) -> Iterator[list[Run]]:
 
 def _nodes(task: Task, batch: list[Run]) -> list[int | None]:
     try:
-        found = native.nodes(task.pid, [run.virtual for run in batch])
+        found = native.nodes(procfs.memory_id(task.pid), [run.virtual for run in batch])
     except OSError:  # no CONFIG_NUMA, or refused
         return [None] * len(batch)
     return [node if node >= 0 else None for node in found]

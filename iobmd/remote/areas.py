@@ -1,4 +1,4 @@
-"""What a task has mapped, also when its first thread has ended before others, which have the memory still."""
+"""What a task has mapped."""
 
 from __future__ import annotations
 
@@ -10,16 +10,9 @@ if TYPE_CHECKING:
     from iobmd.task import Task
 
 
-def thread_with_memory(task: Task) -> int:
-    """Return the id of a thread that /proc shows the memory of."""
-    if next(procfs.maps(task.pid), None):
-        return task.pid
-    return refusals.thread_with_memory(task.pid) or task.pid
-
-
 def areas(task: Task) -> list[procfs.VMA]:
     """Return the areas of a task, ascending; none when its memory is gone. Raises OSError."""
-    return list(procfs.maps(task.pid)) or list(procfs.maps(thread_with_memory(task)))
+    return list(procfs.maps(task.pid))
 
 
 def known(task: Task) -> list[procfs.VMA]:

@@ -97,15 +97,14 @@ def _suits_a_child(source: Source) -> bool:
     """Say whether a child of the task would have the same memory, and be had sooner than a copy."""
     end = source.address + source.size
     try:
-        resident = int(procfs.status(source.task.pid).get("VmRSS", "0").split()[0]) << 10
-        if source.size * _WORTH_IT < resident:
+        if source.size * _WORTH_IT < procfs.status_bytes("VmRSS", source.task.pid):
             return False
         for area, flags in procfs.vm_flags(source.task.pid):
             if flags & _USERFAULT:  # who has to be told of the child may be a thread that stands still
                 return False
             if area.start < end and source.address < area.end and flags & _NOT_IN_A_CHILD:
                 return False
-    except OSError:
+    except (OSError, KeyError):  # it is gone, or its memory
         return False
     return True
 

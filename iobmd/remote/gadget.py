@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iobmd import refusals
+from iobmd import procfs, refusals
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, VMError
-from iobmd.remote.areas import areas, thread_with_memory
+from iobmd.remote.areas import areas
 
 if TYPE_CHECKING:
     from iobmd.task import Task
@@ -62,7 +62,7 @@ def is_at(task: Task, address: int) -> bool:
 
 def _vdso(task: Task) -> int:
     try:
-        raw = Path(f"/proc/{thread_with_memory(task)}/auxv").read_bytes()
+        raw = Path(procfs.memory_file(task.pid, "auxv")).read_bytes()
     except OSError:
         return 0
     entries = struct.iter_unpack("=QQ", raw[: len(raw) // 16 * 16])

@@ -16,7 +16,6 @@ from iobmd import host, procfs
 from iobmd._native import crosstask
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NotFoundError
-from iobmd.remote import areas
 from iobmd.units import PAGE_SIZE, format_size, round_up
 
 if TYPE_CHECKING:
@@ -129,7 +128,7 @@ class RemotePin:
 
 def _not_locked(task: Task, address: int, end: int) -> list[tuple[int, int]]:
     """Return what of a range its task has not locked itself, and would find unlocked when we let go."""
-    flagged = procfs.vm_flags(areas.thread_with_memory(task))
+    flagged = procfs.vm_flags(task.pid)
     inside = [(max(area.start, address), min(area.end, end), flags) for area, flags in flagged]
     return [(start, stop) for start, stop, flags in inside if start < stop and "lo" not in flags]
 

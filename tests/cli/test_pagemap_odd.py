@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 
 import pytest
 from support import kernel
+from support.zoo import Zoo
 
 from iobmd.cli import main
 
@@ -107,6 +108,20 @@ def test_standard_output_in_a_file_is_written_to_where_it_is(option: str, path: 
     assert text.startswith("before\n")
     assert text.count("<svg" if option == "--svg" else '"kernel"') == 2
     assert sorted(tmp_path.iterdir()) == [file, link]
+
+
+@pytest.mark.needs("compiler")
+def test_a_process_whose_main_thread_has_exited(
+    start_zoo: Callable[..., Zoo], capsys: pytest.CaptureFixture[str]
+) -> None:
+    zoo = start_zoo()
+    zoo.obey("leader-exit")
+    while kernel.status("VmRSS", zoo.pid):
+        pass
+    document = json.loads(shown(capsys, str(zoo.pid), "--json"))
+    resident = {row["start"]: row["resident_bytes"] for row in document["vmas"]}
+    assert resident[zoo["memfd"].address] == zoo["memfd"].size
+    assert document["changed_while_read"] is None
 
 
 def test_the_file_behind_a_link_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Descriptors, address space and locks that are used up: IOKit's codes, and nothing left behind."""
 
+import errno
 import os
 import resource
 import signal
@@ -7,7 +8,7 @@ import threading
 
 import pytest
 from support import kernel
-from support.child import in_child
+from support.child import in_child, sleeping
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Task, Wiring
@@ -111,21 +112,15 @@ def test_lock_that_a_thread_of_the_parent_held() -> None:
             thread.join()
 
 
-@pytest.mark.needs("compiler")
 def test_task_that_exits_is_gone_and_not_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between giving up its memory and being gone a task seems to run, and the kernel says EPERM or EACCES."""
-    assert not iobmd.task.refusals.is_exiting(os.getpid())
-    child = os.fork()
-    if not child:
-        os._exit(0)
-    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-    assert iobmd.task.refusals.is_exiting(child)
-    os.waitpid(child, 0)
-
-    monkeypatch.setattr(iobmd.task.copying, "copy", lambda *_arguments, **_keywords: (0, 13))
-    task = Task(os.getpid())
+    monkeypatch.setattr(iobmd.task.copying, "copy", lambda *_arguments, **_keywords: (0, errno.EACCES))
+    monkeypatch.setattr(Task, "alive", True)
     with pytest.raises(PermissionError):
-        task.read(0, 1)
-    monkeypatch.setattr(iobmd.task.refusals, "is_exiting", lambda _pid: True)
-    with pytest.raises(ProcessLookupError):
-        task.read(0, 1)
+        Task(os.getpid()).read(0, 1)
+    with sleeping() as child:
+        task = Task(child.pid)
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(ProcessLookupError):
+            task.read(0, 1)

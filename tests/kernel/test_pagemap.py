@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from support import kernel
@@ -182,6 +183,40 @@ def test_above_all_of_user_space(address: int) -> None:
         return caught.value.code
 
     assert in_child(look) == IOReturn.kIOReturnBadArgument
+
+
+def without_main_thread(zoo: Zoo) -> int:
+    """End the main thread, and return the id of another."""
+    zoo.obey("leader-exit")
+    while kernel.status("VmRSS", zoo.pid):
+        pass
+    return next(int(one.name) for one in Path(f"/proc/{zoo.pid}/task").iterdir() if one.name != str(zoo.pid))
+
+
+@pytest.mark.needs("compiler")
+def test_memory_of_threads_whose_main_thread_has_exited(start_zoo: Start) -> None:
+    zoo = start_zoo()
+    thread = without_main_thread(zoo)
+    for kind in ("anonymous", "thp", "memfd", "untouched"):
+        pages = [tuple(page[1:6]) for page in pagemap.pages(zoo.pid, *zoo[kind])]
+        assert pages == independent(*zoo[kind], thread)
+        start = zoo[kind].address
+        (area,) = (area for area in pagemap.areas(zoo.pid) if area.start <= start < area.end)
+        assert area.resident == kernel.smaps(start, thread)["Rss"]
+        assert (area.resident > 0) == (kind != "untouched")
+        assert area.locked == area.swapped == 0, "smaps was read"
+
+
+@pytest.mark.needs("compiler", "frames")
+def test_frames_of_threads_whose_main_thread_has_exited(start_zoo: Start) -> None:
+    zoo = start_zoo()
+    start, size = zoo["anonymous"]
+    node = next(pagemap.described(zoo.pid, start, size)).facts.node
+    thread = without_main_thread(zoo)
+    run, facts = next(pagemap.described(zoo.pid, start, size))
+    assert run.physical // 4096 == kernel.entries(start, 4096, thread)[0] & (1 << 55) - 1
+    assert facts.node == node
+    assert [(use.pid, use.virtual) for use in pagemap.users(run.physical, 4096)] == [(zoo.pid, start)]
 
 
 @pytest.mark.usefixtures("nothing_left")

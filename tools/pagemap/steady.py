@@ -40,7 +40,7 @@ class Steady:
 
     def _now(self) -> tuple[int, int] | None:
         try:
-            with open(f"/proc/{self._pid}/maps", "rb") as areas:
+            with open(procfs.memory_file(self._pid, "maps"), "rb") as areas:
                 return zlib.crc32(areas.read()), procfs.page_faults(self._pid)
         except OSError:  # it has exited, or may not be looked at: who reads it says so
             return None
