@@ -191,6 +191,17 @@ def test_save_and_diff(target: int, tmp_path: Path, capsys: pytest.CaptureFixtur
     document = json.loads(shown(capsys, str(target), "--diff", str(tmp_path / "file"), "--json"))
     assert document["before"]["pid"] == document["after"]["pid"] == target
     assert document["changes"] == []
+    frames = kernel.entries(id(document), 1)[0] & (1 << 55) - 1
+    assert [hidden["what"] for hidden in document["hidden"]] == ([] if frames else ["pages that moved"])
+
+
+@pytest.mark.needs("swap")
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["text", "json"])
+def test_diff_says_what_it_takes_for_released(
+    target: int, form: list[str], tmp_path: Path, swap: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown(capsys, str(target), "--save", str(tmp_path / "file"))
+    assert "shared memory that was swapped out" in shown(capsys, str(target), "--diff", str(tmp_path / "file"), *form)
 
 
 @pytest.mark.parametrize(

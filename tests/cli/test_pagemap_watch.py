@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import IO
 
 import pytest
+from support import kernel
 
 PROGRAM = """
 import mmap, sys
@@ -77,6 +78,10 @@ def test_what_happened_between_two_looks(target: Target) -> None:
         assert watching.stdout
         first = json.loads(watching.stdout.readline())
         assert first["changes"] == []
+        frames = kernel.entries(id(first), 1)[0] & (1 << 55) - 1
+        assert [hidden["what"].startswith("frame numbers") for hidden in first["hidden"]] == (
+            [] if frames else [True]
+        )
         for order, wanted in (
             ("fill", {"newly resident": 4 << 20}),
             ("drop", {"released": 4 << 20}),

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from iobmd.pagemap.area import Area
 
+    from .look import Hidden
+
 VERSION = 1
 
 
@@ -77,8 +79,12 @@ def _head(look: Look) -> dict[str, Any]:
             "smaps": look.details,
             "pagemap_scan": look.scans,
         },
-        "hidden": [hidden._asdict() for hidden in look.hidden],
-    }
+    } | hidden_member(look.hidden)
+
+
+def hidden_member(found: Iterable[Hidden]) -> dict[str, Any]:
+    """Return as a member of a document what is not shown."""
+    return {"hidden": [hidden._asdict() for hidden in found]}
 
 
 def row(area: Area) -> dict[str, Any]:

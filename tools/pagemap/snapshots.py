@@ -15,8 +15,9 @@ from iobmd.pagemap.change import changes
 from iobmd.pagemap.snapshot import Snapshot, save
 from iobmd.units import format_size
 
-from .document import VERSION, members, write_list
-from .look import Look
+from .document import VERSION, hidden_member, members, write_list
+from .look import Hidden, Look
+from .table import show_hidden
 
 if TYPE_CHECKING:
     import argparse
@@ -48,7 +49,7 @@ def _save(look: Look, path: str) -> None:
 
 def _write(before: Snapshot, after: Snapshot) -> None:
     head = {"version": VERSION, "before": before.header._asdict(), "after": after.header._asdict()}
-    print("{" + members(head) + ',\n"changes": [', end="")
+    print("{" + members(head | hidden_member(_hidden(before, after))) + ',\n"changes": [', end="")
     write_list({"kind": kind, "start": start, "end": end} for kind, start, end in _joined(changes(before, after)))
     print("]}")
 
@@ -59,15 +60,23 @@ def _show(before: Snapshot, after: Snapshot) -> None:
         f"{printable(new.name)} ({new.pid}) against {printable(old.name)} ({old.pid}) of "
         f"{time.strftime('%F %T', time.localtime(old.time))}, {new.time - old.time:.0f} s before"
     )
-    if host.swap_areas():
-        print("not shown: shared memory that was swapped out, which counts as released (pagemap does not tell of it)")
-    if not (old.frames_visible and new.frames_visible):
-        print("not shown: pages that moved (frame numbers are hidden in one of the two)")
+    show_hidden(_hidden(before, after))
     sums: Counter[Kind] = Counter()
     for kind, start, end in _joined(changes(before, after)):
         sums[kind] += end - start
         print(f"{f'{start:x}-{end:x}':>29} {format_size(end - start):>9} {kind}")
     print("\n" + (", ".join(f"{format_size(size)} {kind}" for kind, size in sums.items()) or "nothing changed"))
+
+
+def _hidden(before: Snapshot, after: Snapshot) -> list[Hidden]:
+    found = []
+    if host.swap_areas():
+        what = "shared memory that was swapped out, which counts as released"
+        found.append(Hidden(what, "pagemap does not tell of it", "the table, or --json without --diff"))
+    if not (before.header.frames_visible and after.header.frames_visible):
+        why = "frame numbers are hidden in one of the two"
+        found.append(Hidden("pages that moved", why, host.capability_remedy()))
+    return found
 
 
 def _joined(found: Iterator[Change]) -> Iterator[tuple[Kind, int, int]]:

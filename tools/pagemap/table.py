@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 from iobmd.cli.printable import printable
 from iobmd.units import PAGE_SIZE, format_size
 
-from .look import Look, page_line
+from .look import Hidden, Look, page_line
 from .total import Total
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterable
 
     from iobmd.pagemap.area import Area
 
@@ -38,7 +39,12 @@ def run(arguments: argparse.Namespace) -> None:
 def show_head(look: Look) -> None:
     """Print what it is of, and what is hidden."""
     print(page_line(look))
-    for hidden in look.hidden:
+    show_hidden(look.hidden)
+
+
+def show_hidden(found: Iterable[Hidden]) -> None:
+    """Print what is not shown, why, and what would show it."""
+    for hidden in found:
         print(f"not shown: {hidden.what} ({hidden.why}). To show it: {hidden.remedy.splitlines()[0]}")
 
 

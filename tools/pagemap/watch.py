@@ -20,7 +20,7 @@ from iobmd.pagemap.change import changes
 from iobmd.pagemap.snapshot import Snapshot, save
 from iobmd.units import format_size
 
-from .document import VERSION, summary
+from .document import VERSION, hidden_member, summary
 from .look import Look
 from .table import amount, show_head
 from .total import Total
@@ -206,4 +206,5 @@ def _write(look: Look, looks: Iterator[Tick]) -> None:
             for kind, length in sums.items()
         ]
         head = {"version": VERSION, "pid": look.task.pid, "name": look.name, "time": round(tick.time, 3)}
-        print(json.dumps(head | {"summary": summary(tick.total, look.frames), "changes": changed}), flush=True)
+        found = {"summary": summary(tick.total, look.frames), "changes": changed}
+        print(json.dumps(head | hidden_member(look.hidden) | found), flush=True)
