@@ -50,6 +50,14 @@ cdef struct Span:
     uint64_t flags
 
 
+cdef inline bint _are_all(const uint64_t *entries, uint64_t one) noexcept nogil:
+    """Say whether eight entries are the same one."""
+    return not (
+        (entries[0] ^ one) | (entries[1] ^ one) | (entries[2] ^ one) | (entries[3] ^ one)
+        | (entries[4] ^ one) | (entries[5] ^ one) | (entries[6] ^ one) | (entries[7] ^ one)
+    )
+
+
 @cython.final
 cdef class Tally:
     """What a walk found, in bytes; of the physically contiguous runs also how many, and how they lie."""
@@ -383,6 +391,10 @@ cdef class Walk:
                 # Most pages follow the one before, as all of a large folio do, or are absent as it is.
                 expected, stride, pages = self.expected, self.stride, self.pages
                 if pages:
+                    # What is absent is so for long: eight at once, of which none is looked at by itself.
+                    while not stride and index + 8 <= many and _are_all(entries + index, expected):
+                        pages += 8
+                        index += 8
                     while index < many and entries[index] == expected:
                         expected += stride
                         pages += 1
