@@ -114,17 +114,17 @@ def uncovered(areas: Iterable[VMA], address: int, end: int, permission: str) -> 
 
 def status(pid: int | str = "self") -> dict[str, str]:
     """Return the fields of /proc/PID/status as text."""
-    return _fields(f"/proc/{pid}/status")
-
-
-def _fields(path: str) -> dict[str, str]:
-    with _lines(path) as lines:
+    with _lines(f"/proc/{pid}/status") as lines:
         return {key: value.strip("\n\t ") for key, _, value in (line.partition(":") for line in lines)}
 
 
 def status_bytes(field: str, pid: int | str = "self") -> int:
     """Return a size of memory that /proc/PID/status tells, in bytes."""
-    return int(_fields(memory_file(pid, "status"))[field].removesuffix("kB")) << 10
+    with open(memory_file(pid, "status"), "rb", buffering=0) as file:
+        found = file.read().partition(b"\n%b:" % field.encode())[2]
+    if not found:
+        raise KeyError(field)
+    return int(found.split(maxsplit=1)[0]) << 10
 
 
 def stat(pid: int | str = "self") -> list[str]:

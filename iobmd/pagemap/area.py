@@ -169,7 +169,9 @@ def areas(
         nothing_locked = _status(where.task, "VmLck") == 0
         known = reader.visible, reader.scans, nothing_locked
         for batch in _batches(reader, _with_details(where) if wanted else zip(where.areas(), repeat(None))):
-            ranges = [(max(vma.start, where.start), min(vma.end, where.end)) for vma, _found in batch]
+            ranges = [(vma.start, vma.end) for vma, _found in batch]
+            ranges[0] = max(ranges[0][0], where.start), ranges[0][1]
+            ranges[-1] = ranges[-1][0], min(ranges[-1][1], where.end)
             contents = _with_folios(reader, frames, ranges) if frames else zip(reader.totals(ranges), repeat(None))
             for (vma, found), (start, end), (tally, sizes) in zip(batch, ranges, contents, strict=True):
                 yield Area(vma, start, end, tally, found, sizes, *known)
