@@ -23,7 +23,8 @@ _WAYS = ("frame", "watch", "diff", "save", "map", "svg", "png", "html", "json", 
 _AS_JSON = ("frame", "watch", "diff")
 """Those of them that --json gives as data."""
 _WITHOUT_CHOICE = {"frame": ("name", "min_size", "range", "only"), "diff": _FILTERS, "save": _FILTERS}
-_WITH_ORDER = ("json", "csv")
+_LISTS = ("table", "json", "csv")
+"""Ways that list what was chosen, in the order that was asked for."""
 _MODULES = {
     "json": "document",
     "csv": "sheet",
@@ -40,43 +41,41 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     arguments = parser.parse_args(argv)
     chosen = [way for way in _WAYS if getattr(arguments, way) not in (None, False)]
-    if len(chosen) > 1 and (len(chosen) > 2 or chosen[0] not in _AS_JSON or chosen[1] != "json"):
-        parser.error(f"--{chosen[0]} and --{chosen[1]} do not go together")
-    if arguments.pid is None and arguments.frame is None:
-        parser.error("a process is needed: its PID, or self")
-    if arguments.pid is not None and arguments.frame is not None:
-        parser.error("--frame looks in all processes: it takes no PID")
-    if arguments.count is not None and arguments.watch is None:
-        parser.error("--count goes with --watch")
-    _refuse_without_effect(parser, arguments, chosen)
-    listed = not chosen or chosen[0] in ("json", "csv")
-    if (arguments.runs or arguments.flags) and not listed:
-        parser.error(f"--runs and --flags do not go together with --{chosen[0]}")
-    arguments.segments = bool(arguments.max_segment or arguments.boundary)
-    if arguments.segments and not listed:
-        parser.error(f"--max-segment and --boundary do not go together with --{chosen[0]}")
-    if arguments.segments and arguments.flags:
-        parser.error("--flags is of runs: it goes together with neither --max-segment nor --boundary")
-    if arguments.boundary and arguments.boundary & (arguments.boundary - 1):
-        parser.error("--boundary must be a power of two")
     way = chosen[0] if chosen else "table"
-    if way == "table" and (arguments.runs or arguments.flags or arguments.segments):
-        way = "runs"
-        if arguments.sort != "address":
-            parser.error("runs and segments are shown by address: --sort does not go with them")
-    arguments.way = _MODULES.get(way, way)
+    arguments.segments = bool(arguments.max_segment or arguments.boundary)
+    of_runs = arguments.runs or arguments.flags or arguments.segments
+    together = " and --".join(chosen)
+    for is_wrong, message in (
+        (chosen[1:] and not (way in _AS_JSON and chosen[1:] == ["json"]), f"--{together} do not go together"),
+        (arguments.pid is None and way != "frame", "a process is needed: its PID, or self"),
+        (arguments.pid is not None and way == "frame", "--frame looks in all processes: it takes no PID"),
+        (arguments.count is not None and way != "watch", "--count goes with --watch"),
+        (of_runs and way not in _LISTS, f"--runs, --flags and limits of segments do not go together with --{way}"),
+        (arguments.segments and arguments.flags, "--flags is of runs: it does not go together with segments' limits"),
+        (_has_two_bits(arguments.boundary or 0), "--boundary must be a power of two"),
+        (
+            of_runs and way == "table" and arguments.sort != "address",
+            "runs and segments are shown by address: --sort does not go with them",
+        ),
+    ):
+        if is_wrong:
+            parser.error(message)
+    _refuse_without_effect(parser, arguments, way)
+    arguments.way = "runs" if of_runs and way == "table" else _MODULES.get(way, way)
     return arguments
 
 
-def _refuse_without_effect(parser: argparse.ArgumentParser, arguments: argparse.Namespace, chosen: list[str]) -> None:
+def _has_two_bits(number: int) -> bool:
+    return bool(number & (number - 1))
+
+
+def _refuse_without_effect(parser: argparse.ArgumentParser, arguments: argparse.Namespace, way: str) -> None:
     """Refuse options that would do nothing in the way that was chosen."""
-    if not chosen:
-        return
-    without = [name for name in _WITHOUT_CHOICE.get(chosen[0], ()) if getattr(arguments, name) is not None]
-    if arguments.sort != "address" and chosen[0] not in _WITH_ORDER:
+    without = [name for name in _WITHOUT_CHOICE.get(way, ()) if getattr(arguments, name) is not None]
+    if arguments.sort != "address" and way not in _LISTS:
         without.append("sort")
     if without:
-        parser.error(f"--{without[0].replace('_', '-')} does not go together with --{chosen[0]}")
+        parser.error(f"--{without[0].replace('_', '-')} does not go together with --{way}")
 
 
 def _parser() -> argparse.ArgumentParser:
