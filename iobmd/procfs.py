@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, TextIO
 
@@ -149,7 +150,9 @@ def memory_id(pid: int) -> int:
 
     That is its pid, or the id of one of its threads when the main thread has exited before these.
     """
-    if pid == os.getpid() or not flags(pid) & PF_EXITING:  # to ask takes longer than to open a file
+    if pid == os.getpid():
+        return threading.get_native_id()  # to ask, as below, takes longer than to open a file
+    if not flags(pid) & PF_EXITING:
         return pid
     threads = map(int, os.listdir(f"/proc/{pid}/task"))
     return next((tid for tid in threads if tid != pid and _has_memory(tid)), pid)

@@ -266,7 +266,10 @@ def check_range(address: int, size: int) -> None:
 def _pid_of(process: int | psutil.Process) -> int:
     if process is None:
         raise IOReturnError(IOReturn.kIOReturnBadArgument, "a task is needed here, not None")
-    pid = index(process if isinstance(process, SupportsIndex) else process.pid)
+    number = process if isinstance(process, SupportsIndex) else getattr(process, "pid", None)
+    if number is None:
+        raise IOReturnError(IOReturn.kIOReturnBadArgument, f"{process!r} is neither a task nor a process")
+    pid = index(number)
     if isinstance(process, bool) or not 0 < pid < 1 << 31:
         raise IOReturnError(IOReturn.kIOReturnBadArgument, f"{process!r} is not a process id")
     return pid

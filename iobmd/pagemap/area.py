@@ -10,7 +10,7 @@ from iobmd._native import walk
 from iobmd._native.walk import Tally
 from iobmd.pagemap.frame import Frames
 from iobmd.pagemap.reader import Reader
-from iobmd.pagemap.target import Target, Where, resolve, unreadable_maps
+from iobmd.pagemap.target import Target, Where, of_task, resolve
 from iobmd.procfs import VMA, Details
 from iobmd.task import Task
 
@@ -180,10 +180,9 @@ def areas(
 
 def _with_details(where: Where) -> Iterator[tuple[VMA, Details | None]]:
     low, high = where.known
-    with unreadable_maps(where.task):
-        for found in procfs.details(where.task.pid):
-            if found.area.end > low and found.area.start < high:
-                yield found.area, found
+    for found in of_task(where.task, procfs.details(where.task.pid)):
+        if low < found.area.end and max(low, found.area.start) < high:
+            yield found.area, found
 
 
 def _batches(

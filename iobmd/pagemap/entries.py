@@ -104,6 +104,9 @@ class opened:  # noqa: N801 (used as a function)
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise refusals.own(error, f"cannot read the pagemap of task {task.pid}") from None
             raise refusals.refused(task.pid, error.errno or errno.EACCES, "pagemap") from None
+        if not task.alive:  # and so this may be the pagemap of another, which has its pid
+            os.close(self.fd)
+            raise refusals.without_memory(task.pid)
 
     def __enter__(self) -> Self:
         return self
@@ -121,21 +124,26 @@ def _entries(task: Task, address: int, size: int) -> Iterator[tuple[int, bytes]]
             wanted = min(_READ, (end - start) // PAGE_SIZE * _ENTRY)
             raw = os.pread(descriptor.fd, wanted, start // PAGE_SIZE * _ENTRY)
             if not raw:
-                raise no_entries(task, start)
+                raise no_entries(task, start, end)
             yield start, raw
             start += len(raw) // _ENTRY * PAGE_SIZE
     if not task.alive:
         raise refusals.gone(f"task {task.pid} is gone: it exited while its pagemap was read")
 
 
-def no_entries(task: Task, address: int) -> IOReturnError:
-    """Return the error for a pagemap that has no entry for an address."""
+def no_entries(task: Task, start: int, end: int) -> IOReturnError:
+    """Return the error for a pagemap that lacks entries between two addresses, of which there is one at least."""
     if not task.alive:
         return refusals.without_memory(task.pid)
-    if _has_entry(task, address):
+    if not _has_entry(kernel_task, end - 1):
+        return past_the_end(end - 1)
+    if _has_entry(task, start):
         return refusals.gone(f"the memory of task {task.pid} is gone: it ran another program meanwhile (exec)")
-    if _has_entry(kernel_task, address):
-        return refusals.gone(f"the memory of task {task.pid} is gone: it exits")
+    return refusals.gone(f"the memory of task {task.pid} is gone: it exits")
+
+
+def past_the_end(address: int) -> IOReturnError:
+    """Return the error for an address that no process can have."""
     return IOReturnError(
         IOReturn.kIOReturnBadArgument, f"address {address:#x} is past the end of the user address space"
     )

@@ -71,7 +71,7 @@ class Reader:
         try:
             return self._walk.totals(ranges)
         except OSError:
-            raise no_entries(self.task, ranges[0][0]) from None
+            raise no_entries(self.task, ranges[0][0], ranges[-1][1]) from None
 
     def has_small_pages(self, start: int, end: int, size: int) -> bool:
         """Say whether `size` bytes or more between two addresses are mapped page by page."""
@@ -84,7 +84,7 @@ class Reader:
             present, huge = native.PAGE_IS_PRESENT, native.PAGE_IS_HUGE
             return native.amount(self._opened.fd, start, end, present, huge, size) >= size
         except OSError:
-            raise no_entries(self.task, start) from None
+            raise no_entries(self.task, start, end) from None
 
     def read_ahead(self, ranges: list[tuple[int, int]]) -> None:
         """Read at once the pages of several small ranges, through which `steps` goes next."""
@@ -106,7 +106,7 @@ class Reader:
                 if start >= end:
                     self._walk.finish()
             except OSError:
-                raise no_entries(self.task, start) from None
+                raise no_entries(self.task, start, end) from None
             yield self._walk
 
     def keep_within(self, low: int, high: int) -> None:
@@ -116,7 +116,7 @@ class Reader:
     def require_task(self) -> None:
         """Raise `kIOReturnNotFound` when the memory is gone: lists of areas end early then, without an error."""
         if not os.pread(self._opened.fd, 8, 0):
-            raise no_entries(self.task, 0)
+            raise no_entries(self.task, 0, self.page)
 
     def take(self) -> Tally:
         """Return what `steps` went through since the last call."""

@@ -1,15 +1,18 @@
 """What is looked at: a task, a range of one, or a buffer."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from iobmd import procfs, refusals
 from iobmd._native.crosstask import HeldBuffer
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
+from iobmd.pagemap.entries import past_the_end
 from iobmd.procfs import VMA
 from iobmd.task import ADDRESS_END, Task, as_task, check_range, kernel_task
 from iobmd.units import HUGE_PAGE_SIZE
+
+_T = TypeVar("_T")
 
 Target: TypeAlias = Any
 """A `Task`, a pid or a psutil.Process; a buffer or map of iobmd; or anything with the buffer protocol."""
@@ -42,12 +45,11 @@ class Where(NamedTuple):
     def areas(self) -> Iterator[VMA]:
         """Iterate over the areas that have a part in it, ascending. Raises IOReturnError."""
         low, high = self.known
-        with unreadable_maps(self.task):
-            for area in procfs.maps(self.task.pid):
-                if area.start >= high:
-                    break
-                if area.end > low:
-                    yield area
+        for area in of_task(self.task, procfs.maps(self.task.pid)):
+            if area.start >= high or low >= high:
+                break
+            if area.end > low:
+                yield area
 
     @property
     def known(self) -> tuple[int, int]:
@@ -56,18 +58,36 @@ class Where(NamedTuple):
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """Iterate over the ranges to read: the areas of all of the address space, or the range itself."""
-        if not self.whole:
+        if self.whole:
+            yield from ((area.start, area.end) for area in self.areas())
+        elif self.end > USER_END:
+            raise past_the_end(self.end - 1)
+        elif self.start < self.end:
             yield self.start, self.end
-            return
-        for area in self.areas():
-            yield area.start, area.end
 
 
 USER_END = 1 << 63
 """Above it the kernel maps what has no entry in pagemap (vsyscall)."""
 
 
-class unreadable_maps:  # noqa: N801 (used as a function)
+def of_task(task: Task, found: Iterator[_T]) -> Iterator[_T]:
+    """Iterate over what /proc tells of the areas of a task, once it is sure that it is this one's.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnNotPermitted`, `kIOReturnNotFound`, `kIOReturnUnsupported` (a kernel thread).
+    """
+    with _unreadable_maps(task):
+        first = next(found, None)
+        # Every task has one. What was opened while the task was alive is not of another that has its pid by now.
+        if first is None or not task.alive:
+            raise refusals.without_memory(task.pid)
+        yield first
+        yield from found
+
+
+class _unreadable_maps:  # noqa: N801 (used as a function)
     """Turn what the kernel says as it refuses /proc/PID/maps or smaps into an IOReturnError."""
 
     def __init__(self, task: Task) -> None:

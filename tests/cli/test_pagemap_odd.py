@@ -19,6 +19,7 @@ import pytest
 from support import kernel
 from support.zoo import Zoo
 
+from iobmd import Task
 from iobmd.cli import main
 
 PROGRAM = """
@@ -251,7 +252,7 @@ def test_a_process_that_ends_while_it_is_read() -> None:
     from iobmd.tools.pagemap.steady import Steady
 
     with subprocess.Popen(["sleep", "60"]) as process:
-        steady = Steady(process.pid)
+        steady = Steady(Task(process.pid))
         process.kill()
         process.wait()
     assert "ended" in str(steady.restless())

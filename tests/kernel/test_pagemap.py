@@ -4,7 +4,9 @@ import ctypes
 import errno
 import mmap
 import os
+import platform
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -183,6 +185,50 @@ def test_above_all_of_user_space(address: int) -> None:
         return caught.value.code
 
     assert in_child(look) == IOReturn.kIOReturnBadArgument
+
+
+TOP = 0x7FFFFFFFF000
+"""Where user space ends with four levels of page tables (x86-64, TASK_SIZE)."""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="user space ends elsewhere")
+def test_ranges_across_the_end_of_user_space() -> None:
+    for start, size in ((0, TOP + 4096), (TOP - 4096, 8192), (0, (1 << 64) - 1), ((1 << 64) - 4096, 4096)):
+        for look in (pagemap.spans, pagemap.runs):
+            with pytest.raises(IOReturnError, match="past the end of the user address space") as caught:
+                list(look(kernel_task, start, size))
+            assert caught.value.code == IOReturn.kIOReturnBadArgument
+
+
+def test_what_is_empty_holds_nothing() -> None:
+    buffer = bytearray(b"x" * 8192)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    for look in (pagemap.spans, pagemap.areas):
+        assert list(look(buffer))
+        assert not list(look(kernel_task, address, 0))
+        assert not list(look(kernel_task, address + 5, 0))
+        assert not list(look(b""))
+
+
+MAIN_THREAD_ENDS = """
+import ctypes, os, threading
+from iobmd import kernel_task, pagemap
+main = threading.get_native_id()
+def look():
+    while "Z" not in open(f"/proc/self/task/{main}/stat").read():
+        pass
+    data = b"x" * (1 << 20)
+    held = sum(area.resident for area in pagemap.areas(data))
+    print(held >= 1 << 20, sum(span.length for span in pagemap.spans(kernel_task)) > held, flush=True)
+    os._exit(0)
+threading.Thread(target=look).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_a_process_looks_at_itself_after_its_main_thread() -> None:
+    done = subprocess.run([sys.executable, "-c", MAIN_THREAD_ENDS], capture_output=True, text=True, check=True)
+    assert done.stdout == "True True\n"
 
 
 def without_main_thread(zoo: Zoo) -> int:

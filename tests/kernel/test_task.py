@@ -17,7 +17,7 @@ from support.child import NOBODY, in_child
 from support.zoo import Zoo
 
 import iobmd
-from iobmd import IOReturn, IOReturnError, Task, current_task, get_task_map, kernel_task
+from iobmd import IOReturn, IOReturnError, Task, current_task, get_task_map, kernel_task, pagemap
 
 Start = Callable[..., Zoo]
 NO_SUCH_PID = 2**22 + 5  # above the kernel's largest pid_max
@@ -60,7 +60,7 @@ def test_a_dead_task_stays_dead() -> None:
 
 
 @pytest.mark.needs("root")
-def test_a_reused_pid_is_another_task() -> None:
+def test_a_reused_pid_is_another_task(tmp_path: Path) -> None:
     child = subprocess.Popen(["sleep", "60"])
     task, process = Task(child.pid), psutil.Process(child.pid)
     child.kill()
@@ -83,6 +83,11 @@ def test_a_reused_pid_is_another_task() -> None:
             task.read(0x400000, 1)
         with pytest.raises(ProcessLookupError):
             Task(process)
+        for look in (pagemap.areas, pagemap.spans, pagemap.runs, pagemap.described):
+            with pytest.raises(ProcessLookupError):
+                list(look(task))
+        with pytest.raises(ProcessLookupError):
+            pagemap.save(task, tmp_path / "file")
     finally:
         second.kill()
         second.wait()

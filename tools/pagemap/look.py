@@ -42,7 +42,7 @@ class Look:
         self.name = ""
         self._gone: IOReturnError | None = None
         self.where: Where = resolve(self.task, start, None if end is None else end - start)
-        self._steady = Steady(self.task.pid)
+        self._steady = Steady(self.task)
         self.name_anew()
         self.time = time.time()
         self.kernel = os.uname().release

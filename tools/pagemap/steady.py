@@ -4,6 +4,7 @@ import zlib
 from typing import NamedTuple
 
 from iobmd import procfs
+from iobmd.task import Task
 
 
 class Restless(NamedTuple):
@@ -26,8 +27,8 @@ class Restless(NamedTuple):
 class Steady:
     """A process at one moment. What the kernel moves or swaps out behind its back is not noticed."""
 
-    def __init__(self, pid: int) -> None:
-        self._pid = pid
+    def __init__(self, task: Task) -> None:
+        self._task = task
         self._then = self._now()
 
     def restless(self) -> Restless | None:
@@ -39,8 +40,12 @@ class Steady:
         return found if any(found) else None
 
     def _now(self) -> tuple[int, int] | None:
+        pid, areas = self._task.pid, 0
         try:
-            with open(procfs.memory_file(self._pid, "maps"), "rb") as areas:
-                return zlib.crc32(areas.read()), procfs.page_faults(self._pid)
+            with open(procfs.memory_file(pid, "maps"), "rb", buffering=0) as file:
+                while text := file.read(1 << 16):  # of many areas the whole is long
+                    areas = zlib.crc32(text, areas)
+            faults = procfs.page_faults(pid)
         except OSError:  # it has exited, or may not be looked at: who reads it says so
             return None
+        return (areas, faults) if self._task.alive else None
