@@ -5,10 +5,10 @@ from contextlib import ExitStack
 from itertools import repeat
 from typing import NamedTuple
 
-from iobmd import procfs
+from iobmd import host, procfs
 from iobmd._native import walk
 from iobmd._native.walk import Tally
-from iobmd.pagemap.frame import Frames
+from iobmd.pagemap.frame import Frames, require_frames
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.target import Target, Where, of_task, resolve
 from iobmd.procfs import VMA, Details
@@ -42,6 +42,8 @@ class Area(NamedTuple):
     """Whether there is PAGEMAP_SCAN; if not, huge pages are told by smaps alone."""
     nothing_locked: bool
     """Whether the task has locked no memory at all (VmLck)."""
+    can_swap: bool
+    """Whether the host has swap space."""
 
     @property
     def size(self) -> int:
@@ -82,10 +84,14 @@ class Area(NamedTuple):
     @property
     def swapped(self) -> int | None:
         """Kept in swap. Of shared memory pagemap does not tell: there it is what smaps says; None: not known."""
+        if not self.can_swap:
+            return 0
         told = self._counter("Swap")
-        if told is None and self.vma.inode and self.vma.device.startswith("00:"):  # on a tmpfs, it may be
-            return None
-        return max(self.tally.swapped, told or 0)
+        if told is None:
+            may_be_shared = self.vma.inode and self.vma.device.startswith("00:")  # on a tmpfs, it may be
+            return None if may_be_shared else self.tally.swapped
+        # Where frames are hidden pagemap does not tell swap from the markers of userfaultfd.
+        return max(self.tally.swapped, told) if self.visible else told
 
     @property
     def huge(self) -> int | None:
@@ -159,15 +165,17 @@ def areas(
     Raises
     ------
     IOReturnError
-        As `spans`; `kIOReturnNotPrivileged`: `folios`, and /proc/kpageflags cannot be read.
+        As `spans`; `kIOReturnNotPrivileged`: `folios`, and frames are hidden or /proc/kpageflags cannot be read.
     """
     where = resolve(target, address, size)
     with ExitStack() as opened:
         reader = opened.enter_context(Reader(where.task, whole=where.cuts_no_huge_page))
-        frames = opened.enter_context(Frames()) if folios and reader.visible else None
+        if folios:
+            require_frames()
+        frames = opened.enter_context(Frames()) if folios else None
         wanted = details if details is not None else is_bearable(where, reader)
         nothing_locked = _status(where.task, "VmLck") == 0
-        known = reader.visible, reader.scans, nothing_locked
+        known = reader.visible, reader.scans, nothing_locked, bool(host.swap_areas())
         for batch in _batches(reader, _with_details(where) if wanted else zip(where.areas(), repeat(None))):
             ranges = [(vma.start, vma.end) for vma, _found in batch]
             ranges[0] = max(ranges[0][0], where.start), ranges[0][1]

@@ -30,6 +30,8 @@ class Kind(StrEnum):
     """Neither in memory nor in swap any more; or shared memory in swap, of which pagemap does not tell."""
     SWAPPED_OUT = "swapped out"
     SWAPPED_IN = "swapped in"
+    COPIED = "copied"
+    """The process's own page in place of a file's, for it wrote there; or the other way round."""
     MIGRATED = "migrated"
     """In another frame."""
     SPLIT = "split"
@@ -115,6 +117,8 @@ def _judge(address: int, before: Span | None, after: Span | None) -> Kind | None
         assert after is not None
         if before.huge != after.huge:
             return Kind.COLLAPSED if after.huge else Kind.SPLIT
+        if before.file_or_shared != after.file_or_shared:
+            return Kind.COPIED
         known = before.physical is not None and after.physical is not None
         return Kind.MIGRATED if known and _frame(before, address) != _frame(after, address) else None
     if had == has:

@@ -5,15 +5,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Self
 
-from iobmd import host, procfs
+from iobmd import host, procfs, refusals
 from iobmd._native import frames as native
 from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import IOReturnError, NotFoundError, NotPermittedError, UnsupportedError
 from iobmd.host.pressure import memory_mounts
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.span import Run, runs
 from iobmd.pagemap.target import Target, resolve
-from iobmd.task import Task
+from iobmd.task import Task, check_range
 from iobmd.units import PAGE_SIZE
 
 FLAGS = {
@@ -182,7 +182,13 @@ class Use(NamedTuple):
     length: int
 
 
-def users(physical: int, length: int, *, progress: Callable[[int, int], object] | None = None) -> Iterator[Use]:
+def users(
+    physical: int,
+    length: int,
+    *,
+    progress: Callable[[int, int], object] | None = None,
+    refused: Callable[[int], object] | None = None,
+) -> Iterator[Use]:
     """Iterate over the processes that map any of the frames of a physical range: a scan of all of them.
 
     Parameters
@@ -191,31 +197,47 @@ def users(physical: int, length: int, *, progress: Callable[[int, int], object] 
         The range in bytes.
     progress : callable, optional
         Called with the number of processes scanned and that of all.
+    refused : callable, optional
+        Called with the pid of each process that may not be looked at (CAP_SYS_PTRACE), which is passed over.
 
     Raises
     ------
     IOReturnError
-        `kIOReturnNotPrivileged`: frame numbers are hidden (CAP_SYS_ADMIN).
+        `kIOReturnNotPrivileged`: frame numbers are hidden (CAP_SYS_ADMIN). `kIOReturnBadArgument`: no such range.
+        `kIOReturnNoResources`: no file descriptor is free.
 
     Notes
     -----
-    A process that exits meanwhile, or that may not be looked at, is passed over. Threads are not listed apart.
+    A process that exits meanwhile is passed over. Threads are not listed apart.
     """
+    check_range(physical, length)
     require_frames()
     pids = sorted(int(entry) for entry in os.listdir("/proc") if entry.isdigit())
     for index, pid in enumerate(pids):
         if progress:
             progress(index, len(pids))
-        with contextlib.suppress(IOReturnError, OSError):
+        try:
             yield from _uses(pid, physical, physical + length)
+        except NotPermittedError:
+            if refused:
+                refused(pid)
+        except (NotFoundError, UnsupportedError):  # it is gone, or a kernel thread
+            pass
     if progress:
         progress(len(pids), len(pids))
 
 
+def _name(pid: int) -> str:
+    try:
+        return procfs.status(pid).get("Name", "")
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise refusals.gone(f"no process has the pid {pid}") from error
+
+
 def _uses(pid: int, low: int, high: int) -> Iterator[Use]:
     task = Task(pid)
-    name = procfs.status(pid).get("Name", "")
     with Reader(task) as reader:
+        name = _name(pid)
         reader.keep_within(low, high)
         for area in resolve(task).areas():
             for step in reader.steps(area.start, area.end):

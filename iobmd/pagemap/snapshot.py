@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 VERSION = 1
 _HEADER = "iobmd pagemap"
 _KINDS = (f'{{"{_HEADER}": ', '{"area": ', '{"spans": ')
+_END = '{"end": true}\n'
+"""The last line: a file that was cut off lacks it."""
+_DIGITS = len(str(ADDRESS_END))
+_FLAGS = 1 << 7
+"""Above the flags of spans."""
 _WINDOW = 4 << 20
 """Bytes of addresses whose spans are a line: where nothing changed two snapshots have the same lines."""
 
@@ -66,7 +71,8 @@ class Header(NamedTuple):
 def save(target: Target, path: str | Path, address: int | None = None, size: int | None = None) -> Header:
     """Write a snapshot of a target, which is given as to `spans`, to a file; return its header.
 
-    The file appears when it is whole, in the place of what was there.
+    The file appears when it is whole, in the place of what was there. Its owner alone may read it: it tells where in
+    physical memory things lie, which the kernel hides from others.
 
     Raises
     ------
@@ -88,13 +94,14 @@ def save(target: Target, path: str | Path, address: int | None = None, size: int
             where.start,
             where.end,
         )
-        with replacing(path, 0o666) as opened, TextIOWrapper(opened) as file:
+        with replacing(path, 0o600) as opened, TextIOWrapper(opened) as file:
             file.write(json.dumps({_HEADER: header._asdict()}) + "\n")
             for area in where.areas():
                 file.write(json.dumps({"area": area}) + "\n")
                 for spans in _windows(reader.steps(max(area.start, where.start), min(area.end, where.end))):
                     file.write(json.dumps({"spans": spans}) + "\n")
             reader.require_task()
+            file.write(_END)
     return header
 
 
@@ -133,6 +140,10 @@ class Snapshot:
             message = f"{self._path} is no snapshot of version {VERSION} of `iobmd pagemap --save`"
             raise IOReturnError(IOReturn.kIOReturnBadArgument, message)
         self.header = header
+        with self._path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - len(_END)))
+            if file.read() != _END.encode():
+                raise self._damaged("its end is missing")
 
     def _lines(self, kind: str) -> Iterator[str]:
         """Iterate over the lines that hold one kind of document; the header comes first, and is there once."""
@@ -141,6 +152,8 @@ class Snapshot:
             for number, line in enumerate(lines):
                 if line.startswith(start):
                     yield line
+                elif line == _END:
+                    return
                 elif not line.startswith(_KINDS):
                     raise self._damaged(f"line {number + 1} is of no kind that is known")
                 if kind == _HEADER:
@@ -152,7 +165,7 @@ class Snapshot:
     def _parse(self, line: str, kind: str) -> Any:
         try:
             return json.loads(line)[kind]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._damaged(str(error)) from None
 
     def _damaged(self, why: str) -> IOReturnError:
@@ -160,11 +173,23 @@ class Snapshot:
 
     def areas(self) -> Iterator[VMA]:
         """Iterate over the areas, ascending."""
+        behind = 0
         for fields in self._documents("area"):
-            try:
-                yield VMA(*fields)
-            except TypeError as error:
-                raise self._damaged(str(error)) from None
+            if not isinstance(fields, list) or [type(field) for field in fields] != [
+                int,
+                int,
+                str,
+                int,
+                int,
+                str,
+                str,
+            ]:
+                raise self._damaged(f"an area is {fields!r:.100}")
+            area = VMA(*fields)
+            if not behind <= area.start < area.end <= ADDRESS_END:
+                raise self._damaged(f"the area {area} is in the wrong place")
+            behind = area.end
+            yield area
 
     def spans(self) -> Iterator[Span]:
         """Iterate over the spans, ascending."""
@@ -172,17 +197,33 @@ class Snapshot:
 
     def batches(self) -> Iterator[Batch]:
         """Iterate over the spans as they stand in the file, ascending: where nothing changed the texts are equal."""
+        before = -1
         for line in self._lines("spans"):
-            yield Batch(line, self._read)
+            batch = Batch(line, self._read)
+            if batch.start <= before:
+                raise self._damaged(f"spans at {batch.start:#x} come after others at {before:#x}")
+            before = batch.start
+            yield batch
 
     def _read(self, line: str) -> list[Span]:
+        found: list[Span] = []
+        behind = 0
         try:
-            return [
-                Span(virtual, length, physical or None, flags)
-                for virtual, physical, length, flags in self._parse(line, "spans")
-            ]
+            for virtual, physical, length, flags in self._parse(line, "spans"):
+                if not (
+                    type(virtual) is type(physical) is type(length) is type(flags) is int
+                    and behind <= virtual < virtual + length <= ADDRESS_END
+                    and 0 <= physical <= ADDRESS_END
+                    and 0 <= flags < _FLAGS
+                ):
+                    raise self._damaged(f"a span is {virtual!r:.30}, {physical!r:.30}, {length!r:.30}, {flags!r:.30}")
+                behind = virtual + length
+                found.append(Span(virtual, length, physical or None, flags))
         except (TypeError, ValueError) as error:
-            raise self._damaged(str(error)) from None
+            raise error if isinstance(error, IOReturnError) else self._damaged(str(error)) from None
+        if not found:
+            raise self._damaged("a line of spans has none")
+        return found
 
 
 class Batch:
@@ -196,7 +237,7 @@ class Batch:
     def start(self) -> int:
         """The address of the first."""
         first = self.text[len('{"spans": [[') :].partition(",")[0]
-        return int(first) if first.isdecimal() else self.spans()[0].virtual
+        return int(first) if first.isdecimal() and len(first) <= _DIGITS else self.spans()[0].virtual
 
     def spans(self) -> list[Span]:
         """Return the spans. Raises IOReturnError: the text is damaged."""

@@ -118,12 +118,12 @@ def deny_calls(deny: dict[str, int]) -> None:
 
 
 @contextlib.contextmanager
-def sleeping() -> Iterator[subprocess.Popen[bytes]]:
-    """A sleep(1) in its sleep, which ends with the `with` at the latest.
+def sleeping(uid: int | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A sleep(1) in its sleep, of user `uid` or ours, which ends with the `with` at the latest.
 
     Popen() returns in the middle of execve(2), when descriptors are closed: no stack, no program is mapped yet.
     """
-    with subprocess.Popen(["sleep", "1000"]) as program:
+    with subprocess.Popen(["sleep", "1000"], user=uid) as program:
         try:
             until_asleep(program.pid)
             yield program

@@ -11,7 +11,7 @@ from iobmd import pagemap
 from iobmd.pagemap import Kind
 
 PAGE = 4096
-PRESENT, SWAPPED, HUGE = 1, 2, 64
+PRESENT, SWAPPED, FILE, HUGE = 1, 2, 4, 64
 STEP = 16
 """Pages after which a line ends, as it does between the steps of a walk; spans may reach beyond."""
 Page = tuple[int, int]
@@ -29,12 +29,12 @@ def memories(draw: st.DrawFn) -> tuple[dict[int, Page], dict[int, Page]]:
     first = 0
     while first < 64:
         last = min(64, first + draw(st.integers(1, 24)))
-        kinds = draw(st.tuples(st.sampled_from("-pmsh"), st.sampled_from("-pmsh=====")))
+        kinds = draw(st.tuples(st.sampled_from("-pmshf"), st.sampled_from("-pmshf=====")))
         for memory, kind in zip(found, (kinds[0], kinds[0] if kinds[1] == "=" else kinds[1]), strict=True):
             for page in range(first, last):
                 if kind != "-":
-                    frame = {"p": 100 + page, "m": 1000 + page * 2, "s": 0, "h": 100 + page}[kind]
-                    memory[page] = {"s": SWAPPED, "h": PRESENT | HUGE}.get(kind, PRESENT), frame
+                    frame = {"p": 100 + page, "m": 1000 + page * 2, "s": 0, "h": 100 + page, "f": 5000 + page}[kind]
+                    memory[page] = {"s": SWAPPED, "h": PRESENT | HUGE, "f": PRESENT | FILE}.get(kind, PRESENT), frame
         first = last
     return found
 
@@ -54,6 +54,7 @@ def save(memory: dict[int, Page], path: Path) -> pagemap.Snapshot:
         lines.setdefault(span[0] // PAGE // STEP, []).append(span)
     documents = [{"iobmd pagemap": HEADER}, {"area": [0, 64 * PAGE, "rw-p", 0, 0, "", ""]}]
     documents += [{"spans": line} for line in lines.values()]
+    documents.append({"end": True})
     path.write_text("".join(json.dumps(document) + "\n" for document in documents))
     return pagemap.Snapshot(path)
 
@@ -67,9 +68,9 @@ def expected(before: Page | None, after: Page | None) -> Kind | None:
         return Kind.NEWLY_RESIDENT if after[0] & PRESENT else Kind.OTHER
     if before[0] & SWAPPED or after[0] & SWAPPED:
         return Kind.SWAPPED_IN if before[0] & SWAPPED else Kind.SWAPPED_OUT
-    if before[0] != after[0]:
+    if (before[0] ^ after[0]) & HUGE:
         return Kind.COLLAPSED if after[0] & HUGE else Kind.SPLIT
-    return Kind.MIGRATED
+    return Kind.COPIED if (before[0] ^ after[0]) & FILE else Kind.MIGRATED
 
 
 @given(memories())

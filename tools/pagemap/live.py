@@ -37,6 +37,7 @@ _STYLES = {
     Kind.RELEASED: "dim",
     Kind.SWAPPED_OUT: "bold red",
     Kind.SWAPPED_IN: "cyan",
+    Kind.COPIED: "green",
     Kind.MIGRATED: "yellow",
     Kind.SPLIT: "magenta",
     Kind.COLLAPSED: "blue",
