@@ -4,6 +4,9 @@ import csv
 import ctypes
 import json
 import mmap
+import os
+import re
+import resource
 import subprocess
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -13,10 +16,11 @@ from pathlib import Path
 import pytest
 from iobmd.tools.pagemap import frame as frame_command
 from iobmd.tools.pagemap import look
+from iobmd.tools.pagemap.arguments import parse
 from support import kernel
-from support.child import NOBODY, in_child, sleeping
+from support.child import CAP_SYS_ADMIN, NOBODY, in_child, sleeping
 
-from iobmd import pagemap
+from iobmd import IOReturn, IOReturnError, pagemap, procfs
 from iobmd.cli import main
 from iobmd.pagemap import frame
 
@@ -185,6 +189,89 @@ def test_a_frame_that_is_given_up_while_its_users_are_looked_for(
     assert told is True
 
 
+@pytest.mark.needs("frames", "root")
+def test_processes_that_may_not_be_looked_at_are_counted(capfd: pytest.CaptureFixture[str]) -> None:
+    """As one who sees frames (CAP_SYS_ADMIN) and may not trace others (CAP_SYS_PTRACE)."""
+    with sleeping(NOBODY) as process:
+        code = next(area for area in procfs.maps(process.pid) if "x" in area.perms)
+        physical = next(pagemap.runs(process.pid, code.start, 4096)).physical
+
+        def look() -> tuple[set[int], list[int], int, str]:
+            refused: list[int] = []
+            found = {use.pid for use in pagemap.users(physical, 4096, refused=refused.append)}
+            with redirect_stdout(StringIO()) as printed:
+                ended = main(["pagemap", "--frame", hex(physical // 4096)])
+                ended |= main(["pagemap", "--frame", hex(physical // 4096), "--json"])
+            return found, refused, ended, printed.getvalue()
+
+        found, refused, ended, text = in_child(look, drop=0xFFFFFFFF & ~CAP_SYS_ADMIN)
+        assert process.pid in {use.pid for use in pagemap.users(physical, 4096)}
+    assert process.pid not in found
+    assert process.pid in refused
+    assert ended == 0
+    assert re.search("not shown: what [0-9]+ other processes map", text)
+    (hidden,) = json.loads("{" + text.partition("{")[2])["hidden"]
+    assert "other processes map" in hidden["what"]
+
+
+@pytest.mark.needs("frames")
+def test_who_maps_a_frame_is_no_guess_without_descriptors() -> None:
+    def look() -> None:
+        fd = os.open("/dev/null", os.O_RDONLY)  # the lowest: there are no others
+        resource.setrlimit(resource.RLIMIT_NOFILE, (fd + 1, fd + 1))
+        os.close(fd)
+        list(pagemap.users(4096, 4096))
+
+    with pytest.raises(IOReturnError) as caught:
+        in_child(look)
+    assert caught.value.code == IOReturn.kIOReturnNoResources
+
+
+@pytest.mark.parametrize(("physical", "length"), [(-4096, 4096), (4096, -4096), (1 << 64, 4096)])
+def test_no_such_frames(physical: int, length: int) -> None:
+    with pytest.raises(IOReturnError) as caught:
+        next(pagemap.users(physical, length))
+    assert caught.value.code == IOReturn.kIOReturnBadArgument
+
+
+@pytest.mark.needs("frames")
+def test_flags_that_are_hidden(
+    target: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for holders of CAP_SYS_ADMIN who are not root: they see frames, and /proc/kpageflags is root's."""
+    monkeypatch.setattr(look.os, "access", lambda *_asked: False)
+    document = json.loads(shown(capsys, str(target), "--json", "--flags"))
+    assert document["runs"] is None
+    assert "flags of frames" in document["hidden"][0]["what"]
+    assert "not shown: the sizes of folios, and the flags" in shown(capsys, str(target), "--flags")
+    assert main(["pagemap", str(target), "--csv", "--flags"]) == 0
+    output, error = capsys.readouterr()
+    assert output.startswith("virtual,physical,length,flags")
+    assert len(output.splitlines()) == 1
+    assert "not shown: the sizes of folios" in error
+
+
+@pytest.mark.needs("frames")
+def test_segments_as_csv(target: int, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = list(csv.DictReader(StringIO(shown(capsys, str(target), "--csv", "--runs", "--max-segment", "4k"))))
+    assert {row["length"] for row in rows} == {"4096"}
+    assert set(rows[0]) == {"physical", "length"}
+
+
+@pytest.mark.parametrize(
+    ("text", "start"),
+    [
+        ("140725797761024-140725797896192", 140725797761024),  # as --json has them
+        ("94123456789012-94123456793108", 94123456789012),
+        ("700000000000-700000001000", 0x700000000000),
+        ("7f0000000000-7f0000200000", 0x7F0000000000),
+        ("0x1000-8192", 4096),
+    ],
+)
+def test_addresses_as_people_paste_them(text: str, start: int) -> None:
+    assert parse(["1", "--range", text]).range[0] == start
+
+
 def test_save_and_diff(target: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown(capsys, str(target), "--save", str(tmp_path / "file"))
     assert "nothing changed" in shown(capsys, str(target), "--diff", str(tmp_path / "file"))
@@ -223,6 +310,10 @@ def test_diff_says_what_it_takes_for_released(
         ["1", "--map", "--sort", "size"],
         ["1", "--save", "file", "--name", "x"],
         ["--frame", "1", "--only", "huge"],
+        ["1", "--save", "file", "--smaps"],
+        ["--frame", "1", "--no-smaps"],
+        ["1", "--only", "locked", "--no-smaps"],
+        ["1", "--sort", "locked", "--no-smaps"],
         ["1", "--watch", "0"],
         ["1", "--watch", "x"],
         ["1", "--watch", "1", "--count", "0"],

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -236,7 +237,9 @@ def test_a_process_that_changes_while_it_is_read(capsys: pytest.CaptureFixture[s
         text = shown(capsys, str(process.pid))
         assert main(["pagemap", str(process.pid), "--csv"]) == 0
         process.kill()
-    assert re.fullmatch(r"iobmd pagemap: .* it changed while it was read: .*page faults\n", capsys.readouterr().err)
+    *hidden, last = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"iobmd pagemap: .* it changed while it was read: .*page faults", last)
+    assert all(line.startswith("not shown: frame numbers") for line in hidden)
     assert document["changed_while_read"]["page_faults"] > 0
     assert re.search(r"changed while it was read: .*page faults", text)
 
@@ -245,7 +248,7 @@ def test_a_process_that_stands_still(odd: int, capsys: pytest.CaptureFixture[str
     assert json.loads(shown(capsys, str(odd), "--json"))["changed_while_read"] is None
     assert "changed while" not in shown(capsys, str(odd))
     assert main(["pagemap", str(odd), "--csv"]) == 0
-    assert not capsys.readouterr().err
+    assert all(line.startswith("not shown: frame numbers") for line in capsys.readouterr().err.splitlines())
 
 
 def test_a_process_that_ends_while_it_is_read() -> None:
@@ -301,6 +304,11 @@ def header(**fields: object) -> Damage:
     return change
 
 
+def with_line(*added: str) -> Damage:
+    """Put lines behind the first."""
+    return lambda lines: [lines[0], *added, *lines[1:]]
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -308,7 +316,18 @@ def header(**fields: object) -> Damage:
         lambda lines: [line.replace('"spans": [[', '"spans": [[1, ') for line in lines],
         lambda lines: [line.replace('"area": [', '"area": [1, ') for line in lines],
         lambda lines: [lines[0], *(line[: len(line) // 2] for line in lines[1:])],
-        lambda lines: [lines[0], "x", *lines[1:]],
+        with_line("x"),
+        *(with_line(f'{{"spans": {spans}}}') for spans in (
+            "[]", "5", '[["a", 0, 4096, 1]]', "[[4096, null, null, null]]", "[[4096, 0, 4096, 1.5]]",
+            "[[1.5, 0, 4096, 1]]", "[[4096, 0, 0, 1]]", "[[4096, 0, -4096, 1]]",
+            "[[4096, 0, 8192, 1], [8192, 0, 4096, 1]]",
+            "[[4096, 0, 4096, 128]]", "[[4096, 0, 4096]]", f"[[{'9' * 5000}, 0, 4096, 1]]", "[" * 200_000,
+        )),
+        with_line('{"spans": [[4096, 0, 4096, 1]]}', '{"spans": [[4096, 0, 4096, 1]]}'),
+        *(with_line(f'{{"area": {area}}}') for area in (
+            "5", '["a", "b", "r", 0, 0, "", ""]', '[null, null, "r", 0, 0, "", ""]',
+            '[8192, 4096, "r", 0, 0, "", ""]', '[4096, 281474976710656, "r", 0, 0, "", ""]',
+        )),
     ],
 )  # fmt: skip
 def test_a_damaged_snapshot_is_refused(
@@ -316,9 +335,29 @@ def test_a_damaged_snapshot_is_refused(
 ) -> None:
     file = tmp_path / "file"
     shown(capsys, str(odd), "--save", str(file))
-    file.write_text("\n".join(damage(file.read_text().splitlines())))
+    *lines, last = file.read_text().splitlines()
+    file.write_text("\n".join([*damage(lines), last, ""]))
     assert main(["pagemap", str(odd), "--diff", str(file)]) == 1
-    assert re.search("snapshot|different page sizes", capsys.readouterr().err)
+    error = capsys.readouterr().err
+    assert re.search("snapshot|different page sizes", error)
+    assert "end is missing" not in error
+
+
+def test_a_snapshot_that_was_cut_off_is_refused(odd: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    shown(capsys, str(odd), "--save", str(file))
+    lines = file.read_text().splitlines(keepends=True)
+    for many in (1, len(lines) // 2, len(lines) - 1):
+        file.write_text("".join(lines[:many]))
+        assert main(["pagemap", str(odd), "--diff", str(file)]) == 1
+        output, error = capsys.readouterr()
+        assert "end is missing" in error
+        assert not output
+
+
+def test_others_may_not_read_a_snapshot(odd: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown(capsys, str(odd), "--save", str(tmp_path / "file"))
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("option", ["--svg", "--save", "--diff", "--png", "--html"])

@@ -9,10 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 
 import pytest
+from iobmd.tools.pagemap import watch as watch_command
+from iobmd.tools.pagemap.arguments import parse
+from iobmd.tools.pagemap.look import Look
 from support import kernel
+
+from iobmd import pagemap, refusals
 
 PROGRAM = """
 import mmap, sys
@@ -94,6 +100,45 @@ def test_what_happened_between_two_looks(target: Target) -> None:
         assert watching.wait(20) == 0
         assert watching.stderr
         assert watching.stderr.read() == ""
+
+
+def test_areas_that_were_not_chosen(target: Target) -> None:
+    with watch(target, "--json", "--only", "huge") as watching:
+        assert watching.stdout
+        looks = [json.loads(watching.stdout.readline())]
+        before = kernel.status("VmRSS", target.process.pid)
+        target.tell("fill")
+        while kernel.status("VmRSS", target.process.pid) < before + (4 << 20):
+            pass
+        looks += [json.loads(watching.stdout.readline()) for _look in range(3)]
+        watching.send_signal(signal.SIGINT)
+    assert not [change for one in looks for change in one["changes"]]
+
+
+def test_a_process_that_runs_another_program_has_not_ended(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failures = [1, 3]
+    calls: list[int] = []
+
+    def save(*arguments: object) -> object:
+        calls.append(len(calls))
+        if calls[-1] in failures:  # as in the middle of an exec
+            raise refusals.gone("no memory")
+        return pagemap.save(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(watch_command, "save", save)
+    look = Look(parse([str(target.process.pid)]))
+    looks = list(watch_command.ticks(look, tmp_path, 0.01, 3))
+    assert (len(looks), len(calls)) == (3, 5)
+    assert capsys.readouterr().err == ""
+
+    def areas() -> Iterator[None]:
+        raise refusals.gone("no memory")
+        yield
+
+    assert not list(look.until_gone(areas()))
+    assert look.restless() == (False, True, 0)
 
 
 def test_a_process_that_ends(target: Target) -> None:

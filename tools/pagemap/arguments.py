@@ -16,13 +16,19 @@ if TYPE_CHECKING:
 
 STATES = ("resident", "anonymous", "file", "huge", "swapped", "locked", "lazy", "zero", "guard", "device")
 KEYS = ("address", "size", "resident", "swapped", "huge", "locked", "runs", "largest", "name")
+BY_SMAPS = ("locked", "lazy")
+"""Those that smaps alone tells."""
 
 _FILTERS = ("name", "min_size", "only")
 _WAYS = ("frame", "watch", "diff", "save", "map", "svg", "png", "html", "json", "csv")
 """Options that choose what is shown instead of the table."""
 _AS_JSON = ("frame", "watch", "diff")
 """Those of them that --json gives as data."""
-_WITHOUT_CHOICE = {"frame": ("name", "min_size", "range", "only"), "diff": _FILTERS, "save": _FILTERS}
+_WITHOUT_CHOICE = {
+    "frame": ("name", "min_size", "range", "only", "smaps"),
+    "diff": (*_FILTERS, "smaps"),
+    "save": (*_FILTERS, "smaps"),
+}
 _LISTS = ("table", "json", "csv")
 """Ways that list what was chosen, in the order that was asked for."""
 _MODULES = {
@@ -52,6 +58,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         (arguments.count is not None and way != "watch", "--count goes with --watch"),
         (of_runs and way not in _LISTS, f"--runs, --flags and limits of segments do not go together with --{way}"),
         (arguments.segments and arguments.flags, "--flags is of runs: it does not go together with segments' limits"),
+        (
+            arguments.smaps is False and (arguments.only in BY_SMAPS or arguments.sort in BY_SMAPS),
+            f"smaps alone tells what is {' or '.join(BY_SMAPS)}: --no-smaps does not go with it",
+        ),
         (_has_two_bits(arguments.boundary or 0), "--boundary must be a power of two"),
         (
             of_runs and way == "table" and arguments.sort != "address",
@@ -84,7 +94,8 @@ def _parser() -> argparse.ArgumentParser:
         usage="%(prog)s PID|self [options]\n       %(prog)s --frame PFN[-PFN] [--json]",
         description="Show where a process's memory lies: a row for each of its areas (VMAs), and a summary.",
         epilog="Sizes and addresses: decimal, 0x hexadecimal, or with a suffix k, M, G, T; a range of 8 digits or "
-        "more also as /proc/PID/maps has it, hexadecimal without 0x. Frame numbers and what "
+        "more also as /proc/PID/maps has it, hexadecimal without 0x (decimal where no program has such an "
+        "address). Frame numbers and what "
         "follows from them (runs, folio sizes) are shown to holders of CAP_SYS_ADMIN; the rest to anyone who may "
         "trace the process.",
         # Each option of its own has one made, which would ask for the terminal's width and load shutil for it.
@@ -160,8 +171,9 @@ def _count(text: str) -> int:
 
 def _addresses(text: str) -> tuple[int, int]:
     first, separator, last = text.partition("-")
-    # /proc/PID/maps writes eight digits or more, hexadecimal and without 0x.
-    read = _hexadecimal if re.fullmatch(_IN_MAPS, text) else parse_size
+    # /proc/PID/maps writes eight digits or more, hexadecimal and without 0x; --json writes decimal numbers.
+    as_in_maps = re.fullmatch(_IN_MAPS, text) and not (text.replace("-", "").isdecimal() and int(last, 16) > _TOP)
+    read = _hexadecimal if as_in_maps else parse_size
     try:
         start, end = read(first), read(last)
     except ValueError:
@@ -177,6 +189,8 @@ def _hexadecimal(text: str) -> int:
     return int(text, 16)
 
 
+_TOP = 1 << 47
+"""Where the addresses of programs end, unless these ask for more (x86-64: four levels of page tables)."""
 _IN_MAPS = r"[0-9a-f]{8,16}-[0-9a-f]{8,16}"
 
 

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _write_found(look: Look, name: str, found: Iterator[dict[str, Any]]) -> None:
-    if not look.frames:
+    if not look.shows_runs:
         print(f',\n"{name}": null', end="")
         return
     print(f',\n"{name}": [', end="")
@@ -130,6 +130,7 @@ def summary(total: Total, visible: bool) -> dict[str, Any]:
         "anonymous_bytes": total.anonymous,
         "file_or_shared_bytes": total.file_or_shared,
         "exclusive_bytes": total.exclusive,
+        "shared_bytes": total.shared,
         "swapped_bytes": total.swapped,
         "huge_bytes": total.huge,
         "folio_bytes": dict(total.folios),
@@ -137,6 +138,7 @@ def summary(total: Total, visible: bool) -> dict[str, Any]:
         "lazy_free_bytes": total.lazy_free,
         "zero_bytes": total.zero,
         "guard_bytes": total.guard,
+        "marker_bytes": total.marker,
         "device_bytes": total.device,
         "run_count": total.runs if visible else None,
         "largest_run_bytes": total.largest if visible else None,

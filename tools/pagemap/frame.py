@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import time
 from typing import TYPE_CHECKING
 
+from iobmd import host
 from iobmd.cli.printable import printable
 from iobmd.errors import IOReturnError
 from iobmd.pagemap.frame import Frames, require_frames, users
 from iobmd.units import PAGE_SIZE, format_size
 
-from .document import VERSION, members, write_list
+from .document import VERSION, hidden_member, members, write_list
+from .look import Hidden
+from .table import show_hidden
 
 if TYPE_CHECKING:
     import argparse
@@ -29,11 +31,12 @@ def run(arguments: argparse.Namespace) -> None:
     require_frames()
     facts = _facts(physical, length)
     with _progress() as progress:
-        found = users(physical, length, progress=progress)
+        refused: list[int] = []
+        found = users(physical, length, progress=progress, refused=refused.append)
         if arguments.json:
-            _write(physical, length, facts, found)
+            _write(physical, length, facts, found, refused)
         else:
-            _show(physical, length, facts, found)
+            _show(physical, length, facts, found, refused)
 
 
 def _facts(physical: int, length: int) -> FrameFacts | None:
@@ -48,16 +51,25 @@ def _changed(physical: int, length: int, before: FrameFacts | None) -> bool:
     return now is not None and before is not None and now.mapped != before.mapped
 
 
-def _write(physical: int, length: int, facts: FrameFacts | None, found: Iterator[Use]) -> None:
+def _hidden(refused: list[int]) -> list[Hidden]:
+    """Return what is not shown, once all processes were looked at."""
+    if not refused:
+        return []
+    what = f"what {len(refused)} other processes map"
+    return [Hidden(what, "they may not be traced by this one", host.capability_remedy())]
+
+
+def _write(physical: int, length: int, facts: FrameFacts | None, found: Iterator[Use], refused: list[int]) -> None:
     about = facts._asdict() if facts else None
     head: dict[str, object] = {"version": VERSION, "time": round(time.time()), "kernel": os.uname().release}
     head |= {"physical": physical, "length": length, "frames": about}
     print("{" + members(head) + ',\n"users": [', end="")
     write_list(use._asdict() | {"area": use.area._asdict()} for use in found)
-    print(f'],\n"changed_while_read": {json.dumps(_changed(physical, length, facts))}}}')
+    last: dict[str, object] = {"changed_while_read": _changed(physical, length, facts)}
+    print("],\n" + members(last | hidden_member(_hidden(refused))) + "}")
 
 
-def _show(physical: int, length: int, facts: FrameFacts | None, found: Iterator[Use]) -> None:
+def _show(physical: int, length: int, facts: FrameFacts | None, found: Iterator[Use], refused: list[int]) -> None:
     print(f"frames {physical // PAGE_SIZE:#x}-{(physical + length) // PAGE_SIZE - 1:#x}, {format_size(length)}")
     if facts:
         least, most = facts.mapped or ("?", "?")
@@ -70,6 +82,7 @@ def _show(physical: int, length: int, facts: FrameFacts | None, found: Iterator[
         where = f"{use.virtual:16x} {use.physical:14x} {format_size(use.length):>9}"
         print(f"{use.pid:8} {printable(use.process):16} {where}  {printable(str(use.area))}")
     print(f"mapped by {len(pids)} processes")
+    show_hidden(_hidden(refused))
     if _changed(physical, length, facts):
         print("  they were mapped or unmapped while the processes were looked through")
 

@@ -18,6 +18,7 @@ from iobmd.procfs import VMA
 from iobmd.task import Task
 from iobmd.units import PAGE_SIZE
 
+from .arguments import BY_SMAPS
 from .order import ordered
 from .steady import Restless, Steady
 
@@ -48,7 +49,7 @@ class Look:
         self.kernel = os.uname().release
         with Reader(self.task) as reader:
             self.frames, self.scans = reader.visible, reader.scans
-            needed = arguments.only in ("locked", "lazy") or arguments.sort == "locked"
+            needed = arguments.only in BY_SMAPS or arguments.sort in BY_SMAPS
             wanted = True if needed and arguments.smaps is None else arguments.smaps
             self.details: bool = is_bearable(self.where, reader) if wanted is None else wanted
         self.flags = self.frames and os.access("/proc/kpageflags", os.R_OK)
@@ -69,13 +70,14 @@ class Look:
         if not self.frames:
             found.append(
                 Hidden(
-                    "frame numbers, and so runs and the sizes of folios",
+                    "frame numbers, and so runs, the sizes of folios, and what of the swapped are markers",
                     "the kernel shows them to holders of CAP_SYS_ADMIN only",
                     host.capability_remedy(),
                 )
             )
         elif not self.flags:
-            found.append(Hidden("the sizes of folios", "/proc/kpageflags is root's", "run it as root"))
+            more = ", and the flags of frames with all that --flags tells" if self.arguments.flags else ""
+            found.append(Hidden(f"the sizes of folios{more}", "/proc/kpageflags is root's", "run it as root"))
         if not self.details:
             why = (
                 "no smaps was asked for"
@@ -97,11 +99,22 @@ class Look:
 
     def restless(self) -> Restless | None:
         """Return what the process did since the look began; None: nothing."""
-        return Restless(True, False, 0) if self._gone else self._steady.restless()
+        if self._gone:  # with its areas at least: it runs another program
+            return Restless(not self.task.alive, True, 0)
+        return self._steady.restless()
+
+    @property
+    def shows_runs(self) -> bool:
+        """Whether runs can be shown, with their flags where these were asked for."""
+        return self.frames and (self.flags or not self.arguments.flags)
 
     def areas(self) -> Iterator[Area]:
         """Iterate over the areas that were chosen, ascending."""
-        return filter(self._is_chosen, areas(self.where, details=self.details, folios=self.flags))
+        return filter(self.chooses, self.all_areas())
+
+    def all_areas(self) -> Iterator[Area]:
+        """Iterate over the areas, whether they were chosen or not, ascending."""
+        return areas(self.where, details=self.details, folios=self.flags)
 
     def rows(self, write: Callable[[Area], str]) -> Iterator[str]:
         """Iterate over the same as text, in the order that was asked for."""
@@ -125,7 +138,8 @@ class Look:
         if self._gone:
             raise self._gone
 
-    def _is_chosen(self, area: Area) -> bool:
+    def chooses(self, area: Area) -> bool:
+        """Say whether an area is chosen."""
         only = self.arguments.only
         return self.may_choose(area.vma, area.size) and (only is None or _STATES[only](area) > 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ def ordered(rows: Iterable[tuple[int | str, str]], *, backwards: bool) -> Iterat
         end = 0
         for key, row in rows:
             data = row.encode(errors="surrogateescape")
-            places.append((key, end, len(data)))
+            places.append((sys.intern(key) if isinstance(key, str) else key, end, len(data)))  # many have one name
             end += file.write(data)
         places.sort(key=lambda place: place[0], reverse=backwards)
         for _key, start, length in places:

@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the runs, or the segments that they are cut to, and a histogram."""
     look = Look(arguments)
     show_head(look)
-    if not look.frames:  # the head says so
+    if not look.shows_runs:  # the head says so
         return
     seen = Histogram()
     if arguments.segments:

@@ -8,45 +8,47 @@ from io import StringIO
 from typing import TYPE_CHECKING
 
 from iobmd.cli.printable import printable
-from iobmd.pagemap.frame import require_frames
 from iobmd.pagemap.segment import Segment
 from iobmd.pagemap.span import Run
 
 from .document import FIELDS, row
 from .look import Look
 from .runs import chosen_descriptions, chosen_runs, chosen_segments
+from .table import show_hidden
 
 if TYPE_CHECKING:
     import argparse
 
     from iobmd.pagemap.area import Area
+    from iobmd.pagemap.frame import FrameFacts
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the lines."""
     look = Look(arguments)
+    show_hidden(look.hidden, sys.stderr)  # not among the lines, which programs read
     lines = csv.writer(sys.stdout, lineterminator="\n")
-    if arguments.flags:
-        require_frames()
-        lines.writerow((*Run._fields, "flags", "some_flags", "mapped_least", "mapped_most", "cgroups", "node"))
-        for found, facts in chosen_descriptions(look):
-            words = " ".join(facts.flags), " ".join(facts.some_flags)
-            lines.writerow((*found, *words, *(facts.mapped or ("", "")), " ".join(facts.cgroups or ()), facts.node))
-    elif arguments.runs:
-        require_frames()
-        lines.writerow(Run._fields)
-        lines.writerows(chosen_runs(look))
-    elif arguments.segments:
-        require_frames()
+    if arguments.segments:
         lines.writerow(Segment._fields)
-        lines.writerows(chosen_segments(look))
+        lines.writerows(chosen_segments(look) if look.shows_runs else ())
+    elif arguments.flags:
+        lines.writerow((*Run._fields, "flags", "some_flags", "mapped_least", "mapped_most", "cgroups", "node"))
+        lines.writerows(_described(*found) for found in (chosen_descriptions(look) if look.shows_runs else ()))
+    elif arguments.runs:
+        lines.writerow(Run._fields)
+        lines.writerows(chosen_runs(look) if look.shows_runs else ())
     else:
         lines.writerow(FIELDS)
         sys.stdout.writelines(look.rows(_line))
     sys.stdout.flush()
-    if restless := look.restless():  # not among the lines, which programs read
+    if restless := look.restless():
         print(f"iobmd pagemap: {look.title}: {restless}", file=sys.stderr)
     look.require_task()
+
+
+def _described(found: Run, facts: FrameFacts) -> tuple[object, ...]:
+    words = " ".join(facts.flags), " ".join(facts.some_flags)
+    return (*found, *words, *(facts.mapped or ("", "")), " ".join(facts.cgroups or ()), facts.node)
 
 
 def _line(area: Area) -> str:

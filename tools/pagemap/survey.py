@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,7 +31,7 @@ def survey(look: Look, grid: Grid) -> list[Part]:
     parts = []
     with Reader(look.task, whole=look.where.cuts_no_huge_page) as reader:
         for vma, start, end in look.parts():
-            parts.append(Part(start, end, vma.name))
+            parts.append(Part(start, end, sys.intern(vma.name)))  # many have the same
             for step in reader.steps(start, end):
                 for virtual, physical, length, flags in struct.iter_unpack("=4Q", step.raw()):
                     state = state_of(flags)

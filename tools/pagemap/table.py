@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from iobmd.cli.printable import printable
 from iobmd.units import PAGE_SIZE, format_size
@@ -42,10 +42,10 @@ def show_head(look: Look) -> None:
     show_hidden(look.hidden)
 
 
-def show_hidden(found: Iterable[Hidden]) -> None:
+def show_hidden(found: Iterable[Hidden], file: TextIO | None = None) -> None:
     """Print what is not shown, why, and what would show it."""
     for hidden in found:
-        print(f"not shown: {hidden.what} ({hidden.why}). To show it: {hidden.remedy.splitlines()[0]}")
+        print(f"not shown: {hidden.what} ({hidden.why}). To show it: {hidden.remedy.splitlines()[0]}", file=file)
 
 
 def amount(size: int | None) -> str:

@@ -13,7 +13,7 @@ class Total:
     """What several areas hold together, in bytes; None where it is not known of one of them."""
 
     def __init__(self) -> None:
-        self.areas = self.size = self.resident = self.anonymous = self.file_or_shared = 0
+        self.areas = self.size = self.resident = self.anonymous = self.file_or_shared = self.shared = 0
         self.exclusive = self.zero = self.guard = self.marker = self.device = self.runs = self.largest = 0
         self.in_runs = self.ascending = self.descending = 0
         self.swapped: int | None = 0
@@ -30,6 +30,7 @@ class Total:
         self.resident += area.resident
         self.anonymous += area.anonymous
         self.file_or_shared += area.file_or_shared
+        self.shared += area.shared
         self.swapped = _sum(self.swapped, area.swapped)
         self.exclusive += tally.exclusive
         self.zero += tally.zero

@@ -37,6 +37,9 @@ LARGEST = 200
 """How many areas to which nothing happened a look keeps, those with most memory: a screen has no more lines."""
 
 
+_A_MOMENT = 0.01
+
+
 class Changed(NamedTuple):
     """An area to which something happened."""
 
@@ -97,10 +100,15 @@ def ticks(look: Look, folder: Path, interval: float, count: int | None) -> Itera
             happened_in = attributed(changes(before, now), (now, before)) if before else {}
             total, changed, largest = _looked(look, happened_in)
         except IOReturnError as error:
-            if number and error.code == IOReturn.kIOReturnNotFound:
-                print(f"{look.title} has ended", file=sys.stderr)
-                return
-            raise
+            if error.code != IOReturn.kIOReturnNotFound:
+                raise
+            if look.task.alive:  # it runs another program
+                time.sleep(_A_MOMENT)
+                continue
+            if not number:
+                raise
+            print(f"{look.title} has ended", file=sys.stderr)
+            return
         if before:
             changed.extend(_gone(look, before, happened_in))
         yield Tick(
@@ -154,9 +162,12 @@ def _looked(look: Look, happened_in: dict[tuple[int, int], Counter[Kind]]) -> tu
     total = Total()
     changed = []
     largest: list[tuple[int, int, Area]] = []
-    for number, area in enumerate(look.areas()):
+    for number, area in enumerate(look.all_areas()):
+        sums = happened_in.pop((area.vma.start, area.vma.end), None)
+        if not look.chooses(area):
+            continue
         total.counted(area)
-        if sums := happened_in.pop((area.vma.start, area.vma.end), None):
+        if sums:
             changed.append(Changed(area.vma, area, sums))
             continue
         keep = heapq.heappush if len(largest) < LARGEST else heapq.heappushpop
