@@ -31,6 +31,9 @@ class Area(NamedTuple):
     start: int
     end: int
     tally: Tally
+    """What pagemap says, in bytes: `present`, and of that `hidden` (no frame number), `file`, `zero`, `exclusive`,
+    `huge` and `huge_zero`; `swapped`, `guard`, `marker`, `soft_dirty`. Of the physical runs: how many (`runs`), the
+    `largest`, and how many lie above (`ascending`) or below (`descending`) the one before."""
     details: Details | None
     """What smaps says, where it was read."""
     folios: dict[int, int] | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import index
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -34,9 +35,9 @@ def segments(runs: Iterable[Run], max_segment: int | None = None, boundary: int 
     ValueError
         A limit is not positive, or the boundary not a power of two.
     """
-    if max_segment is not None and max_segment <= 0:
+    if max_segment is not None and index(max_segment) <= 0:
         raise ValueError(f"a segment of at most {max_segment} bytes holds nothing")
-    if boundary is not None and (boundary <= 0 or boundary & (boundary - 1)):
+    if boundary is not None and (index(boundary) <= 0 or boundary & (boundary - 1)):
         raise ValueError(f"the boundary {boundary} is not a power of two")
     return _cut(runs, max_segment, boundary)
 

@@ -57,9 +57,10 @@ def test_every_block_is_found() -> None:
 
 
 @pytest.mark.parametrize("text", texts("python"))
-def test_python_blocks_run(text: str) -> None:
-    """In one interpreter a page, with nothing but the page before them."""
-    done = subprocess.run([sys.executable, "-W", "error", "-c", text], capture_output=True, text=True, check=False)
+def test_python_blocks_run(text: str, tmp_path: Path) -> None:
+    """In one interpreter a page, with nothing but the page before them. Some write files."""
+    command = [sys.executable, "-W", "error", "-c", text]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
 
 

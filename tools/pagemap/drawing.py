@@ -125,7 +125,7 @@ class Drawing:
             room = min(self._x(last) + self._step, _LEFT + _PLOT) - max(free, self._x(first))
             text = ", ".join(names(between(self.parts, first, last + self.grid.block)))
             for row, words in enumerate((f"{first:x}", text)):
-                letters = int(room / _LETTER)
+                letters = int(room / _LETTER) - 1  # a blank keeps it from the next
                 if letters >= 6:
                     cut = words if len(words) <= letters else words[: letters - 1] + "…"
                     yield Label(max(free, self._x(first)), self._end + 16 + row * 14, cut)
