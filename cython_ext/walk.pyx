@@ -101,6 +101,8 @@ cdef class Walk:
     cdef int fd
     cdef uint64_t page, huge, zero, huge_zero
     cdef bint thorough
+    cdef public bint swapless
+    """Whether nothing can be in swap: what looks so is a marker, whose kind the kernel hides with frame numbers."""
     cdef readonly bint scans
     """Whether PAGEMAP_SCAN is used: without it huge pages, and hidden zero pages, are not told."""
     cdef uint64_t *entries
@@ -445,7 +447,7 @@ cdef class Walk:
             if entry & GUARD_BIT:
                 flags |= C_GUARD
                 self.tally.guard += length
-            elif iobmd_is_marker(entry):
+            elif self.swapless or iobmd_is_marker(entry):
                 flags |= C_MARKER
                 self.tally.marker += length
             else:

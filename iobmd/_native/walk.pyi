@@ -30,6 +30,7 @@ class Tally:
 @final
 class Walk:
     count: int
+    swapless: bool
     scans: bool
     def __new__(
         cls, fd: int, page: int, huge: int, zero: int, huge_zero: int, thorough: bool, scan: bool

@@ -97,6 +97,17 @@ class Area(NamedTuple):
         return max(self.tally.swapped, told) if self.visible else told
 
     @property
+    def marker(self) -> int | None:
+        """Neither memory nor swap: pages under migration, poisoned ones, markers of userfaultfd; None: not known.
+
+        Where frames are hidden pagemap does not tell them from swap: they are what smaps does not count as such.
+        """
+        if self.visible or not self.can_swap:
+            return self.tally.marker
+        told = self._counter("Swap")
+        return None if told is None else self.tally.marker + max(0, self.tally.swapped - told)
+
+    @property
     def huge(self) -> int | None:
         """Resident and mapped by huge pages in the page tables: a PMD, or a page of hugetlb; None: not known."""
         if not self.scans:

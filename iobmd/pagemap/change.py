@@ -25,13 +25,14 @@ class Kind(StrEnum):
     UNMAPPED = "unmapped"
     """An area is gone."""
     NEWLY_RESIDENT = "newly resident"
-    """In memory, and was neither there nor in swap; the zero page is no memory of one's own."""
+    """In memory, and was neither there nor in swap, or was shared memory in swap; the zero page is no memory of one's
+    own."""
     RELEASED = "released"
     """Neither in memory nor in swap any more; or shared memory in swap, of which pagemap does not tell."""
     SWAPPED_OUT = "swapped out"
     SWAPPED_IN = "swapped in"
     COPIED = "copied"
-    """The process's own page in place of a file's, for it wrote there; or the other way round."""
+    """A page of its own in place of a file's, as after a write to it; or the other way round."""
     MIGRATED = "migrated"
     """In another frame."""
     SPLIT = "split"
@@ -75,7 +76,7 @@ def changes(before: Snapshot, after: Snapshot) -> Iterator[Change]:
 
 
 def _changes(before: Snapshot, after: Snapshot) -> Iterator[Change]:
-    for start, end, old, new in _pieces(before.areas(), after.areas(), lambda area: (area.start, area.end)):
+    for start, end, old, new in _pieces(_ranges(before), _ranges(after), lambda one: one):
         if old is None or new is None:
             yield Change(Kind.MAPPED if old is None else Kind.UNMAPPED, start, end - start, None, None)
     for olds, news in _differing(before.batches(), after.batches()):
@@ -84,8 +85,14 @@ def _changes(before: Snapshot, after: Snapshot) -> Iterator[Change]:
                 yield Change(kind, first, last - first, _frame(had, first), _frame(has, first))
 
 
+def _ranges(snapshot: Snapshot) -> Iterator[tuple[int, int]]:
+    """Iterate over the areas, as far as they lie in the range of the snapshot."""
+    low, high = snapshot.header.start, snapshot.header.end
+    return ((max(area.start, low), min(area.end, high)) for area in snapshot.areas())
+
+
 def _differing(before: Iterator[Batch], after: Iterator[Batch]) -> Iterator[tuple[list[Span], list[Span]]]:
-    """Iterate over the spans of two snapshots in groups that end at the same address, without those that are equal.
+    """Iterate over the spans of two snapshots, in groups that none of either goes beyond, without equal ones.
 
     Most of a large task is as it was: comparing the texts takes a tenth of the time that reading them does.
     """
@@ -93,14 +100,13 @@ def _differing(before: Iterator[Batch], after: Iterator[Batch]) -> Iterator[tupl
     olds: list[Span] = []
     news: list[Span] = []
     while old or new:
-        together = old and new and old.start == new.start
-        if together:
+        start = min(batch.start for batch in (old, new) if batch)
+        if all(spans[-1].end <= start for spans in (olds, news) if spans):
             yield olds, news
             olds, news = [], []
-        if old and new and together and old.text == new.text:
-            old, new = next(before, None), next(after, None)
-            continue
-        start = min(batch.start for batch in (old, new) if batch)
+            if old and new and old.text == new.text:
+                old, new = next(before, None), next(after, None)
+                continue
         if old and old.start == start:
             olds += old.spans()
             old = next(before, None)
@@ -112,25 +118,23 @@ def _differing(before: Iterator[Batch], after: Iterator[Batch]) -> Iterator[tupl
 
 def _judge(address: int, before: Span | None, after: Span | None) -> Kind | None:
     had, has = _state(before), _state(after)
-    if had == has == "memory":
-        assert before is not None
-        assert after is not None
-        if before.huge != after.huge:
-            return Kind.COLLAPSED if after.huge else Kind.SPLIT
-        if before.file_or_shared != after.file_or_shared:
-            return Kind.COPIED
-        known = before.physical is not None and after.physical is not None
-        return Kind.MIGRATED if known and _frame(before, address) != _frame(after, address) else None
     if had == has:
-        return None
-    return _KINDS.get((had, has)) or (Kind.NEWLY_RESIDENT if has == "memory" else _left(had, has))
+        return _moved(address, before, after) if before and after and has == "memory" else None
+    if has == "swap":
+        return Kind.SWAPPED_OUT
+    if has == "memory":
+        return Kind.SWAPPED_IN if had == "swap" else Kind.NEWLY_RESIDENT
+    return Kind.RELEASED if had in ("memory", "swap") else Kind.OTHER
 
 
-def _left(had: str, has: str) -> Kind:
-    return Kind.RELEASED if had in ("memory", "swap") and has != "swap" else Kind.OTHER
-
-
-_KINDS = {("memory", "swap"): Kind.SWAPPED_OUT, ("swap", "memory"): Kind.SWAPPED_IN}
+def _moved(address: int, before: Span, after: Span) -> Kind | None:
+    """Return what happened to memory that is memory still."""
+    if before.huge != after.huge:
+        return Kind.COLLAPSED if after.huge else Kind.SPLIT
+    if before.file_or_shared != after.file_or_shared:
+        return Kind.COPIED
+    known = before.physical is not None and after.physical is not None
+    return Kind.MIGRATED if known and _frame(before, address) != _frame(after, address) else None
 
 
 def _state(span: Span | None) -> str:

@@ -120,7 +120,7 @@ def _entries(task: Task, address: int, size: int) -> Iterator[tuple[int, bytes]]
     check_range(address, size)
     start, end = round_down(address, PAGE_SIZE), round_up(address + size, PAGE_SIZE)
     with opened(task) as descriptor:
-        while start < end:
+        while size and start < end:
             wanted = min(_READ, (end - start) // PAGE_SIZE * _ENTRY)
             raw = os.pread(descriptor.fd, wanted, start // PAGE_SIZE * _ENTRY)
             if not raw:

@@ -5,14 +5,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Self
 
-from iobmd import host, procfs, refusals
+from iobmd import host, procfs
 from iobmd._native import frames as native
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NotFoundError, NotPermittedError, UnsupportedError
 from iobmd.host.pressure import memory_mounts
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.span import Run, runs
-from iobmd.pagemap.target import Target, resolve
+from iobmd.pagemap.target import Target, name_of, resolve
 from iobmd.task import Task, check_range
 from iobmd.units import PAGE_SIZE
 
@@ -187,7 +187,7 @@ def users(
     length: int,
     *,
     progress: Callable[[int, int], object] | None = None,
-    refused: Callable[[int], object] | None = None,
+    refused: Callable[[int, IOReturnError], object] | None = None,
 ) -> Iterator[Use]:
     """Iterate over the processes that map any of the frames of a physical range: a scan of all of them.
 
@@ -198,7 +198,8 @@ def users(
     progress : callable, optional
         Called with the number of processes scanned and that of all.
     refused : callable, optional
-        Called with the pid of each process that may not be looked at (CAP_SYS_PTRACE), which is passed over.
+        Called with the pid of each process that may not be looked at, which is passed over, and the error that says
+        why.
 
     Raises
     ------
@@ -218,26 +219,19 @@ def users(
             progress(index, len(pids))
         try:
             yield from _uses(pid, physical, physical + length)
-        except NotPermittedError:
+        except NotPermittedError as error:
             if refused:
-                refused(pid)
+                refused(pid, error)
         except (NotFoundError, UnsupportedError):  # it is gone, or a kernel thread
             pass
     if progress:
         progress(len(pids), len(pids))
 
 
-def _name(pid: int) -> str:
-    try:
-        return procfs.status(pid).get("Name", "")
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise refusals.gone(f"no process has the pid {pid}") from error
-
-
 def _uses(pid: int, low: int, high: int) -> Iterator[Use]:
     task = Task(pid)
     with Reader(task) as reader:
-        name = _name(pid)
+        name = name_of(task)
         reader.keep_within(low, high)
         for area in resolve(task).areas():
             for step in reader.steps(area.start, area.end):

@@ -9,13 +9,12 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import procfs
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.files import replacing
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.span import Span
-from iobmd.pagemap.target import resolve
+from iobmd.pagemap.target import name_of, resolve
 from iobmd.procfs import VMA
 from iobmd.task import ADDRESS_END
 
@@ -58,13 +57,15 @@ class Header(NamedTuple):
     @property
     def valid(self) -> bool:
         """Whether it may have been written by `save`."""
-        numbers = (self.pid, self.page_bytes, self.start, self.end)
+        numbers = (self.version, self.pid, self.page_bytes, self.start, self.end)
         return (
-            self.version == VERSION
-            and all(type(number) is int and 0 <= number <= ADDRESS_END for number in numbers)
+            all(type(number) is int and 0 <= number <= ADDRESS_END for number in numbers)
+            and self.version == VERSION
+            and self.start <= self.end
             and all(isinstance(text, str) for text in (self.name, self.kernel))
-            and isinstance(self.time, (int, float))
+            and type(self.time) in (int, float)
             and 0 <= self.time < 1 << 36
+            and isinstance(self.frames_visible, bool)
         )
 
 
@@ -86,7 +87,7 @@ def save(target: Target, path: str | Path, address: int | None = None, size: int
         header = Header(
             VERSION,
             where.task.pid,
-            procfs.status(where.task.pid).get("Name", ""),
+            name_of(where.task),
             round(time.time(), 3),
             os.uname().release,
             reader.page,
@@ -152,10 +153,10 @@ class Snapshot:
             for number, line in enumerate(lines):
                 if line.startswith(start):
                     yield line
-                elif line == _END:
+                elif line == _END and not next(lines, None):
                     return
-                elif not line.startswith(_KINDS):
-                    raise self._damaged(f"line {number + 1} is of no kind that is known")
+                elif not line.startswith(_KINDS[:1] if not number else _KINDS[1:]):
+                    raise self._damaged(f"line {number + 1} is none that belongs there")
                 if kind == _HEADER:
                     return
 

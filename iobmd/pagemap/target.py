@@ -1,5 +1,6 @@
 """What is looked at: a task, a range of one, or a buffer."""
 
+import errno
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -87,6 +88,12 @@ def of_task(task: Task, found: Iterator[_T]) -> Iterator[_T]:
         yield from found
 
 
+def name_of(task: Task) -> str:
+    """Return the name of the program that a task runs. Raises IOReturnError."""
+    with _unreadable_maps(task):
+        return procfs.status(task.pid).get("Name", "")
+
+
 class _unreadable_maps:  # noqa: N801 (used as a function)
     """Turn what the kernel says as it refuses /proc/PID/maps or smaps into an IOReturnError."""
 
@@ -103,6 +110,8 @@ class _unreadable_maps:  # noqa: N801 (used as a function)
             raise refusals.refused(self._task.pid, error.errno or 0, "memory map") from None
         if isinstance(error, (FileNotFoundError, ProcessLookupError)):
             raise refusals.without_memory(self._task.pid) from None
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise refusals.own(error, f"cannot read the memory map of task {self._task.pid}") from None
 
 
 def resolve(target: Target, address: int | None = None, size: int | None = None) -> Where:

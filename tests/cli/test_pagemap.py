@@ -198,7 +198,8 @@ def test_processes_that_may_not_be_looked_at_are_counted(capfd: pytest.CaptureFi
 
         def look() -> tuple[set[int], list[int], int, str]:
             refused: list[int] = []
-            found = {use.pid for use in pagemap.users(physical, 4096, refused=refused.append)}
+            users = pagemap.users(physical, 4096, refused=lambda pid, _error: refused.append(pid))
+            found = {use.pid for use in users}
             with redirect_stdout(StringIO()) as printed:
                 ended = main(["pagemap", "--frame", hex(physical // 4096)])
                 ended |= main(["pagemap", "--frame", hex(physical // 4096), "--json"])
@@ -209,9 +210,9 @@ def test_processes_that_may_not_be_looked_at_are_counted(capfd: pytest.CaptureFi
     assert process.pid not in found
     assert process.pid in refused
     assert ended == 0
-    assert re.search("not shown: what [0-9]+ other processes map", text)
+    assert re.search(r"not shown: what other processes map, [0-9]+ in number \(such as: no access to", text)
     (hidden,) = json.loads("{" + text.partition("{")[2])["hidden"]
-    assert "other processes map" in hidden["what"]
+    assert hidden["what"].startswith("what other processes map")
 
 
 @pytest.mark.needs("frames")
@@ -253,7 +254,7 @@ def test_flags_that_are_hidden(
 
 @pytest.mark.needs("frames")
 def test_segments_as_csv(target: int, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = list(csv.DictReader(StringIO(shown(capsys, str(target), "--csv", "--runs", "--max-segment", "4k"))))
+    rows = list(csv.DictReader(StringIO(shown(capsys, str(target), "--csv", "--max-segment", "4k"))))
     assert {row["length"] for row in rows} == {"4096"}
     assert set(rows[0]) == {"physical", "length"}
 
@@ -263,7 +264,7 @@ def test_segments_as_csv(target: int, capsys: pytest.CaptureFixture[str]) -> Non
     [
         ("140725797761024-140725797896192", 140725797761024),  # as --json has them
         ("94123456789012-94123456793108", 94123456789012),
-        ("700000000000-700000001000", 0x700000000000),
+        ("00400000-00401000", 0x400000),
         ("7f0000000000-7f0000200000", 0x7F0000000000),
         ("0x1000-8192", 4096),
     ],
@@ -279,7 +280,9 @@ def test_save_and_diff(target: int, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert document["before"]["pid"] == document["after"]["pid"] == target
     assert document["changes"] == []
     frames = kernel.entries(id(document), 1)[0] & (1 << 55) - 1
-    assert [hidden["what"] for hidden in document["hidden"]] == ([] if frames else ["pages that moved"])
+    assert [hidden["what"].startswith("pages that moved") for hidden in document["hidden"]] == (
+        [] if frames else [True]
+    )
 
 
 @pytest.mark.needs("swap")
@@ -288,7 +291,7 @@ def test_diff_says_what_it_takes_for_released(
     target: int, form: list[str], tmp_path: Path, swap: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shown(capsys, str(target), "--save", str(tmp_path / "file"))
-    assert "shared memory that was swapped out" in shown(capsys, str(target), "--diff", str(tmp_path / "file"), *form)
+    assert "shared memory in swap" in shown(capsys, str(target), "--diff", str(tmp_path / "file"), *form)
 
 
 @pytest.mark.parametrize(
@@ -310,6 +313,13 @@ def test_diff_says_what_it_takes_for_released(
         ["1", "--map", "--sort", "size"],
         ["1", "--save", "file", "--name", "x"],
         ["--frame", "1", "--only", "huge"],
+        ["1", "--csv", "--runs", "--max-segment", "4k"],
+        ["1", "--range", "700000000000-700000001000"],
+        ["1", "--range", "917606400-918274048"],
+        ["--frame", "0x10-"],
+        ["--frame", "1_0"],
+        ["1", "--map", "--smaps"],
+        ["1", "--runs", "--no-smaps"],
         ["1", "--save", "file", "--smaps"],
         ["--frame", "1", "--no-smaps"],
         ["1", "--only", "locked", "--no-smaps"],

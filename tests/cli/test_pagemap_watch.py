@@ -19,9 +19,22 @@ from iobmd.tools.pagemap.look import Look
 from support import kernel
 
 from iobmd import pagemap, refusals
+from iobmd.cli import main
 
 PROGRAM = """
-import mmap, sys
+import ctypes, mmap, sys, time
+libc = ctypes.CDLL(None)
+libc.sbrk.restype = ctypes.c_void_p
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long
+libc.munmap.argtypes = ctypes.c_void_p, ctypes.c_size_t
+libc.madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+thp = libc.mmap(0x200000000000, 2 << 20, 3, 0x100022, -1, 0)
+ctypes.memset(thp, 1, 2 << 20)
+def grow(steps):
+    for _step in range(steps):
+        ctypes.memset(libc.sbrk(65536), 1, 65536)
+        time.sleep(0.02)
 kept = mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 kept.madvise(mmap.MADV_NOHUGEPAGE)
 for line in sys.stdin:
@@ -29,6 +42,13 @@ for line in sys.stdin:
         kept[:4 << 20] = b"x" * (4 << 20)
     elif line == "drop\\n":
         kept.madvise(mmap.MADV_DONTNEED, 0, 4 << 20)
+    elif line == "grow\\n":
+        grow(30)
+    elif line == "drop-all\\n":
+        libc.munmap(thp, 2 << 20)
+    elif line == "cut\\n":
+        libc.munmap(thp + (1 << 20), 4096)
+        libc.madvise(thp, 2 << 20, 4)
     elif line == "map\\n":
         more = mmap.mmap(-1, 1 << 20)
     elif line == "unmap\\n":
@@ -100,6 +120,53 @@ def test_what_happened_between_two_looks(target: Target) -> None:
         assert watching.wait(20) == 0
         assert watching.stderr
         assert watching.stderr.read() == ""
+
+
+def test_a_heap_that_grows_all_the_time(target: Target) -> None:
+    """Its bounds are others by the time that the areas are looked at, after the pages were."""
+    with watch(target, "--json") as watching:
+        assert watching.stdout
+        watching.stdout.readline()
+        target.tell("grow")
+        looks_until(watching.stdout, {"newly resident": 30 * 65536})
+        watching.send_signal(signal.SIGINT)
+
+
+def test_an_area_that_falls_apart(target: Target) -> None:
+    """What happened lies in both parts, though it is one stretch of pages; and what was unmapped in neither."""
+    start = 0x200000000000
+    with watch(target, "--json", "--range", f"{start:#x}-{start + (2 << 20):#x}") as watching:
+        assert watching.stdout
+        watching.stdout.readline()
+        target.tell("cut")
+        changes: list[dict[str, object]] = []
+        while len(changes) < 3:
+            changes += json.loads(watching.stdout.readline())["changes"]
+        watching.send_signal(signal.SIGINT)
+    half = 1 << 20
+    assert {(one["start"], one["kind"], one["length"]) for one in changes} == {
+        (start, "released", half + 4096), (start, "unmapped", 4096), (start + half + 4096, "released", half - 4096),
+    }  # fmt: skip
+
+
+def test_a_range_that_cuts_areas(target: Target, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What lies outside of it is told neither by --diff nor by --watch."""
+    start, pid = 0x200000000000 - (1 << 20), str(target.process.pid)
+    part = f"{start + (1 << 20):#x}-{start + (1 << 20) + 65536:#x}"
+    assert main(["pagemap", pid, "--save", str(tmp_path / "file"), "--range", part]) == 0
+    with watch(target, "--json", "--range", part) as watching:
+        assert watching.stdout
+        watching.stdout.readline()
+        target.tell("drop-all")
+        changes: list[dict[str, object]] = []
+        while not changes:
+            changes += json.loads(watching.stdout.readline())["changes"]
+        watching.send_signal(signal.SIGINT)
+    capsys.readouterr()
+    assert main(["pagemap", pid, "--diff", str(tmp_path / "file"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["changes"]
+    assert {(one["kind"], one["length"]) for one in changes} == {("unmapped", 65536), ("released", 65536)}
+    assert {(one["kind"], one["end"] - one["start"]) for one in told} == {("unmapped", 65536), ("released", 65536)}
 
 
 def test_areas_that_were_not_chosen(target: Target) -> None:

@@ -65,7 +65,7 @@ def expected(before: Page | None, after: Page | None) -> Kind | None:
     if before is None or after is None:
         if after is None:
             return Kind.RELEASED
-        return Kind.NEWLY_RESIDENT if after[0] & PRESENT else Kind.OTHER
+        return Kind.NEWLY_RESIDENT if after[0] & PRESENT else Kind.SWAPPED_OUT
     if before[0] & SWAPPED or after[0] & SWAPPED:
         return Kind.SWAPPED_IN if before[0] & SWAPPED else Kind.SWAPPED_OUT
     if (before[0] ^ after[0]) & HUGE:

@@ -24,11 +24,7 @@ _WAYS = ("frame", "watch", "diff", "save", "map", "svg", "png", "html", "json", 
 """Options that choose what is shown instead of the table."""
 _AS_JSON = ("frame", "watch", "diff")
 """Those of them that --json gives as data."""
-_WITHOUT_CHOICE = {
-    "frame": ("name", "min_size", "range", "only", "smaps"),
-    "diff": (*_FILTERS, "smaps"),
-    "save": (*_FILTERS, "smaps"),
-}
+_WITHOUT_CHOICE = {"frame": ("name", "min_size", "range", "only"), "diff": _FILTERS, "save": _FILTERS}
 _LISTS = ("table", "json", "csv")
 """Ways that list what was chosen, in the order that was asked for."""
 _MODULES = {
@@ -62,6 +58,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             arguments.smaps is False and (arguments.only in BY_SMAPS or arguments.sort in BY_SMAPS),
             f"smaps alone tells what is {' or '.join(BY_SMAPS)}: --no-smaps does not go with it",
         ),
+        (
+            way == "csv" and arguments.segments and arguments.runs,
+            "--csv is of runs or of segments: --runs does not go together with segments' limits",
+        ),
         (_has_two_bits(arguments.boundary or 0), "--boundary must be a power of two"),
         (
             of_runs and way == "table" and arguments.sort != "address",
@@ -70,8 +70,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     ):
         if is_wrong:
             parser.error(message)
+    if of_runs and way == "table":
+        way = "runs"
     _refuse_without_effect(parser, arguments, way)
-    arguments.way = "runs" if of_runs and way == "table" else _MODULES.get(way, way)
+    arguments.of_areas = way in (*_LISTS, "watch") or arguments.only in BY_SMAPS
+    if arguments.smaps is not None and not arguments.of_areas:
+        parser.error(f"--smaps and --no-smaps do nothing with --{way}")
+    arguments.way = _MODULES.get(way, way)
     return arguments
 
 
@@ -82,7 +87,7 @@ def _has_two_bits(number: int) -> bool:
 def _refuse_without_effect(parser: argparse.ArgumentParser, arguments: argparse.Namespace, way: str) -> None:
     """Refuse options that would do nothing in the way that was chosen."""
     without = [name for name in _WITHOUT_CHOICE.get(way, ()) if getattr(arguments, name) is not None]
-    if arguments.sort != "address" and way not in _LISTS:
+    if arguments.sort != "address" and way not in (*_LISTS, "runs"):
         without.append("sort")
     if without:
         parser.error(f"--{without[0].replace('_', '-')} does not go together with --{way}")
@@ -94,10 +99,9 @@ def _parser() -> argparse.ArgumentParser:
         usage="%(prog)s PID|self [options]\n       %(prog)s --frame PFN[-PFN] [--json]",
         description="Show where a process's memory lies: a row for each of its areas (VMAs), and a summary.",
         epilog="Sizes and addresses: decimal, 0x hexadecimal, or with a suffix k, M, G, T; a range of 8 digits or "
-        "more also as /proc/PID/maps has it, hexadecimal without 0x (decimal where no program has such an "
-        "address). Frame numbers and what "
-        "follows from them (runs, folio sizes) are shown to holders of CAP_SYS_ADMIN; the rest to anyone who may "
-        "trace the process.",
+        "more also as /proc/PID/maps has it, hexadecimal without 0x, where that cannot be decimal. Frame numbers and "
+        "what follows from them (runs, folio sizes) are shown to holders of CAP_SYS_ADMIN; the rest to anyone who "
+        "may trace the process.",
         # Each option of its own has one made, which would ask for the terminal's width and load shutil for it.
         formatter_class=partial(argparse.HelpFormatter, width=80),
     )
@@ -172,7 +176,13 @@ def _count(text: str) -> int:
 def _addresses(text: str) -> tuple[int, int]:
     first, separator, last = text.partition("-")
     # /proc/PID/maps writes eight digits or more, hexadecimal and without 0x; --json writes decimal numbers.
-    as_in_maps = re.fullmatch(_IN_MAPS, text) and not (text.replace("-", "").isdecimal() and int(last, 16) > _TOP)
+    as_in_maps = re.fullmatch(_IN_MAPS, text)
+    if as_in_maps and text[0] != "0" and text.replace("-", "").isdecimal():
+        as_in_maps = None
+        if int(last, 16) <= _TOP:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} may be hexadecimal or decimal: write 0x{first}-0x{last}, or {int(first):#x}-{int(last):#x}"
+            )
     read = _hexadecimal if as_in_maps else parse_size
     try:
         start, end = read(first), read(last)
@@ -196,11 +206,13 @@ _IN_MAPS = r"[0-9a-f]{8,16}-[0-9a-f]{8,16}"
 
 def _frames(text: str) -> tuple[int, int]:
     """Return the physical range of frame numbers: its start, and its length in bytes."""
-    first, _, last = text.partition("-")
+    first, separator, last = text.partition("-")
     try:
         low = int(first, 0)
-        high = int(last, 0) if last else low
+        high = int(last, 0) if separator else low
     except ValueError:
+        low, high = 1, 0
+    if "_" in text:
         low, high = 1, 0
     if not 0 <= low <= high < 1 << 40:  # of 52 bits of address
         raise argparse.ArgumentTypeError(f"{text!r} is not a frame number, or two such as 0x1a000-0x1a0ff")

@@ -45,7 +45,7 @@ def _write_found(look: Look, name: str, found: Iterator[dict[str, Any]]) -> None
         print(f',\n"{name}": null', end="")
         return
     print(f',\n"{name}": [', end="")
-    write_list(look.until_gone(found))
+    write_list(found)
     print("]", end="")
 
 
@@ -114,7 +114,7 @@ FIELDS: dict[str, Callable[[Area], Any]] = {
     "lazy_free_bytes": lambda area: area.lazy_free,
     "zero_bytes": lambda area: area.tally.zero,
     "guard_bytes": lambda area: area.tally.guard,
-    "marker_bytes": lambda area: area.tally.marker,
+    "marker_bytes": lambda area: area.marker,
     "device_bytes": lambda area: area.device,
     "run_count": lambda area: area.tally.runs if area.visible else None,
     "largest_run_bytes": lambda area: area.tally.largest if area.visible else None,

@@ -8,7 +8,6 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from iobmd import host
 from iobmd.cli.printable import printable
 from iobmd.errors import IOReturnError
 from iobmd.pagemap.frame import Frames, require_frames, users
@@ -27,51 +26,67 @@ if TYPE_CHECKING:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print them."""
-    physical, length = arguments.frame
     require_frames()
-    facts = _facts(physical, length)
+    asked = _Asked(*arguments.frame)
     with _progress() as progress:
-        refused: list[int] = []
-        found = users(physical, length, progress=progress, refused=refused.append)
+        found = users(asked.physical, asked.length, progress=progress, refused=asked.refuse)
         if arguments.json:
-            _write(physical, length, facts, found, refused)
+            _write(asked, found)
         else:
-            _show(physical, length, facts, found, refused)
+            _show(asked, found)
 
 
-def _facts(physical: int, length: int) -> FrameFacts | None:
-    with contextlib.suppress(IOReturnError), Frames() as frames:
-        return frames.describe(physical, length)
-    return None
+class _Asked:
+    """The frames that were asked for, and what is hidden of them."""
+
+    def __init__(self, physical: int, length: int) -> None:
+        self.physical, self.length = physical, length
+        self.facts = self._look()
+        self._refused: list[str] = []
+
+    def _look(self) -> FrameFacts | None:
+        with contextlib.suppress(IOReturnError), Frames() as frames:
+            return frames.describe(self.physical, self.length)
+        return None
+
+    def refuse(self, _pid: int, error: IOReturnError) -> None:
+        """Take note of a process that may not be looked at."""
+        self._refused.append(str(error))
+
+    def changed(self) -> bool | None:
+        """Say whether they are mapped more or less often by now; None: not known.
+
+        Their flags change while nobody touches them.
+        """
+        now = self._look()
+        return None if now is None or self.facts is None else now.mapped != self.facts.mapped
+
+    def hidden(self) -> list[Hidden]:
+        """Return what is not shown, once all processes were looked at."""
+        found = []
+        if self.facts is None:
+            found.append(Hidden("flags, map counts and cgroups", "/proc/kpageflags is root's", "run it as root"))
+        if self._refused:
+            what = f"what other processes map, {len(self._refused)} in number"
+            remedy = "run with CAP_SYS_PTRACE, unless something else forbids it"
+            found.append(Hidden(what, f"such as: {self._refused[0]}", remedy))
+        return found
 
 
-def _changed(physical: int, length: int, before: FrameFacts | None) -> bool:
-    """Say whether they are mapped more or less often by now. Their flags change while nobody touches them."""
-    now = _facts(physical, length)
-    return now is not None and before is not None and now.mapped != before.mapped
-
-
-def _hidden(refused: list[int]) -> list[Hidden]:
-    """Return what is not shown, once all processes were looked at."""
-    if not refused:
-        return []
-    what = f"what {len(refused)} other processes map"
-    return [Hidden(what, "they may not be traced by this one", host.capability_remedy())]
-
-
-def _write(physical: int, length: int, facts: FrameFacts | None, found: Iterator[Use], refused: list[int]) -> None:
-    about = facts._asdict() if facts else None
+def _write(asked: _Asked, found: Iterator[Use]) -> None:
+    about = asked.facts._asdict() if asked.facts else None
     head: dict[str, object] = {"version": VERSION, "time": round(time.time()), "kernel": os.uname().release}
-    head |= {"physical": physical, "length": length, "frames": about}
+    head |= {"physical": asked.physical, "length": asked.length, "frames": about}
     print("{" + members(head) + ',\n"users": [', end="")
     write_list(use._asdict() | {"area": use.area._asdict()} for use in found)
-    last: dict[str, object] = {"changed_while_read": _changed(physical, length, facts)}
-    print("],\n" + members(last | hidden_member(_hidden(refused))) + "}")
+    last: dict[str, object] = {"changed_while_read": asked.changed()}
+    print("],\n" + members(last | hidden_member(asked.hidden())) + "}")
 
 
-def _show(physical: int, length: int, facts: FrameFacts | None, found: Iterator[Use], refused: list[int]) -> None:
-    print(f"frames {physical // PAGE_SIZE:#x}-{(physical + length) // PAGE_SIZE - 1:#x}, {format_size(length)}")
-    if facts:
+def _show(asked: _Asked, found: Iterator[Use]) -> None:
+    first, behind = asked.physical // PAGE_SIZE, (asked.physical + asked.length) // PAGE_SIZE
+    print(f"frames {first:#x}-{behind - 1:#x}, {format_size(asked.length)}")
+    if facts := asked.facts:
         least, most = facts.mapped or ("?", "?")
         print(f"  flags: {' '.join(facts.flags) or 'none common to all'}")
         print(f"  of some: {' '.join(facts.some_flags) or 'none'}; mapped {least} to {most} times")
@@ -82,8 +97,8 @@ def _show(physical: int, length: int, facts: FrameFacts | None, found: Iterator[
         where = f"{use.virtual:16x} {use.physical:14x} {format_size(use.length):>9}"
         print(f"{use.pid:8} {printable(use.process):16} {where}  {printable(str(use.area))}")
     print(f"mapped by {len(pids)} processes")
-    show_hidden(_hidden(refused))
-    if _changed(physical, length, facts):
+    show_hidden(asked.hidden())
+    if asked.changed():
         print("  they were mapped or unmapped while the processes were looked through")
 
 

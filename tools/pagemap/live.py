@@ -20,9 +20,9 @@ from .table import amount
 from .watch import line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
-    from rich.console import RenderableType
+    from rich.console import ConsoleDimensions, RenderableType
 
     from iobmd.pagemap.area import Area
     from iobmd.procfs import VMA
@@ -43,6 +43,12 @@ _STYLES = {
     Kind.COLLAPSED: "blue",
     Kind.OTHER: "dim",
 }
+_SIZES = ("size", "resident", "swapped", "huge")
+_SIZES_OF_MEMORY = ("resident", "swapped")
+"""What there is room for on a narrow screen."""
+_WIDE = 100
+_LEAST = 12
+"""Letters of a column that is never left out."""
 _AROUND = 8
 """Lines of the screen that are no rows of the table."""
 
@@ -50,24 +56,25 @@ _AROUND = 8
 def show(look: Look, looks: Iterator[Tick]) -> None:
     """Show the looks until they end."""
     console = Console(highlight=False)
-    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
+    with Live(console=console, auto_refresh=False, vertical_overflow="crop", redirect_stderr=False) as live:
         for tick in looks:
-            live.update(_view(look, tick, console.height), refresh=True)
+            live.update(_view(look, tick, console.size), refresh=True)
 
 
-def _view(look: Look, tick: Tick, height: int) -> RenderableType:
+def _view(look: Look, tick: Tick, screen: ConsoleDimensions) -> RenderableType:
     hidden = [Text(f"not shown: {one.what} ({one.why})", style="dim") for one in look.hidden]
     table = Table(box=None, padding=(0, 1), expand=True, header_style="dim")
-    for heading in ("addresses", "size", "resident", "swapped", "huge"):
+    sizes = _SIZES if screen.width >= _WIDE else _SIZES_OF_MEMORY
+    for heading in ("addresses", *sizes):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("changed", ratio=3, no_wrap=True)
-    table.add_column("name", ratio=1, no_wrap=True)
-    for row in islice(_rows(tick), max(4, height - _AROUND - len(hidden))):
-        table.add_row(*row)
+    table.add_column("changed", ratio=2, min_width=_LEAST, no_wrap=True)
+    table.add_column("name", ratio=1, min_width=_LEAST, no_wrap=True)
+    for row in islice(_rows(tick), max(4, screen.height - _AROUND - len(hidden))):
+        table.add_row(row["addresses"], *(row[size] for size in sizes), row["changed"], row["name"])
     return Group(Text(page_line(look), style="bold"), *hidden, Text(line(tick)), Text(), table)
 
 
-def _rows(tick: Tick) -> Iterator[tuple[RenderableType, ...]]:
+def _rows(tick: Tick) -> Iterator[dict[str, RenderableType]]:
     """Iterate over what changed, most first, and then the other areas, the largest in memory first."""
     for vma, area, sums in sorted(tick.changed, key=lambda one: -one.sums.total()):
         yield _row(area, sums) if area else _gone(vma, sums)
@@ -75,18 +82,20 @@ def _rows(tick: Tick) -> Iterator[tuple[RenderableType, ...]]:
         yield _row(area, Counter())
 
 
-def _row(area: Area, sums: Counter[Kind]) -> tuple[RenderableType, ...]:
-    sizes = [amount(size) for size in (area.size, area.resident, area.swapped, area.huge)]
-    return Text(f"{area.start:x}-{area.end:x}"), *sizes, _words(sums), _name(area.vma)
+def _row(area: Area, sums: Counter[Kind]) -> dict[str, RenderableType]:
+    sizes = (amount(size) for size in (area.size, area.resident, area.swapped, area.huge))
+    return _cells(Text(f"{area.start:x}-{area.end:x}"), sizes, sums, area.vma)
 
 
-def _gone(vma: VMA, sums: Counter[Kind]) -> tuple[RenderableType, ...]:
+def _gone(vma: VMA, sums: Counter[Kind]) -> dict[str, RenderableType]:
     addresses = Text(f"{vma.start:x}-{vma.end:x}", style="dim")
-    return addresses, amount(vma.end - vma.start), "-", "-", "-", _words(sums), _name(vma)
+    return _cells(addresses, (amount(vma.end - vma.start), "-", "-", "-"), sums, vma)
 
 
-def _name(vma: VMA) -> Text:
-    return Text(short(vma.name), style="dim")
+def _cells(addresses: Text, sizes: Iterable[str], sums: Counter[Kind], vma: VMA) -> dict[str, RenderableType]:
+    found: dict[str, RenderableType] = dict(zip(_SIZES, sizes, strict=True))
+    name = Text(short(vma.name), style="dim")
+    return found | {"addresses": addresses, "changed": _words(sums), "name": name}
 
 
 def _words(sums: Counter[Kind]) -> Text:

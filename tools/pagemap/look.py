@@ -33,6 +33,13 @@ class Hidden(NamedTuple):
     remedy: str
 
 
+SWAPPED_SHARED = Hidden(
+    "shared memory in swap, which looks as if it were not there or was released",
+    "pagemap does not tell of it",
+    "the table, or --json",
+)
+
+
 class Look:
     """A process, the areas of it that the command line chooses, and what of them is hidden."""
 
@@ -44,26 +51,28 @@ class Look:
         self._gone: IOReturnError | None = None
         self.where: Where = resolve(self.task, start, None if end is None else end - start)
         self._steady = Steady(self.task)
-        self.name_anew()
+        self.has_ended = False
+        """Whether it did while it was watched."""
         self.time = time.time()
         self.kernel = os.uname().release
-        with Reader(self.task) as reader:
-            self.frames, self.scans = reader.visible, reader.scans
-            needed = arguments.only in BY_SMAPS or arguments.sort in BY_SMAPS
-            wanted = True if needed and arguments.smaps is None else arguments.smaps
-            self.details: bool = is_bearable(self.where, reader) if wanted is None else wanted
-        self.flags = self.frames and os.access("/proc/kpageflags", os.R_OK)
-        self.hidden = self._hidden()  # once: a live view shows it again and again
+        self.ask_anew()
 
     @property
     def title(self) -> str:
         """The process's name and number, fit to be shown."""
         return f"{printable(self.name)} ({self.task.pid})"
 
-    def name_anew(self) -> None:
-        """Ask for the name again: a process that executes another program has another."""
+    def ask_anew(self) -> None:
+        """Ask what the process is called, and what of it can be shown: both change, as with another program."""
         with contextlib.suppress(OSError):  # it is gone: who reads its memory says so
             self.name = procfs.status(self.task.pid).get("Name", "")
+        with Reader(self.task) as reader:
+            self.frames, self.scans = reader.visible, reader.scans
+            needed = self.arguments.only in BY_SMAPS or self.arguments.sort in BY_SMAPS
+            wanted = True if needed and self.arguments.smaps is None else self.arguments.smaps
+            self.details: bool = is_bearable(self.where, reader) if wanted is None else wanted
+        self.flags = self.frames and os.access("/proc/kpageflags", os.R_OK)
+        self.hidden = self._hidden()
 
     def _hidden(self) -> list[Hidden]:
         found = []
@@ -78,19 +87,18 @@ class Look:
         elif not self.flags:
             more = ", and the flags of frames with all that --flags tells" if self.arguments.flags else ""
             found.append(Hidden(f"the sizes of folios{more}", "/proc/kpageflags is root's", "run it as root"))
-        if not self.details:
+        if not self.details and self.arguments.of_areas:
             why = (
                 "no smaps was asked for"
                 if self.arguments.smaps is False
                 else "reading smaps would hold up the process"
             )
             found.append(Hidden("what is locked or lazily free, and swapped shared memory", why, "--smaps"))
-        elif self.where.cuts_an_area:
+        elif self.details and self.arguments.of_areas and self.where.cuts_an_area:
             what = "what is lazily free, and swapped shared memory, of areas that the range cuts"
             found.append(Hidden(what, "smaps counts whole areas", "a --range of whole areas"))
-        if self.details and self.arguments.way in _WITHOUT_SMAPS and host.swap_areas():
-            what = "shared memory in swap, which looks as if it were not there"
-            found.append(Hidden(what, "smaps alone tells of it", "the table, or --json"))
+        if self.arguments.way in _WITHOUT_SMAPS and host.swap_areas():
+            found.append(SWAPPED_SHARED)
         if not self.scans:
             found.append(
                 Hidden("PAGEMAP_SCAN", "this kernel lacks it: huge pages are told by smaps", "Linux 6.7 or later")
@@ -169,7 +177,7 @@ class Look:
 
 
 _WITHOUT_SMAPS = ("map", "picture", "watch")
-"""Ways to show it that look at the pages alone."""
+"""Ways to show it that look at the pages alone, or what changes in them."""
 
 _STATES: dict[str, Callable[[Area], int]] = {
     "resident": lambda area: area.resident,

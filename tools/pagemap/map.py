@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     parts = survey(look, grid)
     if not grid.totals():
         print("nothing that was chosen holds anything")
+        look.require_task()
         return
     console = Console(width=max(screen.columns, _MARGIN + 1), highlight=False)
     paint = _shade if console.color_system and not console.no_color and _can_shade() else _letter
@@ -47,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         console.print(line, no_wrap=True, overflow="crop", crop=True)
     console.print(_legend(grid, paint))
     show_restless(look)
+    look.require_task()
 
 
 def _can_shade() -> bool:

@@ -37,6 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     with replacing("/dev/stdout" if path == "-" else path, 0o666) as file:
         _WRITERS[kind](drawing, file)
     print(f"{path}: {look.title}, {drawing.width}x{drawing.height} pixels", file=sys.stderr)
+    look.require_task()
 
 
 def _write_svg(drawing: Drawing, file: BinaryIO) -> None:

@@ -43,10 +43,15 @@ def run(arguments: argparse.Namespace) -> None:
             print(_line(found))
     seen.show()
     show_restless(look)
+    look.require_task()
 
 
 def chosen_runs(look: Look) -> Iterator[Run]:
-    """Iterate over the runs of the areas that were chosen."""
+    """Iterate over the runs of the areas that were chosen, until the task is gone."""
+    yield from look.until_gone(_runs(look))
+
+
+def _runs(look: Look) -> Iterator[Run]:
     with Reader(look.task) as reader:
         yield from read_runs(reader, look.ranges())
         reader.require_task()

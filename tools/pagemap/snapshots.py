@@ -16,7 +16,7 @@ from iobmd.pagemap.snapshot import Snapshot, save
 from iobmd.units import format_size
 
 from .document import VERSION, hidden_member, members, write_list
-from .look import Hidden, Look
+from .look import SWAPPED_SHARED, Hidden, Look
 from .table import show_hidden
 
 if TYPE_CHECKING:
@@ -71,11 +71,10 @@ def _show(before: Snapshot, after: Snapshot) -> None:
 def _hidden(before: Snapshot, after: Snapshot) -> list[Hidden]:
     found = []
     if host.swap_areas():
-        what = "shared memory that was swapped out, which counts as released"
-        found.append(Hidden(what, "pagemap does not tell of it", "the table, or --json without --diff"))
+        found.append(SWAPPED_SHARED)
     if not (before.header.frames_visible and after.header.frames_visible):
         why = "frame numbers are hidden in one of the two"
-        found.append(Hidden("pages that moved", why, host.capability_remedy()))
+        found.append(Hidden("pages that moved, and what of the swapped are markers", why, host.capability_remedy()))
     return found
 
 

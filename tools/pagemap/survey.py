@@ -27,18 +27,20 @@ class Part(NamedTuple):
 
 
 def survey(look: Look, grid: Grid) -> list[Part]:
-    """Read all that was chosen, put it into a grid, and return the areas, ascending."""
-    parts = []
+    """Put all that was chosen into a grid, and return the areas, ascending; until the task is gone."""
+    return list(look.until_gone(_read(look, grid)))
+
+
+def _read(look: Look, grid: Grid) -> Iterator[Part]:
     with Reader(look.task, whole=look.where.cuts_no_huge_page) as reader:
         for vma, start, end in look.parts():
-            parts.append(Part(start, end, sys.intern(vma.name)))  # many have the same
+            yield Part(start, end, sys.intern(vma.name))  # many have the same
             for step in reader.steps(start, end):
                 for virtual, physical, length, flags in struct.iter_unpack("=4Q", step.raw()):
                     state = state_of(flags)
                     # The zero page takes no memory wherever it is mapped.
                     grid.add(virtual, None if state == "zero" else physical or None, length, state)
         reader.require_task()
-    return parts
 
 
 def between(parts: Sequence[Part], start: int, end: int) -> Iterator[Part]:

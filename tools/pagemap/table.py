@@ -81,7 +81,7 @@ def _notes(area: Area) -> str:
     for what, size in (
         ("of the zero page", area.tally.zero),
         ("of guard pages", area.tally.guard),
-        ("of markers", area.tally.marker),
+        ("of markers", area.marker),
         ("of a device", area.device),
     ):
         if size:

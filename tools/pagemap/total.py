@@ -14,9 +14,10 @@ class Total:
 
     def __init__(self) -> None:
         self.areas = self.size = self.resident = self.anonymous = self.file_or_shared = self.shared = 0
-        self.exclusive = self.zero = self.guard = self.marker = self.device = self.runs = self.largest = 0
+        self.exclusive = self.zero = self.guard = self.device = self.runs = self.largest = 0
         self.in_runs = self.ascending = self.descending = 0
         self.swapped: int | None = 0
+        self.marker: int | None = 0
         self.huge: int | None = 0
         self.locked: int | None = 0
         self.lazy_free: int | None = 0
@@ -35,7 +36,7 @@ class Total:
         self.exclusive += tally.exclusive
         self.zero += tally.zero
         self.guard += tally.guard
-        self.marker += tally.marker
+        self.marker = _sum(self.marker, area.marker)
         self.device += area.device
         self.huge = _sum(self.huge, area.huge)
         self.locked = _sum(self.locked, area.locked)

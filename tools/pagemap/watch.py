@@ -9,9 +9,9 @@ import tempfile
 import time
 from array import array
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from iobmd.cli.printable import printable
 from iobmd.constants import IOReturn
@@ -45,7 +45,7 @@ class Changed(NamedTuple):
 
     vma: VMA
     area: Area | None
-    """None: it is gone."""
+    """As it is now; None: it is gone."""
     sums: Counter[Kind]
     """Bytes to which it happened."""
 
@@ -87,6 +87,8 @@ def run(arguments: argparse.Namespace) -> None:
                 _print(look, looks)
         except KeyboardInterrupt:
             pass  # the way to end it
+    if look.has_ended:  # said when a view on the terminal is closed
+        print(f"{look.title} has ended", file=sys.stderr)
 
 
 def ticks(look: Look, folder: Path, interval: float, count: int | None) -> Iterator[Tick]:
@@ -98,7 +100,7 @@ def ticks(look: Look, folder: Path, interval: float, count: int | None) -> Itera
         try:
             now = _saved(look, folder / f"{number % 2}")
             happened_in = attributed(changes(before, now), (now, before)) if before else {}
-            total, changed, largest = _looked(look, happened_in)
+            total, changed, largest, gone = _looked(look, happened_in)
         except IOReturnError as error:
             if error.code != IOReturn.kIOReturnNotFound:
                 raise
@@ -107,10 +109,10 @@ def ticks(look: Look, folder: Path, interval: float, count: int | None) -> Itera
                 continue
             if not number:
                 raise
-            print(f"{look.title} has ended", file=sys.stderr)
+            look.has_ended = True
             return
         if before:
-            changed.extend(_gone(look, before, happened_in))
+            changed.extend(_gone(look, (now, before), gone))
         yield Tick(
             time.time(),
             time.monotonic() - begin,
@@ -126,9 +128,13 @@ def ticks(look: Look, folder: Path, interval: float, count: int | None) -> Itera
 
 
 def _saved(look: Look, path: Path) -> Snapshot:
-    look.name_anew()
+    look.ask_anew()
     save(look.where, path)
     return Snapshot(path)
+
+
+Bounds: TypeAlias = tuple[int, int]
+"""Where an area begins and ends."""
 
 
 class _Bounds:
@@ -140,30 +146,48 @@ class _Bounds:
             self._starts.append(area.start)
             self._ends.append(area.end)
 
-    def at(self, address: int) -> tuple[int, int] | None:
-        """Return the start and end of the area that has an address."""
-        index = bisect_right(self._ends, address)
-        found = index < len(self._starts) and self._starts[index] <= address
-        return (self._starts[index], self._ends[index]) if found else None
+    def cut(self, start: int, end: int) -> Iterator[tuple[int, int, Bounds | None]]:
+        """Cut a range at the bounds of areas; yields the start and end of each part, and the area that it lies in."""
+        index = bisect_right(self._ends, start)
+        while start < end:
+            low, high = (self._starts[index], self._ends[index]) if index < len(self._starts) else (end, end)
+            stop = min(end, low if start < low else high)
+            yield start, stop, None if start < low else (low, high)
+            index += stop == high
+            start = stop
 
 
-def attributed(found: Iterator[Change], snapshots: tuple[Snapshot, Snapshot]) -> dict[tuple[int, int], Counter[Kind]]:
-    """Add up what happened by area, its start and end: by that of the first snapshot that has one there."""
+def attributed(found: Iterator[Change], snapshots: tuple[Snapshot, Snapshot]) -> dict[Bounds, Counter[Kind]]:
+    """Add up what happened by area, ascending: by that of the first snapshot that has one there."""
     now, before = map(_Bounds, snapshots)
-    sums: dict[tuple[int, int], Counter[Kind]] = {}
+    sums: dict[Bounds, Counter[Kind]] = {}
     for change in found:
-        if area := now.at(change.virtual) or before.at(change.virtual):
-            sums.setdefault(area, Counter())[change.kind] += change.length
-    return sums
+        for start, end, area in now.cut(change.virtual, change.virtual + change.length):
+            for first, last, where in [(start, end, area)] if area else before.cut(start, end):
+                sums.setdefault(where or (first, last), Counter())[change.kind] += last - first
+    return dict(sorted(sums.items()))
 
 
-def _looked(look: Look, happened_in: dict[tuple[int, int], Counter[Kind]]) -> tuple[Total, list[Changed], list[Area]]:
-    """Look at the areas, and take out of `happened_in` what happened to those."""
+def _looked(
+    look: Look, happened_in: dict[Bounds, Counter[Kind]]
+) -> tuple[Total, list[Changed], list[Area], dict[Bounds, Counter[Kind]]]:
+    """Look at the areas; the last of what this returns is what happened to others, which are gone.
+
+    Since the snapshot they may have grown or shrunk: what happened to what an area has a part of happened to it.
+    """
     total = Total()
     changed = []
     largest: list[tuple[int, int, Area]] = []
+    gone: dict[Bounds, Counter[Kind]] = {}
+    waiting = deque(happened_in.items())
     for number, area in enumerate(look.all_areas()):
-        sums = happened_in.pop((area.vma.start, area.vma.end), None)
+        sums: Counter[Kind] = Counter()
+        while waiting and waiting[0][0][0] < area.vma.end:
+            bounds, more = waiting.popleft()
+            if bounds[1] <= area.vma.start:
+                gone[bounds] = more
+            else:
+                sums.update(more)
         if not look.chooses(area):
             continue
         total.counted(area)
@@ -172,15 +196,19 @@ def _looked(look: Look, happened_in: dict[tuple[int, int], Counter[Kind]]) -> tu
             continue
         keep = heapq.heappush if len(largest) < LARGEST else heapq.heappushpop
         keep(largest, (area.resident, -number, area))
-    return total, changed, [area for _resident, _number, area in sorted(largest, reverse=True)]
+    gone.update(waiting)
+    return total, changed, [area for _resident, _number, area in sorted(largest, reverse=True)], gone
 
 
-def _gone(look: Look, before: Snapshot, happened_in: dict[tuple[int, int], Counter[Kind]]) -> Iterator[Changed]:
-    """Iterate over the areas of the last look that are left in `happened_in`, as far as those are chosen."""
-    for vma in before.areas() if happened_in else ():
-        sums = happened_in.get((vma.start, vma.end))
-        if sums and look.may_choose(vma, vma.end - vma.start):
-            yield Changed(vma, None, sums)
+def _gone(
+    look: Look, snapshots: tuple[Snapshot, Snapshot], happened_in: dict[Bounds, Counter[Kind]]
+) -> Iterator[Changed]:
+    """Iterate over the areas that are left in `happened_in`, as far as they are chosen."""
+    for snapshot in snapshots:
+        for vma in snapshot.areas() if happened_in else ():
+            sums = happened_in.pop((vma.start, vma.end), None)
+            if sums and look.may_choose(vma, vma.end - vma.start):
+                yield Changed(vma, None, sums)
 
 
 def line(tick: Tick) -> str:
