@@ -233,15 +233,18 @@ def test_a_watch_goes_on_under_nohup() -> None:
 def test_a_process_that_changes_while_it_is_read(capsys: pytest.CaptureFixture[str]) -> None:
     busy = "import mmap\nprint('ready', flush=True)\nwhile True:\n m = mmap.mmap(-1, 1 << 20); m[0] = 1; m.close()"
     with started(busy) as process:
-        document = json.loads(shown(capsys, str(process.pid), "--json"))
-        text = shown(capsys, str(process.pid))
-        assert main(["pagemap", str(process.pid), "--csv"]) == 0
+        for options, wanted in (
+            ([], r"^  it changed while it was read: .*page faults$"),
+            (["--csv"], r"^iobmd pagemap: .*: it changed while it was read: .*page faults$"),
+            (["--json"], r'^"changed_while_read": {.*"page_faults": [1-9]'),
+        ):
+            for _attempt in range(50):  # it has to get a processor meanwhile
+                assert main(["pagemap", str(process.pid), *options]) == 0
+                output, error = capsys.readouterr()
+                if found := re.search(wanted, error if options == ["--csv"] else output, re.M):
+                    break
+            assert found, options
         process.kill()
-    *hidden, last = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"iobmd pagemap: .* it changed while it was read: .*page faults", last)
-    assert all(line.startswith("not shown: frame numbers") for line in hidden)
-    assert document["changed_while_read"]["page_faults"] > 0
-    assert re.search(r"changed while it was read: .*page faults", text)
 
 
 def test_a_process_that_stands_still(odd: int, capsys: pytest.CaptureFixture[str]) -> None:
