@@ -31,6 +31,8 @@ _KINDS = (f'{{"{_HEADER}": ', '{"area": ', '{"spans": ')
 _END = '{"end": true}\n'
 """The last line: a file that was cut off lacks it."""
 _DIGITS = len(str(ADDRESS_END))
+_AREA = [int, int, str, int, int, str, str]
+"""The types of the fields of a VMA."""
 _FLAGS = 1 << 7
 """Above the flags of spans."""
 _WINDOW = 4 << 20
@@ -176,15 +178,7 @@ class Snapshot:
         """Iterate over the areas, ascending."""
         behind = 0
         for fields in self._documents("area"):
-            if not isinstance(fields, list) or [type(field) for field in fields] != [
-                int,
-                int,
-                str,
-                int,
-                int,
-                str,
-                str,
-            ]:
+            if not isinstance(fields, list) or [type(field) for field in fields] != _AREA:
                 raise self._damaged(f"an area is {fields!r:.100}")
             area = VMA(*fields)
             if not behind <= area.start < area.end <= ADDRESS_END:

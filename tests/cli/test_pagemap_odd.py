@@ -20,8 +20,9 @@ import pytest
 from support import kernel
 from support.zoo import Zoo
 
-from iobmd import Task
+from iobmd import Task, refusals
 from iobmd.cli import main
+from iobmd.pagemap.reader import Reader
 
 PROGRAM = """
 import ctypes, mmap, os, sys
@@ -262,6 +263,34 @@ def test_a_process_that_ends_while_it_is_read() -> None:
         process.kill()
         process.wait()
     assert "ended" in str(steady.restless())
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ([], "areas, "), (["--map"], "a cell: "), (["--csv"], "start,end,"), (["--svg", "FILE"], "</svg>"),
+        pytest.param(["--runs"], " runs, ", marks=pytest.mark.needs("frames")),
+        pytest.param(["--csv", "--runs"], "virtual,physical,", marks=pytest.mark.needs("frames")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_was_found_of_a_process_that_ends_is_shown(
+    odd: int,
+    options: list[str],
+    found: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def ended(_reader: object) -> None:
+        raise refusals.gone("it ended")
+
+    monkeypatch.setattr(Reader, "require_task", ended)
+    file = tmp_path / "file"
+    assert main(["pagemap", str(odd), *(str(file) if option == "FILE" else option for option in options)]) == 1
+    output, error = capsys.readouterr()
+    assert found in (file.read_text() if file.exists() else output)
+    assert "it ended" in error
 
 
 def test_what_was_released_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
