@@ -212,8 +212,6 @@ def _frames(text: str) -> tuple[int, int]:
         high = int(last, 0) if separator else low
     except ValueError:
         low, high = 1, 0
-    if "_" in text:
-        low, high = 1, 0
-    if not 0 <= low <= high < 1 << 40:  # of 52 bits of address
+    if "_" in text or not 0 <= low <= high < 1 << 40:  # of 52 bits of address
         raise argparse.ArgumentTypeError(f"{text!r} is not a frame number, or two such as 0x1a000-0x1a0ff")
     return low * PAGE_SIZE, (high - low + 1) * PAGE_SIZE

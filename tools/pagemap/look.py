@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
-from iobmd import host, procfs
+from iobmd import host
 from iobmd.cli.printable import printable
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.pagemap.area import Area, areas, is_bearable
 from iobmd.pagemap.reader import Reader
-from iobmd.pagemap.target import Where, resolve
+from iobmd.pagemap.target import Where, name_of, resolve
 from iobmd.procfs import VMA
 from iobmd.task import Task
 from iobmd.units import PAGE_SIZE
@@ -65,7 +65,7 @@ class Look:
     def ask_anew(self) -> None:
         """Ask what the process is called, and what of it can be shown: both change, as with another program."""
         with contextlib.suppress(OSError):  # it is gone: who reads its memory says so
-            self.name = procfs.status(self.task.pid).get("Name", "")
+            self.name = name_of(self.task)
         with Reader(self.task) as reader:
             self.frames, self.scans = reader.visible, reader.scans
             needed = self.arguments.only in BY_SMAPS or self.arguments.sort in BY_SMAPS
@@ -87,16 +87,8 @@ class Look:
         elif not self.flags:
             more = ", and the flags of frames with all that --flags tells" if self.arguments.flags else ""
             found.append(Hidden(f"the sizes of folios{more}", "/proc/kpageflags is root's", "run it as root"))
-        if not self.details and self.arguments.of_areas:
-            why = (
-                "no smaps was asked for"
-                if self.arguments.smaps is False
-                else "reading smaps would hold up the process"
-            )
-            found.append(Hidden("what is locked or lazily free, and swapped shared memory", why, "--smaps"))
-        elif self.details and self.arguments.of_areas and self.where.cuts_an_area:
-            what = "what is lazily free, and swapped shared memory, of areas that the range cuts"
-            found.append(Hidden(what, "smaps counts whole areas", "a --range of whole areas"))
+        if self.arguments.of_areas:
+            found += self._hidden_of_smaps()
         if self.arguments.way in _WITHOUT_SMAPS and host.swap_areas():
             found.append(SWAPPED_SHARED)
         if not self.scans:
@@ -104,6 +96,16 @@ class Look:
                 Hidden("PAGEMAP_SCAN", "this kernel lacks it: huge pages are told by smaps", "Linux 6.7 or later")
             )
         return found
+
+    def _hidden_of_smaps(self) -> list[Hidden]:
+        if not self.details:
+            asked = self.arguments.smaps is False
+            why = "no smaps was asked for" if asked else "reading smaps would hold up the process"
+            return [Hidden("what is locked or lazily free, and swapped shared memory", why, "--smaps")]
+        if self.where.cuts_an_area:
+            what = "what is lazily free, and swapped shared memory, of areas that the range cuts"
+            return [Hidden(what, "smaps counts whole areas", "a --range of whole areas")]
+        return []
 
     def restless(self) -> Restless | None:
         """Return what the process did since the look began; None: nothing."""
