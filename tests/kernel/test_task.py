@@ -17,7 +17,8 @@ from support.child import NOBODY, in_child
 from support.zoo import Zoo
 
 import iobmd
-from iobmd import IOReturn, IOReturnError, Task, current_task, get_task_map, kernel_task, pagemap
+from iobmd import IOReturn, IOReturnError, Task, current_task, get_task_map, kernel_task, pagemap, procfs
+from iobmd.pagemap.target import resolve
 
 Start = Callable[..., Zoo]
 NO_SUCH_PID = 2**22 + 5  # above the kernel's largest pid_max
@@ -83,9 +84,14 @@ def test_a_reused_pid_is_another_task(tmp_path: Path) -> None:
             task.read(0x400000, 1)
         with pytest.raises(ProcessLookupError):
             Task(process)
+        code = next(procfs.maps(second.pid)).start
         for look in (pagemap.areas, pagemap.spans, pagemap.runs, pagemap.described):
             with pytest.raises(ProcessLookupError):
                 list(look(task))
+        with pytest.raises(ProcessLookupError):
+            list(pagemap.spans(task, code, 4096))
+        with pytest.raises(ProcessLookupError):
+            list(resolve(task).areas())
         with pytest.raises(ProcessLookupError):
             pagemap.save(task, tmp_path / "file")
     finally:
