@@ -1,8 +1,15 @@
 # cython: language_level=3, auto_pickle=False, autotestdict=False
 """What /proc/PID/maps and smaps say (proc_pid_maps(5)): tens of thousands of areas, a line or 26 lines each."""
 
-from libc.stdint cimport uint64_t
-from libc.string cimport memchr, memcmp
+from libc.errno cimport ENOENT, errno
+from libc.stdint cimport UINT64_MAX, uint64_t, uintptr_t
+from libc.stdio cimport snprintf
+from libc.string cimport memchr, memcmp, memset, strerror
+
+from procmap_query cimport (
+    C_COVERING_OR_NEXT_VMA, C_VMA_EXECUTABLE, C_VMA_READABLE, C_VMA_SHARED, C_VMA_WRITABLE, IOBMD_PROCMAP_QUERY,
+    ioctl, iobmd_procmap_query,
+)
 
 cdef extern from "Python.h":
     # Names are those of files, which need not be UTF-8.
@@ -10,17 +17,80 @@ cdef extern from "Python.h":
     str PyUnicode_FromStringAndSize(const char *text, Py_ssize_t size)
 
 
-def parse(bytes text):
-    """Return the areas that whole lines of it tell of.
+cdef enum:
+    NAME = 4096  # bytes; PATH_MAX, the most that PROCMAP_QUERY writes
+
+
+def parse(bytes text, uint64_t low=0, uint64_t high=UINT64_MAX):
+    """Return the areas that overlap `low`…`high` of those that whole lines of maps describe.
 
     Each as (start, end, permissions, offset, inode, name, device). The name is as the kernel prints it, "" for none.
-    Raises ValueError where a line is not one of maps.
+    Lines of areas below `low` are skipped unparsed, and parsing stops at the first area that begins at `high` or
+    above, which is not returned. Raises ValueError where a line is not one of maps.
     """
     cdef const char *at = text
     cdef const char *end = at + len(text)
+    cdef const char *stop
+    cdef const char *number
+    cdef uint64_t first, last
     areas = []
     while at < end:
+        if low or high < UINT64_MAX:
+            first = last = 0
+            number = _number(at, 16, &first)
+            if number[0] == c"-":
+                _number(number + 1, 16, &last)
+                if first >= high:
+                    break
+                if last <= low:
+                    stop = <const char *>memchr(at, c"\n", end - at)
+                    at = end if stop == NULL else stop + 1
+                    continue
         at = _add(areas, at, end)
+    return areas
+
+
+def query(int fd, uint64_t start, uint64_t end, Py_ssize_t most):
+    """Ask PROCMAP_QUERY (Linux 6.11) for the areas that overlap `start`…`end`, ascending, `most` at most.
+
+    `fd` is an open /proc/PID/maps. Each as by `parse`, except that newlines in names are not escaped. Fewer than
+    `most` are all. Raises OSError: ENOTTY before Linux 6.11; ESRCH: the memory is gone; ENAMETOOLONG.
+    """
+    cdef char name[NAME]
+    cdef char device[32]
+    cdef char permissions[4]
+    cdef iobmd_procmap_query arg
+    cdef int failed
+    cdef uint64_t flags
+    areas = []
+    while start < end and len(areas) < most:
+        memset(&arg, 0, sizeof(arg))
+        arg.size = sizeof(arg)
+        arg.query_flags = C_COVERING_OR_NEXT_VMA
+        arg.query_addr = start
+        arg.vma_name_addr, arg.vma_name_size = <uintptr_t>name, NAME
+        with nogil:
+            failed = ioctl(fd, IOBMD_PROCMAP_QUERY, &arg)
+        if failed and errno == ENOENT:  # nothing is mapped from there on
+            break
+        if failed:
+            raise OSError(errno, f"ioctl(PROCMAP_QUERY): {strerror(errno).decode()}")
+        if arg.vma_start >= end or arg.vma_end <= start:
+            break
+        flags = arg.vma_flags
+        permissions[0] = c"r" if flags & C_VMA_READABLE else c"-"
+        permissions[1] = c"w" if flags & C_VMA_WRITABLE else c"-"
+        permissions[2] = c"x" if flags & C_VMA_EXECUTABLE else c"-"
+        permissions[3] = c"s" if flags & C_VMA_SHARED else c"p"
+        areas.append((
+            arg.vma_start, arg.vma_end, PyUnicode_FromStringAndSize(permissions, 4), arg.vma_offset, arg.inode,
+            # The size counts the final zero, and is 0 for no name.
+            PyUnicode_DecodeFSDefaultAndSize(name, arg.vma_name_size - 1) if arg.vma_name_size else "",
+            PyUnicode_FromStringAndSize(
+                device, snprintf(device, sizeof(device), b"%02x:%02x", arg.dev_major, arg.dev_minor)
+            ),
+        ))
+        start = arg.vma_end
     return areas
 
 

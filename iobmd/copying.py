@@ -76,7 +76,10 @@ def copy(
 def _permitted(pid: int, address: int, size: int, permission: str) -> int:
     """Return how many bytes from `address` on lie in mappings with `permission`."""
     try:
-        return procfs.uncovered(procfs.maps(pid), address, address + size, permission) - address
+        return (
+            procfs.uncovered(procfs.areas(pid, address, address + size), address, address + size, permission)
+            - address
+        )
     except OSError:  # the task exited: its memory, which the caller looks at next, is gone too
         return 0
 

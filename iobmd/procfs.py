@@ -1,5 +1,6 @@
 """What /proc says of a process and of the host (proc(5)), parsed and in bytes."""
 
+import errno
 import os
 import re
 import sys
@@ -36,8 +37,18 @@ class VMA(NamedTuple):
         return f"{self.start:#x}-{self.end:#x} {self.perms} {self.name or '(anonymous)'}"
 
 
-def _parse(text: bytes) -> Iterable[VMA]:
-    areas = map(VMA._make, native.parse(text))
+_BATCH = 64
+"""Areas that are asked for at a time: 64 calls take about as long as generating and reading one chunk of text."""
+
+USER_END = 1 << 63
+"""Above it the kernel maps memory of its own (vsyscall), which only the text of maps shows."""
+
+
+_LAST = (1 << 64) - 1
+
+
+def _parse(text: bytes, low: int = 0, high: int = _LAST) -> Iterable[VMA]:
+    areas = map(VMA._make, native.parse(text, low, min(high, _LAST)))
     return map(_unescaped, areas) if b"\\" in text else areas
 
 
@@ -48,11 +59,75 @@ def _unescaped(area: VMA) -> VMA:
 
 def maps(pid: int | str = "self") -> Iterator[VMA]:
     """Iterate over /proc/PID/maps, ascending by address."""
-    rest = b""
     with open(memory_file(pid, "maps"), "rb", buffering=0) as file:
-        while text := file.read(1 << 16):
-            whole, newline, rest = (rest + text).rpartition(b"\n")
-            yield from _parse(whole + newline)
+        for text in _whole_lines(file.fileno()):
+            yield from _parse(text)
+
+
+def _whole_lines(fd: int) -> Iterator[bytes]:
+    rest = b""
+    while text := os.read(fd, 1 << 16):
+        whole, newline, rest = (rest + text).rpartition(b"\n")
+        yield whole + newline
+
+
+def areas(pid: int | str, start: int, end: int) -> Iterator[VMA]:
+    """Iterate over the areas of a process that overlap the addresses `start`…`end`, ascending.
+
+    Parameters
+    ----------
+    pid : int or str
+        The process; "self" for this one.
+    start, end : int
+        In bytes. An area that overlaps the range in part is returned whole.
+
+    Raises
+    ------
+    OSError
+        `ENOENT`, `ESRCH`: the process, or its memory, is gone (also for a kernel thread); `EACCES`: it may not be
+        read; `EMFILE`, `ENFILE`.
+
+    Notes
+    -----
+    One ioctl(PROCMAP_QUERY) an area (fs/proc/task_mmu.c, Linux 6.11), whatever else the process maps; before that
+    /proc/PID/maps is read up to `end`. Areas that change concurrently are seen before or after the change.
+    """
+    fd = os.open(memory_file(pid, "maps"), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        while start < end <= USER_END:
+            found = _queried(fd, start, end)
+            if found is None:
+                break
+            yield from map(VMA._make, found)
+            if len(found) < _BATCH:
+                return
+            start = found[-1][1]
+        if start < end:
+            yield from _searched(fd, start, end)
+    finally:
+        os.close(fd)
+
+
+def _queried(fd: int, start: int, end: int) -> list[tuple[int, int, str, int, int, str, str]] | None:
+    """Return up to `_BATCH` areas; None where the kernel cannot answer. Raises ProcessLookupError."""
+    try:
+        return native.query(fd, start, end, _BATCH)
+    except ProcessLookupError:
+        raise
+    except OSError:  # ENOTTY before Linux 6.11, EPERM behind a seccomp filter, ENAMETOOLONG
+        return None
+
+
+def _searched(fd: int, start: int, end: int) -> Iterator[VMA]:
+    """Read maps from its beginning to the first area at `end` or above."""
+    text = b""
+    for text in _whole_lines(fd):
+        yield from _parse(text, start, end)
+        last = text[text.rfind(b"\n", 0, -1) + 1 :]
+        if int(last.partition(b"-")[0] or b"0", 16) >= end:
+            return
+    if not text:  # each process has an area
+        raise ProcessLookupError(errno.ESRCH, "the memory is gone")
 
 
 def _lines(path: str) -> TextIO:
@@ -97,9 +172,9 @@ def vm_flags(pid: int | str = "self") -> Iterator[tuple[VMA, frozenset[str]]]:
     return ((found.area, found.flags) for found in details(pid))
 
 
-def find_vma(pid: int, address: int) -> VMA | None:
-    """Return the area that holds `address`, or None."""
-    return next((area for area in maps(pid) if area.start <= address < area.end), None)
+def find_vma(pid: int | str, address: int) -> VMA | None:
+    """Return the area that holds `address`, or None. Raises as `areas`."""
+    return next(areas(pid, address, address + 1), None)
 
 
 def uncovered(areas: Iterable[VMA], address: int, end: int, permission: str) -> int:

@@ -61,10 +61,11 @@ class RangeBacking(Pinned):
 
     def _require(self, *, mapped: bool, writable: bool) -> None:
         """Look whether all of it is mapped and may be read, and written to if it is to be `writable`."""
-        found = areas.known(self.task)
+        end = self.address + self.length
+        found = areas.known(self.task, self.address, end)
         for wanted, permission in ((mapped, "r"), (writable, "w")):
-            bad = procfs.uncovered(found, self.address, self.address + self.length, permission) if wanted else 0
-            if wanted and bad < self.address + self.length:
+            bad = procfs.uncovered(found, self.address, end, permission) if wanted else 0
+            if wanted and bad < end:
                 raise refusals.unreadable(self.task.pid, max(bad, self.address), write=permission == "w")
 
     def pin(self) -> None:
@@ -132,7 +133,8 @@ class RangeBacking(Pinned):
         self._require_here("cannot be viewed here")
         if self._seen is None:
             end = self.address + self.length
-            writable = procfs.uncovered(procfs.maps(), self.address, end, "w") == end
+            here = procfs.areas("self", self.address, end)
+            writable = procfs.uncovered(here, self.address, end, "w") == end
             self._seen = Mapping.borrow(self.address, self.length, writable)
         return self._seen, 0
 

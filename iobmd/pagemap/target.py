@@ -46,10 +46,10 @@ class Where(NamedTuple):
     def areas(self) -> Iterator[VMA]:
         """Iterate over the areas that have a part in it, ascending. Raises IOReturnError."""
         low, high = self.known
-        for area in of_task(self.task, procfs.maps(self.task.pid)):
-            if area.start >= high or low >= high:
-                break
-            if area.end > low:
+        # Reading the text of all areas takes three quarters of the time that asking for each takes.
+        found = procfs.maps(self.task.pid) if self.whole else procfs.areas(self.task.pid, low, high)
+        for area in of_task(self.task, found, may_be_none=not self.whole):
+            if area.start < high:
                 yield area
 
     @property
@@ -71,8 +71,10 @@ USER_END = 1 << 63
 """Above it the kernel maps what has no entry in pagemap (vsyscall)."""
 
 
-def of_task(task: Task, found: Iterator[_T]) -> Iterator[_T]:
-    """Iterate over what /proc tells of the areas of a task, once it is sure that it is this one's.
+def of_task(task: Task, found: Iterator[_T], *, may_be_none: bool = False) -> Iterator[_T]:
+    """Iterate over what /proc shows of the areas of a task, once it is certain to be this task's.
+
+    Every task has an area: without one its memory is gone, unless only a range was asked for (`may_be_none`).
 
     Raises
     ------
@@ -81,10 +83,11 @@ def of_task(task: Task, found: Iterator[_T]) -> Iterator[_T]:
     """
     with _unreadable_maps(task):
         first = next(found, None)
-        # Every task has one. What was opened while the task was alive is not of another that has its pid by now.
-        if first is None or not task.alive:
+        # What was opened while the task was alive does not belong to another task that has its pid by now.
+        if (first is None and not may_be_none) or not task.alive:
             raise refusals.without_memory(task.pid)
-        yield first
+        if first is not None:
+            yield first
         yield from found
 
 

@@ -15,22 +15,23 @@ def areas(task: Task) -> list[procfs.VMA]:
     return list(procfs.maps(task.pid))
 
 
-def known(task: Task) -> list[procfs.VMA]:
-    """As `areas`.
+def known(task: Task, start: int, end: int) -> list[procfs.VMA]:
+    """Return the areas of a task that overlap the addresses `start`…`end`, ascending.
 
     Raises
     ------
     IOReturnError
         `kIOReturnNotPermitted`, `kIOReturnNotFound`, `kIOReturnUnsupported`: a kernel thread.
     """
+    found = None
     try:
-        found = areas(task)
+        found = list(procfs.areas(task.pid, start, end))
     except (FileNotFoundError, ProcessLookupError):
-        found = []
+        pass
     except OSError as error:
         raise refusals.refused(task.pid, error.errno or 0, "memory") from None
     if not task.alive:
         raise refusals.gone(f"task {task.pid} is gone: it exited")
-    if not found:
+    if found is None:
         raise refusals.without_memory(task.pid)
     return found

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from iobmd import procfs
 from iobmd.remote import threads
-from iobmd.remote.areas import areas
 
 if TYPE_CHECKING:
     from iobmd.task import Task
@@ -74,7 +74,7 @@ def undo_eintr(task: Task, tid: int, regs: Any, sleep: Sleep | None) -> bool:
 
 def _is_in_c_library(task: Task, address: int) -> bool:
     try:
-        area = next((area for area in areas(task) if area.start <= address < area.end), None)
+        area = procfs.find_vma(task.pid, address)
     except OSError:
         return False
     return area is not None and Path(area.name).name.startswith(("libc.so", "libc-", "ld-musl"))

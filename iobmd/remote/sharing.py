@@ -16,11 +16,10 @@ import struct
 import weakref
 from typing import TYPE_CHECKING
 
-from iobmd import refusals
+from iobmd import procfs, refusals
 from iobmd._native import crosstask
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NotFoundError
-from iobmd.remote.areas import areas
 from iobmd.shmem import alignment_of
 from iobmd.units import PAGE_SIZE, format_size, round_up
 
@@ -191,7 +190,7 @@ class RemoteMapping:
         """Return the ranges that show our objects, and the guards around them."""
         found: list[tuple[int, int]] = []
         try:
-            mapped = [area for area in areas(self.task) if area.start < end and start < area.end]
+            mapped = list(procfs.areas(self.task.pid, start, end))
         except OSError:
             return []
         for area in mapped:

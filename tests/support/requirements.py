@@ -19,6 +19,7 @@ MAY_BE_MISSING: dict[str, str] = {
     "go": "a compiler of 200 MB for one program of the zoo",
     "rustc": "the same; where there is one, it is used",
     "two_processors": "a host may have one",
+    "procmap_query": "kernels before 6.11 have none, and search maps",
     "area_names": "a kernel may be built without CONFIG_ANON_VMA_NAME",
     "guest": "make test-vm runs what needs it",
     "edu": "the same, of a device of QEMU's",
@@ -109,6 +110,17 @@ def _area_names() -> str | None:
     return None if named else "this kernel does not name anonymous memory (CONFIG_ANON_VMA_NAME)"
 
 
+def _procmap_query() -> str | None:
+    import fcntl
+
+    with Path("/proc/self/maps").open("rb") as file:
+        try:
+            fcntl.ioctl(file, 0xC0686611, bytes(104))  # PROCMAP_QUERY
+        except OSError as error:
+            return "no ioctl(PROCMAP_QUERY) (before Linux 6.11)" if error.errno == errno.ENOTTY else None
+    return None
+
+
 def _guest() -> str | None:
     return None if "IOBMD_GUEST" in os.environ else "no guest (make test-vm runs it in some)"
 
@@ -146,6 +158,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "big_memory": _big_memory,
     "own_footprint": _own_footprint,
     "area_names": _area_names,
+    "procmap_query": _procmap_query,
     "guest": _guest,
     "edu": lambda: _device(0x1234, 0x11E8),
     "iommu": _iommu,

@@ -1,17 +1,31 @@
 """Parsing of /proc/PID/maps, against another way to take its lines apart."""
 
+from __future__ import annotations
+
 import contextlib
+import ctypes
 import io
+import mmap
 import os
 import re
+import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iobmd import procfs
-from iobmd._native import maps
+from iobmd import IOMemoryDescriptor, kernel_task, procfs
+from iobmd._native import mapping, maps
+from iobmd.units import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mprotect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+libc.munmap.argtypes = ctypes.c_void_p, ctypes.c_size_t
 
 LINE = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) (\S+) (\d+) *(.*)", re.S)
 
@@ -144,10 +158,134 @@ def test_any_bytes_behind_an_area(text: bytes) -> None:
 
 
 def test_newlines_in_names(tmp_path: Path) -> None:
-    import mmap
-
     file = tmp_path / "two\nlines"
     file.write_bytes(b"x" * 4096)
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ):
         assert str(file) in [area.name for area in procfs.maps()]
         assert str(file) in [area.name for area, _counters in procfs.smaps()]
+
+
+RANGES = st.tuples(st.integers(0, (1 << 64) - 1), st.integers(0, (1 << 64) - 1))
+
+
+@given(st.lists(lines), RANGES)
+def test_lines_of_a_range(found: list[bytes], limits: tuple[int, int]) -> None:
+    """Areas below are left out, and so is everything from the first area on that begins at the end or above."""
+    low, high = limits
+    expected = []
+    for area in map(reference, found):
+        if area[0] >= high:
+            break
+        if area[1] > low:
+            expected.append(area)
+    assert maps.parse(b"\n".join(found), low, high) == expected
+
+
+@pytest.fixture
+def checkered() -> Iterator[Checkered]:
+    """Three hundred pages of every other protection, each an area, with a hole among them; then a file."""
+    with Checkered() as found:
+        yield found
+
+
+class Checkered:
+    """Areas of one page each in an address range of this process, in which nothing else maps anything."""
+
+    def __enter__(self) -> Checkered:
+        self.memory = mapping.Mapping.reserve(302 * PAGE_SIZE, PAGE_SIZE)
+        self.start = self.memory.address
+        self.end = self.start + self.memory.size
+        for page in range(0, 300, 2):
+            libc.mprotect(self.start + page * PAGE_SIZE, PAGE_SIZE, 3 if page % 4 else 5)
+        self.hole = self.start + 101 * PAGE_SIZE
+        libc.munmap(self.hole, PAGE_SIZE)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.memory.close()
+
+
+def overlapping(start: int, end: int) -> list[procfs.VMA]:
+    return [area for area in procfs.maps() if area.end > start and area.start < end]
+
+
+@pytest.fixture(params=[pytest.param("PROCMAP_QUERY", marks=pytest.mark.needs("procmap_query")), "search"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How areas are found: by the ioctl, or as on kernels without it."""
+    if request.param == "search":
+        monkeypatch.setattr(procfs, "_queried", lambda *_arguments: None)
+    return str(request.param)
+
+
+def test_areas_of_a_range(way: str, checkered: Checkered) -> None:
+    """What begins, ends or lies within the range, and nothing else; more areas than are asked for at a time."""
+    start, end, hole = checkered.start, checkered.end, checkered.hole
+    for low, high in [
+        (start, end),
+        (start + 1, start + 2),
+        (start + PAGE_SIZE, start + 2 * PAGE_SIZE),
+        (start + PAGE_SIZE - 1, start + PAGE_SIZE + 1),
+        (hole, hole + PAGE_SIZE),
+        (hole - 1, hole + PAGE_SIZE + 1),
+        (end - 1, end),
+        (start, start),
+    ]:
+        assert list(procfs.areas("self", low, high)) == (overlapping(low, high) if low < high else [])
+        assert list(procfs.areas(os.getpid(), low, high)) == list(procfs.areas("self", low, high))
+    assert len(list(procfs.areas("self", start, end))) > 64 * 4
+    assert procfs.find_vma("self", hole) is None
+    assert procfs.find_vma("self", hole - 1) == overlapping(hole - 1, hole)[0]
+
+
+def test_areas_of_all_kinds(way: str, tmp_path: Path) -> None:
+    """Files with odd names, deleted ones, shared memory, and what the kernel maps itself."""
+    file = tmp_path / "two\nlines \\ and \udcff"
+    gone = tmp_path / "gone"
+    for path in (file, gone):
+        path.write_bytes(b"x" * 4096)
+    with (
+        file.open("rb") as opened,
+        gone.open("r+b") as deleted,
+        mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ),
+        mmap.mmap(deleted.fileno(), 0),
+        mmap.mmap(-1, 4096),
+    ):
+        gone.unlink()
+        expected = [area for area in procfs.maps() if area.name and area.name != "[heap]"]
+        found = [next(procfs.areas("self", area.start, area.end)) for area in expected]
+        assert found == expected
+        assert {str(file), f"{gone} (deleted)", "[stack]"} <= {area.name for area in found}
+
+
+def test_areas_of_a_process_without_memory(way: str) -> None:
+    """An error, and not "nothing is mapped there"."""
+    with subprocess.Popen(["sleep", "0"]) as program:
+        os.waitid(os.P_PID, program.pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(ProcessLookupError):
+            next(procfs.areas(program.pid, 0, 1 << 40))
+
+
+@pytest.mark.needs("procmap_query")
+def test_one_area_of_many_is_found_without_the_others(checkered: Checkered) -> None:
+    """By how many bytes this process reads for it, as the kernel counts them (rchar of /proc/PID/io)."""
+    page = checkered.start + 298 * PAGE_SIZE
+
+    def read_bytes(work: Callable[[], object]) -> int:
+        def counted() -> int:
+            return int(re.search(r"rchar: (\d+)", Path("/proc/thread-self/io").read_text())[1])  # type: ignore[index]
+
+        before, own = counted(), counted()
+        work()
+        return counted() - own - (own - before)
+
+    whole = read_bytes(lambda: list(procfs.maps()))
+    descriptor = IOMemoryDescriptor.withAddressRange(page, PAGE_SIZE, 3, kernel_task)
+
+    def made_and_prepared() -> None:
+        IOMemoryDescriptor.withAddressRange(page, PAGE_SIZE, 3, kernel_task)
+        descriptor.prepare()
+        descriptor.complete()
+
+    made_and_prepared()  # opens what stays open
+    assert whole > 300 * 40
+    assert read_bytes(made_and_prepared) < 1024
