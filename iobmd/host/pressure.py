@@ -1,9 +1,9 @@
 """How the kernel tells that memory runs short: PSI, and the files of our own cgroup."""
 
 import os
-from collections.abc import Iterator
 from typing import NamedTuple
 
+from iobmd.host import cgroup as cgroups
 from iobmd.host.fact import JSON, Fact, Status, read_text
 
 PSI_MEMORY = "/proc/pressure/memory"
@@ -45,31 +45,6 @@ def _pressure_level(path: str) -> PressureFile | None:
     return PressureFile(path, notifies=notifies)
 
 
-def _own_cgroup(kind: str) -> str | None:
-    """Return our cgroup's directory in the hierarchy `kind`: "cgroup2", or "cgroup" for v1's memory one."""
-    inside = None
-    for line in (read_text("/proc/self/cgroup") or "").splitlines():
-        number, controllers, path = line.split(":", 2)
-        if number == "0" if kind == "cgroup2" else "memory" in controllers.split(","):
-            inside = path
-    for root, mounted_at in memory_mounts(kind) if inside else ():
-        # A container may see a part of the hierarchy only: `root` is the part's own name.
-        below = root.rstrip("/")
-        if inside and f"{inside}/".startswith(f"{below}/"):
-            return (mounted_at + inside.removeprefix(below)).rstrip("/")
-    return None
-
-
-def memory_mounts(kind: str) -> Iterator[tuple[str, str]]:
-    """Iterate over where the hierarchy `kind` is mounted, and which part of it: that, and the mount point."""
-    for line in (read_text("/proc/self/mountinfo") or "").splitlines():
-        place, _, system = line.partition(" - ")
-        filesystem, _source, options = system.split(" ", 2)
-        if filesystem == kind and (kind == "cgroup2" or "memory" in options.split(",")):
-            _id, _parent, _device, root, mounted_at, *_rest = place.split(" ")
-            yield root, mounted_at
-
-
 def system_pressure() -> PressureFile | None:
     """Return the host's pressure file, None when the kernel keeps none (PSI, Linux 4.20)."""
     return _psi(PSI_MEMORY)
@@ -77,10 +52,10 @@ def system_pressure() -> PressureFile | None:
 
 def cgroup_pressure() -> PressureFile | None:
     """Return the pressure file of our own cgroup: v2 memory.pressure or v1 memory.pressure_level, or None."""
-    unified, legacy = _own_cgroup("cgroup2"), _own_cgroup("cgroup")
+    unified, legacy = cgroups.own("memory", unified=True), cgroups.own("memory", unified=False)
     found = [
-        _psi(f"{unified}/memory.pressure") if unified else None,
-        _pressure_level(f"{legacy}/memory.pressure_level") if legacy else None,
+        _psi(unified.file("memory.pressure")) if unified else None,
+        _pressure_level(legacy.file("memory.pressure_level")) if legacy else None,
     ]
     files = [file for file in found if file]
     return next((file for file in files if file.notifies), files[0] if files else None)
@@ -88,15 +63,15 @@ def cgroup_pressure() -> PressureFile | None:
 
 def psi_files() -> list[str]:
     """Return the PSI files that can be read here: the host's, and that of our own cgroup (v2)."""
-    unified = _own_cgroup("cgroup2")
-    paths = [PSI_MEMORY, *([f"{unified}/memory.pressure"] if unified else [])]
+    unified = cgroups.own("memory", unified=True)
+    paths = [PSI_MEMORY, *([unified.file("memory.pressure")] if unified else [])]
     return [path for path in paths if read_text(path)]
 
 
 def pressure_level() -> str | None:
     """Return cgroup v1's memory.pressure_level of our own cgroup, where this process may register for its events."""
-    legacy = _own_cgroup("cgroup")
-    file = _pressure_level(f"{legacy}/memory.pressure_level") if legacy else None
+    legacy = cgroups.own("memory", unified=False)
+    file = _pressure_level(legacy.file("memory.pressure_level")) if legacy else None
     return file.path if file and file.notifies else None
 
 

@@ -9,7 +9,7 @@ from iobmd import host, procfs
 from iobmd._native import frames as native
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NotFoundError, NotPermittedError, UnsupportedError
-from iobmd.host.pressure import memory_mounts
+from iobmd.host import cgroup
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.span import Run, runs
 from iobmd.pagemap.target import Target, name_of, resolve
@@ -113,10 +113,10 @@ def flag_names(flags: int) -> tuple[str, ...]:
 def _memory_cgroups() -> dict[int, str]:
     """Return the memory cgroups that can be seen here: their paths by the inode number of their directories."""
     found: dict[int, str] = {}
-    for _part, top in (*memory_mounts("cgroup2"), *memory_mounts("cgroup")):
-        for directory, _names, _files in os.walk(top):
+    for mount in sorted(cgroup.mounts("memory"), key=lambda mount: not mount.unified):
+        for directory, _names, _files in os.walk(mount.place):
             with contextlib.suppress(OSError):
-                found.setdefault(os.stat(directory).st_ino, directory.removeprefix(top) or "/")
+                found.setdefault(os.stat(directory).st_ino, directory.removeprefix(mount.place) or "/")
     return found
 
 
