@@ -1,91 +1,501 @@
 # cython: language_level=3, auto_pickle=False, autotestdict=False
 """Copies between this process and a task, with the GIL released: process_vm_readv and /proc/PID/mem."""
 
-from libc.errno cimport EFAULT, EINTR, errno
+from libc.errno cimport EFAULT, EINTR, EIO, ENOMEM, ESRCH, errno
 from libc.stdint cimport uint64_t, uintptr_t
-from libc.string cimport strerror
+from libc.stdlib cimport free, realloc
+from libc.string cimport memcmp, memcpy, memset, strerror
+from posix.types cimport off_t
+from posix.unistd cimport SEEK_END, lseek
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
-from mman cimport C_MADV_POPULATE_WRITE, c_madvise
-from uio cimport SYS_pidfd_getfd, iovec, pread, process_vm_readv, process_vm_writev, pwrite, syscall
+from attempt cimport (
+    IOBMD_RANGES, iobmd_attempt, iobmd_attempt_free, iobmd_attempt_new, iobmd_attempt_start, iobmd_attempt_wait,
+)
+from mman cimport C_MADV_HUGEPAGE, C_MADV_PAGEOUT, C_MADV_POPULATE_WRITE, c_madvise
+from pagemap_entry cimport PRESENT_BIT, SWAP_BIT, UFFD_WP_BIT, iobmd_is_swapped
+from uio cimport (
+    SEEK_DATA, SEEK_HOLE, SYS_pidfd_getfd, SYS_process_madvise, fstatfs, iovec, pread, process_vm_readv,
+    process_vm_writev, pwrite, statfs_t, syscall,
+)
 
-# process_vm_readv moves at most 0x7ffff000 bytes a call; smaller pieces let a dying task be seen sooner.
-cdef size_t LARGEST_PIECE = 64 << 20
+cdef enum:
+    # Pages whose pagemap entries are read at a time: a huge page of 2 MiB in pages of 4 KiB, or of 32 MiB in 16 KiB,
+    # and one more where neither end of a piece lies on a page.
+    CHUNK = 2048
+    DEFAULT_CHUNK = 512
+    VECTORS = 512
+    UNMARKED = 64  # bytes of a bounce buffer in pages, when it has to be seen whether a page of a file is all zero
+
+cdef enum Kind:
+    DIRECT  # can be moved without a page being made in the task, and without waiting for another program
+    SWAPPED  # as well, but reading it brings it in
+    ABSENT
 
 
-cdef ssize_t _piece(int pid, int fd, bint write, uint64_t theirs, uint64_t ours, size_t size) noexcept nogil:
-    cdef iovec local, remote
-    if fd >= 0:
-        if write:
-            return pwrite(fd, <void *><uintptr_t>ours, size, <long>theirs)
-        return pread(fd, <void *><uintptr_t>ours, size, <long>theirs)
-    local.iov_base = <void *><uintptr_t>ours
-    remote.iov_base = <void *><uintptr_t>theirs
-    local.iov_len = remote.iov_len = size
-    if write:
-        return process_vm_writev(pid, &local, 1, &remote, 1, 0)
-    return process_vm_readv(pid, &local, 1, &remote, 1, 0)
+cdef inline Kind _kind(uint64_t entry, bint write) noexcept nogil:
+    """Classify a page. A write to a page that userfaultfd protects waits for its handler: such a page is absent."""
+    if write and entry & UFFD_WP_BIT:
+        return ABSENT
+    if entry & PRESENT_BIT:
+        return DIRECT
+    if entry & SWAP_BIT:
+        if iobmd_is_swapped(entry):
+            return DIRECT if write else SWAPPED
+        # The marker of a write-protected page that is gone; the call finds out about guard and poisoned pages.
+        return ABSENT if entry & UFFD_WP_BIT else DIRECT
+    return ABSENT
 
 
-cdef size_t _move(int pid, int fd, bint write, uint64_t theirs, uint64_t ours, size_t size,
-                  size_t huge, size_t page, int *error) noexcept nogil:
-    cdef size_t done = 0, piece
+cdef struct Way:
+    int pid, memory, pidfd
+    bint write, skip
+    size_t page
+
+
+cdef struct Ranges:
+    uint64_t *bounds  # start and end of each
+    size_t count, room
+
+
+cdef int _add(Ranges *ranges, uint64_t start, uint64_t end) noexcept nogil:
+    """Add a range, joined to the one before it; -1 without memory."""
+    cdef uint64_t *grown
+    if ranges.count and ranges.bounds[2 * ranges.count - 1] == start:
+        ranges.bounds[2 * ranges.count - 1] = end
+        return 0
+    if ranges.count == ranges.room:
+        grown = <uint64_t *>realloc(ranges.bounds, 32 * (ranges.room or 16))
+        if grown == NULL:
+            return -1
+        ranges.bounds = grown
+        ranges.room = 2 * (ranges.room or 16)
+    ranges.bounds[2 * ranges.count] = start
+    ranges.bounds[2 * ranges.count + 1] = end
+    ranges.count += 1
+    return 0
+
+
+cdef list _listed(Ranges *ranges):
+    return [(ranges.bounds[2 * index], ranges.bounds[2 * index + 1]) for index in range(ranges.count)]
+
+
+cdef struct Batch:
+    # Ranges here and there, pairwise of the same length, which one call moves.
+    iovec ours[VECTORS]
+    iovec theirs[VECTORS]
+    int count
+    # Those whole pages of `theirs` that the call brings in from swap.
+    iovec swapped[VECTORS]
+    int swaps
+
+
+cdef ssize_t _call(const Way *way, const iovec *ours, const iovec *theirs, int count) noexcept nogil:
+    if way.memory >= 0:
+        if way.write:
+            return pwrite(way.memory, ours.iov_base, ours.iov_len, <long><uintptr_t>theirs.iov_base)
+        return pread(way.memory, ours.iov_base, ours.iov_len, <long><uintptr_t>theirs.iov_base)
+    if way.write:
+        return process_vm_writev(way.pid, ours, count, theirs, count, 0)
+    return process_vm_readv(way.pid, ours, count, theirs, count, 0)
+
+
+cdef int _move(const Way *way, Batch *batch, uint64_t *stopped, Ranges *bad) noexcept nogil:
+    """Move a batch; returns the error number that ended it, and in `stopped` the address where it did.
+
+    With `skip` pages that cannot be read are listed as `bad`, and passed over.
+    """
+    cdef int first = 0
     cdef ssize_t moved
-    error[0] = 0
-    while done < size:
-        piece = min(size - done, LARGEST_PIECE)
-        if huge:
-            # Up to the next huge-page boundary, whose huge page is faulted in by its LAST base page: the
-            # kernel clears a huge page so that the touched end comes last, and clearing upwards is a third
-            # faster here than clearing downwards (measured, Linux 6.18). A refusal (before 5.14, or no huge
-            # page) does no harm: the copy then faults the pages in.
-            piece = min(size - done, huge - (ours + done) % huge)
-            if piece == huge:
-                c_madvise(<void *><uintptr_t>(ours + done + huge - page), page, C_MADV_POPULATE_WRITE)
-        moved = _piece(pid, fd, write, theirs + done, ours + done, piece)
-        if moved > 0:
-            done += moved
-        elif moved == 0:
-            break
-        elif errno != EINTR:
-            error[0] = errno
-            break
-    return done
+    cdef size_t step
+    cdef uint64_t at
+    while first < batch.count:
+        moved = _call(way, &batch.ours[first], &batch.theirs[first], batch.count - first)
+        if moved <= 0:
+            if moved < 0 and errno == EINTR:
+                continue
+            at = <uintptr_t>batch.theirs[first].iov_base
+            if not way.skip or (moved < 0 and errno != EFAULT and errno != EIO):
+                stopped[0] = at
+                return errno if moved < 0 else ESRCH
+            moved = min(batch.theirs[first].iov_len, way.page - at % way.page)
+            if _add(bad, at, at + moved):
+                return ENOMEM
+        while moved > 0:
+            step = min(<size_t>moved, batch.theirs[first].iov_len)
+            batch.ours[first].iov_base = <char *>batch.ours[first].iov_base + step
+            batch.theirs[first].iov_base = <char *>batch.theirs[first].iov_base + step
+            batch.ours[first].iov_len -= step
+            batch.theirs[first].iov_len -= step
+            moved -= step
+            if not batch.theirs[first].iov_len:
+                first += 1
+    if batch.swaps:
+        # Back to swap, as they were: the task is not to pay for having been read. It needs CAP_SYS_NICE.
+        syscall(SYS_process_madvise, way.pidfd, batch.swapped, <long>batch.swaps, C_MADV_PAGEOUT, 0)
+    batch.count = batch.swaps = 0
+    return 0
 
 
-def read(int pid, int fd, uint64_t source, uint64_t destination, size_t size, size_t huge, size_t page):
-    """Copy `size` bytes at `source` of the task to the address `destination` here.
+cdef struct Piece:
+    uint64_t theirs, ours
+    size_t size
+
+
+cdef int _chunk(const Way *way, Piece piece, const uint64_t *entries, size_t count, Batch *batch, uint64_t *stopped,
+                Ranges *absent, Ranges *bad) noexcept nogil:
+    """Move what `count` pagemap entries say can be moved of a piece, and list what is absent; as `_move`."""
+    cdef size_t index = 0, last
+    cdef uint64_t start, end, page = piece.theirs - piece.theirs % way.page
+    cdef Kind kind
+    cdef int error
+    while index < count:
+        kind = _kind(entries[index], way.write)
+        last = index + 1
+        while last < count and _kind(entries[last], way.write) == kind:
+            last += 1
+        start = max(piece.theirs, page + index * way.page)
+        end = min(piece.theirs + piece.size, page + last * way.page)
+        if kind == ABSENT:
+            if _add(absent, start, end):
+                stopped[0] = start
+                return ENOMEM
+        else:
+            batch.theirs[batch.count].iov_base = <void *><uintptr_t>start
+            batch.ours[batch.count].iov_base = <void *><uintptr_t>(piece.ours + (start - piece.theirs))
+            batch.theirs[batch.count].iov_len = batch.ours[batch.count].iov_len = end - start
+            batch.count += 1
+            if kind == SWAPPED and way.pidfd >= 0:
+                batch.swapped[batch.swaps].iov_base = <void *><uintptr_t>(page + index * way.page)
+                batch.swapped[batch.swaps].iov_len = (last - index) * way.page
+                batch.swaps += 1
+            if batch.count == VECTORS or way.memory >= 0:
+                error = _move(way, batch, stopped, bad)
+                if error:
+                    return error
+        index = last
+    return _move(way, batch, stopped, bad)
+
+
+cdef int _transfer(const Way *way, int pagemap, Piece all, size_t huge, bint mark, int *marked, uint64_t *stopped,
+                   Ranges *absent, Ranges *bad) noexcept nogil:
+    cdef uint64_t entries[CHUNK + 1]
+    cdef Batch batch
+    cdef Piece piece
+    cdef size_t done = 0, first, count, index, chunk = DEFAULT_CHUNK * way.page
+    cdef ssize_t got
+    cdef int error
+    cdef bint whole, follows = False
+    batch.count = batch.swaps = 0
+    if huge > CHUNK * way.page:
+        huge = 0
+    while done < all.size:
+        piece.theirs, piece.ours = all.theirs + done, all.ours + done
+        piece.size = min(all.size - done, huge - piece.ours % huge if huge else chunk)
+        first = piece.theirs // way.page
+        count = (piece.theirs + piece.size - 1) // way.page - first + 1
+        if pagemap < 0:
+            for index in range(count):
+                entries[index] = PRESENT_BIT
+        else:
+            got = pread(pagemap, entries, count * 8, <long>(first * 8))
+            if got < 8:
+                # Past the end of all address spaces, or the memory is gone.
+                stopped[0] = piece.theirs
+                return errno if got < 0 else EFAULT if pread(pagemap, entries, 8, 0) == 8 else ESRCH
+            if <size_t>got // 8 < count:
+                count = <size_t>got // 8
+                piece.size = (first + count) * way.page - piece.theirs
+        if huge and piece.size == huge:
+            whole = True
+            for index in range(count):
+                if _kind(entries[index], way.write) == ABSENT:
+                    whole = False
+                    break
+            if whole:
+                if mark:
+                    c_madvise(<void *><uintptr_t>piece.ours, huge, C_MADV_HUGEPAGE)
+                    marked[0] += not follows
+                # A huge page is faulted in by its LAST base page: the kernel clears a huge page so that the touched
+                # end comes last, and clearing upwards is a third faster here than clearing downwards (measured,
+                # Linux 6.18). A refusal (before 5.14, or no huge page) does no harm: the copy faults the pages in.
+                c_madvise(<void *><uintptr_t>(piece.ours + huge - way.page), way.page, C_MADV_POPULATE_WRITE)
+            follows = whole
+        error = _chunk(way, piece, entries, count, &batch, stopped, absent, bad)
+        if error:
+            return error
+        done += piece.size
+    return 0
+
+
+def transfer(int pid, int memory, int pagemap, int pidfd, bint write, bint skip, uint64_t theirs, uint64_t ours,
+             size_t size, size_t page, size_t huge=0, bint mark=False):
+    """Copy between the address `theirs` of a task and the address `ours` here what needs no page to be made there.
 
     Parameters
     ----------
-    pid, fd
-        The task for process_vm_readv or, when `fd` is not negative, its open /proc/PID/mem.
-    huge
-        Size of the huge pages that the fresh destination may get, 0 when it is not fresh: huge pages are
-        then faulted in ahead of the copy.
+    pid, memory
+        The task for process_vm_readv and process_vm_writev or, when `memory` is not negative, its open /proc/PID/mem.
+    pagemap, pidfd
+        Its open pagemap, and its pidfd. Without a pagemap (-1) every page counts as present. What had to be read from
+        swap is returned there by process_madvise(2) on the pidfd.
+    write
+        From here into the task, instead of from the task to here.
+    skip
+        Pass over pages that cannot be read, and list them.
     page
         The base page size.
+    huge
+        Size of the huge pages that the fresh destination may get, 0 when it is not fresh: a huge page is faulted in
+        ahead of the copy where all of its bytes are going to be copied.
+    mark
+        Such a range is first given MADV_HUGEPAGE.
+
+    Returns
+    -------
+    tuple[int, int, list[tuple[int, int]], list[tuple[int, int]], int]
+        The address in the task that the copy reached, the error number that ended it (0: none), the ranges before
+        that address whose pages are absent, those that could not be read, and how many separate ranges were marked.
+    """
+    cdef Way way
+    cdef Piece all
+    cdef Ranges absent, bad
+    cdef uint64_t stopped = theirs + size
+    cdef int error, marked = 0
+    way.pid, way.memory, way.pidfd, way.write, way.skip, way.page = pid, memory, pidfd, write, skip, page
+    all.theirs, all.ours, all.size = theirs, ours, size
+    absent.bounds = bad.bounds = NULL
+    absent.count = bad.count = absent.room = bad.room = 0
+    try:
+        with nogil:
+            error = _transfer(&way, pagemap, all, huge, mark, &marked, &stopped, &absent, &bad)
+        return stopped, error, _listed(&absent), _listed(&bad), marked
+    finally:
+        free(absent.bounds)
+        free(bad.bounds)
+
+
+def absent(int pagemap, uint64_t theirs, size_t size, size_t page):
+    """Return the ranges of a task whose pages are absent, by its open pagemap."""
+    cdef uint64_t entries[CHUNK]
+    cdef Ranges found
+    cdef uint64_t at = theirs - theirs % page, end = theirs + size
+    cdef ssize_t got
+    cdef size_t index
+    cdef int error = 0
+    found.bounds = NULL
+    found.count = found.room = 0
+    try:
+        with nogil:
+            while at < end and not error:
+                got = pread(pagemap, entries, min(<uint64_t>CHUNK, (end - at + page - 1) // page) * 8,
+                            <long>(at // page * 8))
+                if got <= 0:
+                    break
+                for index in range(<size_t>got // 8):
+                    if _kind(entries[index], False) == ABSENT:
+                        error = _add(&found, max(at, theirs), min(at + page, end))
+                    at += page
+        if error:
+            raise MemoryError()
+        return _listed(&found)
+    finally:
+        free(found.bounds)
+
+
+def data(int file, uint64_t offset, size_t size):
+    """Return how many bytes of a range of a file are not in holes (lseek(2), SEEK_DATA)."""
+    cdef off_t at = <off_t>offset, end = <off_t>(offset + size), hole
+    cdef size_t total = 0
+    with nogil:
+        while at < end:
+            at = lseek(file, at, SEEK_DATA)
+            if at < 0 or at >= end:
+                break
+            hole = lseek(file, at, SEEK_HOLE)
+            if hole <= at:
+                break
+            total += min(hole, end) - at
+            at = hole
+    return total
+
+
+cdef ssize_t _read_file(int file, uint64_t offset, char *ours, size_t size, size_t page, bint fresh) noexcept nogil:
+    """Read, but write no page of fresh memory for a page that is all zero; as pread(2)."""
+    cdef char bounce[UNMARKED * 1024]
+    cdef size_t done, step
+    cdef ssize_t got
+    if not fresh:
+        return pread(file, ours, size, <long>offset)
+    got = pread(file, bounce, min(size, sizeof(bounce)), <long>offset)
+    done = 0
+    while got > 0 and done < <size_t>got:
+        # Up to the next page of the destination.
+        step = min(<size_t>got - done, page - (<uintptr_t>ours + done) % page)
+        if bounce[done] or memcmp(bounce + done, bounce + done + 1, step - 1):
+            memcpy(ours + done, bounce + done, step)
+        done += step
+    return got
+
+
+def read_object(int file, uint64_t offset, uint64_t ours, size_t size, size_t page, bint fresh, bint holes):
+    """Copy from an object of a memory file system (tmpfs, hugetlbfs) to the address `ours`; allocate nothing in it.
+
+    Parameters
+    ----------
+    file, offset
+        A descriptor of an open file description of its own (its position is changed), and where to begin.
+    page
+        The page size of its mappings: what lies in the page of its last byte reads as zero behind that.
+    fresh
+        The destination is zero, and stays untouched where the object has holes.
+    holes
+        It answers SEEK_DATA (hugetlbfs does not, and a read of it returns zeros for a hole).
 
     Returns
     -------
     tuple[int, int]
-        Bytes copied, and the error number that ended the copy (0: none; short then means end of file).
+        Bytes copied, and the error number that ended it; EFAULT past the end.
     """
-    cdef int error
-    cdef size_t done
+    cdef size_t done = 0, until, zeros
+    cdef off_t found
+    cdef ssize_t got
+    cdef off_t length
+    cdef int error = 0
     with nogil:
-        done = _move(pid, fd, False, source, destination, size, huge, page, &error)
+        length = lseek(file, 0, SEEK_END)
+        while done < size:
+            if length < 0 or offset + done >= ((<uint64_t>length + page - 1) // page) * page:
+                error = errno if length < 0 else EFAULT
+                break
+            zeros = 0
+            until = size
+            if holes:
+                found = lseek(file, <off_t>(offset + done), SEEK_DATA)
+                zeros = size - done if found < 0 else min(size - done, <size_t>(found - <off_t>(offset + done)))
+                if not zeros:
+                    found = lseek(file, <off_t>(offset + done), SEEK_HOLE)
+                    if found > <off_t>(offset + done):
+                        until = min(size, done + <size_t>(found - <off_t>(offset + done)))
+            if offset + done >= <uint64_t>length:  # the rest of the last page
+                zeros = size - done
+            if zeros:
+                zeros = min(zeros, ((<uint64_t>length + page - 1) // page) * page - (offset + done))
+                if not fresh:
+                    memset(<void *><uintptr_t>(ours + done), 0, zeros)
+                done += zeros
+                continue
+            got = _read_file(file, offset + done, <char *><uintptr_t>(ours + done), until - done, page,
+                             fresh and not holes)
+            if got > 0:
+                done += got
+            elif got == 0:  # it was truncated
+                length = lseek(file, 0, SEEK_END)
+            elif errno != EINTR:
+                error = errno
+                break
     return done, error
 
 
-def write(int pid, int fd, uint64_t destination, uint64_t source, size_t size):
-    """Copy `size` bytes at the address `source` here to `destination` of the task; as `read`."""
-    cdef int error
-    cdef size_t done
+def zero(uint64_t ours, size_t size):
+    """Set bytes of this process to zero."""
     with nogil:
-        done = _move(pid, fd, True, destination, source, size, 0, 0, &error)
-    return done, error
+        memset(<void *><uintptr_t>ours, 0, size)
+
+
+def copy_here(uint64_t ours, uint64_t source, size_t size):
+    """Copy bytes of this process."""
+    with nogil:
+        memcpy(<void *><uintptr_t>ours, <void *><uintptr_t>source, size)
+
+
+def filesystem(int file):
+    """Return the type of the file system that a file is of (fstatfs(2))."""
+    cdef statfs_t found
+    cdef int failed
+    with nogil:
+        failed = fstatfs(file, &found)
+    if failed:
+        raise OSError(errno, f"fstatfs: {strerror(errno).decode()}")
+    return <uint64_t>found.f_type
+
+
+MOST_RANGES = IOBMD_RANGES
+
+
+cdef class Attempt:
+    """A transfer that may wait for another program, which has to deliver a page: a fault handler, a file's server.
+
+    The kernel sleeps there until the page comes or the process is killed. Therefore a child that shares this address
+    space makes the call, on memory of its own, and is killed alone when that is to end.
+
+    Parameters
+    ----------
+    pid, file
+        The task, or the file in its place when that is not -1.
+    write
+        To there, instead of from there.
+    ranges
+        Addresses there and lengths, at most `MOST_RANGES`; one offset and length of a file.
+    """
+
+    cdef iobmd_attempt *job
+
+    def __cinit__(self, int pid, int file, bint write, ranges):
+        cdef size_t size = sum(length for _at, length in ranges)
+        cdef uint64_t at
+        cdef size_t length
+        if len(ranges) > IOBMD_RANGES or (file >= 0 and len(ranges) != 1):
+            raise ValueError("too many ranges")
+        self.job = iobmd_attempt_new(size)
+        if self.job == NULL:
+            raise OSError(errno, f"mmap: {strerror(errno).decode()}")
+        self.job.task, self.job.file, self.job.writing, self.job.size = pid, file, write, size
+        for at, length in ranges:
+            self.job.ranges[self.job.count].iov_base = <void *><uintptr_t>at
+            self.job.ranges[self.job.count].iov_len = length
+            self.job.count += 1
+
+    @property
+    def bytes(self):
+        """The address of the bytes to write, or of those that were read."""
+        return <uintptr_t>self.job.bytes
+
+    @property
+    def moved(self):
+        """How many bytes have been moved."""
+        return self.job.moved
+
+    @property
+    def error(self):
+        """The error number that ended it, 0 for none; ECANCELED where the child was killed by somebody."""
+        return self.job.error
+
+    def start(self):
+        """Begin. Raises OSError where no process can be made."""
+        cdef int error = iobmd_attempt_start(self.job)
+        if error:
+            raise OSError(error, f"clone: {strerror(error).decode()}")
+
+    def wait(self, int milliseconds):
+        """Wait at most so long; says whether it is over."""
+        cdef int over
+        with nogil:
+            over = iobmd_attempt_wait(self.job, milliseconds)
+        return bool(over)
+
+    def end(self):
+        """End it, and release its memory; idempotent."""
+        cdef iobmd_attempt *job = self.job
+        self.job = NULL
+        if job != NULL:
+            with nogil:
+                iobmd_attempt_free(job)
+
+    def __dealloc__(self):
+        if self.job != NULL:
+            iobmd_attempt_free(self.job)
 
 
 def fresh_bytes(Py_ssize_t size):
@@ -136,7 +546,8 @@ def fetch_descriptor(int pidfd, int fd):
 def touch(int pid, uint64_t address, size_t size, size_t page):
     """Have another process's pages faulted in for reading, by a byte of each; returns the error number or 0."""
     cdef char byte[512]
-    cdef iovec local, remote[512]
+    cdef iovec local
+    cdef iovec remote[512]
     cdef size_t done = 0
     cdef int count
     cdef ssize_t moved

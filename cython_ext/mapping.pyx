@@ -96,9 +96,13 @@ cdef class Mapping:
     cdef size_t margin
 
     @staticmethod
-    def anonymous(size_t size, size_t alignment):
-        """Map `size` bytes (whole pages) of private zeroed memory at a multiple of `alignment`."""
-        return _map(size, alignment, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS)
+    def anonymous(size_t size, size_t alignment, bint sparse=False):
+        """Map `size` bytes (whole pages) of private zeroed memory at a multiple of `alignment`.
+
+        `sparse` memory does not count against the overcommit limit until it is touched (MAP_NORESERVE).
+        """
+        return _map(size, alignment, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | (MAP_NORESERVE if sparse else 0))
 
     @staticmethod
     def reserve(size_t size, size_t alignment):

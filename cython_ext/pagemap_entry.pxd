@@ -7,6 +7,7 @@ cdef extern from * nogil:
     #define IOBMD_PFN_MASK ((1ULL << 55) - 1)
     #define IOBMD_SOFT_DIRTY (1ULL << 55)
     #define IOBMD_EXCLUSIVE (1ULL << 56)
+    #define IOBMD_UFFD_WP (1ULL << 57)
     #define IOBMD_GUARD (1ULL << 58)
     #define IOBMD_FILE (1ULL << 61)
     #define IOBMD_SWAP (1ULL << 62)
@@ -27,6 +28,7 @@ cdef extern from * nogil:
     const uint64_t PFN_MASK "IOBMD_PFN_MASK"
     const uint64_t SOFT_DIRTY_BIT "IOBMD_SOFT_DIRTY"
     const uint64_t EXCLUSIVE_BIT "IOBMD_EXCLUSIVE"
+    const uint64_t UFFD_WP_BIT "IOBMD_UFFD_WP"
     const uint64_t GUARD_BIT "IOBMD_GUARD"
     const uint64_t FILE_BIT "IOBMD_FILE"
     const uint64_t SWAP_BIT "IOBMD_SWAP"

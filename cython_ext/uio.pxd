@@ -19,7 +19,22 @@ cdef extern from * nogil:
     #ifndef SYS_pidfd_getfd
     #define SYS_pidfd_getfd 438
     #endif
+    #ifndef SYS_process_madvise
+    #define SYS_process_madvise 440
+    #endif
+    #ifndef SEEK_DATA
+    #define SEEK_DATA 3
+    #define SEEK_HOLE 4
+    #endif
     """
     enum:
         SYS_pidfd_getfd
+        SYS_process_madvise
+        SEEK_DATA
+        SEEK_HOLE
     long syscall(long number, ...)
+
+cdef extern from "<sys/vfs.h>" nogil:
+    ctypedef struct statfs_t "struct statfs":
+        long f_type
+    int fstatfs(int fd, statfs_t *buf)

@@ -7,10 +7,10 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Self
 
-from iobmd import allocation, caching, live, numa, own, request
+from iobmd import allocation, caching, copying, live, numa, own, request
 from iobmd._native.mapping import Exporter, Mapping
 from iobmd.constants import IOOptionBits, IOReturn, kIOMemoryIncoherentIOFlush
-from iobmd.contents import CopyOf, FrozenCopyOf
+from iobmd.contents import CopyOf
 from iobmd.descriptor import IOMemoryDescriptor
 from iobmd.errors import IOReturnError
 from iobmd.purgeable import purger
@@ -45,11 +45,12 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     _contiguous = False
     _guarded = False
 
-    def __init__(self, *, contents: CopyOf | FrozenCopyOf | None = None, node: int | None = None) -> None:
+    def __init__(self, *, contents: CopyOf | None = None, node: int | None = None) -> None:
         # Made in two steps, as in IOKit: this only says what initWithPhysicalMask is to fill the memory with, and
         # which NUMA node it is to be of.
         self._contents = contents
         self._node = node
+        self.holes = []
         self._guard = own.Guard()
         self._windows = weakref.WeakSet()
 
@@ -64,6 +65,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         source: int,
         size: int,
         *,
+        timeout: float = copying.TIMEOUT,
         progress: Progress | None = None,
     ) -> Self:
         """Make a buffer that holds a copy of memory of a task, this one or another.
@@ -78,6 +80,8 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
             The task to copy from.
         source, size : int
             Address there, and the number of bytes.
+        timeout : float
+            Seconds to wait for another program that has to deliver a page and delivers nothing, as for `Task.read`.
         progress : callable, optional
             Called now and then in this thread with the number of bytes copied.
 
@@ -86,14 +90,15 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         IOReturnError
             As `initWithPhysicalMask` and `Task.read`. The copy is whole, or this is raised and nothing stays
             allocated: `kIOReturnVMError` with `.address`, the first byte that could not be read,
-            `kIOReturnNotFound` when the source exits midway, `kIOReturnNotPermitted`.
+            `kIOReturnNotFound` when the source exits midway, `kIOReturnNotPermitted`, `kIOReturnTimeout`.
 
         Notes
         -----
-        By process_vm_readv(2) into fresh huge pages, on several threads when large, with the GIL released. The
-        source runs on meanwhile: bytes that it changes during the copy may come as before or as after.
+        By process_vm_readv(2) into fresh huge pages, on several threads when large, with the GIL released. The source
+        runs on: bytes that it changes during the copy may come as before or as after. Nothing is created in it, see
+        `Task.read`; a pageable copy stays as sparse as its source.
         """
-        self = cls(contents=CopyOf(as_task(sourceMap), source, size, progress))
+        self = cls(contents=CopyOf(as_task(sourceMap), source, size, timeout=timeout, progress=progress))
         self.initWithPhysicalMask(inTask, options, size, PAGE_SIZE, 0)
         return self
 
@@ -215,11 +220,11 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         with numa.on(self._node):
             backing = allocation.allocate(wanted, self._contents)
         self._open(backing, wanted.options, capacity, wanted.contiguous)
-        if isinstance(self._contents, FrozenCopyOf):
-            self.source_stopped_ns = self._contents.stopped_ns
-        if self._contents and caching.of_copies(wanted.options):
-            self.performOperation(kIOMemoryIncoherentIOFlush, 0, capacity)  # they came by way of the caches
-        self._contents = None
+        if self._contents:
+            self.source_stopped_ns, self.holes = self._contents.stopped_ns, self._contents.holes
+            if caching.of_copies(wanted.options):
+                self.performOperation(kIOMemoryIncoherentIOFlush, 0, capacity)  # they came by way of the caches
+            self._contents = None
         return True
 
     def _open(self, backing: MappedBacking, options: int, capacity: int, contiguous: bool) -> None:
@@ -245,6 +250,9 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
 
     source_stopped_ns = 0
     """For how many nanoseconds, at the most, the source of its contents stood still (`copy(…, freeze=True)`)."""
+
+    holes: list[tuple[int, int]]
+    """Offsets and lengths of what could not be read of the source (`copy(…, unreadable="zero")`), and is zero."""
 
     @property
     def task_stopped_ns(self) -> int:

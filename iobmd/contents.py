@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+from iobmd import copying, extents
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.task import check_range
@@ -13,40 +14,102 @@ if TYPE_CHECKING:
     from iobmd.task import Task
 
 
-class CopyOf(NamedTuple):
-    """The `size` bytes at `address` of a task; `progress` is told how many of them are copied."""
+class CopyOf:
+    """The `size` bytes at `address` of a task.
 
-    task: Task
-    address: int
-    size: int
-    progress: Progress | None = None
+    Parameters
+    ----------
+    task, address, size
+        Whose, where, and how many.
+    skip : bool
+        What cannot be read is zero.
+    timeout : float
+        Seconds to wait for another program that has to deliver a page.
+    progress : callable, optional
+        Called with the number of bytes copied so far.
+
+    Attributes
+    ----------
+    holes : list[tuple[int, int]]
+        What could not be read: offsets and lengths in bytes, once it was filled in.
+    stopped_ns : int
+        For how long, at most, the task stood still.
+    """
+
+    stopped_ns = 0
+
+    def __init__(
+        self,
+        task: Task,
+        address: int,
+        size: int,
+        *,
+        skip: bool = False,
+        timeout: float = copying.TIMEOUT,
+        progress: Progress | None = None,
+    ) -> None:
+        self.task = task
+        self.address = address
+        self.size = size
+        self.holes: list[tuple[int, int]] = []
+        self._skip = skip
+        self._timeout = timeout
+        self._progress = progress
 
     def check(self) -> None:
         """Raise `kIOReturnBadArgument` unless it is a range of addresses."""
         check_range(self.address, self.size)
 
-    def fill(self, destination: int, *, huge: int = 0) -> None:
-        """Copy it to an address of this process, where huge pages of size `huge` may come. Raises as `Task.read`."""
-        self.task.copy_in(self.address, destination, self.size, huge=huge, progress=self.progress)
+    def fill(self, destination: int, *, huge: int = 0, sparse: bool = False) -> bool:
+        """As `Contents.fill`. Raises as `Task.read`."""
+        return self.fetch(self.task, destination, huge=huge, sparse=sparse)
+
+    def fetch(
+        self, task: Task, destination: int, *, huge: int = 0, sparse: bool = False, resident_only: bool = False
+    ) -> bool:
+        """Copy it from `task`, or from another task with the same memory; as `fill`.
+
+        While the task stands still, with `resident_only`, `progress` is not called, since it belongs to the caller's
+        thread.
+        """
+        outcome = task.copy_in(
+            self.address,
+            destination,
+            self.size,
+            huge=huge,
+            fresh=True,
+            sparse=sparse,
+            skip=self._skip,
+            resident_only=resident_only,
+            timeout=self._timeout,
+            progress=None if resident_only else self._progress,
+        )
+        self.holes = [(start - self.address, end - start) for start, end in outcome.unread]
+        return outcome.left_zero
+
+    def resident(self) -> int:
+        """Return how many bytes of the source exist, in memory or in swap, at least."""
+        return extents.resident(self.task.pid, self.address, self.size)
 
 
-class FrozenCopyOf:
-    """As `CopyOf`, as it is at one moment; `stopped_ns` tells afterwards for how long the task stood still for it."""
+class FrozenCopyOf(CopyOf):
+    """As `CopyOf`, as it is at one moment."""
 
-    def __init__(self, copied: CopyOf) -> None:
-        self._copied = copied
-        self.stopped_ns = 0
-
-    def check(self) -> None:
-        """As `CopyOf.check`."""
-        self._copied.check()
-
-    def fill(self, destination: int, *, huge: int = 0) -> None:
-        """As `CopyOf.fill`. Raises what keeps the task from being stopped, too."""
-        task, address, size, progress = self._copied
-        if task.is_current:
+    def fill(self, destination: int, *, huge: int = 0, sparse: bool = False) -> bool:
+        """As `Contents.fill`. Raises what keeps the task from being stopped, too."""
+        if self.task.is_current:
             message = "this process cannot stand still while it copies from itself: freeze is for other tasks"
             raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
         from iobmd.remote import freeze  # noqa: PLC0415 (with ctypes: half of what `import iobmd` takes)
 
-        self.stopped_ns = freeze.copy(freeze.Source(task, address, size, destination, huge, progress))
+        left_zero = stopped = False
+
+        def fetch(task: Task, resident_only: bool) -> None:
+            nonlocal left_zero, stopped
+            stopped = resident_only
+            left_zero = self.fetch(task, destination, huge=huge, sparse=sparse, resident_only=resident_only)
+
+        self.stopped_ns = freeze.copy(freeze.Source(self.task, self.address, self.size, fetch))
+        if stopped and self._progress:
+            self._progress(self.size)
+        return left_zero

@@ -1,92 +1,348 @@
 """Moving bytes between this process and another: which call, in what pieces, on how many threads.
 
-A copy is one `process_vm_readv` or `process_vm_writev` while it is small, and pieces (`iobmd.pieces`) handed to
-several threads when it is large: faulting in and clearing the destination costs more than the copy itself and
-runs on every processor. Where the call is refused or missing (a seccomp profile), `/proc/PID/mem` stands in.
+First the pages that the task has are moved, as its pagemap shows them: by one process_vm_readv or process_vm_writev
+while it is little, and in pieces (`iobmd.pieces`) handed to several threads when it is much, because faulting in and
+clearing the destination costs more than the copy itself and runs on every processor. Then the absent ones are read
+from where their bytes are (`iobmd.extents`), so that a task has no more pages afterwards than before. What only a
+page fault can answer is left to a child process that can be killed (`iobmd.attempt`). Where the calls are refused or
+missing (a seccomp profile), /proc/PID/mem stands in.
 """
 
+from __future__ import annotations
+
 import errno
+import functools
+import itertools
 import os
+from bisect import bisect_right
+from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import pieces, procfs
+from iobmd import attempt, extents, headroom, pieces, procfs
 from iobmd._native import crosstask
-from iobmd.units import PAGE_SIZE
+from iobmd.extents import Origin
+from iobmd.units import PAGE_SIZE, round_down, round_up
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from iobmd.extents import Absent, Range
+
+TIMEOUT = 10.0
+"""Seconds for which a transfer waits for another program before it gives up, unless the caller says otherwise."""
+
+WOULD_WAIT = errno.EDEADLK
+"""The error number of a transfer that may not wait for another program and would have to."""
+
+_MARKED = 1024  # separate ranges of the destination for huge pages: each costs two of vm.max_map_count
+_CALL_REFUSED = (errno.EPERM, errno.ENOSYS)
 
 
-def copy(
-    pid: int,
-    theirs: int,
-    ours: int,
-    size: int,
-    *,
-    write: bool = False,
-    huge: int = 0,
-    progress: pieces.Progress | None = None,
-) -> tuple[int, int]:
-    """Copy between the task `pid` (address `theirs`) and this process (address `ours`).
+class Transfer(NamedTuple):
+    """What is to be moved.
 
-    Parameters
+    Attributes
     ----------
-    pid, theirs, ours, size
-        The task, both addresses, and the size in bytes.
-    write : bool
+    pid, pidfd
+        The task, and its pidfd or -1.
+    theirs, ours, size
+        The address there, the address here, and the size in bytes.
+    write
         From here into the task, instead of from the task to here.
-    huge : int
-        Size of the huge pages that fresh memory at `ours` may get; 0 when it is not fresh.
-    progress : callable, optional
-        Called in this thread, now and then, with the number of bytes copied so far.
-
-    Returns
-    -------
-    tuple[int, int]
-        How many bytes from the start are copied, and the error number that ended the copy; 0 when all are.
-        `ESRCH` also stands for memory that went away midway, by exit or by exec.
+    huge
+        Size of the huge pages that the destination may get; 0 when it is not fresh.
+    fresh
+        The destination is zero: where the source is absent and zero, it is not touched.
+    sparse
+        The destination is to stay as sparse as the source: of its ranges only those that are copied whole are given
+        MADV_HUGEPAGE.
+    skip
+        Go on behind what cannot be read, and set it to zero.
+    resident_only
+        Wait for no other program: the task stands still, and may be the one to wait for.
+    timeout
+        Seconds to wait for another program that delivers nothing.
+    progress
+        Called in this thread, now and then, with the number of bytes moved so far.
     """
 
-    def through(fd: int) -> pieces.Work:
-        """Move by the call, or through an open /proc/PID/mem where `fd` is not -1."""
+    pid: int
+    pidfd: int
+    theirs: int
+    ours: int
+    size: int
+    write: bool = False
+    huge: int = 0
+    fresh: bool = False
+    sparse: bool = False
+    skip: bool = False
+    resident_only: bool = False
+    timeout: float = TIMEOUT
+    progress: pieces.Progress | None = None
 
-        def move(offset: int, length: int) -> tuple[int, int]:
-            if write:
-                return crosstask.write(pid, fd, theirs + offset, ours + offset, length)
-            return crosstask.read(pid, fd, theirs + offset, ours + offset, length, huge, PAGE_SIZE)
+    @property
+    def end(self) -> int:
+        """The address in the task where it ends."""
+        return self.theirs + self.size
 
-        return move
+    def here(self, address: int) -> int:
+        """Return the address here that stands for one in the task."""
+        return self.ours + address - self.theirs
 
-    if size <= pieces.PIECE:  # one call holds the task's memory: nothing can change hands under it
-        done, error = through(-1)(0, size)
-        if done or error not in (errno.EPERM, errno.ENOSYS):
-            return done, error
+
+class Outcome(NamedTuple):
+    """How a transfer ended."""
+
+    done: int
+    """Bytes moved from the start, without a gap."""
+    error: int
+    """The error number that ended it, 0 when all are. `ESRCH` also stands for memory that went away midway, by exit
+    or by exec; `ETIMEDOUT` for another program that delivers nothing; `WOULD_WAIT`."""
+    unread: Sequence[Range] = ()
+    """Addresses in the task that could not be read, ascending (`Transfer.skip`)."""
+    left_zero: bool = False
+    """Part of a fresh destination was left untouched."""
+
+
+def move(job: Transfer) -> Outcome:
+    """Move bytes between a task and this process. Raises as `extents.absent`."""
+    own = job.pid == os.getpid()
     try:
-        memory = os.open(f"/proc/{pid}/mem", (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
-    except OSError as refusal:
-        return 0, errno.ESRCH if refusal.errno == errno.ENOENT else refusal.errno or errno.EACCES
+        pagemap = os.open(f"/proc/{'self' if own else job.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        if not own:
+            return Outcome(0, errno.ESRCH if error.errno == errno.ENOENT else error.errno or errno.EACCES)
+        pagemap = -1  # it is not dumpable: all counts as present
+    run = _Run(job, pagemap)
     try:
-        done, error = pieces.run(through(-1), size, progress)
-        if done == 0 and error in (errno.EPERM, errno.ENOSYS):
-            # /proc/PID/mem passes over page protections, which the call does not: keep to what they allow.
-            permitted = _permitted(pid, theirs, size, "w" if write else "r")
-            done, error = pieces.run(through(memory), permitted, progress)
-            error = error or (errno.EFAULT if permitted < size else 0)
-        return done, error if _holds_memory(memory, theirs) else errno.ESRCH
+        outcome = run.all()
+        if pagemap >= 0 and not _holds_memory(pagemap):
+            return Outcome(outcome.done, errno.ESRCH)
+        return outcome
     finally:
-        os.close(memory)
+        run.close()
 
 
-def _permitted(pid: int, address: int, size: int, permission: str) -> int:
-    """Return how many bytes from `address` on lie in mappings with `permission`."""
-    try:
-        return (
-            procfs.uncovered(procfs.areas(pid, address, address + size), address, address + size, permission)
-            - address
+class _Run:
+    """One transfer under way."""
+
+    def __init__(self, job: Transfer, pagemap: int) -> None:
+        self._job = job
+        self._pagemap = pagemap
+        self._memory = -1
+        self._absent: list[Range] = []
+        self._unread: list[Range] = []
+        self._marks = 0
+        self._left_zero = False
+
+    def close(self) -> None:
+        for descriptor in (self._memory, self._pagemap):
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def all(self) -> Outcome:
+        job = self._job
+        if job.size <= pieces.PIECE:
+            done, error = self._present(0, job.size)
+        else:
+            done, error = pieces.run(self._present, job.size, job.progress)
+        if done == 0 and error in _CALL_REFUSED:
+            done, error = self._through_memory_file()
+        # Below the place where that failed, if it did, there may be absent pages whose bytes cannot be had either.
+        reached = job.theirs + done
+        self._absent.sort()
+        ranges = [found for found in self._absent if found[0] < reached]
+        if ranges:
+            reached, error = self._fetch(ranges, reached, error)
+        return Outcome(reached - job.theirs, error, _joined(self._unread), self._left_zero)
+
+    def _present(self, offset: int, size: int) -> tuple[int, int]:
+        """Move what is present of a piece, and list what is absent."""
+        job = self._job
+        mark = job.sparse and self._marks < _MARKED
+        huge = job.huge if mark or not job.sparse else 0
+        reached, error, absent, unread, marks = crosstask.transfer(
+            job.pid, self._memory, self._pagemap, job.pidfd, job.write, job.skip,
+            job.theirs + offset, job.ours + offset, size, PAGE_SIZE, huge, mark,
+        )  # fmt: skip
+        self._absent += absent
+        self._unread += unread
+        self._marks += marks
+        return reached - job.theirs - offset, error
+
+    def _present_behind(self, first: int, offset: int, size: int) -> tuple[int, int]:
+        return self._present(first + offset, size)
+
+    def _through_memory_file(self) -> tuple[int, int]:
+        """Move through /proc/PID/mem, within what the protections of pages allow, which it would ignore."""
+        job = self._job
+        self._absent.clear()
+        self._unread.clear()
+        path, flags = f"/proc/{job.pid}/mem", (os.O_RDWR if job.write else os.O_RDONLY) | os.O_CLOEXEC
+        try:
+            self._memory = os.open(path, flags)
+            areas = list(procfs.areas(job.pid, job.theirs, job.end))
+        except OSError as error:
+            return 0, errno.ESRCH if error.errno == errno.ENOENT else error.errno or errno.EACCES
+        at = job.theirs
+        for area in (area for area in areas if ("w" if job.write else "r") in area.perms):
+            start, end = max(area.start, at), min(area.end, job.end)
+            if start > at:
+                self._absent.append((at, start))
+            first = start - job.theirs
+            done, failure = pieces.run(functools.partial(self._present_behind, first), end - start)
+            if failure:
+                return first + done, failure
+            at = end
+        if at < job.end:
+            self._absent.append((at, job.end))
+        return job.size, 0
+
+    # --- absent pages
+
+    def _fetch(self, ranges: Sequence[Range], reached: int, error: int) -> tuple[int, int]:
+        """Move absent pages; returns the lowest address that is not moved, and the error number."""
+        job = self._job
+        small = not job.resident_only and sum(end - start for start, end in ranges) <= extents.SMALL
+        objects = extents.Objects(job.pid)
+        try:
+            permission = "w" if job.write else "r"
+            for absent in extents.absent(job.pid, ranges, objects, permission=permission, small=small):
+                stopped, failure = self._write(absent) if job.write else self._read(absent)
+                if not failure:
+                    continue
+                if not (job.skip and failure == errno.EFAULT):
+                    return stopped, failure
+        finally:
+            objects.close()
+        return reached, error
+
+    def _read(self, absent: Absent) -> tuple[int, int]:
+        job = self._job
+        if absent.origin is Origin.NOWHERE:
+            return self._unreadable(absent.ranges)
+        if absent.origin is Origin.ZERO:
+            self._clear(absent.ranges)
+            return job.end, 0
+        if absent.waits and job.resident_only:
+            return absent.ranges[0][0], WOULD_WAIT
+        if absent.origin is Origin.OBJECT:
+            return self._from_object(absent)
+        return self._attempted(absent)
+
+    def _write(self, absent: Absent) -> tuple[int, int]:
+        job = self._job
+        if absent.origin is Origin.NOWHERE:
+            return absent.ranges[0][0], errno.EFAULT
+        headroom.require(sum(end - start for start, end in absent.ranges), swappable=True, pid=job.pid)
+        if absent.waits or absent.origin in (Origin.FILE, Origin.FAULT):
+            return self._attempted(absent)
+        for start, end in absent.ranges:
+            reached, error = self._faulting(start, end)
+            if error:
+                return reached, error
+        return job.end, 0
+
+    def _faulting(self, start: int, end: int) -> Range:
+        """Move a range by faulting in what is absent; returns the address that was reached, and the error number."""
+        job = self._job
+        reached, error, *_ = crosstask.transfer(
+            job.pid, self._memory, -1, -1, job.write, False, start, job.here(start), end - start, PAGE_SIZE
         )
-    except OSError:  # the task exited: its memory, which the caller looks at next, is gone too
-        return 0
+        return reached, error
+
+    def _clear(self, ranges: Sequence[Range]) -> None:
+        if self._job.fresh:
+            self._left_zero = True
+            return
+        for start, end in ranges:
+            crosstask.zero(self._job.here(start), end - start)
+
+    def _unreadable(self, ranges: Sequence[Range]) -> tuple[int, int]:
+        if self._job.skip:
+            self._unread += ranges
+            self._clear(ranges)
+        return ranges[0][0], errno.EFAULT
+
+    def _from_object(self, absent: Absent) -> tuple[int, int]:
+        """Read from a file of a memory file system, on several threads when it is much."""
+        job = self._job
+        starts = [0, *itertools.accumulate(end - start for start, end in absent.ranges)]
+        holes = absent.page == PAGE_SIZE  # hugetlbfs has no SEEK_DATA
+        self._left_zero |= job.fresh
+        failed: list[Range] = []
+
+        def work(offset: int, size: int) -> tuple[int, int]:
+            done = 0
+            while done < size:
+                index = bisect_right(starts, offset + done) - 1
+                start, end = absent.ranges[index]
+                start += offset + done - starts[index]
+                length = min(end - start, size - done)
+                moved, error = crosstask.read_object(
+                    absent.file, start - absent.shift, job.here(start), length, absent.page, job.fresh, holes
+                )
+                if error and not (job.skip and error == errno.EFAULT):
+                    return done + moved, error
+                if error:
+                    failed.append((start + moved, start + length))
+                done += length
+            return done, 0
+
+        done, error = pieces.run(work, starts[-1])
+        if failed:
+            self._unreadable(sorted(failed))
+        if not error:
+            return job.end, 0
+        index = bisect_right(starts, done) - 1
+        return absent.ranges[index][0] + done - starts[index], error
+
+    def _attempted(self, absent: Absent) -> tuple[int, int]:
+        """Move what another program may have to deliver."""
+        job = self._job
+        file, shift = self._memory, 0
+        if absent.origin is Origin.FILE and not job.write:
+            file, shift = absent.file, absent.shift
+        ends = attempt.Ends(job.pid, job.theirs, job.ours, job.write, file, shift)
+        left: Sequence[Range] = absent.ranges
+        while left:
+            moved, error = attempt.move(ends, left, job.timeout)
+            left = attempt.behind(left, moved)
+            if not left:
+                break
+            at, until = left[0]
+            if error == errno.EFAULT and self._is_tail(absent, at):
+                # Behind the last byte of a file, its page is zero.
+                until = min(until, round_up(at, absent.page))
+                self._clear([(at, until)])
+            elif error == errno.EFAULT and job.skip:
+                until = min(until, round_down(at, PAGE_SIZE) + PAGE_SIZE)
+                self._unreadable([(at, until)])
+            else:
+                return at, error
+            left = attempt.behind(left, until - at)
+        return job.end, 0
+
+    @staticmethod
+    def _is_tail(absent: Absent, address: int) -> bool:
+        if absent.origin is not Origin.FILE:
+            return False
+        length = os.fstat(absent.file).st_size
+        return length <= address - absent.shift < round_up(length, absent.page)
 
 
-def _holds_memory(memory: int, address: int) -> bool:
-    """Say whether the address space behind an open /proc/PID/mem is still in use (reads of it end at 0 if not)."""
+def _joined(ranges: list[Range]) -> list[Range]:
+    found: list[Range] = []
+    for start, end in sorted(ranges):
+        if found and found[-1][1] >= start:
+            found[-1] = found[-1][0], max(found[-1][1], end)
+        else:
+            found.append((start, end))
+    return found
+
+
+def _holds_memory(pagemap: int) -> bool:
+    """Say whether the address space behind an open pagemap is still in use (reads of it end at 0 if not)."""
     try:
-        return len(os.pread(memory, 1, address)) == 1
+        return bool(os.pread(pagemap, 8, 0))
     except OSError:
-        return True  # it exists, but that address is not mapped
+        return False

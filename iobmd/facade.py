@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from iobmd import copying
 from iobmd.buffer import IOBufferMemoryDescriptor
 from iobmd.constants import IOOptionBits, IOReturn
 from iobmd.contents import CopyOf, FrozenCopyOf
@@ -89,6 +90,8 @@ def copy(
     size: int,
     *,
     freeze: bool = False,
+    unreadable: str = "raise",
+    timeout: float = copying.TIMEOUT,
     progress: Progress | None = None,
     **as_allocate: Any,
 ) -> IOBufferMemoryDescriptor:
@@ -104,6 +107,11 @@ def copy(
         Copy the bytes as they are at one moment. The source stands still for it: for as long as a snapshot takes
         (a child that shares its private memory), or for the whole copy where that is less, or the memory is shared.
         `source_stopped_ns` of the buffer tells for how long.
+    unreadable : str
+        ``"raise"``: the copy is exact, or an error is raised. ``"zero"``: bytes that cannot be read are zero, and
+        `holes` of the buffer lists them as offsets and lengths in bytes.
+    timeout : float
+        Seconds to wait for another program that has to deliver a page and delivers nothing, as for `Task.read`.
     progress : callable, optional
         Called now and then with the number of bytes copied.
     **as_allocate
@@ -117,10 +125,16 @@ def copy(
 
     Notes
     -----
-    Every thread of the source is stopped by ptrace(2), and no other process that shares its memory.
+    Nothing is created in the source, see `Task.read`; a pageable copy stays as sparse as its source. With `freeze`
+    every thread of the source is stopped by ptrace(2), and no other process that shares its memory.
     """
-    copied = CopyOf(as_task(task), address, size, progress)
-    contents = FrozenCopyOf(copied) if freeze else copied
+    if unreadable not in ("raise", "zero"):
+        raise IOReturnError(
+            IOReturn.kIOReturnBadArgument, f"unreadable must be 'raise' or 'zero', not {unreadable!r}"
+        )
+    contents = (FrozenCopyOf if freeze else CopyOf)(
+        as_task(task), address, size, skip=unreadable == "zero", timeout=timeout, progress=progress
+    )
     return _Form(**as_allocate).make(IOBufferMemoryDescriptor(contents=contents), kernel_task, size)
 
 

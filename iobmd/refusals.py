@@ -31,6 +31,29 @@ def unreadable(pid: int, address: int, *, write: bool = False) -> IOReturnError:
     return IOReturnError(IOReturn.kIOReturnVMError, message, errno.EFAULT, address)
 
 
+def not_moved(pid: int, number: int, address: int, *, write: bool, timeout: float) -> IOReturnError:
+    """Return the error for a transfer from or to the task `pid` that ended at `address` with an error number."""
+    if number == errno.ESRCH:
+        refusal = without_memory(pid)
+    elif number in (errno.EPERM, errno.EACCES):
+        refusal = refused(pid, number, "memory")
+    elif number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        refusal = own(OSError(number, os.strerror(number)), f"cannot copy from or to task {pid}")
+    elif number == errno.ETIMEDOUT:
+        message = (
+            f"the page at {address:#x} of task {pid} was not delivered within {timeout:g} s: its contents come from "
+            "another program (a handler of userfaultfd, or the server of the file) that does not answer; wait longer "
+            "with timeout="
+        )
+        refusal = IOReturnError(IOReturn.kIOReturnTimeout, message, number, address)
+    elif number == errno.EDEADLK:
+        message = f"the page at {address:#x} of task {pid} has to be delivered by another program"
+        refusal = IOReturnError(IOReturn.kIOReturnNotReady, message, number, address)
+    else:
+        refusal = unreadable(pid, address, write=write)
+    return refusal
+
+
 def refused(pid: int, number: int, what: str) -> IOReturnError:
     """Return the error for a kernel that refused `what` ("memory", "pagemap") of the task `pid`."""
     if not _has_memory(pid):

@@ -8,14 +8,17 @@ import select
 from operator import index
 from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
-from iobmd import copying, pieces, procfs, refusals
+from iobmd import copying, headroom, procfs, refusals
 from iobmd._native.crosstask import HeldBuffer, fresh_bytes
 from iobmd.constants import IOReturn
+from iobmd.copying import Transfer
 from iobmd.errors import IOReturnError
 
 if TYPE_CHECKING:
     import psutil
     from typing_extensions import Buffer
+
+    from iobmd import pieces
 
 ADDRESS_END = 1 << 64
 
@@ -117,35 +120,72 @@ class Task:
             return False
         return int(fields[19]) == self._started and fields[0] not in "ZX"
 
-    def read(self, address: int, size: int) -> bytes:
+    def read(self, address: int, size: int, *, timeout: float = copying.TIMEOUT) -> bytes:
         """Return the `size` bytes at `address` of this task.
+
+        Parameters
+        ----------
+        address, size : int
+            In bytes.
+        timeout : float
+            Seconds to wait for another program that has to deliver a page and delivers nothing: the task's handler of
+            userfaultfd(2), or the server of a file that it maps.
 
         Raises
         ------
         IOReturnError
             `kIOReturnVMError` (`.address` is the first byte that could not be read), `kIOReturnNotFound`,
-            `kIOReturnNotPermitted`, `kIOReturnBadArgument`.
+            `kIOReturnNotPermitted`, `kIOReturnBadArgument`, `kIOReturnTimeout`; `kIOReturnNoMemory`,
+            `kIOReturnNoResources`: see the notes.
+
+        Notes
+        -----
+        The task has no more memory afterwards than before. Pages that it has are read by process_vm_readv(2); those
+        that it lacks are zero, or are read from the object that it maps there. Where that object cannot be opened (by
+        another user than root, once its path and its descriptors are gone) the kernel has to create the pages in the
+        task. Their size is first compared with what the limits of the task's memory cgroup leave, or with the hugetlb
+        pool, and the call is refused if they do not fit. Pages read from swap are returned there (CAP_SYS_NICE).
         """
         check_range(address, size)
+        headroom.require(size, swappable=True)
         data = fresh_bytes(size)
         # Nobody else has seen these bytes yet, so that they may still be written.
         with HeldBuffer(data, False) as held:
-            self.copy_in(address, held.address, size)
+            self.copy_in(address, held.address, size, timeout=timeout)
         return data
 
-    def readinto(self, address: int, buffer: Buffer) -> int:
-        """Fill the writable `buffer` from `address` on; return its size in bytes. Raises as `read`."""
+    def readinto(self, address: int, buffer: Buffer, *, timeout: float = copying.TIMEOUT) -> int:
+        """Fill the writable `buffer` from `address` on; return its size in bytes. Raises as `read`.
+
+        Parameters
+        ----------
+        address : int
+            In bytes.
+        buffer : buffer
+            Its bytes before `.address` may have been written when this raises.
+        timeout : float
+            As for `read`, in seconds.
+        """
         with HeldBuffer(buffer, True) as held:
-            self.copy_in(address, held.address, held.size)
+            self.copy_in(address, held.address, held.size, timeout=timeout)
             return held.size
 
-    def write(self, address: int, data: Buffer) -> int:
+    def write(self, address: int, data: Buffer, *, timeout: float = copying.TIMEOUT) -> int:
         """Copy the bytes of `data` to `address`; return how many. Raises as `read`.
 
-        On `kIOReturnVMError` the bytes before `.address` may have been written.
+        On `kIOReturnVMError` and `kIOReturnTimeout` the bytes before `.address` may have been written.
+
+        Parameters
+        ----------
+        address : int
+            In bytes.
+        data : buffer
+            The bytes.
+        timeout : float
+            As for `read`, in seconds.
         """
         with HeldBuffer(data, False) as held:
-            self._transfer(address, held.address, held.size, write=True)
+            self._transfer(Transfer(self.pid, -1, address, held.address, held.size, write=True, timeout=timeout))
             return held.size
 
     def copy_in(
@@ -155,37 +195,48 @@ class Task:
         size: int,
         *,
         huge: int = 0,
+        fresh: bool = False,
+        sparse: bool = False,
+        skip: bool = False,
+        resident_only: bool = False,
+        timeout: float = copying.TIMEOUT,
         progress: pieces.Progress | None = None,
-    ) -> None:
+    ) -> copying.Outcome:
         """Copy `size` bytes at `source` of this task to the address `destination` of the calling process.
 
-        `huge` and `progress` are those of `copying.copy`. Raises as `read`.
+        The other parameters are those of `copying.Transfer`. Raises as `read`; with `resident_only` also
+        `kIOReturnNotReady`, `.address` being the first page that another program has to deliver.
         """
-        self._transfer(source, destination, size, huge=huge, progress=progress)
+        return self._transfer(
+            Transfer(
+                self.pid, self._pidfd, source, destination, size,
+                huge=huge, fresh=fresh, sparse=sparse, skip=skip, resident_only=resident_only,
+                timeout=timeout, progress=progress,
+            )
+        )  # fmt: skip
 
-    def _transfer(
-        self,
-        theirs: int,
-        ours: int,
-        size: int,
-        *,
-        write: bool = False,
-        huge: int = 0,
-        progress: pieces.Progress | None = None,
-    ) -> None:
-        check_range(theirs, size)
-        done, error = copying.copy(self.pid, theirs, ours, size, write=write, huge=huge, progress=progress)
-        if error == errno.ESRCH and (thread := self._thread_with_memory()) != self.pid:
-            done, error = copying.copy(thread, theirs, ours, size, write=write, huge=huge, progress=progress)
+    def _transfer(self, job: Transfer) -> copying.Outcome:
+        check_range(job.theirs, job.size)
+        if not job.size:
+            return copying.Outcome(0, 0)
+        outcome = self._moved(job)
+        if outcome.error == errno.ESRCH and (thread := self._thread_with_memory()) != self.pid:
+            outcome = self._moved(job._replace(pid=thread))
         # Alive afterwards means that the pid was this task's all the while.
         if not self.alive:
             raise refusals.gone(f"task {self.pid} is gone: it exited before its memory was copied")
-        if error == errno.ESRCH:
-            raise refusals.without_memory(self.pid)
-        if error in (errno.EPERM, errno.EACCES):
-            raise refusals.refused(self.pid, error, "memory")
-        if error:
-            raise refusals.unreadable(self.pid, theirs + done, write=write)
+        if not outcome.error:
+            return outcome
+        address = job.theirs + outcome.done
+        raise refusals.not_moved(self.pid, outcome.error, address, write=job.write, timeout=job.timeout)
+
+    def _moved(self, job: Transfer) -> copying.Outcome:
+        try:
+            return copying.move(job)
+        except IOReturnError:
+            raise
+        except OSError as error:  # its memory map
+            return copying.Outcome(0, errno.ESRCH if error.errno == errno.ENOENT else error.errno or errno.EACCES)
 
     def _thread_with_memory(self) -> int:
         try:

@@ -22,8 +22,21 @@ if TYPE_CHECKING:
 class Contents(Protocol):
     """What new memory is filled with."""
 
-    def fill(self, destination: int, *, huge: int = 0) -> None:
-        """Copy it to an address of this process, where huge pages of size `huge` may come."""
+    def fill(self, destination: int, *, huge: int = 0, sparse: bool = False) -> bool:
+        """Copy it to zeroed memory of this process. Returns whether some of that was left untouched.
+
+        Parameters
+        ----------
+        destination : int
+            Address in this process.
+        huge : int
+            Size of the huge pages that it may get, 0 for none.
+        sparse : bool
+            Let only those ranges have huge pages that are copied whole.
+        """
+
+    def resident(self) -> int:
+        """Return how many bytes, at least, are not absent where they come from."""
 
 
 class Backing(Protocol):

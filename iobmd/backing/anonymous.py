@@ -47,10 +47,13 @@ class AnonymousBacking(MappedBacking):
         contents: Contents | None = None,
     ) -> None:
         super().__init__(wired=wired)
+        # What is pageable, and a copy, holds no more pages than its source.
+        self._sparse = bool(contents) and not (wired or purgeable or want)
         if wired or contents:
-            headroom.require(size, swappable=not wired)
+            absent = contents.resident if contents and self._sparse else None
+            headroom.require(size, swappable=not wired, absent=absent)
         for _attempt in range(contiguous.TRIES):
-            self.mapping = self._obtain(size, want)
+            self.mapping = self._obtain(size, want, sparse=self._sparse)
             try:
                 if purgeable:
                     self.purgeable = LazilyFreed(self.address, self.size)
@@ -64,12 +67,12 @@ class AnonymousBacking(MappedBacking):
         raise contiguous.kept_moving(want)
 
     @staticmethod
-    def _obtain(size: int, want: Want | None) -> Mapping:
+    def _obtain(size: int, want: Want | None, *, sparse: bool) -> Mapping:
         try:
             if want:
                 return contiguous.obtain(want)
             huge = HUGE_PAGE_SIZE if size >= HUGE_PAGE_SIZE else PAGE_SIZE
-            return Mapping.anonymous(round_up(size, PAGE_SIZE), huge)
+            return Mapping.anonymous(round_up(size, PAGE_SIZE), huge, sparse)
         except IOReturnError:
             raise
         except (OSError, OverflowError) as error:
@@ -80,14 +83,18 @@ class AnonymousBacking(MappedBacking):
             numa.place(self.address, self.size)
         huge = HUGE_PAGE_SIZE if self.size >= HUGE_PAGE_SIZE and not populated else 0
         if huge and (self._wired or contents or self.purgeable):
-            with contextlib.suppress(OSError):  # a kernel without transparent huge pages: slower, nothing else
-                memory.advise(self.address, self.size, memory.MADV_HUGEPAGE)
+            # A kernel without transparent huge pages is slower, nothing else. Of a sparse copy those ranges are given
+            # MADV_HUGEPAGE that are copied whole.
+            advice = memory.MADV_NOHUGEPAGE if self._sparse else memory.MADV_HUGEPAGE
+            with contextlib.suppress(OSError):
+                memory.advise(self.address, self.size, advice)
         if self._wired:
             # Large memory is faulted in on several threads, by the copy or by `populate`: this reserves the limit.
             make_resident(self.address, self.size, populate=not huge)
-        if contents:
-            contents.fill(self.address, huge=huge)
-        elif huge and self._wired:
+        left_zero = contents.fill(self.address, huge=huge, sparse=self._sparse) if contents else bool(huge)
+        if left_zero and self.purgeable and contents:
+            populate(self.address, self.size)
+        elif left_zero and self._wired:
             populate(self.address, self.size)
             make_resident(self.address, self.size)
 

@@ -32,13 +32,15 @@ def _copies(memory: int) -> None:
     size = len(_PATTERN)
     with scratch() as page:
         page.write(0, _PATTERN)
-        done, number = crosstask.read(os.getpid(), memory, page.address, page.address + size, size, 0, PAGE_SIZE)
+        reached, number, *_ = crosstask.transfer(
+            os.getpid(), memory, -1, -1, False, False, page.address, page.address + size, size, PAGE_SIZE
+        )
         found = bytearray(size)
         page.read_into(size, found)
     if number:
         raise OSError(number, os.strerror(number))
-    if done != size or found != _PATTERN:
-        raise OSError(errno.EIO, f"{done} of {size} bytes came")
+    if found != _PATTERN:
+        raise OSError(errno.EIO, f"{reached - page.address} of {size} bytes came")
 
 
 def process_vm_readv() -> Fact:

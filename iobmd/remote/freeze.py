@@ -16,7 +16,8 @@ from iobmd.remote.snapshot import Snapshot
 from iobmd.remote.stop import NotStopped
 
 if TYPE_CHECKING:
-    from iobmd.pieces import Progress
+    from collections.abc import Callable
+
     from iobmd.remote.stop import Stop
     from iobmd.task import Task
 
@@ -28,18 +29,14 @@ _WORTH_IT = 4  # a child costs a fifth or less of what it takes to copy as much 
 
 
 class Source(NamedTuple):
-    """What is to be copied, and where to: an address of this process, in huge pages of size `huge` if not 0."""
+    """What is to be copied."""
 
     task: Task
     address: int
     size: int
-    destination: int
-    huge: int
-    progress: Progress | None
-
-    def copy_from(self, task: Task) -> None:
-        """Copy it, from this task or another with the same memory."""
-        task.copy_in(self.address, self.destination, self.size, huge=self.huge, progress=self.progress)
+    fetch: Callable[[Task, bool], None]
+    """Copies it from this task or from another with the same memory; True: the task stands still, and no wait may
+    depend on it."""
 
 
 def copy(source: Source) -> int:
@@ -55,7 +52,7 @@ def copy(source: Source) -> int:
         snapshot = Snapshot(source.task)
         try:
             before = session.in_tracer(source.task, lambda: _make(snapshot))
-            source.copy_from(snapshot.task)
+            source.fetch(snapshot.task, False)
             copied = True
         except (UnsupportedError, VMError, NotFoundError):
             pass  # a 32-bit program, memory that only the task itself has, or its child was killed: stopped, then
@@ -69,10 +66,7 @@ def copy(source: Source) -> int:
         return before
     # A long copy in a thread: it lets go of the GIL; if we are killed, tracing was all that was done to the task.
     quick = source.size < _QUICK
-    stopped = session.in_tracer(source.task, lambda: _copy_stopped(source), may_be_apart=quick)
-    if source.progress:
-        source.progress(source.size)
-    return before + stopped
+    return before + session.in_tracer(source.task, lambda: _copy_stopped(source), may_be_apart=quick)
 
 
 def _make(snapshot: Snapshot) -> int:
@@ -87,7 +81,7 @@ def _make(snapshot: Snapshot) -> int:
 def _copy_stopped(source: Source) -> int:
     stops = _stop_all(source.task)
     try:
-        source._replace(progress=None).copy_from(source.task)  # it belongs to the caller's thread
+        source.fetch(source.task, True)
     finally:
         stopped = _release(stops)
     return stopped

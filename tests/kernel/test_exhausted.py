@@ -114,7 +114,7 @@ def test_lock_that_a_thread_of_the_parent_held() -> None:
 
 def test_task_that_exits_is_gone_and_not_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between giving up its memory and being gone a task seems to run, and the kernel says EPERM or EACCES."""
-    monkeypatch.setattr(iobmd.task.copying, "copy", lambda *_arguments, **_keywords: (0, errno.EACCES))
+    monkeypatch.setattr(iobmd.task.copying, "move", lambda _job: iobmd.task.copying.Outcome(0, errno.EACCES))
     monkeypatch.setattr(Task, "alive", True)
     with pytest.raises(PermissionError):
         Task(os.getpid()).read(0, 1)

@@ -40,6 +40,8 @@ FLOORS = [
     {"known"},
     {"task"},
     {"copying", "refusals"},
+    {"attempt"},
+    {"extents"},
     {"pieces", "headroom"},
     {"host"},
     {"procfs"},

@@ -1,0 +1,416 @@
+"""Reading another task leaves it as it was: its pages, page tables, cgroup, swap, and the hugetlb pools."""
+
+import contextlib
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support import kernel
+from support.child import NOBODY, in_child
+
+import iobmd
+from iobmd import IOReturn, IOReturnError, Task, kernel_task
+
+MIB = 1 << 20
+HUGE = 2 << 20
+POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+PATIENCE = 30  # seconds
+
+PROGRAM = """
+import ctypes, mmap, os, sys
+PRIVATE, ANONYMOUS, NORESERVE, HUGETLB = mmap.MAP_PRIVATE, mmap.MAP_ANONYMOUS, 0x4000, 0x40000
+kept = []
+def at(area):
+    kept.append(area)
+    return ctypes.addressof(ctypes.c_char.from_buffer(area))
+def memfd(size, flags=0):
+    fd = os.memfd_create("source", flags)
+    os.ftruncate(fd, size)
+    return fd
+{code}
+print(*result, flush=True)
+for line in sys.stdin:
+    exec(line)
+    print("done", flush=True)
+"""
+
+
+class Source:
+    """A Python program that maps what `code` says, leaves the addresses in `result`, and obeys lines of code."""
+
+    def __init__(self, code: str, *, before: str = "", user: int | None = None) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", before + PROGRAM.format(code=code)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, user=user, group=user,
+            extra_groups=[] if user else None,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        self.addresses = [int(word) for word in self.process.stdout.readline().split()]
+        self.pid = self.process.pid
+        self._settle()
+
+    def _settle(self) -> None:
+        """Wait until it reads the next line: before, it still touches pages of its own."""
+        end = time.monotonic() + PATIENCE
+        while not Path(f"/proc/{self.pid}/syscall").read_text().startswith("0 0x0 "):
+            assert time.monotonic() < end
+            time.sleep(0.001)
+
+    def obey(self, line: str) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline() == "done\n"
+        self._settle()
+
+    def held(self) -> dict[str, int]:
+        """What the kernel says that the process has, in bytes."""
+        return {
+            name: kernel.status(name, self.pid)
+            for name in ("VmRSS", "RssAnon", "RssFile", "RssShmem", "VmPTE", "VmSwap")
+        }
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def source() -> Iterator[Callable[..., Source]]:
+    started: list[Source] = []
+
+    def start(code: str, **options: object) -> Source:
+        started.append(Source(code, **options))  # type: ignore[arg-type]
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.end()
+
+
+ANONYMOUS = "m = mmap.mmap(-1, 1 << 30, flags=PRIVATE | ANONYMOUS | NORESERVE); m[5 << 20:(5 << 20) + 4] = b'here'"
+MEMFD = "fd = memfd(1 << 30); m = mmap.mmap(fd, 1 << 30); m[5 << 20:(5 << 20) + 4] = b'here'"
+PRIVATE_OF_MEMFD = (
+    "fd = memfd(1 << 30); os.pwrite(fd, b'here', 5 << 20); m = mmap.mmap(fd, 1 << 30, flags=PRIVATE | NORESERVE)"
+)
+WRITTEN_BY_OTHERS = "fd = memfd(1 << 30); os.pwrite(fd, b'here', 5 << 20); m = mmap.mmap(fd, 1 << 30)"
+SHARED_ANONYMOUS = "m = mmap.mmap(-1, 1 << 30); m[5 << 20:(5 << 20) + 4] = b'here'"
+KINDS = {
+    "anonymous": ANONYMOUS,
+    "memfd": MEMFD,
+    "private mapping of a memfd": PRIVATE_OF_MEMFD,
+    "written through the descriptor": WRITTEN_BY_OTHERS,
+    "shared anonymous": SHARED_ANONYMOUS,
+}
+
+
+def copied(pid: int, at: int, size: int, *, freeze: bool = False) -> bytes:
+    with iobmd.copy(pid, at, size, wired=False, freeze=freeze) as buffer:
+        return buffer.readBytes(5 * MIB, 4)
+
+
+WAYS: dict[str, Callable[[int, int, int], bytes]] = {
+    "read": lambda pid, at, size: Task(pid).read(at, size)[5 * MIB : 5 * MIB + 4],
+    "copy": copied,
+    "frozen copy": lambda pid, at, size: copied(pid, at, size, freeze=True),
+    "existing": lambda pid, at, size: iobmd.IOMemoryDescriptor.withAddressRange(at, size, 3, pid).readBytes(
+        5 * MIB, 4
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_sparse_memory_stays_sparse(source: Callable[..., Source], kind: str, way: str) -> None:
+    """Needs the object of shared memory: as root by map_files, as another user by the descriptor that is open."""
+    if kind == "shared anonymous" and os.geteuid():
+        pytest.skip("memory without a descriptor is found by map_files, which is for root")
+    one = source(KINDS[kind] + "; result = [at(m)]")
+    (at,) = one.addresses
+    before = one.held()
+    assert WAYS[way](one.pid, at, 512 * MIB) == b"here"
+    after = one.held()
+    if way == "frozen copy":  # it has executed a system call in its vDSO, a page of the kernel's
+        for name in ("RssFile", "VmRSS"):
+            assert 0 <= after[name] - before.pop(name) <= kernel.PAGE
+            del after[name]
+    assert after == before
+
+
+@pytest.mark.parametrize("kind", ["anonymous", "memfd"])
+def test_small_reads_create_nothing_in_shared_memory(source: Callable[..., Source], kind: str) -> None:
+    one = source(KINDS[kind] + "; result = [at(m)]")
+    (at,) = one.addresses
+    before = one.held()
+    task = Task(one.pid)
+    for offset in range(0, 64 * MIB, 4 * MIB):
+        assert task.read(at + offset + 1, 100) == bytes(100)
+    after = one.held()
+    if kind == "anonymous":  # each may cost a page table, see extents.SMALL
+        assert after.pop("VmPTE") - before.pop("VmPTE") <= 16 * kernel.PAGE
+    assert after == before
+
+
+def test_a_pageable_copy_is_as_sparse_as_its_source(source: Callable[..., Source]) -> None:
+    code = "m = mmap.mmap(-1, 256 << 20, flags=PRIVATE | ANONYMOUS)\n"
+    code += "for offset in range(0, 64 << 20, 1 << 20): m[offset] = 1\n"  # strewn
+    code += "m[128 << 20:160 << 20] = bytes(1) * (32 << 20)\nresult = [at(m)]"  # dense
+    one = source(code)
+    (at,) = one.addresses
+    with iobmd.copy(one.pid, at, 256 * MIB, wired=False) as buffer:
+        here = buffer.getBytesNoCopy()
+        assert kernel.present(here, 256 * MIB) <= 64 + 32 * MIB // kernel.PAGE + 2
+        assert kernel.present(here, 64 * MIB) == 64
+        assert bytes(buffer) == Task(one.pid).read(at, 256 * MIB)
+    with iobmd.copy(one.pid, at, 4 * MIB, wired=True) as buffer:
+        assert kernel.present(buffer.getBytesNoCopy(), 4 * MIB) == 4 * MIB // kernel.PAGE
+
+
+def test_holes_of_memory_that_was_used_before_are_cleared(source: Callable[..., Source]) -> None:
+    one = source(
+        MEMFD + "; n = mmap.mmap(-1, 1 << 30, flags=PRIVATE | ANONYMOUS | NORESERVE); result = [at(m), at(n)]"
+    )
+    for at in one.addresses:
+        room = bytearray(b"\xff" * (8 * MIB + 3))
+        assert Task(one.pid).readinto(at + 1, room) == len(room)
+        room[5 * MIB - 1 : 5 * MIB + 3] = bytes(4)
+        assert not any(room)
+
+
+@pytest.mark.needs("memory_cgroup")
+@pytest.mark.parametrize("freeze", [False, True])
+def test_a_source_with_a_limit_lives_on(
+    memory_cgroup: Callable[[int], Path], source: Callable[..., Source], freeze: bool
+) -> None:
+    """Reading shared memory by page faults charges it to the cgroup of the source, which is then killed."""
+    group = memory_cgroup(64 * MIB)
+    one = source(
+        MEMFD + "; os.pwrite(fd, b'more' * (1 << 20), 600 << 20); result = [at(m)]",
+        before=f"open({str(group)!r}, 'w').write('0')\n",
+    )
+    (at,) = one.addresses
+    usage = group.parent / ("memory.usage_in_bytes" if "memory/" in str(group) else "memory.current")
+    before = int(usage.read_text())
+    with iobmd.copy(one.pid, at, 1 << 30, wired=False, freeze=freeze) as buffer:
+        assert buffer.readBytes(5 * MIB, 4) == b"here"
+        assert buffer.readBytes(600 * MIB, 8) == b"moremore"
+    assert Task(one.pid).read(at, 512 * MIB)[5 * MIB : 5 * MIB + 4] == b"here"
+    assert one.process.poll() is None
+    # The counters of cgroups lag by a batch of pages for each processor.
+    assert int(usage.read_text()) - before < 2 * MIB
+    one.end()
+    leave(group)
+
+
+def leave(group: Path) -> None:
+    """Wait until a cgroup has no process, so that it can be removed."""
+    end = time.monotonic() + PATIENCE
+    while group.read_text().strip() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def free_pages() -> tuple[int, int]:
+    return int((POOL / "free_hugepages").read_text()), int((POOL / "resv_hugepages").read_text())
+
+
+HUGETLB = {
+    "private": f"m = mmap.mmap(-1, {4 * HUGE}, flags=PRIVATE | ANONYMOUS | HUGETLB); m[{HUGE}] = 7",
+    "shared": f"m = mmap.mmap(-1, {4 * HUGE}, flags=mmap.MAP_SHARED | ANONYMOUS | HUGETLB); m[{HUGE}] = 7",
+    "memfd": f"fd = memfd({4 * HUGE}, 4); m = mmap.mmap(fd, {4 * HUGE}); m[{HUGE}] = 7",
+}
+
+
+@pytest.mark.needs("hugetlb")
+@pytest.mark.parametrize("kind", HUGETLB)
+def test_no_page_of_a_pool_is_taken(hugetlb_pool: int, source: Callable[..., Source], kind: str) -> None:
+    assert hugetlb_pool >= 4
+    one = source(HUGETLB[kind] + "; result = [at(m)]")
+    (at,) = one.addresses
+    expected = bytearray(4 * HUGE)
+    expected[HUGE] = 7
+
+    def whole_copy() -> bytes:
+        with iobmd.copy(one.pid, at, 4 * HUGE, wired=False) as buffer:
+            return bytes(buffer)
+
+    # The source's own mapping: it has one page of the pool, and has reserved the others.
+    rollup = Path(f"/proc/{one.pid}/smaps_rollup").read_text
+    before = [line for line in rollup().splitlines() if "Hugetlb" in line], free_pages()
+    for way in (
+        lambda: Task(one.pid).read(at, 4 * HUGE),
+        whole_copy,
+        lambda: Task(one.pid).read(at, 1) + Task(one.pid).read(at + 1, 4 * HUGE - 1),
+    ):
+        assert way() == expected
+    assert ([line for line in rollup().splitlines() if "Hugetlb" in line], free_pages()) == before
+
+
+@pytest.mark.needs("swap")
+def test_swapped_pages_go_back_to_swap(swap: None, source: Callable[..., Source]) -> None:
+    code = f"m = mmap.mmap(-1, {8 * MIB}, flags=PRIVATE | ANONYMOUS); m[:] = os.urandom({8 * MIB})\n"
+    one = source(code + "m.madvise(21); result = [at(m)]")  # MADV_PAGEOUT
+    (at,) = one.addresses
+    before = kernel.status("VmSwap", one.pid)
+    assert before > 6 * MIB, "the control"
+    content = Task(one.pid).read(at, 8 * MIB)
+    assert kernel.status("VmSwap", one.pid) >= before - 64 * kernel.PAGE
+    with iobmd.copy(one.pid, at, 8 * MIB, wired=False) as buffer:
+        assert bytes(buffer) == content
+    assert kernel.status("VmSwap", one.pid) >= before - 64 * kernel.PAGE
+    assert any(content)
+
+
+def test_files_are_read_and_not_mapped(source: Callable[..., Source], tmp_path: Path) -> None:
+    """Also the rest of the last page, which is zero, and the pages behind that, which are not there."""
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(3 * MIB + 100))
+    one = source(
+        f"fd = os.open({str(path)!r}, os.O_RDONLY); m = mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)\n"
+        "lines = [line for line in open('/proc/self/maps') if line.rstrip().endswith('/file')]\n"
+        "result = [int(line.split('-')[0], 16) for line in lines]"
+    )
+    (at,) = one.addresses
+    before = one.held()
+    inside = 3 * MIB + kernel.PAGE
+    assert Task(one.pid).read(at, inside) == path.read_bytes() + bytes(kernel.PAGE - 100)
+    assert one.held() == before
+
+
+def test_past_the_end_of_an_object(source: Callable[..., Source]) -> None:
+    one = source(
+        "fd = memfd(8 << 20); os.pwrite(fd, b'x' * 100, 4 << 20); m = mmap.mmap(fd, 8 << 20); result = [at(m)]"
+    )
+    (at,) = one.addresses
+    one.obey("os.ftruncate(fd, (4 << 20) + 100)")
+    assert Task(one.pid).read(at, 4 * MIB + kernel.PAGE)[4 * MIB :] == b"x" * 100 + bytes(kernel.PAGE - 100)
+    with pytest.raises(IOReturnError) as caught:
+        Task(one.pid).read(at, 8 * MIB)
+    assert (caught.value.code, caught.value.address) == (IOReturn.kIOReturnVMError, at + 4 * MIB + kernel.PAGE)
+    with iobmd.copy(one.pid, at, 8 * MIB, wired=False, unreadable="zero") as buffer:
+        assert buffer.holes == [(4 * MIB + kernel.PAGE, 4 * MIB - kernel.PAGE)]
+        assert bytes(buffer)[4 * MIB :] == b"x" * 100 + bytes(4 * MIB - 100)
+
+
+HOLES = """
+libc = ctypes.CDLL(None); libc.mmap.restype = ctypes.c_void_p
+start = libc.mmap(None, ctypes.c_size_t(32 << 20), 3, 0x22, -1, 0)
+ctypes.memset(start, 0x61, 32 << 20)
+def page(number): return ctypes.c_void_p(start + number * 4096)
+libc.munmap(page(3), ctypes.c_size_t(4096))
+libc.mprotect(page(10), ctypes.c_size_t(2 * 4096), 0)
+libc.munmap(page(4096), ctypes.c_size_t(8 << 20))
+result = [start]
+"""
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_holes_are_listed(source: Callable[..., Source], freeze: bool) -> None:
+    one = source(HOLES)
+    (at,) = one.addresses
+    start, length = at + 100, (32 << 20) - 200
+    with pytest.raises(IOReturnError) as caught:
+        iobmd.copy(one.pid, start, length, wired=False, freeze=freeze)
+    assert caught.value.address == at + 3 * 4096
+    with iobmd.copy(one.pid, start, length, wired=False, freeze=freeze, unreadable="zero") as buffer:
+        assert buffer.holes == [(3 * 4096 - 100, 4096), (10 * 4096 - 100, 2 * 4096), (4096 * 4096 - 100, 8 << 20)]
+        expected = bytearray(b"a" * length)
+        for offset, size in buffer.holes:
+            expected[offset : offset + size] = bytes(size)
+        assert bytes(buffer) == expected
+    with iobmd.copy(one.pid, at, 4096, wired=False, unreadable="zero") as buffer:
+        assert buffer.holes == []
+    with pytest.raises(ValueError, match="'raise' or 'zero'"):
+        iobmd.copy(one.pid, at, 4096, unreadable="skip")
+
+
+def test_holes_through_the_memory_file(source: Callable[..., Source]) -> None:
+    """Where seccomp forbids process_vm_readv."""
+    one = source(HOLES)
+    (at,) = one.addresses
+
+    def look() -> tuple[list[tuple[int, int]], bytes]:
+        with iobmd.copy(one.pid, at, 64 << 10, wired=False, unreadable="zero") as buffer:
+            return buffer.holes, bytes(buffer)
+
+    holes, content = in_child(look, deny={"process_vm_readv": 1})
+    assert holes == [(3 * 4096, 4096), (10 * 4096, 2 * 4096)]
+    assert content == b"a" * 3 * 4096 + bytes(4096) + b"a" * 6 * 4096 + bytes(2 * 4096) + b"a" * 4 * 4096
+
+
+def test_a_copy_larger_than_memory(source: Callable[..., Source]) -> None:
+    """What counts is what is there of it, not how long it is."""
+    size = 1 << 40
+    one = source(
+        f"m = mmap.mmap(-1, {size}, flags=PRIVATE | ANONYMOUS | NORESERVE)\nm[1 << 35] = 7; result = [at(m)]"
+    )
+    (at,) = one.addresses
+    assert size > os.sysconf("SC_PHYS_PAGES") * kernel.PAGE
+    offset = (1 << 35) - (1 << 30)
+    with iobmd.copy(one.pid, at + offset, 40 << 30, wired=False) as buffer:
+        assert buffer.readBytes(1 << 30, 2) == b"\7\0"
+        assert buffer.getPageCounts()[0] == 1
+
+
+@pytest.mark.needs("root", "memory_cgroup")
+def test_refused_where_the_pages_cannot_be_found(
+    memory_cgroup: Callable[[int], Path], source: Callable[..., Source]
+) -> None:
+    """Another user's shared anonymous memory is mapped nowhere else, and has no name and no descriptor."""
+    group = memory_cgroup(64 * MIB)
+    # The modules first: the interpreter may lie where nobody may read.
+    before = "import ctypes, mmap, os, sys\n"
+    before += f"open({str(group)!r}, 'w').write(str(os.getpid()))\n"
+    before += f"os.setgroups([]); os.setresgid({NOBODY}, {NOBODY}, {NOBODY})\n"
+    before += f"os.setresuid({NOBODY}, {NOBODY}, {NOBODY}); ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)\n"
+    one = source(SHARED_ANONYMOUS + "; result = [at(m)]", before=before)
+    (at,) = one.addresses
+
+    def read() -> bytes:
+        return Task(one.pid).read(at, 512 * MIB)
+
+    with pytest.raises(IOReturnError, match=group.parent.name) as caught:
+        in_child(read, uid=NOBODY)
+    assert caught.value.code == IOReturn.kIOReturnNoMemory
+    assert one.process.poll() is None
+    assert in_child(lambda: Task(one.pid).read(at + 5 * MIB, 4), uid=NOBODY) == b"here"
+    one.end()
+    leave(group)
+
+
+def test_nothing_is_opened_for_good(source: Callable[..., Source]) -> None:
+    one = source(MEMFD + "; result = [at(m)]")
+    (at,) = one.addresses
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    theirs = len(list(Path(f"/proc/{one.pid}/fd").iterdir()))
+    for size in (1, 100_000, 64 * MIB):
+        Task(one.pid).read(at + 8 * MIB, size)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert len(list(Path(f"/proc/{one.pid}/fd").iterdir())) == theirs
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def exhausted() -> IOReturn:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())), limit[1]))
+        task = Task(one.pid)
+        taken = []
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        with pytest.raises(IOReturnError, match="ulimit -n") as caught:
+            task.read(at + 8 * MIB, 1)
+        return caught.value.code
+
+    assert in_child(exhausted) == IOReturn.kIOReturnNoResources
+
+
+def test_reading_this_process() -> None:
+    with iobmd.allocate(4 * MIB, wired=False) as buffer:
+        buffer.writeBytes(MIB, b"here")
+        address = buffer.getBytesNoCopy()
+        assert kernel_task.read(address, 4 * MIB)[MIB : MIB + 5] == b"here\0"
+        assert kernel.present(address, 4 * MIB) == 1
