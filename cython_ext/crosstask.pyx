@@ -6,7 +6,8 @@ from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcmp, memcpy, memset, strerror
 from posix.types cimport off_t
-from posix.unistd cimport SEEK_END, lseek
+from posix.fcntl cimport O_RDONLY
+from posix.unistd cimport SEEK_END, close, lseek
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
@@ -16,7 +17,7 @@ from attempt cimport (
 from mman cimport C_MADV_HUGEPAGE, C_MADV_PAGEOUT, C_MADV_POPULATE_WRITE, c_madvise
 from pagemap_entry cimport PRESENT_BIT, SWAP_BIT, UFFD_WP_BIT, iobmd_is_swapped
 from uio cimport (
-    SEEK_DATA, SEEK_HOLE, SYS_pidfd_getfd, SYS_process_madvise, fstatfs, iovec, pread, process_vm_readv,
+    O_CLOEXEC, SEEK_DATA, SEEK_HOLE, SYS_pidfd_getfd, SYS_process_madvise, c_open, fstatfs, iovec, pread, process_vm_readv,
     process_vm_writev, pwrite, statfs_t, syscall,
 )
 
@@ -26,6 +27,7 @@ cdef enum:
     CHUNK = 2048
     DEFAULT_CHUNK = 512
     VECTORS = 512
+    FEW = 17  # pages
     UNMARKED = 64  # bytes of a bounce buffer in pages, when it has to be seen whether a page of a file is all zero
 
 cdef enum Kind:
@@ -274,6 +276,39 @@ def transfer(int pid, int memory, int pagemap, int pidfd, bint write, bint skip,
     finally:
         free(absent.bounds)
         free(bad.bounds)
+
+
+def move_present(const char *pagemap, int pid, bint write, uint64_t theirs, uint64_t ours, size_t size, size_t page):
+    """As `transfer`, of a few pages; says whether all of it was moved. `pagemap` is the path of that file.
+
+    False: a page is not present, and nothing was moved, or an error ended it.
+    """
+    cdef uint64_t entries[FEW]
+    cdef uint64_t first = theirs // page
+    cdef size_t count = (theirs + size - 1) // page - first + 1, index
+    cdef iovec here, there
+    cdef int fd
+    cdef bint moved = False
+    if count > FEW:
+        return False
+    with nogil:
+        fd = c_open(pagemap, O_RDONLY | O_CLOEXEC)
+        if fd >= 0:
+            if pread(fd, entries, count * 8, <long>(first * 8)) == <ssize_t>(count * 8):
+                moved = True
+                for index in range(count):
+                    if not entries[index] & PRESENT_BIT or (write and entries[index] & UFFD_WP_BIT):
+                        moved = False
+                        break
+            close(fd)
+        if moved:
+            here.iov_base, there.iov_base = <void *><uintptr_t>ours, <void *><uintptr_t>theirs
+            here.iov_len = there.iov_len = size
+            if write:
+                moved = process_vm_writev(pid, &here, 1, &there, 1, 0) == <ssize_t>size
+            else:
+                moved = process_vm_readv(pid, &here, 1, &there, 1, 0) == <ssize_t>size
+    return moved
 
 
 def absent(int pagemap, uint64_t theirs, size_t size, size_t page):

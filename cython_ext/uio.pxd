@@ -38,3 +38,8 @@ cdef extern from "<sys/vfs.h>" nogil:
     ctypedef struct statfs_t "struct statfs":
         long f_type
     int fstatfs(int fd, statfs_t *buf)
+
+cdef extern from "<fcntl.h>" nogil:
+    enum:
+        O_CLOEXEC
+    int c_open "open"(const char *path, int flags, ...)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import os
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import procfs
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
+from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,7 +91,11 @@ class Budget:
     @functools.cached_property
     def bytes(self) -> int:
         """Bytes that may be held at a time; asked for late, for it takes 0.1 ms."""
-        memory = procfs.meminfo()
+        try:
+            memory = procfs.meminfo()
+        except OSError:  # no /proc, or of processes only: what is free is the least that is available
+            pages = {"MemAvailable": "SC_AVPHYS_PAGES", "MemTotal": "SC_PHYS_PAGES"}
+            memory = {name: os.sysconf(pages[name]) * PAGE_SIZE for name in pages}
         # The host keeps a sixteenth, whoever asks: below that it swaps, or kills.
         spare = max(0, memory["MemAvailable"] - memory["MemTotal"] // 16)
         asked = self._policy.memory_budget

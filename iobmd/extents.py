@@ -15,7 +15,7 @@ import stat
 from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import headroom, procfs
+from iobmd import headroom, pidns, procfs
 from iobmd._native import crosstask
 from iobmd.units import PAGE_SIZE
 
@@ -89,7 +89,7 @@ class Objects:
         return self._found[key]
 
     def _paths(self, area: VMA) -> Iterator[str]:
-        root = f"/proc/{self._pid}"
+        root = pidns.directory(self._pid)
         yield f"{root}/map_files/{area.start:x}-{area.end:x}"
         if area.name.startswith("/") and not area.name.endswith(" (deleted)"):
             yield f"{root}/root{area.name}"
@@ -187,7 +187,7 @@ def resident(pid: int, address: int, size: int) -> int:
     All of them where the kernel does not say. Raises as `absent`.
     """
     try:
-        pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        pagemap = os.open(f"{pidns.directory(pid)}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return size
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, NoReturn
 
-from iobmd import refusals
+from iobmd import procfs, refusals
 from iobmd._native import guard as native
 from iobmd._native import lazyfree
 from iobmd.constants import IOReturn
@@ -43,7 +43,7 @@ class Kept:
         self._fd = -1
 
 
-_pagemap = Kept(lambda: os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC))
+_pagemap = Kept(lambda: os.open(procfs.memory_file("self", "pagemap"), os.O_RDONLY | os.O_CLOEXEC))
 _tracker = Kept(lazyfree.track)
 
 
@@ -53,7 +53,8 @@ def pagemap() -> int:
     Raises
     ------
     IOReturnError
-        `kIOReturnNotPrivileged`: this process may not read its own pagemap. `kIOReturnNoResources`: no descriptor.
+        `kIOReturnNotPrivileged`: this process may not read its own pagemap. `kIOReturnUnsupported`: /proc is not
+        mounted. `kIOReturnNoResources`: no descriptor.
     """
     try:
         return _pagemap.open()
@@ -64,7 +65,7 @@ def pagemap() -> int:
         )
         raise IOReturnError(IOReturn.kIOReturnNotPrivileged, message, error.errno or 0) from None
     except OSError as error:
-        raise refusals.own(error, "cannot read /proc/self/pagemap") from None
+        raise refusals.own_pagemap(error) from None
 
 
 def track_writes(address: int, size: int) -> int:

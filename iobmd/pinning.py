@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from iobmd import host, own, refusals
 from iobmd._native import runs, uring
 from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError, NotPrivilegedError
+from iobmd.errors import IOReturnError, NotPrivilegedError, UnsupportedError
 from iobmd.units import PAGE_SIZE, format_size
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def own_runs(address: int, size: int, *, pinned: bool = False) -> RunTable:
     try:
         return runs.read(descriptor, address, size, PAGE_SIZE, pinned)
     except OSError as error:
-        raise refusals.own(error, "cannot read /proc/self/pagemap") from None
+        raise refusals.own_pagemap(error) from None
 
 
 class Pin:
@@ -134,9 +134,9 @@ def _cannot_pin(size: int, error: OSError) -> IOReturnError:
 
 
 def visible_runs(address: int, size: int) -> RunTable | None:
-    """Return the runs of pinned pages of this process; None where the kernel hides their frames."""
+    """Return the runs of pinned pages of this process; None where their frames are hidden, or /proc is missing."""
     try:
         table = own_runs(address, size, pinned=True)
-    except NotPrivilegedError:
+    except (NotPrivilegedError, UnsupportedError):
         return None
     return None if table.hidden else table

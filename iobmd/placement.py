@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
+from iobmd import refusals
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.physical import Layout, layout
@@ -97,7 +99,7 @@ class Placement:
 
 
 def _hidden() -> IOReturnError:
-    return IOReturnError(
+    return refusals.hidden(os.getpid()) or IOReturnError(
         IOReturn.kIOReturnNotPrivileged,
         "the kernel hides physical addresses from this process; run with CAP_SYS_ADMIN",
     )

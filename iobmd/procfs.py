@@ -8,7 +8,9 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, TextIO
 
+from iobmd import pidns
 from iobmd._native import maps as native
+from iobmd.pidns import directory
 
 HUGE = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Private_Hugetlb", "Shared_Hugetlb")
 """Counters of smaps of what huge pages map in the page tables: a PMD, or a page of hugetlb."""
@@ -92,7 +94,19 @@ def areas(pid: int | str, start: int, end: int) -> Iterator[VMA]:
     One ioctl(PROCMAP_QUERY) an area (fs/proc/task_mmu.c, Linux 6.11), whatever else the process maps; before that
     /proc/PID/maps is read up to `end`. Areas that change concurrently are seen before or after the change.
     """
-    fd = os.open(memory_file(pid, "maps"), os.O_RDONLY | os.O_CLOEXEC)
+    path = f"{directory(pid)}/maps"
+    try:
+        yield from _areas(path, start, end)
+    except ProcessLookupError:
+        # The main thread may have exited before others; to look first would take longer than all the rest.
+        other = memory_file(pid, "maps")
+        if other == path:
+            raise
+        yield from _areas(other, start, end)
+
+
+def _areas(path: str, start: int, end: int) -> Iterator[VMA]:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         while start < end <= USER_END:
             found = _queried(fd, start, end)
@@ -188,9 +202,14 @@ def uncovered(areas: Iterable[VMA], address: int, end: int, permission: str) -> 
     return min(address, end)
 
 
-def status(pid: int | str = "self") -> dict[str, str]:
-    """Return the fields of /proc/PID/status as text."""
-    with _lines(f"/proc/{pid}/status") as lines:
+def status(pid: int | str = "self", thread: int | None = None) -> dict[str, str]:
+    """Return the fields of the status of a process, or of a `thread` of it as /proc counts, as text."""
+    of_thread = "" if thread is None else f"/task/{thread}"
+    return _status(f"{directory(pid)}{of_thread}")
+
+
+def _status(folder: str) -> dict[str, str]:
+    with _lines(f"{folder}/status") as lines:
         return {key: value.strip("\n\t ") for key, _, value in (line.partition(":") for line in lines)}
 
 
@@ -205,37 +224,60 @@ def status_bytes(field: str, pid: int | str = "self") -> int:
 
 def stat(pid: int | str = "self") -> list[str]:
     """Return the fields of /proc/PID/stat behind the name: the first is the third that proc_pid_stat(5) counts."""
+    return _stat(directory(pid))
+
+
+def _stat(folder: str) -> list[str]:
     # The program's name is in parentheses, and may hold anything.
-    with _lines(f"/proc/{pid}/stat") as lines:
+    with _lines(f"{folder}/stat") as lines:
         return lines.read().rpartition(")")[2].split()
 
 
 def flags(pid: int | str = "self") -> int:
     """Return the kernel's flags of a task (PF_…)."""
-    return int(stat(pid)[6])
+    return _flags(directory(pid))
+
+
+def _flags(folder: str) -> int:
+    return int(_stat(folder)[6])
 
 
 def memory_file(pid: int | str, name: str) -> str:
-    """Return the path of a file of /proc that tells of the memory of a process, such as "pagemap"."""
-    return f"/proc/{pid if isinstance(pid, str) else memory_id(pid)}/{name}"
+    """Return the path of a file of /proc about the memory of a process, such as "pagemap". Raises as `directory`."""
+    if pid in ("self", os.getpid()):
+        return f"/proc/thread-self/{name}"  # where memory is found also when the main thread has exited
+    folder = directory(pid)
+    thread = _thread_with_memory(folder)
+    return f"{folder}/task/{thread}/{name}" if thread else f"{folder}/{name}"
 
 
 def memory_id(pid: int) -> int:
-    """Return the id by which the kernel finds the memory of a process.
+    """Return the id by which system calls find the memory of a process.
 
-    That is its pid, or the id of one of its threads when the main thread has exited before these.
+    That is its pid, or the id of one of its threads when the main thread has exited before these. Raises as
+    `directory`.
     """
     if pid == os.getpid():
         return threading.get_native_id()  # to ask, as below, takes longer than to open a file
-    if not flags(pid) & PF_EXITING:
-        return pid
-    threads = map(int, os.listdir(f"/proc/{pid}/task"))
-    return next((tid for tid in threads if tid != pid and _has_memory(tid)), pid)
+    folder = directory(pid)
+    thread = _thread_with_memory(folder)
+    if thread and pidns.is_foreign():
+        thread = pidns.number_here(f"{folder}/task/{thread}")
+    return thread or pid
 
 
-def _has_memory(tid: int) -> bool:
+def _thread_with_memory(folder: str) -> int:
+    """Return the number in /proc of a thread that has memory where the main thread has exited; else 0."""
+    if not _flags(folder) & PF_EXITING:
+        return 0
+    main = int(folder.rpartition("/")[2])
+    threads = map(int, os.listdir(f"{folder}/task"))
+    return next((tid for tid in threads if tid != main and _has_memory(f"{folder}/task/{tid}")), 0)
+
+
+def _has_memory(folder: str) -> bool:
     try:
-        return "VmSize" in status(tid)
+        return "VmSize" in _status(folder)
     except OSError:  # it is gone
         return False
 

@@ -3,7 +3,7 @@
 import errno
 import os
 
-from iobmd import host, procfs
+from iobmd import host, pidns, procfs
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.procfs import PF_EXITING, PF_KTHREAD
@@ -17,12 +17,13 @@ def gone(what: str, number: int = errno.ESRCH) -> IOReturnError:
 def unreadable(pid: int, address: int, *, write: bool = False) -> IOReturnError:
     """Return the error for the byte `address` of the task `pid`, which is not mapped or not accessible."""
     verb = "write to" if write else "read"
+    area, why = None, "no memory is mapped there"
     try:
         area = procfs.find_vma(pid, address)
-    except OSError:
-        area = None
+    except OSError as error:
+        why = f"the kernel cannot fault it in (/proc does not show what is mapped there: {error.strerror})"
     if area is None:
-        why = "no memory is mapped there"
+        pass
     elif ("w" if write else "r") not in area.perms:
         why = f"it lies in a mapping without {'write' if write else 'read'} permission, {area}"
     else:
@@ -94,8 +95,79 @@ def own(error: OSError | OverflowError, doing: str) -> IOReturnError:
     return IOReturnError(IOReturn.kIOReturnError, f"{doing}: {error}", number)
 
 
+def own_pagemap(error: OSError) -> IOReturnError:
+    """Return the error for this process's own pagemap, which could not be opened or read."""
+    if error.errno == errno.ENOENT:
+        return hidden(os.getpid()) or IOReturnError(
+            IOReturn.kIOReturnUnsupported,
+            "this kernel has no pagemap (CONFIG_PROC_PAGE_MONITOR), which shows where pages lie",
+            errno.ENOENT,
+        )
+    return own(error, "cannot read /proc/self/pagemap")
+
+
+def hidden(pid: int) -> IOReturnError | None:
+    """Return the error for a process that exists and that /proc does not show; None for any other.
+
+    `kIOReturnNotPermitted`: /proc hides it (hidepid, a security module). `kIOReturnUnsupported`: /proc is not
+    mounted, is that of a pid namespace which this process is not in, or counts otherwise and pids cannot be
+    translated.
+    """
+    if not _exists(pid):
+        return None
+    try:
+        os.stat(f"{pidns.directory(pid)}/stat")
+    except OSError as error:
+        number, why = error.errno or 0, error.strerror
+    else:
+        return None
+    unsupported, remedy = IOReturn.kIOReturnUnsupported, host.MOUNT_PROC.partition("  #")[0]
+    if not os.path.exists("/proc/self"):
+        what = f"/proc, which describes task {pid}, is not mounted (or is that of another pid namespace)"
+        return IOReturnError(unsupported, f"{what}; `{remedy}`", number)
+    if number == errno.EOPNOTSUPP:
+        what = f"cannot tell which process of /proc task {pid} is: {why}"
+        return IOReturnError(unsupported, f"{what}; `{remedy}`, or allow pidfd_open in the seccomp profile", number)
+    if number not in (errno.ENOENT, errno.EPERM, errno.EACCES) or not _exists(pid):
+        return None
+    option = host.proc_options().get("hidepid")
+    because = f"is mounted with hidepid={option} and" if option else "is restricted (by a security module?) and"
+    message = (
+        f"no access to task {pid}: /proc {because} hides it from this process; run as its user, as a member of the "
+        "group in the mount option gid=, or with CAP_SYS_PTRACE; or `mount -o remount,hidepid=0 /proc` (systemd: "
+        "ProtectProc=default)"
+    )
+    return IOReturnError(IOReturn.kIOReturnNotPermitted, message, number)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        pass
+    return True
+
+
+def numbered_otherwise(pid: int) -> IOReturnError | None:
+    """Return the error for what takes numbers that /proc and system calls share; None where they do share them."""
+    try:
+        if not pidns.is_foreign():
+            return None
+    except OSError:
+        return hidden(pid)
+    message = (
+        f"/proc belongs to another pid namespace, in which {pid} is another process: task {pid} can be read, but its "
+        f"threads cannot be stopped, and psutil cannot be asked about it; `{host.MOUNT_PROC.partition('  #')[0]}`"
+    )
+    return IOReturnError(IOReturn.kIOReturnUnsupported, message)
+
+
 def without_memory(pid: int) -> IOReturnError:
     """Return the error for a task that has no user memory, or none any more."""
+    if error := hidden(pid):
+        return error
     if is_kernel_thread(pid):
         return IOReturnError(
             IOReturn.kIOReturnUnsupported,
@@ -121,22 +193,52 @@ def _has_memory(pid: int) -> bool:
 
 
 def _why_refused(pid: int) -> str:
+    if pid == os.getpid():
+        return "it has changed its user and is not dumpable; call prctl(PR_SET_DUMPABLE, 1)"
     try:
-        theirs = procfs.status(pid)["Uid"].split()
+        theirs, ours = procfs.status(pid), procfs.status()
     except OSError:
-        theirs = []
+        return "/proc does not show why"
+    lacking = host.capability_names(int(theirs["CapPrm"], 16) & ~int(ours["CapEff"], 16))
     if not host.has_capability("CAP_SYS_PTRACE"):
-        if theirs and theirs[0] != str(os.getuid()):
-            return (
-                f"it belongs to uid {theirs[0]}, this process to uid {os.getuid()}; "
-                "run as that user or with CAP_SYS_PTRACE"
-            )
-        if scope := host.yama_scope():
-            return (
-                f"Yama's kernel.yama.ptrace_scope is {scope}; "
-                "run with CAP_SYS_PTRACE, or `sysctl kernel.yama.ptrace_scope=0`"
-            )
-        if pid == os.getpid():
-            return "it has changed its user and is not dumpable; call prctl(PR_SET_DUMPABLE, 1)"
-        return "it is not dumpable or runs with more privilege than this process; run with CAP_SYS_PTRACE"
-    return "a seccomp filter, a security module or a user namespace forbids it; allow process_vm_readv or ptrace"
+        return _why_without_ptrace(int(theirs["Uid"].split()[0]), lacking)
+    if _in_another_user_namespace(pid):
+        return (
+            "it is in another user namespace, in which CAP_SYS_PTRACE of this process does not count; run in that "
+            "namespace or in one around it, with CAP_SYS_PTRACE there"
+        )
+    suspects = [f"that it has capabilities which this process lacks ({lacking})"] if lacking else []
+    if ours.get("Seccomp", "0") != "0":
+        suspects.append("the seccomp filter of this process (allow process_vm_readv and ptrace in its profile)")
+    suspects.append("a security module")
+    return f"this process has CAP_SYS_PTRACE; what remains is {' or '.join(suspects)}"
+
+
+def _why_without_ptrace(uid: int, lacking: str) -> str:
+    """Say why a process of `uid`, whose capabilities this process is `lacking`, is refused without CAP_SYS_PTRACE.
+
+    As the kernel decides (__ptrace_may_access and cap_ptrace_access_check; Yama after both).
+    """
+    if uid != os.getuid():
+        return f"it belongs to uid {uid}, this process to uid {os.getuid()}; run as that user or with CAP_SYS_PTRACE"
+    if lacking:
+        return f"it has capabilities that this process lacks ({lacking}); run with these or with CAP_SYS_PTRACE"
+    if scope := host.yama_scope():
+        return (
+            f"Yama's kernel.yama.ptrace_scope is {scope}; "
+            "run with CAP_SYS_PTRACE, or `sysctl kernel.yama.ptrace_scope=0`"
+        )
+    return "it is not dumpable (prctl(2), or its program may not be read by its user); run with CAP_SYS_PTRACE"
+
+
+def _in_another_user_namespace(pid: int) -> bool:
+    folder = pidns.directory(pid)
+    try:
+        return os.readlink(f"{folder}/ns/user") != os.readlink("/proc/thread-self/ns/user")
+    except OSError:  # refused like its memory; the map of its users is shown to all
+        pass
+    try:
+        with open(f"{folder}/uid_map") as theirs, open("/proc/self/uid_map") as ours:
+            return theirs.read() != ours.read()
+    except OSError:
+        return False

@@ -29,7 +29,8 @@ class Task:
     Parameters
     ----------
     process : int or psutil.Process
-        The process. A number is a pid as this process's pid namespace counts.
+        The process. A number is a pid as this process's pid namespace counts, also where /proc counts otherwise;
+        there a psutil.Process is refused, because it would read one process and signal another.
 
     Attributes
     ----------
@@ -39,7 +40,9 @@ class Task:
     Raises
     ------
     IOReturnError
-        `kIOReturnNotFound`: no such process. `kIOReturnBadArgument`: not a process id.
+        `kIOReturnNotFound`: no such process. `kIOReturnBadArgument`: not a process id. `kIOReturnNotPermitted`:
+        /proc hides it (hidepid). `kIOReturnUnsupported`: /proc is not mounted, or a psutil.Process is given where
+        /proc belongs to another pid namespace.
 
     Notes
     -----
@@ -54,6 +57,8 @@ class Task:
     def __init__(self, process: int | psutil.Process) -> None:
         self._pidfd = -1
         self.pid = _pid_of(process)
+        if not isinstance(process, SupportsIndex):
+            _require_same_numbers(self.pid)
         self._pidfd = _open_pidfd(self.pid)
         self._started = _start_of(self.pid)
         self._process: psutil.Process | None = None
@@ -81,7 +86,8 @@ class Task:
         Raises
         ------
         IOReturnError
-            `kIOReturnNotFound`: it was first asked for when the process was gone.
+            `kIOReturnNotFound`: it was first asked for when the process was gone. `kIOReturnUnsupported`: /proc
+            belongs to another pid namespace, or is not mounted.
         """
         if self._process is None:
             found = _as_psutil(self.pid)
@@ -269,7 +275,7 @@ class _CurrentTask(Task):
 
     @property
     def process(self) -> psutil.Process:
-        return _as_psutil(os.getpid())
+        return _as_psutil(self.pid)
 
     @property
     def _identity(self) -> tuple[int, int]:
@@ -350,7 +356,9 @@ def _start_of(pid: int) -> int:
     except OSError as error:
         if error.errno in _NO_DESCRIPTOR:
             raise _no_descriptor(pid, error) from None
-        raise refusals.gone(f"no process has the pid {pid}", errno.ESRCH) from None
+        if pid == os.getpid():  # it has this pid for as long as it runs
+            return 0
+        raise refusals.hidden(pid) or refusals.gone(f"no process has the pid {pid}", errno.ESRCH) from None
 
 
 def _running(process: psutil.Process) -> psutil.Process:
@@ -359,19 +367,29 @@ def _running(process: psutil.Process) -> psutil.Process:
             return process
     except OSError as error:
         raise _no_descriptor(process, error) from None
-    raise refusals.gone(f"task {process.pid} is gone: no process has that pid and start time")
+    gone = refusals.gone(f"task {process.pid} is gone: no process has that pid and start time")
+    raise refusals.hidden(process.pid) or gone
 
 
 def _as_psutil(pid: int) -> psutil.Process:
     # psutil takes as long to load as half of iobmd: most tasks need none of it.
     import psutil  # noqa: PLC0415
 
+    _require_same_numbers(pid)
     try:
         return psutil.Process(pid)
     except psutil.NoSuchProcess:
-        raise refusals.gone(f"no process has the pid {pid}", errno.ESRCH) from None
+        raise refusals.hidden(pid) or refusals.gone(f"no process has the pid {pid}", errno.ESRCH) from None
     except OSError as error:
-        raise _no_descriptor(pid, error) from None
+        if error.errno in _NO_DESCRIPTOR:
+            raise _no_descriptor(pid, error) from None
+        raise refusals.hidden(pid) or refusals.gone(f"no process has the pid {pid}", errno.ESRCH) from None
+
+
+def _require_same_numbers(pid: int) -> None:
+    # psutil reads /proc/PID and sends signals to PID, which would be two processes.
+    if refusal := refusals.numbered_otherwise(pid):
+        raise refusal
 
 
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)

@@ -8,13 +8,22 @@ for limits and capabilities change while a process runs.
 from collections.abc import Sequence
 
 from iobmd.host import access, elsewhere, lazyfree, pages, pinning, pressure, privilege
-from iobmd.host.access import pfns_visible, yama_scope
+from iobmd.host.access import MOUNT_PROC, pfns_visible, proc_options, yama_scope
 from iobmd.host.fact import Fact, Status
-from iobmd.host.pages import HugePool, SwapArea, huge_pages_enabled, hugetlb_pools, pool_remedy, swap_areas
+from iobmd.host.pages import (
+    HugePool,
+    SwapArea,
+    has_swap,
+    huge_pages_enabled,
+    hugetlb_pools,
+    pool_remedy,
+    swap_areas,
+)
 from iobmd.host.pinning import io_uring_disabled, why_not_pinned
 from iobmd.host.pressure import PressureFile, cgroup_pressure, pressure_level, psi_files, system_pressure
 from iobmd.host.privilege import (
     Capability,
+    capability_names,
     capability_remedy,
     has_capability,
     has_host_capability,
@@ -31,6 +40,7 @@ __all__ = [
     "Capability",
     "has_capability",
     "has_host_capability",
+    "capability_names",
     "capability_remedy",
     "memlock_limit",
     "memlock_remedy",
@@ -40,7 +50,10 @@ __all__ = [
     "pool_remedy",
     "SwapArea",
     "swap_areas",
+    "has_swap",
     "pfns_visible",
+    "MOUNT_PROC",
+    "proc_options",
     "yama_scope",
     "io_uring_disabled",
     "why_not_pinned",
@@ -65,6 +78,7 @@ def facts() -> list[Fact]:
         pages.page_size(),
         privilege.mlock(),
         privilege.memlock(),
+        access.proc(),
         access.process_vm_readv(),
         access.proc_mem(),
         access.yama(),
@@ -89,11 +103,13 @@ def obstacles(found: Sequence[Fact]) -> list[Fact]:
     """Return those of `found` that keep the main job from running here.
 
     The main job is to copy memory out of another process into a wired buffer: a page can be locked, Yama does not
-    forbid all of it, and process_vm_readv or /proc/PID/mem works (one of the two is enough).
+    forbid all of it, /proc shows tasks, and process_vm_readv or /proc/PID/mem works (one of the two is enough).
     """
     by_name = {fact.name: fact for fact in found}
     copying = [by_name["process_vm_readv"], by_name["/proc/PID/mem"]]
-    unusable = [fact for fact in (by_name["mlock"], by_name["yama.ptrace_scope"]) if not fact.usable]
+    unusable = [
+        fact for fact in (by_name["mlock"], by_name["/proc"], by_name["yama.ptrace_scope"]) if not fact.usable
+    ]
     return unusable if any(fact.usable for fact in copying) else unusable + copying
 
 

@@ -5,8 +5,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from iobmd import pidns
 from iobmd._native import crosstask, pagemap
-from iobmd.host.fact import Fact, Status, has_seccomp_filter, read_int, scratch
+from iobmd.host.fact import JSON, Fact, Status, has_seccomp_filter, read_int, read_text, scratch
 from iobmd.host.privilege import capability_remedy, has_capability
 from iobmd.units import PAGE_SIZE
 
@@ -14,8 +15,9 @@ _PATTERN = b"iobmd looks for its own bytes"
 _UNCONFINED = (
     "allow {call} in the seccomp profile (container: --cap-add SYS_PTRACE, or --security-opt seccomp=unconfined)"
 )
+MOUNT_PROC = "mount -t proc proc /proc  # as root, in the pid namespace of this process (unshare: --mount-proc)"
 _NOT_DUMPABLE = "prctl(PR_SET_DUMPABLE, 1): the process changed its user, or its program has capabilities"
-_MEM_REMEDIES = {errno.EACCES: _NOT_DUMPABLE, errno.ENOENT: "mount -t proc proc /proc  # as root"}
+_MEM_REMEDIES = {errno.EACCES: _NOT_DUMPABLE, errno.ENOENT: MOUNT_PROC}
 
 
 @contextmanager
@@ -41,6 +43,65 @@ def _copies(memory: int) -> None:
         raise OSError(number, os.strerror(number))
     if found != _PATTERN:
         raise OSError(errno.EIO, f"{reached - page.address} of {size} bytes came")
+
+
+def proc_options() -> dict[str, str]:
+    """Return the mount options of /proc that restrict it (hidepid, gid, subset; proc(5)); none without /proc."""
+    # The last line of a mount point is that of the mount on top.
+    for line in reversed((read_text("/proc/self/mountinfo") or "").splitlines()):
+        place, _, system = line.partition(" - ")
+        if place.split(" ")[4] == "/proc":
+            options = dict(option.partition("=")[::2] for option in system.split(" ")[2].split(","))
+            return {name: options[name] for name in ("hidepid", "gid", "subset") if name in options}
+    return {}
+
+
+def proc() -> Fact:
+    """Probe whether /proc is mounted, counts as this process does, and shows all processes and the host."""
+    name, purpose = "/proc", "other tasks; where pages lie; limits, with their values"
+    try:
+        foreign = pidns.is_foreign()
+    except OSError:
+        value: JSON = {"mounted": False}
+        missing = "not mounted, or of a pid namespace that this process is not in: no other task, no addresses"
+        return Fact(name, Status.NO, value, missing, purpose, MOUNT_PROC)
+    options = proc_options()
+    findings, remedies = [], []
+    usable = not foreign or _can_translate()
+    if foreign and usable:
+        findings.append("of another pid namespace: pids are translated, and tasks cannot be stopped")
+        remedies.append(MOUNT_PROC)
+    elif foreign:
+        findings.append("of another pid namespace, and pidfd_open, which translates pids, is refused")
+        remedies += [MOUNT_PROC, _UNCONFINED.format(call="pidfd_open")]
+    if _hides_processes(options):
+        findings.append(f"hidepid={options['hidepid']} hides the processes of other users")
+        remedies.append("mount -o remount,hidepid=0 /proc  # as root; or gid=GROUP, for a group of this process")
+        remedies.append("systemd unit: ProtectProc=default; or AmbientCapabilities=CAP_SYS_PTRACE")
+    if not os.path.exists("/proc/meminfo"):
+        subset = f" (subset={options['subset']})" if "subset" in options else ""
+        findings.append(f"shows processes only{subset}: free memory, swap and sysctls are not known")
+        remedies.append("mount -t proc proc /proc  # as root, over this one: subset=pid cannot be taken back")
+        remedies.append("systemd unit: ProcSubset=all")
+    value = {"mounted": True, "foreign": foreign, **options}
+    status = Status.NO if not usable else Status.LIMITED if findings else Status.YES
+    return Fact(name, status, value, "; ".join(findings) or "shows all processes", purpose, "\n".join(remedies))
+
+
+def _can_translate() -> bool:
+    try:
+        pidns.directory(os.getppid() or 1)
+    except ProcessLookupError:  # it is gone: the call works
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _hides_processes(options: dict[str, str]) -> bool:
+    if options.get("hidepid", "0") in ("0", "off") or has_capability("CAP_SYS_PTRACE"):
+        return False
+    return int(options.get("gid", 0)) not in (*os.getgroups(), os.getegid())
 
 
 def process_vm_readv() -> Fact:

@@ -202,6 +202,11 @@ def swap_areas() -> list[SwapArea]:
     ]
 
 
+def has_swap() -> bool:
+    """Say whether pages may be in swap: also where /proc/swaps is hidden (ProcSubset=pid), which would show it."""
+    return bool(swap_areas()) or read_text("/proc/swaps") is None
+
+
 def swap() -> Fact:
     """Report the swap areas."""
     areas, purpose = swap_areas(), "pageable buffers can leave RAM (wired ones never do)"

@@ -22,6 +22,25 @@ class Capability(IntEnum):
     CAP_SYS_ADMIN = 21
 
 
+_NAMES = (
+    "CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP",
+    "LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST", "NET_ADMIN", "NET_RAW", "IPC_LOCK", "IPC_OWNER",
+    "SYS_MODULE", "SYS_RAWIO", "SYS_CHROOT", "SYS_PTRACE", "SYS_PACCT", "SYS_ADMIN", "SYS_BOOT", "SYS_NICE",
+    "SYS_RESOURCE", "SYS_TIME", "SYS_TTY_CONFIG", "MKNOD", "LEASE", "AUDIT_WRITE", "AUDIT_CONTROL", "SETFCAP",
+    "MAC_OVERRIDE", "MAC_ADMIN", "SYSLOG", "WAKE_ALARM", "BLOCK_SUSPEND", "AUDIT_READ", "PERFMON", "BPF",
+    "CHECKPOINT_RESTORE",
+)  # fmt: skip
+
+
+def capability_names(bits: int) -> str:
+    """Return the names of a set of capabilities (linux/capability.h), as a list for people."""
+    return ", ".join(
+        f"CAP_{_NAMES[bit]}" if bit < len(_NAMES) else f"capability {bit}"
+        for bit in range(bits.bit_length())
+        if bits >> bit & 1
+    )
+
+
 _PURPOSES = {
     Capability.CAP_IPC_LOCK: "lock and pin any amount of memory",
     Capability.CAP_SYS_ADMIN: "physical addresses; shared memory in huge pages",

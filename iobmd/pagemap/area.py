@@ -189,7 +189,7 @@ def areas(
         frames = opened.enter_context(Frames()) if folios else None
         wanted = details if details is not None else is_bearable(where, reader)
         nothing_locked = _status(where.task, "VmLck") == 0
-        known = reader.visible, reader.scans, nothing_locked, bool(host.swap_areas())
+        known = reader.visible, reader.scans, nothing_locked, host.has_swap()
         for batch in _batches(reader, _with_details(where) if wanted else zip(where.areas(), repeat(None))):
             ranges = [(vma.start, vma.end) for vma, _found in batch]
             ranges[0] = max(ranges[0][0], where.start), ranges[0][1]

@@ -4,17 +4,14 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import NamedTuple, Self
 
 from iobmd import procfs, refusals
 from iobmd._native import pagemap as native
-from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.task import Task, as_task, check_range, kernel_task
+from iobmd.pagemap.target import Target, Where, past_the_end, resolve
+from iobmd.task import Task, kernel_task
 from iobmd.units import PAGE_SIZE, round_down, round_up
-
-if TYPE_CHECKING:
-    import psutil
 
 _ENTRY = 8
 _READ = 64 << 10  # bytes of entries a read; larger reads are no faster (measured)
@@ -61,31 +58,31 @@ class PageCounts(NamedTuple):
     exclusive: int
 
 
-def pages(task: "Task | int | psutil.Process", address: int, size: int) -> Iterator[Page]:
-    """Iterate over the pages that hold `size` bytes from `address` of `task`, ascending.
+def pages(target: Target, address: int | None = None, size: int | None = None) -> Iterator[Page]:
+    """Iterate over the pages of an address space, ascending, absent ones included.
 
     Parameters
     ----------
-    task
-        Whose address space.
-    address, size
-        In bytes; rounded outwards to whole pages.
+    target : Task, int, psutil.Process, a buffer or a map of iobmd, or anything with the buffer protocol
+        Whose pages: those of a task, or those that hold the buffer.
+    address, size : int, optional
+        A range of the task in bytes, rounded outwards to whole pages; by default all that the task has mapped.
 
     Raises
     ------
     IOReturnError
         `kIOReturnNotPermitted`, `kIOReturnNotFound`, `kIOReturnBadArgument` (also: an address that no process
-        can have), `kIOReturnUnsupported` (a kernel thread).
+        can have), `kIOReturnUnsupported` (a kernel thread, a buffer mapped in no task, or /proc is not mounted).
     """
-    for start, raw in _entries(as_task(task), address, size):
+    for start, raw in _entries(resolve(target, address, size)):
         for index, fields in enumerate(native.decode(raw)):
             yield Page(start + index * PAGE_SIZE, *fields)
 
 
-def counts(task: "Task | int | psutil.Process", address: int, size: int) -> PageCounts:
+def counts(target: Target, address: int | None = None, size: int | None = None) -> PageCounts:
     """Count the pages of a range by state, without an object a page. Parameters and errors as `pages`."""
     present = swapped = hidden = exclusive = 0
-    for _start, raw in _entries(as_task(task), address, size):
+    for _start, raw in _entries(resolve(target, address, size)):
         more = native.tally(raw)
         present, swapped = present + more[0], swapped + more[1]
         hidden, exclusive = hidden + more[2], exclusive + more[3]
@@ -115,18 +112,19 @@ class opened:  # noqa: N801 (used as a function)
         os.close(self.fd)
 
 
-def _entries(task: Task, address: int, size: int) -> Iterator[tuple[int, bytes]]:
+def _entries(where: Where) -> Iterator[tuple[int, bytes]]:
     """Yield raw entries: the address of the first page of each read, and its bytes."""
-    check_range(address, size)
-    start, end = round_down(address, PAGE_SIZE), round_up(address + size, PAGE_SIZE)
+    task = where.task
     with opened(task) as descriptor:
-        while size and start < end:
-            wanted = min(_READ, (end - start) // PAGE_SIZE * _ENTRY)
-            raw = os.pread(descriptor.fd, wanted, start // PAGE_SIZE * _ENTRY)
-            if not raw:
-                raise no_entries(task, start, end)
-            yield start, raw
-            start += len(raw) // _ENTRY * PAGE_SIZE
+        for first, last in where.ranges():
+            start, end = round_down(first, PAGE_SIZE), round_up(last, PAGE_SIZE)
+            while start < end:
+                wanted = min(_READ, (end - start) // PAGE_SIZE * _ENTRY)
+                raw = os.pread(descriptor.fd, wanted, start // PAGE_SIZE * _ENTRY)
+                if not raw:
+                    raise no_entries(task, start, end)
+                yield start, raw
+                start += len(raw) // _ENTRY * PAGE_SIZE
     if not task.alive:
         raise refusals.gone(f"task {task.pid} is gone: it exited while its pagemap was read")
 
@@ -140,13 +138,6 @@ def no_entries(task: Task, start: int, end: int) -> IOReturnError:
     if _has_entry(task, start):
         return refusals.gone(f"the memory of task {task.pid} is gone: it ran another program meanwhile (exec)")
     return refusals.gone(f"the memory of task {task.pid} is gone: it exits")
-
-
-def past_the_end(address: int) -> IOReturnError:
-    """Return the error for an address that no process can have."""
-    return IOReturnError(
-        IOReturn.kIOReturnBadArgument, f"address {address:#x} is past the end of the user address space"
-    )
 
 
 def _has_entry(task: Task, address: int) -> bool:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Self
 
-from iobmd import host, procfs
+from iobmd import host, pidns, procfs, refusals
 from iobmd._native import frames as native
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NotFoundError, NotPermittedError, UnsupportedError
@@ -146,7 +146,11 @@ def describe_runs(task: Task, found: Iterable[Run]) -> Iterator[DescribedRun]:
 
 def require_frames() -> None:
     """Raise `kIOReturnNotPrivileged` where frame numbers are hidden."""
-    if not host.pfns_visible():
+    try:
+        visible = host.pfns_visible()
+    except OSError as error:
+        raise refusals.own_pagemap(error) from None
+    if not visible:
         message = f"frame numbers are hidden from this process: {host.capability_remedy().splitlines()[0]}"
         raise IOReturnError(IOReturn.kIOReturnNotPrivileged, message)
 
@@ -213,7 +217,7 @@ def users(
     """
     check_range(physical, length)
     require_frames()
-    pids = sorted(int(entry) for entry in os.listdir("/proc") if entry.isdigit())
+    pids = pidns.pids()
     for index, pid in enumerate(pids):
         if progress:
             progress(index, len(pids))

@@ -9,7 +9,7 @@ from iobmd._native import memory
 from iobmd._native import pagemap as native
 from iobmd._native.walk import AHEAD, Tally, Walk
 from iobmd.host.fact import scratch
-from iobmd.host.pages import huge_page_size, hugetlb_sizes, swap_areas
+from iobmd.host.pages import has_swap, huge_page_size, hugetlb_sizes
 from iobmd.pagemap.entries import no_entries, opened
 from iobmd.task import kernel_task
 from iobmd.units import PAGE_SIZE, round_down, round_up
@@ -61,7 +61,7 @@ class Reader:
         huge, huge_zero = _smallest_huge_page(), 0 if self.scans else _huge_zero_frame()
         thorough = not (whole and self.visible)
         self._walk = Walk(self._opened.fd, self.page, huge, zero, huge_zero, thorough, self.scans)
-        self._walk.swapless = not (self.visible or swap_areas())
+        self._walk.swapless = not (self.visible or has_swap())
 
     def total(self, start: int, end: int) -> Tally:
         """Return what there is between two addresses. Raises as `steps`."""

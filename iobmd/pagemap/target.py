@@ -8,8 +8,7 @@ from iobmd import procfs, refusals
 from iobmd._native.crosstask import HeldBuffer
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.pagemap.entries import past_the_end
-from iobmd.procfs import VMA
+from iobmd.procfs import USER_END, VMA
 from iobmd.task import ADDRESS_END, Task, as_task, check_range, kernel_task
 from iobmd.units import HUGE_PAGE_SIZE
 
@@ -67,8 +66,11 @@ class Where(NamedTuple):
             yield self.start, self.end
 
 
-USER_END = 1 << 63
-"""Above it the kernel maps what has no entry in pagemap (vsyscall)."""
+def past_the_end(address: int) -> IOReturnError:
+    """Return the error for an address that no process can have."""
+    return IOReturnError(
+        IOReturn.kIOReturnBadArgument, f"address {address:#x} is past the end of the user address space"
+    )
 
 
 def of_task(task: Task, found: Iterator[_T], *, may_be_none: bool = False) -> Iterator[_T]:
@@ -111,7 +113,7 @@ class _unreadable_maps:  # noqa: N801 (used as a function)
             return
         if isinstance(error, PermissionError):
             raise refusals.refused(self._task.pid, error.errno or 0, "memory map") from None
-        if isinstance(error, (FileNotFoundError, ProcessLookupError)):
+        if isinstance(error, (FileNotFoundError, ProcessLookupError)) or error.errno == errno.EOPNOTSUPP:
             raise refusals.without_memory(self._task.pid) from None
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise refusals.own(error, f"cannot read the memory map of task {self._task.pid}") from None

@@ -33,6 +33,8 @@ def check(task: Task) -> int:
     if task.is_current:
         message = f"task {pid} is this process, which makes its system calls itself"
         raise IOReturnError(IOReturn.kIOReturnBadArgument, message)
+    if refusal := refusals.numbered_otherwise(pid):
+        raise refusal
     try:
         status = procfs.status(pid)
     except OSError:
@@ -43,7 +45,7 @@ def check(task: Task) -> int:
             f"task {pid} is gone: {'it is a zombie, its parent has not waited' if zombie else 'exited'}"
         )
     if not status:
-        raise refusals.gone(f"task {pid} is gone: it exited")
+        raise refusals.hidden(pid) or refusals.gone(f"task {pid} is gone: it exited")
     if refusals.is_kernel_thread(pid):
         raise refusals.without_memory(pid)
     if status["TracerPid"] != "0":
@@ -67,7 +69,7 @@ def _past_seccomp(pid: int, mode: str) -> int:
 def tracer(pid: int, tid: int) -> int | None:
     """Return who traces a thread of a task, 0 for nobody; None when the thread has ended."""
     try:
-        status = procfs.status(f"{pid}/task/{tid}")
+        status = procfs.status(pid, tid)
     except OSError:
         return None
     return None if status["State"][0] in "ZX" else int(status["TracerPid"])

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from iobmd import procfs
+from iobmd import pidns, procfs
 from iobmd.remote import threads
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def look(pid: int, activity: threads.Activity) -> Sleep | None:
         if os.sched_getaffinity(0) != {activity.cpu}:
             return None
         os.sched_yield()  # brings our own figure up to date
-        ours, theirs = _last_ran("/proc/thread-self/sched"), _last_ran(f"/proc/{pid}/task/{activity.tid}/sched")
+        ours, theirs = _last_ran("/proc/thread-self/sched"), _last_ran(_file(pid, activity.tid, "sched"))
         if not theirs:  # it was moved to this processor in its sleep
             return None
         asleep_ms = ours - theirs
@@ -81,7 +81,11 @@ def _is_in_c_library(task: Task, address: int) -> bool:
 
 
 def _switches(pid: int, tid: int) -> int:
-    return int(_field(f"/proc/{pid}/task/{tid}/status", "voluntary_ctxt_switches"))
+    return int(_field(_file(pid, tid, "status"), "voluntary_ctxt_switches"))
+
+
+def _file(pid: int, tid: int, name: str) -> str:
+    return f"{pidns.directory(pid)}/task/{tid}/{name}"
 
 
 def _last_ran(path: str) -> float:

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from iobmd import pidns
+
 EPOLL_WAIT, EPOLL_PWAIT = 232, 281
 ENDED_BY_A_STOP = {
     0: "read", 1: "write", 19: "readv", 20: "writev", 42: "connect", 43: "accept", 44: "sendto", 45: "recvfrom",
@@ -52,7 +54,7 @@ def candidates(pid: int) -> list[Activity]:
 def thread_ids(pid: int) -> list[int]:
     """Return the ids of a task's threads; none when it is gone."""
     try:
-        return sorted(int(entry) for entry in os.listdir(f"/proc/{pid}/task"))  # noqa: PTH208 (one call less)
+        return sorted(int(entry) for entry in os.listdir(f"{pidns.directory(pid)}/task"))  # noqa: PTH208 (one call less)
     except OSError:
         return []
 
@@ -68,7 +70,9 @@ def _stat(pid: int, tid: int) -> tuple[str, int]:
     The third, 39th and 41st field of its stat (proc_pid_stat(5)).
     """
     try:
-        fields = Path(f"/proc/{pid}/task/{tid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        fields = (
+            Path(f"{pidns.directory(pid)}/task/{tid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        )
         real_time = int(fields[38]) not in (os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_IDLE)
         return fields[0], -1 if real_time else int(fields[36])
     except (OSError, IndexError, ValueError):
@@ -81,7 +85,7 @@ def activity(pid: int, tid: int) -> Activity | None:
     if now in ("", "Z", "X", "x"):
         return None
     try:
-        call = Path(f"/proc/{pid}/task/{tid}/syscall").read_text().split()[0]
+        call = Path(f"{pidns.directory(pid)}/task/{tid}/syscall").read_text().split()[0]
     except (OSError, IndexError):  # the kernel has no such file, or does not show it to us: any thread, then
         return Activity(2, tid, cpu, -1)
     if now == "D":

@@ -45,6 +45,7 @@ FLOORS = [
     {"pieces", "headroom"},
     {"host"},
     {"procfs"},
+    {"pidns"},
     {"errors"},
     {"constants", "units", "files", "_version"},
     {"_native"},

@@ -89,7 +89,7 @@ class Look:
             found.append(Hidden(f"the sizes of folios{more}", "/proc/kpageflags is root's", "run it as root"))
         if self.arguments.of_areas:
             found += self._hidden_of_smaps()
-        if self.arguments.way in _WITHOUT_SMAPS and host.swap_areas():
+        if self.arguments.way in _WITHOUT_SMAPS and host.has_swap():
             found.append(SWAPPED_SHARED)
         if not self.scans:
             found.append(

@@ -70,7 +70,7 @@ def _show(before: Snapshot, after: Snapshot) -> None:
 
 def _hidden(before: Snapshot, after: Snapshot) -> list[Hidden]:
     found = []
-    if host.swap_areas():
+    if host.has_swap():
         found.append(SWAPPED_SHARED)
     if not (before.header.frames_visible and after.header.frames_visible):
         why = "frame numbers are hidden in one of the two"

@@ -1,0 +1,115 @@
+"""The numbers of processes: those of this process's pid namespace, and those of /proc (pid_namespaces(7)).
+
+A pid is a number of the calling process's pid namespace. /proc may count otherwise: it lists the processes of the
+namespace in which it was mounted, so that after `unshare --pid` without `--mount-proc`, in a sandbox or in a chroot
+that shows the host's /proc, the number of this process names another one there. This process is therefore always
+read as /proc/self and /proc/thread-self, and other pids are translated (`directory`).
+"""
+
+import errno
+import os
+
+
+def directory(pid: int | str) -> str:
+    """Return the directory in which /proc describes a process.
+
+    Parameters
+    ----------
+    pid : int or str
+        As the pid namespace of this process counts; "self" for this process.
+
+    Raises
+    ------
+    OSError
+        `ENOENT`: /proc is not mounted, or is that of a pid namespace which this process is not in. `ESRCH`: no such
+        process. `EOPNOTSUPP`: /proc counts otherwise, and pidfd_open(2), which translates the number, is missing.
+    """
+    if pid in ("self", os.getpid()):
+        return "/proc/self"
+    return f"/proc/{_number_there(int(pid)) if is_foreign() else pid}"
+
+
+_foreign: tuple[int, int, bool] | None = None
+
+
+def is_foreign() -> bool:
+    """Say whether /proc belongs to another pid namespace than this process. Raises as `directory`.
+
+    By NSpid of its status (Linux 4.1), which lists the numbers of a process in the namespace of /proc and in each
+    below that it is in: one, where that is its own. Found out once for each file system that is mounted at /proc.
+    """
+    global _foreign  # noqa: PLW0603
+    mounted = os.getpid(), os.stat("/proc").st_dev
+    if _foreign is None or _foreign[:2] != mounted:
+        _foreign = *mounted, _depth() > 0
+    return _foreign[2]
+
+
+def _forget() -> None:
+    global _foreign  # noqa: PLW0603
+    _foreign = None
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def _depth() -> int:
+    """Return how many pid namespaces this process is in below that of /proc."""
+    return len(_numbers("/proc/self")) - 1
+
+
+def _numbers(folder: str) -> list[int]:
+    """Return the numbers of what a directory of /proc describes, in the namespace of /proc and in each below it."""
+    with open(f"{folder}/status", "rb", buffering=0) as file:
+        return [int(number) for number in file.read().partition(b"\nNSpid:")[2].partition(b"\n")[0].split()]
+
+
+def _number_there(pid: int) -> int:
+    """Return the number by which /proc lists a process."""
+    try:
+        descriptor = _pidfd(pid)
+    except OSError as error:
+        if error.errno in (errno.ESRCH, errno.EMFILE, errno.ENFILE):
+            raise
+        message = f"/proc belongs to another pid namespace, and pidfd_open is refused ({error.strerror})"
+        raise OSError(errno.EOPNOTSUPP, message) from None
+    try:
+        with open(f"/proc/thread-self/fdinfo/{descriptor}") as lines:
+            number = int(lines.read().partition("\nPid:")[2].split(maxsplit=1)[0])
+    finally:
+        os.close(descriptor)
+    if number <= 0:  # it exited meanwhile
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+    return number
+
+
+def _pidfd(pid: int) -> int:
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOENT):
+            raise
+    return os.pidfd_open(pid, os.O_EXCL)  # PIDFD_THREAD, Linux 6.9: it is the id of a thread
+
+
+def number_here(folder: str) -> int:
+    """Return the number in this process's pid namespace of what a directory of /proc describes, 0 for none."""
+    numbers, depth = _numbers(folder), _depth()
+    return numbers[depth] if depth < len(numbers) else 0
+
+
+def pids() -> list[int]:
+    """Return the pids of the processes that /proc shows and that this process's pid namespace has. Raises OSError."""
+    listed = sorted(int(entry) for entry in os.listdir("/proc") if entry.isdigit())
+    if not is_foreign():
+        return listed
+    found = []
+    for number in listed:
+        try:
+            pid = number_here(f"/proc/{number}")
+            # Namespaces beside this one have the same numbers.
+            if pid and (pid == os.getpid() or _number_there(pid) == number):
+                found.append(pid)
+        except OSError:  # it exited, is hidden, or is in none of our namespaces
+            continue
+    return sorted(found)
