@@ -340,3 +340,23 @@ def test_pages_of_a_pool_are_counted(monkeypatch: pytest.MonkeyPatch, scans: boo
     assert pagemap.huge_bytes(twice.address, 4 << 20) == 2 << 20
     once.close()
     twice.close()
+
+
+def test_pages_of_a_buffer_a_map_and_a_task() -> None:
+    """As everywhere here: what is looked at is a task, a range of one, a buffer or a map."""
+    with iobmd.allocate(3 * 4096, shared=True) as buffer, buffer.map() as mapped:
+        address = buffer.getBytesNoCopy()
+        expected = list(pagemap.pages(kernel_task, address, 3 * 4096))
+        assert [page.address for page in expected] == [address, address + 4096, address + 8192]
+        assert list(pagemap.pages(buffer)) == list(pagemap.pages(memoryview(buffer))) == expected
+        assert [page.pfn for page in pagemap.pages(mapped)] == [page.pfn for page in expected]
+        assert list(pagemap.pages(memoryview(buffer)[5000:5001])) == expected[1:2]
+        assert pagemap.counts(buffer) == pagemap.counts(kernel_task, address, 3 * 4096)
+        whole = {page.address: page.pfn for page in pagemap.pages(kernel_task)}
+        assert [whole[page.address] for page in expected] == [page.pfn for page in expected]
+        assert pagemap.counts(kernel_task).present > 1000
+        with pytest.raises(IOReturnError, match="both an address and a size"):
+            next(pagemap.pages(kernel_task, address))
+    with iobmd.allocate(4096, task=None) as nowhere, pytest.raises(IOReturnError) as caught:
+        next(pagemap.pages(nowhere))
+    assert caught.value.code == IOReturn.kIOReturnUnsupported
