@@ -85,7 +85,7 @@ def test_imports_go_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", rooms(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_files_stay_small(path: Path) -> None:
-    assert len(path.read_text().splitlines()) < 400
+    assert len(path.read_text().splitlines()) < 450
 
 
 @pytest.mark.parametrize("module", ["iobmd", "iobmd.cli"])

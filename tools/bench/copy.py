@@ -13,11 +13,15 @@ from iobmd.cli.client import Client, Piece
 from iobmd.constants import IOOptionBits
 from iobmd.pieces import PIECE, threads
 from iobmd.task import Task, kernel_task
+from iobmd.units import PAGE_SIZE, format_size, round_up
 
 from .result import Result, at_least, at_most, launcher, medians, seconds, spawned
+from .target import Target
 
 SMALL = 64 << 10
 WIRED, PAGEABLE = IOOptionBits(0), IOOptionBits.kIOMemoryPageable
+RESERVED = 128
+"""How many times as long as the large copies sparse memory is, of which 1 % is resident."""
 MANY = 40
 """How many more measurements of what takes microseconds than of what takes tenths of a second."""
 
@@ -30,6 +34,7 @@ def run(size: int, rounds: int) -> list[Result]:
             *_large(task, piece, rounds),
             *_small(task, piece, rounds * MANY),
             _peak(piece, client.pid),
+            *_sparse(size * RESERVED, rounds),
             *_start(rounds),
         ]
 
@@ -85,6 +90,22 @@ def _small(task: Task, piece: Piece, rounds: int) -> list[Result]:
         at_most(f"withCopy, 64 KiB, {name}", f"{took * 1e6:.1f} µs", floor, took / hand, 1.5)
         for name, took in zip(("pageable", "wired"), ours, strict=True)
     ]
+
+
+def _sparse(size: int, rounds: int) -> list[Result]:
+    """Copy long mappings with few pages, against as much memory without holes."""
+    results = []
+    with Client(anonymous=round_up(size // 100, PAGE_SIZE)) as client:
+        piece = client.pieces["anonymous"]
+        dense = partial(_with_copy, Task(client.pid), PAGEABLE, piece.address, piece.size)
+        for kind in ("clustered", "scattered"):
+            with Target(kind, size) as target:
+                sparse = partial(_with_copy, Task(target.pid), PAGEABLE, target.start, target.end - target.start)
+                alone, took = medians(rounds, dense, sparse)
+            what = f"withCopy, {format_size(size)}, 1 % resident, {kind}"
+            against = f"withCopy of {format_size(piece.size)} without holes: {alone * 1e3:.0f} ms"
+            results.append(at_most(what, f"{took * 1e3:.0f} ms", against, took / alone, 2))
+    return results
 
 
 def _peak(piece: Piece, pid: int) -> Result:
