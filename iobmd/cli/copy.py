@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, TextIO
 
 from iobmd import procfs, refusals
 from iobmd.cli import EXIT_OK
-from iobmd.cli.arguments import size
+from iobmd.cli.arguments import duration, size
 from iobmd.constants import IOReturn
+from iobmd.copying import TIMEOUT
 from iobmd.errors import IOReturnError
 from iobmd.facade import copy
 from iobmd.files import replacing
@@ -38,7 +39,16 @@ def main(argv: Sequence[str]) -> int:
     address, length = _range(task, arguments.address, arguments.size)
     begin = time.perf_counter()
     with _progress(length) as progress:
-        buffer = copy(task, address, length, freeze=arguments.freeze, progress=progress, wired=not arguments.pageable)
+        buffer = copy(
+            task,
+            address,
+            length,
+            freeze=arguments.freeze,
+            unreadable=arguments.unreadable,
+            timeout=arguments.timeout,
+            progress=progress,
+            wired=not arguments.pageable,
+        )
     seconds = time.perf_counter() - begin
     with buffer:
         summary: dict[str, object] = {
@@ -50,13 +60,15 @@ def main(argv: Sequence[str]) -> int:
             "gigabytes_per_second": round(length / seconds / 1e9, 3),
             "wiring": buffer.wiring.value,
             "sha256": hashlib.sha256(buffer).hexdigest(),
+            "holes": buffer.holes,
             "output": arguments.output,
         }
         if arguments.freeze:
             summary["source_stopped_ms"] = round(buffer.source_stopped_ns / 1e6, 3)
         if arguments.output:
             _write(buffer, arguments.output)
-    _report(summary, arguments.json, sys.stderr if arguments.output == "-" else sys.stdout)
+    stream = sys.stderr if arguments.output == "-" else sys.stdout
+    _report(summary, buffer.holes, as_json=arguments.json, stream=stream)
     return EXIT_OK
 
 
@@ -75,6 +87,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", "--output", metavar="FILE", help="write the bytes there (-: standard output)")
     parser.add_argument(
         "--freeze", action="store_true", help="as the bytes are at one moment, for which the process stands still"
+    )
+    parser.add_argument(
+        "--unreadable",
+        choices=("raise", "zero"),
+        default="raise",
+        help="what cannot be read ends the copy (default), or is zero",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=duration,
+        default=TIMEOUT,
+        metavar="SECONDS",
+        help=f"how long to wait for a page that another program has to deliver (default: {TIMEOUT:g})",
     )
     wiring = parser.add_mutually_exclusive_group()
     wiring.add_argument("--wired", action="store_true", help="into wired memory (default)")
@@ -155,7 +180,7 @@ def _write(buffer: IOBufferMemoryDescriptor, name: str) -> None:
             file.write(buffer)
 
 
-def _report(summary: dict[str, object], as_json: bool, stream: TextIO) -> None:
+def _report(summary: dict[str, object], holes: Sequence[tuple[int, int]], *, as_json: bool, stream: TextIO) -> None:
     if as_json:
         print(json.dumps(summary, indent=2), file=stream)
         return
@@ -168,6 +193,9 @@ def _report(summary: dict[str, object], as_json: bool, stream: TextIO) -> None:
     )
     if "source_stopped_ms" in summary:
         print(f"the process stood still for {summary['source_stopped_ms']} ms", file=stream)
+    if holes:
+        count, lost = len(holes), sum(size for _offset, size in holes)
+        print(f"{lost} bytes in {count} {'place' if count == 1 else 'places'} could not be read", file=stream)
     print(f"SHA-256 {summary['sha256']}", file=stream)
     if summary["output"] not in (None, "-"):
         print(f"written to {summary['output']}", file=stream)

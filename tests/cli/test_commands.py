@@ -278,6 +278,21 @@ def test_what_copy_refuses(start_zoo: Start, tmp_path: Path, capsys: Captured) -
         capsys.readouterr()
 
 
+@pytest.mark.needs("compiler")
+def test_copy_with_holes(start_zoo: Start, tmp_path: Path, capsys: Captured) -> None:
+    zoo = start_zoo()
+    address, size = zoo["no-access"]
+    out = tmp_path / "out"
+    command = ["copy", str(zoo.pid), hex(address), str(size), "--pageable", "--unreadable", "zero", "-o", str(out)]
+    assert main([*command, "--json", "--timeout", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["holes"] == [[0, size]]
+    assert out.read_bytes() == bytes(size)
+    assert main(command) == 0
+    assert f"{size} bytes in 1 place could not be read" in capsys.readouterr().out
+    assert main([*command, "--timeout", "soon"]) == 2
+    assert "not a number of seconds" in capsys.readouterr().err
+
+
 @pytest.mark.needs("root")
 def test_copy_from_another_user(tmp_path: Path) -> None:
     def run() -> tuple[int, str]:
