@@ -19,18 +19,23 @@ from iobmd.errors import IOReturnError
 from iobmd.purgeable.agreed import TRAILER
 from iobmd.shmem import Extent, SharedObject
 from iobmd.task import kernel_task
-from iobmd.units import PAGE_SIZE
+from iobmd.units import PAGE_SIZE, is_power_of_two
 
 if TYPE_CHECKING:
     import socket as sockets
 
 _HEADER = struct.Struct("=6sxxI")  # a mark, and the length of the description behind it; the descriptor goes with it
 _MARK = b"iobmd1"
-_LARGEST = 16 << 20  # bytes of a description: a million pieces
+_LARGEST = 1 << 20  # bytes of a description
+_MOST_PIECES = 16 << 10  # each is a mapping, of which a process may have 65,530 (vm.max_map_count)
+_LARGEST_ALIGNMENT = 1 << 40
+_CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
+_SO_PASSCRED, _SCM_CREDENTIALS = 16, 2  # asm-generic/socket.h, linux/socket.h
 _PAGEABLE = int(IOOptionBits.kIOMemoryPageable)
 _PURGEABLE = int(IOOptionBits.kIOMemoryPurgeable)
 _CONTIGUOUS = int(IOOptionBits.kIOMemoryPhysicallyContiguous | IOOptionBits.kIOMemoryHostPhysicallyContiguous)
 _F_GET_SEALS = 1034  # linux/fcntl.h
+_NO_UID = 0xFFFFFFFF
 
 
 class _Description(NamedTuple):
@@ -46,23 +51,33 @@ class _Description(NamedTuple):
     def parse(cls, fields: Any) -> _Description:
         """Return what was sent. Raises ValueError or TypeError."""
         options, capacity, length, extents, alignment = fields
+        if len(extents) > _MOST_PIECES:
+            raise ValueError(f"it has more than {_MOST_PIECES} pieces")
         pieces = [(offset, size) for offset, size in extents]
         numbers = [options, capacity, length, alignment, *(number for piece in pieces for number in piece)]
         if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
             raise ValueError("its numbers are none")
+        if not is_power_of_two(alignment) or not PAGE_SIZE <= alignment <= _LARGEST_ALIGNMENT:
+            raise ValueError("its alignment is none")
         request.check(kernel_task, options & ~_CONTIGUOUS, capacity, alignment, 0)
         return cls(options, capacity, length, pieces, alignment)
 
     def shared(self, fd: int) -> SharedObject:
-        """Return the object, checked: who sent this may be wrong. Raises ValueError."""
+        """Return the object once every number fits it; its sender is not to be trusted. Raises ValueError."""
         hugetlb = tmpfs.hugetlb_page(fd)
         end = os.fstat(fd).st_size - (TRAILER if self.options & _PURGEABLE else 0)
         extents = [Extent(offset, length) for offset, length in self.extents]
-        size = sum(extent.length for extent in extents)
         page = hugetlb or PAGE_SIZE
-        if any(number % page for extent in extents for number in extent) or any(sum(one) > end for one in extents):
-            raise ValueError("its pieces are not inside of its memory")
-        if not 0 < self.capacity <= size or self.length > self.capacity:
+        reached = 0
+        for extent in sorted(extents):
+            if extent.offset % page or extent.length % page or not extent.length:
+                raise ValueError("its pieces are not whole pages")
+            if extent.offset < reached:
+                raise ValueError("its pieces overlap")
+            reached = extent.offset + extent.length
+        if reached > end:
+            raise ValueError("its pieces are not inside its memory")
+        if not 0 < self.capacity <= sum(extent.length for extent in extents) or self.length > self.capacity:
             raise ValueError("it is longer than its memory")
         return SharedObject(fd, extents, alignment=self.alignment, page=page, immovable=bool(hugetlb))
 
@@ -93,8 +108,16 @@ class Handle:
 
         description = json.dumps(self._description).encode()
         fd = _own_description(self._open())
+        # The kernel checks these numbers, so that the other side learns who sends, and not who made the socket.
+        sender = _CREDENTIALS.pack(os.getpid(), os.geteuid(), os.getegid())
         try:
-            sockets.send_fds(socket, [_HEADER.pack(_MARK, len(description))], [fd])
+            socket.sendmsg(
+                [_HEADER.pack(_MARK, len(description))],
+                [
+                    (sockets.SOL_SOCKET, sockets.SCM_RIGHTS, struct.pack("=i", fd)),
+                    (sockets.SOL_SOCKET, _SCM_CREDENTIALS, sender),
+                ],
+            )
         finally:
             os.close(fd)
         socket.sendall(description)
@@ -103,9 +126,8 @@ class Handle:
     def receive(cls, socket: sockets.socket) -> Handle:
         """Return what was sent. Raises `kIOReturnBadArgument`: that is no buffer; `kIOReturnNotOpen`: at the end."""
         import json  # noqa: PLC0415 (as above)
-        import socket as sockets  # noqa: PLC0415
 
-        header, fds, _flags, _address = sockets.recv_fds(socket, _HEADER.size, 4, sockets.MSG_CMSG_CLOEXEC)
+        header, fds, uid = _received(socket)
         try:
             if not header:
                 raise IOReturnError(IOReturn.kIOReturnNotOpen, "the other end of the socket is closed")
@@ -114,7 +136,7 @@ class Handle:
             if mark != _MARK or length > _LARGEST or len(fds) != 1:
                 raise _not_ours("it was not sent by iobmd")
             description = _Description.parse(json.loads(_exactly(socket, length)))
-            _check_memory(fds[0], trusted=_is_trusted(socket))
+            _check_memory(fds[0], trusted=uid in (0, os.geteuid()))
             return cls(fds.pop(), description)
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             ours = isinstance(error, IOReturnError) and error.code != IOReturn.kIOReturnUnsupported
@@ -240,22 +262,44 @@ def attach(source: Handle | sockets.socket, *, wired: bool | None = None) -> IOB
         return handle.attach(wired=wired)
 
 
-def _is_trusted(socket: sockets.socket) -> bool:
-    """Say whether who is at the other end could harm us anyway: root, or our own user (unix(7), SO_PEERCRED)."""
-    import socket as sockets  # noqa: PLC0415 (as above)
+def _received(socket: sockets.socket) -> tuple[bytes, list[int], int]:
+    """Receive the beginning of a message: its bytes, its descriptors, and the uid of the process that sent it.
 
-    credentials = struct.Struct("=iII")
-    _pid, uid, _gid = credentials.unpack(socket.getsockopt(sockets.SOL_SOCKET, sockets.SO_PEERCRED, credentials.size))
-    return uid in (0, os.geteuid())
+    The uid is that of the message (unix(7), SO_PASSCRED). SO_PEERCRED would name who made the socket: of a socketpair
+    that is this process or its parent, whoever holds the other end by now.
+    """
+    import array  # noqa: PLC0415 (as above)
+    import socket as sockets  # noqa: PLC0415
+
+    before = socket.getsockopt(sockets.SOL_SOCKET, _SO_PASSCRED)
+    socket.setsockopt(sockets.SOL_SOCKET, _SO_PASSCRED, 1)
+    try:
+        room = sockets.CMSG_SPACE(4 * 4) + sockets.CMSG_SPACE(_CREDENTIALS.size)
+        header, ancillary, _flags, _address = socket.recvmsg(_HEADER.size, room, sockets.MSG_CMSG_CLOEXEC)
+    finally:
+        socket.setsockopt(sockets.SOL_SOCKET, _SO_PASSCRED, before)
+    fds, uid = array.array("i"), _NO_UID
+    for level, kind, data in ancillary:
+        if level == sockets.SOL_SOCKET and kind == sockets.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) // 4 * 4])
+        elif level == sockets.SOL_SOCKET and kind == _SCM_CREDENTIALS:
+            _pid, uid, _gid = _CREDENTIALS.unpack(data)
+    return header, list(fds), uid
 
 
 def _check_memory(fd: int, *, trusted: bool) -> None:
-    """Raise ValueError unless a descriptor is of memory that may be written to, and will not be cut away under us."""
+    """Raise ValueError unless a descriptor is of memory that may be written to, and cannot be taken away from us.
+
+    The processes of root and of this user could harm this one anyway.
+    """
     if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR or not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise ValueError("its descriptor may not be written to")  # and reopening it would pass over that
-    tmpfs.hugetlb_page(fd)
+        raise ValueError("its descriptor may not be written to")  # and reopening it would ignore that
+    hugetlb = tmpfs.hugetlb_page(fd)
     if not trusted and not fcntl.fcntl(fd, _F_GET_SEALS) & shmem.F_SEAL_SHRINK:
-        raise ValueError("its sender is another user, who could cut it away: its size is not sealed")
+        raise ValueError("its sender is another user, who could truncate it: its size is not sealed")
+    if not trusted and hugetlb:
+        # A page whose hole was punched comes from the pool again; when that is empty, the access is a SIGBUS.
+        raise ValueError("its sender is another user, who could free its hugetlb pages while they are in use")
 
 
 def _own_description(fd: int) -> int:
@@ -269,13 +313,13 @@ def _own_description(fd: int) -> int:
 
 
 def _exactly(socket: sockets.socket, size: int) -> bytes:
-    data = b""
+    data = bytearray()
     while len(data) < size:
         more = socket.recv(size - len(data))
         if not more:
             raise _not_ours("the other end was closed in the middle of it")
         data += more
-    return data
+    return bytes(data)
 
 
 def _not_ours(why: str) -> IOReturnError:

@@ -1,0 +1,151 @@
+"""A peer of `attach` that wants to crash, fill or deceive the process that attaches; it runs as another user."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from support import kernel
+from support.child import NOBODY, in_child
+
+import iobmd
+from iobmd import IOReturn, IOReturnError
+
+MIB = 1 << 20
+HUGE = 2 << 20
+F_ADD_SEALS, SEAL_SHRINK_AND_GROW = 1033, 6
+MFD_HUGETLB = 4
+SHARED_AND_PAGEABLE = 0x10020
+
+
+def memory(size: int, flags: int = 0) -> int:
+    fd = os.memfd_create("hostile", os.MFD_ALLOW_SEALING | flags)
+    os.ftruncate(fd, size)
+    fcntl.fcntl(fd, F_ADD_SEALS, SEAL_SHRINK_AND_GROW)
+    return fd
+
+
+def message(extents: object, capacity: int, alignment: object = kernel.PAGE) -> bytes:
+    text = json.dumps([SHARED_AND_PAGEABLE, capacity, capacity, extents, alignment]).encode()
+    return struct.pack("=6sxxI", b"iobmd1", len(text)) + text
+
+
+def attached(peer: Callable[[socket.socket], object], *, user: int = NOBODY) -> IOReturn | None:
+    """Attach what a peer sends who runs as `user`; returns the code of the refusal, None where it was accepted."""
+
+    def child() -> None:
+        there.close()
+        peer(here)
+
+    here, there = socket.socketpair()
+    with here, there:
+        # Concurrently, because the socket may not take all of a message before it is read.
+        running = threading.Thread(target=partial(in_child, child, uid=user))
+        running.start()
+        try:
+            iobmd.attach(there).free()
+        except IOReturnError as error:
+            return error.code
+        finally:
+            there.close()
+            running.join()
+    return None
+
+
+def hostile(data: bytes, fd: Callable[[], int]) -> Callable[[socket.socket], object]:
+    def send(peer: socket.socket) -> None:
+        descriptor = fd()
+        socket.send_fds(peer, [data[:12]], [descriptor])
+        with contextlib.suppress(OSError):  # refused before all of it was read
+            peer.sendall(data[12:])
+
+    return send
+
+
+def mappings() -> int:
+    return len(Path("/proc/self/maps").read_text().splitlines())
+
+
+@pytest.mark.parametrize("alignment", [0, 1, 3, 2048, 12288, 1 << 47, 1 << 61, -4096, True, 4096.0, "4096"])
+def test_impossible_alignments(alignment: object) -> None:
+    """0 made the mapping's margin the whole address space, which was unmapped."""
+    before = mappings()
+    two = message([[4096, 4096], [0, 4096]], 8192, alignment)
+    assert attached(hostile(two, partial(memory, 8192))) == IOReturn.kIOReturnBadArgument
+    assert abs(mappings() - before) < 10
+
+
+@pytest.mark.parametrize(
+    "extents",
+    [
+        [[0, 4096], [0, 4096]],
+        [[0, 8192], [4096, 4096]],
+        [[0, 0], [0, 4096]],
+        [[4096, 4096], [0, 1 << 61]],
+        [[0, 1 << 61], [0, 1 << 61], [0, 1 << 61], [0, 1 << 61]],
+        [[0, 4096], [8192, 4096]],
+        [[2, 4096]],
+    ],
+    ids=["twice", "overlap", "empty", "huge", "sum overflows", "past the end", "within a page"],
+)
+def test_impossible_pieces(extents: list[list[int]]) -> None:
+    before = mappings()
+    assert attached(hostile(message(extents, 4096), partial(memory, 8192))) == IOReturn.kIOReturnBadArgument
+    assert abs(mappings() - before) < 10
+    assert "hostile" not in Path("/proc/self/maps").read_text()
+
+
+def test_too_many_pieces() -> None:
+    """Each is a mapping: 65,000 of them would leave this process none (vm.max_map_count)."""
+    count = 65_000
+    extents = [[number * 4096, 4096] for number in reversed(range(count))]
+    peer = hostile(message(extents, count * 4096), lambda: memory(count * 4096))
+    assert attached(peer) == IOReturn.kIOReturnBadArgument
+
+
+@pytest.mark.needs("root")
+def test_a_child_is_not_root_because_its_socket_was_made_by_root() -> None:
+    """SO_PEERCRED of a socketpair names the process that made it."""
+
+    def unsealed(peer: socket.socket) -> None:
+        descriptor = os.memfd_create("hostile")
+        os.ftruncate(descriptor, 4096)
+        hostile(message([[0, 4096]], 4096), lambda: descriptor)(peer)
+
+    assert attached(unsealed) == IOReturn.kIOReturnBadArgument
+
+
+@pytest.mark.needs("root", "hugetlb")
+def test_hugetlb_memory_of_another_user(hugetlb_pool: int) -> None:
+    """Its size is sealed, but a hole can be punched into it, and with an empty pool the next access is a SIGBUS."""
+    assert hugetlb_pool
+
+    def pool_page(peer: socket.socket) -> None:
+        hostile(message([[0, HUGE]], HUGE, HUGE), lambda: memory(HUGE, MFD_HUGETLB))(peer)
+
+    assert attached(pool_page) == IOReturn.kIOReturnBadArgument
+
+
+def test_what_is_sealed_is_accepted_from_anybody() -> None:
+    """The control of the tests above."""
+    assert attached(hostile(message([[4096, 4096], [0, 4096]], 8192), partial(memory, 8192))) is None
+
+    def share(peer: socket.socket) -> None:
+        with iobmd.allocate(3 * MIB, shared=True, wired=False) as buffer:
+            iobmd.share(buffer, peer).close()
+
+    assert attached(share) is None
+
+
+def test_no_descriptor_is_left() -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(3):
+        attached(hostile(message([[0, 4096], [0, 4096]], 4096), partial(memory, 8192)), user=os.geteuid() or NOBODY)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
