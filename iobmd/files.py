@@ -1,8 +1,10 @@
-"""Files that are written whole, or not at all."""
+"""Files that are written whole, or not at all, and where no other user decides which file that is."""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +13,8 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_LINKS = 40  # that the kernel follows at the most
+_OWN_DESCRIPTORS = Path("/dev/fd"), Path("/proc/self/fd")
+_STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
 
 
 @contextmanager
@@ -21,59 +24,85 @@ def replacing(path: str | Path, mode: int) -> Iterator[BinaryIO]:
     Parameters
     ----------
     path
-        Where it is a link, the file behind it is replaced. A device or a pipe is written to as it is, and so is a
-        descriptor of this process (/dev/stdout), which stays where it is in whatever file.
+        A symbolic link is replaced itself, and not followed; one that leads to a descriptor of this process
+        (/dev/stdout) is written to, and so is a device or a pipe.
     mode : int
         Permissions of the new file, less the umask.
 
     Raises
     ------
     OSError
-        It cannot be written; it names `path`.
+        It cannot be written; it names `path`. `EACCES`: in a directory where anybody may create files it is a link or
+        a pipe of another user.
+
+    Notes
+    -----
+    The kernel's fs.protected_symlinks and fs.protected_fifos refuse the same, where they are on, for a path that is
+    opened with O_CREAT and whose links the kernel itself follows (proc_sys_fs(5)).
     """
-    asked = str(path)
+    path = Path(path)
     draft = None
     try:
-        path, draft, opened = _open(Path(path), mode)
+        draft, opened = _open(path, mode)
         with open(opened, "wb") as file:  # noqa: PTH123 (it is open already)
             yield cast("BinaryIO", file)
         if draft:
             draft.replace(path)
     except BaseException as error:
         if draft:
-            draft.unlink()
+            draft.unlink(missing_ok=True)
         if isinstance(error, OSError) and not error.filename:
-            error.filename = asked
+            error.filename = str(path)
         raise
 
 
-def _open(path: Path, mode: int) -> tuple[Path, Path | None, int]:
-    """Return the path with links followed, the draft that is to take its place if any, and what is open to write."""
-    descriptor = _descriptor(path)
-    real = Path(os.path.realpath(path))  # which takes links that lead in circles as they are
+def _open(path: Path, mode: int) -> tuple[Path | None, int]:
+    """Return the draft that is to take the place of `path`, if any, and what is open to write."""
     try:
-        if descriptor is not None:
+        found = path.lstat() if os.path.lexists(path) else None
+        if found and (stat.S_ISLNK(found.st_mode) or stat.S_ISFIFO(found.st_mode)):
+            _require_own(path, found)
+        if (descriptor := _descriptor(path)) is not None:
             if sys.stdout:
                 sys.stdout.flush()
-            return real, None, os.dup(descriptor)
-        if real.exists() and not real.is_file():
-            return real, None, os.open(real, os.O_WRONLY | os.O_CLOEXEC)
-        draft = real.with_name(f".{real.name}.{os.urandom(8).hex()}")
+            return None, os.dup(descriptor)
+        if found and not (stat.S_ISREG(found.st_mode) or stat.S_ISLNK(found.st_mode)):
+            return None, _open_existing(path, found)
+        draft = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
         # Exclusively: nobody who foresaw the name has us write through a link.
-        return real, draft, os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        return draft, os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     except OSError as error:
         error.filename = str(path)  # what was asked for, not the draft's
         raise
 
 
+def _open_existing(path: Path, found: os.stat_result) -> int:
+    """Open a device or a pipe, if it is still that. Raises OSError."""
+    opened = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    now = os.fstat(opened)
+    if (now.st_dev, now.st_ino) == (found.st_dev, found.st_ino):
+        return opened
+    os.close(opened)
+    raise OSError(errno.EACCES, "another file took its place")
+
+
+def _require_own(path: Path, found: os.stat_result) -> None:
+    """Raise EACCES for what another user has put into a sticky directory that anybody may write to."""
+    folder = path.parent.stat()
+    shared = folder.st_mode & stat.S_ISVTX and folder.st_mode & stat.S_IWOTH
+    if shared and found.st_uid not in (os.geteuid(), folder.st_uid):
+        kind = "symbolic link" if stat.S_ISLNK(found.st_mode) else "pipe"
+        message = f"a {kind} of another user (uid {found.st_uid}) in a directory that anybody may write to"
+        raise OSError(errno.EACCES, message)
+
+
 def _descriptor(path: Path) -> int | None:
-    """Return the descriptor of this process that `path` is a name of."""
-    ours = Path(os.path.realpath("/proc/self/fd"))
-    for _ in range(_LINKS):
-        path = Path(os.path.realpath(path.parent), path.name)
-        if path.parent == ours and path.name.isdecimal():
-            return int(path.name)
-        if not path.is_symlink():
-            break
+    """Return the descriptor of this process that `path` is a name of, or a link to one."""
+    if path.is_symlink() and str(path) not in _STANDARD and path.parent not in _OWN_DESCRIPTORS:
         path = path.parent / path.readlink()
+    if str(path) in _STANDARD:
+        return _STANDARD[str(path)]
+    ours = os.path.realpath("/proc/self/fd")
+    if path.name.isdecimal() and (path.parent in _OWN_DESCRIPTORS or os.path.realpath(path.parent) == ours):
+        return int(path.name)
     return None

@@ -17,6 +17,7 @@ import tempfile
 from typing import NamedTuple, Self
 
 from iobmd._native.crosstask import HeldBuffer
+from iobmd.cli.child import python
 from iobmd.units import PAGE_SIZE
 
 MAP_HUGETLB = 0x40000
@@ -37,7 +38,7 @@ class Client:
     """The process, in a `with`: `pid`, and `pieces` by kind. A kind that the host cannot give is missing."""
 
     def __init__(self, **sizes: int) -> None:
-        command = [sys.executable, "-m", "iobmd.cli.client", *(f"{kind}={size}" for kind, size in sizes.items())]
+        command = python("-m", "iobmd.cli.client", *(f"{kind}={size}" for kind, size in sizes.items()))
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.pid = self._process.pid
         assert self._process.stdout

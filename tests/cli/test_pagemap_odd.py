@@ -127,15 +127,15 @@ def test_a_process_whose_main_thread_has_exited(
     assert document["changed_while_read"] is None
 
 
-def test_the_file_behind_a_link_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "folder").mkdir()
-    link, file = tmp_path / "link", tmp_path / "folder" / "file"
-    link.symlink_to("folder/file")
-    for _attempt in range(2):  # made, and replaced
-        shown(capsys, "self", "--svg", str(link))
-        assert "<svg" in file.read_text()
-        assert link.is_symlink()
-        file.write_text("old")
+def test_a_link_is_replaced_and_not_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    link, file = tmp_path / "link", tmp_path / "file"
+    file.write_text("old")
+    link.symlink_to("file")
+    shown(capsys, "self", "--svg", str(link))
+    assert "<svg" in link.read_text()
+    assert not link.is_symlink()
+    assert link.stat().st_mode & 0o777 == 0o600, "it shows addresses"
+    assert file.read_text() == "old"
 
 
 def test_odd_paths_to_write_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from iobmd._native import floors
 from iobmd.buffer import IOBufferMemoryDescriptor
+from iobmd.cli.child import python
 from iobmd.cli.client import Client, Piece
 from iobmd.constants import IOOptionBits
 from iobmd.pieces import PIECE, threads
@@ -120,7 +120,7 @@ before = field("VmRSS")
 iobmd.copy(task, {piece.address}, {piece.size}).free()
 print(field("VmHWM") - before)
 """
-    grown = int(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
+    grown = int(subprocess.run(python("-c", program), check=True, capture_output=True, text=True).stdout)
     figure, against = f"{grown >> 20} MiB", f"the size of the buffer: {piece.size >> 20} MiB"
     return at_most("peak memory of a wired withCopy", figure, against, grown / piece.size, 1.02)
 
@@ -128,8 +128,8 @@ print(field("VmHWM") - before)
 def _start(rounds: int) -> list[Result]:
     bare, imported, version = medians(
         rounds * 3,
-        partial(spawned, [sys.executable, "-c", "pass"]),
-        partial(spawned, [sys.executable, "-c", "import iobmd"]),
+        partial(spawned, python("-c", "pass")),
+        partial(spawned, python("-c", "import iobmd")),
         partial(spawned, [*launcher(), "--version"]),
     )
     more = (imported - bare) * 1e3

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from functools import partial
 from typing import TYPE_CHECKING
 
 from iobmd import procfs
 from iobmd._native import floors
+from iobmd.cli.child import python
 from iobmd.pagemap import areas
 from iobmd.pagemap.area import MOST
 from iobmd.pagemap.entries import opened
@@ -102,7 +102,7 @@ print(procfs.status_bytes("VmHWM"), file=sys.stderr)
 def _memory(target: Target) -> Result:
     with Reader(Task(target.pid)) as reader:
         options = ["--runs"] if reader.visible else []
-    command = [sys.executable, "-c", _PEAK, "pagemap", str(target.pid), *options]
+    command = python("-c", _PEAK, "pagemap", str(target.pid), *options)
     done = subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     peak, limit = int(done.stderr), 32 << 20
     asked = " ".join(["iobmd pagemap PID", *options])
@@ -153,4 +153,4 @@ def _start(rounds: int) -> list[Result]:
 
 
 def _commands(pid: int) -> list[list[str]]:
-    return [[sys.executable, "-c", "pass"], [*launcher(), "pagemap", str(pid)]]
+    return [python("-c", "pass"), [*launcher(), "pagemap", str(pid)]]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
 from iobmd import own
 from iobmd._native import floors, memory
+from iobmd.cli.child import python
 from iobmd.facade import allocate
 from iobmd.purgeable import NON_VOLATILE, VOLATILE
 from iobmd.units import PAGE_SIZE, format_size
@@ -88,7 +88,7 @@ def _told(found: dict[str, float]) -> str:
 
 def _work(kind: str, procs: str = "") -> dict[str, float] | None:
     """Run the program; None when it was killed."""
-    command = [sys.executable, "-m", "iobmd.tools.bench.workload", kind, str(WORKING_SET), procs]
+    command = python("-m", "iobmd.tools.bench.workload", kind, str(WORKING_SET), procs)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode < 0:
         return None

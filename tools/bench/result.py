@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from iobmd.cli.child import python
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -57,7 +59,7 @@ def at_least(what: str, unit_figure: str, against: str, ratio: float, limit: flo
 def launcher() -> list[str]:
     """Return how the command `iobmd` is started."""
     command = Path(sys.executable).with_name("iobmd")
-    return [str(command)] if os.access(command, os.X_OK) else [sys.executable, "-m", "iobmd"]
+    return [str(command)] if os.access(command, os.X_OK) else python("-m", "iobmd")
 
 
 def spawned(command: list[str]) -> float:

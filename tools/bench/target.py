@@ -14,6 +14,7 @@ from typing import Self
 
 from iobmd._native import floors, memory
 from iobmd._native.crosstask import HeldBuffer
+from iobmd.cli.child import python
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE
 
 SMALL_AREA = 64 << 10
@@ -39,7 +40,7 @@ class Target:
     """
 
     def __init__(self, kind: str, size: int) -> None:
-        command = [sys.executable, "-m", "iobmd.tools.bench.target", kind, str(size)]
+        command = python("-m", "iobmd.tools.bench.target", kind, str(size))
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.pid = self._process.pid
         line = self._read()

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     if look.frames:
         grid.reach(lowmem.end_of_memory())
     drawing = Drawing(look, grid, survey(look, grid))
-    with replacing("/dev/stdout" if path == "-" else path, 0o666) as file:
+    with replacing("/dev/stdout" if path == "-" else path, 0o600) as file:
         _WRITERS[kind](drawing, file)
     print(f"{path}: {look.title}, {drawing.width}x{drawing.height} pixels", file=sys.stderr)
     look.require_task()

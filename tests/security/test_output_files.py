@@ -1,0 +1,105 @@
+"""What another user plants where root writes a file: links and pipes in a directory that anybody may write to."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.child import NOBODY, in_child
+
+from iobmd.cli import main
+from iobmd.files import replacing
+
+pytestmark = pytest.mark.needs("root")
+
+
+@pytest.fixture
+def shared(tmp_path: Path, setting: Callable[[str, object], None]) -> Path:
+    """A directory such as /tmp, on a host that protects neither links nor pipes by itself."""
+    setting("/proc/sys/fs/protected_symlinks", 0)
+    setting("/proc/sys/fs/protected_fifos", 0)
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(0o1777)
+    for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        parent.chmod(parent.stat().st_mode | 0o011)
+    return folder
+
+
+WRITES = {
+    "copy -o": lambda path: ["copy", str(os.getppid()), "[stack]", "1", "--pageable", "-o", str(path)],
+    "pagemap --save": lambda path: ["pagemap", "self", "--save", str(path)],
+    "pagemap --svg": lambda path: ["pagemap", "self", "--svg", str(path)],
+    "pagemap --html": lambda path: ["pagemap", "self", "--html", str(path)],
+}
+
+
+@pytest.mark.parametrize("command", WRITES)
+def test_a_planted_link_is_refused(
+    shared: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("root's")
+    link = shared / "out"
+    in_child(lambda: link.symlink_to(precious), uid=NOBODY)
+    assert main(WRITES[command](link)) == 1
+    assert "symbolic link of another user" in capsys.readouterr().err
+    assert precious.read_text() == "root's"
+    assert link.is_symlink()
+    assert [path.name for path in shared.iterdir()] == ["out"]
+
+
+def test_a_planted_link_to_standard_output_is_refused(shared: Path) -> None:
+    link = shared / "out"
+    in_child(lambda: link.symlink_to("/proc/self/fd/1"), uid=NOBODY)
+    with pytest.raises(PermissionError), replacing(link, 0o600):
+        pass
+
+
+@pytest.mark.parametrize("command", WRITES)
+def test_a_planted_pipe_is_refused(shared: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = shared / "out"
+    in_child(lambda: os.mkfifo(pipe, 0o666), uid=NOBODY)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert main(WRITES[command](pipe)) == 1
+        assert "pipe of another user" in capsys.readouterr().err
+        assert os.read(reader, 1) == b""
+    finally:
+        os.close(reader)
+
+
+def test_own_links_are_replaced_and_own_pipes_written_to(shared: Path, tmp_path: Path) -> None:
+    link, pipe, target = shared / "link", shared / "pipe", tmp_path / "target"
+    target.write_text("old")
+    link.symlink_to(target)
+    with replacing(link, 0o600) as file:
+        file.write(b"new")
+    assert (link.read_bytes(), link.is_symlink(), target.read_text()) == (b"new", False, "old")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with replacing(pipe, 0o600) as file:
+        file.write(b"through")
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+
+
+@pytest.mark.parametrize(
+    "command", [["demo", "--size", "2M", "--control", "64M"], ["bench", "copy", "--size", "16M", "--rounds", "1"]]
+)
+def test_nothing_is_loaded_from_the_current_directory(tmp_path: Path, command: list[str]) -> None:
+    """`python -m` and `-c` look for modules there first; root may stand in anybody's folder."""
+    witness = tmp_path / "witness"
+    planted = f"open({str(witness)!r}, 'a').write(__name__)\nraise SystemExit(7)\n"
+    for name in ("hashlib", "json", "psutil", "mmap"):
+        (tmp_path / f"{name}.py").write_text(planted)
+    (tmp_path / "iobmd").mkdir()
+    (tmp_path / "iobmd" / "__init__.py").write_text(planted)
+    launcher = Path(sys.executable).with_name("iobmd")
+    done = subprocess.run(
+        [launcher, *command], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert not witness.exists(), witness.read_text()
+    assert done.returncode in (0, 1), done.stderr
