@@ -17,8 +17,8 @@ from attempt cimport (
 from mman cimport C_MADV_HUGEPAGE, C_MADV_PAGEOUT, C_MADV_POPULATE_WRITE, c_madvise
 from pagemap_entry cimport PRESENT_BIT, SWAP_BIT, UFFD_WP_BIT, iobmd_is_swapped
 from uio cimport (
-    O_CLOEXEC, SEEK_DATA, SEEK_HOLE, SYS_pidfd_getfd, SYS_process_madvise, c_open, fstatfs, iovec, pread, process_vm_readv,
-    process_vm_writev, pwrite, statfs_t, syscall,
+    O_CLOEXEC, SEEK_DATA, SEEK_HOLE, SYS_pidfd_getfd, SYS_process_madvise, c_open, fstatfs, iovec, pread,
+    process_vm_readv, process_vm_writev, pwrite, statfs_t, syscall,
 )
 
 cdef enum:
