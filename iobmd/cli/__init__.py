@@ -17,6 +17,7 @@ COMMANDS = {
     "pagemap": ("iobmd.tools.pagemap", "show where a process's memory lies: frames, huge pages, swap, locks"),
     "doctor": ("iobmd.cli.doctor", "show what this host can do, and how to turn on what it cannot"),
     "bench": ("iobmd.tools.bench", "measure iobmd against the bare kernel calls"),
+    "soak": ("iobmd.tools.soak", "use everything at once for a while, and check each event against the kernel"),
 }
 """Subcommands: the module that runs each, by name (some live above this package), and its summary."""
 

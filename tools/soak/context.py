@@ -1,0 +1,214 @@
+"""What an event gets: a source of chance, readers of the kernel's files, targets, and places to record what happened."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
+
+from iobmd.constants import IOReturn
+from iobmd.tools.soak import kernel
+from iobmd.tools.soak.board import PATTERN, SCRATCH_SLICE, TARGETS, Target, Thread, pattern
+from iobmd.tools.soak.report import CODES, CONTROLS, REASONS
+from iobmd.tools.soak.targets import lock_path
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    import iobmd
+    from iobmd.tools.soak.board import Board
+    from iobmd.tools.soak.profiles import Profile
+
+
+_REASONS = tuple(REASONS)
+
+
+class Found(Exception):  # noqa: N818 (a finding, which ends the event)
+    """An event found a fault: its name in the report, and a sentence."""
+
+    def __init__(self, fault: str, message: str) -> None:
+        super().__init__(message)
+        self.fault = fault
+
+
+class Skipped(Exception):  # noqa: N818
+    """There is nothing for this event to work on: it does not count."""
+
+
+class Peer(NamedTuple):
+    """A target while it is used."""
+
+    pid: int
+    generation: int
+    words: memoryview
+    expected: bytes
+    scratch: int
+    """Address of this thread's slice of its scratch memory."""
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether the supervisor has killed it."""
+        return self.words[Target.KILLED] >= self.generation
+
+    def __getitem__(self, word: Target) -> int:
+        return self.words[word]
+
+
+class Held(NamedTuple):
+    """Pinned memory that stays for many events, and what is known of it."""
+
+    buffer: iobmd.IOMemoryDescriptor
+    address: int
+    size: int
+    frames: tuple[int, ...]
+    content: bytes
+
+
+class Shared:
+    """What the threads of a worker share."""
+
+    def __init__(self, folder: Path, board: Board, profile: Profile, patience: float) -> None:
+        self.folder, self.board, self.profile, self.patience = folder, board, profile, patience
+        self.pagemap = kernel.Pagemap()
+        self.shows_frames = kernel.shows_frames()
+        self.purges = 0
+        """How often a thread has begun to take all volatile memory of the process."""
+        self.forks = 0
+        """How often a thread has begun to fork: a forked child keeps pins and shared memory for a moment."""
+        self._patterns: dict[int, bytes] = {}
+
+    def pattern(self, seed: int) -> bytes:
+        """Return the pattern of a seed."""
+        if seed not in self._patterns:
+            if len(self._patterns) > TARGETS:
+                self._patterns.clear()
+            self._patterns[seed] = pattern(seed, PATTERN)
+        return self._patterns[seed]
+
+
+class Context:
+    """What belongs to one thread of a worker.
+
+    Parameters
+    ----------
+    shared : Shared
+        What its threads share.
+    number : int
+        The thread's number on the board.
+    chance : random.Random
+        The source of all its choices.
+    """
+
+    def __init__(self, shared: Shared, number: int, chance: random.Random) -> None:
+        self.shared, self.number, self.chance = shared, number, chance
+        self.board, self.profile, self.pagemap = shared.board, shared.profile, shared.pagemap
+        self.row = shared.board.thread(number)
+        self.held: deque[Held] = deque()
+        self.control: tuple[int, tuple[int, ...]] | None = None
+        """Memory that is only locked: its address, and the frames of its pages."""
+        self.peer: Peer | None = None
+        """The target in use, or the last one."""
+        self._locks = [os.open(lock_path(shared.folder, place), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                       for place in range(TARGETS)]  # fmt: skip
+
+    def count(self, control: str, number: int = 1) -> None:
+        """Add to a figure of the report's `control`."""
+        self.row[Thread.FIRST_CONTROL + CONTROLS.index(control)] += number
+
+    def refused(self, reason: str, code: IOReturn) -> None:
+        """Count an expected refusal."""
+        self.row[Thread.FIRST_REFUSAL + _REASONS.index(reason) * len(CODES) + CODES.index(code)] += 1
+
+    @contextlib.contextmanager
+    def target(self, word: Target = Target.PID) -> Iterator[Peer]:
+        """Use a target, one that has the memory `word`, inside of a `with`; it is not inspected meanwhile.
+
+        Raises
+        ------
+        Skipped
+            There is none now.
+        """
+        self.peer = None
+        places = self._open_places(word)
+        if not places or not self.profile.targets:
+            raise Skipped
+        place = self.chance.choice(places)
+        fcntl.flock(self._locks[place], fcntl.LOCK_SH)
+        try:
+            words = self.board.target(place)
+            generation = words[Target.GENERATION]
+            if words[Target.CLOSED] or words[Target.KILLED] >= generation:
+                raise Skipped
+            expected = self.shared.pattern(words[Target.SEED])
+            scratch = words[Target.SCRATCH] + self.number * SCRATCH_SLICE
+            self.peer = Peer(words[Target.PID], generation, words, expected, scratch)
+            yield self.peer
+        finally:
+            fcntl.flock(self._locks[place], fcntl.LOCK_UN)
+
+    def _open_places(self, word: Target) -> Sequence[int]:
+        found = []
+        for place in range(TARGETS):
+            words = self.board.target(place)
+            if words[Target.GENERATION] and not words[Target.CLOSED] and words[word]:
+                found.append(place)
+        return found
+
+    # --- checks
+
+    def check_bytes(self, actual: bytes, expected: bytes, what: str) -> None:
+        """Raise `Found` unless the bytes are equal."""
+        if actual == expected:
+            return
+        length = min(len(actual), len(expected))
+        first = next((at for at in range(length) if actual[at] != expected[at]), length)
+        there = f"{actual[first : first + 16].hex()} instead of {expected[first : first + 16].hex()}"
+        raise Found("wrong_bytes", f"{what}: {len(actual)} of {len(expected)} bytes, at {first:#x} {there}")
+
+    def check_frames(self, address: int, before: tuple[int, ...], what: str) -> None:
+        """Raise `Found` unless each page of pinned memory has the frame that it had."""
+        after = self.pagemap.frames(address, len(before) * kernel.PAGE)
+        if after == before:
+            return
+        moved = sum(old != new for old, new in zip(before, after, strict=True))
+        raise Found("frames_moved", f"{what}: {moved} of {len(before)} pages of pinned memory moved")
+
+    def check_state(self, state: int, content: bytes, expected: bytes, lost: int) -> None:
+        """Raise `Found` unless memory that was volatile, and is `state` now, holds what it must.
+
+        `lost`: how many of its pages the kernel had taken.
+        """
+        from iobmd.constants import IOPurgeable  # noqa: PLC0415
+
+        if state == IOPurgeable.kIOMemoryPurgeableVolatile:
+            if lost:
+                raise Found("wrong_purge_states", f"Volatile (intact) was returned, and {lost} pages were taken")
+            self.check_bytes(content, expected, "memory that was volatile")
+        elif state == IOPurgeable.kIOMemoryPurgeableEmpty:
+            if content.count(0) != len(content):
+                raise Found("wrong_purge_states", "Empty was returned, and not all bytes are zero")
+        else:
+            raise Found("wrong_purge_states", f"state {state} was returned of volatile memory")
+
+    def drain(self) -> None:
+        """Free what is held."""
+        while self.held:
+            release(self.held.pop())
+        if self.control is not None:
+            address, frames = self.control
+            kernel.unmap(address, len(frames) * kernel.PAGE)
+            self.control = None
+
+
+def release(held: Held) -> None:
+    """Free memory that is held; what was prepared over existing memory is unmapped."""
+    if type(held.buffer).__name__ == "IOMemoryDescriptor":
+        held.buffer.complete()
+        held.buffer.free()
+        kernel.unmap(held.address, held.size)
+    else:
+        held.buffer.free()

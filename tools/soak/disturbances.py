@@ -1,0 +1,116 @@
+"""What the supervisor does to the host, the workers and the targets while events are under way."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from iobmd.tools.soak import pressure
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable
+
+    from iobmd.tools.soak.targets import TargetProcess
+    from iobmd.tools.soak.workers import WorkerProcess
+
+_COMPACT = Path("/proc/sys/vm/compact_memory")
+
+
+class Disturbances:
+    """Compaction, pressure, kills and pauses at random moments.
+
+    Parameters
+    ----------
+    seed : int
+        Of all choices.
+    workers, targets
+        What is killed and paused.
+    cgroup : Path or None
+        The memory cgroup to fill.
+    """
+
+    def __init__(
+        self, seed: int, workers: list[WorkerProcess], targets: list[TargetProcess], cgroup: Path | None
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        self.left_out: dict[str, str] = {}
+        self._chance = random.Random(f"{seed}/disturbances")
+        self._workers, self._targets, self._cgroup = workers, targets, cgroup
+        self._hog: subprocess.Popen[bytes] | None = None
+        self._compaction: threading.Thread | None = None
+        self._oom_kills = 0
+        actions: dict[Callable[[], None], float] = {
+            self._kill_worker: 5.0,
+            self._kill_target: 4.0,
+            self._pause_worker: 3.0,
+            self._pause_target: 2.0,
+        }
+        if _can_compact():
+            actions[self._compact] = 2.0
+        else:
+            self.left_out["compaction"] = f"{_COMPACT} cannot be written"
+        now = time.monotonic()
+        self._due = {action: now + self._chance.expovariate(1 / mean) for action, mean in actions.items()}
+        self._means = actions
+
+    def work(self) -> None:
+        """Do what is due."""
+        now = time.monotonic()
+        for action, due in self._due.items():
+            if now >= due:
+                action()
+                self._due[action] = time.monotonic() + self._chance.expovariate(1 / self._means[action])
+        if self._cgroup is not None and (self._hog is None or self._hog.poll() is not None):
+            self._hog = pressure.start_hog(self._cgroup)
+        if self._cgroup is not None:
+            self.counts["oom_kills"] = pressure.kills(self._cgroup)
+
+    def _compact(self) -> None:
+        if self._compaction is not None and self._compaction.is_alive():
+            return
+        self._compaction = threading.Thread(target=_COMPACT.write_text, args=("1",), daemon=True)
+        self._compaction.start()
+        self.counts["compactions"] += 1
+
+    def _kill_worker(self) -> None:
+        worker = self._chance.choice(self._workers)
+        if worker.kill_if_working():
+            self.counts["workers_killed"] += 1
+            for target in self._targets:
+                target.left_behind = True
+
+    def _kill_target(self) -> None:
+        target = self._chance.choice(self._targets)
+        if target.ready:
+            target.kill()
+            target.start()
+            self.counts["targets_killed"] += 1
+
+    def _pause_worker(self) -> None:
+        self._chance.choice(self._workers).pause(self._chance.uniform(0, 0.2))
+        self.counts["workers_paused"] += 1
+
+    def _pause_target(self) -> None:
+        self._chance.choice(self._targets).pause(self._chance.uniform(0, 0.2))
+        self.counts["targets_paused"] += 1
+
+    def end(self) -> None:
+        """Stop disturbing."""
+        if self._compaction is not None:
+            self._compaction.join(60)
+        if self._hog is not None:
+            self._hog.kill()
+            self._hog.wait()
+
+
+def _can_compact() -> bool:
+    try:
+        _COMPACT.open("w").close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,141 @@
+"""Allocations: fresh memory is zero, holds what is written, and lies where iobmd says."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import iobmd
+from iobmd import IOBufferMemoryDescriptor, IOReturn, Wiring, kernel_task
+from iobmd.tools.soak import kernel
+from iobmd.tools.soak.context import Found
+
+if TYPE_CHECKING:
+    from iobmd.tools.soak.context import Context
+
+_PAGE = kernel.PAGE
+_SMALL = (1, 64, 500, 2048, 4096)
+_MIDDLE = (5000, 16 << 10, 64 << 10, 100_000)
+_ZEROS = bytes(4 << 20)
+
+
+def check_new(context: Context, buffer: IOBufferMemoryDescriptor, size: int) -> bytes:
+    """Check that new memory is zero and holds what is written to it; returns what was written."""
+    fresh = buffer.readBytes(0, size)
+    if fresh != _ZEROS[:size]:
+        context.check_bytes(fresh, bytes(size), "new memory")
+    content = context.chance.randbytes(min(size, 64)) * -(-size // 64)
+    content = content[:size]
+    buffer.writeBytes(0, content)
+    context.check_bytes(buffer.readBytes(0, size), content, "what was written")
+    return content
+
+
+def check_addresses(context: Context, buffer: iobmd.IOMemoryDescriptor, address: int, size: int) -> tuple[int, ...]:
+    """Check that pinned memory is present, and has the physical addresses that iobmd says; returns its frames."""
+    frames = context.pagemap.frames(address, size)
+    if not context.shared.shows_frames:
+        if context.pagemap.present(address, size) != len(frames):
+            raise Found("frames_moved", "pages of pinned memory are not present")
+        return frames
+    if not all(frames):
+        raise Found("frames_moved", f"{frames.count(0)} of {len(frames)} pages of pinned memory are not present")
+    if context.profile.nobody:
+        return frames
+    at = address % _PAGE
+    expected = [frame * _PAGE for frame in frames]
+    told: list[int] = []
+    for start, length in buffer.segments():
+        first = start - (at if not told else 0)
+        told += range(first, start + length, _PAGE)
+    if told != expected:
+        raise Found("wrong_addresses", f"pages {list(map(hex, expected))[:8]}, iobmd says {list(map(hex, told))[:8]}")
+    return frames
+
+
+def small(context: Context) -> None:
+    """Allocate up to a page of wired memory: the cheapest event."""
+    size = context.chance.choice(_SMALL)
+    with iobmd.allocate(size) as buffer:
+        address = buffer.getBytesNoCopy()
+        check_new(context, buffer, size)
+        if buffer.wiring is Wiring.PINNED:
+            check_addresses(context, buffer, address, size)
+        elif not context.pagemap.present(address, size):
+            raise Found("frames_moved", "a page of resident memory is not present")
+
+
+def pageable(context: Context) -> None:
+    """Allocate memory that is not wired; a page that nobody touched is not resident, unless it was used before."""
+    size = context.chance.choice(_SMALL + _MIDDLE)
+    with iobmd.allocate(size, wired=False) as buffer:
+        check_new(context, buffer, size)
+        address = buffer.getBytesNoCopy()
+        pages = len(context.pagemap.entries(address, size))
+        if not context.profile.squeezed and context.pagemap.present(address, size) != pages:
+            raise Found("wrong_bytes", "pages that were written to are not present")
+
+
+def wired(context: Context) -> None:
+    """Allocate wired private memory of several pages, and read it by another way too."""
+    _checked(context, context.chance.choice(_MIDDLE), shared=False)
+
+
+def shared(context: Context) -> None:
+    """Allocate wired shared memory."""
+    _checked(context, context.chance.choice(_SMALL + _MIDDLE), shared=True)
+
+
+def large(context: Context) -> None:
+    """Allocate private memory that takes huge pages."""
+    _checked(context, 4 << 20, shared=False)
+
+
+def large_shared(context: Context) -> None:
+    """Allocate shared memory that takes huge pages."""
+    _checked(context, 4 << 20, shared=True)
+
+
+def _checked(context: Context, size: int, *, shared: bool) -> None:
+    with iobmd.allocate(size, shared=shared) as buffer:
+        address = buffer.getBytesNoCopy()
+        content = check_new(context, buffer, size)
+        if buffer.wiring is Wiring.PINNED:
+            check_addresses(context, buffer, address, size)
+        start = address & -_PAGE
+        pages = -(-(address + size - start) // _PAGE)
+        if kernel.resident(start, pages * _PAGE) != pages:
+            raise Found("frames_moved", "pages of wired memory are not resident (mincore)")
+        context.check_bytes(kernel.read_memory(os.getpid(), address, size), content, "process_vm_readv")
+
+
+def contiguous(context: Context) -> None:
+    """Allocate physically contiguous memory."""
+    size = context.chance.choice((16 << 10, 64 << 10, 256 << 10, 1 << 20))
+    with iobmd.allocate(size, contiguous=True) as buffer:
+        check_new(context, buffer, size)
+        frames = check_addresses(context, buffer, buffer.getBytesNoCopy(), size)
+        if context.shared.shows_frames and list(frames) != list(range(frames[0], frames[0] + len(frames))):
+            raise Found("wrong_addresses", f"contiguous memory of {size} bytes is not contiguous")
+
+
+def masked(context: Context) -> None:
+    """Allocate memory below a physical address."""
+    bits = context.chance.choice((33, 34, 36))
+    with iobmd.allocate(context.chance.choice((4096, 64 << 10)), physical_mask=(1 << bits) - 1) as buffer:
+        size = len(buffer)
+        check_new(context, buffer, size)
+        frames = check_addresses(context, buffer, buffer.getBytesNoCopy(), size)
+        if max(frames) * _PAGE >> bits:
+            raise Found("wrong_addresses", f"memory below {bits} bits has frame {max(frames):#x}")
+
+
+def guarded(context: Context) -> None:
+    """Allocate memory between guard pages: its neighbours cannot be read."""
+    size = context.chance.choice((1, 3)) * _PAGE
+    with IOBufferMemoryDescriptor.inTaskWithGuardPages(kernel_task, 3, size) as buffer:
+        address = buffer.getBytesNoCopy()
+        check_new(context, buffer, size)
+        for outside in (address - 1, address + size):
+            if kernel.read_memory(os.getpid(), outside, 1):
+                raise Found("wrong_bytes", f"a guard page at {outside:#x} can be read")

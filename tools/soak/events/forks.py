@@ -1,0 +1,107 @@
+"""Forks while buffers live: pinned pages stay with the parent, pageable memory and shared memory go on in the child."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import TYPE_CHECKING
+
+import iobmd
+from iobmd import IOReturn, IOReturnError
+from iobmd.tools.soak import kernel
+from iobmd.tools.soak.context import Found, Skipped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from iobmd.tools.soak.context import Context
+
+_SAME, _DIFFERENT, _FAILED = 0, 3, 4
+
+
+def in_child(context: Context, work: Callable[[], bool]) -> bool:
+    """Return what `work` returns in a forked child.
+
+    Raises
+    ------
+    Found
+        The child ended otherwise, or did not end: it inherits every lock that another thread held.
+    Skipped
+        No process could be made.
+    """
+    parent = os.getpid()
+    context.shared.forks += 1
+    try:
+        child = os.fork()
+    except OSError:
+        raise Skipped from None
+    if not child:
+        code = _FAILED
+        try:
+            kernel.die_with_parent(parent)
+            signal.alarm(max(1, int(context.shared.patience / 2)))
+            code = _SAME if work() else _DIFFERENT
+        except BaseException as error:  # noqa: BLE001 (reported; nothing of the worker may run on here)
+            os.write(2, f"forked child: {type(error).__name__}: {error}\n".encode())
+        finally:
+            os._exit(code)
+    context.count("forks")
+    status = _wait(child)
+    if os.WIFSIGNALED(status):
+        number = signal.Signals(os.WTERMSIG(status))
+        if number is signal.SIGKILL and context.profile.squeezed:
+            raise Skipped  # the hog's cgroup ran out of memory
+        fault = "hangs" if number is signal.SIGALRM else "crashes"
+        raise Found(fault, f"a forked child was ended by {number.name}")
+    code = os.WEXITSTATUS(status)
+    if code == _FAILED:
+        if context.profile.refusals:
+            raise Skipped
+        raise Found("unexpected_errors", "a forked child raised an exception: see the worker's log")
+    return code == _SAME
+
+
+def _wait(child: int) -> int:
+    """Return the wait status of a child. It ends itself after a while."""
+    pause = 0.0005
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return status
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.02)
+
+
+def fork(context: Context) -> None:
+    """Fork with wired, pageable and shared memory, and write to it on both sides."""
+    size = 16 << 10
+    with (
+        iobmd.allocate(size) as wired,
+        iobmd.allocate(size, wired=False) as pageable,
+        iobmd.allocate(size, wired=False, shared=True) as shared,
+    ):
+        content = context.chance.randbytes(size)
+        for buffer in (wired, pageable, shared):
+            buffer.writeBytes(0, content)
+        address = wired.getBytesNoCopy()
+        pinned = wired.wiring is iobmd.Wiring.PINNED
+        frames = context.pagemap.frames(address, size)
+
+        def work() -> bool:
+            same = pageable.readBytes(0, size) == content and shared.readBytes(0, size) == content
+            pageable.writeBytes(0, bytes(size))
+            shared.writeBytes(0, content[::-1])
+            try:
+                wired.readBytes(0, 1)
+            except IOReturnError as error:
+                return same and error.code == IOReturn.kIOReturnNotOpen
+            return False
+
+        if not in_child(context, work):
+            raise Found("wrong_bytes", "a forked child saw other bytes, or could use wired memory")
+        wired.writeBytes(0, content[::-1])
+        if pinned:
+            context.check_frames(address, frames, "pinned memory after a fork")
+        context.check_bytes(pageable.readBytes(0, size), content, "the parent's private memory")
+        context.check_bytes(shared.readBytes(0, size), content[::-1], "memory shared with a child")

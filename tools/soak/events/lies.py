@@ -1,0 +1,135 @@
+"""Events that do wrong on purpose: a run with one of them must fail, and say why. Each does so once for a thread."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import iobmd
+from iobmd import IOPurgeable, IOReturn, IOReturnError
+from iobmd.tools.soak import kernel
+from iobmd.tools.soak.context import Skipped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from iobmd.tools.soak.context import Context
+
+_told: set[tuple[int, str]] = set()
+
+
+def _once(lie: Callable[[Context], None]) -> Callable[[Context], None]:
+    def run(context: Context) -> None:
+        key = context.number, lie.__name__
+        if key in _told:
+            raise Skipped
+        _told.add(key)
+        lie(context)
+
+    return run
+
+
+@_once
+def moved(context: Context) -> None:
+    """Take memory that is only locked for pinned, and have it move."""
+    address = kernel.map_private(4 << 20)
+    try:
+        kernel.advise(address, 4 << 20, kernel.MADV_NOHUGEPAGE)
+        kernel.advise(address, 4 << 20, kernel.MADV_POPULATE_WRITE)
+        kernel.lock(address, 4 << 20)
+        frames = context.pagemap.frames(address, 4 << 20)
+        kernel.advise(address, 4 << 20, kernel.MADV_HUGEPAGE)
+        kernel.advise(address, 4 << 20, kernel.MADV_COLLAPSE)
+        context.check_frames(address, frames, "memory that is only locked")
+    finally:
+        kernel.unmap(address, 4 << 20)
+
+
+@_once
+def wrong_bytes(context: Context) -> None:
+    """Change a byte behind the check's back."""
+    with iobmd.allocate(4096) as buffer:
+        content = context.chance.randbytes(4096)
+        buffer.writeBytes(0, content)
+        buffer.writeBytes(100, bytes([content[100] ^ 1]))
+        context.check_bytes(buffer.readBytes(0, 4096), content, "a changed byte")
+
+
+@_once
+def wrong_state(context: Context) -> None:
+    """Say that memory is intact, of which the kernel has taken a page."""
+    context.check_state(IOPurgeable.kIOMemoryPurgeableVolatile, bytes(4096), bytes(4096), 1)
+
+
+@_once
+def wrong_code(_context: Context) -> None:
+    """Refuse for no reason."""
+    raise IOReturnError(IOReturn.kIOReturnBadArgument, "refused for no reason")
+
+
+@_once
+def error(_context: Context) -> None:
+    """Raise an exception that is none of iobmd's."""
+    raise ZeroDivisionError
+
+
+@_once
+def descriptor(_context: Context) -> None:
+    """Leave a file open."""
+    os.open("/dev/null", os.O_RDONLY)
+
+
+@_once
+def mapping(_context: Context) -> None:
+    """Leave memory mapped."""
+    kernel.map_private(64 << 10)
+
+
+@_once
+def locked(_context: Context) -> None:
+    """Leave memory locked."""
+    kernel.lock(kernel.map_private(64 << 10), 64 << 10)
+
+
+@_once
+def thread(_context: Context) -> None:
+    """Leave a thread."""
+    threading.Thread(target=time.sleep, args=(3600,), daemon=True).start()
+
+
+@_once
+def child(_context: Context) -> None:
+    """Leave a child process, which ends with this one."""
+    parent = os.getpid()
+    if not os.fork():
+        kernel.die_with_parent(parent)
+        signal.pause()
+
+
+@_once
+def hang(_context: Context) -> None:
+    """Do not end."""
+    threading.Event().wait()
+
+
+@_once
+def crash(_context: Context) -> None:
+    """Crash."""
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+@_once
+def disturb(context: Context) -> None:
+    """Stop a target behind the supervisor's back."""
+    with context.target() as peer:
+        os.kill(peer.pid, signal.SIGSTOP)
+
+
+@_once
+def kill(context: Context) -> None:
+    """Kill a target behind the supervisor's back."""
+    with context.target() as peer:
+        os.kill(peer.pid, signal.SIGKILL)

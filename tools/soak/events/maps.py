@@ -1,0 +1,91 @@
+"""Maps: the same pages at further addresses, here and in targets, and other pages after a redirect."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import iobmd
+from iobmd import IOMapOptions, Task
+from iobmd.tools.soak import kernel
+from iobmd.tools.soak.context import Found
+
+if TYPE_CHECKING:
+    from iobmd.tools.soak.context import Context
+
+_ANYWHERE, _UNIQUE = int(IOMapOptions.kIOMapAnywhere), int(IOMapOptions.kIOMapUnique)
+_READ_ONLY = int(IOMapOptions.kIOMapReadOnly)
+
+
+def here(context: Context) -> None:
+    """Map shared memory once more in this process: both addresses show the same frames."""
+    size = context.chance.choice((1, 3, 16)) * kernel.PAGE
+    with iobmd.allocate(size, shared=True) as buffer, buffer.map(_UNIQUE) as mapped:
+        content = context.chance.randbytes(size)
+        buffer.writeBytes(0, content)
+        context.check_bytes(bytes(mapped), content, "a map of shared memory")
+        _check_same_frames(context, buffer.getBytesNoCopy(), context.pagemap, mapped.getAddress(), size)
+
+
+def _check_same_frames(context: Context, address: int, other: kernel.Pagemap, there: int, size: int) -> None:
+    mine = context.pagemap.frames(address, size)
+    theirs = other.frames(there, size)
+    if any(one and another and one != another for one, another in zip(mine, theirs, strict=True)):
+        raise Found("wrong_addresses", "two maps of the same memory show different frames")
+
+
+def read_only(context: Context) -> None:
+    """Map a part read-only: the kernel refuses to write there, and it shows what is written elsewhere."""
+    with (
+        iobmd.allocate(3 * kernel.PAGE, wired=False, shared=True) as buffer,
+        buffer.createMappingInTask(
+            iobmd.kernel_task, 0, _ANYWHERE | _UNIQUE | _READ_ONLY, kernel.PAGE, kernel.PAGE
+        ) as mapped,
+    ):
+        content = context.chance.randbytes(kernel.PAGE)
+        buffer.writeBytes(kernel.PAGE, content)
+        context.check_bytes(bytes(mapped), content, "a read-only map")
+        address = mapped.getAddress()
+        found = [area for area in kernel.mappings() if area.start <= address < area.end]
+        if not found or found[0].permissions[:2] != "r-":
+            raise Found("wrong_addresses", f"a read-only map is mapped {found}")
+
+
+def redirect(context: Context) -> None:
+    """Show other memory at the addresses of a map."""
+    size = context.chance.choice((1, 4)) * kernel.PAGE
+    first, second = context.chance.randbytes(size), context.chance.randbytes(size)
+    with (
+        iobmd.allocate(size, wired=False, shared=True) as old,
+        iobmd.allocate(size, wired=False, shared=True) as new,
+        old.map(_UNIQUE) as mapped,
+    ):
+        old.writeBytes(0, first)
+        new.writeBytes(0, second)
+        context.check_bytes(bytes(mapped), first, "a map before its redirection")
+        mapped.redirect(new)
+        context.check_bytes(bytes(mapped), second, "a map after its redirection")
+        context.check_bytes(old.readBytes(0, size), first, "memory that was mapped before")
+
+
+def in_target(context: Context) -> None:
+    """Map shared memory in a target: it has the same pages there, and nothing is left of it afterwards."""
+    size = context.chance.choice((1, 8)) * kernel.PAGE
+    with context.target() as peer, iobmd.allocate(size, shared=True) as buffer:
+        task = Task(peer.pid)
+        content = context.chance.randbytes(size)
+        with buffer.createMappingInTask(task, 0, _ANYWHERE) as mapped:
+            buffer.writeBytes(0, content)
+            there = mapped.getAddress()
+            context.check_bytes(task.read(there, size), content, "a map in a target")
+            if not peer.was_killed and (seen := kernel.read_memory(peer.pid, there, size)):
+                context.check_bytes(seen, content, "a map in a target, by process_vm_readv")
+            task.write(there, content[::-1])
+            context.check_bytes(buffer.readBytes(0, size), content[::-1], "memory a target maps")
+        if context.chance.random() < 0.2 and kernel.read_memory(peer.pid, there, 1) and not peer.was_killed:
+            _check_gone(peer.pid, there)
+
+
+def _check_gone(pid: int, address: int) -> None:
+    for area in kernel.mappings(pid):  # another worker's map may be there by now
+        if area.start <= address < area.end and "iobmd" not in area.name:
+            raise Found("programs_disturbed", f"{area} is mapped in a target where a map of ours was")

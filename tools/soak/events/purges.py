@@ -1,0 +1,89 @@
+"""Purgeable memory: what a state promises of the bytes is true, and nothing is taken that is not volatile."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import iobmd
+from iobmd import IOPurgeable
+from iobmd.tools.soak import kernel
+from iobmd.tools.soak.context import Found
+
+if TYPE_CHECKING:
+    from iobmd import IOBufferMemoryDescriptor
+    from iobmd.tools.soak.context import Context
+
+_VOLATILE = IOPurgeable.kIOMemoryPurgeableVolatile
+_NON_VOLATILE = IOPurgeable.kIOMemoryPurgeableNonVolatile
+_EMPTY = IOPurgeable.kIOMemoryPurgeableEmpty
+
+
+def private(context: Context) -> None:
+    """Make private memory volatile, have the kernel take pages of it or not, and keep it again."""
+    pages = context.chance.choice((1, 4, 16, 64))
+    size = pages * kernel.PAGE
+    with iobmd.allocate(size, wired=False, purgeable=True) as buffer:
+        address = buffer.getBytesNoCopy()
+        content = context.chance.randbytes(size)
+        buffer.writeBytes(0, content)
+        for _ in range(context.chance.choice((1, 3))):
+            purges, reclaimed = context.shared.purges, kernel.reclaimed()
+            buffer.setPurgeable(_VOLATILE)
+            if taken := context.chance.choice((0, 0, 1, pages)):
+                first = context.chance.randrange(pages - taken + 1)
+                with contextlib.suppress(OSError):  # EINVAL: iobmd has locked it for a moment
+                    kernel.advise(address + first * kernel.PAGE, taken * kernel.PAGE, kernel.MADV_PAGEOUT)
+            lost = pages - context.pagemap.present(address, size)
+            old = buffer.setPurgeable(_NON_VOLATILE)
+            context.check_state(old, buffer.readBytes(0, size), content, lost)
+            context.count("pages_taken", lost)
+            may_be_taken = context.profile.squeezed or purges != context.shared.purges
+            if old == _EMPTY and not lost and not may_be_taken and reclaimed == kernel.reclaimed():
+                raise Found("wrong_purge_states", "Empty was returned, and nothing had been taken")
+            _check_kept(context, buffer, content if old == _VOLATILE else bytes(size))
+            if old == _EMPTY:
+                buffer.writeBytes(0, content)
+
+
+def _check_kept(context: Context, buffer: IOBufferMemoryDescriptor, content: bytes) -> None:
+    context.count("purges_intact" if any(content[:64]) else "purges_empty")
+    with contextlib.suppress(OSError):
+        kernel.advise(buffer.getBytesNoCopy(), len(buffer), kernel.MADV_PAGEOUT)
+    context.check_bytes(buffer.readBytes(0, len(buffer)), content, "non-volatile memory")
+
+
+def shared(context: Context) -> None:
+    """Make shared memory volatile, have it taken by iobmd or not, and keep it again."""
+    size = context.chance.choice((1, 16)) * kernel.PAGE
+    with iobmd.allocate(size, wired=False, purgeable=True, shared=True) as buffer:
+        content = context.chance.randbytes(size)
+        buffer.writeBytes(0, content)
+        purges = context.shared.purges
+        buffer.setPurgeable(_VOLATILE)
+        if emptied := context.chance.random() < 0.2:
+            buffer.setPurgeable(_EMPTY)
+        old = buffer.setPurgeable(_NON_VOLATILE)
+        context.check_state(old, buffer.readBytes(0, size), content, 1 if emptied else 0)
+        taken = context.profile.squeezed or purges != context.shared.purges
+        if old == _EMPTY and not emptied and not taken:
+            raise Found("wrong_purge_states", "Empty was returned of shared memory that nobody had taken")
+        _check_kept(context, buffer, content if old == _VOLATILE else bytes(size))
+
+
+def everything(context: Context) -> None:
+    """Take all volatile memory of the process, that of other threads too."""
+    with iobmd.allocate(kernel.PAGE, wired=False, purgeable=True) as buffer:
+        content = context.chance.randbytes(kernel.PAGE)
+        buffer.writeBytes(0, content)
+        if context.chance.random() < 0.5:
+            buffer.setPurgeable(_VOLATILE)
+            context.shared.purges += 1
+            iobmd.purge()
+            if buffer.setPurgeable(_NON_VOLATILE) != _EMPTY:
+                raise Found("wrong_purge_states", "purge() left volatile memory")
+            content = bytes(kernel.PAGE)
+        else:
+            context.shared.purges += 1
+            iobmd.purge()
+        context.check_bytes(buffer.readBytes(0, kernel.PAGE), content, "memory after purge()")

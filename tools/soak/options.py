@@ -1,0 +1,69 @@
+"""The options of a run."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from iobmd.cli.arguments import duration
+from iobmd.tools.soak import events
+from iobmd.tools.soak.board import THREADS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run does, and for how long."""
+
+    seconds: float
+    events: int
+    seed: int
+    kinds: list[str]
+    workers: int
+    threads: int
+    patience: float
+    json: Path | None
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """Return the options of a command line."""
+    parser = argparse.ArgumentParser(
+        prog="iobmd soak",
+        description="Use iobmd in many threads and processes while the kernel moves and takes memory, processes are "
+        "killed and limits reached, and check each event against the kernel. Exit code 1 if anything was wrong.",
+        epilog=f"kinds of events: {', '.join(events.KINDS)}",
+    )
+    parser.add_argument("--seconds", type=duration, default=60, help="how long it works (default: 60)")
+    parser.add_argument("--events", type=int, default=0, metavar="N", help="end after so many events (default: none)")
+    parser.add_argument("--seed", type=int, help="of all random choices (default: the clock)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to a file")
+    parser.add_argument("--kinds", metavar="NAMES", help="comma-separated kinds of events (default: all)")
+    parser.add_argument("--workers", type=int, default=4, metavar="N", help="worker processes (default: 4)")
+    parser.add_argument("--threads", type=int, default=3, metavar="N", help="threads in each (default: 3)")
+    parser.add_argument(
+        "--patience", type=duration, default=60, metavar="S", help="seconds after which an event hangs (default: 60)"
+    )
+    arguments = parser.parse_args(argv)
+    kinds = list(events.KINDS) if arguments.kinds is None else arguments.kinds.split(",")
+    if unknown := [kind for kind in kinds if kind not in events.KINDS | events.LIES]:
+        parser.error(f"--kinds: no such kind: {', '.join(unknown)}")
+    if min(arguments.workers, arguments.threads) < 1 or arguments.workers * arguments.threads > THREADS:
+        parser.error(f"--workers times --threads must be within 1 and {THREADS}")
+    if arguments.events < 0 or arguments.patience < 1:
+        parser.error("--events must not be negative, and --patience at least 1")
+    seed = time.time_ns() // 1000 % (1 << 32) if arguments.seed is None else arguments.seed
+    return Options(
+        arguments.seconds,
+        arguments.events,
+        seed,
+        kinds,
+        arguments.workers,
+        arguments.threads,
+        arguments.patience,
+        arguments.json,
+    )

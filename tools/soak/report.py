@@ -1,0 +1,139 @@
+"""The report of a run: what was done, what was refused, and what went wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from iobmd.constants import IOReturn
+from iobmd.tools.soak.board import KINDS, Thread
+
+VERSION = 1
+FAULTS = {
+    "frames_moved": "pages of pinned memory moved",
+    "wrong_addresses": "a physical address is not that of the page",
+    "wrong_purge_states": "a purgeable state does not fit the memory",
+    "wrong_bytes": "bytes differ",
+    "programs_disturbed": "a target was disturbed, or left changed",
+    "unexpected_refusals": "a refusal that nothing explains",
+    "unexpected_errors": "an exception other than IOReturnError",
+    "hangs": "an event did not end",
+    "crashes": "a worker ended by itself",
+    "leaked_mappings": "mappings left",
+    "leaked_descriptors": "file descriptors left",
+    "leaked_locked_bytes": "memory left locked or pinned",
+    "leaked_threads": "threads left",
+    "leaked_processes": "child processes left",
+    "leaked_hugetlb_pages": "hugetlb pages left",
+    "leaked_cgroups": "cgroups left",
+}
+"""All must be 0: names in the report, and their meaning."""
+CONTROLS = (
+    "locked_pages_seen",
+    "locked_pages_moved",
+    "pinned_pages_seen",
+    "collapses",
+    "forks",
+    "pages_taken",
+    "purges_intact",
+    "purges_empty",
+)
+"""What shows that the disturbances are at work: figures that are not faults."""
+REASONS = {
+    "limit": "a limit of the worker: memory it may lock, descriptors, address space, memory of its cgroup",
+    "privilege": "the worker is an ordinary user",
+    "fragmentation": "no physically contiguous or low memory was found within the budget",
+    "target killed": "the supervisor had killed the target",
+    "contended": "other workers traced the target all the while",
+    "meant": "the event did what must be refused",
+}
+"""Why a refusal was expected."""
+CODES = tuple(code for code in IOReturn if code.name in {
+    "kIOReturnNoMemory", "kIOReturnNoResources", "kIOReturnNotPrivileged", "kIOReturnBadArgument",
+    "kIOReturnUnsupported", "kIOReturnVMError", "kIOReturnNotOpen", "kIOReturnBusy", "kIOReturnTimeout",
+    "kIOReturnNotReady", "kIOReturnCannotWire", "kIOReturnNotPermitted", "kIOReturnNotFound",
+})  # fmt: skip
+"""Codes that can be expected at all."""
+assert Thread.FIRST_REFUSAL + len(REASONS) * len(CODES) <= Thread.FIRST_CONTROL
+_DETAILS = 100
+"""The most faults of a kind that the report describes; all are counted."""
+
+
+@dataclass
+class Tally:
+    """Sums over the threads of all workers."""
+
+    kinds: dict[str, int] = field(default_factory=dict)
+    refusals: dict[str, dict[str, int]] = field(default_factory=dict)
+    control: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def events(self) -> int:
+        """How many events ended."""
+        return sum(self.kinds.values())
+
+    @classmethod
+    def of(cls, rows: list[memoryview], names: list[str]) -> Tally:
+        """Add up the words of threads."""
+        assert len(names) <= KINDS
+        kinds = {name: sum(row[Thread.FIRST_KIND + index] for row in rows) for index, name in enumerate(names)}
+        refusals: dict[str, dict[str, int]] = {reason: {} for reason in REASONS}
+        for number, reason in enumerate(REASONS):
+            for index, code in enumerate(CODES):
+                place = Thread.FIRST_REFUSAL + number * len(CODES) + index
+                if count := sum(row[place] for row in rows):
+                    refusals[reason][code.name] = count
+        control = {
+            name: sum(row[Thread.FIRST_CONTROL + index] for row in rows) for index, name in enumerate(CONTROLS)
+        }
+        return cls(kinds, refusals, control)
+
+
+def document(tally: Tally, faults: list[dict[str, Any]], **about: Any) -> dict[str, Any]:
+    """Return the report for JSON. `about`: what else it says of the run."""
+    counts = dict.fromkeys(FAULTS, 0)
+    details: list[dict[str, Any]] = []
+    for fault in faults:
+        counts[fault["fault"]] += fault.get("count", 1)
+        if sum(other["fault"] == fault["fault"] for other in details) < _DETAILS:
+            details.append(fault)
+    return {
+        "version": VERSION,
+        **about,
+        "events": tally.events,
+        "kinds": tally.kinds,
+        "refusals": tally.refusals,
+        "control": tally.control,
+        "faults": counts,
+        "details": details,
+    }
+
+
+def text(report: dict[str, Any]) -> str:
+    """Return the report for people."""
+    seconds = report["seconds"]
+    lines = [f"{report['events']:,} events in {seconds:.0f} s, {report['events'] / max(seconds, 1e-9):,.0f} a second"]
+    kinds = [f"{name} {count:,}" for name, count in report["kinds"].items() if count]
+    lines += _wrapped("events", kinds)
+    refused = [
+        f"{reason}: {code.removeprefix('kIOReturn')} {count:,}"
+        for reason, codes in report["refusals"].items()
+        for code, count in codes.items()
+    ]
+    lines += _wrapped("expected refusals", refused)
+    lines += _wrapped("disturbances", [f"{name.replace('_', ' ')} {n:,}" for name, n in report["disturbances"].items()])
+    lines += _wrapped("control", [f"{name.replace('_', ' ')} {count:,}" for name, count in report["control"].items()])
+    lines += _wrapped("left out", [f"{name}: {reason}" for name, reason in report["left_out"].items()])
+    for name, count in report["faults"].items():
+        lines.append(f"{count:>9,}  {FAULTS[name]}")
+    for fault in report["details"][:20]:
+        lines.append(f"FAULT {fault['fault']} in {fault['kind']}: {fault['message']}")
+    lines.append("FAILED" if any(report["faults"].values()) else "passed")
+    return "\n".join(lines)
+
+
+def _wrapped(title: str, parts: list[str]) -> list[str]:
+    import textwrap  # noqa: PLC0415
+
+    joined = f"{title}: {', '.join(parts) or 'none'}"
+    return textwrap.wrap(joined, 100, subsequent_indent="    ", break_long_words=False)

@@ -1,0 +1,175 @@
+"""The supervisor: starts workers and targets, disturbs them, watches over both, and reports."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from iobmd._version import __version__
+from iobmd.tools.soak import board, events, kernel, pressure, profiles, report, requirements, target
+from iobmd.tools.soak.board import Board
+from iobmd.tools.soak.disturbances import Disturbances
+from iobmd.tools.soak.janitor import Janitor
+from iobmd.tools.soak.targets import TargetProcess
+from iobmd.tools.soak.workers import WorkerProcess
+
+if TYPE_CHECKING:
+    from iobmd.tools.soak.options import Options
+
+_PERIOD = 0.1  # seconds between two looks
+_PROGRESS = 5.0  # seconds between two lines
+_INSPECT = 0.5  # seconds between two inspections of targets
+_CLOSED = 3.0  # seconds that a target is closed at most, waiting for its users
+
+
+class Supervisor:
+    """A run, from its start to its report.
+
+    Parameters
+    ----------
+    options : Options
+        Of the run.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self._children = set(kernel.children())
+        self.left_out: dict[str, str] = {}
+        self._cgroup, reason = pressure.make_cgroup()
+        if reason:
+            self.left_out["memory pressure"] = reason
+        self._folder = Path(tempfile.mkdtemp(prefix="iobmd-soak-"))
+        self._janitor = Janitor(self._folder, self._cgroup)
+        self._board = Board(self._folder, create=True)
+        self._workers: list[WorkerProcess] = []
+        self._targets: list[TargetProcess] = []
+        self._disturbances: Disturbances | None = None
+        self._kinds = self._possible_kinds()
+        self._seconds = 0.0
+        self._next_inspected = 0
+
+    def _possible_kinds(self) -> list[str]:
+        missing = requirements.missing()
+        known = events.KINDS | events.LIES
+        for name in self.options.kinds:
+            if known[name].needs in missing:
+                self.left_out[name] = missing[known[name].needs]
+        return [name for name in self.options.kinds if name not in self.left_out]
+
+    def run(self) -> dict[str, Any]:
+        """Run to the end, and return the report."""
+        try:
+            self._start()
+            self._work()
+            self._end()
+        finally:
+            faults = self._clean_up()
+        disturbances = self._disturbances.counts if self._disturbances else {}
+        return report.document(
+            self._tally(),
+            faults,
+            iobmd=__version__,
+            host=f"Linux {platform.release()}, {platform.machine()}, {len(os.sched_getaffinity(0))} processors",
+            seed=self.options.seed,
+            seconds=round(self._seconds, 1),
+            workers=sum(worker.started for worker in self._workers),
+            disturbances=dict(disturbances),
+            left_out=self.left_out,
+        )
+
+    def _start(self) -> None:
+        for number, kind in enumerate(target.KINDS):
+            self._targets.append(TargetProcess(self._folder, self._board, number, kind))
+        places = profiles.schedule(root=os.geteuid() == 0, cgroup=self._cgroup is not None)
+        for slot in range(self.options.workers):
+            self._workers.append(
+                WorkerProcess(
+                    self._folder,
+                    self._board,
+                    slot,
+                    self.options,
+                    self._kinds,
+                    places[slot % len(places)],
+                    self._cgroup,
+                )
+            )
+        self._disturbances = Disturbances(self.options.seed, self._workers, self._targets, self._cgroup)
+        self.left_out |= self._disturbances.left_out
+
+    def _work(self) -> None:
+        began = time.monotonic()
+        progress, inspect = began + _PROGRESS, began
+        assert self._disturbances is not None
+        while (now := time.monotonic()) < began + self.options.seconds:
+            self._watch()
+            self._disturbances.work()
+            if now >= inspect:
+                self._inspect_next()
+                inspect = now + _INSPECT
+            if now >= progress:
+                self._show_progress(now - began)
+                progress = now + _PROGRESS
+            if self.options.events and self._tally().events >= self.options.events:
+                break
+            time.sleep(_PERIOD)
+        self._seconds = time.monotonic() - began
+
+    def _watch(self) -> None:
+        for worker in self._workers:
+            worker.watch()
+        for each in self._targets:
+            each.watch(self.options.patience)
+
+    def _inspect_next(self) -> None:
+        if self._targets[self._next_inspected].inspect(_CLOSED):
+            self._next_inspected = (self._next_inspected + 1) % len(self._targets)
+
+    def _end(self) -> None:
+        """Have workers finish, and inspect every target once more."""
+        self._board.stop()
+        assert self._disturbances is not None
+        self._disturbances.end()
+        deadline = time.monotonic() + 2 * self.options.patience + 20
+        while any(worker.process.poll() is None for worker in self._workers) and time.monotonic() < deadline:
+            self._watch()
+            time.sleep(_PERIOD)
+        self._watch()
+        for each in self._targets:
+            while not each.inspect(self.options.patience) and time.monotonic() < deadline:
+                time.sleep(_PERIOD)
+
+    def _clean_up(self) -> list[dict[str, Any]]:
+        """End every process and remove every file; returns the faults of the run."""
+        self._board.stop()
+        if self._disturbances:
+            self._disturbances.end()
+        for worker in self._workers:
+            worker.kill()
+        for each in self._targets:
+            each.close()
+        faults = board.faults(self._folder)
+        self._janitor.finish()
+        if self._cgroup is not None and self._cgroup.exists():
+            faults.append({"fault": "leaked_cgroups", "kind": "run", "message": f"{self._cgroup} is left"})
+        if left := set(kernel.children()) - self._children:
+            faults.append({"fault": "leaked_processes", "kind": "run", "message": f"left: {left}", "count": len(left)})
+        return faults
+
+    def _tally(self) -> report.Tally:
+        return report.Tally.of([row for worker in self._workers for row in worker.rows], self._kinds)
+
+    def _show_progress(self, seconds: float) -> None:
+        tally, faults = self._tally(), board.faults(self._folder)
+        assert self._disturbances is not None
+        killed = self._disturbances.counts["workers_killed"] + self._disturbances.counts["targets_killed"]
+        print(
+            f"{seconds:5.0f} s {tally.events:>11,} events {tally.events / seconds:>8,.0f}/s  killed {killed}"
+            f"  moved {tally.control['locked_pages_moved']:,}  faults {len(faults)}"[:80],
+            file=sys.stderr,
+            flush=True,
+        )

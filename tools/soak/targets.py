@@ -1,0 +1,242 @@
+"""Targets as the supervisor sees them: started, inspected, stopped, killed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, NamedTuple
+
+from iobmd.tools.soak import kernel
+from iobmd.tools.soak.board import Board, Target
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_START = "import iobmd_command; from iobmd.tools.soak.target import main; main()"
+"""`iobmd_command` first: it keeps `import iobmd` from loading the library, which targets do not need."""
+_OURS = re.compile(r"^/(memfd:)?iobmd\b|anon:iobmd")
+"""Names of mappings that iobmd makes."""
+_TOLERANCE_KB = 64  # of VmRSS counters, which the kernel keeps per processor
+
+
+class _Belongings(NamedTuple):
+    """What a target has; the same before and after whatever is done to it."""
+
+    threads: int
+    descriptors: tuple[str, ...]
+    named: Counter[str]
+    children: int
+    shared_kb: int
+
+    @classmethod
+    def of(cls, pid: int, kind: str) -> _Belongings:
+        fields = kernel.status(pid)
+        return cls(
+            int(fields["Threads"]),
+            kernel.descriptors(pid),
+            Counter(
+                f"{mapping.permissions} {mapping.name}" for mapping in kernel.mappings(pid) if mapping.name[:1] == "/"
+            ),
+            0 if kind == "forking" else len(kernel.children(pid)),
+            kernel.kibibytes(fields, "RssShmem"),
+        )
+
+
+class TargetProcess:
+    """One of the programs that workers copy from, map into and stop.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the run.
+    board : Board
+        The shared memory of the run.
+    number : int
+        The target's place there.
+    kind : str
+        A key of `target.KINDS`.
+    """
+
+    def __init__(self, folder: Path, board: Board, number: int, kind: str) -> None:
+        self.kind, self.number = kind, number
+        self._folder, self._board = folder, board
+        self.words = board.target(number)
+        self._lock = os.open(lock_path(folder, number), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._generation = 0
+        self._before: _Belongings | None = None
+        self._beats, self._beat_at = 0, 0.0
+        self._inspecting_since = 0.0
+        self.left_behind = False
+        """A worker was killed that may have had memory mapped here: what is mapped stays."""
+        self.start()
+
+    @property
+    def pid(self) -> int:
+        """The pid of the present process."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def ready(self) -> bool:
+        """Whether workers may use it."""
+        return self.words[Target.GENERATION] == self._generation
+
+    def start(self) -> None:
+        """Start the program, or start it again."""
+        self._generation += 1
+        self._before, self._inspecting_since, self.left_behind = None, 0.0, False
+        self.words[Target.CLOSED] = 1  # until it was inspected for the first time
+        self.words[Target.SEED] = self.number * 1000 + self._generation
+        arguments = [self._folder, self.number, self.kind, self._generation, os.getpid()]
+        with (self._folder / f"target-{self.number}.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _START, *map(str, arguments)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._beat_at = time.monotonic()
+
+    def kill(self) -> None:
+        """Kill it (SIGKILL) and wait for its end."""
+        assert self._process is not None
+        self.words[Target.KILLED] = self._generation
+        self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(10)
+
+    def pause(self, seconds: float) -> None:
+        """Stop it by SIGSTOP for a moment."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGSTOP)
+            time.sleep(seconds)
+            os.kill(self.pid, signal.SIGCONT)
+
+    def watch(self, patience: float) -> None:
+        """Report an end that nobody asked for, or work that has not gone on for `patience` seconds."""
+        assert self._process is not None
+        now = time.monotonic()
+        if (code := self._process.poll()) is not None:
+            how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+            log = (self._folder / f"target-{self.number}.log").read_text(errors="replace")[-2000:]
+            self._report(f"it ended, with {how}", log=log)
+            self.words[Target.KILLED] = self._generation
+            self.start()
+        elif self.words[Target.BEATS] != self._beats:
+            self._beats, self._beat_at = self.words[Target.BEATS], now
+        elif now - self._beat_at > patience:
+            self._report(f"its work has not gone on for {patience:g} s: {self.threads()}")
+            self.kill()
+            self.start()
+
+    def threads(self) -> str:
+        """Return the state and the tracer of each thread."""
+        found = []
+        with contextlib.suppress(OSError):
+            for thread in kernel.threads(self.pid):
+                with contextlib.suppress(OSError):
+                    fields = kernel.status(f"{self.pid}/task/{thread}")
+                    found.append(f"{thread} {fields['State']}, tracer {fields['TracerPid']}")
+        return "; ".join(found)
+
+    def inspect(self, limit: float) -> bool:
+        """Compare what it has with what it had; returns whether it was done, or later it is tried again.
+
+        No operation may be under way: workers hold a shared lock (flock(2)) for each, which the kernel releases when
+        they are killed. For `limit` seconds at most no new operation begins.
+        """
+        if not self.ready:
+            return True
+        if not self._inspecting_since:
+            self._inspecting_since = time.monotonic()
+            self.words[Target.CLOSED] = 1
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() - self._inspecting_since < limit:
+                return False
+            self._open()
+            return True
+        try:
+            self._compare()
+        except OSError:
+            pass  # it ended: `watch` reports that
+        finally:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+            self._open()
+        return True
+
+    def _open(self) -> None:
+        self._inspecting_since = 0.0
+        self.words[Target.CLOSED] = 0
+
+    def _compare(self) -> None:
+        if self._before is None:
+            self._before = _Belongings.of(self.pid, self.kind)
+            return
+        before = self._before
+        deadline = time.monotonic() + 3  # the kernel ends pins and tracers a moment after their owner was killed
+        while (wrong := self._differences(before)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for message in wrong:
+            self._report(message)
+        if wrong:
+            self._before = _Belongings.of(self.pid, self.kind)
+
+    def _differences(self, before: _Belongings) -> list[str]:
+        wrong = []
+        traced = [thread for thread in kernel.threads(self.pid) if self._is_held(thread)]
+        if traced:
+            wrong.append(f"it is left traced or stopped: {self.threads()}")
+        after = _Belongings.of(self.pid, self.kind)
+        if after.threads != before.threads:
+            wrong.append(f"it has {after.threads} threads, not {before.threads}")
+        if after.descriptors != before.descriptors:
+            more, fewer = set(after.descriptors) - set(before.descriptors), set(before.descriptors) - set(after[1])
+            wrong.append(f"its descriptors were changed: more {sorted(more)}, fewer {sorted(fewer)}")
+        if after.children != before.children:
+            wrong.append(f"it has {after.children} children, not {before.children}")
+        if self.left_behind:
+            return wrong
+        if after.named != before.named:
+            more, fewer = after.named - before.named, before.named - after.named
+            wrong.append(f"its mappings were changed: more {dict(more)}, fewer {dict(fewer)}")
+        if after.shared_kb > before.shared_kb + _TOLERANCE_KB:
+            wrong.append(f"its shared memory grew from {before.shared_kb} to {after.shared_kb} KiB")
+        return wrong
+
+    def _is_held(self, thread: int) -> bool:
+        try:
+            fields = kernel.status(f"{self.pid}/task/{thread}")
+        except OSError:
+            return False
+        return fields["State"][0] in "tT" or fields["TracerPid"] != "0"
+
+    def mapped(self) -> int:
+        """Return how many mappings of iobmd's it has."""
+        try:
+            return sum(bool(_OURS.search(mapping.name)) for mapping in kernel.mappings(self.pid))
+        except OSError:
+            return 0
+
+    def _report(self, message: str, **more: str) -> None:
+        self._board.report("programs_disturbed", f"target {self.kind}", message, target=self.pid, **more)
+
+    def close(self) -> None:
+        """End it."""
+        self.kill()
+        os.close(self._lock)
+
+
+def lock_path(folder: Path, number: int) -> Path:
+    """Return the file that whoever uses a target locks."""
+    return folder / f"target-{number}.lock"
