@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -80,6 +81,12 @@ class Shared:
         self.forks = 0
         """How often a thread has begun to fork: a forked child keeps pins and shared memory for a moment."""
         self._patterns: dict[int, bytes] = {}
+        self._reclaimed = kernel.reclaimed()
+
+    def host_reclaims(self) -> bool:
+        """Return whether the host has reclaimed memory since the last call: it may have taken volatile memory."""
+        before, self._reclaimed = self._reclaimed, kernel.reclaimed()
+        return before != self._reclaimed
 
     def pattern(self, seed: int) -> bytes:
         """Return the pattern of a seed."""
@@ -158,6 +165,20 @@ class Context:
                 found.append(place)
         return found
 
+    def pinned_frames(self, address: int, size: int) -> tuple[int, ...]:
+        """Return the frames of pinned memory, all of them.
+
+        A pin holds the frame, not the entry of the page table: reclaim and compaction unmap shared pages before they
+        see that they are pinned (shrink_folio_list() and migrate_folio_unmap() in the kernel), and put them back or
+        leave that to the next access. So entries that are not present are looked at again after an access.
+        """
+        frames = self.pagemap.frames(address, size)
+        deadline = time.monotonic() + 2
+        while 0 in frames and self.shared.shows_frames and time.monotonic() < deadline:
+            kernel.read_memory(os.getpid(), address, size)
+            frames = self.pagemap.frames(address, size)
+        return frames
+
     # --- checks
 
     def check_bytes(self, actual: bytes, expected: bytes, what: str) -> None:
@@ -171,7 +192,7 @@ class Context:
 
     def check_frames(self, address: int, before: tuple[int, ...], what: str) -> None:
         """Raise `Found` unless each page of pinned memory has the frame that it had."""
-        after = self.pagemap.frames(address, len(before) * kernel.PAGE)
+        after = self.pinned_frames(address, len(before) * kernel.PAGE)
         if after == before:
             return
         moved = sum(old != new for old, new in zip(before, after, strict=True))

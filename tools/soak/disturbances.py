@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable
 
+    from iobmd.tools.soak.options import Options
     from iobmd.tools.soak.targets import TargetProcess
     from iobmd.tools.soak.workers import WorkerProcess
 
@@ -26,8 +27,8 @@ class Disturbances:
 
     Parameters
     ----------
-    seed : int
-        Of all choices.
+    options : Options
+        Of the run.
     workers, targets
         What is killed and paused.
     cgroup : Path or None
@@ -35,28 +36,31 @@ class Disturbances:
     """
 
     def __init__(
-        self, seed: int, workers: list[WorkerProcess], targets: list[TargetProcess], cgroup: Path | None
+        self, options: Options, workers: list[WorkerProcess], targets: list[TargetProcess], cgroup: Path | None
     ) -> None:
         self.counts: Counter[str] = Counter()
         self.left_out: dict[str, str] = {}
-        self._chance = random.Random(f"{seed}/disturbances")
+        self._chance = random.Random(f"{options.seed}/disturbances")
         self._workers, self._targets, self._cgroup = workers, targets, cgroup
         self._hog: subprocess.Popen[bytes] | None = None
         self._compaction: threading.Thread | None = None
         self._oom_kills = 0
-        actions: dict[Callable[[], None], float] = {
+        self._means: dict[Callable[[], None], float] = {
             self._kill_worker: 5.0,
             self._kill_target: 4.0,
             self._pause_worker: 3.0,
             self._pause_target: 2.0,
+            self._compact: 2.0,
         }
-        if _can_compact():
-            actions[self._compact] = 2.0
-        else:
+        """Seconds between two, on average."""
+        if not _can_compact():
+            del self._means[self._compact]
             self.left_out["compaction"] = f"{_COMPACT} cannot be written"
+        if options.calm:
+            self._means.clear()
+            self.left_out["kills and pauses"] = "--calm"
         now = time.monotonic()
-        self._due = {action: now + self._chance.expovariate(1 / mean) for action, mean in actions.items()}
-        self._means = actions
+        self._due = {action: now + self._chance.expovariate(1 / mean) for action, mean in self._means.items()}
 
     def work(self) -> None:
         """Do what is due."""

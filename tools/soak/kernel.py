@@ -58,6 +58,14 @@ class Pagemap:
         """Return how many pages of a range are present."""
         return sum(entry >> 63 for entry in self.entries(address, size))
 
+    def absent(self, address: int, size: int) -> int:
+        """Return how many pages of a range do not exist.
+
+        A page that is neither present nor absent is in swap, or being migrated: compaction replaces up to 32 entries
+        at once by migration entries, which look swapped, and puts them back a moment later.
+        """
+        return sum(not entry >> 62 for entry in self.entries(address, size))
+
     def close(self) -> None:
         """Close the file."""
         os.close(self.fd)

@@ -27,6 +27,7 @@ class Options:
     workers: int
     threads: int
     patience: float
+    calm: bool
     json: Path | None
 
 
@@ -48,6 +49,7 @@ def parse(argv: Sequence[str]) -> Options:
     parser.add_argument(
         "--patience", type=duration, default=60, metavar="S", help="seconds after which an event hangs (default: 60)"
     )
+    parser.add_argument("--calm", action="store_true", help="no compaction, pressure, kills and pauses: to compare")
     arguments = parser.parse_args(argv)
     kinds = list(events.KINDS) if arguments.kinds is None else arguments.kinds.split(",")
     if unknown := [kind for kind in kinds if kind not in events.KINDS | events.LIES]:
@@ -65,5 +67,6 @@ def parse(argv: Sequence[str]) -> Options:
         arguments.workers,
         arguments.threads,
         arguments.patience,
+        arguments.calm,
         arguments.json,
     )

@@ -49,6 +49,11 @@ class Profile:
     address_space: int = 0
     nobody: bool = False
 
+    @property
+    def is_short_of_memory(self) -> bool:
+        """Whether it must not hold many megabytes for long: the run's own use shall not reach its limits."""
+        return bool(self.squeezed or self.locked or self.address_space)
+
     def enter(self, cgroup: Path | None) -> None:
         """Apply what must be there before the first allocation."""
         if self.squeezed and cgroup is not None:

@@ -127,7 +127,8 @@ def text(report: dict[str, Any]) -> str:
     for name, count in report["faults"].items():
         lines.append(f"{count:>9,}  {FAULTS[name]}")
     for fault in report["details"][:20]:
-        lines.append(f"FAULT {fault['fault']} in {fault['kind']}: {fault['message']}")
+        last = (fault.get("log") or "").strip().rpartition("\n")[2]
+        lines.append(f"FAULT {fault['fault']} in {fault['kind']}: {fault['message']}{last and f' ({last})'}")
     lines.append("FAILED" if any(report["faults"].values()) else "passed")
     return "\n".join(lines)
 

@@ -40,7 +40,7 @@ class Supervisor:
         self.options = options
         self._children = set(kernel.children())
         self.left_out: dict[str, str] = {}
-        self._cgroup, reason = pressure.make_cgroup()
+        self._cgroup, reason = (None, "--calm") if options.calm else pressure.make_cgroup()
         if reason:
             self.left_out["memory pressure"] = reason
         self._folder = Path(tempfile.mkdtemp(prefix="iobmd-soak-"))
@@ -98,7 +98,7 @@ class Supervisor:
                     self._cgroup,
                 )
             )
-        self._disturbances = Disturbances(self.options.seed, self._workers, self._targets, self._cgroup)
+        self._disturbances = Disturbances(self.options, self._workers, self._targets, self._cgroup)
         self.left_out |= self._disturbances.left_out
 
     def _work(self) -> None:

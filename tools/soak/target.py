@@ -246,9 +246,7 @@ def signalled(program: Program) -> Callable[[], None]:
 
 def faulting(program: Program) -> Callable[[], None]:
     """Serve its own page faults (userfaultfd(2)) in a thread, and drop the pages again."""
-    area, source = _private(PATTERN), _private(PATTERN)
-    source[:] = program.expected
-    base, origin = _address(area), _address(source)
+    base, origin = kernel.map_private(PATTERN), _address(program.private)
     descriptor = _libc.syscall(_SYS_USERFAULTFD, os.O_CLOEXEC)
     if descriptor < 0:
         raise OSError(ctypes.get_errno(), "userfaultfd")

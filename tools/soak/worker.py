@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import gc
 import json
+import multiprocessing.reduction  # noqa: F401 (an ordinary user may not be able to read the interpreter's files)
 import os
 import random
 import signal

@@ -33,10 +33,8 @@ def check_new(context: Context, buffer: IOBufferMemoryDescriptor, size: int) -> 
 
 def check_addresses(context: Context, buffer: iobmd.IOMemoryDescriptor, address: int, size: int) -> tuple[int, ...]:
     """Check that pinned memory is present, and has the physical addresses that iobmd says; returns its frames."""
-    frames = context.pagemap.frames(address, size)
+    frames = context.pinned_frames(address, size)
     if not context.shared.shows_frames:
-        if context.pagemap.present(address, size) != len(frames):
-            raise Found("frames_moved", "pages of pinned memory are not present")
         return frames
     if not all(frames):
         raise Found("frames_moved", f"{frames.count(0)} of {len(frames)} pages of pinned memory are not present")
@@ -61,8 +59,8 @@ def small(context: Context) -> None:
         check_new(context, buffer, size)
         if buffer.wiring is Wiring.PINNED:
             check_addresses(context, buffer, address, size)
-        elif not context.pagemap.present(address, size):
-            raise Found("frames_moved", "a page of resident memory is not present")
+        elif context.pagemap.absent(address, size):
+            raise Found("frames_moved", "a page of resident memory does not exist")
 
 
 def pageable(context: Context) -> None:
@@ -72,8 +70,8 @@ def pageable(context: Context) -> None:
         check_new(context, buffer, size)
         address = buffer.getBytesNoCopy()
         pages = len(context.pagemap.entries(address, size))
-        if not context.profile.squeezed and context.pagemap.present(address, size) != pages:
-            raise Found("wrong_bytes", "pages that were written to are not present")
+        if lost := context.pagemap.absent(address, size):
+            raise Found("wrong_bytes", f"{lost} of {pages} pages that were written to do not exist")
 
 
 def wired(context: Context) -> None:
@@ -104,7 +102,7 @@ def _checked(context: Context, size: int, *, shared: bool) -> None:
             check_addresses(context, buffer, address, size)
         start = address & -_PAGE
         pages = -(-(address + size - start) // _PAGE)
-        if kernel.resident(start, pages * _PAGE) != pages:
+        if kernel.resident(start, pages * _PAGE) != pages and not shared:
             raise Found("frames_moved", "pages of wired memory are not resident (mincore)")
         context.check_bytes(kernel.read_memory(os.getpid(), address, size), content, "process_vm_readv")
 

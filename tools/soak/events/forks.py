@@ -86,7 +86,7 @@ def fork(context: Context) -> None:
             buffer.writeBytes(0, content)
         address = wired.getBytesNoCopy()
         pinned = wired.wiring is iobmd.Wiring.PINNED
-        frames = context.pagemap.frames(address, size)
+        frames = context.pinned_frames(address, size)
 
         def work() -> bool:
             same = pageable.readBytes(0, size) == content and shared.readBytes(0, size) == content

@@ -63,7 +63,7 @@ def hold(context: Context) -> None:
         _check(context, held)
         release(held)
         return
-    if context.chance.random() < 0.3 and not context.profile.address_space and not context.profile.locked:
+    if context.chance.random() < 0.3 and not context.profile.is_short_of_memory:
         context.held.append(_hold_existing(context))
         return
     size = context.chance.choice((4096, 64 << 10, 512 << 10))
@@ -130,7 +130,7 @@ def collapse(context: Context) -> None:
 def control(context: Context) -> None:
     """Look whether memory that is only locked has moved: the disturbances must show there."""
     size = 2 * _HUGE
-    if context.profile.locked or context.profile.address_space:
+    if context.profile.is_short_of_memory:
         raise Skipped
     if context.control is None:
         address = kernel.map_private(size)

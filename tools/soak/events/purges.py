@@ -28,18 +28,18 @@ def private(context: Context) -> None:
         content = context.chance.randbytes(size)
         buffer.writeBytes(0, content)
         for _ in range(context.chance.choice((1, 3))):
-            purges, reclaimed = context.shared.purges, kernel.reclaimed()
+            purges = context.shared.purges
             buffer.setPurgeable(_VOLATILE)
             if taken := context.chance.choice((0, 0, 1, pages)):
                 first = context.chance.randrange(pages - taken + 1)
                 with contextlib.suppress(OSError):  # EINVAL: iobmd has locked it for a moment
                     kernel.advise(address + first * kernel.PAGE, taken * kernel.PAGE, kernel.MADV_PAGEOUT)
-            lost = pages - context.pagemap.present(address, size)
+            lost = context.pagemap.absent(address, size)
             old = buffer.setPurgeable(_NON_VOLATILE)
             context.check_state(old, buffer.readBytes(0, size), content, lost)
             context.count("pages_taken", lost)
             may_be_taken = context.profile.squeezed or purges != context.shared.purges
-            if old == _EMPTY and not lost and not may_be_taken and reclaimed == kernel.reclaimed():
+            if old == _EMPTY and not lost and not may_be_taken and not context.shared.host_reclaims():
                 raise Found("wrong_purge_states", "Empty was returned, and nothing had been taken")
             _check_kept(context, buffer, content if old == _VOLATILE else bytes(size))
             if old == _EMPTY:
