@@ -188,7 +188,8 @@ class Context:
         length = min(len(actual), len(expected))
         first = next((at for at in range(length) if actual[at] != expected[at]), length)
         there = f"{actual[first : first + 16].hex()} instead of {expected[first : first + 16].hex()}"
-        raise Found("wrong_bytes", f"{what}: {len(actual)} of {len(expected)} bytes, at {first:#x} {there}")
+        killed = ", the target was killed meanwhile" if self.peer and self.peer.was_killed else ""
+        raise Found("wrong_bytes", f"{what}: {len(actual)} of {len(expected)} bytes, at {first:#x} {there}{killed}")
 
     def check_frames(self, address: int, before: tuple[int, ...], what: str) -> None:
         """Raise `Found` unless each page of pinned memory has the frame that it had."""
