@@ -15,7 +15,8 @@ def main(argv: Sequence[str]) -> int:
 
     from iobmd.cli import EXIT_FAILED, EXIT_OK  # noqa: PLC0415
     from iobmd.cli.ending import terminable  # noqa: PLC0415
-    from iobmd.tools.soak import options, report, supervisor  # noqa: PLC0415
+
+    from . import options, report, supervisor  # noqa: PLC0415
 
     chosen = options.parse(argv)
     with terminable():

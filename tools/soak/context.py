@@ -1,4 +1,4 @@
-"""What an event gets: a source of chance, readers of the kernel's files, targets, and places to record what happened."""
+"""What an event works with: a source of chance, readers of the kernel's files, targets, and places for results."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import fcntl
 import os
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd.constants import IOReturn
-from iobmd.tools.soak import kernel
-from iobmd.tools.soak.board import PATTERN, SCRATCH_SLICE, TARGETS, Target, Thread, pattern
-from iobmd.tools.soak.report import CODES, CONTROLS, REASONS
-from iobmd.tools.soak.targets import lock_path
+
+from . import kernel
+from .board import PATTERN, SCRATCH_SLICE, TARGETS, Target, Thread, pattern
+from .report import CODES, CONTROLS, REASONS
+from .targets import lock_path
 
 if TYPE_CHECKING:
     import random
@@ -21,8 +23,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import iobmd
-    from iobmd.tools.soak.board import Board
-    from iobmd.tools.soak.profiles import Profile
+
+    from .board import Board
+    from .profiles import Profile
 
 
 _REASONS = tuple(REASONS)
@@ -40,7 +43,8 @@ class Skipped(Exception):  # noqa: N818
     """There is nothing for this event to work on: it does not count."""
 
 
-class Peer(NamedTuple):
+@dataclass(frozen=True)
+class Peer:
     """A target while it is used."""
 
     pid: int
@@ -56,7 +60,8 @@ class Peer(NamedTuple):
         return self.words[Target.KILLED] >= self.generation
 
     def __getitem__(self, word: Target) -> int:
-        return self.words[word]
+        number: int = self.words[word]
+        return number
 
 
 class Held(NamedTuple):

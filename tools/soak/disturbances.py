@@ -9,15 +9,15 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iobmd.tools.soak import pressure
+from . import pressure
 
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable
 
-    from iobmd.tools.soak.options import Options
-    from iobmd.tools.soak.targets import TargetProcess
-    from iobmd.tools.soak.workers import WorkerProcess
+    from .options import Options
+    from .targets import TargetProcess
+    from .workers import WorkerProcess
 
 _COMPACT = Path("/proc/sys/vm/compact_memory")
 

@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 from typing import NamedTuple
 
-from iobmd.tools.soak import kernel
+from . import kernel
 
 STACK = 1 << 20 | 64 << 10
 """Bytes of a thread's stack in workers: no other mapping has this size, and glibc keeps some stacks for reuse."""

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iobmd.cli.arguments import duration
-from iobmd.tools.soak import events
-from iobmd.tools.soak.board import THREADS
+
+from . import events
+from .board import THREADS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

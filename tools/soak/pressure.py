@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from iobmd.tools.soak import kernel
+from . import kernel
 
 LIMIT = 160 << 20
 """Bytes that the cgroup may use: a few workers' worth."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iobmd.constants import IOReturn
-from iobmd.tools.soak import kernel
+
+from . import kernel
 
 NOBODY = 65534
 

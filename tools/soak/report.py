@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from iobmd.constants import IOReturn
-from iobmd.tools.soak.board import KINDS, Thread
+
+from .board import KINDS, Thread
 
 VERSION = 1
 FAULTS = {
@@ -121,7 +122,9 @@ def text(report: dict[str, Any]) -> str:
         for code, count in codes.items()
     ]
     lines += _wrapped("expected refusals", refused)
-    lines += _wrapped("disturbances", [f"{name.replace('_', ' ')} {n:,}" for name, n in report["disturbances"].items()])
+    lines += _wrapped(
+        "disturbances", [f"{name.replace('_', ' ')} {n:,}" for name, n in report["disturbances"].items()]
+    )
     lines += _wrapped("control", [f"{name.replace('_', ' ')} {count:,}" for name, count in report["control"].items()])
     lines += _wrapped("left out", [f"{name}: {reason}" for name, reason in report["left_out"].items()])
     for name, count in report["faults"].items():

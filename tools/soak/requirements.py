@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iobmd.tools.soak import kernel
+from . import kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable

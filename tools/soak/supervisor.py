@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iobmd._version import __version__
-from iobmd.tools.soak import board, events, kernel, pressure, profiles, report, requirements, target
-from iobmd.tools.soak.board import Board
-from iobmd.tools.soak.disturbances import Disturbances
-from iobmd.tools.soak.janitor import Janitor
-from iobmd.tools.soak.targets import TargetProcess
-from iobmd.tools.soak.workers import WorkerProcess
+
+from . import board, events, kernel, pressure, profiles, report, requirements, target
+from .board import Board
+from .disturbances import Disturbances
+from .janitor import Janitor
+from .targets import TargetProcess
+from .workers import WorkerProcess
 
 if TYPE_CHECKING:
-    from iobmd.tools.soak.options import Options
+    from .options import Options
 
 _PERIOD = 0.1  # seconds between two looks
 _PROGRESS = 5.0  # seconds between two lines
@@ -157,7 +158,9 @@ class Supervisor:
         if self._cgroup is not None and self._cgroup.exists():
             faults.append({"fault": "leaked_cgroups", "kind": "run", "message": f"{self._cgroup} is left"})
         if left := set(kernel.children()) - self._children:
-            faults.append({"fault": "leaked_processes", "kind": "run", "message": f"left: {left}", "count": len(left)})
+            faults.append(
+                {"fault": "leaked_processes", "kind": "run", "message": f"left: {left}", "count": len(left)}
+            )
         return faults
 
     def _tally(self) -> report.Tally:

@@ -20,8 +20,8 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iobmd.tools.soak import kernel
-from iobmd.tools.soak.board import MOMENT, PATTERN, SCRATCH_SLICE, SPARSE, THREADS, Board, Target, pattern
+from . import kernel
+from .board import MOMENT, PATTERN, SCRATCH_SLICE, SPARSE, THREADS, Board, Target, pattern
 
 if TYPE_CHECKING:
     from collections.abc import Callable

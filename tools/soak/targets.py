@@ -13,8 +13,8 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd.tools.soak import kernel
-from iobmd.tools.soak.board import Board, Target
+from . import kernel
+from .board import Board, Target
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -208,8 +208,8 @@ class TargetProcess:
         if self.left_behind:
             return wrong
         if after.named != before.named:
-            more, fewer = after.named - before.named, before.named - after.named
-            wrong.append(f"its mappings were changed: more {dict(more)}, fewer {dict(fewer)}")
+            new, gone = after.named - before.named, before.named - after.named
+            wrong.append(f"its mappings were changed: more {dict(new)}, fewer {dict(gone)}")
         if after.shared_kb > before.shared_kb + _TOLERANCE_KB:
             wrong.append(f"its shared memory grew from {before.shared_kb} to {after.shared_kb} KiB")
         return wrong

@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import IOReturn, IOReturnError
-from iobmd.tools.soak import events, footprint, kernel
-from iobmd.tools.soak.board import Board, Thread
-from iobmd.tools.soak.context import Context, Found, Shared, Skipped
-from iobmd.tools.soak.profiles import PROFILES, Profile
-from iobmd.tools.soak.report import CODES
+
+from . import events, footprint, kernel
+from .board import Board, Thread
+from .context import Context, Found, Shared, Skipped
+from .profiles import PROFILES, Profile
+from .report import CODES
 
 if TYPE_CHECKING:
-    from iobmd.tools.soak.events import Kind
+    from .events import Kind
 
 
 class Orders(NamedTuple):
@@ -81,7 +82,7 @@ class Runner:
         except MemoryError as error:
             if not self.context.profile.address_space:
                 self._report("unexpected_errors", kind, f"MemoryError: {error}")
-        except Exception as error:  # noqa: BLE001 (any is a fault to report)
+        except Exception as error:
             if self._is_of_this_tool(error):
                 row[Thread.BEGAN] = 0
                 return
@@ -95,8 +96,9 @@ class Runner:
         number = getattr(error, "errno", 0)
         if not self.context.profile.descriptors or number not in (errno.EMFILE, errno.ENFILE):
             return False
-        innermost = traceback.extract_tb(error.__traceback__)[-1].filename
-        return "/iobmd/" not in innermost.replace("/iobmd/tools/", "/")
+        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        innermost: str = [name for name in modules if name.startswith("iobmd.")][-1]
+        return innermost.startswith("iobmd.tools.")
 
     def _refused(self, kind: Kind, error: IOReturnError) -> None:
         reason = self._reason(kind, error.code)
@@ -139,7 +141,9 @@ class Worker:
         self._shared = Shared(folder, self.board, self.profile, orders.patience)
         self.runners = [
             Runner(
-                Context(self._shared, orders.slot * orders.threads + number, random.Random(f"{orders.seed}/{number}")),
+                Context(
+                    self._shared, orders.slot * orders.threads + number, random.Random(f"{orders.seed}/{number}")
+                ),
                 orders.kinds,
             )
             for number in range(orders.threads)

@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iobmd.tools.soak import footprint, kernel
-from iobmd.tools.soak.board import Board, Thread
+from . import footprint, kernel
+from .board import Board, Thread
 
 if TYPE_CHECKING:
-    from iobmd.tools.soak.options import Options
+    from .options import Options
 
 _LIFE = (15.0, 40.0)
 """Seconds that a worker lives, at least and at most."""
@@ -74,6 +74,7 @@ class WorkerProcess:
         self.profile, self._killed = next(self._profiles), False
         self.started += 1
         self._log = self._folder / f"worker-{self.slot}-{self.started}.log"
+        life = self._chance.uniform(*_LIFE)
         orders = {
             "folder": str(self._folder),
             "parent": os.getpid(),
@@ -82,7 +83,7 @@ class WorkerProcess:
             "profile": self.profile,
             "seed": f"{self._options.seed}/{self.slot}/{self.started}",
             "kinds": self._kinds,
-            "life": self._chance.uniform(*_LIFE),
+            "life": life,
             "patience": self._options.patience,
             "cgroup": str(self._cgroup) if self._cgroup else None,
         }
@@ -95,7 +96,7 @@ class WorkerProcess:
                 stderr=log,
                 start_new_session=True,
             )
-        self._ends_by = time.monotonic() + orders["life"] + 2 * self._options.patience
+        self._ends_by = time.monotonic() + life + 2 * self._options.patience
 
     def watch(self) -> None:
         """Replace a worker that has ended, and report one that crashed or hangs."""

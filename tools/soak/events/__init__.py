@@ -11,7 +11,7 @@ from iobmd.constants import IOReturn
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from iobmd.tools.soak.context import Context
+    from ..context import Context
 
 
 class Kind(NamedTuple):

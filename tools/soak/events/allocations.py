@@ -6,12 +6,13 @@ import os
 from typing import TYPE_CHECKING
 
 import iobmd
-from iobmd import IOBufferMemoryDescriptor, IOReturn, Wiring, kernel_task
-from iobmd.tools.soak import kernel
-from iobmd.tools.soak.context import Found
+from iobmd import IOBufferMemoryDescriptor, Wiring, kernel_task
+
+from .. import kernel
+from ..context import Found
 
 if TYPE_CHECKING:
-    from iobmd.tools.soak.context import Context
+    from ..context import Context
 
 _PAGE = kernel.PAGE
 _SMALL = (1, 64, 500, 2048, 4096)

@@ -6,13 +6,14 @@ import struct
 from typing import TYPE_CHECKING
 
 import iobmd
-from iobmd import IOBufferMemoryDescriptor, IOReturn, Task, kernel_task
-from iobmd.tools.soak import kernel
-from iobmd.tools.soak.board import MOMENT, PATTERN, SCRATCH_SLICE, SPARSE, Target
-from iobmd.tools.soak.context import Found
+from iobmd import IOBufferMemoryDescriptor, Task, kernel_task
+
+from .. import kernel
+from ..board import MOMENT, PATTERN, SCRATCH_SLICE, SPARSE, Target
+from ..context import Found
 
 if TYPE_CHECKING:
-    from iobmd.tools.soak.context import Context
+    from ..context import Context
 
 _PAGEABLE = int(iobmd.kIOMemoryPageable)
 
@@ -80,9 +81,11 @@ def freeze(context: Context) -> None:
 
 def moment(context: Context) -> None:
     """Copy pages that a target numbers one after another: the numbers are of one moment."""
-    with context.target(Target.MOMENT) as peer:
-        with iobmd.copy(peer.pid, peer[Target.MOMENT], MOMENT, freeze=True, wired=False) as buffer:
-            data = buffer.readBytes(0, MOMENT)
+    with (
+        context.target(Target.MOMENT) as peer,
+        iobmd.copy(peer.pid, peer[Target.MOMENT], MOMENT, freeze=True, wired=False) as buffer,
+    ):
+        data = buffer.readBytes(0, MOMENT)
     numbers = [struct.unpack_from("=Q", data, page)[0] for page in range(0, MOMENT, kernel.PAGE)]
     if numbers != sorted(numbers, reverse=True) or numbers[0] - numbers[-1] > 1:
         raise Found("wrong_bytes", f"a frozen copy is not of one moment: {numbers}")

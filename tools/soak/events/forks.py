@@ -1,4 +1,4 @@
-"""Forks while buffers live: pinned pages stay with the parent, pageable memory and shared memory go on in the child."""
+"""Forks while buffers live: pinned pages stay with the parent, other memory can be used in the child too."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 import iobmd
 from iobmd import IOReturn, IOReturnError
-from iobmd.tools.soak import kernel
-from iobmd.tools.soak.context import Found, Skipped
+
+from .. import kernel
+from ..context import Found, Skipped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from iobmd.tools.soak.context import Context
+    from ..context import Context
 
 _SAME, _DIFFERENT, _FAILED = 0, 3, 4
 
@@ -42,7 +43,7 @@ def in_child(context: Context, work: Callable[[], bool]) -> bool:
             kernel.die_with_parent(parent)
             signal.alarm(max(1, int(context.shared.patience / 2)))
             code = _SAME if work() else _DIFFERENT
-        except BaseException as error:  # noqa: BLE001 (reported; nothing of the worker may run on here)
+        except BaseException as error:
             os.write(2, f"forked child: {type(error).__name__}: {error}\n".encode())
         finally:
             os._exit(code)

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import iobmd
 from iobmd import IOPurgeable, IOReturn, IOReturnError
-from iobmd.tools.soak import kernel
-from iobmd.tools.soak.context import Skipped
+
+from .. import kernel
+from ..context import Skipped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from iobmd.tools.soak.context import Context
+    from ..context import Context
 
 _told: set[tuple[int, str]] = set()
 

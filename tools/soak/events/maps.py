@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import iobmd
 from iobmd import IOMapOptions, Task
-from iobmd.tools.soak import kernel
-from iobmd.tools.soak.context import Found
+
+from .. import kernel
+from ..context import Found
 
 if TYPE_CHECKING:
-    from iobmd.tools.soak.context import Context
+    from ..context import Context
 
 _ANYWHERE, _UNIQUE = int(IOMapOptions.kIOMapAnywhere), int(IOMapOptions.kIOMapUnique)
 _READ_ONLY = int(IOMapOptions.kIOMapReadOnly)

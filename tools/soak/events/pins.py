@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import iobmd
 from iobmd import IOMemoryDescriptor, Wiring, kernel_task, kIODirectionInOut
-from iobmd.tools.soak import kernel
-from iobmd.tools.soak.context import Found, Held, Skipped, release
-from iobmd.tools.soak.events.allocations import check_addresses, check_new
+
+from .. import kernel
+from ..context import Found, Held, Skipped, release
+from .allocations import check_addresses, check_new
 
 if TYPE_CHECKING:
-    from iobmd.tools.soak.context import Context
+    from ..context import Context
 
 _HUGE = 2 << 20
 _HELD = 6

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import iobmd
 from iobmd import IOPurgeable
-from iobmd.tools.soak import kernel
-from iobmd.tools.soak.context import Found
+
+from .. import kernel
+from ..context import Found
 
 if TYPE_CHECKING:
     from iobmd import IOBufferMemoryDescriptor
-    from iobmd.tools.soak.context import Context
+
+    from ..context import Context
 
 _VOLATILE = IOPurgeable.kIOMemoryPurgeableVolatile
 _NON_VOLATILE = IOPurgeable.kIOMemoryPurgeableNonVolatile

@@ -7,12 +7,13 @@ import socket
 from typing import TYPE_CHECKING
 
 import iobmd
-from iobmd.tools.soak import kernel
-from iobmd.tools.soak.context import Found
-from iobmd.tools.soak.events.forks import in_child
+
+from .. import kernel
+from ..context import Found
+from .forks import in_child
 
 if TYPE_CHECKING:
-    from iobmd.tools.soak.context import Context
+    from ..context import Context
 
 
 def handed_over(context: Context) -> None:
@@ -37,7 +38,7 @@ def _sockets() -> tuple[socket.socket, socket.socket]:
     try:
         return socket.socketpair()
     except OSError:  # no descriptor is free: that says nothing of iobmd
-        from iobmd.tools.soak.context import Skipped  # noqa: PLC0415
+        from ..context import Skipped  # noqa: PLC0415
 
         raise Skipped from None
 
@@ -52,7 +53,7 @@ def to_child(context: Context) -> None:
 
         def work() -> bool:
             with iobmd.attach(other, wired=False) as attached:
-                same = attached.readBytes(0, 4096) == content
+                same: bool = attached.readBytes(0, 4096) == content
                 attached.writeBytes(0, content[::-1])
                 return same
 

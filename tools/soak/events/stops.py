@@ -1,18 +1,18 @@
-"""Memory in targets, for which they are stopped for an instant: allocated there, pinned there, and gone afterwards."""
+"""Memory allocated and pinned in targets, which are stopped for an instant, and keep nothing of it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import iobmd
-from iobmd import IOMemoryDescriptor, IOReturn, Task, Wiring, kIODirectionInOut
-from iobmd.tools.soak import kernel
-from iobmd.tools.soak.board import SCRATCH_SLICE
-from iobmd.tools.soak.context import Found
+from iobmd import IOMemoryDescriptor, Task, Wiring, kIODirectionInOut
+
+from .. import kernel
+from ..board import SCRATCH_SLICE
+from ..context import Found
 
 if TYPE_CHECKING:
-    from iobmd.tools.soak.context import Context, Peer
-
+    from ..context import Context, Peer
 
 
 def _check_frames(context: Context, descriptor: IOMemoryDescriptor, peer: Peer, address: int, size: int) -> None:
@@ -26,11 +26,11 @@ def _check_frames(context: Context, descriptor: IOMemoryDescriptor, peer: Peer, 
         expected = [frame * kernel.PAGE for frame in pagemap.frames(address, size)]
     finally:
         pagemap.close()
-    told = [
-        page for start, length in descriptor.segments() for page in range(start, start + length, kernel.PAGE)
-    ]
+    told = [page for start, length in descriptor.segments() for page in range(start, start + length, kernel.PAGE)]
     if told != expected and not peer.was_killed:
-        raise Found("wrong_addresses", f"in a target: pages {list(map(hex, expected))}, iobmd says {list(map(hex, told))}")
+        raise Found(
+            "wrong_addresses", f"in a target: pages {list(map(hex, expected))}, iobmd says {list(map(hex, told))}"
+        )
 
 
 def allocate(context: Context) -> None:
