@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml iobmd/_version.py $(wildcard cython_ext/*)
 
-.PHONY: demo test test-asan test-vm vm-shell lint docs bench clean
+.PHONY: demo test test-asan test-vm vm-shell lint docs bench soak clean
 
 demo: $(READY)
 	$(BIN)/iobmd doctor
@@ -40,6 +40,10 @@ docs: $(READY)
 
 bench: $(READY)
 	$(BIN)/iobmd bench copy
+
+# Everything at once, each event checked against the kernel: SECONDS=600, EVENTS=1000000, SEED=1, JSON=report.json
+soak: $(READY)
+	$(BIN)/iobmd soak --seconds $(or $(SECONDS),60) $(if $(EVENTS),--events $(EVENTS)) $(if $(SEED),--seed $(SEED)) $(if $(JSON),--json $(JSON))
 
 $(READY): $(SOURCES) tools/prepare
 	tools/prepare "$(PYTHON)" "$(VENV)"

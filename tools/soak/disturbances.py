@@ -85,8 +85,6 @@ class Disturbances:
         worker = self._chance.choice(self._workers)
         if worker.kill_if_working():
             self.counts["workers_killed"] += 1
-            for target in self._targets:
-                target.left_behind = True
 
     def _kill_target(self) -> None:
         target = self._chance.choice(self._targets)

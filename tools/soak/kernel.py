@@ -134,6 +134,12 @@ def allow_any_tracer() -> None:
     _libc.prctl(_PR_SET_PTRACER, ctypes.c_ulong(-1 & (1 << 64) - 1), 0, 0, 0)
 
 
+def has_capabilities(*numbers: int) -> bool:
+    """Return whether this process has all these capabilities (capabilities(7), linux/capability.h)."""
+    effective = int(status()["CapEff"], 16)
+    return all(effective >> number & 1 for number in numbers)
+
+
 def become(user: int) -> None:
     """Change to another user and drop every capability, as a login would: the process stays dumpable."""
     os.setgroups([])

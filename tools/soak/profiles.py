@@ -110,7 +110,15 @@ PROFILES = {
 }
 
 
-def schedule(*, root: bool, cgroup: bool) -> list[list[str]]:
+_CAP_SETGID, _CAP_SETUID = 6, 7
+
+
+def schedule(*, cgroup: bool) -> list[list[str]]:
     """Return the profiles that each worker runs under, one after another."""
-    limits = ["locked memory", "descriptors", "address space", *(["ordinary user"] if root else [])]
+    limits = [
+        "locked memory",
+        "descriptors",
+        "address space",
+        *(["ordinary user"] if kernel.has_capabilities(_CAP_SETGID, _CAP_SETUID) else []),
+    ]
     return [["plain"], ["squeezed" if cgroup else "plain"], limits, ["plain", *reversed(limits)]]

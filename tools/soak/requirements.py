@@ -12,6 +12,8 @@ from . import kernel
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_CAP_SYS_PTRACE = 19
+
 
 def _frames() -> str:
     return "" if kernel.shows_frames() else "page frame numbers are hidden (no CAP_SYS_ADMIN)"
@@ -23,7 +25,7 @@ def _ptrace() -> str:
     if os.uname().machine != "x86_64":
         return "system calls in other tasks need x86-64"
     scope = Path("/proc/sys/kernel/yama/ptrace_scope")
-    if scope.exists() and int(scope.read_text()) >= (3 if os.geteuid() == 0 else 2):
+    if scope.exists() and int(scope.read_text()) >= (3 if kernel.has_capabilities(_CAP_SYS_PTRACE) else 2):
         return f"{scope} is {scope.read_text().strip()}: nobody may trace"
     return ""
 

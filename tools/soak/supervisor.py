@@ -86,7 +86,7 @@ class Supervisor:
     def _start(self) -> None:
         for number, kind in enumerate(target.KINDS):
             self._targets.append(TargetProcess(self._folder, self._board, number, kind))
-        places = profiles.schedule(root=os.geteuid() == 0, cgroup=self._cgroup is not None)
+        places = profiles.schedule(cgroup=self._cgroup is not None)
         for slot in range(self.options.workers):
             self._workers.append(
                 WorkerProcess(
@@ -97,10 +97,15 @@ class Supervisor:
                     self._kinds,
                     places[slot % len(places)],
                     self._cgroup,
+                    self._worker_killed,
                 )
             )
         self._disturbances = Disturbances(self.options, self._workers, self._targets, self._cgroup)
         self.left_out |= self._disturbances.left_out
+
+    def _worker_killed(self) -> None:
+        for each in self._targets:
+            each.worker_killed()
 
     def _work(self) -> None:
         began = time.monotonic()

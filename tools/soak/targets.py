@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -21,8 +20,7 @@ if TYPE_CHECKING:
 
 _START = "import iobmd_command; from iobmd.tools.soak.target import main; main()"
 """`iobmd_command` first: it keeps `import iobmd` from loading the library, which targets do not need."""
-_OURS = re.compile(r"^/(memfd:)?iobmd\b|anon:iobmd")
-"""Names of mappings that iobmd makes."""
+_RECENT = 5.0  # seconds after the kill of a worker in which a fault may come from that
 _TOLERANCE_KB = 64  # of VmRSS counters, which the kernel keeps per processor
 
 
@@ -74,8 +72,8 @@ class TargetProcess:
         self._before: _Belongings | None = None
         self._beats, self._beat_at = 0, 0.0
         self._inspecting_since = 0.0
-        self.left_behind = False
-        """A worker was killed that may have had memory mapped here: what is mapped stays."""
+        self._left_behind = False
+        self._worker_killed_at = 0.0
         self.start()
 
     @property
@@ -92,7 +90,7 @@ class TargetProcess:
     def start(self) -> None:
         """Start the program, or start it again."""
         self._generation += 1
-        self._before, self._inspecting_since, self.left_behind = None, 0.0, False
+        self._before, self._inspecting_since, self._left_behind = None, 0.0, False
         self.words[Target.CLOSED] = 1  # until it was inspected for the first time
         self.words[Target.SEED] = self.number * 1000 + self._generation
         arguments = [self._folder, self.number, self.kind, self._generation, os.getpid()]
@@ -113,6 +111,11 @@ class TargetProcess:
         self._process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(10)
+
+    def worker_killed(self) -> None:
+        """Note that a worker was killed: memory that it had mapped here stays; the rest must be as it was."""
+        self._left_behind = True
+        self._worker_killed_at = time.monotonic()
 
     def pause(self, seconds: float) -> None:
         """Stop it by SIGSTOP for a moment."""
@@ -189,8 +192,9 @@ class TargetProcess:
             time.sleep(0.05)
         for message in wrong:
             self._report(message)
-        if wrong:
+        if wrong or self._left_behind:
             self._before = _Belongings.of(self.pid, self.kind)
+            self._left_behind = False
 
     def _differences(self, before: _Belongings) -> list[str]:
         wrong = []
@@ -205,7 +209,7 @@ class TargetProcess:
             wrong.append(f"its descriptors were changed: more {sorted(more)}, fewer {sorted(fewer)}")
         if after.children != before.children:
             wrong.append(f"it has {after.children} children, not {before.children}")
-        if self.left_behind:
+        if self._left_behind:
             return wrong
         if after.named != before.named:
             new, gone = after.named - before.named, before.named - after.named
@@ -221,14 +225,9 @@ class TargetProcess:
             return False
         return fields["State"][0] in "tT" or fields["TracerPid"] != "0"
 
-    def mapped(self) -> int:
-        """Return how many mappings of iobmd's it has."""
-        try:
-            return sum(bool(_OURS.search(mapping.name)) for mapping in kernel.mappings(self.pid))
-        except OSError:
-            return 0
-
     def _report(self, message: str, **more: str) -> None:
+        if (since := time.monotonic() - self._worker_killed_at) < _RECENT:
+            message += f" (a worker was killed {since:.1f} s before)"
         self._board.report("programs_disturbed", f"target {self.kind}", message, target=self.pid, **more)
 
     def close(self) -> None:

@@ -18,6 +18,8 @@ from . import footprint, kernel
 from .board import Board, Thread
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .options import Options
 
 _LIFE = (15.0, 40.0)
@@ -45,6 +47,8 @@ class WorkerProcess:
         Names of the profiles that workers in this place have, one after another.
     cgroup : Path or None
         For those that are squeezed.
+    when_killed : callable
+        Called after a worker was killed.
     """
 
     def __init__(
@@ -56,10 +60,12 @@ class WorkerProcess:
         kinds: list[str],
         profiles: list[str],
         cgroup: Path | None,
+        when_killed: Callable[[], None],
     ) -> None:
         self.slot = slot
         self.rows = [board.thread(slot * options.threads + number) for number in range(options.threads)]
         self._folder, self._board, self._options, self._kinds, self._cgroup = folder, board, options, kinds, cgroup
+        self._when_killed = when_killed
         self._profiles = itertools.cycle(profiles)
         self._chance = random.Random(f"{options.seed}/{slot}")
         self._killed = False
@@ -158,6 +164,7 @@ class WorkerProcess:
         self.process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(10)
+        self._when_killed()
 
     def kill_if_working(self) -> bool:
         """Kill it unless it starts, or ends, or was killed already; returns whether it did."""
