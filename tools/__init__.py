@@ -1,1 +1,1 @@
-"""Tools that stand on the package: benchmarks (`iobmd bench`), the pagemap inspector, the soak test. Installed as `iobmd.tools`."""
+"""Tools that stand on the package: benchmarks, the pagemap inspector, the soak test. Installed as `iobmd.tools`."""

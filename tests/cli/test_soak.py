@@ -17,6 +17,7 @@ STEADY = (
     "small,pageable,wired,shared,large,large-shared,contiguous,masked,guarded,prepare,existing,hold,verify,collapse,"
     "control,purge,purge-shared,purge-all,map,map-read-only,redirect,read,readinto,write,copy,share,share-child,fork"
 )
+LONELY = ("--workers", "1", "--threads", "1", "--calm", "--patience", "2")
 PATIENCE = 90.0  # seconds for a run of a few seconds, on a busy machine
 
 
@@ -97,9 +98,7 @@ LIES = {
 @pytest.mark.parametrize("lies", LIES.values(), ids=LIES)
 def test_what_is_wrong_is_found(lies: dict[str, str], tmp_path: Path) -> None:
     kinds = ",".join([*lies, "read"])
-    code, report, output = soak(
-        tmp_path, "--seconds", "8", "--workers", "1", "--threads", "1", "--calm", "--patience", "2", "--kinds", kinds
-    )
+    code, report, output = soak(tmp_path, "--seconds", "8", "--events", "400", *LONELY, "--kinds", kinds)
     assert code == 1
     assert "FAILED" in output
     found = {name for name, count in report["faults"].items() if count}
@@ -110,29 +109,14 @@ def test_what_is_wrong_is_found(lies: dict[str, str], tmp_path: Path) -> None:
 @pytest.mark.needs("frames", "collapse")
 def test_memory_that_is_only_locked_is_found_to_move(tmp_path: Path) -> None:
     """The same check that pinned memory passes."""
-    code, report, output = soak(
-        tmp_path, "--seconds", "3", "--workers", "1", "--threads", "1", "--calm", "--kinds", "lie-moved"
-    )
+    code, report, output = soak(tmp_path, "--seconds", "8", "--events", "1", *LONELY, "--kinds", "lie-moved")
     assert code == 1
-    assert report["faults"]["frames_moved"] == 1, output
+    assert report["faults"]["frames_moved"] >= 1, output
 
 
 def test_a_hang_is_described(tmp_path: Path) -> None:
     """By the stacks of the worker's threads, in Python and in the kernel."""
-    _, report, _ = soak(
-        tmp_path,
-        "--seconds",
-        "6",
-        "--workers",
-        "1",
-        "--threads",
-        "1",
-        "--calm",
-        "--patience",
-        "2",
-        "--kinds",
-        "lie-hang",
-    )
+    _, report, _ = soak(tmp_path, "--seconds", "6", *LONELY, "--kinds", "lie-hang")
     detail = next(detail for detail in report["details"] if detail["fault"] == "hangs")
     assert "lie-hang did not end within 2 s" in detail["message"]
     assert "in hang" in detail["log"]
