@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 _REASONS = tuple(REASONS)
+_PATTERNS = 8  # that a worker keeps: some are short of memory
 
 
 class Found(Exception):  # noqa: N818 (a finding, which ends the event)
@@ -58,6 +59,11 @@ class Peer:
     def was_killed(self) -> bool:
         """Whether the supervisor has killed it."""
         return self.words[Target.KILLED] >= self.generation
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has ended, for whatever reason."""
+        return self.was_killed or kernel.state(self.pid) in ("", "Z", "X")
 
     def __getitem__(self, word: Target) -> int:
         number: int = self.words[word]
@@ -96,7 +102,7 @@ class Shared:
     def pattern(self, seed: int) -> bytes:
         """Return the pattern of a seed."""
         if seed not in self._patterns:
-            if len(self._patterns) > TARGETS:
+            if len(self._patterns) >= _PATTERNS:
                 self._patterns.clear()
             self._patterns[seed] = pattern(seed, PATTERN)
         return self._patterns[seed]

@@ -15,7 +15,6 @@ ENVIRONMENT = {
     "PYTHONMALLOC": "malloc",
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
 }
 """Has the interpreter keep its objects in the heap: anonymous mappings are iobmd's, or stacks."""
 

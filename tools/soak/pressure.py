@@ -13,8 +13,8 @@ from pathlib import Path
 
 from . import kernel
 
-LIMIT = 160 << 20
-"""Bytes that the cgroup may use: a few workers' worth."""
+LIMIT = 256 << 20
+"""Bytes that the cgroup may use: a worker's, and as much again to be filled."""
 _STEP = 4 << 20
 _START = "import iobmd_command; from iobmd.tools.soak.pressure import main; main()"
 

@@ -44,7 +44,7 @@ REASONS = {
     "limit": "a limit of the worker: memory it may lock, descriptors, address space, memory of its cgroup",
     "privilege": "the worker is an ordinary user",
     "fragmentation": "no physically contiguous or low memory was found within the budget",
-    "target killed": "the supervisor had killed the target",
+    "target ended": "the target has ended: the supervisor killed it, or reports why it did",
     "contended": "other workers traced the target all the while",
     "meant": "the event did what must be refused",
 }

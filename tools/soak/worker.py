@@ -110,8 +110,8 @@ class Runner:
     def _reason(self, kind: Kind, code: IOReturn) -> str:
         """Return why a refusal was to be expected, "" if nothing explains it."""
         profile, peer = self.context.profile, self.context.peer
-        if code == IOReturn.kIOReturnNotFound and peer and peer.was_killed:
-            return "target killed"
+        if code == IOReturn.kIOReturnNotFound and peer and peer.has_ended:
+            return "target ended"
         if code in profile.refusals:
             return profile.reason
         return kind.refusals.get(code, "")

@@ -119,7 +119,8 @@ class WorkerProcess:
     def _look_for_hangs(self) -> None:
         now = time.monotonic_ns()
         limit = int(self._options.patience * 1e9)
-        late = [row for row in self.rows if row[Thread.BEGAN] and now - row[Thread.BEGAN] > limit]
+        began = [(row, row[Thread.BEGAN]) for row in self.rows]  # read once: the event may end in between
+        late = [row for row, since in began if since and now - since > limit]
         if late:
             names = [self._kinds[row[Thread.KIND]] for row in late]
             message = f"{', '.join(names)} did not end within {self._options.patience:g} s"

@@ -46,6 +46,7 @@ class Kind(NamedTuple):
 
 
 _FRAGMENTED = {IOReturn.kIOReturnNoResources: "fragmentation"}
+_FAULTING = {IOReturn.kIOReturnNotReady: "meant"}
 _CONTENDED = {IOReturn.kIOReturnNotPermitted: "contended", IOReturn.kIOReturnTimeout: "contended"}
 
 KINDS = {kind.name: kind for kind in (
@@ -78,7 +79,7 @@ KINDS = {kind.name: kind for kind in (
     Kind("copy-sparse", 10, "copies.sparse"),
     Kind("freeze", 6, "copies.freeze", needs="ptrace", refusals=_CONTENDED),
     Kind("freeze-moment", 6, "copies.moment", needs="ptrace", refusals=_CONTENDED),
-    Kind("copy-faulting", 4, "copies.faulting", needs="ptrace", refusals=_CONTENDED),
+    Kind("copy-faulting", 4, "copies.faulting", needs="ptrace", refusals=_CONTENDED | _FAULTING),
     Kind("allocate-target", 10, "stops.allocate", needs="ptrace", refusals=_CONTENDED),
     Kind("pin-target", 5, "stops.pin", needs="ptrace", refusals=_CONTENDED),
     Kind("share", 60, "sharing.handed_over"),
