@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from iobmd.tools.soak import events, profiles, report, requirements
 
 SOAK = [sys.executable, "-m", "iobmd.tools.soak"]
 STEADY = (
@@ -55,17 +56,29 @@ def left_of(supervisor: int) -> list[object]:
     return [*processes_of(supervisor), *groups]
 
 
+def test_every_kind_can_be_loaded() -> None:
+    """The table names functions, requirements and reasons that there are."""
+    for kind in (events.KINDS | events.LIES).values():
+        assert callable(kind.load())
+        assert not kind.needs or kind.needs in requirements.PROBES
+        assert set(kind.refusals.values()) <= set(report.REASONS)
+        assert set(kind.refusals) <= set(report.CODES)
+    for profile in profiles.PROFILES.values():
+        assert profile.reason in report.REASONS
+        assert profile.refusals <= set(report.CODES)
+
+
 def test_a_short_run_passes(tmp_path: Path) -> None:
     """With threads, targets, compaction, pressure and kills; what other tests of the suite prove is left out."""
     before = set(kernel_children())
-    code, report, output = soak(tmp_path, "--seconds", "8", "--workers", "2", "--threads", "2", "--kinds", STEADY)
-    assert (code, report["details"]) == (0, []), output
-    assert report["version"] == 1
-    assert report["events"] == sum(report["kinds"].values()) > 100
-    done = {name for name, count in report["kinds"].items() if count}
+    code, result, output = soak(tmp_path, "--seconds", "8", "--workers", "2", "--threads", "2", "--kinds", STEADY)
+    assert (code, result["details"]) == (0, []), output
+    assert result["version"] == 1
+    assert result["events"] == sum(result["kinds"].values()) > 100
+    done = {name for name, count in result["kinds"].items() if count}
     # Held memory may not be there yet when it is to be looked at; the rest is done at least as a worker warms up.
-    assert done | {"verify", "collapse", "control"} | set(report["left_out"]) >= set(STEADY.split(","))
-    assert set(report["faults"].values()) == {0}
+    assert done | {"verify", "collapse", "control"} | set(result["left_out"]) >= set(STEADY.split(","))
+    assert set(result["faults"].values()) == {0}
     assert "passed" in output
     assert set(kernel_children()) <= before
 
@@ -98,26 +111,26 @@ LIES = {
 @pytest.mark.parametrize("lies", LIES.values(), ids=LIES)
 def test_what_is_wrong_is_found(lies: dict[str, str], tmp_path: Path) -> None:
     kinds = ",".join([*lies, "read"])
-    code, report, output = soak(tmp_path, "--seconds", "8", "--events", "400", *LONELY, "--kinds", kinds)
+    code, result, output = soak(tmp_path, "--seconds", "8", "--events", "400", *LONELY, "--kinds", kinds)
     assert code == 1
     assert "FAILED" in output
-    found = {name for name, count in report["faults"].items() if count}
+    found = {name for name, count in result["faults"].items() if count}
     assert set(lies.values()) <= found, output
-    assert {detail["fault"] for detail in report["details"]} == found
+    assert {detail["fault"] for detail in result["details"]} == found
 
 
 @pytest.mark.needs("frames", "collapse")
 def test_memory_that_is_only_locked_is_found_to_move(tmp_path: Path) -> None:
     """The same check that pinned memory passes."""
-    code, report, output = soak(tmp_path, "--seconds", "8", "--events", "1", *LONELY, "--kinds", "lie-moved")
+    code, result, output = soak(tmp_path, "--seconds", "8", "--events", "1", *LONELY, "--kinds", "lie-moved")
     assert code == 1
-    assert report["faults"]["frames_moved"] >= 1, output
+    assert result["faults"]["frames_moved"] >= 1, output
 
 
 def test_a_hang_is_described(tmp_path: Path) -> None:
     """By the stacks of the worker's threads, in Python and in the kernel."""
-    _, report, _ = soak(tmp_path, "--seconds", "6", *LONELY, "--kinds", "lie-hang")
-    detail = next(detail for detail in report["details"] if detail["fault"] == "hangs")
+    _, result, _ = soak(tmp_path, "--seconds", "6", *LONELY, "--kinds", "lie-hang")
+    detail = next(detail for detail in result["details"] if detail["fault"] == "hangs")
     assert "lie-hang did not end within 2 s" in detail["message"]
     assert "in hang" in detail["log"]
     assert any("futex" in line for line in detail["kernel"])

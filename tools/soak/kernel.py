@@ -122,6 +122,12 @@ def resident(address: int, size: int) -> int:
     return sum(byte & 1 for byte in vector.raw)
 
 
+def userfaultfd() -> int:
+    """Return a new descriptor of userfaultfd(2)."""
+    number = {"x86_64": 323, "aarch64": 282}[os.uname().machine]
+    return _check(_libc.syscall(number, os.O_CLOEXEC), "userfaultfd")
+
+
 def die_with_parent(parent: int) -> None:
     """Have this process killed when the thread that started it ends (PR_SET_PDEATHSIG), or now if it ended."""
     _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")

@@ -12,6 +12,13 @@ from iobmd.constants import IOReturn
 from . import kernel
 
 NOBODY = 65534
+_CAP_SETGID, _CAP_SETUID, _CAP_IPC_LOCK = 6, 7, 14
+
+
+def locking_is_limited() -> bool:
+    """Return whether RLIMIT_MEMLOCK applies to this process."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return limit != resource.RLIM_INFINITY and not kernel.has_capabilities(_CAP_IPC_LOCK)
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class Profile:
     @property
     def is_short_of_memory(self) -> bool:
         """Whether it must not hold many megabytes for long: the run's own use shall not reach its limits."""
-        return bool(self.squeezed or self.locked or self.address_space)
+        return bool(self.squeezed or self.address_space or locking_is_limited())
 
     def enter(self, cgroup: Path | None) -> None:
         """Apply what must be there before the first allocation."""
@@ -108,9 +115,6 @@ PROFILES = {
         ),
     )
 }
-
-
-_CAP_SETGID, _CAP_SETUID = 6, 7
 
 
 def schedule(*, cgroup: bool) -> list[list[str]]:

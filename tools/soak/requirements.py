@@ -12,7 +12,7 @@ from . import kernel
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_CAP_SYS_PTRACE = 19
+_CAP_SYS_PTRACE, _CAP_SYS_ADMIN, _CAP_CHECKPOINT_RESTORE = 19, 21, 40
 
 
 def _frames() -> str:
@@ -30,7 +30,27 @@ def _ptrace() -> str:
     return ""
 
 
-PROBES: dict[str, Callable[[], str]] = {"frames": _frames, "ptrace": _ptrace, "": str}
+def _userfaultfd() -> str:
+    try:
+        os.close(kernel.userfaultfd())
+    except OSError as error:
+        return f"{error} (vm.unprivileged_userfaultfd)"
+    return _ptrace()
+
+
+def _existing_pages() -> str:
+    if kernel.has_capabilities(_CAP_SYS_ADMIN) or kernel.has_capabilities(_CAP_CHECKPOINT_RESTORE):
+        return ""
+    return "which pages of another task's shared memory exist is shown with CAP_CHECKPOINT_RESTORE only"
+
+
+PROBES: dict[str, Callable[[], str]] = {
+    "frames": _frames,
+    "ptrace": _ptrace,
+    "userfaultfd": _userfaultfd,
+    "existing pages": _existing_pages,
+}
+"""Requirements by name; each probe returns why it is not met, or ""."""
 
 
 def missing() -> dict[str, str]:

@@ -50,16 +50,16 @@ class Supervisor:
         self._workers: list[WorkerProcess] = []
         self._targets: list[TargetProcess] = []
         self._disturbances: Disturbances | None = None
+        self._missing = requirements.missing()
         self._kinds = self._possible_kinds()
         self._seconds = 0.0
         self._next_inspected = 0
 
     def _possible_kinds(self) -> list[str]:
-        missing = requirements.missing()
         known = events.KINDS | events.LIES
         for name in self.options.kinds:
-            if known[name].needs in missing:
-                self.left_out[name] = missing[known[name].needs]
+            if known[name].needs in self._missing:
+                self.left_out[name] = self._missing[known[name].needs]
         return [name for name in self.options.kinds if name not in self.left_out]
 
     def run(self) -> dict[str, Any]:
@@ -84,8 +84,10 @@ class Supervisor:
         )
 
     def _start(self) -> None:
+        sees_pages = "existing pages" not in self._missing
         for number, kind in enumerate(target.KINDS):
-            self._targets.append(TargetProcess(self._folder, self._board, number, kind))
+            if kind != "faulting" or "userfaultfd" not in self._missing:
+                self._targets.append(TargetProcess(self._folder, self._board, number, kind, check_shared=sees_pages))
         places = profiles.schedule(cgroup=self._cgroup is not None)
         for slot in range(self.options.workers):
             self._workers.append(

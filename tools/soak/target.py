@@ -26,7 +26,7 @@ from .board import MOMENT, PATTERN, SCRATCH_SLICE, SPARSE, THREADS, Board, Targe
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_SYS_NANOSLEEP, _SYS_USERFAULTFD = {"x86_64": (35, 323), "aarch64": (101, 282)}.get(os.uname().machine, (35, 323))
+_SYS_NANOSLEEP = {"x86_64": 35, "aarch64": 101}[os.uname().machine]
 _UFFDIO_API, _UFFDIO_REGISTER, _UFFDIO_COPY = 0xC018AA3F, 0xC020AA00, 0xC028AA03
 _MADV_DONTNEED = 4
 _TICK_NS = 1_000_000
@@ -247,9 +247,7 @@ def signalled(program: Program) -> Callable[[], None]:
 def faulting(program: Program) -> Callable[[], None]:
     """Serve its own page faults (userfaultfd(2)) in a thread, and drop the pages again."""
     base, origin = kernel.map_private(PATTERN), _address(program.private)
-    descriptor = _libc.syscall(_SYS_USERFAULTFD, os.O_CLOEXEC)
-    if descriptor < 0:
-        raise OSError(ctypes.get_errno(), "userfaultfd")
+    descriptor = kernel.userfaultfd()
     fcntl.ioctl(descriptor, _UFFDIO_API, bytearray(struct.pack("=QQQ", 0xAA, 0, 0)))
     fcntl.ioctl(descriptor, _UFFDIO_REGISTER, bytearray(struct.pack("=QQQQ", base, PATTERN, 1, 0)))
     program.words[Target.FAULTING] = base

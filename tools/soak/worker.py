@@ -23,7 +23,7 @@ from iobmd import IOReturn, IOReturnError
 from . import events, footprint, kernel
 from .board import Board, Thread
 from .context import Context, Found, Shared, Skipped
-from .profiles import PROFILES, Profile
+from .profiles import PROFILES, Profile, locking_is_limited
 from .report import CODES
 
 if TYPE_CHECKING:
@@ -114,6 +114,8 @@ class Runner:
             return "target ended"
         if code in profile.refusals:
             return profile.reason
+        if code == IOReturn.kIOReturnCannotWire and locking_is_limited():
+            return "limit"
         return kind.refusals.get(code, "")
 
     def _report(self, fault: str, kind: Kind, message: str) -> None:
