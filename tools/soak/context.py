@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd.constants import IOReturn
+from iobmd.constants import IOPurgeable, IOReturn
 
 from . import kernel
 from .board import PATTERN, SCRATCH_SLICE, TARGETS, Target, Thread, pattern
@@ -78,6 +78,9 @@ class Held(NamedTuple):
     size: int
     frames: tuple[int, ...]
     content: bytes
+    """The last 4096 bytes."""
+    is_existing: bool
+    """Whether it is memory of the tool's own that was prepared, and not a buffer."""
 
 
 class Shared:
@@ -89,8 +92,6 @@ class Shared:
         self.shows_frames = kernel.shows_frames()
         self.purges = 0
         """How often a thread has begun to take all volatile memory of the process."""
-        self.forks = 0
-        """How often a thread has begun to fork: a forked child keeps pins and shared memory for a moment."""
         self._patterns: dict[int, bytes] = {}
         self._reclaimed = kernel.reclaimed()
 
@@ -215,8 +216,6 @@ class Context:
 
         `lost`: how many of its pages the kernel had taken.
         """
-        from iobmd.constants import IOPurgeable  # noqa: PLC0415
-
         if state == IOPurgeable.kIOMemoryPurgeableVolatile:
             if lost:
                 raise Found("wrong_purge_states", f"Volatile (intact) was returned, and {lost} pages were taken")
@@ -239,9 +238,8 @@ class Context:
 
 def release(held: Held) -> None:
     """Free memory that is held; what was prepared over existing memory is unmapped."""
-    if type(held.buffer).__name__ == "IOMemoryDescriptor":
+    if held.is_existing:
         held.buffer.complete()
-        held.buffer.free()
+    held.buffer.free()
+    if held.is_existing:
         kernel.unmap(held.address, held.size)
-    else:
-        held.buffer.free()

@@ -54,10 +54,6 @@ class Pagemap:
         """Return the page frame number of each page, 0 for pages that are not present or whose frame is hidden."""
         return tuple(entry & FRAME if entry >> 63 else 0 for entry in self.entries(address, size))
 
-    def present(self, address: int, size: int) -> int:
-        """Return how many pages of a range are present."""
-        return sum(entry >> 63 for entry in self.entries(address, size))
-
     def absent(self, address: int, size: int) -> int:
         """Return how many pages of a range do not exist.
 

@@ -59,6 +59,8 @@ def parse(argv: Sequence[str]) -> Options:
         parser.error(f"--workers times --threads must be within 1 and {THREADS}")
     if arguments.events < 0 or arguments.patience < 1:
         parser.error("--events must not be negative, and --patience at least 1")
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        parser.error(f"--json: there is no folder {arguments.json.absolute().parent}")
     seed = time.time_ns() // 1000 % (1 << 32) if arguments.seed is None else arguments.seed
     return Options(
         arguments.seconds,

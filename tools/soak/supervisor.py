@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import platform
 import sys
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _PERIOD = 0.1  # seconds between two looks
 _PROGRESS = 5.0  # seconds between two lines
 _INSPECT = 0.5  # seconds between two inspections of targets
+_SPARE = 120.0  # seconds beyond all limits that a run may take
 _CLOSED = 3.0  # seconds that a target is closed at most, waiting for its users
 
 
@@ -64,12 +66,16 @@ class Supervisor:
 
     def run(self) -> dict[str, Any]:
         """Run to the end, and return the report."""
+        # If this process itself hangs it ends with its stack on stderr, and the janitor cleans up.
+        longest = self.options.seconds + 4 * self.options.patience + _SPARE
+        faulthandler.dump_traceback_later(longest, exit=True, file=2)
         try:
             self._start()
             self._work()
             self._end()
         finally:
             faults = self._clean_up()
+            faulthandler.cancel_dump_traceback_later()
         disturbances = self._disturbances.counts if self._disturbances else {}
         return report.document(
             self._tally(),

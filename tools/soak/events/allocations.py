@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 _PAGE = kernel.PAGE
 _SMALL = (1, 64, 500, 2048, 4096)
 _MIDDLE = (5000, 16 << 10, 64 << 10, 100_000)
-_ZEROS = bytes(4 << 20)
+_LARGE = 4 << 20
+_ZEROS = bytes(_LARGE)
 
 
 def check_new(context: Context, buffer: IOBufferMemoryDescriptor, size: int) -> bytes:
@@ -87,12 +88,12 @@ def shared(context: Context) -> None:
 
 def large(context: Context) -> None:
     """Allocate private memory that takes huge pages."""
-    _checked(context, 4 << 20, shared=False)
+    _checked(context, _LARGE, shared=False)
 
 
 def large_shared(context: Context) -> None:
     """Allocate shared memory that takes huge pages."""
-    _checked(context, 4 << 20, shared=True)
+    _checked(context, _LARGE, shared=True)
 
 
 def _checked(context: Context, size: int, *, shared: bool) -> None:
@@ -105,6 +106,10 @@ def _checked(context: Context, size: int, *, shared: bool) -> None:
         pages = -(-(address + size - start) // _PAGE)
         if kernel.resident(start, pages * _PAGE) != pages and not shared:
             raise Found("frames_moved", "pages of wired memory are not resident (mincore)")
+        if size == _LARGE:
+            counters = kernel.smaps(address)  # of a mapping that may hold more
+            if not min(counters.get("Rss", 0), counters.get("Locked", 0)) >= _LARGE >> 10:
+                raise Found("frames_moved", f"smaps of wired memory: {counters}")
         context.check_bytes(kernel.read_memory(os.getpid(), address, size), content, "process_vm_readv")
 
 

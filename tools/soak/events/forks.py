@@ -32,7 +32,6 @@ def in_child(context: Context, work: Callable[[], bool]) -> bool:
         No process could be made.
     """
     parent = os.getpid()
-    context.shared.forks += 1
     try:
         child = os.fork()
     except OSError:

@@ -72,7 +72,7 @@ def hold(context: Context) -> None:
         buffer = undo.enter_context(iobmd.allocate(size, shared=context.chance.random() < 0.3))
         if buffer.wiring is not Wiring.PINNED:
             raise Skipped
-        context.held.append(_held(context, buffer, buffer.getBytesNoCopy(), size))
+        context.held.append(_held(context, buffer, buffer.getBytesNoCopy(), size, is_existing=False))
         undo.pop_all()
 
 
@@ -87,7 +87,7 @@ def _hold_existing(context: Context) -> Held:
             descriptor.prepare()
             undo.callback(descriptor.complete)
             kernel.advise(address, 2 * _HUGE, kernel.MADV_HUGEPAGE)
-            held = _held(context, descriptor, address, 2 * _HUGE)
+            held = _held(context, descriptor, address, 2 * _HUGE, is_existing=True)
             undo.pop_all()
     except BaseException:
         kernel.unmap(address, 2 * _HUGE)
@@ -95,10 +95,11 @@ def _hold_existing(context: Context) -> Held:
     return held
 
 
-def _held(context: Context, buffer: IOMemoryDescriptor, address: int, size: int) -> Held:
+def _held(context: Context, buffer: IOMemoryDescriptor, address: int, size: int, *, is_existing: bool) -> Held:
     content = context.chance.randbytes(4096)
     buffer.writeBytes(size - 4096, content)
-    return Held(buffer, address, size, check_addresses(context, buffer, address, size), content)
+    frames = check_addresses(context, buffer, address, size)
+    return Held(buffer, address, size, frames, content, is_existing)
 
 
 def _check(context: Context, held: Held) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import iobmd
 
 from .. import kernel
-from ..context import Found
+from ..context import Found, Skipped
 from .forks import in_child
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ def _sockets() -> tuple[socket.socket, socket.socket]:
     try:
         return socket.socketpair()
     except OSError:  # no descriptor is free: that says nothing of iobmd
-        from ..context import Skipped  # noqa: PLC0415
-
         raise Skipped from None
 
 
