@@ -124,7 +124,7 @@ def computing(program: Program) -> Callable[[], None]:
         if zlib.crc32(program.private) != checksum:
             program.disturbed("a checksum of its memory is wrong")
         program.beat()
-        program.sleep(1_000_000)  # one of many programs on the machine
+        program.sleep(5_000_000)  # the processors are the workers' most of the time
 
     return work
 
@@ -147,7 +147,7 @@ def threaded(program: Program) -> Callable[[], None]:
         while True:
             if zlib.crc32(program.shared) != checksum:
                 program.disturbed("a checksum of its shared memory is wrong")
-            time.sleep(0.005)
+            time.sleep(0.05)
 
     for number in range(2):
         threading.Thread(target=pass_on, args=(number,), daemon=True).start()
@@ -177,7 +177,7 @@ def forking(program: Program) -> Callable[[], None]:
             message = f"waitpid: {found} of child {child}, status {status.value:#x}, errno {ctypes.get_errno()}"
             program.disturbed(message)
         program.beat()
-        program.sleep(5_000_000)
+        program.sleep(20_000_000)
 
     return work
 

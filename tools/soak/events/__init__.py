@@ -72,6 +72,7 @@ KINDS = {kind.name: kind for kind in (
     Kind("map-read-only", 50, "maps.read_only"),
     Kind("redirect", 100, "maps.redirect"),
     Kind("map-target", 8, "maps.in_target", needs="ptrace", refusals=_CONTENDED),
+    Kind("redirect-target", 4, "maps.redirect_in_target", needs="ptrace", refusals=_CONTENDED),
     Kind("read", 200, "copies.read"),
     Kind("readinto", 50, "copies.readinto"),
     Kind("write", 100, "copies.write"),

@@ -86,6 +86,25 @@ def in_target(context: Context) -> None:
             _check_gone(peer.pid, there)
 
 
+def redirect_in_target(context: Context) -> None:
+    """Show other memory at the addresses of a map in a target."""
+    first, second = context.chance.randbytes(kernel.PAGE), context.chance.randbytes(kernel.PAGE)
+    with (
+        context.target() as peer,
+        iobmd.allocate(kernel.PAGE, wired=False, shared=True) as old,
+        iobmd.allocate(kernel.PAGE, wired=False, shared=True) as new,
+        old.createMappingInTask(peer.pid, 0, _ANYWHERE) as mapped,
+    ):
+        old.writeBytes(0, first)
+        new.writeBytes(0, second)
+        there = mapped.getAddress()
+        for expected in (first, second):
+            if (seen := kernel.read_memory(peer.pid, there, kernel.PAGE)) or not peer.has_ended:
+                context.check_bytes(seen, expected, "a map in a target, redirected or not")
+            if expected is first:
+                mapped.redirect(new)
+
+
 def _check_gone(pid: int, address: int) -> None:
     for area in kernel.mappings(pid):  # another worker's map may be there by now
         if area.start <= address < area.end and "iobmd" not in area.name:
