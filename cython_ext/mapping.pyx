@@ -3,6 +3,7 @@
 
 from libc.errno cimport EEXIST, errno
 from libc.stdint cimport uint64_t, uintptr_t
+from libc.stdlib cimport free, realloc
 from libc.string cimport strerror
 from posix.unistd cimport _SC_PAGESIZE, sysconf
 from cpython.buffer cimport (
@@ -16,11 +17,29 @@ from mman cimport (
     MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, PROT_NONE,
     PROT_READ, PROT_WRITE, c_mmap, c_munmap,
 )
+from own_areas cimport iobmd_identity, iobmd_own_area
+from procmap_query cimport C_VMA_EXECUTABLE, C_VMA_READABLE, C_VMA_SHARED, C_VMA_WRITABLE, iobmd_procmap_query
 
 cdef size_t PAGE_SIZE = sysconf(_SC_PAGESIZE)
 
 # Below this a copy is over before another thread could take the GIL.
 cdef size_t RELEASE_GIL_FROM = 64 << 10
+
+cdef extern from "<sys/personality.h>" nogil:
+    enum: READ_IMPLIES_EXEC
+    int personality(unsigned long persona)
+
+# What the kernel makes of PROT_READ.
+cdef uint64_t READABLE = C_VMA_READABLE | (C_VMA_EXECUTABLE if personality(0xffffffff) & READ_IMPLIES_EXEC else 0)
+
+cdef enum:
+    UNKNOWN  # it is being made: nothing else can be there
+    PRIVATE
+    SHARED
+
+cdef struct Object:
+    uint64_t device
+    uint64_t inode
 
 cdef int BEST = iobmd_best()
 cdef size_t LINE = iobmd_line()
@@ -94,6 +113,9 @@ cdef class Mapping:
     cdef bint sealed
     cdef bint borrowed
     cdef size_t margin
+    cdef int kind
+    cdef Object *objects
+    cdef size_t count
 
     @staticmethod
     def anonymous(size_t size, size_t alignment, bint sparse=False):
@@ -101,13 +123,19 @@ cdef class Mapping:
 
         `sparse` memory does not count against the overcommit limit until it is touched (MAP_NORESERVE).
         """
-        return _map(size, alignment, PROT_READ | PROT_WRITE,
-                    MAP_PRIVATE | MAP_ANONYMOUS | (MAP_NORESERVE if sparse else 0))
+        cdef Mapping self = _map(size, alignment, PROT_READ | PROT_WRITE,
+                                 MAP_PRIVATE | MAP_ANONYMOUS | (MAP_NORESERVE if sparse else 0))
+        self.kind = PRIVATE
+        return self
 
     @staticmethod
     def reserve(size_t size, size_t alignment):
         """Set `size` bytes of address space aside, with nothing in it that could be touched."""
         return _map(size, alignment, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
+
+    def filled(self):
+        """Declare that private memory has been moved to all of what `reserve` set aside."""
+        self.kind = PRIVATE
 
     @staticmethod
     def borrow(uint64_t address, size_t size, bint writable):
@@ -129,6 +157,7 @@ cdef class Mapping:
         cdef size_t size = sum(length for _fd, _offset, length in pieces)
         cdef uint64_t wanted = at
         cdef Mapping self
+        cdef object shown = pieces
         if guard or len(pieces) > 1 or (alignment > PAGE_SIZE and not at):
             self = _set_aside(at, size + 2 * guard, alignment)
             at = self.address
@@ -145,7 +174,27 @@ cdef class Mapping:
         if wanted and self.address != wanted:  # before 4.17 the address is but a wish
             raise FileExistsError(EEXIST, "mmap: something is mapped there")
         self._show(pieces)
+        self._shows(shown)
+        self.kind = SHARED
         return self
+
+    cdef _shows(self, pieces):
+        """Note which objects the pieces are of."""
+        cdef Object one
+        cdef Object *more
+        cdef int last = -1
+        for fd, _offset, _length in pieces:
+            if fd == last:
+                continue
+            last = fd
+            if iobmd_identity(last, &one.device, &one.inode):
+                raise OSError(errno, f"fstat: {strerror(errno).decode()}")
+            more = <Object *>realloc(self.objects, (self.count + 1) * sizeof(Object))
+            if more == NULL:
+                raise MemoryError
+            self.objects = more
+            self.objects[self.count] = one
+            self.count += 1
 
     cdef _show(self, pieces):
         """Map pieces of files over what is there."""
@@ -164,6 +213,7 @@ cdef class Mapping:
             raise ValueError("not as many bytes as are mapped")
         self.users += 1
         try:
+            self._shows(pieces)
             self._show(pieces)
         finally:
             self.users -= 1
@@ -190,22 +240,104 @@ cdef class Mapping:
         """Undo `seal`."""
         self.sealed = False
 
-    def close(self):
-        """Seal and unmap; idempotent."""
+    def lost(self):
+        """Return the first address that does not show what was mapped, None when all do (see `close`)."""
+        cdef uint64_t start, end, from_, to = self.address
+        if not self.address or self.borrowed or self.kind == UNKNOWN:
+            return None
+        start, end = self.address, self.address + self.size
+        if not self._next(start, end, &from_, &to) or from_ > start:
+            return start
+        return to if to < end else None
+
+    def close(self, ranges=None):
+        """Seal and unmap; idempotent.
+
+        Unmaps only what is this mapping still: areas of the object that was mapped, or private anonymous ones, with
+        the protection they were mapped with. What the program has unmapped or replaced since is left alone.
+        `ranges`, of (address, length), are those that are surely its own, where the caller knows better.
+        """
         self.seal()
         cdef uint64_t address = self.address - self.margin
-        cdef size_t size = self.size + 2 * self.margin
+        cdef uint64_t end = self.address + self.size + self.margin
         # A bint is an int, which a high address would not fit into.
         cdef bint mapped = self.address != 0 and not self.borrowed
+        cdef uint64_t start, length
+        cdef int failed = 0
+        if not mapped:
+            self.address = self.size = 0
+            return
+        if ranges is None:
+            failed = self._unmap(address, end)
+        else:
+            self.address = self.size = 0
+            for start, length in ranges:
+                with nogil:
+                    failed = c_munmap(<void *><uintptr_t>start, length) or failed
+        self.address = self.size = 0
+        if failed:
+            raise OSError(errno, f"munmap: {strerror(errno).decode()}")
+
+    cdef int _unmap(self, uint64_t start, uint64_t end) noexcept:
+        """Unmap what is its own of a range that includes the margins."""
+        cdef uint64_t first = self.address, last = self.address + self.size, from_, to
         cdef int failed = 0
         # Cleared first: no other thread may start to use what is about to go.
-        self.address = 0
-        self.size = 0
-        if mapped:
+        self.address = self.size = 0
+        while start < end and self._next_of(start, end, first, last, &from_, &to):
             with nogil:
-                failed = c_munmap(<void *><uintptr_t>address, size)
-            if failed:
-                raise OSError(errno, f"munmap: {strerror(errno).decode()}")
+                failed = c_munmap(<void *><uintptr_t>from_, to - from_) or failed
+            start = to
+        return failed
+
+    cdef bint _next(self, uint64_t start, uint64_t end, uint64_t *from_, uint64_t *to) noexcept:
+        return self._next_of(start, end, start, end, from_, to)
+
+    cdef bint _next_of(
+        self, uint64_t start, uint64_t end, uint64_t first, uint64_t last, uint64_t *from_, uint64_t *to,
+    ) noexcept:
+        """Find the first stretch of a range that is its own; what it shows begins at `first` and ends at `last`."""
+        cdef iobmd_procmap_query area
+        cdef int found = self.kind
+        from_[0] = to[0] = start
+        if self.kind == UNKNOWN:
+            to[0] = end
+            return True
+        while to[0] < end:
+            found = iobmd_own_area(to[0], &area)
+            if found < 0:  # nothing tells what is mapped
+                to[0] = end
+                break
+            if not found or area.vma_start >= end:
+                break
+            if area.vma_start > to[0]:
+                if to[0] > from_[0]:
+                    break
+                from_[0] = to[0] = area.vma_start
+            if self._owns(&area, to[0], first, last):
+                # The margins are areas of their own.
+                to[0] = min(area.vma_end, end)
+            elif to[0] > from_[0]:
+                break
+            else:
+                from_[0] = to[0] = min(area.vma_end, end)
+        return to[0] > from_[0]
+
+    cdef bint _owns(self, iobmd_procmap_query *area, uint64_t at, uint64_t first, uint64_t last) noexcept:
+        """Say whether an area may be its own at an address."""
+        cdef size_t index
+        cdef uint64_t device = <uint64_t>area.dev_major << 32 | area.dev_minor
+        cdef bint anonymous = not (device or area.inode)
+        if at < first or at >= last:
+            return anonymous and area.vma_flags == 0
+        if self.kind == PRIVATE:
+            return anonymous and area.vma_flags == READABLE | C_VMA_WRITABLE
+        if area.vma_flags != (READABLE | C_VMA_SHARED | (C_VMA_WRITABLE if self.writable else 0)):
+            return False
+        for index in range(self.count):
+            if self.objects[index].device == device and self.objects[index].inode == area.inode:
+                return True
+        return False
 
     def read(self, size_t offset, size_t length):
         """Return `length` bytes from `offset` on."""
@@ -268,7 +400,8 @@ cdef class Mapping:
 
     def __dealloc__(self):
         if self.address and not self.borrowed:
-            c_munmap(<void *><uintptr_t>(self.address - self.margin), self.size + 2 * self.margin)
+            self._unmap(self.address - self.margin, self.address + self.size + self.margin)
+        free(self.objects)
 
 
 cdef class Exporter:

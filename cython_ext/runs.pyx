@@ -5,10 +5,11 @@ from libc.errno cimport EBUSY, EINTR, EINVAL, errno
 from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, strerror
-from posix.unistd cimport pread, usleep
+from posix.unistd cimport getpid, usleep
 
 from mman cimport C_MADV_POPULATE_READ, c_madvise
 from pagemap_entry cimport PFN_MASK, PRESENT_BIT
+from uio cimport iovec, pread, process_vm_readv
 
 cdef enum:
     ENTRIES = 8192  # 64 KiB a read: larger ones are no faster (measured)
@@ -106,6 +107,57 @@ cdef class RunTable:
                 return ours.virtual + min(ours.length, theirs.length)
         longer = self if self.count > other.count else other
         return longer[min(self.count, other.count)][0]
+
+    def holds(self, int fd, size_t page):
+        """Say whether an open pagemap shows these frames now, and all of them, at these addresses."""
+        cdef uint64_t entries[512]
+        cdef uint64_t address, end
+        cdef size_t run = 0, index, wanted
+        if not self.count:
+            return False
+        address = self.runs[0].virtual
+        end = self.runs[self.count - 1].virtual + self.runs[self.count - 1].length
+        with nogil:
+            while address < end:
+                wanted = min((end - address) // page, <uint64_t>512)
+                if pread(fd, entries, wanted * 8, address // page * 8) != <ssize_t>(wanted * 8):
+                    break
+                for index in range(wanted):
+                    if address >= self.runs[run].virtual + self.runs[run].length:
+                        run += 1
+                    if (
+                        address < self.runs[run].virtual or not entries[index] & PRESENT_BIT
+                        or (entries[index] & PFN_MASK) * page
+                        != self.runs[run].physical + (address - self.runs[run].virtual)
+                    ):
+                        break
+                    address += page
+                else:
+                    continue
+                break
+        return address >= end
+
+    def common(self, RunTable other):
+        """Return where both have the same frames, as (virtual address, length), ascending."""
+        cdef size_t index = 0, its = 0
+        cdef uint64_t start, end
+        cdef Run *ours
+        cdef Run *theirs
+        found = []
+        while index < self.count and its < other.count:
+            ours, theirs = &self.runs[index], &other.runs[its]
+            start = max(ours.virtual, theirs.virtual)
+            end = min(ours.virtual + ours.length, theirs.virtual + theirs.length)
+            if start < end and ours.physical - ours.virtual == theirs.physical - theirs.virtual:
+                if found and sum(found[-1]) == start:
+                    found[-1] = found[-1][0], end - found[-1][0]
+                else:
+                    found.append((start, end - start))
+            if ours.virtual + ours.length <= theirs.virtual + theirs.length:
+                index += 1
+            else:
+                its += 1
+        return found
 
     def largest(self):
         """Return the length of the longest run, in bytes."""
@@ -207,11 +259,17 @@ cdef int _return(int fd, uint64_t address, size_t page, uint64_t *entry) noexcep
     reclaim does so with shared ones: for that moment pagemap has no frame for it. A fault waits for its return.
     """
     cdef int _look
+    cdef char byte
+    cdef iovec here, there
     for _look in range(LOOKS):
         if c_madvise(<void *><uintptr_t>address, page, C_MADV_POPULATE_READ):
             if errno != EINVAL:
                 return errno
-            (<volatile char *><uintptr_t>address)[0]  # before 5.14
+            # Before 5.14. Reading it directly would end the program where nothing is mapped any more.
+            here.iov_base, here.iov_len = &byte, 1
+            there.iov_base, there.iov_len = <void *><uintptr_t>address, 1
+            if process_vm_readv(getpid(), &here, 1, &there, 1, 0) < 1:
+                return errno
         if pread(fd, entry, 8, address // page * 8) < 8:
             return errno
         if entry[0] & PRESENT_BIT:
@@ -220,10 +278,11 @@ cdef int _return(int fd, uint64_t address, size_t page, uint64_t *entry) noexcep
     return EBUSY
 
 
-def read(int fd, uint64_t address, uint64_t size, size_t page, bint pinned=False):
+def read(int fd, uint64_t address, uint64_t size, size_t page, bint pinned=False, bint gaps=False):
     """Read the runs of whole pages `address`…`address + size` from an open pagemap.
 
-    With `pinned` they are pages of this process that cannot have gone: each is waited for.
+    With `pinned` they are pages of this process that cannot have gone: each is waited for. With `gaps` as well, those
+    that are gone all the same are in no run; else they are an error.
 
     Raises
     ------
@@ -250,7 +309,9 @@ def read(int fd, uint64_t address, uint64_t size, size_t page, bint pinned=False
                 for index in range(<size_t>found // 8):
                     if pinned and not entries[index] & PRESENT_BIT:
                         error = _return(fd, address, page, &entries[index])
-                        if error:
+                        if error and gaps:
+                            error = entries[index] = 0
+                        elif error:
                             break
                     entry = entries[index] & (PRESENT_BIT | PFN_MASK)
                     if next and entry == next:  # behind the page before it, as nearly all of a huge page are

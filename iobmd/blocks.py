@@ -107,6 +107,7 @@ class TransparentBlocks:
         except BaseException:
             target.close()
             raise
+        target.filled()
         return target
 
     def take_first(self) -> Mapping:

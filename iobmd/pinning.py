@@ -85,11 +85,14 @@ _pins = _Pins()
 os.register_at_fork(after_in_child=_pins.forget)
 
 
-def own_runs(address: int, size: int, *, pinned: bool = False) -> RunTable:
-    """Return the physical runs of whole pages of this process, of all if they are pinned. Raises as `own.pagemap`."""
+def own_runs(address: int, size: int, *, pinned: bool = False, gaps: bool = False) -> RunTable:
+    """Return the physical runs of whole pages of this process. Raises as `own.pagemap`.
+
+    With `pinned` all have to be there; with `gaps` too, those that are gone all the same are in no run.
+    """
     descriptor = own.pagemap()
     try:
-        return runs.read(descriptor, address, size, PAGE_SIZE, pinned)
+        return runs.read(descriptor, address, size, PAGE_SIZE, pinned, gaps)
     except OSError as error:
         raise refusals.own_pagemap(error) from None
 
@@ -133,10 +136,13 @@ def _cannot_pin(size: int, error: OSError) -> IOReturnError:
     return IOReturnError(IOReturn.kIOReturnCannotWire, message, error.errno or 0)
 
 
-def visible_runs(address: int, size: int) -> RunTable | None:
-    """Return the runs of pinned pages of this process; None where their frames are hidden, or /proc is missing."""
+def visible_runs(address: int, size: int, *, gaps: bool = False) -> RunTable | None:
+    """Return the runs of pinned pages of this process; None where their frames are hidden, or /proc is missing.
+
+    With `gaps`, pages that the program has unmapped since are in no run; else they are an error.
+    """
     try:
-        table = own_runs(address, size, pinned=True)
+        table = own_runs(address, size, pinned=True, gaps=gaps)
     except (NotPrivilegedError, UnsupportedError):
         return None
     return None if table.hidden else table

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
-from iobmd import refusals
+from iobmd import procfs, refusals
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.physical import Layout, layout
+from iobmd.task import kernel_task
 from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
@@ -67,23 +69,41 @@ class Placement:
         return layout(self._runs(backing), backing.huge_bytes())
 
     def verify(self) -> None:
-        """Read every frame again, and compare it with what was recorded when the memory was pinned.
+        """Check that the memory is mapped where it was, and read every frame again that was recorded.
 
         Raises
         ------
         IOReturnError
-            `kIOReturnVMError`: a page has moved, `.address` is its virtual address. Or as `segments`.
+            `kIOReturnVMError`: a page has moved, or the program has unmapped or replaced it; `.address` is the
+            virtual address of the first one. Or as `segments`.
+
+        Notes
+        -----
+        Private memory that other private memory has replaced is found where it is pinned and its frames are visible
+        only: else the kernel shows no difference. Memory of shared objects is told by its device and inode.
         """
         backing = self._memory()
-        recorded = self._runs(backing)
-        now = backing.read_runs()
-        if now is None:
-            raise _hidden()
-        if (moved := recorded.difference(now)) is not None:
+        lost = backing.lost()
+        try:
+            recorded = self._runs(backing)
+            now = backing.read_runs(gaps=True)
+            if now is None:
+                raise _hidden()
+        except IOReturnError:
+            if lost is None:
+                raise
+            raise _gone(backing, lost) from None
+        moved = recorded.difference(now)
+        if lost is not None and (moved is None or lost <= moved):
+            raise _gone(backing, lost)
+        if moved is not None:
             was, _ = recorded.segment(moved, 1)
             lies, _ = now.segment(moved, 1)
+            if not lies:
+                raise _gone(backing, moved)
             message = (
-                f"the page at {moved:#x} was at physical {was:#x} and is at {lies:#x} now: do not use it for I/O"
+                f"the page at {moved:#x} was at physical {was:#x} and is at {lies:#x} now (it has moved, or other "
+                "memory is mapped there): do not use it for I/O"
             )
             raise IOReturnError(IOReturn.kIOReturnVMError, message, 0, moved)
 
@@ -103,3 +123,13 @@ def _hidden() -> IOReturnError:
         IOReturn.kIOReturnNotPrivileged,
         "the kernel hides physical addresses from this process; run with CAP_SYS_ADMIN",
     )
+
+
+def _gone(backing: Backing, address: int) -> IOReturnError:
+    task = backing.task or kernel_task
+    area = None
+    with contextlib.suppress(OSError):
+        area = procfs.find_vma(task.pid, address)
+    what = f"replaced it by {area}" if area else "unmapped it"
+    message = f"the memory at {address:#x} of task {task.pid} is gone: the program has {what}"
+    return IOReturnError(IOReturn.kIOReturnVMError, message, 0, address)

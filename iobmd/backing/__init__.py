@@ -81,8 +81,11 @@ class Backing(Protocol):
     def unpin(self) -> None:
         """Undo `pin`."""
 
-    def read_runs(self) -> RunTable | None:
-        """Read where it lies now, as `runs`."""
+    def read_runs(self, *, gaps: bool = False) -> RunTable | None:
+        """Read where it lies now, as `runs`; with `gaps`, pages that are gone are in no run, else an error."""
+
+    def lost(self) -> int | None:
+        """Return the first address at which the program has unmapped it, or mapped something else; None: nowhere."""
 
     def huge_bytes(self) -> int:
         """Count the bytes that huge pages map."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from iobmd import contiguous, headroom, numa, pagemap, refusals
-from iobmd._native import memory
+from iobmd import contiguous, headroom, numa, own, pagemap, pinning, refusals
+from iobmd._native import guard, memory
 from iobmd._native.mapping import Mapping
 from iobmd.backing.mapped import MappedBacking
 from iobmd.contiguous import Want
@@ -113,6 +113,19 @@ class AnonymousBacking(MappedBacking):
         if self.runs is None:  # hidden: then it was to be in one huge page
             return pagemap.is_huge(self.address, self.size)
         return want.accepts(self.runs)
+
+    def _certain(self) -> list[tuple[int, int]] | None:
+        # Private memory looks like any other in maps; a pinned frame is at no other place.
+        if not self.runs or not self._pin or self._generation != guard.generation():
+            return None
+        try:
+            if self.runs.holds(own.pagemap(), PAGE_SIZE):
+                return [(self.address, self.size)]
+        except IOReturnError:  # pagemap cannot be read any more
+            return None
+        # A page that is being looked at by the kernel is missing for a moment: this waits for its return.
+        now = pinning.visible_runs(self.address, self.size, gaps=True)
+        return None if now is None else self.runs.common(now)
 
     def _take_hugetlb(self, want: Want) -> bool:
         """Without pins, hugetlb pages are the next best: compaction does not move them."""

@@ -56,6 +56,11 @@ class RemoteBacking(SharedBacking):
         """Address in `task`."""
         return self._there.address if self._there else self.mapping.address
 
+    def lost(self) -> int | None:
+        """Return the first address at which its task, or this process, has unmapped or replaced it."""
+        found = [super().lost(), self._there.lost() if self._there else None]
+        return min((lost for lost in found if lost is not None), default=None)
+
     def exported(self) -> NoReturn:
         """Refuse: it is the other task's."""
         raise _not_here(f"in task {self.task.pid}" if self.task else "")

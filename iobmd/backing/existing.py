@@ -80,10 +80,16 @@ class RangeBacking(Pinned):
             raise
         self._take(pin)
 
-    def read_runs(self) -> RunTable | None:
+    def lost(self) -> int | None:
+        """Return the first address that its task has not mapped any more; None: all is. Raises as `RangeBacking`."""
+        end = self.address + self.length
+        bad = procfs.uncovered(areas.known(self.task, self.address, end), self.address, end, "r")
+        return bad if bad < end else None
+
+    def read_runs(self, *, gaps: bool = False) -> RunTable | None:
         """Read where its pages lie now; None where the kernel hides that."""
         if self.task.is_current:
-            return pinning.visible_runs(self._first, self.size)
+            return pinning.visible_runs(self._first, self.size, gaps=gaps)
         return pagemap.visible_runs(self.task, self._first, self.size)
 
     @property

@@ -269,7 +269,11 @@ class JoinedBacking:
             tables.append((part.owner._runs(backing), backing.address + part.offset, part.length))
         return concatenated(tables, self.address)
 
-    def read_runs(self) -> RunTable | None:
+    def lost(self) -> int | None:
+        """None: each descriptor looks for itself, as `read_runs` has them do."""
+        return None
+
+    def read_runs(self, *, gaps: bool = False) -> RunTable | None:  # noqa: ARG002 (the protocol's)
         """As `runs`, after each descriptor has looked whether its memory is where it was."""
         for index in range(len(self.parts)):
             self._with(index, lambda owner: owner.verify())

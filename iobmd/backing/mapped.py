@@ -59,10 +59,10 @@ class MappedBacking(Pinned):
             pin = pinning.Pin(mapping.address, self.size)
         self._take(pin)
 
-    def read_runs(self) -> RunTable | None:
+    def read_runs(self, *, gaps: bool = False) -> RunTable | None:
         """Read where it lies now, counted from `address`; None where the kernel hides that."""
         with self.here(populated=True) as mapping:
-            table = pinning.visible_runs(mapping.address, self.size)
+            table = pinning.visible_runs(mapping.address, self.size, gaps=gaps)
             if table is not None:
                 table.count_from(mapping.address, self.address)
         return table
@@ -128,11 +128,27 @@ class MappedBacking(Pinned):
         """Refuse: private pages can be at one place only."""
         raise private()
 
+    def lost(self) -> int | None:
+        """Return the first address at which its pages are not mapped any more; None: all are."""
+        lost = self.mapping.lost()
+        return None if lost is None else self.address + (lost - self.mapping.address)
+
+    def _certain(self) -> list[tuple[int, int]] | None:
+        """Return the ranges of its mapping that show its pages, as far as that is certain; None: not known.
+
+        The mapping then looks at what kind of memory is there (`Mapping.close`).
+        """
+        return None
+
     def close(self) -> None:
-        """Unpin and unmap, which also unlocks. Raises BufferError while it is in use; idempotent."""
+        """Unpin and unmap, which also unlocks. Raises BufferError while it is in use; idempotent.
+
+        What the program has unmapped or replaced itself is left alone.
+        """
         self.mapping.seal()
+        certain = self._certain()  # before pages may move
         self.unpin()
-        self.mapping.close()
+        self.mapping.close(certain)
 
 
 def span(in_page: int, length: int) -> int:

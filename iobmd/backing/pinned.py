@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from iobmd._native import guard
+
 if TYPE_CHECKING:
     from iobmd._native.runs import RunTable
 
@@ -25,7 +27,10 @@ class Pinned:
     runs: RunTable | None = None
     _pin: Pin | None = None
 
-    def read_runs(self) -> RunTable | None:
+    _generation = 0
+    """The process that took the pin (`guard.generation`): a forked child has private memory in other frames."""
+
+    def read_runs(self, *, gaps: bool = False) -> RunTable | None:
         """Read where the pages lie now."""
         raise NotImplementedError
 
@@ -38,6 +43,7 @@ class Pinned:
             pin.release()
             raise
         self._pin = pin
+        self._generation = guard.generation()
 
     def unpin(self) -> None:
         """Let the kernel move the pages again."""

@@ -163,6 +163,23 @@ class RemoteMapping:
         with _reported(self.task, self.size, 0):
             self.stopped_ns = _with_stopped(self.task, work)
 
+    def lost(self) -> int | None:
+        """Return the first address at which the task has unmapped or replaced it; None: nowhere.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnNotFound`: the task is gone.
+        """
+        if not self.task.alive:
+            raise refusals.gone(f"task {self.task.pid} is gone: it exited")
+        end = self.address + self.size
+        for start, stop in self._ours(self.address, end):
+            if start > self.address:
+                break
+            return stop if stop < end else None
+        return self.address
+
     def close(self) -> None:
         """Unmap what is ours there still; idempotent, and nothing when the task is gone.
 

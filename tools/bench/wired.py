@@ -11,8 +11,10 @@ from iobmd import pinning
 from iobmd._native import floors, memory, uring
 from iobmd._native.mapping import Mapping
 from iobmd.constants import IOOptionBits
+from iobmd.descriptor import IOMemoryDescriptor
 from iobmd.facade import allocate
 from iobmd.populate import populate
+from iobmd.task import kernel_task
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE
 
 from .result import Result, at_most, medians, seconds
@@ -23,12 +25,13 @@ if TYPE_CHECKING:
 PINNED = 64 << 20
 SPARSE = 1 << 30
 MANY = 100
+AREAS = 60_000  # below vm.max_map_count, 65,530 by default
 PAGEABLE = IOOptionBits.kIOMemoryPageable
 
 
 def run(_size: int, rounds: int) -> list[Result]:
     """Measure; the sizes are those of the goals."""
-    return [*_pin(rounds), *_segments(rounds), *_small(rounds)]
+    return [*_pin(rounds), *_segments(rounds), *_small(rounds), *_existing(rounds)]
 
 
 def _pin(rounds: int) -> list[Result]:
@@ -112,6 +115,30 @@ def _small(rounds: int) -> list[Result]:
             3,
         ),
     ]
+
+
+def _existing(rounds: int) -> list[Result]:
+    """Describe, prepare and complete a page of existing memory, alone and among many areas of this process."""
+    page = Mapping.anonymous(PAGE_SIZE, PAGE_SIZE)
+    page.write(0, b"x")
+    (bare,) = medians(rounds * MANY, partial(_described, page.address))
+    many = Mapping.anonymous(AREAS * PAGE_SIZE, PAGE_SIZE)
+    for start in range(0, many.size, 2 * PAGE_SIZE):
+        memory.advise(many.address + start, PAGE_SIZE, memory.MADV_RANDOM)  # a flag of its own: an area of its own
+    (among,) = medians(rounds * MANY, partial(_described, many.address + many.size // 2))
+    many.close()
+    page.close()
+    what = f"a page of existing memory, described and prepared, among {AREAS:,} areas"
+    floor = f"the same, among few: {bare * 1e6:.1f} µs"
+    return [at_most(what, f"{among * 1e6:.1f} µs", floor, among / bare, 2)]
+
+
+def _described(address: int) -> float:
+    begin = time.perf_counter()
+    descriptor = IOMemoryDescriptor.withAddressRange(address, PAGE_SIZE, 3, kernel_task)
+    descriptor.prepare()
+    descriptor.complete()
+    return time.perf_counter() - begin
 
 
 def _prepare(buffer: IOBufferMemoryDescriptor) -> float:
