@@ -294,8 +294,11 @@ def start_time(pid: int | str = "self") -> int:
 
 
 def locked_bytes() -> int:
-    """Return how much memory this process holds locked by mlock (VmLck), in bytes."""
-    return status_bytes("VmLck")
+    """Return how much memory this process holds locked by mlock (VmLck), in bytes; 0 where /proc is not mounted."""
+    try:
+        return status_bytes("VmLck")
+    except FileNotFoundError:
+        return 0
 
 
 def meminfo() -> dict[str, int]:

@@ -267,6 +267,15 @@ def test_wired_memory_without_proc() -> None:
     in_namespaces(work, proc=unmount_proc)
 
 
+def test_the_limit_is_named_without_proc() -> None:
+    def work() -> tuple[str, str]:
+        return refusal(lambda: iobmd.allocate(16 << 20))
+
+    code, message = in_namespaces(work, proc=unmount_proc, uid=NOBODY, memlock=8 << 20)
+    assert code == "kIOReturnCannotWire"
+    assert f"RLIMIT_MEMLOCK is {8 << 20}" in message
+
+
 def test_tasks_without_proc() -> None:
     def work() -> list[tuple[str, str]]:
         with Other(b"x") as other:
