@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 import weakref
@@ -335,6 +336,12 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     def __del__(self) -> None:
         if self._backing is None:
             return
+        message = f"{self!r} was never freed"
+        if self._maker == os.getpid():
+            self._complete_all()
+        # It is in use only where its maps, views and arrays are garbage of the same cycle, or end with the
+        # interpreter as well: these hold the memory, which is unmapped with the last of them.
+        with contextlib.suppress(IOReturnError):
+            self.free()
         if self._maker == os.getpid() and not self._inherited:
-            warnings.warn(f"{self!r} was never freed", ResourceWarning, stacklevel=2, source=self)
-        self.free()
+            warnings.warn(message, ResourceWarning, stacklevel=2, source=self)

@@ -108,7 +108,8 @@ class CacheItem(Exporter):
         self.release()
 
     def __del__(self) -> None:
-        self._let_go()
+        with contextlib.suppress(IOReturnError):  # its memory may be garbage of the same cycle, and freed already
+            self._let_go()
 
 
 class _Entry:
@@ -348,5 +349,5 @@ class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
             return
         if self._maker == os.getpid():
             warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2, source=self)
-        with contextlib.suppress(BusyError):
+        with contextlib.suppress(IOReturnError):
             self.close()

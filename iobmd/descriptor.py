@@ -135,8 +135,9 @@ class IOMemoryDescriptor(Existing, Lineage, Labels, Caching, Placement, Volatili
         ------
         IOReturnError
             `kIOReturnCannotWire` when pinning is impossible or over a limit, and why; `kIOReturnBadArgument`;
-            `kIOReturnNoResources` for memory above 4 GiB; `kIOReturnNotReady` for memory that is volatile; then
-            nothing is prepared.
+            `kIOReturnNoResources` for memory above 4 GiB, or a hugetlb pool that is exhausted; `kIOReturnNotReady`
+            for memory that is volatile; for existing memory `kIOReturnVMError` and `kIOReturnUnsupported`, as
+            `withAddressRanges`. Then nothing is prepared.
         """
         self._memory()
         if forDirection & ~(DIRECTION_MASK | kIODirectionPrepareToPhys32 | kIODirectionPrepareNoFault):
@@ -330,9 +331,11 @@ class IOMemoryDescriptor(Existing, Lineage, Labels, Caching, Placement, Volatili
         return f"<{type(self).__name__}, length {self._length}, direction {direction}, {self._state}>"
 
     def __reduce_ex__(self, _protocol: SupportsIndex) -> NoReturn:
-        raise TypeError(
-            f"a {type(self).__name__} owns its memory and cannot be copied or pickled; withCopy makes another one"
-        )
+        if self._backing is not None and self._backing.shared:
+            remedy = "iobmd.share hands it to another process, which calls iobmd.attach; withCopy makes another one"
+        else:
+            remedy = "withCopy makes another one; shared memory (shared=True) goes to other processes by iobmd.share"
+        raise TypeError(f"a {type(self).__name__} owns its memory and cannot be copied or pickled; {remedy}")
 
     def __len__(self) -> int:
         return self.getLength()

@@ -84,8 +84,12 @@ class Lineage:
         """Undo what its user has left prepared, of its own memory or that of others. It need not be freed."""
         if self._backing is None or not self._prepared or self._maker != os.getpid():
             return
+        self._complete_all()
         if not self._inherited:
             warnings.warn(f"{self!r} was never completed", ResourceWarning, stacklevel=2, source=self)
-        with contextlib.suppress(IOReturnError):
-            while self._prepared:
+
+    def _complete_all(self) -> None:
+        """Undo every `prepare`, as far as that is possible, where nobody can be told that it is not."""
+        for _ in range(self._prepared):
+            with contextlib.suppress(IOReturnError):
                 self.complete()

@@ -52,6 +52,8 @@ def _end_abandoned() -> None:
         except IOReturnError as error:  # in another task, which cannot be stopped now, or not any more
             if error.code == IOReturn.kIOReturnBusy:
                 later.append((window, user))
+        except BufferError:  # a view is garbage of the same cycle: the mapping goes with it
+            window.users.discard(user)
     _abandoned.extend(later)
 
 

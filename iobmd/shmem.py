@@ -65,6 +65,8 @@ class SharedObject:
         The pages stay where they are without a pin.
     """
 
+    fd = -1
+
     def __init__(
         self,
         fd: int,
@@ -74,12 +76,12 @@ class SharedObject:
         page: int = PAGE_SIZE,
         immovable: bool = False,
     ) -> None:
-        self.fd = fd
         self.extents = tuple(extents)
         self.size = sum(extent.length for extent in extents)
         self.alignment = alignment
         self.page = page
         self.immovable = immovable
+        self.fd = fd  # last: until then it is the caller's
 
     @classmethod
     def create(cls, size: int, trailer: int = 0, name: str = NAME) -> SharedObject:
@@ -119,6 +121,10 @@ class SharedObject:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def __del__(self) -> None:
+        # Left open where memory could not be freed, because views of it were garbage of the same cycle.
+        self.close()
 
 
 def show(stretches: Sequence[Stretch], at: int = 0, *, writable: bool = True, guard: int = 0) -> Mapping:
@@ -191,11 +197,16 @@ def create_memfd(size: int, name: str = NAME) -> int:
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, size)
-        fcntl.fcntl(fd, _F_ADD_SEALS, F_SEAL_SHRINK | _F_SEAL_GROW)
+        seal(fd)
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def seal(fd: int) -> None:
+    """Seal the size of a memfd, so that nobody can cut its memory away. Raises OSError, for files of a tmpfs too."""
+    fcntl.fcntl(fd, _F_ADD_SEALS, F_SEAL_SHRINK | _F_SEAL_GROW)
 
 
 _numbers = itertools.count()

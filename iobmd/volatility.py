@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, TypeVar
 
 from iobmd.constants import IOPurgeable, IOReturn
@@ -208,4 +209,5 @@ class NonVolatile:
     def __del__(self) -> None:
         # An interrupt came between it and the `with`, at its begin or its end.
         if self._intact is not None:
-            self._memory._leave(self, failed=True)
+            with contextlib.suppress(IOReturnError):  # its memory may be garbage of the same cycle, and freed already
+                self._memory._leave(self, failed=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import warnings
@@ -373,5 +374,6 @@ class IODMACommand:
             return
         message = f"{self!r} was never completed"
         self._transfer = None
-        transfer.release()
+        with contextlib.suppress(IOReturnError):  # its memory may be garbage of the same cycle, and freed already
+            transfer.release()
         warnings.warn(message, ResourceWarning, stacklevel=2, source=self)

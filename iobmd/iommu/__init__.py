@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 import weakref
@@ -198,5 +199,7 @@ class IOVMRange:
 
     def __del__(self) -> None:
         if self._mapper and self._mapper._maker == os.getpid():
-            warnings.warn(f"{self!r} was never completed", ResourceWarning, stacklevel=2, source=self)
-            self.complete()
+            message = f"{self!r} was never completed"
+            with contextlib.suppress(IOReturnError):  # its memory may be garbage of the same cycle, and freed already
+                self.complete()
+            warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
