@@ -1,5 +1,6 @@
 """What goes wrong, with IOKit's code for it: one exception type a situation, all of them `IOReturnError`."""
 
+from collections.abc import Callable
 from typing import Any, Self
 
 from iobmd.constants import IOReturn
@@ -12,8 +13,9 @@ class IOReturnError(OSError):
     ----------
     code : IOReturn
         IOKit's name for what went wrong. The most fitting subclass is made, as with `OSError`.
-    message : str
-        What failed, why, and what to do about it.
+    message : str or callable
+        What failed, why, and what to do about it. A callable returns it, once, when it is first asked for (`str`,
+        `repr`, `args`, `strerror`, pickling): for explanations that cost far more than the failure.
     errno : int
         The kernel's error number, 0 when the kernel gave none.
     address : int, optional
@@ -23,10 +25,16 @@ class IOReturnError(OSError):
     ----------
     code, errno, address
         As above.
+    strerror : str
+        The message.
+    args : tuple
+        The code and the message.
     """
 
     code: IOReturn
     address: int | None
+    _message: str | Callable[[], str]
+    _arguments: tuple[Any, ...] | None = None
     _by_code: dict[IOReturn, type["IOReturnError"]] = {}  # noqa: RUF012 (filled by __init_subclass__)
 
     def __init_subclass__(cls, code: IOReturn | None = None, **kwargs: Any) -> None:
@@ -39,15 +47,36 @@ class IOReturnError(OSError):
         fitting = cls._by_code.get(code, cls)
         return super().__new__(fitting if issubclass(fitting, cls) else cls)
 
-    def __init__(self, code: IOReturn, message: str, errno: int = 0, address: int | None = None) -> None:
-        super().__init__(errno, message)
+    def __init__(
+        self, code: IOReturn, message: str | Callable[[], str], errno: int = 0, address: int | None = None
+    ) -> None:
+        super().__init__()
         self.errno = errno
-        self.strerror = message
         self.code = IOReturn(code)
         self.address = address
+        self._message = message
+
+    @property
+    def strerror(self) -> str:  # type: ignore[override]
+        """The message."""
+        if not isinstance(self._message, str):
+            self._message = self._message()
+        return self._message
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The code and the message, unless other arguments were assigned."""
+        return self._arguments or (self.code, self.strerror)
+
+    @args.setter
+    def args(self, arguments: tuple[Any, ...]) -> None:
+        self._arguments = arguments
 
     def __str__(self) -> str:
         return f"{self.strerror} [{self.code.name}]"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(repr, self.args))})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return IOReturnError, (self.code, self.strerror, self.errno, self.address)

@@ -1,6 +1,7 @@
 """`IOReturnError`: the right Python exception for each code, in every table of the contract; pickling."""
 
 import pickle
+from collections.abc import Callable
 
 import pytest
 
@@ -41,3 +42,29 @@ def test_pickles() -> None:
     error = pickle.loads(pickle.dumps(IOReturnError(IOReturn.kIOReturnVMError, "gone", 14, 0x1000)))
     assert type(error) is VMError
     assert (error.code, error.errno, error.address, error.strerror) == (IOReturn.kIOReturnVMError, 14, 4096, "gone")
+
+
+def test_carries_code_and_message() -> None:
+    error = IOReturnError(IOReturn.kIOReturnBusy, "in use")
+    assert error.args == (IOReturn.kIOReturnBusy, "in use")
+    assert repr(error) == f"BusyError({IOReturn.kIOReturnBusy!r}, 'in use')"
+    error.args += ("noted by the caller",)
+    assert error.args[2:] == ("noted by the caller",)
+    assert str(error) == "in use [kIOReturnBusy]"
+
+
+@pytest.mark.parametrize("ask", [str, repr, pickle.dumps, lambda error: error.args, lambda error: error.strerror])
+def test_a_message_is_made_once_when_it_is_asked_for(ask: Callable[[IOReturnError], object]) -> None:
+    made: list[int] = []
+
+    def message() -> str:
+        made.append(1)
+        return f"number {len(made)}"
+
+    error = IOReturnError(IOReturn.kIOReturnVMError, message, 14, 0x1000)
+    assert (error.code, error.errno, error.address) == (IOReturn.kIOReturnVMError, 14, 0x1000)
+    assert not made
+    ask(error)
+    assert str(error) == "number 1 [kIOReturnVMError]"
+    assert pickle.loads(pickle.dumps(error)).args == (IOReturn.kIOReturnVMError, "number 1")
+    assert made == [1]
