@@ -8,6 +8,9 @@ cdef extern from "cacheline.h" nogil:
         IOBMD_CLFLUSHOPT
         IOBMD_CLWB
         IOBMD_DC
+        IOBMD_INHIBIT
+        IOBMD_WRITE_THROUGH
+        IOBMD_WRITE_COMBINE
     int iobmd_best()
     size_t iobmd_line()
     void iobmd_drop(void *line, int how)

@@ -1,24 +1,29 @@
 # cython: language_level=3, auto_pickle=False, autotestdict=False
 """A mapping of this process that is unmapped exactly once, and its export by the buffer protocol."""
 
-from libc.errno cimport EEXIST, errno
+from libc.errno cimport EEXIST, EFAULT, EINTR, errno
 from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport strerror
-from posix.unistd cimport _SC_PAGESIZE, sysconf
+from posix.unistd cimport _SC_PAGESIZE, getpid, sysconf
 from cpython.buffer cimport (
     PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
 )
 from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
 from cpython.ref cimport Py_INCREF, Py_DECREF
 
-from cacheline cimport iobmd_best, iobmd_copy, iobmd_drop, iobmd_line, iobmd_lines, iobmd_write_back
+from cacheline cimport (
+    IOBMD_INHIBIT, IOBMD_WRITE_COMBINE, IOBMD_WRITE_THROUGH, iobmd_best, iobmd_copy, iobmd_drop, iobmd_line,
+    iobmd_lines, iobmd_write_back,
+)
+from guarded cimport iobmd_guarded
 from mman cimport (
-    MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, PROT_NONE,
-    PROT_READ, PROT_WRITE, c_mmap, c_munmap,
+    C_F_GET_SEALS, C_F_SEAL_SHRINK, MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_NORESERVE,
+    MAP_PRIVATE, MAP_SHARED, PROT_NONE, PROT_READ, PROT_WRITE, c_fcntl, c_mmap, c_munmap,
 )
 from own_areas cimport iobmd_identity, iobmd_own_area
 from procmap_query cimport C_VMA_EXECUTABLE, C_VMA_READABLE, C_VMA_SHARED, C_VMA_WRITABLE, iobmd_procmap_query
+from uio cimport iovec, process_vm_readv, process_vm_writev
 
 cdef size_t PAGE_SIZE = sysconf(_SC_PAGESIZE)
 
@@ -43,6 +48,90 @@ cdef struct Object:
 
 cdef int BEST = iobmd_best()
 cdef size_t LINE = iobmd_line()
+
+# From here on the faster copy outweighs the child process that makes it (measured: see _copy_revocable).
+cdef size_t CHILD_FROM = 1 << 20
+
+
+class FaultError(OSError):
+    """Memory that could not be reached: `address` is the byte; None where no attempt could be made (clone(2))."""
+
+    def __init__(self, number, message, address=None):
+        super().__init__(number, message)
+        self.address = address
+
+
+cdef struct _Copy:
+    void *to
+    const void *source
+    size_t size
+    int mode
+    int writing
+    int how
+
+
+cdef void _copy_lines(void *argument) noexcept nogil:
+    cdef _Copy *job = <_Copy *>argument
+    iobmd_copy(job.to, job.source, job.size, job.mode, job.writing, LINE, job.how)
+
+
+cdef struct _Lines:
+    uintptr_t address
+    size_t size
+    int how
+    bint drop
+    size_t count
+
+
+cdef void _flush_lines(void *argument) noexcept nogil:
+    cdef _Lines *job = <_Lines *>argument
+    job.count = iobmd_lines(job.address, job.size, LINE, job.how, iobmd_drop if job.drop else iobmd_write_back)
+
+
+cdef int _unreachable(uint64_t address) except -1:
+    raise FaultError(EFAULT, f"nothing can be accessed at {address:#x}", address)
+
+
+cdef int _guarded(void (*work)(void *) noexcept nogil, void *argument, uintptr_t first) except -1:
+    """Do work on memory from `first` on that may go away meanwhile. Raises FaultError."""
+    cdef uintptr_t fault = 0
+    cdef int error
+    with nogil:
+        error = iobmd_guarded(work, argument, &fault)
+    if error < 0:
+        # A cache line may begin before the range.
+        _unreachable(max(fault, first))
+    if error:
+        raise FaultError(error, f"clone: {strerror(error).decode()}")
+    return 0
+
+
+cdef size_t _flush_revocable(uintptr_t address, size_t size, bint drop, int how) except? 0:
+    cdef _Lines job
+    job.address, job.size, job.drop, job.how, job.count = address, size, drop, how, 0
+    _guarded(_flush_lines, &job, address)
+    return job.count
+
+
+cdef size_t _move_within(_Copy *job, int *error) noexcept nogil:
+    """Copy by the kernel; returns the bytes done, and what ended it in `error` (0: nothing)."""
+    cdef iovec to, source
+    cdef size_t done = 0
+    cdef ssize_t moved
+    error[0] = 0
+    while done < job.size and not error[0]:
+        to.iov_base = <char *>job.to + done
+        source.iov_base = <char *>job.source + done
+        to.iov_len = source.iov_len = job.size - done
+        if job.writing:
+            moved = process_vm_writev(getpid(), &source, 1, &to, 1, 0)
+        else:
+            moved = process_vm_readv(getpid(), &to, 1, &source, 1, 0)
+        if moved > 0:
+            done += moved
+        elif moved == 0 or errno != EINTR:
+            error[0] = errno if moved else EFAULT
+    return done
 
 
 cdef Mapping _map(size_t size, size_t alignment, int protection, int flags):
@@ -79,6 +168,12 @@ cdef uint64_t _map_at(uint64_t at, size_t size, int fd, uint64_t offset, bint wr
     return <uintptr_t>found
 
 
+cdef bint _can_shrink(int fd) noexcept nogil:
+    """Whether the pages of an object can be cut away by those who have a descriptor of it: it is not sealed."""
+    cdef int seals = c_fcntl(fd, C_F_GET_SEALS)
+    return seals < 0 or not seals & C_F_SEAL_SHRINK
+
+
 cdef Mapping _set_aside(uint64_t at, size_t size, size_t alignment):
     """Reserve address space, at `at` if that is not 0 and free, else at a multiple of `alignment`."""
     cdef int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
@@ -101,13 +196,16 @@ cdef class Mapping:
 
     `users` counts what keeps it mapped: buffer views alive and copies under way. `cache` says how copies treat the
     processors' caches: 1 lines are dropped before reads and after writes, 2 written back after writes, 4 writes go
-    past them, all else nothing. `instruction` says by which instruction of `cacheline`, 0 for the best.
+    past them, all else nothing. `instruction` says by which instruction of `cacheline`, 0 for the best. `revocable`
+    memory can be unmapped or cut away by others: accesses by these methods then raise `FaultError`, and cause no
+    SIGSEGV or SIGBUS.
     """
 
     cdef readonly uint64_t address
     cdef readonly size_t size
     cdef readonly int users
     cdef readonly bint writable
+    cdef readonly bint revocable
     cdef public int cache
     cdef public int instruction
     cdef bint sealed
@@ -139,12 +237,12 @@ cdef class Mapping:
 
     @staticmethod
     def borrow(uint64_t address, size_t size, bint writable):
-        """Stand for what somebody else has mapped, and unmaps: it has to be there for as long as it is used."""
+        """Return a mapping that stands for existing memory, which its owner may unmap at any time."""
         cdef Mapping self = Mapping.__new__(Mapping)
         self.address = address
         self.size = size
         self.writable = writable
-        self.borrowed = True
+        self.borrowed = self.revocable = True
         return self
 
     @staticmethod
@@ -165,6 +263,7 @@ cdef class Mapping:
             self = Mapping.__new__(Mapping)
             fd, offset, _length = pieces[0]
             self.address = _map_at(at, size, fd, offset, writable, MAP_FIXED_NOREPLACE if at else 0)
+            self.revocable = _can_shrink(fd)
             at = self.address
             pieces = ()
         self.size = size
@@ -204,6 +303,7 @@ cdef class Mapping:
         cdef int fd
         for fd, offset, length in pieces:
             _map_at(place, length, fd, offset, self.writable, MAP_FIXED)
+            self.revocable = self.revocable or _can_shrink(fd)
             place += length
 
     def redirect(self, pieces):
@@ -370,16 +470,19 @@ cdef class Mapping:
 
     def write_back(self, size_t offset, size_t length, bint drop):
         """Write the cache lines of a range back to memory, and `drop` them if asked to; return how many there are."""
+        cdef uintptr_t address = self.address + offset
         cdef int how = self.instruction or BEST
         cdef size_t count
         self._check(offset, length)
         self.users += 1
-        with nogil:
-            if drop:
-                count = iobmd_lines(self.address + offset, length, LINE, how, iobmd_drop)
+        try:
+            if self.revocable:
+                count = _flush_revocable(address, length, drop, how)
             else:
-                count = iobmd_lines(self.address + offset, length, LINE, how, iobmd_write_back)
-        self.users -= 1
+                with nogil:
+                    count = iobmd_lines(address, length, LINE, how, iobmd_drop if drop else iobmd_write_back)
+        finally:
+            self.users -= 1
         return count
 
     cdef _check(self, size_t offset, size_t length):
@@ -389,14 +492,45 @@ cdef class Mapping:
             raise ValueError("range past the end of the mapping")
 
     cdef _copy(self, void *destination, void *source, size_t length, bint writing):
-        cdef int how = self.instruction or BEST, mode = self.cache
-        if length < RELEASE_GIL_FROM:
-            iobmd_copy(destination, source, length, mode, writing, LINE, how)
+        cdef _Copy job
+        job.to, job.source, job.size = destination, source, length
+        job.mode, job.writing, job.how = self.cache, writing, self.instruction or BEST
+        if length < RELEASE_GIL_FROM and not self.revocable:
+            _copy_lines(&job)
             return
         self.users += 1
+        try:
+            if self.revocable:
+                self._copy_revocable(&job)
+            else:
+                with nogil:
+                    _copy_lines(&job)
+        finally:
+            self.users -= 1
+
+    cdef int _copy_revocable(self, _Copy *job) except -1:
+        """Copy from or to memory that may go away meanwhile.
+
+        process_vm_readv(2) of this process never faults, stops at the first page that cannot be reached, and moves
+        13 GB/s (measured in the second-level cache; memmove moves 46); a child process takes 23 us.
+        """
+        cdef uintptr_t first = <uintptr_t>(job.to if job.writing else job.source), fault
+        cdef size_t done = 0
+        cdef int mode = job.mode, error
+        job.mode = 0
+        if mode == IOBMD_INHIBIT and not job.writing:
+            _flush_revocable(first, job.size, True, job.how)
         with nogil:
-            iobmd_copy(destination, source, length, mode, writing, LINE, how)
-        self.users -= 1
+            error = -1 if job.size < CHILD_FROM else iobmd_guarded(_copy_lines, job, &fault)
+            if error:  # also after a fault: memmove reaches the end of a range before its beginning
+                done = _move_within(job, &error)
+        if error == EFAULT:
+            return _unreachable(first + done)
+        if error:  # a seccomp profile without these calls
+            _guarded(_copy_lines, job, first)
+        if job.writing and mode in (IOBMD_INHIBIT, IOBMD_WRITE_THROUGH, IOBMD_WRITE_COMBINE):
+            _flush_revocable(first, job.size, mode != IOBMD_WRITE_THROUGH, job.how)
+        return 0
 
     def __dealloc__(self):
         if self.address and not self.borrowed:

@@ -23,6 +23,7 @@ cdef extern from "<sys/prctl.h>" nogil:
 
 cdef extern from "<fcntl.h>" nogil:
     int c_fallocate "fallocate"(int fd, int mode, long offset, long length)
+    int c_fcntl "fcntl"(int fd, int operation)
 
 cdef extern from * nogil:
     """
@@ -42,6 +43,10 @@ cdef extern from * nogil:
     #endif
     #ifndef MREMAP_DONTUNMAP
     #define MREMAP_DONTUNMAP 4
+    #endif
+    #ifndef F_GET_SEALS
+    #define F_GET_SEALS 1034
+    #define F_SEAL_SHRINK 2
     #endif
     #ifndef MADV_FREE
     #define MADV_FREE 8
@@ -71,6 +76,8 @@ cdef extern from * nogil:
     enum:
         MAP_FIXED_NOREPLACE
         MREMAP_DONTUNMAP
+        C_F_GET_SEALS "F_GET_SEALS"
+        C_F_SEAL_SHRINK "F_SEAL_SHRINK"
         C_MADV_FREE "MADV_FREE"
         C_MADV_COLD "MADV_COLD"
         C_MADV_HUGEPAGE "MADV_HUGEPAGE"

@@ -64,7 +64,10 @@ class Existing:
         -----
         `prepare` pins memory of this process. That of another task it pins through an io_uring made there, which is
         taken away from it again; where that is not to be had, it is made resident (mlock(2), called there). Memory
-        that the kernel does not pin (of files, read-only) stays unprepared: `kIOReturnCannotWire`.
+        that the kernel does not pin stays unprepared: `kIOReturnCannotWire` for read-only memory and shared mappings
+        of files on a disk (in another task these are locked), `kIOReturnUnsupported` for memory of a device or of
+        memfd_secret(2), `kIOReturnVMError` for what is past the end of a file or a guard page. `.address` is the
+        first such byte. An access to memory that went away raises `kIOReturnVMError`, and is safe at any time.
         """
         options = check_existing(options)
         where = as_task(task)

@@ -38,7 +38,7 @@ class FileBlocks:
         """Return a new empty file. Raises OSError."""
         fd = shmem.create_huge(0, self.name)
         self._collapses = fd < 0
-        return os.memfd_create(self.name, os.MFD_CLOEXEC) if fd < 0 else fd
+        return os.memfd_create(self.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) if fd < 0 else fd
 
     def more(self, count: int, alignment: int) -> Places:  # noqa: ARG002 (the protocol's)
         """Take up to `count` more blocks; empty when there are none."""
@@ -88,6 +88,8 @@ class FileBlocks:
             if excess:
                 extents[-1] = Extent(last.offset, last.length - excess)
                 memory.punch(self._fd, sum(extents[-1]), excess)
+        with contextlib.suppress(OSError):  # a file of a tmpfs cannot be sealed
+            shmem.seal(self._fd)
         fd, self._fd = self._fd, -1
         page = self.block if self.immovable else PAGE_SIZE
         return SharedObject(fd, extents, alignment=max(self.block, alignment), page=page, immovable=self.immovable)

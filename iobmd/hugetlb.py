@@ -38,7 +38,7 @@ class PoolBlocks(FileBlocks):
     def create(self) -> int:
         """Return a new empty file."""
         kind = os.MFD_HUGETLB | self.block.bit_length() - 1 << _MFD_HUGE_SHIFT
-        return os.memfd_create(f"{self.name}-{self.block >> 20}M", os.MFD_CLOEXEC | kind)
+        return os.memfd_create(f"{self.name}-{self.block >> 20}M", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | kind)
 
     def more(self, count: int, alignment: int) -> Places:
         """Take up to `count` pages of the pool; empty when it has none."""

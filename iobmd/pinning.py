@@ -8,12 +8,13 @@ takes a ring of its own.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
 from typing import TYPE_CHECKING
 
-from iobmd import host, own, refusals
+from iobmd import diagnosis, host, own, refusals
 from iobmd._native import runs, uring
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NotPrivilegedError, UnsupportedError
@@ -104,6 +105,8 @@ class Pin:
     ------
     IOReturnError
         `kIOReturnCannotWire`: pinning is not possible, or a limit is reached; the message says which.
+        `kIOReturnVMError`: not mapped, past the end of a file, or a guard page; `kIOReturnUnsupported`: memory of a
+        device or of memfd_secret(2); `kIOReturnNoResources`: a hugetlb pool is exhausted. `.address`: the first byte.
 
     Notes
     -----
@@ -121,7 +124,7 @@ class Pin:
                 self._slots.append(_pins.pin(address + start, min(LARGEST, size - start)))
         except OSError as error:
             self.release()
-            raise _cannot_pin(size, error) from None
+            raise _cannot_pin(address, size, error) from None
 
     def release(self) -> None:
         """Unpin; idempotent."""
@@ -129,11 +132,16 @@ class Pin:
         _pins.unpin(slots)
 
 
-def _cannot_pin(size: int, error: OSError) -> IOReturnError:
+def _cannot_pin(address: int, size: int, error: OSError) -> IOReturnError:
+    what, number = f"cannot pin {format_size(size)}", error.errno or 0
+    if number in (errno.EFAULT, errno.EOPNOTSUPP):  # of the memory, not of io_uring
+        with contextlib.suppress(OSError):
+            if found := diagnosis.find(os.getpid(), address, address + size, pin=True):
+                return IOReturnError(found.code, f"{what}: {found}", number, found.address)
     why, remedy = host.why_not_pinned(error)
-    first_remedy = remedy.partition("\n")[0].partition("  #")[0]
-    message = f"cannot pin {format_size(size)}: {why}; to turn it on: {first_remedy}"
-    return IOReturnError(IOReturn.kIOReturnCannotWire, message, error.errno or 0)
+    if remedy:
+        why += f"; to turn it on: {remedy.partition(chr(10))[0].partition('  #')[0]}"
+    return IOReturnError(IOReturn.kIOReturnCannotWire, f"{what}: {why}", number)
 
 
 def visible_runs(address: int, size: int, *, gaps: bool = False) -> RunTable | None:

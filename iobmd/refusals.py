@@ -1,12 +1,20 @@
 """Why access to another task failed, as the error to raise: every sentence names the cause and the remedy."""
 
+from __future__ import annotations
+
 import errno
 import os
+from typing import TYPE_CHECKING
 
-from iobmd import host, pidns, procfs
+from iobmd import diagnosis, host, pidns, procfs
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.procfs import PF_EXITING, PF_KTHREAD
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from iobmd._native.mapping import FaultError
 
 
 def gone(what: str, number: int = errno.ESRCH) -> IOReturnError:
@@ -14,25 +22,60 @@ def gone(what: str, number: int = errno.ESRCH) -> IOReturnError:
     return IOReturnError(IOReturn.kIOReturnNotFound, what, number)
 
 
-def unreadable(pid: int, address: int, *, write: bool = False) -> IOReturnError:
-    """Return the error for the byte `address` of the task `pid`, which is not mapped or not accessible."""
+def unreadable(
+    pid: int, address: int, *, write: bool = False, alive: Callable[[], bool] = lambda: True
+) -> IOReturnError:
+    """Return the error for the byte `address` of the task `pid`, which is not mapped or not accessible.
+
+    The explanation takes twenty times as long as the failure, and is made when it is first asked for: it describes
+    the memory as it is then, and says so where that does not explain the failure. `alive` says whether the pid is
+    still the task's.
+    """
     verb = "write to" if write else "read"
-    area, why = None, "no memory is mapped there"
-    try:
-        area = procfs.find_vma(pid, address)
-    except OSError as error:
-        why = f"the kernel cannot fault it in (/proc does not show what is mapped there: {error.strerror})"
-    if area is None:
-        pass
-    elif ("w" if write else "r") not in area.perms:
-        why = f"it lies in a mapping without {'write' if write else 'read'} permission, {area}"
-    else:
-        why = f"the kernel cannot fault it in (past the end of its file, a guard page, or a device), in {area}"
-    message = f"cannot {verb} address {address:#x} of task {pid}: {why}"
+
+    def message() -> str:
+        return f"cannot {verb} address {address:#x} of task {pid}: {_why_unreadable(pid, address, write, alive)}"
+
     return IOReturnError(IOReturn.kIOReturnVMError, message, errno.EFAULT, address)
 
 
-def not_moved(pid: int, number: int, address: int, *, write: bool, timeout: float) -> IOReturnError:
+def _why_unreadable(pid: int, address: int, write: bool, alive: Callable[[], bool]) -> str:
+    area = obstacle = None
+    try:
+        obstacle = diagnosis.find(pid, address, address + 1, write=write)
+        area = obstacle or procfs.find_vma(pid, address)
+    except OSError as error:
+        if alive():
+            return f"the kernel cannot fault it in (/proc does not show what is mapped there: {error.strerror})"
+    if not alive():
+        return "why cannot be found out: it has exited since"
+    if obstacle:
+        return obstacle.why + (f"; {obstacle.remedy}" if obstacle.remedy else "")
+    causes = "a bad page, an I/O error, or it was not mapped yet"
+    return f"the kernel could not fault it in at that time ({causes}), in {area}"
+
+
+def faulted(fault: FaultError) -> IOReturnError:
+    """Return the error for memory of this process that went away while it was accessed."""
+    if fault.address is not None:
+        return unreadable(os.getpid(), fault.address)
+    return IOReturnError(
+        IOReturn.kIOReturnNoResources,
+        f"memory that may go away is accessed by a child process, which cannot be started ({fault}): RLIMIT_NPROC "
+        "(`ulimit -u`) or the pids limit of a cgroup is reached",
+        fault.errno or 0,
+    )
+
+
+def not_moved(
+    pid: int,
+    number: int,
+    address: int,
+    *,
+    write: bool,
+    timeout: float,
+    alive: Callable[[], bool] = lambda: True,
+) -> IOReturnError:
     """Return the error for a transfer from or to the task `pid` that ended at `address` with an error number."""
     if number == errno.ESRCH:
         refusal = without_memory(pid)
@@ -51,7 +94,7 @@ def not_moved(pid: int, number: int, address: int, *, write: bool, timeout: floa
         message = f"the page at {address:#x} of task {pid} has to be delivered by another program"
         refusal = IOReturnError(IOReturn.kIOReturnNotReady, message, number, address)
     else:
-        refusal = unreadable(pid, address, write=write)
+        refusal = unreadable(pid, address, write=write, alive=alive)
     return refusal
 
 

@@ -234,7 +234,9 @@ class Task:
         if not outcome.error:
             return outcome
         address = job.theirs + outcome.done
-        raise refusals.not_moved(self.pid, outcome.error, address, write=job.write, timeout=job.timeout)
+        raise refusals.not_moved(
+            self.pid, outcome.error, address, write=job.write, timeout=job.timeout, alive=lambda: self.alive
+        )
 
     def _moved(self, job: Transfer) -> copying.Outcome:
         try:

@@ -2,12 +2,17 @@ from collections.abc import Iterable, Sequence
 
 from typing_extensions import Buffer, disjoint_base
 
+class FaultError(OSError):
+    address: int | None
+    def __init__(self, number: int, message: str, address: int | None = None) -> None: ...
+
 @disjoint_base
 class Mapping:
     address: int
     size: int
     users: int
     writable: bool
+    revocable: bool
     cache: int
     instruction: int
     @staticmethod

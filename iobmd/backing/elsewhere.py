@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, NoReturn
 
+from iobmd import refusals
+from iobmd._native.mapping import FaultError
 from iobmd.backing.shared import SharedBacking
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
@@ -112,6 +114,8 @@ class UnmappedBacking(SharedBacking):
             if populated:
                 populate(mapping.address, self.size)
             yield mapping
+        except FaultError as fault:
+            raise refusals.faulted(fault) from None
         finally:
             mapping.close()
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from iobmd import pagemap, pinning, procfs, refusals
-from iobmd._native.mapping import Mapping
+from iobmd import diagnosis, pagemap, pinning, procfs, refusals
+from iobmd._native.mapping import FaultError, Mapping
 from iobmd.backing.mapped import private, span
 from iobmd.backing.pinned import Pinned
 from iobmd.constants import IOReturn
 from iobmd.errors import CannotWireError, IOReturnError
 from iobmd.remote import areas, wired
-from iobmd.units import PAGE_SIZE
+from iobmd.units import PAGE_SIZE, format_size
 from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
@@ -69,16 +69,50 @@ class RangeBacking(Pinned):
                 raise refusals.unreadable(self.task.pid, max(bad, self.address), write=permission == "w")
 
     def pin(self) -> None:
-        """Pin its pages, or have them resident where that is all that can be had in another task."""
-        try:
-            if self.task.is_current:
+        """Pin its pages, or keep them resident where another task's cannot be pinned.
+
+        Raises
+        ------
+        IOReturnError
+            As `pinning.Pin` and `wired.RemotePin`, with the first byte that stands in the way as `.address`.
+        """
+        if self.task.is_current:
+            try:
                 pin: Pin = pinning.Pin(self._first, self.size)
-            else:
-                pin = wired.RemotePin(self.task, self._first, self.size)
+            except IOReturnError as error:
+                if error.address is not None:  # it may be before the first byte, in the same page
+                    error.address = max(error.address, self.address)
+                raise
+            self._take(pin)
+            return
+        try:
+            pin = wired.RemotePin(self.task, self._first, self.size)
         except CannotWireError:
-            self._require(mapped=True, writable=False)  # which tells more, if it went away
+            self._require_wirable()
+            raise
+        try:
+            if not pin.holds_frames:
+                self._require_locked()
+        except BaseException:
+            pin.release()
             raise
         self._take(pin)
+
+    def _require_wirable(self, *, pin: bool = True) -> None:
+        found = None
+        with contextlib.suppress(OSError):  # the task is gone, or it is not shown: the first error says more
+            found = diagnosis.find(self.task.pid, self.address, self.address + self.length, pin=pin)
+        if found:
+            what = f"cannot {'pin' if pin else 'lock'} {format_size(self.size)} of task {self.task.pid}"
+            raise IOReturnError(found.code, f"{what}: {found}", 0, found.address) from None
+
+    def _require_locked(self) -> None:
+        """Look whether locked pages are in memory: mlock(2) passes over devices, and over what is locked on fault."""
+        self._require_wirable(pin=False)
+        resident = self.page_counts()[0] * PAGE_SIZE
+        if resident < self.size:
+            message = f"cannot keep {format_size(self.size)} of task {self.task.pid}: {resident} bytes are resident"
+            raise IOReturnError(IOReturn.kIOReturnCannotWire, message)
 
     def lost(self) -> int | None:
         """Return the first address that its task has not mapped any more; None: all is. Raises as `RangeBacking`."""
@@ -127,7 +161,10 @@ class RangeBacking(Pinned):
     def write_back(self, offset: int, length: int, *, drop: bool) -> None:
         """Write the cache lines of a range back to memory, which takes addresses of this process."""
         self._require_here("its cache lines cannot be reached from here")
-        Mapping.borrow(self.address, self.length, False).write_back(offset, length, drop)
+        try:
+            Mapping.borrow(self.address, self.length, False).write_back(offset, length, drop)
+        except FaultError as fault:
+            raise refusals.faulted(fault) from None
 
     def _require_here(self, else_: str) -> None:
         if not self.task.is_current:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from iobmd import pagemap, pinning
+from iobmd import pagemap, pinning, refusals
+from iobmd._native.mapping import FaultError
 from iobmd.backing.pinned import Pinned
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
@@ -51,7 +52,10 @@ class MappedBacking(Pinned):
     def write_back(self, offset: int, length: int, *, drop: bool) -> None:
         """Write the cache lines of a range back to memory, and `drop` them from the caches if asked to."""
         with self.here() as mapping:
-            mapping.write_back(offset, length, drop)
+            try:
+                mapping.write_back(offset, length, drop)
+            except FaultError as fault:
+                raise refusals.faulted(fault) from None
 
     def pin(self) -> None:
         """Pin every page, and read where it lies. Raises `kIOReturnCannotWire`."""
@@ -102,15 +106,24 @@ class MappedBacking(Pinned):
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset` on."""
-        return self.mapping.read(offset, length)
+        try:
+            return self.mapping.read(offset, length)
+        except FaultError as fault:
+            raise refusals.faulted(fault) from None
 
     def read_into(self, offset: int, buffer: Buffer) -> None:
         """Fill `buffer` from `offset` on."""
-        self.mapping.read_into(offset, buffer)
+        try:
+            self.mapping.read_into(offset, buffer)
+        except FaultError as fault:
+            raise refusals.faulted(fault) from None
 
     def write(self, offset: int, data: Buffer) -> None:
         """Copy `data` to `offset`."""
-        self.mapping.write(offset, data)
+        try:
+            self.mapping.write(offset, data)
+        except FaultError as fault:
+            raise refusals.faulted(fault) from None
 
     def exported(self) -> tuple[Mapping, int]:
         """Return it as it is mapped in this process, from its first byte on."""

@@ -66,7 +66,7 @@ def why_not_pinned(error: OSError) -> tuple[str, str]:
             return "a seccomp filter hides it (ENOSYS)", _SECCOMP
         return "not built into this kernel (ENOSYS)", "a kernel with CONFIG_IO_URING, Linux 5.1 or later"
     if error.errno in (errno.EFAULT, errno.EOPNOTSUPP):
-        return "it is read-only, or of a file or a device: no long-term pin is to be had of that", "a copy (withCopy)"
+        return f"the kernel does not pin memory of this kind ({error.strerror})", ""
     bound = memlock_limit()
     if error.errno == errno.ENOMEM and bound is not None:
         return (

@@ -9,7 +9,9 @@ from collections.abc import Callable
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.ptrace.restype = ctypes.c_long
 _LIBC.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
-_TRACEME, _PEEKTEXT, _PEEKUSER, _SINGLESTEP = 0, 1, 3, 9
+_TRACEME, _PEEKTEXT, _PEEKUSER, _SINGLESTEP, _SETOPTIONS, _GETEVENTMSG = 0, 1, 3, 9, 0x4200, 0x4201
+_O_TRACEVFORK, _EVENT_VFORK = 4, 2
+_WALL = 0x40000000  # waitpid(2): children of any kind
 _RIP = 16 * 8  # in struct user
 
 
@@ -34,8 +36,23 @@ def _next(pid: int) -> bytes:
     return word.to_bytes(8, "little")
 
 
+def _step(pid: int, seen: Counter[str]) -> int:
+    """Execute an instruction, or all of a child that waits for nothing else; returns the wait status."""
+    if kind := _kind(_next(pid)):
+        seen[kind] += 1
+    assert _LIBC.ptrace(_SINGLESTEP, pid, None, None) == 0
+    _, status = os.waitpid(pid, _WALL)
+    if status >> 8 == signal.SIGTRAP | _EVENT_VFORK << 8:
+        child = ctypes.c_ulong()
+        assert _LIBC.ptrace(_GETEVENTMSG, pid, None, ctypes.addressof(child)) == 0
+        _, stopped = os.waitpid(child.value, _WALL)
+        while os.WIFSTOPPED(stopped):
+            stopped = _step(child.value, seen)
+    return status
+
+
 def cache_instructions(action: Callable[[], object]) -> Counter[str]:
-    """Count those that `action` executes, by name."""
+    """Count those that `action` executes, by name, also in a process that shares its memory and that it waits for."""
     pid = os.fork()
     if not pid:
         try:
@@ -50,11 +67,9 @@ def cache_instructions(action: Callable[[], object]) -> Counter[str]:
         _, status = os.waitpid(pid, 0)
         assert os.WIFSTOPPED(status)
         assert os.WSTOPSIG(status) == signal.SIGSTOP
+        assert _LIBC.ptrace(_SETOPTIONS, pid, None, _O_TRACEVFORK) == 0
         while True:
-            if kind := _kind(_next(pid)):
-                seen[kind] += 1
-            assert _LIBC.ptrace(_SINGLESTEP, pid, None, None) == 0
-            _, status = os.waitpid(pid, 0)
+            status = _step(pid, seen)
             assert os.WIFSTOPPED(status), f"the child ended with {status:#x}"
             if os.WSTOPSIG(status) != signal.SIGTRAP:
                 assert os.WSTOPSIG(status) == signal.SIGSTOP

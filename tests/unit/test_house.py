@@ -42,7 +42,7 @@ FLOORS = [
     {"copying", "refusals"},
     {"attempt"},
     {"extents"},
-    {"pieces", "headroom"},
+    {"diagnosis", "pieces", "headroom"},
     {"host"},
     {"procfs"},
     {"pidns"},

@@ -1,0 +1,5 @@
+# Work on memory that may go away while it is touched
+from libc.stdint cimport uintptr_t
+
+cdef extern from "guarded.h" nogil:
+    int iobmd_guarded(void (*work)(void *) noexcept nogil, void *argument, uintptr_t *fault)

@@ -1,0 +1,210 @@
+"""Why the kernel cannot reach or pin memory of a task: by its maps, its page tables and its files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from typing import TYPE_CHECKING, NamedTuple
+
+from iobmd import host, pidns, procfs
+from iobmd.constants import IOReturn
+from iobmd.units import PAGE_SIZE, format_size, pages, round_up
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from iobmd.procfs import VMA
+
+_DEVICE_FLAGS = frozenset({"io", "pf"})  # VM_IO, VM_PFNMAP: no page that can be pinned or copied
+_IN_MEMORY = ("tmpfs", "ramfs", "hugetlbfs")
+_PRESENT, _SWAPPED, _GUARD = 63, 62, 58  # bits of a pagemap entry; guard regions: Linux 6.15
+_ENTRY = 8
+_CHUNK = 8192  # entries read at a time
+
+
+class Obstacle(NamedTuple):
+    """The first byte of a range that cannot be reached or pinned."""
+
+    address: int
+    code: IOReturn
+    why: str
+    remedy: str = ""
+    """What the caller can do; empty where there is nothing."""
+
+    def __str__(self) -> str:
+        return f"at {self.address:#x}: {self.why}" + (f"; {self.remedy}" if self.remedy else "")
+
+
+def find(pid: int, start: int, end: int, *, write: bool = False, pin: bool = False) -> Obstacle | None:
+    """Return the first obstacle in a range of addresses of a task.
+
+    Parameters
+    ----------
+    pid : int
+        The task.
+    start, end : int
+        The range.
+    write : bool
+        It is to be written to.
+    pin : bool
+        It is to be pinned by io_uring.
+
+    Returns
+    -------
+    Obstacle or None
+        None: nothing that the kernel shows stands in the way.
+
+    Raises
+    ------
+    OSError
+        The task is gone, or its /proc files may not be read.
+
+    Notes
+    -----
+    Nothing is faulted in. It describes the memory as it is now, which may have changed since a call failed.
+    """
+    place, unpinnable = start, None
+    for area in procfs.areas(pid, start, end):
+        if area.start > place:
+            break
+        stop = min(area.end, end)
+        if found := _unreachable(pid, area, place, stop, write=write):
+            return found
+        if pin and not unpinnable:  # what cannot even be reached comes first, wherever it lies
+            unpinnable = _unpinnable(pid, area, place)
+        place = stop
+    if place >= end:
+        return unpinnable
+    return Obstacle(place, IOReturn.kIOReturnVMError, "no memory is mapped there")
+
+
+def _unreachable(pid: int, area: VMA, place: int, stop: int, *, write: bool) -> Obstacle | None:
+    for wanted, letter, name in ((True, "r", "read"), (write, "w", "write")):
+        if wanted and letter not in area.perms:
+            why = f"it lies in a mapping without {name} permission, {area}"
+            return Obstacle(place, IOReturn.kIOReturnVMError, why)
+    if area.name.startswith("/secretmem"):
+        why = f"it is memory of memfd_secret(2), which no system call and no device can reach, {area}"
+        return Obstacle(place, IOReturn.kIOReturnUnsupported, why)
+    details = next((one for one in procfs.details(pid) if one.area.end > area.start), None)
+    flags = details.flags if details else frozenset()
+    if flags & _DEVICE_FLAGS:
+        why = f"it is a mapping of a device, which has no pages that could be pinned or copied, {area}"
+        return Obstacle(place, IOReturn.kIOReturnUnsupported, why)
+    page = details.counters.get("KernelPageSize", PAGE_SIZE) if details else PAGE_SIZE
+    found = [_past_the_end(pid, area, place, stop, page), _guarded(pid, area, place, stop)]
+    if "ht" in flags:
+        found.append(_pool_exhausted(pid, area, place, stop, page, reserved="nr" not in flags))
+    return min((one for one in found if one), key=lambda one: one.address, default=None)
+
+
+def _unpinnable(pid: int, area: VMA, place: int) -> Obstacle | None:
+    """Return why io_uring does not pin accessible memory: it pins for writing (FOLL_WRITE | FOLL_LONGTERM)."""
+    copy = "make a copy (IOBufferMemoryDescriptor.withCopy)"
+    if "w" not in area.perms:
+        why = f"it may not be written to, and io_uring pins only what may, {area}"
+        return Obstacle(place, IOReturn.kIOReturnCannotWire, why, f"{copy}, or allow writing (mprotect)")
+    if "s" in area.perms and _is_on_disk(pid, area):
+        why = f"it is a shared mapping of a file, whose pages have to be written back and are not pinned, {area}"
+        return Obstacle(place, IOReturn.kIOReturnCannotWire, why, copy)
+    return None
+
+
+def _is_on_disk(pid: int, area: VMA) -> bool:
+    """Say whether an area is of a file of a mounted file system other than those that are kept in memory."""
+    with contextlib.suppress(OSError), open(procfs.memory_file(pid, "mountinfo")) as lines:
+        for line in lines:  # proc_pid_mountinfo(5): major:minor is the third field, the type comes after a hyphen
+            device, kind = line.split()[2], line.partition(" - ")[2].split()[0]
+            if _same_device(area.device, *map(int, device.split(":"))):
+                return kind not in _IN_MEMORY
+    return False  # a memfd, whose mount is the kernel's own
+
+
+def _same_device(told: str, major: int, minor: int) -> bool:
+    return told != "" and [int(number, 16) for number in told.split(":")] == [major, minor]
+
+
+def _past_the_end(pid: int, area: VMA, place: int, stop: int, page: int) -> Obstacle | None:
+    found = _file_of(pid, area)
+    if found is None:
+        return None
+    # The rest of the file's last page can be accessed.
+    end = area.start + round_up(found.st_size, page) - area.offset
+    if end >= stop:
+        return None
+    why = f"it lies past the end of its file, of {found.st_size} bytes, {area}"
+    return Obstacle(max(place, end), IOReturn.kIOReturnVMError, why)
+
+
+def _file_of(pid: int, area: VMA) -> os.stat_result | None:
+    """Return the status of the regular file that an area maps; None where there is none, or it cannot be found.
+
+    By map_files, which takes CAP_CHECKPOINT_RESTORE, or else by its name or a descriptor that the task has of it.
+    """
+    if not area.inode:
+        return None
+    for path in _paths(pid, area):
+        with contextlib.suppress(OSError):
+            found = os.stat(path)
+            same = found.st_ino == area.inode and stat.S_ISREG(found.st_mode)
+            if same and (
+                "map_files" in path or _same_device(area.device, os.major(found.st_dev), os.minor(found.st_dev))
+            ):
+                return found
+    return None
+
+
+def _paths(pid: int, area: VMA) -> Iterator[str]:
+    yield f"{pidns.directory(pid)}/map_files/{area.start:x}-{area.end:x}"  # threads have none
+    yield procfs.memory_file(pid, f"root{area.name}")
+    descriptors = procfs.memory_file(pid, "fd")
+    with contextlib.suppress(OSError):
+        for name in os.listdir(descriptors):
+            yield f"{descriptors}/{name}"
+
+
+def _guarded(pid: int, area: VMA, place: int, stop: int) -> Obstacle | None:
+    at = _first(pid, place, stop, _is_guard)
+    if at is None:
+        return None
+    return Obstacle(at, IOReturn.kIOReturnVMError, f"it is a guard page (MADV_GUARD_INSTALL), in {area}")
+
+
+def _first(pid: int, place: int, stop: int, wanted: Callable[[int, int], int]) -> int | None:
+    """Return the first address of a range whose page's entry is wanted; None: there is none, or it is not shown.
+
+    `wanted` is given many entries as one number, and the number that has the lowest bit of each set.
+    """
+    first, last = place // PAGE_SIZE, pages(stop)
+    with contextlib.suppress(OSError), open(procfs.memory_file(pid, "pagemap"), "rb", buffering=0) as pagemap:
+        for index in range(first, last, _CHUNK):
+            raw = os.pread(pagemap.fileno(), min(_CHUNK, last - index) * _ENTRY, index * _ENTRY)
+            ones = int.from_bytes((b"\1" + bytes(_ENTRY - 1)) * (len(raw) // _ENTRY), "little")
+            if found := wanted(int.from_bytes(raw, "little"), ones):
+                page = index + ((found & -found).bit_length() - 1) // (8 * _ENTRY)
+                return max(place, page * PAGE_SIZE)
+    return None
+
+
+def _is_guard(entries: int, ones: int) -> int:
+    return entries >> _GUARD & ones
+
+
+def _is_missing(entries: int, ones: int) -> int:
+    return ~(entries >> _PRESENT | entries >> _SWAPPED) & ones
+
+
+def _pool_exhausted(pid: int, area: VMA, place: int, stop: int, page: int, *, reserved: bool) -> Obstacle | None:
+    """Return the first page of hugetlb that does not exist and cannot be made; `reserved`: some are, for the area."""
+    pool = next((pool for pool in host.hugetlb_pools() if pool.size == page), None)
+    if pool is None or (pool.free if reserved else pool.available):
+        return None
+    missing = _first(pid, place, stop, _is_missing)
+    if missing is None:
+        return None
+    why = (
+        f"its page does not exist yet, and the hugetlb pool of {format_size(page)} pages has none for it (total "
+        f"{pool.total}, free {pool.free}, reserved {pool.reserved}), in {area}"
+    )
+    return Obstacle(missing, IOReturn.kIOReturnNoResources, why, host.pool_remedy(pool, 1).partition("  #")[0])
