@@ -1,5 +1,7 @@
 """Large work on a range of memory, cut into pieces and run on several threads (the native calls release the GIL)."""
 
+import _thread
+import contextlib
 import errno
 import os
 import threading
@@ -36,17 +38,16 @@ def run(work: Work, size: int, progress: Progress | None = None) -> tuple[int, i
         a piece came out short without an error.
     """
     pieces = _Pieces(work, size)
-    helpers = [threading.Thread(target=pieces.work, name="iobmd-piece") for _ in range(threads(size) - 1)]
-    started = []
     try:
-        for helper in helpers:
-            helper.start()
-            started.append(helper)
+        # Where a limit allows no further thread, those that run do all of it. Not by Thread.start(), which waits for
+        # its thread to begin: one that finds no memory to begin with never does.
+        with contextlib.suppress(RuntimeError, MemoryError):
+            for _ in range(threads(size) - 1):
+                _thread.start_new_thread(pieces.help, ())
         pieces.work(progress)
     finally:
         # Also on KeyboardInterrupt: nobody may write to the memory once the caller has it back.
         pieces.stop()
-        _join(started)
     return pieces.failure or (size, 0)
 
 
@@ -58,39 +59,61 @@ class _Pieces:
         self._size = size
         self._offsets = iter(range(0, size, PIECE))
         self._done = 0
+        self._helping = 0
         self.failure: tuple[int, int] | None = None
         self._lock = threading.Lock()
+        self._helped = threading.Condition(self._lock)
 
     def work(self, progress: Progress | None = None) -> None:
+        """Do pieces until there are no more."""
         while (offset := self._next()) is not None:
-            length = min(PIECE, self._size - offset)
-            done, error = self._work(offset, length)
-            with self._lock:
-                self._done += done
-                if done < length:
-                    # Pieces below this one are all handed out and will be finished, so the lowest wins.
-                    failure = (offset + done, error or errno.ESRCH)
-                    self.failure = min(self.failure or failure, failure)
+            self._do(offset)
             if progress:
                 progress(self._done)
 
-    def _next(self) -> int | None:
+    def help(self) -> None:
+        """As `work`, in another thread; `stop` waits for the piece it is at."""
+        while (offset := self._next(helping=1)) is not None:
+            try:
+                self._do(offset)
+            except BaseException:  # no memory: the thread that waits has to know
+                with self._lock:
+                    self._fail(offset, errno.ENOMEM)
+            finally:
+                with self._lock:
+                    self._helping -= 1
+                    self._helped.notify()
+
+    def _do(self, offset: int) -> None:
+        length = min(PIECE, self._size - offset)
+        done, error = self._work(offset, length)
         with self._lock:
-            return None if self.failure else next(self._offsets, None)
+            self._done += done
+            if done < length:
+                self._fail(offset + done, error or errno.ESRCH)
+
+    def _fail(self, offset: int, error: int) -> None:
+        # Pieces below this one are all handed out and will be finished, so the lowest wins.
+        failure = offset, error
+        self.failure = min(self.failure or failure, failure)
+
+    def _next(self, helping: int = 0) -> int | None:
+        with self._lock:
+            offset = None if self.failure else next(self._offsets, None)
+            self._helping += helping * (offset is not None)
+            return offset
 
     def stop(self) -> None:
-        with self._lock:
-            self._offsets = iter(range(0))
-
-
-def _join(started: list[threading.Thread]) -> None:
-    """Wait for every thread, however often Ctrl-C is pressed meanwhile."""
-    interrupt: KeyboardInterrupt | None = None
-    for helper in started:
-        while helper.is_alive():
+        """Hand out no more, and wait for the pieces that helpers are at, however often Ctrl-C is pressed."""
+        interrupt: KeyboardInterrupt | None = None
+        while True:
             try:
-                helper.join()
+                with self._lock:
+                    self._offsets = iter(range(0))
+                    while self._helping:
+                        self._helped.wait()
+                break
             except KeyboardInterrupt as error:
                 interrupt = error
-    if interrupt:
-        raise interrupt
+        if interrupt:
+            raise interrupt
