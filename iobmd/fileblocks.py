@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from typing import TYPE_CHECKING
 
-from iobmd import numa, pagemap, pinning, shmem
+from iobmd import numa, pagemap, pinning, refusals, shmem
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
 from iobmd.blocks import blocks_of
 from iobmd.errors import IOReturnError
 from iobmd.populate import populate
 from iobmd.shmem import Extent, SharedObject
-from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE
+from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 
 if TYPE_CHECKING:
     from iobmd.blocks import Places
@@ -50,15 +51,19 @@ class FileBlocks:
                 self._fd = self.create()
             os.ftruncate(self._fd, self._size + size)
             batch = Mapping.view([(self._fd, self._size, size)], 0, True, 0, self.block)
-        except OSError:
-            return {}
+        except OSError as error:
+            if error.errno == errno.EAGAIN or (error.errno == errno.ENOMEM and not self.immovable):
+                raise refusals.own(error, f"cannot map {format_size(size)}", size) from None
+            return {}  # no such pages, or no more of them in the pool
         self._batches.append((self._size, batch))
         numa.place(batch.address, size)
         self._size += size
         try:
             populate(batch.address, size, self.block)
-        except IOReturnError:  # somebody else was faster
-            return {}
+        except IOReturnError:
+            if not self.immovable:
+                raise
+            return {}  # another process took them first
         if self._collapses:
             with contextlib.suppress(OSError):
                 memory.advise(batch.address, size, memory.MADV_COLLAPSE)

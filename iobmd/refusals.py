@@ -108,13 +108,17 @@ def refused(pid: int, number: int, what: str) -> IOReturnError:
     )
 
 
-def within(pid: int, error: OSError, doing: str) -> IOReturnError:
-    """Return the error for a system call in the task `pid` that failed while `doing` something there."""
+def within(pid: int, error: OSError, doing: str, size: int = 0) -> IOReturnError:
+    """Return the error for a system call in the task `pid` that failed while `doing` something with `size` bytes."""
     number = error.errno or 0
+    if number == errno.EAGAIN and (limit := host.limits.memlock(size, pid)):
+        why = f"the task locks all that it maps (mlockall), and {limit}"
+        return IOReturnError(IOReturn.kIOReturnCannotWire, f"{doing} in task {pid}: {why}", number)
+    met = host.limits.met_by_mapping(size, pid) if number == errno.ENOMEM else None
     code, why = {
         errno.ENOMEM: (
             IOReturn.kIOReturnNoMemory,
-            "its address space (RLIMIT_AS), its number of mappings (vm.max_map_count) or the memory is exhausted",
+            str(met or "its address space (RLIMIT_AS, vm.max_map_count) or the memory is exhausted"),
         ),
         errno.EMFILE: (IOReturn.kIOReturnNoResources, "it has three file descriptors free for a moment no more"),
         errno.ENFILE: (IOReturn.kIOReturnNoResources, "the host has no file descriptor free"),
@@ -123,17 +127,17 @@ def within(pid: int, error: OSError, doing: str) -> IOReturnError:
     return IOReturnError(code, f"{doing} in task {pid}: {why}", number)
 
 
-def own(error: OSError | OverflowError, doing: str) -> IOReturnError:
-    """Return the error for a system call on this process itself that failed while `doing` something."""
+def own(error: OSError | OverflowError, doing: str, size: int = 0) -> IOReturnError:
+    """Return the error for a system call on this process that failed while `doing` something with `size` bytes."""
     number = getattr(error, "errno", None) or errno.ENOMEM
+    if number == errno.EAGAIN and (limit := host.limits.memlock(size)):
+        why = f"this process locks all that it maps (mlockall), and {limit}"
+        return IOReturnError(IOReturn.kIOReturnCannotWire, f"{doing}: {why}", number)
     if number in (errno.EMFILE, errno.ENFILE):
         why = "no file descriptor is free; close some, or raise `ulimit -n`"
         return IOReturnError(IOReturn.kIOReturnNoResources, f"{doing}: {why}", number)
     if number == errno.ENOMEM:
-        why = (
-            "the address space, the overcommit limit (vm.overcommit_memory, `ulimit -v`) or the number of mappings "
-            "(vm.max_map_count) is exhausted"
-        )
+        why = str(host.limits.met_by_mapping(size) or "no address space is left, or no memory")
         return IOReturnError(IOReturn.kIOReturnNoMemory, f"{doing}: {why}", number)
     return IOReturnError(IOReturn.kIOReturnError, f"{doing}: {error}", number)
 

@@ -96,7 +96,7 @@ class SharedObject:
             fd = -1 if trailer or size < HUGE_PAGE_SIZE else create_huge(size, name)
             return cls(create_memfd(size + trailer, name) if fd < 0 else fd, [Extent(0, size)])
         except OSError as error:
-            raise refusals.own(error, f"cannot make a shared object of {format_size(size)}") from None
+            raise refusals.own(error, f"cannot make a shared object of {format_size(size)}", size) from None
 
     def cut(self, offset: int, size: int) -> list[Stretch]:
         """Return the pieces of `size` bytes from `offset` on. Raises `kIOReturnUnsupported` within a large page."""
@@ -154,7 +154,7 @@ def show(stretches: Sequence[Stretch], at: int = 0, *, writable: bool = True, gu
         message = f"{at:#x} to {at + size:#x} is not free: something is mapped there"
         raise IOReturnError(IOReturn.kIOReturnNoResources, message, error.errno or 0) from None
     except OSError as error:
-        raise refusals.own(error, f"cannot map {format_size(size)}") from None
+        raise refusals.own(error, f"cannot map {format_size(size)}", size) from None
 
 
 def show_in(mapping: Mapping, stretches: Sequence[Stretch]) -> None:

@@ -3,11 +3,13 @@
 import enum
 import errno
 
-from iobmd import host, procfs
+from iobmd import host
 from iobmd._native import memory
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.units import format_size
+
+_REFUSED = (errno.EPERM, errno.EACCES, errno.ENOSYS)
 
 
 class Wiring(enum.Enum):
@@ -45,19 +47,18 @@ def make_resident(address: int, size: int, *, populate: bool = True) -> None:
 
 def cannot_lock(size: int, error: OSError) -> IOReturnError:
     """Return the error for an mlock of `size` bytes that failed: which limit, its value, and how to raise it."""
-    limit = host.memlock_limit()
-    locked = procfs.locked_bytes()
-    if limit is not None and (error.errno == errno.EPERM or locked + size > limit):
+    what, number = f"cannot lock {format_size(size)} ({size} bytes) in memory", error.errno or 0
+    limit = host.limits.memlock(size)
+    # EPERM is the kernel's own answer to a limit of 0 only.
+    refused = number in _REFUSED and (limit is None or limit.value > 0)
+    if limit and not refused:
+        message = f"{what}: {limit}, give the program CAP_IPC_LOCK, or ask for pageable memory"
+        return IOReturnError(IOReturn.kIOReturnCannotWire, message, number)
+    if number in _REFUSED:
         message = (
-            f"cannot lock {format_size(size)} ({size} bytes) in memory: RLIMIT_MEMLOCK is {limit} bytes, "
-            f"{locked} of them in use; raise it (`ulimit -l KIB`, `prlimit --memlock=BYTES`, systemd's "
-            "LimitMEMLOCK=), give the program CAP_IPC_LOCK, or ask for pageable memory"
+            f"{what}: mlock is forbidden ({error.strerror}) by a seccomp filter or a security module; allow it "
+            "(systemd: no ~@memlock in SystemCallFilter=; container: the seccomp profile), or ask for pageable memory"
         )
-        return IOReturnError(IOReturn.kIOReturnCannotWire, message, error.errno or 0)
-    if error.errno == errno.EPERM:
-        message = f"cannot lock {format_size(size)} in memory: the kernel refuses mlock (a seccomp filter?)"
-        return IOReturnError(IOReturn.kIOReturnCannotWire, message, errno.EPERM)
-    message = (
-        f"cannot lock {format_size(size)} in memory: the kernel has not enough free memory, or too many mappings"
-    )
-    return IOReturnError(IOReturn.kIOReturnNoMemory, message, error.errno or 0)
+        return IOReturnError(IOReturn.kIOReturnCannotWire, message, number)
+    why = host.limits.met_by_mapping(0) or "the kernel has not enough free memory"
+    return IOReturnError(IOReturn.kIOReturnNoMemory, f"{what}: {why}", number)

@@ -7,7 +7,7 @@ for limits and capabilities change while a process runs.
 
 from collections.abc import Sequence
 
-from iobmd.host import access, elsewhere, lazyfree, pages, pinning, pressure, privilege
+from iobmd.host import access, elsewhere, lazyfree, limits, pages, pinning, pressure, privilege
 from iobmd.host.access import MOUNT_PROC, pfns_visible, proc_options, yama_scope
 from iobmd.host.fact import Fact, Status
 from iobmd.host.pages import (
@@ -37,6 +37,7 @@ __all__ = [
     "facts",
     "obstacles",
     "can_run_main_job",
+    "limits",
     "Capability",
     "has_capability",
     "has_host_capability",

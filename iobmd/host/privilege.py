@@ -6,6 +6,7 @@ import resource
 import sys
 from enum import IntEnum
 
+from iobmd import procfs
 from iobmd._native import memory
 from iobmd.host.fact import Fact, Status, own_status, scratch
 from iobmd.units import PAGE_SIZE, format_size
@@ -84,6 +85,14 @@ def has_host_capability(name: str) -> bool:
     first user namespace: those of a rootless container do not count. Raises as `has_capability`.
     """
     return has_capability(name) and in_initial_user_namespace()
+
+
+def lifts_memlock(pid: int | None = None) -> bool:
+    """Say whether CAP_IPC_LOCK lifts a process's limit on locked memory, by default this one's. Raises OSError."""
+    if pid is None:
+        return has_host_capability("CAP_IPC_LOCK")
+    effective = int(procfs.status(pid)["CapEff"], 16) >> Capability.CAP_IPC_LOCK & 1
+    return bool(effective) and os.stat(f"/proc/{pid}/ns/user").st_ino == _INITIAL_USER_NAMESPACE
 
 
 def memlock_limit() -> int | None:

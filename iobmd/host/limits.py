@@ -1,0 +1,111 @@
+"""Which limit a mapping that failed has met: of a process, or of the host."""
+
+import resource
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from iobmd import procfs
+from iobmd.host.fact import read_int, read_text
+from iobmd.host.privilege import lifts_memlock
+
+_NEARLY = 3
+"""Mappings that aligning and splitting one needs for a moment."""
+
+
+class Limit(NamedTuple):
+    """A limit that is met."""
+
+    name: str
+    value: int
+    used: int
+    remedy: str
+    counted: str = ""
+    """What it counts; empty for bytes."""
+
+    def __str__(self) -> str:
+        if self.counted:
+            return f"{self.name} is {self.value}, and there are {self.used} {self.counted}; {self.remedy}"
+        return f"{self.name} is {self.value} bytes, {self.used} of them in use; {self.remedy}"
+
+
+def met_by_mapping(size: int, pid: int | None = None) -> Limit | None:
+    """Return the limit for which a process cannot map `size` bytes more, None where none of these is met.
+
+    Parameters
+    ----------
+    size : int
+        In bytes.
+    pid : int, optional
+        The process, by default this one.
+
+    Notes
+    -----
+    vm.max_map_count (admin-guide/sysctl/vm.rst), RLIMIT_AS and RLIMIT_DATA (getrlimit(2)), and the commit limit where
+    vm.overcommit_memory is 2 (mm/overcommit-accounting.rst).
+    """
+    try:
+        return next((limit for limit in _candidates(pid) if _is_met(limit, size)), None)
+    except (OSError, KeyError):  # /proc is hidden, or the process is gone
+        return None
+
+
+def memlock(size: int, pid: int | None = None) -> Limit | None:
+    """Return RLIMIT_MEMLOCK of a process if it keeps it from locking `size` bytes more. Parameters as above."""
+    try:
+        if lifts_memlock(pid):
+            return None
+        limit = _of_process(_MEMLOCK, pid)
+        return limit if limit and _is_met(limit, size) else None
+    except (OSError, KeyError):
+        return None
+
+
+def _is_met(limit: Limit, size: int) -> bool:
+    return limit.used + (_NEARLY if limit.counted else size) > limit.value
+
+
+def _candidates(pid: int | None) -> Iterator[Limit]:
+    if most := read_int("/proc/sys/vm/max_map_count"):
+        with open(procfs.memory_file("self" if pid is None else pid, "maps"), "rb", buffering=1 << 16) as file:
+            count = sum(1 for _line in file)
+        yield Limit("vm.max_map_count", most, count, f"sysctl vm.max_map_count={2 * most}, as root", "mappings")
+    yield from filter(None, (_of_process(kind, pid) for kind in (_SPACE, _DATA)))
+    if read_int("/proc/sys/vm/overcommit_memory") == 2:
+        memory = procfs.meminfo()
+        remedy = "sysctl vm.overcommit_memory=0 or a larger vm.overcommit_ratio, as root; or add swap space"
+        yield Limit("the host's commit limit", memory["CommitLimit"], memory["Committed_AS"], remedy)
+
+
+class _Kind(NamedTuple):
+    """A resource limit (getrlimit(2))."""
+
+    name: str
+    number: int
+    row: str
+    """In /proc/PID/limits, which shows those of others without the CAP_SYS_RESOURCE that prlimit(2) asks for."""
+    used: str
+    """The field of /proc/PID/status."""
+    shell: str
+    option: str
+    """Of prlimit(1)."""
+
+
+_SPACE = _Kind("RLIMIT_AS", resource.RLIMIT_AS, "Max address space", "VmSize", "-v", "as")
+_DATA = _Kind("RLIMIT_DATA", resource.RLIMIT_DATA, "Max data size", "VmData", "-d", "data")
+_MEMLOCK = _Kind("RLIMIT_MEMLOCK", resource.RLIMIT_MEMLOCK, "Max locked memory", "VmLck", "-l", "memlock")
+
+
+def _of_process(kind: _Kind, pid: int | None) -> Limit | None:
+    if pid is None:
+        soft = resource.getrlimit(kind.number)[0]
+        if soft == resource.RLIM_INFINITY:
+            return None
+        unit = f"systemd's Limit{kind.name.removeprefix('RLIMIT_')}="
+        remedy = f"raise it (`ulimit {kind.shell} KIB`, `prlimit --{kind.option}=BYTES`, {unit})"
+        return Limit(kind.name, soft, procfs.status_bytes(kind.used), remedy)
+    found = read_text(procfs.memory_file(pid, "limits")) or ""
+    value = found.partition(kind.row)[2].split(maxsplit=1)
+    if not value or value[0] == "unlimited":
+        return None
+    remedy = f"raise it (`prlimit --pid {pid} --{kind.option}=BYTES`)"
+    return Limit(f"{kind.name} of task {pid}", int(value[0]), procfs.status_bytes(kind.used, pid), remedy)

@@ -1,0 +1,111 @@
+"""Limits on what this process may map and lock: an error names each, with its value, its use and the remedy."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import resource
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from support import kernel
+from support.child import NOBODY, in_child
+
+import iobmd
+from iobmd import IOReturn, IOReturnError
+from iobmd.host import limits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MIB = 1 << 20
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+
+
+def refusal(action: Callable[[], object]) -> tuple[IOReturn, str]:
+    with pytest.raises(IOReturnError) as caught:
+        action()
+    return caught.value.code, str(caught.value)
+
+
+KINDS: dict[str, dict[str, object]] = {
+    "wired": {"size": 4 * MIB},
+    "pageable": {"size": 4 * MIB, "wired": False},
+    "contiguous": {"size": 4 * MIB, "contiguous": True},
+    "shared": {"size": 4 * MIB, "shared": True},
+    "shared and contiguous": {"size": 4 * MIB, "shared": True, "contiguous": True},
+    "masked": {"size": 4 * MIB, "physical_mask": (1 << 48) - 1},
+    "in a task": {"size": 4 * MIB, "task": 0},
+}
+
+
+def allocate(kind: str) -> object:
+    keywords = {**KINDS[kind], **({"task": os.getppid()} if "task" in kind else {})}
+    return iobmd.allocate(**keywords)  # type: ignore[arg-type]
+
+
+@pytest.mark.needs("frames", "memlock")
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_mapping_is_left(kind: str) -> None:
+    most = int(Path("/proc/sys/vm/max_map_count").read_text())
+    if most > 1 << 20:
+        pytest.skip("vm.max_map_count is too large to be reached")
+
+    def allocate_at_the_limit() -> tuple[IOReturn, str]:
+        iobmd.allocate(4096).free()
+        while True:  # neighbours that differ do not become one
+            for protection in (1, 3):
+                found = libc.mmap(None, mmap.PAGESIZE, protection, 0x22, -1, 0)
+                if found == ctypes.c_void_p(-1).value:
+                    return refusal(lambda: allocate(kind))
+
+    code, message = in_child(allocate_at_the_limit)
+    assert code is IOReturn.kIOReturnNoMemory
+    assert f"vm.max_map_count is {most}" in message
+    assert "sysctl vm.max_map_count=" in message
+
+
+@pytest.mark.needs("frames", "memlock")
+@pytest.mark.parametrize("name", ["RLIMIT_AS", "RLIMIT_DATA"])
+@pytest.mark.parametrize("kind", ["wired", "pageable", "contiguous", "masked"])
+def test_limits_of_address_space(kind: str, name: str) -> None:
+    def allocate_at_the_limit() -> tuple[IOReturn, str]:
+        iobmd.allocate(4096).free()
+        used = kernel.status({"RLIMIT_AS": "VmSize", "RLIMIT_DATA": "VmData"}[name])
+        resource.setrlimit(getattr(resource, name), (used + 3 * MIB, used + 3 * MIB))
+        return refusal(lambda: allocate(kind))
+
+    code, message = in_child(allocate_at_the_limit)
+    assert code is IOReturn.kIOReturnNoMemory
+    assert f"{name} is " in message
+    assert "prlimit --" in message
+
+
+def test_the_commit_limit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By made-up figures, for the setting is the whole host's."""
+    monkeypatch.setattr(limits, "read_int", {"/proc/sys/vm/overcommit_memory": 2}.get)
+    figures = {"CommitLimit": 100 * MIB, "Committed_AS": 90 * MIB}
+    monkeypatch.setattr(limits.procfs, "meminfo", lambda: figures)
+    assert limits.met_by_mapping(5 * MIB) is None
+    met = limits.met_by_mapping(20 * MIB)
+    assert met
+    assert "vm.overcommit_memory" in str(met)
+    assert str(100 * MIB) in str(met)
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS], ids=["EPERM", "ENOSYS"])
+def test_mlock_that_a_filter_denies(number: int) -> None:
+    """systemd's SystemCallFilter=~@memlock, under a limit that is not the reason."""
+
+    def allocate_filtered() -> tuple[IOReturn, str]:
+        return refusal(lambda: iobmd.allocate(4096))
+
+    code, message = in_child(allocate_filtered, uid=NOBODY - 6, memlock=8 * MIB, deny={"mlock": number})
+    assert code is IOReturn.kIOReturnCannotWire
+    assert "seccomp" in message
+    assert "@memlock" in message
+    assert "RLIMIT_MEMLOCK" not in message
