@@ -19,7 +19,7 @@ from cacheline cimport (
 from guarded cimport iobmd_guarded
 from mman cimport (
     C_F_GET_SEALS, C_F_SEAL_SHRINK, MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_NORESERVE,
-    MAP_PRIVATE, MAP_SHARED, PROT_NONE, PROT_READ, PROT_WRITE, c_fcntl, c_mmap, c_munmap,
+    MAP_PRIVATE, MAP_SHARED, PROT_NONE, PROT_READ, PROT_WRITE, c_fcntl, c_mmap, c_mprotect, c_munlock, c_munmap,
 )
 from own_areas cimport iobmd_identity, iobmd_own_area
 from procmap_query cimport C_VMA_EXECUTABLE, C_VMA_READABLE, C_VMA_SHARED, C_VMA_WRITABLE, iobmd_procmap_query
@@ -134,23 +134,48 @@ cdef size_t _move_within(_Copy *job, int *error) noexcept nogil:
     return done
 
 
+cdef int _open(uint64_t address, size_t size, int protection) noexcept nogil:
+    """Allow access to what was mapped without any, unlocked; returns the error number, 0 for none.
+
+    After mlockall(MCL_FUTURE) mmap(2) itself locks what it maps and, if it may be accessed, faults all of it in: in
+    small pages, before advice could be given, and the whole of sparse memory. Whether memory is wired is the caller's
+    to say.
+    """
+    c_munlock(<void *><uintptr_t>address, size)
+    return errno if c_mprotect(<void *><uintptr_t>address, size, protection) else 0
+
+
+cdef int _trim(uint64_t start, uint64_t end) noexcept nogil:
+    """Unmap what is too much, if any; returns the error number: cutting a mapping apart may be one too many."""
+    return errno if end > start and c_munmap(<void *><uintptr_t>start, end - start) else 0
+
+
 cdef Mapping _map(size_t size, size_t alignment, int protection, int flags):
     cdef uint64_t start, aligned, end
     cdef size_t span = size + (alignment - PAGE_SIZE if alignment > PAGE_SIZE else 0)
     cdef void *found
+    cdef int error
     if span < size:
         raise OverflowError("size and alignment together exceed the address space")
     with nogil:
-        found = c_mmap(NULL, span, protection, flags, -1, 0)
+        found = c_mmap(NULL, span, PROT_NONE, flags, -1, 0)
     if found == MAP_FAILED:
         raise OSError(errno, f"mmap: {strerror(errno).decode()}")
     start = <uintptr_t>found
     end = start + span
     aligned = (start + alignment - 1) & ~<uint64_t>(alignment - 1)
-    if aligned > start:
-        c_munmap(<void *><uintptr_t>start, aligned - start)
-    if end > aligned + size:
-        c_munmap(<void *><uintptr_t>(aligned + size), end - aligned - size)
+    with nogil:
+        error = _trim(start, aligned)
+        if not error:
+            start = aligned
+            error = _trim(aligned + size, end)
+        if not error:
+            end = aligned + size
+            error = _open(aligned, size, protection)
+        if error:  # only what is not given back yet: another thread may have that already
+            c_munmap(<void *><uintptr_t>start, end - start)
+    if error:
+        raise OSError(error, f"mmap: {strerror(error).decode()}")
     cdef Mapping self = Mapping.__new__(Mapping)
     self.address = aligned
     self.size = size
@@ -158,8 +183,7 @@ cdef Mapping _map(size_t size, size_t alignment, int protection, int flags):
     return self
 
 
-cdef uint64_t _map_at(uint64_t at, size_t size, int fd, uint64_t offset, bint writable, int flags) except 0:
-    cdef int protection = PROT_READ | (PROT_WRITE if writable else 0)
+cdef uint64_t _map_at(uint64_t at, size_t size, int fd, uint64_t offset, int protection, int flags) except 0:
     cdef void *found
     with nogil:
         found = c_mmap(<void *><uintptr_t>at, size, protection, MAP_SHARED | flags, fd, offset)
@@ -186,6 +210,8 @@ cdef Mapping _set_aside(uint64_t at, size_t size, size_t alignment):
         found = c_mmap(<void *><uintptr_t>at, size, PROT_NONE, flags | MAP_FIXED_NOREPLACE, -1, 0)
     if found == MAP_FAILED:
         raise OSError(errno, f"mmap: {strerror(errno).decode()}")
+    with nogil:
+        _open(<uintptr_t>found, size, PROT_NONE)
     self.address = <uintptr_t>found
     self.size = size
     return self
@@ -262,8 +288,7 @@ cdef class Mapping:
         else:
             self = Mapping.__new__(Mapping)
             fd, offset, _length = pieces[0]
-            self.address = _map_at(at, size, fd, offset, writable, MAP_FIXED_NOREPLACE if at else 0)
-            self.revocable = _can_shrink(fd)
+            self.address = _map_at(at, size, fd, offset, PROT_NONE, MAP_FIXED_NOREPLACE if at else 0)
             at = self.address
             pieces = ()
         self.size = size
@@ -272,13 +297,21 @@ cdef class Mapping:
         self.address = at + guard
         if wanted and self.address != wanted:  # before 4.17 the address is but a wish
             raise FileExistsError(EEXIST, "mmap: something is mapped there")
-        self._show(pieces)
+        self._show(pieces, PROT_NONE)
         self._shows(shown)
         self.kind = SHARED
+        cdef int error
+        with nogil:
+            error = _open(self.address, size, self._protection())
+        if error:
+            raise OSError(error, f"mmap: {strerror(error).decode()}")
         return self
 
+    cdef int _protection(self) noexcept nogil:
+        return PROT_READ | (PROT_WRITE if self.writable else 0)
+
     cdef _shows(self, pieces):
-        """Note which objects the pieces are of."""
+        """Note which objects the pieces are of, and whether any of them may be truncated."""
         cdef Object one
         cdef Object *more
         cdef int last = -1
@@ -286,6 +319,7 @@ cdef class Mapping:
             if fd == last:
                 continue
             last = fd
+            self.revocable = self.revocable or _can_shrink(last)
             if iobmd_identity(last, &one.device, &one.inode):
                 raise OSError(errno, f"fstat: {strerror(errno).decode()}")
             more = <Object *>realloc(self.objects, (self.count + 1) * sizeof(Object))
@@ -295,15 +329,14 @@ cdef class Mapping:
             self.objects[self.count] = one
             self.count += 1
 
-    cdef _show(self, pieces):
+    cdef _show(self, pieces, int protection):
         """Map pieces of files over what is there."""
         cdef uint64_t place = self.address
         cdef size_t length
         cdef uint64_t offset
         cdef int fd
         for fd, offset, length in pieces:
-            _map_at(place, length, fd, offset, self.writable, MAP_FIXED)
-            self.revocable = self.revocable or _can_shrink(fd)
+            _map_at(place, length, fd, offset, protection, MAP_FIXED)
             place += length
 
     def redirect(self, pieces):
@@ -314,7 +347,9 @@ cdef class Mapping:
         self.users += 1
         try:
             self._shows(pieces)
-            self._show(pieces)
+            # At once accessible, and locked after mlockall(MCL_FUTURE): as pageable as before from here on.
+            self._show(pieces, self._protection())
+            c_munlock(<void *><uintptr_t>self.address, self.size)
         finally:
             self.users -= 1
 
@@ -329,6 +364,15 @@ cdef class Mapping:
             c_munmap(<void *><uintptr_t>self.address, offset)
         self.address += offset
         self.size = size
+
+    def hold(self):
+        """Have it stay mapped until `let_go`, as a copy under way does. Raises as `read`."""
+        self._check(0, 0)
+        self.users += 1
+
+    def let_go(self):
+        """Undo `hold`."""
+        self.users -= 1
 
     def seal(self):
         """Let nobody begin to use it. Raises BufferError while a view is alive or a copy is under way."""

@@ -2,6 +2,7 @@
 cdef extern from "<sys/mman.h>" nogil:
     void *c_mmap "mmap"(void *addr, size_t length, int prot, int flags, int fd, long offset)
     int c_munmap "munmap"(void *addr, size_t length)
+    int c_mprotect "mprotect"(void *addr, size_t length, int prot)
     int c_madvise "madvise"(void *addr, size_t length, int advice)
     void *c_mremap "mremap"(void *old, size_t old_size, size_t new_size, int flags, void *new)
     int c_mincore "mincore"(void *addr, size_t length, unsigned char *vec)

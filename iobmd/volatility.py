@@ -61,7 +61,7 @@ class Volatility:
         Raises
         ------
         IOReturnError
-            `kIOReturnUnsupported`: not made purgeable, or locked by others, so that the kernel cannot take it.
+            `kIOReturnUnsupported`: not made purgeable, or the kernel cannot take it.
             `kIOReturnBusy`: Volatile or Empty asked of memory that is prepared. `kIOReturnCannotWire`: not a page may
             be locked (RLIMIT_MEMLOCK), which a move back from Volatile takes. `kIOReturnBadArgument`. The state is as
             before then.

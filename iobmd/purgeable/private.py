@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from iobmd import own, pagemap
 from iobmd._native import memory
 from iobmd._native import pagemap as native
@@ -145,13 +147,23 @@ class LazilyFreed:
         freed: list[windows.Range] = []
         try:
             for start, end in ranges:
-                memory.advise(start, end - start, memory.MADV_FREE)
+                self._advise_free(start, end)
                 freed.append((start, end))
         except OSError as error:
             if windows.take_back(freed, self._here):
                 self._state, self._ranges = before, []
             raise _cannot_free(error) from None
         self._ranges = ranges
+
+    def _advise_free(self, start: int, end: int) -> None:
+        try:
+            memory.advise(start, end - start, memory.MADV_FREE)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # Locked, by mlockall(MCL_CURRENT) since it was made: volatile memory is the opposite of that.
+            memory.unlock(self._address, self._size)
+            memory.advise(start, end - start, memory.MADV_FREE)
 
     def _drop(self) -> None:
         before, self._state, self._half_dropped = self._state, EMPTY, True

@@ -88,6 +88,7 @@ class RemoteMapping:
         self._margin = guard
         self._whole = (0, 0)
         self._writable = writable
+        self._locks = _locks_memory(task)
         self._objects = {_identity(stretch.fd) for stretch in stretches}
         alignment = alignment_of(stretches)
         try:
@@ -115,13 +116,22 @@ class RemoteMapping:
         reserved = self._reserve(stop, at, alignment) if in_parts else 0
         place = reserved + self._margin if reserved else at
         flags = _MAP_FIXED if reserved else _MAP_FIXED_NOREPLACE if at else 0
-        self.address = self._show(stop, stretches, place, flags)
+        # A task that has called mlockall(MCL_FUTURE) would fault all of it in at once, on its account.
+        protection = _PROT_NONE if self._locks else self._protection
+        self.address = self._show(stop, stretches, place, flags, protection)
         if not reserved:
             self._whole = (self.address, self.size)
         if at and self.address != at:  # before Linux 4.17 the address is but a wish
             stop.call("munmap", *self._whole)
             self._whole = (0, 0)
             raise OSError(errno.EEXIST, "mmap")
+        if self._locks:
+            stop.call("munlock", *self._whole)
+            stop.call("mprotect", self.address, self.size, self._protection)
+
+    @property
+    def _protection(self) -> int:
+        return _PROT_READ | (_PROT_WRITE if self._writable else 0)
 
     def _reserve(self, stop: Stop, at: int, alignment: int) -> int:
         """Set address space aside, aligned; what is too much of it is given back."""
@@ -138,9 +148,9 @@ class RemoteMapping:
         self._whole = (aligned, size)
         return aligned
 
-    def _show(self, stop: Stop, stretches: Sequence[Stretch], place: int, flags: int) -> int:
+    @staticmethod
+    def _show(stop: Stop, stretches: Sequence[Stretch], place: int, flags: int, protection: int) -> int:
         """Map stretches behind each other; returns where the first is. A descriptor goes there once for its run."""
-        protection = _PROT_READ | (_PROT_WRITE if self._writable else 0)
         first = 0
         for fd, run in itertools.groupby(stretches, lambda stretch: stretch.fd):
             with _Sent(stop, fd) as sent:
@@ -157,7 +167,9 @@ class RemoteMapping:
         alignment_of(stretches)
 
         def work(stop: Stop) -> None:
-            self._show(stop, stretches, self.address, _MAP_FIXED)
+            self._show(stop, stretches, self.address, _MAP_FIXED, self._protection)
+            if self._locks:
+                stop.call("munlock", self.address, self.size)
 
         self._objects |= {_identity(stretch.fd) for stretch in stretches}
         with _reported(self.task, self.size, 0):
@@ -232,6 +244,14 @@ def _close_all() -> None:
 
 
 atexit.register(_close_all)
+
+
+def _locks_memory(task: Task) -> bool:
+    """Say whether a task has locked memory, so that it may have locked future mappings too: that is shown nowhere."""
+    try:
+        return procfs.status_bytes("VmLck", task.pid) > 0
+    except (OSError, KeyError):  # it is gone
+        return False
 
 
 def touch(task: Task, address: int, size: int) -> None:
@@ -332,6 +352,8 @@ def _reported(task: Task, size: int, at: int) -> Iterator[None]:
     """Raise what a system call in the task failed for as the error of ours that fits."""
     try:
         yield
+    except MemoryError:  # no mapping is free here for what Python itself needs
+        raise refusals.own(OSError(errno.ENOMEM, "mmap"), f"cannot map {format_size(size)}", size) from None
     except OSError as error:
         if isinstance(error, IOReturnError):
             raise
@@ -339,4 +361,4 @@ def _reported(task: Task, size: int, at: int) -> Iterator[None]:
         if number == errno.EEXIST:
             message = f"{at:#x} to {at + size:#x} of task {task.pid} is not free: something is mapped there"
             raise IOReturnError(IOReturn.kIOReturnNoResources, message, number) from None
-        raise refusals.within(task.pid, error, f"cannot map {format_size(size)}") from None
+        raise refusals.within(task.pid, error, f"cannot map {format_size(size)}", size) from None

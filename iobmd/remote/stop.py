@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SYSCALLS = {
     "mmap": 9, "munmap": 11, "socketpair": 53, "recvmsg": 47, "close": 3, "clone": 56, "wait4": 61,
-    "close_range": 436, "mlock": 149, "munlock": 150, "io_uring_setup": 425, "io_uring_register": 427,
+    "close_range": 436, "mlock": 149, "munlock": 150, "mprotect": 10, "io_uring_setup": 425, "io_uring_register": 427,
 }  # fmt: skip
 _ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
 _NO_CALL = (1 << 64) - 1  # in orig_rax: the registers are not those of an interrupted system call
