@@ -52,7 +52,7 @@ def _make(wanted: Request, contents: Contents | None) -> MappedBacking:
             ),
             wanted,
         )
-    if wanted.wired or contents:
+    if wanted.wired or contents:  # wired memory is checked again once it is there, but not before it is looked for
         headroom.require(wanted.capacity, swappable=not wanted.wired)
     if wanted.want is None:
         trailer = TRAILER if wanted.purgeable else 0

@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import os
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import procfs
+from iobmd import headroom
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DEFAULT_SECONDS = 5.0
-ALWAYS = 64 << 20  # so little may be held without looking at what the host has left
+_MORE_MEMORY = "allow more (iobmd.policy(memory_budget=…))"
 
 
 class Policy(NamedTuple):
@@ -46,7 +44,8 @@ def policy(
         ever changed.
     memory_budget : int, optional
         Bytes that may be held at a time while looking, but at least the buffer's own; all others are given back.
-        Default: half of what is available. Never more than leaves a sixteenth of the host's memory available.
+        Default: half of what is available. Never more than leaves a sixteenth of the host's memory, and of the limit
+        of each memory cgroup around this process.
     time_budget : float, optional
         Seconds after which no more memory is taken. Default: 5.
 
@@ -69,11 +68,6 @@ def policy(
         _current.reset(token)
 
 
-def may_reserve() -> bool:
-    """Say whether the hugetlb pools may be raised."""
-    return _current.get().reserve
-
-
 class Budget:
     """What is left of the policy's budget for one search."""
 
@@ -83,23 +77,37 @@ class Budget:
 
     def allows(self, size: int) -> bool:
         """Say whether `size` bytes may be held at a time."""
-        asked = self._policy.memory_budget
-        if asked is not None and size > asked:
-            return False
-        return size <= ALWAYS or size <= self.bytes
+        return size <= self.bytes
 
     @functools.cached_property
+    def _tightest(self) -> headroom.Room:
+        return headroom.tightest()
+
+    @property
+    def most(self) -> int:
+        """What no policy can exceed: the host, or a cgroup, would run short, and swap or kill."""
+        return max(0, self._tightest.left - self._tightest.limit // 16)
+
+    @property
     def bytes(self) -> int:
-        """Bytes that may be held at a time; asked for late, for it takes 0.1 ms."""
-        try:
-            memory = procfs.meminfo()
-        except OSError:  # no /proc, or of processes only: what is free is the least that is available
-            pages = {"MemAvailable": "SC_AVPHYS_PAGES", "MemTotal": "SC_PHYS_PAGES"}
-            memory = {name: os.sysconf(pages[name]) * PAGE_SIZE for name in pages}
-        # The host keeps a sixteenth, whoever asks: below that it swaps, or kills.
-        spare = max(0, memory["MemAvailable"] - memory["MemTotal"] // 16)
+        """Bytes that may be held at a time; asked for late, for it takes 0.2 ms."""
         asked = self._policy.memory_budget
-        return min(memory["MemAvailable"] // 2 if asked is None else asked, spare)
+        return min(self.most, self._tightest.left // 2 if asked is None else asked)
+
+    def remedy(self, size: int | None = None) -> str:
+        """Return how to have `size` bytes held at a time, or just more than now; "" where no policy can."""
+        if self.most >= size if size is not None else self.most > self.bytes:
+            return _MORE_MEMORY
+        return ""
+
+    def why_no_more(self) -> str:
+        """Say what keeps any policy from allowing more."""
+        return self._tightest.report()
+
+    @property
+    def may_reserve(self) -> bool:
+        """Whether the hugetlb pools may be raised."""
+        return self._policy.reserve
 
     @property
     def elapsed(self) -> float:

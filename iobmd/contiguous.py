@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import host, lowmem, pagemap, trim
 from iobmd.blocks import Places, Source, TransparentBlocks
-from iobmd.budget import Budget, may_reserve
+from iobmd.budget import Budget
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.fileblocks import FileBlocks
@@ -79,6 +79,7 @@ def obtain(want: Want) -> Mapping:
     """
     hunt = _Hunt(want, Budget())
     why = _out_of_reach(want, hunt.budget)
+    hidden = _require_visible(want)
     for block in () if why else want.blocks:
         source = TransparentBlocks(block)
         try:
@@ -86,7 +87,7 @@ def obtain(want: Want) -> Mapping:
                 mapping = source.assemble(chosen, want.alignment)
                 trim.trim(mapping, round_up(want.size, PAGE_SIZE))
                 return mapping
-            if source.hidden:
+            if hidden:
                 return _one_huge_page(want, source)
         finally:
             source.close()
@@ -105,33 +106,41 @@ def _out_of_reach(want: Want, budget: Budget) -> str:
         return (
             f"addresses of {want.size} bytes in one piece have the bit {want.lowest_hole:#x}, which the mask forbids"
         )
-    return lowmem.out_of_reach(want.allowed, budget.bytes)
+    return lowmem.out_of_reach(want.allowed, want.size, budget)
+
+
+def _require_visible(want: Want) -> bool:
+    """Refuse at once what cannot be found without seeing frames; returns whether they are hidden."""
+    try:
+        hidden = not host.pfns_visible()
+    except OSError:  # /proc/self/pagemap cannot be read, which is told where it is
+        return False
+    if hidden and not _fits_one_huge_page(want):
+        raise _must_be_seen(want)
+    return hidden
 
 
 def obtain_shared(want: Want, name: str) -> SharedObject:
     """Return a shared object, of that name, whose pages are as wanted. Raises as `obtain`."""
     hunt = _Hunt(want, Budget())
     why = _out_of_reach(want, hunt.budget)
+    hidden = _require_visible(want)
     size = round_up(want.size, PAGE_SIZE)
-    hidden = False
-    for source in () if why else _shared_sources(name):
+    for source in () if why else _shared_sources(name, may_reserve=hunt.budget.may_reserve):
         try:
             if chosen := hunt.run(source):
                 return source.share(chosen, want.alignment, size)
-            hidden = hidden or source.hidden
-            if source.hidden and _fits_one_huge_page(want) and (place := source.first()) is not None:
+            if hidden and (place := source.first()) is not None:
                 return source.share([place], want.alignment, size)
         finally:
             source.close()
-    if hidden and not _fits_one_huge_page(want):
-        raise _must_be_seen(want)
     raise _not_found(want, why or hunt.report())
 
 
-def _shared_sources(name: str) -> Iterator[FileBlocks]:
+def _shared_sources(name: str, *, may_reserve: bool) -> Iterator[FileBlocks]:
     yield FileBlocks(name=name)
     for pool in host.hugetlb_pools():
-        yield PoolBlocks(pool, reserve=may_reserve(), name=name)
+        yield PoolBlocks(pool, reserve=may_reserve, name=name)
 
 
 def from_pools(want: Want) -> Mapping | None:
@@ -191,22 +200,29 @@ class _Hunt:
         best = f"the longest run was {format_size(self.longest)}"
         if not self.want.contiguous:
             best = f"{format_size(self.fitting)} lay there"
-        return (
-            f"of {format_size(self.looked_at)} looked at in {self.budget.elapsed:.2f} s {best}; allow more "
-            "(iobmd.policy(memory_budget=…, time_budget=…)), let it raise the hugetlb pools "
-            f"(iobmd.policy(reserve=True), as root){self._pool_remedy()}"
-        )
+        looked = f"of {format_size(self.looked_at)} looked at in {self.budget.elapsed:.2f} s {best}"
+        return f"{looked}; {', or '.join(self._remedies())}"
 
-    def _pool_remedy(self) -> str:
+    def _remedies(self) -> Iterator[str]:
+        if self.budget.over:
+            yield "allow more time (iobmd.policy(time_budget=…))"
+        if more := self.budget.remedy():
+            yield more
+        else:
+            yield f"make room ({self.budget.why_no_more()})"
         pages = 4 * -(-self.want.size // HUGE_PAGE_SIZE)
-        pools = (pool for pool in host.hugetlb_pools() if pool.size == HUGE_PAGE_SIZE)
-        return next((f", or fill one: {host.pool_remedy(pool, pages).partition('  #')[0]}" for pool in pools), "")
+        if self.budget.may_reserve:  # and the kernel could not: to fill the pool by hand would find no more
+            yield "have it move memory together (as root: sysctl vm.drop_caches=3 vm.compact_memory=1)"
+            yield f"take the pages at boot (hugepagesz={HUGE_PAGE_SIZE >> 20}M hugepages={pages})"
+            return
+        yield "let it raise the hugetlb pools (iobmd.policy(reserve=True), as root)"
+        for pool in host.hugetlb_pools():
+            if pool.size == HUGE_PAGE_SIZE:
+                yield f"fill one: {host.pool_remedy(pool, pages).partition('  #')[0]}"
 
 
 def _one_huge_page(want: Want, source: TransparentBlocks) -> Mapping:
     """Without seeing frames: one huge page is contiguous, and its base is aligned to its size."""
-    if not _fits_one_huge_page(want):
-        raise _must_be_seen(want)
     mapping = source.take_first()
     if pagemap.is_huge(mapping.address, mapping.size):
         return mapping
@@ -228,7 +244,7 @@ def _must_be_seen(want: Want) -> IOReturnError:
 
 def _search_pools(want: Want, hunt: _Hunt, *, reserve: bool | None = None) -> Mapping | None:
     for pool in host.hugetlb_pools():
-        source = PoolBlocks(pool, reserve=may_reserve() if reserve is None else reserve)
+        source = PoolBlocks(pool, reserve=hunt.budget.may_reserve if reserve is None else reserve)
         try:
             if chosen := hunt.run(source):
                 return source.assemble(chosen, want.alignment)

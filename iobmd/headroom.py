@@ -6,12 +6,13 @@ cannot fit. Pages are charged to the cgroup of the process through whose mapping
 another process touches them there (process_vm_readv(2), ptrace(2)).
 """
 
+from __future__ import annotations
+
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import host, procfs
 from iobmd.constants import IOReturn
@@ -19,6 +20,9 @@ from iobmd.errors import IOReturnError
 from iobmd.host import cgroup
 from iobmd.host.fact import read_int, read_text
 from iobmd.units import PAGE_SIZE, format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 CHECK_FROM = 1 << 20
 """Bytes that smaller requests may sum up to before one of them is checked."""
@@ -41,7 +45,7 @@ def on_shortage(relief: Callable[[int], None]) -> None:
 
 
 def require(size: int, *, swappable: bool, pid: int | None = None, absent: Callable[[], int] | None = None) -> None:
-    """Check that memory can be filled now. This may let too much through, and never refuses what would fit.
+    """Check that memory can be filled now. This may let too much through; of each limit it leaves `CHECK_FROM` free.
 
     Parameters
     ----------
@@ -62,19 +66,24 @@ def require(size: int, *, swappable: bool, pid: int | None = None, absent: Calla
     if pid is None and _recent.covers(size, swappable=swappable):
         return
     for relief in (*_reliefs, None):
-        look = _Look(pid, size + size // _OVERHEAD, swappable=swappable)
+        look = _Look(pid, _needed(size), swappable=swappable)
         if look.fits:
             if pid is None:
                 _recent.renew(look.least.left - size, look.member, swappable=swappable)
             return
         if absent:
             size, absent = absent(), None
-            look = _Look(pid, size + size // _OVERHEAD, swappable=swappable)
+            look = _Look(pid, _needed(size), swappable=swappable)
             if not size or look.fits:
                 return
         if relief and look.concerns_this_process:
             relief(look.size - look.least.left)
     raise look.least.refusal(IOReturn.kIOReturnNoMemory, f"{format_size(size)} of memory", pid)
+
+
+def _needed(size: int) -> int:
+    """Return what has to be left for `size` bytes: with what the kernel adds, and requests not checked yet."""
+    return size + size // _OVERHEAD + CHECK_FROM
 
 
 def require_pages(size: int, page_size: int, *, pid: int | None = None) -> None:
@@ -113,17 +122,26 @@ def require_pages(size: int, page_size: int, *, pid: int | None = None) -> None:
             raise room.refusal(IOReturn.kIOReturnNoResources, what, pid)
 
 
+def tightest() -> Room:
+    """Return where least memory is left for this process, with what the kernel could reclaim; takes 0.2 ms."""
+    host_room, *others = _Look(None, sys.maxsize, swappable=False).rooms()
+    if host_room.limit == sys.maxsize:  # no /proc, or of processes only: what is free is the least that is available
+        free, total = (os.sysconf(f"SC_{name}_PAGES") * PAGE_SIZE for name in ("AVPHYS", "PHYS"))
+        host_room = Room(free, total)
+    return min((host_room, *others), key=lambda room: room.left)
+
+
 def shortage() -> int:
     """Return how many bytes are missing for an eighth to be left, of the host's memory and of each cgroup's limit.
 
-    Negative: how many more are left. Swap does not count: it is what running short leads to. Raises OSError.
+    Negative: how many more are left. Swap does not count: it is what running short leads to.
     """
     look = _Look(None, sys.maxsize, swappable=False)
     look.swap = 0
     return max(room.limit // SPARE - room.left for room in look.rooms())
 
 
-class _Room(NamedTuple):
+class Room(NamedTuple):
     """What is left somewhere, in bytes."""
 
     left: int
@@ -136,16 +154,16 @@ class _Room(NamedTuple):
 
     def refusal(self, code: IOReturn, what: str, pid: int | None) -> IOReturnError:
         """Return the error for memory that does not fit here; `pid` is the process that would be charged."""
+        remedy = f"free some there, raise {self.file}" if self.group else "free some, add swap space"
+        return IOReturnError(code, f"{what} do not fit: {self.report(pid)}; {remedy}, or ask for less")
+
+    def report(self, pid: int | None = None) -> str:
+        """Say what is left here, of which limit, and whose it is; `pid` as above."""
         left, limit = format_size(max(self.left, 0)), format_size(self.limit)
         if not self.group:
-            message = f"this host has {left} left of {limit}; free some, add swap space"
-        else:
-            whose = "this process" if pid is None else f"task {pid}"
-            message = (
-                f"the {self.controller} cgroup {self.group.name} of {whose} has {left} left of its limit of {limit}; "
-                f"free some there, raise {self.file}"
-            )
-        return IOReturnError(code, f"{what} do not fit: {message}, or ask for less")
+            return f"this host has {left} left of {limit}"
+        whose = "this process" if pid is None else f"task {pid}"
+        return f"the {self.controller} cgroup {self.group.name} of {whose} has {left} left of its limit of {limit}"
 
 
 class _Look:
@@ -161,12 +179,9 @@ class _Look:
         self._swappable = swappable
 
     @cached_property
-    def least(self) -> _Room:
-        """Where least is left; everything fits where /proc cannot be read."""
-        try:
-            return min(self.rooms(), key=lambda room: room.left)
-        except OSError:  # no descriptor is free, or /proc is not there
-            return _Room(sys.maxsize, sys.maxsize)
+    def least(self) -> Room:
+        """Where least is left."""
+        return min(self.rooms(), key=lambda room: room.left)
 
     @property
     def fits(self) -> bool:
@@ -179,8 +194,8 @@ class _Look:
         group = self.least.group
         return self._pid is None or group is None or group in cgroup.around("memory")
 
-    def rooms(self) -> Iterator[_Room]:
-        """Iterate over what is left everywhere. Raises OSError."""
+    def rooms(self) -> Iterator[Room]:
+        """Iterate over what is left everywhere, of the host first; no limit where /proc cannot be read."""
         yield self._of_host()
         for group in self._groups:
             yield from self._of_unified(group) if group.unified else self._of_legacy(group)
@@ -191,7 +206,10 @@ class _Look:
 
     @cached_property
     def _memory(self) -> dict[str, int]:
-        return procfs.meminfo()
+        try:
+            return procfs.meminfo()
+        except OSError:  # no descriptor is free, or /proc does not show it
+            return dict.fromkeys(("MemAvailable", "MemTotal"), sys.maxsize) | dict.fromkeys(_SWAPPABLE, 0)
 
     @cached_property
     def swap(self) -> int:
@@ -204,19 +222,19 @@ class _Look:
         """Return what can be dropped or swapped out; swappable memory itself can be too."""
         return files + (self.swap if self._swappable else min(self.swap, anonymous))
 
-    def _of_host(self) -> _Room:
+    def _of_host(self) -> Room:
         free = os.sysconf("SC_AVPHYS_PAGES") * PAGE_SIZE // 2  # 0.5 µs, /proc/meminfo 75; the kernel reserves some
         if free >= self.size:
-            return _Room(free, free)
+            return Room(free, free)
         memory = self._memory
-        anonymous = memory["Active(anon)"] + memory["Inactive(anon)"]
-        return _Room(self._reclaimable(memory["MemAvailable"], anonymous), memory["MemTotal"])
+        anonymous = sum(memory[name] for name in _SWAPPABLE[1:])
+        return Room(self._reclaimable(memory["MemAvailable"], anonymous), memory["MemTotal"])
 
-    def _of_unified(self, group: cgroup.Cgroup) -> Iterator[_Room]:
+    def _of_unified(self, group: cgroup.Cgroup) -> Iterator[Room]:
         if room := _room(group, "memory", "memory.max", "memory.current"):
             yield self._with_reclaimable(room, "")
 
-    def _of_legacy(self, group: cgroup.Cgroup) -> Iterator[_Room]:
+    def _of_legacy(self, group: cgroup.Cgroup) -> Iterator[Room]:
         room = _room(group, "memory", "memory.limit_in_bytes", "memory.usage_in_bytes")
         if not room:
             return
@@ -227,18 +245,21 @@ class _Look:
             if both:
                 yield both._replace(left=both.left + _counted(group, "total_")[0])
 
-    def _with_reclaimable(self, room: _Room, prefix: str) -> _Room:
+    def _with_reclaimable(self, room: Room, prefix: str) -> Room:
         if room.group is None or room.left >= self.size:
             return room
         return room._replace(left=room.left + self._reclaimable(*_counted(room.group, prefix)))
 
 
-def _room(group: cgroup.Cgroup, controller: str, limit: str, usage: str) -> _Room | None:
+_SWAPPABLE = "SwapFree", "Active(anon)", "Inactive(anon)"
+
+
+def _room(group: cgroup.Cgroup, controller: str, limit: str, usage: str) -> Room | None:
     """Return what is left of a limit; None where a group has none."""
     most, used = read_int(group.file(limit)), read_int(group.file(usage))  # version 2 writes "max" for no limit
     if most is None or used is None or most >= _UNLIMITED:
         return None
-    return _Room(most - used, most, group, controller, group.file(limit))
+    return Room(most - used, most, group, controller, group.file(limit))
 
 
 _UNLIMITED = sys.maxsize - PAGE_SIZE
@@ -281,8 +302,8 @@ class _Recent:
         self._small += size
         if self._small < CHECK_FROM:
             return True
+        self._left -= self._small
         self._small = 0
-        self._left -= size
         if self._left < 0 or time.monotonic() > self._until or (self._swappable and not swappable):
             return False
         return cgroup.membership() == self._member

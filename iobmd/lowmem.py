@@ -1,20 +1,34 @@
 """Whether memory under a mask can be reached at all.
 
 The kernel hands out the highest zone first (Normal, then DMA32 below 4 GiB, then DMA below 16 MiB), so that low
-pages are to be had only by holding what is free above them.
+pages are available only to those who hold what is free above them.
 """
+
+from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from iobmd import procfs
+from iobmd.host.fact import read_text
 from iobmd.units import PAGE_SIZE, format_size
 
+if TYPE_CHECKING:
+    from iobmd.budget import Budget
+
 _ZONE = re.compile(r"^Node \d+, zone +(\w+)\n", re.MULTILINE)
+_RAM = re.compile(r"^ *([0-9a-f]+)-([0-9a-f]+) : System RAM$", re.MULTILINE)
+_SHOWN = 8  # ranges of RAM in a message
 
 
-def out_of_reach(allowed: int, budget: int) -> str:
-    """Return why no page under the mask `allowed` can be had with `budget` bytes, "" when one may be."""
+def out_of_reach(allowed: int, size: int, budget: Budget) -> str:
+    """Return why `size` bytes under the mask `allowed` cannot be found within a budget, "" when they may be."""
+    return _without_memory(allowed, size) or _under_others(allowed, budget)
+
+
+def _under_others(allowed: int, budget: Budget) -> str:
+    """Return why a budget does not suffice to hold what is free above a mask."""
     try:
         zones = [(name, *_zone(text)) for name, text in _zones()]
     except OSError:  # hidden in this container
@@ -26,12 +40,55 @@ def out_of_reach(allowed: int, budget: int) -> str:
     above = max(0, procfs.meminfo()["MemFree"] - sum(under))
     if not any(under):
         return "no free page of this host lies there"
-    if above > budget:
-        return (
-            f"{format_size(above)} of free memory above it would have to be held to reach it, the budget is "
-            f"{format_size(budget)}; allow more (iobmd.policy(memory_budget=…)), or take the pages at boot"
-        )
+    if above <= budget.bytes:
+        return ""
+    held = f"{format_size(above)} of free memory above it would have to be held to reach it"
+    if remedy := budget.remedy(above):
+        return f"{held}, the budget is {format_size(budget.bytes)}; {remedy}, or take the pages at boot"
+    return f"{held}, and {budget.why_no_more()}; take the pages at boot"
+
+
+def _without_memory(allowed: int, size: int) -> str:
+    """Return why no policy finds `size` bytes under a mask: the host has no, or not so much, RAM there."""
+    ranges = ram()
+    if not ranges:
+        return ""
+    there = f"this host's RAM is at {', '.join(f'{start:#x}-{end - 1:#x}' for start, end in ranges[:_SHOWN])}"
+    if not any(_first(allowed | PAGE_SIZE - 1, start) < end for start, end in ranges):
+        return f"this host has no memory there; {there}"
+    if allowed & allowed + 1 == 0:  # all addresses below a limit
+        below = sum(max(0, min(end, allowed + 1) - start) for start, end in ranges)
+        if below < size:
+            return f"this host has {format_size(below)} of memory there; {there}"
     return ""
+
+
+def _first(allowed: int, address: int) -> int:
+    """Return the lowest address from `address` on that has bits of `allowed` only; 1 << 64 for none."""
+    while wrong := address & ~allowed:
+        # Only a higher bit set makes room for what must not be set: the lowest that is allowed, and clear.
+        bit = wrong.bit_length()
+        while bit < 64 and not (allowed >> bit & 1 and not address >> bit & 1):
+            bit += 1
+        if bit == 64:
+            return 1 << 64
+        address = (address >> bit | 1) << bit
+    return address
+
+
+def ram() -> list[tuple[int, int]]:
+    """Return the physical ranges of this host's memory: start, and end behind it.
+
+    By /proc/iomem, which shows addresses to holders of CAP_SYS_ADMIN; else by the spans of the zones, which may have
+    holes. Empty where both are hidden.
+    """
+    found = [(int(first, 16), int(last, 16) + 1) for first, last in _RAM.findall(read_text("/proc/iomem") or "")]
+    if any(start for start, _end in found):
+        return found
+    try:
+        return [(start, end) for start, end, _free in (_zone(text) for _name, text in _zones()) if start < end]
+    except OSError:
+        return []
 
 
 def end_of_memory() -> int:

@@ -6,11 +6,12 @@ import contextlib
 import errno
 from typing import TYPE_CHECKING, Protocol
 
-from iobmd import pinning, shmem
+from iobmd import pinning, residency, shmem
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
 from iobmd.constants import IOMapOptions, IOReturn
-from iobmd.errors import CannotWireError, IOReturnError
+from iobmd.errors import CannotWireError, IOReturnError, UnsupportedError
+from iobmd.populate import populate
 from iobmd.remote.sharing import RemoteMapping, touch
 from iobmd.request import unsupported
 from iobmd.units import PAGE_SIZE, round_up
@@ -183,8 +184,10 @@ class Window:
             return
         address = self.address + place.first - self.first
         if not self.task.is_current:
+            self._populate_here(address, place)
             touch(self.task, address, place.size)
             return
+        residency.require(address, place.size, swappable=True, written=place.writable)
         advice = memory.MADV_POPULATE_WRITE if place.writable else memory.MADV_POPULATE_READ
         try:
             memory.advise(address, place.size, advice)
@@ -194,6 +197,20 @@ class Window:
                 return
             message = f"cannot fault {place.size} bytes in ahead of time ({error}); leave kIOMapPrefault out"
             raise IOReturnError(IOReturn.kIOReturnNoMemory, message, error.errno or 0) from None
+
+    def _populate_here(self, address: int, place: Place) -> None:
+        """Have the pages made on this process's account, so that the other task has only to map them."""
+        try:
+            stretches = self.descriptor._memory().stretches(place.offset, place.length)
+        except UnsupportedError:  # the task's own memory
+            residency.require(address, place.size, swappable=True, task=self.task, written=False)
+            return
+        here = shmem.show(stretches)
+        try:
+            residency.require(here.address, here.size, swappable=True)
+            populate(here.address, here.size)
+        finally:
+            here.close()
 
     def _touch(self, address: int, place: Place) -> None:
         """Have every page in place as far as it goes, with nothing written that another thread could miss."""

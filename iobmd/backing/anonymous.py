@@ -76,7 +76,7 @@ class AnonymousBacking(MappedBacking):
         except IOReturnError:
             raise
         except (OSError, OverflowError) as error:
-            raise refusals.own(error, f"cannot map {format_size(size)}") from None
+            raise refusals.own(error, f"cannot map {format_size(size)}", size) from None
 
     def _fill(self, contents: Contents | None, *, populated: bool) -> None:
         if not populated:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, NoReturn
 
-from iobmd import refusals
+from iobmd import headroom, refusals, residency
 from iobmd._native.mapping import FaultError
 from iobmd.backing.shared import SharedBacking
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.populate import populate
 from iobmd.remote.sharing import RemoteMapping, touch
+from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -98,6 +99,8 @@ class UnmappedBacking(SharedBacking):
         self._cache = how
 
     def _wire(self) -> None:
+        if self._shared.page == PAGE_SIZE:
+            residency.require(self.mapping.address, self.size, swappable=False, shared=True)
         # Pinned pages stay without a mapping; pages that are only locked would not.
         populate(self.mapping.address, self.size)
         self.pin()
@@ -127,16 +130,20 @@ class UnmappedBacking(SharedBacking):
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset` on."""
         with self.here() as mapping:
+            headroom.require(length, swappable=True)
+            self._require_room_to_read(mapping, offset, length)
             return mapping.read(offset, length)
 
     def read_into(self, offset: int, buffer: Buffer) -> None:
         """Fill `buffer` from `offset` on."""
         with self.here() as mapping:
+            self._require_room_to_read(mapping, offset, memoryview(buffer).nbytes)
             mapping.read_into(offset, buffer)
 
     def write(self, offset: int, data: Buffer) -> None:
         """Copy `data` to `offset`."""
         with self.here() as mapping:
+            self._require_room(mapping, offset, memoryview(data).nbytes)
             mapping.write(offset, data)
 
     def exported(self) -> NoReturn:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from iobmd import diagnosis, pagemap, pinning, procfs, refusals
+from iobmd import diagnosis, pagemap, pinning, procfs, refusals, residency
 from iobmd._native.mapping import FaultError, Mapping
 from iobmd.backing.mapped import private, span
 from iobmd.backing.pinned import Pinned
@@ -74,8 +74,10 @@ class RangeBacking(Pinned):
         Raises
         ------
         IOReturnError
-            As `pinning.Pin` and `wired.RemotePin`, with the first byte that stands in the way as `.address`.
+            As `pinning.Pin` and `wired.RemotePin`, with the first byte that stands in the way as `.address`;
+            `kIOReturnNoMemory`: the task's memory cgroup has no room for what is not resident yet.
         """
+        residency.require(self._first, self.size, swappable=False, task=self.task)
         if self.task.is_current:
             try:
                 pin: Pin = pinning.Pin(self._first, self.size)

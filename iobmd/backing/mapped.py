@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from iobmd import pagemap, pinning, refusals
+from iobmd import headroom, pagemap, pinning, refusals, residency
 from iobmd._native.mapping import FaultError
 from iobmd.backing.pinned import Pinned
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.task import kernel_task
-from iobmd.units import PAGE_SIZE, round_up
+from iobmd.units import PAGE_SIZE, round_down, round_up
 from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
@@ -58,10 +58,28 @@ class MappedBacking(Pinned):
                 raise refusals.faulted(fault) from None
 
     def pin(self) -> None:
-        """Pin every page, and read where it lies. Raises `kIOReturnCannotWire`."""
+        """Pin every page, and read where it lies. Raises `kIOReturnCannotWire`, `kIOReturnNoMemory`."""
         with self.here() as mapping:
+            self._require_room(mapping, 0, self.size, swappable=False)
             pin = pinning.Pin(mapping.address, self.size)
         self._take(pin)
+
+    def _require_room(self, mapping: Mapping, offset: int, length: int, *, swappable: bool = True) -> None:
+        """Check that the pages of a range can be faulted in. Hugetlb pages are reserved for their mapping."""
+        if self._wired or self._pin or not length or (self.shared and self.shared.page > PAGE_SIZE):
+            return
+        first, end = round_down(offset, PAGE_SIZE), round_up(offset + length, PAGE_SIZE)
+        shared = self.shared is not None
+        mapping.hold()
+        try:
+            residency.require(mapping.address + first, end - first, swappable=swappable, shared=shared)
+        finally:
+            mapping.let_go()
+
+    def _require_room_to_read(self, mapping: Mapping, offset: int, length: int) -> None:
+        """As above: reading shared memory makes pages that nobody wrote to, and private memory maps zeroes."""
+        if self.shared is not None:
+            self._require_room(mapping, offset, length)
 
     def read_runs(self, *, gaps: bool = False) -> RunTable | None:
         """Read where it lies now, counted from `address`; None where the kernel hides that."""
@@ -106,6 +124,8 @@ class MappedBacking(Pinned):
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset` on."""
+        headroom.require(length, swappable=True)
+        self._require_room_to_read(self.mapping, offset, length)
         try:
             return self.mapping.read(offset, length)
         except FaultError as fault:
@@ -113,6 +133,7 @@ class MappedBacking(Pinned):
 
     def read_into(self, offset: int, buffer: Buffer) -> None:
         """Fill `buffer` from `offset` on."""
+        self._require_room_to_read(self.mapping, offset, memoryview(buffer).nbytes)
         try:
             self.mapping.read_into(offset, buffer)
         except FaultError as fault:
@@ -120,6 +141,7 @@ class MappedBacking(Pinned):
 
     def write(self, offset: int, data: Buffer) -> None:
         """Copy `data` to `offset`."""
+        self._require_room(self.mapping, offset, memoryview(data).nbytes)
         try:
             self.mapping.write(offset, data)
         except FaultError as fault:

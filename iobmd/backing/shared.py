@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from iobmd import numa
+from iobmd import numa, residency
 from iobmd._native import memory
 from iobmd.backing.mapped import MappedBacking, span
 from iobmd.errors import CannotWireError
@@ -66,6 +66,8 @@ class SharedBacking(MappedBacking):
             raise
 
     def _wire(self) -> None:
+        if self._shared.page == PAGE_SIZE:
+            residency.require(self.mapping.address, self.size, swappable=False, shared=True)
         populate(self.mapping.address, self.size)
         make_resident(self.mapping.address, self.size)
         with contextlib.suppress(CannotWireError):  # resident, then, and it says so

@@ -17,7 +17,7 @@ from iobmd import IOReturn, IOReturnError, Wiring, pinning
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
 from iobmd.blocks import TransparentBlocks
-from iobmd.budget import may_reserve
+from iobmd.budget import Budget
 
 MIB, GIB = 1 << 20, 1 << 30
 Buffer = iobmd.IOBufferMemoryDescriptor
@@ -136,13 +136,13 @@ def test_policy_is_of_its_context() -> None:
     seen = []
     with iobmd.policy(reserve=True):
         with iobmd.policy():
-            assert not may_reserve()
-        assert may_reserve()
-        thread = threading.Thread(target=lambda: seen.append(may_reserve()))
+            assert not Budget().may_reserve
+        assert Budget().may_reserve
+        thread = threading.Thread(target=lambda: seen.append(Budget().may_reserve))
         thread.start()
         thread.join()
     assert seen == [False]
-    assert not may_reserve()
+    assert not Budget().may_reserve
 
 
 @pytest.mark.needs("root", "frames", "hugetlb", "big_memory")
@@ -157,6 +157,24 @@ def test_reserve(size: int) -> None:
         assert is_contiguous(buffer.getBytesNoCopy(), size)
         assert buffer.wiring is Wiring.PINNED
     assert setting.read_text() == before
+
+
+@pytest.mark.needs("root", "frames", "hugetlb")
+def test_a_reserve_that_found_nothing_is_not_recommended() -> None:
+    with (
+        iobmd.policy(reserve=True, time_budget=0),
+        pytest.raises(IOReturnError) as caught,
+    ):
+        iobmd.allocate(4 * MIB, alignment=1 << 42)
+    message = str(caught.value)
+    assert caught.value.code is IOReturn.kIOReturnNoResources
+    assert "reserve=True" not in message
+    assert "nr_hugepages" not in message
+    assert "compact_memory" in message
+    with iobmd.policy(time_budget=0, memory_budget=1 << 60), pytest.raises(IOReturnError) as caught:
+        iobmd.allocate(4 * MIB, alignment=1 << 42)
+    assert "memory_budget" not in str(caught.value), "no larger budget would be used"
+    assert "reserve=True" in str(caught.value)
 
 
 @pytest.mark.needs("root", "frames", "hugetlb")

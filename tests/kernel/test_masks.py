@@ -5,12 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.child import in_child
+from support import kernel
+from support.child import NOBODY, in_child
 from support.kernel import available, is_given_back
 from support.moving import frames
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Wiring, pagemap
+from iobmd.budget import Budget
 from iobmd.contiguous import Want
 
 MIB = 1 << 20
@@ -132,9 +134,10 @@ def test_a_mask_over_all_memory_is_in_reach(monkeypatch: pytest.MonkeyPatch) -> 
     """Also while the kernel has not yet made all free memory ready: zones count less of it than meminfo then."""
     from iobmd import lowmem
 
-    monkeypatch.setattr(lowmem.procfs, "meminfo", lambda: {"MemFree": 1 << 50})
-    assert lowmem.out_of_reach((1 << 48) - 1, 0) == ""
-    assert "would have to be held" in lowmem.out_of_reach(0xFFFFFF, 0)
+    free = {**lowmem.procfs.meminfo(), "MemFree": 1 << 50}
+    monkeypatch.setattr(lowmem.procfs, "meminfo", lambda: free)
+    assert lowmem.out_of_reach((1 << 48) - 1, 4096, Budget()) == ""
+    assert "would have to be held" in lowmem.out_of_reach(0xFFFFFF, 4096, Budget())
 
 
 @pytest.mark.needs("frames")
@@ -147,3 +150,40 @@ def test_what_moved_out_of_reach_before_it_was_pinned_is_not_taken() -> None:
     assert table
     assert Want(MIB, allowed=(1 << top) - 1).accepts(table)
     assert not Want(MIB, allowed=(1 << top - 1) - 1).accepts(table)
+
+
+def refusal(action: Callable[[], object]) -> tuple[IOReturn, str]:
+    with pytest.raises(IOReturnError) as caught:
+        action()
+    return caught.value.code, str(caught.value)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
+def test_a_mask_without_seeing_frames(shared: bool) -> None:
+    """No budget helps: it is told at once what does, and nothing is populated first."""
+
+    def allocate_masked() -> tuple[IOReturn, str]:
+        before = kernel.status("VmHWM")
+        found = refusal(lambda: iobmd.allocate(6 * MIB, physical_mask=0xFFFFFFFF, shared=shared))
+        assert kernel.status("VmHWM") < before + 4 * MIB
+        return found
+
+    code, message = in_child(allocate_masked, uid=NOBODY - 7, memlock=8 * MIB)
+    assert code is IOReturn.kIOReturnNotPrivileged
+    assert "CAP_SYS_ADMIN" in message
+    assert "memory_budget" not in message
+
+
+@pytest.mark.needs("frames")
+def test_a_mask_where_no_memory_is() -> None:
+    ranges = [line.split(" ")[0] for line in Path("/proc/iomem").read_text().splitlines() if ": System RAM" in line]
+    end = max(int(text.split("-")[1], 16) for text in ranges)
+    above = 1 << end.bit_length()  # and page 0 is never ordinary memory
+    code, message = refusal(lambda: iobmd.allocate(4096, physical_mask=above | 0xFFF))
+    assert code is IOReturn.kIOReturnNoResources
+    assert "this host has no memory there" in message
+    assert "policy" not in message
+    code, message = refusal(lambda: iobmd.allocate(128 * MIB, physical_mask=0xFFFFFF))
+    assert code is IOReturn.kIOReturnNoResources
+    assert "of memory there" in message
+    assert "policy" not in message

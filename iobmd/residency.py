@@ -1,0 +1,120 @@
+"""What of a range of memory is not resident yet, and whether it can be made so without the kernel killing for it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+from iobmd import headroom, pagemap, procfs
+from iobmd._native import memory
+from iobmd._native.mapping import Mapping
+from iobmd.task import kernel_task
+from iobmd.units import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from iobmd.task import Task
+
+_STEP = 1 << 30  # bytes looked at by one mincore
+_UNCHARGED = {"ht", "io", "pf"}  # hugetlb pages, which have pools of their own, and devices (VmFlags)
+
+
+def require(
+    address: int,
+    size: int,
+    *,
+    swappable: bool,
+    task: Task = kernel_task,
+    written: bool = True,
+    shared: bool | None = None,
+) -> None:
+    """Check that all of a range can be faulted in, before that is done.
+
+    Parameters
+    ----------
+    address, size : int
+        Whole pages of `task`, in bytes.
+    swappable : bool
+        They may be swapped out afterwards.
+    task : Task
+        Whose memory it is: its cgroups are charged.
+    written : bool
+        It is faulted in for writing; reading private memory maps what there is, the kernel's page of zeroes for one.
+    shared : bool, optional
+        It is one mapping of this process, of shared memory or private anonymous memory. None: it may be any.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnNoMemory`, as `headroom.require`.
+    """
+    pid = None if task.is_current else task.pid
+
+    def missing() -> int:
+        if shared is None:
+            return absent(address, size, task, written=written)
+        return size - (_in_memory(address, size) if shared else _own_pages(task, address, size))
+
+    headroom.require(size, swappable=swappable, pid=pid, absent=missing)
+
+
+def absent(address: int, size: int, task: Task = kernel_task, *, written: bool = True) -> int:
+    """Count the bytes of a range that touching each page would make the kernel allocate. Parameters as `require`.
+
+    Of private memory all pages count that are not the task's alone: writing copies the page of zeroes, and those
+    that belong to a file or to a forked child too. All of it counts where the kernel does not let us look.
+    """
+    missing, end = 0, address + size
+    try:
+        for area, flags in procfs.vm_flags("self" if task.is_current else task.pid):
+            start, stop = max(area.start, address), min(area.end, end)
+            if start < stop and not flags & _UNCHARGED and (written or _is_shared(area)):
+                missing += stop - start - _resident(task, area, start, stop)
+    except OSError:
+        return size
+    return missing
+
+
+def _resident(task: Task, area: procfs.VMA, start: int, end: int) -> int:
+    if not _is_shared(area):
+        if not area.inode:
+            return _own_pages(task, start, end - start)
+        copies = (page.exclusive and not page.file_or_shared for page in pagemap.pages(task, start, end - start))
+        return sum(copies) * PAGE_SIZE
+    if task.is_current:
+        return _in_memory(start, end - start)
+    mapped = pagemap.counts(task, start, end - start).present * PAGE_SIZE
+    # Pages that the object has, and the task has not mapped, need the right to open what another task maps.
+    with contextlib.suppress(OSError):
+        path = procfs.memory_file(task.pid, f"map_files/{area.start:x}-{area.end:x}")
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            seen = Mapping.view([(fd, area.offset + start - area.start, end - start)], 0, False, 0, PAGE_SIZE)
+        finally:
+            os.close(fd)
+        try:
+            return max(mapped, _in_memory(seen.address, seen.size))
+        finally:
+            seen.close()
+    return mapped
+
+
+def _own_pages(task: Task, address: int, size: int) -> int:
+    """Count the bytes of private anonymous memory whose pages are the task's alone."""
+    return pagemap.counts(task, address, size).exclusive * PAGE_SIZE
+
+
+def _is_shared(area: procfs.VMA) -> bool:
+    return area.perms.endswith("s")
+
+
+def _in_memory(address: int, size: int) -> int:
+    """Count the bytes of a shared mapping of this process whose pages are in memory, mapped or not (mincore(2))."""
+    count = 0
+    for offset in range(0, size, _STEP):
+        vector = memory.incore(address + offset, min(_STEP, size - offset) // PAGE_SIZE, PAGE_SIZE)
+        count += sum(vector.translate(_RESIDENT_BIT))
+    return count * PAGE_SIZE
+
+
+_RESIDENT_BIT = bytes(value & 1 for value in range(256))

@@ -1,0 +1,283 @@
+"""What fills memory in a memory cgroup is refused before the kernel kills for it, by the kernel's own counters."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from support.child import in_child
+
+import iobmd
+from iobmd import IODMACommand, IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError
+from iobmd.host import cgroup
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+pytestmark = [pytest.mark.needs("memory_cgroup"), pytest.mark.usefixtures("nothing_left")]
+
+MIB = 1 << 20
+LIMIT = 256 * MIB
+CLONE_NEWCGROUP = 0x02000000
+NO_MEMORY = IOReturn.kIOReturnNoMemory
+
+
+def refused(action: Callable[[], object]) -> str:
+    """Do what is to be refused for want of memory; returns the message."""
+    with pytest.raises(IOReturnError) as caught:
+        action()
+    assert caught.value.code == NO_MEMORY, str(caught.value)
+    return str(caught.value)
+
+
+def address_range(memory: mmap.mmap) -> IOMemoryDescriptor:
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    return IOMemoryDescriptor.withAddressRange(address, len(memory), 3, os.getpid())
+
+
+def two_prepared(*, shared: bool) -> None:
+    with (
+        iobmd.allocate(150 * MIB, wired=False, shared=shared) as first,
+        iobmd.allocate(150 * MIB, wired=False, shared=shared) as second,
+    ):
+        first.prepare()
+        message = refused(second.prepare)
+        for part in ("150 MiB", "iobmd-test-", "of this process", "256 MiB"):
+            assert part in message
+        assert second.getPageCounts()[0] == 0
+        first.complete()
+        first.prepare()  # it is resident, and needs nothing more, though as much would not fit
+        first.complete()
+
+
+def many_prepared() -> None:
+    with contextlib.ExitStack() as stack:
+        count = 0
+        while count < 12:
+            buffer = stack.enter_context(iobmd.allocate(32 * MIB, wired=False))
+            try:
+                buffer.prepare()
+            except IOReturnError as error:
+                assert error.code == NO_MEMORY
+                break
+            stack.callback(buffer.complete)
+            count += 1
+    assert 5 <= count <= 8, "what fits is not refused"
+
+
+def many_small() -> None:
+    held = []
+    try:
+        with pytest.raises(IOReturnError) as caught:
+            while len(held) < 5000:
+                held.append(iobmd.allocate(96 << 10))
+    finally:
+        count = len(held)
+        for buffer in held:
+            buffer.free()
+    assert caught.value.code == NO_MEMORY
+    assert count * (96 << 10) > 180 * MIB, "what fits is not refused"
+
+
+def existing() -> None:
+    for flags in (mmap.MAP_PRIVATE, mmap.MAP_SHARED):
+        large = mmap.mmap(-1, 1 << 30, flags | mmap.MAP_ANONYMOUS)
+        with address_range(large) as memory:
+            refused(memory.prepare)
+            assert memory.getPageCounts()[0] == 0
+        small = mmap.mmap(-1, 100 * MIB, flags | mmap.MAP_ANONYMOUS)
+        with address_range(small) as memory:
+            memory.prepare()
+            memory.complete()
+            small.madvise(mmap.MADV_DONTNEED)
+
+
+def mapped() -> None:
+    with iobmd.allocate(300 * MIB, wired=False, shared=True) as buffer:
+        refused(lambda: buffer.map(IOMapOptions.kIOMapPrefault | IOMapOptions.kIOMapUnique))
+        assert buffer.getPageCounts()[0] == 0
+    with iobmd.allocate(300 * MIB, wired=False) as buffer:
+        refused(lambda: buffer.map(IOMapOptions.kIOMapPrefault))
+
+
+def allocated() -> None:
+    for keywords in ({}, {"shared": True}, {"task": None}):
+        refused(lambda keywords=keywords: iobmd.allocate(300 * MIB, **keywords))
+
+
+def searched() -> None:
+    """A search that holds more and more memory ends before the limit."""
+    with iobmd.policy(memory_budget=1 << 40, time_budget=20), pytest.raises(IOReturnError) as caught:
+        iobmd.allocate(32 * MIB, alignment=1 << 40)
+    assert caught.value.code == IOReturn.kIOReturnNoResources
+    assert "iobmd-test-" in str(caught.value)
+    assert "memory_budget" not in str(caught.value), "no budget would help"
+
+
+def attached() -> None:
+    near, far = socket.socketpair()
+    with near, far, iobmd.allocate(300 * MIB, wired=False, shared=True) as sparse:
+        with iobmd.share(sparse, near):
+            pass
+        refused(lambda: iobmd.attach(far, wired=True))
+
+
+def written() -> None:
+    with mmap.mmap(-1, 300 * MIB) as zeroes, iobmd.allocate(300 * MIB, wired=False) as private:
+        source = memoryview(zeroes)[: 16 * MIB]
+        for offset in range(0, 300 * MIB, len(source)):
+            try:
+                private.writeBytes(offset, source)
+            except IOReturnError as error:
+                assert error.code == NO_MEMORY
+                break
+        assert 160 * MIB < offset < 256 * MIB
+        private.writeBytes(0, source)  # what is resident can be written to
+        source.release()
+    with iobmd.allocate(300 * MIB, wired=False, shared=True) as shared, mmap.mmap(-1, 4096) as small:
+        refused(lambda: shared.readBytes(0, 300 * MIB))
+        small[:] = shared.readBytes(0, 4096)
+        assert shared.getPageCounts()[0] < 4096
+
+
+def bounced() -> None:
+    with iobmd.allocate(150 * MIB, direction="out") as memory, IODMACommand.withSpecification(64) as command:
+        command.setMemoryDescriptor(memory)
+        refused(lambda: command.synchronize(2, forceDoubleBuffer=True))
+        assert command.getPreparedOffsetAndLength() == (0, 150 * MIB)
+        command.clearMemoryDescriptor()
+
+
+def taken_back() -> None:
+    """Volatile memory that is intact needs none more to become non-volatile."""
+    with iobmd.allocate(150 * MIB, wired=False, purgeable=True) as buffer:
+        for offset in range(0, 150 * MIB, 16 * MIB):
+            buffer.writeBytes(offset, b"x" * min(16 * MIB, 150 * MIB - offset))
+        buffer.setPurgeable(iobmd.IOPurgeable.kIOMemoryPurgeableVolatile)
+        with contextlib.suppress(IOReturnError):
+            iobmd.allocate(120 * MIB).free()
+        buffer.setPurgeable(iobmd.IOPurgeable.kIOMemoryPurgeableNonVolatile)
+        refused(lambda: iobmd.allocate(LIMIT))
+
+
+def copied() -> None:
+    with iobmd.allocate(150 * MIB) as source:
+        refused(lambda: iobmd.copy(os.getpid(), source.getBytesNoCopy(), 150 * MIB))
+
+
+SCENES: dict[str, Callable[[], None]] = {
+    "two private buffers": lambda: two_prepared(shared=False),
+    "two shared buffers": lambda: two_prepared(shared=True),
+    "many buffers": many_prepared,
+    "many small buffers": many_small,
+    "existing memory": existing,
+    "maps": mapped,
+    "wired buffers": allocated,
+    "a search": searched,
+    "attached memory": attached,
+    "writes": written,
+    "a bounce buffer": bounced,
+    "volatile memory": taken_back,
+    "a copy": copied,
+}
+
+
+def kills(procs: Path) -> int:
+    """How often the kernel killed in a cgroup."""
+    for name in ("memory.oom_control", "memory.events"):
+        with contextlib.suppress(OSError):
+            counters = dict(line.split() for line in (procs.parent / name).read_text().splitlines())
+            return int(counters["oom_kill"])
+    raise AssertionError("no counter of kills")
+
+
+@pytest.mark.needs("memlock")
+@pytest.mark.parametrize("namespace", [False, True], ids=["plain", "in a cgroup namespace"])
+@pytest.mark.parametrize("scene", SCENES)
+def test_nothing_is_killed(memory_cgroup: Callable[[int], Path], scene: str, namespace: bool) -> None:
+    procs = memory_cgroup(LIMIT)
+
+    def child() -> None:
+        procs.write_text(str(os.getpid()))
+        if namespace:
+            assert ctypes.CDLL(None).unshare(CLONE_NEWCGROUP) == 0
+            own = next(line for line in cgroup.membership().splitlines() if "memory" in line or line[0] == "0")
+            assert own.endswith(":/")
+        SCENES[scene]()
+
+    in_child(child)
+    assert kills(procs) == 0
+
+
+TARGET = """
+import ctypes, mmap, sys
+areas = [mmap.mmap(-1, 1 << 30, flags | mmap.MAP_ANONYMOUS) for flags in (mmap.MAP_PRIVATE, mmap.MAP_SHARED)]
+for area in areas:
+    area[: 16 << 20] = b"x" * (16 << 20)
+print(*(ctypes.addressof(ctypes.c_char.from_buffer(area)) for area in areas), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def limited_target(memory_cgroup: Callable[[int], Path]) -> Iterator[tuple[subprocess.Popen[str], list[int], Path]]:
+    """A program in a cgroup of 256 MiB, the addresses of 1 GiB of its private and shared memory, and the cgroup."""
+    procs = memory_cgroup(LIMIT)
+    command = [sys.executable, "-c", f"open({str(procs)!r}, 'w').write('0')\n{TARGET}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout
+        try:
+            yield program, [int(word) for word in program.stdout.readline().split()], procs
+        finally:
+            program.send_signal(signal.SIGKILL)
+
+
+def used(procs: Path) -> int:
+    names = ("memory.usage_in_bytes", "memory.current")
+    return next(int((procs.parent / name).read_text()) for name in names if (procs.parent / name).exists())
+
+
+@pytest.mark.needs("memlock")
+def test_another_task_is_not_killed(limited_target: tuple[subprocess.Popen[str], list[int], Path]) -> None:
+    program, addresses, procs = limited_target
+    before = used(procs)
+    for address in addresses:
+        with IOMemoryDescriptor.withAddressRange(address, 1 << 30, 3, program.pid) as memory:
+            message = refused(memory.prepare)
+            assert f"of task {program.pid}" in message
+            assert procs.parent.name in message
+        with IOMemoryDescriptor.withAddressRange(address, 16 * MIB, 3, program.pid) as memory:
+            memory.prepare()
+            memory.complete()
+    assert program.poll() is None
+    assert kills(procs) == 0
+    assert used(procs) < before + 8 * MIB
+
+
+@pytest.mark.needs("memlock")
+def test_pages_in_another_task_are_charged_to_this_one(
+    limited_target: tuple[subprocess.Popen[str], list[int], Path],
+) -> None:
+    """What is mapped in a task with a limit is made here, by a map that is faulted in ahead and by wired memory."""
+    program, _addresses, procs = limited_target
+    before = used(procs)
+    ahead = IOMapOptions.kIOMapAnywhere | IOMapOptions.kIOMapPrefault
+    with (
+        iobmd.allocate(300 * MIB, wired=False, shared=True) as buffer,
+        buffer.createMappingInTask(program.pid, 0, ahead),
+    ):
+        assert buffer.getPageCounts()[0] == 300 * MIB // mmap.PAGESIZE
+    with iobmd.allocate(300 * MIB, task=program.pid):
+        pass
+    assert program.poll() is None
+    assert kills(procs) == 0
+    assert used(procs) < before + 8 * MIB
