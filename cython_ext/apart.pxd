@@ -10,13 +10,29 @@ cdef extern from * nogil:
     #include <sys/syscall.h>
     #include <sys/wait.h>
 
-    /* Who made it is dead: what is under way is finished, and takes no time; a wait for him would never end. */
+    /* The process that made it is dead. What is under way is finished, and what waits gives up, which takes no time;
+       a wait for a lock that the dead process held would never end. */
     static volatile pid_t iobmd_maker;
+    static volatile int iobmd_is_orphan;
     static void iobmd_orphaned(int number)
     {
         (void)number;
-        if (getppid() != iobmd_maker) alarm(5);
+        if (getppid() == iobmd_maker) return;
+        iobmd_is_orphan = 1;
+        alarm(5);
     }
+
+    /* Whether a job is to give up: `cancelled` is set by any thread, the rest by the one that runs it. */
+    struct iobmd_order { volatile int cancelled; int shielded; };
+    static __thread struct iobmd_order *iobmd_current;
+    static void iobmd_set_current(struct iobmd_order *order) { iobmd_current = order; }
+    static int iobmd_interrupted(void)
+    {
+        return iobmd_current && !iobmd_current->shielded && (iobmd_current->cancelled || iobmd_is_orphan);
+    }
+    static int iobmd_orphan(void) { return iobmd_is_orphan; }
+    static void iobmd_exit(void) { for (;;) syscall(SYS_exit_group, 0); }
+    static void iobmd_shield(int more) { if (iobmd_current) iobmd_current->shielded += more; }
 
     static void iobmd_begin_apart(void)
     {
@@ -70,3 +86,11 @@ cdef extern from * nogil:
     }
     """
     int iobmd_run_apart(void *function, void *argument)
+    struct iobmd_order:
+        int cancelled
+        int shielded
+    void iobmd_set_current(iobmd_order *order)
+    int iobmd_interrupted()
+    int iobmd_orphan()
+    void iobmd_exit()
+    void iobmd_shield(int more)

@@ -10,44 +10,128 @@ from cpython.ref cimport PyObject
 
 from _thread import start_new_thread
 
-from apart cimport iobmd_run_apart
+from apart cimport (
+    iobmd_exit, iobmd_interrupted, iobmd_order, iobmd_orphan, iobmd_run_apart, iobmd_set_current, iobmd_shield,
+)
+from orphan cimport iobmd_leftover, iobmd_take_away
 
 cdef extern from "Python.h":
     ctypedef void *PyThread_type_lock
+    ctypedef enum PyLockStatus:
+        PY_LOCK_ACQUIRED
     PyThread_type_lock PyThread_allocate_lock()
     void PyThread_free_lock(PyThread_type_lock lock) nogil
     int PyThread_acquire_lock(PyThread_type_lock lock, int wait) nogil
+    PyLockStatus PyThread_acquire_lock_timed(PyThread_type_lock lock, long long microseconds, int intr_flag) nogil
     void PyThread_release_lock(PyThread_type_lock lock) nogil
+    int PyErr_CheckSignals() except -1
     int PyGC_Disable()
     int PyGC_Enable()
     void Py_FatalError(const char *message)
 
 
 class NoThreadError(Exception):
-    """No thread is to be had."""
+    """No thread can be started."""
 
 
-cdef class _Job:
-    """What is to be done, what came of it, and a lock that is free when it is over."""
+cdef class Job:
+    """A function that is run apart: from `run`, or between `start` and `finish`, with a part in which it holds on."""
 
     cdef PyThread_type_lock over
+    """Free when it is over."""
+    cdef PyThread_type_lock held
+    """Free when it holds on, or is over."""
+    cdef PyThread_type_lock through
+    """Free when it need not hold on any more."""
+    cdef bint holds
+    cdef iobmd_order order
     cdef object body
     cdef object result
     cdef object error
 
     def __cinit__(self, body):
         self.body = body
+        self.order.cancelled = self.order.shielded = 0
         self.over = PyThread_allocate_lock()
-        if not self.over:
+        self.held = PyThread_allocate_lock()
+        self.through = PyThread_allocate_lock()
+        if not (self.over and self.held and self.through):
             raise MemoryError()
-        PyThread_acquire_lock(self.over, 1)
+        PyThread_acquire_lock(self.held, 1)
+        PyThread_acquire_lock(self.through, 1)
 
     def __dealloc__(self):
-        PyThread_free_lock(self.over)
+        if self.over:
+            PyThread_free_lock(self.over)
+        if self.held:
+            PyThread_free_lock(self.held)
+        if self.through:
+            PyThread_free_lock(self.through)
+
+    def cancel(self):
+        """Have what waits in it give up: `interrupted` is true there from now on."""
+        self.order.cancelled = 1
+
+    cdef _begin(self, bint in_process):
+        PyThread_acquire_lock(self.over, 1)
+        try:
+            start_new_thread(_run, (self, in_process))
+        except RuntimeError as error:
+            PyThread_release_lock(self.over)
+            raise NoThreadError(str(error)) from None
+
+    def run(self, bint in_process):
+        """Return what the function returned, or raise what it raised; in a process of its own if possible.
+
+        Signals are handled meanwhile. When a handler raises, as that of Ctrl-C does, the job is cancelled, and the
+        exception goes on when the job is over: its caller never goes on before. Raises NoThreadError.
+        """
+        self._begin(in_process)
+        self._wait_for(self.over)
+        return self._outcome()
+
+    def start(self, bint in_process):
+        """Begin it as `run`, and return when it holds on, True, or is over, False."""
+        self._begin(in_process)
+        self._wait_for(self.held)
+        return self.holds
+
+    def finish(self):
+        """Have it hold on no more, and return or raise as `run` when it is over; to be called once."""
+        with nogil:  # it goes on at once, and needs the GIL even if this process is killed here
+            PyThread_release_lock(self.through)
+        self._wait_for(self.over)
+        return self._outcome()
+
+    cdef _wait_for(self, PyThread_type_lock lock):
+        # Woken by signals only, not by a clock: this process may be killed at any moment, and the job ends as it
+        # should only if no thread holds the GIL then.
+        cdef PyLockStatus got
+        with nogil:
+            got = PyThread_acquire_lock_timed(lock, -1, 1)
+        try:
+            while got != PY_LOCK_ACQUIRED:
+                PyErr_CheckSignals()
+                with nogil:
+                    got = PyThread_acquire_lock_timed(lock, -1, 1)
+        except BaseException:
+            self.cancel()
+            with nogil:
+                PyThread_acquire_lock(lock, 1)
+            raise
+        finally:
+            PyThread_release_lock(lock)
+
+    cdef _outcome(self):
+        self.body = None  # which may refer to this
+        if self.error is not None:
+            raise self.error
+        return self.result
 
 
 cdef void _do(void *argument) noexcept:
-    cdef _Job job = <_Job><PyObject *>argument
+    cdef Job job = <Job><PyObject *>argument
+    iobmd_set_current(&job.order)
     # Garbage of the program must not be collected here: its finalizers may ask which process they are in.
     cdef int collected = PyGC_Disable()
     try:
@@ -56,32 +140,47 @@ cdef void _do(void *argument) noexcept:
         job.error = error
     if collected:
         PyGC_Enable()
+    iobmd_set_current(NULL)
 
 
-def _run(_Job job, bint in_process):
+def _run(Job job, bint in_process):
     cdef int failed = 1
     if in_process:
         failed = iobmd_run_apart(<void *>_do, <void *><PyObject *>job)
-        if failed < 0:  # whether it had the GIL nobody knows
+        if failed < 0:  # whether it had the GIL cannot be known
             Py_FatalError("the process that traces another for iobmd was killed")
     if failed:
         _do(<void *><PyObject *>job)
+    if not job.holds:
+        PyThread_release_lock(job.held)
     PyThread_release_lock(job.over)
 
 
-def run_apart(body, bint in_process):
-    """Return what `body` does, apart; with `in_process` in a process of its own, where one is to be had.
+def hold(Job job, leftover):
+    """Return, in the job, when its caller is through, or it is cancelled.
 
-    Signals that come meanwhile are handled afterwards: whoever calls this never goes on before `body` is over. Raises
-    NoThreadError.
+    Where this process is killed meanwhile, with whatever thread holding the GIL, what is left in the other task is
+    taken away without Python: `leftover` is the task, a process made by a guest, the guest, its number there, the
+    address of a system call instruction, and the options to trace the task with.
     """
-    cdef _Job job = _Job(body)
-    try:
-        start_new_thread(_run, (job, in_process))
-    except RuntimeError as error:
-        raise NoThreadError(str(error)) from None
+    cdef iobmd_leftover left
+    left.task, left.child, left.guest, left.guest_there, left.instruction, left.options = leftover
+    job.holds = True
+    PyThread_release_lock(job.held)
     with nogil:
-        PyThread_acquire_lock(job.over, 1)
-    if job.error is not None:
-        raise job.error
-    return job.result
+        while PyThread_acquire_lock_timed(job.through, 50000, 0) != PY_LOCK_ACQUIRED:
+            if iobmd_orphan():
+                iobmd_take_away(&left)
+                iobmd_exit()
+            if iobmd_interrupted():
+                break
+
+
+def interrupted():
+    """Say whether what waits in the job of this thread is to give up: it is cancelled, or our process was killed."""
+    return bool(iobmd_interrupted())
+
+
+def shield(int more):
+    """Have `interrupted` be false in the job of this thread (1), for what has to be done all the same; -1 ends it."""
+    iobmd_shield(more)

@@ -65,6 +65,38 @@ def move(ends: Ends, ranges: Sequence[Range], timeout: float) -> tuple[int, int]
     return total, 0
 
 
+def touch(pid: int, address: int, size: int, timeout: float) -> int:
+    """Have whole pages of a task faulted in there for reading, a byte of each.
+
+    Parameters
+    ----------
+    pid, address, size
+        The task, and its pages.
+    timeout
+        Seconds for which no page may arrive.
+
+    Returns
+    -------
+    int
+        The error number that ended it, 0 for none; `ETIMEDOUT` as for `move`.
+    """
+    step = crosstask.MOST_RANGES * PAGE_SIZE
+    for start in range(address, address + size, step):
+        end = min(start + step, address + size)
+        attempt = crosstask.Attempt(pid, -1, False, [(page, 1) for page in range(start, end, PAGE_SIZE)])
+        try:
+            attempt.start()
+        except OSError:  # no process can be made: this thread waits, for as long as it takes
+            error = crosstask.touch(pid, start, end - start, PAGE_SIZE)
+        else:
+            error = _watch(attempt, timeout)
+        finally:
+            attempt.end()
+        if error:
+            return error
+    return 0
+
+
 def behind(ranges: Sequence[Range], size: int) -> list[Range]:
     """Return what of the ranges lies behind their first `size` bytes."""
     for index, (start, end) in enumerate(ranges):

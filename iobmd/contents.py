@@ -65,24 +65,36 @@ class CopyOf:
         return self.fetch(self.task, destination, huge=huge, sparse=sparse)
 
     def fetch(
-        self, task: Task, destination: int, *, huge: int = 0, sparse: bool = False, resident_only: bool = False
+        self,
+        task: Task,
+        destination: int,
+        *,
+        huge: int = 0,
+        fresh: bool = True,
+        sparse: bool = False,
+        standing: Progress | None = None,
     ) -> bool:
         """Copy it from `task`, or from another task with the same memory; as `fill`.
 
-        While the task stands still, with `resident_only`, `progress` is not called, since it belongs to the caller's
-        thread.
+        Parameters
+        ----------
+        fresh
+            The destination is zero: nothing was copied to it before.
+        standing
+            The task stands still: no other program may be waited for, and this is called in place of the caller's
+            `progress`, which belongs to another thread.
         """
         outcome = task.copy_in(
             self.address,
             destination,
             self.size,
             huge=huge,
-            fresh=True,
+            fresh=fresh,
             sparse=sparse,
             skip=self._skip,
-            resident_only=resident_only,
+            resident_only=standing is not None,
             timeout=self._timeout,
-            progress=None if resident_only else self._progress,
+            progress=standing or self._progress,
         )
         self.holes = [(start - self.address, end - start) for start, end in outcome.unread]
         return outcome.left_zero
@@ -103,11 +115,15 @@ class FrozenCopyOf(CopyOf):
         from iobmd.remote import freeze  # noqa: PLC0415 (with ctypes: half of what `import iobmd` takes)
 
         left_zero = stopped = False
+        fresh = True
 
-        def fetch(task: Task, resident_only: bool) -> None:
-            nonlocal left_zero, stopped
-            stopped = resident_only
-            left_zero = self.fetch(task, destination, huge=huge, sparse=sparse, resident_only=resident_only)
+        def fetch(task: Task, standing: Progress | None) -> None:
+            nonlocal left_zero, stopped, fresh
+            first, fresh = fresh, False
+            stopped = standing is not None
+            left_zero = self.fetch(
+                task, destination, huge=huge * first, fresh=first, sparse=sparse and first, standing=standing
+            )
 
         self.stopped_ns = freeze.copy(freeze.Source(self.task, self.address, self.size, fetch))
         if stopped and self._progress:

@@ -126,5 +126,9 @@ class NotOpenError(IOReturnError, ValueError, code=IOReturn.kIOReturnNotOpen):
     """Used after release, or before it was initialised."""
 
 
+class TaskTimeoutError(IOReturnError, TimeoutError, code=IOReturn.kIOReturnTimeout):
+    """Another task did not stop, or did not serve a page fault, in time."""
+
+
 class UnsupportedError(IOReturnError, code=IOReturn.kIOReturnUnsupported):
     """The kernel, the CPU, the kind of memory or the version of `iobmd` cannot do it."""

@@ -1,7 +1,7 @@
 """A consistent copy of a task's memory: the task stands still for it, or for the moment that a snapshot takes.
 
 The snapshot is quicker where memory is private and much of the task is wanted; otherwise every thread is stopped for
-the length of the copy.
+the length of the copy. A task whose cgroup is frozen stands still already, and is copied as it is.
 """
 
 from __future__ import annotations
@@ -9,23 +9,33 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import procfs, refusals
-from iobmd.errors import IOReturnError, NotFoundError, UnsupportedError, VMError
-from iobmd.remote import session, threads
-from iobmd.remote.snapshot import Snapshot
-from iobmd.remote.stop import NotStopped
+from iobmd import copying, procfs, refusals
+from iobmd.constants import IOReturn
+from iobmd.errors import (
+    IOReturnError,
+    NotFoundError,
+    NotReadyError,
+    TaskTimeoutError,
+    UnsupportedError,
+    VMError,
+)
+from iobmd.remote import freezer, session, threads, wired
+from iobmd.remote.snapshot import NoSnapshot, Snapshot
+from iobmd.remote.tracee import NotStopped, check_interrupt, shielded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from iobmd.pieces import Progress
     from iobmd.remote.stop import Stop
     from iobmd.task import Task
 
 _NOT_IN_A_CHILD = {"sh", "dc", "wf", "ht", "io", "pf"}
 """Flags of memory that a child shares with its parent, does not get, or gets at the cost of hugetlb pages (smaps)."""
-_USERFAULT = {"um", "uw", "ui"}
 _QUICK = 4 << 20  # bytes that are copied in a call or two
 _WORTH_IT = 4  # a child costs a fifth or less of what it takes to copy as much as it shares (measured)
+_TRIES = 3
+_SHORT = 0.1  # seconds for one thread to stop, before the others go on
 
 
 class Source(NamedTuple):
@@ -34,9 +44,17 @@ class Source(NamedTuple):
     task: Task
     address: int
     size: int
-    fetch: Callable[[Task, bool], None]
-    """Copies it from this task or from another with the same memory; True: the task stands still, and no wait may
-    depend on it."""
+    fetch: Callable[[Task, Progress | None], None]
+    """Copies it from this task, or from another with the same memory. With a second argument, which is then called
+    now and then, the task stands still, and no wait may depend on it."""
+
+    @property
+    def userfault_area(self) -> procfs.VMA | None:
+        """The first area of it whose page faults a userfaultfd reports."""
+        try:
+            return wired.userfault_area(self.task, self.address, self.address + self.size)
+        except OSError:  # the task is gone, as who reads it will find out
+            return None
 
 
 def copy(source: Source) -> int:
@@ -45,96 +63,158 @@ def copy(source: Source) -> int:
     Raises
     ------
     IOReturnError
-        As `Task.read`, and as `session.with_stopped`.
+        As `Task.read`, and as `session.with_stopped`. `kIOReturnUnsupported`: pages that a handler of userfaultfd(2)
+        delivers are missing each time that the task stands still.
     """
-    before, copied = 0, False
-    if _suits_a_child(source):
-        snapshot = Snapshot(source.task)
+    if _copy_standing(source):
+        return 0
+    copied, stopped = False, 0
+    if resident := _worth_a_child(source):
+        copied, stopped = _copy_snapshot(source, resident)
+    return stopped if copied else stopped + _copy_stopped(source)
+
+
+def _copy_standing(source: Source) -> bool:
+    """Copy a task whose cgroup is frozen, as long as none of its threads has run; says whether that was so."""
+    for _ in range(_TRIES):
+        before = freezer.standing(source.task.pid)
+        if before is None:
+            return False
         try:
-            before = session.in_tracer(source.task, lambda: _make(snapshot))
-            source.fetch(snapshot.task, False)
-            copied = True
-        except (UnsupportedError, VMError, NotFoundError):
-            pass  # a 32-bit program, memory that only the task itself has, or its child was killed: stopped, then
-        except OSError as error:
-            if isinstance(error, IOReturnError):
-                raise  # and where it can have no more processes, too
-        finally:
-            snapshot.close()
-        before += snapshot.stopped_ns
-    if copied:
-        return before
-    # A long copy in a thread: it lets go of the GIL; if we are killed, tracing was all that was done to the task.
-    quick = source.size < _QUICK
-    return before + session.in_tracer(source.task, lambda: _copy_stopped(source), may_be_apart=quick)
+            source.fetch(source.task, None)
+        except TaskTimeoutError as error:
+            if frozen := freezer.why(source.task.pid):
+                raise IOReturnError(error.code, f"{error.strerror}; {frozen}", address=error.address) from None
+            raise
+        if freezer.standing(source.task.pid) == before:
+            return True
+    return False
 
 
-def _make(snapshot: Snapshot) -> int:
-    stops = _stop_all(snapshot.origin)
+def _copy_snapshot(source: Source, resident: int) -> tuple[bool, int]:
+    """Copy out of a snapshot of a task of `resident` bytes; returns whether that was possible, and its stop in ns."""
+    task = source.task
+    stopped: list[int] = []
+    snapshot = Snapshot(task, resident, lambda work: _with_all_stopped(task, lambda stops: work(stops[0]), stopped))
+    copied = False
     try:
-        snapshot.make(stops[0])
-    finally:
-        stopped = _release(stops)
-    return stopped
+        with snapshot.held() as child:
+            source.fetch(child, None)
+        # A child has zeros for what a userfaultfd, which may have been registered since, would have filled in.
+        copied = source.userfault_area is None
+    except (NoSnapshot, UnsupportedError, VMError, NotFoundError):
+        pass  # no more processes, a 32-bit program, memory that only the task has, or the child was killed
+    return copied, sum(stopped) + snapshot.stopped_ns
 
 
 def _copy_stopped(source: Source) -> int:
-    stops = _stop_all(source.task)
+    """Copy while every thread of the task stands still; returns for how many nanoseconds they did, at most."""
+    task = source.task
+    stopped: list[int] = []
+    look = lambda _copied: check_interrupt()  # noqa: E731
+
+    def attempt() -> None:
+        _with_all_stopped(task, lambda _stops: source.fetch(task, look), stopped)
+
+    # A long copy in a thread: it releases the GIL; if we are killed, tracing was all that was done to the task.
+    quick = source.size < _QUICK
+    missing = source.userfault_area is not None
+    for _ in range(_TRIES):
+        if missing:  # has them delivered, while the task runs
+            source.fetch(task, None)
+        try:
+            session.in_tracer(task, attempt, may_be_apart=quick)
+        except NotReadyError as error:
+            if error.errno != copying.WOULD_WAIT:
+                raise
+            missing, address = True, error.address or 0
+        else:
+            return sum(stopped)
+    message = (
+        f"cannot copy {source.address:#x} of task {task.pid} as of one moment: the page at {address:#x} is delivered "
+        "by a handler of userfaultfd, and was missing again each time that the task stood still; copy without freeze"
+    )
+    raise IOReturnError(IOReturn.kIOReturnUnsupported, message, address=address)
+
+
+def _worth_a_child(source: Source) -> int:
+    """Return the resident bytes of the task; 0 if a child lacks some of the memory, or a copy is made sooner."""
+    end = source.address + source.size
     try:
-        source.fetch(source.task, True)
-    finally:
-        stopped = _release(stops)
+        resident = procfs.status_bytes("VmRSS", source.task.pid)
+        if source.size * _WORTH_IT < resident:
+            return 0
+        for area, flags in procfs.vm_flags(source.task.pid):
+            if flags & wired.USERFAULT:  # who has to be told of the child may be a thread that stands still
+                return 0
+            if area.start < end and source.address < area.end and flags & _NOT_IN_A_CHILD:
+                return 0
+    except (OSError, KeyError):  # it is gone, or its memory
+        return 0
+    return resident
+
+
+def _with_all_stopped(task: Task, work: Callable[[list[Stop]], None], stopped: list[int]) -> None:
+    """Do `work` while every thread of a task stands still; `stopped` gets for how many nanoseconds, at most."""
+    options = session.options_for(task)
+    deadline = time.monotonic() + session.PATIENCE
+    while True:
+        stops: dict[int, Stop | None] = {}  # None: it ended
+        try:
+            try:
+                _stop_each(task, options, stops, deadline)
+            except NotStopped:
+                # It may be waiting for one that stands still: a page fault that a thread of the task serves.
+                stopped.append(_let_stop(task, stops, deadline))
+                continue
+            work(list(filter(None, stops.values())))
+        finally:
+            stopped.append(_release(stops))
+        return
+
+
+def _stop_each(task: Task, options: int, stops: dict[int, Stop | None], deadline: float) -> None:
+    """Stop every thread of a task. Raises NotStopped when one does not stop soon."""
+    # Until a look finds no new one: those that run still may make more.
+    while fresh := [tid for tid in threads.thread_ids(task.pid) if tid not in stops]:
+        if time.monotonic() > deadline:
+            raise session.never_stopped(task)
+        for tid in fresh:
+            activity = threads.activity(task.pid, tid)
+            stops[tid] = session.seize(task, activity, options) if activity else None
+        for tid in fresh:
+            _wait(stops, tid, time.monotonic() + _SHORT)
+    if not any(stops.values()):
+        raise refusals.gone(f"task {task.pid} is gone: it exited")
+
+
+def _wait(stops: dict[int, Stop | None], tid: int, until: float) -> None:
+    """Wait for a thread to stand still, or to have ended."""
+    stop = stops[tid]
+    try:
+        if stop:
+            stop.wait(until)
+    except NotFoundError:
+        stops[tid] = None
+
+
+def _let_stop(task: Task, stops: dict[int, Stop | None], deadline: float) -> int:
+    """Let those go on that stand still, and wait for the others, for only what stands still can be released.
+
+    Returns for how many nanoseconds they stood still.
+    """
+    standing = {tid: stop for tid, stop in stops.items() if stop is None or stop.stands}
+    for tid in standing:
+        del stops[tid]
+    stopped = _release(standing)
+    for tid in stops:
+        try:
+            _wait(stops, tid, deadline)
+        except NotStopped:
+            raise session.never_stopped(task) from None
     return stopped
 
 
-def _suits_a_child(source: Source) -> bool:
-    """Say whether a child of the task would have the same memory, and be had sooner than a copy."""
-    end = source.address + source.size
-    try:
-        if source.size * _WORTH_IT < procfs.status_bytes("VmRSS", source.task.pid):
-            return False
-        for area, flags in procfs.vm_flags(source.task.pid):
-            if flags & _USERFAULT:  # who has to be told of the child may be a thread that stands still
-                return False
-            if area.start < end and source.address < area.end and flags & _NOT_IN_A_CHILD:
-                return False
-    except (OSError, KeyError):  # it is gone, or its memory
-        return False
-    return True
-
-
-def _stop_all(task: Task) -> list[Stop]:
-    """Stop every thread of a task."""
-    options = session.options_for(task)
-    deadline = time.monotonic() + session.PATIENCE
-    stops: dict[int, Stop | None] = {}  # None: it ended
-    try:
-        # Until a look finds no new one: those that run still may make more.
-        while fresh := [tid for tid in threads.thread_ids(task.pid) if tid not in stops]:
-            for tid in fresh:
-                activity = threads.activity(task.pid, tid)
-                stops[tid] = session.seize(task, activity, options) if activity else None
-            for tid in fresh:
-                stops[tid] = _standing(stops[tid], deadline)
-    except BaseException:
-        _release(list(filter(None, stops.values())))
-        raise
-    if not any(stops.values()):
-        raise refusals.gone(f"task {task.pid} is gone: it exited")
-    return list(filter(None, stops.values()))
-
-
-def _standing(stop: Stop | None, deadline: float) -> Stop | None:
-    if stop is None:
-        return None
-    try:
-        stop.wait(deadline)
-    except NotFoundError:
-        return None
-    except NotStopped:
-        raise session.never_stopped(stop.task) from None
-    return stop
-
-
-def _release(stops: list[Stop]) -> int:
-    return max((stop.release() for stop in stops), default=0)
+def _release(stops: dict[int, Stop | None]) -> int:
+    with shielded():
+        return max((stop.release() for stop in stops.values() if stop), default=0)

@@ -9,14 +9,16 @@ import os
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from iobmd import host, own, procfs, refusals
 from iobmd._native import apart
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.remote import gadget, preflight, threads, tracing
-from iobmd.remote.stop import NotStopped, Stop
+from iobmd.remote import freezer, gadget, preflight, threads, tracing
+from iobmd.remote.guest import Guest
+from iobmd.remote.stop import Stop
+from iobmd.remote.tracee import InterruptedJob, NotStopped, Unreadable, check_interrupt, shielded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,50 +58,128 @@ def with_stopped(task: Task, work: Callable[[Stop], None]) -> int:
     return in_tracer(task, body)
 
 
+def with_guest(task: Task, work: Callable[[Guest], None]) -> int:
+    """Have `work` make system calls in a guest of a task, while the task runs on: calls that may wait.
+
+    Returns for how many nanoseconds a thread of the task stood still, at most: while the guest was made, or while it
+    was waited for. Raises as `with_stopped`.
+    """
+
+    def body() -> int:
+        options, instruction = options_for(task), gadget.find(task)
+        guest = Guest(task)
+        stopped = 0
+        try:
+            stopped = stop_one(task, options, instruction, guest.make)
+            guest.begin()
+            work(guest)
+        finally:
+            stopped = max(stopped, end(guest))
+        return stopped
+
+    return in_tracer(task, body)
+
+
+def end(guest: Guest) -> int:
+    """End a guest, and have its task wait for it; returns for how many nanoseconds a thread of it stood still."""
+    if not guest.pid:
+        return 0
+    task = guest.task
+    with shielded():
+        guest.end()
+        # Whatever keeps the task from being stopped once more: what is left then is a zombie, until it exits.
+        with contextlib.suppress(OSError):
+            return stop_one(task, options_for(task), guest.gadget, guest.collect)
+    return 0
+
+
 def in_tracer(task: Task, body: Callable[[], _T], *, may_be_apart: bool = True) -> _T:
     """Return what `body` does in a tracer of its own, the only one of ours that traces this task meanwhile.
 
     That is a thread, or a process that shares our memory and descriptors (`apart`). It ends in bounded time, and with
-    it, by the kernel, whatever it left traced. An interrupt of the calling thread comes after that.
+    it, by the kernel, whatever it left traced. When the calling thread is interrupted, or this process is killed, it
+    gives up what it waits for (`tracee.check_interrupt`); the interrupt is raised here after that.
     """
-    tracing.require()  # here: a thread that imports something could wait for us, who wait for it
-    in_process = (may_be_apart and _has_advantage(task)) and (
-        # To Yama's scope 1 only a parent may trace, and that is we.
-        host.yama_scope() != 1 or host.has_capability("CAP_SYS_PTRACE")
-    )
-    with _guards[task.pid % len(_guards)], _lasting():
-        try:
-            return apart.run_apart(body, in_process)
-        except apart.NoThreadError as error:
-            message = f"cannot trace a task: {error}"
-            raise IOReturnError(IOReturn.kIOReturnNoResources, message) from None
-        except ProcessLookupError as error:
-            if isinstance(error, IOReturnError):
-                raise
-            raise refusals.gone(f"task {task.pid} is gone: it exited meanwhile") from None
+    with _guard_of(task), _registered(apart.Job(body)) as job:
+        return cast("_T", _result(task, lambda: job.run(_in_process(task, may_be_apart))))
 
 
-_active: set[object] = set()
-_ending = 0
-"""The thread that ends the interpreter."""
+Leftover = tuple[int, int, int, int, int, int]
+"""What a tracer holds in a task, as `apart.hold` takes it."""
 
 
 @contextlib.contextmanager
-def _lasting() -> Iterator[None]:
-    """Keep the interpreter from ending in the middle, which would leave a task in the middle too."""
-    session = object()
-    _active.add(session)
+def beside(task: Task, body: Callable[[Callable[[Leftover], None]], object]) -> Iterator[None]:
+    """Have a tracer of its own hold what it made in a task, while the caller does what is inside of the `with`.
+
+    `body` makes it and calls its argument, which returns when the caller is through or was interrupted; it then takes
+    away what it made, and in between traces nothing else. If this process is killed in between, that is done without
+    it. Raises as `body`.
+    """
+    job = apart.Job(lambda: body(lambda leftover: apart.hold(job, leftover)))
+    with _registered(job):
+        try:
+            with _guard_of(task):
+                holds = _result(task, lambda: job.start(_in_process(task, may_be_apart=True)))
+            if holds:
+                yield
+        except BaseException:
+            job.cancel()
+            raise
+        finally:
+            with _guard_of(task):
+                _result(task, job.finish)
+
+
+def _guard_of(task: Task) -> own.Guard:
+    return _guards[task.pid % len(_guards)]
+
+
+def _in_process(task: Task, may_be_apart: bool) -> bool:
+    tracing.require()  # here: a thread that imports something could wait for us, who wait for it
+    return (may_be_apart and _has_advantage(task)) and (
+        # To Yama's scope 1 only a parent may trace, and that is we.
+        host.yama_scope() != 1 or host.has_capability("CAP_SYS_PTRACE")
+    )
+
+
+def _result(task: Task, of: Callable[[], object]) -> object:
+    """Return what a tracer returned, or raise what it raised as the error of ours that fits."""
+    try:
+        return of()
+    except apart.NoThreadError as error:
+        raise IOReturnError(IOReturn.kIOReturnNoResources, f"cannot trace a task: {error}") from None
+    except ProcessLookupError as error:
+        if isinstance(error, IOReturnError):
+            raise
+        raise refusals.gone(f"task {task.pid} is gone: it exited meanwhile") from None
+    except InterruptedJob:
+        message = f"what was done in task {task.pid} was given up: the interpreter ends"
+        raise IOReturnError(IOReturn.kIOReturnNotReady, message) from None
+
+
+@contextlib.contextmanager
+def _registered(job: apart.Job) -> Iterator[apart.Job]:
+    """Keep the interpreter from ending in the middle of a job, which would leave a task in the middle too."""
+    _active.add(job)
     try:
         if sys.is_finalizing() or _ending not in (0, threading.get_ident()):
             raise IOReturnError(IOReturn.kIOReturnNotReady, "cannot trace a task: the interpreter ends")
-        yield
+        yield job
     finally:
-        _active.discard(session)
+        _active.discard(job)
+
+
+_active: set[apart.Job] = set()
+_ending = 0
+"""The thread that ends the interpreter."""
 
 
 def _end() -> None:
     global _ending  # noqa: PLW0603
     _ending = threading.get_ident()
+    for job in tuple(_active):  # of other threads, which will not go on
+        job.cancel()
     deadline = time.monotonic() + 10
     while _active and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -133,6 +213,7 @@ def options_for(task: Task) -> int:
             if time.monotonic() > deadline:
                 tracer = preflight.tracer(task.pid, task.pid)
                 raise preflight.traced_by_another(task.pid, tracer or 0) from None
+        check_interrupt()
         time.sleep(0.002)
 
 
@@ -168,6 +249,7 @@ def seize(task: Task, activity: threads.Activity, options: int) -> Stop | None:
                 raise preflight.refused(task.pid, refusal)
         elif time.monotonic() > deadline:
             raise preflight.traced_by_another(task.pid, tracer)
+        check_interrupt()
         time.sleep(0.002)
 
 
@@ -184,10 +266,17 @@ def stop_one(task: Task, options: int, instruction: int, work: Callable[[Stop], 
                         continue
                     try:
                         stop.wait(time.monotonic() + _SHORT)
-                        stop.ready(instruction)
-                        work(stop)
                     except NotStopped:
                         late[activity.tid] = stop
+                        continue
+                    except BaseException:
+                        stop.release()
+                        raise
+                    try:
+                        stop.ready(instruction)
+                        work(stop)
+                    except Unreadable:  # another thread, or this one when it has gone on for a while
+                        stop.release()
                         continue
                     except BaseException:
                         stop.release()
@@ -195,6 +284,7 @@ def stop_one(task: Task, options: int, instruction: int, work: Callable[[Stop], 
                     return stop.release()
             if not task.alive:
                 raise refusals.gone(f"task {task.pid} is gone: it exited")
+            check_interrupt()
         raise never_stopped(task)
     finally:
         for stop in late.values():
@@ -204,8 +294,8 @@ def stop_one(task: Task, options: int, instruction: int, work: Callable[[Stop], 
 def never_stopped(task: Task) -> IOReturnError:
     """Return the error for a task none of whose threads stops."""
     states = ", ".join(sorted({threads.state(task.pid, tid) for tid in threads.thread_ids(task.pid)}))
-    message = (
-        f"task {task.pid} did not stop for {PATIENCE:g} s (its threads are in state {states}): it sleeps "
-        "uninterruptibly, is frozen, or waits for a child that it forked by vfork"
+    why = freezer.why(task.pid) or (
+        "it sleeps uninterruptibly, waits for a child that it made by vfork, or for a page fault that is not served"
     )
+    message = f"task {task.pid} did not stop within {PATIENCE:g} s (its threads are in state {states}): {why}"
     return IOReturnError(IOReturn.kIOReturnTimeout, message)

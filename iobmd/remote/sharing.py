@@ -16,8 +16,7 @@ import struct
 import weakref
 from typing import TYPE_CHECKING
 
-from iobmd import procfs, refusals
-from iobmd._native import crosstask
+from iobmd import attempt, copying, procfs, refusals
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NotFoundError
 from iobmd.shmem import alignment_of
@@ -255,8 +254,8 @@ def _locks_memory(task: Task) -> bool:
 
 
 def touch(task: Task, address: int, size: int) -> None:
-    """Have pages in the page tables of a task, as far as it goes, without stopping it."""
-    crosstask.touch(task.pid, address, size, PAGE_SIZE)
+    """Have pages in the page tables of a task, as far as it goes, without stopping it or waiting for it for long."""
+    attempt.touch(task.pid, address, size, copying.TIMEOUT)
 
 
 def _with_stopped(task: Task, work: Callable[[Stop], None]) -> int:
@@ -303,9 +302,10 @@ class _Sent:
         stop.task.write(scratch + _MESSAGE, self._message())
         stop.call("socketpair", socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC, 0, scratch + _ENDS)
         self._theirs += struct.unpack("=ii", stop.task.read(scratch + _ENDS, 8))
+        # Another thread of the task may fill the pair, or empty it: neither may make us wait while this one stands.
         with socket.socket(fileno=self._fetched(self._theirs[0])) as near:
-            socket.send_fds(near, [b"."], [self._ours])
-        stop.call("recvmsg", self._theirs[1], scratch + _MESSAGE, _MSG_CMSG_CLOEXEC)
+            socket.send_fds(near, [b"."], [self._ours], socket.MSG_DONTWAIT)
+        stop.call("recvmsg", self._theirs[1], scratch + _MESSAGE, _MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
         control = stop.task.read(scratch + _CONTROL, _HEADER + 4)
         if struct.unpack_from("=Q", control)[0] < _HEADER + 4:  # the message came without it
             raise OSError(errno.EMFILE, "recvmsg")
@@ -314,16 +314,15 @@ class _Sent:
 
     def _fetched(self, fd: int) -> int:
         try:
-            return crosstask.fetch_descriptor(self._stop.task.pidfd, fd)
-        except ProcessLookupError as error:
-            message = f"task {self._stop.task.pid} runs without its first thread, which its descriptors go by"
-            raise IOReturnError(IOReturn.kIOReturnUnsupported, message, error.errno or 0) from None
+            return self._stop.fetch(fd)
         except OSError as error:
             message = (
                 f"cannot fetch a descriptor of task {self._stop.task.pid} ({error}): pidfd_getfd needs Linux 5.6, "
-                "and a seccomp filter of this process may forbid it; `iobmd doctor` tells"
+                "of a task whose main thread has exited 6.9, and a seccomp filter of this process may forbid it; "
+                "`iobmd doctor` reports that"
             )
-            code = IOReturn.kIOReturnUnsupported if error.errno == errno.ENOSYS else IOReturn.kIOReturnNotPermitted
+            missing = error.errno in (errno.ENOSYS, errno.EINVAL)
+            code = IOReturn.kIOReturnUnsupported if missing else IOReturn.kIOReturnNotPermitted
             raise IOReturnError(code, message, error.errno or 0) from None
 
     def _message(self) -> bytes:

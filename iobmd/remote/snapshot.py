@@ -1,73 +1,115 @@
-"""A snapshot of a task's memory: a child of it, made by clone(2) in it, that is never run.
+"""A snapshot of a task's memory: a child that shares it copy-on-write and never runs.
 
-The child shares the memory copy-on-write, and the descriptors altogether (CLONE_FILES), so that none stays open for
-it. It waits in a system call, with all signals blocked, and is killed when it has been read. The task is not told (no
-SIGCHLD), and is made to wait for it, so that no zombie stays.
+While every thread of the task stands still, a guest is made in it, which forks the child: where a userfaultfd reports
+forks (UFFD_FEATURE_EVENT_FORK), the call waits until the report is read, and a guest can be killed. The child shares
+the descriptors altogether (CLONE_FILES), so that none stays open for it. Both stay stopped by their tracer, and die
+with it (PTRACE_O_EXITKILL). The task gets no signal (no SIGCHLD), and is made to wait for the guest, as the guest
+waits for the child, so that no zombie stays.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import time
+from typing import TYPE_CHECKING
 
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.remote import gadget, session, threads, tracing
-from iobmd.remote.stop import Stop
+from iobmd.remote import gadget, session
+from iobmd.remote.guest import CLONE_FILES, CLONE_FS, NO_STACK, WALL, Guest, kill
+from iobmd.remote.tracee import Unreadable, shielded
+from iobmd.remote.tracing import O_EXITKILL
 from iobmd.task import Task
 
-_CLONE_FS, _CLONE_FILES = 0x200, 0x400
-_NO_STACK = 8  # nothing is mapped there: if we are killed, whatever the child does kills it too
-_WALL, _WNOHANG = 0x40000000, 1
-_LONGEST_MS = 3600 * 1000  # for which it waits to be killed; if we are killed meanwhile, its end comes of itself
-_PATIENCE = 10.0  # seconds for it to be dead
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from iobmd.remote.stop import Stop
+
+_PATIENCE = 2.0  # seconds for the child to be made, and one more for each GiB: its page tables are copied
+_GIB = 1 << 30
+
+
+class NoSnapshot(Exception):  # noqa: N818 (there is another way)
+    """No child can be made."""
 
 
 class Snapshot:
-    """The child: `make` it while every thread of the task stands still, read the memory of `task`, and `close` it."""
+    """The child, inside of `held`.
 
-    def __init__(self, origin: Task) -> None:
+    Parameters
+    ----------
+    origin : Task
+        Whose memory it is.
+    resident : int
+        How many bytes of it are resident.
+    stopped : callable
+        Calls its argument with a stopped thread while every thread of the task stands still.
+    """
+
+    def __init__(self, origin: Task, resident: int, stopped: Callable[[Callable[[Stop], None]], None]) -> None:
         self.origin = origin
-        self._gadget = gadget.find(origin)
-        self._pid = 0
         self.stopped_ns = 0
-        """For how long the task stood still, at the most, while its zombie was collected."""
+        """For how long a thread of the task stood still for its end, at most."""
+        self._resident = resident
+        self._stopped = stopped
+        self._gadget = gadget.find(origin)
+        self._guest = Guest(origin)
+        self._pid = 0
         self._pid_there = 0  # as the task's pid namespace counts
         self._task: Task | None = None
 
-    @property
-    def task(self) -> Task:
-        """The child as a task."""
-        assert self._task is not None
-        return self._task
+    @contextlib.contextmanager
+    def held(self) -> Iterator[Task]:
+        """Make it, and end it with the `with`; gives it as a task, whose memory may be read.
+
+        Raises
+        ------
+        NoSnapshot
+            The task can have no more processes, or whoever is to be told of them does not listen.
+        IOReturnError
+            As `session.with_stopped`.
+        """
+        with session.beside(self.origin, self._live):
+            assert self._task is not None
+            yield self._task
+
+    def _live(self, hold: Callable[[session.Leftover], None]) -> None:
+        try:
+            self._stopped(self.make)
+            guest = self._guest
+            hold((self.origin.pid, self._pid, guest.pid, guest.pid_there, guest.gadget, guest.options & ~O_EXITKILL))
+        finally:
+            self._close()
 
     def make(self, stop: Stop) -> None:
-        """Make it. Raises OSError when the task can have no more processes, and as `Stop.ready`."""
-        stop.ready(self._gadget)
+        """Make it, by a thread of the task, while all of them stand still. Raises as `held`."""
         try:
-            self._pid_there = stop.call("clone", _CLONE_FS | _CLONE_FILES, _NO_STACK, 0, 0, 0)
+            stop.ready(self._gadget)
+            self._guest.make(stop)
+            self._guest.begin()
+            flags = CLONE_FS | CLONE_FILES
+            until = time.monotonic() + _PATIENCE + self._resident / _GIB
+            self._pid_there = self._guest.call("clone", flags, NO_STACK, 0, 0, 0, deadline=until)
+        except Unreadable as error:
+            raise NoSnapshot from error
+        except OSError as error:
+            if isinstance(error, IOReturnError) and error.code != IOReturn.kIOReturnTimeout:
+                raise
+            raise NoSnapshot from error
         finally:
-            self._pid = stop.child
+            self._pid = self._guest.child
         if not self._pid:
-            raise IOReturnError(IOReturn.kIOReturnError, f"task {self.origin.pid} made a child that we do not see")
-        tracing.park(self._pid, self._gadget, _LONGEST_MS)
+            raise NoSnapshot
         self._task = Task(self._pid)
 
-    def close(self) -> None:
-        """End it, and have the task wait for it."""
-        if not self._pid:
-            return
-        with contextlib.suppress(OSError):  # somebody else has killed it
-            os.kill(self._pid, signal.SIGKILL)
-        deadline = time.monotonic() + _PATIENCE
-        while threads.state(self._pid, self._pid) not in ("", "Z", "X") and time.monotonic() < deadline:
-            time.sleep(0.001)
-        self._pid = 0
-        # Whatever keeps the task from being stopped once more: a zombie stays until it exits.
-        with contextlib.suppress(OSError):
-            self.stopped_ns += session.with_stopped(self.origin, self._collect)
-
-    def _collect(self, stop: Stop) -> None:
-        stop.call("wait4", self._pid_there, 0, _WALL | _WNOHANG, 0)
+    def _close(self) -> None:
+        """End it, have the guest wait for it, and the task for the guest."""
+        with shielded():
+            if self._pid:
+                kill(self._pid)
+            if self._pid_there:
+                with contextlib.suppress(OSError):
+                    self._guest.call("wait4", self._pid_there, 0, WALL | os.WNOHANG, 0)
+            self.stopped_ns = session.end(self._guest)

@@ -12,7 +12,6 @@ import errno
 import os
 import platform
 import struct
-import time
 import warnings
 from functools import cache
 from typing import Any, NamedTuple
@@ -27,10 +26,11 @@ _GET_SYSCALL_INFO = 0x420E  # Linux 5.3
 _GET_RSEQ_CONFIGURATION = 0x420F  # Linux 5.13
 _GET_SYSCALL_USER_DISPATCH_CONFIG = 0x4211  # Linux 6.4
 O_SUSPEND_SECCOMP = 1 << 21
+O_EXITKILL = 1 << 20
+"""The traced process is killed when its tracer ends (Linux 3.8): for what we made ourselves."""
 _EVENT_STOP = 128
 _SYSCALL_EXIT = 2
 _SIGSET = 8
-_POLL = 7
 _ALL_SIGNALS = b"\xff" * _SIGSET
 
 
@@ -103,22 +103,6 @@ def report_children(tid: int, options: int) -> None:
     binding = _binding()
     wanted = options | binding.PTRACE_O_TRACESYSGOOD | binding.PTRACE_O_TRACECLONE
     _ptrace(binding.PTRACE_SETOPTIONS, tid, 0, wanted)
-
-
-def park(tid: int, instruction: int, milliseconds: int) -> None:
-    """Have a process that has just been made wait in poll(2), by the system call `instruction`, untraced."""
-    deadline = time.monotonic() + 1  # it is made, and stops in a moment
-    while True:
-        try:
-            regs = registers(tid)
-            break
-        except OSError as error:
-            if error.errno != errno.ESRCH or time.monotonic() > deadline:
-                raise
-    regs.rip, regs.rax, regs.orig_rax = instruction, _POLL, (1 << 64) - 1
-    regs.rdi, regs.rsi, regs.rdx = 0, 0, milliseconds
-    set_registers(tid, regs)
-    detach(tid)
 
 
 def interrupt(tid: int) -> None:

@@ -1,7 +1,8 @@
 """Memory of another task, held where it is: pinned through an io_uring made there, or else locked there (mlock).
 
-The ring's descriptor comes here (pidfd_getfd(2), Linux 5.6) and is closed there at once: the pins end when we close
-it, without stopping the task again, and also when we die.
+Both fault the pages in, and a fault may have to wait for the task itself: so a guest makes the calls while the task
+runs (`remote.guest`), and is killed when they do not return. The ring's descriptor comes here (pidfd_getfd(2), Linux
+5.6) and is closed there at once: the pins end when we close it, without stopping the task again, also when we die.
 """
 
 from __future__ import annotations
@@ -10,23 +11,29 @@ import contextlib
 import itertools
 import os
 import struct
+import time
 from typing import TYPE_CHECKING
 
 from iobmd import host, procfs
-from iobmd._native import crosstask
 from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError, NotFoundError
+from iobmd.errors import IOReturnError, NotFoundError, TaskTimeoutError
 from iobmd.units import PAGE_SIZE, format_size, round_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    from iobmd.remote.guest import Guest
     from iobmd.remote.stop import Stop
     from iobmd.task import Task
 
 _LARGEST = 1 << 30  # the most that one registered buffer takes
 _PARAMETERS = 128  # bytes for struct io_uring_params; behind them, in the same mapping, the struct iovec
 _REGISTER_BUFFERS = 0
+_PATIENCE = 5.0  # seconds for pages to be faulted in, and more for many of them:
+_SLOWEST = 64 << 20  # bytes a second
+USERFAULT = {"um", "uw", "ui"}
+"""Flags of memory whose page faults are reported to a userfaultfd (VmFlags in /proc/PID/smaps)."""
+
 _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS = 0x3, 0x22
 
 
@@ -41,62 +48,84 @@ class RemotePin:
 
     def __init__(self, task: Task, address: int, size: int) -> None:
         self._task = task
+        self._range = address, address + size
         self._ring = -1
         self._locked: list[tuple[int, int]] = []
         self._owner = os.getpid()
         try:
-            _with_stopped(task, lambda stop: self._pin(stop, address, size))
-        except OSError as error:
+            try:
+                self._with_guest(self._pin)
+            except OSError as error:
+                if isinstance(error, IOReturnError):
+                    raise
+                self._lock_instead(error)
+        except BaseException:
             with contextlib.suppress(IOReturnError):
                 self.release()
-            if isinstance(error, IOReturnError):
-                raise
-            self._ring_refused(task, address, size, error)
+            raise
 
     @property
     def holds_frames(self) -> bool:
         """Whether they stay in their frames; else they stay in memory."""
         return self._ring >= 0
 
-    def _pin(self, stop: Stop, address: int, size: int) -> None:
-        ends = [*range(address, address + size, _LARGEST), address + size]
-        vectors = b"".join(struct.pack("=QQ", start, end - start) for start, end in itertools.pairwise(ends))
+    def _pin(self, guest: Guest) -> None:
+        address, end = self._range
+        ends = [*range(address, end, _LARGEST), end]
+        vectors = b"".join(struct.pack("=QQ", start, stop - start) for start, stop in itertools.pairwise(ends))
         room = round_up(_PARAMETERS + len(vectors), PAGE_SIZE)
-        scratch = stop.call("mmap", 0, room, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS, -1, 0)
-        try:
-            stop.task.write(scratch + _PARAMETERS, vectors)
-            ring = stop.call("io_uring_setup", 1, scratch)
-            try:
-                stop.call("io_uring_register", ring, _REGISTER_BUFFERS, scratch + _PARAMETERS, len(ends) - 1)
-                self._ring = crosstask.fetch_descriptor(stop.task.pidfd, ring)
-            finally:
-                stop.call("close", ring)
-        finally:
-            stop.call("munmap", scratch, room)
+        scratch = guest.call("mmap", 0, room, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS, -1, 0)
+        guest.undo_by("munmap", scratch, room)
+        self._task.write(scratch + _PARAMETERS, vectors)
+        ring = guest.call("io_uring_setup", 1, scratch)
+        guest.undo_by("close", ring)
+        where = scratch + _PARAMETERS
+        with self._faulting():
+            arguments = ring, _REGISTER_BUFFERS, where, len(ends) - 1
+            guest.call("io_uring_register", *arguments, deadline=self._deadline(address, end))
+        self._ring = guest.fetch(ring)
 
-    def _ring_refused(self, task: Task, address: int, size: int, pinning: OSError) -> None:
-        """Lock it instead."""
+    def _deadline(self, start: int, end: int) -> float:
+        return time.monotonic() + _PATIENCE + (end - start) / _SLOWEST
+
+    @contextlib.contextmanager
+    def _faulting(self) -> Iterator[None]:
+        """Say of a call that did not return what it was waiting for."""
         try:
-            unlocked = _not_locked(task, address, address + size)
-            _with_stopped(task, lambda stop: self._lock(stop, unlocked))
+            yield
+        except TaskTimeoutError as error:
+            address, end = self._range
+            message = f"{error.strerror}: the page faults from {address:#x} to {end:#x} were not served"
+            with contextlib.suppress(OSError):
+                if found := userfault_area(self._task, address, end):
+                    message += f"; a userfaultfd answers for {found}, and its handler does not"
+            raise IOReturnError(error.code, message) from None
+
+    def _lock_instead(self, pinning: OSError) -> None:
+        address, end = self._range
+        try:
+            unlocked = _not_locked(self._task, address, end)
+            self._with_guest(lambda guest: self._lock(guest, unlocked))
         except IOReturnError:
             raise
         except OSError as error:
             why = host.why_not_pinned(pinning)[0]
             message = (
-                f"cannot hold {format_size(size)} of task {task.pid}: pinning there: {why}; locking there: "
-                f"{error.strerror} (its RLIMIT_MEMLOCK, or pages that are not accessible)"
+                f"cannot hold {format_size(end - address)} of task {self._task.pid}: pinning there: {why}; locking "
+                f"there: {error.strerror} (its RLIMIT_MEMLOCK, or pages that are not accessible)"
             )
             raise IOReturnError(IOReturn.kIOReturnCannotWire, message, error.errno or 0) from None
 
-    def _lock(self, stop: Stop, ranges: list[tuple[int, int]]) -> None:
-        try:
-            for start, end in ranges:
-                self._locked.append((start, end))  # first: where it fails for a page, the area is locked all the same
-                stop.call("mlock", start, end - start)
-        except BaseException:
-            self._unlock(stop)
-            raise
+    def _lock(self, guest: Guest, ranges: list[tuple[int, int]]) -> None:
+        for start, end in ranges:
+            self._locked.append((start, end))  # first: where it fails for a page, the area is locked all the same
+            with self._faulting():
+                guest.call("mlock", start, end - start, deadline=self._deadline(start, end))
+
+    def _with_guest(self, work: Callable[[Guest], None]) -> None:
+        from iobmd.remote import session  # noqa: PLC0415 (with ctypes: half of what `import iobmd` takes)
+
+        session.with_guest(self._task, work)
 
     def _unlock(self, stop: Stop) -> None:
         while self._locked:
@@ -124,6 +153,14 @@ class RemotePin:
     def __del__(self) -> None:
         with contextlib.suppress(IOReturnError, AttributeError):
             self.release()
+
+
+def userfault_area(task: Task, address: int, end: int) -> procfs.VMA | None:
+    """Return the first area of a range whose page faults a userfaultfd reports. Raises OSError."""
+    for area, flags in procfs.vm_flags(task.pid):
+        if area.start < end and address < area.end and flags & USERFAULT:
+            return area
+    return None
 
 
 def _not_locked(task: Task, address: int, end: int) -> list[tuple[int, int]]:

@@ -178,7 +178,7 @@ def test_a_thread_that_does_not_stop(tmp_path: Path) -> None:
     with program(str(tmp_path / "parent"), "6000000", stdout=-1) as target:
         time.sleep(0.1)
         begin = time.monotonic()
-        assert refusal(target.pid, "did not stop for 2 s") == IOReturn.kIOReturnTimeout
+        assert refusal(target.pid, "did not stop within 2 s") == IOReturn.kIOReturnTimeout
         assert time.monotonic() - begin < 5
         while "TracerPid:\t0" not in Path(f"/proc/{target.pid}/status").read_text():  # ends with our thread
             assert time.monotonic() - begin < 5

@@ -1,0 +1,144 @@
+# The end of a snapshot whose maker was killed: what `Snapshot` does by Python is done here without it; x86-64
+cdef extern from * nogil:
+    """
+    #include <errno.h>
+    #include <fcntl.h>
+    #include <signal.h>
+    #include <stdio.h>
+    #include <stdlib.h>
+    #include <sys/ptrace.h>
+    #include <sys/syscall.h>
+    #include <sys/types.h>
+    #include <sys/uio.h>
+    #include <sys/wait.h>
+    #include <time.h>
+    #include <unistd.h>
+
+    /* What is to be taken away: a process made by a guest, which was made in a task, and what it takes to have the
+       task wait for the guest: a system call instruction, the options to trace it with, the guest as it counts. */
+    struct iobmd_leftover { pid_t task, child, guest, guest_there; unsigned long instruction; long options; };
+
+    #ifdef __x86_64__
+    #include <sys/user.h>
+    enum { IOBMD_EVENT_STOP = 128, IOBMD_GETSIGMASK = 0x420a, IOBMD_SETSIGMASK = 0x420b, IOBMD_RSEQ = 0x420f };
+
+    static void iobmd_pause(void)
+    {
+        struct timespec moment = { 0, 50000 };
+        nanosleep(&moment, NULL);
+    }
+
+    /* Wait for a stop of a thread that is traced, at most so many times 50 us; its wait status, 0 for none. */
+    static int iobmd_next_stop(pid_t tid, int looks)
+    {
+        int status;
+        for (; looks > 0; looks--) {
+            pid_t found = waitpid(tid, &status, __WALL | WNOHANG);
+            if (found == tid) return WIFSTOPPED(status) ? status : 0;
+            if (found < 0 && errno != EINTR) return 0;
+            iobmd_pause();
+        }
+        return 0;
+    }
+
+    static void iobmd_end_traced(pid_t pid)
+    {
+        int looks = 20000;
+        if (pid <= 0) return;
+        kill(pid, SIGKILL);
+        while (looks-- > 0) {
+            int status;
+            pid_t found = waitpid(pid, &status, __WALL | WNOHANG);
+            if (found < 0 || (found == pid && !WIFSTOPPED(status))) return;
+            iobmd_pause();
+        }
+    }
+
+    /* Whether a stopped thread may be in a restartable sequence, which a call hides from the kernel (rseq(2)). */
+    static int iobmd_in_sequence(pid_t tid, pid_t task)
+    {
+        unsigned long area[3] = { 0, 0, 0 }, descriptor = 0;
+        if (ptrace((enum __ptrace_request)IOBMD_RSEQ, tid, sizeof area, area) < 0 || !area[0]) return 0;
+        struct iovec ours = { &descriptor, 8 }, theirs = { (void *)(area[0] + 8), 8 };
+        return process_vm_readv(task, &ours, 1, &theirs, 1, 0) == 8 && descriptor;
+    }
+
+    /* Calls that a stop ends with EINTR, and that are begun again (`threads.ENDED_BY_A_STOP`). */
+    static int iobmd_is_ended(long call)
+    {
+        static const short calls[] = { 0, 1, 19, 20, 42, 43, 44, 45, 46, 47, 65, 128, 208, 220, 232, 281, 288, 299,
+                                       307, 333, 426, 441 };
+        for (size_t i = 0; i < sizeof calls / sizeof *calls; i++)
+            if (calls[i] == call) return 1;
+        return 0;
+    }
+
+    /* Have one thread of the task wait for the guest. 1: it was done, or the thread has gone; 0: try another. */
+    static int iobmd_wait_in(const struct iobmd_leftover *left, pid_t tid)
+    {
+        struct user_regs_struct before, regs;
+        unsigned long mask, all = ~0ul;
+        int status, stops = 0, done = 0;
+        if (ptrace(PTRACE_SEIZE, tid, 0, left->options | PTRACE_O_TRACESYSGOOD) < 0) return 0;
+        ptrace(PTRACE_INTERRUPT, tid, 0, 0);
+        while ((status = iobmd_next_stop(tid, 4000)) && status >> 16 != IOBMD_EVENT_STOP)
+            ptrace(PTRACE_CONT, tid, 0, WSTOPSIG(status));
+        if (!status) return 0;  /* it is let go with the end of this process */
+        if (ptrace(PTRACE_GETREGS, tid, 0, &before) < 0) return 0;
+        if ((long)before.rax == -EINTR && iobmd_is_ended((long)before.orig_rax)) {
+            before.rax = (unsigned long)-514L;  /* ERESTARTNOHAND */
+            ptrace(PTRACE_SETREGS, tid, 0, &before);
+        }
+        if (before.cs == 0x33 && !iobmd_in_sequence(tid, left->task) &&
+            ptrace((enum __ptrace_request)IOBMD_GETSIGMASK, tid, 8, &mask) == 0) {
+            regs = before;
+            regs.rip = left->instruction;
+            regs.rax = 61;  /* wait4 */
+            regs.orig_rax = ~0ul;
+            regs.rdi = (unsigned long)left->guest_there;
+            regs.rsi = regs.r10 = 0;
+            regs.rdx = __WALL | WNOHANG;
+            ptrace((enum __ptrace_request)IOBMD_SETSIGMASK, tid, 8, &all);
+            ptrace(PTRACE_SETREGS, tid, 0, &regs);
+            while (stops < 2) {
+                ptrace(PTRACE_SYSCALL, tid, 0, 0);
+                if (!(status = iobmd_next_stop(tid, 20000))) break;
+                if (WSTOPSIG(status) == (SIGTRAP | 0x80)) stops++;
+            }
+            done = stops == 2;
+            ptrace(PTRACE_SETREGS, tid, 0, &before);
+            ptrace((enum __ptrace_request)IOBMD_SETSIGMASK, tid, 8, &mask);
+        }
+        ptrace(PTRACE_DETACH, tid, 0, 0);
+        return done;
+    }
+
+    static void iobmd_take_away(const struct iobmd_leftover *left)
+    {
+        char path[32];
+        iobmd_end_traced(left->child);
+        iobmd_end_traced(left->guest);
+        snprintf(path, sizeof path, "/proc/%d/task", (int)left->task);
+        for (int tries = 0, done = 0; tries < 20 && !done; tries++) {
+            /* Not opendir(3): it allocates, and who was killed may have held the lock of the heap. */
+            char entries[4096] __attribute__((aligned(8)));
+            int folder = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+            long size = folder < 0 ? 0 : syscall(SYS_getdents64, folder, entries, sizeof entries);
+            for (long at = 0; at < size && !done; at += *(unsigned short *)(entries + at + 16)) {
+                pid_t tid = (pid_t)atoi(entries + at + 19);
+                done = tid > 0 && iobmd_wait_in(left, tid);
+            }
+            if (folder < 0) return;
+            close(folder);
+            iobmd_pause();
+        }
+    }
+    #else
+    static void iobmd_take_away(const struct iobmd_leftover *left) { (void)left; }
+    #endif
+    """
+    struct iobmd_leftover:
+        int task, child, guest, guest_there
+        unsigned long instruction
+        long options
+    void iobmd_take_away(const iobmd_leftover *left)

@@ -1,0 +1,145 @@
+"""A process in the address space of another task, for system calls that may wait.
+
+A call that a stopped thread of the task makes must never wait: it may wait for that very thread, as it does for the
+page faults that a task answers itself (userfaultfd(2)), and it cannot be taken out of the call. So the thread only
+makes a process that shares its memory and descriptors. That process does the rest while the task runs, and it alone
+is killed when a call does not return.
+
+It is made by clone(2) with CLONE_VM, executes nothing but the task's own system call instruction, and is traced from
+its first moment, then with PTRACE_O_EXITKILL: it dies with its tracer. The task gets no signal for it, and is made to
+wait for it, so that no zombie stays. A thread (CLONE_THREAD) would leave no zombie, but could not be killed alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from typing import TYPE_CHECKING
+
+from iobmd import refusals
+from iobmd._native import crosstask
+from iobmd.constants import IOReturn
+from iobmd.errors import IOReturnError
+from iobmd.remote import threads, tracing
+from iobmd.remote.tracee import InterruptedJob, NotStopped, Tracee
+
+if TYPE_CHECKING:
+    from iobmd.remote.stop import Stop
+    from iobmd.task import Task
+
+_CLONE_VM, CLONE_FS, CLONE_FILES = 0x100, 0x200, 0x400
+NO_STACK = 8  # nothing is mapped there: released by a tracer that died, it ends at its first instruction
+WALL = 0x40000000
+_PATIENCE = 5.0  # seconds for a process that was killed to be dead, and for its first stop
+
+
+class Guest(Tracee):
+    """The process: `make` it in a stopped thread, `begin`, make calls in it, and end it by `session.end`."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task, 0, 0)
+        self.pid_there = 0
+        """Its number as the task's pid namespace counts."""
+        self._undo: list[tuple[str, tuple[int, ...]]] = []
+        self._is_stuck = False
+
+    def make(self, stop: Stop) -> None:
+        """Make it in a thread that is ready for system calls. Raises OSError: the task can have no more processes."""
+        try:
+            self.pid_there = stop.call("clone", _CLONE_VM | CLONE_FS | CLONE_FILES, NO_STACK, 0, 0, 0)
+        finally:
+            self._pid = self._tid = stop.child
+        if not self._pid:
+            message = f"task {self.task.pid} made a process that this one does not see"
+            raise IOReturnError(IOReturn.kIOReturnError, message)
+        self.gadget, self.options = stop.gadget, stop.options | tracing.O_EXITKILL
+
+    @property
+    def pid(self) -> int:
+        """Its number, 0 until it is made."""
+        return self._pid
+
+    def begin(self) -> None:
+        """Wait for it to be ready for calls."""
+        self._look(lambda: tracing.stopped_for(self._tid), time.monotonic() + _PATIENCE)
+        tracing.report_children(self._tid, self.options)
+        self._registers = tracing.registers(self._tid)
+
+    def call(self, name: str, *arguments: int, deadline: float | None = None) -> int:
+        """As `Tracee.call`, but it may wait, and with a deadline be interrupted; then no other call can be made.
+
+        Raises
+        ------
+        InterruptedJob
+            While it waited.
+        IOReturnError
+            `kIOReturnTimeout`: it did not return until the deadline.
+        """
+        try:
+            until = deadline or time.monotonic() + _PATIENCE
+            return self._call(name, arguments, until, interruptible=deadline is not None)
+        except (NotStopped, InterruptedJob) as error:
+            self._is_stuck = True
+            if isinstance(error, InterruptedJob):
+                raise
+            message = f"{name} in task {self.task.pid} did not return in time"
+            raise IOReturnError(IOReturn.kIOReturnTimeout, message) from None
+
+    def undo_by(self, name: str, *arguments: int) -> None:
+        """Make a call when it ends, which undoes what was done; the last first."""
+        self._undo.append((name, arguments))
+
+    def fetch(self, fd: int) -> int:
+        """As `Tracee.fetch`, whatever became of the first thread of the task."""
+        pidfd = os.pidfd_open(self._pid)
+        try:
+            return crosstask.fetch_descriptor(pidfd, fd)
+        finally:
+            os.close(pidfd)
+
+    def end(self) -> None:
+        """Undo what is to be undone as far as this can do it, and kill it; `collect` has then to be called."""
+        if self._registers is not None and not self._is_stuck:
+            with contextlib.suppress(IOReturnError):
+                self._undo_in(self)
+        kill(self._pid)
+
+    def collect(self, stop: Stop) -> None:
+        """Have the task wait for it, when it was killed, and undo the rest."""
+        self._undo_in(stop)
+        if self.pid_there > 0:
+            stop.call("wait4", self.pid_there, 0, WALL | os.WNOHANG, 0)
+
+    def _undo_in(self, tracee: Tracee) -> None:
+        while self._undo:
+            name, arguments = self._undo[-1]
+            try:
+                tracee.call(name, *arguments)
+            except OSError as error:
+                if isinstance(error, IOReturnError):
+                    raise
+            self._undo.pop()
+
+    def _ended(self) -> IOReturnError:
+        if self.task.alive:
+            message = f"the process that makes system calls for us in task {self.task.pid} was killed"
+            return IOReturnError(IOReturn.kIOReturnError, message)
+        return refusals.gone(f"task {self.task.pid} is gone: it exited")
+
+
+def kill(pid: int) -> None:
+    """Kill a process that this OS thread traces, and reap it as its tracer."""
+    with contextlib.suppress(OSError):
+        os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            if os.waitpid(pid, WALL | os.WNOHANG)[0]:
+                return
+        except ChildProcessError:  # another thread of ours waited for any process, and got this one's end
+            return
+        if threads.state(pid, pid) == "":
+            return
+        time.sleep(0.0002)

@@ -1,0 +1,200 @@
+"""System calls in a thread of another process that this OS thread traces (ptrace(2), x86-64)."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import signal
+import time
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from iobmd import refusals
+from iobmd._native import apart, crosstask
+from iobmd.constants import IOReturn
+from iobmd.errors import IOReturnError
+from iobmd.remote import threads, tracing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from iobmd.task import Task
+
+    _T = TypeVar("_T")
+
+SYSCALLS = {
+    "mmap": 9, "munmap": 11, "socketpair": 53, "recvmsg": 47, "close": 3, "clone": 56, "wait4": 61,
+    "close_range": 436, "mlock": 149, "munlock": 150, "mprotect": 10, "io_uring_setup": 425, "io_uring_register": 427,
+}  # fmt: skip
+_ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
+_NO_CALL = (1 << 64) - 1  # in orig_rax: the registers are not those of an interrupted system call
+_WORD = (1 << 64) - 1
+_BEGIN = 1.0  # seconds for a thread to begin a call
+_SPINS = 100  # looks at a thread before they are spaced out, a tenth of a millisecond or two
+
+_yield_processor = ctypes.PyDLL(None).sched_yield  # without releasing the GIL
+
+
+class NotStopped(Exception):  # noqa: N818 (another thread may do)
+    """The thread did not stop in time: it is in an uninterruptible sleep, or frozen."""
+
+
+class Unreadable(Exception):  # noqa: N818 (it may pass)
+    """What has to be read of a stopped thread is in a page that is not present: its fault could wait for the task."""
+
+
+class InterruptedJob(Exception):  # noqa: N818 (its cause is raised in the calling thread)
+    """The caller was interrupted, or this process was killed: the wait is given up."""
+
+
+def check_interrupt() -> None:
+    """Raise `InterruptedJob` if what this thread does is to be given up."""
+    if apart.interrupted():
+        raise InterruptedJob
+
+
+@contextlib.contextmanager
+def shielded() -> Iterator[None]:
+    """Finish what is inside even when the caller is interrupted: what was made in the other task is taken away."""
+    apart.shield(1)
+    try:
+        yield
+    finally:
+        apart.shield(-1)
+
+
+class Tracee:
+    """A thread that this OS thread traces, and that makes system calls while it is stopped between two of its own.
+
+    Parameters
+    ----------
+    task : Task
+        Whose memory and descriptors its calls are about.
+    pid, tid : int
+        Its process and its own number.
+    """
+
+    def __init__(self, task: Task, pid: int, tid: int) -> None:
+        self.task = task
+        self.child = 0
+        """The process that its last clone made, as this process counts."""
+        self._pid = pid
+        self._tid = tid
+        self._registers: Any = None
+        self.gadget = 0
+        self.options = 0
+
+    def call(self, name: str, *arguments: int) -> int:
+        """Make a system call in the thread that never waits, for it cannot be left; returns its result.
+
+        Raises
+        ------
+        OSError
+            As the call failed there.
+        IOReturnError
+            `kIOReturnNotFound`: the thread died. `kIOReturnTimeout`: the thread does not run.
+        """
+        return self._call(name, arguments, None, interruptible=False)
+
+    def _call(self, name: str, arguments: tuple[int, ...], deadline: float | None, *, interruptible: bool) -> int:
+        """As `call`. Raises NotStopped and InterruptedJob too: it has not returned until then."""
+        if name == "clone":
+            tracing.report_children(self._tid, self.options)
+        regs = tracing.copy_of(self._registers)
+        regs.rip, regs.rax, regs.orig_rax = self.gadget, SYSCALLS[name], _NO_CALL
+        for register, value in zip(_ARGUMENTS, arguments, strict=False):
+            setattr(regs, register, value & _WORD)
+        tracing.set_registers(self._tid, regs)
+        try:
+            self._to_syscall_stop(time.monotonic() + _BEGIN, at_exit=False)
+        except NotStopped:  # it can be left still; a frozen task does not begin a call
+            self._take_back()
+            raise self.does_not_run() from None
+        result = self._to_syscall_stop(deadline, at_exit=True, interruptible=interruptible)
+        if -4096 < result < 0:
+            raise OSError(-result, f"{name} in task {self.task.pid}: {os.strerror(-result)}")
+        return result & _WORD if name == "mmap" else result
+
+    def _to_syscall_stop(self, deadline: float | None, *, at_exit: bool, interruptible: bool = False) -> int:
+        tracing.run_to_syscall_stop(self._tid)
+        while True:
+            try:
+                stop = self._look(lambda: tracing.syscall_stop(self._tid), deadline, interruptible=interruptible)
+            except OSError as error:
+                if isinstance(error, IOReturnError) or error.errno != errno.EBUSY:
+                    raise
+                self._pass_over_signal()
+                continue
+            if stop.at_exit == at_exit:
+                return stop.result
+            tracing.run_to_syscall_stop(self._tid)
+
+    def does_not_run(self) -> IOReturnError:
+        """Return the error for a thread that stops, but does not go on to a system call."""
+        from iobmd.remote import freezer  # noqa: PLC0415 (for the message only)
+
+        message = f"task {self.task.pid} does not run: {freezer.why(self.task.pid) or 'no processor is left to it'}"
+        return IOReturnError(IOReturn.kIOReturnTimeout, message)
+
+    def _take_back(self) -> None:
+        """Have it stop before the call that it does not begin."""
+        tracing.interrupt(self._tid)
+        with contextlib.suppress(NotStopped):
+            self._look(lambda: tracing.stopped_for(self._tid), time.monotonic() + _BEGIN)
+
+    def _pass_over_signal(self) -> None:
+        """Go on after a stop by what cannot be blocked: SIGSTOP, which stops its process all the same, or a fault."""
+        why = tracing.stopped_for(self._tid)
+        if why is None:
+            return
+        number = 0
+        if why.is_clone:
+            self.child = tracing.event_message(self._tid)
+        elif not why.is_event_stop:
+            number = why.number
+            if number != signal.SIGSTOP:
+                message = f"task {self.task.pid} got {signal.Signals(number).name} for a system call of ours"
+                raise IOReturnError(IOReturn.kIOReturnError, message)
+        tracing.run_to_syscall_stop(self._tid, number)
+
+    def _look(self, look: Callable[[], _T | None], deadline: float | None, *, interruptible: bool = False) -> _T:
+        """Wait for what `look` finds: at first without giving the processor's time to other threads of ours.
+
+        Raises
+        ------
+        NotStopped
+            Not until the deadline.
+        InterruptedJob
+        IOReturnError
+            `kIOReturnNotFound`.
+        """
+        spins = 0
+        while (found := look()) is None:
+            spins += 1
+            if spins < _SPINS:
+                _yield_processor()
+                continue
+            if threads.state(self._pid, self._tid) in ("", "Z", "X", "x"):
+                raise self._ended()
+            if deadline is not None and time.monotonic() > deadline:
+                raise NotStopped
+            if interruptible:
+                check_interrupt()
+            time.sleep(0.00005 if spins < 2 * _SPINS else 0.0005)
+        return found
+
+    def _ended(self) -> IOReturnError:
+        return refusals.gone(f"task {self.task.pid} is gone: it exited, or its thread {self._tid} did")
+
+    def fetch(self, fd: int) -> int:
+        """Return a descriptor of this process for one of the thread's. Raises OSError."""
+        try:
+            return crosstask.fetch_descriptor(self.task.pidfd, fd)
+        except ProcessLookupError:
+            # The first thread of the task has exited. Another's pidfd does as well (PIDFD_THREAD, Linux 6.9).
+            pidfd = os.pidfd_open(self._tid, os.O_EXCL)
+        try:
+            return crosstask.fetch_descriptor(pidfd, fd)
+        finally:
+            os.close(pidfd)

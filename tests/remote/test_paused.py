@@ -1,0 +1,208 @@
+"""Tasks whose cgroup is frozen, as by `docker pause`, and tasks whose main thread has exited."""
+
+import contextlib
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import kernel
+from support.targets import Belongings, Target, build_from, check_as_before, until
+
+import iobmd
+from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Wiring
+
+MIB = 1 << 20
+SIZE = 16 * MIB
+COUNTER = r"""
+#include <pthread.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+/* Counts in the first word of every page of 16 MiB, in a thread; "alone": the main thread exits before. */
+static volatile char *area;
+static void *count(void *unused) {
+    (void)unused;
+    for (uint64_t round = 1;; round++)
+        for (size_t at = 0; at < 16 << 20; at += 4096) *(volatile uint64_t *)(area + at) = round;
+    return 0;
+}
+static void *wait_(void *unused) { (void)unused; for (;;) pause(); return 0; }
+int main(int argc, char **argv) {
+    pthread_t thread;
+    area = mmap(0, 16 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    memset((char *)area, 'x', 16 << 20);
+    pthread_create(&thread, 0, strcmp(argv[1], "alone") ? count : wait_, 0);
+    printf("ready\n%lu\n", (unsigned long)area);
+    fflush(stdout);
+    if (!strcmp(argv[1], "alone")) pthread_exit(0);
+    for (;;) pause();
+    return argc;
+}
+"""
+
+pytestmark = [pytest.mark.needs("compiler", "root"), pytest.mark.usefixtures("nothing_left")]
+
+
+class Freezer:
+    """A group of the cgroup freezer, of version 1 or 2, with one task."""
+
+    def __init__(self, mount: Path, kind: str, pid: int) -> None:
+        self._root, self._pid, self._v2 = mount, pid, kind == "cgroup2"
+        self.group = mount / f"iobmd-test-{os.getpid()}"
+        self.group.mkdir()
+        (self.group / "cgroup.procs").write_text(str(pid))
+
+    def freeze(self) -> None:
+        if self._v2:
+            (self.group / "cgroup.freeze").write_text("1")
+            assert until(lambda: "frozen 1" in (self.group / "cgroup.events").read_text())
+        else:
+            (self.group / "freezer.state").write_text("FROZEN")
+            assert until(lambda: (self.group / "freezer.state").read_text() == "FROZEN\n")
+
+    def is_frozen(self) -> bool:
+        if self._v2:
+            return "frozen 1" in (self.group / "cgroup.events").read_text()
+        return (self.group / "freezer.state").read_text() == "FROZEN\n"
+
+    def thaw(self) -> None:
+        (self.group / ("cgroup.freeze" if self._v2 else "freezer.state")).write_text("0" if self._v2 else "THAWED")
+
+    def end(self) -> None:
+        self.thaw()
+        (self._root / "cgroup.procs").write_text(str(self._pid))
+        assert until(lambda: not (self.group / "cgroup.procs").read_text())
+        self.group.rmdir()
+
+
+@contextlib.contextmanager
+def mounted(kind: str, folder: Path) -> Iterator[Path]:
+    """Mount the hierarchy of version 1's freezer ("cgroup"), or that of version 2 ("cgroup2")."""
+    options = ["-o", "freezer"] if kind == "cgroup" else []
+    done = subprocess.run(
+        ["mount", "-t", kind, *options, "none", folder], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"the kernel has no freezer of {kind}: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def target() -> Iterator[Target]:
+    with Target([build_from("cc", COUNTER, ".c", "-x", "c", "-O2", "-pthread"), "counts"]) as program:
+        yield program
+
+
+@pytest.fixture(params=["cgroup", "cgroup2"])
+def freezer(request: pytest.FixtureRequest, tmp_path: Path, target: Target) -> Iterator[Freezer]:
+    with mounted(request.param, tmp_path) as mount:
+        group = Freezer(mount, request.param, target.pid)
+        try:
+            yield group
+        finally:
+            group.end()
+
+
+def switches(pid: int) -> dict[str, list[str]]:
+    return {
+        thread.name: [line for line in (thread / "status").read_text().splitlines() if "ctxt_switches" in line]
+        for thread in Path(f"/proc/{pid}/task").iterdir()
+    }
+
+
+def test_frozen_copy_of_a_paused_task(target: Target, freezer: Freezer) -> None:
+    """It stands still already: its memory is copied as it is, and it stays paused all the while."""
+    address = int(target.line())
+    freezer.freeze()
+    before = switches(target.pid)
+    begin = time.monotonic()
+    with iobmd.copy(target.pid, address, SIZE, freeze=True, wired=False) as buffer:
+        assert time.monotonic() - begin < 1.5
+        data = buffer.readBytes(0, SIZE)
+        assert buffer.source_stopped_ns == 0
+    assert freezer.is_frozen()
+    assert switches(target.pid) == before, "it ran"
+    assert data == iobmd.Task(target.pid).read(address, SIZE)
+    freezer.thaw()
+    assert until(lambda: iobmd.Task(target.pid).read(address, 8) != data[:8])
+    with iobmd.copy(target.pid, address, SIZE, freeze=True, wired=False) as buffer:
+        assert buffer.source_stopped_ns > 0, "it is not paused any more"
+
+
+def test_thawed_during_the_copy(target: Target, freezer: Freezer) -> None:
+    """Then it is stopped as any other task, and the copy is of one moment nevertheless."""
+    address = int(target.line())
+    thawed: list[int] = []
+
+    def thaw(copied: int) -> None:
+        thawed.append(copied)
+        freezer.thaw()
+        time.sleep(0.01)
+
+    for _ in range(50):  # until this thread, which hears of the progress, copies a part of it
+        freezer.freeze()
+        with iobmd.copy(target.pid, address, SIZE, freeze=True, wired=False, progress=thaw) as buffer:
+            with memoryview(buffer) as view:
+                counts = [int.from_bytes(view[at : at + 8], "little") for at in range(0, SIZE, kernel.PAGE)]
+            assert bool(buffer.source_stopped_ns) == bool(thawed)
+        if thawed:
+            break
+    assert thawed
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] - counts[-1] <= 1
+
+
+def test_calls_in_a_paused_task(target: Target, freezer: Freezer) -> None:
+    """No call can be made there: the error names the group that is frozen, and what thaws it."""
+    address = int(target.line())
+    before = Belongings.of(target.pid)
+    freezer.freeze()
+    with IOMemoryDescriptor.withAddressRange(address, MIB, 3, target.pid) as memory:
+        for call in (lambda: iobmd.allocate(4096, task=target.pid, wired=False), memory.prepare):
+            begin = time.monotonic()
+            with pytest.raises(IOReturnError, match="thaw it") as caught:
+                call()
+            assert time.monotonic() - begin < 8
+            assert caught.value.code == IOReturn.kIOReturnTimeout
+            assert f"/{freezer.group.name} is frozen" in str(caught.value)
+        freezer.thaw()
+        memory.prepare()
+        memory.complete()
+    check_as_before(target.pid, before)
+
+
+def test_a_task_whose_main_thread_has_exited() -> None:
+    program = build_from("cc", COUNTER, ".c", "-x", "c", "-O2", "-pthread")
+    with Target([program, "alone"]) as target:
+        address = int(target.line())
+        assert until(lambda: Path(f"/proc/{target.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
+        (thread,) = {path.name for path in Path(f"/proc/{target.pid}/task").iterdir()} - {str(target.pid)}
+        before = Path(f"/proc/{thread}/maps").read_text(), os.listdir(f"/proc/{thread}/fd")  # noqa: PTH208
+        with IOMemoryDescriptor.withAddressRange(address, MIB, 3, target.pid) as memory:
+            memory.prepare()
+            assert memory.wiring is Wiring.PINNED
+            assert kernel.status("VmPin", thread) >= MIB
+            memory.complete()
+        for size in (4096, SIZE):
+            with iobmd.copy(target.pid, address, size, freeze=True, wired=False) as buffer:
+                assert buffer.readBytes(0, size) == b"x" * size
+        with iobmd.allocate(4096, shared=True) as shared:
+            shared.writeBytes(0, b"seen")
+            try:
+                mapped = shared.createMappingInTask(target.pid, 0, IOMapOptions.kIOMapAnywhere)
+            except IOReturnError as error:
+                assert error.code == IOReturn.kIOReturnUnsupported
+                assert "6.9" in str(error)
+            else:
+                assert iobmd.Task(target.pid).read(mapped.getAddress(), 4) == b"seen"
+                mapped.unmap()
+        after = Path(f"/proc/{thread}/maps").read_text(), os.listdir(f"/proc/{thread}/fd")  # noqa: PTH208
+        assert after == before

@@ -1,0 +1,248 @@
+"""Programs that serve their own page faults: whatever is done to them, nothing waits for what stands still."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support import kernel
+from support.child import in_child
+from support.targets import Belongings, Target, build, check_as_before, need_ptrace, until
+
+import iobmd
+from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Wiring, copying
+
+MIB = 1 << 20
+INOUT = 3
+
+pytestmark = [pytest.mark.needs("compiler", "root"), pytest.mark.usefixtures("nothing_left")]
+
+
+@pytest.fixture(autouse=True)
+def may_trace() -> None:
+    need_ptrace()
+
+
+class Served(Target):
+    """The program, with the addresses of the range whose faults it serves and of an ordinary one, 1 MiB each."""
+
+    def __init__(self, handler: str = "poll", main: str = "read", mode: str = "serve") -> None:
+        super().__init__([build("userfault"), handler, main, mode])
+        self.area, self.plain = map(int, self.line().split())
+        self.obeys = main == "read"
+        self.before = Belongings.of(self.pid)
+
+    def check_unharmed(self) -> None:
+        """Check that it runs, untraced, with all it had and nothing else, and that its handler still serves."""
+        assert until(lambda: not traced(self.pid) and not children(self.pid), 4), (self.state(), children(self.pid))
+        check_as_before(self.pid, self.before)
+        if self.obeys:
+            self.tell("check")
+            assert self.line() == "intact"
+
+
+def traced(pid: int) -> list[str]:
+    """Return the threads that are traced, or stopped by a tracer."""
+    found = []
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        text = (thread / "status").read_text()
+        if "TracerPid:\t0\n" not in text or "State:\tt" in text:
+            found.append(thread.name)
+    return found
+
+
+def children(pid: int) -> str:
+    return "".join(
+        Path(f"/proc/{pid}/task/{tid.name}/children").read_text() for tid in Path(f"/proc/{pid}/task").iterdir()
+    )
+
+
+def soon(action: Callable[[], object], seconds: float = 20) -> object:
+    """Return what `action` returns in a forked child, which a hang does not outlive; it must not take longer."""
+    begin = time.monotonic()
+    result = in_child(action)
+    assert time.monotonic() - begin < seconds
+    return result
+
+
+def copied(target: Served, **how: object) -> bytes:
+    with iobmd.copy(target.pid, target.area, MIB, wired=False, **how) as buffer:
+        return buffer.readBytes(0, MIB)
+
+
+def prepared(target: Served) -> Wiring:
+    with IOMemoryDescriptor.withAddressRange(target.area, MIB, INOUT, target.pid) as memory:
+        memory.prepare()
+        wiring = memory.wiring
+        assert kernel.status("VmPin", target.pid) >= MIB
+        memory.complete()
+        return wiring
+
+
+@pytest.fixture(params=["poll", "read"])
+def handler(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=["read", "spin"])
+def main(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("freeze", [False, True], ids=["copy", "freeze"])
+def test_copy(handler: str, main: str, freeze: bool) -> None:
+    with Served(handler, main) as target:
+        assert soon(lambda: copied(target, freeze=freeze)) == b"u" * MIB
+        target.check_unharmed()
+
+
+def test_prepare(handler: str, main: str) -> None:
+    with Served(handler, main) as target:
+        assert soon(lambda: prepared(target)) is Wiring.PINNED
+        # Not at once: compaction may be moving some.
+        assert until(lambda: all(entry >> 63 for entry in kernel.entries(target.area, MIB, target.pid)), 5)
+        target.check_unharmed()
+
+
+def test_prepare_of_pages_protected_from_writes(handler: str) -> None:
+    """Every page is present, and still a pin, which is for writing too, needs the handler for each."""
+    with Served(handler, "read", "protect") as target:
+        assert soon(lambda: prepared(target)) is Wiring.PINNED
+        target.check_unharmed()
+
+
+def failing(action: Callable[[], object]) -> Callable[[], IOReturnError]:
+    """Return what returns the error of `action`."""
+
+    def run() -> IOReturnError:
+        with pytest.raises(IOReturnError) as caught:
+            action()
+        return caught.value
+
+    return run
+
+
+def test_prepare_with_a_stalled_handler() -> None:
+    """An error within seconds that names the cause; the program goes on all the while, and afterwards."""
+    with Served(mode="stall") as target:
+        error = soon(failing(lambda: prepared(target)), 9)
+        assert isinstance(error, IOReturnError)
+        assert error.code == IOReturn.kIOReturnTimeout
+        assert "userfaultfd" in str(error)
+        target.tell("serve")
+        assert target.line() == "intact"
+        target.check_unharmed()
+
+
+def test_prefault_with_a_stalled_handler() -> None:
+    """It is a wish: given up after a while."""
+    with Served(mode="stall") as target:
+
+        def prefault() -> None:
+            copying.TIMEOUT = 0.5
+            with IOMemoryDescriptor.withAddressRange(target.area, MIB, INOUT, target.pid) as memory:
+                options = IOMapOptions.kIOMapAnywhere | IOMapOptions.kIOMapPrefault
+                memory.createMappingInTask(target.pid, 0, options).unmap()
+
+        soon(prefault, 5)
+        target.tell("serve")
+        assert target.line() == "intact"
+        target.check_unharmed()
+
+
+@pytest.mark.parametrize("freeze", [False, True], ids=["copy", "freeze"])
+def test_copy_with_a_stalled_handler(freeze: bool) -> None:
+    """An error within the time that the caller allows; the program runs all the while."""
+    with Served(mode="stall") as target:
+        error = soon(failing(lambda: copied(target, freeze=freeze, timeout=0.5)), 3)
+        assert isinstance(error, IOReturnError)
+        assert error.code == IOReturn.kIOReturnTimeout
+        assert error.address == target.area
+        target.tell("serve")
+        assert target.line() == "intact"
+        target.check_unharmed()
+
+
+def test_freeze_of_pages_that_go_away_again() -> None:
+    """They are missing whenever the program stands still: refused by name, or all of them happened to be there."""
+    with Served(mode="drop", main="spin") as target:
+
+        def copy() -> str:
+            try:
+                assert copied(target, freeze=True) == b"u" * MIB
+            except IOReturnError as error:
+                assert error.code == IOReturn.kIOReturnUnsupported
+                return str(error)
+            return "userfaultfd"
+
+        assert "userfaultfd" in str(soon(copy))
+        target.check_unharmed()
+
+
+def test_freeze_of_other_memory_of_a_task_that_hears_of_forks() -> None:
+    """A child would not be made until its handler, which stands still, had read the report."""
+    with Served(mode="fork") as target:
+
+        def copy() -> bytes:
+            with iobmd.copy(target.pid, target.plain, MIB, wired=False, freeze=True) as buffer:
+                return buffer.readBytes(0, MIB)
+
+        assert soon(copy, 5) == b"p" * MIB
+        target.check_unharmed()
+
+
+CALLS = {
+    "copy": "iobmd.copy(pid, area, size, wired=False)",
+    "freeze": "iobmd.copy(pid, area, size, wired=False, freeze=True)",
+    "prepare": "iobmd.IOMemoryDescriptor.withAddressRange(area, size, 3, pid).prepare()",
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_interrupt(call: str) -> None:
+    """Ctrl-C ends the wait for a handler that is stalled."""
+    with Served(mode="stall") as target:
+        script = (
+            "import iobmd, sys\n"
+            f"pid, area, size = {target.pid}, {target.area}, {MIB}\n"
+            f"print('begin', flush=True)\ntry: {CALLS[call]}\n"
+            "except KeyboardInterrupt: sys.exit(7)\n"
+        )
+        with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as program:
+            assert program.stdout
+            program.stdout.readline()
+            time.sleep(0.5)
+            assert program.poll() is None, "it waits"
+            begin = time.monotonic()
+            program.send_signal(signal.SIGINT)
+            try:
+                assert program.wait(10) == 7
+            finally:
+                program.kill()
+            assert time.monotonic() - begin < 2
+        target.tell("serve")
+        assert target.line() == "intact"
+        target.check_unharmed()
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_killed_as_it_waits(call: str) -> None:
+    """SIGKILL at that moment, too, leaves the program running, untraced, with nothing of ours in it."""
+    with Served(mode="stall") as target:
+        script = (
+            f"import iobmd\npid, area, size = {target.pid}, {target.area}, {MIB}\nprint(1, flush=True)\n{CALLS[call]}"
+        )
+        with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as program:
+            assert program.stdout
+            program.stdout.readline()
+            time.sleep(0.5)
+            assert program.poll() is None, "it waits"
+            program.kill()
+            program.wait(10)
+        assert until(lambda: not traced(target.pid), 3)
+        target.tell("serve")
+        assert target.line() == "intact"
+        target.check_unharmed()
