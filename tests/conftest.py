@@ -1,23 +1,30 @@
 """Requirements, the report header, and the fixtures that change the host and put it back."""
 
+import contextlib
 import ctypes
 import gc
 import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support import requirements, zoo
+from support import guard, inherited, requirements, zoo
 from support.kernel import Footprint
 
 import iobmd
 
 REQUIRE_ALL = os.environ.get("IOBMD_REQUIRE") == "all"
+Undoing = Callable[..., AbstractContextManager[None]]
+GUARD = pytest.StashKey[guard.Guard]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    inherited.set_to_expected()
+    config.stash[GUARD] = guard.Guard()
     if "IOBMD_GUEST" not in os.environ:  # emulated, the import takes seconds, and no test in guests needs it
         import hypothesis
 
@@ -25,6 +32,28 @@ def pytest_configure(config: pytest.Config) -> None:
         hypothesis.settings.register_profile("iobmd", database=None, deadline=None)
         hypothesis.settings.load_profile("iobmd")
     config.addinivalue_line("markers", "needs(*requirements): what the test needs of the host (support.requirements)")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[GUARD].close()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> None:
+    """Have the guard end what pytest-timeout, which begins to wait now, does not."""
+    item.config.stash[GUARD].limit(item.nodeid, settings.timeout + guard.MARGIN)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
+    try:
+        return (yield)
+    finally:
+        item.config.stash[GUARD].limit(item.nodeid, None)
+
+
+def pytest_enter_pdb(config: pytest.Config) -> None:
+    config.stash[GUARD].limit("a debugger", None)
 
 
 def pytest_report_header() -> list[str]:
@@ -101,15 +130,18 @@ def nothing_left() -> Iterator[None]:
     assert after.resident - before.resident < 8 << 20, (before, after)
 
 
+@pytest.fixture(scope="session")
+def undoing(pytestconfig: pytest.Config) -> Undoing:
+    """Return `Guard.undoing`: what must also be restored if the tests are killed."""
+    return pytestconfig.stash[GUARD].undoing
+
+
 @pytest.fixture
-def hugetlb_pool() -> Iterator[int]:
-    """Eight free 2 MiB pages in the pool, which is put back afterwards."""
-    setting = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
-    before = setting.read_text()
-    setting.write_text(str(int(before) + 8))
-    yield 8
-    setting.write_text(before)
-    assert setting.read_text() == before
+def hugetlb_pool(setting: Callable[[str, object], None]) -> int:
+    """Eight free 2 MiB pages in the pool, which is restored afterwards."""
+    pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+    setting(str(pool), int(pool.read_text()) + 8)
+    return 8
 
 
 @pytest.fixture
@@ -120,53 +152,63 @@ def compacted() -> None:
 
 
 @pytest.fixture
-def setting() -> Iterator[Callable[[str, object], None]]:
-    """Write settings of the host (files of /proc/sys and /sys), and put each back as it was."""
+def setting(
+    undoing: Undoing,
+) -> Iterator[Callable[[str, object], None]]:
+    """Write settings of the host (files of /proc/sys and /sys), and restore each afterwards."""
     before: dict[Path, str] = {}
+    with contextlib.ExitStack() as guarded:
 
-    def write(path: str, value: object) -> None:
-        file = Path(path)
-        text = file.read_text()
-        # "always [madvise] never": the chosen one is in brackets
-        before.setdefault(file, text.partition("[")[2].partition("]")[0] or text)
-        file.write_text(str(value))
+        def write(path: str, value: object) -> None:
+            file = Path(path)
+            if file not in before:
+                text = file.read_text()
+                # "always [madvise] never": the chosen one is in brackets
+                before[file] = text.partition("[")[2].partition("]")[0] or text
+                guarded.enter_context(undoing(("write", str(file), before[file])))
+            file.write_text(str(value))
 
-    yield write
-    for file, value in before.items():
-        file.write_text(value)
+        yield write
+        for file, value in before.items():
+            file.write_text(value)
 
 
 @pytest.fixture
-def swap() -> Iterator[None]:
-    """64 MiB of swap on zram, taken away afterwards."""
+def swap(undoing: Undoing) -> Iterator[None]:
+    """64 MiB of swap on zram, removed afterwards."""
     device = Path("/sys/block/zram0")
     assert Path("/proc/swaps").read_text().count("\n") == 1, "the host swaps already"
-    (device / "disksize").write_text(str(64 << 20))
-    try:
-        subprocess.run(["mkswap", "/dev/zram0"], check=True, capture_output=True)
-        subprocess.run(["swapon", "/dev/zram0"], check=True)
+    with undoing(("run", "swapoff", "/dev/zram0"), ("write", str(device / "reset"), "1")):
+        (device / "disksize").write_text(str(64 << 20))
         try:
-            yield
+            subprocess.run(["mkswap", "/dev/zram0"], check=True, capture_output=True)
+            subprocess.run(["swapon", "/dev/zram0"], check=True)
+            try:
+                yield
+            finally:
+                subprocess.run(["swapoff", "/dev/zram0"], check=True)
         finally:
-            subprocess.run(["swapoff", "/dev/zram0"], check=True)
-    finally:
-        (device / "reset").write_text("1")
+            (device / "reset").write_text("1")
 
 
 @pytest.fixture
-def memory_cgroup() -> Iterator[Callable[[int], Path]]:
+def memory_cgroup(
+    undoing: Undoing,
+) -> Iterator[Callable[[int], Path]]:
     """Make memory cgroups with a limit in bytes; returns the path of cgroup.procs to write a pid to."""
     made: list[Path] = []
     v1 = Path("/sys/fs/cgroup/memory/cgroup.procs").exists()
     root = Path("/sys/fs/cgroup/memory" if v1 else "/sys/fs/cgroup")
+    with contextlib.ExitStack() as guarded:
 
-    def make(limit: int) -> Path:
-        group = root / f"iobmd-test-{os.getpid()}-{len(made)}"
-        group.mkdir()
-        made.append(group)
-        (group / ("memory.limit_in_bytes" if v1 else "memory.max")).write_text(str(limit))
-        return group / "cgroup.procs"
+        def make(limit: int) -> Path:
+            group = root / f"iobmd-test-{os.getpid()}-{len(made)}"
+            guarded.enter_context(undoing(("rmdir", str(group))))
+            group.mkdir()
+            made.append(group)
+            (group / ("memory.limit_in_bytes" if v1 else "memory.max")).write_text(str(limit))
+            return group / "cgroup.procs"
 
-    yield make
-    for group in made:
-        group.rmdir()
+        yield make
+        for group in made:
+            group.rmdir()

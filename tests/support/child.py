@@ -50,7 +50,7 @@ def in_child(
     pid = os.fork()
     if not pid:
         os.close(reading)
-        signal.alarm(120)
+        die_with_parent()
         try:
             _restrict(uid, memlock, deny or {}, drop)
             outcome: tuple[bool, Any] = True, function()
@@ -65,14 +65,24 @@ def in_child(
         sys.stdout.flush()
         os._exit(0)
     os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        message = pipe.read()
-    _, status = os.waitpid(pid, 0)
+    try:
+        with os.fdopen(reading, "rb") as pipe:
+            message = pipe.read()
+    except BaseException:  # the time limit of the test, which is the child's too
+        os.kill(pid, signal.SIGKILL)
+        raise
+    finally:
+        _, status = os.waitpid(pid, 0)
     assert message, f"the child died without a word, wait status {status:#x}"
     passed, result = pickle.loads(message)
     if not passed:
         raise result
     return result
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that forked it ends (PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _restrict(uid: int | None, memlock: int | None, deny: dict[str, int], drop: int) -> None:
@@ -84,6 +94,7 @@ def _restrict(uid: int | None, memlock: int | None, deny: dict[str, int], drop: 
         os.setresuid(uid, uid, uid)
         # A change of user makes a process undumpable, and its own /proc files root's; a login would not.
         assert ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0) == 0
+        die_with_parent()  # the change of user cleared it
     if drop:
         drop_capabilities(drop)
     if deny:
@@ -142,7 +153,7 @@ def forked(body: Callable[[], object]) -> Iterator[int]:
     """Run `body` over and over in a forked child, which ends with the `with` or with this process; gives its pid."""
     if not (pid := os.fork()):
         try:
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            die_with_parent()
             while True:
                 body()
         finally:

@@ -2,13 +2,11 @@
 
 import atexit
 import contextlib
-import ctypes
 import json
 import os
 import re
 import select
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -25,7 +23,7 @@ import pytest
 import iobmd
 from iobmd import IOBufferMemoryDescriptor, IOMapOptions, IOReturn, IOReturnError, Task, kernel_task
 from support import kernel, requirements
-from support.child import PR_SET_PDEATHSIG
+from support.child import die_with_parent
 from support.requirements import MAY_BE_MISSING
 
 SIZE = 64 << 10
@@ -123,10 +121,6 @@ def build_from(compiler: str, text: str, suffix: str, *options: str) -> Path:
 # --- a running program
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
 class Target:
     """A program, from when it says "ready" on; `with` ends it.
 
@@ -155,14 +149,14 @@ class Target:
     ) -> None:
         def prepare() -> None:
             # Before the change of user, which clears it: so it is set again in our own programs.
-            _die_with_parent()
+            die_with_parent()
             if before:
                 before()
             if user is not None:
                 os.setgroups([])
                 os.setresgid(user, user, user)
                 os.setresuid(user, user, user)
-                _die_with_parent()
+                die_with_parent()
 
         self.process = subprocess.Popen(
             [str(part) for part in command],

@@ -6,7 +6,8 @@ from typing import NamedTuple, Self
 
 from .machine import Machine
 
-_PYTEST = "python3 -m pytest -v --assert=plain -p no:cacheprovider"
+# A guest loads no plugin that is not named; a test takes a multiple of the time.
+_PYTEST = "python3 -m pytest -v --assert=plain -p no:cacheprovider -p pytest_timeout --timeout=300"
 
 # Emulated, Python is 16 times slower: without what makes thousands of buffers, races threads, or fills gigabytes.
 # Of what is purgeable only what each kernel does in a way of its own.
