@@ -194,9 +194,11 @@ class Volatility:
 class NonVolatile:
     """The `with` of `IOMemoryDescriptor.nonvolatile`."""
 
+    _intact: bool | None = None
+    """What it returned; None: not entered, or not even made when a signal handler raised."""
+
     def __init__(self, memory: Volatility) -> None:
         self._memory = memory
-        self._intact: bool | None = None  # what it gave; None: not entered
 
     def __enter__(self) -> bool:
         self._memory._enter(self)

@@ -126,7 +126,8 @@ class AgreedState:
     @contextlib.contextmanager
     def _exclusively(self, *, wait: bool = True) -> Iterator[int]:
         """Keep all others out, finish what one of them died of, and yield the word."""
-        try:  # around the lock too: it is given back whatever interrupts us, and if we do not have it that is no harm
+        unlock = self._fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, self._size)
+        try:  # around the lock too: it is released whatever interrupts us, and if we do not hold it that is no harm
             self._lock(_PATIENCE if wait else 0)
             if self._word() & _PURGING:
                 self._drop()
@@ -137,13 +138,15 @@ class AgreedState:
             message = f"cannot change the state of shared memory: {error}"
             raise IOReturnError(IOReturn.kIOReturnError, message, error.errno or 0) from None
         finally:
-            self._set_lock(fcntl.F_UNLCK, self._size)
+            # Python runs signal handlers at the start of a function of Python and after a call of C. With arguments
+            # made before, this one call cannot be interrupted: _set_lock could, and left the others locked out.
+            fcntl.fcntl(*unlock)
 
     def _lock(self, patience: float) -> None:
         """Take the record lock by trying again, for a wait in the kernel has no deadline."""
         deadline = time.monotonic() + patience
         pause = 0.00005
-        while not self._try(self._size):
+        while not self._try():
             if time.monotonic() > deadline:
                 message = (
                     "another process is changing the state of this shared memory, and does not end: is it stopped?"
@@ -152,22 +155,25 @@ class AgreedState:
             time.sleep(pause)
             pause = min(pause * 2, 0.005)
 
-    def _try(self, place: int) -> bool:
+    def _try(self) -> bool:
         try:
-            self._set_lock(fcntl.F_WRLCK, place)
+            self._set_lock(fcntl.F_WRLCK, self._size)
         except (BlockingIOError, PermissionError):
             return False
         return True
 
     def _set_lock(self, kind: int, place: int) -> None:
-        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, place, 1, 0))
+        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _flock(kind, place))
 
     def _require_unprepared(self) -> None:
         """Raise `kIOReturnBusy` while another process has it prepared."""
-        if not self._try(self._preparing):
+        # Only asked for, not locked: an interrupt would leave it so.
+        conflict, *_ = _FLOCK.unpack(
+            fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, self._preparing))
+        )
+        if conflict != fcntl.F_UNLCK:
             message = "the memory is prepared in another process: it stays wired until complete() there"
             raise IOReturnError(IOReturn.kIOReturnBusy, message)
-        self.let_go()
 
     def _drop(self) -> None:
         self._set(EMPTY | _PURGING)
@@ -197,6 +203,11 @@ class AgreedState:
 
     def _set(self, word: int) -> None:
         os.pwrite(self._fd, _WORD.pack(word), self._size)
+
+
+def _flock(kind: int, place: int) -> bytes:
+    """Return a struct flock (fcntl(2)) for one byte."""
+    return _FLOCK.pack(kind, os.SEEK_SET, place, 1, 0)
 
 
 _open: weakref.WeakSet[AgreedState] = weakref.WeakSet()
