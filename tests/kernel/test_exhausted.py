@@ -55,7 +55,7 @@ def test_no_file_descriptor(free: int, first: bool, wish: dict[str, object]) -> 
         told = outcome(**wish)
         for descriptor in held:
             os.close(descriptor)
-        return told, outcome(size=4096), kernel.status("VmPin")
+        return told, outcome(size=4096), kernel.pinned()
 
     told, afterwards, pinned = in_child(full)
     # A ring that cannot be made leaves it resident, and then it has no address: kIOReturnNotReady.

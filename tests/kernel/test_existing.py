@@ -132,22 +132,22 @@ def test_prepare_pins_and_complete_lets_go(theirs: Theirs) -> None:
         md.prepare()
         md.prepare(IN)
         assert md.wiring is Wiring.PINNED
-        assert kernel.status("VmPin") == 4 * PAGE
+        assert kernel.pinned(4 * PAGE) == 4 * PAGE
         assert code_of(md.free) == IOReturn.kIOReturnBusy
         md.complete()
-        assert kernel.status("VmPin") == 4 * PAGE
+        assert kernel.pinned(4 * PAGE) == 4 * PAGE
         md.complete()
-        assert kernel.status("VmPin") == 0
+        assert kernel.pinned() == 0
         assert code_of(md.complete) == IOReturn.kIOReturnNotReady
         ranges = [(theirs.address, PAGE), (theirs.address + 8 * PAGE + 1, PAGE)]
         with IOMemoryDescriptor.withAddressRanges(ranges, INOUT, kernel_task) as several:
             several.prepare()
             several.prepare()
-            assert kernel.status("VmPin") == 3 * PAGE
+            assert kernel.pinned(3 * PAGE) == 3 * PAGE
             several.complete()
-            assert kernel.status("VmPin") == 3 * PAGE
+            assert kernel.pinned(3 * PAGE) == 3 * PAGE
             several.complete()
-            assert kernel.status("VmPin") == 0
+            assert kernel.pinned() == 0
 
 
 @pytest.mark.needs("frames")
@@ -224,7 +224,7 @@ def test_read_only_memory_is_not_pinned(theirs: Theirs) -> None:
         with pytest.raises(IOReturnError, match="may not be written to") as caught:
             md.prepare()
         assert caught.value.code == IOReturn.kIOReturnCannotWire
-        assert kernel.status("VmPin") == 0
+        assert kernel.pinned() == 0
         assert code_of(md.complete) == IOReturn.kIOReturnNotReady
 
 
@@ -238,7 +238,7 @@ def test_memory_that_goes_away() -> None:
             action()
         assert caught.value.code == IOReturn.kIOReturnVMError
     assert caught.value.address == hole
-    assert kernel.status("VmPin") == 0
+    assert kernel.pinned() == 0
     md.free()
 
 
@@ -415,4 +415,4 @@ def test_forgotten_while_prepared(theirs: Theirs) -> None:
             with pytest.warns(ResourceWarning, match="never completed"):
                 del md
             assert buffer.wiring is Wiring.PAGEABLE
-            assert kernel.status("VmPin") == 0
+            assert kernel.pinned() == 0

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support import kernel
 from support.child import in_child, sleeping
 from support.faulting import faults
-from support.moving import PFN, frames
+from support.moving import frames
 from support.targets import need_ptrace
 
 import iobmd
@@ -142,7 +142,7 @@ def test_any_nesting() -> None:
         one.complete()
 
     check()
-    assert kernel.status("VmPin") == PAGE, "that of the wired one"
+    assert kernel.pinned(PAGE) == PAGE, "that of the wired one"
     for leaf in leaves:
         leaf.free()
 
@@ -258,7 +258,7 @@ def test_concatenation_in_another_task() -> None:
             with whole.createMappingInTask(program.pid, 0, ANYWHERE | SMALL | IOMapOptions.kIOMapPrefault) as there:
                 task = iobmd.Task(program.pid)
                 assert task.read(there.getAddress(), len(there)) == whole.readBytes(0, len(whole))
-                seen = [entry & PFN for entry in kernel.entries(there.getAddress(), len(there), program.pid)]
+                seen = frames(there.getAddress(), len(there), program.pid)
                 one, two = frames(first.getBytesNoCopy(), 3 * PAGE), frames(second.getBytesNoCopy(), 2 * PAGE)
                 assert seen == [*two, one[1], *two]
                 task.write(there.getAddress() + 2 * PAGE, b"theirs")
@@ -276,16 +276,16 @@ def test_prepare_is_passed_on_each_time() -> None:
         whole = multi([part, other, part], INOUT)
         whole.prepare()
         assert (buffer.wiring, other.wiring, whole.wiring) == (Wiring.PINNED,) * 3
-        assert kernel.status("VmPin") == 5 * PAGE
+        assert kernel.pinned(5 * PAGE) == 5 * PAGE
         part.prepare()
         whole.complete()
         assert (buffer.wiring, other.wiring) == (Wiring.PINNED, Wiring.PAGEABLE)
-        assert kernel.status("VmPin") == 4 * PAGE
+        assert kernel.pinned(4 * PAGE) == 4 * PAGE
         assert code_of(buffer.free) == IOReturn.kIOReturnBusy
         assert code_of(part.free) == IOReturn.kIOReturnBusy
         assert code_of(whole.complete) == IOReturn.kIOReturnNotReady
         part.complete()
-        assert kernel.status("VmPin") == 0
+        assert kernel.pinned() == 0
         whole.free()
         part.free()
 
@@ -304,7 +304,7 @@ def test_all_is_prepared_or_nothing() -> None:
         bad.setPurgeable(VOLATILE)
         with multi([good, sub(good, 0, 5, INOUT), bad], INOUT) as whole:
             assert code_of(whole.prepare) == IOReturn.kIOReturnNotReady
-            assert kernel.status("VmPin") == 0
+            assert kernel.pinned() == 0
             assert code_of(good.complete) == IOReturn.kIOReturnNotReady
             bad.setPurgeable(NON_VOLATILE)
             whole.prepare()
@@ -313,7 +313,7 @@ def test_all_is_prepared_or_nothing() -> None:
                 assert code_of(low) == IOReturn.kIOReturnNoResources
             whole.complete()
             assert code_of(good.complete) == IOReturn.kIOReturnNotReady
-            assert kernel.status("VmPin") == 0
+            assert kernel.pinned() == 0
     with iobmd.allocate(2 * PAGE, wired=False) as untouched, sub(untouched, 0, 1, INOUT) as part:
         assert code_of(lambda: part.prepare(iobmd.kIODirectionPrepareNoFault)) == IOReturn.kIOReturnCannotWire
         assert kernel.present(untouched.getBytesNoCopy(), 2 * PAGE) == 0
@@ -378,7 +378,7 @@ def test_children_keep_their_memory() -> None:
         del part, buffer
         gc.collect()
         whole.prepare()
-        assert kernel.status("VmPin") == 2 * PAGE
+        assert kernel.pinned(2 * PAGE) == 2 * PAGE
         whole.complete()
         assert whole.readBytes(9, 2 * PAGE) == data
         assert kernel.smaps(address)
@@ -439,7 +439,7 @@ def test_forgotten_while_prepared() -> None:
         with pytest.warns(ResourceWarning, match="never completed"):
             del part
         assert buffer.wiring is Wiring.PAGEABLE
-        assert kernel.status("VmPin") == 0
+        assert kernel.pinned() == 0
 
 
 @pytest.mark.needs("root")

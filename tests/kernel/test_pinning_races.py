@@ -56,7 +56,7 @@ def test_thousand_random_sequences() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    assert kernel.status("VmPin") == 0
+    assert kernel.pinned() == 0
 
 
 def test_limit_reached_in_a_loop_leaks_nothing() -> None:
@@ -67,7 +67,7 @@ def test_limit_reached_in_a_loop_leaks_nothing() -> None:
                 with pytest.raises(IOReturnError) as caught:
                     too_large.prepare()
                 assert caught.value.code == IOReturn.kIOReturnCannotWire
-        return kernel.status("VmPin"), kernel.status("VmLck")
+        return kernel.pinned(), kernel.status("VmLck")
 
     assert in_child(loop, uid=NOBODY - 2, drop=CAP_IPC_LOCK, memlock=2 * MIB) == (0, 0)
 
@@ -99,7 +99,7 @@ def test_free_races_prepare() -> None:
             outcomes.add("freed")
         thread.join()
         buffer.free()
-        assert kernel.status("VmPin") == 0, f"turn {turn}"
+        assert kernel.pinned() == 0, f"turn {turn}"
     assert outcomes == {"freed", IOReturn.kIOReturnNotOpen}
 
 
@@ -115,7 +115,7 @@ def test_the_garbage_collector_frees_one_buffer_while_another_is_pinned() -> Non
             with iobmd.allocate(4096) as buffer:
                 assert buffer.wiring is Wiring.PINNED
         gc.collect()
-        return kernel.status("VmPin"), kernel.status("VmLck")
+        return kernel.pinned(), kernel.status("VmLck")
 
     assert in_child(collect) == (0, 0)
 
@@ -144,7 +144,7 @@ def test_interrupts_at_any_point_leave_no_pin() -> None:
                 inside = False  # an alarm that comes later finds nobody to catch what it raises
             signal.setitimer(signal.ITIMER_REAL, 0)
         gc.collect()
-        return hit, kernel.status("VmPin"), kernel.status("VmLck")
+        return hit, kernel.pinned(), kernel.status("VmLck")
 
     hit, inside = 0, False
     hit, pinned, locked = in_child(loop)

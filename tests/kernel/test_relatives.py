@@ -333,7 +333,7 @@ def settle() -> None:
 def footprint() -> tuple[int, int, int, int]:
     """What this process has of the kernel's: objects of ours mapped, descriptors, locked and pinned bytes."""
     ours = sum("iobmd" in line for line in mapped_objects())
-    return ours, len(list(Path("/proc/self/fd").iterdir())), kernel.status("VmLck"), kernel.status("VmPin")
+    return ours, len(list(Path("/proc/self/fd").iterdir())), kernel.status("VmLck"), kernel.pinned()
 
 
 def mapped_objects() -> Iterator[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import in_child, sleeping, until_asleep
-from support.moving import PFN
+from support.moving import frames
 from support.zoo import Zoo
 
 import iobmd
@@ -53,10 +53,6 @@ def area(pid: int, address: int) -> str:
     return ""
 
 
-def frames_of(pid: int, address: int, size: int) -> list[int]:
-    return [entry & PFN for entry in kernel.entries(address, size, pid)]
-
-
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("wired", [False, True], ids=["pageable", "wired"])
 @pytest.mark.parametrize("size", [1, 5000, 64 << 10, 4 * MIB + 5], ids=str)
@@ -86,8 +82,8 @@ def test_buffer_in_a_task(target: subprocess.Popen[bytes], size: int, wired: boo
 def test_frames_are_the_same(target: subprocess.Popen[bytes]) -> None:
     with iobmd.allocate(64 << 10, task=target.pid) as buffer, buffer.map() as here:
         memoryview(here)[:] = bytes(64 << 10)
-        there = frames_of(target.pid, buffer.getBytesNoCopy(), 64 << 10)
-        assert there == frames_of(os.getpid(), here.getAddress(), 64 << 10)
+        there = frames(buffer.getBytesNoCopy(), 64 << 10, target.pid)
+        assert there == frames(here.getAddress(), 64 << 10)
         assert all(there), "a wired buffer is in the page tables of its task"
         told = [
             address // kernel.PAGE + page
@@ -98,7 +94,7 @@ def test_frames_are_the_same(target: subprocess.Popen[bytes]) -> None:
         assert buffer.getPhysicalSegment(5)[0] == there[0] * kernel.PAGE + 5
         buffer.verify()
         Path("/proc/sys/vm/compact_memory").write_text("1")
-        assert frames_of(target.pid, buffer.getBytesNoCopy(), 64 << 10) == there
+        assert frames(buffer.getBytesNoCopy(), 64 << 10, target.pid) == there
         buffer.verify()
 
 
@@ -112,7 +108,7 @@ def test_contiguous_in_a_task(target: subprocess.Popen[bytes], size: int) -> Non
         assert buffer.getPhysicalSegment(0) == (physical, size)
         assert physical % (64 << 10) == address % (64 << 10) == 0
         first = physical // kernel.PAGE
-        assert frames_of(target.pid, address, size) == list(range(first, first + size // kernel.PAGE))
+        assert frames(address, size, target.pid) == list(range(first, first + size // kernel.PAGE))
         buffer.writeBytes(size - 5, b"hello")
         assert Task(target.pid).read(address + size - 5, 5) == b"hello"
         assert not any(buffer.readBytes(0, size - 5))
@@ -132,7 +128,7 @@ def test_contiguous_in_pieces_of_the_object(target: subprocess.Popen[bytes]) -> 
             address = part.getAddress()
             assert Task(target.pid).read(address + 2 * MIB - 4096, 8) == (8 * MIB).to_bytes(8)
             expected = (buffer.getPhysicalAddress() + offset) // kernel.PAGE
-            assert frames_of(target.pid, address, 20 * MIB) == list(range(expected, expected + 5120))
+            assert frames(address, 20 * MIB, target.pid) == list(range(expected, expected + 5120))
 
 
 @pytest.mark.needs("hugetlb", "frames")
@@ -154,9 +150,7 @@ def test_memory_of_a_pool(target: subprocess.Popen[bytes]) -> None:
     backing.write(2 * MIB, b"second")
     assert Task(target.pid).read(backing.address + 2 * MIB, 6) == b"second"
     assert backing.runs is not None
-    assert (
-        backing.runs.segment(backing.address, 4096)[0] // kernel.PAGE == frames_of(target.pid, backing.address, 1)[0]
-    )
+    assert backing.runs.segment(backing.address, 4096)[0] // kernel.PAGE == frames(backing.address, 1, target.pid)[0]
     with pytest.raises(IOReturnError, match="whole ones only"):
         shared.cut(4096, 4096)
     backing.close()
@@ -226,7 +220,7 @@ def test_mapped_in_no_task(target: subprocess.Popen[bytes]) -> None:
             assert len(mapped_here()) == 1
             assert bytes(memoryview(here)[10:17]) == b"nowhere"
             assert Task(target.pid).read(there.getAddress() + 10, 7) == b"nowhere"
-            assert [frame * kernel.PAGE for frame in frames_of(target.pid, there.getAddress(), 1)] == segments[:1]
+            assert [frame * kernel.PAGE for frame in frames(there.getAddress(), 1, target.pid)] == segments[:1]
         assert not mapped_here()
     with iobmd.allocate(5000, task=None, wired=False) as pageable:
         assert pageable.appendBytes(b"") == 0

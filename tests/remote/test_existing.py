@@ -1,13 +1,12 @@
 """Descriptors of memory that another program has already: held there, and let go, as its own /proc files have it."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support import kernel
 from support.child import NOBODY, in_child
-from support.moving import PFN
+from support.moving import frames
 from support.targets import need_ptrace
 from support.zoo import Zoo
 
@@ -40,11 +39,8 @@ def belongings(pid: int) -> tuple[list[str], set[str]]:
 
 
 def uncharged(pid: int) -> bool:
-    """Say whether no page of a program is pinned; the kernel lets go in a worker, a moment after the last close."""
-    end = time.monotonic() + 5
-    while kernel.status("VmPin", pid) and time.monotonic() < end:
-        time.sleep(0.005)
-    return not kernel.status("VmPin", pid)
+    """Say whether no page of a program is pinned."""
+    return not kernel.pinned(pid=pid)
 
 
 @pytest.mark.parametrize("kind", ["anonymous", "thp", "memfd", "stack"])
@@ -78,7 +74,7 @@ def test_pinned_in_its_task(start_zoo: Start, kind: str) -> None:
         assert md.wiring is Wiring.PINNED
         assert belongings(zoo.pid) == before
         assert kernel.status("VmPin", zoo.pid) >= size
-        lies = [entry & PFN for entry in kernel.entries(address, size, zoo.pid)]
+        lies = frames(address, size, zoo.pid)
         assert all(lies)
         told = [
             page for start, length in md.segments() for page in range(start // PAGE, -(-(start + length) // PAGE))
@@ -86,7 +82,7 @@ def test_pinned_in_its_task(start_zoo: Start, kind: str) -> None:
         assert told == lies
         assert md.getPhysicalAddress() == lies[0] * PAGE + 9
         Path("/proc/sys/vm/compact_memory").write_text("1")
-        assert [entry & PFN for entry in kernel.entries(address, size, zoo.pid)] == lies
+        assert frames(address, size, zoo.pid) == lies
         md.verify()
         assert md.layout().size == -(-size // PAGE) * PAGE
         md.complete()
@@ -152,7 +148,7 @@ def test_nothing_is_held_where_part_of_it_cannot_be(start_zoo: Start) -> None:
         assert error is not None
         assert error.code == IOReturn.kIOReturnVMError
         assert "past the end of its file" in str(error)
-        assert kernel.status("VmLck", zoo.pid) == kernel.status("VmPin", zoo.pid) == 0
+        assert kernel.status("VmLck", zoo.pid) == kernel.pinned(pid=zoo.pid) == 0
     assert belongings(zoo.pid) == before
 
 

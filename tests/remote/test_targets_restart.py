@@ -62,17 +62,17 @@ _FOREVER = {
     "write": 4096,
 }
 _INTERRUPTED = ("epoll_pwait_signal", "pause", "ppoll_signal", "sigsuspend")
-_EXPIRING = {
-    # call: milliseconds, and how much later it may be for the stops themselves
-    "clock_nanosleep": 1500,
-    "epoll_pwait_expires": 1500,
-    "epoll_wait_expires": 1500,
-    "futex_expires": 1500,
-    "nanosleep": 1500,
-    "poll_expires": 1500,
-    "ppoll_expires": 1500,
-    "select_expires": 1500,
-}
+_EXPIRING = (
+    "clock_nanosleep",
+    "epoll_pwait_expires",
+    "epoll_wait_expires",
+    "futex_expires",
+    "nanosleep",
+    "poll_expires",
+    "ppoll_expires",
+    "select_expires",
+)
+SOON_MS = 800  # as in targets_blocked.c
 
 
 @pytest.fixture(autouse=True)
@@ -129,17 +129,17 @@ def _check_timeout(call: str, processors: tuple[int, int] | None = None) -> None
         until_blocked(target.pid)
         if processors:
             stack.enter_context(on_processors(*processors, target.pid))
-        # Some are whole milliseconds to the kernel, and may end one later for each stop.
-        with Stopping(target.pid, 0.04) as stopping:
-            result, number, elapsed, _handled = _result(target, 10)
-    due = _EXPIRING[call]
-    print(f"{call}: {elapsed:.1f} of {due} ms, {stopping.count} stops")
+        with Stopping(target.pid, 0.02) as stopping:
+            result, number, elapsed, _handled = _result(target)
+    print(f"{call}: {elapsed:.1f} of {SOON_MS} ms, {stopping.count} stops")
     assert stopping.count > 10
     if call.startswith("futex"):
         assert (result, errno.errorcode[number]) == (-1, "ETIMEDOUT")
     else:
         assert (result, number) == (0, 0)
-    assert due - 1 <= elapsed < due + 150
+    # One that began again with each stop would not end under stops. Some are whole milliseconds to the kernel,
+    # and end one later for each stop; and the program may have to wait for a processor.
+    assert SOON_MS - 1 <= elapsed < SOON_MS + 2000
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_timeout_begins_again_but_comes(call: str, due: int, expected: tuple[int
         exercise(target.pid, 4)
         result, number, elapsed, _handled = _result(target)
     assert (result, errno.errorcode.get(number, number)) == expected
-    assert due - 1 <= elapsed < due + 2000
+    assert due - 1 <= elapsed < due + 10_000
 
 
 @pytest.mark.parametrize(
@@ -233,13 +233,14 @@ def _read_until(target: Target, handled: int) -> None:
 
 @pytest.mark.parametrize("kind", ["timerfd", "sleep", "signal"])
 def test_no_tick_of_a_millisecond_timer_is_lost(kind: str) -> None:
-    with Target([build("busy"), kind, "4000"]) as target:
+    with Target([build("busy"), kind]) as target:
         exercise(target.pid, 10, pause=0.01)
+        target.tell()
         code, said = target.end()
     print(f"{kind}: {said.strip()}")
     fields = dict(zip(said.split()[::2], map(int, said.split()[1::2]), strict=True))
     assert code == 0
-    assert 4000 <= fields["ticks"] < 4500
+    assert fields["ticks"] > 100
     assert (fields["lost"], fields["errors"]) == (0, 0)
 
 

@@ -27,6 +27,7 @@ from support.targets import (
     need_program,
     need_ptrace,
     until,
+    until_at_rest,
     until_blocked,
 )
 
@@ -174,7 +175,7 @@ _BLOCKED = {
 def test_python_blocked_in(how: str) -> None:
     body, result, least = _BLOCKED[how]
     with Target([sys.executable, "-I", "-S", "-c", _PYTHON % (body, least)]) as target:
-        time.sleep(0.1)  # what it starts has started
+        until_at_rest(target.pid)
         exercise(target.pid, 5)
         target.tell()
         assert target.end() == (21, f"{result}\n")
@@ -353,15 +354,16 @@ def test_stopped_by_a_signal() -> None:
 
 @needs_compiler
 def test_stopped_and_continued_meanwhile() -> None:
-    with Target([build("busy"), "timerfd", "1500"]) as target:
+    with Target([build("busy"), "timerfd"]) as target:
         with Stopping(target.pid) as stopping:
             for _ in range(60):
                 os.kill(target.pid, signal.SIGSTOP)
                 time.sleep(0.003)
                 os.kill(target.pid, signal.SIGCONT)
                 time.sleep(0.003)
-            code, said = target.end()
-        assert stopping.count > 50
+            assert until(lambda: stopping.count > 50)
+        target.tell()
+        code, said = target.end()
     fields = dict(zip(said.split()[::2], map(int, said.split()[1::2]), strict=True))
     assert (code, fields["lost"], fields["errors"]) == (0, 0, 0)
 

@@ -62,12 +62,20 @@ def swapped(address: int, size: int) -> int:
     return sum(entry >> 62 & 1 for entry in entries(address, size))
 
 
+def pinned(wanted: int = 0, pid: int | str = "self") -> int:
+    """Return VmPin in bytes, once it is `wanted`, or after a while.
+
+    A pin whose ring was closed ends in a work queue of the kernel, on a busy machine some time later.
+    """
+    end = time.monotonic() + 20
+    while (size := status("VmPin", pid)) != wanted and time.monotonic() < end:
+        time.sleep(0.005)
+    return size
+
+
 def nothing_is_pinned() -> bool:
-    """Say whether nothing is; waits for it, for old kernels end a pin a moment after its ring was closed."""
-    end = time.monotonic() + 5
-    while status("VmPin") and time.monotonic() < end:
-        time.sleep(0.01)
-    return not status("VmPin")
+    """Say whether this process pins nothing."""
+    return not pinned()
 
 
 def smaps(address: int, pid: int | str = "self") -> dict[str, int]:

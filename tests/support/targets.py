@@ -24,11 +24,11 @@ import iobmd
 from iobmd import IOBufferMemoryDescriptor, IOMapOptions, IOReturn, IOReturnError, Task, kernel_task
 from support import kernel, requirements
 from support.child import die_with_parent
+from support.moving import frames
 from support.requirements import MAY_BE_MISSING
 
 SIZE = 64 << 10
 ANYWHERE = int(IOMapOptions.kIOMapAnywhere)
-FRAME = (1 << 55) - 1
 _OURS = re.compile(r" /(memfd:iobmd|iobmd(:\d+)?-\d+)\b")
 PATIENCE = 30.0  # seconds for a program to do anything at all
 HERE = Path(__file__).parent
@@ -254,6 +254,24 @@ def until_blocked(pid: int) -> None:
     assert until(sleeping)
 
 
+def until_at_rest(pid: int) -> None:
+    """Wait until all threads of a program sleep, and have not run for a moment: what it starts has started."""
+
+    def looks() -> list[tuple[str, str]]:
+        found = []
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            status = dict(line.split(":\t", 1) for line in (task / "status").read_text().splitlines())
+            found.append((status["State"][0], status["voluntary_ctxt_switches"]))
+        return found
+
+    def rests() -> bool:
+        before = looks()
+        time.sleep(0.02)
+        return before == looks() and {state for state, _switches in before} == {"S"}
+
+    assert until(rests)
+
+
 # --- what it has
 
 
@@ -291,11 +309,6 @@ def check_as_before(pid: int, before: Belongings, *, exact: bool = True, patienc
 
 
 # --- what is done to it
-
-
-def frames(address: int, size: int, pid: int | str = "self") -> list[int]:
-    """Return the frames of a range."""
-    return [entry & FRAME for entry in kernel.entries(address, size, pid)]
 
 
 @cache

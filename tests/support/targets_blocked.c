@@ -268,12 +268,15 @@ static long epoll_keeping(int timeout, long *kept)
 }
 #endif
 
+enum { SOON_MS = 800 };
+
 static long make(void)
 {
     struct epoll_event event;
     struct pollfd polled = {.fd = waited_for, .events = POLLIN};
-    struct timespec later = {.tv_sec = 1, .tv_nsec = 500000000}, until;
-    struct timeval later_us = {.tv_sec = 1, .tv_usec = 500000};
+    /* `soon` is kept to the millisecond under stops; `later` begins again with each, and must outlast the way to it. */
+    struct timespec soon = {.tv_nsec = SOON_MS * 1000000}, later = {.tv_sec = 1, .tv_nsec = 500000000}, until;
+    struct timeval soon_us = {.tv_usec = SOON_MS * 1000};
     struct { long type; char text[512]; } message = {.type = 1};
     struct sembuf down = {.sem_op = -1};
     struct timespec ten = {.tv_sec = 10};
@@ -288,21 +291,20 @@ static long make(void)
     FD_ZERO(&set);
     FD_SET(waited_for, &set);
     if (is("nanosleep"))
-        return nanosleep(&later, NULL);
+        return nanosleep(&soon, NULL);
     if (is("clock_nanosleep")) {
         clock_gettime(CLOCK_MONOTONIC, &until);
-        until.tv_sec += 2;
-        until.tv_nsec -= 500000000;
-        if (until.tv_nsec < 0) {
-            until.tv_nsec += 1000000000;
-            until.tv_sec--;
+        until.tv_nsec += SOON_MS * 1000000;
+        if (until.tv_nsec >= 1000000000) {
+            until.tv_nsec -= 1000000000;
+            until.tv_sec++;
         }
         return clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, NULL);
     }
     if (is("futex"))
         return syscall(SYS_futex, word, FUTEX_WAIT, 0, NULL, NULL, 0);
     if (is("futex_expires"))
-        return syscall(SYS_futex, word, FUTEX_WAIT, 0, &later, NULL, 0);
+        return syscall(SYS_futex, word, FUTEX_WAIT, 0, &soon, NULL, 0);
     if (is("futex_timed"))
         return syscall(SYS_futex, word, FUTEX_WAIT, 0, &ten, NULL, 0);
     if (is("read"))
@@ -336,27 +338,27 @@ static long make(void)
     if (is("poll"))
         return poll(&polled, 1, -1);
     if (is("poll_expires"))
-        return poll(&polled, 1, 1500);
+        return poll(&polled, 1, SOON_MS);
     if (is("ppoll"))
         return ppoll(&polled, 1, NULL, &usr2);
     if (is("ppoll_expires"))
-        return ppoll(&polled, 1, &later, &usr2);
+        return ppoll(&polled, 1, &soon, &usr2);
     if (is("ppoll_signal"))
         return ppoll(&polled, 1, NULL, &none);
     if (is("select"))
         return select(waited_for + 1, &set, NULL, NULL, NULL);
     if (is("select_expires"))
-        return select(waited_for + 1, &set, NULL, NULL, &later_us);
+        return select(waited_for + 1, &set, NULL, NULL, &soon_us);
     if (is("pselect"))
         return pselect(waited_for + 1, &set, NULL, NULL, NULL, &usr2);
     if (is("epoll_wait"))
         return epoll_wait(epoll, &event, 1, -1);
     if (is("epoll_wait_expires"))
-        return epoll_wait(epoll, &event, 1, 1500);
+        return epoll_wait(epoll, &event, 1, SOON_MS);
     if (is("epoll_pwait"))
         return epoll_pwait(epoll, &event, 1, -1, &usr2);
     if (is("epoll_pwait_expires"))
-        return epoll_pwait(epoll, &event, 1, 1500, &usr2);
+        return epoll_pwait(epoll, &event, 1, SOON_MS, &usr2);
     if (is("epoll_pwait_signal"))
         return epoll_pwait(epoll, &event, 1, -1, &none);
     if (is("epoll_pwait2"))
