@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import kernel
+from support import kernel, room
 from support.child import NOBODY, in_child
-from support.kernel import available, is_given_back
+from support.kernel import available, held, is_given_back
 from support.moving import frames
+from support.targets import until
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Wiring, pinning
@@ -36,7 +37,7 @@ def pools_as_before() -> Iterator[None]:
 
     before = pools()
     yield
-    assert pools() == before
+    assert until(lambda: pools() == before), (before, pools())  # another process may have raised one for a moment
 
 
 @pytest.fixture
@@ -105,11 +106,15 @@ def test_contiguous_copy() -> None:
         assert is_contiguous(copied.getBytesNoCopy(), len(data))
 
 
-@pytest.mark.needs("frames", "big_memory")
+@pytest.mark.needs("root", "frames", "big_memory")
 @pytest.mark.usefixtures("nothing_left")
-def test_sixty_four_megabytes_without_a_pool() -> None:
-    for _ in range(5):
-        with iobmd.policy(time_budget=20), iobmd.allocate(64 * MIB, contiguous=True) as buffer:
+def test_sixty_four_megabytes_without_a_pool(setting: Setting) -> None:
+    for _ in range(3):
+        with iobmd.policy(memory_budget=2 * GIB, time_budget=10):
+            buffer = room.allocated(lambda: iobmd.allocate(64 * MIB, contiguous=True), setting)
+        if buffer is None:
+            return
+        with buffer:
             assert is_contiguous(buffer.getBytesNoCopy(), 64 * MIB)
             assert buffer.getBytesNoCopy() % (2 * MIB) == 0
 
@@ -117,16 +122,16 @@ def test_sixty_four_megabytes_without_a_pool() -> None:
 @pytest.mark.needs("frames")
 @pytest.mark.usefixtures("nothing_left")
 def test_budgets_bind() -> None:
-    before = available()
-    with iobmd.policy(memory_budget=0), pytest.raises(IOReturnError) as caught:
-        iobmd.allocate(8 * GIB, contiguous=True)
-    assert caught.value.code in (IOReturn.kIOReturnNoResources, IOReturn.kIOReturnNoMemory)
+    before = held()
+    # No host has a free run that is so aligned: no more is held than the buffer's own size, or after its time.
+    with iobmd.policy(memory_budget=0), pytest.raises(IOReturnError, match="of 256 MiB looked at"):
+        iobmd.allocate(256 * MIB, alignment=64 * GIB)
     with iobmd.policy(time_budget=0), pytest.raises(IOReturnError, match="longest run was") as caught:
-        iobmd.allocate(256 * MIB, alignment=4 * GIB)
+        iobmd.allocate(256 * MIB, alignment=64 * GIB)
     assert caught.value.code == IOReturn.kIOReturnNoResources
     for word in ("memory_budget", "reserve=True", "nr_hugepages"):
         assert word in str(caught.value)
-    assert is_given_back(before, 256 * MIB)
+    assert is_given_back(before, 32 * MIB)
     with pytest.raises(IOReturnError) as caught, iobmd.policy(memory_budget=-1):
         pass
     assert caught.value.code == IOReturn.kIOReturnBadArgument
@@ -148,15 +153,14 @@ def test_policy_is_of_its_context() -> None:
 @pytest.mark.needs("root", "frames", "hugetlb", "big_memory")
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("size", [256 * MIB, GIB])
-def test_reserve(size: int) -> None:
-    setting = POOLS / "hugepages-2048kB" / "nr_hugepages"
-    before = setting.read_text()
-    with iobmd.policy(reserve=True, time_budget=5):
-        buffer = iobmd.allocate(size, contiguous=True)
-    with buffer:
-        assert is_contiguous(buffer.getBytesNoCopy(), size)
-        assert buffer.wiring is Wiring.PINNED
-    assert setting.read_text() == before
+def test_reserve(size: int, setting: Setting) -> None:
+    """For a GiB the kernel makes room in the pool as the proof here does: a refusal is right if that fails too."""
+    with iobmd.policy(reserve=True, memory_budget=size):
+        buffer = room.allocated(lambda: iobmd.allocate(size, contiguous=True), setting)
+    if buffer is not None:
+        with buffer:
+            assert is_contiguous(buffer.getBytesNoCopy(), size)
+            assert buffer.wiring is Wiring.PINNED
 
 
 @pytest.mark.needs("root", "frames", "hugetlb")
@@ -179,14 +183,17 @@ def test_a_reserve_that_found_nothing_is_not_recommended() -> None:
 
 @pytest.mark.needs("root", "frames", "hugetlb")
 def test_pools_are_taken_when_huge_pages_are_off(setting: Setting) -> None:
+    def free() -> int:
+        return int((POOLS / "hugepages-2048kB" / "free_hugepages").read_text())
+
     setting(str(POOLS / "hugepages-2048kB" / "nr_hugepages"), 512)
+    before = free()  # 512, or fewer where memory is short of huge pages
     setting("/sys/kernel/mm/transparent_hugepage/enabled", "never")
     with iobmd.allocate(4 * MIB, contiguous=True) as buffer:
         assert is_contiguous(buffer.getBytesNoCopy(), 4 * MIB)
         assert kernel.smaps(buffer.getBytesNoCopy())["KernelPageSize"] == 2 * MIB
-        free = int((POOLS / "hugepages-2048kB" / "free_hugepages").read_text())
-        assert free == 510, "what was only looked at goes back to the pool"
-    assert int((POOLS / "hugepages-2048kB" / "free_hugepages").read_text()) == 512
+        assert free() == before - 2, "what was only looked at goes back to the pool"
+    assert free() == before
 
 
 @pytest.mark.needs("root", "hugetlb")
@@ -256,13 +263,13 @@ def test_blocks_of_mappings_that_lie_behind_each_other() -> None:
 
 @pytest.mark.needs("root", "frames", "big_memory")
 def test_on_a_fragmented_host() -> None:
-    """With a pinned page in 80 % of all free huge pages, small requests succeed and large ones are refused."""
+    """With a pinned page in half of all free huge pages, small requests succeed and large ones are refused."""
 
     def fragment() -> dict[int, str]:
         holders: list[Mapping] = []
         pins: list[pinning.Pin] = []
         outcome = {}
-        goal = available() * 8 // 10
+        goal = available() // 2
         while goal > 0:
             span = min(goal, GIB)
             holder = Mapping.anonymous(span // (2 * MIB) * 2 * MIB, 2 * MIB)
@@ -276,16 +283,16 @@ def test_on_a_fragmented_host() -> None:
                 pins.append(pinning.Pin(place, 4096))
                 memory.advise(place + 4096, 2 * MIB - 4096, memory.MADV_DONTNEED)
             goal -= span
-        before = available()
-        for size in (64 << 10, MIB, 2 * MIB, 16 * MIB, 64 * MIB, 256 * MIB):
+        before = held()
+        for size in (64 << 10, MIB, 2 * MIB, 64 * MIB):
             try:
-                with iobmd.allocate(size, contiguous=True) as buffer:
+                with iobmd.policy(time_budget=1), iobmd.allocate(size, contiguous=True) as buffer:
                     assert is_contiguous(buffer.getBytesNoCopy(), size)
                     outcome[size] = "found"
             except IOReturnError as error:
                 assert error.code == IOReturn.kIOReturnNoResources
                 outcome[size] = "refused"
-            assert is_given_back(before, 256 * MIB), "a search gives back all it held"
+            assert is_given_back(before, 32 * MIB), "a search gives back all it held"
         return outcome
 
     outcome = in_child(fragment)

@@ -22,6 +22,10 @@ Buffer = iobmd.IOBufferMemoryDescriptor
 Setting = Callable[[str, object], None]
 
 
+ENOUGH = 2000
+"""Pages of a control that compaction must have moved."""
+
+
 def code_of(action: Callable[[], object]) -> IOReturn:
     with pytest.raises(IOReturnError) as caught:
         action()
@@ -161,7 +165,6 @@ def test_collapse_moves_what_is_mlocked_and_not_what_is_pinned() -> None:
 
 @pytest.mark.needs("root", "frames", "big_memory")
 def test_nothing_moves_a_pinned_page(setting: Setting) -> None:
-    resident = Strewn(4 << 30)
     with (
         iobmd.allocate(16 * MIB) as large,
         iobmd.allocate(MIB + 5) as small,
@@ -180,9 +183,17 @@ def test_nothing_moves_a_pinned_page(setting: Setting) -> None:
             for buffer in pinned[:5]:
                 buffer.verify()
 
-        for _ in range(3):
+        moved = turns = 0
+        while turns < 3 or (moved < ENOUGH and turns < 40):
+            # Fresh each time: where memory is free decides how many pages compaction moves (from 0 to 76 %), and what
+            # it has moved once it does not move again.
+            control = Strewn(512 * MIB)
             assert compact()
             unmoved()
+            moved += control.moved()[0]
+            control.close()
+            turns += 1
+        assert moved >= ENOUGH, f"the control must move, or this proves nothing: {moved} pages in {turns} compactions"
         for buffer in (large, contiguous):
             try:
                 memory.advise(buffer.getBytesNoCopy(), 2 * MIB, memory.MADV_COLLAPSE)
@@ -208,16 +219,15 @@ def test_nothing_moves_a_pinned_page(setting: Setting) -> None:
         setting("/sys/kernel/mm/ksm/run", 2)
 
         for pool in Path("/sys/kernel/mm/hugepages").iterdir():  # for those of 1 GiB the kernel makes room
-            setting(str(pool / "nr_hugepages"), 1 << 30)
+            before_it = int((pool / "nr_hugepages").read_text())
+            # Half of what is available: other processes need memory too.
+            size = int(pool.name.removeprefix("hugepages-").removesuffix("kB")) << 10
+            setting(str(pool / "nr_hugepages"), before_it + kernel.available() // 2 // size)
             unmoved()
-            setting(str(pool / "nr_hugepages"), 0)
-        moved, of = resident.moved()
-        # How many depends on where memory is free: from 2 to 76 % were seen on one host.
-        assert moved > of // 200, f"the control must move, or this proves nothing: {moved} of {of}"
+            setting(str(pool / "nr_hugepages"), before_it)
         prepared.complete()
         for buffer in many:
             buffer.free()
-    resident.close()
     assert (kernel.nothing_is_pinned(), kernel.status("VmLck")) == (True, 0)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import kernel
+from support import kernel, room
 from support.child import in_child, sleeping, until_asleep
 from support.moving import frames
 from support.zoo import Zoo
@@ -115,20 +115,26 @@ def test_contiguous_in_a_task(target: subprocess.Popen[bytes], size: int) -> Non
     assert not area(target.pid, address)
 
 
-@pytest.mark.needs("frames", "big_memory")
-@pytest.mark.usefixtures("compacted", "nothing_left")
-def test_contiguous_in_pieces_of_the_object(target: subprocess.Popen[bytes]) -> None:
-    """64 MiB seldom come in order: the pieces are mapped one by one, in both tasks, and as a part too."""
-    with iobmd.policy(time_budget=20), iobmd.allocate(64 * MIB, contiguous=True, shared=True) as buffer:
-        assert buffer.getPhysicalSegment(0)[1] == 64 * MIB
-        for offset in range(0, 64 * MIB, 2 * MIB):
+@pytest.mark.needs("root", "frames")
+@pytest.mark.usefixtures("nothing_left")
+def test_contiguous_in_pieces_of_the_object(
+    target: subprocess.Popen[bytes], setting: Callable[[str, object], None]
+) -> None:
+    """16 MiB seldom come in order: the pieces are mapped one by one, in both tasks, and as a part too."""
+    with iobmd.policy(memory_budget=1 << 30, time_budget=10):
+        buffer = room.allocated(lambda: iobmd.allocate(16 * MIB, contiguous=True, shared=True), setting)
+    if buffer is None:
+        return
+    with buffer:
+        assert buffer.getPhysicalSegment(0)[1] == 16 * MIB
+        for offset in range(0, 16 * MIB, 2 * MIB):
             buffer.writeBytes(offset, offset.to_bytes(8))
         offset = 6 * MIB + 4096
-        with buffer.createMappingInTask(target.pid, 0, ANYWHERE | PREFAULT, offset, 20 * MIB) as part:
+        with buffer.createMappingInTask(target.pid, 0, ANYWHERE | PREFAULT, offset, 8 * MIB) as part:
             address = part.getAddress()
             assert Task(target.pid).read(address + 2 * MIB - 4096, 8) == (8 * MIB).to_bytes(8)
             expected = (buffer.getPhysicalAddress() + offset) // kernel.PAGE
-            assert frames(address, 20 * MIB, target.pid) == list(range(expected, expected + 5120))
+            assert frames(address, 8 * MIB, target.pid) == list(range(expected, expected + 2048))
 
 
 @pytest.mark.needs("hugetlb", "frames")

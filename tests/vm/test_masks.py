@@ -4,7 +4,7 @@ import os
 
 import pytest
 from support.edu import Fleet
-from support.kernel import available, is_given_back
+from support.kernel import held, is_given_back
 from support.moving import frames
 from support.proof import Proof
 
@@ -57,7 +57,7 @@ def test_what_lies_above_is_not_reached(fleet: Fleet, low_pages, record_property
 @pytest.mark.needs("guest", "two_nodes")
 @pytest.mark.usefixtures("nothing_left")
 def test_refused_where_it_is_out_of_reach() -> None:
-    before = available()
+    before = held()
     with (
         iobmd.policy(memory_budget=64 * MIB),
         pytest.raises(IOReturnError, match="under the mask 0xfffffff") as caught,

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.kernel import available, is_given_back
+from support.kernel import held, is_given_back
 from support.moving import frames
 
 import iobmd
@@ -82,7 +82,7 @@ def made_inaccessible() -> int:
 
 def test_a_node_that_has_not_as_much_is_refused_and_nothing_kept() -> None:
     total = sum(len(span) for span in spans(1)) * 4096
-    before = available()
+    before = held()
     with pytest.raises(IOReturnError) as caught:
         iobmd.allocate(total + 16 * MIB, node=1)
     assert caught.value.code in (IOReturn.kIOReturnNoResources, IOReturn.kIOReturnNoMemory)
