@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml iobmd/_version.py $(wildcard cython_ext/*)
 
-.PHONY: demo test test-asan test-vm vm-shell lint docs bench soak clean
+.PHONY: demo test test-repeat test-asan test-vm vm-shell lint docs bench soak clean
 
 demo: $(READY)
 	$(BIN)/iobmd doctor
@@ -14,6 +14,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+# Ten runs: on a busy machine, under nohup, on fragmented memory. RUNS="busy nohup", PYTEST_ARGS=tests/unit
+test-repeat: $(READY)
+	tools/proof-of-suite $(RUNS) -- $(PYTEST_ARGS)
 
 # The extensions under the address sanitizer. Left out by default: tests of whole address spaces, in which the
 # sanitizer's own takes minutes to walk, and those that look for memory, which are long with it.

@@ -168,9 +168,7 @@ class AgreedState:
     def _require_unprepared(self) -> None:
         """Raise `kIOReturnBusy` while another process has it prepared."""
         # Only asked for, not locked: an interrupt would leave it so.
-        conflict, *_ = _FLOCK.unpack(
-            fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, self._preparing))
-        )
+        conflict, *_ = _FLOCK.unpack(fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, self._preparing)))
         if conflict != fcntl.F_UNLCK:
             message = "the memory is prepared in another process: it stays wired until complete() there"
             raise IOReturnError(IOReturn.kIOReturnBusy, message)

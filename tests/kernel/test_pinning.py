@@ -368,13 +368,14 @@ def test_more_buffers_than_one_table_holds() -> None:
 
 @pytest.mark.needs("big_memory", "frames")
 @pytest.mark.usefixtures("nothing_left")
-def test_three_gigabytes() -> None:
-    """More than one slot may hold: 1 GiB each."""
-    with iobmd.allocate(3 << 30) as buffer:
+def test_more_than_one_slot_holds() -> None:
+    """1 GiB each: a whole one and a part."""
+    size = (1 << 30) + (64 << 20)
+    with iobmd.allocate(size) as buffer:
         assert buffer.wiring is Wiring.PINNED
-        assert kernel.pinned(3 << 30) == 3 << 30
-        assert sum(segment.length for segment in buffer.segments()) == 3 << 30
-        for offset in (0, (1 << 30) - 4096, 1 << 30, (3 << 30) - 4096):
+        assert kernel.pinned(size) == size
+        assert sum(segment.length for segment in buffer.segments()) == size
+        for offset in (0, (1 << 30) - 4096, 1 << 30, size - 4096):
             address, length = buffer.getPhysicalSegment(offset)
             assert address == frames(buffer.getBytesNoCopy() + offset, 4096)[0] * 4096
             assert length >= 4096

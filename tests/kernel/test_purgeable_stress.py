@@ -49,22 +49,25 @@ def both(outcomes: Counter[str]) -> int:
     return min(outcomes[state.name or ""] for state in (VOLATILE, EMPTY))
 
 
-def contents(size: int) -> tuple[bytes, ...]:
-    """Three contents of buffers of this size, and zeros."""
-    return tuple(bytes([value]) * size for value in (1, 0xA5, 0xFF, 0))
+def contents(size: int) -> tuple[bytearray, ...]:
+    """Three contents of buffers of this size, and zeros.
+
+    A bytearray compares itself with a view by memcmp(3); a view compares element by element, in six times the time.
+    """
+    return tuple(bytearray([value]) * size for value in (1, 0xA5, 0xFF, 0))
 
 
 class Filled:
     """A buffer and what it was filled with, compared page by page through views."""
 
-    def __init__(self, choice: tuple[bytes, ...], chance: random.Random, *, huge: bool) -> None:
+    def __init__(self, choice: tuple[bytearray, ...], chance: random.Random, *, huge: bool) -> None:
         *self._contents, self._zero = choice
         size = len(self._zero)
         self.buffer = iobmd.allocate(size, wired=False, purgeable=True)
         advice = memory.MADV_HUGEPAGE if huge else memory.MADV_NOHUGEPAGE
         memory.advise(self.buffer.getBytesNoCopy(), size, advice)
         self._chance = chance
-        self.content = b""
+        self.content = bytearray()
 
     def fill(self) -> None:
         self.content = self._chance.choice(self._contents)
@@ -73,7 +76,7 @@ class Filled:
     def is_right(self, state: IOPurgeable) -> bool:
         """Say whether the bytes are those that `state`, the old one of a move to NonVolatile, promises."""
         with memoryview(self.buffer) as view:
-            return view == (self._zero if state is EMPTY else self.content)
+            return (self._zero if state is EMPTY else self.content) == view
 
 
 def cycle_with_loss(size: int, huge: bool, cycles: int) -> Counter[str]:
@@ -152,7 +155,7 @@ def test_random_loss_beside_swap() -> None:
     assert both(outcomes) > 100, outcomes
 
 
-def fill_and_free(size: int, content: bytes) -> None:
+def fill_and_free(size: int, content: bytearray) -> None:
     """Take memory of the cgroup, and give it back."""
     with iobmd.allocate(size, wired=False) as filled:
         for offset in range(0, size - len(content), len(content)):

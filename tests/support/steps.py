@@ -1,6 +1,7 @@
 """Which instructions on cache lines a piece of a test executes: a forked child is stepped through it (x86-64)."""
 
 import ctypes
+import gc
 import os
 import signal
 from collections import Counter
@@ -30,15 +31,17 @@ def _kind(code: bytes) -> str | None:
     return {(7, False): "clflush", (7, True): "clflushopt", (6, True): "clwb"}.get((operation, wide))
 
 
-def _next(pid: int) -> bytes:
-    rip = _LIBC.ptrace(_PEEKUSER, pid, _RIP, None)
-    word = _LIBC.ptrace(_PEEKTEXT, pid, rip, None) & (1 << 64) - 1
-    return word.to_bytes(8, "little")
+def _kind_at(pid: int, address: int) -> str | None:
+    word = _LIBC.ptrace(_PEEKTEXT, pid, address, None) & (1 << 64) - 1
+    return _kind(word.to_bytes(8, "little"))
 
 
-def _step(pid: int, seen: Counter[str]) -> int:
+def _step(pid: int, seen: Counter[str], kinds: dict[int, str | None]) -> int:
     """Execute an instruction, or all of a child that waits for nothing else; returns the wait status."""
-    if kind := _kind(_next(pid)):
+    address = _LIBC.ptrace(_PEEKUSER, pid, _RIP, None)
+    if address not in kinds:
+        kinds[address] = _kind_at(pid, address)
+    if kind := kinds[address]:
         seen[kind] += 1
     assert _LIBC.ptrace(_SINGLESTEP, pid, None, None) == 0
     _, status = os.waitpid(pid, _WALL)
@@ -47,7 +50,7 @@ def _step(pid: int, seen: Counter[str]) -> int:
         assert _LIBC.ptrace(_GETEVENTMSG, pid, None, ctypes.addressof(child)) == 0
         _, stopped = os.waitpid(child.value, _WALL)
         while os.WIFSTOPPED(stopped):
-            stopped = _step(child.value, seen)
+            stopped = _step(child.value, seen, kinds)
     return status
 
 
@@ -56,6 +59,7 @@ def cache_instructions(action: Callable[[], object]) -> Counter[str]:
     pid = os.fork()
     if not pid:
         try:
+            gc.disable()  # each step costs some microseconds, and a collection is millions
             _LIBC.ptrace(_TRACEME, 0, None, None)
             os.kill(os.getpid(), signal.SIGSTOP)
             action()
@@ -63,13 +67,14 @@ def cache_instructions(action: Callable[[], object]) -> Counter[str]:
         finally:
             os._exit(0)
     seen: Counter[str] = Counter()
+    kinds: dict[int, str | None] = {}  # the code at an address stays
     try:
         _, status = os.waitpid(pid, 0)
         assert os.WIFSTOPPED(status)
         assert os.WSTOPSIG(status) == signal.SIGSTOP
         assert _LIBC.ptrace(_SETOPTIONS, pid, None, _O_TRACEVFORK) == 0
         while True:
-            status = _step(pid, seen)
+            status = _step(pid, seen, kinds)
             assert os.WIFSTOPPED(status), f"the child ended with {status:#x}"
             if os.WSTOPSIG(status) != signal.SIGTRAP:
                 assert os.WSTOPSIG(status) == signal.SIGSTOP

@@ -19,7 +19,7 @@ _PURGEABLE = [
 ]
 _TOO_SLOW = {
     "pinning": (
-        *("prepare_in_many_threads", "nothing_moves_a_pinned_page", "fork_moves_nothing", "three_gigabytes"),
+        *("prepare_in_many_threads", "nothing_moves_a_pinned_page", "fork_moves_nothing", "more_than_one_slot_holds"),
         *("more_buffers_than_one_table_holds", "kernels_without_sparse_tables"),
     ),
     "mapping": ("redirect_under_readers", "maps_come_and_go_in_threads"),
