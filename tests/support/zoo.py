@@ -15,10 +15,10 @@ class Animal(NamedTuple):
     size: int
 
 
-def build(folder: Path, source: Path = SOURCE) -> Path:
+def build(folder: Path, source: Path = SOURCE, *options: str) -> Path:
     """Compile the program."""
     program = folder / source.stem
-    subprocess.run(["cc", "-O2", "-Wall", "-Werror", "-pthread", "-o", program, source], check=True)
+    subprocess.run(["cc", "-O2", "-Wall", "-Werror", "-pthread", *options, "-o", program, source], check=True)
     return program
 
 
