@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import fcntl
 import gc
 import os
 import subprocess
@@ -162,7 +163,10 @@ def setting(
         def write(path: str, value: object) -> None:
             file = Path(path)
             if file not in before:
-                text = file.read_text()
+                with file.open() as opened:
+                    # The library raises hugetlb pools under this lock: what it lowers again is not the state before.
+                    fcntl.flock(opened, fcntl.LOCK_EX)
+                    text = opened.read()
                 # "always [madvise] never": the chosen one is in brackets
                 before[file] = text.partition("[")[2].partition("]")[0] or text
                 guarded.enter_context(undoing(("write", str(file), before[file])))
