@@ -309,15 +309,16 @@ class IOMemoryDescriptor(Existing, Lineage, Labels, Caching, Placement, Volatili
 
     def _memory(self) -> Backing:
         """Return where the bytes live, or raise `kIOReturnNotOpen`."""
-        if self._backing is None:
+        backing = self._backing  # once: another thread may free it
+        if backing is None:
             raise IOReturnError(IOReturn.kIOReturnNotOpen, f"this {type(self).__name__} is {self._state}")
-        if self._wired_by != os.getpid() and self._backing.wiring is not Wiring.PAGEABLE:
+        if self._wired_by != os.getpid() and backing.wiring is not Wiring.PAGEABLE:
             raise IOReturnError(
                 IOReturn.kIOReturnNotOpen,
                 f"this {type(self).__name__} is wired memory of process {self._wired_by}, and fork does not pass "
                 f"wiring on to process {os.getpid()}: make the buffer after the fork, or a pageable one before it",
             )
-        return self._backing
+        return backing
 
     def _check_range(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self._length:

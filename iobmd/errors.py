@@ -1,9 +1,13 @@
 """What goes wrong, with IOKit's code for it: one exception type a situation, all of them `IOReturnError`."""
 
 from collections.abc import Callable
+from errno import EMFILE, ENFILE
 from typing import Any, Self
 
 from iobmd.constants import IOReturn
+
+NO_DESCRIPTOR = (EMFILE, ENFILE)
+"""Error numbers of a process, or a host, without a free file descriptor: they say nothing of what was looked at."""
 
 
 class IOReturnError(OSError):

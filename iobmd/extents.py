@@ -9,7 +9,6 @@ process whose page table it was faulted into, takes pages of hugetlb from the po
 from __future__ import annotations
 
 import enum
-import errno
 import os
 import stat
 from bisect import bisect_left, bisect_right
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import headroom, pidns, procfs
 from iobmd._native import crosstask
+from iobmd.errors import NO_DESCRIPTOR
 from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _open(path: str, inode: int) -> int:
             return -1
         fd = _open_quietly(path)
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):
+        if error.errno in NO_DESCRIPTOR:
             raise
         return -1
     opened = os.fstat(fd)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from iobmd import diagnosis, host, pidns, procfs
 from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import NO_DESCRIPTOR, IOReturnError
 from iobmd.procfs import PF_EXITING, PF_KTHREAD
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def not_moved(
         refusal = without_memory(pid)
     elif number in (errno.EPERM, errno.EACCES):
         refusal = refused(pid, number, "memory")
-    elif number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+    elif number in (*NO_DESCRIPTOR, errno.ENOMEM):
         refusal = own(OSError(number, os.strerror(number)), f"cannot copy from or to task {pid}")
     elif number == errno.ETIMEDOUT:
         message = (
@@ -100,6 +100,8 @@ def not_moved(
 
 def refused(pid: int, number: int, what: str) -> IOReturnError:
     """Return the error for a kernel that refused `what` ("memory", "pagemap") of the task `pid`."""
+    if number in NO_DESCRIPTOR:
+        return own(OSError(number, os.strerror(number)), f"cannot look at the {what} of task {pid}")
     if not _has_memory(pid):
         # What belongs to a task without memory is root's, so that others are refused for that reason alone.
         return without_memory(pid)
@@ -133,7 +135,7 @@ def own(error: OSError | OverflowError, doing: str, size: int = 0) -> IOReturnEr
     if number == errno.EAGAIN and (limit := host.limits.memlock(size)):
         why = f"this process locks all that it maps (mlockall), and {limit}"
         return IOReturnError(IOReturn.kIOReturnCannotWire, f"{doing}: {why}", number)
-    if number in (errno.EMFILE, errno.ENFILE):
+    if number in NO_DESCRIPTOR:
         why = "no file descriptor is free; close some, or raise `ulimit -n`"
         return IOReturnError(IOReturn.kIOReturnNoResources, f"{doing}: {why}", number)
     if number == errno.ENOMEM:
@@ -235,8 +237,8 @@ def is_kernel_thread(pid: int) -> bool:
 def _has_memory(pid: int) -> bool:
     try:
         return not procfs.flags(pid) & (PF_EXITING | PF_KTHREAD) or procfs.memory_id(pid) != pid
-    except OSError:  # it is gone
-        return False
+    except OSError as error:  # it is gone, unless no descriptor is free to look at it
+        return error.errno in NO_DESCRIPTOR
 
 
 def _why_refused(pid: int) -> str:

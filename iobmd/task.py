@@ -12,7 +12,7 @@ from iobmd import copying, headroom, procfs, refusals
 from iobmd._native.crosstask import HeldBuffer, fresh_bytes
 from iobmd.constants import IOReturn
 from iobmd.copying import Transfer
-from iobmd.errors import IOReturnError
+from iobmd.errors import NO_DESCRIPTOR, IOReturnError
 
 if TYPE_CHECKING:
     import psutil
@@ -347,7 +347,7 @@ def _open_pidfd(pid: int) -> int:
                 f"{pid} is a thread, not a process; name its process",
                 errno.EINVAL,
             ) from None
-        if error.errno in _NO_DESCRIPTOR:
+        if error.errno in NO_DESCRIPTOR:
             raise _no_descriptor(pid, error) from None
         return -1
 
@@ -356,7 +356,7 @@ def _start_of(pid: int) -> int:
     try:
         return procfs.start_time(pid)
     except OSError as error:
-        if error.errno in _NO_DESCRIPTOR:
+        if error.errno in NO_DESCRIPTOR:
             raise _no_descriptor(pid, error) from None
         if pid == os.getpid():  # it has this pid for as long as it runs
             return 0
@@ -383,7 +383,7 @@ def _as_psutil(pid: int) -> psutil.Process:
     except psutil.NoSuchProcess:
         raise refusals.hidden(pid) or refusals.gone(f"no process has the pid {pid}", errno.ESRCH) from None
     except OSError as error:
-        if error.errno in _NO_DESCRIPTOR:
+        if error.errno in NO_DESCRIPTOR:
             raise _no_descriptor(pid, error) from None
         raise refusals.hidden(pid) or refusals.gone(f"no process has the pid {pid}", errno.ESRCH) from None
 
@@ -392,9 +392,6 @@ def _require_same_numbers(pid: int) -> None:
     # psutil reads /proc/PID and sends signals to PID, which would be two processes.
     if refusal := refusals.numbered_otherwise(pid):
         raise refusal
-
-
-_NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 
 
 def _no_descriptor(process: int | psutil.Process, error: OSError) -> IOReturnError:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 from iobmd import procfs, refusals
 from iobmd._native.crosstask import HeldBuffer
 from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import NO_DESCRIPTOR, IOReturnError
 from iobmd.procfs import USER_END, VMA
 from iobmd.task import ADDRESS_END, Task, as_task, check_range, kernel_task
 from iobmd.units import HUGE_PAGE_SIZE
@@ -115,7 +115,7 @@ class _unreadable_maps:  # noqa: N801 (used as a function)
             raise refusals.refused(self._task.pid, error.errno or 0, "memory map") from None
         if isinstance(error, (FileNotFoundError, ProcessLookupError)) or error.errno == errno.EOPNOTSUPP:
             raise refusals.without_memory(self._task.pid) from None
-        if error.errno in (errno.EMFILE, errno.ENFILE):
+        if error.errno in NO_DESCRIPTOR:
             raise refusals.own(error, f"cannot read the memory map of task {self._task.pid}") from None
 
 

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from iobmd import pidns
+from iobmd import pidns, refusals
+from iobmd.errors import NO_DESCRIPTOR
 
 EPOLL_WAIT, EPOLL_PWAIT = 232, 281
 ENDED_BY_A_STOP = {
@@ -52,15 +53,17 @@ def candidates(pid: int) -> list[Activity]:
 
 
 def thread_ids(pid: int) -> list[int]:
-    """Return the ids of a task's threads; none when it is gone."""
+    """Return the ids of a task's threads; none when it is gone. Raises `kIOReturnNoResources`: no free descriptor."""
     try:
         return sorted(int(entry) for entry in os.listdir(f"{pidns.directory(pid)}/task"))  # noqa: PTH208 (one call less)
-    except OSError:
+    except OSError as error:
+        if error.errno in NO_DESCRIPTOR:
+            raise refusals.own(error, f"cannot list the threads of task {pid}") from None
         return []
 
 
 def state(pid: int, tid: int) -> str:
-    """Return the state of a thread as ps(1) shows it, "" when it is gone."""
+    """Return the state of a thread as ps(1) shows it, "" when it is gone, "?" where no descriptor is free to look."""
     return _stat(pid, tid)[0]
 
 
@@ -75,8 +78,9 @@ def _stat(pid: int, tid: int) -> tuple[str, int]:
         )
         real_time = int(fields[38]) not in (os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_IDLE)
         return fields[0], -1 if real_time else int(fields[36])
-    except (OSError, IndexError, ValueError):
-        return "", -1
+    except (OSError, IndexError, ValueError) as error:
+        # Taken for gone, a thread would be given up in the middle of a call that is made in it.
+        return "?" if getattr(error, "errno", None) in NO_DESCRIPTOR else "", -1
 
 
 def activity(pid: int, tid: int) -> Activity | None:

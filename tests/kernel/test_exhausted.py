@@ -1,6 +1,8 @@
 """Descriptors, address space and locks that are used up: IOKit's codes, and nothing left behind."""
 
+import contextlib
 import errno
+import mmap
 import os
 import resource
 import signal
@@ -11,7 +13,8 @@ from support import kernel
 from support.child import in_child, sleeping
 
 import iobmd
-from iobmd import IOReturn, IOReturnError, Task, Wiring
+from iobmd import IOMemoryDescriptor, IOReturn, IOReturnError, Task, Wiring, kernel_task
+from iobmd._native.crosstask import HeldBuffer
 
 MIB = 1 << 20
 
@@ -125,3 +128,27 @@ def test_task_that_exits_is_gone_and_not_forbidden(monkeypatch: pytest.MonkeyPat
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         with pytest.raises(ProcessLookupError):
             task.read(0, 1)
+
+
+@pytest.mark.parametrize("where", ["here", "there"])
+def test_a_lack_of_descriptors_is_not_taken_for_a_lack_of_memory(where: str) -> None:
+    """Existing memory was said to be gone, or not permitted, when its maps could not be opened."""
+
+    def look() -> IOReturn:
+        page = mmap.mmap(-1, mmap.PAGESIZE)
+        with HeldBuffer(page, True) as held, contextlib.ExitStack() as taken:
+            task = Task(os.getppid()) if where == "there" else kernel_task
+            address = held.address
+            with contextlib.suppress(OSError):
+                while True:
+                    taken.callback(os.close, os.dup(0))
+            with pytest.raises(IOReturnError) as caught:
+                IOMemoryDescriptor.withAddressRange(address, 100, 3, task)
+            assert "ulimit -n" in str(caught.value)
+            return caught.value.code
+
+    def limited() -> IOReturn:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        return look()
+
+    assert in_child(limited) == IOReturn.kIOReturnNoResources
