@@ -113,9 +113,12 @@ def capability_remedy() -> str:
         return "leave the user namespace (rootless container, unshare -U): its capabilities do not count here"
     names = [capability.name.lower() for capability in Capability]
     container = " ".join(f"--cap-add {name.removeprefix('cap_').upper()}" for name in names)
+    # Not the interpreter itself: whoever may execute that would be root by it.
+    private = "/usr/local/bin/iobmd-python"
     return (
         "run as root (sudo)\n"
-        f"setcap {','.join(names)}+ep {os.path.realpath(sys.executable)}  # as root; for all it runs\n"
+        f"groupadd iobmd; install -g iobmd -m 0750 {os.path.realpath(sys.executable)} {private}; "
+        f"setcap {','.join(names)}+ep {private}  # as root; its members may do all of this\n"
         f"systemd unit: AmbientCapabilities={' '.join(names).upper()}\n"
         f"container: {container}"
     )

@@ -90,7 +90,7 @@ def _show(asked: _Asked, found: Iterator[Use]) -> None:
         least, most = facts.mapped or ("?", "?")
         print(f"  flags: {' '.join(facts.flags) or 'none common to all'}")
         print(f"  of some: {' '.join(facts.some_flags) or 'none'}; mapped {least} to {most} times")
-        print(f"  cgroups: {' '.join(facts.cgroups or ()) or 'none known'}")
+        print(f"  cgroups: {' '.join(map(printable, facts.cgroups or ())) or 'none known'}")
     pids = set()
     for use in found:
         pids.add(use.pid)

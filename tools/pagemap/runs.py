@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from iobmd.cli.printable import printable
 from iobmd.pagemap.frame import describe_runs
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.segment import segments
@@ -74,7 +75,7 @@ def _times(facts: FrameFacts) -> str:
 
 
 def _words(facts: FrameFacts) -> str:
-    return " ".join((*facts.flags, *(f"~{name}" for name in facts.some_flags), *(facts.cgroups or ())))
+    return " ".join((*facts.flags, *(f"~{name}" for name in facts.some_flags), *map(printable, facts.cgroups or ())))
 
 
 def chosen_segments(look: Look) -> Iterator[Segment]:

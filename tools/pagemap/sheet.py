@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _described(found: Run, facts: FrameFacts) -> tuple[object, ...]:
     words = " ".join(facts.flags), " ".join(facts.some_flags)
-    return (*found, *words, *(facts.mapped or ("", "")), " ".join(facts.cgroups or ()), facts.node)
+    return (*found, *words, *(facts.mapped or ("", "")), " ".join(map(printable, facts.cgroups or ())), facts.node)
 
 
 def _line(area: Area) -> str:
