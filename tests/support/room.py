@@ -5,7 +5,6 @@ shows it by its pool of 1 GiB pages, for which it moves away what can be moved. 
 returned at once, there is room, and a refusal is a fault.
 """
 
-import fcntl
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -23,14 +22,12 @@ def is_made(setting: Callable[[str, object], None]) -> bool:
     Path("/proc/sys/vm/compact_memory").write_text("1")
     if not _POOL.exists():
         return True  # a processor without such pages: a refusal is not excused
-    with _POOL.open() as one_at_a_time:
-        fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
-        before = int(_POOL.read_text())
-        try:
-            setting(str(_POOL), before + 1)
-            return int(_POOL.read_text()) > before
-        finally:
-            setting(str(_POOL), before)
+    before = int(_POOL.read_text())
+    try:
+        setting(str(_POOL), before + 1)  # which waits for the lock under which the library raises pools
+        return int(_POOL.read_text()) > before
+    finally:
+        setting(str(_POOL), before)
 
 
 def allocated(allocate: Callable[[], T], setting: Callable[[str, object], None]) -> T | None:
