@@ -1,10 +1,11 @@
-# A transfer that may wait for ever, made by a child process that shares this address space and can be killed alone
+# A transfer by a child process that shares this address space, has descriptors of its own, and can be killed alone
 from libc.stdint cimport uint64_t
-from uio cimport iovec
 
 cdef extern from * nogil:
     """
     #include <errno.h>
+    #include <fcntl.h>
+    #include <limits.h>
     #include <poll.h>
     #include <sched.h>
     #include <signal.h>
@@ -12,9 +13,13 @@ cdef extern from * nogil:
     #include <string.h>
     #include <sys/mman.h>
     #include <sys/prctl.h>
+    #include <sys/stat.h>
     #include <sys/syscall.h>
+    #include <sys/sysmacros.h>
     #include <sys/uio.h>
+    #include <sys/vfs.h>
     #include <sys/wait.h>
+    #include <time.h>
     #include <unistd.h>
     #ifndef CLONE_PIDFD
     #define CLONE_PIDFD 0x1000
@@ -23,13 +28,34 @@ cdef extern from * nogil:
     #define SYS_pidfd_send_signal 424
     #endif
 
-    enum { IOBMD_RANGES = 256, IOBMD_STACK = 16 << 10 };
+    #ifndef SYS_close_range
+    #define SYS_close_range 436
+    #endif
+    #define IOBMD_CLOSE_RANGE_UNSHARE 2
+
+    enum { IOBMD_RANGES = 4096, IOBMD_STACK = 16 << 10, IOBMD_BOUNCE = 64 << 10, IOBMD_CALL = 1 << 20 };
+    enum iobmd_mode { IOBMD_BOUNCED, IOBMD_DIRECT, IOBMD_COUNTED };
+
+    struct iobmd_range {
+        uint64_t at;                        /* in the file */
+        char *ours;                         /* IOBMD_DIRECT: where it belongs */
+        size_t size;
+    };
 
     struct iobmd_attempt {
-        struct iovec ranges[IOBMD_RANGES];  /* in the task; where `file` is not -1, one of that */
+        struct iobmd_range *ranges;
         unsigned int count;
         size_t size;                        /* of all of them */
-        int task, file, writing;
+        int mode, file, writing;
+        int task;                           /* in place of `file`: its memory, by process_vm_readv(2) */
+        /* In place of an open file: paths, each ended by a null byte and all of them by another. The first is chosen
+           that leads to a regular file with this inode number, and device where that is not 0. */
+        char *paths;
+        uint64_t inode, device;
+        int chosen;                         /* index of the path, or -1 */
+        uint64_t length, filesystem, opened_device;
+        size_t page;
+        int fresh, holes;
         int child, pidfd;
         pid_t maker;
         volatile size_t moved;
@@ -68,56 +94,207 @@ cdef extern from * nogil:
     #endif
     }
 
-    static long iobmd_attempt_call(struct iobmd_attempt *job, unsigned int first)
+    static long iobmd_statx(int directory, const char *path, int flags, struct statx *found)
     {
-        struct iovec local = { job->bytes + job->moved, job->size - job->moved };
-        struct iovec *remote = &job->ranges[first];
-        if (job->file >= 0)
-            return iobmd_raw(job->writing ? SYS_pwrite64 : SYS_pread64, job->file, (long)local.iov_base,
-                             (long)local.iov_len, (long)remote->iov_base, 0, 0);
-        return iobmd_raw(job->writing ? SYS_process_vm_writev : SYS_process_vm_readv, job->task, (long)&local, 1,
-                         (long)remote, (long)(job->count - first), 0);
+        return iobmd_raw(SYS_statx, directory, (long)path, flags, STATX_BASIC_STATS, (long)found, 0);
+    }
+
+    static int iobmd_is_wanted(const struct iobmd_attempt *job, const struct statx *found)
+    {
+        return S_ISREG(found->stx_mode) && found->stx_ino == job->inode &&
+               (!job->device || makedev(found->stx_dev_major, found->stx_dev_minor) == job->device);
+    }
+
+    /* Open a path if it leads to the file; returns the descriptor, or an error number below 0. No device is opened,
+       which would notice it, and no time of access is changed where that can be avoided. */
+    static long iobmd_attempt_try(struct iobmd_attempt *job, const char *path)
+    {
+        const int flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK;
+        struct statx found;
+        struct statfs system;
+        long fd, error = iobmd_statx(AT_FDCWD, path, 0, &found);
+        if (error || !iobmd_is_wanted(job, &found))
+            return error ? error : -ENOENT;
+        fd = iobmd_raw(SYS_openat, AT_FDCWD, (long)path, flags | O_NOATIME, 0, 0, 0);
+        if (fd == -EPERM)  /* for the owner of the file, and holders of CAP_FOWNER */
+            fd = iobmd_raw(SYS_openat, AT_FDCWD, (long)path, flags, 0, 0, 0);
+        if (fd < 0)
+            return fd;
+        error = iobmd_statx((int)fd, "", AT_EMPTY_PATH, &found);
+        if (!error && !iobmd_is_wanted(job, &found))  /* another file took its place */
+            error = -ENOENT;
+        if (error) {
+            iobmd_raw(SYS_close, fd, 0, 0, 0, 0, 0);
+            return error;
+        }
+        job->length = found.stx_size;
+        job->opened_device = makedev(found.stx_dev_major, found.stx_dev_minor);
+        job->filesystem = iobmd_raw(SYS_fstatfs, fd, (long)&system, 0, 0, 0, 0) ? 0 : (uint64_t)system.f_type;
+        return fd;
+    }
+
+    /* Open the file of a task in a table of descriptors of this child's own. A process that closes any descriptor of
+       a file loses all of its POSIX locks on it (fcntl(2)); what this child closes, or its end, releases none of the
+       locks of its maker, which may have the file open as well. */
+    static long iobmd_attempt_open(struct iobmd_attempt *job)
+    {
+        const char *path = job->paths;
+        long fd = -ENOENT;
+        int index = 0;
+        /* Nothing is copied if all of it is to be closed (Linux 5.9); before that, the copy ends with the child. */
+        if (iobmd_raw(SYS_close_range, 0, UINT_MAX, IOBMD_CLOSE_RANGE_UNSHARE, 0, 0, 0)) {
+            long error = iobmd_raw(SYS_unshare, CLONE_FILES, 0, 0, 0, 0, 0);
+            if (error)
+                return error;
+        }
+        for (; *path; path += strlen(path) + 1, index++) {
+            fd = iobmd_attempt_try(job, path);
+            if (fd >= 0) {
+                job->chosen = index;
+                break;
+            }
+        }
+        return fd;
+    }
+
+    static long iobmd_attempt_call(struct iobmd_attempt *job, long fd, uint64_t at, char *ours, size_t size)
+    {
+        struct iovec local = { ours, size }, remote = { (void *)(uintptr_t)at, size };
+        long done;
+        do {
+            if (job->task)
+                done = iobmd_raw(job->writing ? SYS_process_vm_writev : SYS_process_vm_readv, job->task, (long)&local,
+                                 1, (long)&remote, 1, 0);
+            else
+                done = iobmd_raw(job->writing ? SYS_pwrite64 : SYS_pread64, fd, (long)ours, (long)size, (long)at, 0,
+                                 0);
+        } while (done == -EINTR);
+        /* The end of the file. EIO is how /proc/PID/mem says that nothing is mapped. */
+        return done == 0 || (done == -EIO && !job->paths) ? -EFAULT : done;
+    }
+
+    /* Move one range by way of `bytes`, in one call if possible; returns an error number. */
+    static long iobmd_attempt_bounced(struct iobmd_attempt *job, long fd, struct iobmd_range range)
+    {
+        while (range.size) {
+            long done = iobmd_attempt_call(job, fd, range.at, job->bytes + job->moved, range.size);
+            if (done < 0)
+                return -done;
+            __atomic_store_n(&job->moved, job->moved + (size_t)done, __ATOMIC_RELEASE);
+            range.at += (uint64_t)done;
+            range.size -= (size_t)done;
+        }
+        return 0;
+    }
+
+    /* Copy what was read, but write no page of fresh memory for one that is all zero. */
+    static void iobmd_keep_nonzero(const struct iobmd_attempt *job, char *ours, size_t size)
+    {
+        size_t done = 0;
+        while (done < size) {
+            size_t step = job->page - ((uintptr_t)ours + done) % job->page;
+            const char *from = job->bytes + done;
+            if (step > size - done)
+                step = size - done;
+            if (from[0] || memcmp(from, from + 1, step - 1))
+                memcpy(ours + done, from, step);
+            done += step;
+        }
+    }
+
+    /* Where the next data begins at or behind `at`, at most `size` bytes away, and in `until` where it ends. */
+    static size_t iobmd_hole(const struct iobmd_attempt *job, long fd, uint64_t at, size_t size, size_t *until)
+    {
+        long found;
+        *until = size;
+        if (!job->holes)
+            return 0;
+        found = iobmd_raw(SYS_lseek, fd, (long)at, SEEK_DATA, 0, 0, 0);
+        if (found < 0)  /* ENXIO: there is none */
+            return size;
+        if ((uint64_t)found > at)
+            return (uint64_t)found - at < size ? (size_t)((uint64_t)found - at) : size;
+        found = iobmd_raw(SYS_lseek, fd, (long)at, SEEK_HOLE, 0, 0, 0);
+        if (found > 0 && (uint64_t)found > at && (uint64_t)found - at < size)
+            *until = (size_t)((uint64_t)found - at);
+        return 0;
+    }
+
+    /* Move one range of a file of a memory file system to where it belongs, or count its data; returns an error
+       number. Nothing is allocated in the file. */
+    static long iobmd_attempt_direct(struct iobmd_attempt *job, long fd, struct iobmd_range range)
+    {
+        size_t done = 0, until;
+        while (done < range.size) {
+            uint64_t at = range.at + done;
+            char *ours = range.ours + done;
+            int bounced = job->fresh && !job->holes;
+            long got;
+            if (at >= job->length)
+                return EFAULT;
+            size_t left = job->length - at < range.size - done ? (size_t)(job->length - at) : range.size - done;
+            size_t step = iobmd_hole(job, fd, at, left, &until);
+            if (step) {
+                if (job->mode == IOBMD_DIRECT) {
+                    if (!job->fresh)
+                        memset(ours, 0, step);
+                    job->moved += step;
+                }
+                done += step;
+                continue;
+            }
+            if (job->mode == IOBMD_COUNTED) {
+                job->moved += until;
+                done += until;
+                continue;
+            }
+            step = bounced ? IOBMD_BOUNCE : IOBMD_CALL;
+            got = iobmd_attempt_call(job, fd, at, bounced ? job->bytes : ours, until < step ? until : step);
+            if (got < 0)
+                return -got;
+            if (bounced)
+                iobmd_keep_nonzero(job, ours, (size_t)got);
+            job->moved += (size_t)got;
+            done += (size_t)got;
+        }
+        return 0;
     }
 
     static int iobmd_attempt_body(void *argument)
     {
         struct iobmd_attempt *job = (struct iobmd_attempt *)argument;
-        unsigned int first = 0;
-        int error = 0;
+        long fd = job->file, error = 0;
         /* Nothing is left behind by a maker that is killed, before or after this line. */
         iobmd_raw(SYS_prctl, PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0, 0);
         if (iobmd_raw(SYS_getppid, 0, 0, 0, 0, 0, 0) != job->maker)
             return 0;
-        while (job->moved < job->size) {
-            long done = iobmd_attempt_call(job, first);
-            if (done == -EINTR)
-                continue;
-            if (done <= 0) {
-                error = done ? (int)-done : EFAULT;
-                break;
-            }
-            job->moved += (size_t)done;
-            while (first < job->count && (size_t)done >= job->ranges[first].iov_len)
-                done -= (long)job->ranges[first++].iov_len;
-            if (first < job->count) {
-                job->ranges[first].iov_base = (char *)job->ranges[first].iov_base + done;
-                job->ranges[first].iov_len -= (size_t)done;
-            }
+        if (job->paths) {
+            fd = iobmd_attempt_open(job);
+            error = fd < 0 ? -fd : 0;
         }
-        job->error = error;
+        for (unsigned int index = 0; index < job->count && !error; index++)
+            error = job->mode == IOBMD_BOUNCED ? iobmd_attempt_bounced(job, fd, job->ranges[index])
+                                               : iobmd_attempt_direct(job, fd, job->ranges[index]);
+        job->error = (int)error;
         return 0;
     }
 
-    static struct iobmd_attempt *iobmd_attempt_new(size_t room)
+    /* Allocate an attempt of so many ranges, with memory for their bytes and for the paths. */
+    static struct iobmd_attempt *iobmd_attempt_new(size_t ranges, size_t room, const char *paths, size_t length)
     {
-        size_t size = sizeof(struct iobmd_attempt) + room;
+        size_t head = sizeof(struct iobmd_attempt) + ranges * sizeof(struct iobmd_range), size = head + room + length;
         struct iobmd_attempt *job = (struct iobmd_attempt *)mmap(
             NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (job == MAP_FAILED)
             return NULL;
         job->mapped = size;
-        job->bytes = (char *)(job + 1);
-        job->pidfd = job->file = -1;
+        job->ranges = (struct iobmd_range *)(job + 1);
+        job->bytes = (char *)job + head;
+        if (length) {
+            job->paths = job->bytes + room;
+            memcpy(job->paths, paths, length);
+        }
+        job->pidfd = job->file = job->chosen = -1;
         job->error = ECANCELED;
         return job;
     }
@@ -137,7 +314,14 @@ cdef extern from * nogil:
         return job->child < 0 ? error : 0;
     }
 
-    /* Wait until the child has ended, at most so many milliseconds; whether it has. */
+    static long iobmd_milliseconds(void)
+    {
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        return now.tv_sec * 1000L + now.tv_nsec / 1000000;
+    }
+
+    /* Wait until the child has ended, at most so many milliseconds (less where a signal comes); whether it has. */
     static int iobmd_attempt_wait(struct iobmd_attempt *job, int milliseconds)
     {
         struct pollfd ended = { job->pidfd, POLLIN, 0 };
@@ -155,28 +339,42 @@ cdef extern from * nogil:
     }
 
     /* End the child and free the memory. Where the kernel does not let it end (a FUSE server that never answers),
-       both stay: its call may write to that memory one day, and to no other. */
+       both stay: its call may write to that memory one day, and to no other. A child that writes elsewhere reads from
+       memory, and is waited for. */
     static void iobmd_attempt_free(struct iobmd_attempt *job)
     {
         if (job->child > 0) {
-            syscall(SYS_pidfd_send_signal, job->pidfd, SIGKILL, NULL, 0);
-            if (!iobmd_attempt_wait(job, 1000)) {
-                close(job->pidfd);
-                return;
-            }
+            long until = iobmd_milliseconds() + 1000;
+            /* A seccomp filter may know the one and not the other. */
+            if (syscall(SYS_pidfd_send_signal, job->pidfd, SIGKILL, NULL, 0) && errno != ESRCH)
+                kill(job->child, SIGKILL);
+            while (!iobmd_attempt_wait(job, 100))
+                if (job->mode == IOBMD_BOUNCED && iobmd_milliseconds() > until) {
+                    close(job->pidfd);
+                    return;
+                }
         }
         munmap(job, job->mapped);
     }
     """
     enum:
         IOBMD_RANGES
+        IOBMD_BOUNCE
+        IOBMD_BOUNCED
+        IOBMD_DIRECT
+        IOBMD_COUNTED
+    struct iobmd_range:
+        uint64_t at
+        char *ours
+        size_t size
     struct iobmd_attempt:
-        iovec *ranges
+        iobmd_range *ranges
         unsigned int count
-        size_t size, moved
-        int task, file, writing, error
+        size_t size, moved, page
+        int mode, file, task, writing, error, chosen, fresh, holes
+        uint64_t inode, device, length, filesystem, opened_device
         char *bytes
-    iobmd_attempt *iobmd_attempt_new(size_t room)
+    iobmd_attempt *iobmd_attempt_new(size_t ranges, size_t room, const char *paths, size_t length)
     int iobmd_attempt_start(iobmd_attempt *job)
     int iobmd_attempt_wait(iobmd_attempt *job, int milliseconds)
     void iobmd_attempt_free(iobmd_attempt *job)

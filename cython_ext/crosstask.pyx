@@ -4,21 +4,21 @@
 from libc.errno cimport EFAULT, EINTR, EIO, ENOMEM, ESRCH, errno
 from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdlib cimport free, realloc
-from libc.string cimport memcmp, memcpy, memset, strerror
-from posix.types cimport off_t
+from libc.string cimport memcpy, memset, strerror
 from posix.fcntl cimport O_RDONLY
-from posix.unistd cimport SEEK_END, close, lseek
+from posix.unistd cimport close
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
 from attempt cimport (
-    IOBMD_RANGES, iobmd_attempt, iobmd_attempt_free, iobmd_attempt_new, iobmd_attempt_start, iobmd_attempt_wait,
+    IOBMD_BOUNCE, IOBMD_BOUNCED, IOBMD_COUNTED, IOBMD_DIRECT, IOBMD_RANGES, iobmd_attempt, iobmd_attempt_free,
+    iobmd_attempt_new, iobmd_attempt_start, iobmd_attempt_wait,
 )
 from mman cimport C_MADV_HUGEPAGE, C_MADV_PAGEOUT, C_MADV_POPULATE_WRITE, c_madvise
 from pagemap_entry cimport PRESENT_BIT, SWAP_BIT, UFFD_WP_BIT, iobmd_is_swapped
 from uio cimport (
-    O_CLOEXEC, SEEK_DATA, SEEK_HOLE, SYS_pidfd_getfd, SYS_process_madvise, c_open, fstatfs, iovec, pread,
-    process_vm_readv, process_vm_writev, pwrite, statfs_t, syscall,
+    O_CLOEXEC, SYS_pidfd_getfd, SYS_process_madvise, c_open, iovec, pread, process_vm_readv, process_vm_writev,
+    pwrite, syscall,
 )
 
 cdef enum:
@@ -28,7 +28,6 @@ cdef enum:
     DEFAULT_CHUNK = 512
     VECTORS = 512
     FEW = 17  # pages
-    UNMARKED = 64  # bytes of a bounce buffer in pages, when it has to be seen whether a page of a file is all zero
 
 cdef enum Kind:
     DIRECT  # can be moved without a page being made in the task, and without waiting for another program
@@ -339,100 +338,6 @@ def absent(int pagemap, uint64_t theirs, size_t size, size_t page):
         free(found.bounds)
 
 
-def data(int file, uint64_t offset, size_t size):
-    """Return how many bytes of a range of a file are not in holes (lseek(2), SEEK_DATA)."""
-    cdef off_t at = <off_t>offset, end = <off_t>(offset + size), hole
-    cdef size_t total = 0
-    with nogil:
-        while at < end:
-            at = lseek(file, at, SEEK_DATA)
-            if at < 0 or at >= end:
-                break
-            hole = lseek(file, at, SEEK_HOLE)
-            if hole <= at:
-                break
-            total += min(hole, end) - at
-            at = hole
-    return total
-
-
-cdef ssize_t _read_file(int file, uint64_t offset, char *ours, size_t size, size_t page, bint fresh) noexcept nogil:
-    """Read, but write no page of fresh memory for a page that is all zero; as pread(2)."""
-    cdef char bounce[UNMARKED * 1024]
-    cdef size_t done, step
-    cdef ssize_t got
-    if not fresh:
-        return pread(file, ours, size, <long>offset)
-    got = pread(file, bounce, min(size, sizeof(bounce)), <long>offset)
-    done = 0
-    while got > 0 and done < <size_t>got:
-        # Up to the next page of the destination.
-        step = min(<size_t>got - done, page - (<uintptr_t>ours + done) % page)
-        if bounce[done] or memcmp(bounce + done, bounce + done + 1, step - 1):
-            memcpy(ours + done, bounce + done, step)
-        done += step
-    return got
-
-
-def read_object(int file, uint64_t offset, uint64_t ours, size_t size, size_t page, bint fresh, bint holes):
-    """Copy from an object of a memory file system (tmpfs, hugetlbfs) to the address `ours`; allocate nothing in it.
-
-    Parameters
-    ----------
-    file, offset
-        A descriptor of an open file description of its own (its position is changed), and where to begin.
-    page
-        The page size of its mappings: what lies in the page of its last byte reads as zero behind that.
-    fresh
-        The destination is zero, and stays untouched where the object has holes.
-    holes
-        It answers SEEK_DATA (hugetlbfs does not, and a read of it returns zeros for a hole).
-
-    Returns
-    -------
-    tuple[int, int]
-        Bytes copied, and the error number that ended it; EFAULT past the end.
-    """
-    cdef size_t done = 0, until, zeros
-    cdef off_t found
-    cdef ssize_t got
-    cdef off_t length
-    cdef int error = 0
-    with nogil:
-        length = lseek(file, 0, SEEK_END)
-        while done < size:
-            if length < 0 or offset + done >= ((<uint64_t>length + page - 1) // page) * page:
-                error = errno if length < 0 else EFAULT
-                break
-            zeros = 0
-            until = size
-            if holes:
-                found = lseek(file, <off_t>(offset + done), SEEK_DATA)
-                zeros = size - done if found < 0 else min(size - done, <size_t>(found - <off_t>(offset + done)))
-                if not zeros:
-                    found = lseek(file, <off_t>(offset + done), SEEK_HOLE)
-                    if found > <off_t>(offset + done):
-                        until = min(size, done + <size_t>(found - <off_t>(offset + done)))
-            if offset + done >= <uint64_t>length:  # the rest of the last page
-                zeros = size - done
-            if zeros:
-                zeros = min(zeros, ((<uint64_t>length + page - 1) // page) * page - (offset + done))
-                if not fresh:
-                    memset(<void *><uintptr_t>(ours + done), 0, zeros)
-                done += zeros
-                continue
-            got = _read_file(file, offset + done, <char *><uintptr_t>(ours + done), until - done, page,
-                             fresh and not holes)
-            if got > 0:
-                done += got
-            elif got == 0:  # it was truncated
-                length = lseek(file, 0, SEEK_END)
-            elif errno != EINTR:
-                error = errno
-                break
-    return done, error
-
-
 def zero(uint64_t ours, size_t size):
     """Set bytes of this process to zero."""
     with nogil:
@@ -445,55 +350,69 @@ def copy_here(uint64_t ours, uint64_t source, size_t size):
         memcpy(<void *><uintptr_t>ours, <void *><uintptr_t>source, size)
 
 
-def filesystem(int file):
-    """Return the type of the file system that a file is of (fstatfs(2))."""
-    cdef statfs_t found
-    cdef int failed
-    with nogil:
-        failed = fstatfs(file, &found)
-    if failed:
-        raise OSError(errno, f"fstatfs: {strerror(errno).decode()}")
-    return <uint64_t>found.f_type
-
-
 MOST_RANGES = IOBMD_RANGES
 
 
 cdef class Attempt:
-    """A transfer that may wait for another program, which has to deliver a page: a fault handler, a file's server.
+    """A transfer by a child process that shares this address space and may be killed alone.
 
-    The kernel sleeps there until the page comes or the process is killed. Therefore a child that shares this address
-    space makes the call, on memory of its own, and is killed alone when that is to end.
+    A call that waits for another program (a fault handler, a file's server) sleeps until the page comes or the
+    process is killed: the child makes it, on memory of its own. A file that a task maps is opened by the child alone,
+    because this process would lose its POSIX locks on that file when it closed it.
 
     Parameters
     ----------
-    pid, file
-        The task, or the file in its place when that is not -1.
+    ranges
+        Offsets in the file and lengths, at most `MOST_RANGES`.
+    task
+        The task whose addresses the offsets are, by process_vm_readv and process_vm_writev.
+    file
+        In its place its open /proc/PID/mem, which does not wait for a handler of userfaultfd: that is an error there.
     write
         To there, instead of from there.
-    ranges
-        Addresses there and lengths, at most `MOST_RANGES`; one offset and length of a file.
+    paths, inode, device
+        In place of `file`: the first of these paths is opened that leads to a regular file with that inode number
+        and, if that is not 0, of that device.
+    ours
+        The address here of each range of a file of a memory file system (tmpfs, hugetlbfs): a read of that waits for
+        nobody, so that the child writes where the bytes belong. It allocates nothing in the file.
+    count
+        Only count the bytes of such a file that are not in holes, as those moved.
+    page, fresh, holes
+        The page size here; the destination is zero, and stays untouched where the file has holes; the file answers
+        SEEK_DATA (hugetlbfs does not, and a read of it returns zeros for a hole).
     """
 
     cdef iobmd_attempt *job
 
-    def __cinit__(self, int pid, int file, bint write, ranges):
-        cdef size_t size = sum(length for _at, length in ranges)
+    def __cinit__(self, ranges, *, int task=0, int file=-1, bint write=False, paths=(), uint64_t inode=0,
+                  uint64_t device=0, ours=None, bint count=False, size_t page=0, bint fresh=False, bint holes=True):
+        cdef bytes joined = b"".join([path + b"\0" for path in paths]) + b"\0" if paths else b""
+        cdef size_t length, room = IOBMD_BOUNCE if ours is not None else 0
         cdef uint64_t at
-        cdef size_t length
-        if len(ranges) > IOBMD_RANGES or (file >= 0 and len(ranges) != 1):
+        cdef uintptr_t here
+        if len(ranges) > IOBMD_RANGES:
             raise ValueError("too many ranges")
-        self.job = iobmd_attempt_new(size)
+        if ours is None and not count:
+            room = sum([length for _at, length in ranges])
+        self.job = iobmd_attempt_new(len(ranges), room, joined, len(joined))
         if self.job == NULL:
             raise OSError(errno, f"mmap: {strerror(errno).decode()}")
-        self.job.task, self.job.file, self.job.writing, self.job.size = pid, file, write, size
+        self.job.mode = IOBMD_COUNTED if count else IOBMD_BOUNCED if ours is None else IOBMD_DIRECT
+        self.job.task, self.job.file, self.job.writing = task, file, write
+        self.job.inode, self.job.device = inode, device
+        self.job.page, self.job.fresh, self.job.holes = page, fresh, holes
         for at, length in ranges:
-            self.job.ranges[self.job.count].iov_base = <void *><uintptr_t>at
-            self.job.ranges[self.job.count].iov_len = length
+            self.job.ranges[self.job.count].at = at
+            self.job.ranges[self.job.count].size = length
+            self.job.size += length
             self.job.count += 1
+        if ours is not None:
+            for length, here in enumerate(ours):
+                self.job.ranges[length].ours = <char *>here
 
     @property
-    def bytes(self):
+    def address(self):
         """The address of the bytes to write, or of those that were read."""
         return <uintptr_t>self.job.bytes
 
@@ -506,6 +425,11 @@ cdef class Attempt:
     def error(self):
         """The error number that ended it, 0 for none; ECANCELED where the child was killed by somebody."""
         return self.job.error
+
+    @property
+    def opened(self):
+        """Of the file that was opened: the index of its path, its device, length, and type of file system."""
+        return self.job.chosen, self.job.opened_device, self.job.length, self.job.filesystem
 
     def start(self):
         """Begin. Raises OSError where no process can be made."""

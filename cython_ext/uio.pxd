@@ -22,22 +22,11 @@ cdef extern from * nogil:
     #ifndef SYS_process_madvise
     #define SYS_process_madvise 440
     #endif
-    #ifndef SEEK_DATA
-    #define SEEK_DATA 3
-    #define SEEK_HOLE 4
-    #endif
     """
     enum:
         SYS_pidfd_getfd
         SYS_process_madvise
-        SEEK_DATA
-        SEEK_HOLE
     long syscall(long number, ...)
-
-cdef extern from "<sys/vfs.h>" nogil:
-    ctypedef struct statfs_t "struct statfs":
-        long f_type
-    int fstatfs(int fd, statfs_t *buf)
 
 cdef extern from "<fcntl.h>" nogil:
     enum:

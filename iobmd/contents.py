@@ -101,7 +101,7 @@ class CopyOf:
 
     def resident(self) -> int:
         """Return how many bytes of the source exist, in memory or in swap, at least."""
-        return extents.resident(self.task.pid, self.address, self.size)
+        return extents.resident(self.task.pid, self.address, self.size, self._timeout)
 
 
 class FrozenCopyOf(CopyOf):

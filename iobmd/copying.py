@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from iobmd import attempt, extents, headroom, pidns, pieces, procfs
 from iobmd._native import crosstask
 from iobmd.extents import Origin
-from iobmd.units import PAGE_SIZE, round_down, round_up
+from iobmd.units import PAGE_SIZE, round_down
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from iobmd.extents import Absent, Range
+    from iobmd.attempt import File, Range
+    from iobmd.extents import Absent
 
 TIMEOUT = 10.0
 """Seconds for which a transfer waits for another program before it gives up, unless the caller says otherwise."""
@@ -134,14 +135,15 @@ class _Run:
     def __init__(self, job: Transfer, pagemap: int) -> None:
         self._job = job
         self._pagemap = pagemap
-        self._memory = -1
+        self._memory = -1  # its /proc/PID/mem in place of the calls that are refused
+        self._awaited = -1  # and for the children that wait
         self._absent: list[Range] = []
         self._unread: list[Range] = []
         self._marks = 0
         self._left_zero = False
 
     def close(self) -> None:
-        for descriptor in (self._memory, self._pagemap):
+        for descriptor in (self._memory, self._awaited, self._pagemap):
             if descriptor >= 0:
                 os.close(descriptor)
 
@@ -151,7 +153,7 @@ class _Run:
             done, error = self._present(0, job.size)
         else:
             done, error = pieces.run(self._present, job.size, job.progress)
-        if done == 0 and error in _CALL_REFUSED:
+        if error in _CALL_REFUSED:  # also behind absent pages, for which nothing was called
             done, error = self._through_memory_file()
         # Below the place where that failed, if it did, there may be absent pages whose bytes cannot be had either.
         reached = job.theirs + done
@@ -171,7 +173,9 @@ class _Run:
             job.theirs + offset, job.ours + offset, size, PAGE_SIZE, huge, mark,
         )  # fmt: skip
         self._absent += absent
-        self._unread += unread
+        if unread:
+            self._unread += unread
+            self._clear(unread)
         self._marks += marks
         return reached - job.theirs - offset, error
 
@@ -209,17 +213,12 @@ class _Run:
         """Move absent pages; returns the lowest address that is not moved, and the error number."""
         job = self._job
         small = not job.resident_only and sum(end - start for start, end in ranges) <= extents.SMALL
-        objects = extents.Objects(job.pid)
-        try:
-            permission = "w" if job.write else "r"
-            for absent in extents.absent(job.pid, ranges, objects, permission=permission, small=small):
-                stopped, failure = self._write(absent) if job.write else self._read(absent)
-                if not failure:
-                    continue
-                if not (job.skip and failure == errno.EFAULT):
-                    return stopped, failure
-        finally:
-            objects.close()
+        files = extents.Files(job.pid, job.timeout, may_wait=not job.resident_only)
+        permission = "w" if job.write else "r"
+        for absent in extents.absent(job.pid, ranges, files, permission=permission, small=small):
+            stopped, failure = self._write(absent) if job.write else self._read(absent)
+            if failure and not (job.skip and failure == errno.EFAULT):
+                return stopped, failure
         return reached, error
 
     def _read(self, absent: Absent) -> tuple[int, int]:
@@ -231,14 +230,18 @@ class _Run:
             return job.end, 0
         if absent.waits and job.resident_only:
             return absent.ranges[0][0], WOULD_WAIT
-        if absent.origin is Origin.OBJECT:
-            return self._from_object(absent)
+        if absent.origin is Origin.SILENT:
+            return absent.ranges[0][0], errno.ETIMEDOUT
+        if absent.file and absent.origin is Origin.OBJECT:
+            return self._from_object(absent, absent.file)
         return self._attempted(absent)
 
     def _write(self, absent: Absent) -> tuple[int, int]:
         job = self._job
         if absent.origin is Origin.NOWHERE:
             return absent.ranges[0][0], errno.EFAULT
+        if absent.origin is Origin.SILENT:
+            return absent.ranges[0][0], errno.ETIMEDOUT
         headroom.require(sum(end - start for start, end in absent.ranges), swappable=True, pid=job.pid)
         if absent.waits or absent.origin in (Origin.FILE, Origin.FAULT):
             return self._attempted(absent)
@@ -261,7 +264,10 @@ class _Run:
             self._left_zero = True
             return
         for start, end in ranges:
-            crosstask.zero(self._job.here(start), end - start)
+            if end - start <= pieces.PIECE:
+                crosstask.zero(self._job.here(start), end - start)
+            else:  # ends on Ctrl-C
+                pieces.run(functools.partial(_zero, self._job.here(start)), end - start)
 
     def _unreadable(self, ranges: Sequence[Range]) -> tuple[int, int]:
         if self._job.skip:
@@ -269,29 +275,29 @@ class _Run:
             self._clear(ranges)
         return ranges[0][0], errno.EFAULT
 
-    def _from_object(self, absent: Absent) -> tuple[int, int]:
+    def _from_object(self, absent: Absent, file: File) -> tuple[int, int]:
         """Read from a file of a memory file system, on several threads when it is much."""
         job = self._job
         starts = [0, *itertools.accumulate(end - start for start, end in absent.ranges)]
+        ends = attempt.Ends(job.theirs, job.ours, write=False, shift=absent.shift)
         holes = absent.page == PAGE_SIZE  # hugetlbfs has no SEEK_DATA
         self._left_zero |= job.fresh
         failed: list[Range] = []
 
         def work(offset: int, size: int) -> tuple[int, int]:
             done = 0
-            while done < size:
-                index = bisect_right(starts, offset + done) - 1
-                start, end = absent.ranges[index]
-                start += offset + done - starts[index]
-                length = min(end - start, size - done)
-                moved, error = crosstask.read_object(
-                    absent.file, start - absent.shift, job.here(start), length, absent.page, job.fresh, holes
-                )
-                if error and not (job.skip and error == errno.EFAULT):
-                    return done + moved, error
-                if error:
-                    failed.append((start + moved, start + length))
-                done += length
+            left = _part(absent.ranges, starts, offset, size)
+            while left:
+                batch = left[: crosstask.MOST_RANGES]
+                moved, error = attempt.read(ends, file, batch, job.timeout, fresh=job.fresh, holes=holes)
+                left = attempt.behind(left, moved)
+                done += moved
+                if error == errno.EFAULT and job.skip and left:  # it was truncated
+                    start, end = left.pop(0)
+                    failed.append((start, end))
+                    done += end - start
+                elif error:
+                    return done, error
             return done, 0
 
         done, error = pieces.run(work, starts[-1])
@@ -305,10 +311,10 @@ class _Run:
     def _attempted(self, absent: Absent) -> tuple[int, int]:
         """Move what another program may have to deliver."""
         job = self._job
-        file, shift = self._memory, 0
-        if absent.origin is Origin.FILE and not job.write:
-            file, shift = absent.file, absent.shift
-        ends = attempt.Ends(job.pid, job.theirs, job.ours, job.write, file, shift)
+        if absent.file and not job.write:
+            ends = attempt.Ends(job.theirs, job.ours, write=False, file=absent.file, shift=absent.shift)
+        else:
+            ends = attempt.Ends(job.theirs, job.ours, job.write, job.pid, self._memory)
         left: Sequence[Range] = absent.ranges
         while left:
             moved, error = attempt.move(ends, left, job.timeout)
@@ -316,10 +322,14 @@ class _Run:
             if not left:
                 break
             at, until = left[0]
-            if error == errno.EFAULT and self._is_tail(absent, at):
-                # Behind the last byte of a file, its page is zero.
-                until = min(until, round_up(at, absent.page))
-                self._clear([(at, until)])
+            if error == errno.EPERM and not ends.file and ends.memory < 0:
+                ends = ends._replace(memory=self._awaited_memory())
+                continue
+            if error in attempt.NO_CHILD:
+                # This thread waits, for as long as it takes.
+                until, error = self._faulting(at, until)
+                if error:
+                    return until, error
             elif error == errno.EFAULT and job.skip:
                 until = min(until, round_down(at, PAGE_SIZE) + PAGE_SIZE)
                 self._unreadable([(at, until)])
@@ -328,12 +338,33 @@ class _Run:
             left = attempt.behind(left, until - at)
         return job.end, 0
 
-    @staticmethod
-    def _is_tail(absent: Absent, address: int) -> bool:
-        if absent.origin is not Origin.FILE:
-            return False
-        length = os.fstat(absent.file).st_size
-        return length <= address - absent.shift < round_up(length, absent.page)
+    def _awaited_memory(self) -> int:
+        # Yama lets a process read from its descendants, not a child of that process, and asks only as the file is
+        # opened (Documentation/admin-guide/LSM/Yama.rst).
+        if self._awaited < 0:
+            flags = (os.O_RDWR if self._job.write else os.O_RDONLY) | os.O_CLOEXEC
+            self._awaited = os.open(f"{pidns.directory(self._job.pid)}/mem", flags)
+        return self._awaited
+
+
+def _zero(ours: int, offset: int, size: int) -> tuple[int, int]:
+    crosstask.zero(ours + offset, size)
+    return size, 0
+
+
+def _part(ranges: Sequence[Range], starts: Sequence[int], offset: int, size: int) -> list[Range]:
+    """Return what of the ranges lies in `offset`…`offset + size` of their bytes, in which they begin at `starts`."""
+    found = []
+    index = bisect_right(starts, offset) - 1
+    while size:
+        start, end = ranges[index]
+        start += offset - starts[index]
+        end = min(end, start + size)
+        found.append((start, end))
+        offset += end - start
+        size -= end - start
+        index += 1
+    return found
 
 
 def _joined(ranges: list[Range]) -> list[Range]:

@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import enum
 import os
-import stat
 from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import headroom, pidns, procfs
+from iobmd import attempt, headroom, pidns, procfs
 from iobmd._native import crosstask
-from iobmd.errors import NO_DESCRIPTOR
-from iobmd.units import PAGE_SIZE
+from iobmd.errors import NO_DESCRIPTOR, IOReturnError
+from iobmd.units import PAGE_SIZE, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from iobmd.attempt import File, Range
     from iobmd.procfs import VMA
-
-Range = tuple[int, int]
-"""Start and end addresses."""
 
 SMALL = 64 << 10
 """Bytes of private memory below which nothing is asked about userfaultfd.
@@ -35,10 +32,10 @@ small pages, under the lock that the task's mmap waits for). A fault costs the t
 """
 
 _TMPFS, _RAMFS, _HUGETLBFS, _FUSE = 0x01021994, 0x858458F6, 0x958458F6, 0x65735546  # linux/magic.h
+_UNKNOWN = 0  # where a server refuses statfs(2)
 _MEMORY = {_TMPFS, _RAMFS, _HUGETLBFS}
 _USERFAULT = {"um", "uw", "ui"}  # VmFlags: registered for missing, write-protected, minor faults
 _PRIVATE_HUGETLB = "/anon_hugepage"
-_O_NOATIME = os.O_NOATIME
 
 
 class Origin(enum.Enum):
@@ -52,6 +49,8 @@ class Origin(enum.Enum):
     """Another file; its server may keep a reader waiting."""
     FAULT = enum.auto()
     """Whatever answers a page fault: a device, the kernel, a handler of userfaultfd."""
+    SILENT = enum.auto()
+    """A file whose server does not answer."""
     NOWHERE = enum.auto()
     """Nothing is mapped that permits it."""
 
@@ -63,78 +62,90 @@ class Absent(NamedTuple):
     origin: Origin
     waits: bool = False
     """A fault there waits for another program, possibly for this task itself."""
-    file: int = -1
+    file: File | None = None
     shift: int = 0
     """What an address there is more than its offset in `file`."""
     page: int = PAGE_SIZE
     """Bytes of a page of that file."""
 
 
-class Objects:
-    """Descriptors of what a task has mapped, to be closed by `close`."""
+class Files:
+    """The files that a task has mapped.
 
-    def __init__(self, pid: int) -> None:
+    Parameters
+    ----------
+    pid
+        The task.
+    timeout
+        Seconds for which a file's server may be silent.
+    may_wait
+        False: the task stands still, and may itself be the server.
+    """
+
+    def __init__(self, pid: int, timeout: float, *, may_wait: bool = True) -> None:
         self._pid = pid
-        self._found: dict[tuple[str, int], int] = {}
+        self._timeout = timeout
+        self._may_wait = may_wait
+        self._found: dict[tuple[str, int], File | Origin | None] = {}
+        self._fuse: set[str] | None = None
 
-    def find(self, area: VMA) -> int:
-        """Return a descriptor of what an area maps, with a file position of its own; -1 where there is none.
+    def find(self, area: VMA) -> File | Origin | None:
+        """Return the file that an area maps; None where it cannot be opened, and the origin of one that would wait.
 
         By /proc/PID/map_files, for holders of CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN; else by the path of the file,
         or by a descriptor that the task still has open.
         """
         key = area.device, area.inode
         if key not in self._found:
-            self._found[key] = next((fd for path in self._paths(area) if (fd := _open(path, area.inode)) >= 0), -1)
+            self._found[key] = self._look(area)
         return self._found[key]
 
-    def _paths(self, area: VMA) -> Iterator[str]:
-        root = pidns.directory(self._pid)
-        yield f"{root}/map_files/{area.start:x}-{area.end:x}"
-        if area.name.startswith("/") and not area.name.endswith(" (deleted)"):
-            yield f"{root}/root{area.name}"
+    def _look(self, area: VMA) -> File | Origin | None:
+        if not self._may_wait and area.device in self._fuse_devices():
+            return Origin.FILE
+        # Children have another /proc/self.
+        root = f"/proc/{os.getpid()}" if self._is_own() else pidns.directory(self._pid)
         try:
-            numbers = os.listdir(f"{root}/fd")
-        except OSError:
-            return
-        yield from (f"{root}/fd/{number}" for number in numbers)
+            mapped = f"{root}/map_files/{area.start:x}-{area.end:x}"
+            # Some file systems show another device in maps than stat(2) does (btrfs, overlayfs).
+            found = attempt.find([mapped], area.inode, 0, self._timeout)
+            if found:
+                return found
+            major, minor = (int(number, 16) for number in area.device.split(":"))
+            paths = list(_named(root, area))
+            return attempt.find(paths, area.inode, os.makedev(major, minor), self._timeout) if paths else None
+        except TimeoutError:
+            return Origin.SILENT
 
-    def close(self) -> None:
-        """Close them."""
-        for fd in self._found.values():
-            if fd >= 0:
-                os.close(fd)
-        self._found.clear()
+    def _is_own(self) -> bool:
+        return self._pid == os.getpid() and not pidns.is_foreign()
+
+    def _fuse_devices(self) -> set[str]:
+        if self._fuse is None:
+            self._fuse = set()
+            with open(f"{pidns.directory(self._pid)}/mountinfo", errors="surrogateescape") as lines:
+                for mount, _, system in (line.partition(" - ") for line in lines):
+                    if system.startswith("fuse"):
+                        major, minor = map(int, mount.split(" ", 3)[2].split(":"))
+                        self._fuse.add(f"{major:02x}:{minor:02x}")
+        return self._fuse
 
 
-def _open(path: str, inode: int) -> int:
-    """Open a regular file with that inode number; -1: it is another. No device is opened, which would notice it."""
+def _named(root: str, area: VMA) -> Iterator[str]:
+    """Iterate over where else the file of an area may be found."""
+    if area.name.startswith("/") and not area.name.endswith(" (deleted)"):
+        yield f"{root}/root{area.name}"
     try:
-        found = os.stat(path)
-        if found.st_ino != inode or not stat.S_ISREG(found.st_mode):
-            return -1
-        fd = _open_quietly(path)
+        numbers = os.listdir(f"{root}/fd")
     except OSError as error:
         if error.errno in NO_DESCRIPTOR:
             raise
-        return -1
-    opened = os.fstat(fd)
-    if (opened.st_dev, opened.st_ino) == (found.st_dev, found.st_ino):
-        return fd
-    os.close(fd)  # another file took its place
-    return -1
-
-
-def _open_quietly(path: str) -> int:
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-    try:
-        return os.open(path, flags | _O_NOATIME)  # for the owner of the file, and holders of CAP_FOWNER
-    except PermissionError:
-        return os.open(path, flags)
+        return
+    yield from (f"{root}/fd/{number}" for number in numbers)
 
 
 def absent(
-    pid: int, ranges: Sequence[Range], objects: Objects, *, small: bool, permission: str = "r"
+    pid: int, ranges: Sequence[Range], files: Files, *, small: bool, permission: str = "r"
 ) -> Iterator[Absent]:
     """Iterate over what ascending `ranges` of absent pages of a task hold, ascending.
 
@@ -144,8 +155,8 @@ def absent(
         The task.
     ranges
         What pagemap shows as absent.
-    objects
-        Takes the descriptors.
+    files
+        Finds the files that it maps.
     small
         It is at most `SMALL` bytes, and a fault may answer in private memory.
     permission
@@ -163,7 +174,7 @@ def absent(
     areas = list(procfs.areas(pid, low, high))
     flags: dict[int, frozenset[str]] = {}
     sizes: dict[int, int] = {}
-    asked = not small or any(area.inode for area in areas)
+    asked = not small or any(_may_have_handler(area, files) for area in areas)
     if asked:
         areas = []
         for found in procfs.details(pid):
@@ -176,55 +187,83 @@ def absent(
     for area, inside in _by_area(areas, ranges):
         if area is None or permission not in area.perms:
             yield Absent(inside, Origin.NOWHERE)
+            continue
+        userfault = bool(flags[area.start] & _USERFAULT) if asked else not area.inode
+        if userfault:
+            yield Absent(inside, Origin.FAULT, waits=True)
         else:
-            userfault = not asked or bool(flags[area.start] & _USERFAULT)
-            yield _of_area(pid, area, inside, objects, userfault=userfault, page=sizes.get(area.start, PAGE_SIZE))
+            page = sizes.get(area.start, PAGE_SIZE)
+            yield from _of_area(pid, area, inside, files, page=page, write=permission == "w")
 
 
-def resident(pid: int, address: int, size: int) -> int:
+def _may_have_handler(area: VMA, files: Files) -> bool:
+    """Say whether smaps has to be read about an area that maps a file: userfaultfd serves memory file systems alone.
+
+    smaps walks through all pages below, for a page of a library as well.
+    """
+    if not area.inode:
+        return False
+    file = files.find(area)
+    return not isinstance(file, attempt.File) or file.kind in _MEMORY
+
+
+def resident(pid: int, address: int, size: int, timeout: float) -> int:
     """Return how many bytes of a range of a task are present or in swap, mapped there or in the object it maps.
 
-    All of them where the kernel does not say. Raises as `absent`.
+    All of them where the kernel does not say. Raises IOReturnError as `absent`.
     """
     try:
         pagemap = os.open(f"{pidns.directory(pid)}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return size
-    try:
-        ranges = crosstask.absent(pagemap, address, size, PAGE_SIZE)
-    finally:
-        os.close(pagemap)
-    found = size - sum(end - start for start, end in ranges)
-    objects = Objects(pid)
-    try:
-        for part in absent(pid, ranges, objects, small=False) if ranges else ():
-            if part.origin is Origin.OBJECT and part.page == PAGE_SIZE:
-                found += sum(crosstask.data(part.file, start - part.shift, end - start) for start, end in part.ranges)
+        try:
+            ranges = crosstask.absent(pagemap, address, size, PAGE_SIZE)
+        finally:
+            os.close(pagemap)
+        found = size - sum(end - start for start, end in ranges)
+        files = Files(pid, timeout)
+        for part in absent(pid, ranges, files, small=False) if ranges else ():
+            if part.file and part.origin is Origin.OBJECT and part.page == PAGE_SIZE:
+                inside = [(start - part.shift, end - part.shift) for start, end in part.ranges]
+                found += attempt.count(part.file, inside, timeout)
             elif part.origin not in (Origin.ZERO, Origin.NOWHERE):
                 found += sum(end - start for start, end in part.ranges)
-    finally:
-        objects.close()
+    except IOReturnError:
+        raise
+    except OSError:
+        return size
     return found
 
 
-def _of_area(pid: int, area: VMA, inside: Sequence[Range], objects: Objects, *, userfault: bool, page: int) -> Absent:
-    if userfault:
-        return Absent(inside, Origin.FAULT, waits=True)
+def _of_area(
+    pid: int, area: VMA, inside: Sequence[Range], files: Files, *, page: int, write: bool
+) -> Iterator[Absent]:
     if not area.inode:
         # The kernel's own areas, such as [vdso], have pages that it maps on a fault.
         anonymous = not area.name or area.name.startswith(("[heap]", "[stack", "[anon:"))
-        return Absent(inside, Origin.ZERO if anonymous else Origin.FAULT)
-    if area.name.startswith(_PRIVATE_HUGETLB) and area.perms[3] == "p":
-        return Absent(inside, Origin.ZERO)  # the object behind it is nobody else's, and empty
-    file = objects.find(area)
-    if file < 0:
+        yield Absent(inside, Origin.ZERO if anonymous else Origin.FAULT)
+        return
+    if area.name.startswith(_PRIVATE_HUGETLB) and area.perms[3] == "p" and page > PAGE_SIZE:
+        yield Absent(inside, Origin.ZERO)  # the object behind it is nobody else's, and empty
+        return
+    file = files.find(area)
+    if file is None:
         _require_room(pid, area, inside, page)
-        return Absent(inside, Origin.FAULT)
-    kind = crosstask.filesystem(file)
-    shift = area.start - area.offset
-    if kind in _MEMORY:
-        return Absent(inside, Origin.OBJECT, False, file, shift, page)
-    return Absent(inside, Origin.FILE, kind == _FUSE, file, shift, page)
+        yield Absent(inside, Origin.FAULT)
+    elif isinstance(file, Origin):
+        yield Absent(inside, file, waits=True)
+    else:
+        shift = area.start - area.offset
+        origin = Origin.OBJECT if file.kind in _MEMORY else Origin.FILE
+        whole = Absent(inside, origin, file.kind in (_FUSE, _UNKNOWN), file, shift, page)
+        yield from [whole] if write else _cut_at_end(whole, file)
+
+
+def _cut_at_end(whole: Absent, file: File) -> Iterator[Absent]:
+    """Behind the last byte of a file its page is zero, and behind that there is none."""
+    end, last = whole.shift + file.length, whole.shift + round_up(file.length, whole.page)
+    yield from (whole._replace(ranges=inside) for inside in _cut(whole.ranges, whole.ranges[0][0], end))
+    yield from (Absent(inside, Origin.ZERO) for inside in _cut(whole.ranges, end, last))
+    behind = max(last, whole.ranges[0][0])
+    yield from (Absent(inside, Origin.NOWHERE) for inside in _cut(whole.ranges, behind, whole.ranges[-1][1]))
 
 
 def _require_room(pid: int, area: VMA, inside: Sequence[Range], page: int) -> None:

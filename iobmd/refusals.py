@@ -81,7 +81,7 @@ def not_moved(
         refusal = without_memory(pid)
     elif number in (errno.EPERM, errno.EACCES):
         refusal = refused(pid, number, "memory")
-    elif number in (*NO_DESCRIPTOR, errno.ENOMEM):
+    elif number in (*NO_DESCRIPTOR, errno.ENOMEM, errno.EAGAIN):
         refusal = own(OSError(number, os.strerror(number)), f"cannot copy from or to task {pid}")
     elif number == errno.ETIMEDOUT:
         message = (

@@ -1,16 +1,38 @@
 from collections.abc import Sequence
-from typing import Self
+from typing import Self, TypedDict, type_check_only
 
 from typing_extensions import Buffer, disjoint_base
 
 MOST_RANGES: int
 
+@type_check_only
+class Named(TypedDict):
+    paths: Sequence[bytes]
+    inode: int
+    device: int
+
 @disjoint_base
 class Attempt:
-    bytes: int
+    address: int
     moved: int
     error: int
-    def __new__(cls, pid: int, file: int, write: bool, ranges: Sequence[tuple[int, int]]) -> Self: ...
+    opened: tuple[int, int, int, int]
+    def __new__(
+        cls,
+        ranges: Sequence[tuple[int, int]],
+        *,
+        task: int = 0,
+        file: int = -1,
+        write: bool = False,
+        paths: Sequence[bytes] = (),
+        inode: int = 0,
+        device: int = 0,
+        ours: Sequence[int] | None = None,
+        count: bool = False,
+        page: int = 0,
+        fresh: bool = False,
+        holes: bool = True,
+    ) -> Self: ...
     def start(self) -> None: ...
     def wait(self, milliseconds: int) -> bool: ...
     def end(self) -> None: ...
@@ -25,14 +47,9 @@ class HeldBuffer:
 
 def absent(pagemap: int, theirs: int, size: int, page: int) -> list[tuple[int, int]]: ...
 def copy_here(ours: int, source: int, size: int) -> None: ...
-def data(file: int, offset: int, size: int) -> int: ...
 def fetch_descriptor(pidfd: int, fd: int) -> int: ...
-def filesystem(file: int) -> int: ...
 def fresh_bytes(size: int) -> bytes: ...
 def move_present(pagemap: bytes, pid: int, write: bool, theirs: int, ours: int, size: int, page: int) -> bool: ...
-def read_object(
-    file: int, offset: int, ours: int, size: int, page: int, fresh: bool, holes: bool
-) -> tuple[int, int]: ...
 def touch(pid: int, address: int, size: int, page: int) -> int: ...
 def transfer(
     pid: int,

@@ -132,7 +132,8 @@ def _copy_stopped(source: Source) -> int:
             return sum(stopped)
     message = (
         f"cannot copy {source.address:#x} of task {task.pid} as of one moment: the page at {address:#x} is delivered "
-        "by a handler of userfaultfd, and was missing again each time that the task stood still; copy without freeze"
+        "by another program (a handler of userfaultfd, or the server of a file), and was missing again each time the "
+        "task stood still; copy without freeze"
     )
     raise IOReturnError(IOReturn.kIOReturnUnsupported, message, address=address)
 

@@ -15,8 +15,8 @@ POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 @pytest.mark.parametrize(
     ("name", "rows"),
     [
-        ("copy", 9),
-        pytest.param("wired", 6, marks=pytest.mark.needs("frames", "memlock", "big_memory")),
+        ("copy", 11),
+        pytest.param("wired", 7, marks=pytest.mark.needs("frames", "memlock", "big_memory")),
         pytest.param("purgeable", 5, marks=pytest.mark.needs("memlock")),
         ("remote", 5),
         ("pagemap", 9),

@@ -1,6 +1,7 @@
 """Reading another task leaves it as it was: its pages, page tables, cgroup, swap, and the hugetlb pools."""
 
 import contextlib
+import fcntl
 import os
 import resource
 import subprocess
@@ -12,9 +13,11 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import NOBODY, in_child
+from support.fuse import FILE_SYSTEM
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Task, kernel_task
+from iobmd._native.crosstask import HeldBuffer
 
 MIB = 1 << 20
 HUGE = 2 << 20
@@ -357,6 +360,12 @@ def test_a_copy_larger_than_memory(source: Callable[..., Source]) -> None:
         assert buffer.getPageCounts()[0] == 1
 
 
+AS_NOBODY = f"""
+os.setgroups([]); os.setresgid({NOBODY}, {NOBODY}, {NOBODY})
+os.setresuid({NOBODY}, {NOBODY}, {NOBODY}); ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
+"""
+
+
 @pytest.mark.needs("root", "memory_cgroup")
 def test_refused_where_the_pages_cannot_be_found(
     memory_cgroup: Callable[[int], Path], source: Callable[..., Source]
@@ -366,9 +375,7 @@ def test_refused_where_the_pages_cannot_be_found(
     # The modules first: the interpreter may lie where nobody may read.
     before = "import ctypes, mmap, os, sys\n"
     before += f"open({str(group)!r}, 'w').write(str(os.getpid()))\n"
-    before += f"os.setgroups([]); os.setresgid({NOBODY}, {NOBODY}, {NOBODY})\n"
-    before += f"os.setresuid({NOBODY}, {NOBODY}, {NOBODY}); ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)\n"
-    one = source(SHARED_ANONYMOUS + "; result = [at(m)]", before=before)
+    one = source(SHARED_ANONYMOUS + "; result = [at(m)]", before=before + AS_NOBODY)
     (at,) = one.addresses
 
     def read() -> bytes:
@@ -414,3 +421,151 @@ def test_reading_this_process() -> None:
         address = buffer.getBytesNoCopy()
         assert kernel_task.read(address, 4 * MIB)[MIB : MIB + 5] == b"here\0"
         assert kernel.present(address, 4 * MIB) == 1
+
+
+LOCKED = """
+fd = os.open({path!r}, os.O_RDWR); m = mmap.mmap(fd, 16 << 20)
+for number in range(0, 4096, 64): m[number * 4096] = 7
+result = [at(m)]
+"""
+
+
+@pytest.mark.parametrize("folder", ["memory", "disk"])
+def test_locks_on_a_file_of_the_source_are_kept(source: Callable[..., Source], tmp_path: Path, folder: str) -> None:
+    """A process that closes any descriptor of a file loses its POSIX locks on it (fcntl(2))."""
+    path = (Path("/dev/shm") if folder == "memory" else tmp_path) / f"iobmd-test-{os.getpid()}"
+    path.write_bytes(bytes(16 * MIB))
+    try:
+        one = source(LOCKED.format(path=str(path)))
+        (at,) = one.addresses
+        expected = path.read_bytes()
+        with path.open("r+b") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            assert is_locked(path), "the control"
+            assert Task(one.pid).read(at, 16 * MIB) == expected
+            with iobmd.copy(one.pid, at, 16 * MIB, wired=False) as buffer:
+                assert bytes(buffer) == expected
+            assert is_locked(path)
+    finally:
+        path.unlink()
+
+
+def is_locked(path: Path) -> bool:
+    """Say whether another process than this one finds the file locked."""
+
+    def attempt() -> bool:
+        with path.open("r+b") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return True
+            return False
+
+    return bool(in_child(attempt))
+
+
+def test_absent_pages_first_where_the_calls_are_refused(source: Callable[..., Source]) -> None:
+    """A seccomp filter that refuses process_vm_readv is first noticed at the first page that is present."""
+    one = source(ANONYMOUS + "; result = [at(m)]")
+    (at,) = one.addresses
+    read = in_child(lambda: Task(one.pid).read(at, 16 * MIB), deny={"process_vm_readv": 1})
+    assert read == bytes(5 * MIB) + b"here" + bytes(11 * MIB - 4)
+
+
+@pytest.mark.needs("root")
+@pytest.mark.parametrize("kind", ["anonymous", "memfd"])
+def test_where_no_process_can_be_made(source: Callable[..., Source], kind: str) -> None:
+    """At RLIMIT_NPROC there is no child to open the object: page faults deliver its bytes."""
+    one = source(KINDS[kind] + "; result = [at(m)]", before="import ctypes, mmap, os, sys\n" + AS_NOBODY)
+    (at,) = one.addresses
+
+    def read() -> bytes:
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+        with pytest.raises(BlockingIOError):
+            os.fork()
+        return Task(one.pid).read(at + 4 * MIB, 2 * MIB) + Task(one.pid).read(at, 4096)
+
+    assert in_child(read, uid=NOBODY) == bytes(MIB) + b"here" + bytes(MIB - 4) + bytes(4096)
+
+
+def test_holes_in_memory_that_was_used_before_are_cleared(source: Callable[..., Source]) -> None:
+    """As in the second try of a frozen copy: pages that permit no access, and addresses that are not mapped."""
+    one = source(HOLES)
+    (at,) = one.addresses
+    room = bytearray(b"\xff" * 16 * kernel.PAGE)
+    with HeldBuffer(room, True) as held:
+        outcome = Task(one.pid).copy_in(at, held.address, held.size, skip=True)
+    page = kernel.PAGE
+    assert outcome.unread == [(at + 3 * page, at + 4 * page), (at + 10 * page, at + 12 * page)]
+    assert room == b"a" * 3 * page + bytes(page) + b"a" * 6 * page + bytes(2 * page) + b"a" * 4 * page
+
+
+def test_many_gaps_take_no_child_each(source: Callable[..., Source]) -> None:
+    """Of a file every other page of which is present: 2,048 gaps in 16 MiB, of which a child reads many."""
+    one = source(
+        "fd = memfd(16 << 20); m = mmap.mmap(fd, 16 << 20)\n"
+        "for number in range(4096): os.pwrite(fd, bytes([number % 251]), number * 4096)\n"
+        "for number in range(0, 4096, 2): m[number * 4096]\n"
+        "result = [at(m)]"
+    )
+    (at,) = one.addresses
+    expected = b"".join(bytes([number % 251]) + bytes(4095) for number in range(4096))
+    before = forks()
+    assert Task(one.pid).read(at, 16 * MIB) == expected
+    # Other processes fork as well, but not two thousand times.
+    assert forks() - before < 1000
+
+
+def forks() -> int:
+    """How many processes and threads the host has made."""
+    return int(Path("/proc/stat").read_text().partition("processes ")[2].split(maxsplit=1)[0])
+
+
+SERVED = (
+    FILE_SYSTEM.replace("{", "{{").replace("}", "}}")
+    + """
+import threading
+device = mount({folder!r})
+if {apart}:
+    server = os.fork()
+    if not server:
+        LIBC.prctl(1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG
+        serve(device)
+    os.close(device)
+else:
+    threading.Thread(target=serve, args=[device], daemon=True).start()
+fd = os.open({folder!r} + "/file", os.O_RDONLY)
+LIBC.mmap.restype = ctypes.c_void_p
+result = [LIBC.mmap(None, ctypes.c_size_t(SIZE), 1, 1, fd, 0)]
+os.close(fd)  # mmap.mmap would keep one: a close as it ends waits for a server that is stopped, or ends as well
+"""
+)
+
+
+@pytest.mark.needs("root")
+def test_a_server_of_a_file_that_does_not_answer(source: Callable[..., Source], tmp_path: Path) -> None:
+    """Neither to an open(2) of that file: this ends when the time is over, and no child is left."""
+    one = source(SERVED.format(folder=str(tmp_path), apart=True))
+    (at,) = one.addresses
+    assert Task(one.pid).read(at + 4095, 10) == bytes([7]) * 10
+    one.obey("os.kill(server, 19)")
+    begin = time.monotonic()
+    with pytest.raises(IOReturnError, match=r"not delivered within 0\.3 s") as caught:
+        Task(one.pid).read(at + 65536, MIB // 2, timeout=0.3)
+    assert caught.value.code == IOReturn.kIOReturnTimeout
+    assert time.monotonic() - begin < PATIENCE
+    with contextlib.suppress(ChildProcessError):
+        assert os.waitpid(-1, os.WNOHANG | 0x40000000) == (0, 0)  # __WALL
+    one.obey("os.kill(server, 18)")
+    assert Task(one.pid).read(at, MIB) == bytes([7]) * MIB
+
+
+@pytest.mark.needs("root")
+def test_a_frozen_task_is_not_asked_for_its_file(source: Callable[..., Source], tmp_path: Path) -> None:
+    """A task that serves a file which it maps cannot deliver it while it stands still."""
+    one = source(SERVED.format(folder=str(tmp_path), apart=False))
+    (at,) = one.addresses
+    with pytest.raises(IOReturnError, match="another program") as caught:
+        iobmd.copy(one.pid, at, MIB, wired=False, freeze=True)
+    assert caught.value.code == IOReturn.kIOReturnUnsupported
+    assert Task(one.pid).read(at, MIB) == bytes([7]) * MIB

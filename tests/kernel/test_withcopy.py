@@ -100,7 +100,7 @@ def test_hole_in_the_middle(start_zoo: Start, size: int) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("kind", "why"), [("no-access", "without read permission"), ("past-end", "cannot fault it in")]
+    ("kind", "why"), [("no-access", "without read permission"), ("past-end", "past the end of its file")]
 )
 @pytest.mark.usefixtures("nothing_left")
 def test_unreadable_memory(start_zoo: Start, kind: str, why: str) -> None:
