@@ -217,7 +217,10 @@ def users(
     """
     check_range(physical, length)
     require_frames()
-    pids = pidns.pids()
+    try:
+        pids = pidns.pids()
+    except OSError as error:
+        raise refusals.own(error, "cannot list the processes") from None
     for index, pid in enumerate(pids):
         if progress:
             progress(index, len(pids))

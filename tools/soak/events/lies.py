@@ -28,7 +28,11 @@ def _once(lie: Callable[[Context], None]) -> Callable[[Context], None]:
         if key in _told:
             raise Skipped
         _told.add(key)
-        lie(context)
+        try:
+            lie(context)
+        except Skipped:  # there is no target yet
+            _told.remove(key)
+            raise
 
     return run
 
