@@ -60,5 +60,9 @@ def cannot_lock(size: int, error: OSError) -> IOReturnError:
             "(systemd: no ~@memlock in SystemCallFilter=; container: the seccomp profile), or ask for pageable memory"
         )
         return IOReturnError(IOReturn.kIOReturnCannotWire, message, number)
-    why = host.limits.met_by_mapping(0) or "the kernel has not enough free memory"
-    return IOReturnError(IOReturn.kIOReturnNoMemory, f"{what}: {why}", number)
+    if met := host.limits.met_by_mapping(0):
+        return IOReturnError(IOReturn.kIOReturnNoMemory, f"{what}: {met}", number)
+    if number == errno.ENOMEM and (limit := host.limits.memlock_of()):
+        message = f"{what}: {limit}, unless another thread has unlocked memory since"
+        return IOReturnError(IOReturn.kIOReturnCannotWire, message, number)
+    return IOReturnError(IOReturn.kIOReturnNoMemory, f"{what}: the kernel has not enough free memory", number)

@@ -51,11 +51,14 @@ def met_by_mapping(size: int, pid: int | None = None) -> Limit | None:
 
 def memlock(size: int, pid: int | None = None) -> Limit | None:
     """Return RLIMIT_MEMLOCK of a process if it keeps it from locking `size` bytes more. Parameters as above."""
+    limit = memlock_of(pid)
+    return limit if limit and _is_met(limit, size) else None
+
+
+def memlock_of(pid: int | None = None) -> Limit | None:
+    """Return RLIMIT_MEMLOCK of a process, met or not; None where nothing limits it."""
     try:
-        if lifts_memlock(pid):
-            return None
-        limit = _of_process(_MEMLOCK, pid)
-        return limit if limit and _is_met(limit, size) else None
+        return None if lifts_memlock(pid) else _of_process(_MEMLOCK, pid)
     except (OSError, KeyError):
         return None
 
@@ -102,10 +105,18 @@ def _of_process(kind: _Kind, pid: int | None) -> Limit | None:
             return None
         unit = f"systemd's Limit{kind.name.removeprefix('RLIMIT_')}="
         remedy = f"raise it (`ulimit {kind.shell} KIB`, `prlimit --{kind.option}=BYTES`, {unit})"
-        return Limit(kind.name, soft, procfs.status_bytes(kind.used), remedy)
+        return Limit(kind.name, soft, _used(kind), remedy)
     found = read_text(procfs.memory_file(pid, "limits")) or ""
     value = found.partition(kind.row)[2].split(maxsplit=1)
     if not value or value[0] == "unlimited":
         return None
     remedy = f"raise it (`prlimit --pid {pid} --{kind.option}=BYTES`)"
     return Limit(f"{kind.name} of task {pid}", int(value[0]), procfs.status_bytes(kind.used, pid), remedy)
+
+
+def _used(kind: _Kind) -> int:
+    """Return how much of a limit this process uses, 0 where /proc is missing."""
+    try:
+        return procfs.status_bytes(kind.used)
+    except OSError:
+        return 0
