@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from iobmd import procfs, refusals
 from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError, VMError
+from iobmd.errors import IOReturnError, NotFoundError, VMError
 from iobmd.remote.areas import areas
 
 if TYPE_CHECKING:
@@ -34,8 +34,12 @@ def find(task: Task) -> int:
     """
     deadline = time.monotonic() + _SETTLED
     while True:
-        if found := _look(task):
-            return found
+        try:
+            if found := _look(task):
+                return found
+        except NotFoundError:  # it was read in the middle of an exec, or it exits
+            if not task.alive:
+                raise
         # In the middle of an exec a task has no code at all, and as it exits no memory.
         if not task.alive or (time.monotonic() > deadline and not areas(task)):
             raise refusals.without_memory(task.pid)

@@ -4,4 +4,5 @@ import sys
 
 from iobmd.cli import main
 
-sys.exit(main(["soak", *sys.argv[1:]]))
+if __name__ == "__main__":
+    sys.exit(main(["soak", *sys.argv[1:]]))
