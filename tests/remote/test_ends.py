@@ -41,7 +41,7 @@ def ours(pid: int) -> list[str]:
         "kept = iobmd.allocate(65536, shared=True, wired=False).createMappingInTask(pid, 0, 1)",
         "def f():\n    kept = iobmd.allocate(65536, task=pid, wired=False)\n    raise RuntimeError('a bug')\nf()",
         "import threading, time\n"
-        # A traceback of a daemon thread that is printed while the interpreter ends would be a fatal error of Python's.
+        # A traceback of a daemon thread, printed while the interpreter ends, would be a fatal error of Python's.
         "def use():\n    try:\n        while True: iobmd.allocate(4096, task=pid, wired=False).free()\n"
         "    except iobmd.IOReturnError: pass\n"
         "threading.Thread(target=use, daemon=True).start(); time.sleep(0.3)",
