@@ -47,7 +47,7 @@ bench: $(READY)
 
 # Everything at once, each event checked against the kernel: SECONDS=600, EVENTS=1000000, SEED=1, JSON=report.json
 soak: $(READY)
-	$(BIN)/iobmd soak --seconds $(or $(SECONDS),60) $(if $(EVENTS),--events $(EVENTS)) $(if $(SEED),--seed $(SEED)) $(if $(JSON),--json $(JSON))
+	$(BIN)/iobmd soak --seconds $(or $(SECONDS),60) $(if $(EVENTS),--events $(EVENTS)) $(if $(THREADS),--threads $(THREADS)) $(if $(SEED),--seed $(SEED)) $(if $(JSON),--json $(JSON))
 
 $(READY): $(SOURCES) tools/prepare
 	tools/prepare "$(PYTHON)" "$(VENV)"

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from iobmd._native.mapping import FaultError
 
 
+def unless_exhausted(error: OSError, doing: str) -> None:
+    """Raise `kIOReturnNoResources` if a look at a task failed for want of a descriptor, which says nothing of it."""
+    if error.errno in NO_DESCRIPTOR:
+        raise own(error, doing) from None
+
+
 def gone(what: str, number: int = errno.ESRCH) -> IOReturnError:
     """Return the error for a task that exited: `what` says which and how we know."""
     return IOReturnError(IOReturn.kIOReturnNotFound, what, number)
@@ -100,8 +106,7 @@ def not_moved(
 
 def refused(pid: int, number: int, what: str) -> IOReturnError:
     """Return the error for a kernel that refused `what` ("memory", "pagemap") of the task `pid`."""
-    if number in NO_DESCRIPTOR:
-        return own(OSError(number, os.strerror(number)), f"cannot look at the {what} of task {pid}")
+    unless_exhausted(OSError(number, os.strerror(number)), f"cannot look at the {what} of task {pid}")
     if not _has_memory(pid):
         # What belongs to a task without memory is root's, so that others are refused for that reason alone.
         return without_memory(pid)

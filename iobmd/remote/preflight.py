@@ -37,7 +37,8 @@ def check(task: Task) -> int:
         raise refusal
     try:
         status = procfs.status(pid)
-    except OSError:
+    except OSError as error:
+        refusals.unless_exhausted(error, f"cannot look at task {pid}")
         status = {}
     if not task.alive:
         zombie = status.get("State", "").startswith("Z")
@@ -67,10 +68,14 @@ def _past_seccomp(pid: int, mode: str) -> int:
 
 
 def tracer(pid: int, tid: int) -> int | None:
-    """Return who traces a thread of a task, 0 for nobody; None when the thread has ended."""
+    """Return who traces a thread of a task, 0 for nobody; None when the thread has ended.
+
+    Raises `kIOReturnNoResources`: no descriptor is free to look.
+    """
     try:
         status = procfs.status(pid, tid)
-    except OSError:
+    except OSError as error:
+        refusals.unless_exhausted(error, f"cannot look at task {pid}")
         return None
     return None if status["State"][0] in "ZX" else int(status["TracerPid"])
 

@@ -57,8 +57,7 @@ def thread_ids(pid: int) -> list[int]:
     try:
         return sorted(int(entry) for entry in os.listdir(f"{pidns.directory(pid)}/task"))  # noqa: PTH208 (one call less)
     except OSError as error:
-        if error.errno in NO_DESCRIPTOR:
-            raise refusals.own(error, f"cannot list the threads of task {pid}") from None
+        refusals.unless_exhausted(error, f"cannot list the threads of task {pid}")
         return []
 
 
