@@ -29,6 +29,7 @@ _T = TypeVar("_T")
 
 PATIENCE = 2.0  # seconds for a thread to stop, and for another tracer to end
 _ATTEMPTS = 10
+_COLLECTING = 3  # tries to have a task wait for a guest
 _SHORT = 0.2  # seconds for one thread of several
 
 
@@ -87,9 +88,13 @@ def end(guest: Guest) -> int:
     task = guest.task
     with shielded():
         guest.end()
-        # Whatever keeps the task from being stopped once more: what is left then is a zombie, until it exits.
-        with contextlib.suppress(OSError):
-            return stop_one(task, options_for(task), guest.gadget, guest.collect)
+        # Where the task cannot be stopped once more, on busy processors or by other tracers, a zombie would be left
+        # until it exits.
+        for _ in range(_COLLECTING):
+            with contextlib.suppress(OSError):
+                return stop_one(task, options_for(task), guest.gadget, guest.collect)
+            if not task.alive:
+                break
     return 0
 
 
