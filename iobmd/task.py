@@ -226,7 +226,9 @@ class Task:
         if not job.size:
             return copying.Outcome(0, 0)
         outcome = self._moved(job)
-        if outcome.error == errno.ESRCH and (thread := self._thread_with_memory()) != self.pid:
+        # Of a main thread that has exited there is no memory, and what /proc has of it is root's.
+        without = outcome.error in (errno.ESRCH, errno.EACCES)
+        if without and (thread := self._thread_with_memory()) != self.pid:
             outcome = self._moved(job._replace(pid=thread))
         # Alive afterwards means that the pid was this task's all the while.
         if not self.alive:

@@ -119,6 +119,7 @@ def test_an_error_with_the_address(way: str, action: Callable[[IOMemoryDescripto
     in_child(check)
 
 
+@pytest.mark.needs("frames")
 @pytest.mark.parametrize("way", ["unmapped", "protected"])
 def test_commands(way: str) -> None:
     def check() -> None:
