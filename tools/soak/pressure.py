@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+from iobmd.cli.child import python
+
 from . import kernel
 
 LIMIT = 256 << 20
@@ -49,7 +51,7 @@ def kills(group: Path) -> int:
 def start_hog(group: Path) -> subprocess.Popen[bytes]:
     """Start the program that fills the cgroup."""
     return subprocess.Popen(
-        [sys.executable, "-c", _START, str(group), str(os.getpid())],
+        python("-c", _START, str(group), str(os.getpid())),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

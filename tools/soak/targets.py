@@ -7,10 +7,11 @@ import fcntl
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
+
+from iobmd.cli.child import python
 
 from . import kernel
 from .board import Board, Target
@@ -98,7 +99,7 @@ class TargetProcess:
         arguments = [self._folder, self.number, self.kind, self._generation, os.getpid()]
         with (self._folder / f"target-{self.number}.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _START, *map(str, arguments)],
+                python("-c", _START, *map(str, arguments)),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -18,7 +18,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import IOReturn, IOReturnError
+from iobmd.constants import IOReturn
+from iobmd.errors import IOReturnError
 
 from . import events, footprint, kernel
 from .board import Board, Thread

@@ -9,10 +9,11 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from iobmd.cli.child import python
 
 from . import footprint, kernel
 from .board import Board, Thread
@@ -95,7 +96,7 @@ class WorkerProcess:
         }
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "iobmd.tools.soak.worker", json.dumps(orders)],
+                python("-m", "iobmd.tools.soak.worker", json.dumps(orders)),
                 env=os.environ | footprint.ENVIRONMENT,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
