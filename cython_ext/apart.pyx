@@ -69,7 +69,7 @@ cdef class Job:
             PyThread_free_lock(self.through)
 
     def cancel(self):
-        """Have what waits in it give up: `interrupted` is true there from now on."""
+        """Cancel its waits: `interrupted` is true there from now on."""
         self.order.cancelled = 1
 
     cdef _begin(self, bint in_process):
@@ -83,7 +83,7 @@ cdef class Job:
     def run(self, bint in_process):
         """Return what the function returned, or raise what it raised; in a process of its own if possible.
 
-        Signals are handled meanwhile. When a handler raises, as that of Ctrl-C does, the job is cancelled, and the
+        Signals are handled during that. When a handler raises, as that of Ctrl-C does, the job is cancelled, and the
         exception goes on when the job is over: its caller never goes on before. Raises NoThreadError.
         """
         self._begin(in_process)
@@ -97,7 +97,7 @@ cdef class Job:
         return self.holds
 
     def finish(self):
-        """Have it hold on no more, and return or raise as `run` when it is over; to be called once."""
+        """End what it holds, and return or raise as `run` when it is over; to be called once."""
         with nogil:  # it goes on at once, and needs the GIL even if this process is killed here
             PyThread_release_lock(self.through)
         self._wait_for(self.over)
@@ -159,7 +159,7 @@ def _run(Job job, bint in_process):
 def hold(Job job, leftover):
     """Return, in the job, when its caller is through, or it is cancelled.
 
-    Where this process is killed meanwhile, with whatever thread holding the GIL, what is left in the other task is
+    If this process is killed during that, with whatever thread holding the GIL, what is left in the other task is
     taken away without Python: `leftover` is the task, a process made by a guest, the guest, its number there, the
     address of a system call instruction, and the options to trace the task with.
     """

@@ -210,7 +210,7 @@ cdef extern from * nogil:
         if (!job->holes)
             return 0;
         found = iobmd_raw(SYS_lseek, fd, (long)at, SEEK_DATA, 0, 0, 0);
-        if (found < 0)  /* ENXIO: there is none */
+        if (found < 0)  /* ENXIO: no data follows */
             return size;
         if ((uint64_t)found > at)
             return (uint64_t)found - at < size ? (size_t)((uint64_t)found - at) : size;

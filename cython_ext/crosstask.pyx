@@ -423,7 +423,7 @@ cdef class Attempt:
 
     @property
     def error(self):
-        """The error number that ended it, 0 for none; ECANCELED where the child was killed by somebody."""
+        """The error number that ended it, 0 for none; ECANCELED where another process killed the child."""
         return self.job.error
 
     @property

@@ -1,4 +1,4 @@
-/* Work on memory that may go away while it is touched: a fault is reported, and ends nobody.
+/* Work on memory that may go away while it is touched: a fault is reported, and ends no process.
  *
  * The work runs in a child process that shares this address space (CLONE_VM) but not its signal handlers (no
  * CLONE_SIGHAND): handlers for SIGSEGV and SIGBUS that are set there are set nowhere else, so no handler of the

@@ -93,7 +93,7 @@ cdef int _unreachable(uint64_t address) except -1:
 
 
 cdef int _guarded(void (*work)(void *) noexcept nogil, void *argument, uintptr_t first) except -1:
-    """Do work on memory from `first` on that may go away meanwhile. Raises FaultError."""
+    """Do work on memory from `first` on that may go away during that. Raises FaultError."""
     cdef uintptr_t fault = 0
     cdef int error
     with nogil:
@@ -366,7 +366,7 @@ cdef class Mapping:
         self.size = size
 
     def hold(self):
-        """Have it stay mapped until `let_go`, as a copy under way does. Raises as `read`."""
+        """Keep it mapped until `let_go`, as a copy under way does. Raises as `read`."""
         self._check(0, 0)
         self.users += 1
 
@@ -449,7 +449,7 @@ cdef class Mapping:
             return True
         while to[0] < end:
             found = iobmd_own_area(to[0], &area)
-            if found < 0:  # nothing tells what is mapped
+            if found < 0:  # the kernel does not report what is mapped
                 to[0] = end
                 break
             if not found or area.vma_start >= end:
@@ -553,7 +553,7 @@ cdef class Mapping:
             self.users -= 1
 
     cdef int _copy_revocable(self, _Copy *job) except -1:
-        """Copy from or to memory that may go away meanwhile.
+        """Copy from or to memory that may go away during that.
 
         process_vm_readv(2) of this process never faults, stops at the first page that cannot be reached, and moves
         13 GB/s (measured in the second-level cache; memmove moves 46); a child process takes 23 us.

@@ -72,7 +72,7 @@ def _named(file: File) -> crosstask.Named:
 
 
 def find(paths: Sequence[str], inode: int, device: int, timeout: float) -> File | None:
-    """Return the first of some paths that leads to a regular file; None where there is none, or no child can be made.
+    """Return the first of some paths that leads to a regular file; None if no path does, or no child can be made.
 
     Parameters
     ----------
@@ -173,7 +173,7 @@ def move(ends: Ends, ranges: Sequence[Range], timeout: float) -> tuple[int, int]
 
 
 def touch(pid: int, address: int, size: int, timeout: float) -> int:
-    """Have whole pages of a task faulted in there for reading, a byte of each.
+    """Fault in whole pages of a task for reading, a byte of each.
 
     Parameters
     ----------

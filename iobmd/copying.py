@@ -155,7 +155,7 @@ class _Run:
             done, error = pieces.run(self._present, job.size, job.progress)
         if error in _CALL_REFUSED:  # also behind absent pages, for which nothing was called
             done, error = self._through_memory_file()
-        # Below the place where that failed, if it did, there may be absent pages whose bytes cannot be had either.
+        # Below the place where that failed, if it did, bytes of absent pages may not be obtainable either.
         reached = job.theirs + done
         self._absent.sort()
         ranges = [found for found in self._absent if found[0] < reached]

@@ -44,7 +44,7 @@ class Origin(enum.Enum):
     ZERO = enum.auto()
     """They are zero."""
     OBJECT = enum.auto()
-    """A file of a memory file system, a read of which allocates nothing and waits for nobody."""
+    """A file of a memory file system, a read of which allocates nothing and never waits."""
     FILE = enum.auto()
     """Another file; its server may keep a reader waiting."""
     FAULT = enum.auto()
@@ -242,7 +242,7 @@ def _of_area(
         yield Absent(inside, Origin.ZERO if anonymous else Origin.FAULT)
         return
     if area.name.startswith(_PRIVATE_HUGETLB) and area.perms[3] == "p" and page > PAGE_SIZE:
-        yield Absent(inside, Origin.ZERO)  # the object behind it is nobody else's, and empty
+        yield Absent(inside, Origin.ZERO)  # the object behind it has no other user, and is empty
         return
     file = files.find(area)
     if file is None:

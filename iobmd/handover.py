@@ -58,7 +58,7 @@ class _Description(NamedTuple):
         if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
             raise ValueError("its numbers are none")
         if not is_power_of_two(alignment) or not PAGE_SIZE <= alignment <= _LARGEST_ALIGNMENT:
-            raise ValueError("its alignment is none")
+            raise ValueError("its alignment is not a power of two from a page on")
         request.check(kernel_task, options & ~_CONTIGUOUS, capacity, alignment, 0)
         return cls(options, capacity, length, pieces, alignment)
 

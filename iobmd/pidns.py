@@ -78,7 +78,7 @@ def _number_there(pid: int) -> int:
             number = int(lines.read().partition("\nPid:")[2].split(maxsplit=1)[0])
     finally:
         os.close(descriptor)
-    if number <= 0:  # it exited meanwhile
+    if number <= 0:  # it has exited
         raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
     return number
 

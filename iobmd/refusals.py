@@ -180,7 +180,7 @@ def hidden(pid: int) -> IOReturnError | None:
         what = f"/proc, which describes task {pid}, is not mounted (or is that of another pid namespace)"
         return IOReturnError(unsupported, f"{what}; `{remedy}`", number)
     if number == errno.EOPNOTSUPP:
-        what = f"cannot tell which process of /proc task {pid} is: {why}"
+        what = f"cannot determine which process of /proc is task {pid}: {why}"
         return IOReturnError(unsupported, f"{what}; `{remedy}`, or allow pidfd_open in the seccomp profile", number)
     if number not in (errno.ENOENT, errno.EPERM, errno.EACCES) or not _exists(pid):
         return None

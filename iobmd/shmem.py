@@ -205,7 +205,7 @@ def create_memfd(size: int, name: str = NAME) -> int:
 
 
 def seal(fd: int) -> None:
-    """Seal the size of a memfd, so that nobody can cut its memory away. Raises OSError, for files of a tmpfs too."""
+    """Seal the size of a memfd, so that no process can truncate it. Raises OSError, for files of a tmpfs too."""
     fcntl.fcntl(fd, _F_ADD_SEALS, F_SEAL_SHRINK | _F_SEAL_GROW)
 
 

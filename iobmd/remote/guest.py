@@ -107,7 +107,7 @@ class Guest(Tracee):
         kill(self._pid)
 
     def collect(self, stop: Stop) -> None:
-        """Have the task wait for it, when it was killed, and undo the rest."""
+        """Make the task wait for it, when it was killed, and undo the rest."""
         self._undo_in(stop)
         if self.pid_there > 0:
             stop.call("wait4", self.pid_there, 0, WALL | os.WNOHANG, 0)

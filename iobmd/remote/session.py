@@ -60,7 +60,7 @@ def with_stopped(task: Task, work: Callable[[Stop], None]) -> int:
 
 
 def with_guest(task: Task, work: Callable[[Guest], None]) -> int:
-    """Have `work` make system calls in a guest of a task, while the task runs on: calls that may wait.
+    """Make system calls in a guest of a task by `work`, while the task runs on: calls that may wait.
 
     Returns for how many nanoseconds a thread of the task stood still, at most: while the guest was made, or while it
     was waited for. Raises as `with_stopped`.
@@ -157,7 +157,7 @@ def _result(task: Task, of: Callable[[], object]) -> object:
     except ProcessLookupError as error:
         if isinstance(error, IOReturnError):
             raise
-        raise refusals.gone(f"task {task.pid} is gone: it exited meanwhile") from None
+        raise refusals.gone(f"task {task.pid} is gone: it has exited") from None
     except InterruptedJob:
         message = f"what was done in task {task.pid} was given up: the interpreter ends"
         raise IOReturnError(IOReturn.kIOReturnNotReady, message) from None

@@ -154,7 +154,7 @@ class Tracee:
         elif not why.is_event_stop:
             number = why.number
             if number != signal.SIGSTOP:
-                message = f"task {self.task.pid} got {signal.Signals(number).name} for a system call of ours"
+                message = f"task {self.task.pid} got {signal.Signals(number).name} during an injected system call"
                 raise IOReturnError(IOReturn.kIOReturnError, message)
         tracing.run_to_syscall_stop(self._tid, number)
 
