@@ -69,9 +69,12 @@ def test_every_kind_can_be_loaded() -> None:
 
 
 def test_a_short_run_passes(tmp_path: Path) -> None:
-    """With threads, targets, compaction, pressure and kills; what other tests of the suite prove is left out."""
+    """With targets, compaction, pressure and kills; what other tests of the suite prove is left out.
+
+    With one thread a worker: a tracer of a program with several dies with it, in the middle of a stop (docs/soak.md).
+    """
     before = set(kernel_children())
-    code, result, output = soak(tmp_path, "--seconds", "8", "--workers", "2", "--threads", "2", "--kinds", STEADY)
+    code, result, output = soak(tmp_path, "--seconds", "8", "--workers", "2", "--threads", "1", "--kinds", STEADY)
     assert (code, result["details"]) == (0, []), output
     assert result["version"] == 1
     assert result["events"] == sum(result["kinds"].values()) > 100
