@@ -82,8 +82,11 @@ def require(size: int, *, swappable: bool, pid: int | None = None, absent: Calla
 
 
 def _needed(size: int) -> int:
-    """Return what has to be left for `size` bytes: with what the kernel adds, and requests not checked yet."""
-    return size + size // _OVERHEAD + CHECK_FROM
+    """Return what has to be left for `size` bytes: with what the kernel adds, and requests not checked yet.
+
+    Twice those: each processor charges pages in batches, which the counters of the cgroup lag behind.
+    """
+    return size + size // _OVERHEAD + 2 * CHECK_FROM
 
 
 def require_pages(size: int, page_size: int, *, pid: int | None = None) -> None:
