@@ -159,7 +159,7 @@ def _run(Job job, bint in_process):
 def hold(Job job, leftover):
     """Return, in the job, when its caller is through, or it is cancelled.
 
-    If this process is killed during that, with whatever thread holding the GIL, what is left in the other task is
+    If this process is killed during that, whichever thread holds the GIL, the remains in the other task are
     taken away without Python: `leftover` is the task, a process made by a guest, the guest, its number there, the
     address of a system call instruction, and the options to trace the task with.
     """
@@ -182,5 +182,5 @@ def interrupted():
 
 
 def shield(int more):
-    """Have `interrupted` be false in the job of this thread (1), for what has to be done all the same; -1 ends it."""
+    """Make `interrupted` false in the job of this thread (1), for steps that must not be skipped; -1 ends that."""
     iobmd_shield(more)

@@ -146,7 +146,7 @@ cdef struct Piece:
 
 cdef int _chunk(const Way *way, Piece piece, const uint64_t *entries, size_t count, Batch *batch, uint64_t *stopped,
                 Ranges *absent, Ranges *bad) noexcept nogil:
-    """Move what `count` pagemap entries say can be moved of a piece, and list what is absent; as `_move`."""
+    """Move those pages of a piece that its pagemap entries show as movable, and list the absent ones; as `_move`."""
     cdef size_t index = 0, last
     cdef uint64_t start, end, page = piece.theirs - piece.theirs % way.page
     cdef Kind kind
@@ -375,7 +375,7 @@ cdef class Attempt:
         and, if that is not 0, of that device.
     ours
         The address here of each range of a file of a memory file system (tmpfs, hugetlbfs): a read of that waits for
-        nobody, so that the child writes where the bytes belong. It allocates nothing in the file.
+        no other program, so that the child writes where the bytes belong. It allocates nothing in the file.
     count
         Only count the bytes of such a file that are not in holes, as those moved.
     page, fresh, holes

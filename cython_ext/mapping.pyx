@@ -135,7 +135,7 @@ cdef size_t _move_within(_Copy *job, int *error) noexcept nogil:
 
 
 cdef int _open(uint64_t address, size_t size, int protection) noexcept nogil:
-    """Allow access to what was mapped without any, unlocked; returns the error number, 0 for none.
+    """Unlock a range that was mapped without access, and allow access; returns the error number, 0 for none.
 
     After mlockall(MCL_FUTURE) mmap(2) itself locks what it maps and, if it may be accessed, faults all of it in: in
     small pages, before advice could be given, and the whole of sparse memory. Whether memory is wired is the caller's
@@ -146,7 +146,7 @@ cdef int _open(uint64_t address, size_t size, int protection) noexcept nogil:
 
 
 cdef int _trim(uint64_t start, uint64_t end) noexcept nogil:
-    """Unmap what is too much, if any; returns the error number: cutting a mapping apart may be one too many."""
+    """Unmap the excess, if any; returns the error number: splitting a mapping may exceed vm.max_map_count."""
     return errno if end > start and c_munmap(<void *><uintptr_t>start, end - start) else 0
 
 
@@ -172,7 +172,7 @@ cdef Mapping _map(size_t size, size_t alignment, int protection, int flags):
         if not error:
             end = aligned + size
             error = _open(aligned, size, protection)
-        if error:  # only what is not given back yet: another thread may have that already
+        if error:  # only the part still mapped: another thread may have mapped the rest again
             c_munmap(<void *><uintptr_t>start, end - start)
     if error:
         raise OSError(error, f"mmap: {strerror(error).decode()}")
@@ -385,7 +385,7 @@ cdef class Mapping:
         self.sealed = False
 
     def lost(self):
-        """Return the first address that does not show what was mapped, None when all do (see `close`)."""
+        """Return the first address where the mapping was removed or replaced, None without any (see `close`)."""
         cdef uint64_t start, end, from_, to = self.address
         if not self.address or self.borrowed or self.kind == UNKNOWN:
             return None
@@ -397,7 +397,7 @@ cdef class Mapping:
     def close(self, ranges=None):
         """Seal and unmap; idempotent.
 
-        Unmaps only what is this mapping still: areas of the object that was mapped, or private anonymous ones, with
+        Unmaps only areas that still belong to this mapping: of the object that was mapped, or private anonymous, with
         the protection they were mapped with. What the program has unmapped or replaced since is left alone.
         `ranges`, of (address, length), are those that are surely its own, where the caller knows better.
         """
@@ -423,7 +423,7 @@ cdef class Mapping:
             raise OSError(errno, f"munmap: {strerror(errno).decode()}")
 
     cdef int _unmap(self, uint64_t start, uint64_t end) noexcept:
-        """Unmap what is its own of a range that includes the margins."""
+        """Unmap its own areas of a range that includes the margins."""
         cdef uint64_t first = self.address, last = self.address + self.size, from_, to
         cdef int failed = 0
         # Cleared first: no other thread may start to use what is about to go.

@@ -105,6 +105,11 @@ class Outcome(NamedTuple):
     """Part of a fresh destination was left untouched."""
 
 
+def number_of(error: OSError) -> int:
+    """Return the error number for a task whose files in /proc cannot be opened; without a directory it is gone."""
+    return errno.ESRCH if error.errno == errno.ENOENT else error.errno or errno.EACCES
+
+
 def move(job: Transfer) -> Outcome:
     """Move bytes between a task and this process. Raises as `extents.absent`."""
     own = job.pid == os.getpid()
@@ -117,7 +122,7 @@ def move(job: Transfer) -> Outcome:
         pagemap = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         if not own:
-            return Outcome(0, errno.ESRCH if error.errno == errno.ENOENT else error.errno or errno.EACCES)
+            return Outcome(0, number_of(error))
         pagemap = -1  # it is not dumpable, or /proc is missing: all counts as present
     run = _Run(job, pagemap)
     try:
@@ -187,12 +192,11 @@ class _Run:
         job = self._job
         self._absent.clear()
         self._unread.clear()
-        flags = (os.O_RDWR if job.write else os.O_RDONLY) | os.O_CLOEXEC
         try:
-            self._memory = os.open(f"{pidns.directory(job.pid)}/mem", flags)
+            self._memory = self._opened_memory()
             areas = list(procfs.areas(job.pid, job.theirs, job.end))
         except OSError as error:
-            return 0, errno.ESRCH if error.errno == errno.ENOENT else error.errno or errno.EACCES
+            return 0, number_of(error)
         at = job.theirs
         for area in (area for area in areas if ("w" if job.write else "r") in area.perms):
             start, end = max(area.start, at), min(area.end, job.end)
@@ -342,9 +346,12 @@ class _Run:
         # Yama lets a process read from its descendants, not a child of that process, and asks only as the file is
         # opened (Documentation/admin-guide/LSM/Yama.rst).
         if self._awaited < 0:
-            flags = (os.O_RDWR if self._job.write else os.O_RDONLY) | os.O_CLOEXEC
-            self._awaited = os.open(f"{pidns.directory(self._job.pid)}/mem", flags)
+            self._awaited = self._opened_memory()
         return self._awaited
+
+    def _opened_memory(self) -> int:
+        flags = (os.O_RDWR if self._job.write else os.O_RDONLY) | os.O_CLOEXEC
+        return os.open(f"{pidns.directory(self._job.pid)}/mem", flags)
 
 
 def _zero(ours: int, offset: int, size: int) -> tuple[int, int]:

@@ -246,7 +246,7 @@ class Task:
         except IOReturnError:
             raise
         except OSError as error:  # its memory map
-            return copying.Outcome(0, errno.ESRCH if error.errno == errno.ENOENT else error.errno or errno.EACCES)
+            return copying.Outcome(0, copying.number_of(error))
 
     def _thread_with_memory(self) -> int:
         try:
