@@ -61,7 +61,10 @@ def _spans(chosen: list[int], block: int, starts: set[int]) -> list[tuple[int, i
 
 
 class TransparentBlocks:
-    """Pages of private memory, transparent huge ones or base pages, moved into place by mremap(2)."""
+    """Pages of private memory, transparent huge ones or base pages, moved into place by mremap(2).
+
+    Child processes do not inherit it until its user says so, when it is pinned (MADV_DOFORK).
+    """
 
     def __init__(self, block: int = HUGE_PAGE_SIZE) -> None:
         self.block = block
@@ -74,6 +77,8 @@ class TransparentBlocks:
         size = count * self.block
         batch = Mapping.anonymous(size, self.block if self._batches else max(self.block, alignment))
         self._batches.append(batch)
+        # A fork by another thread would share the huge page that is being filled, and the kernel then breaks it up.
+        memory.advise(batch.address, size, memory.MADV_DONTFORK)
         numa.place(batch.address, size)
         with contextlib.suppress(OSError):  # a kernel without huge pages: none will be found
             memory.advise(batch.address, size, self._advice)

@@ -59,6 +59,8 @@ class AnonymousBacking(MappedBacking):
                     self.purgeable = LazilyFreed(self.address, self.size)
                 self._fill(contents, populated=want is not None)
                 if not wired or self._wire(size, want, contents):
+                    if want:
+                        memory.advise(self.address, self.size, memory.MADV_DOFORK)
                     return
             except BaseException:
                 self.close()

@@ -1,14 +1,16 @@
 """Contiguous, aligned, under a mask: as an independent reading of pagemap has it, or refused with nothing left."""
 
+import ctypes
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from support import kernel, room
-from support.child import NOBODY, in_child
+from support.child import NOBODY, forked, in_child
 from support.kernel import available, held, is_given_back
 from support.moving import frames
 from support.targets import until
@@ -108,10 +110,12 @@ def test_contiguous_copy() -> None:
 
 @pytest.mark.needs("root", "frames", "big_memory")
 @pytest.mark.usefixtures("nothing_left")
-def test_sixty_four_megabytes_without_a_pool(setting: Setting) -> None:
+def test_sixty_four_megabytes_without_a_pool() -> None:
     for _ in range(3):
         with iobmd.policy(memory_budget=2 * GIB, time_budget=10):
-            buffer = room.allocated(lambda: iobmd.allocate(64 * MIB, contiguous=True), setting)
+            buffer = room.allocated(
+                lambda: iobmd.allocate(64 * MIB, contiguous=True), lambda: room.is_found(64 * MIB, 2 * GIB)
+            )
         if buffer is None:
             return
         with buffer:
@@ -155,13 +159,42 @@ def test_policy_is_of_its_context() -> None:
     assert not Budget().may_reserve
 
 
+@pytest.mark.needs("frames")
+def test_a_fork_while_it_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork between two faults of a huge page would share it, and the second fault break it up."""
+    fill = memory.populate_downwards
+
+    def beside_a_child(address: int, size: int, huge: int, page: int) -> tuple[int, int]:
+        memory.advise(address + size - page, page, memory.MADV_POPULATE_WRITE)
+        with forked(lambda: time.sleep(1)):
+            return fill(address, size, huge, page)
+
+    monkeypatch.setattr(memory, "populate_downwards", beside_a_child)
+    for _ in range(4):  # a huge page may also be missing because there is none free
+        source = TransparentBlocks()
+        try:
+            if source.more(1, 2 * MIB):
+                return
+        finally:
+            source.close()
+    pytest.fail("no huge page in four tries")
+
+
+@pytest.mark.needs("frames")
+def test_a_child_inherits_it() -> None:
+    with iobmd.allocate(2 * MIB, contiguous=True) as buffer:
+        buffer.writeBytes(0, b"here")
+        address = buffer.getBytesNoCopy()
+        assert in_child(lambda: ctypes.string_at(address, 4)) == b"here"
+
+
 @pytest.mark.needs("root", "frames", "hugetlb", "big_memory")
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("size", [256 * MIB, GIB])
 def test_reserve(size: int, setting: Setting) -> None:
     """For a GiB the kernel makes room in the pool as the proof here does: a refusal is right if that fails too."""
     with iobmd.policy(reserve=True, memory_budget=size):
-        buffer = room.allocated(lambda: iobmd.allocate(size, contiguous=True), setting)
+        buffer = room.allocated(lambda: iobmd.allocate(size, contiguous=True), lambda: room.is_made(setting))
     if buffer is not None:
         with buffer:
             assert is_contiguous(buffer.getBytesNoCopy(), size)

@@ -520,9 +520,9 @@ def test_little_left_is_a_shortage(memory_cgroup: Callable[[int], Path]) -> None
     def look() -> list[int]:
         procs.write_text(str(os.getpid()))
         found = [headroom.shortage()]
-        with iobmd.allocate(59 * MIB, wired=False) as filled:
+        with iobmd.allocate(57 * MIB, wired=False) as filled:
             content = b"x" * MIB
-            for offset in range(0, 59 * MIB, MIB):
+            for offset in range(0, 57 * MIB, MIB):
                 filled.writeBytes(offset, content)
                 if offset == 40 * MIB:
                     found.append(headroom.shortage())

@@ -118,11 +118,13 @@ def test_contiguous_in_a_task(target: subprocess.Popen[bytes], size: int) -> Non
 @pytest.mark.needs("root", "frames")
 @pytest.mark.usefixtures("nothing_left")
 def test_contiguous_in_pieces_of_the_object(
-    target: subprocess.Popen[bytes], setting: Callable[[str, object], None]
+    target: subprocess.Popen[bytes],
 ) -> None:
     """16 MiB seldom come in order: the pieces are mapped one by one, in both tasks, and as a part too."""
     with iobmd.policy(memory_budget=1 << 30, time_budget=10):
-        buffer = room.allocated(lambda: iobmd.allocate(16 * MIB, contiguous=True, shared=True), setting)
+        buffer = room.allocated(
+            lambda: iobmd.allocate(16 * MIB, contiguous=True, shared=True), lambda: room.is_found(16 * MIB, 1 << 30)
+        )
     if buffer is None:
         return
     with buffer:
