@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import time
@@ -40,7 +41,9 @@ def in_child(context: Context, work: Callable[[], bool]) -> bool:
         code = _FAILED
         try:
             kernel.die_with_parent(parent)
-            signal.alarm(max(1, int(context.shared.patience / 2)))
+            patience = max(1, int(context.shared.patience / 2))
+            faulthandler.dump_traceback_later(patience * 0.8, file=2)
+            signal.alarm(patience)
             code = _SAME if work() else _DIFFERENT
         except BaseException as error:
             os.write(2, f"forked child: {type(error).__name__}: {error}\n".encode())
