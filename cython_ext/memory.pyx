@@ -9,9 +9,8 @@ from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
 from mman cimport (
     C_MADV_COLD, C_MADV_COLLAPSE, C_MADV_DOFORK, C_MADV_DONTFORK, C_MADV_DONTNEED, C_MADV_DONTNEED_LOCKED,
     C_MADV_FREE, C_MADV_HUGEPAGE, C_MADV_NOHUGEPAGE, C_MADV_NORMAL, C_MADV_PAGEOUT, C_MADV_POPULATE_READ,
-    C_MADV_POPULATE_WRITE, C_MADV_RANDOM, MAP_FAILED, MAP_FIXED, MAP_SHARED, MREMAP_DONTUNMAP, MREMAP_FIXED,
-    MREMAP_MAYMOVE, PROT_READ, PROT_WRITE, c_fallocate, c_madvise, c_mincore, c_mlock, c_mlock2, c_mmap, c_mremap,
-    c_munlock, c_prctl,
+    C_MADV_POPULATE_WRITE, C_MADV_RANDOM, MAP_FAILED, MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE, c_fallocate,
+    c_madvise, c_mincore, c_mlock, c_mlock2, c_mremap, c_munlock, c_prctl,
 )
 
 MADV_COLD = C_MADV_COLD
@@ -90,14 +89,6 @@ def move(uint64_t source, uint64_t destination, size_t size):
         moved = c_mremap(<void *><uintptr_t>source, size, size,
                          MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, <void *><uintptr_t>destination)
     _check(moved == MAP_FAILED, "mremap")
-
-
-def map_file(uint64_t address, size_t size, int fd, uint64_t offset):
-    """Map a piece of a file, shared, over what is mapped at `address`."""
-    cdef void *mapped
-    with nogil:
-        mapped = c_mmap(<void *><uintptr_t>address, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, offset)
-    _check(mapped == MAP_FAILED, "mmap")
 
 
 def punch(int fd, uint64_t offset, size_t size):

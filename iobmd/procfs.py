@@ -293,14 +293,6 @@ def start_time(pid: int | str = "self") -> int:
     return int(stat(pid)[19])
 
 
-def locked_bytes() -> int:
-    """Return how much memory this process holds locked by mlock (VmLck), in bytes; 0 where /proc is not mounted."""
-    try:
-        return status_bytes("VmLck")
-    except FileNotFoundError:
-        return 0
-
-
 def meminfo() -> dict[str, int]:
     """Return the sizes of /proc/meminfo, in bytes."""
     with open("/proc/meminfo") as lines:

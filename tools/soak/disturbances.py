@@ -44,7 +44,6 @@ class Disturbances:
         self._workers, self._targets, self._cgroup = workers, targets, cgroup
         self._hog: subprocess.Popen[bytes] | None = None
         self._compaction: threading.Thread | None = None
-        self._oom_kills = 0
         self._means: dict[Callable[[], None], float] = {
             self._kill_worker: 5.0,
             self._kill_target: 4.0,
