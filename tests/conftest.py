@@ -78,6 +78,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(reason)
 
 
+@pytest.fixture(autouse=True)
+def patience() -> Iterator[None]:
+    """A search for memory takes longer on a busy machine, and on a virtual one whose host has to provide it."""
+    with iobmd.policy(time_budget=60):
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def what_the_library_keeps() -> None:
     """Have the ring, the open pagemap, the userfaultfd and the tmpfs of the process made: no test leaks them."""

@@ -27,7 +27,7 @@ Buffer = iobmd.IOBufferMemoryDescriptor
 Setting = Callable[[str, object], None]
 POOLS = Path("/sys/kernel/mm/hugepages")
 
-pytestmark = pytest.mark.usefixtures("pools_as_before", "patience")
+pytestmark = pytest.mark.usefixtures("pools_as_before")
 
 
 @pytest.fixture
@@ -40,13 +40,6 @@ def pools_as_before() -> Iterator[None]:
     before = pools()
     yield
     assert until(lambda: pools() == before), (before, pools())  # another process may have raised one for a moment
-
-
-@pytest.fixture
-def patience() -> Iterator[None]:
-    """A virtual machine that has just started gets its memory from its own host while it is searched."""
-    with iobmd.policy(time_budget=60):
-        yield
 
 
 def is_contiguous(address: int, size: int) -> bool:

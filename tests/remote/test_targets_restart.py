@@ -256,12 +256,16 @@ def _said(*command: str) -> str:
 
 def test_threads_compute_the_same() -> None:
     alone = _said("compute", "30000")
-    with Target([build("busy"), "compute", "30000"]) as target:
-        with Stopping(target.pid) as stopping:
+    stops = 0
+    for _ in range(10):  # on a busy machine there may be few stops in one run
+        with Target([build("busy"), "compute", "30000"]) as target, Stopping(target.pid) as stopping:
             code, said = target.end(60)
-        print(f"{stopping.count} stops")
-        assert stopping.count > 20
-    assert (code, said) == (0, alone)
+        assert (code, said) == (0, alone)
+        stops += stopping.count
+        if stops > 20:
+            break
+    print(f"{stops} stops")
+    assert stops > 20
 
 
 def test_restartable_sequences_are_restarted() -> None:
