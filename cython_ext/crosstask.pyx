@@ -14,19 +14,26 @@ from attempt cimport (
     IOBMD_BOUNCE, IOBMD_BOUNCED, IOBMD_COUNTED, IOBMD_DIRECT, IOBMD_RANGES, iobmd_attempt, iobmd_attempt_free,
     iobmd_attempt_new, iobmd_attempt_start, iobmd_attempt_wait,
 )
-from mman cimport C_MADV_HUGEPAGE, C_MADV_PAGEOUT, C_MADV_POPULATE_WRITE, c_madvise
+from mman cimport C_MADV_PAGEOUT, C_MADV_POPULATE_WRITE, c_madvise
 from pagemap_entry cimport PRESENT_BIT, SWAP_BIT, UFFD_WP_BIT, iobmd_is_swapped
+from pagemap_scan cimport (
+    C_PAGE_IS_PRESENT, C_PAGE_IS_SWAPPED, IOBMD_PAGEMAP_SCAN, ioctl, iobmd_page_region, iobmd_scan_arg,
+)
 from uio cimport (
     O_CLOEXEC, SYS_pidfd_getfd, SYS_process_madvise, c_open, iovec, pread, process_vm_readv, process_vm_writev,
     pwrite, syscall,
 )
 
 cdef enum:
-    # Pages whose pagemap entries are read at a time: a huge page of 2 MiB in pages of 4 KiB, or of 32 MiB in 16 KiB,
-    # and one more where neither end of a piece lies on a page.
-    CHUNK = 2048
-    DEFAULT_CHUNK = 512
-    VECTORS = 512
+    # Pages that one look at a pagemap finds, at most: of some huge pages of 2 MiB in pages of 4 KiB, or one of 32 MiB
+    # in 16 KiB. They are moved before the next look, so that few have gone or come since.
+    PAGES = 2048
+    # Ranges of them; PAGEMAP_SCAN finds no more in one walk.
+    RUNS = 512
+    # Pages of addresses that one PAGEMAP_SCAN walks through, at most: the mmap of the task waits for it, for 0.5 ms
+    # where page tables are empty.
+    STEP = 1 << 16
+    VECTORS = RUNS
     FEW = 17  # pages
 
 cdef enum Kind:
@@ -55,14 +62,16 @@ cdef struct Way:
     size_t page
 
 
-cdef struct Ranges:
+cdef struct Bounds:
     uint64_t *bounds  # start and end of each
     size_t count, room
 
 
-cdef int _add(Ranges *ranges, uint64_t start, uint64_t end) noexcept nogil:
+cdef int _add(Bounds *ranges, uint64_t start, uint64_t end) noexcept nogil:
     """Add a range, joined to the one before it; -1 without memory."""
     cdef uint64_t *grown
+    if start >= end:
+        return 0
     if ranges.count and ranges.bounds[2 * ranges.count - 1] == start:
         ranges.bounds[2 * ranges.count - 1] = end
         return 0
@@ -78,8 +87,133 @@ cdef int _add(Ranges *ranges, uint64_t start, uint64_t end) noexcept nogil:
     return 0
 
 
-cdef list _listed(Ranges *ranges):
-    return [(ranges.bounds[2 * index], ranges.bounds[2 * index + 1]) for index in range(ranges.count)]
+cdef class Ranges:
+    """Ranges of addresses, ascending and apart: a sequence of (start, end).
+
+    Of sparse memory there are hundreds of thousands, for which tuples would take longer than the copy.
+
+    Parameters
+    ----------
+    ranges
+        (start, end), ascending; adjoining ones are joined.
+    """
+
+    cdef Bounds found
+
+    def __cinit__(self, ranges=()):
+        for start, end in ranges:
+            self.add(start, end)
+
+    def __dealloc__(self):
+        free(self.found.bounds)
+
+    cdef int add(self, uint64_t start, uint64_t end) except -1:
+        if _add(&self.found, start, end):
+            raise MemoryError()
+        return 0
+
+    def __len__(self):
+        return self.found.count
+
+    def __getitem__(self, Py_ssize_t index):
+        if index < 0:
+            index += self.found.count
+        if not 0 <= index < <Py_ssize_t>self.found.count:
+            raise IndexError(index)
+        return self.found.bounds[2 * index], self.found.bounds[2 * index + 1]
+
+    def __iter__(self):
+        cdef size_t index
+        for index in range(self.found.count):
+            yield self.found.bounds[2 * index], self.found.bounds[2 * index + 1]
+
+    @property
+    def size(self):
+        """The bytes of all."""
+        cdef uint64_t total = 0
+        cdef size_t index
+        for index in range(self.found.count):
+            total += self.found.bounds[2 * index + 1] - self.found.bounds[2 * index]
+        return total
+
+    cdef size_t _first(self, uint64_t address) noexcept:
+        """Return the index of the first range that ends above an address."""
+        cdef size_t low = 0, high = self.found.count, middle
+        while low < high:
+            middle = (low + high) // 2
+            if self.found.bounds[2 * middle + 1] > address:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def between(self, uint64_t start, uint64_t end):
+        """Return what of them lies between two addresses."""
+        cdef Ranges part = Ranges()
+        cdef size_t index = self._first(start)
+        while index < self.found.count and self.found.bounds[2 * index] < end:
+            part.add(max(start, self.found.bounds[2 * index]), min(end, self.found.bounds[2 * index + 1]))
+            index += 1
+        return part
+
+    def outside(self, uint64_t start, uint64_t end):
+        """Return what between two addresses lies in none of them."""
+        cdef Ranges part = Ranges()
+        cdef size_t index = self._first(start)
+        while index < self.found.count and self.found.bounds[2 * index] < end:
+            part.add(start, self.found.bounds[2 * index])
+            start = max(start, self.found.bounds[2 * index + 1])
+            index += 1
+        part.add(start, end)
+        return part
+
+    def whole(self, uint64_t theirs, uint64_t ours, size_t unit):
+        """Return the whole multiples of `unit` in them, as (start, end), once `theirs` is at the address `ours`."""
+        cdef uint64_t start, end, shift = ours - theirs
+        cdef size_t index
+        parts = []
+        for index in range(self.found.count):
+            start = self.found.bounds[2 * index] + shift
+            end = self.found.bounds[2 * index + 1] + shift
+            start += (unit - start % unit) % unit
+            end -= end % unit
+            if start < end:
+                parts.append((start, end))
+        return parts
+
+    def cuts(self, uint64_t start, size_t most, size_t unit):
+        """Return where to cut the addresses from `start` on for parts with about `most` bytes of them.
+
+        As offsets from `start` in multiples of `unit`, which is less than `most`; the first is 0.
+        """
+        cdef uint64_t at, end, last = 0, left = most
+        cdef size_t index
+        offsets = [0]
+        for index in range(self.found.count):
+            at, end = self.found.bounds[2 * index] - start, self.found.bounds[2 * index + 1] - start
+            while end - at > left:
+                at += left
+                last = at - at % unit
+                offsets.append(last)
+                left = most
+            left -= end - at
+        return offsets
+
+    @staticmethod
+    def joined(parts, uint64_t end):
+        """Return what of several Ranges, none of which reaches into another, lies below an address."""
+        cdef Ranges whole = Ranges()
+        cdef Ranges part
+        cdef size_t index
+        for part in sorted(parts, key=_start):
+            for index in range(part.found.count):
+                if part.found.bounds[2 * index] < end:
+                    whole.add(part.found.bounds[2 * index], min(end, part.found.bounds[2 * index + 1]))
+        return whole
+
+
+def _start(Ranges part):
+    return part.found.bounds[0] if part.found.count else 0
 
 
 cdef struct Batch:
@@ -102,7 +236,7 @@ cdef ssize_t _call(const Way *way, const iovec *ours, const iovec *theirs, int c
     return process_vm_readv(way.pid, ours, count, theirs, count, 0)
 
 
-cdef int _move(const Way *way, Batch *batch, uint64_t *stopped, Ranges *bad) noexcept nogil:
+cdef int _move(const Way *way, Batch *batch, uint64_t *stopped, Bounds *bad) noexcept nogil:
     """Move a batch; returns the error number that ended it, and in `stopped` the address where it did.
 
     With `skip` pages that cannot be read are listed as `bad`, and passed over.
@@ -139,99 +273,194 @@ cdef int _move(const Way *way, Batch *batch, uint64_t *stopped, Ranges *bad) noe
     return 0
 
 
+cdef struct Run:
+    uint64_t start, end
+    Kind kind
+
+
+cdef struct Look:
+    # Pages of a task that are not absent, as its open pagemap shows them.
+    int pagemap
+    bint write
+    bint scans  # PAGEMAP_SCAN is worth a try
+    size_t page
+    Run runs[RUNS]  # ascending
+    int count
+    iobmd_page_region regions[RUNS]
+    uint64_t entries[PAGES]
+
+
+cdef bint _is_full(Look *look, uint64_t start, uint64_t end, Kind kind) noexcept nogil:
+    """Add a run, joined to the one before it; or say that there is no room for it."""
+    cdef Run *last = &look.runs[look.count - 1]
+    if look.count and last.end == start and last.kind == kind:
+        last.end = end
+        return False
+    if look.count == RUNS:
+        return True
+    look.runs[look.count].start, look.runs[look.count].end, look.runs[look.count].kind = start, end, kind
+    look.count += 1
+    return False
+
+
+cdef int _read_entries(Look *look, uint64_t start, uint64_t end, uint64_t *reached) noexcept nogil:
+    """As `_look`, by the entries of pages."""
+    cdef size_t count = min((end - start) // look.page, <uint64_t>PAGES), index
+    cdef ssize_t got = pread(look.pagemap, look.entries, count * 8, <long>(start // look.page * 8))
+    cdef Kind kind
+    if got < 8:
+        # Past the end of all address spaces, or the memory is gone.
+        return errno if got < 0 else EFAULT if pread(look.pagemap, look.entries, 8, 0) == 8 else ESRCH
+    for index in range(<size_t>got // 8):
+        kind = _kind(look.entries[index], look.write)
+        if kind != ABSENT and _is_full(look, start, start + look.page, kind):
+            break
+        start += look.page
+    reached[0] = start
+    return 0
+
+
+cdef int _scan(Look *look, uint64_t start, uint64_t end, uint64_t *reached) noexcept nogil:
+    """As `_look`, by PAGEMAP_SCAN (Linux 6.7), which passes over what has no page tables."""
+    cdef iobmd_scan_arg arg
+    cdef iobmd_page_region region
+    cdef uint64_t pages = 0
+    cdef int found, index, error
+    memset(&arg, 0, sizeof(arg))
+    arg.size = sizeof(arg)
+    arg.start, arg.end = start, start + min(end - start, STEP * look.page)
+    arg.vec, arg.vec_len, arg.max_pages = <uintptr_t>look.regions, RUNS, PAGES
+    arg.category_anyof_mask = arg.return_mask = C_PAGE_IS_PRESENT | C_PAGE_IS_SWAPPED
+    found = ioctl(look.pagemap, IOBMD_PAGEMAP_SCAN, &arg)
+    if found < 0:
+        look.scans = errno == EINTR
+        return _read_entries(look, start, end, reached)
+    reached[0] = arg.end
+    for index in range(found):
+        region = look.regions[index]
+        pages += (region.end - region.start) // look.page
+        if not region.categories & C_PAGE_IS_PRESENT:  # what is in swap, and what looks so (`_kind`)
+            error = _read_entries(look, region.start, region.end, reached)
+            if error or reached[0] < region.end:
+                return error
+            reached[0] = arg.end
+        elif _is_full(look, region.start, region.end, DIRECT):
+            reached[0] = region.start
+            return 0
+    if found == RUNS or pages >= PAGES:
+        reached[0] = look.regions[found - 1].end
+    return 0
+
+
+cdef int _look(Look *look, uint64_t start, uint64_t end, uint64_t *reached) noexcept nogil:
+    """Find those pages of a range that are not absent, up to an address that is returned; returns an error number."""
+    look.count = 0
+    if look.pagemap < 0:
+        _is_full(look, start, end, DIRECT)
+        reached[0] = end
+        return 0
+    return (_scan if look.scans else _read_entries)(look, start, end, reached)
+
+
 cdef struct Piece:
     uint64_t theirs, ours
     size_t size
 
 
-cdef int _chunk(const Way *way, Piece piece, const uint64_t *entries, size_t count, Batch *batch, uint64_t *stopped,
-                Ranges *absent, Ranges *bad) noexcept nogil:
-    """Move those pages of a piece that its pagemap entries show as movable, and list the absent ones; as `_move`."""
-    cdef size_t index = 0, last
-    cdef uint64_t start, end, page = piece.theirs - piece.theirs % way.page
-    cdef Kind kind
+cdef int _move_run(const Way *way, const Piece *all, uint64_t start, uint64_t end, Kind kind, Batch *batch,
+                   uint64_t *stopped, Bounds *bad) noexcept nogil:
+    """Have a part of a run moved, by this call or by a later one; as `_move`."""
+    batch.theirs[batch.count].iov_base = <void *><uintptr_t>start
+    batch.ours[batch.count].iov_base = <void *><uintptr_t>(all.ours + (start - all.theirs))
+    batch.theirs[batch.count].iov_len = batch.ours[batch.count].iov_len = end - start
+    batch.count += 1
+    if kind == SWAPPED and way.pidfd >= 0:
+        start -= start % way.page
+        batch.swapped[batch.swaps].iov_base = <void *><uintptr_t>start
+        batch.swapped[batch.swaps].iov_len = (end - start + way.page - 1) // way.page * way.page
+        batch.swaps += 1
+    return _move(way, batch, stopped, bad) if batch.count == VECTORS or way.memory >= 0 else 0
+
+
+cdef int _move_runs(const Way *way, const Piece *all, const Run *runs, uint64_t start, uint64_t end, size_t huge,
+                    Batch *batch, uint64_t *stopped, Bounds *bad) noexcept nogil:
+    """As `_move_run`, of adjoining runs, the first of which holds `start`; huge pages are faulted in ahead."""
+    cdef uint64_t until, shift = all.ours - all.theirs
+    cdef bint whole
     cdef int error
-    while index < count:
-        kind = _kind(entries[index], way.write)
-        last = index + 1
-        while last < count and _kind(entries[last], way.write) == kind:
-            last += 1
-        start = max(piece.theirs, page + index * way.page)
-        end = min(piece.theirs + piece.size, page + last * way.page)
-        if kind == ABSENT:
-            if _add(absent, start, end):
-                stopped[0] = start
-                return ENOMEM
-        else:
-            batch.theirs[batch.count].iov_base = <void *><uintptr_t>start
-            batch.ours[batch.count].iov_base = <void *><uintptr_t>(piece.ours + (start - piece.theirs))
-            batch.theirs[batch.count].iov_len = batch.ours[batch.count].iov_len = end - start
-            batch.count += 1
-            if kind == SWAPPED and way.pidfd >= 0:
-                batch.swapped[batch.swaps].iov_base = <void *><uintptr_t>(page + index * way.page)
-                batch.swapped[batch.swaps].iov_len = (last - index) * way.page
-                batch.swaps += 1
-            if batch.count == VECTORS or way.memory >= 0:
-                error = _move(way, batch, stopped, bad)
-                if error:
-                    return error
-        index = last
-    return _move(way, batch, stopped, bad)
+    while start < end:
+        until, whole = end, False
+        if huge:
+            until = min(end, start + (huge - (start + shift) % huge))
+            whole = until - start == huge
+        if whole:
+            error = _move(way, batch, stopped, bad)
+            if error:
+                return error
+            # A huge page is faulted in by its LAST base page: the kernel clears a huge page so that the touched
+            # end comes last, and clearing upwards is a third faster here than clearing downwards (measured,
+            # Linux 6.18). A refusal (before 5.14, or no huge page) does no harm: the copy faults the pages in.
+            c_madvise(<void *><uintptr_t>(until + shift - way.page), way.page, C_MADV_POPULATE_WRITE)
+        while start < until:
+            error = _move_run(way, all, start, min(until, runs.end), runs.kind, batch, stopped, bad)
+            if error:
+                return error
+            start = min(until, runs.end)
+            runs += start == runs.end
+    return 0
 
 
-cdef int _transfer(const Way *way, int pagemap, Piece all, size_t huge, bint mark, int *marked, uint64_t *stopped,
-                   Ranges *absent, Ranges *bad) noexcept nogil:
-    cdef uint64_t entries[CHUNK + 1]
+cdef int _transfer(const Way *way, int pagemap, Piece all, size_t huge, uint64_t *stopped, Bounds *absent,
+                   Bounds *bad) noexcept nogil:
+    cdef Look look
     cdef Batch batch
-    cdef Piece piece
-    cdef size_t done = 0, first, count, index, chunk = DEFAULT_CHUNK * way.page
-    cdef ssize_t got
-    cdef int error
-    cdef bint whole, follows = False
+    cdef uint64_t at = all.theirs, end = all.theirs + all.size, known = at, start, stop, reached, cut
+    cdef int first, last, error
+    look.pagemap, look.write, look.scans, look.page = pagemap, way.write, not way.write, way.page
     batch.count = batch.swaps = 0
-    if huge > CHUNK * way.page:
+    if huge > PAGES * way.page:
         huge = 0
-    while done < all.size:
-        piece.theirs, piece.ours = all.theirs + done, all.ours + done
-        piece.size = min(all.size - done, huge - piece.ours % huge if huge else chunk)
-        first = piece.theirs // way.page
-        count = (piece.theirs + piece.size - 1) // way.page - first + 1
-        if pagemap < 0:
-            for index in range(count):
-                entries[index] = PRESENT_BIT
-        else:
-            got = pread(pagemap, entries, count * 8, <long>(first * 8))
-            if got < 8:
-                # Past the end of all address spaces, or the memory is gone.
-                stopped[0] = piece.theirs
-                return errno if got < 0 else EFAULT if pread(pagemap, entries, 8, 0) == 8 else ESRCH
-            if <size_t>got // 8 < count:
-                count = <size_t>got // 8
-                piece.size = (first + count) * way.page - piece.theirs
-        if huge and piece.size == huge:
-            whole = True
-            for index in range(count):
-                if _kind(entries[index], way.write) == ABSENT:
-                    whole = False
-                    break
-            if whole:
-                if mark:
-                    c_madvise(<void *><uintptr_t>piece.ours, huge, C_MADV_HUGEPAGE)
-                    marked[0] += not follows
-                # A huge page is faulted in by its LAST base page: the kernel clears a huge page so that the touched
-                # end comes last, and clearing upwards is a third faster here than clearing downwards (measured,
-                # Linux 6.18). A refusal (before 5.14, or no huge page) does no harm: the copy faults the pages in.
-                c_madvise(<void *><uintptr_t>(piece.ours + huge - way.page), way.page, C_MADV_POPULATE_WRITE)
-            follows = whole
-        error = _chunk(way, piece, entries, count, &batch, stopped, absent, bad)
+    if end < at:  # at the end of all addresses nothing is mapped
+        stopped[0] = at
+        return EFAULT
+    while at < end:
+        error = _look(&look, at - at % way.page, end + (way.page - end % way.page) % way.page, &reached)
+        if error:
+            stopped[0] = at
+            return ENOMEM if _add(absent, known, at) else error
+        last = 0
+        while last < look.count:
+            first = last
+            stop = look.runs[first].end
+            last += 1
+            while last < look.count and look.runs[last].start == stop:
+                stop = look.runs[last].end
+                last += 1
+            start, stop = max(look.runs[first].start, at), min(stop, end)
+            if huge and last == look.count and stop == reached and reached < end:
+                # It may go on: the next look sees the rest of a huge page with its beginning.
+                cut = max(start, stop - min(stop, (stop + all.ours - all.theirs) % huge))
+                if cut > at:
+                    stop = reached = cut
+            if _add(absent, known, start):
+                stopped[0] = known
+                return ENOMEM
+            known = stop
+            error = _move_runs(way, &all, &look.runs[first], start, stop, huge, &batch, stopped, bad)
+            if error:
+                return error
+        error = _move(way, &batch, stopped, bad)
         if error:
             return error
-        done += piece.size
+        at = reached
+    if _add(absent, known, end):
+        stopped[0] = known
+        return ENOMEM
     return 0
 
 
 def transfer(int pid, int memory, int pagemap, int pidfd, bint write, bint skip, uint64_t theirs, uint64_t ours,
-             size_t size, size_t page, size_t huge=0, bint mark=False):
+             size_t size, size_t page, size_t huge=0):
     """Copy between the address `theirs` of a task and the address `ours` here what needs no page to be made there.
 
     Parameters
@@ -250,31 +479,23 @@ def transfer(int pid, int memory, int pagemap, int pidfd, bint write, bint skip,
     huge
         Size of the huge pages that the fresh destination may get, 0 when it is not fresh: a huge page is faulted in
         ahead of the copy where all of its bytes are going to be copied.
-    mark
-        Such a range is first given MADV_HUGEPAGE.
 
     Returns
     -------
-    tuple[int, int, list[tuple[int, int]], list[tuple[int, int]], int]
-        The address in the task that the copy reached, the error number that ended it (0: none), the ranges before
-        that address whose pages are absent, those that could not be read, and how many separate ranges were marked.
+    tuple[int, int, Ranges, Ranges]
+        The address in the task that the copy reached, the error number that ended it (0: none), the ranges whose
+        pages are absent, all of those before that address, and those that could not be read.
     """
     cdef Way way
     cdef Piece all
-    cdef Ranges absent, bad
+    cdef Ranges absent = Ranges(), bad = Ranges()
     cdef uint64_t stopped = theirs + size
-    cdef int error, marked = 0
+    cdef int error
     way.pid, way.memory, way.pidfd, way.write, way.skip, way.page = pid, memory, pidfd, write, skip, page
     all.theirs, all.ours, all.size = theirs, ours, size
-    absent.bounds = bad.bounds = NULL
-    absent.count = bad.count = absent.room = bad.room = 0
-    try:
-        with nogil:
-            error = _transfer(&way, pagemap, all, huge, mark, &marked, &stopped, &absent, &bad)
-        return stopped, error, _listed(&absent), _listed(&bad), marked
-    finally:
-        free(absent.bounds)
-        free(bad.bounds)
+    with nogil:
+        error = _transfer(&way, pagemap, all, huge, &stopped, &absent.found, &bad.found)
+    return stopped, error, absent, bad
 
 
 def move_present(const char *pagemap, int pid, bint write, uint64_t theirs, uint64_t ours, size_t size, size_t page):
@@ -311,31 +532,24 @@ def move_present(const char *pagemap, int pid, bint write, uint64_t theirs, uint
 
 
 def absent(int pagemap, uint64_t theirs, size_t size, size_t page):
-    """Return the ranges of a task whose pages are absent, by its open pagemap."""
-    cdef uint64_t entries[CHUNK]
-    cdef Ranges found
-    cdef uint64_t at = theirs - theirs % page, end = theirs + size
-    cdef ssize_t got
-    cdef size_t index
-    cdef int error = 0
-    found.bounds = NULL
-    found.count = found.room = 0
-    try:
-        with nogil:
-            while at < end and not error:
-                got = pread(pagemap, entries, min(<uint64_t>CHUNK, (end - at + page - 1) // page) * 8,
-                            <long>(at // page * 8))
-                if got <= 0:
-                    break
-                for index in range(<size_t>got // 8):
-                    if _kind(entries[index], False) == ABSENT:
-                        error = _add(&found, max(at, theirs), min(at + page, end))
-                    at += page
-        if error:
-            raise MemoryError()
-        return _listed(&found)
-    finally:
-        free(found.bounds)
+    """Return the ranges of a task whose pages are absent, by its open pagemap; what that does not show is present."""
+    cdef Ranges found = Ranges()
+    cdef Look look
+    cdef uint64_t at = theirs - theirs % page, end = theirs + size, known = theirs, reached
+    cdef int failed = 0, index
+    look.pagemap, look.write, look.scans, look.page = pagemap, False, True, page
+    with nogil:
+        while at < end and not failed:
+            if _look(&look, at, end + (page - end % page) % page, &reached):
+                break
+            for index in range(look.count):
+                failed |= _add(&found.found, known, look.runs[index].start)
+                known = max(known, look.runs[index].end)
+            at = reached
+        failed |= _add(&found.found, known, min(at, end))
+    if failed:
+        raise MemoryError()
+    return found
 
 
 def zero(uint64_t ours, size_t size):

@@ -3,14 +3,15 @@
 
 from libc.errno cimport errno
 from libc.stdint cimport uint64_t, uintptr_t
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, strerror
 from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
 from posix.unistd cimport pread
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from mman cimport (
-    C_MADV_FREE, C_MADV_POPULATE_WRITE, MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, c_madvise,
-    c_mincore, c_mlock, c_mlock2, c_mmap, c_munlock, c_munmap,
+    C_MADV_FREE, C_MADV_NOHUGEPAGE, C_MADV_POPULATE_WRITE, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE,
+    PROT_READ, PROT_WRITE, c_madvise, c_mincore, c_mlock, c_mlock2, c_mmap, c_munlock, c_munmap,
 )
 from pagemap_scan cimport (
     C_CHECK_WPASYNC, C_PAGE_IS_PFNZERO, C_PAGE_IS_PRESENT, C_WP_MATCHING, IOBMD_PAGEMAP_SCAN, ioctl,
@@ -18,6 +19,10 @@ from pagemap_scan cimport (
 )
 from userfault cimport iobmd_uffd_protect
 from uio cimport iovec, process_vm_readv
+
+
+cdef enum:
+    VECTORS = 1024  # the most that a call takes (IOV_MAX)
 
 
 cdef extern from *:
@@ -30,32 +35,57 @@ cdef double _now() noexcept nogil:
     return moment.tv_sec + moment.tv_nsec * 1e-9
 
 
-cdef double _read_fresh(int pid, uint64_t source, size_t size) noexcept nogil:
+cdef double _read_fresh(int pid, uint64_t source, size_t size, iovec *local, iovec *remote, size_t count,
+                        bint sparse) noexcept nogil:
     cdef double begin = _now()
-    cdef size_t done = 0
-    cdef ssize_t moved
-    cdef iovec local, remote
-    cdef void *fresh = c_mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    cdef size_t done = 0, index, batch
+    cdef ssize_t moved = 1
+    cdef char *fresh = <char *>c_mmap(
+        NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0
+    )
     if fresh == MAP_FAILED:
         return -1
-    while done < size:
-        local.iov_base = <char *>fresh + done
-        remote.iov_base = <void *><uintptr_t>(source + done)
-        local.iov_len = remote.iov_len = size - done
-        moved = process_vm_readv(pid, &local, 1, &remote, 1, 0)
-        if moved <= 0:
-            c_munmap(fresh, size)
-            return -1
-        done += moved
+    if sparse:
+        c_madvise(fresh, size, C_MADV_NOHUGEPAGE)
+    for index in range(count):
+        local[index].iov_base = fresh + (<uint64_t><uintptr_t>remote[index].iov_base - source)
+    while done < count and moved > 0:
+        batch = min(count - done, VECTORS)
+        moved = process_vm_readv(pid, local + done, batch, remote + done, batch, 0)
+        while moved > 0 and done < count and <size_t>moved >= local[done].iov_len:
+            moved -= local[done].iov_len
+            done += 1
+        if moved > 0:  # a call moves less than 2 GiB
+            local[done].iov_base = <char *>local[done].iov_base + moved
+            remote[done].iov_base = <char *>remote[done].iov_base + moved
+            local[done].iov_len -= moved
+            remote[done].iov_len -= moved
+        moved = 1 if moved >= 0 else -1
     c_munmap(fresh, size)
-    return _now() - begin
+    return _now() - begin if moved > 0 else -1
 
 
-def read_fresh(int pid, uint64_t source, size_t size):
-    """Seconds for mmap + process_vm_readv of `size` bytes + munmap, what people write by hand."""
+def read_fresh(int pid, uint64_t source, size_t size, ranges=None):
+    """Seconds for mmap + process_vm_readv of `size` bytes + munmap, what people write by hand.
+
+    With `ranges` of that memory, (start, end), of these alone, by a program that knows where they are.
+    """
     cdef double seconds
-    with nogil:
-        seconds = _read_fresh(pid, source, size)
+    cdef bint sparse = ranges is not None
+    cdef size_t index = 0, count = 1 if ranges is None else len(ranges)
+    cdef iovec *vectors = <iovec *>malloc(2 * count * sizeof(iovec))
+    cdef uint64_t start, end
+    if vectors == NULL:
+        raise MemoryError()
+    try:
+        for start, end in [(source, source + size)] if ranges is None else ranges:
+            vectors[count + index].iov_base = <void *><uintptr_t>start
+            vectors[index].iov_len = vectors[count + index].iov_len = end - start
+            index += 1
+        with nogil:
+            seconds = _read_fresh(pid, source, size, vectors, vectors + count, count, sparse)
+    finally:
+        free(vectors)
     if seconds < 0:
         raise OSError(errno, f"process_vm_readv: {strerror(errno).decode()}")
     return seconds

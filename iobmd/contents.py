@@ -10,6 +10,7 @@ from iobmd.errors import IOReturnError
 from iobmd.task import check_range
 
 if TYPE_CHECKING:
+    from iobmd._native.crosstask import Ranges
     from iobmd.pieces import Progress
     from iobmd.task import Task
 
@@ -55,6 +56,7 @@ class CopyOf:
         self._skip = skip
         self._timeout = timeout
         self._progress = progress
+        self._outline: Ranges | None = None
 
     def check(self) -> None:
         """Raise `kIOReturnBadArgument` unless it is a range of addresses."""
@@ -95,13 +97,17 @@ class CopyOf:
             resident_only=standing is not None,
             timeout=self._timeout,
             progress=standing or self._progress,
+            outline=self._outline,
         )
         self.holes = [(start - self.address, end - start) for start, end in outcome.unread]
         return outcome.left_zero
 
     def resident(self) -> int:
         """Return how many bytes of the source exist, in memory or in swap, at least."""
-        return extents.resident(self.task.pid, self.address, self.size, self._timeout)
+        outline = self._outline = extents.outline(self.task.pid, self.address, self.size)
+        if outline is None:
+            return self.size
+        return self.size - outline.size + extents.existing(self.task.pid, outline, self._timeout)
 
 
 class FrozenCopyOf(CopyOf):

@@ -2,7 +2,9 @@
 
 First the pages that the task has are moved, as its pagemap shows them: by one process_vm_readv or process_vm_writev
 while it is little, and in pieces (`iobmd.pieces`) handed to several threads when it is much, because faulting in and
-clearing the destination costs more than the copy itself and runs on every processor. Then the absent ones are read
+clearing the destination costs more than the copy itself and runs on every processor. Where the pages are is looked at
+once to cut the pieces, so that each has as many of them, and once more, a thousand pages at a time, right before they
+are moved: by then a task may have returned some, and a read would make them again. Then the absent ones are read
 from where their bytes are (`iobmd.extents`), so that a task has no more pages afterwards than before. What only a
 page fault can answer is left to a child process that can be killed (`iobmd.attempt`). Where the calls are refused or
 missing (a seccomp profile), /proc/PID/mem stands in.
@@ -10,6 +12,7 @@ missing (a seccomp profile), /proc/PID/mem stands in.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import itertools
@@ -18,13 +21,14 @@ from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import attempt, extents, headroom, pidns, pieces, procfs
-from iobmd._native import crosstask
+from iobmd._native import crosstask, memory
 from iobmd.extents import Origin
-from iobmd.units import PAGE_SIZE, round_down
+from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, round_down
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
+    from iobmd._native.crosstask import Ranges
     from iobmd.attempt import File, Range
     from iobmd.extents import Absent
 
@@ -35,7 +39,7 @@ WOULD_WAIT = errno.EDEADLK
 """The error number of a transfer that may not wait for another program and would have to."""
 
 _QUICK = 64 << 10  # bytes that are moved by one native call if all of their pages are present
-_MARKED = 1024  # separate ranges of the destination for huge pages: each costs two of vm.max_map_count
+_MOST_MARKED = 1024  # separate ranges of the destination for huge pages: each costs two of vm.max_map_count
 _CALL_REFUSED = (errno.EPERM, errno.ENOSYS)
 
 
@@ -65,6 +69,8 @@ class Transfer(NamedTuple):
         Seconds to wait for another program that delivers nothing.
     progress
         Called in this thread, now and then, with the number of bytes moved so far.
+    outline
+        What of it was absent a while ago, where that is known already: it says how to divide the work, no more.
     """
 
     pid: int
@@ -80,6 +86,7 @@ class Transfer(NamedTuple):
     resident_only: bool = False
     timeout: float = TIMEOUT
     progress: pieces.Progress | None = None
+    outline: Ranges | None = None
 
     @property
     def end(self) -> int:
@@ -142,9 +149,8 @@ class _Run:
         self._pagemap = pagemap
         self._memory = -1  # its /proc/PID/mem in place of the calls that are refused
         self._awaited = -1  # and for the children that wait
-        self._absent: list[Range] = []
+        self._absent: list[Ranges] = []
         self._unread: list[Range] = []
-        self._marks = 0
         self._left_zero = False
 
     def close(self) -> None:
@@ -157,31 +163,42 @@ class _Run:
         if job.size <= pieces.PIECE:
             done, error = self._present(0, job.size)
         else:
-            done, error = pieces.run(self._present, job.size, job.progress)
+            done, error = pieces.run(self._present, job.size, job.progress, self._cuts())
         if error in _CALL_REFUSED:  # also behind absent pages, for which nothing was called
             done, error = self._through_memory_file()
         # Below the place where that failed, if it did, bytes of absent pages may not be obtainable either.
         reached = job.theirs + done
-        self._absent.sort()
-        ranges = [found for found in self._absent if found[0] < reached]
-        if ranges:
-            reached, error = self._fetch(ranges, reached, error)
+        absent = crosstask.Ranges.joined(self._absent, reached)
+        if absent:
+            reached, error = self._fetch(absent, reached, error)
         return Outcome(reached - job.theirs, error, _joined(self._unread), self._left_zero)
+
+    def _cuts(self) -> list[int] | None:
+        """Return where to cut it for pieces with as many pages each, and allow the destination its huge pages."""
+        job = self._job
+        if job.write or self._pagemap < 0:
+            return None
+        absent = job.outline or crosstask.absent(self._pagemap, job.theirs, job.size, PAGE_SIZE)
+        present = absent.outside(job.theirs, job.end)
+        if job.sparse and job.huge:
+            # Not piece by piece: each of these calls keeps the page faults of other threads waiting.
+            for start, end in present.whole(job.theirs, job.ours, job.huge)[:_MOST_MARKED]:
+                with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+                    memory.advise(start, end - start, memory.MADV_HUGEPAGE)
+        return present.cuts(job.theirs, pieces.PIECE, HUGE_PAGE_SIZE)
 
     def _present(self, offset: int, size: int) -> tuple[int, int]:
         """Move what is present of a piece, and list what is absent."""
         job = self._job
-        mark = job.sparse and self._marks < _MARKED
-        huge = job.huge if mark or not job.sparse else 0
-        reached, error, absent, unread, marks = crosstask.transfer(
+        reached, error, absent, unread = crosstask.transfer(
             job.pid, self._memory, self._pagemap, job.pidfd, job.write, job.skip,
-            job.theirs + offset, job.ours + offset, size, PAGE_SIZE, huge, mark,
+            job.theirs + offset, job.ours + offset, size, PAGE_SIZE, job.huge,
         )  # fmt: skip
-        self._absent += absent
+        if absent:
+            self._absent.append(absent)
         if unread:
             self._unread += unread
             self._clear(unread)
-        self._marks += marks
         return reached - job.theirs - offset, error
 
     def _present_behind(self, first: int, offset: int, size: int) -> tuple[int, int]:
@@ -201,22 +218,22 @@ class _Run:
         for area in (area for area in areas if ("w" if job.write else "r") in area.perms):
             start, end = max(area.start, at), min(area.end, job.end)
             if start > at:
-                self._absent.append((at, start))
+                self._absent.append(crosstask.Ranges([(at, start)]))
             first = start - job.theirs
             done, failure = pieces.run(functools.partial(self._present_behind, first), end - start)
             if failure:
                 return first + done, failure
             at = end
         if at < job.end:
-            self._absent.append((at, job.end))
+            self._absent.append(crosstask.Ranges([(at, job.end)]))
         return job.size, 0
 
     # --- absent pages
 
-    def _fetch(self, ranges: Sequence[Range], reached: int, error: int) -> tuple[int, int]:
+    def _fetch(self, ranges: Ranges, reached: int, error: int) -> tuple[int, int]:
         """Move absent pages; returns the lowest address that is not moved, and the error number."""
         job = self._job
-        small = not job.resident_only and sum(end - start for start, end in ranges) <= extents.SMALL
+        small = not job.resident_only and ranges.size <= extents.SMALL
         files = extents.Files(job.pid, job.timeout, may_wait=not job.resident_only)
         permission = "w" if job.write else "r"
         for absent in extents.absent(job.pid, ranges, files, permission=permission, small=small):
@@ -228,7 +245,7 @@ class _Run:
     def _read(self, absent: Absent) -> tuple[int, int]:
         job = self._job
         if absent.origin is Origin.NOWHERE:
-            return self._unreadable(absent.ranges)
+            return self._unreadable(list(absent.ranges))
         if absent.origin is Origin.ZERO:
             self._clear(absent.ranges)
             return job.end, 0
@@ -246,7 +263,7 @@ class _Run:
             return absent.ranges[0][0], errno.EFAULT
         if absent.origin is Origin.SILENT:
             return absent.ranges[0][0], errno.ETIMEDOUT
-        headroom.require(sum(end - start for start, end in absent.ranges), swappable=True, pid=job.pid)
+        headroom.require(absent.ranges.size, swappable=True, pid=job.pid)
         if absent.waits or absent.origin in (Origin.FILE, Origin.FAULT):
             return self._attempted(absent)
         for start, end in absent.ranges:
@@ -263,7 +280,7 @@ class _Run:
         )
         return reached, error
 
-    def _clear(self, ranges: Sequence[Range]) -> None:
+    def _clear(self, ranges: Iterable[Range]) -> None:
         if self._job.fresh:
             self._left_zero = True
             return
@@ -282,7 +299,8 @@ class _Run:
     def _from_object(self, absent: Absent, file: File) -> tuple[int, int]:
         """Read from a file of a memory file system, on several threads when it is much."""
         job = self._job
-        starts = [0, *itertools.accumulate(end - start for start, end in absent.ranges)]
+        ranges = list(absent.ranges)
+        starts = [0, *itertools.accumulate(end - start for start, end in ranges)]
         ends = attempt.Ends(job.theirs, job.ours, write=False, shift=absent.shift)
         holes = absent.page == PAGE_SIZE  # hugetlbfs has no SEEK_DATA
         self._left_zero |= job.fresh
@@ -290,7 +308,7 @@ class _Run:
 
         def work(offset: int, size: int) -> tuple[int, int]:
             done = 0
-            left = _part(absent.ranges, starts, offset, size)
+            left = _part(ranges, starts, offset, size)
             while left:
                 batch = left[: crosstask.MOST_RANGES]
                 moved, error = attempt.read(ends, file, batch, job.timeout, fresh=job.fresh, holes=holes)
@@ -310,7 +328,7 @@ class _Run:
         if not error:
             return job.end, 0
         index = bisect_right(starts, done) - 1
-        return absent.ranges[index][0] + done - starts[index], error
+        return ranges[index][0] + done - starts[index], error
 
     def _attempted(self, absent: Absent) -> tuple[int, int]:
         """Move what another program may have to deliver."""
@@ -319,7 +337,7 @@ class _Run:
             ends = attempt.Ends(job.theirs, job.ours, write=False, file=absent.file, shift=absent.shift)
         else:
             ends = attempt.Ends(job.theirs, job.ours, job.write, job.pid, self._memory)
-        left: Sequence[Range] = absent.ranges
+        left: Sequence[Range] = list(absent.ranges)
         while left:
             moved, error = attempt.move(ends, left, job.timeout)
             left = attempt.behind(left, moved)

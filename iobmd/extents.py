@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import enum
 import os
-from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import attempt, headroom, pidns, procfs
@@ -21,7 +20,8 @@ from iobmd.units import PAGE_SIZE, round_up
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from iobmd.attempt import File, Range
+    from iobmd._native.crosstask import Ranges
+    from iobmd.attempt import File
     from iobmd.procfs import VMA
 
 SMALL = 64 << 10
@@ -58,7 +58,7 @@ class Origin(enum.Enum):
 class Absent(NamedTuple):
     """Absent pages of one area."""
 
-    ranges: Sequence[Range]
+    ranges: Ranges
     origin: Origin
     waits: bool = False
     """A fault there waits for another program, possibly for this task itself."""
@@ -144,9 +144,7 @@ def _named(root: str, area: VMA) -> Iterator[str]:
     yield from (f"{root}/fd/{number}" for number in numbers)
 
 
-def absent(
-    pid: int, ranges: Sequence[Range], files: Files, *, small: bool, permission: str = "r"
-) -> Iterator[Absent]:
+def absent(pid: int, ranges: Ranges, files: Files, *, small: bool, permission: str = "r") -> Iterator[Absent]:
     """Iterate over what ascending `ranges` of absent pages of a task hold, ascending.
 
     Parameters
@@ -207,35 +205,40 @@ def _may_have_handler(area: VMA, files: Files) -> bool:
     return not isinstance(file, attempt.File) or file.kind in _MEMORY
 
 
-def resident(pid: int, address: int, size: int, timeout: float) -> int:
-    """Return how many bytes of a range of a task are present or in swap, mapped there or in the object it maps.
+def outline(pid: int, address: int, size: int) -> Ranges | None:
+    """Return what of a range of a task is absent; None where the kernel does not say."""
+    try:
+        pagemap = os.open(f"{pidns.directory(pid)}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return crosstask.absent(pagemap, address, size, PAGE_SIZE)
+    finally:
+        os.close(pagemap)
+
+
+def existing(pid: int, ranges: Ranges, timeout: float) -> int:
+    """Return how many bytes of absent pages of a task exist in the object that it maps there.
 
     All of them where the kernel does not say. Raises IOReturnError as `absent`.
     """
+    found = 0
+    files = Files(pid, timeout)
     try:
-        pagemap = os.open(f"{pidns.directory(pid)}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            ranges = crosstask.absent(pagemap, address, size, PAGE_SIZE)
-        finally:
-            os.close(pagemap)
-        found = size - sum(end - start for start, end in ranges)
-        files = Files(pid, timeout)
         for part in absent(pid, ranges, files, small=False) if ranges else ():
             if part.file and part.origin is Origin.OBJECT and part.page == PAGE_SIZE:
                 inside = [(start - part.shift, end - part.shift) for start, end in part.ranges]
                 found += attempt.count(part.file, inside, timeout)
             elif part.origin not in (Origin.ZERO, Origin.NOWHERE):
-                found += sum(end - start for start, end in part.ranges)
+                found += part.ranges.size
     except IOReturnError:
         raise
     except OSError:
-        return size
+        return ranges.size
     return found
 
 
-def _of_area(
-    pid: int, area: VMA, inside: Sequence[Range], files: Files, *, page: int, write: bool
-) -> Iterator[Absent]:
+def _of_area(pid: int, area: VMA, inside: Ranges, files: Files, *, page: int, write: bool) -> Iterator[Absent]:
     if not area.inode:
         # The kernel's own areas, such as [vdso], have pages that it maps on a fault.
         anonymous = not area.name or area.name.startswith(("[heap]", "[stack", "[anon:"))
@@ -266,18 +269,17 @@ def _cut_at_end(whole: Absent, file: File) -> Iterator[Absent]:
     yield from (Absent(inside, Origin.NOWHERE) for inside in _cut(whole.ranges, behind, whole.ranges[-1][1]))
 
 
-def _require_room(pid: int, area: VMA, inside: Sequence[Range], page: int) -> None:
+def _require_room(pid: int, area: VMA, inside: Ranges, page: int) -> None:
     """Raise where faults on all of it could exceed what the task may have. Files of a disk are not charged to it."""
     if not area.device.startswith("00:"):
         return
-    size = sum(end - start for start, end in inside)
     if page > PAGE_SIZE:
-        headroom.require_pages(size, page, pid=pid)
+        headroom.require_pages(inside.size, page, pid=pid)
     else:
-        headroom.require(size, swappable=True, pid=pid)
+        headroom.require(inside.size, swappable=True, pid=pid)
 
 
-def _by_area(areas: Sequence[VMA], ranges: Sequence[Range]) -> Iterator[tuple[VMA | None, Sequence[Range]]]:
+def _by_area(areas: Sequence[VMA], ranges: Ranges) -> Iterator[tuple[VMA | None, Ranges]]:
     """Group ranges by the area that holds them, cut at its bounds; None: they are not mapped."""
     at = ranges[0][0]
     for area in areas:
@@ -288,12 +290,7 @@ def _by_area(areas: Sequence[VMA], ranges: Sequence[Range]) -> Iterator[tuple[VM
     yield from ((None, behind) for behind in _cut(ranges, at, ranges[-1][1]))
 
 
-def _cut(ranges: Sequence[Range], start: int, end: int) -> Iterator[Sequence[Range]]:
+def _cut(ranges: Ranges, start: int, end: int) -> Iterator[Ranges]:
     """Yield what of the ranges lies between two addresses, if anything does."""
-    first = bisect_right(ranges, start, key=lambda found: found[1])
-    last = bisect_left(ranges, end, key=lambda found: found[0])
-    if first < last:
-        inside = list(ranges[first:last])
-        inside[0] = max(inside[0][0], start), inside[0][1]
-        inside[-1] = inside[-1][0], min(inside[-1][1], end)
+    if inside := ranges.between(start, end):
         yield inside

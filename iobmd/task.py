@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from iobmd import pieces
+    from iobmd._native.crosstask import Ranges
 
 ADDRESS_END = 1 << 64
 
@@ -207,6 +208,7 @@ class Task:
         resident_only: bool = False,
         timeout: float = copying.TIMEOUT,
         progress: pieces.Progress | None = None,
+        outline: Ranges | None = None,
     ) -> copying.Outcome:
         """Copy `size` bytes at `source` of this task to the address `destination` of the calling process.
 
@@ -217,7 +219,7 @@ class Task:
             Transfer(
                 self.pid, self._pidfd, source, destination, size,
                 huge=huge, fresh=fresh, sparse=sparse, skip=skip, resident_only=resident_only,
-                timeout=timeout, progress=progress,
+                timeout=timeout, progress=progress, outline=outline,
             )
         )  # fmt: skip
 

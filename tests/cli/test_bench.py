@@ -15,7 +15,7 @@ POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 @pytest.mark.parametrize(
     ("name", "rows"),
     [
-        ("copy", 11),
+        ("copy", 13),
         pytest.param("wired", 7, marks=pytest.mark.needs("frames", "memlock", "big_memory")),
         pytest.param("purgeable", 5, marks=pytest.mark.needs("memlock")),
         ("remote", 5),

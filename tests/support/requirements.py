@@ -20,6 +20,7 @@ MAY_BE_MISSING: dict[str, str] = {
     "rustc": "the same; where there is one, it is used",
     "two_processors": "a host may have one",
     "procmap_query": "kernels before 6.11 have none, and search maps",
+    "pagemap_scan": "kernels before 6.7 have none, and read pagemap",
     "area_names": "a kernel may be built without CONFIG_ANON_VMA_NAME",
     "guest": "make test-vm runs what needs it",
     "edu": "the same, of a device of QEMU's",
@@ -121,6 +122,17 @@ def _procmap_query() -> str | None:
     return None
 
 
+def _pagemap_scan() -> str | None:
+    import fcntl
+
+    with Path("/proc/self/pagemap").open("rb") as file:
+        try:
+            fcntl.ioctl(file, 0xC0606610, bytes(96))  # PAGEMAP_SCAN, of a structure that says it has no size
+        except OSError as error:
+            return "no ioctl(PAGEMAP_SCAN) (before Linux 6.7)" if error.errno == errno.ENOTTY else None
+    return None
+
+
 def _guest() -> str | None:
     return None if "IOBMD_GUEST" in os.environ else "no guest (make test-vm runs it in some)"
 
@@ -159,6 +171,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "own_footprint": _own_footprint,
     "area_names": _area_names,
     "procmap_query": _procmap_query,
+    "pagemap_scan": _pagemap_scan,
     "guest": _guest,
     "edu": lambda: _device(0x1234, 0x11E8),
     "iommu": _iommu,
