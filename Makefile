@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml iobmd/_version.py $(wildcard cython_ext/*)
 
-.PHONY: demo test test-repeat test-asan test-vm vm-shell lint docs bench soak clean
+.PHONY: demo test test-repeat fuzz test-asan test-vm vm-shell lint docs bench soak clean
 
 demo: $(READY)
 	$(BIN)/iobmd doctor
@@ -18,6 +18,12 @@ test: $(READY)
 # Ten runs: on a busy machine, under nohup, on fragmented memory. RUNS="busy nohup", PYTEST_ARGS=tests/unit
 test-repeat: $(READY)
 	tools/proof-of-suite $(RUNS) -- $(PYTEST_ARGS)
+
+# The property tests of untrusted input, with random examples: SECONDS=3600, PYTEST_ARGS="-k messages"
+FUZZ_TESTS := $(wildcard tests/security/test_fuzz_*.py)
+FUZZ_SECONDS = $(or $(SECONDS),60)
+fuzz: $(READY)
+	IOBMD_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/pytest --timeout $$(($(FUZZ_SECONDS) + 120)) $(FUZZ_TESTS) $(PYTEST_ARGS)
 
 # The extensions under the address sanitizer. Left out by default: tests of whole address spaces, in which the
 # sanitizer's own takes minutes to walk, and those that look for memory, which are long with it.

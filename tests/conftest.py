@@ -1,12 +1,9 @@
 """Requirements, the report header, and the fixtures that change the host and put it back."""
 
 import contextlib
-import ctypes
 import fcntl
-import gc
 import os
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -112,26 +109,15 @@ def start_zoo(zoo_program: Path) -> Iterator[Callable[..., zoo.Zoo]]:
         one.__exit__()
 
 
-def settle() -> None:
-    """Let go what is garbage, and wait for the purger's thread: it ends when nothing shared is volatile any more."""
-    gc.collect()
-    for thread in threading.enumerate():
-        if thread.name == "iobmd-purger":
-            thread.join(10)
-    ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what large objects leave, in an arena for each thread
-
-
 @pytest.fixture
 def nothing_left() -> Iterator[None]:
     """Fail the test when it leaves mappings, descriptors or locked memory behind.
 
     Asked for by `usefixtures`, for then it is set up before, and looks after, what the test's own fixtures start.
     """
-    settle()
-    before = Footprint.now()
+    before = Footprint.settled()
     yield
-    settle()
-    after = Footprint.now()
+    after = Footprint.settled()
     assert after.descriptors == before.descriptors
     assert after.locked == before.locked
     # glibc keeps some of what tests free, and the stacks and arenas of threads: less than any buffer they leak

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from iobmd import pidns
 from iobmd._native import crosstask, pagemap
-from iobmd.host.fact import JSON, Fact, Status, has_seccomp_filter, read_int, read_text, scratch
+from iobmd.host.fact import JSON, Fact, Status, has_seccomp_filter, lines, read_int, read_text, scratch
 from iobmd.host.privilege import capability_remedy, has_capability
 from iobmd.units import PAGE_SIZE
 
@@ -48,7 +48,7 @@ def _copies(memory: int) -> None:
 def proc_options() -> dict[str, str]:
     """Return the mount options of /proc that restrict it (hidepid, gid, subset; proc(5)); none without /proc."""
     # The last line of a mount point is that of the mount on top.
-    for line in reversed((read_text("/proc/self/mountinfo") or "").splitlines()):
+    for line in reversed(lines(read_text("/proc/self/mountinfo"))):
         place, _, system = line.partition(" - ")
         if place.split(" ")[4] == "/proc":
             options = dict(option.partition("=")[::2] for option in system.split(" ")[2].split(","))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from iobmd import procfs
-from iobmd.host.fact import read_text
+from iobmd.host.fact import lines, read_text
 
 _ESCAPE = r"\\([0-7]{3})"
 _DELETED = " (deleted)"
@@ -47,7 +47,7 @@ class Cgroup(NamedTuple):
 def mounts(controller: str) -> list[Mount]:
     """Return the mounts of the hierarchies that may have a controller, such as "memory": version 1 and version 2."""
     found = []
-    for line in (read_text("/proc/self/mountinfo") or "").splitlines():
+    for line in lines(read_text("/proc/self/mountinfo")):
         where, _, system = line.partition(" - ")
         if not system.startswith("cgroup"):
             continue
@@ -90,7 +90,7 @@ def around(controller: str, pid: int | None = None, member: str | None = None) -
     """
     found = []
     mounted = mounts(controller)
-    for line in (membership(pid) if member is None else member).splitlines():
+    for line in lines(membership(pid) if member is None else member):
         number, controllers, path = line.split(":", 2)
         unified = number == "0"
         if unified or controller in controllers.split(","):

@@ -55,10 +55,19 @@ class Fact(NamedTuple):
 def read_text(path: str) -> str | None:
     """Return the text of a kernel file without its last newline, or None when it is missing or unreadable."""
     try:
-        with open(path, errors="surrogateescape") as file:
+        with open(path, errors="surrogateescape", newline="\n") as file:
             return file.read().rstrip("\n")
     except OSError:
         return None
+
+
+def lines(text: str | None) -> list[str]:
+    """Return the lines of what `read_text` returned.
+
+    Only a newline ends one. Users choose the names of files and control groups, in which the kernel prints other
+    characters as they are that str.splitlines() takes for an end.
+    """
+    return text.split("\n") if text else []
 
 
 def read_int(path: str) -> int | None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from iobmd import procfs
 from iobmd._native import memory
-from iobmd.host.fact import JSON, Fact, Status, own_status, read_int, read_text, scratch
+from iobmd.host.fact import JSON, Fact, Status, lines, own_status, read_int, read_text, scratch
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 
 _THP = "/sys/kernel/mm/transparent_hugepage"
@@ -195,10 +195,10 @@ class SwapArea(NamedTuple):
 
 def swap_areas() -> list[SwapArea]:
     """Return the swap areas in use."""
-    lines = [line.rsplit(maxsplit=4) for line in (read_text("/proc/swaps") or "").splitlines()[1:]]
+    found = [line.rsplit(maxsplit=4) for line in lines(read_text("/proc/swaps"))[1:]]
     return [
         SwapArea(name, kind, int(size) << 10, int(used) << 10, int(priority))
-        for name, kind, size, used, priority in lines
+        for name, kind, size, used, priority in found
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -35,6 +36,8 @@ _AREA = [int, int, str, int, int, str, str]
 """The types of the fields of a VMA."""
 _FLAGS = 1 << 7
 """Above the flags of spans."""
+_LONGEST = 1 << 20
+"""Characters of a line: of spans, or of an area with its name, `save` writes a tenth of that at most."""
 _WINDOW = 4 << 20
 """Bytes of addresses whose spans are a line: where nothing changed two snapshots have the same lines."""
 
@@ -151,11 +154,13 @@ class Snapshot:
     def _lines(self, kind: str) -> Iterator[str]:
         """Iterate over the lines that hold one kind of document; the header comes first, and is there once."""
         start = f'{{"{kind}": '
-        with self._path.open(errors="surrogateescape") as lines:
-            for number, line in enumerate(lines):
+        with self._path.open(errors="surrogateescape") as file:
+            for number, line in enumerate(iter(partial(file.readline, _LONGEST), "")):
+                if len(line) == _LONGEST:
+                    raise self._damaged(f"line {number + 1} has {_LONGEST} characters or more")
                 if line.startswith(start):
                     yield line
-                elif line == _END and not next(lines, None):
+                elif line == _END and not file.read(1):
                     return
                 elif not line.startswith(_KINDS[:1] if not number else _KINDS[1:]):
                     raise self._damaged(f"line {number + 1} is none that belongs there")
@@ -166,8 +171,11 @@ class Snapshot:
         return (self._parse(line, kind) for line in self._lines(kind))
 
     def _parse(self, line: str, kind: str) -> Any:
+        start, end = f'{{"{kind}": ', "}\n"
+        if not line.endswith(end):
+            raise self._damaged("a line has no end")
         try:
-            return json.loads(line)[kind]
+            return json.loads(line[len(start) : -len(end)])  # and nothing behind it: a member may be there twice
         except (ValueError, RecursionError) as error:
             raise self._damaged(str(error)) from None
 
@@ -183,6 +191,8 @@ class Snapshot:
             area = VMA(*fields)
             if not behind <= area.start < area.end <= ADDRESS_END:
                 raise self._damaged(f"the area {area} is in the wrong place")
+            if max(area.start, self.header.start) >= min(area.end, self.header.end):
+                raise self._damaged(f"the area {area} is outside of its range")
             behind = area.end
             yield area
 
@@ -192,12 +202,12 @@ class Snapshot:
 
     def batches(self) -> Iterator[Batch]:
         """Iterate over the spans as they stand in the file, ascending: where nothing changed the texts are equal."""
-        before = -1
+        before: Batch | None = None
         for line in self._lines("spans"):
             batch = Batch(line, self._read)
-            if batch.start <= before:
-                raise self._damaged(f"spans at {batch.start:#x} come after others at {before:#x}")
-            before = batch.start
+            if before and batch.start < before.end:
+                raise self._damaged(f"spans at {batch.start:#x} come after others that reach to {before.end:#x}")
+            before = batch
             yield batch
 
     def _read(self, line: str) -> list[Span]:
@@ -222,18 +232,30 @@ class Snapshot:
 
 
 class Batch:
-    """Spans that follow each other, as a line of a snapshot."""
+    """Spans that follow each other, as a line of a snapshot.
+
+    Attributes
+    ----------
+    start : int
+        The address of the first.
+    end : int
+        The address behind the last, if the spans were read; else one behind `start`.
+
+    Raises
+    ------
+    IOReturnError
+        The text is damaged.
+    """
 
     def __init__(self, text: str, read: Callable[[str], list[Span]]) -> None:
         self.text = text
         self._read = read
-
-    @property
-    def start(self) -> int:
-        """The address of the first."""
-        first = self.text[len('{"spans": [[') :].partition(",")[0]
-        return int(first) if first.isdecimal() and len(first) <= _DIGITS else self.spans()[0].virtual
+        first = text[len('{"spans": [[') :].partition(",")[0]
+        self.start = int(first) if first.isdecimal() and len(first) <= _DIGITS else read(text)[0].virtual
+        self.end = self.start + 1
 
     def spans(self) -> list[Span]:
         """Return the spans. Raises IOReturnError: the text is damaged."""
-        return self._read(self.text)
+        found = self._read(self.text)
+        self.end = found[-1].end
+        return found

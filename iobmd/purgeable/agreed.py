@@ -131,7 +131,9 @@ class AgreedState:
             self._lock(_PATIENCE if wait else 0)
             if self._word() & _PURGING:
                 self._drop()
-            yield self._word()
+            word = self._word()
+            # Any process with a descriptor can write another state, which counts as non-volatile: no memory is taken.
+            yield word if word & _STATE in (VOLATILE, EMPTY) else word & ~_STATE | NON_VOLATILE
         except OSError as error:
             if isinstance(error, IOReturnError):
                 raise

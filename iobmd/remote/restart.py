@@ -93,6 +93,7 @@ def _last_ran(path: str) -> float:
 
 
 def _field(path: str, name: str) -> str:
-    lines = Path(path).read_text(errors="replace").splitlines()
+    # The name of the program comes first, and may look like any other line.
+    lines = Path(path).read_text(errors="replace").split("\n")
     found = [line.rpartition(":")[2] for line in lines if line.startswith(name)]
-    return found[0]
+    return found[-1]

@@ -1,9 +1,12 @@
 """What the kernel says, read without any help of `iobmd`."""
 
 import contextlib
+import ctypes
+import gc
 import os
 import re
 import struct
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -116,6 +119,16 @@ class Footprint(NamedTuple):
     resident: int
     descriptors: int
     locked: int
+
+    @classmethod
+    def settled(cls) -> "Footprint":
+        """Return what it holds once garbage is collected and the purger has ended, if nothing is volatile."""
+        gc.collect()
+        for thread in threading.enumerate():
+            if thread.name == "iobmd-purger":
+                thread.join(10)
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what large objects leave, in an arena for each thread
+        return cls.now()
 
     @classmethod
     def now(cls) -> "Footprint":
