@@ -1,7 +1,8 @@
 # cython: language_level=3, auto_pickle=False, autotestdict=False
-"""A lock that is taken and given back in C: no signal handler comes between, and no fork carries it over."""
+"""Locks and uses of file descriptors, begun and ended in C: no signal handler comes between, no fork keeps them."""
 
 from _thread import allocate_lock
+from posix.unistd cimport close
 
 cdef extern from "<pthread.h>" nogil:
     int pthread_atfork(void (*prepare)(), void (*parent)(), void (*child)())
@@ -82,3 +83,95 @@ cdef class Guard:
 
     def __exit__(self, *_error):
         self.leave()
+
+
+cdef class Fd:
+    """A file descriptor that several threads use: `close` waits for its users, so that its number stays its file's.
+
+    The kernel hands out the lowest free number. A thread that read the number before another one closed it would
+    write to whatever file was opened next.
+    """
+
+    cdef readonly str what
+    """What it is, for the error of those who use it when it is closed."""
+    cdef int _number
+    cdef bint _closed
+    cdef unsigned int _users
+    cdef int _counted_in
+
+    def __cinit__(self, int number, str what):
+        self._number = number
+        self.what = what
+        self._counted_in = _generation
+
+    def refuse(self):
+        """Raise the error for a descriptor that is closed."""
+        raise ValueError(f"{self.what} is closed")
+
+    @property
+    def closed(self):
+        """Whether `close` was called."""
+        return self._closed
+
+    def fileno(self):
+        """Return the number, which another thread may close: for those who prevent that. Raises as `use`."""
+        if self._closed:
+            self.refuse()
+        return self._number
+
+    def use(self):
+        """Return a context manager that gives the number, which stays open until its end. Raises as `refuse`."""
+        cdef Use use
+        if self._closed:
+            self.refuse()
+        if self._counted_in != _generation:  # the other users are threads of the parent
+            self._users, self._counted_in = 0, _generation
+        use = Use.__new__(Use)
+        use._fd = self
+        use._counted_in = _generation
+        self._users += 1
+        return use
+
+    def close(self):
+        """Close it, at the end of the last use; idempotent."""
+        self._closed = True
+        if not self._users or self._counted_in != _generation:
+            self._shut()
+
+    cdef void _shut(self) noexcept:
+        cdef int number = self._number
+        self._number = -1
+        if number >= 0:
+            with nogil:
+                close(number)
+
+    def __dealloc__(self):
+        if self._number >= 0:
+            close(self._number)
+
+
+cdef class Use:
+    """One use of a descriptor: from `Fd.use` to the end of `with`, or of this object."""
+
+    cdef Fd _fd
+    cdef int _counted_in
+
+    def __enter__(self):
+        return self._fd._number
+
+    def __exit__(self, *_error):
+        self._end()
+
+    cdef void _end(self) noexcept:
+        cdef Fd fd = self._fd
+        self._fd = None
+        if fd is None or self._counted_in != fd._counted_in:
+            return
+        fd._users -= 1
+        if not fd._users and fd._closed:
+            fd._shut()
+
+    def __dealloc__(self):
+        # An interrupt came between it and the `with`.
+        if self._fd is not None:
+            self._end()

@@ -61,6 +61,10 @@ class FaultError(OSError):
         self.address = address
 
 
+class ClosedError(ValueError):
+    """A mapping that is closed, or is being closed by another thread."""
+
+
 cdef struct _Copy:
     void *to
     const void *source
@@ -531,7 +535,7 @@ cdef class Mapping:
 
     cdef _check(self, size_t offset, size_t length):
         if self.sealed:
-            raise ValueError("the mapping is closed")
+            raise ClosedError("the mapping is closed")
         if offset > self.size or length > self.size - offset:
             raise ValueError("range past the end of the mapping")
 

@@ -317,11 +317,12 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         return mapping, first, self._length, True
 
     def __repr__(self) -> str:
-        name = type(self).__name__
-        if self._backing is None:
+        name, backing = type(self).__name__, self._backing  # once: another thread may free it
+        if backing is None:
             return f"<{name} {self._state}>"
-        backing, direction = self._backing, ("none", "in", "out", "inout")[self._options & 3]
-        where = f"task {backing.task.pid} at {backing.address:#x}" if backing.task else "no task"
+        direction = ("none", "in", "out", "inout")[self._options & 3]
+        task = backing.task
+        where = f"task {task.pid} at {backing.address:#x}" if task else "no task"
         wiring = backing.wiring.value + self._placement(backing)
         return (
             f"<{name} in {where}, length {self._length} of "

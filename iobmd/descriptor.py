@@ -41,9 +41,10 @@ class IOMemoryDescriptor(Existing, Lineage, Labels, Caching, Placement, Volatili
     """A range of memory with a length, a direction and a task. Made by `withAddressRange` and by its subclasses.
 
     Methods may be called from any thread. Memory that goes away under a copy is impossible: `free` refuses while
-    one is under way. In a forked child a wired descriptor refuses to work, for mlock(2) is not inherited: the
-    child's copy of the memory is not wired. A pageable one goes on there with the child's copy-on-write memory, or
-    with the same memory if it is that of a shared object.
+    one is under way; memory that is mapped in no task is then freed at the end of the copy. In a forked child a
+    wired descriptor refuses to work, for mlock(2) is not inherited: the child's copy of the memory is not wired. A
+    pageable one goes on there with the child's copy-on-write memory, or with the same memory if it is that of a
+    shared object.
     """
 
     _backing: Backing | None = None
@@ -332,7 +333,8 @@ class IOMemoryDescriptor(Existing, Lineage, Labels, Caching, Placement, Volatili
         return f"<{type(self).__name__}, length {self._length}, direction {direction}, {self._state}>"
 
     def __reduce_ex__(self, _protocol: SupportsIndex) -> NoReturn:
-        if self._backing is not None and self._backing.shared:
+        backing = self._backing
+        if backing is not None and backing.shared:
             remedy = "iobmd.share hands it to another process, which calls iobmd.attach; withCopy makes another one"
         else:
             remedy = "withCopy makes another one; shared memory (shared=True) goes to other processes by iobmd.share"

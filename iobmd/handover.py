@@ -9,7 +9,7 @@ import stat
 import struct
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, SupportsIndex
 
-from iobmd import refusals, request, shmem
+from iobmd import own, refusals, request, shmem
 from iobmd._native import tmpfs
 from iobmd.backing.mapped import private
 from iobmd.backing.shared import SharedBacking
@@ -91,7 +91,7 @@ class Handle:
     """
 
     def __init__(self, fd: int, description: _Description) -> None:
-        self._fd = fd
+        self._fd = own.Fd(fd, "this handle")
         self._description = description
         _teach_multiprocessing()
 
@@ -107,7 +107,7 @@ class Handle:
         import socket as sockets  # noqa: PLC0415
 
         description = json.dumps(self._description).encode()
-        fd = _own_description(self._open())
+        fd = _own_description(self._fd)
         # The kernel checks these numbers, so that the other side learns who sends, and not who made the socket.
         sender = _CREDENTIALS.pack(os.getpid(), os.geteuid(), os.getegid())
         try:
@@ -153,7 +153,7 @@ class Handle:
             options = options & ~_PAGEABLE if wired else options | _PAGEABLE
         if options & _PURGEABLE and not options & _PAGEABLE:
             raise IOReturnError(IOReturn.kIOReturnBadArgument, "purgeable memory cannot be wired")
-        fd = _own_description(self._open())
+        fd = _own_description(self._fd)
         try:
             shared = description.shared(fd)
         except (ValueError, OSError) as error:
@@ -163,24 +163,14 @@ class Handle:
         return IOBufferMemoryDescriptor()._attach(backing, options, description.capacity, description.length)
 
     def close(self) -> None:
-        """Let go of the memory; idempotent."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def _open(self) -> int:
-        if self._fd < 0:
-            raise IOReturnError(IOReturn.kIOReturnNotOpen, "this handle is closed")
-        return self._fd
+        """Let go of the memory, once `send` and `attach` of other threads have ended; idempotent."""
+        self._fd.close()
 
     def __enter__(self) -> Self:
-        self._open()
+        self._fd.fileno()  # refuses when it is closed
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
         self.close()
 
     def __reduce_ex__(self, _protocol: SupportsIndex) -> NoReturn:
@@ -189,7 +179,7 @@ class Handle:
         )
 
     def __repr__(self) -> str:
-        state = "closed" if self._fd < 0 else f"of {self._description.capacity} bytes"
+        state = "closed" if self._fd.closed else f"of {self._description.capacity} bytes"
         return f"<iobmd.Handle {state}>"
 
 
@@ -222,13 +212,11 @@ def share(buffer: IOBufferMemoryDescriptor, socket: sockets.socket | None = None
     shared = buffer._memory().shared
     if shared is None:
         raise private()
-    try:
-        fd = os.dup(shared.fd)
-    except OSError as error:
-        raise refusals.own(error, "cannot share memory") from None
     extents = [(offset, size) for offset, size in shared.extents]
     capacity, length, options = buffer.getCapacity(), buffer.getLength(), int(buffer.getFlags())
-    handle = Handle(fd, _Description(options, capacity, length, extents, shared.alignment))
+    description = _Description(options, capacity, length, extents, shared.alignment)
+    with shared.fd.use() as number:
+        handle = Handle(_duplicate(number), description)
     if socket is not None:
         handle.send(socket)
     return handle
@@ -302,14 +290,19 @@ def _check_memory(fd: int, *, trusted: bool) -> None:
         raise ValueError("its sender is another user, who could free its hugetlb pages while they are in use")
 
 
-def _own_description(fd: int) -> int:
+def _own_description(fd: own.Fd) -> int:
     """Return another descriptor of the same object, with an open file description of its own where /proc is."""
-    with contextlib.suppress(OSError):
-        return shmem.reopen(fd)
+    with fd.use() as number:
+        with contextlib.suppress(OSError):
+            return shmem.reopen(number)
+        return _duplicate(number)
+
+
+def _duplicate(fd: int) -> int:
     try:
         return os.dup(fd)
     except OSError as error:
-        raise refusals.own(error, "cannot open shared memory") from None
+        raise refusals.own(error, "cannot share memory") from None
 
 
 def _exactly(socket: sockets.socket, size: int) -> bytes:
@@ -333,7 +326,8 @@ def _rebuild(fd: Any, description: tuple[Any, ...]) -> Handle:
 def _reduce(handle: Handle) -> tuple[Any, ...]:
     from multiprocessing import reduction  # noqa: PLC0415 (see _teach_multiprocessing)
 
-    return _rebuild, (reduction.DupFd(handle._open()), tuple(handle._description))
+    with handle._fd.use() as number:
+        return _rebuild, (reduction.DupFd(number), tuple(handle._description))
 
 
 def _teach_multiprocessing() -> None:

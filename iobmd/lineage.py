@@ -56,6 +56,8 @@ class Lineage:
 
         That is what IOKit's reference counts do when a caller releases a descriptor that others retain.
         """
+        if self._backing is None:  # another thread was faster
+            return False
         children = self._offspring.all() if self._offspring and not self._inherited else []
         if not children:
             return False

@@ -167,13 +167,15 @@ class IOMemoryMap(Exporter):
             raise IOReturnError(IOReturn.kIOReturnBusy, message)
         with _changes:
             _end_abandoned()
-            self._window.let_go(id(self))
-            self._window = None
+            if window := self._window:  # again: another thread may have unmapped it
+                window.let_go(id(self))
+                self._window = None
 
     def _open(self) -> Window:
-        if self._window is None:
+        window = self._window  # once, as above
+        if window is None:
             raise IOReturnError(IOReturn.kIOReturnNotOpen, "this IOMemoryMap is unmapped")
-        return self._window
+        return window
 
     def _exported(self) -> tuple[Mapping, int, int, bool]:
         mapping, first = self._open().mapping
@@ -206,12 +208,12 @@ class IOMemoryMap(Exporter):
         raise TypeError("an IOMemoryMap belongs to its process and cannot be copied or pickled")
 
     def __repr__(self) -> str:
-        if self._window is None:
+        window = self._window
+        if window is None:
             return "<IOMemoryMap unmapped>"
         how = "read-write" if self._writable else "read-only"
-        return (
-            f"<IOMemoryMap at {self.getAddress():#x}, length {self._length}, {how}, of {self._window.descriptor!r}>"
-        )
+        address = window.address + self._within
+        return f"<IOMemoryMap at {address:#x}, length {self._length}, {how}, of {window.descriptor!r}>"
 
 
 def _bad(message: str) -> IOReturnError:

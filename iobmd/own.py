@@ -1,4 +1,4 @@
-"""What belongs to one process and not to a child forked from it: its pagemap, its userfaultfd, and locks.
+"""What belongs to one process and not to a child forked from it: its pagemap, its userfaultfd, uses and locks.
 
 These descriptors go on naming the parent's memory after a fork, and a lock may have been held by a thread that the
 child does not have.
@@ -82,6 +82,16 @@ def track_writes(address: int, size: int) -> int:
     except OSError:
         return -1
     return tracker
+
+
+class Fd(native.Fd):
+    """A file descriptor that several threads use, and what it is; closed with this object at the latest."""
+
+    __slots__ = ()
+
+    def refuse(self) -> NoReturn:
+        """Raise `kIOReturnNotOpen`."""
+        raise IOReturnError(IOReturn.kIOReturnNotOpen, f"{self.what} is closed")
 
 
 class Guard(native.Guard):

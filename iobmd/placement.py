@@ -108,14 +108,15 @@ class Placement:
             raise IOReturnError(IOReturn.kIOReturnVMError, message, 0, moved)
 
     def _runs(self, backing: Backing) -> RunTable:
-        if backing.wiring is not Wiring.PINNED:
+        pinned, table = backing.wiring is Wiring.PINNED, backing.runs
+        if not pinned or backing.wiring is not Wiring.PINNED:  # again: another thread may have unpinned it between
             raise IOReturnError(
                 IOReturn.kIOReturnNotReady,
                 f"{self!r} is not pinned: its physical addresses could change; call prepare() first",
             )
-        if backing.runs is None:
+        if table is None:
             raise _hidden()
-        return backing.runs
+        return table
 
 
 def _hidden() -> IOReturnError:

@@ -14,7 +14,7 @@ from iobmd.procfs import PF_EXITING, PF_KTHREAD
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from iobmd._native.mapping import FaultError
+    from iobmd._native.mapping import ClosedError, FaultError
 
 
 def unless_exhausted(error: OSError, doing: str) -> None:
@@ -61,15 +61,17 @@ def _why_unreadable(pid: int, address: int, write: bool, alive: Callable[[], boo
     return f"the kernel could not fault it in at that time ({causes}), in {area}"
 
 
-def faulted(fault: FaultError) -> IOReturnError:
-    """Return the error for memory of this process that went away while it was accessed."""
-    if fault.address is not None:
-        return unreadable(os.getpid(), fault.address)
+def unreachable(error: ClosedError | FaultError) -> IOReturnError:
+    """Return the error for memory of this process that was released, or went away, while it was accessed."""
+    if not isinstance(error, OSError):
+        return IOReturnError(IOReturn.kIOReturnNotOpen, "another thread has released this memory")
+    if error.address is not None:
+        return unreadable(os.getpid(), error.address)
     return IOReturnError(
         IOReturn.kIOReturnNoResources,
-        f"memory that may go away is accessed by a child process, which cannot be started ({fault}): RLIMIT_NPROC "
+        f"memory that may go away is accessed by a child process, which cannot be started ({error}): RLIMIT_NPROC "
         "(`ulimit -u`) or the pids limit of a cgroup is reached",
-        fault.errno or 0,
+        error.errno or 0,
     )
 
 

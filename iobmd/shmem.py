@@ -6,6 +6,7 @@ host's own settings keep memfds in small pages), and hugetlb pages. Whoever maps
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import os
@@ -19,7 +20,7 @@ from iobmd.errors import IOReturnError
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 NAME = "iobmd"
 """Of objects, as /proc/PID/maps shows them, where no tag says more."""
@@ -38,7 +39,7 @@ class Extent(NamedTuple):
 class Stretch(NamedTuple):
     """Pages of an object that are to be mapped behind those of another stretch; sizes in bytes."""
 
-    fd: int
+    fd: own.Fd
     """A descriptor of the object, which stays open as long as its owner does."""
     offset: int
     length: int
@@ -65,8 +66,6 @@ class SharedObject:
         The pages stay where they are without a pin.
     """
 
-    fd = -1
-
     def __init__(
         self,
         fd: int,
@@ -81,7 +80,7 @@ class SharedObject:
         self.alignment = alignment
         self.page = page
         self.immovable = immovable
-        self.fd = fd  # last: until then it is the caller's
+        self.fd = own.Fd(fd, "this shared memory")  # last: until then it is the caller's
 
     @classmethod
     def create(cls, size: int, trailer: int = 0, name: str = NAME) -> SharedObject:
@@ -117,14 +116,8 @@ class SharedObject:
         return show(self.cut(0, self.size), guard=guard)
 
     def close(self) -> None:
-        """Let go of the object, which goes with its last user; idempotent."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def __del__(self) -> None:
-        # Left open where memory could not be freed, because views of it were garbage of the same cycle.
-        self.close()
+        """Close the descriptor, at the end of its last use; the object goes with its last user. Idempotent."""
+        self.fd.close()
 
 
 def show(stretches: Sequence[Stretch], at: int = 0, *, writable: bool = True, guard: int = 0) -> Mapping:
@@ -148,22 +141,32 @@ def show(stretches: Sequence[Stretch], at: int = 0, *, writable: bool = True, gu
         `kIOReturnUnsupported`: large pages at a place that is none of theirs.
     """
     alignment, size = alignment_of(stretches), sum(stretch.length for stretch in stretches)
-    try:
-        return Mapping.view([stretch[:3] for stretch in stretches], at, writable, guard, alignment)
-    except FileExistsError as error:
-        message = f"{at:#x} to {at + size:#x} is not free: something is mapped there"
-        raise IOReturnError(IOReturn.kIOReturnNoResources, message, error.errno or 0) from None
-    except OSError as error:
-        raise refusals.own(error, f"cannot map {format_size(size)}", size) from None
+    with _numbered(stretches) as pieces:
+        try:
+            return Mapping.view(pieces, at, writable, guard, alignment)
+        except FileExistsError as error:
+            message = f"{at:#x} to {at + size:#x} is not free: something is mapped there"
+            raise IOReturnError(IOReturn.kIOReturnNoResources, message, error.errno or 0) from None
+        except OSError as error:
+            raise refusals.own(error, f"cannot map {format_size(size)}", size) from None
 
 
 def show_in(mapping: Mapping, stretches: Sequence[Stretch]) -> None:
     """Show stretches where `mapping` showed others. Raises as `show`."""
     alignment_of(stretches)
-    try:
-        mapping.redirect([stretch[:3] for stretch in stretches])
-    except OSError as error:
-        raise refusals.own(error, "cannot redirect a mapping") from None
+    with _numbered(stretches) as pieces:
+        try:
+            mapping.redirect(pieces)
+        except OSError as error:
+            raise refusals.own(error, "cannot redirect a mapping") from None
+
+
+@contextlib.contextmanager
+def _numbered(stretches: Sequence[Stretch]) -> Iterator[list[tuple[int, int, int]]]:
+    """Keep the descriptors of stretches open, and give each as (number, offset, length)."""
+    with contextlib.ExitStack() as uses:
+        numbers = {fd: uses.enter_context(fd.use()) for fd in {stretch.fd for stretch in stretches}}
+        yield [(numbers[stretch.fd], stretch.offset, stretch.length) for stretch in stretches]
 
 
 def alignment_of(stretches: Sequence[Stretch]) -> int:

@@ -6,6 +6,8 @@ class FaultError(OSError):
     address: int | None
     def __init__(self, number: int, message: str, address: int | None = None) -> None: ...
 
+class ClosedError(ValueError): ...
+
 @disjoint_base
 class Mapping:
     address: int

@@ -117,8 +117,8 @@ class UnmappedBacking(SharedBacking):
             if populated:
                 populate(mapping.address, self.size)
             yield mapping
-        except FaultError as fault:
-            raise refusals.faulted(fault) from None
+        except FaultError as error:
+            raise refusals.unreachable(error) from None
         finally:
             mapping.close()
 

@@ -131,9 +131,10 @@ class RangeBacking(Pinned):
     @property
     def wiring(self) -> Wiring:
         """What we did to hold it; its task may have done more."""
-        if self._pin is None:
+        pin = self._pin  # once: another thread may release it
+        if pin is None:
             return Wiring.PAGEABLE
-        return Wiring.PINNED if self._pin.holds_frames else Wiring.RESIDENT
+        return Wiring.PINNED if pin.holds_frames else Wiring.RESIDENT
 
     def huge_bytes(self) -> int:
         """Count the bytes of its pages that huge pages map."""
@@ -165,8 +166,8 @@ class RangeBacking(Pinned):
         self._require_here("its cache lines cannot be reached from here")
         try:
             Mapping.borrow(self.address, self.length, False).write_back(offset, length, drop)
-        except FaultError as fault:
-            raise refusals.faulted(fault) from None
+        except FaultError as error:
+            raise refusals.unreachable(error) from None
 
     def _require_here(self, else_: str) -> None:
         if not self.task.is_current:

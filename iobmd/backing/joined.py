@@ -121,12 +121,18 @@ class JoinedBacking:
     def _with(self, index: int, action: Callable[[Owner], _T]) -> _T:
         """Do something with the descriptor of a part, which may just be handing its memory to another."""
         while True:
-            owner = self.parts[index].owner
+            owner = self._part(index).owner
             try:
                 return action(owner)
             except NotOpenError:
-                if self.parts[index].owner is owner:
+                if self._part(index).owner is owner:
                     raise
+
+    def _part(self, index: int) -> Part:
+        parts = self.parts  # once: another thread may close it
+        if index >= len(parts):
+            raise IOReturnError(IOReturn.kIOReturnNotOpen, "another thread has released this memory")
+        return parts[index]
 
     def replace(self, old: Owner, new: Owner) -> None:
         """Have the memory from another descriptor."""
@@ -144,14 +150,14 @@ class JoinedBacking:
     @property
     def task(self) -> Task | None:
         """The task of its address; None where it has none."""
-        return self._backings()[0].task if len(self.parts) == 1 else None
+        return self._backing(0).task if len(self.parts) == 1 else None
 
     @property
     def address(self) -> int:
         """Where it is in `task`; 0 where it is in several parts."""
         if self.task is None:
             return 0
-        return self._backings()[0].address + self.parts[0].offset
+        return self._backing(0).address + self._part(0).offset
 
     @property
     def size(self) -> int:
@@ -173,8 +179,8 @@ class JoinedBacking:
         """Return where it is mapped here."""
         if len(self.parts) != 1:
             raise _in_parts()
-        mapping, first = self._backings()[0].exported()
-        return mapping, first + self.parts[0].offset
+        mapping, first = self._backing(0).exported()
+        return mapping, first + self._part(0).offset
 
     def here(self, *, populated: bool = False) -> NoReturn:  # noqa: ARG002 (the protocol's)
         """Refuse: what it is made of is mapped as a whole."""
@@ -259,13 +265,15 @@ class JoinedBacking:
     @property
     def runs(self) -> RunTable | None:
         """Where its bytes lie, counted from `address`; kept while it is pinned, for then nothing changes it."""
-        if self._table is None or not self._pins:
-            self._table = self._joined_runs()
-        return self._table
+        table = self._table  # once: another thread may unpin it
+        if table is None or not self._pins:
+            self._table = table = self._joined_runs()
+        return table
 
     def _joined_runs(self) -> RunTable:
         tables = []
-        for part, backing in zip(self.parts, self._backings(), strict=True):
+        for index in range(len(self.parts)):
+            backing, part = self._backing(index), self._part(index)
             tables.append((part.owner._runs(backing), backing.address + part.offset, part.length))
         return concatenated(tables, self.address)
 
@@ -298,8 +306,9 @@ class JoinedBacking:
     def origins(self) -> list[Owner]:
         """Return the descriptors that have memory of their own."""
         found: list[Owner] = []
-        for part, backing in zip(self.parts, self._backings(), strict=True):
-            found += backing.origins() if isinstance(backing, JoinedBacking) else [part.owner]
+        for index in range(len(self.parts)):
+            backing = self._backing(index)
+            found += backing.origins() if isinstance(backing, JoinedBacking) else [self._part(index).owner]
         return found
 
     def close(self) -> None:

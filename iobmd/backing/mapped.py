@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from iobmd import headroom, pagemap, pinning, refusals, residency
-from iobmd._native.mapping import FaultError
+from iobmd._native.mapping import ClosedError, FaultError
 from iobmd.backing.pinned import Pinned
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from iobmd.purgeable import Purgeable
     from iobmd.shmem import SharedObject, Stretch
     from iobmd.task import Task
+
+
+UNREACHABLE = (ClosedError, FaultError)
+"""What an access to a mapping raises when its memory is released, or gone."""
 
 
 class MappedBacking(Pinned):
@@ -54,8 +58,8 @@ class MappedBacking(Pinned):
         with self.here() as mapping:
             try:
                 mapping.write_back(offset, length, drop)
-            except FaultError as fault:
-                raise refusals.faulted(fault) from None
+            except UNREACHABLE as error:
+                raise refusals.unreachable(error) from None
 
     def pin(self) -> None:
         """Pin every page, and read where it lies. Raises `kIOReturnCannotWire`, `kIOReturnNoMemory`."""
@@ -125,27 +129,27 @@ class MappedBacking(Pinned):
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset` on."""
         headroom.require(length, swappable=True)
-        self._require_room_to_read(self.mapping, offset, length)
         try:
+            self._require_room_to_read(self.mapping, offset, length)
             return self.mapping.read(offset, length)
-        except FaultError as fault:
-            raise refusals.faulted(fault) from None
+        except UNREACHABLE as error:
+            raise refusals.unreachable(error) from None
 
     def read_into(self, offset: int, buffer: Buffer) -> None:
         """Fill `buffer` from `offset` on."""
-        self._require_room_to_read(self.mapping, offset, memoryview(buffer).nbytes)
         try:
+            self._require_room_to_read(self.mapping, offset, memoryview(buffer).nbytes)
             self.mapping.read_into(offset, buffer)
-        except FaultError as fault:
-            raise refusals.faulted(fault) from None
+        except UNREACHABLE as error:
+            raise refusals.unreachable(error) from None
 
     def write(self, offset: int, data: Buffer) -> None:
         """Copy `data` to `offset`."""
-        self._require_room(self.mapping, offset, memoryview(data).nbytes)
         try:
+            self._require_room(self.mapping, offset, memoryview(data).nbytes)
             self.mapping.write(offset, data)
-        except FaultError as fault:
-            raise refusals.faulted(fault) from None
+        except UNREACHABLE as error:
+            raise refusals.unreachable(error) from None
 
     def exported(self) -> tuple[Mapping, int]:
         """Return it as it is mapped in this process, from its first byte on."""

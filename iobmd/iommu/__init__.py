@@ -139,12 +139,13 @@ class IOMapper:
             self._container = None
 
     def _open(self) -> Container:
-        if self._container is None:
+        container = self._container  # once: another thread may close it
+        if container is None:
             raise IOReturnError(IOReturn.kIOReturnNotOpen, f"the mapper of {self.name} is closed")
         if self._maker != os.getpid():
             message = f"the mapper of {self.name} is process {self._maker}'s, and maps its memory"
             raise IOReturnError(IOReturn.kIOReturnNotOpen, message)
-        return self._container
+        return container
 
     def __enter__(self) -> Self:
         self._open()

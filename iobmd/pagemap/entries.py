@@ -109,7 +109,9 @@ class opened:  # noqa: N801 (used as a function)
         return self
 
     def __exit__(self, *_error: object) -> None:
-        os.close(self.fd)
+        fd, self.fd = self.fd, -1
+        if fd >= 0:  # closed twice, it would be another file of this number
+            os.close(fd)
 
 
 def _entries(where: Where) -> Iterator[tuple[int, bytes]]:

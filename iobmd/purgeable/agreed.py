@@ -186,7 +186,7 @@ class AgreedState:
 
     def forked(self) -> None:
         """In a forked child: have an open file description of its own, under the same number."""
-        if self._fd < 0:
+        if self._object.fd.closed:
             return
         with contextlib.suppress(OSError):
             fd = shmem.reopen(self._fd)
@@ -195,7 +195,8 @@ class AgreedState:
 
     @property
     def _fd(self) -> int:
-        return self._object.fd
+        # Its descriptor calls this under its lock, under which alone it closes the object.
+        return self._object.fd.fileno()
 
     def _word(self) -> int:
         (word,) = _WORD.unpack(os.pread(self._fd, _WORD.size, self._size))

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Self
 
-from iobmd import headroom, host
+from iobmd import headroom, host, own
 
 _TOTAL = re.compile(r"some .*total=(\d+)")
 _STALLED = 0.075  # the part of the time that somebody waits for memory; the kernel's own triggers see it 2 s later
@@ -27,14 +27,15 @@ class Watch:
     def __init__(self) -> None:
         self._poll = select.poll()
         self._events: dict[int, bool] = {}  # eventfds; whether each says by itself that memory is short
-        self._held: list[int] = []
-        self._wakes = -1
+        self._held: list[own.Fd] = []
+        self._wakes: own.Fd | None = None  # the thread may end, and close it, while others wake it
         self._waits = [_Waits(Path(path)) for path in host.psi_files()]
         if level := host.pressure_level():
             with contextlib.suppress(OSError):
                 self._register(Path(level))
         with contextlib.suppress(OSError):  # no descriptor is free: then it is not woken
-            self._wakes = self._event(says=False)
+            self._event(says=False)
+            self._wakes = self._held[-1]
 
     def __enter__(self) -> Self:
         return self
@@ -44,15 +45,14 @@ class Watch:
 
     def close(self) -> None:
         """Close every descriptor; idempotent."""
-        self._wakes = -1
         while self._held:
-            os.close(self._held.pop())
+            self._held.pop().close()
 
     def wake(self) -> None:
         """End the present `wait`."""
-        if self._wakes >= 0:
-            with contextlib.suppress(OSError):  # closed meanwhile
-                os.eventfd_write(self._wakes, 1)
+        if self._wakes:
+            with contextlib.suppress(OSError), self._wakes.use() as event:  # closed meanwhile
+                os.eventfd_write(event, 1)
 
     def wait(self, seconds: float) -> bool:
         """Wait so long at the most; returns whether there was pressure meanwhile."""
@@ -81,7 +81,7 @@ class Watch:
         return event
 
     def _hold(self, fd: int) -> int:
-        self._held.append(fd)
+        self._held.append(own.Fd(fd, "what reports pressure"))
         return fd
 
 

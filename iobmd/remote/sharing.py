@@ -25,6 +25,7 @@ from iobmd.units import PAGE_SIZE, format_size, round_up
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from iobmd.own import Fd
     from iobmd.remote.stop import Stop
     from iobmd.shmem import Stretch
     from iobmd.task import Task
@@ -269,16 +270,17 @@ def _unmap(stop: Stop, ranges: list[tuple[int, int]]) -> None:
         stop.call("munmap", start, end - start)
 
 
-def _identity(fd: int) -> tuple[str, int]:
+def _identity(fd: Fd) -> tuple[str, int]:
     """Return how /proc/PID/maps names the object of a descriptor: its device and inode."""
-    status = os.fstat(fd)
+    with fd.use() as number:
+        status = os.fstat(number)
     return f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", status.st_ino
 
 
 class _Sent:
     """A descriptor of ours in a stopped task, as `fd` there, inside of a `with`."""
 
-    def __init__(self, stop: Stop, fd: int) -> None:
+    def __init__(self, stop: Stop, fd: Fd) -> None:
         self._stop = stop
         self._ours = fd
         self._scratch = 0
@@ -303,8 +305,8 @@ class _Sent:
         stop.call("socketpair", socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC, 0, scratch + _ENDS)
         self._theirs += struct.unpack("=ii", stop.task.read(scratch + _ENDS, 8))
         # Another thread of the task may fill the pair, or empty it: neither may make us wait while this one stands.
-        with socket.socket(fileno=self._fetched(self._theirs[0])) as near:
-            socket.send_fds(near, [b"."], [self._ours], socket.MSG_DONTWAIT)
+        with socket.socket(fileno=self._fetched(self._theirs[0])) as near, self._ours.use() as number:
+            socket.send_fds(near, [b"."], [number], socket.MSG_DONTWAIT)
         stop.call("recvmsg", self._theirs[1], scratch + _MESSAGE, _MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
         control = stop.task.read(scratch + _CONTROL, _HEADER + 4)
         if struct.unpack_from("=Q", control)[0] < _HEADER + 4:  # the message came without it

@@ -341,7 +341,7 @@ def opened(buffer: iobmd.IOBufferMemoryDescriptor) -> Iterator[int]:
     """A descriptor of a buffer's memory, as a peer has one."""
     shared = buffer._memory().shared
     assert shared
-    fd = os.open(f"/proc/self/fd/{shared.fd}", os.O_RDWR | os.O_CLOEXEC)
+    fd = os.open(f"/proc/self/fd/{shared.fd.fileno()}", os.O_RDWR | os.O_CLOEXEC)
     yield fd
     os.close(fd)
 
@@ -376,7 +376,7 @@ def test_nobody_can_cut_hugetlb_memory_away() -> None:
     with contextlib.closing(PoolBlocks(pool, reserve=False)) as blocks:
         places = list(blocks.more(1, 2 << 20).values())
         with contextlib.closing(blocks.share(places, 2 << 20)) as shared, pytest.raises(PermissionError):
-            os.ftruncate(shared.fd, 0)
+            os.ftruncate(shared.fd.fileno(), 0)
 
 
 @pytest.mark.needs("root")

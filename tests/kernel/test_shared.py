@@ -90,7 +90,7 @@ def test_copy_into_shared_memory() -> None:
 
 def test_nobody_can_cut_the_memory_away() -> None:
     with iobmd.allocate(64 << 10, wired=False, shared=True) as buffer:
-        descriptor = buffer._backing.shared.fd
+        descriptor = buffer._backing.shared.fd.fileno()
         for size in (0, 1 << 20):
             with pytest.raises(PermissionError):
                 os.ftruncate(descriptor, size)
