@@ -27,6 +27,9 @@ from uio cimport iovec, process_vm_readv, process_vm_writev
 
 cdef size_t PAGE_SIZE = sysconf(_SC_PAGESIZE)
 
+# No size, and no address of a program, is larger: the kernel's half of the address space begins there.
+cdef size_t MOST = <size_t>1 << 63
+
 # Below this a copy is over before another thread could take the GIL.
 cdef size_t RELEASE_GIL_FROM = 64 << 10
 
@@ -154,13 +157,26 @@ cdef int _trim(uint64_t start, uint64_t end) noexcept nogil:
     return errno if end > start and c_munmap(<void *><uintptr_t>start, end - start) else 0
 
 
+cdef size_t _whole(size, size_t alignment, guard=0) except 0:
+    """Return a size with its guards. Raises ValueError, OverflowError: no mapping can be so.
+
+    Whoever calls this has checked what comes from outside. It is checked again because the arithmetic behind it does
+    not forgive: with an alignment of 0, all but the first bytes of the address space would be the excess to unmap.
+    """
+    if not alignment or alignment & (alignment - 1):
+        raise ValueError(f"alignment {alignment} is not a power of two")
+    if size <= 0 or guard < 0 or size % PAGE_SIZE or guard % PAGE_SIZE:
+        raise ValueError(f"size {size} with guards of {guard} bytes is not a positive number of pages")
+    if size + 2 * guard + alignment > MOST:
+        raise OverflowError(f"size {size} with alignment {alignment} exceeds the address space")
+    return size + 2 * guard
+
+
 cdef Mapping _map(size_t size, size_t alignment, int protection, int flags):
     cdef uint64_t start, aligned, end
-    cdef size_t span = size + (alignment - PAGE_SIZE if alignment > PAGE_SIZE else 0)
+    cdef size_t span = _whole(size, alignment) + (alignment - PAGE_SIZE if alignment > PAGE_SIZE else 0)
     cdef void *found
     cdef int error
-    if span < size:
-        raise OverflowError("size and alignment together exceed the address space")
     with nogil:
         found = c_mmap(NULL, span, PROT_NONE, flags, -1, 0)
     if found == MAP_FAILED:
@@ -194,6 +210,14 @@ cdef uint64_t _map_at(uint64_t at, size_t size, int fd, uint64_t offset, int pro
     if found == MAP_FAILED:
         raise OSError(errno, f"mmap: {strerror(errno).decode()}")
     return <uintptr_t>found
+
+
+cdef _total(pieces):
+    """Return how many bytes pieces of files have. Raises ValueError unless each is whole pages."""
+    for _fd, offset, length in pieces:
+        if offset < 0 or length <= 0 or offset % PAGE_SIZE or length % PAGE_SIZE or offset + length > MOST:
+            raise ValueError(f"{length} bytes from {offset} on are not whole pages of a file")
+    return sum(length for _fd, _offset, length in pieces)
 
 
 cdef bint _can_shrink(int fd) noexcept nogil:
@@ -269,6 +293,8 @@ cdef class Mapping:
     def borrow(uint64_t address, size_t size, bint writable):
         """Return a mapping that stands for existing memory, which its owner may unmap at any time."""
         cdef Mapping self = Mapping.__new__(Mapping)
+        if size > MOST or address > MOST - size:
+            raise OverflowError(f"{size} bytes at {address:#x} exceed the address space")
         self.address = address
         self.size = size
         self.writable = writable
@@ -282,12 +308,14 @@ cdef class Mapping:
         `at` is the address, where nothing may be mapped yet (FileExistsError), or 0 for any multiple of `alignment`;
         then `guard` bytes on each side can be set aside which nobody can touch.
         """
-        cdef size_t size = sum(length for _fd, _offset, length in pieces)
+        cdef size_t whole = _whole(_total(pieces), alignment, guard), size = whole - 2 * guard
         cdef uint64_t wanted = at
         cdef Mapping self
         cdef object shown = pieces
+        if at > MOST - whole:
+            raise OverflowError(f"{size} bytes at {at:#x} exceed the address space")
         if guard or len(pieces) > 1 or (alignment > PAGE_SIZE and not at):
-            self = _set_aside(at, size + 2 * guard, alignment)
+            self = _set_aside(at, whole, alignment)
             at = self.address
         else:
             self = Mapping.__new__(Mapping)
@@ -346,7 +374,7 @@ cdef class Mapping:
     def redirect(self, pieces):
         """Show pieces of other files at the same addresses, each in one step for whoever looks there (MAP_FIXED)."""
         self._check(0, self.size)
-        if sum(length for _fd, _offset, length in pieces) != self.size:
+        if _total(pieces) != self.size:
             raise ValueError("not as many bytes as are mapped")
         self.users += 1
         try:
@@ -600,8 +628,10 @@ cdef class Exporter:
         cdef Py_ssize_t offset, length
         cdef bint writable
         mapping, offset, length, writable = self._exported()
-        if mapping.sealed or <size_t>(offset + length) > mapping.size:
+        if mapping.sealed:
             raise BufferError("the mapping is closed")
+        if offset < 0 or length < 0 or <size_t>offset > mapping.size or <size_t>length > mapping.size - offset:
+            raise BufferError(f"{length} bytes from {offset} on are not inside of the mapping")
         writable = writable and mapping.writable
         PyBuffer_FillInfo(view, self, <void *><uintptr_t>(mapping.address + offset), length, not writable, flags)
         mapping.users += 1

@@ -1,0 +1,122 @@
+"""Impossible numbers are refused by the native layer itself: whoever forgets to check them unmaps nothing of ours."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from support.child import in_child
+from support.kernel import PAGE
+
+from iobmd._native.mapping import Exporter, Mapping
+
+TOP = 1 << 63
+HUGE = 2 << 20
+ALIGNMENTS = [0, 1 << 63, 3, 12288, PAGE + 1, (1 << 64) - PAGE]
+SIZES = [0, 1, PAGE + 1, TOP, (1 << 64) - PAGE, 1 << 64, -PAGE]
+
+
+@contextlib.contextmanager
+def memfd(size: int = 4 * PAGE) -> Iterator[int]:
+    fd = os.memfd_create("native")
+    os.ftruncate(fd, size)
+    yield fd
+    os.close(fd)
+
+
+def view(pieces: list[tuple[int, int]], *, at: int = 0, guard: int = 0, alignment: int = PAGE) -> Callable[[], None]:
+    def attack() -> None:
+        with memfd() as fd:
+            Mapping.view([(fd, *piece) for piece in pieces], at, True, guard, alignment)
+
+    return attack
+
+
+def exported(offset: int, length: int) -> Callable[[], None]:
+    class Liar(Exporter):
+        def _exported(self) -> tuple[Mapping, int, int, bool]:
+            return Mapping.anonymous(PAGE, PAGE), offset, length, True
+
+    def attack() -> None:
+        memoryview(Liar())
+
+    return attack
+
+
+def redirected(pieces: list[tuple[int, int]]) -> Callable[[], None]:
+    def attack() -> None:
+        with memfd() as fd:
+            mapping = Mapping.view([(fd, 0, 2 * PAGE)], 0, True, 0, PAGE)
+            try:
+                mapping.redirect([(fd, *piece) for piece in pieces])
+            finally:
+                mapping.close()
+
+    return attack
+
+
+ATTACKS: dict[str, Callable[[], object]] = {
+    **{f"anonymous, alignment {one:#x}": partial(Mapping.anonymous, PAGE, one) for one in ALIGNMENTS},
+    **{f"anonymous, size {one:#x}": partial(Mapping.anonymous, one, HUGE) for one in SIZES},
+    **{f"reserve, alignment {one:#x}": partial(Mapping.reserve, PAGE, one) for one in ALIGNMENTS},
+    **{f"reserve, size {one:#x}": partial(Mapping.reserve, one, PAGE) for one in SIZES},
+    **{f"view, alignment {one:#x}": view([(PAGE, PAGE), (0, PAGE)], alignment=one) for one in ALIGNMENTS},
+    **{f"view, piece of {one:#x}": view([(0, PAGE), (0, one)]) for one in SIZES},
+    **{f"view, one piece of {one:#x}": view([(0, one)]) for one in SIZES},
+    **{f"view, guard {one:#x}": view([(0, PAGE)], guard=one) for one in SIZES[1:]},
+    "view, sizes that wrap": view([(0, TOP), (0, TOP), (0, PAGE)]),
+    "view, nothing": view([]),
+    "view, offset that wraps": view([(TOP, PAGE)]),
+    "view, negative offset": view([(-PAGE, PAGE)]),
+    "view, at the end": view([(0, PAGE)], at=(1 << 64) - PAGE),
+    "view, in two at the end": view([(0, PAGE), (0, PAGE)], at=(1 << 64) - PAGE),
+    "redirect, to more": redirected([(0, PAGE), (0, PAGE), (0, PAGE)]),
+    "redirect, in parts of pages": redirected([(0, PAGE + 1), (0, PAGE - 1)]),
+    "redirect, negative": redirected([(0, 3 * PAGE), (0, -PAGE)]),
+    "borrow, size that wraps": partial(Mapping.borrow, PAGE, (1 << 64) - PAGE, True),
+    "borrow, address that wraps": partial(Mapping.borrow, (1 << 64) - PAGE, 2 * PAGE, True),
+    "export, negative offset": exported(-PAGE, PAGE),
+    "export, negative length": exported(0, -1),
+    "export, sum that wraps": exported(TOP - 1, TOP - 1),
+}
+
+
+def areas() -> set[str]:
+    """The mappings of this process: address range and what is there."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {" ".join((line.split()[0], *line.split()[5:])) for line in lines}
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS.keys())
+def test_impossible_numbers(attack: Callable[[], object]) -> None:
+    def child() -> tuple[str, set[str]]:
+        before = areas()
+        try:
+            attack()
+        except (ValueError, OverflowError, BufferError) as error:
+            message = str(error)
+        else:
+            message = ""
+        gone = {area for area in before - areas() if "[" not in area and "/" in area}
+        return message, gone
+
+    message, gone = in_child(child)  # which a mistake would kill
+    assert message, "it was accepted"
+    assert not gone
+
+
+def test_possible_numbers() -> None:
+    """The control of the test above."""
+    with memfd() as fd:
+        os.pwrite(fd, b"second", PAGE)
+        mapping = Mapping.view([(fd, PAGE, PAGE), (fd, 0, PAGE)], 0, True, PAGE, HUGE)
+        assert mapping.read(0, 6) == b"second"
+        mapping.redirect([(fd, 0, 2 * PAGE)])
+        assert mapping.read(PAGE, 6) == b"second"
+        mapping.close()
+    for alignment in (1, PAGE, HUGE, 1 << 40):
+        mapping = Mapping.anonymous(PAGE, alignment)
+        assert mapping.address % alignment == 0
+        mapping.close()
