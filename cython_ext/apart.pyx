@@ -160,11 +160,11 @@ def hold(Job job, leftover):
     """Return, in the job, when its caller is through, or it is cancelled.
 
     If this process is killed during that, whichever thread holds the GIL, the remains in the other task are
-    taken away without Python: `leftover` is the task, a process made by a guest, the guest, its number there, the
+    taken away without Python: `leftover` is the task, its pidfd or -1, a process made by a guest, the guest, its number there, the
     address of a system call instruction, and the options to trace the task with.
     """
     cdef iobmd_leftover left
-    left.task, left.child, left.guest, left.guest_there, left.instruction, left.options = leftover
+    left.task, left.pidfd, left.child, left.guest, left.guest_there, left.instruction, left.options = leftover
     job.holds = True
     PyThread_release_lock(job.held)
     with nogil:

@@ -3,6 +3,7 @@ cdef extern from * nogil:
     """
     #include <errno.h>
     #include <fcntl.h>
+    #include <poll.h>
     #include <signal.h>
     #include <stdio.h>
     #include <stdlib.h>
@@ -16,7 +17,13 @@ cdef extern from * nogil:
 
     /* What is to be taken away: a process made by a guest, which was made in a task, and what it takes to have the
        task wait for the guest: a system call instruction, the options to trace it with, the guest as it counts. */
-    struct iobmd_leftover { pid_t task, child, guest, guest_there; unsigned long instruction; long options; };
+    struct iobmd_leftover {
+        pid_t task;
+        int pidfd; /* of the task, or -1 */
+        pid_t child, guest, guest_there;
+        unsigned long instruction;
+        long options;
+    };
 
     #ifdef __x86_64__
     #include <sys/user.h>
@@ -44,7 +51,8 @@ cdef extern from * nogil:
     static void iobmd_end_traced(pid_t pid)
     {
         int looks = 20000;
-        if (pid <= 0) return;
+        /* What this process traces nobody else can reap: its number is its own. */
+        if (pid <= 0 || ptrace((enum __ptrace_request)PTRACE_INTERRUPT, pid, 0, 0) < 0) return;
         kill(pid, SIGKILL);
         while (looks-- > 0) {
             int status;
@@ -73,18 +81,29 @@ cdef extern from * nogil:
         return 0;
     }
 
-    /* Have one thread of the task wait for the guest. 1: it was done, or the thread has gone; 0: try another. */
+    /* Whether a thread that is traced, so that its number is no other's, is one of the task. */
+    static int iobmd_belongs(const struct iobmd_leftover *left, pid_t tid)
+    {
+        char path[64];
+        struct pollfd ended = { left->pidfd, POLLIN, 0 };
+        snprintf(path, sizeof path, "/proc/%d/task/%d", (int)left->task, (int)tid);
+        return access(path, F_OK) == 0 && poll(&ended, 1, 0) == 0;
+    }
+
+    /* Have one thread of the task wait for the guest. 1: it was done, or no try is to follow; 0: try another. */
     static int iobmd_wait_in(const struct iobmd_leftover *left, pid_t tid)
     {
         struct user_regs_struct before, regs;
         unsigned long mask, all = ~0ul;
         int status, stops = 0, done = 0;
-        if (ptrace(PTRACE_SEIZE, tid, 0, left->options | PTRACE_O_TRACESYSGOOD) < 0) return 0;
+        if (ptrace(PTRACE_SEIZE, tid, 0, 0) < 0) return 0;
+        if (!iobmd_belongs(left, tid)) return 1;  /* a stranger, which is let go with the end of this process */
         ptrace(PTRACE_INTERRUPT, tid, 0, 0);
         while ((status = iobmd_next_stop(tid, 4000)) && status >> 16 != IOBMD_EVENT_STOP)
             ptrace(PTRACE_CONT, tid, 0, WSTOPSIG(status));
         if (!status) return 0;  /* it is let go with the end of this process */
         if (ptrace(PTRACE_GETREGS, tid, 0, &before) < 0) return 0;
+        ptrace(PTRACE_SETOPTIONS, tid, 0, left->options | PTRACE_O_TRACESYSGOOD);
         if ((long)before.rax == -EINTR && iobmd_is_ended((long)before.orig_rax)) {
             before.rax = (unsigned long)-514L;  /* ERESTARTNOHAND */
             ptrace(PTRACE_SETREGS, tid, 0, &before);
@@ -138,7 +157,7 @@ cdef extern from * nogil:
     #endif
     """
     struct iobmd_leftover:
-        int task, child, guest, guest_there
+        int task, pidfd, child, guest, guest_there
         unsigned long instruction
         long options
     void iobmd_take_away(const iobmd_leftover *left)

@@ -21,7 +21,7 @@ from iobmd.errors import (
 )
 from iobmd.remote import freezer, session, threads, wired
 from iobmd.remote.snapshot import NoSnapshot, Snapshot
-from iobmd.remote.tracee import NotStopped, check_interrupt, shielded
+from iobmd.remote.tracee import NotStopped, StrangerSeized, check_interrupt, shielded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,8 +102,9 @@ def _copy_snapshot(source: Source, resident: int) -> tuple[bool, int]:
             source.fetch(child, None)
         # A child has zeros for what a userfaultfd, which may have been registered since, would have filled in.
         copied = source.userfault_area is None
-    except (NoSnapshot, UnsupportedError, VMError, NotFoundError):
-        pass  # no more processes, a 32-bit program, memory that only the task has, or the child was killed
+    except (NoSnapshot, UnsupportedError, VMError, NotFoundError, StrangerSeized):
+        # No more processes, a 32-bit program, memory that only the task has, the child was killed, or a thread ended.
+        pass
     return copied, sum(stopped) + snapshot.stopped_ns
 
 

@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import time
 from typing import TYPE_CHECKING
 
 from iobmd import refusals
-from iobmd._native import crosstask
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.remote import threads, tracing
+from iobmd.remote import tracing
 from iobmd.remote.tracee import InterruptedJob, NotStopped, Tracee
 
 if TYPE_CHECKING:
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
 
 _CLONE_VM, CLONE_FS, CLONE_FILES = 0x100, 0x200, 0x400
 NO_STACK = 8  # nothing is mapped there: released by a tracer that died, it ends at its first instruction
-WALL = 0x40000000
 _PATIENCE = 5.0  # seconds for a process that was killed to be dead, and for its first stop
 
 
@@ -64,7 +61,7 @@ class Guest(Tracee):
     def begin(self) -> None:
         """Wait for it to be ready for calls."""
         self._look(lambda: tracing.stopped_for(self._tid), time.monotonic() + _PATIENCE)
-        tracing.report_children(self._tid, self.options)
+        tracing.set_options(self._tid, self.options, report_children=True)
         self._registers = tracing.registers(self._tid)
 
     def call(self, name: str, *arguments: int, deadline: float | None = None) -> int:
@@ -93,11 +90,7 @@ class Guest(Tracee):
 
     def fetch(self, fd: int) -> int:
         """As `Tracee.fetch`, whatever became of the first thread of the task."""
-        pidfd = os.pidfd_open(self._pid)
-        try:
-            return crosstask.fetch_descriptor(pidfd, fd)
-        finally:
-            os.close(pidfd)
+        return self._fetch_by(0, fd)
 
     def end(self) -> None:
         """Undo what is to be undone as far as this can do it, and kill it; `collect` has then to be called."""
@@ -110,7 +103,7 @@ class Guest(Tracee):
         """Make the task wait for it, when it was killed, and undo the rest."""
         self._undo_in(stop)
         if self.pid_there > 0:
-            stop.call("wait4", self.pid_there, 0, WALL | os.WNOHANG, 0)
+            stop.call("wait4", self.pid_there, 0, tracing.WALL | os.WNOHANG, 0)
 
     def _undo_in(self, tracee: Tracee) -> None:
         while self._undo:
@@ -130,16 +123,7 @@ class Guest(Tracee):
 
 
 def kill(pid: int) -> None:
-    """Kill a process that this OS thread traces, and reap it as its tracer."""
-    with contextlib.suppress(OSError):
-        os.kill(pid, signal.SIGKILL)
+    """Kill a process that this OS thread traces, and wait for its end."""
     deadline = time.monotonic() + _PATIENCE
-    while time.monotonic() < deadline:
-        try:
-            if os.waitpid(pid, WALL | os.WNOHANG)[0]:
-                return
-        except ChildProcessError:  # another thread of ours waited for any process, and got this one's end
-            return
-        if threads.state(pid, pid) == "":
-            return
+    while not tracing.kill(pid) and time.monotonic() < deadline:
         time.sleep(0.0002)

@@ -18,7 +18,14 @@ from iobmd.errors import IOReturnError
 from iobmd.remote import freezer, gadget, preflight, threads, tracing
 from iobmd.remote.guest import Guest
 from iobmd.remote.stop import Stop
-from iobmd.remote.tracee import InterruptedJob, NotStopped, Unreadable, check_interrupt, shielded
+from iobmd.remote.tracee import (
+    InterruptedJob,
+    NotStopped,
+    StrangerSeized,
+    Unreadable,
+    check_interrupt,
+    shielded,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -91,10 +98,13 @@ def end(guest: Guest) -> int:
         # Where the task cannot be stopped once more, on busy processors or by other tracers, a zombie would be left
         # until it exits.
         for _ in range(_COLLECTING):
-            with contextlib.suppress(OSError):
+            try:
                 return stop_one(task, options_for(task), guest.gadget, guest.collect)
-            if not task.alive:
+            except StrangerSeized:  # that is let go with this tracer, not after further tries
                 break
+            except OSError:
+                if not task.alive:
+                    break
     return 0
 
 
@@ -103,13 +113,16 @@ def in_tracer(task: Task, body: Callable[[], _T], *, may_be_apart: bool = True) 
 
     That is a thread, or a process that shares our memory and descriptors (`apart`). It ends in bounded time, and with
     it, by the kernel, whatever it left traced. When the calling thread is interrupted, or this process is killed, it
-    gives up what it waits for (`tracee.check_interrupt`); the interrupt is raised here after that.
+    gives up what it waits for (`tracee.check_interrupt`); the interrupt is raised here after that. A `body` that
+    raises StrangerSeized is run again.
     """
-    with _guard_of(task), _registered(apart.Job(body)) as job:
-        return cast("_T", _result(task, lambda: job.run(_in_process(task, may_be_apart))))
+    for _ in range(_ATTEMPTS):
+        with contextlib.suppress(StrangerSeized), _guard_of(task), _registered(apart.Job(body)) as job:
+            return cast("_T", _result(task, lambda: job.run(_in_process(task, may_be_apart))))
+    raise never_stopped(task)
 
 
-Leftover = tuple[int, int, int, int, int, int]
+Leftover = tuple[int, int, int, int, int, int, int]
 """What a tracer holds in a task, as `apart.hold` takes it."""
 
 

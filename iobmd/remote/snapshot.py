@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.remote import gadget, session
-from iobmd.remote.guest import CLONE_FILES, CLONE_FS, NO_STACK, WALL, Guest, kill
+from iobmd.remote.guest import CLONE_FILES, CLONE_FS, NO_STACK, Guest, kill
 from iobmd.remote.tracee import Unreadable, shielded
-from iobmd.remote.tracing import O_EXITKILL
+from iobmd.remote.tracing import O_EXITKILL, WALL, interrupt
 from iobmd.task import Task
 
 if TYPE_CHECKING:
@@ -79,7 +79,10 @@ class Snapshot:
         try:
             self._stopped(self.make)
             guest = self._guest
-            hold((self.origin.pid, self._pid, guest.pid, guest.pid_there, guest.gadget, guest.options & ~O_EXITKILL))
+            hold((
+                self.origin.pid, self.origin.pidfd, self._pid, guest.pid, guest.pid_there, guest.gadget,
+                guest.options & ~O_EXITKILL,
+            ))  # fmt: skip
         finally:
             self._close()
 
@@ -103,6 +106,10 @@ class Snapshot:
         if not self._pid:
             raise NoSnapshot
         self._task = Task(self._pid)
+        try:
+            interrupt(self._pid)  # it is still ours to trace: its number was its own when the Task was made
+        except ProcessLookupError as error:
+            raise NoSnapshot from error
 
     def _close(self) -> None:
         """End it, have the guest wait for it, and the task for the guest."""

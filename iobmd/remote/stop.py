@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 from iobmd._native.crosstask import HeldBuffer
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NotReadyError, VMError
-from iobmd.remote import gadget, restart, tracing
-from iobmd.remote.tracee import Tracee, Unreadable
+from iobmd.remote import gadget, restart, threads, tracing
+from iobmd.remote.tracee import StrangerSeized, Tracee, Unreadable
 
 if TYPE_CHECKING:
-    from iobmd.remote import threads
     from iobmd.task import Task
 
 _CODE_32 = 0x23  # the code segment of 32-bit programs
@@ -38,6 +37,14 @@ class Stop(Tracee):
         The thread, and what it does.
     options : int
         As `preflight.check` returns them.
+
+    Raises
+    ------
+    OSError
+        As ptrace(2): the thread has ended, or may not be traced.
+    StrangerSeized
+        It has ended, and its number is another process's. That is traced until this OS thread ends, which has to be
+        at once; no stop, option or register of it was changed.
     """
 
     def __init__(self, task: Task, activity: threads.Activity, options: int) -> None:
@@ -46,7 +53,9 @@ class Stop(Tracee):
         self._mask: bytes | None = None
         self.options = options
         self._sleep = restart.look(task.pid, activity)
-        tracing.seize(self._tid, options)
+        tracing.seize(self._tid)
+        if not threads.belongs(task, self._tid):  # from now on its number is no other's
+            raise StrangerSeized
         self.began = time.monotonic_ns()
         tracing.interrupt(self._tid)
 
@@ -96,6 +105,7 @@ class Stop(Tracee):
             raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
         # It may have run another program since.
         self.gadget = instruction if gadget.is_at(self.task, instruction) else gadget.find(self.task)
+        tracing.set_options(self._tid, self.options)
         self._abort_rseq()
         self._mask = tracing.signal_mask(self._tid)
         tracing.set_signal_mask(self._tid)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import pidns, refusals
 from iobmd.errors import NO_DESCRIPTOR
+
+if TYPE_CHECKING:
+    from iobmd.task import Task
 
 EPOLL_WAIT, EPOLL_PWAIT = 232, 281
 ENDED_BY_A_STOP = {
@@ -59,6 +62,15 @@ def thread_ids(pid: int) -> list[int]:
     except OSError as error:
         refusals.unless_exhausted(error, f"cannot list the threads of task {pid}")
         return []
+
+
+def belongs(task: Task, tid: int) -> bool:
+    """Say whether a thread that cannot vanish, because this process traces it, is one of a task."""
+    try:
+        os.stat(f"{pidns.directory(task.pid)}/task/{tid}")  # noqa: PTH116 (in the middle of a stop)
+    except OSError:
+        return False
+    return task.alive  # so that the pid was that task's all the while
 
 
 def state(pid: int, tid: int) -> str:

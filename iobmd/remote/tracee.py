@@ -14,7 +14,7 @@ from iobmd import refusals
 from iobmd._native import apart, crosstask
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.remote import threads, tracing
+from iobmd.remote import preflight, threads, tracing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,6 +42,10 @@ class NotStopped(Exception):  # noqa: N818 (another thread may do)
 
 class Unreadable(Exception):  # noqa: N818 (it may pass)
     """What has to be read of a stopped thread is in a page that is not present: its fault could wait for the task."""
+
+
+class StrangerSeized(Exception):  # noqa: N818 (it is let go, and another try is made)
+    """A thread has ended, and another process's got its number, before it was seized by that."""
 
 
 class InterruptedJob(Exception):  # noqa: N818 (its cause is raised in the calling thread)
@@ -100,7 +104,7 @@ class Tracee:
     def _call(self, name: str, arguments: tuple[int, ...], deadline: float | None, *, interruptible: bool) -> int:
         """As `call`. Raises NotStopped and InterruptedJob too: it has not returned until then."""
         if name == "clone":
-            tracing.report_children(self._tid, self.options)
+            tracing.set_options(self._tid, self.options, report_children=True)
         regs = tracing.copy_of(self._registers)
         regs.rip, regs.rax, regs.orig_rax = self.gadget, SYSCALLS[name], _NO_CALL
         for register, value in zip(_ARGUMENTS, arguments, strict=False):
@@ -175,7 +179,7 @@ class Tracee:
             if spins < _SPINS:
                 _yield_processor()
                 continue
-            if threads.state(self._pid, self._tid) in ("", "Z", "X", "x"):
+            if threads.state(self._pid, self._tid) in ("", "Z", "X", "x") or not self._is_ours():
                 raise self._ended()
             if deadline is not None and time.monotonic() > deadline:
                 raise NotStopped
@@ -184,8 +188,16 @@ class Tracee:
             time.sleep(0.00005 if spins < 2 * _SPINS else 0.0005)
         return found
 
+    def _is_ours(self) -> bool:
+        """Say whether it is traced: a thread that runs another program (execve(2)) gets the number of its task."""
+        try:
+            return preflight.tracer(self._pid, self._tid) in (None, os.getpid())
+        except IOReturnError:  # no descriptor is free to look: not to be given up in the middle of a call
+            return True
+
     def _ended(self) -> IOReturnError:
-        return refusals.gone(f"task {self.task.pid} is gone: it exited, or its thread {self._tid} did")
+        message = f"task {self.task.pid} is gone: it exited, ran another program, or its thread {self._tid} ended"
+        return refusals.gone(message)
 
     def fetch(self, fd: int) -> int:
         """Return a descriptor of this process for one of the thread's. Raises OSError."""
@@ -193,8 +205,13 @@ class Tracee:
             return crosstask.fetch_descriptor(self.task.pidfd, fd)
         except ProcessLookupError:
             # The first thread of the task has exited. Another's pidfd does as well (PIDFD_THREAD, Linux 6.9).
-            pidfd = os.pidfd_open(self._tid, os.O_EXCL)
+            return self._fetch_by(os.O_EXCL, fd)
+
+    def _fetch_by(self, flags: int, fd: int) -> int:
+        pidfd = os.pidfd_open(self._tid, flags)
         try:
+            if tracing.stopped_for(self._tid) is None:  # else the number was its own when the pidfd was opened
+                raise self._ended()
             return crosstask.fetch_descriptor(pidfd, fd)
         finally:
             os.close(pidfd)

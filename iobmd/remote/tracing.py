@@ -7,10 +7,12 @@ not last longer because other threads of ours compute.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import platform
+import signal
 import struct
 import warnings
 from functools import cache
@@ -26,6 +28,8 @@ _GET_SYSCALL_INFO = 0x420E  # Linux 5.3
 _GET_RSEQ_CONFIGURATION = 0x420F  # Linux 5.13
 _GET_SYSCALL_USER_DISPATCH_CONFIG = 0x4211  # Linux 6.4
 O_SUSPEND_SECCOMP = 1 << 21
+WALL = 0x40000000
+"""In waits: for processes that send no signal at their end, too (__WALL)."""
 O_EXITKILL = 1 << 20
 """The traced process is killed when its tracer ends (Linux 3.8): for what we made ourselves."""
 _EVENT_STOP = 128
@@ -93,21 +97,63 @@ def _ptrace(request: int, tid: int, address: int = 0, data: int = 0) -> int:
     return result
 
 
-def seize(tid: int, options: int = 0) -> None:
-    """Trace a thread without stopping it. The calls below report a system call's own stops apart from signals."""
-    _ptrace(_SEIZE, tid, 0, options | _binding().PTRACE_O_TRACESYSGOOD)
+def seize(tid: int) -> None:
+    """Trace a thread without stopping it, and without options: whose it is can only be found out afterwards."""
+    _ptrace(_SEIZE, tid)
 
 
-def report_children(tid: int, options: int) -> None:
-    """Have a thread that was seized with `options` report the processes that it makes, which are traced too then."""
+def set_options(tid: int, options: int, *, report_children: bool = False) -> None:
+    """Set the options of a stopped thread: the calls below report a system call's own stops apart from signals.
+
+    With `report_children` it reports the processes that it makes, which are then traced too.
+    """
     binding = _binding()
-    wanted = options | binding.PTRACE_O_TRACESYSGOOD | binding.PTRACE_O_TRACECLONE
+    wanted = options | binding.PTRACE_O_TRACESYSGOOD | (binding.PTRACE_O_TRACECLONE if report_children else 0)
     _ptrace(binding.PTRACE_SETOPTIONS, tid, 0, wanted)
 
 
 def interrupt(tid: int) -> None:
-    """Ask a traced thread to stop."""
+    """Ask a traced thread to stop. Raises ProcessLookupError if this OS thread does not trace it."""
     _ptrace(_INTERRUPT, tid)
+
+
+def kill(pid: int) -> bool:
+    """Kill a process if this OS thread traces it, and reap it as its tracer; says whether nothing is left to do.
+
+    Its number may be another process's by now: any thread of ours that waits for any child can reap it as its tracer,
+    and then its parent can. The number was its own when the pidfd was opened, if it is traced afterwards still.
+    """
+    pidfd = -1
+    try:
+        pidfd = _pidfd(pid)
+        interrupt(pid)
+        _kill(pid, pidfd)
+        kind, number = (os.P_PID, pid) if pidfd < 0 else (os.P_PIDFD, pidfd)
+        return os.waitid(kind, number, os.WEXITED | os.WNOHANG | WALL) is not None
+    except (ProcessLookupError, ChildProcessError):
+        return True
+    finally:
+        if pidfd >= 0:
+            os.close(pidfd)
+
+
+def _pidfd(pid: int) -> int:
+    """Return a pidfd; -1 where no descriptor is free, or a seccomp filter forbids it. Raises ProcessLookupError."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise
+    except OSError:
+        return -1
+
+
+def _kill(pid: int, pidfd: int) -> None:
+    if pidfd >= 0:
+        with contextlib.suppress(PermissionError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            return
+    # Of tracees of this OS thread only. Before Linux 5.18 it kills a stopped one only.
+    _ptrace(_binding().PTRACE_KILL, pid)
 
 
 def stopped_for(tid: int) -> Signal | None:
@@ -151,14 +197,14 @@ def syscall_stop(tid: int) -> SyscallStop | None:
     return SyscallStop(at_exit, struct.unpack_from("=q", info, 24)[0] if at_exit else 0)
 
 
-def run_to_syscall_stop(tid: int, signal: int = 0) -> None:
+def run_to_syscall_stop(tid: int, number: int = 0) -> None:
     """Let it run until the next begin or end of a system call."""
-    _ptrace(_binding().PTRACE_SYSCALL, tid, 0, signal)
+    _ptrace(_binding().PTRACE_SYSCALL, tid, 0, number)
 
 
-def run(tid: int, signal: int = 0) -> None:
+def run(tid: int, number: int = 0) -> None:
     """Let it run on, with a signal or without."""
-    _ptrace(_binding().PTRACE_CONT, tid, 0, signal)
+    _ptrace(_binding().PTRACE_CONT, tid, 0, number)
 
 
 def detach(tid: int) -> None:
