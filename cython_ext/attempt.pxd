@@ -48,6 +48,7 @@ cdef extern from * nogil:
         size_t size;                        /* of all of them */
         int mode, file, writing;
         int task;                           /* in place of `file`: its memory, by process_vm_readv(2) */
+        int task_pidfd;                     /* -1 where there is none */
         /* In place of an open file: paths, each ended by a null byte and all of them by another. The first is chosen
            that leads to a regular file with this inode number, and device where that is not 0. */
         char *paths;
@@ -92,6 +93,15 @@ cdef extern from * nogil:
         long result = syscall(number, a, b, c, d, e, f);
         return result < 0 ? -errno : result;
     #endif
+    }
+
+    /* Whether what a pidfd names has exited, so that its number may be another's; 0 for -1. Looked at right before a
+       call that takes the number. */
+    static int iobmd_has_exited(int pidfd)
+    {
+        struct pollfd ended = { pidfd, POLLIN, 0 };
+        struct timespec at_once = { 0, 0 };
+        return pidfd >= 0 && iobmd_raw(SYS_ppoll, (long)&ended, 1, (long)&at_once, 0, 8, 0) > 0;
     }
 
     static long iobmd_statx(int directory, const char *path, int flags, struct statx *found)
@@ -162,7 +172,9 @@ cdef extern from * nogil:
         struct iovec local = { ours, size }, remote = { (void *)(uintptr_t)at, size };
         long done;
         do {
-            if (job->task)
+            if (job->task && iobmd_has_exited(job->task_pidfd))
+                done = -ESRCH;
+            else if (job->task)
                 done = iobmd_raw(job->writing ? SYS_process_vm_writev : SYS_process_vm_readv, job->task, (long)&local,
                                  1, (long)&remote, 1, 0);
             else
@@ -294,7 +306,7 @@ cdef extern from * nogil:
             job->paths = job->bytes + room;
             memcpy(job->paths, paths, length);
         }
-        job->pidfd = job->file = job->chosen = -1;
+        job->pidfd = job->task_pidfd = job->file = job->chosen = -1;
         job->error = ECANCELED;
         return job;
     }
@@ -371,9 +383,10 @@ cdef extern from * nogil:
         iobmd_range *ranges
         unsigned int count
         size_t size, moved, page
-        int mode, file, task, writing, error, chosen, fresh, holes
+        int mode, file, task, task_pidfd, writing, error, chosen, fresh, holes
         uint64_t inode, device, length, filesystem, opened_device
         char *bytes
+    int iobmd_has_exited(int pidfd)
     iobmd_attempt *iobmd_attempt_new(size_t ranges, size_t room, const char *paths, size_t length)
     int iobmd_attempt_start(iobmd_attempt *job)
     int iobmd_attempt_wait(iobmd_attempt *job, int milliseconds)

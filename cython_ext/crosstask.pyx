@@ -12,7 +12,7 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 
 from attempt cimport (
     IOBMD_BOUNCE, IOBMD_BOUNCED, IOBMD_COUNTED, IOBMD_DIRECT, IOBMD_RANGES, iobmd_attempt, iobmd_attempt_free,
-    iobmd_attempt_new, iobmd_attempt_start, iobmd_attempt_wait,
+    iobmd_attempt_new, iobmd_attempt_start, iobmd_attempt_wait, iobmd_has_exited,
 )
 from mman cimport C_MADV_PAGEOUT, C_MADV_POPULATE_WRITE, c_madvise
 from pagemap_entry cimport PRESENT_BIT, SWAP_BIT, UFFD_WP_BIT, iobmd_is_swapped
@@ -246,6 +246,9 @@ cdef int _move(const Way *way, Batch *batch, uint64_t *stopped, Bounds *bad) noe
     cdef size_t step
     cdef uint64_t at
     while first < batch.count:
+        if way.memory < 0 and iobmd_has_exited(way.pidfd):
+            stopped[0] = <uintptr_t>batch.theirs[first].iov_base
+            return ESRCH
         moved = _call(way, &batch.ours[first], &batch.theirs[first], batch.count - first)
         if moved <= 0:
             if moved < 0 and errno == EINTR:
@@ -469,7 +472,8 @@ def transfer(int pid, int memory, int pagemap, int pidfd, bint write, bint skip,
         The task for process_vm_readv and process_vm_writev or, when `memory` is not negative, its open /proc/PID/mem.
     pagemap, pidfd
         Its open pagemap, and its pidfd. Without a pagemap (-1) every page counts as present. What had to be read from
-        swap is returned there by process_madvise(2) on the pidfd.
+        swap is returned there by process_madvise(2) on the pidfd, by which each call is preceded by a look whether
+        the number is still the task's.
     write
         From here into the task, instead of from the task to here.
     skip
@@ -498,7 +502,8 @@ def transfer(int pid, int memory, int pagemap, int pidfd, bint write, bint skip,
     return stopped, error, absent, bad
 
 
-def move_present(const char *pagemap, int pid, bint write, uint64_t theirs, uint64_t ours, size_t size, size_t page):
+def move_present(const char *pagemap, int pid, int pidfd, bint write, uint64_t theirs, uint64_t ours, size_t size,
+                 size_t page):
     """As `transfer`, of a few pages; says whether all of it was moved. `pagemap` is the path of that file.
 
     False: a page is not present, and nothing was moved, or an error ended it.
@@ -521,6 +526,8 @@ def move_present(const char *pagemap, int pid, bint write, uint64_t theirs, uint
                         moved = False
                         break
             close(fd)
+        if moved and iobmd_has_exited(pidfd):
+            moved = False
         if moved:
             here.iov_base, there.iov_base = <void *><uintptr_t>ours, <void *><uintptr_t>theirs
             here.iov_len = there.iov_len = size
@@ -580,6 +587,8 @@ cdef class Attempt:
         Offsets in the file and lengths, at most `MOST_RANGES`.
     task
         The task whose addresses the offsets are, by process_vm_readv and process_vm_writev.
+    pidfd
+        Its pidfd, or -1: a number that is not the task's any more is not used.
     file
         In its place its open /proc/PID/mem, which does not wait for a handler of userfaultfd: that is an error there.
     write
@@ -599,7 +608,7 @@ cdef class Attempt:
 
     cdef iobmd_attempt *job
 
-    def __cinit__(self, ranges, *, int task=0, int file=-1, bint write=False, paths=(), uint64_t inode=0,
+    def __cinit__(self, ranges, *, int task=0, int pidfd=-1, int file=-1, bint write=False, paths=(), uint64_t inode=0,
                   uint64_t device=0, ours=None, bint count=False, size_t page=0, bint fresh=False, bint holes=True):
         cdef bytes joined = b"".join([path + b"\0" for path in paths]) + b"\0" if paths else b""
         cdef size_t length, room = IOBMD_BOUNCE if ours is not None else 0
@@ -613,7 +622,7 @@ cdef class Attempt:
         if self.job == NULL:
             raise OSError(errno, f"mmap: {strerror(errno).decode()}")
         self.job.mode = IOBMD_COUNTED if count else IOBMD_BOUNCED if ours is None else IOBMD_DIRECT
-        self.job.task, self.job.file, self.job.writing = task, file, write
+        self.job.task, self.job.task_pidfd, self.job.file, self.job.writing = task, pidfd, file, write
         self.job.inode, self.job.device = inode, device
         self.job.page, self.job.fresh, self.job.holes = page, fresh, holes
         for at, length in ranges:
@@ -716,7 +725,12 @@ def fetch_descriptor(int pidfd, int fd):
     return fetched
 
 
-def touch(int pid, uint64_t address, size_t size, size_t page):
+def has_exited(int pidfd):
+    """Say whether what a pidfd names has exited; False for -1."""
+    return bool(iobmd_has_exited(pidfd))
+
+
+def touch(int pid, int pidfd, uint64_t address, size_t size, size_t page):
     """Have another process's pages faulted in for reading, by a byte of each; returns the error number or 0."""
     cdef char byte[512]
     cdef iovec local
@@ -735,6 +749,9 @@ def touch(int pid, uint64_t address, size_t size, size_t page):
                 count += 1
             local.iov_base = byte
             local.iov_len = count
+            if iobmd_has_exited(pidfd):
+                error = ESRCH
+                break
             moved = process_vm_readv(pid, &local, 1, remote, count, 0)
             if moved < count:
                 error = errno if moved < 0 else EFAULT

@@ -47,6 +47,7 @@ class Ends(NamedTuple):
     """From here into the task, instead of from the task to here."""
     pid: int = 0
     """The task."""
+    pidfd: int = -1
     memory: int = -1
     """In place of the task its open /proc/PID/mem, which does not wait for a handler of userfaultfd."""
     file: File | None = None
@@ -63,7 +64,7 @@ class Ends(NamedTuple):
         there = [(start - self.shift, end - start) for start, end in batch]
         if self.file is None:
             task = self.pid if self.memory < 0 else 0
-            return crosstask.Attempt(there, task=task, file=self.memory, write=self.write)
+            return crosstask.Attempt(there, task=task, pidfd=self.pidfd, file=self.memory, write=self.write)
         return crosstask.Attempt(there, **_named(self.file))
 
 
@@ -172,13 +173,13 @@ def move(ends: Ends, ranges: Sequence[Range], timeout: float) -> tuple[int, int]
     return total, 0
 
 
-def touch(pid: int, address: int, size: int, timeout: float) -> int:
+def touch(pid: int, pidfd: int, address: int, size: int, timeout: float) -> int:
     """Fault in whole pages of a task for reading, a byte of each.
 
     Parameters
     ----------
-    pid, address, size
-        The task, and its pages.
+    pid, pidfd, address, size
+        The task, its pidfd or -1, and its pages.
     timeout
         Seconds for which no page may arrive.
 
@@ -190,13 +191,13 @@ def touch(pid: int, address: int, size: int, timeout: float) -> int:
     step = crosstask.MOST_RANGES * PAGE_SIZE
     for start in range(address, address + size, step):
         end = min(start + step, address + size)
-        attempt = crosstask.Attempt([(page, 1) for page in range(start, end, PAGE_SIZE)], task=pid)
+        attempt = crosstask.Attempt([(page, 1) for page in range(start, end, PAGE_SIZE)], task=pid, pidfd=pidfd)
         try:
             number = _run(attempt, timeout)
         finally:
             attempt.end()
         if number in NO_CHILD:  # this thread waits, for as long as it takes
-            number = crosstask.touch(pid, start, end - start, PAGE_SIZE)
+            number = crosstask.touch(pid, pidfd, start, end - start, PAGE_SIZE)
         if number:
             return number
     return 0

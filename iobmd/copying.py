@@ -49,7 +49,8 @@ class Transfer(NamedTuple):
     Attributes
     ----------
     pid, pidfd
-        The task, and its pidfd or -1.
+        The task, and its pidfd or -1. Bytes go to no other task that has the number by now: the pidfd is looked at
+        right before each call.
     theirs, ours, size
         The address there, the address here, and the size in bytes.
     write
@@ -123,7 +124,7 @@ def move(job: Transfer) -> Outcome:
     try:
         path = f"{pidns.directory(job.pid)}/pagemap"
         if job.size <= _QUICK and crosstask.move_present(
-            os.fsencode(path), job.pid, job.write, job.theirs, job.ours, job.size, PAGE_SIZE
+            os.fsencode(path), job.pid, job.pidfd, job.write, job.theirs, job.ours, job.size, PAGE_SIZE
         ):
             return Outcome(job.size, 0)
         pagemap = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -276,7 +277,7 @@ class _Run:
         """Move a range by faulting in what is absent; returns the address that was reached, and the error number."""
         job = self._job
         reached, error, *_ = crosstask.transfer(
-            job.pid, self._memory, -1, -1, job.write, False, start, job.here(start), end - start, PAGE_SIZE
+            job.pid, self._memory, -1, job.pidfd, job.write, False, start, job.here(start), end - start, PAGE_SIZE
         )
         return reached, error
 
@@ -336,7 +337,7 @@ class _Run:
         if absent.file and not job.write:
             ends = attempt.Ends(job.theirs, job.ours, write=False, file=absent.file, shift=absent.shift)
         else:
-            ends = attempt.Ends(job.theirs, job.ours, job.write, job.pid, self._memory)
+            ends = attempt.Ends(job.theirs, job.ours, job.write, job.pid, job.pidfd, self._memory)
         left: Sequence[Range] = list(absent.ranges)
         while left:
             moved, error = attempt.move(ends, left, job.timeout)
@@ -369,7 +370,11 @@ class _Run:
 
     def _opened_memory(self) -> int:
         flags = (os.O_RDWR if self._job.write else os.O_RDONLY) | os.O_CLOEXEC
-        return os.open(f"{pidns.directory(self._job.pid)}/mem", flags)
+        memory = os.open(f"{pidns.directory(self._job.pid)}/mem", flags)
+        if crosstask.has_exited(self._job.pidfd):  # else it is the task's, whoever has the number later
+            os.close(memory)
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+        return memory
 
 
 def _zero(ours: int, offset: int, size: int) -> tuple[int, int]:

@@ -266,6 +266,15 @@ def memory_id(pid: int) -> int:
     return thread or pid
 
 
+def has_thread(pid: int, tid: int) -> bool:
+    """Say whether a process has a thread, by their numbers here, at this moment."""
+    try:
+        os.stat(f"{directory(pid)}/task/{directory(tid).rpartition('/')[2]}")
+    except OSError:
+        return False
+    return True
+
+
 def _thread_with_memory(folder: str) -> int:
     """Return the number in /proc of a thread that has memory where the main thread has exited; else 0."""
     if not _flags(folder) & PF_EXITING:

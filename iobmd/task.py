@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 from operator import index
 from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
 from iobmd import copying, headroom, procfs, refusals
+from iobmd._native import crosstask
 from iobmd._native.crosstask import HeldBuffer, fresh_bytes
 from iobmd.constants import IOReturn
 from iobmd.copying import Transfer
@@ -116,9 +116,7 @@ class Task:
         """Whether the process runs; False once it has exited, also before its parent has waited for it."""
         if self._pidfd < 0:
             return self._alive_without_pidfd()
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        return not poll.poll(0)
+        return not crosstask.has_exited(self._pidfd)
 
     def _alive_without_pidfd(self) -> bool:
         try:
@@ -192,7 +190,9 @@ class Task:
             As for `read`, in seconds.
         """
         with HeldBuffer(data, False) as held:
-            self._transfer(Transfer(self.pid, -1, address, held.address, held.size, write=True, timeout=timeout))
+            self._transfer(
+                Transfer(self.pid, self._pidfd, address, held.address, held.size, write=True, timeout=timeout)
+            )
             return held.size
 
     def copy_in(
@@ -227,14 +227,18 @@ class Task:
         check_range(job.theirs, job.size)
         if not job.size:
             return copying.Outcome(0, 0)
+        if self._pidfd < 0 and not self.alive:  # with a pidfd each call looks itself
+            raise self._gone()
         outcome = self._moved(job)
         # Of a main thread that has exited there is no memory, and what /proc has of it is root's.
         without = outcome.error in (errno.ESRCH, errno.EACCES)
         if without and (thread := self._thread_with_memory()) != self.pid:
-            outcome = self._moved(job._replace(pid=thread))
+            outcome = self._moved_of_thread(job, thread)
         # Alive afterwards means that the pid was this task's all the while.
         if not self.alive:
-            raise refusals.gone(f"task {self.pid} is gone: it exited before its memory was copied")
+            if not job.write:  # what was read may be another's
+                crosstask.zero(job.ours, job.size)
+            raise self._gone()
         if not outcome.error:
             return outcome
         address = job.theirs + outcome.done
@@ -249,6 +253,25 @@ class Task:
             raise
         except OSError as error:  # its memory map
             return copying.Outcome(0, copying.number_of(error))
+
+    def _moved_of_thread(self, job: Transfer, thread: int) -> copying.Outcome:
+        """As `_moved`, by the number of a thread, which may be another process's sooner than the task exits."""
+        try:
+            pidfd = os.pidfd_open(thread, os.O_EXCL)  # PIDFD_THREAD, Linux 6.9
+        except OSError as error:
+            if error.errno in NO_DESCRIPTOR:
+                raise _no_descriptor(self.pid, error) from None
+            pidfd = -1
+        try:
+            if not procfs.has_thread(self.pid, thread) or not self.alive:
+                return copying.Outcome(0, errno.ESRCH)
+            return self._moved(job._replace(pid=thread, pidfd=self._pidfd if pidfd < 0 else pidfd))
+        finally:
+            if pidfd >= 0:
+                os.close(pidfd)
+
+    def _gone(self) -> IOReturnError:
+        return refusals.gone(f"task {self.pid} is gone: it exited before its memory was copied")
 
     def _thread_with_memory(self) -> int:
         try:

@@ -182,7 +182,7 @@ def _patiently_clean(start: int, end: int) -> bool:
     for pause in (*[0.002] * 5, 0):
         if _clean(start, end):
             return True
-        crosstask.touch(os.getpid(), start, end - start, HUGE_PAGE_SIZE)
+        crosstask.touch(os.getpid(), -1, start, end - start, HUGE_PAGE_SIZE)
         time.sleep(pause)
     return False
 

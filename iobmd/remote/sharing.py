@@ -256,7 +256,7 @@ def _locks_memory(task: Task) -> bool:
 
 def touch(task: Task, address: int, size: int) -> None:
     """Have pages in the page tables of a task, as far as it goes, without stopping it or waiting for it for long."""
-    attempt.touch(task.pid, address, size, copying.TIMEOUT)
+    attempt.touch(task.pid, task.pidfd, address, size, copying.TIMEOUT)
 
 
 def _with_stopped(task: Task, work: Callable[[Stop], None]) -> int:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import pidns, refusals
+from iobmd import pidns, procfs, refusals
 from iobmd.errors import NO_DESCRIPTOR
 
 if TYPE_CHECKING:
@@ -66,11 +66,7 @@ def thread_ids(pid: int) -> list[int]:
 
 def belongs(task: Task, tid: int) -> bool:
     """Say whether a thread that cannot vanish, because this process traces it, is one of a task."""
-    try:
-        os.stat(f"{pidns.directory(task.pid)}/task/{tid}")  # noqa: PTH116 (in the middle of a stop)
-    except OSError:
-        return False
-    return task.alive  # so that the pid was that task's all the while
+    return procfs.has_thread(task.pid, tid) and task.alive  # so that the pid was that task's all the while
 
 
 def state(pid: int, tid: int) -> str:

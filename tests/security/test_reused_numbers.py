@@ -1,5 +1,9 @@
 """Numbers of processes and threads that another process has got by the time they are used."""
 
+import contextlib
+import ctypes
+import errno
+import mmap
 import os
 import signal
 import sys
@@ -8,12 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.child import in_child, sleeping
+from support.child import forked, in_child, sleeping
 from support.namespaces import in_namespaces, mount_proc
 from support.targets import Target, need_ptrace
 
 import iobmd
-from iobmd import Task
+from iobmd import IOReturn, IOReturnError, Task
+from iobmd.copying import Transfer
 from iobmd.remote import gadget, session, threads
 from iobmd.remote.snapshot import Snapshot
 
@@ -110,6 +115,91 @@ def victim_survives(target: Target) -> bool:
         os.kill(victim, signal.SIGKILL)
         os.waitpid(victim, 0)
     return alive
+
+
+WRITES: dict[str, Callable[[Task, int], object]] = {
+    "few bytes": lambda task, address: task.write(address, b"ours"),
+    "many pages": lambda task, address: task.write(address, bytes(512 << 10)),
+    "an absent page": lambda task, address: task.write(address + (1 << 20), b"ours"),
+}
+
+
+@pytest.mark.needs("root")
+@pytest.mark.parametrize("write", WRITES)
+def test_bytes_for_a_task_that_is_gone_reach_nobody(write: str) -> None:
+    """The next owner of its number has memory at the same address."""
+
+    def body() -> tuple[IOReturn | None, bool]:
+        memory = mmap.mmap(-1, 2 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory[: 1 << 20] = b"v" * (1 << 20)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        with replaced() as (task, victim):
+            memory[: 1 << 20] = bytes(1 << 20)
+            code = None
+            try:
+                WRITES[write](task, address)
+            except IOReturnError as error:
+                code = error.code
+            there = Task(victim)
+            return code, there.read(address, 1 << 20) == b"v" * (1 << 20) and not any(
+                there.read(address + (1 << 20), 4)
+            )
+
+    code, intact = in_namespaces(body, proc=mount_proc)
+    assert intact
+    assert code == IOReturn.kIOReturnNotFound
+
+
+def test_bytes_for_a_thread_that_is_gone_reach_nobody() -> None:
+    """A task without its main thread is reached by the number of another, which ends before its task does."""
+    memory = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory[:4] = b"mine"
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    with forked(signal.pause) as number, forked(signal.pause) as stranger:
+        task = Task(number)
+        job = Transfer(number, task.pidfd, address, address, 4096, write=True)
+        memory[:4] = b"ours"
+        assert task._moved_of_thread(job, stranger).error == errno.ESRCH
+        assert Task(stranger).read(address, 4) == b"mine"
+        assert not task._moved_of_thread(job, number).error, "the control"
+        assert task.read(address, 4) == b"ours"
+
+
+@pytest.mark.needs("root")
+@pytest.mark.parametrize("size", [16, 1 << 20], ids=str)
+def test_bytes_of_the_next_owner_are_not_returned(size: int) -> None:
+    def body() -> tuple[IOReturn | None, bytes]:
+        memory = mmap.mmap(-1, 1 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory[:] = b"v" * len(memory)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        buffer = bytearray(size)
+        with replaced() as (task, _victim):
+            try:
+                task.readinto(address, buffer)
+            except IOReturnError as error:
+                return error.code, bytes(buffer)
+        return None, bytes(buffer)
+
+    code, data = in_namespaces(body, proc=mount_proc)
+    assert code == IOReturn.kIOReturnNotFound
+    assert not any(data)
+
+
+@contextlib.contextmanager
+def replaced() -> Iterator[tuple[Task, int]]:
+    """The task of a child that has ended, and the pid of another with the same number and the same memory."""
+    pid = os.fork()
+    if not pid:
+        signal.pause()
+    task = Task(pid)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    victim = fork_as(pid)
+    try:
+        yield task, victim
+    finally:
+        os.kill(victim, signal.SIGKILL)
+        os.waitpid(victim, 0)
 
 
 def fork_as(number: int) -> int:
