@@ -14,7 +14,7 @@ from attempt cimport (
     IOBMD_BOUNCE, IOBMD_BOUNCED, IOBMD_COUNTED, IOBMD_DIRECT, IOBMD_RANGES, iobmd_attempt, iobmd_attempt_free,
     iobmd_attempt_new, iobmd_attempt_start, iobmd_attempt_wait, iobmd_has_exited,
 )
-from mman cimport C_MADV_PAGEOUT, C_MADV_POPULATE_WRITE, c_madvise
+from mman cimport C_MADV_PAGEOUT, C_MADV_POPULATE_WRITE, C_MS_ASYNC, c_madvise, c_msync
 from pagemap_entry cimport PRESENT_BIT, SWAP_BIT, UFFD_WP_BIT, iobmd_is_swapped
 from pagemap_scan cimport (
     C_PAGE_IS_PRESENT, C_PAGE_IS_SWAPPED, IOBMD_PAGEMAP_SCAN, ioctl, iobmd_page_region, iobmd_scan_arg,
@@ -557,6 +557,17 @@ def absent(int pagemap, uint64_t theirs, size_t size, size_t page):
     if failed:
         raise MemoryError()
     return found
+
+
+def is_mapped(uint64_t address, size_t size, size_t page):
+    """Say whether this process has something mapped at all of a range.
+
+    By msync(2), which goes through areas, not pages, and with MS_ASYNC does nothing else (mm/msync.c).
+    """
+    cdef int failed
+    with nogil:
+        failed = c_msync(<void *><uintptr_t>(address - address % page), size + address % page, C_MS_ASYNC)
+    return not failed
 
 
 def zero(uint64_t ours, size_t size):

@@ -71,6 +71,7 @@ cdef extern from * nogil:
     #define MADV_COLLAPSE 25
     #endif
     """
+    int c_msync "msync"(void *addr, size_t length, int flags)
     int c_mlock "iobmd_mlock"(const void *addr, size_t length)
     int c_munlock "iobmd_munlock"(const void *addr, size_t length)
     int c_mlock2 "iobmd_mlock2"(const void *addr, size_t length, unsigned int flags)
@@ -79,6 +80,7 @@ cdef extern from * nogil:
         MREMAP_DONTUNMAP
         C_F_GET_SEALS "F_GET_SEALS"
         C_F_SEAL_SHRINK "F_SEAL_SHRINK"
+        C_MS_ASYNC "MS_ASYNC"
         C_MADV_FREE "MADV_FREE"
         C_MADV_COLD "MADV_COLD"
         C_MADV_DOFORK "MADV_DOFORK"

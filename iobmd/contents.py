@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iobmd import copying, extents
+from iobmd import copying, extents, refusals
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.task import check_range
@@ -57,10 +57,21 @@ class CopyOf:
         self._timeout = timeout
         self._progress = progress
         self._outline: Ranges | None = None
+        self._unmapped: Ranges | tuple[()] = ()
 
     def check(self) -> None:
-        """Raise `kIOReturnBadArgument` unless it is a range of addresses."""
+        """Look at the source before memory is allocated.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnBadArgument`: it is not a range of addresses. `kIOReturnVMError`: it is this process, which has
+            nothing mapped there.
+        """
         check_range(self.address, self.size)
+        self._unmapped = self.task.unmapped(self.address, self.size)
+        if self._unmapped and not self._skip:
+            raise refusals.unreadable(self.task.pid, self._unmapped[0][0])
 
     def fill(self, destination: int, *, huge: int = 0, sparse: bool = False) -> bool:
         """As `Contents.fill`. Raises as `Task.read`."""
@@ -99,7 +110,8 @@ class CopyOf:
             progress=standing or self._progress,
             outline=self._outline,
         )
-        self.holes = [(start - self.address, end - start) for start, end in outcome.unread]
+        unread = copying.joined([*outcome.unread, *self._unmapped])
+        self.holes = [(start - self.address, end - start) for start, end in unread]
         return outcome.left_zero
 
     def resident(self) -> int:

@@ -172,7 +172,7 @@ class _Run:
         absent = crosstask.Ranges.joined(self._absent, reached)
         if absent:
             reached, error = self._fetch(absent, reached, error)
-        return Outcome(reached - job.theirs, error, _joined(self._unread), self._left_zero)
+        return Outcome(reached - job.theirs, error, joined(self._unread), self._left_zero)
 
     def _cuts(self) -> list[int] | None:
         """Return where to cut it for pieces with as many pages each, and allow the destination its huge pages."""
@@ -397,7 +397,8 @@ def _part(ranges: Sequence[Range], starts: Sequence[int], offset: int, size: int
     return found
 
 
-def _joined(ranges: list[Range]) -> list[Range]:
+def joined(ranges: Iterable[Range]) -> list[Range]:
+    """Return ranges in ascending order, and those as one that overlap or adjoin."""
     found: list[Range] = []
     for start, end in sorted(ranges):
         if found and found[-1][1] >= start:

@@ -107,6 +107,18 @@ class Placement:
             )
             raise IOReturnError(IOReturn.kIOReturnVMError, message, 0, moved)
 
+    def _require_mapped(self) -> None:
+        """Check that the program has not unmapped the memory.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnVMError`, as `verify`, which also sees what has replaced private memory.
+        """
+        backing = self._memory()
+        if (lost := backing.lost()) is not None:
+            raise _gone(backing, lost)
+
     def _runs(self, backing: Backing) -> RunTable:
         pinned, table = backing.wiring is Wiring.PINNED, backing.runs
         if not pinned or backing.wiring is not Wiring.PINNED:  # again: another thread may have unpinned it between

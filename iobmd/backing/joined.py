@@ -71,6 +71,9 @@ class Owner(Protocol):
     def verify(self) -> None:
         """Look whether it is where it was when it was pinned."""
 
+    def _require_mapped(self) -> None:
+        """Look whether the program has unmapped it."""
+
     def _orphaned(self) -> None:
         """Give the memory back if it was freed and only what was made of it has kept it."""
 
@@ -278,7 +281,9 @@ class JoinedBacking:
         return concatenated(tables, self.address)
 
     def lost(self) -> int | None:
-        """None: each descriptor looks for itself, as `read_runs` has them do."""
+        """Have each descriptor look for itself, which raises `kIOReturnVMError`; None."""
+        for index in range(len(self.parts)):
+            self._with(index, lambda owner: owner._require_mapped())
         return None
 
     def read_runs(self, *, gaps: bool = False) -> RunTable | None:  # noqa: ARG002 (the protocol's)

@@ -58,7 +58,8 @@ class Transfer:
     ------
     IOReturnError
         `kIOReturnNotReady`: it is not pinned. `kIOReturnNoResources`: no memory for the bounce buffer where the
-        device reaches it. And as `IOMemoryDescriptor.segments`. Then nothing is held.
+        device reaches it. `kIOReturnVMError`: the program has unmapped the memory that a bounce buffer is to stand in
+        for. And as `IOMemoryDescriptor.segments`. Then nothing is held.
     """
 
     def __init__(
@@ -92,6 +93,8 @@ class Transfer:
         bounced = [stretch for stretch in self._stretches if stretch.place is not None]
         if not bounced:
             return None
+        # Before the bounce buffer is mapped: the kernel may put it where the memory was that is to be copied.
+        self.memory._require_mapped()
         size = max((stretch.place or 0) + stretch.length for stretch in bounced)
         bounce = IOBufferMemoryDescriptor()
         limits, direction = self.limits, self.memory.getDirection()

@@ -151,6 +151,69 @@ def test_commands(way: str) -> None:
     in_child(check)
 
 
+BOUNCED: dict[str, Callable[[IOMemoryDescriptor], IOMemoryDescriptor]] = {
+    "memory": lambda md: md,
+    "part": lambda md: IOSubMemoryDescriptor.withSubRange(md, PAGE, SIZE - PAGE, INOUT),
+    "concatenation": lambda md: IOMultiMemoryDescriptor.withDescriptors([md], INOUT),
+}
+
+
+@pytest.mark.needs("frames")
+@pytest.mark.parametrize("make", BOUNCED.values(), ids=BOUNCED)
+def test_no_bounce_buffer_stands_in_for_what_is_gone(
+    make: Callable[[IOMemoryDescriptor], IOMemoryDescriptor],
+) -> None:
+    """The kernel maps it at the very addresses that were unmapped, where it would be copied from itself."""
+
+    def check() -> None:
+        existing = Existing(file=False)
+        command = IODMACommand.withSpecification(64)
+        memory = make(existing.md)
+        memory.prepare()
+        command.setMemoryDescriptor(memory)
+        rawmemory.unmap(existing.address, SIZE)
+        error = error_of(lambda: command.synchronize(0, True))
+        assert error.code == IOReturn.kIOReturnVMError
+        assert error.address is not None
+        assert existing.address <= error.address <= existing.address + PAGE
+        command.clearMemoryDescriptor()
+
+    in_child(check)
+
+
+OWN_COPIES: dict[str, Callable[[int], object]] = {
+    "read": lambda at: kernel_task.read(at, LARGE),
+    "copy": lambda at: iobmd.copy(kernel_task, at, LARGE),
+    "pageable copy": lambda at: iobmd.copy(kernel_task, at, LARGE, wired=False),
+    "shared copy": lambda at: iobmd.copy(kernel_task, at, LARGE, shared=True),
+}
+LARGE = 4 << 20
+"""Bytes for which malloc(3) maps memory, too."""
+
+
+@pytest.fixture
+def gone() -> Iterator[int]:
+    """Return an address that was mapped, where the kernel maps large memory next: downwards, below all that fits."""
+    kinds = READ | WRITE, rawmemory.PRIVATE | rawmemory.ANONYMOUS, -1
+    fill = [rawmemory.map_memory(LARGE, *kinds) for _ in range(64)]
+    address = rawmemory.map_memory(3 * LARGE, *kinds)
+    rawmemory.unmap(address, 3 * LARGE)
+    yield address + 2 * LARGE
+    for one in fill:
+        rawmemory.unmap(one, LARGE)
+
+
+@pytest.mark.parametrize("copy", OWN_COPIES.values(), ids=OWN_COPIES)
+def test_a_copy_of_what_is_gone_is_none_of_itself(gone: int, copy: Callable[[int], object]) -> None:
+    error = error_of(lambda: copy(gone))
+    assert (error.code, error.address) == (IOReturn.kIOReturnVMError, gone)
+
+
+def test_what_is_gone_is_a_hole_of_a_copy(gone: int) -> None:
+    with iobmd.copy(kernel_task, gone, LARGE, unreadable="zero", wired=False) as buffer:
+        assert buffer.holes == [(0, LARGE)]
+
+
 @pytest.mark.needs("root")
 @pytest.mark.parametrize("name", ["flush", "store", "flush a concatenation"])
 def test_it_goes_away_in_the_middle(name: str) -> None:

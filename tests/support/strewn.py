@@ -6,7 +6,7 @@ from iobmd import IOReturn, IOReturnError, PhysicalSegment, Wiring, kIODirection
 
 
 class Strewn:
-    """As an `IOMemoryDescriptor` is to `IODMACommand`: its public methods, over a `bytearray`."""
+    """As an `IOMemoryDescriptor` is to `IODMACommand`: what that calls, over a `bytearray`."""
 
     def __init__(self, pieces: Iterable[tuple[int, int]], direction: int = int(kIODirectionInOut)) -> None:
         self.pieces = list(pieces)
@@ -20,6 +20,9 @@ class Strewn:
     def _open(self) -> None:
         if self.freed:
             raise IOReturnError(IOReturn.kIOReturnNotOpen, "released")
+
+    def _require_mapped(self) -> None:
+        self._open()
 
     @property
     def wiring(self) -> Wiring:
