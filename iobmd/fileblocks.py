@@ -34,11 +34,12 @@ class FileBlocks:
         self._size = 0
         self._batches: list[tuple[int, Mapping]] = []  # each with its offset in the file
         self._collapses = False
+        self._sealable = True  # but for a file of a tmpfs
 
     def create(self) -> int:
         """Return a new empty file. Raises OSError."""
         fd = shmem.create_huge(0, self.name)
-        self._collapses = fd < 0
+        self._collapses = self._sealable = fd < 0
         return os.memfd_create(self.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) if fd < 0 else fd
 
     def more(self, count: int, alignment: int) -> Places:  # noqa: ARG002 (the protocol's)
@@ -93,7 +94,7 @@ class FileBlocks:
             if excess:
                 extents[-1] = Extent(last.offset, last.length - excess)
                 memory.punch(self._fd, sum(extents[-1]), excess)
-        with contextlib.suppress(OSError):  # a file of a tmpfs cannot be sealed
+        if self._sealable:
             shmem.seal(self._fd)
         fd, self._fd = self._fd, -1
         page = self.block if self.immovable else PAGE_SIZE

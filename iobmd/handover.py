@@ -205,9 +205,9 @@ def share(buffer: IOBufferMemoryDescriptor, socket: sockets.socket | None = None
 
     Notes
     -----
-    By a descriptor (unix(7), SCM_RIGHTS). Memory of a memfd is sealed, so that nobody can cut it away; memory in huge
-    pages (2 MiB and more, as root) is not: hand it to processes that you trust. `attach` refuses such memory from
-    other users than root and its own.
+    By a descriptor (unix(7), SCM_RIGHTS). Memory of a memfd is sealed, so that nobody can cut it away. Memory in huge
+    pages of a tmpfs is not (as root: 2 MiB and more, and contiguous or masked memory above a page): hand it to
+    processes that you trust. `attach` refuses such memory from other users than root and its own.
     """
     shared = buffer._memory().shared
     if shared is None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iobmd import host
+from iobmd.constants import IOReturn
+from iobmd.errors import IOReturnError
 from iobmd.fileblocks import FileBlocks
 from iobmd.shmem import NAME
 
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from iobmd.host import HugePool
 
 _MFD_HUGE_SHIFT = 26
+_PATIENCE = 10.0  # seconds for another process, which holds the lock while the kernel gathers pages and clears them
+_PAUSE = 0.02
 
 
 class PoolBlocks(FileBlocks):
@@ -54,7 +59,7 @@ class PoolBlocks(FileBlocks):
         directory = Path(self._pool.directory)
         setting = directory / "nr_hugepages"
         with setting.open() as one_at_a_time:  # of all threads and processes, or one restores what another raised
-            fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
+            _lock(one_at_a_time.fileno(), setting)
             before = _persistent(directory)
             missing = max(0, count - self._available())
             try:
@@ -69,6 +74,37 @@ class PoolBlocks(FileBlocks):
 
     def _available(self) -> int:
         return next((pool.available for pool in host.hugetlb_pools() if pool.size == self.block), 0)
+
+
+def _lock(opened: int, setting: Path) -> None:
+    """Lock a setting, which every user may: it is not waited for without end. Raises `kIOReturnBusy`."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise _locked(opened, setting) from None
+            time.sleep(_PAUSE)
+        else:
+            return
+
+
+def _locked(opened: int, setting: Path) -> IOReturnError:
+    status = os.fstat(opened)
+    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    holders = []
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/locks").read_text().splitlines():  # proc_locks(5)
+            fields = line.split()
+            if fields[1:2] == ["FLOCK"] and fields[5] == place:
+                holders.append(f"process {fields[4]}")
+    who = " and ".join(holders) or "another process"
+    message = (
+        f"{who} has had {setting} locked for {_PATIENCE:.0f} s: the pool cannot be raised; end that process, or "
+        "leave reserve=True out"
+    )
+    return IOReturnError(IOReturn.kIOReturnBusy, message)
 
 
 def _persistent(directory: Path) -> int:

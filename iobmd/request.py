@@ -24,6 +24,8 @@ _PURGEABLE = int(IOOptionBits.kIOMemoryPurgeable)
 _SHARED = int(IOOptionBits.kIOMemoryKernelUserShared)
 _KNOWN = CACHE_MASK | sum({int(option) for option in IOOptionBits})
 
+_MOST = (1 << 63) - 2 * PAGE_SIZE  # bytes of a file (off_t), less what rounding and a trailer add
+
 _CONTIGUOUS = int(IOOptionBits.kIOMemoryPhysicallyContiguous | IOOptionBits.kIOMemoryHostPhysicallyContiguous)
 
 _OF_NEW_MEMORY = _CONTIGUOUS | _PAGEABLE | _PURGEABLE
@@ -100,7 +102,7 @@ def check(
         raise _bad(f"alignment {alignment} is not a power of two")
     if not 0 <= physical_mask < 1 << 64:
         raise _bad(f"physical mask {physical_mask:#x} is not a 64-bit mask")
-    if capacity + alignment > 1 << 63:
+    if capacity + alignment > _MOST:
         raise _bad(f"size {capacity:#x} with alignment {alignment:#x} exceeds every address space")
     _check_options(options)
     if guarded:

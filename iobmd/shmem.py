@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 NAME = "iobmd"
 """Of objects, as /proc/PID/maps shows them, where no tag says more."""
 
-# linux/fcntl.h: without them a process that has the descriptor could cut the memory away under the others.
-_F_ADD_SEALS, F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 0x2, 0x4
+# linux/fcntl.h: without them a process that has the descriptor could cut the memory away under the others, or, by
+# F_SEAL_FUTURE_WRITE, keep its owner from mapping it again.
+_F_ADD_SEALS, _F_SEAL_SEAL, F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 0x1, 0x2, 0x4
 
 
 class Extent(NamedTuple):
@@ -208,8 +209,8 @@ def create_memfd(size: int, name: str = NAME) -> int:
 
 
 def seal(fd: int) -> None:
-    """Seal the size of a memfd, so that no process can truncate it. Raises OSError, for files of a tmpfs too."""
-    fcntl.fcntl(fd, _F_ADD_SEALS, F_SEAL_SHRINK | _F_SEAL_GROW)
+    """Seal the size of a memfd, so that no process can truncate it, and its seals. Raises OSError."""
+    fcntl.fcntl(fd, _F_ADD_SEALS, F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_SEAL)
 
 
 _numbers = itertools.count()
@@ -218,7 +219,10 @@ _huge = own.Kept(lambda: tmpfs.mount({"huge": "within_size", "size": "0", "nr_in
 
 
 def create_huge(size: int, name: str = NAME) -> int:
-    """Return a file of `size` bytes in huge pages, as far as there are any; -1 where none can be made."""
+    """Return a file of `size` bytes in huge pages, as far as there are any; -1 where none can be made.
+
+    Such a file cannot be sealed: whoever has a descriptor of it may truncate it.
+    """
     try:
         name = f"{name}-{next(_numbers)}"
         fd = os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=_huge.open())

@@ -245,7 +245,8 @@ class IODMACommand:
         if offset >= transfer.length:
             message = f"offset {offset} is at the end of the {transfer.length} bytes prepared"
             raise IOReturnError(IOReturn.kIOReturnOverrun, message)
-        return list(itertools.islice(transfer.segments(offset), numSegments))
+        most = None if numSegments is None else min(numSegments, transfer.length)  # each has a byte at least
+        return list(itertools.islice(transfer.segments(offset), most))
 
     def synchronize(self, direction: int, forceDoubleBuffer: bool = False) -> None:
         """Copy between the memory and its bounce buffers; nothing where there are none.

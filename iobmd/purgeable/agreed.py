@@ -55,7 +55,7 @@ class AgreedState:
         self._object = shared
         self._size = shared.size
         _open.add(self)
-        if not self._word():
+        if not self._stored():
             self._set(NON_VOLATILE)
 
     def current(self) -> int:
@@ -199,8 +199,16 @@ class AgreedState:
         return self._object.fd.fileno()
 
     def _word(self) -> int:
-        (word,) = _WORD.unpack(os.pread(self._fd, _WORD.size, self._size))
-        return int(word)
+        """Return the word; one that iobmd never writes, as a peer may, counts as that of memory that was taken."""
+        word = self._stored()
+        return word if word & _STATE in (NON_VOLATILE, VOLATILE, EMPTY) else word & ~_STATE | EMPTY
+
+    def _stored(self) -> int:
+        stored = os.pread(self._fd, _WORD.size, self._size)
+        if len(stored) < _WORD.size:
+            message = "another process has truncated this shared memory: its purgeable state is lost"
+            raise IOReturnError(IOReturn.kIOReturnVMError, message)
+        return int(_WORD.unpack(stored)[0])
 
     def _set(self, word: int) -> None:
         os.pwrite(self._fd, _WORD.pack(word), self._size)

@@ -99,8 +99,11 @@ def _descriptors(*, shared_only: bool) -> list[Descriptor]:
 
 def _volatile(*, shared_only: bool, wait: bool) -> list[tuple[Candidate, Descriptor]]:
     """Return what is volatile, in the order it is to be taken."""
-    known = _descriptors(shared_only=shared_only)
-    found = [(candidate, one) for one in known if (candidate := one._candidate(wait=wait))]
+    found: list[tuple[Candidate, Descriptor]] = []
+    for one in _descriptors(shared_only=shared_only):
+        with contextlib.suppress(OSError):  # a peer has truncated it: that keeps no other memory from being taken
+            if candidate := one._candidate(wait=wait):
+                found.append((candidate, one))
     return sorted(found, key=lambda pair: pair[0].order.key)
 
 

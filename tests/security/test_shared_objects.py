@@ -1,0 +1,172 @@
+"""A process that was given shared memory, and turns against the one that gave it."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from support.child import NOBODY, in_child
+from support.kernel import PAGE
+
+import iobmd
+from iobmd import IOPurgeable, IOReturn, IOReturnError, host, hugetlb
+
+MIB = 1 << 20
+F_ADD_SEALS, F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_WRITE, F_SEAL_FUTURE_WRITE = 1033, 0x2, 0x4, 0x8, 0x10
+SHARED_PAGEABLE_PURGEABLE, SCM_CREDENTIALS = 0x10060, 2
+KEEP, NON_VOLATILE, VOLATILE, EMPTY = (
+    IOPurgeable.kIOMemoryPurgeableKeepCurrent,
+    IOPurgeable.kIOMemoryPurgeableNonVolatile,
+    IOPurgeable.kIOMemoryPurgeableVolatile,
+    IOPurgeable.kIOMemoryPurgeableEmpty,
+)
+
+
+@contextlib.contextmanager
+def given(buffer: iobmd.IOBufferMemoryDescriptor) -> Iterator[int]:
+    """The descriptor of a buffer's memory that a peer gets."""
+    here, there = socket.socketpair()
+    with here, there:
+        iobmd.share(buffer, here).close()
+        _data, fds, _flags, _address = socket.recv_fds(there, 4096, 1)
+        yield fds[0]
+        os.close(fds[0])
+
+
+@contextlib.contextmanager
+def attached(fd: int, size: int) -> Iterator[iobmd.IOBufferMemoryDescriptor]:
+    """Purgeable memory of a peer of the same user, which is trusted: nothing need be sealed."""
+    text = json.dumps([SHARED_PAGEABLE_PURGEABLE, size, size, [[0, size]], PAGE]).encode()
+    here, there = socket.socketpair()
+    with here, there:
+        header = struct.pack("=6sxxI", b"iobmd1", len(text))
+        rights = socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", fd)
+        sender = struct.pack("=iII", os.getpid(), os.geteuid(), os.getegid())
+        here.sendmsg([header], [rights, (socket.SOL_SOCKET, SCM_CREDENTIALS, sender)])
+        here.sendall(text)
+        with iobmd.attach(there) as buffer:
+            yield buffer
+
+
+@contextlib.contextmanager
+def memfd(size: int) -> Iterator[int]:
+    fd = os.memfd_create("peer")
+    os.ftruncate(fd, size)
+    yield fd
+    os.close(fd)
+
+
+@pytest.mark.parametrize("seal", [F_SEAL_FUTURE_WRITE, F_SEAL_WRITE, F_SEAL_SHRINK, F_SEAL_GROW])
+@pytest.mark.parametrize("size", [PAGE, 64 << 10, 4 * MIB])
+def test_a_recipient_cannot_seal_the_memory(size: int, seal: int) -> None:
+    """F_SEAL_FUTURE_WRITE kept the owner from mapping its memory again."""
+    with iobmd.allocate(size, wired=False, shared=True) as buffer, given(buffer) as fd:
+        with pytest.raises(PermissionError):
+            fcntl.fcntl(fd, F_ADD_SEALS, seal)
+        with buffer.map(0x04000000) as further, memoryview(further) as view:
+            view[:3] = b"own"
+        assert buffer.readBytes(0, 3) == b"own"
+
+
+@pytest.mark.needs("collapse")
+def test_a_recipient_cannot_seal_contiguous_memory() -> None:
+    """An ordinary user's is in a memfd."""
+
+    def check() -> None:
+        with iobmd.allocate(2 * MIB, shared=True, contiguous=True) as buffer, given(buffer) as fd:
+            for seal in (F_SEAL_FUTURE_WRITE, F_SEAL_SHRINK):
+                with pytest.raises(PermissionError):
+                    fcntl.fcntl(fd, F_ADD_SEALS, seal)
+            with pytest.raises(PermissionError):
+                os.ftruncate(fd, 0)
+
+    in_child(check, uid=NOBODY)
+
+
+@pytest.mark.parametrize("word", [*range(0x20), (1 << 64) - 1, 0xFFF0, 1 << 63])
+def test_every_state_word(word: int) -> None:
+    """A peer may write any; 7 and 15 raised KeyError."""
+    size = 4 * PAGE
+    with memfd(size + PAGE) as fd, attached(fd, size) as buffer:
+        buffer.writeBytes(0, b"content")
+        os.pwrite(fd, struct.pack("=Q", word), size)
+        state = word & 0xF
+        expected = state if state in (NON_VOLATILE, VOLATILE) and not word & 0x10 else EMPTY
+        assert buffer.setPurgeable(KEEP) == expected
+        iobmd.purge()
+        assert buffer.setPurgeable(NON_VOLATILE) in (NON_VOLATILE, EMPTY)
+        assert buffer.setPurgeable(KEEP) is NON_VOLATILE
+        buffer.writeBytes(0, b"content")
+        assert buffer.readBytes(0, 7) == b"content"
+
+
+def test_truncated_memory_keeps_no_other_from_being_taken() -> None:
+    """The thread that takes memory under pressure died of a struct.error."""
+    size = 16 * PAGE
+    with (
+        memfd(size + PAGE) as fd,
+        attached(fd, size) as buffer,
+        iobmd.allocate(MIB, wired=False, shared=True, purgeable=True) as other,
+    ):
+        buffer.setPurgeable(VOLATILE)
+        os.ftruncate(fd, 0)
+        other.writeBytes(0, b"x" * MIB)
+        with given(other) as seen:
+            allocated = os.fstat(seen).st_blocks * 512
+            other.setPurgeable(VOLATILE)
+            time.sleep(0.6)  # two looks of the thread
+            assert any(thread.name == "iobmd-purger" for thread in threading.enumerate())
+            iobmd.purge()
+            assert os.fstat(seen).st_blocks * 512 <= allocated - MIB
+        change = buffer.setPurgeable
+        for action in (partial(change, NON_VOLATILE), partial(change, KEEP), buffer.prepare):
+            with pytest.raises(IOReturnError) as caught:
+                action()
+            assert caught.value.code == IOReturn.kIOReturnVMError
+            assert "truncated" in str(caught.value)
+
+
+@pytest.mark.needs("hugetlb")
+def test_the_lock_of_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every user may lock the setting, and `policy(reserve=True)` waited for it without end."""
+    monkeypatch.setattr(hugetlb, "_PATIENCE", 0.3)
+    pool = host.hugetlb_pools()[0]
+    setting = Path(pool.directory) / "nr_hugepages"
+    locked, lock = os.pipe()
+    released, release = os.pipe()
+
+    def hold() -> None:
+        with setting.open() as opened:
+            fcntl.flock(opened, fcntl.LOCK_SH)
+            os.write(lock, str(os.getpid()).encode())
+            os.set_blocking(released, False)
+            deadline = time.monotonic() + 5
+            while time.monotonic() < deadline:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(released, 1)
+                    break
+                time.sleep(0.01)
+
+    holder = threading.Thread(target=partial(in_child, hold, uid=NOBODY))
+    holder.start()
+    try:
+        pid = os.read(locked, 20).decode()
+        with contextlib.closing(hugetlb.PoolBlocks(pool, reserve=True)) as blocks:
+            before = time.monotonic()
+            with pytest.raises(IOReturnError, match=rf"process {pid}\b.*nr_hugepages") as caught:
+                blocks.more(1, pool.size)
+        assert caught.value.code == IOReturn.kIOReturnBusy
+        assert time.monotonic() - before < 3
+    finally:
+        os.write(release, b".")
+        holder.join()
+        for end in (locked, lock, released, release):
+            os.close(end)
