@@ -160,8 +160,8 @@ def hold(Job job, leftover):
     """Return, in the job, when its caller is through, or it is cancelled.
 
     If this process is killed during that, whichever thread holds the GIL, the remains in the other task are
-    taken away without Python: `leftover` is the task, its pidfd or -1, a process made by a guest, the guest, its number there, the
-    address of a system call instruction, and the options to trace the task with.
+    taken away without Python: `leftover` is the task, its pidfd or -1, a process made by a guest, the guest, its
+    number there, the address of a system call instruction, and the options to trace the task with.
     """
     cdef iobmd_leftover left
     left.task, left.pidfd, left.child, left.guest, left.guest_there, left.instruction, left.options = leftover

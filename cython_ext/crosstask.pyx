@@ -619,8 +619,9 @@ cdef class Attempt:
 
     cdef iobmd_attempt *job
 
-    def __cinit__(self, ranges, *, int task=0, int pidfd=-1, int file=-1, bint write=False, paths=(), uint64_t inode=0,
-                  uint64_t device=0, ours=None, bint count=False, size_t page=0, bint fresh=False, bint holes=True):
+    def __cinit__(self, ranges, *, int task=0, int pidfd=-1, int file=-1, bint write=False, paths=(),
+                  uint64_t inode=0, uint64_t device=0, ours=None, bint count=False, size_t page=0, bint fresh=False,
+                  bint holes=True):
         cdef bytes joined = b"".join([path + b"\0" for path in paths]) + b"\0" if paths else b""
         cdef size_t length, room = IOBMD_BOUNCE if ours is not None else 0
         cdef uint64_t at
