@@ -28,7 +28,7 @@ fuzz: $(READY)
 # The extensions under the address sanitizer. Left out by default: tests of whole address spaces, in which the
 # sanitizer's own takes minutes to walk, and those that look for memory, which are long with it.
 ASAN_TESTS := $(patsubst %,tests/kernel/test_%.py,buffer cache cache_modes copies dma dma_segments mapping pinning \
-    segments shared task withcopy) tests/remote/test_freeze.py
+    segments shared task withcopy) tests/remote/test_freeze.py $(FUZZ_TESTS)
 test-asan:
 	tools/asan "$(PYTHON)" build/asan $(or $(PYTEST_ARGS),$(ASAN_TESTS))
 

@@ -97,7 +97,10 @@ cdef class RunTable:
         cdef Run *ours
         cdef Run *theirs
         cdef RunTable longer
-        if self.count == other.count and not memcmp(self.runs, other.runs, self.count * sizeof(Run)):
+        # Without runs there is no memory, and memcmp(3) wants some.
+        if self.count == other.count and (
+            not self.count or not memcmp(self.runs, other.runs, self.count * sizeof(Run))
+        ):
             return None
         for index in range(min(self.count, other.count)):
             ours, theirs = &self.runs[index], &other.runs[index]
