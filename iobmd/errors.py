@@ -123,7 +123,7 @@ class NotReadyError(IOReturnError, code=IOReturn.kIOReturnNotReady):
 
 
 class BusyError(IOReturnError, BufferError, code=IOReturn.kIOReturnBusy):
-    """Still in use: prepared, or a `memoryview` of it is alive."""
+    """Still in use: prepared, or a `memoryview` of it is alive; or a task keeps moving its memory."""
 
 
 class NotOpenError(IOReturnError, ValueError, code=IOReturn.kIOReturnNotOpen):

@@ -10,6 +10,8 @@ from typing import NamedTuple, TextIO
 
 from iobmd import pidns
 from iobmd._native import maps as native
+from iobmd.constants import IOReturn
+from iobmd.errors import IOReturnError
 from iobmd.pidns import directory
 
 HUGE = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Private_Hugetlb", "Shared_Hugetlb")
@@ -59,16 +61,64 @@ def _unescaped(area: VMA) -> VMA:
     return area._replace(name=re.sub(_ESCAPE, lambda match: chr(int(match[1], 8)), area.name))
 
 
+_FEW = 256
+"""Areas that are read before those of the task are counted: most tasks have fewer."""
+_MANY = 1 << 20
+"""Areas that are counted at most."""
+
+
+class _Limit:
+    """How many areas of a task are read, so that it cannot have them read without end.
+
+    /proc/PID/maps is generated as it is read, ascending by address: a task that keeps moving its areas upwards, past
+    the place that is read, is never at its end. So after the first few areas all are counted, at once, which takes a
+    microsecond each and is faster than they can be moved, and twice as many are read: a task that grows while it is
+    read has less.
+    """
+
+    def __init__(self, pid: int | str) -> None:
+        self._pid = pid
+        self._seen = 0
+        self._most = _FEW
+        self._counted = False
+
+    def add(self, areas: int) -> None:
+        """Count areas that were read. Raises `kIOReturnBusy`: they are too many."""
+        self._seen += areas
+        if self._seen > self._most and not self._counted:
+            self._counted = True
+            self._most += 2 * self._count()
+        if self._seen > self._most:
+            message = (
+                f"process {self._pid} keeps moving its memory: {self._seen} areas were found, and it had "
+                f"{(self._most - _FEW) // 2} shortly before. Stop it while it is read (kill -STOP)"
+            )
+            raise IOReturnError(IOReturn.kIOReturnBusy, message, errno.EBUSY)
+
+    def _count(self) -> int:
+        count = 0
+        with open(memory_file(self._pid, "maps"), "rb", buffering=0) as file:
+            while count < _MANY and (text := file.read(1 << 16)):
+                count += text.count(b"\n")
+        return count
+
+
 def maps(pid: int | str = "self") -> Iterator[VMA]:
-    """Iterate over /proc/PID/maps, ascending by address."""
+    """Iterate over /proc/PID/maps, ascending by address. Raises as `areas`."""
+    for text in maps_text(pid):
+        yield from _parse(text)
+
+
+def maps_text(pid: int | str = "self") -> Iterator[bytes]:
+    """Iterate over the text of /proc/PID/maps, by whole lines. Raises as `areas`."""
     with open(memory_file(pid, "maps"), "rb", buffering=0) as file:
-        for text in _whole_lines(file.fileno()):
-            yield from _parse(text)
+        yield from _whole_lines(file.fileno(), _Limit(pid))
 
 
-def _whole_lines(fd: int) -> Iterator[bytes]:
+def _whole_lines(fd: int, limit: _Limit) -> Iterator[bytes]:
     rest = b""
     while text := os.read(fd, 1 << 16):
+        limit.add(text.count(b"\n"))
         whole, newline, rest = (rest + text).rpartition(b"\n")
         yield whole + newline
 
@@ -88,6 +138,8 @@ def areas(pid: int | str, start: int, end: int) -> Iterator[VMA]:
     OSError
         `ENOENT`, `ESRCH`: the process, or its memory, is gone (also for a kernel thread); `EACCES`: it may not be
         read; `EMFILE`, `ENFILE`.
+    IOReturnError
+        `kIOReturnBusy`: more than twice as many areas were found as the process has, for it keeps moving them.
 
     Notes
     -----
@@ -95,29 +147,31 @@ def areas(pid: int | str, start: int, end: int) -> Iterator[VMA]:
     /proc/PID/maps is read up to `end`. Areas that change concurrently are seen before or after the change.
     """
     path = f"{directory(pid)}/maps"
+    limit = _Limit(pid)
     try:
-        yield from _areas(path, start, end)
+        yield from _areas(path, start, end, limit)
     except ProcessLookupError:
         # The main thread may have exited before others; to look first would take longer than all the rest.
         other = memory_file(pid, "maps")
         if other == path:
             raise
-        yield from _areas(other, start, end)
+        yield from _areas(other, start, end, limit)
 
 
-def _areas(path: str, start: int, end: int) -> Iterator[VMA]:
+def _areas(path: str, start: int, end: int, limit: _Limit) -> Iterator[VMA]:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         while start < end <= USER_END:
             found = _queried(fd, start, end)
             if found is None:
                 break
+            limit.add(len(found))
             yield from map(VMA._make, found)
             if len(found) < _BATCH:
                 return
             start = found[-1][1]
         if start < end:
-            yield from _searched(fd, start, end)
+            yield from _searched(fd, start, end, limit)
     finally:
         os.close(fd)
 
@@ -132,10 +186,10 @@ def _queried(fd: int, start: int, end: int) -> list[tuple[int, int, str, int, in
         return None
 
 
-def _searched(fd: int, start: int, end: int) -> Iterator[VMA]:
+def _searched(fd: int, start: int, end: int, limit: _Limit) -> Iterator[VMA]:
     """Read maps from its beginning to the first area at `end` or above."""
     text = b""
-    for text in _whole_lines(fd):
+    for text in _whole_lines(fd, limit):
         yield from _parse(text, start, end)
         last = text[text.rfind(b"\n", 0, -1) + 1 :]
         if int(last.partition(b"-")[0] or b"0", 16) >= end:
@@ -160,8 +214,12 @@ class Details(NamedTuple):
 
 
 def details(pid: int | str = "self") -> Iterator[Details]:
-    """Iterate over /proc/PID/smaps, ascending by address. For each area the kernel walks through all of its pages."""
+    """Iterate over /proc/PID/smaps, ascending by address. For each area the kernel walks through all of its pages.
+
+    Raises as `areas`.
+    """
     rest = b""
+    limit = _Limit(pid)
     with open(memory_file(pid, "smaps"), "rb", buffering=0) as file:
         while text := file.read(1 << 16):
             # The flags are the last line of an area: names have no newline in them.
@@ -171,7 +229,9 @@ def details(pid: int | str = "self") -> Iterator[Details]:
                 rest += text
                 continue
             rest = behind
-            for found, counters, words in native.parse_details(before + flags + line + newline):
+            parsed = native.parse_details(before + flags + line + newline)
+            limit.add(len(parsed))
+            for found, counters, words in parsed:
                 area = VMA._make(found)
                 yield Details(_unescaped(area) if "\\" in area.name else area, counters, words)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple, Self
 from iobmd import host, pidns, procfs, refusals
 from iobmd._native import frames as native
 from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError, NotFoundError, NotPermittedError, UnsupportedError
+from iobmd.errors import BusyError, IOReturnError, NotFoundError, NotPermittedError, UnsupportedError
 from iobmd.host import cgroup
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.span import Run, runs
@@ -202,8 +202,8 @@ def users(
     progress : callable, optional
         Called with the number of processes scanned and that of all.
     refused : callable, optional
-        Called with the pid of each process that may not be looked at, which is passed over, and the error that says
-        why.
+        Called with the pid of each process that may not be inspected, which is passed over, and the error that says
+        why; also of a process that keeps moving its memory (`kIOReturnBusy`), of which only a part was searched.
 
     Raises
     ------
@@ -226,7 +226,7 @@ def users(
             progress(index, len(pids))
         try:
             yield from _uses(pid, physical, physical + length)
-        except NotPermittedError as error:
+        except (NotPermittedError, BusyError) as error:
             if refused:
                 refused(pid, error)
         except (NotFoundError, UnsupportedError):  # it is gone, or a kernel thread

@@ -103,7 +103,8 @@ def spans(target: Target, address: int | None = None, size: int | None = None) -
     ------
     IOReturnError
         `kIOReturnNotPermitted`, `kIOReturnNotFound` (also: the task exited meanwhile), `kIOReturnBadArgument`,
-        `kIOReturnUnsupported` (a kernel thread).
+        `kIOReturnUnsupported` (a kernel thread), `kIOReturnBusy` (a task that moves its memory upwards faster than it
+        is read: of all of it, twice as many areas are read as it had shortly after the start).
 
     Notes
     -----

@@ -9,8 +9,7 @@ from typing import NamedTuple, TypeVar
 
 from iobmd import host
 from iobmd.cli.printable import printable
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import BusyError, IOReturnError, NotFoundError
 from iobmd.pagemap.area import Area, areas, is_bearable
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.target import Where, name_of, resolve
@@ -135,16 +134,17 @@ class Look:
         return ordered(((key(area), write(area)) for area in areas), backwards=backwards)
 
     def until_gone(self, found: Iterable[_T]) -> Iterator[_T]:
-        """Iterate until the task is gone, so that what was begun can be ended; `require_task` then says so."""
+        """Iterate until the task is gone, or keeps moving its memory; what was begun can be ended.
+
+        `require_task` then raises the error.
+        """
         try:
             yield from found
-        except IOReturnError as error:
-            if error.code != IOReturn.kIOReturnNotFound:
-                raise
+        except (NotFoundError, BusyError) as error:
             self._gone = error
 
     def require_task(self) -> None:
-        """Raise what `until_gone` kept back."""
+        """Raise the error that ended `until_gone`."""
         if self._gone:
             raise self._gone
 

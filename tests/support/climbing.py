@@ -1,0 +1,59 @@
+"""A target that moves areas upwards when it is told to: those that were read to above those that were not.
+
+The areas that a program reads then have no end, however slowly it reads. The script runs with the system's modules.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Self
+
+_PROGRAM = """
+import ctypes, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
+libc.mmap.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long
+libc.mremap.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p
+PAGE, AREAS = 4096, int(sys.argv[1])
+lowest = top = 1 << 40  # below libraries and stacks, and above the heap
+for _ in range(AREAS):  # with a gap behind each, for the kernel would join them
+    assert libc.mmap(top, PAGE, 3, 0x100022, -1, 0) == top  # private, anonymous, at this place
+    ctypes.memset(top, 1, PAGE)
+    top += 2 * PAGE
+print(AREAS, flush=True)
+for line in sys.stdin:
+    for _ in range(int(line)):
+        assert libc.mremap(lowest, PAGE, PAGE, 3, top) == top  # may move, to this place
+        lowest, top = lowest + 2 * PAGE, top + 2 * PAGE
+    print(flush=True)
+"""
+
+
+class Climbing:
+    """The target, with 400 areas that climb. It ends with the `with`."""
+
+    def __init__(self, areas: int = 400) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-Ic", _PROGRAM, str(areas)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.pid = self._process.pid
+        self._answer()
+
+    def climb(self, areas: int = 4) -> None:
+        """Have the lowest areas moved above the highest."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{areas}\n")
+        self._process.stdin.flush()
+        self._answer()
+
+    def _answer(self) -> None:
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline(), "the target has ended"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._process.kill()
+        self._process.communicate()
