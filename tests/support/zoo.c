@@ -102,6 +102,9 @@ static void obey(char *line)
     } else if (!strcmp(verb, "flap")) {
         flapped.address = zoo[find(kind)].address + offset;
         flapped.size = size;
+        /* What was there before is gone once this is reported, also where the thread begins later. */
+        if (munmap(flapped.address, flapped.size))
+            die("flap");
         pthread_create(&thread, NULL, flap, NULL);
     } else if (!strcmp(verb, "leader-exit")) {
         pthread_create(&thread, NULL, wait_long, NULL);
