@@ -3,7 +3,7 @@
 
 A `Table` is a ring with the table of its registered buffers, a `Slot` one pin in it. Slots are taken and given back
 in C, between two steps of the interpreter: no thread, signal handler or garbage collection comes in between, so that
-no pin is lost and none is given back twice.
+no pin is lost and none is given back twice. A `Ring` is the descriptor of one.
 """
 
 cimport cython
@@ -18,6 +18,76 @@ from io_uring cimport (
 )
 
 
+cdef extern from "<pthread.h>" nogil:
+    int pthread_atfork(void (*prepare)(), void (*parent)(), void (*child)())
+
+cdef struct _Link:
+    int number
+    _Link *next
+
+cdef _Link *_open_rings = NULL
+
+
+cdef void _close_in_child() noexcept nogil:
+    cdef _Link *link = _open_rings
+    while link != NULL:
+        if link.number >= 0:
+            close(link.number)
+        link.number = -1
+        link = link.next
+
+
+# Also in a child that is forked in C, which Python does not learn of. vfork(2), clone(2) and posix_spawn(3) call no
+# handlers; what they start calls execve(2), which closes the rings.
+pthread_atfork(NULL, NULL, _close_in_child)
+
+
+@cython.final
+@cython.no_gc
+cdef class Ring:
+    """The descriptor of a ring. A forked child closes its copy, which would keep the pins alive."""
+
+    cdef _Link *_link
+
+    def __cinit__(self, int number):
+        """Take a descriptor over, also where this fails."""
+        global _open_rings
+        self._link = <_Link *>malloc(sizeof(_Link))
+        if self._link == NULL:
+            close(number)
+            raise MemoryError()
+        self._link.number, self._link.next = number, _open_rings
+        _open_rings = self._link
+
+    @property
+    def number(self):
+        """The number, -1 once it is closed."""
+        return self._link.number
+
+    def close(self):
+        """Close this process's descriptor of the ring: the pins end with the last one of any process. Idempotent."""
+        cdef int number = self._link.number
+        self._link.number = -1
+        if number >= 0:
+            with nogil:
+                close(number)
+
+    def __dealloc__(self):
+        global _open_rings
+        cdef _Link *before = _open_rings
+        if self._link == NULL:
+            return
+        if before == self._link:
+            _open_rings = self._link.next
+        else:
+            while before.next != self._link:
+                before = before.next
+            before.next = self._link.next
+        if self._link.number >= 0:
+            close(self._link.number)
+        free(self._link)
+
+
 cdef int _check(int result, str call) except -1:
     if result < 0:
         raise OSError(errno, f"{call}: {strerror(errno).decode()}")
@@ -29,8 +99,7 @@ cdef int _check(int result, str call) except -1:
 cdef class Table:
     """A ring, and which slots of its table are free."""
 
-    cdef readonly int ring
-    """Its descriptor, -1 once it is closed."""
+    cdef Ring _ring
     cdef readonly uint32_t slots
     cdef uint32_t *_free
     cdef uint32_t _count
@@ -39,7 +108,6 @@ cdef class Table:
         """Make a ring with a sparse table (IORING_RSRC_REGISTER_SPARSE, Linux 5.19); for one slot without (5.1)."""
         cdef uint32_t slot
         cdef int result
-        self.ring = -1
         self.slots = slots
         self._free = <uint32_t *>malloc(slots * sizeof(uint32_t))
         if not self._free:
@@ -49,26 +117,32 @@ cdef class Table:
         self._count = slots
         with nogil:
             result = iobmd_uring_setup(1)
-        self.ring = _check(result, "io_uring_setup")
+        self._ring = Ring(_check(result, "io_uring_setup"))
+        cdef int ring = self._ring._link.number
         if slots > 1:
             with nogil:
-                result = iobmd_uring_sparse(self.ring, slots)
+                result = iobmd_uring_sparse(ring, slots)
             _check(result, "io_uring_register")
+
+    @property
+    def ring(self):
+        """Its descriptor, -1 once it is closed."""
+        return self._ring._link.number
 
     def pin(self, uint64_t address, size_t size):
         """Pin a range of up to 1 GiB; returns its `Slot`, None when no slot is free."""
         if not self._count:
             return None
         cdef Slot slot = Slot.__new__(Slot)
-        cdef int result
+        cdef int result, ring = self._ring._link.number
         self._count -= 1
         slot._index = self._free[self._count]
         slot._table = self
         with nogil:
             if self.slots > 1:
-                result = iobmd_uring_update(self.ring, slot._index, address, size)
+                result = iobmd_uring_update(ring, slot._index, address, size)
             else:
-                result = iobmd_uring_register(self.ring, address, size)
+                result = iobmd_uring_register(ring, address, size)
         if result < 0:
             self._give_back(slot)
         _check(result, "io_uring_register")
@@ -81,16 +155,10 @@ cdef class Table:
         self._count += 1
 
     def close(self):
-        """Close this process's descriptor of the ring: the pins end with the last one of any process."""
-        cdef int ring = self.ring
-        self.ring = -1
-        if ring >= 0:
-            with nogil:
-                close(ring)
+        """Close the ring, as `Ring.close`."""
+        self._ring.close()
 
     def __dealloc__(self):
-        if self.ring >= 0:
-            close(self.ring)
         free(self._free)
 
 
@@ -105,14 +173,16 @@ cdef class Slot:
     def release(self):
         """Unpin; idempotent, and nothing where the table is closed (in a forked child)."""
         cdef Table table = self._table
+        cdef int ring
         self._table = None
-        if table is None or table.ring < 0:
+        if table is None or table._ring._link.number < 0:
             return
         if table.slots == 1:
             table.close()
             return
+        ring = table._ring._link.number
         with nogil:
-            iobmd_uring_update(table.ring, self._index, 0, 0)
+            iobmd_uring_update(ring, self._index, 0, 0)
         self._table = table
         table._give_back(self)
 

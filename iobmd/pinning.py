@@ -76,9 +76,7 @@ class _Pins:
             self._single = [table for table in self._single if table.ring >= 0]
 
     def forget(self) -> None:
-        """Close the rings without unpinning: in a forked child, whose parent goes on using them."""
-        for table in (*self._tables, *self._single):
-            table.close()
+        """Forget the rings in a forked child, which has closed its copies: its parent goes on using them."""
         self.__init__()  # type: ignore[misc]
 
 
@@ -112,7 +110,7 @@ class Pin:
     -----
     Registered buffers pin with FOLL_LONGTERM (io_uring_register(2), Linux 5.1). A pin may move a page once, out of
     a movable zone: addresses are read afterwards. It lasts until `release`, until this process exits, and as long
-    as any copy of the ring's descriptor is open: a child forked in C, without exec, keeps it alive.
+    as any copy of the ring's descriptor is open: a child that is forked, in Python or in C, closes its copies.
     """
 
     holds_frames = True

@@ -15,6 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 from iobmd import host, procfs
+from iobmd._native import uring
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NotFoundError, TaskTimeoutError
 from iobmd.units import PAGE_SIZE, format_size, round_up
@@ -49,7 +50,7 @@ class RemotePin:
     def __init__(self, task: Task, address: int, size: int) -> None:
         self._task = task
         self._range = address, address + size
-        self._ring = -1
+        self._ring: uring.Ring | None = None
         self._locked: list[tuple[int, int]] = []
         self._owner = os.getpid()
         try:
@@ -67,7 +68,7 @@ class RemotePin:
     @property
     def holds_frames(self) -> bool:
         """Whether they stay in their frames; else they stay in memory."""
-        return self._ring >= 0
+        return self._ring is not None
 
     def _pin(self, guest: Guest) -> None:
         address, end = self._range
@@ -83,7 +84,7 @@ class RemotePin:
         with self._faulting():
             arguments = ring, _REGISTER_BUFFERS, where, len(ends) - 1
             guest.call("io_uring_register", *arguments, deadline=self._deadline(address, end))
-        self._ring = guest.fetch(ring)
+        self._ring = uring.Ring(guest.fetch(ring))
 
     def _deadline(self, start: int, end: int) -> float:
         return time.monotonic() + _PATIENCE + (end - start) / _SLOWEST
@@ -141,9 +142,9 @@ class RemotePin:
         IOReturnError
             As `session.with_stopped`, where they were locked; they are then still.
         """
-        ring, self._ring = self._ring, -1
-        if ring >= 0:
-            os.close(ring)
+        ring, self._ring = self._ring, None
+        if ring:
+            ring.close()
         if self._locked and self._owner == os.getpid():
             with contextlib.suppress(NotFoundError):
                 if self._task.alive:

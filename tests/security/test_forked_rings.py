@@ -1,0 +1,81 @@
+"""A child that is forked while memory is pinned keeps no ring, and so no pin, whether Python knows of it or not."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support import kernel
+from support.child import die_with_parent
+from support.targets import need_ptrace
+from support.zoo import Zoo
+
+import iobmd
+from iobmd import IOMemoryDescriptor, Wiring
+
+FORKS: dict[str, Callable[[], int]] = {"Python": os.fork, "C": ctypes.CDLL(None).fork}
+
+
+@contextlib.contextmanager
+def child_of(fork: Callable[[], int]) -> Iterator[int]:
+    pid = fork()
+    if not pid:
+        die_with_parent()
+        while True:
+            signal.pause()
+    try:
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def rings(pid: int) -> int:
+    """How many rings a process has open."""
+    count = 0
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            count += "io_uring" in str(path.readlink())
+    return count
+
+
+def soon(condition: Callable[[], object]) -> bool:
+    """Whether it is so within two seconds: a child closes rings as it begins, a worker of the kernel unpins pages."""
+    deadline = time.monotonic() + 2
+    while not (met := bool(condition())) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return met
+
+
+@pytest.mark.parametrize("fork", FORKS.values(), ids=FORKS.keys())
+def test_of_this_process(fork: Callable[[], int]) -> None:
+    with iobmd.allocate(1 << 16) as buffer:
+        if buffer.wiring is not Wiring.PINNED:
+            pytest.skip("pages cannot be pinned here")
+        before = rings(os.getpid())
+        assert before
+        with child_of(fork) as pid:
+            assert soon(lambda: not rings(pid))
+        assert rings(os.getpid()) == before
+        assert buffer.wiring is Wiring.PINNED
+
+
+@pytest.mark.needs("compiler", "frames")
+@pytest.mark.parametrize("fork", FORKS.values(), ids=FORKS.keys())
+def test_of_another_task(fork: Callable[[], int], start_zoo: Callable[..., Zoo]) -> None:
+    """Its pages were pinned, and charged to it, until that child ended."""
+    need_ptrace()
+    zoo = start_zoo()
+    address, size = zoo["anonymous"]
+    with IOMemoryDescriptor.withAddressRange(address, size, 3, zoo.pid) as memory:
+        memory.prepare()
+        assert memory.wiring is Wiring.PINNED
+        assert kernel.pinned(pid=zoo.pid)
+        with child_of(fork) as pid:
+            assert soon(lambda: not rings(pid))
+            memory.complete()
+            assert soon(lambda: not kernel.pinned(pid=zoo.pid))
