@@ -168,13 +168,14 @@ class Task:
         Afterwards it could not be told: memory may come to lie at the very addresses that it is to be a copy of. Of
         other tasks nothing is returned.
         """
-        if not size or self.pid != os.getpid() or crosstask.is_mapped(address, size, PAGE_SIZE):
+        end = min(address + size, ADDRESS_END - 1)  # the end of all addresses is no 64-bit number
+        if not size or self.pid != os.getpid() or crosstask.is_mapped(address, end - address, PAGE_SIZE):
             return ()
         try:
-            areas = [(area.start, area.end) for area in procfs.areas(self.pid, address, address + size)]
+            areas = [(area.start, area.end) for area in procfs.areas(self.pid, address, end)]
         except OSError:
             areas = []
-        return crosstask.Ranges(areas).outside(address, address + size)
+        return crosstask.Ranges(areas).outside(address, end)
 
     def readinto(self, address: int, buffer: Buffer, *, timeout: float = copying.TIMEOUT) -> int:
         """Fill the writable `buffer` from `address` on; return its size in bytes. Raises as `read`.

@@ -131,9 +131,7 @@ class AgreedState:
             self._lock(_PATIENCE if wait else 0)
             if self._word() & _PURGING:
                 self._drop()
-            word = self._word()
-            # Any process with a descriptor can write another state, which counts as non-volatile: no memory is taken.
-            yield word if word & _STATE in (VOLATILE, EMPTY) else word & ~_STATE | NON_VOLATILE
+            yield self._word()
         except OSError as error:
             if isinstance(error, IOReturnError):
                 raise
@@ -199,9 +197,12 @@ class AgreedState:
         return self._object.fd.fileno()
 
     def _word(self) -> int:
-        """Return the word; one that iobmd never writes, as a peer may, counts as that of memory that was taken."""
+        """Return the word.
+
+        Any process with a descriptor can write another state, which counts as non-volatile: no memory is taken.
+        """
         word = self._stored()
-        return word if word & _STATE in (NON_VOLATILE, VOLATILE, EMPTY) else word & ~_STATE | EMPTY
+        return word if word & _STATE in (VOLATILE, EMPTY) else word & ~_STATE | NON_VOLATILE
 
     def _stored(self) -> int:
         stored = os.pread(self._fd, _WORD.size, self._size)

@@ -99,7 +99,7 @@ def test_every_state_word(word: int) -> None:
         buffer.writeBytes(0, b"content")
         os.pwrite(fd, struct.pack("=Q", word), size)
         state = word & 0xF
-        expected = state if state in (NON_VOLATILE, VOLATILE) and not word & 0x10 else EMPTY
+        expected = EMPTY if word & 0x10 else state if state in (VOLATILE, EMPTY) else NON_VOLATILE
         assert buffer.setPurgeable(KEEP) == expected
         iobmd.purge()
         assert buffer.setPurgeable(NON_VOLATILE) in (NON_VOLATILE, EMPTY)
