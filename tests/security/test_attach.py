@@ -22,7 +22,7 @@ MIB = 1 << 20
 HUGE = 2 << 20
 F_ADD_SEALS, SEAL_SHRINK_AND_GROW = 1033, 6
 MFD_HUGETLB = 4
-SHARED_AND_PAGEABLE = 0x10020
+SHARED, SHARED_AND_PAGEABLE = 0x10000, 0x10020
 
 
 def memory(size: int, flags: int = 0) -> int:
@@ -149,3 +149,28 @@ def test_no_descriptor_is_left() -> None:
     for _ in range(3):
         attached(hostile(message([[0, 4096], [0, 4096]], 4096), partial(memory, 8192)), user=os.geteuid() or NOBODY)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.needs("root", "memory_cgroup")
+def test_wired_memory_that_does_not_fit(memory_cgroup: Callable[[int], Path]) -> None:
+    """A sparse object costs its peer nothing: filling all of it had the kernel kill the process that attached it."""
+    size, limit = 8 << 30, 256 * MIB
+    procs = memory_cgroup(limit)
+
+    def sparse(peer: socket.socket) -> None:
+        text = json.dumps([SHARED, size, size, [[0, size]], kernel.PAGE]).encode()
+        hostile(struct.pack("=6sxxI", b"iobmd1", len(text)) + text, lambda: memory(size))(peer)
+
+    def attacked() -> tuple[IOReturn | None, int]:
+        procs.write_text("0")
+        code = attached(sparse)
+        return code, kernel.status("VmRSS")
+
+    code, most = in_child(attacked)  # which the OOM killer would end
+    assert code == IOReturn.kIOReturnNoMemory
+    assert most < limit
+    assert attached(sparse_and_pageable(size)) is None, "pageable, it takes nothing"
+
+
+def sparse_and_pageable(size: int) -> Callable[[socket.socket], object]:
+    return hostile(message([[0, size]], size), lambda: memory(size))
