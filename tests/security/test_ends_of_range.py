@@ -89,6 +89,7 @@ def test_ranges_of_memory(offset: int, task: iobmd.Task | None) -> None:
 
 
 @pytest.mark.parametrize("number", OFFSETS, ids=hex)
+@pytest.mark.needs("frames")
 def test_numbers_of_dma_commands(number: int, memory: IOBufferMemoryDescriptor) -> None:
     for which in range(5):
         limits = [64, 0, 0, 0, 1]
