@@ -11,6 +11,7 @@ from iobmd.backing.anonymous import AnonymousBacking
 from iobmd.backing.elsewhere import RemoteBacking, UnmappedBacking
 from iobmd.backing.shared import SharedBacking
 from iobmd.purgeable.agreed import TRAILER
+from iobmd.remote.sharing import is_trusted
 from iobmd.shmem import SharedObject
 from iobmd.units import PAGE_SIZE, round_up
 from iobmd.wiring import Wiring
@@ -54,13 +55,12 @@ def _make(wanted: Request, contents: Contents | None) -> MappedBacking:
         )
     if wanted.wired or contents:  # wired memory is checked again once it is there, but not before it is looked for
         headroom.require(wanted.capacity, swappable=not wanted.wired)
+    sealed = wanted.task is not None and not wanted.here and not is_trusted(wanted.task)
     if wanted.want is None:
-        trailer = TRAILER if wanted.purgeable else 0
-        return _show(
-            SharedObject.create(round_up(wanted.capacity, PAGE_SIZE), trailer, wanted.name), wanted, contents
-        )
+        size, trailer = round_up(wanted.capacity, PAGE_SIZE), TRAILER if wanted.purgeable else 0
+        return _show(SharedObject.create(size, trailer, wanted.name, sealed=sealed), wanted, contents)
     for _attempt in range(contiguous.TRIES):
-        backing = _show(contiguous.obtain_shared(wanted.want, wanted.name), wanted, contents)
+        backing = _show(contiguous.obtain_shared(wanted.want, wanted.name, sealed=sealed), wanted, contents)
         try:
             if _is_as_wanted(backing, wanted.want):
                 return backing

@@ -120,13 +120,13 @@ def _require_visible(want: Want) -> bool:
     return hidden
 
 
-def obtain_shared(want: Want, name: str) -> SharedObject:
-    """Return a shared object, of that name, whose pages are as wanted. Raises as `obtain`."""
+def obtain_shared(want: Want, name: str, *, sealed: bool = False) -> SharedObject:
+    """Return a shared object, of that name, whose pages are as wanted, and with a sealed size. Raises as `obtain`."""
     hunt = _Hunt(want, Budget())
     why = _out_of_reach(want, hunt.budget)
     hidden = _require_visible(want)
     size = round_up(want.size, PAGE_SIZE)
-    for source in () if why else _shared_sources(name, may_reserve=hunt.budget.may_reserve):
+    for source in () if why else _shared_sources(name, sealed=sealed, may_reserve=hunt.budget.may_reserve):
         try:
             if chosen := hunt.run(source):
                 return source.share(chosen, want.alignment, size)
@@ -137,8 +137,10 @@ def obtain_shared(want: Want, name: str) -> SharedObject:
     raise _not_found(want, why or hunt.report())
 
 
-def _shared_sources(name: str, *, may_reserve: bool) -> Iterator[FileBlocks]:
-    yield FileBlocks(name=name)
+def _shared_sources(name: str, *, sealed: bool, may_reserve: bool) -> Iterator[FileBlocks]:
+    yield FileBlocks(name=name, sealed=sealed)
+    if sealed:  # of a pool's, pages that are freed in between can be lacking
+        return
     for pool in host.hugetlb_pools():
         yield PoolBlocks(pool, reserve=may_reserve, name=name)
 

@@ -21,14 +21,18 @@ if TYPE_CHECKING:
 
 
 class FileBlocks:
-    """Transparent huge pages of a file in a tmpfs; where there is none, of a memfd, which they are collapsed in."""
+    """Transparent huge pages of a file in a tmpfs; where there is none, of a memfd, which they are collapsed in.
+
+    With `sealed` it is a memfd, because the size of a file in a tmpfs cannot be sealed.
+    """
 
     immovable = False
     """The pages stay where they are without a pin."""
 
-    def __init__(self, block: int = HUGE_PAGE_SIZE, name: str = shmem.NAME) -> None:
+    def __init__(self, block: int = HUGE_PAGE_SIZE, name: str = shmem.NAME, *, sealed: bool = False) -> None:
         self.block = block
         self.name = name
+        self._is_sealed = sealed
         self.hidden = False
         self._fd = -1
         self._size = 0
@@ -38,7 +42,7 @@ class FileBlocks:
 
     def create(self) -> int:
         """Return a new empty file. Raises OSError."""
-        fd = shmem.create_huge(0, self.name)
+        fd = -1 if self._is_sealed else shmem.create_huge(0, self.name)
         self._collapses = self._sealable = fd < 0
         return os.memfd_create(self.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) if fd < 0 else fd
 

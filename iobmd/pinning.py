@@ -113,7 +113,7 @@ class Pin:
     as any copy of the ring's descriptor is open: a child that is forked, in Python or in C, closes its copies.
     """
 
-    holds_frames = True
+    holds_frames = holds_pages = True
 
     def __init__(self, address: int, size: int) -> None:
         self._slots: list[uring.Slot] = []

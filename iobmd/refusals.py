@@ -129,7 +129,7 @@ def within(pid: int, error: OSError, doing: str, size: int = 0) -> IOReturnError
             IOReturn.kIOReturnNoMemory,
             str(met or "its address space (RLIMIT_AS, vm.max_map_count) or the memory is exhausted"),
         ),
-        errno.EMFILE: (IOReturn.kIOReturnNoResources, "it has three file descriptors free for a moment no more"),
+        errno.EMFILE: (IOReturn.kIOReturnNoResources, "its RLIMIT_NOFILE is below 3"),
         errno.ENFILE: (IOReturn.kIOReturnNoResources, "the host has no file descriptor free"),
         errno.EPERM: (IOReturn.kIOReturnNotPermitted, _why_refused(pid)),
     }.get(number, (IOReturn.kIOReturnError, str(error)))

@@ -27,7 +27,7 @@ NAME = "iobmd"
 
 # linux/fcntl.h: without them a process that has the descriptor could cut the memory away under the others, or, by
 # F_SEAL_FUTURE_WRITE, keep its owner from mapping it again.
-_F_ADD_SEALS, _F_SEAL_SEAL, F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 0x1, 0x2, 0x4
+_F_ADD_SEALS, _F_GET_SEALS, _F_SEAL_SEAL, F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 1034, 0x1, 0x2, 0x4
 
 
 class Extent(NamedTuple):
@@ -84,8 +84,10 @@ class SharedObject:
         self.fd = own.Fd(fd, "this shared memory")  # last: until then it is the caller's
 
     @classmethod
-    def create(cls, size: int, trailer: int = 0, name: str = NAME) -> SharedObject:
+    def create(cls, size: int, trailer: int = 0, name: str = NAME, *, sealed: bool = False) -> SharedObject:
         """Make a zeroed object of `size` bytes, whole pages, and `trailer` bytes behind them.
+
+        With `sealed` nobody can truncate it: it is in no huge pages where the host has none for memfds.
 
         Raises
         ------
@@ -93,7 +95,7 @@ class SharedObject:
             `kIOReturnNoResources`: no descriptor is free. `kIOReturnNoMemory`.
         """
         try:
-            fd = -1 if trailer or size < HUGE_PAGE_SIZE else create_huge(size, name)
+            fd = -1 if sealed or trailer or size < HUGE_PAGE_SIZE else create_huge(size, name)
             return cls(create_memfd(size + trailer, name) if fd < 0 else fd, [Extent(0, size)])
         except OSError as error:
             raise refusals.own(error, f"cannot make a shared object of {format_size(size)}", size) from None
@@ -211,6 +213,18 @@ def create_memfd(size: int, name: str = NAME) -> int:
 def seal(fd: int) -> None:
     """Seal the size of a memfd, so that no process can truncate it, and its seals. Raises OSError."""
     fcntl.fcntl(fd, _F_ADD_SEALS, F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_SEAL)
+
+
+def why_unsafe(fd: int) -> str:
+    """Return why whoever has a descriptor, and a writable mapping, could take the memory away under others; ""."""
+    if tmpfs.hugetlb_page(fd):
+        # A page whose hole was punched comes from the pool again; when that is empty, the access is a SIGBUS.
+        return "free its hugetlb pages while they are in use"
+    try:
+        sealed = fcntl.fcntl(fd, _F_GET_SEALS) & F_SEAL_SHRINK
+    except OSError:
+        sealed = 0
+    return "" if sealed else "truncate it, because its size is not sealed"
 
 
 _numbers = itertools.count()

@@ -132,9 +132,9 @@ class RangeBacking(Pinned):
     def wiring(self) -> Wiring:
         """What we did to hold it; its task may have done more."""
         pin = self._pin  # once: another thread may release it
-        if pin is None:
-            return Wiring.PAGEABLE
-        return Wiring.PINNED if pin.holds_frames else Wiring.RESIDENT
+        if pin and pin.holds_frames:
+            return Wiring.PINNED
+        return Wiring.RESIDENT if pin and pin.holds_pages else Wiring.PAGEABLE
 
     def huge_bytes(self) -> int:
         """Count the bytes of its pages that huge pages map."""

@@ -15,7 +15,11 @@ class Pin(Protocol):
 
     @property
     def holds_frames(self) -> bool:
-        """Whether they stay in their frames; else they are only kept in memory."""
+        """Whether they stay in their frames."""
+
+    @property
+    def holds_pages(self) -> bool:
+        """Whether they stay in memory at all."""
 
     def release(self) -> None:
         """Let them go. Idempotent."""

@@ -2,8 +2,8 @@
 
 A call that a stopped thread of the task makes must never wait: it may wait for that very thread, as it does for the
 page faults that a task answers itself (userfaultfd(2)), and it cannot be taken out of the call. So the thread only
-makes a process that shares its memory and descriptors. That process does the rest while the task runs, and it alone
-is killed when a call does not return.
+makes a process that shares its memory. That process does the rest while the task runs, with descriptors of its own
+(`Guest.isolate`), and it alone is killed when a call does not return.
 
 It is made by clone(2) with CLONE_VM, executes nothing but the task's own system call instruction, and is traced from
 its first moment, then with PTRACE_O_EXITKILL: it dies with its tracer. The task gets no signal for it, and is made to
@@ -22,14 +22,19 @@ from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.remote import tracing
 from iobmd.remote.tracee import InterruptedJob, NotStopped, Tracee
+from iobmd.task import Task
 
 if TYPE_CHECKING:
     from iobmd.remote.stop import Stop
-    from iobmd.task import Task
 
 _CLONE_VM, CLONE_FS, CLONE_FILES = 0x100, 0x200, 0x400
+_UNSHARE, _LAST_DESCRIPTOR = 2, 0xFFFFFFFF
 NO_STACK = 8  # nothing is mapped there: released by a tracer that died, it ends at its first instruction
-_PATIENCE = 5.0  # seconds for a process that was killed to be dead, and for its first stop
+PATIENCE = 5.0  # seconds for a process that was killed to be dead, and for its first stop
+
+
+class NoProcess(OSError):  # noqa: N818 (there may be another way)
+    """The task can have no more processes."""
 
 
 class Guest(Tracee):
@@ -43,15 +48,36 @@ class Guest(Tracee):
         self._is_stuck = False
 
     def make(self, stop: Stop) -> None:
-        """Make it in a thread that is ready for system calls. Raises OSError: the task can have no more processes."""
+        """Make it in a thread that is ready for system calls. Raises NoProcess."""
         try:
             self.pid_there = stop.call("clone", _CLONE_VM | CLONE_FS | CLONE_FILES, NO_STACK, 0, 0, 0)
+        except OSError as error:
+            if isinstance(error, IOReturnError):
+                raise
+            raise NoProcess(*error.args) from None
         finally:
             self._pid = self._tid = stop.child
         if not self._pid:
             message = f"task {self.task.pid} made a process that this one does not see"
             raise IOReturnError(IOReturn.kIOReturnError, message)
         self.gadget, self.options = stop.gadget, stop.options | tracing.O_EXITKILL
+
+    def isolate(self) -> None:
+        """Give it an empty descriptor table of its own, out of reach for the threads of its task.
+
+        Nothing of the task's is closed or copied by that (CLOSE_RANGE_UNSHARE, Linux 5.9).
+        """
+        self.call("close_range", 0, _LAST_DESCRIPTOR, _UNSHARE)
+
+    def write(self, address: int, data: bytes) -> None:
+        """Copy bytes to its memory, which is not its task's any more once that runs another program (execve(2)).
+
+        Raises as `Task.write`: its task can have unmapped it.
+        """
+        memory = Task(self._pid)
+        if tracing.stopped_for(self._tid) is None:  # else the number was its own when the Task was made
+            raise self._ended()
+        memory.write(address, data, timeout=PATIENCE)
 
     @property
     def pid(self) -> int:
@@ -60,7 +86,7 @@ class Guest(Tracee):
 
     def begin(self) -> None:
         """Wait for it to be ready for calls."""
-        self._look(lambda: tracing.stopped_for(self._tid), time.monotonic() + _PATIENCE)
+        self._look(lambda: tracing.stopped_for(self._tid), time.monotonic() + PATIENCE)
         tracing.set_options(self._tid, self.options, report_children=True)
         self._registers = tracing.registers(self._tid)
 
@@ -75,7 +101,7 @@ class Guest(Tracee):
             `kIOReturnTimeout`: it did not return until the deadline.
         """
         try:
-            until = deadline or time.monotonic() + _PATIENCE
+            until = deadline or time.monotonic() + PATIENCE
             return self._call(name, arguments, until, interruptible=deadline is not None)
         except (NotStopped, InterruptedJob) as error:
             self._is_stuck = True
@@ -97,13 +123,14 @@ class Guest(Tracee):
         if self._registers is not None and not self._is_stuck:
             with contextlib.suppress(IOReturnError):
                 self._undo_in(self)
-        kill(self._pid)
+        tracing.kill(self._pid, PATIENCE)
 
     def collect(self, stop: Stop) -> None:
         """Make the task wait for it, when it was killed, and undo the rest."""
         self._undo_in(stop)
         if self.pid_there > 0:
             stop.call("wait4", self.pid_there, 0, tracing.WALL | os.WNOHANG, 0)
+        self._pid = 0
 
     def _undo_in(self, tracee: Tracee) -> None:
         while self._undo:
@@ -120,10 +147,3 @@ class Guest(Tracee):
             message = f"the process that makes system calls for us in task {self.task.pid} was killed"
             return IOReturnError(IOReturn.kIOReturnError, message)
         return refusals.gone(f"task {self.task.pid} is gone: it exited")
-
-
-def kill(pid: int) -> None:
-    """Kill a process that this OS thread traces, and wait for its end."""
-    deadline = time.monotonic() + _PATIENCE
-    while not tracing.kill(pid) and time.monotonic() < deadline:
-        time.sleep(0.0002)

@@ -66,8 +66,11 @@ def with_stopped(task: Task, work: Callable[[Stop], None]) -> int:
     return in_tracer(task, body)
 
 
-def with_guest(task: Task, work: Callable[[Guest], None]) -> int:
+def with_guest(task: Task, work: Callable[[Guest], None], *, standing: bool = False) -> int:
     """Make system calls in a guest of a task by `work`, while the task runs on: calls that may wait.
+
+    If it is to be `standing`, the thread that made the guest stands still for the calls, which must not wait then: in
+    a task that runs one program after the other (execve(2)), a guest is left behind with the memory of a former one.
 
     Returns for how many nanoseconds a thread of the task stood still, at most: while the guest was made, or while it
     was waited for. Raises as `with_stopped`.
@@ -77,10 +80,23 @@ def with_guest(task: Task, work: Callable[[Guest], None]) -> int:
         options, instruction = options_for(task), gadget.find(task)
         guest = Guest(task)
         stopped = 0
-        try:
-            stopped = stop_one(task, options, instruction, guest.make)
+
+        def use() -> None:
             guest.begin()
+            guest.isolate()
             work(guest)
+
+        def use_while(stop: Stop) -> None:
+            guest.make(stop)
+            use()
+            with shielded():
+                guest.end()
+                guest.collect(stop)
+
+        try:
+            stopped = stop_one(task, options, instruction, use_while if standing else guest.make)
+            if not standing:
+                use()
         finally:
             stopped = max(stopped, end(guest))
         return stopped

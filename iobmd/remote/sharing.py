@@ -1,8 +1,12 @@
 """A shared object in another task: its pages mapped there, moved to another object's, and unmapped.
 
-The object's descriptor goes there by a socket pair of the task's own, one end of which we fetch (pidfd_getfd(2),
-Linux 5.6), so that it does not matter which namespaces or root directory the task has. All of that is closed again
-before the task goes on.
+A guest maps it (`remote.guest`), in the task's address space, but with a descriptor table of its own: no thread of
+the task can take, replace or redirect a descriptor there. The object's descriptor goes there by a socket pair of the
+guest's, one end of which we fetch (pidfd_getfd(2), Linux 5.6), so that it does not matter which namespaces or root
+directory the task has. The task can write to the memory that these calls use, and spoil them: nothing that is read
+from there is relied on. Whoever may trace the task can steal the descriptor all the same, by pidfd_getfd: that of
+memory which is read-only there cannot be written to, nor opened again for writing, and nobody can truncate the memory
+of a task of another user.
 """
 
 from __future__ import annotations
@@ -12,11 +16,12 @@ import contextlib
 import errno
 import itertools
 import os
+import stat
 import struct
 import weakref
 from typing import TYPE_CHECKING
 
-from iobmd import attempt, copying, procfs, refusals
+from iobmd import attempt, copying, procfs, refusals, shmem
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NotFoundError
 from iobmd.shmem import alignment_of
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from iobmd.own import Fd
+    from iobmd.remote.guest import Guest
     from iobmd.remote.stop import Stop
     from iobmd.shmem import Stretch
     from iobmd.task import Task
@@ -39,7 +45,9 @@ _NO_FD = -1
 # Where in the scratch page what is: the two ends of the socket pair, and a struct msghdr with what it points to.
 _ENDS, _MESSAGE, _VECTOR, _BYTE, _CONTROL = 0, 64, 128, 192, 256
 _CONTROL_SIZE = 64
-_HEADER = 16  # struct cmsghdr, before the descriptor
+
+# The numbers in the guest's table, which was empty, and in which it alone opens: the lowest that are free.
+_NEAR, _FAR, _OBJECT = 0, 1, 2
 
 
 class RemoteMapping:
@@ -66,7 +74,8 @@ class RemoteMapping:
     Raises
     ------
     IOReturnError
-        As `session.with_stopped`; `kIOReturnNoResources`: something is mapped at `at`, or the task has no free file
+        As `session.with_stopped`; `kIOReturnNotPermitted`: a task of another user could take the memory away under
+        this process; `kIOReturnNoResources`: something is mapped at `at`, or the task has no free file
         descriptor; `kIOReturnNoMemory`.
     """
 
@@ -89,91 +98,110 @@ class RemoteMapping:
         self._whole = (0, 0)
         self._writable = writable
         self._locks = _locks_memory(task)
+        _require_safe(task, {stretch.fd for stretch in stretches}, writable=writable)
         self._objects = {_identity(stretch.fd) for stretch in stretches}
         alignment = alignment_of(stretches)
         try:
             with _reported(task, size, at):
-                self.stopped_ns = _with_stopped(
-                    task, lambda stop: self._open(stop, stretches, at, PAGE_SIZE if at else alignment)
-                )
+                self._make(stretches, at, PAGE_SIZE if at else alignment)
         except BaseException:
             with contextlib.suppress(IOReturnError):
                 self.close()
             raise
 
-    def _open(self, stop: Stop, stretches: Sequence[Stretch], at: int, alignment: int) -> None:
+    def _make(self, stretches: Sequence[Stretch], at: int, alignment: int) -> None:
+        def work(guest: Guest) -> None:
+            self._open(guest, stretches, at, alignment)
+
+        self.stopped_ns = _with_guest(self.task, work)
+        if not self._ours(self.address, self.address + self.size):
+            # The task runs another program since (execve(2)), and the guest went on in the memory of the former.
+            self._whole = (0, 0)
+            self.stopped_ns = max(self.stopped_ns, _with_guest(self.task, work, standing=True))
+
+    def _open(self, guest: Guest, stretches: Sequence[Stretch], at: int, alignment: int) -> None:
         try:
-            self._map(stop, stretches, at, alignment)
+            self._map(guest, stretches, at, alignment)
         except BaseException:
             if self._whole[1]:
                 with contextlib.suppress(OSError):
-                    stop.call("munmap", *self._whole)
+                    guest.call("munmap", *self._whole)
                 self._whole = (0, 0)
             raise
 
-    def _map(self, stop: Stop, stretches: Sequence[Stretch], at: int, alignment: int) -> None:
+    def _map(self, guest: Guest, stretches: Sequence[Stretch], at: int, alignment: int) -> None:
         in_parts = self._margin or len(stretches) > 1 or alignment > PAGE_SIZE
-        reserved = self._reserve(stop, at, alignment) if in_parts else 0
+        reserved = self._reserve(guest, at, alignment) if in_parts else 0
         place = reserved + self._margin if reserved else at
         flags = _MAP_FIXED if reserved else _MAP_FIXED_NOREPLACE if at else 0
         # A task that has called mlockall(MCL_FUTURE) would fault all of it in at once, on its account.
         protection = _PROT_NONE if self._locks else self._protection
-        self.address = self._show(stop, stretches, place, flags, protection)
+        self.address = self._show(guest, stretches, place, flags, protection)
         if not reserved:
             self._whole = (self.address, self.size)
         if at and self.address != at:  # before Linux 4.17 the address is but a wish
-            stop.call("munmap", *self._whole)
+            guest.call("munmap", *self._whole)
             self._whole = (0, 0)
             raise OSError(errno.EEXIST, "mmap")
         if self._locks:
-            stop.call("munlock", *self._whole)
-            stop.call("mprotect", self.address, self.size, self._protection)
+            guest.call("munlock", *self._whole)
+            guest.call("mprotect", self.address, self.size, self._protection)
 
     @property
     def _protection(self) -> int:
         return _PROT_READ | (_PROT_WRITE if self._writable else 0)
 
-    def _reserve(self, stop: Stop, at: int, alignment: int) -> int:
+    def _reserve(self, guest: Guest, at: int, alignment: int) -> int:
         """Set address space aside, aligned; what is too much of it is given back."""
         size = self.size + 2 * self._margin
         slack = max(0, alignment - PAGE_SIZE) if not at else 0
         flags = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE | (_MAP_FIXED_NOREPLACE if at else 0)
-        start = stop.call("mmap", at, size + slack, _PROT_NONE, flags, _NO_FD, 0)
+        start = guest.call("mmap", at, size + slack, _PROT_NONE, flags, _NO_FD, 0)
         self._whole = (start, size + slack)
         aligned = start if at else round_up(start + self._margin, alignment) - self._margin
         if aligned > start:
-            stop.call("munmap", start, aligned - start)
+            guest.call("munmap", start, aligned - start)
         if start + slack > aligned:
-            stop.call("munmap", aligned + size, start + slack - aligned)
+            guest.call("munmap", aligned + size, start + slack - aligned)
         self._whole = (aligned, size)
         return aligned
 
-    @staticmethod
-    def _show(stop: Stop, stretches: Sequence[Stretch], place: int, flags: int, protection: int) -> int:
+    def _show(self, guest: Guest, stretches: Sequence[Stretch], place: int, flags: int, protection: int) -> int:
         """Map stretches behind each other; returns where the first is. A descriptor goes there once for its run."""
         first = 0
+        passage = _Passage(guest)
         for fd, run in itertools.groupby(stretches, lambda stretch: stretch.fd):
-            with _Sent(stop, fd) as sent:
-                for stretch in run:
-                    mapped = stop.call(
-                        "mmap", place, stretch.length, protection, flags | _MAP_SHARED, sent.fd, stretch.offset
-                    )
-                    first = first or mapped
-                    place = mapped + stretch.length
+            with fd.use() as number, contextlib.ExitStack() as opened:
+                passage.send(number if self._writable else opened.enter_context(_read_only(number)))
+            for stretch in run:
+                mapped = self._map_object(guest, place, stretch, flags | _MAP_SHARED, protection)
+                first = first or mapped
+                place = mapped + stretch.length
+            guest.call("close", _OBJECT)
         return first
+
+    @staticmethod
+    def _map_object(guest: Guest, place: int, stretch: Stretch, flags: int, protection: int) -> int:
+        try:
+            return guest.call("mmap", place, stretch.length, protection, flags, _OBJECT, stretch.offset)
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise
+            raise OSError(errno.EMFILE, "recvmsg") from None  # the message came without it
 
     def redirect(self, stretches: Sequence[Stretch]) -> None:
         """Show other pages at the same addresses, a stretch at a time. Raises as the constructor."""
         alignment_of(stretches)
 
-        def work(stop: Stop) -> None:
-            self._show(stop, stretches, self.address, _MAP_FIXED, self._protection)
+        def work(guest: Guest) -> None:
+            self._show(guest, stretches, self.address, _MAP_FIXED, self._protection)
             if self._locks:
-                stop.call("munlock", self.address, self.size)
+                guest.call("munlock", self.address, self.size)
 
+        _require_safe(self.task, {stretch.fd for stretch in stretches}, writable=self._writable)
         self._objects |= {_identity(stretch.fd) for stretch in stretches}
         with _reported(self.task, self.size, 0):
-            self.stopped_ns = _with_stopped(self.task, work)
+            self.stopped_ns = _with_guest(self.task, work)
 
     def lost(self) -> int | None:
         """Return the first address at which the task has unmapped or replaced it; None: nowhere.
@@ -246,6 +274,29 @@ def _close_all() -> None:
 atexit.register(_close_all)
 
 
+def is_trusted(task: Task) -> bool:
+    """Say whether a task is root's or this user's: those could harm this process anyway."""
+    try:
+        return {int(uid) for uid in procfs.status(task.pid)["Uid"].split()} <= {0, os.geteuid()}
+    except (OSError, KeyError):  # it is gone
+        return False
+
+
+def _require_safe(task: Task, objects: set[Fd], *, writable: bool) -> None:
+    """Raise kIOReturnNotPermitted if a task that is not trusted could have this process end by SIGBUS."""
+    if not writable or is_trusted(task):  # what is sent for reading can be neither truncated nor punched
+        return
+    for fd in objects:
+        with fd.use() as number:
+            why = shmem.why_unsafe(number)
+        if why:
+            message = (
+                f"this memory is not mapped in task {task.pid}, which is another user's and could {why}: allocate it "
+                "in that task (task=…) and map it here, or map it read-only there"
+            )
+            raise IOReturnError(IOReturn.kIOReturnNotPermitted, message)
+
+
 def _locks_memory(task: Task) -> bool:
     """Say whether a task has locked memory, so that it may have locked future mappings too: that is shown nowhere."""
     try:
@@ -265,6 +316,12 @@ def _with_stopped(task: Task, work: Callable[[Stop], None]) -> int:
     return session.with_stopped(task, work)
 
 
+def _with_guest(task: Task, work: Callable[[Guest], None], *, standing: bool = False) -> int:
+    from iobmd.remote import session  # noqa: PLC0415 (as above)
+
+    return session.with_guest(task, work, standing=standing)
+
+
 def _unmap(stop: Stop, ranges: list[tuple[int, int]]) -> None:
     for start, end in ranges:
         stop.call("munmap", start, end - start)
@@ -277,51 +334,54 @@ def _identity(fd: Fd) -> tuple[str, int]:
     return f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", status.st_ino
 
 
-class _Sent:
-    """A descriptor of ours in a stopped task, as `fd` there, inside of a `with`."""
+@contextlib.contextmanager
+def _read_only(fd: int) -> Iterator[int]:
+    """Open the object of a descriptor for reading; nobody but its owner can have that opened for writing again."""
+    with contextlib.suppress(PermissionError):  # its owner is another user
+        mode = stat.S_IMODE(os.fstat(fd).st_mode)
+        if mode & (stat.S_IRWXG | stat.S_IRWXO) & ~(stat.S_IXGRP | stat.S_IXOTH):
+            os.fchmod(fd, mode & (stat.S_IRWXU | stat.S_IXGRP | stat.S_IXOTH))  # F_SEAL_EXEC keeps the rest
+    opened = os.open(f"/proc/thread-self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield opened
+    finally:
+        os.close(opened)
 
-    def __init__(self, stop: Stop, fd: Fd) -> None:
-        self._stop = stop
-        self._ours = fd
-        self._scratch = 0
-        self._theirs: list[int] = []
-        self.fd = -1
 
-    def __enter__(self) -> _Sent:
-        flags = _MAP_PRIVATE | _MAP_ANONYMOUS
-        self._scratch = self._stop.call("mmap", 0, PAGE_SIZE, _PROT_READ | _PROT_WRITE, flags, _NO_FD, 0)
-        try:
-            self._send()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+class _Passage:
+    """The way of descriptors of ours into a guest: a socket pair of its own."""
 
-    def _send(self) -> None:
+    def __init__(self, guest: Guest) -> None:
         import socket  # noqa: PLC0415 (as above)
 
-        stop, scratch = self._stop, self._scratch
-        stop.task.write(scratch + _MESSAGE, self._message())
-        stop.call("socketpair", socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC, 0, scratch + _ENDS)
-        self._theirs += struct.unpack("=ii", stop.task.read(scratch + _ENDS, 8))
-        # Another thread of the task may fill the pair, or empty it: neither may make us wait while this one stands.
-        with socket.socket(fileno=self._fetched(self._theirs[0])) as near, self._ours.use() as number:
-            socket.send_fds(near, [b"."], [number], socket.MSG_DONTWAIT)
-        stop.call("recvmsg", self._theirs[1], scratch + _MESSAGE, _MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
-        control = stop.task.read(scratch + _CONTROL, _HEADER + 4)
-        if struct.unpack_from("=Q", control)[0] < _HEADER + 4:  # the message came without it
-            raise OSError(errno.EMFILE, "recvmsg")
-        (self.fd,) = struct.unpack_from("=i", control, _HEADER)
-        self._theirs.append(self.fd)
+        flags = _MAP_PRIVATE | _MAP_ANONYMOUS
+        self._guest = guest
+        self._scratch = guest.call("mmap", 0, PAGE_SIZE, _PROT_READ | _PROT_WRITE, flags, _NO_FD, 0)
+        guest.undo_by("munmap", self._scratch, PAGE_SIZE)
+        guest.call("socketpair", socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC, 0, self._scratch + _ENDS)
 
-    def _fetched(self, fd: int) -> int:
+    def send(self, fd: int) -> None:
+        """Have the guest receive a descriptor, as `_OBJECT`."""
+        import socket  # noqa: PLC0415 (as above)
+
+        guest = self._guest
+        guest.write(self._scratch + _MESSAGE, self._message())
+        # Who has stolen an end may fill the pair, or empty it: neither makes us wait.
+        with socket.socket(fileno=self._fetched()) as near:
+            socket.send_fds(near, [b"."], [fd], socket.MSG_DONTWAIT)
+        flags = _MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+        guest.call("recvmsg", _FAR, self._scratch + _MESSAGE, flags)
+
+    def _fetched(self) -> int:
+        guest = self._guest
         try:
-            return self._stop.fetch(fd)
+            return guest.fetch(_NEAR)
         except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EPERM):
+                raise
             message = (
-                f"cannot fetch a descriptor of task {self._stop.task.pid} ({error}): pidfd_getfd needs Linux 5.6, "
-                "of a task whose main thread has exited 6.9, and a seccomp filter of this process may forbid it; "
-                "`iobmd doctor` reports that"
+                f"cannot fetch a descriptor of task {guest.task.pid} ({error}): pidfd_getfd needs Linux 5.6, and a "
+                "seccomp filter of this process may forbid it; `iobmd doctor` reports that"
             )
             missing = error.errno in (errno.ENOSYS, errno.EINVAL)
             code = IOReturn.kIOReturnUnsupported if missing else IOReturn.kIOReturnNotPermitted
@@ -335,18 +395,6 @@ class _Sent:
         struct.pack_into("=QQ", image, _VECTOR - _MESSAGE, byte, 1)
         return bytes(image)
 
-    def __exit__(self, *_error: object) -> None:
-        theirs, self._theirs = sorted(self._theirs), []
-        try:
-            if theirs and theirs == list(range(theirs[0], theirs[0] + len(theirs))):  # one call instead of three
-                with contextlib.suppress(OSError):
-                    self._stop.call("close_range", theirs[0], theirs[-1], 0)
-                    theirs = []
-            for fd in theirs:
-                self._stop.call("close", fd)
-        finally:
-            self._stop.call("munmap", self._scratch, PAGE_SIZE)
-
 
 @contextlib.contextmanager
 def _reported(task: Task, size: int, at: int) -> Iterator[None]:
@@ -358,7 +406,15 @@ def _reported(task: Task, size: int, at: int) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, IOReturnError):
             raise
+        from iobmd.remote.guest import NoProcess  # noqa: PLC0415 (with ctypes)
+
         number = error.errno or 0
+        if isinstance(error, NoProcess):
+            message = (
+                f"cannot map {format_size(size)} in task {task.pid}, which can have no more processes for a moment "
+                f"({error.strerror}): its RLIMIT_NPROC, or the pids.max of its cgroup"
+            )
+            raise IOReturnError(IOReturn.kIOReturnNoResources, message, number) from None
         if number == errno.EEXIST:
             message = f"{at:#x} to {at + size:#x} of task {task.pid} is not free: something is mapped there"
             raise IOReturnError(IOReturn.kIOReturnNoResources, message, number) from None

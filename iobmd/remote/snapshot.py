@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.remote import gadget, session
-from iobmd.remote.guest import CLONE_FILES, CLONE_FS, NO_STACK, Guest, kill
+from iobmd.remote.guest import CLONE_FILES, CLONE_FS, NO_STACK, PATIENCE, Guest
 from iobmd.remote.tracee import Unreadable, shielded
-from iobmd.remote.tracing import O_EXITKILL, WALL, interrupt
+from iobmd.remote.tracing import O_EXITKILL, WALL, interrupt, kill
 from iobmd.task import Task
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Snapshot:
         """End it, have the guest wait for it, and the task for the guest."""
         with shielded():
             if self._pid:
-                kill(self._pid)
+                kill(self._pid, PATIENCE)
             if self._pid_there:
                 with contextlib.suppress(OSError):
                     self._guest.call("wait4", self._pid_there, 0, WALL | os.WNOHANG, 0)

@@ -31,6 +31,8 @@ _ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
 _NO_CALL = (1 << 64) - 1  # in orig_rax: the registers are not those of an interrupted system call
 _WORD = (1 << 64) - 1
 _BEGIN = 1.0  # seconds for a thread to begin a call
+_AGAIN = (-512, -513, -514)
+"""Results by which the kernel would begin a call again after a signal, here SIGSTOP, which cannot be blocked."""
 _SPINS = 100  # looks at a thread before they are spaced out, a tenth of a millisecond or two
 
 _yield_processor = ctypes.PyDLL(None).sched_yield  # without releasing the GIL
@@ -105,6 +107,19 @@ class Tracee:
         """As `call`. Raises NotStopped and InterruptedJob too: it has not returned until then."""
         if name == "clone":
             tracing.set_options(self._tid, self.options, report_children=True)
+        until = time.monotonic() + _BEGIN
+        while True:
+            result = self._once(name, arguments, deadline, interruptible=interruptible)
+            if result not in _AGAIN:
+                break
+            if time.monotonic() > until:  # signals that cannot be blocked never cease
+                raise self.does_not_run()
+        if -4096 < result < 0:
+            raise OSError(-result, f"{name} in task {self.task.pid}: {os.strerror(-result)}")
+        return result & _WORD if name == "mmap" else result
+
+    def _once(self, name: str, arguments: tuple[int, ...], deadline: float | None, *, interruptible: bool) -> int:
+        """Make a call as `_call`, and return its result as the kernel does."""
         regs = tracing.copy_of(self._registers)
         regs.rip, regs.rax, regs.orig_rax = self.gadget, SYSCALLS[name], _NO_CALL
         for register, value in zip(_ARGUMENTS, arguments, strict=False):
@@ -115,10 +130,7 @@ class Tracee:
         except NotStopped:  # it can be left still; a frozen task does not begin a call
             self._take_back()
             raise self.does_not_run() from None
-        result = self._to_syscall_stop(deadline, at_exit=True, interruptible=interruptible)
-        if -4096 < result < 0:
-            raise OSError(-result, f"{name} in task {self.task.pid}: {os.strerror(-result)}")
-        return result & _WORD if name == "mmap" else result
+        return self._to_syscall_stop(deadline, at_exit=True, interruptible=interruptible)
 
     def _to_syscall_stop(self, deadline: float | None, *, at_exit: bool, interruptible: bool = False) -> int:
         tracing.run_to_syscall_stop(self._tid)

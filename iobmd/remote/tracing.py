@@ -12,8 +12,10 @@ import ctypes
 import errno
 import os
 import platform
+import select
 import signal
 import struct
+import time
 import warnings
 from functools import cache
 from typing import Any, NamedTuple
@@ -117,24 +119,34 @@ def interrupt(tid: int) -> None:
     _ptrace(_INTERRUPT, tid)
 
 
-def kill(pid: int) -> bool:
-    """Kill a process if this OS thread traces it, and reap it as its tracer; says whether nothing is left to do.
+def kill(pid: int, patience: float) -> None:
+    """Kill a process if this OS thread traces it, and reap it as its tracer, within so many seconds.
 
     Its number may be another process's by now: any thread of ours that waits for any child can reap it as its tracer,
     and then its parent can. The number was its own when the pidfd was opened, if it is traced afterwards still.
     """
-    pidfd = -1
+    pidfd = _pidfd(pid)
+    kind, number = (os.P_PID, pid) if pidfd < 0 else (os.P_PIDFD, pidfd)
+    deadline = time.monotonic() + patience
     try:
-        pidfd = _pidfd(pid)
         interrupt(pid)
         _kill(pid, pidfd)
-        kind, number = (os.P_PID, pid) if pidfd < 0 else (os.P_PIDFD, pidfd)
-        return os.waitid(kind, number, os.WEXITED | os.WNOHANG | WALL) is not None
+        while time.monotonic() < deadline and not os.waitid(kind, number, os.WEXITED | os.WNOHANG | WALL):
+            _wait_for_end(pidfd, deadline)
     except (ProcessLookupError, ChildProcessError):
-        return True
+        pass
     finally:
         if pidfd >= 0:
             os.close(pidfd)
+
+
+def _wait_for_end(pidfd: int, deadline: float) -> None:
+    if pidfd < 0:
+        time.sleep(0.0002)
+        return
+    ended = select.poll()
+    ended.register(pidfd, select.POLLIN)
+    ended.poll(max(0.0, deadline - time.monotonic()) * 1e3)
 
 
 def _pidfd(pid: int) -> int:

@@ -2,19 +2,21 @@
 
 Both fault the pages in, and a fault may have to wait for the task itself: so a guest makes the calls while the task
 runs (`remote.guest`), and is killed when they do not return. The ring's descriptor comes here (pidfd_getfd(2), Linux
-5.6) and is closed there at once: the pins end when we close it, without stopping the task again, also when we die.
+5.6), and is never among those of the task, by which that could unregister what is pinned: the pins end when we close
+it, without stopping the task again, also when we die.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
+import re
 import struct
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iobmd import host, procfs
+from iobmd import host, procfs, refusals
 from iobmd._native import uring
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NotFoundError, TaskTimeoutError
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 _LARGEST = 1 << 30  # the most that one registered buffer takes
 _PARAMETERS = 128  # bytes for struct io_uring_params; behind them, in the same mapping, the struct iovec
 _REGISTER_BUFFERS = 0
+_LOOKS = 20  # at a ring that is busy
 _PATIENCE = 5.0  # seconds for pages to be faulted in, and more for many of them:
 _SLOWEST = 64 << 20  # bytes a second
 USERFAULT = {"um", "uw", "ui"}
@@ -67,24 +70,36 @@ class RemotePin:
 
     @property
     def holds_frames(self) -> bool:
-        """Whether they stay in their frames; else they stay in memory."""
-        return self._ring is not None
+        """Whether they stay in their frames, as the ring shows at this moment."""
+        ring = self._ring  # once: another thread may release it
+        return ring is not None and _registered(ring) == self._pieces()
+
+    @property
+    def holds_pages(self) -> bool:
+        """Whether they stay in memory: who may trace the task could have stolen the ring as it was made."""
+        return bool(self._locked) or self.holds_frames
+
+    def _pieces(self) -> list[tuple[int, int]]:
+        """Return what the ring has to hold, as addresses and sizes."""
+        address, end = self._range
+        return [(start, min(_LARGEST, end - start)) for start in range(address, end, _LARGEST)]
 
     def _pin(self, guest: Guest) -> None:
-        address, end = self._range
-        ends = [*range(address, end, _LARGEST), end]
-        vectors = b"".join(struct.pack("=QQ", start, stop - start) for start, stop in itertools.pairwise(ends))
+        pieces = self._pieces()
+        vectors = b"".join(struct.pack("=QQ", *piece) for piece in pieces)
         room = round_up(_PARAMETERS + len(vectors), PAGE_SIZE)
         scratch = guest.call("mmap", 0, room, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS, -1, 0)
         guest.undo_by("munmap", scratch, room)
-        self._task.write(scratch + _PARAMETERS, vectors)
+        guest.write(scratch + _PARAMETERS, vectors)
         ring = guest.call("io_uring_setup", 1, scratch)
-        guest.undo_by("close", ring)
         where = scratch + _PARAMETERS
         with self._faulting():
-            arguments = ring, _REGISTER_BUFFERS, where, len(ends) - 1
-            guest.call("io_uring_register", *arguments, deadline=self._deadline(address, end))
+            arguments = ring, _REGISTER_BUFFERS, where, len(pieces)
+            guest.call("io_uring_register", *arguments, deadline=self._deadline(*self._range))
         self._ring = uring.Ring(guest.fetch(ring))
+        if not self.holds_frames:  # the task can write to the memory that these calls use
+            message = f"cannot pin memory of task {self._task.pid}: it has changed meanwhile what is to be pinned"
+            raise IOReturnError(IOReturn.kIOReturnCannotWire, message)
 
     def _deadline(self, start: int, end: int) -> float:
         return time.monotonic() + _PATIENCE + (end - start) / _SLOWEST
@@ -154,6 +169,25 @@ class RemotePin:
     def __del__(self) -> None:
         with contextlib.suppress(IOReturnError, AttributeError):
             self.release()
+
+
+def _registered(ring: uring.Ring) -> list[tuple[int, int]]:
+    """Return the addresses and sizes that a ring has registered; none if that stays hidden because the ring is busy.
+
+    A ring shows them in its fdinfo, unless it works at that moment (fs/proc/fd.c, io_uring/fdinfo.c).
+    """
+    for _ in range(_LOOKS):
+        try:
+            text = Path(f"/proc/thread-self/fdinfo/{ring.number}").read_text()
+        except OSError as error:
+            refusals.unless_exhausted(error, "cannot look whether memory is pinned")
+            break
+        count, *lines = text.partition("\nUserBufs:\t")[2].split("\n")
+        matches = [re.fullmatch(r" *\d+: 0x([0-9a-f]+)/(\d+)", line) for line in lines[: int(count or 0)]]
+        if count and all(matches):
+            return [(int(match[1], 16), int(match[2])) for match in matches if match]
+        time.sleep(0.001)
+    return []
 
 
 def userfault_area(task: Task, address: int, end: int) -> procfs.VMA | None:

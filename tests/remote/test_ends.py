@@ -15,7 +15,7 @@ from support.child import sleeping
 
 import iobmd
 from iobmd import IOMapOptions, IOReturn, IOReturnError
-from iobmd.remote.stop import Stop
+from iobmd.remote.tracee import Tracee
 
 ANYWHERE = IOMapOptions.kIOMapAnywhere
 MIB = 1 << 20
@@ -116,15 +116,17 @@ def test_free_while_it_is_read(target: subprocess.Popen[bytes]) -> None:
 def test_a_call_there_fails(target: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
     """Whichever it is: what was made before it is taken away again, while the task still stands."""
     before = Path(f"/proc/{target.pid}/maps").read_text(), os.listdir(f"/proc/{target.pid}/fd")  # noqa: PTH208
-    call = Stop.call
+    call = Tracee._call
     count = 0
 
-    def fail(self: Stop, name: str, *arguments: int) -> int:
+    def fail(
+        self: Tracee, name: str, arguments: tuple[int, ...], deadline: float | None, *, interruptible: bool
+    ) -> int:
         nonlocal count
-        count += name not in ("munmap", "close", "close_range")
-        if count == failing and name not in ("munmap", "close", "close_range"):
+        count += name not in ("munmap", "close")
+        if count == failing and name not in ("munmap", "close"):
             raise OSError(errno.ENOMEM, f"{name}: as if")
-        return call(self, name, *arguments)
+        return call(self, name, arguments, deadline, interruptible=interruptible)
 
     with iobmd.allocate(16 * MIB, shared=True, contiguous=True) as buffer:
         backing = buffer._backing
@@ -134,14 +136,14 @@ def test_a_call_there_fails(target: subprocess.Popen[bytes], monkeypatch: pytest
         whole, extent = shared.extents, type(shared.extents[0])
         start = whole[0].offset
         shared.extents = (extent(start, 2 * MIB), extent(start + 2 * MIB, whole[0].length - 2 * MIB), *whole[1:])
-        monkeypatch.setattr(Stop, "call", fail)
+        monkeypatch.setattr(Tracee, "_call", fail)
         try:
             buffer.createMappingInTask(target.pid, 0, ANYWHERE).unmap()
         except IOReturnError as error:
             assert error.code == IOReturn.kIOReturnNoMemory
         else:
-            assert failing > 5, "it has to fail"
-        monkeypatch.setattr(Stop, "call", call)
+            assert failing > 7, "it has to fail"
+        monkeypatch.setattr(Tracee, "_call", call)
     after = Path(f"/proc/{target.pid}/maps").read_text(), os.listdir(f"/proc/{target.pid}/fd")  # noqa: PTH208
     assert after == before
 

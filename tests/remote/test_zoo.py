@@ -147,13 +147,13 @@ sys.exit(21)
 """
 _BLOCKED = {
     # how it waits: what it runs, what comes out, how long at least; a line on its standard input ends most waits
-    "sleep": ("result = time.sleep(1.2)", "None", 1.2),
+    "sleep": ("result = time.sleep(2)", "None", 2),
     "read": ("result = os.read(0, 10)", r"b'\n'", 0),
     "select": ("result = [len(some) for some in select.select([0], [], [])]", "[1, 0, 0]", 0),
-    "select_timeout": ("result = select.select([], [], [], 1.2)", "([], [], [])", 1.2),
+    "select_timeout": ("result = select.select([], [], [], 2)", "([], [], [])", 2),
     "poll": ("poll = select.poll(); poll.register(0, select.POLLIN); result = poll.poll()", "[(0, 1)]", 0),
     "epoll": ("poll = select.epoll(); poll.register(0, select.EPOLLIN); result = poll.poll()", "[(0, 1)]", 0),
-    "epoll_timeout": ("poll = select.epoll(); result = poll.poll(1.2)", "[]", 1.2),
+    "epoll_timeout": ("poll = select.epoll(); result = poll.poll(2)", "[]", 2),
     "lock": (
         "lock = threading.Lock(); lock.acquire()\n"
         "threading.Thread(target=lambda: (os.read(0, 10), lock.release())).start()\n"
@@ -161,7 +161,7 @@ _BLOCKED = {
         "True",
         0,
     ),
-    "lock_timeout": ("lock = threading.Lock(); lock.acquire(); result = lock.acquire(timeout=1.2)", "False", 1.2),
+    "lock_timeout": ("lock = threading.Lock(); lock.acquire(); result = lock.acquire(timeout=2)", "False", 2),
     "wait": ("result = subprocess.run(['sh', '-c', 'read line; exit 13']).returncode", "13", 0),
     "communicate": (
         "result = subprocess.run(['sh', '-c', 'read line; echo $line'], capture_output=True).stdout",
@@ -176,7 +176,7 @@ def test_python_blocked_in(how: str) -> None:
     body, result, least = _BLOCKED[how]
     with Target([sys.executable, "-I", "-S", "-c", _PYTHON % (body, least)]) as target:
         until_at_rest(target.pid)
-        exercise(target.pid, 5)
+        exercise(target.pid, 3)
         target.tell()
         assert target.end() == (21, f"{result}\n")
 
@@ -415,7 +415,7 @@ def test_runs_one_program_after_the_other(folder: Path) -> None:
         with Stopping(target.pid) as stopping:
             assert target.end() == (19, "")
         print(f"{stopping.count} stops")
-        assert stopping.count > 20
+        assert stopping.count > 6
 
 
 @needs_root
@@ -463,12 +463,15 @@ def test_of_another_user() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("limit", [3, 4, 5])
-def test_without_a_free_descriptor(limit: int) -> None:
+@pytest.mark.parametrize("limit", [0, 1, 2])
+def test_without_a_descriptor_of_its_own(limit: int) -> None:
+    """Those that the task has open do not count: the guest has a table of its own."""
     with Target([build("busy"), "wait"]) as target:
         until_blocked(target.pid)
         before = Belongings.of(target.pid)
         soft, hard = resource.prlimit(target.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(target.pid, resource.RLIMIT_NOFILE, (3, hard))
+        iobmd.allocate(1 << 16, task=target.pid).free()
         resource.prlimit(target.pid, resource.RLIMIT_NOFILE, (limit, hard))
         for _ in range(3):
             with pytest.raises(IOReturnError) as caught:

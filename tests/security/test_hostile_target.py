@@ -1,0 +1,303 @@
+"""A target that works against what is done in it: by a second thread, and by another process of its user."""
+
+import contextlib
+import ctypes
+import fcntl
+import mmap
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.child import NOBODY, in_child
+from support.targets import Target, need_ptrace, until_at_rest
+
+import iobmd
+from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Task, Wiring
+from iobmd._native import crosstask
+from iobmd.remote import session, tracing
+from iobmd.remote.guest import Guest
+from iobmd.remote.stop import Stop
+from iobmd.remote.tracee import Tracee
+
+MIB = 1 << 20
+ANYWHERE, READ_ONLY = int(IOMapOptions.kIOMapAnywhere), int(IOMapOptions.kIOMapReadOnly)
+SYS_IO_URING_REGISTER, UNREGISTER_BUFFERS = 427, 1
+
+PROGRAM = """
+import ctypes, sys
+memory = ctypes.create_string_buffer(b"x" * (256 << 10))
+print("ready", ctypes.addressof(memory), sep="\\n", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture(autouse=True)
+def may_trace() -> None:
+    need_ptrace()
+
+
+def code_of(action: Callable[[], object]) -> IOReturn:
+    with pytest.raises(IOReturnError) as caught:
+        action()
+    return caught.value.code
+
+
+def prepare(pid: int, address: int) -> None:
+    with IOMemoryDescriptor.withAddressRange(address, 64 << 10, 3, pid) as memory:
+        memory.prepare()
+        memory.complete()
+
+
+def test_no_thread_finds_a_descriptor_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process has at each call what it had before; that was both ends of a socket pair, memory and rings once."""
+    seen: list[tuple[str, list[str]]] = []
+    real = Tracee._call
+
+    def call(self: Tracee, name: str, *arguments: Any, **options: Any) -> int:
+        seen.append((name, descriptors(self.task.pid)))
+        result = real(self, name, *arguments, **options)
+        seen.append((name, descriptors(self.task.pid)))
+        return result
+
+    with Target([sys.executable, "-c", PROGRAM]) as target, iobmd.allocate(8192, shared=True, wired=False) as shared:
+        address = int(target.line())
+        before = descriptors(target.pid)
+        monkeypatch.setattr(Tracee, "_call", call)
+        iobmd.allocate(8192, task=target.pid, wired=False).free()
+        with shared.createMappingInTask(target.pid, 0, ANYWHERE) as mapped:
+            mapped.redirect(shared)
+        prepare(target.pid, address)
+        assert {name for name, _ in seen} >= {"clone", "socketpair", "recvmsg", "io_uring_register", "wait4"}
+        assert [entry for entry in seen if entry[1] != before] == []
+
+
+def descriptors(pid: int) -> list[str]:
+    return sorted(entry.name for entry in Path(f"/proc/{pid}/fd").iterdir())
+
+
+@contextlib.contextmanager
+def before_call(name: str, attack: Callable[[Guest], None], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Attack when a guest is about to make a call: the moment that an attacker has to find."""
+    real = Guest.call
+
+    def call(self: Guest, called: str, *arguments: int, deadline: float | None = None) -> int:
+        if called == name:
+            attack(self)
+        return real(self, called, *arguments, deadline=deadline)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Guest, "call", call)
+        yield
+
+
+def steal(pid: int, fd: int) -> int:
+    pidfd = os.pidfd_open(pid)
+    try:
+        return crosstask.fetch_descriptor(pidfd, fd)
+    finally:
+        os.close(pidfd)
+
+
+def sleeping_victim() -> Target:
+    return Target(["sh", "-c", "echo ready; exec sleep 1000"], user=NOBODY)
+
+
+def attempts(fd: int, size: int) -> dict[str, bool]:
+    """Try to change the memory of a stolen descriptor, and say what succeeds."""
+
+    def reopen() -> None:
+        os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDWR))
+
+    def chmod() -> None:
+        os.fchmod(fd, 0o777)
+
+    def map_writable() -> None:
+        mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+
+    tries: dict[str, Callable[[], object]] = {
+        "truncate": lambda: os.ftruncate(fd, 0), "reopen": reopen, "chmod": chmod, "map": map_writable,
+        "write": lambda: os.pwrite(fd, b"stolen", 0),
+    }  # fmt: skip
+    done = {}
+    for name, action in tries.items():
+        try:
+            action()
+            done[name] = True
+        except OSError:
+            done[name] = False
+    return done
+
+
+def regular(pid: int) -> int:
+    """Steal the first regular file of a process. A guest has its socket pair as well."""
+    import stat
+
+    for fd in range(8):
+        with contextlib.suppress(OSError):
+            stolen = steal(pid, fd)
+            if stat.S_ISREG(os.fstat(stolen).st_mode):
+                return stolen
+    raise AssertionError("nothing can be stolen: the control")
+
+
+@pytest.mark.needs("root")
+@pytest.mark.parametrize("read_only", [False, True], ids=["writable", "read-only"])
+def test_a_stolen_descriptor_is_of_little_use(read_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process of the target's user fetches it from the guest, as nobody can prevent."""
+    done: list[dict[str, bool]] = []
+
+    def attack(guest: Guest) -> None:
+        arguments = guest.pid
+        with contextlib.suppress(AssertionError):
+            done.append(in_child(lambda: attempts(regular(arguments), 8192), uid=NOBODY))
+
+    with sleeping_victim() as target, iobmd.allocate(8192, shared=True, wired=False) as buffer:
+        options = ANYWHERE | (READ_ONLY if read_only else 0)
+        with before_call("mmap", attack, monkeypatch):
+            mapped = buffer.createMappingInTask(target.pid, 0, options)
+        with mapped:
+            assert done, "the control: it was stolen"
+            allowed = {name for name, succeeded in done[-1].items() if succeeded}
+            assert allowed <= (set() if read_only else {"reopen", "map", "write"})
+            assert buffer.readBytes(0, 6) == (bytes(6) if read_only else b"stolen"), "the control"
+            permissions = next(
+                line.split()[1]
+                for line in Path(f"/proc/{target.pid}/maps").read_text().splitlines()
+                if line.startswith(f"{mapped.getAddress():x}-")
+            )
+            assert permissions == ("r--s" if read_only else "rw-s")
+
+
+@pytest.mark.needs("root")
+@pytest.mark.parametrize("size", [4 * MIB, 64 << 10], ids=["huge pages", "small"])
+def test_memory_in_a_task_of_another_user_cannot_be_truncated(size: int) -> None:
+    with sleeping_victim() as target:
+        with iobmd.allocate(size, task=target.pid, wired=False) as buffer:
+            backing: Any = buffer._backing
+            assert code_of_truncation(backing.shared.fd) == "PermissionError"
+        with iobmd.allocate(size, shared=True, wired=False) as here:
+            shared: Any = here._backing
+            if code_of_truncation(shared.shared.fd, size) == "":
+                mapping = lambda: here.createMappingInTask(target.pid, 0, ANYWHERE)  # noqa: E731
+                assert code_of(mapping) == IOReturn.kIOReturnNotPermitted
+            with here.createMappingInTask(target.pid, 0, ANYWHERE | READ_ONLY) as mapped:
+                assert Task(target.pid).read(mapped.getAddress(), 4096) == bytes(4096)
+
+
+def code_of_truncation(fd: int, size: int = 0) -> str:
+    """Return how truncation fails, "" where it does not; `size` is what changes nothing."""
+    if size and not fcntl.fcntl(fd, 1034) & 2:  # F_GET_SEALS, F_SEAL_SHRINK
+        return ""
+    try:
+        os.ftruncate(fd, 0)
+    except OSError as error:
+        return type(error).__name__
+    return ""
+
+
+@pytest.mark.needs("frames")
+def test_what_a_stolen_ring_unregisters_is_not_called_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Target([sys.executable, "-c", PROGRAM]) as target:
+        address = int(target.line())
+        rings: list[int] = []
+        real = Guest.fetch
+
+        def fetch(self: Guest, fd: int) -> int:
+            rings.append(steal(self.pid, fd))
+            return real(self, fd)
+
+        monkeypatch.setattr(Guest, "fetch", fetch)
+        with IOMemoryDescriptor.withAddressRange(address, 64 << 10, 3, target.pid) as memory:
+            memory.prepare()
+            assert memory.wiring is Wiring.PINNED
+            assert memory.segments()
+            libc = ctypes.CDLL(None, use_errno=True)
+            assert libc.syscall(SYS_IO_URING_REGISTER, rings[0], UNREGISTER_BUFFERS, None, 0) == 0
+            os.close(rings[0])
+            assert memory.wiring is Wiring.PAGEABLE
+            assert code_of(memory.segments) == IOReturn.kIOReturnNotReady
+            assert code_of(memory.verify) == IOReturn.kIOReturnNotReady
+            memory.complete()
+        target.tell()
+
+
+def test_a_pin_of_other_memory_than_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread of the target changes what is to be pinned between our write of it and the call that reads it."""
+    with Target([sys.executable, "-c", PROGRAM]) as target:
+        address = int(target.line())
+        real = Guest.write
+
+        def write(self: Guest, where: int, data: bytes) -> None:
+            real(self, where, data)
+            self.task.write(where, (int.from_bytes(data[:8], "little") + 4096).to_bytes(8, "little"))
+
+        monkeypatch.setattr(Guest, "write", write)
+        with IOMemoryDescriptor.withAddressRange(address, 64 << 10, 3, target.pid) as memory:
+            assert code_of(memory.prepare) == IOReturn.kIOReturnCannotWire
+            assert memory.wiring is Wiring.PAGEABLE
+        target.tell()
+
+
+EXEC = """
+import os, sys, threading
+def wait():
+    sys.stdin.readline()
+    os.execvp("sleep", ["sleep", "1000"])
+threading.Thread(target=wait).start()
+print("ready", flush=True)
+threading.Event().wait()
+"""
+
+
+def test_another_thread_runs_another_program_during_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes over the number of the thread that makes the call, which is waited for no longer."""
+    with Target([sys.executable, "-c", EXEC]) as target:
+        until_at_rest(target.pid)
+        begun, told = threading.Event(), threading.Event()
+        real = tracing.syscall_stop
+
+        def syscall_stop(tid: int) -> tracing.SyscallStop | None:
+            if begun.is_set() and not told.is_set():  # it has been let run to the end of the call
+                told.set()
+                target.tell()
+                name = Path(f"/proc/{target.pid}/comm")
+                while name.read_text() != "sleep\n":
+                    time.sleep(0.001)
+            stop = real(tid)
+            if stop and not stop.at_exit:
+                begun.set()
+            return stop
+
+        def work(stop: Stop) -> None:
+            assert stop._tid == target.pid
+            with contextlib.suppress(ProcessLookupError):
+                stop.call("munmap", 1 << 40, 4096)
+
+        monkeypatch.setattr(tracing, "syscall_stop", syscall_stop)
+        begin = time.monotonic()
+        with contextlib.suppress(ProcessLookupError):
+            session.with_stopped(Task(target.pid), work)
+        assert told.is_set()
+        assert time.monotonic() - begin < 5
+        assert "TracerPid:\t0\n" in Path(f"/proc/{target.pid}/status").read_text()
+
+
+def test_a_task_that_can_have_no_more_processes() -> None:
+    def limited() -> tuple[IOReturn, str]:
+        with Target(["sh", "-c", "echo ready; exec sleep 1000"]) as target:
+            resource.prlimit(target.pid, resource.RLIMIT_NPROC, (0, 0))
+            try:
+                iobmd.allocate(4096, task=target.pid, wired=False).free()
+            except IOReturnError as error:
+                return error.code, str(error)
+        raise AssertionError("it is not refused")
+
+    code, message = in_child(limited, uid=NOBODY)
+    assert code == IOReturn.kIOReturnNoResources
+    assert "RLIMIT_NPROC" in message
