@@ -16,7 +16,7 @@ from iobmd._native import apart
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.remote import freezer, gadget, preflight, threads, tracing
-from iobmd.remote.guest import Guest
+from iobmd.remote.guest import Guest, NoProcess
 from iobmd.remote.stop import Stop
 from iobmd.remote.tracee import (
     InterruptedJob,
@@ -97,6 +97,12 @@ def with_guest(task: Task, work: Callable[[Guest], None], *, standing: bool = Fa
             stopped = stop_one(task, options, instruction, use_while if standing else guest.make)
             if not standing:
                 use()
+        except NoProcess as error:
+            message = (
+                f"task {task.pid} can have no more processes, of which it needs one for a moment ({error.strerror}): "
+                "its RLIMIT_NPROC, or the pids.max of its cgroup"
+            )
+            raise IOReturnError(IOReturn.kIOReturnNoResources, message, error.errno or 0) from None
         finally:
             stopped = max(stopped, end(guest))
         return stopped

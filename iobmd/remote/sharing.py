@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from iobmd.own import Fd
     from iobmd.remote.guest import Guest
-    from iobmd.remote.stop import Stop
     from iobmd.shmem import Stretch
     from iobmd.task import Task
 
@@ -234,8 +233,8 @@ class RemoteMapping:
         with contextlib.suppress(NotFoundError):
             # What the task has mapped there itself meanwhile, or after an exec, is none of ours.
             if self.task.alive and (ours := self._ours(start, start + size)):
-                with _reported(self.task, size, 0):
-                    _with_stopped(self.task, lambda stop: _unmap(stop, ours))
+                with _reported(self.task, size, 0, "unmap"):
+                    _with_guest(self.task, lambda guest: _unmap(guest, ours))
         self._whole = (0, 0)
 
     def __del__(self) -> None:
@@ -310,21 +309,15 @@ def touch(task: Task, address: int, size: int) -> None:
     attempt.touch(task.pid, task.pidfd, address, size, copying.TIMEOUT)
 
 
-def _with_stopped(task: Task, work: Callable[[Stop], None]) -> int:
-    from iobmd.remote import session  # noqa: PLC0415 (with ctypes: half of what `import iobmd` takes)
-
-    return session.with_stopped(task, work)
-
-
 def _with_guest(task: Task, work: Callable[[Guest], None], *, standing: bool = False) -> int:
-    from iobmd.remote import session  # noqa: PLC0415 (as above)
+    from iobmd.remote import session  # noqa: PLC0415 (with ctypes: half of what `import iobmd` takes)
 
     return session.with_guest(task, work, standing=standing)
 
 
-def _unmap(stop: Stop, ranges: list[tuple[int, int]]) -> None:
+def _unmap(guest: Guest, ranges: list[tuple[int, int]]) -> None:
     for start, end in ranges:
-        stop.call("munmap", start, end - start)
+        guest.call("munmap", start, end - start)
 
 
 def _identity(fd: Fd) -> tuple[str, int]:
@@ -397,25 +390,17 @@ class _Passage:
 
 
 @contextlib.contextmanager
-def _reported(task: Task, size: int, at: int) -> Iterator[None]:
+def _reported(task: Task, size: int, at: int, doing: str = "map") -> Iterator[None]:
     """Raise what a system call in the task failed for as the error of ours that fits."""
     try:
         yield
     except MemoryError:  # no mapping is free here for what Python itself needs
-        raise refusals.own(OSError(errno.ENOMEM, "mmap"), f"cannot map {format_size(size)}", size) from None
+        raise refusals.own(OSError(errno.ENOMEM, "mmap"), f"cannot {doing} {format_size(size)}", size) from None
     except OSError as error:
         if isinstance(error, IOReturnError):
             raise
-        from iobmd.remote.guest import NoProcess  # noqa: PLC0415 (with ctypes)
-
         number = error.errno or 0
-        if isinstance(error, NoProcess):
-            message = (
-                f"cannot map {format_size(size)} in task {task.pid}, which can have no more processes for a moment "
-                f"({error.strerror}): its RLIMIT_NPROC, or the pids.max of its cgroup"
-            )
-            raise IOReturnError(IOReturn.kIOReturnNoResources, message, number) from None
         if number == errno.EEXIST:
             message = f"{at:#x} to {at + size:#x} of task {task.pid} is not free: something is mapped there"
             raise IOReturnError(IOReturn.kIOReturnNoResources, message, number) from None
-        raise refusals.within(task.pid, error, f"cannot map {format_size(size)}", size) from None
+        raise refusals.within(task.pid, error, f"cannot {doing} {format_size(size)}", size) from None

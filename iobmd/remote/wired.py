@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from iobmd.remote.guest import Guest
-    from iobmd.remote.stop import Stop
     from iobmd.task import Task
 
 _LARGEST = 1 << 30  # the most that one registered buffer takes
@@ -143,11 +142,16 @@ class RemotePin:
 
         session.with_guest(self._task, work)
 
-    def _unlock(self, stop: Stop) -> None:
+    def _unlock(self, guest: Guest) -> None:
         while self._locked:
-            start, end = self._locked.pop()
-            with contextlib.suppress(OSError):  # it unmapped it meanwhile
-                stop.call("munlock", start, end - start)
+            start, end = self._locked[-1]
+            try:
+                guest.call("munlock", start, end - start)
+            except OSError as error:
+                if isinstance(error, IOReturnError):
+                    raise
+                # The task has unmapped it meanwhile.
+            self._locked.pop()
 
     def release(self) -> None:
         """Let them go; idempotent, and nothing where the task is gone, or in a forked child.
@@ -163,7 +167,7 @@ class RemotePin:
         if self._locked and self._owner == os.getpid():
             with contextlib.suppress(NotFoundError):
                 if self._task.alive:
-                    _with_stopped(self._task, self._unlock)
+                    self._with_guest(self._unlock)
         self._locked = []
 
     def __del__(self) -> None:
@@ -203,9 +207,3 @@ def _not_locked(task: Task, address: int, end: int) -> list[tuple[int, int]]:
     flagged = procfs.vm_flags(task.pid)
     inside = [(max(area.start, address), min(area.end, end), flags) for area, flags in flagged]
     return [(start, stop) for start, stop, flags in inside if start < stop and "lo" not in flags]
-
-
-def _with_stopped(task: Task, work: Callable[[Stop], None]) -> None:
-    from iobmd.remote import session  # noqa: PLC0415 (with ctypes: half of what `import iobmd` takes)
-
-    session.with_stopped(task, work)
