@@ -13,7 +13,11 @@ from _thread import start_new_thread
 from apart cimport (
     iobmd_exit, iobmd_interrupted, iobmd_order, iobmd_orphan, iobmd_run_apart, iobmd_set_current, iobmd_shield,
 )
-from orphan cimport iobmd_leftover, iobmd_take_away
+from libc.errno cimport errno
+from libc.string cimport strerror
+from orphan cimport (
+    iobmd_janitor, iobmd_janitor_end, iobmd_janitor_start, iobmd_leftover, iobmd_take_away,
+)
 
 cdef extern from "Python.h":
     ctypedef void *PyThread_type_lock
@@ -174,6 +178,38 @@ def hold(Job job, leftover):
                 iobmd_exit()
             if iobmd_interrupted():
                 break
+
+
+cdef class Janitor:
+    """Has a task wait for a guest, as `hold` does, if this process is killed between `watch` and `end`.
+
+    To be used by one OS thread. Raises OSError where no process can be made.
+    """
+
+    cdef iobmd_janitor *janitor
+
+    def __cinit__(self):
+        self.janitor = iobmd_janitor_start()
+        if self.janitor == NULL:
+            raise OSError(errno, f"clone: {strerror(errno).decode()}")
+
+    def watch(self, leftover):
+        """Begin; `leftover` is as for `hold`."""
+        cdef iobmd_leftover left
+        left.task, left.pidfd, left.child, left.guest, left.guest_there, left.instruction, left.options = leftover
+        self.janitor.left = left
+
+    def end(self):
+        """End it; idempotent."""
+        cdef iobmd_janitor *janitor = self.janitor
+        self.janitor = NULL
+        if janitor != NULL:
+            with nogil:
+                iobmd_janitor_end(janitor)
+
+    def __dealloc__(self):
+        if self.janitor != NULL:
+            iobmd_janitor_end(self.janitor)
 
 
 def interrupted():

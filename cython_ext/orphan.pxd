@@ -4,9 +4,13 @@ cdef extern from * nogil:
     #include <errno.h>
     #include <fcntl.h>
     #include <poll.h>
+    #include <pthread.h>
+    #include <sched.h>
     #include <signal.h>
     #include <stdio.h>
     #include <stdlib.h>
+    #include <sys/mman.h>
+    #include <sys/prctl.h>
     #include <sys/ptrace.h>
     #include <sys/syscall.h>
     #include <sys/types.h>
@@ -14,6 +18,9 @@ cdef extern from * nogil:
     #include <sys/wait.h>
     #include <time.h>
     #include <unistd.h>
+    #ifndef CLONE_PIDFD
+    #define CLONE_PIDFD 0x1000
+    #endif
 
     /* What is to be taken away: a process made by a guest, which was made in a task, and what it takes to have the
        task wait for the guest: a system call instruction, the options to trace it with, the guest as it counts. */
@@ -155,9 +162,71 @@ cdef extern from * nogil:
     #else
     static void iobmd_take_away(const struct iobmd_leftover *left) { (void)left; }
     #endif
+
+    /* A process that shares this memory, outlives this process if that is killed, and then has the task wait for the
+       guest, which dies with its tracer. Made before that is, so that no moment is missed. It blocks every signal, and sends none. */
+    struct iobmd_janitor {
+        struct iobmd_leftover left;
+        pid_t maker, pid;
+        int pidfd;
+        volatile int over;
+        char stack[32 << 10] __attribute__((aligned(64)));
+    };
+
+    static int iobmd_janitor_body(void *argument)
+    {
+        struct iobmd_janitor *janitor = (struct iobmd_janitor *)argument;
+        unsigned long terminated = 1ul << (SIGTERM - 1);
+        struct pollfd ended = { -1, POLLIN, 0 };
+        /* Until the maker is dead, thread-local storage is that of a thread of it: these calls do not touch it as long
+           as they succeed, and no cancellation point is among them. */
+        syscall(SYS_prctl, PR_SET_PDEATHSIG, SIGTERM, 0, 0, 0);
+        while (!janitor->over && syscall(SYS_getppid) == janitor->maker)
+            syscall(SYS_rt_sigtimedwait, &terminated, NULL, NULL, sizeof terminated);
+        if (janitor->over || !janitor->left.guest) return 0;
+        ended.fd = (int)syscall(SYS_pidfd_open, janitor->left.guest, 0);
+        poll(&ended, 1, 1000);
+        iobmd_take_away(&janitor->left);
+        return 0;
+    }
+
+    /* Begin; NULL, and errno, where no process can be made. */
+    static struct iobmd_janitor *iobmd_janitor_start(void)
+    {
+        sigset_t all, before;
+        int error;
+        struct iobmd_janitor *janitor = (struct iobmd_janitor *)mmap(
+            NULL, sizeof *janitor, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (janitor == MAP_FAILED) return NULL;
+        janitor->maker = getpid();
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+        janitor->pid = clone(iobmd_janitor_body, janitor->stack + sizeof janitor->stack,
+                             CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_PIDFD, janitor, &janitor->pidfd);
+        error = errno;
+        pthread_sigmask(SIG_SETMASK, &before, NULL);
+        if (janitor->pid > 0) return janitor;
+        munmap(janitor, sizeof *janitor);
+        errno = error;
+        return NULL;
+    }
+
+    static void iobmd_janitor_end(struct iobmd_janitor *janitor)
+    {
+        janitor->over = 1;
+        if (syscall(SYS_pidfd_send_signal, janitor->pidfd, SIGTERM, NULL, 0) < 0 && errno != ESRCH)
+            kill(janitor->pid, SIGTERM);  /* a seccomp filter */
+        while (waitpid(janitor->pid, NULL, __WALL) < 0 && errno == EINTR) continue;
+        close(janitor->pidfd);
+        munmap(janitor, sizeof *janitor);
+    }
     """
     struct iobmd_leftover:
         int task, pidfd, child, guest, guest_there
         unsigned long instruction
         long options
     void iobmd_take_away(const iobmd_leftover *left)
+    struct iobmd_janitor:
+        iobmd_leftover left
+    iobmd_janitor *iobmd_janitor_start()
+    void iobmd_janitor_end(iobmd_janitor *janitor)

@@ -13,6 +13,7 @@ wait for it, so that no zombie stays. A thread (CLONE_THREAD) would leave no zom
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ from iobmd.remote.tracee import InterruptedJob, NotStopped, Tracee
 from iobmd.task import Task
 
 if TYPE_CHECKING:
+    from iobmd._native import apart
     from iobmd.remote.stop import Stop
 
 _CLONE_VM, CLONE_FS, CLONE_FILES = 0x100, 0x200, 0x400
@@ -42,6 +44,8 @@ class Guest(Tracee):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task, 0, 0)
+        self.janitor: apart.Janitor | None = None
+        """Who ends it if this process is killed, where its tracer is a thread of this process."""
         self.pid_there = 0
         """Its number as the task's pid namespace counts."""
         self._undo: list[tuple[str, tuple[int, ...]]] = []
@@ -52,7 +56,7 @@ class Guest(Tracee):
         try:
             self.pid_there = stop.call("clone", _CLONE_VM | CLONE_FS | CLONE_FILES, NO_STACK, 0, 0, 0)
         except OSError as error:
-            if isinstance(error, IOReturnError):
+            if error.errno != errno.EAGAIN:
                 raise
             raise NoProcess(*error.args) from None
         finally:
@@ -61,6 +65,8 @@ class Guest(Tracee):
             message = f"task {self.task.pid} made a process that this one does not see"
             raise IOReturnError(IOReturn.kIOReturnError, message)
         self.gadget, self.options = stop.gadget, stop.options | tracing.O_EXITKILL
+        if self.janitor:
+            self.janitor.watch(self.leftover())
 
     def isolate(self) -> None:
         """Give it an empty descriptor table of its own, out of reach for the threads of its task.
@@ -78,6 +84,11 @@ class Guest(Tracee):
         if tracing.stopped_for(self._tid) is None:  # else the number was its own when the Task was made
             raise self._ended()
         memory.write(address, data, timeout=PATIENCE)
+
+    def leftover(self, child: int = 0) -> tuple[int, int, int, int, int, int, int]:
+        """Return what is to be taken away of it, and of a `child` that it made, as `apart.hold` takes it."""
+        options = self.options & ~tracing.O_EXITKILL
+        return self.task.pid, self.task.pidfd, child, self._pid, self.pid_there, self.gadget, options
 
     @property
     def pid(self) -> int:

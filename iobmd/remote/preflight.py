@@ -68,7 +68,7 @@ def _past_seccomp(pid: int, mode: str) -> int:
 
 
 def tracer(pid: int, tid: int) -> int | None:
-    """Return who traces a thread of a task, 0 for none; None when the thread has ended.
+    """Return the number of the thread that traces one of a task, 0 for none; None when that has ended.
 
     Raises `kIOReturnNoResources`: no descriptor is free to look.
     """

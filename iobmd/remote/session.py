@@ -75,11 +75,15 @@ def with_guest(task: Task, work: Callable[[Guest], None], *, standing: bool = Fa
     Returns for how many nanoseconds a thread of the task stood still, at most: while the guest was made, or while it
     was waited for. Raises as `with_stopped`.
     """
+    caller = os.getpid()
 
     def body() -> int:
         options, instruction = options_for(task), gadget.find(task)
         guest = Guest(task)
         stopped = 0
+        if os.getpid() == caller:  # this is a thread, which ends with this process
+            with contextlib.suppress(OSError):  # no more processes: then a zombie is left
+                guest.janitor = apart.Janitor()
 
         def use() -> None:
             guest.begin()
@@ -104,7 +108,11 @@ def with_guest(task: Task, work: Callable[[Guest], None], *, standing: bool = Fa
             )
             raise IOReturnError(IOReturn.kIOReturnNoResources, message, error.errno or 0) from None
         finally:
-            stopped = max(stopped, end(guest))
+            try:
+                stopped = max(stopped, end(guest))
+            finally:
+                if guest.janitor:
+                    guest.janitor.end()
         return stopped
 
     return in_tracer(task, body)
@@ -281,7 +289,7 @@ def seize(task: Task, activity: threads.Activity, options: int) -> Stop | None:
         except OSError as error:
             refusal = error
         tracer = preflight.tracer(task.pid, activity.tid)
-        if refusal.errno == errno.ESRCH or tracer in (None, os.getpid()):
+        if refusal.errno == errno.ESRCH or tracer in (None, threading.get_native_id()):
             return None
         if not tracer:
             refusals_seen += 1

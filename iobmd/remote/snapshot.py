@@ -19,7 +19,7 @@ from iobmd.errors import IOReturnError
 from iobmd.remote import gadget, session
 from iobmd.remote.guest import CLONE_FILES, CLONE_FS, NO_STACK, PATIENCE, Guest
 from iobmd.remote.tracee import Unreadable, shielded
-from iobmd.remote.tracing import O_EXITKILL, WALL, interrupt, kill
+from iobmd.remote.tracing import WALL, interrupt, kill
 from iobmd.task import Task
 
 if TYPE_CHECKING:
@@ -78,11 +78,7 @@ class Snapshot:
     def _live(self, hold: Callable[[session.Leftover], None]) -> None:
         try:
             self._stopped(self.make)
-            guest = self._guest
-            hold((
-                self.origin.pid, self.origin.pidfd, self._pid, guest.pid, guest.pid_there, guest.gadget,
-                guest.options & ~O_EXITKILL,
-            ))  # fmt: skip
+            hold(self._guest.leftover(self._pid))
         finally:
             self._close()
 

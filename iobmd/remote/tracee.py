@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import signal
+import threading
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -203,7 +204,7 @@ class Tracee:
     def _is_ours(self) -> bool:
         """Say whether it is traced: a thread that runs another program (execve(2)) gets the number of its task."""
         try:
-            return preflight.tracer(self._pid, self._tid) in (None, os.getpid())
+            return preflight.tracer(self._pid, self._tid) in (None, threading.get_native_id())
         except IOReturnError:  # no descriptor is free to look: not to be given up in the middle of a call
             return True
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from support.child import forked, sleeping
 from support.kernel import Footprint
-from support.targets import Belongings, Target, until_blocked
+from support.targets import Belongings, Target, check_as_before, until, until_blocked
 
 import iobmd
 from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError
+from iobmd.remote.guest import Guest
 
 ANYWHERE = IOMapOptions.kIOMapAnywhere
 MIB = 1 << 20
@@ -131,3 +132,32 @@ def is_left_alone(pid: int) -> bool:
     threads = list(Path(f"/proc/{pid}/task").iterdir())
     traced = any("TracerPid:\t0\n" not in (thread / "status").read_text() for thread in threads)
     return not traced and not any((thread / "children").read_text() for thread in threads)
+
+
+def test_we_are_killed_with_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tracer is one of them then, and dies with the guest; who is left has the target wait for that."""
+    with Target([sys.executable, "-c", ECHO]) as target:
+        target.line()
+        until_blocked(target.pid)
+        before = Belongings.of(target.pid)
+        real = Guest.isolate
+
+        def isolate(guest: Guest) -> None:
+            real(guest)
+            assert not is_left_alone(target.pid), "the control"
+            os.kill(caller, signal.SIGKILL)
+
+        monkeypatch.setattr(Guest, "isolate", isolate)
+        for _ in range(5):
+            if not (caller := os.fork()):
+                try:
+                    caller = os.getpid()
+                    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+                    use_allocate(target.pid, 0)
+                finally:
+                    os._exit(1)
+            assert os.WTERMSIG(os.waitpid(caller, 0)[1]) == signal.SIGKILL
+            assert until(lambda: is_left_alone(target.pid), 5), target.state()
+            target.tell("hello")
+            assert target.line(5) == "hello"
+            check_as_before(target.pid, before)
