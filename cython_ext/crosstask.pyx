@@ -1,11 +1,12 @@
 # cython: language_level=3, auto_pickle=False, autotestdict=False
 """Copies between this process and a task, with the GIL released: process_vm_readv and /proc/PID/mem."""
 
-from libc.errno cimport EFAULT, EINTR, EIO, ENOMEM, ESRCH, errno
-from libc.stdint cimport uint64_t, uintptr_t
+from libc.errno cimport EAGAIN, EFAULT, EINTR, EIO, ENOENT, ENOMEM, ESRCH, errno
+from libc.stdint cimport UINT64_MAX, uint64_t, uintptr_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset, strerror
 from posix.fcntl cimport O_RDONLY
+from posix.stat cimport fstat, struct_stat
 from posix.unistd cimport close
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
@@ -19,6 +20,7 @@ from pagemap_entry cimport PRESENT_BIT, SWAP_BIT, UFFD_WP_BIT, iobmd_is_swapped
 from pagemap_scan cimport (
     C_PAGE_IS_PRESENT, C_PAGE_IS_SWAPPED, IOBMD_PAGEMAP_SCAN, ioctl, iobmd_page_region, iobmd_scan_arg,
 )
+from procmap_query cimport IOBMD_PROCMAP_QUERY, iobmd_procmap_query
 from uio cimport (
     O_CLOEXEC, SYS_pidfd_getfd, SYS_process_madvise, c_open, iovec, pread, process_vm_readv, process_vm_writev,
     pwrite, syscall,
@@ -87,6 +89,9 @@ cdef int _add(Bounds *ranges, uint64_t start, uint64_t end) noexcept nogil:
     return 0
 
 
+cdef uint64_t LAST = UINT64_MAX  # ranges end there, too, where 1 << 64 is asked for: nothing is mapped at the last byte
+
+
 cdef class Ranges:
     """Ranges of addresses, ascending and apart: a sequence of (start, end).
 
@@ -147,24 +152,26 @@ cdef class Ranges:
                 low = middle + 1
         return low
 
-    def between(self, uint64_t start, uint64_t end):
+    def between(self, uint64_t start, end):
         """Return what of them lies between two addresses."""
         cdef Ranges part = Ranges()
         cdef size_t index = self._first(start)
-        while index < self.found.count and self.found.bounds[2 * index] < end:
-            part.add(max(start, self.found.bounds[2 * index]), min(end, self.found.bounds[2 * index + 1]))
+        cdef uint64_t stop = min(end, LAST)
+        while index < self.found.count and self.found.bounds[2 * index] < stop:
+            part.add(max(start, self.found.bounds[2 * index]), min(stop, self.found.bounds[2 * index + 1]))
             index += 1
         return part
 
-    def outside(self, uint64_t start, uint64_t end):
+    def outside(self, uint64_t start, end):
         """Return what between two addresses lies in none of them."""
         cdef Ranges part = Ranges()
         cdef size_t index = self._first(start)
-        while index < self.found.count and self.found.bounds[2 * index] < end:
+        cdef uint64_t stop = min(end, LAST)
+        while index < self.found.count and self.found.bounds[2 * index] < stop:
             part.add(start, self.found.bounds[2 * index])
             start = max(start, self.found.bounds[2 * index + 1])
             index += 1
-        part.add(start, end)
+        part.add(start, stop)
         return part
 
     def whole(self, uint64_t theirs, uint64_t ours, size_t unit):
@@ -200,15 +207,16 @@ cdef class Ranges:
         return offsets
 
     @staticmethod
-    def joined(parts, uint64_t end):
+    def joined(parts, end):
         """Return what of several Ranges, none of which reaches into another, lies below an address."""
         cdef Ranges whole = Ranges()
+        cdef uint64_t stop = min(end, LAST)
         cdef Ranges part
         cdef size_t index
         for part in sorted(parts, key=_start):
             for index in range(part.found.count):
-                if part.found.bounds[2 * index] < end:
-                    whole.add(part.found.bounds[2 * index], min(end, part.found.bounds[2 * index + 1]))
+                if part.found.bounds[2 * index] < stop:
+                    whole.add(part.found.bounds[2 * index], min(stop, part.found.bounds[2 * index + 1]))
         return whole
 
 
@@ -502,40 +510,84 @@ def transfer(int pid, int memory, int pagemap, int pidfd, bint write, bint skip,
     return stopped, error, absent, bad
 
 
-def move_present(const char *pagemap, int pid, int pidfd, bint write, uint64_t theirs, uint64_t ours, size_t size,
-                 size_t page):
-    """As `transfer`, of a few pages; says whether all of it was moved. `pagemap` is the path of that file.
+cdef bint _is_unmapped(const char *maps, uint64_t address) noexcept nogil:
+    """Say whether PROCMAP_QUERY (Linux 6.11) shows nothing at an address."""
+    cdef iobmd_procmap_query arg
+    cdef int failed, fd = c_open(maps, O_RDONLY | O_CLOEXEC)
+    if fd < 0:
+        return False
+    memset(&arg, 0, sizeof(arg))
+    arg.size = sizeof(arg)
+    arg.query_addr = address
+    failed = ioctl(fd, IOBMD_PROCMAP_QUERY, &arg)
+    failed = failed and errno == ENOENT
+    close(fd)
+    return failed
 
-    False: a page is not present, and nothing was moved, or an error ended it.
+
+def move_present(bytes folder, uint64_t device, int pid, int pidfd, bint write, bint fresh, uint64_t theirs,
+                 uint64_t ours, size_t size, size_t page):
+    """As `transfer`, of a few pages that are present, with as few calls as that takes.
+
+    Parameters
+    ----------
+    folder, device
+        The directory of the task in /proc, and the device number of /proc: another file system is not looked at.
+    pidfd
+        Shows, before a call and after it, that the pid is still that of the task; -1 for this process.
+    fresh
+        The destination is new: its pages are faulted in ahead, all by one call.
+    pid, write, theirs, ours, size, page
+        As there.
+
+    Returns
+    -------
+    int
+        0: all was moved. EFAULT: nothing is mapped at the first byte. Anything else: see what `transfer` says.
     """
     cdef uint64_t entries[FEW]
     cdef uint64_t first = theirs // page
     cdef size_t count = (theirs + size - 1) // page - first + 1, index
+    cdef bytes pagemap = folder + b"/pagemap", maps = folder + b"/maps"
+    cdef const char *path = pagemap
+    cdef const char *areas = maps
+    cdef struct_stat mounted
     cdef iovec here, there
-    cdef int fd
-    cdef bint moved = False
+    cdef int fd, error = EAGAIN
+    cdef ssize_t moved
     if count > FEW:
-        return False
+        return EAGAIN
     with nogil:
-        fd = c_open(pagemap, O_RDONLY | O_CLOEXEC)
+        fd = c_open(path, O_RDONLY | O_CLOEXEC)
         if fd >= 0:
-            if pread(fd, entries, count * 8, <long>(first * 8)) == <ssize_t>(count * 8):
-                moved = True
-                for index in range(count):
-                    if not entries[index] & PRESENT_BIT or (write and entries[index] & UFFD_WP_BIT):
-                        moved = False
-                        break
+            if not fstat(fd, &mounted) and <uint64_t>mounted.st_dev == device:
+                if pread(fd, entries, count * 8, <long>(first * 8)) == <ssize_t>(count * 8):
+                    error = 0
+                    for index in range(count):
+                        if not entries[index] & PRESENT_BIT or (write and entries[index] & UFFD_WP_BIT):
+                            error = EAGAIN
+                            break
+                    if error and not index and not entries[0] and _is_unmapped(areas, theirs):
+                        error = EFAULT
             close(fd)
-        if moved and iobmd_has_exited(pidfd):
-            moved = False
-        if moved:
+        if not error and iobmd_has_exited(pidfd):
+            error = EAGAIN
+        if not error:
+            if fresh and count > 1:
+                # A refusal (before 5.14) does no harm.
+                c_madvise(<void *><uintptr_t>(ours - ours % page), (size + ours % page + page - 1) // page * page,
+                          C_MADV_POPULATE_WRITE)
             here.iov_base, there.iov_base = <void *><uintptr_t>ours, <void *><uintptr_t>theirs
             here.iov_len = there.iov_len = size
             if write:
-                moved = process_vm_writev(pid, &here, 1, &there, 1, 0) == <ssize_t>size
+                moved = process_vm_writev(pid, &here, 1, &there, 1, 0)
             else:
-                moved = process_vm_readv(pid, &here, 1, &there, 1, 0) == <ssize_t>size
-    return moved
+                moved = process_vm_readv(pid, &here, 1, &there, 1, 0)
+            if moved != <ssize_t>size:
+                error = EAGAIN
+        if error != EAGAIN and iobmd_has_exited(pidfd):
+            error = EAGAIN
+    return error
 
 
 def absent(int pagemap, uint64_t theirs, size_t size, size_t page):

@@ -38,7 +38,9 @@ TIMEOUT = 10.0
 WOULD_WAIT = errno.EDEADLK
 """The error number of a transfer that may not wait for another program and would have to."""
 
-_QUICK = 64 << 10  # bytes that are moved by one native call if all of their pages are present
+QUICK = 64 << 10
+"""Bytes that `move_present` moves."""
+
 _MOST_MARKED = 1024  # separate ranges of the destination for huge pages: each costs two of vm.max_map_count
 _CALL_REFUSED = (errno.EPERM, errno.ENOSYS)
 
@@ -118,18 +120,29 @@ def number_of(error: OSError) -> int:
     return errno.ESRCH if error.errno == errno.ENOENT else error.errno or errno.EACCES
 
 
+def move_present(
+    pid: int, pidfd: int, theirs: int, ours: int, size: int, *, write: bool = False, fresh: bool = False
+) -> int:
+    """Move at most `QUICK` bytes by one native call, if all of their pages are present.
+
+    Returns
+    -------
+    int
+        The error number: 0 if all was moved, `EFAULT` if nothing is mapped at the first byte, both of a task that
+        has not exited since. Anything else: `move` may do it.
+    """
+    found = pidns.found_before(pid)
+    if found is None or (pidfd < 0 and pid != os.getpid()):
+        return errno.EAGAIN
+    return crosstask.move_present(*found, pid, pidfd, write, fresh, theirs, ours, size, PAGE_SIZE)
+
+
 def move(job: Transfer) -> Outcome:
     """Move bytes between a task and this process. Raises as `extents.absent`."""
-    own = job.pid == os.getpid()
     try:
-        path = f"{pidns.directory(job.pid)}/pagemap"
-        if job.size <= _QUICK and crosstask.move_present(
-            os.fsencode(path), job.pid, job.pidfd, job.write, job.theirs, job.ours, job.size, PAGE_SIZE
-        ):
-            return Outcome(job.size, 0)
-        pagemap = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        pagemap = os.open(f"{pidns.directory(job.pid)}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        if not own:
+        if job.pid != os.getpid():
             return Outcome(0, number_of(error))
         pagemap = -1  # it is not dumpable, or /proc is missing: all counts as present
     run = _Run(job, pagemap)

@@ -56,7 +56,7 @@ class IOReturnError(OSError):
     ) -> None:
         super().__init__()
         self.errno = errno
-        self.code = IOReturn(code)
+        self.code = code if type(code) is IOReturn else IOReturn(code)  # an enumeration takes a microsecond to ask
         self.address = address
         self._message = message
 

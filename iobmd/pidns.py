@@ -29,6 +29,17 @@ def directory(pid: int | str) -> str:
     return f"/proc/{_number_there(int(pid)) if is_foreign() else pid}"
 
 
+def found_before(pid: int) -> tuple[bytes, int] | None:
+    """Return what `directory` returned the last time, and the device number of the file system that holds it.
+
+    None where it has to be asked. Looking whether another /proc was mounted since is up to the caller.
+    """
+    own = os.getpid()
+    if _foreign is None or _foreign[0] != own or _foreign[2]:
+        return None
+    return b"/proc/self" if pid == own else b"/proc/%d" % pid, _foreign[1]
+
+
 _foreign: tuple[int, int, bool] | None = None
 
 

@@ -208,10 +208,12 @@ class Task:
             As for `read`, in seconds.
         """
         with HeldBuffer(data, False) as held:
-            self._transfer(
-                Transfer(self.pid, self._pidfd, address, held.address, held.size, write=True, timeout=timeout)
-            )
-            return held.size
+            size = held.size
+            check_range(address, size)
+            if size and not self._moved_present(address, held.address, size, write=True):
+                job = Transfer(self.pid, self._pidfd, address, held.address, size, write=True, timeout=timeout)
+                self._transfer(job)
+            return size
 
     def copy_in(
         self,
@@ -233,6 +235,9 @@ class Task:
         The other parameters are those of `copying.Transfer`. Raises as `read`; with `resident_only` also
         `kIOReturnNotReady`, `.address` being the first page that another program has to deliver.
         """
+        check_range(source, size)
+        if not size or (not skip and self._moved_present(source, destination, size, fresh=fresh)):
+            return copying.Outcome(size, 0)
         return self._transfer(
             Transfer(
                 self.pid, self._pidfd, source, destination, size,
@@ -241,10 +246,16 @@ class Task:
             )
         )  # fmt: skip
 
+    def _moved_present(self, theirs: int, ours: int, size: int, *, write: bool = False, fresh: bool = False) -> bool:
+        """Move little memory if all of its pages are present; returns whether that is done."""
+        if size > copying.QUICK:
+            return False
+        error = copying.move_present(self.pid, self._pidfd, theirs, ours, size, write=write, fresh=fresh)
+        if error == errno.EFAULT:
+            raise refusals.unreadable(self.pid, theirs, write=write, alive=lambda: self.alive)
+        return not error
+
     def _transfer(self, job: Transfer) -> copying.Outcome:
-        check_range(job.theirs, job.size)
-        if not job.size:
-            return copying.Outcome(0, 0)
         if self._pidfd < 0 and not self.alive:  # with a pidfd each call looks itself
             raise self._gone()
         outcome = self._moved(job)

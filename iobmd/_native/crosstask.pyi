@@ -67,8 +67,17 @@ def fresh_bytes(size: int) -> bytes: ...
 def has_exited(pidfd: int) -> bool: ...
 def is_mapped(address: int, size: int, page: int) -> bool: ...
 def move_present(
-    pagemap: bytes, pid: int, pidfd: int, write: bool, theirs: int, ours: int, size: int, page: int
-) -> bool: ...
+    folder: bytes,
+    device: int,
+    pid: int,
+    pidfd: int,
+    write: bool,
+    fresh: bool,
+    theirs: int,
+    ours: int,
+    size: int,
+    page: int,
+) -> int: ...
 def touch(pid: int, pidfd: int, address: int, size: int, page: int) -> int: ...
 def transfer(
     pid: int,
