@@ -89,7 +89,8 @@ cdef int _add(Bounds *ranges, uint64_t start, uint64_t end) noexcept nogil:
     return 0
 
 
-cdef uint64_t LAST = UINT64_MAX  # ranges end there, too, where 1 << 64 is asked for: nothing is mapped at the last byte
+# Ranges up to 1 << 64 end here, too: nothing is mapped at the last byte.
+cdef uint64_t LAST = UINT64_MAX
 
 
 cdef class Ranges:

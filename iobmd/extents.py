@@ -103,6 +103,8 @@ class Files:
     def _look(self, area: VMA) -> File | Origin | None:
         if not self._may_wait and area.device in self._fuse_devices():
             return Origin.FILE
+        if _is_leased(area):
+            return None
         # Children have another /proc/self.
         root = f"/proc/{os.getpid()}" if self._is_own() else pidns.directory(self._pid)
         try:
@@ -129,6 +131,15 @@ class Files:
                         major, minor = map(int, mount.split(" ", 3)[2].split(":"))
                         self._fuse.add(f"{major:02x}:{minor:02x}")
         return self._fuse
+
+
+def _is_leased(area: VMA) -> bool:
+    try:
+        return procfs.is_leased(area)
+    except OSError as error:
+        if error.errno in NO_DESCRIPTOR:
+            raise
+        return False
 
 
 def _named(root: str, area: VMA) -> Iterator[str]:

@@ -251,6 +251,18 @@ def find_vma(pid: int | str, address: int) -> VMA | None:
     return next(areas(pid, address, address + 1), None)
 
 
+def is_leased(area: VMA) -> bool:
+    """Say whether a process has a write lease, or a delegation, on the file that an area maps.
+
+    To open the file, in whatever way, would break it: its holder is told to give it up (F_SETLEASE in fcntl(2)). What
+    /proc/locks shows are the holders in the pid namespace of /proc. Raises OSError.
+    """
+    file = f" {area.device}:{area.inode} ".encode()
+    with open("/proc/locks", "rb", buffering=0) as locks:
+        lines = [line.split() for line in locks.read().splitlines() if file in line]
+    return any({b"LEASE", b"DELEG"} & set(words) and b"WRITE" in words for words in lines)
+
+
 def uncovered(areas: Iterable[VMA], address: int, end: int, permission: str) -> int:
     """Return the first address of `address`…`end` that no area with `permission` covers (`end`: all are)."""
     for area in areas:

@@ -86,6 +86,8 @@ def _resident(task: Task, area: procfs.VMA, start: int, end: int) -> int:
     mapped = pagemap.counts(task, start, end - start).present * PAGE_SIZE
     # Pages that the object has, and the task has not mapped, need the right to open what another task maps.
     with contextlib.suppress(OSError):
+        if procfs.is_leased(area):
+            return mapped
         path = procfs.memory_file(task.pid, f"map_files/{area.start:x}-{area.end:x}")
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:

@@ -450,6 +450,34 @@ def test_locks_on_a_file_of_the_source_are_kept(source: Callable[..., Source], t
         path.unlink()
 
 
+LEASED = """
+import fcntl
+fd = os.open({path!r}, os.O_RDWR); m = mmap.mmap(fd, 16 << 20)
+fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+result = [at(m)]
+"""
+
+
+@pytest.mark.parametrize("folder", ["memory", "disk"])
+def test_a_lease_of_the_source_is_not_broken(source: Callable[..., Source], tmp_path: Path, folder: str) -> None:
+    """Who opens a file on which a process has a write lease has the kernel send it SIGIO, which ends it."""
+    path = (Path("/dev/shm") if folder == "memory" else tmp_path) / f"iobmd-test-{os.getpid()}"
+    expected = bytes(range(256)) * (16 * MIB // 256)
+    path.write_bytes(expected)
+    try:
+        one = source(LEASED.format(path=str(path)))
+        (at,) = one.addresses
+        lease = f"WRITE {one.pid} "
+        assert lease in Path("/proc/locks").read_text(), "the control"
+        with iobmd.copy(one.pid, at, 16 * MIB, wired=False) as buffer:
+            assert bytes(buffer) == expected
+        assert Task(one.pid).read(at + 5, 100) == expected[5:105]
+        assert one.process.poll() is None
+        assert any("ACTIVE" in line and lease in line for line in Path("/proc/locks").read_text().splitlines())
+    finally:
+        path.unlink()
+
+
 def is_locked(path: Path) -> bool:
     """Say whether another process than this one finds the file locked."""
 
