@@ -15,6 +15,7 @@ cdef extern from * nogil:
     #include <sys/prctl.h>
     #include <sys/stat.h>
     #include <sys/syscall.h>
+    #include <sys/sysinfo.h>
     #include <sys/sysmacros.h>
     #include <sys/uio.h>
     #include <sys/vfs.h>
@@ -28,6 +29,12 @@ cdef extern from * nogil:
     #define SYS_pidfd_send_signal 424
     #endif
 
+    #ifndef MADV_PAGEOUT
+    #define MADV_PAGEOUT 21
+    #endif
+    #ifndef MADV_POPULATE_READ
+    #define MADV_POPULATE_READ 22
+    #endif
     #ifndef SYS_close_range
     #define SYS_close_range 436
     #endif
@@ -57,6 +64,7 @@ cdef extern from * nogil:
         uint64_t length, filesystem, opened_device;
         size_t page;
         int fresh, holes;
+        int swaps;                          /* something is in swap on this host */
         int child, pidfd;
         pid_t maker;
         volatile size_t moved;
@@ -232,11 +240,56 @@ cdef extern from * nogil:
         return 0;
     }
 
+    /* A part of a file of tmpfs, mapped while it is read, and which of its pages were in memory before. */
+    struct iobmd_view {
+        char *start;
+        size_t mapped, pages;
+        unsigned char there[IOBMD_CALL / 4096 + 1];
+    };
+
+    static void iobmd_view_open(const struct iobmd_attempt *job, long fd, uint64_t at, size_t size,
+                                struct iobmd_view *view)
+    {
+        size_t before = at % job->page;
+        long start;
+        view->start = NULL;
+        if (!job->swaps || !job->holes)
+            return;
+        view->mapped = (before + size + job->page - 1) / job->page * job->page;
+        start = iobmd_raw(SYS_mmap, 0, (long)view->mapped, PROT_READ, MAP_SHARED, fd, (long)(at - before));
+        if (start < 0 && start > -4096)
+            return;
+        view->start = (char *)start;
+        view->pages = view->mapped / job->page;
+        if (iobmd_raw(SYS_mincore, start, (long)view->mapped, (long)view->there, 0, 0, 0))
+            view->pages = 0;
+    }
+
+    /* Reading brings pages in from swap, with every flag of preadv2(2): what was there goes back, once it is mapped
+       here, for the kernel pages out what the calling process maps, and nobody else. */
+    static void iobmd_view_close(const struct iobmd_attempt *job, struct iobmd_view *view)
+    {
+        size_t index = 0, last, all = view->pages;
+        if (!view->start)
+            return;
+        for (; index < all; index = last) {
+            for (last = index + 1; last < all && !(view->there[last] & 1) == !(view->there[index] & 1);)
+                last++;
+            if (view->there[index] & 1)
+                continue;
+            long start = (long)(view->start + index * job->page), size = (long)((last - index) * job->page);
+            if (!iobmd_raw(SYS_madvise, start, size, MADV_POPULATE_READ, 0, 0, 0))
+                iobmd_raw(SYS_madvise, start, size, MADV_PAGEOUT, 0, 0, 0);
+        }
+        iobmd_raw(SYS_munmap, (long)view->start, (long)view->mapped, 0, 0, 0, 0);
+    }
+
     /* Move one range of a file of a memory file system to where it belongs, or count its data; returns an error
        number. Nothing is allocated in the file. */
     static long iobmd_attempt_direct(struct iobmd_attempt *job, long fd, struct iobmd_range range)
     {
         size_t done = 0, until;
+        struct iobmd_view view;
         while (done < range.size) {
             uint64_t at = range.at + done;
             char *ours = range.ours + done;
@@ -261,7 +314,10 @@ cdef extern from * nogil:
                 continue;
             }
             step = bounced ? IOBMD_BOUNCE : IOBMD_CALL;
-            got = iobmd_attempt_call(job, fd, at, bounced ? job->bytes : ours, until < step ? until : step);
+            step = until < step ? until : step;
+            iobmd_view_open(job, fd, at, step, &view);
+            got = iobmd_attempt_call(job, fd, at, bounced ? job->bytes : ours, step);
+            iobmd_view_close(job, &view);
             if (got < 0)
                 return -got;
             if (bounced)
@@ -315,8 +371,10 @@ cdef extern from * nogil:
     static int iobmd_attempt_start(struct iobmd_attempt *job)
     {
         sigset_t all, before;
+        struct sysinfo host;
         int error;
         job->maker = getpid();
+        job->swaps = !sysinfo(&host) && host.freeswap < host.totalswap;
         sigfillset(&all);
         sigprocmask(SIG_SETMASK, &all, &before);
         job->child = clone(iobmd_attempt_body, job->stack + IOBMD_STACK,

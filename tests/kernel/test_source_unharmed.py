@@ -269,6 +269,24 @@ def test_swapped_pages_go_back_to_swap(swap: None, source: Callable[..., Source]
     assert any(content)
 
 
+@pytest.mark.needs("swap")
+def test_swapped_pages_of_an_object_go_back_to_swap(swap: None, source: Callable[..., Source]) -> None:
+    """Also those next to pages in memory, and no others: smaps counts what the object has in swap."""
+    code = f"fd = memfd({8 * MIB}); m = mmap.mmap(fd, {8 * MIB}); m[:] = os.urandom({8 * MIB})\nm.madvise(21)\n"
+    one = source(code + f"sum(m[at] for at in range(0, {8 * MIB}, 40960)); result = [at(m)]")
+    (at,) = one.addresses
+    before = kernel.smaps(at, one.pid)
+    assert before["Swap"] > 6 * MIB, "the control"
+    content = Task(one.pid).read(at, 8 * MIB)
+    assert any(content)
+    after = kernel.smaps(at, one.pid)
+    assert abs(after["Swap"] - before["Swap"]) <= 64 * kernel.PAGE
+    assert after["Rss"] == before["Rss"]
+    with iobmd.copy(one.pid, at, 8 * MIB, wired=False) as buffer:
+        assert bytes(buffer) == content
+    assert abs(kernel.smaps(at, one.pid)["Swap"] - before["Swap"]) <= 64 * kernel.PAGE
+
+
 def test_files_are_read_and_not_mapped(source: Callable[..., Source], tmp_path: Path) -> None:
     """Also the rest of the last page, which is zero, and the pages behind that, which are not there."""
     path = tmp_path / "file"
