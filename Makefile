@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml iobmd/_version.py $(wildcard cython_ext/*)
 
-.PHONY: demo test test-repeat fuzz test-asan test-vm vm-shell lint docs bench soak clean
+.PHONY: demo test test-repeat fuzz test-asan test-tsan test-vm vm-shell lint docs bench soak clean
 
 demo: $(READY)
 	$(BIN)/iobmd doctor
@@ -28,9 +28,15 @@ fuzz: $(READY)
 # The extensions under the address sanitizer. Left out by default: tests of whole address spaces, in which the
 # sanitizer's own takes minutes to walk, and those that look for memory, which are long with it.
 ASAN_TESTS := $(patsubst %,tests/kernel/test_%.py,buffer cache cache_modes copies dma dma_segments mapping pinning \
-    segments shared task withcopy) tests/remote/test_freeze.py $(FUZZ_TESTS)
+    segments shared task withcopy) tests/remote/test_freeze.py $(FUZZ_TESTS) \
+    tests/security/test_threads.py
 test-asan:
-	tools/asan "$(PYTHON)" build/asan $(or $(PYTEST_ARGS),$(ASAN_TESTS))
+	tools/sanitize address "$(PYTHON)" build/asan $(or $(PYTEST_ARGS),$(ASAN_TESTS))
+
+# The native layer by several threads, under the thread sanitizer: SECONDS=600
+test-tsan:
+	IOBMD_FUZZ_SECONDS=$(FUZZ_SECONDS) tools/sanitize thread "$(PYTHON)" build/tsan \
+	    --timeout $$(($(FUZZ_SECONDS) + 120)) $(or $(PYTEST_ARGS),tests/security/test_threads.py)
 
 # Tests in guests: KERNELS="5.10 6.12", PROFILE="kernel" or ci, JOBS=1, VERBOSE=1, TABLE=docs/kernels.md
 test-vm: $(READY)

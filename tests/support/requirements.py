@@ -6,6 +6,7 @@
 import errno
 import mmap
 import os
+import re
 import resource
 import shutil
 from collections.abc import Callable
@@ -97,8 +98,13 @@ def _memlock() -> str | None:
 
 
 def _own_footprint() -> str | None:
-    sanitizer = "libasan" in Path("/proc/self/maps").read_text()
-    return "the address sanitizer maps memory of its own, and keeps some" if sanitizer else None
+    mapped = Path("/proc/self/maps").read_text()
+    return "the sanitizer maps memory of its own, and keeps some" if re.search("lib[at]san", mapped) else None
+
+
+def _children_in_memory() -> str | None:
+    sanitizer = "libtsan" in Path("/proc/self/maps").read_text()
+    return "the thread sanitizer takes a child process in this one's memory for its parent" if sanitizer else None
 
 
 def _area_names() -> str | None:
@@ -169,6 +175,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "collapse": _collapse,
     "big_memory": _big_memory,
     "own_footprint": _own_footprint,
+    "children_in_memory": _children_in_memory,
     "area_names": _area_names,
     "procmap_query": _procmap_query,
     "pagemap_scan": _pagemap_scan,

@@ -1,0 +1,292 @@
+"""The native layer by several threads at once: memory that is freed beside its use, and tables that all of them read.
+
+For a few seconds in the suite. `make test-tsan` runs it under the thread sanitizer, for as long as `SECONDS` says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import random
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from support import requirements
+from support.fuzzing import SECONDS
+from support.kernel import Footprint
+
+import iobmd
+from iobmd import IOReturnError, shmem
+from iobmd._native import crosstask, frames, guard, mapping, maps, pagemap, runs, uring, walk
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+PAGE, MIB = 4096, 1 << 20
+THREADS = 4
+
+
+@pytest.fixture(autouse=True)
+def frequent_switches() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def all_at_once(*works: Callable[[], object], seconds: float = 0.25) -> None:
+    """Have threads do each work over and over for a time; the first error of any is raised here."""
+    begin = threading.Barrier(len(works))
+    errors: list[BaseException] = []
+
+    def repeat(work: Callable[[], object]) -> None:
+        begin.wait()
+        end = time.monotonic() + (SECONDS / 9 or seconds)
+        try:
+            while not errors:
+                work()
+                if time.monotonic() > end:
+                    break
+        except BaseException as error:
+            errors.append(error)
+
+    before = Footprint.settled()
+    threads = [threading.Thread(target=repeat, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    after = Footprint.settled()
+    assert after.descriptors <= before.descriptors
+    assert after.locked <= before.locked
+    if not requirements.missing("own_footprint"):
+        assert after.mappings - before.mappings < 40
+
+
+def shared_object(size: int) -> int:
+    fd = os.memfd_create("threads", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, size)
+    return fd
+
+
+IN_CHILDREN = pytest.mark.needs("children_in_memory")
+
+
+@pytest.mark.parametrize("kind", ["private", "shared", pytest.param("revocable", marks=IN_CHILDREN)])
+def test_unmapped_beside_its_use(kind: str) -> None:
+    """`close` is refused during a copy or while a view lives, and the next use after it is; no byte goes astray."""
+    size = 4 * MIB
+    fd = shared_object(size)
+    if kind == "shared":
+        shmem.seal(fd)
+
+    def mapped() -> mapping.Mapping:
+        if kind == "private":
+            return mapping.Mapping.anonymous(size, PAGE)
+        return mapping.Mapping.view([(fd, 0, size)], 0, True, 0, PAGE)
+
+    current = [mapped()]
+
+    def use(number: int) -> None:
+        one = current[0]
+        place = random.randrange(0, MIB - 8)
+        length = random.choice([8, 5000, 300_000])  # with and without the lock of the interpreter
+        start = number * MIB + min(place, MIB - length)
+        with contextlib.suppress(ValueError):  # it is closed
+            one.write(start, bytes([number]) * length)
+            assert set(one.read(start, length)) <= {0, number}  # 0: of the mapping after it
+
+    def replace() -> None:
+        old, current[0] = current[0], mapped()
+        while True:
+            with contextlib.suppress(BufferError):
+                old.close()
+                break
+        assert old.users == 0
+
+    try:
+        all_at_once(*(partial(use, number) for number in range(1, THREADS)), replace)
+    finally:
+        current[0].close()
+        os.close(fd)
+
+
+def test_redirected_beside_its_use() -> None:
+    """Two objects behind one mapping in turns, which is closed beside that."""
+    fds = [shared_object(MIB), shared_object(MIB)]
+    for number, fd in enumerate(fds, 1):
+        os.pwrite(fd, bytes([number]) * MIB, 0)
+    current = [mapping.Mapping.view([(fds[0], 0, MIB)], 0, True, 0, PAGE)]
+
+    def redirect() -> None:
+        with contextlib.suppress(ValueError):
+            half = MIB // 2
+            current[0].redirect([(fd, offset, half) for fd in random.sample(fds, 1) for offset in (0, half)])
+
+    def read() -> None:
+        with contextlib.suppress(ValueError):
+            assert set(current[0].read(random.randrange(MIB // 2), MIB // 2)) <= {1, 2}
+            assert current[0].lost() in (None, current[0].address)
+
+    def replace() -> None:
+        old, current[0] = current[0], mapping.Mapping.view([(fds[0], 0, MIB)], 0, True, 0, PAGE)
+        while True:
+            with contextlib.suppress(BufferError):
+                old.close()
+                break
+
+    try:
+        all_at_once(redirect, read, read, replace)
+    finally:
+        current[0].close()
+        for fd in fds:
+            os.close(fd)
+
+
+def test_tables_of_the_kernel() -> None:
+    """Walks, runs and frames of one open file, each thread with an object of its own, and one table that all read."""
+    memory = mmap.mmap(-1, 4 * MIB)
+    memory[::PAGE] = b"x" * (4 * MIB // PAGE)
+    opened = os.open("/proc/self/pagemap", os.O_RDONLY)
+    text = Path("/proc/self/maps").read_bytes()
+    own = maps.parse(text)
+    start = max((area[1] - area[0], area[0]) for area in own if area[2].startswith("rw"))[1]
+    end = start + 4 * MIB
+    table = runs.read(opened, start, end - start, PAGE)
+
+    def walks() -> None:
+        walker = walk.Walk(opened, PAGE, 2 * MIB, 0, 0, False, True)
+        tally = walker.total(start, end)
+        assert tally.present <= end - start
+        with contextlib.suppress(OSError):  # no PAGEMAP_SCAN
+            found = pagemap.scan(opened, start, end, pagemap.PAGE_IS_PRESENT, 0)
+            assert all(start <= first < last <= end for first, last in found)
+
+    def reads() -> None:
+        found = runs.read(opened, start, end - start, PAGE)
+        table.common(found)
+        table.difference(found)
+        table.holds(opened, PAGE)
+        assert table.largest() <= end - start
+        frames.describe(opened, -1, -1, start // PAGE, 512)
+
+    def parses() -> None:
+        assert maps.parse(text) == own
+
+    try:
+        all_at_once(walks, walks, reads, reads, parses)
+    finally:
+        os.close(opened)
+        memory.close()
+
+
+def test_locks() -> None:
+    """One thread at a time is inside, and a function called from inside is told so."""
+    lock = guard.Guard()
+    inside = [0]
+
+    def enter() -> None:
+        with lock:
+            inside[0] += 1
+            assert inside[0] == 1
+            with pytest.raises(RuntimeError):
+                lock.enter()
+            inside[0] -= 1
+        if lock.enter_if_free():
+            assert lock.mine
+            lock.leave()
+
+    all_at_once(*[enter] * THREADS)
+
+
+def test_pins() -> None:
+    """Of one table of slots, each of which a single thread has at a time."""
+    try:
+        table = uring.Table(8)
+    except OSError as error:
+        pytest.skip(f"no io_uring with a sparse table: {error}")
+    memory = mapping.Mapping.anonymous(64 * PAGE, PAGE)
+
+    def pin(number: int) -> None:
+        with contextlib.suppress(MemoryError, OSError):  # RLIMIT_MEMLOCK
+            slot = table.pin(memory.address + number * 16 * PAGE, 16 * PAGE)
+            if slot is not None and random.random() < 0.9:
+                slot.release()
+                slot.release()
+
+    try:
+        all_at_once(*(partial(pin, number) for number in range(THREADS)))
+    finally:
+        table.close()
+        memory.close()
+
+
+@IN_CHILDREN
+def test_transfers() -> None:
+    """Between parts of this process, by the kernel and by children that share its memory."""
+    memory = mapping.Mapping.anonymous(8 * MIB, PAGE)
+    address = memory.address
+
+    def transfer(number: int) -> None:
+        theirs, ours = address + 2 * number * MIB, address + (2 * number + 1) * MIB
+        crosstask.copy_here(theirs, address, 0)
+        memory.write(2 * number * MIB, bytes([number]) * MIB)
+        attempt = crosstask.Attempt([(theirs, MIB)], task=os.getpid())
+        attempt.start()
+        while not attempt.wait(1000):
+            pass
+        assert attempt.error == 0
+        assert attempt.moved == MIB
+        crosstask.copy_here(ours, attempt.address, MIB)
+        attempt.end()
+        assert memory.read((2 * number + 1) * MIB, MIB) == bytes([number]) * MIB
+
+    try:
+        all_at_once(*(partial(transfer, number) for number in range(THREADS)))
+    finally:
+        memory.close()
+
+
+@IN_CHILDREN
+def test_buffers() -> None:
+    """Freed, resized, viewed, mapped and copied at once: only IOReturnError is raised, and nothing is left."""
+    current = [iobmd.allocate(MIB, wired=False, shared=True)]
+
+    def use() -> None:
+        buffer = current[0]
+        with contextlib.suppress(IOReturnError, ValueError, BufferError):
+            buffer.writeBytes(random.randrange(MIB), b"x")
+            assert len(buffer.readBytes(0, 100_000)) == 100_000
+            with buffer.map() as mapped, memoryview(mapped) as view:
+                assert len(view) in (MIB // 2, MIB)
+            buffer.setLength(random.choice([MIB, MIB // 2]))
+            buffer.prepare()
+            buffer.complete()
+
+    def copy() -> None:
+        with contextlib.suppress(IOReturnError):
+            address = current[0].getBytesNoCopy()
+            with iobmd.copy(iobmd.kernel_task, address, MIB, wired=False) as copied:
+                assert len(copied) == MIB
+
+    def replace() -> None:
+        old, current[0] = current[0], iobmd.allocate(MIB, wired=False, shared=True)
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            with contextlib.suppress(IOReturnError):
+                old.free()
+                return
+        raise AssertionError("it stays busy")
+
+    try:
+        all_at_once(use, use, copy, replace)
+    finally:
+        current[0].free()
