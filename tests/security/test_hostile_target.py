@@ -180,10 +180,13 @@ def test_memory_in_a_task_of_another_user_cannot_be_truncated(size: int) -> None
     with sleeping_victim() as target:
         with iobmd.allocate(size, task=target.pid, wired=False) as buffer:
             backing: Any = buffer._backing
-            assert code_of_truncation(backing.shared.fd) == "PermissionError"
+            with backing.shared.fd.use() as number:
+                assert code_of_truncation(number) == "PermissionError"
         with iobmd.allocate(size, shared=True, wired=False) as here:
             shared: Any = here._backing
-            if code_of_truncation(shared.shared.fd, size) == "":
+            with shared.shared.fd.use() as number:
+                unsealed = not code_of_truncation(number, size)
+            if unsealed:
                 mapping = lambda: here.createMappingInTask(target.pid, 0, ANYWHERE)  # noqa: E731
                 assert code_of(mapping) == IOReturn.kIOReturnNotPermitted
             with here.createMappingInTask(target.pid, 0, ANYWHERE | READ_ONLY) as mapped:
