@@ -125,11 +125,15 @@ class CopyOf:
 class FrozenCopyOf(CopyOf):
     """As `CopyOf`, as it is at one moment."""
 
-    def fill(self, destination: int, *, huge: int = 0, sparse: bool = False) -> bool:
-        """As `Contents.fill`. Raises what keeps the task from being stopped, too."""
+    def check(self) -> None:
+        """As `CopyOf.check`; `kIOReturnUnsupported` for this process."""
         if self.task.is_current:
             message = "this process cannot stand still while it copies from itself: freeze is for other tasks"
             raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
+        super().check()
+
+    def fill(self, destination: int, *, huge: int = 0, sparse: bool = False) -> bool:
+        """As `Contents.fill`. Raises what keeps the task from being stopped, too."""
         from iobmd.remote import freeze  # noqa: PLC0415 (with ctypes: half of what `import iobmd` takes)
 
         left_zero = stopped = False
