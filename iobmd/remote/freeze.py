@@ -177,15 +177,15 @@ def _with_all_stopped(task: Task, work: Callable[[list[Stop]], None], stopped: l
 
 def _stop_each(task: Task, options: int, stops: dict[int, Stop | None], deadline: float) -> None:
     """Stop every thread of a task. Raises NotStopped when one does not stop soon."""
-    # Until a look finds no new one: those that run still may make more.
+    # Until a look finds no new one: those that run still may make more. Hundreds of them take seconds.
     while fresh := [tid for tid in threads.thread_ids(task.pid) if tid not in stops]:
-        if time.monotonic() > deadline:
-            raise session.never_stopped(task)
         for tid in fresh:
+            if time.monotonic() > deadline:
+                raise session.never_stopped(task)
             activity = threads.activity(task.pid, tid)
             stops[tid] = session.seize(task, activity, options) if activity else None
         for tid in fresh:
-            _wait(stops, tid, time.monotonic() + _SHORT)
+            _wait(stops, tid, min(time.monotonic() + _SHORT, deadline))
     if not any(stops.values()):
         raise refusals.gone(f"task {task.pid} is gone: it exited")
 

@@ -37,6 +37,7 @@ _T = TypeVar("_T")
 PATIENCE = 2.0  # seconds for a thread to stop, and for another tracer to end
 _ATTEMPTS = 10
 _COLLECTING = 3  # tries to have a task wait for a guest
+_SHOWN = 100  # threads whose states a message has: each takes a millisecond on a busy machine
 _SHORT = 0.2  # seconds for one thread of several
 
 
@@ -146,9 +147,12 @@ def in_tracer(task: Task, body: Callable[[], _T], *, may_be_apart: bool = True) 
     gives up what it waits for (`tracee.check_interrupt`); the interrupt is raised here after that. A `body` that
     raises StrangerSeized is run again.
     """
+    deadline = time.monotonic() + PATIENCE
     for _ in range(_ATTEMPTS):
         with contextlib.suppress(StrangerSeized), _guard_of(task), _registered(apart.Job(body)) as job:
             return cast("_T", _result(task, lambda: job.run(_in_process(task, may_be_apart))))
+        if time.monotonic() > deadline:  # a task that makes threads without end has such numbers each time
+            break
     raise never_stopped(task)
 
 
@@ -341,7 +345,8 @@ def stop_one(task: Task, options: int, instruction: int, work: Callable[[Stop], 
 
 def never_stopped(task: Task) -> IOReturnError:
     """Return the error for a task none of whose threads stops."""
-    states = ", ".join(sorted({threads.state(task.pid, tid) for tid in threads.thread_ids(task.pid)}))
+    some = threads.thread_ids(task.pid)[:_SHOWN]
+    states = ", ".join(sorted({state for tid in some if (state := threads.state(task.pid, tid))}))
     why = freezer.why(task.pid) or (
         "it sleeps uninterruptibly, waits for a child that it made by vfork, or for a page fault that is not served"
     )

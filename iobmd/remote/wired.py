@@ -197,7 +197,9 @@ def _registered(ring: uring.Ring) -> list[tuple[int, int]]:
 def userfault_area(task: Task, address: int, end: int) -> procfs.VMA | None:
     """Return the first area of a range whose page faults a userfaultfd reports. Raises OSError."""
     for area, flags in procfs.vm_flags(task.pid):
-        if area.start < end and address < area.end and flags & USERFAULT:
+        if area.start >= end:  # the rest of thousands of areas may take seconds
+            break
+        if address < area.end and flags & USERFAULT:
             return area
     return None
 
