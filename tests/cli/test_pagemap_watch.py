@@ -7,12 +7,14 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import pytest
+from iobmd.tools.pagemap import snapshots as snapshots_command
 from iobmd.tools.pagemap import watch as watch_command
 from iobmd.tools.pagemap.arguments import parse
 from iobmd.tools.pagemap.look import Look
@@ -183,7 +185,7 @@ def test_areas_that_were_not_chosen(target: Target) -> None:
 
 
 def test_a_process_that_runs_another_program_has_not_ended(
-    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    target: Target, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failures = [1, 3]
     calls: list[int] = []
@@ -194,9 +196,10 @@ def test_a_process_that_runs_another_program_has_not_ended(
             raise refusals.gone("no memory")
         return pagemap.save(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(watch_command, "save", save)
+    monkeypatch.setattr(snapshots_command, "save", save)
     look = Look(parse([str(target.process.pid)]))
-    looks = list(watch_command.ticks(look, tmp_path, 0.01, 3))
+    with tempfile.TemporaryFile() as even, tempfile.TemporaryFile() as odd:
+        looks = list(watch_command.ticks(look, (even, odd), 0.01, 3))
     assert (len(looks), len(calls)) == (3, 5)
     assert capsys.readouterr().err == ""
 

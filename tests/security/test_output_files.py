@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from iobmd.tools.pagemap import snapshots
 from support.child import NOBODY, in_child
 
 from iobmd.cli import main
@@ -103,3 +106,37 @@ def test_nothing_is_loaded_from_the_current_directory(tmp_path: Path, command: l
     )
     assert not witness.exists(), witness.read_text()
     assert done.returncode in (0, 1), done.stderr
+
+
+@pytest.mark.parametrize("option", ["--diff", "--watch"])
+def test_a_temporary_directory_of_another_user(
+    shared: Path, tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its owner renames what is created there (TMPDIR), and plants a directory with links in its place."""
+    precious = tmp_path / "precious"
+    precious.write_text("root's")
+    os.chown(shared, NOBODY, NOBODY)
+    monkeypatch.setattr(tempfile, "tempdir", str(shared))
+    save = snapshots.save
+    found: list[str] = []
+
+    def attack() -> list[str]:
+        names = os.listdir(shared)  # noqa: PTH208
+        for name in names:
+            (shared / name).rename(shared / f"stolen-{name}")
+            (shared / name).mkdir()
+            for file in ("now", "0", "1"):
+                (shared / name / file).symlink_to(precious)
+        return names
+
+    def attacked(*arguments: Any) -> Any:
+        found.extend(in_child(attack, uid=NOBODY))
+        return save(*arguments)
+
+    saved = tmp_path / "saved"
+    assert main(["pagemap", "self", "--save", str(saved)]) == 0
+    monkeypatch.setattr(snapshots, "save", attacked)
+    how = [option, str(saved)] if option == "--diff" else [option, "0.01", "--count", "2"]
+    assert main(["pagemap", "self", *how]) == 0, capsys.readouterr().err
+    assert not found, "nothing there has a name"
+    assert precious.read_text() == "root's"

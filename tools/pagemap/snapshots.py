@@ -6,8 +6,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from iobmd import host
 from iobmd.cli.printable import printable
@@ -36,9 +35,20 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.range = before.header.start, before.header.end
     look = Look(arguments)
     show = _write if arguments.json else _show
-    with tempfile.TemporaryDirectory(prefix="iobmd-") as folder:
-        save(look.where, Path(folder) / "now")
-        show(before, Snapshot(Path(folder) / "now"))
+    with tempfile.TemporaryFile() as file:
+        show(before, saved(look, file))
+
+
+def saved(look: Look, file: IO[bytes]) -> Snapshot:
+    """Return a snapshot in an open file, in place of what it held.
+
+    The file needs no name: one in TMPDIR could be replaced by another user whose directory that is.
+    """
+    file.seek(0)
+    file.truncate()
+    path = f"/proc/self/fd/{file.fileno()}"
+    save(look.where, path)
+    return Snapshot(path)
 
 
 def _save(look: Look, path: str) -> None:

@@ -10,18 +10,17 @@ import time
 from array import array
 from bisect import bisect_right
 from collections import Counter, deque
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import IO, TYPE_CHECKING, NamedTuple, TypeAlias
 
 from iobmd.cli.printable import printable
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.pagemap.change import changes
-from iobmd.pagemap.snapshot import Snapshot, save
 from iobmd.units import format_size
 
 from .document import VERSION, hidden_member, summary
 from .look import Look
+from .snapshots import saved
 from .table import amount, show_head
 from .total import Total
 
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
     from iobmd.pagemap.area import Area
     from iobmd.pagemap.change import Change, Kind
+    from iobmd.pagemap.snapshot import Snapshot
     from iobmd.procfs import VMA
 
 LARGEST = 200
@@ -74,8 +74,8 @@ class Tick(NamedTuple):
 def run(arguments: argparse.Namespace) -> None:
     """Show the looks until there were enough, the process ends or Ctrl-C."""
     look = Look(arguments)
-    with tempfile.TemporaryDirectory(prefix="iobmd-") as folder:
-        looks = ticks(look, Path(folder), arguments.watch, arguments.count)
+    with tempfile.TemporaryFile() as even, tempfile.TemporaryFile() as odd:
+        looks = ticks(look, (even, odd), arguments.watch, arguments.count)
         try:
             if arguments.json:
                 _write(look, looks)
@@ -91,14 +91,15 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{look.title} has ended", file=sys.stderr)
 
 
-def ticks(look: Look, folder: Path, interval: float, count: int | None) -> Iterator[Tick]:
+def ticks(look: Look, files: tuple[IO[bytes], IO[bytes]], interval: float, count: int | None) -> Iterator[Tick]:
     """Iterate over looks, `interval` seconds apart or as fast as one can look; ends when the process does."""
     before: Snapshot | None = None
     number = 0
     while count is None or number < count:
         begin = time.monotonic()
         try:
-            now = _saved(look, folder / f"{number % 2}")
+            look.ask_anew()
+            now = saved(look, files[number % 2])
             happened_in = attributed(changes(before, now), (now, before)) if before else {}
             total, changed, largest, gone = _looked(look, happened_in)
         except IOReturnError as error:
@@ -125,12 +126,6 @@ def ticks(look: Look, folder: Path, interval: float, count: int | None) -> Itera
         number += 1
         if count is None or number < count:
             time.sleep(max(0.0, begin + interval - time.monotonic()))
-
-
-def _saved(look: Look, path: Path) -> Snapshot:
-    look.ask_anew()
-    save(look.where, path)
-    return Snapshot(path)
 
 
 Bounds: TypeAlias = tuple[int, int]
