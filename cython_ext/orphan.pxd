@@ -164,7 +164,8 @@ cdef extern from * nogil:
     #endif
 
     /* A process that shares this memory, outlives this process if that is killed, and then has the task wait for the
-       guest, which dies with its tracer. Made before that is, so that no moment is missed. It blocks every signal, and sends none. */
+       guest, which dies with its tracer. Made before that is, so that no moment is missed. It blocks every signal, and
+       sends none. */
     struct iobmd_janitor {
         struct iobmd_leftover left;
         pid_t maker, pid;
@@ -178,8 +179,8 @@ cdef extern from * nogil:
         struct iobmd_janitor *janitor = (struct iobmd_janitor *)argument;
         unsigned long terminated = 1ul << (SIGTERM - 1);
         struct pollfd ended = { -1, POLLIN, 0 };
-        /* Until the maker is dead, thread-local storage is that of a thread of it: these calls do not touch it as long
-           as they succeed, and no cancellation point is among them. */
+        /* Until the maker is dead, thread-local storage is that of a thread of it: these calls do not touch it as
+           long as they succeed, and no cancellation point is among them. */
         syscall(SYS_prctl, PR_SET_PDEATHSIG, SIGTERM, 0, 0, 0);
         while (!janitor->over && syscall(SYS_getppid) == janitor->maker)
             syscall(SYS_rt_sigtimedwait, &terminated, NULL, NULL, sizeof terminated);
