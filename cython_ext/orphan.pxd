@@ -163,9 +163,9 @@ cdef extern from * nogil:
     static void iobmd_take_away(const struct iobmd_leftover *left) { (void)left; }
     #endif
 
-    /* A process that shares this memory, outlives this process if that is killed, and then has the task wait for the
-       guest, which dies with its tracer. Made before that is, so that no moment is missed. It blocks every signal, and
-       sends none. */
+    /* A process that shares this memory, outlives this process if that is killed, and then has the task wait for
+       the guest, which dies with its tracer. Made before that is, so that no moment is missed. It blocks every
+       signal, and sends none. */
     struct iobmd_janitor {
         struct iobmd_leftover left;
         pid_t maker, pid;

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-from operator import index
 from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
-from iobmd import copying, headroom, procfs, refusals
+from iobmd import copying, headroom, identity, procfs, refusals
 from iobmd._native import crosstask
 from iobmd._native.crosstask import HeldBuffer, fresh_bytes
 from iobmd.constants import IOReturn
@@ -58,14 +57,14 @@ class Task:
 
     def __init__(self, process: int | psutil.Process) -> None:
         self._pidfd = -1
-        self.pid = _pid_of(process)
+        self.pid = identity.pid_of(process)
         if not isinstance(process, SupportsIndex):
-            _require_same_numbers(self.pid)
-        self._pidfd = _open_pidfd(self.pid)
-        self._started = _start_of(self.pid)
+            identity.require_same_numbers(self.pid)
+        self._pidfd = identity.open_pidfd(self.pid)
+        self._started = identity.start_of(self.pid)
         self._process: psutil.Process | None = None
         if not isinstance(process, SupportsIndex):
-            self._process = _running(process)
+            self._process = identity.running(process)
 
     def __del__(self) -> None:
         if getattr(self, "_pidfd", -1) >= 0:
@@ -92,8 +91,8 @@ class Task:
             belongs to another pid namespace, or is not mounted.
         """
         if self._process is None:
-            found = _as_psutil(self.pid)
-            if _start_of(self.pid) != self._started:
+            found = identity.as_psutil(self.pid)
+            if identity.start_of(self.pid) != self._started:
                 raise refusals.gone(f"task {self.pid} is gone: another process has its pid")
             self._process = found
         return self._process
@@ -289,7 +288,7 @@ class Task:
             pidfd = os.pidfd_open(thread, os.O_EXCL)  # PIDFD_THREAD, Linux 6.9
         except OSError as error:
             if error.errno in NO_DESCRIPTOR:
-                raise _no_descriptor(self.pid, error) from None
+                raise identity.no_descriptor(self.pid, error) from None
             pidfd = -1
         try:
             if not procfs.has_thread(self.pid, thread) or not self.alive:
@@ -333,11 +332,11 @@ class _CurrentTask(Task):
 
     @property
     def process(self) -> psutil.Process:
-        return _as_psutil(self.pid)
+        return identity.as_psutil(self.pid)
 
     @property
     def _identity(self) -> tuple[int, int]:
-        return self.pid, _start_of(self.pid)
+        return self.pid, identity.start_of(self.pid)
 
     @property
     def is_current(self) -> bool:
@@ -376,83 +375,3 @@ def check_range(address: int, size: int) -> None:
             IOReturn.kIOReturnBadArgument,
             f"address {address:#x} with size {size:#x} is outside of the 64-bit address space",
         )
-
-
-def _pid_of(process: int | psutil.Process) -> int:
-    if process is None:
-        raise IOReturnError(IOReturn.kIOReturnBadArgument, "a task is needed here, not None")
-    number = process if isinstance(process, SupportsIndex) else getattr(process, "pid", None)
-    if number is None:
-        raise IOReturnError(IOReturn.kIOReturnBadArgument, f"{process!r} is neither a task nor a process")
-    pid = index(number)
-    if isinstance(process, bool) or not 0 < pid < 1 << 31:
-        raise IOReturnError(IOReturn.kIOReturnBadArgument, f"{process!r} is not a process id")
-    return pid
-
-
-def _open_pidfd(pid: int) -> int:
-    """Return a pidfd, or -1 where the kernel or a seccomp filter has none to give."""
-    try:
-        return os.pidfd_open(pid)
-    except OSError as error:
-        if error.errno == errno.ESRCH:
-            raise refusals.gone(f"no process has the pid {pid}", errno.ESRCH) from None
-        if error.errno in (errno.EINVAL, errno.ENOENT):
-            raise IOReturnError(
-                IOReturn.kIOReturnBadArgument,
-                f"{pid} is a thread, not a process; name its process",
-                errno.EINVAL,
-            ) from None
-        if error.errno in NO_DESCRIPTOR:
-            raise _no_descriptor(pid, error) from None
-        return -1
-
-
-def _start_of(pid: int) -> int:
-    try:
-        return procfs.start_time(pid)
-    except OSError as error:
-        if error.errno in NO_DESCRIPTOR:
-            raise _no_descriptor(pid, error) from None
-        if pid == os.getpid():  # it has this pid for as long as it runs
-            return 0
-        raise refusals.hidden(pid) or refusals.gone(f"no process has the pid {pid}", errno.ESRCH) from None
-
-
-def _running(process: psutil.Process) -> psutil.Process:
-    try:
-        if process.is_running():
-            return process
-    except OSError as error:
-        raise _no_descriptor(process, error) from None
-    gone = refusals.gone(f"task {process.pid} is gone: no process has that pid and start time")
-    raise refusals.hidden(process.pid) or gone
-
-
-def _as_psutil(pid: int) -> psutil.Process:
-    # psutil takes as long to load as half of iobmd: most tasks need none of it.
-    import psutil  # noqa: PLC0415
-
-    _require_same_numbers(pid)
-    try:
-        return psutil.Process(pid)
-    except psutil.NoSuchProcess:
-        raise refusals.hidden(pid) or refusals.gone(f"no process has the pid {pid}", errno.ESRCH) from None
-    except OSError as error:
-        if error.errno in NO_DESCRIPTOR:
-            raise _no_descriptor(pid, error) from None
-        raise refusals.hidden(pid) or refusals.gone(f"no process has the pid {pid}", errno.ESRCH) from None
-
-
-def _require_same_numbers(pid: int) -> None:
-    # psutil reads /proc/PID and sends signals to PID, which would be two processes.
-    if refusal := refusals.numbered_otherwise(pid):
-        raise refusal
-
-
-def _no_descriptor(process: int | psutil.Process, error: OSError) -> IOReturnError:
-    return IOReturnError(
-        IOReturn.kIOReturnNoResources,
-        f"no file descriptor is free to look at task {process}; close some, or raise `ulimit -n`",
-        error.errno or 0,
-    )
