@@ -69,7 +69,7 @@ class CopyOf:
             nothing mapped there.
         """
         check_range(self.address, self.size)
-        self._unmapped = self.task.unmapped(self.address, self.size)
+        self._unmapped = extents.unmapped(self.task.pid, self.address, self.size)
         if self._unmapped and not self._skip:
             raise refusals.unreadable(self.task.pid, self._unmapped[0][0])
 

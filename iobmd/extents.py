@@ -216,6 +216,22 @@ def _may_have_handler(area: VMA, files: Files) -> bool:
     return not isinstance(file, attempt.File) or file.kind in _MEMORY
 
 
+def unmapped(pid: int, address: int, size: int) -> Ranges | tuple[()]:
+    """Return where this process has nothing mapped, before a copy of a range of its own is allocated.
+
+    Afterwards it could not be told: memory may come to lie at the very addresses that it is to be a copy of. Of other
+    tasks nothing is returned.
+    """
+    end = min(address + size, (1 << 64) - 1)  # the end of all addresses is no 64-bit number
+    if not size or pid != os.getpid() or crosstask.is_mapped(address, end - address, PAGE_SIZE):
+        return ()
+    try:
+        areas = [(area.start, area.end) for area in procfs.areas(pid, address, end)]
+    except OSError:
+        areas = []
+    return crosstask.Ranges(areas).outside(address, end)
+
+
 def outline(pid: int, address: int, size: int) -> Ranges | None:
     """Return what of a range of a task is absent; None where the kernel does not say."""
     try:

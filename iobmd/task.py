@@ -6,13 +6,12 @@ import errno
 import os
 from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
-from iobmd import copying, headroom, identity, procfs, refusals
+from iobmd import copying, extents, headroom, identity, procfs, refusals
 from iobmd._native import crosstask
 from iobmd._native.crosstask import HeldBuffer, fresh_bytes
 from iobmd.constants import IOReturn
 from iobmd.copying import Transfer
 from iobmd.errors import NO_DESCRIPTOR, IOReturnError
-from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
     import psutil
@@ -152,7 +151,7 @@ class Task:
         pool, and the call is refused if they do not fit. Pages read from swap are returned there (CAP_SYS_NICE).
         """
         check_range(address, size)
-        if unmapped := self.unmapped(address, size):
+        if unmapped := extents.unmapped(self.pid, address, size):
             raise refusals.unreadable(self.pid, unmapped[0][0])
         headroom.require(size, swappable=True)
         data = fresh_bytes(size)
@@ -160,21 +159,6 @@ class Task:
         with HeldBuffer(data, False) as held:
             self.copy_in(address, held.address, size, timeout=timeout)
         return data
-
-    def unmapped(self, address: int, size: int) -> Ranges | tuple[()]:
-        """Return where this process has nothing mapped, before a copy of a range of its own is allocated.
-
-        Afterwards it could not be told: memory may come to lie at the very addresses that it is to be a copy of. Of
-        other tasks nothing is returned.
-        """
-        end = min(address + size, ADDRESS_END - 1)  # the end of all addresses is no 64-bit number
-        if not size or self.pid != os.getpid() or crosstask.is_mapped(address, end - address, PAGE_SIZE):
-            return ()
-        try:
-            areas = [(area.start, area.end) for area in procfs.areas(self.pid, address, end)]
-        except OSError:
-            areas = []
-        return crosstask.Ranges(areas).outside(address, end)
 
     def readinto(self, address: int, buffer: Buffer, *, timeout: float = copying.TIMEOUT) -> int:
         """Fill the writable `buffer` from `address` on; return its size in bytes. Raises as `read`.
