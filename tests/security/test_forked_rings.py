@@ -74,8 +74,8 @@ def test_of_another_task(fork: Callable[[], int], start_zoo: Callable[..., Zoo])
     with IOMemoryDescriptor.withAddressRange(address, size, 3, zoo.pid) as memory:
         memory.prepare()
         assert memory.wiring is Wiring.PINNED
-        assert kernel.pinned(pid=zoo.pid)
+        assert kernel.status("VmPin", zoo.pid)
         with child_of(fork) as pid:
             assert soon(lambda: not rings(pid))
             memory.complete()
-            assert soon(lambda: not kernel.pinned(pid=zoo.pid))
+            assert soon(lambda: not kernel.status("VmPin", zoo.pid))
