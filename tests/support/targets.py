@@ -417,7 +417,7 @@ class Stopping:
                     self.longest_ns = max(self.longest_ns, buffer.task_stopped_ns)
                 finally:
                     self._free(buffer)
-                self.count += 2
+                self.count += 4  # each of both makes a guest, and has it waited for
                 self._over.wait(self._pause)
         except IOReturnError as error:
             # It ended, as it may; what is said of one that is about to end must be the same.
