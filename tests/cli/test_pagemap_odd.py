@@ -212,7 +212,8 @@ def test_a_watch_that_is_ended_leaves_nothing(number: signal.Signals, tmp_path: 
         assert watching.stdout
         while b"resident" not in watching.stdout.readline():
             pass
-        assert list(tmp_path.iterdir())
+        descriptors = Path(f"/proc/{watching.pid}/fd").iterdir()
+        assert any(str(tmp_path) in str(path.readlink()) for path in descriptors), "the looks are kept elsewhere"
         watching.send_signal(number)
         watching.stdout.read()
     assert watching.returncode == 0

@@ -13,7 +13,7 @@ from support import kernel
 from support.child import in_child, sleeping
 
 import iobmd
-from iobmd import IOMemoryDescriptor, IOReturn, IOReturnError, Task, Wiring, kernel_task
+from iobmd import IOMemoryDescriptor, IOReturn, IOReturnError, Task, Wiring, copying, kernel_task
 from iobmd._native.crosstask import HeldBuffer
 
 MIB = 1 << 20
@@ -118,16 +118,17 @@ def test_lock_that_a_thread_of_the_parent_held() -> None:
 
 def test_task_that_exits_is_gone_and_not_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between giving up its memory and being gone a task seems to run, and the kernel says EPERM or EACCES."""
-    monkeypatch.setattr(iobmd.task.copying, "move", lambda _job: iobmd.task.copying.Outcome(0, errno.EACCES))
+    monkeypatch.setattr(copying, "move", lambda _job: copying.Outcome(0, errno.EACCES))
     monkeypatch.setattr(Task, "alive", True)
-    with pytest.raises(PermissionError):
-        Task(os.getpid()).read(0, 1)
+    size = copying.QUICK + 1  # less is moved by one native call
     with sleeping() as child:
         task = Task(child.pid)
+        with pytest.raises(PermissionError):
+            task.read(0, size)
         child.kill()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         with pytest.raises(ProcessLookupError):
-            task.read(0, 1)
+            task.read(0, size)
 
 
 @pytest.mark.parametrize("where", ["here", "there"])
