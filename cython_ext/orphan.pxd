@@ -34,7 +34,8 @@ cdef extern from * nogil:
 
     #ifdef __x86_64__
     #include <sys/user.h>
-    enum { IOBMD_EVENT_STOP = 128, IOBMD_GETSIGMASK = 0x420a, IOBMD_SETSIGMASK = 0x420b, IOBMD_RSEQ = 0x420f };
+    enum { IOBMD_EVENT_STOP = 128, IOBMD_GETSIGMASK = 0x420a, IOBMD_SETSIGMASK = 0x420b, IOBMD_SYSCALL_INFO = 0x420e,
+           IOBMD_RSEQ = 0x420f };
 
     static void iobmd_pause(void)
     {
@@ -97,6 +98,21 @@ cdef extern from * nogil:
         return access(path, F_OK) == 0 && poll(&ended, 1, 0) == 0;
     }
 
+    /* Whether a thread that has begun a system call makes the one that its registers were set to: its task may have
+       written other code there (`Tracee._skip_call`). */
+    static int iobmd_makes(pid_t tid, const struct user_regs_struct *regs)
+    {
+        struct {
+            unsigned char at, unused[3];
+            unsigned int architecture;
+            unsigned long behind, stack, call, arguments[6];
+        } begun;
+        return ptrace((enum __ptrace_request)IOBMD_SYSCALL_INFO, tid, sizeof begun, &begun) >= (long)sizeof begun &&
+               begun.at == 1 && begun.architecture == 0xc000003e && begun.behind == regs->rip + 2 &&
+               begun.call == regs->rax && begun.arguments[0] == regs->rdi && begun.arguments[1] == regs->rsi &&
+               begun.arguments[2] == regs->rdx && begun.arguments[3] == regs->r10;
+    }
+
     /* Have one thread of the task wait for the guest. 1: it was done, or no try is to follow; 0: try another. */
     static int iobmd_wait_in(const struct iobmd_leftover *left, pid_t tid)
     {
@@ -129,7 +145,13 @@ cdef extern from * nogil:
             while (stops < 2) {
                 ptrace(PTRACE_SYSCALL, tid, 0, 0);
                 if (!(status = iobmd_next_stop(tid, 20000))) break;
-                if (WSTOPSIG(status) == (SIGTRAP | 0x80)) stops++;
+                if (WSTOPSIG(status) != (SIGTRAP | 0x80)) continue;
+                if (++stops == 1 && !iobmd_makes(tid, &regs)) {
+                    struct user_regs_struct skipped;
+                    if (ptrace(PTRACE_GETREGS, tid, 0, &skipped) < 0) break;
+                    skipped.orig_rax = ~0ul;
+                    ptrace(PTRACE_SETREGS, tid, 0, &skipped);
+                }
             }
             done = stops == 2;
             ptrace(PTRACE_SETREGS, tid, 0, &before);

@@ -31,6 +31,7 @@ SYSCALLS = {
 _ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
 _NO_CALL = (1 << 64) - 1  # in orig_rax: the registers are not those of an interrupted system call
 _WORD = (1 << 64) - 1
+_INSTRUCTION = 2  # bytes of a system call instruction
 _BEGIN = 1.0  # seconds for a thread to begin a call
 _AGAIN = (-512, -513, -514)
 """Results by which the kernel would begin a call again after a signal, here SIGSTOP, which cannot be blocked."""
@@ -127,13 +128,32 @@ class Tracee:
             setattr(regs, register, value & _WORD)
         tracing.set_registers(self._tid, regs)
         try:
-            self._to_syscall_stop(time.monotonic() + _BEGIN, at_exit=False)
+            stop = self._to_syscall_stop(time.monotonic() + _BEGIN, at_exit=False)
         except NotStopped:  # it can be left still; a frozen task does not begin a call
             self._take_back()
             raise self.does_not_run() from None
-        return self._to_syscall_stop(deadline, at_exit=True, interruptible=interruptible)
+        expected = tracing.AUDIT_ARCH_X86_64, self.gadget + _INSTRUCTION, SYSCALLS[name]
+        if stop.begun[: 3 + len(arguments)] != (*expected, *(value & _WORD for value in arguments)):
+            self._skip_call()
+            message = f"task {self.task.pid} has changed its code, and made another system call in place of {name}"
+            raise IOReturnError(IOReturn.kIOReturnError, message)
+        return self._to_syscall_stop(deadline, at_exit=True, interruptible=interruptible).result
 
-    def _to_syscall_stop(self, deadline: float | None, *, at_exit: bool, interruptible: bool = False) -> int:
+    def _skip_call(self) -> None:
+        """Have the call that it is about to make not made.
+
+        Another thread of its task may write to the code at any time, and so choose the call. Seccomp filters are
+        suspended for it (`preflight.check`): no call may pass but ours.
+        """
+        regs = tracing.registers(self._tid)
+        regs.orig_rax = _NO_CALL
+        tracing.set_registers(self._tid, regs)
+        with contextlib.suppress(NotStopped):
+            self._to_syscall_stop(time.monotonic() + _BEGIN, at_exit=True)
+
+    def _to_syscall_stop(
+        self, deadline: float | None, *, at_exit: bool, interruptible: bool = False
+    ) -> tracing.SyscallStop:
         tracing.run_to_syscall_stop(self._tid)
         while True:
             try:
@@ -144,7 +164,7 @@ class Tracee:
                 self._pass_over_signal()
                 continue
             if stop.at_exit == at_exit:
-                return stop.result
+                return stop
             tracing.run_to_syscall_stop(self._tid)
 
     def does_not_run(self) -> IOReturnError:

@@ -36,6 +36,7 @@ O_EXITKILL = 1 << 20
 """The traced process is killed when its tracer ends (Linux 3.8): for what we made ourselves."""
 _EVENT_STOP = 128
 _SYSCALL_EXIT = 2
+AUDIT_ARCH_X86_64 = 0xC000003E  # linux/audit.h
 _SIGSET = 8
 _ALL_SIGNALS = b"\xff" * _SIGSET
 
@@ -186,6 +187,8 @@ class SyscallStop(NamedTuple):
 
     at_exit: bool
     result: int
+    begun: tuple[int, ...] = ()
+    """At its begin: the architecture (AUDIT_ARCH_…), the address behind the instruction, the number, the arguments."""
 
 
 def syscall_stop(tid: int) -> SyscallStop | None:
@@ -205,8 +208,10 @@ def syscall_stop(tid: int) -> SyscallStop | None:
         raise
     if not info.raw[0]:
         raise OSError(errno.EBUSY, "stopped by a signal")
-    at_exit = info.raw[0] == _SYSCALL_EXIT
-    return SyscallStop(at_exit, struct.unpack_from("=q", info, 24)[0] if at_exit else 0)
+    if info.raw[0] == _SYSCALL_EXIT:
+        return SyscallStop(at_exit=True, result=struct.unpack_from("=q", info, 24)[0])
+    architecture, address = struct.unpack_from("=IQ", info, 4)
+    return SyscallStop(at_exit=False, result=0, begun=(architecture, address, *struct.unpack_from("=7Q", info, 24)))
 
 
 def run_to_syscall_stop(tid: int, number: int = 0) -> None:

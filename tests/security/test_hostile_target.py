@@ -18,7 +18,7 @@ from support.child import NOBODY, in_child
 from support.targets import Target, need_ptrace, until_at_rest
 
 import iobmd
-from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Task, Wiring
+from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Task, Wiring, procfs
 from iobmd._native import crosstask
 from iobmd.remote import session, tracing
 from iobmd.remote.guest import Guest
@@ -289,6 +289,40 @@ def test_another_thread_runs_another_program_during_a_call(monkeypatch: pytest.M
         assert told.is_set()
         assert time.monotonic() - begin < 5
         assert "TracerPid:\t0\n" in Path(f"/proc/{target.pid}/status").read_text()
+
+
+OTHER_CALL = b"\xb8\x5f\0\0\0" + b"\xbf\x15\0\0\0" + b"\x0f\x05"
+"""umask(025), in place of the call that the registers were set to: what a filter of the task could forbid."""
+
+
+@pytest.mark.parametrize("name", ["clone", "close_range", "mmap"])
+def test_code_that_is_changed_makes_no_other_call(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread writes to the instruction after it was looked at; the filters of the caller are suspended then."""
+    real = Tracee._once
+
+    def once(self: Tracee, called: str, *arguments: Any, **options: Any) -> int:
+        if called != name:
+            return real(self, called, *arguments, **options)
+        with open(f"/proc/{self.task.pid}/mem", "r+b", buffering=0) as memory:
+            memory.seek(self.gadget)
+            before = memory.read(len(OTHER_CALL))
+            memory.seek(self.gadget)
+            memory.write(OTHER_CALL)
+            try:
+                return real(self, called, *arguments, **options)
+            finally:
+                memory.seek(self.gadget)
+                memory.write(before)
+
+    with Target([sys.executable, "-c", PROGRAM]) as target:
+        umask = procfs.status(target.pid)["Umask"]
+        with monkeypatch.context() as patch:
+            patch.setattr(Tracee, "_once", once)
+            code = code_of(lambda: iobmd.allocate(8192, task=target.pid, wired=False))
+        assert procfs.status(target.pid)["Umask"] == umask != "0025"
+        assert code == IOReturn.kIOReturnError
+        iobmd.allocate(8192, task=target.pid, wired=False).free()
+        target.tell()
 
 
 def test_a_task_that_can_have_no_more_processes() -> None:
