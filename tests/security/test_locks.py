@@ -1,0 +1,31 @@
+"""Locks that every user can take by the million stall nothing that looks for leases."""
+
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+
+from iobmd import procfs
+
+
+def bytes_read() -> int:
+    return int(Path("/proc/thread-self/io").read_text().partition("rchar:")[2].split()[0])
+
+
+def test_no_more_locks_are_read_than_a_few_thousand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond that a file counts as leased: it is not opened. The kernel takes quadratic time to show all."""
+    area = next(area for area in procfs.maps() if area.inode and area.name.startswith("/"))
+    assert not procfs.is_leased(area)
+    most = 4096
+    with open(tmp_path / "locked", "wb") as file:
+        for place in range(0, 2 * 4 * most // 40, 2):  # a line has 40 bytes at least, of which the half is read
+            fcntl.lockf(file, fcntl.LOCK_EX, 1, place)
+        assert not procfs.is_leased(area)
+        before = bytes_read()
+        assert len(Path("/proc/locks").read_bytes()) > 2 * most, "the control"
+        all_of_them = bytes_read() - before
+        monkeypatch.setattr(procfs, "_LOCKS", most)
+        before = bytes_read()
+        assert procfs.is_leased(area)
+        assert bytes_read() - before < min(all_of_them, most + 2 * os.sysconf("SC_PAGESIZE"))
