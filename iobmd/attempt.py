@@ -23,6 +23,8 @@ Range = tuple[int, int]
 NO_CHILD = (errno.EAGAIN, errno.EPERM, errno.ENOSYS)
 """Error numbers where no process can be made: RLIMIT_NPROC, a pids cgroup, a seccomp filter."""
 
+_FUSE = 0x65735546  # linux/magic.h
+_UNKNOWN = 0  # where a server refuses statfs(2)
 _SIZE = 1 << 20  # bytes that one child moves, which is to say of its own memory
 _LOOK_MS = 20  # between two looks at it, for Ctrl-C
 
@@ -36,6 +38,11 @@ class File(NamedTuple):
     length: int
     kind: int
     """The type of its file system (fstatfs(2))."""
+
+    @property
+    def has_server(self) -> bool:
+        """Whether another program serves it, which may keep those waiting that open, read or stat it."""
+        return self.kind in (_FUSE, _UNKNOWN)
 
 
 class Ends(NamedTuple):

@@ -31,8 +31,7 @@ SMALL = 64 << 10
 small pages, under the lock that the task's mmap waits for). A fault costs the task a page table at most.
 """
 
-_TMPFS, _RAMFS, _HUGETLBFS, _FUSE = 0x01021994, 0x858458F6, 0x958458F6, 0x65735546  # linux/magic.h
-_UNKNOWN = 0  # where a server refuses statfs(2)
+_TMPFS, _RAMFS, _HUGETLBFS = 0x01021994, 0x858458F6, 0x958458F6  # linux/magic.h
 _MEMORY = {_TMPFS, _RAMFS, _HUGETLBFS}
 _USERFAULT = {"um", "uw", "ui"}  # VmFlags: registered for missing, write-protected, minor faults
 _PRIVATE_HUGETLB = "/anon_hugepage"
@@ -283,7 +282,7 @@ def _of_area(pid: int, area: VMA, inside: Ranges, files: Files, *, page: int, wr
     else:
         shift = area.start - area.offset
         origin = Origin.OBJECT if file.kind in _MEMORY else Origin.FILE
-        whole = Absent(inside, origin, file.kind in (_FUSE, _UNKNOWN), file, shift, page)
+        whole = Absent(inside, origin, file.has_server, file, shift, page)
         yield from [whole] if write else _cut_at_end(whole, file)
 
 

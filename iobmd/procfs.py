@@ -255,8 +255,8 @@ def is_leased(area: VMA) -> bool:
     """Say whether a process has a write lease, or a delegation, on the file that an area maps.
 
     To open the file, in whatever way, would break it: its holder is told to give it up (F_SETLEASE in fcntl(2)). What
-    /proc/locks shows are the holders in the pid namespace of /proc. True also where that has more than `_LOCKS` bytes.
-    Raises OSError.
+    /proc/locks shows are the holders in the pid namespace of /proc. Where it has more than `_LOCKS` bytes, each file
+    counts as leased. Raises OSError.
     """
     file = f" {area.device}:{area.inode} ".encode()
     text = bytearray()
@@ -272,8 +272,8 @@ def is_leased(area: VMA) -> bool:
 _LOCKS = 512 << 10
 """Bytes of /proc/locks that are read at most: 9,000 locks.
 
-Every user may have as many locks as memory permits, and each page that is read is found from the first lock on: 20,000
-take 0.07 s, 100,000 take 0.8 s (measured), a million more than a minute.
+Every user may have as many locks as memory permits, and each page that is read is found from the first lock on:
+20,000 take 0.07 s, 100,000 take 0.8 s (measured), a million more than a minute.
 """
 
 

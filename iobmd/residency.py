@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iobmd import headroom, pagemap, procfs
+from iobmd import attempt, headroom, pagemap, procfs
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
 from iobmd.task import kernel_task
@@ -15,6 +17,7 @@ from iobmd.units import PAGE_SIZE
 if TYPE_CHECKING:
     from iobmd.task import Task
 
+_PATIENCE = 1.0  # seconds for the server of a file to show itself
 _STEP = 1 << 30  # bytes looked at by one mincore
 _UNCHARGED = {"ht", "io", "pf"}  # hugetlb pages, which have pools of their own, and devices (VmFlags)
 
@@ -88,8 +91,7 @@ def _resident(task: Task, area: procfs.VMA, start: int, end: int) -> int:
     with contextlib.suppress(OSError):
         if procfs.is_leased(area):
             return mapped
-        path = procfs.memory_file(task.pid, f"map_files/{area.start:x}-{area.end:x}")
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = _open(procfs.memory_file(task.pid, f"map_files/{area.start:x}-{area.end:x}"), area.inode)
         try:
             seen = Mapping.view([(fd, area.offset + start - area.start, end - start)], 0, False, 0, PAGE_SIZE)
         finally:
@@ -99,6 +101,23 @@ def _resident(task: Task, area: procfs.VMA, start: int, end: int) -> int:
         finally:
             seen.close()
     return mapped
+
+
+def _open(path: str, inode: int) -> int:
+    """Open a regular file that another task maps, unless a program serves it (FUSE): that may never answer.
+
+    Raises OSError.
+    """
+    place = os.open(path, os.O_PATH | os.O_CLOEXEC)  # which asks no server
+    try:
+        # By a child that can be killed. The descriptor names the same file to both, whatever the task maps next.
+        here = f"/proc/{Path('/proc/self').readlink()}/fd/{place}"
+        file = attempt.find([here], inode, 0, _PATIENCE)
+        if file is None or file.has_server:
+            raise OSError(errno.EACCES, "another program serves it")
+        return os.open(here, os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(place)
 
 
 def _own_pages(task: Task, address: int, size: int) -> int:

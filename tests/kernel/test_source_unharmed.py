@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from support.child import NOBODY, in_child
 from support.fuse import FILE_SYSTEM
 
 import iobmd
-from iobmd import IOReturn, IOReturnError, Task, kernel_task
+from iobmd import IOReturn, IOReturnError, Task, kernel_task, residency
 from iobmd._native.crosstask import HeldBuffer
 
 MIB = 1 << 20
@@ -615,3 +616,26 @@ def test_a_frozen_task_is_not_asked_for_its_file(source: Callable[..., Source], 
         iobmd.copy(one.pid, at, MIB, wired=False, freeze=True)
     assert caught.value.code == IOReturn.kIOReturnUnsupported
     assert Task(one.pid).read(at, MIB) == bytes([7]) * MIB
+
+
+@pytest.mark.needs("root")
+def test_memory_is_counted_without_a_server_that_does_not_answer(
+    source: Callable[..., Source], tmp_path: Path
+) -> None:
+    """To open its file, or to ask for its kind, would wait for as long as the server wants, and without Ctrl-C."""
+    one = source(SERVED.format(folder=str(tmp_path), apart=True))
+    (at,) = one.addresses
+    assert Task(one.pid).read(at, 1) == b"\7", "the control"
+    assert residency.absent(at, MIB, Task(one.pid), written=False) == MIB
+    one.obey("os.kill(server, 19)")
+    found: list[int] = []
+    counting = threading.Thread(
+        target=lambda: found.append(residency.absent(at, MIB, Task(one.pid), written=False)), daemon=True
+    )
+    counting.start()
+    counting.join(PATIENCE)
+    ended = not counting.is_alive()
+    one.obey("os.kill(server, 18)")
+    counting.join()
+    assert ended
+    assert found == [MIB]

@@ -303,7 +303,7 @@ def test_code_that_is_changed_makes_no_other_call(name: str, monkeypatch: pytest
     def once(self: Tracee, called: str, *arguments: Any, **options: Any) -> int:
         if called != name:
             return real(self, called, *arguments, **options)
-        with open(f"/proc/{self.task.pid}/mem", "r+b", buffering=0) as memory:
+        with Path(f"/proc/{self.task.pid}/mem").open("r+b", buffering=0) as memory:
             memory.seek(self.gadget)
             before = memory.read(len(OTHER_CALL))
             memory.seek(self.gadget)

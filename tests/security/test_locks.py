@@ -18,7 +18,7 @@ def test_no_more_locks_are_read_than_a_few_thousand(tmp_path: Path, monkeypatch:
     area = next(area for area in procfs.maps() if area.inode and area.name.startswith("/"))
     assert not procfs.is_leased(area)
     most = 4096
-    with open(tmp_path / "locked", "wb") as file:
+    with (tmp_path / "locked").open("wb") as file:
         for place in range(0, 2 * 4 * most // 40, 2):  # a line has 40 bytes at least, of which the half is read
             fcntl.lockf(file, fcntl.LOCK_EX, 1, place)
         assert not procfs.is_leased(area)
