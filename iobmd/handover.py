@@ -143,7 +143,7 @@ class Handle:
             raise error if ours else _not_ours(str(error)) from None
         finally:
             for fd in fds:
-                os.close(fd)
+                _discard(fd)
 
     def attach(self, *, wired: bool | None = None) -> IOBufferMemoryDescriptor:
         """As `iobmd.attach`."""
@@ -280,6 +280,8 @@ def _check_memory(fd: int, *, trusted: bool) -> None:
 
     The processes of root and of this user could harm this one anyway.
     """
+    if not trusted and not _is_memory(fd):  # before it is looked at: the server of a file may never answer (FUSE)
+        raise ValueError("its sender is another user, who could truncate it: it is no memfd")
     if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR or not stat.S_ISREG(os.fstat(fd).st_mode):
         raise ValueError("its descriptor may not be written to")  # and reopening it would ignore that
     hugetlb = tmpfs.hugetlb_page(fd)
@@ -288,6 +290,32 @@ def _check_memory(fd: int, *, trusted: bool) -> None:
     if not trusted and hugetlb:
         # A page whose hole was punched comes from the pool again; when that is empty, the access is a SIGBUS.
         raise ValueError("its sender is another user, who could free its hugetlb pages while they are in use")
+
+
+def _is_memory(fd: int) -> bool:
+    """Say whether a descriptor is of a memory file system, which is what has seals; its file is not asked for it."""
+    try:
+        fcntl.fcntl(fd, _F_GET_SEALS)
+    except OSError:
+        return False
+    return True
+
+
+def _discard(fd: int) -> None:
+    """Close a descriptor that was sent here. close(2) of a FUSE file waits for its server, without any limit."""
+    if _is_memory(fd):
+        os.close(fd)
+        return
+    import threading  # noqa: PLC0415 (where it is needed only)
+
+    def close() -> None:
+        with contextlib.suppress(OSError):  # the server's error
+            os.close(fd)
+
+    try:
+        threading.Thread(target=close, daemon=True).start()
+    except RuntimeError:  # no thread can be started
+        close()
 
 
 def _own_description(fd: own.Fd) -> int:

@@ -188,7 +188,7 @@ class SyscallStop(NamedTuple):
     at_exit: bool
     result: int
     begun: tuple[int, ...] = ()
-    """At its begin: the architecture (AUDIT_ARCH_…), the address behind the instruction, the call and its arguments."""
+    """At its begin: its architecture (AUDIT_ARCH_…), the address behind its instruction, its number and arguments."""
 
 
 def syscall_stop(tid: int) -> SyscallStop | None:

@@ -4,8 +4,11 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +17,7 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import NOBODY, in_child
+from support.fuse import FILE_SYSTEM
 
 import iobmd
 from iobmd import IOReturn, IOReturnError
@@ -67,6 +71,67 @@ def hostile(data: bytes, fd: Callable[[], int]) -> Callable[[socket.socket], obj
             peer.sendall(data[12:])
 
     return send
+
+
+SILENT_FILE = (
+    FILE_SYSTEM
+    + """
+import socket, sys
+device = mount(sys.argv[1])
+server = os.fork()
+if not server:
+    LIBC.prctl(1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG
+    serve(device)
+os.close(device)
+fd = os.open(sys.argv[1] + "/file", os.O_RDWR)
+peer = socket.socket(fileno=int(sys.argv[2]))
+os.setresuid(65534, 65534, 65534)
+message = bytes.fromhex(sys.argv[3])
+os.write(1, b"%d\\n" % server)
+sys.stdin.readline()
+credentials = struct.pack("=iII", os.getpid(), 65534, os.getgid())
+peer.sendmsg([message[:12]], [(1, 1, struct.pack("=i", fd)), (1, 2, credentials)])
+peer.sendall(message[12:])
+sys.stdin.readline()
+"""
+)
+
+
+@pytest.mark.needs("root")
+def test_a_file_whose_server_does_not_answer(tmp_path: Path) -> None:
+    """Neither a look at it nor its close(2), which waits for the server, keep `attach` waiting."""
+    here, there = socket.socketpair()
+    text = message([[0, 8192]], 8192).hex()
+    program = [sys.executable, "-c", SILENT_FILE, str(tmp_path), str(there.fileno()), text]
+    with (
+        here,
+        there,
+        subprocess.Popen(
+            program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=[there.fileno()]
+        ) as peer,
+    ):
+        assert peer.stdin
+        assert peer.stdout
+        server = int(peer.stdout.readline())
+        codes: list[IOReturn] = []
+
+        def attach() -> None:
+            try:
+                iobmd.attach(here)
+            except IOReturnError as error:
+                codes.append(error.code)
+
+        attaching = threading.Thread(target=attach, daemon=True)
+        try:
+            os.kill(server, signal.SIGSTOP)
+            attaching.start()
+            peer.stdin.write("\n")
+            peer.stdin.flush()
+            attaching.join(30)
+            refused = list(codes)
+        finally:
+            os.kill(server, signal.SIGKILL)
+        assert refused == [IOReturn.kIOReturnBadArgument]
 
 
 def mappings() -> int:
