@@ -128,23 +128,27 @@ cdef extern from * nogil:
     static long iobmd_attempt_try(struct iobmd_attempt *job, const char *path)
     {
         const int flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK;
+        char same[32] = "/proc/self/fd/";
+        size_t end = strlen(same), digits = 1;
         struct statx found;
         struct statfs system;
-        long fd, error = iobmd_statx(AT_FDCWD, path, 0, &found);
-        if (error || !iobmd_is_wanted(job, &found))
-            return error ? error : -ENOENT;
-        fd = iobmd_raw(SYS_openat, AT_FDCWD, (long)path, flags | O_NOATIME, 0, 0, 0);
-        if (fd == -EPERM)  /* for the owner of the file, and holders of CAP_FOWNER */
-            fd = iobmd_raw(SYS_openat, AT_FDCWD, (long)path, flags, 0, 0, 0);
+        /* The task may exchange what a path leads to at any moment: it is looked at once it is held. */
+        long fd, error, place = iobmd_raw(SYS_openat, AT_FDCWD, (long)path, O_PATH | O_CLOEXEC, 0, 0, 0);
+        if (place < 0)
+            return place;
+        error = iobmd_statx((int)place, "", AT_EMPTY_PATH, &found);
+        if (!error && !iobmd_is_wanted(job, &found))
+            error = -ENOENT;
+        for (long rest = place; rest >= 10; rest /= 10)
+            digits++;
+        for (long rest = place; digits--; rest /= 10)
+            same[end + digits] = (char)('0' + rest % 10);
+        fd = error ? error : iobmd_raw(SYS_openat, AT_FDCWD, (long)same, flags | O_NOATIME, 0, 0, 0);
+        if (fd == -EPERM && !error)  /* for the owner of the file, and holders of CAP_FOWNER */
+            fd = iobmd_raw(SYS_openat, AT_FDCWD, (long)same, flags, 0, 0, 0);
+        iobmd_raw(SYS_close, place, 0, 0, 0, 0, 0);
         if (fd < 0)
             return fd;
-        error = iobmd_statx((int)fd, "", AT_EMPTY_PATH, &found);
-        if (!error && !iobmd_is_wanted(job, &found))  /* another file took its place */
-            error = -ENOENT;
-        if (error) {
-            iobmd_raw(SYS_close, fd, 0, 0, 0, 0, 0);
-            return error;
-        }
         job->length = found.stx_size;
         job->opened_device = makedev(found.stx_dev_major, found.stx_dev_minor);
         job->filesystem = iobmd_raw(SYS_fstatfs, fd, (long)&system, 0, 0, 0, 0) ? 0 : (uint64_t)system.f_type;

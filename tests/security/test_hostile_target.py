@@ -18,7 +18,7 @@ from support.child import NOBODY, in_child
 from support.targets import Target, need_ptrace, until_at_rest
 
 import iobmd
-from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Task, Wiring, procfs
+from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Task, Wiring, attempt, procfs
 from iobmd._native import crosstask
 from iobmd.remote import session, tracing
 from iobmd.remote.guest import Guest
@@ -338,3 +338,34 @@ def test_a_task_that_can_have_no_more_processes() -> None:
     code, message = in_child(limited, uid=NOBODY)
     assert code == IOReturn.kIOReturnNoResources
     assert "RLIMIT_NPROC" in message
+
+
+def test_no_file_is_opened_but_the_one_that_is_mapped(tmp_path: Path) -> None:
+    """A path of the task leads elsewhere from one moment to the next: to open a device there would have effects."""
+    wanted, other, path = tmp_path / "wanted", tmp_path / "other", tmp_path / "path"
+    for file in (wanted, other):
+        file.write_bytes(b"x")
+    path.symlink_to(wanted)
+    libc = ctypes.CDLL(None, use_errno=True)
+    watch = libc.inotify_init1(os.O_NONBLOCK)
+    assert libc.inotify_add_watch(watch, os.fsencode(other), 0x20) > 0  # IN_OPEN
+    over = threading.Event()
+
+    def exchange() -> None:
+        for number in range(1 << 20):
+            if over.is_set():
+                return
+            (tmp_path / "next").symlink_to(other if number % 2 else wanted)
+            (tmp_path / "next").replace(path)
+
+    thread = threading.Thread(target=exchange)
+    thread.start()
+    try:
+        found = [attempt.find([str(path)], wanted.stat().st_ino, 0, 5.0) for _ in range(500)]
+    finally:
+        over.set()
+        thread.join()
+    assert any(found), "the control"
+    with pytest.raises(BlockingIOError):
+        os.read(watch, 4096)
+    os.close(watch)
