@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iobmd import host
+from iobmd import host, procfs
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.fileblocks import FileBlocks
@@ -95,9 +95,9 @@ def _locked(opened: int, setting: Path) -> IOReturnError:
     place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     holders = []
     with contextlib.suppress(OSError):
-        for line in Path("/proc/locks").read_text().splitlines():  # proc_locks(5)
+        for line in procfs.locks().splitlines():
             fields = line.split()
-            if fields[1:2] == ["FLOCK"] and fields[5] == place:
+            if fields[1:2] == ["FLOCK"] and fields[5:6] == [place]:
                 holders.append(f"process {fields[4]}")
     who = " and ".join(holders) or "another process"
     message = (

@@ -71,7 +71,8 @@ class Guest(Tracee):
     def isolate(self) -> None:
         """Give it an empty descriptor table of its own, out of reach for the threads of its task.
 
-        Nothing of the task's is closed or copied by that (CLOSE_RANGE_UNSHARE, Linux 5.9).
+        The task keeps its own (CLOSE_RANGE_UNSHARE, Linux 5.9). Copies for the guest may be made and closed again,
+        for which the kernel asks the server of a FUSE file: where that never answers, the guest is given up.
         """
         self.call("close_range", 0, _LAST_DESCRIPTOR, _UNSHARE)
 
