@@ -18,7 +18,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from iobmd import refusals
+from iobmd import identity, refusals
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.remote import tracing
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _CLONE_VM, CLONE_FS, CLONE_FILES = 0x100, 0x200, 0x400
 _UNSHARE, _LAST_DESCRIPTOR = 2, 0xFFFFFFFF
 NO_STACK = 8  # nothing is mapped there: released by a tracer that died, it ends at its first instruction
+_SPARES = 4  # what is open at a time while a guest is killed and waited for: folders and files of /proc, a pidfd
 PATIENCE = 5.0  # seconds for a process that was killed to be dead, and for its first stop
 
 
@@ -50,10 +51,15 @@ class Guest(Tracee):
         """Its number as the task's pid namespace counts."""
         self._undo: list[tuple[str, tuple[int, ...]]] = []
         self._is_stuck = False
+        self._spares: list[int] = []  # of descriptors, which its end takes: else a zombie would be left
 
     def make(self, stop: Stop) -> None:
-        """Make it in a thread that is ready for system calls. Raises NoProcess."""
+        """Make it in a thread that is ready for system calls.
+
+        Raises NoProcess; `kIOReturnNoResources`: too few descriptors are free.
+        """
         try:
+            self._take_spares()
             self.pid_there = stop.call("clone", _CLONE_VM | CLONE_FS | CLONE_FILES, NO_STACK, 0, 0, 0)
         except OSError as error:
             if error.errno != errno.EAGAIN:
@@ -61,6 +67,8 @@ class Guest(Tracee):
             raise NoProcess(*error.args) from None
         finally:
             self._pid = self._tid = stop.child
+            if not self._pid:
+                self._give_spares()
         if not self._pid:
             message = f"task {self.task.pid} made a process that this one does not see"
             raise IOReturnError(IOReturn.kIOReturnError, message)
@@ -132,10 +140,22 @@ class Guest(Tracee):
 
     def end(self) -> None:
         """Undo what is to be undone as far as this can do it, and kill it; `collect` has then to be called."""
+        self._give_spares()
         if self._registers is not None and not self._is_stuck:
             with contextlib.suppress(IOReturnError):
                 self._undo_in(self)
         tracing.kill(self._pid, PATIENCE)
+
+    def _take_spares(self) -> None:
+        try:
+            for _ in range(_SPARES):
+                self._spares.append(os.open("/", os.O_PATH | os.O_CLOEXEC))
+        except OSError as error:
+            raise identity.no_descriptor(self.task.pid, error) from None
+
+    def _give_spares(self) -> None:
+        while self._spares:
+            os.close(self._spares.pop())
 
     def collect(self, stop: Stop) -> None:
         """Make the task wait for it, when it was killed, and undo the rest."""

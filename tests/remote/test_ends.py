@@ -1,7 +1,9 @@
 """What is left in the other task when something ends at a bad moment: our program, a call, or our patience."""
 
+import contextlib
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,10 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.child import sleeping
+from support.child import in_child, sleeping
+from support.targets import children
 
 import iobmd
 from iobmd import IOMapOptions, IOReturn, IOReturnError
+from iobmd.remote.guest import Guest
 from iobmd.remote.tracee import Tracee
 
 ANYWHERE = IOMapOptions.kIOMapAnywhere
@@ -171,3 +175,29 @@ def test_a_frozen_task(target: subprocess.Popen[bytes], tmp_path: Path) -> None:
         (tmp_path / "cgroup.procs").write_text(str(target.pid))
         group.rmdir()
         subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_the_last_descriptors_go_while_a_guest_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To kill a guest and have it waited for takes descriptors: they are put aside before it is made."""
+    taken: list[int] = []
+    isolate = Guest.isolate
+
+    def take_all(guest: Guest) -> None:
+        isolate(guest)
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open("/", os.O_PATH))
+
+    def limited() -> str:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        with sleeping() as target:
+            with pytest.raises(OSError) as caught:
+                iobmd.allocate(8192, task=target.pid, wired=False)
+            assert taken, "the control"
+            for fd in taken:
+                os.close(fd)
+            assert not children(target.pid)
+        return str(caught.value)
+
+    monkeypatch.setattr(Guest, "isolate", take_all)
+    print(in_child(limited))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import sleeping
+from support.targets import children
 
 import iobmd
 from iobmd import IOReturn, IOReturnError
@@ -92,12 +93,6 @@ def is_of_one_moment(data: memoryview, size: int) -> bool:
     numbers = [struct.unpack_from("=Q", data, page)[0] for page in range(0, size, kernel.PAGE)]
     halves = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
     return all(half == sorted(half, reverse=True) and half[0] - half[-1] <= 1 for half in halves)
-
-
-def children(pid: int) -> str:
-    return "".join(
-        Path(f"/proc/{pid}/task/{tid.name}/children").read_text() for tid in Path(f"/proc/{pid}/task").iterdir()
-    )
 
 
 @pytest.mark.needs("compiler")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import in_child
-from support.targets import Belongings, Target, build, check_as_before, need_ptrace, until
+from support.targets import Belongings, Target, build, check_as_before, children, need_ptrace, until
 
 import iobmd
 from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Wiring, copying
@@ -52,12 +52,6 @@ def traced(pid: int) -> list[str]:
         if "TracerPid:\t0\n" not in text or "State:\tt" in text:
             found.append(thread.name)
     return found
-
-
-def children(pid: int) -> str:
-    return "".join(
-        Path(f"/proc/{pid}/task/{tid.name}/children").read_text() for tid in Path(f"/proc/{pid}/task").iterdir()
-    )
 
 
 def soon(action: Callable[[], object], seconds: float = 20) -> object:

@@ -248,6 +248,13 @@ def until(condition: Callable[[], object], patience: float = PATIENCE) -> bool:
     return True
 
 
+def children(pid: int) -> str:
+    """Return the numbers of the children of a process, ended ones that it did not wait for included."""
+    return "".join(
+        Path(f"/proc/{pid}/task/{tid.name}/children").read_text() for tid in Path(f"/proc/{pid}/task").iterdir()
+    )
+
+
 def until_blocked(pid: int) -> None:
     """Wait until a program of one thread sleeps in a system call."""
     sleeping = lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"  # noqa: E731
