@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import mmap
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import iobmd
 
 REQUIRE_ALL = os.environ.get("IOBMD_REQUIRE") == "all"
 Undoing = Callable[..., AbstractContextManager[None]]
+_MAP_HUGETLB = 0x40000  # and the size of a page in the bits from 26 on
 GUARD = pytest.StashKey[guard.Guard]()
 
 
@@ -136,6 +138,17 @@ def hugetlb_pool(setting: Callable[[str, object], None]) -> int:
     pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
     setting(str(pool), int(pool.read_text()) + 8)
     return 8
+
+
+@pytest.fixture
+def empty_pools() -> Iterator[None]:
+    """Reserve the hugetlb pages that are free, as somebody may have left: what cannot be pinned would lie in them."""
+    with contextlib.ExitStack() as reserved:
+        for pool in iobmd.host.hugetlb_pools():
+            if pool.available:
+                flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_HUGETLB | (pool.size.bit_length() - 1) << 26
+                reserved.enter_context(mmap.mmap(-1, pool.available * pool.size, flags))
+        yield
 
 
 @pytest.fixture

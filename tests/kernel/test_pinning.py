@@ -311,7 +311,7 @@ def unpinnable() -> tuple[Wiring, str, IOReturn]:
 
 
 @pytest.mark.needs("root")
-@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.usefixtures("empty_pools", "nothing_left")
 def test_io_uring_disabled_by_sysctl(setting: Setting) -> None:
     if not Path("/proc/sys/kernel/io_uring_disabled").exists():
         pytest.skip("this kernel has no kernel.io_uring_disabled")
@@ -324,7 +324,7 @@ def test_io_uring_disabled_by_sysctl(setting: Setting) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS])
-@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.usefixtures("empty_pools", "nothing_left")
 def test_io_uring_denied_by_seccomp(number: int) -> None:
     wiring, message, refused = in_child(unpinnable, deny={"io_uring_setup": number, "io_uring_register": number})
     assert wiring is Wiring.RESIDENT
