@@ -57,9 +57,10 @@ docs: $(READY)
 bench: $(READY)
 	$(BIN)/iobmd bench copy
 
-# Everything at once, each event checked against the kernel: SECONDS=600, EVENTS=1000000, SEED=1, JSON=report.json
+# Everything at once, each event checked against the kernel: SECONDS=600, EVENTS=1000000, THREADS=1, SPARE_WORKERS=1,
+# SEED=1, JSON=report.json
 soak: $(READY)
-	$(BIN)/iobmd soak --seconds $(or $(SECONDS),60) $(if $(EVENTS),--events $(EVENTS)) $(if $(THREADS),--threads $(THREADS)) $(if $(SEED),--seed $(SEED)) $(if $(JSON),--json $(JSON))
+	$(BIN)/iobmd soak --seconds $(or $(SECONDS),60) $(if $(EVENTS),--events $(EVENTS)) $(if $(THREADS),--threads $(THREADS)) $(if $(SPARE_WORKERS),--spare-workers) $(if $(SEED),--seed $(SEED)) $(if $(JSON),--json $(JSON))
 
 $(READY): $(SOURCES) tools/prepare
 	tools/prepare "$(PYTHON)" "$(VENV)"

@@ -55,6 +55,9 @@ class Disturbances:
         if not _can_compact():
             del self._means[self._compact]
             self.left_out["compaction"] = f"{_COMPACT} cannot be written"
+        if options.spare_workers:
+            del self._means[self._kill_worker], self._means[self._pause_worker]
+            self.left_out["kills and pauses of workers"] = "--spare-workers"
         if options.calm:
             self._means.clear()
             self.left_out["kills and pauses"] = "--calm"

@@ -29,6 +29,7 @@ class Options:
     threads: int
     patience: float
     calm: bool
+    spare_workers: bool
     json: Path | None
 
 
@@ -51,6 +52,7 @@ def parse(argv: Sequence[str]) -> Options:
         "--patience", type=duration, default=60, metavar="S", help="seconds after which an event hangs (default: 60)"
     )
     parser.add_argument("--calm", action="store_true", help="no compaction, pressure, kills and pauses: to compare")
+    parser.add_argument("--spare-workers", action="store_true", help="kill and pause targets only, and no worker")
     arguments = parser.parse_args(argv)
     kinds = list(events.KINDS) if arguments.kinds is None else arguments.kinds.split(",")
     if unknown := [kind for kind in kinds if kind not in events.KINDS | events.LIES]:
@@ -71,5 +73,6 @@ def parse(argv: Sequence[str]) -> Options:
         arguments.threads,
         arguments.patience,
         arguments.calm,
+        arguments.spare_workers,
         arguments.json,
     )
