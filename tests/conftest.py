@@ -80,8 +80,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def patience() -> Iterator[None]:
     """A search for memory takes longer on a busy machine, and on a virtual one whose host has to provide it."""
-    # A guest has little memory, and a search that goes on takes all of it.
-    with contextlib.nullcontext() if "IOBMD_GUEST" in os.environ else iobmd.policy(time_budget=60):
+    with contextlib.ExitStack() as held:
+        if "IOBMD_GUEST" not in os.environ:  # which has little memory, of which a search that goes on takes all
+            held.enter_context(iobmd.policy(time_budget=60))
         yield
 
 
