@@ -27,7 +27,7 @@ BELOW_4G = 0xFFFFFFFF
         (4 * MIB, {"shared": True}),
         (2 * MIB, {"contiguous": True}),
         (16 * MIB, {"contiguous": True}),
-        (64 * MIB, {"contiguous": True}),
+        (32 * MIB, {"contiguous": True}),
         (4 * MIB, {"contiguous": True, "shared": True}),
         (64 << 10, {"alignment": 1 << 20}),
     ],
