@@ -34,7 +34,6 @@ _SO_PASSCRED, _SCM_CREDENTIALS = 16, 2  # asm-generic/socket.h, linux/socket.h
 _PAGEABLE = int(IOOptionBits.kIOMemoryPageable)
 _PURGEABLE = int(IOOptionBits.kIOMemoryPurgeable)
 _CONTIGUOUS = int(IOOptionBits.kIOMemoryPhysicallyContiguous | IOOptionBits.kIOMemoryHostPhysicallyContiguous)
-_F_GET_SEALS = 1034  # linux/fcntl.h
 _NO_UID = 0xFFFFFFFF
 
 
@@ -280,30 +279,17 @@ def _check_memory(fd: int, *, trusted: bool) -> None:
 
     The processes of root and of this user could harm this one anyway.
     """
-    if not trusted and not _is_memory(fd):  # before it is looked at: the server of a file may never answer (FUSE)
+    if not trusted and shmem.seals(fd) is None:  # before all else: a server may never answer (FUSE)
         raise ValueError("its sender is another user, who could truncate it: it is no memfd")
     if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR or not stat.S_ISREG(os.fstat(fd).st_mode):
         raise ValueError("its descriptor may not be written to")  # and reopening it would ignore that
-    hugetlb = tmpfs.hugetlb_page(fd)
-    if not trusted and not fcntl.fcntl(fd, _F_GET_SEALS) & shmem.F_SEAL_SHRINK:
-        raise ValueError("its sender is another user, who could truncate it: its size is not sealed")
-    if not trusted and hugetlb:
-        # A page whose hole was punched comes from the pool again; when that is empty, the access is a SIGBUS.
-        raise ValueError("its sender is another user, who could free its hugetlb pages while they are in use")
-
-
-def _is_memory(fd: int) -> bool:
-    """Say whether a descriptor is of a memory file system, which is what has seals; its file is not asked for it."""
-    try:
-        fcntl.fcntl(fd, _F_GET_SEALS)
-    except OSError:
-        return False
-    return True
+    if not trusted and (why := shmem.why_unsafe(fd)):
+        raise ValueError(f"its sender is another user, who could {why}")
 
 
 def _discard(fd: int) -> None:
     """Close a descriptor that was sent here. close(2) of a FUSE file waits for its server, without any limit."""
-    if _is_memory(fd):
+    if shmem.seals(fd) is not None:
         os.close(fd)
         return
     import threading  # noqa: PLC0415 (where it is needed only)

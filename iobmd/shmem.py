@@ -27,7 +27,7 @@ NAME = "iobmd"
 
 # linux/fcntl.h: without them a process that has the descriptor could cut the memory away under the others, or, by
 # F_SEAL_FUTURE_WRITE, keep its owner from mapping it again.
-_F_ADD_SEALS, _F_GET_SEALS, _F_SEAL_SEAL, F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 1034, 0x1, 0x2, 0x4
+_F_ADD_SEALS, _F_GET_SEALS, _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 1034, 0x1, 0x2, 0x4
 
 
 class Extent(NamedTuple):
@@ -212,7 +212,7 @@ def create_memfd(size: int, name: str = NAME) -> int:
 
 def seal(fd: int) -> None:
     """Seal the size of a memfd, so that no process can truncate it, and its seals. Raises OSError."""
-    fcntl.fcntl(fd, _F_ADD_SEALS, F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_SEAL)
+    fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_SEAL)
 
 
 def why_unsafe(fd: int) -> str:
@@ -220,11 +220,15 @@ def why_unsafe(fd: int) -> str:
     if tmpfs.hugetlb_page(fd):
         # A page whose hole was punched comes from the pool again; when that is empty, the access is a SIGBUS.
         return "free its hugetlb pages while they are in use"
+    return "" if (seals(fd) or 0) & _F_SEAL_SHRINK else "truncate it, because its size is not sealed"
+
+
+def seals(fd: int) -> int | None:
+    """Return the seals of a file, which is not asked for them; None unless it is in a memory file system."""
     try:
-        sealed = fcntl.fcntl(fd, _F_GET_SEALS) & F_SEAL_SHRINK
+        return fcntl.fcntl(fd, _F_GET_SEALS)
     except OSError:
-        sealed = 0
-    return "" if sealed else "truncate it, because its size is not sealed"
+        return None
 
 
 _numbers = itertools.count()
