@@ -333,7 +333,7 @@ cdef int _read_entries(Look *look, uint64_t start, uint64_t end, uint64_t *reach
 
 
 cdef int _scan(Look *look, uint64_t start, uint64_t end, uint64_t *reached) noexcept nogil:
-    """As `_look`, by PAGEMAP_SCAN (Linux 6.7), which passes over what has no page tables."""
+    """As `_look`, by PAGEMAP_SCAN (Linux 6.7), which skips ranges without page tables."""
     cdef iobmd_scan_arg arg
     cdef iobmd_page_region region
     cdef uint64_t pages = 0
@@ -351,7 +351,7 @@ cdef int _scan(Look *look, uint64_t start, uint64_t end, uint64_t *reached) noex
     for index in range(found):
         region = look.regions[index]
         pages += (region.end - region.start) // look.page
-        if not region.categories & C_PAGE_IS_PRESENT:  # what is in swap, and what looks so (`_kind`)
+        if not region.categories & C_PAGE_IS_PRESENT:  # swapped pages, and entries that only look like them (`_kind`)
             error = _read_entries(look, region.start, region.end, reached)
             if error or reached[0] < region.end:
                 return error
@@ -381,7 +381,7 @@ cdef struct Piece:
 
 cdef int _move_run(const Way *way, const Piece *all, uint64_t start, uint64_t end, Kind kind, Batch *batch,
                    uint64_t *stopped, Bounds *bad) noexcept nogil:
-    """Have a part of a run moved, by this call or by a later one; as `_move`."""
+    """Add part of a run to the batch, and move the batch when it is full; as `_move`."""
     batch.theirs[batch.count].iov_base = <void *><uintptr_t>start
     batch.ours[batch.count].iov_base = <void *><uintptr_t>(all.ours + (start - all.theirs))
     batch.theirs[batch.count].iov_len = batch.ours[batch.count].iov_len = end - start
