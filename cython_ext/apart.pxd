@@ -14,13 +14,15 @@ cdef extern from * nogil:
        a wait for a lock that the dead process held would never end. */
     static volatile pid_t iobmd_maker;
     static volatile int iobmd_is_orphan;
+    enum { IOBMD_SECONDS = 5 };  /* for that */
     static void iobmd_orphaned(int number)
     {
         (void)number;
         if (getppid() == iobmd_maker) return;
         iobmd_is_orphan = 1;
-        alarm(5);
+        alarm(IOBMD_SECONDS);
     }
+    static void iobmd_prolong(void) { if (iobmd_is_orphan) alarm(IOBMD_SECONDS); }
 
     /* Whether a job is to give up: `cancelled` is set by any thread, the rest by the one that runs it. */
     struct iobmd_order { volatile int cancelled; int shielded; };
@@ -94,3 +96,4 @@ cdef extern from * nogil:
     int iobmd_orphan()
     void iobmd_exit()
     void iobmd_shield(int more)
+    void iobmd_prolong()

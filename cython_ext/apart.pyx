@@ -11,7 +11,8 @@ from cpython.ref cimport PyObject
 from _thread import start_new_thread
 
 from apart cimport (
-    iobmd_exit, iobmd_interrupted, iobmd_order, iobmd_orphan, iobmd_run_apart, iobmd_set_current, iobmd_shield,
+    iobmd_exit, iobmd_interrupted, iobmd_order, iobmd_orphan, iobmd_prolong, iobmd_run_apart, iobmd_set_current,
+    iobmd_shield,
 )
 from libc.errno cimport errno
 from libc.string cimport strerror
@@ -210,6 +211,11 @@ cdef class Janitor:
     def __dealloc__(self):
         if self.janitor != NULL:
             iobmd_janitor_end(self.janitor)
+
+
+def prolong():
+    """Have the full time once more, if this process was killed: no thread that is stopped must be left in between."""
+    iobmd_prolong()
 
 
 def interrupted():

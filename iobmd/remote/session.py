@@ -284,6 +284,7 @@ def near(activity: threads.Activity) -> Iterator[None]:
 
 def seize(task: Task, activity: threads.Activity, options: int) -> Stop | None:
     """Begin to stop a thread; None when it ended. Raises `kIOReturnNotPermitted` with the reason."""
+    apart.prolong()
     deadline = time.monotonic() + PATIENCE
     refusals_seen = 0  # without a tracer: one may have ended since, but not each time
     while True:

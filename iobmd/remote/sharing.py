@@ -310,6 +310,10 @@ def touch(task: Task, address: int, size: int) -> None:
 
 
 def _with_guest(task: Task, work: Callable[[Guest], None], *, standing: bool = False) -> int:
+    # The tracer must load no library: if this process is killed meanwhile, the kernel clears the number by which its
+    # thread owns the lock of the dynamic loader (set_tid_address(2)), and the tracer would wait for it without end.
+    import socket  # noqa: F401, PLC0415 (as below)
+
     from iobmd.remote import session  # noqa: PLC0415 (with ctypes: half of what `import iobmd` takes)
 
     return session.with_guest(task, work, standing=standing)

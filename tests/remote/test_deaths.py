@@ -17,8 +17,10 @@ from support.kernel import Footprint
 from support.targets import Belongings, Target, check_as_before, until, until_blocked
 
 import iobmd
-from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError
+from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Task, procfs
+from iobmd.remote import session
 from iobmd.remote.guest import Guest
+from iobmd.remote.stop import Stop
 
 ANYWHERE = IOMapOptions.kIOMapAnywhere
 MIB = 1 << 20
@@ -125,6 +127,46 @@ def kill_in_the_middle(use: Callable[[], None]) -> None:
             assert select.select([pipe], [], [], max(0, end - time.monotonic()))[0], "its tracer has not ended"
             if not pipe.read(1 << 16):  # the tracer shares its descriptors
                 return
+
+
+def test_a_stop_that_begins_late_is_finished() -> None:
+    """Who finishes our work is ended after 5 s, lest it hang, but not while a thread of the target stands still."""
+    with Target([sys.executable, "-c", ECHO]) as target:
+        target.line()
+        until_blocked(target.pid)
+        before = procfs.status(target.pid)["SigBlk"]
+        reading, writing = os.pipe()
+
+        def use() -> None:
+            isolate, collect, options_for = Guest.isolate, Guest.collect, session.options_for
+
+            def isolated(guest: Guest) -> None:
+                isolate(guest)
+                session.options_for = waited
+                os.write(writing, b".")
+                time.sleep(0.5)  # until we are killed
+
+            def waited(task: Task) -> int:
+                time.sleep(3)
+                return options_for(task)
+
+            def collected(guest: Guest, stop: Stop) -> None:
+                time.sleep(3)
+                collect(guest, stop)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Guest, "isolate", isolated)
+                patch.setattr(Guest, "collect", collected)
+                use_allocate(target.pid, 0)
+
+        with forked(use):
+            assert select.select([reading], [], [], 20)[0]
+        assert until(lambda: is_left_alone(target.pid), 20), target.state()
+        assert procfs.status(target.pid)["SigBlk"] == before
+        target.tell("hello")
+        assert target.line(5) == "hello"
+        for fd in (reading, writing):
+            os.close(fd)
 
 
 def is_left_alone(pid: int) -> bool:
