@@ -121,7 +121,8 @@ def test_huge_pages_that_are_neighbours_in_memory_alone() -> None:
     """Two areas, of which the second begins with the frame behind the last one of the first."""
     mremap = ctypes.CDLL(None, use_errno=True).mremap
     mremap.restype, mremap.argtypes = ctypes.c_long, [ctypes.c_long] * 5
-    with closing(Mapping.anonymous(256 << 20, HUGE)) as area, closing(Mapping.anonymous(16 << 20, HUGE)) as apart:
+    # So much that there are neighbours among them also where free memory is in pieces.
+    with closing(Mapping.anonymous(1 << 30, HUGE)) as area, closing(Mapping.anonymous(16 << 20, HUGE)) as apart:
         memory.advise(area.address, area.size, memory.MADV_HUGEPAGE)
         memory.advise(area.address, area.size, memory.MADV_POPULATE_WRITE)
         places = {
