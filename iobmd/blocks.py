@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Protocol
 
-from iobmd import numa, pinning
+from iobmd import numa, pagemap
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
 from iobmd.populate import populate
@@ -90,7 +90,7 @@ class TransparentBlocks:
             if error:  # before 5.14, or out of memory, which is told there
                 populate(batch.address, top - done)
                 break
-        table = pinning.own_runs(batch.address, size)
+        table = pagemap.own_runs(batch.address, size)
         self.hidden = table.hidden > 0
         return blocks_of(table, self.block)
 

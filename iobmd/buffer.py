@@ -8,7 +8,8 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Self
 
-from iobmd import allocation, caching, copying, live, numa, own, request
+from iobmd import allocation, caching, copying, live, numa, request
+from iobmd._internal import process_local
 from iobmd._native.mapping import Exporter, Mapping
 from iobmd.constants import IOOptionBits, IOReturn, kIOMemoryIncoherentIOFlush
 from iobmd.contents import CopyOf
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
     import psutil
     from typing_extensions import Buffer
 
+    from iobmd._internal.chunked import Progress
     from iobmd.backing import Backing
     from iobmd.backing.mapped import MappedBacking
-    from iobmd.pieces import Progress
 
     AnyTask = Task | int | psutil.Process
 
@@ -52,7 +53,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         self._contents = contents
         self._node = node
         self.holes = []
-        self._guard = own.Guard()
+        self._guard = process_local.Guard()
         self._windows = weakref.WeakSet()
 
     # --- factories

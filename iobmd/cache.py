@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import TYPE_CHECKING, Generic, NamedTuple, Self, TypeVar
 
-from iobmd import own
+from iobmd._internal import process_local
 from iobmd._native.mapping import Exporter
 from iobmd.constants import IOReturn
 from iobmd.errors import BusyError, IOReturnError
@@ -123,7 +123,7 @@ class _Entry:
     known = False  # it was made before
 
     def __init__(self, modifiers: int, unsettled: deque[_Entry]) -> None:
-        self.guard = own.Guard()
+        self.guard = process_local.Guard()
         self.users: set[int] = set()  # by id: adding and removing are one step, also for a garbage collection
         self._modifiers = modifiers
         self._unsettled = unsettled
@@ -205,7 +205,7 @@ class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
         self._modifiers = int(modifiers)
         self._entries: dict[K, _Entry] = {}
         self._unsettled: deque[_Entry] = deque()  # whose last use ended while they were busy
-        self._guard = own.Guard()
+        self._guard = process_local.Guard()
         self._counts = dict.fromkeys(("hits", "loaded", "purged", "rebuilt"), 0)
         self._maker = os.getpid()
 

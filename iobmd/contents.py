@@ -10,8 +10,8 @@ from iobmd.errors import IOReturnError
 from iobmd.task import check_range
 
 if TYPE_CHECKING:
+    from iobmd._internal.chunked import Progress
     from iobmd._native.crosstask import Ranges
-    from iobmd.pieces import Progress
     from iobmd.task import Task
 
 

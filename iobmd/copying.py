@@ -1,13 +1,13 @@
 """Moving bytes between this process and another: which call, in what pieces, on how many threads.
 
 First the pages that the task has are moved, as its pagemap shows them: by one process_vm_readv or process_vm_writev
-while it is little, and in pieces (`iobmd.pieces`) handed to several threads when it is much, because faulting in and
-clearing the destination costs more than the copy itself and runs on every processor. Where the pages are is looked at
-once to cut the pieces, so that each has as many of them, and once more, a thousand pages at a time, right before they
-are moved: by then a task may have returned some, and a read would make them again. Then the absent ones are read
-from where their bytes are (`iobmd.extents`), so that a task has no more pages afterwards than before. What only a
-page fault can answer is left to a child process that can be killed (`iobmd.attempt`). Where the calls are refused or
-missing (a seccomp profile), /proc/PID/mem stands in.
+while it is little, and in pieces (`iobmd._internal.chunked`) handed to several threads when it is much, because
+faulting in and clearing the destination costs more than the copy itself and runs on every processor. Where the pages
+are is looked at once to cut the pieces, so that each has as many of them, and once more, a thousand pages at a time,
+right before they are moved: by then a task may have returned some, and a read would make them again. Then the absent
+ones are read from where their bytes are (`iobmd.extents`), so that a task has no more pages afterwards than before.
+What only a page fault can answer is left to a child process that can be killed (`iobmd.attempt`). Where the calls are
+refused or missing (a seccomp profile), /proc/PID/mem stands in.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import os
 from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import attempt, extents, headroom, pidns, pieces, procfs
+from iobmd import attempt, extents, headroom, pidns, procfs
+from iobmd._internal import chunked
 from iobmd._native import crosstask, memory
 from iobmd.extents import Origin
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, round_down
@@ -88,7 +89,7 @@ class Transfer(NamedTuple):
     skip: bool = False
     resident_only: bool = False
     timeout: float = TIMEOUT
-    progress: pieces.Progress | None = None
+    progress: chunked.Progress | None = None
     outline: Ranges | None = None
 
     @property
@@ -174,10 +175,10 @@ class _Run:
 
     def all(self) -> Outcome:
         job = self._job
-        if job.size <= pieces.PIECE:
+        if job.size <= chunked.PIECE:
             done, error = self._present(0, job.size)
         else:
-            done, error = pieces.run(self._present, job.size, job.progress, self._cuts())
+            done, error = chunked.run(self._present, job.size, job.progress, self._cuts())
         if error in _CALL_REFUSED:  # also behind absent pages, for which nothing was called
             done, error = self._through_memory_file()
         # Below the place where that failed, if it did, bytes of absent pages may not be obtainable either.
@@ -199,7 +200,7 @@ class _Run:
             for start, end in present.whole(job.theirs, job.ours, job.huge)[:_MOST_MARKED]:
                 with contextlib.suppress(OSError):  # a kernel without transparent huge pages
                     memory.advise(start, end - start, memory.MADV_HUGEPAGE)
-        return present.cuts(job.theirs, pieces.PIECE, HUGE_PAGE_SIZE)
+        return present.cuts(job.theirs, chunked.PIECE, HUGE_PAGE_SIZE)
 
     def _present(self, offset: int, size: int) -> tuple[int, int]:
         """Move what is present of a piece, and list what is absent."""
@@ -234,7 +235,7 @@ class _Run:
             if start > at:
                 self._absent.append(crosstask.Ranges([(at, start)]))
             first = start - job.theirs
-            done, failure = pieces.run(functools.partial(self._present_behind, first), end - start)
+            done, failure = chunked.run(functools.partial(self._present_behind, first), end - start)
             if failure:
                 return first + done, failure
             at = end
@@ -299,10 +300,10 @@ class _Run:
             self._left_zero = True
             return
         for start, end in ranges:
-            if end - start <= pieces.PIECE:
+            if end - start <= chunked.PIECE:
                 crosstask.zero(self._job.here(start), end - start)
             else:  # ends on Ctrl-C
-                pieces.run(functools.partial(_zero, self._job.here(start)), end - start)
+                chunked.run(functools.partial(_zero, self._job.here(start)), end - start)
 
     def _unreadable(self, ranges: Sequence[Range]) -> tuple[int, int]:
         if self._job.skip:
@@ -336,7 +337,7 @@ class _Run:
                     return done, error
             return done, 0
 
-        done, error = pieces.run(work, starts[-1])
+        done, error = chunked.run(work, starts[-1])
         if failed:
             self._unreadable(sorted(failed))
         if not error:

@@ -6,7 +6,8 @@ import os
 import weakref
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
-from iobmd import mapping, own, windows
+from iobmd import mapping, windows
+from iobmd._internal import process_local
 from iobmd.caching import Caching
 from iobmd.constants import (
     IOOptionBits,
@@ -56,7 +57,7 @@ class IOMemoryDescriptor(Existing, Lineage, Labels, Caching, Placement, Volatili
     _state = "not initialised"
     _prepared = 0
     _pinned_for_good = False  # by its options, not by prepare()
-    _guard: own.Guard
+    _guard: process_local.Guard
     _windows: weakref.WeakSet[windows.Window]
 
     @staticmethod

@@ -14,7 +14,7 @@ from iobmd.task import Task, as_task, kernel_task
 if TYPE_CHECKING:
     import psutil
 
-    from iobmd.pieces import Progress
+    from iobmd._internal.chunked import Progress
 
     AnyTask = Task | int | psutil.Process
 

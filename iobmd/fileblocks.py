@@ -7,7 +7,7 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
-from iobmd import numa, pagemap, pinning, refusals, shmem
+from iobmd import numa, pagemap, refusals, shmem
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
 from iobmd.blocks import blocks_of
@@ -72,7 +72,7 @@ class FileBlocks:
         if self._collapses:
             with contextlib.suppress(OSError):
                 memory.advise(batch.address, size, memory.MADV_COLLAPSE)
-        table = pinning.own_runs(batch.address, size)
+        table = pagemap.own_runs(batch.address, size)
         self.hidden = table.hidden > 0
         return blocks_of(table, self.block)
 

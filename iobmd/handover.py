@@ -9,7 +9,8 @@ import stat
 import struct
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, SupportsIndex
 
-from iobmd import own, refusals, request, shmem
+from iobmd import refusals, request, shmem
+from iobmd._internal import process_local
 from iobmd._native import tmpfs
 from iobmd.backing.mapped import private
 from iobmd.backing.shared import SharedBacking
@@ -90,7 +91,7 @@ class Handle:
     """
 
     def __init__(self, fd: int, description: _Description) -> None:
-        self._fd = own.Fd(fd, "this handle")
+        self._fd = process_local.Fd(fd, "this handle")
         self._description = description
         _teach_multiprocessing()
 
@@ -304,7 +305,7 @@ def _discard(fd: int) -> None:
         close()
 
 
-def _own_description(fd: own.Fd) -> int:
+def _own_description(fd: process_local.Fd) -> int:
     """Return another descriptor of the same object, with an open file description of its own where /proc is."""
     with fd.use() as number:
         with contextlib.suppress(OSError):

@@ -8,10 +8,11 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, Self
 
-from iobmd import live, own
+from iobmd import live
+from iobmd._internal import process_local
+from iobmd._internal.weak_registry import WeakRegistry
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.known import Known
 from iobmd.purgeable import purger
 
 if TYPE_CHECKING:
@@ -24,10 +25,10 @@ class Lineage:
     """Knows weakly what is made of its memory; that holds it strongly."""
 
     _backing: Backing | None
-    _guard: own.Guard
+    _guard: process_local.Guard
     _windows: weakref.WeakSet[Window]
     _state: str
-    _offspring: Known[JoinedBacking] | None = None
+    _offspring: WeakRegistry[JoinedBacking] | None = None
     _inherited = False  # its caller has freed it, and what was made of it has it still
 
     def _refuse_if_mapped(self) -> None:
@@ -40,15 +41,17 @@ class Lineage:
         complete: Any
 
     @property
-    def _children(self) -> Known[JoinedBacking]:
+    def _children(self) -> WeakRegistry[JoinedBacking]:
         if self._offspring is None:
-            self._offspring = Known()
+            self._offspring = WeakRegistry()
         return self._offspring
 
     def _hold(self, backing: Backing, options: int, length: int) -> Self:
         """Be a descriptor of memory that is there already."""
-        self.__dict__.update(_guard=own.Guard(), _windows=weakref.WeakSet(), _backing=backing, _options=options)
-        self.__dict__.update(_length=length, _maker=os.getpid(), _wired_by=os.getpid(), _state="open")
+        self.__dict__.update(_guard=process_local.Guard(), _windows=weakref.WeakSet(), _backing=backing)
+        self.__dict__.update(
+            _options=options, _length=length, _maker=os.getpid(), _wired_by=os.getpid(), _state="open"
+        )
         return self
 
     def _bequeath(self) -> bool:
@@ -67,8 +70,8 @@ class Lineage:
             raise IOReturnError(IOReturn.kIOReturnBusy, message)
         old: Any = self
         heir: Any = type(self).__new__(type(self))
-        heir.__dict__.update(self.__dict__, _guard=own.Guard(), _windows=weakref.WeakSet(), _inherited=True)
-        heir._offspring = Known()
+        heir.__dict__.update(self.__dict__, _guard=process_local.Guard(), _windows=weakref.WeakSet(), _inherited=True)
+        heir._offspring = WeakRegistry()
         for child in children:
             child.replace(old, heir)
         self._backing, self._state, self._offspring = None, "released", None

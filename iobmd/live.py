@@ -6,9 +6,9 @@ import contextlib
 from typing import TYPE_CHECKING, Protocol
 
 from iobmd import mapping
+from iobmd._internal.weak_registry import WeakRegistry
 from iobmd.backing.joined import Owner, Part
 from iobmd.errors import NotOpenError
-from iobmd.known import Known
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         """A descriptor with memory of its own."""
 
 
-_known: Known[Live] = Known()
+_known: WeakRegistry[Live] = WeakRegistry()
 
 
 def know(descriptor: Live) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex
 
-from iobmd import own
+from iobmd._internal import process_local
 from iobmd._native.mapping import Exporter
 from iobmd.constants import IOMapOptions, IOReturn
 from iobmd.errors import IOReturnError
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from iobmd._native.mapping import Mapping
     from iobmd.task import Task
 
-_changes = own.Guard()  # of who uses which window
+_changes = process_local.Guard()  # of who uses which window
 _abandoned: deque[tuple[Window, int]] = deque()  # uses that a garbage collection ended in the middle of a change
 
 

@@ -14,11 +14,11 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from iobmd import diagnosis, host, own, refusals
-from iobmd._native import runs, uring
+from iobmd import diagnosis, host, pagemap
+from iobmd._native import uring
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NotPrivilegedError, UnsupportedError
-from iobmd.units import PAGE_SIZE, format_size
+from iobmd.units import format_size
 
 if TYPE_CHECKING:
     from iobmd._native.runs import RunTable
@@ -84,18 +84,6 @@ _pins = _Pins()
 os.register_at_fork(after_in_child=_pins.forget)
 
 
-def own_runs(address: int, size: int, *, pinned: bool = False, gaps: bool = False) -> RunTable:
-    """Return the physical runs of whole pages of this process. Raises as `own.pagemap`.
-
-    With `pinned` all have to be there; with `gaps` too, those that are gone all the same are in no run.
-    """
-    descriptor = own.pagemap()
-    try:
-        return runs.read(descriptor, address, size, PAGE_SIZE, pinned, gaps)
-    except OSError as error:
-        raise refusals.own_pagemap(error) from None
-
-
 class Pin:
     """A long-term pin of whole pages of this process, until `release`.
 
@@ -148,7 +136,7 @@ def visible_runs(address: int, size: int, *, gaps: bool = False) -> RunTable | N
     With `gaps`, pages that the program has unmapped since are in no run; else they are an error.
     """
     try:
-        table = own_runs(address, size, pinned=True, gaps=gaps)
+        table = pagemap.own_runs(address, size, pinned=True, gaps=gaps)
     except (NotPrivilegedError, UnsupportedError):
         return None
     return None if table.hidden else table

@@ -2,7 +2,7 @@
 
 import errno
 
-from iobmd import pieces
+from iobmd._internal import chunked
 from iobmd._native import memory
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
@@ -24,7 +24,11 @@ def populate(address: int, size: int, huge: int = HUGE_PAGE_SIZE) -> None:
     IOReturnError
         `kIOReturnNoMemory`.
     """
-    done, number = pieces.run(lambda offset, length: memory.populate(address + offset, length, huge, PAGE_SIZE), size)
+
+    def work(offset: int, length: int) -> tuple[int, int]:
+        return memory.populate(address + offset, length, huge, PAGE_SIZE)
+
+    done, number = chunked.run(work, size)
     if number == errno.EINVAL:
         _by_locking(address, size)
     elif number:

@@ -12,7 +12,8 @@ import itertools
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import own, refusals
+from iobmd import refusals
+from iobmd._internal import process_local
 from iobmd._native import tmpfs
 from iobmd._native.mapping import Mapping
 from iobmd.constants import IOReturn
@@ -40,7 +41,7 @@ class Extent(NamedTuple):
 class Stretch(NamedTuple):
     """Pages of an object that are to be mapped behind those of another stretch; sizes in bytes."""
 
-    fd: own.Fd
+    fd: process_local.Fd
     """A descriptor of the object, which stays open as long as its owner does."""
     offset: int
     length: int
@@ -81,7 +82,7 @@ class SharedObject:
         self.alignment = alignment
         self.page = page
         self.immovable = immovable
-        self.fd = own.Fd(fd, "this shared memory")  # last: until then it is the caller's
+        self.fd = process_local.Fd(fd, "this shared memory")  # last: until then it is the caller's
 
     @classmethod
     def create(cls, size: int, trailer: int = 0, name: str = NAME, *, sealed: bool = False) -> SharedObject:
@@ -233,7 +234,7 @@ def seals(fd: int) -> int | None:
 
 _numbers = itertools.count()
 # Whole huge pages only, none for the end of an object; as many as there is memory.
-_huge = own.Kept(lambda: tmpfs.mount({"huge": "within_size", "size": "0", "nr_inodes": "0"}))
+_huge = process_local.LazyFd(lambda: tmpfs.mount({"huge": "within_size", "size": "0", "nr_inodes": "0"}))
 
 
 def create_huge(size: int, name: str = NAME) -> int:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import psutil
     from typing_extensions import Buffer
 
-    from iobmd import pieces
+    from iobmd._internal import chunked
     from iobmd._native.crosstask import Ranges
 
 ADDRESS_END = 1 << 64
@@ -210,7 +210,7 @@ class Task:
         skip: bool = False,
         resident_only: bool = False,
         timeout: float = copying.TIMEOUT,
-        progress: pieces.Progress | None = None,
+        progress: chunked.Progress | None = None,
         outline: Ranges | None = None,
     ) -> copying.Outcome:
         """Copy `size` bytes at `source` of this task to the address `destination` of the calling process.

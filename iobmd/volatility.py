@@ -12,7 +12,7 @@ from iobmd.purgeable import EMPTY, KEEP_CURRENT, NON_VOLATILE, OBSOLETE, VOLATIL
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from iobmd import own
+    from iobmd._internal import process_local
     from iobmd.backing import Backing
     from iobmd.purgeable import Purgeable
 
@@ -30,7 +30,7 @@ class Volatility:
 
     _backing: Backing | None
     _prepared: int
-    _guard: own.Guard
+    _guard: process_local.Guard
     _given: int | None = None  # the modifiers it was last made volatile with; None: it never was
     _keepers = 0  # how many are inside of `nonvolatile`
     _volatile_again: int | None = None  # with which modifiers the last of them makes it volatile; None: not

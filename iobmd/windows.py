@@ -19,7 +19,7 @@ from iobmd.units import PAGE_SIZE, round_up
 if TYPE_CHECKING:
     import weakref
 
-    from iobmd import own
+    from iobmd._internal import process_local
     from iobmd.backing import Backing
     from iobmd.task import Task
 
@@ -39,7 +39,7 @@ class Descriptor(Protocol):
     """What a map needs of an `IOMemoryDescriptor`."""
 
     _windows: weakref.WeakSet[Window]
-    _guard: own.Guard
+    _guard: process_local.Guard
 
     def _memory(self) -> Backing: ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from iobmd import contiguous, headroom, numa, own, pagemap, pinning, refusals
+from iobmd import contiguous, headroom, numa, pagemap, pinning, refusals
 from iobmd._native import guard, memory
 from iobmd._native.mapping import Mapping
 from iobmd.backing.mapped import MappedBacking
@@ -121,7 +121,7 @@ class AnonymousBacking(MappedBacking):
         if not self.runs or not self._pin or self._generation != guard.generation():
             return None
         try:
-            if self.runs.holds(own.pagemap(), PAGE_SIZE):
+            if self.runs.holds(pagemap.own_pagemap(), PAGE_SIZE):
                 return [(self.address, self.size)]
         except IOReturnError:  # pagemap cannot be read any more
             return None

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+    from iobmd._internal.weak_registry import WeakRegistry
     from iobmd._native.mapping import Mapping
     from iobmd._native.runs import RunTable
     from iobmd.backing import Backing
-    from iobmd.known import Known
     from iobmd.purgeable import Purgeable
     from iobmd.shmem import SharedObject, Stretch
     from iobmd.task import Task
@@ -35,7 +35,7 @@ class Owner(Protocol):
     _prepared: int
 
     @property
-    def _children(self) -> Known[JoinedBacking]:
+    def _children(self) -> WeakRegistry[JoinedBacking]:
         """What is made of its memory."""
 
     @property

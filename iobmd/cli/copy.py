@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from iobmd import procfs, refusals
+from iobmd._internal.atomic_file import replacing
 from iobmd.cli import EXIT_OK
 from iobmd.cli.arguments import duration, size
 from iobmd.constants import IOReturn
 from iobmd.copying import TIMEOUT
 from iobmd.errors import IOReturnError
 from iobmd.facade import copy
-from iobmd.files import replacing
 from iobmd.task import Task
 from iobmd.units import format_size, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from iobmd._internal.chunked import Progress
     from iobmd.buffer import IOBufferMemoryDescriptor
-    from iobmd.pieces import Progress
 
 PROGRESS_FROM = 256 << 20
 """Bytes from which a copy takes long enough to watch."""

@@ -8,7 +8,7 @@ import os
 import warnings
 from typing import TYPE_CHECKING, Self
 
-from iobmd import own
+from iobmd._internal import process_local
 from iobmd.constants import IOReturn, kIODirectionIn, kIODirectionInOut, kIODirectionOut
 from iobmd.dma.specification import MappingOptions, Specification
 from iobmd.dma.transfer import Transfer
@@ -49,7 +49,7 @@ class IODMACommand:
         self._transfer: Transfer | None = None
         self._active = 0
         self._maker = os.getpid()
-        self._guard = own.Guard()
+        self._guard = process_local.Guard()
 
     @classmethod
     def withSpecification(

@@ -8,7 +8,7 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Self
 
-from iobmd import own
+from iobmd._internal import process_local
 from iobmd._native.runs import PhysicalSegment
 from iobmd.constants import IOOptionBits, IOReturn
 from iobmd.errors import IOReturnError
@@ -57,7 +57,7 @@ class IOMapper:
             raise IOReturnError(IOReturn.kIOReturnBadArgument, message)
         self.name = device
         self._maker = os.getpid()
-        self._guard = own.Guard()
+        self._guard = process_local.Guard()
         self._ranges: weakref.WeakSet[IOVMRange] = weakref.WeakSet()
         self._container: Container | None = Container(Device(device))
         self._addresses = Addresses(self._container.ranges(), (1 << address_bits) - 1)

@@ -13,8 +13,11 @@ from iobmd.pagemap.ownmemory import (
     has_content,
     huge_bytes,
     is_huge,
+    own_pagemap,
     own_ranges,
+    own_runs,
     resident_and_dirty,
+    track_writes,
     visible_runs,
 )
 
@@ -71,13 +74,16 @@ __all__ = [
     "has_content",
     "huge_bytes",
     "is_huge",
+    "own_pagemap",
     "own_ranges",
+    "own_runs",
     "pages",
     "resident_and_dirty",
     "runs",
     "save",
     "segments",
     "spans",
+    "track_writes",
     "users",
     "visible_runs",
 ]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
 from typing import TYPE_CHECKING
 
-from iobmd import own, procfs, refusals
+from iobmd import procfs, refusals
+from iobmd._internal import process_local
+from iobmd._native import lazyfree, runs
 from iobmd._native import pagemap as native
-from iobmd._native import runs
+from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NoResourcesError
 from iobmd.pagemap.entries import counts, opened, pages
 from iobmd.task import Task, kernel_task
@@ -15,6 +18,49 @@ from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
     from iobmd._native.runs import RunTable
+
+
+_own_pagemap = process_local.LazyFd(
+    lambda: os.open(procfs.memory_file("self", "pagemap"), os.O_RDONLY | os.O_CLOEXEC)
+)
+_tracker = process_local.LazyFd(lazyfree.track)
+
+
+def own_pagemap() -> int:
+    """Return a descriptor of this process's pagemap, which stays open.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnNotPrivileged`: this process may not read its own pagemap. `kIOReturnUnsupported`: /proc is not
+        mounted. `kIOReturnNoResources`: no descriptor.
+    """
+    try:
+        return _own_pagemap.open()
+    except PermissionError as error:
+        message = (
+            "this process may not read its own pagemap: it has changed its user and is not dumpable; call "
+            "prctl(PR_SET_DUMPABLE, 1), or run with CAP_SYS_ADMIN"
+        )
+        raise IOReturnError(IOReturn.kIOReturnNotPrivileged, message, error.errno or 0) from None
+    except OSError as error:
+        raise refusals.own_pagemap(error) from None
+
+
+def track_writes(address: int, size: int) -> int:
+    """Track the writes to a range of this process, whole pages, from when PAGEMAP_SCAN protects them.
+
+    Returns
+    -------
+    int
+        The userfaultfd that does so; -1 where none can be had (before Linux 6.7, behind a seccomp filter).
+    """
+    try:
+        tracker = _tracker.open()
+        lazyfree.register(tracker, address, size)
+    except OSError:
+        return -1
+    return tracker
 
 
 def resident_and_dirty(task: Task, address: int, size: int) -> tuple[int, int]:
@@ -39,12 +85,12 @@ def resident_and_dirty(task: Task, address: int, size: int) -> tuple[int, int]:
 def own_ranges(address: int, size: int, *, protect: bool) -> list[tuple[int, int]]:
     """Return the ranges of this process's memory, whole pages, that are resident and were ever written to.
 
-    With `protect` the writes to them are tracked from the same moment on, where `own.track_writes` was asked to
+    With `protect` the writes to them are tracked from the same moment on, where `track_writes` was asked to
     (PAGEMAP_SCAN, Linux 6.7).
     """
     try:
         found = native.scan(
-            own.pagemap(), address, address + size, native.PAGE_IS_PRESENT, native.PAGE_IS_PFNZERO, protect
+            own_pagemap(), address, address + size, native.PAGE_IS_PRESENT, native.PAGE_IS_PFNZERO, protect
         )
     except OSError as error:
         if isinstance(error, IOReturnError) or protect:
@@ -59,6 +105,18 @@ def own_ranges(address: int, size: int, *, protect: bool) -> list[tuple[int, int
         else:
             joined.append((start, end))
     return joined
+
+
+def own_runs(address: int, size: int, *, pinned: bool = False, gaps: bool = False) -> RunTable:
+    """Return the physical runs of whole pages of this process. Raises as `own_pagemap`.
+
+    With `pinned` all have to be there; with `gaps` too, those that are gone all the same are in no run.
+    """
+    descriptor = own_pagemap()
+    try:
+        return runs.read(descriptor, address, size, PAGE_SIZE, pinned, gaps)
+    except OSError as error:
+        raise refusals.own_pagemap(error) from None
 
 
 def visible_runs(task: Task, address: int, size: int) -> RunTable | None:

@@ -10,9 +10,9 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from iobmd._internal.atomic_file import replacing
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.files import replacing
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.span import Span
 from iobmd.pagemap.target import name_of, resolve

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Self
 
-from iobmd import headroom, host, own
+from iobmd import headroom, host
+from iobmd._internal import process_local
 
 _TOTAL = re.compile(r"some .*total=(\d+)")
 _STALLED = 0.075  # the part of the time that somebody waits for memory; the kernel's own triggers see it 2 s later
@@ -27,8 +28,8 @@ class Watch:
     def __init__(self) -> None:
         self._poll = select.poll()
         self._events: dict[int, bool] = {}  # eventfds; whether each says by itself that memory is short
-        self._held: list[own.Fd] = []
-        self._wakes: own.Fd | None = None  # the thread may end, and close it, while others wake it
+        self._held: list[process_local.Fd] = []
+        self._wakes: process_local.Fd | None = None  # the thread may end, and close it, while others wake it
         self._waits = [_Waits(Path(path)) for path in host.psi_files()]
         if level := host.pressure_level():
             with contextlib.suppress(OSError):
@@ -81,7 +82,7 @@ class Watch:
         return event
 
     def _hold(self, fd: int) -> int:
-        self._held.append(own.Fd(fd, "what reports pressure"))
+        self._held.append(process_local.Fd(fd, "what reports pressure"))
         return fd
 
 

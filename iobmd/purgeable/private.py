@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from iobmd import own, pagemap
+from iobmd import pagemap
 from iobmd._native import memory
 from iobmd._native import pagemap as native
 from iobmd._native.guard import generation
@@ -35,7 +35,7 @@ class LazilyFreed:
     def __init__(self, address: int, size: int) -> None:
         self._address = address
         self._size = size
-        self._tracker = own.track_writes(address, size)
+        self._tracker = pagemap.track_writes(address, size)
         self._tracked_in = generation()
         self._state = NON_VOLATILE
         # What is lazily freed. None: nobody knows, for freeing it was interrupted, and then it counts as lost.
@@ -107,7 +107,7 @@ class LazilyFreed:
         if self._here < 0:
             return pagemap.certain_bytes(self._address, self._size, "LazyFree")
         wanted, without = native.PAGE_IS_PRESENT, native.PAGE_IS_PFNZERO | native.PAGE_IS_WRITTEN
-        found = (native.scan(own.pagemap(), start, end, wanted, without) for start, end in self._ranges)
+        found = (native.scan(pagemap.own_pagemap(), start, end, wanted, without) for start, end in self._ranges)
         return sum(end - start for ranges in found for start, end in ranges)
 
     @property

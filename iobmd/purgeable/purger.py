@@ -12,10 +12,11 @@ import os
 import threading
 from typing import NamedTuple, Protocol
 
-from iobmd import headroom, own
+from iobmd import headroom
+from iobmd._internal import process_local
+from iobmd._internal.weak_registry import WeakRegistry
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.known import Known
 from iobmd.purgeable import Order
 from iobmd.purgeable.pressure import Watch
 
@@ -46,7 +47,7 @@ class Descriptor(Protocol):
         """Take it if it is volatile still; returns the bytes that came free, 0 as above."""
 
 
-_known: Known[Descriptor] = Known()
+_known: WeakRegistry[Descriptor] = WeakRegistry()
 
 
 def know(descriptor: Descriptor) -> None:
@@ -132,7 +133,7 @@ class _Purger:
         self._runs = False
         self._idle = False
         self._watch: Watch | None = None  # of the thread that was started last
-        self._guard = own.Guard()
+        self._guard = process_local.Guard()
 
     def start(self) -> None:
         """Start it unless it runs. Where no thread is to be had, memory is taken on request only."""

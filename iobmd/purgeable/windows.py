@@ -20,11 +20,13 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from iobmd import host, own, procfs
+from iobmd import host, procfs
+from iobmd._internal import process_local
 from iobmd._native import crosstask, lazyfree, memory
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.host.fact import scratch
+from iobmd.pagemap import own_pagemap
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_up
 from iobmd.wiring import cannot_lock
 
@@ -35,7 +37,7 @@ _Look = Callable[[int, int], bool]
 """Looks at a window, from its start to its end address; raises `_LockError`."""
 
 _TRIES = 100  # of a millisecond each, where other threads hold all that may be locked
-_alone = own.Guard()  # two windows of smaps that touch would be one area
+_alone = process_local.Guard()  # two windows of smaps that touch would be one area
 
 
 class _LockError(Exception):
@@ -68,7 +70,7 @@ def take_back(ranges: list[Range], tracker: int) -> bool:
     if tracker < 0:
         with _alone:
             return _each(ranges, partial(_by_smaps, rewrite=True))
-    return _each(ranges, partial(_take_back_tracked, tracker, own.pagemap()))
+    return _each(ranges, partial(_take_back_tracked, tracker, own_pagemap()))
 
 
 def all_there(ranges: list[Range], tracker: int) -> bool:
@@ -76,8 +78,8 @@ def all_there(ranges: list[Range], tracker: int) -> bool:
     if tracker < 0:
         with _alone:
             return _each(ranges.copy(), partial(_by_smaps, rewrite=False))
-    pagemap = own.pagemap()
-    return all(lazyfree.first_lost(pagemap, start, end) is None for start, end in ranges)
+    descriptor = own_pagemap()
+    return all(lazyfree.first_lost(descriptor, start, end) is None for start, end in ranges)
 
 
 def _each(ranges: list[Range], look: _Look) -> bool:

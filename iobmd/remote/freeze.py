@@ -26,7 +26,7 @@ from iobmd.remote.tracee import NotStopped, StrangerSeized, check_interrupt, shi
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from iobmd.pieces import Progress
+    from iobmd._internal.chunked import Progress
     from iobmd.remote.stop import Stop
     from iobmd.task import Task
 

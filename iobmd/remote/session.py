@@ -11,7 +11,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from iobmd import host, own, procfs, refusals
+from iobmd import host, procfs, refusals
+from iobmd._internal import process_local
 from iobmd._native import apart
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
@@ -41,7 +42,7 @@ _SHOWN = 100  # threads whose states a message has: each takes a millisecond on 
 _SHORT = 0.2  # seconds for one thread of several
 
 
-_guards = [own.Guard() for _ in range(64)]
+_guards = [process_local.Guard() for _ in range(64)]
 """One for each task, or for a few."""
 
 
@@ -183,7 +184,7 @@ def beside(task: Task, body: Callable[[Callable[[Leftover], None]], object]) -> 
                 _result(task, job.finish)
 
 
-def _guard_of(task: Task) -> own.Guard:
+def _guard_of(task: Task) -> process_local.Guard:
     return _guards[task.pid % len(_guards)]
 
 

@@ -30,7 +30,7 @@ from iobmd.units import PAGE_SIZE, format_size, round_up
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from iobmd.own import Fd
+    from iobmd._internal.process_local import Fd
     from iobmd.remote.guest import Guest
     from iobmd.shmem import Stretch
     from iobmd.task import Task

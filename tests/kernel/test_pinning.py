@@ -13,7 +13,7 @@ from support.child import NOBODY, in_child
 from support.moving import frames
 
 import iobmd
-from iobmd import IOReturn, IOReturnError, Wiring, pinning
+from iobmd import IOReturn, IOReturnError, Wiring, pagemap, pinning
 from iobmd._native import memory
 from iobmd.cli.strewn import Strewn, collapse, compact
 
@@ -416,6 +416,6 @@ def test_pinned_pages_out_of_the_page_table_are_not_left_out() -> None:
         buffer.verify()
         assert kernel.present(buffer.getBytesNoCopy(), size) == size // 4096
         memory.advise(buffer.getBytesNoCopy(), size, memory.MADV_DONTNEED)
-        assert pinning.own_runs(buffer.getBytesNoCopy(), size, pinned=True).pages == size // 4096
+        assert pagemap.own_runs(buffer.getBytesNoCopy(), size, pinned=True).pages == size // 4096
         assert buffer.segments() == before
         buffer.complete()

@@ -14,7 +14,8 @@ import pytest
 from support.child import in_child
 
 import iobmd
-from iobmd import IOReturn, IOReturnError, own, shmem
+from iobmd import IOReturn, IOReturnError, shmem
+from iobmd._internal import process_local
 from iobmd._native.mapping import Mapping
 from iobmd.purgeable.pressure import Watch
 
@@ -135,7 +136,7 @@ def test_waking_the_purger_as_it_ends(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_a_descriptor_is_closed_by_its_last_user() -> None:
     number = os.memfd_create("counted")
-    fd = own.Fd(number, "it")
+    fd = process_local.Fd(number, "it")
     with fd.use() as first, fd.use() as second:
         assert first == second == number
         fd.close()
@@ -149,7 +150,7 @@ def test_a_descriptor_is_closed_by_its_last_user() -> None:
 
 def test_a_use_that_was_interrupted_before_its_with_ends_by_itself() -> None:
     number = os.memfd_create("counted")
-    fd = own.Fd(number, "it")
+    fd = process_local.Fd(number, "it")
     fd.use()  # and no `with`
     fd.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
@@ -159,7 +160,7 @@ def test_a_use_that_was_interrupted_before_its_with_ends_by_itself() -> None:
 def test_uses_of_other_threads_do_not_outlive_a_fork() -> None:
     """A forked child lacks the thread that would end them, and its descriptor would stay open."""
     number = os.memfd_create("counted")
-    fd = own.Fd(number, "it")
+    fd = process_local.Fd(number, "it")
 
     def child() -> bool:
         fd.close()

@@ -12,8 +12,8 @@ import pytest
 from iobmd.tools.pagemap import snapshots
 from support.child import NOBODY, in_child
 
+from iobmd._internal.atomic_file import replacing
 from iobmd.cli import main
-from iobmd.files import replacing
 
 pytestmark = pytest.mark.needs("root")
 

@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from iobmd._internal.chunked import PIECE, threads
 from iobmd._native import crosstask, floors
 from iobmd.buffer import IOBufferMemoryDescriptor
 from iobmd.cli.child import python
 from iobmd.cli.client import Client, Piece
 from iobmd.constants import IOOptionBits
-from iobmd.pieces import PIECE, threads
 from iobmd.task import Task, kernel_task
 from iobmd.units import PAGE_SIZE, format_size, round_up
 

@@ -7,7 +7,7 @@ import subprocess
 from functools import partial
 from typing import TYPE_CHECKING
 
-from iobmd import own
+from iobmd import pagemap
 from iobmd._native import floors, memory
 from iobmd.cli.child import python
 from iobmd.facade import allocate
@@ -44,11 +44,11 @@ def _round_trips(rounds: int) -> list[Result]:
 
 def _round_trip(name: str, buffer: IOBufferMemoryDescriptor, rounds: int) -> list[Result]:
     address = buffer.getBytesNoCopy()
-    tracker = own.track_writes(address, SIZE)
+    tracker = pagemap.track_writes(address, SIZE)
     bare, tracked, ours = medians(
         rounds,
         partial(floors.free_and_take_back, -1, -1, address, SIZE, PAGE_SIZE),
-        partial(floors.free_and_take_back, tracker, own.pagemap(), address, SIZE, PAGE_SIZE),
+        partial(floors.free_and_take_back, tracker, pagemap.own_pagemap(), address, SIZE, PAGE_SIZE),
         partial(seconds, partial(_give_and_keep, buffer)),
     )
     what = f"Volatile and back, {format_size(SIZE)}, {name}"

@@ -7,9 +7,9 @@ import sys
 from typing import TYPE_CHECKING
 
 from iobmd import lowmem
+from iobmd._internal.atomic_file import replacing
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.files import replacing
 
 from .drawing import Box, Drawing, Label
 from .grid import Grid

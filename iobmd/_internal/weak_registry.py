@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 _T = TypeVar("_T")
 
 
-class Known(Generic[_T]):
+class WeakRegistry(Generic[_T]):
     """Objects, each until it goes; a forked child knows those of its parent.
 
     Compared by identity. A set of references, which each leaves by a callback in C: it is paid for with every

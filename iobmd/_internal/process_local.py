@@ -1,4 +1,4 @@
-"""What belongs to one process and not to a child forked from it: its pagemap, its userfaultfd, uses and locks.
+"""What belongs to one process and not to a child forked from it: file descriptors, their uses, and locks.
 
 These descriptors go on naming the parent's memory after a fork, and a lock may have been held by a thread that the
 child does not have.
@@ -9,9 +9,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, NoReturn
 
-from iobmd import procfs, refusals
 from iobmd._native import guard as native
-from iobmd._native import lazyfree
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-class Kept:
+class LazyFd:
     """A descriptor that is opened when it is first asked for, and then kept."""
 
     def __init__(self, opener: Callable[[], int]) -> None:
@@ -41,47 +39,6 @@ class Kept:
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1
-
-
-_pagemap = Kept(lambda: os.open(procfs.memory_file("self", "pagemap"), os.O_RDONLY | os.O_CLOEXEC))
-_tracker = Kept(lazyfree.track)
-
-
-def pagemap() -> int:
-    """Return a descriptor of this process's pagemap, which stays open.
-
-    Raises
-    ------
-    IOReturnError
-        `kIOReturnNotPrivileged`: this process may not read its own pagemap. `kIOReturnUnsupported`: /proc is not
-        mounted. `kIOReturnNoResources`: no descriptor.
-    """
-    try:
-        return _pagemap.open()
-    except PermissionError as error:
-        message = (
-            "this process may not read its own pagemap: it has changed its user and is not dumpable; call "
-            "prctl(PR_SET_DUMPABLE, 1), or run with CAP_SYS_ADMIN"
-        )
-        raise IOReturnError(IOReturn.kIOReturnNotPrivileged, message, error.errno or 0) from None
-    except OSError as error:
-        raise refusals.own_pagemap(error) from None
-
-
-def track_writes(address: int, size: int) -> int:
-    """Track the writes to a range of this process, whole pages, from when PAGEMAP_SCAN protects them.
-
-    Returns
-    -------
-    int
-        The userfaultfd that does so; -1 where none can be had (before Linux 6.7, behind a seccomp filter).
-    """
-    try:
-        tracker = _tracker.open()
-        lazyfree.register(tracker, address, size)
-    except OSError:
-        return -1
-    return tracker
 
 
 class Fd(native.Fd):

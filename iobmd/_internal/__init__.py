@@ -1,0 +1,1 @@
+"""Mechanisms below every subject: what a fork does not inherit, work in chunks, weak references, files."""
