@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from iobmd import contiguous, headroom, numa
+from iobmd import contiguous, numa
 from iobmd._native import memory
 from iobmd.backing.anonymous import AnonymousBacking
 from iobmd.backing.elsewhere import RemoteBacking, UnmappedBacking
 from iobmd.backing.shared import SharedBacking
+from iobmd.host import headroom
 from iobmd.purgeable.agreed import TRAILER
 from iobmd.remote.sharing import is_trusted
 from iobmd.shmem import SharedObject

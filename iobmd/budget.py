@@ -8,9 +8,9 @@ import functools
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import headroom
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
+from iobmd.host import headroom
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -20,10 +20,11 @@ import os
 from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import attempt, extents, headroom, pidns, procfs
+from iobmd import attempt, extents, pidns, procfs
 from iobmd._internal import chunked
 from iobmd._native import crosstask, memory
 from iobmd.extents import Origin
+from iobmd.host import headroom
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, round_down
 
 if TYPE_CHECKING:

@@ -12,9 +12,10 @@ import enum
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import attempt, headroom, pidns, procfs
+from iobmd import attempt, pidns, procfs
 from iobmd._native import crosstask
 from iobmd.errors import NO_DESCRIPTOR, IOReturnError
+from iobmd.host import headroom
 from iobmd.units import PAGE_SIZE, round_up
 
 if TYPE_CHECKING:

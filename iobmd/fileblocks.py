@@ -7,11 +7,12 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
-from iobmd import numa, pagemap, refusals, shmem
+from iobmd import numa, pagemap, shmem
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
 from iobmd.blocks import blocks_of
 from iobmd.errors import IOReturnError
+from iobmd.host import limits
 from iobmd.populate import populate
 from iobmd.shmem import Extent, SharedObject
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
@@ -58,7 +59,7 @@ class FileBlocks:
             batch = Mapping.view([(self._fd, self._size, size)], 0, True, 0, self.block)
         except OSError as error:
             if error.errno == errno.EAGAIN or (error.errno == errno.ENOMEM and not self.immovable):
-                raise refusals.own(error, f"cannot map {format_size(size)}", size) from None
+                raise limits.from_oserror(error, f"cannot map {format_size(size)}", size) from None
             return {}  # no such pages, or no more of them in the pool
         self._batches.append((self._size, batch))
         numa.place(batch.address, size)

@@ -9,7 +9,7 @@ import stat
 import struct
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, SupportsIndex
 
-from iobmd import refusals, request, shmem
+from iobmd import request, shmem
 from iobmd._internal import process_local
 from iobmd._native import tmpfs
 from iobmd.backing.mapped import private
@@ -17,6 +17,7 @@ from iobmd.backing.shared import SharedBacking
 from iobmd.buffer import IOBufferMemoryDescriptor
 from iobmd.constants import IOOptionBits, IOReturn
 from iobmd.errors import IOReturnError
+from iobmd.host import limits
 from iobmd.purgeable.agreed import TRAILER
 from iobmd.shmem import Extent, SharedObject
 from iobmd.task import kernel_task
@@ -317,7 +318,7 @@ def _duplicate(fd: int) -> int:
     try:
         return os.dup(fd)
     except OSError as error:
-        raise refusals.own(error, "cannot share memory") from None
+        raise limits.from_oserror(error, "cannot share memory") from None
 
 
 def _exactly(socket: sockets.socket, size: int) -> bytes:

@@ -9,10 +9,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iobmd import refusals
 from iobmd._native import numa
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
+from iobmd.host import limits
 from iobmd.units import PAGE_SIZE, format_size, pages
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def place(address: int, size: int) -> None:
     except OSError as error:
         if error.errno == errno.ENOSYS and node == 0:  # a kernel without NUMA: all memory is that of node 0
             return
-        raise refusals.own(error, f"cannot ask for memory of node {node}") from None
+        raise limits.from_oserror(error, f"cannot ask for memory of node {node}") from None
 
 
 def require(address: int, size: int) -> None:
@@ -83,7 +83,7 @@ def require(address: int, size: int) -> None:
     except OSError as error:
         if error.errno == errno.ENOSYS:
             return
-        raise refusals.own(error, "cannot see on which node memory lies") from None
+        raise limits.from_oserror(error, "cannot see on which node memory lies") from None
     if strays:
         message = (
             f"{format_size(strays * PAGE_SIZE)} of {format_size(size)} came from other nodes: of the node {node} "

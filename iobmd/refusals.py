@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from iobmd import diagnosis, host, pidns, procfs
 from iobmd.constants import IOReturn
 from iobmd.errors import NO_DESCRIPTOR, IOReturnError
+from iobmd.host import limits
 from iobmd.procfs import PF_EXITING, PF_KTHREAD
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def unless_exhausted(error: OSError, doing: str) -> None:
     """Raise `kIOReturnNoResources` if a look at a task failed for want of a descriptor, which says nothing of it."""
     if error.errno in NO_DESCRIPTOR:
-        raise own(error, doing) from None
+        raise limits.from_oserror(error, doing) from None
 
 
 def gone(what: str, number: int = errno.ESRCH) -> IOReturnError:
@@ -90,7 +91,7 @@ def not_moved(
     elif number in (errno.EPERM, errno.EACCES):
         refusal = refused(pid, number, "memory")
     elif number in (*NO_DESCRIPTOR, errno.ENOMEM, errno.EAGAIN):
-        refusal = own(OSError(number, os.strerror(number)), f"cannot copy from or to task {pid}")
+        refusal = limits.from_oserror(OSError(number, os.strerror(number)), f"cannot copy from or to task {pid}")
     elif number == errno.ETIMEDOUT:
         message = (
             f"the page at {address:#x} of task {pid} was not delivered within {timeout:g} s: its contents come from "
@@ -120,10 +121,10 @@ def refused(pid: int, number: int, what: str) -> IOReturnError:
 def within(pid: int, error: OSError, doing: str, size: int = 0) -> IOReturnError:
     """Return the error for a system call in the task `pid` that failed while `doing` something with `size` bytes."""
     number = error.errno or 0
-    if number == errno.EAGAIN and (limit := host.limits.memlock(size, pid)):
+    if number == errno.EAGAIN and (limit := limits.memlock(size, pid)):
         why = f"the task locks all that it maps (mlockall), and {limit}"
         return IOReturnError(IOReturn.kIOReturnCannotWire, f"{doing} in task {pid}: {why}", number)
-    met = host.limits.met_by_mapping(size, pid) if number == errno.ENOMEM else None
+    met = limits.met_by_mapping(size, pid) if number == errno.ENOMEM else None
     code, why = {
         errno.ENOMEM: (
             IOReturn.kIOReturnNoMemory,
@@ -136,21 +137,6 @@ def within(pid: int, error: OSError, doing: str, size: int = 0) -> IOReturnError
     return IOReturnError(code, f"{doing} in task {pid}: {why}", number)
 
 
-def own(error: OSError | OverflowError, doing: str, size: int = 0) -> IOReturnError:
-    """Return the error for a system call on this process that failed while `doing` something with `size` bytes."""
-    number = getattr(error, "errno", None) or errno.ENOMEM
-    if number == errno.EAGAIN and (limit := host.limits.memlock(size)):
-        why = f"this process locks all that it maps (mlockall), and {limit}"
-        return IOReturnError(IOReturn.kIOReturnCannotWire, f"{doing}: {why}", number)
-    if number in NO_DESCRIPTOR:
-        why = "no file descriptor is free; close some, or raise `ulimit -n`"
-        return IOReturnError(IOReturn.kIOReturnNoResources, f"{doing}: {why}", number)
-    if number == errno.ENOMEM:
-        why = str(host.limits.met_by_mapping(size) or "no address space is left, or no memory")
-        return IOReturnError(IOReturn.kIOReturnNoMemory, f"{doing}: {why}", number)
-    return IOReturnError(IOReturn.kIOReturnError, f"{doing}: {error}", number)
-
-
 def own_pagemap(error: OSError) -> IOReturnError:
     """Return the error for this process's own pagemap, which could not be opened or read."""
     if error.errno == errno.ENOENT:
@@ -159,7 +145,7 @@ def own_pagemap(error: OSError) -> IOReturnError:
             "this kernel has no pagemap (CONFIG_PROC_PAGE_MONITOR), which shows where pages lie",
             errno.ENOENT,
         )
-    return own(error, "cannot read /proc/self/pagemap")
+    return limits.from_oserror(error, "cannot read /proc/self/pagemap")
 
 
 def hidden(pid: int) -> IOReturnError | None:

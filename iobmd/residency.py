@@ -8,9 +8,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iobmd import attempt, headroom, pagemap, procfs
+from iobmd import attempt, pagemap, procfs
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
+from iobmd.host import headroom
 from iobmd.task import kernel_task
 from iobmd.units import PAGE_SIZE
 

@@ -12,12 +12,12 @@ import itertools
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import refusals
 from iobmd._internal import process_local
 from iobmd._native import tmpfs
 from iobmd._native.mapping import Mapping
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
+from iobmd.host import limits
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class SharedObject:
             fd = -1 if sealed or trailer or size < HUGE_PAGE_SIZE else create_huge(size, name)
             return cls(create_memfd(size + trailer, name) if fd < 0 else fd, [Extent(0, size)])
         except OSError as error:
-            raise refusals.own(error, f"cannot make a shared object of {format_size(size)}", size) from None
+            raise limits.from_oserror(error, f"cannot make a shared object of {format_size(size)}", size) from None
 
     def cut(self, offset: int, size: int) -> list[Stretch]:
         """Return the pieces of `size` bytes from `offset` on. Raises `kIOReturnUnsupported` within a large page."""
@@ -152,7 +152,7 @@ def show(stretches: Sequence[Stretch], at: int = 0, *, writable: bool = True, gu
             message = f"{at:#x} to {at + size:#x} is not free: something is mapped there"
             raise IOReturnError(IOReturn.kIOReturnNoResources, message, error.errno or 0) from None
         except OSError as error:
-            raise refusals.own(error, f"cannot map {format_size(size)}", size) from None
+            raise limits.from_oserror(error, f"cannot map {format_size(size)}", size) from None
 
 
 def show_in(mapping: Mapping, stretches: Sequence[Stretch]) -> None:
@@ -162,7 +162,7 @@ def show_in(mapping: Mapping, stretches: Sequence[Stretch]) -> None:
         try:
             mapping.redirect(pieces)
         except OSError as error:
-            raise refusals.own(error, "cannot redirect a mapping") from None
+            raise limits.from_oserror(error, "cannot redirect a mapping") from None
 
 
 @contextlib.contextmanager

@@ -6,12 +6,13 @@ import errno
 import os
 from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
-from iobmd import copying, extents, headroom, identity, procfs, refusals
+from iobmd import copying, extents, identity, procfs, refusals
 from iobmd._native import crosstask
 from iobmd._native.crosstask import HeldBuffer, fresh_bytes
 from iobmd.constants import IOReturn
 from iobmd.copying import Transfer
 from iobmd.errors import NO_DESCRIPTOR, IOReturnError
+from iobmd.host import headroom
 
 if TYPE_CHECKING:
     import psutil

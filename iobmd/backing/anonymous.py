@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from iobmd import contiguous, headroom, numa, pagemap, pinning, refusals
+from iobmd import contiguous, numa, pagemap, pinning
 from iobmd._native import guard, memory
 from iobmd._native.mapping import Mapping
 from iobmd.backing.mapped import MappedBacking
 from iobmd.contiguous import Want
 from iobmd.errors import CannotWireError, IOReturnError
+from iobmd.host import headroom, limits
 from iobmd.populate import populate
 from iobmd.purgeable.private import LazilyFreed
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_up
@@ -78,7 +79,7 @@ class AnonymousBacking(MappedBacking):
         except IOReturnError:
             raise
         except (OSError, OverflowError) as error:
-            raise refusals.own(error, f"cannot map {format_size(size)}", size) from None
+            raise limits.from_oserror(error, f"cannot map {format_size(size)}", size) from None
 
     def _fill(self, contents: Contents | None, *, populated: bool) -> None:
         if not populated:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, NoReturn
 
-from iobmd import headroom, refusals, residency
+from iobmd import refusals, residency
 from iobmd._native.mapping import FaultError
 from iobmd.backing.shared import SharedBacking
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
+from iobmd.host import headroom
 from iobmd.populate import populate
 from iobmd.remote.sharing import RemoteMapping, touch
 from iobmd.units import PAGE_SIZE

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from iobmd import headroom, pagemap, pinning, refusals, residency
+from iobmd import pagemap, pinning, refusals, residency
 from iobmd._native.mapping import ClosedError, FaultError
 from iobmd.backing.pinned import Pinned
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
+from iobmd.host import headroom
 from iobmd.task import kernel_task
 from iobmd.units import PAGE_SIZE, round_down, round_up
 from iobmd.wiring import Wiring

@@ -7,9 +7,10 @@ for limits and capabilities change while a process runs.
 
 from collections.abc import Sequence
 
-from iobmd.host import access, elsewhere, lazyfree, limits, pages, pinning, pressure, privilege
+from iobmd.host import access, io_uring, lazyfree, limits, pages, pressure, privilege, remote
 from iobmd.host.access import MOUNT_PROC, pfns_visible, proc_options, yama_scope
 from iobmd.host.fact import Fact, Status
+from iobmd.host.io_uring import io_uring_disabled, why_not_pinned
 from iobmd.host.pages import (
     HugePool,
     SwapArea,
@@ -19,7 +20,6 @@ from iobmd.host.pages import (
     pool_remedy,
     swap_areas,
 )
-from iobmd.host.pinning import io_uring_disabled, why_not_pinned
 from iobmd.host.pressure import PressureFile, cgroup_pressure, pressure_level, psi_files, system_pressure
 from iobmd.host.privilege import (
     Capability,
@@ -85,7 +85,7 @@ def facts() -> list[Fact]:
         access.yama(),
         *(privilege.capability(which) for which in Capability),
         access.frames(),
-        pinning.io_uring(),
+        io_uring.io_uring(),
         access.pagemap_scan(),
         pages.huge_pages(),
         *pages.hugetlb(),
@@ -94,9 +94,9 @@ def facts() -> list[Fact]:
         lazyfree.write_tracking(),
         pressure.pressure(),
         pressure.cgroup(),
-        elsewhere.python_ptrace(),
-        elsewhere.pidfd_getfd(),
-        elsewhere.huge_shared(),
+        remote.python_ptrace(),
+        remote.pidfd_getfd(),
+        remote.huge_shared(),
     ]
 
 

@@ -1,10 +1,13 @@
-"""Which limit a mapping that failed has met: of a process, or of the host."""
+"""Limits of a process and of the host that a failed system call has met, and the error that names them."""
 
+import errno
 import resource
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from iobmd import procfs
+from iobmd.constants import IOReturn
+from iobmd.errors import NO_DESCRIPTOR, IOReturnError
 from iobmd.host.fact import read_int, read_text
 from iobmd.host.privilege import lifts_memlock
 
@@ -120,3 +123,18 @@ def _used(kind: _Kind) -> int:
         return procfs.status_bytes(kind.used)
     except OSError:
         return 0
+
+
+def from_oserror(error: OSError | OverflowError, doing: str, size: int = 0) -> IOReturnError:
+    """Return the error for a system call on this process that failed while `doing` something with `size` bytes."""
+    number = getattr(error, "errno", None) or errno.ENOMEM
+    if number == errno.EAGAIN and (limit := memlock(size)):
+        why = f"this process locks all that it maps (mlockall), and {limit}"
+        return IOReturnError(IOReturn.kIOReturnCannotWire, f"{doing}: {why}", number)
+    if number in NO_DESCRIPTOR:
+        why = "no file descriptor is free; close some, or raise `ulimit -n`"
+        return IOReturnError(IOReturn.kIOReturnNoResources, f"{doing}: {why}", number)
+    if number == errno.ENOMEM:
+        why = str(met_by_mapping(size) or "no address space is left, or no memory")
+        return IOReturnError(IOReturn.kIOReturnNoMemory, f"{doing}: {why}", number)
+    return IOReturnError(IOReturn.kIOReturnError, f"{doing}: {error}", number)

@@ -9,9 +9,9 @@ import struct
 from pathlib import Path
 from typing import NamedTuple
 
-from iobmd import refusals
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
+from iobmd.host import limits
 from iobmd.wiring import cannot_lock
 
 READ, WRITE = 1, 2
@@ -137,7 +137,7 @@ class Container:
             if error.errno == errno.ENOSPC:
                 message = "VFIO has no mapping left (the parameter dma_entry_limit of vfio_iommu_type1); unmap some"
                 raise IOReturnError(IOReturn.kIOReturnNoResources, message, error.errno) from None
-            raise refusals.own(error, f"cannot map {size} bytes for the device at {address:#x}") from None
+            raise limits.from_oserror(error, f"cannot map {size} bytes for the device at {address:#x}") from None
 
     def unmap(self, address: int, size: int) -> None:
         """Have the device see nothing there: what it does there faults from now on."""
@@ -176,7 +176,7 @@ def _open(path: str, absent: str) -> int:
         if error.errno in (errno.ENOENT, errno.ENODEV):
             message = f"there is no {path}: {absent}"
             raise IOReturnError(IOReturn.kIOReturnUnsupported, message, error.errno) from None
-        raise refusals.own(error, f"cannot open {path}") from None
+        raise limits.from_oserror(error, f"cannot open {path}") from None
 
 
 def _not_attached(device: Device, error: OSError) -> IOReturnError:
@@ -189,4 +189,4 @@ def _not_attached(device: Device, error: OSError) -> IOReturnError:
     if error.errno == errno.ENODEV:
         message = f"{device.name} is not vfio-pci's: give it to VFIO, as root: {device.bind_commands()}"
         return IOReturnError(IOReturn.kIOReturnNotReady, message, errno.ENODEV)
-    return refusals.own(error, f"VFIO cannot attach {device.name}")
+    return limits.from_oserror(error, f"VFIO cannot attach {device.name}")

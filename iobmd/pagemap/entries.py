@@ -9,6 +9,7 @@ from typing import NamedTuple, Self
 from iobmd import procfs, refusals
 from iobmd._native import pagemap as native
 from iobmd.errors import NO_DESCRIPTOR, IOReturnError
+from iobmd.host import limits
 from iobmd.pagemap.target import Target, Where, past_the_end, resolve
 from iobmd.task import Task, kernel_task
 from iobmd.units import PAGE_SIZE, round_down, round_up
@@ -99,7 +100,7 @@ class opened:  # noqa: N801 (used as a function)
             if error.errno in (errno.ENOENT, errno.ESRCH):
                 raise refusals.without_memory(task.pid) from None
             if error.errno in NO_DESCRIPTOR:
-                raise refusals.own(error, f"cannot read the pagemap of task {task.pid}") from None
+                raise limits.from_oserror(error, f"cannot read the pagemap of task {task.pid}") from None
             raise refusals.refused(task.pid, error.errno or errno.EACCES, "pagemap") from None
         if not task.alive:  # and so this may be the pagemap of another, which has its pid
             os.close(self.fd)

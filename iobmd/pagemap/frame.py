@@ -9,7 +9,7 @@ from iobmd import host, pidns, procfs, refusals
 from iobmd._native import frames as native
 from iobmd.constants import IOReturn
 from iobmd.errors import BusyError, IOReturnError, NotFoundError, NotPermittedError, UnsupportedError
-from iobmd.host import cgroup
+from iobmd.host import cgroup, limits
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.span import Run, runs
 from iobmd.pagemap.target import Target, name_of, resolve
@@ -220,7 +220,7 @@ def users(
     try:
         pids = pidns.pids()
     except OSError as error:
-        raise refusals.own(error, "cannot list the processes") from None
+        raise limits.from_oserror(error, "cannot list the processes") from None
     for index, pid in enumerate(pids):
         if progress:
             progress(index, len(pids))

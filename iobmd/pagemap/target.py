@@ -8,6 +8,7 @@ from iobmd import procfs, refusals
 from iobmd._native.crosstask import HeldBuffer
 from iobmd.constants import IOReturn
 from iobmd.errors import NO_DESCRIPTOR, IOReturnError
+from iobmd.host import limits
 from iobmd.procfs import USER_END, VMA
 from iobmd.task import ADDRESS_END, Task, as_task, check_range, kernel_task
 from iobmd.units import HUGE_PAGE_SIZE
@@ -116,7 +117,7 @@ class _unreadable_maps:  # noqa: N801 (used as a function)
         if isinstance(error, (FileNotFoundError, ProcessLookupError)) or error.errno == errno.EOPNOTSUPP:
             raise refusals.without_memory(self._task.pid) from None
         if error.errno in NO_DESCRIPTOR:
-            raise refusals.own(error, f"cannot read the memory map of task {self._task.pid}") from None
+            raise limits.from_oserror(error, f"cannot read the memory map of task {self._task.pid}") from None
 
 
 def resolve(target: Target, address: int | None = None, size: int | None = None) -> Where:

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 from typing import Self
 
-from iobmd import headroom, host
+from iobmd import host
 from iobmd._internal import process_local
+from iobmd.host import headroom
 
 _TOTAL = re.compile(r"some .*total=(\d+)")
 _STALLED = 0.075  # the part of the time that somebody waits for memory; the kernel's own triggers see it 2 s later

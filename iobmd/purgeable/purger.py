@@ -12,11 +12,11 @@ import os
 import threading
 from typing import NamedTuple, Protocol
 
-from iobmd import headroom
 from iobmd._internal import process_local
 from iobmd._internal.weak_registry import WeakRegistry
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
+from iobmd.host import headroom
 from iobmd.purgeable import Order
 from iobmd.purgeable.pressure import Watch
 

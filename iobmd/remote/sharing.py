@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from iobmd import attempt, copying, procfs, refusals, shmem
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NotFoundError
+from iobmd.host import limits
 from iobmd.shmem import alignment_of
 from iobmd.units import PAGE_SIZE, format_size, round_up
 
@@ -399,7 +400,9 @@ def _reported(task: Task, size: int, at: int, doing: str = "map") -> Iterator[No
     try:
         yield
     except MemoryError:  # no mapping is free here for what Python itself needs
-        raise refusals.own(OSError(errno.ENOMEM, "mmap"), f"cannot {doing} {format_size(size)}", size) from None
+        raise limits.from_oserror(
+            OSError(errno.ENOMEM, "mmap"), f"cannot {doing} {format_size(size)}", size
+        ) from None
     except OSError as error:
         if isinstance(error, IOReturnError):
             raise

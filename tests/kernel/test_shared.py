@@ -513,7 +513,7 @@ def test_tasks_that_wait_for_memory_are_pressure(tmp_path: Path, monkeypatch: py
 @pytest.mark.usefixtures("nothing_left")
 def test_little_left_is_a_shortage(memory_cgroup: Callable[[int], Path]) -> None:
     """What falls short of an eighth of the limit, as anybody can read it: no event has to tell."""
-    from iobmd import headroom
+    from iobmd.host import headroom
 
     procs = memory_cgroup(64 * MIB)
 

@@ -18,7 +18,7 @@ import pytest
 from support.child import NOBODY, SYSCALLS, deny_calls, in_child
 
 from iobmd import host
-from iobmd.host import Status, access, elsewhere, lazyfree, pages, pinning, pressure, privilege
+from iobmd.host import Status, access, io_uring, lazyfree, pages, pressure, privilege, remote
 
 PAGE = resource.getpagesize()
 IO_URING_SETUP = SYSCALLS["io_uring_setup"]
@@ -36,7 +36,7 @@ PROBES = {
     "proc_mem": access.proc_mem,
     "yama": access.yama,
     "frames": access.frames,
-    "io_uring": pinning.io_uring,
+    "io_uring": io_uring.io_uring,
     "pagemap_scan": access.pagemap_scan,
     "huge_pages": pages.huge_pages,
     "hugetlb": pages.hugetlb,
@@ -45,9 +45,9 @@ PROBES = {
     "write_tracking": lazyfree.write_tracking,
     "pressure": pressure.pressure,
     "cgroup": pressure.cgroup,
-    "python_ptrace": elsewhere.python_ptrace,
-    "pidfd_getfd": elsewhere.pidfd_getfd,
-    "huge_shared": elsewhere.huge_shared,
+    "python_ptrace": remote.python_ptrace,
+    "pidfd_getfd": remote.pidfd_getfd,
+    "huge_shared": remote.huge_shared,
 }
 
 
@@ -152,7 +152,7 @@ def test_probing_leaves_nothing_behind(name):
 def test_pins_are_given_back():
     def pinned_after_rounds():
         for _ in range(50):
-            pinning.io_uring()
+            io_uring.io_uring()
         # A closed ring is taken apart by a worker of the kernel.
         for _ in range(100):
             if status_field("VmPin") == "0 kB":
@@ -429,7 +429,7 @@ def ring_error():
 
 
 def test_io_uring_agrees_with_a_raw_call():
-    fact = pinning.io_uring()
+    fact = io_uring.io_uring()
     assert fact.value == {"pins": ring_error() == 0, "errno": ring_error()}
     assert (fact.status is Status.YES) == fact.value["pins"]
 
@@ -437,12 +437,12 @@ def test_io_uring_agrees_with_a_raw_call():
 @pytest.mark.parametrize("call", ["io_uring_setup", "io_uring_register"])
 @pytest.mark.parametrize(("number", "told"), [(errno.EPERM, "forbids"), (errno.ENOSYS, "hides")])
 def test_io_uring_denied_by_seccomp(call, number, told):
-    if not pinning.io_uring().usable:
+    if not io_uring.io_uring().usable:
         pytest.skip("io_uring is off here already: nothing for a filter to deny")
 
     def denied():
         deny_calls({call: number})
-        return pinning.io_uring()
+        return io_uring.io_uring()
 
     fact = in_child(denied)
     assert (fact.status, fact.value) == (Status.NO, {"pins": False, "errno": number})
@@ -454,21 +454,21 @@ def test_io_uring_denied_by_seccomp(call, number, told):
 def test_io_uring_off_for_everybody():
     with setting(IO_URING_DISABLED, "2"):
         assert ring_error() == errno.EPERM
-        fact = pinning.io_uring()
+        fact = io_uring.io_uring()
         assert fact.status is Status.NO
         assert "kernel.io_uring_disabled is 2" in fact.summary
         run_remedy(fact)
-        assert pinning.io_uring().status is Status.YES
+        assert io_uring.io_uring().status is Status.YES
 
 
 @pytest.mark.needs("root")
 def test_io_uring_off_for_the_unprivileged():
     def as_nobody():
         become_nobody()
-        return ring_error(), pinning.io_uring()
+        return ring_error(), io_uring.io_uring()
 
     with setting(IO_URING_DISABLED, "1"):
-        assert pinning.io_uring().status is Status.YES
+        assert io_uring.io_uring().status is Status.YES
         number, fact = in_child(as_nobody)
     assert number == errno.EPERM
     assert "kernel.io_uring_disabled is 1" in fact.summary
@@ -479,7 +479,7 @@ def test_io_uring_over_the_limit_on_locked_memory():
     def with_limit_zero():
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
         become_nobody()
-        return ring_error(), pinning.io_uring()
+        return ring_error(), io_uring.io_uring()
 
     number, fact = in_child(with_limit_zero)
     if number == errno.EPERM:
@@ -494,7 +494,7 @@ def test_io_uring_waits_for_rings_just_closed():
         # Room for a few rings: without patience the worker that uncharges closed ones loses this race.
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (64 << 10, 64 << 10))
         become_nobody()
-        return ring_error(), {pinning.io_uring().summary for _ in range(100)}
+        return ring_error(), {io_uring.io_uring().summary for _ in range(100)}
 
     number, summaries = in_child(at_a_tight_limit)
     if number:
@@ -650,14 +650,14 @@ def test_write_tracking():
 
 
 def test_what_memory_in_other_tasks_rests_on(monkeypatch):
-    assert elsewhere.python_ptrace().status is Status.YES
+    assert remote.python_ptrace().status is Status.YES
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    assert "iobmd[remote]" in elsewhere.python_ptrace().remedy
-    assert elsewhere.pidfd_getfd().status is Status.YES
-    denied = in_child(elsewhere.pidfd_getfd, deny={"pidfd_getfd": errno.EPERM})
+    assert "iobmd[remote]" in remote.python_ptrace().remedy
+    assert remote.pidfd_getfd().status is Status.YES
+    denied = in_child(remote.pidfd_getfd, deny={"pidfd_getfd": errno.EPERM})
     assert denied.status is Status.NO
     assert "seccomp" in denied.remedy
-    denied = in_child(elsewhere.huge_shared, deny={"fsopen": errno.EPERM})
+    denied = in_child(remote.huge_shared, deny={"fsopen": errno.EPERM})
     assert (denied.status, denied.usable) == (Status.LIMITED, True)
 
 

@@ -42,7 +42,7 @@ FLOORS = [
     {"refusals"},
     {"extents"},
     {"attempt"},
-    {"diagnosis", "headroom"},
+    {"diagnosis"},
     {"host", "_internal"},
     {"procfs"},
     {"pidns"},

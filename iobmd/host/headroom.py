@@ -14,10 +14,10 @@ import time
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import host, procfs
+from iobmd import procfs
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.host import cgroup
+from iobmd.host import cgroup, pages
 from iobmd.host.fact import read_int, read_text
 from iobmd.units import PAGE_SIZE, format_size
 
@@ -115,9 +115,9 @@ def require_pages(size: int, page_size: int, *, pid: int | None = None) -> None:
     """
     wanted = -(-size // page_size)
     what = f"{wanted} hugetlb pages of {format_size(page_size)}"
-    pool = next((pool for pool in host.hugetlb_pools() if pool.size == page_size), None)
+    pool = next((pool for pool in pages.hugetlb_pools() if pool.size == page_size), None)
     if pool is not None and wanted > pool.available:
-        remedy, *_others = host.pool_remedy(pool, wanted - pool.available).splitlines()
+        remedy, *_others = pages.pool_remedy(pool, wanted - pool.available).splitlines()
         message = (
             f"{what} do not fit: of the {pool.total} in the host's pool {pool.free} are free, {pool.reserved} of "
             f"them reserved by others; raise it: {remedy}"
