@@ -29,7 +29,7 @@ if TYPE_CHECKING or "iobmd_command" not in sys.modules:
     from iobmd.mapping import IOMemoryMap
     from iobmd.physical import Layout
     from iobmd.purgeable.purger import purge
-    from iobmd.task import Task, current_task, get_task_map, kernel_task
+    from iobmd.task.task import Task, current_task, get_task_map, kernel_task
     from iobmd.wiring import Wiring
 
     __all__ = [

@@ -8,7 +8,7 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Self
 
-from iobmd import allocation, caching, copying, live, numa, request
+from iobmd import allocation, caching, live, numa, request
 from iobmd._internal import process_local
 from iobmd._native.mapping import Exporter, Mapping
 from iobmd.constants import IOOptionBits, IOReturn, kIOMemoryIncoherentIOFlush
@@ -16,7 +16,8 @@ from iobmd.contents import CopyOf
 from iobmd.descriptor import IOMemoryDescriptor
 from iobmd.errors import IOReturnError
 from iobmd.purgeable import purger
-from iobmd.task import Task, as_task, kernel_task
+from iobmd.task import transfer
+from iobmd.task.task import Task, as_task, kernel_task
 from iobmd.units import PAGE_SIZE, round_up
 from iobmd.wiring import Wiring
 
@@ -67,7 +68,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         source: int,
         size: int,
         *,
-        timeout: float = copying.TIMEOUT,
+        timeout: float = transfer.TIMEOUT,
         progress: Progress | None = None,
     ) -> Self:
         """Make a buffer that holds a copy of memory of a task, this one or another.

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iobmd import copying, extents, refusals
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.task import check_range
+from iobmd.task import diagnosis, extents, transfer
+from iobmd.task.task import check_range
 
 if TYPE_CHECKING:
     from iobmd._internal.chunked import Progress
     from iobmd._native.crosstask import Ranges
-    from iobmd.task import Task
+    from iobmd.task.task import Task
 
 
 class CopyOf:
@@ -46,7 +46,7 @@ class CopyOf:
         size: int,
         *,
         skip: bool = False,
-        timeout: float = copying.TIMEOUT,
+        timeout: float = transfer.TIMEOUT,
         progress: Progress | None = None,
     ) -> None:
         self.task = task
@@ -71,7 +71,7 @@ class CopyOf:
         check_range(self.address, self.size)
         self._unmapped = extents.unmapped(self.task.pid, self.address, self.size)
         if self._unmapped and not self._skip:
-            raise refusals.unreadable(self.task.pid, self._unmapped[0][0])
+            raise diagnosis.unreadable(self.task.pid, self._unmapped[0][0])
 
     def fill(self, destination: int, *, huge: int = 0, sparse: bool = False) -> bool:
         """As `Contents.fill`. Raises as `Task.read`."""
@@ -110,7 +110,7 @@ class CopyOf:
             progress=standing or self._progress,
             outline=self._outline,
         )
-        unread = copying.joined([*outcome.unread, *self._unmapped])
+        unread = transfer.joined([*outcome.unread, *self._unmapped])
         self.holes = [(start - self.address, end - start) for start, end in unread]
         return outcome.left_zero
 

@@ -21,7 +21,7 @@ from iobmd.labels import Labels
 from iobmd.lineage import Lineage
 from iobmd.placement import Placement
 from iobmd.request import DIRECTION_MASK
-from iobmd.task import as_task, kernel_task
+from iobmd.task.task import as_task, kernel_task
 from iobmd.units import PAGE_SIZE
 from iobmd.volatility import Volatility
 from iobmd.wiring import Wiring
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from iobmd._native.runs import RunTable
     from iobmd.backing import Backing
     from iobmd.mapping import IOMemoryMap
-    from iobmd.task import Task
+    from iobmd.task.task import Task
 
     AnyTask = Task | int | psutil.Process
 

@@ -9,7 +9,7 @@ from iobmd.backing.existing import RangeBacking
 from iobmd.backing.joined import JoinedBacking, Part
 from iobmd.constants import IOOptionBits
 from iobmd.request import check_existing
-from iobmd.task import as_task, check_range, kernel_task
+from iobmd.task.task import as_task, check_range, kernel_task
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import psutil
 
     from iobmd.backing import Backing
-    from iobmd.task import Task
+    from iobmd.task.task import Task
 
     AnyTask = Task | int | psutil.Process
 

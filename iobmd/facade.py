@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from iobmd import copying
 from iobmd.buffer import IOBufferMemoryDescriptor
 from iobmd.constants import IOOptionBits, IOReturn
 from iobmd.contents import CopyOf, FrozenCopyOf
 from iobmd.errors import IOReturnError
-from iobmd.task import Task, as_task, kernel_task
+from iobmd.task import transfer
+from iobmd.task.task import Task, as_task, kernel_task
 
 if TYPE_CHECKING:
     import psutil
@@ -91,7 +91,7 @@ def copy(
     *,
     freeze: bool = False,
     unreadable: str = "raise",
-    timeout: float = copying.TIMEOUT,
+    timeout: float = transfer.TIMEOUT,
     progress: Progress | None = None,
     **as_allocate: Any,
 ) -> IOBufferMemoryDescriptor:

@@ -20,7 +20,7 @@ from iobmd.errors import IOReturnError
 from iobmd.host import limits
 from iobmd.purgeable.agreed import TRAILER
 from iobmd.shmem import Extent, SharedObject
-from iobmd.task import kernel_task
+from iobmd.task.task import kernel_task
 from iobmd.units import PAGE_SIZE, is_power_of_two
 
 if TYPE_CHECKING:

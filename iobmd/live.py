@@ -13,7 +13,7 @@ from iobmd.errors import NotOpenError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from iobmd.task import Task
+    from iobmd.task.task import Task
     from iobmd.windows import Descriptor
 
     class Live(Owner, Descriptor, Protocol):

@@ -13,7 +13,7 @@ from iobmd.windows import Descriptor, Place, Window
 
 if TYPE_CHECKING:
     from iobmd._native.mapping import Mapping
-    from iobmd.task import Task
+    from iobmd.task.task import Task
 
 _changes = process_local.Guard()  # of who uses which window
 _abandoned: deque[tuple[Window, int]] = deque()  # uses that a garbage collection ended in the middle of a change

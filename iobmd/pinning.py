@@ -14,10 +14,11 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from iobmd import diagnosis, host, pagemap
+from iobmd import host, pagemap
 from iobmd._native import uring
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NotPrivilegedError, UnsupportedError
+from iobmd.task import obstacles
 from iobmd.units import format_size
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def _cannot_pin(address: int, size: int, error: OSError) -> IOReturnError:
     what, number = f"cannot pin {format_size(size)}", error.errno or 0
     if number in (errno.EFAULT, errno.EOPNOTSUPP):  # of the memory, not of io_uring
         with contextlib.suppress(OSError):
-            if found := diagnosis.find(os.getpid(), address, address + size, pin=True):
+            if found := obstacles.find(os.getpid(), address, address + size, pin=True):
                 return IOReturnError(found.code, f"{what}: {found}", number, found.address)
     why, remedy = host.why_not_pinned(error)
     if remedy:

@@ -6,11 +6,12 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
-from iobmd import procfs, refusals
+from iobmd import procfs
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.physical import Layout, layout
-from iobmd.task import kernel_task
+from iobmd.task import diagnosis
+from iobmd.task.task import kernel_task
 from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class Placement:
 
 
 def _hidden() -> IOReturnError:
-    return refusals.hidden(os.getpid()) or IOReturnError(
+    return diagnosis.hidden(os.getpid()) or IOReturnError(
         IOReturn.kIOReturnNotPrivileged,
         "the kernel hides physical addresses from this process; run with CAP_SYS_ADMIN",
     )

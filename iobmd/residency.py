@@ -8,15 +8,16 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iobmd import attempt, pagemap, procfs
+from iobmd import pagemap, procfs
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
 from iobmd.host import headroom
-from iobmd.task import kernel_task
+from iobmd.task import attempt
+from iobmd.task.task import kernel_task
 from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
-    from iobmd.task import Task
+    from iobmd.task.task import Task
 
 _PATIENCE = 1.0  # seconds for the server of a file to show itself
 _STEP = 1 << 30  # bytes looked at by one mincore

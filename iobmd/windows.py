@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from iobmd._internal import process_local
     from iobmd.backing import Backing
-    from iobmd.task import Task
+    from iobmd.task.task import Task
 
 ANYWHERE = int(IOMapOptions.kIOMapAnywhere)
 _READ_ONLY = int(IOMapOptions.kIOMapReadOnly)

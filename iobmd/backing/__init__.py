@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from iobmd.backing.joined import Part
     from iobmd.purgeable import Purgeable
     from iobmd.shmem import SharedObject, Stretch
-    from iobmd.task import Task
+    from iobmd.task.task import Task
     from iobmd.wiring import Wiring
 
 

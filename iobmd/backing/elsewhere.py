@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, NoReturn
 
-from iobmd import refusals, residency
+from iobmd import residency
 from iobmd._native.mapping import FaultError
 from iobmd.backing.shared import SharedBacking
 from iobmd.constants import IOReturn
@@ -13,6 +13,7 @@ from iobmd.errors import IOReturnError
 from iobmd.host import headroom
 from iobmd.populate import populate
 from iobmd.remote.sharing import RemoteMapping, touch
+from iobmd.task import diagnosis
 from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from iobmd._native.mapping import Mapping
     from iobmd.backing import Contents
     from iobmd.shmem import SharedObject
-    from iobmd.task import Task
+    from iobmd.task.task import Task
 
 
 class RemoteBacking(SharedBacking):
@@ -119,7 +120,7 @@ class UnmappedBacking(SharedBacking):
                 populate(mapping.address, self.size)
             yield mapping
         except FaultError as error:
-            raise refusals.unreachable(error) from None
+            raise diagnosis.unreachable(error) from None
         finally:
             mapping.close()
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from iobmd import diagnosis, pagemap, pinning, procfs, refusals, residency
+from iobmd import pagemap, pinning, procfs, residency
 from iobmd._native.mapping import FaultError, Mapping
 from iobmd.backing.mapped import private, span
 from iobmd.backing.pinned import Pinned
 from iobmd.constants import IOReturn
 from iobmd.errors import CannotWireError, IOReturnError
 from iobmd.remote import areas, wired
+from iobmd.task import diagnosis, obstacles
 from iobmd.units import PAGE_SIZE, format_size
 from iobmd.wiring import Wiring
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from iobmd.backing.pinned import Pin
     from iobmd.purgeable import Purgeable
     from iobmd.shmem import SharedObject, Stretch
-    from iobmd.task import Task
+    from iobmd.task.task import Task
 
 
 class RangeBacking(Pinned):
@@ -66,7 +67,7 @@ class RangeBacking(Pinned):
         for wanted, permission in ((mapped, "r"), (writable, "w")):
             bad = procfs.uncovered(found, self.address, end, permission) if wanted else 0
             if wanted and bad < end:
-                raise refusals.unreadable(self.task.pid, max(bad, self.address), write=permission == "w")
+                raise diagnosis.unreadable(self.task.pid, max(bad, self.address), write=permission == "w")
 
     def pin(self) -> None:
         """Pin its pages, or keep them resident where another task's cannot be pinned.
@@ -103,7 +104,7 @@ class RangeBacking(Pinned):
     def _require_wirable(self, *, pin: bool = True) -> None:
         found = None
         with contextlib.suppress(OSError):  # the task is gone, or it is not shown: the first error says more
-            found = diagnosis.find(self.task.pid, self.address, self.address + self.length, pin=pin)
+            found = obstacles.find(self.task.pid, self.address, self.address + self.length, pin=pin)
         if found:
             what = f"cannot {'pin' if pin else 'lock'} {format_size(self.size)} of task {self.task.pid}"
             raise IOReturnError(found.code, f"{what}: {found}", 0, found.address) from None
@@ -167,7 +168,7 @@ class RangeBacking(Pinned):
         try:
             Mapping.borrow(self.address, self.length, False).write_back(offset, length, drop)
         except FaultError as error:
-            raise refusals.unreachable(error) from None
+            raise diagnosis.unreachable(error) from None
 
     def _require_here(self, else_: str) -> None:
         if not self.task.is_current:

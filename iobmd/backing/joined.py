@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from iobmd.backing import Backing
     from iobmd.purgeable import Purgeable
     from iobmd.shmem import SharedObject, Stretch
-    from iobmd.task import Task
+    from iobmd.task.task import Task
 
     _T = TypeVar("_T")
 

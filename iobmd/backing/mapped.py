@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from iobmd import pagemap, pinning, refusals, residency
+from iobmd import pagemap, pinning, residency
 from iobmd._native.mapping import ClosedError, FaultError
 from iobmd.backing.pinned import Pinned
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.host import headroom
-from iobmd.task import kernel_task
+from iobmd.task import diagnosis
+from iobmd.task.task import kernel_task
 from iobmd.units import PAGE_SIZE, round_down, round_up
 from iobmd.wiring import Wiring
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from iobmd.backing.joined import Part
     from iobmd.purgeable import Purgeable
     from iobmd.shmem import SharedObject, Stretch
-    from iobmd.task import Task
+    from iobmd.task.task import Task
 
 
 UNREACHABLE = (ClosedError, FaultError)
@@ -60,7 +61,7 @@ class MappedBacking(Pinned):
             try:
                 mapping.write_back(offset, length, drop)
             except UNREACHABLE as error:
-                raise refusals.unreachable(error) from None
+                raise diagnosis.unreachable(error) from None
 
     def pin(self) -> None:
         """Pin every page, and read where it lies. Raises `kIOReturnCannotWire`, `kIOReturnNoMemory`."""
@@ -134,7 +135,7 @@ class MappedBacking(Pinned):
             self._require_room_to_read(self.mapping, offset, length)
             return self.mapping.read(offset, length)
         except UNREACHABLE as error:
-            raise refusals.unreachable(error) from None
+            raise diagnosis.unreachable(error) from None
 
     def read_into(self, offset: int, buffer: Buffer) -> None:
         """Fill `buffer` from `offset` on."""
@@ -142,7 +143,7 @@ class MappedBacking(Pinned):
             self._require_room_to_read(self.mapping, offset, memoryview(buffer).nbytes)
             self.mapping.read_into(offset, buffer)
         except UNREACHABLE as error:
-            raise refusals.unreachable(error) from None
+            raise diagnosis.unreachable(error) from None
 
     def write(self, offset: int, data: Buffer) -> None:
         """Copy `data` to `offset`."""
@@ -150,7 +151,7 @@ class MappedBacking(Pinned):
             self._require_room(self.mapping, offset, memoryview(data).nbytes)
             self.mapping.write(offset, data)
         except UNREACHABLE as error:
-            raise refusals.unreachable(error) from None
+            raise diagnosis.unreachable(error) from None
 
     def exported(self) -> tuple[Mapping, int]:
         """Return it as it is mapped in this process, from its first byte on."""

@@ -11,15 +11,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from iobmd import procfs, refusals
+from iobmd import procfs
 from iobmd._internal.atomic_file import replacing
 from iobmd.cli import EXIT_OK
 from iobmd.cli.arguments import duration, size
 from iobmd.constants import IOReturn
-from iobmd.copying import TIMEOUT
 from iobmd.errors import IOReturnError
 from iobmd.facade import copy
-from iobmd.task import Task
+from iobmd.task import diagnosis
+from iobmd.task.task import Task
+from iobmd.task.transfer import TIMEOUT
 from iobmd.units import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -148,9 +149,9 @@ def _find(task: Task, name: str) -> tuple[int, int] | None:
                 break
             found = (found[0] if found else area.start, area.end)
     except PermissionError as error:
-        raise refusals.refused(task.pid, error.errno or 0, "maps") from None
+        raise diagnosis.refused(task.pid, error.errno or 0, "maps") from None
     except OSError:
-        raise refusals.without_memory(task.pid) from None
+        raise diagnosis.without_memory(task.pid) from None
     return found
 
 

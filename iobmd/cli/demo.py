@@ -17,7 +17,7 @@ from iobmd.cli.strewn import Strewn, collapse, compact, frames
 from iobmd.constants import IOOptionBits
 from iobmd.errors import IOReturnError
 from iobmd.facade import allocate, copy
-from iobmd.task import Task, kernel_task
+from iobmd.task.task import Task, kernel_task
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_down
 from iobmd.wiring import Wiring
 

@@ -12,7 +12,7 @@ from iobmd.units import format_size
 
 if TYPE_CHECKING:
     from iobmd.cli.client import Piece
-    from iobmd.task import Task
+    from iobmd.task.task import Task
 
 _SIZE = 64 << 10
 

@@ -16,7 +16,7 @@ from iobmd.cli.ending import terminable
 from iobmd.constants import IOMapOptions
 from iobmd.errors import NotPrivilegedError, NotReadyError
 from iobmd.facade import allocate
-from iobmd.task import Task
+from iobmd.task.task import Task
 from iobmd.units import format_size
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from iobmd._native import memory
 from iobmd._native.crosstask import HeldBuffer
 from iobmd._native.mapping import Mapping
 from iobmd.populate import populate
-from iobmd.task import kernel_task
+from iobmd.task.task import kernel_task
 from iobmd.units import HUGE_PAGE_SIZE
 
 HOLE = 64 << 10

@@ -17,7 +17,7 @@ from iobmd.constants import (
 )
 from iobmd.errors import IOReturnError
 from iobmd.pagemap import segment
-from iobmd.task import kernel_task
+from iobmd.task.task import kernel_task
 from iobmd.units import PAGE_SIZE, pages
 from iobmd.wiring import Wiring
 

@@ -12,7 +12,7 @@ from iobmd.pagemap.frame import Frames, require_frames
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.target import Target, Where, of_task, resolve
 from iobmd.procfs import VMA, Details
-from iobmd.task import Task
+from iobmd.task.task import Task
 
 _SMALL = 2 << 20
 """Areas up to here are read several at once."""

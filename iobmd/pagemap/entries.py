@@ -6,12 +6,13 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple, Self
 
-from iobmd import procfs, refusals
+from iobmd import procfs
 from iobmd._native import pagemap as native
 from iobmd.errors import NO_DESCRIPTOR, IOReturnError
 from iobmd.host import limits
 from iobmd.pagemap.target import Target, Where, past_the_end, resolve
-from iobmd.task import Task, kernel_task
+from iobmd.task import diagnosis
+from iobmd.task.task import Task, kernel_task
 from iobmd.units import PAGE_SIZE, round_down, round_up
 
 _ENTRY = 8
@@ -98,13 +99,13 @@ class opened:  # noqa: N801 (used as a function)
             self.fd = os.open(procfs.memory_file(task.pid, "pagemap"), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ESRCH):
-                raise refusals.without_memory(task.pid) from None
+                raise diagnosis.without_memory(task.pid) from None
             if error.errno in NO_DESCRIPTOR:
                 raise limits.from_oserror(error, f"cannot read the pagemap of task {task.pid}") from None
-            raise refusals.refused(task.pid, error.errno or errno.EACCES, "pagemap") from None
+            raise diagnosis.refused(task.pid, error.errno or errno.EACCES, "pagemap") from None
         if not task.alive:  # and so this may be the pagemap of another, which has its pid
             os.close(self.fd)
-            raise refusals.without_memory(task.pid)
+            raise diagnosis.without_memory(task.pid)
 
     def __enter__(self) -> Self:
         return self
@@ -129,18 +130,18 @@ def _entries(where: Where) -> Iterator[tuple[int, bytes]]:
                 yield start, raw
                 start += len(raw) // _ENTRY * PAGE_SIZE
     if not task.alive:
-        raise refusals.gone(f"task {task.pid} is gone: it exited while its pagemap was read")
+        raise diagnosis.gone(f"task {task.pid} is gone: it exited while its pagemap was read")
 
 
 def no_entries(task: Task, start: int, end: int) -> IOReturnError:
     """Return the error for a pagemap that lacks entries between two addresses, of which there is one at least."""
     if not task.alive:
-        return refusals.without_memory(task.pid)
+        return diagnosis.without_memory(task.pid)
     if not _has_entry(kernel_task, end - 1):
         return past_the_end(end - 1)
     if _has_entry(task, start):
-        return refusals.gone(f"the memory of task {task.pid} is gone: it ran another program meanwhile (exec)")
-    return refusals.gone(f"the memory of task {task.pid} is gone: it exits")
+        return diagnosis.gone(f"the memory of task {task.pid} is gone: it ran another program meanwhile (exec)")
+    return diagnosis.gone(f"the memory of task {task.pid} is gone: it exits")
 
 
 def _has_entry(task: Task, address: int) -> bool:

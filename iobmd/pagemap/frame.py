@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Self
 
-from iobmd import host, pidns, procfs, refusals
+from iobmd import host, pidns, procfs
 from iobmd._native import frames as native
 from iobmd.constants import IOReturn
 from iobmd.errors import BusyError, IOReturnError, NotFoundError, NotPermittedError, UnsupportedError
@@ -13,7 +13,8 @@ from iobmd.host import cgroup, limits
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.span import Run, runs
 from iobmd.pagemap.target import Target, name_of, resolve
-from iobmd.task import Task, check_range
+from iobmd.task import diagnosis
+from iobmd.task.task import Task, check_range
 from iobmd.units import PAGE_SIZE
 
 FLAGS = {
@@ -149,7 +150,7 @@ def require_frames() -> None:
     try:
         visible = host.pfns_visible()
     except OSError as error:
-        raise refusals.own_pagemap(error) from None
+        raise diagnosis.own_pagemap(error) from None
     if not visible:
         message = f"frame numbers are hidden from this process: {host.capability_remedy().splitlines()[0]}"
         raise IOReturnError(IOReturn.kIOReturnNotPrivileged, message)

@@ -6,14 +6,15 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
-from iobmd import procfs, refusals
+from iobmd import procfs
 from iobmd._internal import process_local
 from iobmd._native import lazyfree, runs
 from iobmd._native import pagemap as native
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NoResourcesError
 from iobmd.pagemap.entries import counts, opened, pages
-from iobmd.task import Task, kernel_task
+from iobmd.task import diagnosis
+from iobmd.task.task import Task, kernel_task
 from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def own_pagemap() -> int:
         )
         raise IOReturnError(IOReturn.kIOReturnNotPrivileged, message, error.errno or 0) from None
     except OSError as error:
-        raise refusals.own_pagemap(error) from None
+        raise diagnosis.own_pagemap(error) from None
 
 
 def track_writes(address: int, size: int) -> int:
@@ -116,7 +117,7 @@ def own_runs(address: int, size: int, *, pinned: bool = False, gaps: bool = Fals
     try:
         return runs.read(descriptor, address, size, PAGE_SIZE, pinned, gaps)
     except OSError as error:
-        raise refusals.own_pagemap(error) from None
+        raise diagnosis.own_pagemap(error) from None
 
 
 def visible_runs(task: Task, address: int, size: int) -> RunTable | None:
@@ -127,7 +128,7 @@ def visible_runs(task: Task, address: int, size: int) -> RunTable | None:
     except IOReturnError:
         raise
     except OSError as error:
-        raise refusals.refused(task.pid, error.errno or 0, "pagemap") from None
+        raise diagnosis.refused(task.pid, error.errno or 0, "pagemap") from None
     return None if table.hidden else table
 
 

@@ -11,13 +11,13 @@ from iobmd._native.walk import AHEAD, Tally, Walk
 from iobmd.host.fact import scratch
 from iobmd.host.pages import has_swap, huge_page_size, hugetlb_sizes
 from iobmd.pagemap.entries import no_entries, opened
-from iobmd.task import kernel_task
+from iobmd.task.task import kernel_task
 from iobmd.units import PAGE_SIZE, round_down, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from iobmd.task import Task
+    from iobmd.task.task import Task
 
 
 class Reader:

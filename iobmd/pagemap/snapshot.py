@@ -17,7 +17,7 @@ from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.span import Span
 from iobmd.pagemap.target import name_of, resolve
 from iobmd.procfs import VMA
-from iobmd.task import ADDRESS_END
+from iobmd.task.task import ADDRESS_END
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -4,13 +4,14 @@ import errno
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from iobmd import procfs, refusals
+from iobmd import procfs
 from iobmd._native.crosstask import HeldBuffer
 from iobmd.constants import IOReturn
 from iobmd.errors import NO_DESCRIPTOR, IOReturnError
 from iobmd.host import limits
 from iobmd.procfs import USER_END, VMA
-from iobmd.task import ADDRESS_END, Task, as_task, check_range, kernel_task
+from iobmd.task import diagnosis
+from iobmd.task.task import ADDRESS_END, Task, as_task, check_range, kernel_task
 from iobmd.units import HUGE_PAGE_SIZE
 
 _T = TypeVar("_T")
@@ -88,7 +89,7 @@ def of_task(task: Task, found: Iterator[_T], *, may_be_none: bool = False) -> It
         first = next(found, None)
         # What was opened while the task was alive does not belong to another task that has its pid by now.
         if (first is None and not may_be_none) or not task.alive:
-            raise refusals.without_memory(task.pid)
+            raise diagnosis.without_memory(task.pid)
         if first is not None:
             yield first
         yield from found
@@ -113,9 +114,9 @@ class _unreadable_maps:  # noqa: N801 (used as a function)
         if isinstance(error, IOReturnError) or not isinstance(error, OSError):
             return
         if isinstance(error, PermissionError):
-            raise refusals.refused(self._task.pid, error.errno or 0, "memory map") from None
+            raise diagnosis.refused(self._task.pid, error.errno or 0, "memory map") from None
         if isinstance(error, (FileNotFoundError, ProcessLookupError)) or error.errno == errno.EOPNOTSUPP:
-            raise refusals.without_memory(self._task.pid) from None
+            raise diagnosis.without_memory(self._task.pid) from None
         if error.errno in NO_DESCRIPTOR:
             raise limits.from_oserror(error, f"cannot read the memory map of task {self._task.pid}") from None
 

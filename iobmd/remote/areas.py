@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iobmd import procfs, refusals
+from iobmd import procfs
+from iobmd.task import diagnosis
 
 if TYPE_CHECKING:
-    from iobmd.task import Task
+    from iobmd.task.task import Task
 
 
 def areas(task: Task) -> list[procfs.VMA]:
@@ -29,9 +30,9 @@ def known(task: Task, start: int, end: int) -> list[procfs.VMA]:
     except (FileNotFoundError, ProcessLookupError):
         pass
     except OSError as error:
-        raise refusals.refused(task.pid, error.errno or 0, "memory") from None
+        raise diagnosis.refused(task.pid, error.errno or 0, "memory") from None
     if not task.alive:
-        raise refusals.gone(f"task {task.pid} is gone: it exited")
+        raise diagnosis.gone(f"task {task.pid} is gone: it exited")
     if found is None:
-        raise refusals.without_memory(task.pid)
+        raise diagnosis.without_memory(task.pid)
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import copying, procfs, refusals
+from iobmd import procfs
 from iobmd.constants import IOReturn
 from iobmd.errors import (
     IOReturnError,
@@ -22,13 +22,14 @@ from iobmd.errors import (
 from iobmd.remote import freezer, session, threads, wired
 from iobmd.remote.snapshot import NoSnapshot, Snapshot
 from iobmd.remote.tracee import NotStopped, StrangerSeized, check_interrupt, shielded
+from iobmd.task import diagnosis, transfer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from iobmd._internal.chunked import Progress
     from iobmd.remote.stop import Stop
-    from iobmd.task import Task
+    from iobmd.task.task import Task
 
 _NOT_IN_A_CHILD = {"sh", "dc", "wf", "ht", "io", "pf"}
 """Flags of memory that a child shares with its parent, does not get, or gets at the cost of hugetlb pages (smaps)."""
@@ -126,7 +127,7 @@ def _copy_stopped(source: Source) -> int:
         try:
             session.in_tracer(task, attempt, may_be_apart=quick)
         except NotReadyError as error:
-            if error.errno != copying.WOULD_WAIT:
+            if error.errno != transfer.WOULD_WAIT:
                 raise
             missing, address = True, error.address or 0
         else:
@@ -187,7 +188,7 @@ def _stop_each(task: Task, options: int, stops: dict[int, Stop | None], deadline
         for tid in fresh:
             _wait(stops, tid, min(time.monotonic() + _SHORT, deadline))
     if not any(stops.values()):
-        raise refusals.gone(f"task {task.pid} is gone: it exited")
+        raise diagnosis.gone(f"task {task.pid} is gone: it exited")
 
 
 def _wait(stops: dict[int, Stop | None], tid: int, until: float) -> None:

@@ -8,13 +8,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iobmd import procfs, refusals
+from iobmd import procfs
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NotFoundError, VMError
 from iobmd.remote.areas import areas
+from iobmd.task import diagnosis
 
 if TYPE_CHECKING:
-    from iobmd.task import Task
+    from iobmd.task.task import Task
 
 _SYSCALL = b"\x0f\x05"  # x86-64
 _AT_SYSINFO_EHDR = 33  # elf(5): where the vDSO is
@@ -42,7 +43,7 @@ def find(task: Task) -> int:
                 raise
         # In the middle of an exec a task has no code at all, and as it exits no memory.
         if not task.alive or (time.monotonic() > deadline and not areas(task)):
-            raise refusals.without_memory(task.pid)
+            raise diagnosis.without_memory(task.pid)
         if time.monotonic() > deadline:
             message = f"task {task.pid} has no system call instruction that could be used, not in its vDSO either"
             raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
@@ -83,8 +84,8 @@ def _search(task: Task, base: int) -> int:
         code = [area for area in code if "x" in area.perms and "r" in area.perms]
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ESRCH):
-            raise refusals.without_memory(task.pid) from None
-        raise refusals.refused(task.pid, error.errno or 0, "memory map") from None
+            raise diagnosis.without_memory(task.pid) from None
+        raise diagnosis.refused(task.pid, error.errno or 0, "memory map") from None
     for area in code:
         try:
             found = task.read(area.start, min(area.end - area.start, _CODE)).find(_SYSCALL)

@@ -18,12 +18,12 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from iobmd import identity, refusals
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.remote import tracing
 from iobmd.remote.tracee import InterruptedJob, NotStopped, Tracee
-from iobmd.task import Task
+from iobmd.task import diagnosis, identity
+from iobmd.task.task import Task
 
 if TYPE_CHECKING:
     from iobmd._native import apart
@@ -178,4 +178,4 @@ class Guest(Tracee):
         if self.task.alive:
             message = f"the process that makes system calls for us in task {self.task.pid} was killed"
             return IOReturnError(IOReturn.kIOReturnError, message)
-        return refusals.gone(f"task {self.task.pid} is gone: it exited")
+        return diagnosis.gone(f"task {self.task.pid} is gone: it exited")

@@ -6,13 +6,14 @@ import errno
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iobmd import host, procfs, refusals
+from iobmd import host, procfs
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.remote import tracing
+from iobmd.task import diagnosis
 
 if TYPE_CHECKING:
-    from iobmd.task import Task
+    from iobmd.task.task import Task
 
 
 class Traced(Exception):  # noqa: N818 (it may pass)
@@ -33,22 +34,22 @@ def check(task: Task) -> int:
     if task.is_current:
         message = f"task {pid} is this process, which makes its system calls itself"
         raise IOReturnError(IOReturn.kIOReturnBadArgument, message)
-    if refusal := refusals.numbered_otherwise(pid):
+    if refusal := diagnosis.numbered_otherwise(pid):
         raise refusal
     try:
         status = procfs.status(pid)
     except OSError as error:
-        refusals.unless_exhausted(error, f"cannot look at task {pid}")
+        diagnosis.unless_exhausted(error, f"cannot look at task {pid}")
         status = {}
     if not task.alive:
         zombie = status.get("State", "").startswith("Z")
-        raise refusals.gone(
+        raise diagnosis.gone(
             f"task {pid} is gone: {'it is a zombie, its parent has not waited' if zombie else 'exited'}"
         )
     if not status:
-        raise refusals.hidden(pid) or refusals.gone(f"task {pid} is gone: it exited")
-    if refusals.is_kernel_thread(pid):
-        raise refusals.without_memory(pid)
+        raise diagnosis.hidden(pid) or diagnosis.gone(f"task {pid} is gone: it exited")
+    if diagnosis.is_kernel_thread(pid):
+        raise diagnosis.without_memory(pid)
     if status["TracerPid"] != "0":
         raise Traced
     return _past_seccomp(pid, status.get("Seccomp", "0"))
@@ -75,7 +76,7 @@ def tracer(pid: int, tid: int) -> int | None:
     try:
         status = procfs.status(pid, tid)
     except OSError as error:
-        refusals.unless_exhausted(error, f"cannot look at task {pid}")
+        diagnosis.unless_exhausted(error, f"cannot look at task {pid}")
         return None
     return None if status["State"][0] in "ZX" else int(status["TracerPid"])
 
@@ -92,4 +93,4 @@ def traced_by_another(pid: int, tracer: int) -> IOReturnError:
 
 def refused(pid: int, error: OSError) -> IOReturnError:
     """Return the error for a kernel that would not let us trace a task."""
-    return refusals.refused(pid, error.errno or errno.EPERM, "system calls")
+    return diagnosis.refused(pid, error.errno or errno.EPERM, "system calls")

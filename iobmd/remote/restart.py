@@ -19,7 +19,7 @@ from iobmd import pidns, procfs
 from iobmd.remote import threads
 
 if TYPE_CHECKING:
-    from iobmd.task import Task
+    from iobmd.task.task import Task
 
 _WORD = 1 << 64
 _ERESTARTNOHAND = 514

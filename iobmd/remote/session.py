@@ -11,7 +11,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from iobmd import host, procfs, refusals
+from iobmd import host, procfs
 from iobmd._internal import process_local
 from iobmd._native import apart
 from iobmd.constants import IOReturn
@@ -27,11 +27,12 @@ from iobmd.remote.tracee import (
     check_interrupt,
     shielded,
 )
+from iobmd.task import diagnosis
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from iobmd.task import Task
+    from iobmd.task.task import Task
 
 _T = TypeVar("_T")
 
@@ -205,7 +206,7 @@ def _result(task: Task, of: Callable[[], object]) -> object:
     except ProcessLookupError as error:
         if isinstance(error, IOReturnError):
             raise
-        raise refusals.gone(f"task {task.pid} is gone: it has exited") from None
+        raise diagnosis.gone(f"task {task.pid} is gone: it has exited") from None
     except InterruptedJob:
         message = f"what was done in task {task.pid} was given up: the interpreter ends"
         raise IOReturnError(IOReturn.kIOReturnNotReady, message) from None
@@ -337,7 +338,7 @@ def stop_one(task: Task, options: int, instruction: int, work: Callable[[Stop], 
                         raise
                     return stop.release()
             if not task.alive:
-                raise refusals.gone(f"task {task.pid} is gone: it exited")
+                raise diagnosis.gone(f"task {task.pid} is gone: it exited")
             check_interrupt()
         raise never_stopped(task)
     finally:

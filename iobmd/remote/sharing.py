@@ -21,11 +21,12 @@ import struct
 import weakref
 from typing import TYPE_CHECKING
 
-from iobmd import attempt, copying, procfs, refusals, shmem
+from iobmd import procfs, shmem
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NotFoundError
 from iobmd.host import limits
 from iobmd.shmem import alignment_of
+from iobmd.task import attempt, diagnosis, transfer
 from iobmd.units import PAGE_SIZE, format_size, round_up
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from iobmd._internal.process_local import Fd
     from iobmd.remote.guest import Guest
     from iobmd.shmem import Stretch
-    from iobmd.task import Task
+    from iobmd.task.task import Task
 
 _PROT_NONE, _PROT_READ, _PROT_WRITE = 0, 1, 2
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS = 0x1, 0x2, 0x10, 0x20
@@ -212,7 +213,7 @@ class RemoteMapping:
             `kIOReturnNotFound`: the task is gone.
         """
         if not self.task.alive:
-            raise refusals.gone(f"task {self.task.pid} is gone: it exited")
+            raise diagnosis.gone(f"task {self.task.pid} is gone: it exited")
         end = self.address + self.size
         for start, stop in self._ours(self.address, end):
             if start > self.address:
@@ -307,7 +308,7 @@ def _locks_memory(task: Task) -> bool:
 
 def touch(task: Task, address: int, size: int) -> None:
     """Have pages in the page tables of a task, as far as it goes, without stopping it or waiting for it for long."""
-    attempt.touch(task.pid, task.pidfd, address, size, copying.TIMEOUT)
+    attempt.touch(task.pid, task.pidfd, address, size, transfer.TIMEOUT)
 
 
 def _with_guest(task: Task, work: Callable[[Guest], None], *, standing: bool = False) -> int:
@@ -410,4 +411,4 @@ def _reported(task: Task, size: int, at: int, doing: str = "map") -> Iterator[No
         if number == errno.EEXIST:
             message = f"{at:#x} to {at + size:#x} of task {task.pid} is not free: something is mapped there"
             raise IOReturnError(IOReturn.kIOReturnNoResources, message, number) from None
-        raise refusals.within(task.pid, error, f"cannot {doing} {format_size(size)}", size) from None
+        raise diagnosis.within(task.pid, error, f"cannot {doing} {format_size(size)}", size) from None

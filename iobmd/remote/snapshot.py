@@ -20,7 +20,7 @@ from iobmd.remote import gadget, session
 from iobmd.remote.guest import CLONE_FILES, CLONE_FS, NO_STACK, PATIENCE, Guest
 from iobmd.remote.tracee import Unreadable, shielded
 from iobmd.remote.tracing import WALL, interrupt, kill
-from iobmd.task import Task
+from iobmd.task.task import Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -17,7 +17,7 @@ from iobmd.remote import gadget, restart, threads, tracing
 from iobmd.remote.tracee import StrangerSeized, Tracee, Unreadable
 
 if TYPE_CHECKING:
-    from iobmd.task import Task
+    from iobmd.task.task import Task
 
 _CODE_32 = 0x23  # the code segment of 32-bit programs
 

@@ -6,11 +6,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import pidns, procfs, refusals
+from iobmd import pidns, procfs
 from iobmd.errors import NO_DESCRIPTOR
+from iobmd.task import diagnosis
 
 if TYPE_CHECKING:
-    from iobmd.task import Task
+    from iobmd.task.task import Task
 
 EPOLL_WAIT, EPOLL_PWAIT = 232, 281
 ENDED_BY_A_STOP = {
@@ -60,7 +61,7 @@ def thread_ids(pid: int) -> list[int]:
     try:
         return sorted(int(entry) for entry in os.listdir(f"{pidns.directory(pid)}/task"))  # noqa: PTH208 (one call less)
     except OSError as error:
-        refusals.unless_exhausted(error, f"cannot list the threads of task {pid}")
+        diagnosis.unless_exhausted(error, f"cannot list the threads of task {pid}")
         return []
 
 

@@ -11,16 +11,16 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from iobmd import refusals
 from iobmd._native import apart, crosstask
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.remote import preflight, threads, tracing
+from iobmd.task import diagnosis
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from iobmd.task import Task
+    from iobmd.task.task import Task
 
     _T = TypeVar("_T")
 
@@ -230,7 +230,7 @@ class Tracee:
 
     def _ended(self) -> IOReturnError:
         message = f"task {self.task.pid} is gone: it exited, ran another program, or its thread {self._tid} ended"
-        return refusals.gone(message)
+        return diagnosis.gone(message)
 
     def fetch(self, fd: int) -> int:
         """Return a descriptor of this process for one of the thread's. Raises OSError."""

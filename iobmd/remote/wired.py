@@ -16,17 +16,18 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iobmd import host, procfs, refusals
+from iobmd import host, procfs
 from iobmd._native import uring
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NotFoundError, TaskTimeoutError
+from iobmd.task import diagnosis
 from iobmd.units import PAGE_SIZE, format_size, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from iobmd.remote.guest import Guest
-    from iobmd.task import Task
+    from iobmd.task.task import Task
 
 _LARGEST = 1 << 30  # the most that one registered buffer takes
 _PARAMETERS = 128  # bytes for struct io_uring_params; behind them, in the same mapping, the struct iovec
@@ -184,7 +185,7 @@ def _registered(ring: uring.Ring) -> list[tuple[int, int]]:
         try:
             text = Path(f"/proc/thread-self/fdinfo/{ring.number}").read_text()
         except OSError as error:
-            refusals.unless_exhausted(error, "cannot look whether memory is pinned")
+            diagnosis.unless_exhausted(error, "cannot look whether memory is pinned")
             break
         count, *lines = text.partition("\nUserBufs:\t")[2].split("\n")
         matches = [re.fullmatch(r" *\d+: 0x([0-9a-f]+)/(\d+)", line) for line in lines[: int(count or 0)]]

@@ -20,9 +20,10 @@ import pytest
 from support import kernel
 from support.zoo import Zoo
 
-from iobmd import Task, refusals
+from iobmd import Task
 from iobmd.cli import main
 from iobmd.pagemap.reader import Reader
+from iobmd.task import diagnosis
 
 PROGRAM = """
 import ctypes, mmap, os, sys
@@ -284,7 +285,7 @@ def test_what_was_found_of_a_process_that_ends_is_shown(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def ended(_reader: object) -> None:
-        raise refusals.gone("it ended")
+        raise diagnosis.gone("it ended")
 
     monkeypatch.setattr(Reader, "require_task", ended)
     file = tmp_path / "file"

@@ -20,8 +20,9 @@ from iobmd.tools.pagemap.arguments import parse
 from iobmd.tools.pagemap.look import Look
 from support import kernel
 
-from iobmd import pagemap, refusals
+from iobmd import pagemap
 from iobmd.cli import main
+from iobmd.task import diagnosis
 
 PROGRAM = """
 import ctypes, mmap, sys, time
@@ -193,7 +194,7 @@ def test_a_process_that_runs_another_program_has_not_ended(
     def save(*arguments: object) -> object:
         calls.append(len(calls))
         if calls[-1] in failures:  # as in the middle of an exec
-            raise refusals.gone("no memory")
+            raise diagnosis.gone("no memory")
         return pagemap.save(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(snapshots_command, "save", save)
@@ -204,7 +205,7 @@ def test_a_process_that_runs_another_program_has_not_ended(
     assert capsys.readouterr().err == ""
 
     def areas() -> Iterator[None]:
-        raise refusals.gone("no memory")
+        raise diagnosis.gone("no memory")
         yield
 
     assert not list(look.until_gone(areas()))

@@ -243,8 +243,8 @@ def test_the_explanation_of_a_task_that_is_gone() -> None:
 
 def test_a_failure_does_not_pay_for_its_explanation(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    found = iobmd.diagnosis.find
-    monkeypatch.setattr(iobmd.diagnosis, "find", lambda *args, **how: (asked.append(1), found(*args, **how))[1])
+    found = iobmd.task.obstacles.find
+    monkeypatch.setattr(iobmd.task.obstacles, "find", lambda *args, **how: (asked.append(1), found(*args, **how))[1])
     error = error_of(lambda: kernel_task.read(PAGE, 8))
     assert (error.code, error.errno, error.address) == (VM_ERROR, errno.EFAULT, PAGE)
     assert not asked

@@ -13,8 +13,9 @@ from support import kernel
 from support.child import in_child, sleeping
 
 import iobmd
-from iobmd import IOMemoryDescriptor, IOReturn, IOReturnError, Task, Wiring, copying, kernel_task
+from iobmd import IOMemoryDescriptor, IOReturn, IOReturnError, Task, Wiring, kernel_task
 from iobmd._native.crosstask import HeldBuffer
+from iobmd.task import transfer
 
 MIB = 1 << 20
 
@@ -118,9 +119,9 @@ def test_lock_that_a_thread_of_the_parent_held() -> None:
 
 def test_task_that_exits_is_gone_and_not_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between giving up its memory and being gone a task seems to run, and the kernel says EPERM or EACCES."""
-    monkeypatch.setattr(copying, "move", lambda _job: copying.Outcome(0, errno.EACCES))
+    monkeypatch.setattr(transfer, "move", lambda _job: transfer.Outcome(0, errno.EACCES))
     monkeypatch.setattr(Task, "alive", True)
-    size = copying.QUICK + 1  # less is moved by one native call
+    size = transfer.QUICK + 1  # less is moved by one native call
     with sleeping() as child:
         task = Task(child.pid)
         with pytest.raises(PermissionError):

@@ -13,7 +13,8 @@ from support.child import in_child
 from support.targets import Belongings, Target, build, check_as_before, children, need_ptrace, until
 
 import iobmd
-from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Wiring, copying
+from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Wiring
+from iobmd.task import transfer
 
 MIB = 1 << 20
 INOUT = 3
@@ -136,7 +137,7 @@ def test_prefault_with_a_stalled_handler() -> None:
     with Served(mode="stall") as target:
 
         def prefault() -> None:
-            copying.TIMEOUT = 0.5
+            transfer.TIMEOUT = 0.5
             with IOMemoryDescriptor.withAddressRange(target.area, MIB, INOUT, target.pid) as memory:
                 options = IOMapOptions.kIOMapAnywhere | IOMapOptions.kIOMapPrefault
                 memory.createMappingInTask(target.pid, 0, options).unmap()

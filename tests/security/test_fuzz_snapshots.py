@@ -17,7 +17,7 @@ from iobmd import IOReturn, IOReturnError
 from iobmd.cli import main
 from iobmd.pagemap import Kind, Snapshot, changes
 from iobmd.pagemap.snapshot import Header
-from iobmd.task import ADDRESS_END
+from iobmd.task.task import ADDRESS_END
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -18,12 +18,13 @@ from support.child import NOBODY, in_child
 from support.targets import Target, need_ptrace, until_at_rest
 
 import iobmd
-from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Task, Wiring, attempt, procfs
+from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Task, Wiring, procfs
 from iobmd._native import crosstask
 from iobmd.remote import session, tracing
 from iobmd.remote.guest import Guest
 from iobmd.remote.stop import Stop
 from iobmd.remote.tracee import Tracee
+from iobmd.task import attempt
 
 MIB = 1 << 20
 ANYWHERE, READ_ONLY = int(IOMapOptions.kIOMapAnywhere), int(IOMapOptions.kIOMapReadOnly)

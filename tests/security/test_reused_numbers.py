@@ -18,9 +18,9 @@ from support.targets import Target, need_ptrace
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Task
-from iobmd.copying import Transfer
 from iobmd.remote import gadget, session, threads
 from iobmd.remote.snapshot import Snapshot
+from iobmd.task.transfer import Transfer
 
 WALL = 0x40000000
 REAPER = """

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from support.child import NOBODY, drop_capabilities, in_child, sleeping
 
-from iobmd import IOReturn, IOReturnError, Task, host, refusals
+from iobmd import IOReturn, IOReturnError, Task, host
+from iobmd.task import diagnosis
 
 CAP_NET_RAW, CAP_SYS_PTRACE = 13, 19
 CLONE_NEWUSER = 0x10000000
@@ -86,7 +87,7 @@ def test_another_user_namespace(sleeper: subprocess.Popen[bytes]) -> None:
 @pytest.mark.parametrize("sleeper", [0], indirect=True)
 def test_seccomp_is_named_only_where_there_is_a_filter(sleeper: subprocess.Popen[bytes]) -> None:
     def message() -> str:
-        return str(refusals.refused(sleeper.pid, errno.EPERM, "memory"))
+        return str(diagnosis.refused(sleeper.pid, errno.EPERM, "memory"))
 
     assert "seccomp" not in in_child(message)
     assert "security module" in in_child(message)

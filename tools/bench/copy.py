@@ -13,7 +13,7 @@ from iobmd.buffer import IOBufferMemoryDescriptor
 from iobmd.cli.child import python
 from iobmd.cli.client import Client, Piece
 from iobmd.constants import IOOptionBits
-from iobmd.task import Task, kernel_task
+from iobmd.task.task import Task, kernel_task
 from iobmd.units import PAGE_SIZE, format_size, round_up
 
 from .result import Result, at_least, at_most, launcher, medians, seconds, spawned

@@ -14,7 +14,7 @@ from iobmd.pagemap import areas
 from iobmd.pagemap.area import MOST
 from iobmd.pagemap.entries import opened
 from iobmd.pagemap.reader import Reader
-from iobmd.task import Task
+from iobmd.task.task import Task
 from iobmd.units import PAGE_SIZE, format_size
 
 from .result import Result, at_most, launcher, medians, seconds, spawned

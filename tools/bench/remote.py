@@ -13,7 +13,7 @@ from iobmd._native.mapping import Mapping
 from iobmd.cli.client import Client
 from iobmd.facade import allocate, copy
 from iobmd.remote import session
-from iobmd.task import Task
+from iobmd.task.task import Task
 from iobmd.units import HUGE_PAGE_SIZE, format_size
 
 from .result import Result, at_least, medians, seconds

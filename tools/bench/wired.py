@@ -14,7 +14,7 @@ from iobmd.constants import IOOptionBits
 from iobmd.descriptor import IOMemoryDescriptor
 from iobmd.facade import allocate
 from iobmd.populate import populate
-from iobmd.task import kernel_task
+from iobmd.task.task import kernel_task
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE
 
 from .result import Result, at_most, medians, seconds

@@ -14,7 +14,7 @@ from iobmd.pagemap.area import Area, areas, is_bearable
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.target import Where, name_of, resolve
 from iobmd.procfs import VMA
-from iobmd.task import Task
+from iobmd.task.task import Task
 from iobmd.units import PAGE_SIZE
 
 from .arguments import BY_SMAPS

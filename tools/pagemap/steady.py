@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from iobmd import procfs
 from iobmd.errors import BusyError
-from iobmd.task import Task
+from iobmd.task.task import Task
 
 
 class Restless(NamedTuple):

@@ -6,11 +6,12 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
-from iobmd import diagnosis, host, pidns, procfs
+from iobmd import host, pidns, procfs
 from iobmd.constants import IOReturn
 from iobmd.errors import NO_DESCRIPTOR, IOReturnError
 from iobmd.host import limits
 from iobmd.procfs import PF_EXITING, PF_KTHREAD
+from iobmd.task import obstacles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,7 +50,7 @@ def unreadable(
 def _why_unreadable(pid: int, address: int, write: bool, alive: Callable[[], bool]) -> str:
     area = obstacle = None
     try:
-        obstacle = diagnosis.find(pid, address, address + 1, write=write)
+        obstacle = obstacles.find(pid, address, address + 1, write=write)
         area = obstacle or procfs.find_vma(pid, address)
     except OSError as error:
         if alive():

@@ -7,9 +7,10 @@ import os
 from operator import index
 from typing import TYPE_CHECKING, SupportsIndex
 
-from iobmd import procfs, refusals
+from iobmd import procfs
 from iobmd.constants import IOReturn
 from iobmd.errors import NO_DESCRIPTOR, IOReturnError
+from iobmd.task import diagnosis
 
 if TYPE_CHECKING:
     import psutil
@@ -34,7 +35,7 @@ def open_pidfd(pid: int) -> int:
         return os.pidfd_open(pid)
     except OSError as error:
         if error.errno == errno.ESRCH:
-            raise refusals.gone(f"no process has the pid {pid}", errno.ESRCH) from None
+            raise diagnosis.gone(f"no process has the pid {pid}", errno.ESRCH) from None
         if error.errno in (errno.EINVAL, errno.ENOENT):
             raise IOReturnError(
                 IOReturn.kIOReturnBadArgument,
@@ -55,7 +56,7 @@ def start_of(pid: int) -> int:
             raise no_descriptor(pid, error) from None
         if pid == os.getpid():  # it has this pid for as long as it runs
             return 0
-        raise refusals.hidden(pid) or refusals.gone(f"no process has the pid {pid}", errno.ESRCH) from None
+        raise diagnosis.hidden(pid) or diagnosis.gone(f"no process has the pid {pid}", errno.ESRCH) from None
 
 
 def running(process: psutil.Process) -> psutil.Process:
@@ -65,8 +66,8 @@ def running(process: psutil.Process) -> psutil.Process:
             return process
     except OSError as error:
         raise no_descriptor(process, error) from None
-    gone = refusals.gone(f"task {process.pid} is gone: no process has that pid and start time")
-    raise refusals.hidden(process.pid) or gone
+    gone = diagnosis.gone(f"task {process.pid} is gone: no process has that pid and start time")
+    raise diagnosis.hidden(process.pid) or gone
 
 
 def as_psutil(pid: int) -> psutil.Process:
@@ -78,17 +79,17 @@ def as_psutil(pid: int) -> psutil.Process:
     try:
         return psutil.Process(pid)
     except psutil.NoSuchProcess:
-        raise refusals.hidden(pid) or refusals.gone(f"no process has the pid {pid}", errno.ESRCH) from None
+        raise diagnosis.hidden(pid) or diagnosis.gone(f"no process has the pid {pid}", errno.ESRCH) from None
     except OSError as error:
         if error.errno in NO_DESCRIPTOR:
             raise no_descriptor(pid, error) from None
-        raise refusals.hidden(pid) or refusals.gone(f"no process has the pid {pid}", errno.ESRCH) from None
+        raise diagnosis.hidden(pid) or diagnosis.gone(f"no process has the pid {pid}", errno.ESRCH) from None
 
 
 def require_same_numbers(pid: int) -> None:
     """Raise `kIOReturnUnsupported` where /proc counts processes otherwise than this process does."""
     # psutil reads /proc/PID and sends signals to PID, which would be two processes.
-    if refusal := refusals.numbered_otherwise(pid):
+    if refusal := diagnosis.numbered_otherwise(pid):
         raise refusal
 
 

@@ -6,13 +6,14 @@ import errno
 import os
 from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
-from iobmd import copying, extents, identity, procfs, refusals
+from iobmd import procfs
 from iobmd._native import crosstask
 from iobmd._native.crosstask import HeldBuffer, fresh_bytes
 from iobmd.constants import IOReturn
-from iobmd.copying import Transfer
 from iobmd.errors import NO_DESCRIPTOR, IOReturnError
 from iobmd.host import headroom
+from iobmd.task import diagnosis, extents, identity, transfer
+from iobmd.task.transfer import Transfer
 
 if TYPE_CHECKING:
     import psutil
@@ -93,7 +94,7 @@ class Task:
         if self._process is None:
             found = identity.as_psutil(self.pid)
             if identity.start_of(self.pid) != self._started:
-                raise refusals.gone(f"task {self.pid} is gone: another process has its pid")
+                raise diagnosis.gone(f"task {self.pid} is gone: another process has its pid")
             self._process = found
         return self._process
 
@@ -125,7 +126,7 @@ class Task:
             return False
         return int(fields[19]) == self._started and fields[0] not in "ZX"
 
-    def read(self, address: int, size: int, *, timeout: float = copying.TIMEOUT) -> bytes:
+    def read(self, address: int, size: int, *, timeout: float = transfer.TIMEOUT) -> bytes:
         """Return the `size` bytes at `address` of this task.
 
         Parameters
@@ -153,7 +154,7 @@ class Task:
         """
         check_range(address, size)
         if unmapped := extents.unmapped(self.pid, address, size):
-            raise refusals.unreadable(self.pid, unmapped[0][0])
+            raise diagnosis.unreadable(self.pid, unmapped[0][0])
         headroom.require(size, swappable=True)
         data = fresh_bytes(size)
         # Nobody else has seen these bytes yet, so that they may still be written.
@@ -161,7 +162,7 @@ class Task:
             self.copy_in(address, held.address, size, timeout=timeout)
         return data
 
-    def readinto(self, address: int, buffer: Buffer, *, timeout: float = copying.TIMEOUT) -> int:
+    def readinto(self, address: int, buffer: Buffer, *, timeout: float = transfer.TIMEOUT) -> int:
         """Fill the writable `buffer` from `address` on; return its size in bytes. Raises as `read`.
 
         Parameters
@@ -177,7 +178,7 @@ class Task:
             self.copy_in(address, held.address, held.size, timeout=timeout)
             return held.size
 
-    def write(self, address: int, data: Buffer, *, timeout: float = copying.TIMEOUT) -> int:
+    def write(self, address: int, data: Buffer, *, timeout: float = transfer.TIMEOUT) -> int:
         """Copy the bytes of `data` to `address`; return how many. Raises as `read`.
 
         On `kIOReturnVMError` and `kIOReturnTimeout` the bytes before `.address` may have been written.
@@ -210,18 +211,18 @@ class Task:
         sparse: bool = False,
         skip: bool = False,
         resident_only: bool = False,
-        timeout: float = copying.TIMEOUT,
+        timeout: float = transfer.TIMEOUT,
         progress: chunked.Progress | None = None,
         outline: Ranges | None = None,
-    ) -> copying.Outcome:
+    ) -> transfer.Outcome:
         """Copy `size` bytes at `source` of this task to the address `destination` of the calling process.
 
-        The other parameters are those of `copying.Transfer`. Raises as `read`; with `resident_only` also
+        The other parameters are those of `transfer.Transfer`. Raises as `read`; with `resident_only` also
         `kIOReturnNotReady`, `.address` being the first page that another program has to deliver.
         """
         check_range(source, size)
         if not size or (not skip and self._moved_present(source, destination, size, fresh=fresh)):
-            return copying.Outcome(size, 0)
+            return transfer.Outcome(size, 0)
         return self._transfer(
             Transfer(
                 self.pid, self._pidfd, source, destination, size,
@@ -232,14 +233,14 @@ class Task:
 
     def _moved_present(self, theirs: int, ours: int, size: int, *, write: bool = False, fresh: bool = False) -> bool:
         """Move little memory if all of its pages are present; returns whether that is done."""
-        if size > copying.QUICK:
+        if size > transfer.QUICK:
             return False
-        error = copying.move_present(self.pid, self._pidfd, theirs, ours, size, write=write, fresh=fresh)
+        error = transfer.move_present(self.pid, self._pidfd, theirs, ours, size, write=write, fresh=fresh)
         if error == errno.EFAULT:
-            raise refusals.unreadable(self.pid, theirs, write=write, alive=lambda: self.alive)
+            raise diagnosis.unreadable(self.pid, theirs, write=write, alive=lambda: self.alive)
         return not error
 
-    def _transfer(self, job: Transfer) -> copying.Outcome:
+    def _transfer(self, job: Transfer) -> transfer.Outcome:
         if self._pidfd < 0 and not self.alive:  # with a pidfd each call looks itself
             raise self._gone()
         outcome = self._moved(job)
@@ -255,19 +256,19 @@ class Task:
         if not outcome.error:
             return outcome
         address = job.theirs + outcome.done
-        raise refusals.not_moved(
+        raise diagnosis.not_moved(
             self.pid, outcome.error, address, write=job.write, timeout=job.timeout, alive=lambda: self.alive
         )
 
-    def _moved(self, job: Transfer) -> copying.Outcome:
+    def _moved(self, job: Transfer) -> transfer.Outcome:
         try:
-            return copying.move(job)
+            return transfer.move(job)
         except IOReturnError:
             raise
         except OSError as error:  # its memory map
-            return copying.Outcome(0, copying.number_of(error))
+            return transfer.Outcome(0, transfer.number_of(error))
 
-    def _moved_of_thread(self, job: Transfer, thread: int) -> copying.Outcome:
+    def _moved_of_thread(self, job: Transfer, thread: int) -> transfer.Outcome:
         """As `_moved`, by the number of a thread, which may be another process's sooner than the task exits."""
         try:
             pidfd = os.pidfd_open(thread, os.O_EXCL)  # PIDFD_THREAD, Linux 6.9
@@ -277,14 +278,14 @@ class Task:
             pidfd = -1
         try:
             if not procfs.has_thread(self.pid, thread) or not self.alive:
-                return copying.Outcome(0, errno.ESRCH)
+                return transfer.Outcome(0, errno.ESRCH)
             return self._moved(job._replace(pid=thread, pidfd=self._pidfd if pidfd < 0 else pidfd))
         finally:
             if pidfd >= 0:
                 os.close(pidfd)
 
     def _gone(self) -> IOReturnError:
-        return refusals.gone(f"task {self.pid} is gone: it exited before its memory was copied")
+        return diagnosis.gone(f"task {self.pid} is gone: it exited before its memory was copied")
 
     def _thread_with_memory(self) -> int:
         try:

@@ -5,9 +5,9 @@ while it is little, and in pieces (`iobmd._internal.chunked`) handed to several 
 faulting in and clearing the destination costs more than the copy itself and runs on every processor. Where the pages
 are is looked at once to cut the pieces, so that each has as many of them, and once more, a thousand pages at a time,
 right before they are moved: by then a task may have returned some, and a read would make them again. Then the absent
-ones are read from where their bytes are (`iobmd.extents`), so that a task has no more pages afterwards than before.
-What only a page fault can answer is left to a child process that can be killed (`iobmd.attempt`). Where the calls are
-refused or missing (a seccomp profile), /proc/PID/mem stands in.
+ones are read from where their bytes are (`iobmd.task.extents`), so that a task has no more pages afterwards than
+before. What only a page fault can answer is left to a child process that can be killed (`iobmd.task.attempt`). Where
+the calls are refused or missing (a seccomp profile), /proc/PID/mem stands in.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ import os
 from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import attempt, extents, pidns, procfs
+from iobmd import pidns, procfs
 from iobmd._internal import chunked
 from iobmd._native import crosstask, memory
-from iobmd.extents import Origin
 from iobmd.host import headroom
+from iobmd.task import attempt, extents
+from iobmd.task.extents import Origin
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, round_down
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from iobmd._native.crosstask import Ranges
-    from iobmd.attempt import File, Range
-    from iobmd.extents import Absent
+    from iobmd.task.attempt import File, Range
+    from iobmd.task.extents import Absent
 
 TIMEOUT = 10.0
 """Seconds for which a transfer waits for another program before it gives up, unless the caller says otherwise."""

@@ -12,18 +12,19 @@ import enum
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import attempt, pidns, procfs
+from iobmd import pidns, procfs
 from iobmd._native import crosstask
 from iobmd.errors import NO_DESCRIPTOR, IOReturnError
 from iobmd.host import headroom
+from iobmd.task import attempt
 from iobmd.units import PAGE_SIZE, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from iobmd._native.crosstask import Ranges
-    from iobmd.attempt import File
     from iobmd.procfs import VMA
+    from iobmd.task.attempt import File
 
 SMALL = 64 << 10
 """Bytes of private memory below which nothing is asked about userfaultfd.
