@@ -27,10 +27,10 @@ if TYPE_CHECKING or "iobmd_command" not in sys.modules:
     from iobmd.family import IOMultiMemoryDescriptor, IOSubMemoryDescriptor
     from iobmd.handover import Handle, attach, share
     from iobmd.mapping import IOMemoryMap
+    from iobmd.memory.mlock import Wiring
     from iobmd.physical import Layout
     from iobmd.purgeable.purger import purge
     from iobmd.task.task import Task, current_task, get_task_map, kernel_task
-    from iobmd.wiring import Wiring
 
     __all__ = [
         "CacheItem",

@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from iobmd import contiguous, numa
+from iobmd import contiguous
 from iobmd._native import memory
 from iobmd.backing.anonymous import AnonymousBacking
 from iobmd.backing.elsewhere import RemoteBacking, UnmappedBacking
 from iobmd.backing.shared import SharedBacking
 from iobmd.host import headroom
+from iobmd.memory import numa
+from iobmd.memory.mlock import Wiring
+from iobmd.memory.shmem import SharedObject
 from iobmd.purgeable.agreed import TRAILER
 from iobmd.remote.sharing import is_trusted
-from iobmd.shmem import SharedObject
 from iobmd.units import PAGE_SIZE, round_up
-from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
     from iobmd.backing import Contents

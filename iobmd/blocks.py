@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Protocol
 
-from iobmd import numa, pagemap
+from iobmd import pagemap
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
-from iobmd.populate import populate
+from iobmd.memory import numa
+from iobmd.memory.populate import populate
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE
 
 if TYPE_CHECKING:

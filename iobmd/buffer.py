@@ -8,18 +8,19 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Self
 
-from iobmd import allocation, caching, live, numa, request
+from iobmd import allocation, caching, live, request
 from iobmd._internal import process_local
 from iobmd._native.mapping import Exporter, Mapping
 from iobmd.constants import IOOptionBits, IOReturn, kIOMemoryIncoherentIOFlush
 from iobmd.contents import CopyOf
 from iobmd.descriptor import IOMemoryDescriptor
 from iobmd.errors import IOReturnError
+from iobmd.memory import numa
+from iobmd.memory.mlock import Wiring
 from iobmd.purgeable import purger
 from iobmd.task import transfer
 from iobmd.task.task import Task, as_task, kernel_task
 from iobmd.units import PAGE_SIZE, round_up
-from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
     import psutil

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from iobmd._native.mapping import Mapping
     from iobmd._native.runs import RunTable
-    from iobmd.shmem import SharedObject
+    from iobmd.memory.shmem import SharedObject
 
 ALL_ADDRESSES = (1 << 64) - 1
 TRIES = 4

@@ -19,12 +19,12 @@ from iobmd.errors import IOReturnError
 from iobmd.existing import Existing
 from iobmd.labels import Labels
 from iobmd.lineage import Lineage
+from iobmd.memory.mlock import Wiring
 from iobmd.placement import Placement
 from iobmd.request import DIRECTION_MASK
 from iobmd.task.task import as_task, kernel_task
 from iobmd.units import PAGE_SIZE
 from iobmd.volatility import Volatility
-from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
     import psutil

@@ -9,7 +9,7 @@ import stat
 import struct
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, SupportsIndex
 
-from iobmd import request, shmem
+from iobmd import request
 from iobmd._internal import process_local
 from iobmd._native import tmpfs
 from iobmd.backing.mapped import private
@@ -18,8 +18,9 @@ from iobmd.buffer import IOBufferMemoryDescriptor
 from iobmd.constants import IOOptionBits, IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.host import limits
+from iobmd.memory import shmem
+from iobmd.memory.shmem import Extent, SharedObject
 from iobmd.purgeable.agreed import TRAILER
-from iobmd.shmem import Extent, SharedObject
 from iobmd.task.task import kernel_task
 from iobmd.units import PAGE_SIZE, is_power_of_two
 

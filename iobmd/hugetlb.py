@@ -13,7 +13,7 @@ from iobmd import host, procfs
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.fileblocks import FileBlocks
-from iobmd.shmem import NAME
+from iobmd.memory.shmem import NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from iobmd import procfs
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
+from iobmd.memory.mlock import Wiring
 from iobmd.physical import Layout, layout
 from iobmd.task import diagnosis
 from iobmd.task.task import kernel_task
-from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
     from iobmd._native.runs import PhysicalSegment, RunTable

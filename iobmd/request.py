@@ -9,7 +9,7 @@ from iobmd._version import __version__
 from iobmd.constants import IOOptionBits, IOReturn
 from iobmd.contiguous import ALL_ADDRESSES, Want
 from iobmd.errors import IOReturnError
-from iobmd.shmem import NAME
+from iobmd.memory.shmem import NAME
 from iobmd.task.task import Task, as_task, kernel_task
 from iobmd.units import PAGE_SIZE, is_power_of_two
 

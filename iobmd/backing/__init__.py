@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from iobmd._native.mapping import Mapping
     from iobmd._native.runs import RunTable
     from iobmd.backing.joined import Part
+    from iobmd.memory.mlock import Wiring
+    from iobmd.memory.shmem import SharedObject, Stretch
     from iobmd.purgeable import Purgeable
-    from iobmd.shmem import SharedObject, Stretch
     from iobmd.task.task import Task
-    from iobmd.wiring import Wiring
 
 
 class Contents(Protocol):

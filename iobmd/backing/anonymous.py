@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from iobmd import contiguous, numa, pagemap, pinning
+from iobmd import contiguous, pagemap
 from iobmd._native import guard, memory
 from iobmd._native.mapping import Mapping
 from iobmd.backing.mapped import MappedBacking
 from iobmd.contiguous import Want
 from iobmd.errors import CannotWireError, IOReturnError
 from iobmd.host import headroom, limits
-from iobmd.populate import populate
+from iobmd.memory import numa, pinning
+from iobmd.memory.mlock import make_resident
+from iobmd.memory.populate import populate
 from iobmd.purgeable.private import LazilyFreed
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_up
-from iobmd.wiring import make_resident
 
 if TYPE_CHECKING:
     from iobmd.backing import Contents

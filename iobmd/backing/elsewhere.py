@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, NoReturn
 
-from iobmd import residency
 from iobmd._native.mapping import FaultError
 from iobmd.backing.shared import SharedBacking
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.host import headroom
-from iobmd.populate import populate
+from iobmd.memory import residency
+from iobmd.memory.populate import populate
 from iobmd.remote.sharing import RemoteMapping, touch
 from iobmd.task import diagnosis
 from iobmd.units import PAGE_SIZE
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from iobmd._native.mapping import Mapping
     from iobmd.backing import Contents
-    from iobmd.shmem import SharedObject
+    from iobmd.memory.shmem import SharedObject
     from iobmd.task.task import Task
 
 

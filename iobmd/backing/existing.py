@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from iobmd import pagemap, pinning, procfs, residency
+from iobmd import pagemap, procfs
 from iobmd._native.mapping import FaultError, Mapping
 from iobmd.backing.mapped import private, span
 from iobmd.backing.pinned import Pinned
 from iobmd.constants import IOReturn
 from iobmd.errors import CannotWireError, IOReturnError
+from iobmd.memory import pinning, residency
+from iobmd.memory.mlock import Wiring
 from iobmd.remote import areas, wired
 from iobmd.task import diagnosis, obstacles
 from iobmd.units import PAGE_SIZE, format_size
-from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from iobmd._native.runs import RunTable
     from iobmd.backing.joined import Part
     from iobmd.backing.pinned import Pin
+    from iobmd.memory.shmem import SharedObject, Stretch
     from iobmd.purgeable import Purgeable
-    from iobmd.shmem import SharedObject, Stretch
     from iobmd.task.task import Task
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol, TypeVar
 from iobmd._native.runs import concatenated
 from iobmd.constants import IOReturn, kIOMemoryIncoherentIOFlush, kIOMemoryIncoherentIOStore
 from iobmd.errors import IOReturnError, NotOpenError
+from iobmd.memory.mlock import Wiring
 from iobmd.purgeable.joined import JoinedState
 from iobmd.units import PAGE_SIZE
-from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from iobmd._native.mapping import Mapping
     from iobmd._native.runs import RunTable
     from iobmd.backing import Backing
+    from iobmd.memory.shmem import SharedObject, Stretch
     from iobmd.purgeable import Purgeable
-    from iobmd.shmem import SharedObject, Stretch
     from iobmd.task.task import Task
 
     _T = TypeVar("_T")

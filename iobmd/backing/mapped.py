@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from iobmd import pagemap, pinning, residency
+from iobmd import pagemap
 from iobmd._native.mapping import ClosedError, FaultError
 from iobmd.backing.pinned import Pinned
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.host import headroom
+from iobmd.memory import pinning, residency
+from iobmd.memory.mlock import Wiring
 from iobmd.task import diagnosis
 from iobmd.task.task import kernel_task
 from iobmd.units import PAGE_SIZE, round_down, round_up
-from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from iobmd._native.mapping import Mapping
     from iobmd._native.runs import RunTable
     from iobmd.backing.joined import Part
+    from iobmd.memory.shmem import SharedObject, Stretch
     from iobmd.purgeable import Purgeable
-    from iobmd.shmem import SharedObject, Stretch
     from iobmd.task.task import Task
 
 

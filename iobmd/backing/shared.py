@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from iobmd import numa, residency
 from iobmd._native import memory
 from iobmd.backing.mapped import MappedBacking, span
 from iobmd.errors import CannotWireError
-from iobmd.populate import populate
+from iobmd.memory import numa, residency
+from iobmd.memory.mlock import make_resident
+from iobmd.memory.populate import populate
 from iobmd.purgeable.agreed import AgreedState
 from iobmd.units import PAGE_SIZE, pages
-from iobmd.wiring import make_resident
 
 if TYPE_CHECKING:
     from iobmd.backing import Contents
-    from iobmd.shmem import SharedObject, Stretch
+    from iobmd.memory.shmem import SharedObject, Stretch
 
 
 class SharedBacking(MappedBacking):

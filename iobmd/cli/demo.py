@@ -17,9 +17,9 @@ from iobmd.cli.strewn import Strewn, collapse, compact, frames
 from iobmd.constants import IOOptionBits
 from iobmd.errors import IOReturnError
 from iobmd.facade import allocate, copy
+from iobmd.memory.mlock import Wiring
 from iobmd.task.task import Task, kernel_task
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_down
-from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -6,11 +6,12 @@ import contextlib
 import mmap
 from pathlib import Path
 
-from iobmd import pagemap, pinning
+from iobmd import pagemap
 from iobmd._native import memory
 from iobmd._native.crosstask import HeldBuffer
 from iobmd._native.mapping import Mapping
-from iobmd.populate import populate
+from iobmd.memory import pinning
+from iobmd.memory.populate import populate
 from iobmd.task.task import kernel_task
 from iobmd.units import HUGE_PAGE_SIZE
 

@@ -16,10 +16,10 @@ from iobmd.constants import (
     kIOMemoryIncoherentIOStore,
 )
 from iobmd.errors import IOReturnError
+from iobmd.memory.mlock import Wiring
 from iobmd.pagemap import segment
 from iobmd.task.task import kernel_task
 from iobmd.units import PAGE_SIZE, pages
-from iobmd.wiring import Wiring
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

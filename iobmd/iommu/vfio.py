@@ -12,7 +12,7 @@ from typing import NamedTuple
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.host import limits
-from iobmd.wiring import cannot_lock
+from iobmd.memory.mlock import cannot_lock
 
 READ, WRITE = 1, 2
 """What a device may do with what is mapped for it."""

@@ -19,17 +19,17 @@ import time
 import weakref
 from typing import TYPE_CHECKING
 
-from iobmd import shmem
 from iobmd._native import memory
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
+from iobmd.memory import shmem
 from iobmd.purgeable import EMPTY, MODIFIERS, NON_VOLATILE, VOLATILE, Order, now, wanted_non_volatile
 from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from iobmd.shmem import SharedObject
+    from iobmd.memory.shmem import SharedObject
 
 TRAILER = PAGE_SIZE
 """Bytes behind the memory that the object needs for the word."""

@@ -26,9 +26,9 @@ from iobmd._native import crosstask, lazyfree, memory
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.host.fact import scratch
+from iobmd.memory.mlock import cannot_lock
 from iobmd.pagemap import own_pagemap
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_up
-from iobmd.wiring import cannot_lock
 
 Range = tuple[int, int]
 """Start and end address, whole pages."""

@@ -21,11 +21,12 @@ import struct
 import weakref
 from typing import TYPE_CHECKING
 
-from iobmd import procfs, shmem
+from iobmd import procfs
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NotFoundError
 from iobmd.host import limits
-from iobmd.shmem import alignment_of
+from iobmd.memory import shmem
+from iobmd.memory.shmem import alignment_of
 from iobmd.task import attempt, diagnosis, transfer
 from iobmd.units import PAGE_SIZE, format_size, round_up
 
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from iobmd._internal.process_local import Fd
+    from iobmd.memory.shmem import Stretch
     from iobmd.remote.guest import Guest
-    from iobmd.shmem import Stretch
     from iobmd.task.task import Task
 
 _PROT_NONE, _PROT_READ, _PROT_WRITE = 0, 1, 2

@@ -16,11 +16,12 @@ from support.moving import frames
 from support.targets import until
 
 import iobmd
-from iobmd import IOReturn, IOReturnError, Wiring, pinning
+from iobmd import IOReturn, IOReturnError, Wiring
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
 from iobmd.blocks import TransparentBlocks
 from iobmd.budget import Budget
+from iobmd.memory import pinning
 
 MIB, GIB = 1 << 20, 1 << 30
 Buffer = iobmd.IOBufferMemoryDescriptor

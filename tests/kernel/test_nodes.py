@@ -6,8 +6,9 @@ import pytest
 from support.child import NOBODY, in_child
 
 import iobmd
-from iobmd import IOReturn, IOReturnError, numa
+from iobmd import IOReturn, IOReturnError
 from iobmd._native import numa as native
+from iobmd.memory import numa
 
 MIB = 1 << 20
 

@@ -13,9 +13,10 @@ from support.child import NOBODY, in_child
 from support.moving import frames
 
 import iobmd
-from iobmd import IOReturn, IOReturnError, Wiring, pagemap, pinning
+from iobmd import IOReturn, IOReturnError, Wiring, pagemap
 from iobmd._native import memory
 from iobmd.cli.strewn import Strewn, collapse, compact
+from iobmd.memory import pinning
 
 MIB = 1 << 20
 Buffer = iobmd.IOBufferMemoryDescriptor

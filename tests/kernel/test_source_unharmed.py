@@ -17,8 +17,9 @@ from support.child import NOBODY, in_child
 from support.fuse import FILE_SYSTEM
 
 import iobmd
-from iobmd import IOReturn, IOReturnError, Task, kernel_task, residency
+from iobmd import IOReturn, IOReturnError, Task, kernel_task
 from iobmd._native.crosstask import HeldBuffer
+from iobmd.memory import residency
 
 MIB = 1 << 20
 HUGE = 2 << 20

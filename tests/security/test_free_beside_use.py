@@ -14,9 +14,10 @@ import pytest
 from support.child import in_child
 
 import iobmd
-from iobmd import IOReturn, IOReturnError, shmem
+from iobmd import IOReturn, IOReturnError
 from iobmd._internal import process_local
 from iobmd._native.mapping import Mapping
+from iobmd.memory import shmem
 from iobmd.purgeable.pressure import Watch
 
 SIZE = 8192

@@ -22,8 +22,9 @@ from support.fuzzing import SECONDS
 from support.kernel import Footprint
 
 import iobmd
-from iobmd import IOReturnError, shmem
+from iobmd import IOReturnError
 from iobmd._native import crosstask, frames, guard, mapping, maps, pagemap, runs, uring, walk
+from iobmd.memory import shmem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -11,9 +11,9 @@ import mmap
 import sys
 from pathlib import Path
 
-from iobmd import pinning
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
+from iobmd.memory import pinning
 from support import kernel
 
 MIB, GIB = 1 << 20, 1 << 30

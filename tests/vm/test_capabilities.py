@@ -10,10 +10,11 @@ from support import kernel
 from support.child import in_child
 
 import iobmd
-from iobmd import IOReturn, IOReturnError, Task, Wiring, host, pagemap, pinning
+from iobmd import IOReturn, IOReturnError, Task, Wiring, host, pagemap
 from iobmd._native import memory
 from iobmd.cli import main
 from iobmd.host.fact import Status
+from iobmd.memory import pinning
 
 pytestmark = pytest.mark.needs("guest")
 MIB = 1 << 20

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 
-from iobmd import host, pinning, procfs
+from iobmd import host, procfs
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
 from iobmd.budget import policy
 from iobmd.errors import IOReturnError
 from iobmd.facade import allocate
+from iobmd.memory import pinning
 from iobmd.units import HUGE_PAGE_SIZE, format_size
 
 from . import dpdk

@@ -7,13 +7,13 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
-from iobmd import pinning
 from iobmd._native import floors, memory, uring
 from iobmd._native.mapping import Mapping
 from iobmd.constants import IOOptionBits
 from iobmd.descriptor import IOMemoryDescriptor
 from iobmd.facade import allocate
-from iobmd.populate import populate
+from iobmd.memory import pinning
+from iobmd.memory.populate import populate
 from iobmd.task.task import kernel_task
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE
 

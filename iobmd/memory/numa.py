@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _NODES = Path("/sys/devices/system/node")
 # Not a parameter of everything that maps memory: it says where an allocation's pages come from, not what they are.
-_wanted: contextvars.ContextVar[int | None] = contextvars.ContextVar("iobmd.numa", default=None)
+_wanted: contextvars.ContextVar[int | None] = contextvars.ContextVar("iobmd.memory.numa", default=None)
 
 
 @contextlib.contextmanager
