@@ -7,8 +7,8 @@ reported here as hidden, never as an address.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from iobmd.pagemap.entries import Page, PageCounts, counts, pages
-from iobmd.pagemap.ownmemory import (
+from iobmd.pagemap.file import Page, PageCounts, counts, pages
+from iobmd.pagemap.self import (
     certain_bytes,
     has_content,
     huge_bytes,
@@ -24,7 +24,7 @@ from iobmd.pagemap.ownmemory import (
 if TYPE_CHECKING:
     from iobmd.pagemap.area import Area, areas
     from iobmd.pagemap.change import Change, Kind, changes
-    from iobmd.pagemap.frame import DescribedRun, FrameFacts, Frames, Use, described, users
+    from iobmd.pagemap.frame import DescribedRun, FrameFacts, FrameMapping, Frames, described, users
     from iobmd.pagemap.segment import Segment, segments
     from iobmd.pagemap.snapshot import Header, Snapshot, save
     from iobmd.pagemap.span import Run, Span, runs, spans
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _LATER = {
     "area": ("Area", "areas"),
     "change": ("Change", "Kind", "changes"),
-    "frame": ("DescribedRun", "FrameFacts", "Frames", "Use", "described", "users"),
+    "frame": ("DescribedRun", "FrameFacts", "Frames", "FrameMapping", "described", "users"),
     "segment": ("Segment", "segments"),
     "snapshot": ("Header", "Snapshot", "save"),
     "span": ("Run", "Span", "runs", "spans"),
@@ -65,7 +65,7 @@ __all__ = [
     "Segment",
     "Snapshot",
     "Span",
-    "Use",
+    "FrameMapping",
     "areas",
     "certain_bytes",
     "changes",

@@ -9,8 +9,8 @@ from iobmd import host, procfs
 from iobmd._native import walk
 from iobmd._native.walk import Tally
 from iobmd.pagemap.frame import Frames, require_frames
+from iobmd.pagemap.range import Target, Where, of_task, resolve
 from iobmd.pagemap.reader import Reader
-from iobmd.pagemap.target import Target, Where, of_task, resolve
 from iobmd.procfs import VMA, Details
 from iobmd.task.task import Task
 

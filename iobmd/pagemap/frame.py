@@ -10,9 +10,9 @@ from iobmd._native import frames as native
 from iobmd.constants import IOReturn
 from iobmd.errors import BusyError, IOReturnError, NotFoundError, NotPermittedError, UnsupportedError
 from iobmd.host import cgroup, limits
+from iobmd.pagemap.range import Target, name_of, resolve
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.span import Run, runs
-from iobmd.pagemap.target import Target, name_of, resolve
 from iobmd.task import diagnosis
 from iobmd.task.task import Task, check_range
 from iobmd.units import PAGE_SIZE
@@ -175,7 +175,7 @@ def _nodes(task: Task, batch: list[Run]) -> list[int | None]:
     return [node if node >= 0 else None for node in found]
 
 
-class Use(NamedTuple):
+class FrameMapping(NamedTuple):
     """Frames that a process maps; all in bytes."""
 
     pid: int
@@ -193,7 +193,7 @@ def users(
     *,
     progress: Callable[[int, int], object] | None = None,
     refused: Callable[[int, IOReturnError], object] | None = None,
-) -> Iterator[Use]:
+) -> Iterator[FrameMapping]:
     """Iterate over the processes that map any of the frames of a physical range: a scan of all of them.
 
     Parameters
@@ -226,7 +226,7 @@ def users(
         if progress:
             progress(index, len(pids))
         try:
-            yield from _uses(pid, physical, physical + length)
+            yield from _mapped_frames(pid, physical, physical + length)
         except (NotPermittedError, BusyError) as error:
             if refused:
                 refused(pid, error)
@@ -236,7 +236,7 @@ def users(
         progress(len(pids), len(pids))
 
 
-def _uses(pid: int, low: int, high: int) -> Iterator[Use]:
+def _mapped_frames(pid: int, low: int, high: int) -> Iterator[FrameMapping]:
     task = Task(pid)
     with Reader(task) as reader:
         name = name_of(task)
@@ -246,4 +246,4 @@ def _uses(pid: int, low: int, high: int) -> Iterator[Use]:
                 for virtual, frame, length, _flags in (step[index] for index in range(len(step))):
                     first, last = max(low, frame), min(high, frame + length)
                     # The zero page is one frame behind many addresses.
-                    yield Use(pid, name, area, virtual + (first - frame), first, min(length, last - first))
+                    yield FrameMapping(pid, name, area, virtual + (first - frame), first, min(length, last - first))

@@ -10,7 +10,7 @@ from iobmd._native import pagemap as native
 from iobmd._native.walk import AHEAD, Tally, Walk
 from iobmd.host.fact import scratch
 from iobmd.host.pages import has_swap, huge_page_size, hugetlb_sizes
-from iobmd.pagemap.entries import no_entries, opened
+from iobmd.pagemap.file import PagemapFile, no_entries
 from iobmd.task.task import kernel_task
 from iobmd.units import PAGE_SIZE, round_down, round_up
 
@@ -55,7 +55,7 @@ class Reader:
         self.task = task
         self.page = PAGE_SIZE
         self.reach = AHEAD * self.page
-        self._opened = opened(task)
+        self._opened = PagemapFile(task)
         self.visible, zero = _zero_frame()
         self.scans = _has_scan(self._opened.fd)
         huge, huge_zero = _smallest_huge_page(), 0 if self.scans else _huge_zero_frame()
@@ -150,7 +150,7 @@ def _huge_zero_frame() -> int:
 def _frames_after_read(size: int) -> list[int | None]:
     """Return the frame numbers behind fresh memory that was only read."""
     try:
-        with scratch(size) as mapping, opened(kernel_task) as descriptor:
+        with scratch(size) as mapping, PagemapFile(kernel_task) as descriptor:
             if size > PAGE_SIZE:
                 memory.advise(mapping.address, size, memory.MADV_HUGEPAGE)
             mapping.read(0, 1)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from iobmd._internal.atomic_file import replacing
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
+from iobmd.pagemap.range import name_of, resolve
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.span import Span
-from iobmd.pagemap.target import name_of, resolve
 from iobmd.procfs import VMA
 from iobmd.task.task import ADDRESS_END
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from iobmd._native.walk import Walk
-    from iobmd.pagemap.target import Target
+    from iobmd.pagemap.range import Target
 
 VERSION = 1
 _HEADER = "iobmd pagemap"

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from iobmd._native import walk
+from iobmd.pagemap.range import Target, resolve
 from iobmd.pagemap.reader import Reader
-from iobmd.pagemap.target import Target, resolve
 
 
 class Span(NamedTuple):

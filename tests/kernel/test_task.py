@@ -18,7 +18,7 @@ from support.zoo import Zoo
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Task, current_task, get_task_map, kernel_task, pagemap, procfs
-from iobmd.pagemap.target import resolve
+from iobmd.pagemap.range import resolve
 
 Start = Callable[..., Zoo]
 NO_SUCH_PID = 2**22 + 5  # above the kernel's largest pid_max

@@ -12,7 +12,7 @@ from iobmd._native import floors
 from iobmd.cli.child import python
 from iobmd.pagemap import areas
 from iobmd.pagemap.area import MOST
-from iobmd.pagemap.entries import opened
+from iobmd.pagemap.file import PagemapFile
 from iobmd.pagemap.reader import Reader
 from iobmd.task.task import Task
 from iobmd.units import PAGE_SIZE, format_size
@@ -54,7 +54,7 @@ def _row(target: Target, what: str, goal: float, rounds: int) -> Result:
 
 
 def _against_raw(target: Target, ours: Callable[[], float], rounds: int) -> list[float]:
-    with opened(Task(target.pid)) as descriptor:
+    with PagemapFile(Task(target.pid)) as descriptor:
         return medians(rounds, partial(floors.read_pagemap, descriptor.fd, target.ranges, PAGE_SIZE), ours)
 
 
@@ -75,7 +75,7 @@ def _large(kind: str, size: int, goal: float, rounds: int) -> list[Result]:
 
 def _stall(target: Target, rounds: int) -> Result:
     """Compare the worst that mapping memory takes in the target, while it is walked through by either."""
-    with opened(Task(target.pid)) as descriptor:
+    with PagemapFile(Task(target.pid)) as descriptor:
         raw = partial(floors.read_pagemap, descriptor.fd, target.ranges, PAGE_SIZE)
         bare, ours = medians(rounds, *(partial(_worst, target, scan) for scan in (raw, partial(_areas, target))))
     floor = f"while raw pread reads 64 KiB each: {_ms(bare)}"

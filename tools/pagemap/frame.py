@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator
 
-    from iobmd.pagemap.frame import FrameFacts, Use
+    from iobmd.pagemap.frame import FrameFacts, FrameMapping
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -73,7 +73,7 @@ class _Asked:
         return found
 
 
-def _write(asked: _Asked, found: Iterator[Use]) -> None:
+def _write(asked: _Asked, found: Iterator[FrameMapping]) -> None:
     about = asked.facts._asdict() if asked.facts else None
     head: dict[str, object] = {"version": VERSION, "time": round(time.time()), "kernel": os.uname().release}
     head |= {"physical": asked.physical, "length": asked.length, "frames": about}
@@ -83,7 +83,7 @@ def _write(asked: _Asked, found: Iterator[Use]) -> None:
     print("],\n" + members(last | hidden_member(asked.hidden())) + "}")
 
 
-def _show(asked: _Asked, found: Iterator[Use]) -> None:
+def _show(asked: _Asked, found: Iterator[FrameMapping]) -> None:
     first, behind = asked.physical // PAGE_SIZE, (asked.physical + asked.length) // PAGE_SIZE
     print(f"frames {first:#x}-{behind - 1:#x}, {format_size(asked.length)}")
     if facts := asked.facts:

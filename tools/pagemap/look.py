@@ -11,8 +11,8 @@ from iobmd import host
 from iobmd.cli.printable import printable
 from iobmd.errors import BusyError, IOReturnError, NotFoundError
 from iobmd.pagemap.area import Area, areas, is_bearable
+from iobmd.pagemap.range import Where, name_of, resolve
 from iobmd.pagemap.reader import Reader
-from iobmd.pagemap.target import Where, name_of, resolve
 from iobmd.procfs import VMA
 from iobmd.task.task import Task
 from iobmd.units import PAGE_SIZE

@@ -10,7 +10,7 @@ from iobmd import procfs
 from iobmd._native import pagemap as native
 from iobmd.errors import NO_DESCRIPTOR, IOReturnError
 from iobmd.host import limits
-from iobmd.pagemap.target import Target, Where, past_the_end, resolve
+from iobmd.pagemap.range import Target, Where, past_the_end, resolve
 from iobmd.task import diagnosis
 from iobmd.task.task import Task, kernel_task
 from iobmd.units import PAGE_SIZE, round_down, round_up
@@ -91,8 +91,8 @@ def counts(target: Target, address: int | None = None, size: int | None = None) 
     return PageCounts(present, swapped, hidden, exclusive)
 
 
-class opened:  # noqa: N801 (used as a function)
-    """The open pagemap of a task."""
+class PagemapFile:
+    """The open pagemap of a task, closed at the end of a `with`."""
 
     def __init__(self, task: Task) -> None:
         try:
@@ -119,7 +119,7 @@ class opened:  # noqa: N801 (used as a function)
 def _entries(where: Where) -> Iterator[tuple[int, bytes]]:
     """Yield raw entries: the address of the first page of each read, and its bytes."""
     task = where.task
-    with opened(task) as descriptor:
+    with PagemapFile(task) as descriptor:
         for first, last in where.ranges():
             start, end = round_down(first, PAGE_SIZE), round_up(last, PAGE_SIZE)
             while start < end:
@@ -145,6 +145,6 @@ def no_entries(task: Task, start: int, end: int) -> IOReturnError:
 
 
 def _has_entry(task: Task, address: int) -> bool:
-    with contextlib.suppress(OSError), opened(task) as fresh:
+    with contextlib.suppress(OSError), PagemapFile(task) as fresh:
         return bool(os.pread(fresh.fd, _ENTRY, address // PAGE_SIZE * _ENTRY))
     return False

@@ -85,7 +85,7 @@ def of_task(task: Task, found: Iterator[_T], *, may_be_none: bool = False) -> It
     IOReturnError
         `kIOReturnNotPermitted`, `kIOReturnNotFound`, `kIOReturnUnsupported` (a kernel thread).
     """
-    with _unreadable_maps(task):
+    with _MapsAccess(task):
         first = next(found, None)
         # What was opened while the task was alive does not belong to another task that has its pid by now.
         if (first is None and not may_be_none) or not task.alive:
@@ -97,12 +97,12 @@ def of_task(task: Task, found: Iterator[_T], *, may_be_none: bool = False) -> It
 
 def name_of(task: Task) -> str:
     """Return the name of the program that a task runs. Raises IOReturnError."""
-    with _unreadable_maps(task):
+    with _MapsAccess(task):
         return procfs.status(task.pid).get("Name", "")
 
 
-class _unreadable_maps:  # noqa: N801 (used as a function)
-    """Turn what the kernel says as it refuses /proc/PID/maps or smaps into an IOReturnError."""
+class _MapsAccess:
+    """Access to /proc/PID/maps or smaps in a `with`: a refusal of the kernel is raised as an IOReturnError."""
 
     def __init__(self, task: Task) -> None:
         self._task = task

@@ -12,7 +12,7 @@ from iobmd._native import lazyfree, runs
 from iobmd._native import pagemap as native
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NoResourcesError
-from iobmd.pagemap.entries import counts, opened, pages
+from iobmd.pagemap.file import PagemapFile, counts, pages
 from iobmd.task import diagnosis
 from iobmd.task.task import Task, kernel_task
 from iobmd.units import PAGE_SIZE
@@ -71,7 +71,7 @@ def resident_and_dirty(task: Task, address: int, size: int) -> tuple[int, int]:
     """
     resident = counts(task, address, size)
     try:
-        with opened(task) as descriptor:
+        with PagemapFile(task) as descriptor:
             written = native.scan(
                 descriptor.fd, address, address + size, native.PAGE_IS_PRESENT, native.PAGE_IS_PFNZERO
             )
@@ -123,7 +123,7 @@ def own_runs(address: int, size: int, *, pinned: bool = False, gaps: bool = Fals
 def visible_runs(task: Task, address: int, size: int) -> RunTable | None:
     """Return the runs of whole pages of another task; None where the kernel hides their frames."""
     try:
-        with opened(task) as descriptor:
+        with PagemapFile(task) as descriptor:
             table = runs.read(descriptor.fd, address, size, PAGE_SIZE)
     except IOReturnError:
         raise
@@ -146,7 +146,7 @@ def huge_bytes(address: int, size: int, task: Task = kernel_task) -> int:
     """
     end = address + size
     try:
-        with opened(task) as descriptor:
+        with PagemapFile(task) as descriptor:
             found = native.scan(descriptor.fd, address, end, native.PAGE_IS_PRESENT | native.PAGE_IS_HUGE, 0)
         return sum(until - start for start, until in found)
     except NoResourcesError:
