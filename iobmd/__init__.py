@@ -17,7 +17,6 @@ from iobmd.constants import *  # noqa: F403
 # The command has none of these.
 if TYPE_CHECKING or "iobmd_command" not in sys.modules:
     from iobmd._native.runs import PhysicalSegment
-    from iobmd.budget import policy
     from iobmd.buffer import IOBufferMemoryDescriptor
     from iobmd.cache import CacheItem, CacheStatistics, PurgeableCache
     from iobmd.descriptor import IOMemoryDescriptor
@@ -28,7 +27,8 @@ if TYPE_CHECKING or "iobmd_command" not in sys.modules:
     from iobmd.handover import Handle, attach, share
     from iobmd.mapping import IOMemoryMap
     from iobmd.memory.mlock import Wiring
-    from iobmd.physical import Layout
+    from iobmd.physical.layout import Layout
+    from iobmd.physical.policy import policy
     from iobmd.purgeable.purger import purge
     from iobmd.task.task import Task, current_task, get_task_map, kernel_task
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from iobmd import contiguous
 from iobmd._native import memory
 from iobmd.backing.anonymous import AnonymousBacking
 from iobmd.backing.elsewhere import RemoteBacking, UnmappedBacking
@@ -14,6 +13,7 @@ from iobmd.host import headroom
 from iobmd.memory import numa
 from iobmd.memory.mlock import Wiring
 from iobmd.memory.shmem import SharedObject
+from iobmd.physical import search
 from iobmd.purgeable.agreed import TRAILER
 from iobmd.remote.sharing import is_trusted
 from iobmd.units import PAGE_SIZE, round_up
@@ -21,7 +21,7 @@ from iobmd.units import PAGE_SIZE, round_up
 if TYPE_CHECKING:
     from iobmd.backing import Contents
     from iobmd.backing.mapped import MappedBacking
-    from iobmd.contiguous import Want
+    from iobmd.physical.search import PhysicalConstraints
     from iobmd.request import Request
 
 
@@ -61,8 +61,8 @@ def _make(wanted: Request, contents: Contents | None) -> MappedBacking:
     if wanted.want is None:
         size, trailer = round_up(wanted.capacity, PAGE_SIZE), TRAILER if wanted.purgeable else 0
         return _show(SharedObject.create(size, trailer, wanted.name, sealed=sealed), wanted, contents)
-    for _attempt in range(contiguous.TRIES):
-        backing = _show(contiguous.obtain_shared(wanted.want, wanted.name, sealed=sealed), wanted, contents)
+    for _attempt in range(search.TRIES):
+        backing = _show(search.obtain_shared(wanted.want, wanted.name, sealed=sealed), wanted, contents)
         try:
             if _is_as_wanted(backing, wanted.want):
                 return backing
@@ -70,7 +70,7 @@ def _make(wanted: Request, contents: Contents | None) -> MappedBacking:
             backing.close()
             raise
         backing.close()
-    raise contiguous.kept_moving(wanted.want)
+    raise search.kept_moving(wanted.want)
 
 
 def _named(backing: AnonymousBacking, wanted: Request) -> AnonymousBacking:
@@ -91,7 +91,7 @@ def _show(shared: SharedObject, wanted: Request, contents: Contents | None) -> S
     return RemoteBacking(shared, task, wired=wired, purgeable=purgeable, contents=contents, guard=wanted.guard)
 
 
-def _is_as_wanted(backing: SharedBacking, want: Want) -> bool:
+def _is_as_wanted(backing: SharedBacking, want: PhysicalConstraints) -> bool:
     if backing.wiring is not Wiring.PINNED:
         backing.pin()  # says why it cannot be
     return want.accepts(backing.runs) if backing.runs else backing.huge_bytes() >= want.size

@@ -10,7 +10,7 @@ from iobmd import procfs
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.memory.mlock import Wiring
-from iobmd.physical import Layout, layout
+from iobmd.physical.layout import Layout, layout
 from iobmd.task import diagnosis
 from iobmd.task.task import kernel_task
 

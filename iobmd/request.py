@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from iobmd import caching
 from iobmd._version import __version__
 from iobmd.constants import IOOptionBits, IOReturn
-from iobmd.contiguous import ALL_ADDRESSES, Want
 from iobmd.errors import IOReturnError
 from iobmd.memory.shmem import NAME
+from iobmd.physical.search import ALL_ADDRESSES, PhysicalConstraints
 from iobmd.task.task import Task, as_task, kernel_task
 from iobmd.units import PAGE_SIZE, is_power_of_two
 
@@ -44,7 +44,7 @@ class Request(NamedTuple):
     """Whose address space it is mapped in; None: in none."""
     options: int
     capacity: int
-    want: Want | None
+    want: PhysicalConstraints | None
     """What is asked of the physical addresses; None: nothing that not any page has."""
     contiguous: bool
     """Asked to be in one piece, by an option or by its alignment."""
@@ -109,14 +109,14 @@ def check(
         _check_guarded(task, options)
     want, contiguous = _physical(options, capacity, alignment, physical_mask)
     if options & _PAGEABLE and (want or contiguous):
-        what = want or Want(capacity, contiguous)
+        what = want or PhysicalConstraints(capacity, contiguous)
         raise _bad(f"pageable memory moves, and cannot be {what}: leave kIOMemoryPageable out")
     where = None if task is None else kernel_task if task is kernel_task else as_task(task)
     tag = _tag(tags, in_kernel=where is None or where is kernel_task)
     return Request(where, options, capacity, want, contiguous, PAGE_SIZE if guarded else 0, tag)
 
 
-def _physical(options: int, capacity: int, alignment: int, mask: int) -> tuple[Want | None, bool]:
+def _physical(options: int, capacity: int, alignment: int, mask: int) -> tuple[PhysicalConstraints | None, bool]:
     """Return what is asked of physical addresses, None when any page will do, and whether contiguity is asked."""
     allowed = ALL_ADDRESSES
     if mask:
@@ -128,7 +128,7 @@ def _physical(options: int, capacity: int, alignment: int, mask: int) -> tuple[W
     contiguous = bool(options & _CONTIGUOUS) or alignment > PAGE_SIZE
     if allowed == ALL_ADDRESSES and alignment <= PAGE_SIZE and (capacity <= PAGE_SIZE or not contiguous):
         return None, contiguous
-    return Want(capacity, contiguous, max(alignment, 1), allowed), contiguous
+    return PhysicalConstraints(capacity, contiguous, max(alignment, 1), allowed), contiguous
 
 
 def check_existing(options: int) -> int:

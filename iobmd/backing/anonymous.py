@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from iobmd import contiguous, pagemap
+from iobmd import pagemap
 from iobmd._native import guard, memory
 from iobmd._native.mapping import Mapping
 from iobmd.backing.mapped import MappedBacking
-from iobmd.contiguous import Want
 from iobmd.errors import CannotWireError, IOReturnError
 from iobmd.host import headroom, limits
 from iobmd.memory import numa, pinning
 from iobmd.memory.mlock import make_resident
 from iobmd.memory.populate import populate
+from iobmd.physical import search
+from iobmd.physical.search import PhysicalConstraints
 from iobmd.purgeable.private import LazilyFreed
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_up
 
@@ -33,7 +34,7 @@ class AnonymousBacking(MappedBacking):
         Keep it resident (mlock), and pinned where the kernel lets us.
     purgeable : bool
         The kernel may take it while it is volatile.
-    want : Want, optional
+    want : PhysicalConstraints, optional
         What is asked of the physical addresses; then it has to be pinned.
     contents : Contents, optional
         What to fill it with.
@@ -45,7 +46,7 @@ class AnonymousBacking(MappedBacking):
         *,
         wired: bool,
         purgeable: bool = False,
-        want: Want | None = None,
+        want: PhysicalConstraints | None = None,
         contents: Contents | None = None,
     ) -> None:
         super().__init__(wired=wired)
@@ -54,7 +55,7 @@ class AnonymousBacking(MappedBacking):
         if wired or contents:
             absent = contents.resident if contents and self._sparse else None
             headroom.require(size, swappable=not wired, absent=absent)
-        for _attempt in range(contiguous.TRIES):
+        for _attempt in range(search.TRIES):
             self.mapping = self._obtain(size, want, sparse=self._sparse)
             try:
                 if purgeable:
@@ -68,13 +69,13 @@ class AnonymousBacking(MappedBacking):
                 self.close()
                 raise
             self.close()
-        raise contiguous.kept_moving(want)
+        raise search.kept_moving(want)
 
     @staticmethod
-    def _obtain(size: int, want: Want | None, *, sparse: bool) -> Mapping:
+    def _obtain(size: int, want: PhysicalConstraints | None, *, sparse: bool) -> Mapping:
         try:
             if want:
-                return contiguous.obtain(want)
+                return search.obtain(want)
             huge = HUGE_PAGE_SIZE if size >= HUGE_PAGE_SIZE else PAGE_SIZE
             return Mapping.anonymous(round_up(size, PAGE_SIZE), huge, sparse)
         except IOReturnError:
@@ -102,12 +103,12 @@ class AnonymousBacking(MappedBacking):
             populate(self.address, self.size)
             make_resident(self.address, self.size)
 
-    def _wire(self, size: int, want: Want | None, contents: Contents | None) -> bool:
+    def _wire(self, size: int, want: PhysicalConstraints | None, contents: Contents | None) -> bool:
         """Pin; return False where pinning moved pages away from where they are wanted, and another try may do."""
         try:
             self.pin()
         except CannotWireError:
-            if not self._take_hugetlb(want or Want(size)):
+            if not self._take_hugetlb(want or PhysicalConstraints(size)):
                 if want:
                     raise
                 return True  # resident, then, and it says so
@@ -131,9 +132,9 @@ class AnonymousBacking(MappedBacking):
         now = pinning.visible_runs(self.address, self.size, gaps=True)
         return None if now is None else self.runs.common(now)
 
-    def _take_hugetlb(self, want: Want) -> bool:
+    def _take_hugetlb(self, want: PhysicalConstraints) -> bool:
         """Without pins, hugetlb pages are the next best: compaction does not move them."""
-        mapping = contiguous.from_pools(want)
+        mapping = search.from_pools(want)
         if mapping:
             self.mapping.close()
             self.mapping = mapping

@@ -6,8 +6,8 @@ from enum import KEEP, IntFlag
 from typing import NamedTuple
 
 from iobmd.constants import IOReturn
-from iobmd.contiguous import ALL_ADDRESSES
 from iobmd.errors import IOReturnError
+from iobmd.physical.search import ALL_ADDRESSES
 from iobmd.units import PAGE_SIZE, is_power_of_two
 
 

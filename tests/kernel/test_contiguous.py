@@ -19,9 +19,9 @@ import iobmd
 from iobmd import IOReturn, IOReturnError, Wiring
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
-from iobmd.blocks import TransparentBlocks
-from iobmd.budget import Budget
 from iobmd.memory import pinning
+from iobmd.physical.policy import Budget
+from iobmd.physical.thp import TransparentBlocks
 
 MIB, GIB = 1 << 20, 1 << 30
 Buffer = iobmd.IOBufferMemoryDescriptor

@@ -33,7 +33,7 @@ from iobmd import (
 )
 from iobmd._native import cacheline
 from iobmd._native.mapping import FaultError, Mapping
-from iobmd.hugetlb import PoolBlocks
+from iobmd.physical.hugetlb import PoolBlocks
 
 INOUT = 3
 SIZE = 64 * PAGE

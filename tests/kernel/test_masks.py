@@ -12,8 +12,8 @@ from support.moving import frames
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Wiring, pagemap
-from iobmd.budget import Budget
-from iobmd.contiguous import Want
+from iobmd.physical.policy import Budget
+from iobmd.physical.search import PhysicalConstraints
 
 MIB = 1 << 20
 Setting = Callable[[str, object], None]
@@ -132,12 +132,12 @@ def test_pools_are_searched_before_a_refusal(setting: Setting) -> None:
 
 def test_a_mask_over_all_memory_is_in_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also while the kernel has not yet made all free memory ready: zones count less of it than meminfo then."""
-    from iobmd import lowmem
+    from iobmd.physical import zones
 
-    free = {**lowmem.procfs.meminfo(), "MemFree": 1 << 50}
-    monkeypatch.setattr(lowmem.procfs, "meminfo", lambda: free)
-    assert lowmem.out_of_reach((1 << 48) - 1, 4096, Budget()) == ""
-    assert "would have to be held" in lowmem.out_of_reach(0xFFFFFF, 4096, Budget())
+    free = {**zones.procfs.meminfo(), "MemFree": 1 << 50}
+    monkeypatch.setattr(zones.procfs, "meminfo", lambda: free)
+    assert zones.out_of_reach((1 << 48) - 1, 4096, Budget()) == ""
+    assert "would have to be held" in zones.out_of_reach(0xFFFFFF, 4096, Budget())
 
 
 @pytest.mark.needs("frames")
@@ -148,8 +148,8 @@ def test_what_moved_out_of_reach_before_it_was_pinned_is_not_taken() -> None:
         table = pagemap.visible_runs(iobmd.kernel_task, buffer.getBytesNoCopy(), MIB)
         top = max(frames(buffer.getBytesNoCopy(), MIB)).bit_length() + 12
     assert table
-    assert Want(MIB, allowed=(1 << top) - 1).accepts(table)
-    assert not Want(MIB, allowed=(1 << top - 1) - 1).accepts(table)
+    assert PhysicalConstraints(MIB, allowed=(1 << top) - 1).accepts(table)
+    assert not PhysicalConstraints(MIB, allowed=(1 << top - 1) - 1).accepts(table)
 
 
 def refusal(action: Callable[[], object]) -> tuple[IOReturn, str]:

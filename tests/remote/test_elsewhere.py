@@ -144,7 +144,7 @@ def test_contiguous_in_pieces_of_the_object(
 def test_memory_of_a_pool(target: subprocess.Popen[bytes]) -> None:
     """Shared memory of hugetlb pages is mapped in whole ones, in the order of its choice."""
     from iobmd.backing.elsewhere import RemoteBacking
-    from iobmd.hugetlb import PoolBlocks
+    from iobmd.physical.hugetlb import PoolBlocks
 
     pool = next(pool for pool in iobmd.host.hugetlb_pools() if pool.size == 2 * MIB)
     source = PoolBlocks(pool, reserve=False)

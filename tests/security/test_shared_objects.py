@@ -17,7 +17,8 @@ from support.child import NOBODY, in_child
 from support.kernel import PAGE
 
 import iobmd
-from iobmd import IOPurgeable, IOReturn, IOReturnError, host, hugetlb
+from iobmd import IOPurgeable, IOReturn, IOReturnError, host
+from iobmd.physical import hugetlb
 
 MIB = 1 << 20
 F_ADD_SEALS, F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_WRITE, F_SEAL_FUTURE_WRITE = 1033, 0x2, 0x4, 0x8, 0x10

@@ -6,10 +6,10 @@ import html
 import sys
 from typing import TYPE_CHECKING
 
-from iobmd import lowmem
 from iobmd._internal.atomic_file import replacing
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
+from iobmd.physical import zones
 
 from .drawing import Box, Drawing, Label
 from .grid import Grid
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
         _require_pillow()
     grid = Grid(COLUMNS, physical_limit=ROWS)
     if look.frames:
-        grid.reach(lowmem.end_of_memory())
+        grid.reach(zones.end_of_memory())
     drawing = Drawing(look, grid, survey(look, grid))
     with replacing("/dev/stdout" if path == "-" else path, 0o600) as file:
         _WRITERS[kind](drawing, file)

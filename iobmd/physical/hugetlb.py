@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 from iobmd import host, procfs
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.fileblocks import FileBlocks
 from iobmd.memory.shmem import NAME
+from iobmd.physical.shmem_pages import FileBlocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from iobmd.blocks import Places
     from iobmd.host import HugePool
+    from iobmd.physical.thp import Places
 
 _MFD_HUGE_SHIFT = 26
 _PATIENCE = 10.0  # seconds for another process, which holds the lock while the kernel gathers pages and clears them

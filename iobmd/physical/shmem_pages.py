@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 from iobmd import pagemap
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
-from iobmd.blocks import blocks_of
 from iobmd.errors import IOReturnError
 from iobmd.host import limits
 from iobmd.memory import numa, shmem
 from iobmd.memory.populate import populate
 from iobmd.memory.shmem import Extent, SharedObject
+from iobmd.physical.thp import blocks_of
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 
 if TYPE_CHECKING:
-    from iobmd.blocks import Places
+    from iobmd.physical.thp import Places
 
 
 class FileBlocks:

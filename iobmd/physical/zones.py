@@ -15,7 +15,7 @@ from iobmd.host.fact import read_text
 from iobmd.units import PAGE_SIZE, format_size
 
 if TYPE_CHECKING:
-    from iobmd.budget import Budget
+    from iobmd.physical.policy import Budget
 
 _ZONE = re.compile(r"^Node \d+, zone +(\w+)\n", re.MULTILINE)
 _RAM = re.compile(r"^ *([0-9a-f]+)-([0-9a-f]+) : System RAM$", re.MULTILINE)

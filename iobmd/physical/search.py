@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import host, lowmem, pagemap, trim
-from iobmd.blocks import Places, Source, TransparentBlocks
-from iobmd.budget import Budget
+from iobmd import host, pagemap
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.fileblocks import FileBlocks
-from iobmd.hugetlb import PoolBlocks
+from iobmd.physical import trim, zones
+from iobmd.physical.hugetlb import PoolBlocks
+from iobmd.physical.policy import Budget
+from iobmd.physical.shmem_pages import FileBlocks
+from iobmd.physical.thp import Places, Source, TransparentBlocks
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_up
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ TRIES = 4
 _STEP = 8 << 20  # the least that is worth another look
 
 
-class Want(NamedTuple):
+class PhysicalConstraints(NamedTuple):
     """What is asked of the physical addresses of `size` bytes."""
 
     size: int
@@ -68,7 +69,7 @@ class Want(NamedTuple):
         return f"{kind}physical memory of {format_size(self.size)}{aligned}{under}"
 
 
-def obtain(want: Want) -> Mapping:
+def obtain(want: PhysicalConstraints) -> Mapping:
     """Return populated, zeroed memory that is as wanted: whole pages, at least `want.size` bytes.
 
     Raises
@@ -77,13 +78,13 @@ def obtain(want: Want) -> Mapping:
         `kIOReturnNoResources`: not found within the policy's budget, with the longest run that was, and what
         would help. `kIOReturnNotPrivileged`: the frames must be seen for it, and are hidden. `kIOReturnNoMemory`.
     """
-    hunt = _Hunt(want, Budget())
-    why = _out_of_reach(want, hunt.budget)
+    search = Search(want, Budget())
+    why = _out_of_reach(want, search.budget)
     hidden = _require_visible(want)
     for block in () if why else want.blocks:
         source = TransparentBlocks(block)
         try:
-            if chosen := hunt.run(source):
+            if chosen := search.run(source):
                 mapping = source.assemble(chosen, want.alignment)
                 trim.trim(mapping, round_up(want.size, PAGE_SIZE))
                 return mapping
@@ -91,14 +92,14 @@ def obtain(want: Want) -> Mapping:
                 return _one_huge_page(want, source)
         finally:
             source.close()
-        if hunt.looked_at:
+        if search.looked_at:
             break
-    if pooled := _search_pools(want, hunt):
+    if pooled := _search_pools(want, search):
         return pooled
-    raise _not_found(want, why or hunt.report())
+    raise _not_found(want, why or search.report())
 
 
-def _out_of_reach(want: Want, budget: Budget) -> str:
+def _out_of_reach(want: PhysicalConstraints, budget: Budget) -> str:
     """Return why a search is in vain from the start, "" when it is not."""
     if want.allowed == ALL_ADDRESSES:
         return ""
@@ -106,10 +107,10 @@ def _out_of_reach(want: Want, budget: Budget) -> str:
         return (
             f"addresses of {want.size} bytes in one piece have the bit {want.lowest_hole:#x}, which the mask forbids"
         )
-    return lowmem.out_of_reach(want.allowed, want.size, budget)
+    return zones.out_of_reach(want.allowed, want.size, budget)
 
 
-def _require_visible(want: Want) -> bool:
+def _require_visible(want: PhysicalConstraints) -> bool:
     """Refuse at once what cannot be found without seeing frames; returns whether they are hidden."""
     try:
         hidden = not host.pfns_visible()
@@ -120,21 +121,21 @@ def _require_visible(want: Want) -> bool:
     return hidden
 
 
-def obtain_shared(want: Want, name: str, *, sealed: bool = False) -> SharedObject:
+def obtain_shared(want: PhysicalConstraints, name: str, *, sealed: bool = False) -> SharedObject:
     """Return a shared object, of that name, whose pages are as wanted, and with a sealed size. Raises as `obtain`."""
-    hunt = _Hunt(want, Budget())
-    why = _out_of_reach(want, hunt.budget)
+    search = Search(want, Budget())
+    why = _out_of_reach(want, search.budget)
     hidden = _require_visible(want)
     size = round_up(want.size, PAGE_SIZE)
-    for source in () if why else _shared_sources(name, sealed=sealed, may_reserve=hunt.budget.may_reserve):
+    for source in () if why else _shared_sources(name, sealed=sealed, may_reserve=search.budget.may_reserve):
         try:
-            if chosen := hunt.run(source):
+            if chosen := search.run(source):
                 return source.share(chosen, want.alignment, size)
             if hidden and (place := source.first()) is not None:
                 return source.share([place], want.alignment, size)
         finally:
             source.close()
-    raise _not_found(want, why or hunt.report())
+    raise _not_found(want, why or search.report())
 
 
 def _shared_sources(name: str, *, sealed: bool, may_reserve: bool) -> Iterator[FileBlocks]:
@@ -145,15 +146,15 @@ def _shared_sources(name: str, *, sealed: bool, may_reserve: bool) -> Iterator[F
         yield PoolBlocks(pool, reserve=may_reserve, name=name)
 
 
-def from_pools(want: Want) -> Mapping | None:
+def from_pools(want: PhysicalConstraints) -> Mapping | None:
     """Return memory of the hugetlb pools that is as wanted, None when they have none; pools are not raised."""
-    return _search_pools(want, _Hunt(want, Budget()), reserve=False)
+    return _search_pools(want, Search(want, Budget()), reserve=False)
 
 
-class _Hunt:
+class Search:
     """The search through what sources give, within one budget."""
 
-    def __init__(self, want: Want, budget: Budget) -> None:
+    def __init__(self, want: PhysicalConstraints, budget: Budget) -> None:
         self.want = want
         self.budget = budget
         self.looked_at = 0
@@ -223,7 +224,7 @@ class _Hunt:
                 yield f"fill one: {host.pool_remedy(pool, pages).partition('  #')[0]}"
 
 
-def _one_huge_page(want: Want, source: TransparentBlocks) -> Mapping:
+def _one_huge_page(want: PhysicalConstraints, source: TransparentBlocks) -> Mapping:
     """Without seeing frames: one huge page is contiguous, and its base is aligned to its size."""
     mapping = source.take_first()
     if pagemap.is_huge(mapping.address, mapping.size):
@@ -232,11 +233,11 @@ def _one_huge_page(want: Want, source: TransparentBlocks) -> Mapping:
     raise _not_found(want, "the kernel had no huge page; `iobmd doctor` tells how to turn them on")
 
 
-def _fits_one_huge_page(want: Want) -> bool:
+def _fits_one_huge_page(want: PhysicalConstraints) -> bool:
     return want.size <= HUGE_PAGE_SIZE and want.alignment <= HUGE_PAGE_SIZE and want.allowed == ALL_ADDRESSES
 
 
-def _must_be_seen(want: Want) -> IOReturnError:
+def _must_be_seen(want: PhysicalConstraints) -> IOReturnError:
     return IOReturnError(
         IOReturn.kIOReturnNotPrivileged,
         f"no {want}: physical addresses are hidden from this process, and without them only what lies in one "
@@ -244,22 +245,22 @@ def _must_be_seen(want: Want) -> IOReturnError:
     )
 
 
-def _search_pools(want: Want, hunt: _Hunt, *, reserve: bool | None = None) -> Mapping | None:
+def _search_pools(want: PhysicalConstraints, search: Search, *, reserve: bool | None = None) -> Mapping | None:
     for pool in host.hugetlb_pools():
-        source = PoolBlocks(pool, reserve=hunt.budget.may_reserve if reserve is None else reserve)
+        source = PoolBlocks(pool, reserve=search.budget.may_reserve if reserve is None else reserve)
         try:
-            if chosen := hunt.run(source):
+            if chosen := search.run(source):
                 return source.assemble(chosen, want.alignment)
         finally:
             source.close()
     return None
 
 
-def kept_moving(want: Want | None) -> IOReturnError:
+def kept_moving(want: PhysicalConstraints | None) -> IOReturnError:
     """Return the error for memory that was found, and moved away at each of `TRIES` tries to pin it."""
     message = f"the kernel moved the pages at each of {TRIES} tries to pin {want}"
     return IOReturnError(IOReturn.kIOReturnNoResources, message)
 
 
-def _not_found(want: Want, why: str) -> IOReturnError:
+def _not_found(want: PhysicalConstraints, why: str) -> IOReturnError:
     return IOReturnError(IOReturn.kIOReturnNoResources, f"no {want}: {why}")
