@@ -14,7 +14,7 @@ from iobmd.memory import numa
 from iobmd.memory.mlock import Wiring
 from iobmd.memory.shmem import SharedObject
 from iobmd.physical import search
-from iobmd.purgeable.agreed import TRAILER
+from iobmd.purgeable.shared import TRAILER
 from iobmd.remote.sharing import is_trusted
 from iobmd.units import PAGE_SIZE, round_up
 

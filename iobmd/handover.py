@@ -20,7 +20,7 @@ from iobmd.errors import IOReturnError
 from iobmd.host import limits
 from iobmd.memory import shmem
 from iobmd.memory.shmem import Extent, SharedObject
-from iobmd.purgeable.agreed import TRAILER
+from iobmd.purgeable.shared import TRAILER
 from iobmd.task.task import kernel_task
 from iobmd.units import PAGE_SIZE, is_power_of_two
 

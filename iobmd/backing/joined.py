@@ -8,7 +8,7 @@ from iobmd._native.runs import concatenated
 from iobmd.constants import IOReturn, kIOMemoryIncoherentIOFlush, kIOMemoryIncoherentIOStore
 from iobmd.errors import IOReturnError, NotOpenError
 from iobmd.memory.mlock import Wiring
-from iobmd.purgeable.joined import JoinedState
+from iobmd.purgeable.composite import CompositeState
 from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -306,7 +306,7 @@ class JoinedBacking:
         """What sets the state of all of its descriptors; None where they have none."""
         if not self.parts or not all(backing.purgeable for backing in self._backings()):
             return None
-        return JoinedState(list({id(owner): owner for owner in self.origins()}.values()))
+        return CompositeState(list({id(owner): owner for owner in self.origins()}.values()))
 
     def origins(self) -> list[Owner]:
         """Return the descriptors that have memory of their own."""

@@ -11,7 +11,7 @@ from iobmd.errors import CannotWireError
 from iobmd.memory import numa, residency
 from iobmd.memory.mlock import make_resident
 from iobmd.memory.populate import populate
-from iobmd.purgeable.agreed import AgreedState
+from iobmd.purgeable.shared import SharedState
 from iobmd.units import PAGE_SIZE, pages
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class SharedBacking(MappedBacking):
         try:
             numa.place(self.mapping.address, self.size)
             if purgeable:
-                self.purgeable = AgreedState(shared)
+                self.purgeable = SharedState(shared)
             if contents:
                 contents.fill(self.mapping.address)
             if wired:

@@ -10,16 +10,7 @@ from iobmd._native import pagemap as native
 from iobmd._native.guard import generation
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.purgeable import (
-    EMPTY,
-    NON_VOLATILE,
-    OBSOLETE,
-    VOLATILE,
-    Order,
-    now,
-    wanted_non_volatile,
-    windows,
-)
+from iobmd.purgeable import EMPTY, NON_VOLATILE, OBSOLETE, VOLATILE, Order, now, restore, wanted_non_volatile
 from iobmd.units import PAGE_SIZE, round_down, round_up
 
 
@@ -39,7 +30,7 @@ class LazilyFreed:
         self._tracked_in = generation()
         self._state = NON_VOLATILE
         # What is lazily freed. None: nobody knows, for freeing it was interrupted, and then it counts as lost.
-        self._ranges: list[windows.Range] | None = []
+        self._ranges: list[restore.Range] | None = []
         self._half_dropped = False
         self._modifiers = self._since = 0
 
@@ -118,14 +109,14 @@ class LazilyFreed:
     def _settle(self) -> int:
         """Take everything back; returns the state before. What is left of `VOLATILE` is a name to be changed."""
         taken_back = self._state != VOLATILE or (
-            self._ranges is not None and windows.take_back(self._ranges, self._here)
+            self._ranges is not None and restore.take_back(self._ranges, self._here)
         )
         if self._half_dropped or not taken_back:
             self._drop()
         return self._state
 
     def _all_there(self) -> bool:
-        return self._ranges is not None and windows.all_there(self._ranges, self._here)
+        return self._ranges is not None and restore.all_there(self._ranges, self._here)
 
     def _take_back(self, first: int, end: int) -> bool:
         """Make the pages between two addresses safe if all are there."""
@@ -133,7 +124,7 @@ class LazilyFreed:
             return False
         inside, outside = _split(self._ranges, first, end)
         try:
-            return windows.take_back(inside, self._here)
+            return restore.take_back(inside, self._here)
         finally:
             self._ranges = outside + inside
 
@@ -144,13 +135,13 @@ class LazilyFreed:
         # Volatile first, and of unknown extent: whatever interrupts this, nothing is taken for safe that is not.
         before = self._state
         self._state, self._ranges = VOLATILE, None
-        freed: list[windows.Range] = []
+        freed: list[restore.Range] = []
         try:
             for start, end in ranges:
                 self._advise_free(start, end)
                 freed.append((start, end))
         except OSError as error:
-            if windows.take_back(freed, self._here):
+            if restore.take_back(freed, self._here):
                 self._state, self._ranges = before, []
             raise _cannot_free(error) from None
         self._ranges = ranges
@@ -183,7 +174,7 @@ def _discard(address: int, size: int) -> None:
         memory.advise(address, size, memory.MADV_DONTNEED)
 
 
-def _split(ranges: list[windows.Range], first: int, end: int) -> tuple[list[windows.Range], list[windows.Range]]:
+def _split(ranges: list[restore.Range], first: int, end: int) -> tuple[list[restore.Range], list[restore.Range]]:
     """Cut ranges into what lies on the pages between two addresses, and what does not."""
     first, end = round_down(first, PAGE_SIZE), round_up(end, PAGE_SIZE)
     inside, outside = [], []

@@ -18,7 +18,7 @@ from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.host import headroom
 from iobmd.purgeable import Order
-from iobmd.purgeable.pressure import Watch
+from iobmd.purgeable.monitor import Watch
 
 _SLOWEST = 0.25  # seconds between looks at what is free, where nothing tells earlier
 _FASTEST = 0.005

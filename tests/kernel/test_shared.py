@@ -276,9 +276,9 @@ def test_many_threads_of_two_processes_and_two_buffers() -> None:
 
 def test_sharer_that_is_stopped_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not dead, and holds its lock: others are told so after a while, and purge passes it over."""
-    from iobmd.purgeable import agreed
+    from iobmd.purgeable import shared
 
-    monkeypatch.setattr(agreed, "_PATIENCE", 0.2)
+    monkeypatch.setattr(shared, "_PATIENCE", 0.2)
     buffer, data = purgeable(kernel.PAGE, shared=True)
     with buffer:
         buffer.setPurgeable(VOLATILE)
@@ -487,12 +487,12 @@ def test_memory_of_a_sharer_that_died_is_taken(memory_cgroup: Callable[[int], Pa
 @pytest.mark.usefixtures("nothing_left")
 def test_tasks_that_wait_for_memory_are_pressure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PSI: a quarter of what is volatile goes while tasks wait much of the time, and nothing while they do not."""
-    from iobmd.purgeable import pressure
+    from iobmd.purgeable import monitor
 
     file = tmp_path / "memory.pressure"
     file.write_text("some avg10=0.00 avg60=0.00 avg300=0.00 total=1000\nfull avg10=0.00 total=0\n")
-    monkeypatch.setattr(pressure.host, "psi_files", lambda: [file])
-    monkeypatch.setattr(pressure.host, "pressure_level", lambda: None)
+    monkeypatch.setattr(monitor.host, "psi_files", lambda: [file])
+    monkeypatch.setattr(monitor.host, "pressure_level", lambda: None)
     buffers = [purgeable(MIB, shared=True)[0] for _ in range(4)]
     for buffer in buffers:
         buffer.setPurgeable(VOLATILE)

@@ -18,7 +18,7 @@ from iobmd import IOReturn, IOReturnError
 from iobmd._internal import process_local
 from iobmd._native.mapping import Mapping
 from iobmd.memory import shmem
-from iobmd.purgeable.pressure import Watch
+from iobmd.purgeable.monitor import Watch
 
 SIZE = 8192
 MARK = b"WRITTEN BY writeBytes"

@@ -43,7 +43,7 @@ _BLOCK = 512  # unit of st_blocks (stat(2))
 _PATIENCE = 5.0  # seconds to wait for another process, which needs milliseconds at the most
 
 
-class AgreedState:
+class SharedState:
     """The first `size` bytes of a shared object, whole pages, and the word behind them.
 
     Nobody else has the open file description of the object's descriptor.
@@ -220,7 +220,7 @@ def _flock(kind: int, place: int) -> bytes:
     return _FLOCK.pack(kind, os.SEEK_SET, place, 1, 0)
 
 
-_open: weakref.WeakSet[AgreedState] = weakref.WeakSet()
+_open: weakref.WeakSet[SharedState] = weakref.WeakSet()
 
 
 def _forked() -> None:

@@ -28,7 +28,7 @@ class Owner(Protocol):
         """Set the state; returns the one before."""
 
 
-class JoinedState:
+class CompositeState:
     """The state of all owners: Empty if one is, else Volatile if one is."""
 
     shared = False  # those that are know of it themselves
