@@ -75,13 +75,14 @@ class Budget:
         self._policy = _current.get()
         self._begin = time.monotonic()
 
-    def allows(self, size: int) -> bool:
-        """Say whether `size` bytes may be held at a time."""
-        return size <= self.bytes
-
     @functools.cached_property
     def _tightest(self) -> headroom.Room:
         return headroom.tightest()
+
+    def measure(self, held: int) -> None:
+        """Measure again what is left, while the search holds `held` bytes: other processes allocate memory too."""
+        room = headroom.tightest()
+        self._tightest = room._replace(left=room.left + held)
 
     @property
     def most(self) -> int:

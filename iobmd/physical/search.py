@@ -176,10 +176,20 @@ class Search:
                 return [found[block] for block in chosen]
             if not more or source.hidden or self.budget.over:
                 return None
-            batch = max(needed // 2, _STEP // source.block, held // 4)
-            if not self.budget.allows((held + batch) * source.block):
-                batch = self.budget.bytes // source.block - held
+            batch = self._next_batch(held, needed, source.block)
         return None
+
+    def _next_batch(self, held: int, needed: int, block: int) -> int:
+        """Return how many blocks to allocate next while so many are held; 0 or less if the budget allows no more.
+
+        Other processes allocate memory during a search. So what is left is measured before each batch, and a batch
+        takes at most a quarter of it: by a measurement at the start, a guest whose other half was filled at the same
+        time ran out of memory, and the kernel killed the searching process.
+        """
+        self.budget.measure(held * block)
+        left = self.budget.bytes // block - held
+        step = _STEP // block
+        return min(max(needed // 2, step, held // 4), max(left // 4, min(left, step)))
 
     def _choose(self, found: Places, block: int, needed: int) -> list[int] | None:
         allowed, alignment = self.want.allowed, self.want.alignment

@@ -10,13 +10,15 @@ import signal
 import socket
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.child import in_child
 
 import iobmd
 from iobmd import IODMACommand, IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError
+from iobmd.blocks import TransparentBlocks
+from iobmd.fileblocks import FileBlocks
 from iobmd.host import cgroup
 
 if TYPE_CHECKING:
@@ -114,13 +116,30 @@ def allocated() -> None:
         refused(lambda keywords=keywords: iobmd.allocate(300 * MIB, **keywords))
 
 
-def searched() -> None:
+def searched(**keywords: bool) -> None:
     """A search that holds more and more memory ends before the limit."""
     with iobmd.policy(memory_budget=1 << 40, time_budget=20), pytest.raises(IOReturnError) as caught:
-        iobmd.allocate(32 * MIB, alignment=1 << 40)
+        iobmd.allocate(32 * MIB, alignment=1 << 40, **keywords)
     assert caught.value.code == IOReturn.kIOReturnNoResources
     assert "iobmd-test-" in str(caught.value)
     assert "memory_budget" not in str(caught.value), "no budget would help"
+
+
+def searched_beside_another(*, shared: bool) -> None:
+    """What is allocated beside a search, here after each look at more memory, is not counted on."""
+    filled: list[mmap.mmap] = []
+    source: type[TransparentBlocks | FileBlocks] = FileBlocks if shared else TransparentBlocks
+    more = source.more
+
+    def more_on_both_sides(self: Any, count: int, alignment: int) -> dict[int, int]:
+        filled.append(mmap.mmap(-1, 12 * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        filled[-1].write(bytes(12 * MIB))
+        return more(self, count, alignment)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source, "more", more_on_both_sides)
+        searched(shared=shared)
+    assert len(filled) > 4, "the search ended before it met any limit"
 
 
 def attached() -> None:
@@ -183,6 +202,8 @@ SCENES: dict[str, Callable[[], None]] = {
     "maps": mapped,
     "wired buffers": allocated,
     "a search": searched,
+    "a search beside another process": lambda: searched_beside_another(shared=False),
+    "a search for shared memory beside another process": lambda: searched_beside_another(shared=True),
     "attached memory": attached,
     "writes": written,
     "a bounce buffer": bounced,
