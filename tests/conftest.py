@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import gc
 import mmap
 import os
 import subprocess
@@ -32,6 +33,15 @@ def pytest_configure(config: pytest.Config) -> None:
         hypothesis.settings.register_profile("iobmd", database=None, deadline=None)
         hypothesis.settings.load_profile("iobmd")
     config.addinivalue_line("markers", "needs(*requirements): what the test needs of the host (support.requirements)")
+
+
+def pytest_collection_finish() -> None:
+    """Exclude what exists before the first test from garbage collection: `Footprint` collects twice a test.
+
+    With 2,700 tests collected this takes 4 ms instead of 120.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
