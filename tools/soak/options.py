@@ -23,6 +23,7 @@ class Options:
 
     seconds: float
     events: int
+    faults: int
     seed: int
     kinds: list[str]
     workers: int
@@ -43,6 +44,7 @@ def parse(argv: Sequence[str]) -> Options:
     )
     parser.add_argument("--seconds", type=duration, default=60, help="how long it works (default: 60)")
     parser.add_argument("--events", type=int, default=0, metavar="N", help="end after so many events (default: none)")
+    parser.add_argument("--faults", type=int, default=0, metavar="N", help="end after so many faults (default: none)")
     parser.add_argument("--seed", type=int, help="of all random choices (default: the clock)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to a file")
     parser.add_argument("--kinds", metavar="NAMES", help="comma-separated kinds of events (default: all)")
@@ -59,14 +61,15 @@ def parse(argv: Sequence[str]) -> Options:
         parser.error(f"--kinds: no such kind: {', '.join(unknown)}")
     if min(arguments.workers, arguments.threads) < 1 or arguments.workers * arguments.threads > THREADS:
         parser.error(f"--workers times --threads must be within 1 and {THREADS}")
-    if arguments.events < 0 or arguments.patience < 1:
-        parser.error("--events must not be negative, and --patience at least 1")
+    if min(arguments.events, arguments.faults) < 0 or arguments.patience < 1:
+        parser.error("--events and --faults must not be negative, and --patience at least 1")
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         parser.error(f"--json: there is no folder {arguments.json.absolute().parent}")
     seed = time.time_ns() // 1000 % (1 << 32) if arguments.seed is None else arguments.seed
     return Options(
         arguments.seconds,
         arguments.events,
+        arguments.faults,
         seed,
         kinds,
         arguments.workers,

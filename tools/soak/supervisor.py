@@ -128,10 +128,16 @@ class Supervisor:
             if now >= progress:
                 self._show_progress(now - began)
                 progress = now + _PROGRESS
-            if self.options.events and self._tally().events >= self.options.events:
+            if self._is_enough():
                 break
             time.sleep(_PERIOD)
         self._seconds = time.monotonic() - began
+
+    def _is_enough(self) -> bool:
+        """Return whether there are as many events, or faults, as the run is to end after."""
+        if self.options.events and self._tally().events >= self.options.events:
+            return True
+        return bool(self.options.faults) and len(board.faults(self._folder)) >= self.options.faults
 
     def _watch(self) -> None:
         for worker in self._workers:
