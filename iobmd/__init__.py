@@ -17,19 +17,19 @@ from iobmd.constants import *  # noqa: F403
 # The command has none of these.
 if TYPE_CHECKING or "iobmd_command" not in sys.modules:
     from iobmd._native.runs import PhysicalSegment
+    from iobmd.api import allocate, copy
     from iobmd.buffer import IOBufferMemoryDescriptor
     from iobmd.cache import CacheItem, CacheStatistics, PurgeableCache
     from iobmd.descriptor import IOMemoryDescriptor
     from iobmd.dma import IODMACommand
     from iobmd.errors import IOReturnError
-    from iobmd.facade import allocate, copy
     from iobmd.family import IOMultiMemoryDescriptor, IOSubMemoryDescriptor
-    from iobmd.handover import Handle, attach, share
     from iobmd.mapping import IOMemoryMap
     from iobmd.memory.mlock import Wiring
     from iobmd.physical.layout import Layout
     from iobmd.physical.policy import policy
     from iobmd.purgeable.purger import purge
+    from iobmd.sharing import Handle, attach, share
     from iobmd.task.task import Task, current_task, get_task_map, kernel_task
 
     __all__ = [
@@ -60,3 +60,9 @@ if TYPE_CHECKING or "iobmd_command" not in sys.modules:
         "share",
     ]
     __all__ += constants.__all__
+
+    _MODULES = ("host", "iommu", "pagemap", "tools")
+
+    def __dir__() -> list[str]:
+        """Return the documented names; of the modules only those that are documented, and loaded."""
+        return sorted([*__all__, *(name for name in _MODULES if name in globals())])

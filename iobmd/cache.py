@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, Self, TypeVar
 
 from iobmd._internal import process_local
 from iobmd._native.mapping import Exporter
+from iobmd.api import allocate
 from iobmd.constants import IOReturn
 from iobmd.errors import BusyError, IOReturnError
-from iobmd.facade import allocate
 from iobmd.purgeable import EMPTY, KEEP_CURRENT, NON_VOLATILE, VOLATILE
 
 if TYPE_CHECKING:

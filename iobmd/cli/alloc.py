@@ -8,10 +8,10 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from iobmd.api import allocate
 from iobmd.cli import EXIT_OK, table
 from iobmd.cli.arguments import duration, size
 from iobmd.errors import IOReturnError, NotPrivilegedError, NotReadyError
-from iobmd.facade import allocate
 from iobmd.physical.policy import policy
 from iobmd.units import format_size
 

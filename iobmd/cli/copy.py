@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, TextIO
 
 from iobmd import procfs
 from iobmd._internal.atomic_file import replacing
+from iobmd.api import copy
 from iobmd.cli import EXIT_OK
 from iobmd.cli.arguments import duration, size
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.facade import copy
 from iobmd.task import diagnosis
 from iobmd.task.task import Task
 from iobmd.task.transfer import TIMEOUT

@@ -10,13 +10,13 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import host, pagemap, procfs
+from iobmd.api import allocate, copy
 from iobmd.cli import EXIT_FAILED, EXIT_OK, elsewhere, purging, table
 from iobmd.cli.arguments import size
 from iobmd.cli.client import GUARDED_PAGE, Client, Piece
 from iobmd.cli.strewn import Strewn, collapse, compact, frames
 from iobmd.constants import IOOptionBits
 from iobmd.errors import IOReturnError
-from iobmd.facade import allocate, copy
 from iobmd.memory.mlock import Wiring
 from iobmd.task.task import Task, kernel_task
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_down

@@ -6,8 +6,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from iobmd import pagemap
+from iobmd.api import allocate, copy
 from iobmd.errors import IOReturnError
-from iobmd.facade import allocate, copy
 from iobmd.units import format_size
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from iobmd._native import memory
-from iobmd.facade import allocate
+from iobmd.api import allocate
 from iobmd.purgeable import EMPTY, NON_VOLATILE, VOLATILE
 from iobmd.units import PAGE_SIZE, format_size, pages
 

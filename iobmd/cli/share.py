@@ -10,12 +10,12 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from iobmd.api import allocate
 from iobmd.cli import EXIT_OK
 from iobmd.cli.arguments import duration, size
 from iobmd.cli.ending import terminable
 from iobmd.constants import IOMapOptions
 from iobmd.errors import NotPrivilegedError, NotReadyError
-from iobmd.facade import allocate
 from iobmd.task.task import Task
 from iobmd.units import format_size
 

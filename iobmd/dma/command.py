@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Self
 
 from iobmd._internal import process_local
 from iobmd.constants import IOReturn, kIODirectionIn, kIODirectionInOut, kIODirectionOut
+from iobmd.dma.device_transfer import DeviceTransfer
 from iobmd.dma.specification import MappingOptions, Specification
-from iobmd.dma.transfer import Transfer
 from iobmd.errors import IOReturnError
 from iobmd.request import DIRECTION_MASK
 
@@ -46,7 +46,7 @@ class IODMACommand:
     def __init__(self, specification: Specification = Specification()) -> None:  # noqa: B008 (immutable)
         self._limits = specification.checked()
         self._memory: IOMemoryDescriptor | None = None
-        self._transfer: Transfer | None = None
+        self._transfer: DeviceTransfer | None = None
         self._active = 0
         self._maker = os.getpid()
         self._guard = process_local.Guard()
@@ -307,7 +307,7 @@ class IODMACommand:
                 raise self._error(IOReturn.kIOReturnNotReady, "is prepared with another range: complete() that first")
             self._active += 1
             return
-        self._transfer = Transfer(memory, offset, length, self._limits)
+        self._transfer = DeviceTransfer(memory, offset, length, self._limits)
         try:
             self._transfer.begin(flush=flush, synchronize=synchronize)
         except BaseException:
@@ -342,12 +342,12 @@ class IODMACommand:
         while self._active:
             self._complete(invalidate=True, synchronize=True)
 
-    def _prepared(self) -> Transfer:
+    def _prepared(self) -> DeviceTransfer:
         if self._transfer is None:
             raise self._error(IOReturn.kIOReturnNotReady, "is not prepared: call prepare() first")
         return self._transfer
 
-    def _within(self, offset: int, length: int) -> Transfer:
+    def _within(self, offset: int, length: int) -> DeviceTransfer:
         transfer = self._prepared()
         if offset < 0 or length < 0 or offset + length > transfer.length:
             message = f"offset {offset} with length {length} is not inside of the {transfer.length} bytes prepared"

@@ -278,7 +278,7 @@ def test_not_supported_yet(options: int) -> None:
     assert caught.value.code == IOReturn.kIOReturnUnsupported
 
 
-def test_facade_refuses_unknown_words() -> None:
+def test_api_refuses_unknown_words() -> None:
     assert code_of(lambda: iobmd.allocate(1, cache="fast")) == IOReturn.kIOReturnBadArgument
     assert code_of(lambda: iobmd.allocate(1, direction="up")) == IOReturn.kIOReturnBadArgument
     with pytest.raises(TypeError):

@@ -16,7 +16,7 @@ FLOORS = [
     {"cli"},
     {"__init__"},
     {"cache"},
-    {"facade", "handover", "dma", "family"},
+    {"api", "sharing", "dma", "family"},
     {"buffer", "iommu"},
     {"allocation"},
     {"descriptor"},

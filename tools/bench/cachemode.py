@@ -9,8 +9,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from iobmd._native import cacheline, floors
+from iobmd.api import allocate
 from iobmd.constants import kIOMemoryIncoherentIOFlush
-from iobmd.facade import allocate
 from iobmd.units import format_size
 
 from .result import Result, at_least, medians, seconds

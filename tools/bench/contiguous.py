@@ -7,8 +7,8 @@ import statistics
 from iobmd import host, procfs
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
+from iobmd.api import allocate
 from iobmd.errors import IOReturnError
-from iobmd.facade import allocate
 from iobmd.memory import pinning
 from iobmd.physical.policy import policy
 from iobmd.units import HUGE_PAGE_SIZE, format_size

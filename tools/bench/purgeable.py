@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from iobmd import pagemap
 from iobmd._native import floors, memory
+from iobmd.api import allocate
 from iobmd.cli.child import python
-from iobmd.facade import allocate
 from iobmd.purgeable import NON_VOLATILE, VOLATILE
 from iobmd.units import PAGE_SIZE, format_size
 

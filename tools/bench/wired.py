@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from iobmd._native import floors, memory, uring
 from iobmd._native.mapping import Mapping
+from iobmd.api import allocate
 from iobmd.constants import IOOptionBits
 from iobmd.descriptor import IOMemoryDescriptor
-from iobmd.facade import allocate
 from iobmd.memory import pinning
 from iobmd.memory.populate import populate
 from iobmd.task.task import kernel_task

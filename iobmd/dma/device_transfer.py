@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from iobmd.dma.specification import Specification
 
 
-class Stretch(NamedTuple):
+class BounceRange(NamedTuple):
     """Bytes of a transfer that lie together; in bytes."""
 
     offset: int
@@ -40,7 +40,7 @@ class Stretch(NamedTuple):
     """In the bounce buffer; None: in the memory itself."""
 
 
-class Transfer:
+class DeviceTransfer:
     """A range of pinned memory, made reachable for a device, and kept prepared until `release`.
 
     Parameters
@@ -73,7 +73,7 @@ class Transfer:
             raise IOReturnError(IOReturn.kIOReturnNotReady, message)
         memory.prepare()
         try:
-            self._stretches = self._divide(memory.segments(offset, length))
+            self._ranges = self._divide(memory.segments(offset, length))
             self.bounce = self._allocate()
             self._pieces = self._locate()
             self._starts = self._count()
@@ -81,21 +81,21 @@ class Transfer:
             self.release()
             raise
 
-    def _divide(self, lying: list[PhysicalSegment]) -> list[Stretch]:
+    def _divide(self, lying: list[PhysicalSegment]) -> list[BounceRange]:
         if not self.length:
             return []
         if self.limits.iterates_only:
-            return [Stretch(0, self.length, None)]
+            return [BounceRange(0, self.length, None)]
         self.double = self.double or _must_move(lying, self.limits)
-        return [Stretch(0, self.length, 0)] if self.double else _split(lying, self.limits.highest)
+        return [BounceRange(0, self.length, 0)] if self.double else _split(lying, self.limits.highest)
 
     def _allocate(self) -> IOBufferMemoryDescriptor | None:
-        bounced = [stretch for stretch in self._stretches if stretch.place is not None]
+        bounced = [piece for piece in self._ranges if piece.place is not None]
         if not bounced:
             return None
         # Before the bounce buffer is mapped: the kernel may put it where the memory was that is to be copied.
         self.memory._require_mapped()
-        size = max((stretch.place or 0) + stretch.length for stretch in bounced)
+        size = max((piece.place or 0) + piece.length for piece in bounced)
         bounce = IOBufferMemoryDescriptor()
         limits, direction = self.limits, self.memory.getDirection()
         bounce.initWithPhysicalMask(kernel_task, direction, size, limits.alignment, limits.mask)
@@ -127,17 +127,17 @@ class Transfer:
     def _parts(self, offset: int, length: int) -> Iterator[tuple[IOMemoryDescriptor, int, int]]:
         """Yield what a part of the transfer lies in: a descriptor, the offset there, and how many bytes."""
         end = offset + length
-        first = bisect_right(self._stretches, offset, key=lambda stretch: stretch.offset) - 1
-        for stretch in itertools.islice(self._stretches, max(first, 0), None):
-            start, stop = max(offset, stretch.offset), min(end, stretch.offset + stretch.length)
-            if stretch.offset >= end:
+        first = bisect_right(self._ranges, offset, key=lambda piece: piece.offset) - 1
+        for piece in itertools.islice(self._ranges, max(first, 0), None):
+            start, stop = max(offset, piece.offset), min(end, piece.offset + piece.length)
+            if piece.offset >= end:
                 return
             if start >= stop:
                 continue
-            if stretch.place is None or self.bounce is None:
+            if piece.place is None or self.bounce is None:
                 yield self.memory, self.offset + start, stop - start
             else:
-                yield self.bounce, stretch.place + start - stretch.offset, stop - start
+                yield self.bounce, piece.place + start - piece.offset, stop - start
 
     def segments(self, offset: int) -> Iterator[PhysicalSegment]:
         """Yield what the device is told from `offset` on, cut to its limits.
@@ -189,14 +189,14 @@ class Transfer:
         if synchronize and self._goes(kIODirectionIn):
             self.copy_in()
 
-    def doubled(self) -> Transfer:
+    def doubled(self) -> DeviceTransfer:
         """Return the same transfer with all of it in a bounce buffer, in place of this one. Raises as the class."""
         if self.double:
             return self
         if self.limits.iterates_only:
             message = "a command with kIterateOnly has no bounce buffers"
             raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
-        after = Transfer(self.memory, self.offset, self.length, self.limits, double=True)
+        after = DeviceTransfer(self.memory, self.offset, self.length, self.limits, double=True)
         try:
             self.end(invalidate=False, synchronize=True)
             after.begin(flush=False, synchronize=True)
@@ -221,10 +221,10 @@ class Transfer:
         if self.bounce is None:
             return
         with memoryview(self.bounce) as view:
-            for stretch in self._stretches:
-                if stretch.place is not None:
-                    with view[stretch.place : stretch.place + stretch.length] as part:
-                        yield self.offset + stretch.offset, part
+            for piece in self._ranges:
+                if piece.place is not None:
+                    with view[piece.place : piece.place + piece.length] as part:
+                        yield self.offset + piece.offset, part
 
     def _goes(self, direction: int) -> bool:
         """Whether it goes in the direction; memory without one goes in both."""
@@ -252,25 +252,25 @@ def _must_move(lying: list[PhysicalSegment], limits: Specification) -> bool:
     return any(piece.address % limits.alignment for piece in lying)
 
 
-def _split(lying: list[PhysicalSegment], highest: int) -> list[Stretch]:
+def _split(lying: list[PhysicalSegment], highest: int) -> list[BounceRange]:
     """Divide a range into what a device reaches, and what goes to bounce pages, at the same places in these."""
-    found: list[Stretch] = []
+    found: list[BounceRange] = []
     offset = used = 0
     for address, length in lying:
         within = min(max(highest + 1 - address, 0), length)
         if within:
-            _add(found, Stretch(offset, within, None))
+            _add(found, BounceRange(offset, within, None))
         if beyond := length - within:
             place = used + (address + within) % PAGE_SIZE
             used += pages((address + within) % PAGE_SIZE + beyond) * PAGE_SIZE
-            _add(found, Stretch(offset + within, beyond, place))
+            _add(found, BounceRange(offset + within, beyond, place))
         offset += length
     return found
 
 
-def _add(found: list[Stretch], stretch: Stretch) -> None:
+def _add(found: list[BounceRange], piece: BounceRange) -> None:
     last = found[-1] if found else None
-    if last and stretch.place == (None if last.place is None else last.place + last.length):
-        found[-1] = last._replace(length=last.length + stretch.length)
+    if last and piece.place == (None if last.place is None else last.place + last.length):
+        found[-1] = last._replace(length=last.length + piece.length)
     else:
-        found.append(stretch)
+        found.append(piece)

@@ -22,6 +22,12 @@ def test_every_name_is_there_and_listed() -> None:
     assert python("from iobmd import *; print(callable(allocate), kIODirectionInOut)").startswith("True")
 
 
+def test_only_public_names_are_listed() -> None:
+    """Also after the library has loaded all that it consists of, and a user more."""
+    listed = python("import iobmd, iobmd.iommu, iobmd.physical.zones; print(*dir(iobmd))").split()
+    assert {*listed} == {*iobmd.__all__, "host", "iommu", "pagemap"}
+
+
 def test_no_name_is_also_that_of_a_module() -> None:
     """Loading the module would put it in the place of what is promised."""
     assert not [name for name in iobmd.__all__ if PathFinder.find_spec(f"iobmd.{name}", iobmd.__path__)]
