@@ -60,6 +60,7 @@ cdef extern from * nogil:
            that leads to a regular file with this inode number, and device where that is not 0. */
         char *paths;
         uint64_t inode, device;
+        int found_only;                     /* it is not opened, and its server is not asked */
         int chosen;                         /* index of the path, or -1 */
         uint64_t length, filesystem, opened_device;
         size_t page;
@@ -123,8 +124,9 @@ cdef extern from * nogil:
                (!job->device || makedev(found->stx_dev_major, found->stx_dev_minor) == job->device);
     }
 
-    /* Open a path if it leads to the file; returns the descriptor, or an error number below 0. No device is opened,
-       which would notice it, and no time of access is changed where that can be avoided. */
+    /* Open a path if it leads to the file, or only hold it (O_PATH) if it is to be found only; returns the descriptor,
+       or an error number below 0. No device is opened, which would notice it, and no time of access is changed where
+       that can be avoided. */
     static long iobmd_attempt_try(struct iobmd_attempt *job, const char *path)
     {
         const int flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK;
@@ -136,22 +138,27 @@ cdef extern from * nogil:
         long fd, error, place = iobmd_raw(SYS_openat, AT_FDCWD, (long)path, O_PATH | O_CLOEXEC, 0, 0, 0);
         if (place < 0)
             return place;
-        error = iobmd_statx((int)place, "", AT_EMPTY_PATH, &found);
+        error = iobmd_statx((int)place, "", AT_EMPTY_PATH | (job->found_only ? AT_STATX_DONT_SYNC : 0), &found);
         if (!error && !iobmd_is_wanted(job, &found))
             error = -ENOENT;
         for (long rest = place; rest >= 10; rest /= 10)
             digits++;
         for (long rest = place; digits--; rest /= 10)
             same[end + digits] = (char)('0' + rest % 10);
-        fd = error ? error : iobmd_raw(SYS_openat, AT_FDCWD, (long)same, flags | O_NOATIME, 0, 0, 0);
-        if (fd == -EPERM && !error)  /* for the owner of the file, and holders of CAP_FOWNER */
-            fd = iobmd_raw(SYS_openat, AT_FDCWD, (long)same, flags, 0, 0, 0);
-        iobmd_raw(SYS_close, place, 0, 0, 0, 0, 0);
+        fd = error ? error : place;
+        if (!error && !job->found_only) {
+            fd = iobmd_raw(SYS_openat, AT_FDCWD, (long)same, flags | O_NOATIME, 0, 0, 0);
+            if (fd == -EPERM)  /* for the owner of the file, and holders of CAP_FOWNER */
+                fd = iobmd_raw(SYS_openat, AT_FDCWD, (long)same, flags, 0, 0, 0);
+        }
+        if (fd != place)
+            iobmd_raw(SYS_close, place, 0, 0, 0, 0, 0);
         if (fd < 0)
             return fd;
         job->length = found.stx_size;
         job->opened_device = makedev(found.stx_dev_major, found.stx_dev_minor);
-        job->filesystem = iobmd_raw(SYS_fstatfs, fd, (long)&system, 0, 0, 0, 0) ? 0 : (uint64_t)system.f_type;
+        job->filesystem = job->found_only || iobmd_raw(SYS_fstatfs, fd, (long)&system, 0, 0, 0, 0)
+                              ? 0 : (uint64_t)system.f_type;
         return fd;
     }
 
@@ -445,7 +452,7 @@ cdef extern from * nogil:
         iobmd_range *ranges
         unsigned int count
         size_t size, moved, page
-        int mode, file, task, task_pidfd, writing, error, chosen, fresh, holes
+        int mode, file, task, task_pidfd, writing, error, found_only, chosen, fresh, holes
         uint64_t inode, device, length, filesystem, opened_device
         char *bytes
     int iobmd_has_exited(int pidfd)

@@ -660,6 +660,8 @@ cdef class Attempt:
     paths, inode, device
         In place of `file`: the first of these paths is opened that leads to a regular file with that inode number
         and, if that is not 0, of that device.
+    opened
+        False: it is only found, and its server is not asked for its length.
     ours
         The address here of each range of a file of a memory file system (tmpfs, hugetlbfs): a read of that waits for
         no other program, so that the child writes where the bytes belong. It allocates nothing in the file.
@@ -673,8 +675,8 @@ cdef class Attempt:
     cdef iobmd_attempt *job
 
     def __cinit__(self, ranges, *, int task=0, int pidfd=-1, int file=-1, bint write=False, paths=(),
-                  uint64_t inode=0, uint64_t device=0, ours=None, bint count=False, size_t page=0, bint fresh=False,
-                  bint holes=True):
+                  uint64_t inode=0, uint64_t device=0, bint opened=True, ours=None, bint count=False,
+                  size_t page=0, bint fresh=False, bint holes=True):
         cdef bytes joined = b"".join([path + b"\0" for path in paths]) + b"\0" if paths else b""
         cdef size_t length, room = IOBMD_BOUNCE if ours is not None else 0
         cdef uint64_t at
@@ -688,7 +690,7 @@ cdef class Attempt:
             raise OSError(errno, f"mmap: {strerror(errno).decode()}")
         self.job.mode = IOBMD_COUNTED if count else IOBMD_BOUNCED if ours is None else IOBMD_DIRECT
         self.job.task, self.job.task_pidfd, self.job.file, self.job.writing = task, pidfd, file, write
-        self.job.inode, self.job.device = inode, device
+        self.job.inode, self.job.device, self.job.found_only = inode, device, not opened
         self.job.page, self.job.fresh, self.job.holes = page, fresh, holes
         for at, length in ranges:
             self.job.ranges[self.job.count].at = at

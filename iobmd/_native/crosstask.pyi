@@ -28,6 +28,7 @@ class Attempt:
         paths: Sequence[bytes] = (),
         inode: int = 0,
         device: int = 0,
+        opened: bool = True,
         ours: Sequence[int] | None = None,
         count: bool = False,
         page: int = 0,

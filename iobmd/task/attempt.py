@@ -79,7 +79,9 @@ def _named(file: File) -> crosstask.Named:
     return {"paths": [os.fsencode(file.path)], "inode": file.inode, "device": file.device}
 
 
-def find(paths: Sequence[str], inode: int, device: int, timeout: float) -> File | None:
+def find(
+    paths: Sequence[str], inode: int, device: int, timeout: float, *, opened: bool = True
+) -> File | None:
     """Return the first of some paths that leads to a regular file; None if no path does, or no child can be made.
 
     Parameters
@@ -90,13 +92,17 @@ def find(paths: Sequence[str], inode: int, device: int, timeout: float) -> File 
         Its inode number, and its device if that is not 0.
     timeout
         Seconds for which its server may be silent.
+    opened
+        Only a file that this process may open. False: no file is opened, and its server is not asked for its length,
+        which is then what the kernel last knew of, as its page faults do.
 
     Raises
     ------
     OSError
         `ETIMEDOUT`: it is. `EMFILE`, `ENFILE`, `ENOMEM`.
     """
-    attempt = crosstask.Attempt([], paths=[os.fsencode(path) for path in paths], inode=inode, device=device)
+    encoded = [os.fsencode(path) for path in paths]
+    attempt = crosstask.Attempt([], paths=encoded, inode=inode, device=device, opened=opened)
     try:
         error = _run(attempt, timeout)
         if error in (errno.ETIMEDOUT, errno.ENOMEM, *NO_DESCRIPTOR):

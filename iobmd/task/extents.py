@@ -106,22 +106,10 @@ class Files:
             return Origin.FILE
         if _is_leased(area):
             return None
-        # Children have another /proc/self.
-        root = f"/proc/{os.getpid()}" if self._is_own() else pidns.directory(self._pid)
         try:
-            mapped = f"{root}/map_files/{area.start:x}-{area.end:x}"
-            # Some file systems show another device in maps than stat(2) does (btrfs, overlayfs).
-            found = attempt.find([mapped], area.inode, 0, self._timeout)
-            if found:
-                return found
-            major, minor = (int(number, 16) for number in area.device.split(":"))
-            paths = list(_named(root, area))
-            return attempt.find(paths, area.inode, os.makedev(major, minor), self._timeout) if paths else None
+            return find_file(self._pid, area, self._timeout)
         except TimeoutError:
             return Origin.SILENT
-
-    def _is_own(self) -> bool:
-        return self._pid == os.getpid() and not pidns.is_foreign()
 
     def _fuse_devices(self) -> set[str]:
         if self._fuse is None:
@@ -132,6 +120,24 @@ class Files:
                         major, minor = map(int, mount.split(" ", 3)[2].split(":"))
                         self._fuse.add(f"{major:02x}:{minor:02x}")
         return self._fuse
+
+
+def find_file(pid: int, area: VMA, timeout: float, *, opened: bool = True) -> File | None:
+    """Return the file that an area of a task maps; None where it cannot be found, or, if `opened`, not be opened.
+
+    Raises OSError as `attempt.find`, whose parameters these are, and where the task is gone.
+    """
+    # Children have another /proc/self.
+    own = pid == os.getpid() and not pidns.is_foreign()
+    root = f"/proc/{pid}" if own else pidns.directory(pid)
+    mapped = f"{root}/map_files/{area.start:x}-{area.end:x}"
+    # Some file systems show another device in maps than stat(2) does (btrfs, overlayfs).
+    found = attempt.find([mapped], area.inode, 0, timeout, opened=opened)
+    if found:
+        return found
+    major, minor = (int(number, 16) for number in area.device.split(":"))
+    paths = list(_named(root, area))
+    return attempt.find(paths, area.inode, os.makedev(major, minor), timeout, opened=opened) if paths else None
 
 
 def _is_leased(area: VMA) -> bool:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import host, pidns, procfs
+from iobmd import host, procfs
 from iobmd.constants import IOReturn
+from iobmd.task import extents
 from iobmd.units import PAGE_SIZE, format_size, pages, round_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from iobmd.procfs import VMA
 
@@ -21,6 +22,7 @@ _IN_MEMORY = ("tmpfs", "ramfs", "hugetlbfs")
 _PRESENT, _SWAPPED, _GUARD = 63, 62, 58  # bits of a pagemap entry; guard regions: Linux 6.15
 _ENTRY = 8
 _CHUNK = 8192  # entries read at a time
+_PATIENCE = 1.0  # seconds for all files of a range to be found
 
 
 class Obstacle(NamedTuple):
@@ -64,12 +66,12 @@ def find(pid: int, start: int, end: int, *, write: bool = False, pin: bool = Fal
     -----
     Nothing is faulted in. It describes the memory as it is now, which may have changed since a call failed.
     """
-    place, unpinnable = start, None
+    place, unpinnable, lengths = start, None, _Lengths(pid)
     for area in procfs.areas(pid, start, end):
         if area.start > place:
             break
         stop = min(area.end, end)
-        if found := _unreachable(pid, area, place, stop, write=write):
+        if found := _unreachable(pid, area, place, stop, lengths, write=write):
             return found
         if pin and not unpinnable:  # what cannot even be reached comes first, wherever it lies
             unpinnable = _unpinnable(pid, area, place)
@@ -79,7 +81,9 @@ def find(pid: int, start: int, end: int, *, write: bool = False, pin: bool = Fal
     return Obstacle(place, IOReturn.kIOReturnVMError, "no memory is mapped there")
 
 
-def _unreachable(pid: int, area: VMA, place: int, stop: int, *, write: bool) -> Obstacle | None:
+def _unreachable(
+    pid: int, area: VMA, place: int, stop: int, lengths: _Lengths, *, write: bool
+) -> Obstacle | None:
     for wanted, letter, name in ((True, "r", "read"), (write, "w", "write")):
         if wanted and letter not in area.perms:
             why = f"it lies in a mapping without {name} permission, {area}"
@@ -93,7 +97,7 @@ def _unreachable(pid: int, area: VMA, place: int, stop: int, *, write: bool) -> 
         why = f"it is a mapping of a device, which has no pages that could be pinned or copied, {area}"
         return Obstacle(place, IOReturn.kIOReturnUnsupported, why)
     page = details.counters.get("KernelPageSize", PAGE_SIZE) if details else PAGE_SIZE
-    found = [_past_the_end(pid, area, place, stop, page), _guarded(pid, area, place, stop)]
+    found = [_past_the_end(lengths, area, place, stop, page), _guarded(pid, area, place, stop)]
     if "ht" in flags:
         found.append(_pool_exhausted(pid, area, place, stop, page, reserved="nr" not in flags))
     return min((one for one in found if one), key=lambda one: one.address, default=None)
@@ -125,43 +129,37 @@ def _same_device(told: str, major: int, minor: int) -> bool:
     return told != "" and [int(number, 16) for number in told.split(":")] == [major, minor]
 
 
-def _past_the_end(pid: int, area: VMA, place: int, stop: int, page: int) -> Obstacle | None:
-    found = _file_of(pid, area)
-    if found is None:
+class _Lengths:
+    """The lengths of the files that a task maps, as far as they can be determined soon.
+
+    A path to a file may lead through a directory whose server never answers (FUSE).
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._until = time.monotonic() + _PATIENCE
+
+    def find(self, area: VMA) -> int | None:
+        """Return the length of the regular file that an area maps; None: there is none, or it cannot be found."""
+        left = self._until - time.monotonic()
+        if not area.inode or left <= 0:
+            return None
+        with contextlib.suppress(OSError):
+            if found := extents.find_file(self._pid, area, left, opened=False):
+                return found.length
+        return None
+
+
+def _past_the_end(lengths: _Lengths, area: VMA, place: int, stop: int, page: int) -> Obstacle | None:
+    length = lengths.find(area)
+    if length is None:
         return None
     # The rest of the file's last page can be accessed.
-    end = area.start + round_up(found.st_size, page) - area.offset
+    end = area.start + round_up(length, page) - area.offset
     if end >= stop:
         return None
-    why = f"it lies past the end of its file, of {found.st_size} bytes, {area}"
+    why = f"it lies past the end of its file, of {length} bytes, {area}"
     return Obstacle(max(place, end), IOReturn.kIOReturnVMError, why)
-
-
-def _file_of(pid: int, area: VMA) -> os.stat_result | None:
-    """Return the status of the regular file that an area maps; None where there is none, or it cannot be found.
-
-    By map_files, which takes CAP_CHECKPOINT_RESTORE, or else by its name or a descriptor that the task has of it.
-    """
-    if not area.inode:
-        return None
-    for path in _paths(pid, area):
-        with contextlib.suppress(OSError):
-            found = os.stat(path)
-            same = found.st_ino == area.inode and stat.S_ISREG(found.st_mode)
-            if same and (
-                "map_files" in path or _same_device(area.device, os.major(found.st_dev), os.minor(found.st_dev))
-            ):
-                return found
-    return None
-
-
-def _paths(pid: int, area: VMA) -> Iterator[str]:
-    yield f"{pidns.directory(pid)}/map_files/{area.start:x}-{area.end:x}"  # threads have none
-    yield procfs.memory_file(pid, f"root{area.name}")
-    descriptors = procfs.memory_file(pid, "fd")
-    with contextlib.suppress(OSError):
-        for name in os.listdir(descriptors):
-            yield f"{descriptors}/{name}"
 
 
 def _guarded(pid: int, area: VMA, place: int, stop: int) -> Obstacle | None:

@@ -141,7 +141,7 @@ def test_plausible_numbers(description: Any, kinds: list[str], user: int, wired:
         assert 0 < capacity <= sum(size for _offset, size in extents)
         assert length <= capacity
         assert kinds[0] not in ("unsealed memfd", "temporary file") or user in (0, os.geteuid())
-        assert options & SHARED
+        assert not options & PURGEABLE or options & PAGEABLE
 
 
 @st.composite
