@@ -286,6 +286,8 @@ def _check_memory(fd: int, *, trusted: bool) -> None:
         raise ValueError("its sender is another user, who could truncate it: it is no memfd")
     if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR or not stat.S_ISREG(os.fstat(fd).st_mode):
         raise ValueError("its descriptor may not be written to")  # and reopening it would ignore that
+    if seal := shmem.read_only_seal(fd):
+        raise ValueError(f"its memory is sealed against writing ({seal})")
     if not trusted and (why := shmem.why_unsafe(fd)):
         raise ValueError(f"its sender is another user, who could {why}")
 

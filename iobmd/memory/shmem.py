@@ -7,6 +7,7 @@ host's own settings keep memfds in small pages), and hugetlb pages. Whoever maps
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import os
@@ -21,7 +22,7 @@ from iobmd.host import limits
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 NAME = "iobmd"
 """Of objects, as /proc/PID/maps shows them, where no tag says more."""
@@ -29,6 +30,7 @@ NAME = "iobmd"
 # linux/fcntl.h: without them a process that has the descriptor could cut the memory away under the others, or, by
 # F_SEAL_FUTURE_WRITE, keep its owner from mapping it again.
 _F_ADD_SEALS, _F_GET_SEALS, _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 1034, 0x1, 0x2, 0x4
+_READ_ONLY = {0x8: "F_SEAL_WRITE", 0x10: "F_SEAL_FUTURE_WRITE"}
 
 
 class Extent(NamedTuple):
@@ -142,7 +144,8 @@ def show(stretches: Sequence[Stretch], at: int = 0, *, writable: bool = True, gu
     ------
     IOReturnError
         `kIOReturnNoResources`: something is mapped at `at`. `kIOReturnNoMemory`: no address space.
-        `kIOReturnUnsupported`: large pages at a place that is none of theirs.
+        `kIOReturnUnsupported`: large pages at a place that is none of theirs. `kIOReturnNotPermitted`: another
+        process has sealed an object against writing.
     """
     alignment, size = alignment_of(stretches), sum(stretch.length for stretch in stretches)
     with _numbered(stretches) as pieces:
@@ -152,7 +155,8 @@ def show(stretches: Sequence[Stretch], at: int = 0, *, writable: bool = True, gu
             message = f"{at:#x} to {at + size:#x} is not free: something is mapped there"
             raise IOReturnError(IOReturn.kIOReturnNoResources, message, error.errno or 0) from None
         except OSError as error:
-            raise limits.from_oserror(error, f"cannot map {format_size(size)}", size) from None
+            sealed = writable and sealed_against_writing(number for number, _offset, _length in pieces)
+            raise sealed or limits.from_oserror(error, f"cannot map {format_size(size)}", size) from None
 
 
 def show_in(mapping: Mapping, stretches: Sequence[Stretch]) -> None:
@@ -162,7 +166,8 @@ def show_in(mapping: Mapping, stretches: Sequence[Stretch]) -> None:
         try:
             mapping.redirect(pieces)
         except OSError as error:
-            raise limits.from_oserror(error, "cannot redirect a mapping") from None
+            sealed = mapping.writable and sealed_against_writing(number for number, _offset, _length in pieces)
+            raise sealed or limits.from_oserror(error, "cannot redirect a mapping") from None
 
 
 @contextlib.contextmanager
@@ -222,6 +227,24 @@ def why_unsafe(fd: int) -> str:
         # A page whose hole was punched comes from the pool again; when that is empty, the access is a SIGBUS.
         return "free its hugetlb pages while they are in use"
     return "" if (seals(fd) or 0) & _F_SEAL_SHRINK else "truncate it, because its size is not sealed"
+
+
+def read_only_seal(fd: int) -> str:
+    """Return the name of the seal that keeps a file from being mapped for writing and from being written to; ""."""
+    found = seals(fd) or 0
+    return next((name for seal, name in _READ_ONLY.items() if found & seal), "")
+
+
+def sealed_against_writing(fds: Iterable[int]) -> IOReturnError | None:
+    """Return the error for memory in one of some files that is sealed against writing; None if none of them is."""
+    seal = next(filter(None, map(read_only_seal, fds)), "")
+    if not seal:
+        return None
+    message = (
+        f"the memory can no longer be mapped for writing, nor be purged: another process has sealed it ({seal}), "
+        "which cannot be undone; map it with kIOMapReadOnly, or make a copy"
+    )
+    return IOReturnError(IOReturn.kIOReturnNotPermitted, message, errno.EPERM)
 
 
 def seals(fd: int) -> int | None:

@@ -136,7 +136,8 @@ class SharedState:
             if isinstance(error, IOReturnError):
                 raise
             message = f"cannot change the state of shared memory: {error}"
-            raise IOReturnError(IOReturn.kIOReturnError, message, error.errno or 0) from None
+            sealed = shmem.sealed_against_writing([self._fd])
+            raise sealed or IOReturnError(IOReturn.kIOReturnError, message, error.errno or 0) from None
         finally:
             # Python runs signal handlers at the start of a function of Python and after a call of C. With arguments
             # made before, this one call cannot be interrupted: _set_lock could, and left the others locked out.

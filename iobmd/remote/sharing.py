@@ -285,12 +285,18 @@ def is_trusted(task: Task) -> bool:
 
 
 def _require_safe(task: Task, objects: set[Fd], *, writable: bool) -> None:
-    """Raise kIOReturnNotPermitted if a task that is not trusted could have this process end by SIGBUS."""
-    if not writable or is_trusted(task):  # what is sent for reading can be neither truncated nor punched
+    """Raise kIOReturnNotPermitted if a task that is not trusted could have this process end by SIGBUS.
+
+    And for memory that another process has sealed against writing.
+    """
+    if not writable:  # what is sent for reading can be neither truncated nor punched
         return
+    trusted = is_trusted(task)
     for fd in objects:
         with fd.use() as number:
-            why = shmem.why_unsafe(number)
+            if sealed := shmem.sealed_against_writing([number]):
+                raise sealed
+            why = "" if trusted else shmem.why_unsafe(number)
         if why:
             message = (
                 f"this memory is not mapped in task {task.pid}, which is another user's and could {why}: allocate it "

@@ -15,7 +15,7 @@ from iobmd.units import PAGE_SIZE, format_size, pages, round_up
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from iobmd.procfs import VMA
+    from iobmd.procfs import VMA, Details
 
 _DEVICE_FLAGS = frozenset({"io", "pf"})  # VM_IO, VM_PFNMAP: no page that can be pinned or copied
 _IN_MEMORY = ("tmpfs", "ramfs", "hugetlbfs")
@@ -91,7 +91,7 @@ def _unreachable(
     if area.name.startswith("/secretmem"):
         why = f"it is memory of memfd_secret(2), which no system call and no device can reach, {area}"
         return Obstacle(place, IOReturn.kIOReturnUnsupported, why)
-    details = next((one for one in procfs.details(pid) if one.area.end > area.start), None)
+    details = _details(pid, area)
     flags = details.flags if details else frozenset()
     if flags & _DEVICE_FLAGS:
         why = f"it is a mapping of a device, which has no pages that could be pinned or copied, {area}"
@@ -103,11 +103,19 @@ def _unreachable(
     return min((one for one in found if one), key=lambda one: one.address, default=None)
 
 
+def _details(pid: int, area: VMA) -> Details | None:
+    return next((one for one in procfs.details(pid) if one.area.end > area.start), None)
+
+
 def _unpinnable(pid: int, area: VMA, place: int) -> Obstacle | None:
     """Return why io_uring does not pin accessible memory: it pins for writing (FOLL_WRITE | FOLL_LONGTERM)."""
     copy = "make a copy (IOBufferMemoryDescriptor.withCopy)"
     if "w" not in area.perms:
         why = f"it may not be written to, and io_uring pins only what may, {area}"
+        details = _details(pid, area)
+        if details and "mw" not in details.flags:  # VM_MAYWRITE
+            why += ", whose file was opened for reading only or is sealed against writing"
+            return Obstacle(place, IOReturn.kIOReturnCannotWire, why, copy)
         return Obstacle(place, IOReturn.kIOReturnCannotWire, why, f"{copy}, or allow writing (mprotect)")
     if "s" in area.perms and _is_on_disk(pid, area):
         why = f"it is a shared mapping of a file, whose pages have to be written back and are not pinned, {area}"

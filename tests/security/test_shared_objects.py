@@ -6,23 +6,27 @@ import json
 import os
 import socket
 import struct
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 from support.child import NOBODY, in_child
 from support.kernel import PAGE
+from support.targets import Target, need_ptrace
 
 import iobmd
 from iobmd import IOPurgeable, IOReturn, IOReturnError, host
+from iobmd.errors import BadArgumentError, NotPermittedError
 from iobmd.physical import hugetlb
 
 MIB = 1 << 20
 F_ADD_SEALS, F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_WRITE, F_SEAL_FUTURE_WRITE = 1033, 0x2, 0x4, 0x8, 0x10
 SHARED_PAGEABLE_PURGEABLE, SCM_CREDENTIALS = 0x10060, 2
+UNIQUE, READ_ONLY = 0x04000000, 0x1000
 KEEP, NON_VOLATILE, VOLATILE, EMPTY = (
     IOPurgeable.kIOMemoryPurgeableKeepCurrent,
     IOPurgeable.kIOMemoryPurgeableNonVolatile,
@@ -59,7 +63,7 @@ def attached(fd: int, size: int) -> Iterator[iobmd.IOBufferMemoryDescriptor]:
 
 @contextlib.contextmanager
 def memfd(size: int) -> Iterator[int]:
-    fd = os.memfd_create("peer")
+    fd = os.memfd_create("peer", os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, size)
     yield fd
     os.close(fd)
@@ -90,6 +94,64 @@ def test_a_recipient_cannot_seal_contiguous_memory() -> None:
                 os.ftruncate(fd, 0)
 
     in_child(check, uid=NOBODY)
+
+
+@pytest.mark.parametrize("seal", [F_SEAL_FUTURE_WRITE, F_SEAL_WRITE])
+def test_memory_that_its_sender_has_sealed_is_refused(seal: int) -> None:
+    with (
+        memfd(2 * PAGE) as fd,
+        pytest.raises(BadArgumentError, match="sealed against writing .F_SEAL_"),
+        contextlib.ExitStack() as stack,
+    ):
+        fcntl.fcntl(fd, F_ADD_SEALS, seal)
+        stack.enter_context(attached(fd, PAGE))
+
+
+def test_a_peer_that_seals_what_was_attached() -> None:
+    """Each later mapping fails by the seal's name, and the memory stays as it was: volatile, mapped, with its bytes."""
+    size = 4 * PAGE
+    with (
+        memfd(size + PAGE) as fd,
+        attached(fd, size) as buffer,
+        iobmd.allocate(size, wired=False, shared=True) as other,
+        other.map(UNIQUE) as window,
+    ):
+        buffer.writeBytes(0, b"theirs")
+        other.writeBytes(0, b"ours")
+        buffer.setPurgeable(VOLATILE)
+        before = os.pread(fd, size + PAGE, 0)
+        fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_FUTURE_WRITE)
+        actions: list[Callable[[], object]] = [
+            lambda: buffer.map(UNIQUE), lambda: window.redirect(buffer, 0), lambda: iobmd.share(buffer).attach(),
+            lambda: buffer.setPurgeable(NON_VOLATILE), lambda: buffer.setPurgeable(EMPTY),
+        ]  # fmt: skip
+        for action in actions:
+            with pytest.raises(NotPermittedError, match="F_SEAL_FUTURE_WRITE"):
+                action()
+        iobmd.purge()
+        with memoryview(window) as view:
+            assert view[:4] == b"ours"
+        with buffer.map(UNIQUE | READ_ONLY) as mapped, memoryview(mapped) as view:
+            assert view[:6] == b"theirs"
+        assert os.pread(fd, size + PAGE, 0) == before
+
+
+@pytest.mark.needs("root")
+def test_sealed_memory_is_not_mapped_in_a_target() -> None:
+    """The error named a security module."""
+    need_ptrace()
+    with (
+        memfd(5 * PAGE) as fd,
+        attached(fd, 4 * PAGE) as buffer,
+        Target([sys.executable, "-c", "print('ready', flush=True); input()"]) as target,
+    ):
+        fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_FUTURE_WRITE)
+        areas = Path(f"/proc/{target.pid}/maps").read_text()
+        with pytest.raises(NotPermittedError, match="F_SEAL_FUTURE_WRITE"):
+            buffer.createMappingInTask(target.pid, 0, 1)
+        assert Path(f"/proc/{target.pid}/maps").read_text() == areas
+        with buffer.createMappingInTask(target.pid, 0, 1 | READ_ONLY) as mapped:
+            assert iobmd.Task(target.pid).read(mapped.getAddress(), PAGE) == bytes(PAGE)
 
 
 @pytest.mark.parametrize("word", [*range(0x20), (1 << 64) - 1, 0xFFF0, 1 << 63])
