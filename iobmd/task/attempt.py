@@ -79,9 +79,7 @@ def _named(file: File) -> crosstask.Named:
     return {"paths": [os.fsencode(file.path)], "inode": file.inode, "device": file.device}
 
 
-def find(
-    paths: Sequence[str], inode: int, device: int, timeout: float, *, opened: bool = True
-) -> File | None:
+def find(paths: Sequence[str], inode: int, device: int, timeout: float, *, opened: bool = True) -> File | None:
     """Return the first of some paths that leads to a regular file; None if no path does, or no child can be made.
 
     Parameters

@@ -81,9 +81,7 @@ def find(pid: int, start: int, end: int, *, write: bool = False, pin: bool = Fal
     return Obstacle(place, IOReturn.kIOReturnVMError, "no memory is mapped there")
 
 
-def _unreachable(
-    pid: int, area: VMA, place: int, stop: int, lengths: _Lengths, *, write: bool
-) -> Obstacle | None:
+def _unreachable(pid: int, area: VMA, place: int, stop: int, lengths: _Lengths, *, write: bool) -> Obstacle | None:
     for wanted, letter, name in ((True, "r", "read"), (write, "w", "write")):
         if wanted and letter not in area.perms:
             why = f"it lies in a mapping without {name} permission, {area}"

@@ -100,7 +100,7 @@ def test_a_recipient_cannot_seal_contiguous_memory() -> None:
 def test_memory_that_its_sender_has_sealed_is_refused(seal: int) -> None:
     with (
         memfd(2 * PAGE) as fd,
-        pytest.raises(BadArgumentError, match="sealed against writing .F_SEAL_"),
+        pytest.raises(BadArgumentError, match="sealed against writing"),
         contextlib.ExitStack() as stack,
     ):
         fcntl.fcntl(fd, F_ADD_SEALS, seal)
@@ -108,7 +108,7 @@ def test_memory_that_its_sender_has_sealed_is_refused(seal: int) -> None:
 
 
 def test_a_peer_that_seals_what_was_attached() -> None:
-    """Each later mapping fails by the seal's name, and the memory stays as it was: volatile, mapped, with its bytes."""
+    """Each later mapping fails by the seal's name, and the memory stays as it was: volatile, with its bytes."""
     size = 4 * PAGE
     with (
         memfd(size + PAGE) as fd,
