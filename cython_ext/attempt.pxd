@@ -124,7 +124,7 @@ cdef extern from * nogil:
                (!job->device || makedev(found->stx_dev_major, found->stx_dev_minor) == job->device);
     }
 
-    /* Open a path if it leads to the file, or only hold it (O_PATH) if it is to be found only; returns the descriptor,
+    /* Open a path if it leads to the file, or only hold it (O_PATH) if it is to be found only; returns a descriptor,
        or an error number below 0. No device is opened, which would notice it, and no time of access is changed where
        that can be avoided. */
     static long iobmd_attempt_try(struct iobmd_attempt *job, const char *path)
