@@ -31,7 +31,7 @@ PATTERNS = {
     "what-clause": Pattern(
         r"\b(?:what|which) (?:is|are|was|were|has|had)"
         r" (?:there|made|left|had|told|kept|known|taken|given|meant|asked)\b",
-        55,
+        75,
         "the noun: existing memory, its dependents, the report",
     ),
     "tell": Pattern(r"\b(?:tells?|told|telling)\b", 145, "report, show, return, record"),
@@ -57,13 +57,13 @@ PATTERNS = {
         r"\blet(?:s|ting)? (?:\w+ )?go\b|\bg(?:ive|ives|ave|iven|iving) (?:\w+ )?(?:back|away)\b"
         r"|\btak(?:e|es|en|ing) away\b"
         r"|\bknow(?:s|n)? (?:of|again)\b|\blook(?:s|ed|ing)? (?:at|whether|again|there)\b",
-        160,
+        180,
         "allocate, release, retain, register, map, inspect, unblock",
     ),
     "archaism": Pattern(
         r"\bmeanwhile\b|\bat the most\b|\bbehind (?:each |one an)other\b|\banew\b|\bin vain\b|\bbeside\b"
         r"|\bstrewn\b|\bat last\b|\bwherefore\b|\bElse\b (?!if\b)|\bno more\b|\bdoes without\b|\bof itself\b",
-        148,
+        170,
         "concurrently, at most, contiguous (consecutive), again, next to, in addition to, otherwise",
     ),
 }  # fmt: skip
