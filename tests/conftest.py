@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import iobmd.tools  # adds its commands to those of iobmd.cli
 import pytest
 from support import guard, inherited, requirements, zoo
 from support.kernel import Footprint

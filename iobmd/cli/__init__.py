@@ -10,16 +10,16 @@ from iobmd.cli.printable import printable
 from iobmd.errors import IOReturnError
 
 COMMANDS = {
-    "demo": ("iobmd.cli.demo", "copy memory out of another process into wired buffers, and prove it"),
+    "demo": ("iobmd.cli.demo.command", "copy memory out of another process into wired buffers, and prove it"),
     "copy": ("iobmd.cli.copy", "copy a range of a process's memory to a file"),
     "share": ("iobmd.cli.share", "map memory into another process, and hold it there"),
     "alloc": ("iobmd.cli.alloc", "allocate wired, contiguous or low memory, and show where it lies"),
-    "pagemap": ("iobmd.tools.pagemap", "show where a process's memory lies: frames, huge pages, swap, locks"),
     "doctor": ("iobmd.cli.doctor", "show what this host can do, and how to turn on what it cannot"),
-    "bench": ("iobmd.tools.bench", "measure iobmd against the bare kernel calls"),
-    "soak": ("iobmd.tools.soak", "use everything at once for a while, and check each event against the kernel"),
 }
-"""Subcommands: the module that runs each, by name (some live above this package), and its summary."""
+"""Subcommands: the name of the module that runs each, and its summary.
+
+`iobmd.tools` adds its own when it is imported.
+"""
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from iobmd.api import allocate
 from iobmd.cli import EXIT_OK
 from iobmd.cli.arguments import duration, size
-from iobmd.cli.ending import terminable
+from iobmd.cli.signals import terminable
 from iobmd.constants import IOMapOptions
 from iobmd.errors import NotPrivilegedError, NotReadyError
 from iobmd.task.task import Task

@@ -177,6 +177,7 @@ def many() -> Iterator[int]:
 
 PEAK = """
 import sys
+import iobmd.tools
 from iobmd import procfs
 from iobmd.cli import main
 code = main(sys.argv[1:])

@@ -15,7 +15,7 @@ from support.moving import frames
 import iobmd
 from iobmd import IOReturn, IOReturnError, Wiring, pagemap
 from iobmd._native import memory
-from iobmd.cli.strewn import Strewn, collapse, compact
+from iobmd.cli.demo.compaction import Strewn, collapse, compact
 from iobmd.memory import pinning
 
 MIB = 1 << 20

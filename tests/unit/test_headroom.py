@@ -210,7 +210,7 @@ def test_limits_of_version_1(tmp_path: Path, proc: Callable[..., None], host_swa
 
 
 def test_hugetlb_pools(tmp_path: Path, proc: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = headroom.host.HugePool(2 * MIB, total=10, free=8, reserved=3, surplus=0, overcommit=0)
+    pool = headroom.pages.HugePool(2 * MIB, total=10, free=8, reserved=3, surplus=0, overcommit=0)
     monkeypatch.setattr(headroom.pages, "hugetlb_pools", lambda: [pool])
     proc(("/", "u", V2), member="0::/a")
     group(tmp_path / "u/a", hugetlb__2MB__max="max", hugetlb__2MB__current=0)

@@ -11,8 +11,8 @@ import iobmd
 
 PACKAGE = Path(iobmd.__file__).parent
 FLOORS = [
-    {"tools"},
     {"__main__"},
+    {"tools"},
     {"cli"},
     {"__init__"},
     {"cache"},
@@ -51,8 +51,14 @@ def floor(room: str) -> int:
     return next(number for number, names in enumerate(FLOORS) if room in names)
 
 
+def is_module(text: str) -> bool:
+    """Whether a string is the name of a module of iobmd, for importlib or `python -m` to load."""
+    place = PACKAGE.joinpath(*text.split(".")[1:])
+    return text.startswith("iobmd.") and (place.is_dir() or place.with_suffix(".py").exists())
+
+
 def imported(path: Path) -> set[str]:
-    """The modules of iobmd that a file imports, at the top or inside of functions."""
+    """The modules of iobmd that a file imports, at the top or inside of functions, or names in a string."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "iobmd":
@@ -61,6 +67,8 @@ def imported(path: Path) -> set[str]:
             names.add(node.module)
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and is_module(node.value):
+            names.add(node.value)
     found = {name.split(".")[1] for name in names if name.startswith("iobmd.")}
     return {room if any(room in names for names in FLOORS) else "__init__" for room in found}
 

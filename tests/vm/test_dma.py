@@ -9,7 +9,7 @@ from support.moving import frames
 from support.proof import PAGE, Proof
 
 import iobmd
-from iobmd.cli.strewn import compact
+from iobmd.cli.demo.compaction import compact
 
 pytestmark = pytest.mark.needs("edu")
 MIB = 1 << 20

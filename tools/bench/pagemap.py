@@ -92,6 +92,7 @@ def _worst(target: Target, scan: Callable[[], object]) -> float:
 
 _PEAK = """
 import sys
+import iobmd.tools
 from iobmd import procfs
 from iobmd.cli import main
 main(sys.argv[1:])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from iobmd._native import floors, memory
 from iobmd._native.mapping import Mapping
 from iobmd.api import allocate, copy
-from iobmd.cli.client import Client
+from iobmd.cli.demo.client import Client
 from iobmd.remote import session
 from iobmd.task.task import Task
 from iobmd.units import HUGE_PAGE_SIZE, format_size

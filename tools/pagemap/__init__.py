@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from iobmd.cli import EXIT_OK
-from iobmd.cli.ending import terminable
+from iobmd.cli.signals import terminable
 
 from .arguments import parse
 

@@ -14,7 +14,7 @@ def main(argv: Sequence[str]) -> int:
     import json  # noqa: PLC0415
 
     from iobmd.cli import EXIT_FAILED, EXIT_OK  # noqa: PLC0415
-    from iobmd.cli.ending import terminable  # noqa: PLC0415
+    from iobmd.cli.signals import terminable  # noqa: PLC0415
 
     from . import options, report, supervisor  # noqa: PLC0415
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from iobmd.cli import EXIT_INTERRUPTED
-from iobmd.cli.ending import terminable
+from iobmd.cli.signals import terminable
 
 from . import kernels, machine, runs, shell, table
 from .profiles import ALONE, CI, FULL, PROFILES, profile

@@ -1,7 +1,7 @@
 """A process with known random data in several kinds of memory: what the demonstration and benchmarks copy from.
 
-`python -m iobmd.cli.client KIND=SIZE …` fills the memory, prints one JSON line a kind, and waits until its standard
-input is closed. `Client` starts it and reads the lines.
+`python -m iobmd.cli.demo.client KIND=SIZE …` fills the memory, prints one JSON line a kind, and waits until its
+standard input is closed. `Client` starts it and reads the lines.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Client:
     """The process, in a `with`: `pid`, and `pieces` by kind. A kind that the host cannot give is missing."""
 
     def __init__(self, **sizes: int) -> None:
-        command = python("-m", "iobmd.cli.client", *(f"{kind}={size}" for kind, size in sizes.items()))
+        command = python("-m", "iobmd.cli.demo.client", *(f"{kind}={size}" for kind, size in sizes.items()))
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.pid = self._process.pid
         assert self._process.stdout

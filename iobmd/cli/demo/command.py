@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import host, pagemap, procfs
 from iobmd.api import allocate, copy
-from iobmd.cli import EXIT_FAILED, EXIT_OK, elsewhere, purging, table
+from iobmd.cli import EXIT_FAILED, EXIT_OK, table
 from iobmd.cli.arguments import size
-from iobmd.cli.client import GUARDED_PAGE, Client, Piece
-from iobmd.cli.strewn import Strewn, collapse, compact, frames
+from iobmd.cli.demo import purgeable, remote
+from iobmd.cli.demo.client import GUARDED_PAGE, Client, Piece
+from iobmd.cli.demo.compaction import Strewn, collapse, compact, frames
 from iobmd.constants import IOOptionBits
 from iobmd.errors import IOReturnError
 from iobmd.memory.mlock import Wiring
@@ -70,25 +71,25 @@ def main(argv: Sequence[str]) -> int:
         rows.append(_copy(task, client.pieces["anonymous"], PAGEABLE))
         contiguous = _copy_contiguous(task, client.pieces["THP"])
         refusal = _fail(task, guarded)
-        remote = elsewhere.demonstrate(task, client.pieces["anonymous"])
+        allocated = remote.demonstrate(task, client.pieces["anonymous"])
     rows += [contiguous] if isinstance(contiguous, Row) else []
     compaction = _compact(arguments.control, min(big, 16 << 20))
     still = not compaction or compaction["pinned"] + compaction["collapse_pinned"] == 0
-    purged = purging.demonstrate(min(big, 16 << 20))
-    passed = all(row.equal for row in rows) and refusal is not None and still and purging.truthful(purged)
-    passed = passed and elsewhere.truthful(remote)
+    purged = purgeable.demonstrate(min(big, 16 << 20))
+    passed = all(row.equal for row in rows) and refusal is not None and still and purgeable.truthful(purged)
+    passed = passed and remote.truthful(allocated)
     if arguments.json:
         document = {"version": 1, "pid": task.pid, "copies": [row._asdict() for row in rows], "refusal": refusal}
         document |= {"contiguous": getattr(contiguous, "size", contiguous), "compaction": compaction}
-        document |= {"purgeable": purged, "remote": remote}
+        document |= {"purgeable": purged, "remote": allocated}
         print(json.dumps(document | {"passed": passed}, indent=2))
     else:
         _show(task, rows, refusal)
         if isinstance(contiguous, str):
             print(f"\nNo contiguous copy: {contiguous}")
         _show_compaction(compaction)
-        purging.show(purged)
-        elsewhere.show(remote)
+        purgeable.show(purged)
+        remote.show(allocated)
     return EXIT_OK if passed else EXIT_FAILED
 
 

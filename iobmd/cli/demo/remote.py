@@ -11,7 +11,7 @@ from iobmd.errors import IOReturnError
 from iobmd.units import format_size
 
 if TYPE_CHECKING:
-    from iobmd.cli.client import Piece
+    from iobmd.cli.demo.client import Piece
     from iobmd.task.task import Task
 
 _SIZE = 64 << 10

@@ -1,0 +1,1 @@
+"""The parts of `iobmd demo`, and the process whose memory it copies."""
