@@ -8,11 +8,11 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, TextIO
 
-from iobmd import pidns
+from iobmd._internal import pidns
+from iobmd._internal.pidns import directory
 from iobmd._native import maps as native
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.pidns import directory
 
 HUGE = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Private_Hugetlb", "Shared_Hugetlb")
 """Counters of smaps of what huge pages map in the page tables: a PMD, or a page of hugetlb."""

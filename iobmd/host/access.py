@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from iobmd import pidns
+from iobmd._internal import pidns
 from iobmd._native import crosstask, pagemap
 from iobmd.host.fact import JSON, Fact, Status, has_seccomp_filter, lines, read_int, read_text, scratch
 from iobmd.host.privilege import capability_remedy, has_capability

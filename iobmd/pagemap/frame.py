@@ -5,7 +5,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Self
 
-from iobmd import host, pidns, procfs
+from iobmd import host, procfs
+from iobmd._internal import pidns
 from iobmd._native import frames as native
 from iobmd.constants import IOReturn
 from iobmd.errors import BusyError, IOReturnError, NotFoundError, NotPermittedError, UnsupportedError

@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from iobmd import pidns, procfs
+from iobmd import procfs
+from iobmd._internal import pidns
 from iobmd.remote import threads
 
 if TYPE_CHECKING:

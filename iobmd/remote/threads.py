@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import pidns, procfs
+from iobmd import procfs
+from iobmd._internal import pidns
 from iobmd.errors import NO_DESCRIPTOR
 from iobmd.task import diagnosis
 

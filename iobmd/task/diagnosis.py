@@ -6,7 +6,8 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
-from iobmd import host, pidns, procfs
+from iobmd import host, procfs
+from iobmd._internal import pidns
 from iobmd.constants import IOReturn
 from iobmd.errors import NO_DESCRIPTOR, IOReturnError
 from iobmd.host import limits

@@ -12,7 +12,8 @@ import enum
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import pidns, procfs
+from iobmd import procfs
+from iobmd._internal import pidns
 from iobmd._native import crosstask
 from iobmd.errors import NO_DESCRIPTOR, IOReturnError
 from iobmd.host import headroom

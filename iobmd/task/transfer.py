@@ -20,8 +20,8 @@ import os
 from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import pidns, procfs
-from iobmd._internal import chunked
+from iobmd import procfs
+from iobmd._internal import chunked, pidns
 from iobmd._native import crosstask, memory
 from iobmd.host import headroom
 from iobmd.task import attempt, extents

@@ -20,7 +20,8 @@ from support.child import NOBODY, in_child, sleeping
 from support.namespaces import Other, in_namespaces, mount_proc, unmount_proc
 
 import iobmd
-from iobmd import IOMemoryDescriptor, IOReturnError, Task, Wiring, cli, host, kernel_task, pagemap, pidns, procfs
+from iobmd import IOMemoryDescriptor, IOReturnError, Task, Wiring, cli, host, kernel_task, pagemap, procfs
+from iobmd._internal import pidns
 from iobmd.cli import doctor as _doctor  # noqa: F401 (before a test takes the interpreter's files out of reach)
 from iobmd.units import PAGE_SIZE
 

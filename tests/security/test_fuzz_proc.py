@@ -13,7 +13,8 @@ import pytest
 from hypothesis import strategies as st
 from support.fuzzing import fuzzed, mutated
 
-from iobmd import pidns, procfs
+from iobmd import procfs
+from iobmd._internal import pidns
 from iobmd._native import maps as native
 from iobmd.host import access, cgroup, fact, pages
 from iobmd.remote import gadget, restart, threads

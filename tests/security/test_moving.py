@@ -12,7 +12,8 @@ import pytest
 from support import kernel
 from support.climbing import Climbing
 
-from iobmd import IOReturn, IOReturnError, pagemap, pidns, procfs
+from iobmd import IOReturn, IOReturnError, pagemap, procfs
+from iobmd._internal import pidns
 from iobmd.cli import main
 from iobmd.pagemap.reader import Reader
 
