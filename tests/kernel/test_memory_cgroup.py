@@ -13,12 +13,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from iobmd.blocks import TransparentBlocks
+from iobmd.fileblocks import FileBlocks
 from support.child import in_child
 
 import iobmd
 from iobmd import IODMACommand, IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError
-from iobmd.blocks import TransparentBlocks
-from iobmd.fileblocks import FileBlocks
 from iobmd.host import cgroup
 
 if TYPE_CHECKING:
