@@ -13,13 +13,13 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from iobmd.blocks import TransparentBlocks
-from iobmd.fileblocks import FileBlocks
 from support.child import in_child
 
 import iobmd
 from iobmd import IODMACommand, IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError
 from iobmd.host import cgroup
+from iobmd.physical.shmem_pages import FileBlocks
+from iobmd.physical.thp import TransparentBlocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
