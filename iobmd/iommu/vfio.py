@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 from typing import NamedTuple
 
+from iobmd._internal.process_local import Fd
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.host import limits
@@ -77,13 +78,16 @@ class Container:
     def __init__(self, device: Device) -> None:
         group = device.group()
         self._container = _open(_CONTAINER, "load it: modprobe vfio_iommu_type1 vfio-pci")
-        self._group = self._device = -1
+        self._group: Fd | None = None
+        self._device: Fd | None = None
         try:
             self._group = _open(f"/dev/vfio/{group}", f"give it to VFIO, as root: {device.bind_commands()}")
-            self._require_viable(device, group)
-            fcntl.ioctl(self._group, _SET_CONTAINER, struct.pack("=i", self._container))
-            fcntl.ioctl(self._container, _SET_IOMMU, _TYPE1V2)
-            self._device = fcntl.ioctl(self._group, _DEVICE, bytearray(device.name.encode() + b"\0"))
+            self._require_viable(device, group, self._group)
+            with self._container.use() as container:
+                _control(self._group, _SET_CONTAINER, struct.pack("=i", container))
+            _control(self._container, _SET_IOMMU, _TYPE1V2)
+            number = _control(self._group, _DEVICE, bytearray(device.name.encode() + b"\0"))
+            self._device = Fd(number, f"VFIO's descriptor of {device.name}")
         except OSError as error:
             self.close()
             raise error if isinstance(error, IOReturnError) else _not_attached(device, error) from None
@@ -94,11 +98,13 @@ class Container:
     @property
     def device(self) -> int:
         """The descriptor of the device, for its regions (VFIO_DEVICE_GET_REGION_INFO, mmap)."""
-        return self._device
+        assert self._device  # it is there once this has been constructed
+        return self._device.fileno()
 
-    def _require_viable(self, device: Device, group: str) -> None:
+    @staticmethod
+    def _require_viable(device: Device, group: str, descriptor: Fd) -> None:
         status = bytearray(struct.pack("=II", 8, 0))
-        fcntl.ioctl(self._group, _GROUP_STATUS, status)
+        _control(descriptor, _GROUP_STATUS, status)
         if struct.unpack("=II", status)[1] & _VIABLE:
             return
         members = sorted(path.name for path in Path(f"/sys/kernel/iommu_groups/{group}/devices").iterdir())
@@ -112,13 +118,13 @@ class Container:
         """Return the first and last address of each range that can be mapped (told since Linux 5.4)."""
         info = bytearray(_INFO.size)
         _INFO.pack_into(info, 0, len(info), 0, 0, 0)
-        fcntl.ioctl(self._container, _IOMMU_INFO, info)
+        _control(self._container, _IOMMU_INFO, info)
         size, flags, _pages, _at = _INFO.unpack_from(info)
         if not flags & _HAS_CAPABILITIES:
             return _EVERYWHERE
         info = bytearray(size)
         _INFO.pack_into(info, 0, size, 0, 0, 0)
-        fcntl.ioctl(self._container, _IOMMU_INFO, info)
+        _control(self._container, _IOMMU_INFO, info)
         return _iova_ranges(info) or _EVERYWHERE
 
     def map(self, virtual: int, address: int, size: int, access: int) -> None:
@@ -130,8 +136,10 @@ class Container:
             `kIOReturnCannotWire` at RLIMIT_MEMLOCK; `kIOReturnNoResources`; `kIOReturnNoMemory`.
         """
         try:
-            fcntl.ioctl(self._container, _MAP_DMA, _MAP.pack(_MAP.size, access, virtual, address, size))
+            _control(self._container, _MAP_DMA, _MAP.pack(_MAP.size, access, virtual, address, size))
         except OSError as error:
+            if isinstance(error, IOReturnError):
+                raise
             if error.errno == errno.ENOMEM:
                 raise cannot_lock(size, error) from None
             if error.errno == errno.ENOSPC:
@@ -141,14 +149,13 @@ class Container:
 
     def unmap(self, address: int, size: int) -> None:
         """Have the device see nothing there: what it does there faults from now on."""
-        fcntl.ioctl(self._container, _UNMAP_DMA, bytearray(_UNMAP.pack(_UNMAP.size, 0, address, size)))
+        _control(self._container, _UNMAP_DMA, bytearray(_UNMAP.pack(_UNMAP.size, 0, address, size)))
 
     def close(self) -> None:
-        """Let go of the device; the last descriptor that is closed takes all mappings away. Idempotent."""
+        """Close the device, at the end of the last call in it, which ends all its mappings. Idempotent."""
         for descriptor in (self._device, self._group, self._container):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self._device = self._group = self._container = -1
+            if descriptor:
+                descriptor.close()
 
 
 def _iova_ranges(info: bytearray) -> list[tuple[int, int]]:
@@ -163,9 +170,15 @@ def _iova_ranges(info: bytearray) -> list[tuple[int, int]]:
     return []
 
 
-def _open(path: str, absent: str) -> int:
+def _control(descriptor: Fd, request: int, argument: int | bytes | bytearray) -> int:
+    with descriptor.use() as number:
+        result = fcntl.ioctl(number, request, argument)
+    return result if isinstance(result, int) else 0  # of bytes, which are copied, it returns the copy
+
+
+def _open(path: str, absent: str) -> Fd:
     try:
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        return Fd(os.open(path, os.O_RDWR | os.O_CLOEXEC), path)
     except PermissionError as error:
         message = f"this process may not open {path}: as root, chown it to this user, or run with CAP_DAC_OVERRIDE"
         raise IOReturnError(IOReturn.kIOReturnNotPrivileged, message, error.errno or 0) from None

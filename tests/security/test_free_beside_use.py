@@ -17,6 +17,7 @@ import iobmd
 from iobmd import IOReturn, IOReturnError
 from iobmd._internal import process_local
 from iobmd._native.mapping import Mapping
+from iobmd.iommu import vfio
 from iobmd.memory import shmem
 from iobmd.purgeable.monitor import Watch
 
@@ -270,3 +271,24 @@ def test_every_method_beside_free(make: Callable[[], iobmd.IOMemoryDescriptor]) 
             memory.free()
     if wrong:
         raise wrong[0]
+
+
+def test_a_device_that_is_closed_beside_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call of VFIO reaches the container, though it was closed before: not the file that was opened then."""
+    container = object.__new__(vfio.Container)
+    container._container = process_local.Fd(os.memfd_create("container"), "the container")
+    container._group = container._device = None
+    intruder = Intruder(container.close, tmp_path / "unrelated")
+    reached: list[str] = []
+
+    def ioctl(number: int, *_arguments: object) -> int:
+        reached.append(str(Path(f"/proc/self/fd/{number}").readlink()))
+        return 0
+
+    monkeypatch.setattr(vfio.fcntl, "ioctl", before(ioctl, intruder))
+    container.unmap(0x1000, 4096)
+    intruder.close()
+    assert reached == ["/memfd:container (deleted)"]
+    with pytest.raises(IOReturnError) as caught:
+        container.map(0x1000, 0x1000, 4096, vfio.READ)
+    assert caught.value.code == IOReturn.kIOReturnNotOpen

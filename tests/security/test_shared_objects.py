@@ -115,6 +115,7 @@ def test_a_peer_that_seals_what_was_attached() -> None:
         attached(fd, size) as buffer,
         iobmd.allocate(size, wired=False, shared=True) as other,
         other.map(UNIQUE) as window,
+        iobmd.share(buffer) as handle,
     ):
         buffer.writeBytes(0, b"theirs")
         other.writeBytes(0, b"ours")
@@ -122,7 +123,7 @@ def test_a_peer_that_seals_what_was_attached() -> None:
         before = os.pread(fd, size + PAGE, 0)
         fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_FUTURE_WRITE)
         actions: list[Callable[[], object]] = [
-            lambda: buffer.map(UNIQUE), lambda: window.redirect(buffer, 0), lambda: iobmd.share(buffer).attach(),
+            lambda: buffer.map(UNIQUE), lambda: window.redirect(buffer, 0), handle.attach,
             lambda: buffer.setPurgeable(NON_VOLATILE), lambda: buffer.setPurgeable(EMPTY),
         ]  # fmt: skip
         for action in actions:
