@@ -63,13 +63,21 @@ class AnonymousBacking(MappedBacking):
                 self._fill(contents, populated=want is not None)
                 if not wired or self._wire(size, want, contents):
                     if want:
-                        memory.advise(self.address, self.size, memory.MADV_DOFORK)
+                        self._inherit()
                     return
             except BaseException:
                 self.close()
                 raise
             self.close()
         raise search.kept_moving(want)
+
+    def _inherit(self) -> None:
+        """Have child processes inherit it, as all memory but that which is searched through."""
+        try:
+            memory.advise(self.address, self.size, memory.MADV_DOFORK)
+        except OSError as error:  # ENOMEM: it became one area with a neighbour, and no further area is permitted
+            doing = f"cannot make {format_size(self.size)} inheritable (MADV_DOFORK)"
+            raise limits.from_oserror(error, doing, PAGE_SIZE) from None
 
     @staticmethod
     def _obtain(size: int, want: PhysicalConstraints | None, *, sparse: bool) -> Mapping:

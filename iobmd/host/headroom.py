@@ -51,7 +51,10 @@ def on_shortage(relief: Callable[[int], None]) -> None:
 
 
 def require(size: int, *, swappable: bool, pid: int | None = None, absent: Callable[[], int] | None = None) -> None:
-    """Check that memory can be filled now. This may let too much through; of each limit it leaves `CHECK_FROM` free.
+    """Check that memory can be filled now.
+
+    Of each limit it leaves twice `CHECK_FROM` free, and what the kernel adds to the pages. It may let too much
+    through: other processes take memory as well, and small requests are checked together.
 
     Parameters
     ----------

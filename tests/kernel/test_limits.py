@@ -16,6 +16,7 @@ from support.child import NOBODY, in_child
 
 import iobmd
 from iobmd import IOReturn, IOReturnError
+from iobmd._native import memory
 from iobmd.host import limits
 
 if TYPE_CHECKING:
@@ -67,6 +68,25 @@ def test_no_mapping_is_left(kind: str) -> None:
     assert code is IOReturn.kIOReturnNoMemory
     assert f"vm.max_map_count is {most}" in message
     assert "sysctl vm.max_map_count=" in message
+
+
+@pytest.mark.needs("frames", "memlock")
+def test_contiguous_memory_that_cannot_become_inheritable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At vm.max_map_count an area that has merged with a neighbour cannot be split: none of it stays, or is locked."""
+    real = memory.advise
+
+    def advise(address: int, size: int, advice: int) -> None:
+        if advice == memory.MADV_DOFORK:
+            raise OSError(errno.ENOMEM, "madvise: Cannot allocate memory")
+        real(address, size, advice)
+
+    iobmd.allocate(1 << 16, contiguous=True).free()
+    before = kernel.status("VmLck"), kernel.status("VmPin")
+    monkeypatch.setattr(memory, "advise", advise)
+    code, message = refusal(lambda: iobmd.allocate(1 << 16, contiguous=True))
+    assert code is IOReturn.kIOReturnNoMemory
+    assert "MADV_DOFORK" in message
+    assert (kernel.status("VmLck"), kernel.status("VmPin")) == before
 
 
 @pytest.mark.needs("frames", "memlock")
