@@ -72,7 +72,7 @@ def test_no_mapping_is_left(kind: str) -> None:
 
 @pytest.mark.needs("frames", "memlock")
 def test_contiguous_memory_that_cannot_become_inheritable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At vm.max_map_count an area that has merged with a neighbour cannot be split: none of it stays, or is locked."""
+    """At vm.max_map_count an area that has merged with a neighbour cannot be split: nothing stays, or is locked."""
     real = memory.advise
 
     def advise(address: int, size: int, advice: int) -> None:
