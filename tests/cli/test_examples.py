@@ -39,10 +39,10 @@ def test_tiles() -> None:
 
 @pytest.mark.needs("memory_cgroup")
 def test_tiles_under_a_limit_that_would_kill(memory_cgroup: Callable[[int], Path]) -> None:
-    """256 tiles of 1 MiB in 96 MiB: decoded again when they were taken, and never killed; with a dict it is."""
-    shown = ("--tiles", "256", "--shows", "1500")
-    done = run("tiles.py", *shown, procs=memory_cgroup(96 * MIB))
+    """128 tiles of 1 MiB in 64 MiB: decoded again when they were taken, and never killed; with a dict it is."""
+    shown = ("--tiles", "128", "--shows", "500")
+    done = run("tiles.py", *shown, procs=memory_cgroup(64 * MIB))
     assert (done.returncode, done.stderr) == (0, "")
-    assert "1500 tiles right" in done.stdout
+    assert "500 tiles right" in done.stdout
     assert " 0 again" not in done.stdout
-    assert run("tiles.py", "--plain", *shown, procs=memory_cgroup(96 * MIB)).returncode == -signal.SIGKILL
+    assert run("tiles.py", "--plain", *shown, procs=memory_cgroup(64 * MIB)).returncode == -signal.SIGKILL

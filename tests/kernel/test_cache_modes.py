@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.breakpoints import cache_instructions
 from support.child import sleeping
-from support.steps import cache_instructions
 
 import iobmd
 from iobmd import (

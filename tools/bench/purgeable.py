@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SIZE = 64 << 20
 LIMIT = 256 << 20
 WORKING_SET = 1 << 30
+REQUESTS = 8000
 MANY = 20
 """How many more measurements of what takes microseconds than of what takes seconds."""
 
@@ -88,7 +89,7 @@ def _told(found: dict[str, float]) -> str:
 
 def _work(kind: str, procs: str = "") -> dict[str, float] | None:
     """Run the program; None when it was killed."""
-    command = python("-m", "iobmd.tools.bench.workload", kind, str(WORKING_SET), procs)
+    command = python("-m", "iobmd.tools.bench.workload", kind, str(WORKING_SET), str(REQUESTS), procs)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode < 0:
         return None

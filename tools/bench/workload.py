@@ -1,6 +1,6 @@
 """What `iobmd bench purgeable` runs under a limit: requests to a cache of contents of 1 MiB.
 
-`python -m iobmd.tools.bench.workload cache|bytes WORKING_SET CGROUP_PROCS` prints, as JSON, the hits per second of
+`python -m iobmd.tools.bench.workload cache|bytes WORKING_SET REQUESTS CGROUP_PROCS` prints, as JSON, the hits per second of
 the time that hits took, and their share of all requests. CGROUP_PROCS is empty, or the cgroup.procs to enter first.
 """
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CONTENT = 1 << 20
-REQUESTS = 8000
 
 
 class Kept(dict[int, bytes]):
@@ -35,7 +34,7 @@ class Kept(dict[int, bytes]):
         return self[key]
 
 
-def work(kind: str, working_set: int) -> dict[str, float]:
+def work(kind: str, working_set: int, requests: int) -> dict[str, float]:
     """Ask for contents, some more often than others, and read each whole."""
     loads = 0
 
@@ -47,7 +46,7 @@ def work(kind: str, working_set: int) -> dict[str, float]:
     cache = PurgeableCache(counted) if kind == "cache" else Kept(counted)
     contents, chance = working_set // CONTENT, random.Random(1)
     hits, took = 0, 0.0
-    for _ in range(REQUESTS):
+    for _ in range(requests):
         key, before = int(contents * chance.random() ** 2), loads
         begin = time.perf_counter()
         zlib.adler32(cache[key])
@@ -56,15 +55,15 @@ def work(kind: str, working_set: int) -> dict[str, float]:
             hits, took = hits + 1, took + end - begin
     if isinstance(cache, PurgeableCache):
         cache.close()
-    return {"rate": hits / took, "share": hits / REQUESTS}
+    return {"rate": hits / took, "share": hits / requests}
 
 
 def main() -> None:
     """Run as the program."""
-    kind, working_set, procs = sys.argv[1:]
+    kind, working_set, requests, procs = sys.argv[1:]
     if procs:
         Path(procs).write_text(str(os.getpid()))
-    print(json.dumps(work(kind, int(working_set))))
+    print(json.dumps(work(kind, int(working_set), int(requests))))
 
 
 if __name__ == "__main__":
