@@ -22,7 +22,7 @@ from iobmd._native import memory
 
 MIB = 1 << 20
 THREADS = 4
-CYCLES = 10_000
+CYCLES = 4_000
 
 
 def in_threads(work: Callable[[int], None]) -> None:
@@ -115,7 +115,7 @@ def cycle_with_loss(size: int, huge: bool, cycles: int) -> Counter[str]:
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("huge", [False, True], ids=["4 KiB", "THP"])
 def test_random_loss(huge: bool) -> None:
-    size, cycles = (4 * MIB, CYCLES // 10) if huge else (64 << 10, CYCLES)
+    size, cycles = (4 * MIB, CYCLES // 8) if huge else (64 << 10, CYCLES)
     outcomes = cycle_with_loss(size, huge, cycles)
     assert outcomes.total() == cycles
     assert both(outcomes) > cycles // 10, outcomes

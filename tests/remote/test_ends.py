@@ -132,7 +132,7 @@ def test_a_call_there_fails(target: subprocess.Popen[bytes], monkeypatch: pytest
             raise OSError(errno.ENOMEM, f"{name}: as if")
         return call(self, name, arguments, deadline, interruptible=interruptible)
 
-    with iobmd.allocate(16 * MIB, shared=True, contiguous=True) as buffer:
+    with iobmd.allocate(4 * MIB, shared=True, contiguous=True) as buffer:
         backing = buffer._backing
         assert backing is not None
         shared = backing.shared

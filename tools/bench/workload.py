@@ -1,7 +1,8 @@
 """What `iobmd bench purgeable` runs under a limit: requests to a cache of contents of 1 MiB.
 
-`python -m iobmd.tools.bench.workload cache|bytes WORKING_SET REQUESTS CGROUP_PROCS` prints, as JSON, the hits per second of
-the time that hits took, and their share of all requests. CGROUP_PROCS is empty, or the cgroup.procs to enter first.
+`python -m iobmd.tools.bench.workload cache|bytes WORKING_SET REQUESTS CGROUP_PROCS` prints, as JSON, the hits per
+second of the time that hits took, and their share of all requests. CGROUP_PROCS is empty, or the cgroup.procs to
+enter first.
 """
 
 from __future__ import annotations
