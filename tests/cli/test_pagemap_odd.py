@@ -190,7 +190,7 @@ LIMIT = 32 << 20
 @pytest.mark.parametrize(
     "options",
     [[], ["--json"], ["--csv"], ["--sort", "size"], ["--map"], ["--svg", "/dev/null"], ["--save", "/dev/null"],
-     ["--watch", "0.01", "--count", "3"]],
+     ["--watch", "0.01", "--count", "2"]],
     ids=" ".join,
 )  # fmt: skip
 def test_twenty_thousand_areas_in_little_memory(many: int, options: list[str]) -> None:
@@ -428,7 +428,7 @@ def test_output_that_is_closed(odd: int) -> None:
 
 
 def test_interrupted_at_any_time(odd: int) -> None:
-    for delay in range(0, 400, 20):
+    for delay in range(0, 300, 30):
         command = [sys.executable, "-m", "iobmd", "pagemap", str(odd), "--watch", "0.05"]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as watching:
             time.sleep(delay / 1000)

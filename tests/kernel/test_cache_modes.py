@@ -98,7 +98,7 @@ def test_a_processor_without_instructions(monkeypatch: pytest.MonkeyPatch) -> No
     assert caught.value.code == IOReturn.kIOReturnUnsupported
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.sampled_from([0, 1, 2, 3, 4]),
     st.sampled_from(instructions()),
@@ -129,7 +129,7 @@ def test_bytes_by_every_mode_and_instruction(
     mapping.close()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.sampled_from([1, 2, 4]), st.integers(0, 400), st.integers(0, 400), st.integers(0, 600))
 @example(4, 0, 64, 512)
 @example(4, 64, 0, 512)

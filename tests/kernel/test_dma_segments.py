@@ -68,7 +68,7 @@ def made(bits: int, largest: int, alignment: int, boundary: int, options: int = 
     return IODMACommand.withSpecification(bits, largest, options, 0, alignment, boundary=boundary)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(limits, pieces, st.sampled_from([None, 1, 2, 7]), st.data())
 def test_in_reach_every_byte_once_in_order_within_limits(limit, found, at_a_time, data) -> None:
     """With no piece the device cannot start at, the segments are the memory itself, wherever iteration begins."""
@@ -93,7 +93,7 @@ def test_in_reach_every_byte_once_in_order_within_limits(limit, found, at_a_time
 
 
 @pytest.mark.needs("frames")
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(limits, pieces, st.booleans(), st.sampled_from([None, 1, 3]))
 @example((48, 0, 1, 0), [(0, PAGE - 3, 6)], True, None)  # two bytes of three pages
 @example((48, 700, 512, 1024), [(0, 1, 5000)], True, 1)

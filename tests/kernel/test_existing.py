@@ -71,7 +71,7 @@ def ranges(draw: st.DrawFn) -> Ranges:
 
 
 def test_bytes_across_ranges(theirs: Theirs) -> None:
-    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
     @given(ranges(), st.data())
     def check(chosen: Ranges, data: st.DataObject) -> None:
         places = [index for start, length in chosen for index in range(start, start + length)]
@@ -100,7 +100,7 @@ def test_bytes_across_ranges(theirs: Theirs) -> None:
 def test_segments_across_ranges(theirs: Theirs) -> None:
     """Each byte where pagemap says, for ranges that begin and end anywhere in a page."""
 
-    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
     @given(ranges(), st.data())
     def check(chosen: Ranges, data: st.DataObject) -> None:
         absolute = [(theirs.address + start, size) for start, size in chosen]

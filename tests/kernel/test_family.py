@@ -112,7 +112,7 @@ def test_any_nesting() -> None:
     """Trees of sub-ranges and concatenations, over shared and private memory: the right bytes, and where they lie."""
     leaves = [filled(3), filled(2, shared=False), filled(1, wired=True)]
 
-    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.data())
     def check(data: st.DataObject) -> None:
         known = [(leaf, [(leaf, 0, len(leaf))]) for leaf in leaves]

@@ -180,7 +180,7 @@ def test_reading_while_the_target_maps_and_unmaps(program: Path, read: Callable[
     with PageZoo(program, "thp", "anonymous", "tiny") as zoo:
         zoo.obey("flap")
         refused = 0
-        end = time.monotonic() + 0.8
+        end = time.monotonic() + 0.4
         for _read in range(200):
             try:
                 assert sum(1 for _found in read(zoo.pid))

@@ -38,7 +38,7 @@ def expected(address: int, length: int, offset: int) -> list[tuple[int, int]]:
 def test_exact_at_any_offset() -> None:
     with iobmd.allocate(300_000) as small, iobmd.allocate(5 * MIB + 77) as large:
 
-        @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
         @given(st.sampled_from([small, large]), st.data())
         def check(buffer: iobmd.IOBufferMemoryDescriptor, data: st.DataObject) -> None:
             offset = data.draw(st.integers(0, len(buffer)))

@@ -36,11 +36,11 @@ for line in sys.stdin: print(line, end="", flush=True)
 @pytest.mark.parametrize("freeze", [False, True], ids=["map", "freeze"])
 @pytest.mark.usefixtures("nothing_left")
 def test_the_task_is_killed(freeze: bool) -> None:
-    """200 times: what is under way raises, and soon; nothing of it is left with us."""
+    """Many times: what is under way raises, and soon; nothing of it is left with us."""
     raised = 0
     with iobmd.allocate(64 << 10, shared=True, wired=False) as buffer:
         before = Footprint.now()
-        for number in range(60 if freeze else 200):
+        for number in range(30 if freeze else 80):
             with sleeping() as target:
                 stack = next(
                     line for line in Path(f"/proc/{target.pid}/maps").read_text().splitlines() if "[stack]" in line
@@ -91,12 +91,12 @@ def use_snapshot(pid: int, address: int) -> None:
 
 @pytest.mark.parametrize("use", [use_allocate, use_prepare, use_freeze, use_snapshot])
 def test_we_are_killed(use: Callable[[int, int], None]) -> None:
-    """100 times, while it does so over and over: what has been begun is finished by who is left, and soon."""
+    """Many times, while it does so over and over: what has been begun is finished by who is left, and soon."""
     with Target([sys.executable, "-c", ECHO]) as target:
         address = int(target.line())
         until_blocked(target.pid)
         before = Belongings.of(target.pid)
-        for _ in range(100):
+        for _ in range(40):
             kill_in_the_middle(lambda: use(target.pid, address))
             assert is_left_alone(target.pid), target.state()
             target.tell("hello")

@@ -127,7 +127,7 @@ def test_node() -> None:
         program = Path(directory) / "program.js"
         program.write_text(script)
         with Target([need_program("node"), program]) as target:
-            stopped = exercise(target.pid, 20, exact=False)
+            stopped = exercise(target.pid, 10, exact=False)
             target.tell()
             code, said = target.end(60)
     print(f"stopped for {max(stopped) / 1e3:.0f} µs at the most")
@@ -255,7 +255,7 @@ def _check_compiled(compiler: str, text: str, suffix: str, *options: str) -> Non
 
 def _check_load(client: Client, server: Target, what: str) -> None:
     before = Belongings.of(server.pid)
-    stopped = exercise(server.pid, 40, exact=False)
+    stopped = exercise(server.pid, 20, exact=False)
     check_as_before(server.pid, before, exact=False)
     load = client.finish()
     print(f"{what}: {load}; stopped for {max(stopped) / 1e3:.0f} µs at the most")

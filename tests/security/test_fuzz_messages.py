@@ -126,12 +126,12 @@ plausible = st.tuples(
 )
 
 
-@fuzzed(100, data=st.binary(max_size=200), kinds=kinds, user=users)
+@fuzzed(50, data=st.binary(max_size=200), kinds=kinds, user=users)
 def test_any_bytes(data: bytes, kinds: list[str], user: int) -> None:
     assert not attach(data or b"x", kinds, user)
 
 
-@fuzzed(150, description=plausible, kinds=kinds, user=users, wired=st.sampled_from([None, False]))
+@fuzzed(60, description=plausible, kinds=kinds, user=users, wired=st.sampled_from([None, False]))
 def test_plausible_numbers(description: Any, kinds: list[str], user: int, wired: bool | None) -> None:
     """Pieces within and past the memory, overlapping ones, with descriptors of every kind."""
     if attach(message(description), kinds, user, wired=wired):
@@ -155,13 +155,13 @@ def strange(draw: st.DrawFn) -> Any:
     return draw(st.just(fields) | anything())
 
 
-@fuzzed(200, description=strange(), kind=st.sampled_from(["memfd", "sparse memfd"]), user=users)
+@fuzzed(80, description=strange(), kind=st.sampled_from(["memfd", "sparse memfd"]), user=users)
 def test_strange_descriptions(description: Any, kind: str, user: int) -> None:
     attach(message(description), [kind], user)
 
 
 @fuzzed(
-    100,
+    50,
     data=mutated(plausible.map(message)),
     rest=st.binary(max_size=20),
     user=users,
@@ -173,7 +173,7 @@ def test_mutated_messages(data: bytes, rest: bytes, user: int, length: int | Non
     attach(data or b"x", ["memfd"], user, rest=rest)
 
 
-@fuzzed(60, word=numbers() | st.integers(0, 0x7FFF), steps=st.lists(st.integers(1, 4), max_size=4))
+@fuzzed(40, word=numbers() | st.integers(0, 0x7FFF), steps=st.lists(st.integers(1, 4), max_size=4))
 def test_purgeable_words(word: int, steps: list[int]) -> None:
     """Of the state behind the memory, which every process that has the descriptor may write."""
     description = [SHARED | PAGEABLE | PURGEABLE, 2 * PAGE, 2 * PAGE, [[0, 2 * PAGE]], PAGE]

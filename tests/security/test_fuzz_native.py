@@ -46,7 +46,7 @@ bounds = st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 600)), min_size
 
 
 @fuzzed(
-    80,
+    50,
     table=tables,
     ranges=bounds,
     rest=st.binary(max_size=7),
@@ -102,7 +102,7 @@ def check_spans(walker: walk.Walk, asked: list[tuple[int, int]], table: list[int
     walker.take()
 
 
-@fuzzed(80, table=tables, first=st.integers(0, 3000), many=st.integers(0, 3000), gaps=st.booleans())
+@fuzzed(50, table=tables, first=st.integers(0, 3000), many=st.integers(0, 3000), gaps=st.booleans())
 def test_runs(tmp_path: Path, table: list[int], first: int, many: int, gaps: bool) -> None:
     fd = file_of(tmp_path, table)
     try:
@@ -128,7 +128,7 @@ def test_runs(tmp_path: Path, table: list[int], first: int, many: int, gaps: boo
         os.close(fd)
 
 
-@fuzzed(60, raw=st.binary(max_size=300))
+@fuzzed(40, raw=st.binary(max_size=300))
 def test_entries(raw: bytes) -> None:
     found = pagemap.decode(raw)
     assert len(found) == len(raw) // 8
@@ -148,7 +148,7 @@ addresses = st.integers(0, 5000) | numbers().filter(lambda number: 0 <= number <
 
 
 @fuzzed(
-    80,
+    50,
     table=flags,
     frame=addresses.map(lambda address: address >> 12) | st.integers(0, 5000),
     many=st.integers(0, 5000),

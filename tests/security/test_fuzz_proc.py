@@ -76,7 +76,7 @@ def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@fuzzed(100, found=st.lists(vmas, max_size=6), low=st.integers(0, 1 << 33), size=st.integers(1, 1 << 33))
+@fuzzed(50, found=st.lists(vmas, max_size=6), low=st.integers(0, 1 << 33), size=st.integers(1, 1 << 33))
 def test_maps(proc: Path, found: list[tuple[int, int, bytes, bytes]], low: int, size: int) -> None:
     found = sorted(found)
     (proc / "maps").write_bytes(b"".join(maps_line(vma) + b"\n" for vma in found))
@@ -104,7 +104,7 @@ def smaps_entry(found: Details) -> bytes:
     return b"\n".join([maps_line(vma), *lines, b"THPeligible:    0", b"VmFlags: " + b" ".join(flags) + b" ", b""])
 
 
-@fuzzed(80, found=st.lists(details, max_size=5))
+@fuzzed(50, found=st.lists(details, max_size=5))
 def test_smaps(proc: Path, found: list[Details]) -> None:
     (proc / "smaps").write_bytes(b"".join(map(smaps_entry, found)))
     assert list(procfs.details("self")) == [
@@ -117,7 +117,7 @@ def test_smaps(proc: Path, found: list[Details]) -> None:
     ]
 
 
-@fuzzed(150, text=st.binary(max_size=120) | mutated(st.lists(details.map(smaps_entry), max_size=3).map(b"".join)))
+@fuzzed(60, text=st.binary(max_size=120) | mutated(st.lists(details.map(smaps_entry), max_size=3).map(b"".join)))
 def test_any_bytes(text: bytes) -> None:
     for parse in (native.parse, native.parse_details, lambda text: native.parse(text, 4096, 1 << 40)):
         try:
@@ -127,7 +127,7 @@ def test_any_bytes(text: bytes) -> None:
         assert len(found) <= text.count(b"\n") + 1
 
 
-@fuzzed(60, name=names, state=st.sampled_from([b"S (sleeping)", b"Z (zombie)"]), size=st.integers(0, 1 << 40))
+@fuzzed(40, name=names, state=st.sampled_from([b"S (sleeping)", b"Z (zombie)"]), size=st.integers(0, 1 << 40))
 def test_status(proc: Path, name: bytes, state: bytes, size: int) -> None:
     """The name of the program comes first, cut off at 15 bytes, and its newlines and backslashes are escaped."""
     shown = escaped(name[:15], b"\n\\")
@@ -144,7 +144,7 @@ def test_status(proc: Path, name: bytes, state: bytes, size: int) -> None:
         procfs.status_bytes("VmLck")
 
 
-@fuzzed(60, name=names, flags=st.integers(0, (1 << 32) - 1), start=st.integers(0, 1 << 62))
+@fuzzed(40, name=names, flags=st.integers(0, (1 << 32) - 1), start=st.integers(0, 1 << 62))
 def test_stat(proc: Path, monkeypatch: pytest.MonkeyPatch, name: bytes, flags: int, start: int) -> None:
     rest = [b"%d" % number for number in range(4, 53)]
     rest[5], rest[18], rest[37] = b"%d" % flags, b"%d" % start, b"0"
@@ -159,7 +159,7 @@ def test_stat(proc: Path, monkeypatch: pytest.MonkeyPatch, name: bytes, flags: i
     assert threads.activity(9, 9) == threads.Activity(3, 9, 39, 232)
 
 
-@fuzzed(60, name=names, last=st.floats(0, 1e12), switches=st.integers(0, 1 << 40))
+@fuzzed(40, name=names, last=st.floats(0, 1e12), switches=st.integers(0, 1 << 40))
 def test_sched(proc: Path, name: bytes, last: float, switches: int) -> None:
     """The name of the program comes first, unescaped."""
     (proc / "sched").write_bytes(
@@ -187,7 +187,7 @@ def mount_line(mount: tuple[bytes, bytes, bytes, bytes]) -> bytes:
     )  # fmt: skip
 
 
-@fuzzed(100, found=mounts)
+@fuzzed(50, found=mounts)
 def test_mountinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: list[tuple[bytes, ...]]) -> None:
     (tmp_path / "mountinfo").write_bytes(b"".join(mount_line(mount) + b"\n" for mount in found))
     for module in (cgroup, access):
@@ -200,7 +200,7 @@ def test_mountinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: list[
     assert access.proc_options() == {}
 
 
-@fuzzed(100, path=paths, number=st.sampled_from([b"0", b"7"]), mount=mounts)
+@fuzzed(50, path=paths, number=st.sampled_from([b"0", b"7"]), mount=mounts)
 def test_cgroups(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: bytes, number: bytes, mount: list[tuple[bytes, ...]]
 ) -> None:
@@ -213,7 +213,7 @@ def test_cgroups(
         assert group.directory.startswith(tuple(decoded(place).rstrip("/") for _root, place, _kind, _source in mount))
 
 
-@fuzzed(60, name=paths, size=st.integers(0, 1 << 50))
+@fuzzed(40, name=paths, size=st.integers(0, 1 << 50))
 def test_swaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: bytes, size: int) -> None:
     name = escaped(name, b" \t\n\\")
     head = b"Filename\t\t\tType\t\tSize\t\tUsed\t\tPriority\n"
@@ -262,7 +262,7 @@ auxv = st.lists(st.tuples(st.sampled_from([0, 3, 33]), st.integers(0, (1 << 64) 
 
 
 @fuzzed(
-    100,
+    50,
     auxv=auxv | st.binary(max_size=40) | st.just((33).to_bytes(8, "little") + (1 << 16).to_bytes(8, "little")),
     code=st.lists(code, max_size=4),
     names=st.lists(st.sampled_from([b"[vdso]", b"/lib/[vdso]", b"[vsyscall]", b""]), min_size=4, max_size=4),

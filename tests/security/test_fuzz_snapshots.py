@@ -87,7 +87,7 @@ def check_changes(before: Snapshot, after: Snapshot) -> None:
         behind[of_areas] = change.virtual + change.length
 
 
-@fuzzed(150, before=files, after=files)
+@fuzzed(60, before=files, after=files)
 def test_any_files(tmp_path: Path, before: bytes, after: bytes) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     first.write_bytes(before)
@@ -98,7 +98,7 @@ def test_any_files(tmp_path: Path, before: bytes, after: bytes) -> None:
 
 
 @fuzzed(
-    60, data=st.binary(max_size=300) | anything().map(lambda value: json.dumps({"iobmd pagemap": value}).encode())
+    40, data=st.binary(max_size=300) | anything().map(lambda value: json.dumps({"iobmd pagemap": value}).encode())
 )
 def test_any_bytes(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "file").write_bytes(data + b"\n" + END.encode() + b"\n")
