@@ -7,6 +7,7 @@ which moves away what can be moved when its pool of 1 GiB pages is raised.
 
 import ctypes
 import mmap
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import TypeVar
 
 import pytest
 
-from iobmd import IOReturn, IOReturnError
+import iobmd
+from iobmd import IOBufferMemoryDescriptor, IOReturn, IOReturnError
 from support.moving import frames
 
 _POOL = Path("/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages")
@@ -76,3 +78,18 @@ def allocated(allocate: Callable[[], T], is_there: Callable[[], bool]) -> T | No
         if not is_there():
             return None
     pytest.fail("refused, though there was room for it just before, four times")
+
+
+def allocated_beside_others(size: int, **keywords: object) -> IOBufferMemoryDescriptor:
+    """Allocate what a search finds, though another process fills most of memory and frees it, over and over.
+
+    A search ends where it would have that process run out of memory: it is repeated until enough is free.
+    """
+    end = time.monotonic() + 200
+    while True:
+        try:
+            with iobmd.policy(memory_budget=1 << 40, time_budget=100):
+                return iobmd.allocate(size, **keywords)  # type: ignore[arg-type]
+        except IOReturnError as error:
+            if error.code != IOReturn.kIOReturnNoResources or time.monotonic() > end:
+                raise

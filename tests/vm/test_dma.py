@@ -5,6 +5,7 @@ import mmap
 import os
 
 import pytest
+from support import room
 from support.moving import frames
 from support.proof import PAGE, Proof
 
@@ -34,7 +35,7 @@ BELOW_4G = 0xFFFFFFFF
     ids=str,
 )
 def test_wired(proof: Proof, size: int, keywords: dict[str, object]) -> None:
-    with iobmd.policy(memory_budget=1 << 40, time_budget=300), iobmd.allocate(size, **keywords) as buffer:
+    with room.allocated_beside_others(size, **keywords) as buffer:
         pieces = proof.holds(buffer)
         assert pieces >= min(len(buffer.segments()), 2)
         if keywords.get("contiguous"):
@@ -44,7 +45,7 @@ def test_wired(proof: Proof, size: int, keywords: dict[str, object]) -> None:
 
 @pytest.mark.usefixtures("restless")
 def test_masked(proof: Proof) -> None:
-    with iobmd.policy(memory_budget=1 << 40, time_budget=300), iobmd.allocate(MIB, physical_mask=BELOW_4G) as buffer:
+    with room.allocated_beside_others(MIB, physical_mask=BELOW_4G) as buffer:
         assert all(address + length <= 1 << 32 for address, length in buffer.segments())
         proof.holds(buffer)
 
