@@ -69,7 +69,7 @@ def test_runs_are_broken_at_every_page_that_is_absent_or_elsewhere(
     wanted: list[list[int]] = []
     for vma in document["vmas"]:
         for index, entry in enumerate(kernel.entries(vma["start"], vma["end"] - vma["start"], target)):
-            virtual, physical = vma["start"] + index * 4096, (entry & (1 << 55) - 1) * 4096
+            virtual, physical = vma["start"] + index * 4096, (entry & kernel.FRAME) * 4096
             if not entry >> 63:
                 continue
             if wanted and wanted[-1][0] + wanted[-1][2] == virtual and wanted[-1][1] + wanted[-1][2] == physical:
@@ -163,7 +163,7 @@ def test_who_maps_a_frame(target: int, capsys: pytest.CaptureFixture[str]) -> No
     start, end = (int(part, 16) for part in stack.split()[0].split("-"))
     entries = kernel.entries(start, end - start, target)
     index, entry = next((index, entry) for index, entry in enumerate(entries) if entry >> 63)
-    frame = entry & (1 << 55) - 1
+    frame = entry & kernel.FRAME
     document = json.loads(shown(capsys, "--frame", hex(frame), "--json"))
     assert [(use["pid"], use["virtual"]) for use in document["users"]] == [(target, start + index * 4096)]
     assert "ANON" in document["frames"]["flags"]
@@ -184,7 +184,7 @@ def test_a_frame_that_is_given_up_while_its_users_are_looked_for(
         memory.close()
 
     monkeypatch.setattr(frame_command, "users", users)
-    text = shown(capsys, "--frame", hex(entry & (1 << 55) - 1), *form)
+    text = shown(capsys, "--frame", hex(entry & kernel.FRAME), *form)
     told = json.loads(text)["changed_while_read"] if form else "mapped or unmapped while" in text
     assert told is True
 
@@ -279,7 +279,7 @@ def test_save_and_diff(target: int, tmp_path: Path, capsys: pytest.CaptureFixtur
     document = json.loads(shown(capsys, str(target), "--diff", str(tmp_path / "file"), "--json"))
     assert document["before"]["pid"] == document["after"]["pid"] == target
     assert document["changes"] == []
-    frames = kernel.entries(id(document), 1)[0] & (1 << 55) - 1
+    frames = kernel.entries(id(document), 1)[0] & kernel.FRAME
     assert [hidden["what"].startswith("pages that moved") for hidden in document["hidden"]] == (
         [] if frames else [True]
     )

@@ -130,7 +130,7 @@ def test_a_box_for_every_place_where_memory_lies(
     assert size == len(drawn)
     wanted = set()
     for index, entry in enumerate(kernel.entries(ours.address, 4 * MIB)):
-        virtual, physical = ours.address + index * kernel.PAGE, (entry & (1 << 55) - 1) * kernel.PAGE
+        virtual, physical = ours.address + index * kernel.PAGE, (entry & kernel.FRAME) * kernel.PAGE
         wanted.add((virtual // columns * columns, physical // rows * rows))
     assert drawn == wanted
 

@@ -107,7 +107,7 @@ def test_what_happened_between_two_looks(target: Target) -> None:
         assert watching.stdout
         first = json.loads(watching.stdout.readline())
         assert first["changes"] == []
-        frames = kernel.entries(id(first), 1)[0] & (1 << 55) - 1
+        frames = kernel.entries(id(first), 1)[0] & kernel.FRAME
         assert [hidden["what"].startswith("frame numbers") for hidden in first["hidden"]] == (
             [] if frames else [True]
         )

@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import NOBODY, in_child
+from support.purging import page_out
+from support.refusals import code_of
 
 import iobmd
 from iobmd import IOBufferMemoryDescriptor as Buffer
@@ -32,16 +34,9 @@ from iobmd import (
     kIODirectionOut,
     kIOMemoryPageable,
 )
-from iobmd._native import memory
 
 MIB = 1 << 20
 RULES = pytest.mark.parametrize("wired", [True, False], ids=["wired", "pageable"])
-
-
-def code_of(action: Callable[[], object]) -> IOReturn:
-    with pytest.raises(IOReturnError) as caught:
-        action()
-    return caught.value.code
 
 
 # --- what the kernel did
@@ -114,10 +109,6 @@ def test_pageable_pages_out_and_wired_stays() -> None:
         for buffer in (pageable, wired):
             assert bytes(buffer) == data
         assert kernel.swapped(pageable.getBytesNoCopy(), len(data)) == 0
-
-
-def page_out(buffer: Buffer) -> None:
-    memory.advise(buffer.getBytesNoCopy(), buffer.getCapacity(), memory.MADV_PAGEOUT)
 
 
 @pytest.mark.needs("memlock")

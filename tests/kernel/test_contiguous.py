@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from support import kernel, room
 from support.child import NOBODY, forked, in_child
-from support.kernel import held, is_given_back
-from support.moving import frames
+from support.kernel import frames, held, is_given_back
 from support.targets import until
 
 import iobmd

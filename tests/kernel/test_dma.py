@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 from support.child import in_child
-from support.moving import frames
+from support.kernel import frames
 from support.strewn import Strewn
 
 import iobmd

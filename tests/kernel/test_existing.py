@@ -6,7 +6,7 @@ import gc
 import itertools
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import kernel
 from support.child import in_child
-from support.moving import frames
+from support.kernel import frames
+from support.refusals import code_of
 
 import iobmd
 from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Wiring, kernel_task
@@ -22,12 +23,6 @@ from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Wir
 PAGE = kernel.PAGE
 IN, OUT, INOUT, NONE = 1, 2, 3, 0
 UNIQUE, SMALL = IOMapOptions.kIOMapUnique, IOMapOptions.kIOMapGuardedSmall
-
-
-def code_of(action: Callable[[], object]) -> IOReturn:
-    with pytest.raises(IOReturnError) as caught:
-        action()
-    return caught.value.code
 
 
 class Theirs:

@@ -4,7 +4,6 @@ import gc
 import os
 import threading
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,8 @@ from hypothesis import strategies as st
 from support import kernel
 from support.child import in_child, sleeping
 from support.faulting import faults
-from support.moving import frames
+from support.kernel import frames
+from support.refusals import code_of
 from support.targets import need_ptrace
 
 import iobmd
@@ -35,12 +35,6 @@ ANYWHERE, UNIQUE, READ_ONLY = IOMapOptions.kIOMapAnywhere, IOMapOptions.kIOMapUn
 SMALL, LARGE = IOMapOptions.kIOMapGuardedSmall, IOMapOptions.kIOMapGuardedLarge
 NON_VOLATILE, VOLATILE, EMPTY, KEEP = 2, 3, 4, 1
 sub, multi = IOSubMemoryDescriptor.withSubRange, IOMultiMemoryDescriptor.withDescriptors
-
-
-def code_of(action: Callable[[], object]) -> IOReturn:
-    with pytest.raises(IOReturnError) as caught:
-        action()
-    return caught.value.code
 
 
 def filled(pages: int, *, shared: bool = True, wired: bool = False, **how: bool) -> IOBufferMemoryDescriptor:

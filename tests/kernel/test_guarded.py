@@ -1,27 +1,21 @@
 """Buffers with guard pages: a child that touches either side dies, and nothing is lost of the memory between."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support import kernel
 from support.child import in_child, sleeping
 from support.faulting import faults
+from support.refusals import code_of
 from support.targets import need_ptrace
 
 import iobmd
-from iobmd import IOBufferMemoryDescriptor, IOMapOptions, IOReturn, IOReturnError, Wiring, kernel_task
+from iobmd import IOBufferMemoryDescriptor, IOMapOptions, IOReturn, Wiring, kernel_task
 
 PAGE = kernel.PAGE
 INOUT = iobmd.kIODirectionInOut
 guarded = IOBufferMemoryDescriptor.inTaskWithGuardPages
-
-
-def code_of(action: Callable[[], object]) -> IOReturn:
-    with pytest.raises(IOReturnError) as caught:
-        action()
-    return caught.value.code
 
 
 @pytest.mark.usefixtures("nothing_left")

@@ -3,27 +3,21 @@
 import gc
 import os
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support import kernel
 from support.child import sleeping
+from support.refusals import code_of
 from support.targets import need_ptrace
 
 import iobmd
-from iobmd import IOBufferMemoryDescriptor, IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, kernel_task
+from iobmd import IOBufferMemoryDescriptor, IOMapOptions, IOMemoryDescriptor, IOReturn, kernel_task
 from iobmd.cli import main
 
 PAGE = kernel.PAGE
 SHARED, PAGEABLE = iobmd.kIOMemoryKernelUserShared | iobmd.kIODirectionInOut, iobmd.kIOMemoryPageable
 make = IOBufferMemoryDescriptor.inTaskWithOptions
-
-
-def code_of(action: Callable[[], object]) -> IOReturn:
-    with pytest.raises(IOReturnError) as caught:
-        action()
-    return caught.value.code
 
 
 def name_of(address: int, pid: int | str = "self") -> str:

@@ -13,24 +13,19 @@ from typing import TYPE_CHECKING
 import pytest
 from support import kernel
 from support.child import NOBODY, in_child
+from support.refusals import refusal
 
 import iobmd
-from iobmd import IOReturn, IOReturnError
+from iobmd import IOReturn
 from iobmd._native import memory
 from iobmd.host import limits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    pass
 
 MIB = 1 << 20
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
-
-
-def refusal(action: Callable[[], object]) -> tuple[IOReturn, str]:
-    with pytest.raises(IOReturnError) as caught:
-        action()
-    return caught.value.code, str(caught.value)
 
 
 KINDS: dict[str, dict[str, object]] = {

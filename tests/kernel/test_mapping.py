@@ -4,13 +4,13 @@ import errno
 import gc
 import os
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support import kernel
 from support.child import in_child
 from support.faulting import faults
+from support.refusals import code_of
 
 import iobmd
 from iobmd import IOMapOptions, IOReturn, IOReturnError
@@ -29,12 +29,6 @@ def shared(size: int = 16 * kernel.PAGE, *, wired: bool = False) -> tuple[Buffer
     buffer, data = iobmd.allocate(size, wired=wired, shared=True), os.urandom(size)
     buffer.writeBytes(0, data)
     return buffer, data
-
-
-def code_of(action: Callable[[], object]) -> IOReturn:
-    with pytest.raises(IOReturnError) as caught:
-        action()
-    return caught.value.code
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -280,7 +274,7 @@ def test_physical_addresses_are_those_of_the_buffer() -> None:
         assert mapped.getPhysicalSegment(19_999)[1] == 1
         assert mapped.getPhysicalSegment(20_000) == mapped.getPhysicalSegment(-1) == (0, 0)
         assert len(bytes(mapped)) == 20000  # have the pages in place
-        frames = {entry & (1 << 55) - 1 for entry in kernel.entries(mapped.getAddress(), 20000)}
+        frames = {entry & kernel.FRAME for entry in kernel.entries(mapped.getAddress(), 20000)}
         assert mapped.getPhysicalAddress() // kernel.PAGE in frames
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import NOBODY, in_child
-from support.kernel import held, is_given_back
-from support.moving import frames
+from support.kernel import frames, held, is_given_back
+from support.refusals import refusal
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Wiring, pagemap
@@ -135,12 +135,6 @@ def test_what_moved_out_of_reach_before_it_was_pinned_is_not_taken() -> None:
     assert table
     assert PhysicalConstraints(MIB, allowed=(1 << top) - 1).accepts(table)
     assert not PhysicalConstraints(MIB, allowed=(1 << top - 1) - 1).accepts(table)
-
-
-def refusal(action: Callable[[], object]) -> tuple[IOReturn, str]:
-    with pytest.raises(IOReturnError) as caught:
-        action()
-    return caught.value.code, str(caught.value)
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 from support import kernel
 from support.child import NOBODY, in_child
+from support.refusals import refusal
 
 import iobmd
-from iobmd import IOMapOptions, IOReturn, IOReturnError, Wiring, procfs
+from iobmd import IOMapOptions, IOReturn, Wiring, procfs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 MIB = 1 << 20
 MCL_CURRENT, MCL_FUTURE = 1, 2
@@ -32,23 +33,17 @@ def lock_all(flags: int = MCL_CURRENT | MCL_FUTURE) -> None:
     assert libc.mlockall(flags) == 0, os.strerror(ctypes.get_errno())
 
 
-def refusal(action: Callable[[], object]) -> tuple[IOReturn, str]:
-    with pytest.raises(IOReturnError) as caught:
-        action()
-    return caught.value.code, str(caught.value)
-
-
-class Lies(NamedTuple):
-    """How memory lies, by smaps, in bytes."""
+class Counters(NamedTuple):
+    """What smaps counts of a buffer, in bytes."""
 
     resident: int
     huge: int
     locked: int
 
 
-def lies(buffer: Buffer) -> Lies:
+def counters(buffer: Buffer) -> Counters:
     found = kernel.smaps(buffer.getBytesNoCopy())
-    return Lies(found["Rss"], found["AnonHugePages"] + found["ShmemPmdMapped"], found["Locked"])
+    return Counters(found["Rss"], found["AnonHugePages"] + found["ShmemPmdMapped"], found["Locked"])
 
 
 WIRED: dict[str, dict[str, object]] = {
@@ -69,9 +64,9 @@ def test_wired_memory_of_a_process_that_locks_all(kind: str) -> None:
     def allocate() -> tuple[Wiring, int, int]:
         lock_all()
         with iobmd.allocate(**WIRED[kind]) as buffer:  # type: ignore[arg-type]
-            frames = [entry & (1 << 55) - 1 for entry in kernel.entries(buffer.getBytesNoCopy(), len(buffer))]
+            frames = [entry & kernel.FRAME for entry in kernel.entries(buffer.getBytesNoCopy(), len(buffer))]
             runs = 1 + sum(after != before + 1 for before, after in itertools.pairwise(frames))
-            return buffer.wiring, lies(buffer).huge, runs
+            return buffer.wiring, counters(buffer).huge, runs
 
     wiring, huge, runs = in_child(allocate)
     assert wiring is Wiring.PINNED
@@ -83,16 +78,16 @@ def test_wired_memory_of_a_process_that_locks_all(kind: str) -> None:
 @pytest.mark.needs("memlock")
 @pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
 def test_pageable_memory_of_a_process_that_locks_all(shared: bool) -> None:
-    def allocate() -> list[Lies]:
+    def allocate() -> list[Counters]:
         lock_all()
         found = []
         with iobmd.allocate(64 * MIB, wired=False, shared=shared) as buffer:
-            found.append(lies(buffer))
+            found.append(counters(buffer))
             buffer.writeBytes(0, b"x")
-            found.append(lies(buffer))
+            found.append(counters(buffer))
             buffer.prepare()
             buffer.complete()
-            found.append(lies(buffer))
+            found.append(counters(buffer))
         return found
 
     fresh, touched, prepared = in_child(allocate)

@@ -1,12 +1,11 @@
 """`allocate(node=)` on a host with any number of nodes; two are proved apart in guests (tests/vm/test_numa.py)."""
 
-from collections.abc import Callable
-
 import pytest
 from support.child import NOBODY, in_child
+from support.refusals import code_of
 
 import iobmd
-from iobmd import IOReturn, IOReturnError
+from iobmd import IOReturn
 from iobmd._native import numa as native
 from iobmd.memory import numa
 
@@ -29,12 +28,6 @@ def test_without_privilege() -> None:
             return len(buffer)
 
     assert in_child(bytes_of_the_node, uid=NOBODY) == 64 << 10
-
-
-def code_of(action: Callable[[], object]) -> IOReturn:
-    with pytest.raises(IOReturnError) as caught:
-        action()
-    return caught.value.code
 
 
 @pytest.mark.parametrize("node", [-1, 777, 1 << 20])

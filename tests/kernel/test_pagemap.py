@@ -34,7 +34,7 @@ MREMAP_MAYMOVE_FIXED_DONTUNMAP = 7
 def independent(address: int, size: int, pid: int | str = "self") -> list[tuple[bool, bool, int | None, bool, bool]]:
     """Read the table of proc_pid_pagemap(5) word by word."""
     return [
-        (bool(e >> 63), bool(e >> 62 & 1), (e & (1 << 55) - 1 or None) if e >> 63 else None, bool(e >> 61 & 1),
+        (bool(e >> 63), bool(e >> 62 & 1), (e & kernel.FRAME or None) if e >> 63 else None, bool(e >> 61 & 1),
          bool(e >> 56 & 1))
         for e in kernel.entries(address, size, pid)
     ]  # fmt: skip
@@ -126,7 +126,7 @@ def test_huge_pages_that_are_neighbours_in_memory_alone() -> None:
         memory.advise(area.address, area.size, memory.MADV_HUGEPAGE)
         memory.advise(area.address, area.size, memory.MADV_POPULATE_WRITE)
         places = {
-            (kernel.entries(address, 4096)[0] & (1 << 55) - 1) * 4096: address
+            (kernel.entries(address, 4096)[0] & kernel.FRAME) * 4096: address
             for address in range(area.address, area.address + area.size, HUGE)
         }
         first = next(frame for frame in places if frame + HUGE in places)
@@ -154,7 +154,7 @@ def test_many_small_areas(before: int, after: int) -> None:
         low, high = address + before, address + pages * 4096 - after
         found = list(pagemap.areas(kernel_task, low, high - low))
         frames = {
-            address + number * 4096: entry & (1 << 55) - 1
+            address + number * 4096: entry & kernel.FRAME
             for number, entry in enumerate(kernel.entries(address, pages * 4096))
             if entry >> 63
         }
@@ -261,7 +261,7 @@ def test_frames_of_threads_whose_main_thread_has_exited(start_zoo: Start) -> Non
     node = next(pagemap.described(zoo.pid, start, size)).facts.node
     thread = without_main_thread(zoo)
     run, facts = next(pagemap.described(zoo.pid, start, size))
-    assert run.physical // 4096 == kernel.entries(start, 4096, thread)[0] & (1 << 55) - 1
+    assert run.physical // 4096 == kernel.entries(start, 4096, thread)[0] & kernel.FRAME
     assert facts.node == node
     assert [(use.pid, use.virtual) for use in pagemap.users(run.physical, 4096)] == [(zoo.pid, start)]
 

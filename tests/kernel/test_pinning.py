@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import NOBODY, in_child
-from support.moving import frames
+from support.kernel import frames, frames_of
+from support.refusals import code_of
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Wiring, pagemap
@@ -25,16 +26,6 @@ Setting = Callable[[str, object], None]
 
 ENOUGH = 2000
 """Pages of a control that compaction must have moved."""
-
-
-def code_of(action: Callable[[], object]) -> IOReturn:
-    with pytest.raises(IOReturnError) as caught:
-        action()
-    return caught.value.code
-
-
-def lies(buffer: Buffer) -> list[int]:
-    return frames(buffer.getBytesNoCopy(), buffer.getCapacity())
 
 
 @functools.cache
@@ -63,8 +54,8 @@ def test_wired_is_pinned_and_says_where() -> None:
                 for segment in buffer.segments()
                 for page in range(-(-segment.length // 4096))
             ]
-            assert seen == lies(buffer)
-            assert buffer.getPhysicalAddress() == lies(buffer)[0] * 4096
+            assert seen == frames_of(buffer)
+            assert buffer.getPhysicalAddress() == frames_of(buffer)[0] * 4096
             buffer.verify()
         assert kernel.nothing_is_pinned()
 
@@ -80,7 +71,7 @@ def test_prepare_and_complete() -> None:
         buffer.prepare(iobmd.kIODirectionIn)
         assert buffer.wiring is Wiring.PINNED
         assert not pins_are_counted() or kernel.pinned(64 << 10) == 64 << 10
-        assert [segment.address for segment in buffer.segments()][:1] == [lies(buffer)[0] * 4096]
+        assert [segment.address for segment in buffer.segments()][:1] == [frames_of(buffer)[0] * 4096]
         assert code_of(buffer.free) == IOReturn.kIOReturnBusy
         buffer.complete()
         assert buffer.wiring is Wiring.PINNED
@@ -110,7 +101,7 @@ def test_prepare_flags() -> None:
 def test_prepare_to_32_bits() -> None:
     with iobmd.allocate(64 << 10, wired=False) as buffer:
         buffer.writeBytes(0, b"x" * len(buffer))
-        if max(lies(buffer)) < 1 << 20:
+        if max(frames_of(buffer)) < 1 << 20:
             pytest.skip("this host gave memory below 4 GiB")
         assert code_of(lambda: buffer.prepare(iobmd.kIODirectionPrepareToPhys32)) == IOReturn.kIOReturnNoResources
         assert buffer.wiring is Wiring.PAGEABLE
@@ -177,10 +168,10 @@ def test_nothing_moves_a_pinned_page(setting: Setting) -> None:
         prepared.prepare()
         many = [iobmd.allocate(4096) for _ in range(500)]
         pinned = [large, small, contiguous, prepared, copied, *many]
-        before = [lies(buffer) for buffer in pinned]
+        before = [frames_of(buffer) for buffer in pinned]
 
         def unmoved() -> None:
-            assert [lies(buffer) for buffer in pinned] == before
+            assert [frames_of(buffer) for buffer in pinned] == before
             for buffer in pinned[:5]:
                 buffer.verify()
 
@@ -238,7 +229,7 @@ def test_fork_moves_nothing_and_the_child_unpins_nothing() -> None:
     with iobmd.allocate(MIB) as wired, iobmd.allocate(MIB, wired=False) as prepared:
         prepared.writeBytes(0, b"a" * MIB)
         prepared.prepare()
-        before = lies(wired), lies(prepared)
+        before = frames_of(wired), frames_of(prepared)
 
         def child() -> list[IOReturn]:
             refused = [code_of(wired.getPhysicalAddress), code_of(prepared.segments), code_of(wired.verify)]
@@ -250,7 +241,7 @@ def test_fork_moves_nothing_and_the_child_unpins_nothing() -> None:
         assert in_child(child) == [IOReturn.kIOReturnNotOpen] * 3
         for buffer in (wired, prepared):
             buffer.writeBytes(0, b"b" * MIB)
-        assert (lies(wired), lies(prepared)) == before
+        assert (frames_of(wired), frames_of(prepared)) == before
         assert not pins_are_counted() or kernel.pinned(2 * MIB) == 2 * MIB
         prepared.complete()
 
@@ -344,7 +335,7 @@ def test_hugetlb_is_the_next_choice() -> None:
             mapped = kernel.smaps(buffer.getBytesNoCopy())
             return (
                 buffer.wiring,
-                runs[0] == lies(buffer)[0] * 4096,
+                runs[0] == frames_of(buffer)[0] * 4096,
                 mapped["Shared_Hugetlb"] + mapped["Private_Hugetlb"] > 0,
             )
 

@@ -10,7 +10,7 @@ import warnings
 import pytest
 from support import kernel
 from support.child import CAP_IPC_LOCK, NOBODY, in_child
-from support.moving import frames
+from support.kernel import frames
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Wiring

@@ -18,9 +18,10 @@ import psutil
 import pytest
 from support.child import NOBODY, in_child, sleeping
 from support.namespaces import Other, in_namespaces, mount_proc, unmount_proc
+from support.refusals import refusal
 
 import iobmd
-from iobmd import IOMemoryDescriptor, IOReturnError, Task, Wiring, cli, host, kernel_task, pagemap, procfs
+from iobmd import IOMemoryDescriptor, IOReturn, Task, Wiring, cli, host, kernel_task, pagemap, procfs
 from iobmd._internal import pidns
 from iobmd.cli import doctor as _doctor  # noqa: F401 (before a test takes the interpreter's files out of reach)
 from iobmd.units import PAGE_SIZE
@@ -29,13 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 pytestmark = pytest.mark.needs("root")
-
-
-def refusal(call: Callable[[], object]) -> tuple[str, str]:
-    """The code and the message of the error that `call` raises."""
-    with pytest.raises(IOReturnError) as caught:
-        call()
-    return caught.value.code.name, str(caught.value)
 
 
 def report() -> tuple[int, dict[str, Any]]:
@@ -166,7 +160,7 @@ def test_other_tasks_are_those_of_the_callers_numbers(foreign: Callable[..., Any
             assert os.getpid() in pidns.pids()
             assert len(pidns.pids()) <= 4
             code, message = refusal(lambda: Task(other.pid + 1000))
-            assert code == "kIOReturnNotFound", message
+            assert code == IOReturn.kIOReturnNotFound, message
 
     foreign(reader)
 
@@ -197,7 +191,7 @@ def test_a_child_whose_main_thread_has_exited(foreign: Callable[..., Any]) -> No
 def test_what_needs_the_same_numbers_is_refused(foreign: Callable[..., Any]) -> None:
     """Stopping a task, and psutil, which would look at one process and signal another."""
 
-    def refused() -> list[tuple[str, str]]:
+    def refused() -> list[tuple[IOReturn, str]]:
         with Other(b"x") as other:
             calls: list[Callable[[], object]] = [
                 lambda: iobmd.allocate(PAGE_SIZE, task=other.pid),
@@ -215,7 +209,7 @@ def test_what_needs_the_same_numbers_is_refused(foreign: Callable[..., Any]) -> 
         return found
 
     for code, message in foreign(refused):
-        assert code == "kIOReturnUnsupported"
+        assert code == IOReturn.kIOReturnUnsupported
         assert "another pid namespace" in message
         assert "mount -t proc proc /proc" in message
 
@@ -223,12 +217,12 @@ def test_what_needs_the_same_numbers_is_refused(foreign: Callable[..., Any]) -> 
 def test_without_pidfd_open_other_tasks_are_refused(foreign: Callable[..., Any]) -> None:
     """A seccomp filter: then nothing tells which process of /proc is meant."""
 
-    def denied() -> tuple[str, str]:
+    def denied() -> tuple[IOReturn, str]:
         with Other(b"x") as other:
             return in_child(lambda: refusal(lambda: Task(other.pid)), deny={"pidfd_open": errno.EPERM})
 
     code, message = foreign(denied)
-    assert code == "kIOReturnUnsupported"
+    assert code == IOReturn.kIOReturnUnsupported
     assert "pidfd_open" in message
     exit_code, fact = foreign(lambda: in_child(report, deny={"pidfd_open": errno.EPERM}))
     assert exit_code == 1
@@ -262,23 +256,23 @@ def test_wired_memory_without_proc() -> None:
 
     def check_refused(call: Callable[[], object]) -> None:
         code, message = refusal(call)
-        assert code == "kIOReturnUnsupported", message
+        assert code == IOReturn.kIOReturnUnsupported, message
         assert "is not mounted" in message and "mount -t proc proc /proc" in message
 
     in_namespaces(work, proc=unmount_proc)
 
 
 def test_the_limit_is_named_without_proc() -> None:
-    def work() -> tuple[str, str]:
+    def work() -> tuple[IOReturn, str]:
         return refusal(lambda: iobmd.allocate(16 << 20))
 
     code, message = in_namespaces(work, proc=unmount_proc, uid=NOBODY, memlock=8 << 20)
-    assert code == "kIOReturnCannotWire"
+    assert code == IOReturn.kIOReturnCannotWire
     assert f"RLIMIT_MEMLOCK is {8 << 20}" in message
 
 
 def test_tasks_without_proc() -> None:
-    def work() -> list[tuple[str, str]]:
+    def work() -> list[tuple[IOReturn, str]]:
         with Other(b"x") as other:
             unmount_proc()
             assert kernel_task.read(other.address, 1) == b"\1"
@@ -297,11 +291,11 @@ def test_tasks_without_proc() -> None:
                 lambda: IOMemoryDescriptor.withAddressRange(other.address, PAGE_SIZE, 3, kernel_task),
             ]
             nobody = refusal(lambda: Task(1 << 22))
-            assert nobody[0] == "kIOReturnNotFound", nobody
+            assert nobody[0] == IOReturn.kIOReturnNotFound, nobody
             return [refusal(call) for call in calls]
 
     for code, message in in_namespaces(work):
-        assert code == "kIOReturnUnsupported", message
+        assert code == IOReturn.kIOReturnUnsupported, message
         assert "is not mounted" in message and "mount -t proc proc /proc" in message
 
 
@@ -317,16 +311,16 @@ def test_doctor_without_proc() -> None:
 
 @pytest.mark.parametrize("option", ["hidepid=1", "hidepid=2", "hidepid=4"])
 def test_hidden_processes(option: str) -> None:
-    def work() -> tuple[list[tuple[str, str]], int, dict[str, Any]]:
+    def work() -> tuple[list[tuple[IOReturn, str]], int, dict[str, Any]]:
         assert not os.access("/proc/1/stat", os.R_OK)
         with Other(b"of the same user") as other:
             assert Task(other.pid).read(other.address, 16) == b"of the same user"
-        assert refusal(lambda: Task(1 << 22))[0] == "kIOReturnNotFound"
+        assert refusal(lambda: Task(1 << 22))[0] == IOReturn.kIOReturnNotFound
         return [refusal(lambda: Task(1)), refusal(lambda: iobmd.copy(1, PAGE_SIZE, 1))], *report()
 
     refusals, code, fact = in_namespaces(work, proc=lambda: mount_proc(option), uid=NOBODY)
     for name, message in refusals:
-        assert name == "kIOReturnNotPermitted"
+        assert name == IOReturn.kIOReturnNotPermitted
         assert "hidepid=" in message and "mount -o remount,hidepid=0 /proc" in message and "ProtectProc" in message
     assert code == 0  # processes of its own user can be copied from
     assert fact["status"] == "limited"

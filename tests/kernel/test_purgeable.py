@@ -9,7 +9,6 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,6 +27,7 @@ from support.purging import (
     reads_zero,
     take,
 )
+from support.refusals import code_of
 from support.requirements import may_lock
 
 import iobmd
@@ -38,12 +38,6 @@ from iobmd._native import memory
 MIB = 1 << 20
 PAGES = pytest.mark.parametrize("huge", [False, True], ids=["4 KiB", "THP"])
 WAYS = pytest.mark.parametrize("deny", DENIALS.values(), ids=DENIALS)
-
-
-def code_of(action: Callable[[], object]) -> IOReturn:
-    with pytest.raises(IOReturnError) as caught:
-        action()
-    return caught.value.code
 
 
 # --- states

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from support import kernel, requirements
-from support.moving import frames
+from support.kernel import frames
 from support.relatives import EMPTY, NON_VOLATILE, VOLATILE, Memory, Piece, Relative
 
 import iobmd

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import kernel
-from support.moving import frames
+from support.kernel import frames
 from support.zoo import Zoo
 
 import iobmd
@@ -85,7 +85,7 @@ def test_runs_of_another_task(start_zoo: Start, kind: str) -> None:
     address, size = zoo[kind]
     wanted: list[list[int]] = []
     for index, entry in enumerate(kernel.entries(address, size, zoo.pid)):
-        virtual, frame = address // 4096 * 4096 + index * 4096, entry & (1 << 55) - 1
+        virtual, frame = address // 4096 * 4096 + index * 4096, entry & kernel.FRAME
         if not entry >> 63:
             continue
         if wanted and wanted[-1][0] + wanted[-1][2] == virtual and wanted[-1][1] + wanted[-1][2] == frame * 4096:

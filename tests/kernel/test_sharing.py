@@ -9,7 +9,6 @@ import socket
 import struct
 import tempfile
 import threading
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,20 +16,15 @@ import pytest
 from support import kernel
 from support.child import in_child
 from support.handing import look
-from support.moving import frames
+from support.kernel import frames
 from support.purging import EMPTY, KEEP_CURRENT, NON_VOLATILE, VOLATILE
+from support.refusals import code_of
 from support.targets import until
 
 import iobmd
-from iobmd import IOReturn, IOReturnError
+from iobmd import IOReturn
 
 MIB = 1 << 20
-
-
-def code_of(action: Callable[[], object]) -> IOReturn:
-    with pytest.raises(IOReturnError) as caught:
-        action()
-    return caught.value.code
 
 
 def pair() -> tuple[socket.socket, socket.socket]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from support import kernel, room
 from support.child import in_child, sleeping, until_asleep
-from support.moving import frames
+from support.kernel import frames
+from support.refusals import code_of
 from support.zoo import Zoo
 
 import iobmd
@@ -20,12 +21,6 @@ ANYWHERE, UNIQUE = IOMapOptions.kIOMapAnywhere, IOMapOptions.kIOMapUnique
 READ_ONLY, PREFAULT = IOMapOptions.kIOMapReadOnly, IOMapOptions.kIOMapPrefault
 SMALL, LARGE = IOMapOptions.kIOMapGuardedSmall, IOMapOptions.kIOMapGuardedLarge
 Buffer = iobmd.IOBufferMemoryDescriptor
-
-
-def code_of(action: Callable[[], object]) -> IOReturn:
-    with pytest.raises(IOReturnError) as caught:
-        action()
-    return caught.value.code
 
 
 @pytest.fixture

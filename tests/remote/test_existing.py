@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import NOBODY, in_child
-from support.moving import frames
+from support.kernel import frames
+from support.refusals import code_of
 from support.targets import need_ptrace
 from support.zoo import Zoo
 
@@ -24,12 +25,6 @@ pytestmark = [pytest.mark.needs("compiler"), pytest.mark.usefixtures("nothing_le
 @pytest.fixture(autouse=True)
 def may_trace() -> None:
     need_ptrace()
-
-
-def code_of(action: Callable[[], object]) -> IOReturn:
-    with pytest.raises(IOReturnError) as caught:
-        action()
-    return caught.value.code
 
 
 def belongings(pid: int) -> tuple[list[str], set[str]]:

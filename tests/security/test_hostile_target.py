@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from support.child import NOBODY, in_child
+from support.refusals import code_of
 from support.targets import Target, need_ptrace, until_at_rest
 
 import iobmd
@@ -41,12 +42,6 @@ sys.stdin.readline()
 @pytest.fixture(autouse=True)
 def may_trace() -> None:
     need_ptrace()
-
-
-def code_of(action: Callable[[], object]) -> IOReturn:
-    with pytest.raises(IOReturnError) as caught:
-        action()
-    return caught.value.code
 
 
 def prepare(pid: int, address: int) -> None:

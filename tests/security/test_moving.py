@@ -116,7 +116,7 @@ def test_other_processes_are_searched_for_a_frame(target: Climbing, monkeypatch:
         monkeypatch.setattr(pidns, "pids", lambda: [target.pid, other.pid])
         climb_with_each_step(target, monkeypatch)
         refused: dict[int, IOReturnError] = {}
-        physical = (entry & (1 << 55) - 1) * kernel.PAGE
+        physical = (entry & kernel.FRAME) * kernel.PAGE
         assert physical
         uses = list(pagemap.users(physical, kernel.PAGE, refused=refused.__setitem__))
     assert {use.pid for use in uses} >= {other.pid}, "they map the same page of a file"

@@ -18,7 +18,6 @@ from support import kernel
 
 MIB, GIB = 1 << 20, 1 << 30
 PAGE = mmap.PAGESIZE
-_PFN = (1 << 55) - 1
 
 
 class Fragmented:
@@ -48,7 +47,7 @@ class Fragmented:
                 pagemap.seek(area.address // PAGE * 8)
                 entries = array.array("Q", pagemap.read(GIB // PAGE * 8))
             for index, entry in enumerate(entries):
-                pinned.setdefault((entry & _PFN) * PAGE // block, area.address + index * PAGE)
+                pinned.setdefault((entry & kernel.FRAME) * PAGE // block, area.address + index * PAGE)
         self._pins = [pinning.Pin(address, PAGE) for address in pinned.values()]
         kept = sorted(pinned.values())
         for number, area in enumerate(self._areas):

@@ -1,5 +1,7 @@
 """What the kernel says, read without any help of `iobmd`."""
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import gc
@@ -9,9 +11,16 @@ import struct
 import threading
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from iobmd import IOBufferMemoryDescriptor
 
 PAGE = os.sysconf("SC_PAGESIZE")
+FRAME = (1 << 55) - 1
+"""The bits of a pagemap entry that number the frame of a present page."""
+_PRESENT, _SWAPPED, _GUARD = 1 << 63, 1 << 62, 1 << 58
+_PATIENCE = 5.0
 
 
 def status(name: str, pid: int | str = "self") -> int:
@@ -27,6 +36,26 @@ def entries(address: int, size: int, pid: int | str = "self") -> list[int]:
         pagemap.seek(first * 8)
         raw = pagemap.read((last - first + 1) * 8)
     return list(struct.unpack(f"={len(raw) // 8}Q", raw))
+
+
+def frames(address: int, size: int, pid: int | str = "self") -> list[int]:
+    """Return the frame of each page, 0 for a page without one.
+
+    While the kernel tries to move a page its entry looks swapped (a migration entry), also if it then finds the page
+    pinned and leaves it where it is. Compaction that any process causes does so at any time: such a page is looked at
+    again.
+    """
+    end = time.monotonic() + _PATIENCE
+    while True:
+        found = entries(address, size, pid)
+        if not any(entry & (_PRESENT | _SWAPPED | _GUARD) == _SWAPPED for entry in found) or time.monotonic() > end:
+            return [entry & FRAME if entry & _PRESENT else 0 for entry in found]
+        time.sleep(0.001)
+
+
+def frames_of(buffer: IOBufferMemoryDescriptor) -> list[int]:
+    """Return the frame of each page of a buffer of this process."""
+    return frames(buffer.getBytesNoCopy(), buffer.getCapacity())
 
 
 def available() -> int:
@@ -121,7 +150,7 @@ class Footprint(NamedTuple):
     locked: int
 
     @classmethod
-    def settled(cls) -> "Footprint":
+    def settled(cls) -> Footprint:
         """Return what it holds once garbage is collected and the purger has ended, if nothing is volatile."""
         gc.collect()
         for thread in threading.enumerate():
@@ -131,7 +160,7 @@ class Footprint(NamedTuple):
         return cls.now()
 
     @classmethod
-    def now(cls) -> "Footprint":
+    def now(cls) -> Footprint:
         descriptors = len(list(Path("/proc/self/fd").iterdir()))
         maps = Path("/proc/self/maps").read_text().splitlines()
         return cls(len(maps), status("VmRSS"), descriptors, status("VmLck"))

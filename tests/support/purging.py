@@ -34,9 +34,13 @@ def purgeable(size: int, *, shared: bool = False, huge: bool = True) -> tuple[io
     return buffer, data[:size]
 
 
-def page_out(buffer: iobmd.IOBufferMemoryDescriptor, offset: int, size: int) -> None:
-    """Have the kernel reclaim what it can of a range: what is lazily freed is discarded, the rest goes into swap."""
-    memory.advise(buffer.getBytesNoCopy() + offset, size, memory.MADV_PAGEOUT)
+def page_out(buffer: iobmd.IOBufferMemoryDescriptor, offset: int = 0, size: int | None = None) -> None:
+    """Have the kernel reclaim what it can of a range: what is lazily freed is discarded, the rest goes into swap.
+
+    Raises OSError (EINVAL) for locked memory.
+    """
+    length = buffer.getCapacity() - offset if size is None else size
+    memory.advise(buffer.getBytesNoCopy() + offset, length, memory.MADV_PAGEOUT)
 
 
 def take(buffer: iobmd.IOBufferMemoryDescriptor, offset: int, size: int) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 import iobmd
 from iobmd import IOBufferMemoryDescriptor, IOReturn, IOReturnError
-from support.moving import frames
+from support.kernel import frames
 
 _POOL = Path("/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages")
 _HUGE = 2 << 20

@@ -24,7 +24,7 @@ import iobmd
 from iobmd import IOBufferMemoryDescriptor, IOMapOptions, IOReturn, IOReturnError, Task, kernel_task
 from support import kernel, requirements
 from support.child import die_with_parent
-from support.moving import frames
+from support.kernel import frames
 from support.requirements import MAY_BE_MISSING
 
 SIZE = 64 << 10

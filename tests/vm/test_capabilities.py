@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from support import kernel
 from support.child import in_child
+from support.refusals import code_of
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Task, Wiring, host, pagemap
@@ -139,14 +140,6 @@ def of_node_0() -> None:
 def child_is_told() -> None:
     with iobmd.allocate(4096) as buffer:
         assert in_child(lambda: code_of(lambda: buffer.readBytes(0, 1))) == IOReturn.kIOReturnNotOpen
-
-
-def code_of(action: Callable[[], object]) -> IOReturn | None:
-    try:
-        action()
-    except IOReturnError as error:
-        return error.code
-    return None
 
 
 CAPABILITIES: dict[str, tuple[Callable[[], str | None], set[IOReturn]]] = {

@@ -6,7 +6,7 @@ import os
 
 import pytest
 from support import room
-from support.moving import frames
+from support.kernel import frames
 from support.proof import PAGE, Proof
 
 import iobmd

@@ -15,9 +15,10 @@ from support import edu, pci
 from support.child import NOBODY, in_child
 from support.kernel import nothing_is_pinned
 from support.proof import PAGE, pieces_of
+from support.refusals import code_of, refusal
 
 import iobmd
-from iobmd import IOReturn, IOReturnError
+from iobmd import IOReturn
 from iobmd.iommu import IOMapper
 
 pytestmark = pytest.mark.needs("edu", "iommu")
@@ -283,12 +284,12 @@ def test_no_direction(mapper: IOMapper) -> None:
 
 def test_what_is_missing_is_said(name: str) -> None:
     other = pci.find(edu.VENDOR, edu.DEVICE)[-1].name
-    code, message = told(lambda: IOMapper(other))  # without a driver, VFIO has no group for it
+    code, message = refusal(lambda: IOMapper(other))  # without a driver, VFIO has no group for it
     assert code == IOReturn.kIOReturnUnsupported
     assert f"echo {other} > /sys/bus/pci/drivers_probe" in message
-    code, message = told(lambda: IOMapper("0000:ff:1f.7"))
+    code, message = refusal(lambda: IOMapper("0000:ff:1f.7"))
     assert (code, "lspci" in message) == (IOReturn.kIOReturnNoDevice, True)
-    code, message = in_child(lambda: told(lambda: IOMapper(name)), uid=NOBODY)
+    code, message = in_child(lambda: refusal(lambda: IOMapper(name)), uid=NOBODY)
     assert code == IOReturn.kIOReturnNotPrivileged
     assert "chown" in message
     assert "/dev/vfio/" in message
@@ -314,7 +315,7 @@ def test_at_the_limit_of_locked_memory(given: str) -> None:
         with IOMapper(given) as mapper, iobmd.allocate(640 << 10) as large, iobmd.allocate(64 << 10) as small:
             with mapper.prepare(small) as before:
                 lowest = before.address
-            code, message = told(lambda: mapper.prepare(large))
+            code, message = refusal(lambda: mapper.prepare(large))
             with mapper.prepare(small) as first, mapper.prepare(small) as second:
                 return code, message, [each.address - lowest for each in (first, second)]
 
@@ -338,13 +339,3 @@ def test_a_forked_child_must_not_use_it(mapper: IOMapper) -> None:
     assert in_child(in_the_child) == IOReturn.kIOReturnNotOpen
     with iobmd.allocate(PAGE) as buffer, mapper.prepare(buffer):
         pass
-
-
-def code_of(action: Callable[[], object]) -> IOReturn:
-    return told(action)[0]
-
-
-def told(action: Callable[[], object]) -> tuple[IOReturn, str]:
-    with pytest.raises(IOReturnError) as caught:
-        action()
-    return caught.value.code, str(caught.value)

@@ -4,8 +4,7 @@ import os
 
 import pytest
 from support.edu import Fleet
-from support.kernel import held, is_given_back
-from support.moving import frames
+from support.kernel import frames, held, is_given_back
 from support.proof import Proof
 
 import iobmd

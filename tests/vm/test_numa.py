@@ -5,8 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.kernel import held, is_given_back
-from support.moving import frames
+from support.kernel import frames, held, is_given_back
 
 import iobmd
 from iobmd import IOReturn, IOReturnError
