@@ -11,6 +11,7 @@ from support.zoo import Zoo
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, PhysicalSegment, pagemap
+from iobmd.physical.layout import Layout
 
 Start = Callable[..., Zoo]
 MIB = 1 << 20
@@ -105,4 +106,14 @@ def test_layout() -> None:
         assert layout.largest == max(segment.length for segment in buffer.segments())
         assert (layout.lowest, layout.highest) == (min(lies) * 4096, max(lies) * 4096 + 4095)
         assert layout.huge == kernel.smaps(buffer.getBytesNoCopy())["AnonHugePages"]
-        assert str(layout.runs) in str(layout) or layout.contiguous
+
+
+@pytest.mark.parametrize(
+    ("runs", "huge", "said"),
+    [
+        (1, 0, "contiguous, 0x1000…0x200fff, 0 B in huge pages"),
+        (3, 2 * MIB, "3 runs, the largest 1 MiB, 0x1000…0x200fff, 2 MiB in huge pages"),
+    ],
+)
+def test_layout_for_people(runs: int, huge: int, said: str) -> None:
+    assert str(Layout(2 * MIB, runs, MIB, huge, 0x1000, 0x200FFF)) == said
