@@ -18,13 +18,13 @@ from iobmd.constants import *  # noqa: F403
 if TYPE_CHECKING or "iobmd_command" not in sys.modules:
     from iobmd._native.runs import PhysicalSegment
     from iobmd.api import allocate, copy
-    from iobmd.buffer import IOBufferMemoryDescriptor
     from iobmd.cache import CacheItem, CacheStatistics, PurgeableCache
-    from iobmd.descriptor import IOMemoryDescriptor
+    from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
+    from iobmd.descriptors.composite import IOMultiMemoryDescriptor, IOSubMemoryDescriptor
+    from iobmd.descriptors.descriptor import IOMemoryDescriptor
+    from iobmd.descriptors.memory_map import IOMemoryMap
     from iobmd.dma import IODMACommand
     from iobmd.errors import IOReturnError
-    from iobmd.family import IOMultiMemoryDescriptor, IOSubMemoryDescriptor
-    from iobmd.mapping import IOMemoryMap
     from iobmd.memory.mlock import Wiring
     from iobmd.physical.layout import Layout
     from iobmd.physical.policy import policy

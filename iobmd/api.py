@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from iobmd.buffer import IOBufferMemoryDescriptor
 from iobmd.constants import IOOptionBits, IOReturn
 from iobmd.contents import CopyOf, FrozenCopyOf
+from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
 from iobmd.errors import IOReturnError
 from iobmd.task import transfer
 from iobmd.task.task import Task, as_task, kernel_task

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from iobmd._native.mapping import Mapping as Mapped
-    from iobmd.buffer import IOBufferMemoryDescriptor
+    from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
 
 K = TypeVar("K", bound=Hashable)
 

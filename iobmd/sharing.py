@@ -9,13 +9,13 @@ import stat
 import struct
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, SupportsIndex
 
-from iobmd import request
 from iobmd._internal import process_local
 from iobmd._native import tmpfs
 from iobmd.backing.mapped import private
 from iobmd.backing.shared import SharedBacking
-from iobmd.buffer import IOBufferMemoryDescriptor
 from iobmd.constants import IOOptionBits, IOReturn
+from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
+from iobmd.descriptors.options import check_request
 from iobmd.errors import IOReturnError
 from iobmd.host import limits
 from iobmd.memory import shmem
@@ -61,7 +61,7 @@ class _Description(NamedTuple):
             raise ValueError("its numbers are none")
         if not is_power_of_two(alignment) or not PAGE_SIZE <= alignment <= _LARGEST_ALIGNMENT:
             raise ValueError("its alignment is not a power of two from a page on")
-        request.check(kernel_task, options & ~_CONTIGUOUS, capacity, alignment, 0)
+        check_request(kernel_task, options & ~_CONTIGUOUS, capacity, alignment, 0)
         return cls(options, capacity, length, pieces, alignment)
 
     def shared(self, fd: int) -> SharedObject:

@@ -18,7 +18,7 @@ from iobmd.units import format_size
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from iobmd.buffer import IOBufferMemoryDescriptor
+    from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
 
 SHOWN = 16
 """Segments shown to people; --json has all."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from iobmd._internal.chunked import Progress
-    from iobmd.buffer import IOBufferMemoryDescriptor
+    from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
 
 PROGRESS_FROM = 256 << 20
 """Bytes from which a copy takes long enough to watch."""

@@ -22,8 +22,8 @@ from iobmd.units import format_size
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from iobmd.buffer import IOBufferMemoryDescriptor
-    from iobmd.mapping import IOMemoryMap
+    from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
+    from iobmd.descriptors.memory_map import IOMemoryMap
 
 
 def main(argv: Sequence[str]) -> int:

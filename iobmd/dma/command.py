@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Self
 
 from iobmd._internal import process_local
 from iobmd.constants import IOReturn, kIODirectionIn, kIODirectionInOut, kIODirectionOut
+from iobmd.descriptors.options import DIRECTION_MASK
 from iobmd.dma.device_transfer import DeviceTransfer
 from iobmd.dma.specification import MappingOptions, Specification
 from iobmd.errors import IOReturnError
-from iobmd.request import DIRECTION_MASK
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from iobmd._native.runs import PhysicalSegment
-    from iobmd.descriptor import IOMemoryDescriptor
+    from iobmd.descriptors.descriptor import IOMemoryDescriptor
 
 
 class IODMACommand:

@@ -7,7 +7,6 @@ from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd._native.runs import PhysicalSegment
-from iobmd.buffer import IOBufferMemoryDescriptor
 from iobmd.constants import (
     IOReturn,
     kIODirectionIn,
@@ -15,6 +14,7 @@ from iobmd.constants import (
     kIOMemoryIncoherentIOFlush,
     kIOMemoryIncoherentIOStore,
 )
+from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
 from iobmd.errors import IOReturnError
 from iobmd.memory.mlock import Wiring
 from iobmd.pagemap import segment
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-    from iobmd.descriptor import IOMemoryDescriptor
+    from iobmd.descriptors.descriptor import IOMemoryDescriptor
     from iobmd.dma.specification import Specification
 
 

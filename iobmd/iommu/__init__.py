@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Self
 from iobmd._internal import process_local
 from iobmd._native.runs import PhysicalSegment
 from iobmd.constants import IOOptionBits, IOReturn
+from iobmd.descriptors.options import DIRECTION_MASK
 from iobmd.errors import IOReturnError
 from iobmd.iommu.addresses import Addresses
 from iobmd.iommu.vfio import READ, WRITE, Container, Device
-from iobmd.request import DIRECTION_MASK
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 
 if TYPE_CHECKING:
-    from iobmd.descriptor import IOMemoryDescriptor
+    from iobmd.descriptors.descriptor import IOMemoryDescriptor
 
 _OUT, _IN = int(IOOptionBits.kIODirectionOut), int(IOOptionBits.kIODirectionIn)
 

@@ -56,7 +56,7 @@ COMMAND = (
 def test_commands_load_what_they_need(arguments: list[str]) -> None:
     *modules, code = python(COMMAND.format(arguments)).splitlines()[-1].split()
     assert code == "0"
-    assert "iobmd.buffer" not in modules
+    assert "iobmd.descriptors.buffer" not in modules
     slow = {"inspect", "pathlib", "shutil"}  # see cython_ext/limited.h, and ruff's settings
     assert arguments[-1] == "--help" or not slow & {*modules}
 

@@ -18,7 +18,7 @@ from .result import Result, at_least, medians, seconds
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from iobmd.buffer import IOBufferMemoryDescriptor
+    from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
 
 PIECE = 64 << 10
 SMALL = 256 << 10

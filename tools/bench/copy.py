@@ -9,10 +9,10 @@ from pathlib import Path
 
 from iobmd._internal.chunked import PIECE, threads
 from iobmd._native import crosstask, floors
-from iobmd.buffer import IOBufferMemoryDescriptor
 from iobmd.cli.child import python
 from iobmd.cli.demo.client import Client, Piece
 from iobmd.constants import IOOptionBits
+from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
 from iobmd.task.task import Task, kernel_task
 from iobmd.units import PAGE_SIZE, format_size, round_up
 

@@ -18,7 +18,7 @@ from .limit import limited
 from .result import Result, at_least, at_most, medians, seconds
 
 if TYPE_CHECKING:
-    from iobmd.buffer import IOBufferMemoryDescriptor
+    from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
 
 SIZE = 64 << 20
 LIMIT = 256 << 20

@@ -11,7 +11,7 @@ from iobmd._native import floors, memory, uring
 from iobmd._native.mapping import Mapping
 from iobmd.api import allocate
 from iobmd.constants import IOOptionBits
-from iobmd.descriptor import IOMemoryDescriptor
+from iobmd.descriptors.descriptor import IOMemoryDescriptor
 from iobmd.memory import pinning
 from iobmd.memory.populate import populate
 from iobmd.task.task import kernel_task
@@ -20,7 +20,7 @@ from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE
 from .result import Result, at_most, medians, seconds
 
 if TYPE_CHECKING:
-    from iobmd.buffer import IOBufferMemoryDescriptor
+    from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
 
 PINNED = 64 << 20
 SPARSE = 1 << 30

@@ -11,7 +11,7 @@ from iobmd.purgeable import EMPTY, NON_VOLATILE, VOLATILE
 from iobmd.units import PAGE_SIZE, format_size, pages
 
 if TYPE_CHECKING:
-    from iobmd.buffer import IOBufferMemoryDescriptor
+    from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
 
 
 def demonstrate(size: int) -> dict[str, int | bool]:

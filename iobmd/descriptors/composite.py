@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from iobmd.backing.joined import JoinedBacking, Part
 from iobmd.constants import IOReturn
-from iobmd.descriptor import IOMemoryDescriptor
+from iobmd.descriptors.descriptor import IOMemoryDescriptor
+from iobmd.descriptors.options import check_existing
 from iobmd.errors import IOReturnError
-from iobmd.request import check_existing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Protocol
 from iobmd._native import memory
 from iobmd._native.mapping import Mapping
 from iobmd.constants import IOMapOptions, IOReturn
+from iobmd.descriptors.options import unsupported
 from iobmd.errors import CannotWireError, IOReturnError, UnsupportedError
 from iobmd.memory import pinning, residency, shmem
 from iobmd.memory.populate import populate
 from iobmd.remote.sharing import RemoteMapping, touch
-from iobmd.request import unsupported
 from iobmd.units import PAGE_SIZE, round_up
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from iobmd.units import PAGE_SIZE, round_up
 if TYPE_CHECKING:
     from iobmd.backing import Contents
     from iobmd.backing.mapped import MappedBacking
+    from iobmd.descriptors.options import Request
     from iobmd.physical.search import PhysicalConstraints
-    from iobmd.request import Request
 
 
 def allocate(wanted: Request, contents: Contents | None) -> MappedBacking:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex
 from iobmd._internal import process_local
 from iobmd._native.mapping import Exporter
 from iobmd.constants import IOMapOptions, IOReturn
+from iobmd.descriptors.mapping_cache import Descriptor, Place, Window
 from iobmd.errors import IOReturnError
-from iobmd.windows import Descriptor, Place, Window
 
 if TYPE_CHECKING:
     from iobmd._native.mapping import Mapping

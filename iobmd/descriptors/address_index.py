@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Protocol
 
-from iobmd import mapping
 from iobmd._internal.weak_registry import WeakRegistry
 from iobmd.backing.joined import Owner, Part
+from iobmd.descriptors import memory_map
 from iobmd.errors import NotOpenError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from iobmd.descriptors.mapping_cache import Descriptor
     from iobmd.task.task import Task
-    from iobmd.windows import Descriptor
 
     class Live(Owner, Descriptor, Protocol):
         """A descriptor with memory of its own."""
@@ -45,7 +45,7 @@ def _places(owner: Live, task: Task) -> Iterator[tuple[int, int, int]]:
     backing = owner._memory()
     if _same(backing.task, task):
         yield backing.address, 0, backing.size
-    for window in mapping.windows(owner):
+    for window in memory_map.windows(owner):
         if window.own and _same(window.task, task):  # what is behind a window may be another's
             yield window.address, window.first, window.own.size
 

@@ -6,25 +6,25 @@ import os
 import weakref
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
-from iobmd import mapping, windows
 from iobmd._internal import process_local
-from iobmd.caching import Caching
 from iobmd.constants import (
     IOOptionBits,
     IOReturn,
     kIODirectionPrepareNoFault,
     kIODirectionPrepareToPhys32,
 )
+from iobmd.descriptors import mapping_cache, memory_map
+from iobmd.descriptors.caching import Caching
+from iobmd.descriptors.existing import Existing
+from iobmd.descriptors.labels import Labels
+from iobmd.descriptors.options import DIRECTION_MASK
+from iobmd.descriptors.ownership import Lineage
+from iobmd.descriptors.placement import Placement
+from iobmd.descriptors.purge_control import Volatility
 from iobmd.errors import IOReturnError
-from iobmd.existing import Existing
-from iobmd.labels import Labels
-from iobmd.lineage import Lineage
 from iobmd.memory.mlock import Wiring
-from iobmd.placement import Placement
-from iobmd.request import DIRECTION_MASK
 from iobmd.task.task import as_task, kernel_task
 from iobmd.units import PAGE_SIZE
-from iobmd.volatility import Volatility
 
 if TYPE_CHECKING:
     import psutil
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from iobmd._native.runs import RunTable
     from iobmd.backing import Backing
-    from iobmd.mapping import IOMemoryMap
+    from iobmd.descriptors.memory_map import IOMemoryMap
     from iobmd.task.task import Task
 
     AnyTask = Task | int | psutil.Process
@@ -58,7 +58,7 @@ class IOMemoryDescriptor(Existing, Lineage, Labels, Caching, Placement, Volatili
     _prepared = 0
     _pinned_for_good = False  # by its options, not by prepare()
     _guard: process_local.Guard
-    _windows: weakref.WeakSet[windows.Window]
+    _windows: weakref.WeakSet[mapping_cache.Window]
 
     @staticmethod
     def _plain() -> IOMemoryDescriptor:
@@ -197,7 +197,7 @@ class IOMemoryDescriptor(Existing, Lineage, Labels, Caching, Placement, Volatili
 
     def map(self, options: int = 0) -> IOMemoryMap:
         """Map it in this process; as `createMappingInTask` with `kIOMapAnywhere`."""
-        return self.createMappingInTask(kernel_task, 0, int(options) | windows.ANYWHERE)
+        return self.createMappingInTask(kernel_task, 0, int(options) | mapping_cache.ANYWHERE)
 
     def createMappingInTask(
         self,
@@ -245,8 +245,8 @@ class IOMemoryDescriptor(Existing, Lineage, Labels, Caching, Placement, Volatili
         length = length or self._length - offset
         self._check_range(offset, length)
         with self._guard:
-            place = windows.Place(atAddress, options, offset, length, self._memory().in_page(offset))
-            return mapping.open_map(self, task, place)
+            place = mapping_cache.Place(atAddress, options, offset, length, self._memory().in_page(offset))
+            return memory_map.open_map(self, task, place)
 
     def getPageCounts(self) -> tuple[int, int]:
         """Return how many pages are resident, and how many of those are dirty, as the kernel says.
@@ -293,7 +293,7 @@ class IOMemoryDescriptor(Existing, Lineage, Labels, Caching, Placement, Volatili
                 backing.purgeable.before_write(offset, length)
 
     def _refuse_if_mapped(self) -> None:
-        if self._windows and (mapped := mapping.uses(self)):
+        if self._windows and (mapped := memory_map.uses(self)):
             message = f"{self!r} is mapped {mapped} times: call unmap() as often first"
             raise IOReturnError(IOReturn.kIOReturnBusy, message)
 

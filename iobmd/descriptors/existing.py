@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from iobmd import live
 from iobmd.backing.existing import RangeBacking
 from iobmd.backing.joined import JoinedBacking, Part
 from iobmd.constants import IOOptionBits
-from iobmd.request import check_existing
+from iobmd.descriptors import address_index
+from iobmd.descriptors.options import check_existing
 from iobmd.task.task import as_task, check_range, kernel_task
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _found(task: Task, ranges: Iterable[tuple[int, int]], *, writable: bool) -> 
     open_range = (0, 0)
     for address, length in ranges:
         check_range(address, length)
-        part = live.find(task, address, length) if length else None
+        part = address_index.find(task, address, length) if length else None
         if open_range[1] and (part or (length and sum(open_range) != address)):
             yield RangeBacking(task, *open_range, writable=writable)
             open_range = (0, 0)

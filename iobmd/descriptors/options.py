@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import caching
 from iobmd._version import __version__
 from iobmd.constants import IOOptionBits, IOReturn
+from iobmd.descriptors import caching
 from iobmd.errors import IOReturnError
 from iobmd.memory.shmem import NAME
 from iobmd.physical.search import ALL_ADDRESSES, PhysicalConstraints
@@ -79,7 +79,7 @@ class Request(NamedTuple):
         return bool(self.options & _SHARED)
 
 
-def check(
+def check_request(
     task: Task | int | psutil.Process | None,
     options: int,
     capacity: int,
@@ -137,7 +137,7 @@ def check_existing(options: int) -> int:
     Raises
     ------
     IOReturnError
-        `kIOReturnBadArgument` for what can only be asked of new memory; `kIOReturnUnsupported` as `check`.
+        `kIOReturnBadArgument` for what can only be asked of new memory; `kIOReturnUnsupported` as `check_request`.
     """
     options = int(options)
     _check_options(options)

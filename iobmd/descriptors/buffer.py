@@ -8,12 +8,13 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Self
 
-from iobmd import allocation, caching, live, request
 from iobmd._internal import process_local
 from iobmd._native.mapping import Exporter, Mapping
 from iobmd.constants import IOOptionBits, IOReturn, kIOMemoryIncoherentIOFlush
 from iobmd.contents import CopyOf
-from iobmd.descriptor import IOMemoryDescriptor
+from iobmd.descriptors import address_index, allocation, caching
+from iobmd.descriptors.descriptor import IOMemoryDescriptor
+from iobmd.descriptors.options import DIRECTION_MASK, check_direction, check_request
 from iobmd.errors import IOReturnError
 from iobmd.memory import numa
 from iobmd.memory.mlock import Wiring
@@ -175,7 +176,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     @classmethod
     def withCapacity(cls, capacity: int, withDirection: int, withContiguousMemory: bool = False) -> Self:
         """Make a wired buffer of `capacity` bytes. Raises as `initWithPhysicalMask`."""
-        options = request.check_direction(withDirection) | (_CONTIGUOUS if withContiguousMemory else 0)
+        options = check_direction(withDirection) | (_CONTIGUOUS if withContiguousMemory else 0)
         return cls.withOptions(options, capacity)
 
     @classmethod
@@ -218,7 +219,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         """
         if self._state != "not initialised":
             raise IOReturnError(IOReturn.kIOReturnBusy, f"{self!r} is initialised already")
-        wanted = request.check(inTask, options, capacity, alignment, physicalMask, self._guarded, self.vm_tags)
+        wanted = check_request(inTask, options, capacity, alignment, physicalMask, self._guarded, self.vm_tags)
         if self._contents:
             self._contents.check()
         with numa.on(self._node):
@@ -240,7 +241,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         self._state = "open"
         if options & caching.MODES:
             backing.treat_caches(caching.of_copies(options))
-        live.know(self)
+        address_index.know(self)
         if backing.purgeable:
             purger.know(self)
 
@@ -287,7 +288,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     def setDirection(self, direction: int) -> None:
         """Set the direction of later transfers, one of the four `kIODirection…`."""
         self._memory()
-        self._options = self._options & ~request.DIRECTION_MASK | request.check_direction(direction)
+        self._options = self._options & ~DIRECTION_MASK | check_direction(direction)
 
     def getBytesNoCopy(self, start: int = 0, withLength: int = 0) -> int:
         """Return the virtual address of the byte `start`, in the buffer's task.

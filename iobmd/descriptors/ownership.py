@@ -8,17 +8,17 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, Self
 
-from iobmd import live
 from iobmd._internal import process_local
 from iobmd._internal.weak_registry import WeakRegistry
 from iobmd.constants import IOReturn
+from iobmd.descriptors import address_index
 from iobmd.errors import IOReturnError
 from iobmd.purgeable import purger
 
 if TYPE_CHECKING:
     from iobmd.backing import Backing
     from iobmd.backing.joined import JoinedBacking
-    from iobmd.windows import Window
+    from iobmd.descriptors.mapping_cache import Window
 
 
 class Lineage:
@@ -75,7 +75,7 @@ class Lineage:
         for child in children:
             child.replace(old, heir)
         self._backing, self._state, self._offspring = None, "released", None
-        live.know(heir)
+        address_index.know(heir)
         if heir._backing.purgeable:
             purger.know(heir)
         return True
