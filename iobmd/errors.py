@@ -39,26 +39,24 @@ class IOReturnError(OSError):
     address: int | None
     _message: str | Callable[[], str]
     _arguments: tuple[Any, ...] | None = None
-    _by_code: dict[IOReturn, type["IOReturnError"]] = {}  # noqa: RUF012 (filled by __init_subclass__)
+    _by_code: dict[IOReturn, type["IOReturnError"]] = {}  # noqa: RUF012 (filled by NamedError)
 
-    def __init_subclass__(cls, code: IOReturn | None = None, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if code is not None:
-            cls._by_code[code] = cls
-
-    def __new__(cls, code: IOReturn, *_args: Any, **_kwargs: Any) -> Self:
-        """Make the subclass that stands for `code`."""
+    def __new__(
+        cls, code: IOReturn, message: str | Callable[[], str], errno: int = 0, address: int | None = None
+    ) -> Self:
+        """Create the subclass that stands for `code`."""
         fitting = cls._by_code.get(code, cls)
-        return super().__new__(fitting if issubclass(fitting, cls) else cls)
+        return (fitting if issubclass(fitting, cls) else cls)._create(code, message, errno, address)
 
-    def __init__(
-        self, code: IOReturn, message: str | Callable[[], str], errno: int = 0, address: int | None = None
-    ) -> None:
-        super().__init__()
+    # Not in __init__: its parameters would have to be those of the class that __new__ was called on.
+    @classmethod
+    def _create(cls, code: IOReturn, message: str | Callable[[], str], errno: int, address: int | None) -> Self:
+        self = OSError.__new__(cls)
         self.errno = errno
         self.code = code if type(code) is IOReturn else IOReturn(code)  # an enumeration takes a microsecond to ask
         self.address = address
         self._message = message
+        return self
 
     @property
     def strerror(self) -> str:  # type: ignore[override]
@@ -86,53 +84,67 @@ class IOReturnError(OSError):
         return IOReturnError, (self.code, self.strerror, self.errno, self.address)
 
 
-class BadArgumentError(IOReturnError, ValueError, code=IOReturn.kIOReturnBadArgument):
+class NamedError(IOReturnError):
+    """An `IOReturnError` whose class stands for its code: the same parameters, without the code."""
+
+    def __init_subclass__(cls, code: IOReturn | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if code is not None:
+            cls.code = code
+            cls._by_code[code] = cls
+
+    def __new__(cls, message: str | Callable[[], str], errno: int = 0, address: int | None = None) -> Self:
+        """Create the error."""
+        return cls._create(cls.code, message, errno, address)
+
+
+class BadArgumentError(NamedError, ValueError, code=IOReturn.kIOReturnBadArgument):
     """A bad size, alignment, combination of options, or an offset past the end."""
 
 
-class NotPrivilegedError(IOReturnError, PermissionError, code=IOReturn.kIOReturnNotPrivileged):
+class NotPrivilegedError(NamedError, PermissionError, code=IOReturn.kIOReturnNotPrivileged):
     """The calling process lacks a capability, such as CAP_SYS_ADMIN for physical addresses."""
 
 
-class NotPermittedError(IOReturnError, PermissionError, code=IOReturn.kIOReturnNotPermitted):
+class NotPermittedError(NamedError, PermissionError, code=IOReturn.kIOReturnNotPermitted):
     """Another task refuses access: its user, Yama, a seccomp filter, or it is traced already."""
 
 
-class CannotWireError(IOReturnError, code=IOReturn.kIOReturnCannotWire):
+class CannotWireError(NamedError, code=IOReturn.kIOReturnCannotWire):
     """Memory cannot be wired: a limit on locked memory, or pinning is not available."""
 
 
-class NoResourcesError(IOReturnError, code=IOReturn.kIOReturnNoResources):
+class NoResourcesError(NamedError, code=IOReturn.kIOReturnNoResources):
     """No contiguous run, no page under the mask, or an empty pool."""
 
 
-class NoMemoryError(IOReturnError, code=IOReturn.kIOReturnNoMemory):
+class NoMemoryError(NamedError, code=IOReturn.kIOReturnNoMemory):
     """The kernel is out of memory or address space."""
 
 
-class VMError(IOReturnError, code=IOReturn.kIOReturnVMError):
+class VMError(NamedError, code=IOReturn.kIOReturnVMError):
     """An address range is not mapped or not accessible; `address` is the first such byte."""
 
 
-class NotFoundError(IOReturnError, ProcessLookupError, code=IOReturn.kIOReturnNotFound):
+class NotFoundError(NamedError, ProcessLookupError, code=IOReturn.kIOReturnNotFound):
     """The task is gone: it exited, or its pid belongs to another process now."""
 
 
-class NotReadyError(IOReturnError, code=IOReturn.kIOReturnNotReady):
+class NotReadyError(NamedError, code=IOReturn.kIOReturnNotReady):
     """A physical address was asked of memory that is not wired."""
 
 
-class BusyError(IOReturnError, BufferError, code=IOReturn.kIOReturnBusy):
+class BusyError(NamedError, BufferError, code=IOReturn.kIOReturnBusy):
     """Still in use: prepared, or a `memoryview` of it is alive; or a task keeps moving its memory."""
 
 
-class NotOpenError(IOReturnError, ValueError, code=IOReturn.kIOReturnNotOpen):
+class NotOpenError(NamedError, ValueError, code=IOReturn.kIOReturnNotOpen):
     """Used after release, or before it was initialised."""
 
 
-class TaskTimeoutError(IOReturnError, TimeoutError, code=IOReturn.kIOReturnTimeout):
+class TaskTimeoutError(NamedError, TimeoutError, code=IOReturn.kIOReturnTimeout):
     """Another task did not stop, or did not serve a page fault, in time."""
 
 
-class UnsupportedError(IOReturnError, code=IOReturn.kIOReturnUnsupported):
+class UnsupportedError(NamedError, code=IOReturn.kIOReturnUnsupported):
     """The kernel, the CPU, the kind of memory or the version of `iobmd` cannot do it."""

@@ -211,7 +211,7 @@ def share(buffer: IOBufferMemoryDescriptor, socket: sockets.socket | None = None
     pages of a tmpfs is not (as root: 2 MiB and more, and contiguous or masked memory above a page): hand it to
     processes that you trust. `attach` refuses such memory from other users than root and its own.
     """
-    shared = buffer._memory().shared
+    shared = buffer._memory().require_backing().shared
     if shared is None:
         raise private()
     extents = [(offset, size) for offset, size in shared.extents]

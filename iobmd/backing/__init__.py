@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
     from typing_extensions import Buffer
 
     from iobmd._native.mapping import Mapping
     from iobmd._native.runs import RunTable
-    from iobmd.backing.joined import Part
     from iobmd.memory.mlock import Wiring
     from iobmd.memory.shmem import SharedObject, Stretch
     from iobmd.purgeable import Purgeable
@@ -40,7 +38,10 @@ class Contents(Protocol):
 
 
 class Backing(Protocol):
-    """Memory that one descriptor owns."""
+    """Memory that one `MemoryOwner` has."""
+
+    composite: bool
+    """It consists of parts of other memory, which is pinned with it, each time."""
 
     stopped_ns: int
     """For how long, at the most, a thread of `task` stood still as it was made."""
@@ -56,10 +57,6 @@ class Backing(Protocol):
     @property
     def purgeable(self) -> Purgeable | None:
         """What takes it and keeps it, when it was made purgeable."""
-
-    @property
-    def parts(self) -> Sequence[Part]:
-        """What it is made of, when that is memory of other descriptors: those are prepared with it, each time."""
 
     @property
     def shared(self) -> SharedObject | None:

@@ -18,13 +18,11 @@ from iobmd.task import diagnosis, obstacles
 from iobmd.units import PAGE_SIZE, format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
     from typing_extensions import Buffer
 
     from iobmd._native.runs import RunTable
-    from iobmd.backing.joined import Part
     from iobmd.backing.pinned import Pin
     from iobmd.memory.shmem import SharedObject, Stretch
     from iobmd.purgeable import Purgeable
@@ -47,7 +45,7 @@ class RangeBacking(Pinned):
         `kIOReturnVMError`: a byte is not mapped, or not accessible. `kIOReturnNotPermitted`, `kIOReturnNotFound`.
     """
 
-    parts: Sequence[Part] = ()
+    composite = False
     purgeable: Purgeable | None = None
     shared: SharedObject | None = None
     stopped_ns = 0

@@ -18,14 +18,12 @@ from iobmd.task.task import kernel_task
 from iobmd.units import PAGE_SIZE, round_down, round_up
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
     from typing_extensions import Buffer
 
     from iobmd._native.mapping import Mapping
     from iobmd._native.runs import RunTable
-    from iobmd.backing.joined import Part
     from iobmd.memory.shmem import SharedObject, Stretch
     from iobmd.purgeable import Purgeable
     from iobmd.task.task import Task
@@ -39,7 +37,7 @@ class MappedBacking(Pinned):
     """Memory that this process maps as `mapping`, which the subclass makes."""
 
     mapping: Mapping
-    parts: Sequence[Part] = ()
+    composite = False
 
     def __init__(self, *, wired: bool) -> None:
         self.task: Task | None = kernel_task

@@ -1,53 +1,48 @@
-"""Which addresses show memory of iobmd: so that it is known again where a caller has no more than its address."""
+"""Index of the addresses at which memory of iobmd is mapped."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from iobmd._internal.weak_registry import WeakRegistry
-from iobmd.backing.joined import Owner, Part
 from iobmd.descriptors import memory_map
+from iobmd.descriptors.ownership import MemoryOwner, Part
 from iobmd.errors import NotOpenError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from iobmd.descriptors.mapping_cache import Descriptor
     from iobmd.task.task import Task
 
-    class Live(Owner, Descriptor, Protocol):
-        """A descriptor with memory of its own."""
+_known: WeakRegistry[MemoryOwner] = WeakRegistry()
 
 
-_known: WeakRegistry[Live] = WeakRegistry()
-
-
-def know(descriptor: Live) -> None:
-    """Take note of memory that was made."""
-    _known.add(descriptor)
+def add(owner: MemoryOwner) -> None:
+    """Register memory that was allocated."""
+    _known.add(owner)
 
 
 def find(task: Task, address: int, length: int) -> Part | None:
-    """Return the part of a descriptor's memory that is at these addresses of a task; None: there is none, or less."""
+    """Return the part of an owner's memory that is at these addresses of a task; None if there is no such part."""
     for owner in _known.all():
-        with contextlib.suppress(NotOpenError):  # it was freed just now, or is not this process's after a fork
+        with contextlib.suppress(NotOpenError):  # it was released just now, or is not this process's after a fork
             for start, offset, size in _places(owner, task):
                 place = offset + address - start
-                end = min(offset + size, owner.getLength())
+                end = min(offset + size, owner.length)
                 if start <= address and place >= 0 and place + length <= end:
                     return Part(owner, place, length)
     return None
 
 
-def _places(owner: Live, task: Task) -> Iterator[tuple[int, int, int]]:
-    """Yield the addresses in a task where its memory shows, the offset of the first byte there, and how many."""
-    backing = owner._memory()
+def _places(owner: MemoryOwner, task: Task) -> Iterator[tuple[int, int, int]]:
+    """Yield the addresses in a task where its memory is mapped, the offset of the first byte there, and how many."""
+    backing = owner.require_backing()
     if _same(backing.task, task):
         yield backing.address, 0, backing.size
-    for window in memory_map.windows(owner):
-        if window.own and _same(window.task, task):  # what is behind a window may be another's
-            yield window.address, window.first, window.own.size
+    for mapping in memory_map.further_mappings(owner):
+        if mapping.own and _same(mapping.task, task):  # another owner's memory may be there now
+            yield mapping.address, mapping.first, mapping.own.size
 
 
 def _same(one: Task | None, other: Task) -> bool:

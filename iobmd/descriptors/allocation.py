@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 def allocate(wanted: Request, contents: Contents | None) -> MappedBacking:
     """Return the memory that is asked for, filled.
 
-    Memory of this process that nobody else is to map is private; all other is that of a shared object. So is memory
-    with guard pages, for XNU's can be mapped once more. What is wired is of the NUMA node that is wanted.
+    Memory of this process that no other process may map is private; all other is that of a shared object. So is
+    memory with guard pages, because XNU's can be mapped again. Wired memory is of the NUMA node that is wanted.
 
     Raises
     ------
@@ -74,7 +74,7 @@ def _make(wanted: Request, contents: Contents | None) -> MappedBacking:
 
 
 def _named(backing: AnonymousBacking, wanted: Request) -> AnonymousBacking:
-    """Give private memory the name of its tag, where the kernel has names for such."""
+    """Name private memory by its tag, if the kernel supports names for it."""
     if wanted.tag:
         with contextlib.suppress(OSError):
             memory.name(backing.address, backing.size, wanted.name.encode())

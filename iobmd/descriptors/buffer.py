@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import warnings
-import weakref
 from typing import TYPE_CHECKING, Self
 
-from iobmd._internal import process_local
 from iobmd._native.mapping import Exporter, Mapping
-from iobmd.constants import IOOptionBits, IOReturn, kIOMemoryIncoherentIOFlush
+from iobmd.constants import IOOptionBits, kIOMemoryIncoherentIOFlush
 from iobmd.contents import CopyOf
-from iobmd.descriptors import address_index, allocation, caching
+from iobmd.descriptors import address_index, allocation
 from iobmd.descriptors.descriptor import IOMemoryDescriptor
-from iobmd.descriptors.options import DIRECTION_MASK, check_direction, check_request
-from iobmd.errors import IOReturnError
+from iobmd.descriptors.options import (
+    CACHE_MODES,
+    DIRECTION_MASK,
+    cache_of_copies,
+    check_direction,
+    check_request,
+)
+from iobmd.errors import BadArgumentError, BusyError, UnsupportedError
 from iobmd.memory import numa
-from iobmd.memory.mlock import Wiring
-from iobmd.purgeable import purger
 from iobmd.task import transfer
 from iobmd.task.task import Task, as_task, kernel_task
 from iobmd.units import PAGE_SIZE, round_up
@@ -37,10 +38,10 @@ _CONTIGUOUS = int(IOOptionBits.kIOMemoryPhysicallyContiguous)
 
 
 class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
-    """A buffer: zeroed memory, allocated by the factories below and given back by `free` or at the end of `with`.
+    """A buffer: zeroed memory, allocated by the factories below and released by `free` or at the end of `with`.
 
     It is wired unless `kIOMemoryPageable` is among its options: resident (mlock), and pinned as well where the
-    kernel lets us; `wiring` tells. It has the buffer protocol over its first `getLength()` bytes:
+    kernel allows that; `wiring` reports which. It has the buffer protocol over its first `getLength()` bytes:
     `memoryview(buf)`, `numpy.frombuffer(buf)`, `file.readinto(buf)`.
 
     Source: IOKit's IOBufferMemoryDescriptor.h; where IOKit returns NULL or false, `IOReturnError` is raised.
@@ -56,8 +57,6 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         self._contents = contents
         self._node = node
         self.holes = []
-        self._guard = process_local.Guard()
-        self._windows = weakref.WeakSet()
 
     # --- factories
 
@@ -143,7 +142,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
 
     @classmethod
     def inTaskWithGuardPages(cls, inTask: AnyTask, options: int, capacity: int) -> Self:
-        """Make a buffer with a page on each side that nobody can touch: who leaves it there dies of SIGSEGV.
+        """Make a buffer with an inaccessible page on each side: an access there raises SIGSEGV.
 
         Parameters
         ----------
@@ -218,7 +217,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
             it; `kIOReturnNoMemory`; `kIOReturnBusy` when called twice.
         """
         if self._state != "not initialised":
-            raise IOReturnError(IOReturn.kIOReturnBusy, f"{self!r} is initialised already")
+            raise BusyError(f"{self!r} is initialised already")
         wanted = check_request(inTask, options, capacity, alignment, physicalMask, self._guarded, self.vm_tags)
         if self._contents:
             self._contents.check()
@@ -227,42 +226,36 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         self._open(backing, wanted.options, capacity, wanted.contiguous)
         if self._contents:
             self.source_stopped_ns, self.holes = self._contents.stopped_ns, self._contents.holes
-            if caching.of_copies(wanted.options):
+            if cache_of_copies(wanted.options):
                 self.performOperation(kIOMemoryIncoherentIOFlush, 0, capacity)  # they came by way of the caches
             self._contents = None
         return True
 
     def _open(self, backing: MappedBacking, options: int, capacity: int, contiguous: bool) -> None:
-        self._backing = backing
-        self._options, self._capacity, self._length = options, capacity, capacity
-        self._maker = self._wired_by = os.getpid()
-        self._contiguous = contiguous
-        self._pinned_for_good = backing.wiring is Wiring.PINNED
-        self._state = "open"
-        if options & caching.MODES:
-            backing.treat_caches(caching.of_copies(options))
-        address_index.know(self)
-        if backing.purgeable:
-            purger.know(self)
+        self._capacity, self._contiguous = capacity, contiguous
+        if options & CACHE_MODES:
+            backing.treat_caches(cache_of_copies(options))
+        self._hold(backing, options, capacity)
+        address_index.add(self._memory())
 
     def _attach(self, backing: MappedBacking, options: int, capacity: int, length: int) -> Self:
-        """Be a buffer of memory that another process has made."""
+        """Become the handle of memory that another process has allocated."""
         self._open(backing, options, capacity, bool(options & _CONTIGUOUS))
-        self._length = length
+        self._memory().length = length
         return self
 
     # --- the buffer
 
     source_stopped_ns = 0
-    """For how many nanoseconds, at the most, the source of its contents stood still (`copy(…, freeze=True)`)."""
+    """For how many nanoseconds, at most, the source of its contents stood still (`copy(…, freeze=True)`)."""
 
     holes: list[tuple[int, int]]
     """Offsets and lengths of what could not be read of the source (`copy(…, unreadable="zero")`), and is zero."""
 
     @property
     def task_stopped_ns(self) -> int:
-        """For how many nanoseconds, at the most, a thread of its task stood still as it was made; 0: of this one."""
-        return self._memory().stopped_ns
+        """For how many nanoseconds, at most, a thread of another task was stopped for the allocation."""
+        return self._memory().require_backing().stopped_ns
 
     def getCapacity(self) -> int:
         """Return the size in bytes it was made with, the most that `setLength` takes."""
@@ -277,13 +270,10 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         IOReturnError
             `kIOReturnBadArgument` when negative or above the capacity.
         """
-        self._memory()
+        owner = self._memory()
         if not 0 <= length <= self._capacity:
-            raise IOReturnError(
-                IOReturn.kIOReturnBadArgument,
-                f"length {length} is not within the capacity of {self._capacity} bytes",
-            )
-        self._length = length
+            raise BadArgumentError(f"length {length} is not within the capacity of {self._capacity} bytes")
+        owner.length = length
 
     def setDirection(self, direction: int) -> None:
         """Set the direction of later transfers, one of the four `kIODirection…`."""
@@ -299,37 +289,43 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
             `kIOReturnBadArgument` when `start` + `withLength` passes the length. `kIOReturnUnsupported` for memory
             that is mapped in no task.
         """
-        backing = self._memory()
+        owner = self._memory()
+        backing = owner.require_backing()
         if backing.task is None:
-            message = f"{self!r} has no address: map() and createMappingInTask() give it one"
-            raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
-        self._check_range(start, withLength)
+            raise UnsupportedError(f"{self!r} has no address: map() and createMappingInTask() give it one")
+        owner.check_range(start, withLength)
         return backing.address + start
 
     def appendBytes(self, data: Buffer) -> int:
         """Copy bytes behind the present length and lengthen it; return how many fitted into the capacity."""
-        backing = self._memory()
+        owner = self._memory()
+        backing = owner.require_backing()
         with memoryview(data) as view, view.cast("B") as source:
-            fitting = source[: self._capacity - self._length]
-            self._before_write(backing, self._length, len(fitting))
-            backing.write(self._length, fitting)
-            self._length += len(fitting)
+            fitting = source[: self._capacity - owner.length]
+            owner.before_write(owner.length, len(fitting))
+            backing.write(owner.length, fitting)
+            owner.length += len(fitting)
             return len(fitting)
 
     def _exported(self) -> tuple[Mapping, int, int, bool]:
-        mapping, first = self._memory().exported()
-        return mapping, first, self._length, True
+        owner = self._memory()
+        mapping, first = owner.require_backing().exported()
+        return mapping, first, owner.length, True
+
+    def _views(self) -> int:
+        return self.exports
 
     def __repr__(self) -> str:
-        name, backing = type(self).__name__, self._backing  # once: another thread may free it
-        if backing is None:
+        name, owner = type(self).__name__, self._owner  # once: another thread may release it
+        backing = owner.backing if owner else None
+        if owner is None or backing is None:
             return f"<{name} {self._state}>"
         direction = ("none", "in", "out", "inout")[self._options & 3]
         task = backing.task
         where = f"task {task.pid} at {backing.address:#x}" if task else "no task"
         wiring = backing.wiring.value + self._placement(backing)
         return (
-            f"<{name} in {where}, length {self._length} of "
+            f"<{name} in {where}, length {owner.length} of "
             f"{self._capacity}, {wiring}, direction {direction}, {self._state}>"
         )
 
@@ -339,14 +335,9 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         return ", contiguous" if backing.runs else ", contiguous in one huge page, addresses hidden"
 
     def __del__(self) -> None:
-        if self._backing is None:
+        if self._owner is None:
             return
-        message = f"{self!r} was never freed"
-        if self._maker == os.getpid():
-            self._complete_all()
-        # It is in use only where its maps, views and arrays are garbage of the same cycle, or end with the
-        # interpreter as well: these hold the memory, which is unmapped with the last of them.
-        with contextlib.suppress(IOReturnError):
-            self.free()
-        if self._maker == os.getpid() and not self._inherited:
-            warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
+        what, inherited = repr(self), self._owner.maker != os.getpid()
+        self._abandon()
+        if not inherited:
+            warnings.warn(f"{what} was never freed", ResourceWarning, stacklevel=2, source=self)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
-from iobmd.backing.joined import JoinedBacking, Part
-from iobmd.constants import IOReturn
+from iobmd.descriptors.composite_memory import CompositeBacking
 from iobmd.descriptors.descriptor import IOMemoryDescriptor
 from iobmd.descriptors.options import check_existing
-from iobmd.errors import IOReturnError
+from iobmd.descriptors.ownership import Part
+from iobmd.errors import BadArgumentError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,13 +18,13 @@ class Derived(IOMemoryDescriptor):
     """Memory of other descriptors, which it keeps: freed, those go with the last that is made of them.
 
     What is done to it is done to them: `prepare` and `complete` are passed on, each time; `setPurgeable` sets the
-    state of all of their memory, and `getPageCounts` counts all of it. It need not be freed: it lets go of them when
+    state of all of their memory, and `getPageCounts` counts all of it. It need not be freed: it releases them when
     it is collected.
     """
 
     @classmethod
     def _of(cls, parts: list[Part], options: int, tag: int) -> Self:
-        self = cls()._hold(JoinedBacking(parts), check_existing(options), sum(part.length for part in parts))
+        self = cls()._hold(CompositeBacking(parts), check_existing(options), sum(part.length for part in parts))
         self._tag = tag
         return self
 
@@ -54,11 +54,10 @@ class IOSubMemoryDescriptor(Derived):
             `kIOReturnBadArgument`: past the end, or options that only new memory can have.
         """
         if offset < 0 or length < 0 or offset + length > of.getLength():
-            raise IOReturnError(
-                IOReturn.kIOReturnBadArgument,
-                f"offset {offset} with length {length} is not inside of the {of.getLength()} bytes of {of!r}",
+            raise BadArgumentError(
+                f"offset {offset} with length {length} is not inside of the {of.getLength()} bytes of {of!r}"
             )
-        return cls._of([Part(of, offset, length)], options, of.getTag())
+        return cls._of([Part(of._memory(), offset, length)], options, of.getTag())
 
 
 class IOMultiMemoryDescriptor(Derived):
@@ -94,6 +93,6 @@ class IOMultiMemoryDescriptor(Derived):
         IOReturnError
             `kIOReturnBadArgument` for options that only new memory can have.
         """
-        found: list[Any] = list(descriptors)
-        parts = [Part(one, 0, one.getLength()) for one in found]
+        found = list(descriptors)
+        parts = [Part(owner := one._memory(), 0, owner.length) for one in found]
         return cls._of(parts, withDirection, next((tag for one in found if (tag := one.getTag())), 0))

@@ -2,43 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import weakref
-from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
+import warnings
+from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex
 
-from iobmd._internal import process_local
+from iobmd.backing.existing import RangeBacking
 from iobmd.constants import (
+    IOMapOptions,
     IOOptionBits,
-    IOReturn,
+    IOPurgeable,
     kIODirectionPrepareNoFault,
     kIODirectionPrepareToPhys32,
+    kIOMemoryIncoherentIOFlush,
+    kIOMemoryIncoherentIOStore,
 )
-from iobmd.descriptors import mapping_cache, memory_map
-from iobmd.descriptors.caching import Caching
-from iobmd.descriptors.existing import Existing
-from iobmd.descriptors.labels import Labels
-from iobmd.descriptors.options import DIRECTION_MASK
-from iobmd.descriptors.ownership import Lineage
-from iobmd.descriptors.placement import Placement
-from iobmd.descriptors.purge_control import Volatility
-from iobmd.errors import IOReturnError
-from iobmd.memory.mlock import Wiring
-from iobmd.task.task import as_task, kernel_task
-from iobmd.units import PAGE_SIZE
+from iobmd.descriptors import address_index, mapping_cache, memory_map
+from iobmd.descriptors.composite_memory import CompositeBacking
+from iobmd.descriptors.options import CACHE_MODES, DIRECTION_MASK, check_existing
+from iobmd.descriptors.ownership import MemoryOwner, Part
+from iobmd.descriptors.purge_control import NonVolatile
+from iobmd.errors import BadArgumentError, BusyError, IOReturnError, NotOpenError, UnsupportedError
+from iobmd.physical.layout import Layout, layout
+from iobmd.purgeable import parse
+from iobmd.task.task import as_task, check_range, kernel_task
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     import psutil
     from typing_extensions import Buffer
 
-    from iobmd._native.runs import RunTable
+    from iobmd._native.runs import PhysicalSegment
     from iobmd.backing import Backing
     from iobmd.descriptors.memory_map import IOMemoryMap
+    from iobmd.memory.mlock import Wiring
     from iobmd.task.task import Task
 
     AnyTask = Task | int | psutil.Process
 
+_IN = int(IOOptionBits.kIODirectionIn)
 
-class IOMemoryDescriptor(Existing, Lineage, Labels, Caching, Placement, Volatility):
+_STATES = {int(state): state for state in (
+    IOPurgeable.kIOMemoryPurgeableNonVolatile,
+    IOPurgeable.kIOMemoryPurgeableVolatile,
+    IOPurgeable.kIOMemoryPurgeableEmpty,
+)}  # fmt: skip
+
+
+class IOMemoryDescriptor:
     """A range of memory with a length, a direction and a task. Made by `withAddressRange` and by its subclasses.
 
     Methods may be called from any thread. Memory that goes away under a copy is impossible: `free` refuses while
@@ -48,26 +60,81 @@ class IOMemoryDescriptor(Existing, Lineage, Labels, Caching, Placement, Volatili
     shared object.
     """
 
-    _backing: Backing | None = None
-    _length = 0
+    vm_tags = (0, 0)
+    """The `kernTag` and `userTag` it was made with, or that `setVMTags` gave it."""
+
+    _owner: MemoryOwner | None = None
     _options = 0
     _tag = 0
-    _maker = 0  # pid of the process that made it
-    _wired_by = 0  # pid of the process whose memory is wired: by its options, or by prepare()
+    _context: Any = None
+    _prepared = 0  # how often by this handle; its owner counts all pins
     _state = "not initialised"
-    _prepared = 0
-    _pinned_for_good = False  # by its options, not by prepare()
-    _guard: process_local.Guard
-    _windows: weakref.WeakSet[mapping_cache.Window]
 
-    @staticmethod
-    def _plain() -> IOMemoryDescriptor:
-        return IOMemoryDescriptor()
+    # --- existing memory
+
+    @classmethod
+    def withAddressRange(cls, address: int, length: int, options: int, task: AnyTask) -> IOMemoryDescriptor:
+        """Describe `length` bytes of existing memory at `address` of a task; as `withAddressRanges`."""
+        return cls.withAddressRanges([(address, length)], options, task)
+
+    @classmethod
+    def withAddressRanges(cls, ranges: Iterable[tuple[int, int]], options: int, task: AnyTask) -> IOMemoryDescriptor:
+        """Describe existing memory of a task: ranges of its addresses, in this order.
+
+        It can be read, written, prepared and described. Memory of iobmd's is recognised by its addresses: it lives
+        as long as this descriptor does, is read and written as through its own descriptor, and can be mapped if it is
+        shared. All other memory is its task's, which must keep it there.
+
+        Parameters
+        ----------
+        ranges : iterable of (int, int)
+            Address and length in bytes, any; those of length 0 count for nothing.
+        options : IOOptionBits
+            The direction of transfers. `kIODirectionIn`, among others, needs memory that may be written to.
+        task : Task, int or psutil.Process
+            Whose addresses.
+
+        Returns
+        -------
+        IOMemoryDescriptor
+            Free it, or use it in a `with`, to release what it holds at a known time.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnVMError`: a byte is not mapped, or may not be accessed (`.address`: the first such).
+            `kIOReturnBadArgument`, `kIOReturnNotFound`, `kIOReturnNotPermitted`.
+
+        Notes
+        -----
+        `prepare` pins memory of this process. That of another task it pins through an io_uring made there and removed
+        from it again; without one it is made resident (mlock(2), called there). Memory that the kernel does not pin
+        stays unprepared: `kIOReturnCannotWire` for read-only memory and shared mappings of files on a disk (in
+        another task these are locked), `kIOReturnUnsupported` for memory of a device or of memfd_secret(2),
+        `kIOReturnVMError` past the end of a file or in a guard page. `.address` is the first such byte. An access to
+        memory that went away raises `kIOReturnVMError`, and is safe at any time.
+        """
+        options = check_existing(options)
+        where = as_task(task)
+        where = kernel_task if where.is_current else where
+        found = list(_found(where, ranges, writable=bool(options & _IN)))
+        length = sum(one.length for one in found)
+        if len(found) == 1 and isinstance(found[0], RangeBacking):
+            return IOMemoryDescriptor()._hold(found[0], options, length)
+        return IOMemoryDescriptor()._hold(CompositeBacking([_as_part(one) for one in found]), options, length)
+
+    def _hold(self, backing: Backing, options: int, length: int) -> Self:
+        """Become the handle of memory."""
+        self._owner = MemoryOwner(backing, length, type(self).__name__)
+        self._options = options
+        self._state = "open"
+        return self
+
+    # --- what it is
 
     def getLength(self) -> int:
         """Return the length in bytes."""
-        self._memory()
-        return self._length
+        return self._memory().length
 
     def getDirection(self) -> IOOptionBits:
         """Return the direction of transfers: `kIODirectionNone`, `In`, `Out` or `InOut`."""
@@ -87,10 +154,19 @@ class IOMemoryDescriptor(Existing, Lineage, Labels, Caching, Placement, Volatili
         """Keep a number of the caller's with the descriptor."""
         self._tag = tag
 
-    @property
-    def wiring(self) -> Wiring:
-        """How firmly the memory stays where it is."""
-        return self._memory().wiring
+    def setContext(self, obj: Any) -> None:
+        """Keep an object of the caller's with the descriptor, instead of the one before; None: none."""
+        self._context = obj
+
+    def copyContext(self) -> Any:
+        """Return the object that `setContext` was given, None without one."""
+        return self._context
+
+    def setVMTags(self, kernTag: int, userTag: int) -> None:
+        """Keep the tags of mappings in `kernel_task` and in other tasks. What is mapped already keeps its name."""
+        self.vm_tags = (kernTag, userTag)
+
+    # --- its bytes
 
     def readBytes(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset` on.
@@ -100,26 +176,57 @@ class IOMemoryDescriptor(Existing, Lineage, Labels, Caching, Placement, Volatili
         IOReturnError
             `kIOReturnBadArgument` when the range passes the end of the descriptor's length.
         """
-        backing = self._memory()
-        self._check_range(offset, length)
-        return backing.read(offset, length)
+        return self._memory().read(offset, length)
 
     def readBytesInto(self, offset: int, buffer: Buffer) -> int:
         """Fill the writable `buffer` from `offset` on; return its size in bytes. Raises as `readBytes`."""
-        backing = self._memory()
-        size = memoryview(buffer).nbytes
-        self._check_range(offset, size)
-        backing.read_into(offset, buffer)
-        return size
+        return self._memory().read_into(offset, buffer)
 
     def writeBytes(self, offset: int, data: Buffer) -> int:
         """Copy all of `data` to `offset`; return its size in bytes. Raises as `readBytes`, with nothing written."""
-        backing = self._memory()
-        size = memoryview(data).nbytes
-        self._check_range(offset, size)
-        self._before_write(backing, offset, size)
-        backing.write(offset, data)
-        return size
+        return self._memory().write(offset, data)
+
+    @property
+    def cache_mode(self) -> tuple[IOMapOptions, IOMapOptions]:
+        """The cache mode that was requested, and the one that the memory has.
+
+        The second is `kIOMapCopybackCache`: Linux gives a process no other for main memory. What the descriptor reads
+        and writes honours the first nevertheless, by instructions on cache lines; a view of it does not.
+        """
+        self._memory()
+        return IOMapOptions(self._options & CACHE_MODES), IOMapOptions.kIOMapCopybackCache
+
+    def performOperation(self, options: int, offset: int, length: int) -> None:
+        """Make the processors' caches and memory agree about a range, for a device that does not snoop the caches.
+
+        Parameters
+        ----------
+        options : int
+            `kIOMemoryIncoherentIOStore`: write lines back, before a device reads. `kIOMemoryIncoherentIOFlush`: drop
+            them too, before what a device wrote is read.
+        offset, length : int
+            The range in bytes, any: all lines that hold a byte of it.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnBadArgument` when the range passes the end. `kIOReturnUnsupported`: another operation, or a
+            processor without such instructions. `kIOReturnVMError`: the memory is gone, or went away during the
+            operation; `.address` is the first byte. `kIOReturnNoResources`: no child process can be started.
+
+        Notes
+        -----
+        By clwb, clflushopt or clflush, whichever the processor has, and mfence; on aarch64 by DC CVAC or DC CIVAC and
+        DSB. A page that is not present is faulted in. Existing memory, and shared memory that cannot be sealed, may
+        go away at any time: a child process that shares the address space (clone(2), CLONE_VM) flushes it, in 23 to
+        50 µs more, and a fault there ends the child alone.
+        """
+        owner = self._memory()
+        if options not in (kIOMemoryIncoherentIOFlush, kIOMemoryIncoherentIOStore):
+            raise UnsupportedError(f"operation {options:#x} is not known")
+        owner.write_back(offset, length, drop=options == kIOMemoryIncoherentIOFlush)
+
+    # --- pins
 
     def prepare(self, forDirection: int = 0) -> None:
         """Pin the memory for a transfer, so that its physical addresses hold until `complete`.
@@ -141,27 +248,12 @@ class IOMemoryDescriptor(Existing, Lineage, Labels, Caching, Placement, Volatili
             for memory that is volatile; for existing memory `kIOReturnVMError` and `kIOReturnUnsupported`, as
             `withAddressRanges`. Then nothing is prepared.
         """
-        self._memory()
+        owner = self._memory()
         if forDirection & ~(DIRECTION_MASK | kIODirectionPrepareToPhys32 | kIODirectionPrepareNoFault):
-            raise IOReturnError(IOReturn.kIOReturnBadArgument, f"direction {forDirection:#x} has unknown bits")
-        with self._guard:
-            backing = self._memory()  # again: another thread may have freed it
-            fresh = bool(backing.parts) or backing.wiring is not Wiring.PINNED
-            if fresh and backing.purgeable:
-                backing.purgeable.hold()
-            undo = fresh and not backing.parts  # those have undone it where it failed
-            try:
-                if fresh:
-                    if forDirection & kIODirectionPrepareNoFault:
-                        self._require_resident(backing)
-                    backing.pin()
-                    undo, self._wired_by = True, os.getpid()
-                if forDirection & kIODirectionPrepareToPhys32:
-                    _require_low(self._runs(backing))
-            except BaseException:
-                if undo:
-                    self._unwire(backing)
-                raise
+            raise BadArgumentError(f"direction {forDirection:#x} has unknown bits")
+        with owner.guard:
+            self._memory()  # again: another thread may have released it
+            owner.pin(forDirection)
             self._prepared += 1
 
     def complete(self, forDirection: int = 0) -> None:  # noqa: ARG002 (IOKit's)
@@ -172,28 +264,87 @@ class IOMemoryDescriptor(Existing, Lineage, Labels, Caching, Placement, Volatili
         IOReturnError
             `kIOReturnNotReady` when it is not prepared.
         """
-        self._memory()
-        with self._guard:
-            backing = self._memory()
-            if not self._prepared:
-                raise IOReturnError(IOReturn.kIOReturnNotReady, f"{self!r} is not prepared: nothing to complete")
-            self._prepared -= 1
-            if backing.parts or not (self._prepared or self._pinned_for_good):
-                self._unwire(backing)
+        owner = self._memory()
+        with owner.guard:
+            self._memory()  # as above
+            owner.unpin()
+            self._prepared = max(self._prepared - 1, 0)
 
-    @staticmethod
-    def _unwire(backing: Backing) -> None:
-        backing.unpin()
-        if backing.purgeable:
-            backing.purgeable.let_go()
+    @property
+    def wiring(self) -> Wiring:
+        """How firmly the memory stays where it is."""
+        return self._memory().wiring
 
-    def _require_resident(self, backing: Backing) -> None:
-        resident = backing.page_counts()[0] * PAGE_SIZE
-        if resident < backing.size:
-            raise IOReturnError(
-                IOReturn.kIOReturnCannotWire,
-                f"{backing.size - resident} bytes are not resident, and kIODirectionPrepareNoFault forbids faults",
-            )
+    # --- where it lies
+
+    def getPhysicalAddress(self) -> int:
+        """Return the physical address of the first byte. Raises as `segments`."""
+        return self.getPhysicalSegment(0)[0]
+
+    def getPhysicalSegment(self, offset: int, options: int = 0) -> tuple[int, int]:  # noqa: ARG002 (IOKit's)
+        """Return the physical address of the byte `offset`, and how many bytes from there on are contiguous.
+
+        `(0, 0)` for an offset past the end. Raises as `segments`.
+        """
+        return self._memory().segment(offset)
+
+    def segments(self, offset: int = 0, length: int | None = None) -> list[PhysicalSegment]:
+        """Return the physically contiguous pieces of a range, in order; each has `.address` and `.length` in bytes.
+
+        Parameters
+        ----------
+        offset, length : int
+            In bytes, any; `length` None: to the end.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnNotReady`: not pinned, so that addresses could change; `prepare()` pins it.
+            `kIOReturnNotPrivileged`: the kernel hides the addresses. `kIOReturnBadArgument`: past the end.
+        """
+        owner = self._memory()
+        return owner.segments(offset, owner.length - offset if length is None else length)
+
+    def layout(self) -> Layout:
+        """Summarise how the memory lies: runs, the largest, contiguous or not, huge pages. Raises as `segments`."""
+        owner = self._memory()
+        return layout(owner.runs(), owner.require_backing().huge_bytes())
+
+    def verify(self) -> None:
+        """Check that the memory is mapped where it was, and read every frame again that was recorded.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnVMError`: a page has moved, or the program has unmapped or replaced it; `.address` is the
+            virtual address of the first one. Or as `segments`.
+
+        Notes
+        -----
+        Private memory that other private memory has replaced is found where it is pinned and its frames are visible
+        only: else the kernel shows no difference. Memory of shared objects is told by its device and inode.
+        """
+        self._memory().verify()
+
+    def getPageCounts(self) -> tuple[int, int]:
+        """Return how many pages are resident, and how many of those are dirty, as the kernel says.
+
+        Dirty: written to, and not lazily freed since. All of a shared object is dirty, because it has no file.
+        """
+        owner = self._memory()
+        with owner.guard:
+            return owner.require_backing().page_counts()
+
+    def getDMAMapLength(self) -> tuple[int, int]:
+        """Return how many bytes the pages have that hold it, and the place of its first byte in its page.
+
+        They are counted range by range: a page that holds bytes of two counts for each.
+        """
+        owner = self._memory()
+        backing = owner.require_backing()
+        return backing.span(0, owner.length), backing.in_page(0)
+
+    # --- maps
 
     def map(self, options: int = 0) -> IOMemoryMap:
         """Map it in this process; as `createMappingInTask` with `kIOMapAnywhere`."""
@@ -217,8 +368,7 @@ class IOMemoryDescriptor(Existing, Lineage, Labels, Caching, Placement, Volatili
             Where, if not `kIOMapAnywhere`; nothing may be mapped there. Its place in a page is that of `offset`.
         options : IOMapOptions
             `kIOMapAnywhere`; `kIOMapReadOnly`; `kIOMapUnique` for addresses of its own; `kIOMapPrefault` to have
-            every page in place; `kIOMapGuardedSmall` or `Large` for a page or 64 KiB on each side that nobody can
-            touch.
+            every page in place; `kIOMapGuardedSmall` or `Large` for an inaccessible page or 64 KiB on each side.
         offset, length : int
             The part, in bytes, any; `length` 0: to the end.
 
@@ -241,101 +391,129 @@ class IOMemoryDescriptor(Existing, Lineage, Labels, Caching, Placement, Volatili
         needed, the extra `remote`), and goes on as if nothing had happened.
         """
         task = as_task(intoTask)
-        self._memory()
-        length = length or self._length - offset
-        self._check_range(offset, length)
-        with self._guard:
-            place = mapping_cache.Place(atAddress, options, offset, length, self._memory().in_page(offset))
-            return memory_map.open_map(self, task, place)
+        owner = self._memory()
+        length = length or owner.length - offset
+        owner.check_range(offset, length)
+        with owner.guard:
+            self._memory()  # again: another thread may have released it
+            in_page = owner.require_backing().in_page(offset)
+            request = mapping_cache.MapRequest(atAddress, options, offset, length, in_page)
+            return memory_map.open_map(self, owner, task, request)
 
-    def getPageCounts(self) -> tuple[int, int]:
-        """Return how many pages are resident, and how many of those are dirty, as the kernel says.
+    # --- its purgeable state
 
-        Dirty: written to, and not lazily freed since. All of a shared object is dirty, for it has no file.
+    def setPurgeable(self, newState: int) -> IOPurgeable:
+        """Set the purgeable state of memory that was made with `kIOMemoryPageable | kIOMemoryPurgeable`.
+
+        Parameters
+        ----------
+        newState : IOPurgeable
+            `kIOMemoryPurgeableKeepCurrent`: only find out the state. `kIOMemoryPurgeableNonVolatile`: keep the
+            content. `kIOMemoryPurgeableVolatile`: the system may take it, all or nothing, when memory is short;
+            combined with `…VolatileGroup0` to `7`, `…VolatileBehaviorFifo` or `Lifo`, or `…VolatileOrderingObsolete`,
+            which drops private memory at once. `kIOMemoryPurgeableEmpty`: drop the content.
+
+        Returns
+        -------
+        IOPurgeable
+            The state before: NonVolatile, Volatile or Empty. Volatile, returned by a move to NonVolatile: every byte
+            is as it was, and stays so. Empty: it was taken, and every byte reads zero until it is written to; the
+            state stays Empty until it is set again.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnUnsupported`: not made purgeable, or the kernel cannot take it.
+            `kIOReturnBusy`: Volatile or Empty asked of memory that is prepared. `kIOReturnCannotWire`: not a page may
+            be locked (RLIMIT_MEMLOCK), which a move back from Volatile takes. `kIOReturnBadArgument`. The state is as
+            before then.
+
+        Notes
+        -----
+        Private memory is lazily freed by the kernel (madvise(2), MADV_FREE, Linux 4.5), page by page, and counts as
+        resident until then: `lazily_freed`. Memory of a shared object (`kIOMemoryKernelUserShared`) has its state in
+        the object, so that all processes that map it agree, and a thread of iobmd purges it under pressure.
+
+        Memory may be read while it is volatile, and is zero where it was taken. `writeBytes` and `appendBytes` may
+        be used; a store by a memoryview or by address makes private memory count as taken, because it looks like a
+        store to a page that had been taken. In a forked child private memory that was volatile counts as taken
+        when the parent has made it non-volatile since. Calls of several threads come one after another.
         """
-        with self._guard:
-            return self._memory().page_counts()
+        state, modifiers = parse(newState)
+        return _STATES[self._memory().set_purgeable(state, modifiers)]
 
-    def getDMAMapLength(self) -> tuple[int, int]:
-        """Return how many bytes the pages have that hold it, and the place of its first byte in its page.
+    def nonvolatile(self) -> NonVolatile:
+        """Keep purgeable memory non-volatile inside of a `with`; it is volatile again afterwards if it was before.
 
-        They are counted range by range: a page that holds bytes of two counts for each.
+        Gives True when the content is intact, False when it was taken: then fill it again inside of the `with`. If
+        that fails with an exception the memory is left Empty. Threads may be inside at the same time, and the last
+        to leave makes it volatile. Until one that was given False has left without an exception, all are given
+        False; which of them fills it again is for a lock of their own.
+
+        Raises
+        ------
+        IOReturnError
+            As `setPurgeable`.
         """
-        backing = self._memory()
-        return backing.span(0, self._length), backing.in_page(0)
+        return NonVolatile(self._memory())
+
+    @property
+    def lazily_freed(self) -> int:
+        """Bytes of volatile private memory that the kernel may take at any moment (LazyFree in smaps).
+
+        They still count as resident: RSS does not shrink when memory becomes volatile, but when the kernel takes it.
+        """
+        return self._memory().lazily_freed()
+
+    # --- its end
 
     def free(self) -> None:
-        """Give the memory back; the descriptor cannot be used afterwards. Idempotent, and so is leaving `with`.
+        """Release the memory; the descriptor cannot be used afterwards. Idempotent, and so is leaving `with`.
 
         Memory that other descriptors have parts of (`IOSubMemoryDescriptor`, `IOMultiMemoryDescriptor`, ranges of its
-        addresses) goes with the last of those.
+        addresses) is released with the last of those.
 
         Raises
         ------
         IOReturnError
             `kIOReturnBusy` while a `memoryview` of it is alive or a copy is under way: nothing is freed then.
         """
-        if self._backing is None:
+        owner = self._owner
+        if owner is None:
             return
-        with self._guard:
-            if self._prepared and self._wired_by == os.getpid():
-                message = f"{self!r} is prepared {self._prepared} times: call complete() as often first"
-                raise IOReturnError(IOReturn.kIOReturnBusy, message)
-            if not self._bequeath():
-                self._close()
+        with owner.guard:
+            if owner.has_handle:  # else another thread was faster
+                if mapped := memory_map.uses(owner):
+                    raise BusyError(f"{self!r} is mapped {mapped} times: call unmap() as often first")
+                if views := self._views():
+                    raise BusyError(f"{self!r} is in use ({views} views): release its memoryviews and arrays first")
+                owner.remove_handle()
+        self._owner, self._state = None, "released"
 
     release = free
 
-    def _before_write(self, backing: Backing, offset: int, length: int) -> None:
-        if not backing.parts and backing.purgeable:
-            with self._guard:
-                self._memory()  # again: another thread may have freed it
-                backing.purgeable.before_write(offset, length)
+    def _views(self) -> int:
+        """Return how many views of its memory are alive: those of a buffer."""
+        return 0
 
-    def _refuse_if_mapped(self) -> None:
-        if self._windows and (mapped := memory_map.uses(self)):
-            message = f"{self!r} is mapped {mapped} times: call unmap() as often first"
-            raise IOReturnError(IOReturn.kIOReturnBusy, message)
-
-    def _close(self) -> None:
-        if self._backing is None:  # another thread was faster
-            return
-        self._refuse_if_mapped()
-        try:
-            self._backing.close()
-        except BufferError as error:
-            message = f"{self!r} is in use ({error}): release its memoryviews and arrays first"
-            raise IOReturnError(IOReturn.kIOReturnBusy, message) from None
-        self._backing = None
-        self._state = "released"
-
-    def _memory(self) -> Backing:
-        """Return where the bytes live, or raise `kIOReturnNotOpen`."""
-        backing = self._backing  # once: another thread may free it
-        if backing is None:
-            raise IOReturnError(IOReturn.kIOReturnNotOpen, f"this {type(self).__name__} is {self._state}")
-        if self._wired_by != os.getpid() and backing.wiring is not Wiring.PAGEABLE:
-            raise IOReturnError(
-                IOReturn.kIOReturnNotOpen,
-                f"this {type(self).__name__} is wired memory of process {self._wired_by}, and fork does not pass "
-                f"wiring on to process {os.getpid()}: make the buffer after the fork, or a pageable one before it",
-            )
-        return backing
-
-    def _check_range(self, offset: int, length: int) -> None:
-        if offset < 0 or length < 0 or offset + length > self._length:
-            raise IOReturnError(
-                IOReturn.kIOReturnBadArgument,
-                f"offset {offset} with length {length} is not inside of the descriptor's {self._length} bytes",
-            )
+    def _memory(self) -> MemoryOwner:
+        """Return its memory, for the modules of this package and `dma`. Raises `kIOReturnNotOpen`."""
+        owner = self._owner  # once: another thread may release it
+        if owner is None or not owner.has_handle:
+            raise NotOpenError(f"this {type(self).__name__} is {self._state}")
+        owner.require_backing()
+        return owner
 
     def __repr__(self) -> str:
+        name, owner = type(self).__name__, self._owner  # once, as above
+        if owner is None:
+            return f"<{name} {self._state}>"
         direction = ("none", "in", "out", "inout")[self._options & 3]
-        return f"<{type(self).__name__}, length {self._length}, direction {direction}, {self._state}>"
+        return f"<{name}, length {owner.length}, direction {direction}, {self._state}>"
 
     def __reduce_ex__(self, _protocol: SupportsIndex) -> NoReturn:
-        backing = self._backing
-        if backing is not None and backing.shared:
+        owner = self._owner
+        if owner and owner.backing and owner.backing.shared:
             remedy = "iobmd.share hands it to another process, which calls iobmd.attach; withCopy makes another one"
         else:
             remedy = "withCopy makes another one; shared memory (shared=True) goes to other processes by iobmd.share"
@@ -344,18 +522,53 @@ class IOMemoryDescriptor(Existing, Lineage, Labels, Caching, Placement, Volatili
     def __len__(self) -> int:
         return self.getLength()
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Self:
         self._memory()
         return self
 
     def __exit__(self, *_error: object) -> None:
         self.free()
 
+    def __del__(self) -> None:
+        """Undo what its user has left prepared. It need not be freed: memory is released with its last user."""
+        if self._owner is None:
+            return
+        what = repr(self) if self._prepared and self._owner.maker == os.getpid() else ""
+        self._abandon()
+        if what:
+            warnings.warn(f"{what} was never completed", ResourceWarning, stacklevel=2, source=self)
 
-def _require_low(table: RunTable) -> None:
-    if table.highest() >> 32:
-        raise IOReturnError(
-            IOReturn.kIOReturnNoResources,
-            f"memory at {table.highest():#x} lies above 4 GiB, and kIODirectionPrepareToPhys32 forbids that; make "
-            "it with inTaskWithPhysicalMask(…, 0xffffffff)",
-        )
+    def _abandon(self) -> None:
+        """End the use of the memory at collection, where errors have no receiver, and undo every `prepare`."""
+        owner, self._owner, self._state = self._owner, None, "released"
+        assert owner
+        for _ in range(self._prepared if owner.maker == os.getpid() else 0):
+            with contextlib.suppress(IOReturnError), owner.guard:
+                owner.unpin()
+        # Without the guard, which the interrupted thread may hold. The owner is collected now, or with the last of
+        # its dependents and of the maps and views that are garbage of the same cycle, and then releases the memory.
+        owner.has_handle = False
+
+
+def _as_part(found: Part | RangeBacking) -> Part:
+    if isinstance(found, Part):
+        return found
+    owner = MemoryOwner(found, found.length, IOMemoryDescriptor.__name__, has_handle=False)
+    return Part(owner, 0, found.length)
+
+
+def _found(task: Task, ranges: Iterable[tuple[int, int]], *, writable: bool) -> Iterator[Part | RangeBacking]:
+    """Yield what is at the ranges that have bytes: memory of iobmd, or else ranges, adjacent ones as one."""
+    open_range = (0, 0)
+    for address, length in ranges:
+        check_range(address, length)
+        part = address_index.find(task, address, length) if length else None
+        if open_range[1] and (part or (length and sum(open_range) != address)):
+            yield RangeBacking(task, *open_range, writable=writable)
+            open_range = (0, 0)
+        if part:
+            yield part
+        elif length:
+            open_range = (open_range[0] if open_range[1] else address), open_range[1] + length
+    if open_range[1]:
+        yield RangeBacking(task, *open_range, writable=writable)

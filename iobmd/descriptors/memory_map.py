@@ -3,57 +3,63 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex
+from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
 from iobmd._internal import process_local
 from iobmd._native.mapping import Exporter
-from iobmd.constants import IOMapOptions, IOReturn
-from iobmd.descriptors.mapping_cache import Descriptor, Place, Window
-from iobmd.errors import IOReturnError
+from iobmd.constants import IOMapOptions
+from iobmd.descriptors.mapping_cache import CachedMapping, MapRequest
+from iobmd.errors import BadArgumentError, BusyError, IOReturnError, NotOpenError, UnsupportedError
 
 if TYPE_CHECKING:
     from iobmd._native.mapping import Mapping
+    from iobmd.descriptors.descriptor import IOMemoryDescriptor
+    from iobmd.descriptors.ownership import MemoryOwner
     from iobmd.task.task import Task
 
-_changes = process_local.Guard()  # of who uses which window
-_abandoned: deque[tuple[Window, int]] = deque()  # uses that a garbage collection ended in the middle of a change
+_changes = process_local.Guard()  # of who uses which mapping
+# Uses that a garbage collection ended in the middle of a change.
+_abandoned: deque[tuple[CachedMapping, int]] = deque()
 
 
-def open_map(descriptor: Descriptor, task: Task, place: Place) -> IOMemoryMap:
-    """Map a part of a descriptor, with its guard held: by a window that there is already, or a new one."""
+def open_map(descriptor: IOMemoryDescriptor, owner: MemoryOwner, task: Task, request: MapRequest) -> IOMemoryMap:
+    """Map a part of an owner's memory, with its guard held: by a mapping that exists, or a new one."""
     with _changes:
         _end_abandoned()
-        known = [window for window in list(descriptor._windows) if window.serves(task, place)]
-        window = known[0] if known else Window.open(descriptor, task, place)
-        descriptor._windows.add(window)
-        window.prefault(place)
-        return IOMemoryMap(window, place)
+        known = [mapping for mapping in owner.mappings() if mapping.serves(task, request)]
+        mapping = known[0] if known else CachedMapping.open(descriptor, owner, task, request)
+        owner.add_mapping(mapping)
+        mapping.prefault(request)
+        return IOMemoryMap(mapping, request)
 
 
-def uses(descriptor: Descriptor) -> int:
-    """Return how many maps show memory of a descriptor."""
+def uses(owner: MemoryOwner) -> int:
+    """Return how many maps show an owner's memory."""
+    if not owner.mappings():
+        return 0
     with _changes:
         _end_abandoned()
-        return sum(len(window.users) for window in list(descriptor._windows))
+        return sum(len(mapping.users) for mapping in owner.mappings())
 
 
-def windows(descriptor: Descriptor) -> list[Window]:
-    """Return where a descriptor's memory is mapped besides its own addresses."""
+def further_mappings(owner: MemoryOwner) -> list[CachedMapping]:
+    """Return where an owner's memory is mapped besides its own addresses."""
     with _changes:
-        return [window for window in list(descriptor._windows) if window.own]
+        return [mapping for mapping in owner.mappings() if mapping.own]
 
 
 def _end_abandoned() -> None:
     later = []
     while _abandoned:
-        window, user = _abandoned.popleft()
+        mapping, user = _abandoned.popleft()
         try:
-            window.let_go(user)
-        except IOReturnError as error:  # in another task, which cannot be stopped now, or not any more
-            if error.code == IOReturn.kIOReturnBusy:
-                later.append((window, user))
+            mapping.let_go(user)
+        except BusyError:  # in another task, which cannot be stopped now
+            later.append((mapping, user))
+        except IOReturnError:  # … or not any more
+            pass
         except BufferError:  # a view is garbage of the same cycle: the mapping goes with it
-            window.users.discard(user)
+            mapping.users.discard(user)
     _abandoned.extend(later)
 
 
@@ -66,13 +72,13 @@ class IOMemoryMap(Exporter):
     Source: IOKit's IOMemoryMap (IOMemoryDescriptor.h).
     """
 
-    def __init__(self, window: Window, place: Place) -> None:
-        self._window: Window | None = window
-        self._options = place.options
-        self._length = place.length
-        self._writable = place.writable
-        self._within = place.offset - window.first
-        window.users.add(id(self))
+    def __init__(self, mapping: CachedMapping, request: MapRequest) -> None:
+        self._mapping: CachedMapping | None = mapping
+        self._options = request.options
+        self._length = request.length
+        self._writable = request.writable
+        self._within = request.offset - mapping.first
+        mapping.users.add(id(self))
 
     def getAddress(self) -> int:
         """Return the address of its first byte."""
@@ -93,10 +99,10 @@ class IOMemoryMap(Exporter):
 
     @property
     def task_stopped_ns(self) -> int:
-        """For how many nanoseconds, at the most, a thread of its task stood still for the mapping; 0 in this one."""
+        """For how many nanoseconds, at most, a thread of its task was stopped for the mapping; 0 in this process."""
         return self._open().stopped_ns
 
-    def getMemoryDescriptor(self) -> Any:
+    def getMemoryDescriptor(self) -> IOMemoryDescriptor:
         """Return the `IOMemoryDescriptor` whose memory it shows."""
         return self._open().descriptor
 
@@ -109,9 +115,8 @@ class IOMemoryMap(Exporter):
 
         `(0, 0)` past its end. Raises as `IOMemoryDescriptor.segments`.
         """
-        window = self._open()
-        place = window.first + self._within + offset
-        address, length = window.descriptor.getPhysicalSegment(place)
+        mapping = self._open()
+        address, length = mapping.owner.segment(mapping.first + self._within + offset)
         if not 0 <= offset < self._length:
             return 0, 0
         return address, min(length, self._length - offset)
@@ -120,8 +125,8 @@ class IOMemoryMap(Exporter):
         """Return the physical address of its first byte. Raises as `IOMemoryDescriptor.segments`."""
         return self.getPhysicalSegment(0)[0]
 
-    def redirect(self, newBackingMemory: Descriptor, options: int = 0, offset: int = 0) -> None:
-        """Show other memory at the same addresses, for everybody who has this mapping: in one step.
+    def redirect(self, newBackingMemory: IOMemoryDescriptor, options: int = 0, offset: int = 0) -> None:
+        """Show other memory at the same addresses in one step, also for other maps that share the mapping.
 
         Parameters
         ----------
@@ -139,47 +144,48 @@ class IOMemoryMap(Exporter):
             `kIOReturnBadArgument`; `kIOReturnUnsupported`: private memory, or a map at the addresses of its own
             descriptor (ask for a unique one).
         """
-        window = self._open()
+        mapping = self._open()
         if options:
-            raise _bad(f"redirect options {options:#x} are not known")
-        if window.own is None:
-            raise IOReturnError(
-                IOReturn.kIOReturnUnsupported,
-                "this map has the addresses of its descriptor, which keep their memory: map it with kIOMapUnique",
+            raise BadArgumentError(f"redirect options {options:#x} are not known")
+        if mapping.own is None:
+            raise UnsupportedError(
+                "this map has the addresses of its descriptor, which keep their memory: map it with kIOMapUnique"
             )
-        if offset < 0 or offset + self._length > newBackingMemory.getLength():
-            raise _bad(f"the new memory has not {self._length} bytes from offset {offset} on")
-        with newBackingMemory._guard, _changes:
-            window.show(newBackingMemory, offset - window.first - self._within)
+        owner = newBackingMemory._memory()
+        if offset < 0 or offset + self._length > owner.length:
+            raise BadArgumentError(f"the new memory has not {self._length} bytes from offset {offset} on")
+        with owner.guard, _changes:
+            newBackingMemory._memory()  # again: another thread may have released it
+            mapping.show(newBackingMemory, owner, offset - mapping.first - self._within)
 
     def unmap(self) -> None:
-        """End it; idempotent. The addresses go when nobody else has been given them.
+        """End it; idempotent. The addresses are unmapped with the last map that shares them.
 
         Raises
         ------
         IOReturnError
             `kIOReturnBusy` while a view of it is alive.
         """
-        if self._window is None:
+        if self._mapping is None:
             return
         if self.exports:
             message = f"{self!r} is in use ({self.exports} views): release its memoryviews and arrays first"
-            raise IOReturnError(IOReturn.kIOReturnBusy, message)
+            raise BusyError(message)
         with _changes:
             _end_abandoned()
-            if window := self._window:  # again: another thread may have unmapped it
-                window.let_go(id(self))
-                self._window = None
+            if mapping := self._mapping:  # again: another thread may have unmapped it
+                mapping.let_go(id(self))
+                self._mapping = None
 
-    def _open(self) -> Window:
-        window = self._window  # once, as above
-        if window is None:
-            raise IOReturnError(IOReturn.kIOReturnNotOpen, "this IOMemoryMap is unmapped")
-        return window
+    def _open(self) -> CachedMapping:
+        mapping = self._mapping  # once, as above
+        if mapping is None:
+            raise NotOpenError("this IOMemoryMap is unmapped")
+        return mapping
 
     def _exported(self) -> tuple[Mapping, int, int, bool]:
-        mapping, first = self._open().mapping
-        return mapping, first + self._within, self._length, self._writable
+        shown, first = self._open().mapping
+        return shown, first + self._within, self._length, self._writable
 
     def __len__(self) -> int:
         return self.getLength()
@@ -192,10 +198,10 @@ class IOMemoryMap(Exporter):
         self.unmap()
 
     def __del__(self) -> None:
-        if (window := getattr(self, "_window", None)) is None:
+        if (mapping := getattr(self, "_mapping", None)) is None:
             return
-        # It may come in the middle of anything, and waits for nobody: whoever is at it ends this use too.
-        _abandoned.append((window, id(self)))
+        # It may interrupt anything, so it does not wait: the thread that holds the guard ends this use too.
+        _abandoned.append((mapping, id(self)))
         if _changes.mine:
             return
         try:
@@ -208,13 +214,9 @@ class IOMemoryMap(Exporter):
         raise TypeError("an IOMemoryMap belongs to its process and cannot be copied or pickled")
 
     def __repr__(self) -> str:
-        window = self._window
-        if window is None:
+        mapping = self._mapping
+        if mapping is None:
             return "<IOMemoryMap unmapped>"
         how = "read-write" if self._writable else "read-only"
-        address = window.address + self._within
-        return f"<IOMemoryMap at {address:#x}, length {self._length}, {how}, of {window.descriptor!r}>"
-
-
-def _bad(message: str) -> IOReturnError:
-    return IOReturnError(IOReturn.kIOReturnBadArgument, message)
+        address = mapping.address + self._within
+        return f"<IOMemoryMap at {address:#x}, length {self._length}, {how}, of {mapping.descriptor!r}>"

@@ -1,13 +1,13 @@
-"""What a caller asks of a buffer, checked against IOKit's rules (IOBufferMemoryDescriptor.h)."""
+"""The options of a buffer, checked against IOKit's rules (IOBufferMemoryDescriptor.h)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from iobmd._native import cacheline
 from iobmd._version import __version__
-from iobmd.constants import IOOptionBits, IOReturn
-from iobmd.descriptors import caching
-from iobmd.errors import IOReturnError
+from iobmd.constants import IOMapOptions, IOOptionBits
+from iobmd.errors import BadArgumentError, UnsupportedError
 from iobmd.memory.shmem import NAME
 from iobmd.physical.search import ALL_ADDRESSES, PhysicalConstraints
 from iobmd.task.task import Task, as_task, kernel_task
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 DIRECTION_MASK = 0x3
 CACHE_MASK = 0xF00
+CACHE_MODES = 0x700
+"""The cache modes of that field (IOTypes.h); the bit above is kIOMemoryMapperNone."""
+
+_PLAIN_MODES = (int(IOMapOptions.kIOMapDefaultCache), int(IOMapOptions.kIOMapCopybackCache))
 
 _PAGEABLE = int(IOOptionBits.kIOMemoryPageable)
 _PURGEABLE = int(IOOptionBits.kIOMemoryPurgeable)
@@ -45,17 +49,17 @@ class Request(NamedTuple):
     options: int
     capacity: int
     want: PhysicalConstraints | None
-    """What is asked of the physical addresses; None: nothing that not any page has."""
+    """Constraints on the physical addresses; None: any page will do."""
     contiguous: bool
-    """Asked to be in one piece, by an option or by its alignment."""
+    """It must be contiguous, by an option or by its alignment."""
     guard: int = 0
-    """Bytes on each side that nobody can touch."""
+    """Inaccessible bytes on each side."""
     tag: int = 0
-    """What its mappings are named by; 0: nothing."""
+    """The number that names its mappings; 0: no name."""
 
     @property
     def name(self) -> str:
-        """The name of its mappings, where the kernel shows one."""
+        """The name of its mappings, if the kernel shows it."""
         return f"{NAME}:{self.tag}" if self.tag else NAME
 
     @property
@@ -97,27 +101,27 @@ def check_request(
     """
     options = int(options)
     if capacity <= 0:
-        raise _bad(f"a buffer's size must be positive, not {capacity}")
+        raise BadArgumentError(f"a buffer's size must be positive, not {capacity}")
     if alignment not in (0, 1) and not is_power_of_two(alignment):
-        raise _bad(f"alignment {alignment} is not a power of two")
+        raise BadArgumentError(f"alignment {alignment} is not a power of two")
     if not 0 <= physical_mask < 1 << 64:
-        raise _bad(f"physical mask {physical_mask:#x} is not a 64-bit mask")
+        raise BadArgumentError(f"physical mask {physical_mask:#x} is not a 64-bit mask")
     if capacity + alignment > _MOST:
-        raise _bad(f"size {capacity:#x} with alignment {alignment:#x} exceeds every address space")
+        raise BadArgumentError(f"size {capacity:#x} with alignment {alignment:#x} exceeds every address space")
     _check_options(options)
     if guarded:
         _check_guarded(task, options)
     want, contiguous = _physical(options, capacity, alignment, physical_mask)
     if options & _PAGEABLE and (want or contiguous):
         what = want or PhysicalConstraints(capacity, contiguous)
-        raise _bad(f"pageable memory moves, and cannot be {what}: leave kIOMemoryPageable out")
+        raise BadArgumentError(f"pageable memory moves, and cannot be {what}: leave kIOMemoryPageable out")
     where = None if task is None else kernel_task if task is kernel_task else as_task(task)
     tag = _tag(tags, in_kernel=where is None or where is kernel_task)
     return Request(where, options, capacity, want, contiguous, PAGE_SIZE if guarded else 0, tag)
 
 
 def _physical(options: int, capacity: int, alignment: int, mask: int) -> tuple[PhysicalConstraints | None, bool]:
-    """Return what is asked of physical addresses, None when any page will do, and whether contiguity is asked."""
+    """Return the constraints on physical addresses, None if any page will do, and whether contiguity is required."""
     allowed = ALL_ADDRESSES
     if mask:
         # The bits below the mask's lowest are free within a piece of that alignment (initWithPhysicalMask of IOKit).
@@ -132,36 +136,36 @@ def _physical(options: int, capacity: int, alignment: int, mask: int) -> tuple[P
 
 
 def check_existing(options: int) -> int:
-    """Return the options of a descriptor of memory that exists already.
+    """Check the options of a descriptor of existing memory, and return them.
 
     Raises
     ------
     IOReturnError
-        `kIOReturnBadArgument` for what can only be asked of new memory; `kIOReturnUnsupported` as `check_request`.
+        `kIOReturnBadArgument` for options of newly allocated memory; `kIOReturnUnsupported` as `check_request`.
     """
     options = int(options)
     _check_options(options)
     if options & _OF_NEW_MEMORY:
-        raise _bad(f"options {options:#x} ask for memory as it can only be made, and this memory exists already")
+        raise BadArgumentError(f"options {options:#x} apply only to newly allocated memory, and this memory exists")
     return options
 
 
 def check_direction(direction: int) -> int:
     """Return `direction` if it is one of the four of IOKit."""
     if not 0 <= direction <= DIRECTION_MASK:
-        raise _bad(f"direction {direction:#x} is none of kIODirectionNone, In, Out and InOut")
+        raise BadArgumentError(f"direction {direction:#x} is not kIODirectionNone, In, Out or InOut")
     return int(direction)
 
 
 def _check_options(options: int) -> None:
     if options < 0 or options & ~_KNOWN:
-        raise _bad(f"options {options:#x} have unknown bits {options & ~_KNOWN & 0xFFFFFFFFFFFFFFFF:#x}")
+        raise BadArgumentError(f"options {options:#x} have unknown bits {options & ~_KNOWN & 0xFFFFFFFFFFFFFFFF:#x}")
     if options & _PURGEABLE and not options & _PAGEABLE:
-        raise _bad("kIOMemoryPurgeable needs kIOMemoryPageable: wired memory cannot be taken back")
+        raise BadArgumentError("kIOMemoryPurgeable needs kIOMemoryPageable: wired memory cannot be taken back")
     for bits, meaning in _NOT_YET.items():
         if options & bits:
             raise unsupported(meaning)
-    caching.check(options)
+    _check_cache_mode(options)
 
 
 def _tag(tags: tuple[int, int], *, in_kernel: bool) -> int:
@@ -169,21 +173,38 @@ def _tag(tags: tuple[int, int], *, in_kernel: bool) -> int:
     if tags == (0, 0):
         return 0
     if any(not 0 <= tag < 1 << 32 for tag in tags):
-        raise _bad(f"tags {tags} are not 32-bit numbers")
+        raise BadArgumentError(f"tags {tags} are not 32-bit numbers")
     return (tags[0] or tags[1]) if in_kernel else (tags[1] or tags[0])
 
 
 def _check_guarded(task: object, options: int) -> None:
     if options & (_PAGEABLE | _CONTIGUOUS):
-        raise _bad("memory with guard pages is neither pageable nor contiguous: leave those options out")
+        raise BadArgumentError("memory with guard pages is neither pageable nor contiguous: leave those options out")
     if task is None:
-        raise _bad("memory that is mapped in no task has no guard pages; map it with kIOMapGuardedSmall")
+        raise BadArgumentError("memory that is mapped in no task has no guard pages; map it with kIOMapGuardedSmall")
 
 
-def _bad(message: str) -> IOReturnError:
-    return IOReturnError(IOReturn.kIOReturnBadArgument, message)
+def _check_cache_mode(options: int) -> None:
+    """Raise `kIOReturnUnsupported` for a cache mode that cannot be honoured."""
+    mode = options & CACHE_MODES
+    if mode > IOMapOptions.kIOMapWriteCombineCache:
+        raise UnsupportedError(f"cache mode {mode:#x} is not one that a process can have")
+    if mode not in _PLAIN_MODES:
+        require_cache_instruction(cacheline.BEST)
 
 
-def unsupported(what: str) -> IOReturnError:
+def require_cache_instruction(instruction: int) -> None:
+    """Raise `kIOReturnUnsupported` where there is no `instruction` on cache lines."""
+    if instruction == cacheline.NONE:
+        message = "this processor lets no process write back or drop cache lines (x86-64 and aarch64 do)"
+        raise UnsupportedError(message)
+
+
+def cache_of_copies(options: int) -> int:
+    """Return what `Mapping.cache` is to be for these options."""
+    return (options & CACHE_MODES) >> 8
+
+
+def unsupported(what: str) -> UnsupportedError:
     """Return the error for a part of the contract that this version does not have."""
-    return IOReturnError(IOReturn.kIOReturnUnsupported, f"iobmd {__version__} does not support {what} yet")
+    return UnsupportedError(f"iobmd {__version__} does not support {what} yet")

@@ -1,100 +1,416 @@
-"""What is made of a descriptor's memory, and keeps it: the part of `IOMemoryDescriptor` that knows its family."""
+"""`MemoryOwner`: memory and its users. Descriptors are handles on owners; memory is released with its last user."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 import weakref
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, NamedTuple
 
+from iobmd import procfs
 from iobmd._internal import process_local
 from iobmd._internal.weak_registry import WeakRegistry
-from iobmd.constants import IOReturn
-from iobmd.descriptors import address_index
-from iobmd.errors import IOReturnError
-from iobmd.purgeable import purger
+from iobmd._native import cacheline
+from iobmd.constants import kIODirectionPrepareNoFault, kIODirectionPrepareToPhys32
+from iobmd.descriptors.options import require_cache_instruction
+from iobmd.descriptors.purge_control import PurgeControl
+from iobmd.errors import (
+    BadArgumentError,
+    BusyError,
+    CannotWireError,
+    IOReturnError,
+    NoResourcesError,
+    NotOpenError,
+    NotPrivilegedError,
+    NotReadyError,
+    UnsupportedError,
+    VMError,
+)
+from iobmd.memory.mlock import Wiring
+from iobmd.purgeable import EMPTY, VOLATILE, purger
+from iobmd.task import diagnosis
+from iobmd.task.task import kernel_task
+from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from iobmd._native.runs import PhysicalSegment, RunTable
     from iobmd.backing import Backing
-    from iobmd.backing.joined import JoinedBacking
-    from iobmd.descriptors.mapping_cache import Window
+    from iobmd.descriptors.composite_memory import CompositeBacking
+    from iobmd.descriptors.mapping_cache import CachedMapping
 
 
-class Lineage:
-    """Knows weakly what is made of its memory; that holds it strongly."""
+class Part(NamedTuple):
+    """Bytes of an owner's memory."""
 
-    _backing: Backing | None
-    _guard: process_local.Guard
-    _windows: weakref.WeakSet[Window]
-    _state: str
-    _offspring: WeakRegistry[JoinedBacking] | None = None
-    _inherited = False  # its caller has freed it, and what was made of it has it still
+    owner: MemoryOwner
+    offset: int
+    length: int
 
-    def _refuse_if_mapped(self) -> None:
-        raise NotImplementedError
 
-    _maker: int
-    _prepared: int
-    if TYPE_CHECKING:
-        free: Any
-        complete: Any
+class MemoryOwner:
+    """The memory of a descriptor: its backing, how often it is pinned, where else it is mapped, and its users.
+
+    Its users are its handle, which is the descriptor it was created for until that is released, and its dependents,
+    which is composite memory that has parts of it. The memory is released with the last of them. Both hold it
+    strongly, so an owner whose users are garbage is collected, and releases the memory then. It knows its dependents
+    weakly: those that are garbage no longer count, and no finalizer needs a lock for it.
+
+    Methods may be called from any thread. `guard` is taken by its users for what changes its state; that of composite
+    memory comes before those of its parts.
+
+    Parameters
+    ----------
+    backing : Backing
+        Where the bytes live.
+    length : int
+        How many bytes of it are in use.
+    kind : str
+        The class of its handle, for messages.
+    has_handle : bool
+        Whether there is a handle; False: it belongs to its dependents alone.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_dependents",
+        "_kind",
+        "_mappings",
+        "_pinned_for_good",
+        "_wired_by",
+        "backing",
+        "guard",
+        "has_handle",
+        "length",
+        "maker",
+        "pins",
+        "purge_control",
+    )
+
+    def __init__(self, backing: Backing, length: int, kind: str, *, has_handle: bool = True) -> None:
+        self.backing: Backing | None = backing
+        self._kind = kind
+        self._dependents: WeakRegistry[CompositeBacking] | None = None
+        self._pinned_for_good = not backing.composite and backing.wiring is Wiring.PINNED  # by its options
+        self.maker = self._wired_by = os.getpid()
+        self.guard = process_local.Guard()
+        self.has_handle = has_handle
+        self.length = length
+        self._mappings: weakref.WeakSet[CachedMapping] | None = None
+        self.pins = 0
+        self.purge_control: PurgeControl | None = None
+        if not backing.composite and backing.purgeable:
+            self.purge_control = PurgeControl(self, backing.purgeable, backing.size)
+            purger.know(self.purge_control)
+
+    def require_backing(self) -> Backing:
+        """Return where the bytes live. Raises `kIOReturnNotOpen`."""
+        backing = self.backing  # once: another thread may release it
+        if backing is None:
+            raise NotOpenError(f"this {self._kind} is released")
+        if self._wired_by != os.getpid() and backing.wiring is not Wiring.PAGEABLE:
+            raise NotOpenError(
+                f"this {self._kind} is wired memory of process {self._wired_by}, and fork does not pass "
+                f"wiring on to process {os.getpid()}: make the buffer after the fork, or a pageable one before it"
+            )
+        return backing
+
+    def check_range(self, offset: int, length: int) -> None:
+        """Raise `kIOReturnBadArgument` unless a range is within its length."""
+        if offset < 0 or length < 0 or offset + length > self.length:
+            raise BadArgumentError(
+                f"offset {offset} with length {length} is not inside of the descriptor's {self.length} bytes"
+            )
+
+    # --- its users
+
+    def add_dependent(self, dependent: CompositeBacking) -> None:
+        """Register memory that has parts of this."""
+        if self._dependents is None:
+            self._dependents = WeakRegistry()
+        self._dependents.add(dependent)
+
+    def remove_dependent(self, dependent: CompositeBacking) -> None:
+        """Forget a dependent, and release the memory if it was the last user. Raises as `remove_handle`."""
+        with self.guard:
+            if self._dependents:
+                self._dependents.remove(dependent)
+            if not self.has_handle and not self._has_dependents():
+                self._close()
+
+    def remove_handle(self) -> None:
+        """End the handle's use, with the guard held, and release the memory if it was the last user; idempotent.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnBusy` while it is pinned, a `memoryview` of it is alive or a copy is under way: nothing changes
+            then.
+        """
+        if self.pins and self._wired_by == os.getpid():  # a forked child inherits no pins
+            self.require_unpinned()
+        if not self._has_dependents():
+            self._close()
+        self.has_handle = False
+
+    def _has_dependents(self) -> bool:
+        return bool(self._dependents and self._dependents.all())
+
+    def add_mapping(self, mapping: CachedMapping) -> None:
+        """Register that its memory is mapped once more."""
+        if self._mappings is None:
+            self._mappings = weakref.WeakSet()
+        self._mappings.add(mapping)
+
+    def remove_mapping(self, mapping: CachedMapping) -> None:
+        """Forget a mapping, which shows other memory now."""
+        if self._mappings is not None:
+            self._mappings.discard(mapping)
+
+    def mappings(self) -> list[CachedMapping]:
+        """Return where its memory is mapped for maps of its handle."""
+        return list(self._mappings) if self._mappings is not None else []
+
+    def _close(self) -> None:
+        if self.backing is None:
+            return
+        try:
+            self.backing.close()
+        except BufferError as error:
+            message = f"{self!r} is in use ({error}): release its memoryviews and arrays first"
+            raise BusyError(message) from None
+        self.backing = None
 
     @property
-    def _children(self) -> WeakRegistry[JoinedBacking]:
-        if self._offspring is None:
-            self._offspring = WeakRegistry()
-        return self._offspring
-
-    def _hold(self, backing: Backing, options: int, length: int) -> Self:
-        """Be a descriptor of memory that is there already."""
-        self.__dict__.update(_guard=process_local.Guard(), _windows=weakref.WeakSet(), _backing=backing)
-        self.__dict__.update(
-            _options=options, _length=length, _maker=os.getpid(), _wired_by=os.getpid(), _state="open"
-        )
-        return self
-
-    def _bequeath(self) -> bool:
-        """Leave the memory to what was made of it; False when nothing is there that was.
-
-        That is what IOKit's reference counts do when a caller releases a descriptor that others retain.
-        """
-        if self._backing is None:  # another thread was faster
-            return False
-        children = self._offspring.all() if self._offspring and not self._inherited else []
-        if not children:
-            return False
-        self._refuse_if_mapped()
-        if views := getattr(self, "exports", 0):
-            message = f"{self!r} is in use ({views} views): release its memoryviews and arrays first"
-            raise IOReturnError(IOReturn.kIOReturnBusy, message)
-        old: Any = self
-        heir: Any = type(self).__new__(type(self))
-        heir.__dict__.update(self.__dict__, _guard=process_local.Guard(), _windows=weakref.WeakSet(), _inherited=True)
-        heir._offspring = WeakRegistry()
-        for child in children:
-            child.replace(old, heir)
-        self._backing, self._state, self._offspring = None, "released", None
-        address_index.know(heir)
-        if heir._backing.purgeable:
-            purger.know(heir)
-        return True
-
-    def _orphaned(self) -> None:
-        """Give the memory back when its caller has, and nothing is left that was made of it."""
-        if self._inherited and self._backing is not None and not self._children.all():
-            self.free()
+    def released(self) -> bool:
+        """Whether the memory is released."""
+        return self.backing is None
 
     def __del__(self) -> None:
-        """Undo what its user has left prepared, of its own memory or that of others. It need not be freed."""
-        if self._backing is None or not self._prepared or self._maker != os.getpid():
+        backing = getattr(self, "backing", None)
+        if backing is None or backing.composite:  # the owners of its parts are collected with it
             return
-        self._complete_all()
-        if not self._inherited:
-            warnings.warn(f"{self!r} was never completed", ResourceWarning, stacklevel=2, source=self)
+        self.backing = None  # first: another thread may have found it by a weak reference just now
+        # In use only by maps, views and arrays that are garbage of the same cycle, or end with the interpreter as
+        # well: these hold the mapping, which goes with the last of them.
+        with contextlib.suppress(OSError, BufferError):
+            backing.close()
 
-    def _complete_all(self) -> None:
-        """Undo every `prepare`, as far as that is possible, where nobody can be told that it is not."""
-        for _ in range(self._prepared):
-            with contextlib.suppress(IOReturnError):
-                self.complete()
+    # --- its bytes
+
+    def read(self, offset: int, length: int) -> bytes:
+        """As `IOMemoryDescriptor.readBytes`."""
+        backing = self.require_backing()
+        self.check_range(offset, length)
+        return backing.read(offset, length)
+
+    def read_into(self, offset: int, buffer: Buffer) -> int:
+        """As `IOMemoryDescriptor.readBytesInto`."""
+        backing = self.require_backing()
+        size = memoryview(buffer).nbytes
+        self.check_range(offset, size)
+        backing.read_into(offset, buffer)
+        return size
+
+    def write(self, offset: int, data: Buffer) -> int:
+        """As `IOMemoryDescriptor.writeBytes`."""
+        backing = self.require_backing()
+        size = memoryview(data).nbytes
+        self.check_range(offset, size)
+        self.before_write(offset, size)
+        backing.write(offset, data)
+        return size
+
+    def before_write(self, offset: int, length: int) -> None:
+        """Keep bytes that are about to be written to, like the rest, although they are volatile."""
+        if self.purge_control:
+            with self.guard:
+                self.require_backing()  # again: another thread may have released it
+                self.purge_control.memory.before_write(offset, length)
+
+    def write_back(self, offset: int, length: int, *, drop: bool) -> None:
+        """Write the cache lines of a range back to memory, and `drop` them from the caches if asked to."""
+        backing = self.require_backing()
+        require_cache_instruction(cacheline.BEST)
+        self.check_range(offset, length)
+        backing.write_back(offset, length, drop=drop)
+
+    # --- pins; each of these with the guard held
+
+    def pin(self, direction: int = 0) -> None:
+        """Pin it once more. `direction` and errors are those of `IOMemoryDescriptor.prepare`."""
+        backing = self.require_backing()
+        fresh = backing.composite or backing.wiring is not Wiring.PINNED
+        if fresh and self.purge_control:
+            self.purge_control.memory.hold()
+        undo = fresh and not backing.composite  # the parts have undone it where it failed
+        try:
+            if fresh:
+                if direction & kIODirectionPrepareNoFault:
+                    _require_resident(backing)
+                backing.pin()
+                undo, self._wired_by = True, os.getpid()
+            if direction & kIODirectionPrepareToPhys32:
+                _require_low(self._runs(backing))
+        except BaseException:
+            if undo:
+                self._release_pin(backing)
+            raise
+        self.pins += 1
+
+    def unpin(self) -> None:
+        """Undo one `pin`; the last one lets the kernel move the memory again. Raises `kIOReturnNotReady`."""
+        backing = self.require_backing()
+        if not self.pins:
+            raise NotReadyError(f"{self!r} is not prepared: nothing to complete")
+        self.pins -= 1
+        if backing.composite or not (self.pins or self._pinned_for_good):
+            self._release_pin(backing)
+
+    def _release_pin(self, backing: Backing) -> None:
+        backing.unpin()
+        if self.purge_control:
+            self.purge_control.memory.let_go()
+
+    # --- where it lies
+
+    @property
+    def wiring(self) -> Wiring:
+        """How firmly it stays where it is."""
+        return self.require_backing().wiring
+
+    def runs(self) -> RunTable:
+        """Return where its bytes lie, counted from the backing's address. Raises as `IOMemoryDescriptor.segments`."""
+        return self._runs(self.require_backing())
+
+    def _runs(self, backing: Backing) -> RunTable:
+        pinned, table = backing.wiring is Wiring.PINNED, backing.runs
+        if not pinned or backing.wiring is not Wiring.PINNED:  # again: another thread may have unpinned it between
+            raise NotReadyError(f"{self!r} is not pinned: its physical addresses could change; call prepare() first")
+        if table is None:
+            raise _hidden()
+        return table
+
+    def segment(self, offset: int) -> tuple[int, int]:
+        """As `IOMemoryDescriptor.getPhysicalSegment`."""
+        backing = self.require_backing()
+        table = self._runs(backing)
+        if not 0 <= offset < self.length:
+            return 0, 0
+        return table.segment(backing.address + offset, self.length - offset)
+
+    def segments(self, offset: int, length: int) -> list[PhysicalSegment]:
+        """As `IOMemoryDescriptor.segments`."""
+        backing = self.require_backing()
+        self.check_range(offset, length)
+        return self._runs(backing).segments(backing.address + offset, length)
+
+    def require_mapped(self) -> None:
+        """Raise `kIOReturnVMError` if the program has unmapped it. `verify` sees more."""
+        backing = self.require_backing()
+        if (lost := backing.lost()) is not None:
+            raise _gone(backing, lost)
+
+    def verify(self) -> None:
+        """As `IOMemoryDescriptor.verify`."""
+        backing = self.require_backing()
+        lost = backing.lost()
+        try:
+            recorded = self._runs(backing)
+            now = backing.read_runs(gaps=True)
+            if now is None:
+                raise _hidden()
+        except IOReturnError:
+            if lost is None:
+                raise
+            raise _gone(backing, lost) from None
+        moved = recorded.difference(now)
+        if lost is not None and (moved is None or lost <= moved):
+            raise _gone(backing, lost)
+        if moved is not None:
+            was, _ = recorded.segment(moved, 1)
+            lies, _ = now.segment(moved, 1)
+            if not lies:
+                raise _gone(backing, moved)
+            message = (
+                f"the page at {moved:#x} was at physical {was:#x} and is at {lies:#x} now (it has moved, or other "
+                "memory is mapped there): do not use it for I/O"
+            )
+            raise VMError(message, 0, moved)
+
+    # --- its purgeable state
+
+    def require_purge_control(self) -> PurgeControl:
+        """Return what controls its purgeable state, with the guard held. Raises `kIOReturnUnsupported`."""
+        backing = self.require_backing()
+        if self.purge_control is None:
+            if (purgeable := backing.purgeable) is None:
+                raise UnsupportedError(
+                    f"{self!r} was not made purgeable: use kIOMemoryPageable | kIOMemoryPurgeable, or "
+                    "iobmd.allocate(…, wired=False, purgeable=True)"
+                )
+            self.purge_control = PurgeControl(self, purgeable, backing.size)
+        return self.purge_control
+
+    def set_purgeable(self, state: int, modifiers: int = 0) -> int:
+        """Set the purgeable state; return the one before. Raises as `IOMemoryDescriptor.setPurgeable`."""
+        with self.guard:
+            return self.change_purgeable(state, modifiers)
+
+    def change_purgeable(self, state: int, modifiers: int) -> int:
+        """As `set_purgeable`, with the guard held."""
+        control = self.require_purge_control()
+        if state in (VOLATILE, EMPTY):
+            self.require_unpinned()
+        return control.change(state, modifiers)
+
+    def require_unpinned(self) -> None:
+        """Raise `kIOReturnBusy` while it is pinned."""
+        if self.pins:
+            raise BusyError(f"{self!r} is prepared {self.pins} times: call complete() as often first")
+
+    def lazily_freed(self) -> int:
+        """Return how many bytes the kernel may take at any moment."""
+        with self.guard:
+            purgeable = self.require_backing().purgeable
+            return purgeable.lazily_freed() if purgeable else 0
+
+    def __repr__(self) -> str:
+        backing = self.backing  # once: another thread may release it
+        if backing is None:
+            return f"<{self._kind} released>"
+        task = backing.task
+        where = f"in task {task.pid} at {backing.address:#x}, " if task else ""
+        return f"<{self._kind} {where}length {self.length}, {backing.wiring.value}>"
+
+
+def _require_resident(backing: Backing) -> None:
+    resident = backing.page_counts()[0] * PAGE_SIZE
+    if resident < backing.size:
+        raise CannotWireError(
+            f"{backing.size - resident} bytes are not resident, and kIODirectionPrepareNoFault forbids faults"
+        )
+
+
+def _require_low(table: RunTable) -> None:
+    if table.highest() >> 32:
+        raise NoResourcesError(
+            f"memory at {table.highest():#x} lies above 4 GiB, and kIODirectionPrepareToPhys32 forbids that; make "
+            "it with inTaskWithPhysicalMask(…, 0xffffffff)"
+        )
+
+
+def _hidden() -> IOReturnError:
+    return diagnosis.hidden(os.getpid()) or NotPrivilegedError(
+        "the kernel hides physical addresses from this process; run with CAP_SYS_ADMIN"
+    )
+
+
+def _gone(backing: Backing, address: int) -> IOReturnError:
+    task = backing.task or kernel_task
+    area = None
+    with contextlib.suppress(OSError):
+        area = procfs.find_vma(task.pid, address)
+    what = f"replaced it by {area}" if area else "unmapped it"
+    return VMError(f"the memory at {address:#x} of task {task.pid} is gone: the program has {what}", 0, address)

@@ -1,215 +1,161 @@
-"""What purgeable memory adds to a descriptor: `setPurgeable`, and a `with` in which the content is safe."""
+"""`PurgeControl`: what a descriptor's memory has in addition when it is purgeable."""
 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from typing import TYPE_CHECKING, TypeVar
 
-from iobmd.constants import IOPurgeable, IOReturn
 from iobmd.errors import IOReturnError
-from iobmd.purgeable import EMPTY, KEEP_CURRENT, NON_VOLATILE, OBSOLETE, VOLATILE, parse, purger
+from iobmd.purgeable import EMPTY, KEEP_CURRENT, NON_VOLATILE, OBSOLETE, VOLATILE, purger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from iobmd._internal import process_local
-    from iobmd.backing import Backing
+    from iobmd.descriptors.ownership import MemoryOwner
     from iobmd.purgeable import Purgeable
 
 _T = TypeVar("_T")
 
-_STATES = {int(state): state for state in (
-    IOPurgeable.kIOMemoryPurgeableNonVolatile,
-    IOPurgeable.kIOMemoryPurgeableVolatile,
-    IOPurgeable.kIOMemoryPurgeableEmpty,
-)}  # fmt: skip
 
+class PurgeControl:
+    """Changes the purgeable state of an owner's memory, and counts who keeps it non-volatile.
 
-class Volatility:
-    """The part of `IOMemoryDescriptor` that deals with purgeable memory."""
+    Created with memory that is made purgeable; for composite memory when its state is first asked for.
 
-    _backing: Backing | None
-    _prepared: int
-    _guard: process_local.Guard
-    _given: int | None = None  # the modifiers it was last made volatile with; None: it never was
-    _keepers = 0  # how many are inside of `nonvolatile`
-    _volatile_again: int | None = None  # with which modifiers the last of them makes it volatile; None: not
-    _unfilled = False  # it was found to be taken, and nobody has filled it since
-    _spoilt = False  # somebody failed to
+    Parameters
+    ----------
+    owner : MemoryOwner
+        Whose memory it is. `change`, `enter` and `leave` are called with its guard held.
+    memory : Purgeable
+        What has the state.
+    size : int
+        Bytes of the memory.
+    """
 
-    def _memory(self) -> Backing:
-        raise NotImplementedError
+    __slots__ = (
+        "__weakref__",
+        "_keepers",
+        "_modifiers",
+        "_owner",
+        "_size",
+        "_spoilt",
+        "_unfilled",
+        "_volatile_again",
+        "memory",
+    )
 
-    def setPurgeable(self, newState: int) -> IOPurgeable:
-        """Set the purgeable state of memory that was made with `kIOMemoryPageable | kIOMemoryPurgeable`.
+    def __init__(self, owner: MemoryOwner, memory: Purgeable, size: int) -> None:
+        self.memory = memory
+        self._owner = weakref.ref(owner)  # which has this
+        self._size = size
+        self._modifiers: int | None = None  # those it was last made volatile with; None: it never was
+        self._keepers = 0  # how many threads are inside of `nonvolatile`
+        self._volatile_again: int | None = None  # with which modifiers the last of them makes it volatile; None: not
+        self._unfilled = False  # it was found to be taken, and has not been filled since
+        self._spoilt = False  # an attempt to fill it failed
 
-        Parameters
-        ----------
-        newState : IOPurgeable
-            `kIOMemoryPurgeableKeepCurrent`: only find out the state. `kIOMemoryPurgeableNonVolatile`: keep the
-            content. `kIOMemoryPurgeableVolatile`: the system may take it, all or nothing, when memory is short;
-            combined with `…VolatileGroup0` to `7`, `…VolatileBehaviorFifo` or `Lifo`, or `…VolatileOrderingObsolete`,
-            which drops private memory at once. `kIOMemoryPurgeableEmpty`: drop the content.
-
-        Returns
-        -------
-        IOPurgeable
-            The state before: NonVolatile, Volatile or Empty. Volatile, returned by a move to NonVolatile: every byte
-            is as it was, and stays so. Empty: it was taken, and every byte reads zero until it is written to; the
-            state stays Empty until it is set again.
-
-        Raises
-        ------
-        IOReturnError
-            `kIOReturnUnsupported`: not made purgeable, or the kernel cannot take it.
-            `kIOReturnBusy`: Volatile or Empty asked of memory that is prepared. `kIOReturnCannotWire`: not a page may
-            be locked (RLIMIT_MEMLOCK), which a move back from Volatile takes. `kIOReturnBadArgument`. The state is as
-            before then.
-
-        Notes
-        -----
-        Private memory is lazily freed by the kernel (madvise(2), MADV_FREE, Linux 4.5), page by page, and counts as
-        resident until then: `lazily_freed`. Memory of a shared object (`kIOMemoryKernelUserShared`) has its state in
-        the object, so that all processes that map it agree, and a thread of ours takes it under pressure.
-
-        Memory may be read while it is volatile, and is zero where it was taken. `writeBytes` and `appendBytes` may
-        be used; a store by a memoryview or by address makes private memory count as taken, for nothing tells it from
-        a store to a page that had been taken. In a forked child private memory that was volatile counts as taken
-        when the parent has made it non-volatile since. Calls of several threads come one after another.
-        """
-        state, modifiers = parse(newState)
-        with self._guard:
-            return _STATES[self._change(self._purgeable(), state, modifiers)]
-
-    def _change(self, purgeable: Purgeable, state: int, modifiers: int) -> int:
+    def change(self, state: int, modifiers: int) -> int:
+        """Set the state; return the one before. Raises as `Purgeable`."""
         if state == NON_VOLATILE:
-            return purgeable.keep()
+            return self.memory.keep()
         if state == KEEP_CURRENT:
-            return purgeable.current()
-        if self._prepared:
-            message = f"{self!r} is prepared {self._prepared} times: call complete() as often first"
-            raise IOReturnError(IOReturn.kIOReturnBusy, message)
+            return self.memory.current()
         if state == EMPTY:
-            return purgeable.empty()
-        old = purgeable.give(modifiers)
-        self._given = modifiers
-        if purgeable.shared:
+            return self.memory.empty()
+        old = self.memory.give(modifiers)
+        self._modifiers = modifiers
+        if self.memory.shared:
             purger.watch()
         return old
 
-    def nonvolatile(self) -> NonVolatile:
-        """Keep purgeable memory non-volatile inside of a `with`; it is volatile again afterwards if it was before.
+    def enter(self, inside: NonVolatile) -> None:
+        """Make it non-volatile for a `with`, and set whether the content is intact."""
+        order = self.memory.order()
+        old = self.memory.keep()
+        if old == VOLATILE:
+            self._volatile_again = order.modifiers if order else self._modifiers or 0
+        elif old == EMPTY:
+            self._unfilled = True
+            if order or self._modifiers is not None:
+                self._volatile_again = order.modifiers if order else (self._modifiers or 0) & ~OBSOLETE
+        inside.intact = not self._unfilled
+        self._keepers += 1
 
-        Gives True when the content is intact, False when it was taken: then fill it again inside of the `with`. If
-        that fails with an exception the memory is left Empty. Threads may be inside at the same time, and the last
-        to leave makes it volatile. Until one that was given False has left without an exception, all are given
-        False; which of them fills it again is for a lock of their own.
+    def leave(self, inside: NonVolatile, *, failed: bool) -> tuple[int, int] | None:
+        """End a `with`; return the state and the modifiers to set now, None where the state stays."""
+        if inside.intact is False:
+            self._unfilled = failed
+            self._spoilt |= failed
+        inside.intact = None
+        self._keepers -= 1
+        if self._keepers:
+            return None
+        modifiers, self._volatile_again = self._volatile_again, None
+        spoilt, self._spoilt, self._unfilled = self._spoilt, False, False
+        if spoilt:
+            return EMPTY, 0
+        return None if modifiers is None else (VOLATILE, modifiers)
 
-        Raises
-        ------
-        IOReturnError
-            As `setPurgeable`.
-        """
-        return NonVolatile(self)
+    # --- for the purger
 
-    def _enter(self, inside: NonVolatile) -> None:
-        with self._guard:
-            purgeable = self._purgeable()
-            order = purgeable.order()
-            old = purgeable.keep()
-            if old == VOLATILE:
-                self._volatile_again = order.modifiers if order else self._given or 0
-            elif old == EMPTY:
-                self._unfilled = True
-                if order or self._given is not None:
-                    self._volatile_again = order.modifiers if order else (self._given or 0) & ~OBSOLETE
-            inside._intact = not self._unfilled
-            self._keepers += 1
+    def is_shared(self) -> bool:
+        """Whether the memory is there, and other processes may map it."""
+        owner = self._owner()
+        return self.memory.shared and owner is not None and not owner.released
 
-    def _leave(self, inside: NonVolatile, *, failed: bool) -> None:
-        with self._guard:
-            if inside._intact is False:
-                self._unfilled = failed
-                self._spoilt |= failed
-            inside._intact = None
-            self._keepers -= 1
-            if self._keepers:
-                return
-            modifiers, self._volatile_again = self._volatile_again, None
-            spoilt, self._spoilt, self._unfilled = self._spoilt, False, False
-            if self._backing is None:  # freed inside
-                return
-            if spoilt:
-                self._change(self._purgeable(), EMPTY, 0)
-            elif modifiers is not None:
-                self._change(self._purgeable(), VOLATILE, modifiers)
+    def candidate(self, *, wait: bool) -> purger.Candidate | None:
+        """Return it if it is volatile. None while this thread changes it, or another thread and not `wait`."""
 
-    @property
-    def lazily_freed(self) -> int:
-        """Bytes of volatile private memory that the kernel may take at any moment (LazyFree in smaps).
-
-        They still count as resident: RSS does not shrink when memory becomes volatile, but when the kernel takes it.
-        """
-        with self._guard:
-            purgeable = self._memory().purgeable
-            return purgeable.lazily_freed() if purgeable else 0
-
-    def _purgeable(self) -> Purgeable:
-        if purgeable := self._memory().purgeable:
-            return purgeable
-        raise IOReturnError(
-            IOReturn.kIOReturnUnsupported,
-            f"{self!r} was not made purgeable: use kIOMemoryPageable | kIOMemoryPurgeable, or "
-            "iobmd.allocate(…, wired=False, purgeable=True)",
-        )
-
-    def _is_shared(self) -> bool:
-        backing = self._backing
-        return backing is not None and backing.purgeable is not None and backing.purgeable.shared
-
-    def _candidate(self, *, wait: bool) -> purger.Candidate | None:
-        def look(backing: Backing, purgeable: Purgeable) -> purger.Candidate | None:
-            order = purgeable.order()
-            return order and purger.Candidate(order, backing.size)
+        def look() -> purger.Candidate | None:
+            order = self.memory.order()
+            return order and purger.Candidate(order, self._size)
 
         return self._if_free(look, wait=wait)
 
-    def _purge(self, *, wait: bool) -> int:
-        return self._if_free(lambda _backing, purgeable: purgeable.purge(), wait=wait) or 0
+    def purge(self, *, wait: bool) -> int:
+        """Purge it if it is still volatile; return the number of bytes released, 0 as above."""
+        return self._if_free(self.memory.purge, wait=wait) or 0
 
-    def _if_free(self, action: Callable[[Backing, Purgeable], _T], *, wait: bool) -> _T | None:
-        """Do something with purgeable memory, unless it is being changed: by us, or by others if we do not `wait`."""
-        if self._guard.mine:
+    def _if_free(self, action: Callable[[], _T], *, wait: bool) -> _T | None:
+        owner = self._owner()  # held, so that the memory stays
+        if owner is None or owner.guard.mine:
             return None
         try:
-            if (wait and self._guard.enter()) or self._guard.enter_if_free():
-                backing = self._backing
-                if backing is not None and backing.purgeable:
-                    return action(backing, backing.purgeable)
+            if (wait and owner.guard.enter()) or owner.guard.enter_if_free():
+                return None if owner.released else action()
             return None
         finally:
-            self._guard.leave()
+            owner.guard.leave()
 
 
 class NonVolatile:
     """The `with` of `IOMemoryDescriptor.nonvolatile`."""
 
-    _intact: bool | None = None
+    intact: bool | None = None
     """What it returned; None: not entered, or not even made when a signal handler raised."""
 
-    def __init__(self, memory: Volatility) -> None:
-        self._memory = memory
+    def __init__(self, owner: MemoryOwner) -> None:
+        self._owner = owner
 
     def __enter__(self) -> bool:
-        self._memory._enter(self)
-        assert self._intact is not None
-        return self._intact
+        with self._owner.guard:
+            self._owner.require_purge_control().enter(self)
+        assert self.intact is not None
+        return self.intact
 
     def __exit__(self, failed: object, *_error: object) -> None:
-        self._memory._leave(self, failed=failed is not None)
+        self._leave(failed=failed is not None)
+
+    def _leave(self, *, failed: bool) -> None:
+        with self._owner.guard:
+            control = self._owner.purge_control
+            then = control.leave(self, failed=failed) if control else None
+            if then and not self._owner.released:
+                self._owner.change_purgeable(*then)
 
     def __del__(self) -> None:
         # An interrupt came between it and the `with`, at its begin or its end.
-        if self._intact is not None:
+        if self.intact is not None:
             with contextlib.suppress(IOReturnError):  # its memory may be garbage of the same cycle, and freed already
-                self._memory._leave(self, failed=True)
+                self._leave(failed=True)

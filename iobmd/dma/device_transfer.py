@@ -11,11 +11,9 @@ from iobmd.constants import (
     IOReturn,
     kIODirectionIn,
     kIODirectionOut,
-    kIOMemoryIncoherentIOFlush,
-    kIOMemoryIncoherentIOStore,
 )
 from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
-from iobmd.errors import IOReturnError
+from iobmd.errors import IOReturnError, NotReadyError
 from iobmd.memory.mlock import Wiring
 from iobmd.pagemap import segment
 from iobmd.task.task import kernel_task
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from iobmd.descriptors.descriptor import IOMemoryDescriptor
+    from iobmd.descriptors.ownership import MemoryOwner
     from iobmd.dma.specification import Specification
 
 
@@ -45,7 +44,7 @@ class DeviceTransfer:
 
     Parameters
     ----------
-    memory : IOMemoryDescriptor
+    descriptor : IOMemoryDescriptor
         Pinned already.
     offset, length : int
         The range, in bytes.
@@ -63,17 +62,19 @@ class DeviceTransfer:
     """
 
     def __init__(
-        self, memory: IOMemoryDescriptor, offset: int, length: int, limits: Specification, *, double: bool = False
+        self, descriptor: IOMemoryDescriptor, offset: int, length: int, limits: Specification, *, double: bool = False
     ) -> None:
-        self.memory, self.offset, self.length, self.limits = memory, offset, length, limits
+        self.descriptor, self.offset, self.length, self.limits = descriptor, offset, length, limits
+        self.memory = descriptor._memory()
         self.bounce: IOBufferMemoryDescriptor | None = None
         self.double = double
-        if memory.wiring is not Wiring.PINNED:
-            message = f"{memory!r} is not pinned: call its prepare() first"
-            raise IOReturnError(IOReturn.kIOReturnNotReady, message)
-        memory.prepare()
+        if self.memory.wiring is not Wiring.PINNED:
+            raise NotReadyError(f"{descriptor!r} is not pinned: call its prepare() first")
+        with self.memory.guard:
+            descriptor._memory()  # again: another thread may have released it
+            self.memory.pin()
         try:
-            self._ranges = self._divide(memory.segments(offset, length))
+            self._ranges = self._divide(self.memory.segments(offset, length))
             self.bounce = self._allocate()
             self._pieces = self._locate()
             self._starts = self._count()
@@ -94,10 +95,10 @@ class DeviceTransfer:
         if not bounced:
             return None
         # Before the bounce buffer is mapped: the kernel may put it where the memory was that is to be copied.
-        self.memory._require_mapped()
+        self.memory.require_mapped()
         size = max((piece.place or 0) + piece.length for piece in bounced)
         bounce = IOBufferMemoryDescriptor()
-        limits, direction = self.limits, self.memory.getDirection()
+        limits, direction = self.limits, self.descriptor.getDirection()
         bounce.initWithPhysicalMask(kernel_task, direction, size, limits.alignment, limits.mask)
         try:
             bounce.prepare()  # where the policy of the host left it resident only, this says why
@@ -120,12 +121,12 @@ class DeviceTransfer:
         """Where in the transfer each piece begins, and its end."""
         starts = list(itertools.accumulate((piece.length for piece in self._pieces), initial=0))
         if starts[-1] != self.length:
-            message = f"{self.memory!r} knows where {starts[-1]} of {self.length} bytes lie"
+            message = f"{self.descriptor!r} knows where {starts[-1]} of {self.length} bytes lie"
             raise IOReturnError(IOReturn.kIOReturnUnderrun, message)
         return starts
 
-    def _parts(self, offset: int, length: int) -> Iterator[tuple[IOMemoryDescriptor, int, int]]:
-        """Yield what a part of the transfer lies in: a descriptor, the offset there, and how many bytes."""
+    def _parts(self, offset: int, length: int) -> Iterator[tuple[MemoryOwner, int, int]]:
+        """Yield what a part of the transfer lies in: memory, the offset there, and how many bytes."""
         end = offset + length
         first = bisect_right(self._ranges, offset, key=lambda piece: piece.offset) - 1
         for piece in itertools.islice(self._ranges, max(first, 0), None):
@@ -137,7 +138,7 @@ class DeviceTransfer:
             if piece.place is None or self.bounce is None:
                 yield self.memory, self.offset + start, stop - start
             else:
-                yield self.bounce, piece.place + start - piece.offset, stop - start
+                yield self.bounce._memory(), piece.place + start - piece.offset, stop - start
 
     def segments(self, offset: int) -> Iterator[PhysicalSegment]:
         """Yield what the device is told from `offset` on, cut to its limits.
@@ -165,14 +166,14 @@ class DeviceTransfer:
 
     def read(self, offset: int, length: int) -> bytes:
         """Return bytes as the device sees them."""
-        return b"".join(source.readBytes(place, size) for source, place, size in self._parts(offset, length))
+        return b"".join(source.read(place, size) for source, place, size in self._parts(offset, length))
 
     def write(self, offset: int, data: Buffer) -> None:
         """Store bytes where the device would."""
         done = 0
         with memoryview(data) as view, view.cast("B") as source:
             for target, place, size in self._parts(offset, len(source)):
-                target.writeBytes(place, source[done : done + size])
+                target.write(place, source[done : done + size])
                 done += size
 
     def begin(self, *, flush: bool, synchronize: bool) -> None:
@@ -180,12 +181,12 @@ class DeviceTransfer:
         if synchronize and self._goes(kIODirectionOut):
             self.copy_out()
         if flush and self.limits.incoherent:
-            self._operate(kIOMemoryIncoherentIOStore)
+            self._write_back(drop=False)
 
     def end(self, *, invalidate: bool, synchronize: bool) -> None:
         """Take it back from the device: the bytes that came in are in the descriptor's memory."""
         if invalidate and self.limits.incoherent:
-            self._operate(kIOMemoryIncoherentIOFlush)
+            self._write_back(drop=True)
         if synchronize and self._goes(kIODirectionIn):
             self.copy_in()
 
@@ -196,7 +197,7 @@ class DeviceTransfer:
         if self.limits.iterates_only:
             message = "a command with kIterateOnly has no bounce buffers"
             raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
-        after = DeviceTransfer(self.memory, self.offset, self.length, self.limits, double=True)
+        after = DeviceTransfer(self.descriptor, self.offset, self.length, self.limits, double=True)
         try:
             self.end(invalidate=False, synchronize=True)
             after.begin(flush=False, synchronize=True)
@@ -209,12 +210,12 @@ class DeviceTransfer:
     def copy_out(self) -> None:
         """Copy the memory's bytes to the bounce buffer, whatever its direction."""
         for offset, part in self._bounced():
-            self.memory.readBytesInto(offset, part)
+            self.memory.read_into(offset, part)
 
     def copy_in(self) -> None:
         """Copy the bounce buffer's bytes to the memory, whatever its direction."""
         for offset, part in self._bounced():
-            self.memory.writeBytes(offset, part)
+            self.memory.write(offset, part)
 
     def _bounced(self) -> Iterator[tuple[int, memoryview]]:
         """Yield what is in the bounce buffer, with its offset in the memory."""
@@ -228,12 +229,12 @@ class DeviceTransfer:
 
     def _goes(self, direction: int) -> bool:
         """Whether it goes in the direction; memory without one goes in both."""
-        its = self.memory.getDirection()
+        its = self.descriptor.getDirection()
         return not its or bool(its & direction)
 
-    def _operate(self, operation: int) -> None:
+    def _write_back(self, *, drop: bool) -> None:
         for source, place, length in self._parts(0, self.length):
-            source.performOperation(operation, place, length)
+            source.write_back(place, length, drop=drop)
 
     def release(self) -> None:
         """Give the bounce buffer back, and let go of the memory; to be called once."""
@@ -242,7 +243,8 @@ class DeviceTransfer:
                 self.bounce.complete()
                 self.bounce.free()
         finally:
-            self.memory.complete()
+            with self.memory.guard:
+                self.memory.unpin()
 
 
 def _must_move(lying: list[PhysicalSegment], limits: Specification) -> bool:

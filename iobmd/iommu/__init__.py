@@ -95,7 +95,7 @@ class IOMapper:
         return prepared
 
     def _map(self, descriptor: IOMemoryDescriptor, access: int) -> IOVMRange:
-        container, backing = self._open(), descriptor._memory()
+        container, backing = self._open(), descriptor._memory().require_backing()
         alignment = HUGE_PAGE_SIZE if backing.size >= HUGE_PAGE_SIZE else PAGE_SIZE  # so that it takes larger pages
         address = self._addresses.take(backing.size, alignment)
         if address is None:

@@ -34,26 +34,26 @@ class Candidate(NamedTuple):
     """Bytes, taken or not."""
 
 
-class Descriptor(Protocol):
-    """A descriptor of purgeable memory."""
+class Control(Protocol):
+    """What controls the purgeable state of one memory."""
 
-    def _is_shared(self) -> bool:
+    def is_shared(self) -> bool:
         """Whether it is open, and other processes may map it."""
 
-    def _candidate(self, *, wait: bool) -> Candidate | None:
+    def candidate(self, *, wait: bool) -> Candidate | None:
         """Say whether it is volatile. None while this thread is changing it, or another and we do not `wait`."""
 
-    def _purge(self, *, wait: bool) -> int:
+    def purge(self, *, wait: bool) -> int:
         """Take it if it is volatile still; returns the bytes that came free, 0 as above."""
 
 
-_known: WeakRegistry[Descriptor] = WeakRegistry()
+_known: WeakRegistry[Control] = WeakRegistry()
 
 
-def know(descriptor: Descriptor) -> None:
+def know(control: Control) -> None:
     """Take note of purgeable memory; a forked child knows that of its parent."""
-    _known.add(descriptor)
-    if descriptor._is_shared():
+    _known.add(control)
+    if control.is_shared():
         _thread.start()
 
 
@@ -93,28 +93,28 @@ def purge(target_bytes: int | None = None) -> int:
     return _purge(_volatile(shared_only=False, wait=True), target_bytes, wait=True)
 
 
-def _descriptors(*, shared_only: bool) -> list[Descriptor]:
+def _controls(*, shared_only: bool) -> list[Control]:
     found = _known.all()
-    return [one for one in found if one._is_shared()] if shared_only else found
+    return [one for one in found if one.is_shared()] if shared_only else found
 
 
-def _volatile(*, shared_only: bool, wait: bool) -> list[tuple[Candidate, Descriptor]]:
+def _volatile(*, shared_only: bool, wait: bool) -> list[tuple[Candidate, Control]]:
     """Return what is volatile, in the order it is to be taken."""
-    found: list[tuple[Candidate, Descriptor]] = []
-    for one in _descriptors(shared_only=shared_only):
+    found: list[tuple[Candidate, Control]] = []
+    for one in _controls(shared_only=shared_only):
         with contextlib.suppress(OSError):  # a peer has truncated it: that keeps no other memory from being taken
-            if candidate := one._candidate(wait=wait):
+            if candidate := one.candidate(wait=wait):
                 found.append((candidate, one))
     return sorted(found, key=lambda pair: pair[0].order.key)
 
 
-def _purge(volatile: list[tuple[Candidate, Descriptor]], target: int | None, *, wait: bool) -> int:
+def _purge(volatile: list[tuple[Candidate, Control]], target: int | None, *, wait: bool) -> int:
     freed = 0
     for _candidate, one in volatile:
         if target is not None and freed >= target:
             break
         with contextlib.suppress(IOReturnError):  # locked by others, or being changed: the next one
-            freed += one._purge(wait=wait)
+            freed += one.purge(wait=wait)
     return freed
 
 
@@ -162,7 +162,7 @@ class _Purger:
     def _over(self) -> bool:
         """Say whether it may end, so that the next memory starts another."""
         with self._guard:
-            self._runs = bool(_descriptors(shared_only=True))
+            self._runs = bool(_controls(shared_only=True))
             return not self._runs
 
     def forked(self) -> None:

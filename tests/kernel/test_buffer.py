@@ -372,7 +372,7 @@ def test_no_free_under_a_copy() -> None:
     writer.start()
     started.wait()
     busy = 0
-    while buffer._backing:
+    while buffer._owner:
         try:
             buffer.free()
         except BufferError:

@@ -21,6 +21,7 @@ from iobmd import (
     kIOMemoryIncoherentIOFlush,
     kIOMemoryIncoherentIOStore,
 )
+from iobmd.descriptors.ownership import MemoryOwner
 
 PAGE = 4096
 MIB = 1 << 20
@@ -191,7 +192,7 @@ def test_a_piece_that_the_device_cannot_start_at(alignment: int) -> None:
 
 
 @pytest.mark.parametrize("options", [0, IODMACommand.kNonCoherent])
-def test_a_device_that_does_not_see_the_caches(options: int) -> None:
+def test_a_device_that_does_not_see_the_caches(options: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it reads is written back as the transfer begins; what it wrote is dropped from the caches as it ends."""
     memory = Strewn([(PAGE, 100), (ABOVE, 50), (3 * PAGE, 7)])
     with IODMACommand.withSpecification(48, mappingOptions=options) as command:
@@ -199,12 +200,16 @@ def test_a_device_that_does_not_see_the_caches(options: int) -> None:
         command.prepare(10, 145)
         pieces = [(10, 90), (150, 5)] if options else []
         assert memory.operations == [(kIOMemoryIncoherentIOStore, *piece) for piece in pieces]
-        bounce = command._transfer.bounce
-        done: list[tuple[int, int, int]] = []
-        bounce.performOperation = lambda *operation: done.append(operation)
+        done: list[tuple[int, int]] = []
+
+        def flush(_bounce: MemoryOwner, offset: int, length: int, *, drop: bool) -> None:
+            assert drop
+            done.append((offset, length))
+
+        monkeypatch.setattr(MemoryOwner, "write_back", flush)
         command.complete()
         assert memory.operations[len(pieces) :] == [(kIOMemoryIncoherentIOFlush, *piece) for piece in pieces]
-        assert done == ([(kIOMemoryIncoherentIOFlush, 0, 50)] if options else [])
+        assert done == ([(0, 50)] if options else [])
         memory.operations.clear()
         command.prepare(flushCache=False)
         command.complete(invalidateCache=False)
@@ -379,13 +384,13 @@ class Failing(Strewn):
 
     fails = False
 
-    def readBytesInto(self, offset: int, buffer: memoryview) -> int:
+    def read_into(self, offset: int, buffer: memoryview) -> int:
         self._copy()
-        return super().readBytesInto(offset, buffer)
+        return super().read_into(offset, buffer)
 
-    def writeBytes(self, offset: int, data: memoryview) -> int:
+    def write(self, offset: int, data: memoryview) -> int:
         self._copy()
-        return super().writeBytes(offset, data)
+        return super().write(offset, data)
 
     def _copy(self) -> None:
         if self.fails:

@@ -106,7 +106,7 @@ def test_lock_that_a_thread_of_the_parent_held() -> None:
         taken, leave = threading.Event(), threading.Event()
 
         def hold() -> None:
-            with buffer._guard:
+            with buffer._memory().guard:
                 taken.set()
                 leave.wait()
 

@@ -396,6 +396,36 @@ def test_memory_goes_when_the_last_child_is_collected() -> None:
         assert not kernel.smaps(address)
 
 
+@pytest.mark.usefixtures("nothing_left")
+def test_part_outlives_a_buffer_that_is_forgotten() -> None:
+    """It is collected with a warning; the memory and the pins of the part stay as long as the part."""
+    buffer = filled(1, shared=False)
+    data, address = bytes(buffer), buffer.getBytesNoCopy()
+    part = sub(buffer, 5, 100, INOUT)
+    part.prepare()
+    buffer.prepare()
+    with pytest.warns(ResourceWarning, match="never freed"):
+        del buffer
+    assert kernel.pinned(PAGE) == PAGE, "the part's"
+    assert part.readBytes(0, 100) == data[5:105]
+    part.complete()
+    assert kernel.pinned() == 0, "the buffer's own is undone"
+    assert kernel.smaps(address)
+    part.free()
+    assert not kernel.smaps(address)
+
+
+def test_use_that_a_release_overtakes_is_refused() -> None:
+    """As in a thread that has begun to read as another one frees: an error, and no made-up zeros."""
+    buffer = filled(1)
+    whole = multi([sub(buffer, 0, 9, INOUT), sub(buffer, 20, 9, INOUT)], INOUT)
+    begun = whole._memory().require_backing()
+    buffer.free()
+    whole.free()
+    assert code_of(lambda: begun.read(0, 18)) == IOReturn.kIOReturnNotOpen
+    assert code_of(lambda: begun.write(0, bytes(18))) == IOReturn.kIOReturnNotOpen
+
+
 def test_parents_know_children_weakly() -> None:
     buffer = filled(1)
     address = buffer.getBytesNoCopy()

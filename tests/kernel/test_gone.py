@@ -402,7 +402,7 @@ def test_cache_modes_of_such_memory(mode: int) -> None:
 @contextlib.contextmanager
 def opened(buffer: iobmd.IOBufferMemoryDescriptor) -> Iterator[int]:
     """A descriptor of a buffer's memory, as a peer has one."""
-    shared = buffer._memory().shared
+    shared = buffer._memory().require_backing().shared
     assert shared
     fd = os.open(f"/proc/self/fd/{shared.fd.fileno()}", os.O_RDWR | os.O_CLOEXEC)
     yield fd

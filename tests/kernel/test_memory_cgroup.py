@@ -13,8 +13,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from iobmd.blocks import TransparentBlocks
-from iobmd.fileblocks import FileBlocks
 from support.child import in_child
 
 import iobmd

@@ -132,7 +132,7 @@ def test_prepare_in_many_threads() -> None:
 def test_verify_finds_a_page_that_moved() -> None:
     with iobmd.allocate(64 << 10) as buffer:
         buffer.verify()
-        backing = buffer._backing
+        backing = buffer._memory().backing
         assert backing is not None
         recorded = backing.runs
         # Behind the descriptor's back: the pin stays on the old page, and the address gets a new one.

@@ -91,7 +91,7 @@ def test_copy_into_shared_memory() -> None:
 
 def test_nobody_can_cut_the_memory_away() -> None:
     with iobmd.allocate(64 << 10, wired=False, shared=True) as buffer:
-        descriptor = buffer._backing.shared.fd.fileno()
+        descriptor = buffer._memory().backing.shared.fd.fileno()
         for size in (0, 1 << 20):
             with pytest.raises(PermissionError):
                 os.ftruncate(descriptor, size)
@@ -188,7 +188,7 @@ def test_sharer_killed_between_states(moment: str, monkeypatch: pytest.MonkeyPat
 
         if not (pid := os.fork()):
             if moment == "holding the lock":
-                with buffer._backing.purgeable._exclusively():
+                with buffer._memory().backing.purgeable._exclusively():
                     os.kill(os.getpid(), signal.SIGKILL)
             monkeypatch.setattr(memory, "punch", die)
             buffer.setPurgeable(EMPTY)
@@ -285,7 +285,7 @@ def test_sharer_that_is_stopped_in_the_middle(monkeypatch: pytest.MonkeyPatch) -
         reading, writing = os.pipe()
 
         def stop() -> None:
-            with buffer._backing.purgeable._exclusively():
+            with buffer._memory().backing.purgeable._exclusively():
                 os.write(writing, b"x")
                 signal.pause()
 
@@ -308,7 +308,7 @@ def test_interrupts_leave_no_record_lock() -> None:
     def answer(asked: int, answers: int) -> None:
         # Our purger may hold the lock for a moment. One that nobody gives back is held forever.
         if os.read(asked, 1):
-            with buffer._backing.purgeable._exclusively():
+            with buffer._memory().backing.purgeable._exclusively():
                 os.write(answers, b"x")
 
     def loop() -> int:
@@ -334,13 +334,13 @@ def test_interrupts_leave_no_record_lock() -> None:
             except KeyboardInterrupt:
                 pass
             signal.setitimer(signal.ITIMER_REAL, 0)
-            assert not buffer._guard.mine
+            assert not buffer._memory().guard.mine
             os.write(ask, b"x")
             assert select.select([answers], [], [], 30)[0], f"locked out after turn {turn}"
             assert os.read(answers, 1)
             if turn >= 150 and hit > 50:
                 break
-        assert buffer._keepers == 0
+        assert buffer._memory().purge_control._keepers == 0
         other.free()
         return hit
 

@@ -362,7 +362,7 @@ def test_a_forked_child_takes_nothing_away(target: subprocess.Popen[bytes]) -> N
     with iobmd.allocate(8192, task=target.pid, wired=False) as buffer:
         address = buffer.getBytesNoCopy()
         buffer.writeBytes(0, b"mine")
-        seen = in_child(lambda: (buffer.readBytes(0, 4), buffer.free(), buffer._backing))
+        seen = in_child(lambda: (buffer.readBytes(0, 4), buffer.free(), buffer._owner))
         assert seen == (b"mine", None, None)
         assert Task(target.pid).read(address, 4) == b"mine"
 

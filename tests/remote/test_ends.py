@@ -138,7 +138,7 @@ def test_a_call_there_fails(target: subprocess.Popen[bytes], monkeypatch: pytest
         return call(self, name, arguments, deadline, interruptible=interruptible)
 
     with iobmd.allocate(4 * MIB, shared=True, contiguous=True) as buffer:
-        backing = buffer._backing
+        backing = buffer._memory().backing
         assert backing is not None
         shared = backing.shared
         assert shared is not None

@@ -243,14 +243,13 @@ class Program:
         return self.lives > 0
 
     def read(self, address: int, size: int) -> bytes:
-        from iobmd.constants import IOReturn
         from iobmd.errors import VMError
 
         assert size <= 4 << 20
         for start, data in self.code.items():
             if start <= address and address + size <= start + len(data):
                 return data[address - start : address - start + size]
-        raise VMError(IOReturn.kIOReturnVMError, "nothing is there")
+        raise VMError("nothing is there")
 
 
 code = st.binary(max_size=60) | st.lists(st.sampled_from([b"\x0f", b"\x05", b"\x0f\x05", b"\x90"]), max_size=8).map(

@@ -175,11 +175,11 @@ def test_a_stolen_descriptor_is_of_little_use(read_only: bool, monkeypatch: pyte
 def test_memory_in_a_task_of_another_user_cannot_be_truncated(size: int) -> None:
     with sleeping_victim() as target:
         with iobmd.allocate(size, task=target.pid, wired=False) as buffer:
-            backing: Any = buffer._backing
+            backing: Any = buffer._memory().backing
             with backing.shared.fd.use() as number:
                 assert code_of_truncation(number) == "PermissionError"
         with iobmd.allocate(size, shared=True, wired=False) as here:
-            shared: Any = here._backing
+            shared: Any = here._memory().backing
             with shared.shared.fd.use() as number:
                 unsealed = not code_of_truncation(number, size)
             if unsealed:

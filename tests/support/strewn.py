@@ -1,8 +1,16 @@
 """A descriptor whose bytes lie at physical addresses of the test's choice: what a device may meet, on any host."""
 
+import contextlib
 from collections.abc import Iterable
 
-from iobmd import IOReturn, IOReturnError, PhysicalSegment, Wiring, kIODirectionInOut
+from iobmd import (
+    PhysicalSegment,
+    Wiring,
+    kIODirectionInOut,
+    kIOMemoryIncoherentIOFlush,
+    kIOMemoryIncoherentIOStore,
+)
+from iobmd.errors import NotOpenError
 
 
 class Strewn:
@@ -19,15 +27,7 @@ class Strewn:
 
     def _open(self) -> None:
         if self.freed:
-            raise IOReturnError(IOReturn.kIOReturnNotOpen, "released")
-
-    def _require_mapped(self) -> None:
-        self._open()
-
-    @property
-    def wiring(self) -> Wiring:
-        self._open()
-        return Wiring.PINNED if self.prepared else Wiring.PAGEABLE
+            raise NotOpenError("released")
 
     def getLength(self) -> int:
         self._open()
@@ -36,10 +36,26 @@ class Strewn:
     def getDirection(self) -> int:
         return self.direction
 
-    def prepare(self, forDirection: int = 0) -> None:
+    # --- the memory that it is a handle on
+
+    guard = contextlib.nullcontext()
+
+    def _memory(self) -> "Strewn":
+        self._open()
+        return self
+
+    def require_mapped(self) -> None:
+        self._open()
+
+    @property
+    def wiring(self) -> Wiring:
+        self._open()
+        return Wiring.PINNED if self.prepared else Wiring.PAGEABLE
+
+    def pin(self) -> None:
         self.prepared += 1
 
-    def complete(self, forDirection: int = 0) -> None:
+    def unpin(self) -> None:
         assert self.prepared > 0
         self.prepared -= 1
 
@@ -52,18 +68,18 @@ class Strewn:
             at += size
         return found
 
-    def readBytes(self, offset: int, length: int) -> bytes:
+    def read(self, offset: int, length: int) -> bytes:
         return bytes(self.bytes[offset : offset + length])
 
-    def readBytesInto(self, offset: int, buffer: memoryview) -> int:
+    def read_into(self, offset: int, buffer: memoryview) -> int:
         buffer[:] = self.bytes[offset : offset + len(buffer)]
         return len(buffer)
 
-    def writeBytes(self, offset: int, data: memoryview) -> int:
+    def write(self, offset: int, data: memoryview) -> int:
         size = memoryview(data).nbytes
         assert offset + size <= len(self.bytes)
         self.bytes[offset : offset + size] = data
         return size
 
-    def performOperation(self, options: int, offset: int, length: int) -> None:
-        self.operations.append((options, offset, length))
+    def write_back(self, offset: int, length: int, *, drop: bool) -> None:
+        self.operations.append((kIOMemoryIncoherentIOFlush if drop else kIOMemoryIncoherentIOStore, offset, length))

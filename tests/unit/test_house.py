@@ -75,7 +75,14 @@ def test_imports_go_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", rooms(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_files_stay_small(path: Path) -> None:
-    assert len(path.read_text().splitlines()) < 450
+    """Not counting docstrings: those of one public class may be long."""
+    text = path.read_text()
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = [
+        node.body[0] for node in ast.walk(ast.parse(text)) if isinstance(node, documented) and ast.get_docstring(node)
+    ]
+    written = sum((node.end_lineno or node.lineno) - node.lineno + 1 for node in docstrings)
+    assert len(text.splitlines()) - written < 400
 
 
 @pytest.mark.parametrize("module", ["iobmd", "iobmd.cli"])

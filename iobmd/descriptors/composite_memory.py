@@ -1,0 +1,350 @@
+"""Memory that consists of parts of other memory, end to end: its bytes, and its purgeable state."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+from iobmd._native.runs import concatenated
+from iobmd.errors import BadArgumentError, IOReturnError, UnsupportedError
+from iobmd.memory.mlock import Wiring
+from iobmd.purgeable import EMPTY, KEEP_CURRENT, NON_VOLATILE, VOLATILE
+from iobmd.units import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from typing_extensions import Buffer
+
+    from iobmd._native.mapping import Mapping
+    from iobmd._native.runs import RunTable
+    from iobmd.backing import Backing
+    from iobmd.descriptors.ownership import MemoryOwner, Part
+    from iobmd.memory.shmem import SharedObject, Stretch
+    from iobmd.purgeable import Order, Purgeable
+    from iobmd.task.task import Task
+
+_FIRMNESS = (Wiring.PAGEABLE, Wiring.RESIDENT, Wiring.PINNED)
+
+
+class _Piece(NamedTuple):
+    """What of a range lies in one part."""
+
+    owner: MemoryOwner
+    offset: int
+    """Of its first byte in the owner's memory."""
+    start: int
+    """Of its first byte in the range."""
+    length: int
+
+
+class CompositeBacking:
+    """Parts of other memory, end to end. It has no memory of its own, and holds the owners of its parts.
+
+    Adjacent parts of the same memory become one. Whatever is done to it is done to those owners.
+    """
+
+    composite = True
+    stopped_ns = 0
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = _merged(parts)
+        self._pins = 0
+        self._table: RunTable | None = None
+        for part in self._parts:
+            part.owner.add_dependent(self)
+
+    def _pieces(self, offset: int, length: int) -> Iterator[_Piece]:
+        begin = 0
+        for part in self._parts:
+            low, high = max(offset, begin), min(offset + length, begin + part.length)
+            if low < high:
+                yield _Piece(part.owner, part.offset + low - begin, low - offset, high - low)
+            begin += part.length
+
+    # --- where it is
+
+    def _only_part(self) -> Part | None:
+        """Return its part if it has just one, and so an address of its own; None: it has several."""
+        parts = self._parts  # once: another thread may release it
+        return parts[0] if len(parts) == 1 else None
+
+    def _backings(self) -> list[Backing]:
+        return [part.owner.require_backing() for part in self._parts]
+
+    @property
+    def task(self) -> Task | None:
+        """The task of its address; None: it has no address."""
+        part = self._only_part()
+        return part.owner.require_backing().task if part else None
+
+    @property
+    def address(self) -> int:
+        """Where it is in `task`; 0 where it consists of several parts."""
+        part = self._only_part()
+        backing = part.owner.require_backing() if part else None
+        return backing.address + part.offset if part and backing and backing.task is not None else 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of its parts' memory, whole pages."""
+        return sum(backing.size for backing in self._backings())
+
+    def in_page(self, offset: int) -> int:
+        """Return the place of a byte in its page."""
+        for piece in self._pieces(offset, 1):
+            return piece.owner.require_backing().in_page(piece.offset)
+        return 0
+
+    def span(self, offset: int, length: int) -> int:
+        """Return how many bytes the pages have that hold a range, those of each part counted by themselves."""
+        pieces = self._pieces(offset, length)
+        return sum(piece.owner.require_backing().span(piece.offset, piece.length) for piece in pieces)
+
+    def exported(self) -> tuple[Mapping, int]:
+        """Return where it is mapped here."""
+        part = self._only_part()
+        if part is None:
+            raise _in_parts()
+        mapping, first = part.owner.require_backing().exported()
+        return mapping, first + part.offset
+
+    def here(self, *, populated: bool = False) -> NoReturn:  # noqa: ARG002 (the protocol's)
+        """Refuse: the memory of its parts is mapped as a whole."""
+        raise _in_parts()
+
+    @property
+    def shared(self) -> SharedObject | None:
+        """None: `stretches` has its pages."""
+        return None
+
+    def stretches(self, offset: int, length: int) -> list[Stretch]:
+        """Return the pages that hold a range. Parts of it meet between two pages, or go on in the same one."""
+        found: list[Stretch] = []
+        end = 0  # the place in its page where the part before ends
+        for piece in self._pieces(offset, length):
+            backing = piece.owner.require_backing()
+            begin, more = backing.in_page(piece.offset), backing.stretches(piece.offset, piece.length)
+            if piece.start and (begin or end):
+                if begin != end or not _is_same_page(found[-1], more[0]):
+                    raise _unaligned(offset + piece.start)
+                more[0] = more[0]._replace(offset=more[0].offset + PAGE_SIZE, length=more[0].length - PAGE_SIZE)
+            found += [stretch for stretch in more if stretch.length]
+            end = (begin + piece.length) % PAGE_SIZE
+        return found
+
+    # --- its bytes
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset` on."""
+        data = bytearray(length)
+        self.read_into(offset, data)
+        return bytes(data)
+
+    def read_into(self, offset: int, buffer: Buffer) -> None:
+        """Fill `buffer` from `offset` on."""
+        with memoryview(buffer) as view, view.cast("B") as target:
+            for owner, place, start, size in self._pieces(offset, target.nbytes):
+                owner.read_into(place, target[start : start + size])
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Copy `data` to `offset`."""
+        with memoryview(data) as view, view.cast("B") as source:
+            for owner, place, start, size in self._pieces(offset, source.nbytes):
+                owner.write(place, source[start : start + size])
+
+    def write_back(self, offset: int, length: int, *, drop: bool) -> None:
+        """Write the cache lines of a range back to memory, and `drop` them from the caches if asked to."""
+        for owner, place, _start, size in self._pieces(offset, length):
+            owner.write_back(place, size, drop=drop)
+
+    # --- wiring
+
+    @property
+    def wiring(self) -> Wiring:
+        """That of the part that is held least."""
+        return min((backing.wiring for backing in self._backings()), key=_FIRMNESS.index, default=Wiring.PINNED)
+
+    def pin(self) -> None:
+        """Pin the memory of every part once more; all or none."""
+        pinned: list[MemoryOwner] = []
+        try:
+            for part in self._parts:
+                with part.owner.guard:
+                    part.owner.pin()
+                pinned.append(part.owner)
+        except BaseException:
+            _unpin(pinned)
+            raise
+        self._pins += 1
+
+    def unpin(self) -> None:
+        """Undo one `pin`."""
+        self._pins -= 1
+        self._table = None
+        _unpin([part.owner for part in self._parts])
+
+    @property
+    def runs(self) -> RunTable | None:
+        """Where its bytes lie, counted from `address`; kept while it is pinned, because nothing changes it then."""
+        table = self._table  # once: another thread may unpin it
+        if table is None or not self._pins:
+            self._table = table = self._joined_runs()
+        return table
+
+    def _joined_runs(self) -> RunTable:
+        tables = []
+        for part in self._parts:
+            address = part.owner.require_backing().address + part.offset
+            tables.append((part.owner.runs(), address, part.length))
+        return concatenated(tables, self.address)
+
+    def lost(self) -> int | None:
+        """Check the memory of each part, which raises `kIOReturnVMError`; None."""
+        for part in self._parts:
+            part.owner.require_mapped()
+        return None
+
+    def read_runs(self, *, gaps: bool = False) -> RunTable | None:  # noqa: ARG002 (the protocol's)
+        """As `runs`, after it has been verified that the memory of each part is where it was."""
+        for part in self._parts:
+            part.owner.verify()
+        return self._joined_runs()
+
+    def huge_bytes(self) -> int:
+        """Count the bytes of its parts' memory that huge pages map."""
+        return sum(backing.huge_bytes() for backing in self._backings())
+
+    def page_counts(self) -> tuple[int, int]:
+        """Count the pages of its parts' memory, as IOKit does: all of it."""
+        counted = [backing.page_counts() for backing in self._backings()]
+        return sum(resident for resident, _ in counted), sum(dirty for _, dirty in counted)
+
+    @property
+    def purgeable(self) -> Purgeable | None:
+        """What sets the state of all of its memory; None where a part is not purgeable."""
+        if not self._parts or not all(backing.purgeable for backing in self._backings()):
+            return None
+        return CompositeState(list({id(owner): owner for owner in self.origins()}.values()))
+
+    def origins(self) -> list[MemoryOwner]:
+        """Return the owners of memory that is not composite itself."""
+        found: list[MemoryOwner] = []
+        for part in self._parts:
+            backing = part.owner.require_backing()
+            found += backing.origins() if isinstance(backing, CompositeBacking) else [part.owner]
+        return found
+
+    def close(self) -> None:
+        """End the use of its parts' memory, which is released where that was the last use. Idempotent."""
+        parts, done = self._parts, 0
+        try:
+            for part in parts:
+                part.owner.remove_dependent(self)
+                done += 1
+        except BaseException:
+            for part in parts[done:]:
+                part.owner.add_dependent(self)
+            raise
+        # The parts stay: an access by another thread that has begun meets the owners, which refuse what is released.
+
+
+class CompositeState:
+    """The purgeable state of the memory of several owners: Empty if one is, else Volatile if one is."""
+
+    shared = False  # the owners have controls of their own
+
+    def __init__(self, owners: Sequence[MemoryOwner]) -> None:
+        self._owners = owners
+
+    def current(self) -> int:
+        """Find out the state."""
+        return _combined([owner.set_purgeable(KEEP_CURRENT) for owner in self._owners])
+
+    def keep(self) -> int:
+        """Make all of it non-volatile."""
+        return _combined([owner.set_purgeable(NON_VOLATILE) for owner in self._owners])
+
+    def give(self, modifiers: int) -> int:
+        """Make all of it volatile, or none while one is prepared; if one refuses, the others stay non-volatile."""
+        self._require_unpinned()
+        before: list[tuple[MemoryOwner, int]] = []
+        try:
+            for owner in self._owners:
+                before.append((owner, owner.set_purgeable(VOLATILE, modifiers)))
+        except BaseException:
+            for owner, old in before:
+                if old == NON_VOLATILE:
+                    with contextlib.suppress(IOReturnError):
+                        owner.set_purgeable(NON_VOLATILE)
+            raise
+        return _combined([old for _owner, old in before])
+
+    def empty(self) -> int:
+        """Drop the content of all of it, or of nothing while one is prepared."""
+        self._require_unpinned()
+        return _combined([owner.set_purgeable(EMPTY) for owner in self._owners])
+
+    def _require_unpinned(self) -> None:
+        for owner in self._owners:
+            owner.require_unpinned()
+
+    def order(self) -> Order | None:
+        """Return None: the memory of each owner is taken by itself."""
+        return None
+
+    def purge(self) -> int:
+        """Do nothing, for the same reason."""
+        return 0
+
+    def before_write(self, offset: int, length: int) -> None:
+        """Do nothing: the owners write."""
+
+    def hold(self) -> None:
+        """Do nothing: the owners are pinned, and refuse where they are volatile."""
+
+    def let_go(self) -> None:
+        """Do nothing, as `hold`."""
+
+    def lazily_freed(self) -> int:
+        """Return how many bytes of all of it the kernel may take."""
+        return sum(owner.lazily_freed() for owner in self._owners)
+
+
+def _unpin(owners: Sequence[MemoryOwner]) -> None:
+    for owner in owners:
+        with owner.guard:
+            owner.unpin()
+
+
+def _combined(states: list[int]) -> int:
+    if EMPTY in states:
+        return EMPTY
+    return VOLATILE if VOLATILE in states else NON_VOLATILE
+
+
+def _merged(parts: Sequence[Part]) -> tuple[Part, ...]:
+    found: list[Part] = []
+    for part in parts:
+        if found and found[-1].owner is part.owner and found[-1].offset + found[-1].length == part.offset:
+            found[-1] = found[-1]._replace(length=found[-1].length + part.length)
+        elif part.length:
+            found.append(part)
+    return tuple(found)
+
+
+def _is_same_page(before: Stretch, after: Stretch) -> bool:
+    """Say whether a stretch begins with the page that the one before it ends with."""
+    return before.fd == after.fd and before.offset + before.length == after.offset + PAGE_SIZE
+
+
+def _in_parts() -> IOReturnError:
+    return UnsupportedError(
+        "this memory consists of several parts and has no single address: map() gives it one, where it is shared"
+    )
+
+
+def _unaligned(offset: int) -> IOReturnError:
+    return BadArgumentError(
+        f"two parts meet at offset {offset}, in the middle of a page: they cannot be mapped as one range"
+    )
