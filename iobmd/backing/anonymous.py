@@ -72,7 +72,7 @@ class AnonymousBacking(MappedBacking):
         raise search.kept_moving(want)
 
     def _inherit(self) -> None:
-        """Have child processes inherit it, as all memory but that which is searched through."""
+        """Undo MADV_DONTFORK, under which memory is searched for and pinned."""
         try:
             memory.advise(self.address, self.size, memory.MADV_DOFORK)
         except OSError as error:  # ENOMEM: it became one area with a neighbour, and no further area is permitted

@@ -16,6 +16,7 @@ from iobmd._internal.atomic_file import replacing
 from iobmd.api import copy
 from iobmd.cli import EXIT_OK
 from iobmd.cli.arguments import duration, size
+from iobmd.cli.signals import interruptible
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.task import diagnosis
@@ -36,6 +37,11 @@ PROGRESS_FROM = 256 << 20
 def main(argv: Sequence[str]) -> int:
     """Run `iobmd copy`."""
     arguments = _parser().parse_args(argv)
+    with contextlib.nullcontext() if arguments.freeze else interruptible():
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     task = Task(arguments.pid)
     address, length = _range(task, arguments.address, arguments.size)
     begin = time.perf_counter()

@@ -6,10 +6,17 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Self
 
 from iobmd import host, procfs
-from iobmd._internal import pidns
+from iobmd._internal import pidns, relay
 from iobmd._native import frames as native
 from iobmd.constants import IOReturn
-from iobmd.errors import BusyError, IOReturnError, NotFoundError, NotPermittedError, UnsupportedError
+from iobmd.errors import (
+    BusyError,
+    IOReturnError,
+    NotFoundError,
+    NotPermittedError,
+    TaskTimeoutError,
+    UnsupportedError,
+)
 from iobmd.host import cgroup, limits
 from iobmd.pagemap.range import Target, name_of, resolve
 from iobmd.pagemap.reader import Reader
@@ -30,6 +37,9 @@ FLAGS = {
 
 _NODES = 4096
 """Pages whose node is asked for at once."""
+
+_PATIENCE = 5.0
+"""Seconds for one step of the search of a process."""
 
 
 class FrameFacts(NamedTuple):
@@ -205,7 +215,8 @@ def users(
         Called with the number of processes scanned and that of all.
     refused : callable, optional
         Called with the pid of each process that may not be inspected, which is passed over, and the error that says
-        why; also of a process that keeps moving its memory (`kIOReturnBusy`), of which only a part was searched.
+        why; also of a process that keeps moving its memory (`kIOReturnBusy`), or the kernel waiting
+        (`kIOReturnTimeout`), of which only a part was searched.
 
     Raises
     ------
@@ -227,8 +238,8 @@ def users(
         if progress:
             progress(index, len(pids))
         try:
-            yield from _mapped_frames(pid, physical, physical + length)
-        except (NotPermittedError, BusyError) as error:
+            yield from _mapped_patiently(pid, physical, physical + length)
+        except (NotPermittedError, BusyError, TaskTimeoutError) as error:
             if refused:
                 refused(pid, error)
         except (NotFoundError, UnsupportedError):  # it is gone, or a kernel thread
@@ -237,14 +248,31 @@ def users(
         progress(len(pids), len(pids))
 
 
-def _mapped_frames(pid: int, low: int, high: int) -> Iterator[FrameMapping]:
+def _mapped_patiently(pid: int, low: int, high: int) -> Iterator[FrameMapping]:
+    try:
+        yield from relay.relayed(lambda: _mapped_frames(pid, low, high), _PATIENCE)
+    except TimeoutError as error:
+        if isinstance(error, IOReturnError):
+            raise
+        message = (
+            f"process {pid} keeps the kernel waiting: it has been changing its mappings for {_PATIENCE:g} s, perhaps "
+            "because the server of a file (FUSE) does not answer"
+        )
+        raise IOReturnError(IOReturn.kIOReturnTimeout, message) from None
+
+
+def _mapped_frames(pid: int, low: int, high: int) -> Iterator[list[FrameMapping]]:
+    """Iterate over the steps of a scan of a process, each with what it found."""
     task = Task(pid)
     with Reader(task) as reader:
         name = name_of(task)
         reader.keep_within(low, high)
         for area in resolve(task).areas():
             for step in reader.steps(area.start, area.end):
+                found = []
                 for virtual, frame, length, _flags in (step[index] for index in range(len(step))):
                     first, last = max(low, frame), min(high, frame + length)
                     # The zero page is one frame behind many addresses.
-                    yield FrameMapping(pid, name, area, virtual + (first - frame), first, min(length, last - first))
+                    at = virtual + (first - frame)
+                    found.append(FrameMapping(pid, name, area, at, first, min(length, last - first)))
+                yield found

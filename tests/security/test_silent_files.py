@@ -13,7 +13,9 @@ from typing import NamedTuple
 import pytest
 from support.fuse import FILE_SYSTEM
 
+import iobmd
 from iobmd import IOReturn, procfs
+from iobmd.pagemap import frame
 from iobmd.task import obstacles
 
 MIB = 1 << 20
@@ -29,13 +31,15 @@ if not server:
     LIBC.prctl(1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG
     serve(device)
 os.close(device)
-fd = os.open(sys.argv[1] + "/file", os.O_RDONLY)
+fd = os.open(sys.argv[1] + "/file", os.O_RDWR)
 LIBC.mmap.restype = ctypes.c_void_p
-at = LIBC.mmap(None, ctypes.c_size_t(2 * SIZE), 1, 1, fd, 0)
-ctypes.string_at(at, 1)
+at = LIBC.mmap(None, ctypes.c_size_t(2 * SIZE), 3, 1, fd, 0)
 os.close(fd)
+ctypes.memset(at, 7, 1)
 print(server, at, flush=True)
 sys.stdin.readline()
+# The page is written back first, under the lock of the address space: reading the maps waits for the server.
+LIBC.mmap(ctypes.c_void_p(at), ctypes.c_size_t(SIZE), 3, 0x32, -1, 0)
 """
 )
 
@@ -43,8 +47,22 @@ sys.stdin.readline()
 class Silent(NamedTuple):
     """A target that maps a file of 1 MiB, twice as far as it goes, at `at`."""
 
-    pid: int
+    process: subprocess.Popen[str]
     at: int
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def hold_its_maps(self) -> None:
+        """Have it wait for its server while it changes its maps."""
+        assert self.process.stdin
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        end = time.monotonic() + PATIENCE
+        while not Path(f"/proc/{self.pid}/syscall").read_text().startswith("9 "):
+            assert time.monotonic() < end
+            time.sleep(0.01)
 
 
 @pytest.fixture
@@ -56,7 +74,7 @@ def target(tmp_path: Path) -> Iterator[Silent]:
         server, at = map(int, process.stdout.readline().split())
         os.kill(server, signal.SIGSTOP)
         try:
-            yield Silent(process.pid, at)
+            yield Silent(process, at)
         finally:
             os.kill(server, signal.SIGKILL)
 
@@ -89,3 +107,37 @@ def test_a_path_that_leads_to_the_server_is_given_up(target: Silent, monkeypatch
     monkeypatch.setattr(procfs, "areas", lambda *_args: iter([other]))
     assert within_patience(lambda: obstacles.find(target.pid, other.start, other.start + 4096)) is None
     assert time.monotonic() - begin < PATIENCE
+
+
+@pytest.mark.needs("root")
+def test_ctrl_c_ends_a_command_that_the_kernel_keeps_waiting(target: Silent) -> None:
+    """Only SIGKILL ends the wait for the lock of an address space: the handler of SIGINT does not run."""
+    target.hold_its_maps()
+    program = [sys.executable, "-c", "import iobmd_command; iobmd_command.main()", "pagemap", str(target.pid)]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as command:
+        try:
+            end = time.monotonic() + PATIENCE
+            while not Path(f"/proc/{command.pid}/wchan").read_text().startswith(("lock_next", "rwsem", "m_start")):
+                assert time.monotonic() < end, Path(f"/proc/{command.pid}/stack").read_text()
+                time.sleep(0.01)
+            command.send_signal(signal.SIGINT)
+            _output, errors = command.communicate(timeout=PATIENCE)
+            assert (command.returncode, "kept it waiting" in errors) == (130, True)
+        finally:
+            command.kill()
+
+
+@pytest.mark.needs("root", "frames")
+def test_one_task_does_not_stall_the_search_of_all(target: Silent, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frame, "_PATIENCE", 1.0)
+    target.hold_its_maps()
+    with iobmd.allocate(4096) as buffer:
+        physical = buffer.getPhysicalAddress()
+        refused: dict[int, IOReturn] = {}
+
+        def search() -> list[int]:
+            found = frame.users(physical, 4096, refused=lambda pid, error: refused.update({pid: error.code}))
+            return [use.pid for use in found]
+
+        assert within_patience(search) == [os.getpid()]
+    assert refused[target.pid] == IOReturn.kIOReturnTimeout

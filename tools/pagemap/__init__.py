@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from iobmd.cli import EXIT_OK
-from iobmd.cli.signals import terminable
+from iobmd.cli.signals import interruptible, terminable
 
 from .arguments import parse
 
@@ -19,6 +19,6 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
     # Each way to show it is loaded when it is asked for: most runs print a table.
     way = importlib.import_module(f"{__name__}.{arguments.way}")
-    with terminable():  # there may be drafts and folders to remove
+    with interruptible(), terminable():  # there may be drafts and folders to remove
         way.run(arguments)
     return EXIT_OK
