@@ -13,7 +13,7 @@ from typing import Any
 
 import iobmd.tools  # adds its commands to those of iobmd.cli
 import pytest
-from support import guard, inherited, requirements, zoo
+from support import guard, inherited, requirements, source_process
 from support.kernel import Footprint
 
 import iobmd
@@ -106,17 +106,17 @@ def what_the_library_keeps() -> None:
 
 
 @pytest.fixture(scope="session")
-def zoo_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return zoo.build(tmp_path_factory.mktemp("zoo"))
+def source_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return source_process.build(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture
-def start_zoo(zoo_program: Path) -> Iterator[Callable[..., zoo.Zoo]]:
+def start_source(source_program: Path) -> Iterator[Callable[..., source_process.SourceProcess]]:
     """Start C processes with memory of every kind; they are ended with the test."""
-    started: list[zoo.Zoo] = []
+    started: list[source_process.SourceProcess] = []
 
-    def start(size: int = 4 << 20, *options: str) -> zoo.Zoo:
-        started.append(zoo.Zoo(zoo_program, size, *options))
+    def start(size: int = 4 << 20, *options: str) -> source_process.SourceProcess:
+        started.append(source_process.SourceProcess(source_program, size, *options))
         return started[-1]
 
     yield start

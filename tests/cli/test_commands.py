@@ -14,12 +14,12 @@ import pytest
 from support import requirements
 from support.child import CAP_IPC_LOCK, NOBODY, in_child
 from support.kernel import Footprint
-from support.zoo import Zoo
+from support.source_process import SourceProcess
 
 import iobmd
 from iobmd.cli import main
 
-Start = Callable[..., Zoo]
+Start = Callable[..., SourceProcess]
 Captured = pytest.CaptureFixture[str]
 
 
@@ -189,10 +189,10 @@ def test_alloc_with_hidden_addresses(capfd: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.needs("compiler")
 @pytest.mark.parametrize("form", ["hex", "decimal", "range", "maps", "kilobytes"])
-def test_copy_to_a_file(start_zoo: Start, tmp_path: Path, capsys: Captured, form: str) -> None:
-    zoo = start_zoo(1 << 20)
-    address, size = zoo["memfd"]
-    expected = zoo.dump("memfd", tmp_path / "dump")
+def test_copy_to_a_file(start_source: Start, tmp_path: Path, capsys: Captured, form: str) -> None:
+    source = start_source(1 << 20)
+    address, size = source["memfd"]
+    expected = source.dump("memfd", tmp_path / "dump")
     where = {
         "hex": [hex(address), hex(size)],
         "decimal": [str(address), str(size)],
@@ -202,13 +202,13 @@ def test_copy_to_a_file(start_zoo: Start, tmp_path: Path, capsys: Captured, form
     }[form]
     out = tmp_path / "out"
     out.write_bytes(b"what was there before")
-    assert main(["copy", str(zoo.pid), *where, "-o", str(out), "--json"]) == 0
+    assert main(["copy", str(source.pid), *where, "-o", str(out), "--json"]) == 0
     assert out.read_bytes() == expected
     assert out.stat().st_mode & 0o777 == 0o600
     document = json.loads(capsys.readouterr().out)
     assert (document["version"], document["pid"], document["address"], document["size"]) == (
         1,
-        zoo.pid,
+        source.pid,
         address,
         size,
     )
@@ -218,58 +218,58 @@ def test_copy_to_a_file(start_zoo: Start, tmp_path: Path, capsys: Captured, form
 
 
 @pytest.mark.needs("compiler")
-def test_copy_a_mapping_by_name(start_zoo: Start, capsys: Captured) -> None:
-    zoo = start_zoo()
-    for name in ("[stack]", "libc.so.6", "memfd:zoo (deleted)"):
-        assert main(["copy", str(zoo.pid), name, "--pageable", "--json"]) == 0
+def test_copy_a_mapping_by_name(start_source: Start, capsys: Captured) -> None:
+    source = start_source()
+    for name in ("[stack]", "libc.so.6", "memfd:source (deleted)"):
+        assert main(["copy", str(source.pid), name, "--pageable", "--json"]) == 0
         document = json.loads(capsys.readouterr().out)
-        areas = [line.split() for line in Path(f"/proc/{zoo.pid}/maps").read_text().splitlines() if name in line]
+        areas = [line.split() for line in Path(f"/proc/{source.pid}/maps").read_text().splitlines() if name in line]
         assert document["address"] == int(areas[0][0].split("-")[0], 16)
         assert document["wiring"] == "pageable"
-    assert main(["copy", str(zoo.pid), "[stack]", "100"]) == 0
+    assert main(["copy", str(source.pid), "[stack]", "100"]) == 0
     assert capsys.readouterr().out.startswith("100 bytes (100 B) from 0x")
 
 
 @pytest.mark.needs("compiler")
-def test_copy_to_a_pipe_that_has_a_name(start_zoo: Start, tmp_path: Path) -> None:
-    zoo = start_zoo(1 << 20)
-    address, size = zoo["anonymous"]
-    expected = zoo.dump("anonymous", tmp_path / "dump")
+def test_copy_to_a_pipe_that_has_a_name(start_source: Start, tmp_path: Path) -> None:
+    source = start_source(1 << 20)
+    address, size = source["anonymous"]
+    expected = source.dump("anonymous", tmp_path / "dump")
     os.mkfifo(tmp_path / "pipe")
     read = tmp_path / "read"
     with read.open("wb") as file, subprocess.Popen(["timeout", "60", "cat", tmp_path / "pipe"], stdout=file):
-        command = [sys.executable, "-m", "iobmd", "copy", str(zoo.pid), hex(address), str(size), "-o", "pipe"]
+        command = [sys.executable, "-m", "iobmd", "copy", str(source.pid), hex(address), str(size), "-o", "pipe"]
         subprocess.run(command, capture_output=True, check=False, cwd=tmp_path, timeout=60)
     assert read.read_bytes() == expected
     assert (tmp_path / "pipe").is_fifo()
 
 
 @pytest.mark.needs("compiler")
-def test_copy_to_standard_output(start_zoo: Start, tmp_path: Path) -> None:
-    zoo = start_zoo(1 << 20)
-    address, size = zoo["anonymous"]
-    expected = zoo.dump("anonymous", tmp_path / "dump")
-    command = [sys.executable, "-m", "iobmd", "copy", str(zoo.pid), hex(address), str(size), "-o", "-"]
+def test_copy_to_standard_output(start_source: Start, tmp_path: Path) -> None:
+    source = start_source(1 << 20)
+    address, size = source["anonymous"]
+    expected = source.dump("anonymous", tmp_path / "dump")
+    command = [sys.executable, "-m", "iobmd", "copy", str(source.pid), hex(address), str(size), "-o", "-"]
     done = subprocess.run(command, capture_output=True, check=True)
     assert done.stdout == expected
     assert b"1048576 bytes" in done.stderr
 
 
 @pytest.mark.needs("compiler")
-def test_what_copy_refuses(start_zoo: Start, tmp_path: Path, capsys: Captured) -> None:
-    zoo = start_zoo()
-    address, size = zoo["no-access"]
+def test_what_copy_refuses(start_source: Start, tmp_path: Path, capsys: Captured) -> None:
+    source = start_source()
+    address, size = source["no-access"]
     out = tmp_path / "out"
     out.write_bytes(b"as before")
     for arguments, why in (
-        ([str(zoo.pid), hex(address), str(size), "-o", str(out)], "without read permission"),
+        ([str(source.pid), hex(address), str(size), "-o", str(out)], "without read permission"),
         (["4194304", "0", "1"], "no process has the pid 4194304"),
         (["2", "0x1000", "1"], "kernel thread"),
-        ([str(zoo.pid), "[nowhere]"], "no readable mapping '[nowhere]'"),
-        ([str(zoo.pid), "0x1000"], "how many bytes"),
-        ([str(zoo.pid), "0x2000-0x1000"], "must be positive"),
-        ([str(zoo.pid), "0x1000-0x2000", "2M"], "are more than"),
-        ([str(zoo.pid), "[stack]", "-o", str(tmp_path / "no" / "where")], "no/where: No such file or directory"),
+        ([str(source.pid), "[nowhere]"], "no readable mapping '[nowhere]'"),
+        ([str(source.pid), "0x1000"], "how many bytes"),
+        ([str(source.pid), "0x2000-0x1000"], "must be positive"),
+        ([str(source.pid), "0x1000-0x2000", "2M"], "are more than"),
+        ([str(source.pid), "[stack]", "-o", str(tmp_path / "no" / "where")], "no/where: No such file or directory"),
     ):
         assert main(["copy", *arguments]) == 1, arguments
         captured = capsys.readouterr()
@@ -277,17 +277,17 @@ def test_what_copy_refuses(start_zoo: Start, tmp_path: Path, capsys: Captured) -
         assert captured.err.startswith("iobmd copy: ")
         assert not captured.out
     assert out.read_bytes() == b"as before"
-    for arguments in ([str(zoo.pid), "0x1000", "0"], [str(zoo.pid), "0x1000", "5q"], ["self", "0", "1"]):
+    for arguments in ([str(source.pid), "0x1000", "0"], [str(source.pid), "0x1000", "5q"], ["self", "0", "1"]):
         assert main(["copy", *arguments]) == 2
         capsys.readouterr()
 
 
 @pytest.mark.needs("compiler")
-def test_copy_with_holes(start_zoo: Start, tmp_path: Path, capsys: Captured) -> None:
-    zoo = start_zoo()
-    address, size = zoo["no-access"]
+def test_copy_with_holes(start_source: Start, tmp_path: Path, capsys: Captured) -> None:
+    source = start_source()
+    address, size = source["no-access"]
     out = tmp_path / "out"
-    command = ["copy", str(zoo.pid), hex(address), str(size), "--pageable", "--unreadable", "zero", "-o", str(out)]
+    command = ["copy", str(source.pid), hex(address), str(size), "--pageable", "--unreadable", "zero", "-o", str(out)]
     assert main([*command, "--json", "--timeout", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["holes"] == [[0, size]]
     assert out.read_bytes() == bytes(size)
@@ -312,10 +312,10 @@ def test_copy_from_another_user(tmp_path: Path) -> None:
 
 
 @pytest.mark.needs("compiler")
-def test_progress_only_on_a_terminal(start_zoo: Start) -> None:
-    zoo = start_zoo(300 << 20, "only-anonymous")
-    address, size = zoo["anonymous"]
-    command = [sys.executable, "-m", "iobmd", "copy", str(zoo.pid), hex(address), str(size), "--pageable"]
+def test_progress_only_on_a_terminal(start_source: Start) -> None:
+    source = start_source(300 << 20, "only-anonymous")
+    address, size = source["anonymous"]
+    command = [sys.executable, "-m", "iobmd", "copy", str(source.pid), hex(address), str(size), "--pageable"]
     assert subprocess.run(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, check=True).stderr == b""
     ours, theirs = pty.openpty()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=os.environ | {"TERM": "xterm"})

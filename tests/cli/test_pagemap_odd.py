@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 import pytest
 from support import kernel
-from support.zoo import Zoo
+from support.source_process import SourceProcess
 
 from iobmd import Task
 from iobmd.cli import main
@@ -116,15 +116,15 @@ def test_standard_output_in_a_file_is_written_to_where_it_is(option: str, path: 
 
 @pytest.mark.needs("compiler")
 def test_a_process_whose_main_thread_has_exited(
-    start_zoo: Callable[..., Zoo], capsys: pytest.CaptureFixture[str]
+    start_source: Callable[..., SourceProcess], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    zoo = start_zoo()
-    zoo.obey("leader-exit")
-    while kernel.status("VmRSS", zoo.pid):
+    source = start_source()
+    source.command("leader-exit")
+    while kernel.status("VmRSS", source.pid):
         pass
-    document = json.loads(shown(capsys, str(zoo.pid), "--json"))
+    document = json.loads(shown(capsys, str(source.pid), "--json"))
     resident = {row["start"]: row["resident_bytes"] for row in document["vmas"]}
-    assert resident[zoo["memfd"].address] == zoo["memfd"].size
+    assert resident[source["memfd"].address] == source["memfd"].size
     changed = document["changed_while_read"] or {"ended": False, "areas": False}  # its threads may fault pages in
     assert not changed["ended"]
     assert not changed["areas"]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from support.child import in_child
 from support.kernel import frames
-from support.strewn import Strewn
+from support.scattered import ScatteredDescriptor
 
 import iobmd
 from iobmd import (
@@ -37,12 +37,12 @@ def code_of(error: pytest.ExceptionInfo[IOReturnError]) -> IOReturn:
 
 @pytest.fixture
 def command() -> Iterator[IODMACommand]:
-    """A device with 48 address bits, which reaches what this host has, and a part of `Strewn(PIECES)`."""
+    """A device with 48 address bits, which reaches what this host has, and a part of the memory below."""
     with IODMACommand.withSpecification(48) as made:
         yield made
 
 
-def bounced(memory: Strewn) -> list[bool]:
+def bounced(memory: ScatteredDescriptor) -> list[bool]:
     """Whether each byte is out of the device's reach."""
     return [address + index >= ABOVE for address, size in memory.pieces for index in range(size)]
 
@@ -50,7 +50,7 @@ def bounced(memory: Strewn) -> list[bool]:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_bytes_go_out_and_come_in_as_the_direction_says(command: IODMACommand, direction: int) -> None:
     """A device that inverts every byte: memory out of its reach sees it as far as the direction lets it."""
-    memory = Strewn(PIECES, direction)
+    memory = ScatteredDescriptor(PIECES, direction)
     before, beyond = bytes(memory.bytes), bounced(memory)
     out = direction != kIODirectionIn
     command.setMemoryDescriptor(memory)
@@ -66,7 +66,7 @@ def test_bytes_go_out_and_come_in_as_the_direction_says(command: IODMACommand, d
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_without_synchronize_nothing_is_copied(command: IODMACommand, direction: int) -> None:
-    memory = Strewn([(ABOVE, 100)], direction)
+    memory = ScatteredDescriptor([(ABOVE, 100)], direction)
     before = bytes(memory.bytes)
     command.setMemoryDescriptor(memory, autoPrepare=False)
     command.prepare(synchronize=False)
@@ -78,7 +78,7 @@ def test_without_synchronize_nothing_is_copied(command: IODMACommand, direction:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_synchronize_copies_whatever_the_direction(command: IODMACommand, direction: int) -> None:
-    memory = Strewn([(ABOVE, 100)], direction)
+    memory = ScatteredDescriptor([(ABOVE, 100)], direction)
     command.setMemoryDescriptor(memory)
     memory.bytes[:] = b"m" * 100
     command.synchronize(kIODirectionOut)
@@ -93,7 +93,7 @@ def test_synchronize_copies_whatever_the_direction(command: IODMACommand, direct
 
 @pytest.mark.parametrize("direction", [3, 4, -1, 1 | 8])
 def test_synchronize_in_no_direction(command: IODMACommand, direction: int) -> None:
-    command.setMemoryDescriptor(Strewn([(ABOVE, 100)]))
+    command.setMemoryDescriptor(ScatteredDescriptor([(ABOVE, 100)]))
     with pytest.raises(IOReturnError) as caught:
         command.synchronize(direction)
     assert code_of(caught) == IOReturn.kIOReturnBadArgument
@@ -194,7 +194,7 @@ def test_a_piece_that_the_device_cannot_start_at(alignment: int) -> None:
 @pytest.mark.parametrize("options", [0, IODMACommand.kNonCoherent])
 def test_a_device_that_does_not_see_the_caches(options: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it reads is written back as the transfer begins; what it wrote is dropped from the caches as it ends."""
-    memory = Strewn([(PAGE, 100), (ABOVE, 50), (3 * PAGE, 7)])
+    memory = ScatteredDescriptor([(PAGE, 100), (ABOVE, 50), (3 * PAGE, 7)])
     with IODMACommand.withSpecification(48, mappingOptions=options) as command:
         command.setMemoryDescriptor(memory, autoPrepare=False)
         command.prepare(10, 145)
@@ -218,7 +218,7 @@ def test_a_device_that_does_not_see_the_caches(options: int, monkeypatch: pytest
 
 def test_bounce_pages_keep_the_place_in_the_page(command: IODMACommand) -> None:
     command.setMemoryDescriptor(
-        Strewn([(ABOVE + 100, 50), (ABOVE + 9 * PAGE - 3, 6), (PAGE, 10), (ABOVE + 512, 512)])
+        ScatteredDescriptor([(ABOVE + 100, 50), (ABOVE + 9 * PAGE - 3, 6), (PAGE, 10), (ABOVE + 512, 512)])
     )
     segments = command.genIOVMSegments()
     assert [at % PAGE for at, _ in segments if at % PAGE] == [100, PAGE - 3, 512]
@@ -226,7 +226,7 @@ def test_bounce_pages_keep_the_place_in_the_page(command: IODMACommand) -> None:
 
 def test_pairs(command: IODMACommand) -> None:
     """Counted; the same range only; the last complete copies back."""
-    memory = Strewn([(ABOVE, 100)])
+    memory = ScatteredDescriptor([(ABOVE, 100)])
     command.setMemoryDescriptor(memory)
     command.prepare()
     command.prepare(0, 100)
@@ -247,7 +247,7 @@ def test_pairs(command: IODMACommand) -> None:
 
 
 def test_not_prepared_is_not_ready(command: IODMACommand) -> None:
-    command.setMemoryDescriptor(Strewn([(PAGE, 100)]), autoPrepare=False)
+    command.setMemoryDescriptor(ScatteredDescriptor([(PAGE, 100)]), autoPrepare=False)
     for use in (
         command.complete,
         command.genIOVMSegments,
@@ -335,7 +335,7 @@ def test_one_command_serves_many_transfers(command: IODMACommand) -> None:
 
 @pytest.mark.parametrize(("offset", "length"), [(-1, 0), (0, 101), (101, 0), (50, 51), (0, -1)])
 def test_ranges_past_the_end(command: IODMACommand, offset: int, length: int) -> None:
-    memory = Strewn([(PAGE, 100)])
+    memory = ScatteredDescriptor([(PAGE, 100)])
     command.setMemoryDescriptor(memory, autoPrepare=False)
     with pytest.raises(IOReturnError) as caught:
         command.prepare(offset, length)
@@ -354,7 +354,7 @@ def test_ranges_past_the_end(command: IODMACommand, offset: int, length: int) ->
 
 def test_more_than_a_transfer_takes() -> None:
     with IODMACommand.withSpecification(maxTransferSize=64) as command:
-        command.setMemoryDescriptor(Strewn([(PAGE, 100)]), autoPrepare=False)
+        command.setMemoryDescriptor(ScatteredDescriptor([(PAGE, 100)]), autoPrepare=False)
         with pytest.raises(IOReturnError) as caught:
             command.prepare()
         assert code_of(caught) == IOReturn.kIOReturnNoSpace
@@ -363,7 +363,7 @@ def test_more_than_a_transfer_takes() -> None:
 
 def test_no_low_memory_for_bounce_buffers() -> None:
     """As a pool that is exhausted: refused at once, and the memory is as prepared as it was."""
-    memory = Strewn([(1 << 24, PAGE)])
+    memory = ScatteredDescriptor([(1 << 24, PAGE)])
     with IODMACommand.withSpecification(24) as command, iobmd.policy(memory_budget=64 * MIB):
         command.setMemoryDescriptor(memory, autoPrepare=False)
         with pytest.raises(IOReturnError, match="under the mask 0xffffff") as caught:
@@ -379,7 +379,7 @@ def test_no_low_memory_for_bounce_buffers() -> None:
         assert memory.prepared == 2
 
 
-class Failing(Strewn):
+class Failing(ScatteredDescriptor):
     """Memory of a task that dies: from some moment on nothing can be copied."""
 
     fails = False
@@ -423,7 +423,7 @@ def test_a_copy_that_fails(command: IODMACommand) -> None:
 
 
 def test_memory_that_does_not_know_where_it_lies(command: IODMACommand) -> None:
-    memory = Strewn([(PAGE, 100)])
+    memory = ScatteredDescriptor([(PAGE, 100)])
     memory.pieces = [(PAGE, 60)]
     with pytest.raises(IOReturnError) as caught:
         command.setMemoryDescriptor(memory)
@@ -474,5 +474,5 @@ def test_collected_while_prepared() -> None:
 
 def test_repr(command: IODMACommand) -> None:
     assert repr(command) == "<IODMACommand for 48 address bits, not prepared>"
-    command.setMemoryDescriptor(Strewn([(ABOVE - 1, 3)]))
+    command.setMemoryDescriptor(ScatteredDescriptor([(ABOVE - 1, 3)]))
     assert repr(command) == "<IODMACommand for 48 address bits, prepared 1 times, 2 bytes bounced>"

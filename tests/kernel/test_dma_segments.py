@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from support.strewn import Strewn
+from support.scattered import ScatteredDescriptor
 
 import iobmd
 from iobmd import IODMACommand, IOReturn, IOReturnError, PhysicalSegment
@@ -72,7 +72,7 @@ def made(bits: int, largest: int, alignment: int, boundary: int, options: int = 
 @given(limits, pieces, st.sampled_from([None, 1, 2, 7]), st.data())
 def test_in_reach_every_byte_once_in_order_within_limits(limit, found, at_a_time, data) -> None:
     """With no piece the device cannot start at, the segments are the memory itself, wherever iteration begins."""
-    memory = Strewn(lying(found, alignment=limit[2]))
+    memory = ScatteredDescriptor(lying(found, alignment=limit[2]))
     first = data.draw(st.integers(0, len(found) - 1))
     into = data.draw(st.integers(0, memory.pieces[first][1] - 1))
     offset = sum(length for _, length in memory.pieces[:first]) + into // limit[2] * limit[2]
@@ -105,7 +105,7 @@ def test_out_of_reach_or_alignment_the_limits_hold(limit, found, high, at_a_time
     """Memory above the device's reach, or where it cannot start: all bytes are there, within its limits."""
     bits = 48 if high else limit[0]
     # The last page that 48 bits reach, and those above.
-    memory = Strewn(lying(found, (1 << 48) - 4 * PAGE if high else 0))
+    memory = ScatteredDescriptor(lying(found, (1 << 48) - 4 * PAGE if high else 0))
     limit = (bits, *limit[1:])
     length = len(memory.bytes)
     forced = any(address % limit[2] for address, _ in memory.pieces)
@@ -124,7 +124,7 @@ def test_out_of_reach_or_alignment_the_limits_hold(limit, found, high, at_a_time
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 5000), st.integers(0, 3 * PAGE))
 def test_largest_segment_of_one_piece(largest: int, length: int, place: int) -> None:
-    memory = Strewn([(place, length)])
+    memory = ScatteredDescriptor([(place, length)])
     with IODMACommand.withSpecification(maxSegmentSize=largest) as command:
         command.setMemoryDescriptor(memory)
         segments = command.genIOVMSegments()
@@ -143,13 +143,13 @@ def test_segments_of_real_memory_are_those_of_the_descriptor() -> None:
 
 def test_pieces_that_touch_are_one_segment() -> None:
     with IODMACommand.withSpecification() as command:
-        command.setMemoryDescriptor(Strewn([(PAGE, 10), (PAGE + 10, 20), (9 * PAGE, 5)]))
+        command.setMemoryDescriptor(ScatteredDescriptor([(PAGE, 10), (PAGE + 10, 20), (9 * PAGE, 5)]))
         assert command.genIOVMSegments() == [PhysicalSegment(PAGE, 30), PhysicalSegment(9 * PAGE, 5)]
 
 
 def test_iterate_only_has_no_bounce_buffers() -> None:
     """What is in reach is told, and then the error; a piece that the device cannot start at likewise."""
-    memory = Strewn([(PAGE, 100), (1 << 40, 100), (2 * PAGE + 1, 7)])
+    memory = ScatteredDescriptor([(PAGE, 100), (1 << 40, 100), (2 * PAGE + 1, 7)])
     with IODMACommand.withSpecification(32, mappingOptions=IODMACommand.kIterateOnly) as command:
         command.setMemoryDescriptor(memory)
         assert command.genIOVMSegments(0, 1) == [PhysicalSegment(PAGE, 100)]
@@ -170,7 +170,7 @@ def test_iterate_only_has_no_bounce_buffers() -> None:
 @pytest.mark.parametrize("offset", [100, 101, 1 << 70])
 def test_nothing_left(offset: int) -> None:
     with IODMACommand.withSpecification() as command:
-        command.setMemoryDescriptor(Strewn([(PAGE, 100)]))
+        command.setMemoryDescriptor(ScatteredDescriptor([(PAGE, 100)]))
         with pytest.raises(IOReturnError) as caught:
             command.genIOVMSegments(offset)
     assert caught.value.code == IOReturn.kIOReturnOverrun
@@ -179,7 +179,7 @@ def test_nothing_left(offset: int) -> None:
 @pytest.mark.parametrize(("offset", "count"), [(-1, None), (0, 0), (0, -1)])
 def test_what_cannot_be_had(offset: int, count: int | None) -> None:
     with IODMACommand.withSpecification() as command:
-        command.setMemoryDescriptor(Strewn([(PAGE, 100)]))
+        command.setMemoryDescriptor(ScatteredDescriptor([(PAGE, 100)]))
         with pytest.raises(IOReturnError) as caught:
             command.genIOVMSegments(offset, count)
     assert caught.value.code == IOReturn.kIOReturnBadArgument
@@ -218,7 +218,7 @@ def test_zeros_are_no_limits() -> None:
 def test_many_segments_come_as_they_are_asked_for() -> None:
     """A gigabyte in segments of 512 bytes would be two million: a few are cut, not all."""
     with IODMACommand.withSpecification(maxSegmentSize=512) as command:
-        command.setMemoryDescriptor(Strewn([(PAGE, 1 << 20)]))
+        command.setMemoryDescriptor(ScatteredDescriptor([(PAGE, 1 << 20)]))
         transfer = command._transfer
         assert transfer is not None
         endless = transfer.segments(512 * 1000)

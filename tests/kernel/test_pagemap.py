@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import NOBODY, in_child
-from support.zoo import Zoo
+from support.source_process import SourceProcess
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Task, kernel_task, pagemap
@@ -24,7 +24,7 @@ from iobmd._native.mapping import Mapping
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.span import read_runs
 
-Start = Callable[..., Zoo]
+Start = Callable[..., SourceProcess]
 
 HUGE = 2 << 20
 MADV_GUARD_INSTALL = 102
@@ -42,15 +42,15 @@ def independent(address: int, size: int, pid: int | str = "self") -> list[tuple[
 
 @pytest.mark.needs("compiler")
 @pytest.mark.parametrize("kind", ["anonymous", "thp", "memfd", "file", "readonly", "stack", "untouched"])
-def test_every_page_as_an_independent_reader_sees_it(start_zoo: Start, kind: str) -> None:
-    zoo = start_zoo(40 << 20)  # more pages than one read of pagemap returns
-    animal = zoo[kind]
-    ours = list(pagemap.pages(zoo.pid, *animal))
-    assert [tuple(page[1:6]) for page in ours] == independent(*animal, zoo.pid)
+def test_every_page_as_an_independent_reader_sees_it(start_source: Start, kind: str) -> None:
+    source = start_source(40 << 20)  # more pages than one read of pagemap returns
+    region = source[kind]
+    ours = list(pagemap.pages(source.pid, *region))
+    assert [tuple(page[1:6]) for page in ours] == independent(*region, source.pid)
     assert [page.address for page in ours] == list(
-        range(animal.address // 4096 * 4096, animal.address + animal.size, 4096)
+        range(region.address // 4096 * 4096, region.address + region.size, 4096)
     )
-    counts = pagemap.counts(Task(zoo.pid), *animal)
+    counts = pagemap.counts(Task(source.pid), *region)
     assert counts.present == sum(page.present for page in ours)
     assert counts.exclusive == sum(page.present and page.exclusive for page in ours)
     assert counts.hidden == sum(page.pfn_hidden for page in ours)
@@ -232,38 +232,38 @@ def test_a_process_looks_at_itself_after_its_main_thread() -> None:
     assert done.stdout == "True True\n"
 
 
-def without_main_thread(zoo: Zoo) -> int:
+def without_main_thread(source: SourceProcess) -> int:
     """End the main thread, and return the id of another."""
-    zoo.obey("leader-exit")
-    while kernel.status("VmRSS", zoo.pid):
+    source.command("leader-exit")
+    while kernel.status("VmRSS", source.pid):
         pass
-    return next(int(one.name) for one in Path(f"/proc/{zoo.pid}/task").iterdir() if one.name != str(zoo.pid))
+    return next(int(one.name) for one in Path(f"/proc/{source.pid}/task").iterdir() if one.name != str(source.pid))
 
 
 @pytest.mark.needs("compiler")
-def test_memory_of_threads_whose_main_thread_has_exited(start_zoo: Start) -> None:
-    zoo = start_zoo()
-    thread = without_main_thread(zoo)
+def test_memory_of_threads_whose_main_thread_has_exited(start_source: Start) -> None:
+    source = start_source()
+    thread = without_main_thread(source)
     for kind in ("anonymous", "thp", "memfd", "untouched"):
-        pages = [tuple(page[1:6]) for page in pagemap.pages(zoo.pid, *zoo[kind])]
-        assert pages == independent(*zoo[kind], thread)
-        start = zoo[kind].address
-        (area,) = (area for area in pagemap.areas(zoo.pid) if area.start <= start < area.end)
+        pages = [tuple(page[1:6]) for page in pagemap.pages(source.pid, *source[kind])]
+        assert pages == independent(*source[kind], thread)
+        start = source[kind].address
+        (area,) = (area for area in pagemap.areas(source.pid) if area.start <= start < area.end)
         assert area.resident == kernel.smaps(start, thread)["Rss"]
         assert (area.resident > 0) == (kind != "untouched")
         assert area.locked == area.swapped == 0, "smaps was read"
 
 
 @pytest.mark.needs("compiler", "frames")
-def test_frames_of_threads_whose_main_thread_has_exited(start_zoo: Start) -> None:
-    zoo = start_zoo()
-    start, size = zoo["anonymous"]
-    node = next(pagemap.described(zoo.pid, start, size)).facts.node
-    thread = without_main_thread(zoo)
-    run, facts = next(pagemap.described(zoo.pid, start, size))
+def test_frames_of_threads_whose_main_thread_has_exited(start_source: Start) -> None:
+    source = start_source()
+    start, size = source["anonymous"]
+    node = next(pagemap.described(source.pid, start, size)).facts.node
+    thread = without_main_thread(source)
+    run, facts = next(pagemap.described(source.pid, start, size))
     assert run.physical // 4096 == kernel.entries(start, 4096, thread)[0] & kernel.FRAME
     assert facts.node == node
-    assert [(use.pid, use.virtual) for use in pagemap.users(run.physical, 4096)] == [(zoo.pid, start)]
+    assert [(use.pid, use.virtual) for use in pagemap.users(run.physical, 4096)] == [(source.pid, start)]
 
 
 @pytest.mark.usefixtures("nothing_left")

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from support import pagezoo
-from support.pagezoo import PAGE, PageZoo, quiet
+from support import page_states
+from support.page_states import PAGE, PageStateProcess, quiet
 
 from iobmd import IOReturn, IOReturnError, pagemap
 
@@ -34,7 +34,7 @@ PYTHON = "import json, sqlite3, decimal; memory = [bytes(1000) for _ in range(50
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pagezoo.build(tmp_path_factory.mktemp("programs"))
+    return page_states.build(tmp_path_factory.mktemp("programs"))
 
 
 @pytest.fixture
@@ -105,15 +105,15 @@ def test_programs_hold_what_the_kernel_adds_up(programs: list[int], details: boo
 
 
 @pytest.fixture
-def family(program: Path) -> Iterator[PageZoo]:
-    """Three processes: the zoo and two children. One has the shared memory at another address."""
-    with PageZoo(program, "forked", "zero") as zoo:
-        yield zoo
+def family(program: Path) -> Iterator[PageStateProcess]:
+    """Three processes: the target and two children. One has the shared memory at another address."""
+    with PageStateProcess(program, "forked", "zero") as target:
+        yield target
 
 
-def frame(zoo: PageZoo, kind: str, page: int) -> int:
-    address = zoo[kind][0] + page * PAGE
-    return pagezoo.entries(zoo.pid, [(address, address + PAGE)])[address] & (1 << 55) - 1
+def frame(target: PageStateProcess, kind: str, page: int) -> int:
+    address = target[kind][0] + page * PAGE
+    return page_states.entries(target.pid, [(address, address + PAGE)])[address] & (1 << 55) - 1
 
 
 def users(physical: int, length: int = PAGE, pids: Container[int] | None = None) -> set[tuple[int, int, int, int]]:
@@ -126,7 +126,7 @@ def users(physical: int, length: int = PAGE, pids: Container[int] | None = None)
     return unique
 
 
-def test_users_of_shared_memory_are_all_found(family: PageZoo) -> None:
+def test_users_of_shared_memory_are_all_found(family: PageStateProcess) -> None:
     physical = frame(family, "shared", 5) * PAGE
     (child, child_pid), (moved, moved_pid) = family["child"], family["moved-child"]
     theirs = {(family.pid, family["shared"][0]), (child_pid, child), (moved_pid, moved)}
@@ -134,7 +134,7 @@ def test_users_of_shared_memory_are_all_found(family: PageZoo) -> None:
     assert users(physical) == {(pid, address + 5 * PAGE, physical, PAGE) for pid, address in theirs}
 
 
-def test_users_of_memory_that_fork_shares(family: PageZoo) -> None:
+def test_users_of_memory_that_fork_shares(family: PageStateProcess) -> None:
     pids = (family.pid, family["child"][1], family["moved-child"][1])
     physical = frame(family, "forked", 100) * PAGE
     assert users(physical) == {(pid, family["forked"][0] + 100 * PAGE, physical, PAGE) for pid in pids}
@@ -145,14 +145,14 @@ def test_users_of_memory_that_fork_shares(family: PageZoo) -> None:
         assert users(physical, 3 * PAGE) == {(pid, address, physical, 3 * PAGE) for pid in mappers}
 
 
-def test_private_memory_has_one_user(family: PageZoo) -> None:
+def test_private_memory_has_one_user(family: PageStateProcess) -> None:
     """At its address one child maps something else."""
     physical = frame(family, "own", 2) * PAGE
     assert family["own"][0] == family["moved-child"][0]
     assert users(physical) == {(family.pid, family["own"][0] + 2 * PAGE, physical, PAGE)}
 
 
-def test_the_zero_page_has_no_neighbours(family: PageZoo) -> None:
+def test_the_zero_page_has_no_neighbours(family: PageStateProcess) -> None:
     """One frame stands behind many addresses: those behind the first are not in the frames behind it."""
     pids = (family.pid, family["child"][1], family["moved-child"][1])
     zero = frame(family, "zero", 1)
@@ -177,38 +177,38 @@ READERS: list[Callable[[int], Iterator[object]]] = [spans, detailed, bare, pagem
 
 @pytest.mark.parametrize("read", READERS)
 def test_reading_while_the_target_maps_and_unmaps(program: Path, read: Callable[[int], Iterator[object]]) -> None:
-    with PageZoo(program, "thp", "anonymous", "tiny") as zoo:
-        zoo.obey("flap")
+    with PageStateProcess(program, "thp", "anonymous", "tiny") as target:
+        target.command("flap")
         refused = 0
         end = time.monotonic() + 0.4
         for _read in range(200):
             try:
-                assert sum(1 for _found in read(zoo.pid))
-                pagemap.counts(zoo.pid, *zoo["thp"])
+                assert sum(1 for _found in read(target.pid))
+                pagemap.counts(target.pid, *target["thp"])
             except IOReturnError:
                 refused += 1
             if time.monotonic() > end:
                 break
         assert not refused, "it lives, and is refused"
-        assert zoo.process.poll() is None, "the zoo did not live through it"
+        assert target.process.poll() is None, "the target did not live through it"
 
 
 @pytest.mark.parametrize("kind", ["anonymous", "sparse"])
 def test_a_target_that_exits_in_between_is_not_found(program: Path, kind: str) -> None:
     """What was not read yet is gone: an end without an error would say that there was nothing."""
-    with PageZoo(program, kind, "tiny") as zoo:
-        address, size = zoo[kind]
+    with PageStateProcess(program, kind, "tiny") as target:
+        address, size = target[kind]
         readers = [
-            *(partial(read, zoo.pid) for read in READERS),
-            partial(pagemap.spans, zoo.pid, address, size),
-            partial(pagemap.runs, zoo.pid, address, size),
-            partial(pagemap.pages, zoo.pid, address, min(size, 64 << 20)),
+            *(partial(read, target.pid) for read in READERS),
+            partial(pagemap.spans, target.pid, address, size),
+            partial(pagemap.runs, target.pid, address, size),
+            partial(pagemap.pages, target.pid, address, min(size, 64 << 20)),
         ]
         whole = [total(read()) for read in readers]
         begun = [read() for read in readers]
         found = [total([next(reader)]) for reader in begun]  # in the midst of a large area
-        zoo.process.kill()
-        zoo.process.wait()
+        target.process.kill()
+        target.process.wait()
         refused = 0
         for index, reader in enumerate(begun):
             try:
@@ -219,20 +219,20 @@ def test_a_target_that_exits_in_between_is_not_found(program: Path, kind: str) -
         assert refused >= len(begun) - 1, "what describes runs may have read all of a few before it yields the first"
         for read in READERS:
             with pytest.raises(IOReturnError) as caught:
-                list(read(zoo.pid))
+                list(read(target.pid))
             assert caught.value.code == IOReturn.kIOReturnNotFound
 
 
 @pytest.mark.parametrize("kind", ["anonymous", "sparse"])
 def test_a_target_that_becomes_another_program(program: Path, kind: str) -> None:
     """The pages of both must not be mixed: it ends with an error, or with what there was before."""
-    with PageZoo(program, kind) as zoo:
-        address, size = zoo[kind]
-        theirs = pagezoo.entries(zoo.pid, [(address, address + size)])
-        begun = pagemap.spans(zoo.pid, address, size)
+    with PageStateProcess(program, kind) as target:
+        address, size = target[kind]
+        theirs = page_states.entries(target.pid, [(address, address + size)])
+        begun = pagemap.spans(target.pid, address, size)
         found = [next(begun)]
-        zoo.tell("exec")
-        wait(zoo.pid, lambda pid: Path(f"/proc/{pid}/comm").read_text() == "sleep\n")
+        target.tell("exec")
+        wait(target.pid, lambda pid: Path(f"/proc/{pid}/comm").read_text() == "sleep\n")
         with contextlib.suppress(IOReturnError):
             found += list(begun)
             assert sum(span.length for span in found) == len(theirs) * PAGE, "cut short, and no error said so"
@@ -243,14 +243,14 @@ def test_what_is_read_while_the_target_dies_is_whole_or_refused(
     program: Path, read: Callable[[int], Iterator[object]]
 ) -> None:
     for attempt in range(6):
-        with PageZoo(program, "anonymous") as zoo:
-            whole = total(read(zoo.pid))
-            killer = threading.Timer(0.003 * attempt, os.kill, (zoo.pid, signal.SIGKILL))
+        with PageStateProcess(program, "anonymous") as target:
+            whole = total(read(target.pid))
+            killer = threading.Timer(0.003 * attempt, os.kill, (target.pid, signal.SIGKILL))
             killer.start()
             try:
                 for _read in range(200):
-                    gone = zoo.process.poll() is not None
-                    assert total(read(zoo.pid)) >= whole, "cut short, and no error said so"  # it may touch more
+                    gone = target.process.poll() is not None
+                    assert total(read(target.pid)) >= whole, "cut short, and no error said so"  # it may touch more
                     assert not gone, "it was gone, and was read"
             except IOReturnError as error:
                 assert error.code == IOReturn.kIOReturnNotFound, error

@@ -7,13 +7,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import kernel
 from support.kernel import frames
-from support.zoo import Zoo
+from support.source_process import SourceProcess
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, PhysicalSegment, pagemap
 from iobmd.physical.layout import Layout
 
-Start = Callable[..., Zoo]
+Start = Callable[..., SourceProcess]
 MIB = 1 << 20
 
 pytestmark = pytest.mark.needs("frames")
@@ -81,11 +81,11 @@ def test_what_a_segment_is() -> None:
 
 @pytest.mark.needs("compiler")
 @pytest.mark.parametrize("kind", ["anonymous", "thp", "memfd", "stack", "untouched"])
-def test_runs_of_another_task(start_zoo: Start, kind: str) -> None:
-    zoo = start_zoo(40 * MIB)
-    address, size = zoo[kind]
+def test_runs_of_another_task(start_source: Start, kind: str) -> None:
+    source = start_source(40 * MIB)
+    address, size = source[kind]
     wanted: list[list[int]] = []
-    for index, entry in enumerate(kernel.entries(address, size, zoo.pid)):
+    for index, entry in enumerate(kernel.entries(address, size, source.pid)):
         virtual, frame = address // 4096 * 4096 + index * 4096, entry & kernel.FRAME
         if not entry >> 63:
             continue
@@ -93,7 +93,7 @@ def test_runs_of_another_task(start_zoo: Start, kind: str) -> None:
             wanted[-1][2] += 4096
         else:
             wanted.append([virtual, frame * 4096, 4096])
-    assert [list(run) for run in pagemap.runs(zoo.pid, address, size)] == wanted
+    assert [list(run) for run in pagemap.runs(source.pid, address, size)] == wanted
     assert bool(wanted) == (kind != "untouched")
 
 

@@ -46,7 +46,7 @@ for line in sys.stdin:
 
 
 class Source:
-    """A Python program that maps what `code` says, leaves the addresses in `result`, and obeys lines of code."""
+    """A Python program that maps what `code` says, leaves the addresses in `result`, and executes lines of code."""
 
     def __init__(self, code: str, *, before: str = "", user: int | None = None) -> None:
         self.process = subprocess.Popen(
@@ -66,7 +66,7 @@ class Source:
             assert time.monotonic() < end
             time.sleep(0.001)
 
-    def obey(self, line: str) -> None:
+    def execute(self, line: str) -> None:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(line + "\n")
@@ -310,7 +310,7 @@ def test_past_the_end_of_an_object(source: Callable[..., Source]) -> None:
         "fd = memfd(8 << 20); os.pwrite(fd, b'x' * 100, 4 << 20); m = mmap.mmap(fd, 8 << 20); result = [at(m)]"
     )
     (at,) = one.addresses
-    one.obey("os.ftruncate(fd, (4 << 20) + 100)")
+    one.execute("os.ftruncate(fd, (4 << 20) + 100)")
     assert Task(one.pid).read(at, 4 * MIB + kernel.PAGE)[4 * MIB :] == b"x" * 100 + bytes(kernel.PAGE - 100)
     with pytest.raises(IOReturnError) as caught:
         Task(one.pid).read(at, 8 * MIB)
@@ -596,7 +596,7 @@ def test_a_server_of_a_file_that_does_not_answer(source: Callable[..., Source], 
     one = source(SERVED.format(folder=str(tmp_path), apart=True))
     (at,) = one.addresses
     assert Task(one.pid).read(at + 4095, 10) == bytes([7]) * 10
-    one.obey("os.kill(server, 19)")
+    one.execute("os.kill(server, 19)")
     begin = time.monotonic()
     with pytest.raises(IOReturnError, match=r"not delivered within 0\.3 s") as caught:
         Task(one.pid).read(at + 65536, MIB // 2, timeout=0.3)
@@ -604,7 +604,7 @@ def test_a_server_of_a_file_that_does_not_answer(source: Callable[..., Source], 
     assert time.monotonic() - begin < PATIENCE
     with contextlib.suppress(ChildProcessError):
         assert os.waitpid(-1, os.WNOHANG | 0x40000000) == (0, 0)  # __WALL
-    one.obey("os.kill(server, 18)")
+    one.execute("os.kill(server, 18)")
     assert Task(one.pid).read(at, MIB) == bytes([7]) * MIB
 
 
@@ -628,7 +628,7 @@ def test_memory_is_counted_without_a_server_that_does_not_answer(
     (at,) = one.addresses
     assert Task(one.pid).read(at, 1) == b"\7", "the control"
     assert residency.absent(at, MIB, Task(one.pid), written=False) == MIB
-    one.obey("os.kill(server, 19)")
+    one.execute("os.kill(server, 19)")
     found: list[int] = []
     counting = threading.Thread(
         target=lambda: found.append(residency.absent(at, MIB, Task(one.pid), written=False)), daemon=True
@@ -636,7 +636,7 @@ def test_memory_is_counted_without_a_server_that_does_not_answer(
     counting.start()
     counting.join(PATIENCE)
     ended = not counting.is_alive()
-    one.obey("os.kill(server, 18)")
+    one.execute("os.kill(server, 18)")
     counting.join()
     assert ended
     assert found == [MIB]

@@ -14,13 +14,13 @@ import psutil
 import pytest
 from support import kernel
 from support.child import NOBODY, in_child
-from support.zoo import Zoo
+from support.source_process import SourceProcess
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Task, current_task, get_task_map, kernel_task, pagemap, procfs
 from iobmd.pagemap.range import resolve
 
-Start = Callable[..., Zoo]
+Start = Callable[..., SourceProcess]
 NO_SUCH_PID = 2**22 + 5  # above the kernel's largest pid_max
 BLOCKED = {"process_vm_readv": errno.EPERM, "process_vm_writev": errno.ENOSYS}
 
@@ -127,14 +127,14 @@ def test_a_thread_is_no_task() -> None:
 @pytest.mark.needs("compiler")
 @pytest.mark.parametrize("deny", [{}, BLOCKED], ids=["by the call", "by /proc/PID/mem"])
 @pytest.mark.usefixtures("nothing_left")
-def test_read_and_write(start_zoo: Start, tmp_path: Path, deny: dict[str, int]) -> None:
-    zoo = start_zoo(20 << 20)
-    address, size = zoo["anonymous"]
-    before = zoo.dump("anonymous", tmp_path / "before")
+def test_read_and_write(start_source: Start, tmp_path: Path, deny: dict[str, int]) -> None:
+    source = start_source(20 << 20)
+    address, size = source["anonymous"]
+    before = source.dump("anonymous", tmp_path / "before")
     patch = os.urandom(10_001)
 
     def work() -> None:
-        task = Task(zoo.pid)
+        task = Task(source.pid)
         assert task.read(address, size) == before
         assert task.read(address + 4095, 3) == before[4095:4098]
         assert task.read(address, 0) == b""
@@ -144,17 +144,17 @@ def test_read_and_write(start_zoo: Start, tmp_path: Path, deny: dict[str, int]) 
         assert task.write(address + 777, patch) == len(patch)
 
     in_child(work, deny=deny)
-    after = zoo.dump("anonymous", tmp_path / "after")
+    after = source.dump("anonymous", tmp_path / "after")
     assert after == before[:777] + patch + before[777 + len(patch) :]
 
 
 @pytest.mark.needs("compiler")
 @pytest.mark.parametrize("deny", [{}, BLOCKED], ids=["by the call", "by /proc/PID/mem"])
-def test_protections_hold(start_zoo: Start, tmp_path: Path, deny: dict[str, int]) -> None:
+def test_protections_hold(start_source: Start, tmp_path: Path, deny: dict[str, int]) -> None:
     """/proc/PID/mem alone would read what has no permission, and write over a program's text."""
-    zoo = start_zoo()
-    read_only, no_access = zoo["readonly"].address, zoo["no-access"].address
-    before = zoo.dump("readonly", tmp_path / "before")
+    source = start_source()
+    read_only, no_access = source["readonly"].address, source["no-access"].address
+    before = source.dump("readonly", tmp_path / "before")
 
     def refused(access: Callable[[], object]) -> tuple[IOReturn, int | None]:
         with pytest.raises(IOReturnError) as caught:
@@ -162,7 +162,7 @@ def test_protections_hold(start_zoo: Start, tmp_path: Path, deny: dict[str, int]
         return caught.value.code, caught.value.address
 
     def work() -> list[tuple[IOReturn, int | None]]:
-        task = Task(zoo.pid)
+        task = Task(source.pid)
         assert task.read(read_only, 4096) == before[:4096]
         return [refused(lambda: task.read(no_access, 4096)), refused(lambda: task.write(read_only + 5, b"no"))]
 
@@ -170,22 +170,22 @@ def test_protections_hold(start_zoo: Start, tmp_path: Path, deny: dict[str, int]
         (IOReturn.kIOReturnVMError, no_access),
         (IOReturn.kIOReturnVMError, read_only + 5),
     ]
-    assert zoo.dump("readonly", tmp_path / "after") == before
+    assert source.dump("readonly", tmp_path / "after") == before
 
 
 @pytest.mark.needs("compiler")
 @pytest.mark.parametrize("deny", [{}, BLOCKED], ids=["by the call", "by /proc/PID/mem"])
 @pytest.mark.parametrize("size", [1 << 20, 20 << 20])
-def test_scattered_holes(start_zoo: Start, deny: dict[str, int], size: int) -> None:
-    zoo = start_zoo(size, "only-anonymous")
-    address = zoo["anonymous"].address
+def test_scattered_holes(start_source: Start, deny: dict[str, int], size: int) -> None:
+    source = start_source(size, "only-anonymous")
+    address = source["anonymous"].address
     holes = [size // 16 * number for number in (3, 7, 8, 15)]
     for hole in holes:
-        zoo.obey(f"unmap anonymous {hole} {kernel.PAGE}")
+        source.command(f"unmap anonymous {hole} {kernel.PAGE}")
 
     def first_bad(start: int) -> int | None:
         with pytest.raises(IOReturnError) as caught:
-            Task(zoo.pid).read(address + start, size - start)
+            Task(source.pid).read(address + start, size - start)
         assert caught.value.code == IOReturn.kIOReturnVMError
         return caught.value.address
 

@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import kernel, requirements
 from support.child import in_child
-from support.zoo import Zoo
+from support.source_process import SourceProcess
 
 import iobmd
 from iobmd import IOBufferMemoryDescriptor, IOReturn, Task, kernel_task, kIOMemoryPageable
 
-Start = Callable[..., Zoo]
+Start = Callable[..., SourceProcess]
 READABLE = ("anonymous", "thp", "memfd", "file", "readonly", "stack", "untouched")
 BIG = 64 << 20
 
@@ -28,8 +28,8 @@ LARGE = 0 if requirements.may_lock(BIG) else int(kIOMemoryPageable)
 needs_compiler = pytest.mark.needs("compiler")
 
 
-def copy(zoo: Zoo, address: int, size: int, options: int = LARGE) -> bytes:
-    with IOBufferMemoryDescriptor.withCopy(kernel_task, options, zoo.pid, address, size) as buffer:
+def copy(source: SourceProcess, address: int, size: int, options: int = LARGE) -> bytes:
+    with IOBufferMemoryDescriptor.withCopy(kernel_task, options, source.pid, address, size) as buffer:
         return bytes(buffer)
 
 
@@ -37,42 +37,42 @@ def copy(zoo: Zoo, address: int, size: int, options: int = LARGE) -> bytes:
 @pytest.mark.parametrize("options", [0, kIOMemoryPageable], ids=["wired", "pageable"])
 @pytest.mark.parametrize("kind", READABLE)
 @pytest.mark.usefixtures("nothing_left")
-def test_exact_for_each_kind(start_zoo: Start, tmp_path: Path, kind: str, options: int) -> None:
-    zoo = start_zoo()
-    animal = zoo[kind]
-    expected = zoo.dump(kind, tmp_path / "dump")
-    assert len(expected) == animal.size
+def test_exact_for_each_kind(start_source: Start, tmp_path: Path, kind: str, options: int) -> None:
+    source = start_source()
+    region = source[kind]
+    expected = source.dump(kind, tmp_path / "dump")
+    assert len(expected) == region.size
     assert (kind == "untouched") == (not any(expected))
-    task = Task(zoo.pid)
-    with IOBufferMemoryDescriptor.withCopy(kernel_task, options, task, animal.address, animal.size) as buffer:
+    task = Task(source.pid)
+    with IOBufferMemoryDescriptor.withCopy(kernel_task, options, task, region.address, region.size) as buffer:
         assert bytes(buffer) == expected
         wired = options == 0
-        assert kernel.present(buffer.getBytesNoCopy(), animal.size) == animal.size // kernel.PAGE
+        assert kernel.present(buffer.getBytesNoCopy(), region.size) == region.size // kernel.PAGE
         locked = kernel.smaps(buffer.getBytesNoCopy())["Locked"]
-        assert (locked >= animal.size) if wired else (locked == 0)
+        assert (locked >= region.size) if wired else (locked == 0)
 
 
 @needs_compiler
 @pytest.mark.needs("hugetlb")
-def test_exact_for_hugetlb(hugetlb_pool: int, start_zoo: Start, tmp_path: Path) -> None:
-    zoo = start_zoo()
-    animal = zoo["hugetlb"]
-    assert animal.address
-    assert copy(zoo, animal.address, animal.size) == zoo.dump("hugetlb", tmp_path / "dump")
+def test_exact_for_hugetlb(hugetlb_pool: int, start_source: Start, tmp_path: Path) -> None:
+    source = start_source()
+    region = source["hugetlb"]
+    assert region.address
+    assert copy(source, region.address, region.size) == source.dump("hugetlb", tmp_path / "dump")
 
 
 @needs_compiler
-def test_any_offset_and_size(start_zoo: Start, tmp_path: Path) -> None:
-    zoo = start_zoo(BIG, "only-anonymous")
-    address, size = zoo["anonymous"]
-    expected = zoo.dump("anonymous", tmp_path / "dump")
+def test_any_offset_and_size(start_source: Start, tmp_path: Path) -> None:
+    source = start_source(BIG, "only-anonymous")
+    address, size = source["anonymous"]
+    expected = source.dump("anonymous", tmp_path / "dump")
 
     @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.integers(0, size - 1), st.integers(1, 1 << 20) | st.integers(1, size), st.booleans())
     def check(offset: int, length: int, wired: bool) -> None:
         length = min(length, size - offset)
         with iobmd.copy(
-            zoo.pid, address + offset, length, wired=wired and (not LARGE or length <= 1 << 20)
+            source.pid, address + offset, length, wired=wired and (not LARGE or length <= 1 << 20)
         ) as buffer:
             assert len(buffer) == length
             assert bytes(buffer) == expected[offset : offset + length]
@@ -83,19 +83,19 @@ def test_any_offset_and_size(start_zoo: Start, tmp_path: Path) -> None:
 @needs_compiler
 @pytest.mark.parametrize("size", [1 << 20, BIG], ids=["one call", "threads"])
 @pytest.mark.usefixtures("nothing_left")
-def test_hole_in_the_middle(start_zoo: Start, size: int) -> None:
-    zoo = start_zoo(size, "only-anonymous")
-    address = zoo["anonymous"].address
+def test_hole_in_the_middle(start_source: Start, size: int) -> None:
+    source = start_source(size, "only-anonymous")
+    address = source["anonymous"].address
     hole = size // 2 + kernel.PAGE
-    zoo.obey(f"unmap anonymous {hole} {kernel.PAGE}")
+    source.command(f"unmap anonymous {hole} {kernel.PAGE}")
     # A second hole above: the error names the first, whichever thread finds its own sooner.
-    zoo.obey(f"unmap anonymous {hole + (size >> 2)} {kernel.PAGE}")
+    source.command(f"unmap anonymous {hole + (size >> 2)} {kernel.PAGE}")
     for start in (0, 1, kernel.PAGE - 1, hole - 1):
         with pytest.raises(iobmd.IOReturnError, match="no memory is mapped") as caught:
-            copy(zoo, address + start, size - start)
+            copy(source, address + start, size - start)
         assert caught.value.code == IOReturn.kIOReturnVMError
         assert caught.value.address == address + hole
-    assert len(copy(zoo, address, hole)) == hole
+    assert len(copy(source, address, hole)) == hole
 
 
 @needs_compiler
@@ -103,30 +103,32 @@ def test_hole_in_the_middle(start_zoo: Start, size: int) -> None:
     ("kind", "why"), [("no-access", "without read permission"), ("past-end", "past the end of its file")]
 )
 @pytest.mark.usefixtures("nothing_left")
-def test_unreadable_memory(start_zoo: Start, kind: str, why: str) -> None:
-    zoo = start_zoo()
-    animal = zoo[kind]
+def test_unreadable_memory(start_source: Start, kind: str, why: str) -> None:
+    source = start_source()
+    region = source[kind]
     with pytest.raises(iobmd.IOReturnError, match=why) as caught:
-        copy(zoo, animal.address, animal.size)
+        copy(source, region.address, region.size)
     assert caught.value.code == IOReturn.kIOReturnVMError
-    expected = animal.address if kind == "no-access" else animal.address + animal.size - kernel.PAGE
+    expected = region.address if kind == "no-access" else region.address + region.size - kernel.PAGE
     assert caught.value.address == expected
 
 
 @needs_compiler
 @pytest.mark.usefixtures("nothing_left")
-def test_source_that_unmaps_meanwhile(start_zoo: Start) -> None:
+def test_source_that_unmaps_meanwhile(start_source: Start) -> None:
     size = 16 << 20
-    zoo = start_zoo(size, "only-anonymous")
-    address = zoo["anonymous"].address
+    source = start_source(size, "only-anonymous")
+    address = source["anonymous"].address
     offset, length = size // 2, 1 << 20
-    zoo.obey(f"flap anonymous {offset} {length}")
+    source.command(f"flap anonymous {offset} {length}")
     outcomes: set[str] = set()
     for turn in range(2000):
         if turn >= 60 and "refused" in outcomes:
             break
         try:
-            with IOBufferMemoryDescriptor.withCopy(kernel_task, kIOMemoryPageable, zoo.pid, address, size) as buffer:
+            with IOBufferMemoryDescriptor.withCopy(
+                kernel_task, kIOMemoryPageable, source.pid, address, size
+            ) as buffer:
                 assert not set(buffer.readBytes(offset, length)) - {0, 0x55}
             outcomes.add("whole")
         except iobmd.IOReturnError as error:
@@ -140,9 +142,9 @@ def test_source_that_unmaps_meanwhile(start_zoo: Start) -> None:
 @needs_compiler
 @pytest.mark.parametrize("end", ["kill", "exec"])
 @pytest.mark.usefixtures("nothing_left")
-def test_source_that_goes_away_midway(start_zoo: Start, end: str) -> None:
-    zoo = start_zoo(BIG, "only-anonymous")
-    task = Task(zoo.pid)
+def test_source_that_goes_away_midway(start_source: Start, end: str) -> None:
+    source = start_source(BIG, "only-anonymous")
+    task = Task(source.pid)
     called = []
 
     def go_away(copied: int) -> None:
@@ -150,15 +152,17 @@ def test_source_that_goes_away_midway(start_zoo: Start, end: str) -> None:
             return
         called.append(copied)
         if end == "kill":
-            os.kill(zoo.pid, signal.SIGKILL)
-            os.waitid(os.P_PID, zoo.pid, os.WEXITED | os.WNOWAIT)
+            os.kill(source.pid, signal.SIGKILL)
+            os.waitid(os.P_PID, source.pid, os.WEXITED | os.WNOWAIT)
         else:
-            zoo.tell("exec")
-            while b"sleep" not in Path(f"/proc/{zoo.pid}/cmdline").read_bytes():
+            source.tell("exec")
+            while b"sleep" not in Path(f"/proc/{source.pid}/cmdline").read_bytes():
                 pass
 
     with pytest.raises(iobmd.IOReturnError) as caught:
-        IOBufferMemoryDescriptor.withCopy(kernel_task, LARGE, task, zoo["anonymous"].address, BIG, progress=go_away)
+        IOBufferMemoryDescriptor.withCopy(
+            kernel_task, LARGE, task, source["anonymous"].address, BIG, progress=go_away
+        )
     assert called
     assert called[0] < BIG
     if end == "kill":
@@ -171,51 +175,51 @@ def test_source_that_goes_away_midway(start_zoo: Start, end: str) -> None:
 
 @needs_compiler
 @pytest.mark.usefixtures("nothing_left")
-def test_killed_at_random_moments(start_zoo: Start, tmp_path: Path) -> None:
+def test_killed_at_random_moments(start_source: Start, tmp_path: Path) -> None:
     for round_ in range(12):
-        zoo = start_zoo(BIG // 2, "only-anonymous")
-        address, size = zoo["anonymous"]
-        expected = zoo.dump("anonymous", tmp_path / "dump")
-        timer = threading.Timer(round_ * 0.001, zoo.process.kill)
+        source = start_source(BIG // 2, "only-anonymous")
+        address, size = source["anonymous"]
+        expected = source.dump("anonymous", tmp_path / "dump")
+        timer = threading.Timer(round_ * 0.001, source.process.kill)
         timer.start()
         try:
-            assert copy(zoo, address, size) == expected
+            assert copy(source, address, size) == expected
         except iobmd.IOReturnError as error:
             assert error.code == IOReturn.kIOReturnNotFound
         timer.join()
 
 
 @needs_compiler
-def test_zombie_and_reaped(start_zoo: Start) -> None:
-    zoo = start_zoo()
-    task = Task(zoo.pid)
-    zoo.process.kill()
-    os.waitid(os.P_PID, zoo.pid, os.WEXITED | os.WNOWAIT)
-    for target in (task, zoo.pid, task):
+def test_zombie_and_reaped(start_source: Start) -> None:
+    source = start_source()
+    task = Task(source.pid)
+    source.process.kill()
+    os.waitid(os.P_PID, source.pid, os.WEXITED | os.WNOWAIT)
+    for target in (task, source.pid, task):
         with pytest.raises(ProcessLookupError) as caught:
-            IOBufferMemoryDescriptor.withCopy(kernel_task, 0, target, zoo["anonymous"].address, 4096)
+            IOBufferMemoryDescriptor.withCopy(kernel_task, 0, target, source["anonymous"].address, 4096)
         assert caught.value.code == IOReturn.kIOReturnNotFound
-        zoo.process.wait()
+        source.process.wait()
 
 
 @needs_compiler
-def test_threads_remain_when_the_leader_exited(start_zoo: Start, tmp_path: Path) -> None:
-    zoo = start_zoo()
-    expected = zoo.dump("thp", tmp_path / "dump")
-    task = Task(zoo.pid)
-    zoo.obey("leader-exit")
-    while "zombie" not in Path(f"/proc/{zoo.pid}/status").read_text():
+def test_threads_remain_when_the_leader_exited(start_source: Start, tmp_path: Path) -> None:
+    source = start_source()
+    expected = source.dump("thp", tmp_path / "dump")
+    task = Task(source.pid)
+    source.command("leader-exit")
+    while "zombie" not in Path(f"/proc/{source.pid}/status").read_text():
         pass
     assert task.alive
-    assert copy(zoo, *zoo["thp"]) == expected
+    assert copy(source, *source["thp"]) == expected
 
 
 @needs_compiler
 @pytest.mark.usefixtures("nothing_left")
-def test_many_threads_at_once(start_zoo: Start, tmp_path: Path) -> None:
-    zoo = start_zoo(24 << 20, "only-anonymous")
-    address, size = zoo["anonymous"]
-    expected = zoo.dump("anonymous", tmp_path / "dump")
+def test_many_threads_at_once(start_source: Start, tmp_path: Path) -> None:
+    source = start_source(24 << 20, "only-anonymous")
+    address, size = source["anonymous"]
+    expected = source.dump("anonymous", tmp_path / "dump")
     start = ctypes.cast(ctypes.c_char_p(expected), ctypes.c_void_p).value or 0
     memcmp = ctypes.CDLL(None).memcmp
     memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
@@ -224,7 +228,7 @@ def test_many_threads_at_once(start_zoo: Start, tmp_path: Path) -> None:
     def work(seed: int) -> None:
         for turn in range(8):
             offset = (seed * 7919 + turn * 104729) % (size // 2)
-            with iobmd.copy(zoo.pid, address + offset, size - offset, wired=not LARGE) as buffer:
+            with iobmd.copy(source.pid, address + offset, size - offset, wired=not LARGE) as buffer:
                 # Views compare element by element, and copies would stay in the threads' arenas.
                 if memcmp(buffer.getBytesNoCopy(), start + offset, size - offset):
                     wrong.append(offset)
@@ -239,14 +243,14 @@ def test_many_threads_at_once(start_zoo: Start, tmp_path: Path) -> None:
 
 @pytest.mark.needs("compiler", "big_memory")
 @pytest.mark.usefixtures("nothing_left")
-def test_more_than_two_gigabytes(start_zoo: Start, tmp_path: Path) -> None:
+def test_more_than_two_gigabytes(start_source: Start, tmp_path: Path) -> None:
     """More than one process_vm_readv can move (0x7ffff000), at an odd address."""
     size = (2 << 30) + (64 << 20)
-    zoo = start_zoo(size, "only-anonymous")
-    address = zoo["anonymous"].address
-    with iobmd.copy(zoo.pid, address + 1, size - 1, wired=False) as buffer:
+    source = start_source(size, "only-anonymous")
+    address = source["anonymous"].address
+    with iobmd.copy(source.pid, address + 1, size - 1, wired=False) as buffer:
         for offset in (0, (2 << 30) - 4096, (2 << 30) + 12345, size - 4097):
-            assert buffer.readBytes(offset, 4096) == Task(zoo.pid).read(address + 1 + offset, 4096)
+            assert buffer.readBytes(offset, 4096) == Task(source.pid).read(address + 1 + offset, 4096)
         # The generator has no zero words, so that a page that was not copied would show.
         with memoryview(buffer) as view, view[: (size - 1) // 8 * 8].cast("Q") as words:
             assert 0 not in words[:: kernel.PAGE // 8].tolist()
@@ -254,8 +258,8 @@ def test_more_than_two_gigabytes(start_zoo: Start, tmp_path: Path) -> None:
 
 @needs_compiler
 @pytest.mark.usefixtures("nothing_left")
-def test_interrupt_leaves_nothing(start_zoo: Start) -> None:
-    zoo = start_zoo(BIG, "only-anonymous")
+def test_interrupt_leaves_nothing(start_source: Start) -> None:
+    source = start_source(BIG, "only-anonymous")
 
     before = len(list(Path("/proc/self/task").iterdir()))
 
@@ -264,7 +268,7 @@ def test_interrupt_leaves_nothing(start_zoo: Start) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         IOBufferMemoryDescriptor.withCopy(
-            kernel_task, LARGE, zoo.pid, zoo["anonymous"].address, BIG, progress=interrupt
+            kernel_task, LARGE, source.pid, source["anonymous"].address, BIG, progress=interrupt
         )
     deadline = time.monotonic() + 10
     while len(list(Path("/proc/self/task").iterdir())) > before and time.monotonic() < deadline:
@@ -273,14 +277,14 @@ def test_interrupt_leaves_nothing(start_zoo: Start) -> None:
 
 
 @needs_compiler
-def test_no_second_copy_of_the_data(start_zoo: Start) -> None:
-    zoo = start_zoo(256 << 20, "only-anonymous")
-    address, size = zoo["anonymous"]
+def test_no_second_copy_of_the_data(start_source: Start) -> None:
+    source = start_source(256 << 20, "only-anonymous")
+    address, size = source["anonymous"]
 
     def peak() -> int:
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         before = kernel.status("VmRSS")
-        with iobmd.copy(zoo.pid, address, size, wired=not LARGE):
+        with iobmd.copy(source.pid, address, size, wired=not LARGE):
             return kernel.status("VmHWM") - before
 
     assert size <= in_child(peak) < size + (8 << 20)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from support.child import forked, sleeping
 from support.kernel import Footprint
-from support.targets import Belongings, Target, check_as_before, until, until_blocked
+from support.targets import ProgramResources, Target, check_unchanged, until, until_blocked
 
 import iobmd
 from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Task, procfs
@@ -95,13 +95,13 @@ def test_we_are_killed(use: Callable[[int, int], None]) -> None:
     with Target([sys.executable, "-c", ECHO]) as target:
         address = int(target.line())
         until_blocked(target.pid)
-        before = Belongings.of(target.pid)
+        before = ProgramResources.of(target.pid)
         for _ in range(40):
             kill_in_the_middle(lambda: use(target.pid, address))
             assert is_left_alone(target.pid), target.state()
             target.tell("hello")
             assert target.line(5) == "hello"
-            after = Belongings.of(target.pid)
+            after = ProgramResources.of(target.pid)
             assert after.descriptors == before.descriptors
             # Memory that was allocated there stays where we are killed before it is freed; nothing else does.
             assert not [line for line in set(after.maps) - set(before.maps) if "memfd:iobmd" not in line]
@@ -181,7 +181,7 @@ def test_we_are_killed_with_several_threads(monkeypatch: pytest.MonkeyPatch) -> 
     with Target([sys.executable, "-c", ECHO]) as target:
         target.line()
         until_blocked(target.pid)
-        before = Belongings.of(target.pid)
+        before = ProgramResources.of(target.pid)
         real = Guest.isolate
 
         def isolate(guest: Guest) -> None:
@@ -202,4 +202,4 @@ def test_we_are_killed_with_several_threads(monkeypatch: pytest.MonkeyPatch) -> 
             assert until(lambda: is_left_alone(target.pid), 5), target.state()
             target.tell("hello")
             assert target.line(5) == "hello"
-            check_as_before(target.pid, before)
+            check_unchanged(target.pid, before)

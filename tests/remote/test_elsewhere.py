@@ -10,7 +10,7 @@ from support import kernel, room
 from support.child import in_child, sleeping, until_asleep
 from support.kernel import frames
 from support.refusals import code_of
-from support.zoo import Zoo
+from support.source_process import SourceProcess
 
 import iobmd
 from iobmd import IOMapOptions, IOReturn, IOReturnError, Task
@@ -250,17 +250,17 @@ def test_no_pin_no_wired_memory_of_no_task() -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.needs("compiler")
-def test_copy_between_two_tasks(start_zoo: Callable[..., Zoo], target: subprocess.Popen[bytes]) -> None:
-    with start_zoo() as zoo:
-        animal = zoo["anonymous"]
-        expected = Task(zoo.pid).read(animal.address, animal.size)
-        for into in (target.pid, zoo.pid, None):
-            with Buffer.withCopy(into, 0, zoo.pid, animal.address, animal.size) as copied:
-                assert copied.readBytes(0, animal.size) == expected
+def test_copy_between_two_tasks(start_source: Callable[..., SourceProcess], target: subprocess.Popen[bytes]) -> None:
+    with start_source() as source:
+        region = source["anonymous"]
+        expected = Task(source.pid).read(region.address, region.size)
+        for into in (target.pid, source.pid, None):
+            with Buffer.withCopy(into, 0, source.pid, region.address, region.size) as copied:
+                assert copied.readBytes(0, region.size) == expected
                 if into:
-                    assert Task(into).read(copied.getBytesNoCopy(), animal.size) == expected
+                    assert Task(into).read(copied.getBytesNoCopy(), region.size) == expected
         before = snapshot(target.pid)
-        bad = lambda: Buffer.withCopy(target.pid, 0, zoo.pid, animal.address, 1 << 40)  # noqa: E731
+        bad = lambda: Buffer.withCopy(target.pid, 0, source.pid, region.address, 1 << 40)  # noqa: E731
         assert code_of(bad) in (IOReturn.kIOReturnVMError, IOReturn.kIOReturnNoMemory)
         assert snapshot(target.pid) == before
 

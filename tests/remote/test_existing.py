@@ -8,14 +8,14 @@ from support import kernel
 from support.child import NOBODY, in_child
 from support.kernel import frames
 from support.refusals import code_of
+from support.source_process import SourceProcess
 from support.targets import need_ptrace
-from support.zoo import Zoo
 
 import iobmd
 from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Task, Wiring
 from iobmd.remote import wired
 
-Start = Callable[..., Zoo]
+Start = Callable[..., SourceProcess]
 PAGE, MIB = kernel.PAGE, 1 << 20
 INOUT, OUT = 3, 2
 
@@ -27,7 +27,7 @@ def may_trace() -> None:
     need_ptrace()
 
 
-def belongings(pid: int) -> tuple[list[str], set[str]]:
+def resources(pid: int) -> tuple[list[str], set[str]]:
     """What a program has mapped and open."""
     areas = Path(f"/proc/{pid}/maps").read_text().splitlines()
     return areas, {entry.name for entry in Path(f"/proc/{pid}/fd").iterdir()}
@@ -39,13 +39,13 @@ def uncharged(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["anonymous", "thp", "memfd", "stack"])
-def test_bytes(start_zoo: Start, kind: str) -> None:
-    zoo = start_zoo()
-    address, size = zoo[kind]
-    task, half = Task(zoo.pid), size // 2
+def test_bytes(start_source: Start, kind: str) -> None:
+    source = start_source()
+    address, size = source[kind]
+    task, half = Task(source.pid), size // 2
     model = task.read(address, size)
     ranges = [(address + half + 3, 70_001), (address + 1, 5), (address + size - 9, 9)]
-    with IOMemoryDescriptor.withAddressRanges(ranges, INOUT, zoo.pid) as md:
+    with IOMemoryDescriptor.withAddressRanges(ranges, INOUT, source.pid) as md:
         expected = model[half + 3 : half + 70_004] + model[1:6] + model[-9:]
         assert md.readBytes(0, len(md)) == expected
         md.writeBytes(70_000, b"0123456789")
@@ -59,17 +59,17 @@ def test_bytes(start_zoo: Start, kind: str) -> None:
 @pytest.mark.needs("frames", "hugetlb")
 @pytest.mark.usefixtures("hugetlb_pool")
 @pytest.mark.parametrize("kind", ["anonymous", "thp", "memfd", "untouched", "hugetlb"])
-def test_pinned_in_its_task(start_zoo: Start, kind: str) -> None:
+def test_pinned_in_its_task(start_source: Start, kind: str) -> None:
     """By a ring that is taken away from it: its frames stay under compaction, and nothing of ours stays in it."""
-    zoo = start_zoo()
-    address, size = zoo[kind].address, min(zoo[kind].size, 2 * MIB)
-    before = belongings(zoo.pid)
-    with IOMemoryDescriptor.withAddressRange(address + 9, size - 9, INOUT, zoo.pid) as md:
+    source = start_source()
+    address, size = source[kind].address, min(source[kind].size, 2 * MIB)
+    before = resources(source.pid)
+    with IOMemoryDescriptor.withAddressRange(address + 9, size - 9, INOUT, source.pid) as md:
         md.prepare()
         assert md.wiring is Wiring.PINNED
-        assert belongings(zoo.pid) == before
-        assert kernel.status("VmPin", zoo.pid) >= size
-        lies = frames(address, size, zoo.pid)
+        assert resources(source.pid) == before
+        assert kernel.status("VmPin", source.pid) >= size
+        lies = frames(address, size, source.pid)
         assert all(lies)
         told = [
             page for start, length in md.segments() for page in range(start // PAGE, -(-(start + length) // PAGE))
@@ -77,64 +77,64 @@ def test_pinned_in_its_task(start_zoo: Start, kind: str) -> None:
         assert told == lies
         assert md.getPhysicalAddress() == lies[0] * PAGE + 9
         Path("/proc/sys/vm/compact_memory").write_text("1")
-        assert frames(address, size, zoo.pid) == lies
+        assert frames(address, size, source.pid) == lies
         md.verify()
         assert md.layout().size == -(-size // PAGE) * PAGE
         md.complete()
-        assert uncharged(zoo.pid)
-    assert belongings(zoo.pid) == before
-    zoo.obey(f"dump {kind} /dev/null")
+        assert uncharged(source.pid)
+    assert resources(source.pid) == before
+    source.command(f"dump {kind} /dev/null")
 
 
-def test_locked_where_it_cannot_be_pinned(start_zoo: Start) -> None:
+def test_locked_where_it_cannot_be_pinned(start_source: Start) -> None:
     """Memory of a file: the kernel takes no long-term pin of it."""
-    zoo = start_zoo()
-    address, size = zoo["file"].address, MIB
-    before = belongings(zoo.pid)
-    with IOMemoryDescriptor.withAddressRange(address + 5, size - 5, INOUT, zoo.pid) as md:
+    source = start_source()
+    address, size = source["file"].address, MIB
+    before = resources(source.pid)
+    with IOMemoryDescriptor.withAddressRange(address + 5, size - 5, INOUT, source.pid) as md:
         md.prepare()
         assert md.wiring is Wiring.RESIDENT
-        assert kernel.status("VmLck", zoo.pid) == size
+        assert kernel.status("VmLck", source.pid) == size
         assert code_of(md.segments) == IOReturn.kIOReturnNotReady
         assert code_of(md.free) == IOReturn.kIOReturnBusy
-        assert belongings(zoo.pid)[1] == before[1]
+        assert resources(source.pid)[1] == before[1]
         md.complete()
         assert md.wiring is Wiring.PAGEABLE
-        assert kernel.status("VmLck", zoo.pid) == 0
-    assert belongings(zoo.pid) == before
+        assert kernel.status("VmLck", source.pid) == 0
+    assert resources(source.pid) == before
 
 
-def test_read_only_memory_is_locked(start_zoo: Start) -> None:
-    zoo = start_zoo()
-    address, size = zoo["readonly"]
-    assert code_of(lambda: IOMemoryDescriptor.withAddressRange(address, size, INOUT, zoo.pid)) == (
+def test_read_only_memory_is_locked(start_source: Start) -> None:
+    source = start_source()
+    address, size = source["readonly"]
+    assert code_of(lambda: IOMemoryDescriptor.withAddressRange(address, size, INOUT, source.pid)) == (
         IOReturn.kIOReturnVMError
     )
-    with IOMemoryDescriptor.withAddressRange(address, size, OUT, zoo.pid) as md:
+    with IOMemoryDescriptor.withAddressRange(address, size, OUT, source.pid) as md:
         md.prepare()
-        assert kernel.status("VmLck", zoo.pid) == size
+        assert kernel.status("VmLck", source.pid) == size
         md.complete()
 
 
-def test_what_it_has_locked_itself_stays_locked(start_zoo: Start) -> None:
-    zoo = start_zoo()
-    address = zoo["file"].address
-    inner = wired.RemotePin(Task(zoo.pid), address + 2 * PAGE, PAGE)
-    assert kernel.status("VmLck", zoo.pid) == PAGE
-    outer = wired.RemotePin(Task(zoo.pid), address, 4 * PAGE)
-    assert kernel.status("VmLck", zoo.pid) == 4 * PAGE
+def test_what_it_has_locked_itself_stays_locked(start_source: Start) -> None:
+    source = start_source()
+    address = source["file"].address
+    inner = wired.RemotePin(Task(source.pid), address + 2 * PAGE, PAGE)
+    assert kernel.status("VmLck", source.pid) == PAGE
+    outer = wired.RemotePin(Task(source.pid), address, 4 * PAGE)
+    assert kernel.status("VmLck", source.pid) == 4 * PAGE
     outer.release()
-    assert kernel.status("VmLck", zoo.pid) == PAGE, "that of the one before is there still"
+    assert kernel.status("VmLck", source.pid) == PAGE, "that of the one before is there still"
     inner.release()
-    assert kernel.status("VmLck", zoo.pid) == 0
+    assert kernel.status("VmLck", source.pid) == 0
 
 
-def test_nothing_is_held_where_part_of_it_cannot_be(start_zoo: Start) -> None:
-    zoo = start_zoo()
-    file, hole = zoo["file"], zoo["past-end"]
-    before = belongings(zoo.pid)
+def test_nothing_is_held_where_part_of_it_cannot_be(start_source: Start) -> None:
+    source = start_source()
+    file, hole = source["file"], source["past-end"]
+    before = resources(source.pid)
     ranges = [(file.address, PAGE), (hole.address + hole.size - PAGE, PAGE)]
-    with IOMemoryDescriptor.withAddressRanges(ranges, INOUT, zoo.pid) as md:
+    with IOMemoryDescriptor.withAddressRanges(ranges, INOUT, source.pid) as md:
         error = None
         try:
             md.prepare()
@@ -143,54 +143,56 @@ def test_nothing_is_held_where_part_of_it_cannot_be(start_zoo: Start) -> None:
         assert error is not None
         assert error.code == IOReturn.kIOReturnVMError
         assert "past the end of its file" in str(error)
-        assert kernel.status("VmLck", zoo.pid) == kernel.pinned(pid=zoo.pid) == 0
-    assert belongings(zoo.pid) == before
+        assert kernel.status("VmLck", source.pid) == kernel.pinned(pid=source.pid) == 0
+    assert resources(source.pid) == before
 
 
-def test_it_is_not_mapped_here(start_zoo: Start) -> None:
-    zoo = start_zoo()
-    with IOMemoryDescriptor.withAddressRange(zoo["anonymous"].address, PAGE, INOUT, zoo.pid) as md:
+def test_it_is_not_mapped_here(start_source: Start) -> None:
+    source = start_source()
+    with IOMemoryDescriptor.withAddressRange(source["anonymous"].address, PAGE, INOUT, source.pid) as md:
         assert code_of(md.map) == IOReturn.kIOReturnUnsupported
-        there = md.createMappingInTask(zoo.pid, 0, IOMapOptions.kIOMapAnywhere)
-        assert there.getAddress() == zoo["anonymous"].address
+        there = md.createMappingInTask(source.pid, 0, IOMapOptions.kIOMapAnywhere)
+        assert there.getAddress() == source["anonymous"].address
         assert code_of(lambda: memoryview(there)) == IOReturn.kIOReturnUnsupported
         there.unmap()
 
 
 @pytest.mark.needs("frames")
-def test_memory_of_iobmd_in_a_task_is_known_again(start_zoo: Start) -> None:
-    zoo = start_zoo()
-    with iobmd.allocate(4 * PAGE, task=zoo.pid) as buffer:
-        md = IOMemoryDescriptor.withAddressRange(buffer.getBytesNoCopy() + PAGE, PAGE, INOUT, zoo.pid)
+def test_memory_of_iobmd_in_a_task_is_known_again(start_source: Start) -> None:
+    source = start_source()
+    with iobmd.allocate(4 * PAGE, task=source.pid) as buffer:
+        md = IOMemoryDescriptor.withAddressRange(buffer.getBytesNoCopy() + PAGE, PAGE, INOUT, source.pid)
         with md, md.map() as here:
             memoryview(here)[0] = 0x5A
-            assert Task(zoo.pid).read(buffer.getBytesNoCopy() + PAGE, 1) == b"\x5a"
+            assert Task(source.pid).read(buffer.getBytesNoCopy() + PAGE, 1) == b"\x5a"
             assert md.getPhysicalAddress() == buffer.getPhysicalSegment(PAGE)[0]
 
 
-def test_task_that_ends_while_held(start_zoo: Start) -> None:
-    zoo = start_zoo()
-    pinned = IOMemoryDescriptor.withAddressRange(zoo["anonymous"].address, MIB, INOUT, zoo.pid)
-    locked = IOMemoryDescriptor.withAddressRange(zoo["file"].address, MIB, INOUT, zoo.pid)
+def test_task_that_ends_while_held(start_source: Start) -> None:
+    source = start_source()
+    pinned = IOMemoryDescriptor.withAddressRange(source["anonymous"].address, MIB, INOUT, source.pid)
+    locked = IOMemoryDescriptor.withAddressRange(source["file"].address, MIB, INOUT, source.pid)
     pinned.prepare()
     locked.prepare()
-    zoo.process.kill()
-    zoo.process.wait()
+    source.process.kill()
+    source.process.wait()
     assert code_of(lambda: pinned.readBytes(0, 1)) == IOReturn.kIOReturnNotFound
     for md in (pinned, locked):
         md.complete()
         assert code_of(md.prepare) == IOReturn.kIOReturnNotFound
         md.free()
-    assert code_of(lambda: IOMemoryDescriptor.withAddressRange(4096, 1, INOUT, zoo.pid)) == IOReturn.kIOReturnNotFound
+    assert (
+        code_of(lambda: IOMemoryDescriptor.withAddressRange(4096, 1, INOUT, source.pid)) == IOReturn.kIOReturnNotFound
+    )
 
 
 @pytest.mark.needs("root")
-def test_who_may_not(start_zoo: Start) -> None:
-    zoo = start_zoo()
-    address = zoo["anonymous"].address
+def test_who_may_not(start_source: Start) -> None:
+    source = start_source()
+    address = source["anonymous"].address
 
     def stranger() -> IOReturn:
-        return code_of(lambda: IOMemoryDescriptor.withAddressRange(address, 1, INOUT, zoo.pid))
+        return code_of(lambda: IOMemoryDescriptor.withAddressRange(address, 1, INOUT, source.pid))
 
     assert in_child(stranger, uid=NOBODY) == IOReturn.kIOReturnNotPermitted
     thread = next(iter(Path("/proc/2/task").iterdir())).name

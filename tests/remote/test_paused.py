@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support import kernel
-from support.targets import Belongings, Target, build_from, check_as_before, until
+from support.targets import ProgramResources, Target, build_from, check_unchanged, until
 
 import iobmd
 from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Wiring
@@ -163,7 +163,7 @@ def test_thawed_during_the_copy(target: Target, freezer: Freezer) -> None:
 def test_calls_in_a_paused_task(target: Target, freezer: Freezer) -> None:
     """No call can be made there: the error names the group that is frozen, and what thaws it."""
     address = int(target.line())
-    before = Belongings.of(target.pid)
+    before = ProgramResources.of(target.pid)
     freezer.freeze()
     with IOMemoryDescriptor.withAddressRange(address, MIB, 3, target.pid) as memory:
         for call in (lambda: iobmd.allocate(4096, task=target.pid, wired=False), memory.prepare):
@@ -176,7 +176,7 @@ def test_calls_in_a_paused_task(target: Target, freezer: Freezer) -> None:
         freezer.thaw()
         memory.prepare()
         memory.complete()
-    check_as_before(target.pid, before)
+    check_unchanged(target.pid, before)
 
 
 def test_a_task_whose_main_thread_has_exited() -> None:

@@ -11,11 +11,11 @@ import pytest
 from support import kernel
 from support.targets import (
     PATIENCE,
-    Belongings,
+    ProgramResources,
     Stopping,
     Target,
     build,
-    check_as_before,
+    check_unchanged,
     exercise,
     in_call,
     need_ptrace,
@@ -279,13 +279,13 @@ def test_restartable_sequences_are_restarted() -> None:
     assert (code, said) == (0, "counted 200000\n")
 
 
-def test_belongings_are_really_looked_at() -> None:
+def test_resources_are_really_compared() -> None:
     """The checks of this folder fail when something stays in the target."""
     with Target([build("busy"), "wait"]) as target:
         until_blocked(target.pid)
-        before = Belongings.of(target.pid)
+        before = ProgramResources.of(target.pid)
         with iobmd.allocate(kernel.PAGE, task=target.pid), pytest.raises(AssertionError):
-            check_as_before(target.pid, before, exact=False, patience=0)
-        check_as_before(target.pid, before)
+            check_unchanged(target.pid, before, exact=False, patience=0)
+        check_unchanged(target.pid, before)
         target.tell()
         assert target.end() == (5, "woken\n")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import in_child
-from support.targets import Belongings, Target, build, check_as_before, children, need_ptrace, until
+from support.targets import ProgramResources, Target, build, check_unchanged, children, need_ptrace, until
 
 import iobmd
 from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Wiring
@@ -33,14 +33,14 @@ class Served(Target):
     def __init__(self, handler: str = "poll", main: str = "read", mode: str = "serve") -> None:
         super().__init__([build("userfault"), handler, main, mode])
         self.area, self.plain = map(int, self.line().split())
-        self.obeys = main == "read"
-        self.before = Belongings.of(self.pid)
+        self.reads_commands = main == "read"
+        self.before = ProgramResources.of(self.pid)
 
     def check_unharmed(self) -> None:
         """Check that it runs, untraced, with all it had and nothing else, and that its handler still serves."""
         assert until(lambda: not traced(self.pid) and not children(self.pid), 4), (self.state(), children(self.pid))
-        check_as_before(self.pid, self.before)
-        if self.obeys:
+        check_unchanged(self.pid, self.before)
+        if self.reads_commands:
             self.tell("check")
             assert self.line() == "intact"
 

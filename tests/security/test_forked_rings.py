@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import die_with_parent
+from support.source_process import SourceProcess
 from support.targets import need_ptrace
-from support.zoo import Zoo
 
 import iobmd
 from iobmd import IOMemoryDescriptor, Wiring
@@ -66,16 +66,16 @@ def test_of_this_process(fork: Callable[[], int]) -> None:
 
 @pytest.mark.needs("compiler", "frames")
 @pytest.mark.parametrize("fork", FORKS.values(), ids=FORKS.keys())
-def test_of_another_task(fork: Callable[[], int], start_zoo: Callable[..., Zoo]) -> None:
+def test_of_another_task(fork: Callable[[], int], start_source: Callable[..., SourceProcess]) -> None:
     """Its pages were pinned, and charged to it, until that child ended."""
     need_ptrace()
-    zoo = start_zoo()
-    address, size = zoo["anonymous"]
-    with IOMemoryDescriptor.withAddressRange(address, size, 3, zoo.pid) as memory:
+    source = start_source()
+    address, size = source["anonymous"]
+    with IOMemoryDescriptor.withAddressRange(address, size, 3, source.pid) as memory:
         memory.prepare()
         assert memory.wiring is Wiring.PINNED
-        assert kernel.status("VmPin", zoo.pid)
+        assert kernel.status("VmPin", source.pid)
         with child_of(fork) as pid:
             assert soon(lambda: not rings(pid))
             memory.complete()
-            assert soon(lambda: not kernel.status("VmPin", zoo.pid))
+            assert soon(lambda: not kernel.status("VmPin", source.pid))

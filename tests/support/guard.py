@@ -85,7 +85,7 @@ class _Watch:
         self.steps: dict[int, list[list[str]]] = {}
 
     def run(self) -> None:
-        """Obey the lines until there are no more; end what takes too long; restore when the tests died."""
+        """Execute the messages until there are no more; end what takes too long; restore when the tests died."""
         unread = b""
         while True:
             patience = None if self.deadline is None else max(self.deadline - time.monotonic(), 0)
@@ -97,7 +97,7 @@ class _Watch:
                     return
                 *lines, unread = (unread + data).split(b"\n")
                 for line in lines:
-                    self.obey(json.loads(line))
+                    self.execute(json.loads(line))
             elif self.watched in ready:
                 self.restore()
                 return
@@ -105,7 +105,7 @@ class _Watch:
                 self.deadline = None
                 self.end()
 
-    def obey(self, message: dict[str, Any]) -> None:
+    def execute(self, message: dict[str, Any]) -> None:
         if "test" in message:
             self.test, seconds = message["test"], message["seconds"]
             self.seconds = seconds or 0

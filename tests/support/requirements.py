@@ -17,7 +17,7 @@ from support.child import CAP_IPC_LOCK
 HUGE = 2 << 20
 MAY_BE_MISSING: dict[str, str] = {
     # requirement: why IOBMD_REQUIRE=all lets it be missing
-    "go": "a compiler of 200 MB for one program of the zoo",
+    "go": "a compiler of 200 MB for the program of one test",
     "rustc": "the same; where there is one, it is used",
     "two_processors": "a host may have one",
     "procmap_query": "kernels before 6.11 have none, and search maps",

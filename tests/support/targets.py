@@ -282,7 +282,7 @@ def until_at_rest(pid: int) -> None:
 # --- what it has
 
 
-class Belongings(NamedTuple):
+class ProgramResources(NamedTuple):
     """A program's mappings and descriptors."""
 
     maps: tuple[str, ...]
@@ -290,7 +290,7 @@ class Belongings(NamedTuple):
     descriptors: tuple[tuple[int, str], ...]
 
     @classmethod
-    def of(cls, pid: int) -> "Belongings":
+    def of(cls, pid: int) -> "ProgramResources":
         maps = tuple(Path(f"/proc/{pid}/maps").read_text().splitlines())
         fields = [line.split(maxsplit=5) for line in maps]
         # Not the anonymous ones, and the heap and the stack, which may grow at any time
@@ -301,18 +301,18 @@ class Belongings(NamedTuple):
                 found.append((int(entry.name), str(entry.readlink())))
         return cls(maps, names, tuple(sorted(found)))
 
-    def as_to(self, exact: bool) -> tuple[object, object]:
+    def comparable(self, exact: bool) -> tuple[object, object]:
         """Return what can be compared of them."""
         return (self.maps if exact else self.names), self.descriptors
 
 
-def check_as_before(pid: int, before: Belongings, *, exact: bool = True, patience: float = 3) -> None:
+def check_unchanged(pid: int, before: ProgramResources, *, exact: bool = True, patience: float = 3) -> None:
     """Check that a program has what it had, and nothing of ours; what it opened itself meanwhile it may close."""
-    until(lambda: Belongings.of(pid).as_to(exact) == before.as_to(exact), patience)
-    after = Belongings.of(pid)
+    until(lambda: ProgramResources.of(pid).comparable(exact) == before.comparable(exact), patience)
+    after = ProgramResources.of(pid)
     assert after.descriptors == before.descriptors
     assert not [line for line in after.maps if _OURS.search(line)]
-    assert after.as_to(exact) == before.as_to(exact)
+    assert after.comparable(exact) == before.comparable(exact)
 
 
 # --- what is done to it
@@ -328,13 +328,13 @@ def exercise(pid: int, times: int = 10, *, exact: bool = True, pause: float = 0)
 
     Returns for how many nanoseconds each stop took. `exact`: the program maps no memory itself meanwhile.
     """
-    before = Belongings.of(pid)
+    before = ProgramResources.of(pid)
     stopped: list[int] = []
     task = Task(pid)
     for number in range(times):
         stopped += _exercise_once(task, number)
         time.sleep(pause)
-    check_as_before(pid, before, exact=exact)
+    check_unchanged(pid, before, exact=exact)
     return stopped
 
 

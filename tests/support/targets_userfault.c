@@ -2,7 +2,7 @@
 
    Usage: userfault HANDLER MAIN MODE
    HANDLER  how its handler waits: "poll" or "read"
-   MAIN     what its main thread does: "read" obeys lines of its input, "spin" computes
+   MAIN     what its main thread does: "read" executes the commands of its input, "spin" computes
    MODE     "serve" answers faults of missing pages; "stall" does so only after the line "serve"; "protect" answers
             faults of pages protected from writes, which are all present; "drop" serves, and a thread takes pages away
             over and over; "fork" reads reports of forks as well, and the range "plain" is not registered

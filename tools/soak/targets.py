@@ -25,7 +25,7 @@ _RECENT = 5.0  # seconds after the kill of a worker in which a fault may come fr
 _TOLERANCE_KB = 64  # of VmRSS counters, which the kernel keeps per processor
 
 
-class _Belongings(NamedTuple):
+class _Resources(NamedTuple):
     """What a target has; the same before and after whatever is done to it."""
 
     threads: int
@@ -35,7 +35,7 @@ class _Belongings(NamedTuple):
     shared_kb: int
 
     @classmethod
-    def of(cls, pid: int, kind: str) -> _Belongings:
+    def of(cls, pid: int, kind: str) -> _Resources:
         fields = kernel.status(pid)
         return cls(
             int(fields["Threads"]),
@@ -72,7 +72,7 @@ class TargetProcess:
         self._lock = os.open(lock_path(folder, number), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._process: subprocess.Popen[bytes] | None = None
         self._generation = 0
-        self._before: _Belongings | None = None
+        self._before: _Resources | None = None
         self._beats, self._beat_at = 0, 0.0
         self._inspecting_since = 0.0
         self._left_behind = False
@@ -187,7 +187,7 @@ class TargetProcess:
 
     def _compare(self) -> None:
         if self._before is None:
-            self._before = _Belongings.of(self.pid, self.kind)
+            self._before = _Resources.of(self.pid, self.kind)
             return
         before = self._before
         deadline = time.monotonic() + 3  # the kernel ends pins and tracers a moment after their owner was killed
@@ -196,15 +196,15 @@ class TargetProcess:
         for message in wrong:
             self._report(message)
         if wrong or self._left_behind:
-            self._before = _Belongings.of(self.pid, self.kind)
+            self._before = _Resources.of(self.pid, self.kind)
             self._left_behind = False
 
-    def _differences(self, before: _Belongings) -> list[str]:
+    def _differences(self, before: _Resources) -> list[str]:
         wrong = []
         traced = [thread for thread in kernel.threads(self.pid) if self._is_held(thread)]
         if traced:
             wrong.append(f"it is left traced or stopped: {self.threads()}")
-        after = _Belongings.of(self.pid, self.kind)
+        after = _Resources.of(self.pid, self.kind)
         if after.threads != before.threads:
             wrong.append(f"it has {after.threads} threads, not {before.threads}")
         if after.descriptors != before.descriptors:

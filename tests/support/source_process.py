@@ -1,15 +1,15 @@
-"""`Zoo`: a C process with memory of every kind (zoo.c), obeying commands."""
+"""`SourceProcess`: a C process with memory of every kind (source_process.c), which executes commands."""
 
 import contextlib
 import subprocess
 from pathlib import Path
 from typing import NamedTuple, Self
 
-SOURCE = Path(__file__).with_name("zoo.c")
+SOURCE = Path(__file__).with_name("source_process.c")
 
 
-class Animal(NamedTuple):
-    """One piece of memory of the zoo: its address there, 0 when the host could not give that kind."""
+class Region(NamedTuple):
+    """Memory of one kind: its address in the process, 0 if the host does not have that kind."""
 
     address: int
     size: int
@@ -22,8 +22,8 @@ def build(folder: Path, source: Path = SOURCE, *options: str) -> Path:
     return program
 
 
-class Obedient:
-    """A running program that obeys lines and answers them. `with` ends it."""
+class CommandedProcess:
+    """A running program that executes the commands of its input and answers each. `with` ends it."""
 
     process: subprocess.Popen[str]
 
@@ -32,7 +32,7 @@ class Obedient:
         self.process.stdin.write(f"{command}\n")
         self.process.stdin.flush()
 
-    def obey(self, command: str) -> None:
+    def command(self, command: str) -> None:
         self.tell(command)
         answer = self._answer()
         assert answer == "ok", answer
@@ -50,7 +50,7 @@ class Obedient:
             self.process.communicate()
 
 
-class Zoo(Obedient):
+class SourceProcess(CommandedProcess):
     """The running program. `with` ends it."""
 
     def __init__(self, program: Path, size: int = 4 << 20, *options: str) -> None:
@@ -58,15 +58,15 @@ class Zoo(Obedient):
             [program, str(size), *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.pid = self.process.pid
-        self.animals: dict[str, Animal] = {}
+        self.regions: dict[str, Region] = {}
         while (line := self._answer()) != "ready":
             kind, address, length = line.split()
-            self.animals[kind] = Animal(int(address), int(length))
+            self.regions[kind] = Region(int(address), int(length))
 
-    def __getitem__(self, kind: str) -> Animal:
-        return self.animals[kind]
+    def __getitem__(self, kind: str) -> Region:
+        return self.regions[kind]
 
     def dump(self, kind: str, path: Path) -> bytes:
         """Return the bytes of one kind as the process itself wrote them to a file."""
-        self.obey(f"dump {kind} {path}")
+        self.command(f"dump {kind} {path}")
         return path.read_bytes()

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 from support.child import NOBODY
 from support.targets import (
-    Belongings,
     Client,
+    ProgramResources,
     Stopping,
     Target,
     build,
     build_from,
-    check_as_before,
+    check_unchanged,
     exercise,
     lacking,
     need_program,
@@ -46,7 +46,7 @@ def may_trace() -> None:
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """Make a folder that programs of any user reach, with a short path: that of a Unix socket has a limit."""
-    path = Path(tempfile.mkdtemp(prefix="zoo-"))
+    path = Path(tempfile.mkdtemp(prefix="programs-"))
     path.chmod(0o755)
     yield path
     shutil.rmtree(path)
@@ -254,9 +254,9 @@ def _check_compiled(compiler: str, text: str, suffix: str, *options: str) -> Non
 
 
 def _check_load(client: Client, server: Target, what: str) -> None:
-    before = Belongings.of(server.pid)
+    before = ProgramResources.of(server.pid)
     stopped = exercise(server.pid, 20, exact=False)
-    check_as_before(server.pid, before, exact=False)
+    check_unchanged(server.pid, before, exact=False)
     load = client.finish()
     print(f"{what}: {load}; stopped for {max(stopped) / 1e3:.0f} µs at the most")
     assert load.failed == 0
@@ -468,7 +468,7 @@ def test_without_a_descriptor_of_its_own(limit: int) -> None:
     """Those that the task has open do not count: the guest has a table of its own."""
     with Target([build("busy"), "wait"]) as target:
         until_blocked(target.pid)
-        before = Belongings.of(target.pid)
+        before = ProgramResources.of(target.pid)
         soft, hard = resource.prlimit(target.pid, resource.RLIMIT_NOFILE)
         resource.prlimit(target.pid, resource.RLIMIT_NOFILE, (3, hard))
         iobmd.allocate(1 << 16, task=target.pid).free()
@@ -477,7 +477,7 @@ def test_without_a_descriptor_of_its_own(limit: int) -> None:
             with pytest.raises(IOReturnError) as caught:
                 iobmd.allocate(1 << 16, task=target.pid)
             assert caught.value.code == IOReturn.kIOReturnNoResources
-            check_as_before(target.pid, before)
+            check_unchanged(target.pid, before)
         resource.prlimit(target.pid, resource.RLIMIT_NOFILE, (soft, hard))
         _check_waiting(target)
 
@@ -486,14 +486,14 @@ def test_without_a_descriptor_of_its_own(limit: int) -> None:
 def test_without_address_space() -> None:
     with Target([build("busy"), "wait"]) as target:
         until_blocked(target.pid)
-        before = Belongings.of(target.pid)
+        before = ProgramResources.of(target.pid)
         unlimited = resource.prlimit(target.pid, resource.RLIMIT_AS)
         for limit in (1 << 20, (64 << 20)):  # not even for the scratch page; for that, but not for the memory
             resource.prlimit(target.pid, resource.RLIMIT_AS, (limit, unlimited[1]))
             with pytest.raises(IOReturnError) as caught:
                 iobmd.allocate(128 << 20, task=target.pid, wired=False)
             assert caught.value.code == IOReturn.kIOReturnNoMemory
-            check_as_before(target.pid, before)
+            check_unchanged(target.pid, before)
         resource.prlimit(target.pid, resource.RLIMIT_AS, unlimited)
         _check_waiting(target)
 
@@ -522,8 +522,8 @@ def test_parent_that_waits_is_not_told_of_stops() -> None:
 def test_several_of_us_at_one_target() -> None:
     with Target([build("busy"), "wait"]) as target:
         until_blocked(target.pid)
-        before = Belongings.of(target.pid)
+        before = ProgramResources.of(target.pid)
         with Stopping(target.pid) as one, Stopping(target.pid) as other:
             assert until(lambda: one.count > 100 and other.count > 100)
-        check_as_before(target.pid, before)
+        check_unchanged(target.pid, before)
         _check_waiting(target)

@@ -1,5 +1,5 @@
-/* A process with the kinds of memory that it is asked for: pagezoo FILE KIND... For each it says "KIND ADDRESS SIZE"
- * on stdout, then "ready". FILE is a file of 4 MiB. It obeys lines on stdin, and answers "ok" to each:
+/* A process with the kinds of memory that it is asked for: page_states FILE KIND... For each it says "KIND ADDRESS SIZE"
+ * on stdout, then "ready". FILE is a file of 4 MiB. It executes the commands of its input, and answers "ok" to each:
  *   grow     touch 2 MiB more of the stack
  *   flap     from now on map, unmap, protect, split and give up memory of the first kind again and again
  *   exec     become `sleep 60`
@@ -95,7 +95,7 @@ static char *populated(char *address, size_t size)
 
 static char *memfd(size_t size)
 {
-    int fd = memfd_create("pagezoo", MFD_CLOEXEC);
+    int fd = memfd_create("page-states", MFD_CLOEXEC);
     must(fd >= 0 && !ftruncate(fd, size), "memfd");
     return map(size, MAP_SHARED, fd);
 }

@@ -1,4 +1,4 @@
-"""`PageZoo`: a process with memory in every state (pagezoo.c); a reader of pages that knows nothing of `iobmd`."""
+"""`PageStateProcess`: a process with memory in every state (page_states.c); a reader of pages without `iobmd`."""
 
 import contextlib
 import re
@@ -9,9 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from support import zoo
+from support import source_process
 
-SOURCE = Path(__file__).with_name("pagezoo.c")
+SOURCE = Path(__file__).with_name("page_states.c")
 PAGE = 4096
 HEAD, TAIL, HUGETLB, THP, ZERO_PAGE = 1 << 15, 1 << 16, 1 << 17, 1 << 22, 1 << 24
 STATES = 1 << 63 | 1 << 62 | 1 << 58
@@ -28,10 +28,10 @@ T = TypeVar("T")
 
 def build(folder: Path) -> Path:
     """Compile the program."""
-    return zoo.build(folder, SOURCE)
+    return source_process.build(folder, SOURCE)
 
 
-class PageZoo(zoo.Obedient):
+class PageStateProcess(source_process.CommandedProcess):
     """The running program. `with` ends it."""
 
     def __init__(self, program: Path, *kinds: str, user: int | None = None) -> None:
@@ -54,7 +54,7 @@ class PageZoo(zoo.Obedient):
         self.pid = self.process.pid
         self.found: dict[str, tuple[int, int]] = {}
         while (line := self._answer()) != "ready":
-            assert line, f"the zoo ended: {self.process.wait()}"
+            assert line, f"the target ended: {self.process.wait()}"
             kind, address, size = line.split()
             self.found[kind] = int(address), int(size)
 

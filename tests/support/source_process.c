@@ -1,4 +1,5 @@
-/* A process with memory of every kind, for tests to copy from. It obeys lines on stdin, answers "ok" to each:
+/* A process with memory of every kind, for tests to copy from. It executes the commands that it reads on stdin, and
+ * answers "ok" to each:
  *   dump KIND PATH          write the memory to a file, by write(2): what a copy must be equal to
  *   unmap KIND OFFSET SIZE  make a hole
  *   flap KIND OFFSET SIZE   from now on unmap and map these bytes again and again
@@ -20,7 +21,7 @@
 #define HUGE (2UL << 20)
 enum { MOST = 16 };
 
-static struct { const char *kind; char *address; size_t size; } zoo[MOST];
+static struct { const char *kind; char *address; size_t size; } regions[MOST];
 static int kinds;
 static struct { char *address; size_t size; } flapped;
 
@@ -46,15 +47,15 @@ static void add(const char *kind, void *address, size_t size, int fill)
             state ^= state << 17;
             memcpy((char *)address + at, &state, 8);
         }
-    zoo[kinds].kind = kind;
-    zoo[kinds].address = address;
-    zoo[kinds++].size = size;
+    regions[kinds].kind = kind;
+    regions[kinds].address = address;
+    regions[kinds++].size = size;
 }
 
 static int find(const char *kind)
 {
     for (int index = 0; index < kinds; index++)
-        if (!strcmp(zoo[index].kind, kind))
+        if (!strcmp(regions[index].kind, kind))
             return index;
     fprintf(stderr, "no kind %s\n", kind);
     exit(2);
@@ -80,7 +81,7 @@ static void *wait_long(void *unused)
     return unused;
 }
 
-static void obey(char *line)
+static void execute(char *line)
 {
     char verb[32] = "", kind[32] = "", path[512] = "";
     size_t offset = 0, size = 0;
@@ -89,18 +90,18 @@ static void obey(char *line)
     sscanf(line, "%*s %*s %zu %zu", &offset, &size);
     if (!strcmp(verb, "dump")) {
         int index = find(kind), fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
-        for (size_t done = 0; done < zoo[index].size;) {
-            ssize_t wrote = write(fd, zoo[index].address + done, zoo[index].size - done);
+        for (size_t done = 0; done < regions[index].size;) {
+            ssize_t wrote = write(fd, regions[index].address + done, regions[index].size - done);
             if (wrote <= 0)
                 die("dump");
             done += wrote;
         }
         close(fd);
     } else if (!strcmp(verb, "unmap")) {
-        if (munmap(zoo[find(kind)].address + offset, size))
+        if (munmap(regions[find(kind)].address + offset, size))
             die("unmap");
     } else if (!strcmp(verb, "flap")) {
-        flapped.address = zoo[find(kind)].address + offset;
+        flapped.address = regions[find(kind)].address + offset;
         flapped.size = size;
         /* What was there before is gone once this is reported, also where the thread begins later. */
         if (munmap(flapped.address, flapped.size))
@@ -125,7 +126,7 @@ static void obey(char *line)
 int main(int count, char **arguments)
 {
     size_t size = count > 1 ? strtoul(arguments[1], NULL, 0) : 4UL << 20;
-    char stack[1 << 20], line[1024], name[] = "/tmp/iobmd-zoo-XXXXXX", *guarded;
+    char stack[1 << 20], line[1024], name[] = "/tmp/iobmd-regions-XXXXXX", *guarded;
     void *anonymous, *huge;
     int fd;
 
@@ -139,7 +140,7 @@ int main(int count, char **arguments)
         madvise(huge, size, MADV_HUGEPAGE);
         add("thp", huge, size, 1);
         add("hugetlb", map(HUGE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1), HUGE, 1);
-        fd = memfd_create("zoo", MFD_CLOEXEC);
+        fd = memfd_create("source", MFD_CLOEXEC);
         if (ftruncate(fd, size))
             die("ftruncate");
         add("memfd", map(size, MAP_SHARED, fd), size, 1);
@@ -151,7 +152,7 @@ int main(int count, char **arguments)
         /* Its last page lies past the end of the file: mapped, and not readable. */
         add("past-end", map(size + 4096, MAP_SHARED, fd), size + 4096, 0);
         add("readonly", map(size, MAP_PRIVATE | MAP_ANONYMOUS, -1), size, 1);
-        mprotect(zoo[find("readonly")].address, size, PROT_READ);
+        mprotect(regions[find("readonly")].address, size, PROT_READ);
         add("stack", stack, sizeof stack, 1);
         add("untouched", map(size, MAP_PRIVATE | MAP_ANONYMOUS, -1), size, 0);
         guarded = map(size, MAP_PRIVATE | MAP_ANONYMOUS, -1);
@@ -159,10 +160,10 @@ int main(int count, char **arguments)
         mprotect(guarded, size, PROT_NONE);
     }
     for (int index = 0; index < kinds; index++)
-        printf("%s %lu %zu\n", zoo[index].kind, (unsigned long)zoo[index].address, zoo[index].size);
+        printf("%s %lu %zu\n", regions[index].kind, (unsigned long)regions[index].address, regions[index].size);
     puts("ready");
     fflush(stdout);
     while (fgets(line, sizeof line, stdin))
-        obey(line);
+        execute(line);
     return 0;
 }

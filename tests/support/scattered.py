@@ -13,7 +13,7 @@ from iobmd import (
 from iobmd.errors import NotOpenError
 
 
-class Strewn:
+class ScatteredDescriptor:
     """As an `IOMemoryDescriptor` is to `IODMACommand`: what that calls, over a `bytearray`."""
 
     def __init__(self, pieces: Iterable[tuple[int, int]], direction: int = int(kIODirectionInOut)) -> None:

@@ -8,9 +8,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from support import pagezoo
+from support import page_states
 from support.child import NOBODY, in_child
-from support.pagezoo import PAGE, PageZoo, quiet, table
+from support.page_states import PAGE, PageStateProcess, quiet, table
 
 from iobmd import pagemap
 from iobmd._native.walk import FILE, GUARD, MARKER, PRESENT, SWAPPED, ZERO, Walk
@@ -27,7 +27,7 @@ STATES: dict[str, set[str]] = {
     "locked": {"present"}, "watched": {"present", "marker"}, "sparse": {"present"}, "tiny": {"present"},
     "shared": {"file"}, "forked": {"present"}, "half-shared": {"huge"}, "own": {"present"}, "ring": {"file"},
 }  # fmt: skip
-"""What each kind of memory is made of: a zoo without it would prove nothing."""
+"""What each kind of memory is made of: a target without it would prove nothing."""
 ORDINARY = (
     "untouched", "anonymous", "thp", "split", "zero", "hugezero", "hugetail", "guard", "memfd", "file", "no-access",
     "lazy", "locked", "watched", "sparse", "tiny", "forked", "ring",
@@ -42,7 +42,7 @@ GIGA = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages"
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pagezoo.build(tmp_path_factory.mktemp("pagezoo"))
+    return page_states.build(tmp_path_factory.mktemp("page_states"))
 
 
 @pytest.fixture
@@ -66,21 +66,21 @@ SMALL = [
     pytest.param(("swap", "swap"), id="swap", marks=pytest.mark.needs("swap")),
 ]
 LARGE = pytest.param(("giga", "giga_pool"), id="giga", marks=pytest.mark.needs("hugetlb"))
-small = pytest.mark.parametrize("zoo", SMALL, indirect=True)
-all_sizes = pytest.mark.parametrize("zoo", [*SMALL, LARGE], indirect=True)  # a GiB takes the kernel seconds
+small = pytest.mark.parametrize("target", SMALL, indirect=True)
+all_sizes = pytest.mark.parametrize("target", [*SMALL, LARGE], indirect=True)  # a GiB takes the kernel seconds
 
 
 @pytest.fixture
-def zoo(request: pytest.FixtureRequest, program: Path) -> Iterator[PageZoo]:
+def target(request: pytest.FixtureRequest, program: Path) -> Iterator[PageStateProcess]:
     group, fixture = request.param
     if fixture:
         request.getfixturevalue(fixture)
-    with PageZoo(program, *GROUPS[group]) as started:
+    with PageStateProcess(program, *GROUPS[group]) as started:
         yield started
 
 
-def kinds(zoo: PageZoo) -> list[str]:
-    return [kind for kind in zoo.found if kind in STATES]
+def kinds(target: PageStateProcess) -> list[str]:
+    return [kind for kind in target.found if kind in STATES]
 
 
 def expand(found: Iterable[Span]) -> dict[int, tuple[object, ...]]:
@@ -95,23 +95,23 @@ def expand(found: Iterable[Span]) -> dict[int, tuple[object, ...]]:
             assert address not in pages
             assert not span.physical or not span.physical % PAGE
             pages[address] = (
-                pagezoo.Page(span.present, span.swapped, span.guard, span.marker, span.file_or_shared, frame),
+                page_states.Page(span.present, span.swapped, span.guard, span.marker, span.file_or_shared, frame),
                 span.zero,
             )
     return pages
 
 
-def entries(zoo: PageZoo, kind: str) -> dict[int, int]:
-    address, size = zoo[kind]
-    return pagezoo.entries(zoo.pid, [(address, address + size)])
+def entries(target: PageStateProcess, kind: str) -> dict[int, int]:
+    address, size = target[kind]
+    return page_states.entries(target.pid, [(address, address + size)])
 
 
-def both(zoo: PageZoo, kind: str) -> tuple[dict[int, int], list[Span]]:
-    return quiet(lambda: entries(zoo, kind), lambda: list(pagemap.spans(zoo.pid, *zoo[kind])))
+def both(target: PageStateProcess, kind: str) -> tuple[dict[int, int], list[Span]]:
+    return quiet(lambda: entries(target, kind), lambda: list(pagemap.spans(target.pid, *target[kind])))
 
 
-def everything(zoo: PageZoo) -> dict[int, int]:
-    return pagezoo.entries(zoo.pid, [(area.start, area.end) for area in pagezoo.areas(zoo.pid)])
+def everything(target: PageStateProcess) -> dict[int, int]:
+    return page_states.entries(target.pid, [(area.start, area.end) for area in page_states.areas(target.pid)])
 
 
 def huge_bytes(found: Iterable[Span], start: int, end: int) -> int:
@@ -120,47 +120,51 @@ def huge_bytes(found: Iterable[Span], start: int, end: int) -> int:
 
 
 def check_huge(pid: int, found: list[Span]) -> None:
-    for area in pagezoo.areas(pid):
+    for area in page_states.areas(pid):
         assert huge_bytes(found, area.start, area.end) == area.huge, area
 
 
 @all_sizes
-def test_spans_say_of_every_page_what_the_kernel_says(zoo: PageZoo) -> None:
-    for kind in kinds(zoo):
-        theirs, ours = both(zoo, kind)
-        assert not pagezoo.differing(pagezoo.expected(theirs), expand(ours)), kind
+def test_spans_say_of_every_page_what_the_kernel_says(target: PageStateProcess) -> None:
+    for kind in kinds(target):
+        theirs, ours = both(target, kind)
+        assert not page_states.differing(page_states.expected(theirs), expand(ours)), kind
         assert {span.state for span in ours} == STATES[kind], kind
         assert all(before.end <= after.virtual for before, after in pairwise(ours)), kind
-    words, found = quiet(lambda: everything(zoo), lambda: list(pagemap.spans(zoo.pid)))
-    assert not pagezoo.differing(pagezoo.expected(words), expand(found))
-    check_huge(zoo.pid, found)
+    if "giga" in target.found:  # a whole process, with the same GiB once more, proves nothing new
+        return
+    words, found = quiet(lambda: everything(target), lambda: list(pagemap.spans(target.pid)))
+    assert not page_states.differing(page_states.expected(words), expand(found))
+    check_huge(target.pid, found)
 
 
 @small
-def test_a_part_of_an_area_is_as_it_is_in_the_whole(zoo: PageZoo) -> None:
+def test_a_part_of_an_area_is_as_it_is_in_the_whole(target: PageStateProcess) -> None:
     """Ranges that begin and end within huge pages, swapped ones and holes."""
     chance = random.Random(1)
-    for kind in kinds(zoo):
-        words = pagezoo.expected(entries(zoo, kind))
-        address, size = zoo[kind]
+    for kind in kinds(target):
+        words = page_states.expected(entries(target, kind))
+        address, size = target[kind]
         for _try in range(12):
             start = address + chance.randrange(size // PAGE) * PAGE
             end = min(address + size, start + chance.choice((1, 3, 100, 512, 700, 5000)) * PAGE)
             theirs = {page: words[page] for page in range(start, end, PAGE) if page in words}
-            ours = expand(pagemap.spans(zoo.pid, start + 7, end - start - 9))
-            assert not pagezoo.differing(theirs, ours), (kind, hex(start), end - start)
+            ours = expand(pagemap.spans(target.pid, start + 7, end - start - 9))
+            assert not page_states.differing(theirs, ours), (kind, hex(start), end - start)
 
 
 @small
-def test_runs_are_broken_where_the_frames_are(zoo: PageZoo) -> None:
-    for kind in kinds(zoo):
+def test_runs_are_broken_where_the_frames_are(target: PageStateProcess) -> None:
+    for kind in kinds(target):
         theirs, ours = quiet(
-            lambda kind=kind: pagezoo.runs(entries(zoo, kind)),
-            lambda kind=kind: [tuple(run) for run in pagemap.runs(zoo.pid, *zoo[kind])],
+            lambda kind=kind: page_states.runs(entries(target, kind)),
+            lambda kind=kind: [tuple(run) for run in pagemap.runs(target.pid, *target[kind])],
         )
-        assert not pagezoo.differing(dict(enumerate(theirs)), dict(enumerate(ours))), kind
-    theirs, ours = quiet(lambda: pagezoo.runs(everything(zoo)), lambda: [tuple(run) for run in pagemap.runs(zoo.pid)])
-    assert not pagezoo.differing(dict(enumerate(theirs)), dict(enumerate(ours)))
+        assert not page_states.differing(dict(enumerate(theirs)), dict(enumerate(ours))), kind
+    theirs, ours = quiet(
+        lambda: page_states.runs(everything(target)), lambda: [tuple(run) for run in pagemap.runs(target.pid)]
+    )
+    assert not page_states.differing(dict(enumerate(theirs)), dict(enumerate(ours)))
 
 
 def our_facts(area: pagemap.Area) -> dict[str, object]:
@@ -177,10 +181,10 @@ def our_facts(area: pagemap.Area) -> dict[str, object]:
 
 
 @all_sizes
-def test_areas_hold_what_smaps_and_the_frames_say(zoo: PageZoo) -> None:
+def test_areas_hold_what_smaps_and_the_frames_say(target: PageStateProcess) -> None:
     (areas, words), ours = quiet(
-        lambda: (pagezoo.areas(zoo.pid), everything(zoo)),
-        lambda: list(pagemap.areas(zoo.pid, details=True, folios=True)),
+        lambda: (page_states.areas(target.pid), everything(target)),
+        lambda: list(pagemap.areas(target.pid, details=True, folios=True)),
     )
     assert [(area.start, area.end) for area in ours] == [(area.start, area.end) for area in areas]
     sizes: dict[int, int] = {}
@@ -193,19 +197,19 @@ def test_areas_hold_what_smaps_and_the_frames_say(zoo: PageZoo) -> None:
             while address < area.end:
                 inside[address] = word
                 address, word = next(at)
-            theirs = pagezoo.area_facts(area, inside, flags)
-            if difference := pagezoo.differing(theirs, our_facts(ours_of_it)):
+            theirs = page_states.area_facts(area, inside, flags)
+            if difference := page_states.differing(theirs, our_facts(ours_of_it)):
                 wrong[f"{area.start:#x}-{area.end:#x} {area.name}"] = difference
             for size, number in (ours_of_it.folios or {}).items():
                 sizes[size] = sizes.get(size, 0) + number
     assert not wrong
     assert any(area.is_device for area in ours)  # [vvar]
-    if "mthp" in zoo.found:
+    if "mthp" in target.found:
         assert sizes[64 << 10] >= 1 << 20, sizes
-    if "split" in zoo.found:
+    if "split" in target.found:
         assert sizes[2 << 20] >= 5 << 20, sizes
     # What smaps tells of areas it need not be asked for, where it is not.
-    for area, bare in zip(ours, pagemap.areas(zoo.pid, details=False), strict=True):
+    for area, bare in zip(ours, pagemap.areas(target.pid, details=False), strict=True):
         assert (bare.resident, bare.huge, bare.tally.runs) == (area.resident, area.huge, area.tally.runs), area
         swaps = Path("/proc/swaps").read_text().count("\n") > 1
         on_tmpfs = area.vma.inode and area.vma.device.startswith("00:")  # of which only smaps tells what is swapped
@@ -213,23 +217,27 @@ def test_areas_hold_what_smaps_and_the_frames_say(zoo: PageZoo) -> None:
 
 
 @small
-def test_counts_and_pages_agree(zoo: PageZoo) -> None:
-    for kind in kinds(zoo):
-        theirs, ours = quiet(partial(entries, zoo, kind), partial(pagemap.counts, zoo.pid, *zoo[kind]))
-        pages = pagezoo.pages(theirs)
+def test_counts_and_pages_agree(target: PageStateProcess) -> None:
+    for kind in kinds(target):
+        theirs, ours = quiet(partial(entries, target, kind), partial(pagemap.counts, target.pid, *target[kind]))
+        pages = page_states.pages(theirs)
         exclusive = sum(word >> 63 and word >> 56 & 1 for word in theirs.values())
         present, swapped = (sum(page[index] for page in pages.values()) for index in (0, 1))
         assert ours == (present, swapped, 0, exclusive), kind
 
 
 @small
-def test_without_pagemap_scan_all_but_huge_is_right(zoo: PageZoo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pagemap_scan_all_but_huge_is_right(
+    target: PageStateProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reader, "_has_scan", lambda _fd: False)
-    for kind in kinds(zoo):
-        theirs, ours = both(zoo, kind)
-        assert not pagezoo.differing(pagezoo.expected(theirs), expand(ours)), kind
+    for kind in kinds(target):
+        theirs, ours = both(target, kind)
+        assert not page_states.differing(page_states.expected(theirs), expand(ours)), kind
         assert not any(span.huge and not span.zero for span in ours), kind  # the zero one is known by its frame
-    areas, ours_of_them = quiet(lambda: pagezoo.areas(zoo.pid), lambda: list(pagemap.areas(zoo.pid, details=True)))
+    areas, ours_of_them = quiet(
+        lambda: page_states.areas(target.pid), lambda: list(pagemap.areas(target.pid, details=True))
+    )
     for area, found in zip(areas, ours_of_them, strict=True):
         assert (found.resident, found.swapped) == (area.resident, area.counters["Swap"]), area
 
@@ -251,29 +259,31 @@ def test_with_hidden_frames_the_states_remain(
 ) -> None:
     if fixture:
         request.getfixturevalue(fixture)
-    with PageZoo(program, *group, user=NOBODY) as zoo:
-        hidden(zoo)
+    with PageStateProcess(program, *group, user=NOBODY) as target:
+        hidden(target)
 
 
-def hidden(zoo: PageZoo) -> None:
+def hidden(target: PageStateProcess) -> None:
     def look() -> list[tuple[str, list[Span], list[int]]]:
         return [
             (
                 kind,
-                list(pagemap.spans(zoo.pid, *zoo[kind])),
-                [run.length for run in pagemap.runs(zoo.pid, *zoo[kind])],
+                list(pagemap.spans(target.pid, *target[kind])),
+                [run.length for run in pagemap.runs(target.pid, *target[kind])],
             )
-            for kind in kinds(zoo)
+            for kind in kinds(target)
         ]
 
     for kind, found, runs in in_child(look, uid=NOBODY):
-        assert not pagezoo.differing(pagezoo.expected(entries(zoo, kind), hidden=True), expand(found)), kind
+        assert not page_states.differing(page_states.expected(entries(target, kind), hidden=True), expand(found)), (
+            kind
+        )
         assert {span.state for span in found} == STATES[kind], kind
         assert not runs
-    found = in_child(lambda: list(pagemap.spans(zoo.pid)), uid=NOBODY)
-    check_huge(zoo.pid, found)
-    facts = in_child(lambda: [(a.resident, a.swapped, a.huge) for a in pagemap.areas(zoo.pid)], uid=NOBODY)
-    areas = pagezoo.areas(zoo.pid)
+    found = in_child(lambda: list(pagemap.spans(target.pid)), uid=NOBODY)
+    check_huge(target.pid, found)
+    facts = in_child(lambda: [(a.resident, a.swapped, a.huge) for a in pagemap.areas(target.pid)], uid=NOBODY)
+    areas = page_states.areas(target.pid)
     assert facts == [(area.resident, area.counters["Swap"], area.huge) for area in areas]
 
 
@@ -283,10 +293,10 @@ def test_markers_are_no_swap_though_they_look_so(
 ) -> None:
     if fixture:
         request.getfixturevalue(fixture)
-    with PageZoo(program, "watched", user=NOBODY) as zoo:
-        facts = in_child(lambda: [(area.swapped, area.marker) for area in pagemap.areas(zoo.pid)], uid=NOBODY)
-        spans = in_child(lambda: list(pagemap.spans(zoo.pid)), uid=NOBODY)
-        markers = [area.marker for area in pagemap.areas(zoo.pid)]
+    with PageStateProcess(program, "watched", user=NOBODY) as target:
+        facts = in_child(lambda: [(area.swapped, area.marker) for area in pagemap.areas(target.pid)], uid=NOBODY)
+        spans = in_child(lambda: list(pagemap.spans(target.pid)), uid=NOBODY)
+        markers = [area.marker for area in pagemap.areas(target.pid)]
     assert sum(filter(None, markers)) > 0
     assert facts == [(0, marker) for marker in markers]
     # Of the pages alone it is known where nothing can be in swap.
@@ -296,26 +306,26 @@ def test_markers_are_no_swap_though_they_look_so(
 
 
 def test_the_stack_grows(program: Path) -> None:
-    with PageZoo(program) as zoo:
+    with PageStateProcess(program) as target:
         sizes = []
         for _round in range(2):
-            (area,) = (area for area in pagezoo.areas(zoo.pid) if area.name == "[stack]")
-            theirs = pagezoo.entries(zoo.pid, [(area.start, area.end)])
-            (ours,) = pagemap.areas(zoo.pid, area.start, area.end - area.start)
-            found = pagemap.spans(zoo.pid, area.start, area.end - area.start)
-            assert not pagezoo.differing(pagezoo.expected(theirs), expand(found))
+            (area,) = (area for area in page_states.areas(target.pid) if area.name == "[stack]")
+            theirs = page_states.entries(target.pid, [(area.start, area.end)])
+            (ours,) = pagemap.areas(target.pid, area.start, area.end - area.start)
+            found = pagemap.spans(target.pid, area.start, area.end - area.start)
+            assert not page_states.differing(page_states.expected(theirs), expand(found))
             assert ours.resident == area.resident == len(theirs) * PAGE
             sizes.append(ours.resident)
-            zoo.obey("grow")
+            target.command("grow")
         assert sizes[1] >= sizes[0] + (1 << 20)
 
 
 @pytest.mark.parametrize("details", [True, False])
 def test_no_area_of_twenty_thousand_is_missed(program: Path, details: bool) -> None:
-    with PageZoo(program, "many") as zoo:
-        areas = pagezoo.areas(zoo.pid)
+    with PageStateProcess(program, "many") as target:
+        areas = page_states.areas(target.pid)
         assert len(areas) > 20_000
-        ours = [(area.start, area.end, area.resident) for area in pagemap.areas(zoo.pid, details=details)]
+        ours = [(area.start, area.end, area.resident) for area in pagemap.areas(target.pid, details=details)]
     assert ours == [(area.start, area.end, area.resident) for area in areas]
 
 
@@ -333,14 +343,14 @@ STEADY = {
 
 
 @small
-def test_runs_are_described_as_the_frame_tables_do(zoo: PageZoo) -> None:
-    maps = Path(f"/proc/{zoo.pid}/numa_maps").read_text().splitlines()
+def test_runs_are_described_as_the_frame_tables_do(target: PageStateProcess) -> None:
+    maps = Path(f"/proc/{target.pid}/numa_maps").read_text().splitlines()
     nodes = {int(line.split()[0], 16): {int(word[1]) for word in line.split() if word[0] == "N"} for line in maps}
-    for kind in kinds(zoo):
+    for kind in kinds(target):
         theirs, ours = quiet(
-            partial(entries, zoo, kind), lambda kind=kind: list(pagemap.described(zoo.pid, *zoo[kind]))
+            partial(entries, target, kind), lambda kind=kind: list(pagemap.described(target.pid, *target[kind]))
         )
-        assert [tuple(found.run) for found in ours] == pagezoo.runs(theirs), kind
+        assert [tuple(found.run) for found in ours] == page_states.runs(theirs), kind
         with table() as flags, table("kpagecount") as counts:
             for found in ours:
                 frames = range(found.run.physical // PAGE, (found.run.physical + found.run.length) // PAGE)
@@ -352,7 +362,7 @@ def test_runs_are_described_as_the_frame_tables_do(zoo: PageZoo) -> None:
                 numbers = [counts[frame] for frame in frames]
                 assert found.facts.mapped == (min(numbers), max(numbers)), (kind, found)
                 assert (found.facts.node is None) == ("ZERO_PAGE" in every), (kind, found)
-        where = nodes.get(zoo[kind][0], set())
+        where = nodes.get(target[kind][0], set())
         assert {found.facts.node for found in ours} - {None} <= where or len(where) != 1, kind
 
 
@@ -407,7 +417,7 @@ def test_a_pagemap_of_other_page_sizes(tmp_path: Path, page: int, visible: bool)
         for offset in range(0, length, page):
             assert virtual + offset not in ours
             ours[virtual + offset] = (physical and (physical if flags & ZERO else physical + offset), flags)
-    assert not pagezoo.differing(theirs, ours)
+    assert not page_states.differing(theirs, ours)
     for name, flag in {"present": PRESENT, "file": FILE, "zero": ZERO, "swapped": SWAPPED, "guard": GUARD}.items():
         assert getattr(tally, name) == sum(bool(flags & flag) for _frame, flags in theirs.values()) * page, name
     assert tally.marker == sum(flags == MARKER for _frame, flags in theirs.values()) * page
