@@ -283,6 +283,27 @@ Every user may have as many locks as memory permits, and each page that is read 
 """
 
 
+class Mount(NamedTuple):
+    """A mount, as a line of /proc/PID/mountinfo has it."""
+
+    device: tuple[int, int]
+    """The major and minor number of its file system."""
+    kind: str
+    """The type of its file system."""
+
+
+def mounts(pid: int | str = "self") -> Iterator[Mount]:
+    """Iterate over the mounts that a process sees (proc_pid_mountinfo(5)). Raises OSError.
+
+    Users name mount points, and the kernel escapes of what ends a line, or a field, elsewhere only newline and space.
+    """
+    with _lines(memory_file(pid, "mountinfo")) as lines:
+        for line in lines:
+            before, _, system = line.partition(" - ")
+            major, minor = before.split(" ", 3)[2].split(":")
+            yield Mount((int(major), int(minor)), system.partition(" ")[0])
+
+
 def uncovered(areas: Iterable[VMA], address: int, end: int, permission: str) -> int:
     """Return the first address of `address`…`end` that no area with `permission` covers (`end`: all are)."""
     for area in areas:

@@ -84,7 +84,8 @@ def tracer(pid: int, tid: int) -> int | None:
 def traced_by_another(pid: int, tracer: int) -> IOReturnError:
     """Return the error for a task that has a tracer already."""
     try:
-        whom = f"process {tracer} ({Path(f'/proc/{tracer}/comm').read_text().strip()})"
+        name = Path(f"/proc/{tracer}/comm").read_text(errors="surrogateescape").removesuffix("\n")
+        whom = f"process {tracer} ({name})"
     except OSError:
         whom = "another process"
     message = f"task {pid} is traced by {whom} already, and a task has one tracer only: detach that first"

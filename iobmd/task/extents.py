@@ -114,12 +114,8 @@ class Files:
 
     def _fuse_devices(self) -> set[str]:
         if self._fuse is None:
-            self._fuse = set()
-            with open(f"{pidns.directory(self._pid)}/mountinfo", errors="surrogateescape") as lines:
-                for mount, _, system in (line.partition(" - ") for line in lines):
-                    if system.startswith("fuse"):
-                        major, minor = map(int, mount.split(" ", 3)[2].split(":"))
-                        self._fuse.add(f"{major:02x}:{minor:02x}")
+            served = (mount.device for mount in procfs.mounts(self._pid) if mount.kind.startswith("fuse"))
+            self._fuse = {f"{major:02x}:{minor:02x}" for major, minor in served}
         return self._fuse
 
 

@@ -123,16 +123,12 @@ def _unpinnable(pid: int, area: VMA, place: int) -> Obstacle | None:
 
 def _is_on_disk(pid: int, area: VMA) -> bool:
     """Say whether an area is of a file of a mounted file system other than those that are kept in memory."""
-    with contextlib.suppress(OSError), open(procfs.memory_file(pid, "mountinfo")) as lines:
-        for line in lines:  # proc_pid_mountinfo(5): major:minor is the third field, the type comes after a hyphen
-            device, kind = line.split()[2], line.partition(" - ")[2].split()[0]
-            if _same_device(area.device, *map(int, device.split(":"))):
-                return kind not in _IN_MEMORY
+    device = tuple(int(number, 16) for number in area.device.split(":") if number)
+    with contextlib.suppress(OSError):
+        for mount in procfs.mounts(pid):
+            if mount.device == device:
+                return mount.kind not in _IN_MEMORY
     return False  # a memfd, whose mount is the kernel's own
-
-
-def _same_device(told: str, major: int, minor: int) -> bool:
-    return told != "" and [int(number, 16) for number in told.split(":")] == [major, minor]
 
 
 class _Lengths:

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 from support.child import sleeping
 
-from iobmd import host
+import iobmd
+from iobmd import host, procfs
 from iobmd.cli import main
+from iobmd.errors import NotPermittedError
 from iobmd.host import cgroup
+from iobmd.task import extents, obstacles
 
 ESCAPE = "\x1b[2J"
 LINE_ENDS = "\v\x1c\x85\u2028\r"
@@ -53,6 +56,62 @@ def test_groups_whose_names_have_ends_of_lines(group: Path) -> None:
         (group / "cgroup.procs").write_text(str(program.pid))
         assert str(group) in [found.directory for found in cgroup.around("memory", program.pid)]
         (group.parent / "cgroup.procs").write_text(str(program.pid))
+
+
+MOUNTED = """
+import ctypes, mmap, os, sys
+libc = ctypes.CDLL(None)
+folder = os.fsencode(sys.argv[1]) + b"/first\\rsecond\\xff"
+os.mkdir(folder)
+assert libc.unshare(0x20000) == 0 and libc.mount(b"none", b"/", None, 0x44000, None) == 0
+assert libc.mount(b"none", folder, b"tmpfs", 0, None) == 0
+with open(os.fsencode(sys.argv[1]) + b"/file", "w+b") as file:
+    file.truncate(4096)
+    area = mmap.mmap(file.fileno(), 4096)
+area[0] = 7
+print(ctypes.addressof(ctypes.c_char.from_buffer(area)), flush=True)
+input()
+"""
+
+
+@pytest.mark.needs("root")
+def test_mounts_whose_names_have_ends_of_lines(tmp_path: Path) -> None:
+    """A target chooses them, and those that are no UTF-8: IndexError and UnicodeDecodeError in place of an answer."""
+    with subprocess.Popen(
+        [sys.executable, "-c", MOUNTED, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as target:
+        assert target.stdout is not None
+        address = int(target.stdout.readline())
+        text = Path(f"/proc/{target.pid}/mountinfo").read_bytes()
+        assert b"first\rsecond\xff" in text, "the control"
+        assert len(list(procfs.mounts(target.pid))) == text.count(b"\n")
+        found = obstacles.find(target.pid, address, address + 4096, pin=True)
+        assert found is None or "shared mapping of a file" in found.why  # the folder may be kept in memory
+        with iobmd.copy(target.pid, address, 4096, freeze=True, wired=False) as copied:
+            assert copied.readBytes(0, 1) == b"\7"
+        area = next(procfs.areas(target.pid, address, address + 1))
+        assert extents.Files(target.pid, 1.0, may_wait=False).find(area)
+        target.kill()
+
+
+@pytest.mark.needs("root")
+def test_a_tracer_whose_name_is_no_text() -> None:
+    """Another user's tracer, which is named in the message that says why a task cannot be stopped."""
+    program = (
+        "import ctypes, os, sys\nlibc = ctypes.CDLL(None)\nlibc.prctl(15, b'\\xff\\x1b[2J', 0, 0, 0)\n"
+        "print(libc.ptrace(0x4206, int(sys.argv[1]), None, None), flush=True)\ninput()"
+    )
+    with (
+        sleeping() as task,
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(task.pid)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as tracer,
+    ):
+        assert tracer.stdout is not None
+        assert tracer.stdout.readline() == "0\n"
+        with pytest.raises(NotPermittedError, match=f"traced by process {tracer.pid} "):
+            iobmd.allocate(4096, task=task.pid, wired=False)
+        tracer.kill()
 
 
 def test_doctor_gives_no_user_the_interpreter() -> None:
