@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from iobmd.constants import IOOptionBits, IOReturn
+from iobmd.constants import IOOptionBits
 from iobmd.contents import CopyOf, FrozenCopyOf
 from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
-from iobmd.errors import IOReturnError
+from iobmd.errors import BadArgumentError
 from iobmd.task import transfer
 from iobmd.task.task import Task, as_task, kernel_task
 
@@ -129,9 +129,7 @@ def copy(
     every thread of the source is stopped by ptrace(2), and no other process that shares its memory.
     """
     if unreadable not in ("raise", "zero"):
-        raise IOReturnError(
-            IOReturn.kIOReturnBadArgument, f"unreadable must be 'raise' or 'zero', not {unreadable!r}"
-        )
+        raise BadArgumentError(f"unreadable must be 'raise' or 'zero', not {unreadable!r}")
     contents = (FrozenCopyOf if freeze else CopyOf)(
         as_task(task), address, size, skip=unreadable == "zero", timeout=timeout, progress=progress
     )
@@ -163,5 +161,5 @@ class _Form(NamedTuple):
 
 def _named(names: dict[str, int], what: str, name: str) -> int:
     if name not in names:
-        raise IOReturnError(IOReturn.kIOReturnBadArgument, f"{what} must be one of {', '.join(names)}, not {name!r}")
+        raise BadArgumentError(f"{what} must be one of {', '.join(names)}, not {name!r}")
     return names[name]

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, Self, TypeVar
 from iobmd._internal import process_local
 from iobmd._native.mapping import Exporter
 from iobmd.api import allocate
-from iobmd.constants import IOReturn
-from iobmd.errors import BusyError, IOReturnError
+from iobmd.errors import BusyError, IOReturnError, NotOpenError
 from iobmd.purgeable import EMPTY, KEEP_CURRENT, NON_VOLATILE, VOLATILE
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ class CacheItem(Exporter):
         """
         if self.exports:
             message = f"{self.exports} views of {self!r} are alive: release them first"
-            raise IOReturnError(IOReturn.kIOReturnBusy, message)
+            raise BusyError(message)
         self._let_go()
 
     def _let_go(self) -> None:
@@ -88,7 +87,7 @@ class CacheItem(Exporter):
 
     def _held(self) -> _Entry:
         if self._entry is None:
-            raise IOReturnError(IOReturn.kIOReturnNotOpen, "this cache item is released")
+            raise NotOpenError("this cache item is released")
         return self._entry
 
     def _exported(self) -> tuple[Mapped, int, int, bool]:
@@ -266,7 +265,7 @@ class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
         entry = self._entries[key]
         with entry.guard:
             if entry.users:
-                raise IOReturnError(IOReturn.kIOReturnBusy, f"the content of {key!r} is in use")
+                raise BusyError(f"the content of {key!r} is in use")
             if self._entries.get(key) is entry:
                 self._forget(key, entry)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import UnsupportedError
 from iobmd.task import diagnosis, extents, transfer
 from iobmd.task.task import check_range
 
@@ -129,7 +128,7 @@ class FrozenCopyOf(CopyOf):
         """As `CopyOf.check`; `kIOReturnUnsupported` for this process."""
         if self.task.is_current:
             message = "this process cannot stand still while it copies from itself: freeze is for other tasks"
-            raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
+            raise UnsupportedError(message)
         super().check()
 
     def fill(self, destination: int, *, huge: int = 0, sparse: bool = False) -> bool:

@@ -11,8 +11,7 @@ from typing import NamedTuple, TextIO
 from iobmd._internal import pidns
 from iobmd._internal.pidns import directory
 from iobmd._native import maps as native
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import BusyError
 
 HUGE = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Private_Hugetlb", "Shared_Hugetlb")
 """Counters of smaps of what huge pages map in the page tables: a PMD, or a page of hugetlb."""
@@ -93,7 +92,7 @@ class _Limit:
                 f"process {self._pid} keeps moving its memory: {self._seen} areas were found, and it had "
                 f"{(self._most - _FEW) // 2} shortly before. Stop it while it is read (kill -STOP)"
             )
-            raise IOReturnError(IOReturn.kIOReturnBusy, message, errno.EBUSY)
+            raise BusyError(message, errno.EBUSY)
 
     def _count(self) -> int:
         count = 0

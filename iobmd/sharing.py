@@ -16,7 +16,7 @@ from iobmd.backing.shared import SharedBacking
 from iobmd.constants import IOOptionBits, IOReturn
 from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
 from iobmd.descriptors.options import check_request
-from iobmd.errors import IOReturnError
+from iobmd.errors import BadArgumentError, IOReturnError, NotOpenError
 from iobmd.host import limits
 from iobmd.memory import shmem
 from iobmd.memory.shmem import Extent, SharedObject
@@ -132,7 +132,7 @@ class Handle:
         header, fds, uid = _received(socket)
         try:
             if not header:
-                raise IOReturnError(IOReturn.kIOReturnNotOpen, "the other end of the socket is closed")
+                raise NotOpenError("the other end of the socket is closed")
             header += _exactly(socket, _HEADER.size - len(header))
             mark, length = _HEADER.unpack(header)
             if mark != _MARK or length > _LARGEST or len(fds) != 1:
@@ -154,7 +154,7 @@ class Handle:
         if wired is not None:
             options = options & ~_PAGEABLE if wired else options | _PAGEABLE
         if options & _PURGEABLE and not options & _PAGEABLE:
-            raise IOReturnError(IOReturn.kIOReturnBadArgument, "purgeable memory cannot be wired")
+            raise BadArgumentError("purgeable memory cannot be wired")
         fd = _own_description(self._fd)
         try:
             shared = description.shared(fd)
@@ -334,8 +334,8 @@ def _exactly(socket: sockets.socket, size: int) -> bytes:
     return bytes(data)
 
 
-def _not_ours(why: str) -> IOReturnError:
-    return IOReturnError(IOReturn.kIOReturnBadArgument, f"what came is no shared buffer: {why}")
+def _not_ours(why: str) -> BadArgumentError:
+    return BadArgumentError(f"what came is no shared buffer: {why}")
 
 
 def _rebuild(fd: Any, description: tuple[Any, ...]) -> Handle:

@@ -10,8 +10,7 @@ import os
 from typing import TYPE_CHECKING, NoReturn
 
 from iobmd._native import guard as native
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import BusyError, NotOpenError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,7 +47,7 @@ class Fd(native.Fd):
 
     def refuse(self) -> NoReturn:
         """Raise `kIOReturnNotOpen`."""
-        raise IOReturnError(IOReturn.kIOReturnNotOpen, f"{self.what} is closed")
+        raise NotOpenError(f"{self.what} is closed")
 
 
 class Guard(native.Guard):
@@ -56,6 +55,4 @@ class Guard(native.Guard):
 
     def reentered(self) -> NoReturn:
         """Raise `kIOReturnBusy`."""
-        raise IOReturnError(
-            IOReturn.kIOReturnBusy, "a signal handler, or a function called back, cannot use what it interrupted"
-        )
+        raise BusyError("a signal handler, or a function called back, cannot use what it interrupted")

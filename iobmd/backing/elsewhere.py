@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from iobmd._native.mapping import FaultError
 from iobmd.backing.shared import SharedBacking
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import UnsupportedError
 from iobmd.host import headroom
 from iobmd.memory import residency
 from iobmd.memory.populate import populate
@@ -153,7 +152,5 @@ class UnmappedBacking(SharedBacking):
         raise _not_here("mapped in no task")
 
 
-def _not_here(where: str) -> IOReturnError:
-    return IOReturnError(
-        IOReturn.kIOReturnUnsupported, f"this memory is {where}, and cannot be viewed here: map() gives a view of it"
-    )
+def _not_here(where: str) -> UnsupportedError:
+    return UnsupportedError(f"this memory is {where}, and cannot be viewed here: map() gives a view of it")

@@ -9,8 +9,7 @@ from iobmd import pagemap, procfs
 from iobmd._native.mapping import FaultError, Mapping
 from iobmd.backing.mapped import private, span
 from iobmd.backing.pinned import Pinned
-from iobmd.constants import IOReturn
-from iobmd.errors import CannotWireError, IOReturnError
+from iobmd.errors import CannotWireError, IOReturnError, UnsupportedError
 from iobmd.memory import pinning, residency
 from iobmd.memory.mlock import Wiring
 from iobmd.remote import areas, wired
@@ -114,7 +113,7 @@ class RangeBacking(Pinned):
         resident = self.page_counts()[0] * PAGE_SIZE
         if resident < self.size:
             message = f"cannot keep {format_size(self.size)} of task {self.task.pid}: {resident} bytes are resident"
-            raise IOReturnError(IOReturn.kIOReturnCannotWire, message)
+            raise CannotWireError(message)
 
     def lost(self) -> int | None:
         """Return the first address that its task has not mapped any more; None: all is. Raises as `RangeBacking`."""
@@ -172,7 +171,7 @@ class RangeBacking(Pinned):
     def _require_here(self, else_: str) -> None:
         if not self.task.is_current:
             message = f"this memory is in task {self.task.pid}, and {else_}"
-            raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
+            raise UnsupportedError(message)
 
     def exported(self) -> tuple[Mapping, int]:
         """Return it as its task has mapped it, if that is this process."""

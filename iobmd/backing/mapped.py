@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from iobmd import pagemap
 from iobmd._native.mapping import ClosedError, FaultError
 from iobmd.backing.pinned import Pinned
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import UnsupportedError
 from iobmd.host import headroom
 from iobmd.memory import pinning, residency
 from iobmd.memory.mlock import Wiring
@@ -196,9 +195,8 @@ def span(in_page: int, length: int) -> int:
     return round_up(in_page + length, PAGE_SIZE) if length else 0
 
 
-def private() -> IOReturnError:
+def private() -> UnsupportedError:
     """Return the error for private memory that is to be at a second place."""
-    return IOReturnError(
-        IOReturn.kIOReturnUnsupported,
-        "private memory cannot be mapped at a second place; make it with kIOMemoryKernelUserShared (shared=True)",
+    return UnsupportedError(
+        "private memory cannot be mapped at a second place; make it with kIOMemoryKernelUserShared (shared=True)"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import TYPE_CHECKING, Protocol
 
 from iobmd._native import guard
@@ -25,7 +26,7 @@ class Pin(Protocol):
         """Let them go. Idempotent."""
 
 
-class Pinned:
+class Pinned(abc.ABC):
     """Takes one pin at a time, and knows where the pages lie while it has it."""
 
     runs: RunTable | None = None
@@ -34,9 +35,9 @@ class Pinned:
     _generation = 0
     """The process that took the pin (`guard.generation`): a forked child has private memory in other frames."""
 
+    @abc.abstractmethod
     def read_runs(self, *, gaps: bool = False) -> RunTable | None:
         """Read where the pages lie now."""
-        raise NotImplementedError
 
     def _take(self, pin: Pin) -> None:
         """Keep a pin until `unpin`, or release it where it cannot be read where the pages lie."""

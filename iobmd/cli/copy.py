@@ -17,8 +17,7 @@ from iobmd.api import copy
 from iobmd.cli import EXIT_OK
 from iobmd.cli.arguments import duration, size
 from iobmd.cli.signals import interruptible
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import BadArgumentError, VMError
 from iobmd.task import diagnosis
 from iobmd.task.task import Task
 from iobmd.task.transfer import TIMEOUT
@@ -120,16 +119,12 @@ def _parser() -> argparse.ArgumentParser:
 def _range(task: Task, text: str, length: int | None) -> tuple[int, int]:
     """Return the address and size that the arguments ask for."""
     if (bounds := _find(task, text) or _numbers(text)) is None:
-        raise IOReturnError(
-            IOReturn.kIOReturnVMError, f"task {task.pid} has no readable mapping {text!r}: see /proc/{task.pid}/maps"
-        )
+        raise VMError(f"task {task.pid} has no readable mapping {text!r}: see /proc/{task.pid}/maps")
     start, end = bounds
     if end is None and length is None:
-        raise IOReturnError(IOReturn.kIOReturnBadArgument, f"how many bytes at {text}? give a SIZE, or a range")
+        raise BadArgumentError(f"how many bytes at {text}? give a SIZE, or a range")
     if end is not None and length is not None and length > end - start:
-        raise IOReturnError(
-            IOReturn.kIOReturnBadArgument, f"{length} bytes are more than {text} has: {end - start} bytes"
-        )
+        raise BadArgumentError(f"{length} bytes are more than {text} has: {end - start} bytes")
     return start, length or (end or 0) - start
 
 

@@ -338,13 +338,13 @@ def _is_same_page(before: Stretch, after: Stretch) -> bool:
     return before.fd == after.fd and before.offset + before.length == after.offset + PAGE_SIZE
 
 
-def _in_parts() -> IOReturnError:
+def _in_parts() -> UnsupportedError:
     return UnsupportedError(
         "this memory consists of several parts and has no single address: map() gives it one, where it is shared"
     )
 
 
-def _unaligned(offset: int) -> IOReturnError:
+def _unaligned(offset: int) -> BadArgumentError:
     return BadArgumentError(
         f"two parts meet at offset {offset}, in the middle of a page: they cannot be mapped as one range"
     )

@@ -407,7 +407,7 @@ def _hidden() -> IOReturnError:
     )
 
 
-def _gone(backing: Backing, address: int) -> IOReturnError:
+def _gone(backing: Backing, address: int) -> VMError:
     task = backing.task or kernel_task
     area = None
     with contextlib.suppress(OSError):

@@ -13,7 +13,7 @@ from iobmd.constants import IOReturn, kIODirectionIn, kIODirectionInOut, kIODire
 from iobmd.descriptors.options import DIRECTION_MASK
 from iobmd.dma.device_transfer import DeviceTransfer
 from iobmd.dma.specification import MappingOptions, Specification
-from iobmd.errors import IOReturnError
+from iobmd.errors import BadArgumentError, BusyError, IOReturnError, NotReadyError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -123,7 +123,7 @@ class IODMACommand:
         with self._guard:
             fresh = mem is not self._memory
             if fresh and self._active:
-                raise self._error(IOReturn.kIOReturnBusy, "is prepared with other memory: call complete() first")
+                raise BusyError(f"{self!r} is prepared with other memory: call complete() first")
             if fresh and mem is not None:
                 mem.getLength()  # raises when it was freed
             if not autoPrepare:
@@ -147,7 +147,7 @@ class IODMACommand:
         """
         with self._guard:
             if self._active and not autoComplete:
-                raise self._error(IOReturn.kIOReturnNotReady, "is prepared: call complete() as often first")
+                raise NotReadyError(f"{self!r} is prepared: call complete() as often first")
             self._complete_all()
             self._memory = None
 
@@ -161,7 +161,7 @@ class IODMACommand:
         """
         with self._guard:
             if self._active:
-                raise self._error(IOReturn.kIOReturnBusy, "is prepared: call complete() as often first")
+                raise BusyError(f"{self!r} is prepared: call complete() as often first")
             self._memory = None
 
     release = free
@@ -241,7 +241,7 @@ class IODMACommand:
         transfer = self._prepared()
         if offset < 0 or (numSegments is not None and numSegments < 1):
             message = f"{numSegments} segments from offset {offset} on cannot be had"
-            raise IOReturnError(IOReturn.kIOReturnBadArgument, message)
+            raise BadArgumentError(message)
         if offset >= transfer.length:
             message = f"offset {offset} is at the end of the {transfer.length} bytes prepared"
             raise IOReturnError(IOReturn.kIOReturnOverrun, message)
@@ -272,7 +272,7 @@ class IODMACommand:
             both = direction & DIRECTION_MASK == kIODirectionInOut
             if both or direction & ~(DIRECTION_MASK | self.kForceDoubleBuffer):
                 message = f"{direction:#x} is neither kIODirectionIn nor kIODirectionOut"
-                raise IOReturnError(IOReturn.kIOReturnBadArgument, message)
+                raise BadArgumentError(message)
             if forceDoubleBuffer or direction & self.kForceDoubleBuffer:
                 self._transfer = transfer.doubled()
             elif direction & kIODirectionOut:
@@ -300,11 +300,11 @@ class IODMACommand:
     def _prepare(self, offset: int, length: int, *, flush: bool, synchronize: bool) -> None:
         memory = self._memory
         if memory is None:
-            raise self._error(IOReturn.kIOReturnNotReady, "has no memory: call setMemoryDescriptor() first")
+            raise NotReadyError(f"{self!r} has no memory: call setMemoryDescriptor() first")
         offset, length = self._range(memory, offset, length)
         if self._transfer is not None:
             if (offset, length) != self.getPreparedOffsetAndLength():
-                raise self._error(IOReturn.kIOReturnNotReady, "is prepared with another range: complete() that first")
+                raise NotReadyError(f"{self!r} is prepared with another range: complete() that first")
             self._active += 1
             return
         self._transfer = DeviceTransfer(memory, offset, length, self._limits)
@@ -321,7 +321,7 @@ class IODMACommand:
         length = length or whole - offset
         if offset < 0 or length < 0 or offset + length > whole:
             message = f"offset {offset} with length {length} is not inside of the memory's {whole} bytes"
-            raise IOReturnError(IOReturn.kIOReturnBadArgument, message)
+            raise BadArgumentError(message)
         if 0 < self._limits.max_transfer < length:
             message = f"{length} bytes are more than the device transfers at a time, {self._limits.max_transfer}"
             raise IOReturnError(IOReturn.kIOReturnNoSpace, message)
@@ -344,18 +344,15 @@ class IODMACommand:
 
     def _prepared(self) -> DeviceTransfer:
         if self._transfer is None:
-            raise self._error(IOReturn.kIOReturnNotReady, "is not prepared: call prepare() first")
+            raise NotReadyError(f"{self!r} is not prepared: call prepare() first")
         return self._transfer
 
     def _within(self, offset: int, length: int) -> DeviceTransfer:
         transfer = self._prepared()
         if offset < 0 or length < 0 or offset + length > transfer.length:
             message = f"offset {offset} with length {length} is not inside of the {transfer.length} bytes prepared"
-            raise IOReturnError(IOReturn.kIOReturnBadArgument, message)
+            raise BadArgumentError(message)
         return transfer
-
-    def _error(self, code: IOReturn, what: str) -> IOReturnError:
-        return IOReturnError(code, f"{self!r} {what}")
 
     def __enter__(self) -> Self:
         return self

@@ -13,7 +13,7 @@ from iobmd.constants import (
     kIODirectionOut,
 )
 from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
-from iobmd.errors import IOReturnError, NotReadyError
+from iobmd.errors import IOReturnError, NotReadyError, UnsupportedError
 from iobmd.memory.mlock import Wiring
 from iobmd.pagemap import segment
 from iobmd.task.task import kernel_task
@@ -196,7 +196,7 @@ class DeviceTransfer:
             return self
         if self.limits.iterates_only:
             message = "a command with kIterateOnly has no bounce buffers"
-            raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
+            raise UnsupportedError(message)
         after = DeviceTransfer(self.descriptor, self.offset, self.length, self.limits, double=True)
         try:
             self.end(invalidate=False, synchronize=True)

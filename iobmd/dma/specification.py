@@ -5,8 +5,7 @@ from __future__ import annotations
 from enum import KEEP, IntFlag
 from typing import NamedTuple
 
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import BadArgumentError
 from iobmd.physical.search import ALL_ADDRESSES
 from iobmd.units import PAGE_SIZE, is_power_of_two
 
@@ -47,18 +46,22 @@ class Specification(NamedTuple):
         """
         bits, alignment = self.address_bits or 64, self.alignment or 1
         if not PAGE_SIZE.bit_length() - 1 <= bits <= 64:
-            raise _bad(f"a device with {bits} address bits: there must be 64 at the most, and enough for one page")
+            raise BadArgumentError(
+                f"a device with {bits} address bits: there must be 64 at the most, and enough for one page"
+            )
         if not is_power_of_two(alignment) or alignment > 1 << bits - 1:
-            raise _bad(f"alignment {alignment} is not a power of two within the device's {bits} address bits")
+            raise BadArgumentError(
+                f"alignment {alignment} is not a power of two within the device's {bits} address bits"
+            )
         if self.boundary and not is_power_of_two(self.boundary):
-            raise _bad(f"boundary {self.boundary} is not a power of two")
+            raise BadArgumentError(f"boundary {self.boundary} is not a power of two")
         if min(self.max_segment, self.max_transfer, self.boundary) < 0:
-            raise _bad("a limit cannot be negative")
+            raise BadArgumentError("a limit cannot be negative")
         for name, limit in (("segments", self.max_segment), ("pieces between boundaries", self.boundary)):
             if 0 < limit < alignment:
-                raise _bad(f"{name} of {limit} bytes cannot all start at a multiple of {alignment}")
+                raise BadArgumentError(f"{name} of {limit} bytes cannot all start at a multiple of {alignment}")
         if self.options & ~_KNOWN:
-            raise _bad(f"mapping options {self.options:#x} have unknown bits")
+            raise BadArgumentError(f"mapping options {self.options:#x} have unknown bits")
         return self._replace(address_bits=bits, alignment=alignment, options=int(self.options))
 
     @property
@@ -80,7 +83,3 @@ class Specification(NamedTuple):
     def incoherent(self) -> bool:
         """Whether the device does not see what is in the processors' caches."""
         return self.options & MappingOptions.kTypeMask == MappingOptions.kNonCoherent
-
-
-def _bad(message: str) -> IOReturnError:
-    return IOReturnError(IOReturn.kIOReturnBadArgument, message)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import procfs
 from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import IOReturnError, NoResourcesError
 from iobmd.host import cgroup, pages
 from iobmd.host.fact import read_int, read_text
 from iobmd.units import PAGE_SIZE, format_size
@@ -125,7 +125,7 @@ def require_pages(size: int, page_size: int, *, pid: int | None = None) -> None:
             f"{what} do not fit: of the {pool.total} in the host's pool {pool.free} are free, {pool.reserved} of "
             f"them reserved by others; raise it: {remedy}"
         )
-        raise IOReturnError(IOReturn.kIOReturnNoResources, message)
+        raise NoResourcesError(message)
     name = f"hugetlb.{_short(page_size)}"
     for group in cgroup.around("hugetlb", pid):
         limit, usage = ("max", "current") if group.unified else ("limit_in_bytes", "usage_in_bytes")

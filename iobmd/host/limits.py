@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from iobmd import procfs
 from iobmd.constants import IOReturn
-from iobmd.errors import NO_DESCRIPTOR, IOReturnError
+from iobmd.errors import NO_DESCRIPTOR, CannotWireError, IOReturnError, NoMemoryError, NoResourcesError
 from iobmd.host.fact import read_int, read_text
 from iobmd.host.privilege import lifts_memlock
 
@@ -130,11 +130,11 @@ def from_oserror(error: OSError | OverflowError, doing: str, size: int = 0) -> I
     number = getattr(error, "errno", None) or errno.ENOMEM
     if number == errno.EAGAIN and (limit := memlock(size)):
         why = f"this process locks all that it maps (mlockall), and {limit}"
-        return IOReturnError(IOReturn.kIOReturnCannotWire, f"{doing}: {why}", number)
+        return CannotWireError(f"{doing}: {why}", number)
     if number in NO_DESCRIPTOR:
         why = "no file descriptor is free; close some, or raise `ulimit -n`"
-        return IOReturnError(IOReturn.kIOReturnNoResources, f"{doing}: {why}", number)
+        return NoResourcesError(f"{doing}: {why}", number)
     if number == errno.ENOMEM:
         why = str(met_by_mapping(size) or "no address space is left, or no memory")
-        return IOReturnError(IOReturn.kIOReturnNoMemory, f"{doing}: {why}", number)
+        return NoMemoryError(f"{doing}: {why}", number)
     return IOReturnError(IOReturn.kIOReturnError, f"{doing}: {error}", number)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Self
 
 from iobmd._internal import process_local
 from iobmd._native.runs import PhysicalSegment
-from iobmd.constants import IOOptionBits, IOReturn
+from iobmd.constants import IOOptionBits
 from iobmd.descriptors.options import DIRECTION_MASK
-from iobmd.errors import IOReturnError
+from iobmd.errors import BadArgumentError, BusyError, IOReturnError, NoResourcesError, NotOpenError
 from iobmd.iommu.addresses import Addresses
 from iobmd.iommu.vfio import READ, WRITE, Container, Device
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
@@ -54,7 +54,7 @@ class IOMapper:
     def __init__(self, device: str, *, address_bits: int = 64) -> None:
         if not 12 < address_bits <= 64:
             message = f"a device puts out 13 to 64 bits of address, not {address_bits}"
-            raise IOReturnError(IOReturn.kIOReturnBadArgument, message)
+            raise BadArgumentError(message)
         self.name = device
         self._maker = os.getpid()
         self._guard = process_local.Guard()
@@ -83,7 +83,7 @@ class IOMapper:
         direction = forDirection & DIRECTION_MASK or int(descriptor.getDirection())
         if not direction:
             message = "neither the transfer nor the descriptor has a direction: the device could do nothing"
-            raise IOReturnError(IOReturn.kIOReturnBadArgument, message)
+            raise BadArgumentError(message)
         access = (READ if direction & _OUT else 0) | (WRITE if direction & _IN else 0)
         descriptor.prepare(forDirection)
         try:
@@ -100,7 +100,7 @@ class IOMapper:
         address = self._addresses.take(backing.size, alignment)
         if address is None:
             message = f"no {format_size(backing.size)} of addresses are free that {self.name} can reach"
-            raise IOReturnError(IOReturn.kIOReturnNoResources, message)
+            raise NoResourcesError(message)
         try:
             with backing.here(populated=True) as mapping:
                 container.map(mapping.address, address, backing.size, access)
@@ -134,17 +134,17 @@ class IOMapper:
                 return
             if self._ranges and self._maker == os.getpid():
                 message = f"{len(self._ranges)} ranges are prepared for {self.name}: complete() each first"
-                raise IOReturnError(IOReturn.kIOReturnBusy, message)
+                raise BusyError(message)
             self._container.close()
             self._container = None
 
     def _open(self) -> Container:
         container = self._container  # once: another thread may close it
         if container is None:
-            raise IOReturnError(IOReturn.kIOReturnNotOpen, f"the mapper of {self.name} is closed")
+            raise NotOpenError(f"the mapper of {self.name} is closed")
         if self._maker != os.getpid():
             message = f"the mapper of {self.name} is process {self._maker}'s, and maps its memory"
-            raise IOReturnError(IOReturn.kIOReturnNotOpen, message)
+            raise NotOpenError(message)
         return container
 
     def __enter__(self) -> Self:

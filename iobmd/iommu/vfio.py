@@ -11,7 +11,14 @@ from typing import NamedTuple
 
 from iobmd._internal.process_local import Fd
 from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import (
+    BusyError,
+    IOReturnError,
+    NoResourcesError,
+    NotPrivilegedError,
+    NotReadyError,
+    UnsupportedError,
+)
 from iobmd.host import limits
 from iobmd.memory.mlock import cannot_lock
 
@@ -58,10 +65,9 @@ class Device(NamedTuple):
         try:
             return (self.folder / "iommu_group").readlink().name
         except OSError:
-            raise IOReturnError(
-                IOReturn.kIOReturnUnsupported,
+            raise UnsupportedError(
                 f"no IOMMU translates for {self.name}: boot with intel_iommu=on (AMD's is on where the firmware has "
-                "it), and turn VT-d or AMD-Vi on in the firmware; virtual machines need an emulated one",
+                "it), and turn VT-d or AMD-Vi on in the firmware; virtual machines need an emulated one"
             ) from None
 
     def bind_commands(self) -> str:
@@ -108,10 +114,9 @@ class Container:
         if struct.unpack("=II", status)[1] & _VIABLE:
             return
         members = sorted(path.name for path in Path(f"/sys/kernel/iommu_groups/{group}/devices").iterdir())
-        raise IOReturnError(
-            IOReturn.kIOReturnBusy,
+        raise BusyError(
             f"the IOMMU group {group} of {device.name} is shared with devices that other drivers hold: give each of "
-            f"{', '.join(members)} to vfio-pci as well, or to no driver",
+            f"{', '.join(members)} to vfio-pci as well, or to no driver"
         )
 
     def ranges(self) -> list[tuple[int, int]]:
@@ -144,7 +149,7 @@ class Container:
                 raise cannot_lock(size, error) from None
             if error.errno == errno.ENOSPC:
                 message = "VFIO has no mapping left (the parameter dma_entry_limit of vfio_iommu_type1); unmap some"
-                raise IOReturnError(IOReturn.kIOReturnNoResources, message, error.errno) from None
+                raise NoResourcesError(message, error.errno) from None
             raise limits.from_oserror(error, f"cannot map {size} bytes for the device at {address:#x}") from None
 
     def unmap(self, address: int, size: int) -> None:
@@ -181,14 +186,14 @@ def _open(path: str, absent: str) -> Fd:
         return Fd(os.open(path, os.O_RDWR | os.O_CLOEXEC), path)
     except PermissionError as error:
         message = f"this process may not open {path}: as root, chown it to this user, or run with CAP_DAC_OVERRIDE"
-        raise IOReturnError(IOReturn.kIOReturnNotPrivileged, message, error.errno or 0) from None
+        raise NotPrivilegedError(message, error.errno or 0) from None
     except OSError as error:
         if error.errno == errno.EBUSY:
             message = f"{path} is in use: another process, or another mapper of this one, has the device"
-            raise IOReturnError(IOReturn.kIOReturnBusy, message, errno.EBUSY) from None
+            raise BusyError(message, errno.EBUSY) from None
         if error.errno in (errno.ENOENT, errno.ENODEV):
             message = f"there is no {path}: {absent}"
-            raise IOReturnError(IOReturn.kIOReturnUnsupported, message, error.errno) from None
+            raise UnsupportedError(message, error.errno) from None
         raise limits.from_oserror(error, f"cannot open {path}") from None
 
 
@@ -198,8 +203,8 @@ def _not_attached(device: Device, error: OSError) -> IOReturnError:
             f"VFIO refuses {device.name}: its interrupts are not remapped; turn interrupt remapping on, or, if the "
             "device is trusted, `echo 1 > /sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts` as root"
         )
-        return IOReturnError(IOReturn.kIOReturnNotPrivileged, message, errno.EPERM)
+        return NotPrivilegedError(message, errno.EPERM)
     if error.errno == errno.ENODEV:
         message = f"{device.name} is not vfio-pci's: give it to VFIO, as root: {device.bind_commands()}"
-        return IOReturnError(IOReturn.kIOReturnNotReady, message, errno.ENODEV)
+        return NotReadyError(message, errno.ENODEV)
     return limits.from_oserror(error, f"VFIO cannot attach {device.name}")

@@ -5,8 +5,7 @@ import errno
 
 from iobmd import host
 from iobmd._native import memory
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import CannotWireError, IOReturnError, NoMemoryError
 from iobmd.units import format_size
 
 _REFUSED = (errno.EPERM, errno.EACCES, errno.ENOSYS)
@@ -53,16 +52,16 @@ def cannot_lock(size: int, error: OSError) -> IOReturnError:
     refused = number in _REFUSED and (limit is None or limit.value > 0)
     if limit and not refused:
         message = f"{what}: {limit}, give the program CAP_IPC_LOCK, or ask for pageable memory"
-        return IOReturnError(IOReturn.kIOReturnCannotWire, message, number)
+        return CannotWireError(message, number)
     if number in _REFUSED:
         message = (
             f"{what}: mlock is forbidden ({error.strerror}) by a seccomp filter or a security module; allow it "
             "(systemd: no ~@memlock in SystemCallFilter=; container: the seccomp profile), or ask for pageable memory"
         )
-        return IOReturnError(IOReturn.kIOReturnCannotWire, message, number)
+        return CannotWireError(message, number)
     if met := host.limits.met_by_mapping(0):
-        return IOReturnError(IOReturn.kIOReturnNoMemory, f"{what}: {met}", number)
+        return NoMemoryError(f"{what}: {met}", number)
     if number == errno.ENOMEM and (limit := host.limits.memlock_of()):
         message = f"{what}: {limit}, unless another thread has unlocked memory since"
-        return IOReturnError(IOReturn.kIOReturnCannotWire, message, number)
-    return IOReturnError(IOReturn.kIOReturnNoMemory, f"{what}: the kernel has not enough free memory", number)
+        return CannotWireError(message, number)
+    return NoMemoryError(f"{what}: the kernel has not enough free memory", number)

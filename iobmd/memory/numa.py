@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iobmd._native import numa
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import BadArgumentError, NoResourcesError
 from iobmd.host import limits
 from iobmd.units import PAGE_SIZE, format_size, pages
 
@@ -34,7 +33,7 @@ def on(node: int | None) -> Iterator[None]:
     """
     if node is not None and node not in (have := with_memory()):
         message = f"node {node} has no memory; of this host have: {', '.join(map(str, have))}"
-        raise IOReturnError(IOReturn.kIOReturnBadArgument, message)
+        raise BadArgumentError(message)
     token = _wanted.set(node)
     try:
         yield
@@ -89,7 +88,7 @@ def require(address: int, size: int) -> None:
             f"{format_size(strays * PAGE_SIZE)} of {format_size(size)} came from other nodes: of the node {node} "
             f"{format_size(_free(node))} are free"
         )
-        raise IOReturnError(IOReturn.kIOReturnNoResources, message)
+        raise NoResourcesError(message)
 
 
 def _free(node: int) -> int:

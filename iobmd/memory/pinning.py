@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 
 from iobmd import host, pagemap
 from iobmd._native import uring
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError, NotPrivilegedError, UnsupportedError
+from iobmd.errors import CannotWireError, IOReturnError, NotPrivilegedError, UnsupportedError
 from iobmd.task import obstacles
 from iobmd.units import format_size
 
@@ -128,7 +127,7 @@ def _cannot_pin(address: int, size: int, error: OSError) -> IOReturnError:
     why, remedy = host.why_not_pinned(error)
     if remedy:
         why += f"; to turn it on: {remedy.partition(chr(10))[0].partition('  #')[0]}"
-    return IOReturnError(IOReturn.kIOReturnCannotWire, f"{what}: {why}", number)
+    return CannotWireError(f"{what}: {why}", number)
 
 
 def visible_runs(address: int, size: int, *, gaps: bool = False) -> RunTable | None:

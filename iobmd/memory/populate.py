@@ -4,8 +4,7 @@ import errno
 
 from iobmd._internal import chunked
 from iobmd._native import memory
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import NoMemoryError
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 
 
@@ -43,6 +42,6 @@ def _by_locking(address: int, size: int) -> None:
         raise _no_memory(size, 0, error.errno or 0) from None
 
 
-def _no_memory(size: int, done: int, number: int) -> IOReturnError:
+def _no_memory(size: int, done: int, number: int) -> NoMemoryError:
     message = f"the kernel has no memory for {format_size(size)}: it gave {format_size(done)}"
-    return IOReturnError(IOReturn.kIOReturnNoMemory, message, number)
+    return NoMemoryError(message, number)

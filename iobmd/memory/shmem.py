@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from iobmd._internal import process_local
 from iobmd._native import tmpfs
 from iobmd._native.mapping import Mapping
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import IOReturnError, NoResourcesError, NotPermittedError, UnsupportedError
 from iobmd.host import limits
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 
@@ -153,7 +152,7 @@ def show(stretches: Sequence[Stretch], at: int = 0, *, writable: bool = True, gu
             return Mapping.view(pieces, at, writable, guard, alignment)
         except FileExistsError as error:
             message = f"{at:#x} to {at + size:#x} is not free: something is mapped there"
-            raise IOReturnError(IOReturn.kIOReturnNoResources, message, error.errno or 0) from None
+            raise NoResourcesError(message, error.errno or 0) from None
         except OSError as error:
             sealed = writable and sealed_against_writing(number for number, _offset, _length in pieces)
             raise sealed or limits.from_oserror(error, f"cannot map {format_size(size)}", size) from None
@@ -194,9 +193,9 @@ def alignment_of(stretches: Sequence[Stretch]) -> int:
     return max(stretch.alignment for stretch in stretches)
 
 
-def _within_a_page(page: int) -> IOReturnError:
+def _within_a_page(page: int) -> UnsupportedError:
     message = f"this memory is in pages of {format_size(page)}, and can be mapped in whole ones only"
-    return IOReturnError(IOReturn.kIOReturnUnsupported, message)
+    return UnsupportedError(message)
 
 
 def reopen(fd: int) -> int:
@@ -244,7 +243,7 @@ def sealed_against_writing(fds: Iterable[int]) -> IOReturnError | None:
         f"the memory can no longer be mapped for writing, nor be purged: another process has sealed it ({seal}), "
         "which cannot be undone; map it with kIOMapReadOnly, or make a copy"
     )
-    return IOReturnError(IOReturn.kIOReturnNotPermitted, message, errno.EPERM)
+    return NotPermittedError(message, errno.EPERM)
 
 
 def seals(fd: int) -> int | None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import BadArgumentError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -71,7 +70,7 @@ def changes(before: Snapshot, after: Snapshot) -> Iterator[Change]:
         ("page sizes", old_header.page_bytes, new_header.page_bytes),
     ):
         if old_one != new_one:
-            raise IOReturnError(IOReturn.kIOReturnBadArgument, f"the snapshots are of different {what}")
+            raise BadArgumentError(f"the snapshots are of different {what}")
     return _changes(before, after)
 
 

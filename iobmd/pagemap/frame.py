@@ -8,12 +8,12 @@ from typing import NamedTuple, Self
 from iobmd import host, procfs
 from iobmd._internal import pidns, relay
 from iobmd._native import frames as native
-from iobmd.constants import IOReturn
 from iobmd.errors import (
     BusyError,
     IOReturnError,
     NotFoundError,
     NotPermittedError,
+    NotPrivilegedError,
     TaskTimeoutError,
     UnsupportedError,
 )
@@ -80,7 +80,7 @@ class Frames:
             self._flags = os.open("/proc/kpageflags", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             message = f"the flags of frames cannot be read: /proc/kpageflags: {error.strerror}; root may"
-            raise IOReturnError(IOReturn.kIOReturnNotPrivileged, message, error.errno or 0) from None
+            raise NotPrivilegedError(message, error.errno or 0) from None
         with contextlib.suppress(OSError):
             self._count = os.open("/proc/kpagecount", os.O_RDONLY | os.O_CLOEXEC)
         with contextlib.suppress(OSError):  # CONFIG_MEMCG
@@ -164,7 +164,7 @@ def require_frames() -> None:
         raise diagnosis.own_pagemap(error) from None
     if not visible:
         message = f"frame numbers are hidden from this process: {host.capability_remedy().splitlines()[0]}"
-        raise IOReturnError(IOReturn.kIOReturnNotPrivileged, message)
+        raise NotPrivilegedError(message)
 
 
 def _batches(found: Iterable[Run]) -> Iterator[list[Run]]:
@@ -258,7 +258,7 @@ def _mapped_patiently(pid: int, low: int, high: int) -> Iterator[FrameMapping]:
             f"process {pid} keeps the kernel waiting: it has been changing its mappings for {_PATIENCE:g} s, perhaps "
             "because the server of a file (FUSE) does not answer"
         )
-        raise IOReturnError(IOReturn.kIOReturnTimeout, message) from None
+        raise TaskTimeoutError(message) from None
 
 
 def _mapped_frames(pid: int, low: int, high: int) -> Iterator[list[FrameMapping]]:

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from iobmd import procfs
 from iobmd._native.crosstask import HeldBuffer
-from iobmd.constants import IOReturn
-from iobmd.errors import NO_DESCRIPTOR, IOReturnError
+from iobmd.errors import NO_DESCRIPTOR, BadArgumentError, IOReturnError
 from iobmd.host import limits
 from iobmd.procfs import USER_END, VMA
 from iobmd.task import diagnosis
@@ -68,11 +67,9 @@ class Where(NamedTuple):
             yield self.start, self.end
 
 
-def past_the_end(address: int) -> IOReturnError:
+def past_the_end(address: int) -> BadArgumentError:
     """Return the error for an address that no process can have."""
-    return IOReturnError(
-        IOReturn.kIOReturnBadArgument, f"address {address:#x} is past the end of the user address space"
-    )
+    return BadArgumentError(f"address {address:#x} is past the end of the user address space")
 
 
 def of_task(task: Task, found: Iterator[_T], *, may_be_none: bool = False) -> Iterator[_T]:
@@ -133,7 +130,7 @@ def resolve(target: Target, address: int | None = None, size: int | None = None)
         return target
     if address is not None or size is not None:
         if address is None or size is None:
-            raise IOReturnError(IOReturn.kIOReturnBadArgument, "a range has both an address and a size")
+            raise BadArgumentError("a range has both an address and a size")
         check_range(address, size)
         return Where(as_task(target), address, address + size)
     if hasattr(target, "getAddressTask"):  # a map
@@ -149,5 +146,5 @@ def resolve(target: Target, address: int | None = None, size: int | None = None)
         held = HeldBuffer(target, False)
     except TypeError:
         message = f"{target!r} is neither a task, nor a process id, nor a buffer"
-        raise IOReturnError(IOReturn.kIOReturnBadArgument, message) from None
+        raise BadArgumentError(message) from None
     return Where(kernel_task, held.address, held.address + held.size, held)

@@ -10,8 +10,7 @@ from iobmd import procfs
 from iobmd._internal import process_local
 from iobmd._native import lazyfree, runs
 from iobmd._native import pagemap as native
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError, NoResourcesError
+from iobmd.errors import IOReturnError, NoResourcesError, NotPrivilegedError
 from iobmd.pagemap.file import PagemapFile, counts, pages
 from iobmd.task import diagnosis
 from iobmd.task.task import Task, kernel_task
@@ -43,7 +42,7 @@ def own_pagemap() -> int:
             "this process may not read its own pagemap: it has changed its user and is not dumpable; call "
             "prctl(PR_SET_DUMPABLE, 1), or run with CAP_SYS_ADMIN"
         )
-        raise IOReturnError(IOReturn.kIOReturnNotPrivileged, message, error.errno or 0) from None
+        raise NotPrivilegedError(message, error.errno or 0) from None
     except OSError as error:
         raise diagnosis.own_pagemap(error) from None
 

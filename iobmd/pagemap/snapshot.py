@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd._internal.atomic_file import replacing
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import BadArgumentError, IOReturnError
 from iobmd.pagemap.range import name_of, resolve
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.span import Span
@@ -144,7 +143,7 @@ class Snapshot:
         header = Header(**first) if isinstance(first, dict) and set(first) == set(Header._fields) else None
         if not header or not header.valid:
             message = f"{self._path} is no snapshot of version {VERSION} of `iobmd pagemap --save`"
-            raise IOReturnError(IOReturn.kIOReturnBadArgument, message)
+            raise BadArgumentError(message)
         self.header = header
         with self._path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - len(_END)))
@@ -179,8 +178,8 @@ class Snapshot:
         except (ValueError, RecursionError) as error:
             raise self._damaged(str(error)) from None
 
-    def _damaged(self, why: str) -> IOReturnError:
-        return IOReturnError(IOReturn.kIOReturnBadArgument, f"{self._path} is no snapshot, or damaged: {why}")
+    def _damaged(self, why: str) -> BadArgumentError:
+        return BadArgumentError(f"{self._path} is no snapshot, or damaged: {why}")
 
     def areas(self) -> Iterator[VMA]:
         """Iterate over the areas, ascending."""

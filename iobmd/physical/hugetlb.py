@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iobmd import host, procfs
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import BusyError
 from iobmd.memory.shmem import NAME
 from iobmd.physical.shmem_pages import FileBlocks
 
@@ -90,7 +89,7 @@ def _lock(opened: int, setting: Path) -> None:
             return
 
 
-def _locked(opened: int, setting: Path) -> IOReturnError:
+def _locked(opened: int, setting: Path) -> BusyError:
     status = os.fstat(opened)
     place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     holders = []
@@ -104,7 +103,7 @@ def _locked(opened: int, setting: Path) -> IOReturnError:
         f"{who} has had {setting} locked for {_PATIENCE:.0f} s: the pool cannot be raised; end that process, or "
         "leave reserve=True out"
     )
-    return IOReturnError(IOReturn.kIOReturnBusy, message)
+    return BusyError(message)
 
 
 def _persistent(directory: Path) -> int:

@@ -8,8 +8,7 @@ import functools
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import BadArgumentError
 from iobmd.host import headroom
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def policy(
     replaces an outer one whole.
     """
     if (memory_budget or 0) < 0 or (time_budget or 0) < 0:
-        raise IOReturnError(IOReturn.kIOReturnBadArgument, "a budget cannot be negative")
+        raise BadArgumentError("a budget cannot be negative")
     token = _current.set(Policy(reserve, memory_budget, time_budget))
     try:
         yield

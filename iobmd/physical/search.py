@@ -11,8 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import host, pagemap
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import NoResourcesError, NotPrivilegedError
 from iobmd.physical import trim, zones
 from iobmd.physical.hugetlb import PoolBlocks
 from iobmd.physical.policy import Budget
@@ -247,11 +246,10 @@ def _fits_one_huge_page(want: PhysicalConstraints) -> bool:
     return want.size <= HUGE_PAGE_SIZE and want.alignment <= HUGE_PAGE_SIZE and want.allowed == ALL_ADDRESSES
 
 
-def _must_be_seen(want: PhysicalConstraints) -> IOReturnError:
-    return IOReturnError(
-        IOReturn.kIOReturnNotPrivileged,
+def _must_be_seen(want: PhysicalConstraints) -> NotPrivilegedError:
+    return NotPrivilegedError(
         f"no {want}: physical addresses are hidden from this process, and without them only what lies in one "
-        f"huge page ({format_size(HUGE_PAGE_SIZE)}) is known; run with CAP_SYS_ADMIN",
+        f"huge page ({format_size(HUGE_PAGE_SIZE)}) is known; run with CAP_SYS_ADMIN"
     )
 
 
@@ -266,11 +264,11 @@ def _search_pools(want: PhysicalConstraints, search: Search, *, reserve: bool | 
     return None
 
 
-def kept_moving(want: PhysicalConstraints | None) -> IOReturnError:
+def kept_moving(want: PhysicalConstraints | None) -> NoResourcesError:
     """Return the error for memory that was found, and moved away at each of `TRIES` tries to pin it."""
     message = f"the kernel moved the pages at each of {TRIES} tries to pin {want}"
-    return IOReturnError(IOReturn.kIOReturnNoResources, message)
+    return NoResourcesError(message)
 
 
-def _not_found(want: PhysicalConstraints, why: str) -> IOReturnError:
-    return IOReturnError(IOReturn.kIOReturnNoResources, f"no {want}: {why}")
+def _not_found(want: PhysicalConstraints, why: str) -> NoResourcesError:
+    return NoResourcesError(f"no {want}: {why}")

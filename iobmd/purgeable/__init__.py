@@ -8,8 +8,8 @@ from __future__ import annotations
 import time
 from typing import NamedTuple, Protocol
 
-from iobmd.constants import IOPurgeable, IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.constants import IOPurgeable
+from iobmd.errors import BadArgumentError, NotReadyError
 
 KEEP_CURRENT, NON_VOLATILE, VOLATILE, EMPTY = 1, 2, 3, 4
 """The states of `IOPurgeable` as plain numbers: an operation on its members takes longer than a system call."""
@@ -26,10 +26,9 @@ def parse(new_state: int) -> tuple[int, int]:
     word = int(new_state)
     state, modifiers = word & _STATE_BITS, word & ~_STATE_BITS
     if not KEEP_CURRENT <= state <= EMPTY or modifiers & ~MODIFIERS:
-        raise IOReturnError(
-            IOReturn.kIOReturnBadArgument,
+        raise BadArgumentError(
             f"{word:#x} is not a purgeable state: kIOMemoryPurgeableKeepCurrent, …NonVolatile, …Volatile with its "
-            "modifiers, or …Empty",
+            "modifiers, or …Empty"
         )
     return state, modifiers
 
@@ -102,9 +101,8 @@ class Purgeable(Protocol):
         """Return how many bytes the kernel may take at any moment, which still count as resident."""
 
 
-def wanted_non_volatile() -> IOReturnError:
+def wanted_non_volatile() -> NotReadyError:
     """Return the error for an I/O that volatile memory was prepared for."""
-    return IOReturnError(
-        IOReturn.kIOReturnNotReady,
-        "the memory is volatile, and may be taken: setPurgeable(kIOMemoryPurgeableNonVolatile) before prepare()",
+    return NotReadyError(
+        "the memory is volatile, and may be taken: setPurgeable(kIOMemoryPurgeableNonVolatile) before prepare()"
     )

@@ -8,8 +8,7 @@ from iobmd import pagemap
 from iobmd._native import memory
 from iobmd._native import pagemap as native
 from iobmd._native.guard import generation
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import UnsupportedError
 from iobmd.purgeable import EMPTY, NON_VOLATILE, OBSOLETE, VOLATILE, Order, now, restore, wanted_non_volatile
 from iobmd.units import PAGE_SIZE, round_down, round_up
 
@@ -163,7 +162,7 @@ class LazilyFreed:
         except OSError as error:
             self._state, self._half_dropped = before, False
             message = f"cannot drop the content: the kernel refuses it ({error})"
-            raise IOReturnError(IOReturn.kIOReturnUnsupported, message, error.errno or 0) from None
+            raise UnsupportedError(message, error.errno or 0) from None
         self._ranges, self._half_dropped = [], False
 
 
@@ -188,9 +187,8 @@ def _split(ranges: list[restore.Range], first: int, end: int) -> tuple[list[rest
     return inside, outside
 
 
-def _cannot_free(error: OSError) -> IOReturnError:
-    return IOReturnError(
-        IOReturn.kIOReturnUnsupported,
+def _cannot_free(error: OSError) -> UnsupportedError:
+    return UnsupportedError(
         f"the kernel cannot take this memory ({error}): it is locked, by mlockall() or mlock(); unlock it first",
         error.errno or 0,
     )

@@ -14,8 +14,7 @@ from typing import NamedTuple, Protocol
 
 from iobmd._internal import process_local
 from iobmd._internal.weak_registry import WeakRegistry
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import BadArgumentError, IOReturnError
 from iobmd.host import headroom
 from iobmd.purgeable import Order
 from iobmd.purgeable.monitor import Watch
@@ -89,7 +88,7 @@ def purge(target_bytes: int | None = None) -> int:
     calls this has interrupted.
     """
     if target_bytes is not None and target_bytes < 0:
-        raise IOReturnError(IOReturn.kIOReturnBadArgument, f"cannot purge {target_bytes} bytes")
+        raise BadArgumentError(f"cannot purge {target_bytes} bytes")
     return _purge(_volatile(shared_only=False, wait=True), target_bytes, wait=True)
 
 

@@ -23,8 +23,7 @@ from functools import partial
 from iobmd import host, procfs
 from iobmd._internal import process_local
 from iobmd._native import crosstask, lazyfree, memory
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import IOReturnError, NoMemoryError, NoResourcesError, UnsupportedError
 from iobmd.host.fact import scratch
 from iobmd.memory.mlock import cannot_lock
 from iobmd.pagemap import own_pagemap
@@ -112,7 +111,7 @@ def _take_back_tracked(tracker: int, pagemap: int, start: int, end: int) -> bool
         raise _LockError(number)
     if step:
         message = f"cannot make {format_size(end - start)} of volatile memory safe: the kernel has no memory for it"
-        raise IOReturnError(IOReturn.kIOReturnNoMemory, message, number)
+        raise NoMemoryError(message, number)
     return there
 
 
@@ -132,7 +131,7 @@ def _by_smaps(start: int, end: int, *, rewrite: bool) -> bool:
         raise
     except OSError as error:
         message = f"cannot look at volatile memory: {error}"
-        raise IOReturnError(IOReturn.kIOReturnNoResources, message, error.errno or 0) from None
+        raise NoResourcesError(message, error.errno or 0) from None
     finally:
         memory.advise(start, size, memory.MADV_NORMAL)
 
@@ -199,5 +198,5 @@ def _bytes_of(start: int, end: int, *names: str) -> int:
     inside = [(area, counters) for area, counters in procfs.smaps() if start <= area.start and area.end <= end]
     if sum(area.end - area.start for area, _counters in inside) != end - start:
         message = f"smaps does not show {start:#x}…{end:#x} apart from what is beside it"
-        raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
+        raise UnsupportedError(message)
     return sum(counters[name] for _area, counters in inside for name in names)

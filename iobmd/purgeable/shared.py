@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from iobmd._native import memory
 from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import BusyError, IOReturnError, VMError
 from iobmd.memory import shmem
 from iobmd.purgeable import EMPTY, MODIFIERS, NON_VOLATILE, VOLATILE, Order, now, wanted_non_volatile
 from iobmd.units import PAGE_SIZE
@@ -152,7 +152,7 @@ class SharedState:
                 message = (
                     "another process is changing the state of this shared memory, and does not end: is it stopped?"
                 )
-                raise IOReturnError(IOReturn.kIOReturnBusy, message)
+                raise BusyError(message)
             time.sleep(pause)
             pause = min(pause * 2, 0.005)
 
@@ -172,7 +172,7 @@ class SharedState:
         conflict, *_ = _FLOCK.unpack(fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, self._preparing)))
         if conflict != fcntl.F_UNLCK:
             message = "the memory is prepared in another process: it stays wired until complete() there"
-            raise IOReturnError(IOReturn.kIOReturnBusy, message)
+            raise BusyError(message)
 
     def _drop(self) -> None:
         self._set(EMPTY | _PURGING)
@@ -209,7 +209,7 @@ class SharedState:
         stored = os.pread(self._fd, _WORD.size, self._size)
         if len(stored) < _WORD.size:
             message = "another process has truncated this shared memory: its purgeable state is lost"
-            raise IOReturnError(IOReturn.kIOReturnVMError, message)
+            raise VMError(message)
         return int(_WORD.unpack(stored)[0])
 
     def _set(self, word: int) -> None:

@@ -10,15 +10,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import procfs
-from iobmd.constants import IOReturn
-from iobmd.errors import (
-    IOReturnError,
-    NotFoundError,
-    NotReadyError,
-    TaskTimeoutError,
-    UnsupportedError,
-    VMError,
-)
+from iobmd.errors import IOReturnError, NotFoundError, NotReadyError, TaskTimeoutError, UnsupportedError, VMError
 from iobmd.remote import freezer, session, threads, wired
 from iobmd.remote.snapshot import NoSnapshot, Snapshot
 from iobmd.remote.tracee import NotStopped, StrangerSeized, check_interrupt, shielded
@@ -137,7 +129,7 @@ def _copy_stopped(source: Source) -> int:
         "by another program (a handler of userfaultfd, or the server of a file), and was missing again each time the "
         "task stood still; copy without freeze"
     )
-    raise IOReturnError(IOReturn.kIOReturnUnsupported, message, address=address)
+    raise UnsupportedError(message, address=address)
 
 
 def _worth_a_child(source: Source) -> int:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iobmd import procfs
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError, NotFoundError, VMError
+from iobmd.errors import NotFoundError, UnsupportedError, VMError
 from iobmd.remote.areas import areas
 from iobmd.task import diagnosis
 
@@ -46,7 +45,7 @@ def find(task: Task) -> int:
             raise diagnosis.without_memory(task.pid)
         if time.monotonic() > deadline:
             message = f"task {task.pid} has no system call instruction that could be used, not in its vDSO either"
-            raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
+            raise UnsupportedError(message)
         time.sleep(0.001)
 
 

@@ -19,7 +19,7 @@ import time
 from typing import TYPE_CHECKING
 
 from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import IOReturnError, TaskTimeoutError
 from iobmd.remote import tracing
 from iobmd.remote.tracee import InterruptedJob, NotStopped, Tracee
 from iobmd.task import diagnosis, identity
@@ -128,7 +128,7 @@ class Guest(Tracee):
             if isinstance(error, InterruptedJob):
                 raise
             message = f"{name} in task {self.task.pid} did not return in time"
-            raise IOReturnError(IOReturn.kIOReturnTimeout, message) from None
+            raise TaskTimeoutError(message) from None
 
     def undo_by(self, name: str, *arguments: int) -> None:
         """Make a call when it ends, which undoes what was done; the last first."""

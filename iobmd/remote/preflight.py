@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iobmd import host, procfs
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import BadArgumentError, IOReturnError, NotPermittedError
 from iobmd.remote import tracing
 from iobmd.task import diagnosis
 
@@ -33,7 +32,7 @@ def check(task: Task) -> int:
     pid = task.pid
     if task.is_current:
         message = f"task {pid} is this process, which makes its system calls itself"
-        raise IOReturnError(IOReturn.kIOReturnBadArgument, message)
+        raise BadArgumentError(message)
     if refusal := diagnosis.numbered_otherwise(pid):
         raise refusal
     try:
@@ -65,7 +64,7 @@ def _past_seccomp(pid: int, mode: str) -> int:
         why = "which this process cannot suspend, for it has a seccomp filter itself"
     else:
         return tracing.O_SUSPEND_SECCOMP
-    raise IOReturnError(IOReturn.kIOReturnNotPermitted, f"task {pid} {what}, {why}", errno.EPERM)
+    raise NotPermittedError(f"task {pid} {what}, {why}", errno.EPERM)
 
 
 def tracer(pid: int, tid: int) -> int | None:
@@ -81,7 +80,7 @@ def tracer(pid: int, tid: int) -> int | None:
     return None if status["State"][0] in "ZX" else int(status["TracerPid"])
 
 
-def traced_by_another(pid: int, tracer: int) -> IOReturnError:
+def traced_by_another(pid: int, tracer: int) -> NotPermittedError:
     """Return the error for a task that has a tracer already."""
     try:
         name = Path(f"/proc/{tracer}/comm").read_text(errors="surrogateescape").removesuffix("\n")
@@ -89,7 +88,7 @@ def traced_by_another(pid: int, tracer: int) -> IOReturnError:
     except OSError:
         whom = "another process"
     message = f"task {pid} is traced by {whom} already, and a task has one tracer only: detach that first"
-    return IOReturnError(IOReturn.kIOReturnNotPermitted, message, errno.EPERM)
+    return NotPermittedError(message, errno.EPERM)
 
 
 def refused(pid: int, error: OSError) -> IOReturnError:

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from iobmd import host, procfs
 from iobmd._internal import process_local
 from iobmd._native import apart
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import IOReturnError, NoResourcesError, NotReadyError, TaskTimeoutError
 from iobmd.remote import freezer, gadget, preflight, threads, tracing
 from iobmd.remote.guest import Guest, NoProcess
 from iobmd.remote.stop import Stop
@@ -109,7 +108,7 @@ def with_guest(task: Task, work: Callable[[Guest], None], *, standing: bool = Fa
                 f"task {task.pid} can have no more processes, of which it needs one for a moment ({error.strerror}): "
                 "its RLIMIT_NPROC, or the pids.max of its cgroup"
             )
-            raise IOReturnError(IOReturn.kIOReturnNoResources, message, error.errno or 0) from None
+            raise NoResourcesError(message, error.errno or 0) from None
         finally:
             try:
                 stopped = max(stopped, end(guest))
@@ -202,14 +201,14 @@ def _result(task: Task, of: Callable[[], object]) -> object:
     try:
         return of()
     except apart.NoThreadError as error:
-        raise IOReturnError(IOReturn.kIOReturnNoResources, f"cannot trace a task: {error}") from None
+        raise NoResourcesError(f"cannot trace a task: {error}") from None
     except ProcessLookupError as error:
         if isinstance(error, IOReturnError):
             raise
         raise diagnosis.gone(f"task {task.pid} is gone: it has exited") from None
     except InterruptedJob:
         message = f"what was done in task {task.pid} was given up: the interpreter ends"
-        raise IOReturnError(IOReturn.kIOReturnNotReady, message) from None
+        raise NotReadyError(message) from None
 
 
 @contextlib.contextmanager
@@ -218,7 +217,7 @@ def _registered(job: apart.Job) -> Iterator[apart.Job]:
     _active.add(job)
     try:
         if sys.is_finalizing() or _ending not in (0, threading.get_ident()):
-            raise IOReturnError(IOReturn.kIOReturnNotReady, "cannot trace a task: the interpreter ends")
+            raise NotReadyError("cannot trace a task: the interpreter ends")
         yield job
     finally:
         _active.discard(job)
@@ -346,7 +345,7 @@ def stop_one(task: Task, options: int, instruction: int, work: Callable[[Stop], 
             stop.release()
 
 
-def never_stopped(task: Task) -> IOReturnError:
+def never_stopped(task: Task) -> TaskTimeoutError:
     """Return the error for a task none of whose threads stops."""
     some = threads.thread_ids(task.pid)[:_SHOWN]
     states = ", ".join(sorted({state for tid in some if (state := threads.state(task.pid, tid))}))
@@ -354,4 +353,4 @@ def never_stopped(task: Task) -> IOReturnError:
         "it sleeps uninterruptibly, waits for a child that it made by vfork, or for a page fault that is not served"
     )
     message = f"task {task.pid} did not stop within {PATIENCE:g} s (its threads are in state {states}): {why}"
-    return IOReturnError(IOReturn.kIOReturnTimeout, message)
+    return TaskTimeoutError(message)

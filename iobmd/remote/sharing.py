@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from iobmd import procfs
 from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError, NotFoundError
+from iobmd.errors import IOReturnError, NoResourcesError, NotFoundError, NotPermittedError
 from iobmd.host import limits
 from iobmd.memory import shmem
 from iobmd.memory.shmem import alignment_of
@@ -302,7 +302,7 @@ def _require_safe(task: Task, objects: set[Fd], *, writable: bool) -> None:
                 f"this memory is not mapped in task {task.pid}, which is another user's and could {why}: allocate it "
                 "in that task (task=…) and map it here, or map it read-only there"
             )
-            raise IOReturnError(IOReturn.kIOReturnNotPermitted, message)
+            raise NotPermittedError(message)
 
 
 def _locks_memory(task: Task) -> bool:
@@ -417,5 +417,5 @@ def _reported(task: Task, size: int, at: int, doing: str = "map") -> Iterator[No
         number = error.errno or 0
         if number == errno.EEXIST:
             message = f"{at:#x} to {at + size:#x} of task {task.pid} is not free: something is mapped there"
-            raise IOReturnError(IOReturn.kIOReturnNoResources, message, number) from None
+            raise NoResourcesError(message, number) from None
         raise diagnosis.within(task.pid, error, f"cannot {doing} {format_size(size)}", size) from None

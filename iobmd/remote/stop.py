@@ -11,8 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 from iobmd._native.crosstask import HeldBuffer
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError, NotReadyError, VMError
+from iobmd.errors import NotReadyError, UnsupportedError, VMError
 from iobmd.remote import gadget, restart, threads, tracing
 from iobmd.remote.tracee import StrangerSeized, Tracee, Unreadable
 
@@ -99,10 +98,10 @@ class Stop(Tracee):
         """
         if self._registers.cs == _CODE_32:
             message = f"task {self.task.pid} is a 32-bit program: its system calls are others"
-            raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
+            raise UnsupportedError(message)
         if tracing.diverts_syscalls(self._tid):
             message = f"task {self.task.pid} diverts its system calls to a handler (PR_SET_SYSCALL_USER_DISPATCH)"
-            raise IOReturnError(IOReturn.kIOReturnUnsupported, message)
+            raise UnsupportedError(message)
         # It may have run another program since.
         self.gadget = instruction if gadget.is_at(self.task, instruction) else gadget.find(self.task)
         tracing.set_options(self._tid, self.options)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from iobmd._native import apart, crosstask
 from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import IOReturnError, TaskTimeoutError
 from iobmd.remote import preflight, threads, tracing
 from iobmd.task import diagnosis
 
@@ -167,12 +167,12 @@ class Tracee:
                 return stop
             tracing.run_to_syscall_stop(self._tid)
 
-    def does_not_run(self) -> IOReturnError:
+    def does_not_run(self) -> TaskTimeoutError:
         """Return the error for a thread that stops, but does not go on to a system call."""
         from iobmd.remote import freezer  # noqa: PLC0415 (for the message only)
 
         message = f"task {self.task.pid} does not run: {freezer.why(self.task.pid) or 'no processor is left to it'}"
-        return IOReturnError(IOReturn.kIOReturnTimeout, message)
+        return TaskTimeoutError(message)
 
     def _take_back(self) -> None:
         """Have it stop before the call that it does not begin."""

@@ -20,8 +20,7 @@ import warnings
 from functools import cache
 from typing import Any, NamedTuple
 
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import UnsupportedError
 
 # Younger than what python-ptrace knows (linux/ptrace.h).
 _SEIZE, _INTERRUPT = 0x4206, 0x4207
@@ -67,9 +66,8 @@ def _binding() -> Any:
             warnings.simplefilter("ignore", DeprecationWarning)
             from ptrace.binding import func  # type: ignore[import-untyped] # noqa: PLC0415 (an extra)
     except ImportError as error:
-        raise IOReturnError(
-            IOReturn.kIOReturnUnsupported,
-            f"system calls in another task need python-ptrace ({error}): pip install 'iobmd[remote]'",
+        raise UnsupportedError(
+            f"system calls in another task need python-ptrace ({error}): pip install 'iobmd[remote]'"
         ) from None
     return func
 
@@ -85,9 +83,8 @@ def _library_call() -> Any:
 def require() -> None:
     """Raise `kIOReturnUnsupported` where python-ptrace is missing, or the processor is another."""
     if platform.machine() != "x86_64":
-        raise IOReturnError(
-            IOReturn.kIOReturnUnsupported,
-            f"system calls in another task are made on x86-64 only, and this is {platform.machine()}",
+        raise UnsupportedError(
+            f"system calls in another task are made on x86-64 only, and this is {platform.machine()}"
         )
     _binding()
 

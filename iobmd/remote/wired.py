@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING
 
 from iobmd import host, procfs
 from iobmd._native import uring
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError, NotFoundError, TaskTimeoutError
+from iobmd.errors import CannotWireError, IOReturnError, NotFoundError, TaskTimeoutError
 from iobmd.task import diagnosis
 from iobmd.units import PAGE_SIZE, format_size, round_up
 
@@ -99,7 +98,7 @@ class RemotePin:
         self._ring = uring.Ring(guest.fetch(ring))
         if not self.holds_frames:  # the task can write to the memory that these calls use
             message = f"cannot pin memory of task {self._task.pid}: it has changed meanwhile what is to be pinned"
-            raise IOReturnError(IOReturn.kIOReturnCannotWire, message)
+            raise CannotWireError(message)
 
     def _deadline(self, start: int, end: int) -> float:
         return time.monotonic() + _PATIENCE + (end - start) / _SLOWEST
@@ -130,7 +129,7 @@ class RemotePin:
                 f"cannot hold {format_size(end - address)} of task {self._task.pid}: pinning there: {why}; locking "
                 f"there: {error.strerror} (its RLIMIT_MEMLOCK, or pages that are not accessible)"
             )
-            raise IOReturnError(IOReturn.kIOReturnCannotWire, message, error.errno or 0) from None
+            raise CannotWireError(message, error.errno or 0) from None
 
     def _lock(self, guest: Guest, ranges: list[tuple[int, int]]) -> None:
         for start, end in ranges:

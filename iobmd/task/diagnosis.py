@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING
 from iobmd import host, procfs
 from iobmd._internal import pidns
 from iobmd.constants import IOReturn
-from iobmd.errors import NO_DESCRIPTOR, IOReturnError
+from iobmd.errors import (
+    NO_DESCRIPTOR,
+    CannotWireError,
+    IOReturnError,
+    NoResourcesError,
+    NotFoundError,
+    NotOpenError,
+    NotPermittedError,
+    NotReadyError,
+    TaskTimeoutError,
+    UnsupportedError,
+    VMError,
+)
 from iobmd.host import limits
 from iobmd.procfs import PF_EXITING, PF_KTHREAD
 from iobmd.task import obstacles
@@ -26,9 +38,9 @@ def unless_exhausted(error: OSError, doing: str) -> None:
         raise limits.from_oserror(error, doing) from None
 
 
-def gone(what: str, number: int = errno.ESRCH) -> IOReturnError:
+def gone(what: str, number: int = errno.ESRCH) -> NotFoundError:
     """Return the error for a task that exited: `what` says which and how we know."""
-    return IOReturnError(IOReturn.kIOReturnNotFound, what, number)
+    return NotFoundError(what, number)
 
 
 def unreadable(
@@ -45,7 +57,7 @@ def unreadable(
     def message() -> str:
         return f"cannot {verb} address {address:#x} of task {pid}: {_why_unreadable(pid, address, write, alive)}"
 
-    return IOReturnError(IOReturn.kIOReturnVMError, message, errno.EFAULT, address)
+    return VMError(message, errno.EFAULT, address)
 
 
 def _why_unreadable(pid: int, address: int, write: bool, alive: Callable[[], bool]) -> str:
@@ -67,11 +79,10 @@ def _why_unreadable(pid: int, address: int, write: bool, alive: Callable[[], boo
 def unreachable(error: ClosedError | FaultError) -> IOReturnError:
     """Return the error for memory of this process that was released, or went away, while it was accessed."""
     if not isinstance(error, OSError):
-        return IOReturnError(IOReturn.kIOReturnNotOpen, "another thread has released this memory")
+        return NotOpenError("another thread has released this memory")
     if error.address is not None:
         return unreadable(os.getpid(), error.address)
-    return IOReturnError(
-        IOReturn.kIOReturnNoResources,
+    return NoResourcesError(
         f"memory that may go away is accessed by a child process, which cannot be started ({error}): RLIMIT_NPROC "
         "(`ulimit -u`) or the pids limit of a cgroup is reached",
         error.errno or 0,
@@ -100,10 +111,10 @@ def not_moved(
             "another program (a handler of userfaultfd, or the server of the file) that does not answer; wait longer "
             "with timeout="
         )
-        refusal = IOReturnError(IOReturn.kIOReturnTimeout, message, number, address)
+        refusal = TaskTimeoutError(message, number, address)
     elif number == errno.EDEADLK:
         message = f"the page at {address:#x} of task {pid} has to be delivered by another program"
-        refusal = IOReturnError(IOReturn.kIOReturnNotReady, message, number, address)
+        refusal = NotReadyError(message, number, address)
     else:
         refusal = unreadable(pid, address, write=write, alive=alive)
     return refusal
@@ -115,9 +126,7 @@ def refused(pid: int, number: int, what: str) -> IOReturnError:
     if not _has_memory(pid):
         # What belongs to a task without memory is root's, so that others are refused for that reason alone.
         return without_memory(pid)
-    return IOReturnError(
-        IOReturn.kIOReturnNotPermitted, f"no access to the {what} of task {pid}: {_why_refused(pid)}", number
-    )
+    return NotPermittedError(f"no access to the {what} of task {pid}: {_why_refused(pid)}", number)
 
 
 def within(pid: int, error: OSError, doing: str, size: int = 0) -> IOReturnError:
@@ -125,7 +134,7 @@ def within(pid: int, error: OSError, doing: str, size: int = 0) -> IOReturnError
     number = error.errno or 0
     if number == errno.EAGAIN and (limit := limits.memlock(size, pid)):
         why = f"the task locks all that it maps (mlockall), and {limit}"
-        return IOReturnError(IOReturn.kIOReturnCannotWire, f"{doing} in task {pid}: {why}", number)
+        return CannotWireError(f"{doing} in task {pid}: {why}", number)
     met = limits.met_by_mapping(size, pid) if number == errno.ENOMEM else None
     code, why = {
         errno.ENOMEM: (
@@ -142,8 +151,7 @@ def within(pid: int, error: OSError, doing: str, size: int = 0) -> IOReturnError
 def own_pagemap(error: OSError) -> IOReturnError:
     """Return the error for this process's own pagemap, which could not be opened or read."""
     if error.errno == errno.ENOENT:
-        return hidden(os.getpid()) or IOReturnError(
-            IOReturn.kIOReturnUnsupported,
+        return hidden(os.getpid()) or UnsupportedError(
             "this kernel has no pagemap (CONFIG_PROC_PAGE_MONITOR), which shows where pages lie",
             errno.ENOENT,
         )
@@ -181,7 +189,7 @@ def hidden(pid: int) -> IOReturnError | None:
         "group in the mount option gid=, or with CAP_SYS_PTRACE; or `mount -o remount,hidepid=0 /proc` (systemd: "
         "ProtectProc=default)"
     )
-    return IOReturnError(IOReturn.kIOReturnNotPermitted, message, number)
+    return NotPermittedError(message, number)
 
 
 def _exists(pid: int) -> bool:
@@ -205,7 +213,7 @@ def numbered_otherwise(pid: int) -> IOReturnError | None:
         f"/proc belongs to another pid namespace, in which {pid} is another process: task {pid} can be read, but its "
         f"threads cannot be stopped, and psutil cannot be asked about it; `{host.MOUNT_PROC.partition('  #')[0]}`"
     )
-    return IOReturnError(IOReturn.kIOReturnUnsupported, message)
+    return UnsupportedError(message)
 
 
 def without_memory(pid: int) -> IOReturnError:
@@ -213,8 +221,7 @@ def without_memory(pid: int) -> IOReturnError:
     if error := hidden(pid):
         return error
     if is_kernel_thread(pid):
-        return IOReturnError(
-            IOReturn.kIOReturnUnsupported,
+        return UnsupportedError(
             f"task {pid} is a kernel thread: it has no user memory",
             errno.ESRCH,
         )

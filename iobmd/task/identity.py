@@ -8,8 +8,7 @@ from operator import index
 from typing import TYPE_CHECKING, SupportsIndex
 
 from iobmd import procfs
-from iobmd.constants import IOReturn
-from iobmd.errors import NO_DESCRIPTOR, IOReturnError
+from iobmd.errors import NO_DESCRIPTOR, BadArgumentError, NoResourcesError
 from iobmd.task import diagnosis
 
 if TYPE_CHECKING:
@@ -19,13 +18,13 @@ if TYPE_CHECKING:
 def pid_of(process: int | psutil.Process) -> int:
     """Return the pid of a process. Raises `kIOReturnBadArgument` unless it is one, or a psutil.Process."""
     if process is None:
-        raise IOReturnError(IOReturn.kIOReturnBadArgument, "a task is needed here, not None")
+        raise BadArgumentError("a task is needed here, not None")
     number = process if isinstance(process, SupportsIndex) else getattr(process, "pid", None)
     if number is None:
-        raise IOReturnError(IOReturn.kIOReturnBadArgument, f"{process!r} is neither a task nor a process")
+        raise BadArgumentError(f"{process!r} is neither a task nor a process")
     pid = index(number)
     if isinstance(process, bool) or not 0 < pid < 1 << 31:
-        raise IOReturnError(IOReturn.kIOReturnBadArgument, f"{process!r} is not a process id")
+        raise BadArgumentError(f"{process!r} is not a process id")
     return pid
 
 
@@ -37,8 +36,7 @@ def open_pidfd(pid: int) -> int:
         if error.errno == errno.ESRCH:
             raise diagnosis.gone(f"no process has the pid {pid}", errno.ESRCH) from None
         if error.errno in (errno.EINVAL, errno.ENOENT):
-            raise IOReturnError(
-                IOReturn.kIOReturnBadArgument,
+            raise BadArgumentError(
                 f"{pid} is a thread, not a process; name its process",
                 errno.EINVAL,
             ) from None
@@ -93,10 +91,9 @@ def require_same_numbers(pid: int) -> None:
         raise refusal
 
 
-def no_descriptor(process: int | psutil.Process, error: OSError) -> IOReturnError:
+def no_descriptor(process: int | psutil.Process, error: OSError) -> NoResourcesError:
     """Return the error for a lack of file descriptors."""
-    return IOReturnError(
-        IOReturn.kIOReturnNoResources,
+    return NoResourcesError(
         f"no file descriptor is free to look at task {process}; close some, or raise `ulimit -n`",
         error.errno or 0,
     )

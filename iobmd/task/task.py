@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 from iobmd import procfs
 from iobmd._native import crosstask
 from iobmd._native.crosstask import HeldBuffer, fresh_bytes
-from iobmd.constants import IOReturn
-from iobmd.errors import NO_DESCRIPTOR, IOReturnError
+from iobmd.errors import NO_DESCRIPTOR, BadArgumentError, IOReturnError
 from iobmd.host import headroom
 from iobmd.task import diagnosis, extents, identity, transfer
 from iobmd.task.transfer import Transfer
@@ -355,9 +354,6 @@ def as_task(task: Task | int | psutil.Process) -> Task:
 def check_range(address: int, size: int) -> None:
     """Raise `kIOReturnBadArgument` unless `address`…`address + size` is a range of 64-bit addresses."""
     if size < 0:
-        raise IOReturnError(IOReturn.kIOReturnBadArgument, f"size {size} is negative")
+        raise BadArgumentError(f"size {size} is negative")
     if address < 0 or address + size > ADDRESS_END:
-        raise IOReturnError(
-            IOReturn.kIOReturnBadArgument,
-            f"address {address:#x} with size {size:#x} is outside of the 64-bit address space",
-        )
+        raise BadArgumentError(f"address {address:#x} with size {size:#x} is outside of the 64-bit address space")

@@ -7,8 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from iobmd._internal.atomic_file import replacing
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError
+from iobmd.errors import UnsupportedError
 from iobmd.physical import zones
 
 from .drawing import Box, Drawing, Label
@@ -109,7 +108,7 @@ def _require_pillow() -> None:
         import PIL  # noqa: F401, PLC0415 (an extra)
     except ImportError:
         message = "--png needs Pillow: pip install 'iobmd[plot]'; --svg and --html need nothing"
-        raise IOReturnError(IOReturn.kIOReturnUnsupported, message) from None
+        raise UnsupportedError(message) from None
 
 
 def _write_png(drawing: Drawing, file: BinaryIO) -> None:

@@ -9,7 +9,8 @@ import time
 from typing import TYPE_CHECKING
 
 import iobmd
-from iobmd import IOPurgeable, IOReturn, IOReturnError
+from iobmd import IOPurgeable
+from iobmd.errors import BadArgumentError
 
 from .. import kernel
 from ..context import Skipped
@@ -72,7 +73,7 @@ def wrong_state(context: Context) -> None:
 @_once
 def wrong_code(_context: Context) -> None:
     """Refuse for no reason."""
-    raise IOReturnError(IOReturn.kIOReturnBadArgument, "refused for no reason")
+    raise BadArgumentError("refused for no reason")
 
 
 @_once
