@@ -40,7 +40,7 @@ class ScatteredDescriptor:
 
     guard = contextlib.nullcontext()
 
-    def _memory(self) -> "Strewn":
+    def _memory(self) -> "ScatteredDescriptor":
         self._open()
         return self
 
