@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := pyproject.toml iobmd/_version.py $(wildcard cython_ext/*)
+SOURCES := pyproject.toml iobmd/_version.py $(wildcard cython_ext/* tools/bench/*.pyx)
 
 .PHONY: demo test test-repeat fuzz test-asan test-tsan test-vm vm-shell lint docs bench soak clean
 
@@ -67,4 +67,4 @@ $(READY): $(SOURCES) tools/prepare
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist docs/_build *.egg-info iobmd/_native/*.so
+	rm -rf $(VENV) build dist docs/_build *.egg-info iobmd/_native/*.so tools/bench/*.so

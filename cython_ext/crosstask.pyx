@@ -15,12 +15,10 @@ from attempt cimport (
     IOBMD_BOUNCE, IOBMD_BOUNCED, IOBMD_COUNTED, IOBMD_DIRECT, IOBMD_RANGES, iobmd_attempt, iobmd_attempt_free,
     iobmd_attempt_new, iobmd_attempt_start, iobmd_attempt_wait, iobmd_has_exited,
 )
-from mman cimport C_MADV_PAGEOUT, C_MADV_POPULATE_WRITE, C_MS_ASYNC, c_madvise, c_msync
-from pagemap_entry cimport PRESENT_BIT, SWAP_BIT, UFFD_WP_BIT, iobmd_is_swapped
-from pagemap_scan cimport (
-    C_PAGE_IS_PRESENT, C_PAGE_IS_SWAPPED, IOBMD_PAGEMAP_SCAN, ioctl, iobmd_page_region, iobmd_scan_arg,
-)
-from procmap_query cimport IOBMD_PROCMAP_QUERY, iobmd_procmap_query
+from mman cimport C_MADV_PAGEOUT, C_MADV_POPULATE_WRITE, C_MS_ASYNC, c_madvise, c_msync, iobmd_fault_in_huge
+from pagemap_entry cimport PRESENT_BIT, SWAP_BIT, UFFD_WP_BIT, iobmd_entries, iobmd_is_swapped
+from pagemap_scan cimport C_PAGE_IS_PRESENT, C_PAGE_IS_SWAPPED, iobmd_page_region, iobmd_scan, iobmd_wanted
+from procmap_query cimport IOBMD_PROCMAP_QUERY, ioctl, iobmd_procmap_query
 from uio cimport (
     O_CLOEXEC, SYS_pidfd_getfd, SYS_process_madvise, c_open, iovec, pread, process_vm_readv, process_vm_writev,
     pwrite, syscall,
@@ -318,12 +316,12 @@ cdef bint _is_full(Look *look, uint64_t start, uint64_t end, Kind kind) noexcept
 cdef int _read_entries(Look *look, uint64_t start, uint64_t end, uint64_t *reached) noexcept nogil:
     """As `_look`, by the entries of pages."""
     cdef size_t count = min((end - start) // look.page, <uint64_t>PAGES), index
-    cdef ssize_t got = pread(look.pagemap, look.entries, count * 8, <long>(start // look.page * 8))
+    cdef ssize_t got = iobmd_entries(look.pagemap, start // look.page, look.entries, count)
     cdef Kind kind
-    if got < 8:
+    if got < 1:
         # Past the end of all address spaces, or the memory is gone.
-        return errno if got < 0 else EFAULT if pread(look.pagemap, look.entries, 8, 0) == 8 else ESRCH
-    for index in range(<size_t>got // 8):
+        return errno if got < 0 else EFAULT if iobmd_entries(look.pagemap, 0, look.entries, 1) == 1 else ESRCH
+    for index in range(<size_t>got):
         kind = _kind(look.entries[index], look.write)
         if kind != ABSENT and _is_full(look, start, start + look.page, kind):
             break
@@ -334,20 +332,18 @@ cdef int _read_entries(Look *look, uint64_t start, uint64_t end, uint64_t *reach
 
 cdef int _scan(Look *look, uint64_t start, uint64_t end, uint64_t *reached) noexcept nogil:
     """As `_look`, by PAGEMAP_SCAN (Linux 6.7), which skips ranges without page tables."""
-    cdef iobmd_scan_arg arg
+    cdef iobmd_wanted wanted
     cdef iobmd_page_region region
-    cdef uint64_t pages = 0
+    cdef uint64_t pages = 0, stop = start + min(end - start, STEP * look.page), walked
     cdef int found, index, error
-    memset(&arg, 0, sizeof(arg))
-    arg.size = sizeof(arg)
-    arg.start, arg.end = start, start + min(end - start, STEP * look.page)
-    arg.vec, arg.vec_len, arg.max_pages = <uintptr_t>look.regions, RUNS, PAGES
-    arg.category_anyof_mask = arg.return_mask = C_PAGE_IS_PRESENT | C_PAGE_IS_SWAPPED
-    found = ioctl(look.pagemap, IOBMD_PAGEMAP_SCAN, &arg)
+    memset(&wanted, 0, sizeof(wanted))
+    wanted.max_pages = PAGES
+    wanted.anyof = wanted.reported = C_PAGE_IS_PRESENT | C_PAGE_IS_SWAPPED
+    found = iobmd_scan(look.pagemap, start, stop, &wanted, look.regions, RUNS, &walked)
     if found < 0:
         look.scans = errno == EINTR
         return _read_entries(look, start, end, reached)
-    reached[0] = arg.end
+    reached[0] = stop
     for index in range(found):
         region = look.regions[index]
         pages += (region.end - region.start) // look.page
@@ -355,7 +351,7 @@ cdef int _scan(Look *look, uint64_t start, uint64_t end, uint64_t *reached) noex
             error = _read_entries(look, region.start, region.end, reached)
             if error or reached[0] < region.end:
                 return error
-            reached[0] = arg.end
+            reached[0] = stop
         elif _is_full(look, region.start, region.end, DIRECT):
             reached[0] = region.start
             return 0
@@ -409,10 +405,7 @@ cdef int _move_runs(const Way *way, const Piece *all, const Run *runs, uint64_t 
             error = _move(way, batch, stopped, bad)
             if error:
                 return error
-            # A huge page is faulted in by its LAST base page: the kernel clears a huge page so that the touched
-            # end comes last, and clearing upwards is a third faster here than clearing downwards (measured,
-            # Linux 6.18). A refusal (before 5.14, or no huge page) does no harm: the copy faults the pages in.
-            c_madvise(<void *><uintptr_t>(until + shift - way.page), way.page, C_MADV_POPULATE_WRITE)
+            iobmd_fault_in_huge(start + shift, huge, way.page)
         while start < until:
             error = _move_run(way, all, start, min(until, runs.end), runs.kind, batch, stopped, bad)
             if error:
@@ -562,7 +555,7 @@ def move_present(bytes folder, uint64_t device, int pid, int pidfd, bint write, 
         fd = c_open(path, O_RDONLY | O_CLOEXEC)
         if fd >= 0:
             if not fstat(fd, &mounted) and <uint64_t>mounted.st_dev == device:
-                if pread(fd, entries, count * 8, <long>(first * 8)) == <ssize_t>(count * 8):
+                if iobmd_entries(fd, first, entries, count) == <ssize_t>count:
                     error = 0
                     for index in range(count):
                         if not entries[index] & PRESENT_BIT or (write and entries[index] & UFFD_WP_BIT):

@@ -1,9 +1,11 @@
-/* Comes before every extension module: the limited API of Python 3.11, and what Cython imports for it.
+/* Included before every extension module (cflags): the limited API of Python 3.11, and what Cython imports for it.
 
-   Cython 3.3 asks `inspect` for the flags of code objects, which loads `ast`, `dis` and `tokenize` too: a tenth of the
-   time in which the command starts; and Ctrl-C meanwhile is a crash, for it takes the module without a look. The flags
-   are the same in every Python (inspect, "Code Objects Bit Flags"): they are given here, and what is imported in place
-   of the module is always there. */
+   Under the limited API, Cython 3.3.1 (the newest) imports `inspect` in each extension, to ask it for the flags of code
+   objects. It does so even where all of them are defined as here, and no directive or macro of Cython prevents it.
+   `inspect` loads `ast`, `dis` and `tokenize` too: a tenth of the time in which the command starts. Ctrl-C during
+   that import is a crash, because the result is not checked. So the flags are defined here (they are the same in every
+   Python: inspect, "Code Objects Bit Flags"), and PyImport_ImportModule is replaced in our extensions alone, to import
+   `sys`, which is always loaded, in place of `inspect`. */
 #ifndef IOBMD_LIMITED_H
 #define IOBMD_LIMITED_H
 

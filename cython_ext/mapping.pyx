@@ -1,11 +1,14 @@
 # cython: language_level=3, auto_pickle=False, autotestdict=False
-"""A mapping of this process that is unmapped exactly once, and its export by the buffer protocol."""
+"""A mapping of this process that is unmapped exactly once, and its export by the buffer protocol; the instructions on
+cache lines; locks and uses of file descriptors that no fork keeps."""
+
+from _thread import allocate_lock
 
 from libc.errno cimport EEXIST, EFAULT, EINTR, errno
 from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport strerror
-from posix.unistd cimport _SC_PAGESIZE, getpid, sysconf
+from posix.unistd cimport _SC_PAGESIZE, close, getpid, sysconf
 from cpython.buffer cimport (
     PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
 )
@@ -13,7 +16,8 @@ from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
 from cpython.ref cimport Py_INCREF, Py_DECREF
 
 from cacheline cimport (
-    IOBMD_INHIBIT, IOBMD_WRITE_COMBINE, IOBMD_WRITE_THROUGH, iobmd_best, iobmd_copy, iobmd_drop, iobmd_line,
+    IOBMD_CLFLUSH, IOBMD_CLFLUSHOPT, IOBMD_CLWB, IOBMD_DC, IOBMD_INHIBIT, IOBMD_NONE, IOBMD_WRITE_COMBINE,
+    IOBMD_WRITE_THROUGH, iobmd_best, iobmd_copy, iobmd_drop, iobmd_line,
     iobmd_lines, iobmd_write_back,
 )
 from guarded cimport iobmd_guarded
@@ -51,6 +55,15 @@ cdef struct Object:
 
 cdef int BEST = iobmd_best()
 cdef size_t LINE = iobmd_line()
+
+# Which instruction writes cache lines back: those there are, and which this processor has (cpuid).
+NO_FLUSH, CLFLUSH, CLFLUSHOPT, CLWB, DC = IOBMD_NONE, IOBMD_CLFLUSH, IOBMD_CLFLUSHOPT, IOBMD_CLWB, IOBMD_DC
+
+BEST_FLUSH = BEST
+"""What `Mapping` uses unless it is told otherwise."""
+
+LINE_SIZE = LINE
+"""Bytes of a cache line."""
 
 # From here on the faster copy outweighs the child process that makes it (measured: see _copy_revocable).
 cdef size_t CHILD_FROM = 1 << 20
@@ -644,3 +657,6 @@ cdef class Exporter:
         mapping.users -= 1
         self.exports -= 1
         Py_DECREF(mapping)
+
+
+include "mapping_guard.pxi"

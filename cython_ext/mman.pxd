@@ -1,4 +1,6 @@
 # sys/mman.h: mmap(2), mlock(2), madvise(2), mincore(2)
+from libc.stdint cimport uintptr_t
+
 cdef extern from "<sys/mman.h>" nogil:
     void *c_mmap "mmap"(void *addr, size_t length, int prot, int flags, int fd, long offset)
     int c_munmap "munmap"(void *addr, size_t length)
@@ -28,6 +30,8 @@ cdef extern from "<fcntl.h>" nogil:
 
 cdef extern from * nogil:
     """
+    #include <stdint.h>
+    #include <sys/mman.h>
     #include <sys/syscall.h>
     #include <unistd.h>
     #ifdef __SANITIZE_ADDRESS__  /* whose mlock and munlock do nothing */
@@ -70,7 +74,17 @@ cdef extern from * nogil:
     #ifndef MADV_COLLAPSE
     #define MADV_COLLAPSE 25
     #endif
+    /*
+     * Fault in a huge page by its last base page. The kernel clears a huge page so that the touched end comes last,
+     * and clearing upwards is a third faster than downwards (measured, Linux 6.18). A refusal (before 5.14, or where
+     * no huge page is free) does no harm: the caller faults the pages in afterwards.
+     */
+    static inline void iobmd_fault_in_huge(uintptr_t start, size_t huge, size_t page)
+    {
+        madvise((void *)(start + huge - page), page, MADV_POPULATE_WRITE);
+    }
     """
+    void iobmd_fault_in_huge(uintptr_t start, size_t huge, size_t page)
     int c_msync "msync"(void *addr, size_t length, int flags)
     int c_mlock "iobmd_mlock"(const void *addr, size_t length)
     int c_munlock "iobmd_munlock"(const void *addr, size_t length)

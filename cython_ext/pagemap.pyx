@@ -1,22 +1,33 @@
 # cython: language_level=3, auto_pickle=False, autotestdict=False
-"""Decoding of /proc/PID/pagemap entries and the PAGEMAP_SCAN ioctl (proc_pid_pagemap(5))."""
+"""Where pages lie: /proc/PID/pagemap, read and scanned (proc_pid_pagemap(5)), and what the kernel says of frames.
 
-from libc.errno cimport errno
-from libc.stdint cimport uint64_t, uintptr_t
-from libc.string cimport memcpy, memset, strerror
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+This part decodes single entries and asks PAGEMAP_SCAN; those that are included collect runs, walk through address
+spaces, and look at frames.
+"""
 
+cimport cython
+
+from libc.errno cimport EBUSY, EINTR, EINVAL, ENODATA, errno
+from libc.stdint cimport int32_t, uint64_t, uintptr_t
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memcmp, memset, strerror
+from posix.unistd cimport getpid, usleep
+
+from mman cimport C_MADV_POPULATE_READ, c_madvise
 from pagemap_entry cimport (
-    EXCLUSIVE_BIT, FILE_BIT, GUARD_BIT, PFN_MASK, PRESENT_BIT, SOFT_DIRTY_BIT, iobmd_is_swapped,
+    EXCLUSIVE_BIT, FILE_BIT, GUARD_BIT, PFN_MASK, PRESENT_BIT, SOFT_DIRTY_BIT, SWAP_BIT, iobmd_entries,
+    iobmd_is_marker, iobmd_is_swapped,
 )
 from pagemap_scan cimport (
     C_CHECK_WPASYNC, C_PAGE_IS_HUGE, C_PAGE_IS_PFNZERO, C_PAGE_IS_PRESENT, C_PAGE_IS_SWAPPED, C_PAGE_IS_WRITTEN,
-    C_WP_MATCHING, IOBMD_PAGEMAP_SCAN, ioctl, iobmd_page_region, iobmd_scan_arg,
+    C_WP_MATCHING, iobmd_page_region, iobmd_scan, iobmd_wanted,
 )
+from uio cimport iovec, process_vm_readv
 
 cdef enum:
+    ENTRIES = 8192  # 64 KiB a read: larger ones are no faster (measured)
     REGIONS = 512  # with 4096 and more the final walk_end is stale and a resumed walk repeats pages (6.18)
-    STEP = 4096  # pages
+    STEP = 4096  # pages a step: 16 MiB hold up the address space for a tenth of a millisecond
     SPARSE = 1 << 28  # bytes of which most may be empty
 
 PAGE_IS_WRITTEN = C_PAGE_IS_WRITTEN
@@ -26,24 +37,33 @@ PAGE_IS_PFNZERO = C_PAGE_IS_PFNZERO
 PAGE_IS_HUGE = C_PAGE_IS_HUGE
 
 
-def decode(raw):
-    """Decode little arrays of 64-bit entries.
+def read_entries(int fd, uint64_t first, size_t most):
+    """Read the entries of up to `most` pages, from the page number `first` on, of an open pagemap.
 
     Returns
     -------
     list[tuple[bool, bool, int | None, bool, bool, bool, bool]]
         Per entry: present, swapped, PFN (None: not present, or hidden by the kernel), file or shared,
-        exclusively mapped, soft-dirty, guard page.
+        exclusively mapped, soft-dirty, guard page. Empty where the address space ends.
     """
-    cdef Py_buffer view
-    cdef size_t index
+    cdef uint64_t few[64]
+    cdef uint64_t *entries = few
     cdef uint64_t entry
-    entries = []
-    PyObject_GetBuffer(raw, &view, PyBUF_SIMPLE)
+    cdef ssize_t got, index
+    found = []
+    if most > 64:
+        most = min(most, <size_t>ENTRIES)
+        entries = <uint64_t *>malloc(most * sizeof(uint64_t))
+        if entries == NULL:
+            raise MemoryError
     try:
-        for index in range(<size_t>view.len // 8):
-            memcpy(&entry, <char *>view.buf + index * 8, 8)
-            entries.append((
+        with nogil:
+            got = iobmd_entries(fd, first, entries, most)
+        if got < 0:
+            raise OSError(errno, f"read of pagemap: {strerror(errno).decode()}")
+        for index in range(got):
+            entry = entries[index]
+            found.append((
                 bool(entry & PRESENT_BIT),
                 iobmd_is_swapped(entry),
                 entry & PFN_MASK if entry & PRESENT_BIT and entry & PFN_MASK else None,
@@ -53,28 +73,9 @@ def decode(raw):
                 bool(entry & GUARD_BIT),
             ))
     finally:
-        PyBuffer_Release(&view)
-    return entries
-
-
-def tally(raw):
-    """Count entries: `(present, swapped, hidden, exclusive)`; `hidden` are present without a PFN."""
-    cdef Py_buffer view
-    cdef size_t index, present = 0, swapped = 0, hidden = 0, exclusive = 0
-    cdef uint64_t entry
-    PyObject_GetBuffer(raw, &view, PyBUF_SIMPLE)
-    try:
-        for index in range(<size_t>view.len // 8):
-            memcpy(&entry, <char *>view.buf + index * 8, 8)
-            if entry & PRESENT_BIT:
-                present += 1
-                hidden += not entry & PFN_MASK
-                exclusive += bool(entry & EXCLUSIVE_BIT)
-            elif iobmd_is_swapped(entry):
-                swapped += 1
-    finally:
-        PyBuffer_Release(&view)
-    return present, swapped, hidden, exclusive
+        if entries != few:
+            free(entries)
+    return found
 
 
 def scan(int fd, uint64_t start, uint64_t end, uint64_t required, uint64_t excluded, bint protect=False):
@@ -87,21 +88,21 @@ def scan(int fd, uint64_t start, uint64_t end, uint64_t required, uint64_t exclu
         Start and end addresses, ascending; neighbours may touch.
     """
     cdef iobmd_page_region regions[REGIONS]
-    cdef iobmd_scan_arg arg
+    cdef iobmd_wanted wanted = _that_are(required, excluded)
+    cdef uint64_t walked
     cdef int found, index
+    wanted.flags = C_WP_MATCHING | C_CHECK_WPASYNC if protect else 0
     ranges = []
     while start < end:
-        _ask(&arg, regions, start, end, required, excluded)
-        arg.flags = C_WP_MATCHING | C_CHECK_WPASYNC if protect else 0
         with nogil:
-            found = ioctl(fd, IOBMD_PAGEMAP_SCAN, &arg)
+            found = iobmd_scan(fd, start, end, &wanted, regions, REGIONS, &walked)
         if found < 0:
             raise OSError(errno, f"ioctl(PAGEMAP_SCAN): {strerror(errno).decode()}")
         for index in range(found):
             ranges.append((regions[index].start, regions[index].end))
-        if arg.walk_end <= start:
+        if walked <= start:
             break
-        start = arg.walk_end
+        start = walked
     return ranges
 
 
@@ -111,32 +112,32 @@ def amount(int fd, uint64_t start, uint64_t end, uint64_t required, uint64_t exc
     In steps that hold up the address space for a tenth of a millisecond each.
     """
     cdef iobmd_page_region regions[REGIONS]
-    cdef iobmd_scan_arg arg
-    cdef uint64_t total = 0
+    cdef iobmd_wanted wanted = _that_are(required, excluded)
+    cdef uint64_t total = 0, stop, walked
     cdef int found = 0, index
+    wanted.max_pages = STEP
     with nogil:
         while start < end and total < limit:
-            _ask(&arg, regions, start, min(end, start + SPARSE), required, excluded)
-            arg.max_pages = STEP
-            found = ioctl(fd, IOBMD_PAGEMAP_SCAN, &arg)
+            stop = min(end, start + SPARSE)
+            found = iobmd_scan(fd, start, stop, &wanted, regions, REGIONS, &walked)
             if found < 0:
                 break
             for index in range(found):
                 total += regions[index].end - regions[index].start
-            start = arg.walk_end if arg.walk_end > start else arg.end
+            start = walked if walked > start else stop
     if found < 0:
         raise OSError(errno, f"ioctl(PAGEMAP_SCAN): {strerror(errno).decode()}")
     return total
 
 
-cdef void _ask(
-    iobmd_scan_arg *arg, iobmd_page_region *regions, uint64_t start, uint64_t end, uint64_t required,
-    uint64_t excluded,
-) noexcept nogil:
-    memset(arg, 0, sizeof(arg[0]))
-    arg.size = sizeof(arg[0])
-    arg.start, arg.end = start, end
-    arg.vec, arg.vec_len = <uintptr_t>regions, REGIONS
-    arg.category_inverted = excluded
-    arg.category_mask = required | excluded
-    arg.return_mask = required
+cdef iobmd_wanted _that_are(uint64_t required, uint64_t excluded) noexcept nogil:
+    """Return what finds the pages that have every category of `required` and none of `excluded`."""
+    cdef iobmd_wanted wanted
+    memset(&wanted, 0, sizeof(wanted))
+    wanted.inverted, wanted.mask, wanted.reported = excluded, required | excluded, required
+    return wanted
+
+
+include "pagemap_runs.pxi"
+include "pagemap_walk.pxi"
+include "pagemap_frames.pxi"

@@ -3,7 +3,9 @@ from libc.stdint cimport uint64_t
 
 cdef extern from * nogil:
     """
+    #include <errno.h>
     #include <stdint.h>
+    #include <unistd.h>
     #define IOBMD_PFN_MASK ((1ULL << 55) - 1)
     #define IOBMD_SOFT_DIRTY (1ULL << 55)
     #define IOBMD_EXCLUSIVE (1ULL << 56)
@@ -24,6 +26,15 @@ cdef extern from * nogil:
     {
         return (entry & IOBMD_SWAP) && !(entry & IOBMD_GUARD) && !iobmd_is_marker(entry);
     }
+    /* Read the entries of `many` pages, from the page number `first` on; returns their number, -1 on an error. */
+    static inline ssize_t iobmd_entries(int pagemap, uint64_t first, uint64_t *entries, uint64_t many)
+    {
+        ssize_t got;
+        do
+            got = pread(pagemap, entries, many * sizeof *entries, first * sizeof *entries);
+        while (got < 0 && errno == EINTR);
+        return got < 0 ? -1 : got / (ssize_t)sizeof *entries;
+    }
     """
     const uint64_t PFN_MASK "IOBMD_PFN_MASK"
     const uint64_t SOFT_DIRTY_BIT "IOBMD_SOFT_DIRTY"
@@ -35,3 +46,4 @@ cdef extern from * nogil:
     const uint64_t PRESENT_BIT "IOBMD_PRESENT"
     bint iobmd_is_marker(uint64_t entry)
     bint iobmd_is_swapped(uint64_t entry)
+    ssize_t iobmd_entries(int pagemap, uint64_t first, uint64_t *entries, uint64_t many)

@@ -3,8 +3,8 @@ from libc.stdint cimport uint64_t
 
 cdef extern from * nogil:
     """
-    #include <sys/ioctl.h>
     #include <stdint.h>
+    #include <sys/ioctl.h>
     struct iobmd_page_region { uint64_t start, end, categories; };
     struct iobmd_scan_arg {
         uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
@@ -16,21 +16,39 @@ cdef extern from * nogil:
         IOBMD_PAGE_IS_PFNZERO = 1 << 5, IOBMD_PAGE_IS_HUGE = 1 << 6,
     };
     enum { IOBMD_PM_SCAN_WP_MATCHING = 1 << 0, IOBMD_PM_SCAN_CHECK_WPASYNC = 1 << 1 };
+    /* Which pages a scan finds, what it does with them, and what it reports: as of struct pm_scan_arg. */
+    struct iobmd_wanted { uint64_t flags, max_pages, inverted, mask, anyof, reported; };
+    /*
+     * Ask PAGEMAP_SCAN about `start` to `end`. Returns the number of regions found, at most `room`, and in `walked`
+     * where the walk stopped; -1 on an error.
+     */
+    static inline int iobmd_scan(int pagemap, uint64_t start, uint64_t end, const struct iobmd_wanted *wanted,
+                                 struct iobmd_page_region *found, uint64_t room, uint64_t *walked)
+    {
+        struct iobmd_scan_arg arg = {
+            .size = sizeof arg, .flags = wanted->flags, .start = start, .end = end, .vec = (uintptr_t)found,
+            .vec_len = room, .max_pages = wanted->max_pages, .category_inverted = wanted->inverted,
+            .category_mask = wanted->mask, .category_anyof_mask = wanted->anyof, .return_mask = wanted->reported,
+        };
+        int many = ioctl(pagemap, IOBMD_PAGEMAP_SCAN, &arg);
+        *walked = arg.walk_end;
+        return many;
+    }
     /*
      * Find the first page that is gone, the zero page, or written to since it was protected; 0: none is. A page that
      * is in swap, or on its way to another frame, and was not written to, is there.
      */
-    static int iobmd_first_lost(int pagemap, uint64_t start, uint64_t end, uint64_t *where)
+    static inline int iobmd_first_lost(int pagemap, uint64_t start, uint64_t end, uint64_t *where)
     {
         const uint64_t lost = IOBMD_PAGE_IS_PRESENT | IOBMD_PAGE_IS_PFNZERO | IOBMD_PAGE_IS_WRITTEN;
+        const struct iobmd_wanted wanted = {
+            .max_pages = 1, .inverted = IOBMD_PAGE_IS_PRESENT, .anyof = lost,
+            .reported = lost | IOBMD_PAGE_IS_SWAPPED,
+        };
         while (start < end) {
             struct iobmd_page_region region = { 0, 0, 0 };
-            struct iobmd_scan_arg arg = {
-                .size = sizeof arg, .start = start, .end = end, .vec = (uintptr_t)&region, .vec_len = 1,
-                .max_pages = 1, .category_inverted = IOBMD_PAGE_IS_PRESENT, .category_anyof_mask = lost,
-                .return_mask = lost | IOBMD_PAGE_IS_SWAPPED,
-            };
-            int found = ioctl(pagemap, IOBMD_PAGEMAP_SCAN, &arg);
+            uint64_t walked;
+            int found = iobmd_scan(pagemap, start, end, &wanted, &region, 1, &walked);
             if (found <= 0)
                 return found;
             if ((region.categories & (IOBMD_PAGE_IS_SWAPPED | IOBMD_PAGE_IS_WRITTEN)) != IOBMD_PAGE_IS_SWAPPED) {
@@ -44,10 +62,8 @@ cdef extern from * nogil:
     """
     struct iobmd_page_region:
         uint64_t start, end, categories
-    struct iobmd_scan_arg:
-        uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages
-        uint64_t category_inverted, category_mask, category_anyof_mask, return_mask
-    unsigned long IOBMD_PAGEMAP_SCAN
+    struct iobmd_wanted:
+        uint64_t flags, max_pages, inverted, mask, anyof, reported
     enum:
         C_PAGE_IS_WRITTEN "IOBMD_PAGE_IS_WRITTEN"
         C_PAGE_IS_PRESENT "IOBMD_PAGE_IS_PRESENT"
@@ -56,7 +72,6 @@ cdef extern from * nogil:
         C_WP_MATCHING "IOBMD_PM_SCAN_WP_MATCHING"
         C_CHECK_WPASYNC "IOBMD_PM_SCAN_CHECK_WPASYNC"
         C_PAGE_IS_HUGE "IOBMD_PAGE_IS_HUGE"
+    int iobmd_scan(int pagemap, uint64_t start, uint64_t end, const iobmd_wanted *wanted, iobmd_page_region *found,
+                   uint64_t room, uint64_t *walked)
     int iobmd_first_lost(int pagemap, uint64_t start, uint64_t end, uint64_t *where)
-
-cdef extern from "<sys/ioctl.h>" nogil:
-    int ioctl(int fd, unsigned long request, void *arg)

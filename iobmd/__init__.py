@@ -16,7 +16,7 @@ from iobmd.constants import *  # noqa: F403
 # Whole, and not when a name is first used: by then there may be threads, forks, and no file to be opened any more.
 # The command has none of these.
 if TYPE_CHECKING or "iobmd_command" not in sys.modules:
-    from iobmd._native.runs import PhysicalSegment
+    from iobmd._native.pagemap import PhysicalSegment
     from iobmd.api import allocate, copy
     from iobmd.cache import CacheItem, CacheStatistics, PurgeableCache
     from iobmd.descriptors.buffer import IOBufferMemoryDescriptor

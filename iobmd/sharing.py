@@ -10,7 +10,7 @@ import struct
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, SupportsIndex
 
 from iobmd._internal import process_local
-from iobmd._native import tmpfs
+from iobmd._native import mman
 from iobmd.backing.mapped import private
 from iobmd.backing.shared import SharedBacking
 from iobmd.constants import IOOptionBits, IOReturn
@@ -66,7 +66,7 @@ class _Description(NamedTuple):
 
     def shared(self, fd: int) -> SharedObject:
         """Return the object once every number fits it; its sender is not to be trusted. Raises ValueError."""
-        hugetlb = tmpfs.hugetlb_page(fd)
+        hugetlb = mman.hugetlb_page(fd)
         end = os.fstat(fd).st_size - (TRAILER if self.options & _PURGEABLE else 0)
         extents = [Extent(offset, length) for offset, length in self.extents]
         page = hugetlb or PAGE_SIZE

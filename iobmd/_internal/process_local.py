@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, NoReturn
 
-from iobmd._native import guard as native
+from iobmd._native import mapping as native
 from iobmd.errors import BusyError, NotOpenError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from iobmd import pagemap
-from iobmd._native import guard, memory
+from iobmd._native import mapping, mman
 from iobmd._native.mapping import Mapping
 from iobmd.backing.mapped import MappedBacking
 from iobmd.errors import CannotWireError, IOReturnError
@@ -74,7 +74,7 @@ class AnonymousBacking(MappedBacking):
     def _inherit(self) -> None:
         """Undo MADV_DONTFORK, under which memory is searched for and pinned."""
         try:
-            memory.advise(self.address, self.size, memory.MADV_DOFORK)
+            mman.advise(self.address, self.size, mman.MADV_DOFORK)
         except OSError as error:  # ENOMEM: it became one area with a neighbour, and no further area is permitted
             doing = f"cannot make {format_size(self.size)} inheritable (MADV_DOFORK)"
             raise limits.from_oserror(error, doing, PAGE_SIZE) from None
@@ -98,9 +98,9 @@ class AnonymousBacking(MappedBacking):
         if huge and (self._wired or contents or self.purgeable):
             # A kernel without transparent huge pages is slower, nothing else. Of a sparse copy those ranges are given
             # MADV_HUGEPAGE that are copied whole.
-            advice = memory.MADV_NOHUGEPAGE if self._sparse else memory.MADV_HUGEPAGE
+            advice = mman.MADV_NOHUGEPAGE if self._sparse else mman.MADV_HUGEPAGE
             with contextlib.suppress(OSError):
-                memory.advise(self.address, self.size, advice)
+                mman.advise(self.address, self.size, advice)
         if self._wired:
             # Large memory is faulted in on several threads, by the copy or by `populate`: this reserves the limit.
             make_resident(self.address, self.size, populate=not huge)
@@ -129,7 +129,7 @@ class AnonymousBacking(MappedBacking):
 
     def _certain(self) -> list[tuple[int, int]] | None:
         # Private memory looks like any other in maps; a pinned frame is at no other place.
-        if not self.runs or not self._pin or self._generation != guard.generation():
+        if not self.runs or not self._pin or self._generation != mapping.generation():
             return None
         try:
             if self.runs.holds(pagemap.own_pagemap(), PAGE_SIZE):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-    from iobmd._native.runs import RunTable
+    from iobmd._native.pagemap import RunTable
     from iobmd.backing.pinned import Pin
     from iobmd.memory.shmem import SharedObject, Stretch
     from iobmd.purgeable import Purgeable

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from iobmd._native.mapping import Mapping
-    from iobmd._native.runs import RunTable
+    from iobmd._native.pagemap import RunTable
     from iobmd.memory.shmem import SharedObject, Stretch
     from iobmd.purgeable import Purgeable
     from iobmd.task.task import Task

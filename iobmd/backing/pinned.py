@@ -5,10 +5,10 @@ from __future__ import annotations
 import abc
 from typing import TYPE_CHECKING, Protocol
 
-from iobmd._native import guard
+from iobmd._native import mapping
 
 if TYPE_CHECKING:
-    from iobmd._native.runs import RunTable
+    from iobmd._native.pagemap import RunTable
 
 
 class Pin(Protocol):
@@ -33,7 +33,7 @@ class Pinned(abc.ABC):
     _pin: Pin | None = None
 
     _generation = 0
-    """The process that took the pin (`guard.generation`): a forked child has private memory in other frames."""
+    """The process that took the pin (`mapping.generation`): a forked child has private memory in other frames."""
 
     @abc.abstractmethod
     def read_runs(self, *, gaps: bool = False) -> RunTable | None:
@@ -48,7 +48,7 @@ class Pinned(abc.ABC):
             pin.release()
             raise
         self._pin = pin
-        self._generation = guard.generation()
+        self._generation = mapping.generation()
 
     def unpin(self) -> None:
         """Let the kernel move the pages again."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from iobmd._native import memory
+from iobmd._native import mman
 from iobmd.backing.mapped import MappedBacking, span
 from iobmd.errors import CannotWireError
 from iobmd.memory import numa, residency
@@ -93,7 +93,7 @@ class SharedBacking(MappedBacking):
     def page_counts(self) -> tuple[int, int]:
         """Count the pages that are resident, mapped here or not. All are dirty: there is no file to drop them for."""
         with self.here() as mapping:
-            resident = memory.incore(mapping.address, pages(self.size), PAGE_SIZE).count(1)
+            resident = mman.incore(mapping.address, pages(self.size), PAGE_SIZE).count(1)
         return resident, resident
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from iobmd._native import memory
+from iobmd._native import mman
 from iobmd.backing.anonymous import AnonymousBacking
 from iobmd.backing.elsewhere import RemoteBacking, UnmappedBacking
 from iobmd.backing.shared import SharedBacking
@@ -77,7 +77,7 @@ def _named(backing: AnonymousBacking, wanted: Request) -> AnonymousBacking:
     """Name private memory by its tag, if the kernel supports names for it."""
     if wanted.tag:
         with contextlib.suppress(OSError):
-            memory.name(backing.address, backing.size, wanted.name.encode())
+            mman.name(backing.address, backing.size, wanted.name.encode())
     return backing
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from iobmd._native.runs import concatenated
+from iobmd._native.pagemap import concatenated
 from iobmd.errors import BadArgumentError, IOReturnError, UnsupportedError
 from iobmd.memory.mlock import Wiring
 from iobmd.purgeable import EMPTY, KEEP_CURRENT, NON_VOLATILE, VOLATILE
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from iobmd._native.mapping import Mapping
-    from iobmd._native.runs import RunTable
+    from iobmd._native.pagemap import RunTable
     from iobmd.backing import Backing
     from iobmd.descriptors.ownership import MemoryOwner, Part
     from iobmd.memory.shmem import SharedObject, Stretch

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import psutil
     from typing_extensions import Buffer
 
-    from iobmd._native.runs import PhysicalSegment
+    from iobmd._native.pagemap import PhysicalSegment
     from iobmd.backing import Backing
     from iobmd.descriptors.memory_map import IOMemoryMap
     from iobmd.memory.mlock import Wiring

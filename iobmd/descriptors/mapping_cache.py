@@ -6,7 +6,7 @@ import contextlib
 import errno
 from typing import TYPE_CHECKING
 
-from iobmd._native import memory
+from iobmd._native import mman
 from iobmd._native.mapping import Mapping
 from iobmd.constants import IOMapOptions
 from iobmd.descriptors.options import unsupported
@@ -183,9 +183,9 @@ class CachedMapping:
             touch(self.task, address, request.size)
             return
         residency.require(address, request.size, swappable=True, written=request.writable)
-        advice = memory.MADV_POPULATE_WRITE if request.writable else memory.MADV_POPULATE_READ
+        advice = mman.MADV_POPULATE_WRITE if request.writable else mman.MADV_POPULATE_READ
         try:
-            memory.advise(address, request.size, advice)
+            mman.advise(address, request.size, advice)
         except OSError as error:
             if error.errno == errno.EINVAL:  # before Linux 5.14
                 self._touch(address, request)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd._native import cacheline
+from iobmd._native import mapping
 from iobmd._version import __version__
 from iobmd.constants import IOMapOptions, IOOptionBits
 from iobmd.errors import BadArgumentError, UnsupportedError
@@ -190,12 +190,12 @@ def _check_cache_mode(options: int) -> None:
     if mode > IOMapOptions.kIOMapWriteCombineCache:
         raise UnsupportedError(f"cache mode {mode:#x} is not one that a process can have")
     if mode not in _PLAIN_MODES:
-        require_cache_instruction(cacheline.BEST)
+        require_cache_instruction(mapping.BEST_FLUSH)
 
 
 def require_cache_instruction(instruction: int) -> None:
     """Raise `kIOReturnUnsupported` where there is no `instruction` on cache lines."""
-    if instruction == cacheline.NONE:
+    if instruction == mapping.NO_FLUSH:
         message = "this processor lets no process write back or drop cache lines (x86-64 and aarch64 do)"
         raise UnsupportedError(message)
 

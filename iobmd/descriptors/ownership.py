@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from iobmd import procfs
 from iobmd._internal import process_local
 from iobmd._internal.weak_registry import WeakRegistry
-from iobmd._native import cacheline
+from iobmd._native import mapping
 from iobmd.constants import kIODirectionPrepareNoFault, kIODirectionPrepareToPhys32
 from iobmd.descriptors.options import require_cache_instruction
 from iobmd.descriptors.purge_control import PurgeControl
@@ -35,7 +35,7 @@ from iobmd.units import PAGE_SIZE
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from iobmd._native.runs import PhysicalSegment, RunTable
+    from iobmd._native.pagemap import PhysicalSegment, RunTable
     from iobmd.backing import Backing
     from iobmd.descriptors.composite_memory import CompositeBacking
     from iobmd.descriptors.mapping_cache import CachedMapping
@@ -232,7 +232,7 @@ class MemoryOwner:
     def write_back(self, offset: int, length: int, *, drop: bool) -> None:
         """Write the cache lines of a range back to memory, and `drop` them from the caches if asked to."""
         backing = self.require_backing()
-        require_cache_instruction(cacheline.BEST)
+        require_cache_instruction(mapping.BEST_FLUSH)
         self.check_range(offset, length)
         backing.write_back(offset, length, drop=drop)
 

@@ -18,7 +18,7 @@ from iobmd.errors import BadArgumentError, BusyError, IOReturnError, NotReadyErr
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from iobmd._native.runs import PhysicalSegment
+    from iobmd._native.pagemap import PhysicalSegment
     from iobmd.descriptors.descriptor import IOMemoryDescriptor
 
 

@@ -6,7 +6,7 @@ import itertools
 from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd._native.runs import PhysicalSegment
+from iobmd._native.pagemap import PhysicalSegment
 from iobmd.constants import (
     IOReturn,
     kIODirectionIn,

@@ -172,8 +172,10 @@ def pfns_visible() -> bool:
     """
     with scratch() as page, _opened("/proc/self/pagemap") as descriptor:
         page.write(0, _PATTERN)
-        raw = os.pread(descriptor, 8, page.address // PAGE_SIZE * 8)
-        return any(frame is not None for _present, _swapped, frame, *_flags in pagemap.decode(raw))
+        return any(
+            frame is not None
+            for _present, _swapped, frame, *_flags in pagemap.read_entries(descriptor, page.address // PAGE_SIZE, 1)
+        )
 
 
 def frames() -> Fact:

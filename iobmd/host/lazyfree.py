@@ -3,7 +3,7 @@
 import errno
 import os
 
-from iobmd._native import lazyfree, memory
+from iobmd._native import mman
 from iobmd.host.fact import Fact, Status, has_seccomp_filter, scratch
 
 
@@ -13,7 +13,7 @@ def madv_free() -> Fact:
     try:
         with scratch() as page:
             page.write(0, b"\1")
-            memory.advise(page.address, page.size, memory.MADV_FREE)
+            mman.advise(page.address, page.size, mman.MADV_FREE)
     except OSError as error:
         remedy = "munlockall(), or start without mlockall(MCL_FUTURE): locked memory cannot be freed lazily"
         return Fact(name, Status.NO, False, f"{error.strerror}", purpose, remedy)
@@ -24,7 +24,7 @@ def write_tracking() -> Fact:
     """Probe the tracking of writes by the kernel (userfaultfd(2) with UFFD_FEATURE_WP_ASYNC, Linux 6.7)."""
     name, purpose = "userfaultfd", "purgeable buffers find out in microseconds what was taken, not in milliseconds"
     try:
-        os.close(lazyfree.track())
+        os.close(mman.track_writes())
     except OSError as error:
         remedy = "Linux 6.7 or later, with CONFIG_USERFAULTFD"
         if error.errno in (errno.EPERM, errno.ENOSYS) and has_seccomp_filter():

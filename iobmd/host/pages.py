@@ -4,7 +4,7 @@ import os
 from typing import NamedTuple
 
 from iobmd import procfs
-from iobmd._native import memory
+from iobmd._native import mman
 from iobmd.host.fact import JSON, Fact, Status, lines, own_status, read_int, read_text, scratch
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 
@@ -115,10 +115,10 @@ def huge_pages_enabled() -> bool:
 def _obtains_huge_page(size: int) -> bool:
     try:
         with scratch(size) as area:
-            memory.advise(area.address, size, memory.MADV_HUGEPAGE)
+            mman.advise(area.address, size, mman.MADV_HUGEPAGE)
             area.write(0, b"\1")
             # One byte was written: whatever else is resident came with a huge page.
-            return all(entry & 1 for entry in memory.incore(area.address, size // PAGE_SIZE, PAGE_SIZE))
+            return all(entry & 1 for entry in mman.incore(area.address, size // PAGE_SIZE, PAGE_SIZE))
     except OSError:
         return False
 

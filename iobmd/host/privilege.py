@@ -7,7 +7,7 @@ import sys
 from enum import IntEnum
 
 from iobmd import procfs
-from iobmd._native import memory
+from iobmd._native import mman
 from iobmd.host.fact import Fact, Status, own_status, scratch
 from iobmd.units import PAGE_SIZE, format_size
 
@@ -172,7 +172,7 @@ def mlock() -> Fact:
     name, purpose = "mlock", "wired buffers: memory that stays in RAM"
     try:
         with scratch() as page:
-            memory.lock(page.address, page.size)
+            mman.lock(page.address, page.size)
     except OSError as error:
         why, remedy = _why_not_locked(error)
         return Fact(name, Status.NO, False, why, purpose, remedy)

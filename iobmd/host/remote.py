@@ -4,7 +4,7 @@ import errno
 import importlib.util
 import os
 
-from iobmd._native import crosstask, tmpfs
+from iobmd._native import crosstask, mman
 from iobmd.host.fact import Fact, Status, has_seccomp_filter
 from iobmd.host.privilege import capability_remedy
 
@@ -42,7 +42,7 @@ def huge_shared() -> Fact:
     """Probe a tmpfs of huge pages that is mounted nowhere (fsopen(2), Linux 5.2)."""
     name, purpose = "huge tmpfs", "shared memory in huge pages, whatever shmem_enabled says"
     try:
-        os.close(tmpfs.mount({"huge": "within_size"}))
+        os.close(mman.mount_tmpfs({"huge": "within_size"}))
     except OSError as error:
         known = {errno.ENOSYS: "Linux 5.2 or later", errno.EINVAL: "a kernel with CONFIG_TRANSPARENT_HUGEPAGE"}
         remedy = known.get(error.errno or 0, capability_remedy())

@@ -9,7 +9,7 @@ import weakref
 from typing import TYPE_CHECKING, Self
 
 from iobmd._internal import process_local
-from iobmd._native.runs import PhysicalSegment
+from iobmd._native.pagemap import PhysicalSegment
 from iobmd.constants import IOOptionBits
 from iobmd.descriptors.options import DIRECTION_MASK
 from iobmd.errors import BadArgumentError, BusyError, IOReturnError, NoResourcesError, NotOpenError

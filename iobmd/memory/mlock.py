@@ -4,7 +4,7 @@ import enum
 import errno
 
 from iobmd import host
-from iobmd._native import memory
+from iobmd._native import mman
 from iobmd.errors import CannotWireError, IOReturnError, NoMemoryError
 from iobmd.units import format_size
 
@@ -39,7 +39,7 @@ def make_resident(address: int, size: int, *, populate: bool = True) -> None:
         `kIOReturnCannotWire`: RLIMIT_MEMLOCK, with its value and how to raise it; `kIOReturnNoMemory`.
     """
     try:
-        (memory.lock if populate else memory.lock_on_fault)(address, size)
+        (mman.lock if populate else mman.lock_on_fault)(address, size)
     except OSError as error:
         raise cannot_lock(size, error) from None
 

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iobmd._native import numa
+from iobmd._native import mman
 from iobmd.errors import BadArgumentError, NoResourcesError
 from iobmd.host import limits
 from iobmd.units import PAGE_SIZE, format_size, pages
@@ -62,7 +62,7 @@ def place(address: int, size: int) -> None:
     if node is None:
         return
     try:
-        numa.prefer(address, size, node)
+        mman.prefer_node(address, size, node)
     except OSError as error:
         if error.errno == errno.ENOSYS and node == 0:  # a kernel without NUMA: all memory is that of node 0
             return
@@ -78,7 +78,7 @@ def require(address: int, size: int) -> None:
     if node is None:
         return
     try:
-        strays = numa.elsewhere(address, pages(size), PAGE_SIZE, node)
+        strays = mman.count_off_node(address, pages(size), PAGE_SIZE, node)
     except OSError as error:
         if error.errno == errno.ENOSYS:
             return

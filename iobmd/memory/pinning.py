@@ -21,7 +21,7 @@ from iobmd.task import obstacles
 from iobmd.units import format_size
 
 if TYPE_CHECKING:
-    from iobmd._native.runs import RunTable
+    from iobmd._native.pagemap import RunTable
 
 SLOTS = 1 << 14  # the most that one table takes (IORING_MAX_REG_BUFFERS)
 FIRST_SLOTS = 1 << 8  # the kernel looks through the whole table for each huge page it pins: tables begin small

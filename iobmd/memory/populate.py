@@ -3,7 +3,7 @@
 import errno
 
 from iobmd._internal import chunked
-from iobmd._native import memory
+from iobmd._native import mman
 from iobmd.errors import NoMemoryError
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 
@@ -25,7 +25,7 @@ def populate(address: int, size: int, huge: int = HUGE_PAGE_SIZE) -> None:
     """
 
     def work(offset: int, length: int) -> tuple[int, int]:
-        return memory.populate(address + offset, length, huge, PAGE_SIZE)
+        return mman.populate(address + offset, length, huge, PAGE_SIZE)
 
     done, number = chunked.run(work, size)
     if number == errno.EINVAL:
@@ -36,8 +36,8 @@ def populate(address: int, size: int, huge: int = HUGE_PAGE_SIZE) -> None:
 
 def _by_locking(address: int, size: int) -> None:
     try:
-        memory.lock(address, size)
-        memory.unlock(address, size)
+        mman.lock(address, size)
+        mman.unlock(address, size)
     except OSError as error:
         raise _no_memory(size, 0, error.errno or 0) from None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iobmd import pagemap, procfs
-from iobmd._native import memory
+from iobmd._native import mman
 from iobmd._native.mapping import Mapping
 from iobmd.host import headroom
 from iobmd.task import attempt
@@ -135,7 +135,7 @@ def _in_memory(address: int, size: int) -> int:
     """Count the bytes of a shared mapping of this process whose pages are in memory, mapped or not (mincore(2))."""
     count = 0
     for offset in range(0, size, _STEP):
-        vector = memory.incore(address + offset, min(_STEP, size - offset) // PAGE_SIZE, PAGE_SIZE)
+        vector = mman.incore(address + offset, min(_STEP, size - offset) // PAGE_SIZE, PAGE_SIZE)
         count += sum(vector.translate(_RESIDENT_BIT))
     return count * PAGE_SIZE
 

@@ -14,7 +14,7 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd._internal import process_local
-from iobmd._native import tmpfs
+from iobmd._native import mman
 from iobmd._native.mapping import Mapping
 from iobmd.errors import IOReturnError, NoResourcesError, NotPermittedError, UnsupportedError
 from iobmd.host import limits
@@ -222,7 +222,7 @@ def seal(fd: int) -> None:
 
 def why_unsafe(fd: int) -> str:
     """Return why whoever has a descriptor, and a writable mapping, could take the memory away under others; ""."""
-    if tmpfs.hugetlb_page(fd):
+    if mman.hugetlb_page(fd):
         # A page whose hole was punched comes from the pool again; when that is empty, the access is a SIGBUS.
         return "free its hugetlb pages while they are in use"
     return "" if (seals(fd) or 0) & _F_SEAL_SHRINK else "truncate it, because its size is not sealed"
@@ -256,7 +256,7 @@ def seals(fd: int) -> int | None:
 
 _numbers = itertools.count()
 # Whole huge pages only, none for the end of an object; as many as there is memory.
-_huge = process_local.LazyFd(lambda: tmpfs.mount({"huge": "within_size", "size": "0", "nr_inodes": "0"}))
+_huge = process_local.LazyFd(lambda: mman.mount_tmpfs({"huge": "within_size", "size": "0", "nr_inodes": "0"}))
 
 
 def create_huge(size: int, name: str = NAME) -> int:

@@ -6,8 +6,8 @@ from itertools import repeat
 from typing import NamedTuple
 
 from iobmd import host, procfs
-from iobmd._native import walk
-from iobmd._native.walk import Tally
+from iobmd._native import pagemap
+from iobmd._native.pagemap import Tally
 from iobmd.pagemap.frame import Frames, require_frames
 from iobmd.pagemap.range import Target, Where, of_task, resolve
 from iobmd.pagemap.reader import Reader
@@ -234,7 +234,7 @@ def _with_folios(
     for start, end in ranges:
         sizes: dict[int, int] = {}
         for step in reader.steps(start, end):
-            frames.add_folios(step.raw(), walk.PRESENT, walk.HUGE | walk.ZERO, sizes)
+            frames.add_folios(step.raw(), pagemap.PRESENT, pagemap.HUGE | pagemap.ZERO, sizes)
         yield reader.take(), sizes
 
 

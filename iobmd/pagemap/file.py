@@ -15,8 +15,7 @@ from iobmd.task import diagnosis
 from iobmd.task.task import Task, kernel_task
 from iobmd.units import PAGE_SIZE, round_down, round_up
 
-_ENTRY = 8
-_READ = 64 << 10  # bytes of entries a read; larger reads are no faster (measured)
+_READ = 8 << 10  # pages a read; larger reads are no faster (measured)
 
 
 class Page(NamedTuple):
@@ -76,19 +75,34 @@ def pages(target: Target, address: int | None = None, size: int | None = None) -
         `kIOReturnNotPermitted`, `kIOReturnNotFound`, `kIOReturnBadArgument` (also: an address that no process
         can have), `kIOReturnUnsupported` (a kernel thread, a buffer mapped in no task, or /proc is not mounted).
     """
-    for start, raw in _entries(resolve(target, address, size)):
-        for index, fields in enumerate(native.decode(raw)):
-            yield Page(start + index * PAGE_SIZE, *fields)
+    where = resolve(target, address, size)
+    for fd, start, end in _ranges(where):
+        at = start
+        while at < end:
+            entries = native.read_entries(fd, at // PAGE_SIZE, min(_READ, (end - at) // PAGE_SIZE))
+            if not entries:
+                raise no_entries(where.task, at, end)
+            for fields in entries:
+                yield Page(at, *fields)
+                at += PAGE_SIZE
 
 
 def counts(target: Target, address: int | None = None, size: int | None = None) -> PageCounts:
     """Count the pages of a range by state, without an object a page. Parameters and errors as `pages`."""
-    present = swapped = hidden = exclusive = 0
-    for _start, raw in _entries(resolve(target, address, size)):
-        more = native.tally(raw)
-        present, swapped = present + more[0], swapped + more[1]
-        hidden, exclusive = hidden + more[2], exclusive + more[3]
-    return PageCounts(present, swapped, hidden, exclusive)
+    where = resolve(target, address, size)
+    sums = [0, 0, 0, 0]
+    walk = None
+    for fd, start, end in _ranges(where):
+        walk = native.Walk(fd, PAGE_SIZE, 0, 0, 0, False, False) if walk is None else walk
+        try:
+            tally = walk.total(start, end)
+        except OSError as error:
+            if error.errno != errno.ENODATA:
+                raise
+            raise no_entries(where.task, start, end) from None
+        more = tally.present, tally.swapped, tally.hidden, tally.exclusive
+        sums = [before + size // PAGE_SIZE for before, size in zip(sums, more, strict=True)]
+    return PageCounts(*sums)
 
 
 class PagemapFile:
@@ -116,19 +130,12 @@ class PagemapFile:
             os.close(fd)
 
 
-def _entries(where: Where) -> Iterator[tuple[int, bytes]]:
-    """Yield raw entries: the address of the first page of each read, and its bytes."""
+def _ranges(where: Where) -> Iterator[tuple[int, int, int]]:
+    """Yield the open pagemap of the task, with each range to read, in whole pages: its start and its end."""
     task = where.task
     with PagemapFile(task) as descriptor:
         for first, last in where.ranges():
-            start, end = round_down(first, PAGE_SIZE), round_up(last, PAGE_SIZE)
-            while start < end:
-                wanted = min(_READ, (end - start) // PAGE_SIZE * _ENTRY)
-                raw = os.pread(descriptor.fd, wanted, start // PAGE_SIZE * _ENTRY)
-                if not raw:
-                    raise no_entries(task, start, end)
-                yield start, raw
-                start += len(raw) // _ENTRY * PAGE_SIZE
+            yield descriptor.fd, round_down(first, PAGE_SIZE), round_up(last, PAGE_SIZE)
     if not task.alive:
         raise diagnosis.gone(f"task {task.pid} is gone: it exited while its pagemap was read")
 
@@ -146,5 +153,5 @@ def no_entries(task: Task, start: int, end: int) -> IOReturnError:
 
 def _has_entry(task: Task, address: int) -> bool:
     with contextlib.suppress(OSError), PagemapFile(task) as fresh:
-        return bool(os.pread(fresh.fd, _ENTRY, address // PAGE_SIZE * _ENTRY))
+        return bool(native.read_entries(fresh.fd, address // PAGE_SIZE, 1))
     return False

@@ -7,7 +7,7 @@ from typing import NamedTuple, Self
 
 from iobmd import host, procfs
 from iobmd._internal import pidns, relay
-from iobmd._native import frames as native
+from iobmd._native import pagemap as native
 from iobmd.errors import (
     BusyError,
     IOReturnError,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Self
 
-from iobmd._native import memory
+from iobmd._native import mman
 from iobmd._native import pagemap as native
-from iobmd._native.walk import AHEAD, Tally, Walk
+from iobmd._native.pagemap import AHEAD, Tally, Walk
 from iobmd.host.fact import scratch
 from iobmd.host.pages import has_swap, huge_page_size, hugetlb_sizes
 from iobmd.pagemap.file import PagemapFile, no_entries
@@ -152,10 +152,10 @@ def _frames_after_read(size: int) -> list[int | None]:
     try:
         with scratch(size) as mapping, PagemapFile(kernel_task) as descriptor:
             if size > PAGE_SIZE:
-                memory.advise(mapping.address, size, memory.MADV_HUGEPAGE)
+                mman.advise(mapping.address, size, mman.MADV_HUGEPAGE)
             mapping.read(0, 1)
-            raw = os.pread(descriptor.fd, size // PAGE_SIZE * 8, mapping.address // PAGE_SIZE * 8)
-            return [entry[2] for entry in native.decode(raw)]
+            entries = native.read_entries(descriptor.fd, mapping.address // PAGE_SIZE, size // PAGE_SIZE)
+            return [entry[2] for entry in entries]
     except OSError:
         return []
 

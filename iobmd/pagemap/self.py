@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from iobmd import procfs
 from iobmd._internal import process_local
-from iobmd._native import lazyfree, runs
+from iobmd._native import mman
 from iobmd._native import pagemap as native
 from iobmd.errors import IOReturnError, NoResourcesError, NotPrivilegedError
 from iobmd.pagemap.file import PagemapFile, counts, pages
@@ -17,13 +17,13 @@ from iobmd.task.task import Task, kernel_task
 from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
-    from iobmd._native.runs import RunTable
+    from iobmd._native.pagemap import RunTable
 
 
 _own_pagemap = process_local.LazyFd(
     lambda: os.open(procfs.memory_file("self", "pagemap"), os.O_RDONLY | os.O_CLOEXEC)
 )
-_tracker = process_local.LazyFd(lazyfree.track)
+_tracker = process_local.LazyFd(mman.track_writes)
 
 
 def own_pagemap() -> int:
@@ -57,7 +57,7 @@ def track_writes(address: int, size: int) -> int:
     """
     try:
         tracker = _tracker.open()
-        lazyfree.register(tracker, address, size)
+        mman.register_writes(tracker, address, size)
     except OSError:
         return -1
     return tracker
@@ -114,7 +114,7 @@ def own_runs(address: int, size: int, *, pinned: bool = False, gaps: bool = Fals
     """
     descriptor = own_pagemap()
     try:
-        return runs.read(descriptor, address, size, PAGE_SIZE, pinned, gaps)
+        return native.read_runs(descriptor, address, size, PAGE_SIZE, pinned, gaps)
     except OSError as error:
         raise diagnosis.own_pagemap(error) from None
 
@@ -123,7 +123,7 @@ def visible_runs(task: Task, address: int, size: int) -> RunTable | None:
     """Return the runs of whole pages of another task; None where the kernel hides their frames."""
     try:
         with PagemapFile(task) as descriptor:
-            table = runs.read(descriptor.fd, address, size, PAGE_SIZE)
+            table = native.read_runs(descriptor.fd, address, size, PAGE_SIZE)
     except IOReturnError:
         raise
     except OSError as error:

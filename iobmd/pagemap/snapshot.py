@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from typing import Any
 
-    from iobmd._native.walk import Walk
+    from iobmd._native.pagemap import Walk
     from iobmd.pagemap.range import Target
 
 VERSION = 1

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from iobmd._native import walk
+from iobmd._native import pagemap
 from iobmd.pagemap.range import Target, resolve
 from iobmd.pagemap.reader import Reader
 
@@ -25,37 +25,37 @@ class Span(NamedTuple):
     @property
     def present(self) -> bool:
         """Mapped to frames."""
-        return bool(self.flags & walk.PRESENT)
+        return bool(self.flags & pagemap.PRESENT)
 
     @property
     def swapped(self) -> bool:
         """Kept in swap."""
-        return bool(self.flags & walk.SWAPPED)
+        return bool(self.flags & pagemap.SWAPPED)
 
     @property
     def file_or_shared(self) -> bool:
         """Pages of a file, or of shared memory; False: anonymous."""
-        return bool(self.flags & walk.FILE)
+        return bool(self.flags & pagemap.FILE)
 
     @property
     def zero(self) -> bool:
         """The kernel's zero page, which memory that was only ever read maps."""
-        return bool(self.flags & walk.ZERO)
+        return bool(self.flags & pagemap.ZERO)
 
     @property
     def guard(self) -> bool:
         """Guard pages (MADV_GUARD_INSTALL, Linux 6.13)."""
-        return bool(self.flags & walk.GUARD)
+        return bool(self.flags & pagemap.GUARD)
 
     @property
     def marker(self) -> bool:
         """Neither memory nor swap: pages under migration, poisoned ones, markers of userfaultfd."""
-        return bool(self.flags & walk.MARKER)
+        return bool(self.flags & pagemap.MARKER)
 
     @property
     def huge(self) -> bool:
         """Mapped by huge pages in the page tables. Split ones, and those smaller than a PMD, are not."""
-        return bool(self.flags & walk.HUGE)
+        return bool(self.flags & pagemap.HUGE)
 
     @property
     def state(self) -> str:
@@ -72,12 +72,12 @@ def state_of(flags: int) -> str:
 
 
 _STATES = (
-    (walk.SWAPPED, "swapped"),
-    (walk.GUARD, "guard"),
-    (walk.MARKER, "marker"),
-    (walk.ZERO, "zero"),
-    (walk.HUGE, "huge"),
-    (walk.FILE, "file"),
+    (pagemap.SWAPPED, "swapped"),
+    (pagemap.GUARD, "guard"),
+    (pagemap.MARKER, "marker"),
+    (pagemap.ZERO, "zero"),
+    (pagemap.HUGE, "huge"),
+    (pagemap.FILE, "file"),
 )
 
 
@@ -144,7 +144,7 @@ def _parts(reader: Reader, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[
                 virtual, physical, length, flags = step[index]
                 if not physical:
                     continue
-                if flags & walk.ZERO and not flags & walk.HUGE:  # one frame, again and again
+                if flags & pagemap.ZERO and not flags & pagemap.HUGE:  # one frame, again and again
                     for offset in range(0, length, reader.page):
                         yield virtual + offset, physical, reader.page
                 else:

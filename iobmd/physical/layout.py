@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from iobmd.units import format_size
 
 if TYPE_CHECKING:
-    from iobmd._native.runs import RunTable
+    from iobmd._native.pagemap import RunTable
 
 
 class Layout(NamedTuple):

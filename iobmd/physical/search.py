@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from iobmd._native.mapping import Mapping
-    from iobmd._native.runs import RunTable
+    from iobmd._native.pagemap import RunTable
     from iobmd.memory.shmem import SharedObject
 
 ALL_ADDRESSES = (1 << 64) - 1

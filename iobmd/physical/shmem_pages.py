@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 from iobmd import pagemap
-from iobmd._native import memory
+from iobmd._native import mman
 from iobmd._native.mapping import Mapping
 from iobmd.errors import IOReturnError
 from iobmd.host import limits
@@ -73,7 +73,7 @@ class FileBlocks:
             return {}  # another process took them first
         if self._collapses:
             with contextlib.suppress(OSError):
-                memory.advise(batch.address, size, memory.MADV_COLLAPSE)
+                mman.advise(batch.address, size, mman.MADV_COLLAPSE)
         table = pagemap.own_runs(batch.address, size)
         self.hidden = table.hidden > 0
         return blocks_of(table, self.block)
@@ -92,14 +92,14 @@ class FileBlocks:
         """Return the blocks as an object, in this order; only `size` bytes of them, where that is not 0."""
         offsets = [self._offset(place) for place in chosen]
         for offset in set(range(0, self._size, self.block)) - set(offsets):
-            memory.punch(self._fd, offset, self.block)
+            mman.punch(self._fd, offset, self.block)
         extents = self._joined(offsets)
         if size and self.block == HUGE_PAGE_SIZE and not self.immovable:
             last = extents[-1]
             excess = len(chosen) * self.block - size
             if excess:
                 extents[-1] = Extent(last.offset, last.length - excess)
-                memory.punch(self._fd, sum(extents[-1]), excess)
+                mman.punch(self._fd, sum(extents[-1]), excess)
         if self._sealable:
             shmem.seal(self._fd)
         fd, self._fd = self._fd, -1

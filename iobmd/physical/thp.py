@@ -6,14 +6,14 @@ import contextlib
 from typing import TYPE_CHECKING, Protocol
 
 from iobmd import pagemap
-from iobmd._native import memory
+from iobmd._native import mman
 from iobmd._native.mapping import Mapping
 from iobmd.memory import numa
 from iobmd.memory.populate import populate
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE
 
 if TYPE_CHECKING:
-    from iobmd._native.runs import RunTable
+    from iobmd._native.pagemap import RunTable
 
 _STEP = 32 << 20  # an interrupt is seen that often
 Places = dict[int, int]
@@ -70,7 +70,7 @@ class TransparentBlocks:
     def __init__(self, block: int = HUGE_PAGE_SIZE) -> None:
         self.block = block
         self.hidden = False
-        self._advice = memory.MADV_HUGEPAGE if block > PAGE_SIZE else memory.MADV_NOHUGEPAGE
+        self._advice = mman.MADV_HUGEPAGE if block > PAGE_SIZE else mman.MADV_NOHUGEPAGE
         self._batches: list[Mapping] = []
 
     def more(self, count: int, alignment: int) -> Places:
@@ -79,15 +79,15 @@ class TransparentBlocks:
         batch = Mapping.anonymous(size, self.block if self._batches else max(self.block, alignment))
         self._batches.append(batch)
         # A fork by another thread would share the huge page that is being filled, and the kernel then breaks it up.
-        memory.advise(batch.address, size, memory.MADV_DONTFORK)
+        mman.advise(batch.address, size, mman.MADV_DONTFORK)
         numa.place(batch.address, size)
         with contextlib.suppress(OSError):  # a kernel without huge pages: none will be found
-            memory.advise(batch.address, size, self._advice)
+            mman.advise(batch.address, size, self._advice)
         # From the top down: the kernel mostly hands out what was freed last, at ever lower addresses, so that huge
         # pages come in ascending order and need not be moved.
         for top in range(size, 0, -_STEP):
             step = min(_STEP, top)
-            done, error = memory.populate_downwards(batch.address + top - step, step, self.block, PAGE_SIZE)
+            done, error = mman.populate_downwards(batch.address + top - step, step, self.block, PAGE_SIZE)
             if error:  # before 5.14, or out of memory, which is told there
                 populate(batch.address, top - done)
                 break
@@ -108,7 +108,7 @@ class TransparentBlocks:
         place = target.address
         try:
             for start, length in spans:
-                memory.move(start, place, length)
+                mman.move(start, place, length)
                 place += length
         except BaseException:
             target.close()

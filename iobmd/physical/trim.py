@@ -3,7 +3,7 @@
 import contextlib
 from typing import TYPE_CHECKING
 
-from iobmd._native import memory
+from iobmd._native import mman
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, round_down
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def trim(mapping: "Mapping", size: int) -> None:
     for offset in marks:
         mapping.write(offset, b"\1")
     with contextlib.suppress(OSError):
-        memory.advise(mapping.address + size, mapping.size - size, memory.MADV_COLD)
+        mman.advise(mapping.address + size, mapping.size - size, mman.MADV_COLD)
     for offset in marks:
         mapping.write(offset, b"\0")
     mapping.keep(0, size)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 
 from iobmd import pagemap
-from iobmd._native import memory
+from iobmd._native import mman
 from iobmd._native import pagemap as native
-from iobmd._native.guard import generation
+from iobmd._native.mapping import generation
 from iobmd.errors import UnsupportedError
 from iobmd.purgeable import EMPTY, NON_VOLATILE, OBSOLETE, VOLATILE, Order, now, restore, wanted_non_volatile
 from iobmd.units import PAGE_SIZE, round_down, round_up
@@ -147,13 +147,13 @@ class LazilyFreed:
 
     def _advise_free(self, start: int, end: int) -> None:
         try:
-            memory.advise(start, end - start, memory.MADV_FREE)
+            mman.advise(start, end - start, mman.MADV_FREE)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
             # Locked, by mlockall(MCL_CURRENT) since it was made: volatile memory is the opposite of that.
-            memory.unlock(self._address, self._size)
-            memory.advise(start, end - start, memory.MADV_FREE)
+            mman.unlock(self._address, self._size)
+            mman.advise(start, end - start, mman.MADV_FREE)
 
     def _drop(self) -> None:
         before, self._state, self._half_dropped = self._state, EMPTY, True
@@ -168,9 +168,9 @@ class LazilyFreed:
 
 def _discard(address: int, size: int) -> None:
     try:
-        memory.advise(address, size, memory.MADV_DONTNEED_LOCKED)  # Linux 5.18
+        mman.advise(address, size, mman.MADV_DONTNEED_LOCKED)  # Linux 5.18
     except OSError:
-        memory.advise(address, size, memory.MADV_DONTNEED)
+        mman.advise(address, size, mman.MADV_DONTNEED)
 
 
 def _split(ranges: list[restore.Range], first: int, end: int) -> tuple[list[restore.Range], list[restore.Range]]:

@@ -22,7 +22,7 @@ from functools import partial
 
 from iobmd import host, procfs
 from iobmd._internal import process_local
-from iobmd._native import crosstask, lazyfree, memory
+from iobmd._native import crosstask, mman
 from iobmd.errors import IOReturnError, NoMemoryError, NoResourcesError, UnsupportedError
 from iobmd.host.fact import scratch
 from iobmd.memory.mlock import cannot_lock
@@ -78,7 +78,7 @@ def all_there(ranges: list[Range], tracker: int) -> bool:
         with _alone:
             return _each(ranges.copy(), partial(_by_smaps, rewrite=False))
     descriptor = own_pagemap()
-    return all(lazyfree.first_lost(descriptor, start, end) is None for start, end in ranges)
+    return all(mman.first_lost(descriptor, start, end) is None for start, end in ranges)
 
 
 def _each(ranges: list[Range], look: _Look) -> bool:
@@ -106,8 +106,8 @@ def _each(ranges: list[Range], look: _Look) -> bool:
 
 
 def _take_back_tracked(tracker: int, pagemap: int, start: int, end: int) -> bool:
-    there, step, number = lazyfree.take_back(tracker, pagemap, start, end)
-    if step == lazyfree.LOCK:
+    there, step, number = mman.take_back(tracker, pagemap, start, end)
+    if step == mman.LOCKING:
         raise _LockError(number)
     if step:
         message = f"cannot make {format_size(end - start)} of volatile memory safe: the kernel has no memory for it"
@@ -118,14 +118,14 @@ def _take_back_tracked(tracker: int, pagemap: int, start: int, end: int) -> bool
 def _by_smaps(start: int, end: int, *, rewrite: bool) -> bool:
     size = end - start
     try:
-        memory.advise(start, size, memory.MADV_RANDOM)  # a flag that no neighbour has: smaps tells the window apart
+        mman.advise(start, size, mman.MADV_RANDOM)  # a flag that no neighbour has: smaps tells the window apart
         if locking_dirties():
             return _patiently_clean(start, end) and (not rewrite or _is_safe_once_locked(start, end))
         with _locked(start, size):
             there = _patiently_clean(start, end)
             if there and rewrite:
                 # Not by MADV_POPULATE_WRITE: it marks a huge page dirty as a whole, with pages of windows to come.
-                lazyfree.rewrite(start, size, PAGE_SIZE)
+                mman.rewrite(start, size, PAGE_SIZE)
             return there
     except IOReturnError:
         raise
@@ -133,19 +133,19 @@ def _by_smaps(start: int, end: int, *, rewrite: bool) -> bool:
         message = f"cannot look at volatile memory: {error}"
         raise NoResourcesError(message, error.errno or 0) from None
     finally:
-        memory.advise(start, size, memory.MADV_NORMAL)
+        mman.advise(start, size, mman.MADV_NORMAL)
 
 
 @contextlib.contextmanager
 def _locked(start: int, size: int) -> Iterator[None]:
     try:
-        memory.lock_on_fault(start, size)
+        mman.lock_on_fault(start, size)
     except OSError as error:
         raise _LockError(error.errno or errno.ENOMEM) from None
     try:
         yield
     finally:
-        memory.unlock(start, size)
+        mman.unlock(start, size)
 
 
 @functools.cache
@@ -158,8 +158,8 @@ def locking_dirties() -> bool:
     """
     with scratch(PAGE_SIZE) as area:
         area.write(0, b"\1")
-        memory.advise(area.address, PAGE_SIZE, memory.MADV_RANDOM)
-        memory.advise(area.address, PAGE_SIZE, memory.MADV_FREE)
+        mman.advise(area.address, PAGE_SIZE, mman.MADV_RANDOM)
+        mman.advise(area.address, PAGE_SIZE, mman.MADV_FREE)
         end = area.address + PAGE_SIZE
         before = _bytes_of(area.address, end, "Private_Dirty")
         with _locked(area.address, PAGE_SIZE):
@@ -170,7 +170,7 @@ def _is_safe_once_locked(start: int, end: int) -> bool:
     with _locked(start, end - start):
         if _bytes_of(start, end, "Anonymous") < end - start:  # gone, or the zero page
             return False
-        lazyfree.rewrite(start, end - start, PAGE_SIZE)
+        mman.rewrite(start, end - start, PAGE_SIZE)
         return True
 
 

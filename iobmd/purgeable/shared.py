@@ -19,7 +19,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING
 
-from iobmd._native import memory
+from iobmd._native import mman
 from iobmd.constants import IOReturn
 from iobmd.errors import BusyError, IOReturnError, VMError
 from iobmd.memory import shmem
@@ -176,7 +176,7 @@ class SharedState:
 
     def _drop(self) -> None:
         self._set(EMPTY | _PURGING)
-        memory.punch(self._fd, 0, self._size)
+        mman.punch(self._fd, 0, self._size)
         self._set(EMPTY)
 
     def _allocated(self) -> int:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import procfs
 from iobmd._internal import chunked, pidns
-from iobmd._native import crosstask, memory
+from iobmd._native import crosstask, mman
 from iobmd.host import headroom
 from iobmd.task import attempt, extents
 from iobmd.task.extents import Origin
@@ -201,7 +201,7 @@ class _Run:
             # Not piece by piece: each of these calls keeps the page faults of other threads waiting.
             for start, end in present.whole(job.theirs, job.ours, job.huge)[:_MOST_MARKED]:
                 with contextlib.suppress(OSError):  # a kernel without transparent huge pages
-                    memory.advise(start, end - start, memory.MADV_HUGEPAGE)
+                    mman.advise(start, end - start, mman.MADV_HUGEPAGE)
         return present.cuts(job.theirs, chunked.PIECE, HUGE_PAGE_SIZE)
 
     def _present(self, offset: int, size: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from support import kernel
 from support.child import CAP_SYS_ADMIN, in_child
 from support.targets import Target
 
-from iobmd._native import memory
+from iobmd._native import mman
 from iobmd.cli import main
 
 MIB = 1 << 20
@@ -28,9 +28,9 @@ class Memory:
         self.mapping = mmap.mmap(-1, 16 * MIB, flags=PRIVATE)
         whole = ctypes.addressof(ctypes.c_char.from_buffer(self.mapping))
         self.address = -(-whole // (8 * MIB)) * 8 * MIB
-        memory.advise(self.address, 8 * MIB, memory.MADV_NOHUGEPAGE)
+        mman.advise(self.address, 8 * MIB, mman.MADV_NOHUGEPAGE)
         ctypes.memset(self.address, 1, 2 * MIB)
-        memory.advise(self.address + 2 * MIB, 2 * MIB, memory.MADV_HUGEPAGE)
+        mman.advise(self.address + 2 * MIB, 2 * MIB, mman.MADV_HUGEPAGE)
         ctypes.memset(self.address + 2 * MIB, 1, 2 * MIB)
         for offset in range(4 * MIB, 6 * MIB, kernel.PAGE):
             ctypes.string_at(self.address + offset, 1)

@@ -32,11 +32,11 @@ from iobmd import (
     kIOMemoryPageable,
     procfs,
 )
-from iobmd._native import cacheline
+from iobmd._native import mapping as native
 from iobmd._native.mapping import Mapping
 
 PAGE = mmap.PAGESIZE
-LINE = cacheline.LINE_SIZE
+LINE = native.LINE_SIZE
 MODES = {
     "default": kIOMapDefaultCache,
     "inhibit": kIOMapInhibitCache,
@@ -44,7 +44,7 @@ MODES = {
     "copyback": kIOMapCopybackCache,
     "writecombine": kIOMapWriteCombineCache,
 }
-NAMES = {cacheline.CLFLUSH: "clflush", cacheline.CLFLUSHOPT: "clflushopt", cacheline.CLWB: "clwb"}
+NAMES = {native.CLFLUSH: "clflush", native.CLFLUSHOPT: "clflushopt", native.CLWB: "clwb"}
 x86 = pytest.mark.skipif(os.uname().machine != "x86_64", reason="the instructions of x86-64")
 
 
@@ -55,7 +55,7 @@ def flags() -> set[str]:
 def instructions() -> list[int]:
     """Those of this processor, as the kernel tells them."""
     if os.uname().machine != "x86_64":
-        return [cacheline.DC]
+        return [native.DC]
     return [instruction for instruction, name in NAMES.items() if name in flags()]
 
 
@@ -66,7 +66,7 @@ def lines(offset: int, length: int) -> int:
 
 @x86
 def test_the_best_instruction_of_this_processor() -> None:
-    assert instructions()[-1] == cacheline.BEST
+    assert instructions()[-1] == native.BEST_FLUSH
     assert str(LINE) == Path("/sys/devices/system/cpu/cpu0/cache/index0/coherency_line_size").read_text().strip() or (
         f"clflush size\t: {LINE}\n" in Path("/proc/cpuinfo").read_text()
     )
@@ -89,7 +89,7 @@ def test_modes_of_kernels_only(mode: int) -> None:
 
 
 def test_a_processor_without_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cacheline, "BEST", cacheline.NONE)
+    monkeypatch.setattr(native, "BEST_FLUSH", native.NO_FLUSH)
     with pytest.raises(IOReturnError) as caught:
         iobmd.allocate(PAGE, cache="writethru")
     assert caught.value.code == IOReturn.kIOReturnUnsupported
@@ -106,10 +106,10 @@ def test_a_processor_without_instructions(monkeypatch: pytest.MonkeyPatch) -> No
     st.integers(0, 5 * LINE),
     st.integers(0, LINE),
 )
-@example(4, cacheline.BEST, LINE, 2 * LINE, 0)
-@example(4, cacheline.BEST, 1, LINE - 1, 1)
-@example(4, cacheline.BEST, 63, 66, 3)
-@example(4, cacheline.BEST, 5, 0, 0)
+@example(4, native.BEST_FLUSH, LINE, 2 * LINE, 0)
+@example(4, native.BEST_FLUSH, 1, LINE - 1, 1)
+@example(4, native.BEST_FLUSH, 63, 66, 3)
+@example(4, native.BEST_FLUSH, 5, 0, 0)
 def test_bytes_by_every_mode_and_instruction(
     mode: int, instruction: int, offset: int, length: int, skew: int
 ) -> None:
@@ -168,7 +168,7 @@ def test_inhibit_drops_every_line(instruction: int, offset: int, length: int) ->
     mapping = Mapping.anonymous(PAGE, PAGE)
     mapping.cache, mapping.instruction = 1, instruction
     data = bytes(length)
-    dropping = NAMES[min(instruction, cacheline.CLFLUSHOPT)]
+    dropping = NAMES[min(instruction, native.CLFLUSHOPT)]
     for action in (lambda: mapping.write(offset, data), lambda: mapping.read(offset, length)):
         assert cache_instructions(action) == {dropping: lines(offset, length), "mfence": 1}
     mapping.close()
@@ -186,7 +186,7 @@ def test_write_combine_goes_past_the_caches(offset: int, length: int, whole: int
     data = bytes(length)
     seen = cache_instructions(lambda: mapping.write(offset, data))
     assert seen["movntdq"] == 4 * whole
-    assert seen[NAMES[min(cacheline.BEST, cacheline.CLFLUSHOPT)]] == torn
+    assert seen[NAMES[min(native.BEST_FLUSH, native.CLFLUSHOPT)]] == torn
     assert seen["mfence"] >= 1
     mapping.close()
 
@@ -228,9 +228,9 @@ def test_views_do_not_and_operations_do_it_for_them() -> None:
 
         assert not cache_instructions(store)
         done = cache_instructions(lambda: buffer.performOperation(kIOMemoryIncoherentIOStore, 100, LINE))
-        assert done == {NAMES[cacheline.BEST]: lines(100, LINE), "mfence": 1}
+        assert done == {NAMES[native.BEST_FLUSH]: lines(100, LINE), "mfence": 1}
         done = cache_instructions(lambda: buffer.performOperation(kIOMemoryIncoherentIOFlush, PAGE - 1, 2))
-        assert done == {NAMES[min(cacheline.BEST, cacheline.CLFLUSHOPT)]: 2, "mfence": 1}
+        assert done == {NAMES[min(native.BEST_FLUSH, native.CLFLUSHOPT)]: 2, "mfence": 1}
         assert not cache_instructions(lambda: buffer.performOperation(kIOMemoryIncoherentIOFlush, PAGE, 0))
 
 
@@ -239,7 +239,7 @@ def test_operations_reach_what_relatives_are_made_of() -> None:
     """Parts, concatenations and memory that was there already; that of another task is refused."""
     own = mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     address = ctypes.addressof(ctypes.c_char.from_buffer(own))
-    drop = NAMES[min(cacheline.BEST, cacheline.CLFLUSHOPT)]
+    drop = NAMES[min(native.BEST_FLUSH, native.CLFLUSHOPT)]
     with (
         iobmd.allocate(PAGE, wired=False) as one,
         IOMemoryDescriptor.withAddressRange(address + 100, 2000, kIODirectionInOut, iobmd.kernel_task) as other,

@@ -16,7 +16,7 @@ from support.targets import until
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Wiring
-from iobmd._native import memory
+from iobmd._native import mman
 from iobmd._native.mapping import Mapping
 from iobmd.memory import pinning
 from iobmd.physical.policy import Budget
@@ -153,14 +153,14 @@ def test_policy_is_of_its_context() -> None:
 @pytest.mark.needs("frames")
 def test_a_fork_while_it_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fork between two faults of a huge page would share it, and the second fault break it up."""
-    fill = memory.populate_downwards
+    fill = mman.populate_downwards
 
     def beside_a_child(address: int, size: int, huge: int, page: int) -> tuple[int, int]:
-        memory.advise(address + size - page, page, memory.MADV_POPULATE_WRITE)
+        mman.advise(address + size - page, page, mman.MADV_POPULATE_WRITE)
         with forked(lambda: time.sleep(1)):
             return fill(address, size, huge, page)
 
-    monkeypatch.setattr(memory, "populate_downwards", beside_a_child)
+    monkeypatch.setattr(mman, "populate_downwards", beside_a_child)
     for _ in range(4):  # a huge page may also be missing because there is none free
         source = TransparentBlocks()
         try:
@@ -295,12 +295,12 @@ def test_on_a_fragmented_host() -> None:
         pins: list[pinning.Pin] = []
         outcome = {}
         holder = Mapping.anonymous(GIB // 2, 2 * MIB)
-        memory.advise(holder.address, holder.size, memory.MADV_HUGEPAGE)
-        memory.populate(holder.address, holder.size, 2 * MIB, 4096)
+        mman.advise(holder.address, holder.size, mman.MADV_HUGEPAGE)
+        mman.populate(holder.address, holder.size, 2 * MIB, 4096)
         for place in range(holder.address, holder.address + holder.size, 2 * MIB):
-            memory.advise(place + 4096, 2 * MIB - 4096, memory.MADV_COLD)  # splits the huge page
+            mman.advise(place + 4096, 2 * MIB - 4096, mman.MADV_COLD)  # splits the huge page
             pins.append(pinning.Pin(place, 4096))
-            memory.advise(place + 4096, 2 * MIB - 4096, memory.MADV_DONTNEED)
+            mman.advise(place + 4096, 2 * MIB - 4096, mman.MADV_DONTNEED)
         before = held()
         for size in (64 << 10, MIB, 2 * MIB, 64 * MIB):
             budget = iobmd.policy(memory_budget=256 * MIB, time_budget=5)
@@ -321,4 +321,4 @@ def test_on_a_fragmented_host() -> None:
 
 def test_nothing_is_called_populated_that_is_not() -> None:
     """Before Linux 5.14 nothing is: then the rest, which is all, is filled in another way."""
-    assert memory.populate_downwards(1 << 46, 4 * MIB, 2 * MIB, 4096) == (0, errno.ENOMEM)
+    assert mman.populate_downwards(1 << 46, 4 * MIB, 2 * MIB, 4096) == (0, errno.ENOMEM)

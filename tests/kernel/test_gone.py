@@ -31,7 +31,7 @@ from iobmd import (
     kIOMemoryIncoherentIOFlush,
     kIOMemoryIncoherentIOStore,
 )
-from iobmd._native import cacheline
+from iobmd._native import mapping
 from iobmd._native.mapping import FaultError, Mapping
 from iobmd.physical.hugetlb import PoolBlocks
 
@@ -41,7 +41,7 @@ GOOD = 40 * PAGE  # what is left of it
 
 pytestmark = [
     pytest.mark.usefixtures("nothing_left"),
-    pytest.mark.skipif(cacheline.BEST == cacheline.NONE, reason="this processor flushes for nobody"),
+    pytest.mark.skipif(mapping.BEST_FLUSH == mapping.NO_FLUSH, reason="this processor flushes for nobody"),
 ]
 
 

@@ -17,7 +17,7 @@ from support.refusals import refusal
 
 import iobmd
 from iobmd import IOReturn
-from iobmd._native import memory
+from iobmd._native import mman
 from iobmd.host import limits
 
 if TYPE_CHECKING:
@@ -68,16 +68,16 @@ def test_no_mapping_is_left(kind: str) -> None:
 @pytest.mark.needs("frames", "memlock")
 def test_contiguous_memory_that_cannot_become_inheritable(monkeypatch: pytest.MonkeyPatch) -> None:
     """At vm.max_map_count an area that has merged with a neighbour cannot be split: nothing stays, or is locked."""
-    real = memory.advise
+    real = mman.advise
 
     def advise(address: int, size: int, advice: int) -> None:
-        if advice == memory.MADV_DOFORK:
+        if advice == mman.MADV_DOFORK:
             raise OSError(errno.ENOMEM, "madvise: Cannot allocate memory")
         real(address, size, advice)
 
     iobmd.allocate(1 << 16, contiguous=True).free()
     before = kernel.status("VmLck"), kernel.status("VmPin")
-    monkeypatch.setattr(memory, "advise", advise)
+    monkeypatch.setattr(mman, "advise", advise)
     code, message = refusal(lambda: iobmd.allocate(1 << 16, contiguous=True))
     assert code is IOReturn.kIOReturnNoMemory
     assert "MADV_DOFORK" in message

@@ -6,7 +6,7 @@ from support.refusals import code_of
 
 import iobmd
 from iobmd import IOReturn
-from iobmd._native import numa as native
+from iobmd._native import mman as native
 from iobmd.memory import numa
 
 MIB = 1 << 20
@@ -18,8 +18,8 @@ def test_the_first_node(keywords: dict[str, bool]) -> None:
     node = numa.with_memory()[0]
     with iobmd.allocate(MIB, node=node, **keywords) as buffer:
         buffer.writeBytes(0, b"x" * MIB)
-        assert native.elsewhere(buffer.getBytesNoCopy(), MIB // 4096, 4096, node) == 0
-        assert native.elsewhere(buffer.getBytesNoCopy(), MIB // 4096, 4096, node + 1) == MIB // 4096
+        assert native.count_off_node(buffer.getBytesNoCopy(), MIB // 4096, 4096, node) == 0
+        assert native.count_off_node(buffer.getBytesNoCopy(), MIB // 4096, 4096, node + 1) == MIB // 4096
 
 
 def test_without_privilege() -> None:
@@ -38,6 +38,6 @@ def test_no_such_node(node: int) -> None:
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("shared", [False, True])
 def test_memory_of_other_nodes_is_given_back(monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
-    monkeypatch.setattr(native, "elsewhere", lambda *_: 3)
+    monkeypatch.setattr(native, "count_off_node", lambda *_: 3)
     assert code_of(lambda: iobmd.allocate(2 * MIB, node=0, shared=shared)) == IOReturn.kIOReturnNoResources
     iobmd.allocate(2 * MIB).free()  # no node is wanted any more

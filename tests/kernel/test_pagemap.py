@@ -18,7 +18,7 @@ from support.source_process import SourceProcess
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Task, kernel_task, pagemap
-from iobmd._native import memory
+from iobmd._native import mman
 from iobmd._native import pagemap as native
 from iobmd._native.mapping import Mapping
 from iobmd.pagemap.reader import Reader
@@ -82,7 +82,7 @@ def test_swapped_pages() -> None:
     with iobmd.allocate(1 << 20, wired=False) as buffer:
         address, size = buffer.getBytesNoCopy(), len(buffer)
         buffer.writeBytes(0, os.urandom(size))
-        memory.advise(address, size, memory.MADV_PAGEOUT)
+        mman.advise(address, size, mman.MADV_PAGEOUT)
         counts = pagemap.counts(kernel_task, address, size)
         assert counts.swapped == kernel.swapped(address, size) > 200
         assert all(page.pfn is None for page in pagemap.pages(kernel_task, address, size) if page.swapped)
@@ -96,7 +96,7 @@ def test_guard_pages_are_not_swapped() -> None:
     with iobmd.allocate(4 * 4096, wired=False) as buffer:
         buffer.writeBytes(0, b"x" * len(buffer))
         try:
-            memory.advise(buffer.getBytesNoCopy() + 4096, 4096, 102)
+            mman.advise(buffer.getBytesNoCopy() + 4096, 4096, 102)
         except OSError as error:
             pytest.skip(f"no guard pages on this kernel: {error}")
         pages = list(pagemap.pages(kernel_task, buffer.getBytesNoCopy(), len(buffer)))
@@ -123,8 +123,8 @@ def test_huge_pages_that_are_neighbours_in_memory_alone() -> None:
     mremap.restype, mremap.argtypes = ctypes.c_long, [ctypes.c_long] * 5
     # So much that there are neighbours among them also where free memory is in pieces.
     with closing(Mapping.anonymous(1 << 30, HUGE)) as area, closing(Mapping.anonymous(16 << 20, HUGE)) as apart:
-        memory.advise(area.address, area.size, memory.MADV_HUGEPAGE)
-        memory.advise(area.address, area.size, memory.MADV_POPULATE_WRITE)
+        mman.advise(area.address, area.size, mman.MADV_HUGEPAGE)
+        mman.advise(area.address, area.size, mman.MADV_POPULATE_WRITE)
         places = {
             (kernel.entries(address, 4096)[0] & kernel.FRAME) * 4096: address
             for address in range(area.address, area.address + area.size, HUGE)
@@ -146,11 +146,11 @@ def test_many_small_areas(before: int, after: int) -> None:
     pages = 600
     with iobmd.allocate(pages * 4096, wired=False) as buffer:
         address = buffer.getBytesNoCopy()
-        memory.advise(address, pages * 4096, memory.MADV_NOHUGEPAGE)
+        mman.advise(address, pages * 4096, mman.MADV_NOHUGEPAGE)
         for number in range(0, pages, 3):
             buffer.writeBytes(number * 4096, b"x")
         for number in range(0, pages, 2):
-            memory.advise(address + number * 4096, 4096, mmap.MADV_DONTFORK)
+            mman.advise(address + number * 4096, 4096, mmap.MADV_DONTFORK)
         low, high = address + before, address + pages * 4096 - after
         found = list(pagemap.areas(kernel_task, low, high - low))
         frames = {
@@ -169,10 +169,10 @@ def test_many_small_areas(before: int, after: int) -> None:
 def test_what_was_read_ahead_is_not_kept() -> None:
     with iobmd.allocate(64 << 10, wired=False) as buffer, Reader(kernel_task) as reader:
         address = buffer.getBytesNoCopy()
-        memory.advise(address, 64 << 10, memory.MADV_NOHUGEPAGE)
+        mman.advise(address, 64 << 10, mman.MADV_NOHUGEPAGE)
         buffer.writeBytes(0, bytes(64 << 10))
         before, _rest = reader.totals([(address, address + 4096), (address + 4096, address + (64 << 10))])
-        memory.advise(address, 64 << 10, mmap.MADV_DONTNEED)
+        mman.advise(address, 64 << 10, mmap.MADV_DONTNEED)
         assert (before.present, reader.total(address, address + 4096).present) == (4096, 0)
 
 
@@ -301,9 +301,9 @@ def test_huge_pages_are_counted_with_and_without_pagemap_scan(monkeypatch: pytes
         monkeypatch.setattr(native, "scan", no_scan)
     with iobmd.allocate(8 << 20, wired=False) as buffer:
         address = buffer.getBytesNoCopy()
-        memory.advise(address, 4 << 20, memory.MADV_HUGEPAGE)
-        memory.advise(address + (4 << 20), 4 << 20, memory.MADV_NOHUGEPAGE)
-        memory.advise(address, 8 << 20, memory.MADV_POPULATE_WRITE)
+        mman.advise(address, 4 << 20, mman.MADV_HUGEPAGE)
+        mman.advise(address + (4 << 20), 4 << 20, mman.MADV_NOHUGEPAGE)
+        mman.advise(address, 8 << 20, mman.MADV_POPULATE_WRITE)
         if not kernel.smaps(address)["AnonHugePages"]:
             pytest.skip("the kernel has no huge page")
         assert pagemap.huge_bytes(address, 8 << 20) == 4 << 20
@@ -334,9 +334,9 @@ def test_pages_of_a_pool_are_counted(monkeypatch: pytest.MonkeyPatch, scans: boo
     os.ftruncate(fd, 4 << 20)
     once, twice = (Mapping.view([(fd, 0, 4 << 20)], 0, True, 0, 2 << 20) for _ in range(2))
     os.close(fd)
-    memory.lock(once.address, 4 << 20)
+    mman.lock(once.address, 4 << 20)
     assert pagemap.huge_bytes(once.address, 4 << 20) == 4 << 20
-    memory.lock(twice.address, 2 << 20)
+    mman.lock(twice.address, 2 << 20)
     assert pagemap.huge_bytes(once.address, 4 << 20) == 4 << 20, "mapped by two, as Shared_Hugetlb"
     assert pagemap.huge_bytes(twice.address, 4 << 20) == 2 << 20
     once.close()

@@ -13,7 +13,7 @@ from support.child import NOBODY, in_child
 from support.page_states import PAGE, PageStateProcess, quiet, table
 
 from iobmd import pagemap
-from iobmd._native.walk import FILE, GUARD, MARKER, PRESENT, SWAPPED, ZERO, Walk
+from iobmd._native.pagemap import FILE, GUARD, MARKER, PRESENT, SWAPPED, ZERO, Walk
 from iobmd.pagemap import Span, reader
 
 pytestmark = pytest.mark.needs("compiler", "frames", "root")

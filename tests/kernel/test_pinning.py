@@ -15,7 +15,7 @@ from support.refusals import code_of
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Wiring, pagemap
-from iobmd._native import memory
+from iobmd._native import mman
 from iobmd.cli.demo.compaction import Strewn, collapse, compact
 from iobmd.memory import pinning
 
@@ -136,8 +136,8 @@ def test_verify_finds_a_page_that_moved() -> None:
         assert backing is not None
         recorded = backing.runs
         # Behind the descriptor's back: the pin stays on the old page, and the address gets a new one.
-        memory.unlock(buffer.getBytesNoCopy(), len(buffer))
-        memory.advise(buffer.getBytesNoCopy() + 4096, 4096, memory.MADV_DONTNEED)
+        mman.unlock(buffer.getBytesNoCopy(), len(buffer))
+        mman.advise(buffer.getBytesNoCopy() + 4096, 4096, mman.MADV_DONTNEED)
         buffer.writeBytes(4096, b"x")
         with pytest.raises(IOReturnError, match="do not use") as caught:
             buffer.verify()
@@ -188,7 +188,7 @@ def test_nothing_moves_a_pinned_page(setting: Setting) -> None:
         assert moved >= ENOUGH, f"the control must move, or this proves nothing: {moved} pages in {turns} compactions"
         for buffer in (large, contiguous):
             try:
-                memory.advise(buffer.getBytesNoCopy(), 2 * MIB, memory.MADV_COLLAPSE)
+                mman.advise(buffer.getBytesNoCopy(), 2 * MIB, mman.MADV_COLLAPSE)
             except OSError as error:
                 assert error.errno in (errno.EAGAIN, errno.EINVAL, errno.EBUSY, errno.ENOMEM)
         unmoved()
@@ -205,7 +205,7 @@ def test_nothing_moves_a_pinned_page(setting: Setting) -> None:
         setting("/sys/kernel/mm/ksm/pages_to_scan", 10_000)
         setting("/sys/kernel/mm/ksm/run", 1)
         for buffer in (small, prepared, *many):
-            memory.advise(buffer.getBytesNoCopy(), -(-len(buffer) // 4096) * 4096, 12)  # MADV_MERGEABLE
+            mman.advise(buffer.getBytesNoCopy(), -(-len(buffer) // 4096) * 4096, 12)  # MADV_MERGEABLE
         threading.Event().wait(1.0)
         unmoved()
         setting("/sys/kernel/mm/ksm/run", 2)
@@ -403,11 +403,11 @@ def test_pinned_pages_out_of_the_page_table_are_not_left_out() -> None:
         buffer.writeBytes(0, b"x" * size)
         buffer.prepare()
         before = buffer.segments()
-        memory.advise(buffer.getBytesNoCopy(), size, memory.MADV_DONTNEED)
+        mman.advise(buffer.getBytesNoCopy(), size, mman.MADV_DONTNEED)
         assert kernel.present(buffer.getBytesNoCopy(), size) == 0
         buffer.verify()
         assert kernel.present(buffer.getBytesNoCopy(), size) == size // 4096
-        memory.advise(buffer.getBytesNoCopy(), size, memory.MADV_DONTNEED)
+        mman.advise(buffer.getBytesNoCopy(), size, mman.MADV_DONTNEED)
         assert pagemap.own_runs(buffer.getBytesNoCopy(), size, pinned=True).pages == size // 4096
         assert buffer.segments() == before
         buffer.complete()

@@ -33,7 +33,7 @@ from support.requirements import may_lock
 import iobmd
 from iobmd import IOBufferMemoryDescriptor as Buffer
 from iobmd import IOPurgeable, IOReturn, IOReturnError
-from iobmd._native import memory
+from iobmd._native import mman
 
 MIB = 1 << 20
 PAGES = pytest.mark.parametrize("huge", [False, True], ids=["4 KiB", "THP"])
@@ -170,7 +170,7 @@ def test_readers_do_not_hide_a_loss(deny: dict[str, int], huge: bool) -> None:
             buffer.setPurgeable(VOLATILE)
             take(buffer, 2 * MIB, 2 * MIB)
             seen = bytes(view[2 * MIB :])
-            assert 0 not in memory.incore(buffer.getBytesNoCopy(), 1024, kernel.PAGE), "the trap is not there"
+            assert 0 not in mman.incore(buffer.getBytesNoCopy(), 1024, kernel.PAGE), "the trap is not there"
             return seen, buffer.setPurgeable(NON_VOLATILE)
 
     assert in_child(look, deny=deny) == (bytes(2 * MIB), EMPTY)
@@ -473,22 +473,22 @@ def test_no_page_may_be_locked() -> None:
 
 def test_a_refusal_midway_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """When the lock of a later window fails, the windows before it are safe, and the rest is volatile still."""
-    from iobmd._native import lazyfree
+    from iobmd._native import mman
 
     buffer, data = purgeable(64 * kernel.PAGE)
-    real, calls = lazyfree.take_back, 0
+    real, calls = mman.take_back, 0
 
     def take_back(tracker: int, pagemap: int, start: int, end: int) -> tuple[bool, int, int]:
         nonlocal calls
         if end - start > 16 * kernel.PAGE:
-            return False, lazyfree.LOCK, errno.ENOMEM
+            return False, mman.LOCKING, errno.ENOMEM
         calls += 1
-        return (False, lazyfree.LOCK, errno.EPERM) if calls > 2 else real(tracker, pagemap, start, end)
+        return (False, mman.LOCKING, errno.EPERM) if calls > 2 else real(tracker, pagemap, start, end)
 
     with buffer:
         buffer.setPurgeable(VOLATILE)
         with monkeypatch.context() as patch:
-            patch.setattr(lazyfree, "take_back", take_back)
+            patch.setattr(mman, "take_back", take_back)
             assert code_of(lambda: buffer.setPurgeable(NON_VOLATILE)) == IOReturn.kIOReturnCannotWire
         assert buffer.setPurgeable(KEEP_CURRENT) is VOLATILE
         assert buffer.lazily_freed == 32 * kernel.PAGE
@@ -707,16 +707,16 @@ def test_what_is_locked_is_not_half_dropped() -> None:
         other, _ = purgeable(4 * kernel.PAGE)
         locked.setPurgeable(VOLATILE)
         other.setPurgeable(VOLATILE)
-        memory.lock_on_fault(locked.getBytesNoCopy(), 4 * kernel.PAGE)  # mlock would write to the pages
+        mman.lock_on_fault(locked.getBytesNoCopy(), 4 * kernel.PAGE)  # mlock would write to the pages
         code = code_of(lambda: locked.setPurgeable(EMPTY))
         freed = iobmd.purge()
-        memory.unlock(locked.getBytesNoCopy(), 4 * kernel.PAGE)
+        mman.unlock(locked.getBytesNoCopy(), 4 * kernel.PAGE)
         state = locked.setPurgeable(NON_VOLATILE)
         return code, bytes(locked) == data, freed, state
 
     with pytest.MonkeyPatch.context() as patch:
         # as before Linux 5.18
-        patch.setattr(memory, "MADV_DONTNEED_LOCKED", 12345)
+        patch.setattr(mman, "MADV_DONTNEED_LOCKED", 12345)
         found = in_child(look)
     assert found == (IOReturn.kIOReturnUnsupported, True, 4 * kernel.PAGE, VOLATILE)
 
@@ -724,10 +724,10 @@ def test_what_is_locked_is_not_half_dropped() -> None:
 def test_what_is_locked_can_be_dropped_since_5_18() -> None:
     buffer, _ = purgeable(4 * kernel.PAGE)
     with buffer:
-        memory.lock(buffer.getBytesNoCopy(), 4 * kernel.PAGE)
+        mman.lock(buffer.getBytesNoCopy(), 4 * kernel.PAGE)
         assert buffer.setPurgeable(EMPTY) is NON_VOLATILE
         assert reads_zero(buffer)
-        memory.unlock(buffer.getBytesNoCopy(), 4 * kernel.PAGE)
+        mman.unlock(buffer.getBytesNoCopy(), 4 * kernel.PAGE)
 
 
 def test_populate_that_fails_loses_nothing() -> None:

@@ -18,7 +18,7 @@ from support.purging import EMPTY, KEEP_CURRENT, NON_VOLATILE, VOLATILE, page_ou
 import iobmd
 from iobmd import IOBufferMemoryDescriptor as Buffer
 from iobmd import IOPurgeable
-from iobmd._native import memory
+from iobmd._native import mman
 
 MIB = 1 << 20
 THREADS = 4
@@ -64,8 +64,8 @@ class Filled:
         *self._contents, self._zero = choice
         size = len(self._zero)
         self.buffer = iobmd.allocate(size, wired=False, purgeable=True)
-        advice = memory.MADV_HUGEPAGE if huge else memory.MADV_NOHUGEPAGE
-        memory.advise(self.buffer.getBytesNoCopy(), size, advice)
+        advice = mman.MADV_HUGEPAGE if huge else mman.MADV_NOHUGEPAGE
+        mman.advise(self.buffer.getBytesNoCopy(), size, advice)
         self._chance = chance
         self.content = bytearray()
 

@@ -29,7 +29,7 @@ from support.relatives import EMPTY, NON_VOLATILE, VOLATILE, Memory, Piece, Rela
 
 import iobmd
 from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, kernel_task
-from iobmd._native import memory as native
+from iobmd._native import mman as native
 
 PAGE = kernel.PAGE
 INOUT = iobmd.kIODirectionInOut

@@ -17,7 +17,7 @@ from support.targets import until
 
 import iobmd
 from iobmd import IOPurgeable, IOReturn, IOReturnError, Wiring
-from iobmd._native import memory
+from iobmd._native import mman
 
 MIB = 1 << 20
 
@@ -179,7 +179,7 @@ def test_sharer_killed_between_states(moment: str, monkeypatch: pytest.MonkeyPat
     buffer, data = purgeable(16 * kernel.PAGE, shared=True)
     with buffer:
         buffer.setPurgeable(VOLATILE)
-        punch = memory.punch
+        punch = mman.punch
 
         def die(fd: int, offset: int, size: int) -> None:
             if moment == "after the punch":
@@ -190,7 +190,7 @@ def test_sharer_killed_between_states(moment: str, monkeypatch: pytest.MonkeyPat
             if moment == "holding the lock":
                 with buffer._memory().backing.purgeable._exclusively():
                     os.kill(os.getpid(), signal.SIGKILL)
-            monkeypatch.setattr(memory, "punch", die)
+            monkeypatch.setattr(mman, "punch", die)
             buffer.setPurgeable(EMPTY)
             os._exit(1)
         assert os.waitpid(pid, 0)[1] == signal.SIGKILL

@@ -8,7 +8,7 @@ from support import kernel
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, kernel_task, pagemap
-from iobmd._native import memory
+from iobmd._native import mman
 from iobmd.pagemap import Change, Kind, Run
 
 MIB = 1 << 20
@@ -20,7 +20,7 @@ class Memory:
     def __init__(self, path: Path, size: int = 4 * MIB) -> None:
         self.buffer = iobmd.allocate(size, wired=False)
         self.address, self.size = self.buffer.getBytesNoCopy(), size
-        memory.advise(self.address, size, memory.MADV_NOHUGEPAGE)
+        mman.advise(self.address, size, mman.MADV_NOHUGEPAGE)
         self.buffer.writeBytes(0, b"x" * size)
         self._path = path
 
@@ -53,7 +53,7 @@ def test_a_snapshot_holds_what_was_there(ours: Memory) -> None:
 
 def test_released_and_newly_resident(ours: Memory) -> None:
     before = ours.save("before")
-    memory.advise(ours.address + MIB, MIB, memory.MADV_DONTNEED)
+    mman.advise(ours.address + MIB, MIB, mman.MADV_DONTNEED)
     between = ours.save("between")
     assert by_kind(list(pagemap.changes(before, between))) == {Kind.RELEASED: MIB}
     ours.buffer.writeBytes(MIB, b"y" * (MIB // 2))
@@ -66,7 +66,7 @@ def test_released_and_newly_resident(ours: Memory) -> None:
 @pytest.mark.usefixtures("swap")
 def test_out_to_swap_and_back(ours: Memory) -> None:
     before = ours.save("before")
-    memory.advise(ours.address, ours.size, memory.MADV_PAGEOUT)
+    mman.advise(ours.address, ours.size, mman.MADV_PAGEOUT)
     out = ours.save("out")
     swapped = kernel.swapped(ours.address, ours.size) * 4096
     assert by_kind(list(pagemap.changes(before, out)))[Kind.SWAPPED_OUT] == swapped > MIB
@@ -78,11 +78,11 @@ def test_out_to_swap_and_back(ours: Memory) -> None:
 def test_collapsed_and_split(ours: Memory) -> None:
     start = -(-ours.address // (2 * MIB)) * 2 * MIB
     before = ours.save("small")
-    memory.advise(start, 2 * MIB, memory.MADV_HUGEPAGE)
-    memory.advise(start, 2 * MIB, memory.MADV_COLLAPSE)
+    mman.advise(start, 2 * MIB, mman.MADV_HUGEPAGE)
+    mman.advise(start, 2 * MIB, mman.MADV_COLLAPSE)
     huge = ours.save("huge")
     assert by_kind(list(pagemap.changes(before, huge))) == {Kind.COLLAPSED: 2 * MIB}
-    memory.advise(start, 4096, memory.MADV_DONTNEED)  # the rest stays where it is, mapped page by page
+    mman.advise(start, 4096, mman.MADV_DONTNEED)  # the rest stays where it is, mapped page by page
     split = ours.save("split")
     changes = list(pagemap.changes(huge, split))
     assert by_kind(changes) == {Kind.SPLIT: 2 * MIB - 4096, Kind.RELEASED: 4096}

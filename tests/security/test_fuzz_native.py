@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from hypothesis import strategies as st
 from support.fuzzing import fuzzed, numbers
 
-from iobmd._native import frames, pagemap, runs, walk
+from iobmd._native import pagemap
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,7 +60,9 @@ def test_walks(
 ) -> None:  # fmt: skip
     fd = file_of(tmp_path, table, rest)
     try:
-        walker = walk.Walk(fd, PAGE, 2 << 20, 7, 1024, thorough, scans)  # of a file PAGEMAP_SCAN is refused: without
+        walker = pagemap.Walk(
+            fd, PAGE, 2 << 20, 7, 1024, thorough, scans
+        )  # of a file PAGEMAP_SCAN is refused: without
         most = len(table) if inside else 1 << 20
         asked = [(min(first, most) * PAGE, min(first + many, most) * PAGE) for first, many in sorted(ranges)]
         try:
@@ -81,7 +83,7 @@ def test_walks(
         os.close(fd)
 
 
-def check_spans(walker: walk.Walk, asked: list[tuple[int, int]], table: list[int]) -> None:
+def check_spans(walker: pagemap.Walk, asked: list[tuple[int, int]], table: list[int]) -> None:
     """The same walk in steps, whose spans are ascending and cover what is present or in swap, and no more."""
     for start, end in asked:
         walker.clear()
@@ -96,7 +98,7 @@ def check_spans(walker: walk.Walk, asked: list[tuple[int, int]], table: list[int
         }
         assert covered == {page for page in range(start // PAGE, end // PAGE) if table[page] >> 62}
         for virtual, physical, length, flags in found:
-            if physical and not flags & walk.ZERO:
+            if physical and not flags & pagemap.ZERO:
                 for offset in range(0, length, PAGE):
                     assert physical + offset == (table[(virtual + offset) // PAGE] & PFN) * PAGE
     walker.take()
@@ -107,7 +109,7 @@ def test_runs(tmp_path: Path, table: list[int], first: int, many: int, gaps: boo
     fd = file_of(tmp_path, table)
     try:
         try:
-            found = runs.read(fd, first * PAGE, many * PAGE, PAGE, gaps=gaps)
+            found = pagemap.read_runs(fd, first * PAGE, many * PAGE, PAGE, gaps=gaps)
         except OSError:
             assert first + many > len(table)
             return
@@ -115,12 +117,11 @@ def test_runs(tmp_path: Path, table: list[int], first: int, many: int, gaps: boo
         assert found.pages == sum(word >> 63 for word in inside)
         assert found.hidden == sum(word >> 63 and not word & PFN for word in inside)
         assert sum(found[index][2] for index in range(len(found))) == PAGE * (found.pages - found.hidden)
-        assert found.largest() <= many * PAGE
         assert isinstance(found.holds(fd, PAGE), bool)
-        assert found.difference(runs.read(fd, first * PAGE, many * PAGE, PAGE)) is None
+        assert found.difference(pagemap.read_runs(fd, first * PAGE, many * PAGE, PAGE)) is None
         covered = sum(length for _address, length in found.segments(0, 1 << 62))
         assert covered == PAGE * (found.pages - found.hidden)
-        joined = runs.concatenated([(found, first * PAGE + 1, many * PAGE)], 0)
+        joined = pagemap.concatenated([(found, first * PAGE + 1, many * PAGE)], 0)
         assert joined.pages == found.pages
         found.common(joined)
         found.highest()
@@ -128,13 +129,19 @@ def test_runs(tmp_path: Path, table: list[int], first: int, many: int, gaps: boo
         os.close(fd)
 
 
-@fuzzed(40, raw=st.binary(max_size=300))
-def test_entries(raw: bytes) -> None:
-    found = pagemap.decode(raw)
-    assert len(found) == len(raw) // 8
-    present, _swapped, hidden, _exclusive = pagemap.tally(raw)
-    assert present == sum(entry[0] for entry in found)
-    assert hidden == sum(entry[0] and entry[2] is None for entry in found)
+@fuzzed(40, table=st.lists(st.integers(0, (1 << 64) - 1), max_size=150))
+def test_entries(tmp_path: Path, table: list[int]) -> None:
+    fd = file_of(tmp_path, table)
+    try:
+        found = pagemap.read_entries(fd, 0, 200)
+        tally = pagemap.Walk(fd, PAGE, 0, 0, 0, False, False).total(0, len(table) * PAGE)
+    finally:
+        os.close(fd)
+    assert len(found) == len(table)
+    assert tally.present == sum(entry[0] for entry in found) * PAGE
+    assert tally.hidden == sum(entry[0] and entry[2] is None for entry in found) * PAGE
+    assert tally.swapped == sum(entry[1] for entry in found) * PAGE
+    assert tally.exclusive == sum(entry[0] and entry[4] for entry in found) * PAGE
 
 
 flags = st.lists(
@@ -157,14 +164,14 @@ addresses = st.integers(0, 5000) | numbers().filter(lambda number: 0 <= number <
 def test_frames(tmp_path: Path, table: list[int], frame: int, many: int, spans: list[tuple[int, int]]) -> None:
     fd = file_of(tmp_path, table)
     try:
-        every, some, _least, _most, groups = frames.describe(fd, fd, -1, frame, many)
+        every, some, _least, _most, groups = pagemap.describe(fd, fd, -1, frame, many)
         inside = table[frame : frame + many]
         assert some == (0 if not inside else inside[0] | some)
         assert every & ~some == 0
         assert groups == set()
         sums: dict[int, int] = {}
-        raw = b"".join(struct.pack("=4Q", 0, physical, length, walk.PRESENT) for physical, length in spans)
-        frames.folios(fd, raw + b"rest", walk.PRESENT, walk.ZERO, PAGE, sums)
+        raw = b"".join(struct.pack("=4Q", 0, physical, length, pagemap.PRESENT) for physical, length in spans)
+        pagemap.folios(fd, raw + b"rest", pagemap.PRESENT, pagemap.ZERO, PAGE, sums)
         assert sum(sums.values()) <= sum(length for _physical, length in spans)
         assert all(size >= PAGE and not size & (size - 1) for size in sums)
     finally:

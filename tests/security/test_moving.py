@@ -20,7 +20,7 @@ from iobmd.pagemap.reader import Reader
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from iobmd._native.walk import Walk
+    from iobmd._native.pagemap import Walk
 
 FEW = 256
 

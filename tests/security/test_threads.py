@@ -23,7 +23,7 @@ from support.kernel import Footprint
 
 import iobmd
 from iobmd import IOReturnError
-from iobmd._native import crosstask, frames, guard, mapping, maps, pagemap, runs, uring, walk
+from iobmd._native import crosstask, mapping, maps, pagemap, uring
 from iobmd.memory import shmem
 
 if TYPE_CHECKING:
@@ -161,10 +161,10 @@ def test_tables_of_the_kernel() -> None:
     own = maps.parse(text)
     start = max((area[1] - area[0], area[0]) for area in own if area[2].startswith("rw"))[1]
     end = start + 4 * MIB
-    table = runs.read(opened, start, end - start, PAGE)
+    table = pagemap.read_runs(opened, start, end - start, PAGE)
 
     def walks() -> None:
-        walker = walk.Walk(opened, PAGE, 2 * MIB, 0, 0, False, True)
+        walker = pagemap.Walk(opened, PAGE, 2 * MIB, 0, 0, False, True)
         tally = walker.total(start, end)
         assert tally.present <= end - start
         with contextlib.suppress(OSError):  # no PAGEMAP_SCAN
@@ -172,12 +172,11 @@ def test_tables_of_the_kernel() -> None:
             assert all(start <= first < last <= end for first, last in found)
 
     def reads() -> None:
-        found = runs.read(opened, start, end - start, PAGE)
+        found = pagemap.read_runs(opened, start, end - start, PAGE)
         table.common(found)
         table.difference(found)
         table.holds(opened, PAGE)
-        assert table.largest() <= end - start
-        frames.describe(opened, -1, -1, start // PAGE, 512)
+        pagemap.describe(opened, -1, -1, start // PAGE, 512)
 
     def parses() -> None:
         assert maps.parse(text) == own
@@ -191,7 +190,7 @@ def test_tables_of_the_kernel() -> None:
 
 def test_locks() -> None:
     """One thread at a time is inside, and a function called from inside is told so."""
-    lock = guard.Guard()
+    lock = mapping.Guard()
     inside = [0]
 
     def enter() -> None:

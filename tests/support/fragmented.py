@@ -11,7 +11,7 @@ import mmap
 import sys
 from pathlib import Path
 
-from iobmd._native import memory
+from iobmd._native import mman
 from iobmd._native.mapping import Mapping
 from iobmd.memory import pinning
 from support import kernel
@@ -41,8 +41,8 @@ class Fragmented:
         for _ in range(size // GIB):
             area = Mapping.anonymous(GIB, 2 * MIB)
             self._areas.append(area)
-            memory.advise(area.address, GIB, memory.MADV_NOHUGEPAGE)
-            memory.populate(area.address, GIB, 2 * MIB, PAGE)
+            mman.advise(area.address, GIB, mman.MADV_NOHUGEPAGE)
+            mman.populate(area.address, GIB, 2 * MIB, PAGE)
             with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
                 pagemap.seek(area.address // PAGE * 8)
                 entries = array.array("Q", pagemap.read(GIB // PAGE * 8))
@@ -57,7 +57,7 @@ class Fragmented:
             start = area.address
             for address in [*inside, area.address + GIB]:
                 if address > start:
-                    memory.advise(start, address - start, memory.MADV_DONTNEED)
+                    mman.advise(start, address - start, mman.MADV_DONTNEED)
                 start = address + PAGE
         self.size, self.pins = size, len(self._pins)
 

@@ -6,7 +6,7 @@ import time
 
 import iobmd
 from iobmd import IOPurgeable
-from iobmd._native import memory
+from iobmd._native import mman
 from support import kernel
 
 KEEP_CURRENT = IOPurgeable.kIOMemoryPurgeableKeepCurrent
@@ -28,7 +28,7 @@ def purgeable(size: int, *, shared: bool = False, huge: bool = True) -> tuple[io
     """Return a purgeable buffer full of random bytes, none of them zero, and those bytes."""
     buffer = iobmd.allocate(size, wired=False, purgeable=True, shared=shared)
     if not huge and not shared:
-        memory.advise(buffer.getBytesNoCopy(), size, memory.MADV_NOHUGEPAGE)
+        mman.advise(buffer.getBytesNoCopy(), size, mman.MADV_NOHUGEPAGE)
     data = os.urandom(4096).replace(b"\0", b"\1") * -(-size // 4096)
     buffer.writeBytes(0, data[:size])
     return buffer, data[:size]
@@ -40,7 +40,7 @@ def page_out(buffer: iobmd.IOBufferMemoryDescriptor, offset: int = 0, size: int 
     Raises OSError (EINVAL) for locked memory.
     """
     length = buffer.getCapacity() - offset if size is None else size
-    memory.advise(buffer.getBytesNoCopy() + offset, length, memory.MADV_PAGEOUT)
+    mman.advise(buffer.getBytesNoCopy() + offset, length, mman.MADV_PAGEOUT)
 
 
 def take(buffer: iobmd.IOBufferMemoryDescriptor, offset: int, size: int) -> None:
@@ -54,7 +54,7 @@ def take(buffer: iobmd.IOBufferMemoryDescriptor, offset: int, size: int) -> None
         if not kernel.present(address, size):
             return
         time.sleep(0.001)
-        memory.advise(address, size, memory.MADV_FREE)
+        mman.advise(address, size, mman.MADV_FREE)
     raise AssertionError("the kernel keeps the pages")
 
 

@@ -13,7 +13,7 @@ from support.refusals import code_of
 
 import iobmd
 from iobmd import IOReturn, Task, Wiring, host, pagemap
-from iobmd._native import memory
+from iobmd._native import mman
 from iobmd.cli import main
 from iobmd.host.fact import Status
 from iobmd.memory import pinning
@@ -75,7 +75,7 @@ def purgeable() -> None:
         )
         buffer.writeBytes(0, CONTENT)
         buffer.setPurgeable(iobmd.IOPurgeable.kIOMemoryPurgeableVolatile)
-        memory.advise(buffer.getBytesNoCopy(), MIB, memory.MADV_PAGEOUT)  # discards what is lazily freed
+        mman.advise(buffer.getBytesNoCopy(), MIB, mman.MADV_PAGEOUT)  # discards what is lazily freed
         was = buffer.setPurgeable(iobmd.IOPurgeable.kIOMemoryPurgeableNonVolatile)
         assert was == iobmd.IOPurgeable.kIOMemoryPurgeableEmpty
         assert buffer.readBytes(0, MIB) == bytes(MIB)
@@ -192,18 +192,18 @@ def test_doctor_answers(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "advice", "counter"),
     [
-        ("MADV_POPULATE_WRITE", memory.MADV_POPULATE_WRITE, "Rss"),
-        ("MADV_COLLAPSE", memory.MADV_COLLAPSE, "AnonHugePages"),
+        ("MADV_POPULATE_WRITE", mman.MADV_POPULATE_WRITE, "Rss"),
+        ("MADV_COLLAPSE", mman.MADV_COLLAPSE, "AnonHugePages"),
     ],
 )
 def test_of_madvise(name: str, advice: int, counter: str, record_property) -> None:
     """It does what it is for, or the kernel does not know it."""
     with iobmd.allocate(4 * MIB, wired=False) as buffer:
         address = -(-buffer.getBytesNoCopy() // (2 * MIB)) * 2 * MIB
-        memory.advise(address, 2 * MIB, memory.MADV_NOHUGEPAGE if counter == "Rss" else memory.MADV_HUGEPAGE)
+        mman.advise(address, 2 * MIB, mman.MADV_NOHUGEPAGE if counter == "Rss" else mman.MADV_HUGEPAGE)
         buffer.writeBytes(address - buffer.getBytesNoCopy(), b"x")
         try:
-            memory.advise(address, 2 * MIB, advice)
+            mman.advise(address, 2 * MIB, advice)
         except OSError as error:
             assert error.errno == errno.EINVAL
             answer = f"no ({os.strerror(errno.EINVAL)})"

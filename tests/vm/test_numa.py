@@ -9,7 +9,7 @@ from support.kernel import frames, held, is_given_back
 
 import iobmd
 from iobmd import IOReturn, IOReturnError
-from iobmd._native import memory, numa
+from iobmd._native import mman
 
 pytestmark = pytest.mark.needs("frames", "two_nodes")
 MIB = 1 << 20
@@ -45,22 +45,22 @@ def test_wired_memory_is_the_nodes(size: int, keywords: dict[str, object], node:
         seen = frames(buffer.getBytesNoCopy(), size)
         assert all(any(frame in span for span in mine) for frame in seen)
         assert not any(frame in span for frame in seen for span in others)
-        assert numa.elsewhere(buffer.getBytesNoCopy(), len(seen), 4096, node) == 0
-        assert numa.elsewhere(buffer.getBytesNoCopy(), len(seen), 4096, 1 - node) == len(seen)
+        assert mman.count_off_node(buffer.getBytesNoCopy(), len(seen), 4096, node) == 0
+        assert mman.count_off_node(buffer.getBytesNoCopy(), len(seen), 4096, 1 - node) == len(seen)
 
 
 @pytest.mark.parametrize("node", [0, 1])
 def test_pageable_memory_comes_from_there_as_it_is_touched(node: int) -> None:
     with iobmd.allocate(MIB, wired=False, node=node) as buffer:
         buffer.writeBytes(0, b"x" * MIB)
-        assert numa.elsewhere(buffer.getBytesNoCopy(), MIB // 4096, 4096, node) == 0
+        assert mman.count_off_node(buffer.getBytesNoCopy(), MIB // 4096, 4096, node) == 0
 
 
 def test_purgeable_memory_stays_while_nodes_are_balanced() -> None:
     """The kernel makes pages inaccessible, to see which node uses them: they are there all the same."""
     content = bytes(range(256)) * (4 * MIB // 256)
     with iobmd.allocate(4 * MIB, wired=False, purgeable=True) as buffer:
-        memory.advise(buffer.getBytesNoCopy(), 4 * MIB, memory.MADV_HUGEPAGE)
+        mman.advise(buffer.getBytesNoCopy(), 4 * MIB, mman.MADV_HUGEPAGE)
         buffer.writeBytes(0, content)
         buffer.setPurgeable(iobmd.IOPurgeable.kIOMemoryPurgeableVolatile)
         before, end = made_inaccessible(), time.monotonic() + 6

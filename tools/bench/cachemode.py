@@ -8,11 +8,12 @@ from array import array
 from functools import partial
 from typing import TYPE_CHECKING
 
-from iobmd._native import cacheline, floors
+from iobmd._native import mapping
 from iobmd.api import allocate
 from iobmd.constants import kIOMemoryIncoherentIOFlush
 from iobmd.units import format_size
 
+from . import floors
 from .result import Result, at_least, medians, seconds
 
 if TYPE_CHECKING:
@@ -101,14 +102,14 @@ def _first_loads(buffer: IOBufferMemoryDescriptor, chain: bytes, *, flush: bool)
         buffer.writeBytes(0, chain)
         if flush:
             buffer.performOperation(kIOMemoryIncoherentIOFlush, 0, SMALL)
-        return floors.chase(buffer.getBytesNoCopy(), SMALL // cacheline.LINE_SIZE)
+        return floors.chase(buffer.getBytesNoCopy(), SMALL // mapping.LINE_SIZE)
 
     return measure
 
 
 def _chain() -> bytes:
     """Where in the buffer to go on, in the first bytes of each line: through all of them, at random."""
-    line = cacheline.LINE_SIZE
+    line = mapping.LINE_SIZE
     order = list(range(0, SMALL, line))
     random.Random(1).shuffle(order)
     words = array("Q", bytes(SMALL))

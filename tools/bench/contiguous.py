@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from iobmd import host, procfs
-from iobmd._native import memory
+from iobmd._native import mman
 from iobmd._native.mapping import Mapping
 from iobmd.api import allocate
 from iobmd.errors import IOReturnError
@@ -46,8 +46,8 @@ def host_available() -> int:
 
 
 def _populate(mapping: Mapping) -> None:
-    memory.advise(mapping.address, mapping.size, memory.MADV_HUGEPAGE)
-    memory.advise(mapping.address, mapping.size, memory.MADV_POPULATE_WRITE)
+    mman.advise(mapping.address, mapping.size, mman.MADV_HUGEPAGE)
+    mman.advise(mapping.address, mapping.size, mman.MADV_POPULATE_WRITE)
 
 
 def _any(size: int) -> float:

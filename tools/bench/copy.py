@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from iobmd._internal.chunked import PIECE, threads
-from iobmd._native import crosstask, floors
+from iobmd._native import crosstask
 from iobmd.cli.child import python
 from iobmd.cli.demo.client import Client, Piece
 from iobmd.constants import IOOptionBits
@@ -16,6 +16,7 @@ from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
 from iobmd.task.task import Task, kernel_task
 from iobmd.units import PAGE_SIZE, format_size, round_up
 
+from . import floors
 from .result import Result, at_least, at_most, launcher, medians, seconds, spawned
 from .target import Target
 

@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from iobmd import procfs
-from iobmd._native import floors
 from iobmd.cli.child import python
 from iobmd.pagemap import areas
 from iobmd.pagemap.area import MOST
@@ -17,6 +16,7 @@ from iobmd.pagemap.reader import Reader
 from iobmd.task.task import Task
 from iobmd.units import PAGE_SIZE, format_size
 
+from . import floors
 from .result import Result, at_most, launcher, medians, seconds, spawned
 from .target import SMALL_AREA, Target
 

@@ -8,12 +8,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from iobmd import pagemap
-from iobmd._native import floors, memory
+from iobmd._native import mman
 from iobmd.api import allocate
 from iobmd.cli.child import python
 from iobmd.purgeable import NON_VOLATILE, VOLATILE
 from iobmd.units import PAGE_SIZE, format_size
 
+from . import floors
 from .limit import limited
 from .result import Result, at_least, at_most, medians, seconds
 
@@ -35,9 +36,9 @@ def run(_size: int, rounds: int) -> list[Result]:
 
 def _round_trips(rounds: int) -> list[Result]:
     results = []
-    for name, advice in (("4 KiB pages", memory.MADV_NOHUGEPAGE), ("THP", memory.MADV_HUGEPAGE)):
+    for name, advice in (("4 KiB pages", mman.MADV_NOHUGEPAGE), ("THP", mman.MADV_HUGEPAGE)):
         with allocate(SIZE, wired=False, purgeable=True) as buffer:
-            memory.advise(buffer.getBytesNoCopy(), SIZE, advice)
+            mman.advise(buffer.getBytesNoCopy(), SIZE, advice)
             buffer.writeBytes(0, b"\1" * SIZE)
             results += _round_trip(name, buffer, rounds)
     return results

@@ -8,7 +8,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
-from iobmd._native import floors, memory
+from iobmd._native import mman
 from iobmd._native.mapping import Mapping
 from iobmd.api import allocate, copy
 from iobmd.cli.demo.client import Client
@@ -16,6 +16,7 @@ from iobmd.remote import session
 from iobmd.task.task import Task
 from iobmd.units import HUGE_PAGE_SIZE, format_size
 
+from . import floors
 from .result import Result, at_least, medians, seconds
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _first_write(pid: int, size: int, rounds: int) -> Result:
 
 def _write_private(size: int, source: bytes) -> float:
     mapping = Mapping.anonymous(size, HUGE_PAGE_SIZE)
-    memory.advise(mapping.address, size, memory.MADV_HUGEPAGE)
+    mman.advise(mapping.address, size, mman.MADV_HUGEPAGE)
     try:
         return seconds(partial(_fill, mapping.write, size, source))
     finally:

@@ -12,10 +12,12 @@ import subprocess
 import sys
 from typing import Self
 
-from iobmd._native import floors, memory
+from iobmd._native import mman
 from iobmd._native.crosstask import HeldBuffer
 from iobmd.cli.child import python
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE
+
+from . import floors
 
 SMALL_AREA = 64 << 10
 """Bytes an area where there are many."""
@@ -77,16 +79,16 @@ def _make(kind: str, size: int) -> mmap.mmap:
     area = mmap.mmap(-1, size + HUGE_PAGE_SIZE, flags=flags)
     start, end = _range(area)
     if kind != "hugetlb":
-        memory.advise(start, end - start, memory.MADV_HUGEPAGE if kind == "THP" else memory.MADV_NOHUGEPAGE)
+        mman.advise(start, end - start, mman.MADV_HUGEPAGE if kind == "THP" else mman.MADV_NOHUGEPAGE)
     if kind == "scattered":
         for address in range(start, end, PAGE_SIZE * 100):
-            memory.advise(address, PAGE_SIZE, memory.MADV_POPULATE_WRITE)
+            mman.advise(address, PAGE_SIZE, mman.MADV_POPULATE_WRITE)
         return area
     touched = (end - start) // 100 // PAGE_SIZE * PAGE_SIZE if kind == "clustered" else end - start
-    memory.advise(start, max(touched, PAGE_SIZE), memory.MADV_POPULATE_WRITE)
+    mman.advise(start, max(touched, PAGE_SIZE), mman.MADV_POPULATE_WRITE)
     if kind == "areas":
         for address in range(start, end, SMALL_AREA * 2):  # an area whose flags differ is one of its own
-            memory.advise(address, SMALL_AREA, _MADV_DONTFORK)
+            mman.advise(address, SMALL_AREA, _MADV_DONTFORK)
     return area
 
 

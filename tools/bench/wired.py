@@ -7,7 +7,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
-from iobmd._native import floors, memory, uring
+from iobmd._native import mman, uring
 from iobmd._native.mapping import Mapping
 from iobmd.api import allocate
 from iobmd.constants import IOOptionBits
@@ -17,6 +17,7 @@ from iobmd.memory.populate import populate
 from iobmd.task.task import kernel_task
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE
 
+from . import floors
 from .result import Result, at_most, medians, seconds
 
 if TYPE_CHECKING:
@@ -36,9 +37,9 @@ def run(_size: int, rounds: int) -> list[Result]:
 
 def _pin(rounds: int) -> list[Result]:
     results = []
-    for name, advice in (("4 KiB pages", memory.MADV_NOHUGEPAGE), ("THP", memory.MADV_HUGEPAGE)):
+    for name, advice in (("4 KiB pages", mman.MADV_NOHUGEPAGE), ("THP", mman.MADV_HUGEPAGE)):
         mapping = Mapping.anonymous(PINNED, HUGE_PAGE_SIZE)
-        memory.advise(mapping.address, PINNED, advice)
+        mman.advise(mapping.address, PINNED, advice)
         populate(mapping.address, PINNED)
         bare, ours = medians(rounds, partial(_register, mapping), partial(_pinned, mapping))
         floor = f"io_uring_register alone: {bare * 1e3:.2f} ms"
@@ -67,7 +68,7 @@ def _pinned(mapping: Mapping) -> float:
 def _segments(rounds: int) -> list[Result]:
     """1 GiB in 4 KiB pages: its segments, and what verify() adds by reading the frames again."""
     with allocate(SPARSE, wired=False) as buffer:
-        memory.advise(buffer.getBytesNoCopy(), SPARSE, memory.MADV_NOHUGEPAGE)
+        mman.advise(buffer.getBytesNoCopy(), SPARSE, mman.MADV_NOHUGEPAGE)
         populate(buffer.getBytesNoCopy(), SPARSE)
         buffer.prepare()
         bare, cut, verified = medians(
@@ -124,7 +125,7 @@ def _existing(rounds: int) -> list[Result]:
     (bare,) = medians(rounds * MANY, partial(_described, page.address))
     many = Mapping.anonymous(AREAS * PAGE_SIZE, PAGE_SIZE)
     for start in range(0, many.size, 2 * PAGE_SIZE):
-        memory.advise(many.address + start, PAGE_SIZE, memory.MADV_RANDOM)  # a flag of its own: an area of its own
+        mman.advise(many.address + start, PAGE_SIZE, mman.MADV_RANDOM)  # a flag of its own: an area of its own
     (among,) = medians(rounds * MANY, partial(_described, many.address + many.size // 2))
     many.close()
     page.close()

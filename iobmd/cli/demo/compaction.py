@@ -7,7 +7,7 @@ import mmap
 from pathlib import Path
 
 from iobmd import pagemap
-from iobmd._native import memory
+from iobmd._native import mman
 from iobmd._native.crosstask import HeldBuffer
 from iobmd._native.mapping import Mapping
 from iobmd.memory import pinning
@@ -38,14 +38,14 @@ def collapse(*, pin: bool) -> int:
     Returns how many of the pages of one huge page moved.
     """
     mapping = Mapping.anonymous(HUGE_PAGE_SIZE, HUGE_PAGE_SIZE)
-    memory.advise(mapping.address, mapping.size, memory.MADV_NOHUGEPAGE)
-    memory.lock(mapping.address, mapping.size)
+    mman.advise(mapping.address, mapping.size, mman.MADV_NOHUGEPAGE)
+    mman.lock(mapping.address, mapping.size)
     held = pinning.Pin(mapping.address, mapping.size) if pin else None
     try:
         before = frames(mapping.address, mapping.size)
-        memory.advise(mapping.address, mapping.size, memory.MADV_HUGEPAGE)
+        mman.advise(mapping.address, mapping.size, mman.MADV_HUGEPAGE)
         with contextlib.suppress(OSError):  # EAGAIN for what is pinned
-            memory.advise(mapping.address, mapping.size, memory.MADV_COLLAPSE)
+            mman.advise(mapping.address, mapping.size, mman.MADV_COLLAPSE)
         after = frames(mapping.address, mapping.size)
     finally:
         if held:
@@ -61,12 +61,12 @@ class Strewn:
         self._area = mmap.mmap(-1, span, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._held = HeldBuffer(self._area, True)
         self.address, self.size = self._held.address, span
-        memory.advise(self.address, span, memory.MADV_NOHUGEPAGE)
+        mman.advise(self.address, span, mman.MADV_NOHUGEPAGE)
         populate(self.address, span)
         # Holes first, for memory that is locked cannot be given back.
         for offset in range(0, span, 2 * HOLE):
-            memory.advise(self.address + offset, HOLE, memory.MADV_DONTNEED)
-        memory.lock_on_fault(self.address, span)
+            mman.advise(self.address + offset, HOLE, mman.MADV_DONTNEED)
+        mman.lock_on_fault(self.address, span)
         self._before = frames(self.address, self.size)
 
     def moved(self) -> tuple[int, int]:

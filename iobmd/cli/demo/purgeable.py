@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from iobmd._native import memory
+from iobmd._native import mman
 from iobmd.api import allocate
 from iobmd.purgeable import EMPTY, NON_VOLATILE, VOLATILE
 from iobmd.units import PAGE_SIZE, format_size, pages
@@ -31,7 +31,7 @@ def demonstrate(size: int) -> dict[str, int | bool]:
         intact = buffer.setPurgeable(NON_VOLATILE) == VOLATILE and _holds(buffer, content)
         buffer.setPurgeable(VOLATILE)
         # What the kernel does to a page that is lazily freed when memory is short (madvise(2), Linux 5.4).
-        memory.advise(buffer.getBytesNoCopy(), PAGE_SIZE, memory.MADV_PAGEOUT)
+        mman.advise(buffer.getBytesNoCopy(), PAGE_SIZE, mman.MADV_PAGEOUT)
         taken = pages(size) - buffer.getPageCounts()[0]
         lost = buffer.setPurgeable(NON_VOLATILE) == EMPTY
         found: dict[str, int | bool] = {"size": len(content), "lazily_freed": lazily_freed, "resident": resident}

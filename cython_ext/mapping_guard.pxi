@@ -1,8 +1,4 @@
-# cython: language_level=3, auto_pickle=False, autotestdict=False
-"""Locks and uses of file descriptors, begun and ended in C: no signal handler comes between, no fork keeps them."""
-
-from _thread import allocate_lock
-from posix.unistd cimport close
+# Locks and uses of file descriptors, begun and ended in C: no signal handler comes between, no fork keeps them
 
 cdef extern from "<pthread.h>" nogil:
     int pthread_atfork(void (*prepare)(), void (*parent)(), void (*child)())

@@ -1,11 +1,4 @@
-# cython: language_level=3, auto_pickle=False, autotestdict=False, cdivision=True
-"""What the kernel says of page frames: /proc/kpageflags, /proc/kpagecount, /proc/kpagecgroup; and move_pages(2)."""
-
-from libc.errno cimport EINTR, errno
-from libc.stdint cimport int32_t, uint64_t, uintptr_t
-from libc.stdlib cimport free, malloc
-from libc.string cimport memset, strerror
-from posix.unistd cimport pread
+# What the kernel says of page frames: /proc/kpageflags, /proc/kpagecount, /proc/kpagecgroup; and move_pages(2)
 
 cdef extern from "<sys/syscall.h>" nogil:
     long SYS_move_pages
@@ -26,25 +19,13 @@ cdef uint64_t TAIL = <uint64_t>1 << 16
 cdef uint64_t HUGETLB = <uint64_t>1 << 17
 cdef uint64_t THP = <uint64_t>1 << 22
 
-cdef struct Span:  # as `walk.Walk.raw` has them
-    uint64_t virtual
-    uint64_t physical
-    uint64_t length
-    uint64_t flags
-
-
-cdef ssize_t _read(int fd, uint64_t *words, uint64_t frame, uint64_t many) noexcept nogil:
+cdef ssize_t _read_words(int fd, uint64_t *words, uint64_t frame, uint64_t many) noexcept nogil:
     """Read words of consecutive frames; returns how many there are, or -1."""
-    cdef ssize_t got
-    while True:
-        got = pread(fd, words, min(many, <uint64_t>READ) * 8, frame * 8)
-        if got >= 0:
-            return got // 8
-        if errno != EINTR:
-            return -1
+    # Eight bytes a frame, as pagemap has them for pages.
+    return iobmd_entries(fd, frame, words, min(many, <uint64_t>READ))
 
 
-cdef uint64_t _head(int fd, uint64_t *words, uint64_t frame) noexcept nogil:
+cdef uint64_t _head_of(int fd, uint64_t *words, uint64_t frame) noexcept nogil:
     """Return the first frame of the folio that a tail page belongs to."""
     cdef uint64_t back = 0, some
     cdef ssize_t got, index
@@ -52,7 +33,7 @@ cdef uint64_t _head(int fd, uint64_t *words, uint64_t frame) noexcept nogil:
         some = min(<uint64_t>512, frame)
         frame -= some
         back += some
-        got = _read(fd, words, frame, some)
+        got = _read_words(fd, words, frame, some)
         for index in range(got - 1, -1, -1):
             if not words[index] & TAIL:
                 return frame + index
@@ -61,13 +42,13 @@ cdef uint64_t _head(int fd, uint64_t *words, uint64_t frame) noexcept nogil:
     return frame
 
 
-cdef uint64_t _end(int fd, uint64_t *words, uint64_t frame) noexcept nogil:
+cdef uint64_t _end_of(int fd, uint64_t *words, uint64_t frame) noexcept nogil:
     """Return the frame behind a folio that `frame` belongs to."""
     cdef uint64_t first = frame
     cdef ssize_t got, index
     frame += 1
     while frame - first < MOST:
-        got = _read(fd, words, frame, 512)
+        got = _read_words(fd, words, frame, 512)
         if got <= 0:
             break
         for index in range(got):
@@ -77,6 +58,7 @@ cdef uint64_t _end(int fd, uint64_t *words, uint64_t frame) noexcept nogil:
     return frame
 
 
+@cython.cdivision(True)
 def folios(int fd, bytes raw, uint64_t present, uint64_t excluded, uint64_t page, dict sums):
     """Add to `sums`, by the size of the folios they belong to in bytes, how many bytes of spans there are.
 
@@ -85,7 +67,7 @@ def folios(int fd, bytes raw, uint64_t present, uint64_t excluded, uint64_t page
     fd : int
         An open /proc/kpageflags.
     raw : bytes
-        Spans as `walk.Walk.raw` returns them.
+        Spans as `Walk.raw` returns them.
     present, excluded : int
         Flags of the spans that count, and that do not.
     page : int
@@ -112,7 +94,7 @@ def folios(int fd, bytes raw, uint64_t present, uint64_t excluded, uint64_t page
                 continue
             frame, left = span.physical // page, span.length // page
             while left:
-                got = _read(fd, words, frame, left)
+                got = _read_words(fd, words, frame, left)
                 if got <= 0:
                     break
                 at = 0
@@ -123,8 +105,8 @@ def folios(int fd, bytes raw, uint64_t present, uint64_t excluded, uint64_t page
                     else:
                         take, order = 1, 0
                         if words[at] & (HEAD | TAIL) and words[at] & (THP | HUGETLB):
-                            head = frame if words[at] & HEAD else _head(fd, aside, frame)
-                            end = _end(fd, aside, frame)
+                            head = frame if words[at] & HEAD else _head_of(fd, aside, frame)
+                            end = _end_of(fd, aside, frame)
                             continue
                     found[order] += take
                     at += take
@@ -149,7 +131,7 @@ cdef void _summarise(int fd, uint64_t *words, uint64_t frame, uint64_t many, Sum
     memset(summary, 0, sizeof(Summary))
     summary.every = summary.least = ~<uint64_t>0
     while fd >= 0 and frame < end:
-        got = _read(fd, words, frame, end - frame)
+        got = _read_words(fd, words, frame, end - frame)
         if got <= 0:
             break
         for index in range(got):

@@ -14,8 +14,8 @@ from mman cimport (
     PROT_READ, PROT_WRITE, c_madvise, c_mincore, c_mlock, c_mlock2, c_mmap, c_munlock, c_munmap,
 )
 from pagemap_scan cimport (
-    C_CHECK_WPASYNC, C_PAGE_IS_PFNZERO, C_PAGE_IS_PRESENT, C_WP_MATCHING, IOBMD_PAGEMAP_SCAN, ioctl,
-    iobmd_first_lost, iobmd_page_region, iobmd_scan_arg,
+    C_CHECK_WPASYNC, C_PAGE_IS_PFNZERO, C_PAGE_IS_PRESENT, C_WP_MATCHING, iobmd_first_lost, iobmd_page_region,
+    iobmd_scan, iobmd_wanted,
 )
 from userfault cimport iobmd_uffd_protect
 from uio cimport iovec, process_vm_readv
@@ -131,18 +131,14 @@ def chase(uint64_t address, size_t steps):
 
 cdef int _protect(int pagemap, uint64_t start, uint64_t end) noexcept nogil:
     cdef iobmd_page_region region
-    cdef iobmd_scan_arg arg
-    arg.size = sizeof(arg)
-    arg.flags = C_WP_MATCHING | C_CHECK_WPASYNC
-    arg.start = start
-    arg.end = end
-    arg.walk_end = arg.max_pages = arg.category_anyof_mask = 0
-    arg.vec = <uintptr_t>&region
-    arg.vec_len = 1
-    arg.category_inverted = C_PAGE_IS_PFNZERO
-    arg.category_mask = C_PAGE_IS_PRESENT | C_PAGE_IS_PFNZERO
-    arg.return_mask = C_PAGE_IS_PRESENT
-    return ioctl(pagemap, IOBMD_PAGEMAP_SCAN, &arg)
+    cdef iobmd_wanted wanted
+    cdef uint64_t walked
+    wanted.flags = C_WP_MATCHING | C_CHECK_WPASYNC
+    wanted.max_pages = wanted.anyof = 0
+    wanted.inverted = C_PAGE_IS_PFNZERO
+    wanted.mask = C_PAGE_IS_PRESENT | C_PAGE_IS_PFNZERO
+    wanted.reported = C_PAGE_IS_PRESENT
+    return iobmd_scan(pagemap, start, end, &wanted, &region, 1, &walked)
 
 
 def free_and_take_back(int tracker, int pagemap, uint64_t address, size_t size, size_t page):

@@ -1,18 +1,6 @@
-# cython: language_level=3, auto_pickle=False, autotestdict=False
-"""Physically contiguous runs of pages, read out of pagemap into plain arrays, and segments cut from them."""
-
-from libc.errno cimport EBUSY, EINTR, EINVAL, errno
-from libc.stdint cimport uint64_t, uintptr_t
-from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memcmp, strerror
-from posix.unistd cimport getpid, usleep
-
-from mman cimport C_MADV_POPULATE_READ, c_madvise
-from pagemap_entry cimport PFN_MASK, PRESENT_BIT
-from uio cimport iovec, pread, process_vm_readv
+# Physically contiguous runs of pages, read out of pagemap into plain arrays, and segments cut from them
 
 cdef enum:
-    ENTRIES = 8192  # 64 KiB a read: larger ones are no faster (measured)
     LOOKS = 10000
 
 
@@ -123,7 +111,7 @@ cdef class RunTable:
         with nogil:
             while address < end:
                 wanted = min((end - address) // page, <uint64_t>512)
-                if pread(fd, entries, wanted * 8, address // page * 8) != <ssize_t>(wanted * 8):
+                if iobmd_entries(fd, address // page, entries, wanted) != <ssize_t>wanted:
                     break
                 for index in range(wanted):
                     if address >= self.runs[run].virtual + self.runs[run].length:
@@ -161,14 +149,6 @@ cdef class RunTable:
             else:
                 its += 1
         return found
-
-    def largest(self):
-        """Return the length of the longest run, in bytes."""
-        cdef uint64_t longest = 0
-        cdef size_t index
-        for index in range(self.count):
-            longest = max(longest, self.runs[index].length)
-        return longest
 
     def highest(self):
         """Return the bitwise OR of the addresses of all bytes: no byte has a bit that this has not."""
@@ -273,7 +253,7 @@ cdef int _return(int fd, uint64_t address, size_t page, uint64_t *entry) noexcep
             there.iov_base, there.iov_len = <void *><uintptr_t>address, 1
             if process_vm_readv(getpid(), &here, 1, &there, 1, 0) < 1:
                 return errno
-        if pread(fd, entry, 8, address // page * 8) < 8:
+        if iobmd_entries(fd, address // page, entry, 1) < 1:
             return errno
         if entry[0] & PRESENT_BIT:
             return 0
@@ -281,7 +261,7 @@ cdef int _return(int fd, uint64_t address, size_t page, uint64_t *entry) noexcep
     return EBUSY
 
 
-def read(int fd, uint64_t address, uint64_t size, size_t page, bint pinned=False, bint gaps=False):
+def read_runs(int fd, uint64_t address, uint64_t size, size_t page, bint pinned=False, bint gaps=False):
     """Read the runs of whole pages `address`…`address + size` from an open pagemap.
 
     With `pinned` they are pages of this process that cannot have gone: each is waited for. With `gaps` as well, those
@@ -303,13 +283,11 @@ def read(int fd, uint64_t address, uint64_t size, size_t page, bint pinned=False
     try:
         with nogil:
             while left:
-                found = pread(fd, entries, min(left, ENTRIES) * 8, address // page * 8)
-                if found < 8:
-                    if found < 0 and errno == EINTR:
-                        continue
-                    error = errno if found < 0 else 61  # ENODATA
+                found = iobmd_entries(fd, address // page, entries, min(left, <uint64_t>ENTRIES))
+                if found < 1:
+                    error = errno if found < 0 else ENODATA
                     break
-                for index in range(<size_t>found // 8):
+                for index in range(<size_t>found):
                     if pinned and not entries[index] & PRESENT_BIT:
                         error = _return(fd, address, page, &entries[index])
                         if error and gaps:
@@ -334,7 +312,7 @@ def read(int fd, uint64_t address, uint64_t size, size_t page, bint pinned=False
                     address += page
                 if error:
                     break
-                left -= found // 8
+                left -= found
     finally:
         free(entries)
     if error:

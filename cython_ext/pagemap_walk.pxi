@@ -1,25 +1,7 @@
-# cython: language_level=3, auto_pickle=False, autotestdict=False, cdivision=True
-"""A walk through the pages of an address space, by /proc/PID/pagemap and, where it saves reading, PAGEMAP_SCAN.
-
-What is found comes as spans: neighbouring pages of one state whose frames, where they are known, are neighbours too.
-Everything is read in steps, none of which holds the lock of the address space for long.
-"""
-
-cimport cython
-
-from libc.errno cimport EINTR, ENODATA, errno
-from libc.stdint cimport uint64_t, uintptr_t
-from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memset, strerror
-from posix.unistd cimport pread
-
-from pagemap_entry cimport (
-    EXCLUSIVE_BIT, FILE_BIT, GUARD_BIT, PFN_MASK, PRESENT_BIT, SOFT_DIRTY_BIT, SWAP_BIT, iobmd_is_marker,
-)
-from pagemap_scan cimport (
-    C_PAGE_IS_HUGE, C_PAGE_IS_PFNZERO, C_PAGE_IS_PRESENT, C_PAGE_IS_SWAPPED, IOBMD_PAGEMAP_SCAN, ioctl,
-    iobmd_page_region, iobmd_scan_arg,
-)
+# A walk through the pages of an address space, by /proc/PID/pagemap and, where it saves reading, PAGEMAP_SCAN.
+#
+# What is found comes as spans: neighbouring pages of one state whose frames, where known, are neighbours too.
+# Everything is read in steps, none of which holds the lock of the address space for long.
 
 cdef enum:
     # Of a span.
@@ -30,10 +12,7 @@ cdef enum:
     C_GUARD = 16
     C_MARKER = 32
     C_HUGE = 64
-    ENTRIES = 8192  # 64 KiB a read: larger ones are no faster (measured)
     FEW_REGIONS = 32
-    REGIONS = 512  # with 4096 and more the final walk_end is stale (6.18)
-    STEP = 4096  # pages a step: 16 MiB hold up the address space for a tenth of a millisecond
     HUGE_STEP = 16384  # where the step before found huge pages alone, each of which takes as long as a small one
     SPARSE_STEP = 65536  # pages a step through what may be empty
     NEAR = 128  # pages between two ranges that cost less to read than another call
@@ -80,6 +59,7 @@ cdef class Tally:
 
 
 @cython.final  # whose methods are then called without a table
+@cython.cdivision(True)
 cdef class Walk:
     """Walks through address ranges in ascending order.
 
@@ -218,10 +198,11 @@ cdef class Walk:
             return
         start, end = ranges[0][0] // self.page * self.page, ranges[-1][1]
         with nogil:
-            got = pread(self.fd, self.entries, min((end - start) // self.page, <uint64_t>ENTRIES) * 8,
-                        start // self.page * 8)
+            got = iobmd_entries(
+                self.fd, start // self.page, self.entries, min((end - start) // self.page, <uint64_t>ENTRIES)
+            )
         self.ahead_from = start
-        self.ahead_to = start + (<uint64_t>got // 8 * self.page if got > 0 else 0)
+        self.ahead_to = start + (<uint64_t>got * self.page if got > 0 else 0)
 
     def finish(self):
         """Close the last span and the last run."""
@@ -258,24 +239,19 @@ cdef class Walk:
         return self._scan(start, end, until)
 
     cdef int _scan(self, uint64_t start, uint64_t end, uint64_t *until) noexcept nogil:
-        cdef iobmd_scan_arg arg
-        cdef uint64_t here = start, read = 0, first, last, kind
+        cdef uint64_t here = start, read = 0, first, last, kind, walked
+        cdef uint64_t stop = start + min(end - start, SPARSE_STEP * self.page)
+        cdef iobmd_wanted wanted = _that_are(0, 0)
         cdef int found, index = 0, error
-        memset(&arg, 0, sizeof(arg))
-        arg.size = sizeof(arg)
-        arg.start = start
-        arg.end = start + min(end - start, SPARSE_STEP * self.page)
-        arg.vec = <uintptr_t>self.regions
-        arg.vec_len = REGIONS
-        arg.max_pages = self.most
-        arg.category_anyof_mask = C_PAGE_IS_PRESENT | C_PAGE_IS_SWAPPED
-        arg.return_mask = C_PAGE_IS_PRESENT | C_PAGE_IS_SWAPPED | C_PAGE_IS_HUGE | C_PAGE_IS_PFNZERO
-        found = ioctl(self.fd, IOBMD_PAGEMAP_SCAN, &arg)
+        wanted.max_pages = self.most
+        wanted.anyof = C_PAGE_IS_PRESENT | C_PAGE_IS_SWAPPED
+        wanted.reported = C_PAGE_IS_PRESENT | C_PAGE_IS_SWAPPED | C_PAGE_IS_HUGE | C_PAGE_IS_PFNZERO
+        found = iobmd_scan(self.fd, start, stop, &wanted, self.regions, REGIONS, &walked)
         if found < 0:  # try again, or go on without
             self.scans = errno == EINTR
             until[0] = start
             return 0
-        until[0] = arg.walk_end if arg.walk_end > start else arg.end
+        until[0] = walked if walked > start else stop
         self.most = HUGE_STEP if found else STEP
         while index < found:
             first, last = self.regions[index].start, self.regions[index].end
@@ -328,10 +304,8 @@ cdef class Walk:
             middle = min(end, (start // self.huge + 1) * self.huge)
             stop = min(end, middle + self.huge)
             # The last page before the border, and the first behind it.
-            got = pread(self.fd, two, 16 if stop > middle else 8, (middle // self.page - 1) * 8)
-            if got < 8:
-                if got < 0 and errno == EINTR:
-                    continue
+            got = iobmd_entries(self.fd, middle // self.page - 1, two, 2 if stop > middle else 1)
+            if got < 1:
                 return errno if got < 0 else ENODATA
             before = (middle - start) // self.page - 1
             if two[0] & PFN_MASK >= before:
@@ -340,7 +314,7 @@ cdef class Walk:
                 two[0] = 0
             error = self._add_huge(start, middle, two[0], extra)
             start = middle
-            if not error and got == 16:
+            if not error and got == 2:
                 error = self._add_huge(middle, stop, two[1], extra)
                 start = stop
             if error:
@@ -381,13 +355,12 @@ cdef class Walk:
                 many = (end - start) // self.page
             else:
                 self.ahead_to = 0
-                got = pread(self.fd, entries, min((end - start) // self.page, <uint64_t>ENTRIES) * 8,
-                            start // self.page * 8)
-                if got < 8:
-                    if got < 0 and errno == EINTR:
-                        continue
+                got = iobmd_entries(
+                    self.fd, start // self.page, entries, min((end - start) // self.page, <uint64_t>ENTRIES)
+                )
+                if got < 1:
                     return errno if got < 0 else ENODATA
-                many = got // 8
+                many = got
             index = 0
             while index < many:
                 # Most pages follow the one before, as all of a large folio do, or are absent as it is.
@@ -480,7 +453,8 @@ cdef class Walk:
         cdef Span span = self.open
         cdef uint64_t first, last, here, stop
         cdef iobmd_page_region regions[FEW_REGIONS]
-        cdef iobmd_scan_arg arg
+        cdef iobmd_wanted wanted = _that_are(C_PAGE_IS_PRESENT | C_PAGE_IS_HUGE, 0)
+        cdef uint64_t walked
         cdef int found, index, error
         self.open.length = 0
         if not span.length:
@@ -491,15 +465,12 @@ cdef class Walk:
         last = (span.virtual + span.length) // self.huge * self.huge
         if first >= last or (span.virtual ^ span.physical) & (self.huge - 1):
             return self._add(span.virtual, span.physical, span.length, span.flags)
+        wanted.reported |= C_PAGE_IS_PFNZERO
         here = span.virtual
         while first < last:
-            memset(&arg, 0, sizeof(arg))
-            arg.size = sizeof(arg)
-            arg.start, arg.end = first, first + min(last - first, STEP * self.page)
-            arg.vec, arg.vec_len = <uintptr_t>&regions[0], FEW_REGIONS
-            arg.category_mask = C_PAGE_IS_PRESENT | C_PAGE_IS_HUGE
-            arg.return_mask = C_PAGE_IS_PRESENT | C_PAGE_IS_HUGE | C_PAGE_IS_PFNZERO
-            found = ioctl(self.fd, IOBMD_PAGEMAP_SCAN, &arg)
+            found = iobmd_scan(
+                self.fd, first, first + min(last - first, STEP * self.page), &wanted, regions, FEW_REGIONS, &walked
+            )
             if found < 0:
                 break
             for index in range(found):
@@ -514,7 +485,7 @@ cdef class Walk:
                 if error:
                     return error
                 here = stop
-            first = max(arg.walk_end, first + self.huge)
+            first = max(walked, first + self.huge)
         return self._add_part(&span, here, span.virtual + span.length, 0)
 
     cdef int _add_part(self, Span *span, uint64_t start, uint64_t end, uint64_t extra) noexcept nogil:
