@@ -7,24 +7,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from iobmd.constants import IOOptionBits
 from iobmd.contents import CopyOf, FrozenCopyOf
 from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
+from iobmd.descriptors.options import DIRECTION_NAMES
 from iobmd.errors import BadArgumentError
 from iobmd.task import transfer
-from iobmd.task.task import Task, as_task, kernel_task
+from iobmd.task.task import as_task, kernel_task
 
 if TYPE_CHECKING:
-    import psutil
-
     from iobmd._internal.chunked import Progress
-
-    AnyTask = Task | int | psutil.Process
+    from iobmd.task.task import AnyTask
 
 # Plain numbers: an operation on members of an enumeration takes 2 µs, and a small buffer not much more.
-DIRECTIONS = {
-    "none": int(IOOptionBits.kIODirectionNone),
-    "in": int(IOOptionBits.kIODirectionIn),
-    "out": int(IOOptionBits.kIODirectionOut),
-    "inout": int(IOOptionBits.kIODirectionInOut),
-}
+DIRECTIONS = {name: direction for direction, name in enumerate(DIRECTION_NAMES)}
 CACHES = {
     "default": int(IOOptionBits.kIOMapDefaultCache),
     "inhibit": int(IOOptionBits.kIOMapInhibitCache),

@@ -56,15 +56,15 @@ class RangeBacking(Pinned):
         self.size = span(address % PAGE_SIZE, length)
         self._first = address - address % PAGE_SIZE
         self._seen: Mapping | None = None
-        self._require(mapped=True, writable=writable)
+        self._require(writable=writable)
 
-    def _require(self, *, mapped: bool, writable: bool) -> None:
+    def _require(self, *, writable: bool) -> None:
         """Look whether all of it is mapped and may be read, and written to if it is to be `writable`."""
         end = self.address + self.length
         found = areas.known(self.task, self.address, end)
-        for wanted, permission in ((mapped, "r"), (writable, "w")):
-            bad = procfs.uncovered(found, self.address, end, permission) if wanted else 0
-            if wanted and bad < end:
+        for permission in "rw" if writable else "r":
+            bad = procfs.uncovered(found, self.address, end, permission)
+            if bad < end:
                 raise diagnosis.unreadable(self.task.pid, max(bad, self.address), write=permission == "w")
 
     def pin(self) -> None:

@@ -14,6 +14,7 @@ from iobmd.descriptors.descriptor import IOMemoryDescriptor
 from iobmd.descriptors.options import (
     CACHE_MODES,
     DIRECTION_MASK,
+    DIRECTION_NAMES,
     cache_of_copies,
     check_direction,
     check_request,
@@ -21,18 +22,16 @@ from iobmd.descriptors.options import (
 from iobmd.errors import BadArgumentError, BusyError, UnsupportedError
 from iobmd.memory import numa
 from iobmd.task import transfer
-from iobmd.task.task import Task, as_task, kernel_task
+from iobmd.task.task import as_task, kernel_task
 from iobmd.units import PAGE_SIZE, round_up
 
 if TYPE_CHECKING:
-    import psutil
     from typing_extensions import Buffer
 
     from iobmd._internal.chunked import Progress
     from iobmd.backing import Backing
     from iobmd.backing.mapped import MappedBacking
-
-    AnyTask = Task | int | psutil.Process
+    from iobmd.task.task import AnyTask
 
 _CONTIGUOUS = int(IOOptionBits.kIOMemoryPhysicallyContiguous)
 
@@ -320,7 +319,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         backing = owner.backing if owner else None
         if owner is None or backing is None:
             return f"<{name} {self._state}>"
-        direction = ("none", "in", "out", "inout")[self._options & 3]
+        direction = DIRECTION_NAMES[self._options & DIRECTION_MASK]
         task = backing.task
         where = f"task {task.pid} at {backing.address:#x}" if task else "no task"
         wiring = backing.wiring.value + self._placement(backing)

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Self
 
 from iobmd.descriptors.composite_memory import CompositeBacking
 from iobmd.descriptors.descriptor import IOMemoryDescriptor
-from iobmd.descriptors.options import check_existing
+from iobmd.descriptors.options import check_existing, check_within
 from iobmd.descriptors.ownership import Part
-from iobmd.errors import BadArgumentError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -53,10 +52,7 @@ class IOSubMemoryDescriptor(Derived):
         IOReturnError
             `kIOReturnBadArgument`: past the end, or options that only new memory can have.
         """
-        if offset < 0 or length < 0 or offset + length > of.getLength():
-            raise BadArgumentError(
-                f"offset {offset} with length {length} is not inside of the {of.getLength()} bytes of {of!r}"
-            )
+        check_within(offset, length, of.getLength(), of)
         return cls._of([Part(of._memory(), offset, length)], options, of.getTag())
 
 

@@ -19,7 +19,7 @@ from iobmd.constants import (
 )
 from iobmd.descriptors import address_index, mapping_cache, memory_map
 from iobmd.descriptors.composite_memory import CompositeBacking
-from iobmd.descriptors.options import CACHE_MODES, DIRECTION_MASK, check_existing
+from iobmd.descriptors.options import CACHE_MODES, DIRECTION_MASK, DIRECTION_NAMES, check_existing
 from iobmd.descriptors.ownership import MemoryOwner, Part
 from iobmd.descriptors.purge_control import NonVolatile
 from iobmd.errors import BadArgumentError, BusyError, IOReturnError, NotOpenError, UnsupportedError
@@ -30,16 +30,13 @@ from iobmd.task.task import as_task, check_range, kernel_task
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    import psutil
     from typing_extensions import Buffer
 
     from iobmd._native.pagemap import PhysicalSegment
     from iobmd.backing import Backing
     from iobmd.descriptors.memory_map import IOMemoryMap
     from iobmd.memory.mlock import Wiring
-    from iobmd.task.task import Task
-
-    AnyTask = Task | int | psutil.Process
+    from iobmd.task.task import AnyTask, Task
 
 _IN = int(IOOptionBits.kIODirectionIn)
 
@@ -508,7 +505,7 @@ class IOMemoryDescriptor:
         name, owner = type(self).__name__, self._owner  # once, as above
         if owner is None:
             return f"<{name} {self._state}>"
-        direction = ("none", "in", "out", "inout")[self._options & 3]
+        direction = DIRECTION_NAMES[self._options & DIRECTION_MASK]
         return f"<{name}, length {owner.length}, direction {direction}, {self._state}>"
 
     def __reduce_ex__(self, _protocol: SupportsIndex) -> NoReturn:

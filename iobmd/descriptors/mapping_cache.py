@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from iobmd._native import mman
 from iobmd._native.mapping import Mapping
 from iobmd.constants import IOMapOptions
-from iobmd.descriptors.options import unsupported
+from iobmd.descriptors.options import CACHE_MASK, unsupported
 from iobmd.errors import BadArgumentError, CannotWireError, NoMemoryError, UnsupportedError
 from iobmd.memory import pinning, residency, shmem
 from iobmd.memory.populate import populate
@@ -26,10 +26,9 @@ _READ_ONLY = int(IOMapOptions.kIOMapReadOnly)
 _UNIQUE = int(IOMapOptions.kIOMapUnique)
 _PREFAULT = int(IOMapOptions.kIOMapPrefault)
 _SMALL, _LARGE = int(IOMapOptions.kIOMapGuardedSmall), int(IOMapOptions.kIOMapGuardedLarge)
-_CACHE_MASK = 0xF00
 _GUARDS = {0: 0, _SMALL: PAGE_SIZE, _LARGE: round_up(64 << 10, PAGE_SIZE)}
 _KNOWN = (
-    ANYWHERE | _READ_ONLY | int(IOMapOptions.kIOMapReference) | _UNIQUE | _PREFAULT | _CACHE_MASK | _SMALL | _LARGE
+    ANYWHERE | _READ_ONLY | int(IOMapOptions.kIOMapReference) | _UNIQUE | _PREFAULT | CACHE_MASK | _SMALL | _LARGE
 )
 
 
@@ -44,7 +43,7 @@ class MapRequest:
         self.options, self.offset, self.length = int(options), offset, length
         if self.options & ~_KNOWN:
             raise BadArgumentError(f"map options {self.options:#x} have unknown bits {self.options & ~_KNOWN:#x}")
-        if self.options & _CACHE_MASK:
+        if self.options & CACHE_MASK:
             raise unsupported("cache modes of mappings")
         if not length:
             raise BadArgumentError("a mapping of no bytes is asked for")

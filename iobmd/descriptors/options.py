@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import psutil
 
 DIRECTION_MASK = 0x3
+DIRECTION_NAMES = "none", "in", "out", "inout"
+"""By kIODirectionNone, In, Out and InOut, which are 0 to 3 (IOTypes.h)."""
 CACHE_MASK = 0xF00
 CACHE_MODES = 0x700
 """The cache modes of that field (IOTypes.h); the bit above is kIOMemoryMapperNone."""
@@ -148,6 +150,12 @@ def check_existing(options: int) -> int:
     if options & _OF_NEW_MEMORY:
         raise BadArgumentError(f"options {options:#x} apply only to newly allocated memory, and this memory exists")
     return options
+
+
+def check_within(offset: int, length: int, size: int, whole: object) -> None:
+    """Raise `kIOReturnBadArgument` unless a range lies in the `size` bytes of what is named by `whole`."""
+    if offset < 0 or length < 0 or offset + length > size:
+        raise BadArgumentError(f"offset {offset} with length {length} is not inside of the {size} bytes of {whole}")
 
 
 def check_direction(direction: int) -> int:

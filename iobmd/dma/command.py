@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 
 from iobmd._internal import process_local
 from iobmd.constants import IOReturn, kIODirectionIn, kIODirectionInOut, kIODirectionOut
-from iobmd.descriptors.options import DIRECTION_MASK
+from iobmd.descriptors.options import DIRECTION_MASK, check_within
 from iobmd.dma.device_transfer import DeviceTransfer
 from iobmd.dma.specification import MappingOptions, Specification
 from iobmd.errors import BadArgumentError, BusyError, IOReturnError, NotReadyError
@@ -319,9 +319,7 @@ class IODMACommand:
     def _range(self, memory: IOMemoryDescriptor, offset: int, length: int) -> tuple[int, int]:
         whole = memory.getLength()
         length = length or whole - offset
-        if offset < 0 or length < 0 or offset + length > whole:
-            message = f"offset {offset} with length {length} is not inside of the memory's {whole} bytes"
-            raise BadArgumentError(message)
+        check_within(offset, length, whole, "the memory")
         if 0 < self._limits.max_transfer < length:
             message = f"{length} bytes are more than the device transfers at a time, {self._limits.max_transfer}"
             raise IOReturnError(IOReturn.kIOReturnNoSpace, message)
@@ -349,9 +347,7 @@ class IODMACommand:
 
     def _within(self, offset: int, length: int) -> DeviceTransfer:
         transfer = self._prepared()
-        if offset < 0 or length < 0 or offset + length > transfer.length:
-            message = f"offset {offset} with length {length} is not inside of the {transfer.length} bytes prepared"
-            raise BadArgumentError(message)
+        check_within(offset, length, transfer.length, "the prepared transfer")
         return transfer
 
     def __enter__(self) -> Self:

@@ -336,17 +336,22 @@ kernel_task: Task = _CurrentTask()
 """This process in the kernel's role: memory allocated in it is wired unless it is asked to be pageable."""
 
 
+if TYPE_CHECKING:
+    AnyTask = Task | int | psutil.Process
+    """What names a task."""
+
+
 def current_task() -> Task:
     """Return this process; the same object as `kernel_task`, for both have one address space here."""
     return kernel_task
 
 
-def get_task_map(task: Task | int | psutil.Process) -> Task:
+def get_task_map(task: AnyTask) -> Task:
     """Return the task itself: on Linux a task's map is its address space (kept for ports of IOKit code)."""
     return as_task(task)
 
 
-def as_task(task: Task | int | psutil.Process) -> Task:
+def as_task(task: AnyTask) -> Task:
     """Return `task` as a `Task`."""
     return task if isinstance(task, Task) else Task(task)
 

@@ -15,7 +15,7 @@ from typing import IO
 
 import pytest
 from iobmd.tools.pagemap import snapshots as snapshots_command
-from iobmd.tools.pagemap import watch as watch_command
+from iobmd.tools.pagemap.ticks import ticks
 from iobmd.tools.pagemap.arguments import parse
 from iobmd.tools.pagemap.look import Look
 from support import kernel
@@ -200,7 +200,7 @@ def test_a_process_that_runs_another_program_has_not_ended(
     monkeypatch.setattr(snapshots_command, "save", save)
     look = Look(parse([str(target.process.pid)]))
     with tempfile.TemporaryFile() as even, tempfile.TemporaryFile() as odd:
-        looks = list(watch_command.ticks(look, (even, odd), 0.01, 3))
+        looks = list(ticks(look, (even, odd), 0.01, 3))
     assert (len(looks), len(calls)) == (3, 5)
     assert capsys.readouterr().err == ""
 

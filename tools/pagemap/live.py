@@ -17,7 +17,7 @@ from iobmd.units import format_size
 from .look import page_line
 from .survey import short
 from .table import amount
-from .watch import line
+from .ticks import line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from iobmd.procfs import VMA
 
     from .look import Look
-    from .watch import Tick
+    from .ticks import Tick
 
 _STYLES = {
     Kind.MAPPED: "bold",

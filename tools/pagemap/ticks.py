@@ -1,0 +1,196 @@
+"""Looks at a process, one after another: its areas, and what happened to them since the look before."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from array import array
+from bisect import bisect_right
+from collections import Counter, deque
+from typing import IO, TYPE_CHECKING, NamedTuple, TypeAlias
+
+from iobmd.constants import IOReturn
+from iobmd.errors import IOReturnError
+from iobmd.pagemap.change import changes
+from iobmd.units import format_size
+
+from .look import Look
+from .snapshots import saved
+from .table import amount
+from .total import Total
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from iobmd.pagemap.area import Area
+    from iobmd.pagemap.change import Change, Kind
+    from iobmd.pagemap.snapshot import Snapshot
+    from iobmd.procfs import VMA
+
+LARGEST = 200
+"""How many areas to which nothing happened a look keeps, those with most memory: a screen has no more lines."""
+
+
+_A_MOMENT = 0.01
+
+
+class Changed(NamedTuple):
+    """An area to which something happened."""
+
+    vma: VMA
+    area: Area | None
+    """As it is now; None: it is gone."""
+    sums: Counter[Kind]
+    """Bytes to which it happened."""
+
+
+class Tick(NamedTuple):
+    """One look at a process."""
+
+    time: float
+    """Seconds since the epoch."""
+    took: float
+    """Seconds."""
+    total: Total
+    """Of all areas that were chosen."""
+    changed: list[Changed]
+    """Since the last look, ascending."""
+    largest: list[Area]
+    """Of the others, those with most memory, the largest first."""
+    first: bool
+
+    @property
+    def sums(self) -> Counter[Kind]:
+        """What happened to all of it."""
+        return sum((one.sums for one in self.changed), Counter())
+
+
+def ticks(look: Look, files: tuple[IO[bytes], IO[bytes]], interval: float, count: int | None) -> Iterator[Tick]:
+    """Iterate over looks, `interval` seconds apart or as fast as one can look; ends when the process does."""
+    before: Snapshot | None = None
+    number = 0
+    while count is None or number < count:
+        begin = time.monotonic()
+        try:
+            look.ask_anew()
+            now = saved(look, files[number % 2])
+            happened_in = attributed(changes(before, now), (now, before)) if before else {}
+            total, changed, largest, gone = _looked(look, happened_in)
+        except IOReturnError as error:
+            if error.code != IOReturn.kIOReturnNotFound:
+                raise
+            if look.task.alive:  # it runs another program
+                time.sleep(_A_MOMENT)
+                continue
+            if not number:
+                raise
+            look.has_ended = True
+            return
+        if before:
+            changed.extend(_gone(look, (now, before), gone))
+        yield Tick(
+            time.time(),
+            time.monotonic() - begin,
+            total,
+            sorted(changed, key=lambda one: one.vma),
+            largest,
+            not number,
+        )
+        before = now
+        number += 1
+        if count is None or number < count:
+            time.sleep(max(0.0, begin + interval - time.monotonic()))
+
+
+Bounds: TypeAlias = tuple[int, int]
+"""Where an area begins and ends."""
+
+
+class _Bounds:
+    """Where the areas of a snapshot begin and end, in little memory."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._starts, self._ends = array("Q"), array("Q")
+        for area in snapshot.areas():
+            self._starts.append(area.start)
+            self._ends.append(area.end)
+
+    def cut(self, start: int, end: int) -> Iterator[tuple[int, int, Bounds | None]]:
+        """Cut a range at the bounds of areas; yields the start and end of each part, and the area that it lies in."""
+        index = bisect_right(self._ends, start)
+        while start < end:
+            low, high = (self._starts[index], self._ends[index]) if index < len(self._starts) else (end, end)
+            stop = min(end, low if start < low else high)
+            yield start, stop, None if start < low else (low, high)
+            index += stop == high
+            start = stop
+
+
+def attributed(found: Iterator[Change], snapshots: tuple[Snapshot, Snapshot]) -> dict[Bounds, Counter[Kind]]:
+    """Add up what happened by area, ascending: by that of the first snapshot that has one there."""
+    now, before = map(_Bounds, snapshots)
+    sums: dict[Bounds, Counter[Kind]] = {}
+    for change in found:
+        for start, end, area in now.cut(change.virtual, change.virtual + change.length):
+            for first, last, where in [(start, end, area)] if area else before.cut(start, end):
+                sums.setdefault(where or (first, last), Counter())[change.kind] += last - first
+    return dict(sorted(sums.items()))
+
+
+def _looked(
+    look: Look, happened_in: dict[Bounds, Counter[Kind]]
+) -> tuple[Total, list[Changed], list[Area], dict[Bounds, Counter[Kind]]]:
+    """Look at the areas; the last of what this returns is what happened to others, which are gone.
+
+    Since the snapshot they may have grown or shrunk: what happened to what an area has a part of happened to it.
+    """
+    total = Total()
+    changed = []
+    largest: list[tuple[int, int, Area]] = []
+    gone: dict[Bounds, Counter[Kind]] = {}
+    waiting = deque(happened_in.items())
+    for number, area in enumerate(look.all_areas()):
+        sums: Counter[Kind] = Counter()
+        while waiting and waiting[0][0][0] < area.vma.end:
+            bounds, more = waiting.popleft()
+            if bounds[1] <= area.vma.start:
+                gone[bounds] = more
+            else:
+                sums.update(more)
+        if not look.chooses(area):
+            continue
+        total.counted(area)
+        if sums:
+            changed.append(Changed(area.vma, area, sums))
+            continue
+        keep = heapq.heappush if len(largest) < LARGEST else heapq.heappushpop
+        keep(largest, (area.resident, -number, area))
+    gone.update(waiting)
+    return total, changed, [area for _resident, _number, area in sorted(largest, reverse=True)], gone
+
+
+def _gone(
+    look: Look, snapshots: tuple[Snapshot, Snapshot], happened_in: dict[Bounds, Counter[Kind]]
+) -> Iterator[Changed]:
+    """Iterate over the areas that are left in `happened_in`, as far as they are chosen."""
+    for snapshot in snapshots:
+        for vma in snapshot.areas() if happened_in else ():
+            sums = happened_in.pop((vma.start, vma.end), None)
+            if sums and look.may_choose(vma, vma.end - vma.start):
+                yield Changed(vma, None, sums)
+
+
+def line(tick: Tick) -> str:
+    """Write a look as a line."""
+    total = tick.total
+    when = time.strftime("%T", time.localtime(tick.time))
+    news = "" if tick.first else f": {happened(tick.sums) or 'nothing changed'}"
+    return (
+        f"{when}  {total.areas:,} areas, resident {amount(total.resident)}, swapped {amount(total.swapped)}, "
+        f"huge {amount(total.huge)}{news} (read in {tick.took:.2g} s)"
+    )
+
+
+def happened(sums: Counter[Kind]) -> str:
+    """Write what happened."""
+    return ", ".join(f"{format_size(size)} {kind}" for kind, size in sums.most_common())
