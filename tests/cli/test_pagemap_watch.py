@@ -15,9 +15,9 @@ from typing import IO
 
 import pytest
 from iobmd.tools.pagemap import snapshots as snapshots_command
-from iobmd.tools.pagemap.ticks import ticks
 from iobmd.tools.pagemap.arguments import parse
 from iobmd.tools.pagemap.look import Look
+from iobmd.tools.pagemap.ticks import ticks
 from support import kernel
 
 from iobmd import pagemap

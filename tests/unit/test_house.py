@@ -1,15 +1,17 @@
-"""The house (docs/design.md): imports go down only, files stay small, importing is cheap."""
+"""The house (docs/design.md): imports go down only and never round, files stay small, importing is cheap."""
 
 import ast
 import subprocess
 import sys
 from pathlib import Path
 
+import iobmd.tools
 import pytest
 
 import iobmd
 
 PACKAGE = Path(iobmd.__file__).parent
+TOOLS = Path(iobmd.tools.__file__).parent  # beside the package in a checkout, and in it where it is installed
 FLOORS = [
     {"__main__"},
     {"tools"},
@@ -35,19 +37,26 @@ FLOORS = [
 """From the roof to the ground; what stands on one floor does not import each other."""
 
 
+def modules() -> dict[str, Path]:
+    """The file of every module, by its name."""
+    found = {}
+    for name, root in (("iobmd", PACKAGE), ("iobmd.tools", TOOLS)):
+        for path in root.rglob("*.py"):
+            parts = path.relative_to(root).with_suffix("").parts
+            found[".".join((name, *parts)).removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
 def rooms() -> dict[Path, str]:
-    """Every Python file of the installed package, and its room."""
-    return {path: path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
+    """Every Python file, and its room."""
+    return {path: (*name.split("."), "__init__")[1] for name, path in MODULES.items()}
 
 
 def floor(room: str) -> int:
     return next(number for number, names in enumerate(FLOORS) if room in names)
-
-
-def is_module(text: str) -> bool:
-    """Whether a string is the name of a module of iobmd, for importlib or `python -m` to load."""
-    place = PACKAGE.joinpath(*text.split(".")[1:])
-    return text.startswith("iobmd.") and (place.is_dir() or place.with_suffix(".py").exists())
 
 
 def imported(path: Path) -> set[str]:
@@ -60,20 +69,49 @@ def imported(path: Path) -> set[str]:
             names.add(node.module)
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and is_module(node.value):
+        elif isinstance(node, ast.Constant) and node.value in MODULES:
             names.add(node.value)
     found = {name.split(".")[1] for name in names if name.startswith("iobmd.")}
     return {room if any(room in names for names in FLOORS) else "__init__" for room in found}
 
 
-@pytest.mark.parametrize("path", rooms(), ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", rooms(), ids=lambda path: "/".join(path.parts[-2:]))
 def test_imports_go_down(path: Path) -> None:
     room = rooms()[path]
     for other in imported(path) - {room}:
         assert floor(other) > floor(room), f"{path.name} imports {other}, which does not stand below it"
 
 
-@pytest.mark.parametrize("path", rooms(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def loaded_by(name: str) -> set[str]:
+    """The modules that one imports as it runs: at its top and inside of functions, not for its annotations alone."""
+    names: set[str] = set()
+    package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return
+        if isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            of = ".".join([*above, *([node.module] if node.module else [])])
+            names.update(full if (full := f"{of}.{alias.name}") in MODULES else of for alias in node.names)
+        elif isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(MODULES[name].read_text()))
+    return names & MODULES.keys() - {name}
+
+
+def test_no_modules_import_each_other() -> None:
+    """Nor round through others, whether in one package or several."""
+    left = {name: loaded_by(name) for name in MODULES}
+    while free := {name for name, needs in left.items() if not needs & left.keys()}:
+        left = {name: needs for name, needs in left.items() if name not in free}
+    assert not left, "these import each other"
+
+
+@pytest.mark.parametrize("path", rooms(), ids=lambda path: "/".join(path.parts[-2:]))
 def test_files_stay_small(path: Path) -> None:
     """Not counting docstrings: those of one public class may be long."""
     text = path.read_text()
