@@ -143,17 +143,19 @@ print("ready", flush=True)
 %s
 print(repr(result), flush=True)
 assert time.monotonic() - began >= %s
+if %s:  # it waits by itself: on a busy machine it must not end before it was exercised
+    os.read(0, 10)
 sys.exit(21)
 """
 _BLOCKED = {
     # how it waits: what it runs, what comes out, how long at least; a line on its standard input ends most waits
-    "sleep": ("result = time.sleep(2)", "None", 2),
+    "sleep": ("result = time.sleep(1)", "None", 1),
     "read": ("result = os.read(0, 10)", r"b'\n'", 0),
     "select": ("result = [len(some) for some in select.select([0], [], [])]", "[1, 0, 0]", 0),
-    "select_timeout": ("result = select.select([], [], [], 2)", "([], [], [])", 2),
+    "select_timeout": ("result = select.select([], [], [], 1)", "([], [], [])", 1),
     "poll": ("poll = select.poll(); poll.register(0, select.POLLIN); result = poll.poll()", "[(0, 1)]", 0),
     "epoll": ("poll = select.epoll(); poll.register(0, select.EPOLLIN); result = poll.poll()", "[(0, 1)]", 0),
-    "epoll_timeout": ("poll = select.epoll(); result = poll.poll(2)", "[]", 2),
+    "epoll_timeout": ("poll = select.epoll(); result = poll.poll(1)", "[]", 1),
     "lock": (
         "lock = threading.Lock(); lock.acquire()\n"
         "threading.Thread(target=lambda: (os.read(0, 10), lock.release())).start()\n"
@@ -161,7 +163,7 @@ _BLOCKED = {
         "True",
         0,
     ),
-    "lock_timeout": ("lock = threading.Lock(); lock.acquire(); result = lock.acquire(timeout=2)", "False", 2),
+    "lock_timeout": ("lock = threading.Lock(); lock.acquire(); result = lock.acquire(timeout=1)", "False", 1),
     "wait": ("result = subprocess.run(['sh', '-c', 'read line; exit 13']).returncode", "13", 0),
     "communicate": (
         "result = subprocess.run(['sh', '-c', 'read line; echo $line'], capture_output=True).stdout",
@@ -174,7 +176,7 @@ _BLOCKED = {
 @pytest.mark.parametrize("how", _BLOCKED)
 def test_python_blocked_in(how: str) -> None:
     body, result, least = _BLOCKED[how]
-    with Target([sys.executable, "-I", "-S", "-c", _PYTHON % (body, least)]) as target:
+    with Target([sys.executable, "-I", "-S", "-c", _PYTHON % (body, least, least)]) as target:
         until_at_rest(target.pid)
         exercise(target.pid, 3)
         target.tell()
