@@ -31,6 +31,7 @@ _HEADER = struct.Struct("=6sxxI")  # a mark, and the length of the description b
 _MARK = b"iobmd1"
 _LARGEST = 1 << 20  # bytes of a description
 _MOST_PIECES = 16 << 10  # each is a mapping, of which a process may have 65,530 (vm.max_map_count)
+_MOST_FDS = 253  # that a message can have (SCM_MAX_FD in linux/net.h)
 _LARGEST_ALIGNMENT = 1 << 40
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 _SO_PASSCRED, _SCM_CREDENTIALS = 16, 2  # asm-generic/socket.h, linux/socket.h
@@ -133,19 +134,21 @@ class Handle:
         try:
             if not header:
                 raise NotOpenError("the other end of the socket is closed")
-            header += _exactly(socket, _HEADER.size - len(header))
+            header += _exactly(socket, _HEADER.size - len(header), fds)
             mark, length = _HEADER.unpack(header)
             if mark != _MARK or length > _LARGEST or len(fds) != 1:
                 raise _not_ours("it was not sent by iobmd")
-            description = _Description.parse(json.loads(_exactly(socket, length)))
+            text = _exactly(socket, length, fds)
+            if len(fds) != 1:
+                raise _not_ours("further descriptors came with it")
+            description = _Description.parse(json.loads(text))
             _check_memory(fds[0], trusted=uid in (0, os.geteuid()))
             return cls(fds.pop(), description)
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             ours = isinstance(error, IOReturnError) and error.code != IOReturn.kIOReturnUnsupported
             raise error if ours else _not_ours(str(error)) from None
         finally:
-            for fd in fds:
-                _discard(fd)
+            _discard(fds)
 
     def attach(self, *, wired: bool | None = None) -> IOBufferMemoryDescriptor:
         """As `iobmd.attach`."""
@@ -258,23 +261,34 @@ def _received(socket: sockets.socket) -> tuple[bytes, list[int], int]:
     The uid is that of the message (unix(7), SO_PASSCRED). SO_PEERCRED would name who made the socket: of a socketpair
     that is this process or its parent, whoever holds the other end by now.
     """
-    import array  # noqa: PLC0415 (as above)
-    import socket as sockets  # noqa: PLC0415
+    import socket as sockets  # noqa: PLC0415 (as above)
 
     before = socket.getsockopt(sockets.SOL_SOCKET, _SO_PASSCRED)
     socket.setsockopt(sockets.SOL_SOCKET, _SO_PASSCRED, 1)
     try:
-        room = sockets.CMSG_SPACE(4 * 4) + sockets.CMSG_SPACE(_CREDENTIALS.size)
-        header, ancillary, _flags, _address = socket.recvmsg(_HEADER.size, room, sockets.MSG_CMSG_CLOEXEC)
+        return _receive(socket, _HEADER.size)
     finally:
         socket.setsockopt(sockets.SOL_SOCKET, _SO_PASSCRED, before)
+
+
+def _receive(socket: sockets.socket, size: int) -> tuple[bytes, list[int], int]:
+    """Receive up to `size` bytes, and all descriptors that were sent with them, to be closed by `_discard`.
+
+    The kernel closes those that do not fit, in this thread, and the last close(2) of a TCP socket waits for as long
+    as its sender has set (SO_LINGER in socket(7)).
+    """
+    import array  # noqa: PLC0415 (as above)
+    import socket as sockets  # noqa: PLC0415
+
+    room = sockets.CMSG_SPACE(_MOST_FDS * 4) + sockets.CMSG_SPACE(_CREDENTIALS.size)
+    data, ancillary, _flags, _address = socket.recvmsg(size, room, sockets.MSG_CMSG_CLOEXEC)
     fds, uid = array.array("i"), _NO_UID
-    for level, kind, data in ancillary:
+    for level, kind, content in ancillary:
         if level == sockets.SOL_SOCKET and kind == sockets.SCM_RIGHTS:
-            fds.frombytes(data[: len(data) // 4 * 4])
+            fds.frombytes(content[: len(content) // 4 * 4])
         elif level == sockets.SOL_SOCKET and kind == _SCM_CREDENTIALS:
-            _pid, uid, _gid = _CREDENTIALS.unpack(data)
-    return header, list(fds), uid
+            _pid, uid, _gid = _CREDENTIALS.unpack(content)
+    return data, list(fds), uid
 
 
 def _check_memory(fd: int, *, trusted: bool) -> None:
@@ -292,16 +306,25 @@ def _check_memory(fd: int, *, trusted: bool) -> None:
         raise ValueError(f"its sender is another user, who could {why}")
 
 
-def _discard(fd: int) -> None:
-    """Close a descriptor that was sent here. close(2) of a FUSE file waits for its server, without any limit."""
-    if shmem.seals(fd) is not None:
-        os.close(fd)
+def _discard(fds: list[int]) -> None:
+    """Close descriptors that were sent here.
+
+    close(2) of a FUSE file waits for its server without a limit, that of a TCP socket as long as its sender likes.
+    """
+    others = []
+    for fd in fds:
+        if shmem.seals(fd) is None:
+            others.append(fd)
+        else:
+            os.close(fd)
+    if not others:
         return
     import threading  # noqa: PLC0415 (where it is needed only)
 
     def close() -> None:
-        with contextlib.suppress(OSError):  # the server's error
-            os.close(fd)
+        for fd in others:
+            with contextlib.suppress(OSError):  # the server's error
+                os.close(fd)
 
     try:
         threading.Thread(target=close, daemon=True).start()
@@ -324,10 +347,14 @@ def _duplicate(fd: int) -> int:
         raise limits.from_oserror(error, "cannot share memory") from None
 
 
-def _exactly(socket: sockets.socket, size: int) -> bytes:
+def _exactly(socket: sockets.socket, size: int, fds: list[int]) -> bytes:
+    """Receive `size` bytes, and add the descriptors that come with them to `fds`."""
     data = bytearray()
     while len(data) < size:
-        more = socket.recv(size - len(data))
+        more, further, _uid = _receive(socket, size - len(data))
+        fds += further
+        if len(fds) > _MOST_FDS:
+            raise _not_ours("too many descriptors came with it")
         if not more:
             raise _not_ours("the other end was closed in the middle of it")
         data += more

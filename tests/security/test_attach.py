@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -132,6 +133,42 @@ def test_a_file_whose_server_does_not_answer(tmp_path: Path) -> None:
         finally:
             os.kill(server, signal.SIGKILL)
         assert refused == [IOReturn.kIOReturnBadArgument]
+
+
+def lingering(stack: contextlib.ExitStack) -> socket.socket:
+    """A TCP socket whose last close(2) waits for a minute, because its data is not taken."""
+    listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    sender = socket.create_connection(listener.getsockname())
+    receiver = stack.enter_context(listener.accept()[0])
+    receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sender.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sender.send(bytes(1 << 16))
+    sender.setblocking(True)
+    sender.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
+    return sender
+
+
+@pytest.mark.parametrize("place", ["with the header", "among many", "with the description"])
+def test_a_socket_whose_close_waits(place: str) -> None:
+    """Its last descriptor is the one that is sent: what closes it waits, also the kernel where one is too many."""
+    text = message([[0, 8192]], 8192)
+    with contextlib.ExitStack() as stack:
+        here, there = map(stack.enter_context, socket.socketpair())
+        here.settimeout(2)
+        sender = lingering(stack)
+        fd = memory(8192)
+        stack.callback(os.close, fd)
+        first = {"with the header": [sender.fileno()], "among many": [fd] * 30 + [sender.fileno()]}
+        socket.send_fds(there, [text[:12]], first.get(place, [fd]))
+        socket.send_fds(there, [text[12:]], [] if place in first else [sender.fileno()])
+        sender.close()
+        begin = time.monotonic()
+        with pytest.raises(IOReturnError) as caught:
+            iobmd.attach(here)
+        assert time.monotonic() - begin < 20
+        assert caught.value.code == IOReturn.kIOReturnBadArgument
 
 
 def mappings() -> int:
