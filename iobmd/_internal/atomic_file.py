@@ -62,7 +62,7 @@ def _open(path: Path, mode: int) -> tuple[Path | None, int]:
         found = path.lstat() if os.path.lexists(path) else None
         if found and (stat.S_ISLNK(found.st_mode) or stat.S_ISFIFO(found.st_mode)):
             _require_own(path, found)
-        if (descriptor := _descriptor(path)) is not None:
+        if (descriptor := _descriptor(path, found)) is not None:
             if sys.stdout:
                 sys.stdout.flush()
             return None, os.dup(descriptor)
@@ -79,11 +79,17 @@ def _open(path: Path, mode: int) -> tuple[Path | None, int]:
 def _open_existing(path: Path, found: os.stat_result) -> int:
     """Open a device or a pipe, if it is still that. Raises OSError."""
     opened = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    now = os.fstat(opened)
-    if (now.st_dev, now.st_ino) == (found.st_dev, found.st_ino):
-        return opened
-    os.close(opened)
-    raise OSError(errno.EACCES, "another file took its place")
+    try:
+        _require_same(os.fstat(opened), found)
+    except BaseException:
+        os.close(opened)
+        raise
+    return opened
+
+
+def _require_same(now: os.stat_result, found: os.stat_result) -> None:
+    if (now.st_dev, now.st_ino) != (found.st_dev, found.st_ino):
+        raise OSError(errno.EACCES, "another file took its place")
 
 
 def _require_own(path: Path, found: os.stat_result) -> None:
@@ -96,10 +102,13 @@ def _require_own(path: Path, found: os.stat_result) -> None:
         raise OSError(errno.EACCES, message)
 
 
-def _descriptor(path: Path) -> int | None:
-    """Return the descriptor of this process that `path` is a name of, or a link to one."""
-    if path.is_symlink() and str(path) not in _STANDARD and path.parent not in _OWN_DESCRIPTORS:
-        path = path.parent / path.readlink()
+def _descriptor(path: Path, found: os.stat_result | None) -> int | None:
+    """Return the descriptor of this process that `path` is a name of, or a link to one: the link `found`."""
+    named = str(path) in _STANDARD or path.parent in _OWN_DESCRIPTORS
+    if found and stat.S_ISLNK(found.st_mode) and not named:
+        link = path
+        path = link.parent / link.readlink()
+        _require_same(link.lstat(), found)
     if str(path) in _STANDARD:
         return _STANDARD[str(path)]
     ours = os.path.realpath("/proc/self/fd")

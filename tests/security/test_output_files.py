@@ -12,6 +12,7 @@ import pytest
 from iobmd.tools.pagemap import snapshots
 from support.child import NOBODY, in_child
 
+from iobmd._internal import atomic_file
 from iobmd._internal.atomic_file import replacing
 from iobmd.cli import main
 
@@ -59,6 +60,26 @@ def test_a_planted_link_to_standard_output_is_refused(shared: Path) -> None:
     in_child(lambda: link.symlink_to("/proc/self/fd/1"), uid=NOBODY)
     with pytest.raises(PermissionError), replacing(link, 0o600):
         pass
+
+
+def test_a_link_that_is_planted_after_the_look(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One to a descriptor of this process: a file was there when it was looked at, and the link is replaced."""
+    out, (reading, writing) = shared / "out", os.pipe()
+    in_child(out.touch, uid=NOBODY)
+    real = atomic_file._descriptor
+
+    def plant(*arguments: Any) -> int | None:
+        in_child(lambda: (out.unlink(), out.symlink_to(f"/proc/self/fd/{writing}")), uid=NOBODY)
+        return real(*arguments)
+
+    monkeypatch.setattr(atomic_file, "_descriptor", plant)
+    with replacing(out, 0o600) as file:
+        file.write(b"root's")
+    os.close(writing)
+    assert os.read(reading, 100) == b""
+    os.close(reading)
+    assert not out.is_symlink()
+    assert out.read_bytes() == b"root's"
 
 
 @pytest.mark.parametrize("command", WRITES)
