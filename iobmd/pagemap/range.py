@@ -139,7 +139,7 @@ def resolve(target: Target, address: int | None = None, size: int | None = None)
     if hasattr(target, "getBytesNoCopy"):
         start = target.getBytesNoCopy()
         # Not None: getBytesNoCopy() refuses memory that is mapped in no task.
-        return Where(target._memory().task, start, start + len(target), target)
+        return Where(target._memory().require_backing().task, start, start + len(target), target)
     if isinstance(target, (Task, int)) or hasattr(target, "pid"):
         return Where(as_task(target), 0, ADDRESS_END)
     try:
