@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 
 from iobmd._native.mapping import Exporter, Mapping
 from iobmd.constants import IOOptionBits, kIOMemoryIncoherentIOFlush
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from iobmd._internal.chunked import Progress
     from iobmd.backing import Backing
     from iobmd.backing.mapped import MappedBacking
-    from iobmd.task.task import AnyTask
+    from iobmd.task.task import AnyTask, Task
 
 _CONTIGUOUS = int(IOOptionBits.kIOMemoryPhysicallyContiguous)
 
@@ -294,6 +294,11 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
             raise UnsupportedError(f"{self!r} has no address: map() and createMappingInTask() give it one")
         owner.check_range(start, withLength)
         return backing.address + start
+
+    def _mapped_range(self) -> tuple[Task, int, int]:
+        start = self.getBytesNoCopy()
+        # Not None: getBytesNoCopy() refuses memory that is mapped in no task.
+        return cast("Task", self._memory().require_backing().task), start, start + len(self)
 
     def appendBytes(self, data: Buffer) -> int:
         """Copy bytes behind the present length and lengthen it; return how many fitted into the capacity."""

@@ -97,6 +97,10 @@ class IOMemoryMap(Exporter):
         """Return the task it is mapped in."""
         return self._open().task
 
+    def _mapped_range(self) -> tuple[Task, int, int]:
+        start = self.getAddress()
+        return self.getAddressTask(), start, start + self.getLength()
+
     @property
     def task_stopped_ns(self) -> int:
         """For how many nanoseconds, at most, a thread of its task was stopped for the mapping; 0 in this process."""

@@ -2,7 +2,7 @@
 
 import errno
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, TypeVar, cast, runtime_checkable
 
 from iobmd import procfs
 from iobmd._native.crosstask import HeldBuffer
@@ -15,8 +15,24 @@ from iobmd.units import HUGE_PAGE_SIZE
 
 _T = TypeVar("_T")
 
-Target: TypeAlias = Any
-"""A `Task`, a pid or a psutil.Process; a buffer or map of iobmd; or anything with the buffer protocol."""
+if TYPE_CHECKING:
+    import psutil
+    from typing_extensions import Buffer
+
+    from iobmd.task.task import AnyTask
+
+
+@runtime_checkable
+class Mapped(Protocol):
+    """A buffer or a map of iobmd, as far as this package needs it: the classes themselves are defined above it."""
+
+    def _mapped_range(self) -> tuple[Task, int, int]:
+        """Return the task it is mapped in, and where it begins and ends there. Raises IOReturnError."""
+        ...
+
+
+Target: TypeAlias = "Task | int | psutil.Process | Mapped | Buffer | Where"
+"""What is inspected: a task, as `Task`, pid or psutil.Process; a buffer or map of iobmd; or any other buffer."""
 
 
 class Where(NamedTuple):
@@ -132,16 +148,11 @@ def resolve(target: Target, address: int | None = None, size: int | None = None)
         if address is None or size is None:
             raise BadArgumentError("a range has both an address and a size")
         check_range(address, size)
-        return Where(as_task(target), address, address + size)
-    if hasattr(target, "getAddressTask"):  # a map
-        start = target.getAddress()
-        return Where(target.getAddressTask(), start, start + target.getLength(), target)
-    if hasattr(target, "getBytesNoCopy"):
-        start = target.getBytesNoCopy()
-        # Not None: getBytesNoCopy() refuses memory that is mapped in no task.
-        return Where(target._memory().require_backing().task, start, start + len(target), target)
-    if isinstance(target, (Task, int)) or hasattr(target, "pid"):
-        return Where(as_task(target), 0, ADDRESS_END)
+        return Where(as_task(cast("AnyTask", target)), address, address + size)
+    if isinstance(target, Mapped):
+        return Where(*target._mapped_range(), target)
+    if isinstance(target, (Task, int)) or hasattr(target, "pid"):  # not by its class: psutil may not be loaded
+        return Where(as_task(cast("AnyTask", target)), 0, ADDRESS_END)
     try:
         held = HeldBuffer(target, False)
     except TypeError:
