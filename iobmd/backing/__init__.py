@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from iobmd._native.mapping import Mapping
     from iobmd._native.pagemap import RunTable
     from iobmd.memory.mlock import Wiring
-    from iobmd.memory.shmem import SharedObject, Stretch
+    from iobmd.memory.shmem import FileExtent, SharedObject
     from iobmd.purgeable import Purgeable
     from iobmd.task.task import Task
 
@@ -122,7 +122,7 @@ class Backing(Protocol):
     def span(self, offset: int, length: int) -> int:
         """Return how many bytes the pages have that hold a range; a page counts for each piece that it holds."""
 
-    def stretches(self, offset: int, length: int) -> list[Stretch]:
+    def file_extents(self, offset: int, length: int) -> list[FileExtent]:
         """Return the pages that hold a range, for mapping them at further places.
 
         Raises `kIOReturnUnsupported` for private ones, `kIOReturnBadArgument` where pages are not filled.

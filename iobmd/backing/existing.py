@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from iobmd._native.pagemap import RunTable
     from iobmd.backing.pinned import Pin
-    from iobmd.memory.shmem import SharedObject, Stretch
+    from iobmd.memory.shmem import FileExtent, SharedObject
     from iobmd.purgeable import Purgeable
     from iobmd.task.task import Task
 
@@ -191,7 +191,7 @@ class RangeBacking(Pinned):
         """Return how many bytes the pages have that hold a range."""
         return span(self.in_page(offset), length)
 
-    def stretches(self, _offset: int, _length: int) -> list[Stretch]:
+    def file_extents(self, _offset: int, _length: int) -> list[FileExtent]:
         """Refuse: nobody shared it."""
         raise private()
 

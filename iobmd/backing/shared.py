@@ -16,7 +16,7 @@ from iobmd.units import PAGE_SIZE, pages
 
 if TYPE_CHECKING:
     from iobmd.backing import Contents
-    from iobmd.memory.shmem import SharedObject, Stretch
+    from iobmd.memory.shmem import FileExtent, SharedObject
 
 
 class SharedBacking(MappedBacking):
@@ -85,7 +85,7 @@ class SharedBacking(MappedBacking):
         """Bytes of it, whole pages."""
         return self._shared.size
 
-    def stretches(self, offset: int, length: int) -> list[Stretch]:
+    def file_extents(self, offset: int, length: int) -> list[FileExtent]:
         """Return the pages of the object that hold a range. Raises as `SharedObject.cut`."""
         in_page = self.in_page(offset)
         return self._shared.cut(offset - in_page, span(in_page, length))

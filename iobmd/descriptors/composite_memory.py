@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from iobmd._native.pagemap import RunTable
     from iobmd.backing import Backing
     from iobmd.descriptors.ownership import MemoryOwner, Part
-    from iobmd.memory.shmem import SharedObject, Stretch
+    from iobmd.memory.shmem import FileExtent, SharedObject
     from iobmd.purgeable import Order, Purgeable
     from iobmd.task.task import Task
 
@@ -115,21 +115,21 @@ class CompositeBacking:
 
     @property
     def shared(self) -> SharedObject | None:
-        """None: `stretches` has its pages."""
+        """None: `file_extents` has its pages."""
         return None
 
-    def stretches(self, offset: int, length: int) -> list[Stretch]:
+    def file_extents(self, offset: int, length: int) -> list[FileExtent]:
         """Return the pages that hold a range. Parts of it meet between two pages, or go on in the same one."""
-        found: list[Stretch] = []
+        found: list[FileExtent] = []
         end = 0  # the place in its page where the part before ends
         for piece in self._pieces(offset, length):
             backing = piece.owner.require_backing()
-            begin, more = backing.in_page(piece.offset), backing.stretches(piece.offset, piece.length)
+            begin, more = backing.in_page(piece.offset), backing.file_extents(piece.offset, piece.length)
             if piece.start and (begin or end):
                 if begin != end or not _is_same_page(found[-1], more[0]):
                     raise _unaligned(offset + piece.start)
                 more[0] = more[0]._replace(offset=more[0].offset + PAGE_SIZE, length=more[0].length - PAGE_SIZE)
-            found += [stretch for stretch in more if stretch.length]
+            found += [extent for extent in more if extent.length]
             end = (begin + piece.length) % PAGE_SIZE
         return found
 
@@ -333,8 +333,8 @@ def _merged(parts: Sequence[Part]) -> tuple[Part, ...]:
     return tuple(found)
 
 
-def _is_same_page(before: Stretch, after: Stretch) -> bool:
-    """Say whether a stretch begins with the page that the one before it ends with."""
+def _is_same_page(before: FileExtent, after: FileExtent) -> bool:
+    """Say whether an extent begins with the page that the one before it ends with."""
     return before.fd == after.fd and before.offset + before.length == after.offset + PAGE_SIZE
 
 

@@ -107,11 +107,11 @@ class CachedMapping:
         backing = owner.require_backing()
         if request.anywhere and not request.unique and backing.task == task:
             return cls(descriptor, owner, task, request, None)
-        stretches = backing.stretches(request.offset, request.length)
+        extents = backing.file_extents(request.offset, request.length)
         if task.is_current:
-            here = shmem.show(stretches, request.at, writable=request.writable, guard=request.guard)
+            here = shmem.show(extents, request.at, writable=request.writable, guard=request.guard)
             return cls(descriptor, owner, task, request, here)
-        there = RemoteMapping(task, stretches, at=request.at, writable=request.writable, guard=request.guard)
+        there = RemoteMapping(task, extents, at=request.at, writable=request.writable, guard=request.guard)
         return cls(descriptor, owner, task, request, there)
 
     @property
@@ -162,11 +162,11 @@ class CachedMapping:
             raise BadArgumentError(f"the new memory has not {length} bytes from offset {offset} on")
         if backing.in_page(offset) != self.offset - self.first:
             raise BadArgumentError(f"offset {offset} has another place in a page than what is mapped")
-        stretches = backing.stretches(offset, length)
+        extents = backing.file_extents(offset, length)
         if isinstance(self.own, RemoteMapping):
-            self.own.redirect(stretches)
+            self.own.redirect(extents)
         else:
-            shmem.show_in(self.own, stretches)
+            shmem.show_in(self.own, extents)
         self.owner.remove_mapping(self)
         owner.add_mapping(self)
         self.descriptor, self.owner = descriptor, owner
@@ -195,11 +195,11 @@ class CachedMapping:
     def _populate_here(self, address: int, request: MapRequest) -> None:
         """Allocate the pages on this process's account, so that the other task has only to map them."""
         try:
-            stretches = self.owner.require_backing().stretches(request.offset, request.length)
+            extents = self.owner.require_backing().file_extents(request.offset, request.length)
         except UnsupportedError:  # the task's own memory
             residency.require(address, request.size, swappable=True, task=self.task, written=False)
             return
-        here = shmem.show(stretches)
+        here = shmem.show(extents)
         try:
             residency.require(here.address, here.size, swappable=True)
             populate(here.address, here.size)

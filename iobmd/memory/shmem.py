@@ -39,8 +39,8 @@ class Extent(NamedTuple):
     length: int
 
 
-class Stretch(NamedTuple):
-    """Pages of an object that are to be mapped behind those of another stretch; sizes in bytes."""
+class FileExtent(NamedTuple):
+    """Pages of a shared object, to be mapped contiguously with those of other extents; sizes in bytes."""
 
     fd: process_local.Fd
     """A descriptor of the object, which stays open as long as its owner does."""
@@ -102,7 +102,7 @@ class SharedObject:
         except OSError as error:
             raise limits.from_oserror(error, f"cannot make a shared object of {format_size(size)}", size) from None
 
-    def cut(self, offset: int, size: int) -> list[Stretch]:
+    def cut(self, offset: int, size: int) -> list[FileExtent]:
         """Return the pieces of `size` bytes from `offset` on. Raises `kIOReturnUnsupported` within a large page."""
         if offset % self.page or size % self.page:
             raise _within_a_page(self.page)
@@ -110,7 +110,7 @@ class SharedObject:
         for extent in self.extents:
             if offset < extent.length and size:
                 length = min(extent.length - offset, size)
-                found.append(Stretch(self.fd, extent.offset + offset, length, self.page, self.alignment))
+                found.append(FileExtent(self.fd, extent.offset + offset, length, self.page, self.alignment))
                 size, offset = size - length, 0
             else:
                 offset -= extent.length
@@ -125,12 +125,12 @@ class SharedObject:
         self.fd.close()
 
 
-def show(stretches: Sequence[Stretch], at: int = 0, *, writable: bool = True, guard: int = 0) -> Mapping:
-    """Map stretches behind each other in this process.
+def show(extents: Sequence[FileExtent], at: int = 0, *, writable: bool = True, guard: int = 0) -> Mapping:
+    """Map extents behind each other in this process.
 
     Parameters
     ----------
-    stretches : sequence of Stretch
+    extents : sequence of FileExtent
         Of one object, or of several.
     at : int
         The address, where nothing may be mapped yet; 0 for any.
@@ -146,8 +146,8 @@ def show(stretches: Sequence[Stretch], at: int = 0, *, writable: bool = True, gu
         `kIOReturnUnsupported`: large pages at a place that is none of theirs. `kIOReturnNotPermitted`: another
         process has sealed an object against writing.
     """
-    alignment, size = alignment_of(stretches), sum(stretch.length for stretch in stretches)
-    with _numbered(stretches) as pieces:
+    alignment, size = alignment_of(extents), sum(extent.length for extent in extents)
+    with _numbered(extents) as pieces:
         try:
             return Mapping.view(pieces, at, writable, guard, alignment)
         except FileExistsError as error:
@@ -158,10 +158,10 @@ def show(stretches: Sequence[Stretch], at: int = 0, *, writable: bool = True, gu
             raise sealed or limits.from_oserror(error, f"cannot map {format_size(size)}", size) from None
 
 
-def show_in(mapping: Mapping, stretches: Sequence[Stretch]) -> None:
-    """Show stretches where `mapping` showed others. Raises as `show`."""
-    alignment_of(stretches)
-    with _numbered(stretches) as pieces:
+def show_in(mapping: Mapping, extents: Sequence[FileExtent]) -> None:
+    """Show extents where `mapping` showed others. Raises as `show`."""
+    alignment_of(extents)
+    with _numbered(extents) as pieces:
         try:
             mapping.redirect(pieces)
         except OSError as error:
@@ -170,14 +170,14 @@ def show_in(mapping: Mapping, stretches: Sequence[Stretch]) -> None:
 
 
 @contextlib.contextmanager
-def _numbered(stretches: Sequence[Stretch]) -> Iterator[list[tuple[int, int, int]]]:
-    """Keep the descriptors of stretches open, and give each as (number, offset, length)."""
+def _numbered(extents: Sequence[FileExtent]) -> Iterator[list[tuple[int, int, int]]]:
+    """Keep the descriptors of extents open, and give each as (number, offset, length)."""
     with contextlib.ExitStack() as uses:
-        numbers = {fd: uses.enter_context(fd.use()) for fd in {stretch.fd for stretch in stretches}}
-        yield [(numbers[stretch.fd], stretch.offset, stretch.length) for stretch in stretches]
+        numbers = {fd: uses.enter_context(fd.use()) for fd in {extent.fd for extent in extents}}
+        yield [(numbers[extent.fd], extent.offset, extent.length) for extent in extents]
 
 
-def alignment_of(stretches: Sequence[Stretch]) -> int:
+def alignment_of(extents: Sequence[FileExtent]) -> int:
     """Return what the address of the first is to be a multiple of.
 
     Raises
@@ -186,11 +186,11 @@ def alignment_of(stretches: Sequence[Stretch]) -> int:
         `kIOReturnUnsupported`: large pages would come to lie at a place that is none of theirs.
     """
     place = 0
-    for stretch in stretches:
-        if place % stretch.page:
-            raise _within_a_page(stretch.page)
-        place += stretch.length
-    return max(stretch.alignment for stretch in stretches)
+    for extent in extents:
+        if place % extent.page:
+            raise _within_a_page(extent.page)
+        place += extent.length
+    return max(extent.alignment for extent in extents)
 
 
 def _within_a_page(page: int) -> UnsupportedError:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from iobmd._internal.process_local import Fd
-    from iobmd.memory.shmem import Stretch
+    from iobmd.memory.shmem import FileExtent
     from iobmd.remote.guest import Guest
     from iobmd.task.task import Task
 
@@ -59,7 +59,7 @@ class RemoteMapping:
     ----------
     task : Task
         The other task.
-    stretches : sequence of Stretch
+    stretches : sequence of FileExtent
         What is mapped there, of one object or of several; they are not needed any more afterwards.
     at : int
         The address, where nothing may be mapped yet; 0 for any.
@@ -84,7 +84,7 @@ class RemoteMapping:
     def __init__(
         self,
         task: Task,
-        stretches: Sequence[Stretch],
+        stretches: Sequence[FileExtent],
         *,
         at: int = 0,
         writable: bool = True,
@@ -111,7 +111,7 @@ class RemoteMapping:
                 self.close()
             raise
 
-    def _make(self, stretches: Sequence[Stretch], at: int, alignment: int) -> None:
+    def _make(self, stretches: Sequence[FileExtent], at: int, alignment: int) -> None:
         def work(guest: Guest) -> None:
             self._open(guest, stretches, at, alignment)
 
@@ -121,7 +121,7 @@ class RemoteMapping:
             self._whole = (0, 0)
             self.stopped_ns = max(self.stopped_ns, _with_guest(self.task, work, standing=True))
 
-    def _open(self, guest: Guest, stretches: Sequence[Stretch], at: int, alignment: int) -> None:
+    def _open(self, guest: Guest, stretches: Sequence[FileExtent], at: int, alignment: int) -> None:
         try:
             self._map(guest, stretches, at, alignment)
         except BaseException:
@@ -131,7 +131,7 @@ class RemoteMapping:
                 self._whole = (0, 0)
             raise
 
-    def _map(self, guest: Guest, stretches: Sequence[Stretch], at: int, alignment: int) -> None:
+    def _map(self, guest: Guest, stretches: Sequence[FileExtent], at: int, alignment: int) -> None:
         in_parts = self._margin or len(stretches) > 1 or alignment > PAGE_SIZE
         reserved = self._reserve(guest, at, alignment) if in_parts else 0
         place = reserved + self._margin if reserved else at
@@ -168,7 +168,7 @@ class RemoteMapping:
         self._whole = (aligned, size)
         return aligned
 
-    def _show(self, guest: Guest, stretches: Sequence[Stretch], place: int, flags: int, protection: int) -> int:
+    def _show(self, guest: Guest, stretches: Sequence[FileExtent], place: int, flags: int, protection: int) -> int:
         """Map stretches behind each other; returns where the first is. A descriptor goes there once for its run."""
         first = 0
         passage = _Passage(guest)
@@ -183,7 +183,7 @@ class RemoteMapping:
         return first
 
     @staticmethod
-    def _map_object(guest: Guest, place: int, stretch: Stretch, flags: int, protection: int) -> int:
+    def _map_object(guest: Guest, place: int, stretch: FileExtent, flags: int, protection: int) -> int:
         try:
             return guest.call("mmap", place, stretch.length, protection, flags, _OBJECT, stretch.offset)
         except OSError as error:
@@ -191,7 +191,7 @@ class RemoteMapping:
                 raise
             raise OSError(errno.EMFILE, "recvmsg") from None  # the message came without it
 
-    def redirect(self, stretches: Sequence[Stretch]) -> None:
+    def redirect(self, stretches: Sequence[FileExtent]) -> None:
         """Show other pages at the same addresses, a stretch at a time. Raises as the constructor."""
         alignment_of(stretches)
 
