@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from iobmd.backing.contents import CopyOf, FrozenCopyOf
 from iobmd.constants import IOOptionBits
-from iobmd.contents import CopyOf, FrozenCopyOf
 from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
 from iobmd.descriptors.options import DIRECTION_NAMES
 from iobmd.errors import BadArgumentError

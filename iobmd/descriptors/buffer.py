@@ -7,8 +7,8 @@ import warnings
 from typing import TYPE_CHECKING, Self, cast
 
 from iobmd._native.mapping import Exporter, Mapping
+from iobmd.backing.contents import CopyOf
 from iobmd.constants import IOOptionBits, kIOMemoryIncoherentIOFlush
-from iobmd.contents import CopyOf
 from iobmd.descriptors import address_index, allocation
 from iobmd.descriptors.descriptor import IOMemoryDescriptor
 from iobmd.descriptors.options import (

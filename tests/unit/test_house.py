@@ -22,7 +22,6 @@ FLOORS = [
     {"iommu"},
     {"descriptors"},
     {"backing"},
-    {"contents"},
     {"physical", "purgeable", "remote"},
     {"memory"},
     {"pagemap"},
