@@ -30,6 +30,8 @@ cdef enum:
     STEP = 4096  # pages a step: 16 MiB hold up the address space for a tenth of a millisecond
     SPARSE = 1 << 28  # bytes of which most may be empty
 
+ABSENT = PRESENT_BIT | SWAP_BIT, 0
+GUARDED = GUARD_BIT, GUARD_BIT  # Linux 6.15
 PAGE_IS_WRITTEN = C_PAGE_IS_WRITTEN
 PAGE_IS_PRESENT = C_PAGE_IS_PRESENT
 PAGE_IS_SWAPPED = C_PAGE_IS_SWAPPED
@@ -76,6 +78,32 @@ def read_entries(int fd, uint64_t first, size_t most):
         if entries != few:
             free(entries)
     return found
+
+
+def first_entry(int fd, uint64_t first, uint64_t last, uint64_t mask, uint64_t value):
+    """Return the first page number from `first` to below `last` whose entry has `value` in the bits of `mask`.
+
+    None: no page has, or the address space ends before. `ABSENT` and `GUARDED` are such pairs. Raises OSError.
+    """
+    cdef uint64_t *entries = <uint64_t *>malloc(ENTRIES * sizeof(uint64_t))
+    cdef ssize_t got = 0, index = 0
+    cdef int error
+    if entries == NULL:
+        raise MemoryError
+    with nogil:
+        while first < last:
+            got = iobmd_entries(fd, first, entries, min(last - first, <uint64_t>ENTRIES))
+            index = 0
+            while index < got and entries[index] & mask != value:
+                index += 1
+            if index < got or got < 1:
+                break
+            first += got
+        error = errno
+        free(entries)
+    if got < 0:
+        raise OSError(error, f"read of pagemap: {strerror(error).decode()}")
+    return first + index if index < got else None
 
 
 def scan(int fd, uint64_t start, uint64_t end, uint64_t required, uint64_t excluded, bint protect=False):

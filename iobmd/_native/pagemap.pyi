@@ -3,6 +3,8 @@ from typing import Self, final
 
 from typing_extensions import disjoint_base
 
+ABSENT: tuple[int, int]
+GUARDED: tuple[int, int]
 PAGE_IS_HUGE: int
 PAGE_IS_PFNZERO: int
 PAGE_IS_PRESENT: int
@@ -10,6 +12,7 @@ PAGE_IS_SWAPPED: int
 PAGE_IS_WRITTEN: int
 
 def amount(fd: int, start: int, end: int, required: int, excluded: int, limit: int) -> int: ...
+def first_entry(fd: int, first: int, last: int, mask: int, value: int) -> int | None: ...
 def read_entries(fd: int, first: int, most: int) -> list[tuple[bool, bool, int | None, bool, bool, bool, bool]]: ...
 def scan(
     fd: int, start: int, end: int, required: int, excluded: int, protect: bool = False

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import host, procfs
+from iobmd._native import pagemap
 from iobmd.constants import IOReturn
 from iobmd.task import extents
 from iobmd.units import PAGE_SIZE, format_size, pages, round_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from iobmd.procfs import VMA, Details
 
 _DEVICE_FLAGS = frozenset({"io", "pf"})  # VM_IO, VM_PFNMAP: no page that can be pinned or copied
 _IN_MEMORY = ("tmpfs", "ramfs", "hugetlbfs")
-_PRESENT, _SWAPPED, _GUARD = 63, 62, 58  # bits of a pagemap entry; guard regions: Linux 6.15
-_ENTRY = 8
-_CHUNK = 8192  # entries read at a time
 _PATIENCE = 1.0  # seconds for all files of a range to be found
 
 
@@ -165,34 +160,19 @@ def _past_the_end(lengths: _Lengths, area: VMA, place: int, stop: int, page: int
 
 
 def _guarded(pid: int, area: VMA, place: int, stop: int) -> Obstacle | None:
-    at = _first(pid, place, stop, _is_guard)
+    at = _first(pid, place, stop, pagemap.GUARDED)
     if at is None:
         return None
     return Obstacle(at, IOReturn.kIOReturnVMError, f"it is a guard page (MADV_GUARD_INSTALL), in {area}")
 
 
-def _first(pid: int, place: int, stop: int, wanted: Callable[[int, int], int]) -> int | None:
-    """Return the first address of a range whose page's entry is wanted; None: there is none, or it is not shown.
-
-    `wanted` is given many entries as one number, and the number that has the lowest bit of each set.
-    """
-    first, last = place // PAGE_SIZE, pages(stop)
-    with contextlib.suppress(OSError), open(procfs.memory_file(pid, "pagemap"), "rb", buffering=0) as pagemap:
-        for index in range(first, last, _CHUNK):
-            raw = os.pread(pagemap.fileno(), min(_CHUNK, last - index) * _ENTRY, index * _ENTRY)
-            ones = int.from_bytes((b"\1" + bytes(_ENTRY - 1)) * (len(raw) // _ENTRY), "little")
-            if found := wanted(int.from_bytes(raw, "little"), ones):
-                page = index + ((found & -found).bit_length() - 1) // (8 * _ENTRY)
-                return max(place, page * PAGE_SIZE)
+def _first(pid: int, place: int, stop: int, wanted: tuple[int, int]) -> int | None:
+    """Return the first address of a range whose page's entry is wanted; None: there is none, or it is not shown."""
+    with contextlib.suppress(OSError), open(procfs.memory_file(pid, "pagemap"), "rb", buffering=0) as opened:
+        page = pagemap.first_entry(opened.fileno(), place // PAGE_SIZE, pages(stop), *wanted)
+        if page is not None:
+            return max(place, page * PAGE_SIZE)
     return None
-
-
-def _is_guard(entries: int, ones: int) -> int:
-    return entries >> _GUARD & ones
-
-
-def _is_missing(entries: int, ones: int) -> int:
-    return ~(entries >> _PRESENT | entries >> _SWAPPED) & ones
 
 
 def _pool_exhausted(pid: int, area: VMA, place: int, stop: int, page: int, *, reserved: bool) -> Obstacle | None:
@@ -200,7 +180,7 @@ def _pool_exhausted(pid: int, area: VMA, place: int, stop: int, page: int, *, re
     pool = next((pool for pool in host.hugetlb_pools() if pool.size == page), None)
     if pool is None or (pool.free if reserved else pool.available):
         return None
-    missing = _first(pid, place, stop, _is_missing)
+    missing = _first(pid, place, stop, pagemap.ABSENT)
     if missing is None:
         return None
     why = (

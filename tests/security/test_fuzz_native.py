@@ -135,6 +135,9 @@ def test_entries(tmp_path: Path, table: list[int]) -> None:
     try:
         found = pagemap.read_entries(fd, 0, 200)
         tally = pagemap.Walk(fd, PAGE, 0, 0, 0, False, False).total(0, len(table) * PAGE)
+        for mask, value in (pagemap.ABSENT, pagemap.GUARDED, (3, 1)):
+            first = next((page for page, entry in enumerate(table) if entry & mask == value), None)
+            assert pagemap.first_entry(fd, 0, 200, mask, value) == first
     finally:
         os.close(fd)
     assert len(found) == len(table)
