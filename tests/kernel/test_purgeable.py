@@ -429,7 +429,8 @@ def test_prepared_memory_is_not_volatile(shared: bool) -> None:
 def test_with_little_to_lock(limit: int, deny: dict[str, int], huge: bool) -> None:
     def look() -> tuple[list[IOPurgeable], int]:
         # smaps is read once a window without tracking: fewer windows then
-        size = (4 * MIB if not deny else 2 * MIB) if limit > kernel.PAGE else 64 * kernel.PAGE
+        few, many = (16 * kernel.PAGE, 2 * MIB) if deny else (64 * kernel.PAGE, 4 * MIB)
+        size = many if limit > kernel.PAGE else few
         buffer, data = purgeable(size, huge=huge)
         with buffer:
             buffer.setPurgeable(VOLATILE)
