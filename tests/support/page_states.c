@@ -105,7 +105,7 @@ static char *small_pages_of(size_t size) { return populated(small(size), size); 
 /* Pages are touched in an order of their own, so that frames do not lie as the pages do; some never are. */
 static void anonymous(void)
 {
-    size_t size = 40 * MB, pages = size / PAGE;
+    size_t size = 20 * MB, pages = size / PAGE;
     char *address = small(size);
     for (size_t index = 0; index < pages; index++) {
         size_t page = index * 7919 % pages;
