@@ -64,7 +64,8 @@ def is_asleep(pid: int) -> bool:
     """Say whether a process sleeps, and used no processor for a moment."""
 
     def look() -> tuple[str, list[str]]:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # Any process may call itself anything.
+        state, *fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         return state, fields[10:12] + fields[6:8]  # its times and faults
 
     before = look()
