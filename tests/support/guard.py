@@ -146,7 +146,7 @@ def descendants(pid: int) -> list[int]:
     parents: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            parent = int((entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
             parents.setdefault(parent, []).append(int(entry.name))
     found, waiting = [], [pid]
     while waiting:
