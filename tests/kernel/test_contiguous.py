@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import kernel, room
+from support import contiguous_memory, kernel
 from support.child import NOBODY, forked, in_child
 from support.kernel import frames, held, is_given_back
 from support.targets import until
@@ -105,8 +105,8 @@ def test_contiguous_copy() -> None:
 @pytest.mark.usefixtures("nothing_left")
 def test_sixty_four_megabytes_without_a_pool() -> None:
     with iobmd.policy(memory_budget=2 * GIB, time_budget=10):
-        buffer = room.allocated(
-            lambda: iobmd.allocate(64 * MIB, contiguous=True), lambda: room.is_found(64 * MIB, 2 * GIB)
+        buffer = contiguous_memory.allocated(
+            lambda: iobmd.allocate(64 * MIB, contiguous=True), lambda: contiguous_memory.is_found(64 * MIB, 2 * GIB)
         )
     if buffer is not None:
         with buffer:
@@ -185,7 +185,9 @@ def test_a_child_inherits_it() -> None:
 def test_reserve(size: int, setting: Setting) -> None:
     """For a GiB the kernel makes room in the pool as the proof here does: a refusal is right if that fails too."""
     with iobmd.policy(reserve=True, memory_budget=size):
-        buffer = room.allocated(lambda: iobmd.allocate(size, contiguous=True), lambda: room.is_made(setting))
+        buffer = contiguous_memory.allocated(
+            lambda: iobmd.allocate(size, contiguous=True), lambda: contiguous_memory.is_made(setting)
+        )
     if buffer is not None:
         with buffer:
             assert is_contiguous(buffer.getBytesNoCopy(), size)

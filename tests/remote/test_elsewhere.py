@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import kernel, room
+from support import contiguous_memory, kernel
 from support.child import in_child, sleeping, until_asleep
 from support.kernel import frames
 from support.refusals import code_of
@@ -117,8 +117,9 @@ def test_contiguous_in_pieces_of_the_object(
 ) -> None:
     """8 MiB seldom come in order: the pieces are mapped one by one, in both tasks, and as a part too."""
     with iobmd.policy(memory_budget=1 << 30, time_budget=10):
-        buffer = room.allocated(
-            lambda: iobmd.allocate(8 * MIB, contiguous=True, shared=True), lambda: room.is_found(8 * MIB, 1 << 30)
+        buffer = contiguous_memory.allocated(
+            lambda: iobmd.allocate(8 * MIB, contiguous=True, shared=True),
+            lambda: contiguous_memory.is_found(8 * MIB, 1 << 30),
         )
     if buffer is None:
         return

@@ -5,7 +5,7 @@ import mmap
 import os
 
 import pytest
-from support import room
+from support import contiguous_memory
 from support.kernel import frames
 from support.proof import PAGE, Proof
 
@@ -35,7 +35,7 @@ BELOW_4G = 0xFFFFFFFF
     ids=str,
 )
 def test_wired(proof: Proof, size: int, keywords: dict[str, object]) -> None:
-    with room.allocated_beside_others(size, **keywords) as buffer:
+    with contiguous_memory.allocated_beside_others(size, **keywords) as buffer:
         pieces = proof.holds(buffer)
         assert pieces >= min(len(buffer.segments()), 2)
         if keywords.get("contiguous"):
@@ -45,7 +45,7 @@ def test_wired(proof: Proof, size: int, keywords: dict[str, object]) -> None:
 
 @pytest.mark.usefixtures("restless")
 def test_masked(proof: Proof) -> None:
-    with room.allocated_beside_others(MIB, physical_mask=BELOW_4G) as buffer:
+    with contiguous_memory.allocated_beside_others(MIB, physical_mask=BELOW_4G) as buffer:
         assert all(address + length <= 1 << 32 for address, length in buffer.segments())
         proof.holds(buffer)
 
