@@ -50,6 +50,17 @@ def test_cgroups(group: Path, form: list[str], capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.needs("root", "memory_cgroup")
+def test_doctor_in_such_a_group(group: Path) -> None:
+    program = (
+        f"open({str(group / 'cgroup.procs')!r}, 'w').write('0')\nimport iobmd_command\n"
+        "raise SystemExit(iobmd_command.main())"
+    )
+    shown = subprocess.run([sys.executable, "-c", program, "doctor"], capture_output=True, text=True, check=False)
+    assert "memory" in shown.stdout, "the control"
+    assert "\x1b" not in shown.stdout + shown.stderr
+
+
+@pytest.mark.needs("root", "memory_cgroup")
 def test_groups_whose_names_have_ends_of_lines(group: Path) -> None:
     """/proc/PID/cgroup shows them: they made every check of a limit fail, and so every allocation in the group."""
     with sleeping() as program:

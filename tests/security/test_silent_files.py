@@ -15,6 +15,7 @@ from support.fuse import FILE_SYSTEM
 
 import iobmd
 from iobmd import IOReturn, procfs
+from iobmd._internal import pidns
 from iobmd.pagemap import frame
 from iobmd.task import obstacles
 
@@ -127,9 +128,33 @@ def test_ctrl_c_ends_a_command_that_the_kernel_keeps_waiting(target: Silent) -> 
             command.kill()
 
 
+@pytest.mark.needs("root")
+def test_ctrl_c_ends_a_read_of_such_a_file(target: Silent) -> None:
+    """Of a page that its server has not delivered: long before the time is over that it was given."""
+    where = [str(target.pid), hex(target.at + MIB // 2), "4096", "--pageable", "--timeout", "600"]
+    program = [sys.executable, "-c", "import iobmd_command; raise SystemExit(iobmd_command.main())", "copy", *where]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as command:
+        try:
+            end = time.monotonic() + PATIENCE
+            while not children(command.pid):  # which reads for it
+                assert time.monotonic() < end
+                assert command.poll() is None
+                time.sleep(0.01)
+            command.send_signal(signal.SIGINT)
+            command.communicate(timeout=PATIENCE)
+            assert command.returncode == 130
+        finally:
+            command.kill()
+
+
+def children(pid: int) -> str:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text()
+
+
 @pytest.mark.needs("root", "frames")
 def test_one_task_does_not_stall_the_search_of_all(target: Silent, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frame, "_PATIENCE", 1.0)
+    monkeypatch.setattr(pidns, "pids", lambda: [target.pid, os.getpid()])  # others take as long as they are many
     target.hold_its_maps()
     with iobmd.allocate(4096) as buffer:
         physical = buffer.getPhysicalAddress()
