@@ -41,7 +41,7 @@ cdef extern from * nogil:
     #define IOBMD_CLOSE_RANGE_UNSHARE 2
 
     enum { IOBMD_RANGES = 4096, IOBMD_STACK = 16 << 10, IOBMD_BOUNCE = 64 << 10, IOBMD_CALL = 1 << 20 };
-    enum iobmd_mode { IOBMD_BOUNCED, IOBMD_DIRECT, IOBMD_COUNTED };
+    enum iobmd_mode { IOBMD_BOUNCED, IOBMD_DIRECT, IOBMD_COUNTED, IOBMD_RESIDENT };
 
     struct iobmd_range {
         uint64_t at;                        /* in the file */
@@ -339,6 +339,27 @@ cdef extern from * nogil:
         return 0;
     }
 
+    /* Count the bytes of a range of a file whose pages are in memory (mincore(2)); returns an error number. */
+    static long iobmd_attempt_resident(struct iobmd_attempt *job, long fd, struct iobmd_range range)
+    {
+        unsigned char there[IOBMD_CALL / 4096];
+        size_t step;
+        for (size_t done = 0; done < range.size; done += step) {
+            long start, error;
+            step = range.size - done < IOBMD_CALL ? range.size - done : IOBMD_CALL;
+            start = iobmd_raw(SYS_mmap, 0, (long)step, PROT_READ, MAP_SHARED, fd, (long)(range.at + done));
+            if (start < 0 && start > -4096)
+                return -start;
+            error = iobmd_raw(SYS_mincore, start, (long)step, (long)there, 0, 0, 0);
+            iobmd_raw(SYS_munmap, start, (long)step, 0, 0, 0, 0);
+            if (error)
+                return -error;
+            for (size_t page = 0; page < step / job->page; page++)
+                job->moved += there[page] & 1 ? job->page : 0;
+        }
+        return 0;
+    }
+
     static int iobmd_attempt_body(void *argument)
     {
         struct iobmd_attempt *job = (struct iobmd_attempt *)argument;
@@ -352,8 +373,9 @@ cdef extern from * nogil:
             error = fd < 0 ? -fd : 0;
         }
         for (unsigned int index = 0; index < job->count && !error; index++)
-            error = job->mode == IOBMD_BOUNCED ? iobmd_attempt_bounced(job, fd, job->ranges[index])
-                                               : iobmd_attempt_direct(job, fd, job->ranges[index]);
+            error = job->mode == IOBMD_BOUNCED    ? iobmd_attempt_bounced(job, fd, job->ranges[index])
+                    : job->mode == IOBMD_RESIDENT ? iobmd_attempt_resident(job, fd, job->ranges[index])
+                                                  : iobmd_attempt_direct(job, fd, job->ranges[index]);
         job->error = (int)error;
         return 0;
     }
@@ -444,6 +466,7 @@ cdef extern from * nogil:
         IOBMD_BOUNCED
         IOBMD_DIRECT
         IOBMD_COUNTED
+        IOBMD_RESIDENT
     struct iobmd_range:
         uint64_t at
         char *ours

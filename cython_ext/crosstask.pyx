@@ -12,8 +12,8 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
 from attempt cimport (
-    IOBMD_BOUNCE, IOBMD_BOUNCED, IOBMD_COUNTED, IOBMD_DIRECT, IOBMD_RANGES, iobmd_attempt, iobmd_attempt_free,
-    iobmd_attempt_new, iobmd_attempt_start, iobmd_attempt_wait, iobmd_has_exited,
+    IOBMD_BOUNCE, IOBMD_BOUNCED, IOBMD_COUNTED, IOBMD_DIRECT, IOBMD_RANGES, IOBMD_RESIDENT, iobmd_attempt,
+    iobmd_attempt_free, iobmd_attempt_new, iobmd_attempt_start, iobmd_attempt_wait, iobmd_has_exited,
 )
 from mman cimport C_MADV_PAGEOUT, C_MADV_POPULATE_WRITE, C_MS_ASYNC, c_madvise, c_msync, iobmd_fault_in_huge
 from pagemap_entry cimport PRESENT_BIT, SWAP_BIT, UFFD_WP_BIT, iobmd_entries, iobmd_is_swapped
@@ -660,6 +660,8 @@ cdef class Attempt:
         no other program, so that the child writes where the bytes belong. It allocates nothing in the file.
     count
         Only count the bytes of such a file that are not in holes, as those moved.
+    resident
+        Only count the bytes of a file, in whole pages, that are in memory, as those moved.
     page, fresh, holes
         The page size here; the destination is zero, and stays untouched where the file has holes; the file answers
         SEEK_DATA (hugetlbfs does not, and a read of it returns zeros for a hole).
@@ -669,19 +671,21 @@ cdef class Attempt:
 
     def __cinit__(self, ranges, *, int task=0, int pidfd=-1, int file=-1, bint write=False, paths=(),
                   uint64_t inode=0, uint64_t device=0, bint opened=True, ours=None, bint count=False,
-                  size_t page=0, bint fresh=False, bint holes=True):
+                  bint resident=False, size_t page=0, bint fresh=False, bint holes=True):
         cdef bytes joined = b"".join([path + b"\0" for path in paths]) + b"\0" if paths else b""
         cdef size_t length, room = IOBMD_BOUNCE if ours is not None else 0
         cdef uint64_t at
         cdef uintptr_t here
         if len(ranges) > IOBMD_RANGES:
             raise ValueError("too many ranges")
-        if ours is None and not count:
+        if ours is None and not count and not resident:
             room = sum([length for _at, length in ranges])
         self.job = iobmd_attempt_new(len(ranges), room, joined, len(joined))
         if self.job == NULL:
             raise OSError(errno, f"mmap: {strerror(errno).decode()}")
-        self.job.mode = IOBMD_COUNTED if count else IOBMD_BOUNCED if ours is None else IOBMD_DIRECT
+        self.job.mode = IOBMD_BOUNCED if ours is None else IOBMD_DIRECT
+        if count or resident:
+            self.job.mode = IOBMD_COUNTED if count else IOBMD_RESIDENT
         self.job.task, self.job.task_pidfd, self.job.file, self.job.writing = task, pidfd, file, write
         self.job.inode, self.job.device, self.job.found_only = inode, device, not opened
         self.job.page, self.job.fresh, self.job.holes = page, fresh, holes

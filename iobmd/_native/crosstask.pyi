@@ -31,6 +31,7 @@ class Attempt:
         opened: bool = True,
         ours: Sequence[int] | None = None,
         count: bool = False,
+        resident: bool = False,
         page: int = 0,
         fresh: bool = False,
         holes: bool = True,

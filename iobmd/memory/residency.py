@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iobmd import pagemap, procfs
 from iobmd._native import mman
-from iobmd._native.mapping import Mapping
 from iobmd.host import headroom
 from iobmd.task import attempt
 from iobmd.task.task import kernel_task
@@ -93,33 +89,13 @@ def _resident(task: Task, area: procfs.VMA, start: int, end: int) -> int:
     with contextlib.suppress(OSError):
         if procfs.is_leased(area):
             return mapped
-        fd = _open(procfs.memory_file(task.pid, f"map_files/{area.start:x}-{area.end:x}"), area.inode)
-        try:
-            seen = Mapping.view([(fd, area.offset + start - area.start, end - start)], 0, False, 0, PAGE_SIZE)
-        finally:
-            os.close(fd)
-        try:
-            return max(mapped, _in_memory(seen.address, seen.size))
-        finally:
-            seen.close()
+        # By a child: this process would lose its POSIX locks on the file when it closed it.
+        path = procfs.memory_file(task.pid, f"map_files/{area.start:x}-{area.end:x}")
+        file = attempt.find([path], area.inode, 0, _PATIENCE)
+        if file and not file.has_server:  # which may never answer
+            first = area.offset + start - area.start
+            return max(mapped, attempt.resident(file, first, first + end - start, _PATIENCE))
     return mapped
-
-
-def _open(path: str, inode: int) -> int:
-    """Open a regular file that another task maps, unless a program serves it (FUSE): that may never answer.
-
-    Raises OSError.
-    """
-    place = os.open(path, os.O_PATH | os.O_CLOEXEC)  # which asks no server
-    try:
-        # By a child that can be killed. The descriptor names the same file to both, whatever the task maps next.
-        here = f"/proc/{Path('/proc/self').readlink()}/fd/{place}"
-        file = attempt.find([here], inode, 0, _PATIENCE)
-        if file is None or file.has_server:
-            raise OSError(errno.EACCES, "another program serves it")
-        return os.open(here, os.O_RDONLY | os.O_CLOEXEC)
-    finally:
-        os.close(place)
 
 
 def _own_pages(task: Task, address: int, size: int) -> int:

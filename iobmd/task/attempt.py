@@ -127,6 +127,16 @@ def count(file: File, ranges: Sequence[Range], timeout: float) -> int:
     return total
 
 
+def resident(file: File, start: int, end: int, timeout: float) -> int:
+    """Return how many bytes of a range of offsets in a file, whole pages, are in memory; 0 if that stays unknown."""
+    batch = [(start, end - start)]
+    attempt = crosstask.Attempt(batch, resident=True, page=PAGE_SIZE, **_named(file))
+    try:
+        return 0 if _run(attempt, timeout) else attempt.moved
+    finally:
+        attempt.end()
+
+
 def read(
     ends: Ends, file: File, ranges: Sequence[Range], timeout: float, *, fresh: bool, holes: bool
 ) -> tuple[int, int]:
