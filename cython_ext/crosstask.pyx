@@ -302,10 +302,12 @@ cdef struct Look:
 
 cdef bint _is_full(Look *look, uint64_t start, uint64_t end, Kind kind) noexcept nogil:
     """Add a run, joined to the one before it; or say that there is no room for it."""
-    cdef Run *last = &look.runs[look.count - 1]
-    if look.count and last.end == start and last.kind == kind:
-        last.end = end
-        return False
+    cdef Run *last
+    if look.count:
+        last = &look.runs[look.count - 1]
+        if last.end == start and last.kind == kind:
+            last.end = end
+            return False
     if look.count == RUNS:
         return True
     look.runs[look.count].start, look.runs[look.count].end, look.runs[look.count].kind = start, end, kind
