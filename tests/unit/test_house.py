@@ -128,3 +128,10 @@ def test_import_loads_nothing_heavy(module: str) -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout.split()
     assert not {"psutil", "rich", "argparse", "subprocess", "ctypes", "dataclasses", "ptrace"} & set(loaded)
+
+
+def test_extensions_carry_no_debug_information() -> None:
+    """Most of a wheel was that (cython_ext/cflags)."""
+    built = [*PACKAGE.glob("_native/*.so"), *TOOLS.glob("bench/*.so")]
+    assert built
+    assert not [path.name for path in built if b".debug_info" in path.read_bytes()]
