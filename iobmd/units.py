@@ -1,4 +1,4 @@
-"""Sizes: this host's page size, rounding, and sizes as people write and read them."""
+"""The host's page size, rounding, and the text form of sizes and times."""
 
 import mmap
 import re
@@ -7,7 +7,7 @@ PAGE_SIZE = mmap.PAGESIZE
 """Bytes in a base page of this host (sysconf(_SC_PAGESIZE))."""
 
 HUGE_PAGE_SIZE = 2 << 20
-"""Bytes a PMD maps with 4 KiB base pages; used to place mappings so that they can be huge."""
+"""Bytes a PMD maps with 4 KiB base pages; mappings are aligned to it so that they can be huge."""
 
 _SUFFIXES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = r"(0x[0-9a-f]+|[0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(?:i?b)?"
@@ -57,10 +57,19 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: int) -> str:
-    """Write a size for people, in binary units with at most one decimal: `64 KiB`, `1.5 GiB`."""
+    """Write a size in binary units with at most one decimal: `64 KiB`, `1.5 GiB`."""
     amount, unit = float(size), "B"
     for bigger in ("KiB", "MiB", "GiB", "TiB"):
         if amount < 1024:
             break
         amount, unit = amount / 1024, bigger
     return f"{amount:.1f}".removesuffix(".0") + f" {unit}"
+
+
+def format_time(seconds: float) -> str:
+    """Write a duration with three significant digits in the unit that fits: `965 µs`, `1.59 s`, `125 s`."""
+    for limit, factor, unit in ((1e-6, 1e9, "ns"), (1e-3, 1e6, "µs"), (1.0, 1e3, "ms")):
+        # Rounded first: 999.7 µs is 1 ms.
+        if float(f"{seconds:.3g}") < limit:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"

@@ -1,4 +1,4 @@
-"""The `iobmd` command. Each subcommand is one module with `main(argv) -> int`, imported only when asked for."""
+"""The `iobmd` command. Each subcommand is one module with `main(argv) -> int`, imported only when it runs."""
 
 import importlib
 import os
@@ -10,11 +10,11 @@ from iobmd.cli.printable import printable
 from iobmd.errors import IOReturnError
 
 COMMANDS = {
-    "demo": ("iobmd.cli.demo.command", "copy memory out of another process into wired buffers, and prove it"),
+    "demo": ("iobmd.cli.demo.command", "copy memory from another process into wired buffers, and verify the copies"),
     "copy": ("iobmd.cli.copy", "copy a range of a process's memory to a file"),
-    "share": ("iobmd.cli.share", "map memory into another process, and hold it there"),
-    "alloc": ("iobmd.cli.alloc", "allocate wired, contiguous or low memory, and show where it lies"),
-    "doctor": ("iobmd.cli.doctor", "show what this host can do, and how to turn on what it cannot"),
+    "share": ("iobmd.cli.share", "map memory into another process, until interrupted"),
+    "alloc": ("iobmd.cli.alloc", "allocate wired, contiguous or masked memory, and show where it lies"),
+    "doctor": ("iobmd.cli.doctor", "report what this host supports, and how to enable the rest"),
 }
 """Subcommands: the name of the module that runs each, and its summary.
 
@@ -29,16 +29,16 @@ def _usage() -> str:
     commands = "\n".join(f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
     return (
         "usage: iobmd [-h] [--version] COMMAND ...\n\n"
-        "Real wired, copied and inspected memory on Linux.\n\n"
+        "Allocate, copy and inspect wired memory on Linux.\n\n"
         f"commands:\n{commands}\n\n"
-        "`iobmd COMMAND --help` tells more about each."
+        "`iobmd COMMAND --help` describes its options."
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: this process's) and return its exit code.
 
-    0: done; 1: it failed, with one line on stderr that says why; 2: wrong usage.
+    0: success; 1: failure, with the reason on one line of stderr; 2: wrong usage; 130: interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] in (["--version"], ["-V"]):
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_usage())
         return EXIT_OK
     if not arguments or arguments[0] not in COMMANDS:
-        wrong = f"iobmd: no command {arguments[0]!r}\n" if arguments else ""
+        wrong = f"iobmd: unknown command {arguments[0]!r}\n" if arguments else ""
         print(f"{wrong}{_usage()}", file=sys.stderr)
         return EXIT_USAGE
     return _run(arguments[0], arguments[1:])
@@ -56,12 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(name: str, arguments: list[str]) -> int:
     try:
-        if sys.stdout is None:  # closed by whoever started us
+        if sys.stdout is None:  # closed by the parent process
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the end)
         code: int = importlib.import_module(COMMANDS[name][0]).main(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read our output went away: not an error, and the interpreter's last flush must not fail.
+        # The reader of the output has exited. The interpreter's last flush must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except OSError as error:

@@ -1,4 +1,4 @@
-"""`iobmd alloc`: allocate as a driver would, and show what the kernel gave."""
+"""`iobmd alloc`: allocate memory as a driver would, and show where it lies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from iobmd.cli import EXIT_OK, table
 from iobmd.cli.arguments import duration, size
 from iobmd.errors import IOReturnError, NotPrivilegedError, NotReadyError
 from iobmd.physical.policy import policy
-from iobmd.units import format_size
+from iobmd.units import format_size, format_time
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
 
 SHOWN = 16
-"""Segments shown to people; --json has all."""
+"""Segments shown in the table; --json has all."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,19 +51,19 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="iobmd alloc",
-        description="Allocate wired memory, show where it lies, and give it back.",
+        description="Allocate wired memory, show where it lies, and free it.",
         epilog="Sizes and masks: decimal, 0x hexadecimal, or with a suffix k, M, G, T.",
     )
     parser.add_argument("size", type=size, help="bytes")
-    parser.add_argument("--contiguous", action="store_true", help="in one piece physically")
-    parser.add_argument("--align", type=size, metavar="A", help="align the virtual and the physical address")
+    parser.add_argument("--contiguous", action="store_true", help="physically contiguous")
+    parser.add_argument("--align", type=size, metavar="A", help="alignment of the virtual and the physical address")
     parser.add_argument("--mask", type=size, metavar="M", help="only physical addresses within these bits")
     parser.add_argument(
-        "--hold", type=duration, metavar="SECONDS", help="keep it so long, then verify that it stayed"
+        "--hold", type=duration, metavar="SECONDS", help="hold it for this time, then verify that no page moved"
     )
-    parser.add_argument("--reserve", action="store_true", help="the hugetlb pools may be raised meanwhile (root)")
-    parser.add_argument("--budget", type=size, metavar="SIZE", help="memory that may be held while looking")
-    parser.add_argument("--seconds", type=duration, metavar="S", help="time that may be spent looking (default: 5)")
+    parser.add_argument("--reserve", action="store_true", help="enlarge hugetlb pools temporarily (root)")
+    parser.add_argument("--budget", type=size, metavar="SIZE", help="memory that the search may hold")
+    parser.add_argument("--seconds", type=duration, metavar="S", help="time that the search may take (default: 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser
 
@@ -91,7 +91,7 @@ def _describe(buffer: IOBufferMemoryDescriptor, seconds: float) -> dict[str, Any
 def _show(found: dict[str, Any]) -> None:
     print(
         f"{format_size(found['size'])} at {found['address']:#x}, {found['wiring']}, "
-        f"in {found['seconds'] * 1e3:.3g} ms",
+        f"in {format_time(found['seconds'])}",
         flush=True,
     )
     if found["hidden"]:
@@ -112,4 +112,4 @@ def _verify(buffer: IOBufferMemoryDescriptor) -> None:
     except (NotReadyError, NotPrivilegedError) as error:
         print(f"cannot be verified: {error}", file=sys.stderr)
     else:
-        print("verified: every page is where it was", file=sys.stderr)
+        print("verified: no page has moved", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Types of command line arguments that several commands take."""
+"""Argument types that several commands share."""
 
 import argparse
 import math

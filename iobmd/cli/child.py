@@ -1,12 +1,12 @@
-"""Starting Python programs of iobmd's own."""
+"""The command line that starts a Python program of iobmd."""
 
 import sys
 
 
 def python(*arguments: str) -> list[str]:
-    """Return the command that starts this interpreter without the current directory among its modules' folders.
+    """Return a command that starts this interpreter without the current directory on its module search path.
 
-    `-m` and `-c` would look there first (`-P`, Python 3.11): whoever may write to that directory could have root run
-    an `iobmd` or a `hashlib.py` planted there.
+    Without `-P` (Python 3.11), `-m` and `-c` search that directory first: a user who may write to it could plant an
+    `iobmd` or a `hashlib.py` that root then runs.
     """
     return [sys.executable, "-P", *arguments]

@@ -1,4 +1,4 @@
-"""`iobmd copy`: a range of a process's memory, copied whole or not at all."""
+"""`iobmd copy`: copy a range of a process's memory, all of it or nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from iobmd.errors import BadArgumentError, VMError
 from iobmd.task import diagnosis
 from iobmd.task.task import Task
 from iobmd.task.transfer import TIMEOUT
-from iobmd.units import format_size, parse_size
+from iobmd.units import format_size, format_time, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
 
 PROGRESS_FROM = 256 << 20
-"""Bytes from which a copy takes long enough to watch."""
+"""Size in bytes from which a copy shows its progress."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -81,7 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="iobmd copy",
-        description="Copy a range of a process's memory into a buffer, and from there to a file.",
+        description="Copy a range of a process's memory into a buffer, and optionally to a file.",
         epilog="Sizes and addresses: decimal, 0x hexadecimal, or with a suffix k, M, G, T.",
     )
     parser.add_argument("pid", type=int, help="the process")
@@ -89,29 +89,27 @@ def _parser() -> argparse.ArgumentParser:
         "address",
         help="an address, a range ADDRESS-END, or a mapping: [heap], libc.so.6, or its range as in /proc/PID/maps",
     )
-    parser.add_argument("size", type=size, nargs="?", help="bytes; may be left out with a range or a mapping")
-    parser.add_argument("-o", "--output", metavar="FILE", help="write the bytes there (-: standard output)")
+    parser.add_argument("size", type=size, nargs="?", help="bytes; optional with a range or a mapping")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write the bytes to FILE (-: standard output)")
     parser.add_argument(
-        "--freeze", action="store_true", help="as the bytes are at one moment, for which the process stands still"
+        "--freeze", action="store_true", help="copy the bytes as of one moment; the process is stopped briefly"
     )
     parser.add_argument(
         "--unreadable",
         choices=("raise", "zero"),
         default="raise",
-        help="what cannot be read ends the copy (default), or is zero",
+        help="what to do about bytes that cannot be read: fail (default), or write zeros",
     )
     parser.add_argument(
         "--timeout",
         type=duration,
         default=TIMEOUT,
         metavar="SECONDS",
-        help=f"how long to wait for a page that another program has to deliver (default: {TIMEOUT:g})",
+        help=f"how long to wait for a page that another program must supply (default: {TIMEOUT:g})",
     )
     wiring = parser.add_mutually_exclusive_group()
     wiring.add_argument("--wired", action="store_true", help="into wired memory (default)")
-    wiring.add_argument(
-        "--pageable", action="store_true", help="into pageable memory: needs no limit on locked memory"
-    )
+    wiring.add_argument("--pageable", action="store_true", help="into pageable memory, not limited by RLIMIT_MEMLOCK")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON document")
     return parser
 
@@ -122,9 +120,9 @@ def _range(task: Task, text: str, length: int | None) -> tuple[int, int]:
         raise VMError(f"task {task.pid} has no readable mapping {text!r}: see /proc/{task.pid}/maps")
     start, end = bounds
     if end is None and length is None:
-        raise BadArgumentError(f"how many bytes at {text}? give a SIZE, or a range")
+        raise BadArgumentError(f"the size at {text} is missing: add SIZE or -END")
     if end is not None and length is not None and length > end - start:
-        raise BadArgumentError(f"{length} bytes are more than {text} has: {end - start} bytes")
+        raise BadArgumentError(f"SIZE is {length} bytes, but {text} has only {end - start}")
     return start, length or (end or 0) - start
 
 
@@ -138,7 +136,7 @@ def _numbers(text: str) -> tuple[int, int | None] | None:
 
 
 def _find(task: Task, name: str) -> tuple[int, int] | None:
-    """Return the first readable range mapped as `name`: a path, a file name, [heap], or as /proc/PID/maps has it."""
+    """Return the first readable range mapped as `name`: a path, a file name, [heap], or a range of /proc/PID/maps."""
     found: tuple[int, int] | None = None
     try:
         for area in procfs.maps(task.pid):
@@ -158,11 +156,11 @@ def _find(task: Task, name: str) -> tuple[int, int] | None:
 
 @contextlib.contextmanager
 def _progress(length: int) -> Iterator[Progress | None]:
-    """Show a bar on stderr for a long copy, if somebody watches."""
+    """Show a progress bar for a long copy if stderr is a terminal."""
     if length < PROGRESS_FROM or not sys.stderr.isatty():
         yield None
         return
-    from rich.console import Console  # noqa: PLC0415 (loaded only to be seen)
+    from rich.console import Console  # noqa: PLC0415 (loaded only if it is shown)
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn  # noqa: PLC0415
 
     columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
@@ -172,13 +170,13 @@ def _progress(length: int) -> Iterator[Progress | None]:
 
 
 def _write(buffer: IOBufferMemoryDescriptor, name: str) -> None:
-    """Write the whole buffer, or leave a file that was there as it was."""
+    """Write the whole buffer, or leave an existing file as it was."""
     path = Path(name)
     if name == "-":
         sys.stdout.buffer.write(buffer)
         sys.stdout.buffer.flush()
     else:
-        with replacing(path, 0o600) as file:  # another process's memory is nobody else's business
+        with replacing(path, 0o600) as file:  # only the caller may read another process's memory
             file.write(buffer)
 
 
@@ -189,15 +187,16 @@ def _report(summary: dict[str, object], holes: Sequence[tuple[int, int]], *, as_
     length = int(str(summary["size"]))
     print(
         f"{length} bytes ({format_size(length)}) from {int(str(summary['address'])):#x} of process {summary['pid']} "
-        f"into {summary['wiring']} memory in {float(str(summary['seconds'])) * 1e3:.3g} ms, "
+        f"into {summary['wiring']} memory in {format_time(float(str(summary['seconds'])))}, "
         f"{summary['gigabytes_per_second']} GB/s",
         file=stream,
     )
     if "source_stopped_ms" in summary:
-        print(f"the process stood still for {summary['source_stopped_ms']} ms", file=stream)
+        stopped = format_time(float(str(summary["source_stopped_ms"])) / 1e3)
+        print(f"the process was stopped for {stopped}", file=stream)
     if holes:
         count, lost = len(holes), sum(size for _offset, size in holes)
-        print(f"{lost} bytes in {count} {'place' if count == 1 else 'places'} could not be read", file=stream)
+        print(f"{lost} bytes in {count} {'range' if count == 1 else 'ranges'} could not be read", file=stream)
     print(f"SHA-256 {summary['sha256']}", file=stream)
     if summary["output"] not in (None, "-"):
         print(f"written to {summary['output']}", file=stream)

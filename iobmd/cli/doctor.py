@@ -1,4 +1,4 @@
-"""`iobmd doctor`: what this host can do, and how to turn on what it cannot."""
+"""`iobmd doctor`: report what this host supports, and how to enable the rest."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _MAIN_JOB = "copying another process's memory into a wired buffer"
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="iobmd doctor",
-        description="Show what this host can do for iobmd, what it is good for, and how to turn on what is missing.",
-        epilog=f"Exit code: 0 when the main job ({_MAIN_JOB}) can run here, 1 when not, 2 for wrong usage.",
+        description="Report what this host supports, what each feature is good for, and how to enable missing ones.",
+        epilog=f"Exit code: 0 if the main job ({_MAIN_JOB}) can run here, 1 if it cannot, 2 for wrong usage.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `iobmd doctor` with the arguments `argv`; return 0 when the main job can run here, else 1."""
+    """Run `iobmd doctor` with the arguments `argv`; return 0 if the main job can run here, otherwise 1."""
     arguments = _parser().parse_args(argv)
     found = host.facts()
     if arguments.json:
@@ -56,7 +56,7 @@ def _table(found: list[host.Fact]) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for heading in ("fact", "", "value", "what it is good for"):
-        # "fold": a path longer than its column goes on in the next line and is not cut.
+        # "fold": a path longer than its column continues on the next line instead of being cut.
         table.add_column(heading, overflow="fold")
     for fact in found:
         status = "" if fact.status is host.Status.INFO else fact.status.value
@@ -70,8 +70,8 @@ def _print_report(found: list[host.Fact]) -> None:
 
     Console().print(_table(found))
     if remedies := _remedies(found):
-        # Plain lines of any length: a command that is wrapped here could not be copied.
-        print(f"\nTo turn on (lines under one name are alternatives):\n{remedies}")
+        # Not wrapped, so that commands can be copied.
+        print(f"\nTo enable (the lines of one entry are alternatives):\n{remedies}")
     print(f"\n{_physical(found)}\n{_verdict(found)}")
 
 
@@ -88,17 +88,17 @@ def _remedies(found: list[host.Fact]) -> str:
 
 
 def _physical(found: list[host.Fact]) -> str:
-    """Say what pinning and contiguity this host can give."""
+    """Return a sentence on the pinning and contiguity that this host supports."""
     usable = {fact.name: fact.usable for fact in found}
     pinned = "Wired memory is pinned." if usable["io_uring"] else "Wired memory is resident, and can move."
     if not usable["io_uring"]:
-        return f"{pinned} Contiguous memory: only out of a hugetlb pool."
+        return f"{pinned} Contiguous memory: from a hugetlb pool only."
     if not usable["PFN"] and not usable["THP"]:
-        return f"{pinned} Contiguous memory: none without huge pages, for addresses are hidden."
+        return f"{pinned} Contiguous memory: none, because addresses are hidden and there are no huge pages."
     if not usable["PFN"]:
-        return f"{pinned} Contiguous memory: up to 2 MiB, in one huge page; addresses stay hidden."
+        return f"{pinned} Contiguous memory: up to 2 MiB, in one huge page; addresses are hidden."
     how = "collected huge pages" if usable["THP"] else "a hugetlb pool only"
-    return f"{pinned} Contiguous memory: from {how}, addresses are shown."
+    return f"{pinned} Contiguous memory: from {how}; addresses are visible."
 
 
 def _verdict(found: list[host.Fact]) -> str:

@@ -1,4 +1,4 @@
-"""`iobmd share`: memory of ours in another process, for as long as the command runs."""
+"""`iobmd share`: map memory into another process for as long as the command runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from iobmd.cli.signals import terminable
 from iobmd.constants import IOMapOptions
 from iobmd.errors import NotPrivilegedError, NotReadyError
 from iobmd.task.task import Task
-from iobmd.units import format_size
+from iobmd.units import format_size, format_time
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,16 +54,16 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="iobmd share",
-        description="Map zeroed memory of ours into another process too, until this command is interrupted.",
+        description="Map zeroed memory into this and another process, until the command is interrupted.",
         epilog="Sizes and addresses: decimal, 0x hexadecimal, or with a suffix k, M, G, T.",
     )
-    parser.add_argument("pid", type=int, help="the process; a thread of it is stopped for a moment")
+    parser.add_argument("pid", type=int, help="the process; one of its threads is stopped briefly")
     parser.add_argument("size", type=size, help="bytes")
-    parser.add_argument("--at", type=size, metavar="ADDRESS", help="where in the process (default: anywhere)")
+    parser.add_argument("--at", type=size, metavar="ADDRESS", help="address in the process (default: any)")
     parser.add_argument("--read-only", action="store_true", help="the process may not write to it")
-    parser.add_argument("--contiguous", action="store_true", help="in one piece physically")
-    parser.add_argument("--pageable", action="store_true", help="not wired: needs no limit on locked memory")
-    parser.add_argument("--hold", type=duration, metavar="SECONDS", help="end by itself after so long")
+    parser.add_argument("--contiguous", action="store_true", help="physically contiguous")
+    parser.add_argument("--pageable", action="store_true", help="not wired, not limited by RLIMIT_MEMLOCK")
+    parser.add_argument("--hold", type=duration, metavar="SECONDS", help="exit after this time")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser
 
@@ -95,13 +95,13 @@ def _show(found: dict[str, Any]) -> None:
         first, more = found["segments"][0], len(found["segments"]) - 1
         rest = f", and {more} more" if more else ", all of it"
         print(f"physical: {first['physical']:#x} + {format_size(first['length'])}{rest}")
-    print(f"a thread of the process stood still for {found['stopped_us']:.0f} µs", flush=True)
+    print(f"a thread of the process was stopped for {format_time(found['stopped_us'] / 1e6)}", flush=True)
 
 
 def _hold(task: Task, seconds: float | None) -> None:
-    """Wait until we are interrupted, the process exits, or the time is over."""
+    """Wait until an interrupt, the exit of the process, or the end of the time."""
     if seconds is None:
-        print("interrupt to take it away (Ctrl-C)", file=sys.stderr, flush=True)
+        print("press Ctrl-C to unmap it", file=sys.stderr, flush=True)
     end = None if seconds is None else time.monotonic() + seconds
     poll = select.poll()
     if task.pidfd >= 0:

@@ -1,4 +1,4 @@
-"""How commands are ended that hold something, or that the kernel may keep waiting."""
+"""Signals that end a command which holds a resource, or which the kernel may block."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 
 _ENDING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-_LOOK = 0.5  # seconds between two looks for signals that wait
-_UNTIL = 4  # looks at which one has waited too long
+_LOOK = 0.5  # seconds between two checks for pending signals
+_UNTIL = 4  # checks after which a signal has been pending for too long
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """End the program on a signal even where the kernel keeps the main thread waiting until SIGKILL.
+    """End the program on a signal even while the kernel blocks the main thread until SIGKILL.
 
-    So it is while a task holds the lock of its address space (see `relay`): a signal stays pending until the wait is
-    over. A second thread, which has blocked the signal itself, sees it there (sigpending(2)) and ends the program.
-    Not for commands that stop tasks: their tracers are safer in a program of one thread.
+    This happens while a task holds the lock of its address space (see `relay`): a signal remains pending until the wait
+    ends. A second thread, which has blocked the signal, detects it (sigpending(2)) and ends the program. Do not use this
+    in commands that stop tasks: their tracers are safer in a single-threaded program.
     """
     wanted = True
-    watched = set(_ENDING) - signal.pthread_sigmask(signal.SIG_BLOCK, [])  # what is blocked here stays pending
+    watched = set(_ENDING) - signal.pthread_sigmask(signal.SIG_BLOCK, [])  # signals blocked by the caller remain pending
 
     def watch() -> None:
         looks = dict.fromkeys(watched, 0)
@@ -36,10 +36,10 @@ def interruptible() -> Iterator[None]:
             pending = signal.sigpending()
             looks = {number: count + 1 if number in pending else 0 for number, count in looks.items()}
             if late := next((number for number, count in looks.items() if count >= _UNTIL), 0):
-                os.write(2, b"iobmd: interrupted while the kernel kept it waiting for another process\n")
+                os.write(2, b"iobmd: interrupted while the kernel made it wait for another process\n")
                 os._exit(128 + late)
 
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)  # which the thread takes over
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)  # inherited by the thread
     try:
         with contextlib.suppress(RuntimeError, MemoryError):  # no thread can be started
             _thread.start_new_thread(watch, ())
@@ -53,10 +53,10 @@ def interruptible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP interrupt like Ctrl-C, once each, where we may set their handlers."""
+    """Make SIGTERM and SIGHUP raise KeyboardInterrupt, once each, where handlers can be set."""
 
     def interrupt(number: int, _frame: object) -> None:
-        signal.signal(number, signal.SIG_IGN)  # what follows tidies up: not to be interrupted again
+        signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
         raise KeyboardInterrupt
 
     before = {}

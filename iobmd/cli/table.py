@@ -1,4 +1,4 @@
-"""Tables for people: through rich, loaded only when one is shown."""
+"""Tables on stdout, by rich, which is loaded only if one is printed."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -10,13 +10,13 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *
     Parameters
     ----------
     title : str
-        Above the table.
+        Printed above the table.
     columns : sequence of str
         The headings.
     rows : iterable of sequences
-        Cells, turned to text.
+        Cells, converted to text.
     right : iterable of int
-        Indices of columns that are aligned to the right.
+        Indices of right-aligned columns.
     """
     from rich.console import Console  # noqa: PLC0415 (rich takes longer to load than most commands to run)
     from rich.table import Table  # noqa: PLC0415
@@ -27,7 +27,7 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *
         table.add_column(heading, justify="right" if index in set(right) else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
-    # Into a file or a pipe, a table is as wide as it needs to be: nobody folds it there.
+    # In a file or a pipe, lines are not folded.
     console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(Text(title))
     console.print(table)

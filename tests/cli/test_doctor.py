@@ -35,7 +35,7 @@ def as_nobody(*arguments, memlock=None):
 
 
 def split_report(text):
-    table, _, rest = text.partition("\nTo turn on")
+    table, _, rest = text.partition("\nTo enable")
     return table, rest, text.rstrip("\n").splitlines()[-1]
 
 
@@ -114,12 +114,12 @@ def test_json_from_a_shell_needs_no_rich():
 @pytest.mark.needs("root", "frames")
 def test_says_what_pinning_and_contiguity_the_host_gives(capsys, setting):
     main(["doctor"])
-    assert "Wired memory is pinned. Contiguous memory: from collected huge pages, addresses are shown." in (
+    assert "Wired memory is pinned. Contiguous memory: from collected huge pages; addresses are visible." in (
         capsys.readouterr().out
     )
     setting("/proc/sys/kernel/io_uring_disabled", 2)
     main(["doctor"])
-    assert "Wired memory is resident, and can move. Contiguous memory: only out of a hugetlb pool." in (
+    assert "Wired memory is resident, and can move. Contiguous memory: from a hugetlb pool only." in (
         capsys.readouterr().out
     )
 
@@ -127,7 +127,7 @@ def test_says_what_pinning_and_contiguity_the_host_gives(capsys, setting):
 def test_nobody_with_a_limit_can_run_the_main_job():
     code, out, err, found = as_nobody(memlock=64 << 10)
     assert (code, err) == (0, "")
-    assert "Contiguous memory: up to 2 MiB, in one huge page; addresses stay hidden." in out
+    assert "Contiguous memory: up to 2 MiB, in one huge page; addresses are hidden." in out
     assert {fact.name: fact.value for fact in found}["PFN"] is False
     assert re.search(r"^PFN +no +hidden", out, re.MULTILINE)
     assert "setcap cap_ipc_lock,cap_sys_ptrace,cap_sys_admin+ep" in out

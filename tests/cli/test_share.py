@@ -98,6 +98,6 @@ def test_refused(capsys: Captured) -> None:
 
 def test_copy_of_one_moment(target: subprocess.Popen[bytes], capsys: Captured) -> None:
     assert main(["copy", str(target.pid), "[stack]", "--freeze", "--pageable"]) == 0
-    assert "the process stood still for" in capsys.readouterr().out
+    assert "the process was stopped for" in capsys.readouterr().out
     assert main(["copy", str(target.pid), "[stack]", "--freeze", "--pageable", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["source_stopped_ms"] > 0

@@ -1,8 +1,8 @@
-"""Sizes as people write and read them."""
+"""The text form of sizes and times."""
 
 import pytest
 
-from iobmd.units import format_size, pages, parse_size, round_down, round_up
+from iobmd.units import format_size, format_time, pages, parse_size, round_down, round_up
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,17 @@ def test_not_a_size(text: str) -> None:
 )
 def test_format(size: int, text: str) -> None:
     assert format_size(size) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 ns"), (31e-9, "31 ns"), (965e-6, "965 µs"), (999.7e-6, "1 ms"), (0.003077, "3.08 ms"), (0.9996, "1 s"),
+        (1.59, "1.59 s"), (99.99, "100 s"), (1590.4, "1,590 s"),
+    ],
+)  # fmt: skip
+def test_format_time(seconds: float, text: str) -> None:
+    assert format_time(seconds) == text
 
 
 def test_rounding() -> None:

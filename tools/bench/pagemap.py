@@ -14,7 +14,7 @@ from iobmd.pagemap.area import MOST
 from iobmd.pagemap.file import PagemapFile
 from iobmd.pagemap.reader import Reader
 from iobmd.task.task import Task
-from iobmd.units import PAGE_SIZE, format_size
+from iobmd.units import PAGE_SIZE, format_size, format_time
 
 from . import floors
 from .result import Result, at_most, launcher, medians, seconds, spawned
@@ -50,7 +50,7 @@ def _walk(kind: str, size: int, what: str, goal: float, rounds: int) -> list[Res
 def _row(target: Target, what: str, goal: float, rounds: int) -> Result:
     ours = partial(seconds, partial(_areas, target))
     raw, took = _against_raw(target, ours, rounds)
-    return at_most(what, _ms(took), f"raw pread, 64 KiB each: {_ms(raw)}", took / raw, goal)
+    return at_most(what, format_time(took), f"raw pread, 64 KiB each: {format_time(raw)}", took / raw, goal)
 
 
 def _against_raw(target: Target, ours: Callable[[], float], rounds: int) -> list[float]:
@@ -61,10 +61,6 @@ def _against_raw(target: Target, ours: Callable[[], float], rounds: int) -> list
 def _areas(target: Target) -> None:
     for _area in areas(Task(target.pid), target.start, target.end - target.start, details=False):
         pass
-
-
-def _ms(took: float) -> str:
-    return f"{took * 1e3:.3g} ms"
 
 
 def _large(kind: str, size: int, goal: float, rounds: int) -> list[Result]:
@@ -78,8 +74,8 @@ def _stall(target: Target, rounds: int) -> Result:
     with PagemapFile(Task(target.pid)) as descriptor:
         raw = partial(floors.read_pagemap, descriptor.fd, target.ranges, PAGE_SIZE)
         bare, ours = medians(rounds, *(partial(_worst, target, scan) for scan in (raw, partial(_areas, target))))
-    floor = f"while raw pread reads 64 KiB each: {_ms(bare)}"
-    return at_most("the longest mmap in the target meanwhile", _ms(ours), floor, ours / bare, 1.5)
+    floor = f"while raw pread reads 64 KiB each: {format_time(bare)}"
+    return at_most("the longest mmap in the target meanwhile", format_time(ours), floor, ours / bare, 1.5)
 
 
 def _worst(target: Target, scan: Callable[[], object]) -> float:
@@ -122,12 +118,12 @@ def _small_areas(rounds: int) -> list[Result]:
             partial(seconds, lambda: sum(1 for _area in procfs.maps(target.pid))),
             partial(seconds, partial(_areas, target)),
         )
-    floor = f"raw pread of each: {_ms(raw)}"
-    with_maps = f"the same, and reading /proc/PID/maps: {_ms(raw + listed)}"
+    floor = f"raw pread of each: {format_time(raw)}"
+    with_maps = f"the same, and reading /proc/PID/maps: {format_time(raw + listed)}"
     what = "1,024 areas of 64 KiB"
     return [
-        at_most(f"{what}, the walk", _ms(bare), floor, bare / raw, 1.6),
-        at_most(f"{what}, `areas`", _ms(whole), with_maps, whole / (raw + listed), 1.6),
+        at_most(f"{what}, the walk", format_time(bare), floor, bare / raw, 1.6),
+        at_most(f"{what}, `areas`", format_time(whole), with_maps, whole / (raw + listed), 1.6),
     ]
 
 

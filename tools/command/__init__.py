@@ -1,7 +1,7 @@
-"""Where the `iobmd` command begins.
+"""Entry point of the `iobmd` command.
 
-A package beside `iobmd`, for it is loaded first: its being there tells `iobmd` to leave the library unloaded. A
-command needs a third of it, and most of a short one's time was to load the rest.
+This is a package of its own because it is imported first: if it is in `sys.modules`, `import iobmd` does not load the
+whole library. A command needs a third of it, and loading the rest was most of the duration of a short command.
 """
 
 import gc
@@ -10,12 +10,12 @@ import importlib
 
 def main() -> int:
     """Run the command line of this process and return its exit code."""
-    gc.set_threshold(20_000)  # what is loaded stays: looking through it for garbage took a fifth of the time
-    importlib.import_module("iobmd.tools")  # adds its commands
+    gc.set_threshold(20_000)  # modules are never garbage; collections among them took a fifth of the time
+    importlib.import_module("iobmd.tools")  # registers its commands
 
-    from iobmd.cli import main as run  # noqa: PLC0415 (not before this module is there)
+    from iobmd.cli import main as run  # noqa: PLC0415 (after this module is in sys.modules)
 
     try:
         return run()
     finally:
-        gc.freeze()  # nor is it looked through at the end
+        gc.freeze()  # no collection at exit either

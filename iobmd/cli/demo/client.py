@@ -1,6 +1,6 @@
-"""A process with known random data in several kinds of memory: what the demonstration and benchmarks copy from.
+"""A process with known random data in several kinds of memory, from which the demonstration and benchmarks copy.
 
-`python -m iobmd.cli.demo.client KIND=SIZE …` fills the memory, prints one JSON line a kind, and waits until its
+`python -m iobmd.cli.demo.client KIND=SIZE …` fills the memory, prints one JSON line for each kind, and waits until its
 standard input is closed. `Client` starts it and reads the lines.
 """
 
@@ -22,11 +22,11 @@ from iobmd.units import PAGE_SIZE
 
 MAP_HUGETLB = 0x40000
 GUARDED_PAGE = 1
-"""Index of the page of "guarded" memory that nobody may access."""
+"""Index of the inaccessible page (PROT_NONE) of "guarded" memory."""
 
 
 class Piece(NamedTuple):
-    """Memory of the client: its kind, address and size in bytes there, and the SHA-256 of its content."""
+    """Memory of the client: its kind, its address there, its size in bytes, and the SHA-256 of its contents."""
 
     kind: str
     address: int
@@ -35,7 +35,7 @@ class Piece(NamedTuple):
 
 
 class Client:
-    """The process, in a `with`: `pid`, and `pieces` by kind. A kind that the host cannot give is missing."""
+    """The process, as a context manager: `pid`, and `pieces` by kind, without the kinds that the host lacks."""
 
     def __init__(self, **sizes: int) -> None:
         command = python("-m", "iobmd.cli.demo.client", *(f"{kind}={size}" for kind, size in sizes.items()))
@@ -54,7 +54,7 @@ class Client:
 
 
 def _map(kind: str, size: int) -> mmap.mmap | None:
-    """Map memory of one kind and fill it; None where the host cannot give it."""
+    """Map memory of one kind and fill it; None if the host lacks it."""
     if kind == "hugetlb":
         try:
             area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_HUGETLB)

@@ -1,4 +1,4 @@
-"""`iobmd demo`: the main job, shown on another process of this host."""
+"""`iobmd demo`: copy memory from another process into wired buffers, and verify the copies."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WIRED, PAGEABLE = IOOptionBits(0), IOOptionBits.kIOMemoryPageable
 
 
 class Row(NamedTuple):
-    """One copy, and what the kernel says of the buffer that holds it. Sizes in bytes."""
+    """One copy, and what the kernel reports about its buffer. Sizes in bytes."""
 
     source: str
     size: int
@@ -42,17 +42,17 @@ class Row(NamedTuple):
     locked: int
     """By smaps."""
     equal: bool
-    """The SHA-256 of the copy is the one that the client computed."""
+    """Whether the SHA-256 of the copy is the one that the client computed."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Run `iobmd demo`."""
     parser = argparse.ArgumentParser(
         prog="iobmd demo",
-        description="Copy memory of several kinds out of another process into buffers of this one, and let the "
-        "kernel say where they lie.",
+        description="Copy memory of several kinds from another process into buffers of this one, and check with "
+        "the kernel where they lie.",
     )
-    parser.add_argument("--size", type=size, help="size of the large pieces (default: 64M, or what may be locked)")
+    parser.add_argument("--size", type=size, help="size of large pieces (default: 64M, or as much as may be locked)")
     parser.add_argument(
         "--control", type=size, default=1 << 30, help="span of the mlocked control under compaction (default: 1G)"
     )
@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _lockable(size: int) -> int:
-    """Return the size, or less where less may be locked."""
+    """Return `size`, or less if less may be locked."""
     limit = host.memlock_limit()
     if limit is None:
         return size
@@ -102,7 +102,7 @@ def _lockable(size: int) -> int:
 
 
 def _copy_contiguous(task: Task, piece: Piece) -> Row | str:
-    """Copy into contiguous memory; returns why not where this host or user cannot have it."""
+    """Copy into contiguous memory; return the reason if it cannot be allocated."""
     try:
         return _copy(task, piece, CONTIGUOUS)
     except IOReturnError as error:
@@ -126,13 +126,13 @@ def _copy(task: Task, piece: Piece, options: IOOptionBits) -> Row:
 
 
 def _locked(address: int, length: int) -> int:
-    """Return how many bytes of the mappings of a range are locked, not more than are asked about."""
+    """Return how many bytes of the mappings of a range are locked, at most `length`."""
     areas = ((area, counters) for area, counters in procfs.smaps() if area.start < address + length)
     return min(length, sum(counters["Locked"] for area, counters in areas if area.end > address))
 
 
 def _fail(task: Task, guarded: Piece) -> str | None:
-    """Copy memory with an unreadable page in it; return the message, None when it did not name that page."""
+    """Copy memory with an unreadable page; return the error message, or None if it does not name that page."""
     try:
         copy(task, guarded.address, guarded.size).free()
     except IOReturnError as error:
@@ -141,7 +141,7 @@ def _fail(task: Task, guarded: Piece) -> str | None:
 
 
 def _compact(span: int, length: int) -> dict[str, int] | None:
-    """Compact the host's memory beside a control; returns pages that moved, None where that is not allowed."""
+    """Compact the host's memory; return how many pinned pages and pages of a control moved, None if not permitted."""
     may_compact = os.access("/proc/sys/vm/compact_memory", os.W_OK) and host.has_host_capability("CAP_SYS_ADMIN")
     if not may_compact or host.memlock_limit() is not None:
         return None
@@ -161,7 +161,7 @@ def _compact(span: int, length: int) -> dict[str, int] | None:
 
 def _show_compaction(found: dict[str, int] | None) -> None:
     if found is None:
-        print("\nNot shown: what compaction moves (it takes root, visible frames and io_uring).")
+        print("\nNot shown: what compaction moves (requires root, visible page frames and io_uring).")
         return
     pages = HUGE_PAGE_SIZE // PAGE_SIZE
     print(
@@ -171,7 +171,7 @@ def _show_compaction(found: dict[str, int] | None) -> None:
         f"After small pages were collapsed into a huge page:\n"
         f"  mlocked only: {found['collapse_mlocked']:,} of {pages:,} pages moved\n"
         f"  pinned:       {found['collapse_pinned']:,} of {pages:,}\n"
-        f"The old address of a page that has moved is somebody else's memory."
+        f"The old page frame of a page that moved may now hold other memory."
     )
 
 
@@ -190,5 +190,5 @@ def _show(task: Task, rows: list[Row], refusal: str | None) -> None:
     ]
     columns = ("source", "size", "GB/s", "wiring", "resident (pagemap)", "locked (smaps)", "SHA-256")
     table.show(f"withCopy from process {task.pid} into buffers of this one", columns, cells, right=(1, 2, 4, 5))
-    print("\nAnd a copy that must fail, for one page in it may not be read:")
-    print(f"  {refusal}" if refusal else "  it did not fail as it should")
+    print("\nA copy that must fail, because one of its pages is not readable:")
+    print(f"  {refusal}" if refusal else "  it did not fail with the expected error")

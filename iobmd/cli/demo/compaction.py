@@ -1,4 +1,4 @@
-"""What the kernel moves: mlocked pages, strewn for compaction or collapsed. The control beside pinned memory."""
+"""The control of the demonstration: mlocked pages that compaction or a collapse moves, unlike pinned ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HOLE = 64 << 10
 
 
 def compact() -> bool:
-    """Have the whole host's memory compacted once, and say whether that was allowed (root; vm.compact_memory)."""
+    """Compact the host's memory once (vm.compact_memory, root); return whether that was permitted."""
     try:
         Path("/proc/sys/vm/compact_memory").write_text("1")
     except OSError:
@@ -28,14 +28,14 @@ def compact() -> bool:
 
 
 def frames(address: int, size: int) -> list[int | None]:
-    """Return the frame number of each page of this process, None where there is none to see."""
+    """Return the frame number of each page of a range of this process, None if it is absent or hidden."""
     return [page.pfn for page in pagemap.pages(kernel_task, address, size)]
 
 
 def collapse(*, pin: bool) -> int:
-    """Have mlocked small pages collapsed into a huge page (MADV_COLLAPSE, Linux 6.1), pinned as well or not.
+    """Collapse mlocked small pages into a huge page (MADV_COLLAPSE, Linux 6.1); return how many of its pages moved.
 
-    Returns how many of the pages of one huge page moved.
+    With `pin`, the pages are pinned first.
     """
     mapping = Mapping.anonymous(HUGE_PAGE_SIZE, HUGE_PAGE_SIZE)
     mman.advise(mapping.address, mapping.size, mman.MADV_NOHUGEPAGE)
@@ -44,7 +44,7 @@ def collapse(*, pin: bool) -> int:
     try:
         before = frames(mapping.address, mapping.size)
         mman.advise(mapping.address, mapping.size, mman.MADV_HUGEPAGE)
-        with contextlib.suppress(OSError):  # EAGAIN for what is pinned
+        with contextlib.suppress(OSError):  # EAGAIN if pages are pinned
             mman.advise(mapping.address, mapping.size, mman.MADV_COLLAPSE)
         after = frames(mapping.address, mapping.size)
     finally:
@@ -55,7 +55,7 @@ def collapse(*, pin: bool) -> int:
 
 
 class Strewn:
-    """Half of `span` bytes, resident by mlock and no more than that, spread over all of it."""
+    """Mlocked, unpinned memory that is scattered: every other 64 KiB of `span` bytes."""
 
     def __init__(self, span: int) -> None:
         self._area = mmap.mmap(-1, span, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -63,18 +63,18 @@ class Strewn:
         self.address, self.size = self._held.address, span
         mman.advise(self.address, span, mman.MADV_NOHUGEPAGE)
         populate(self.address, span)
-        # Holes first, for memory that is locked cannot be given back.
+        # Before the lock, because locked memory cannot be dropped.
         for offset in range(0, span, 2 * HOLE):
             mman.advise(self.address + offset, HOLE, mman.MADV_DONTNEED)
         mman.lock_on_fault(self.address, span)
         self._before = frames(self.address, self.size)
 
     def moved(self) -> tuple[int, int]:
-        """Return how many of how many pages lie in another frame than at first."""
+        """Return how many pages have changed their page frame, and how many there are."""
         pairs = [(old, new) for old, new in zip(self._before, frames(self.address, self.size), strict=True) if old]
         return sum(old != new for old, new in pairs), len(pairs)
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._held.__exit__()
         self._area.close()

@@ -1,4 +1,4 @@
-"""What the demonstration shows of purgeable memory: kept whole, and lost whole."""
+"""The part of `iobmd demo` on purgeable memory: contents that stay intact, and contents that are lost as a whole."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
 
 def demonstrate(size: int) -> dict[str, int | bool]:
-    """Make memory volatile twice: once it is all there afterwards, once the kernel takes a page of it.
+    """Make memory volatile twice: the first time it stays intact, the second time the kernel reclaims a page.
 
     Returns
     -------
     dict
-        `size`, `lazily_freed` while volatile, and the pages `resident` then; whether it came back `intact`; how many
-        pages were `taken` the second time; whether that was told (`lost`), and all of it reads `zero` then.
+        `size`; the bytes `lazily_freed` and the pages `resident` while it was volatile; whether it came back
+        `intact`; how many pages were `taken` the second time; whether that loss was reported (`lost`), and whether
+        every byte then reads zero (`zero`).
     """
     content = os.urandom(PAGE_SIZE) * pages(size)
     with allocate(len(content), wired=False, purgeable=True) as buffer:
@@ -30,7 +31,7 @@ def demonstrate(size: int) -> dict[str, int | bool]:
         lazily_freed, (resident, _dirty) = buffer.lazily_freed, buffer.getPageCounts()
         intact = buffer.setPurgeable(NON_VOLATILE) == VOLATILE and _holds(buffer, content)
         buffer.setPurgeable(VOLATILE)
-        # What the kernel does to a page that is lazily freed when memory is short (madvise(2), Linux 5.4).
+        # Reclaims a lazily freed page, as the kernel does when memory is short (madvise(2), Linux 5.4).
         mman.advise(buffer.getBytesNoCopy(), PAGE_SIZE, mman.MADV_PAGEOUT)
         taken = pages(size) - buffer.getPageCounts()[0]
         lost = buffer.setPurgeable(NON_VOLATILE) == EMPTY
@@ -39,21 +40,21 @@ def demonstrate(size: int) -> dict[str, int | bool]:
 
 
 def truthful(found: dict[str, int | bool]) -> bool:
-    """Say whether it went as promised."""
+    """Return whether the result is as documented."""
     told = found["lost"] and found["zero"] if found["taken"] else not found["lost"]
     return bool(found["intact"] and told)
 
 
 def show(found: dict[str, int | bool]) -> None:
-    """Print it for people."""
-    resident = f"{format_size(found['resident'] * PAGE_SIZE)} still count as resident"
-    after = "it is Empty, and every byte reads zero" if found["lost"] and found["zero"] else "NOT TOLD"
+    """Print the result as text."""
+    resident = f"{format_size(found['resident'] * PAGE_SIZE)} still counted as resident"
+    after = "it is Empty, and every byte reads zero" if found["lost"] and found["zero"] else "LOSS NOT REPORTED"
     print(
         f"\nPurgeable memory, {format_size(found['size'])}:\n"
         f"  volatile:              {format_size(found['lazily_freed'])} lazily freed; {resident}\n"
         f"  non-volatile again:    {'every byte is intact' if found['intact'] else 'NOT INTACT'}\n"
-        f"  volatile once more:    the kernel takes {found['taken']} of {pages(found['size']):,} pages\n"
-        f"  non-volatile again:    {after if found['taken'] else 'nothing was taken'}"
+        f"  volatile once more:    the kernel reclaims {found['taken']} of {pages(found['size']):,} pages\n"
+        f"  non-volatile again:    {after if found['taken'] else 'nothing was reclaimed'}"
     )
 
 

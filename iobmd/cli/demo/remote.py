@@ -1,4 +1,4 @@
-"""What `iobmd demo` shows of memory in another task: allocated there, the same frames, and a copy of one moment."""
+"""The part of `iobmd demo` on memory in another task: allocation, equal page frames, and a copy as of one moment."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from iobmd import pagemap
 from iobmd.api import allocate, copy
 from iobmd.errors import IOReturnError
-from iobmd.units import format_size
+from iobmd.units import format_size, format_time
 
 if TYPE_CHECKING:
     from iobmd.cli.demo.client import Piece
@@ -18,14 +18,14 @@ _SIZE = 64 << 10
 
 
 def demonstrate(task: Task, piece: Piece) -> dict[str, Any] | str:
-    """Allocate in a task, and copy a piece of it while it stands still; returns why not where that is impossible."""
+    """Allocate in a task, and copy its memory as of one moment; return the reason if that is impossible."""
     data = os.urandom(_SIZE)
     try:
         with allocate(_SIZE, task=task) as buffer, buffer.map() as here:
             there = buffer.getBytesNoCopy()
             buffer.writeBytes(0, data)
             seen = task.read(there, _SIZE) == data
-            seen = seen and bytes(memoryview(here)) == data  # which puts each page into our page tables, too
+            seen = seen and bytes(memoryview(here)) == data  # also faults each page into this process
             frames = [_frames(task, there), _frames(os.getpid(), here.getAddress())]
             found = {
                 "size": _SIZE,
@@ -46,17 +46,18 @@ def _frames(task: Task | int, address: int) -> list[int | None]:
 
 
 def truthful(found: dict[str, Any] | str) -> bool:
-    """Say whether what was shown is as it should be."""
+    """Return whether the result is as documented."""
     return isinstance(found, str) or (found["seen"] and found["same_frames"] is not False)
 
 
 def show(found: dict[str, Any] | str) -> None:
-    """Print it."""
+    """Print the result as text."""
     if isinstance(found, str):
         print(f"\nNo memory in the other process: {found}")
         return
     frames = {True: "the same in both", False: "NOT the same", None: "hidden"}[found["same_frames"]]
     print(f"\nMemory in the other process, {format_size(found['size'])}, {found['wiring']}:")
-    print(f"  allocated there:       at {found['address']:#x}, {found['stopped_us']} µs of its time")
-    print(f"  written here:          {'seen' if found['seen'] else 'NOT seen'} there; frames {frames}")
-    print(f"  copied at one moment:  {format_size(found['frozen'])}, {found['frozen_stopped_us']} µs of its time")
+    stopped, frozen = (format_time(found[key] / 1e6) for key in ("stopped_us", "frozen_stopped_us"))
+    print(f"  allocated there:       at {found['address']:#x}; stopped it for {stopped}")
+    print(f"  written here:          {'seen' if found['seen'] else 'NOT seen'} there; page frames are {frames}")
+    print(f"  copied at one moment:  {format_size(found['frozen'])}; stopped it for {frozen}")
