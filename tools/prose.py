@@ -34,25 +34,25 @@ PATTERNS = {
         75,
         "the noun: existing memory, its dependents, the report",
     ),
-    "tell": Pattern(r"\b(?:tells?|told|telling)\b", 122, "report, show, return, record"),
+    "tell": Pattern(r"\b(?:tells?|told|telling)\b", 109, "report, show, return, record"),
     "to be had": Pattern(
         r"\bbe had\b|\b(?:is|are|was|were) none\b|\b(?:has|have|had|does|do) (?:not|none)(?=[.,;:)])",
-        81,
+        75,
         "is available, cannot be obtained, there is no, lacks",
     ),
     "for = because": Pattern(
         rf"[,;:] for (?:(?:{_PRONOUN}) |(?:(?:the|a|an|its|their|no) )?[\w-]+ (?:{_VERB})\b)"
         r"|\b(?:of|than|for|by) which\b",
-        99,
+        95,
         "because; a new sentence",
     ),
     "somebody": Pattern(
         r"\b(?:some|no|any|every)body\b|\bwhoever\b|\b(?:ours|theirs)\b"
         r"|(?:\A|[.:;(] )who\b|\b(?:and|or|but|for|to) who\b",
-        228,
+        202,
         "the caller, another process, this process, the target",
     ),
-    "docstring": Pattern(r"\A(?:Have|Be|Let|Give|Take|Tell|Know) [a-z]", 126, "the operation: map, lock, populate"),
+    "docstring": Pattern(r"\A(?:Have|Be|Let|Give|Take|Tell|Know) [a-z]", 123, "the operation: map, lock, populate"),
     "vague verb": Pattern(
         r"\blet(?:s|ting)? (?:\w+ )?go\b|\bg(?:ive|ives|ave|iven|iving) (?:\w+ )?(?:back|away)\b"
         r"|\btak(?:e|es|en|ing) away\b"

@@ -1,10 +1,11 @@
-"""Thousands of pictures in little memory: decoded ones are kept in a `PurgeableCache`, while there is room for them.
+"""Thousands of pictures in little memory: a `PurgeableCache` of decoded pictures that yields under memory pressure.
 
-A map viewer has its tiles compressed, and shows them decoded. Decoding takes a millisecond, so that every tile that
-was decoded is worth keeping - until the memory is needed for something else. With a `dict` somebody has to decide how
-much to keep; too much, and the program is killed. Here nobody decides: the kernel takes what was not shown for long.
+A map viewer stores its tiles compressed and displays them decoded. Decoding takes a millisecond, so every decoded
+tile is worth keeping until the memory is needed for something else. With a `dict` the programmer must choose how much
+to keep; if it is too much, the program is killed. With a `PurgeableCache` the kernel reclaims the tiles that have not
+been displayed for longest.
 
-    python tiles.py                 # 1 GiB of decoded tiles, under whatever memory limit
+    python tiles.py                 # 1 GiB of decoded tiles, under any memory limit
     python tiles.py --plain         # the same with a dict, to see what happens under a limit
 
 Under a limit, for example: systemd-run --user --scope -p MemoryMax=256M -p MemorySwapMax=0 python tiles.py
@@ -21,7 +22,7 @@ SIDE = 512  # pixels, of four bytes
 
 
 class Atlas:
-    """Tiles as they lie on disk: compressed."""
+    """The compressed tiles, as stored on disk."""
 
     def __init__(self, tiles: int) -> None:
         self.tiles = tiles
@@ -38,7 +39,7 @@ class Atlas:
 
 
 class Plain:
-    """The cache that everybody writes first."""
+    """The usual cache: a dict without a limit."""
 
     def __init__(self, loader):
         self._loader = loader
@@ -54,16 +55,18 @@ class Plain:
 
 
 def show(cache, number: int) -> int:
-    """Look at a tile, which is not taken while this is done."""
+    """Display a tile, which cannot be reclaimed during that time."""
     pixels = memoryview(cache[number])
     return zlib.adler32(pixels)
 
 
 def main() -> None:
-    """Show tiles, some more often than others, and tell how it went."""
+    """Display tiles, some more often than others, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiles", type=int, default=1024, help="of 1 MiB each when decoded (default: 1024)")
-    parser.add_argument("--shows", type=int, default=5000, help="how many times one is shown (default: 5000)")
+    parser.add_argument(
+        "--tiles", type=int, default=1024, help="number of tiles of 1 MiB (default: 1024)"
+    )
+    parser.add_argument("--shows", type=int, default=5000, help="number of times a tile is displayed (default: 5000)")
     parser.add_argument("--plain", action="store_true", help="keep them in a dict instead")
     arguments = parser.parse_args()
 
@@ -78,11 +81,11 @@ def main() -> None:
             raise SystemExit(f"tile {number} is wrong")
     seconds = time.perf_counter() - begin
     if arguments.plain:
-        print(f"{arguments.shows} tiles right in {seconds:.1f} s, {cache.hits} of them kept")
+        print(f"{arguments.shows} tiles correct in {seconds:.1f} s, {cache.hits} of them cached")
         return
     found = cache.statistics
-    print(f"{arguments.shows} tiles right in {seconds:.1f} s, {found.hits} of them kept")
-    print(f"{found.loaded} decoded once, {found.rebuilt} again after the system had taken them")
+    print(f"{arguments.shows} tiles correct in {seconds:.1f} s, {found.hits} of them cached")
+    print(f"{found.loaded} decoded once, {found.rebuilt} again after the system had reclaimed them")
     cache.close()
 
 

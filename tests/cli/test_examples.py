@@ -34,7 +34,7 @@ def run(*arguments: str, procs: Path | None = None) -> subprocess.CompletedProce
 def test_tiles() -> None:
     done = run("tiles.py", "--tiles", "64", "--shows", "300")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "300 tiles right" in done.stdout
+    assert "300 tiles correct" in done.stdout
 
 
 @pytest.mark.needs("memory_cgroup")
@@ -43,6 +43,6 @@ def test_tiles_under_a_limit_that_would_kill(memory_cgroup: Callable[[int], Path
     shown = ("--tiles", "128", "--shows", "500")
     done = run("tiles.py", *shown, procs=memory_cgroup(64 * MIB))
     assert (done.returncode, done.stderr) == (0, "")
-    assert "500 tiles right" in done.stdout
+    assert "500 tiles correct" in done.stdout
     assert " 0 again" not in done.stdout
     assert run("tiles.py", "--plain", *shown, procs=memory_cgroup(64 * MIB)).returncode == -signal.SIGKILL

@@ -1,7 +1,8 @@
-"""A userspace driver of NVMe disks: what `iobmd` is for, in three small files.
+"""A userspace driver for NVMe disks in three small files, as an example of the use of `iobmd`.
 
-`pci` reaches the controller's registers, `queues` holds the memory that driver and controller share, `controller` is
-the driver. Only `iobmd` tells the controller where that memory lies: at physical addresses that cannot change.
+`pci` maps the controller's registers, `queues` allocates the memory that driver and controller share, and
+`controller` is the driver. `iobmd` provides the physical addresses of that memory, and ensures that they cannot
+change.
 
 Numbers are those of the NVM Express Base Specification 1.4 and the NVM Command Set.
 """

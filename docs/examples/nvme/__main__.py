@@ -1,4 +1,4 @@
-"""`python -m nvme ADDRESS` tells what a disk is; `… ADDRESS BLOCK COUNT > file` reads blocks. It never writes."""
+"""`python -m nvme ADDRESS` prints a disk's properties; with `BLOCK COUNT > file` it reads blocks. It never writes."""
 
 import sys
 
@@ -9,7 +9,7 @@ from .queues import PAGE
 
 
 def main() -> int:
-    """Return 0; errors end it."""
+    """Run the command and return 0; errors are exceptions."""
     name, *numbers = sys.argv[1:]
     with Controller(name) as disk:
         if not numbers:

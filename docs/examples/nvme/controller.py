@@ -1,4 +1,4 @@
-"""The driver: a controller is started, identified, given queues, and asked to read and write blocks."""
+"""The driver: start a controller, identify it, create its queues, and read and write blocks."""
 
 import time
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ FLUSH, WRITE, READ = 0x00, 0x01, 0x02
 
 
 class Identity(NamedTuple):
-    """What the controller says about itself and its first namespace."""
+    """The identify data of the controller and its first namespace."""
 
     model: str
     serial: str
@@ -27,13 +27,13 @@ class Identity(NamedTuple):
     block_size: int
     """In bytes."""
     largest: int
-    """Bytes of data of one command."""
+    """Maximum data size of one command, in bytes."""
 
 
 class Controller:
     """An NVMe controller that this process drives: `with Controller("0000:01:00.0") as disk`.
 
-    Needs root: the registers, and physical addresses (CAP_SYS_ADMIN).
+    Requires root, for the registers and for physical addresses (CAP_SYS_ADMIN).
     """
 
     def __init__(self, name: str, depth: int = 32) -> None:
@@ -76,7 +76,7 @@ class Controller:
             told = answer.readBytes(0, 2 * PAGE)
         serial, model, firmware = (told[start:end].decode().strip() for start, end in ((4, 24), (24, 64), (64, 72)))
         smallest = 4096 << (self._capabilities >> 48 & 0xF)
-        largest = min(smallest << told[77] if told[77] else PAGE * 512, PAGE * 512)  # MDTS; and one list of pages
+        largest = min(smallest << told[77] if told[77] else PAGE * 512, PAGE * 512)  # MDTS, and one page list
         namespace_data = told[PAGE:]
         blocks = int.from_bytes(namespace_data[:8], "little")
         format_at = 128 + 4 * (namespace_data[26] & 0xF)  # FLBAS chooses among the formats
@@ -91,22 +91,22 @@ class Controller:
     # --- reading and writing
 
     def read(self, block: int, buffer: iobmd.IOMemoryDescriptor) -> None:
-        """Read blocks from number `block` on into all of a buffer, any that `prepare` takes."""
+        """Read blocks, starting with number `block`, until the buffer is full; any buffer that can be prepared."""
         self._transfer(READ, block, buffer)
 
     def write(self, block: int, buffer: iobmd.IOMemoryDescriptor) -> None:
-        """Write all of a buffer to the blocks from number `block` on."""
+        """Write the whole buffer to blocks, starting with number `block`."""
         self._transfer(WRITE, block, buffer)
 
     def flush(self) -> None:
-        """Have all that was written kept when the power fails."""
+        """Make all completed writes persistent."""
         self._io.submit(FLUSH, 1)
         self._io.complete()
 
     def _transfer(self, opcode: int, block: int, buffer: iobmd.IOMemoryDescriptor) -> None:
         size, most = self.identity.block_size, self.identity.largest
         if len(buffer) % PAGE or block * size + len(buffer) > self.identity.blocks * size:
-            raise ValueError(f"{len(buffer)} bytes at block {block} are no whole pages within the disk")
+            raise ValueError(f"{len(buffer)} bytes at block {block} are not whole pages within the disk")
         buffer.prepare()
         try:
             pages = list(pages_of(buffer))
@@ -117,13 +117,13 @@ class Controller:
                     self._io.complete()
                 self._io.submit(opcode, 1, piece, (first & 0xFFFFFFFF, first >> 32, count - 1))
         finally:
-            failed = self._drain()  # the controller must not write there once the memory is somebody else's
+            failed = self._drain()  # the controller must not write to the memory after it is reused
             buffer.complete()
         if failed:
             raise failed
 
     def _drain(self) -> CommandError | None:
-        """Wait for all that is under way. Without an answer it raises TimeoutError, and the memory stays pinned."""
+        """Wait for all commands in flight. If that raises TimeoutError, the memory remains pinned."""
         failed = None
         while not self._io.idle:
             try:
@@ -133,7 +133,7 @@ class Controller:
         return failed
 
     def close(self) -> None:
-        """Stop the controller, which lets go of all memory, and give the memory back."""
+        """Stop the controller, so that it no longer accesses memory, and free the memory."""
         self._enable(on=False)
         self._registers.close()
         self._admin.free()
@@ -147,6 +147,6 @@ class Controller:
 
 
 def pages_of(buffer: iobmd.IOMemoryDescriptor) -> Iterator[int]:
-    """Yield the physical address of each page of a buffer, which PRP entries hold: from its contiguous segments."""
+    """Yield the physical address of each page of a buffer, for PRP entries, from its contiguous segments."""
     for address, length in buffer.segments():
         yield from range(address, address + length, PAGE)

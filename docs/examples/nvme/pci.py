@@ -1,4 +1,4 @@
-"""The PCI side: a controller that no driver has, switched on, and its registers."""
+"""The PCI device: enable a controller that has no driver, and map its registers."""
 
 import mmap
 import os
@@ -9,14 +9,17 @@ NVME_CLASS = 0x010802
 
 
 class Registers:
-    """The registers of an NVMe controller (its resource 0), read and written in 32 bits at a time.
+    """The registers of an NVMe controller (its resource 0), accessed 32 bits at a time.
 
     Parameters
     ----------
     name : str
-        The PCI address, domain and all: "0000:01:00.0".
+        The PCI address with its domain, such as "0000:01:00.0".
 
-    Raises OSError when a driver of the kernel has the device, or it is no NVMe controller.
+    Raises
+    ------
+    OSError
+        A kernel driver is bound to the device, or it is not an NVMe controller.
     """
 
     def __init__(self, name: str) -> None:
@@ -25,7 +28,7 @@ class Registers:
             raise OSError(f"{name} is not an NVMe controller")
         if (self._folder / "driver").exists():
             driver = (self._folder / "driver").readlink().name
-            raise OSError(f"the driver {driver} has {name}: echo {name} > {self._folder}/driver/unbind")
+            raise OSError(f"{name} is bound to the driver {driver}: echo {name} > {self._folder}/driver/unbind")
         (self._folder / "enable").write_text("1")
         self._command(set_bits=MEMORY_SPACE | BUS_MASTER)
         with (self._folder / "resource0").open("r+b", buffering=0) as file:
@@ -39,16 +42,16 @@ class Registers:
         self._words[offset // 4] = value
 
     def read64(self, offset: int) -> int:
-        """Read a register of 64 bits."""
+        """Read a 64-bit register."""
         return self[offset] | self[offset + 4] << 32
 
     def write64(self, offset: int, value: int) -> None:
-        """Write a register of 64 bits."""
+        """Write a 64-bit register."""
         self[offset] = value & 0xFFFFFFFF
         self[offset + 4] = value >> 32
 
     def close(self) -> None:
-        """Take the right to read and write memory away from the device, and let it go."""
+        """Disable DMA of the device, unmap its registers, and disable it."""
         self._command(clear_bits=BUS_MASTER)
         self._words.release()
         self._mapping.close()

@@ -1,4 +1,4 @@
-"""Queues: rings of commands and of their completions, in memory that driver and controller share."""
+"""Rings of commands and of their completions, in memory shared by driver and controller."""
 
 import struct
 import time
@@ -15,7 +15,7 @@ TIMEOUT = 30  # seconds
 
 
 class CommandError(OSError):
-    """The controller answered a command with a status that is not success."""
+    """The controller completed a command with an error status."""
 
     def __init__(self, opcode: int, status: int) -> None:
         super().__init__(f"command {opcode:#04x} ended with status code {status & 0xFF:#x} of type {status >> 8 & 7}")
@@ -23,10 +23,10 @@ class CommandError(OSError):
 
 
 class QueuePair:
-    """A submission queue with its completion queue. `depth` commands may be under way at a time.
+    """A submission queue with its completion queue, for up to `depth` - 1 commands in flight.
 
-    A command may have as many pages of data as fit into two entries (PRP entry 1, and a list that entry 2 points to):
-    each place in the queue has a page of its own for that list.
+    The data pages of a command are described by PRP entry 1 and by a list to which entry 2 points. Each place in the
+    queue has its own page for that list.
     """
 
     def __init__(self, registers: Registers, number: int, depth: int) -> None:
@@ -34,35 +34,35 @@ class QueuePair:
         self._registers = registers
         self._tail_doorbell, self._head_doorbell = (0x1000 + (2 * number + which) * stride for which in (0, 1))
         self.depth = depth
-        # Contiguous, and pinned: the controller is told one physical address of each queue.
+        # Contiguous and pinned, because the controller has one physical address for each queue.
         self.commands = iobmd.allocate(depth * 64, alignment=PAGE, contiguous=True)
         self.completions = iobmd.allocate(depth * 16, alignment=PAGE, contiguous=True)
         self._lists = iobmd.allocate(depth * PAGE, alignment=PAGE)
         self._list_addresses = [self._lists.getPhysicalSegment(index * PAGE)[0] for index in range(depth)]
         self._tail = self._head = 0
         self._phase = 1
-        self._free = list(range(depth - 1))  # a full ring would look empty
+        self._free = list(range(depth - 1))  # a completely full ring could not be distinguished from an empty one
         self._opcodes: dict[int, int] = {}
 
     @property
     def idle(self) -> bool:
-        """Whether no command is under way."""
+        """Whether no command is in flight."""
         return not self._opcodes
 
     @property
     def full(self) -> bool:
-        """Whether no more commands may be submitted."""
+        """Whether no further command can be submitted."""
         return not self._free
 
     def submit(self, opcode: int, namespace: int = 0, pages: Sequence[int] = (), dwords: Sequence[int] = ()) -> None:
-        """Put a command into the queue, whose data lies in these pages, by physical address."""
+        """Queue a command; `pages` are the physical addresses of its data pages."""
         identifier = self._free.pop()
         self._opcodes[identifier] = opcode
         first, second = self._entries(identifier, pages)
         words = (*dwords, *[0] * (6 - len(dwords)))
         self.commands.writeBytes(self._tail * 64, _COMMAND.pack(opcode, identifier, namespace, first, second, *words))
         self._tail = (self._tail + 1) % self.depth
-        # x86 keeps stores in order; elsewhere a barrier belongs between the command and the doorbell.
+        # x86 keeps stores in order; other architectures need a barrier between the command and the doorbell.
         self._registers[self._tail_doorbell] = self._tail
 
     def _entries(self, identifier: int, pages: Sequence[int]) -> tuple[int, int]:
@@ -74,12 +74,12 @@ class QueuePair:
         return pages[0], self._list_addresses[identifier]
 
     def complete(self) -> int:
-        """Wait for one command to end, and return its result. Raises `CommandError`, TimeoutError."""
+        """Wait for the completion of one command and return its result; raise `CommandError` or TimeoutError."""
         end = time.monotonic() + TIMEOUT
         while self.completions.readBytes(self._head * 16 + 14, 1)[0] & 1 != self._phase:
             if time.monotonic() > end:
-                raise TimeoutError(f"no answer of the controller within {TIMEOUT} s")
-        # Read once the phase has flipped, which the controller does last.
+                raise TimeoutError(f"the controller did not respond within {TIMEOUT} s")
+        # Read after the phase bit has flipped, which the controller writes last.
         entry = self.completions.readBytes(self._head * 16, 16)
         result, _head, _queue, identifier, status = _COMPLETION.unpack(entry)
         self._head = (self._head + 1) % self.depth
@@ -92,6 +92,6 @@ class QueuePair:
         return result
 
     def free(self) -> None:
-        """Give the memory back: when the controller does not use it any more."""
+        """Free the memory, after the controller has stopped using it."""
         for buffer in (self.commands, self.completions, self._lists):
             buffer.free()
