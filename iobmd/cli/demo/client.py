@@ -1,6 +1,6 @@
 """A process with known random data in several kinds of memory, from which the demonstration and benchmarks copy.
 
-`python -m iobmd.cli.demo.client KIND=SIZE …` fills the memory, prints one JSON line for each kind, and waits until its
+`python -m iobmd.cli.demo.client KIND=SIZE …` fills the memory, prints a JSON line for each kind, and waits until its
 standard input is closed. `Client` starts it and reads the lines.
 """
 
