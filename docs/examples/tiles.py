@@ -63,9 +63,7 @@ def show(cache, number: int) -> int:
 def main() -> None:
     """Display tiles, some more often than others, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--tiles", type=int, default=1024, help="number of tiles of 1 MiB (default: 1024)"
-    )
+    parser.add_argument("--tiles", type=int, default=1024, help="number of tiles of 1 MiB (default: 1024)")
     parser.add_argument("--shows", type=int, default=5000, help="number of times a tile is displayed (default: 5000)")
     parser.add_argument("--plain", action="store_true", help="keep them in a dict instead")
     arguments = parser.parse_args()
