@@ -1,4 +1,4 @@
-"""Real, wired, physically known memory on Linux, from Python, under IOKit's names.
+"""Wired memory with known physical addresses on Linux, from Python, under IOKit's names.
 
 >>> import iobmd
 >>> with iobmd.allocate(65536) as buf:
@@ -13,8 +13,8 @@ from iobmd import constants
 from iobmd._version import __version__
 from iobmd.constants import *  # noqa: F403
 
-# Whole, and not when a name is first used: by then there may be threads, forks, and no file to be opened any more.
-# The command has none of these.
+# The whole library is imported now, not when a name is first used: by then there may be threads and forks, and no
+# free file descriptor. The command has none of these.
 if TYPE_CHECKING or "iobmd_command" not in sys.modules:
     from iobmd._native.pagemap import PhysicalSegment
     from iobmd.api import allocate, copy
@@ -64,5 +64,5 @@ if TYPE_CHECKING or "iobmd_command" not in sys.modules:
     _MODULES = ("host", "iommu", "pagemap", "tools")
 
     def __dir__() -> list[str]:
-        """Return the documented names; of the modules only those that are documented, and loaded."""
+        """Return the documented names, including those of documented modules that are loaded."""
         return sorted([*__all__, *(name for name in _MODULES if name in globals())])

@@ -1,4 +1,4 @@
-"""The same buffers by keyword: `iobmd.allocate` and `iobmd.copy`."""
+"""Buffers by keyword arguments: `iobmd.allocate` and `iobmd.copy`."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def allocate(
     size : int
         In bytes.
     task : Task, int or psutil.Process
-        Whose address space it is mapped in.
+        The task in whose address space the buffer is mapped.
     wired : bool
-        Keep it resident; False: pageable.
+        Whether the memory is wired: resident, and pinned if the kernel permits it. False: pageable.
     contiguous, purgeable, shared, physical_mask
         As the IOKit options of these names.
     alignment : int
@@ -64,14 +64,14 @@ def allocate(
     direction : str
         ``"none"``, ``"in"``, ``"out"`` or ``"inout"``.
     node : int, optional
-        The NUMA node whose memory it is to be (mbind(2)). Wired memory is all of that node; pageable memory comes
-        from there as it is touched, while the node has any.
+        The NUMA node to allocate from (mbind(2)). All wired memory is on that node; pageable memory is allocated
+        there when it is touched, as long as the node has free memory.
 
     Raises
     ------
     IOReturnError
-        As `IOBufferMemoryDescriptor.initWithPhysicalMask`, which says what this version supports.
-        `kIOReturnBadArgument`: the node has no memory; `kIOReturnNoResources`: not as much is free there.
+        As `IOBufferMemoryDescriptor.initWithPhysicalMask`. `kIOReturnBadArgument`: the node has no memory;
+        `kIOReturnNoResources`: it does not have enough free memory.
     """
     form = _Form(wired, contiguous, purgeable, shared, alignment, physical_mask, cache, direction)
     return form.make(IOBufferMemoryDescriptor(node=node), task, size)
@@ -95,31 +95,32 @@ def copy(
     task : Task, int or psutil.Process
         The task to copy from.
     address, size : int
-        Address there, and the number of bytes.
+        Address in the task, and the number of bytes.
     freeze : bool
-        Copy the bytes as they are at one moment. The source stands still for it: for as long as a snapshot takes
-        (a child that shares its private memory), or for the whole copy where that is less, or the memory is shared.
-        `source_stopped_ns` of the buffer tells for how long.
+        Copy the bytes as of one moment. The source is stopped while a snapshot is made (a child that shares its
+        private memory), or for the whole copy if that is faster or the memory is shared. `source_stopped_ns` of the
+        buffer is the duration of the stop.
     unreadable : str
         ``"raise"``: the copy is exact, or an error is raised. ``"zero"``: bytes that cannot be read are zero, and
         `holes` of the buffer lists them as offsets and lengths in bytes.
     timeout : float
-        Seconds to wait for another program that has to deliver a page and delivers nothing, as for `Task.read`.
+        Seconds to wait for another program that must supply a page, as for `Task.read`.
     progress : callable, optional
-        Called now and then with the number of bytes copied.
+        Called repeatedly with the number of bytes copied.
     **as_allocate
-        `wired` and the other keywords of `allocate`; the buffer is made in this process.
+        `wired` and the other keywords of `allocate`; the buffer is allocated in this process.
 
     Raises
     ------
     IOReturnError
         As `IOBufferMemoryDescriptor.withCopy`; with `freeze` also `kIOReturnNotPermitted`, `kIOReturnTimeout` and
-        `kIOReturnUnsupported` (this process itself, or python-ptrace is missing), when the source cannot be stopped.
+        `kIOReturnUnsupported` (the source is this process, or python-ptrace is missing), if the source cannot be
+        stopped.
 
     Notes
     -----
-    Nothing is created in the source, see `Task.read`; a pageable copy stays as sparse as its source. With `freeze`
-    every thread of the source is stopped by ptrace(2), and no other process that shares its memory.
+    Nothing is allocated in the source, see `Task.read`; a pageable copy is as sparse as its source. With `freeze`,
+    all threads of the source are stopped by ptrace(2), but not other processes that share its memory.
     """
     if unreadable not in ("raise", "zero"):
         raise BadArgumentError(f"unreadable must be 'raise' or 'zero', not {unreadable!r}")
@@ -142,7 +143,7 @@ class _Form(NamedTuple):
     direction: str = "inout"
 
     def make(self, buffer: IOBufferMemoryDescriptor, task: AnyTask | None, size: int) -> IOBufferMemoryDescriptor:
-        """Initialise `buffer` as these keywords say."""
+        """Initialize `buffer` from these keywords."""
         options = _named(DIRECTIONS, "direction", self.direction) | _named(CACHES, "cache", self.cache)
         options |= 0 if self.wired else _PAGEABLE
         options |= _CONTIGUOUS if self.contiguous else 0

@@ -1,4 +1,4 @@
-"""`PurgeableCache`: what can be made again, kept while there is memory for it."""
+"""`PurgeableCache`: a cache of reproducible contents that yields under memory pressure."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ K = TypeVar("K", bound=Hashable)
 
 
 class CacheStatistics(NamedTuple):
-    """What a `PurgeableCache` did so far, and what it keeps now."""
+    """The activity of a `PurgeableCache` so far, and its present contents."""
 
     hits: int
     """Requests that found the content intact."""
     loaded: int
-    """Contents that the loader made for keys that were not there."""
+    """Contents loaded for new keys."""
     purged: int
-    """Contents that were found to be taken by the system."""
+    """Contents found to have been reclaimed by the system."""
     rebuilt: int
-    """Contents that the loader made again for keys whose content had been taken."""
+    """Contents loaded again for keys whose contents had been reclaimed."""
     entries: int
-    """Keys, also those whose content has been taken."""
+    """Keys, including those whose contents have been reclaimed."""
     held: int
-    """Keys whose content is in use, and stays."""
+    """Keys whose contents are in use, and therefore not volatile."""
     bytes: int
-    """Size of all contents, also of those that have been taken."""
+    """Size of all contents in bytes, including those that have been reclaimed."""
     held_bytes: int
-    """Size of the contents in use."""
+    """Size of the contents in use, in bytes."""
 
 
 class CacheItem(Exporter):
-    """A content in use. It stays until the item and all views of it are gone, or `release`, or the end of `with`.
+    """Cached contents in use: intact until `release`, the end of `with`, or the end of the item and its views.
 
-    It has the buffer protocol: `memoryview(item)`, `numpy.frombuffer(item)`, and `item.view` with the shape that the
-    loader gave it.
+    An item supports the buffer protocol: `memoryview(item)`, `numpy.frombuffer(item)`, and `item.view` with the shape
+    of the loader's result.
     """
 
     def __init__(self, entry: _Entry) -> None:
@@ -57,22 +57,22 @@ class CacheItem(Exporter):
 
     @property
     def view(self) -> memoryview:
-        """A memoryview with the format and shape of what the loader returned (bytes where Python cannot cast to it).
+        """A memoryview with the format and shape of the loader's result (bytes if Python cannot cast to it).
 
-        `numpy.asarray(item.view)` is the array again.
+        `numpy.asarray(item.view)` is the original array.
         """
         raw, entry = memoryview(self), self._held()
-        with contextlib.suppress(ValueError, TypeError):  # a format that is not a native one
+        with contextlib.suppress(ValueError, TypeError):  # not a native format
             return raw.cast(entry.format, entry.shape) if entry.shape else raw  # type: ignore[call-overload]
         return raw
 
     def release(self) -> None:
-        """End the use, so that the content may be taken when nobody else uses it; idempotent.
+        """End the use, so that the contents become volatile unless there is another user; idempotent.
 
         Raises
         ------
         IOReturnError
-            `kIOReturnBusy` while a view of this item is alive: the use goes on then.
+            `kIOReturnBusy` while a view of this item exists; the item then remains in use.
         """
         if self.exports:
             message = f"{self.exports} views of {self!r} are alive: release them first"
@@ -107,28 +107,28 @@ class CacheItem(Exporter):
         self.release()
 
     def __del__(self) -> None:
-        with contextlib.suppress(IOReturnError):  # its memory may be garbage of the same cycle, and freed already
+        with contextlib.suppress(IOReturnError):  # its memory may be garbage of the same cycle, and already freed
             self._let_go()
 
 
 class _Entry:
-    """One content: its buffer, what it looks like, and who uses it."""
+    """Cached contents: the buffer, their format, and their users."""
 
     buffer: IOBufferMemoryDescriptor | None = None
     format = "B"
     shape: tuple[int, ...] = ()
     size = 0
-    filled = False  # the content is whole, as far as the system did not take it
-    known = False  # it was made before
+    filled = False  # the contents are complete, unless the system has reclaimed them
+    known = False  # it was loaded before
 
     def __init__(self, modifiers: int, unsettled: deque[_Entry]) -> None:
         self.guard = process_local.Guard()
-        self.users: set[int] = set()  # by id: adding and removing are one step, also for a garbage collection
+        self.users: set[int] = set()  # by id, because adding and removing one is atomic, even in a garbage collection
         self._modifiers = modifiers
         self._unsettled = unsettled
 
     def fill(self, data: Buffer) -> None:
-        """Put what the loader made into the buffer, which is non-volatile afterwards."""
+        """Store the loader's result in the buffer and make it non-volatile."""
         with memoryview(data) as made:
             content = made if made.c_contiguous else memoryview(made.tobytes())
             if self.buffer is None or self.buffer.getCapacity() < made.nbytes:
@@ -141,16 +141,16 @@ class _Entry:
         self.filled = self.known = True
 
     def lost(self) -> bool:
-        """Make it non-volatile; say whether the content was taken."""
+        """Make it non-volatile; return whether the contents were reclaimed."""
         taken = self.filled and self.memory.setPurgeable(NON_VOLATILE) == EMPTY
         self.filled &= not taken
         return taken
 
     def settle(self) -> None:
-        """Let the system take it when nobody uses it. It waits for nobody: called by the garbage collector too."""
+        """Make it volatile if it has no user. This never waits, because the garbage collector calls it too."""
         if self.users:
             return
-        if self.guard.mine:  # in the middle of another use: later, then
+        if self.guard.mine:  # this thread holds the guard: retry later
             self._unsettled.append(self)
             return
         try:
@@ -158,73 +158,74 @@ class _Entry:
                 self._unsettled.append(self)
             elif self.filled and not self.users:
                 self.memory.setPurgeable(VOLATILE | self._modifiers)
-        except BusyError:  # this thread was interrupted in the middle of a change
+        except BusyError:  # this thread was interrupted during a change
             self._unsettled.append(self)
         finally:
             self.guard.leave()
 
     def free(self) -> None:
-        """Give the buffer back."""
+        """Free the buffer."""
         buffer, self.buffer, self.filled = self.buffer, None, False
         if buffer is not None:
             buffer.free()
 
     @property
     def memory(self) -> IOBufferMemoryDescriptor:
-        """The buffer, which is there."""
+        """The buffer, which must exist."""
         assert self.buffer is not None
         return self.buffer
 
 
 class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
-    """A mapping of keys to contents that a function can make again; the system may take them when memory is short.
+    """A mapping of keys to reproducible contents, which the system may reclaim when memory is short.
 
-    `cache[key]` returns the content as a `CacheItem`, made by the loader if it is not there any more. While the item
-    or a view of it is alive the content stays; after that it is volatile. Nothing has to be evicted: under a memory
-    limit the kernel takes what was not used for long, and the program goes on.
+    `cache[key]` returns the contents as a `CacheItem`, which the loader produces if necessary. The contents are
+    intact while the item or a view of it exists, and volatile afterwards. No eviction policy is needed: under memory
+    pressure the kernel reclaims the contents that have not been used for longest.
 
     Parameters
     ----------
     loader : callable
-        Makes the content of a key: `bytes`, an array, anything with the buffer protocol. It is copied once. Called
-        without a lock of the whole cache held: for several keys at a time, for one key once. A loader that asks the
-        same cache for other keys must not do so in a circle.
+        Produces the contents of a key: `bytes`, an array, or any object with the buffer protocol, which is copied
+        once. It may be called concurrently for several keys, but not for the same key. A loader may request other
+        keys of the same cache, but not in a cycle.
     modifiers : IOPurgeable
         `kIOMemoryPurgeableVolatileGroup0` to `7` and other modifiers of Volatile, for `iobmd.purge`.
 
     Notes
     -----
-    Private purgeable memory (see `IOMemoryDescriptor.setPurgeable`): needs no privilege, and RSS counts contents
-    until the kernel takes them. A key costs a mapping of the process (vm.max_map_count, 65530 by default) also when
-    its content was taken; `sweep` forgets such keys. Usable from any thread; a forked child has a copy of its own.
+    The contents are private purgeable memory (see `IOMemoryDescriptor.setPurgeable`), which requires no privilege and
+    counts as resident (RSS) until the kernel reclaims it. Each key uses a mapping of the process (vm.max_map_count,
+    65530 by default), even if its contents were reclaimed; `sweep` removes such keys. All methods are thread-safe; a
+    forked child has its own copy.
     """
 
     def __init__(self, loader: Callable[[K], Buffer], *, modifiers: int = 0) -> None:
         self._loader = loader
         self._modifiers = int(modifiers)
         self._entries: dict[K, _Entry] = {}
-        self._unsettled: deque[_Entry] = deque()  # whose last use ended while they were busy
+        self._unsettled: deque[_Entry] = deque()  # entries whose last use ended while they were busy
         self._guard = process_local.Guard()
         self._counts = dict.fromkeys(("hits", "loaded", "purged", "rebuilt"), 0)
         self._maker = os.getpid()
 
     def __getitem__(self, key: K) -> CacheItem:
-        """Return the content of `key`, in use; made by the loader if it is not there.
+        """Return the contents of `key`, in use; call the loader if they are missing.
 
         Raises
         ------
         IOReturnError
-            As `allocate` and `setPurgeable`; `kIOReturnBusy` when a loader asks for the very key that it makes. Or
-            whatever the loader raises: then nothing is kept.
+            As `allocate` and `setPurgeable`; `kIOReturnBusy` if a loader requests the key that it is loading.
+            Exceptions of the loader are passed on, and nothing is cached.
         """
         self._settle()
         while True:
             entry = self._entries.get(key) or self._entries.setdefault(key, _Entry(self._modifiers, self._unsettled))
             with entry.guard:
-                if self._entries.get(key) is not entry:  # forgotten by another thread meanwhile
+                if self._entries.get(key) is not entry:  # another thread has removed it
                     continue
                 item = CacheItem(entry)
-                entry.users.add(id(item))  # first: from here on nobody makes it volatile
+                entry.users.add(id(item))  # first: this keeps other threads from making it volatile
                 try:
                     self._provide(key, entry)
                 except BaseException:
@@ -248,12 +249,12 @@ class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
         self._count("rebuilt" if known else "loaded")
 
     def _forget(self, key: K, entry: _Entry) -> None:
-        """Forget a key and its content, which is not in use, with the entry's guard held."""
+        """Remove a key and its contents, which must not be in use, with the entry's guard held."""
         self._entries.pop(key, None)
         entry.free()
 
     def __delitem__(self, key: K) -> None:
-        """Forget a key and free its content.
+        """Remove a key and free its contents.
 
         Raises
         ------
@@ -265,12 +266,12 @@ class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
         entry = self._entries[key]
         with entry.guard:
             if entry.users:
-                raise BusyError(f"the content of {key!r} is in use")
+                raise BusyError(f"the contents of {key!r} are in use")
             if self._entries.get(key) is entry:
                 self._forget(key, entry)
 
     def sweep(self) -> int:
-        """Forget the keys whose content the system has taken; returns how many."""
+        """Remove the keys whose contents the system has reclaimed; return their number."""
         self._settle()
         swept = 0
         for key, entry in list(self._entries.items()):
@@ -282,12 +283,12 @@ class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
         return swept
 
     def close(self) -> None:
-        """Forget all keys and free their contents; idempotent.
+        """Remove all keys and free their contents; idempotent.
 
         Raises
         ------
         IOReturnError
-            `kIOReturnBusy` while some are in use; the others are freed.
+            `kIOReturnBusy` if contents are in use; all others are freed.
         """
         busy: BusyError | None = None
         for key in list(self._entries):
@@ -302,7 +303,7 @@ class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
 
     @property
     def statistics(self) -> CacheStatistics:
-        """What the cache did so far, and what it keeps now."""
+        """The activity so far, and the present contents."""
         self._settle()
         known = [entry for entry in list(self._entries.values()) if entry.known]
         held = [entry.size for entry in known if entry.users]
@@ -313,7 +314,7 @@ class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
             )
 
     def _settle(self) -> None:
-        """Let the system take what came out of use while it was busy."""
+        """Make entries volatile whose last use ended while they were busy."""
         for _ in range(len(self._unsettled)):
             with contextlib.suppress(IndexError):  # another thread was faster
                 self._unsettled.popleft().settle()

@@ -70,7 +70,7 @@ class IOPurgeable(IntFlag, boundary=KEEP):
 
 
 class IOReturn(IntEnum):
-    """What an IOKit call returns (IOReturn.h)."""
+    """Return values of IOKit calls (IOReturn.h)."""
 
     kIOReturnSuccess = 0
     kIOReturnError = 0xE00002BC
@@ -227,7 +227,7 @@ kIOReturnIsoTooNew = IOReturn.kIOReturnIsoTooNew
 kIOReturnNotFound = IOReturn.kIOReturnNotFound
 kIOReturnInvalid = IOReturn.kIOReturnInvalid
 
-# IODirection flags that only prepare() takes (IOMemoryDescriptor.h).
+# IODirection flags of prepare() (IOMemoryDescriptor.h).
 kIODirectionPrepareToPhys32 = 4
 kIODirectionPrepareNoFault = 8
 # Operations of performOperation() (IOMemoryDescriptor.h).

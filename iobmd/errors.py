@@ -1,4 +1,4 @@
-"""What goes wrong, with IOKit's code for it: one exception type a situation, all of them `IOReturnError`."""
+"""Exceptions with IOKit's error codes: one type for each situation, all derived from `IOReturnError`."""
 
 from collections.abc import Callable
 from errno import EMFILE, ENFILE
@@ -7,7 +7,7 @@ from typing import Any, Self
 from iobmd.constants import IOReturn
 
 NO_DESCRIPTOR = (EMFILE, ENFILE)
-"""Error numbers of a process, or a host, without a free file descriptor: they say nothing of what was looked at."""
+"""Error numbers for a lack of file descriptors, which say nothing about the object in question."""
 
 
 class IOReturnError(OSError):
@@ -16,14 +16,15 @@ class IOReturnError(OSError):
     Parameters
     ----------
     code : IOReturn
-        IOKit's name for what went wrong. The most fitting subclass is made, as with `OSError`.
+        IOKit's error code. As with `OSError`, an instance of the corresponding subclass is created.
     message : str or callable
-        What failed, why, and what to do about it. A callable returns it, once, when it is first asked for (`str`,
-        `repr`, `args`, `strerror`, pickling): for explanations that cost far more than the failure.
+        What failed, why, and the remedy. A callable that returns the message is called once, when the message is
+        first read (`str`, `repr`, `args`, `strerror`, pickling), for explanations that cost far more than the
+        failure.
     errno : int
-        The kernel's error number, 0 when the kernel gave none.
+        The kernel's error number, 0 if there is none.
     address : int, optional
-        For `kIOReturnVMError`: the first byte that could not be reached.
+        For `kIOReturnVMError`: the first byte that could not be accessed.
 
     Attributes
     ----------
@@ -53,7 +54,7 @@ class IOReturnError(OSError):
     def _create(cls, code: IOReturn, message: str | Callable[[], str], errno: int, address: int | None) -> Self:
         self = OSError.__new__(cls)
         self.errno = errno
-        self.code = code if type(code) is IOReturn else IOReturn(code)  # an enumeration takes a microsecond to ask
+        self.code = code if type(code) is IOReturn else IOReturn(code)  # looking up a member takes a microsecond
         self.address = address
         self._message = message
         return self
@@ -107,7 +108,7 @@ class NotPrivilegedError(NamedError, PermissionError, code=IOReturn.kIOReturnNot
 
 
 class NotPermittedError(NamedError, PermissionError, code=IOReturn.kIOReturnNotPermitted):
-    """Another task refuses access: its user, Yama, a seccomp filter, or it is traced already."""
+    """Access to another task is denied: its user, Yama, a seccomp filter, or another tracer."""
 
 
 class CannotWireError(NamedError, code=IOReturn.kIOReturnCannotWire):
@@ -127,19 +128,19 @@ class VMError(NamedError, code=IOReturn.kIOReturnVMError):
 
 
 class NotFoundError(NamedError, ProcessLookupError, code=IOReturn.kIOReturnNotFound):
-    """The task is gone: it exited, or its pid belongs to another process now."""
+    """The task no longer exists: it exited, or its pid was reused."""
 
 
 class NotReadyError(NamedError, code=IOReturn.kIOReturnNotReady):
-    """A physical address was asked of memory that is not wired."""
+    """The operation requires pinned memory, such as a request for a physical address."""
 
 
 class BusyError(NamedError, BufferError, code=IOReturn.kIOReturnBusy):
-    """Still in use: prepared, or a `memoryview` of it is alive; or a task keeps moving its memory."""
+    """The memory is in use: prepared, mapped or viewed by a `memoryview`; or a task keeps moving its memory."""
 
 
 class NotOpenError(NamedError, ValueError, code=IOReturn.kIOReturnNotOpen):
-    """Used after release, or before it was initialised."""
+    """The object was used after its release, or before its initialization."""
 
 
 class TaskTimeoutError(NamedError, TimeoutError, code=IOReturn.kIOReturnTimeout):
@@ -147,4 +148,4 @@ class TaskTimeoutError(NamedError, TimeoutError, code=IOReturn.kIOReturnTimeout)
 
 
 class UnsupportedError(NamedError, code=IOReturn.kIOReturnUnsupported):
-    """The kernel, the CPU, the kind of memory or the version of `iobmd` cannot do it."""
+    """The kernel, the CPU, the kind of memory or this version of `iobmd` does not support the operation."""

@@ -1,4 +1,4 @@
-"""What /proc says of a process and of the host (proc(5)), parsed and in bytes."""
+"""Parsers of /proc (proc(5)) for processes and the host; sizes are in bytes."""
 
 import errno
 import os
@@ -14,11 +14,11 @@ from iobmd._native import maps as native
 from iobmd.errors import BusyError
 
 HUGE = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Private_Hugetlb", "Shared_Hugetlb")
-"""Counters of smaps of what huge pages map in the page tables: a PMD, or a page of hugetlb."""
+"""Counters of smaps for memory that is mapped by huge pages in the page tables: by a PMD, or as hugetlb pages."""
 
 PF_EXITING = 0x00000004
 PF_KTHREAD = 0x00200000
-"""Of the kernel's flags of a task."""
+"""A flag of kernel threads (linux/sched.h)."""
 
 _FIELD = r"(\w+(?:\(\w+\))?):\s+(\d+) kB"
 _ESCAPE = r"\\([0-7]{3})"
@@ -34,17 +34,17 @@ class VMA(NamedTuple):
     inode: int
     name: str
     device: str = ""
-    """Of the file's file system, as "major:minor" in hexadecimal."""
+    """The device of the file's file system, as "major:minor" in hexadecimal."""
 
     def __str__(self) -> str:
         return f"{self.start:#x}-{self.end:#x} {self.perms} {self.name or '(anonymous)'}"
 
 
 _BATCH = 64
-"""Areas that are asked for at a time: 64 calls take about as long as generating and reading one chunk of text."""
+"""Areas queried at a time: 64 calls take about as long as generating and reading one chunk of text."""
 
 USER_END = 1 << 63
-"""Above it the kernel maps memory of its own (vsyscall), which only the text of maps shows."""
+"""Above this address the kernel maps its own memory (vsyscall), which only the text of maps shows."""
 
 
 _LAST = (1 << 64) - 1
@@ -56,23 +56,23 @@ def _parse(text: bytes, low: int = 0, high: int = _LAST) -> Iterable[VMA]:
 
 
 def _unescaped(area: VMA) -> VMA:
-    # Of what ends lines elsewhere the kernel escapes the newline alone.
+    # Of all line separators, the kernel escapes only the newline.
     return area._replace(name=re.sub(_ESCAPE, lambda match: chr(int(match[1], 8)), area.name))
 
 
 _FEW = 256
-"""Areas that are read before those of the task are counted: most tasks have fewer."""
+"""Areas that are read before the areas of the task are counted; most tasks have fewer."""
 _MANY = 1 << 20
-"""Areas that are counted at most."""
+"""Maximum number of areas that are counted."""
 
 
 class _Limit:
-    """How many areas of a task are read, so that it cannot have them read without end.
+    """A limit on the number of areas read, so that a task cannot make the reading endless.
 
-    /proc/PID/maps is generated as it is read, ascending by address: a task that keeps moving its areas upwards, past
-    the place that is read, is never at its end. So after the first few areas all are counted, at once, which takes a
-    microsecond each and is faster than they can be moved, and twice as many are read: a task that grows while it is
-    read has less.
+    /proc/PID/maps is generated while it is read, in ascending order of addresses. If a task keeps moving its areas to
+    higher addresses, the end is never reached. Therefore, after the first few areas, all areas are counted at once,
+    which takes a microsecond each and is faster than they can be moved, and at most twice that number is read; a task
+    that merely grows while it is read has fewer.
     """
 
     def __init__(self, pid: int | str) -> None:
@@ -82,14 +82,14 @@ class _Limit:
         self._counted = False
 
     def add(self, areas: int) -> None:
-        """Count areas that were read. Raises `kIOReturnBusy`: they are too many."""
+        """Count areas that were read; raise `kIOReturnBusy` if there are too many."""
         self._seen += areas
         if self._seen > self._most and not self._counted:
             self._counted = True
             self._most += 2 * self._count()
         if self._seen > self._most:
             message = (
-                f"process {self._pid} keeps moving its memory: {self._seen} areas were found, and it had "
+                f"process {self._pid} keeps moving its memory: {self._seen} areas were found, but it had only "
                 f"{(self._most - _FEW) // 2} shortly before. Stop it while it is read (kill -STOP)"
             )
             raise BusyError(message, errno.EBUSY)
@@ -109,7 +109,7 @@ def maps(pid: int | str = "self") -> Iterator[VMA]:
 
 
 def maps_text(pid: int | str = "self") -> Iterator[bytes]:
-    """Iterate over the text of /proc/PID/maps, by whole lines. Raises as `areas`."""
+    """Iterate over the text of /proc/PID/maps, in chunks of whole lines. Raises as `areas`."""
     with open(memory_file(pid, "maps"), "rb", buffering=0) as file:
         yield from _whole_lines(file.fileno(), _Limit(pid))
 
@@ -130,27 +130,27 @@ def areas(pid: int | str, start: int, end: int) -> Iterator[VMA]:
     pid : int or str
         The process; "self" for this one.
     start, end : int
-        In bytes. An area that overlaps the range in part is returned whole.
+        In bytes. Areas that overlap the range partly are returned whole.
 
     Raises
     ------
     OSError
-        `ENOENT`, `ESRCH`: the process, or its memory, is gone (also for a kernel thread); `EACCES`: it may not be
-        read; `EMFILE`, `ENFILE`.
+        `ENOENT`, `ESRCH`: the process, or its memory, no longer exists (also for a kernel thread); `EACCES`: access
+        is denied; `EMFILE`, `ENFILE`.
     IOReturnError
-        `kIOReturnBusy`: more than twice as many areas were found as the process has, for it keeps moving them.
+        `kIOReturnBusy`: more than twice as many areas were found as the process has, because it keeps moving them.
 
     Notes
     -----
-    One ioctl(PROCMAP_QUERY) an area (fs/proc/task_mmu.c, Linux 6.11), whatever else the process maps; before that
-    /proc/PID/maps is read up to `end`. Areas that change concurrently are seen before or after the change.
+    Uses one ioctl(PROCMAP_QUERY) per area (fs/proc/task_mmu.c, Linux 6.11), whatever else the process maps; older
+    kernels read /proc/PID/maps up to `end`. Areas that change concurrently are seen before or after the change.
     """
     path = f"{directory(pid)}/maps"
     limit = _Limit(pid)
     try:
         yield from _areas(path, start, end, limit)
     except ProcessLookupError:
-        # The main thread may have exited before others; to look first would take longer than all the rest.
+        # The main thread may have exited before others. Checking that first would take longer than everything else.
         other = memory_file(pid, "maps")
         if other == path:
             raise
@@ -176,7 +176,7 @@ def _areas(path: str, start: int, end: int, limit: _Limit) -> Iterator[VMA]:
 
 
 def _queried(fd: int, start: int, end: int) -> list[tuple[int, int, str, int, int, str, str]] | None:
-    """Return up to `_BATCH` areas; None where the kernel cannot answer. Raises ProcessLookupError."""
+    """Return up to `_BATCH` areas; None if the kernel does not support the query. Raises ProcessLookupError."""
     try:
         return native.query(fd, start, end, _BATCH)
     except ProcessLookupError:
@@ -193,8 +193,8 @@ def _searched(fd: int, start: int, end: int, limit: _Limit) -> Iterator[VMA]:
         last = text[text.rfind(b"\n", 0, -1) + 1 :]
         if int(last.partition(b"-")[0] or b"0", 16) >= end:
             return
-    if not text:  # each process has an area
-        raise ProcessLookupError(errno.ESRCH, "the memory is gone")
+    if not text:  # every process has an area
+        raise ProcessLookupError(errno.ESRCH, "the memory no longer exists")
 
 
 def _lines(path: str) -> TextIO:
@@ -203,17 +203,17 @@ def _lines(path: str) -> TextIO:
 
 
 class Details(NamedTuple):
-    """What /proc/PID/smaps says of an area."""
+    """The data of an area in /proc/PID/smaps."""
 
     area: VMA
     counters: dict[str, int]
-    """By their names there, in bytes."""
+    """Counters by name, in bytes."""
     flags: frozenset[str]
     """The kernel's flags of the area, two letters each (VmFlags)."""
 
 
 def details(pid: int | str = "self") -> Iterator[Details]:
-    """Iterate over /proc/PID/smaps, ascending by address. For each area the kernel walks through all of its pages.
+    """Iterate over /proc/PID/smaps, ascending by address. The kernel walks all pages of each area.
 
     Raises as `areas`.
     """
@@ -221,7 +221,7 @@ def details(pid: int | str = "self") -> Iterator[Details]:
     limit = _Limit(pid)
     with open(memory_file(pid, "smaps"), "rb", buffering=0) as file:
         while text := file.read(1 << 16):
-            # The flags are the last line of an area: names have no newline in them.
+            # The flags are the last line of an area; names contain no newline.
             before, flags, behind = (rest + text).rpartition(b"\nVmFlags:")
             line, newline, behind = behind.partition(b"\n")
             if not (flags and newline):
@@ -246,15 +246,15 @@ def vm_flags(pid: int | str = "self") -> Iterator[tuple[VMA, frozenset[str]]]:
 
 
 def find_vma(pid: int | str, address: int) -> VMA | None:
-    """Return the area that holds `address`, or None. Raises as `areas`."""
+    """Return the area that contains `address`, or None. Raises as `areas`."""
     return next(areas(pid, address, address + 1), None)
 
 
 def is_leased(area: VMA) -> bool:
-    """Say whether a process has a write lease, or a delegation, on the file that an area maps.
+    """Return whether a process holds a write lease, or a delegation, on the file that an area maps.
 
-    To open the file, in whatever way, would break it: its holder is told to give it up (F_SETLEASE in fcntl(2)). What
-    /proc/locks shows are the holders in the pid namespace of /proc. Where it has more than `_LOCKS` bytes, each file
+    Opening the file in any mode would break the lease: the kernel requests its holder to release it (F_SETLEASE in
+    fcntl(2)). /proc/locks shows holders in the pid namespace of /proc. If it has more than `_LOCKS` bytes, every file
     counts as leased. Raises OSError.
     """
     text = locks()
@@ -275,10 +275,10 @@ def locks() -> str:
 
 
 _LOCKS = 512 << 10
-"""Bytes of /proc/locks that are of use: 9,000 locks.
+"""Bytes of /proc/locks that are read, about 9,000 locks.
 
-Every user may have as many locks as memory permits, and each page that is read is found from the first lock on:
-20,000 take 0.07 s, 100,000 take 0.8 s (measured), a million more than a minute.
+Users may hold any number of locks, and for each page that is read the kernel starts at the first lock: 20,000 locks
+take 0.07 s, 100,000 take 0.8 s (measured), a million more than a minute.
 """
 
 
@@ -304,7 +304,7 @@ def mounts(pid: int | str = "self") -> Iterator[Mount]:
 
 
 def uncovered(areas: Iterable[VMA], address: int, end: int, permission: str) -> int:
-    """Return the first address of `address`…`end` that no area with `permission` covers (`end`: all are)."""
+    """Return the first address of `address`…`end` that no area with `permission` covers; `end` if there is none."""
     for area in areas:
         if area.end <= address:
             continue
@@ -315,7 +315,7 @@ def uncovered(areas: Iterable[VMA], address: int, end: int, permission: str) -> 
 
 
 def status(pid: int | str = "self", thread: int | None = None) -> dict[str, str]:
-    """Return the fields of the status of a process, or of a `thread` of it as /proc counts, as text."""
+    """Return the status fields of a process, or of one of its threads (by its id in /proc), as text."""
     of_thread = "" if thread is None else f"/task/{thread}"
     return _status(f"{directory(pid)}{of_thread}")
 
@@ -326,7 +326,7 @@ def _status(folder: str) -> dict[str, str]:
 
 
 def status_bytes(field: str, pid: int | str = "self") -> int:
-    """Return a size of memory that /proc/PID/status tells, in bytes."""
+    """Return a memory size from /proc/PID/status, in bytes."""
     with open(memory_file(pid, "status"), "rb", buffering=0) as file:
         found = file.read().partition(b"\n%b:" % field.encode())[2]
     if not found:
@@ -335,12 +335,12 @@ def status_bytes(field: str, pid: int | str = "self") -> int:
 
 
 def stat(pid: int | str = "self") -> list[str]:
-    """Return the fields of /proc/PID/stat behind the name: the first is the third that proc_pid_stat(5) counts."""
+    """Return the fields of /proc/PID/stat after the name: the first is field 3 of proc_pid_stat(5)."""
     return _stat(directory(pid))
 
 
 def _stat(folder: str) -> list[str]:
-    # The program's name is in parentheses, and may hold anything.
+    # The program's name is in parentheses, and may contain any characters.
     with _lines(f"{folder}/stat") as lines:
         return lines.read().rpartition(")")[2].split()
 
@@ -357,20 +357,19 @@ def _flags(folder: str) -> int:
 def memory_file(pid: int | str, name: str) -> str:
     """Return the path of a file of /proc about the memory of a process, such as "pagemap". Raises as `directory`."""
     if pid in ("self", os.getpid()):
-        return f"/proc/thread-self/{name}"  # where memory is found also when the main thread has exited
+        return f"/proc/thread-self/{name}"  # has memory even if the main thread has exited
     folder = directory(pid)
     thread = _thread_with_memory(folder)
     return f"{folder}/task/{thread}/{name}" if thread else f"{folder}/{name}"
 
 
 def memory_id(pid: int) -> int:
-    """Return the id by which system calls find the memory of a process.
+    """Return the id with which system calls find the memory of a process.
 
-    That is its pid, or the id of one of its threads when the main thread has exited before these. Raises as
-    `directory`.
+    This is its pid, or the id of one of its threads if the main thread has exited. Raises as `directory`.
     """
     if pid == os.getpid():
-        return threading.get_native_id()  # to ask, as below, takes longer than to open a file
+        return threading.get_native_id()  # the check below takes longer than opening a file
     folder = directory(pid)
     thread = _thread_with_memory(folder)
     if thread and pidns.is_foreign():
@@ -379,7 +378,7 @@ def memory_id(pid: int) -> int:
 
 
 def has_thread(pid: int, tid: int) -> bool:
-    """Say whether a process has a thread, by their numbers here, at this moment."""
+    """Return whether a process currently has a thread, by their ids in this pid namespace."""
     try:
         os.stat(f"{directory(pid)}/task/{directory(tid).rpartition('/')[2]}")
     except OSError:
@@ -388,7 +387,7 @@ def has_thread(pid: int, tid: int) -> bool:
 
 
 def _thread_with_memory(folder: str) -> int:
-    """Return the number in /proc of a thread that has memory where the main thread has exited; else 0."""
+    """Return the id in /proc of a thread that has memory if the main thread has exited; otherwise 0."""
     if not _flags(folder) & PF_EXITING:
         return 0
     main = int(folder.rpartition("/")[2])
@@ -404,13 +403,13 @@ def _has_memory(folder: str) -> bool:
 
 
 def page_faults(pid: int | str = "self") -> int:
-    """Return how many page faults a process had, all its threads together (minflt and majflt)."""
+    """Return the number of page faults of all threads of a process (minflt and majflt)."""
     fields = stat(pid)
     return int(fields[7]) + int(fields[9])
 
 
 def start_time(pid: int | str = "self") -> int:
-    """Return when a process started, in clock ticks since boot: pid and start time together name one process."""
+    """Return the start time of a process in clock ticks since boot; pid and start time identify a process."""
     return int(stat(pid)[19])
 
 

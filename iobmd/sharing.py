@@ -1,4 +1,4 @@
-"""Handing shared memory to a process that cooperates: `share` it here, `attach` it there; no privilege, no ptrace."""
+"""Shared memory for processes that cooperate: one calls `share`, the other `attach`, without privileges or ptrace."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from iobmd.units import PAGE_SIZE, is_power_of_two
 if TYPE_CHECKING:
     import socket as sockets
 
-_HEADER = struct.Struct("=6sxxI")  # a mark, and the length of the description behind it; the descriptor goes with it
+_HEADER = struct.Struct("=6sxxI")  # magic, and the length of the description that follows
 _MARK = b"iobmd1"
 _LARGEST = 1 << 20  # bytes of a description
 _MOST_PIECES = 16 << 10  # each is a mapping, of which a process may have 65,530 (vm.max_map_count)
@@ -42,7 +42,7 @@ _NO_UID = 0xFFFFFFFF
 
 
 class _Description(NamedTuple):
-    """What a process has to know of a buffer besides the descriptor of its memory."""
+    """The properties of a buffer that are sent along with the file descriptor of its memory."""
 
     options: int
     capacity: int
@@ -52,16 +52,16 @@ class _Description(NamedTuple):
 
     @classmethod
     def parse(cls, fields: Any) -> _Description:
-        """Return what was sent. Raises ValueError or TypeError."""
+        """Return the description that was sent; raise ValueError or TypeError if it is invalid."""
         options, capacity, length, extents, alignment = fields
         if len(extents) > _MOST_PIECES:
             raise ValueError(f"it has more than {_MOST_PIECES} pieces")
         pieces = [(offset, size) for offset, size in extents]
         numbers = [options, capacity, length, alignment, *(number for piece in pieces for number in piece)]
         if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
-            raise ValueError("its numbers are none")
+            raise ValueError("its numbers are not integers")
         if not is_power_of_two(alignment) or not PAGE_SIZE <= alignment <= _LARGEST_ALIGNMENT:
-            raise ValueError("its alignment is not a power of two from a page on")
+            raise ValueError("its alignment is not a power of two of at least a page")
         check_request(kernel_task, options & ~_CONTIGUOUS, capacity, alignment, 0)
         return cls(options, capacity, length, pieces, alignment)
 
@@ -86,10 +86,10 @@ class _Description(NamedTuple):
 
 
 class Handle:
-    """Shared memory on its way to another process: `send` it over a Unix socket, or give it to multiprocessing.
+    """Shared memory in transit to another process: `send` it over a Unix socket, or pass it to multiprocessing.
 
-    Made by `iobmd.share`. It holds the memory, but not the buffer, which may be freed meanwhile, until `close` or the
-    end of `with`. A process that multiprocessing starts, or that is at the other end of its pipes and queues, gets it
+    Created by `iobmd.share`. Until `close` or the end of a `with` block it retains the memory, but not the buffer,
+    which may be freed. Processes started by multiprocessing, or at the other end of its pipes and queues, receive it
     by pickling.
     """
 
@@ -99,19 +99,19 @@ class Handle:
         _teach_multiprocessing()
 
     def send(self, socket: sockets.socket) -> None:
-        """Send it over a Unix socket, to a process that calls `iobmd.attach` with its end; may be done repeatedly.
+        """Send it over a Unix socket to a process that calls `iobmd.attach`; may be called repeatedly.
 
         Raises
         ------
         OSError
-            As the socket has it.
+            The error of the socket.
         """
         import json  # noqa: PLC0415 (with sockets: as long to import as all of iobmd)
         import socket as sockets  # noqa: PLC0415
 
         description = json.dumps(self._description).encode()
         fd = _own_description(self._fd)
-        # The kernel checks these numbers, so that the other side learns who sends, and not who made the socket.
+        # The kernel verifies these credentials, so that the receiver sees the sender, not the creator of the socket.
         sender = _CREDENTIALS.pack(os.getpid(), os.geteuid(), os.getegid())
         try:
             socket.sendmsg(
@@ -127,7 +127,7 @@ class Handle:
 
     @classmethod
     def receive(cls, socket: sockets.socket) -> Handle:
-        """Return what was sent. Raises `kIOReturnBadArgument`: that is no buffer; `kIOReturnNotOpen`: at the end."""
+        """Receive a handle. Raises `kIOReturnBadArgument` for anything else, `kIOReturnNotOpen` at the end."""
         import json  # noqa: PLC0415 (as above)
 
         header, fds, uid = _received(socket)
@@ -168,11 +168,11 @@ class Handle:
         return IOBufferMemoryDescriptor()._attach(backing, options, description.capacity, description.length)
 
     def close(self) -> None:
-        """Let go of the memory, once `send` and `attach` of other threads have ended; idempotent."""
+        """Release the memory after `send` and `attach` calls of other threads have returned; idempotent."""
         self._fd.close()
 
     def __enter__(self) -> Self:
-        self._fd.fileno()  # refuses when it is closed
+        self._fd.fileno()  # raises if it is closed
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -180,7 +180,7 @@ class Handle:
 
     def __reduce_ex__(self, _protocol: SupportsIndex) -> NoReturn:
         raise TypeError(
-            "a Handle goes through multiprocessing's pipes, queues and arguments, or `send`, and nothing else"
+            "a Handle can only be sent through multiprocessing's pipes, queues and arguments, or by `send`"
         )
 
     def __repr__(self) -> str:
@@ -189,30 +189,31 @@ class Handle:
 
 
 def share(buffer: IOBufferMemoryDescriptor, socket: sockets.socket | None = None) -> Handle:
-    """Make shared memory ready to be handed to another process that cooperates.
+    """Return a handle with which another process can attach shared memory.
 
     Parameters
     ----------
     buffer : IOBufferMemoryDescriptor
-        Shared memory (`shared=True`, `kIOMemoryKernelUserShared`), in whatever task.
+        Shared memory (`shared=True`, `kIOMemoryKernelUserShared`), of any task.
     socket : socket.socket, optional
-        Send it over this Unix socket at once.
+        Also send the handle over this Unix socket.
 
     Returns
     -------
     Handle
-        To `send` over Unix sockets, or to be given to multiprocessing.
+        To be sent over Unix sockets (`send`), or passed to multiprocessing.
 
     Raises
     ------
     IOReturnError
-        `kIOReturnUnsupported`: private memory. `kIOReturnNoResources`: no descriptor is free.
+        `kIOReturnUnsupported`: private memory. `kIOReturnNoResources`: no file descriptor is free.
 
     Notes
     -----
-    By a descriptor (unix(7), SCM_RIGHTS). Memory of a memfd is sealed, so that nobody can cut it away. Memory in huge
-    pages of a tmpfs is not (as root: 2 MiB and more, and contiguous or masked memory above a page): hand it to
-    processes that you trust. `attach` refuses such memory from other users than root and its own.
+    The memory is passed as a file descriptor (unix(7), SCM_RIGHTS). A memfd is sealed, so that it cannot be
+    truncated. tmpfs memory in huge pages cannot be sealed (as root: 2 MiB and more, and contiguous or masked memory
+    above a page): pass it only to processes that you trust. `attach` refuses such memory from users other than root
+    and its own.
     """
     shared = buffer._memory().require_backing().shared
     if shared is None:
@@ -228,25 +229,25 @@ def share(buffer: IOBufferMemoryDescriptor, socket: sockets.socket | None = None
 
 
 def attach(source: Handle | sockets.socket, *, wired: bool | None = None) -> IOBufferMemoryDescriptor:
-    """Return a buffer of memory that another process has shared: the same pages, mapped here.
+    """Map memory that another process has shared and return it as a buffer of the same pages.
 
     Parameters
     ----------
     source : Handle or socket.socket
-        What `share` returned, as multiprocessing brought it; or a Unix socket that it was sent over.
+        The handle returned by `share`, received through multiprocessing; or a Unix socket over which it was sent.
     wired : bool, optional
-        Keep it resident, and pinned where the kernel lets us, on this process's account; default: as it was made.
+        Whether to wire the memory, charged to this process. Default: as it was allocated.
 
     Returns
     -------
     IOBufferMemoryDescriptor
-        Its length, options and purgeable state are those of the buffer that was shared; its memory lives as long as
-        anybody has it.
+        A buffer with the length, options and purgeable state of the one that was shared. The memory is freed when the
+        last process has released it.
 
     Raises
     ------
     IOReturnError
-        `kIOReturnBadArgument`: what came is no buffer. `kIOReturnNotOpen`: the socket or the handle is closed.
+        `kIOReturnBadArgument`: the message is not a buffer. `kIOReturnNotOpen`: the socket or the handle is closed.
         `kIOReturnCannotWire` at RLIMIT_MEMLOCK. `kIOReturnNoMemory`, `kIOReturnNoResources`.
     """
     if isinstance(source, Handle):
@@ -256,10 +257,10 @@ def attach(source: Handle | sockets.socket, *, wired: bool | None = None) -> IOB
 
 
 def _received(socket: sockets.socket) -> tuple[bytes, list[int], int]:
-    """Receive the beginning of a message: its bytes, its descriptors, and the uid of the process that sent it.
+    """Receive the start of a message: its bytes, its descriptors, and the uid of the sender.
 
-    The uid is that of the message (unix(7), SO_PASSCRED). SO_PEERCRED would name who made the socket: of a socketpair
-    that is this process or its parent, whoever holds the other end by now.
+    The uid is that of the message (unix(7), SO_PASSCRED). SO_PEERCRED would name the creator of the socket: for a
+    socketpair this process or its parent, whichever process now holds the other end.
     """
     import socket as sockets  # noqa: PLC0415 (as above)
 
@@ -292,18 +293,18 @@ def _receive(socket: sockets.socket, size: int) -> tuple[bytes, list[int], int]:
 
 
 def _check_memory(fd: int, *, trusted: bool) -> None:
-    """Raise ValueError unless a descriptor is of memory that may be written to, and cannot be taken away from us.
+    """Raise ValueError unless a descriptor refers to writable memory that the sender cannot free.
 
-    The processes of root and of this user could harm this one anyway.
+    Processes of root and of this user are trusted: they could harm this process anyway.
     """
-    if not trusted and shmem.seals(fd) is None:  # before all else: a server may never answer (FUSE)
-        raise ValueError("its sender is another user, who could truncate it: it is no memfd")
+    if not trusted and shmem.seals(fd) is None:  # first: a FUSE server may never answer other calls
+        raise ValueError("it is not a memfd, so that its sender, another user, could truncate it")
     if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR or not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise ValueError("its descriptor may not be written to")  # and reopening it would ignore that
+        raise ValueError("its descriptor is not writable")  # reopening it would circumvent that
     if seal := shmem.read_only_seal(fd):
         raise ValueError(f"its memory is sealed against writing ({seal})")
     if not trusted and (why := shmem.why_unsafe(fd)):
-        raise ValueError(f"its sender is another user, who could {why}")
+        raise ValueError(f"its sender, another user, could {why}")
 
 
 def _discard(fds: list[int]) -> None:
@@ -333,7 +334,7 @@ def _discard(fds: list[int]) -> None:
 
 
 def _own_description(fd: process_local.Fd) -> int:
-    """Return another descriptor of the same object, with an open file description of its own where /proc is."""
+    """Return another descriptor of the same object, with a separate open file description if /proc is mounted."""
     with fd.use() as number:
         with contextlib.suppress(OSError):
             return shmem.reopen(number)
@@ -356,13 +357,13 @@ def _exactly(socket: sockets.socket, size: int, fds: list[int]) -> bytes:
         if len(fds) > _MOST_FDS:
             raise _not_ours("too many descriptors came with it")
         if not more:
-            raise _not_ours("the other end was closed in the middle of it")
+            raise _not_ours("the other end was closed during the message")
         data += more
     return bytes(data)
 
 
 def _not_ours(why: str) -> BadArgumentError:
-    return BadArgumentError(f"what came is no shared buffer: {why}")
+    return BadArgumentError(f"the message is not a shared buffer: {why}")
 
 
 def _rebuild(fd: Any, description: tuple[Any, ...]) -> Handle:
@@ -377,7 +378,7 @@ def _reduce(handle: Handle) -> tuple[Any, ...]:
 
 
 def _teach_multiprocessing() -> None:
-    """Have multiprocessing's pickler know handles; the ordinary one could not take a descriptor with it."""
+    """Register handles with multiprocessing's pickler; the standard pickler cannot transfer a file descriptor."""
     from multiprocessing import reduction  # noqa: PLC0415 (as above)
 
     reduction.register(Handle, _reduce)

@@ -1,1 +1,1 @@
-"""Mechanisms below every subject: what a fork does not inherit, work in chunks, weak references, files."""
+"""Shared mechanisms: process-local resources, chunked work, weak registries, atomic files, pid namespaces."""

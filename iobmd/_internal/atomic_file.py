@@ -1,4 +1,4 @@
-"""Files that are written whole, or not at all, and where no other user decides which file that is."""
+"""Files that are written completely or not at all, and that other users cannot redirect."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ _STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
 
 @contextmanager
 def replacing(path: str | Path, mode: int) -> Iterator[BinaryIO]:
-    """Open a file that takes the place of `path` when all is written, and is gone when not.
+    """Open a file that replaces `path` when it is complete, and is removed otherwise.
 
     Parameters
     ----------
     path
-        A symbolic link is replaced itself, and not followed; one that leads to a descriptor of this process
-        (/dev/stdout) is written to, and so is a device or a pipe.
+        A symbolic link is replaced, not followed. A link to a descriptor of this process (/dev/stdout), a device and
+        a pipe are written to.
     mode : int
         Permissions of the new file, less the umask.
 
     Raises
     ------
     OSError
-        It cannot be written; it names `path`. `EACCES`: in a directory where anybody may create files it is a link or
-        a pipe of another user.
+        The file cannot be written; the error names `path`. `EACCES`: `path` is a link or a pipe of another user in a
+        world-writable directory.
 
     Notes
     -----
-    The kernel's fs.protected_symlinks and fs.protected_fifos refuse the same, where they are on, for a path that is
-    opened with O_CREAT and whose links the kernel itself follows (proc_sys_fs(5)).
+    If enabled, the kernel's fs.protected_symlinks and fs.protected_fifos refuse the same for a path that is opened
+    with O_CREAT and whose links the kernel follows (proc_sys_fs(5)).
     """
     path = Path(path)
     draft = None
@@ -57,7 +57,7 @@ def replacing(path: str | Path, mode: int) -> Iterator[BinaryIO]:
 
 
 def _open(path: Path, mode: int) -> tuple[Path | None, int]:
-    """Return the draft that is to take the place of `path`, if any, and what is open to write."""
+    """Return the temporary file that is to replace `path`, if any, and a descriptor to write to."""
     try:
         found = path.lstat() if os.path.lexists(path) else None
         if found and (stat.S_ISLNK(found.st_mode) or stat.S_ISFIFO(found.st_mode)):
@@ -69,15 +69,15 @@ def _open(path: Path, mode: int) -> tuple[Path | None, int]:
         if found and not (stat.S_ISREG(found.st_mode) or stat.S_ISLNK(found.st_mode)):
             return None, _open_existing(path, found)
         draft = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
-        # Exclusively: nobody who foresaw the name has us write through a link.
+        # Exclusive, so that a user who predicts the name cannot redirect the output by a link.
         return draft, os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     except OSError as error:
-        error.filename = str(path)  # what was asked for, not the draft's
+        error.filename = str(path)  # not the name of the temporary file
         raise
 
 
 def _open_existing(path: Path, found: os.stat_result) -> int:
-    """Open a device or a pipe, if it is still that. Raises OSError."""
+    """Open a device or a pipe, after checking that it was not replaced. Raises OSError."""
     opened = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         _require_same(os.fstat(opened), found)
@@ -93,12 +93,12 @@ def _require_same(now: os.stat_result, found: os.stat_result) -> None:
 
 
 def _require_own(path: Path, found: os.stat_result) -> None:
-    """Raise EACCES for what another user has put into a sticky directory that anybody may write to."""
+    """Raise EACCES for a file of another user in a world-writable sticky directory."""
     folder = path.parent.stat()
     shared = folder.st_mode & stat.S_ISVTX and folder.st_mode & stat.S_IWOTH
     if shared and found.st_uid not in (os.geteuid(), folder.st_uid):
         kind = "symbolic link" if stat.S_ISLNK(found.st_mode) else "pipe"
-        message = f"a {kind} of another user (uid {found.st_uid}) in a directory that anybody may write to"
+        message = f"a {kind} of another user (uid {found.st_uid}) in a world-writable directory"
         raise OSError(errno.EACCES, message)
 
 

@@ -1,4 +1,4 @@
-"""Large work on a range of memory, cut into pieces and run on several threads (the native calls release the GIL)."""
+"""Work on a large range of memory, split into chunks for several threads (the native calls release the GIL)."""
 
 import _thread
 import contextlib
@@ -9,21 +9,21 @@ import threading
 from collections.abc import Callable, Sequence
 
 PIECE = 4 << 20
-"""Bytes of a piece: some huge pages, and short enough to see an interrupt or a dying task soon."""
+"""Bytes of a chunk: a few huge pages, and short enough to notice an interrupt or the exit of a task soon."""
 
 THREADS_FROM = 16 << 20
-"""Bytes from which a second thread pays: at 8 MiB two take as long as one, at 16 MiB two thirds (measured)."""
+"""Bytes from which a second thread helps: for 8 MiB two take as long as one, for 16 MiB two thirds (measured)."""
 
 MOST_THREADS = 8
 
 Work = Callable[[int, int], tuple[int, int]]
-"""Does the bytes `offset`, `size`; returns how many were done, and the error number that ended it."""
+"""Processes `size` bytes at `offset`; returns how many were processed, and the error number that ended it."""
 
 Progress = Callable[[int], None]
 
 
 def threads(size: int) -> int:
-    """Return on how many threads work on `size` bytes runs."""
+    """Return the number of threads for `size` bytes."""
     if size < THREADS_FROM:
         return 1
     return max(1, min(len(os.sched_getaffinity(0)), MOST_THREADS))
@@ -32,39 +32,39 @@ def threads(size: int) -> int:
 def run(
     work: Work, size: int, progress: Progress | None = None, cuts: Sequence[int] | None = None
 ) -> tuple[int, int]:
-    """Do `size` bytes in pieces.
+    """Process `size` bytes in chunks.
 
     Parameters
     ----------
     work, size
-        What does a piece, and the bytes of all.
+        The function that processes a chunk, and the total size in bytes.
     progress
-        Called in this thread, now and then, with the number of bytes done so far.
+        Called repeatedly in this thread with the number of bytes processed so far.
     cuts
-        Offsets at which pieces begin, ascending from 0, where pieces of `PIECE` bytes are of unlike work.
+        Offsets at which chunks begin, ascending from 0, if chunks of `PIECE` bytes take unequal work.
 
     Returns
     -------
     tuple[int, int]
-        How many bytes from the start are done, and the error number that ended it; 0 when all are. `ESRCH` where
-        a piece came out short without an error.
+        The number of bytes processed from the start, and the error number that ended the work, 0 if it is complete.
+        `ESRCH` if a chunk ended early without an error.
     """
     pieces = _Pieces(work, size, range(0, size, PIECE) if cuts is None else cuts)
     try:
-        # Where a limit allows no further thread, those that run do all of it. Not by Thread.start(), which waits for
-        # its thread to begin: one that finds no memory to begin with never does.
+        # If a limit permits no further thread, the running ones do all the work. Thread.start() is not used, because
+        # it waits for the thread to begin, which a thread without memory never does.
         with contextlib.suppress(RuntimeError, MemoryError):
             for _ in range(min(threads(size), pieces.count) - 1):
                 _thread.start_new_thread(pieces.help, ())
         pieces.work(progress)
     finally:
-        # Also on KeyboardInterrupt: nobody may write to the memory once the caller has it back.
+        # Also on KeyboardInterrupt: no thread may write to the memory after the return.
         pieces.stop()
     return pieces.failure or (size, 0)
 
 
 class _Pieces:
-    """Pieces of one job, handed out in ascending order, and the lowest place where one failed."""
+    """The chunks of one job, assigned in ascending order, and the lowest failure."""
 
     def __init__(self, work: Work, size: int, starts: Sequence[int]) -> None:
         self._work = work
@@ -77,18 +77,18 @@ class _Pieces:
         self._helped = threading.Condition(self._lock)
 
     def work(self, progress: Progress | None = None) -> None:
-        """Do pieces until there are no more."""
+        """Process chunks until none is left."""
         while piece := self._next():
             self._do(*piece)
             if progress:
                 progress(self._done)
 
     def help(self) -> None:
-        """As `work`, in another thread; `stop` waits for the piece it is at."""
+        """Like `work`, in another thread; `stop` waits for its current chunk."""
         while piece := self._next(helping=1):
             try:
                 self._do(*piece)
-            except BaseException:  # no memory: the thread that waits has to know
+            except BaseException:  # no memory: the waiting thread must be notified
                 with self._lock:
                     self._fail(piece[0], errno.ENOMEM)
             finally:
@@ -104,7 +104,7 @@ class _Pieces:
                 self._fail(start + done, error or errno.ESRCH)
 
     def _fail(self, offset: int, error: int) -> None:
-        # Pieces below this one are all handed out and will be finished, so the lowest wins.
+        # All lower chunks are already assigned and will be finished, so the lowest failure counts.
         failure = offset, error
         self.failure = min(self.failure or failure, failure)
 
@@ -115,7 +115,7 @@ class _Pieces:
             return piece
 
     def stop(self) -> None:
-        """Hand out no more, and wait for the pieces that helpers are at, however often Ctrl-C is pressed."""
+        """Assign no more chunks, and wait for the current ones, however often Ctrl-C is pressed."""
         interrupt: KeyboardInterrupt | None = None
         while True:
             try:

@@ -1,9 +1,9 @@
-"""The numbers of processes: those of this process's pid namespace, and those of /proc (pid_namespaces(7)).
+"""Process ids in the pid namespace of this process and in that of /proc (pid_namespaces(7)).
 
-A pid is a number of the calling process's pid namespace. /proc may count otherwise: it lists the processes of the
+A pid belongs to the pid namespace of the calling process. /proc may have other pids: it lists the processes of the
 namespace in which it was mounted, so that after `unshare --pid` without `--mount-proc`, in a sandbox or in a chroot
-that shows the host's /proc, the number of this process names another one there. This process is therefore always
-read as /proc/self and /proc/thread-self, and other pids are translated (`directory`).
+with the host's /proc, the pid of this process names another process there. This process is therefore always read as
+/proc/self and /proc/thread-self, and other pids are translated (`directory`).
 """
 
 import errno
@@ -16,13 +16,13 @@ def directory(pid: int | str) -> str:
     Parameters
     ----------
     pid : int or str
-        As the pid namespace of this process counts; "self" for this process.
+        A pid of this process's pid namespace; "self" for this process.
 
     Raises
     ------
     OSError
-        `ENOENT`: /proc is not mounted, or is that of a pid namespace which this process is not in. `ESRCH`: no such
-        process. `EOPNOTSUPP`: /proc counts otherwise, and pidfd_open(2), which translates the number, is missing.
+        `ENOENT`: /proc is not mounted, or belongs to a pid namespace without this process. `ESRCH`: there is no such
+        process. `EOPNOTSUPP`: /proc has other pids, and pidfd_open(2), which translates them, is missing.
     """
     if pid in ("self", os.getpid()):
         return "/proc/self"
@@ -30,9 +30,9 @@ def directory(pid: int | str) -> str:
 
 
 def found_before(pid: int) -> tuple[bytes, int] | None:
-    """Return what `directory` returned the last time, and the device number of the file system that holds it.
+    """Return the last result of `directory`, and the device number of its file system.
 
-    None where it has to be asked. Looking whether another /proc was mounted since is up to the caller.
+    None if `directory` must be called. The caller must check whether another /proc was mounted since.
     """
     own = os.getpid()
     if _foreign is None or _foreign[0] != own or _foreign[2]:
@@ -44,10 +44,11 @@ _foreign: tuple[int, int, bool] | None = None
 
 
 def is_foreign() -> bool:
-    """Say whether /proc belongs to another pid namespace than this process. Raises as `directory`.
+    """Return whether /proc belongs to another pid namespace. Raises as `directory`.
 
-    By NSpid of its status (Linux 4.1), which lists the numbers of a process in the namespace of /proc and in each
-    below that it is in: one, where that is its own. Found out once for each file system that is mounted at /proc.
+    Determined from NSpid in its status (Linux 4.1), which lists the pids of a process in the namespace of /proc and
+    in each nested namespace: a single pid if they are the same. Determined once for each file system mounted at
+    /proc.
     """
     global _foreign  # noqa: PLW0603
     mounted = os.getpid(), os.stat("/proc").st_dev
@@ -65,18 +66,18 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def _depth() -> int:
-    """Return how many pid namespaces this process is in below that of /proc."""
+    """Return the depth of this process's pid namespace below that of /proc."""
     return len(_numbers("/proc/self")) - 1
 
 
 def _numbers(folder: str) -> list[int]:
-    """Return the numbers of what a directory of /proc describes, in the namespace of /proc and in each below it."""
+    """Return the ids of the process in a directory of /proc, in the namespace of /proc and in each nested one."""
     with open(f"{folder}/status", "rb", buffering=0) as file:
         return [int(number) for number in file.read().partition(b"\nNSpid:")[2].partition(b"\n")[0].split()]
 
 
 def _number_there(pid: int) -> int:
-    """Return the number by which /proc lists a process."""
+    """Return the pid of a process in /proc."""
     try:
         descriptor = _pidfd(pid)
     except OSError as error:
@@ -104,13 +105,13 @@ def _pidfd(pid: int) -> int:
 
 
 def number_here(folder: str) -> int:
-    """Return the number in this process's pid namespace of what a directory of /proc describes, 0 for none."""
+    """Return the id, in this process's pid namespace, of the process in a directory of /proc; 0 if it has none."""
     numbers, depth = _numbers(folder), _depth()
     return numbers[depth] if depth < len(numbers) else 0
 
 
 def pids() -> list[int]:
-    """Return the pids of the processes that /proc shows and that this process's pid namespace has. Raises OSError."""
+    """Return the pids of the processes that both /proc and this process's pid namespace contain. Raises OSError."""
     listed = sorted(int(entry) for entry in os.listdir("/proc") if entry.isdigit())
     if not is_foreign():
         return listed
@@ -118,9 +119,9 @@ def pids() -> list[int]:
     for number in listed:
         try:
             pid = number_here(f"/proc/{number}")
-            # Namespaces beside this one have the same numbers.
+            # Sibling namespaces have the same pids.
             if pid and (pid == os.getpid() or _number_there(pid) == number):
                 found.append(pid)
-        except OSError:  # it exited, is hidden, or is in none of our namespaces
+        except OSError:  # it exited, is hidden, or is not in this pid namespace
             continue
     return sorted(found)

@@ -1,7 +1,7 @@
-"""What belongs to one process and not to a child forked from it: file descriptors, their uses, and locks.
+"""Resources that a forked child does not inherit: file descriptors, their uses, and locks.
 
-These descriptors go on naming the parent's memory after a fork, and a lock may have been held by a thread that the
-child does not have.
+After a fork, such descriptors still refer to the parent's memory, and a lock may be held by a thread that the child
+lacks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class LazyFd:
-    """A descriptor that is opened when it is first asked for, and then kept."""
+    """A descriptor that is opened on first use and remains open."""
 
     def __init__(self, opener: Callable[[], int]) -> None:
         self._opener = opener
@@ -41,7 +41,7 @@ class LazyFd:
 
 
 class Fd(native.Fd):
-    """A file descriptor that several threads use, and what it is; closed with this object at the latest."""
+    """A file descriptor that several threads use, with a description; closed at the latest with this object."""
 
     __slots__ = ()
 
@@ -51,8 +51,8 @@ class Fd(native.Fd):
 
 
 class Guard(native.Guard):
-    """Keeps other threads out of a `with`, and a signal handler out of what it interrupted; free after a fork."""
+    """A lock for a `with` block, against other threads and signal handlers; unlocked after a fork."""
 
     def reentered(self) -> NoReturn:
         """Raise `kIOReturnBusy`."""
-        raise BusyError("a signal handler, or a function called back, cannot use what it interrupted")
+        raise BusyError("a signal handler or callback cannot use the object that it interrupted")

@@ -1,4 +1,4 @@
-"""Lists of objects that are looked through and keep nothing alive; any thread may, also while others add to them."""
+"""Registries of objects that can be enumerated without keeping them alive; safe for concurrent use by threads."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ _T = TypeVar("_T")
 
 
 class WeakRegistry(Generic[_T]):
-    """Objects, each until it goes; a forked child knows those of its parent.
+    """A registry of objects, each until its end; a forked child has those of its parent.
 
-    Compared by identity. A set of references, which each leaves by a callback in C: it is paid for with every
-    buffer that is made.
+    Objects are compared by identity. The references are removed by a callback in C, because every allocation of a
+    buffer pays for it.
     """
 
     def __init__(self) -> None:
         self._references: set[weakref.ref[_T]] = set()
 
     def add(self, one: _T) -> None:
-        """Take note of it."""
+        """Register an object."""
         self._references.add(weakref.ref(one, self._references.discard))
 
     def remove(self, one: _T) -> None:
-        """Forget it."""
+        """Remove an object."""
         self._references.discard(weakref.ref(one))
 
     def all(self) -> list[_T]:
-        """Return those that are there still."""
+        """Return the objects that still exist."""
         return [one for reference in list(self._references) if (one := reference()) is not None]

@@ -1,4 +1,4 @@
-"""What new memory is filled with: a copy of a task's memory."""
+"""Initial contents of new memory: a copy of a task's memory."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ class CopyOf:
     Parameters
     ----------
     task, address, size
-        Whose, where, and how many.
+        The task, the address, and the number of bytes.
     skip : bool
-        What cannot be read is zero.
+        Whether bytes that cannot be read are zero.
     timeout : float
-        Seconds to wait for another program that has to deliver a page.
+        Seconds to wait for another program that must supply a page.
     progress : callable, optional
         Called with the number of bytes copied so far.
 
     Attributes
     ----------
     holes : list[tuple[int, int]]
-        What could not be read: offsets and lengths in bytes, once it was filled in.
+        Offsets and lengths of unreadable bytes, after `fill`.
     stopped_ns : int
-        For how long, at most, the task stood still.
+        Upper bound of the time for which the task was stopped.
     """
 
     stopped_ns = 0
@@ -59,13 +59,13 @@ class CopyOf:
         self._unmapped: Ranges | tuple[()] = ()
 
     def check(self) -> None:
-        """Look at the source before memory is allocated.
+        """Check the source before memory is allocated.
 
         Raises
         ------
         IOReturnError
-            `kIOReturnBadArgument`: it is not a range of addresses. `kIOReturnVMError`: it is this process, which has
-            nothing mapped there.
+            `kIOReturnBadArgument`: it is not a range of addresses. `kIOReturnVMError`: nothing is mapped there in
+            this process.
         """
         check_range(self.address, self.size)
         self._unmapped = extents.unmapped(self.task.pid, self.address, self.size)
@@ -86,15 +86,15 @@ class CopyOf:
         sparse: bool = False,
         standing: Progress | None = None,
     ) -> bool:
-        """Copy it from `task`, or from another task with the same memory; as `fill`.
+        """Copy the bytes from `task`, or from another task with the same memory, like `fill`.
 
         Parameters
         ----------
         fresh
-            The destination is zero: nothing was copied to it before.
+            Whether the destination is zero: nothing was copied to it before.
         standing
-            The task stands still: no other program may be waited for, and this is called in place of the caller's
-            `progress`, which belongs to another thread.
+            The task is stopped: do not wait for other programs, and call this instead of the caller's `progress`,
+            which belongs to another thread.
         """
         outcome = task.copy_in(
             self.address,
@@ -114,7 +114,7 @@ class CopyOf:
         return outcome.left_zero
 
     def resident(self) -> int:
-        """Return how many bytes of the source exist, in memory or in swap, at least."""
+        """Return a lower bound of the bytes of the source that exist, in memory or in swap."""
         outline = self._outline = extents.outline(self.task.pid, self.address, self.size)
         if outline is None:
             return self.size
@@ -122,17 +122,17 @@ class CopyOf:
 
 
 class FrozenCopyOf(CopyOf):
-    """As `CopyOf`, as it is at one moment."""
+    """Like `CopyOf`, as of one moment."""
 
     def check(self) -> None:
         """As `CopyOf.check`; `kIOReturnUnsupported` for this process."""
         if self.task.is_current:
-            message = "this process cannot stand still while it copies from itself: freeze is for other tasks"
+            message = "this process cannot be stopped while it copies from itself: use freeze for other tasks only"
             raise UnsupportedError(message)
         super().check()
 
     def fill(self, destination: int, *, huge: int = 0, sparse: bool = False) -> bool:
-        """As `Contents.fill`. Raises what keeps the task from being stopped, too."""
+        """Like `Contents.fill`; also raises the error if the task cannot be stopped."""
         from iobmd.remote import freeze  # noqa: PLC0415 (with ctypes: half of what `import iobmd` takes)
 
         left_zero = stopped = False

@@ -22,12 +22,14 @@ _UNTIL = 4  # checks after which a signal has been pending for too long
 def interruptible() -> Iterator[None]:
     """End the program on a signal even while the kernel blocks the main thread until SIGKILL.
 
-    This happens while a task holds the lock of its address space (see `relay`): a signal remains pending until the wait
-    ends. A second thread, which has blocked the signal, detects it (sigpending(2)) and ends the program. Do not use this
-    in commands that stop tasks: their tracers are safer in a single-threaded program.
+    This happens while a task holds the lock of its address space (see `relay`): a signal remains pending until the
+    wait ends. A second thread, which has blocked the signal, detects it (sigpending(2)) and ends the program. Do not
+    use this in commands that stop tasks: their tracers are safer in a single-threaded program.
     """
     wanted = True
-    watched = set(_ENDING) - signal.pthread_sigmask(signal.SIG_BLOCK, [])  # signals blocked by the caller remain pending
+    watched = set(_ENDING) - signal.pthread_sigmask(
+        signal.SIG_BLOCK, []
+    )  # signals blocked by the caller remain pending
 
     def watch() -> None:
         looks = dict.fromkeys(watched, 0)

@@ -1,4 +1,4 @@
-"""Which kind of memory a request gets, and making it."""
+"""The choice of the kind of memory for a request, and its allocation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def allocate(wanted: Request, contents: Contents | None) -> MappedBacking:
-    """Return the memory that is asked for, filled.
+    """Allocate and fill the requested memory.
 
     Memory of this process that no other process may map is private; all other is that of a shared object. So is
     memory with guard pages, because XNU's can be mapped again. Wired memory is of the NUMA node that is wanted.
@@ -55,7 +55,7 @@ def _make(wanted: Request, contents: Contents | None) -> MappedBacking:
             ),
             wanted,
         )
-    if wanted.wired or contents:  # wired memory is checked again once it is there, but not before it is looked for
+    if wanted.wired or contents:  # wired memory is also checked after the search
         headroom.require(wanted.capacity, swappable=not wanted.wired)
     sealed = wanted.task is not None and not wanted.here and not is_trusted(wanted.task)
     if wanted.want is None:
@@ -82,7 +82,7 @@ def _named(backing: AnonymousBacking, wanted: Request) -> AnonymousBacking:
 
 
 def _show(shared: SharedObject, wanted: Request, contents: Contents | None) -> SharedBacking:
-    """Map a new object where it is wanted."""
+    """Map a new object in the requested task."""
     wired, purgeable, task = wanted.wired, wanted.purgeable, wanted.task
     if task is None:
         return UnmappedBacking(shared, wired=wired, purgeable=purgeable, contents=contents)
@@ -93,5 +93,5 @@ def _show(shared: SharedObject, wanted: Request, contents: Contents | None) -> S
 
 def _is_as_wanted(backing: SharedBacking, want: PhysicalConstraints) -> bool:
     if backing.wiring is not Wiring.PINNED:
-        backing.pin()  # says why it cannot be
+        backing.pin()  # raises the error with the reason
     return want.accepts(backing.runs) if backing.runs else backing.huge_bytes() >= want.size

@@ -51,8 +51,8 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     _guarded = False
 
     def __init__(self, *, contents: CopyOf | None = None, node: int | None = None) -> None:
-        # Made in two steps, as in IOKit: this only says what initWithPhysicalMask is to fill the memory with, and
-        # which NUMA node it is to be of.
+        # Construction has two steps, as in IOKit. This one only records the contents and the NUMA node for
+        # initWithPhysicalMask.
         self._contents = contents
         self._node = node
         self.holes = []
@@ -71,7 +71,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         timeout: float = transfer.TIMEOUT,
         progress: Progress | None = None,
     ) -> Self:
-        """Make a buffer that holds a copy of memory of a task, this one or another.
+        """Allocate a buffer with a copy of memory of this task or another.
 
         Parameters
         ----------
@@ -82,24 +82,24 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         sourceMap : Task, int or psutil.Process
             The task to copy from.
         source, size : int
-            Address there, and the number of bytes.
+            Address in that task, and the number of bytes.
         timeout : float
-            Seconds to wait for another program that has to deliver a page and delivers nothing, as for `Task.read`.
+            Seconds to wait for another program that must supply a page, as for `Task.read`.
         progress : callable, optional
-            Called now and then in this thread with the number of bytes copied.
+            Called repeatedly in this thread with the number of bytes copied.
 
         Raises
         ------
         IOReturnError
-            As `initWithPhysicalMask` and `Task.read`. The copy is whole, or this is raised and nothing stays
-            allocated: `kIOReturnVMError` with `.address`, the first byte that could not be read,
-            `kIOReturnNotFound` when the source exits midway, `kIOReturnNotPermitted`, `kIOReturnTimeout`.
+            As `initWithPhysicalMask` and `Task.read`. The copy is complete, or an error is raised and nothing remains
+            allocated: `kIOReturnVMError` with `.address`, the first byte that could not be read, `kIOReturnNotFound`
+            if the source exits during the copy, `kIOReturnNotPermitted`, `kIOReturnTimeout`.
 
         Notes
         -----
-        By process_vm_readv(2) into fresh huge pages, on several threads when large, with the GIL released. The source
-        runs on: bytes that it changes during the copy may come as before or as after. Nothing is created in it, see
-        `Task.read`; a pageable copy stays as sparse as its source.
+        The bytes are read by process_vm_readv(2) into new huge pages, on several threads for large copies, with the
+        GIL released. The source continues to run: of bytes that it changes during the copy, the old or the new values
+        are copied. Nothing is allocated in it, see `Task.read`; a pageable copy is as sparse as its source.
         """
         self = cls(contents=CopyOf(as_task(sourceMap), source, size, timeout=timeout, progress=progress))
         self.initWithPhysicalMask(inTask, options, size, PAGE_SIZE, 0)
@@ -115,17 +115,17 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         kernTag: int = 0,
         userTag: int = 0,
     ) -> Self:
-        """Make a buffer of `capacity` bytes in a task. Raises as `initWithPhysicalMask`.
+        """Allocate a buffer of `capacity` bytes in a task. Raises as `initWithPhysicalMask`.
 
         Parameters
         ----------
         inTask, options, capacity, alignment
-            As there.
+            As `initWithPhysicalMask`.
         kernTag, userTag : int
-            Numbers that name its mapping in /proc/PID/maps, and so in `iobmd pagemap`: `kernTag` in `kernel_task` and
-            in no task, `userTag` in others, the other one where that is 0. Memory of a shared object is named so
-            (``/memfd:iobmd:7``), private memory where the kernel has names for that (CONFIG_ANON_VMA_NAME:
-            ``[anon:iobmd:7]``). Both are kept as `vm_tags`.
+            Numbers that label the mapping in /proc/PID/maps and `iobmd pagemap`: `kernTag` in `kernel_task` and in no
+            task, `userTag` in other tasks, or the other number if that is 0. The label is ``/memfd:iobmd:7`` for
+            shared objects and ``[anon:iobmd:7]`` for private memory (if the kernel has CONFIG_ANON_VMA_NAME). Both
+            are stored as `vm_tags`.
         """
         self = cls()
         self.vm_tags = (kernTag, userTag)
@@ -134,7 +134,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
 
     @classmethod
     def inTaskWithPhysicalMask(cls, inTask: AnyTask | None, options: int, capacity: int, physicalMask: int) -> Self:
-        """Make a buffer whose physical addresses have no bit outside of `physicalMask`."""
+        """Allocate a buffer whose physical addresses have no bits outside `physicalMask`."""
         self = cls()
         self.initWithPhysicalMask(inTask, options, capacity, 1, physicalMask)
         return self
@@ -150,16 +150,16 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         options : int
             `IOOptionBits`, neither pageable nor contiguous.
         capacity : int
-            Rounded up to whole pages, so that the guards touch the memory; its length, too.
+            Rounded up to whole pages, so that the guard pages adjoin the memory; so is the length.
 
         Raises
         ------
         IOReturnError
-            As `initWithPhysicalMask`; `kIOReturnBadArgument` for pageable or contiguous memory, or no task.
+            As `initWithPhysicalMask`; `kIOReturnBadArgument` for pageable or contiguous memory, or without a task.
 
         Notes
         -----
-        The memory is that of a shared object, which can be mapped once more, as in XNU; a forked child shares it.
+        The memory is a shared object, which can be mapped again, as in XNU; a forked child shares it.
         """
         self = cls()
         self._guarded = True
@@ -168,18 +168,18 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
 
     @classmethod
     def withOptions(cls, options: int, capacity: int, alignment: int = 1) -> Self:
-        """Make a buffer of `capacity` bytes in `kernel_task`. Raises as `initWithPhysicalMask`."""
+        """Allocate a buffer of `capacity` bytes in `kernel_task`. Raises as `initWithPhysicalMask`."""
         return cls.inTaskWithOptions(kernel_task, options, capacity, alignment)
 
     @classmethod
     def withCapacity(cls, capacity: int, withDirection: int, withContiguousMemory: bool = False) -> Self:
-        """Make a wired buffer of `capacity` bytes. Raises as `initWithPhysicalMask`."""
+        """Allocate a wired buffer of `capacity` bytes. Raises as `initWithPhysicalMask`."""
         options = check_direction(withDirection) | (_CONTIGUOUS if withContiguousMemory else 0)
         return cls.withOptions(options, capacity)
 
     @classmethod
     def withBytes(cls, data: Buffer, withDirection: int, withContiguousMemory: bool = False) -> Self:
-        """Make a wired buffer that holds a copy of `data`. Raises as `initWithPhysicalMask`."""
+        """Allocate a wired buffer with a copy of `data`. Raises as `initWithPhysicalMask`."""
         self = cls.withCapacity(memoryview(data).nbytes, withDirection, withContiguousMemory)
         self.writeBytes(0, data)
         return self
@@ -187,7 +187,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     def initWithPhysicalMask(
         self, inTask: AnyTask | None, options: int, capacity: int, alignment: int, physicalMask: int
     ) -> bool:
-        """Allocate: the designated initialiser, which every factory comes down to. Returns True.
+        """Allocate the memory: the designated initializer, which every factory calls. Returns True.
 
         Parameters
         ----------
@@ -195,28 +195,28 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
             The task to allocate in.
         options : int
             `IOOptionBits`: direction, `kIOMemoryPageable` for memory that is not wired,
-            `kIOMemoryPhysicallyContiguous` or `kIOMemoryHostPhysicallyContiguous` for memory in one piece,
-            `kIOMemoryPurgeable` (with pageable) for memory that `setPurgeable` takes, `kIOMemoryKernelUserShared`
-            for memory of a shared object, which a forked child shares.
+            `kIOMemoryPhysicallyContiguous` or `kIOMemoryHostPhysicallyContiguous` for contiguous memory,
+            `kIOMemoryPurgeable` (with pageable) for memory that supports `setPurgeable`, `kIOMemoryKernelUserShared`
+            for a shared object, which a forked child shares.
         capacity : int
             Size in bytes; `getLength()` starts there.
         alignment : int
-            A power of two (0 and 1: none). Above a page the memory is contiguous too, and its physical address
-            aligned like the virtual one.
+            A power of two (0 and 1: none). Above the page size the memory is also contiguous, and both its virtual
+            and its physical address are aligned.
         physicalMask : int
-            The bits that physical addresses may have, 0: any address. With `alignment` up to 1, its lowest bit is
-            the alignment, and at least a page.
+            The bits that physical addresses may have; 0: any address. If `alignment` is 0 or 1, the lowest bit of the
+            mask is the alignment, which is at least a page.
 
         Raises
         ------
         IOReturnError
-            `kIOReturnBadArgument`; `kIOReturnUnsupported` for options of the contract that this version does not
-            have; `kIOReturnCannotWire` at RLIMIT_MEMLOCK; `kIOReturnNoResources` when no memory as wanted is found
-            within the policy (`iobmd.policy`), and `kIOReturnNotPrivileged` when the frames must be seen to find
-            it; `kIOReturnNoMemory`; `kIOReturnBusy` when called twice.
+            `kIOReturnBadArgument`; `kIOReturnUnsupported` for options that are not implemented; `kIOReturnCannotWire`
+            at RLIMIT_MEMLOCK; `kIOReturnNoResources` if no suitable memory is found within the policy
+            (`iobmd.policy`), and `kIOReturnNotPrivileged` if the search requires visible page frames;
+            `kIOReturnNoMemory`; `kIOReturnBusy` if called twice.
         """
         if self._state != "not initialised":
-            raise BusyError(f"{self!r} is initialised already")
+            raise BusyError(f"{self!r} is already initialized")
         wanted = check_request(inTask, options, capacity, alignment, physicalMask, self._guarded, self.vm_tags)
         if self._contents:
             self._contents.check()
@@ -226,7 +226,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         if self._contents:
             self.source_stopped_ns, self.holes = self._contents.stopped_ns, self._contents.holes
             if cache_of_copies(wanted.options):
-                self.performOperation(kIOMemoryIncoherentIOFlush, 0, capacity)  # they came by way of the caches
+                self.performOperation(kIOMemoryIncoherentIOFlush, 0, capacity)  # written through the caches
             self._contents = None
         return True
 
@@ -249,7 +249,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     """For how many nanoseconds, at most, the source of its contents stood still (`copy(…, freeze=True)`)."""
 
     holes: list[tuple[int, int]]
-    """Offsets and lengths of what could not be read of the source (`copy(…, unreadable="zero")`), and is zero."""
+    """Offsets and lengths of unreadable bytes of the source, which are zero (`copy(…, unreadable="zero")`)."""
 
     @property
     def task_stopped_ns(self) -> int:
@@ -257,17 +257,17 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         return self._memory().require_backing().stopped_ns
 
     def getCapacity(self) -> int:
-        """Return the size in bytes it was made with, the most that `setLength` takes."""
+        """Return the allocated size in bytes, the maximum for `setLength`."""
         self._memory()
         return self._capacity
 
     def setLength(self, length: int) -> None:
-        """Set the length of later transfers and views, in bytes. Existing memoryviews keep theirs.
+        """Set the length of later transfers and views, in bytes. Existing memoryviews are unchanged.
 
         Raises
         ------
         IOReturnError
-            `kIOReturnBadArgument` when negative or above the capacity.
+            `kIOReturnBadArgument` if it is negative or exceeds the capacity.
         """
         owner = self._memory()
         if not 0 <= length <= self._capacity:
@@ -285,13 +285,13 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         Raises
         ------
         IOReturnError
-            `kIOReturnBadArgument` when `start` + `withLength` passes the length. `kIOReturnUnsupported` for memory
+            `kIOReturnBadArgument` if `start` + `withLength` exceeds the length. `kIOReturnUnsupported` for memory
             that is mapped in no task.
         """
         owner = self._memory()
         backing = owner.require_backing()
         if backing.task is None:
-            raise UnsupportedError(f"{self!r} has no address: map() and createMappingInTask() give it one")
+            raise UnsupportedError(f"{self!r} has no address: map it with map() or createMappingInTask()")
         owner.check_range(start, withLength)
         return backing.address + start
 
@@ -301,7 +301,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         return cast("Task", self._memory().require_backing().task), start, start + len(self)
 
     def appendBytes(self, data: Buffer) -> int:
-        """Copy bytes behind the present length and lengthen it; return how many fitted into the capacity."""
+        """Copy bytes to the end of the present length and extend it; return how many fit into the capacity."""
         owner = self._memory()
         backing = owner.require_backing()
         with memoryview(data) as view, view.cast("B") as source:

@@ -1,4 +1,4 @@
-"""`IOSubMemoryDescriptor`, `IOMultiMemoryDescriptor`: memory of other descriptors, part of one or all of several."""
+"""`IOSubMemoryDescriptor` and `IOMultiMemoryDescriptor`: a part, or a concatenation, of other descriptors' memory."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class IOSubMemoryDescriptor(Derived):
 
     @classmethod
     def withSubRange(cls, of: IOMemoryDescriptor, offset: int, length: int, options: int) -> Self:
-        """Describe `length` bytes of a descriptor's memory from `offset` on.
+        """Describe `length` bytes of a descriptor's memory, starting at `offset`.
 
         Parameters
         ----------
         of : IOMemoryDescriptor
-            Any: also a part itself, or several.
+            Any descriptor, including parts and concatenations.
         offset, length : int
             In bytes, any.
         options : int
@@ -50,17 +50,16 @@ class IOSubMemoryDescriptor(Derived):
         Raises
         ------
         IOReturnError
-            `kIOReturnBadArgument`: past the end, or options that only new memory can have.
+            `kIOReturnBadArgument`: past the end, or options that apply only to newly allocated memory.
         """
         check_within(offset, length, of.getLength(), of)
         return cls._of([Part(of._memory(), offset, length)], options, of.getTag())
 
 
 class IOMultiMemoryDescriptor(Derived):
-    """All of several descriptors' memory, one behind the other.
+    """The concatenated memory of several descriptors.
 
-    It can be mapped as one range of addresses when all of it is shared, and each but the first begins, and each but
-    the last ends, with a page.
+    It can be mapped as one range of addresses if all of it is shared and its parts meet at page boundaries.
 
     Source: IOKit's IOMultiMemoryDescriptor.h. Wider than IOKit: the directions of the descriptors may differ from its
     own, and some may be pageable and others not.
@@ -73,21 +72,21 @@ class IOMultiMemoryDescriptor(Derived):
         withDirection: int,
         asReference: bool = False,  # noqa: ARG003 (IOKit's: whether it may keep the caller's array)
     ) -> Self:
-        """Describe the memory of `descriptors` as it is now: with the lengths they have now.
+        """Describe the memory of `descriptors`, with their present lengths.
 
         Parameters
         ----------
         descriptors : iterable of IOMemoryDescriptor
-            Any, also the same one repeatedly.
+            Any descriptors; the same one may occur repeatedly.
         withDirection : int
             The direction of transfers.
         asReference : bool
-            Of no effect, kept for ports.
+            Ignored; accepted for ports.
 
         Raises
         ------
         IOReturnError
-            `kIOReturnBadArgument` for options that only new memory can have.
+            `kIOReturnBadArgument` for options that apply only to newly allocated memory.
         """
         found = list(descriptors)
         parts = [Part(owner := one._memory(), 0, owner.length) for one in found]

@@ -1,4 +1,4 @@
-"""`IOMemoryDescriptor`: what every memory descriptor can do."""
+"""`IOMemoryDescriptor`: the operations common to all memory descriptors."""
 
 from __future__ import annotations
 
@@ -48,17 +48,16 @@ _STATES = {int(state): state for state in (
 
 
 class IOMemoryDescriptor:
-    """A range of memory with a length, a direction and a task. Made by `withAddressRange` and by its subclasses.
+    """A range of memory with a length, a direction and a task, created by `withAddressRange` or a subclass.
 
-    Methods may be called from any thread. Memory that goes away under a copy is impossible: `free` refuses while
-    one is under way; memory that is mapped in no task is then freed at the end of the copy. In a forked child a
-    wired descriptor refuses to work, for mlock(2) is not inherited: the child's copy of the memory is not wired. A
-    pageable one goes on there with the child's copy-on-write memory, or with the same memory if it is that of a
-    shared object.
+    Methods may be called from any thread. Memory is never freed during a copy: `free` is refused, and memory that is
+    mapped in no task is freed at the end of the copy. In a forked child a wired descriptor is unusable, because
+    mlock(2) is not inherited and the child's copy of the memory is not wired. A pageable descriptor works in the
+    child, with its copy-on-write memory, or with the same memory if it is a shared object.
     """
 
     vm_tags = (0, 0)
-    """The `kernTag` and `userTag` it was made with, or that `setVMTags` gave it."""
+    """The `kernTag` and `userTag` of its creation, or those of `setVMTags`."""
 
     _owner: MemoryOwner | None = None
     _options = 0
@@ -85,11 +84,11 @@ class IOMemoryDescriptor:
         Parameters
         ----------
         ranges : iterable of (int, int)
-            Address and length in bytes, any; those of length 0 count for nothing.
+            Addresses and lengths in bytes; ranges of length 0 are ignored.
         options : IOOptionBits
-            The direction of transfers. `kIODirectionIn`, among others, needs memory that may be written to.
+            The direction of transfers. `kIODirectionIn` and `kIODirectionInOut` require writable memory.
         task : Task, int or psutil.Process
-            Whose addresses.
+            The task to which the addresses belong.
 
         Returns
         -------
@@ -99,7 +98,7 @@ class IOMemoryDescriptor:
         Raises
         ------
         IOReturnError
-            `kIOReturnVMError`: a byte is not mapped, or may not be accessed (`.address`: the first such).
+            `kIOReturnVMError`: a byte is not mapped or not accessible (`.address`: the first such byte).
             `kIOReturnBadArgument`, `kIOReturnNotFound`, `kIOReturnNotPermitted`.
 
         Notes
@@ -139,7 +138,7 @@ class IOMemoryDescriptor:
         return IOOptionBits(self._options & DIRECTION_MASK)
 
     def getFlags(self) -> IOOptionBits:
-        """Return the options it was made with, and its present direction."""
+        """Return the options of its creation, with the present direction."""
         self._memory()
         return IOOptionBits(self._options)
 
@@ -148,11 +147,11 @@ class IOMemoryDescriptor:
         return self._tag
 
     def setTag(self, tag: int) -> None:
-        """Keep a number of the caller's with the descriptor."""
+        """Store a number for the caller."""
         self._tag = tag
 
     def setContext(self, obj: Any) -> None:
-        """Keep an object of the caller's with the descriptor, instead of the one before; None: none."""
+        """Store an object for the caller, replacing the previous one; None removes it."""
         self._context = obj
 
     def copyContext(self) -> Any:
@@ -160,35 +159,36 @@ class IOMemoryDescriptor:
         return self._context
 
     def setVMTags(self, kernTag: int, userTag: int) -> None:
-        """Keep the tags of mappings in `kernel_task` and in other tasks. What is mapped already keeps its name."""
+        """Store the tags of later mappings in `kernel_task` and in other tasks. Existing mappings are unchanged."""
         self.vm_tags = (kernTag, userTag)
 
     # --- its bytes
 
     def readBytes(self, offset: int, length: int) -> bytes:
-        """Return `length` bytes from `offset` on.
+        """Return `length` bytes, starting at `offset`.
 
         Raises
         ------
         IOReturnError
-            `kIOReturnBadArgument` when the range passes the end of the descriptor's length.
+            `kIOReturnBadArgument` if the range exceeds the descriptor's length.
         """
         return self._memory().read(offset, length)
 
     def readBytesInto(self, offset: int, buffer: Buffer) -> int:
-        """Fill the writable `buffer` from `offset` on; return its size in bytes. Raises as `readBytes`."""
+        """Fill the writable `buffer` with the bytes at `offset`; return its size in bytes. Raises as `readBytes`."""
         return self._memory().read_into(offset, buffer)
 
     def writeBytes(self, offset: int, data: Buffer) -> int:
-        """Copy all of `data` to `offset`; return its size in bytes. Raises as `readBytes`, with nothing written."""
+        """Copy all of `data` to `offset`; return its size in bytes. Raises as `readBytes`, before writing."""
         return self._memory().write(offset, data)
 
     @property
     def cache_mode(self) -> tuple[IOMapOptions, IOMapOptions]:
-        """The cache mode that was requested, and the one that the memory has.
+        """The requested and the effective cache mode.
 
-        The second is `kIOMapCopybackCache`: Linux gives a process no other for main memory. What the descriptor reads
-        and writes honours the first nevertheless, by instructions on cache lines; a view of it does not.
+        The effective mode is `kIOMapCopybackCache`, the only one that Linux offers for main memory. Reads and writes
+        through the descriptor nevertheless honor the requested mode, by cache line instructions; accesses through a
+        view do not.
         """
         self._memory()
         return IOMapOptions(self._options & CACHE_MODES), IOMapOptions.kIOMapCopybackCache
@@ -199,51 +199,51 @@ class IOMemoryDescriptor:
         Parameters
         ----------
         options : int
-            `kIOMemoryIncoherentIOStore`: write lines back, before a device reads. `kIOMemoryIncoherentIOFlush`: drop
-            them too, before what a device wrote is read.
+            `kIOMemoryIncoherentIOStore`: write lines back, before a device reads. `kIOMemoryIncoherentIOFlush`: also
+            invalidate them, before data that a device wrote is read.
         offset, length : int
-            The range in bytes, any: all lines that hold a byte of it.
+            The range in bytes; all lines that contain a byte of it are affected.
 
         Raises
         ------
         IOReturnError
-            `kIOReturnBadArgument` when the range passes the end. `kIOReturnUnsupported`: another operation, or a
-            processor without such instructions. `kIOReturnVMError`: the memory is gone, or went away during the
-            operation; `.address` is the first byte. `kIOReturnNoResources`: no child process can be started.
+            `kIOReturnBadArgument`: the range exceeds the length. `kIOReturnUnsupported`: another operation, or a
+            processor without such instructions. `kIOReturnVMError`: the memory is not mapped, or was unmapped during
+            the operation; `.address` is the first such byte. `kIOReturnNoResources`: no child process can be created.
 
         Notes
         -----
-        By clwb, clflushopt or clflush, whichever the processor has, and mfence; on aarch64 by DC CVAC or DC CIVAC and
-        DSB. A page that is not present is faulted in. Existing memory, and shared memory that cannot be sealed, may
-        go away at any time: a child process that shares the address space (clone(2), CLONE_VM) flushes it, in 23 to
-        50 µs more, and a fault there ends the child alone.
+        Uses clwb, clflushopt or clflush, the best that the processor supports, and mfence; on aarch64 DC CVAC or DC
+        CIVAC, and DSB. Absent pages are faulted in. Existing memory, and shared memory that cannot be sealed, may be
+        unmapped at any time: a child process that shares the address space (clone(2), CLONE_VM) flushes it, which
+        takes 23 to 50 µs longer, and a fault ends only the child.
         """
         owner = self._memory()
         if options not in (kIOMemoryIncoherentIOFlush, kIOMemoryIncoherentIOStore):
-            raise UnsupportedError(f"operation {options:#x} is not known")
+            raise UnsupportedError(f"unknown operation {options:#x}")
         owner.write_back(offset, length, drop=options == kIOMemoryIncoherentIOFlush)
 
     # --- pins
 
     def prepare(self, forDirection: int = 0) -> None:
-        """Pin the memory for a transfer, so that its physical addresses hold until `complete`.
+        """Pin the memory for a transfer, so that its physical addresses are valid until `complete`.
 
-        Calls are counted, in pairs with `complete`, from any thread. Memory that is pinned by its options is only
-        counted. A descriptor cannot be freed while it is prepared.
+        Calls are counted, in pairs with `complete`, from any thread. For memory that is pinned by its options, only
+        the count changes. A descriptor cannot be freed while it is prepared.
 
         Parameters
         ----------
         forDirection : int
             0 for the descriptor's own direction, or directions of the transfer, with `kIODirectionPrepareNoFault`
-            (refuse rather than fault pages in) and `kIODirectionPrepareToPhys32` (refuse memory above 4 GiB).
+            (fail instead of faulting in pages) and `kIODirectionPrepareToPhys32` (fail for memory above 4 GiB).
 
         Raises
         ------
         IOReturnError
-            `kIOReturnCannotWire` when pinning is impossible or over a limit, and why; `kIOReturnBadArgument`;
-            `kIOReturnNoResources` for memory above 4 GiB, or a hugetlb pool that is exhausted; `kIOReturnNotReady`
-            for memory that is volatile; for existing memory `kIOReturnVMError` and `kIOReturnUnsupported`, as
-            `withAddressRanges`. Then nothing is prepared.
+            `kIOReturnCannotWire` if pinning is impossible or exceeds a limit; `kIOReturnBadArgument`;
+            `kIOReturnNoResources` for memory above 4 GiB, or an exhausted hugetlb pool; `kIOReturnNotReady` for
+            volatile memory; for existing memory `kIOReturnVMError` and `kIOReturnUnsupported`, as
+            `withAddressRanges`. After an error, nothing is prepared.
         """
         owner = self._memory()
         if forDirection & ~(DIRECTION_MASK | kIODirectionPrepareToPhys32 | kIODirectionPrepareNoFault):
@@ -254,12 +254,12 @@ class IOMemoryDescriptor:
             self._prepared += 1
 
     def complete(self, forDirection: int = 0) -> None:  # noqa: ARG002 (IOKit's)
-        """Undo one `prepare`; the last one lets the kernel move the memory again.
+        """Undo one `prepare`; after the last one the kernel may move the memory again.
 
         Raises
         ------
         IOReturnError
-            `kIOReturnNotReady` when it is not prepared.
+            `kIOReturnNotReady` if it is not prepared.
         """
         owner = self._memory()
         with owner.guard:
@@ -269,7 +269,7 @@ class IOMemoryDescriptor:
 
     @property
     def wiring(self) -> Wiring:
-        """How firmly the memory stays where it is."""
+        """Whether the memory is pageable, resident or pinned."""
         return self._memory().wiring
 
     # --- where it lies
@@ -279,36 +279,36 @@ class IOMemoryDescriptor:
         return self.getPhysicalSegment(0)[0]
 
     def getPhysicalSegment(self, offset: int, options: int = 0) -> tuple[int, int]:  # noqa: ARG002 (IOKit's)
-        """Return the physical address of the byte `offset`, and how many bytes from there on are contiguous.
+        """Return the physical address of the byte at `offset`, and the number of contiguous bytes from there.
 
         `(0, 0)` for an offset past the end. Raises as `segments`.
         """
         return self._memory().segment(offset)
 
     def segments(self, offset: int = 0, length: int | None = None) -> list[PhysicalSegment]:
-        """Return the physically contiguous pieces of a range, in order; each has `.address` and `.length` in bytes.
+        """Return the physically contiguous segments of a range, each with `.address` and `.length` in bytes.
 
         Parameters
         ----------
         offset, length : int
-            In bytes, any; `length` None: to the end.
+            The range in bytes; `length` None: to the end.
 
         Raises
         ------
         IOReturnError
-            `kIOReturnNotReady`: not pinned, so that addresses could change; `prepare()` pins it.
+            `kIOReturnNotReady`: the memory is not pinned, so that addresses could change; `prepare()` pins it.
             `kIOReturnNotPrivileged`: the kernel hides the addresses. `kIOReturnBadArgument`: past the end.
         """
         owner = self._memory()
         return owner.segments(offset, owner.length - offset if length is None else length)
 
     def layout(self) -> Layout:
-        """Summarise how the memory lies: runs, the largest, contiguous or not, huge pages. Raises as `segments`."""
+        """Summarize the physical layout: runs, the largest run, contiguity, huge pages. Raises as `segments`."""
         owner = self._memory()
         return layout(owner.runs(), owner.require_backing().huge_bytes())
 
     def verify(self) -> None:
-        """Check that the memory is mapped where it was, and read every frame again that was recorded.
+        """Verify that the memory is still mapped, and that every page is still in its recorded frame.
 
         Raises
         ------
@@ -318,13 +318,13 @@ class IOMemoryDescriptor:
 
         Notes
         -----
-        Private memory that other private memory has replaced is found where it is pinned and its frames are visible
-        only: else the kernel shows no difference. Memory of shared objects is told by its device and inode.
+        Private memory that was replaced by other private memory is detected only if it is pinned and its frames are
+        visible; otherwise the kernel shows no difference. Shared objects are identified by device and inode.
         """
         self._memory().verify()
 
     def getPageCounts(self) -> tuple[int, int]:
-        """Return how many pages are resident, and how many of those are dirty, as the kernel says.
+        """Return how many pages are resident, and how many of those are dirty, according to the kernel.
 
         Dirty: written to, and not lazily freed since. All of a shared object is dirty, because it has no file.
         """
@@ -333,9 +333,9 @@ class IOMemoryDescriptor:
             return owner.require_backing().page_counts()
 
     def getDMAMapLength(self) -> tuple[int, int]:
-        """Return how many bytes the pages have that hold it, and the place of its first byte in its page.
+        """Return the size of the pages that contain the memory, and the offset of its first byte in its page.
 
-        They are counted range by range: a page that holds bytes of two counts for each.
+        Pages are counted range by range: a page that contains bytes of two ranges counts twice.
         """
         owner = self._memory()
         backing = owner.require_backing()
@@ -344,7 +344,7 @@ class IOMemoryDescriptor:
     # --- maps
 
     def map(self, options: int = 0) -> IOMemoryMap:
-        """Map it in this process; as `createMappingInTask` with `kIOMapAnywhere`."""
+        """Map the memory in this process, like `createMappingInTask` with `kIOMapAnywhere`."""
         return self.createMappingInTask(kernel_task, 0, int(options) | mapping_cache.ANYWHERE)
 
     def createMappingInTask(
@@ -362,30 +362,31 @@ class IOMemoryDescriptor:
         intoTask : Task, int or psutil.Process
             The task to map it in.
         atAddress : int
-            Where, if not `kIOMapAnywhere`; nothing may be mapped there. Its place in a page is that of `offset`.
+            The address, without `kIOMapAnywhere`. Nothing may be mapped there, and its offset in a page must be that
+            of `offset`.
         options : IOMapOptions
             `kIOMapAnywhere`; `kIOMapReadOnly`; `kIOMapUnique` for addresses of its own; `kIOMapPrefault` to have
             every page in place; `kIOMapGuardedSmall` or `Large` for an inaccessible page or 64 KiB on each side.
         offset, length : int
-            The part, in bytes, any; `length` 0: to the end.
+            The part to map, in bytes; `length` 0: to the end.
 
         Returns
         -------
         IOMemoryMap
-            At the addresses of the descriptor itself, or of a mapping that there is already, where those will do
+            A map with the addresses of the descriptor itself, or of an existing mapping, if those satisfy the request
             (not unique, not guarded, anywhere), as in IOKit.
 
         Raises
         ------
         IOReturnError
-            `kIOReturnBadArgument`; `kIOReturnNoResources`: the address is not free; `kIOReturnUnsupported`: a cache
-            mode, or private memory at a second place; `kIOReturnNoMemory`. For another task also
-            `kIOReturnNotPermitted`, `kIOReturnNotFound` and `kIOReturnTimeout`: it cannot be stopped, and why.
+            `kIOReturnBadArgument`; `kIOReturnNoResources`: the address is in use; `kIOReturnUnsupported`: a cache
+            mode, or private memory at a second address; `kIOReturnNoMemory`. For another task also
+            `kIOReturnNotPermitted`, `kIOReturnNotFound` and `kIOReturnTimeout`: it cannot be stopped.
 
         Notes
         -----
-        One thread of another task is stopped for it, for a quarter of a millisecond (ptrace(2); python-ptrace is
-        needed, the extra `remote`), and goes on as if nothing had happened.
+        One thread of another task is stopped for about a quarter of a millisecond (ptrace(2); requires python-ptrace,
+        the extra `remote`), and then resumes.
         """
         task = as_task(intoTask)
         owner = self._memory()
@@ -400,30 +401,30 @@ class IOMemoryDescriptor:
     # --- its purgeable state
 
     def setPurgeable(self, newState: int) -> IOPurgeable:
-        """Set the purgeable state of memory that was made with `kIOMemoryPageable | kIOMemoryPurgeable`.
+        """Set the purgeable state of memory allocated with `kIOMemoryPageable | kIOMemoryPurgeable`.
 
         Parameters
         ----------
         newState : IOPurgeable
-            `kIOMemoryPurgeableKeepCurrent`: only find out the state. `kIOMemoryPurgeableNonVolatile`: keep the
-            content. `kIOMemoryPurgeableVolatile`: the system may take it, all or nothing, when memory is short;
-            combined with `…VolatileGroup0` to `7`, `…VolatileBehaviorFifo` or `Lifo`, or `…VolatileOrderingObsolete`,
-            which drops private memory at once. `kIOMemoryPurgeableEmpty`: drop the content.
+            `kIOMemoryPurgeableKeepCurrent`: only return the state. `kIOMemoryPurgeableNonVolatile`: retain the
+            contents. `kIOMemoryPurgeableVolatile`: the system may reclaim the memory, all or nothing, when memory is
+            short; optionally combined with `…VolatileGroup0` to `7`, `…VolatileBehaviorFifo` or `Lifo`, or
+            `…VolatileOrderingObsolete`, which drops private memory immediately. `kIOMemoryPurgeableEmpty`: drop the
+            contents.
 
         Returns
         -------
         IOPurgeable
-            The state before: NonVolatile, Volatile or Empty. Volatile, returned by a move to NonVolatile: every byte
-            is as it was, and stays so. Empty: it was taken, and every byte reads zero until it is written to; the
-            state stays Empty until it is set again.
+            The previous state: NonVolatile, Volatile or Empty. If a change to NonVolatile returns Volatile, every
+            byte is intact and remains so. Empty: the memory was reclaimed, and every byte reads zero until it is
+            written to; the state remains Empty until it is set again.
 
         Raises
         ------
         IOReturnError
-            `kIOReturnUnsupported`: not made purgeable, or the kernel cannot take it.
-            `kIOReturnBusy`: Volatile or Empty asked of memory that is prepared. `kIOReturnCannotWire`: not a page may
-            be locked (RLIMIT_MEMLOCK), which a move back from Volatile takes. `kIOReturnBadArgument`. The state is as
-            before then.
+            `kIOReturnUnsupported`: not allocated as purgeable, or not supported by the kernel. `kIOReturnBusy`:
+            prepared memory cannot become Volatile or Empty. `kIOReturnCannotWire`: a change from Volatile must lock
+            at least a page (RLIMIT_MEMLOCK). `kIOReturnBadArgument`. After an error the state is unchanged.
 
         Notes
         -----
@@ -440,12 +441,12 @@ class IOMemoryDescriptor:
         return _STATES[self._memory().set_purgeable(state, modifiers)]
 
     def nonvolatile(self) -> NonVolatile:
-        """Keep purgeable memory non-volatile inside of a `with`; it is volatile again afterwards if it was before.
+        """Keep purgeable memory non-volatile inside a `with` block; it then becomes volatile again if it was before.
 
-        Gives True when the content is intact, False when it was taken: then fill it again inside of the `with`. If
-        that fails with an exception the memory is left Empty. Threads may be inside at the same time, and the last
-        to leave makes it volatile. Until one that was given False has left without an exception, all are given
-        False; which of them fills it again is for a lock of their own.
+        The block receives True if the contents are intact, and False if they were lost and must be filled again
+        inside the block. If that raises an exception, the memory remains Empty. Several threads may be inside at the
+        same time; the last to leave makes the memory volatile. Until one that received False has left without an
+        exception, all receive False; use a separate lock to decide which of them refills it.
 
         Raises
         ------
@@ -456,9 +457,9 @@ class IOMemoryDescriptor:
 
     @property
     def lazily_freed(self) -> int:
-        """Bytes of volatile private memory that the kernel may take at any moment (LazyFree in smaps).
+        """Bytes of volatile private memory that the kernel may reclaim at any time (LazyFree in smaps).
 
-        They still count as resident: RSS does not shrink when memory becomes volatile, but when the kernel takes it.
+        They still count as resident: RSS shrinks only when the kernel reclaims them.
         """
         return self._memory().lazily_freed()
 
@@ -473,7 +474,8 @@ class IOMemoryDescriptor:
         Raises
         ------
         IOReturnError
-            `kIOReturnBusy` while a `memoryview` of it is alive or a copy is under way: nothing is freed then.
+            `kIOReturnBusy` while it is prepared or mapped, a `memoryview` of it exists, or a copy is in progress:
+            nothing is freed.
         """
         owner = self._owner
         if owner is None:
@@ -481,9 +483,11 @@ class IOMemoryDescriptor:
         with owner.guard:
             if owner.has_handle:  # else another thread was faster
                 if mapped := memory_map.uses(owner):
-                    raise BusyError(f"{self!r} is mapped {mapped} times: call unmap() as often first")
+                    raise BusyError(f"{self!r} is still mapped (map count {mapped}): call unmap() first")
                 if views := self._views():
-                    raise BusyError(f"{self!r} is in use ({views} views): release its memoryviews and arrays first")
+                    raise BusyError(
+                        f"{self!r} is in use (view count {views}): release its memoryviews and arrays first"
+                    )
                 owner.remove_handle()
         self._owner, self._state = None, "released"
 
@@ -511,9 +515,9 @@ class IOMemoryDescriptor:
     def __reduce_ex__(self, _protocol: SupportsIndex) -> NoReturn:
         owner = self._owner
         if owner and owner.backing and owner.backing.shared:
-            remedy = "iobmd.share hands it to another process, which calls iobmd.attach; withCopy makes another one"
+            remedy = "use iobmd.share to pass it to a process that calls iobmd.attach, or withCopy to copy it"
         else:
-            remedy = "withCopy makes another one; shared memory (shared=True) goes to other processes by iobmd.share"
+            remedy = "use withCopy to copy it; iobmd.share passes shared memory (shared=True) to other processes"
         raise TypeError(f"a {type(self).__name__} owns its memory and cannot be copied or pickled; {remedy}")
 
     def __len__(self) -> int:
@@ -555,7 +559,7 @@ def _as_part(found: Part | RangeBacking) -> Part:
 
 
 def _found(task: Task, ranges: Iterable[tuple[int, int]], *, writable: bool) -> Iterator[Part | RangeBacking]:
-    """Yield what is at the ranges that have bytes: memory of iobmd, or else ranges, adjacent ones as one."""
+    """Yield the memory at the nonempty ranges: parts of iobmd descriptors, or ranges (adjacent ones joined)."""
     open_range = (0, 0)
     for address, length in ranges:
         check_range(address, length)

@@ -33,10 +33,11 @@ _KNOWN = (
 
 
 class MapRequest:
-    """What part of a memory is to be mapped, where and how; checked.
+    """A checked request to map a part of a memory.
 
-    Offsets count from the memory's first byte, which need not be the first of a page: `first`, that of the first byte
-    of the first page, may be negative. `in_page` is the place of the byte `offset` in its page.
+    Offsets are relative to the memory's first byte, which need not be the first of a page. `first`, the offset of the
+    first byte of the first page, may therefore be negative. `in_page` is the position of the byte at `offset` in its
+    page.
     """
 
     def __init__(self, at_address: int, options: int, offset: int, length: int, in_page: int) -> None:
@@ -46,32 +47,32 @@ class MapRequest:
         if self.options & CACHE_MASK:
             raise unsupported("cache modes of mappings")
         if not length:
-            raise BadArgumentError("a mapping of no bytes is asked for")
+            raise BadArgumentError("the length of a mapping must be positive")
         guarded = self.options & (_SMALL | _LARGE)
         if guarded not in _GUARDS or (guarded and not self.anywhere):
-            raise BadArgumentError("a mapping is guarded small or large, not both, and anywhere")
+            raise BadArgumentError("kIOMapGuardedSmall and Large exclude each other, and require kIOMapAnywhere")
         self.guard = _GUARDS[guarded]
         self.first = offset - in_page
         self.size = round_up(in_page + length, PAGE_SIZE)
         self.at = 0 if self.anywhere else at_address - in_page
         if not self.anywhere and (self.at <= 0 or self.at % PAGE_SIZE or self.at + self.size > 1 << 63):
             raise BadArgumentError(
-                f"offset {offset:#x} cannot be at {at_address:#x}, another place in a page; use kIOMapAnywhere"
+                f"offset {offset:#x} and address {at_address:#x} differ in their position in a page; use kIOMapAnywhere"
             )
 
     @property
     def anywhere(self) -> bool:
-        """Whether any addresses will do."""
+        """Whether any address will do."""
         return bool(self.options & ANYWHERE)
 
     @property
     def unique(self) -> bool:
-        """Whether it must have addresses of its own."""
+        """Whether it must have separate addresses."""
         return bool(self.options & _UNIQUE) or self.guard > 0
 
     @property
     def writable(self) -> bool:
-        """Whether it may be written to there."""
+        """Whether it is writable."""
         return not self.options & _READ_ONLY
 
 
@@ -103,7 +104,7 @@ class CachedMapping:
     def open(
         cls, descriptor: IOMemoryDescriptor, owner: MemoryOwner, task: Task, request: MapRequest
     ) -> CachedMapping:
-        """Map pages of a memory, or take the addresses it has, where those will do: IOKit's static mapping."""
+        """Map pages of a memory, or use its own addresses if they will do (IOKit's static mapping)."""
         backing = owner.require_backing()
         if request.anywhere and not request.unique and backing.task == task:
             return cls(descriptor, owner, task, request, None)
@@ -116,7 +117,7 @@ class CachedMapping:
 
     @property
     def address(self) -> int:
-        """Where it begins, in its task."""
+        """Its start address in its task."""
         return self.own.address if self.own else self.owner.require_backing().address
 
     @property
@@ -126,13 +127,13 @@ class CachedMapping:
 
     @property
     def mapping(self) -> tuple[Mapping, int]:
-        """The mapping that shows it here, and where in that `first` is.
+        """The mapping in this process, and the position of `first` in it.
 
-        Raises `kIOReturnUnsupported` when it is in another task.
+        Raises `kIOReturnUnsupported` if it is in another task.
         """
         if isinstance(self.own, RemoteMapping):
             message = (
-                f"this map is in task {self.task.pid}, and cannot be viewed here: map() gives a view of the memory"
+                f"this map is in task {self.task.pid}, and cannot be viewed here: use map() for a view of the memory"
             )
             raise UnsupportedError(message)
         return (self.own, 0) if self.own else self.owner.require_backing().exported()
@@ -148,18 +149,18 @@ class CachedMapping:
         return request.anywhere or request.at == self.own.address + request.first - self.first
 
     def let_go(self, user: int) -> None:
-        """End one use; the last one unmaps it. Raises BufferError while a view or a copy of it is alive."""
+        """End one use; the last one unmaps it. Raises BufferError while a view or a copy of it exists."""
         if self.own and self.users <= {user}:
             self.own.close()
         self.users.discard(user)
 
     def show(self, descriptor: IOMemoryDescriptor, owner: MemoryOwner, further: int) -> None:
-        """Show other memory, each byte at an offset that is so much larger than it was."""
+        """Map other memory; the offset of each byte increases by `further`."""
         assert self.own
         offset, length = self.offset + further, self.request.length
         backing = owner.require_backing()
         if offset < 0 or offset + length > owner.length:
-            raise BadArgumentError(f"the new memory has not {length} bytes from offset {offset} on")
+            raise BadArgumentError(f"the new memory has fewer than {length} bytes at offset {offset}")
         if backing.in_page(offset) != self.offset - self.first:
             raise BadArgumentError(f"offset {offset} has another place in a page than what is mapped")
         extents = backing.file_extents(offset, length)
@@ -209,7 +210,7 @@ class CachedMapping:
     def _touch(self, address: int, request: MapRequest) -> None:
         """Populate as many pages as possible, without a write that another thread could miss."""
         if request.writable and self.own is None:
-            # It may be private: a pin has each page made, where a look maps the kernel's page of zeroes.
+            # It may be private: a pin allocates each page, whereas a read maps the kernel's zero page.
             with contextlib.suppress(CannotWireError):
                 pinning.Pin(address, request.size).release()
         touch(self.task, address, request.size)

@@ -1,4 +1,4 @@
-"""`IOMemoryMap`: a descriptor's memory at further addresses, of this process or another."""
+"""`IOMemoryMap`: a descriptor's memory at additional addresses in this process or another."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def _end_abandoned() -> None:
 class IOMemoryMap(Exporter):
     """A descriptor's memory, or a part of it, mapped in a task, until `unmap` or the end of `with`.
 
-    Made by `IOMemoryDescriptor.map` and `createMappingInTask`. It keeps its descriptor alive, which cannot be freed
-    before it is unmapped. In this process it has the buffer protocol over its bytes, read-only if asked for so.
+    Created by `IOMemoryDescriptor.map` and `createMappingInTask`. It retains its descriptor, which cannot be freed
+    before the map is unmapped. In this process it supports the buffer protocol, read-only if it is mapped read-only.
 
     Source: IOKit's IOMemoryMap (IOMemoryDescriptor.h).
     """
@@ -94,7 +94,7 @@ class IOMemoryMap(Exporter):
     getSize = getLength
 
     def getAddressTask(self) -> Task:
-        """Return the task it is mapped in."""
+        """Return the task in which it is mapped."""
         return self._open().task
 
     def _mapped_range(self) -> tuple[Task, int, int]:
@@ -107,15 +107,15 @@ class IOMemoryMap(Exporter):
         return self._open().stopped_ns
 
     def getMemoryDescriptor(self) -> IOMemoryDescriptor:
-        """Return the `IOMemoryDescriptor` whose memory it shows."""
+        """Return the `IOMemoryDescriptor` whose memory is mapped."""
         return self._open().descriptor
 
     def getMapOptions(self) -> IOMapOptions:
-        """Return the options it was made with."""
+        """Return the options of its creation."""
         return IOMapOptions(self._options)
 
     def getPhysicalSegment(self, offset: int) -> tuple[int, int]:
-        """Return the physical address of its byte `offset`, and how many bytes from there on are contiguous.
+        """Return the physical address of the byte at `offset`, and the number of contiguous bytes from there.
 
         `(0, 0)` past its end. Raises as `IOMemoryDescriptor.segments`.
         """
@@ -135,29 +135,29 @@ class IOMemoryMap(Exporter):
         Parameters
         ----------
         newBackingMemory : IOMemoryDescriptor
-            Shared memory (`kIOMemoryKernelUserShared`); it cannot be freed before the map is unmapped, and the memory
-            shown before can.
+            Shared memory (`kIOMemoryKernelUserShared`). It cannot be freed before the map is unmapped; the previous
+            memory then can.
         options : int
-            None are known.
+            Must be 0; no options are defined.
         offset : int
-            Of the byte to show at the map's first one, in bytes; both have the same place in a page.
+            Offset in bytes of the memory to map at the map's first address; both must have the same offset in a page.
 
         Raises
         ------
         IOReturnError
-            `kIOReturnBadArgument`; `kIOReturnUnsupported`: private memory, or a map at the addresses of its own
-            descriptor (ask for a unique one).
+            `kIOReturnBadArgument`; `kIOReturnUnsupported`: private memory, or a map with the addresses of its own
+            descriptor (use `kIOMapUnique`).
         """
         mapping = self._open()
         if options:
-            raise BadArgumentError(f"redirect options {options:#x} are not known")
+            raise BadArgumentError(f"unknown redirect options {options:#x}")
         if mapping.own is None:
             raise UnsupportedError(
-                "this map has the addresses of its descriptor, which keep their memory: map it with kIOMapUnique"
+                "this map has the addresses of its descriptor, whose memory cannot be replaced: use kIOMapUnique"
             )
         owner = newBackingMemory._memory()
         if offset < 0 or offset + self._length > owner.length:
-            raise BadArgumentError(f"the new memory has not {self._length} bytes from offset {offset} on")
+            raise BadArgumentError(f"the new memory has fewer than {self._length} bytes at offset {offset}")
         with owner.guard, _changes:
             newBackingMemory._memory()  # again: another thread may have released it
             mapping.show(newBackingMemory, owner, offset - mapping.first - self._within)
@@ -168,21 +168,21 @@ class IOMemoryMap(Exporter):
         Raises
         ------
         IOReturnError
-            `kIOReturnBusy` while a view of it is alive.
+            `kIOReturnBusy` while a view of it exists.
         """
         if self._mapping is None:
             return
         if self.exports:
-            message = f"{self!r} is in use ({self.exports} views): release its memoryviews and arrays first"
+            message = f"{self!r} is in use (view count {self.exports}): release its memoryviews and arrays first"
             raise BusyError(message)
         with _changes:
             _end_abandoned()
-            if mapping := self._mapping:  # again: another thread may have unmapped it
+            if mapping := self._mapping:  # read again: another thread may have unmapped it
                 mapping.let_go(id(self))
                 self._mapping = None
 
     def _open(self) -> CachedMapping:
-        mapping = self._mapping  # once, as above
+        mapping = self._mapping  # read once, as above
         if mapping is None:
             raise NotOpenError("this IOMemoryMap is unmapped")
         return mapping

@@ -30,7 +30,7 @@ _PURGEABLE = int(IOOptionBits.kIOMemoryPurgeable)
 _SHARED = int(IOOptionBits.kIOMemoryKernelUserShared)
 _KNOWN = CACHE_MASK | sum({int(option) for option in IOOptionBits})
 
-_MOST = (1 << 63) - 2 * PAGE_SIZE  # bytes of a file (off_t), less what rounding and a trailer add
+_MOST = (1 << 63) - 2 * PAGE_SIZE  # bytes of a file (off_t), without rounding and a trailer
 
 _CONTIGUOUS = int(IOOptionBits.kIOMemoryPhysicallyContiguous | IOOptionBits.kIOMemoryHostPhysicallyContiguous)
 
@@ -40,14 +40,14 @@ _NOT_YET = {
     int(IOOptionBits.kIOMemoryClearEncrypt): "encrypted memory",
     int(IOOptionBits.kIOMemoryUseReserve): "the reserve",
 }
-"""Options of the contract that this version does not have, and what they ask for."""
+"""Options that are not implemented, and their meaning."""
 
 
 class Request(NamedTuple):
     """A checked request: sizes in bytes."""
 
     task: Task | None
-    """Whose address space it is mapped in; None: in none."""
+    """The task in which it is mapped; None: in none."""
     options: int
     capacity: int
     want: PhysicalConstraints | None
@@ -76,7 +76,7 @@ class Request(NamedTuple):
 
     @property
     def purgeable(self) -> bool:
-        """Whether the system may take it while it is volatile."""
+        """Whether the system may reclaim it while it is volatile."""
         return bool(self.options & _PURGEABLE)
 
     @property
@@ -94,12 +94,12 @@ def check_request(
     guarded: bool = False,
     tags: tuple[int, int] = (0, 0),
 ) -> Request:
-    """Check a request for a buffer; the parameters are those of `initWithPhysicalMask`, and what factories add.
+    """Check a request for a buffer; the parameters are those of `initWithPhysicalMask` and its factories.
 
     Raises
     ------
     IOReturnError
-        `kIOReturnBadArgument`, or `kIOReturnUnsupported` for what this version does not have.
+        `kIOReturnBadArgument`, or `kIOReturnUnsupported` for options that are not implemented.
     """
     options = int(options)
     if capacity <= 0:
@@ -116,7 +116,7 @@ def check_request(
     want, contiguous = _physical(options, capacity, alignment, physical_mask)
     if options & _PAGEABLE and (want or contiguous):
         what = want or PhysicalConstraints(capacity, contiguous)
-        raise BadArgumentError(f"pageable memory moves, and cannot be {what}: leave kIOMemoryPageable out")
+        raise BadArgumentError(f"pageable memory moves, and cannot be {what}: omit kIOMemoryPageable")
     where = None if task is None else kernel_task if task is kernel_task else as_task(task)
     tag = _tag(tags, in_kernel=where is None or where is kernel_task)
     return Request(where, options, capacity, want, contiguous, PAGE_SIZE if guarded else 0, tag)
@@ -126,7 +126,8 @@ def _physical(options: int, capacity: int, alignment: int, mask: int) -> tuple[P
     """Return the constraints on physical addresses, None if any page will do, and whether contiguity is required."""
     allowed = ALL_ADDRESSES
     if mask:
-        # The bits below the mask's lowest are free within a piece of that alignment (initWithPhysicalMask of IOKit).
+        # The bits below the mask's lowest bit are free within memory of that alignment (IOKit's
+        # initWithPhysicalMask).
         lowest = mask & -mask
         allowed = mask | (max(lowest, PAGE_SIZE) - 1)
         if alignment <= 1:
@@ -169,7 +170,7 @@ def _check_options(options: int) -> None:
     if options < 0 or options & ~_KNOWN:
         raise BadArgumentError(f"options {options:#x} have unknown bits {options & ~_KNOWN & 0xFFFFFFFFFFFFFFFF:#x}")
     if options & _PURGEABLE and not options & _PAGEABLE:
-        raise BadArgumentError("kIOMemoryPurgeable needs kIOMemoryPageable: wired memory cannot be taken back")
+        raise BadArgumentError("kIOMemoryPurgeable requires kIOMemoryPageable: wired memory cannot be reclaimed")
     for bits, meaning in _NOT_YET.items():
         if options & bits:
             raise unsupported(meaning)
@@ -177,7 +178,7 @@ def _check_options(options: int) -> None:
 
 
 def _tag(tags: tuple[int, int], *, in_kernel: bool) -> int:
-    """Return the tag of a mapping: in `kernel_task` the first, else the second; the other where that is 0."""
+    """Return the tag of a mapping: the first in `kernel_task`, otherwise the second; the other one if that is 0."""
     if tags == (0, 0):
         return 0
     if any(not 0 <= tag < 1 << 32 for tag in tags):
@@ -187,16 +188,16 @@ def _tag(tags: tuple[int, int], *, in_kernel: bool) -> int:
 
 def _check_guarded(task: object, options: int) -> None:
     if options & (_PAGEABLE | _CONTIGUOUS):
-        raise BadArgumentError("memory with guard pages is neither pageable nor contiguous: leave those options out")
+        raise BadArgumentError("memory with guard pages cannot be pageable or contiguous: omit these options")
     if task is None:
-        raise BadArgumentError("memory that is mapped in no task has no guard pages; map it with kIOMapGuardedSmall")
+        raise BadArgumentError("memory that is mapped in no task has no guard pages: map it with kIOMapGuardedSmall")
 
 
 def _check_cache_mode(options: int) -> None:
-    """Raise `kIOReturnUnsupported` for a cache mode that cannot be honoured."""
+    """Raise `kIOReturnUnsupported` for a cache mode that cannot be honored."""
     mode = options & CACHE_MODES
     if mode > IOMapOptions.kIOMapWriteCombineCache:
-        raise UnsupportedError(f"cache mode {mode:#x} is not one that a process can have")
+        raise UnsupportedError(f"cache mode {mode:#x} is not available to a process")
     if mode not in _PLAIN_MODES:
         require_cache_instruction(mapping.BEST_FLUSH)
 
@@ -209,10 +210,10 @@ def require_cache_instruction(instruction: int) -> None:
 
 
 def cache_of_copies(options: int) -> int:
-    """Return what `Mapping.cache` is to be for these options."""
+    """Return the value of `Mapping.cache` for these options."""
     return (options & CACHE_MODES) >> 8
 
 
 def unsupported(what: str) -> UnsupportedError:
-    """Return the error for a part of the contract that this version does not have."""
+    """Return the error for a feature that is not implemented."""
     return UnsupportedError(f"iobmd {__version__} does not support {what} yet")

@@ -111,7 +111,7 @@ class MemoryOwner:
         if self._wired_by != os.getpid() and backing.wiring is not Wiring.PAGEABLE:
             raise NotOpenError(
                 f"this {self._kind} is wired memory of process {self._wired_by}, and fork does not pass "
-                f"wiring on to process {os.getpid()}: make the buffer after the fork, or a pageable one before it"
+                f"wiring on to process {os.getpid()}: allocate the buffer after the fork, or use a pageable one"
             )
         return backing
 
@@ -330,7 +330,7 @@ class MemoryOwner:
             if not lies:
                 raise _gone(backing, moved)
             message = (
-                f"the page at {moved:#x} was at physical {was:#x} and is at {lies:#x} now (it has moved, or other "
+                f"the page at {moved:#x} was at physical {was:#x} and is now at {lies:#x} (it has moved, or other "
                 "memory is mapped there): do not use it for I/O"
             )
             raise VMError(message, 0, moved)
@@ -343,7 +343,7 @@ class MemoryOwner:
         if self.purge_control is None:
             if (purgeable := backing.purgeable) is None:
                 raise UnsupportedError(
-                    f"{self!r} was not made purgeable: use kIOMemoryPageable | kIOMemoryPurgeable, or "
+                    f"{self!r} is not purgeable: allocate it with kIOMemoryPageable | kIOMemoryPurgeable, or "
                     "iobmd.allocate(…, wired=False, purgeable=True)"
                 )
             self.purge_control = PurgeControl(self, purgeable, backing.size)
@@ -392,8 +392,8 @@ def _require_resident(backing: Backing) -> None:
 def _require_low(table: RunTable) -> None:
     if table.highest() >> 32:
         raise NoResourcesError(
-            f"memory at {table.highest():#x} lies above 4 GiB, and kIODirectionPrepareToPhys32 forbids that; make "
-            "it with inTaskWithPhysicalMask(…, 0xffffffff)"
+            f"memory at {table.highest():#x} lies above 4 GiB, and kIODirectionPrepareToPhys32 forbids that; "
+            "allocate it with inTaskWithPhysicalMask(…, 0xffffffff)"
         )
 
 
@@ -409,4 +409,6 @@ def _gone(backing: Backing, address: int) -> VMError:
     with contextlib.suppress(OSError):
         area = procfs.find_vma(task.pid, address)
     what = f"replaced it by {area}" if area else "unmapped it"
-    return VMError(f"the memory at {address:#x} of task {task.pid} is gone: the program has {what}", 0, address)
+    return VMError(
+        f"the memory at {address:#x} of task {task.pid} no longer exists: the program has {what}", 0, address
+    )

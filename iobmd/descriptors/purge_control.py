@@ -51,7 +51,9 @@ class PurgeControl:
         self._size = size
         self._modifiers: int | None = None  # those it was last made volatile with; None: it never was
         self._keepers = 0  # how many threads are inside of `nonvolatile`
-        self._volatile_again: int | None = None  # with which modifiers the last of them makes it volatile; None: not
+        self._volatile_again: int | None = (
+            None  # the modifiers with which the last of them makes it volatile; None: not
+        )
         self._unfilled = False  # it was found to be taken, and has not been filled since
         self._spoilt = False  # an attempt to fill it failed
 
@@ -130,10 +132,10 @@ class PurgeControl:
 
 
 class NonVolatile:
-    """The `with` of `IOMemoryDescriptor.nonvolatile`."""
+    """The context manager of `IOMemoryDescriptor.nonvolatile`."""
 
     intact: bool | None = None
-    """What it returned; None: not entered, or not even made when a signal handler raised."""
+    """The value it returned; None: not entered, or interrupted by a signal handler before."""
 
     def __init__(self, owner: MemoryOwner) -> None:
         self._owner = owner
@@ -155,7 +157,7 @@ class NonVolatile:
                 self._owner.change_purgeable(*then)
 
     def __del__(self) -> None:
-        # An interrupt came between it and the `with`, at its begin or its end.
+        # An interrupt occurred at the start or the end of the `with` block.
         if self.intact is not None:
-            with contextlib.suppress(IOReturnError):  # its memory may be garbage of the same cycle, and freed already
+            with contextlib.suppress(IOReturnError):  # its memory may be garbage of the same cycle, and already freed
                 self._leave(failed=True)

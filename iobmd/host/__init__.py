@@ -1,8 +1,8 @@
-"""What this host can do, and how to turn on what it cannot.
+"""Probes of the host: what it supports, and how to enable the rest.
 
-Every probe tries the thing itself and undoes it, and none asks for a kernel version or a user id. A missing or
-unreadable file is a finding, never an exception. All is safe in any thread and after a fork; nothing is cached,
-for limits and capabilities change while a process runs.
+A probe tries an operation and undoes it; it never checks a kernel version or a user id. A missing or unreadable file
+is a finding, not an exception. All functions are safe in any thread and after a fork. Nothing is cached, because
+limits and capabilities change while a process runs.
 """
 
 from collections.abc import Sequence
@@ -72,7 +72,7 @@ def facts() -> list[Fact]:
     Returns
     -------
     list[Fact]
-        Names are unique; the hugetlb pools are one fact a page size.
+        Facts with unique names; there is one for each hugetlb page size.
     """
     return [
         pages.kernel(),
@@ -101,10 +101,10 @@ def facts() -> list[Fact]:
 
 
 def obstacles(found: Sequence[Fact]) -> list[Fact]:
-    """Return those of `found` that keep the main job from running here.
+    """Return the facts in `found` that prevent the main job.
 
-    The main job is to copy memory out of another process into a wired buffer: a page can be locked, Yama does not
-    forbid all of it, /proc shows tasks, and process_vm_readv or /proc/PID/mem works (one of the two is enough).
+    The main job is to copy memory from another process into a wired buffer: a page can be locked, Yama does not
+    forbid all access, /proc shows tasks, and process_vm_readv or /proc/PID/mem works (either suffices).
     """
     by_name = {fact.name: fact for fact in found}
     copying = [by_name["process_vm_readv"], by_name["/proc/PID/mem"]]
@@ -115,5 +115,5 @@ def obstacles(found: Sequence[Fact]) -> list[Fact]:
 
 
 def can_run_main_job(found: Sequence[Fact]) -> bool:
-    """Say whether, by the facts `found`, the main job can run here (see `obstacles`)."""
+    """Return whether the main job can run here, according to `found` (see `obstacles`)."""
     return not obstacles(found)

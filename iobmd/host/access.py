@@ -1,4 +1,4 @@
-"""Other processes' memory, and where pages are: process_vm_readv, /proc/PID/mem, Yama, pagemap."""
+"""Probes of access to other processes' memory and page positions: process_vm_readv, /proc/PID/mem, Yama, pagemap."""
 
 import errno
 import os
@@ -30,7 +30,7 @@ def _opened(path: str) -> Iterator[int]:
 
 
 def _copies(memory: int) -> None:
-    """Copy bytes within this process as `iobmd` does from others; raise OSError when that fails."""
+    """Copy bytes within this process as `iobmd` does from others; raise OSError if that fails."""
     size = len(_PATTERN)
     with scratch() as page:
         page.write(0, _PATTERN)
@@ -42,12 +42,12 @@ def _copies(memory: int) -> None:
     if number:
         raise OSError(number, os.strerror(number))
     if found != _PATTERN:
-        raise OSError(errno.EIO, f"{reached - page.address} of {size} bytes came")
+        raise OSError(errno.EIO, f"{reached - page.address} of {size} bytes were read")
 
 
 def proc_options() -> dict[str, str]:
-    """Return the mount options of /proc that restrict it (hidepid, gid, subset; proc(5)); none without /proc."""
-    # The last line of a mount point is that of the mount on top.
+    """Return the mount options that restrict /proc (hidepid, gid, subset; proc(5)); empty without /proc."""
+    # The last line of a mount point is the topmost mount.
     for line in reversed(lines(read_text("/proc/self/mountinfo"))):
         place, _, system = line.partition(" - ")
         if place.split(" ")[4] == "/proc":
@@ -57,13 +57,13 @@ def proc_options() -> dict[str, str]:
 
 
 def proc() -> Fact:
-    """Probe whether /proc is mounted, counts as this process does, and shows all processes and the host."""
-    name, purpose = "/proc", "other tasks; where pages lie; limits, with their values"
+    """Probe whether /proc is mounted, belongs to this pid namespace, and shows all processes and the host."""
+    name, purpose = "/proc", "other tasks; positions of pages; limits and their values"
     try:
         foreign = pidns.is_foreign()
     except OSError:
         value: JSON = {"mounted": False}
-        missing = "not mounted, or of a pid namespace that this process is not in: no other task, no addresses"
+        missing = "not mounted, or of a pid namespace without this process: no other tasks, no addresses"
         return Fact(name, Status.NO, value, missing, purpose, MOUNT_PROC)
     options = proc_options()
     findings, remedies = [], []
@@ -80,8 +80,8 @@ def proc() -> Fact:
         remedies.append("systemd unit: ProtectProc=default; or AmbientCapabilities=CAP_SYS_PTRACE")
     if not os.path.exists("/proc/meminfo"):
         subset = f" (subset={options['subset']})" if "subset" in options else ""
-        findings.append(f"shows processes only{subset}: free memory, swap and sysctls are not known")
-        remedies.append("mount -t proc proc /proc  # as root, over this one: subset=pid cannot be taken back")
+        findings.append(f"shows only processes{subset}: free memory, swap and sysctls are unknown")
+        remedies.append("mount -t proc proc /proc  # as root, over this one: subset=pid cannot be undone")
         remedies.append("systemd unit: ProcSubset=all")
     value = {"mounted": True, "foreign": foreign, **options}
     status = Status.NO if not usable else Status.LIMITED if findings else Status.YES
@@ -91,7 +91,7 @@ def proc() -> Fact:
 def _can_translate() -> bool:
     try:
         pidns.directory(os.getppid() or 1)
-    except ProcessLookupError:  # it is gone: the call works
+    except ProcessLookupError:  # it has exited: the call works
         return True
     except OSError:
         return False
@@ -105,11 +105,11 @@ def _hides_processes(options: dict[str, str]) -> bool:
 
 
 def process_vm_readv() -> Fact:
-    """Probe process_vm_readv(2) on this process: what seccomp and the kernel's build let through.
+    """Probe process_vm_readv(2) on this process: whether seccomp and the kernel's configuration permit it.
 
-    A process may always read itself: what users, Yama and security modules say of another one shows only there.
+    A process may always read itself; restrictions by user, Yama and security modules only apply to others.
     """
-    name, purpose = "process_vm_readv", "copy out of another process at full speed"
+    name, purpose = "process_vm_readv", "copy from another process at full speed"
     try:
         _copies(-1)
     except OSError as error:
@@ -122,7 +122,7 @@ def process_vm_readv() -> Fact:
 
 def proc_mem() -> Fact:
     """Probe reading /proc/PID/mem, on this process (proc_pid_mem(5))."""
-    name, purpose = "/proc/PID/mem", "copy out of another process where process_vm_readv is denied"
+    name, purpose = "/proc/PID/mem", "copy from another process if process_vm_readv is denied"
     try:
         with _opened("/proc/self/mem") as descriptor:
             _copies(descriptor)
@@ -133,15 +133,15 @@ def proc_mem() -> Fact:
 
 
 def yama_scope() -> int:
-    """Return kernel.yama.ptrace_scope; 0, no restriction of its own, where the kernel has no Yama.
+    """Return kernel.yama.ptrace_scope; 0 (no restriction) if the kernel lacks Yama.
 
-    Source: Documentation/admin-guide/LSM/Yama.rst (Linux 3.4). It rules process_vm_readv and /proc/PID/mem too.
+    Source: Documentation/admin-guide/LSM/Yama.rst (Linux 3.4). It also applies to process_vm_readv and /proc/PID/mem.
     """
     return read_int("/proc/sys/kernel/yama/ptrace_scope") or 0
 
 
 def yama() -> Fact:
-    """Report Yama's scope, and what it means for a process with our capabilities."""
+    """Report Yama's scope, and its effect on a process with these capabilities."""
     scope = yama_scope()
     lifted = scope < 3 and has_capability("CAP_SYS_PTRACE")
     meanings = {
@@ -156,14 +156,14 @@ def yama() -> Fact:
         status = Status.LIMITED if scope == 1 else Status.NO
         remedy = f"sysctl kernel.yama.ptrace_scope=0  # as root\n{capability_remedy()}"
     if scope > 2:
-        remedy = "set kernel.yama.ptrace_scope=0 in /etc/sysctl.d and boot: 3 cannot be taken back"
+        remedy = "set kernel.yama.ptrace_scope=0 in /etc/sysctl.d and reboot: 3 cannot be undone"
     if scope and lifted:
         summary += " (this process has it)" if scope == 2 else ", or with CAP_SYS_PTRACE (this process has it)"
-    return Fact("yama.ptrace_scope", status, scope, summary, "which processes may be copied from", remedy)
+    return Fact("yama.ptrace_scope", status, scope, summary, "which processes can be copied from", remedy)
 
 
 def pfns_visible() -> bool:
-    """Say whether the kernel shows this process page frame numbers (proc_pid_pagemap(5), hidden since Linux 4.2).
+    """Return whether page frame numbers are visible to this process (proc_pid_pagemap(5), hidden since Linux 4.2).
 
     Raises
     ------
@@ -179,14 +179,14 @@ def pfns_visible() -> bool:
 
 
 def frames() -> Fact:
-    """Probe physical addresses: look for the frame of a page of our own in pagemap."""
+    """Probe physical addresses: read the frame number of a page of this process from pagemap."""
     name, purpose = "PFN", "physical addresses: contiguity, DMA segments"
     try:
         if pfns_visible():
             return Fact(name, Status.YES, True, "visible", purpose)
     except OSError as error:
         return Fact(name, Status.NO, False, f"pagemap: {error.strerror}", purpose, _pagemap_remedy(error))
-    why = "hidden: needs CAP_SYS_ADMIN in the first user namespace"
+    why = "hidden: requires CAP_SYS_ADMIN in the initial user namespace"
     return Fact(name, Status.NO, False, why, purpose, capability_remedy())
 
 
@@ -197,7 +197,7 @@ def _pagemap_remedy(error: OSError) -> str:
 
 
 def pagemap_scan() -> Fact:
-    """Probe the ioctl PAGEMAP_SCAN (Linux 6.7): it has to find a page of our own, and exactly that."""
+    """Probe the ioctl PAGEMAP_SCAN (Linux 6.7): it must find exactly one page of this process."""
     name, purpose = "PAGEMAP_SCAN", "find resident pages faster than by reading pagemap"
     try:
         with scratch() as page, _opened("/proc/self/pagemap") as descriptor:

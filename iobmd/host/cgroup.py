@@ -1,9 +1,9 @@
 """The control groups around a process, as directories: hierarchies of version 1 and 2, wherever they are mounted.
 
-/proc/PID/cgroup names a process's group, and the field `root` of /proc/self/mountinfo the group that a mount shows,
-both relative to the root of the *reader's* cgroup namespace (cgroup_namespaces(7)). Where a mount comes from outside
-of the namespace its root is "/../..", which says how many levels lie between, but not their names: those are found by
-the process ids that the groups list.
+/proc/PID/cgroup names the group of a process, and the field `root` of /proc/self/mountinfo the group that a mount
+shows, both relative to the root of the *reader's* cgroup namespace (cgroup_namespaces(7)). The root of a mount from
+outside the namespace is "/../..", which shows the number of levels in between, but not their names: they are
+determined from the process ids that the groups list.
 """
 
 import contextlib
@@ -27,17 +27,17 @@ class Mount(NamedTuple):
     place: str
     """The mount point."""
     unified: bool
-    """It is version 2, whose controllers are all in one hierarchy."""
+    """Whether it is version 2, with all controllers in one hierarchy."""
 
 
 class Cgroup(NamedTuple):
-    """A control group that is visible here."""
+    """A control group that is visible to this process."""
 
     name: str
-    """Its path below the mount point, "/" for the group that is mounted."""
+    """Its path below the mount point, "/" for the mounted group."""
     directory: str
     unified: bool
-    """As of `Mount`."""
+    """As for `Mount`."""
 
     def file(self, name: str) -> str:
         """Return the path of one of its files."""
@@ -45,7 +45,7 @@ class Cgroup(NamedTuple):
 
 
 def mounts(controller: str) -> list[Mount]:
-    """Return the mounts of the hierarchies that may have a controller, such as "memory": version 1 and version 2."""
+    """Return the mounts of the version 1 and version 2 hierarchies that may have a controller, such as "memory"."""
     found = []
     for line in lines(read_text("/proc/self/mountinfo")):
         where, _, system = line.partition(" - ")
@@ -59,19 +59,19 @@ def mounts(controller: str) -> list[Mount]:
 
 
 def membership(pid: int | None = None) -> str:
-    """Return the text of /proc/PID/cgroup, by default of this process; empty where there is none to read.
+    """Return the text of /proc/PID/cgroup, by default of this process; empty if it cannot be read.
 
-    It differs when the process was moved to another group.
+    The text changes when the process is moved to another group.
     """
     try:
         path = "/proc/self/cgroup" if pid in (None, os.getpid()) else procfs.memory_file(pid, "cgroup")
-    except OSError:  # the process is gone
+    except OSError:  # the process has exited
         return ""
     return read_text(path) or ""
 
 
 def around(controller: str, pid: int | None = None, member: str | None = None) -> list[Cgroup]:
-    """Return the groups that a process is in, of each hierarchy that may have a controller.
+    """Return the groups around a process, in each hierarchy that may have a controller.
 
     Parameters
     ----------
@@ -80,13 +80,13 @@ def around(controller: str, pid: int | None = None, member: str | None = None) -
     pid : int, optional
         The process, by default this one.
     member : str, optional
-        Its `membership`, where that was read already.
+        Its `membership`, if already read.
 
     Returns
     -------
     list of Cgroup
-        The process's own group of each hierarchy first and then the groups around it, up to the mounted one. What
-        lies above that cannot be seen from here.
+        For each hierarchy, the group of the process and then its ancestors, up to the mounted one. Groups above that
+        are not visible.
     """
     found = []
     mounted = mounts(controller)
@@ -95,19 +95,19 @@ def around(controller: str, pid: int | None = None, member: str | None = None) -
         unified = number == "0"
         if unified or controller in controllers.split(","):
             candidates = [mount for mount in mounted if mount.unified == unified]
-            if path.endswith(_DELETED):  # an exiting process may be in a group that is gone
+            if path.endswith(_DELETED):  # an exiting process may be in a deleted group
                 path = os.path.dirname(path)
             found += _shown(path, candidates, os.getpid() if pid is None else pid)
     return found
 
 
 def own(controller: str, *, unified: bool) -> Cgroup | None:
-    """Return this process's own group in the hierarchy of version 2, or in version 1's of a controller."""
+    """Return this process's group in the version 2 hierarchy, or in the version 1 hierarchy of a controller."""
     return next((group for group in around(controller) if group.unified == unified), None)
 
 
 def _shown(path: str, candidates: list[Mount], pid: int) -> list[Cgroup]:
-    """Return the group `path`, and those around it, by the mount that shows the most of them."""
+    """Return the group `path` and its ancestors, from the mount that shows the most of them."""
     for mount in sorted(candidates, key=_height):
         below = _below(mount, path, pid)
         if below is not None and os.path.isdir(f"{mount.place}/{'/'.join(below)}"):
@@ -118,13 +118,13 @@ def _shown(path: str, candidates: list[Mount], pid: int) -> list[Cgroup]:
 
 
 def _height(mount: Mount) -> int:
-    """Return how far below the root of the namespace a mount begins; negative: above."""
+    """Return the depth of a mount's root below the root of the namespace; negative if above."""
     parts = _parts(mount.root)
     return len(parts) - 2 * parts.count("..")
 
 
 def _below(mount: Mount, path: str, pid: int) -> list[str] | None:
-    """Return the way from a mount's root to the group `path`, None where the mount does not show it."""
+    """Return the path from a mount's root to the group `path`; None if the mount does not show it."""
     root, group = _parts(mount.root), _parts(path)
     if group[: len(root)] == root:
         return group[len(root) :]
@@ -135,11 +135,11 @@ def _below(mount: Mount, path: str, pid: int) -> list[str] | None:
 
 
 _found: dict[tuple[str, int, str], str] = {}
-"""Groups that `_search` found, for a host may have thousands: by mount point, depth, and the rest of the path."""
+"""Cache of `_search`, because a host may have thousands of groups: by mount point, depth, and remaining path."""
 
 
 def _search(place: str, depth: int, rest: list[str], pid: int) -> list[str] | None:
-    """Return the way to the group of a process, of which the first `depth` names are not known."""
+    """Return the path to the group of a process, whose first `depth` names are unknown."""
     key = place, depth, "/".join(rest)
     known = _found.get(key)
     for name in (known, *_descendants(place, "", depth)) if known else _descendants(place, "", depth):
@@ -150,12 +150,12 @@ def _search(place: str, depth: int, rest: list[str], pid: int) -> list[str] | No
 
 
 def _descendants(place: str, name: str, depth: int) -> Iterator[str]:
-    """Iterate over the groups so many levels below."""
+    """Iterate over the groups that are `depth` levels below."""
     if not depth:
         yield name
         return
     children: list[str] = []
-    with contextlib.suppress(OSError), os.scandir(f"{place}/{name}") as entries:  # it may be gone, or not be readable
+    with contextlib.suppress(OSError), os.scandir(f"{place}/{name}") as entries:  # it may be deleted, or unreadable
         children += [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
     for child in children:
         yield from _descendants(place, f"{name}/{child}" if name else child, depth - 1)
@@ -170,5 +170,5 @@ def _parts(path: str) -> list[str]:
 
 
 def _unescaped(text: str) -> str:
-    """Undo the escapes of mountinfo: of the space, the tab, the newline and the backslash."""
+    """Undo the escapes of mountinfo for space, tab, newline and backslash."""
     return re.sub(_ESCAPE, lambda match: chr(int(match[1], 8)), text)

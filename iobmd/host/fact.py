@@ -1,4 +1,4 @@
-"""What a probe returns, and what every probe needs: files that may be missing, a page to try things on."""
+"""The result of a probe, and helpers of probes: reading optional files, a scratch page."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ JSON: TypeAlias = bool | int | str | Sequence["JSON"] | Mapping[str, "JSON"] | N
 
 
 class Status(StrEnum):
-    """Whether something can be used here."""
+    """Whether a feature is usable."""
 
     YES = "yes"
     LIMITED = "limited"
@@ -21,22 +21,22 @@ class Status(StrEnum):
 
 
 class Fact(NamedTuple):
-    """One thing this host, or this process on it, can or cannot do.
+    """A feature that this host supports or lacks, or that this process may or may not use.
 
     Attributes
     ----------
     name : str
-        What was probed, in the kernel's own spelling.
+        The feature, in the kernel's spelling.
     status : Status
-        Whether it can be used; `Status.INFO` for plain information.
+        Whether it is usable; `Status.INFO` for information.
     value : JSON
         The finding as data.
     summary : str
-        The finding for people, in a few words.
+        The finding in a few words.
     purpose : str
-        What it is good for.
+        What the feature is good for.
     remedy : str
-        How to turn it on, one alternative a line; empty when there is nothing to do.
+        How to enable it, one alternative per line; empty if nothing can be done.
     """
 
     name: str
@@ -48,12 +48,12 @@ class Fact(NamedTuple):
 
     @property
     def usable(self) -> bool:
-        """Whether it can be used, if only within a limit."""
+        """Whether it is usable, possibly within a limit."""
         return self.status is not Status.NO
 
 
 def read_text(path: str) -> str | None:
-    """Return the text of a kernel file without its last newline, or None when it is missing or unreadable."""
+    """Return the text of a kernel file without its last newline, or None if it is missing or unreadable."""
     try:
         with open(path, errors="surrogateescape", newline="\n") as file:
             return file.read().rstrip("\n")
@@ -62,16 +62,16 @@ def read_text(path: str) -> str | None:
 
 
 def lines(text: str | None) -> list[str]:
-    """Return the lines of what `read_text` returned.
+    """Return the lines of a text from `read_text`.
 
-    Only a newline ends one. Users choose the names of files and control groups, in which the kernel prints other
-    characters as they are that str.splitlines() takes for an end.
+    Only newlines end lines. Users choose the names of files and control groups, and the kernel does not escape other
+    characters that str.splitlines() treats as line ends.
     """
     return text.split("\n") if text else []
 
 
 def read_int(path: str) -> int | None:
-    """Return the number a kernel file holds, or None as `read_text`."""
+    """Return the number in a kernel file, or None as `read_text`."""
     try:
         return int(read_text(path) or "")
     except ValueError:
@@ -79,7 +79,7 @@ def read_int(path: str) -> int | None:
 
 
 def own_status() -> dict[str, str]:
-    """Return /proc/self/status, empty where /proc is not mounted."""
+    """Return the fields of /proc/self/status, empty if /proc is not mounted."""
     try:
         return procfs.status()
     except OSError:
@@ -87,18 +87,18 @@ def own_status() -> dict[str, str]:
 
 
 def has_seccomp_filter() -> bool:
-    """Say whether a seccomp filter judges the system calls of this process (Linux 3.8, proc_pid_status(5))."""
+    """Return whether this process has a seccomp filter (Linux 3.8, proc_pid_status(5))."""
     return own_status().get("Seccomp") == "2"
 
 
 @contextmanager
 def scratch(size: int = units.PAGE_SIZE) -> Iterator[mapping.Mapping]:
-    """Map `size` fresh bytes aligned to `size`; unmap them at the end.
+    """Map `size` new bytes, aligned to `size`, and unmap them at the end.
 
     Raises
     ------
     OSError
-        The kernel gives no memory: out of it, or a limit such as RLIMIT_AS.
+        No memory is available, or a limit such as RLIMIT_AS is reached.
     """
     memory = mapping.Mapping.anonymous(size, size)
     try:

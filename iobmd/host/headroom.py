@@ -1,9 +1,9 @@
-"""How much memory can be filled before the kernel kills a process for it.
+"""Checks of free memory before populating, which prevent that the kernel kills a process.
 
-An mmap succeeds long before there is memory for it, and the kernel's answer to the page fault that finds none is to
-kill a process of the host, or of the memory cgroup that is charged. Filling is therefore refused beforehand when it
-cannot fit. Pages are charged to the cgroup of the process through whose mapping they are first touched, also when
-another process touches them there (process_vm_readv(2), ptrace(2)).
+mmap succeeds even if there is no memory for the mapping; when a page fault finds none, the kernel kills a process of
+the host or of the charged memory cgroup. Memory that does not fit is therefore refused before it is populated. Pages
+are charged to the cgroup of the process through whose mapping they are first touched, even if another process touches
+them there (process_vm_readv(2), ptrace(2)).
 """
 
 from __future__ import annotations
@@ -25,52 +25,52 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 CHECK_FROM = 1 << 20
-"""Bytes that smaller requests may sum up to before one of them is checked."""
+"""Sum of smaller requests, in bytes, after which one is checked."""
 
 SPARE = 8
-"""The part of memory, or of a limit, that is to stay free: one in so many."""
+"""The inverse of the part of memory, or of a limit, that must remain free."""
 
 _OVERHEAD = 64
-"""Page tables, and lists of pinned pages, take up to one byte in 128 of the memory they are for (4 KiB pages)."""
+"""Page tables and lists of pinned pages each use up to 1/128 of the memory that they describe (4 KiB pages)."""
 
 _EACH = 4 << 10
-"""Bytes that are charged for a request beside its pages: the objects of a buffer, its area, its slot of a ring.
+"""Bytes charged for a request in addition to its pages: the objects of a buffer, its area, its ring slot.
 
-Measured 4.0 KiB for a wired buffer, 1.7 for a shared one: of small buffers as much as the pages themselves.
+Measured: 4.0 KiB for a wired buffer, 1.7 KiB for a shared one; for small buffers as much as their pages.
 """
 
 _VALID = 0.02
-"""Seconds for which a check covers further requests, up to one part in `SPARE` of what it left."""
+"""Seconds for which a check covers further requests, up to 1/`SPARE` of the memory that it left free."""
 
 _reliefs: list[Callable[[int], None]] = []
 
 
 def on_shortage(relief: Callable[[int], None]) -> None:
-    """Have `relief` called with the bytes that are missing, before memory is refused."""
+    """Register `relief`, which is called with the number of missing bytes before memory is refused."""
     _reliefs.append(relief)
 
 
 def require(size: int, *, swappable: bool, pid: int | None = None, absent: Callable[[], int] | None = None) -> None:
-    """Check that memory can be filled now.
+    """Check that memory can be populated now.
 
-    Of each limit it leaves twice `CHECK_FROM` free, and what the kernel adds to the pages. It may let too much
-    through: other processes take memory as well, and small requests are checked together.
+    The check leaves free twice `CHECK_FROM` of each limit, and the kernel's overhead. It is not exact: other
+    processes allocate memory too, and small requests are checked together.
 
     Parameters
     ----------
     size : int
         Bytes to make resident.
     swappable : bool
-        They may be swapped out, so that what is free of the swap space counts too.
+        Whether they may be swapped out, so that free swap space counts too.
     pid : int, optional
         The process that is charged, by default this one.
     absent : callable, optional
-        Counts the bytes among them that are not resident yet; called only if `size` does not fit.
+        Returns how many of the bytes are not resident yet; called only if `size` does not fit.
 
     Raises
     ------
     IOReturnError
-        `kIOReturnNoMemory`: the limit that is too low, its value, what is left of it and whose it is.
+        `kIOReturnNoMemory`: with the limit, its value, the free part of it and its owner.
     """
     if pid is None and _recent.covers(size, swappable=swappable):
         return
@@ -91,30 +91,30 @@ def require(size: int, *, swappable: bool, pid: int | None = None, absent: Calla
 
 
 def _needed(size: int) -> int:
-    """Return what has to be left for `size` bytes: with what the kernel adds, and requests not checked yet.
+    """Return the free memory that `size` bytes require, with the kernel's overhead and unchecked requests.
 
-    Twice those: each processor charges pages in batches, which the counters of the cgroup lag behind.
+    The latter count twice, because processors charge pages in batches and cgroup counters lag behind.
     """
     return size + size // _OVERHEAD + 2 * CHECK_FROM
 
 
 def require_pages(size: int, page_size: int, *, pid: int | None = None) -> None:
-    """Check that the kernel has hugetlb pages to fault in for which the mapping holds no reservation.
+    """Check that the kernel has free hugetlb pages for a mapping without a reservation.
 
     Parameters
     ----------
     size : int
         Bytes to make resident.
     page_size : int
-        Of the pool, in bytes.
+        Page size of the pool in bytes.
     pid : int, optional
         The process that is charged, by default this one.
 
     Raises
     ------
     IOReturnError
-        `kIOReturnNoResources`: the pool has too few pages that are neither used nor reserved, with the command that
-        raises it; or the limit of a hugetlb cgroup, its value, what is left of it and whose it is.
+        `kIOReturnNoResources`: the pool has too few free, unreserved pages, with the command that enlarges it; or the
+        limit of a hugetlb cgroup, with its value, the free part of it and its owner.
     """
     wanted = -(-size // page_size)
     what = f"{wanted} hugetlb pages of {format_size(page_size)}"
@@ -123,7 +123,7 @@ def require_pages(size: int, page_size: int, *, pid: int | None = None) -> None:
         remedy, *_others = pages.pool_remedy(pool, wanted - pool.available).splitlines()
         message = (
             f"{what} do not fit: of the {pool.total} in the host's pool {pool.free} are free, {pool.reserved} of "
-            f"them reserved by others; raise it: {remedy}"
+            f"them reserved by others; enlarge it: {remedy}"
         )
         raise NoResourcesError(message)
     name = f"hugetlb.{_short(page_size)}"
@@ -135,18 +135,18 @@ def require_pages(size: int, page_size: int, *, pid: int | None = None) -> None:
 
 
 def tightest() -> Room:
-    """Return where least memory is left for this process, with what the kernel could reclaim; takes 0.2 ms."""
+    """Return the limit with the least free memory for this process, including reclaimable memory; takes 0.2 ms."""
     host_room, *others = _Look(None, sys.maxsize, swappable=False).rooms()
-    if host_room.limit == sys.maxsize:  # no /proc, or of processes only: what is free is the least that is available
+    if host_room.limit == sys.maxsize:  # no /proc, or only of processes: free memory is a lower bound
         free, total = (os.sysconf(f"SC_{name}_PAGES") * PAGE_SIZE for name in ("AVPHYS", "PHYS"))
         host_room = Room(free, total)
     return min((host_room, *others), key=lambda room: room.left)
 
 
 def shortage() -> int:
-    """Return how many bytes are missing for an eighth to be left, of the host's memory and of each cgroup's limit.
+    """Return how many bytes are missing to an eighth of the host's memory and of each cgroup's limit.
 
-    Negative: how many more are left. Swap does not count: it is what running short leads to.
+    Negative if more is free. Swap does not count, because swapping is a consequence of the shortage.
     """
     look = _Look(None, sys.maxsize, swappable=False)
     look.swap = 0
@@ -154,34 +154,34 @@ def shortage() -> int:
 
 
 class Room(NamedTuple):
-    """What is left somewhere, in bytes."""
+    """The free memory of the host or of a limit, in bytes."""
 
     left: int
     limit: int
     group: cgroup.Cgroup | None = None
-    """Whose limit it is; None: the host's memory."""
+    """The group with the limit; None: the host."""
     controller: str = ""
     file: str = ""
-    """The path of the limit."""
+    """The file with the limit."""
 
     def refusal(self, code: IOReturn, what: str, pid: int | None) -> IOReturnError:
         """Return the error for memory that does not fit here; `pid` is the process that would be charged."""
         remedy = f"free some there, raise {self.file}" if self.group else "free some, add swap space"
-        return IOReturnError(code, f"{what} do not fit: {self.report(pid)}; {remedy}, or ask for less")
+        return IOReturnError(code, f"{what} do not fit: {self.report(pid)}; {remedy}, or request less")
 
     def report(self, pid: int | None = None) -> str:
-        """Say what is left here, of which limit, and whose it is; `pid` as above."""
+        """Return a text with the free memory, the limit and its owner; `pid` as above."""
         left, limit = format_size(max(self.left, 0)), format_size(self.limit)
         if not self.group:
-            return f"this host has {left} left of {limit}"
+            return f"this host has {left} free of {limit}"
         whose = "this process" if pid is None else f"task {pid}"
-        return f"the {self.controller} cgroup {self.group.name} of {whose} has {left} left of its limit of {limit}"
+        return f"the {self.controller} cgroup {self.group.name} of {whose} has {left} free of its limit of {limit}"
 
 
 class _Look:
-    """One look at the host's memory and the memory cgroups around a process, for `size` bytes.
+    """A snapshot of the free memory of the host and the memory cgroups around a process, for `size` bytes.
 
-    What takes longer to read is read only where less than `size` is left without it: what the kernel could reclaim.
+    Reclaimable memory, which takes longer to read, is read only if less than `size` is free without it.
     """
 
     def __init__(self, pid: int | None, size: int, *, swappable: bool) -> None:
@@ -192,22 +192,22 @@ class _Look:
 
     @cached_property
     def least(self) -> Room:
-        """Where least is left."""
+        """The limit with the least free memory."""
         return min(self.rooms(), key=lambda room: room.left)
 
     @property
     def fits(self) -> bool:
-        """Whether so much is left everywhere."""
+        """Whether enough memory is free everywhere."""
         return self.size <= self.least.left
 
     @property
     def concerns_this_process(self) -> bool:
-        """Whether memory that this process frees would be left where least is."""
+        """Whether memory that this process frees would count for the tightest limit."""
         group = self.least.group
         return self._pid is None or group is None or group in cgroup.around("memory")
 
     def rooms(self) -> Iterator[Room]:
-        """Iterate over what is left everywhere, of the host first; no limit where /proc cannot be read."""
+        """Iterate over the free memory of the host and then of each cgroup; unlimited if /proc cannot be read."""
         yield self._of_host()
         for group in self._groups:
             yield from self._of_unified(group) if group.unified else self._of_legacy(group)
@@ -220,18 +220,18 @@ class _Look:
     def _memory(self) -> dict[str, int]:
         try:
             return procfs.meminfo()
-        except OSError:  # no descriptor is free, or /proc does not show it
+        except OSError:  # no file descriptor is free, or /proc does not show it
             return dict.fromkeys(("MemAvailable", "MemTotal"), sys.maxsize) | dict.fromkeys(_SWAPPABLE, 0)
 
     @cached_property
     def swap(self) -> int:
-        """What can be swapped out, by what the host and each cgroup of version 2 has left."""
+        """Bytes that can be swapped out, given the free swap of the host and of each version 2 cgroup."""
         unified = (group for group in self._groups if group.unified)
         rooms = (_room(group, "memory", "memory.swap.max", "memory.swap.current") for group in unified)
         return max(0, min(self._memory["SwapFree"], *(room.left for room in rooms if room), sys.maxsize))
 
     def _reclaimable(self, files: int, anonymous: int) -> int:
-        """Return what can be dropped or swapped out; swappable memory itself can be too."""
+        """Return the bytes that can be dropped or swapped out, including swappable memory itself."""
         return files + (self.swap if self._swappable else min(self.swap, anonymous))
 
     def _of_host(self) -> Room:
@@ -252,7 +252,7 @@ class _Look:
             return
         yield self._with_reclaimable(room, "total_")
         if room.left < self.size and self.swap:
-            # Swapping out moves pages from one to the other and makes no room here.
+            # Swapping moves pages between the two counters and frees nothing here.
             both = _room(group, "memory", "memory.memsw.limit_in_bytes", "memory.memsw.usage_in_bytes")
             if both:
                 yield both._replace(left=both.left + _counted(group, "total_")[0])
@@ -267,7 +267,7 @@ _SWAPPABLE = "SwapFree", "Active(anon)", "Inactive(anon)"
 
 
 def _room(group: cgroup.Cgroup, controller: str, limit: str, usage: str) -> Room | None:
-    """Return what is left of a limit; None where a group has none."""
+    """Return the free part of a limit; None if a group has no limit."""
     most, used = read_int(group.file(limit)), read_int(group.file(usage))  # version 2 writes "max" for no limit
     if most is None or used is None or most >= _UNLIMITED:
         return None
@@ -275,12 +275,12 @@ def _room(group: cgroup.Cgroup, controller: str, limit: str, usage: str) -> Room
 
 
 _UNLIMITED = sys.maxsize - PAGE_SIZE
-"""A limit of version 1 that was never set: the largest number of whole pages that a long holds."""
+"""The value of an unset limit in version 1: the largest number of whole pages that fits a long."""
 
 
 def _counted(group: cgroup.Cgroup, prefix: str) -> tuple[int, int]:
-    """Return the bytes of a group's page cache and kernel memory that can be dropped, and of its anonymous pages."""
-    text = read_text(group.file("memory.stat")) or ""  # the group may be gone
+    """Return the droppable bytes of a group's page cache and kernel memory, and the bytes of its anonymous pages."""
+    text = read_text(group.file("memory.stat")) or ""  # the group may be deleted
     counters = dict(line.split() for line in text.splitlines())
 
     def total(*names: str) -> int:
@@ -290,16 +290,16 @@ def _counted(group: cgroup.Cgroup, prefix: str) -> tuple[int, int]:
 
 
 def _short(page_size: int) -> str:
-    """Return a page size as the hugetlb controller's files are named, such as "2MB"."""
+    """Return a page size as in the names of the hugetlb controller's files, such as "2MB"."""
     scale, unit = next(pair for pair in ((30, "GB"), (20, "MB"), (10, "KB")) if page_size >> pair[0])
     return f"{page_size >> scale}{unit}"
 
 
 class _Recent:
-    """What the last check of this process covers. Races between threads only make it check more, or less, often.
+    """The coverage of this process's last check. Races between threads only change how often a check is made.
 
-    A check takes 60 to 110 µs (measured, three levels of cgroups), as long as populating 1 MiB; being covered takes
-    9 µs, most of them to see that the process was not moved to another cgroup.
+    A check takes 60 to 110 µs (measured, three levels of cgroups), as long as populating 1 MiB. A covered request
+    takes 9 µs, mostly to verify that the process was not moved to another cgroup.
     """
 
     def __init__(self) -> None:
@@ -310,7 +310,7 @@ class _Recent:
         self._swappable = False
 
     def covers(self, size: int, *, swappable: bool) -> bool:
-        """Count a request, and say whether it needs no check."""
+        """Count a request, and return whether it needs no check."""
         self._small += size + _EACH
         if self._small < CHECK_FROM:
             return True
@@ -321,7 +321,7 @@ class _Recent:
         return cgroup.membership() == self._member
 
     def renew(self, left: int, member: str, *, swappable: bool) -> None:
-        """Note that `left` bytes were left after a request."""
+        """Record that `left` bytes were free after a request."""
         self._left, self._until = left // SPARE, time.monotonic() + _VALID
         self._member, self._swappable = member, swappable
 

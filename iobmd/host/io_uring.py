@@ -1,4 +1,4 @@
-"""io_uring: the long-term pin that keeps a page at its physical address."""
+"""Probe of io_uring, whose long-term pins keep pages at their physical addresses."""
 
 import errno
 import time
@@ -15,9 +15,9 @@ _SECCOMP = (
 
 
 def io_uring_disabled() -> int | None:
-    """Return kernel.io_uring_disabled: 0 open to all, 1 to the privileged only, 2 to nobody.
+    """Return kernel.io_uring_disabled: 0: enabled, 1: for privileged processes only, 2: disabled.
 
-    None where the kernel does not know it: before Linux 6.6, or built without io_uring
+    None if the kernel lacks it: before Linux 6.6, or built without io_uring
     (Documentation/admin-guide/sysctl/kernel.rst).
     """
     return read_int("/proc/sys/kernel/io_uring_disabled")
@@ -33,7 +33,7 @@ def _pin_a_page() -> None:
 
 
 def _pin_patiently() -> None:
-    # The kernel uncharges a closed ring in a worker, up to 25 ms later here: near the limit, the ring of an
+    # The kernel uncharges a closed ring in a worker, up to 25 ms later (measured): near the limit, the ring of an
     # earlier probe or of another process of this user may still count.
     for _ in range(5):
         try:
@@ -46,7 +46,7 @@ def _pin_patiently() -> None:
 
 
 def io_uring() -> Fact:
-    """Probe pinning: make a ring, and register one page with it (io_uring_register(2), Linux 5.1)."""
+    """Probe pinning: create a ring and register one page with it (io_uring_register(2), Linux 5.1)."""
     name, purpose = "io_uring", "pinned buffers: physical addresses that cannot change"
     try:
         _pin_patiently()
@@ -57,11 +57,11 @@ def io_uring() -> Fact:
 
 
 def why_not_pinned(error: OSError) -> tuple[str, str]:
-    """Return why io_uring refused to pin with `error`, and how to turn it on (one alternative a line)."""
+    """Return why io_uring refused to pin with `error`, and how to enable it (one alternative per line)."""
     if error.errno == errno.EPERM:
         return _why_forbidden(f"{error.strerror}")
     if error.errno == errno.ENOSYS:
-        # The sysctl comes with io_uring itself: where it is, a filter must have answered.
+        # The sysctl exists only with io_uring: if it exists, a filter must have returned the error.
         if io_uring_disabled() is not None or has_seccomp_filter():
             return "a seccomp filter hides it (ENOSYS)", _SECCOMP
         return "not built into this kernel (ENOSYS)", "a kernel with CONFIG_IO_URING, Linux 5.1 or later"
@@ -73,17 +73,17 @@ def why_not_pinned(error: OSError) -> tuple[str, str]:
             f"RLIMIT_MEMLOCK ({format_size(bound)} for all pins of this user) leaves no room",
             memlock_remedy(),
         )
-    return f"{error.strerror}", "see the error: descriptors (ulimit -n) or memory may be used up"
+    return f"{error.strerror}", "see the error: descriptors (ulimit -n) or memory may be exhausted"
 
 
 def _why_forbidden(told: str) -> tuple[str, str]:
     disabled = io_uring_disabled()
     open_again = f"sysctl {_SYSCTL}=0  # as root"
     if disabled == 2:
-        return f"{_SYSCTL} is 2: off for everybody", open_again
+        return f"{_SYSCTL} is 2: disabled", open_again
     if disabled == 1 and not has_host_capability("CAP_SYS_ADMIN"):
         group = "sysctl kernel.io_uring_group=GID  # as root: for members of that group only"
-        return f"{_SYSCTL} is 1: only with CAP_SYS_ADMIN or in its group", f"{open_again}\n{group}"
+        return f"{_SYSCTL} is 1: requires CAP_SYS_ADMIN or membership in its group", f"{open_again}\n{group}"
     if has_seccomp_filter():
         return "a seccomp filter forbids it (EPERM)", _SECCOMP
     return f"{told}; a security module forbids it", "allow io_uring in its policy (SELinux: io_uring permissions)"

@@ -1,4 +1,4 @@
-"""Limits of a process and of the host that a failed system call has met, and the error that names them."""
+"""Limits of a process and of the host that a failed system call has reached, and the errors that name them."""
 
 import errno
 import resource
@@ -12,18 +12,18 @@ from iobmd.host.fact import read_int, read_text
 from iobmd.host.privilege import lifts_memlock
 
 _NEARLY = 3
-"""Mappings that aligning and splitting one needs for a moment."""
+"""Mappings that aligning and splitting one temporarily requires."""
 
 
 class Limit(NamedTuple):
-    """A limit that is met."""
+    """A limit that was reached."""
 
     name: str
     value: int
     used: int
     remedy: str
     counted: str = ""
-    """What it counts; empty for bytes."""
+    """The unit that it counts; empty for bytes."""
 
     def __str__(self) -> str:
         if self.counted:
@@ -32,7 +32,7 @@ class Limit(NamedTuple):
 
 
 def met_by_mapping(size: int, pid: int | None = None) -> Limit | None:
-    """Return the limit for which a process cannot map `size` bytes more, None where none of these is met.
+    """Return the limit that prevents a process from mapping another `size` bytes; None if there is none.
 
     Parameters
     ----------
@@ -43,23 +43,23 @@ def met_by_mapping(size: int, pid: int | None = None) -> Limit | None:
 
     Notes
     -----
-    vm.max_map_count (admin-guide/sysctl/vm.rst), RLIMIT_AS and RLIMIT_DATA (getrlimit(2)), and the commit limit where
-    vm.overcommit_memory is 2 (mm/overcommit-accounting.rst).
+    Checks vm.max_map_count (admin-guide/sysctl/vm.rst), RLIMIT_AS and RLIMIT_DATA (getrlimit(2)), and the commit
+    limit if vm.overcommit_memory is 2 (mm/overcommit-accounting.rst).
     """
     try:
         return next((limit for limit in _candidates(pid) if _is_met(limit, size)), None)
-    except (OSError, KeyError):  # /proc is hidden, or the process is gone
+    except (OSError, KeyError):  # /proc is hidden, or the process has exited
         return None
 
 
 def memlock(size: int, pid: int | None = None) -> Limit | None:
-    """Return RLIMIT_MEMLOCK of a process if it keeps it from locking `size` bytes more. Parameters as above."""
+    """Return RLIMIT_MEMLOCK of a process if it prevents locking another `size` bytes. Parameters as above."""
     limit = memlock_of(pid)
     return limit if limit and _is_met(limit, size) else None
 
 
 def memlock_of(pid: int | None = None) -> Limit | None:
-    """Return RLIMIT_MEMLOCK of a process, met or not; None where nothing limits it."""
+    """Return RLIMIT_MEMLOCK of a process, reached or not; None if it is not limited."""
     try:
         return None if lifts_memlock(pid) else _of_process(_MEMLOCK, pid)
     except (OSError, KeyError):
@@ -88,12 +88,12 @@ class _Kind(NamedTuple):
     name: str
     number: int
     row: str
-    """In /proc/PID/limits, which shows those of others without the CAP_SYS_RESOURCE that prlimit(2) asks for."""
+    """Its row in /proc/PID/limits, which shows the limits of others without CAP_SYS_RESOURCE, unlike prlimit(2)."""
     used: str
-    """The field of /proc/PID/status."""
+    """Its field in /proc/PID/status."""
     shell: str
     option: str
-    """Of prlimit(1)."""
+    """Its option of prlimit(1)."""
 
 
 _SPACE = _Kind("RLIMIT_AS", resource.RLIMIT_AS, "Max address space", "VmSize", "-v", "as")
@@ -118,7 +118,7 @@ def _of_process(kind: _Kind, pid: int | None) -> Limit | None:
 
 
 def _used(kind: _Kind) -> int:
-    """Return how much of a limit this process uses, 0 where /proc is missing."""
+    """Return how much of a limit this process uses; 0 without /proc."""
     try:
         return procfs.status_bytes(kind.used)
     except OSError:
@@ -129,12 +129,12 @@ def from_oserror(error: OSError | OverflowError, doing: str, size: int = 0) -> I
     """Return the error for a system call on this process that failed while `doing` something with `size` bytes."""
     number = getattr(error, "errno", None) or errno.ENOMEM
     if number == errno.EAGAIN and (limit := memlock(size)):
-        why = f"this process locks all that it maps (mlockall), and {limit}"
+        why = f"this process locks all its mappings (mlockall), and {limit}"
         return CannotWireError(f"{doing}: {why}", number)
     if number in NO_DESCRIPTOR:
         why = "no file descriptor is free; close some, or raise `ulimit -n`"
         return NoResourcesError(f"{doing}: {why}", number)
     if number == errno.ENOMEM:
-        why = str(met_by_mapping(size) or "no address space is left, or no memory")
+        why = str(met_by_mapping(size) or "no address space or no memory is left")
         return NoMemoryError(f"{doing}: {why}", number)
     return IOReturnError(IOReturn.kIOReturnError, f"{doing}: {error}", number)

@@ -1,4 +1,4 @@
-"""The host's pages: base and huge ones, pools, swap."""
+"""Probes of the host's pages: base pages, huge pages, hugetlb pools, swap."""
 
 import os
 from typing import NamedTuple
@@ -10,16 +10,16 @@ from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 
 _THP = "/sys/kernel/mm/transparent_hugepage"
 _POOLS = "/sys/kernel/mm/hugepages"
-# With 64 KiB base pages a huge page is 512 MiB: too much to fault in for a question.
+# With 64 KiB base pages a huge page is 512 MiB: too much to fault in for a probe.
 _LARGEST_TRIED = 32 << 20
-# What the command in a remedy reserves, at least one page.
+# The size that the command in a remedy reserves; at least one page.
 _SUGGESTED_POOL = 128 << 20
 
 
 class HugePool(NamedTuple):
     """The hugetlb pool of one page size (Documentation/admin-guide/mm/hugetlbpage.rst).
 
-    `size` is in bytes, all else in pages. `free` counts reserved pages too: `free - reserved` can be had.
+    `size` is in bytes, all other fields in pages. `free` includes reserved pages: `free - reserved` are available.
     """
 
     size: int
@@ -36,12 +36,12 @@ class HugePool(NamedTuple):
 
     @property
     def available(self) -> int:
-        """Pages a new mapping can have without growing the pool."""
+        """Pages available to a new mapping without enlarging the pool."""
         return max(self.free - self.reserved, 0)
 
 
 def hugetlb_pools() -> list[HugePool]:
-    """Return the hugetlb pools by ascending page size; empty when the kernel has none (/sys/kernel/mm/hugepages)."""
+    """Return the hugetlb pools by ascending page size; empty if the kernel has none (/sys/kernel/mm/hugepages)."""
     counters = ("nr", "free", "resv", "surplus", "nr_overcommit")
     pools = []
     for size in hugetlb_sizes():
@@ -65,7 +65,7 @@ def _pool_directory(size: int) -> str:
 
 
 def pool_remedy(pool: HugePool, pages: int) -> str:
-    """Return the commands that grow `pool` by `pages` pages, one alternative a line."""
+    """Return the commands that enlarge `pool` by `pages` pages, one alternative per line."""
     total = pool.total + pages
     told = f"as root: {pages} more of {format_size(pool.size)}"
     remedy = f"echo {total} > {pool.directory}/nr_hugepages  # {told}"
@@ -96,9 +96,9 @@ def _own_setting() -> str:
 
 
 def huge_pages_setting() -> str | None:
-    """Return what the host allows for transparent huge pages: "always", "madvise", "never"; None: not to be seen.
+    """Return the setting of transparent huge pages: "always", "madvise" or "never"; None if it is not visible.
 
-    The setting of the huge-page size (hugepages-SIZEkB/enabled, Linux 6.8) comes before the general one
+    The setting for the huge page size (hugepages-SIZEkB/enabled, Linux 6.8) overrides the general one
     (Documentation/admin-guide/mm/transhuge.rst).
     """
     own = _selected(_own_setting())
@@ -107,7 +107,7 @@ def huge_pages_setting() -> str | None:
 
 
 def huge_pages_enabled() -> bool:
-    """Say whether this process may ask for transparent huge pages with MADV_HUGEPAGE (madvise(2))."""
+    """Return whether this process may request transparent huge pages with MADV_HUGEPAGE (madvise(2))."""
     # THP_enabled (Linux 5.0) is 0 after prctl(PR_SET_THP_DISABLE), and in a kernel built without huge pages.
     return huge_pages_setting() != "never" and own_status().get("THP_enabled") != "0"
 
@@ -117,23 +117,23 @@ def _obtains_huge_page(size: int) -> bool:
         with scratch(size) as area:
             mman.advise(area.address, size, mman.MADV_HUGEPAGE)
             area.write(0, b"\1")
-            # One byte was written: whatever else is resident came with a huge page.
+            # One byte was written: if more is resident, it belongs to a huge page.
             return all(entry & 1 for entry in mman.incore(area.address, size // PAGE_SIZE, PAGE_SIZE))
     except OSError:
         return False
 
 
 def huge_pages() -> Fact:
-    """Probe transparent huge pages: ask for one, and see whether one byte written makes all of it resident."""
+    """Probe transparent huge pages: request one, and check whether writing one byte makes all of it resident."""
     size, setting = huge_page_size(), huge_pages_setting()
     obtained = _obtains_huge_page(size) if size <= _LARGEST_TRIED else None
     settings: dict[str, JSON] = {name: _selected(f"{_THP}/{name}") for name in ("enabled", "defrag", "shmem_enabled")}
     value = {**settings, "size": size, "setting": setting, "obtained": obtained}
     told = f"{format_size(size)}: {setting}, defrag {settings['defrag']}, shmem {settings['shmem_enabled']}"
     if setting is None:
-        told = f"{format_size(size)}, settings not to be seen"
+        told = f"{format_size(size)}, settings not visible"
     status, why, remedy = _judge_huge_pages(obtained)
-    return Fact("THP", status, value, told + why, "fill and copy large buffers several times as fast", remedy)
+    return Fact("THP", status, value, told + why, "populate and copy large buffers several times as fast", remedy)
 
 
 def _judge_huge_pages(obtained: bool | None) -> tuple[Status, str, str]:
@@ -142,7 +142,7 @@ def _judge_huge_pages(obtained: bool | None) -> tuple[Status, str, str]:
     if read_text(f"{_THP}/enabled") is None:
         return Status.NO, "; not in this kernel", "a kernel with CONFIG_TRANSPARENT_HUGEPAGE"
     if own_status().get("THP_enabled") == "0":
-        return Status.NO, "; off in this process", "start without prctl(PR_SET_THP_DISABLE), which is inherited"
+        return Status.NO, "; disabled in this process", "start without prctl(PR_SET_THP_DISABLE), which is inherited"
     if not huge_pages_enabled():
         own = _own_setting()
         commands = [f"echo madvise > {_THP}/enabled  # as root"]
@@ -150,11 +150,11 @@ def _judge_huge_pages(obtained: bool | None) -> tuple[Status, str, str]:
             commands = [f"echo inherit > {own}  # as root", *commands]
         return Status.NO, "", "\n".join(commands)
     remedy = "echo 1 > /proc/sys/vm/compact_memory  # as root: memory is short or fragmented"
-    return Status.LIMITED, "; none to be had now", remedy
+    return Status.LIMITED, "; none available now", remedy
 
 
 def hugetlb() -> list[Fact]:
-    """Report the hugetlb pools, one fact a page size."""
+    """Report the hugetlb pools, one fact for each page size."""
     purpose = "long contiguous buffers, never moved by compaction"
     pools = hugetlb_pools()
     if not pools:
@@ -177,10 +177,10 @@ def page_size() -> Fact:
 
 
 def kernel() -> Fact:
-    """Report the kernel's release and machine (uname(2)); nothing here is decided by them."""
+    """Report the kernel's release and machine (uname(2)), on which no decision depends."""
     system = os.uname()
     value = {"release": system.release, "machine": system.machine}
-    return Fact("kernel", Status.INFO, value, f"{system.release} {system.machine}", "to quote in reports")
+    return Fact("kernel", Status.INFO, value, f"{system.release} {system.machine}", "for bug reports")
 
 
 class SwapArea(NamedTuple):
@@ -203,13 +203,13 @@ def swap_areas() -> list[SwapArea]:
 
 
 def has_swap() -> bool:
-    """Say whether pages may be in swap: also where /proc/swaps is hidden (ProcSubset=pid), which would show it."""
+    """Return whether pages may be in swap; True if /proc/swaps is hidden (ProcSubset=pid)."""
     return bool(swap_areas()) or read_text("/proc/swaps") is None
 
 
 def swap() -> Fact:
     """Report the swap areas."""
-    areas, purpose = swap_areas(), "pageable buffers can leave RAM (wired ones never do)"
+    areas, purpose = swap_areas(), "pageable buffers can be swapped out (wired ones never are)"
     if areas:
         summary = ", ".join(f"{area.name} {format_size(area.size)}" for area in areas)
         return Fact("swap", Status.YES, [area._asdict() for area in areas], summary, purpose)

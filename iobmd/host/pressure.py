@@ -1,4 +1,4 @@
-"""How the kernel tells that memory runs short: PSI, and the files of our own cgroup."""
+"""Probes of memory pressure: PSI, and the files of this process's cgroup."""
 
 import os
 from typing import NamedTuple
@@ -7,20 +7,20 @@ from iobmd.host import cgroup as cgroups
 from iobmd.host.fact import JSON, Fact, Status, read_text
 
 PSI_MEMORY = "/proc/pressure/memory"
-# 150 ms of stalls in 2 s. Without CAP_SYS_RESOURCE only windows of whole 2 s are taken (Linux 6.5).
+# 150 ms of stalls in 2 s. Without CAP_SYS_RESOURCE, only multiples of 2 s are accepted (Linux 6.5).
 _TRIGGER = b"some 150000 2000000\0"
 
 
 class PressureFile(NamedTuple):
-    """A file that tells of memory pressure; `notifies`: it can wake a waiter, else it has to be polled."""
+    """A file that reports memory pressure; `notifies`: it can wake a waiter, otherwise it must be polled."""
 
     path: str
     notifies: bool
 
 
 def _psi(path: str) -> PressureFile | None:
-    """Read the file and set a trigger, which goes with its descriptor (Documentation/accounting/psi.rst)."""
-    # Booted with psi=0 the file may exist and refuse to be read.
+    """Read the file and set a trigger, which ends with its descriptor (Documentation/accounting/psi.rst)."""
+    # After booting with psi=0 the file may exist but not be readable.
     if not read_text(path):
         return None
     try:
@@ -37,7 +37,7 @@ def _psi(path: str) -> PressureFile | None:
 
 
 def _pressure_level(path: str) -> PressureFile | None:
-    """Look at cgroup v1's file. Events are not tried: the first one makes the kernel log a warning (6.18)."""
+    """Probe cgroup v1's file. Events are not tried, because the first one makes the kernel log a warning (6.18)."""
     if not os.access(path, os.F_OK):
         return None
     control = f"{os.path.dirname(path)}/cgroup.event_control"
@@ -46,12 +46,12 @@ def _pressure_level(path: str) -> PressureFile | None:
 
 
 def system_pressure() -> PressureFile | None:
-    """Return the host's pressure file, None when the kernel keeps none (PSI, Linux 4.20)."""
+    """Return the host's pressure file, None if the kernel has none (PSI, Linux 4.20)."""
     return _psi(PSI_MEMORY)
 
 
 def cgroup_pressure() -> PressureFile | None:
-    """Return the pressure file of our own cgroup: v2 memory.pressure or v1 memory.pressure_level, or None."""
+    """Return the pressure file of this process's cgroup: v2 memory.pressure, v1 memory.pressure_level, or None."""
     unified, legacy = cgroups.own("memory", unified=True), cgroups.own("memory", unified=False)
     found = [
         _psi(unified.file("memory.pressure")) if unified else None,
@@ -62,14 +62,14 @@ def cgroup_pressure() -> PressureFile | None:
 
 
 def psi_files() -> list[str]:
-    """Return the PSI files that can be read here: the host's, and that of our own cgroup (v2)."""
+    """Return the readable PSI files: the host's, and that of this process's cgroup (v2)."""
     unified = cgroups.own("memory", unified=True)
     paths = [PSI_MEMORY, *([unified.file("memory.pressure")] if unified else [])]
     return [path for path in paths if read_text(path)]
 
 
 def pressure_level() -> str | None:
-    """Return cgroup v1's memory.pressure_level of our own cgroup, where this process may register for its events."""
+    """Return cgroup v1's memory.pressure_level of this process's cgroup if its events are available."""
     legacy = cgroups.own("memory", unified=False)
     file = _pressure_level(legacy.file("memory.pressure_level")) if legacy else None
     return file.path if file and file.notifies else None
@@ -81,19 +81,19 @@ def _fact(name: str, file: PressureFile | None, purpose: str, missing: str, limi
     value: JSON = {"path": file.path, "notifies": file.notifies}
     if file.notifies:
         return Fact(name, Status.YES, value, f"{file.path} notifies", purpose)
-    return Fact(name, Status.LIMITED, value, f"{file.path} can be read only", purpose, limited)
+    return Fact(name, Status.LIMITED, value, f"{file.path} must be polled", purpose, limited)
 
 
 def pressure() -> Fact:
-    """Probe the host's memory pressure: read it, and set a trigger for a moment."""
-    purpose = "purge volatile shared buffers when the host runs short"
+    """Probe the host's memory pressure: read it, and set a temporary trigger."""
+    purpose = "purge volatile shared buffers when the host is short of memory"
     missing = "boot parameter: psi=1  # with CONFIG_PSI"
     limited = "CAP_SYS_RESOURCE, or Linux 6.5 or later"
     return _fact("/proc/pressure/memory", system_pressure(), purpose, missing, limited)
 
 
 def cgroup() -> Fact:
-    """Probe memory pressure of our own cgroup (cgroups(7)), as `pressure`."""
-    purpose = "purge volatile shared buffers when our own limit is near"
-    remedy = "systemd-run --user --scope COMMAND  # a cgroup of one's own, with cgroup v2"
+    """Probe memory pressure of this process's cgroup (cgroups(7)), like `pressure`."""
+    purpose = "purge volatile shared buffers when the cgroup's limit is near"
+    remedy = "systemd-run --user --scope COMMAND  # in a separate cgroup, with cgroup v2"
     return _fact("cgroup pressure", cgroup_pressure(), purpose, remedy, remedy)

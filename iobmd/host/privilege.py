@@ -1,4 +1,4 @@
-"""Capabilities of this process, and how much memory it may lock."""
+"""Probes of this process's capabilities, and of its limit on locked memory."""
 
 import errno
 import os
@@ -11,12 +11,12 @@ from iobmd._native import mman
 from iobmd.host.fact import Fact, Status, own_status, scratch
 from iobmd.units import PAGE_SIZE, format_size
 
-# Namespace files have the inode number of their namespace; the first user namespace's is fixed (PROC_USER_INIT_INO).
+# Namespace files have the inode number of their namespace; that of the initial user namespace is PROC_USER_INIT_INO.
 _INITIAL_USER_NAMESPACE = 0xEFFFFFFD
 
 
 class Capability(IntEnum):
-    """The capabilities that matter here, by bit number (capabilities(7), linux/capability.h)."""
+    """The relevant capabilities, by bit number (capabilities(7), linux/capability.h)."""
 
     CAP_IPC_LOCK = 14
     CAP_SYS_PTRACE = 19
@@ -34,7 +34,7 @@ _NAMES = (
 
 
 def capability_names(bits: int) -> str:
-    """Return the names of a set of capabilities (linux/capability.h), as a list for people."""
+    """Return the names of a set of capabilities (linux/capability.h), as text."""
     return ", ".join(
         f"CAP_{_NAMES[bit]}" if bit < len(_NAMES) else f"capability {bit}"
         for bit in range(bits.bit_length())
@@ -45,12 +45,12 @@ def capability_names(bits: int) -> str:
 _PURPOSES = {
     Capability.CAP_IPC_LOCK: "lock and pin any amount of memory",
     Capability.CAP_SYS_ADMIN: "physical addresses; shared memory in huge pages",
-    Capability.CAP_SYS_PTRACE: "copy from processes of other users, whatever Yama says up to scope 2",
+    Capability.CAP_SYS_PTRACE: "copy from processes of other users, up to Yama scope 2",
 }
 
 
 def has_capability(name: str) -> bool:
-    """Say whether this process has the effective capability `name` in its own user namespace.
+    """Return whether this process has the effective capability `name` in its user namespace.
 
     Parameters
     ----------
@@ -64,31 +64,31 @@ def has_capability(name: str) -> bool:
 
     Notes
     -----
-    Source: CapEff in proc_pid_status(5); False where /proc is not mounted. See `has_host_capability`.
+    Source: CapEff in proc_pid_status(5); False if /proc is not mounted. See `has_host_capability`.
     """
     return bool(int(own_status().get("CapEff", "0"), 16) >> Capability[name] & 1)
 
 
 def in_initial_user_namespace() -> bool:
-    """Say whether this process lives in the host's first user namespace (user_namespaces(7))."""
+    """Return whether this process is in the initial user namespace (user_namespaces(7))."""
     try:
         return os.stat("/proc/self/ns/user").st_ino == _INITIAL_USER_NAMESPACE
     except OSError:
-        # No /proc, or a kernel without user namespaces: then there is only the first.
+        # No /proc, or a kernel without user namespaces, which has only the initial one.
         return True
 
 
 def has_host_capability(name: str) -> bool:
-    """Say whether the capability `name` counts for the host's own resources.
+    """Return whether the capability `name` applies to resources of the host.
 
-    The kernel asks for CAP_IPC_LOCK (locking beyond the limit) and CAP_SYS_ADMIN (physical addresses) in the
-    first user namespace: those of a rootless container do not count. Raises as `has_capability`.
+    The kernel requires CAP_IPC_LOCK (locking beyond the limit) and CAP_SYS_ADMIN (physical addresses) in the initial
+    user namespace: the capabilities of a rootless container do not count. Raises as `has_capability`.
     """
     return has_capability(name) and in_initial_user_namespace()
 
 
 def lifts_memlock(pid: int | None = None) -> bool:
-    """Say whether CAP_IPC_LOCK lifts a process's limit on locked memory, by default this one's. Raises OSError."""
+    """Return whether CAP_IPC_LOCK lifts a process's limit on locked memory, by default this one's. Raises OSError."""
     if pid is None:
         return has_host_capability("CAP_IPC_LOCK")
     effective = int(procfs.status(pid)["CapEff"], 16) >> Capability.CAP_IPC_LOCK & 1
@@ -96,10 +96,10 @@ def lifts_memlock(pid: int | None = None) -> bool:
 
 
 def memlock_limit() -> int | None:
-    """Return how many bytes this process may lock or pin, None when nothing limits it.
+    """Return how many bytes this process may lock or pin; None if it is not limited.
 
-    Nothing does when RLIMIT_MEMLOCK is unlimited or CAP_IPC_LOCK lifts it (mlock(2), getrlimit(2)). mlock counts
-    per process, io_uring's pins per user: one is not charged for the other.
+    It is not limited if RLIMIT_MEMLOCK is unlimited or CAP_IPC_LOCK lifts it (mlock(2), getrlimit(2)). mlock is
+    counted per process, io_uring's pins per user; the two counters are independent.
     """
     soft, _hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft == resource.RLIM_INFINITY or has_host_capability("CAP_IPC_LOCK"):
@@ -108,12 +108,12 @@ def memlock_limit() -> int | None:
 
 
 def capability_remedy() -> str:
-    """Return how to give this interpreter the capabilities that matter, one alternative a line."""
+    """Return how to run this interpreter with the relevant capabilities, one alternative per line."""
     if not in_initial_user_namespace():
         return "leave the user namespace (rootless container, unshare -U): its capabilities do not count here"
     names = [capability.name.lower() for capability in Capability]
     container = " ".join(f"--cap-add {name.removeprefix('cap_').upper()}" for name in names)
-    # Not the interpreter itself: whoever may execute that would be root by it.
+    # Not the interpreter itself: every user who may execute it would gain the capabilities.
     private = "/usr/local/bin/iobmd-python"
     return (
         "run as root (sudo)\n"
@@ -125,15 +125,15 @@ def capability_remedy() -> str:
 
 
 def memlock_remedy() -> str:
-    """Return how to raise the limit on locked memory, one alternative a line."""
+    """Return how to raise the limit on locked memory, one alternative per line."""
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     highest = "unlimited" if hard == resource.RLIM_INFINITY else str(hard >> 10)
-    shell = f"ulimit -l {highest}  # in the shell; the most its hard limit allows"
+    shell = f"ulimit -l {highest}  # in the shell; the maximum of its hard limit"
     if soft == hard:
         shell = "ulimit -l unlimited  # in a shell of root that then starts this program"
     return (
         f"{shell}\n"
-        "prlimit --memlock=unlimited:unlimited --pid PID  # as root, for a process that runs\n"
+        "prlimit --memlock=unlimited:unlimited --pid PID  # as root, for a running process\n"
         "/etc/security/limits.conf: * - memlock unlimited  # from the next login\n"
         "systemd unit: LimitMEMLOCK=infinity\n"
         "container: --ulimit memlock=-1, or --cap-add IPC_LOCK, which lifts the limit"
@@ -144,7 +144,7 @@ def capability(which: Capability) -> Fact:
     """Probe one capability of this process."""
     effective, host = has_capability(which.name), has_host_capability(which.name)
     status = Status.YES if host else Status.LIMITED if effective else Status.NO
-    summary = {Status.YES: "effective", Status.LIMITED: "only inside its user namespace"}.get(status, "missing")
+    summary = {Status.YES: "effective", Status.LIMITED: "only in its user namespace"}.get(status, "missing")
     remedy = "" if host else capability_remedy()
     return Fact(which.name, status, {"effective": effective, "host": host}, summary, _PURPOSES[which], remedy)
 
@@ -168,7 +168,7 @@ def memlock() -> Fact:
 
 
 def mlock() -> Fact:
-    """Probe mlock(2): lock a page of our own, which unmapping it unlocks."""
+    """Probe mlock(2): lock a page of this process, which is unlocked when it is unmapped."""
     name, purpose = "mlock", "wired buffers: memory that stays in RAM"
     try:
         with scratch() as page:
@@ -181,7 +181,8 @@ def mlock() -> Fact:
 
 def _why_not_locked(error: OSError) -> tuple[str, str]:
     bound = memlock_limit()
-    # EPERM is the kernel's answer to a limit of 0, ENOMEM and (at mmap, under mlockall) EAGAIN to one reached.
+    # The kernel returns EPERM for a limit of 0, and ENOMEM or (from mmap, under mlockall) EAGAIN for one that is
+    # reached.
     if bound is not None and (bound < PAGE_SIZE or error.errno in (errno.ENOMEM, errno.EAGAIN)):
         return f"RLIMIT_MEMLOCK ({format_size(bound)}) leaves no room for a page", memlock_remedy()
     if error.errno in (errno.EPERM, errno.ENOSYS):

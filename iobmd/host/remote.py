@@ -1,4 +1,4 @@
-"""What memory in other tasks rests on: python-ptrace, pidfd_getfd, and shared memory in huge pages."""
+"""Probes for memory in other tasks: python-ptrace, pidfd_getfd, and shared memory in huge pages."""
 
 import errno
 import importlib.util
@@ -10,7 +10,7 @@ from iobmd.host.privilege import capability_remedy
 
 
 def python_ptrace() -> Fact:
-    """Report whether python-ptrace is installed, which system calls in other tasks are made by."""
+    """Report whether python-ptrace is installed, which is required for system calls in other tasks."""
     name, purpose = "python-ptrace", "allocate in other tasks, map into them, copy from them as of one moment"
     if importlib.util.find_spec("ptrace") is None:
         return Fact(name, Status.NO, False, "not installed", purpose, "pip install 'iobmd[remote]'")
@@ -20,7 +20,7 @@ def python_ptrace() -> Fact:
 
 
 def pidfd_getfd() -> Fact:
-    """Probe pidfd_getfd(2) (Linux 5.6) on this process itself."""
+    """Probe pidfd_getfd(2) (Linux 5.6) on this process."""
     name, purpose = "pidfd_getfd", "bring shared memory into another task, whatever its namespaces"
     fetched = pidfd = -1
     try:
@@ -39,8 +39,8 @@ def pidfd_getfd() -> Fact:
 
 
 def huge_shared() -> Fact:
-    """Probe a tmpfs of huge pages that is mounted nowhere (fsopen(2), Linux 5.2)."""
-    name, purpose = "huge tmpfs", "shared memory in huge pages, whatever shmem_enabled says"
+    """Probe a detached tmpfs mount with huge pages (fsopen(2), Linux 5.2)."""
+    name, purpose = "huge tmpfs", "shared memory in huge pages, regardless of shmem_enabled"
     try:
         os.close(mman.mount_tmpfs({"huge": "within_size"}))
     except OSError as error:

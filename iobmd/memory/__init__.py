@@ -1,1 +1,1 @@
-"""Memory of this process: locked, pinned, faulted in, of a NUMA node, shared with others."""
+"""Memory of this process: locking, pinning, populating, NUMA nodes, shared objects."""

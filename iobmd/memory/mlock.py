@@ -1,4 +1,4 @@
-"""Wiring: how firmly memory stays where it is."""
+"""Wiring: memory that is pageable, resident or pinned."""
 
 import enum
 import errno
@@ -17,26 +17,26 @@ class Wiring(enum.Enum):
     PAGEABLE = "pageable"
     """The kernel may swap it out."""
     RESIDENT = "resident"
-    """Locked in memory by mlock(2): never swapped out, but the kernel may still move it to other frames."""
+    """Locked by mlock(2): never swapped out, but the kernel may move it to other page frames."""
     PINNED = "pinned"
     """Its physical addresses cannot change."""
 
 
 def make_resident(address: int, size: int, *, populate: bool = True) -> None:
-    """Lock a range of this process, whole pages of a mapping of its own; unmapping it unlocks it.
+    """Lock a range of this process: whole pages of a separate mapping, which are unlocked when it is unmapped.
 
     Parameters
     ----------
     address, size
         In bytes.
     populate : bool
-        Fault every page in now (mlock). Otherwise each is locked as it is first touched (mlock2 with
-        MLOCK_ONFAULT, Linux 4.4), but counts against the limit from now on.
+        Whether to fault in all pages (mlock). Otherwise each page is locked when it is first touched (mlock2 with
+        MLOCK_ONFAULT, Linux 4.4), but counts against the limit immediately.
 
     Raises
     ------
     IOReturnError
-        `kIOReturnCannotWire`: RLIMIT_MEMLOCK, with its value and how to raise it; `kIOReturnNoMemory`.
+        `kIOReturnCannotWire`: RLIMIT_MEMLOCK, with its value and the remedy; `kIOReturnNoMemory`.
     """
     try:
         (mman.lock if populate else mman.lock_on_fault)(address, size)
@@ -45,18 +45,18 @@ def make_resident(address: int, size: int, *, populate: bool = True) -> None:
 
 
 def cannot_lock(size: int, error: OSError) -> IOReturnError:
-    """Return the error for an mlock of `size` bytes that failed: which limit, its value, and how to raise it."""
+    """Return the error for a failed mlock of `size` bytes, with the limit, its value and the remedy."""
     what, number = f"cannot lock {format_size(size)} ({size} bytes) in memory", error.errno or 0
     limit = host.limits.memlock(size)
-    # EPERM is the kernel's own answer to a limit of 0 only.
+    # The kernel itself returns EPERM only for a limit of 0.
     refused = number in _REFUSED and (limit is None or limit.value > 0)
     if limit and not refused:
-        message = f"{what}: {limit}, give the program CAP_IPC_LOCK, or ask for pageable memory"
+        message = f"{what}: {limit}, run with CAP_IPC_LOCK, or allocate pageable memory"
         return CannotWireError(message, number)
     if number in _REFUSED:
         message = (
             f"{what}: mlock is forbidden ({error.strerror}) by a seccomp filter or a security module; allow it "
-            "(systemd: no ~@memlock in SystemCallFilter=; container: the seccomp profile), or ask for pageable memory"
+            "(systemd: no ~@memlock in SystemCallFilter=; container: the seccomp profile), or use pageable memory"
         )
         return CannotWireError(message, number)
     if met := host.limits.met_by_mapping(0):

@@ -1,4 +1,4 @@
-"""Memory of a NUMA node that is asked for."""
+"""Allocation of memory on a requested NUMA node."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _NODES = Path("/sys/devices/system/node")
-# Not a parameter of everything that maps memory: it says where an allocation's pages come from, not what they are.
+# A context variable, not a parameter of all functions that map memory, because it concerns only where pages come
+# from.
 _wanted: contextvars.ContextVar[int | None] = contextvars.ContextVar("iobmd.memory.numa", default=None)
 
 
 @contextlib.contextmanager
 def on(node: int | None) -> Iterator[None]:
-    """Have memory that is mapped inside of the `with` come from a node, None: from any.
+    """Allocate memory that is mapped inside the `with` block on a node; None: on any.
 
     Raises
     ------
     IOReturnError
-        `kIOReturnBadArgument`: it has no memory; it says which have.
+        `kIOReturnBadArgument`: the node has no memory; the message lists the nodes that have.
     """
     if node is not None and node not in (have := with_memory()):
-        message = f"node {node} has no memory; of this host have: {', '.join(map(str, have))}"
+        message = f"node {node} has no memory; nodes with memory: {', '.join(map(str, have))}"
         raise BadArgumentError(message)
     token = _wanted.set(node)
     try:
@@ -42,7 +43,7 @@ def on(node: int | None) -> Iterator[None]:
 
 
 def with_memory() -> list[int]:
-    """Return the nodes that have memory; the node 0 where the kernel knows no others."""
+    """Return the nodes that have memory; node 0 if the kernel lists none."""
     try:
         listed = (_NODES / "has_memory").read_text().strip()
     except OSError:
@@ -52,27 +53,28 @@ def with_memory() -> list[int]:
 
 
 def is_wanted() -> bool:
-    """Say whether a node is wanted."""
+    """Return whether a node is requested."""
     return _wanted.get() is not None
 
 
 def place(address: int, size: int) -> None:
-    """Have a range of this process, in which no page is there yet, come from the node that is wanted."""
+    """Apply the requested node to a range of this process that has no pages yet."""
     node = _wanted.get()
     if node is None:
         return
     try:
         mman.prefer_node(address, size, node)
     except OSError as error:
-        if error.errno == errno.ENOSYS and node == 0:  # a kernel without NUMA: all memory is that of node 0
+        if error.errno == errno.ENOSYS and node == 0:  # a kernel without NUMA: all memory is on node 0
             return
-        raise limits.from_oserror(error, f"cannot ask for memory of node {node}") from None
+        raise limits.from_oserror(error, f"cannot request memory of node {node}") from None
 
 
 def require(address: int, size: int) -> None:
-    """Raise `kIOReturnNoResources` unless every page of a range is there, and lies on the node that is wanted.
+    """Raise `kIOReturnNoResources` unless every page of a range is present and on the requested node.
 
-    The kernel is only asked to prefer a node: for want of pages of one that it is bound to, it would kill.
+    The memory policy only prefers the node, because a strict binding would invoke the OOM killer if the node has no
+    free pages.
     """
     node = _wanted.get()
     if node is None:
@@ -82,10 +84,10 @@ def require(address: int, size: int) -> None:
     except OSError as error:
         if error.errno == errno.ENOSYS:
             return
-        raise limits.from_oserror(error, "cannot see on which node memory lies") from None
+        raise limits.from_oserror(error, "cannot determine the node of memory") from None
     if strays:
         message = (
-            f"{format_size(strays * PAGE_SIZE)} of {format_size(size)} came from other nodes: of the node {node} "
+            f"{format_size(strays * PAGE_SIZE)} of {format_size(size)} came from other nodes: on node {node} "
             f"{format_size(_free(node))} are free"
         )
         raise NoResourcesError(message)

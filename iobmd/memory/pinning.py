@@ -1,9 +1,9 @@
-"""Pinning: long-term page pins by io_uring registered buffers, the only ones userspace can take without a device.
+"""Long-term page pins by registered buffers of io_uring, the only such pins available without a device.
 
-mlock keeps pages resident and lets the kernel move them to other frames; registered buffers do not move (compaction,
-collapse, fork: measured). Pins are slots in the sparse table of a ring; when it is full a further ring with a larger
-table is made, of 256, 1,024, 4,096 and then 16,384 slots. Kernels before 5.19 have no sparse tables: there each piece
-takes a ring of its own.
+mlocked pages remain resident, but the kernel may move them to other frames; registered buffers do not move
+(compaction, collapse, fork: measured). Pins are slots in the sparse table of a ring. When it is full, another ring
+with a larger table is created, of 256, 1,024, 4,096 and then 16,384 slots. Kernels before 5.19 have no sparse tables
+and need a ring for each piece.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from iobmd.units import format_size
 if TYPE_CHECKING:
     from iobmd._native.pagemap import RunTable
 
-SLOTS = 1 << 14  # the most that one table takes (IORING_MAX_REG_BUFFERS)
-FIRST_SLOTS = 1 << 8  # the kernel looks through the whole table for each huge page it pins: tables begin small
-LARGEST = 1 << 30  # the most that one slot takes
-_LATE = 0.2  # seconds after which a closed ring is surely uncharged: a kernel worker does it, up to 25 ms later
+SLOTS = 1 << 14  # maximum for a table (IORING_MAX_REG_BUFFERS)
+FIRST_SLOTS = 1 << 8  # tables start small, because the kernel searches all of it for each huge page
+LARGEST = 1 << 30  # maximum for a slot
+_LATE = 0.2  # seconds after which a closed ring is uncharged: a kernel worker takes up to 25 ms
 
 
 class _Pins:
@@ -51,7 +51,7 @@ class _Pins:
                     raise
                 self._no_tables = True
             else:
-                self._tables.append(table)  # two threads may each make one: both are used
+                self._tables.append(table)  # two threads may each create one: both are used
                 return self.pin(address, size)
         self._single.append(table := uring.Table(1))
         slot = self._patiently(table, address, size)
@@ -76,7 +76,7 @@ class _Pins:
             self._single = [table for table in self._single if table.ring >= 0]
 
     def forget(self) -> None:
-        """Forget the rings in a forked child, which has closed its copies: its parent goes on using them."""
+        """Drop the rings in a forked child, which has closed its copies; the parent continues to use them."""
         self.__init__()  # type: ignore[misc]
 
 
@@ -90,15 +90,15 @@ class Pin:
     Raises
     ------
     IOReturnError
-        `kIOReturnCannotWire`: pinning is not possible, or a limit is reached; the message says which.
-        `kIOReturnVMError`: not mapped, past the end of a file, or a guard page; `kIOReturnUnsupported`: memory of a
-        device or of memfd_secret(2); `kIOReturnNoResources`: a hugetlb pool is exhausted. `.address`: the first byte.
+        `kIOReturnCannotWire`: pinning is not possible, or a limit is reached, which the message names.
+        `kIOReturnVMError`: not mapped, past the end of a file, or a guard page; `kIOReturnUnsupported`: device memory
+        or memfd_secret(2); `kIOReturnNoResources`: a hugetlb pool is exhausted. `.address` is the first such byte.
 
     Notes
     -----
-    Registered buffers pin with FOLL_LONGTERM (io_uring_register(2), Linux 5.1). A pin may move a page once, out of
-    a movable zone: addresses are read afterwards. It lasts until `release`, until this process exits, and as long
-    as any copy of the ring's descriptor is open: a child that is forked, in Python or in C, closes its copies.
+    Registered buffers pin with FOLL_LONGTERM (io_uring_register(2), Linux 5.1). Pinning may move a page once, out of
+    a movable zone: addresses must be read afterwards. A pin lasts until `release` or the exit of this process, and as
+    long as any copy of the ring's descriptor is open; a child that is forked, in Python or in C, closes its copies.
     """
 
     holds_frames = holds_pages = True
@@ -120,20 +120,20 @@ class Pin:
 
 def _cannot_pin(address: int, size: int, error: OSError) -> IOReturnError:
     what, number = f"cannot pin {format_size(size)}", error.errno or 0
-    if number in (errno.EFAULT, errno.EOPNOTSUPP):  # of the memory, not of io_uring
+    if number in (errno.EFAULT, errno.EOPNOTSUPP):  # caused by the memory, not by io_uring
         with contextlib.suppress(OSError):
             if found := obstacles.find(os.getpid(), address, address + size, pin=True):
                 return IOReturnError(found.code, f"{what}: {found}", number, found.address)
     why, remedy = host.why_not_pinned(error)
     if remedy:
-        why += f"; to turn it on: {remedy.partition(chr(10))[0].partition('  #')[0]}"
+        why += f"; to enable it: {remedy.partition(chr(10))[0].partition('  #')[0]}"
     return CannotWireError(f"{what}: {why}", number)
 
 
 def visible_runs(address: int, size: int, *, gaps: bool = False) -> RunTable | None:
-    """Return the runs of pinned pages of this process; None where their frames are hidden, or /proc is missing.
+    """Return the runs of pinned pages of this process; None if their frames are hidden, or /proc is missing.
 
-    With `gaps`, pages that the program has unmapped since are in no run; else they are an error.
+    With `gaps`, pages that the program has unmapped are omitted; otherwise they are an error.
     """
     try:
         table = pagemap.own_runs(address, size, pinned=True, gaps=gaps)

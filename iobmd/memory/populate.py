@@ -1,4 +1,4 @@
-"""Filling fresh memory in: every page resident and zero, on several threads when it is large."""
+"""Populating new memory with zeroed pages, on several threads if it is large."""
 
 import errno
 
@@ -16,7 +16,7 @@ def populate(address: int, size: int, huge: int = HUGE_PAGE_SIZE) -> None:
     address, size : int
         Whole pages, in bytes.
     huge : int
-        Size of the huge pages they may be.
+        Size of the huge pages that may be used.
 
     Raises
     ------
@@ -43,5 +43,5 @@ def _by_locking(address: int, size: int) -> None:
 
 
 def _no_memory(size: int, done: int, number: int) -> NoMemoryError:
-    message = f"the kernel has no memory for {format_size(size)}: it gave {format_size(done)}"
+    message = f"the kernel has no memory for {format_size(size)}: only {format_size(done)} could be populated"
     return NoMemoryError(message, number)

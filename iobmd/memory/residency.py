@@ -1,4 +1,4 @@
-"""What of a range of memory is not resident yet, and whether it can be made so without the kernel killing for it."""
+"""Absent pages of a range, and whether they can be faulted in without invoking the OOM killer."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from iobmd.units import PAGE_SIZE
 if TYPE_CHECKING:
     from iobmd.task.task import Task
 
-_PATIENCE = 1.0  # seconds for the server of a file to show itself
-_STEP = 1 << 30  # bytes looked at by one mincore
-_UNCHARGED = {"ht", "io", "pf"}  # hugetlb pages, which have pools of their own, and devices (VmFlags)
+_PATIENCE = 1.0  # seconds to wait for the server of a file
+_STEP = 1 << 30  # bytes per mincore call
+_UNCHARGED = {"ht", "io", "pf"}  # hugetlb pages, which come from pools, and devices (VmFlags)
 
 
 def require(
@@ -29,20 +29,22 @@ def require(
     written: bool = True,
     shared: bool | None = None,
 ) -> None:
-    """Check that all of a range can be faulted in, before that is done.
+    """Check that a whole range can be faulted in, before doing so.
 
     Parameters
     ----------
     address, size : int
         Whole pages of `task`, in bytes.
     swappable : bool
-        They may be swapped out afterwards.
+        Whether they may be swapped out afterwards.
     task : Task
-        Whose memory it is: its cgroups are charged.
+        The task that owns the memory, whose cgroups are charged.
     written : bool
-        It is faulted in for writing; reading private memory maps what there is, the kernel's page of zeroes for one.
+        Whether it is faulted in for writing. Reading private memory maps existing pages, such as the kernel's zero
+        page.
     shared : bool, optional
-        It is one mapping of this process, of shared memory or private anonymous memory. None: it may be any.
+        Whether it is a single mapping of this process of shared memory (True) or private anonymous memory (False).
+        None: unknown.
 
     Raises
     ------
@@ -60,10 +62,10 @@ def require(
 
 
 def absent(address: int, size: int, task: Task = kernel_task, *, written: bool = True) -> int:
-    """Count the bytes of a range that touching each page would make the kernel allocate. Parameters as `require`.
+    """Count the bytes that the kernel would allocate if each page of a range were touched. Parameters as `require`.
 
-    Of private memory all pages count that are not the task's alone: writing copies the page of zeroes, and those
-    that belong to a file or to a forked child too. All of it counts where the kernel does not let us look.
+    In private memory, all pages count that the task does not have exclusively: writing copies zero pages, and pages
+    that belong to a file or also to a forked child. If the kernel does not show it, all bytes count.
     """
     missing, end = 0, address + size
     try:
@@ -85,7 +87,7 @@ def _resident(task: Task, area: procfs.VMA, start: int, end: int) -> int:
     if task.is_current:
         return _in_memory(start, end - start)
     mapped = pagemap.counts(task, start, end - start).present * PAGE_SIZE
-    # Pages that the object has, and the task has not mapped, need the right to open what another task maps.
+    # Pages that the object has, but the task has not mapped, can be counted only if the object can be opened.
     with contextlib.suppress(OSError):
         if procfs.is_leased(area):
             return mapped
@@ -99,7 +101,7 @@ def _resident(task: Task, area: procfs.VMA, start: int, end: int) -> int:
 
 
 def _own_pages(task: Task, address: int, size: int) -> int:
-    """Count the bytes of private anonymous memory whose pages are the task's alone."""
+    """Count the bytes of private anonymous memory that the task has exclusively."""
     return pagemap.counts(task, address, size).exclusive * PAGE_SIZE
 
 

@@ -1,7 +1,7 @@
-"""Shared objects: memory with a descriptor, so that several processes, and several places of one, can map it.
+"""Shared objects: memory with a descriptor, which can be mapped by several processes and at several addresses.
 
-Three kinds of object do: a memfd, a file in a tmpfs of huge pages that is mounted nowhere (CAP_SYS_ADMIN, where the
-host's own settings keep memfds in small pages), and hugetlb pages. Whoever maps a page sees the same frame.
+There are three kinds: a memfd, a file in a detached tmpfs mount with huge pages (CAP_SYS_ADMIN, if the host's
+settings restrict memfds to small pages), and hugetlb pages. All mappings of a page have the same frame.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 NAME = "iobmd"
-"""Of objects, as /proc/PID/maps shows them, where no tag says more."""
+"""The name of objects without a tag in /proc/PID/maps."""
 
-# linux/fcntl.h: without them a process that has the descriptor could cut the memory away under the others, or, by
-# F_SEAL_FUTURE_WRITE, keep its owner from mapping it again.
+# linux/fcntl.h: without them a process that has the descriptor could truncate the object while others use it, or, by
+# F_SEAL_FUTURE_WRITE, prevent its owner from mapping it again.
 _F_ADD_SEALS, _F_GET_SEALS, _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 1034, 0x1, 0x2, 0x4
 _READ_ONLY = {0x8: "F_SEAL_WRITE", 0x10: "F_SEAL_FUTURE_WRITE"}
 
 
 class Extent(NamedTuple):
-    """A piece of a shared object: where it begins in the object, and its length, in bytes."""
+    """A part of a shared object: its offset in the object and its length, in bytes."""
 
     offset: int
     length: int
@@ -43,30 +43,30 @@ class FileExtent(NamedTuple):
     """Pages of a shared object, to be mapped contiguously with those of other extents; sizes in bytes."""
 
     fd: process_local.Fd
-    """A descriptor of the object, which stays open as long as its owner does."""
+    """A descriptor of the object, which remains open as long as its owner."""
     offset: int
     length: int
     page: int
-    """Size of its pages: what it is mapped in multiples of."""
+    """Page size; mappings are multiples of it."""
     alignment: int
-    """Of the address it is mapped at first, where that is free to choose."""
+    """Alignment of its first address, if that is not fixed."""
 
 
 class SharedObject:
-    """Memory that is made of pieces of an object, in an order of their own; this owns a descriptor of the object.
+    """Memory that consists of parts of an object, in any order. It owns a descriptor of the object.
 
     Parameters
     ----------
     fd : int
         The descriptor.
     extents : sequence of Extent
-        The pieces, whole pages.
+        The parts, in whole pages.
     alignment : int
-        Of the addresses it is mapped at.
+        Alignment of the addresses at which it is mapped.
     page : int
-        Size of its pages: what it is mapped in multiples of.
+        Page size; mappings are multiples of it.
     immovable : bool
-        The pages stay where they are without a pin.
+        Whether the pages never move, even without a pin.
     """
 
     def __init__(
@@ -83,13 +83,13 @@ class SharedObject:
         self.alignment = alignment
         self.page = page
         self.immovable = immovable
-        self.fd = process_local.Fd(fd, "this shared memory")  # last: until then it is the caller's
+        self.fd = process_local.Fd(fd, "this shared memory")  # last: until then the caller owns it
 
     @classmethod
     def create(cls, size: int, trailer: int = 0, name: str = NAME, *, sealed: bool = False) -> SharedObject:
-        """Make a zeroed object of `size` bytes, whole pages, and `trailer` bytes behind them.
+        """Create a zeroed object of `size` bytes (whole pages), followed by `trailer` bytes.
 
-        With `sealed` nobody can truncate it: it is in no huge pages where the host has none for memfds.
+        With `sealed` it cannot be truncated, and has huge pages only if the host permits them for memfds.
 
         Raises
         ------
@@ -100,7 +100,7 @@ class SharedObject:
             fd = -1 if sealed or trailer or size < HUGE_PAGE_SIZE else create_huge(size, name)
             return cls(create_memfd(size + trailer, name) if fd < 0 else fd, [Extent(0, size)])
         except OSError as error:
-            raise limits.from_oserror(error, f"cannot make a shared object of {format_size(size)}", size) from None
+            raise limits.from_oserror(error, f"cannot create a shared object of {format_size(size)}", size) from None
 
     def cut(self, offset: int, size: int) -> list[FileExtent]:
         """Return the pieces of `size` bytes from `offset` on. Raises `kIOReturnUnsupported` within a large page."""
@@ -117,11 +117,11 @@ class SharedObject:
         return found
 
     def map(self, guard: int = 0) -> Mapping:
-        """Map all of it in this process. Parameters and errors as those of `show`."""
+        """Map all of it in this process. Parameters and errors are those of `show`."""
         return show(self.cut(0, self.size), guard=guard)
 
     def close(self) -> None:
-        """Close the descriptor, at the end of its last use; the object goes with its last user. Idempotent."""
+        """Close the descriptor at the end of its last use; the object is freed with its last user. Idempotent."""
         self.fd.close()
 
 
@@ -133,18 +133,18 @@ def show(extents: Sequence[FileExtent], at: int = 0, *, writable: bool = True, g
     extents : sequence of FileExtent
         Of one object, or of several.
     at : int
-        The address, where nothing may be mapped yet; 0 for any.
+        The address, at which nothing may be mapped; 0: any address.
     writable : bool
-        May it be written to there?
+        Whether the mapping is writable.
     guard : int
-        Bytes on each side that nobody can touch.
+        Inaccessible bytes on each side.
 
     Raises
     ------
     IOReturnError
         `kIOReturnNoResources`: something is mapped at `at`. `kIOReturnNoMemory`: no address space.
-        `kIOReturnUnsupported`: large pages at a place that is none of theirs. `kIOReturnNotPermitted`: another
-        process has sealed an object against writing.
+        `kIOReturnUnsupported`: large pages at an unaligned address. `kIOReturnNotPermitted`: another process has
+        sealed an object against writing.
     """
     alignment, size = alignment_of(extents), sum(extent.length for extent in extents)
     with _numbered(extents) as pieces:
@@ -183,7 +183,7 @@ def alignment_of(extents: Sequence[FileExtent]) -> int:
     Raises
     ------
     IOReturnError
-        `kIOReturnUnsupported`: large pages would come to lie at a place that is none of theirs.
+        `kIOReturnUnsupported`: large pages would not be aligned.
     """
     place = 0
     for extent in extents:
@@ -194,12 +194,12 @@ def alignment_of(extents: Sequence[FileExtent]) -> int:
 
 
 def _within_a_page(page: int) -> UnsupportedError:
-    message = f"this memory is in pages of {format_size(page)}, and can be mapped in whole ones only"
+    message = f"this memory has pages of {format_size(page)}, and can only be mapped in whole pages"
     return UnsupportedError(message)
 
 
 def reopen(fd: int) -> int:
-    """Return a descriptor of the same object with an open file description of its own, for locks belong to those."""
+    """Return a descriptor of the same object with a separate open file description, to which locks belong."""
     return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
 
 
@@ -229,25 +229,25 @@ def why_unsafe(fd: int) -> str:
 
 
 def read_only_seal(fd: int) -> str:
-    """Return the name of the seal that keeps a file from being mapped for writing and from being written to; ""."""
+    """Return the name of the seal that prevents writing to a file and mapping it writable; "" if there is none."""
     found = seals(fd) or 0
     return next((name for seal, name in _READ_ONLY.items() if found & seal), "")
 
 
 def sealed_against_writing(fds: Iterable[int]) -> IOReturnError | None:
-    """Return the error for memory in one of some files that is sealed against writing; None if none of them is."""
+    """Return the error if one of several files is sealed against writing; None if none is."""
     seal = next(filter(None, map(read_only_seal, fds)), "")
     if not seal:
         return None
     message = (
-        f"the memory can no longer be mapped for writing, nor be purged: another process has sealed it ({seal}), "
+        f"the memory can no longer be mapped writable or purged: another process has sealed it ({seal}), "
         "which cannot be undone; map it with kIOMapReadOnly, or make a copy"
     )
     return NotPermittedError(message, errno.EPERM)
 
 
 def seals(fd: int) -> int | None:
-    """Return the seals of a file, which is not asked for them; None unless it is in a memory file system."""
+    """Return the seals of a file; None, without involving its server, unless it is in an in-memory file system."""
     try:
         return fcntl.fcntl(fd, _F_GET_SEALS)
     except OSError:
@@ -260,9 +260,9 @@ _huge = process_local.LazyFd(lambda: mman.mount_tmpfs({"huge": "within_size", "s
 
 
 def create_huge(size: int, name: str = NAME) -> int:
-    """Return a file of `size` bytes in huge pages, as far as there are any; -1 where none can be made.
+    """Return a file of `size` bytes in huge pages, as far as available; -1 if it cannot be created.
 
-    Such a file cannot be sealed: whoever has a descriptor of it may truncate it.
+    Such a file cannot be sealed: any process with a descriptor of it may truncate it.
     """
     try:
         name = f"{name}-{next(_numbers)}"
@@ -271,7 +271,7 @@ def create_huge(size: int, name: str = NAME) -> int:
         return -1
     try:
         os.unlink(name, dir_fd=_huge.open())
-        os.fchmod(fd, 0o666)  # nobody finds it: who has been given a descriptor may open another
+        os.fchmod(fd, 0o666)  # it has no path: only processes with a descriptor may reopen it
         os.ftruncate(fd, size)
     except BaseException:
         os.close(fd)

@@ -1,7 +1,7 @@
-"""Where pages really lie, by /proc/PID/pagemap (proc_pid_pagemap(5)).
+"""The positions of pages in physical memory, from /proc/PID/pagemap (proc_pid_pagemap(5)).
 
-The kernel shows physical frame numbers to holders of CAP_SYS_ADMIN only; for everybody else they read 0, which is
-reported here as hidden, never as an address.
+The kernel shows physical frame numbers only to holders of CAP_SYS_ADMIN. Other users read 0, which is reported as
+hidden, never as an address.
 """
 
 from importlib import import_module
@@ -37,7 +37,7 @@ _LATER = {
     "snapshot": ("Header", "Snapshot", "save"),
     "span": ("Run", "Span", "runs", "spans"),
 }
-"""Names by module, which is loaded when one is asked for: allocating memory needs none of them."""
+"""Names by module. A module is loaded when one of its names is used; allocating memory needs none of them."""
 
 
 def __getattr__(name: str) -> object:

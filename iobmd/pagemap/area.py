@@ -1,4 +1,4 @@
-"""The areas of an address space (VMAs), and what each of them holds."""
+"""The areas of an address space (VMAs), and their contents."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,17 +15,17 @@ from iobmd.procfs import VMA, Details
 from iobmd.task.task import Task
 
 _SMALL = 2 << 20
-"""Areas up to here are read several at once."""
+"""Areas up to this size are read together with others."""
 _GAP = 128
-"""Pages between two of them that cost less to read than another call does."""
+"""Maximum gap between two of them, in pages, whose reading costs less than another call."""
 MOST = 128
-"""Of them at once, whatever their size."""
+"""Maximum number of areas that are read at once."""
 BEARABLE = 256 << 20
-"""Bytes of small pages in one area that smaps walks through in a millisecond or two, while the task cannot mmap."""
+"""Bytes of small pages in one area that smaps walks in a millisecond or two, during which the task cannot mmap."""
 
 
 class Area(NamedTuple):
-    """One area of an address space, or the part of one that was asked for, and what it holds. Sizes are in bytes."""
+    """An area of an address space, or the requested part of one, and its contents. Sizes are in bytes."""
 
     vma: VMA
     start: int
@@ -35,14 +35,14 @@ class Area(NamedTuple):
     `huge` and `huge_zero`; `swapped`, `guard`, `marker`, `soft_dirty`. Of the physical runs: how many (`runs`), the
     `largest`, and how many lie above (`ascending`) or below (`descending`) the one before."""
     details: Details | None
-    """What smaps says, where it was read."""
+    """The data of smaps, if it was read."""
     folios: dict[int, int] | None
     """Of what is mapped page by page, how many bytes lie in folios of which size; pages of no large folio count under
     the size of a page. None: not known."""
     visible: bool
-    """Whether frame numbers are shown; if not there are no runs."""
+    """Whether frame numbers are visible; if not, there are no runs."""
     scans: bool
-    """Whether there is PAGEMAP_SCAN; if not, huge pages are told by smaps alone."""
+    """Whether PAGEMAP_SCAN is available; if not, only smaps shows huge pages."""
     nothing_locked: bool
     """Whether the task has locked no memory at all (VmLck)."""
     can_swap: bool
@@ -50,15 +50,15 @@ class Area(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Of the area."""
+        """The size of the area."""
         return self.end - self.start
 
     @property
     def resident(self) -> int:
-        """Mapped to memory, as RSS counts it: without the zero page, and without the memory of devices."""
+        """Bytes mapped to memory, as counted by RSS: without the zero page and device memory."""
         if self.is_device:
             return 0
-        if not self.visible and not self.scans:  # then smaps alone tells the zero page
+        if not self.visible and not self.scans:  # then only smaps shows the zero page
             told = self._counters("Rss", "Private_Hugetlb", "Shared_Hugetlb")
             if told is not None:
                 return min(self.tally.present, told)
@@ -66,41 +66,41 @@ class Area(NamedTuple):
 
     @property
     def device(self) -> int:
-        """Mapped to what is not memory of the system, such as the registers of a device."""
+        """Bytes mapped to something other than system memory, such as device registers."""
         return self.tally.present - self.tally.zero if self.is_device else 0
 
     @property
     def file_or_shared(self) -> int:
-        """Resident pages of files, or of shared memory."""
+        """Resident bytes of files, or of shared memory."""
         return 0 if self.is_device else self.tally.file
 
     @property
     def shared(self) -> int:
-        """Resident pages that others map too, or that are mapped more than once; of files or not."""
+        """Resident bytes that other processes map too, or that are mapped more than once; of files or anonymous."""
         return max(0, self.resident - self.tally.exclusive)
 
     @property
     def anonymous(self) -> int:
-        """Resident pages that belong to no file and are not shared memory."""
+        """Resident bytes that belong neither to a file nor to shared memory."""
         return self.resident - self.file_or_shared
 
     @property
     def swapped(self) -> int | None:
-        """Kept in swap. Of shared memory pagemap does not tell: there it is what smaps says; None: not known."""
+        """Bytes in swap. Pagemap does not show shared memory in swap, for which smaps is used; None if unknown."""
         if not self.can_swap:
             return 0
         told = self._counter("Swap")
         if told is None:
-            may_be_shared = self.vma.inode and self.vma.device.startswith("00:")  # on a tmpfs, it may be
+            may_be_shared = self.vma.inode and self.vma.device.startswith("00:")  # possibly on a tmpfs
             return None if may_be_shared else self.tally.swapped
-        # Where frames are hidden pagemap does not tell swap from the markers of userfaultfd.
+        # If frames are hidden, pagemap does not distinguish swap from userfaultfd markers.
         return max(self.tally.swapped, told) if self.visible else told
 
     @property
     def marker(self) -> int | None:
-        """Neither memory nor swap: pages under migration, poisoned ones, markers of userfaultfd; None: not known.
+        """Bytes neither in memory nor in swap: migrating or poisoned pages, userfaultfd markers; None if unknown.
 
-        Where frames are hidden pagemap does not tell them from swap: they are what smaps does not count as such.
+        If frames are hidden, pagemap does not distinguish them from swap; they are the difference to smaps.
         """
         if self.visible or not self.can_swap:
             return self.tally.marker
@@ -109,27 +109,27 @@ class Area(NamedTuple):
 
     @property
     def huge(self) -> int | None:
-        """Resident and mapped by huge pages in the page tables: a PMD, or a page of hugetlb; None: not known."""
+        """Resident bytes mapped by huge pages in the page tables: by a PMD, or as hugetlb pages; None if unknown."""
         if not self.scans:
             return self._counters(*procfs.HUGE)
         return self.tally.huge - self.tally.huge_zero
 
     @property
     def hugetlb_page(self) -> int:
-        """The size of its pages where they come from a hugetlb pool and smaps was read, else 0."""
+        """The page size if the pages come from a hugetlb pool and smaps was read, otherwise 0."""
         pool = self.details is not None and "ht" in self.details.flags
         return (self._counter("KernelPageSize") or 0) if pool else 0
 
     @property
     def locked(self) -> int | None:
-        """Resident and locked by mlock; None: not known."""
+        """Resident bytes locked by mlock; None if unknown."""
         if self.details is None:
             return 0 if self.nothing_locked else None
         return self.resident if "lo" in self.details.flags else 0
 
     @property
     def lazy_free(self) -> int | None:
-        """Resident and given up by MADV_FREE: the kernel takes it when it is short; None: not known."""
+        """Resident bytes that are lazily freed (MADV_FREE): reclaimed when memory is short; None if unknown."""
         return self._counter("LazyFree")
 
     def _counters(self, *names: str) -> int | None:
@@ -137,14 +137,14 @@ class Area(NamedTuple):
         return None if None in told else sum(filter(None, told))
 
     def _counter(self, name: str) -> int | None:
-        # They count the whole area, which tells nothing of a part.
+        # The counters refer to the whole area, not to a part of it.
         if self.details is None or self.size != self.vma.end - self.vma.start:
             return None
         return self.details.counters.get(name, 0)
 
     @property
     def is_device(self) -> bool:
-        """Whether it maps what is not memory of the system (VM_PFNMAP; without smaps judged by its name)."""
+        """Whether it maps something other than system memory (VM_PFNMAP; without smaps, judged by its name)."""
         if self.details is not None:
             return "pf" in self.details.flags
         name = self.vma.name
@@ -162,18 +162,18 @@ def areas(
     details: bool | None = None,
     folios: bool = False,
 ) -> Iterator[Area]:
-    """Iterate over the areas of an address space, ascending, with what each holds.
+    """Iterate over the areas of an address space and their contents, ascending.
 
     Parameters
     ----------
     target, address, size
-        As those of `spans`. What an area holds is told of whole pages, and so may be more than a part of it is long.
+        As for `spans`. Contents are counted in whole pages, and can therefore exceed the length of a part of an area.
     details
-        Whether to read /proc/PID/smaps too, which alone tells what is locked and what is lazily free. For that the
-        kernel walks through the pages of a whole area while the task can map nothing: 7 ms a GiB of small pages
-        (measured). By default it is read when no area holds more than `BEARABLE` bytes of small pages.
+        Whether to read /proc/PID/smaps as well, which is the only source for locked and lazily freed memory. The
+        kernel then walks whole areas, during which the task cannot map memory: 7 ms per GiB of small pages
+        (measured). By default smaps is read if no area has more than `BEARABLE` bytes of small pages.
     folios
-        Whether to tell the sizes of the folios (mTHP, split huge pages, of the page cache), which takes
+        Whether to determine the sizes of folios (mTHP, split huge pages, the page cache), which requires
         /proc/kpageflags: root.
 
     Raises
@@ -210,7 +210,7 @@ def _with_details(where: Where) -> Iterator[tuple[VMA, Details | None]]:
 def _batches(
     reader: Reader, areas: Iterator[tuple[VMA, Details | None]]
 ) -> Iterator[list[tuple[VMA, Details | None]]]:
-    """Group neighbours that are small, so that they can be read at once."""
+    """Group neighboring small areas, so that they can be read at once."""
     batch: list[tuple[VMA, Details | None]] = []
     gap, first, last = _GAP * reader.page, 0, 0
     for area, found in areas:
@@ -239,7 +239,7 @@ def _with_folios(
 
 
 def is_bearable(where: Where, reader: Reader) -> bool:
-    """Say whether reading smaps holds up no area of the task for longer than a millisecond or two."""
+    """Return whether reading smaps blocks the task for no longer than a millisecond or two per area."""
     resident = _status(where.task, "VmRSS")
     if resident is not None and resident <= BEARABLE:
         return True

@@ -1,4 +1,4 @@
-"""What changed between two snapshots."""
+"""Changes between two snapshots."""
 
 from __future__ import annotations
 
@@ -17,52 +17,51 @@ if TYPE_CHECKING:
 
 
 class Kind(StrEnum):
-    """What happened to pages."""
+    """Kinds of changes."""
 
     MAPPED = "mapped"
-    """An area is there that was not."""
+    """A new area."""
     UNMAPPED = "unmapped"
-    """An area is gone."""
+    """An area that no longer exists."""
     NEWLY_RESIDENT = "newly resident"
-    """In memory, and was neither there nor in swap, or was shared memory in swap; the zero page is no memory of one's
-    own."""
+    """In memory, but before neither in memory nor in swap, or shared memory in swap. Zero pages do not count."""
     RELEASED = "released"
-    """Neither in memory nor in swap any more; or shared memory in swap, of which pagemap does not tell."""
+    """No longer in memory or in swap; or shared memory that is now in swap, which pagemap does not show."""
     SWAPPED_OUT = "swapped out"
     SWAPPED_IN = "swapped in"
     COPIED = "copied"
-    """A page of its own in place of a file's, as after a write to it; or the other way round."""
+    """An anonymous page has replaced a page of a file, as after a write to it; or the reverse."""
     MIGRATED = "migrated"
-    """In another frame."""
+    """Moved to another page frame."""
     SPLIT = "split"
-    """Mapped by a huge page before, and by small ones now."""
+    """Previously mapped by a huge page, now by small ones."""
     COLLAPSED = "collapsed"
-    """Mapped by a huge page now, and by small ones before."""
+    """Previously mapped by small pages, now by a huge one."""
     OTHER = "other"
-    """The zero page, guard pages and markers that came or went."""
+    """Zero pages, guard pages and markers that appeared or disappeared."""
 
 
 class Change(NamedTuple):
-    """What happened to neighbouring pages; in bytes."""
+    """A change of contiguous pages; in bytes."""
 
     kind: Kind
     virtual: int
     length: int
     before: int | None
-    """The physical address before, where it is known."""
+    """The previous physical address, if known."""
     after: int | None
-    """The physical address after."""
+    """The new physical address, if known."""
 
 
 def changes(before: Snapshot, after: Snapshot) -> Iterator[Change]:
-    """Iterate over what changed: first areas that came or went, then pages, each ascending.
+    """Iterate over the changes: first new and removed areas, then pages, each in ascending order.
 
-    Where frame numbers are hidden in one of the two, pages that moved are not told.
+    If frame numbers are hidden in one of the two, moved pages are not reported.
 
     Raises
     ------
     IOReturnError
-        `kIOReturnBadArgument`: they are of different ranges, or page sizes; or one is damaged.
+        `kIOReturnBadArgument`: the snapshots have different ranges or page sizes, or one is damaged.
     """
     old_header, new_header = before.header, after.header
     for what, old_one, new_one in (
@@ -85,15 +84,15 @@ def _changes(before: Snapshot, after: Snapshot) -> Iterator[Change]:
 
 
 def _ranges(snapshot: Snapshot) -> Iterator[tuple[int, int]]:
-    """Iterate over the areas, as far as they lie in the range of the snapshot."""
+    """Iterate over the areas, limited to the range of the snapshot."""
     low, high = snapshot.header.start, snapshot.header.end
     return ((max(area.start, low), min(area.end, high)) for area in snapshot.areas())
 
 
 def _differing(before: Iterator[Batch], after: Iterator[Batch]) -> Iterator[tuple[list[Span], list[Span]]]:
-    """Iterate over the spans of two snapshots, in groups that none of either goes beyond, without equal ones.
+    """Iterate over the spans of two snapshots in groups with common bounds, without equal groups.
 
-    Most of a large task is as it was: comparing the texts takes a tenth of the time that reading them does.
+    Most of a large task is unchanged, and comparing texts takes a tenth of the time of parsing them.
     """
     old, new = next(before, None), next(after, None)
     olds: list[Span] = []
@@ -127,7 +126,7 @@ def _judge(address: int, before: Span | None, after: Span | None) -> Kind | None
 
 
 def _moved(address: int, before: Span, after: Span) -> Kind | None:
-    """Return what happened to memory that is memory still."""
+    """Return the kind of change for pages that are present in both."""
     if before.huge != after.huge:
         return Kind.COLLAPSED if after.huge else Kind.SPLIT
     if before.file_or_shared != after.file_or_shared:
@@ -153,7 +152,7 @@ def _frame(span: Span | None, address: int) -> int | None:
 def _pieces(
     before: Iterable[_T], after: Iterable[_T], bounds: Callable[[_T], tuple[int, int]]
 ) -> Iterator[tuple[int, int, _T | None, _T | None]]:
-    """Cut two ascending sequences of ranges at each other's ends; yields start, end, and what each has there."""
+    """Split two ascending sequences of ranges at each other's bounds; yield start, end, and the value of each."""
     olds, news = iter(before), iter(after)
     old, new = next(olds, None), next(news, None)
     at = 0

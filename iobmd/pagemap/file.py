@@ -1,4 +1,4 @@
-"""Pages one by one: the entries of /proc/PID/pagemap, decoded (proc_pid_pagemap(5))."""
+"""Single pages: the decoded entries of /proc/PID/pagemap (proc_pid_pagemap(5))."""
 
 import contextlib
 import errno
@@ -24,38 +24,38 @@ class Page(NamedTuple):
     address: int
     """Virtual address in bytes."""
     present: bool
-    """Mapped to a frame now."""
+    """Whether it is mapped to a page frame."""
     swapped: bool
-    """Kept in swap."""
+    """Whether it is in swap."""
     pfn: int | None
-    """Physical frame number; None when not present, or when the kernel hides it."""
+    """Physical frame number; None if the page is absent, or the kernel hides it."""
     file_or_shared: bool
-    """A page of a file, or of shared memory; False: anonymous."""
+    """Whether it belongs to a file or to shared memory; False: anonymous."""
     exclusive: bool
-    """Mapped by this task alone."""
+    """Whether it is mapped by this task only."""
     soft_dirty: bool
-    """Written since the soft-dirty bits were cleared, on kernels that track it."""
+    """Whether it was written to since the soft-dirty bits were cleared, on kernels that track this."""
     guard: bool
-    """A guard page (MADV_GUARD_INSTALL, Linux 6.13)."""
+    """Whether it is a guard page (MADV_GUARD_INSTALL, Linux 6.13)."""
 
     @property
     def pfn_hidden(self) -> bool:
-        """Present in a frame whose number the kernel hides (no CAP_SYS_ADMIN)."""
+        """Whether it is present in a frame whose number the kernel hides (no CAP_SYS_ADMIN)."""
         return self.present and self.pfn is None
 
     @property
     def physical_address(self) -> int | None:
-        """Physical address in bytes, None like `pfn`."""
+        """Physical address in bytes; None if `pfn` is None."""
         return None if self.pfn is None else self.pfn * PAGE_SIZE
 
 
 class PageCounts(NamedTuple):
-    """How many pages of a range are in which state."""
+    """Numbers of pages of a range by state."""
 
     present: int
     swapped: int
     hidden: int
-    """Present, but with a frame number that the kernel hides."""
+    """Present pages whose frame number the kernel hides."""
     exclusive: int
 
 
@@ -65,15 +65,15 @@ def pages(target: Target, address: int | None = None, size: int | None = None) -
     Parameters
     ----------
     target : Task, int, psutil.Process, a buffer or a map of iobmd, or anything with the buffer protocol
-        Whose pages: those of a task, or those that hold the buffer.
+        The task, or the buffer, whose pages are reported.
     address, size : int, optional
-        A range of the task in bytes, rounded outwards to whole pages; by default all that the task has mapped.
+        A range of the task in bytes, extended to whole pages; by default all mappings of the task.
 
     Raises
     ------
     IOReturnError
-        `kIOReturnNotPermitted`, `kIOReturnNotFound`, `kIOReturnBadArgument` (also: an address that no process
-        can have), `kIOReturnUnsupported` (a kernel thread, a buffer mapped in no task, or /proc is not mounted).
+        `kIOReturnNotPermitted`, `kIOReturnNotFound`, `kIOReturnBadArgument` (also for an address outside the user
+        address space), `kIOReturnUnsupported` (a kernel thread, a buffer mapped in no task, or /proc is not mounted).
     """
     where = resolve(target, address, size)
     for fd, start, end in _ranges(where):
@@ -106,7 +106,7 @@ def counts(target: Target, address: int | None = None, size: int | None = None) 
 
 
 class PagemapFile:
-    """The open pagemap of a task, closed at the end of a `with`."""
+    """The open pagemap of a task, closed at the end of a `with` block."""
 
     def __init__(self, task: Task) -> None:
         try:
@@ -117,7 +117,7 @@ class PagemapFile:
             if error.errno in NO_DESCRIPTOR:
                 raise limits.from_oserror(error, f"cannot read the pagemap of task {task.pid}") from None
             raise diagnosis.refused(task.pid, error.errno or errno.EACCES, "pagemap") from None
-        if not task.alive:  # and so this may be the pagemap of another, which has its pid
+        if not task.alive:  # the pagemap may belong to another process that reuses the pid
             os.close(self.fd)
             raise diagnosis.without_memory(task.pid)
 
@@ -126,7 +126,7 @@ class PagemapFile:
 
     def __exit__(self, *_error: object) -> None:
         fd, self.fd = self.fd, -1
-        if fd >= 0:  # closed twice, it would be another file of this number
+        if fd >= 0:  # a second close could close another file with this number
             os.close(fd)
 
 
@@ -137,18 +137,18 @@ def _ranges(where: Where) -> Iterator[tuple[int, int, int]]:
         for first, last in where.ranges():
             yield descriptor.fd, round_down(first, PAGE_SIZE), round_up(last, PAGE_SIZE)
     if not task.alive:
-        raise diagnosis.gone(f"task {task.pid} is gone: it exited while its pagemap was read")
+        raise diagnosis.gone(f"task {task.pid} no longer exists: it exited while its pagemap was read")
 
 
 def no_entries(task: Task, start: int, end: int) -> IOReturnError:
-    """Return the error for a pagemap that lacks entries between two addresses, of which there is one at least."""
+    """Return the error for a pagemap that lacks entries between two addresses (at least one)."""
     if not task.alive:
         return diagnosis.without_memory(task.pid)
     if not _has_entry(kernel_task, end - 1):
         return past_the_end(end - 1)
     if _has_entry(task, start):
-        return diagnosis.gone(f"the memory of task {task.pid} is gone: it ran another program meanwhile (exec)")
-    return diagnosis.gone(f"the memory of task {task.pid} is gone: it exits")
+        return diagnosis.gone(f"the memory of task {task.pid} no longer exists: it executed another program")
+    return diagnosis.gone(f"the memory of task {task.pid} no longer exists: it is exiting")
 
 
 def _has_entry(task: Task, address: int) -> bool:

@@ -1,4 +1,4 @@
-"""Page frames: what the kernel says of them (/proc/kpageflags, kpagecount, kpagecgroup), and who maps them."""
+"""Page frames: their properties (/proc/kpageflags, kpagecount, kpagecgroup), and the processes that map them."""
 
 import contextlib
 import os
@@ -36,36 +36,36 @@ FLAGS = {
 """Names of the bits of /proc/kpageflags (linux/kernel-page-flags.h; from 32 on: fs/proc/page.c, for hackers)."""
 
 _NODES = 4096
-"""Pages whose node is asked for at once."""
+"""Pages whose node is queried at once."""
 
 _PATIENCE = 5.0
 """Seconds for one step of the search of a process."""
 
 
 class FrameFacts(NamedTuple):
-    """What the kernel says of some frames."""
+    """Properties of a range of page frames."""
 
     flags: tuple[str, ...]
-    """kpageflags that all of them have, by their names."""
+    """Names of the kpageflags that all frames have."""
     some_flags: tuple[str, ...]
-    """kpageflags that some have and others do not."""
+    """Names of the kpageflags that only some frames have."""
     mapped: tuple[int, int] | None
-    """How often the least and the most mapped of them is mapped (kpagecount); None: not known."""
+    """The minimum and maximum map count (kpagecount); None if unknown."""
     cgroups: tuple[str, ...] | None
-    """The memory cgroups that they are charged to, a few at the most, by path; None: not known."""
+    """Paths of memory cgroups to which they are charged, at most a few; None if unknown."""
     node: int | None
-    """The NUMA node of the first; None: not known."""
+    """The NUMA node of the first frame; None if unknown."""
 
 
 class DescribedRun(NamedTuple):
-    """A physically contiguous run, and what the kernel says of its frames."""
+    """A physically contiguous run, and the properties of its frames."""
 
     run: Run
     facts: FrameFacts
 
 
 class Frames:
-    """The kernel's tables of page frames, open.
+    """The open page frame tables of the kernel.
 
     Raises
     ------
@@ -79,7 +79,7 @@ class Frames:
         try:
             self._flags = os.open("/proc/kpageflags", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            message = f"the flags of frames cannot be read: /proc/kpageflags: {error.strerror}; root may"
+            message = f"cannot read the flags of page frames: /proc/kpageflags: {error.strerror}; run as root"
             raise NotPrivilegedError(message, error.errno or 0) from None
         with contextlib.suppress(OSError):
             self._count = os.open("/proc/kpagecount", os.O_RDONLY | os.O_CLOEXEC)
@@ -87,11 +87,11 @@ class Frames:
             self._cgroup = os.open("/proc/kpagecgroup", os.O_RDONLY | os.O_CLOEXEC)
 
     def add_folios(self, raw: bytes, present: int, excluded: int, sizes: dict[int, int]) -> None:
-        """Add up the sizes of the folios of raw spans; parameters as those of the native function."""
+        """Add up the folio sizes of raw spans; the parameters are those of the native function."""
         native.folios(self._flags, raw, present, excluded, PAGE_SIZE, sizes)
 
     def describe(self, physical: int, length: int, node: int | None = None) -> FrameFacts:
-        """Return what the kernel says of the frames of a physical range, in bytes."""
+        """Return the properties of the frames of a physical range, in bytes."""
         first, many = physical // PAGE_SIZE, -(-length // PAGE_SIZE)
         every, some, least, most, groups = native.describe(self._flags, self._count, self._cgroup, first, many)
         mapped = None if least is None or most is None else (least, most)
@@ -104,7 +104,7 @@ class Frames:
         return self._names.get(inode, f"inode {inode}")
 
     def close(self) -> None:
-        """Close them."""
+        """Close the tables."""
         for fd in (self._flags, self._count, self._cgroup):
             if fd >= 0:
                 os.close(fd)
@@ -123,7 +123,7 @@ def flag_names(flags: int) -> tuple[str, ...]:
 
 
 def _memory_cgroups() -> dict[int, str]:
-    """Return the memory cgroups that can be seen here: their paths by the inode number of their directories."""
+    """Return the paths of visible memory cgroups by the inode numbers of their directories."""
     found: dict[int, str] = {}
     for mount in sorted(cgroup.mounts("memory"), key=lambda mount: not mount.unified):
         for directory, _names, _files in os.walk(mount.place):
@@ -133,7 +133,7 @@ def _memory_cgroups() -> dict[int, str]:
 
 
 def described(target: Target, address: int | None = None, size: int | None = None) -> Iterator[DescribedRun]:
-    """Iterate over the physically contiguous runs, with what the kernel says of their frames.
+    """Iterate over the physically contiguous runs, with the properties of their frames.
 
     Parameters as those of `runs`.
 
@@ -148,7 +148,7 @@ def described(target: Target, address: int | None = None, size: int | None = Non
 
 
 def describe_runs(task: Task, found: Iterable[Run]) -> Iterator[DescribedRun]:
-    """Iterate over runs of a task, with what the kernel says of their frames."""
+    """Iterate over runs of a task, with the properties of their frames."""
     with Frames() as frames:
         for batch in _batches(found):
             nodes = _nodes(task, batch)
@@ -157,7 +157,7 @@ def describe_runs(task: Task, found: Iterable[Run]) -> Iterator[DescribedRun]:
 
 
 def require_frames() -> None:
-    """Raise `kIOReturnNotPrivileged` where frame numbers are hidden."""
+    """Raise `kIOReturnNotPrivileged` if frame numbers are hidden."""
     try:
         visible = host.pfns_visible()
     except OSError as error:
@@ -187,11 +187,11 @@ def _nodes(task: Task, batch: list[Run]) -> list[int | None]:
 
 
 class FrameMapping(NamedTuple):
-    """Frames that a process maps; all in bytes."""
+    """Page frames that a process maps; all sizes in bytes."""
 
     pid: int
     process: str
-    """Its name."""
+    """The name of the process."""
     area: procfs.VMA
     virtual: int
     physical: int
@@ -205,14 +205,14 @@ def users(
     progress: Callable[[int, int], object] | None = None,
     refused: Callable[[int, IOReturnError], object] | None = None,
 ) -> Iterator[FrameMapping]:
-    """Iterate over the processes that map any of the frames of a physical range: a scan of all of them.
+    """Iterate over the processes that map frames of a physical range, by scanning all processes.
 
     Parameters
     ----------
     physical, length : int
         The range in bytes.
     progress : callable, optional
-        Called with the number of processes scanned and that of all.
+        Called with the number of processes scanned and their total number.
     refused : callable, optional
         Called with the pid of each process that may not be inspected, which is passed over, and the error that says
         why; also of a process that keeps moving its memory (`kIOReturnBusy`), or the kernel waiting
@@ -221,12 +221,12 @@ def users(
     Raises
     ------
     IOReturnError
-        `kIOReturnNotPrivileged`: frame numbers are hidden (CAP_SYS_ADMIN). `kIOReturnBadArgument`: no such range.
-        `kIOReturnNoResources`: no file descriptor is free.
+        `kIOReturnNotPrivileged`: frame numbers are hidden (CAP_SYS_ADMIN). `kIOReturnBadArgument`: the range is
+        invalid. `kIOReturnNoResources`: no file descriptor is free.
 
     Notes
     -----
-    A process that exits meanwhile is passed over. Threads are not listed apart.
+    A process that exits during the scan is skipped. Threads are not listed separately.
     """
     check_range(physical, length)
     require_frames()
@@ -242,7 +242,7 @@ def users(
         except (NotPermittedError, BusyError, TaskTimeoutError) as error:
             if refused:
                 refused(pid, error)
-        except (NotFoundError, UnsupportedError):  # it is gone, or a kernel thread
+        except (NotFoundError, UnsupportedError):  # it has exited, or is a kernel thread
             pass
     if progress:
         progress(len(pids), len(pids))
@@ -272,7 +272,7 @@ def _mapped_frames(pid: int, low: int, high: int) -> Iterator[list[FrameMapping]
                 found = []
                 for virtual, frame, length, _flags in (step[index] for index in range(len(step))):
                     first, last = max(low, frame), min(high, frame + length)
-                    # The zero page is one frame behind many addresses.
+                    # The zero page is one frame mapped at many addresses.
                     at = virtual + (first - frame)
                     found.append(FrameMapping(pid, name, area, at, first, min(length, last - first)))
                 yield found

@@ -1,4 +1,4 @@
-"""What is looked at: a task, a range of one, or a buffer."""
+"""The range that is inspected: a task, a part of one, or a buffer."""
 
 import errno
 from collections.abc import Iterator
@@ -42,27 +42,27 @@ class Where(NamedTuple):
     start: int
     end: int
     held: object = None
-    """What keeps a buffer where it is meanwhile."""
+    """An object that keeps a buffer mapped."""
 
     @property
     def whole(self) -> bool:
-        """Whether it is all of the address space."""
+        """Whether it is the whole address space."""
         return not self.start and self.end == ADDRESS_END
 
     @property
     def cuts_no_huge_page(self) -> bool:
-        """Whether no huge page can be partly in it and partly not."""
+        """Whether its bounds cannot lie inside a huge page."""
         return not (self.start % HUGE_PAGE_SIZE or self.end % HUGE_PAGE_SIZE)
 
     @property
     def cuts_an_area(self) -> bool:
-        """Whether it begins or ends within one."""
+        """Whether one of its bounds lies inside an area."""
         return not self.whole and any(area.start < self.start or area.end > self.end for area in self.areas())
 
     def areas(self) -> Iterator[VMA]:
-        """Iterate over the areas that have a part in it, ascending. Raises IOReturnError."""
+        """Iterate over the areas that overlap it, ascending. Raises IOReturnError."""
         low, high = self.known
-        # Reading the text of all areas takes three quarters of the time that asking for each takes.
+        # Reading the text of all areas takes three quarters of the time of querying each.
         found = procfs.maps(self.task.pid) if self.whole else procfs.areas(self.task.pid, low, high)
         for area in of_task(self.task, found, may_be_none=not self.whole):
             if area.start < high:
@@ -70,11 +70,11 @@ class Where(NamedTuple):
 
     @property
     def known(self) -> tuple[int, int]:
-        """Where it begins, and where it ends or pagemap knows no more."""
+        """Its start, and its end or that of pagemap."""
         return self.start, min(self.end, USER_END)
 
     def ranges(self) -> Iterator[tuple[int, int]]:
-        """Iterate over the ranges to read: the areas of all of the address space, or the range itself."""
+        """Iterate over the ranges to read: the areas of the whole address space, or the range itself."""
         if self.whole:
             yield from ((area.start, area.end) for area in self.areas())
         elif self.end > USER_END:
@@ -84,14 +84,15 @@ class Where(NamedTuple):
 
 
 def past_the_end(address: int) -> BadArgumentError:
-    """Return the error for an address that no process can have."""
+    """Return the error for an address outside the user address space."""
     return BadArgumentError(f"address {address:#x} is past the end of the user address space")
 
 
 def of_task(task: Task, found: Iterator[_T], *, may_be_none: bool = False) -> Iterator[_T]:
-    """Iterate over what /proc shows of the areas of a task, once it is certain to be this task's.
+    """Iterate over areas of a task from /proc, after verifying that they belong to this task.
 
-    Every task has an area: without one its memory is gone, unless only a range was asked for (`may_be_none`).
+    Every task has an area: if there is none, its memory no longer exists, unless only a range is read
+    (`may_be_none`).
 
     Raises
     ------
@@ -100,7 +101,7 @@ def of_task(task: Task, found: Iterator[_T], *, may_be_none: bool = False) -> It
     """
     with _MapsAccess(task):
         first = next(found, None)
-        # What was opened while the task was alive does not belong to another task that has its pid by now.
+        # A file that was opened while the task was alive cannot belong to another task that has reused its pid.
         if (first is None and not may_be_none) or not task.alive:
             raise diagnosis.without_memory(task.pid)
         if first is not None:
@@ -115,7 +116,7 @@ def name_of(task: Task) -> str:
 
 
 class _MapsAccess:
-    """Access to /proc/PID/maps or smaps in a `with`: a refusal of the kernel is raised as an IOReturnError."""
+    """Access to /proc/PID/maps or smaps in a `with` block; errors of the kernel are raised as IOReturnError."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -135,7 +136,7 @@ class _MapsAccess:
 
 
 def resolve(target: Target, address: int | None = None, size: int | None = None) -> Where:
-    """Return what is meant.
+    """Return the range that the arguments describe.
 
     Raises
     ------
@@ -146,7 +147,7 @@ def resolve(target: Target, address: int | None = None, size: int | None = None)
         return target
     if address is not None or size is not None:
         if address is None or size is None:
-            raise BadArgumentError("a range has both an address and a size")
+            raise BadArgumentError("a range requires both an address and a size")
         check_range(address, size)
         return Where(as_task(cast("AnyTask", target)), address, address + size)
     if isinstance(target, Mapped):

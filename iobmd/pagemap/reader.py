@@ -1,4 +1,4 @@
-"""The open pagemap of a task, walked through in steps."""
+"""The open pagemap of a task, which is walked in steps."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ if TYPE_CHECKING:
 
 
 class Reader:
-    """The pagemap of a task: what its pages are, in steps that hold up the task for a tenth of a millisecond each.
+    """The pagemap of a task, read in steps that each block the task for a tenth of a millisecond.
 
-    A step behind huge pages may take four times as long.
+    A step after huge pages may take four times as long.
 
     Parameters
     ----------
     task : Task
-        Whose pages.
+        The task to read.
     whole : bool
-        Whether what is read cuts no huge page. Parts of huge pages are told as such only when it is False, at more
-        cost.
+        Whether no range that is read begins or ends inside a huge page. Parts of huge pages are recognized only if it
+        is False, at a higher cost.
 
     Attributes
     ----------
     page : int
-        Bytes of a page.
+        Page size in bytes.
     reach : int
-        Bytes of addresses that are read ahead at the most.
+        Maximum size of the address range that is read ahead, in bytes.
     visible : bool
         Whether the kernel shows frame numbers (CAP_SYS_ADMIN).
     scans : bool
-        Whether there is PAGEMAP_SCAN (Linux 6.7). Without it nothing here tells what huge pages map.
+        Whether PAGEMAP_SCAN is available (Linux 6.7). Without it, huge pages are not recognized here.
 
     Raises
     ------
@@ -64,21 +64,21 @@ class Reader:
         self._walk.swapless = not (self.visible or has_swap())
 
     def total(self, start: int, end: int) -> Tally:
-        """Return what there is between two addresses. Raises as `steps`."""
+        """Return the tally of the pages between two addresses. Raises as `steps`."""
         return self.totals([(start, end)])[0]
 
     def totals(self, ranges: list[tuple[int, int]]) -> list[Tally]:
-        """Return what there is in each of several ranges, read at once as far as they reach. Raises as `steps`."""
+        """Return the tally of each of several ranges, read together as far as possible. Raises as `steps`."""
         try:
             return self._walk.totals(ranges)
         except OSError:
             raise no_entries(self.task, ranges[0][0], ranges[-1][1]) from None
 
     def has_small_pages(self, start: int, end: int, size: int) -> bool:
-        """Say whether `size` bytes or more between two addresses are mapped page by page."""
+        """Return whether at least `size` bytes between two addresses are mapped page by page."""
         if end - start < size:
             return False
-        if not self.scans:  # and so not known which are huge
+        if not self.scans:  # huge pages are not recognized
             tally = self.total(start, end)
             return tally.present - tally.huge >= size
         try:
@@ -88,16 +88,17 @@ class Reader:
             raise no_entries(self.task, start, end) from None
 
     def read_ahead(self, ranges: list[tuple[int, int]]) -> None:
-        """Read at once the pages of several small ranges, through which `steps` goes next."""
+        """Read the pages of several small ranges at once, before they are walked by `steps`."""
         self._walk.read_ahead(ranges)
 
     def steps(self, start: int, end: int) -> Iterator[Walk]:
-        """Walk from `start` to `end`; yields after each step, with the spans of that step.
+        """Walk from `start` to `end`; yield after each step, with its spans.
 
         Raises
         ------
         IOReturnError
-            `kIOReturnNotFound`: the task exited meanwhile. `kIOReturnBadArgument`: the address space ends before.
+            `kIOReturnNotFound`: the task exited during the walk. `kIOReturnBadArgument`: the address space ends
+            before `end`.
         """
         start, end = round_down(start, self.page), round_up(end, self.page)
         while start < end:
@@ -111,16 +112,16 @@ class Reader:
             yield self._walk
 
     def keep_within(self, low: int, high: int) -> None:
-        """Have `steps` keep only spans of which a part lies in the physical addresses `low`…`high`."""
+        """Limit `steps` to spans that overlap the physical addresses `low`…`high`."""
         self._walk.within(low, high)
 
     def require_task(self) -> None:
-        """Raise `kIOReturnNotFound` when the memory is gone: lists of areas end early then, without an error."""
+        """Raise `kIOReturnNotFound` if the memory no longer exists; lists of areas then end early, without error."""
         if not os.pread(self._opened.fd, 8, 0):
             raise no_entries(self.task, 0, self.page)
 
     def take(self) -> Tally:
-        """Return what `steps` went through since the last call."""
+        """Return the tally of the pages walked since the last call."""
         return self._walk.take()
 
     def close(self) -> None:
@@ -135,20 +136,20 @@ class Reader:
 
 
 def _zero_frame() -> tuple[bool, int]:
-    """Return whether frame numbers are shown to this process, and that of the zero page, 0 when it is not known."""
+    """Return whether frame numbers are visible, and the frame number of the zero page, 0 if unknown."""
     frames = _frames_after_read(PAGE_SIZE)
     return bool(frames and frames[0]), frames[0] or 0 if frames else 0
 
 
 def _huge_zero_frame() -> int:
-    """Return the first frame number of the huge zero page, 0 when it is not known or is not used."""
+    """Return the first frame number of the huge zero page, 0 if it is unknown or not used."""
     frames = _frames_after_read(huge_page_size())
-    # Where the small zero page is used, it lies behind every address.
+    # If the small zero page is used, it is mapped at every address.
     return frames[0] if frames and frames[0] and frames[0] != frames[-1] else 0
 
 
 def _frames_after_read(size: int) -> list[int | None]:
-    """Return the frame numbers behind fresh memory that was only read."""
+    """Return the frame numbers of new memory that was only read."""
     try:
         with scratch(size) as mapping, PagemapFile(kernel_task) as descriptor:
             if size > PAGE_SIZE:

@@ -1,4 +1,4 @@
-"""Segments for a device's scatter/gather list, cut from runs."""
+"""Segments for the scatter/gather list of a device, split from runs."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ if TYPE_CHECKING:
 
 
 class Segment(NamedTuple):
-    """Bytes that a device can reach in one piece."""
+    """Physically contiguous bytes that a device can access as one segment."""
 
     physical: int
     length: int
 
 
 def segments(runs: Iterable[Run], max_segment: int | None = None, boundary: int | None = None) -> Iterator[Segment]:
-    """Cut runs to what a device takes in one segment.
+    """Split runs to the limits of a device.
 
     Parameters
     ----------
     runs
-        As `pagemap.runs` yields them.
+        The runs, as yielded by `pagemap.runs`.
     max_segment : int, optional
-        The most bytes of a segment.
+        Maximum size of a segment in bytes.
     boundary : int, optional
         A power of two: no segment crosses a multiple of it.
 
     Raises
     ------
     ValueError
-        A limit is not positive, or the boundary not a power of two.
+        A limit is not positive, or the boundary is not a power of two.
     """
     if max_segment is not None and index(max_segment) <= 0:
-        raise ValueError(f"a segment of at most {max_segment} bytes holds nothing")
+        raise ValueError(f"max_segment is {max_segment}, and must be positive")
     if boundary is not None and (index(boundary) <= 0 or boundary & (boundary - 1)):
         raise ValueError(f"the boundary {boundary} is not a power of two")
     return _cut(runs, max_segment, boundary)
@@ -48,10 +48,10 @@ def _cut(runs: Iterable[Run], most: int | None, boundary: int | None) -> Iterato
 
 
 def cut(at: int, length: int, most: int | None, boundary: int | None, alignment: int = 1) -> Iterator[Segment]:
-    """Cut one piece of physical memory; as `segments`, without its checks.
+    """Split one range of physical memory, like `segments`, without its checks.
 
-    No segment is longer than `most` or crosses a multiple of `boundary`. Where `at` is a multiple of `alignment`, and
-    neither limit is below it, every segment starts at one.
+    No segment is longer than `most` or crosses a multiple of `boundary`. If `at` is a multiple of `alignment`, and
+    neither limit is smaller, every segment starts at such a multiple.
     """
     end = at + length
     while at < end:

@@ -1,4 +1,4 @@
-"""Questions about this process's own memory: what is resident, was written to, or is mapped by huge pages."""
+"""Queries about the memory of this process: which pages are resident, written to, or mapped by huge pages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _tracker = process_local.LazyFd(mman.track_writes)
 
 
 def own_pagemap() -> int:
-    """Return a descriptor of this process's pagemap, which stays open.
+    """Return a descriptor of this process's pagemap, which remains open.
 
     Raises
     ------
@@ -48,12 +48,12 @@ def own_pagemap() -> int:
 
 
 def track_writes(address: int, size: int) -> int:
-    """Track the writes to a range of this process, whole pages, from when PAGEMAP_SCAN protects them.
+    """Track writes to whole pages of this process, from the time at which PAGEMAP_SCAN protects them.
 
     Returns
     -------
     int
-        The userfaultfd that does so; -1 where none can be had (before Linux 6.7, behind a seccomp filter).
+        The userfaultfd that tracks them; -1 if none is available (before Linux 6.7, behind a seccomp filter).
     """
     try:
         tracker = _tracker.open()
@@ -64,9 +64,9 @@ def track_writes(address: int, size: int) -> int:
 
 
 def resident_and_dirty(task: Task, address: int, size: int) -> tuple[int, int]:
-    """Count the pages of private anonymous memory that are resident, and those of them ever written to.
+    """Count the resident pages of private anonymous memory, and those of them that were ever written to.
 
-    What a read of untouched memory maps (the kernel's zero page) is resident and not dirty.
+    The kernel's zero page, which a read of untouched memory maps, is resident and not dirty.
     """
     resident = counts(task, address, size)
     try:
@@ -83,10 +83,9 @@ def resident_and_dirty(task: Task, address: int, size: int) -> tuple[int, int]:
 
 
 def own_ranges(address: int, size: int, *, protect: bool) -> list[tuple[int, int]]:
-    """Return the ranges of this process's memory, whole pages, that are resident and were ever written to.
+    """Return the ranges of whole pages of this process that are resident and were ever written to.
 
-    With `protect` the writes to them are tracked from the same moment on, where `track_writes` was asked to
-    (PAGEMAP_SCAN, Linux 6.7).
+    With `protect`, writes to them are tracked from the same moment, after `track_writes` (PAGEMAP_SCAN, Linux 6.7).
     """
     try:
         found = native.scan(
@@ -110,7 +109,7 @@ def own_ranges(address: int, size: int, *, protect: bool) -> list[tuple[int, int
 def own_runs(address: int, size: int, *, pinned: bool = False, gaps: bool = False) -> RunTable:
     """Return the physical runs of whole pages of this process. Raises as `own_pagemap`.
 
-    With `pinned` all have to be there; with `gaps` too, those that are gone all the same are in no run.
+    With `pinned`, all pages must be present; with `gaps` as well, absent pages are omitted.
     """
     descriptor = own_pagemap()
     try:
@@ -120,7 +119,7 @@ def own_runs(address: int, size: int, *, pinned: bool = False, gaps: bool = Fals
 
 
 def visible_runs(task: Task, address: int, size: int) -> RunTable | None:
-    """Return the runs of whole pages of another task; None where the kernel hides their frames."""
+    """Return the runs of whole pages of another task; None if the kernel hides their frames."""
     try:
         with PagemapFile(task) as descriptor:
             table = native.read_runs(descriptor.fd, address, size, PAGE_SIZE)
@@ -132,16 +131,16 @@ def visible_runs(task: Task, address: int, size: int) -> RunTable | None:
 
 
 def has_content(address: int, size: int) -> bool:
-    """Say whether any of this process's pages was written to and is there still, in memory or in swap."""
+    """Return whether any page of a range was written to and still exists, in memory or in swap."""
     if own_ranges(address, size, protect=False):
         return True
     return counts(kernel_task, address, size).swapped > 0
 
 
 def huge_bytes(address: int, size: int, task: Task = kernel_task) -> int:
-    """Count the bytes of a range, of this process or of another, that huge pages map; needs no privilege.
+    """Count the bytes of a range of a task that are mapped by huge pages; requires no privilege.
 
-    By PAGEMAP_SCAN (Linux 6.7); before that by `certain_bytes`.
+    Uses PAGEMAP_SCAN (Linux 6.7), or else `certain_bytes`.
     """
     end = address + size
     try:
@@ -155,9 +154,9 @@ def huge_bytes(address: int, size: int, task: Task = kernel_task) -> int:
 
 
 def certain_bytes(address: int, size: int, *counters: str, task: Task = kernel_task) -> int:
-    """Count the bytes of a range, as `huge_bytes`, by counters of smaps, as far as those tell for sure.
+    """Return a lower bound of the bytes of a range that counters of smaps count.
 
-    They count whole areas; what may lie outside of the range does not count.
+    The counters refer to whole areas; bytes that may lie outside the range are subtracted.
     """
     certain, end = 0, address + size
     for area, found in procfs.smaps(task.pid):
@@ -169,5 +168,5 @@ def certain_bytes(address: int, size: int, *counters: str, task: Task = kernel_t
 
 
 def is_huge(address: int, size: int) -> bool:
-    """Say whether a range of this process is mapped by huge pages throughout, as `huge_bytes` counts."""
+    """Return whether a range of this process is completely mapped by huge pages, according to `huge_bytes`."""
     return huge_bytes(address, size) == size

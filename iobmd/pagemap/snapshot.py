@@ -1,4 +1,4 @@
-"""Snapshots of where a task's memory lies, in files: one JSON document a line, for they may be long."""
+"""Files with snapshots of the layout of a task's memory: one JSON document per line, because they may be long."""
 
 from __future__ import annotations
 
@@ -29,33 +29,33 @@ VERSION = 1
 _HEADER = "iobmd pagemap"
 _KINDS = (f'{{"{_HEADER}": ', '{"area": ', '{"spans": ')
 _END = '{"end": true}\n'
-"""The last line: a file that was cut off lacks it."""
+"""The last line, which a truncated file lacks."""
 _DIGITS = len(str(ADDRESS_END))
 _AREA = [int, int, str, int, int, str, str]
 """The types of the fields of a VMA."""
 _FLAGS = 1 << 7
-"""Above the flags of spans."""
+"""Exceeds all flags of spans."""
 _LONGEST = 1 << 20
-"""Characters of a line: of spans, or of an area with its name, `save` writes a tenth of that at most."""
+"""Maximum number of characters of a line; `save` writes at most a tenth of that."""
 _WINDOW = 4 << 20
-"""Bytes of addresses whose spans are a line: where nothing changed two snapshots have the same lines."""
+"""Size of the address window whose spans form a line: where nothing changed, two snapshots have equal lines."""
 
 
 class Header(NamedTuple):
-    """Of what and when a snapshot is."""
+    """The subject and the time of a snapshot."""
 
     version: int
     pid: int
     name: str
-    """Of the program."""
+    """The name of the program."""
     time: float
     """Seconds since the epoch."""
     kernel: str
     page_bytes: int
     frames_visible: bool
-    """Without them nobody can tell that a page has moved."""
+    """Whether frame numbers are recorded; if not, moved pages cannot be recognized."""
     start: int
-    """Of the range that was asked for."""
+    """The start of the requested range."""
     end: int
 
     @property
@@ -74,10 +74,10 @@ class Header(NamedTuple):
 
 
 def save(target: Target, path: str | Path, address: int | None = None, size: int | None = None) -> Header:
-    """Write a snapshot of a target, which is given as to `spans`, to a file; return its header.
+    """Write a snapshot of a target (as for `spans`) to a file; return its header.
 
-    The file appears when it is whole, in the place of what was there. Its owner alone may read it: it tells where in
-    physical memory things lie, which the kernel hides from others.
+    The file replaces an existing one when it is complete. Only its owner may read it, because it contains physical
+    addresses, which the kernel hides from other users.
 
     Raises
     ------
@@ -111,7 +111,7 @@ def save(target: Target, path: str | Path, address: int | None = None, size: int
 
 
 def _windows(steps: Iterable[Walk]) -> Iterator[list[tuple[int, int, int, int]]]:
-    """Group spans by the window that they begin in, for steps end where it suits the kernel."""
+    """Group spans by the window in which they begin, because the bounds of steps are arbitrary."""
     spans: list[tuple[int, int, int, int]] = []
     window = -1
     for step in steps:
@@ -127,12 +127,12 @@ def _windows(steps: Iterable[Walk]) -> Iterator[list[tuple[int, int, int, int]]]
 
 
 class Snapshot:
-    """A snapshot that was saved. It is read from its file anew each time, piece by piece.
+    """A saved snapshot. Each method reads the file again, incrementally.
 
     Raises
     ------
     IOReturnError
-        `kIOReturnBadArgument`: the file is no snapshot, or one of another version.
+        `kIOReturnBadArgument`: the file is not a snapshot, or of another version.
     OSError
         The file cannot be read.
     """
@@ -142,7 +142,7 @@ class Snapshot:
         first = next(self._documents(_HEADER), None)
         header = Header(**first) if isinstance(first, dict) and set(first) == set(Header._fields) else None
         if not header or not header.valid:
-            message = f"{self._path} is no snapshot of version {VERSION} of `iobmd pagemap --save`"
+            message = f"{self._path} is not a snapshot of `iobmd pagemap --save`, version {VERSION}"
             raise BadArgumentError(message)
         self.header = header
         with self._path.open("rb") as file:
@@ -151,7 +151,7 @@ class Snapshot:
                 raise self._damaged("its end is missing")
 
     def _lines(self, kind: str) -> Iterator[str]:
-        """Iterate over the lines that hold one kind of document; the header comes first, and is there once."""
+        """Iterate over the lines with one kind of document; the header is the first line, and occurs once."""
         start = f'{{"{kind}": '
         with self._path.open(errors="surrogateescape") as file:
             for number, line in enumerate(iter(partial(file.readline, _LONGEST), "")):
@@ -162,7 +162,7 @@ class Snapshot:
                 elif line == _END and not file.read(1):
                     return
                 elif not line.startswith(_KINDS[:1] if not number else _KINDS[1:]):
-                    raise self._damaged(f"line {number + 1} is none that belongs there")
+                    raise self._damaged(f"line {number + 1} is not expected there")
                 if kind == _HEADER:
                     return
 
@@ -174,12 +174,12 @@ class Snapshot:
         if not line.endswith(end):
             raise self._damaged("a line has no end")
         try:
-            return json.loads(line[len(start) : -len(end)])  # and nothing behind it: a member may be there twice
+            return json.loads(line[len(start) : -len(end)])  # the end must match, because a member may occur twice
         except (ValueError, RecursionError) as error:
             raise self._damaged(str(error)) from None
 
     def _damaged(self, why: str) -> BadArgumentError:
-        return BadArgumentError(f"{self._path} is no snapshot, or damaged: {why}")
+        return BadArgumentError(f"{self._path} is not a snapshot, or is damaged: {why}")
 
     def areas(self) -> Iterator[VMA]:
         """Iterate over the areas, ascending."""
@@ -191,7 +191,7 @@ class Snapshot:
             if not behind <= area.start < area.end <= ADDRESS_END:
                 raise self._damaged(f"the area {area} is in the wrong place")
             if max(area.start, self.header.start) >= min(area.end, self.header.end):
-                raise self._damaged(f"the area {area} is outside of its range")
+                raise self._damaged(f"the area {area} is outside its range")
             behind = area.end
             yield area
 
@@ -200,7 +200,7 @@ class Snapshot:
         return (span for batch in self.batches() for span in batch.spans())
 
     def batches(self) -> Iterator[Batch]:
-        """Iterate over the spans as they stand in the file, ascending: where nothing changed the texts are equal."""
+        """Iterate over the batches of spans in the file, ascending; unchanged batches have equal texts."""
         before: Batch | None = None
         for line in self._lines("spans"):
             batch = Batch(line, self._read)
@@ -231,14 +231,14 @@ class Snapshot:
 
 
 class Batch:
-    """Spans that follow each other, as a line of a snapshot.
+    """Consecutive spans, as a line of a snapshot.
 
     Attributes
     ----------
     start : int
-        The address of the first.
+        The start address of the first span.
     end : int
-        The address behind the last, if the spans were read; else one behind `start`.
+        The end address of the last span if the spans were parsed, otherwise `start` + 1.
 
     Raises
     ------
@@ -254,7 +254,7 @@ class Batch:
         self.end = self.start + 1
 
     def spans(self) -> list[Span]:
-        """Return the spans. Raises IOReturnError: the text is damaged."""
+        """Return the spans; raise IOReturnError if the text is damaged."""
         found = self._read(self.text)
         self.end = found[-1].end
         return found

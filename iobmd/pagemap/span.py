@@ -9,17 +9,17 @@ from iobmd.pagemap.reader import Reader
 
 
 class Span(NamedTuple):
-    """Neighbouring pages in one state, in frames that are neighbours too; all in bytes."""
+    """Contiguous pages in one state, in contiguous page frames; all sizes in bytes."""
 
     virtual: int
     length: int
     physical: int | None
-    """Of the first page; None when nothing is there, or when the kernel hides it. Zero pages of a span share it."""
+    """Physical address of the first page; None if it has none, or the kernel hides it. All zero pages share it."""
     flags: int
 
     @property
     def end(self) -> int:
-        """The address behind it."""
+        """The end address."""
         return self.virtual + self.length
 
     @property
@@ -59,12 +59,12 @@ class Span(NamedTuple):
 
     @property
     def state(self) -> str:
-        """One word: huge, present, file, zero, swapped, guard, marker."""
+        """The state as one word: huge, present, file, zero, swapped, guard, marker."""
         return state_of(self.flags)
 
 
 def state_of(flags: int) -> str:
-    """Return the one word for the flags of a span, which is the first of those that fit."""
+    """Return the word for the flags of a span: the first that applies."""
     for flag, word in _STATES:
         if flags & flag:
             return word
@@ -82,7 +82,7 @@ _STATES = (
 
 
 class Run(NamedTuple):
-    """Pages that lie behind each other both virtually and physically; all in bytes."""
+    """Pages that are contiguous both virtually and physically; all sizes in bytes."""
 
     virtual: int
     physical: int
@@ -90,26 +90,27 @@ class Run(NamedTuple):
 
 
 def spans(target: Target, address: int | None = None, size: int | None = None) -> Iterator[Span]:
-    """Iterate over what is in an address space, ascending: where no span is, there is nothing.
+    """Iterate over the spans of an address space, ascending; addresses without a span are empty.
 
     Parameters
     ----------
     target : Task, int, psutil.Process, a buffer or a map of iobmd, or anything with the buffer protocol
-        Whose memory: a task's, or that of the buffer.
+        The task, or the buffer, whose memory is reported.
     address, size : int, optional
-        A range in bytes of the task, rounded outwards to whole pages; by default all of it.
+        A range of the task in bytes, extended to whole pages; by default all of it.
 
     Raises
     ------
     IOReturnError
-        `kIOReturnNotPermitted`, `kIOReturnNotFound` (also: the task exited meanwhile), `kIOReturnBadArgument`,
-        `kIOReturnUnsupported` (a kernel thread), `kIOReturnBusy` (a task that moves its memory upwards faster than it
-        is read: of all of it, twice as many areas are read as it had shortly after the start).
+        `kIOReturnNotPermitted`, `kIOReturnNotFound` (also if the task exits during the iteration),
+        `kIOReturnBadArgument`, `kIOReturnUnsupported` (a kernel thread), `kIOReturnBusy` (the task moves its memory
+        to higher addresses faster than it is read; reading ends after twice the number of areas that it had shortly
+        after the start).
 
     Notes
     -----
-    Reads in steps (proc_pid_pagemap(5), PAGEMAP_SCAN): little memory is needed however large the target is, and it is
-    never held up for long. What changes meanwhile is seen before or after the change.
+    The pagemap is read in steps (proc_pid_pagemap(5), PAGEMAP_SCAN), which use little memory however large the target
+    is, and never block it for long. Concurrent changes are seen before or after the change.
     """
     where = resolve(target, address, size)
     with Reader(where.task, whole=where.cuts_no_huge_page) as reader:
@@ -124,7 +125,7 @@ def spans(target: Target, address: int | None = None, size: int | None = None) -
 def runs(target: Target, address: int | None = None, size: int | None = None) -> Iterator[Run]:
     """Iterate over the physically contiguous runs, ascending by virtual address.
 
-    Absent pages, and pages whose frame is hidden, are in no run. Parameters, errors and notes as `spans`.
+    Absent pages, and pages whose frame is hidden, belong to no run. Parameters, errors and notes as `spans`.
     """
     where = resolve(target, address, size)
     with Reader(where.task) as reader:
@@ -133,7 +134,7 @@ def runs(target: Target, address: int | None = None, size: int | None = None) ->
 
 
 def read_runs(reader: Reader, ranges: Iterable[tuple[int, int]]) -> Iterator[Run]:
-    """Iterate over the runs of ascending ranges; neighbours are joined also where one range follows another."""
+    """Iterate over the runs of ascending ranges; contiguous runs are also joined across adjacent ranges."""
     return _joined(_parts(reader, ranges))
 
 
@@ -152,7 +153,7 @@ def _parts(reader: Reader, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[
 
 
 def _joined(parts: Iterable[tuple[int, int, int]]) -> Iterator[Run]:
-    """Join neighbours to runs; each part is (virtual, physical, length)."""
+    """Join contiguous parts to runs; each part is (virtual, physical, length)."""
     start = frame = length = 0
     for virtual, physical, more in parts:
         if length and start + length == virtual and frame + length == physical:

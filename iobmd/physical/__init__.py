@@ -1,1 +1,1 @@
-"""Physically contiguous, aligned or masked memory: found, put in order, and the rest given back."""
+"""Search for physically contiguous, aligned or masked memory."""

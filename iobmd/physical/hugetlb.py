@@ -1,4 +1,4 @@
-"""Blocks out of the hugetlb pools (Documentation/admin-guide/mm/hugetlbpage.rst)."""
+"""Blocks from the hugetlb pools (Documentation/admin-guide/mm/hugetlbpage.rst)."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from iobmd.physical.thp import Places
 
 _MFD_HUGE_SHIFT = 26
-_PATIENCE = 10.0  # seconds for another process, which holds the lock while the kernel gathers pages and clears them
+_PATIENCE = 10.0  # seconds to wait for a process that holds the lock while the kernel collects and clears pages
 _PAUSE = 0.02
 
 
 class PoolBlocks(FileBlocks):
     """Huge pages of one pool, in a memfd.
 
-    With `reserve` the pool is raised for what it lacks, and put back as soon as the pages are in use: they are
-    then surplus, which the kernel frees by itself when they are unmapped, also if this process is killed.
+    With `reserve` the pool is enlarged by the missing pages, and reset as soon as they are in use. They are then
+    surplus pages, which the kernel frees when they are unmapped, even if this process is killed.
     """
 
-    immovable = True  # but by memory hot-remove
+    immovable = True  # except by memory hot-remove
 
     def __init__(self, pool: HugePool, *, reserve: bool, name: str = NAME) -> None:
         super().__init__(pool.size, name)
@@ -45,25 +45,25 @@ class PoolBlocks(FileBlocks):
         return os.memfd_create(f"{self.name}-{self.block >> 20}M", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | kind)
 
     def more(self, count: int, alignment: int) -> Places:
-        """Take up to `count` pages of the pool; empty when it has none."""
+        """Allocate up to `count` pages of the pool; empty if it has none."""
         with self._raised(count) as available:
             return super().more(min(count, available), alignment)
 
     @contextlib.contextmanager
     def _raised(self, count: int) -> Iterator[int]:
-        """Make `count` pages available if that is allowed; yields how many are."""
+        """Make `count` pages available if permitted; yield how many are."""
         if not self._reserve:
             yield self._available()
             return
         directory = Path(self._pool.directory)
         setting = directory / "nr_hugepages"
-        with setting.open() as one_at_a_time:  # of all threads and processes, or one restores what another raised
+        with setting.open() as one_at_a_time:  # across threads and processes: none may undo another's setting
             _lock(one_at_a_time.fileno(), setting)
             before = _persistent(directory)
             missing = max(0, count - self._available())
             try:
                 if missing:
-                    with contextlib.suppress(OSError):  # not root: as many as there are
+                    with contextlib.suppress(OSError):  # not root: only the existing pages
                         setting.write_text(str(before + missing))
                 yield self._available()
             finally:
@@ -76,7 +76,7 @@ class PoolBlocks(FileBlocks):
 
 
 def _lock(opened: int, setting: Path) -> None:
-    """Lock a setting, which every user may: it is not waited for without end. Raises `kIOReturnBusy`."""
+    """Lock a setting, with a limited wait because every user may lock it. Raises `kIOReturnBusy`."""
     deadline = time.monotonic() + _PATIENCE
     while True:
         try:
@@ -100,13 +100,13 @@ def _locked(opened: int, setting: Path) -> BusyError:
                 holders.append(f"process {fields[4]}")
     who = " and ".join(holders) or "another process"
     message = (
-        f"{who} has had {setting} locked for {_PATIENCE:.0f} s: the pool cannot be raised; end that process, or "
-        "leave reserve=True out"
+        f"{who} has locked {setting} for {_PATIENCE:.0f} s: the pool cannot be enlarged; end that process, or "
+        "omit reserve=True"
     )
     return BusyError(message)
 
 
 def _persistent(directory: Path) -> int:
-    """Return the size that a pool is set to: surplus pages are in use and not part of it."""
+    """Return the configured size of a pool, without surplus pages."""
     total, surplus = (int((directory / name).read_text()) for name in ("nr_hugepages", "surplus_hugepages"))
     return total - surplus

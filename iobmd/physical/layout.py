@@ -1,4 +1,4 @@
-"""Where a pinned range lies: addresses, segments, and a layout for people."""
+"""The physical layout of a pinned range."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 
 class Layout(NamedTuple):
-    """How a range lies in physical memory; sizes in bytes."""
+    """The physical layout of a range; sizes in bytes."""
 
     size: int
     runs: int
-    """Physically contiguous pieces."""
+    """Number of physically contiguous runs."""
     largest: int
-    """Length of the longest piece."""
+    """Length of the longest run."""
     huge: int
-    """Bytes that huge pages map."""
+    """Bytes mapped by huge pages."""
     lowest: int
     """Lowest physical address."""
     highest: int
@@ -27,16 +27,16 @@ class Layout(NamedTuple):
 
     @property
     def contiguous(self) -> bool:
-        """Whether it is one piece."""
+        """Whether it is a single run."""
         return self.runs == 1
 
     def __str__(self) -> str:
-        shape = "contiguous" if self.contiguous else f"{self.runs} runs, the largest {format_size(self.largest)}"
+        shape = "contiguous" if self.contiguous else f"{self.runs} runs, the largest of {format_size(self.largest)}"
         return f"{shape}, {self.lowest:#x}…{self.highest:#x}, {format_size(self.huge)} in huge pages"
 
 
 def layout(table: RunTable, huge: int) -> Layout:
-    """Summarise the runs of a range, `huge` bytes of which are mapped by huge pages."""
+    """Summarize the runs of a range, of which `huge` bytes are mapped by huge pages."""
     size = largest = highest = 0
     lowest = 1 << 64
     for index in range(table.count):

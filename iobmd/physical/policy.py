@@ -1,4 +1,4 @@
-"""What an allocation may spend on looking for contiguous or low memory: `iobmd.policy`."""
+"""Limits on searches for contiguous or masked memory: `iobmd.policy`."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ _current: contextvars.ContextVar[Policy] = contextvars.ContextVar("iobmd.policy"
 def policy(
     *, reserve: bool = False, memory_budget: int | None = None, time_budget: float | None = None
 ) -> Iterator[None]:
-    """Say what the factories inside of the `with` may spend looking for contiguous or low memory.
+    """Limit the searches for contiguous or masked memory of the factories called inside the `with` block.
 
     Parameters
     ----------
     reserve : bool
-        The hugetlb pools may be raised for a buffer, and are put back (needs root). Off, no setting of the host is
-        ever changed.
+        Whether hugetlb pools may be enlarged for a buffer, and then restored (requires root). If False, no setting of
+        the host is changed.
     memory_budget : int, optional
-        Bytes that may be held at a time while looking, but at least the buffer's own; all others are given back.
-        Default: half of what is available. Never more than leaves a sixteenth of the host's memory, and of the limit
-        of each memory cgroup around this process.
+        Bytes that a search may hold at a time, but at least the size of the buffer; the excess is freed. Default:
+        half of the available memory. In any case a sixteenth of the host's memory, and of the limit of each memory
+        cgroup around this process, remains free.
     time_budget : float, optional
-        Seconds after which no more memory is taken. Default: 5.
+        Seconds after which the search ends. Default: 5.
 
     Raises
     ------
@@ -55,8 +55,8 @@ def policy(
 
     Notes
     -----
-    A context variable: it holds in this thread or asyncio task, not in threads that run already. An inner policy
-    replaces an outer one whole.
+    The policy is a context variable: it applies to this thread or asyncio task, not to other running threads. An
+    inner policy completely replaces an outer one.
     """
     if (memory_budget or 0) < 0 or (time_budget or 0) < 0:
         raise BadArgumentError("a budget cannot be negative")
@@ -68,7 +68,7 @@ def policy(
 
 
 class Budget:
-    """What is left of the policy's budget for one search."""
+    """The remaining budget of one search."""
 
     def __init__(self) -> None:
         self._policy = _current.get()
@@ -79,34 +79,34 @@ class Budget:
         return headroom.tightest()
 
     def measure(self, held: int) -> None:
-        """Measure again what is left, while the search holds `held` bytes: other processes allocate memory too."""
+        """Measure the remaining memory again while the search holds `held` bytes: other processes allocate too."""
         room = headroom.tightest()
         self._tightest = room._replace(left=room.left + held)
 
     @property
     def most(self) -> int:
-        """What no policy can exceed: the host, or a cgroup, would run short, and swap or kill."""
+        """The limit for every policy: beyond it the host or a cgroup would run out of memory, and swap or kill."""
         return max(0, self._tightest.left - self._tightest.limit // 16)
 
     @property
     def bytes(self) -> int:
-        """Bytes that may be held at a time; asked for late, for it takes 0.2 ms."""
+        """Bytes that may be held at a time; determined on demand, because it takes 0.2 ms."""
         asked = self._policy.memory_budget
         return min(self.most, self._tightest.left // 2 if asked is None else asked)
 
     def remedy(self, size: int | None = None) -> str:
-        """Return how to have `size` bytes held at a time, or just more than now; "" where no policy can."""
+        """Return the remedy that permits holding `size` bytes, or more than now; "" if no policy can."""
         if self.most >= size if size is not None else self.most > self.bytes:
             return _MORE_MEMORY
         return ""
 
     def why_no_more(self) -> str:
-        """Say what keeps any policy from allowing more."""
+        """Return the reason why no policy can allow more."""
         return self._tightest.report()
 
     @property
     def may_reserve(self) -> bool:
-        """Whether the hugetlb pools may be raised."""
+        """Whether hugetlb pools may be enlarged."""
         return self._policy.reserve
 
     @property
@@ -116,6 +116,6 @@ class Budget:
 
     @property
     def over(self) -> bool:
-        """Whether the time is used up."""
+        """Whether the time is exhausted."""
         seconds = self._policy.time_budget
         return self.elapsed >= (DEFAULT_SECONDS if seconds is None else seconds)

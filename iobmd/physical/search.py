@@ -1,9 +1,8 @@
-"""Memory at wanted physical addresses: contiguous, aligned, under a mask.
+"""Search for memory with given physical addresses: contiguous, aligned, masked.
 
-The kernel gives userspace no say in which frames it gets. So huge pages are collected, sorted by frame and put into
-physical order, and those that are not needed are given back. It needs no pool, no boot parameter and no setting of
-the host: only to see the frames (CAP_SYS_ADMIN). Without that one huge page is still provably contiguous, and
-aligned to its size.
+Userspace cannot choose its page frames. Huge pages are therefore collected, sorted by frame, moved into physical
+order, and the others freed. This requires no pool, boot parameter or setting of the host, only visible frame numbers
+(CAP_SYS_ADMIN). Without them, a single huge page is still known to be contiguous and aligned to its size.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ if TYPE_CHECKING:
 
 ALL_ADDRESSES = (1 << 64) - 1
 TRIES = 4
-"""How often memory is looked for that its pin then moves away."""
-_STEP = 8 << 20  # the least that is worth another look
+"""Maximum number of searches if pinning moves the memory that was found."""
+_STEP = 8 << 20  # the minimum that is worth another attempt
 
 
 class PhysicalConstraints(NamedTuple):
-    """What is asked of the physical addresses of `size` bytes."""
+    """Constraints on the physical addresses of `size` bytes."""
 
     size: int
     contiguous: bool = False
     alignment: int = 1
-    """Of the physical and the virtual address of the first byte."""
+    """Alignment of the physical and the virtual address of the first byte."""
     allowed: int = ALL_ADDRESSES
     """The bits that addresses may have."""
 
@@ -50,13 +49,13 @@ class PhysicalConstraints(NamedTuple):
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """Sizes of the pages to search, the next where there are none of the one before."""
-        if self.lowest_hole < HUGE_PAGE_SIZE:  # no huge page has such addresses only
+        """Sizes of the pages to search, each if there are none of the previous one."""
+        if self.lowest_hole < HUGE_PAGE_SIZE:  # no huge page has only such addresses
             return (PAGE_SIZE,)
         return (HUGE_PAGE_SIZE,) if self.contiguous else (HUGE_PAGE_SIZE, PAGE_SIZE)
 
     def accepts(self, table: RunTable) -> bool:
-        """Say whether memory is as wanted, by its runs."""
+        """Return whether memory with these runs satisfies the constraints."""
         if table.hidden or not table.count or table.highest() & ~self.allowed:
             return False
         return not self.contiguous or (table.count == 1 and table[0][1] % max(self.alignment, 1) == 0)
@@ -69,13 +68,13 @@ class PhysicalConstraints(NamedTuple):
 
 
 def obtain(want: PhysicalConstraints) -> Mapping:
-    """Return populated, zeroed memory that is as wanted: whole pages, at least `want.size` bytes.
+    """Return populated, zeroed memory that satisfies the constraints: whole pages, at least `want.size` bytes.
 
     Raises
     ------
     IOReturnError
-        `kIOReturnNoResources`: not found within the policy's budget, with the longest run that was, and what
-        would help. `kIOReturnNotPrivileged`: the frames must be seen for it, and are hidden. `kIOReturnNoMemory`.
+        `kIOReturnNoResources`: not found within the policy's budget; the message names the longest run and the
+        remedies. `kIOReturnNotPrivileged`: the search requires frame numbers, which are hidden. `kIOReturnNoMemory`.
     """
     search = Search(want, Budget())
     why = _out_of_reach(want, search.budget)
@@ -99,21 +98,19 @@ def obtain(want: PhysicalConstraints) -> Mapping:
 
 
 def _out_of_reach(want: PhysicalConstraints, budget: Budget) -> str:
-    """Return why a search is in vain from the start, "" when it is not."""
+    """Return why the search cannot succeed, or ""."""
     if want.allowed == ALL_ADDRESSES:
         return ""
     if want.contiguous and want.size > want.lowest_hole:
-        return (
-            f"addresses of {want.size} bytes in one piece have the bit {want.lowest_hole:#x}, which the mask forbids"
-        )
+        return f"addresses of {want.size} contiguous bytes have the bit {want.lowest_hole:#x}, which the mask forbids"
     return zones.out_of_reach(want.allowed, want.size, budget)
 
 
 def _require_visible(want: PhysicalConstraints) -> bool:
-    """Refuse at once what cannot be found without seeing frames; returns whether they are hidden."""
+    """Refuse constraints that require frame numbers if these are hidden; return whether they are."""
     try:
         hidden = not host.pfns_visible()
-    except OSError:  # /proc/self/pagemap cannot be read, which is told where it is
+    except OSError:  # /proc/self/pagemap cannot be read, which is reported later
         return False
     if hidden and not _fits_one_huge_page(want):
         raise _must_be_seen(want)
@@ -121,7 +118,7 @@ def _require_visible(want: PhysicalConstraints) -> bool:
 
 
 def obtain_shared(want: PhysicalConstraints, name: str, *, sealed: bool = False) -> SharedObject:
-    """Return a shared object, of that name, whose pages are as wanted, and with a sealed size. Raises as `obtain`."""
+    """Return a shared object of that name whose pages satisfy the constraints. Raises as `obtain`."""
     search = Search(want, Budget())
     why = _out_of_reach(want, search.budget)
     hidden = _require_visible(want)
@@ -139,19 +136,19 @@ def obtain_shared(want: PhysicalConstraints, name: str, *, sealed: bool = False)
 
 def _shared_sources(name: str, *, sealed: bool, may_reserve: bool) -> Iterator[FileBlocks]:
     yield FileBlocks(name=name, sealed=sealed)
-    if sealed:  # of a pool's, pages that are freed in between can be lacking
+    if sealed:  # in a pool, pages that are freed in between may be lost to others
         return
     for pool in host.hugetlb_pools():
         yield PoolBlocks(pool, reserve=may_reserve, name=name)
 
 
 def from_pools(want: PhysicalConstraints) -> Mapping | None:
-    """Return memory of the hugetlb pools that is as wanted, None when they have none; pools are not raised."""
+    """Return suitable memory from the hugetlb pools without enlarging them, or None."""
     return _search_pools(want, Search(want, Budget()), reserve=False)
 
 
 class Search:
-    """The search through what sources give, within one budget."""
+    """A search through the blocks of sources, within one budget."""
 
     def __init__(self, want: PhysicalConstraints, budget: Budget) -> None:
         self.want = want
@@ -161,7 +158,7 @@ class Search:
         self.fitting = 0
 
     def run(self, source: Source) -> list[int] | None:
-        """Return the places of blocks that are as wanted, in physical order; None when the budget has none."""
+        """Return the positions of suitable blocks in physical order; None if none are found within the budget."""
         needed = -(-self.want.size // source.block)
         found: Places = {}
         held = 0
@@ -179,11 +176,11 @@ class Search:
         return None
 
     def _next_batch(self, held: int, needed: int, block: int) -> int:
-        """Return how many blocks to allocate next while so many are held; 0 or less if the budget allows no more.
+        """Return how many blocks to allocate next, given those held; 0 or less if the budget is exhausted.
 
-        Other processes allocate memory during a search. So what is left is measured before each batch, and a batch
-        takes at most a quarter of it: by a measurement at the start, a guest whose other half was filled at the same
-        time ran out of memory, and the kernel killed the searching process.
+        Other processes allocate memory during a search. Free memory is therefore measured before each batch, and a
+        batch takes at most a quarter of it. With a single measurement at the start, a guest whose other half was
+        filled at the same time ran out of memory, and the kernel killed the searching process.
         """
         self.budget.measure(held * block)
         left = self.budget.bytes // block - held
@@ -208,11 +205,11 @@ class Search:
         return None
 
     def report(self) -> str:
-        """Say what was looked at in vain, and what would help."""
+        """Return a report of the failed search and the remedies."""
         best = f"the longest run was {format_size(self.longest)}"
         if not self.want.contiguous:
-            best = f"{format_size(self.fitting)} lay there"
-        looked = f"of {format_size(self.looked_at)} looked at in {self.budget.elapsed:.2f} s {best}"
+            best = f"{format_size(self.fitting)} were suitable"
+        looked = f"of {format_size(self.looked_at)} inspected in {self.budget.elapsed:.2f} s {best}"
         return f"{looked}; {', or '.join(self._remedies())}"
 
     def _remedies(self) -> Iterator[str]:
@@ -223,23 +220,23 @@ class Search:
         else:
             yield f"make room ({self.budget.why_no_more()})"
         pages = 4 * -(-self.want.size // HUGE_PAGE_SIZE)
-        if self.budget.may_reserve:  # and the kernel could not: to fill the pool by hand would find no more
-            yield "have it move memory together (as root: sysctl vm.drop_caches=3 vm.compact_memory=1)"
-            yield f"take the pages at boot (hugepagesz={HUGE_PAGE_SIZE >> 20}M hugepages={pages})"
+        if self.budget.may_reserve:  # the kernel failed too: enlarging the pool manually would not help
+            yield "compact memory (as root: sysctl vm.drop_caches=3 vm.compact_memory=1)"
+            yield f"reserve the pages at boot (hugepagesz={HUGE_PAGE_SIZE >> 20}M hugepages={pages})"
             return
-        yield "let it raise the hugetlb pools (iobmd.policy(reserve=True), as root)"
+        yield "allow larger hugetlb pools (iobmd.policy(reserve=True), as root)"
         for pool in host.hugetlb_pools():
             if pool.size == HUGE_PAGE_SIZE:
-                yield f"fill one: {host.pool_remedy(pool, pages).partition('  #')[0]}"
+                yield f"enlarge one: {host.pool_remedy(pool, pages).partition('  #')[0]}"
 
 
 def _one_huge_page(want: PhysicalConstraints, source: TransparentBlocks) -> Mapping:
-    """Without seeing frames: one huge page is contiguous, and its base is aligned to its size."""
+    """Find memory without frame numbers: a huge page is contiguous and aligned to its size."""
     mapping = source.take_first()
     if pagemap.is_huge(mapping.address, mapping.size):
         return mapping
     mapping.close()
-    raise _not_found(want, "the kernel had no huge page; `iobmd doctor` tells how to turn them on")
+    raise _not_found(want, "the kernel had no huge page; `iobmd doctor` shows how to enable them")
 
 
 def _fits_one_huge_page(want: PhysicalConstraints) -> bool:
@@ -248,8 +245,8 @@ def _fits_one_huge_page(want: PhysicalConstraints) -> bool:
 
 def _must_be_seen(want: PhysicalConstraints) -> NotPrivilegedError:
     return NotPrivilegedError(
-        f"no {want}: physical addresses are hidden from this process, and without them only what lies in one "
-        f"huge page ({format_size(HUGE_PAGE_SIZE)}) is known; run with CAP_SYS_ADMIN"
+        f"no {want}: physical addresses are hidden from this process, so that only memory in one huge page "
+        f"({format_size(HUGE_PAGE_SIZE)}) is possible; run with CAP_SYS_ADMIN"
     )
 
 
@@ -265,8 +262,8 @@ def _search_pools(want: PhysicalConstraints, search: Search, *, reserve: bool | 
 
 
 def kept_moving(want: PhysicalConstraints | None) -> NoResourcesError:
-    """Return the error for memory that was found, and moved away at each of `TRIES` tries to pin it."""
-    message = f"the kernel moved the pages at each of {TRIES} tries to pin {want}"
+    """Return the error for memory that moved in each of `TRIES` attempts to pin it."""
+    message = f"the kernel moved the pages in each of {TRIES} attempts to pin {want}"
     return NoResourcesError(message)
 
 

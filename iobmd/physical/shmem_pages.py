@@ -1,4 +1,4 @@
-"""Huge pages to choose from by physical address that are a file's: mapped in any order, and by several processes."""
+"""Huge pages of a file, chosen by physical address, which can be mapped in any order and by several processes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 class FileBlocks:
-    """Transparent huge pages of a file in a tmpfs; where there is none, of a memfd, which they are collapsed in.
+    """Transparent huge pages of a tmpfs file, or of a memfd, in which they are collapsed.
 
-    With `sealed` it is a memfd, because the size of a file in a tmpfs cannot be sealed.
+    With `sealed` it is a memfd, because the size of a tmpfs file cannot be sealed.
     """
 
     immovable = False
-    """The pages stay where they are without a pin."""
+    """Whether the pages never move, even without a pin."""
 
     def __init__(self, block: int = HUGE_PAGE_SIZE, name: str = shmem.NAME, *, sealed: bool = False) -> None:
         self.block = block
@@ -40,7 +40,7 @@ class FileBlocks:
         self._size = 0
         self._batches: list[tuple[int, Mapping]] = []  # each with its offset in the file
         self._collapses = False
-        self._sealable = True  # but for a file of a tmpfs
+        self._sealable = True  # except for a tmpfs file
 
     def create(self) -> int:
         """Return a new empty file. Raises OSError."""
@@ -49,7 +49,7 @@ class FileBlocks:
         return os.memfd_create(self.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) if fd < 0 else fd
 
     def more(self, count: int, alignment: int) -> Places:  # noqa: ARG002 (the protocol's)
-        """Take up to `count` more blocks; empty when there are none."""
+        """Allocate up to `count` more blocks; empty if there are none."""
         if not count:
             return {}
         size = count * self.block
@@ -61,7 +61,7 @@ class FileBlocks:
         except OSError as error:
             if error.errno == errno.EAGAIN or (error.errno == errno.ENOMEM and not self.immovable):
                 raise limits.from_oserror(error, f"cannot map {format_size(size)}", size) from None
-            return {}  # no such pages, or no more of them in the pool
+            return {}  # no such pages, or the pool is exhausted
         self._batches.append((self._size, batch))
         numa.place(batch.address, size)
         self._size += size
@@ -70,7 +70,7 @@ class FileBlocks:
         except IOReturnError:
             if not self.immovable:
                 raise
-            return {}  # another process took them first
+            return {}  # another process allocated them first
         if self._collapses:
             with contextlib.suppress(OSError):
                 mman.advise(batch.address, size, mman.MADV_COLLAPSE)
@@ -79,17 +79,17 @@ class FileBlocks:
         return blocks_of(table, self.block)
 
     def assemble(self, chosen: list[int], alignment: int) -> Mapping:
-        """Map the blocks behind each other; what is not chosen is given back."""
+        """Map the chosen blocks contiguously, and free the others."""
         shared = self.share(chosen, alignment)
         try:
             mapping = shared.map()
-            populate(mapping.address, mapping.size, self.block)  # they are there: this only maps them
+            populate(mapping.address, mapping.size, self.block)  # they exist: this only maps them
         finally:
             shared.close()
         return mapping
 
     def share(self, chosen: list[int], alignment: int, size: int = 0) -> SharedObject:
-        """Return the blocks as an object, in this order; only `size` bytes of them, where that is not 0."""
+        """Return the blocks as an object, in this order; only `size` bytes of them unless 0."""
         offsets = [self._offset(place) for place in chosen]
         for offset in set(range(0, self._size, self.block)) - set(offsets):
             mman.punch(self._fd, offset, self.block)
@@ -107,7 +107,7 @@ class FileBlocks:
         return SharedObject(fd, extents, alignment=max(self.block, alignment), page=page, immovable=self.immovable)
 
     def first(self) -> int | None:
-        """Return the place of the first block if it is one huge page, though its frame is hidden."""
+        """Return the position of the first block if it is a huge page, although its frame is hidden."""
         if not self._batches:
             return None
         address = self._batches[0][1].address
@@ -130,7 +130,7 @@ class FileBlocks:
         )
 
     def close(self) -> None:
-        """Give back what is held."""
+        """Free all blocks that are held."""
         for _start, batch in self._batches:
             batch.close()
         self._batches.clear()

@@ -1,4 +1,4 @@
-"""Huge pages to choose from by physical address: collected, looked at, and put into order or given back."""
+"""Transparent huge pages, chosen by physical address: collected, inspected, and put in order or freed."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE
 if TYPE_CHECKING:
     from iobmd._native.pagemap import RunTable
 
-_STEP = 32 << 20  # an interrupt is seen that often
+_STEP = 32 << 20  # interrupts are handled at this interval
 Places = dict[int, int]
-"""Physical address of a block: where it is mapped now."""
+"""Maps the physical address of a block to its virtual address."""
 
 
 class Source(Protocol):
-    """Where blocks come from. `close` gives back all that were not assembled."""
+    """A source of blocks. `close` frees all that were not assembled."""
 
     block: int
     """Size of a block in bytes; blocks are aligned to it physically."""
     hidden: bool
-    """The kernel hides the frames of this process's pages."""
+    """Whether the kernel hides the frames of this process's pages."""
 
     def more(self, count: int, alignment: int) -> Places:
-        """Take about `count` more blocks; empty when there are none to be had."""
+        """Allocate about `count` more blocks; empty if none are available."""
 
     def assemble(self, chosen: list[int], alignment: int) -> Mapping:
-        """Return a mapping of the blocks at these places, in this order, at a multiple of `alignment`."""
+        """Return a mapping of the blocks at these positions, in this order, aligned to `alignment`."""
 
     def close(self) -> None:
         """Give back what is held."""
 
 
 def blocks_of(table: RunTable, block: int) -> Places:
-    """Return the whole, aligned blocks among runs of pages."""
+    """Return the whole, aligned blocks in runs of pages."""
     places: Places = {}
     for index in range(table.count):
         virtual, physical, length = table[index]
@@ -51,7 +51,7 @@ def blocks_of(table: RunTable, block: int) -> Places:
 
 
 def _spans(chosen: list[int], block: int, starts: set[int]) -> list[tuple[int, int]]:
-    """Join blocks that lie behind each other, but none that begins a mapping at `starts`: starts and lengths."""
+    """Join contiguous blocks, except across the starts of mappings in `starts`; return starts and lengths."""
     spans: list[tuple[int, int]] = []
     for place in chosen:
         if spans and sum(spans[-1]) == place and place not in starts:
@@ -64,7 +64,7 @@ def _spans(chosen: list[int], block: int, starts: set[int]) -> list[tuple[int, i
 class TransparentBlocks:
     """Pages of private memory, transparent huge ones or base pages, moved into place by mremap(2).
 
-    Child processes do not inherit it until its user says so, when it is pinned (MADV_DOFORK).
+    Child processes do not inherit it until it is pinned (MADV_DOFORK).
     """
 
     def __init__(self, block: int = HUGE_PAGE_SIZE) -> None:
@@ -74,21 +74,21 @@ class TransparentBlocks:
         self._batches: list[Mapping] = []
 
     def more(self, count: int, alignment: int) -> Places:
-        """Take about `count` more blocks; huge pages that came in small pages are not counted."""
+        """Allocate about `count` more blocks; huge pages that consist of small pages do not count."""
         size = count * self.block
         batch = Mapping.anonymous(size, self.block if self._batches else max(self.block, alignment))
         self._batches.append(batch)
-        # A fork by another thread would share the huge page that is being filled, and the kernel then breaks it up.
+        # A fork by another thread would share the huge page that is being populated, and the kernel would split it.
         mman.advise(batch.address, size, mman.MADV_DONTFORK)
         numa.place(batch.address, size)
-        with contextlib.suppress(OSError):  # a kernel without huge pages: none will be found
+        with contextlib.suppress(OSError):  # a kernel without huge pages: none are found
             mman.advise(batch.address, size, self._advice)
-        # From the top down: the kernel mostly hands out what was freed last, at ever lower addresses, so that huge
-        # pages come in ascending order and need not be moved.
+        # From the end to the start: the kernel mostly allocates what was freed last, at descending addresses, so that
+        # huge pages arrive in ascending order and need not be moved.
         for top in range(size, 0, -_STEP):
             step = min(_STEP, top)
             done, error = mman.populate_downwards(batch.address + top - step, step, self.block, PAGE_SIZE)
-            if error:  # before 5.14, or out of memory, which is told there
+            if error:  # before 5.14, or out of memory, which is reported there
                 populate(batch.address, top - done)
                 break
         table = pagemap.own_runs(batch.address, size)
@@ -96,7 +96,7 @@ class TransparentBlocks:
         return blocks_of(table, self.block)
 
     def assemble(self, chosen: list[int], alignment: int) -> Mapping:
-        """Move the blocks behind each other; those that lie so already stay where they are."""
+        """Move the blocks to contiguous addresses, except those that are already contiguous."""
         size = len(chosen) * self.block
         spans = _spans(chosen, self.block, {batch.address for batch in self._batches})
         if len(spans) == 1 and chosen[0] % alignment == 0:

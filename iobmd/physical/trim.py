@@ -1,4 +1,4 @@
-"""Giving back the end of a huge page that only its beginning is needed of."""
+"""Freeing the end of a huge page of which only the start is used."""
 
 import contextlib
 from typing import TYPE_CHECKING
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 def trim(mapping: "Mapping", size: int) -> None:
-    """Shorten a mapping of fresh zeroed huge pages to `size` bytes, whole pages, and free the rest of the last one.
+    """Shorten a mapping of new zeroed huge pages to `size` bytes (whole pages), and free the rest of the last one.
 
-    Unmapping a part of a huge page alone frees nothing while another part is in use. Advice on a part makes the
-    kernel split it first (MADV_COLD, Linux 5.4) - and replace the base pages that hold only zeros by the zero page
-    (6.12), so that the pages to keep are made to hold something else meanwhile.
+    Unmapping a part of a huge page frees nothing while another part is in use. Advice on a part makes the kernel
+    split the page first (MADV_COLD, Linux 5.4), and replace base pages that contain only zeros by the zero page
+    (6.12). The pages to keep are therefore temporarily filled with other data.
     """
     last = round_down(size, HUGE_PAGE_SIZE)
     if size == mapping.size:

@@ -1,7 +1,7 @@
-"""Whether memory under a mask can be reached at all.
+"""Checks whether memory within a mask can be obtained.
 
-The kernel hands out the highest zone first (Normal, then DMA32 below 4 GiB, then DMA below 16 MiB), so that low
-pages are available only to those who hold what is free above them.
+The kernel allocates from the highest zone first (Normal, then DMA32 below 4 GiB, then DMA below 16 MiB), so that low
+pages can be obtained only while holding the free memory above them.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _SHOWN = 8  # ranges of RAM in a message
 
 
 def out_of_reach(allowed: int, size: int, budget: Budget) -> str:
-    """Return why `size` bytes under the mask `allowed` cannot be found within a budget, "" when they may be."""
+    """Return why `size` bytes within the mask `allowed` cannot be found within a budget, or ""."""
     return _without_memory(allowed, size) or _under_others(allowed, budget)
 
 
 def _under_others(allowed: int, budget: Budget) -> str:
-    """Return why a budget does not suffice to hold what is free above a mask."""
+    """Return why a budget does not suffice to hold the free memory above a mask."""
     try:
         zones = [(name, *_zone(text)) for name, text in _zones()]
     except OSError:  # hidden in this container
@@ -36,7 +36,7 @@ def _under_others(allowed: int, budget: Budget) -> str:
     if all(end <= allowed + 1 for _name, _start, end, _free in zones):
         return ""
     under = [free for _name, start, _end, free in zones if start <= allowed]
-    # Not the sum of the zones above: a kernel that initialises memory lazily counts in a zone only what is ready.
+    # Not the sum of the zones above: a kernel that initializes memory lazily counts only initialized memory.
     above = max(0, procfs.meminfo()["MemFree"] - sum(under))
     if not any(under):
         return "no free page of this host lies there"
@@ -44,19 +44,19 @@ def _under_others(allowed: int, budget: Budget) -> str:
         return ""
     held = f"{format_size(above)} of free memory above it would have to be held to reach it"
     if remedy := budget.remedy(above):
-        return f"{held}, the budget is {format_size(budget.bytes)}; {remedy}, or take the pages at boot"
-    return f"{held}, and {budget.why_no_more()}; take the pages at boot"
+        return f"{held}, the budget is {format_size(budget.bytes)}; {remedy}, or reserve the pages at boot"
+    return f"{held}, and {budget.why_no_more()}; reserve the pages at boot"
 
 
 def _without_memory(allowed: int, size: int) -> str:
-    """Return why no policy finds `size` bytes under a mask: the host has no, or not so much, RAM there."""
+    """Return why no policy can find `size` bytes within a mask: the host has no, or too little, RAM there."""
     ranges = ram()
     if not ranges:
         return ""
     there = f"this host's RAM is at {', '.join(f'{start:#x}-{end - 1:#x}' for start, end in ranges[:_SHOWN])}"
     if not any(_first(allowed | PAGE_SIZE - 1, start) < end for start, end in ranges):
         return f"this host has no memory there; {there}"
-    if allowed & allowed + 1 == 0:  # all addresses below a limit
+    if allowed & allowed + 1 == 0:  # the mask allows all addresses below a limit
         below = sum(max(0, min(end, allowed + 1) - start) for start, end in ranges)
         if below < size:
             return f"this host has {format_size(below)} of memory there; {there}"
@@ -64,9 +64,9 @@ def _without_memory(allowed: int, size: int) -> str:
 
 
 def _first(allowed: int, address: int) -> int:
-    """Return the lowest address from `address` on that has bits of `allowed` only; 1 << 64 for none."""
+    """Return the lowest address from `address` on with only bits of `allowed`; 1 << 64 if there is none."""
     while wrong := address & ~allowed:
-        # Only a higher bit set makes room for what must not be set: the lowest that is allowed, and clear.
+        # Forbidden bits can only be cleared by setting a higher bit: the lowest that is allowed and clear.
         bit = wrong.bit_length()
         while bit < 64 and not (allowed >> bit & 1 and not address >> bit & 1):
             bit += 1
@@ -77,10 +77,10 @@ def _first(allowed: int, address: int) -> int:
 
 
 def ram() -> list[tuple[int, int]]:
-    """Return the physical ranges of this host's memory: start, and end behind it.
+    """Return the physical ranges of this host's memory: start and exclusive end.
 
-    By /proc/iomem, which shows addresses to holders of CAP_SYS_ADMIN; else by the spans of the zones, which may have
-    holes. Empty where both are hidden.
+    From /proc/iomem, which shows addresses to holders of CAP_SYS_ADMIN, or else from the spans of the zones, which
+    may have holes. Empty if both are hidden.
     """
     found = [(int(first, 16), int(last, 16) + 1) for first, last in _RAM.findall(read_text("/proc/iomem") or "")]
     if any(start for start, _end in found):
@@ -92,7 +92,7 @@ def ram() -> list[tuple[int, int]]:
 
 
 def end_of_memory() -> int:
-    """Return the physical address behind the memory of this host. Raises OSError: /proc/zoneinfo is hidden."""
+    """Return the end of physical memory; raise OSError if /proc/zoneinfo is hidden."""
     return max(end for _start, end, _free in (_zone(text) for _name, text in _zones()))
 
 
@@ -102,7 +102,7 @@ def _zones() -> list[tuple[str, str]]:
 
 
 def _zone(text: str) -> tuple[int, int, int]:
-    """Return where a zone starts and ends physically, and how many bytes of it are free for ordinary use."""
+    """Return the physical start and end of a zone, and how many of its bytes are free for ordinary use."""
     free, high, spanned, start = (
         int(found[1]) if (found := re.search(pattern, text, re.MULTILINE)) else 0
         for pattern in (r"^ +pages free +(\d+)", r"^ +high +(\d+)", r"^ +spanned +(\d+)", r"^ +start_pfn: +(\d+)")

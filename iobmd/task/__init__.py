@@ -1,1 +1,1 @@
-"""Processes as memory has them: `Task`, the copy engine, and why access to a task failed."""
+"""Processes and access to their memory: `Task`, the copy engine, and the causes of failed access."""

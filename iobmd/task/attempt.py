@@ -1,6 +1,6 @@
-"""Transfers made by child processes that can be killed, and that have their own descriptors (`crosstask.Attempt`).
+"""Transfers by child processes, which can be killed and have their own file descriptors (`crosstask.Attempt`).
 
-They may wait for another program, or read from a file that this process may have open, and locked, as well.
+Such a transfer may wait for another program, or read a file that this process also has open and locked.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Range = tuple[int, int]
 """Start and end addresses, or offsets."""
 
 NO_CHILD = (errno.EAGAIN, errno.EPERM, errno.ENOSYS)
-"""Error numbers where no process can be made: RLIMIT_NPROC, a pids cgroup, a seccomp filter."""
+"""Error numbers if no process can be created: RLIMIT_NPROC, a pids cgroup, a seccomp filter."""
 
 _FUSE = 0x65735546  # linux/magic.h
-_UNKNOWN = 0  # where a server refuses statfs(2)
-_SIZE = 1 << 20  # bytes that one child moves, which is to say of its own memory
-_LOOK_MS = 20  # between two looks at it, for Ctrl-C
+_UNKNOWN = 0  # if a server refuses statfs(2)
+_SIZE = 1 << 20  # bytes that one child transfers, and the size of its buffer
+_LOOK_MS = 20  # between two polls, to handle Ctrl-C
 
 
 class File(NamedTuple):
@@ -41,7 +41,7 @@ class File(NamedTuple):
 
     @property
     def has_server(self) -> bool:
-        """Whether another program serves it, which may keep those waiting that open, read or stat it."""
+        """Whether another program serves it, so that open, read or stat may wait."""
         return self.kind in (_FUSE, _UNKNOWN)
 
 
@@ -51,23 +51,23 @@ class Ends(NamedTuple):
     theirs: int
     ours: int
     write: bool
-    """From here into the task, instead of from the task to here."""
+    """Whether bytes are written to the task; False: read from it."""
     pid: int = 0
     """The task."""
     pidfd: int = -1
     memory: int = -1
-    """In place of the task its open /proc/PID/mem, which does not wait for a handler of userfaultfd."""
+    """The task's open /proc/PID/mem, used instead of its pid; it does not wait for a userfaultfd handler."""
     file: File | None = None
-    """In place of the task a file that it maps."""
+    """A file that the task maps, used instead of its pid."""
     shift: int = 0
-    """What an address in the task is more than its offset in `file`."""
+    """The difference between an address in the task and its offset in `file`."""
 
     def here(self, address: int) -> int:
-        """Return the address here that stands for one in the task."""
+        """Return the address in this process that corresponds to one in the task."""
         return self.ours + address - self.theirs
 
     def attempt(self, batch: Sequence[Range]) -> crosstask.Attempt:
-        """Return what is to move ranges of addresses in the task."""
+        """Return the attempt to transfer ranges of addresses in the task."""
         there = [(start - self.shift, end - start) for start, end in batch]
         if self.file is None:
             task = self.pid if self.memory < 0 else 0
@@ -85,19 +85,19 @@ def find(paths: Sequence[str], inode: int, device: int, timeout: float, *, opene
     Parameters
     ----------
     paths
-        Where it may be.
+        Candidate paths.
     inode, device
-        Its inode number, and its device if that is not 0.
+        The inode number of the file, and its device unless 0.
     timeout
-        Seconds for which its server may be silent.
+        Seconds to wait for its server.
     opened
-        Only a file that this process may open. False: no file is opened, and its server is not asked for its length,
-        which is then what the kernel last knew of, as its page faults do.
+        Whether to open the file, if this process may. If False, no file is opened and its server is not asked for its
+        length, which is then the last value cached by the kernel, as for page faults.
 
     Raises
     ------
     OSError
-        `ETIMEDOUT`: it is. `EMFILE`, `ENFILE`, `ENOMEM`.
+        `ETIMEDOUT`: the server did not answer. `EMFILE`, `ENFILE`, `ENOMEM`.
     """
     encoded = [os.fsencode(path) for path in paths]
     attempt = crosstask.Attempt([], paths=encoded, inode=inode, device=device, opened=opened)
@@ -114,7 +114,7 @@ def find(paths: Sequence[str], inode: int, device: int, timeout: float, *, opene
 
 
 def count(file: File, ranges: Sequence[Range], timeout: float) -> int:
-    """Return how many bytes of ranges of offsets in a file of tmpfs are not in holes; all of them if it is gone."""
+    """Return how many bytes of ranges of a tmpfs file are not in holes; all of them if it no longer exists."""
     total = 0
     for index in range(0, len(ranges), crosstask.MOST_RANGES):
         batch = [(start, end - start) for start, end in ranges[index : index + crosstask.MOST_RANGES]]
@@ -140,7 +140,7 @@ def resident(file: File, start: int, end: int, timeout: float) -> int:
 def read(
     ends: Ends, file: File, ranges: Sequence[Range], timeout: float, *, fresh: bool, holes: bool
 ) -> tuple[int, int]:
-    """Read ranges of a task from a file of a memory file system, at most `crosstask.MOST_RANGES`; as `move`.
+    """Read at most `crosstask.MOST_RANGES` ranges of a task from a file of an in-memory file system, like `move`.
 
     Parameters
     ----------
@@ -149,9 +149,9 @@ def read(
     file
         The file.
     fresh
-        The destination is zero, and stays untouched where the file has holes.
+        The destination is zero, and is not touched where the file has holes.
     holes
-        It answers SEEK_DATA.
+        Whether its file system supports SEEK_DATA.
     """
     there = [(start - ends.shift, end - start) for start, end in ranges]
     attempt = crosstask.Attempt(
@@ -166,22 +166,22 @@ def read(
 
 
 def move(ends: Ends, ranges: Sequence[Range], timeout: float) -> tuple[int, int]:
-    """Move ranges of a task one after the other.
+    """Transfer ranges of a task one after another.
 
     Parameters
     ----------
     ends
-        From where to where.
+        The source and the destination.
     ranges
         Addresses in the task, ascending.
     timeout
-        Seconds for which nothing may arrive.
+        Seconds to wait without progress.
 
     Returns
     -------
     tuple[int, int]
-        How many of their bytes were moved, and the error number that ended it, 0 when all were. `ETIMEDOUT`: the
-        other program delivers nothing. `EFAULT` also stands for the end of a file.
+        The number of bytes transferred, and the error number that ended the transfer, 0 if it is complete.
+        `ETIMEDOUT`: the other program supplies nothing. `EFAULT` also stands for the end of a file.
     """
     total = 0
     left = list(ranges)
@@ -195,14 +195,14 @@ def move(ends: Ends, ranges: Sequence[Range], timeout: float) -> tuple[int, int]
 
 
 def touch(pid: int, pidfd: int, address: int, size: int, timeout: float) -> int:
-    """Fault in whole pages of a task for reading, a byte of each.
+    """Fault in whole pages of a task by reading a byte of each.
 
     Parameters
     ----------
     pid, pidfd, address, size
         The task, its pidfd or -1, and its pages.
     timeout
-        Seconds for which no page may arrive.
+        Seconds to wait without a new page.
 
     Returns
     -------
@@ -217,7 +217,7 @@ def touch(pid: int, pidfd: int, address: int, size: int, timeout: float) -> int:
             number = _run(attempt, timeout)
         finally:
             attempt.end()
-        if number in NO_CHILD:  # this thread waits, for as long as it takes
+        if number in NO_CHILD:  # this thread waits instead, without a limit
             number = crosstask.touch(pid, pidfd, start, end - start, PAGE_SIZE)
         if number:
             return number
@@ -225,7 +225,7 @@ def touch(pid: int, pidfd: int, address: int, size: int, timeout: float) -> int:
 
 
 def behind(ranges: Sequence[Range], size: int) -> list[Range]:
-    """Return what of the ranges lies behind their first `size` bytes."""
+    """Return the ranges without their first `size` bytes."""
     for index, (start, end) in enumerate(ranges):
         if size < end - start:
             return [(start + size, end), *ranges[index + 1 :]]
@@ -234,7 +234,7 @@ def behind(ranges: Sequence[Range], size: int) -> list[Range]:
 
 
 def _batch(ranges: list[Range]) -> tuple[list[Range], list[Range]]:
-    """Split off what one child moves."""
+    """Split off the ranges that one child transfers."""
     batch: list[Range] = []
     room = _SIZE
     for start, end in ranges[: crosstask.MOST_RANGES]:
@@ -251,7 +251,7 @@ def _move(ends: Ends, batch: Sequence[Range], timeout: float) -> tuple[int, int]
         if ends.write:
             _copy_here(ends, batch, attempt.address, sum(end - start for start, end in batch))
         error = _run(attempt, timeout)
-        # A child that was given up may still move some: what counts is what is copied here.
+        # An abandoned child may continue to transfer bytes: only those that are copied here count.
         moved = attempt.moved
         if not ends.write:
             _copy_here(ends, batch, attempt.address, moved)
@@ -261,7 +261,7 @@ def _move(ends: Ends, batch: Sequence[Range], timeout: float) -> tuple[int, int]
 
 
 def _run(attempt: crosstask.Attempt, timeout: float) -> int:
-    """Start an attempt and wait until it is over; returns its error number, `ETIMEDOUT` if nothing arrives."""
+    """Run an attempt and return its error number, `ETIMEDOUT` if nothing arrives."""
     try:
         attempt.start()
     except OSError as error:
@@ -276,7 +276,7 @@ def _run(attempt: crosstask.Attempt, timeout: float) -> int:
 
 
 def _copy_here(ends: Ends, batch: Sequence[Range], bounce: int, size: int) -> None:
-    """Copy between the memory of an attempt and this process's, the first `size` bytes."""
+    """Copy the first `size` bytes between the memory of an attempt and that of this process."""
     for start, end in batch:
         length = min(end - start, size)
         here = ends.here(start)

@@ -1,4 +1,4 @@
-"""Why access to another task failed, as the error to raise: every sentence names the cause and the remedy."""
+"""Errors for failed access to another task; each message names the cause and the remedy."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 
 def unless_exhausted(error: OSError, doing: str) -> None:
-    """Raise `kIOReturnNoResources` if a look at a task failed for want of a descriptor, which says nothing of it."""
+    """Raise `kIOReturnNoResources` if inspecting a task failed for lack of a file descriptor."""
     if error.errno in NO_DESCRIPTOR:
         raise limits.from_oserror(error, doing) from None
 
 
 def gone(what: str, number: int = errno.ESRCH) -> NotFoundError:
-    """Return the error for a task that exited: `what` says which and how we know."""
+    """Return the error for a task that exited; `what` names it and the evidence."""
     return NotFoundError(what, number)
 
 
@@ -48,9 +48,9 @@ def unreadable(
 ) -> IOReturnError:
     """Return the error for the byte `address` of the task `pid`, which is not mapped or not accessible.
 
-    The explanation takes twenty times as long as the failure, and is made when it is first asked for: it describes
-    the memory as it is then, and says so where that does not explain the failure. `alive` says whether the pid is
-    still the task's.
+    The explanation takes twenty times as long as the failure, and is composed when it is first read. It describes the
+    memory at that time, and says so if that does not explain the failure. `alive` returns whether the pid still
+    belongs to the task.
     """
     verb = "write to" if write else "read"
 
@@ -69,7 +69,7 @@ def _why_unreadable(pid: int, address: int, write: bool, alive: Callable[[], boo
         if alive():
             return f"the kernel cannot fault it in (/proc does not show what is mapped there: {error.strerror})"
     if not alive():
-        return "why cannot be found out: it has exited since"
+        return "the cause cannot be determined: it has exited since"
     if obstacle:
         return obstacle.why + (f"; {obstacle.remedy}" if obstacle.remedy else "")
     causes = "a bad page, an I/O error, or it was not mapped yet"
@@ -77,13 +77,13 @@ def _why_unreadable(pid: int, address: int, write: bool, alive: Callable[[], boo
 
 
 def unreachable(error: ClosedError | FaultError) -> IOReturnError:
-    """Return the error for memory of this process that was released, or went away, while it was accessed."""
+    """Return the error for memory of this process that was released or unmapped while it was accessed."""
     if not isinstance(error, OSError):
         return NotOpenError("another thread has released this memory")
     if error.address is not None:
         return unreadable(os.getpid(), error.address)
     return NoResourcesError(
-        f"memory that may go away is accessed by a child process, which cannot be started ({error}): RLIMIT_NPROC "
+        f"memory that may be unmapped is accessed by a child process, which cannot start ({error}): RLIMIT_NPROC "
         "(`ulimit -u`) or the pids limit of a cgroup is reached",
         error.errno or 0,
     )
@@ -107,13 +107,13 @@ def not_moved(
         refusal = limits.from_oserror(OSError(number, os.strerror(number)), f"cannot copy from or to task {pid}")
     elif number == errno.ETIMEDOUT:
         message = (
-            f"the page at {address:#x} of task {pid} was not delivered within {timeout:g} s: its contents come from "
-            "another program (a handler of userfaultfd, or the server of the file) that does not answer; wait longer "
+            f"the page at {address:#x} of task {pid} was not supplied within {timeout:g} s: its contents come from "
+            "another program (a userfaultfd handler, or the server of the file) that does not answer; wait longer "
             "with timeout="
         )
         refusal = TaskTimeoutError(message, number, address)
     elif number == errno.EDEADLK:
-        message = f"the page at {address:#x} of task {pid} has to be delivered by another program"
+        message = f"the page at {address:#x} of task {pid} must be supplied by another program"
         refusal = NotReadyError(message, number, address)
     else:
         refusal = unreadable(pid, address, write=write, alive=alive)
@@ -121,10 +121,10 @@ def not_moved(
 
 
 def refused(pid: int, number: int, what: str) -> IOReturnError:
-    """Return the error for a kernel that refused `what` ("memory", "pagemap") of the task `pid`."""
-    unless_exhausted(OSError(number, os.strerror(number)), f"cannot look at the {what} of task {pid}")
+    """Return the error if the kernel refused access to `what` ("memory", "pagemap") of the task `pid`."""
+    unless_exhausted(OSError(number, os.strerror(number)), f"cannot read the {what} of task {pid}")
     if not _has_memory(pid):
-        # What belongs to a task without memory is root's, so that others are refused for that reason alone.
+        # The files of a task without memory belong to root: other users are refused for that reason alone.
         return without_memory(pid)
     return NotPermittedError(f"no access to the {what} of task {pid}: {_why_refused(pid)}", number)
 
@@ -133,7 +133,7 @@ def within(pid: int, error: OSError, doing: str, size: int = 0) -> IOReturnError
     """Return the error for a system call in the task `pid` that failed while `doing` something with `size` bytes."""
     number = error.errno or 0
     if number == errno.EAGAIN and (limit := limits.memlock(size, pid)):
-        why = f"the task locks all that it maps (mlockall), and {limit}"
+        why = f"the task locks all its mappings (mlockall), and {limit}"
         return CannotWireError(f"{doing} in task {pid}: {why}", number)
     met = limits.met_by_mapping(size, pid) if number == errno.ENOMEM else None
     code, why = {
@@ -162,8 +162,7 @@ def hidden(pid: int) -> IOReturnError | None:
     """Return the error for a process that exists and that /proc does not show; None for any other.
 
     `kIOReturnNotPermitted`: /proc hides it (hidepid, a security module). `kIOReturnUnsupported`: /proc is not
-    mounted, is that of a pid namespace which this process is not in, or counts otherwise and pids cannot be
-    translated.
+    mounted, belongs to a pid namespace without this process, or to another one whose pids cannot be translated.
     """
     if not _exists(pid):
         return None
@@ -197,13 +196,13 @@ def _exists(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it is another user's
+    except OSError:  # it belongs to another user
         pass
     return True
 
 
 def numbered_otherwise(pid: int) -> IOReturnError | None:
-    """Return the error for what takes numbers that /proc and system calls share; None where they do share them."""
+    """Return the error for operations that require equal pids in /proc and system calls; None if they are equal."""
     try:
         if not pidns.is_foreign():
             return None
@@ -211,13 +210,13 @@ def numbered_otherwise(pid: int) -> IOReturnError | None:
         return hidden(pid)
     message = (
         f"/proc belongs to another pid namespace, in which {pid} is another process: task {pid} can be read, but its "
-        f"threads cannot be stopped, and psutil cannot be asked about it; `{host.MOUNT_PROC.partition('  #')[0]}`"
+        f"threads cannot be stopped, and psutil cannot be used for it; `{host.MOUNT_PROC.partition('  #')[0]}`"
     )
     return UnsupportedError(message)
 
 
 def without_memory(pid: int) -> IOReturnError:
-    """Return the error for a task that has no user memory, or none any more."""
+    """Return the error for a task without user memory."""
     if error := hidden(pid):
         return error
     if is_kernel_thread(pid):
@@ -225,11 +224,11 @@ def without_memory(pid: int) -> IOReturnError:
             f"task {pid} is a kernel thread: it has no user memory",
             errno.ESRCH,
         )
-    return gone(f"the memory of task {pid} is gone: it exited, or replaced its program by exec meanwhile")
+    return gone(f"the memory of task {pid} no longer exists: it exited, or executed another program")
 
 
 def is_kernel_thread(pid: int) -> bool:
-    """Say whether `pid` is a kernel thread."""
+    """Return whether `pid` is a kernel thread."""
     try:
         return bool(procfs.flags(pid) & PF_KTHREAD)
     except OSError:  # it is gone
@@ -239,7 +238,7 @@ def is_kernel_thread(pid: int) -> bool:
 def _has_memory(pid: int) -> bool:
     try:
         return not procfs.flags(pid) & (PF_EXITING | PF_KTHREAD) or procfs.memory_id(pid) != pid
-    except OSError as error:  # it is gone, unless no descriptor is free to look at it
+    except OSError as error:  # it has exited, or no descriptor is free to inspect it
         return error.errno in NO_DESCRIPTOR
 
 
@@ -262,13 +261,13 @@ def _why_refused(pid: int) -> str:
     if ours.get("Seccomp", "0") != "0":
         suspects.append("the seccomp filter of this process (allow process_vm_readv and ptrace in its profile)")
     suspects.append("a security module")
-    return f"this process has CAP_SYS_PTRACE; what remains is {' or '.join(suspects)}"
+    return f"this process has CAP_SYS_PTRACE; the remaining causes are {' or '.join(suspects)}"
 
 
 def _why_without_ptrace(uid: int, lacking: str) -> str:
-    """Say why a process of `uid`, whose capabilities this process is `lacking`, is refused without CAP_SYS_PTRACE.
+    """Return why access to a process of `uid`, with capabilities that are `lacking` here, requires CAP_SYS_PTRACE.
 
-    As the kernel decides (__ptrace_may_access and cap_ptrace_access_check; Yama after both).
+    In the order of the kernel's checks (__ptrace_may_access and cap_ptrace_access_check, then Yama).
     """
     if uid != os.getuid():
         return f"it belongs to uid {uid}, this process to uid {os.getuid()}; run as that user or with CAP_SYS_PTRACE"
@@ -286,7 +285,7 @@ def _in_another_user_namespace(pid: int) -> bool:
     folder = pidns.directory(pid)
     try:
         return os.readlink(f"{folder}/ns/user") != os.readlink("/proc/thread-self/ns/user")
-    except OSError:  # refused like its memory; the map of its users is shown to all
+    except OSError:  # refused like its memory; the map of its user ids is readable by all users
         pass
     try:
         with open(f"{folder}/uid_map") as theirs, open("/proc/self/uid_map") as ours:

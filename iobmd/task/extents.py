@@ -1,9 +1,9 @@
-"""Where the bytes of a task's absent pages are, so that reading them creates no page in the task.
+"""Sources of a task's absent pages, from which they can be read without creating pages in the task.
 
-A page without a page table entry may be zero (private anonymous memory), a page of an object that is read through a
-descriptor of it (tmpfs, hugetlbfs, files), or one that another program has to deliver (userfaultfd, FUSE). A fault
-would answer in each case, but at the task's expense: the kernel charges a page of shared memory to the cgroup of the
-process whose page table it was faulted into, takes pages of hugetlb from the pool, and grows page tables.
+A page without a page table entry may be zero (private anonymous memory), a page of an object that can be read through
+a descriptor (tmpfs, hugetlbfs, files), or a page that another program must supply (userfaultfd, FUSE). A page fault
+would work in each case, but would cost the task: the kernel charges a page of shared memory to the cgroup of the
+process into which it is faulted, uses pages of the hugetlb pool, and allocates page tables.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from iobmd.task.attempt import File
 
 SMALL = 64 << 10
-"""Bytes of private memory below which nothing is asked about userfaultfd.
+"""Size in bytes up to which private memory is read without checking for userfaultfd.
 
-/proc/PID/smaps answers that, and walks the page tables of every area before the one in question (27 ms for 4 GiB in
-small pages, under the lock that the task's mmap waits for). A fault costs the task a page table at most.
+The check reads /proc/PID/smaps, which walks the page tables of all areas before the one in question (27 ms for 4 GiB
+in small pages, under the lock that the task's mmap needs). A fault costs the task at most a page table.
 """
 
 _TMPFS, _RAMFS, _HUGETLBFS = 0x01021994, 0x858458F6, 0x958458F6  # linux/magic.h
@@ -41,20 +41,20 @@ _PRIVATE_HUGETLB = "/anon_hugepage"
 
 
 class Origin(enum.Enum):
-    """Where the bytes of absent pages come from."""
+    """The sources of absent pages."""
 
     ZERO = enum.auto()
-    """They are zero."""
+    """The bytes are zero."""
     OBJECT = enum.auto()
-    """A file of a memory file system, a read of which allocates nothing and never waits."""
+    """A file of an in-memory file system: reading it allocates nothing and never waits."""
     FILE = enum.auto()
-    """Another file; its server may keep a reader waiting."""
+    """Another file, whose server may make a reader wait."""
     FAULT = enum.auto()
-    """Whatever answers a page fault: a device, the kernel, a handler of userfaultfd."""
+    """A page fault: a device, the kernel, or a userfaultfd handler supplies the page."""
     SILENT = enum.auto()
     """A file whose server does not answer."""
     NOWHERE = enum.auto()
-    """Nothing is mapped that permits it."""
+    """Nothing is mapped that permits the access."""
 
 
 class Absent(NamedTuple):
@@ -63,12 +63,12 @@ class Absent(NamedTuple):
     ranges: Ranges
     origin: Origin
     waits: bool = False
-    """A fault there waits for another program, possibly for this task itself."""
+    """Whether a fault waits for another program, possibly for this task itself."""
     file: File | None = None
     shift: int = 0
-    """What an address there is more than its offset in `file`."""
+    """The difference between an address and its offset in `file`."""
     page: int = PAGE_SIZE
-    """Bytes of a page of that file."""
+    """Page size of that file, in bytes."""
 
 
 class Files:
@@ -79,9 +79,9 @@ class Files:
     pid
         The task.
     timeout
-        Seconds for which a file's server may be silent.
+        Seconds to wait for a file's server.
     may_wait
-        False: the task stands still, and may itself be the server.
+        False: the task is stopped, and may itself be the server.
     """
 
     def __init__(self, pid: int, timeout: float, *, may_wait: bool = True) -> None:
@@ -92,10 +92,10 @@ class Files:
         self._fuse: set[str] | None = None
 
     def find(self, area: VMA) -> File | Origin | None:
-        """Return the file that an area maps; None where it cannot be opened, and the origin of one that would wait.
+        """Return the file that an area maps, None if it cannot be opened, or the origin if opening it would wait.
 
-        By /proc/PID/map_files, for holders of CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN; else by the path of the file,
-        or by a descriptor that the task still has open.
+        The file is found through /proc/PID/map_files (CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN), its path, or a
+        descriptor that the task still has open.
         """
         key = area.device, area.inode
         if key not in self._found:
@@ -120,9 +120,9 @@ class Files:
 
 
 def find_file(pid: int, area: VMA, timeout: float, *, opened: bool = True) -> File | None:
-    """Return the file that an area of a task maps; None where it cannot be found, or, if `opened`, not be opened.
+    """Return the file that an area of a task maps; None if it cannot be found or, with `opened`, not be opened.
 
-    Raises OSError as `attempt.find`, whose parameters these are, and where the task is gone.
+    Parameters and errors are those of `attempt.find`; OSError is also raised if the task has exited.
     """
     # Children have another /proc/self.
     own = pid == os.getpid() and not pidns.is_foreign()
@@ -147,7 +147,7 @@ def _is_leased(area: VMA) -> bool:
 
 
 def _named(root: str, area: VMA) -> Iterator[str]:
-    """Iterate over where else the file of an area may be found."""
+    """Iterate over other paths of an area's file."""
     if area.name.startswith("/") and not area.name.endswith(" (deleted)"):
         yield f"{root}/root{area.name}"
     try:
@@ -160,28 +160,28 @@ def _named(root: str, area: VMA) -> Iterator[str]:
 
 
 def absent(pid: int, ranges: Ranges, files: Files, *, small: bool, permission: str = "r") -> Iterator[Absent]:
-    """Iterate over what ascending `ranges` of absent pages of a task hold, ascending.
+    """Iterate over the sources of ascending `ranges` of absent pages of a task, in ascending order.
 
     Parameters
     ----------
     pid
         The task.
     ranges
-        What pagemap shows as absent.
+        The ranges that pagemap shows as absent.
     files
-        Finds the files that it maps.
+        Finds the files that the task maps.
     small
-        It is at most `SMALL` bytes, and a fault may answer in private memory.
+        The ranges have at most `SMALL` bytes, so that private memory may be faulted in.
     permission
-        "r" or "w": what the mapping has to permit.
+        "r" or "w": the required permission of the mapping.
 
     Raises
     ------
     OSError
-        As the kernel refuses the task's memory map.
+        The kernel refused access to the task's memory map.
     IOReturnError
-        `kIOReturnNoMemory`, `kIOReturnNoResources`: it cannot be determined which pages exist, and to create them all
-        would exceed a limit of the task or empty a pool.
+        `kIOReturnNoMemory`, `kIOReturnNoResources`: it cannot be determined which pages exist, and creating them all
+        would exceed a limit of the task or exhaust a pool.
     """
     low, high = ranges[0][0], ranges[-1][1]
     areas = list(procfs.areas(pid, low, high))
@@ -210,9 +210,9 @@ def absent(pid: int, ranges: Ranges, files: Files, *, small: bool, permission: s
 
 
 def _may_have_handler(area: VMA, files: Files) -> bool:
-    """Say whether smaps has to be read about an area that maps a file: userfaultfd serves memory file systems alone.
+    """Return whether smaps must be read for a file mapping: userfaultfd only serves in-memory file systems.
 
-    smaps walks through all pages below, for a page of a library as well.
+    smaps walks all pages below the area, even for one page of a library.
     """
     if not area.inode:
         return False
@@ -221,12 +221,12 @@ def _may_have_handler(area: VMA, files: Files) -> bool:
 
 
 def unmapped(pid: int, address: int, size: int) -> Ranges | tuple[()]:
-    """Return where this process has nothing mapped, before a copy of a range of its own is allocated.
+    """Return the unmapped parts of a range of this process, before a copy of it is allocated.
 
-    Afterwards it could not be told: memory may come to lie at the very addresses that it is to be a copy of. Of other
-    tasks nothing is returned.
+    Afterwards they could not be determined, because the new memory may be mapped at those addresses. For other tasks
+    the result is empty.
     """
-    end = min(address + size, (1 << 64) - 1)  # the end of all addresses is no 64-bit number
+    end = min(address + size, (1 << 64) - 1)  # the end of the address space does not fit 64 bits
     if not size or pid != os.getpid() or crosstask.is_mapped(address, end - address, PAGE_SIZE):
         return ()
     try:
@@ -237,7 +237,7 @@ def unmapped(pid: int, address: int, size: int) -> Ranges | tuple[()]:
 
 
 def outline(pid: int, address: int, size: int) -> Ranges | None:
-    """Return what of a range of a task is absent; None where the kernel does not say."""
+    """Return the absent parts of a range of a task; None if the kernel does not show them."""
     try:
         pagemap = os.open(f"{pidns.directory(pid)}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -249,9 +249,9 @@ def outline(pid: int, address: int, size: int) -> Ranges | None:
 
 
 def existing(pid: int, ranges: Ranges, timeout: float) -> int:
-    """Return how many bytes of absent pages of a task exist in the object that it maps there.
+    """Return how many bytes of absent pages of a task exist in the mapped object.
 
-    All of them where the kernel does not say. Raises IOReturnError as `absent`.
+    All of them if the kernel does not show it. Raises IOReturnError as `absent`.
     """
     found = 0
     files = Files(pid, timeout)
@@ -271,12 +271,12 @@ def existing(pid: int, ranges: Ranges, timeout: float) -> int:
 
 def _of_area(pid: int, area: VMA, inside: Ranges, files: Files, *, page: int, write: bool) -> Iterator[Absent]:
     if not area.inode:
-        # The kernel's own areas, such as [vdso], have pages that it maps on a fault.
+        # Special areas, such as [vdso], have pages that the kernel maps on a fault.
         anonymous = not area.name or area.name.startswith(("[heap]", "[stack", "[anon:"))
         yield Absent(inside, Origin.ZERO if anonymous else Origin.FAULT)
         return
     if area.name.startswith(_PRIVATE_HUGETLB) and area.perms[3] == "p" and page > PAGE_SIZE:
-        yield Absent(inside, Origin.ZERO)  # the object behind it has no other user, and is empty
+        yield Absent(inside, Origin.ZERO)  # its object has no other user, and is empty
         return
     file = files.find(area)
     if file is None:
@@ -292,7 +292,7 @@ def _of_area(pid: int, area: VMA, inside: Ranges, files: Files, *, page: int, wr
 
 
 def _cut_at_end(whole: Absent, file: File) -> Iterator[Absent]:
-    """Behind the last byte of a file its page is zero, and behind that there is none."""
+    """Split a range at the end of its file: the rest of the last page is zero, and further pages do not exist."""
     end, last = whole.shift + file.length, whole.shift + round_up(file.length, whole.page)
     yield from (whole._replace(ranges=inside) for inside in _cut(whole.ranges, whole.ranges[0][0], end))
     yield from (Absent(inside, Origin.ZERO) for inside in _cut(whole.ranges, end, last))
@@ -301,7 +301,7 @@ def _cut_at_end(whole: Absent, file: File) -> Iterator[Absent]:
 
 
 def _require_room(pid: int, area: VMA, inside: Ranges, page: int) -> None:
-    """Raise where faults on all of it could exceed what the task may have. Files of a disk are not charged to it."""
+    """Raise if faulting in all of it could exceed a limit of the task. Files on a disk are not charged to it."""
     if not area.device.startswith("00:"):
         return
     if page > PAGE_SIZE:
@@ -311,7 +311,7 @@ def _require_room(pid: int, area: VMA, inside: Ranges, page: int) -> None:
 
 
 def _by_area(areas: Sequence[VMA], ranges: Ranges) -> Iterator[tuple[VMA | None, Ranges]]:
-    """Group ranges by the area that holds them, cut at its bounds; None: they are not mapped."""
+    """Group ranges by area, split at the bounds of the areas; None for unmapped ranges."""
     at = ranges[0][0]
     for area in areas:
         if area.start > at:
@@ -322,6 +322,6 @@ def _by_area(areas: Sequence[VMA], ranges: Ranges) -> Iterator[tuple[VMA | None,
 
 
 def _cut(ranges: Ranges, start: int, end: int) -> Iterator[Ranges]:
-    """Yield what of the ranges lies between two addresses, if anything does."""
+    """Yield the parts of the ranges between two addresses, unless there are none."""
     if inside := ranges.between(start, end):
         yield inside

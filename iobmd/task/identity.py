@@ -1,4 +1,4 @@
-"""Which process a number or a psutil.Process names: its pid, its pidfd, and when it started."""
+"""The identity of a process: its pid, its pidfd, and its start time."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def pid_of(process: int | psutil.Process) -> int:
-    """Return the pid of a process. Raises `kIOReturnBadArgument` unless it is one, or a psutil.Process."""
+    """Return the pid of a process; raise `kIOReturnBadArgument` for anything but a pid or a psutil.Process."""
     if process is None:
-        raise BadArgumentError("a task is needed here, not None")
+        raise BadArgumentError("a task is required, not None")
     number = process if isinstance(process, SupportsIndex) else getattr(process, "pid", None)
     if number is None:
         raise BadArgumentError(f"{process!r} is neither a task nor a process")
@@ -29,7 +29,7 @@ def pid_of(process: int | psutil.Process) -> int:
 
 
 def open_pidfd(pid: int) -> int:
-    """Return a pidfd, or -1 where the kernel or a seccomp filter has none to give."""
+    """Return a pidfd, or -1 if the kernel or a seccomp filter does not provide one."""
     try:
         return os.pidfd_open(pid)
     except OSError as error:
@@ -37,7 +37,7 @@ def open_pidfd(pid: int) -> int:
             raise diagnosis.gone(f"no process has the pid {pid}", errno.ESRCH) from None
         if error.errno in (errno.EINVAL, errno.ENOENT):
             raise BadArgumentError(
-                f"{pid} is a thread, not a process; name its process",
+                f"{pid} is a thread, not a process; use the pid of its process",
                 errno.EINVAL,
             ) from None
         if error.errno in NO_DESCRIPTOR:
@@ -46,31 +46,31 @@ def open_pidfd(pid: int) -> int:
 
 
 def start_of(pid: int) -> int:
-    """Return when a process started, in clock ticks since boot; 0 where /proc does not tell it of this process."""
+    """Return the start time of a process in clock ticks since boot; 0 if /proc does not show that of this process."""
     try:
         return procfs.start_time(pid)
     except OSError as error:
         if error.errno in NO_DESCRIPTOR:
             raise no_descriptor(pid, error) from None
-        if pid == os.getpid():  # it has this pid for as long as it runs
+        if pid == os.getpid():  # the pid of this process cannot be reused
             return 0
         raise diagnosis.hidden(pid) or diagnosis.gone(f"no process has the pid {pid}", errno.ESRCH) from None
 
 
 def running(process: psutil.Process) -> psutil.Process:
-    """Return `process`. Raises `kIOReturnNotFound` if its pid is another process's now."""
+    """Return `process`; raise `kIOReturnNotFound` if its pid was reused."""
     try:
         if process.is_running():
             return process
     except OSError as error:
         raise no_descriptor(process, error) from None
-    gone = diagnosis.gone(f"task {process.pid} is gone: no process has that pid and start time")
+    gone = diagnosis.gone(f"task {process.pid} no longer exists: no process has that pid and start time")
     raise diagnosis.hidden(process.pid) or gone
 
 
 def as_psutil(pid: int) -> psutil.Process:
-    """Return a process as psutil sees it. Raises as `Task.process`."""
-    # psutil takes as long to load as half of iobmd: most tasks need none of it.
+    """Return the psutil.Process of a process. Raises as `Task.process`."""
+    # Loading psutil takes half as long as loading iobmd, and most tasks do not need it.
     import psutil  # noqa: PLC0415
 
     require_same_numbers(pid)
@@ -85,8 +85,8 @@ def as_psutil(pid: int) -> psutil.Process:
 
 
 def require_same_numbers(pid: int) -> None:
-    """Raise `kIOReturnUnsupported` where /proc counts processes otherwise than this process does."""
-    # psutil reads /proc/PID and sends signals to PID, which would be two processes.
+    """Raise `kIOReturnUnsupported` if /proc has different pids than this process."""
+    # psutil would read /proc/PID of one process and send signals to the PID of another.
     if refusal := diagnosis.numbered_otherwise(pid):
         raise refusal
 
@@ -94,6 +94,6 @@ def require_same_numbers(pid: int) -> None:
 def no_descriptor(process: int | psutil.Process, error: OSError) -> NoResourcesError:
     """Return the error for a lack of file descriptors."""
     return NoResourcesError(
-        f"no file descriptor is free to look at task {process}; close some, or raise `ulimit -n`",
+        f"no file descriptor is free to inspect task {process}; close some, or raise `ulimit -n`",
         error.errno or 0,
     )

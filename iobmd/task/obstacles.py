@@ -1,4 +1,4 @@
-"""Why the kernel cannot reach or pin memory of a task: by its maps, its page tables and its files."""
+"""Reasons why the kernel cannot access or pin memory of a task, from its maps, page tables and files."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from iobmd.units import PAGE_SIZE, format_size, pages, round_up
 if TYPE_CHECKING:
     from iobmd.procfs import VMA, Details
 
-_DEVICE_FLAGS = frozenset({"io", "pf"})  # VM_IO, VM_PFNMAP: no page that can be pinned or copied
+_DEVICE_FLAGS = frozenset({"io", "pf"})  # VM_IO, VM_PFNMAP: no pages that can be pinned or copied
 _IN_MEMORY = ("tmpfs", "ramfs", "hugetlbfs")
 _PATIENCE = 1.0  # seconds for all files of a range to be found
 
 
 class Obstacle(NamedTuple):
-    """The first byte of a range that cannot be reached or pinned."""
+    """The first byte of a range that cannot be accessed or pinned."""
 
     address: int
     code: IOReturn
     why: str
     remedy: str = ""
-    """What the caller can do; empty where there is nothing."""
+    """What the caller can do; empty if nothing can be done."""
 
     def __str__(self) -> str:
         return f"at {self.address:#x}: {self.why}" + (f"; {self.remedy}" if self.remedy else "")
@@ -43,23 +43,23 @@ def find(pid: int, start: int, end: int, *, write: bool = False, pin: bool = Fal
     start, end : int
         The range.
     write : bool
-        It is to be written to.
+        Whether it is to be written to.
     pin : bool
-        It is to be pinned by io_uring.
+        Whether it is to be pinned by io_uring.
 
     Returns
     -------
     Obstacle or None
-        None: nothing that the kernel shows stands in the way.
+        None if the kernel shows no obstacle.
 
     Raises
     ------
     OSError
-        The task is gone, or its /proc files may not be read.
+        The task has exited, or its /proc files are not readable.
 
     Notes
     -----
-    Nothing is faulted in. It describes the memory as it is now, which may have changed since a call failed.
+    Nothing is faulted in. The result describes the present memory, which may have changed since a call failed.
     """
     place, unpinnable, lengths = start, None, _Lengths(pid)
     for area in procfs.areas(pid, start, end):
@@ -68,7 +68,7 @@ def find(pid: int, start: int, end: int, *, write: bool = False, pin: bool = Fal
         stop = min(area.end, end)
         if found := _unreachable(pid, area, place, stop, lengths, write=write):
             return found
-        if pin and not unpinnable:  # what cannot even be reached comes first, wherever it lies
+        if pin and not unpinnable:  # inaccessible bytes take precedence, wherever they lie
             unpinnable = _unpinnable(pid, area, place)
         place = stop
     if place >= end:
@@ -82,12 +82,12 @@ def _unreachable(pid: int, area: VMA, place: int, stop: int, lengths: _Lengths, 
             why = f"it lies in a mapping without {name} permission, {area}"
             return Obstacle(place, IOReturn.kIOReturnVMError, why)
     if area.name.startswith("/secretmem"):
-        why = f"it is memory of memfd_secret(2), which no system call and no device can reach, {area}"
+        why = f"it is memory of memfd_secret(2), which no system call and no device can access, {area}"
         return Obstacle(place, IOReturn.kIOReturnUnsupported, why)
     details = _details(pid, area)
     flags = details.flags if details else frozenset()
     if flags & _DEVICE_FLAGS:
-        why = f"it is a mapping of a device, which has no pages that could be pinned or copied, {area}"
+        why = f"it is a mapping of a device, which has no pages to pin or copy, {area}"
         return Obstacle(place, IOReturn.kIOReturnUnsupported, why)
     page = details.counters.get("KernelPageSize", PAGE_SIZE) if details else PAGE_SIZE
     found = [_past_the_end(lengths, area, place, stop, page), _guarded(pid, area, place, stop)]
@@ -101,33 +101,33 @@ def _details(pid: int, area: VMA) -> Details | None:
 
 
 def _unpinnable(pid: int, area: VMA, place: int) -> Obstacle | None:
-    """Return why io_uring does not pin accessible memory: it pins for writing (FOLL_WRITE | FOLL_LONGTERM)."""
+    """Return why io_uring does not pin accessible memory; it pins for writing (FOLL_WRITE | FOLL_LONGTERM)."""
     copy = "make a copy (IOBufferMemoryDescriptor.withCopy)"
     if "w" not in area.perms:
-        why = f"it may not be written to, and io_uring pins only what may, {area}"
+        why = f"it is not writable, and io_uring pins only writable memory, {area}"
         details = _details(pid, area)
         if details and "mw" not in details.flags:  # VM_MAYWRITE
             why += ", whose file was opened for reading only or is sealed against writing"
             return Obstacle(place, IOReturn.kIOReturnCannotWire, why, copy)
         return Obstacle(place, IOReturn.kIOReturnCannotWire, why, f"{copy}, or allow writing (mprotect)")
     if "s" in area.perms and _is_on_disk(pid, area):
-        why = f"it is a shared mapping of a file, whose pages have to be written back and are not pinned, {area}"
+        why = f"it is a shared mapping of a file, whose pages must be written back and are not pinned, {area}"
         return Obstacle(place, IOReturn.kIOReturnCannotWire, why, copy)
     return None
 
 
 def _is_on_disk(pid: int, area: VMA) -> bool:
-    """Say whether an area is of a file of a mounted file system other than those that are kept in memory."""
+    """Return whether an area maps a file of a mounted file system that is not an in-memory one."""
     device = tuple(int(number, 16) for number in area.device.split(":") if number)
     with contextlib.suppress(OSError):
         for mount in procfs.mounts(pid):
             if mount.device == device:
                 return mount.kind not in _IN_MEMORY
-    return False  # a memfd, whose mount is the kernel's own
+    return False  # a memfd, whose mount is internal to the kernel
 
 
 class _Lengths:
-    """The lengths of the files that a task maps, as far as they can be determined soon.
+    """The lengths of the files that a task maps, as far as they can be determined quickly.
 
     A path to a file may lead through a directory whose server never answers (FUSE).
     """
@@ -137,7 +137,7 @@ class _Lengths:
         self._until = time.monotonic() + _PATIENCE
 
     def find(self, area: VMA) -> int | None:
-        """Return the length of the regular file that an area maps; None: there is none, or it cannot be found."""
+        """Return the length of the regular file that an area maps; None if there is none, or it cannot be found."""
         left = self._until - time.monotonic()
         if not area.inode or left <= 0:
             return None
@@ -176,7 +176,7 @@ def _first(pid: int, place: int, stop: int, wanted: tuple[int, int]) -> int | No
 
 
 def _pool_exhausted(pid: int, area: VMA, place: int, stop: int, page: int, *, reserved: bool) -> Obstacle | None:
-    """Return the first page of hugetlb that does not exist and cannot be made; `reserved`: some are, for the area."""
+    """Return the first hugetlb page that does not exist and cannot be allocated; `reserved`: the area has some."""
     pool = next((pool for pool in host.hugetlb_pools() if pool.size == page), None)
     if pool is None or (pool.free if reserved else pool.available):
         return None

@@ -30,8 +30,8 @@ class Task:
     Parameters
     ----------
     process : int or psutil.Process
-        The process. A number is a pid as this process's pid namespace counts, also where /proc counts otherwise;
-        there a psutil.Process is refused, because it would read one process and signal another.
+        The process. A pid belongs to the pid namespace of this process, even if /proc belongs to another one; in that
+        case a psutil.Process is refused, because it would read one process and signal another.
 
     Attributes
     ----------
@@ -41,14 +41,14 @@ class Task:
     Raises
     ------
     IOReturnError
-        `kIOReturnNotFound`: no such process. `kIOReturnBadArgument`: not a process id. `kIOReturnNotPermitted`:
-        /proc hides it (hidepid). `kIOReturnUnsupported`: /proc is not mounted, or a psutil.Process is given where
-        /proc belongs to another pid namespace.
+        `kIOReturnNotFound`: there is no such process. `kIOReturnBadArgument`: not a process id.
+        `kIOReturnNotPermitted`: /proc hides it (hidepid). `kIOReturnUnsupported`: /proc is not mounted, or belongs to
+        another pid namespace and a psutil.Process is given.
 
     Notes
     -----
-    Holds a pidfd (pidfd_open(2), Linux 5.3), which stays with the process whatever happens to its number; psutil is
-    loaded when `process` is asked for. Usable from any thread; a forked child may go on using it.
+    A task holds a pidfd (pidfd_open(2), Linux 5.3), which refers to the process even after its pid is reused. psutil
+    is loaded when `process` is first read. Tasks may be used from any thread, and by forked children.
     """
 
     __slots__ = ("__weakref__", "_pidfd", "_process", "_started", "pid")
@@ -78,22 +78,22 @@ class Task:
         return self
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a Task cannot be pickled: its pid may be another process's when it is read; send the pid")
+        raise TypeError("a Task cannot be pickled, because its pid may be reused before it is loaded; send the pid")
 
     @property
     def process(self) -> psutil.Process:
-        """The same process as psutil sees it: its name, user, state and much more.
+        """The process as a psutil.Process, for its name, user, state and other properties.
 
         Raises
         ------
         IOReturnError
-            `kIOReturnNotFound`: it was first asked for when the process was gone. `kIOReturnUnsupported`: /proc
+            `kIOReturnNotFound`: the process had exited when this was first read. `kIOReturnUnsupported`: /proc
             belongs to another pid namespace, or is not mounted.
         """
         if self._process is None:
             found = identity.as_psutil(self.pid)
             if identity.start_of(self.pid) != self._started:
-                raise diagnosis.gone(f"task {self.pid} is gone: another process has its pid")
+                raise diagnosis.gone(f"task {self.pid} no longer exists: its pid was reused")
             self._process = found
         return self._process
 
@@ -103,7 +103,7 @@ class Task:
 
     @property
     def pidfd(self) -> int:
-        """The descriptor that stays with the process; -1 where the kernel or a seccomp filter gives none."""
+        """The pidfd of the process; -1 if the kernel or a seccomp filter does not provide one."""
         return self._pidfd
 
     @property
@@ -113,7 +113,7 @@ class Task:
 
     @property
     def alive(self) -> bool:
-        """Whether the process runs; False once it has exited, also before its parent has waited for it."""
+        """Whether the process is running; False once it has exited, even before it is reaped."""
         if self._pidfd < 0:
             return self._alive_without_pidfd()
         return not crosstask.has_exited(self._pidfd)
@@ -133,8 +133,8 @@ class Task:
         address, size : int
             In bytes.
         timeout : float
-            Seconds to wait for another program that has to deliver a page and delivers nothing: the task's handler of
-            userfaultfd(2), or the server of a file that it maps.
+            Seconds to wait for another program that must supply a page: the task's userfaultfd(2) handler, or the
+            server of a file that it maps.
 
         Raises
         ------
@@ -145,31 +145,31 @@ class Task:
 
         Notes
         -----
-        The task has no more memory afterwards than before. Pages that it has are read by process_vm_readv(2); those
-        that it lacks are zero, or are read from the object that it maps there. Where that object cannot be opened (by
-        another user than root, once its path and its descriptors are gone) the kernel has to create the pages in the
-        task. Their size is first compared with what the limits of the task's memory cgroup leave, or with the hugetlb
-        pool, and the call is refused if they do not fit. Pages read from swap are returned there (CAP_SYS_NICE).
+        Reading does not increase the memory of the task. Its present pages are read by process_vm_readv(2); absent
+        pages are zero, or are read from the mapped object. If that object cannot be opened (by a user other than
+        root, when its path and descriptors are gone), the kernel must create the pages in the task. Their size is
+        first compared with the free memory of the task's memory cgroup, or of the hugetlb pool, and the call is
+        refused if they do not fit. Pages read from swap are returned there (CAP_SYS_NICE).
         """
         check_range(address, size)
         if unmapped := extents.unmapped(self.pid, address, size):
             raise diagnosis.unreadable(self.pid, unmapped[0][0])
         headroom.require(size, swappable=True)
         data = fresh_bytes(size)
-        # Nobody else has seen these bytes yet, so that they may still be written.
+        # No other reference to these bytes exists yet, so that they may still be written.
         with HeldBuffer(data, False) as held:
             self.copy_in(address, held.address, size, timeout=timeout)
         return data
 
     def readinto(self, address: int, buffer: Buffer, *, timeout: float = transfer.TIMEOUT) -> int:
-        """Fill the writable `buffer` from `address` on; return its size in bytes. Raises as `read`.
+        """Fill the writable `buffer` with the bytes at `address`; return its size in bytes. Raises as `read`.
 
         Parameters
         ----------
         address : int
             In bytes.
         buffer : buffer
-            Its bytes before `.address` may have been written when this raises.
+            The destination. If an error is raised, the bytes before `.address` may have been written.
         timeout : float
             As for `read`, in seconds.
         """
@@ -178,7 +178,7 @@ class Task:
             return held.size
 
     def write(self, address: int, data: Buffer, *, timeout: float = transfer.TIMEOUT) -> int:
-        """Copy the bytes of `data` to `address`; return how many. Raises as `read`.
+        """Copy the bytes of `data` to `address`; return their number. Raises as `read`.
 
         On `kIOReturnVMError` and `kIOReturnTimeout` the bytes before `.address` may have been written.
 
@@ -217,7 +217,7 @@ class Task:
         """Copy `size` bytes at `source` of this task to the address `destination` of the calling process.
 
         The other parameters are those of `transfer.Transfer`. Raises as `read`; with `resident_only` also
-        `kIOReturnNotReady`, `.address` being the first page that another program has to deliver.
+        `kIOReturnNotReady`, where `.address` is the first page that another program must supply.
         """
         check_range(source, size)
         if not size or (not skip and self._moved_present(source, destination, size, fresh=fresh)):
@@ -231,7 +231,7 @@ class Task:
         )  # fmt: skip
 
     def _moved_present(self, theirs: int, ours: int, size: int, *, write: bool = False, fresh: bool = False) -> bool:
-        """Move little memory if all of its pages are present; returns whether that is done."""
+        """Transfer a small range if all its pages are present; return whether that was done."""
         if size > transfer.QUICK:
             return False
         error = transfer.move_present(self.pid, self._pidfd, theirs, ours, size, write=write, fresh=fresh)
@@ -240,16 +240,16 @@ class Task:
         return not error
 
     def _transfer(self, job: Transfer) -> transfer.Outcome:
-        if self._pidfd < 0 and not self.alive:  # with a pidfd each call looks itself
+        if self._pidfd < 0 and not self.alive:  # with a pidfd, each call checks this itself
             raise self._gone()
         outcome = self._moved(job)
-        # Of a main thread that has exited there is no memory, and what /proc has of it is root's.
+        # A main thread that has exited has no memory, and its /proc files belong to root.
         without = outcome.error in (errno.ESRCH, errno.EACCES)
         if without and (thread := self._thread_with_memory()) != self.pid:
             outcome = self._moved_of_thread(job, thread)
-        # Alive afterwards means that the pid was this task's all the while.
+        # If the task is alive afterwards, its pid was not reused.
         if not self.alive:
-            if not job.write:  # what was read may be another's
+            if not job.write:  # the bytes may belong to another process
                 crosstask.zero(job.ours, job.size)
             raise self._gone()
         if not outcome.error:
@@ -268,7 +268,7 @@ class Task:
             return transfer.Outcome(0, transfer.number_of(error))
 
     def _moved_of_thread(self, job: Transfer, thread: int) -> transfer.Outcome:
-        """As `_moved`, by the number of a thread, which may be another process's sooner than the task exits."""
+        """Like `_moved`, with the id of a thread, which may be reused before the task exits."""
         try:
             pidfd = os.pidfd_open(thread, os.O_EXCL)  # PIDFD_THREAD, Linux 6.9
         except OSError as error:
@@ -284,7 +284,7 @@ class Task:
                 os.close(pidfd)
 
     def _gone(self) -> IOReturnError:
-        return diagnosis.gone(f"task {self.pid} is gone: it exited before its memory was copied")
+        return diagnosis.gone(f"task {self.pid} no longer exists: it exited before its memory was copied")
 
     def _thread_with_memory(self) -> int:
         try:
@@ -304,7 +304,7 @@ class Task:
 
 
 class _CurrentTask(Task):
-    """The calling process, also after a fork: there it is the child."""
+    """The calling process; after a fork, the child."""
 
     __slots__ = ()
 
@@ -333,7 +333,7 @@ class _CurrentTask(Task):
 
 
 kernel_task: Task = _CurrentTask()
-"""This process in the kernel's role: memory allocated in it is wired unless it is asked to be pageable."""
+"""This process in the kernel's role: memory allocated in it is wired unless it is declared pageable."""
 
 
 if TYPE_CHECKING:
@@ -342,7 +342,7 @@ if TYPE_CHECKING:
 
 
 def current_task() -> Task:
-    """Return this process; the same object as `kernel_task`, for both have one address space here."""
+    """Return this process: the same object as `kernel_task`, because both have the same address space."""
     return kernel_task
 
 
@@ -361,4 +361,4 @@ def check_range(address: int, size: int) -> None:
     if size < 0:
         raise BadArgumentError(f"size {size} is negative")
     if address < 0 or address + size > ADDRESS_END:
-        raise BadArgumentError(f"address {address:#x} with size {size:#x} is outside of the 64-bit address space")
+        raise BadArgumentError(f"address {address:#x} with size {size:#x} is outside the 64-bit address space")

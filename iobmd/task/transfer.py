@@ -1,13 +1,13 @@
-"""Moving bytes between this process and another: which call, in what pieces, on how many threads.
+"""Transfers between this process and another: the choice of system calls, chunks and threads.
 
-First the pages that the task has are moved, as its pagemap shows them: by one process_vm_readv or process_vm_writev
-while it is little, and in pieces (`iobmd._internal.chunked`) handed to several threads when it is much, because
-faulting in and clearing the destination costs more than the copy itself and runs on every processor. Where the pages
-are is looked at once to cut the pieces, so that each has as many of them, and once more, a thousand pages at a time,
-right before they are moved: by then a task may have returned some, and a read would make them again. Then the absent
-ones are read from where their bytes are (`iobmd.task.extents`), so that a task has no more pages afterwards than
-before. What only a page fault can answer is left to a child process that can be killed (`iobmd.task.attempt`). Where
-the calls are refused or missing (a seccomp profile), /proc/PID/mem stands in.
+First the present pages of the task are transferred, according to its pagemap: a small range by one process_vm_readv
+or process_vm_writev call, a large one in chunks (`iobmd._internal.chunked`) on several threads, because faulting in
+and clearing the destination costs more than the copy and can be done in parallel. Pagemap is read once to determine
+chunks with equal numbers of pages, and again, for a thousand pages at a time, directly before their transfer: the
+task may have freed pages in between, and a read would create them again. Then the absent pages are read from their
+sources (`iobmd.task.extents`), so that the task has no more pages than before. Pages that only a page fault can
+supply are left to a child process that can be killed (`iobmd.task.attempt`). If the calls are refused or missing (a
+seccomp profile), /proc/PID/mem is used instead.
 """
 
 from __future__ import annotations
@@ -36,47 +36,47 @@ if TYPE_CHECKING:
     from iobmd.task.extents import Absent
 
 TIMEOUT = 10.0
-"""Seconds for which a transfer waits for another program before it gives up, unless the caller says otherwise."""
+"""Default time in seconds for which a transfer waits for another program."""
 
 WOULD_WAIT = errno.EDEADLK
-"""The error number of a transfer that may not wait for another program and would have to."""
+"""The error number of a transfer that would have to wait for another program and may not."""
 
 QUICK = 64 << 10
-"""Bytes that `move_present` moves."""
+"""Maximum number of bytes for `move_present`."""
 
-_MOST_MARKED = 1024  # separate ranges of the destination for huge pages: each costs two of vm.max_map_count
+_MOST_MARKED = 1024  # separate huge page ranges of the destination: each uses two mappings of vm.max_map_count
 _CALL_REFUSED = (errno.EPERM, errno.ENOSYS)
 
 
 class Transfer(NamedTuple):
-    """What is to be moved.
+    """The parameters of a transfer.
 
     Attributes
     ----------
     pid, pidfd
-        The task, and its pidfd or -1. Bytes go to no other task that has the number by now: the pidfd is looked at
-        right before each call.
+        The task, and its pidfd or -1. The pidfd is checked directly before each call, so that no bytes are
+        transferred to another task that has reused the pid.
     theirs, ours, size
-        The address there, the address here, and the size in bytes.
+        The address in the task, the address in this process, and the size in bytes.
     write
-        From here into the task, instead of from the task to here.
+        Whether bytes are written to the task; False: read from it.
     huge
-        Size of the huge pages that the destination may get; 0 when it is not fresh.
+        Size of the huge pages of the destination; 0 if it is not newly mapped.
     fresh
-        The destination is zero: where the source is absent and zero, it is not touched.
+        The destination is zero, and is not touched where the source is absent and zero.
     sparse
-        The destination is to stay as sparse as the source: of its ranges only those that are copied whole are given
-        MADV_HUGEPAGE.
+        Whether the destination is to be as sparse as the source: MADV_HUGEPAGE is only applied to ranges that are
+        copied completely.
     skip
-        Go on behind what cannot be read, and set it to zero.
+        Whether to zero unreadable bytes and continue after them.
     resident_only
-        Wait for no other program: the task stands still, and may be the one to wait for.
+        Do not wait for other programs: the task is stopped, and may itself be the one to wait for.
     timeout
-        Seconds to wait for another program that delivers nothing.
+        Seconds to wait for another program.
     progress
-        Called in this thread, now and then, with the number of bytes moved so far.
+        Called repeatedly in this thread with the number of bytes transferred so far.
     outline
-        What of it was absent a while ago, where that is known already: it says how to divide the work, no more.
+        The parts that were absent earlier, if known; only used to divide the work.
     """
 
     pid: int
@@ -96,43 +96,46 @@ class Transfer(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The address in the task where it ends."""
+        """The end address in the task."""
         return self.theirs + self.size
 
     def here(self, address: int) -> int:
-        """Return the address here that stands for one in the task."""
+        """Return the address in this process that corresponds to one in the task."""
         return self.ours + address - self.theirs
 
 
 class Outcome(NamedTuple):
-    """How a transfer ended."""
+    """The result of a transfer."""
 
     done: int
-    """Bytes moved from the start, without a gap."""
+    """Bytes transferred from the start, without a gap."""
     error: int
-    """The error number that ended it, 0 when all are. `ESRCH` also stands for memory that went away midway, by exit
-    or by exec; `ETIMEDOUT` for another program that delivers nothing; `WOULD_WAIT`."""
+    """The error number that ended the transfer, 0 if it is complete.
+
+    `ESRCH` also means that the memory disappeared during the transfer, by exit or exec; `ETIMEDOUT` that another
+    program supplied nothing; or `WOULD_WAIT`.
+    """
     unread: Sequence[Range] = ()
     """Addresses in the task that could not be read, ascending (`Transfer.skip`)."""
     left_zero: bool = False
-    """Part of a fresh destination was left untouched."""
+    """Whether part of a new destination was not touched."""
 
 
 def number_of(error: OSError) -> int:
-    """Return the error number for a task whose files in /proc cannot be opened; without a directory it is gone."""
+    """Return the error number for a task whose /proc files cannot be opened; without a directory it has exited."""
     return errno.ESRCH if error.errno == errno.ENOENT else error.errno or errno.EACCES
 
 
 def move_present(
     pid: int, pidfd: int, theirs: int, ours: int, size: int, *, write: bool = False, fresh: bool = False
 ) -> int:
-    """Move at most `QUICK` bytes by one native call, if all of their pages are present.
+    """Transfer at most `QUICK` bytes by one native call, if all their pages are present.
 
     Returns
     -------
     int
-        The error number: 0 if all was moved, `EFAULT` if nothing is mapped at the first byte, both of a task that
-        has not exited since. Anything else: `move` may do it.
+        The error number: 0 if all bytes were transferred, `EFAULT` if nothing is mapped at the first byte; in both
+        cases the task has not exited since. For any other number, use `move`.
     """
     found = pidns.found_before(pid)
     if found is None or (pidfd < 0 and pid != os.getpid()):
@@ -141,13 +144,13 @@ def move_present(
 
 
 def move(job: Transfer) -> Outcome:
-    """Move bytes between a task and this process. Raises as `extents.absent`."""
+    """Transfer bytes between a task and this process. Raises as `extents.absent`."""
     try:
         pagemap = os.open(f"{pidns.directory(job.pid)}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         if job.pid != os.getpid():
             return Outcome(0, number_of(error))
-        pagemap = -1  # it is not dumpable, or /proc is missing: all counts as present
+        pagemap = -1  # it is not dumpable, or /proc is missing: all pages count as present
     run = _Run(job, pagemap)
     try:
         outcome = run.all()
@@ -159,13 +162,13 @@ def move(job: Transfer) -> Outcome:
 
 
 class _Run:
-    """One transfer under way."""
+    """A transfer in progress."""
 
     def __init__(self, job: Transfer, pagemap: int) -> None:
         self._job = job
         self._pagemap = pagemap
-        self._memory = -1  # its /proc/PID/mem in place of the calls that are refused
-        self._awaited = -1  # and for the children that wait
+        self._memory = -1  # its /proc/PID/mem, if the calls are refused
+        self._awaited = -1  # the same for the children that wait
         self._absent: list[Ranges] = []
         self._unread: list[Range] = []
         self._left_zero = False
@@ -181,9 +184,9 @@ class _Run:
             done, error = self._present(0, job.size)
         else:
             done, error = chunked.run(self._present, job.size, job.progress, self._cuts())
-        if error in _CALL_REFUSED:  # also behind absent pages, for which nothing was called
+        if error in _CALL_REFUSED:  # also after absent pages, for which no call was made
             done, error = self._through_memory_file()
-        # Below the place where that failed, if it did, bytes of absent pages may not be obtainable either.
+        # If that failed, absent pages below the failed address may be unobtainable as well.
         reached = job.theirs + done
         absent = crosstask.Ranges.joined(self._absent, reached)
         if absent:
@@ -191,21 +194,21 @@ class _Run:
         return Outcome(reached - job.theirs, error, joined(self._unread), self._left_zero)
 
     def _cuts(self) -> list[int] | None:
-        """Return where to cut it for pieces with as many pages each, and allow the destination its huge pages."""
+        """Return the bounds of chunks with equal numbers of pages, and permit huge pages in the destination."""
         job = self._job
         if job.write or self._pagemap < 0:
             return None
         absent = job.outline or crosstask.absent(self._pagemap, job.theirs, job.size, PAGE_SIZE)
         present = absent.outside(job.theirs, job.end)
         if job.sparse and job.huge:
-            # Not piece by piece: each of these calls keeps the page faults of other threads waiting.
+            # Not chunk by chunk, because each of these calls blocks the page faults of other threads.
             for start, end in present.whole(job.theirs, job.ours, job.huge)[:_MOST_MARKED]:
                 with contextlib.suppress(OSError):  # a kernel without transparent huge pages
                     mman.advise(start, end - start, mman.MADV_HUGEPAGE)
         return present.cuts(job.theirs, chunked.PIECE, HUGE_PAGE_SIZE)
 
     def _present(self, offset: int, size: int) -> tuple[int, int]:
-        """Move what is present of a piece, and list what is absent."""
+        """Transfer the present pages of a chunk, and record the absent ones."""
         job = self._job
         reached, error, absent, unread = crosstask.transfer(
             job.pid, self._memory, self._pagemap, job.pidfd, job.write, job.skip,
@@ -222,7 +225,7 @@ class _Run:
         return self._present(first + offset, size)
 
     def _through_memory_file(self) -> tuple[int, int]:
-        """Move through /proc/PID/mem, within what the protections of pages allow, which it would ignore."""
+        """Transfer through /proc/PID/mem, which ignores page protections, as far as the protections permit."""
         job = self._job
         self._absent.clear()
         self._unread.clear()
@@ -248,7 +251,7 @@ class _Run:
     # --- absent pages
 
     def _fetch(self, ranges: Ranges, reached: int, error: int) -> tuple[int, int]:
-        """Move absent pages; returns the lowest address that is not moved, and the error number."""
+        """Transfer absent pages; return the lowest address that was not transferred, and the error number."""
         job = self._job
         small = not job.resident_only and ranges.size <= extents.SMALL
         files = extents.Files(job.pid, job.timeout, may_wait=not job.resident_only)
@@ -290,7 +293,7 @@ class _Run:
         return job.end, 0
 
     def _faulting(self, start: int, end: int) -> Range:
-        """Move a range by faulting in what is absent; returns the address that was reached, and the error number."""
+        """Transfer a range by faulting in absent pages; return the address that was reached, and the error number."""
         job = self._job
         reached, error, *_ = crosstask.transfer(
             job.pid, self._memory, -1, job.pidfd, job.write, False, start, job.here(start), end - start, PAGE_SIZE
@@ -304,7 +307,7 @@ class _Run:
         for start, end in ranges:
             if end - start <= chunked.PIECE:
                 crosstask.zero(self._job.here(start), end - start)
-            else:  # ends on Ctrl-C
+            else:  # interruptible by Ctrl-C
                 chunked.run(functools.partial(_zero, self._job.here(start)), end - start)
 
     def _unreadable(self, ranges: Sequence[Range]) -> tuple[int, int]:
@@ -314,7 +317,7 @@ class _Run:
         return ranges[0][0], errno.EFAULT
 
     def _from_object(self, absent: Absent, file: File) -> tuple[int, int]:
-        """Read from a file of a memory file system, on several threads when it is much."""
+        """Read from a file of an in-memory file system, on several threads if it is large."""
         job = self._job
         ranges = list(absent.ranges)
         starts = [0, *itertools.accumulate(end - start for start, end in ranges)]
@@ -348,7 +351,7 @@ class _Run:
         return ranges[index][0] + done - starts[index], error
 
     def _attempted(self, absent: Absent) -> tuple[int, int]:
-        """Move what another program may have to deliver."""
+        """Transfer pages that another program may have to supply."""
         job = self._job
         if absent.file and not job.write:
             ends = attempt.Ends(job.theirs, job.ours, write=False, file=absent.file, shift=absent.shift)
@@ -365,7 +368,7 @@ class _Run:
                 ends = ends._replace(memory=self._awaited_memory())
                 continue
             if error in attempt.NO_CHILD:
-                # This thread waits, for as long as it takes.
+                # This thread waits instead, without a limit.
                 until, error = self._faulting(at, until)
                 if error:
                     return until, error
@@ -378,7 +381,7 @@ class _Run:
         return job.end, 0
 
     def _awaited_memory(self) -> int:
-        # Yama lets a process read from its descendants, not a child of that process, and asks only as the file is
+        # Yama permits a process, but not its children, to read from its descendants, and only checks when the file is
         # opened (Documentation/admin-guide/LSM/Yama.rst).
         if self._awaited < 0:
             self._awaited = self._opened_memory()
@@ -387,7 +390,7 @@ class _Run:
     def _opened_memory(self) -> int:
         flags = (os.O_RDWR if self._job.write else os.O_RDONLY) | os.O_CLOEXEC
         memory = os.open(f"{pidns.directory(self._job.pid)}/mem", flags)
-        if crosstask.has_exited(self._job.pidfd):  # else it is the task's, whoever has the number later
+        if crosstask.has_exited(self._job.pidfd):  # otherwise it belongs to the task, even if the pid is reused
             os.close(memory)
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
         return memory
@@ -399,7 +402,7 @@ def _zero(ours: int, offset: int, size: int) -> tuple[int, int]:
 
 
 def _part(ranges: Sequence[Range], starts: Sequence[int], offset: int, size: int) -> list[Range]:
-    """Return what of the ranges lies in `offset`…`offset + size` of their bytes, in which they begin at `starts`."""
+    """Return the parts of the ranges within `offset`…`offset + size` of their bytes; each begins at its `starts`."""
     found = []
     index = bisect_right(starts, offset) - 1
     while size:
@@ -414,7 +417,7 @@ def _part(ranges: Sequence[Range], starts: Sequence[int], offset: int, size: int
 
 
 def joined(ranges: Iterable[Range]) -> list[Range]:
-    """Return ranges in ascending order, and those as one that overlap or adjoin."""
+    """Return ranges in ascending order, with overlapping and adjacent ones joined."""
     found: list[Range] = []
     for start, end in sorted(ranges):
         if found and found[-1][1] >= start:
@@ -425,7 +428,7 @@ def joined(ranges: Iterable[Range]) -> list[Range]:
 
 
 def _holds_memory(pagemap: int) -> bool:
-    """Say whether the address space behind an open pagemap is still in use (reads of it end at 0 if not)."""
+    """Return whether the address space of an open pagemap still exists (if not, reads return 0 bytes)."""
     try:
         return bool(os.pread(pagemap, 8, 0))
     except OSError:

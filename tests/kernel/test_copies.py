@@ -14,7 +14,7 @@ import iobmd
 def test_a_descriptor_has_one_owner(make: object) -> None:
     with iobmd.allocate(4096, wired=False) as buffer:
         buffer.writeBytes(0, b"mine")
-        with pytest.raises(TypeError, match="withCopy makes another"):
+        with pytest.raises(TypeError, match="use withCopy to copy it"):
             make(buffer)  # type: ignore[operator]
         assert buffer.readBytes(0, 4) == b"mine"
 

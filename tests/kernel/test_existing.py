@@ -216,7 +216,7 @@ def test_read_only_memory_is_not_pinned(theirs: Theirs) -> None:
     theirs.protect(4 * PAGE, PAGE, mmap.PROT_READ)
     ranges = [(theirs.address, PAGE), (theirs.address + 3 * PAGE, 2 * PAGE)]
     with IOMemoryDescriptor.withAddressRanges(ranges, OUT, kernel_task) as md:
-        with pytest.raises(IOReturnError, match="may not be written to") as caught:
+        with pytest.raises(IOReturnError, match="is not writable") as caught:
             md.prepare()
         assert caught.value.code == IOReturn.kIOReturnCannotWire
         assert kernel.pinned() == 0

@@ -92,7 +92,7 @@ def test_collapsed_and_split(ours: Memory) -> None:
 @pytest.mark.parametrize("text", ["", "{}", "[1]", "no JSON", '{"iobmd pagemap": {"version": 2}}', "\n"])
 def test_what_is_no_snapshot_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "file").write_text(text)
-    with pytest.raises(IOReturnError, match="no snapshot") as caught:
+    with pytest.raises(IOReturnError, match="not a snapshot") as caught:
         pagemap.Snapshot(tmp_path / "file")
     assert caught.value.code == IOReturn.kIOReturnBadArgument
 

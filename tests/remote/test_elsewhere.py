@@ -155,7 +155,7 @@ def test_memory_of_a_pool(target: subprocess.Popen[bytes]) -> None:
     assert Task(target.pid).read(backing.address + 2 * MIB, 6) == b"second"
     assert backing.runs is not None
     assert backing.runs.segment(backing.address, 4096)[0] // kernel.PAGE == frames(backing.address, 1, target.pid)[0]
-    with pytest.raises(IOReturnError, match="whole ones only"):
+    with pytest.raises(IOReturnError, match="in whole pages"):
         shared.cut(4096, 4096)
     backing.close()
     assert kernel.nothing_is_pinned()
