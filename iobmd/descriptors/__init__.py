@@ -1,1 +1,1 @@
-"""IOKit's classes of memory: descriptors, their mappings, and the memory they stand for."""
+"""IOKit's classes: memory descriptors, their maps, and the memory that they represent."""

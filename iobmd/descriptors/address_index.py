@@ -24,9 +24,9 @@ def add(owner: MemoryOwner) -> None:
 
 
 def find(task: Task, address: int, length: int) -> Part | None:
-    """Return the part of an owner's memory that is at these addresses of a task; None if there is no such part."""
+    """Return the part of an owner's memory at these addresses of a task; None unless it fills them."""
     for owner in _known.all():
-        with contextlib.suppress(NotOpenError):  # it was released just now, or is not this process's after a fork
+        with contextlib.suppress(NotOpenError):  # just released, or of the parent process after a fork
             for start, offset, size in _places(owner, task):
                 place = offset + address - start
                 end = min(offset + size, owner.length)
@@ -36,12 +36,12 @@ def find(task: Task, address: int, length: int) -> Part | None:
 
 
 def _places(owner: MemoryOwner, task: Task) -> Iterator[tuple[int, int, int]]:
-    """Yield the addresses in a task where its memory is mapped, the offset of the first byte there, and how many."""
+    """Yield each address in a task at which the memory is mapped, the offset of its first byte, and its size."""
     backing = owner.require_backing()
     if _same(backing.task, task):
         yield backing.address, 0, backing.size
     for mapping in memory_map.further_mappings(owner):
-        if mapping.own and _same(mapping.task, task):  # another owner's memory may be there now
+        if mapping.own and _same(mapping.task, task):  # another owner's memory may now be mapped there
             yield mapping.address, mapping.first, mapping.own.size
 
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 def allocate(wanted: Request, contents: Contents | None) -> MappedBacking:
     """Allocate and fill the requested memory.
 
-    Memory of this process that no other process may map is private; all other is that of a shared object. So is
-    memory with guard pages, because XNU's can be mapped again. Wired memory is of the NUMA node that is wanted.
+    Memory of this process that no other process may map is private; all other memory is a shared object, including
+    memory with guard pages, which can be mapped again as in XNU. Wired memory is on the requested NUMA node.
 
     Raises
     ------

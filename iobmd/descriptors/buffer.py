@@ -37,11 +37,11 @@ _CONTIGUOUS = int(IOOptionBits.kIOMemoryPhysicallyContiguous)
 
 
 class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
-    """A buffer: zeroed memory, allocated by the factories below and released by `free` or at the end of `with`.
+    """A buffer of zeroed memory, allocated by a factory below and released by `free` or at the end of a `with` block.
 
-    It is wired unless `kIOMemoryPageable` is among its options: resident (mlock), and pinned as well where the
-    kernel allows that; `wiring` reports which. It has the buffer protocol over its first `getLength()` bytes:
-    `memoryview(buf)`, `numpy.frombuffer(buf)`, `file.readinto(buf)`.
+    It is wired unless its options include `kIOMemoryPageable`: resident (mlock), and pinned if the kernel permits it,
+    as `wiring` shows. It supports the buffer protocol over its first `getLength()` bytes: `memoryview(buf)`,
+    `numpy.frombuffer(buf)`, `file.readinto(buf)`.
 
     Source: IOKit's IOBufferMemoryDescriptor.h; where IOKit returns NULL or false, `IOReturnError` is raised.
     """
@@ -141,7 +141,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
 
     @classmethod
     def inTaskWithGuardPages(cls, inTask: AnyTask, options: int, capacity: int) -> Self:
-        """Make a buffer with an inaccessible page on each side: an access there raises SIGSEGV.
+        """Allocate a buffer with an inaccessible page on each side, where an access raises SIGSEGV.
 
         Parameters
         ----------
@@ -238,7 +238,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         address_index.add(self._memory())
 
     def _attach(self, backing: MappedBacking, options: int, capacity: int, length: int) -> Self:
-        """Become the handle of memory that another process has allocated."""
+        """Initialize as the handle of memory that another process has allocated."""
         self._open(backing, options, capacity, bool(options & _CONTIGUOUS))
         self._memory().length = length
         return self
@@ -246,14 +246,14 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     # --- the buffer
 
     source_stopped_ns = 0
-    """For how many nanoseconds, at most, the source of its contents stood still (`copy(…, freeze=True)`)."""
+    """Upper bound of the time for which the source was stopped, in nanoseconds (`copy(…, freeze=True)`)."""
 
     holes: list[tuple[int, int]]
     """Offsets and lengths of unreadable bytes of the source, which are zero (`copy(…, unreadable="zero")`)."""
 
     @property
     def task_stopped_ns(self) -> int:
-        """For how many nanoseconds, at most, a thread of another task was stopped for the allocation."""
+        """Upper bound of the time for which a thread of another task was stopped, in nanoseconds."""
         return self._memory().require_backing().stopped_ns
 
     def getCapacity(self) -> int:
@@ -320,7 +320,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         return self.exports
 
     def __repr__(self) -> str:
-        name, owner = type(self).__name__, self._owner  # once: another thread may release it
+        name, owner = type(self).__name__, self._owner  # read once: another thread may release it
         backing = owner.backing if owner else None
         if owner is None or backing is None:
             return f"<{name} {self._state}>"

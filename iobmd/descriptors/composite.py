@@ -14,11 +14,10 @@ if TYPE_CHECKING:
 
 
 class Derived(IOMemoryDescriptor):
-    """Memory of other descriptors, which it keeps: freed, those go with the last that is made of them.
+    """Memory of other descriptors, which it retains until the last dependent is released.
 
-    What is done to it is done to them: `prepare` and `complete` are passed on, each time; `setPurgeable` sets the
-    state of all of their memory, and `getPageCounts` counts all of it. It need not be freed: it releases them when
-    it is collected.
+    Operations apply to those descriptors: each `prepare` and `complete` is passed on, `setPurgeable` sets the state
+    of all their memory, and `getPageCounts` counts all of it. It need not be freed: garbage collection releases them.
     """
 
     @classmethod
@@ -43,7 +42,7 @@ class IOSubMemoryDescriptor(Derived):
         of : IOMemoryDescriptor
             Any descriptor, including parts and concatenations.
         offset, length : int
-            In bytes, any.
+            In bytes.
         options : int
             The direction of transfers.
 

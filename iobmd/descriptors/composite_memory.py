@@ -28,20 +28,20 @@ _FIRMNESS = (Wiring.PAGEABLE, Wiring.RESIDENT, Wiring.PINNED)
 
 
 class _Piece(NamedTuple):
-    """What of a range lies in one part."""
+    """The portion of a range in one part."""
 
     owner: MemoryOwner
     offset: int
-    """Of its first byte in the owner's memory."""
+    """Offset of its first byte in the owner's memory."""
     start: int
-    """Of its first byte in the range."""
+    """Offset of its first byte in the range."""
     length: int
 
 
 class CompositeBacking:
     """Parts of other memory, end to end. It has no memory of its own, and holds the owners of its parts.
 
-    Adjacent parts of the same memory become one. Whatever is done to it is done to those owners.
+    Adjacent parts of the same memory are joined. Operations apply to those owners.
     """
 
     composite = True
@@ -65,8 +65,8 @@ class CompositeBacking:
     # --- where it is
 
     def _only_part(self) -> Part | None:
-        """Return its part if it has just one, and so an address of its own; None: it has several."""
-        parts = self._parts  # once: another thread may release it
+        """Return its only part, and thus its address; None if it has several."""
+        parts = self._parts  # read once: another thread may release it
         return parts[0] if len(parts) == 1 else None
 
     def _backings(self) -> list[Backing]:
@@ -80,29 +80,29 @@ class CompositeBacking:
 
     @property
     def address(self) -> int:
-        """Where it is in `task`; 0 where it consists of several parts."""
+        """Its address in `task`; 0 if it consists of several parts."""
         part = self._only_part()
         backing = part.owner.require_backing() if part else None
         return backing.address + part.offset if part and backing and backing.task is not None else 0
 
     @property
     def size(self) -> int:
-        """Bytes of its parts' memory, whole pages."""
+        """Size of its parts' memory in bytes, in whole pages."""
         return sum(backing.size for backing in self._backings())
 
     def in_page(self, offset: int) -> int:
-        """Return the place of a byte in its page."""
+        """Return the offset of a byte in its page."""
         for piece in self._pieces(offset, 1):
             return piece.owner.require_backing().in_page(piece.offset)
         return 0
 
     def span(self, offset: int, length: int) -> int:
-        """Return how many bytes the pages have that hold a range, those of each part counted by themselves."""
+        """Return the size of the pages that contain a range, counted separately for each part."""
         pieces = self._pieces(offset, length)
         return sum(piece.owner.require_backing().span(piece.offset, piece.length) for piece in pieces)
 
     def exported(self) -> tuple[Mapping, int]:
-        """Return where it is mapped here."""
+        """Return its mapping in this process."""
         part = self._only_part()
         if part is None:
             raise _in_parts()
@@ -136,13 +136,13 @@ class CompositeBacking:
     # --- its bytes
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return `length` bytes from `offset` on."""
+        """Return `length` bytes, starting at `offset`."""
         data = bytearray(length)
         self.read_into(offset, data)
         return bytes(data)
 
     def read_into(self, offset: int, buffer: Buffer) -> None:
-        """Fill `buffer` from `offset` on."""
+        """Fill `buffer` with the bytes at `offset`."""
         with memoryview(buffer) as view, view.cast("B") as target:
             for owner, place, start, size in self._pieces(offset, target.nbytes):
                 owner.read_into(place, target[start : start + size])
@@ -162,11 +162,11 @@ class CompositeBacking:
 
     @property
     def wiring(self) -> Wiring:
-        """That of the part that is held least."""
+        """The weakest wiring of its parts."""
         return min((backing.wiring for backing in self._backings()), key=_FIRMNESS.index, default=Wiring.PINNED)
 
     def pin(self) -> None:
-        """Pin the memory of every part once more; all or none."""
+        """Pin the memory of every part again; all or none."""
         pinned: list[MemoryOwner] = []
         try:
             for part in self._parts:
@@ -186,7 +186,7 @@ class CompositeBacking:
 
     @property
     def runs(self) -> RunTable | None:
-        """Where its bytes lie, counted from `address`; kept while it is pinned, because nothing changes it then."""
+        """Its physical runs, relative to `address`; cached while it is pinned, because they cannot change."""
         table = self._table  # once: another thread may unpin it
         if table is None or not self._pins:
             self._table = table = self._joined_runs()
@@ -206,13 +206,13 @@ class CompositeBacking:
         return None
 
     def read_runs(self, *, gaps: bool = False) -> RunTable | None:  # noqa: ARG002 (the protocol's)
-        """As `runs`, after it has been verified that the memory of each part is where it was."""
+        """Like `runs`, after verifying that the memory of each part is still mapped."""
         for part in self._parts:
             part.owner.verify()
         return self._joined_runs()
 
     def huge_bytes(self) -> int:
-        """Count the bytes of its parts' memory that huge pages map."""
+        """Count the bytes of its parts' memory that are mapped by huge pages."""
         return sum(backing.huge_bytes() for backing in self._backings())
 
     def page_counts(self) -> tuple[int, int]:
@@ -222,7 +222,7 @@ class CompositeBacking:
 
     @property
     def purgeable(self) -> Purgeable | None:
-        """What sets the state of all of its memory; None where a part is not purgeable."""
+        """The control of the state of all its memory; None if a part is not purgeable."""
         if not self._parts or not all(backing.purgeable for backing in self._backings()):
             return None
         return CompositeState(list({id(owner): owner for owner in self.origins()}.values()))
@@ -236,7 +236,7 @@ class CompositeBacking:
         return found
 
     def close(self) -> None:
-        """End the use of its parts' memory, which is released where that was the last use. Idempotent."""
+        """End the use of its parts' memory, which is released after its last use. Idempotent."""
         parts, done = self._parts, 0
         try:
             for part in parts:
@@ -246,19 +246,19 @@ class CompositeBacking:
             for part in parts[done:]:
                 part.owner.add_dependent(self)
             raise
-        # The parts stay: an access by another thread that has begun meets the owners, which refuse what is released.
+        # The parts remain: a concurrent access of another thread reaches the owners, which refuse released memory.
 
 
 class CompositeState:
-    """The purgeable state of the memory of several owners: Empty if one is, else Volatile if one is."""
+    """The purgeable state of several owners' memory: Empty if one is, otherwise Volatile if one is."""
 
-    shared = False  # the owners have controls of their own
+    shared = False  # the owners have their own controls
 
     def __init__(self, owners: Sequence[MemoryOwner]) -> None:
         self._owners = owners
 
     def current(self) -> int:
-        """Find out the state."""
+        """Determine the state."""
         return _combined([owner.set_purgeable(KEEP_CURRENT) for owner in self._owners])
 
     def keep(self) -> int:
@@ -266,7 +266,7 @@ class CompositeState:
         return _combined([owner.set_purgeable(NON_VOLATILE) for owner in self._owners])
 
     def give(self, modifiers: int) -> int:
-        """Make all of it volatile, or none while one is prepared; if one refuses, the others stay non-volatile."""
+        """Make all of it volatile, or none while one is prepared; if one refuses, the others remain non-volatile."""
         self._require_unpinned()
         before: list[tuple[MemoryOwner, int]] = []
         try:
@@ -281,7 +281,7 @@ class CompositeState:
         return _combined([old for _owner, old in before])
 
     def empty(self) -> int:
-        """Drop the content of all of it, or of nothing while one is prepared."""
+        """Drop all of its contents, or none while one is prepared."""
         self._require_unpinned()
         return _combined([owner.set_purgeable(EMPTY) for owner in self._owners])
 
@@ -290,7 +290,7 @@ class CompositeState:
             owner.require_unpinned()
 
     def order(self) -> Order | None:
-        """Return None: the memory of each owner is taken by itself."""
+        """Return None: the memory of each owner is purged separately."""
         return None
 
     def purge(self) -> int:
@@ -301,13 +301,13 @@ class CompositeState:
         """Do nothing: the owners write."""
 
     def hold(self) -> None:
-        """Do nothing: the owners are pinned, and refuse where they are volatile."""
+        """Do nothing: the owners are pinned, and refuse if they are volatile."""
 
     def let_go(self) -> None:
         """Do nothing, as `hold`."""
 
     def lazily_freed(self) -> int:
-        """Return how many bytes of all of it the kernel may take."""
+        """Return how many of its bytes the kernel may reclaim."""
         return sum(owner.lazily_freed() for owner in self._owners)
 
 
@@ -340,11 +340,9 @@ def _is_same_page(before: FileExtent, after: FileExtent) -> bool:
 
 def _in_parts() -> UnsupportedError:
     return UnsupportedError(
-        "this memory consists of several parts and has no single address: map() gives it one, where it is shared"
+        "this memory consists of several parts and has no single address: map it with map(), if it is shared"
     )
 
 
 def _unaligned(offset: int) -> BadArgumentError:
-    return BadArgumentError(
-        f"two parts meet at offset {offset}, in the middle of a page: they cannot be mapped as one range"
-    )
+    return BadArgumentError(f"two parts meet at offset {offset}, inside a page: they cannot be mapped as one range")

@@ -70,16 +70,16 @@ class IOMemoryDescriptor:
 
     @classmethod
     def withAddressRange(cls, address: int, length: int, options: int, task: AnyTask) -> IOMemoryDescriptor:
-        """Describe `length` bytes of existing memory at `address` of a task; as `withAddressRanges`."""
+        """Describe `length` bytes of existing memory at `address` of a task, like `withAddressRanges`."""
         return cls.withAddressRanges([(address, length)], options, task)
 
     @classmethod
     def withAddressRanges(cls, ranges: Iterable[tuple[int, int]], options: int, task: AnyTask) -> IOMemoryDescriptor:
         """Describe existing memory of a task: ranges of its addresses, in this order.
 
-        It can be read, written, prepared and described. Memory of iobmd's is recognised by its addresses: it lives
-        as long as this descriptor does, is read and written as through its own descriptor, and can be mapped if it is
-        shared. All other memory is its task's, which must keep it there.
+        It can be read, written, prepared and described. Memory of an iobmd buffer is recognized by its addresses: it
+        is retained by this descriptor, read and written as through its own descriptor, and can be mapped if it is
+        shared. All other memory belongs to its task, which must keep it mapped.
 
         Parameters
         ----------
@@ -93,7 +93,7 @@ class IOMemoryDescriptor:
         Returns
         -------
         IOMemoryDescriptor
-            Free it, or use it in a `with`, to release what it holds at a known time.
+            Free it, or use it in a `with` block, to release the memory at a definite time.
 
         Raises
         ------
@@ -103,12 +103,12 @@ class IOMemoryDescriptor:
 
         Notes
         -----
-        `prepare` pins memory of this process. That of another task it pins through an io_uring made there and removed
-        from it again; without one it is made resident (mlock(2), called there). Memory that the kernel does not pin
-        stays unprepared: `kIOReturnCannotWire` for read-only memory and shared mappings of files on a disk (in
-        another task these are locked), `kIOReturnUnsupported` for memory of a device or of memfd_secret(2),
-        `kIOReturnVMError` past the end of a file or in a guard page. `.address` is the first such byte. An access to
-        memory that went away raises `kIOReturnVMError`, and is safe at any time.
+        `prepare` pins memory of this process. Memory of another task is pinned through an io_uring that is created
+        there and whose descriptor is moved to this process; if that is not possible, it is made resident (mlock(2),
+        called there). Memory that the kernel does not pin remains unprepared: `kIOReturnCannotWire` for read-only
+        memory and shared mappings of files on a disk (in another task these are locked), `kIOReturnUnsupported` for
+        device memory and memfd_secret(2), `kIOReturnVMError` past the end of a file and in guard pages; `.address` is
+        the first such byte. Accesses to memory that was unmapped raise `kIOReturnVMError`, and are safe at any time.
         """
         options = check_existing(options)
         where = as_task(task)
@@ -120,7 +120,7 @@ class IOMemoryDescriptor:
         return IOMemoryDescriptor()._hold(CompositeBacking([_as_part(one) for one in found]), options, length)
 
     def _hold(self, backing: Backing, options: int, length: int) -> Self:
-        """Become the handle of memory."""
+        """Initialize as the handle of memory."""
         self._owner = MemoryOwner(backing, length, type(self).__name__)
         self._options = options
         self._state = "open"
@@ -155,7 +155,7 @@ class IOMemoryDescriptor:
         self._context = obj
 
     def copyContext(self) -> Any:
-        """Return the object that `setContext` was given, None without one."""
+        """Return the object stored by `setContext`, or None."""
         return self._context
 
     def setVMTags(self, kernTag: int, userTag: int) -> None:
@@ -194,7 +194,7 @@ class IOMemoryDescriptor:
         return IOMapOptions(self._options & CACHE_MODES), IOMapOptions.kIOMapCopybackCache
 
     def performOperation(self, options: int, offset: int, length: int) -> None:
-        """Make the processors' caches and memory agree about a range, for a device that does not snoop the caches.
+        """Make the processor caches and the memory of a range consistent, for a device that does not snoop them.
 
         Parameters
         ----------
@@ -249,7 +249,7 @@ class IOMemoryDescriptor:
         if forDirection & ~(DIRECTION_MASK | kIODirectionPrepareToPhys32 | kIODirectionPrepareNoFault):
             raise BadArgumentError(f"direction {forDirection:#x} has unknown bits")
         with owner.guard:
-            self._memory()  # again: another thread may have released it
+            self._memory()  # read again: another thread may have released it
             owner.pin(forDirection)
             self._prepared += 1
 
@@ -326,7 +326,8 @@ class IOMemoryDescriptor:
     def getPageCounts(self) -> tuple[int, int]:
         """Return how many pages are resident, and how many of those are dirty, according to the kernel.
 
-        Dirty: written to, and not lazily freed since. All of a shared object is dirty, because it has no file.
+        A dirty page has been written to, and not lazily freed since. All pages of a shared object are dirty, because
+        it has no file.
         """
         owner = self._memory()
         with owner.guard:
@@ -365,8 +366,8 @@ class IOMemoryDescriptor:
             The address, without `kIOMapAnywhere`. Nothing may be mapped there, and its offset in a page must be that
             of `offset`.
         options : IOMapOptions
-            `kIOMapAnywhere`; `kIOMapReadOnly`; `kIOMapUnique` for addresses of its own; `kIOMapPrefault` to have
-            every page in place; `kIOMapGuardedSmall` or `Large` for an inaccessible page or 64 KiB on each side.
+            `kIOMapAnywhere`; `kIOMapReadOnly`; `kIOMapUnique` for separate addresses; `kIOMapPrefault` to populate
+            the map; `kIOMapGuardedSmall` or `Large` for an inaccessible page or 64 KiB on each side.
         offset, length : int
             The part to map, in bytes; `length` 0: to the end.
 
@@ -393,7 +394,7 @@ class IOMemoryDescriptor:
         length = length or owner.length - offset
         owner.check_range(offset, length)
         with owner.guard:
-            self._memory()  # again: another thread may have released it
+            self._memory()  # read again: another thread may have released it
             in_page = owner.require_backing().in_page(offset)
             request = mapping_cache.MapRequest(atAddress, options, offset, length, in_page)
             return memory_map.open_map(self, owner, task, request)
@@ -428,14 +429,15 @@ class IOMemoryDescriptor:
 
         Notes
         -----
-        Private memory is lazily freed by the kernel (madvise(2), MADV_FREE, Linux 4.5), page by page, and counts as
-        resident until then: `lazily_freed`. Memory of a shared object (`kIOMemoryKernelUserShared`) has its state in
-        the object, so that all processes that map it agree, and a thread of iobmd purges it under pressure.
+        Private memory is lazily freed (madvise(2), MADV_FREE, Linux 4.5): the kernel reclaims it page by page, and it
+        counts as resident until then (`lazily_freed`). The state of a shared object (`kIOMemoryKernelUserShared`) is
+        stored in the object, so that all processes that map it agree; a thread of iobmd purges it under memory
+        pressure.
 
-        Memory may be read while it is volatile, and is zero where it was taken. `writeBytes` and `appendBytes` may
-        be used; a store by a memoryview or by address makes private memory count as taken, because it looks like a
-        store to a page that had been taken. In a forked child private memory that was volatile counts as taken
-        when the parent has made it non-volatile since. Calls of several threads come one after another.
+        Volatile memory may be read; reclaimed pages read as zeros. `writeBytes` and `appendBytes` may be used. A
+        store through a memoryview or an address makes private memory count as lost, because it cannot be
+        distinguished from a store to a reclaimed page. In a forked child, private memory that was volatile counts as
+        lost once the parent has made it non-volatile. Calls from several threads are serialized.
         """
         state, modifiers = parse(newState)
         return _STATES[self._memory().set_purgeable(state, modifiers)]
@@ -466,10 +468,10 @@ class IOMemoryDescriptor:
     # --- its end
 
     def free(self) -> None:
-        """Release the memory; the descriptor cannot be used afterwards. Idempotent, and so is leaving `with`.
+        """Release the memory; the descriptor is unusable afterwards. Idempotent, as is leaving a `with` block.
 
-        Memory that other descriptors have parts of (`IOSubMemoryDescriptor`, `IOMultiMemoryDescriptor`, ranges of its
-        addresses) is released with the last of those.
+        Memory with dependents (`IOSubMemoryDescriptor`, `IOMultiMemoryDescriptor`, descriptors of ranges of its
+        addresses) is freed with the last of them.
 
         Raises
         ------
@@ -481,7 +483,7 @@ class IOMemoryDescriptor:
         if owner is None:
             return
         with owner.guard:
-            if owner.has_handle:  # else another thread was faster
+            if owner.has_handle:  # otherwise another thread was faster
                 if mapped := memory_map.uses(owner):
                     raise BusyError(f"{self!r} is still mapped (map count {mapped}): call unmap() first")
                 if views := self._views():
@@ -494,12 +496,12 @@ class IOMemoryDescriptor:
     release = free
 
     def _views(self) -> int:
-        """Return how many views of its memory are alive: those of a buffer."""
+        """Return the number of existing views of a buffer's memory."""
         return 0
 
     def _memory(self) -> MemoryOwner:
         """Return its memory, for the modules of this package and `dma`. Raises `kIOReturnNotOpen`."""
-        owner = self._owner  # once: another thread may release it
+        owner = self._owner  # read once: another thread may release it
         if owner is None or not owner.has_handle:
             raise NotOpenError(f"this {type(self).__name__} is {self._state}")
         owner.require_backing()
@@ -531,7 +533,7 @@ class IOMemoryDescriptor:
         self.free()
 
     def __del__(self) -> None:
-        """Undo what its user has left prepared. It need not be freed: memory is released with its last user."""
+        """Undo every `prepare` that was not completed. Memory is released with its last user, without `free`."""
         if self._owner is None:
             return
         what = repr(self) if self._prepared and self._owner.maker == os.getpid() else ""
@@ -540,14 +542,15 @@ class IOMemoryDescriptor:
             warnings.warn(f"{what} was never completed", ResourceWarning, stacklevel=2, source=self)
 
     def _abandon(self) -> None:
-        """End the use of the memory at collection, where errors have no receiver, and undo every `prepare`."""
+        """End the use of the memory at garbage collection, which cannot report errors, and undo every `prepare`."""
         owner, self._owner, self._state = self._owner, None, "released"
         assert owner
         for _ in range(self._prepared if owner.maker == os.getpid() else 0):
             with contextlib.suppress(IOReturnError), owner.guard:
                 owner.unpin()
-        # Without the guard, which the interrupted thread may hold. The owner is collected now, or with the last of
-        # its dependents and of the maps and views that are garbage of the same cycle, and then releases the memory.
+        # Without the guard, which the interrupted thread may hold. The owner releases the memory when it is
+        # collected: now, or with the last of its dependents and of the maps and views that are garbage of the same
+        # cycle.
         owner.has_handle = False
 
 

@@ -57,7 +57,7 @@ class MapRequest:
         self.at = 0 if self.anywhere else at_address - in_page
         if not self.anywhere and (self.at <= 0 or self.at % PAGE_SIZE or self.at + self.size > 1 << 63):
             raise BadArgumentError(
-                f"offset {offset:#x} and address {at_address:#x} differ in their position in a page; use kIOMapAnywhere"
+                f"offset {offset:#x} and address {at_address:#x} differ in their page offset; use kIOMapAnywhere"
             )
 
     @property
@@ -77,9 +77,9 @@ class MapRequest:
 
 
 class CachedMapping:
-    """Pages of an owner's memory at addresses of a task: those it has anyway, or a mapping of its own.
+    """Pages of an owner's memory mapped in a task: at the owner's own addresses, or by a separate mapping.
 
-    It holds the descriptor, which it was asked of, for `IOMemoryMap.getMemoryDescriptor` alone.
+    It holds the descriptor only for `IOMemoryMap.getMemoryDescriptor`.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class CachedMapping:
         self.own = own_mapping
         self.users: set[int] = set()
         self.first = request.first if own_mapping else 0
-        """Offset in the memory of what `address` shows, as `MapRequest.first`."""
+        """Offset in the memory of the byte at `address`, like `MapRequest.first`."""
 
     @classmethod
     def open(
@@ -122,7 +122,7 @@ class CachedMapping:
 
     @property
     def stopped_ns(self) -> int:
-        """For how many nanoseconds, at most, a thread of another task was stopped for it."""
+        """Upper bound of the time for which a thread of another task was stopped, in nanoseconds."""
         return self.own.stopped_ns if isinstance(self.own, RemoteMapping) else 0
 
     @property
@@ -139,7 +139,7 @@ class CachedMapping:
         return (self.own, 0) if self.own else self.owner.require_backing().exported()
 
     def serves(self, task: Task, request: MapRequest) -> bool:
-        """Say whether it serves a request, by the rules of IOKit."""
+        """Return whether it satisfies a request, by the rules of IOKit."""
         if self.own is None or not self.users or self.request.unique or request.unique or self.task != task:
             return False
         if self.request.writable != request.writable:
@@ -190,11 +190,11 @@ class CachedMapping:
             if error.errno == errno.EINVAL:  # before Linux 5.14
                 self._touch(address, request)
                 return
-            message = f"cannot fault {request.size} bytes in ahead of time ({error}); leave kIOMapPrefault out"
+            message = f"cannot populate {request.size} bytes ({error}); omit kIOMapPrefault"
             raise NoMemoryError(message, error.errno or 0) from None
 
     def _populate_here(self, address: int, request: MapRequest) -> None:
-        """Allocate the pages on this process's account, so that the other task has only to map them."""
+        """Populate the pages in this process, which is charged for them, so that the other task only maps them."""
         try:
             extents = self.owner.require_backing().file_extents(request.offset, request.length)
         except UnsupportedError:  # the task's own memory
@@ -208,7 +208,7 @@ class CachedMapping:
             here.close()
 
     def _touch(self, address: int, request: MapRequest) -> None:
-        """Populate as many pages as possible, without a write that another thread could miss."""
+        """Populate as many pages as possible, without losing a concurrent write of another thread."""
         if request.writable and self.own is None:
             # It may be private: a pin allocates each page, whereas a read maps the kernel's zero page.
             with contextlib.suppress(CannotWireError):

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from iobmd.descriptors.ownership import MemoryOwner
     from iobmd.task.task import Task
 
-_changes = process_local.Guard()  # of who uses which mapping
-# Uses that a garbage collection ended in the middle of a change.
+_changes = process_local.Guard()  # protects the users of mappings
+# Uses that a garbage collection ended during a change.
 _abandoned: deque[tuple[CachedMapping, int]] = deque()
 
 
 def open_map(descriptor: IOMemoryDescriptor, owner: MemoryOwner, task: Task, request: MapRequest) -> IOMemoryMap:
-    """Map a part of an owner's memory, with its guard held: by a mapping that exists, or a new one."""
+    """Map a part of an owner's memory, with its guard held, by an existing or a new mapping."""
     with _changes:
         _end_abandoned()
         known = [mapping for mapping in owner.mappings() if mapping.serves(task, request)]
@@ -34,7 +34,7 @@ def open_map(descriptor: IOMemoryDescriptor, owner: MemoryOwner, task: Task, req
 
 
 def uses(owner: MemoryOwner) -> int:
-    """Return how many maps show an owner's memory."""
+    """Return the number of maps of an owner's memory."""
     if not owner.mappings():
         return 0
     with _changes:
@@ -43,7 +43,7 @@ def uses(owner: MemoryOwner) -> int:
 
 
 def further_mappings(owner: MemoryOwner) -> list[CachedMapping]:
-    """Return where an owner's memory is mapped besides its own addresses."""
+    """Return the mappings of an owner's memory other than its own addresses."""
     with _changes:
         return [mapping for mapping in owner.mappings() if mapping.own]
 
@@ -56,7 +56,7 @@ def _end_abandoned() -> None:
             mapping.let_go(user)
         except BusyError:  # in another task, which cannot be stopped now
             later.append((mapping, user))
-        except IOReturnError:  # … or not any more
+        except IOReturnError:  # … or has exited
             pass
         except BufferError:  # a view is garbage of the same cycle: the mapping goes with it
             mapping.users.discard(user)
@@ -103,7 +103,7 @@ class IOMemoryMap(Exporter):
 
     @property
     def task_stopped_ns(self) -> int:
-        """For how many nanoseconds, at most, a thread of its task was stopped for the mapping; 0 in this process."""
+        """Upper bound of the time for which a thread of its task was stopped, in nanoseconds; 0 in this process."""
         return self._open().stopped_ns
 
     def getMemoryDescriptor(self) -> IOMemoryDescriptor:
@@ -130,7 +130,7 @@ class IOMemoryMap(Exporter):
         return self.getPhysicalSegment(0)[0]
 
     def redirect(self, newBackingMemory: IOMemoryDescriptor, options: int = 0, offset: int = 0) -> None:
-        """Show other memory at the same addresses in one step, also for other maps that share the mapping.
+        """Replace the memory at the map's addresses, atomically and for all maps that share the addresses.
 
         Parameters
         ----------
@@ -159,11 +159,11 @@ class IOMemoryMap(Exporter):
         if offset < 0 or offset + self._length > owner.length:
             raise BadArgumentError(f"the new memory has fewer than {self._length} bytes at offset {offset}")
         with owner.guard, _changes:
-            newBackingMemory._memory()  # again: another thread may have released it
+            newBackingMemory._memory()  # read again: another thread may have released it
             mapping.show(newBackingMemory, owner, offset - mapping.first - self._within)
 
     def unmap(self) -> None:
-        """End it; idempotent. The addresses are unmapped with the last map that shares them.
+        """End the map; idempotent. The addresses are unmapped with the last map that shares them.
 
         Raises
         ------
@@ -204,7 +204,8 @@ class IOMemoryMap(Exporter):
     def __del__(self) -> None:
         if (mapping := getattr(self, "_mapping", None)) is None:
             return
-        # It may interrupt anything, so it does not wait: the thread that holds the guard ends this use too.
+        # A finalizer may interrupt any operation and must not wait: the thread that holds the guard ends this use
+        # too.
         _abandoned.append((mapping, id(self)))
         if _changes.mine:
             return

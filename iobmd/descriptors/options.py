@@ -53,7 +53,7 @@ class Request(NamedTuple):
     want: PhysicalConstraints | None
     """Constraints on the physical addresses; None: any page will do."""
     contiguous: bool
-    """It must be contiguous, by an option or by its alignment."""
+    """Whether it must be contiguous, by an option or by its alignment."""
     guard: int = 0
     """Inaccessible bytes on each side."""
     tag: int = 0
@@ -149,7 +149,7 @@ def check_existing(options: int) -> int:
     options = int(options)
     _check_options(options)
     if options & _OF_NEW_MEMORY:
-        raise BadArgumentError(f"options {options:#x} apply only to newly allocated memory, and this memory exists")
+        raise BadArgumentError(f"options {options:#x} apply only to newly allocated memory, not to existing memory")
     return options
 
 

@@ -49,26 +49,26 @@ class Part(NamedTuple):
 
 
 class MemoryOwner:
-    """The memory of a descriptor: its backing, how often it is pinned, where else it is mapped, and its users.
+    """The memory of a descriptor: its backing, its pin count, its other mappings, and its users.
 
-    Its users are its handle, which is the descriptor it was created for until that is released, and its dependents,
-    which is composite memory that has parts of it. The memory is released with the last of them. Both hold it
-    strongly, so an owner whose users are garbage is collected, and releases the memory then. It knows its dependents
-    weakly: those that are garbage no longer count, and no finalizer needs a lock for it.
+    Its users are its handle, the descriptor for which it was created, until that is released, and its dependents,
+    composite memory that has parts of it. The memory is released with the last of them. Users have strong references
+    to it, so that an owner whose users are garbage is collected and then releases the memory. It has weak references
+    to its dependents, so that garbage does not count and no finalizer needs a lock.
 
-    Methods may be called from any thread. `guard` is taken by its users for what changes its state; that of composite
-    memory comes before those of its parts.
+    Methods may be called from any thread. Users acquire `guard` for changes of its state; that of composite memory is
+    acquired before those of its parts.
 
     Parameters
     ----------
     backing : Backing
-        Where the bytes live.
+        The backing with the bytes.
     length : int
-        How many bytes of it are in use.
+        The number of bytes in use.
     kind : str
         The class of its handle, for messages.
     has_handle : bool
-        Whether there is a handle; False: it belongs to its dependents alone.
+        Whether there is a handle; False: only dependents use it.
     """
 
     __slots__ = (
@@ -104,8 +104,8 @@ class MemoryOwner:
             purger.know(self.purge_control)
 
     def require_backing(self) -> Backing:
-        """Return where the bytes live. Raises `kIOReturnNotOpen`."""
-        backing = self.backing  # once: another thread may release it
+        """Return the backing; raise `kIOReturnNotOpen` if it is released."""
+        backing = self.backing  # read once: another thread may release it
         if backing is None:
             raise NotOpenError(f"this {self._kind} is released")
         if self._wired_by != os.getpid() and backing.wiring is not Wiring.PAGEABLE:
@@ -122,13 +122,13 @@ class MemoryOwner:
     # --- its users
 
     def add_dependent(self, dependent: CompositeBacking) -> None:
-        """Register memory that has parts of this."""
+        """Register composite memory that has parts of this."""
         if self._dependents is None:
             self._dependents = WeakRegistry()
         self._dependents.add(dependent)
 
     def remove_dependent(self, dependent: CompositeBacking) -> None:
-        """Forget a dependent, and release the memory if it was the last user. Raises as `remove_handle`."""
+        """Remove a dependent, and release the memory if it was the last user. Raises as `remove_handle`."""
         with self.guard:
             if self._dependents:
                 self._dependents.remove(dependent)
@@ -141,8 +141,7 @@ class MemoryOwner:
         Raises
         ------
         IOReturnError
-            `kIOReturnBusy` while it is pinned, a `memoryview` of it is alive or a copy is under way: nothing changes
-            then.
+            `kIOReturnBusy` while it is pinned, a `memoryview` of it exists or a copy is in progress: nothing changes.
         """
         if self.pins and self._wired_by == os.getpid():  # a forked child inherits no pins
             self.require_unpinned()
@@ -154,18 +153,18 @@ class MemoryOwner:
         return bool(self._dependents and self._dependents.all())
 
     def add_mapping(self, mapping: CachedMapping) -> None:
-        """Register that its memory is mapped once more."""
+        """Register another mapping of its memory."""
         if self._mappings is None:
             self._mappings = weakref.WeakSet()
         self._mappings.add(mapping)
 
     def remove_mapping(self, mapping: CachedMapping) -> None:
-        """Forget a mapping, which shows other memory now."""
+        """Remove a mapping, which now maps other memory."""
         if self._mappings is not None:
             self._mappings.discard(mapping)
 
     def mappings(self) -> list[CachedMapping]:
-        """Return where its memory is mapped for maps of its handle."""
+        """Return the mappings of its memory for maps of its handle."""
         return list(self._mappings) if self._mappings is not None else []
 
     def _close(self) -> None:
@@ -187,9 +186,9 @@ class MemoryOwner:
         backing = getattr(self, "backing", None)
         if backing is None or backing.composite:  # the owners of its parts are collected with it
             return
-        self.backing = None  # first: another thread may have found it by a weak reference just now
-        # In use only by maps, views and arrays that are garbage of the same cycle, or end with the interpreter as
-        # well: these hold the mapping, which goes with the last of them.
+        self.backing = None  # first: another thread may just have found it by a weak reference
+        # Only maps, views and arrays that are garbage of the same cycle, or end with the interpreter, can still use
+        # it. They hold the mapping, which ends with the last of them.
         with contextlib.suppress(OSError, BufferError):
             backing.close()
 
@@ -219,10 +218,10 @@ class MemoryOwner:
         return size
 
     def before_write(self, offset: int, length: int) -> None:
-        """Keep bytes that are about to be written to, like the rest, although they are volatile."""
+        """Ensure that volatile bytes which are about to be written are retained like the others."""
         if self.purge_control:
             with self.guard:
-                self.require_backing()  # again: another thread may have released it
+                self.require_backing()  # read again: another thread may have released it
                 self.purge_control.memory.before_write(offset, length)
 
     def write_back(self, offset: int, length: int, *, drop: bool) -> None:
@@ -235,12 +234,12 @@ class MemoryOwner:
     # --- pins; each of these with the guard held
 
     def pin(self, direction: int = 0) -> None:
-        """Pin it once more. `direction` and errors are those of `IOMemoryDescriptor.prepare`."""
+        """Pin it again. `direction` and errors are those of `IOMemoryDescriptor.prepare`."""
         backing = self.require_backing()
         fresh = backing.composite or backing.wiring is not Wiring.PINNED
         if fresh and self.purge_control:
             self.purge_control.memory.hold()
-        undo = fresh and not backing.composite  # the parts have undone it where it failed
+        undo = fresh and not backing.composite  # the parts undo a failed pin themselves
         try:
             if fresh:
                 if direction & kIODirectionPrepareNoFault:
@@ -256,7 +255,7 @@ class MemoryOwner:
         self.pins += 1
 
     def unpin(self) -> None:
-        """Undo one `pin`; the last one lets the kernel move the memory again. Raises `kIOReturnNotReady`."""
+        """Undo one `pin`; after the last one the kernel may move the memory again. Raises `kIOReturnNotReady`."""
         backing = self.require_backing()
         if not self.pins:
             raise NotReadyError(f"{self!r} is not prepared: nothing to complete")
@@ -273,16 +272,16 @@ class MemoryOwner:
 
     @property
     def wiring(self) -> Wiring:
-        """How firmly it stays where it is."""
+        """Whether it is pageable, resident or pinned."""
         return self.require_backing().wiring
 
     def runs(self) -> RunTable:
-        """Return where its bytes lie, counted from the backing's address. Raises as `IOMemoryDescriptor.segments`."""
+        """Return its physical runs, relative to the backing's address. Raises as `IOMemoryDescriptor.segments`."""
         return self._runs(self.require_backing())
 
     def _runs(self, backing: Backing) -> RunTable:
         pinned, table = backing.wiring is Wiring.PINNED, backing.runs
-        if not pinned or backing.wiring is not Wiring.PINNED:  # again: another thread may have unpinned it between
+        if not pinned or backing.wiring is not Wiring.PINNED:  # read again: another thread may have unpinned it
             raise NotReadyError(f"{self!r} is not pinned: its physical addresses could change; call prepare() first")
         if table is None:
             raise _hidden()
@@ -303,7 +302,7 @@ class MemoryOwner:
         return self._runs(backing).segments(backing.address + offset, length)
 
     def require_mapped(self) -> None:
-        """Raise `kIOReturnVMError` if the program has unmapped it. `verify` sees more."""
+        """Raise `kIOReturnVMError` if the program has unmapped it. `verify` checks more."""
         backing = self.require_backing()
         if (lost := backing.lost()) is not None:
             raise _gone(backing, lost)
@@ -338,7 +337,7 @@ class MemoryOwner:
     # --- its purgeable state
 
     def require_purge_control(self) -> PurgeControl:
-        """Return what controls its purgeable state, with the guard held. Raises `kIOReturnUnsupported`."""
+        """Return the control of its purgeable state, with the guard held. Raises `kIOReturnUnsupported`."""
         backing = self.require_backing()
         if self.purge_control is None:
             if (purgeable := backing.purgeable) is None:
@@ -350,7 +349,7 @@ class MemoryOwner:
         return self.purge_control
 
     def set_purgeable(self, state: int, modifiers: int = 0) -> int:
-        """Set the purgeable state; return the one before. Raises as `IOMemoryDescriptor.setPurgeable`."""
+        """Set the purgeable state; return the previous one. Raises as `IOMemoryDescriptor.setPurgeable`."""
         with self.guard:
             return self.change_purgeable(state, modifiers)
 
@@ -364,16 +363,16 @@ class MemoryOwner:
     def require_unpinned(self) -> None:
         """Raise `kIOReturnBusy` while it is pinned."""
         if self.pins:
-            raise BusyError(f"{self!r} is prepared {self.pins} times: call complete() as often first")
+            raise BusyError(f"{self!r} is still prepared (prepare count {self.pins}): call complete() first")
 
     def lazily_freed(self) -> int:
-        """Return how many bytes the kernel may take at any moment."""
+        """Return how many bytes the kernel may reclaim at any time."""
         with self.guard:
             purgeable = self.require_backing().purgeable
             return purgeable.lazily_freed() if purgeable else 0
 
     def __repr__(self) -> str:
-        backing = self.backing  # once: another thread may release it
+        backing = self.backing  # read once: another thread may release it
         if backing is None:
             return f"<{self._kind} released>"
         task = backing.task

@@ -1,4 +1,4 @@
-"""`PurgeControl`: what a descriptor's memory has in addition when it is purgeable."""
+"""`PurgeControl`: the additional state of purgeable memory."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _T = TypeVar("_T")
 
 
 class PurgeControl:
-    """Changes the purgeable state of an owner's memory, and counts who keeps it non-volatile.
+    """The purgeable state of an owner's memory, and the number of threads that keep it non-volatile.
 
-    Created with memory that is made purgeable; for composite memory when its state is first asked for.
+    Created with purgeable memory; for composite memory when its state is first used.
 
     Parameters
     ----------
     owner : MemoryOwner
-        Whose memory it is. `change`, `enter` and `leave` are called with its guard held.
+        The owner of the memory. `change`, `enter` and `leave` are called with its guard held.
     memory : Purgeable
-        What has the state.
+        The object that has the state.
     size : int
-        Bytes of the memory.
+        Size of the memory in bytes.
     """
 
     __slots__ = (
@@ -47,18 +47,18 @@ class PurgeControl:
 
     def __init__(self, owner: MemoryOwner, memory: Purgeable, size: int) -> None:
         self.memory = memory
-        self._owner = weakref.ref(owner)  # which has this
+        self._owner = weakref.ref(owner)  # weak, because the owner has this
         self._size = size
-        self._modifiers: int | None = None  # those it was last made volatile with; None: it never was
-        self._keepers = 0  # how many threads are inside of `nonvolatile`
+        self._modifiers: int | None = None  # those of the last volatile state; None: it never was volatile
+        self._keepers = 0  # number of threads inside `nonvolatile`
         self._volatile_again: int | None = (
             None  # the modifiers with which the last of them makes it volatile; None: not
         )
-        self._unfilled = False  # it was found to be taken, and has not been filled since
-        self._spoilt = False  # an attempt to fill it failed
+        self._unfilled = False  # it was reclaimed, and has not been refilled
+        self._spoilt = False  # refilling it failed
 
     def change(self, state: int, modifiers: int) -> int:
-        """Set the state; return the one before. Raises as `Purgeable`."""
+        """Set the state; return the previous one. Raises as `Purgeable`."""
         if state == NON_VOLATILE:
             return self.memory.keep()
         if state == KEEP_CURRENT:
@@ -72,7 +72,7 @@ class PurgeControl:
         return old
 
     def enter(self, inside: NonVolatile) -> None:
-        """Make it non-volatile for a `with`, and set whether the content is intact."""
+        """Make it non-volatile for a `with` block, and set whether the contents are intact."""
         order = self.memory.order()
         old = self.memory.keep()
         if old == VOLATILE:
@@ -85,7 +85,7 @@ class PurgeControl:
         self._keepers += 1
 
     def leave(self, inside: NonVolatile, *, failed: bool) -> tuple[int, int] | None:
-        """End a `with`; return the state and the modifiers to set now, None where the state stays."""
+        """End a `with` block; return the state and the modifiers to set now, None if the state is unchanged."""
         if inside.intact is False:
             self._unfilled = failed
             self._spoilt |= failed
@@ -102,12 +102,12 @@ class PurgeControl:
     # --- for the purger
 
     def is_shared(self) -> bool:
-        """Whether the memory is there, and other processes may map it."""
+        """Whether the memory exists, and other processes may map it."""
         owner = self._owner()
         return self.memory.shared and owner is not None and not owner.released
 
     def candidate(self, *, wait: bool) -> purger.Candidate | None:
-        """Return it if it is volatile. None while this thread changes it, or another thread and not `wait`."""
+        """Return it if it is volatile; None while this thread, or without `wait` another, changes it."""
 
         def look() -> purger.Candidate | None:
             order = self.memory.order()
@@ -120,7 +120,7 @@ class PurgeControl:
         return self._if_free(self.memory.purge, wait=wait) or 0
 
     def _if_free(self, action: Callable[[], _T], *, wait: bool) -> _T | None:
-        owner = self._owner()  # held, so that the memory stays
+        owner = self._owner()  # a strong reference keeps the memory
         if owner is None or owner.guard.mine:
             return None
         try:
