@@ -1,4 +1,4 @@
-"""Where a descriptor's bytes live. Each kind of memory is one module; this is what they have in common."""
+"""Backings of descriptors. Each kind of memory is one module; this is their common interface."""
 
 from __future__ import annotations
 
@@ -18,74 +18,74 @@ if TYPE_CHECKING:
 
 
 class Contents(Protocol):
-    """What new memory is filled with."""
+    """Initial contents of new memory."""
 
     def fill(self, destination: int, *, huge: int = 0, sparse: bool = False) -> bool:
-        """Copy it to zeroed memory of this process. Returns whether some of that was left untouched.
+        """Copy it to zeroed memory of this process; return whether some of that was not touched.
 
         Parameters
         ----------
         destination : int
             Address in this process.
         huge : int
-            Size of the huge pages that it may get, 0 for none.
+            Size of the huge pages that it may have, 0 for none.
         sparse : bool
-            Let only those ranges have huge pages that are copied whole.
+            Whether only ranges that are copied completely may have huge pages.
         """
 
     def resident(self) -> int:
-        """Return how many bytes, at least, are not absent where they come from."""
+        """Return a lower bound of the bytes that exist in the source."""
 
 
 class Backing(Protocol):
     """Memory that one `MemoryOwner` has."""
 
     composite: bool
-    """It consists of parts of other memory, which is pinned with it, each time."""
+    """Whether it consists of parts of other memory, to which each pin is passed on."""
 
     stopped_ns: int
-    """For how long, at the most, a thread of `task` stood still as it was made."""
+    """Upper bound of the time for which a thread of `task` was stopped for the allocation."""
 
     @property
     def task(self) -> Task | None:
-        """The task whose address space `address` belongs to; None: it is mapped in none, or not in one piece."""
+        """The task to whose address space `address` belongs; None: mapped in none, or not as one range."""
 
     @property
     def runs(self) -> RunTable | None:
-        """Where it lies while it is pinned, counted from `address`; None where the kernel hides that."""
+        """Its physical runs while it is pinned, relative to `address`; None if the kernel hides them."""
 
     @property
     def purgeable(self) -> Purgeable | None:
-        """What takes it and keeps it, when it was made purgeable."""
+        """The control of its purgeable state, if it is purgeable."""
 
     @property
     def shared(self) -> SharedObject | None:
-        """The object that its pages are of, when they are those of one."""
+        """The object to which its pages belong, if any."""
 
     @property
     def wiring(self) -> Wiring:
-        """How firmly it stays where it is."""
+        """Whether it is pageable, resident or pinned."""
 
     def here(self, *, populated: bool = False) -> AbstractContextManager[Mapping]:
-        """Have its pages mapped in this process inside of a `with`, all of them in place if `populated`.
+        """Map its pages in this process inside a `with` block, with all of them present if `populated`.
 
-        Raises `kIOReturnUnsupported` where they are not, or not in one piece.
+        Raises `kIOReturnUnsupported` if they cannot be mapped, or not as one range.
         """
 
     def pin(self) -> None:
-        """Pin every page and record where it lies. Raises `kIOReturnCannotWire`."""
+        """Pin every page and record its frame. Raises `kIOReturnCannotWire`."""
 
     def unpin(self) -> None:
         """Undo `pin`."""
 
     def read_runs(self, *, gaps: bool = False) -> RunTable | None:
-        """Read where it lies now, as `runs`; with `gaps`, pages that are gone are in no run, else an error."""
+        """Read its present physical runs, like `runs`; with `gaps`, absent pages are omitted, otherwise an error."""
 
     def lost(self) -> int | None:
-        """Return the first address at which the program has unmapped it, or mapped something else; None: nowhere."""
+        """Return the first address at which the program has unmapped or replaced it; None if there is none."""
 
     def huge_bytes(self) -> int:
-        """Count the bytes that huge pages map."""
+        """Count the bytes mapped by huge pages."""
 
     @property
     def address(self) -> int:
@@ -93,7 +93,7 @@ class Backing(Protocol):
 
     @property
     def size(self) -> int:
-        """Bytes mapped, whole pages."""
+        """Mapped size in bytes, in whole pages."""
 
     def write_back(self, offset: int, length: int, *, drop: bool) -> None:
         """Write the cache lines of a range back to memory, and `drop` them from the caches if asked to."""
@@ -102,31 +102,31 @@ class Backing(Protocol):
         """Return how many pages are resident, and how many of those are dirty."""
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return `length` bytes from `offset` on."""
+        """Return `length` bytes, starting at `offset`."""
 
     def read_into(self, offset: int, buffer: Buffer) -> None:
-        """Fill `buffer` from `offset` on."""
+        """Fill `buffer` with the bytes at `offset`."""
 
     def write(self, offset: int, data: Buffer) -> None:
         """Copy `data` to `offset`."""
 
     def exported(self) -> tuple[Mapping, int]:
-        """Return where it is mapped in this process: the mapping, and the offset in that of its first byte.
+        """Return its mapping in this process, and the offset of its first byte in the mapping.
 
-        Raises `kIOReturnUnsupported` where it is not.
+        Raises `kIOReturnUnsupported` if it has none.
         """
 
     def in_page(self, offset: int) -> int:
-        """Return the place of the byte `offset` in its page."""
+        """Return the offset in its page of the byte at `offset`."""
 
     def span(self, offset: int, length: int) -> int:
-        """Return how many bytes the pages have that hold a range; a page counts for each piece that it holds."""
+        """Return the size of the pages that contain a range; a page counts for each part that it contains."""
 
     def file_extents(self, offset: int, length: int) -> list[FileExtent]:
         """Return the pages that hold a range, for mapping them at further places.
 
-        Raises `kIOReturnUnsupported` for private ones, `kIOReturnBadArgument` where pages are not filled.
+        Raises `kIOReturnUnsupported` for private pages, `kIOReturnBadArgument` for partial pages.
         """
 
     def close(self) -> None:
-        """Give the memory back. Raises BufferError while it is in use; idempotent."""
+        """Free the memory; raise BufferError while it is in use. Idempotent."""

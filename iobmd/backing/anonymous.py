@@ -1,4 +1,4 @@
-"""Memory of this process: private anonymous pages, or hugetlb pages where those alone can be had as wanted."""
+"""Memory of this process: private anonymous pages, or hugetlb pages if only those satisfy the request."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class AnonymousBacking(MappedBacking):
     Parameters
     ----------
     size : int
-        Bytes; rounded up to whole pages.
+        Size in bytes, rounded up to whole pages.
     wired : bool
-        Keep it resident (mlock), and pinned where the kernel lets us.
+        Whether to wire it: mlock, and pin if the kernel permits it.
     purgeable : bool
-        The kernel may take it while it is volatile.
+        Whether the kernel may reclaim it while it is volatile.
     want : PhysicalConstraints, optional
-        What is asked of the physical addresses; then it has to be pinned.
+        Constraints on the physical addresses, which require a pin.
     contents : Contents, optional
-        What to fill it with.
+        Initial contents.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class AnonymousBacking(MappedBacking):
         contents: Contents | None = None,
     ) -> None:
         super().__init__(wired=wired)
-        # What is pageable, and a copy, holds no more pages than its source.
+        # A pageable copy has no more pages than its source.
         self._sparse = bool(contents) and not (wired or purgeable or want)
         if wired or contents:
             absent = contents.resident if contents and self._sparse else None
@@ -72,10 +72,10 @@ class AnonymousBacking(MappedBacking):
         raise search.kept_moving(want)
 
     def _inherit(self) -> None:
-        """Undo MADV_DONTFORK, under which memory is searched for and pinned."""
+        """Undo MADV_DONTFORK, which applies during the search and pinning."""
         try:
             mman.advise(self.address, self.size, mman.MADV_DOFORK)
-        except OSError as error:  # ENOMEM: it became one area with a neighbour, and no further area is permitted
+        except OSError as error:  # ENOMEM: it was merged with an adjacent area, and no further area is permitted
             doing = f"cannot make {format_size(self.size)} inheritable (MADV_DOFORK)"
             raise limits.from_oserror(error, doing, PAGE_SIZE) from None
 
@@ -96,13 +96,14 @@ class AnonymousBacking(MappedBacking):
             numa.place(self.address, self.size)
         huge = HUGE_PAGE_SIZE if self.size >= HUGE_PAGE_SIZE and not populated else 0
         if huge and (self._wired or contents or self.purgeable):
-            # A kernel without transparent huge pages is slower, nothing else. Of a sparse copy those ranges are given
-            # MADV_HUGEPAGE that are copied whole.
+            # A kernel without transparent huge pages is only slower. In a sparse copy, MADV_HUGEPAGE is applied to
+            # ranges that are copied completely.
             advice = mman.MADV_NOHUGEPAGE if self._sparse else mman.MADV_HUGEPAGE
             with contextlib.suppress(OSError):
                 mman.advise(self.address, self.size, advice)
         if self._wired:
-            # Large memory is faulted in on several threads, by the copy or by `populate`: this reserves the limit.
+            # Large memory is faulted in on several threads, by the copy or by `populate`: this charges the limit in
+            # advance.
             make_resident(self.address, self.size, populate=not huge)
         left_zero = contents.fill(self.address, huge=huge, sparse=self._sparse) if contents else bool(huge)
         if left_zero and self.purgeable and contents:
@@ -112,18 +113,18 @@ class AnonymousBacking(MappedBacking):
             make_resident(self.address, self.size)
 
     def _wire(self, size: int, want: PhysicalConstraints | None, contents: Contents | None) -> bool:
-        """Pin; return False where pinning moved pages away from where they are wanted, and another try may do."""
+        """Pin; return False if pinning moved pages to unsuitable frames, so that another attempt may succeed."""
         try:
             self.pin()
         except CannotWireError:
             if not self._take_hugetlb(want or PhysicalConstraints(size)):
                 if want:
                     raise
-                return True  # resident, then, and it says so
+                return True  # it remains resident, as `wiring` shows
             self._fill(contents, populated=True)
         if not want:
             return True
-        if self.runs is None:  # hidden: then it was to be in one huge page
+        if self.runs is None:  # hidden: it must be in one huge page
             return pagemap.is_huge(self.address, self.size)
         return want.accepts(self.runs)
 
@@ -134,14 +135,14 @@ class AnonymousBacking(MappedBacking):
         try:
             if self.runs.holds(pagemap.own_pagemap(), PAGE_SIZE):
                 return [(self.address, self.size)]
-        except IOReturnError:  # pagemap cannot be read any more
+        except IOReturnError:  # pagemap can no longer be read
             return None
-        # A page that is being looked at by the kernel is missing for a moment: this waits for its return.
+        # A page that the kernel is inspecting is temporarily unmapped: this waits for its return.
         now = pinning.visible_runs(self.address, self.size, gaps=True)
         return None if now is None else self.runs.common(now)
 
     def _take_hugetlb(self, want: PhysicalConstraints) -> bool:
-        """Without pins, hugetlb pages are the next best: compaction does not move them."""
+        """Use hugetlb pages if pins are not available: compaction does not move them."""
         mapping = search.from_pools(want)
         if mapping:
             self.mapping.close()

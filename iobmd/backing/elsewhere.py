@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class RemoteBacking(SharedBacking):
-    """Memory in another task. We map it too, so as to reach it, and so that pages are in place before the task stops.
+    """Memory in another task. This process maps it too, to access it, and to populate it before the task is stopped.
 
     Parameters as those of `SharedBacking`.
     """
@@ -66,13 +66,13 @@ class RemoteBacking(SharedBacking):
         return min((lost for lost in found if lost is not None), default=None)
 
     def exported(self) -> NoReturn:
-        """Refuse: it is the other task's."""
+        """Raise: it is mapped in the other task."""
         raise _not_here(f"in task {self.task.pid}" if self.task else "")
 
     def close(self) -> None:
-        """Unmap it there, if the task is still there, and here. Raises as `RemoteMapping.close`; idempotent."""
+        """Unmap it in its task, if that still exists, and here. Raises as `RemoteMapping.close`; idempotent."""
         if self._there:
-            self.mapping.seal()  # refuses while it is in use, before anything is taken away there
+            self.mapping.seal()  # raises while it is in use, before anything is unmapped in the task
             try:
                 self._there.close()
             except BaseException:
@@ -82,7 +82,7 @@ class RemoteBacking(SharedBacking):
 
 
 class UnmappedBacking(SharedBacking):
-    """Memory mapped in no task. We map it for as long as it takes to read, to write or to pin it.
+    """Memory mapped in no task. It is mapped temporarily to read, write or pin it.
 
     Parameters as those of `SharedBacking`. Its address is 0.
     """
@@ -96,20 +96,20 @@ class UnmappedBacking(SharedBacking):
         self.mapping.close()
 
     def treat_caches(self, how: int) -> None:
-        """Have copies treat the processors' caches as `Mapping.cache` says."""
+        """Set how copies treat the processor caches, as `Mapping.cache`."""
         self._cache = how
 
     def _wire(self) -> None:
         if self._shared.page == PAGE_SIZE:
             residency.require(self.mapping.address, self.size, swappable=False, shared=True)
-        # Pinned pages stay without a mapping; pages that are only locked would not.
+        # Pinned pages remain resident without a mapping; pages that are only locked would not.
         populate(self.mapping.address, self.size)
         self.pin()
 
     @contextlib.contextmanager
     def here(self, *, populated: bool = False) -> Iterator[Mapping]:
-        """Map it for a moment."""
-        if self.mapping.address:  # as it is made
+        """Map it temporarily."""
+        if self.mapping.address:  # during the allocation
             yield self.mapping
             return
         mapping = self._shared.map()
@@ -125,7 +125,7 @@ class UnmappedBacking(SharedBacking):
 
     @property
     def address(self) -> int:
-        """0, where it begins."""
+        """0, its start."""
         return 0
 
     def read(self, offset: int, length: int) -> bytes:
@@ -148,9 +148,9 @@ class UnmappedBacking(SharedBacking):
             mapping.write(offset, data)
 
     def exported(self) -> NoReturn:
-        """Refuse: it is mapped nowhere."""
+        """Raise: it is not mapped."""
         raise _not_here("mapped in no task")
 
 
 def _not_here(where: str) -> UnsupportedError:
-    return UnsupportedError(f"this memory is {where}, and cannot be viewed here: map() gives a view of it")
+    return UnsupportedError(f"this memory is {where}, and cannot be viewed here: use map() for a view")

@@ -1,4 +1,4 @@
-"""Memory that a task has already, and that nobody shared: a range of its addresses, wherever in a page it begins."""
+"""Existing memory of a task that is not shared: a range of its addresses, with any offset in a page."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class RangeBacking(Pinned):
     Parameters
     ----------
     task, address, length
-        Whose, where, and how many bytes.
+        The task, the address, and the number of bytes.
     writable : bool
-        It has to be memory that may be written to.
+        Whether the memory must be writable.
 
     Raises
     ------
@@ -68,20 +68,20 @@ class RangeBacking(Pinned):
                 raise diagnosis.unreadable(self.task.pid, max(bad, self.address), write=permission == "w")
 
     def pin(self) -> None:
-        """Pin its pages, or keep them resident where another task's cannot be pinned.
+        """Pin its pages, or lock them if those of another task cannot be pinned.
 
         Raises
         ------
         IOReturnError
-            As `pinning.Pin` and `wired.RemotePin`, with the first byte that stands in the way as `.address`;
-            `kIOReturnNoMemory`: the task's memory cgroup has no room for what is not resident yet.
+            As `pinning.Pin` and `wired.RemotePin`; `.address` is the first byte that cannot be pinned;
+            `kIOReturnNoMemory`: the task's memory cgroup has no room for the absent pages.
         """
         residency.require(self._first, self.size, swappable=False, task=self.task)
         if self.task.is_current:
             try:
                 pin: Pin = pinning.Pin(self._first, self.size)
             except IOReturnError as error:
-                if error.address is not None:  # it may be before the first byte, in the same page
+                if error.address is not None:  # it may precede the first byte, in the same page
                     error.address = max(error.address, self.address)
                 raise
             self._take(pin)
@@ -101,14 +101,14 @@ class RangeBacking(Pinned):
 
     def _require_wirable(self, *, pin: bool = True) -> None:
         found = None
-        with contextlib.suppress(OSError):  # the task is gone, or it is not shown: the first error says more
+        with contextlib.suppress(OSError):  # the task has exited or is hidden: the first error is more informative
             found = obstacles.find(self.task.pid, self.address, self.address + self.length, pin=pin)
         if found:
             what = f"cannot {'pin' if pin else 'lock'} {format_size(self.size)} of task {self.task.pid}"
             raise IOReturnError(found.code, f"{what}: {found}", 0, found.address) from None
 
     def _require_locked(self) -> None:
-        """Look whether locked pages are in memory: mlock(2) passes over devices, and over what is locked on fault."""
+        """Check that locked pages are in memory: mlock(2) skips devices, and memory that is locked on fault."""
         self._require_wirable(pin=False)
         resident = self.page_counts()[0] * PAGE_SIZE
         if resident < self.size:
@@ -116,27 +116,27 @@ class RangeBacking(Pinned):
             raise CannotWireError(message)
 
     def lost(self) -> int | None:
-        """Return the first address that its task has not mapped any more; None: all is. Raises as `RangeBacking`."""
+        """Return the first address that its task no longer maps; None if there is none. Raises as `RangeBacking`."""
         end = self.address + self.length
         bad = procfs.uncovered(areas.known(self.task, self.address, end), self.address, end, "r")
         return bad if bad < end else None
 
     def read_runs(self, *, gaps: bool = False) -> RunTable | None:
-        """Read where its pages lie now; None where the kernel hides that."""
+        """Read the present physical runs of its pages; None if the kernel hides them."""
         if self.task.is_current:
             return pinning.visible_runs(self._first, self.size, gaps=gaps)
         return pagemap.visible_runs(self.task, self._first, self.size)
 
     @property
     def wiring(self) -> Wiring:
-        """What we did to hold it; its task may have done more."""
+        """The wiring by this descriptor; its task may have wired it as well."""
         pin = self._pin  # once: another thread may release it
         if pin and pin.holds_frames:
             return Wiring.PINNED
         return Wiring.RESIDENT if pin and pin.holds_pages else Wiring.PAGEABLE
 
     def huge_bytes(self) -> int:
-        """Count the bytes of its pages that huge pages map."""
+        """Count the bytes of its pages that are mapped by huge pages."""
         return pagemap.huge_bytes(self._first, self.size, self.task)
 
     def page_counts(self) -> tuple[int, int]:
@@ -156,13 +156,13 @@ class RangeBacking(Pinned):
         self.task.write(self.address + offset, data)
 
     def here(self, *, populated: bool = False) -> AbstractContextManager[Mapping]:  # noqa: ARG002 (the protocol's)
-        """Stand for its pages, if its task is this process."""
+        """Return a context with its pages, if its task is this process."""
         self._require_here("is not mapped here")
         return contextlib.nullcontext(Mapping.borrow(self._first, self.size, False))
 
     def write_back(self, offset: int, length: int, *, drop: bool) -> None:
-        """Write the cache lines of a range back to memory, which takes addresses of this process."""
-        self._require_here("its cache lines cannot be reached from here")
+        """Write the cache lines of a range back to memory, which requires addresses of this process."""
+        self._require_here("its cache lines cannot be flushed from here")
         try:
             Mapping.borrow(self.address, self.length, False).write_back(offset, length, drop)
         except FaultError as error:
@@ -174,7 +174,7 @@ class RangeBacking(Pinned):
             raise UnsupportedError(message)
 
     def exported(self) -> tuple[Mapping, int]:
-        """Return it as its task has mapped it, if that is this process."""
+        """Return its mapping, if its task is this process."""
         self._require_here("cannot be viewed here")
         if self._seen is None:
             end = self.address + self.length
@@ -196,7 +196,7 @@ class RangeBacking(Pinned):
         raise private()
 
     def close(self) -> None:
-        """Let go of it. Raises BufferError while a view of it is alive; idempotent."""
+        """Release it; raise BufferError while a view of it exists. Idempotent."""
         if self._seen:
             self._seen.seal()
         self.unpin()

@@ -1,4 +1,4 @@
-"""What all memory has in common that this process maps: pins, reading and writing, and its end."""
+"""The common part of all memory that this process maps: pins, reading and writing, release."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 
 UNREACHABLE = (ClosedError, FaultError)
-"""What an access to a mapping raises when its memory is released, or gone."""
+"""The errors of access to a mapping whose memory is released or unmapped."""
 
 
 class MappedBacking(Pinned):
-    """Memory that this process maps as `mapping`, which the subclass makes."""
+    """Memory that this process maps as `mapping`, which the subclass creates."""
 
     mapping: Mapping
     composite = False
@@ -43,10 +43,10 @@ class MappedBacking(Pinned):
         self.stopped_ns = 0
         self.purgeable: Purgeable | None = None
         self._wired = wired
-        self._immovable = False  # hugetlb pages, which stay where they are without a pin
+        self._immovable = False  # hugetlb pages, which never move, even without a pin
 
     def here(self, *, populated: bool = False) -> AbstractContextManager[Mapping]:  # noqa: ARG002 (a subclass's)
-        """Have it mapped in this process inside of a `with`; `populated`: with every page that it has in place."""
+        """Map it in this process inside a `with` block; `populated`: with all its pages present."""
         return contextlib.nullcontext(self.mapping)
 
     def treat_caches(self, how: int) -> None:
@@ -62,7 +62,7 @@ class MappedBacking(Pinned):
                 raise diagnosis.unreachable(error) from None
 
     def pin(self) -> None:
-        """Pin every page, and read where it lies. Raises `kIOReturnCannotWire`, `kIOReturnNoMemory`."""
+        """Pin every page, and read its frame. Raises `kIOReturnCannotWire`, `kIOReturnNoMemory`."""
         with self.here() as mapping:
             self._require_room(mapping, 0, self.size, swappable=False)
             pin = pinning.Pin(mapping.address, self.size)
@@ -81,12 +81,12 @@ class MappedBacking(Pinned):
             mapping.let_go()
 
     def _require_room_to_read(self, mapping: Mapping, offset: int, length: int) -> None:
-        """As above: reading shared memory makes pages that nobody wrote to, and private memory maps zeroes."""
+        """As above: reading shared memory allocates untouched pages, whereas private memory maps the zero page."""
         if self.shared is not None:
             self._require_room(mapping, offset, length)
 
     def read_runs(self, *, gaps: bool = False) -> RunTable | None:
-        """Read where it lies now, counted from `address`; None where the kernel hides that."""
+        """Read its present physical runs, relative to `address`; None if the kernel hides them."""
         with self.here(populated=True) as mapping:
             table = pinning.visible_runs(mapping.address, self.size, gaps=gaps)
             if table is not None:
@@ -100,7 +100,7 @@ class MappedBacking(Pinned):
 
     @property
     def shared(self) -> SharedObject | None:
-        """The object that its pages are of, when they can be mapped at further places."""
+        """The object to which its pages belong, if they can be mapped at other addresses."""
         return None
 
     @property
@@ -152,11 +152,11 @@ class MappedBacking(Pinned):
             raise diagnosis.unreachable(error) from None
 
     def exported(self) -> tuple[Mapping, int]:
-        """Return it as it is mapped in this process, from its first byte on."""
+        """Return its mapping in this process, from its first byte."""
         return self.mapping, 0
 
     def in_page(self, offset: int) -> int:
-        """Return the place of a byte in its page; the first byte is the first of one."""
+        """Return the offset of a byte in its page; the first byte is the first of a page."""
         return offset % PAGE_SIZE
 
     def span(self, offset: int, length: int) -> int:
@@ -168,21 +168,21 @@ class MappedBacking(Pinned):
         raise private()
 
     def lost(self) -> int | None:
-        """Return the first address at which its pages are not mapped any more; None: all are."""
+        """Return the first address at which its pages are no longer mapped; None if there is none."""
         lost = self.mapping.lost()
         return None if lost is None else self.address + (lost - self.mapping.address)
 
     def _certain(self) -> list[tuple[int, int]] | None:
-        """Return the ranges of its mapping that show its pages, as far as that is certain; None: not known.
+        """Return the ranges of its mapping that certainly map its pages; None if unknown.
 
-        The mapping then looks at what kind of memory is there (`Mapping.close`).
+        In that case the mapping checks the kind of the memory (`Mapping.close`).
         """
         return None
 
     def close(self) -> None:
         """Unpin and unmap, which also unlocks. Raises BufferError while it is in use; idempotent.
 
-        What the program has unmapped or replaced itself is left alone.
+        Memory that the program has unmapped or replaced is not touched.
         """
         self.mapping.seal()
         certain = self._certain()  # before pages may move
@@ -191,12 +191,12 @@ class MappedBacking(Pinned):
 
 
 def span(in_page: int, length: int) -> int:
-    """Return how many bytes the pages have that hold a range which begins at a place in a page."""
+    """Return the size of the pages that contain a range with this offset in a page."""
     return round_up(in_page + length, PAGE_SIZE) if length else 0
 
 
 def private() -> UnsupportedError:
-    """Return the error for private memory that is to be at a second place."""
+    """Return the error for a second mapping of private memory."""
     return UnsupportedError(
-        "private memory cannot be mapped at a second place; make it with kIOMemoryKernelUserShared (shared=True)"
+        "private memory cannot be mapped a second time: allocate it with kIOMemoryKernelUserShared (shared=True)"
     )

@@ -1,4 +1,4 @@
-"""What holds pages in place for a while: the part that all memory has in common that is pinned itself."""
+"""Pins of pages: the common part of all memory that is pinned itself."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ if TYPE_CHECKING:
 
 
 class Pin(Protocol):
-    """Pages that are held."""
+    """Pages that are pinned or locked."""
 
     @property
     def holds_frames(self) -> bool:
-        """Whether they stay in their frames."""
+        """Whether the pages cannot move to other frames."""
 
     @property
     def holds_pages(self) -> bool:
-        """Whether they stay in memory at all."""
+        """Whether the pages remain in memory."""
 
     def release(self) -> None:
-        """Let them go. Idempotent."""
+        """Release the pages; idempotent."""
 
 
 class Pinned(abc.ABC):
-    """Takes one pin at a time, and knows where the pages lie while it has it."""
+    """Memory with at most one pin at a time, and with known page frames during that time."""
 
     runs: RunTable | None = None
     _pin: Pin | None = None
 
     _generation = 0
-    """The process that took the pin (`mapping.generation`): a forked child has private memory in other frames."""
+    """The process that pinned it (`guard.generation`): a forked child has private memory in other frames."""
 
     @abc.abstractmethod
     def read_runs(self, *, gaps: bool = False) -> RunTable | None:
-        """Read where the pages lie now."""
+        """Read the present physical runs of the pages."""
 
     def _take(self, pin: Pin) -> None:
-        """Keep a pin until `unpin`, or release it where it cannot be read where the pages lie."""
+        """Hold a pin until `unpin`, or release it if the page frames cannot be read."""
         try:
-            # Read afterwards: a pin may move a page once.
+            # Read afterwards, because pinning may move a page once.
             self.runs = self.read_runs() if pin.holds_frames else None
         except BaseException:
             pin.release()
@@ -51,7 +51,7 @@ class Pinned(abc.ABC):
         self._generation = mapping.generation()
 
     def unpin(self) -> None:
-        """Let the kernel move the pages again."""
+        """Release the pin, so that the kernel may move the pages again."""
         if self._pin:
             self._pin.release()
         self._pin = self.runs = None

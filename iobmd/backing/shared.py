@@ -1,4 +1,4 @@
-"""Memory of a shared object: the same pages for every process that maps it, a forked child for one."""
+"""Memory of a shared object: the same pages for every process that maps it, including forked children."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 
 class SharedBacking(MappedBacking):
-    """Memory of a shared object, mapped here; it owns the object.
+    """Memory of a shared object, mapped in this process; it owns the object.
 
     Parameters
     ----------
     shared : SharedObject
         The object, all of which is mapped.
     wired : bool
-        Keep it resident (mlock), and pinned where the kernel lets us.
+        Whether to wire it: mlock, and pin if the kernel permits it.
     purgeable : bool
-        It may be taken while it is volatile; the object has `TRAILER` bytes behind it for that.
+        Whether it may be purged while it is volatile; the object then has `TRAILER` bytes after it.
     contents : Contents, optional
-        What to fill it with.
+        Initial contents.
     guard : int
-        Bytes on each side that nobody can touch.
+        Inaccessible bytes on each side.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class SharedBacking(MappedBacking):
             residency.require(self.mapping.address, self.size, swappable=False, shared=True)
         populate(self.mapping.address, self.size)
         make_resident(self.mapping.address, self.size)
-        with contextlib.suppress(CannotWireError):  # resident, then, and it says so
+        with contextlib.suppress(CannotWireError):  # it remains resident, as `wiring` shows
             self.pin()
         if self._immovable:
             self.runs = self.read_runs()
@@ -82,7 +82,7 @@ class SharedBacking(MappedBacking):
 
     @property
     def size(self) -> int:
-        """Bytes of it, whole pages."""
+        """Its size in bytes, in whole pages."""
         return self._shared.size
 
     def file_extents(self, offset: int, length: int) -> list[FileExtent]:
@@ -91,12 +91,12 @@ class SharedBacking(MappedBacking):
         return self._shared.cut(offset - in_page, span(in_page, length))
 
     def page_counts(self) -> tuple[int, int]:
-        """Count the pages that are resident, mapped here or not. All are dirty: there is no file to drop them for."""
+        """Count the resident pages, mapped here or not. All are dirty, because there is no file behind them."""
         with self.here() as mapping:
             resident = mman.incore(mapping.address, pages(self.size), PAGE_SIZE).count(1)
         return resident, resident
 
     def close(self) -> None:
-        """Unpin, unmap, and let go of the object. As `MappedBacking.close`."""
+        """Unpin, unmap, and release the object, like `MappedBacking.close`."""
         super().close()
         self._shared.close()

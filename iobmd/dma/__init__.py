@@ -1,4 +1,4 @@
-"""`IODMACommand`: what a device is told about memory, within its limits."""
+"""`IODMACommand`: segments of memory for a device, within its limits."""
 
 from iobmd.dma.command import IODMACommand
 

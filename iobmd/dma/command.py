@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
 
 class IODMACommand:
-    """What a device is told about a descriptor's memory: segments within its limits, bounce buffers where it must be.
+    """Segments of a descriptor's memory within the limits of a device, with bounce buffers where necessary.
 
-    One command serves one transfer after another, with the same memory or others. While it is prepared its memory is
-    too, so that nobody can free it. Methods may be called from any thread, one at a time. In a forked child a
-    prepared command refuses to work, like the wired memory below it. Leaving `with` is `clearMemoryDescriptor()`.
+    A command serves consecutive transfers, with the same or different memory. While the command is prepared, so is
+    its memory, which therefore cannot be freed. Methods may be called from any thread, one at a time. In a forked
+    child a prepared command is unusable, like its wired memory. Leaving a `with` block calls
+    `clearMemoryDescriptor()`.
 
-    Source: IOKit's IODMACommand.h. There is no mapper here: a device behind an IOMMU takes these addresses only where
+    Source: IOKit's IODMACommand.h. There is no mapper: the addresses are valid for a device behind an IOMMU only if
     that passes them through.
     """
 
@@ -62,20 +63,20 @@ class IODMACommand:
         *,
         boundary: int = 0,
     ) -> Self:
-        """Make a command for a device with these limits; 0: no limit.
+        """Create a command for a device with these limits; 0: no limit.
 
         Parameters
         ----------
         numAddressBits : int
-            The device reaches physical addresses below 1 << numAddressBits.
+            The device can access physical addresses below 1 << numAddressBits.
         maxSegmentSize : int
-            The most bytes of one segment.
+            Maximum size of a segment in bytes.
         mappingOptions : int
-            `kMapped`, `kBypassed` and `kUnmapped` are one, there being no mapper. `kNonCoherent`: the device does not
-            see the processors' caches, which `prepare` and `complete` flush for it. `kIterateOnly`: never a bounce
-            buffer.
+            `kMapped`, `kBypassed` and `kUnmapped` are equivalent, because there is no mapper. `kNonCoherent`: the
+            device is not cache-coherent, so that `prepare` and `complete` flush the processor caches. `kIterateOnly`:
+            never use a bounce buffer.
         maxTransferSize : int
-            The most bytes that can be prepared.
+            Maximum number of bytes that can be prepared.
         alignment : int
             Every segment starts at a multiple of this power of two.
         boundary : int
@@ -84,48 +85,48 @@ class IODMACommand:
         Raises
         ------
         IOReturnError
-            `kIOReturnBadArgument`: a limit that no transfer can keep, or an option that is not known.
+            `kIOReturnBadArgument`: a limit that no transfer can satisfy, or an unknown option.
         """
         limits = (numAddressBits, maxSegmentSize, mappingOptions, maxTransferSize, alignment, boundary)
         return cls(Specification(*limits))
 
     def getNumAddressBits(self) -> int:
-        """Return how many address bits the device has."""
+        """Return the number of address bits of the device."""
         return self._limits.address_bits
 
     def getAlignment(self) -> int:
-        """Return what every segment's address is a multiple of."""
+        """Return the alignment of segment addresses."""
         return self._limits.alignment
 
     # --- its memory
 
     def getMemoryDescriptor(self) -> IOMemoryDescriptor | None:
-        """Return the descriptor that is set, None when none is."""
+        """Return the descriptor that is set, or None."""
         return self._memory
 
     def getIOMemoryDescriptor(self) -> IOMemoryDescriptor | None:
-        """Return the descriptor that the device uses: the bounce buffer where all of the transfer is in one."""
+        """Return the descriptor that the device accesses: the bounce buffer if it contains the whole transfer."""
         transfer = self._transfer
         return transfer.bounce if transfer and transfer.double else self._memory
 
     def setMemoryDescriptor(self, mem: IOMemoryDescriptor | None, autoPrepare: bool = True) -> None:
         """Set the memory of the next transfer, and prepare all of it unless `autoPrepare` is False.
 
-        The descriptor's own `prepare()` comes first, and is the caller's, as in IOKit. With the descriptor that is
-        set already and `autoPrepare` False the command is completed.
+        As in IOKit, the caller must first call the descriptor's own `prepare()`. If the descriptor is already set and
+        `autoPrepare` is False, the command is completed.
 
         Raises
         ------
         IOReturnError
-            `kIOReturnBusy`: prepared with other memory; `kIOReturnNotOpen`: that was freed; or as `prepare`. Then no
-            new memory is set.
+            `kIOReturnBusy`: prepared with other memory; `kIOReturnNotOpen`: the memory was freed; or as `prepare`.
+            After an error, no new memory is set.
         """
         with self._guard:
             fresh = mem is not self._memory
             if fresh and self._active:
                 raise BusyError(f"{self!r} is prepared with other memory: call complete() first")
             if fresh and mem is not None:
-                mem.getLength()  # raises when it was freed
+                mem.getLength()  # raises if it was freed
             if not autoPrepare:
                 self._complete_all()
             self._memory = mem
@@ -138,12 +139,12 @@ class IODMACommand:
                 raise
 
     def clearMemoryDescriptor(self, autoComplete: bool = True) -> None:
-        """Let go of the memory, completing the command first unless `autoComplete` is False.
+        """Release the memory, after completing the command unless `autoComplete` is False.
 
         Raises
         ------
         IOReturnError
-            `kIOReturnNotReady`: it is prepared, and `autoComplete` is False; or as `complete`.
+            `kIOReturnNotReady`: it is prepared and `autoComplete` is False; or as `complete`.
         """
         with self._guard:
             if self._active and not autoComplete:
@@ -152,7 +153,7 @@ class IODMACommand:
             self._memory = None
 
     def free(self) -> None:
-        """Let go of the memory; idempotent.
+        """Release the memory; idempotent.
 
         Raises
         ------
@@ -171,26 +172,27 @@ class IODMACommand:
     def prepare(self, offset: int = 0, length: int = 0, flushCache: bool = True, synchronize: bool = True) -> None:
         """Make a range of the memory ready for the device.
 
-        Calls are counted, in pairs with `complete`; while it is prepared only the same range can be prepared again.
-        What the device cannot reach, or a range with a piece that it cannot start at, gets bounce buffers, zeroed.
+        Calls are counted, in pairs with `complete`; while it is prepared, only the same range can be prepared again.
+        Memory that the device cannot reach, or a range with a part whose alignment is unsuitable, is replaced by
+        zeroed bounce buffers.
 
         Parameters
         ----------
         offset, length : int
             The range in bytes; `length` 0: to the end.
         flushCache : bool
-            With `kNonCoherent`: write the processors' caches back.
+            With `kNonCoherent`: write the processor caches back.
         synchronize : bool
-            Copy the memory to its bounce buffers, if its direction is out (or none).
+            Copy the memory to its bounce buffers if its direction is out (or none).
 
         Raises
         ------
         IOReturnError
             `kIOReturnNotReady`: no memory is set, it is not pinned (its `prepare()` comes first), or another range is
             prepared. `kIOReturnNoSpace`: longer than the device's largest transfer. `kIOReturnBadArgument`: past the
-            end. `kIOReturnNoResources`: no bounce buffer is to be had where the device reaches it (`iobmd.policy`
-            bounds the search). `kIOReturnNotPrivileged`: physical addresses are hidden. `kIOReturnNotOpen`: the
-            memory was freed. Nothing is prepared then.
+            end. `kIOReturnNoResources`: no bounce buffer within reach of the device is available (`iobmd.policy`
+            limits the search). `kIOReturnNotPrivileged`: physical addresses are hidden. `kIOReturnNotOpen`: the
+            memory was freed. After an error, nothing is prepared.
         """
         with self._guard:
             self._prepare(offset, length, flush=flushCache, synchronize=synchronize)
@@ -201,71 +203,71 @@ class IODMACommand:
         Parameters
         ----------
         invalidateCache : bool
-            With `kNonCoherent`: drop what the processors' caches hold of the memory.
+            With `kNonCoherent`: invalidate the memory's lines in the processor caches.
         synchronize : bool
-            Copy the bounce buffers back to the memory, if its direction is in (or none).
+            Copy the bounce buffers back to the memory if its direction is in (or none).
 
         Raises
         ------
         IOReturnError
-            `kIOReturnNotReady`: it is not prepared. What keeps bytes from being copied back is raised too, and the
-            transfer has ended.
+            `kIOReturnNotReady`: it is not prepared. Errors of copying bytes back are raised after the transfer has
+            ended.
         """
         with self._guard:
             self._prepared()
             self._complete(invalidate=invalidateCache, synchronize=synchronize)
 
     def getPreparedOffsetAndLength(self) -> tuple[int, int]:
-        """Return the range that is prepared, in bytes. Raises `kIOReturnNotReady` when none is."""
+        """Return the prepared range, in bytes; raise `kIOReturnNotReady` if none is prepared."""
         transfer = self._prepared()
         return transfer.offset, transfer.length
 
     def genIOVMSegments(self, offset: int = 0, numSegments: int | None = None) -> list[PhysicalSegment]:
-        """Return the segments to give to the device, in order, within its limits.
+        """Return the segments for the device, in order, within its limits.
 
         Parameters
         ----------
         offset : int
-            Where to begin, in bytes, counted from the prepared offset. The sum of the lengths of all segments before
-            is where the next call goes on.
+            Where to begin, in bytes, relative to the prepared offset. For the next call, add the lengths of all
+            returned segments.
         numSegments : int, optional
-            The most segments to return; None: all.
+            Maximum number of segments to return; None: all.
 
         Raises
         ------
         IOReturnError
-            `kIOReturnNotReady`: it is not prepared. `kIOReturnOverrun`: nothing is left at `offset`.
-            `kIOReturnBadArgument`: a negative offset, or no segments. `kIOReturnNotAligned`: the device cannot start
-            there. `kIOReturnMessageTooLarge`: with `kIterateOnly`, memory that it cannot reach.
+            `kIOReturnNotReady`: it is not prepared. `kIOReturnOverrun`: `offset` is at the end.
+            `kIOReturnBadArgument`: a negative offset, or no segments. `kIOReturnNotAligned`: the address has an
+            unsuitable alignment. `kIOReturnMessageTooLarge`: with `kIterateOnly`, memory that it cannot reach.
         """
         transfer = self._prepared()
         if offset < 0 or (numSegments is not None and numSegments < 1):
-            message = f"{numSegments} segments from offset {offset} on cannot be had"
+            message = f"cannot generate {numSegments} segments from offset {offset}"
             raise BadArgumentError(message)
         if offset >= transfer.length:
-            message = f"offset {offset} is at the end of the {transfer.length} bytes prepared"
+            message = f"offset {offset} is at the end of the {transfer.length} prepared bytes"
             raise IOReturnError(IOReturn.kIOReturnOverrun, message)
-        most = None if numSegments is None else min(numSegments, transfer.length)  # each has a byte at least
+        most = None if numSegments is None else min(numSegments, transfer.length)  # each has at least one byte
         return list(itertools.islice(transfer.segments(offset), most))
 
     def synchronize(self, direction: int, forceDoubleBuffer: bool = False) -> None:
-        """Copy between the memory and its bounce buffers; nothing where there are none.
+        """Copy between the memory and its bounce buffers, if any.
 
         Parameters
         ----------
         direction : int
-            `kIODirectionOut`: from the memory to the bounce buffers. `kIODirectionIn`: back. `kForceDoubleBuffer` may
-            be added.
+            `kIODirectionOut`: from the memory to the bounce buffers. `kIODirectionIn`: from the bounce buffers to the
+            memory. `kForceDoubleBuffer` may be added.
         forceDoubleBuffer : bool
-            Go on with all of the prepared range in a new page-aligned bounce buffer, with the bytes that the device
-            sees now; segments have to be asked for again. Then `direction` may be 0.
+            Replace the whole prepared range by a new page-aligned bounce buffer with the bytes that the device sees
+            now; segments must then be generated again, and `direction` may be 0.
 
         Raises
         ------
         IOReturnError
             `kIOReturnNotReady`: it is not prepared. `kIOReturnBadArgument`: both directions, or unknown bits.
-            `kIOReturnNoResources`: no bounce buffer is to be had, and all is as before. `kIOReturnUnsupported`: a
-            bounce buffer asked for with `kIterateOnly`.
+            `kIOReturnNoResources`: no bounce buffer is available, and nothing has changed. `kIOReturnUnsupported`: a
+            bounce buffer was requested with `kIterateOnly`.
         """
         with self._guard:
             transfer = self._prepared()
@@ -281,18 +283,18 @@ class IODMACommand:
                 transfer.copy_in()
 
     def readBytes(self, offset: int, length: int) -> bytes:
-        """Return bytes as the device sees them, `offset` counted from the prepared one.
+        """Return bytes as the device sees them; `offset` is relative to the prepared one.
 
         Raises
         ------
         IOReturnError
-            `kIOReturnNotReady`: it is not prepared. `kIOReturnBadArgument`: past the end of what is.
+            `kIOReturnNotReady`: it is not prepared. `kIOReturnBadArgument`: past the end of the prepared range.
         """
         transfer = self._within(offset, length)
         return transfer.read(offset, length)
 
     def writeBytes(self, offset: int, data: Buffer) -> int:
-        """Store bytes where the device would; return how many. Raises as `readBytes`, with nothing written."""
+        """Store bytes as the device would; return their number. Raises as `readBytes`, before writing."""
         size = memoryview(data).nbytes
         self._within(offset, size).write(offset, data)
         return size
@@ -304,7 +306,7 @@ class IODMACommand:
         offset, length = self._range(memory, offset, length)
         if self._transfer is not None:
             if (offset, length) != self.getPreparedOffsetAndLength():
-                raise NotReadyError(f"{self!r} is prepared with another range: complete() that first")
+                raise NotReadyError(f"{self!r} is prepared with another range: call complete() first")
             self._active += 1
             return
         self._transfer = DeviceTransfer(memory, offset, length, self._limits)
@@ -321,7 +323,7 @@ class IODMACommand:
         length = length or whole - offset
         check_within(offset, length, whole, "the memory")
         if 0 < self._limits.max_transfer < length:
-            message = f"{length} bytes are more than the device transfers at a time, {self._limits.max_transfer}"
+            message = f"{length} bytes exceed the device's maximum transfer of {self._limits.max_transfer} bytes"
             raise IOReturnError(IOReturn.kIOReturnNoSpace, message)
         return offset, length
 
@@ -368,6 +370,6 @@ class IODMACommand:
             return
         message = f"{self!r} was never completed"
         self._transfer = None
-        with contextlib.suppress(IOReturnError):  # its memory may be garbage of the same cycle, and freed already
+        with contextlib.suppress(IOReturnError):  # its memory may be garbage of the same cycle, and already freed
             transfer.release()
         warnings.warn(message, ResourceWarning, stacklevel=2, source=self)

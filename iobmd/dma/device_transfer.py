@@ -1,4 +1,4 @@
-"""A prepared range of memory as a device sees it: in place where it reaches it, in bounce buffers elsewhere."""
+"""A prepared range of memory as a device sees it: in place where it can reach it, otherwise in bounce buffers."""
 
 from __future__ import annotations
 
@@ -30,35 +30,35 @@ if TYPE_CHECKING:
 
 
 class BounceRange(NamedTuple):
-    """Bytes of a transfer that lie together; in bytes."""
+    """A contiguous part of a transfer; in bytes."""
 
     offset: int
-    """In the transfer."""
+    """Offset in the transfer."""
     length: int
     place: int | None
-    """In the bounce buffer; None: in the memory itself."""
+    """Offset in the bounce buffer; None: in the memory itself."""
 
 
 class DeviceTransfer:
-    """A range of pinned memory, made reachable for a device, and kept prepared until `release`.
+    """A range of pinned memory, made reachable for a device, and prepared until `release`.
 
     Parameters
     ----------
     descriptor : IOMemoryDescriptor
-        Pinned already.
+        The memory, already pinned.
     offset, length : int
         The range, in bytes.
     limits : Specification
-        The device's.
+        The limits of the device.
     double : bool
-        Have all of it in a bounce buffer.
+        Whether to use a bounce buffer for the whole range.
 
     Raises
     ------
     IOReturnError
-        `kIOReturnNotReady`: it is not pinned. `kIOReturnNoResources`: no memory for the bounce buffer where the
-        device reaches it. `kIOReturnVMError`: the program has unmapped the memory that a bounce buffer is to stand in
-        for. And as `IOMemoryDescriptor.segments`. Then nothing is held.
+        `kIOReturnNotReady`: it is not pinned. `kIOReturnNoResources`: no memory for the bounce buffer within reach of
+        the device. `kIOReturnVMError`: the program has unmapped memory that a bounce buffer is to replace. Also as
+        `IOMemoryDescriptor.segments`. After an error, nothing is held.
     """
 
     def __init__(
@@ -94,21 +94,21 @@ class DeviceTransfer:
         bounced = [piece for piece in self._ranges if piece.place is not None]
         if not bounced:
             return None
-        # Before the bounce buffer is mapped: the kernel may put it where the memory was that is to be copied.
+        # Before the bounce buffer is mapped, because the kernel may map it at the address of unmapped memory.
         self.memory.require_mapped()
         size = max((piece.place or 0) + piece.length for piece in bounced)
         bounce = IOBufferMemoryDescriptor()
         limits, direction = self.limits, self.descriptor.getDirection()
         bounce.initWithPhysicalMask(kernel_task, direction, size, limits.alignment, limits.mask)
         try:
-            bounce.prepare()  # where the policy of the host left it resident only, this says why
+            bounce.prepare()  # raises the error with the reason if it is only resident
         except BaseException:
             bounce.free()
             raise
         return bounce
 
     def _locate(self) -> list[PhysicalSegment]:
-        """Where the bytes lie for the device, neighbours joined."""
+        """Return the physical positions of the bytes for the device, with contiguous parts joined."""
         found: list[PhysicalSegment] = []
         for source, place, length in self._parts(0, self.length):
             for piece in source.segments(place, length):
@@ -118,15 +118,15 @@ class DeviceTransfer:
         return found
 
     def _count(self) -> list[int]:
-        """Where in the transfer each piece begins, and its end."""
+        """Return the offset of each part in the transfer, and the end."""
         starts = list(itertools.accumulate((piece.length for piece in self._pieces), initial=0))
         if starts[-1] != self.length:
-            message = f"{self.descriptor!r} knows where {starts[-1]} of {self.length} bytes lie"
+            message = f"{self.descriptor!r} has physical addresses for {starts[-1]} of {self.length} bytes"
             raise IOReturnError(IOReturn.kIOReturnUnderrun, message)
         return starts
 
     def _parts(self, offset: int, length: int) -> Iterator[tuple[MemoryOwner, int, int]]:
-        """Yield what a part of the transfer lies in: memory, the offset there, and how many bytes."""
+        """Yield the memory of a part of the transfer, the offset in it, and the number of bytes."""
         end = offset + length
         first = bisect_right(self._ranges, offset, key=lambda piece: piece.offset) - 1
         for piece in itertools.islice(self._ranges, max(first, 0), None):
@@ -141,13 +141,13 @@ class DeviceTransfer:
                 yield self.bounce._memory(), piece.place + start - piece.offset, stop - start
 
     def segments(self, offset: int) -> Iterator[PhysicalSegment]:
-        """Yield what the device is told from `offset` on, cut to its limits.
+        """Yield the segments for the device, starting at `offset`, split to its limits.
 
         Raises
         ------
         IOReturnError
-            `kIOReturnMessageTooLarge`: out of the device's reach, which happens without bounce buffers only.
-            `kIOReturnNotAligned`: an address that the device cannot start at.
+            `kIOReturnMessageTooLarge`: out of the device's reach, which happens only without bounce buffers.
+            `kIOReturnNotAligned`: an address with an unsuitable alignment.
         """
         limits = self.limits
         index = bisect_right(self._starts, offset) - 1
@@ -169,7 +169,7 @@ class DeviceTransfer:
         return b"".join(source.read(place, size) for source, place, size in self._parts(offset, length))
 
     def write(self, offset: int, data: Buffer) -> None:
-        """Store bytes where the device would."""
+        """Store bytes as the device would."""
         done = 0
         with memoryview(data) as view, view.cast("B") as source:
             for target, place, size in self._parts(offset, len(source)):
@@ -177,21 +177,21 @@ class DeviceTransfer:
                 done += size
 
     def begin(self, *, flush: bool, synchronize: bool) -> None:
-        """Hand it over to the device: the bytes that go out are in the bounce buffer, and in memory."""
+        """Hand it over to the device: copy outgoing bytes to the bounce buffer, and flush them to memory."""
         if synchronize and self._goes(kIODirectionOut):
             self.copy_out()
         if flush and self.limits.incoherent:
             self._write_back(drop=False)
 
     def end(self, *, invalidate: bool, synchronize: bool) -> None:
-        """Take it back from the device: the bytes that came in are in the descriptor's memory."""
+        """Take it back from the device: copy incoming bytes to the descriptor's memory."""
         if invalidate and self.limits.incoherent:
             self._write_back(drop=True)
         if synchronize and self._goes(kIODirectionIn):
             self.copy_in()
 
     def doubled(self) -> DeviceTransfer:
-        """Return the same transfer with all of it in a bounce buffer, in place of this one. Raises as the class."""
+        """Return the transfer with a bounce buffer for the whole range, replacing this one. Raises as the class."""
         if self.double:
             return self
         if self.limits.iterates_only:
@@ -208,17 +208,17 @@ class DeviceTransfer:
         return after
 
     def copy_out(self) -> None:
-        """Copy the memory's bytes to the bounce buffer, whatever its direction."""
+        """Copy the memory's bytes to the bounce buffer, regardless of its direction."""
         for offset, part in self._bounced():
             self.memory.read_into(offset, part)
 
     def copy_in(self) -> None:
-        """Copy the bounce buffer's bytes to the memory, whatever its direction."""
+        """Copy the bounce buffer's bytes to the memory, regardless of its direction."""
         for offset, part in self._bounced():
             self.memory.write(offset, part)
 
     def _bounced(self) -> Iterator[tuple[int, memoryview]]:
-        """Yield what is in the bounce buffer, with its offset in the memory."""
+        """Yield the bytes in the bounce buffer, with their offsets in the memory."""
         if self.bounce is None:
             return
         with memoryview(self.bounce) as view:
@@ -228,7 +228,7 @@ class DeviceTransfer:
                         yield self.offset + piece.offset, part
 
     def _goes(self, direction: int) -> bool:
-        """Whether it goes in the direction; memory without one goes in both."""
+        """Whether it is transferred in this direction; memory without a direction is transferred in both."""
         its = self.descriptor.getDirection()
         return not its or bool(its & direction)
 
@@ -237,7 +237,7 @@ class DeviceTransfer:
             source.write_back(place, length, drop=drop)
 
     def release(self) -> None:
-        """Give the bounce buffer back, and let go of the memory; to be called once."""
+        """Free the bounce buffer and release the memory; to be called once."""
         try:
             if self.bounce is not None:
                 self.bounce.complete()
@@ -248,14 +248,14 @@ class DeviceTransfer:
 
 
 def _must_move(lying: list[PhysicalSegment], limits: Specification) -> bool:
-    """Whether bounce pages for what is out of reach would not do: pieces the device cannot start at."""
+    """Whether bouncing unreachable pages does not suffice, because parts have an unsuitable alignment."""
     if limits.alignment > PAGE_SIZE and any(piece.address + piece.length - 1 > limits.highest for piece in lying):
         return True
     return any(piece.address % limits.alignment for piece in lying)
 
 
 def _split(lying: list[PhysicalSegment], highest: int) -> list[BounceRange]:
-    """Divide a range into what a device reaches, and what goes to bounce pages, at the same places in these."""
+    """Divide a range into parts that a device can reach, and parts that are bounced with the same page offsets."""
     found: list[BounceRange] = []
     offset = used = 0
     for address, length in lying:

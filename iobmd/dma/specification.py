@@ -1,4 +1,4 @@
-"""What a device can address, checked: the limits that an `IODMACommand` keeps."""
+"""The checked limits of a device for an `IODMACommand`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from iobmd.units import PAGE_SIZE, is_power_of_two
 
 
 class MappingOptions(IntFlag, boundary=KEEP):
-    """How a device reaches memory (IODMACommand.h)."""
+    """How a device accesses memory (IODMACommand.h)."""
 
     kMapped = 0
     kBypassed = 0x1
@@ -42,12 +42,12 @@ class Specification(NamedTuple):
         Raises
         ------
         IOReturnError
-            `kIOReturnBadArgument`: a limit that no transfer can keep, or an option that is not known.
+            `kIOReturnBadArgument`: a limit that no transfer can satisfy, or an unknown option.
         """
         bits, alignment = self.address_bits or 64, self.alignment or 1
         if not PAGE_SIZE.bit_length() - 1 <= bits <= 64:
             raise BadArgumentError(
-                f"a device with {bits} address bits: there must be 64 at the most, and enough for one page"
+                f"a device with {bits} address bits: there must be at most 64, and enough for one page"
             )
         if not is_power_of_two(alignment) or alignment > 1 << bits - 1:
             raise BadArgumentError(
@@ -71,15 +71,15 @@ class Specification(NamedTuple):
 
     @property
     def mask(self) -> int:
-        """The mask of the addresses that it reaches, 0 when it reaches all."""
+        """The mask of the addresses that it reaches, 0 if it reaches all."""
         return 0 if self.address_bits == 64 else self.highest
 
     @property
     def iterates_only(self) -> bool:
-        """Whether it is never given other memory than the descriptor's."""
+        """Whether bounce buffers are never used."""
         return bool(self.options & MappingOptions.kIterateOnly)
 
     @property
     def incoherent(self) -> bool:
-        """Whether the device does not see what is in the processors' caches."""
+        """Whether the device is not cache-coherent."""
         return self.options & MappingOptions.kTypeMask == MappingOptions.kNonCoherent

@@ -1,4 +1,4 @@
-"""`IOMapper`: a device behind an IOMMU sees any buffer, contiguous or not, in one piece at an address of its own."""
+"""`IOMapper`: any buffer, contiguous or not, as one range of addresses of a device behind an IOMMU."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ __all__ = ["IOMapper", "IOVMRange"]
 
 
 class IOMapper:
-    """The I/O address space of one PCI device: what it may reach, and at which addresses.
+    """The I/O address space of a PCI device: the memory that it may access, and at which addresses.
 
     Parameters
     ----------
     device : str
-        Its PCI address, domain and all: ``"0000:00:03.0"``. It must belong to the driver vfio-pci.
+        Its PCI address with the domain: ``"0000:00:03.0"``. It must be bound to the driver vfio-pci.
     address_bits : int
-        How many bits of address it puts out: buffers are mapped below 1 << `address_bits`, wherever they lie.
+        The number of its address bits: buffers are mapped below 1 << `address_bits`, wherever they lie.
 
     Raises
     ------
     IOReturnError
-        What is missing, and the command that helps: `kIOReturnNoDevice`; `kIOReturnUnsupported`: no IOMMU, no VFIO;
-        `kIOReturnNotReady`: it is not vfio-pci's; `kIOReturnNotPrivileged`: /dev/vfio may not be opened, or its
-        interrupts are not safe; `kIOReturnBusy`: it, or a device that it cannot be told apart from, is in use.
+        With the missing prerequisite and its remedy. `kIOReturnNoDevice`; `kIOReturnUnsupported`: no IOMMU, no VFIO;
+        `kIOReturnNotReady`: it is not bound to vfio-pci; `kIOReturnNotPrivileged`: /dev/vfio may not be opened, or
+        its interrupts are not safe; `kIOReturnBusy`: it, or another device of its group, is in use.
         `kIOReturnBadArgument`.
 
     Notes
     -----
-    A VFIO container with a type 1 IOMMU (Documentation/driver-api/vfio.rst, Linux 3.6). Physical addresses mean
-    nothing to the device then: what is not prepared cannot be reached by it, and that is the kernel's promise, not
-    the driver's. May be used from any thread; a forked child must not use it, for its memory is not what is mapped.
-    Source: IOMapper of IOKit.
+    This is a VFIO container with a type 1 IOMMU (Documentation/driver-api/vfio.rst, Linux 3.6). Physical addresses
+    are meaningless to the device: the kernel, not the driver, guarantees that it can access only prepared memory. A
+    mapper may be used from any thread, but not in a forked child, whose memory is not mapped. Source: IOMapper of
+    IOKit.
     """
 
     def __init__(self, device: str, *, address_bits: int = 64) -> None:
         if not 12 < address_bits <= 64:
-            message = f"a device puts out 13 to 64 bits of address, not {address_bits}"
+            message = f"a device has 13 to 64 address bits, not {address_bits}"
             raise BadArgumentError(message)
         self.name = device
         self._maker = os.getpid()
@@ -68,21 +68,21 @@ class IOMapper:
         Parameters
         ----------
         descriptor
-            Any buffer: wired or pageable, contiguous or not, of this process, another, or none; and memory that this
-            process had already. Of parts and concatenations, what they are made of is to be prepared.
+            Any buffer: wired or pageable, contiguous or not, of this process, another, or none; and existing memory
+            of this process. For parts and concatenations, prepare the underlying descriptors.
         forDirection : int
-            `kIODirectionOut`: the device reads it; `kIODirectionIn`: it writes there; 0: the descriptor's own.
+            `kIODirectionOut`: the device reads it; `kIODirectionIn`: the device writes it; 0: the descriptor's own.
 
         Raises
         ------
         IOReturnError
             As `IOMemoryDescriptor.prepare`; `kIOReturnNoResources`: no addresses are free below the device's limit;
-            `kIOReturnBadArgument`: no direction; `kIOReturnUnsupported`: in parts, or another task's own. Then
-            nothing is prepared, or mapped.
+            `kIOReturnBadArgument`: no direction; `kIOReturnUnsupported`: several parts, or existing memory of another
+            task. After an error, nothing is prepared or mapped.
         """
         direction = forDirection & DIRECTION_MASK or int(descriptor.getDirection())
         if not direction:
-            message = "neither the transfer nor the descriptor has a direction: the device could do nothing"
+            message = "neither the transfer nor the descriptor has a direction: the device would have no access"
             raise BadArgumentError(message)
         access = (READ if direction & _OUT else 0) | (WRITE if direction & _IN else 0)
         descriptor.prepare(forDirection)
@@ -96,10 +96,10 @@ class IOMapper:
 
     def _map(self, descriptor: IOMemoryDescriptor, access: int) -> IOVMRange:
         container, backing = self._open(), descriptor._memory().require_backing()
-        alignment = HUGE_PAGE_SIZE if backing.size >= HUGE_PAGE_SIZE else PAGE_SIZE  # so that it takes larger pages
+        alignment = HUGE_PAGE_SIZE if backing.size >= HUGE_PAGE_SIZE else PAGE_SIZE  # permits larger pages
         address = self._addresses.take(backing.size, alignment)
         if address is None:
-            message = f"no {format_size(backing.size)} of addresses are free that {self.name} can reach"
+            message = f"{self.name} has no {format_size(backing.size)} of free addresses"
             raise NoResourcesError(message)
         try:
             with backing.here(populated=True) as mapping:
@@ -118,11 +118,11 @@ class IOMapper:
             self._ranges.discard(prepared)
 
     def fileno(self) -> int:
-        """Return VFIO's descriptor of the device, by which a driver reaches its registers (linux/vfio.h)."""
+        """Return VFIO's descriptor of the device, with which a driver accesses its registers (linux/vfio.h)."""
         return self._open().device
 
     def close(self) -> None:
-        """Let the device go. Idempotent, and so is leaving `with`.
+        """Release the device. Idempotent, as is leaving a `with` block.
 
         Raises
         ------
@@ -133,17 +133,17 @@ class IOMapper:
             if self._container is None:
                 return
             if self._ranges and self._maker == os.getpid():
-                message = f"{len(self._ranges)} ranges are prepared for {self.name}: complete() each first"
+                message = f"memory is still prepared for {self.name} (count {len(self._ranges)}): complete() it first"
                 raise BusyError(message)
             self._container.close()
             self._container = None
 
     def _open(self) -> Container:
-        container = self._container  # once: another thread may close it
+        container = self._container  # read once: another thread may close it
         if container is None:
             raise NotOpenError(f"the mapper of {self.name} is closed")
         if self._maker != os.getpid():
-            message = f"the mapper of {self.name} is process {self._maker}'s, and maps its memory"
+            message = f"the mapper of {self.name} belongs to process {self._maker}, whose memory it maps"
             raise NotOpenError(message)
         return container
 
@@ -160,25 +160,25 @@ class IOMapper:
 
 
 class IOVMRange:
-    """Where a device sees a descriptor's memory: from `IOMapper.prepare` to `complete`, or the end of `with`."""
+    """A descriptor's memory as a device sees it, from `IOMapper.prepare` to `complete` or the end of `with`."""
 
     def __init__(
         self, mapper: IOMapper, descriptor: IOMemoryDescriptor, address: int, mapped: int, offset: int
     ) -> None:
         self._mapped = address, mapped
         self.address = address + offset
-        """The first byte's address, for the device."""
+        """The device's address of the first byte."""
         self.length = descriptor.getLength()
         """In bytes."""
         self._mapper: IOMapper | None = mapper
         self._descriptor = descriptor
 
     def segments(self) -> list[PhysicalSegment]:
-        """Return it as `IOMemoryDescriptor.segments` does: it is always one."""
+        """Return its single segment, like `IOMemoryDescriptor.segments`."""
         return [PhysicalSegment(self.address, self.length)]
 
     def complete(self) -> None:
-        """Take it away from the device, whose accesses fault from now on, and undo the `prepare`. Idempotent."""
+        """Unmap it from the device, whose further accesses fault, and undo the `prepare`. Idempotent."""
         mapper, self._mapper = self._mapper, None
         if mapper:
             try:

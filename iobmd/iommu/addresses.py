@@ -1,4 +1,4 @@
-"""Addresses of a device's own: which of them are free."""
+"""Allocation of a device's I/O addresses."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ if TYPE_CHECKING:
 
 
 class Addresses:
-    """The addresses that an IOMMU translates, up to a limit, and those of them that are taken.
+    """The addresses that an IOMMU translates, up to a limit, and those of them that are allocated.
 
     Parameters
     ----------
     usable : iterable of (int, int)
         First and last address of each range.
     highest : int
-        The highest address that the device can put out.
+        The highest address of the device.
     """
 
     def __init__(self, usable: Iterable[tuple[int, int]], highest: int) -> None:
-        # Not the first page: many devices take the address 0 for none.
+        # Not the first page: many devices treat address 0 as no address.
         self.usable = [
             (max(first, PAGE_SIZE), min(last, highest)) for first, last in sorted(usable) if first <= highest
         ]
         self._taken: list[tuple[int, int]] = []
 
     def take(self, size: int, alignment: int) -> int | None:
-        """Take the lowest `size` bytes that are free, at a multiple of `alignment`; None when there are none."""
+        """Allocate the lowest free `size` bytes, aligned to `alignment`; None if there are none."""
         for first, last in self.usable:
             at = round_up(first, alignment)
             for start, end in self._taken:
@@ -42,5 +42,5 @@ class Addresses:
         return None
 
     def give_back(self, address: int, size: int) -> None:
-        """Have them free again."""
+        """Free them."""
         self._taken.remove((address, address + size))

@@ -23,7 +23,7 @@ from iobmd.host import limits
 from iobmd.memory.mlock import cannot_lock
 
 READ, WRITE = 1, 2
-"""What a device may do with what is mapped for it."""
+"""Access rights of a device to a mapping."""
 
 _CONTAINER = "/dev/vfio/vfio"
 _BASE = ord(";") << 8 | 100  # _IO(VFIO_TYPE, VFIO_BASE)
@@ -36,18 +36,18 @@ _INFO = struct.Struct("=IIQI4x")  # vfio_iommu_type1_info: argsz, flags, iova_pg
 _HEADER = struct.Struct("=HHI")  # vfio_info_cap_header: id, version, next
 _MAP = struct.Struct("=IIQQQ")  # vfio_iommu_type1_dma_map: argsz, flags, vaddr, iova, size
 _UNMAP = struct.Struct("=IIQQ")
-_EVERYWHERE = [(0, (1 << 39) - 1)]  # of kernels before 5.4, which do not tell; the least that VT-d translates
+_EVERYWHERE = [(0, (1 << 39) - 1)]  # for kernels before 5.4, which do not report it; the minimum that VT-d translates
 
 
 class Device(NamedTuple):
-    """A PCI device, as sysfs has it."""
+    """A PCI device in sysfs."""
 
     name: str
     """Its address: domain, bus, device, function, as in "0000:00:03.0"."""
 
     @property
     def folder(self) -> Path:
-        """Its folder in sysfs."""
+        """Its directory in sysfs."""
         return Path("/sys/bus/pci/devices", self.name)
 
     def group(self) -> str:
@@ -56,7 +56,7 @@ class Device(NamedTuple):
         Raises
         ------
         IOReturnError
-            `kIOReturnNoDevice`; `kIOReturnUnsupported`: no IOMMU is on, and how to turn it on.
+            `kIOReturnNoDevice`; `kIOReturnUnsupported`: no IOMMU is enabled; with the remedy.
         """
         if not self.folder.exists():
             raise IOReturnError(
@@ -66,12 +66,12 @@ class Device(NamedTuple):
             return (self.folder / "iommu_group").readlink().name
         except OSError:
             raise UnsupportedError(
-                f"no IOMMU translates for {self.name}: boot with intel_iommu=on (AMD's is on where the firmware has "
-                "it), and turn VT-d or AMD-Vi on in the firmware; virtual machines need an emulated one"
+                f"no IOMMU translates for {self.name}: boot with intel_iommu=on (AMD's needs no parameter), "
+                "and enable VT-d or AMD-Vi in the firmware; virtual machines need an emulated one"
             ) from None
 
     def bind_commands(self) -> str:
-        """Return the commands that give it to VFIO."""
+        """Return the commands that bind it to VFIO."""
         return (
             f"modprobe vfio-pci; echo vfio-pci > {self.folder}/driver_override; "
             f"echo {self.name} > {self.folder}/driver/unbind; echo {self.name} > /sys/bus/pci/drivers_probe"
@@ -79,7 +79,7 @@ class Device(NamedTuple):
 
 
 class Container:
-    """An I/O address space, and the group of the device that is in it. Raises as `iobmd.iommu.IOMapper`."""
+    """An I/O address space with the group of a device. Raises as `iobmd.iommu.IOMapper`."""
 
     def __init__(self, device: Device) -> None:
         group = device.group()
@@ -87,7 +87,7 @@ class Container:
         self._group: Fd | None = None
         self._device: Fd | None = None
         try:
-            self._group = _open(f"/dev/vfio/{group}", f"give it to VFIO, as root: {device.bind_commands()}")
+            self._group = _open(f"/dev/vfio/{group}", f"bind it to VFIO, as root: {device.bind_commands()}")
             self._require_viable(device, group, self._group)
             with self._container.use() as container:
                 _control(self._group, _SET_CONTAINER, struct.pack("=i", container))
@@ -104,7 +104,7 @@ class Container:
     @property
     def device(self) -> int:
         """The descriptor of the device, for its regions (VFIO_DEVICE_GET_REGION_INFO, mmap)."""
-        assert self._device  # it is there once this has been constructed
+        assert self._device  # set by the constructor
         return self._device.fileno()
 
     @staticmethod
@@ -115,12 +115,12 @@ class Container:
             return
         members = sorted(path.name for path in Path(f"/sys/kernel/iommu_groups/{group}/devices").iterdir())
         raise BusyError(
-            f"the IOMMU group {group} of {device.name} is shared with devices that other drivers hold: give each of "
+            f"the IOMMU group {group} of {device.name} is shared with devices that other drivers use: bind each of "
             f"{', '.join(members)} to vfio-pci as well, or to no driver"
         )
 
     def ranges(self) -> list[tuple[int, int]]:
-        """Return the first and last address of each range that can be mapped (told since Linux 5.4)."""
+        """Return the first and last address of each range that can be mapped (reported since Linux 5.4)."""
         info = bytearray(_INFO.size)
         _INFO.pack_into(info, 0, len(info), 0, 0, 0)
         _control(self._container, _IOMMU_INFO, info)
@@ -133,7 +133,7 @@ class Container:
         return _iova_ranges(info) or _EVERYWHERE
 
     def map(self, virtual: int, address: int, size: int, access: int) -> None:
-        """Have the device see whole pages of this process at `address`. They are pinned until `unmap`.
+        """Map whole pages of this process for the device at `address`. They are pinned until `unmap`.
 
         Raises
         ------
@@ -153,11 +153,11 @@ class Container:
             raise limits.from_oserror(error, f"cannot map {size} bytes for the device at {address:#x}") from None
 
     def unmap(self, address: int, size: int) -> None:
-        """Have the device see nothing there: what it does there faults from now on."""
+        """Unmap a range from the device, whose further accesses to it fault."""
         _control(self._container, _UNMAP_DMA, bytearray(_UNMAP.pack(_UNMAP.size, 0, address, size)))
 
     def close(self) -> None:
-        """Close the device, at the end of the last call in it, which ends all its mappings. Idempotent."""
+        """Close the device at the end of the last call that uses it, which ends all its mappings. Idempotent."""
         for descriptor in (self._device, self._group, self._container):
             if descriptor:
                 descriptor.close()
@@ -178,18 +178,18 @@ def _iova_ranges(info: bytearray) -> list[tuple[int, int]]:
 def _control(descriptor: Fd, request: int, argument: int | bytes | bytearray) -> int:
     with descriptor.use() as number:
         result = fcntl.ioctl(number, request, argument)
-    return result if isinstance(result, int) else 0  # of bytes, which are copied, it returns the copy
+    return result if isinstance(result, int) else 0  # given bytes, ioctl copies them and returns the copy
 
 
 def _open(path: str, absent: str) -> Fd:
     try:
         return Fd(os.open(path, os.O_RDWR | os.O_CLOEXEC), path)
     except PermissionError as error:
-        message = f"this process may not open {path}: as root, chown it to this user, or run with CAP_DAC_OVERRIDE"
+        message = f"permission to open {path} is denied: as root, chown it to this user, or run with CAP_DAC_OVERRIDE"
         raise NotPrivilegedError(message, error.errno or 0) from None
     except OSError as error:
         if error.errno == errno.EBUSY:
-            message = f"{path} is in use: another process, or another mapper of this one, has the device"
+            message = f"{path} is in use by another process, or by another mapper of this process"
             raise BusyError(message, errno.EBUSY) from None
         if error.errno in (errno.ENOENT, errno.ENODEV):
             message = f"there is no {path}: {absent}"
@@ -200,11 +200,11 @@ def _open(path: str, absent: str) -> Fd:
 def _not_attached(device: Device, error: OSError) -> IOReturnError:
     if error.errno == errno.EPERM:
         message = (
-            f"VFIO refuses {device.name}: its interrupts are not remapped; turn interrupt remapping on, or, if the "
+            f"VFIO refuses {device.name}: its interrupts are not remapped; enable interrupt remapping, or, if the "
             "device is trusted, `echo 1 > /sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts` as root"
         )
         return NotPrivilegedError(message, errno.EPERM)
     if error.errno == errno.ENODEV:
-        message = f"{device.name} is not vfio-pci's: give it to VFIO, as root: {device.bind_commands()}"
+        message = f"{device.name} is not bound to vfio-pci: bind it to VFIO, as root: {device.bind_commands()}"
         return NotReadyError(message, errno.ENODEV)
     return limits.from_oserror(error, f"VFIO cannot attach {device.name}")

@@ -1,6 +1,6 @@
-"""Purgeable memory: its states, and what each kind of memory does to change them.
+"""Purgeable memory: its states, and their implementation for each kind of memory.
 
-A kind of memory is one module; `Purgeable` is what they have in common. The descriptor calls it under its own lock.
+Each kind of memory is one module; `Purgeable` is their common interface. The descriptor calls it under its lock.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from iobmd.constants import IOPurgeable
 from iobmd.errors import BadArgumentError, NotReadyError
 
 KEEP_CURRENT, NON_VOLATILE, VOLATILE, EMPTY = 1, 2, 3, 4
-"""The states of `IOPurgeable` as plain numbers: an operation on its members takes longer than a system call."""
+"""The states of `IOPurgeable` as plain integers: an operation on its members takes longer than a system call."""
 
 _STATE_BITS = 0xF
 OBSOLETE = int(IOPurgeable.kIOMemoryPurgeableVolatileOrderingObsolete)
@@ -22,7 +22,7 @@ MODIFIERS = OBSOLETE | _LIFO | _GROUP
 
 
 def parse(new_state: int) -> tuple[int, int]:
-    """Return the state and the modifiers of a word as `setPurgeable` takes it. Raises `kIOReturnBadArgument`."""
+    """Return the state and the modifiers of an argument of `setPurgeable`. Raises `kIOReturnBadArgument`."""
     word = int(new_state)
     state, modifiers = word & _STATE_BITS, word & ~_STATE_BITS
     if not KEEP_CURRENT <= state <= EMPTY or modifiers & ~MODIFIERS:
@@ -34,26 +34,26 @@ def parse(new_state: int) -> tuple[int, int]:
 
 
 def now() -> int:
-    """Return the time in microseconds, by a clock that all processes share (CLOCK_MONOTONIC)."""
+    """Return the time in microseconds, from a clock that all processes share (CLOCK_MONOTONIC)."""
     return time.monotonic_ns() // 1000
 
 
 class Order(NamedTuple):
-    """When volatile memory is taken, compared with other volatile memory."""
+    """The position of volatile memory in the order of purging."""
 
     modifiers: int
     """Those of the `IOPurgeable` word: obsolete or normal, group, FIFO or LIFO."""
     since: int
-    """When it became volatile, by `now`."""
+    """The time at which it became volatile, from `now`."""
 
     @property
     def obsolete(self) -> bool:
-        """Whether it is taken before everything that is not obsolete."""
+        """Whether it is purged before all memory that is not obsolete."""
         return bool(self.modifiers & OBSOLETE)
 
     @property
     def key(self) -> tuple[int, int, int, int]:
-        """Sort key: obsolete memory, the oldest first; then by group, FIFO oldest and then LIFO youngest first."""
+        """Sort key: obsolete memory, oldest first; then by group: FIFO, oldest first, then LIFO, youngest first."""
         if self.obsolete:
             return 0, 0, 0, self.since
         lifo = bool(self.modifiers & _LIFO)
@@ -61,48 +61,46 @@ class Order(NamedTuple):
 
 
 class Purgeable(Protocol):
-    """Memory that can be taken back while it is volatile.
+    """Memory that can be purged while it is volatile.
 
-    Each method returns the state before it, `NON_VOLATILE`, `VOLATILE` or `EMPTY`. `EMPTY` also means that whatever
-    was left is dropped: every byte reads zero until it is written to. On an error the state is as it was.
+    Each method returns the previous state, `NON_VOLATILE`, `VOLATILE` or `EMPTY`. `EMPTY` also means that the rest of
+    the contents was dropped: every byte reads zero until it is written to. After an error the state is unchanged.
     """
 
     shared: bool
-    """Other processes may map it; then the kernel takes nothing by itself, and our purger has to."""
+    """Whether other processes may map it; the kernel then reclaims nothing, and the purger has to."""
 
     def current(self) -> int:
-        """Find out the state."""
+        """Determine the state."""
 
     def keep(self) -> int:
-        """Make it non-volatile; `VOLATILE` returned: every byte is intact, and stays so."""
+        """Make it non-volatile; if `VOLATILE` is returned, every byte is intact and remains so."""
 
     def give(self, modifiers: int) -> int:
         """Make it volatile."""
 
     def empty(self) -> int:
-        """Drop the content."""
+        """Drop the contents."""
 
     def order(self) -> Order | None:
-        """Return when it is to be taken, None when it is not volatile; may be late by a moment."""
+        """Return its position in the order of purging, None if it is not volatile; may be slightly outdated."""
 
     def purge(self) -> int:
-        """Drop the content if it is volatile and nobody else is at it; returns the bytes of memory that came free."""
+        """Drop the contents if it is volatile and not being changed; return the number of bytes freed."""
 
     def before_write(self, offset: int, length: int) -> None:
-        """Have bytes that are about to be written to survive like the rest, though it is volatile."""
+        """Ensure that volatile bytes which are about to be written are retained like the others."""
 
     def hold(self) -> None:
-        """Refuse to be volatile until `let_go`. Raises `kIOReturnNotReady` when it is."""
+        """Prevent it from becoming volatile until `let_go`; raise `kIOReturnNotReady` if it is volatile."""
 
     def let_go(self) -> None:
         """Undo `hold`."""
 
     def lazily_freed(self) -> int:
-        """Return how many bytes the kernel may take at any moment, which still count as resident."""
+        """Return how many bytes the kernel may reclaim at any time; they still count as resident."""
 
 
 def wanted_non_volatile() -> NotReadyError:
-    """Return the error for an I/O that volatile memory was prepared for."""
-    return NotReadyError(
-        "the memory is volatile, and may be taken: setPurgeable(kIOMemoryPurgeableNonVolatile) before prepare()"
-    )
+    """Return the error for preparing volatile memory."""
+    return NotReadyError("the memory is volatile: call setPurgeable(kIOMemoryPurgeableNonVolatile) before prepare()")

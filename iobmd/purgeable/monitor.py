@@ -1,4 +1,4 @@
-"""Watching the kernel's pressure files: whether memory runs short."""
+"""Monitoring of memory pressure through files of the kernel."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from iobmd._internal import process_local
 from iobmd.host import headroom
 
 _TOTAL = re.compile(r"some .*total=(\d+)")
-_STALLED = 0.075  # the part of the time that somebody waits for memory; the kernel's own triggers see it 2 s later
-_LEVEL = "medium"  # "low" tells of every reclaim, that of old page cache too
+_STALLED = 0.075  # the part of the time in which tasks wait for memory; the kernel's own triggers react 2 s later
+_LEVEL = "medium"  # "low" reports every reclaim, including that of old page cache
 
 
 class Watch:
-    """What tells of pressure here, until the end of `with`: as root, as an ordinary user, with cgroup v1 or v2.
+    """The available sources of memory pressure (root or ordinary user, cgroup v1 or v2), until the end of `with`.
 
-    PSI (Linux 4.20) says how long tasks waited for memory, and anybody may read it. cgroup v1 wakes us at a level of
-    pressure and when its limit comes near, if we may register for that.
+    PSI (Linux 4.20), which every user may read, shows how long tasks have waited for memory. cgroup v1 wakes this
+    thread at a level of pressure and when its limit is near, if registering for these events is permitted.
     """
 
     def __init__(self) -> None:
         self._poll = select.poll()
-        self._events: dict[int, bool] = {}  # eventfds; whether each says by itself that memory is short
+        self._events: dict[int, bool] = {}  # eventfds; whether an event of each means that memory is short
         self._held: list[process_local.Fd] = []
-        self._wakes: process_local.Fd | None = None  # the thread may end, and close it, while others wake it
+        self._wakes: process_local.Fd | None = None  # the thread may end and close it while others wake it
         self._waits = [_Waits(Path(path)) for path in host.psi_files()]
         if level := host.pressure_level():
             with contextlib.suppress(OSError):
                 self._register(Path(level))
-        with contextlib.suppress(OSError):  # no descriptor is free: then it is not woken
+        with contextlib.suppress(OSError):  # no file descriptor is free: it is not woken
             self._event(says=False)
             self._wakes = self._held[-1]
 
@@ -53,21 +53,21 @@ class Watch:
     def wake(self) -> None:
         """End the present `wait`."""
         if self._wakes:
-            with contextlib.suppress(OSError), self._wakes.use() as event:  # closed meanwhile
+            with contextlib.suppress(OSError), self._wakes.use() as event:  # already closed
                 os.eventfd_write(event, 1)
 
     def wait(self, seconds: float) -> bool:
-        """Wait so long at the most; returns whether there was pressure meanwhile."""
+        """Wait at most this long; return whether there was pressure during that time."""
         pressed = False
         for fd, _event in self._poll.poll(seconds * 1000):
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(fd)
                 pressed |= self._events[fd]
-        many = [waits.many() for waits in self._waits]  # each is to be asked
+        many = [waits.many() for waits in self._waits]  # every file must be read
         return pressed or any(many)
 
     def _register(self, level: Path) -> None:
-        """Have cgroup v1 tell of pressure, and of less than an eighth left (admin-guide/cgroup-v1/memory.rst)."""
+        """Register for cgroup v1's events: pressure, and an eighth free (admin-guide/cgroup-v1/memory.rst)."""
         limit = int((level.parent / "memory.limit_in_bytes").read_text())
         near = limit - limit // headroom.SPARE
         for file, argument, says in ((level, _LEVEL, True), (level.parent / "memory.usage_in_bytes", near, False)):
@@ -76,7 +76,7 @@ class Watch:
             (level.parent / "cgroup.event_control").write_text(f"{event} {watched} {argument}")
 
     def _event(self, *, says: bool) -> int:
-        """Return an eventfd that ends `wait`; whether it says that memory is short."""
+        """Return an eventfd that ends `wait`; `says`: an event means that memory is short."""
         event = self._hold(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         self._events[event] = says
         self._poll.register(event, select.POLLIN)
@@ -88,21 +88,21 @@ class Watch:
 
 
 class _Waits:
-    """The time that tasks waited for memory, by a PSI file."""
+    """The time for which tasks have waited for memory, from a PSI file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._before = self._read()
 
     def _read(self) -> tuple[float, float]:
-        """Return the seconds waited so far, and now; nothing where the file went away, with its cgroup."""
+        """Return the seconds waited so far, and the present time; zeros if the file was removed with its cgroup."""
         with contextlib.suppress(OSError):
             if found := _TOTAL.match(self._path.read_text()):
                 return int(found[1]) / 1e6, time.monotonic()
         return 0.0, time.monotonic()
 
     def many(self) -> bool:
-        """Say whether tasks waited for much of the time since it was last asked."""
+        """Return whether tasks have waited for much of the time since the last call."""
         waited, now = self._read()
         before, then = self._before
         self._before = waited, now

@@ -1,4 +1,4 @@
-"""Purgeable private memory: lazily freed (MADV_FREE), so that the kernel takes it, also while this process sleeps."""
+"""Purgeable private memory: lazily freed (MADV_FREE), and so reclaimed even while this process sleeps."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from iobmd.units import PAGE_SIZE, round_down, round_up
 class LazilyFreed:
     """Private anonymous memory of this process, `address` to `address + size`, whole pages of a mapping of its own.
 
-    What the kernel took is found out by looking at the pages (`windows`). A store while it is volatile that does not
-    go through `before_write` makes its page count as lost, for nothing tells it from one on a page that was lost.
+    Losses are detected by inspecting the pages (`restore`). A store to volatile memory without `before_write` makes
+    its page count as lost, because it cannot be distinguished from a store to a lost page.
     """
 
     shared = False
@@ -28,31 +28,31 @@ class LazilyFreed:
         self._tracker = pagemap.track_writes(address, size)
         self._tracked_in = generation()
         self._state = NON_VOLATILE
-        # What is lazily freed. None: nobody knows, for freeing it was interrupted, and then it counts as lost.
+        # The lazily freed ranges. None: unknown, because freeing was interrupted; the memory then counts as lost.
         self._ranges: list[restore.Range] | None = []
         self._half_dropped = False
         self._modifiers = self._since = 0
 
     def current(self) -> int:
-        """Find out the state by looking at the pages."""
+        """Determine the state by inspecting the pages."""
         if self._half_dropped or (self._state == VOLATILE and not self._all_there()):
             self._drop()
         return self._state
 
     def keep(self) -> int:
-        """Make it non-volatile: take everything back, or drop it."""
+        """Make it non-volatile: restore all pages, or drop them."""
         old = self._settle()
         self._state = NON_VOLATILE
         return old
 
     def give(self, modifiers: int) -> int:
-        """Make it volatile: free it lazily, or drop it at once when it is obsolete."""
+        """Make it volatile: lazily free it, or drop it immediately if it is obsolete."""
         old = self._settle()
         if modifiers & OBSOLETE:
             self._drop()
         elif old != EMPTY or pagemap.has_content(self._address, self._size):
             self._free_lazily()
-            if old != VOLATILE or modifiers != self._modifiers:  # else it keeps its place in the order
+            if old != VOLATILE or modifiers != self._modifiers:  # otherwise it keeps its position in the order
                 self._modifiers, self._since = modifiers, now()
         return old
 
@@ -67,7 +67,7 @@ class LazilyFreed:
         return Order(self._modifiers, self._since) if self._state == VOLATILE else None
 
     def purge(self) -> int:
-        """Drop the content if it is volatile; what the kernel left of it counts."""
+        """Drop the contents if it is volatile; return the number of bytes that still existed."""
         if self._state != VOLATILE:
             return 0
         resident = pagemap.own_ranges(self._address, self._size, protect=False)
@@ -76,22 +76,22 @@ class LazilyFreed:
         return freed
 
     def before_write(self, offset: int, length: int) -> None:
-        """Take back the pages that are about to be written to, for a write is no sign of loss then."""
+        """Restore the pages that are about to be written to, so that the write does not count as a loss."""
         if self._state != VOLATILE or not length:
             return
         if not self._take_back(self._address + offset, self._address + offset + length):
             self._drop()
 
     def hold(self) -> None:
-        """Make sure that it is not volatile."""
+        """Check that it is not volatile."""
         if self.current() == VOLATILE:
             raise wanted_non_volatile()
 
     def let_go(self) -> None:
-        """Nothing: whether it is prepared is for the descriptor to know."""
+        """Do nothing: the descriptor records whether it is prepared."""
 
     def lazily_freed(self) -> int:
-        """Count the pages that are clean still."""
+        """Count the pages that are still clean."""
         if self._state != VOLATILE or not self._ranges:
             return 0
         if self._here < 0:
@@ -102,11 +102,11 @@ class LazilyFreed:
 
     @property
     def _here(self) -> int:
-        """The tracker, -1 where it is that of a parent, whose memory this is not."""
+        """The tracker, -1 if it belongs to a parent process."""
         return self._tracker if self._tracked_in == generation() else -1
 
     def _settle(self) -> int:
-        """Take everything back; returns the state before. What is left of `VOLATILE` is a name to be changed."""
+        """Restore all pages, or drop them if one is lost; return the previous state, or `EMPTY`."""
         taken_back = self._state != VOLATILE or (
             self._ranges is not None and restore.take_back(self._ranges, self._here)
         )
@@ -118,7 +118,7 @@ class LazilyFreed:
         return self._ranges is not None and restore.all_there(self._ranges, self._here)
 
     def _take_back(self, first: int, end: int) -> bool:
-        """Make the pages between two addresses safe if all are there."""
+        """Restore the pages between two addresses if all are present."""
         if self._ranges is None:
             return False
         inside, outside = _split(self._ranges, first, end)
@@ -128,10 +128,10 @@ class LazilyFreed:
             self._ranges = outside + inside
 
     def _free_lazily(self) -> None:
-        # Only what is resident, and protected in the same moment: swapped pages stay in swap, for MADV_FREE would
-        # throw them away, and what was never touched has nothing to lose.
+        # Only resident pages, which are protected at the same moment. Swapped pages remain in swap, because MADV_FREE
+        # would discard them, and untouched pages have no contents.
         ranges = pagemap.own_ranges(self._address, self._size, protect=self._here >= 0)
-        # Volatile first, and of unknown extent: whatever interrupts this, nothing is taken for safe that is not.
+        # First volatile with unknown ranges: if this is interrupted, no page is wrongly considered safe.
         before = self._state
         self._state, self._ranges = VOLATILE, None
         freed: list[restore.Range] = []
@@ -151,7 +151,7 @@ class LazilyFreed:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            # Locked, by mlockall(MCL_CURRENT) since it was made: volatile memory is the opposite of that.
+            # Locked by mlockall(MCL_CURRENT) after its allocation, which contradicts volatile memory.
             mman.unlock(self._address, self._size)
             mman.advise(start, end - start, mman.MADV_FREE)
 
@@ -161,7 +161,7 @@ class LazilyFreed:
             _discard(self._address, self._size)
         except OSError as error:
             self._state, self._half_dropped = before, False
-            message = f"cannot drop the content: the kernel refuses it ({error})"
+            message = f"cannot drop the contents: the kernel refused ({error})"
             raise UnsupportedError(message, error.errno or 0) from None
         self._ranges, self._half_dropped = [], False
 
@@ -174,7 +174,7 @@ def _discard(address: int, size: int) -> None:
 
 
 def _split(ranges: list[restore.Range], first: int, end: int) -> tuple[list[restore.Range], list[restore.Range]]:
-    """Cut ranges into what lies on the pages between two addresses, and what does not."""
+    """Split ranges into the parts on the pages between two addresses, and the others."""
     first, end = round_down(first, PAGE_SIZE), round_up(end, PAGE_SIZE)
     inside, outside = [], []
     for low, high in ranges:
@@ -189,6 +189,6 @@ def _split(ranges: list[restore.Range], first: int, end: int) -> tuple[list[rest
 
 def _cannot_free(error: OSError) -> UnsupportedError:
     return UnsupportedError(
-        f"the kernel cannot take this memory ({error}): it is locked, by mlockall() or mlock(); unlock it first",
+        f"the kernel cannot reclaim this memory ({error}): it is locked by mlockall() or mlock(); unlock it first",
         error.errno or 0,
     )

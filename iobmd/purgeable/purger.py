@@ -1,8 +1,8 @@
-"""Taking volatile memory: on request (`purge`), and shared memory by a thread when the system runs short.
+"""Purging of volatile memory: on request (`purge`), and of shared memory by a thread under memory pressure.
 
-The kernel takes private volatile memory by itself. Shared memory it cannot: while this process has purgeable shared
-memory, which any process that maps it may make volatile, a thread watches the kernel's pressure files and what is
-free, and takes whole buffers in IOKit's order.
+The kernel reclaims private volatile memory itself, but cannot reclaim shared memory. While this process has purgeable
+shared memory, which any process that maps it may make volatile, a thread monitors the kernel's pressure files and
+free memory, and purges whole buffers in IOKit's order.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from iobmd.host import headroom
 from iobmd.purgeable import Order
 from iobmd.purgeable.monitor import Watch
 
-_SLOWEST = 0.25  # seconds between looks at what is free, where nothing tells earlier
+_SLOWEST = 0.25  # seconds between checks of free memory, unless an event comes first
 _FASTEST = 0.005
-_RATE = 1 << 30  # bytes a second by which memory may be filled meanwhile
-_SHARE = 4  # pressure does not say how much is missing: a quarter of what is volatile, each time
+_RATE = 1 << 30  # assumed maximum rate of allocation between checks, in bytes per second
+_SHARE = 4  # pressure does not show how much is missing: each time, purge a quarter of the volatile memory
 
 
 class Candidate(NamedTuple):
@@ -30,52 +30,52 @@ class Candidate(NamedTuple):
 
     order: Order
     size: int
-    """Bytes, taken or not."""
+    """Size in bytes, whether reclaimed or not."""
 
 
 class Control(Protocol):
-    """What controls the purgeable state of one memory."""
+    """The control of the purgeable state of memory."""
 
     def is_shared(self) -> bool:
         """Whether it is open, and other processes may map it."""
 
     def candidate(self, *, wait: bool) -> Candidate | None:
-        """Say whether it is volatile. None while this thread is changing it, or another and we do not `wait`."""
+        """Return it if it is volatile; None while this thread, or without `wait` another, is changing it."""
 
     def purge(self, *, wait: bool) -> int:
-        """Take it if it is volatile still; returns the bytes that came free, 0 as above."""
+        """Purge it if it is still volatile; return the number of bytes freed, 0 as above."""
 
 
 _known: WeakRegistry[Control] = WeakRegistry()
 
 
 def know(control: Control) -> None:
-    """Take note of purgeable memory; a forked child knows that of its parent."""
+    """Register purgeable memory; a forked child has that of its parent."""
     _known.add(control)
     if control.is_shared():
         _thread.start()
 
 
 def watch() -> None:
-    """Look soon: shared memory became volatile."""
+    """Check soon, because shared memory became volatile."""
     _thread.wake()
 
 
 def purge(target_bytes: int | None = None) -> int:
-    """Take volatile memory of this process now, private and shared: whole buffers, in IOKit's order.
+    """Purge volatile memory of this process, private and shared: whole buffers, in IOKit's order.
 
-    Obsolete memory goes first, then group 0 to 7; within a group FIFO memory, the longest volatile first, then LIFO
-    memory, the latest first.
+    Obsolete memory is purged first, then groups 0 to 7; within a group first FIFO memory, longest volatile first,
+    then LIFO memory, most recently volatile first.
 
     Parameters
     ----------
     target_bytes : int, optional
-        Stop when so many bytes came free. Default: take all.
+        Stop after this number of bytes is freed. Default: purge all.
 
     Returns
     -------
     int
-        Bytes of memory that came free; what the kernel had taken before does not count.
+        The number of bytes freed, without those that the kernel had already reclaimed.
 
     Raises
     ------
@@ -84,8 +84,8 @@ def purge(target_bytes: int | None = None) -> int:
 
     Notes
     -----
-    Memory that cannot be taken now is passed over: what another process is changing, and what a signal handler that
-    calls this has interrupted.
+    Memory that another process is changing, or whose change was interrupted by the calling signal handler, is
+    skipped.
     """
     if target_bytes is not None and target_bytes < 0:
         raise BadArgumentError(f"cannot purge {target_bytes} bytes")
@@ -98,10 +98,10 @@ def _controls(*, shared_only: bool) -> list[Control]:
 
 
 def _volatile(*, shared_only: bool, wait: bool) -> list[tuple[Candidate, Control]]:
-    """Return what is volatile, in the order it is to be taken."""
+    """Return the volatile memory in the order of purging."""
     found: list[tuple[Candidate, Control]] = []
     for one in _controls(shared_only=shared_only):
-        with contextlib.suppress(OSError):  # a peer has truncated it: that keeps no other memory from being taken
+        with contextlib.suppress(OSError):  # truncated by a peer, which must not prevent purging other memory
             if candidate := one.candidate(wait=wait):
                 found.append((candidate, one))
     return sorted(found, key=lambda pair: pair[0].order.key)
@@ -112,13 +112,13 @@ def _purge(volatile: list[tuple[Candidate, Control]], target: int | None, *, wai
     for _candidate, one in volatile:
         if target is not None and freed >= target:
             break
-        with contextlib.suppress(IOReturnError):  # locked by others, or being changed: the next one
+        with contextlib.suppress(IOReturnError):  # locked by others, or being changed: skip it
             freed += one.purge(wait=wait)
     return freed
 
 
 def relieve(missing: int) -> None:
-    """Take as much volatile shared memory as is missing."""
+    """Purge as much volatile shared memory as is missing."""
     _purge(_volatile(shared_only=True, wait=False), missing, wait=False)
 
 
@@ -126,16 +126,16 @@ headroom.on_shortage(relieve)
 
 
 class _Purger:
-    """The thread. It runs while purgeable shared memory is open, and a moment longer."""
+    """The thread. It runs while purgeable shared memory is open, and shortly after."""
 
     def __init__(self) -> None:
         self._runs = False
         self._idle = False
-        self._watch: Watch | None = None  # of the thread that was started last
+        self._watch: Watch | None = None  # of the most recent thread
         self._guard = process_local.Guard()
 
     def start(self) -> None:
-        """Start it unless it runs. Where no thread is to be had, memory is taken on request only."""
+        """Start it unless it is running. If no thread can be started, memory is purged only on request."""
         with contextlib.suppress(IOReturnError, RuntimeError), self._guard:
             if not self._runs:
                 threading.Thread(target=self._run, name="iobmd-purger", daemon=True).start()
@@ -147,25 +147,25 @@ class _Purger:
             pressed = False
             while not self._over():
                 pause = _SLOWEST
-                self._idle = True  # before the look: what becomes volatile after it is told by `wake`
-                with contextlib.suppress(OSError):  # whatever went wrong, the next look tries again
+                self._idle = True  # before the check: memory that becomes volatile later calls `wake`
+                with contextlib.suppress(OSError):  # whatever the error, the next check tries again
                     self._idle, pause = _look(pressed)
                 pressed = watch.wait(pause)
 
     def wake(self) -> None:
-        """End the pause of a thread that saw nothing volatile."""
+        """End the pause of a thread that found no volatile memory."""
         if self._idle and (watch := self._watch):
             self._idle = False
             watch.wake()
 
     def _over(self) -> bool:
-        """Say whether it may end, so that the next memory starts another."""
+        """Return whether it may end, so that the next memory starts another."""
         with self._guard:
             self._runs = bool(_controls(shared_only=True))
             return not self._runs
 
     def forked(self) -> None:
-        """Go on in a forked child, which has the memory and not the thread."""
+        """Restart in a forked child, which has the memory but not the thread."""
         if self._watch:
             self._watch.close()
         self._watch, ran, self._runs = None, self._runs, False
@@ -178,7 +178,7 @@ os.register_at_fork(after_in_child=_thread.forked)
 
 
 def _look(pressed: bool) -> tuple[bool, float]:
-    """Take as much shared memory as is missing; returns whether none is volatile, and when to look again."""
+    """Purge as much shared memory as is missing; return whether none is volatile, and when to check again."""
     volatile = _volatile(shared_only=True, wait=False)
     if not volatile:
         return True, _SLOWEST

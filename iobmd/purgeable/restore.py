@@ -1,13 +1,14 @@
-"""Taking lazily freed memory back, in windows no larger than what may be locked.
+"""Restoring lazily freed memory, in windows no larger than the limit on locked memory.
 
-Each window is locked on fault, so that reclaim takes nothing from there on, looked at, made dirty, which cancels the
-lazy free, and unlocked. No bytes of the user's serve as a marker. How a page that was lost is told from one that is
-there, even when it was read or written to since:
+Each window is locked on fault, so that nothing is reclaimed from then on, inspected, made dirty, which cancels the
+lazy free, and unlocked. No bytes of the user serve as a marker. A lost page is distinguished from a present one, even
+if it was read or written to since, as follows:
 
-- where writes are tracked (userfaultfd, Linux 6.7) by PAGEMAP_SCAN: it is gone, the zero page, or written to;
-- elsewhere by smaps: what is there is clean, for MADV_FREE made it so; what is gone or the zero page does not count,
-  and what was written to is dirty. Beside swap a page that was written to can be clean again, so that there only what
-  smaps calls lazily freed counts; the kernel passes some pages over, and then intact memory is taken for lost.
+- where writes are tracked (userfaultfd, Linux 6.7) by PAGEMAP_SCAN: it is absent, the zero page, or written to;
+- otherwise by smaps: present pages are clean, because MADV_FREE made them so; absent and zero pages do not count, and
+  pages that were written to are dirty. With swap, a page that was written to can be clean again, so that only pages
+  that smaps counts as lazily freed are considered present; the kernel omits some pages, and then intact memory is
+  considered lost.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ Range = tuple[int, int]
 """Start and end address, whole pages."""
 
 _Look = Callable[[int, int], bool]
-"""Looks at a window, from its start to its end address; raises `_LockError`."""
+"""Inspects a window, given its start and end address; raises `_LockError`."""
 
-_TRIES = 100  # of a millisecond each, where other threads hold all that may be locked
-_alone = process_local.Guard()  # two windows of smaps that touch would be one area
+_TRIES = 100  # of a millisecond each, while other threads use up the limit on locked memory
+_alone = process_local.Guard()  # two adjacent windows would be merged to one area in smaps
 
 
 class _LockError(Exception):
@@ -47,19 +48,19 @@ class _LockError(Exception):
 
 
 def take_back(ranges: list[Range], tracker: int) -> bool:
-    """Make ranges safe if every page is there. What is done leaves the list, also on an error.
+    """Restore ranges if every page is present. Restored ranges are removed from the list, also on an error.
 
     Parameters
     ----------
     ranges
-        What is lazily freed.
+        The lazily freed ranges.
     tracker
-        The userfaultfd that tracks writes to it, -1: none does.
+        The userfaultfd that tracks writes to them, -1 if there is none.
 
     Returns
     -------
     bool
-        Whether all was there. Where not, some of it may have been made safe.
+        Whether every page was present. If not, some ranges may have been restored.
 
     Raises
     ------
@@ -73,7 +74,7 @@ def take_back(ranges: list[Range], tracker: int) -> bool:
 
 
 def all_there(ranges: list[Range], tracker: int) -> bool:
-    """Say whether every page was there as the call began, and change nothing. Parameters and errors as above."""
+    """Return whether every page was present at the start of the call, without changes. Parameters as above."""
     if tracker < 0:
         with _alone:
             return _each(ranges.copy(), partial(_by_smaps, rewrite=False))
@@ -99,7 +100,7 @@ def _each(ranges: list[Range], look: _Look) -> bool:
             continue
         if start + window < end:
             ranges[-1] = start + window, end
-            largest *= 2  # whoever held what may be locked may be gone
+            largest *= 2  # other threads may have unlocked memory
         else:
             ranges.pop()
     return True
@@ -110,7 +111,7 @@ def _take_back_tracked(tracker: int, pagemap: int, start: int, end: int) -> bool
     if step == mman.LOCKING:
         raise _LockError(number)
     if step:
-        message = f"cannot make {format_size(end - start)} of volatile memory safe: the kernel has no memory for it"
+        message = f"cannot restore {format_size(end - start)} of volatile memory: the kernel has no memory for it"
         raise NoMemoryError(message, number)
     return there
 
@@ -118,7 +119,9 @@ def _take_back_tracked(tracker: int, pagemap: int, start: int, end: int) -> bool
 def _by_smaps(start: int, end: int, *, rewrite: bool) -> bool:
     size = end - start
     try:
-        mman.advise(start, size, mman.MADV_RANDOM)  # a flag that no neighbour has: smaps tells the window apart
+        mman.advise(
+            start, size, mman.MADV_RANDOM
+        )  # a flag that adjacent areas lack, so that smaps lists the window separately
         if locking_dirties():
             return _patiently_clean(start, end) and (not rewrite or _is_safe_once_locked(start, end))
         with _locked(start, size):
@@ -130,7 +133,7 @@ def _by_smaps(start: int, end: int, *, rewrite: bool) -> bool:
     except IOReturnError:
         raise
     except OSError as error:
-        message = f"cannot look at volatile memory: {error}"
+        message = f"cannot inspect volatile memory: {error}"
         raise NoResourcesError(message, error.errno or 0) from None
     finally:
         mman.advise(start, size, mman.MADV_NORMAL)
@@ -150,11 +153,11 @@ def _locked(start: int, size: int) -> Iterator[None]:
 
 @functools.cache
 def locking_dirties() -> bool:
-    """Say whether mlock2 marks the pages that it finds as written to, as it does before Linux 5.18.
+    """Return whether mlock2 marks the pages that it finds as written to, as before Linux 5.18.
 
-    There the look comes before the lock, which cancels the lazy free of what is there still, and faults nothing in:
-    what was lost in between is missing then. Only a page that was lost in between, and that another thread wrote
-    to in the same moment, would be taken for intact.
+    In that case the inspection precedes the lock, which cancels the lazy free of present pages and faults in nothing,
+    so that pages that were lost in between are absent. Only a page that was lost in between, and that another thread
+    wrote to at the same time, would be considered intact.
     """
     with scratch(PAGE_SIZE) as area:
         area.write(0, b"\1")
@@ -168,17 +171,17 @@ def locking_dirties() -> bool:
 
 def _is_safe_once_locked(start: int, end: int) -> bool:
     with _locked(start, end - start):
-        if _bytes_of(start, end, "Anonymous") < end - start:  # gone, or the zero page
+        if _bytes_of(start, end, "Anonymous") < end - start:  # absent, or the zero page
             return False
         mman.rewrite(start, end - start, PAGE_SIZE)
         return True
 
 
 def _patiently_clean(start: int, end: int) -> bool:
-    """Look again where not all is there: a page on its way to another frame soon is; a lost one stays lost.
+    """Inspect again if pages are absent: a migrating page is soon present again, a lost one is not.
 
-    Some kernels (6.1) do not count a huge page that NUMA balancing made inaccessible, to see who uses it; a look at a
-    byte of each ends that. What was lost becomes the zero page by it, which does not count either.
+    Some kernels (6.1) do not count a huge page that NUMA balancing has made inaccessible; reading a byte of each page
+    ends that. The read maps the zero page for a lost page, which does not count either.
     """
     for pause in (*[0.002] * 5, 0):
         if _clean(start, end):
@@ -197,6 +200,6 @@ def _bytes_of(start: int, end: int, *names: str) -> int:
     """Return the sum of counters of smaps in a window."""
     inside = [(area, counters) for area, counters in procfs.smaps() if start <= area.start and area.end <= end]
     if sum(area.end - area.start for area, _counters in inside) != end - start:
-        message = f"smaps does not show {start:#x}…{end:#x} apart from what is beside it"
+        message = f"smaps does not list {start:#x}…{end:#x} separately from adjacent memory"
         raise UnsupportedError(message)
     return sum(counters[name] for _area, counters in inside for name in names)

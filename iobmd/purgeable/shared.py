@@ -1,12 +1,12 @@
-"""Purgeable shared memory, whose state all processes that map it agree on.
+"""Purgeable shared memory, whose state is common to all processes that map it.
 
-The state is a word behind the last page of the shared object: the `IOPurgeable` word it was set with, a mark while a
-purge is under way, and the time it became volatile. It is read and written under a record lock (fcntl(2)) on the
-word, which the kernel takes from a process that dies: whoever comes next finds the mark, and finishes the purge. A
-second record lock, held shared while the memory is prepared, tells the other users so in the same way.
+The state is a word after the last page of the shared object: the `IOPurgeable` word with which it was set, a mark
+during a purge, and the time at which it became volatile. It is read and written under a record lock (fcntl(2)) on the
+word, which the kernel releases if its holder dies: the next process finds the mark and completes the purge. A second
+record lock, held shared while the memory is prepared, informs the other users in the same way.
 
-The locks belong to the open file description (F_OFD_SETLK, Linux 3.15), and every user has one of its own, also two
-of the same process, and a child that has been forked.
+The locks belong to the open file description (F_OFD_SETLK, Linux 3.15). Every user has its own, including two users
+in one process, and a forked child.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from iobmd.memory.shmem import SharedObject
 
 TRAILER = PAGE_SIZE
-"""Bytes behind the memory that the object needs for the word."""
+"""Bytes after the memory that the object needs for the word."""
 
 _WORD = struct.Struct("=Q")
 _FLOCK = struct.Struct("@hhqqi4x")  # struct flock (fcntl(2)): type, whence, start, length, pid
@@ -40,13 +40,13 @@ _STATE = 0xF
 _PURGING = 0x10
 _TIME_SHIFT = 16
 _BLOCK = 512  # unit of st_blocks (stat(2))
-_PATIENCE = 5.0  # seconds to wait for another process, which needs milliseconds at the most
+_PATIENCE = 5.0  # seconds to wait for another process, which needs at most milliseconds
 
 
 class SharedState:
-    """The first `size` bytes of a shared object, whole pages, and the word behind them.
+    """The first `size` bytes of a shared object, in whole pages, and the word after them.
 
-    Nobody else has the open file description of the object's descriptor.
+    The open file description of the object's descriptor is not shared.
     """
 
     shared = True
@@ -74,7 +74,7 @@ class SharedState:
         with self._exclusively() as word:
             self._require_unprepared()
             if word & _STATE != EMPTY or self._allocated():
-                same = word & (_STATE | MODIFIERS) == VOLATILE | modifiers  # then it keeps its place in the order
+                same = word & (_STATE | MODIFIERS) == VOLATILE | modifiers  # then it keeps its position in the order
                 self._set(word if same else VOLATILE | modifiers | now() << _TIME_SHIFT)
             return word & _STATE
 
@@ -91,7 +91,7 @@ class SharedState:
         return Order(word & MODIFIERS, word >> _TIME_SHIFT) if word & _STATE == VOLATILE else None
 
     def purge(self) -> int:
-        """Drop the content if it is volatile; memory and swap count. Nothing while another process changes it."""
+        """Drop the contents if it is volatile; return the bytes of memory and swap freed, 0 while it is changed."""
         if not self.order():
             return 0
         with self._exclusively(wait=False) as word:
@@ -102,10 +102,10 @@ class SharedState:
             return max(0, before - self._allocated())
 
     def before_write(self, offset: int, length: int) -> None:
-        """Nothing: the memory is taken whole, under the lock, and never page by page."""
+        """Do nothing: the memory is purged as a whole, under the lock."""
 
     def hold(self) -> None:
-        """Refuse to be volatile, in all processes."""
+        """Prevent it from becoming volatile, in all processes."""
         with self._exclusively() as word:
             if word & _STATE == VOLATILE:
                 raise wanted_non_volatile()
@@ -116,7 +116,7 @@ class SharedState:
         self._set_lock(fcntl.F_UNLCK, self._preparing)
 
     def lazily_freed(self) -> int:
-        """Return 0: the kernel takes no shared memory by itself."""
+        """Return 0: the kernel does not reclaim shared memory."""
         return 0
 
     @property
@@ -125,9 +125,9 @@ class SharedState:
 
     @contextlib.contextmanager
     def _exclusively(self, *, wait: bool = True) -> Iterator[int]:
-        """Keep all others out, finish what one of them died of, and yield the word."""
+        """Exclude all other users, complete a purge whose process died, and yield the word."""
         unlock = self._fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, self._size)
-        try:  # around the lock too: it is released whatever interrupts us, and if we do not hold it that is no harm
+        try:  # includes the lock: it is released after any interrupt, which is harmless if it is not held
             self._lock(_PATIENCE if wait else 0)
             if self._word() & _PURGING:
                 self._drop()
@@ -139,18 +139,18 @@ class SharedState:
             sealed = shmem.sealed_against_writing([self._fd])
             raise sealed or IOReturnError(IOReturn.kIOReturnError, message, error.errno or 0) from None
         finally:
-            # Python runs signal handlers at the start of a function of Python and after a call of C. With arguments
-            # made before, this one call cannot be interrupted: _set_lock could, and left the others locked out.
+            # Python runs signal handlers at the start of a Python function and after a C call. This single call with
+            # precomputed arguments cannot be interrupted; _set_lock could, which would leave the lock held.
             fcntl.fcntl(*unlock)
 
     def _lock(self, patience: float) -> None:
-        """Take the record lock by trying again, for a wait in the kernel has no deadline."""
+        """Acquire the record lock by polling, because a wait in the kernel has no deadline."""
         deadline = time.monotonic() + patience
         pause = 0.00005
         while not self._try():
             if time.monotonic() > deadline:
                 message = (
-                    "another process is changing the state of this shared memory, and does not end: is it stopped?"
+                    "another process is changing the state of this shared memory and does not finish: is it stopped?"
                 )
                 raise BusyError(message)
             time.sleep(pause)
@@ -168,10 +168,10 @@ class SharedState:
 
     def _require_unprepared(self) -> None:
         """Raise `kIOReturnBusy` while another process has it prepared."""
-        # Only asked for, not locked: an interrupt would leave it so.
+        # Only queried, not locked, because an interrupt would leave it locked.
         conflict, *_ = _FLOCK.unpack(fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, self._preparing)))
         if conflict != fcntl.F_UNLCK:
-            message = "the memory is prepared in another process: it stays wired until complete() there"
+            message = "the memory is prepared in another process: it remains wired until that calls complete()"
             raise BusyError(message)
 
     def _drop(self) -> None:
@@ -180,11 +180,11 @@ class SharedState:
         self._set(EMPTY)
 
     def _allocated(self) -> int:
-        """Return how many bytes of memory and swap the object holds, without the word's page."""
+        """Return how many bytes of memory and swap the object has, without the word's page."""
         return max(0, os.fstat(self._fd).st_blocks * _BLOCK - TRAILER)
 
     def forked(self) -> None:
-        """In a forked child: have an open file description of its own, under the same number."""
+        """In a forked child, create a separate open file description with the same descriptor number."""
         if self._object.fd.closed:
             return
         with contextlib.suppress(OSError):
@@ -194,7 +194,7 @@ class SharedState:
 
     @property
     def _fd(self) -> int:
-        # Its descriptor calls this under its lock, under which alone it closes the object.
+        # The descriptor calls this under its lock, which it also holds to close the object.
         return self._object.fd.fileno()
 
     def _word(self) -> int:
