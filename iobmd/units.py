@@ -1,4 +1,4 @@
-"""The host's page size, rounding, and the text form of sizes and times."""
+"""The host's page size, rounding, and the text form of sizes, times and counts."""
 
 import mmap
 import re
@@ -73,3 +73,8 @@ def format_time(seconds: float) -> str:
         if float(f"{seconds:.3g}") < limit:
             return f"{seconds * factor:.3g} {unit}"
     return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
+
+
+def format_count(number: int, singular: str, plural: str = "") -> str:
+    """Write a number with its noun: `1 area`, `65,530 areas`, `2 processes`."""
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"

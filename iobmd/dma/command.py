@@ -360,7 +360,7 @@ class IODMACommand:
 
     def __repr__(self) -> str:
         limits, transfer = self._limits, self._transfer
-        state = f"prepared {self._active} times" if transfer else "not prepared"
+        state = f"prepare count {self._active}" if transfer else "not prepared"
         bounced = f", {len(transfer.bounce)} bytes bounced" if transfer and transfer.bounce else ""
         return f"<IODMACommand for {limits.address_bits} address bits, {state}{bounced}>"
 

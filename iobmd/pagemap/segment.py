@@ -36,7 +36,7 @@ def segments(runs: Iterable[Run], max_segment: int | None = None, boundary: int 
         A limit is not positive, or the boundary is not a power of two.
     """
     if max_segment is not None and index(max_segment) <= 0:
-        raise ValueError(f"max_segment is {max_segment}, and must be positive")
+        raise ValueError(f"max_segment {max_segment} is not positive")
     if boundary is not None and (index(boundary) <= 0 or boundary & (boundary - 1)):
         raise ValueError(f"the boundary {boundary} is not a power of two")
     return _cut(runs, max_segment, boundary)

@@ -112,7 +112,7 @@ def test_what_was_begun_is_ended_when_the_process_dies(
         assert document["changed_while_read"]["ended"] is True
         assert document["summary"]["vmas"] == len(document["vmas"]) >= 3
     else:
-        assert "it ended while it was read" in (printed.err if form == "--csv" else printed.out)
+        assert "it exited while it was read" in (printed.err if form == "--csv" else printed.out)
 
 
 def test_what_smaps_does_not_tell_of_a_part(target: int, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,7 +185,7 @@ def test_a_frame_that_is_given_up_while_its_users_are_looked_for(
 
     monkeypatch.setattr(frame_command, "users", users)
     text = shown(capsys, "--frame", hex(entry & kernel.FRAME), *form)
-    told = json.loads(text)["changed_while_read"] if form else "mapped or unmapped while" in text
+    told = json.loads(text)["changed_while_read"] if form else "mapped or unmapped during" in text
     assert told is True
 
 
@@ -210,9 +210,9 @@ def test_processes_that_may_not_be_looked_at_are_counted(capfd: pytest.CaptureFi
     assert process.pid not in found
     assert process.pid in refused
     assert ended == 0
-    assert re.search(r"not shown: what other processes map, [0-9]+ in number \(such as: no access to", text)
+    assert re.search(r"not shown: mappings of [0-9,]+ other process(es)? \(such as: no access to", text)
     (hidden,) = json.loads("{" + text.partition("{")[2])["hidden"]
-    assert hidden["what"].startswith("what other processes map")
+    assert hidden["what"].startswith("mappings of ")
 
 
 @pytest.mark.needs("frames")
@@ -243,7 +243,7 @@ def test_flags_that_are_hidden(
     monkeypatch.setattr(look.os, "access", lambda *_asked: False)
     document = json.loads(shown(capsys, str(target), "--json", "--flags"))
     assert document["runs"] is None
-    assert "flags of frames" in document["hidden"][0]["what"]
+    assert "data of --flags" in document["hidden"][0]["what"]
     assert "not shown: the sizes of folios, and the flags" in shown(capsys, str(target), "--flags")
     assert main(["pagemap", str(target), "--csv", "--flags"]) == 0
     output, error = capsys.readouterr()
@@ -280,9 +280,7 @@ def test_save_and_diff(target: int, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert document["before"]["pid"] == document["after"]["pid"] == target
     assert document["changes"] == []
     frames = kernel.entries(id(document), 1)[0] & kernel.FRAME
-    assert [hidden["what"].startswith("pages that moved") for hidden in document["hidden"]] == (
-        [] if frames else [True]
-    )
+    assert [hidden["what"].startswith("moved pages") for hidden in document["hidden"]] == ([] if frames else [True])
 
 
 @pytest.mark.needs("swap")

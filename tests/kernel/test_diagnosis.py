@@ -29,7 +29,7 @@ PINNED = {  # kind: the code of prepare(), and what its message says
     "past the end of a shared file": (VM_ERROR, "past the end of its file, of 4106 bytes"),
     "past the end of a memfd": (VM_ERROR, "past the end of its file, of 4106 bytes"),
     "guard": (VM_ERROR, "guard page"),
-    "read-only": (CANNOT_WIRE, "may not be written to.*withCopy"),
+    "read-only": (CANNOT_WIRE, "is not writable.*withCopy"),
     "shared file": (CANNOT_WIRE, "shared mapping of a file.*withCopy"),
     "secret": (UNSUPPORTED, "memfd_secret"),
     "device": (UNSUPPORTED, "mapping of a device"),

@@ -475,4 +475,4 @@ def test_collected_while_prepared() -> None:
 def test_repr(command: IODMACommand) -> None:
     assert repr(command) == "<IODMACommand for 48 address bits, not prepared>"
     command.setMemoryDescriptor(ScatteredDescriptor([(ABOVE - 1, 3)]))
-    assert repr(command) == "<IODMACommand for 48 address bits, prepared 1 times, 2 bytes bounced>"
+    assert repr(command) == "<IODMACommand for 48 address bits, prepare count 1, 2 bytes bounced>"

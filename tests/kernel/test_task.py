@@ -101,7 +101,7 @@ def test_a_reused_pid_is_another_task(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pid", [0, -1, 2**31, True, None])
 def test_not_a_pid(pid: object) -> None:
-    with pytest.raises(ValueError, match=r"not a process id|task is needed") as caught:
+    with pytest.raises(ValueError, match=r"not a process id|task is required") as caught:
         Task(pid)  # type: ignore[arg-type]
     assert caught.value.code == IOReturn.kIOReturnBadArgument
 

@@ -176,7 +176,7 @@ def test_limits_of_version_2(tmp_path: Path, proc: Callable[..., None], host_swa
     assert refused(70 * MIB) is None  # 20 MiB of files can be dropped
     message = refused(90 * MIB)
     assert message
-    for part in ("90 MiB", "memory cgroup /a of task 4242", "76 MiB left", "256 MiB", f"{outer}/memory.max"):
+    for part in ("90 MiB", "memory cgroup /a of task 4242", "76 MiB free", "256 MiB", f"{outer}/memory.max"):
         assert part in message
     assert refused(90 * MIB, absent=0) is None
     assert refused(90 * MIB, absent=60 * MIB) is None

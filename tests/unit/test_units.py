@@ -1,8 +1,8 @@
-"""The text form of sizes and times."""
+"""The text form of sizes, times and counts."""
 
 import pytest
 
-from iobmd.units import format_size, format_time, pages, parse_size, round_down, round_up
+from iobmd.units import format_count, format_size, format_time, pages, parse_size, round_down, round_up
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,11 @@ def test_format(size: int, text: str) -> None:
 )  # fmt: skip
 def test_format_time(seconds: float, text: str) -> None:
     assert format_time(seconds) == text
+
+
+def test_format_count() -> None:
+    assert [format_count(number, "area") for number in (0, 1, 65530)] == ["0 areas", "1 area", "65,530 areas"]
+    assert [format_count(number, "process", "processes") for number in (1, 2)] == ["1 process", "2 processes"]
 
 
 def test_rounding() -> None:

@@ -1,4 +1,4 @@
-"""`iobmd pagemap`: where a process's memory lies, how contiguous, how huge, locked, swapped, shared."""
+"""`iobmd pagemap`: the physical layout of a process's memory: contiguity, huge pages, locks, swap, sharing."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> int:
     """Run `iobmd pagemap`."""
     arguments = parse(argv)
-    # Each way to show it is loaded when it is asked for: most runs print a table.
+    # Each output module is loaded when it is needed: most runs print a table.
     way = importlib.import_module(f"{__name__}.{arguments.way}")
-    with interruptible(), terminable():  # there may be drafts and folders to remove
+    with interruptible(), terminable():  # temporary files and directories must be removed
         way.run(arguments)
     return EXIT_OK

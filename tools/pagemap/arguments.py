@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 STATES = ("resident", "anonymous", "file", "huge", "swapped", "locked", "lazy", "zero", "guard", "device")
 KEYS = ("address", "size", "resident", "swapped", "huge", "locked", "runs", "largest", "name")
 BY_SMAPS = ("locked", "lazy")
-"""Those that smaps alone tells."""
+"""Columns that only smaps provides."""
 
 _FILTERS = ("name", "min_size", "only")
 _WAYS = ("frame", "watch", "diff", "save", "map", "svg", "png", "html", "json", "csv")
-"""Options that choose what is shown instead of the table."""
+"""Options that select another output than the table."""
 _AS_JSON = ("frame", "watch", "diff")
-"""Those of them that --json gives as data."""
+"""Those of them that support --json."""
 _WITHOUT_CHOICE = {"frame": ("name", "min_size", "range", "only"), "diff": _FILTERS, "save": _FILTERS}
 _LISTS = ("table", "json", "csv")
-"""Ways that list what was chosen, in the order that was asked for."""
+"""Outputs that list the selected areas in the requested order."""
 _MODULES = {
     "json": "document",
     "csv": "sheet",
@@ -39,7 +39,7 @@ _MODULES = {
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line; `way` of what it returns is the module that shows what was asked for."""
+    """Parse the command line; `way` of the result is the name of the output module."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     chosen = [way for way in _WAYS if getattr(arguments, way) not in (None, False)]
@@ -48,24 +48,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     of_runs = arguments.runs or arguments.flags or arguments.segments
     together = " and --".join(chosen)
     for is_wrong, message in (
-        (chosen[1:] and not (way in _AS_JSON and chosen[1:] == ["json"]), f"--{together} do not go together"),
-        (arguments.pid is None and way != "frame", "a process is needed: its PID, or self"),
-        (arguments.pid is not None and way == "frame", "--frame looks in all processes: it takes no PID"),
-        (arguments.count is not None and way != "watch", "--count goes with --watch"),
-        (of_runs and way not in _LISTS, f"--runs, --flags and limits of segments do not go together with --{way}"),
-        (arguments.segments and arguments.flags, "--flags is of runs: it does not go together with segments' limits"),
+        (chosen[1:] and not (way in _AS_JSON and chosen[1:] == ["json"]), f"--{together} cannot be combined"),
+        (arguments.pid is None and way != "frame", "missing process: give a PID, or self"),
+        (arguments.pid is not None and way == "frame", "--frame searches all processes: omit the PID"),
+        (arguments.count is not None and way != "watch", "--count requires --watch"),
+        (of_runs and way not in _LISTS, f"--runs, --flags and segment limits cannot be combined with --{way}"),
+        (arguments.segments and arguments.flags, "--flags cannot be combined with segment limits"),
         (
             arguments.smaps is False and (arguments.only in BY_SMAPS or arguments.sort in BY_SMAPS),
-            f"smaps alone tells what is {' or '.join(BY_SMAPS)}: --no-smaps does not go with it",
+            f"{' and '.join(BY_SMAPS)} require smaps: omit --no-smaps",
         ),
         (
             way == "csv" and arguments.segments and arguments.runs,
-            "--csv is of runs or of segments: --runs does not go together with segments' limits",
+            "--csv lists either runs or segments: --runs cannot be combined with segment limits",
         ),
         (_has_two_bits(arguments.boundary or 0), "--boundary must be a power of two"),
         (
             of_runs and way == "table" and arguments.sort != "address",
-            "runs and segments are shown by address: --sort does not go with them",
+            "runs and segments are sorted by address: omit --sort",
         ),
     ):
         if is_wrong:
@@ -75,7 +75,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     _refuse_without_effect(parser, arguments, way)
     arguments.of_areas = way in (*_LISTS, "watch") or arguments.only in BY_SMAPS
     if arguments.smaps is not None and not arguments.of_areas:
-        parser.error(f"--smaps and --no-smaps do nothing with --{way}")
+        parser.error(f"--smaps and --no-smaps have no effect with --{way}")
     arguments.way = _MODULES.get(way, way)
     return arguments
 
@@ -85,27 +85,27 @@ def _has_two_bits(number: int) -> bool:
 
 
 def _refuse_without_effect(parser: argparse.ArgumentParser, arguments: argparse.Namespace, way: str) -> None:
-    """Refuse options that would do nothing in the way that was chosen."""
+    """Refuse options that have no effect on the selected output."""
     without = [name for name in _WITHOUT_CHOICE.get(way, ()) if getattr(arguments, name) is not None]
     if arguments.sort != "address" and way not in (*_LISTS, "runs"):
         without.append("sort")
     if without:
-        parser.error(f"--{without[0].replace('_', '-')} does not go together with --{way}")
+        parser.error(f"--{without[0].replace('_', '-')} cannot be combined with --{way}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="iobmd pagemap",
         usage="%(prog)s PID|self [options]\n       %(prog)s --frame PFN[-PFN] [--json]",
-        description="Show where a process's memory lies: a row for each of its areas (VMAs), and a summary.",
-        epilog="Sizes and addresses: decimal, 0x hexadecimal, or with a suffix k, M, G, T; a range of 8 digits or "
-        "more also as /proc/PID/maps has it, hexadecimal without 0x, where that cannot be decimal. Frame numbers and "
-        "what follows from them (runs, folio sizes) are shown to holders of CAP_SYS_ADMIN; the rest to anyone who "
-        "may trace the process.",
-        # Each option of its own has one made, which would ask for the terminal's width and load shutil for it.
+        description="Show where the memory of a process lies: a row for each area (VMA), and a summary.",
+        epilog="Sizes and addresses: decimal, 0x hexadecimal, or with suffix k, M, G, T. Ranges of 8 digits or more "
+        "may also be as in /proc/PID/maps, hexadecimal without 0x, unless it could be decimal. Frame numbers and "
+        "results derived from them (runs, folio sizes) require CAP_SYS_ADMIN; the rest requires permission to "
+        "trace the process.",
+        # One for all options: each formatter determines the terminal's width, for which it loads shutil.
         formatter_class=partial(argparse.HelpFormatter, width=80),
     )
-    parser.add_argument("pid", nargs="?", type=_pid, metavar="PID", help="the process, or self: this command")
+    parser.add_argument("pid", nargs="?", type=_pid, metavar="PID", help="the process; self: this command")
     _add_choices(parser.add_argument_group("which areas"))
     _add_details(parser.add_argument_group("what of them"))
     _add_ways(parser.add_argument_group("shown how"))
@@ -114,46 +114,46 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_choices(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--name", metavar="TEXT", help="those whose name has this text in it")
-    group.add_argument("--min-size", type=size, metavar="SIZE", help="those that are so large, or larger")
-    group.add_argument("--range", type=_addresses, metavar="A-B", help="what lies between two addresses")
-    group.add_argument("--only", choices=STATES, metavar="STATE", help=f"those with such pages: {', '.join(STATES)}")
-    group.add_argument("--sort", choices=KEYS, metavar="KEY", default="address", help=f"by {', '.join(KEYS)}")
+    group.add_argument("--name", metavar="TEXT", help="areas whose name contains this text")
+    group.add_argument("--min-size", type=size, metavar="SIZE", help="areas of at least this size")
+    group.add_argument("--range", type=_addresses, metavar="A-B", help="the part between two addresses")
+    group.add_argument(
+        "--only", choices=STATES, metavar="STATE", help=f"areas with pages in the state {', '.join(STATES)}"
+    )
+    group.add_argument("--sort", choices=KEYS, metavar="KEY", default="address", help=f"sort by {', '.join(KEYS)}")
 
 
 def _add_details(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--runs", action="store_true", help="physically contiguous runs, and a histogram of them")
-    group.add_argument("--max-segment", type=size, metavar="SIZE", help="DMA segments of at most so many bytes")
+    group.add_argument("--max-segment", type=size, metavar="SIZE", help="DMA segments of at most this size")
     group.add_argument("--boundary", type=size, metavar="SIZE", help="DMA segments that cross no multiple of this")
-    group.add_argument("--flags", action="store_true", help="kpageflags, map counts, cgroup, NUMA node of each run")
-    group.add_argument("--frame", type=_frames, metavar="PFN[-PFN]", help="who maps these frames, of all processes")
+    group.add_argument("--flags", action="store_true", help="kpageflags, map counts, cgroups, NUMA node of each run")
+    group.add_argument("--frame", type=_frames, metavar="PFN[-PFN]", help="all processes that map these page frames")
     group.add_argument(
         "--smaps",
         action=argparse.BooleanOptionalAction,
-        help="locked and lazily free memory, which smaps alone tells; by default unless that holds up the process",
+        help="locked and lazily freed memory, from smaps; the default unless it would block the process",
     )
 
 
 def _add_ways(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--json", action="store_true", help="one JSON document")
-    group.add_argument("--csv", action="store_true", help="comma-separated values with a heading")
+    group.add_argument("--csv", action="store_true", help="comma-separated values with a header line")
     group.add_argument("--map", action="store_true", help="a map in the terminal, a cell for each block of addresses")
-    group.add_argument("--svg", metavar="FILE", help="a picture: addresses against physical memory")
-    group.add_argument("--png", metavar="FILE", help="the same (needs the extra iobmd[plot])")
-    group.add_argument("--html", metavar="FILE", help="the same as a page that needs nothing else")
-    group.add_argument(
-        "--watch", type=_seconds, metavar="SECONDS", help="look again and again, and show what changes"
-    )
-    group.add_argument("--count", type=_count, metavar="N", help="watch: look so many times")
-    group.add_argument("--save", metavar="FILE", help="keep a snapshot")
-    group.add_argument("--diff", metavar="FILE", help="what changed since that snapshot was saved")
+    group.add_argument("--svg", metavar="FILE", help="a picture of addresses and physical memory")
+    group.add_argument("--png", metavar="FILE", help="the same (requires the extra iobmd[plot])")
+    group.add_argument("--html", metavar="FILE", help="the same as a self-contained page")
+    group.add_argument("--watch", type=_seconds, metavar="SECONDS", help="read repeatedly, and show the changes")
+    group.add_argument("--count", type=_count, metavar="N", help="with --watch: number of times to read")
+    group.add_argument("--save", metavar="FILE", help="save a snapshot")
+    group.add_argument("--diff", metavar="FILE", help="show the changes since a saved snapshot")
 
 
 def _pid(text: str) -> int:
     if text == "self":
         return os.getpid()
     if not (text.isascii() and text.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a process id nor self")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a PID nor self")
     return int(text)
 
 
@@ -163,19 +163,19 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 < seconds <= 86400:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, more than none, a day at most")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds up to a day")
     return seconds
 
 
 def _count(text: str) -> int:
     if not (text.isascii() and text.isdecimal()) or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of looks, 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a count of at least 1")
     return int(text)
 
 
 def _addresses(text: str) -> tuple[int, int]:
     first, separator, last = text.partition("-")
-    # /proc/PID/maps writes eight digits or more, hexadecimal and without 0x; --json writes decimal numbers.
+    # /proc/PID/maps contains at least eight digits, hexadecimal without 0x; --json contains decimal numbers.
     as_in_maps = re.fullmatch(_IN_MAPS, text)
     if as_in_maps and text[0] != "0" and text.replace("-", "").isdecimal():
         as_in_maps = None
@@ -200,7 +200,7 @@ def _hexadecimal(text: str) -> int:
 
 
 _TOP = 1 << 47
-"""Where the addresses of programs end, unless these ask for more (x86-64: four levels of page tables)."""
+"""The end of user addresses, unless a program requests more (x86-64: four levels of page tables)."""
 _IN_MAPS = r"[0-9a-f]{8,16}-[0-9a-f]{8,16}"
 
 
@@ -213,5 +213,5 @@ def _frames(text: str) -> tuple[int, int]:
     except ValueError:
         low, high = 1, 0
     if "_" in text or not 0 <= low <= high < 1 << 40:  # of 52 bits of address
-        raise argparse.ArgumentTypeError(f"{text!r} is not a frame number, or two such as 0x1a000-0x1a0ff")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a frame number nor a range such as 0x1a000-0x1a0ff")
     return low * PAGE_SIZE, (high - low + 1) * PAGE_SIZE

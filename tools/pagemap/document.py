@@ -1,4 +1,4 @@
-"""`--json`: one document, written as it is found, so that it may be longer than memory is large."""
+"""`--json`: one document, written incrementally, so that it may exceed the size of memory."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def members(document: dict[str, Any]) -> str:
 
 
 def write_list(rows: Iterable[dict[str, Any]]) -> None:
-    """Print the elements of a list as JSON, each on a line of its own, as they come."""
+    """Print the elements of a list as JSON, one per line, as they arrive."""
     write_lines(map(json.dumps, rows))
 
 
 def write_lines(rows: Iterable[str]) -> None:
-    """Print the elements of a list, which are JSON already."""
+    """Print the elements of a list, which are already JSON."""
     for index, one in enumerate(rows):
         print("," if index else "", one, sep="\n", end="")
 
@@ -83,12 +83,12 @@ def _head(look: Look) -> dict[str, Any]:
 
 
 def hidden_member(found: Iterable[Hidden]) -> dict[str, Any]:
-    """Return as a member of a document what is not shown."""
+    """Return the member of a document that lists hidden data."""
     return {"hidden": [hidden._asdict() for hidden in found]}
 
 
 def row(area: Area) -> dict[str, Any]:
-    """Return an area as data: sizes in bytes, null for what is not known."""
+    """Return an area as data: sizes in bytes, null if unknown."""
     return {name: value(area) for name, value in FIELDS.items()}
 
 

@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 _LEFT, _TOP, _RIGHT = 80, 64, 24
 _PLOT = 960
-_STRIP = 64  # how much of each block is filled, by state
+_STRIP = 64  # height of the strip with the shares of states in each block
 _FIELD = 480  # physical memory
-_LETTER = 6.2  # width of a letter of the size used
+_LETTER = 6.2  # width of a letter in this font size
 _BOTTOM = 56
 _LINE = 17
-_WIDEST = 24  # of a block, when there are few
+_WIDEST = 24  # maximum width of a block, if there are few
 
 
 class Box(NamedTuple):
-    """A filled rectangle, in pixels from the upper left, and what is shown when a mouse is over it."""
+    """A filled rectangle, in pixels from the upper left, and its tooltip."""
 
     x: float
     y: float
@@ -41,7 +41,7 @@ class Box(NamedTuple):
 
 
 class Label(NamedTuple):
-    """A line of text; x and y are where its baseline begins, or ends."""
+    """A line of text; x and y are the start or the end of its baseline."""
 
     x: float
     y: float
@@ -51,7 +51,7 @@ class Label(NamedTuple):
 
 
 class Drawing:
-    """A picture of what was surveyed: a strip of states, and below it, unless frames are hidden, where they lie."""
+    """A picture of a survey: a strip of states, and below it, unless frames are hidden, their physical positions."""
 
     def __init__(self, look: Look, grid: Grid, parts: list[Part]) -> None:
         self.look, self.grid, self.parts = look, grid, parts
@@ -64,11 +64,11 @@ class Drawing:
         self.height = self._end + _BOTTOM + _LINE * (len(self._legend()) + len(self._notes))
 
     def items(self) -> Iterator[Box | Label]:
-        """Iterate over all of it, in the order in which it is drawn."""
+        """Iterate over all items in drawing order."""
         yield Box(0, 0, self.width, self.height, "#ffffff")
         yield Label(_LEFT, 26, page_line(self.look), strong=True)
         when = time.strftime("%F %T", time.localtime(self.look.time))
-        yield Label(_LEFT, 46, f"{when}; blocks of addresses that hold something, in order")
+        yield Label(_LEFT, 46, f"{when}; nonempty blocks of addresses, in order")
         yield from self._strip()
         if self._field:
             yield from self._physical()
@@ -113,19 +113,19 @@ class Drawing:
             yield Box(_LEFT, y, len(self._columns) * self._step, 0.5, "#d0d0d0")
 
     def _breaks(self) -> Iterator[Box]:
-        """Draw a line where addresses are left out."""
+        """Draw a line where addresses are omitted."""
         for one, other in pairwise(self._columns):
             if one + self.grid.block != other:
                 yield Box(self._x(other) - 0.5, _TOP, 1, self._end - _TOP, "#9a9a9a")
 
     def _names(self) -> Iterator[Label]:
-        """Write below neighbouring blocks what they are of, as far as there is room."""
+        """Write the names of areas below their blocks, as far as there is room."""
         free = 0.0
         for first, last in self._stretches():
             room = min(self._x(last) + self._step, _LEFT + _PLOT) - max(free, self._x(first))
             text = ", ".join(names(between(self.parts, first, last + self.grid.block)))
             for row, words in enumerate((f"{first:x}", text)):
-                letters = int(room / _LETTER) - 1  # a blank keeps it from the next
+                letters = int(room / _LETTER) - 1  # a space separates it from the next
                 if letters >= 6:
                     cut = words if len(words) <= letters else words[: letters - 1] + "…"
                     yield Label(max(free, self._x(first)), self._end + 16 + row * 14, cut)
@@ -152,10 +152,10 @@ class Drawing:
         return [(state, totals[state]) for state in INKS if state in totals]
 
     def _captions(self) -> Iterator[str]:
-        yield f"a column: {format_size(self.grid.block)} of addresses; a grey line: addresses are left out"
+        yield f"column: {format_size(self.grid.block)} of addresses; gray line: addresses are omitted"
         if self._field:
             size = format_size(self.grid.physical_block)
-            yield f"a row: {size} of physical memory; paler: less of the block lies there"
+            yield f"row: {size} of physical memory; paler: less of the block lies there"
         for hidden in self.look.hidden:
             yield f"not shown: {hidden.what} ({hidden.why})"
         if restless := self.look.restless():

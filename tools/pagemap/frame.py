@@ -1,4 +1,4 @@
-"""`--frame`: what certain frames are, and which processes map them."""
+"""`--frame`: the properties of page frames, and the processes that map them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from iobmd.cli.printable import printable
 from iobmd.errors import IOReturnError
 from iobmd.pagemap.frame import Frames, require_frames, users
-from iobmd.units import PAGE_SIZE, format_size
+from iobmd.units import PAGE_SIZE, format_count, format_size
 
 from .document import VERSION, hidden_member, members, write_list
 from .look import Hidden
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print them."""
+    """Print the properties and the processes."""
     require_frames()
     asked = _Asked(*arguments.frame)
     with _progress() as progress:
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 class _Asked:
-    """The frames that were asked for, and what is hidden of them."""
+    """The requested page frames, and what is hidden about them."""
 
     def __init__(self, physical: int, length: int) -> None:
         self.physical, self.length = physical, length
@@ -50,25 +50,25 @@ class _Asked:
         return None
 
     def refuse(self, _pid: int, error: IOReturnError) -> None:
-        """Take note of a process that may not be looked at."""
+        """Record a process that may not be inspected."""
         self._refused.append(str(error))
 
     def changed(self) -> bool | None:
-        """Say whether they are mapped more or less often by now; None: not known.
+        """Return whether their map counts have changed; None if unknown.
 
-        Their flags change while nobody touches them.
+        Flags are not compared, because the kernel changes them without any access.
         """
         now = self._look()
         return None if now is None or self.facts is None else now.mapped != self.facts.mapped
 
     def hidden(self) -> list[Hidden]:
-        """Return what is not shown, once all processes were looked at."""
+        """Return what is hidden, after all processes were inspected."""
         found = []
         if self.facts is None:
-            found.append(Hidden("flags, map counts and cgroups", "/proc/kpageflags is root's", "run it as root"))
+            found.append(Hidden("flags, map counts and cgroups", "/proc/kpageflags requires root", "run as root"))
         if self._refused:
-            what = f"what other processes map, {len(self._refused)} in number"
-            remedy = "run with CAP_SYS_PTRACE, unless something else forbids it"
+            what = f"mappings of {format_count(len(self._refused), 'other process', 'other processes')}"
+            remedy = "run with CAP_SYS_PTRACE"
             found.append(Hidden(what, f"such as: {self._refused[0]}", remedy))
         return found
 
@@ -88,18 +88,18 @@ def _show(asked: _Asked, found: Iterator[FrameMapping]) -> None:
     print(f"frames {first:#x}-{behind - 1:#x}, {format_size(asked.length)}")
     if facts := asked.facts:
         least, most = facts.mapped or ("?", "?")
-        print(f"  flags: {' '.join(facts.flags) or 'none common to all'}")
-        print(f"  of some: {' '.join(facts.some_flags) or 'none'}; mapped {least} to {most} times")
-        print(f"  cgroups: {' '.join(map(printable, facts.cgroups or ())) or 'none known'}")
+        print(f"  flags of all: {' '.join(facts.flags) or 'none'}")
+        print(f"  flags of some: {' '.join(facts.some_flags) or 'none'}; map counts {least} to {most}")
+        print(f"  cgroups: {' '.join(map(printable, facts.cgroups or ())) or 'unknown'}")
     pids = set()
     for use in found:
         pids.add(use.pid)
         where = f"{use.virtual:16x} {use.physical:14x} {format_size(use.length):>9}"
         print(f"{use.pid:8} {printable(use.process):16} {where}  {printable(str(use.area))}")
-    print(f"mapped by {len(pids)} processes")
+    print(f"mapped by {format_count(len(pids), 'process', 'processes')}")
     show_hidden(asked.hidden())
     if asked.changed():
-        print("  they were mapped or unmapped while the processes were looked through")
+        print("  some were mapped or unmapped during the search")
 
 
 @contextlib.contextmanager
@@ -110,7 +110,7 @@ def _progress() -> Iterator[Callable[[int, int], object] | None]:
     from rich.console import Console  # noqa: PLC0415 (slow to load)
     from rich.progress import Progress  # noqa: PLC0415
 
-    # What is printed meanwhile goes above the bar if both are on the terminal, and past it if not.
+    # Output during the search is printed above the bar if both are on the terminal.
     with Progress(console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
         scan = bar.add_task("processes")
         yield lambda done, total: bar.update(scan, completed=done, total=total)

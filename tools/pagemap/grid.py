@@ -1,4 +1,4 @@
-"""Memory summed up in blocks: as many as a picture has room for, however much memory there is."""
+"""Sums of memory in blocks, as many as fit a picture, however much memory there is."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ Sums = dict[str, int]
 
 
 class Grid:
-    """Blocks of addresses that hold something, each with what it holds and where that lies physically.
+    """Nonempty blocks of addresses, each with its sums by state and their physical positions.
 
-    Blocks are as small as the limits allow: when there are too many they are joined in pairs. So it is filled in one
-    pass, and its size does not depend on how much goes in.
+    Blocks are as small as the limits permit: if there are too many, they are joined in pairs. The grid is therefore
+    filled in one pass, and its size does not depend on the amount of data.
 
     Parameters
     ----------
     limit : int
-        How many rows of blocks may hold something; rows that hold nothing are free.
+        Maximum number of nonempty rows of blocks.
     row : int
-        Blocks a row, a power of two. A row begins at a multiple of its size.
+        Blocks per row, a power of two. A row begins at a multiple of its size.
     physical_limit : int
-        Into how many blocks physical memory is cut at the most; 0: where things lie physically is not kept.
+        Maximum number of blocks of physical memory; 0: physical positions are not recorded.
 
     Attributes
     ----------
     block, physical_block : int
-        Bytes a block of addresses, and of physical memory; powers of two.
+        Sizes of a block of addresses, and of physical memory, in bytes; powers of two.
     """
 
     def __init__(self, limit: int, *, row: int = 1, physical_limit: int = 0) -> None:
@@ -44,7 +44,7 @@ class Grid:
         self._top = 0
 
     def add(self, virtual: int, physical: int | None, length: int, state: str) -> None:
-        """Put in a range of addresses, in bytes, and the physical address it begins at, where that is known."""
+        """Add a range of addresses, in bytes, and its physical start address, if known."""
         end = virtual + length
         while virtual < end:
             self._make_room(virtual, physical)
@@ -58,7 +58,7 @@ class Grid:
             virtual = stop
 
     def reach(self, physical: int) -> None:
-        """Have the blocks of physical memory cover it up to an address."""
+        """Extend the blocks of physical memory up to an address."""
         while physical > self.physical_block * self._physical_limit:
             self.physical_block *= 2
             self._cells = _joined(self._cells, lambda key: key >> _SHIFT << _SHIFT | (key & _MASK) >> 1)
@@ -66,7 +66,7 @@ class Grid:
 
     @property
     def physical_blocks(self) -> int:
-        """How many blocks physical memory is cut into."""
+        """The number of blocks of physical memory."""
         return -(-self._top // self.physical_block)
 
     def _make_room(self, virtual: int, physical: int | None) -> None:
@@ -86,7 +86,7 @@ class Grid:
         self._rows = Counter(column // self._row for column in self._blocks)
 
     def blocks(self) -> Iterator[tuple[int, Sums]]:
-        """Iterate over the blocks that hold something, ascending: the address of each, and its sums."""
+        """Iterate over the nonempty blocks, ascending: the address of each, and its sums."""
         for column in sorted(self._blocks):
             yield column * self.block, self._blocks[column]
 
@@ -98,19 +98,19 @@ class Grid:
         return dict(totals)
 
     def rows(self) -> Iterator[tuple[int, list[Sums]]]:
-        """Iterate over the rows that hold something, ascending: the address of each, and the sums of its blocks."""
+        """Iterate over the nonempty rows, ascending: the address of each, and the sums of its blocks."""
         for row in sorted(self._rows):
             first = row * self._row
             yield first * self.block, [self._blocks.get(first + index, {}) for index in range(self._row)]
 
     def cells(self) -> Iterator[tuple[int, int, Sums]]:
-        """Iterate over where blocks of addresses lie in blocks of physical memory: both addresses, and the sums."""
+        """Iterate over the pairs of address blocks and physical blocks: both addresses, and the sums."""
         for key in sorted(self._cells):
             yield (key >> _SHIFT) * self.block, (key & _MASK) * self.physical_block, self._cells[key]
 
 
 _SHIFT = 44
-"""Bits for the number of a physical block: 52 bits of address less 12 of a page, and some."""
+"""Bits for the number of a physical block: 52 address bits less 12 of a page, with a reserve."""
 _MASK = (1 << _SHIFT) - 1
 
 

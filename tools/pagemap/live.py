@@ -1,4 +1,4 @@
-"""`--watch` on a terminal: a table that is drawn anew at each look, with what changed in colour."""
+"""`--watch` on a terminal: a table that is redrawn after each read, with changes in color."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ _STYLES = {
 }
 _SIZES = ("size", "resident", "swapped", "huge")
 _SIZES_OF_MEMORY = ("resident", "swapped")
-"""What there is room for on a narrow screen."""
+"""Columns that fit a narrow screen."""
 _WIDE = 100
 _LEAST = 12
-"""Letters of a column that is never left out."""
+"""Minimum width of a column that is never omitted."""
 _AROUND = 8
-"""Lines of the screen that are no rows of the table."""
+"""Lines of the screen that are not rows of the table."""
 
 
 def show(look: Look, looks: Iterator[Tick]) -> None:
-    """Show the looks until they end."""
+    """Show the ticks until they end."""
     console = Console(highlight=False)
     with Live(console=console, auto_refresh=False, vertical_overflow="crop", redirect_stderr=False) as live:
         for tick in looks:
@@ -75,7 +75,7 @@ def _view(look: Look, tick: Tick, screen: ConsoleDimensions) -> RenderableType:
 
 
 def _rows(tick: Tick) -> Iterator[dict[str, RenderableType]]:
-    """Iterate over what changed, most first, and then the other areas, the largest in memory first."""
+    """Iterate over the changed areas, most changes first, and then the others, largest first."""
     for vma, area, sums in sorted(tick.changed, key=lambda one: -one.sums.total()):
         yield _row(area, sums) if area else _gone(vma, sums)
     for area in tick.largest:

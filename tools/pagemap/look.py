@@ -1,4 +1,4 @@
-"""What is looked at, as the command line chooses it, and what of it is hidden."""
+"""The inspected process and areas, as selected on the command line, and what is hidden."""
 
 import argparse
 import contextlib
@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 
 
 class Hidden(NamedTuple):
-    """Something that is not shown, why, and what would show it."""
+    """Data that is not shown, the reason, and the remedy."""
 
     what: str
     why: str
@@ -33,14 +33,14 @@ class Hidden(NamedTuple):
 
 
 SWAPPED_SHARED = Hidden(
-    "shared memory in swap, which looks as if it were not there or was released",
-    "pagemap does not tell of it",
+    "shared memory in swap, which appears to be absent or released",
+    "pagemap does not show it",
     "the table, or --json",
 )
 
 
 class Look:
-    """A process, the areas of it that the command line chooses, and what of them is hidden."""
+    """A process, its areas selected on the command line, and what is hidden about them."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -51,19 +51,19 @@ class Look:
         self.where: Where = resolve(self.task, start, None if end is None else end - start)
         self._steady = Steady(self.task)
         self.has_ended = False
-        """Whether it did while it was watched."""
+        """Whether it exited while it was watched."""
         self.time = time.time()
         self.kernel = os.uname().release
         self.ask_anew()
 
     @property
     def title(self) -> str:
-        """The process's name and number, fit to be shown."""
+        """The process's printable name and its pid."""
         return f"{printable(self.name)} ({self.task.pid})"
 
     def ask_anew(self) -> None:
-        """Ask what the process is called, and what of it can be shown: both change, as with another program."""
-        with contextlib.suppress(OSError):  # it is gone: who reads its memory says so
+        """Determine the name of the process, and what can be shown; both change if it executes another program."""
+        with contextlib.suppress(OSError):  # it has exited: reading its memory reports that
             self.name = name_of(self.task)
         with Reader(self.task) as reader:
             self.frames, self.scans = reader.visible, reader.scans
@@ -78,55 +78,53 @@ class Look:
         if not self.frames:
             found.append(
                 Hidden(
-                    "frame numbers, and so runs, the sizes of folios, and what of the swapped are markers",
-                    "the kernel shows them to holders of CAP_SYS_ADMIN only",
+                    "frame numbers, runs, folio sizes, and which swap entries are markers",
+                    "the kernel shows them only to holders of CAP_SYS_ADMIN",
                     host.capability_remedy(),
                 )
             )
         elif not self.flags:
-            more = ", and the flags of frames with all that --flags tells" if self.arguments.flags else ""
-            found.append(Hidden(f"the sizes of folios{more}", "/proc/kpageflags is root's", "run it as root"))
+            more = ", and all data of --flags" if self.arguments.flags else ""
+            found.append(Hidden(f"folio sizes{more}", "/proc/kpageflags is root's", "run it as root"))
         if self.arguments.of_areas:
             found += self._hidden_of_smaps()
         if self.arguments.way in _WITHOUT_SMAPS and host.has_swap():
             found.append(SWAPPED_SHARED)
         if not self.scans:
-            found.append(
-                Hidden("PAGEMAP_SCAN", "this kernel lacks it: huge pages are told by smaps", "Linux 6.7 or later")
-            )
+            found.append(Hidden("PAGEMAP_SCAN", "this kernel lacks it: smaps shows huge pages", "Linux 6.7 or later"))
         return found
 
     def _hidden_of_smaps(self) -> list[Hidden]:
         if not self.details:
             asked = self.arguments.smaps is False
-            why = "no smaps was asked for" if asked else "reading smaps would hold up the process"
-            return [Hidden("what is locked or lazily free, and swapped shared memory", why, "--smaps")]
+            why = "--no-smaps was given" if asked else "reading smaps would block the process"
+            return [Hidden("locked and lazily freed memory, and shared memory in swap", why, "--smaps")]
         if self.where.cuts_an_area:
-            what = "what is lazily free, and swapped shared memory, of areas that the range cuts"
-            return [Hidden(what, "smaps counts whole areas", "a --range of whole areas")]
+            what = "lazily freed memory, and shared memory in swap, of areas that the range cuts"
+            return [Hidden(what, "smaps counts whole areas", "use a --range of whole areas")]
         return []
 
     def restless(self) -> Restless | None:
-        """Return what the process did since the look began; None: nothing."""
-        if self._gone:  # with its areas at least: it runs another program
+        """Return how the process has changed since the start; None if it has not."""
+        if self._gone:  # its areas at least: it has executed another program
             return Restless(not self.task.alive, True, 0)
         return self._steady.restless()
 
     @property
     def shows_runs(self) -> bool:
-        """Whether runs can be shown, with their flags where these were asked for."""
+        """Whether runs can be shown, with their flags if requested."""
         return self.frames and (self.flags or not self.arguments.flags)
 
     def areas(self) -> Iterator[Area]:
-        """Iterate over the areas that were chosen, ascending."""
+        """Iterate over the selected areas, ascending."""
         return filter(self.chooses, self.all_areas())
 
     def all_areas(self) -> Iterator[Area]:
-        """Iterate over the areas, whether they were chosen or not, ascending."""
+        """Iterate over all areas, selected or not, ascending."""
         return areas(self.where, details=self.details, folios=self.flags)
 
     def rows(self, write: Callable[[Area], str]) -> Iterator[str]:
-        """Iterate over the same as text, in the order that was asked for."""
+        """Iterate over the selected areas as text, in the requested order."""
         key, backwards = _KEYS[self.arguments.sort]
         areas = self.until_gone(self.areas())
         if key is None:
@@ -134,7 +132,7 @@ class Look:
         return ordered(((key(area), write(area)) for area in areas), backwards=backwards)
 
     def until_gone(self, found: Iterable[_T]) -> Iterator[_T]:
-        """Iterate until the task is gone, or keeps moving its memory; what was begun can be ended.
+        """Iterate until the task exits, or keeps moving its memory, so that the output can be completed.
 
         `require_task` then raises the error.
         """
@@ -149,21 +147,21 @@ class Look:
             raise self._gone
 
     def chooses(self, area: Area) -> bool:
-        """Say whether an area is chosen."""
+        """Return whether an area is selected."""
         only = self.arguments.only
         return self.may_choose(area.vma, area.size) and (only is None or _STATES[only](area) > 0)
 
     def may_choose(self, vma: VMA, size: int) -> bool:
-        """Say whether an area is chosen, whatever it holds; `size` is that of the part that was asked for."""
+        """Return whether an area may be selected, whatever its contents; `size` is that of the requested part."""
         chosen = self.arguments
         return (chosen.name is None or chosen.name in vma.name) and (
             chosen.min_size is None or size >= chosen.min_size
         )
 
     def parts(self) -> Iterator[tuple[VMA, int, int]]:
-        """Iterate over the same areas, ascending, with the start and end of the part of each that was asked for.
+        """Iterate over the same areas, ascending, with the start and end of the requested part of each.
 
-        What they hold is read only when the choice depends on it.
+        Their contents are read only if the selection depends on them.
         """
         if self.arguments.only is not None:
             yield from ((area.vma, area.start, area.end) for area in self.areas())
@@ -179,7 +177,7 @@ class Look:
 
 
 _WITHOUT_SMAPS = ("map", "picture", "watch")
-"""Ways to show it that look at the pages alone, or what changes in them."""
+"""Outputs that show only pages, or their changes."""
 
 _STATES: dict[str, Callable[[Area], int]] = {
     "resident": lambda area: area.resident,
@@ -208,5 +206,5 @@ _KEYS: dict[str, tuple[Callable[[Area], int | str] | None, bool]] = {
 
 
 def page_line(look: Look) -> str:
-    """Say of what process, on what host, all the rest is."""
+    """Return a line with the process and the host of the output."""
     return f"{look.title}, Linux {look.kernel}, pages of {PAGE_SIZE >> 10} KiB"

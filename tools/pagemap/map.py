@@ -1,4 +1,4 @@
-"""`--map`: the address space in the terminal, a cell for each block, coloured by what most of it is."""
+"""`--map`: the address space in the terminal, a cell for each block, colored by its most frequent state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .grid import Sums
     from .survey import Part
 
-_MARGIN = 18  # the address of the row, and blanks
+_MARGIN = 18  # the address of the row, and spaces
 _SHADES, _NOTHING, _LEFT_OUT = "░▒▓█", "·", "⋮"
 
 
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     grid = Grid(max(8, screen.lines - 12), row=cells)
     parts = survey(look, grid)
     if not grid.totals():
-        print("nothing that was chosen holds anything")
+        print("the selected areas are empty")
         look.require_task()
         return
     console = Console(width=max(screen.columns, _MARGIN + 1), highlight=False)
@@ -79,10 +79,10 @@ def _lines(grid: Grid, cells: int, parts: list[Part], paint: Callable[..., Text]
 
 
 def _skipped(parts: list[Part], start: int, end: int) -> str:
-    """Say what lies between two rows: areas that hold nothing, or none."""
+    """Return a text on the areas between two rows: empty ones, or none."""
     size = sum(part.end - part.start for part in between(parts, start, end))
     sign = _LEFT_OUT if _can_shade() else ":"
-    return f"{sign:>16}" + (f"  {format_size(size)} of areas that hold nothing" if size else "")
+    return f"{sign:>16}" + (f"  {format_size(size)} of empty areas" if size else "")
 
 
 def _shade(sums: Sums, block: int, mapped: bool) -> Text:
@@ -111,6 +111,6 @@ def _legend(grid: Grid, paint: Callable[..., Text]) -> Text:
     for state, ink in INKS.items():
         if state in totals:
             legend.append_text(paint({state: 1}, 1, True)).append(f" {ink.meaning}, {format_size(totals[state])}\n")
-    legend.append_text(paint({}, 1, True)).append(" of an area, and holds nothing\n")
+    legend.append_text(paint({}, 1, True)).append(" empty part of an area\n")
     shades = "paler: less of the block is filled" if paint is _shade else "small letters: less than half is filled"
-    return legend.append(f"{shades}; a block shows what most of it is")
+    return legend.append(f"{shades}; a block shows its most frequent state")

@@ -1,4 +1,4 @@
-"""Rows in another order than that they are found in, without all of them in memory."""
+"""Sorting of rows without holding all of them in memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def ordered(rows: Iterable[tuple[int | str, str]], *, backwards: bool) -> Iterator[str]:
-    """Iterate over rows by their keys, those of equal keys as they came; they wait in a file meanwhile."""
+    """Iterate over rows sorted by their keys, in the original order for equal keys; they are stored in a file."""
     import tempfile  # noqa: PLC0415 (the command starts sooner without)
 
     with tempfile.TemporaryFile(prefix="iobmd-") as file:
@@ -18,7 +18,9 @@ def ordered(rows: Iterable[tuple[int | str, str]], *, backwards: bool) -> Iterat
         end = 0
         for key, row in rows:
             data = row.encode(errors="surrogateescape")
-            places.append((sys.intern(key) if isinstance(key, str) else key, end, len(data)))  # many have one name
+            places.append(
+                (sys.intern(key) if isinstance(key, str) else key, end, len(data))
+            )  # many have the same name
             end += file.write(data)
         places.sort(key=lambda place: place[0], reverse=backwards)
         for _key, start, length in places:

@@ -80,7 +80,7 @@ rect.over { stroke: #000; stroke-width: 1 }
 </style></head><body>
 """
 
-# Browsers show the title of a shape late: this shows it at once, beside the mouse.
+# Browsers show the title of a shape with a delay: this shows it immediately, next to the pointer.
 _PAGE_TAIL = """<div id="tip"></div>
 <script>
 const tip = document.getElementById("tip");
@@ -107,7 +107,7 @@ def _require_pillow() -> None:
     try:
         import PIL  # noqa: F401, PLC0415 (an extra)
     except ImportError:
-        message = "--png needs Pillow: pip install 'iobmd[plot]'; --svg and --html need nothing"
+        message = "--png requires Pillow: pip install 'iobmd[plot]'; --svg and --html do not"
         raise UnsupportedError(message) from None
 
 
@@ -119,7 +119,7 @@ def _write_png(drawing: Drawing, file: BinaryIO) -> None:
     fonts = {strong: ImageFont.load_default(14 if strong else 11) for strong in (False, True)}
     for item in drawing.items():
         if isinstance(item, Box):
-            # The right and lower edges belong to the rectangle; the least one is a pixel large.
+            # The right and lower edges belong to the rectangle, which has at least one pixel.
             left, top = round(item.x), round(item.y)
             right, bottom = round(item.x + item.width) - 1, round(item.y + item.height) - 1
             pen.rectangle((left, top, max(left, right), max(top, bottom)), fill=item.color)
@@ -130,4 +130,4 @@ def _write_png(drawing: Drawing, file: BinaryIO) -> None:
 
 
 _WRITERS = {"svg": _write_svg, "png": _write_png, "html": _write_html}
-"""By the option that asks for one."""
+"""Writers by option."""

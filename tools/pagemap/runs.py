@@ -1,4 +1,4 @@
-"""`--runs` and `--flags`: the physically contiguous runs of the areas, or the segments they are cut to."""
+"""`--runs` and `--flags`: the physically contiguous runs of the areas, or the segments into which they are split."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from iobmd.pagemap.frame import describe_runs
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.segment import segments
 from iobmd.pagemap.span import read_runs
-from iobmd.units import format_size
+from iobmd.units import format_count, format_size
 
 from .look import Look
 from .table import show_head, show_restless
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the runs, or the segments that they are cut to, and a histogram."""
+    """Print the runs, or their segments, and a histogram."""
     look = Look(arguments)
     show_head(look)
-    if not look.shows_runs:  # the head says so
+    if not look.shows_runs:  # the header reports it
         return
     seen = Histogram()
     if arguments.segments:
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def chosen_runs(look: Look) -> Iterator[Run]:
-    """Iterate over the runs of the areas that were chosen, until the task is gone."""
+    """Iterate over the runs of the selected areas, until the task exits."""
     yield from look.until_gone(_runs(look))
 
 
@@ -59,7 +59,7 @@ def _runs(look: Look) -> Iterator[Run]:
 
 
 def chosen_descriptions(look: Look) -> Iterator[DescribedRun]:
-    """As `chosen_runs`, with what the kernel says of the frames."""
+    """Like `chosen_runs`, with the properties of the frames."""
     return describe_runs(look.task, chosen_runs(look))
 
 
@@ -79,12 +79,12 @@ def _words(facts: FrameFacts) -> str:
 
 
 def chosen_segments(look: Look) -> Iterator[Segment]:
-    """Iterate over the segments that these are cut to."""
+    """Iterate over the segments of these runs."""
     return cut(look, chosen_runs(look))
 
 
 def cut(look: Look, found: Iterator[Run]) -> Iterator[Segment]:
-    """Cut runs to segments within the limits that were asked for."""
+    """Split runs to segments within the requested limits."""
     return segments(found, look.arguments.max_segment, look.arguments.boundary)
 
 
@@ -93,18 +93,18 @@ def _show_segments(found: Iterator[Segment]) -> None:
     number = 0
     for number, one in enumerate(found, 1):  # noqa: B007 (counts them)
         print(f"{one.physical:14x} {one.length:12,}")
-    print(f"\n{number:,} segments")
+    print(f"\n{format_count(number, 'segment')}")
 
 
 class Histogram:
-    """How many runs of which size there were, and how they lay."""
+    """The numbers of runs by size, and their physical order."""
 
     def __init__(self) -> None:
         self._classes: dict[int, tuple[int, int]] = {}
         self._last = self._ascending = self._descending = self._largest = 0
 
     def add(self, found: Run) -> None:
-        """Count a run in."""
+        """Count a run."""
         least = 1 << (found.length.bit_length() - 1)
         number, length = self._classes.get(least, (0, 0))
         self._classes[least] = number + 1, length + found.length
@@ -115,7 +115,7 @@ class Histogram:
         self._last = found.physical
 
     def watch(self, found: Iterator[Run]) -> Iterator[Run]:
-        """Count each of them in as it passes."""
+        """Count each run while passing it on."""
         for one in found:
             self.add(one)
             yield one
@@ -125,7 +125,7 @@ class Histogram:
         total = sum(length for _number, length in self._classes.values())
         runs_in_all = sum(number for number, _length in self._classes.values())
         print(
-            f"\n{runs_in_all:,} runs, {format_size(total)}, the largest {format_size(self._largest)}; "
+            f"\n{format_count(runs_in_all, 'run')}, {format_size(total)}, the largest {format_size(self._largest)}; "
             f"{self._ascending:,} ascend, {self._descending:,} descend"
         )
         widest = max((length for _number, length in self._classes.values()), default=1)

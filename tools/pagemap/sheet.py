@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def run(arguments: argparse.Namespace) -> None:
     """Print the lines."""
     look = Look(arguments)
-    show_hidden(look.hidden, sys.stderr)  # not among the lines, which programs read
+    show_hidden(look.hidden, sys.stderr)  # not on stdout, which programs read
     lines = csv.writer(sys.stdout, lineterminator="\n")
     if arguments.segments:
         lines.writerow(Segment._fields)

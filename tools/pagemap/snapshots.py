@@ -1,4 +1,4 @@
-"""`--save` and `--diff`: snapshots, and what changed since one was saved."""
+"""`--save` and `--diff`: snapshots, and the changes since one was saved."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Save a snapshot, or print what changed since one."""
+    """Save a snapshot, or print the changes since one."""
     if arguments.save is not None:
         _save(Look(arguments), arguments.save)
         return
@@ -40,9 +40,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def saved(look: Look, file: IO[bytes]) -> Snapshot:
-    """Return a snapshot in an open file, in place of what it held.
+    """Save a snapshot to an open file, replacing its contents, and return it.
 
-    The file needs no name: one in TMPDIR could be replaced by another user whose directory that is.
+    The file needs no name: one in TMPDIR could be replaced by the user who owns that directory.
     """
     file.seek(0)
     file.truncate()
@@ -84,12 +84,12 @@ def _hidden(before: Snapshot, after: Snapshot) -> list[Hidden]:
         found.append(SWAPPED_SHARED)
     if not (before.header.frames_visible and after.header.frames_visible):
         why = "frame numbers are hidden in one of the two"
-        found.append(Hidden("pages that moved, and what of the swapped are markers", why, host.capability_remedy()))
+        found.append(Hidden("moved pages, and which swap entries are markers", why, host.capability_remedy()))
     return found
 
 
 def _joined(found: Iterator[Change]) -> Iterator[tuple[Kind, int, int]]:
-    """Join neighbours to which the same happened."""
+    """Join contiguous pages with the same change."""
     last: tuple[Kind, int, int] | None = None
     for change in found:
         end = change.virtual + change.length

@@ -1,4 +1,4 @@
-"""Whether a process stood still while it was read."""
+"""Detection of changes in a process while it is read."""
 
 import zlib
 from typing import NamedTuple
@@ -6,34 +6,35 @@ from typing import NamedTuple
 from iobmd import procfs
 from iobmd.errors import BusyError
 from iobmd.task.task import Task
+from iobmd.units import format_count
 
 
 class Restless(NamedTuple):
-    """What a process did while it was read: what is shown of it may be of before or of after."""
+    """Changes of a process while it was read: the output may show the state before or after them."""
 
     ended: bool
-    """It is gone, or was another in the end."""
+    """Whether it exited, or executed another program."""
     areas: bool
-    """Whether areas came, went or changed."""
+    """Whether areas were added, removed or changed."""
     page_faults: int
 
     def __str__(self) -> str:
         if self.ended:
-            return "it ended while it was read"
-        areas = "areas came, went or changed" if self.areas else ""
-        faults = f"{self.page_faults:,} page faults" if self.page_faults else ""
+            return "it exited while it was read"
+        areas = "areas were added, removed or changed" if self.areas else ""
+        faults = format_count(self.page_faults, "page fault") if self.page_faults else ""
         return "it changed while it was read: " + ", ".join(filter(None, (areas, faults)))
 
 
 class Steady:
-    """A process at one moment. What the kernel moves or swaps out behind its back is not noticed."""
+    """A process at one moment. Pages that the kernel moves or swaps out are not detected."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
         self._then = self._now()
 
     def restless(self) -> Restless | None:
-        """Return what it did since; None: nothing."""
+        """Return the changes since then; None if there are none."""
         now = self._now()
         if self._then is None or now is None:
             return Restless(True, False, 0) if now is None else None
@@ -45,16 +46,16 @@ class Steady:
         try:
             areas = self._areas(pid)
             faults = procfs.page_faults(pid)
-        except OSError:  # it has exited, or may not be looked at: who reads it says so
+        except OSError:  # it has exited, or may not be inspected: reading it reports that
             return None
         return (areas, faults) if self._task.alive else None
 
     def _areas(self, pid: int) -> object:
-        """Return something that differs where the areas do."""
+        """Return a value that changes with the areas."""
         checksum = 0
         try:
-            for text in procfs.maps_text(pid):  # of many areas the whole is long
+            for text in procfs.maps_text(pid):  # the text of many areas is long
                 checksum = zlib.crc32(text, checksum)
         except BusyError:
-            return object()  # it keeps moving them
+            return object()  # it keeps moving its areas
         return checksum

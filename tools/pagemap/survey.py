@@ -1,4 +1,4 @@
-"""What pictures show: the areas that were chosen, and a grid of what they hold."""
+"""The data of pictures: the selected areas, and a grid of their contents."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """An area, or the part of one that was asked for."""
+    """An area, or the requested part of one."""
 
     start: int
     end: int
@@ -27,18 +27,18 @@ class Part(NamedTuple):
 
 
 def survey(look: Look, grid: Grid) -> list[Part]:
-    """Put all that was chosen into a grid, and return the areas, ascending; until the task is gone."""
+    """Add the selected areas to a grid until the task exits, and return them in ascending order."""
     return list(look.until_gone(_read(look, grid)))
 
 
 def _read(look: Look, grid: Grid) -> Iterator[Part]:
     with Reader(look.task, whole=look.where.cuts_no_huge_page) as reader:
         for vma, start, end in look.parts():
-            yield Part(start, end, sys.intern(vma.name))  # many have the same
+            yield Part(start, end, sys.intern(vma.name))  # many have the same name
             for step in reader.steps(start, end):
                 for virtual, physical, length, flags in struct.iter_unpack("=4Q", step.raw()):
                     state = state_of(flags)
-                    # The zero page takes no memory wherever it is mapped.
+                    # The zero page uses no memory, wherever it is mapped.
                     grid.add(virtual, None if state == "zero" else physical or None, length, state)
         reader.require_task()
 
@@ -53,11 +53,11 @@ def between(parts: Sequence[Part], start: int, end: int) -> Iterator[Part]:
 
 
 def names(parts: Iterable[Part]) -> list[str]:
-    """Return the short names of areas, each once."""
+    """Return the distinct short names of areas."""
     return list(dict.fromkeys(short(part.name) for part in parts))
 
 
 def short(name: str) -> str:
-    """Return the name of an area without its folder, that of a device whole; fit to be shown."""
+    """Return the printable name of an area without its directory, or the whole path of a device."""
     name = printable(name)
     return name if name.startswith("/dev/") else name.rpartition("/")[2] or "(anonymous)"

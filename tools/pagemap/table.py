@@ -1,4 +1,4 @@
-"""The table for people: plain text in columns of fixed width, a row at a time however many there are."""
+"""The table: plain text in columns of fixed width, printed row by row."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, TextIO
 
 from iobmd.cli.printable import printable
-from iobmd.units import PAGE_SIZE, format_size
+from iobmd.units import PAGE_SIZE, format_count, format_size
 
 from .look import Hidden, Look, page_line
 from .total import Total
@@ -37,24 +37,24 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def show_head(look: Look) -> None:
-    """Print what it is of, and what is hidden."""
+    """Print the subject, and what is hidden."""
     print(page_line(look))
     show_hidden(look.hidden)
 
 
 def show_hidden(found: Iterable[Hidden], file: TextIO | None = None) -> None:
-    """Print what is not shown, why, and what would show it."""
+    """Print what is not shown, the reason, and the remedy."""
     for hidden in found:
-        print(f"not shown: {hidden.what} ({hidden.why}). To show it: {hidden.remedy.splitlines()[0]}", file=file)
+        print(f"not shown: {hidden.what} ({hidden.why}); remedy: {hidden.remedy.splitlines()[0]}", file=file)
 
 
 def amount(size: int | None) -> str:
-    """Write a size: a dash for nothing, a question mark for what is not known."""
+    """Format a size: a dash for 0, a question mark if unknown."""
     return "?" if size is None else format_size(size) if size else "-"
 
 
 def folios(sizes: dict[int, int]) -> str:
-    """Write how much lies in folios of which size, if any are larger than a page."""
+    """Format the amounts of memory by folio size, if any are larger than a page."""
     large = {size: held for size, held in sorted(sizes.items()) if size > PAGE_SIZE}
     return ", ".join(f"{format_size(held)} in folios of {format_size(size)}" for size, held in large.items())
 
@@ -79,10 +79,10 @@ def _notes(area: Area) -> str:
     elif area.folios and (large := folios(area.folios)):
         notes.append(large)
     for what, size in (
-        ("of the zero page", area.tally.zero),
-        ("of guard pages", area.tally.guard),
+        ("zero page", area.tally.zero),
+        ("guard pages", area.tally.guard),
         ("of markers", area.marker),
-        ("of a device", area.device),
+        ("device memory", area.device),
     ):
         if size:
             notes.append(f"{format_size(size)} {what}")
@@ -91,7 +91,7 @@ def _notes(area: Area) -> str:
 
 def show_total(look: Look, total: Total) -> None:
     """Print the summary."""
-    print(f"\n{total.areas:,} areas, {format_size(total.size)} of addresses")
+    print(f"\n{format_count(total.areas, 'area')}, {format_size(total.size)} of addresses")
     huge = f", {share(total.huge, total.resident)} by huge pages" if total.huge is not None else ""
     print(
         f"  resident {format_size(total.resident)}: {format_size(total.anonymous)} anonymous, "
@@ -105,7 +105,7 @@ def show_total(look: Look, total: Total) -> None:
     if look.frames and total.runs:
         mean = format_size(total.in_runs // total.runs)
         print(
-            f"  {total.runs:,} physical runs, the largest {format_size(total.largest)}, {mean} on average; "
+            f"  {format_count(total.runs, 'physical run')}, largest {format_size(total.largest)}, {mean} on average; "
             f"{total.ascending:,} ascend, {total.descending:,} descend"
         )
     if large := folios(total.folios):
@@ -113,12 +113,12 @@ def show_total(look: Look, total: Total) -> None:
 
 
 def show_restless(look: Look) -> None:
-    """Say so when the process changed while it was read."""
+    """Print whether the process changed while it was read."""
     if restless := look.restless():
         print(f"  {restless}")
     sys.stdout.flush()
 
 
 def share(part: int, whole: int) -> str:
-    """Write a part with its share of a whole."""
+    """Format a part with its share of a whole."""
     return f"{format_size(part)} ({part * 100 / whole:.0f} %)" if whole else format_size(part)

@@ -1,4 +1,4 @@
-"""The sums over areas."""
+"""Sums over areas."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Total:
-    """What several areas hold together, in bytes; None where it is not known of one of them."""
+    """The sums of several areas, in bytes; None if the value is unknown for one of them."""
 
     def __init__(self) -> None:
         self.areas = self.size = self.resident = self.anonymous = self.file_or_shared = self.shared = 0
@@ -24,7 +24,7 @@ class Total:
         self.folios: Counter[int] = Counter()
 
     def counted(self, area: Area) -> Area:
-        """Count an area in, and return it."""
+        """Add an area, and return it."""
         tally = area.tally
         self.areas += 1
         self.size += area.size

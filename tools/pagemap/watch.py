@@ -1,4 +1,4 @@
-"""`--watch`: what changes in a process, look after look."""
+"""`--watch`: the changes in a process, read repeatedly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Show the looks until there were enough, the process ends or Ctrl-C."""
+    """Show the ticks until the requested count, the exit of the process, or Ctrl-C."""
     look = Look(arguments)
     with tempfile.TemporaryFile() as even, tempfile.TemporaryFile() as odd:
         looks = ticks(look, (even, odd), arguments.watch, arguments.count)
@@ -36,9 +36,9 @@ def run(arguments: argparse.Namespace) -> None:
             else:
                 _print(look, looks)
         except KeyboardInterrupt:
-            pass  # the way to end it
-    if look.has_ended:  # said when a view on the terminal is closed
-        print(f"{look.title} has ended", file=sys.stderr)
+            pass  # the usual way to end it
+    if look.has_ended:  # printed after the view on the terminal is closed
+        print(f"{look.title} has exited", file=sys.stderr)
 
 
 def _print(look: Look, looks: Iterator[Tick]) -> None:
@@ -51,7 +51,7 @@ def _print(look: Look, looks: Iterator[Tick]) -> None:
 
 
 def _write(look: Look, looks: Iterator[Tick]) -> None:
-    """Print a JSON document for each look, a line each."""
+    """Print a JSON document per tick, one per line."""
     for tick in looks:
         changed = [
             {"start": vma.start, "end": vma.end, "name": vma.name, "kind": kind, "length": length}
