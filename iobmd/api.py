@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from iobmd._internal.chunked import Progress
     from iobmd.task.task import AnyTask
 
-# Plain numbers: an operation on members of an enumeration takes 2 µs, and a small buffer not much more.
+# Plain integers: an operation on enumeration members takes 2 µs, not much less than a small buffer.
 DIRECTIONS = {name: direction for direction, name in enumerate(DIRECTION_NAMES)}
 CACHES = {
     "default": int(IOOptionBits.kIOMapDefaultCache),

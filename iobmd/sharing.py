@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _HEADER = struct.Struct("=6sxxI")  # magic, and the length of the description that follows
 _MARK = b"iobmd1"
 _LARGEST = 1 << 20  # bytes of a description
-_MOST_PIECES = 16 << 10  # each is a mapping, of which a process may have 65,530 (vm.max_map_count)
+_MOST_PIECES = 16 << 10  # each is a mapping, and a process may have 65,530 (vm.max_map_count)
 _MOST_FDS = 253  # that a message can have (SCM_MAX_FD in linux/net.h)
 _LARGEST_ALIGNMENT = 1 << 40
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
@@ -66,7 +66,7 @@ class _Description(NamedTuple):
         return cls(options, capacity, length, pieces, alignment)
 
     def shared(self, fd: int) -> SharedObject:
-        """Return the object once every number fits it; its sender is not to be trusted. Raises ValueError."""
+        """Return the object, after checking every number of the untrusted sender against it; raise ValueError."""
         hugetlb = mman.hugetlb_page(fd)
         end = os.fstat(fd).st_size - (TRAILER if self.options & _PURGEABLE else 0)
         extents = [Extent(offset, length) for offset, length in self.extents]
@@ -324,7 +324,7 @@ def _discard(fds: list[int]) -> None:
 
     def close() -> None:
         for fd in others:
-            with contextlib.suppress(OSError):  # the server's error
+            with contextlib.suppress(OSError):  # an error of the server
                 os.close(fd)
 
     try:

@@ -89,7 +89,7 @@ def _open_existing(path: Path, found: os.stat_result) -> int:
 
 def _require_same(now: os.stat_result, found: os.stat_result) -> None:
     if (now.st_dev, now.st_ino) != (found.st_dev, found.st_ino):
-        raise OSError(errno.EACCES, "another file took its place")
+        raise OSError(errno.EACCES, "it was replaced by another file")
 
 
 def _require_own(path: Path, found: os.stat_result) -> None:

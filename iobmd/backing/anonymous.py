@@ -129,7 +129,7 @@ class AnonymousBacking(MappedBacking):
         return want.accepts(self.runs)
 
     def _certain(self) -> list[tuple[int, int]] | None:
-        # Private memory looks like any other in maps; a pinned frame is at no other place.
+        # Private memory cannot be identified in maps, but a pinned frame is mapped nowhere else.
         if not self.runs or not self._pin or self._generation != mapping.generation():
             return None
         try:

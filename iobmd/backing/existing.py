@@ -59,7 +59,7 @@ class RangeBacking(Pinned):
         self._require(writable=writable)
 
     def _require(self, *, writable: bool) -> None:
-        """Look whether all of it is mapped and may be read, and written to if it is to be `writable`."""
+        """Check that all of it is mapped and readable, and with `writable` also writable."""
         end = self.address + self.length
         found = areas.known(self.task, self.address, end)
         for permission in "rw" if writable else "r":
@@ -144,11 +144,11 @@ class RangeBacking(Pinned):
         return pagemap.resident_and_dirty(self.task, self._first, self.size)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return `length` bytes from `offset` on. Raises as `Task.read`."""
+        """Return `length` bytes, starting at `offset`. Raises as `Task.read`."""
         return self.task.read(self.address + offset, length)
 
     def read_into(self, offset: int, buffer: Buffer) -> None:
-        """Fill `buffer` from `offset` on. Raises as `Task.read`."""
+        """Fill `buffer` with the bytes at `offset`. Raises as `Task.read`."""
         self.task.readinto(self.address + offset, buffer)
 
     def write(self, offset: int, data: Buffer) -> None:
@@ -184,7 +184,7 @@ class RangeBacking(Pinned):
         return self._seen, 0
 
     def in_page(self, offset: int) -> int:
-        """Return the place of a byte in its page."""
+        """Return the offset of a byte in its page."""
         return (self.address + offset) % PAGE_SIZE
 
     def span(self, offset: int, length: int) -> int:

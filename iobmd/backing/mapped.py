@@ -50,7 +50,7 @@ class MappedBacking(Pinned):
         return contextlib.nullcontext(self.mapping)
 
     def treat_caches(self, how: int) -> None:
-        """Have copies treat the processors' caches as `Mapping.cache` says."""
+        """Set how copies treat the processor caches, as `Mapping.cache`."""
         self.mapping.cache = how
 
     def write_back(self, offset: int, length: int, *, drop: bool) -> None:
@@ -94,7 +94,7 @@ class MappedBacking(Pinned):
         return table
 
     def huge_bytes(self) -> int:
-        """Count the bytes that huge pages map."""
+        """Count the bytes mapped by huge pages."""
         with self.here(populated=True) as mapping:
             return pagemap.huge_bytes(mapping.address, self.size)
 
@@ -105,7 +105,7 @@ class MappedBacking(Pinned):
 
     @property
     def wiring(self) -> Wiring:
-        """How firmly it stays where it is."""
+        """Whether it is pageable, resident or pinned."""
         if self._pin or self._immovable:
             return Wiring.PINNED
         return Wiring.RESIDENT if self._wired else Wiring.PAGEABLE
@@ -117,7 +117,7 @@ class MappedBacking(Pinned):
 
     @property
     def size(self) -> int:
-        """Bytes mapped, whole pages."""
+        """Mapped size in bytes, in whole pages."""
         return self.mapping.size
 
     def page_counts(self) -> tuple[int, int]:
@@ -127,7 +127,7 @@ class MappedBacking(Pinned):
         return resident, written - lazily_freed // PAGE_SIZE
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return `length` bytes from `offset` on."""
+        """Return `length` bytes, starting at `offset`."""
         headroom.require(length, swappable=True)
         try:
             self._require_room_to_read(self.mapping, offset, length)
@@ -136,7 +136,7 @@ class MappedBacking(Pinned):
             raise diagnosis.unreachable(error) from None
 
     def read_into(self, offset: int, buffer: Buffer) -> None:
-        """Fill `buffer` from `offset` on."""
+        """Fill `buffer` with the bytes at `offset`."""
         try:
             self._require_room_to_read(self.mapping, offset, memoryview(buffer).nbytes)
             self.mapping.read_into(offset, buffer)

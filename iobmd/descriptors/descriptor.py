@@ -508,7 +508,7 @@ class IOMemoryDescriptor:
         return owner
 
     def __repr__(self) -> str:
-        name, owner = type(self).__name__, self._owner  # once, as above
+        name, owner = type(self).__name__, self._owner  # read once, as above
         if owner is None:
             return f"<{name} {self._state}>"
         direction = DIRECTION_NAMES[self._options & DIRECTION_MASK]

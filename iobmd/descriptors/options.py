@@ -203,9 +203,9 @@ def _check_cache_mode(options: int) -> None:
 
 
 def require_cache_instruction(instruction: int) -> None:
-    """Raise `kIOReturnUnsupported` where there is no `instruction` on cache lines."""
+    """Raise `kIOReturnUnsupported` if the processor lacks a cache line `instruction`."""
     if instruction == mapping.NO_FLUSH:
-        message = "this processor lets no process write back or drop cache lines (x86-64 and aarch64 do)"
+        message = "this processor does not let processes flush cache lines (x86-64 and aarch64 do)"
         raise UnsupportedError(message)
 
 

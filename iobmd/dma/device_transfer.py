@@ -71,7 +71,7 @@ class DeviceTransfer:
         if self.memory.wiring is not Wiring.PINNED:
             raise NotReadyError(f"{descriptor!r} is not pinned: call its prepare() first")
         with self.memory.guard:
-            descriptor._memory()  # again: another thread may have released it
+            descriptor._memory()  # read again: another thread may have released it
             self.memory.pin()
         try:
             self._ranges = self._divide(self.memory.segments(offset, length))

@@ -201,6 +201,6 @@ class IOVMRange:
     def __del__(self) -> None:
         if self._mapper and self._mapper._maker == os.getpid():
             message = f"{self!r} was never completed"
-            with contextlib.suppress(IOReturnError):  # its memory may be garbage of the same cycle, and freed already
+            with contextlib.suppress(IOReturnError):  # its memory may be garbage of the same cycle, and already freed
                 self.complete()
             warnings.warn(message, ResourceWarning, stacklevel=2, source=self)

@@ -221,9 +221,10 @@ def seal(fd: int) -> None:
 
 
 def why_unsafe(fd: int) -> str:
-    """Return why whoever has a descriptor, and a writable mapping, could take the memory away under others; ""."""
+    """Return how a process with a writable mapping could free the memory while others use it; "" if not."""
     if mman.hugetlb_page(fd):
-        # A page whose hole was punched comes from the pool again; when that is empty, the access is a SIGBUS.
+        # After a hole was punched, the page is allocated from the pool again; if the pool is empty, the access raises
+        # SIGBUS.
         return "free its hugetlb pages while they are in use"
     return "" if (seals(fd) or 0) & _F_SEAL_SHRINK else "truncate it, because its size is not sealed"
 
@@ -255,7 +256,7 @@ def seals(fd: int) -> int | None:
 
 
 _numbers = itertools.count()
-# Whole huge pages only, none for the end of an object; as many as there is memory.
+# Only whole huge pages, not for the end of an object; as many as are available.
 _huge = process_local.LazyFd(lambda: mman.mount_tmpfs({"huge": "within_size", "size": "0", "nr_inodes": "0"}))
 
 

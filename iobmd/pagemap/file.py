@@ -88,7 +88,7 @@ def pages(target: Target, address: int | None = None, size: int | None = None) -
 
 
 def counts(target: Target, address: int | None = None, size: int | None = None) -> PageCounts:
-    """Count the pages of a range by state, without an object a page. Parameters and errors as `pages`."""
+    """Count the pages of a range by state, without an object for each page. Parameters and errors as `pages`."""
     where = resolve(target, address, size)
     sums = [0, 0, 0, 0]
     walk = None

@@ -24,37 +24,37 @@ class Span(NamedTuple):
 
     @property
     def present(self) -> bool:
-        """Mapped to frames."""
+        """Whether its pages are mapped to page frames."""
         return bool(self.flags & pagemap.PRESENT)
 
     @property
     def swapped(self) -> bool:
-        """Kept in swap."""
+        """Whether it is in swap."""
         return bool(self.flags & pagemap.SWAPPED)
 
     @property
     def file_or_shared(self) -> bool:
-        """Pages of a file, or of shared memory; False: anonymous."""
+        """Whether its pages belong to a file or to shared memory; False: anonymous."""
         return bool(self.flags & pagemap.FILE)
 
     @property
     def zero(self) -> bool:
-        """The kernel's zero page, which memory that was only ever read maps."""
+        """Whether it maps the kernel's zero page, as memory does that was only read."""
         return bool(self.flags & pagemap.ZERO)
 
     @property
     def guard(self) -> bool:
-        """Guard pages (MADV_GUARD_INSTALL, Linux 6.13)."""
+        """Whether its pages are guard pages (MADV_GUARD_INSTALL, Linux 6.13)."""
         return bool(self.flags & pagemap.GUARD)
 
     @property
     def marker(self) -> bool:
-        """Neither memory nor swap: pages under migration, poisoned ones, markers of userfaultfd."""
+        """Whether it is neither memory nor swap: pages under migration, poisoned pages, userfaultfd markers."""
         return bool(self.flags & pagemap.MARKER)
 
     @property
     def huge(self) -> bool:
-        """Mapped by huge pages in the page tables. Split ones, and those smaller than a PMD, are not."""
+        """Whether huge pages map it in the page tables; split ones, and those smaller than a PMD, do not count."""
         return bool(self.flags & pagemap.HUGE)
 
     @property
@@ -145,7 +145,7 @@ def _parts(reader: Reader, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[
                 virtual, physical, length, flags = step[index]
                 if not physical:
                     continue
-                if flags & pagemap.ZERO and not flags & pagemap.HUGE:  # one frame, again and again
+                if flags & pagemap.ZERO and not flags & pagemap.HUGE:  # the same frame repeatedly
                     for offset in range(0, length, reader.page):
                         yield virtual + offset, physical, reader.page
                 else:

@@ -127,7 +127,7 @@ def _by_smaps(start: int, end: int, *, rewrite: bool) -> bool:
         with _locked(start, size):
             there = _patiently_clean(start, end)
             if there and rewrite:
-                # Not by MADV_POPULATE_WRITE: it marks a huge page dirty as a whole, with pages of windows to come.
+                # Not by MADV_POPULATE_WRITE, which marks a whole huge page dirty, including pages of later windows.
                 mman.rewrite(start, size, PAGE_SIZE)
             return there
     except IOReturnError:

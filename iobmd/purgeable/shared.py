@@ -59,7 +59,7 @@ class SharedState:
             self._set(NON_VOLATILE)
 
     def current(self) -> int:
-        """Find out the state."""
+        """Determine the state."""
         with self._exclusively() as word:
             return word & _STATE
 

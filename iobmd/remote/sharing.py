@@ -62,11 +62,11 @@ class RemoteMapping:
     stretches : sequence of FileExtent
         What is mapped there, of one object or of several; they are not needed any more afterwards.
     at : int
-        The address, where nothing may be mapped yet; 0 for any.
+        The address, at which nothing may be mapped; 0: any address.
     writable : bool
         May the task write to it?
     guard : int
-        Bytes on each side that nobody can touch.
+        Inaccessible bytes on each side.
 
     Attributes
     ----------

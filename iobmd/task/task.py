@@ -347,7 +347,7 @@ def current_task() -> Task:
 
 
 def get_task_map(task: AnyTask) -> Task:
-    """Return the task itself: on Linux a task's map is its address space (kept for ports of IOKit code)."""
+    """Return the task itself, whose map is its address space (for ports of IOKit code)."""
     return as_task(task)
 
 

@@ -85,7 +85,7 @@ class Look:
             )
         elif not self.flags:
             more = ", and all data of --flags" if self.arguments.flags else ""
-            found.append(Hidden(f"folio sizes{more}", "/proc/kpageflags is root's", "run it as root"))
+            found.append(Hidden(f"folio sizes{more}", "/proc/kpageflags requires root", "run as root"))
         if self.arguments.of_areas:
             found += self._hidden_of_smaps()
         if self.arguments.way in _WITHOUT_SMAPS and host.has_swap():

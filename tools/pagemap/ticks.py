@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, NamedTuple, TypeAlias
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.pagemap.change import changes
-from iobmd.units import format_size
+from iobmd.units import format_count, format_size, format_time
 
 from .look import Look
 from .snapshots import saved
@@ -28,45 +28,45 @@ if TYPE_CHECKING:
     from iobmd.procfs import VMA
 
 LARGEST = 200
-"""How many areas to which nothing happened a look keeps, those with most memory: a screen has no more lines."""
+"""Maximum number of unchanged areas in a tick, those with most memory: a screen does not have more lines."""
 
 
 _A_MOMENT = 0.01
 
 
 class Changed(NamedTuple):
-    """An area to which something happened."""
+    """A changed area."""
 
     vma: VMA
     area: Area | None
-    """As it is now; None: it is gone."""
+    """The present area; None if it no longer exists."""
     sums: Counter[Kind]
-    """Bytes to which it happened."""
+    """Changed bytes by kind."""
 
 
 class Tick(NamedTuple):
-    """One look at a process."""
+    """One reading of a process."""
 
     time: float
     """Seconds since the epoch."""
     took: float
     """Seconds."""
     total: Total
-    """Of all areas that were chosen."""
+    """The sums of the selected areas."""
     changed: list[Changed]
-    """Since the last look, ascending."""
+    """Areas that changed since the last reading, ascending."""
     largest: list[Area]
-    """Of the others, those with most memory, the largest first."""
+    """The unchanged areas with most memory, largest first."""
     first: bool
 
     @property
     def sums(self) -> Counter[Kind]:
-        """What happened to all of it."""
+        """The changes of all areas."""
         return sum((one.sums for one in self.changed), Counter())
 
 
 def ticks(look: Look, files: tuple[IO[bytes], IO[bytes]], interval: float, count: int | None) -> Iterator[Tick]:
-    """Iterate over looks, `interval` seconds apart or as fast as one can look; ends when the process does."""
+    """Iterate over ticks, `interval` seconds apart or as fast as possible, until the process exits."""
     before: Snapshot | None = None
     number = 0
     while count is None or number < count:
@@ -79,7 +79,7 @@ def ticks(look: Look, files: tuple[IO[bytes], IO[bytes]], interval: float, count
         except IOReturnError as error:
             if error.code != IOReturn.kIOReturnNotFound:
                 raise
-            if look.task.alive:  # it runs another program
+            if look.task.alive:  # it has executed another program
                 time.sleep(_A_MOMENT)
                 continue
             if not number:
@@ -103,11 +103,11 @@ def ticks(look: Look, files: tuple[IO[bytes], IO[bytes]], interval: float, count
 
 
 Bounds: TypeAlias = tuple[int, int]
-"""Where an area begins and ends."""
+"""The start and end of an area."""
 
 
 class _Bounds:
-    """Where the areas of a snapshot begin and end, in little memory."""
+    """A compact list of the bounds of the areas of a snapshot."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._starts, self._ends = array("Q"), array("Q")
@@ -116,7 +116,7 @@ class _Bounds:
             self._ends.append(area.end)
 
     def cut(self, start: int, end: int) -> Iterator[tuple[int, int, Bounds | None]]:
-        """Cut a range at the bounds of areas; yields the start and end of each part, and the area that it lies in."""
+        """Split a range at the bounds of areas; yield the start and end of each part, and its area."""
         index = bisect_right(self._ends, start)
         while start < end:
             low, high = (self._starts[index], self._ends[index]) if index < len(self._starts) else (end, end)
@@ -127,7 +127,7 @@ class _Bounds:
 
 
 def attributed(found: Iterator[Change], snapshots: tuple[Snapshot, Snapshot]) -> dict[Bounds, Counter[Kind]]:
-    """Add up what happened by area, ascending: by that of the first snapshot that has one there."""
+    """Add up the changes by area, ascending; the area is that of the first snapshot that has one there."""
     now, before = map(_Bounds, snapshots)
     sums: dict[Bounds, Counter[Kind]] = {}
     for change in found:
@@ -140,9 +140,9 @@ def attributed(found: Iterator[Change], snapshots: tuple[Snapshot, Snapshot]) ->
 def _looked(
     look: Look, happened_in: dict[Bounds, Counter[Kind]]
 ) -> tuple[Total, list[Changed], list[Area], dict[Bounds, Counter[Kind]]]:
-    """Look at the areas; the last of what this returns is what happened to others, which are gone.
+    """Read the areas; the last element of the result is the changes of areas that no longer exist.
 
-    Since the snapshot they may have grown or shrunk: what happened to what an area has a part of happened to it.
+    Since the snapshot they may have grown or shrunk: changes of a part of an area are attributed to it.
     """
     total = Total()
     changed = []
@@ -172,7 +172,7 @@ def _looked(
 def _gone(
     look: Look, snapshots: tuple[Snapshot, Snapshot], happened_in: dict[Bounds, Counter[Kind]]
 ) -> Iterator[Changed]:
-    """Iterate over the areas that are left in `happened_in`, as far as they are chosen."""
+    """Iterate over the remaining areas in `happened_in` that are selected."""
     for snapshot in snapshots:
         for vma in snapshot.areas() if happened_in else ():
             sums = happened_in.pop((vma.start, vma.end), None)
@@ -181,16 +181,17 @@ def _gone(
 
 
 def line(tick: Tick) -> str:
-    """Write a look as a line."""
+    """Format a tick as a line."""
     total = tick.total
     when = time.strftime("%T", time.localtime(tick.time))
     news = "" if tick.first else f": {happened(tick.sums) or 'nothing changed'}"
     return (
-        f"{when}  {total.areas:,} areas, resident {amount(total.resident)}, swapped {amount(total.swapped)}, "
-        f"huge {amount(total.huge)}{news} (read in {tick.took:.2g} s)"
+        f"{when}  {format_count(total.areas, 'area')}, resident {amount(total.resident)}, "
+        f"swapped {amount(total.swapped)}, "
+        f"huge {amount(total.huge)}{news} (read in {format_time(tick.took)})"
     )
 
 
 def happened(sums: Counter[Kind]) -> str:
-    """Write what happened."""
+    """Format the changes."""
     return ", ".join(f"{format_size(size)} {kind}" for kind, size in sums.most_common())
