@@ -134,7 +134,7 @@ cdef extern from * nogil:
         size_t end = strlen(same), digits = 1;
         struct statx found;
         struct statfs system;
-        /* The task may exchange what a path leads to at any moment: it is looked at once it is held. */
+        /* The task may replace the file at a path at any time: it is checked after it is opened. */
         long fd, error, place = iobmd_raw(SYS_openat, AT_FDCWD, (long)path, O_PATH | O_CLOEXEC, 0, 0, 0);
         if (place < 0)
             return place;
@@ -276,8 +276,8 @@ cdef extern from * nogil:
             view->pages = 0;
     }
 
-    /* Reading brings pages in from swap, with every flag of preadv2(2): what was there goes back, once it is mapped
-       here, for the kernel pages out what the calling process maps, and nobody else. */
+    /* Reading swaps pages in, with every flag of preadv2(2). They are swapped out again by mapping them here, because
+       the kernel pages out only memory that the calling process maps, and no other process. */
     static void iobmd_view_close(const struct iobmd_attempt *job, struct iobmd_view *view)
     {
         size_t index = 0, last, all = view->pages;

@@ -123,8 +123,8 @@ static inline size_t iobmd_lines(uintptr_t address, size_t size, size_t line, in
     return count;
 }
 
-/* Copy past the caches: 64 bytes at a time without reading what is there, and what is left at both ends written back
-   and dropped. Ranges that overlap are moved as memmove does, and then dropped. Returns the bytes that went past. */
+/* Copy with non-temporal stores, 64 bytes at a time without reading the destination; partial lines at both ends are
+   flushed. Overlapping ranges are copied like memmove, and then flushed. Returns the bytes copied non-temporally. */
 static inline size_t iobmd_stream(void *destination, const void *from, size_t size, size_t line, int how)
 {
     char *to = destination;

@@ -25,8 +25,8 @@ from uio cimport (
 )
 
 cdef enum:
-    # Pages that one look at a pagemap finds, at most: of some huge pages of 2 MiB in pages of 4 KiB, or one of 32 MiB
-    # in 16 KiB. They are moved before the next look, so that few have gone or come since.
+    # Maximum number of pages found by one read of pagemap: a few huge pages of 2 MiB in pages of 4 KiB, or one of 32
+    # MiB in 16 KiB. They are transferred before the next read, so that few have changed since.
     PAGES = 2048
     # Ranges of them; PAGEMAP_SCAN finds no more in one walk.
     RUNS = 512
@@ -207,7 +207,7 @@ cdef class Ranges:
 
     @staticmethod
     def joined(parts, end):
-        """Return what of several Ranges, none of which reaches into another, lies below an address."""
+        """Return the parts of several disjoint Ranges that lie below an address."""
         cdef Ranges whole = Ranges()
         cdef uint64_t stop = min(end, LAST)
         cdef Ranges part
@@ -394,7 +394,7 @@ cdef int _move_run(const Way *way, const Piece *all, uint64_t start, uint64_t en
 
 cdef int _move_runs(const Way *way, const Piece *all, const Run *runs, uint64_t start, uint64_t end, size_t huge,
                     Batch *batch, uint64_t *stopped, Bounds *bad) noexcept nogil:
-    """As `_move_run`, of adjoining runs, the first of which holds `start`; huge pages are faulted in ahead."""
+    """Like `_move_run`, for adjacent runs; the first contains `start`. Huge pages are faulted in ahead."""
     cdef uint64_t until, shift = all.ours - all.theirs
     cdef bint whole
     cdef int error
@@ -475,9 +475,9 @@ def transfer(int pid, int memory, int pagemap, int pidfd, bint write, bint skip,
     pid, memory
         The task for process_vm_readv and process_vm_writev or, when `memory` is not negative, its open /proc/PID/mem.
     pagemap, pidfd
-        Its open pagemap, and its pidfd. Without a pagemap (-1) every page counts as present. What had to be read from
-        swap is returned there by process_madvise(2) on the pidfd, by which each call is preceded by a look whether
-        the number is still the task's.
+        Its open pagemap, and its pidfd. Without a pagemap (-1) every page counts as present. Pages read from swap are
+        returned there by process_madvise(2) on the pidfd, which also serves to check before each call that the pid
+        still belongs to the task.
     write
         From here into the task, instead of from the task to here.
     skip
@@ -528,11 +528,11 @@ def move_present(bytes folder, uint64_t device, int pid, int pidfd, bint write, 
     Parameters
     ----------
     folder, device
-        The directory of the task in /proc, and the device number of /proc: another file system is not looked at.
+        The directory of the task in /proc, and the device number of /proc: another file system is not used.
     pidfd
         Shows, before a call and after it, that the pid is still that of the task; -1 for this process.
     fresh
-        The destination is new: its pages are faulted in ahead, all by one call.
+        The destination is new: its pages are faulted in ahead by one call.
     pid, write, theirs, ours, size, page
         As there.
 
@@ -747,7 +747,7 @@ cdef class Attempt:
 
 
 def fresh_bytes(Py_ssize_t size):
-    """Return `size` bytes of arbitrary content, for the caller to fill before anybody else sees them."""
+    """Return `size` bytes of arbitrary content, which the caller must fill before it passes them on."""
     return PyBytes_FromStringAndSize(NULL, size)
 
 
@@ -797,7 +797,7 @@ def has_exited(int pidfd):
 
 
 def touch(int pid, int pidfd, uint64_t address, size_t size, size_t page):
-    """Have another process's pages faulted in for reading, by a byte of each; returns the error number or 0."""
+    """Fault in pages of another process by reading a byte of each; return the error number or 0."""
     cdef char byte[512]
     cdef iovec local
     cdef iovec remote[512]

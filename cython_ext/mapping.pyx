@@ -31,10 +31,10 @@ from uio cimport iovec, process_vm_readv, process_vm_writev
 
 cdef size_t PAGE_SIZE = sysconf(_SC_PAGESIZE)
 
-# No size, and no address of a program, is larger: the kernel's half of the address space begins there.
+# The limit of sizes and user addresses: the kernel's half of the address space begins there.
 cdef size_t MOST = <size_t>1 << 63
 
-# Below this a copy is over before another thread could take the GIL.
+# A smaller copy ends before another thread could acquire the GIL.
 cdef size_t RELEASE_GIL_FROM = 64 << 10
 
 cdef extern from "<sys/personality.h>" nogil:
@@ -45,7 +45,7 @@ cdef extern from "<sys/personality.h>" nogil:
 cdef uint64_t READABLE = C_VMA_READABLE | (C_VMA_EXECUTABLE if personality(0xffffffff) & READ_IMPLIES_EXEC else 0)
 
 cdef enum:
-    UNKNOWN  # it is being made: nothing else can be there
+    UNKNOWN  # under construction: nothing else can be mapped there
     PRIVATE
     SHARED
 
@@ -56,21 +56,21 @@ cdef struct Object:
 cdef int BEST = iobmd_best()
 cdef size_t LINE = iobmd_line()
 
-# Which instruction writes cache lines back: those there are, and which this processor has (cpuid).
+# The instructions that write cache lines back, and those that this processor supports (cpuid).
 NO_FLUSH, CLFLUSH, CLFLUSHOPT, CLWB, DC = IOBMD_NONE, IOBMD_CLFLUSH, IOBMD_CLFLUSHOPT, IOBMD_CLWB, IOBMD_DC
 
 BEST_FLUSH = BEST
-"""What `Mapping` uses unless it is told otherwise."""
+"""The default instruction of `Mapping`."""
 
 LINE_SIZE = LINE
 """Bytes of a cache line."""
 
-# From here on the faster copy outweighs the child process that makes it (measured: see _copy_revocable).
+# From this size on, the faster copy outweighs the cost of its child process (measured: see _copy_revocable).
 cdef size_t CHILD_FROM = 1 << 20
 
 
 class FaultError(OSError):
-    """Memory that could not be reached: `address` is the byte; None where no attempt could be made (clone(2))."""
+    """Inaccessible memory: `address` is the byte; None if the access could not be attempted (clone(2))."""
 
     def __init__(self, number, message, address=None):
         super().__init__(number, message)
@@ -109,11 +109,11 @@ cdef void _flush_lines(void *argument) noexcept nogil:
 
 
 cdef int _unreachable(uint64_t address) except -1:
-    raise FaultError(EFAULT, f"nothing can be accessed at {address:#x}", address)
+    raise FaultError(EFAULT, f"no memory is accessible at {address:#x}", address)
 
 
 cdef int _guarded(void (*work)(void *) noexcept nogil, void *argument, uintptr_t first) except -1:
-    """Do work on memory from `first` on that may go away during that. Raises FaultError."""
+    """Process memory from `first` on that may be unmapped at any time. Raises FaultError."""
     cdef uintptr_t fault = 0
     cdef int error
     with nogil:
@@ -134,7 +134,7 @@ cdef size_t _flush_revocable(uintptr_t address, size_t size, bint drop, int how)
 
 
 cdef size_t _move_within(_Copy *job, int *error) noexcept nogil:
-    """Copy by the kernel; returns the bytes done, and what ended it in `error` (0: nothing)."""
+    """Copy by the kernel; return the number of bytes copied, and the error number in `error` (0: none)."""
     cdef iovec to, source
     cdef size_t done = 0
     cdef ssize_t moved
@@ -157,24 +157,23 @@ cdef size_t _move_within(_Copy *job, int *error) noexcept nogil:
 cdef int _open(uint64_t address, size_t size, int protection) noexcept nogil:
     """Unlock a range that was mapped without access, and allow access; returns the error number, 0 for none.
 
-    After mlockall(MCL_FUTURE) mmap(2) itself locks what it maps and, if it may be accessed, faults all of it in: in
-    small pages, before advice could be given, and the whole of sparse memory. Whether memory is wired is the caller's
-    to say.
+    After mlockall(MCL_FUTURE), mmap(2) itself locks new mappings and faults in accessible ones: in small pages,
+    before madvise(2) could be called, and the whole of sparse memory. But the caller decides whether memory is wired.
     """
     c_munlock(<void *><uintptr_t>address, size)
     return errno if c_mprotect(<void *><uintptr_t>address, size, protection) else 0
 
 
 cdef int _trim(uint64_t start, uint64_t end) noexcept nogil:
-    """Unmap the excess, if any; returns the error number: splitting a mapping may exceed vm.max_map_count."""
+    """Unmap the excess, if any; return the error number, because splitting a mapping may exceed vm.max_map_count."""
     return errno if end > start and c_munmap(<void *><uintptr_t>start, end - start) else 0
 
 
 cdef size_t _whole(size, size_t alignment, guard=0) except 0:
-    """Return a size with its guards. Raises ValueError, OverflowError: no mapping can be so.
+    """Return a size with its guards; raise ValueError or OverflowError if no mapping can have it.
 
-    Whoever calls this has checked what comes from outside. It is checked again because the arithmetic behind it does
-    not forgive: with an alignment of 0, all but the first bytes of the address space would be the excess to unmap.
+    Callers have validated external input. It is checked again because an error in the arithmetic would be fatal: with
+    an alignment of 0, almost the whole address space would be the excess to unmap.
     """
     if not alignment or alignment & (alignment - 1):
         raise ValueError(f"alignment {alignment} is not a power of two")
@@ -205,14 +204,14 @@ cdef Mapping _map(size_t size, size_t alignment, int protection, int flags):
         if not error:
             end = aligned + size
             error = _open(aligned, size, protection)
-        if error:  # only the part still mapped: another thread may have mapped the rest again
+        if error:  # only the part that is still mapped: another thread may have mapped the rest
             c_munmap(<void *><uintptr_t>start, end - start)
     if error:
         raise OSError(error, f"mmap: {strerror(error).decode()}")
     cdef Mapping self = Mapping.__new__(Mapping)
     self.address = aligned
     self.size = size
-    self.writable = True  # what is set aside, too, when something is there
+    self.writable = True  # also reserved space, once memory is mapped there
     return self
 
 
@@ -226,7 +225,7 @@ cdef uint64_t _map_at(uint64_t at, size_t size, int fd, uint64_t offset, int pro
 
 
 cdef _total(pieces):
-    """Return how many bytes pieces of files have. Raises ValueError unless each is whole pages."""
+    """Return the total size of pieces of files; raise ValueError unless each consists of whole pages."""
     for _fd, offset, length in pieces:
         if offset < 0 or length <= 0 or offset % PAGE_SIZE or length % PAGE_SIZE or offset + length > MOST:
             raise ValueError(f"{length} bytes from {offset} on are not whole pages of a file")
@@ -234,13 +233,13 @@ cdef _total(pieces):
 
 
 cdef bint _can_shrink(int fd) noexcept nogil:
-    """Whether the pages of an object can be cut away by those who have a descriptor of it: it is not sealed."""
+    """Return whether an object can be truncated by a process with a descriptor of it, because it is not sealed."""
     cdef int seals = c_fcntl(fd, C_F_GET_SEALS)
     return seals < 0 or not seals & C_F_SEAL_SHRINK
 
 
 cdef Mapping _set_aside(uint64_t at, size_t size, size_t alignment):
-    """Reserve address space, at `at` if that is not 0 and free, else at a multiple of `alignment`."""
+    """Reserve address space, at `at` if that is not 0 and free, otherwise at a multiple of `alignment`."""
     cdef int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
     cdef void *found
     cdef Mapping self
@@ -261,11 +260,10 @@ cdef Mapping _set_aside(uint64_t at, size_t size, size_t alignment):
 cdef class Mapping:
     """A range of this process's address space; `close()` or collection unmaps it, once.
 
-    `users` counts what keeps it mapped: buffer views alive and copies under way. `cache` says how copies treat the
-    processors' caches: 1 lines are dropped before reads and after writes, 2 written back after writes, 4 writes go
-    past them, all else nothing. `instruction` says by which instruction of `cacheline`, 0 for the best. `revocable`
-    memory can be unmapped or cut away by others: accesses by these methods then raise `FaultError`, and cause no
-    SIGSEGV or SIGBUS.
+    `users` counts the buffer views and copies that keep it mapped. `cache` selects how copies treat the processor
+    caches: 1: flush lines before reads and after writes, 2: write lines back after writes, 4: non-temporal stores,
+    otherwise nothing. `instruction` selects the cache line instruction, 0 for the best. `revocable` memory can be
+    unmapped or truncated by others: accesses by these methods then raise `FaultError` instead of SIGSEGV or SIGBUS.
     """
 
     cdef readonly uint64_t address
@@ -295,16 +293,16 @@ cdef class Mapping:
 
     @staticmethod
     def reserve(size_t size, size_t alignment):
-        """Set `size` bytes of address space aside, with nothing in it that could be touched."""
+        """Reserve `size` bytes of inaccessible address space."""
         return _map(size, alignment, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
 
     def filled(self):
-        """Declare that private memory has been moved to all of what `reserve` set aside."""
+        """Declare that private memory has been moved to the whole reserved range."""
         self.kind = PRIVATE
 
     @staticmethod
     def borrow(uint64_t address, size_t size, bint writable):
-        """Return a mapping that stands for existing memory, which its owner may unmap at any time."""
+        """Return a mapping that represents existing memory, which its owner may unmap at any time."""
         cdef Mapping self = Mapping.__new__(Mapping)
         if size > MOST or address > MOST - size:
             raise OverflowError(f"{size} bytes at {address:#x} exceed the address space")
@@ -316,10 +314,10 @@ cdef class Mapping:
 
     @staticmethod
     def view(pieces, uint64_t at, bint writable, size_t guard, size_t alignment):
-        """Map pieces of files behind each other, shared; each is (descriptor, offset, length), whole pages.
+        """Map pieces of files contiguously and shared; each is (descriptor, offset, length), in whole pages.
 
-        `at` is the address, where nothing may be mapped yet (FileExistsError), or 0 for any multiple of `alignment`;
-        then `guard` bytes on each side can be set aside which nobody can touch.
+        `at` is the address, at which nothing may be mapped (FileExistsError), or 0 for any multiple of `alignment`,
+        with `guard` inaccessible bytes on each side.
         """
         cdef size_t whole = _whole(_total(pieces), alignment, guard), size = whole - 2 * guard
         cdef uint64_t wanted = at
@@ -340,7 +338,7 @@ cdef class Mapping:
         self.margin = guard
         self.writable = writable
         self.address = at + guard
-        if wanted and self.address != wanted:  # before 4.17 the address is but a wish
+        if wanted and self.address != wanted:  # before 4.17 the address is only a hint
             raise FileExistsError(EEXIST, "mmap: something is mapped there")
         self._show(pieces, PROT_NONE)
         self._shows(shown)
@@ -356,7 +354,7 @@ cdef class Mapping:
         return PROT_READ | (PROT_WRITE if self.writable else 0)
 
     cdef _shows(self, pieces):
-        """Note which objects the pieces are of, and whether any of them may be truncated."""
+        """Record the objects of the pieces, and whether any of them may be truncated."""
         cdef Object one
         cdef Object *more
         cdef int last = -1
@@ -375,7 +373,7 @@ cdef class Mapping:
             self.count += 1
 
     cdef _show(self, pieces, int protection):
-        """Map pieces of files over what is there."""
+        """Map pieces of files over the existing mapping."""
         cdef uint64_t place = self.address
         cdef size_t length
         cdef uint64_t offset
@@ -385,21 +383,21 @@ cdef class Mapping:
             place += length
 
     def redirect(self, pieces):
-        """Show pieces of other files at the same addresses, each in one step for whoever looks there (MAP_FIXED)."""
+        """Map pieces of other files at the same addresses, each atomically (MAP_FIXED)."""
         self._check(0, self.size)
         if _total(pieces) != self.size:
             raise ValueError("not as many bytes as are mapped")
         self.users += 1
         try:
             self._shows(pieces)
-            # At once accessible, and locked after mlockall(MCL_FUTURE): as pageable as before from here on.
+            # Immediately accessible, but locked after mlockall(MCL_FUTURE): make it as pageable as before.
             self._show(pieces, self._protection())
             c_munlock(<void *><uintptr_t>self.address, self.size)
         finally:
             self.users -= 1
 
     def keep(self, size_t offset, size_t size):
-        """Unmap all but `size` bytes from `offset` on, whole pages."""
+        """Unmap all but `size` bytes at `offset`, in whole pages."""
         cdef size_t end = offset + size
         if self.users or not size or end < size or end > self.size:
             raise ValueError("not a part of the mapping, or in use")
@@ -411,7 +409,7 @@ cdef class Mapping:
         self.size = size
 
     def hold(self):
-        """Keep it mapped until `let_go`, as a copy under way does. Raises as `read`."""
+        """Keep it mapped until `let_go`, as a copy in progress does. Raises as `read`."""
         self._check(0, 0)
         self.users += 1
 
@@ -420,7 +418,7 @@ cdef class Mapping:
         self.users -= 1
 
     def seal(self):
-        """Let nobody begin to use it. Raises BufferError while a view is alive or a copy is under way."""
+        """Prevent new uses; raise BufferError while a view exists or a copy is in progress."""
         if self.users:
             raise BufferError(f"{self.users} users")
         self.sealed = True
@@ -442,14 +440,14 @@ cdef class Mapping:
     def close(self, ranges=None):
         """Seal and unmap; idempotent.
 
-        Unmaps only areas that still belong to this mapping: of the object that was mapped, or private anonymous, with
-        the protection they were mapped with. What the program has unmapped or replaced since is left alone.
-        `ranges`, of (address, length), are those that are surely its own, where the caller knows better.
+        Unmaps only areas that still belong to this mapping: areas of the mapped object, or private anonymous areas
+        with the original protection. Memory that the program has unmapped or replaced is not touched. `ranges` of
+        (address, length) are those that certainly belong to it, if the caller can determine them.
         """
         self.seal()
         cdef uint64_t address = self.address - self.margin
         cdef uint64_t end = self.address + self.size + self.margin
-        # A bint is an int, which a high address would not fit into.
+        # A bint is an int, which cannot hold a high address.
         cdef bint mapped = self.address != 0 and not self.borrowed
         cdef uint64_t start, length
         cdef int failed = 0
@@ -471,7 +469,7 @@ cdef class Mapping:
         """Unmap its own areas of a range that includes the margins."""
         cdef uint64_t first = self.address, last = self.address + self.size, from_, to
         cdef int failed = 0
-        # Cleared first: no other thread may start to use what is about to go.
+        # Cleared first, so that no other thread starts to use memory that is about to be unmapped.
         self.address = self.size = 0
         while start < end and self._next_of(start, end, first, last, &from_, &to):
             with nogil:
@@ -485,7 +483,7 @@ cdef class Mapping:
     cdef bint _next_of(
         self, uint64_t start, uint64_t end, uint64_t first, uint64_t last, uint64_t *from_, uint64_t *to,
     ) noexcept:
-        """Find the first stretch of a range that is its own; what it shows begins at `first` and ends at `last`."""
+        """Find the first part of a range that belongs to this mapping; its objects are `first` to `last`."""
         cdef iobmd_procmap_query area
         cdef int found = self.kind
         from_[0] = to[0] = start
@@ -513,7 +511,7 @@ cdef class Mapping:
         return to[0] > from_[0]
 
     cdef bint _owns(self, iobmd_procmap_query *area, uint64_t at, uint64_t first, uint64_t last) noexcept:
-        """Say whether an area may be its own at an address."""
+        """Return whether an area may belong to this mapping at an address."""
         cdef size_t index
         cdef uint64_t device = <uint64_t>area.dev_major << 32 | area.dev_minor
         cdef bint anonymous = not (device or area.inode)
@@ -529,14 +527,14 @@ cdef class Mapping:
         return False
 
     def read(self, size_t offset, size_t length):
-        """Return `length` bytes from `offset` on."""
+        """Return `length` bytes, starting at `offset`."""
         self._check(offset, length)
         cdef bytes data = PyBytes_FromStringAndSize(NULL, length)
         self._copy(PyBytes_AsString(data), <void *><uintptr_t>(self.address + offset), length, False)
         return data
 
     def read_into(self, size_t offset, buffer):
-        """Fill the writable `buffer` from `offset` on."""
+        """Fill the writable `buffer` with the bytes at `offset`."""
         cdef Py_buffer view
         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
         try:
@@ -598,10 +596,10 @@ cdef class Mapping:
             self.users -= 1
 
     cdef int _copy_revocable(self, _Copy *job) except -1:
-        """Copy from or to memory that may go away during that.
+        """Copy from or to memory that may be unmapped at any time.
 
-        process_vm_readv(2) of this process never faults, stops at the first page that cannot be reached, and moves
-        13 GB/s (measured in the second-level cache; memmove moves 46); a child process takes 23 us.
+        process_vm_readv(2) of this process never faults, stops at the first inaccessible page, and copies 13 GB/s
+        (measured in the second-level cache; memmove copies 46 GB/s); a child process takes 23 µs.
         """
         cdef uintptr_t first = <uintptr_t>(job.to if job.writing else job.source), fault
         cdef size_t done = 0
@@ -611,7 +609,7 @@ cdef class Mapping:
             _flush_revocable(first, job.size, True, job.how)
         with nogil:
             error = -1 if job.size < CHILD_FROM else iobmd_guarded(_copy_lines, job, &fault)
-            if error:  # also after a fault: memmove reaches the end of a range before its beginning
+            if error:  # also after a fault: memmove may access the end of a range before its start
                 done = _move_within(job, &error)
         if error == EFAULT:
             return _unreachable(first + done)
@@ -628,10 +626,10 @@ cdef class Mapping:
 
 
 cdef class Exporter:
-    """Base of Python classes that export a `Mapping` by the buffer protocol, also before Python 3.12.
+    """Base of Python classes that export a `Mapping` by the buffer protocol, even before Python 3.12.
 
     The subclass defines `_exported()`, which returns `(mapping, offset, length, writable)` or raises. `exports`
-    counts the views alive.
+    counts the existing views.
     """
 
     cdef readonly int exports
@@ -644,7 +642,7 @@ cdef class Exporter:
         if mapping.sealed:
             raise BufferError("the mapping is closed")
         if offset < 0 or length < 0 or <size_t>offset > mapping.size or <size_t>length > mapping.size - offset:
-            raise BufferError(f"{length} bytes from {offset} on are not inside of the mapping")
+            raise BufferError(f"{length} bytes at {offset} are not within the mapping")
         writable = writable and mapping.writable
         PyBuffer_FillInfo(view, self, <void *><uintptr_t>(mapping.address + offset), length, not writable, flags)
         mapping.users += 1

@@ -1,4 +1,4 @@
-# Locks and uses of file descriptors, begun and ended in C: no signal handler comes between, no fork keeps them
+# Locks and uses of file descriptors, which begin and end in C: no signal handler intervenes, and no fork keeps them
 
 cdef extern from "<pthread.h>" nogil:
     int pthread_atfork(void (*prepare)(), void (*parent)(), void (*child)())
@@ -18,14 +18,14 @@ pthread_atfork(NULL, NULL, _forked)
 
 
 def generation():
-    """Return a number that is another one in a forked child, whatever its pid."""
+    """Return a number that differs in a forked child, whatever its pid."""
     return _generation
 
 
 cdef class Guard:
-    """Keeps other threads out of a `with`. Entering it again from inside, as a signal handler may, calls `reentered`.
+    """A lock for a `with` block. Entering it again from inside, as a signal handler may, calls `reentered`.
 
-    In a forked child it is free, whoever of the parent held it.
+    In a forked child it is unlocked, even if a thread of the parent held it.
     """
 
     cdef object _lock
@@ -46,11 +46,11 @@ cdef class Guard:
         return self._made_in == _generation and self._owner == PyThread_get_thread_ident()
 
     def reentered(self):
-        """Raise what tells that it is entered already by this thread."""
+        """Raise the error for a reentry by this thread."""
         raise RuntimeError("entered again by the thread that is inside")
 
     def enter(self):
-        """Enter it, to be left by `leave`; returns True."""
+        """Enter it, until `leave`; return True."""
         if self.mine:
             self.reentered()
         if self._made_in != _generation:
@@ -63,7 +63,7 @@ cdef class Guard:
         self.enter()
 
     def enter_if_free(self):
-        """Enter it unless somebody is inside; returns whether it was entered, and is then to be left by `leave`."""
+        """Enter it unless a thread is inside; return whether it was entered, and must be left by `leave`."""
         if self._made_in != _generation:
             self._renew()
         if not self._lock.acquire(False):
@@ -72,7 +72,7 @@ cdef class Guard:
         return True
 
     def leave(self):
-        """Let others in; nothing where this thread is not inside."""
+        """Leave it; does nothing if this thread is not inside."""
         if self.mine:
             self._owner = 0
             self._lock.release()
@@ -82,14 +82,14 @@ cdef class Guard:
 
 
 cdef class Fd:
-    """A file descriptor that several threads use: `close` waits for its users, so that its number stays its file's.
+    """A file descriptor that several threads use: `close` waits for its users, so that its number is not reused.
 
-    The kernel hands out the lowest free number. A thread that read the number before another one closed it would
-    write to whatever file was opened next.
+    The kernel assigns the lowest free number. A thread that read the number before another one closed it could write
+    to the next file that is opened.
     """
 
     cdef readonly str what
-    """What it is, for the error of those who use it when it is closed."""
+    """A description, for the error of its use after `close`."""
     cdef int _number
     cdef bint _closed
     cdef unsigned int _users
@@ -110,13 +110,13 @@ cdef class Fd:
         return self._closed
 
     def fileno(self):
-        """Return the number, which another thread may close: for those who prevent that. Raises as `use`."""
+        """Return the number, which another thread may close unless the caller prevents that. Raises as `use`."""
         if self._closed:
             self.refuse()
         return self._number
 
     def use(self):
-        """Return a context manager that gives the number, which stays open until its end. Raises as `refuse`."""
+        """Return a context manager that yields the number, which remains open until its end. Raises as `refuse`."""
         cdef Use use
         if self._closed:
             self.refuse()
@@ -129,7 +129,7 @@ cdef class Fd:
         return use
 
     def close(self):
-        """Close it, at the end of the last use; idempotent."""
+        """Close it at the end of the last use; idempotent."""
         self._closed = True
         if not self._users or self._counted_in != _generation:
             self._shut()
@@ -168,6 +168,6 @@ cdef class Use:
             fd._shut()
 
     def __dealloc__(self):
-        # An interrupt came between it and the `with`.
+        # An interrupt occurred before the `with` block.
         if self._fd is not None:
             self._end()

@@ -1,5 +1,5 @@
 # cython: language_level=3, auto_pickle=False, autotestdict=False
-"""What /proc/PID/maps and smaps say (proc_pid_maps(5)): tens of thousands of areas, a line or 26 lines each."""
+"""Parsers of /proc/PID/maps and smaps (proc_pid_maps(5)), for tens of thousands of areas of one or 26 lines each."""
 
 from libc.errno cimport ENOENT, errno
 from libc.stdint cimport UINT64_MAX, uint64_t, uintptr_t
@@ -12,7 +12,7 @@ from procmap_query cimport (
 )
 
 cdef extern from "Python.h":
-    # Names are those of files, which need not be UTF-8.
+    # File names need not be UTF-8.
     str PyUnicode_DecodeFSDefaultAndSize(const char *text, Py_ssize_t size)
     str PyUnicode_FromStringAndSize(const char *text, Py_ssize_t size)
 
@@ -22,7 +22,7 @@ cdef enum:
 
 
 def parse(bytes text, uint64_t low=0, uint64_t high=UINT64_MAX):
-    """Return the areas that overlap `low`…`high` of those that whole lines of maps describe.
+    """Return the areas in whole lines of maps that overlap `low`…`high`.
 
     Each as (start, end, permissions, offset, inode, name, device). The name is as the kernel prints it, "" for none.
     Lines of areas below `low` are skipped unparsed, and parsing stops at the first area that begins at `high` or
@@ -51,7 +51,7 @@ def parse(bytes text, uint64_t low=0, uint64_t high=UINT64_MAX):
 
 
 def query(int fd, uint64_t start, uint64_t end, Py_ssize_t most):
-    """Ask PROCMAP_QUERY (Linux 6.11) for the areas that overlap `start`…`end`, ascending, `most` at most.
+    """Query PROCMAP_QUERY (Linux 6.11) for at most `most` areas that overlap `start`…`end`, ascending.
 
     `fd` is an open /proc/PID/maps. Each as by `parse`, except that newlines in names are not escaped. Fewer than
     `most` are all. Raises OSError: ENOTTY before Linux 6.11; ESRCH: the memory is gone; ENAMETOOLONG.
@@ -95,10 +95,10 @@ def query(int fd, uint64_t start, uint64_t end, Py_ssize_t most):
 
 
 def parse_details(bytes text):
-    """Return what whole entries of smaps say, each of which begins with a line of maps.
+    """Return the data of whole entries of smaps, which begin with a line of maps.
 
-    Each as (area, counters, flags): the area as of `parse`; what is counted in kB, in bytes, by name; the words of
-    VmFlags. Raises ValueError where a line is none of smaps.
+    Each is (area, counters, flags): the area as from `parse`; the counters in kB, converted to bytes, by name; and
+    the words of VmFlags. Raises ValueError if a line is not one of smaps.
     """
     cdef const char *at = text
     cdef const char *end = at + len(text)
@@ -107,7 +107,7 @@ def parse_details(bytes text):
     cdef const char *behind
     cdef uint64_t value
     areas, found = [], []
-    names, words = {}, {}  # the same ones come again and again
+    names, words = {}, {}  # the same ones occur repeatedly
     while at < end:
         at = _add(areas, at, end)
         counters, flags = {}, frozenset()
@@ -149,7 +149,7 @@ cdef const char *_add(list areas, const char *at, const char *end) except NULL:
     cdef const char *name
     if stop == NULL:
         stop = end
-    # A number ends at whatever is no digit: behind the text there is a zero.
+    # A number ends at the first character that is not a digit; a zero follows the text.
     at = _number(at, 16, &first)
     if at[0] == c"-":
         permissions = _number(at + 1, 16, &last)
@@ -173,7 +173,7 @@ cdef const char *_add(list areas, const char *at, const char *end) except NULL:
 
 
 cdef const char *_word(const char *at, const char *stop) noexcept nogil:
-    """Return where the word ends that follows the space at `at`, or `stop`."""
+    """Return the end of the word after the space at `at`, or `stop`."""
     if at >= stop or at[0] != c" ":
         return stop
     at += 1
@@ -183,7 +183,7 @@ cdef const char *_word(const char *at, const char *stop) noexcept nogil:
 
 
 cdef const char *_number(const char *at, int base, uint64_t *value) noexcept nogil:
-    """Add the digits from `at` on to `value`; return where they end."""
+    """Add the digits at `at` to `value`; return their end."""
     cdef int digit
     while True:
         digit = at[0]

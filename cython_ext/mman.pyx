@@ -52,7 +52,7 @@ cdef enum:
     MOST_NODES = 1024  # 16 words of 64 bits
     PAGES_A_CALL = 256
 
-# The calls of `take_back`, to tell which one failed.
+# The calls of `take_back`, to identify the one that failed.
 cdef enum:
     C_LOCK = 1
     C_SCAN
@@ -92,10 +92,10 @@ def advise(uint64_t address, size_t size, int advice):
 
 
 def populate(uint64_t address, size_t size, size_t huge, size_t page):
-    """Fault a range in for writing, huge page by huge page of `huge` bytes, each by its last base page of `page`.
+    """Fault in a range for writing, by huge pages of `huge` bytes, each by its last base page of `page` bytes.
 
-    That order lets the kernel clear a huge page upwards (see mman.pxd). Returns the bytes done and the error
-    number that ended it, 0 for none; whatever a huge page could not be had for is faulted in too.
+    With that order the kernel clears a huge page upwards (see mman.pxd). Returns the number of bytes faulted in, and
+    the error number that ended it, 0 for none. Where no huge page is available, small pages are used.
     """
     cdef size_t done = 0, piece
     cdef int failed = 0
@@ -128,7 +128,8 @@ def populate_downwards(uint64_t address, size_t size, size_t huge, size_t page):
 
 
 def move(uint64_t source, uint64_t destination, size_t size):
-    """Move private anonymous pages to another place, over what is mapped there; `source` stays mapped, empty.
+    """Move private anonymous pages to another address, replacing the mapping there; `source` remains mapped, but
+    empty.
 
     mremap(2) with MREMAP_DONTUNMAP (Linux 5.7): the emptied range cannot be taken by another thread's mapping
     before its owner unmaps it.
@@ -193,7 +194,7 @@ def incore(uint64_t address, size_t pages, size_t page_size):
 
 
 def prefer_node(uint64_t address, size_t size, unsigned node):
-    """Have pages of a range, none of which is there yet, come from a node while it has any (mbind(2))."""
+    """Prefer a node for the future pages of an empty range (mbind(2))."""
     cdef uint64_t nodes[NODE_WORDS]
     cdef long failed
     cdef size_t index
@@ -208,7 +209,7 @@ def prefer_node(uint64_t address, size_t size, unsigned node):
 
 
 def count_off_node(uint64_t address, size_t pages, size_t page_size, int node):
-    """Count the pages of a range that do not lie on a node, or are not there (move_pages(2))."""
+    """Count the pages of a range that are not on a node, or absent (move_pages(2))."""
     cdef void *places[PAGES_A_CALL]
     cdef int status[PAGES_A_CALL]
     cdef size_t done = 0, index, count, found = 0
@@ -227,7 +228,7 @@ def count_off_node(uint64_t address, size_t pages, size_t page_size, int node):
 
 
 def track_writes():
-    """Return a userfaultfd(2) that tracks writes by itself (UFFD_FEATURE_WP_ASYNC); needs no privilege."""
+    """Return a userfaultfd(2) that tracks writes without a handler (UFFD_FEATURE_WP_ASYNC); requires no privilege."""
     cdef int fd, error
     with nogil:
         fd = iobmd_uffd_open()
@@ -250,9 +251,9 @@ def register_writes(int fd, uint64_t address, size_t size):
 
 
 def first_lost(int pagemap, uint64_t start, uint64_t end):
-    """Return the address of the first page that is not as it was when it was protected, None when all are.
+    """Return the address of the first page that has changed since it was protected; None if there is none.
 
-    Such a page is gone, or the zero page (read after it was lost), or has been written to.
+    Such a page is absent, the zero page (read after its loss), or has been written to.
     """
     cdef uint64_t where = 0
     cdef int found
@@ -263,7 +264,7 @@ def first_lost(int pagemap, uint64_t start, uint64_t end):
 
 
 def rewrite(uint64_t address, size_t size, size_t page):
-    """Write to each page the byte it begins with, atomically, so that its page table entry is dirty."""
+    """Atomically rewrite the first byte of each page, so that its page table entry becomes dirty."""
     cdef size_t offset = 0
     with nogil:
         while offset < size:
@@ -272,15 +273,16 @@ def rewrite(uint64_t address, size_t size, size_t page):
 
 
 def take_back(int tracker, int pagemap, uint64_t start, uint64_t end):
-    """Make a lazily freed, protected range safe again if every page of it is still there.
+    """Restore a lazily freed, protected range if all its pages are still present.
 
-    Lock on fault (mlock2: reclaim takes nothing from here on), look, lift the protection, write-populate (which
-    cancels the lazy free), unlock.
+    Lock on fault (mlock2: nothing is reclaimed from then on), inspect, lift the protection, populate for writing
+    (which cancels the lazy free), unlock.
 
     Returns
     -------
     tuple[bool, int, int]
-        Whether every page was there; else the call that failed (one of `LOCKING` …, 0: none) and its error number.
+        Whether every page was present; otherwise the call that failed (one of `LOCKING` …, 0: none) and its error
+        number.
     """
     cdef uint64_t where
     cdef size_t size = end - start
@@ -295,14 +297,14 @@ def take_back(int tracker, int pagemap, uint64_t start, uint64_t end):
                 error = errno
             elif found == 0:
                 step = C_UNPROTECT
-                # Not by the faults of the populate: that would be one for each page.
+                # Not by the page faults of the populate, which would be one for each page.
                 if iobmd_uffd_protect(tracker, start, size, 0):
                     error = errno
                 else:
                     step = C_POPULATE
                     if c_madvise(<void *><uintptr_t>start, size, C_MADV_POPULATE_WRITE):
                         error = errno
-                        iobmd_uffd_protect(tracker, start, size, 1)  # all of it is there still: as before
+                        iobmd_uffd_protect(tracker, start, size, 1)  # all present: restore the protection
             c_munlock(<void *><uintptr_t>start, size)
     if error:
         return False, step, error
@@ -321,7 +323,7 @@ def hugetlb_page(int fd):
 
 
 def mount_tmpfs(dict options):
-    """Return the descriptor of the root of a new tmpfs, with mount options as text; it goes with the last user."""
+    """Return a descriptor of the root of a new tmpfs with mount options as text; it is freed with its last user."""
     cdef int context = _check(iobmd_fsopen("tmpfs"), "fsopen")
     try:
         for name, value in options.items():

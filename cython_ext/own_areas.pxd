@@ -72,7 +72,7 @@ cdef extern from * nogil:
         return found;
     }
 
-    /* Find the area that holds an address of this process, or the next one: 1, 0 for none, -1 where nothing tells. */
+    /* Find the area that contains an address of this process, or the next one: 1, 0 for none, -1 if unknown. */
     static int iobmd_own_area(uint64_t address, struct iobmd_procmap_query *area)
     {
         int fd = iobmd_own_maps();

@@ -1,8 +1,8 @@
 # cython: language_level=3, auto_pickle=False, autotestdict=False
-"""Where pages lie: /proc/PID/pagemap, read and scanned (proc_pid_pagemap(5)), and what the kernel says of frames.
+"""The positions of pages, from /proc/PID/pagemap (proc_pid_pagemap(5)), and the properties of page frames.
 
-This part decodes single entries and asks PAGEMAP_SCAN; those that are included collect runs, walk through address
-spaces, and look at frames.
+This part decodes single entries and calls PAGEMAP_SCAN; the included parts collect runs, walk address spaces, and
+inspect frames.
 """
 
 cimport cython
@@ -25,10 +25,10 @@ from pagemap_scan cimport (
 from uio cimport iovec, process_vm_readv
 
 cdef enum:
-    ENTRIES = 8192  # 64 KiB a read: larger ones are no faster (measured)
+    ENTRIES = 8192  # 64 KiB per read: larger reads are no faster (measured)
     REGIONS = 512  # with 4096 and more the final walk_end is stale and a resumed walk repeats pages (6.18)
-    STEP = 4096  # pages a step: 16 MiB hold up the address space for a tenth of a millisecond
-    SPARSE = 1 << 28  # bytes of which most may be empty
+    STEP = 4096  # pages per step: 16 MiB block the address space for a tenth of a millisecond
+    SPARSE = 1 << 28  # bytes per step through mostly empty addresses
 
 ABSENT = PRESENT_BIT | SWAP_BIT, 0
 GUARDED = GUARD_BIT, GUARD_BIT  # Linux 6.15
@@ -107,8 +107,8 @@ def first_entry(int fd, uint64_t first, uint64_t last, uint64_t mask, uint64_t v
 
 
 def scan(int fd, uint64_t start, uint64_t end, uint64_t required, uint64_t excluded, bint protect=False):
-    """Ask PAGEMAP_SCAN (Linux 6.7) for the ranges whose pages have every category of `required` and none of
-    `excluded`. With `protect` the writes to these pages are tracked from here on: PAGE_IS_WRITTEN tells of them.
+    """Find the ranges whose pages have every category of `required` and none of `excluded` (PAGEMAP_SCAN, Linux 6.7).
+    With `protect`, writes to these pages are tracked from now on: PAGE_IS_WRITTEN shows them.
 
     Returns
     -------
@@ -135,9 +135,9 @@ def scan(int fd, uint64_t start, uint64_t end, uint64_t required, uint64_t exclu
 
 
 def amount(int fd, uint64_t start, uint64_t end, uint64_t required, uint64_t excluded, uint64_t limit):
-    """Return how many bytes lie in such pages as `scan` finds; at `limit` it stops looking for more.
+    """Return how many bytes of pages `scan` would find; stop at `limit`.
 
-    In steps that hold up the address space for a tenth of a millisecond each.
+    The scan blocks the address space for a tenth of a millisecond per step.
     """
     cdef iobmd_page_region regions[REGIONS]
     cdef iobmd_wanted wanted = _that_are(required, excluded)

@@ -15,7 +15,7 @@ cdef extern from * nogil:
     #define IOBMD_SWAP (1ULL << 62)
     #define IOBMD_PRESENT (1ULL << 63)
     /*
-     * Guard pages (6.15) and other markers have the swap bit set, for they are kept in the swap format. The type of a
+     * Guard pages (6.15) and other markers have the swap bit set, because they use the swap format. The type of a
      * marker is above those of swap files (MAX_SWAPFILES is 23 to 30), and hidden where frame numbers are.
      */
     static inline int iobmd_is_marker(uint64_t entry)

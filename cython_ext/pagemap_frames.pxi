@@ -1,4 +1,4 @@
-# What the kernel says of page frames: /proc/kpageflags, /proc/kpagecount, /proc/kpagecgroup; and move_pages(2)
+# Properties of page frames: /proc/kpageflags, /proc/kpagecount, /proc/kpagecgroup; and move_pages(2)
 
 cdef extern from "<sys/syscall.h>" nogil:
     long SYS_move_pages
@@ -11,7 +11,7 @@ cdef enum:
     READ = 4096  # frames a read
     MOST = 1 << 18  # pages of the largest folio: 1 GiB of 4 KiB
     ORDERS = 48
-    DISTINCT = 8  # words, such as the cgroups of one run, that are told apart
+    DISTINCT = 8  # distinct words, such as the cgroups of one run, that are recorded
 
 # linux/kernel-page-flags.h
 cdef uint64_t HEAD = <uint64_t>1 << 15
@@ -20,13 +20,13 @@ cdef uint64_t HUGETLB = <uint64_t>1 << 17
 cdef uint64_t THP = <uint64_t>1 << 22
 
 cdef ssize_t _read_words(int fd, uint64_t *words, uint64_t frame, uint64_t many) noexcept nogil:
-    """Read words of consecutive frames; returns how many there are, or -1."""
+    """Read the words of consecutive frames; return their number, or -1."""
     # Eight bytes a frame, as pagemap has them for pages.
     return iobmd_entries(fd, frame, words, min(many, <uint64_t>READ))
 
 
 cdef uint64_t _head_of(int fd, uint64_t *words, uint64_t frame) noexcept nogil:
-    """Return the first frame of the folio that a tail page belongs to."""
+    """Return the first frame of the folio to which a tail page belongs."""
     cdef uint64_t back = 0, some
     cdef ssize_t got, index
     while frame and back < MOST:
@@ -43,7 +43,7 @@ cdef uint64_t _head_of(int fd, uint64_t *words, uint64_t frame) noexcept nogil:
 
 
 cdef uint64_t _end_of(int fd, uint64_t *words, uint64_t frame) noexcept nogil:
-    """Return the frame behind a folio that `frame` belongs to."""
+    """Return the end frame of the folio to which `frame` belongs."""
     cdef uint64_t first = frame
     cdef ssize_t got, index
     frame += 1
@@ -60,7 +60,7 @@ cdef uint64_t _end_of(int fd, uint64_t *words, uint64_t frame) noexcept nogil:
 
 @cython.cdivision(True)
 def folios(int fd, bytes raw, uint64_t present, uint64_t excluded, uint64_t page, dict sums):
-    """Add to `sums`, by the size of the folios they belong to in bytes, how many bytes of spans there are.
+    """Add the bytes of spans to `sums`, by the size of their folios in bytes.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ cdef struct Summary:  # of the words of several frames
 
 
 cdef void _summarise(int fd, uint64_t *words, uint64_t frame, uint64_t many, Summary *summary) noexcept nogil:
-    """Summarise the words of consecutive frames; of none where `fd` is -1."""
+    """Summarize the words of consecutive frames; of none if `fd` is -1."""
     cdef uint64_t end = frame + many
     cdef ssize_t got, index
     memset(summary, 0, sizeof(Summary))
@@ -138,7 +138,7 @@ cdef void _summarise(int fd, uint64_t *words, uint64_t frame, uint64_t many, Sum
             summary.every &= words[index]
             summary.some |= words[index]
             summary.least, summary.most = min(summary.least, words[index]), max(summary.most, words[index])
-            # Neighbours mostly say the same: it is looked for only where that changes.
+            # Adjacent frames mostly have equal words: a search is made only where they change.
             if not summary.many or words[index] != summary.distinct[summary.many - 1]:
                 _add_distinct(summary, words[index])
         frame += got
@@ -155,7 +155,7 @@ cdef void _add_distinct(Summary *summary, uint64_t word) noexcept nogil:
 
 
 def describe(int flags_fd, int count_fd, int cgroup_fd, uint64_t frame, uint64_t many):
-    """Return what is said of `many` frames from `frame` on; a descriptor of -1 says nothing.
+    """Return the properties of `many` frames from `frame` on; a descriptor of -1 is not read.
 
     Returns
     -------

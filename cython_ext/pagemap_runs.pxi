@@ -1,4 +1,4 @@
-# Physically contiguous runs of pages, read out of pagemap into plain arrays, and segments cut from them
+# Physically contiguous runs of pages, read from pagemap into plain arrays, and segments split from them
 
 cdef enum:
     LOOKS = 10000
@@ -11,7 +11,7 @@ cdef struct Run:
 
 
 cdef class PhysicalSegment:
-    """Bytes that lie in one piece of physical memory: `address` and `length`, in bytes. Unpacks like a pair."""
+    """Physically contiguous bytes: `address` and `length`, in bytes. Unpacks like a pair."""
 
     cdef readonly uint64_t address
     cdef readonly uint64_t length
@@ -74,13 +74,13 @@ cdef class RunTable:
         return 0
 
     def count_from(self, uint64_t old, uint64_t new):
-        """Give the runs other virtual addresses: `new` where it was `old`."""
+        """Rebase the runs from the virtual address `old` to `new`."""
         cdef size_t index
         for index in range(self.count):
             self.runs[index].virtual += new - old
 
     def difference(self, RunTable other):
-        """Return the first virtual address at which `other` differs, None when both are the same."""
+        """Return the first virtual address at which `other` differs, None if both are equal."""
         cdef size_t index
         cdef Run *ours
         cdef Run *theirs
@@ -100,7 +100,7 @@ cdef class RunTable:
         return longer[min(self.count, other.count)][0]
 
     def holds(self, int fd, size_t page):
-        """Say whether an open pagemap shows these frames now, and all of them, at these addresses."""
+        """Return whether an open pagemap now shows exactly these frames at these addresses."""
         cdef uint64_t entries[512]
         cdef uint64_t address, end
         cdef size_t run = 0, index, wanted
@@ -129,7 +129,7 @@ cdef class RunTable:
         return address >= end
 
     def common(self, RunTable other):
-        """Return where both have the same frames, as (virtual address, length), ascending."""
+        """Return the ranges in which both have the same frames, as (virtual address, length), ascending."""
         cdef size_t index = 0, its = 0
         cdef uint64_t start, end
         cdef Run *ours
@@ -177,7 +177,7 @@ cdef class RunTable:
         return low
 
     def segment(self, uint64_t virtual, uint64_t length):
-        """Return (physical address, bytes in one piece there), at most `length`; (0, 0) where there is no run."""
+        """Return (physical address, contiguous bytes), at most `length`; (0, 0) if there is no run."""
         if not self.count:
             return 0, 0
         cdef Run *run = &self.runs[self._find(virtual)]
@@ -211,7 +211,7 @@ cdef class RunTable:
 
 
 def concatenated(tables, uint64_t virtual):
-    """Return the runs of ranges that are behind each other from `virtual` on: each of (table, address in it, length).
+    """Return the runs of consecutive ranges from `virtual` on; each is (table, address in it, length).
 
     A range may begin and end anywhere in a page.
     """
@@ -238,8 +238,8 @@ def concatenated(tables, uint64_t virtual):
 cdef int _return(int fd, uint64_t address, size_t page, uint64_t *entry) noexcept nogil:
     """Wait until a pinned page of this process is in place again, and read its entry; returns an error number.
 
-    The kernel takes a page out of the page table before it finds out that it cannot migrate it (migrate_pages), and
-    reclaim does so with shared ones: for that moment pagemap has no frame for it. A fault waits for its return.
+    The kernel unmaps a page before it detects that it cannot migrate it (migrate_pages), and reclaim does so with
+    shared pages: pagemap temporarily has no frame for it. A page fault waits for its return.
     """
     cdef int _look
     cdef char byte
@@ -248,7 +248,7 @@ cdef int _return(int fd, uint64_t address, size_t page, uint64_t *entry) noexcep
         if c_madvise(<void *><uintptr_t>address, page, C_MADV_POPULATE_READ):
             if errno != EINVAL:
                 return errno
-            # Before 5.14. Reading it directly would end the program where nothing is mapped any more.
+            # Before 5.14. Reading it directly would end the program if nothing is mapped.
             here.iov_base, here.iov_len = &byte, 1
             there.iov_base, there.iov_len = <void *><uintptr_t>address, 1
             if process_vm_readv(getpid(), &here, 1, &there, 1, 0) < 1:
@@ -264,8 +264,8 @@ cdef int _return(int fd, uint64_t address, size_t page, uint64_t *entry) noexcep
 def read_runs(int fd, uint64_t address, uint64_t size, size_t page, bint pinned=False, bint gaps=False):
     """Read the runs of whole pages `address`…`address + size` from an open pagemap.
 
-    With `pinned` they are pages of this process that cannot have gone: each is waited for. With `gaps` as well, those
-    that are gone all the same are in no run; else they are an error.
+    With `pinned` they are pinned pages of this process, and the function waits for each. With `gaps` as well, absent
+    pages are omitted; otherwise they are an error.
 
     Raises
     ------
@@ -295,7 +295,7 @@ def read_runs(int fd, uint64_t address, uint64_t size, size_t page, bint pinned=
                         elif error:
                             break
                     entry = entries[index] & (PRESENT_BIT | PFN_MASK)
-                    if next and entry == next:  # behind the page before it, as nearly all of a huge page are
+                    if next and entry == next:  # follows the previous page, like nearly all pages of a huge page
                         table.pages += 1
                         table.runs[table.count - 1].length += page
                         next += 1

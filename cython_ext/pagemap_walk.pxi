@@ -1,7 +1,6 @@
-# A walk through the pages of an address space, by /proc/PID/pagemap and, where it saves reading, PAGEMAP_SCAN.
-#
-# What is found comes as spans: neighbouring pages of one state whose frames, where known, are neighbours too.
-# Everything is read in steps, none of which holds the lock of the address space for long.
+# Walking the pages of an address space, by /proc/PID/pagemap and, where it saves reading, PAGEMAP_SCAN. The result is
+# a list of spans: contiguous pages of one state whose frames, if known, are contiguous too. Everything is read in
+# steps, none of which holds the lock of the address space for long.
 
 cdef enum:
     # Of a span.
@@ -13,14 +12,14 @@ cdef enum:
     C_MARKER = 32
     C_HUGE = 64
     FEW_REGIONS = 32
-    HUGE_STEP = 16384  # where the step before found huge pages alone, each of which takes as long as a small one
-    SPARSE_STEP = 65536  # pages a step through what may be empty
-    NEAR = 128  # pages between two ranges that cost less to read than another call
-    MOST_PATIENCE = 64  # steps until the next look whether scanning pays
+    HUGE_STEP = 16384  # after a step with only huge pages, each of which takes as long as a small one
+    SPARSE_STEP = 65536  # pages per step through addresses that may be empty
+    NEAR = 128  # maximum gap between two ranges, in pages, that costs less to read than another call
+    MOST_PATIENCE = 64  # steps until the next check whether scanning pays
 
 PRESENT, SWAPPED, FILE, ZERO = C_PRESENT, C_SWAPPED, C_FILE, C_ZERO
 GUARD, MARKER, HUGE = C_GUARD, C_MARKER, C_HUGE
-AHEAD = ENTRIES  # pages that `Walk.read_ahead` reads at the most
+AHEAD = ENTRIES  # maximum number of pages read by `Walk.read_ahead`
 
 cdef struct Span:
     uint64_t virtual
@@ -39,7 +38,7 @@ cdef inline bint _are_all(const uint64_t *entries, uint64_t one) noexcept nogil:
 
 @cython.final
 cdef class Tally:
-    """What a walk found, in bytes; of the physically contiguous runs also how many, and how they lie."""
+    """The sums of a walk, in bytes, and the number and order of the physically contiguous runs."""
 
     cdef readonly uint64_t present
     cdef readonly uint64_t hidden
@@ -72,8 +71,8 @@ cdef class Walk:
     zero, huge_zero : int
         The frame numbers of the zero page and of the first of the huge zero page, 0 where they are not known.
     thorough : bool
-        Whether to scan everything: huge pages and zero pages are told also where frame numbers are hidden, and where
-        a range begins or ends within one.
+        Whether to scan everything, so that huge pages and zero pages are recognized even if frame numbers are hidden,
+        or if a range begins or ends inside one.
     scan : bool
         Whether PAGEMAP_SCAN may be used.
     """
@@ -82,9 +81,9 @@ cdef class Walk:
     cdef uint64_t page, huge, zero, huge_zero
     cdef bint thorough
     cdef public bint swapless
-    """Whether nothing can be in swap: what looks so is a marker, whose kind the kernel hides with frame numbers."""
+    """Whether nothing can be in swap: swap entries are then markers, whose kind is hidden with the frame numbers."""
     cdef readonly bint scans
-    """Whether PAGEMAP_SCAN is used: without it huge pages, and hidden zero pages, are not told."""
+    """Whether PAGEMAP_SCAN is used: without it, huge pages and hidden zero pages are not recognized."""
     cdef uint64_t *entries
     cdef iobmd_page_region *regions
     cdef Tally tally
@@ -131,7 +130,7 @@ cdef class Walk:
         return span.virtual, span.physical, span.length, span.flags
 
     def clear(self):
-        """Forget the spans found so far; what is not closed yet stays."""
+        """Remove the spans found so far, except the open one."""
         self.count = 0
 
     def raw(self):
@@ -139,11 +138,11 @@ cdef class Walk:
         return (<char *>self.spans)[:self.count * sizeof(Span)]
 
     def within(self, uint64_t low, uint64_t high):
-        """From here on keep only spans of which a part lies in the physical addresses `low`…`high`."""
+        """From now on keep only spans that overlap the physical addresses `low`…`high`."""
         self.low, self.high, self.present_only = low, high, True
 
     def take(self):
-        """Return the `Tally` since the last call, and begin to count anew."""
+        """Return the `Tally` since the last call, and reset it."""
         cdef Tally tally = self.tally
         self.tally = Tally.__new__(Tally)
         return tally

@@ -1,9 +1,9 @@
 # cython: language_level=3, auto_pickle=False, autotestdict=False
-"""io_uring registered buffers: the one long-term page pin that userspace can take without a device.
+"""Registered buffers of io_uring: the only long-term page pins that are available without a device.
 
-A `Table` is a ring with the table of its registered buffers, a `Slot` one pin in it. Slots are taken and given back
-in C, between two steps of the interpreter: no thread, signal handler or garbage collection comes in between, so that
-no pin is lost and none is given back twice. A `Ring` is the descriptor of one.
+A `Table` is a ring with its table of registered buffers, and a `Slot` is one pin in it. Slots are acquired and
+released in C, between two bytecodes: no thread, signal handler or garbage collection can intervene, so that no pin is
+leaked or released twice. A `Ring` is the descriptor of a ring.
 """
 
 cimport cython
@@ -37,8 +37,8 @@ cdef void _close_in_child() noexcept nogil:
         link = link.next
 
 
-# Also in a child that is forked in C, which Python does not learn of. vfork(2), clone(2) and posix_spawn(3) call no
-# handlers; what they start calls execve(2), which closes the rings.
+# Also in a child that C code forks without Python's knowledge. vfork(2), clone(2) and posix_spawn(3) call no
+# handlers; their children call execve(2), which closes the rings.
 pthread_atfork(NULL, NULL, _close_in_child)
 
 
@@ -50,7 +50,7 @@ cdef class Ring:
     cdef _Link *_link
 
     def __cinit__(self, int number):
-        """Take a descriptor over, also where this fails."""
+        """Own a descriptor, even if the constructor fails."""
         global _open_rings
         self._link = <_Link *>malloc(sizeof(_Link))
         if self._link == NULL:
@@ -65,7 +65,7 @@ cdef class Ring:
         return self._link.number
 
     def close(self):
-        """Close this process's descriptor of the ring: the pins end with the last one of any process. Idempotent."""
+        """Close this process's descriptor of the ring; the pins end when no process has one. Idempotent."""
         cdef int number = self._link.number
         self._link.number = -1
         if number >= 0:
@@ -97,7 +97,7 @@ cdef int _check(int result, str call) except -1:
 @cython.final
 @cython.no_gc
 cdef class Table:
-    """A ring, and which slots of its table are free."""
+    """A ring, and the free slots of its table."""
 
     cdef Ring _ring
     cdef readonly uint32_t slots
@@ -105,7 +105,7 @@ cdef class Table:
     cdef uint32_t _count
 
     def __cinit__(self, uint32_t slots):
-        """Make a ring with a sparse table (IORING_RSRC_REGISTER_SPARSE, Linux 5.19); for one slot without (5.1)."""
+        """Create a ring with a sparse table (IORING_RSRC_REGISTER_SPARSE, Linux 5.19); for one slot without (5.1)."""
         cdef uint32_t slot
         cdef int result
         self.slots = slots
@@ -130,7 +130,7 @@ cdef class Table:
         return self._ring._link.number
 
     def pin(self, uint64_t address, size_t size):
-        """Pin a range of up to 1 GiB; returns its `Slot`, None when no slot is free."""
+        """Pin a range of up to 1 GiB; return its `Slot`, None if no slot is free."""
         if not self._count:
             return None
         cdef Slot slot = Slot.__new__(Slot)
@@ -165,13 +165,13 @@ cdef class Table:
 @cython.final
 @cython.no_gc
 cdef class Slot:
-    """One pin. It ends by `release`, or with this object."""
+    """One pin, which ends with `release`, or with this object."""
 
     cdef Table _table
     cdef uint32_t _index
 
     def release(self):
-        """Unpin; idempotent, and nothing where the table is closed (in a forked child)."""
+        """Unpin; idempotent. Does nothing if the table is closed (in a forked child)."""
         cdef Table table = self._table
         cdef int ring
         self._table = None

@@ -25,7 +25,7 @@ class SharedBacking(MappedBacking):
     Parameters
     ----------
     shared : SharedObject
-        The object, all of which is mapped.
+        The object, which is mapped completely.
     wired : bool
         Whether to wire it: mlock, and pin if the kernel permits it.
     purgeable : bool

@@ -184,7 +184,7 @@ class DeviceTransfer:
             self._write_back(drop=False)
 
     def end(self, *, invalidate: bool, synchronize: bool) -> None:
-        """Take it back from the device: copy incoming bytes to the descriptor's memory."""
+        """Return it to the processor: copy incoming bytes to the descriptor's memory."""
         if invalidate and self.limits.incoherent:
             self._write_back(drop=True)
         if synchronize and self._goes(kIODirectionIn):

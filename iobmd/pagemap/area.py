@@ -37,8 +37,10 @@ class Area(NamedTuple):
     details: Details | None
     """The data of smaps, if it was read."""
     folios: dict[int, int] | None
-    """Of what is mapped page by page, how many bytes lie in folios of which size; pages of no large folio count under
-    the size of a page. None: not known."""
+    """Bytes that are mapped page by page, by the size of their folio; None if unknown.
+
+    Pages without a large folio count under the page size.
+    """
     visible: bool
     """Whether frame numbers are visible; if not, there are no runs."""
     scans: bool

@@ -36,7 +36,7 @@ class Layout(NamedTuple):
 
 
 def layout(table: RunTable, huge: int) -> Layout:
-    """Summarize the runs of a range, of which `huge` bytes are mapped by huge pages."""
+    """Summarize the runs of a range with `huge` bytes that are mapped by huge pages."""
     size = largest = highest = 0
     lowest = 1 << 64
     for index in range(table.count):

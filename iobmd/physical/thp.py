@@ -35,7 +35,7 @@ class Source(Protocol):
         """Return a mapping of the blocks at these positions, in this order, aligned to `alignment`."""
 
     def close(self) -> None:
-        """Give back what is held."""
+        """Free all blocks that are held."""
 
 
 def blocks_of(table: RunTable, block: int) -> Places:
@@ -121,7 +121,7 @@ class TransparentBlocks:
         return self._batches.pop(0)
 
     def close(self) -> None:
-        """Give back what is held."""
+        """Free all blocks that are held."""
         for batch in self._batches:
             batch.close()
         self._batches.clear()

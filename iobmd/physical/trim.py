@@ -1,4 +1,4 @@
-"""Freeing the end of a huge page of which only the start is used."""
+"""Freeing the unused end of a huge page."""
 
 import contextlib
 from typing import TYPE_CHECKING

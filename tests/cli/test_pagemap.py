@@ -129,7 +129,7 @@ def test_a_row_for_each_area_and_a_summary(target: int, capsys: pytest.CaptureFi
     assert "[stack]" in text
     assert "cat (" in text
     named = shown(capsys, str(target), "--name", "[stack]", "--only", "resident")
-    assert "1 areas" in named
+    assert "1 area," in named
     sizes = [
         int(row["size_bytes"])
         for row in csv.DictReader(StringIO(shown(capsys, str(target), "--csv", "--sort", "size")))
@@ -244,7 +244,7 @@ def test_flags_that_are_hidden(
     document = json.loads(shown(capsys, str(target), "--json", "--flags"))
     assert document["runs"] is None
     assert "data of --flags" in document["hidden"][0]["what"]
-    assert "not shown: the sizes of folios, and the flags" in shown(capsys, str(target), "--flags")
+    assert "not shown: folio sizes, and all data of --flags" in shown(capsys, str(target), "--flags")
     assert main(["pagemap", str(target), "--csv", "--flags"]) == 0
     output, error = capsys.readouterr()
     assert output.startswith("virtual,physical,length,flags")

@@ -267,7 +267,7 @@ def test_a_process_that_ends_while_it_is_read() -> None:
         steady = Steady(Task(process.pid))
         process.kill()
         process.wait()
-    assert "ended" in str(steady.restless())
+    assert "exited" in str(steady.restless())
 
 
 @pytest.mark.parametrize(
