@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -340,6 +341,7 @@ def mapped_objects() -> Iterator[str]:
     yield from (line for line in Path("/proc/self/maps").read_text().splitlines() if "deleted" in line)
 
 
+@pytest.mark.timeout(0.15 * STEPS)  # 5 ms of processor time each, of which a busy machine gives little
 def test_family_in_any_order() -> None:
     """Hypothesis makes runs of up to so many steps, and often shorter ones: as many runs as it takes."""
     checks = list(HealthCheck)
