@@ -59,7 +59,7 @@ cdef enum:
     C_UNPROTECT
     C_POPULATE
 
-LOCKING, SCANNING, UNPROTECTING, POPULATING = C_LOCK, C_SCAN, C_UNPROTECT, C_POPULATE
+LOCKING = C_LOCK
 
 MADV_COLD = C_MADV_COLD
 MADV_DOFORK = C_MADV_DOFORK
@@ -281,8 +281,7 @@ def take_back(int tracker, int pagemap, uint64_t start, uint64_t end):
     Returns
     -------
     tuple[bool, int, int]
-        Whether every page was present; otherwise the call that failed (one of `LOCKING` …, 0: none) and its error
-        number.
+        Whether every page was present; otherwise which call failed (`LOCKING`: mlock2; 0: none) and its error number.
     """
     cdef uint64_t where
     cdef size_t size = end - start

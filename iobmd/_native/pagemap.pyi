@@ -8,7 +8,6 @@ GUARDED: tuple[int, int]
 PAGE_IS_HUGE: int
 PAGE_IS_PFNZERO: int
 PAGE_IS_PRESENT: int
-PAGE_IS_SWAPPED: int
 PAGE_IS_WRITTEN: int
 
 def amount(fd: int, start: int, end: int, required: int, excluded: int, limit: int) -> int: ...
