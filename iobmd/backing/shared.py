@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from iobmd._native import mman
 from iobmd.backing.mapped import MappedBacking, span
-from iobmd.errors import CannotWireError
+from iobmd.errors import CannotWireError, UnsupportedError
 from iobmd.memory import numa, residency
 from iobmd.memory.mlock import make_resident
 from iobmd.memory.populate import populate
@@ -100,3 +100,8 @@ class SharedBacking(MappedBacking):
         """Unpin, unmap, and release the object, like `MappedBacking.close`."""
         super().close()
         self._shared.close()
+
+
+def not_mapped_here(where: str) -> UnsupportedError:
+    """Return the error for a view of memory that this process does not map."""
+    return UnsupportedError(f"this memory is {where}, and cannot be viewed here: use map() for a view")

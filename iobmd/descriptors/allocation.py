@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from iobmd._native import mman
 from iobmd.backing.anonymous import AnonymousBacking
-from iobmd.backing.elsewhere import RemoteBacking, UnmappedBacking
+from iobmd.backing.remote import RemoteBacking
 from iobmd.backing.shared import SharedBacking
+from iobmd.backing.unmapped import UnmappedBacking
 from iobmd.host import headroom
 from iobmd.memory import numa
 from iobmd.memory.mlock import Wiring

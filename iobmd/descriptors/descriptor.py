@@ -7,7 +7,7 @@ import os
 import warnings
 from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex
 
-from iobmd.backing.existing import RangeBacking
+from iobmd.backing.ranges import RangeBacking
 from iobmd.constants import (
     IOMapOptions,
     IOOptionBits,

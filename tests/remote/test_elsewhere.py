@@ -139,7 +139,7 @@ def test_contiguous_in_pieces_of_the_object(
 @pytest.mark.usefixtures("nothing_left", "hugetlb_pool")
 def test_memory_of_a_pool(target: subprocess.Popen[bytes]) -> None:
     """Shared memory of hugetlb pages is mapped in whole ones, in the order of its choice."""
-    from iobmd.backing.elsewhere import RemoteBacking
+    from iobmd.backing.remote import RemoteBacking
     from iobmd.physical.hugetlb import PoolBlocks
 
     pool = next(pool for pool in iobmd.host.hugetlb_pools() if pool.size == 2 * MIB)

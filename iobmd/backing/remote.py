@@ -1,0 +1,68 @@
+"""Memory of a shared object that is mapped in another task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NoReturn
+
+from iobmd.backing.shared import SharedBacking, not_mapped_here
+from iobmd.remote.sharing import RemoteMapping, touch
+
+if TYPE_CHECKING:
+    from iobmd.backing import Contents
+    from iobmd.memory.shmem import SharedObject
+    from iobmd.task.task import Task
+
+
+class RemoteBacking(SharedBacking):
+    """Memory in another task. This process maps it too, to access it, and to populate it before the task is stopped.
+
+    Parameters as those of `SharedBacking`.
+    """
+
+    def __init__(
+        self,
+        shared: SharedObject,
+        task: Task,
+        *,
+        wired: bool,
+        purgeable: bool = False,
+        contents: Contents | None = None,
+        guard: int = 0,
+    ) -> None:
+        self._there: RemoteMapping | None = None
+        super().__init__(shared, wired=wired, purgeable=purgeable, contents=contents)
+        try:
+            self._there = RemoteMapping(task, shared.cut(0, shared.size), guard=guard)
+        except BaseException:
+            self.close()
+            raise
+        self.task, self.stopped_ns = task, self._there.stopped_ns
+        if wired:
+            touch(task, self.address, self.size)
+        if self.runs:
+            self.runs.count_from(self.mapping.address, self.address)
+
+    @property
+    def address(self) -> int:
+        """Address in `task`."""
+        return self._there.address if self._there else self.mapping.address
+
+    def lost(self) -> int | None:
+        """Return the first address at which its task, or this process, has unmapped or replaced it."""
+        found = [super().lost(), self._there.lost() if self._there else None]
+        return min((lost for lost in found if lost is not None), default=None)
+
+    def exported(self) -> NoReturn:
+        """Raise: it is mapped in the other task."""
+        raise not_mapped_here(f"in task {self.task.pid}" if self.task else "")
+
+    def close(self) -> None:
+        """Unmap it in its task, if that still exists, and here. Raises as `RemoteMapping.close`; idempotent."""
+        if self._there:
+            self.mapping.seal()  # raises while it is in use, before anything is unmapped in the task
+            try:
+                self._there.close()
+            except BaseException:
+                self.mapping.unseal()
+                raise
+        super().close()
