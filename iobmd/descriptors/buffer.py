@@ -258,7 +258,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
 
     def getCapacity(self) -> int:
         """Return the allocated size in bytes, the maximum for `setLength`."""
-        self._memory()
+        self._usable_memory()
         return self._capacity
 
     def setLength(self, length: int) -> None:
@@ -269,14 +269,14 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         IOReturnError
             `kIOReturnBadArgument` if it is negative or exceeds the capacity.
         """
-        owner = self._memory()
+        owner = self._usable_memory()
         if not 0 <= length <= self._capacity:
             raise BadArgumentError(f"length {length} is not within the capacity of {self._capacity} bytes")
         owner.length = length
 
     def setDirection(self, direction: int) -> None:
         """Set the direction of later transfers, one of the four `kIODirection…`."""
-        self._memory()
+        self._usable_memory()
         self._options = self._options & ~DIRECTION_MASK | check_direction(direction)
 
     def getBytesNoCopy(self, start: int = 0, withLength: int = 0) -> int:
@@ -292,7 +292,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         backing = owner.require_backing()
         if backing.task is None:
             raise UnsupportedError(f"{self!r} has no address: map it with map() or createMappingInTask()")
-        owner.check_range(start, withLength)
+        owner.require_range(start, withLength)
         return backing.address + start
 
     def _mapped_range(self) -> tuple[Task, int, int]:

@@ -88,5 +88,5 @@ class IOMultiMemoryDescriptor(Derived):
             `kIOReturnBadArgument` for options that apply only to newly allocated memory.
         """
         found = list(descriptors)
-        parts = [Part(owner := one._memory(), 0, owner.length) for one in found]
+        parts = [Part(owner := one._usable_memory(), 0, owner.length) for one in found]
         return cls._of(parts, withDirection, next((tag for one in found if (tag := one.getTag())), 0))

@@ -130,16 +130,16 @@ class IOMemoryDescriptor:
 
     def getLength(self) -> int:
         """Return the length in bytes."""
-        return self._memory().length
+        return self._usable_memory().length
 
     def getDirection(self) -> IOOptionBits:
         """Return the direction of transfers: `kIODirectionNone`, `In`, `Out` or `InOut`."""
-        self._memory()
+        self._usable_memory()
         return IOOptionBits(self._options & DIRECTION_MASK)
 
     def getFlags(self) -> IOOptionBits:
         """Return the options of its creation, with the present direction."""
-        self._memory()
+        self._usable_memory()
         return IOOptionBits(self._options)
 
     def getTag(self) -> int:
@@ -190,7 +190,7 @@ class IOMemoryDescriptor:
         through the descriptor nevertheless honor the requested mode, by cache line instructions; accesses through a
         view do not.
         """
-        self._memory()
+        self._usable_memory()
         return IOMapOptions(self._options & CACHE_MODES), IOMapOptions.kIOMapCopybackCache
 
     def performOperation(self, options: int, offset: int, length: int) -> None:
@@ -390,9 +390,9 @@ class IOMemoryDescriptor:
         the extra `remote`), and then resumes.
         """
         task = as_task(intoTask)
-        owner = self._memory()
+        owner = self._usable_memory()
         length = length or owner.length - offset
-        owner.check_range(offset, length)
+        owner.require_range(offset, length)
         with owner.guard:
             self._memory()  # read again: another thread may have released it
             in_page = owner.require_backing().in_page(offset)
@@ -455,7 +455,7 @@ class IOMemoryDescriptor:
         IOReturnError
             As `setPurgeable`.
         """
-        return NonVolatile(self._memory())
+        return NonVolatile(self._usable_memory())
 
     @property
     def lazily_freed(self) -> int:
@@ -500,10 +500,15 @@ class IOMemoryDescriptor:
         return 0
 
     def _memory(self) -> MemoryOwner:
-        """Return its memory, for the modules of this package and `dma`. Raises `kIOReturnNotOpen`."""
+        """Return its memory, for the modules of this package, `dma` and `iommu`. Raises `kIOReturnNotOpen`."""
         owner = self._owner  # read once: another thread may release it
         if owner is None or not owner.has_handle:
             raise NotOpenError(f"this {type(self).__name__} is {self._state}")
+        return owner
+
+    def _usable_memory(self) -> MemoryOwner:
+        """Return its memory as `_memory`, and check that this process may use it after a fork."""
+        owner = self._memory()
         owner.require_backing()
         return owner
 
@@ -526,7 +531,7 @@ class IOMemoryDescriptor:
         return self.getLength()
 
     def __enter__(self) -> Self:
-        self._memory()
+        self._usable_memory()
         return self
 
     def __exit__(self, *_error: object) -> None:

@@ -155,7 +155,7 @@ class IOMemoryMap(Exporter):
             raise UnsupportedError(
                 "this map has the addresses of its descriptor, whose memory cannot be replaced: use kIOMapUnique"
             )
-        owner = newBackingMemory._memory()
+        owner = newBackingMemory._usable_memory()
         if offset < 0 or offset + self._length > owner.length:
             raise BadArgumentError(f"the new memory has fewer than {self._length} bytes at offset {offset}")
         with owner.guard, _changes:

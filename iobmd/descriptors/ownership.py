@@ -12,9 +12,10 @@ from iobmd._internal import process_local
 from iobmd._internal.weak_registry import WeakRegistry
 from iobmd._native import mapping
 from iobmd.constants import kIODirectionPrepareNoFault, kIODirectionPrepareToPhys32
-from iobmd.descriptors.options import check_within, require_cache_instruction
+from iobmd.descriptors.options import require_cache_instruction
 from iobmd.descriptors.purge_control import PurgeControl
 from iobmd.errors import (
+    BadArgumentError,
     BusyError,
     CannotWireError,
     IOReturnError,
@@ -115,10 +116,6 @@ class MemoryOwner:
             )
         return backing
 
-    def check_range(self, offset: int, length: int) -> None:
-        """Raise `kIOReturnBadArgument` unless a range is within its length."""
-        check_within(offset, length, self.length, "the descriptor")
-
     # --- its users
 
     def add_dependent(self, dependent: CompositeBacking) -> None:
@@ -196,26 +193,31 @@ class MemoryOwner:
 
     def read(self, offset: int, length: int) -> bytes:
         """As `IOMemoryDescriptor.readBytes`."""
-        backing = self.require_backing()
-        self.check_range(offset, length)
-        return backing.read(offset, length)
+        return self.require_range(offset, length).read(offset, length)
 
     def read_into(self, offset: int, buffer: Buffer) -> int:
         """As `IOMemoryDescriptor.readBytesInto`."""
-        backing = self.require_backing()
         size = memoryview(buffer).nbytes
-        self.check_range(offset, size)
-        backing.read_into(offset, buffer)
+        self.require_range(offset, size).read_into(offset, buffer)
         return size
 
     def write(self, offset: int, data: Buffer) -> int:
         """As `IOMemoryDescriptor.writeBytes`."""
-        backing = self.require_backing()
         size = memoryview(data).nbytes
-        self.check_range(offset, size)
-        self.before_write(offset, size)
+        backing = self.require_range(offset, size)
+        if self.purge_control:
+            self.before_write(offset, size)
         backing.write(offset, data)
         return size
+
+    def require_range(self, offset: int, length: int) -> Backing:
+        """Return where the bytes of a range live. Raises `kIOReturnNotOpen`, `kIOReturnBadArgument`."""
+        backing = self.require_backing()
+        if offset < 0 or length < 0 or offset + length > self.length:
+            raise BadArgumentError(
+                f"offset {offset} with length {length} is not inside of the descriptor's {self.length} bytes"
+            )
+        return backing
 
     def before_write(self, offset: int, length: int) -> None:
         """Ensure that volatile bytes which are about to be written are retained like the others."""
@@ -226,10 +228,8 @@ class MemoryOwner:
 
     def write_back(self, offset: int, length: int, *, drop: bool) -> None:
         """Write the cache lines of a range back to memory, and `drop` them from the caches if asked to."""
-        backing = self.require_backing()
         require_cache_instruction(mapping.BEST_FLUSH)
-        self.check_range(offset, length)
-        backing.write_back(offset, length, drop=drop)
+        self.require_range(offset, length).write_back(offset, length, drop=drop)
 
     # --- pins; each of these with the guard held
 
@@ -297,8 +297,7 @@ class MemoryOwner:
 
     def segments(self, offset: int, length: int) -> list[PhysicalSegment]:
         """As `IOMemoryDescriptor.segments`."""
-        backing = self.require_backing()
-        self.check_range(offset, length)
+        backing = self.require_range(offset, length)
         return self._runs(backing).segments(backing.address + offset, length)
 
     def require_mapped(self) -> None:
