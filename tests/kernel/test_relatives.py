@@ -9,6 +9,7 @@ import gc
 import mmap
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -244,11 +245,14 @@ class Family(RuleBasedStateMachine):
     @precondition(lambda self: self.relatives)
     @rule(data=st.data(), forget=st.booleans())
     def free(self, data: st.DataObject, forget: bool) -> None:
-        """By its method, or, what has no memory of its own, by dropping it."""
+        """By its method, or by dropping it, which also undoes what it has prepared; maps and views keep it alive."""
         one = self.one(data)
         expected = one.cannot_free()
-        if forget and not expected and not one.memory:
-            one.real = None
+        if forget and not one.maps and not one.views:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ResourceWarning)
+                one.real = None
+            one.prepared = 0
         elif self.happens(expected, one.real.free) is None and expected:
             return
         one.released = True
