@@ -102,7 +102,7 @@ def test_far_apart_areas_are_not_joined_by_empty_rows(
         assert main(["pagemap", str(target.pid), "--map"]) == 0
     text = capsys.readouterr().out
     assert len(text.splitlines()) < 90
-    assert re.search(r"⋮  1(\.\d)? TiB of areas that hold nothing", text)  # others may lie beside it
+    assert re.search(r"⋮  1(\.\d)? TiB of empty areas", text)  # others may lie beside it
 
 
 def boxes(path: Path) -> list[tuple[ElementTree.Element, str]]:

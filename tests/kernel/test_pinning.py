@@ -24,7 +24,7 @@ Buffer = iobmd.IOBufferMemoryDescriptor
 Setting = Callable[[str, object], None]
 
 
-ENOUGH = 2000
+ENOUGH = 500
 """Pages of a control that compaction must have moved."""
 
 

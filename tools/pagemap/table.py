@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from typing import TYPE_CHECKING, TextIO
 
 from iobmd.cli.printable import printable
@@ -115,7 +117,8 @@ def show_total(look: Look, total: Total) -> None:
 def show_restless(look: Look) -> None:
     """Print whether the process changed while it was read."""
     if restless := look.restless():
-        print(f"  {restless}")
+        width = shutil.get_terminal_size((100, 44)).columns
+        print(textwrap.fill(str(restless), width, initial_indent="  ", subsequent_indent="  "))
     sys.stdout.flush()
 
 
