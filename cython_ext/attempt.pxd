@@ -22,6 +22,7 @@ cdef extern from * nogil:
     #include <sys/wait.h>
     #include <time.h>
     #include <unistd.h>
+    #include "raw_call.h"  /* errno belongs to the thread that waits, whose thread-local storage the child shares */
     #ifndef CLONE_PIDFD
     #define CLONE_PIDFD 0x1000
     #endif
@@ -74,35 +75,6 @@ cdef extern from * nogil:
         char *bytes;
         char stack[IOBMD_STACK] __attribute__((aligned(64)));
     };
-
-    /* errno belongs to the thread that waits, whose thread-local storage the child shares: system calls are raw. */
-    static inline long iobmd_raw(long number, long a, long b, long c, long d, long e, long f)
-    {
-    #if defined(__x86_64__)
-        long result;
-        register long r10 __asm__("r10") = d;
-        register long r8 __asm__("r8") = e;
-        register long r9 __asm__("r9") = f;
-        __asm__ volatile ("syscall" : "=a"(result)
-                          : "0"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
-                          : "rcx", "r11", "memory");
-        return result;
-    #elif defined(__aarch64__)
-        register long x8 __asm__("x8") = number;
-        register long x0 __asm__("x0") = a;
-        register long x1 __asm__("x1") = b;
-        register long x2 __asm__("x2") = c;
-        register long x3 __asm__("x3") = d;
-        register long x4 __asm__("x4") = e;
-        register long x5 __asm__("x5") = f;
-        __asm__ volatile ("svc 0" : "+r"(x0)
-                          : "r"(x8), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(x5) : "memory");
-        return x0;
-    #else
-        long result = syscall(number, a, b, c, d, e, f);
-        return result < 0 ? -errno : result;
-    #endif
-    }
 
     /* Whether what a pidfd names has exited, so that its number may be another's; 0 for -1. Looked at right before a
        call that takes the number. */

@@ -114,7 +114,7 @@ def copy(
     ------
     IOReturnError
         As `IOBufferMemoryDescriptor.withCopy`; with `freeze` also `kIOReturnNotPermitted`, `kIOReturnTimeout` and
-        `kIOReturnUnsupported` (the source is this process, or python-ptrace is missing), if the source cannot be
+        `kIOReturnUnsupported` (the source is this process), if the source cannot be
         stopped.
 
     Notes

@@ -386,8 +386,7 @@ class IOMemoryDescriptor:
 
         Notes
         -----
-        One thread of another task is stopped for about a quarter of a millisecond (ptrace(2); requires python-ptrace,
-        the extra `remote`), and then resumes.
+        One thread of another task is stopped for about a tenth of a millisecond (ptrace(2)), and then resumes.
         """
         task = as_task(intoTask)
         owner = self._usable_memory()

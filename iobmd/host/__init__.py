@@ -94,7 +94,7 @@ def facts() -> list[Fact]:
         lazyfree.write_tracking(),
         pressure.pressure(),
         pressure.cgroup(),
-        remote.python_ptrace(),
+        remote.system_calls(),
         remote.pidfd_getfd(),
         remote.huge_shared(),
     ]

@@ -1,7 +1,6 @@
-"""Probes for memory in other tasks: python-ptrace, pidfd_getfd, and shared memory in huge pages."""
+"""Probes for memory in other tasks: system calls there, pidfd_getfd, and shared memory in huge pages."""
 
 import errno
-import importlib.util
 import os
 
 from iobmd._native import crosstask, mman
@@ -9,14 +8,12 @@ from iobmd.host.fact import Fact, Status, has_seccomp_filter
 from iobmd.host.privilege import capability_remedy
 
 
-def python_ptrace() -> Fact:
-    """Report whether python-ptrace is installed, which is required for system calls in other tasks."""
-    name, purpose = "python-ptrace", "allocate in other tasks, map into them, copy from them as of one moment"
-    if importlib.util.find_spec("ptrace") is None:
-        return Fact(name, Status.NO, False, "not installed", purpose, "pip install 'iobmd[remote]'")
+def system_calls() -> Fact:
+    """Report whether system calls can be made in other tasks, on this processor."""
+    name, purpose = "calls in tasks", "allocate in other tasks, map into them, copy from them as of one moment"
     if os.uname().machine != "x86_64":
         return Fact(name, Status.NO, False, f"not on {os.uname().machine}", purpose, "an x86-64 host")
-    return Fact(name, Status.YES, True, "installed", purpose)
+    return Fact(name, Status.YES, True, "x86-64", purpose)
 
 
 def pidfd_getfd() -> Fact:

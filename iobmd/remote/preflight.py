@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import errno
+import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iobmd import host, procfs
-from iobmd.errors import BadArgumentError, IOReturnError, NotPermittedError
-from iobmd.remote import tracing
+from iobmd.errors import BadArgumentError, IOReturnError, NotPermittedError, UnsupportedError
 from iobmd.task import diagnosis
 
 if TYPE_CHECKING:
     from iobmd.task.task import Task
 
 
+_SUSPEND_SECCOMP = 1 << 21  # PTRACE_O_SUSPEND_SECCOMP
+
+
 class Traced(Exception):  # noqa: N818 (it may pass)
     """Somebody traces the task at this moment."""
+
+
+def require_processor() -> None:
+    """Raise `kIOReturnUnsupported` where the processor is another than x86-64."""
+    if platform.machine() != "x86_64":
+        message = f"system calls in another task are made on x86-64 only, and this is {platform.machine()}"
+        raise UnsupportedError(message)
 
 
 def check(task: Task) -> int:
@@ -63,7 +73,7 @@ def _past_seccomp(pid: int, mode: str) -> int:
     elif procfs.status().get("Seccomp", "0") != "0":
         why = "which this process cannot suspend, for it has a seccomp filter itself"
     else:
-        return tracing.O_SUSPEND_SECCOMP
+        return _SUSPEND_SECCOMP
     raise NotPermittedError(f"task {pid} {what}, {why}", errno.EPERM)
 
 

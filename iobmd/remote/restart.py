@@ -1,83 +1,77 @@
-"""Putting a thread back into a system call that our stop has ended.
+"""Since when a thread sleeps in epoll_wait, so that it sleeps no longer for a stop of ours.
 
 The kernel resumes most calls by itself. Those in `threads.ENDED_BY_A_STOP` come back with EINTR, as if a signal
-handler had run. In place of it goes the kernel's own code for "once more, unless a handler runs", ERESTARTNOHAND.
+handler had run, and the tracer has them begin again (`cython_ext/tracer.h`). Where the C library made the call, which
+does not look at the timeout's register again, that is set to the rest; elsewhere, and where the timeout is in memory
+or a setting of a socket, it begins again with all of it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import math
 import os
-import struct
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import procfs
 from iobmd._internal import pidns
 from iobmd.remote import threads
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from iobmd.task.task import Task
 
-_WORD = 1 << 64
-_ERESTARTNOHAND = 514
-_EPOLL = (threads.EPOLL_WAIT, threads.EPOLL_PWAIT)
+EPOLL = (threads.EPOLL_WAIT, threads.EPOLL_PWAIT)
 
 
 class Sleep(NamedTuple):
-    """One sleep of a thread in epoll_wait: since when, by our clock in seconds, and how often it had slept before."""
+    """One sleep of a thread in epoll_wait: since when, by our clock in ns, and how often it had slept before."""
 
-    since: float
+    since_ns: int
     switches: int
 
 
-def look(pid: int, activity: threads.Activity) -> Sleep | None:
+def look(task: Task, activity: threads.Activity) -> Sleep | None:
     """Return the sleep a thread is in, before it is stopped; None where that does not matter, or cannot be known.
 
     By the time it last ran (se.exec_start of /proc/PID/sched), which is on the clock of its processor: we have to run
     on the same one.
     """
-    if activity.call not in _EPOLL:
+    if activity.call not in EPOLL or activity.cpu < 0:
         return None
+    pid = task.pid
     with contextlib.suppress(OSError, LookupError, ValueError):
         switches = _switches(pid, activity.tid)
-        if os.sched_getaffinity(0) != {activity.cpu}:
+        if not _is_in_c_library(task, activity.tid):
             return None
-        os.sched_yield()  # brings our own figure up to date
-        ours, theirs = _last_ran("/proc/thread-self/sched"), _last_ran(_file(pid, activity.tid, "sched"))
+        with _on(activity.cpu):
+            os.sched_yield()  # brings our own figure up to date
+            ours, theirs = _last_ran("/proc/thread-self/sched"), _last_ran(_file(pid, activity.tid, "sched"))
+            now_ns = time.monotonic_ns()
         if not theirs:  # it was moved to this processor in its sleep
             return None
-        asleep_ms = ours - theirs
-        return Sleep(time.monotonic() - max(0.0, asleep_ms / 1e3), switches)
+        return Sleep(now_ns - max(0, round((ours - theirs) * 1e6)), switches)
     return None
 
 
-def undo_eintr(task: Task, tid: int, regs: Any, sleep: Sleep | None) -> bool:
-    """Change the registers of a stopped thread so that it goes back into its call; says whether that was needed.
-
-    Where the C library made the call, which does not look at the timeout's register again, that is set to the rest;
-    elsewhere, and where the timeout is in memory or a setting of a socket, it begins again.
-    """
-    if regs.rax != _WORD - errno.EINTR or regs.orig_rax not in threads.ENDED_BY_A_STOP:
-        return False
-    regs.rax = _WORD - _ERESTARTNOHAND
-    (timeout_ms,) = struct.unpack("=i", struct.pack("=I", regs.r10 & 0xFFFFFFFF))
-    if regs.orig_rax in _EPOLL and timeout_ms > 0 and sleep and _is_in_c_library(task, regs.rip):
-        with contextlib.suppress(OSError, LookupError, ValueError):
-            # It has slept once more since: it stands still.
-            if _switches(task.pid, tid) == sleep.switches + 1:
-                regs.r10 = max(0, math.ceil(timeout_ms - (time.monotonic() - sleep.since) * 1e3))
-    return True
-
-
-def _is_in_c_library(task: Task, address: int) -> bool:
+@contextlib.contextmanager
+def _on(cpu: int) -> Iterator[None]:
+    """Run on a processor. Raises OSError where that is not allowed."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {cpu})
     try:
-        area = procfs.find_vma(task.pid, address)
-    except OSError:
-        return False
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, allowed)
+
+
+def _is_in_c_library(task: Task, tid: int) -> bool:
+    """Say whether it is the C library that made the call which a thread sleeps in."""
+    address = int(Path(_file(task.pid, tid, "syscall")).read_text().split()[-1], 16)
+    area = procfs.find_vma(task.pid, address)
     return area is not None and Path(area.name).name.startswith(("libc.so", "libc-", "ld-musl"))
 
 

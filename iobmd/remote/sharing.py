@@ -16,6 +16,7 @@ import contextlib
 import errno
 import itertools
 import os
+import socket
 import stat
 import struct
 import weakref
@@ -27,15 +28,17 @@ from iobmd.errors import IOReturnError, NoResourcesError, NotFoundError, NotPerm
 from iobmd.host import limits
 from iobmd.memory import shmem
 from iobmd.memory.shmem import alignment_of
+from iobmd.remote import session
+from iobmd.remote.guest import MAPPING, SCRATCH, Result, call
 from iobmd.task import attempt, diagnosis, transfer
 from iobmd.units import PAGE_SIZE, format_size, round_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from iobmd._internal.process_local import Fd
     from iobmd.memory.shmem import FileExtent
-    from iobmd.remote.guest import Guest
+    from iobmd.remote.guest import Call, Guest
     from iobmd.task.task import Task
 
 _PROT_NONE, _PROT_READ, _PROT_WRITE = 0, 1, 2
@@ -113,23 +116,13 @@ class RemoteMapping:
 
     def _make(self, stretches: Sequence[FileExtent], at: int, alignment: int) -> None:
         def work(guest: Guest) -> None:
-            self._open(guest, stretches, at, alignment)
+            self._map(guest, stretches, at, alignment)
 
-        self.stopped_ns = _with_guest(self.task, work)
+        self.stopped_ns = session.with_guest(self.task, work)
         if not self._ours(self.address, self.address + self.size):
             # The task runs another program since (execve(2)), and the guest went on in the memory of the former.
             self._whole = (0, 0)
-            self.stopped_ns = max(self.stopped_ns, _with_guest(self.task, work, standing=True))
-
-    def _open(self, guest: Guest, stretches: Sequence[FileExtent], at: int, alignment: int) -> None:
-        try:
-            self._map(guest, stretches, at, alignment)
-        except BaseException:
-            if self._whole[1]:
-                with contextlib.suppress(OSError):
-                    guest.call("munmap", *self._whole)
-                self._whole = (0, 0)
-            raise
+            self.stopped_ns = max(self.stopped_ns, session.with_guest(self.task, work, standing=True))
 
     def _map(self, guest: Guest, stretches: Sequence[FileExtent], at: int, alignment: int) -> None:
         in_parts = self._margin or len(stretches) > 1 or alignment > PAGE_SIZE
@@ -142,8 +135,7 @@ class RemoteMapping:
         if not reserved:
             self._whole = (self.address, self.size)
         if at and self.address != at:  # before Linux 4.17 the address is but a wish
-            guest.call("munmap", *self._whole)
-            self._whole = (0, 0)
+            self._whole = (0, 0)  # the guest unmaps it
             raise OSError(errno.EEXIST, "mmap")
         if self._locks:
             guest.call("munlock", *self._whole)
@@ -158,7 +150,7 @@ class RemoteMapping:
         size = self.size + 2 * self._margin
         slack = max(0, alignment - PAGE_SIZE) if not at else 0
         flags = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE | (_MAP_FIXED_NOREPLACE if at else 0)
-        start = guest.call("mmap", at, size + slack, _PROT_NONE, flags, _NO_FD, 0)
+        start = guest.call("mmap", at, size + slack, _PROT_NONE, flags, _NO_FD, 0, made=MAPPING)
         self._whole = (start, size + slack)
         aligned = start if at else round_up(start + self._margin, alignment) - self._margin
         if aligned > start:
@@ -172,20 +164,32 @@ class RemoteMapping:
         """Map stretches behind each other; returns where the first is. A descriptor goes there once for its run."""
         first = 0
         passage = _Passage(guest)
+        made = 0 if flags & _MAP_FIXED else MAPPING
         for fd, run in itertools.groupby(stretches, lambda stretch: stretch.fd):
             with fd.use() as number, contextlib.ExitStack() as opened:
                 passage.send(number if self._writable else opened.enter_context(_read_only(number)))
+            receiving = passage.received()
             for stretch in run:
-                mapped = self._map_object(guest, place, stretch, flags | _MAP_SHARED, protection)
+                mapped = self._map_object(guest, receiving, place, stretch, flags | _MAP_SHARED, protection, made)
+                receiving, made = (), 0
                 first = first or mapped
                 place = mapped + stretch.length
             guest.call("close", _OBJECT)
         return first
 
     @staticmethod
-    def _map_object(guest: Guest, place: int, stretch: FileExtent, flags: int, protection: int) -> int:
+    def _map_object(
+        guest: Guest,
+        receiving: Sequence[Call],
+        place: int,
+        stretch: FileExtent,
+        flags: int,
+        protection: int,
+        made: int,
+    ) -> int:
+        mapping = call("mmap", place, stretch.length, protection, flags, _OBJECT, stretch.offset, made=made)
         try:
-            return guest.call("mmap", place, stretch.length, protection, flags, _OBJECT, stretch.offset)
+            return guest.run(*receiving, mapping)[-1]
         except OSError as error:
             if error.errno != errno.EBADF:
                 raise
@@ -203,7 +207,7 @@ class RemoteMapping:
         _require_safe(self.task, {stretch.fd for stretch in stretches}, writable=self._writable)
         self._objects |= {_identity(stretch.fd) for stretch in stretches}
         with _reported(self.task, self.size, 0):
-            self.stopped_ns = _with_guest(self.task, work)
+            self.stopped_ns = session.with_guest(self.task, work)
 
     def lost(self) -> int | None:
         """Return the first address at which the task has unmapped or replaced it; None: nowhere.
@@ -230,15 +234,18 @@ class RemoteMapping:
         IOReturnError
             As `session.with_stopped`; it is mapped then as before.
         """
-        start, size = self._whole
+        _start, size = self._whole
         if not size or self._owner != os.getpid():  # a forked child leaves it to its parent
             return
-        with contextlib.suppress(NotFoundError):
-            # What the task has mapped there itself meanwhile, or after an exec, is none of ours.
-            if self.task.alive and (ours := self._ours(start, start + size)):
-                with _reported(self.task, size, 0, "unmap"):
-                    _with_guest(self.task, lambda guest: _unmap(guest, ours))
+        with contextlib.suppress(NotFoundError), _reported(self.task, size, 0, "unmap"):
+            session.insist(self._unmap)
         self._whole = (0, 0)
+
+    def _unmap(self) -> None:
+        start, size = self._whole
+        # What the task has mapped there itself meanwhile, or after an exec, is none of ours.
+        if self.task.alive and (ours := self._ours(start, start + size)):
+            session.with_guest(self.task, lambda guest: _unmap(guest, ours))
 
     def __del__(self) -> None:
         # Only an interrupt at the wrong moment leaves one open: nothing of ours must stay in another program.
@@ -318,16 +325,6 @@ def touch(task: Task, address: int, size: int) -> None:
     attempt.touch(task.pid, task.pidfd, address, size, transfer.TIMEOUT)
 
 
-def _with_guest(task: Task, work: Callable[[Guest], None], *, standing: bool = False) -> int:
-    # The tracer must load no library: if this process is killed meanwhile, the kernel clears the number by which its
-    # thread owns the lock of the dynamic loader (set_tid_address(2)), and the tracer would wait for it without end.
-    import socket  # noqa: F401, PLC0415 (as below)
-
-    from iobmd.remote import session  # noqa: PLC0415 (with ctypes: half of what `import iobmd` takes)
-
-    return session.with_guest(task, work, standing=standing)
-
-
 def _unmap(guest: Guest, ranges: list[tuple[int, int]]) -> None:
     for start, end in ranges:
         guest.call("munmap", start, end - start)
@@ -358,25 +355,27 @@ class _Passage:
     """The way of descriptors of ours into a guest: a socket pair of its own."""
 
     def __init__(self, guest: Guest) -> None:
-        import socket  # noqa: PLC0415 (as above)
-
         flags = _MAP_PRIVATE | _MAP_ANONYMOUS
         self._guest = guest
-        self._scratch = guest.call("mmap", 0, PAGE_SIZE, _PROT_READ | _PROT_WRITE, flags, _NO_FD, 0)
-        guest.undo_by("munmap", self._scratch, PAGE_SIZE)
-        guest.call("socketpair", socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC, 0, self._scratch + _ENDS)
+        self._scratch = guest.run(
+            call("mmap", 0, PAGE_SIZE, _PROT_READ | _PROT_WRITE, flags, _NO_FD, 0, made=SCRATCH),
+            call("socketpair", socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC, 0, Result(0, _ENDS)),
+        )[0]
 
     def send(self, fd: int) -> None:
-        """Have the guest receive a descriptor, as `_OBJECT`."""
-        import socket  # noqa: PLC0415 (as above)
-
-        guest = self._guest
-        guest.write(self._scratch + _MESSAGE, self._message())
+        """Send a descriptor, and before it the message header by which the guest receives it: `received`."""
         # Who has stolen an end may fill the pair, or empty it: neither makes us wait.
         with socket.socket(fileno=self._fetched()) as near:
+            near.send(self._message(), socket.MSG_DONTWAIT)
             socket.send_fds(near, [b"."], [fd], socket.MSG_DONTWAIT)
-        flags = _MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
-        guest.call("recvmsg", _FAR, self._scratch + _MESSAGE, flags)
+
+    def received(self) -> tuple[Call, ...]:
+        """Return the calls by which the guest receives it, as `_OBJECT`."""
+        at, size = self._scratch + _MESSAGE, len(self._message())
+        return (
+            call("recvfrom", _FAR, at, size, socket.MSG_DONTWAIT, 0, 0),
+            call("recvmsg", _FAR, at, _MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT),
+        )
 
     def _fetched(self) -> int:
         guest = self._guest

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from iobmd import procfs
 from iobmd._internal import pidns
 from iobmd.errors import NO_DESCRIPTOR
 from iobmd.task import diagnosis
-
-if TYPE_CHECKING:
-    from iobmd.task.task import Task
 
 EPOLL_WAIT, EPOLL_PWAIT = 232, 281
 ENDED_BY_A_STOP = {
@@ -66,11 +62,6 @@ def thread_ids(pid: int) -> list[int]:
         return []
 
 
-def belongs(task: Task, tid: int) -> bool:
-    """Say whether a thread that cannot vanish, because this process traces it, is one of a task."""
-    return procfs.has_thread(task.pid, tid) and task.alive  # so that the pid was that task's all the while
-
-
 def state(pid: int, tid: int) -> str:
     """Return the state of a thread as ps(1) shows it, "" when it is gone, "?" where no descriptor is free to look."""
     return _stat(pid, tid)[0]
@@ -97,14 +88,21 @@ def activity(pid: int, tid: int) -> Activity | None:
     now, cpu = _stat(pid, tid)
     if now in ("", "Z", "X", "x"):
         return None
-    try:
-        call = Path(f"{pidns.directory(pid)}/task/{tid}/syscall").read_text().split()[0]
-    except (OSError, IndexError):  # the kernel has no such file, or does not show it to us: any thread, then
+    number = call(pid, tid)
+    if number is None:  # any thread, then
         return Activity(2, tid, cpu, -1)
     if now == "D":
         return Activity(9, tid, cpu, -1)
-    if call in ("running", "-1"):
+    if number < 0:
         return Activity(1, tid, cpu, -1)
-    number = int(call)
     rank = 3 if number in ENDED_BY_A_STOP else 0
     return Activity(_RANKS.get(number, rank), tid, cpu, number)
+
+
+def call(pid: int, tid: int) -> int | None:
+    """Return the system call that a thread sleeps in, -1 for none; None where the kernel does not show that."""
+    try:
+        name = Path(f"{pidns.directory(pid)}/task/{tid}/syscall").read_text().split()[0]
+    except (OSError, IndexError):
+        return None
+    return -1 if name == "running" else int(name)

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 from iobmd import host, procfs
 from iobmd._native import uring
 from iobmd.errors import CannotWireError, IOReturnError, NotFoundError, TaskTimeoutError
+from iobmd.remote import session
+from iobmd.remote.guest import SCRATCH
 from iobmd.task import diagnosis
 from iobmd.units import PAGE_SIZE, format_size, round_up
 
@@ -87,8 +89,7 @@ class RemotePin:
         pieces = self._pieces()
         vectors = b"".join(struct.pack("=QQ", *piece) for piece in pieces)
         room = round_up(_PARAMETERS + len(vectors), PAGE_SIZE)
-        scratch = guest.call("mmap", 0, room, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS, -1, 0)
-        guest.undo_by("munmap", scratch, room)
+        scratch = guest.call("mmap", 0, room, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS, -1, 0, made=SCRATCH)
         guest.write(scratch + _PARAMETERS, vectors)
         ring = guest.call("io_uring_setup", 1, scratch)
         where = scratch + _PARAMETERS
@@ -138,8 +139,6 @@ class RemotePin:
                 guest.call("mlock", start, end - start, deadline=self._deadline(start, end))
 
     def _with_guest(self, work: Callable[[Guest], None]) -> None:
-        from iobmd.remote import session  # noqa: PLC0415 (with ctypes: half of what `import iobmd` takes)
-
         session.with_guest(self._task, work)
 
     def _unlock(self, guest: Guest) -> None:
@@ -167,7 +166,7 @@ class RemotePin:
         if self._locked and self._owner == os.getpid():
             with contextlib.suppress(NotFoundError):
                 if self._task.alive:
-                    self._with_guest(self._unlock)
+                    session.insist(lambda: self._with_guest(self._unlock))
         self._locked = []
 
     def __del__(self) -> None:

@@ -17,10 +17,8 @@ from support.kernel import Footprint
 from support.targets import ProgramResources, Target, check_unchanged, until, until_blocked
 
 import iobmd
-from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Task, procfs
-from iobmd.remote import session
-from iobmd.remote.guest import Guest
-from iobmd.remote.stop import Stop
+from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, procfs
+from iobmd.remote.guest import Call, Guest
 
 ANYWHERE = IOMapOptions.kIOMapAnywhere
 MIB = 1 << 20
@@ -89,16 +87,21 @@ def use_snapshot(pid: int, address: int) -> None:
     iobmd.copy(pid, address, 16 * MIB, freeze=True, wired=False).free()
 
 
+@pytest.mark.parametrize(("others", "times"), [(0, 30), (3, 10), (15, 3)])
 @pytest.mark.parametrize("use", [use_allocate, use_prepare, use_freeze, use_snapshot])
-def test_we_are_killed(use: Callable[[int, int], None]) -> None:
-    """Many times, while it does so over and over: what has been begun is finished by who is left, and soon."""
+def test_we_are_killed(use: Callable[[int, int], None], others: int, times: int) -> None:
+    """While it does so over and over: what has been begun is finished by who is left, and soon.
+
+    Others: threads of ours that compute, and hold the GIL at that moment.
+    """
     with Target([sys.executable, "-c", ECHO]) as target:
         address = int(target.line())
         until_blocked(target.pid)
-        before = ProgramResources.of(target.pid)
-        for _ in range(40):
-            kill_in_the_middle(lambda: use(target.pid, address))
-            assert is_left_alone(target.pid), target.state()
+        before, blocked = ProgramResources.of(target.pid), procfs.status(target.pid)["SigBlk"]
+        for _ in range(times):
+            kill_in_the_middle(lambda: use(target.pid, address), others)
+            assert until(lambda: is_left_alone(target.pid), 20), target.state()
+            assert procfs.status(target.pid)["SigBlk"] == blocked
             target.tell("hello")
             assert target.line(5) == "hello"
             after = ProgramResources.of(target.pid)
@@ -107,66 +110,29 @@ def test_we_are_killed(use: Callable[[int, int], None]) -> None:
             assert not [line for line in set(after.maps) - set(before.maps) if "memfd:iobmd" not in line]
 
 
-def kill_in_the_middle(use: Callable[[], None]) -> None:
-    """Kill a child that does so over and over, some time after the first one, and wait for who finishes its work."""
+def kill_in_the_middle(use: Callable[[], None], others: int) -> None:
+    """Kill a child that does so over and over, some time after the first one."""
     reading, writing = os.pipe()
+    started: list[threading.Thread] = []
+
+    def compute() -> None:
+        while True:
+            sum(range(1000))
 
     def report() -> None:
+        while len(started) < others:
+            started.append(threading.Thread(target=compute, daemon=True))
+            started[-1].start()
         use()
         os.write(writing, b".")
 
     try:
         with forked(report):
             assert select.select([reading], [], [], 20)[0]
-            time.sleep(random.uniform(0, 0.02))
+            time.sleep(random.uniform(0, 0.1 if others else 0.02))
     finally:
         os.close(writing)
-    end = time.monotonic() + 20  # one that hangs is ended by an alarm after 5, and leaves what the caller looks for
-    with os.fdopen(reading, "rb", buffering=0) as pipe:
-        while True:
-            assert select.select([pipe], [], [], max(0, end - time.monotonic()))[0], "its tracer has not ended"
-            if not pipe.read(1 << 16):  # the tracer shares its descriptors
-                return
-
-
-def test_a_stop_that_begins_late_is_finished() -> None:
-    """Who finishes our work is ended after 5 s, lest it hang, but not while a thread of the target stands still."""
-    with Target([sys.executable, "-c", ECHO]) as target:
-        target.line()
-        until_blocked(target.pid)
-        before = procfs.status(target.pid)["SigBlk"]
-        reading, writing = os.pipe()
-
-        def use() -> None:
-            isolate, collect, options_for = Guest.isolate, Guest.collect, session.options_for
-
-            def isolated(guest: Guest) -> None:
-                isolate(guest)
-                session.options_for = waited
-                os.write(writing, b".")
-                time.sleep(0.5)  # until we are killed
-
-            def waited(task: Task) -> int:
-                time.sleep(3)
-                return options_for(task)
-
-            def collected(guest: Guest, stop: Stop) -> None:
-                time.sleep(3)
-                collect(guest, stop)
-
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(Guest, "isolate", isolated)
-                patch.setattr(Guest, "collect", collected)
-                use_allocate(target.pid, 0)
-
-        with forked(use):
-            assert select.select([reading], [], [], 20)[0]
-        assert until(lambda: is_left_alone(target.pid), 20), target.state()
-        assert procfs.status(target.pid)["SigBlk"] == before
-        target.tell("hello")
-        assert target.line(5) == "hello"
-        for fd in (reading, writing):
-            os.close(fd)
+        os.close(reading)
 
 
 def is_left_alone(pid: int) -> bool:
@@ -176,20 +142,21 @@ def is_left_alone(pid: int) -> bool:
     return not traced and not any((thread / "children").read_text() for thread in threads)
 
 
-def test_we_are_killed_with_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tracer is one of them then, and dies with the guest; who is left has the target wait for that."""
+def test_we_are_killed_while_a_guest_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tracer is left, and has the target wait for it."""
     with Target([sys.executable, "-c", ECHO]) as target:
         target.line()
         until_blocked(target.pid)
         before = ProgramResources.of(target.pid)
-        real = Guest.isolate
+        real = Guest.run
 
-        def isolate(guest: Guest) -> None:
-            real(guest)
+        def run(guest: Guest, *calls: Call, deadline: float | None = None) -> list[int]:
+            real(guest, *calls, deadline=deadline)
             assert not is_left_alone(target.pid), "the control"
             os.kill(caller, signal.SIGKILL)
+            raise AssertionError
 
-        monkeypatch.setattr(Guest, "isolate", isolate)
+        monkeypatch.setattr(Guest, "run", run)
         for _ in range(5):
             if not (caller := os.fork()):
                 try:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,8 @@ from support.targets import children
 
 import iobmd
 from iobmd import IOMapOptions, IOReturn, IOReturnError
-from iobmd.remote.guest import Guest
-from iobmd.remote.tracee import Tracee
+from iobmd.remote.guest import Call, Guest
+from iobmd.remote.session import Session
 
 ANYWHERE = IOMapOptions.kIOMapAnywhere
 MIB = 1 << 20
@@ -121,21 +121,32 @@ def test_free_while_it_is_read(target: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.needs("frames")
-@pytest.mark.parametrize("failing", range(1, 9))
+@pytest.mark.parametrize("failing", range(1, 11))
 def test_a_call_there_fails(target: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
-    """Whichever it is: what was made before it is taken away again, while the task still stands."""
+    """Whichever it is: what was made before it is taken away again."""
     before = Path(f"/proc/{target.pid}/maps").read_text(), os.listdir(f"/proc/{target.pid}/fd")  # noqa: PTH208
-    call = Tracee._call
+    stop, run = Session.stop, Session._run
     count = 0
 
-    def fail(
-        self: Tracee, name: str, arguments: tuple[int, ...], deadline: float | None, *, interruptible: bool
-    ) -> int:
+    def before_failure(calls: Sequence[Call]) -> Sequence[Call] | None:
         nonlocal count
-        count += name not in ("munmap", "close")
-        if count == failing and name not in ("munmap", "close"):
-            raise OSError(errno.ENOMEM, f"{name}: as if")
-        return call(self, name, arguments, deadline, interruptible=interruptible)
+        for index, call in enumerate(calls):
+            count += call.name not in ("munmap", "close")
+            if count == failing and call.name not in ("munmap", "close"):
+                return calls[:index]
+        return None
+
+    def fail_in_thread(self: Session, *calls: Call) -> list[int]:
+        if before_failure(calls) is not None:
+            raise OSError(errno.ENOMEM, "as if")
+        return stop(self, *calls)
+
+    def fail(self: Session, calls: Sequence[Call], deadline: float, may_wait: bool) -> list[int]:
+        made = before_failure(calls)
+        if made is None:
+            return run(self, calls, deadline, may_wait)
+        run(self, made, deadline, may_wait)
+        raise OSError(errno.ENOMEM, "as if")
 
     with iobmd.allocate(4 * MIB, shared=True, contiguous=True) as buffer:
         backing = buffer._memory().backing
@@ -145,14 +156,15 @@ def test_a_call_there_fails(target: subprocess.Popen[bytes], monkeypatch: pytest
         whole, extent = shared.extents, type(shared.extents[0])
         start = whole[0].offset
         shared.extents = (extent(start, 2 * MIB), extent(start + 2 * MIB, whole[0].length - 2 * MIB), *whole[1:])
-        monkeypatch.setattr(Tracee, "_call", fail)
+        monkeypatch.setattr(Session, "stop", fail_in_thread)
+        monkeypatch.setattr(Session, "_run", fail)
         try:
             buffer.createMappingInTask(target.pid, 0, ANYWHERE).unmap()
         except IOReturnError as error:
             assert error.code == IOReturn.kIOReturnNoMemory
         else:
-            assert failing > 7, "it has to fail"
-        monkeypatch.setattr(Tracee, "_call", call)
+            assert failing > 9, "it has to fail"
+        monkeypatch.undo()
     after = Path(f"/proc/{target.pid}/maps").read_text(), os.listdir(f"/proc/{target.pid}/fd")  # noqa: PTH208
     assert after == before
 
@@ -183,15 +195,16 @@ def test_a_frozen_task(target: subprocess.Popen[bytes], tmp_path: Path) -> None:
 
 
 def test_the_last_descriptors_go_while_a_guest_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To kill a guest and have it waited for takes descriptors: they are put aside before it is made."""
+    """To kill a guest and have it waited for takes descriptors: the tracer has its own."""
     taken: list[int] = []
-    isolate = Guest.isolate
+    run = Guest.run
 
-    def take_all(guest: Guest) -> None:
-        isolate(guest)
+    def take_all(guest: Guest, *calls: Call, deadline: float | None = None) -> list[int]:
+        results = run(guest, *calls, deadline=deadline)
         with contextlib.suppress(OSError):
             while True:
                 taken.append(os.open("/", os.O_PATH))
+        return results
 
     def limited() -> str:
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
@@ -204,5 +217,5 @@ def test_the_last_descriptors_go_while_a_guest_is_there(monkeypatch: pytest.Monk
             assert not children(target.pid)
         return str(caught.value)
 
-    monkeypatch.setattr(Guest, "isolate", take_all)
+    monkeypatch.setattr(Guest, "run", take_all)
     print(in_child(limited))

@@ -15,7 +15,7 @@ from support.targets import children
 
 import iobmd
 from iobmd import IOReturn, IOReturnError
-from iobmd.remote import freeze
+from iobmd.remote import session
 
 MIB = 1 << 20
 SOURCE = r"""
@@ -118,13 +118,14 @@ def test_of_one_moment(start, kind: str) -> None:  # type: ignore[no-untyped-def
 def test_how_it_is_done(start, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     """Private memory by a snapshot, shared memory and what a child does not get from the task that stands still."""
     made: list[int] = []
-    make = freeze.Snapshot.make
+    make = session.Session.snapshot
 
-    def count(self: object, stop: object) -> None:
-        make(self, stop)  # type: ignore[arg-type]
-        made.append(self._pid)  # type: ignore[attr-defined]
+    def count(self: session.Session, patience: float) -> iobmd.Task:
+        child = make(self, patience)
+        made.append(child.pid)
+        return child
 
-    monkeypatch.setattr(freeze.Snapshot, "make", count)
+    monkeypatch.setattr(session.Session, "snapshot", count)
     for kind, snapshots in (("small", 1), ("shared", 0), ("dontfork", 0), ("wipeonfork", 0)):
         source = start(8 * MIB, kind)
         made.clear()
@@ -139,16 +140,11 @@ def test_how_it_is_done(start, monkeypatch: pytest.MonkeyPatch) -> None:  # type
 @pytest.mark.needs("compiler")
 def test_a_child_that_cannot_be_made(start, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     """Then the task stands still for the copy."""
-    from iobmd.remote.stop import Stop
 
-    call = Stop.call
+    def refuse(_self: session.Session, _patience: float) -> iobmd.Task:
+        raise OSError(11, "no more processes")
 
-    def refuse(self: Stop, name: str, *arguments: int) -> int:
-        if name == "clone":
-            raise OSError(11, "no more processes")
-        return call(self, name, *arguments)
-
-    monkeypatch.setattr(Stop, "call", refuse)
+    monkeypatch.setattr(session.Session, "snapshot", refuse)
     source = start(8 * MIB, "small")
     with (
         iobmd.copy(source.pid, source.address, 8 * MIB, freeze=True, wired=False) as buffer,

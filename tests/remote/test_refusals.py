@@ -124,25 +124,6 @@ def test_this_process_itself() -> None:
             assert len(memoryview(buffer)) == 4096
 
 
-def test_python_ptrace_is_missing() -> None:
-    """The message names the command; what needs no other task works."""
-
-    def without() -> tuple[IOReturn, str]:
-        sys.modules["ptrace"] = None  # type: ignore[assignment]
-        for name in [name for name in sys.modules if name.startswith("ptrace.")]:
-            sys.modules[name] = None  # type: ignore[assignment]
-        from iobmd.remote import tracing
-
-        tracing._binding.cache_clear()
-        iobmd.allocate(4096, wired=False, shared=True).free()
-        return refused(target.pid)
-
-    with program("sleep", "1000") as target:
-        code, message = in_child(without)
-    assert code == IOReturn.kIOReturnUnsupported
-    assert "pip install 'iobmd[remote]'" in message
-
-
 def test_no_pidfd() -> None:
     with program("sleep", "1000") as target:
         code, message = in_child(lambda: refused(target.pid), deny={"pidfd_getfd": errno.EPERM})

@@ -9,22 +9,21 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.child import NOBODY, in_child
 from support.refusals import code_of
-from support.targets import Target, need_ptrace, until_at_rest
+from support.targets import Target, children, need_ptrace, until_at_rest
 
 import iobmd
 from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Task, Wiring, procfs
 from iobmd._native import crosstask
-from iobmd.remote import session, tracing
-from iobmd.remote.guest import Guest
-from iobmd.remote.stop import Stop
-from iobmd.remote.tracee import Tracee
+from iobmd.remote import gadget, session
+from iobmd.remote.guest import Call, Guest, Result
+from iobmd.remote.session import Session
 from iobmd.task import attempt
 
 MIB = 1 << 20
@@ -53,23 +52,19 @@ def prepare(pid: int, address: int) -> None:
 def test_no_thread_finds_a_descriptor_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process has at each call what it had before; that was both ends of a socket pair, memory and rings once."""
     seen: list[tuple[str, list[str]]] = []
-    real = Tracee._call
 
-    def call(self: Tracee, name: str, *arguments: Any, **options: Any) -> int:
-        seen.append((name, descriptors(self.task.pid)))
-        result = real(self, name, *arguments, **options)
-        seen.append((name, descriptors(self.task.pid)))
-        return result
+    def look(guest: Guest, one: Call) -> None:
+        seen.append((one.name, descriptors(guest.task.pid)))
 
     with Target([sys.executable, "-c", PROGRAM]) as target, iobmd.allocate(8192, shared=True, wired=False) as shared:
         address = int(target.line())
         before = descriptors(target.pid)
-        monkeypatch.setattr(Tracee, "_call", call)
-        iobmd.allocate(8192, task=target.pid, wired=False).free()
-        with shared.createMappingInTask(target.pid, 0, ANYWHERE) as mapped:
-            mapped.redirect(shared)
-        prepare(target.pid, address)
-        assert {name for name, _ in seen} >= {"clone", "socketpair", "recvmsg", "io_uring_register", "wait4"}
+        with one_by_one(monkeypatch, before=look, after=look):
+            iobmd.allocate(8192, task=target.pid, wired=False).free()
+            with shared.createMappingInTask(target.pid, 0, ANYWHERE) as mapped:
+                mapped.redirect(shared)
+            prepare(target.pid, address)
+        assert {name for name, _ in seen} >= {"socketpair", "recvmsg", "mmap", "io_uring_register"}
         assert [entry for entry in seen if entry[1] != before] == []
 
 
@@ -78,17 +73,37 @@ def descriptors(pid: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def before_call(name: str, attack: Callable[[Guest], None], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Attack when a guest is about to make a call: the moment that an attacker has to find."""
-    real = Guest.call
+def one_by_one(
+    monkeypatch: pytest.MonkeyPatch, before: Callable[[Guest, Call], None], after: Callable[[Guest, Call], None]
+) -> Iterator[None]:
+    """Have guests make their calls one after the other, and do something before and after each."""
+    real = Guest.run
 
-    def call(self: Guest, called: str, *arguments: int, deadline: float | None = None) -> int:
-        if called == name:
-            attack(self)
-        return real(self, called, *arguments, deadline=deadline)
+    def run(self: Guest, *calls: Call, deadline: float | None = None) -> list[int]:
+        results: list[int] = []
+        for one in calls:
+            arguments = tuple(
+                results[value.of] + value.plus if isinstance(value, Result) else value for value in one.arguments
+            )
+            before(self, one)
+            results += real(self, one._replace(arguments=arguments), deadline=deadline)
+            after(self, one)
+        return results
 
     with monkeypatch.context() as patch:
-        patch.setattr(Guest, "call", call)
+        patch.setattr(Guest, "run", run)
+        yield
+
+
+@contextlib.contextmanager
+def before_call(name: str, attack: Callable[[Guest], None], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Attack when a guest is about to make a call: the moment that an attacker has to find."""
+
+    def before(guest: Guest, one: Call) -> None:
+        if one.name == name and guest._is_isolated:  # before, its descriptors are those of its task
+            attack(guest)
+
+    with one_by_one(monkeypatch, before=before, after=lambda _guest, _one: None):
         yield
 
 
@@ -254,70 +269,85 @@ threading.Event().wait()
 """
 
 
-def test_another_thread_runs_another_program_during_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes over the number of the thread that makes the call, which is waited for no longer."""
-    with Target([sys.executable, "-c", EXEC]) as target:
-        until_at_rest(target.pid)
-        begun, told = threading.Event(), threading.Event()
-        real = tracing.syscall_stop
-
-        def syscall_stop(tid: int) -> tracing.SyscallStop | None:
-            if begun.is_set() and not told.is_set():  # it has been let run to the end of the call
-                told.set()
-                target.tell()
-                name = Path(f"/proc/{target.pid}/comm")
-                while name.read_text() != "sleep\n":
-                    time.sleep(0.001)
-            stop = real(tid)
-            if stop and not stop.at_exit:
-                begun.set()
-            return stop
-
-        def work(stop: Stop) -> None:
-            assert stop._tid == target.pid
-            with contextlib.suppress(ProcessLookupError):
-                stop.call("munmap", 1 << 40, 4096)
-
-        monkeypatch.setattr(tracing, "syscall_stop", syscall_stop)
-        begin = time.monotonic()
-        with contextlib.suppress(ProcessLookupError):
-            session.with_stopped(Task(target.pid), work)
-        assert told.is_set()
-        assert time.monotonic() - begin < 5
-        assert "TracerPid:\t0\n" in Path(f"/proc/{target.pid}/status").read_text()
+def test_another_thread_runs_another_program() -> None:
+    """At any moment: it takes over the number of the thread that makes the call, which is waited for no longer."""
+    for number in range(10):
+        with Target([sys.executable, "-c", EXEC]) as target:
+            until_at_rest(target.pid)
+            name, begin = Path(f"/proc/{target.pid}/comm"), time.monotonic()
+            threading.Timer(number * 0.001, target.tell).start()
+            while name.read_text() != "sleep\n" or time.monotonic() < begin + 0.05:
+                with contextlib.suppress(IOReturnError):
+                    iobmd.allocate(8192, task=target.pid, wired=False).free()
+            assert time.monotonic() - begin < 5
+            assert "TracerPid:\t0\n" in Path(f"/proc/{target.pid}/status").read_text()
+            assert not children(target.pid)
 
 
 OTHER_CALL = b"\xb8\x5f\0\0\0" + b"\xbf\x15\0\0\0" + b"\x0f\x05"
 """umask(025), in place of the call that the registers were set to: what a filter of the task could forbid."""
 
 
-@pytest.mark.parametrize("name", ["clone", "close_range", "mmap"])
+@contextlib.contextmanager
+def other_code(pid: int, address: int) -> Iterator[None]:
+    """Have other code at an address of a program, as a thread of it may at any time."""
+    with Path(f"/proc/{pid}/mem").open("r+b", buffering=0) as memory:
+        memory.seek(address)
+        before = memory.read(len(OTHER_CALL))
+        memory.seek(address)
+        memory.write(OTHER_CALL)
+        try:
+            yield
+        finally:
+            memory.seek(address)
+            memory.write(before)
+
+
+@pytest.mark.parametrize("name", ["close_range", "mmap"])
 def test_code_that_is_changed_makes_no_other_call(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread writes to the instruction after it was looked at; the filters of the caller are suspended then."""
-    real = Tracee._once
+    real = Session._run
 
-    def once(self: Tracee, called: str, *arguments: Any, **options: Any) -> int:
-        if called != name:
-            return real(self, called, *arguments, **options)
-        with Path(f"/proc/{self.task.pid}/mem").open("r+b", buffering=0) as memory:
-            memory.seek(self.gadget)
-            before = memory.read(len(OTHER_CALL))
-            memory.seek(self.gadget)
-            memory.write(OTHER_CALL)
-            try:
-                return real(self, called, *arguments, **options)
-            finally:
-                memory.seek(self.gadget)
-                memory.write(before)
+    def run(self: Session, calls: Sequence[Call], deadline: float, may_wait: bool) -> list[int]:
+        if all(one.name != name for one in calls):
+            return real(self, calls, deadline, may_wait)
+        with other_code(self.task.pid, gadget.find(self.task)):
+            return real(self, calls, deadline, may_wait)
 
     with Target([sys.executable, "-c", PROGRAM]) as target:
         umask = procfs.status(target.pid)["Umask"]
         with monkeypatch.context() as patch:
-            patch.setattr(Tracee, "_once", once)
+            patch.setattr(Session, "_run", run)
             code = code_of(lambda: iobmd.allocate(8192, task=target.pid, wired=False))
         assert procfs.status(target.pid)["Umask"] == umask != "0025"
         assert code == IOReturn.kIOReturnError
         iobmd.allocate(8192, task=target.pid, wired=False).free()
+        target.tell()
+
+
+def test_code_that_changes_all_the_time_makes_no_other_call() -> None:
+    """Whatever moment it is: the stopped thread makes the call that was asked for, or none."""
+    with Target([sys.executable, "-c", PROGRAM]) as target:
+        task, umask, over = Task(target.pid), procfs.status(target.pid)["Umask"], threading.Event()
+        address = gadget.find(task)
+
+        def change() -> None:
+            while not over.is_set():
+                with other_code(target.pid, address):
+                    time.sleep(0.0001)
+
+        thread = threading.Thread(target=change)
+        thread.start()
+        try:
+            end = time.monotonic() + 1
+            while time.monotonic() < end:
+                with contextlib.suppress(IOReturnError):
+                    session.with_guest(task, lambda _guest: None)
+                assert procfs.status(target.pid)["Umask"] == umask != "0025"
+        finally:
+            over.set()
+            thread.join()
+        iobmd.allocate(8192, task=task, wired=False).free()
         target.tell()
 
 

@@ -7,19 +7,19 @@ import mmap
 import os
 import signal
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.child import forked, in_child, sleeping
+from support.child import forked, sleeping
 from support.namespaces import in_namespaces, mount_proc
 from support.targets import Target, need_ptrace
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Task
-from iobmd.remote import gadget, session, threads
-from iobmd.remote.snapshot import Snapshot
+from iobmd.remote import threads
+from iobmd.remote.session import Snapshot
 from iobmd.task.transfer import Transfer
 
 WALL = 0x40000000
@@ -48,18 +48,9 @@ def target() -> Iterator[Target]:
         yield program
 
 
-USES: dict[str, Callable[[int, int], None]] = {
-    "allocate": lambda pid, _address: iobmd.allocate(8192, task=pid, wired=False).free(),
-    "freeze": lambda pid, address: iobmd.copy(pid, address, 4096, freeze=True, wired=False).free(),
-}
-
-
-@pytest.mark.parametrize("use", ["allocate", "freeze"])
-def test_a_thread_of_another_process_is_not_stopped(
-    target: Target, use: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_thread_of_another_process_is_not_stopped(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread of the task ends, and its number goes to another process before it is seized."""
-    address = int(target.line())
+    target.line()
     seized = []
     with sleeping() as stranger:
         before = state(stranger.pid)
@@ -76,45 +67,25 @@ def test_a_thread_of_another_process_is_not_stopped(
 
         monkeypatch.setattr(threads, "thread_ids", thread_ids)
         monkeypatch.setattr(threads, "activity", activity)
-        USES[use](target.pid, address)
+        iobmd.allocate(8192, task=target.pid, wired=False).free()
         assert seized
         assert state(stranger.pid) == before
 
 
-@pytest.mark.needs("root")
-def test_the_next_owner_of_a_guests_number_is_not_killed() -> None:
-    """A task ends the guest that was made in it, and waits for it; a thread of ours has waited for any child."""
-    need_ptrace()
-    assert in_namespaces(guest_replaced, proc=mount_proc)
-
-
-def guest_replaced() -> bool:
-    """Say whether the process that gets the number of a guest survives, where nothing else makes processes."""
-    with Target([sys.executable, "-c", REAPER]) as target:
-        target.line()
-        return bool(in_child(lambda: victim_survives(target)))
-
-
-def victim_survives(target: Target) -> bool:
-    # With another thread, and no child to trace, the tracer is a thread too: any thread can reap what it traces.
-    over = threading.Event()
-    threading.Thread(target=over.wait).start()
-    task = Task(target.pid)
-    instruction = gadget.find(task)
-    snapshot = Snapshot(task, 1 << 20, lambda work: session.stop_one(task, 0, instruction, work))
-    with snapshot.held():
-        number = snapshot._guest.pid
+def test_the_number_of_a_guest_goes_to_nobody_else(target: Target) -> None:
+    """Its task ends it, and waits for it, as does a thread of ours for any child: only its tracer can."""
+    target.line()
+    snapshot = Snapshot(Task(target.pid), 1 << 20)
+    with snapshot:
+        assert snapshot._session
+        number = snapshot._session._tracer.guest
         os.kill(number, signal.SIGKILL)
-        assert os.waitpid(number, WALL)[0] == number  # as a wait for any child may
+        with pytest.raises(ChildProcessError):
+            os.waitpid(number, WALL)
         target.tell(str(number))
-        assert int(target.line()) == number
-        victim = fork_as(number)
-    over.set()
-    alive = os.waitpid(victim, os.WNOHANG) == (0, 0)
-    if alive:
-        os.kill(victim, signal.SIGKILL)
-        os.waitpid(victim, 0)
-    return alive
+        time.sleep(0.1)  # it waits for it, in vain
+        assert ") Z " in Path(f"/proc/{number}/stat").read_text()
+    assert int(target.line()) == number
 
 
 WRITES: dict[str, Callable[[Task, int], object]] = {

@@ -3,6 +3,7 @@
 import errno
 import json
 import mmap
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -34,7 +35,7 @@ PROBES = {
     "write_tracking": lazyfree.write_tracking,
     "pressure": pressure.pressure,
     "cgroup": pressure.cgroup,
-    "python_ptrace": remote.python_ptrace,
+    "system_calls": remote.system_calls,
     "pidfd_getfd": remote.pidfd_getfd,
     "huge_shared": remote.huge_shared,
 }
@@ -94,9 +95,10 @@ def test_page_size_and_kernel():
 
 
 def test_what_memory_in_other_tasks_rests_on(monkeypatch):
-    assert remote.python_ptrace().status is Status.YES
-    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    assert "iobmd[remote]" in remote.python_ptrace().remedy
+    assert remote.system_calls().status is Status.YES
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "uname", lambda: os.uname_result(("Linux", "", "", "", "aarch64")))
+        assert "x86-64" in remote.system_calls().remedy
     assert remote.pidfd_getfd().status is Status.YES
     denied = in_child(remote.pidfd_getfd, deny={"pidfd_getfd": errno.EPERM})
     assert denied.status is Status.NO

@@ -44,7 +44,7 @@ def run(size: int, rounds: int) -> list[Result]:
 def _stops(task: Task, count: int) -> list[Result]:
     stopped, bare, whole = [], [], []
     for _ in range(count):
-        bare.append(session.with_stopped(task, lambda _stop: None) / 1e9)
+        bare.append(session.stop(task) / 1e9)
         begin = time.perf_counter()
         buffer = allocate(SMALL, task=task, wired=False)
         whole.append(time.perf_counter() - begin)

@@ -20,7 +20,7 @@ from pathlib import Path
 from . import cache, cpio
 
 TREE = Path(__file__).parents[2]
-PACKAGES = ("pytest", "pytest-timeout", "hypothesis", "psutil", "rich", "python-ptrace", "typing_extensions")
+PACKAGES = ("pytest", "pytest-timeout", "hypothesis", "psutil", "rich", "typing_extensions")
 SHELL = "/bin/busybox"
 _HERE = Path(__file__).parent
 _STDLIB = Path(sysconfig.get_path("stdlib"))

@@ -1,0 +1,995 @@
+/* A process that traces another task for this one (ptrace(2), x86-64).
+
+   It is made by clone(2) with CLONE_VM: it shares this process's memory, by which it is given commands, and outlives it.
+   From the first to the last ptrace call on a thread of the task, nothing here needs Python, the C library's locks, heap
+   or thread-local data, or the dynamic loader, any of which a thread that was killed may have held. If its maker dies,
+   it finishes what is under way, ends what it has made in the task, and exits.
+
+   Only this process waits for what it traces, so the number of a tracee that it has not waited for is no other's. */
+#ifndef IOBMD_TRACER_H
+#define IOBMD_TRACER_H
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/ptrace.h>
+#include <sys/syscall.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+#include "raw_call.h"
+#ifndef SYS_close_range
+#define SYS_close_range 436
+#endif
+
+enum iobmd_command { IOBMD_NOTHING, IOBMD_STOP, IOBMD_RUN, IOBMD_FREEZE, IOBMD_THAW, IOBMD_COLLECT, IOBMD_END };
+
+enum iobmd_status {
+    IOBMD_DONE,
+    IOBMD_GONE,        /* the task has no threads any more */
+    IOBMD_REFUSED,     /* the kernel does not let it be traced: `error` */
+    IOBMD_STRANGER,    /* a thread ended, and another process's got its number: that is traced until this tracer ends */
+    IOBMD_LATE,        /* no thread stopped, or one of those to be frozen did not */
+    IOBMD_HELD,        /* it stops, but does not go on to a system call: it is frozen, or gets no processor */
+    IOBMD_CHANGED,     /* the task has changed its code, and would have made another call */
+    IOBMD_32_BIT,
+    IOBMD_DIVERTED,    /* its system calls go to a handler (PR_SET_SYSCALL_USER_DISPATCH) */
+    IOBMD_SIGNALLED,   /* a signal that cannot be blocked came in place of the call: `error` */
+    IOBMD_FAILED,      /* the call with the index `failed` did: `error` */
+    IOBMD_ENDED,       /* the thread, or the guest, ended */
+    IOBMD_STUCK,       /* a call of the guest has not returned by the deadline, or until it was cancelled */
+    IOBMD_UNSEEN,      /* a process was made that this one does not see */
+    IOBMD_UNREADABLE,  /* what has to be read of the thread is not resident: its fault could wait for that very thread */
+    IOBMD_NO_MEMORY,
+};
+
+enum iobmd_made { IOBMD_NO_RANGE, IOBMD_SCRATCH, IOBMD_MAPPING };
+
+/* What is made while all threads stand still: with a snapshot, they go on then. */
+enum iobmd_wanted { IOBMD_NO_PROCESS, IOBMD_GUEST, IOBMD_SNAPSHOT };
+
+/* A system call that a thread of the task makes, or the guest. */
+struct iobmd_call {
+    long number;
+    unsigned long arguments[6];
+    unsigned char of[6];   /* n: the argument is relative to the result of the nth call of the program; 0: to none */
+    unsigned char made;    /* iobmd_made: it maps arguments[1] bytes, which the end of the session unmaps: always, or
+                              unless the session succeeds */
+    long result;
+};
+
+/* A thread of the task, and since when it sleeps in epoll_wait(2): 0 where that does not matter, or is not known. */
+struct iobmd_thread {
+    pid_t tid;
+    int cpu;               /* the processor it ran on last, or -1 */
+    int64_t since_ns;      /* CLOCK_MONOTONIC */
+    unsigned long switches;
+    int64_t begun_ns;      /* when its stop began */
+    char stands, ended;
+};
+
+enum { IOBMD_CALLS = 16, IOBMD_RANGES_MADE = 16, IOBMD_LATE_THREADS = 16, IOBMD_TRACER_STACK = 64 << 10 };
+
+struct iobmd_tracer {
+    /* Set by the maker. */
+    pid_t task;
+    unsigned long instruction;  /* the address of a system call instruction of the task */
+    long options;               /* to trace it with */
+    int is_thread;              /* of the maker: see iobmd_tracer_start() */
+    int64_t patience_ns;        /* for the stop of all threads, and for one of several */
+    int64_t short_ns;
+
+    volatile int command;       /* a futex: IOBMD_NOTHING once it is done */
+    volatile int cancelled;
+    struct iobmd_call calls[IOBMD_CALLS];
+    int count;
+    const struct iobmd_thread *known;  /* STOP, COLLECT: candidates; FREEZE: threads that sleep in epoll_wait */
+    int knows;
+    int64_t deadline_ns;        /* of the guest's calls */
+    int may_wait;               /* RUN: they are given up if it is cancelled; what a call has mapped then stays unknown */
+    int wanted;                 /* FREEZE: iobmd_wanted */
+    int failed_session;         /* COLLECT, END: unmap all that was mapped */
+
+    /* The answer. */
+    int status, error, failed;
+    pid_t refused;              /* the thread that may not be traced */
+    int64_t stopped_ns;         /* for how long a thread stood still, at most, all in all */
+    pid_t guest, child;         /* as this process counts; 0: none */
+
+    /* Its own. */
+    pid_t maker, maker_thread, pid, self;
+    pthread_t thread;
+    int folder;                 /* /proc/PID of the task: of no other process, whatever happens to the number */
+    int guest_is_stuck, ending;
+    long guest_there, child_there;  /* as the task counts */
+    pid_t made;                 /* by the last clone */
+    struct iobmd_thread late[IOBMD_LATE_THREADS];
+    int lates;
+    struct iobmd_thread *threads;  /* that are frozen */
+    int frozen, room;
+    int64_t froze_ns;
+    struct { unsigned long start, size; int made; } ranges[IOBMD_RANGES_MADE];
+    char stack[IOBMD_TRACER_STACK] __attribute__((aligned(64)));
+};
+
+#ifdef __x86_64__
+#include <sys/user.h>
+
+/* linux/ptrace.h, which does not go together with sys/ptrace.h. */
+enum {
+    IOBMD_SEIZE = 0x4206, IOBMD_INTERRUPT = 0x4207, IOBMD_GETSIGINFO = 0x4202, IOBMD_GETSIGMASK = 0x420a,
+    IOBMD_SETSIGMASK = 0x420b, IOBMD_SYSCALL_INFO = 0x420e /* Linux 5.3 */, IOBMD_RSEQ = 0x420f /* Linux 5.13 */,
+    IOBMD_DISPATCH = 0x4211 /* Linux 6.4 */, IOBMD_EVENT_STOP = 128, IOBMD_EVENT_CLONE = 3,
+    IOBMD_EXITKILL = 1 << 20, IOBMD_ENTRY = 1, IOBMD_EXIT = 2,
+};
+#define IOBMD_ARCHITECTURE 0xc000003eu  /* AUDIT_ARCH_X86_64 */
+#define IOBMD_NO_CALL (~0ul)            /* in orig_rax: the registers are not those of an interrupted system call */
+enum { IOBMD_CODE_32 = 0x23, IOBMD_PAGE = 4096, IOBMD_INSTRUCTION = 2, IOBMD_NO_STACK = 8 };
+
+static const int64_t IOBMD_MS = 1000000;
+static const int64_t IOBMD_BEGIN = 1000000000;   /* ns for a thread to begin a call */
+static const int64_t IOBMD_DEATH = 5000000000;   /* ns for a process that was killed to be dead, and for a first stop */
+
+struct iobmd_syscall_info {
+    unsigned char at, unused[3];
+    unsigned int architecture;
+    unsigned long behind, stack;
+    union { struct { unsigned long number, arguments[6]; } entry; struct { long result; } exit; };
+};
+
+/* -- the kernel, and what time it is -- */
+
+static long iobmd_ptrace(int request, pid_t tid, unsigned long address, const void *data)
+{
+    return iobmd_raw(SYS_ptrace, request, tid, (long)address, (long)data, 0, 0);
+}
+
+static int64_t iobmd_now(void)
+{
+    struct timespec now;
+    iobmd_raw(SYS_clock_gettime, CLOCK_MONOTONIC, (long)&now, 0, 0, 0, 0);
+    return now.tv_sec * 1000 * IOBMD_MS + now.tv_nsec;
+}
+
+/* Whether the thread that gives the commands is gone: its process was killed, or runs another program. */
+static int iobmd_is_orphan(const struct iobmd_tracer *t)
+{
+    return (!t->is_thread && iobmd_raw(SYS_getppid, 0, 0, 0, 0, 0, 0) != t->maker) ||
+           iobmd_raw(SYS_tgkill, t->maker, t->maker_thread, 0, 0, 0, 0) == -ESRCH;
+}
+
+/* Whether what can be left as it is shall be. */
+static int iobmd_gives_up(const struct iobmd_tracer *t)
+{
+    return !t->ending && (t->cancelled || iobmd_is_orphan(t));
+}
+
+/* Wait for a report of a tracee, at most 2 ms; whether there was one. A thread of the maker leaves its signals alone. */
+static int iobmd_doze(const struct iobmd_tracer *t)
+{
+    struct timespec moment = { 0, t->is_thread ? 50000 : 2 * IOBMD_MS };
+    unsigned long reports = 1ul << (SIGCHLD - 1);
+    if (!t->is_thread)
+        return iobmd_raw(SYS_rt_sigtimedwait, (long)&reports, 0, (long)&moment, sizeof reports, 0, 0) > 0;
+    iobmd_raw(SYS_nanosleep, (long)&moment, 0, 0, 0, 0, 0);
+    return 0;
+}
+
+/* -- files of /proc -- */
+
+static char *iobmd_append(char *end, const char *text)
+{
+    while ((*end = *text++)) end++;
+    return end;
+}
+
+static char *iobmd_append_number(char *end, unsigned long number)
+{
+    char digits[24], *first = digits + sizeof digits;
+    *--first = 0;
+    do *--first = (char)('0' + number % 10); while (number /= 10);
+    return iobmd_append(end, first);
+}
+
+/* Open a file of a thread of the task, "" for its folder, or of another tracee; an error number below 0. */
+static long iobmd_open(const struct iobmd_tracer *t, pid_t tid, const char *name, int flags)
+{
+    char path[64], *end = path;
+    int is_guest = tid == t->guest || tid == t->child;
+    if (is_guest) end = iobmd_append_number(iobmd_append(end, "/proc/"), (unsigned long)tid);
+    else end = iobmd_append_number(iobmd_append(end, "task/"), (unsigned long)tid);
+    iobmd_append(iobmd_append(end, "/"), name);
+    return iobmd_raw(SYS_openat, is_guest ? AT_FDCWD : t->folder, (long)path, flags | O_CLOEXEC, 0, 0, 0);
+}
+
+static void iobmd_close(long file) { iobmd_raw(SYS_close, file, 0, 0, 0, 0, 0); }
+
+/* Return the number, or the letter, in the last line of a thread's status that begins so, as the name of the program
+   comes first; -1: there is none. */
+static long iobmd_status_field(const struct iobmd_tracer *t, pid_t tid, const char *name)
+{
+    char text[4096];
+    long number = -1, at, size, file = iobmd_open(t, tid, "status", O_RDONLY);
+    if (file < 0) return -1;
+    size = iobmd_raw(SYS_read, file, (long)text, sizeof text - 1, 0, 0, 0);
+    iobmd_close(file);
+    if (size < 0) return -1;
+    text[size] = 0;
+    for (at = 0; at < size; at++) {
+        const char *wanted = name, *found = text + at;
+        if (at && text[at - 1] != '\n') continue;
+        while (*wanted && *wanted == *found) wanted++, found++;
+        if (*wanted) continue;
+        while (*found == '\t' || *found == ' ') found++;
+        if (*found > '9') number = *found;
+        else for (number = 0; *found >= '0' && *found <= '9'; found++) number = number * 10 + *found - '0';
+    }
+    return number;
+}
+
+static int iobmd_is_dead(const struct iobmd_tracer *t, pid_t tid)
+{
+    long state = iobmd_status_field(t, tid, "State:");
+    return state == 'Z' || state == 'X';
+}
+
+/* Whether a tracee has ended, or runs another program, by which a thread gets the number of its process. */
+static int iobmd_is_gone(const struct iobmd_tracer *t, pid_t tid)
+{
+    return iobmd_is_dead(t, tid) || iobmd_status_field(t, tid, "TracerPid:") != t->self;
+}
+
+/* Read the memory of a thread where that needs no page fault, which could wait for one that stands still. By its own
+   number: that of its task shows no memory any more once the first thread has ended. */
+static int iobmd_peek(const struct iobmd_tracer *t, pid_t tid, unsigned long address, void *data, size_t size)
+{
+    struct iovec ours = { data, size }, theirs = { (void *)address, size };
+    unsigned long page, entry;
+    long file = iobmd_open(t, tid, "pagemap", O_RDONLY);
+    if (file < 0) return IOBMD_UNREADABLE;
+    for (page = address / IOBMD_PAGE; page <= (address + size - 1) / IOBMD_PAGE; page++)
+        /* Neither present nor in swap. */
+        if (iobmd_raw(SYS_pread64, file, (long)&entry, 8, (long)(page * 8), 0, 0) != 8 || !(entry >> 62)) break;
+    iobmd_close(file);
+    if (page <= (address + size - 1) / IOBMD_PAGE ||
+        iobmd_raw(SYS_process_vm_readv, tid, (long)&ours, 1, (long)&theirs, 1, 0) != (long)size)
+        return IOBMD_UNREADABLE;
+    return IOBMD_DONE;
+}
+
+/* -- one tracee -- */
+
+/* Wait until a tracee stops, and why it did. `may_give_up`: it can be left as it is. */
+static int iobmd_await(const struct iobmd_tracer *t, pid_t tid, int64_t until, int may_give_up, siginfo_t *why)
+{
+    for (;;) {
+        long error = iobmd_ptrace(IOBMD_GETSIGINFO, tid, 0, why);
+        if (!error) return IOBMD_DONE;
+        if (error != -ESRCH) return IOBMD_ENDED;
+        if (may_give_up && iobmd_gives_up(t)) return IOBMD_LATE;
+        if (until && iobmd_now() >= until) return IOBMD_LATE;
+        if (!iobmd_doze(t) && iobmd_is_gone(t, tid)) return IOBMD_ENDED;
+    }
+}
+
+static int iobmd_is_event_stop(const siginfo_t *why) { return why->si_code >> 8 == IOBMD_EVENT_STOP; }
+
+/* Let it run to the begin or the end of a system call. */
+static int iobmd_run_to(struct iobmd_tracer *t, pid_t tid, int at, int64_t until, int may_give_up,
+                        struct iobmd_syscall_info *info)
+{
+    long signal_number = 0;
+    for (;;) {
+        siginfo_t why;
+        int status;
+        iobmd_ptrace(PTRACE_SYSCALL, tid, 0, (void *)signal_number);
+        signal_number = 0;
+        if ((status = iobmd_await(t, tid, until, may_give_up, &why))) return status;
+        if (iobmd_ptrace(IOBMD_SYSCALL_INFO, tid, sizeof *info, info) < 0) return IOBMD_ENDED;
+        if (info->at == at) return IOBMD_DONE;
+        if (info->at == IOBMD_ENTRY || info->at == IOBMD_EXIT) continue;
+        if (why.si_code >> 8 == IOBMD_EVENT_CLONE) {
+            unsigned long made = 0;
+            iobmd_ptrace(PTRACE_GETEVENTMSG, tid, 0, &made);
+            t->made = (pid_t)made;
+        } else if (!iobmd_is_event_stop(&why)) {
+            /* By what cannot be blocked: SIGSTOP, which stops its process all the same, or a fault. */
+            signal_number = why.si_signo;
+            if (signal_number != SIGSTOP) {
+                t->error = why.si_signo;
+                return IOBMD_SIGNALLED;
+            }
+        }
+    }
+}
+
+/* Whether a tracee that begins a system call begins this one. Another thread of its task may write to the code at any
+   time, and so choose the call; seccomp filters are suspended for it, and no call may pass but ours. */
+static int iobmd_is_call(const struct iobmd_syscall_info *info, const struct user_regs_struct *regs)
+{
+    const unsigned long *arguments = info->entry.arguments;
+    return info->architecture == IOBMD_ARCHITECTURE && info->behind == regs->rip + IOBMD_INSTRUCTION &&
+           info->entry.number == regs->rax && arguments[0] == regs->rdi && arguments[1] == regs->rsi &&
+           arguments[2] == regs->rdx && arguments[3] == regs->r10 && arguments[4] == regs->r8 &&
+           arguments[5] == regs->r9;
+}
+
+/* Make one system call in a tracee that is stopped; `base` is what its other registers are. */
+static int iobmd_make(struct iobmd_tracer *t, pid_t tid, const struct user_regs_struct *base, struct iobmd_call *call,
+                      int64_t until, int may_give_up)
+{
+    struct user_regs_struct regs = *base;
+    struct iobmd_syscall_info info;
+    siginfo_t why;
+    int64_t begin = iobmd_now() + IOBMD_BEGIN;
+    int status;
+    regs.rip = t->instruction;
+    regs.rax = (unsigned long)call->number;
+    regs.orig_rax = IOBMD_NO_CALL;
+    regs.rdi = call->arguments[0];
+    regs.rsi = call->arguments[1];
+    regs.rdx = call->arguments[2];
+    regs.r10 = call->arguments[3];
+    regs.r8 = call->arguments[4];
+    regs.r9 = call->arguments[5];
+    t->made = 0;
+    do {
+        if (iobmd_ptrace(PTRACE_SETREGS, tid, 0, &regs)) return IOBMD_ENDED;
+        status = iobmd_run_to(t, tid, IOBMD_ENTRY, begin, 0, &info);
+        if (status == IOBMD_LATE) {  /* it has not begun, and is taken back */
+            iobmd_ptrace(IOBMD_INTERRUPT, tid, 0, NULL);
+            iobmd_await(t, tid, iobmd_now() + IOBMD_BEGIN, 0, &why);
+            return IOBMD_HELD;
+        }
+        if (status) return status;
+        if (!iobmd_is_call(&info, &regs)) {
+            struct user_regs_struct skipped;
+            if (!iobmd_ptrace(PTRACE_GETREGS, tid, 0, &skipped)) {
+                skipped.orig_rax = IOBMD_NO_CALL;
+                iobmd_ptrace(PTRACE_SETREGS, tid, 0, &skipped);
+                iobmd_run_to(t, tid, IOBMD_EXIT, iobmd_now() + IOBMD_BEGIN, 0, &info);
+            }
+            return IOBMD_CHANGED;
+        }
+        if ((status = iobmd_run_to(t, tid, IOBMD_EXIT, until, may_give_up, &info))) return status;
+        call->result = info.exit.result;
+        /* ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND: the kernel would begin it again after a SIGSTOP. */
+    } while (call->result <= -512 && call->result >= -514 && iobmd_now() < begin);
+    return call->result <= -512 && call->result >= -514 ? IOBMD_HELD : IOBMD_DONE;
+}
+
+static void iobmd_note_range(struct iobmd_tracer *t, const struct iobmd_call *call)
+{
+    for (int i = 0; i < IOBMD_RANGES_MADE; i++)
+        if (!t->ranges[i].size) {
+            t->ranges[i].start = (unsigned long)call->result;
+            t->ranges[i].size = call->arguments[1];
+            t->ranges[i].made = call->made;
+            return;
+        }
+}
+
+/* What the task has unmapped for us is not unmapped once more: something else may be there by then. */
+static void iobmd_forget_range(struct iobmd_tracer *t, unsigned long start, unsigned long size)
+{
+    for (int i = 0; i < IOBMD_RANGES_MADE; i++) {
+        unsigned long first = t->ranges[i].start, end = first + t->ranges[i].size;
+        if (start <= first && first < start + size) {
+            t->ranges[i].start = start + size < end ? start + size : end;
+            t->ranges[i].size = end - t->ranges[i].start;
+        } else if (first < start && start < end && start + size >= end)
+            t->ranges[i].size = start - first;
+    }
+}
+
+/* Make system calls one after the other until one fails. */
+static int iobmd_program(struct iobmd_tracer *t, pid_t tid, const struct user_regs_struct *base,
+                         struct iobmd_call *calls, int count, int64_t until, int may_give_up)
+{
+    for (t->failed = 0; t->failed < count; t->failed++) {
+        struct iobmd_call *call = calls + t->failed;
+        int status;
+        for (int i = 0; i < 6; i++)
+            if (call->of[i]) call->arguments[i] += (unsigned long)calls[call->of[i] - 1].result;
+        if ((status = iobmd_make(t, tid, base, call, until, may_give_up))) return status;
+        if (call->result < 0 && call->result > -4096) {
+            t->error = (int)-call->result;
+            return IOBMD_FAILED;
+        }
+        if (call->made) iobmd_note_range(t, call);
+        if (call->number == SYS_munmap) iobmd_forget_range(t, call->arguments[0], call->arguments[1]);
+    }
+    return IOBMD_DONE;
+}
+
+/* -- a thread of the task -- */
+
+/* Calls that may return EINTR for a stop which no signal handler had a part in (signal(7)); the kernel resumes the
+   others by itself. They have done nothing then, and begin once more (`remote.threads.ENDED_BY_A_STOP`). */
+static int iobmd_is_ended_by_a_stop(unsigned long call)
+{
+    static const short calls[] = { 0, 1, 19, 20, 42, 43, 44, 45, 46, 47, 65, 128, 208, 220, 232, 281, 288, 299, 307,
+                                   333, 426, 441 };
+    for (size_t i = 0; i < sizeof calls / sizeof *calls; i++)
+        if ((unsigned long)calls[i] == call) return 1;
+    return 0;
+}
+
+/* Have a thread go back into the call that our stop has ended: in place of EINTR goes the kernel's own code for "once
+   more, unless a handler runs". The C library does not look at the register of epoll_wait's timeout again, which is set
+   to the rest; where the timeout is in memory or a setting of a socket, the call begins again with all of it. */
+static void iobmd_undo_eintr(const struct iobmd_tracer *t, const struct iobmd_thread *thread)
+{
+    struct user_regs_struct regs;
+    if (iobmd_ptrace(PTRACE_GETREGS, thread->tid, 0, &regs) || (long)regs.rax != -EINTR ||
+        !iobmd_is_ended_by_a_stop(regs.orig_rax))
+        return;
+    regs.rax = (unsigned long)-514l;  /* ERESTARTNOHAND */
+    int timeout_ms = (int)regs.r10;
+    /* One sleep more than before, the present stop: it has been in that one call since. */
+    if ((regs.orig_rax == SYS_epoll_wait || regs.orig_rax == SYS_epoll_pwait) && timeout_ms > 0 && thread->since_ns &&
+        iobmd_status_field(t, thread->tid, "voluntary_ctxt_switches:") == (long)thread->switches + 1) {
+        int64_t left = timeout_ms * IOBMD_MS - (iobmd_now() - thread->since_ns);
+        regs.r10 = left > 0 ? (unsigned long)((left + IOBMD_MS - 1) / IOBMD_MS) : 0;
+    }
+    iobmd_ptrace(PTRACE_SETREGS, thread->tid, 0, &regs);
+}
+
+/* Begin to stop a thread. Whose it is can only be found out once it is traced and cannot vanish; nothing of it is
+   changed until then. */
+static int iobmd_seize(struct iobmd_tracer *t, struct iobmd_thread *thread)
+{
+    long error = iobmd_ptrace(IOBMD_SEIZE, thread->tid, 0, NULL);
+    thread->stands = 0;
+    if (error == -ESRCH || (error && iobmd_is_dead(t, thread->tid))) return IOBMD_ENDED;
+    if (error) {
+        t->error = (int)-error;
+        t->refused = thread->tid;
+        return IOBMD_REFUSED;
+    }
+    long folder = iobmd_open(t, thread->tid, "", O_PATH);
+    if (folder < 0) return IOBMD_STRANGER;
+    iobmd_close(folder);
+    thread->begun_ns = iobmd_now();
+    return iobmd_ptrace(IOBMD_INTERRUPT, thread->tid, 0, NULL) ? IOBMD_ENDED : IOBMD_DONE;
+}
+
+/* Wait until a thread stands still between two instructions of its own. */
+static int iobmd_stand(const struct iobmd_tracer *t, struct iobmd_thread *thread, int64_t until)
+{
+    siginfo_t why;
+    int status;
+    while (!(status = iobmd_await(t, thread->tid, until, 1, &why)) && !iobmd_is_event_stop(&why))
+        iobmd_ptrace(PTRACE_CONT, thread->tid, 0, (void *)(long)why.si_signo);  /* a signal: to its handler with it */
+    if (status) return status;
+    thread->stands = 1;
+    iobmd_undo_eintr(t, thread);
+    return IOBMD_DONE;
+}
+
+static void iobmd_let_go(const struct iobmd_tracer *t, struct iobmd_thread *thread)
+{
+    /* It may have stopped by now; what has not is let go by the end of this process. */
+    if (thread->stands || !iobmd_stand(t, thread, 1)) iobmd_ptrace(PTRACE_DETACH, thread->tid, 0, NULL);
+    thread->stands = 0;
+}
+
+/* Do what the kernel does as it interrupts a restartable sequence; a call of ours hides that from it (rseq(2)). */
+static int iobmd_abort_sequence(const struct iobmd_tracer *t, pid_t tid, struct user_regs_struct *regs)
+{
+    unsigned long area[3] = { 0, 0, 0 }, descriptor = 0;
+    struct { unsigned int version, flags; unsigned long start, length, abort; } sequence;
+    int status;
+    if (iobmd_ptrace(IOBMD_RSEQ, tid, sizeof area, area) < 0 || !area[0]) return IOBMD_DONE;
+    if ((status = iobmd_peek(t, tid, area[0] + 8, &descriptor, sizeof descriptor)) || !descriptor) return status;
+    if ((status = iobmd_peek(t, tid, descriptor, &sequence, sizeof sequence))) return status;
+    if (regs->rip - sequence.start < sequence.length) regs->rip = sequence.abort;
+    return IOBMD_DONE;
+}
+
+/* Make system calls in a thread that stands still, which never wait, for it cannot be taken out of one; it is then
+   again as it was. */
+static int iobmd_use(struct iobmd_tracer *t, pid_t tid, struct iobmd_call *calls, int count)
+{
+    struct user_regs_struct before;
+    unsigned long mask, all = ~0ul, dispatch[4] = { 0, 0, 0, 0 };
+    unsigned char code[IOBMD_INSTRUCTION];
+    int status;
+    if (!count) return IOBMD_DONE;
+    if (iobmd_ptrace(PTRACE_GETREGS, tid, 0, &before)) return IOBMD_ENDED;
+    if (before.cs == IOBMD_CODE_32) return IOBMD_32_BIT;
+    if (!iobmd_ptrace(IOBMD_DISPATCH, tid, sizeof dispatch, dispatch) && dispatch[0]) return IOBMD_DIVERTED;
+    /* It may run another program since the instruction was found. */
+    if ((status = iobmd_peek(t, tid, t->instruction, code, sizeof code))) return status;
+    if (code[0] != 0x0f || code[1] != 0x05) return IOBMD_UNREADABLE;
+    if ((status = iobmd_abort_sequence(t, tid, &before))) return status;
+    if (iobmd_ptrace(PTRACE_SETOPTIONS, tid, 0, (void *)(t->options | PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACECLONE)))
+        return IOBMD_ENDED;
+    if (iobmd_ptrace(IOBMD_GETSIGMASK, tid, sizeof mask, &mask)) return IOBMD_ENDED;
+    iobmd_ptrace(IOBMD_SETSIGMASK, tid, sizeof all, &all);
+    status = iobmd_program(t, tid, &before, calls, count, 0, 0);
+    iobmd_ptrace(IOBMD_SETSIGMASK, tid, sizeof mask, &mask);
+    iobmd_ptrace(PTRACE_SETREGS, tid, 0, &before);
+    return status;
+}
+
+static void iobmd_run_near(const struct iobmd_tracer *t, int cpu)
+{
+    /* Two take turns on one processor in 3 us, on two in 17. */
+    unsigned long set[16] = { 0 };
+    if (t->is_thread || cpu < 0 || cpu >= (int)sizeof set * 8) return;
+    set[cpu / 64] = 1ul << cpu % 64;
+    iobmd_raw(SYS_sched_setaffinity, 0, sizeof set, (long)set, 0, 0, 0);
+}
+
+static void iobmd_let_go_late(struct iobmd_tracer *t)
+{
+    while (t->lates) iobmd_let_go(t, &t->late[--t->lates]);
+}
+
+/* Stop the first of some threads that stops soon, have it make system calls, and let it go on. */
+static int iobmd_stop(struct iobmd_tracer *t, const struct iobmd_thread *threads, int known, struct iobmd_call *calls,
+                      int count)
+{
+    int result = IOBMD_LATE, gone = 0;
+    for (int i = 0; i < known; i++) {
+        struct iobmd_thread thread = threads[i];
+        int64_t stood;
+        int status = IOBMD_DONE, late;
+        for (late = 0; late < t->lates && t->late[late].tid != thread.tid;) late++;
+        iobmd_run_near(t, thread.cpu);
+        if (late == t->lates) status = iobmd_seize(t, &thread);
+        else thread = t->late[late];
+        if (!status) status = iobmd_stand(t, &thread, iobmd_now() + t->short_ns);
+        if (status == IOBMD_LATE && late == t->lates && t->lates < IOBMD_LATE_THREADS) t->late[t->lates++] = thread;
+        if (status && late < t->lates && status != IOBMD_LATE) t->late[late] = t->late[--t->lates];
+        gone += status == IOBMD_ENDED;
+        if (status == IOBMD_REFUSED || status == IOBMD_STRANGER) return status;
+        if (status) continue;
+        if (late < t->lates) t->late[late] = t->late[--t->lates];
+        result = iobmd_use(t, thread.tid, calls, count);
+        iobmd_let_go(t, &thread);
+        stood = iobmd_now() - thread.begun_ns;
+        if (stood > t->stopped_ns) t->stopped_ns = stood;
+        if (result != IOBMD_UNREADABLE) break;
+    }
+    if (result == IOBMD_LATE) return gone == known ? IOBMD_GONE : IOBMD_LATE;
+    iobmd_let_go_late(t);
+    return result;
+}
+
+/* Call a function for each thread of the task as long as it returns 0; returns what it returned last. */
+static int iobmd_each_thread(struct iobmd_tracer *t, int (*function)(struct iobmd_tracer *, pid_t, void *), void *data)
+{
+    char entries[8192] __attribute__((aligned(8)));
+    int status = IOBMD_DONE;
+    long size, folder = iobmd_raw(SYS_openat, t->folder, (long)"task", O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0, 0, 0);
+    if (folder < 0) return IOBMD_GONE;
+    while (!status && (size = iobmd_raw(SYS_getdents64, folder, (long)entries, sizeof entries, 0, 0, 0)) > 0)
+        for (long at = 0; at < size && !status; at += *(unsigned short *)(entries + at + 16)) {
+            pid_t tid = 0;
+            for (const char *digit = entries + at + 19; *digit >= '0' && *digit <= '9'; digit++)
+                tid = tid * 10 + (*digit - '0');
+            if (tid) status = function(t, tid, data);
+        }
+    iobmd_close(folder);
+    return status;
+}
+
+/* -- the guest -- */
+
+/* Wait for a process that a clone has made to be ready for calls, and have it die with this one. */
+static int iobmd_receive(struct iobmd_tracer *t, pid_t pid)
+{
+    siginfo_t why;
+    int status = iobmd_await(t, pid, iobmd_now() + IOBMD_DEATH, 0, &why);
+    if (!status)
+        iobmd_ptrace(PTRACE_SETOPTIONS, pid, 0,
+                     (void *)(t->options | IOBMD_EXITKILL | PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACECLONE));
+    return status;
+}
+
+static void iobmd_take_guest(struct iobmd_tracer *t, const struct iobmd_call *calls, int count)
+{
+    for (int i = 0; i < count; i++)
+        if (calls[i].number == SYS_clone && t->made) {
+            t->guest = t->made;
+            t->guest_there = calls[i].result;
+        }
+}
+
+/* Make system calls in the guest, which may wait: until the deadline. */
+static int iobmd_run_guest(struct iobmd_tracer *t, struct iobmd_call *calls, int count, int64_t until, int may_give_up)
+{
+    struct user_regs_struct regs;
+    int status;
+    if (!t->guest || t->guest_is_stuck) return IOBMD_ENDED;
+    if (iobmd_ptrace(PTRACE_GETREGS, t->guest, 0, &regs)) return IOBMD_ENDED;
+    status = iobmd_program(t, t->guest, &regs, calls, count, until, may_give_up);
+    if (status == IOBMD_LATE) status = IOBMD_STUCK;
+    t->guest_is_stuck = status && status != IOBMD_FAILED;
+    return status;
+}
+
+/* Kill what we have made, and reap it as its tracer. */
+static void iobmd_kill(const struct iobmd_tracer *t, pid_t pid)
+{
+    int64_t until = iobmd_now() + IOBMD_DEATH;
+    /* In a thread of the maker, another may have reaped it. */
+    if (t->is_thread && iobmd_ptrace(IOBMD_INTERRUPT, pid, 0, NULL)) return;
+    if (iobmd_raw(SYS_kill, pid, SIGKILL, 0, 0, 0, 0)) iobmd_ptrace(PTRACE_KILL, pid, 0, NULL);
+    while (iobmd_now() < until) {
+        siginfo_t end = { 0 };
+        long error = iobmd_raw(SYS_waitid, P_PID, pid, (long)&end, WEXITED | WNOHANG | __WALL, 0, 0);
+        if (error || (end.si_pid && end.si_code != CLD_TRAPPED)) return;  /* stops are reported in any case */
+        iobmd_doze(t);
+    }
+}
+
+static struct iobmd_call iobmd_new_call(long number, unsigned long a, unsigned long b, unsigned long c)
+{
+    struct iobmd_call call;
+    __builtin_memset(&call, 0, sizeof call);
+    call.number = number;
+    call.arguments[0] = a;
+    call.arguments[1] = b;
+    call.arguments[2] = c;
+    return call;
+}
+
+/* Unmap what the session has mapped in the task and does not leave there. */
+static int iobmd_ranges_left(const struct iobmd_tracer *t, struct iobmd_call *calls)
+{
+    int count = 0;
+    for (int i = 0; i < IOBMD_RANGES_MADE; i++)
+        if (t->ranges[i].size && (t->failed_session || t->ranges[i].made == IOBMD_SCRATCH))
+            calls[count++] = iobmd_new_call(SYS_munmap, t->ranges[i].start, t->ranges[i].size, 0);
+    return count;
+}
+
+struct iobmd_collection { struct iobmd_call *calls; int count; };
+
+static int iobmd_collect_by(struct iobmd_tracer *t, pid_t tid, void *data)
+{
+    struct iobmd_collection *left = data;
+    struct iobmd_thread thread = { .tid = tid, .cpu = -1 };
+    int status = iobmd_stop(t, &thread, 1, left->calls, left->count);
+    return status == IOBMD_DONE ? IOBMD_FAILED : status == IOBMD_FAILED || status == IOBMD_STRANGER ? status : IOBMD_DONE;
+}
+
+/* Have the task wait for the guest, whose zombie it would keep otherwise, and unmap what that has not unmapped: by the
+   threads that were chosen for it, or else by any. */
+static int iobmd_collect(struct iobmd_tracer *t)
+{
+    struct iobmd_call calls[IOBMD_RANGES_MADE + 1];
+    struct iobmd_collection left = { calls, iobmd_ranges_left(t, calls) };
+    int status;
+    calls[left.count++] = iobmd_new_call(SYS_wait4, (unsigned long)t->guest_there, 0, __WALL | WNOHANG);
+    if (t->knows) status = iobmd_stop(t, t->known, t->knows, calls, left.count);
+    else status = iobmd_each_thread(t, iobmd_collect_by, &left);
+    if (status == IOBMD_DONE || status == IOBMD_FAILED) t->guest = 0;
+    return status;
+}
+
+/* -- all threads -- */
+
+static int iobmd_add_thread(struct iobmd_tracer *t, pid_t tid, void *data)
+{
+    int *hint = data;
+    for (int i = 0; i < t->frozen; i++) {
+        if (*hint >= t->frozen) *hint = 0;
+        if (t->threads[(*hint)++].tid == tid) return IOBMD_DONE;  /* they come in the same order each time */
+    }
+    if (t->frozen == t->room) {
+        size_t before = (size_t)t->room * sizeof *t->threads, size = before ? 2 * before : 1 << 16;
+        long grown = before ? iobmd_raw(SYS_mremap, (long)t->threads, (long)before, (long)size, MREMAP_MAYMOVE, 0, 0)
+                            : iobmd_raw(SYS_mmap, 0, (long)size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+                                        -1, 0);
+        if (grown < 0 && grown > -4096) return IOBMD_NO_MEMORY;
+        t->threads = (struct iobmd_thread *)grown;
+        t->room = (int)(size / sizeof *t->threads);
+    }
+    struct iobmd_thread *thread = &t->threads[t->frozen];
+    *thread = (struct iobmd_thread){ .tid = tid, .cpu = -1 };
+    for (int i = 0; i < t->knows; i++)
+        if (t->known[i].tid == tid) *thread = t->known[i];
+    t->frozen++;
+    *hint = 0;
+    return iobmd_now() > t->deadline_ns ? IOBMD_LATE : IOBMD_DONE;
+}
+
+/* Let those go on that stand still, and with `all` the others too. */
+static void iobmd_thaw(struct iobmd_tracer *t, int all)
+{
+    int left = 0;
+    for (int i = 0; i < t->frozen; i++)
+        if (!t->threads[i].ended) {
+            if (all || t->threads[i].stands) iobmd_let_go(t, &t->threads[i]);
+            else t->threads[left++] = t->threads[i];
+        }
+    t->frozen = left;
+    if (t->froze_ns) t->stopped_ns += iobmd_now() - t->froze_ns;
+    t->froze_ns = 0;
+}
+
+/* Stop every thread: until a look finds no new one, for those that run still may make more. */
+static int iobmd_stop_all(struct iobmd_tracer *t)
+{
+    int done = 0, status;
+    for (;;) {
+        int first = done, hint = 0;
+        if ((status = iobmd_each_thread(t, iobmd_add_thread, &hint))) return status;
+        if (t->frozen == first) break;
+        if (!t->froze_ns) t->froze_ns = iobmd_now();
+        for (int i = first; i < t->frozen; i++) {
+            status = iobmd_seize(t, &t->threads[i]);
+            t->threads[i].ended = status == IOBMD_ENDED;
+            if (status && status != IOBMD_ENDED) return status;
+        }
+        for (; done < t->frozen; done++) {
+            int64_t soon = iobmd_now() + t->short_ns;
+            if (t->threads[done].ended) continue;
+            status = iobmd_stand(t, &t->threads[done], soon < t->deadline_ns ? soon : t->deadline_ns);
+            t->threads[done].ended = status == IOBMD_ENDED;
+            if (status && status != IOBMD_ENDED) return status;
+        }
+    }
+    for (int i = 0; i < t->frozen; i++)
+        if (!t->threads[i].ended) return IOBMD_DONE;
+    return IOBMD_GONE;
+}
+
+/* Make a guest by a thread that stands still, as all do. */
+static int iobmd_make_guest(struct iobmd_tracer *t)
+{
+    int status = IOBMD_LATE;
+    for (int i = 0; i < t->frozen && !t->guest; i++) {
+        struct iobmd_call clone = iobmd_new_call(SYS_clone, CLONE_VM | CLONE_FS | CLONE_FILES, IOBMD_NO_STACK, 0);
+        if (t->threads[i].ended) continue;
+        status = iobmd_use(t, t->threads[i].tid, &clone, 1);
+        iobmd_take_guest(t, &clone, 1);
+        if (status != IOBMD_UNREADABLE && status != IOBMD_ENDED) break;
+    }
+    if (status) return status;
+    if (!t->guest) return IOBMD_UNSEEN;
+    return iobmd_receive(t, t->guest);
+}
+
+/* Have the guest make a child that shares the memory copy-on-write. */
+static int iobmd_snapshot(struct iobmd_tracer *t)
+{
+    struct iobmd_call fork;
+    int status;
+    fork = iobmd_new_call(SYS_clone, CLONE_FS | CLONE_FILES, IOBMD_NO_STACK, 0);
+    status = iobmd_run_guest(t, &fork, 1, t->deadline_ns, 1);
+    t->child = t->made;
+    t->child_there = fork.result;
+    if (status) return status;
+    return t->child ? iobmd_receive(t, t->child) : IOBMD_UNSEEN;
+}
+
+static int iobmd_freeze(struct iobmd_tracer *t)
+{
+    int64_t begin = iobmd_now(), snapshot_deadline = t->deadline_ns;
+    int status;
+    t->deadline_ns = begin + t->patience_ns;
+    while ((status = iobmd_stop_all(t)) == IOBMD_LATE && !iobmd_gives_up(t)) {
+        if (iobmd_now() >= t->deadline_ns) break;
+        /* One may be waiting for one that stands still: a page fault that a thread of the task serves. Only what
+           stands still can be let go, so the others have to stop first. */
+        iobmd_thaw(t, 0);
+        for (int i = 0; i < t->frozen; i++)
+            if (!t->threads[i].ended) iobmd_stand(t, &t->threads[i], t->deadline_ns);
+        iobmd_thaw(t, 1);
+    }
+    t->deadline_ns = snapshot_deadline;
+    if (!status && t->wanted) status = iobmd_make_guest(t);
+    if (!status && t->wanted == IOBMD_SNAPSHOT) status = iobmd_snapshot(t);
+    if (status || t->wanted == IOBMD_SNAPSHOT) iobmd_thaw(t, 1);
+    return status;
+}
+
+/* -- commands -- */
+
+static void iobmd_end_guest(struct iobmd_tracer *t)
+{
+    struct iobmd_call calls[IOBMD_RANGES_MADE];
+    int count;
+    t->ending = 1;
+    iobmd_thaw(t, 1);
+    iobmd_let_go_late(t);
+    if (t->child) iobmd_kill(t, t->child);
+    if (t->child_there > 0) {
+        calls[0] = iobmd_new_call(SYS_wait4, (unsigned long)t->child_there, 0, __WALL | WNOHANG);
+        iobmd_run_guest(t, calls, 1, iobmd_now() + IOBMD_DEATH, 0);
+    }
+    if (t->guest && (count = iobmd_ranges_left(t, calls)))
+        iobmd_run_guest(t, calls, count, iobmd_now() + IOBMD_DEATH, 0);
+    if (t->guest) iobmd_kill(t, t->guest);
+}
+
+static void iobmd_end(struct iobmd_tracer *t)
+{
+    int64_t until = iobmd_now() + t->patience_ns;
+    int status;
+    if (!t->ending) iobmd_end_guest(t);
+    t->knows = 0;
+    while (t->guest && iobmd_now() < until) {
+        status = iobmd_collect(t);
+        if (status == IOBMD_GONE || status == IOBMD_STRANGER) break;
+        iobmd_doze(t);
+    }
+}
+
+static int iobmd_do(struct iobmd_tracer *t, int command)
+{
+    int status;
+    t->error = t->failed = t->made = 0;
+    switch (command) {
+    case IOBMD_STOP:
+        status = iobmd_stop(t, t->known, t->knows, t->calls, t->count);
+        iobmd_take_guest(t, t->calls, t->count);
+        return !status && t->guest ? iobmd_receive(t, t->guest) : status;
+    case IOBMD_RUN:
+        return iobmd_run_guest(t, t->calls, t->count, t->deadline_ns, t->may_wait);
+    case IOBMD_FREEZE:
+        return iobmd_freeze(t);
+    case IOBMD_THAW:
+        iobmd_thaw(t, 1);
+        return IOBMD_DONE;
+    case IOBMD_COLLECT:
+        if (!t->ending) iobmd_end_guest(t);
+        return t->guest ? iobmd_collect(t) : IOBMD_DONE;
+    default:
+        iobmd_end(t);
+        return IOBMD_DONE;
+    }
+}
+
+static void iobmd_settle(struct iobmd_tracer *t)
+{
+    unsigned long by_default[4] = { 0, 0, 0, 0 };  /* the kernel's struct sigaction */
+    char path[32];
+    t->self = (pid_t)iobmd_raw(SYS_gettid, 0, 0, 0, 0, 0, 0);
+    /* A table of descriptors of its own: here one is always free. Nothing is copied if all of it is to be closed. */
+    iobmd_raw(SYS_close_range, 0, UINT_MAX, 2 /* CLOSE_RANGE_UNSHARE */, 0, 0, 0);
+    if (!t->is_thread) {
+        iobmd_raw(SYS_rt_sigaction, SIGCHLD, (long)by_default, 0, 8, 0, 0);  /* ignored, it would report nothing */
+        iobmd_raw(SYS_setsid, 0, 0, 0, 0, 0, 0);  /* SIGKILL and SIGSTOP for the maker's group are not for it */
+        iobmd_raw(SYS_prctl, PR_SET_NAME, (long)"iobmd-tracer", 0, 0, 0, 0);
+    }
+    iobmd_append_number(iobmd_append(path, "/proc/"), (unsigned long)t->task);
+    t->folder = (int)iobmd_raw(SYS_openat, AT_FDCWD, (long)path, O_PATH | O_DIRECTORY | O_CLOEXEC, 0, 0, 0);
+}
+
+static int iobmd_tracer_body(void *argument)
+{
+    struct iobmd_tracer *t = argument;
+    struct timespec moment = { 0, 20 * IOBMD_MS };
+    iobmd_settle(t);
+    for (;;) {
+        int command = __atomic_load_n(&t->command, __ATOMIC_ACQUIRE);
+        if (command == IOBMD_NOTHING) {
+            if (iobmd_is_orphan(t)) {
+                t->failed_session = 1;
+                iobmd_end(t);
+                break;
+            }
+            iobmd_raw(SYS_futex, (long)&t->command, FUTEX_WAIT_PRIVATE, IOBMD_NOTHING, (long)&moment, 0, 0);
+            continue;
+        }
+        t->status = iobmd_do(t, command);
+        __atomic_store_n(&t->command, IOBMD_NOTHING, __ATOMIC_RELEASE);
+        iobmd_raw(SYS_futex, (long)&t->command, FUTEX_WAKE_PRIVATE, 1, 0, 0, 0);
+        if (command == IOBMD_END) break;
+    }
+    if (!t->is_thread) iobmd_raw(SYS_exit_group, 0, 0, 0, 0, 0, 0);
+    return 0;
+}
+
+static void *iobmd_tracer_thread(void *argument)
+{
+    iobmd_tracer_body(argument);
+    return NULL;
+}
+
+/* Begin: in a process, or in a thread of the maker. Where Yama lets a process trace only its descendants
+   (kernel.yama.ptrace_scope 1, without CAP_SYS_PTRACE), a process beside them may not, and who is to be traced is the
+   only one that could allow it (PR_SET_PTRACER): the maker itself has to, and if it is killed in the middle of a stop,
+   so is the stop. Returns NULL, and errno, where none can be made. */
+static struct iobmd_tracer *iobmd_tracer_start(pid_t task, unsigned long instruction, long options, int is_thread)
+{
+    sigset_t all, before;
+    int error;
+    struct iobmd_tracer *t = mmap(NULL, sizeof *t, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE,
+                                  -1, 0);
+    if (t == MAP_FAILED) return NULL;
+    t->task = task;
+    t->instruction = instruction;
+    t->options = options;
+    t->is_thread = is_thread;
+    t->maker = getpid();
+    t->maker_thread = (pid_t)syscall(SYS_gettid);
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    if (is_thread)
+        error = pthread_create(&t->thread, NULL, iobmd_tracer_thread, t);
+    else {
+        t->pid = clone(iobmd_tracer_body, t->stack + sizeof t->stack, CLONE_VM | CLONE_FS | CLONE_FILES, t);
+        error = t->pid < 0 ? errno : 0;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (!error) return t;
+    munmap(t, sizeof *t);
+    errno = error;
+    return NULL;
+}
+
+/* Give a command, whose parameters are set. */
+static void iobmd_tracer_begin(struct iobmd_tracer *t, int command)
+{
+    __atomic_store_n(&t->command, command, __ATOMIC_RELEASE);
+    iobmd_raw(SYS_futex, (long)&t->command, FUTEX_WAKE_PRIVATE, 1, 0, 0, 0);
+}
+
+/* Wait a while for the end of a command: 1: it is done, 0: not yet, or a signal came, -1: the tracer was killed. */
+static int iobmd_tracer_wait(struct iobmd_tracer *t)
+{
+    struct timespec moment = { 0, 50 * IOBMD_MS };
+    siginfo_t end = { 0 };
+    int command = __atomic_load_n(&t->command, __ATOMIC_ACQUIRE);
+    if (command == IOBMD_NOTHING) return 1;
+    if (iobmd_raw(SYS_futex, (long)&t->command, FUTEX_WAIT_PRIVATE, command, (long)&moment, 0, 0) != -ETIMEDOUT ||
+        t->is_thread)
+        return 0;
+    /* Another thread may have waited for it, as for any child. */
+    return iobmd_raw(SYS_waitid, P_PID, t->pid, (long)&end, WEXITED | WNOHANG | WNOWAIT | __WALL, 0, 0) || end.si_pid
+               ? -1 : 0;
+}
+
+/* End it, whatever it does, and return for how long a thread of the task stood still, at most. A forked child has a copy
+   of what its parent's tracer works on. */
+static int64_t iobmd_tracer_end(struct iobmd_tracer *t)
+{
+    int64_t stopped_ns;
+    if (t->maker == getpid()) {
+        int waited;
+        t->cancelled = 1;
+        while (!(waited = iobmd_tracer_wait(t))) continue;
+        t->cancelled = 0;
+        if (waited > 0) {
+            iobmd_tracer_begin(t, IOBMD_END);
+            while (!iobmd_tracer_wait(t)) continue;
+        }
+        if (t->is_thread) pthread_join(t->thread, NULL);
+        else while (iobmd_raw(SYS_wait4, t->pid, 0, __WALL, 0, 0, 0) == -EINTR) continue;
+    }
+    if (t->threads) munmap(t->threads, (size_t)t->room * sizeof *t->threads);
+    stopped_ns = t->stopped_ns;
+    munmap(t, sizeof *t);
+    return stopped_ns;
+}
+
+#else  /* another processor */
+
+static struct iobmd_tracer *iobmd_tracer_start(pid_t task, unsigned long instruction, long options, int is_thread)
+{
+    (void)task; (void)instruction; (void)options; (void)is_thread;
+    errno = ENOSYS;
+    return NULL;
+}
+static void iobmd_tracer_begin(struct iobmd_tracer *t, int command) { (void)t; (void)command; }
+static int iobmd_tracer_wait(struct iobmd_tracer *t) { (void)t; return 1; }
+static int64_t iobmd_tracer_end(struct iobmd_tracer *t) { (void)t; return 0; }
+#endif
+
+#endif

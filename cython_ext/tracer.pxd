@@ -1,0 +1,66 @@
+# A process that traces another task for this one; x86-64
+from libc.stdint cimport int64_t
+
+cdef extern from "tracer.h" nogil:
+    enum: IOBMD_NOTHING
+    enum: IOBMD_STOP
+    enum: IOBMD_RUN
+    enum: IOBMD_FREEZE
+    enum: IOBMD_THAW
+    enum: IOBMD_COLLECT
+    enum: IOBMD_CALLS
+    enum: IOBMD_NO_PROCESS
+    enum: IOBMD_GUEST
+    enum: IOBMD_SNAPSHOT
+    enum: IOBMD_DONE
+    enum: IOBMD_GONE
+    enum: IOBMD_REFUSED
+    enum: IOBMD_STRANGER
+    enum: IOBMD_LATE
+    enum: IOBMD_HELD
+    enum: IOBMD_CHANGED
+    enum: IOBMD_32_BIT
+    enum: IOBMD_DIVERTED
+    enum: IOBMD_SIGNALLED
+    enum: IOBMD_FAILED
+    enum: IOBMD_ENDED
+    enum: IOBMD_STUCK
+    enum: IOBMD_UNSEEN
+    enum: IOBMD_UNREADABLE
+    enum: IOBMD_NO_MEMORY
+    struct iobmd_call:
+        long number
+        unsigned long arguments[6]
+        unsigned char of[6]
+        unsigned char made
+        long result
+    struct iobmd_thread:
+        int tid
+        int cpu
+        int64_t since_ns
+        unsigned long switches
+    struct iobmd_tracer:
+        unsigned long instruction
+        int64_t patience_ns
+        int64_t short_ns
+        int command
+        int cancelled
+        iobmd_call *calls
+        int count
+        const iobmd_thread *known
+        int knows
+        int64_t deadline_ns
+        int may_wait
+        int wanted
+        int failed_session
+        int status
+        int error
+        int failed
+        int refused
+        int64_t stopped_ns
+        int guest
+        int child
+    iobmd_tracer *iobmd_tracer_start(int task, unsigned long instruction, long options, int is_thread)
+    void iobmd_tracer_begin(iobmd_tracer *tracer, int command)
+    int iobmd_tracer_wait(iobmd_tracer *tracer)
+    int64_t iobmd_tracer_end(iobmd_tracer *tracer)

@@ -1,0 +1,251 @@
+# cython: language_level=3, auto_pickle=False, autotestdict=False
+"""Tracing another task (ptrace(2)) by a process of its own, without Python: `tracer.h`.
+
+A `Tracer` is given one command after the other by the thread that made it. Each is one native function; between them
+no thread of the task stands still, unless all of them are frozen.
+"""
+
+cimport cython
+from libc.errno cimport errno
+from libc.stdint cimport int64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset, strerror
+
+from tracer cimport (
+    IOBMD_32_BIT, IOBMD_CALLS, IOBMD_CHANGED, IOBMD_COLLECT, IOBMD_DIVERTED, IOBMD_DONE, IOBMD_ENDED, IOBMD_FAILED,
+    IOBMD_FREEZE, IOBMD_GONE, IOBMD_GUEST, IOBMD_HELD, IOBMD_LATE, IOBMD_NO_MEMORY, IOBMD_NO_PROCESS, IOBMD_REFUSED,
+    IOBMD_RUN, IOBMD_SIGNALLED, IOBMD_SNAPSHOT, IOBMD_STOP, IOBMD_STRANGER, IOBMD_STUCK, IOBMD_THAW,
+    IOBMD_UNREADABLE, IOBMD_UNSEEN, iobmd_call, iobmd_thread, iobmd_tracer, iobmd_tracer_begin, iobmd_tracer_end,
+    iobmd_tracer_start, iobmd_tracer_wait,
+)
+
+cdef extern from "Python.h":
+    int PyErr_CheckSignals() except -1
+    unsigned long PyLong_AsUnsignedLongMask(object) except? 0xffffffffffffffff
+
+DONE, GONE, REFUSED, STRANGER = IOBMD_DONE, IOBMD_GONE, IOBMD_REFUSED, IOBMD_STRANGER
+LATE, HELD = IOBMD_LATE, IOBMD_HELD
+CHANGED, IS_32_BIT, DIVERTED, SIGNALLED = IOBMD_CHANGED, IOBMD_32_BIT, IOBMD_DIVERTED, IOBMD_SIGNALLED
+FAILED, ENDED, STUCK, UNSEEN = IOBMD_FAILED, IOBMD_ENDED, IOBMD_STUCK, IOBMD_UNSEEN
+UNREADABLE, NO_MEMORY = IOBMD_UNREADABLE, IOBMD_NO_MEMORY
+CALLS = IOBMD_CALLS
+NO_PROCESS, GUEST, SNAPSHOT = IOBMD_NO_PROCESS, IOBMD_GUEST, IOBMD_SNAPSHOT
+
+
+@cython.final
+@cython.no_gc
+cdef class Tracer:
+    """A tracer of a task, which ends with `end`, with this object, or with the thread that made it.
+
+    Parameters
+    ----------
+    task : int
+        The pid.
+    instruction : int
+        The address of a system call instruction there.
+    options : int
+        To trace it with (PTRACE_O_…).
+    is_thread : bool
+        It is a thread of this process.
+    patience, short : float
+        Seconds for the stop of all threads, and for one of several.
+
+    Raises
+    ------
+    OSError
+        No process can be made. `ENOSYS`: this is not x86-64.
+    """
+
+    cdef iobmd_tracer *_tracer
+    cdef readonly int64_t stopped_ns
+    """For how long a thread of the task stood still, at most, all in all."""
+
+    def __cinit__(
+        self, int task, unsigned long instruction, long options, bint is_thread, double patience, double short
+    ):
+        self._tracer = iobmd_tracer_start(task, instruction, options, is_thread)
+        if self._tracer == NULL:
+            raise OSError(errno, f"clone: {strerror(errno).decode()}")
+        self._tracer.patience_ns = <int64_t>(patience * 1e9)
+        self._tracer.short_ns = <int64_t>(short * 1e9)
+        self._tracer.failed_session = 1
+
+    @property
+    def error(self):
+        """The error number, or the signal, of the last command."""
+        return self._tracer.error if self._tracer else 0
+
+    @property
+    def failed(self):
+        """The index of the call that failed in the last command."""
+        return self._tracer.failed if self._tracer else 0
+
+    @property
+    def refused(self):
+        """The thread that may not be traced."""
+        return self._tracer.refused if self._tracer else 0
+
+    @property
+    def guest(self):
+        """The process that a thread of the task has made, as this process counts; 0: none."""
+        return self._tracer.guest if self._tracer else 0
+
+    @property
+    def child(self):
+        """The child of the guest that is a snapshot; 0: none."""
+        return self._tracer.child if self._tracer else 0
+
+    @property
+    def results(self):
+        """What the calls of the last program returned."""
+        return [self._tracer.calls[index].result for index in range(self._tracer.count)] if self._tracer else []
+
+    def use(self, unsigned long instruction):
+        """Make system calls by another system call instruction: the task runs another program since."""
+        if self._tracer:
+            self._tracer.instruction = instruction
+
+    def stop(self, threads, calls):
+        """Stop the first of some threads that stops, have it make system calls, and let it go on; returns the status.
+
+        Parameters
+        ----------
+        threads
+            For each its number, its processor or -1, since when it sleeps in epoll_wait, in ns of the monotonic clock
+            or 0, and how often it had slept before.
+        calls
+            For each its number, its arguments, the index of the call before to whose result each argument is relative
+            or -1, and whether it makes a range: 0, 1: unmapped in the end, 2: unless that is after a success.
+        """
+        self._set_calls(calls)
+        return self._command(IOBMD_STOP, threads)
+
+    def run(self, calls, double deadline, bint may_wait):
+        """Have the guest make system calls until a time (`time.monotonic`); returns the status.
+
+        If they `may_wait` for long, they map nothing, and are given up when a handler of a signal raises.
+        """
+        self._set_calls(calls)
+        self._tracer.may_wait = may_wait
+        self._tracer.deadline_ns = <int64_t>(deadline * 1e9)
+        return self._command(IOBMD_RUN, ())
+
+    def freeze(self, threads, int wanted=0, double deadline=0):
+        """Stop all threads, until `thaw`; returns the status.
+
+        Parameters
+        ----------
+        threads
+            Those that sleep in epoll_wait, as for `stop`.
+        wanted : int
+            GUEST: make a guest; SNAPSHOT: make a child of it as well, and let the threads go on.
+        deadline : float
+            For the snapshot to be made.
+        """
+        if self._tracer == NULL:
+            raise ValueError("it has ended")
+        self._tracer.wanted = wanted
+        self._tracer.deadline_ns = <int64_t>(deadline * 1e9)
+        return self._command(IOBMD_FREEZE, threads)
+
+    def thaw(self):
+        """Let all threads go on."""
+        return self._command(IOBMD_THAW, ())
+
+    def collect(self, threads, bint failed):
+        """End what was made in the task, and have one of some threads wait for the guest; returns the status.
+
+        Parameters
+        ----------
+        threads
+            As for `stop`.
+        failed : bool
+            Unmap all that was mapped.
+        """
+        if self._tracer == NULL:
+            raise ValueError("it has ended")
+        self._tracer.failed_session = failed
+        return self._command(IOBMD_COLLECT, threads)
+
+    def end(self):
+        """End it, and with it what it has made in the task; idempotent."""
+        if self._tracer != NULL:
+            self._end()
+
+    cdef void _end(self) noexcept:
+        cdef iobmd_tracer *tracer = self._tracer
+        cdef int64_t stopped_ns = 0
+        self._tracer = NULL
+        with nogil:
+            stopped_ns = iobmd_tracer_end(tracer)
+        self.stopped_ns = stopped_ns
+
+    def __dealloc__(self):
+        if self._tracer != NULL:
+            self._end()
+
+    cdef int _set_calls(self, calls) except -1:
+        cdef iobmd_call *call
+        cdef int index
+        if self._tracer == NULL:
+            raise ValueError("it has ended")
+        if len(calls) > IOBMD_CALLS:
+            raise ValueError(f"more than {IOBMD_CALLS} system calls")
+        self._tracer.count = 0
+        for number, arguments, of, made in calls:
+            call = &self._tracer.calls[self._tracer.count]
+            memset(call, 0, sizeof(iobmd_call))
+            call.number, call.made = number, made
+            for index, argument in enumerate(arguments):
+                call.arguments[index] = PyLong_AsUnsignedLongMask(argument)
+                call.of[index] = of[index] + 1
+            self._tracer.count += 1
+        return 0
+
+    cdef iobmd_thread *_set_threads(self, threads) except NULL:
+        cdef iobmd_thread *known = <iobmd_thread *>calloc(len(threads) + 1, sizeof(iobmd_thread))
+        cdef int count = 0
+        if known == NULL:
+            raise MemoryError()
+        try:
+            for tid, cpu, since_ns, switches in threads:
+                known[count].tid, known[count].cpu = tid, cpu
+                known[count].since_ns, known[count].switches = since_ns, switches
+                count += 1
+        except BaseException:
+            free(known)
+            raise
+        self._tracer.known, self._tracer.knows = known, count
+        return known
+
+    cdef int _command(self, int command, threads) except -1:
+        """Give a command, and wait for its end, also when a handler of a signal raises: it is then cancelled."""
+        cdef iobmd_tracer *tracer = self._tracer
+        cdef iobmd_thread *known
+        cdef int done = 0
+        if tracer == NULL:
+            raise ValueError("it has ended")
+        known = self._set_threads(threads)
+        try:
+            tracer.cancelled = 0
+            iobmd_tracer_begin(tracer, command)
+            try:
+                while True:
+                    with nogil:
+                        done = iobmd_tracer_wait(tracer)
+                    if done:
+                        break
+                    PyErr_CheckSignals()
+            except BaseException:
+                tracer.cancelled = 1
+                with nogil:
+                    while not done:
+                        done = iobmd_tracer_wait(tracer)
+                raise
+            if done < 0:
+                raise ChildProcessError("the process that traces another for iobmd was killed")
+            self.stopped_ns = tracer.stopped_ns
+            return tracer.status
+        finally:
+            tracer.known, tracer.knows = NULL, 0
+            free(known)

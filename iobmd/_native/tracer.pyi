@@ -1,0 +1,55 @@
+from collections.abc import Sequence
+from typing import Self, final
+
+CALLS: int
+CHANGED: int
+DIVERTED: int
+DONE: int
+ENDED: int
+FAILED: int
+GONE: int
+GUEST: int
+HELD: int
+IS_32_BIT: int
+LATE: int
+NO_MEMORY: int
+NO_PROCESS: int
+REFUSED: int
+SIGNALLED: int
+SNAPSHOT: int
+STRANGER: int
+STUCK: int
+UNREADABLE: int
+UNSEEN: int
+
+@final
+class Tracer:
+    stopped_ns: int
+    def __new__(
+        cls, task: int, instruction: int, options: int, is_thread: bool, patience: float, short: float
+    ) -> Self: ...
+    @property
+    def child(self) -> int: ...
+    @property
+    def error(self) -> int: ...
+    @property
+    def failed(self) -> int: ...
+    @property
+    def guest(self) -> int: ...
+    @property
+    def refused(self) -> int: ...
+    @property
+    def results(self) -> list[int]: ...
+    def collect(self, threads: Sequence[tuple[int, int, int, int]], failed: bool) -> int: ...
+    def end(self) -> None: ...
+    def freeze(self, threads: Sequence[tuple[int, int, int, int]], wanted: int = 0, deadline: float = 0.0) -> int: ...
+    def run(
+        self, calls: Sequence[tuple[int, Sequence[int], Sequence[int], int]], deadline: float, may_wait: bool
+    ) -> int: ...
+    def stop(
+        self,
+        threads: Sequence[tuple[int, int, int, int]],
+        calls: Sequence[tuple[int, Sequence[int], Sequence[int], int]],
+    ) -> int: ...
+    def thaw(self) -> int: ...
+    def use(self, instruction: int) -> None: ...
