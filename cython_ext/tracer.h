@@ -108,6 +108,7 @@ struct iobmd_tracer {
     /* Its own. */
     pid_t maker, maker_thread, pid, self;
     pthread_t thread;
+    long pagemap;               /* of the thread to be stopped, opened before that, or -1 */
     int folder;                 /* /proc/PID of the task: of no other process, whatever happens to the number */
     int guest_is_stuck, ending;
     long guest_there, child_there;  /* as the task counts */
@@ -254,12 +255,12 @@ static int iobmd_peek(const struct iobmd_tracer *t, pid_t tid, unsigned long add
 {
     struct iovec ours = { data, size }, theirs = { (void *)address, size };
     unsigned long page, entry;
-    long file = iobmd_open(t, tid, "pagemap", O_RDONLY);
+    long file = t->pagemap >= 0 ? t->pagemap : iobmd_open(t, tid, "pagemap", O_RDONLY);
     if (file < 0) return IOBMD_UNREADABLE;
     for (page = address / IOBMD_PAGE; page <= (address + size - 1) / IOBMD_PAGE; page++)
         /* Neither present nor in swap. */
         if (iobmd_raw(SYS_pread64, file, (long)&entry, 8, (long)(page * 8), 0, 0) != 8 || !(entry >> 62)) break;
-    iobmd_close(file);
+    if (file != t->pagemap) iobmd_close(file);
     if (page <= (address + size - 1) / IOBMD_PAGE ||
         iobmd_raw(SYS_process_vm_readv, tid, (long)&ours, 1, (long)&theirs, 1, 0) != (long)size)
         return IOBMD_UNREADABLE;
@@ -531,6 +532,12 @@ static void iobmd_run_near(const struct iobmd_tracer *t, int cpu)
     iobmd_raw(SYS_sched_setaffinity, 0, sizeof set, (long)set, 0, 0, 0);
 }
 
+static void iobmd_close_pagemap(struct iobmd_tracer *t)
+{
+    if (t->pagemap >= 0) iobmd_close(t->pagemap);
+    t->pagemap = -1;
+}
+
 static void iobmd_let_go_late(struct iobmd_tracer *t)
 {
     while (t->lates) iobmd_let_go(t, &t->late[--t->lates]);
@@ -543,13 +550,16 @@ static int iobmd_stop(struct iobmd_tracer *t, const struct iobmd_thread *threads
     int result = IOBMD_LATE, gone = 0;
     for (int i = 0; i < known; i++) {
         struct iobmd_thread thread = threads[i];
-        int64_t stood;
+        int64_t ended, stood;
         int status = IOBMD_DONE, late;
         for (late = 0; late < t->lates && t->late[late].tid != thread.tid;) late++;
         iobmd_run_near(t, thread.cpu);
-        if (late == t->lates) status = iobmd_seize(t, &thread);
-        else thread = t->late[late];
+        if (late == t->lates) {
+            t->pagemap = iobmd_open(t, thread.tid, "pagemap", O_RDONLY);
+            status = iobmd_seize(t, &thread);
+        } else thread = t->late[late];
         if (!status) status = iobmd_stand(t, &thread, iobmd_now() + t->short_ns);
+        if (status) iobmd_close_pagemap(t);
         if (status == IOBMD_LATE && late == t->lates && t->lates < IOBMD_LATE_THREADS) t->late[t->lates++] = thread;
         if (status && late < t->lates && status != IOBMD_LATE) t->late[late] = t->late[--t->lates];
         gone += status == IOBMD_ENDED;
@@ -558,7 +568,9 @@ static int iobmd_stop(struct iobmd_tracer *t, const struct iobmd_thread *threads
         if (late < t->lates) t->late[late] = t->late[--t->lates];
         result = iobmd_use(t, thread.tid, calls, count);
         iobmd_let_go(t, &thread);
-        stood = iobmd_now() - thread.begun_ns;
+        ended = iobmd_now();
+        iobmd_close_pagemap(t);
+        stood = ended - thread.begun_ns;
         if (stood > t->stopped_ns) t->stopped_ns = stood;
         if (result != IOBMD_UNREADABLE) break;
     }
@@ -858,13 +870,17 @@ static int iobmd_do(struct iobmd_tracer *t, int command)
 static void iobmd_settle(struct iobmd_tracer *t)
 {
     unsigned long by_default[4] = { 0, 0, 0, 0 };  /* the kernel's struct sigaction */
+    struct sched_param first = { 1 };
     char path[32];
+    t->pagemap = -1;
     t->self = (pid_t)iobmd_raw(SYS_gettid, 0, 0, 0, 0, 0, 0);
     /* A table of descriptors of its own: here one is always free. Nothing is copied if all of it is to be closed. */
     iobmd_raw(SYS_close_range, 0, UINT_MAX, 2 /* CLOSE_RANGE_UNSHARE */, 0, 0, 0);
     if (!t->is_thread) {
         iobmd_raw(SYS_rt_sigaction, SIGCHLD, (long)by_default, 0, 8, 0, 0);  /* ignored, it would report nothing */
         iobmd_raw(SYS_setsid, 0, 0, 0, 0, 0, 0);  /* SIGKILL and SIGSTOP for the maker's group are not for it */
+        /* What stands still waits for this process: it is not to wait for others, where that is allowed. */
+        iobmd_raw(SYS_sched_setscheduler, 0, SCHED_RR, (long)&first, 0, 0, 0);
         iobmd_raw(SYS_prctl, PR_SET_NAME, (long)"iobmd-tracer", 0, 0, 0, 0);
     }
     iobmd_append_number(iobmd_append(path, "/proc/"), (unsigned long)t->task);

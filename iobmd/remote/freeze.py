@@ -31,6 +31,7 @@ _NOT_IN_A_CHILD = {"sh", "dc", "wf", "ht", "io", "pf"}
 """Flags of memory that a child shares with its parent, does not get, or gets at the cost of hugetlb pages (smaps)."""
 _WORTH_IT = 4  # a child costs a fifth or less of what it takes to copy as much as it shares (measured)
 _TRIES = 3
+_DELIVERIES = 10  # of pages that their task takes away again
 
 
 class Source(NamedTuple):
@@ -108,18 +109,27 @@ def _copy_snapshot(source: Source, resident: int) -> tuple[bool, int]:
 def _copy_stopped(source: Source) -> int:
     """Copy while every thread of the task stands still; returns for how many nanoseconds they did, at most."""
     task = source.task
-    stopped_ns = 0
     missing = source.userfault_area is not None
-    for _ in range(_TRIES):
-        if missing:  # has them delivered, while the task runs
+    address = 0
+
+    def deliver() -> None:
+        if missing:  # while the task runs
             source.fetch(task, None)
-        took_ns, error = session.frozen(task, lambda: source.fetch(task, _standing))
-        stopped_ns += took_ns
-        if error is None:
-            return stopped_ns
-        if not isinstance(error, NotReadyError) or error.errno != transfer.WOULD_WAIT:
-            raise error
-        missing, address = True, error.address or 0
+
+    def fetch() -> bool:
+        nonlocal missing, address
+        try:
+            source.fetch(task, _standing)
+        except NotReadyError as error:
+            if error.errno != transfer.WOULD_WAIT:
+                raise
+            missing, address = True, error.address or 0
+            return False
+        return True
+
+    copied, stopped_ns = session.frozen(task, deliver, fetch, _DELIVERIES)
+    if copied:
+        return stopped_ns
     message = (
         f"cannot copy {source.address:#x} of task {task.pid} as of one moment: the page at {address:#x} is delivered "
         "by another program (a handler of userfaultfd, or the server of a file), and was missing again each time the "

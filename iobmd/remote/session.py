@@ -134,6 +134,7 @@ class Session:
         self._freeze(native.NO_PROCESS, 0)
 
     def _freeze(self, wanted: int, deadline: float) -> None:
+        self._deadline = time.monotonic() + PATIENCE
         while self._is_again(status := self._tracer.freeze(_sleeping(self.task), wanted, deadline)):
             pass
         self._require(status, [call("clone")])
@@ -279,20 +280,25 @@ def stop(task: Task) -> int:
     return _again(task, attempt)
 
 
-def frozen(task: Task, work: Callable[[], None]) -> tuple[int, BaseException | None]:
-    """Do `work` while every thread of a task stands still; returns for how many nanoseconds, and what it raised."""
+def frozen(task: Task, before: Callable[[], None], work: Callable[[], bool], tries: int) -> tuple[bool, int]:
+    """Do `work` while every thread of a task stands still, until it returns True, and `before` right before that.
 
-    def attempt() -> tuple[int, BaseException | None]:
-        raised = None
+    Returns whether it did, and for how many nanoseconds the task stood still, all in all. Raises as `with_guest`.
+    """
+
+    def attempt() -> tuple[bool, int]:
+        done = False
         with guard_of(task), _opened(task) as session:
-            session.freeze()
-            try:
-                work()
-            except Exception as error:
-                raised = error
-            finally:
-                session.thaw()
-        return session.stopped_ns, raised
+            for _ in range(tries):
+                before()
+                session.freeze()
+                try:
+                    done = work()
+                finally:
+                    session.thaw()
+                if done:
+                    break
+        return done, session.stopped_ns
 
     return _again(task, attempt)
 
