@@ -77,7 +77,7 @@ def _most(times: list[float]) -> float:
 
 
 def _stops_while_busy(task: Task, count: int) -> list[Result]:
-    """The same while other threads of this process compute, each of which wants the GIL."""
+    """Measure it while other threads of this process compute, each of which wants the GIL."""
     over = threading.Event()
 
     def compute() -> None:
