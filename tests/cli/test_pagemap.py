@@ -249,7 +249,7 @@ def test_flags_that_are_hidden(
     output, error = capsys.readouterr()
     assert output.startswith("virtual,physical,length,flags")
     assert len(output.splitlines()) == 1
-    assert "not shown: the sizes of folios" in error
+    assert "not shown: folio sizes" in error
 
 
 @pytest.mark.needs("frames")
