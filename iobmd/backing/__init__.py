@@ -123,7 +123,7 @@ class Backing(Protocol):
         """Return the size of the pages that contain a range; a page counts for each part that it contains."""
 
     def file_extents(self, offset: int, length: int) -> list[FileExtent]:
-        """Return the pages that hold a range, for mapping them at further places.
+        """Return the pages that contain a range, for mapping them at other addresses.
 
         Raises `kIOReturnUnsupported` for private pages, `kIOReturnBadArgument` for partial pages.
         """

@@ -164,7 +164,7 @@ class MappedBacking(Pinned):
         return span(self.in_page(offset), length)
 
     def file_extents(self, _offset: int, _length: int) -> list[FileExtent]:
-        """Refuse: private pages can be at one place only."""
+        """Raise: private pages can have only one address."""
         raise private()
 
     def lost(self) -> int | None:

@@ -192,7 +192,7 @@ class RangeBacking(Pinned):
         return span(self.in_page(offset), length)
 
     def file_extents(self, _offset: int, _length: int) -> list[FileExtent]:
-        """Refuse: nobody shared it."""
+        """Raise: it is not shared."""
         raise private()
 
     def close(self) -> None:

@@ -86,7 +86,7 @@ class SharedBacking(MappedBacking):
         return self._shared.size
 
     def file_extents(self, offset: int, length: int) -> list[FileExtent]:
-        """Return the pages of the object that hold a range. Raises as `SharedObject.cut`."""
+        """Return the pages of the object that contain a range. Raises as `SharedObject.cut`."""
         in_page = self.in_page(offset)
         return self._shared.cut(offset - in_page, span(in_page, length))
 

@@ -71,14 +71,14 @@ class UnmappedBacking(SharedBacking):
         return 0
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return `length` bytes from `offset` on."""
+        """Return `length` bytes, starting at `offset`."""
         with self.here() as mapping:
             headroom.require(length, swappable=True)
             self._require_room_to_read(mapping, offset, length)
             return mapping.read(offset, length)
 
     def read_into(self, offset: int, buffer: Buffer) -> None:
-        """Fill `buffer` from `offset` on."""
+        """Fill `buffer` with the bytes at `offset`."""
         with self.here() as mapping:
             self._require_room_to_read(mapping, offset, memoryview(buffer).nbytes)
             mapping.read_into(offset, buffer)

@@ -297,7 +297,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
 
     def _mapped_range(self) -> tuple[Task, int, int]:
         start = self.getBytesNoCopy()
-        # Not None: getBytesNoCopy() refuses memory that is mapped in no task.
+        # Not None: getBytesNoCopy() raises for memory that is mapped in no task.
         return cast("Task", self._memory().require_backing().task), start, start + len(self)
 
     def appendBytes(self, data: Buffer) -> int:

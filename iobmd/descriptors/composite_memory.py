@@ -119,9 +119,9 @@ class CompositeBacking:
         return None
 
     def file_extents(self, offset: int, length: int) -> list[FileExtent]:
-        """Return the pages that hold a range. Parts of it meet between two pages, or go on in the same one."""
+        """Return the pages that contain a range. Its parts meet at page boundaries, or continue in the same page."""
         found: list[FileExtent] = []
-        end = 0  # the place in its page where the part before ends
+        end = 0  # the offset in its page at which the previous part ends
         for piece in self._pieces(offset, length):
             backing = piece.owner.require_backing()
             begin, more = backing.in_page(piece.offset), backing.file_extents(piece.offset, piece.length)

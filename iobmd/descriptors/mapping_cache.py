@@ -162,7 +162,7 @@ class CachedMapping:
         if offset < 0 or offset + length > owner.length:
             raise BadArgumentError(f"the new memory has fewer than {length} bytes at offset {offset}")
         if backing.in_page(offset) != self.offset - self.first:
-            raise BadArgumentError(f"offset {offset} has another place in a page than what is mapped")
+            raise BadArgumentError(f"offset {offset} has another position in a page than the mapped memory")
         extents = backing.file_extents(offset, length)
         if isinstance(self.own, RemoteMapping):
             self.own.redirect(extents)
@@ -197,7 +197,7 @@ class CachedMapping:
         """Populate the pages in this process, which is charged for them, so that the other task only maps them."""
         try:
             extents = self.owner.require_backing().file_extents(request.offset, request.length)
-        except UnsupportedError:  # the task's own memory
+        except UnsupportedError:  # memory of the task itself
             residency.require(address, request.size, swappable=True, task=self.task, written=False)
             return
         here = shmem.show(extents)

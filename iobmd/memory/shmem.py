@@ -103,7 +103,7 @@ class SharedObject:
             raise limits.from_oserror(error, f"cannot create a shared object of {format_size(size)}", size) from None
 
     def cut(self, offset: int, size: int) -> list[FileExtent]:
-        """Return the pieces of `size` bytes from `offset` on. Raises `kIOReturnUnsupported` within a large page."""
+        """Return the parts with the `size` bytes at `offset`; raise `kIOReturnUnsupported` inside a large page."""
         if offset % self.page or size % self.page:
             raise _within_a_page(self.page)
         found = []
@@ -131,7 +131,7 @@ def show(extents: Sequence[FileExtent], at: int = 0, *, writable: bool = True, g
     Parameters
     ----------
     extents : sequence of FileExtent
-        Of one object, or of several.
+        Parts of one or more objects.
     at : int
         The address, at which nothing may be mapped; 0: any address.
     writable : bool
@@ -178,7 +178,7 @@ def _numbered(extents: Sequence[FileExtent]) -> Iterator[list[tuple[int, int, in
 
 
 def alignment_of(extents: Sequence[FileExtent]) -> int:
-    """Return what the address of the first is to be a multiple of.
+    """Return the required alignment of the first stretch.
 
     Raises
     ------

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _DEVICE_FLAGS = frozenset({"io", "pf"})  # VM_IO, VM_PFNMAP: no pages that can be pinned or copied
 _IN_MEMORY = ("tmpfs", "ramfs", "hugetlbfs")
-_PATIENCE = 1.0  # seconds for all files of a range to be found
+_PATIENCE = 1.0  # seconds to find all files of a range
 
 
 class Obstacle(NamedTuple):
@@ -167,7 +167,7 @@ def _guarded(pid: int, area: VMA, place: int, stop: int) -> Obstacle | None:
 
 
 def _first(pid: int, place: int, stop: int, wanted: tuple[int, int]) -> int | None:
-    """Return the first address of a range whose page's entry is wanted; None: there is none, or it is not shown."""
+    """Return the first address of a range whose pagemap entry is wanted; None if there is none, or it is hidden."""
     with contextlib.suppress(OSError), open(procfs.memory_file(pid, "pagemap"), "rb", buffering=0) as opened:
         page = pagemap.first_entry(opened.fileno(), place // PAGE_SIZE, pages(stop), *wanted)
         if page is not None:

@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 BENCHMARKS = {
-    "copy": ("iobmd.tools.bench.copy", "withCopy from another process, and the start of the program"),
+    "copy": ("iobmd.tools.bench.copy", "withCopy from another process, and the startup time"),
     "wired": ("iobmd.tools.bench.wired", "pins, segments, small wired buffers"),
     "contiguous": (
         "iobmd.tools.bench.contiguous",
-        "contiguous memory with no pool; as root also with raised pools, and DPDK",
+        "contiguous memory without a pool; as root also with enlarged pools, and DPDK",
     ),
     "purgeable": (
         "iobmd.tools.bench.purgeable",
-        "purgeable memory there and back; as root also a cache under a memory limit",
+        "round trips of purgeable memory; as root also a cache under a memory limit",
     ),
     "pagemap": (
         "iobmd.tools.bench.pagemap",
-        "walking through the pages of a process, and what that costs it",
+        "walking the pages of a process, and the cost to that process",
     ),
-    "cachemode": ("iobmd.tools.bench.cachemode", "what each cache mode costs, and write-combine brings"),
-    "remote": ("iobmd.tools.bench.remote", "how long another task stands still, and the speed of shared memory"),
+    "cachemode": ("iobmd.tools.bench.cachemode", "the costs of cache modes, and the gain of write-combine"),
+    "remote": ("iobmd.tools.bench.remote", "for how long another task is stopped, and the speed of shared memory"),
 }
 
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     """Run `iobmd bench NAME`."""
     parser = argparse.ArgumentParser(
         prog="iobmd bench",
-        description="Measure against the bare kernel calls. Medians; memory is warmed up first.",
+        description="Compare iobmd with the bare system calls. Figures are medians; memory is warmed up first.",
         epilog="benchmarks: " + "; ".join(f"{name}: {what}" for name, (_, what) in BENCHMARKS.items()),
     )
     parser.add_argument("benchmark", choices=BENCHMARKS)

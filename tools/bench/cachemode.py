@@ -1,4 +1,4 @@
-"""`iobmd bench cachemode`: writes past the caches beside cached ones, and what the first load afterwards takes."""
+"""`iobmd bench cachemode`: non-temporal and cached writes, and the latency of the first load afterwards."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 PIECE = 64 << 10
 SMALL = 256 << 10
-"""What the loads are of: it fits into the second cache of a processor."""
+"""Size of the memory that is loaded, which fits the second-level cache."""
 MANY = 20
 
 
 def run(size: int, rounds: int) -> list[Result]:
-    """Measure; `size` of the buffers that are streamed to should be beyond the last cache."""
+    """Measure; `size` of the buffers should exceed the last-level cache."""
     return [*_bandwidth(size, rounds), *_latency(rounds * MANY)]
 
 

@@ -1,4 +1,4 @@
-"""`iobmd bench contiguous`: finding contiguous memory beside populating and pinning as much of any, and DPDK."""
+"""`iobmd bench contiguous`: contiguous memory, compared with populating and pinning any pages, and with DPDK."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .result import Result, at_most, seconds
 TRIES = 100
 RESERVED_TRIES = 20
 WARM = 4 << 30
-"""Memory that is touched first: on a virtual machine the first touch waits for the host."""
+"""Memory that is touched in advance, because on a virtual machine the first touch waits for the host."""
 
 
 def run(_size: int, rounds: int) -> list[Result]:
@@ -51,7 +51,7 @@ def _populate(mapping: Mapping) -> None:
 
 
 def _any(size: int) -> float:
-    """Return the seconds of populating and pinning as much memory in huge pages, wherever it lies."""
+    """Return the seconds for populating and pinning the same amount of arbitrary huge pages."""
 
     def take() -> None:
         mapping = Mapping.anonymous(size, HUGE_PAGE_SIZE)

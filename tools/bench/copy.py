@@ -1,4 +1,4 @@
-"""`iobmd bench copy`: withCopy against what people write by hand, and against memcpy."""
+"""`iobmd bench copy`: withCopy compared with hand-written calls, and with memcpy."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from .target import Target
 SMALL = 64 << 10
 WIRED, PAGEABLE = IOOptionBits(0), IOOptionBits.kIOMemoryPageable
 RESERVED = 128
-"""How many times as long as the large copies sparse memory is, of which 1 % is resident."""
+"""The ratio of the size of sparse memory (1 % resident) to that of the large copies."""
 MANY = 40
-"""How many more measurements of what takes microseconds than of what takes tenths of a second."""
+"""The factor by which operations of microseconds are measured more often than those of tenths of a second."""
 
 
 def run(size: int, rounds: int) -> list[Result]:

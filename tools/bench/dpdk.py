@@ -1,4 +1,4 @@
-"""DPDK beside us in `iobmd bench contiguous`: rte_memzone_reserve with IOVA_CONTIG, in PA mode, on a hugetlb pool."""
+"""DPDK, the peer in `iobmd bench contiguous`: rte_memzone_reserve with IOVA_CONTIG, in PA mode, on a hugetlb pool."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ _OPTIONS = "--iova-mode=pa --no-pci --no-telemetry -l 0 --log-level=lib.eal:erro
 
 
 class Peer(NamedTuple):
-    """What DPDK found of one size; times in microseconds."""
+    """The results of DPDK for one size; times in microseconds."""
 
     found: int
     start: float
-    """Of its start, which collects memory."""
+    """Time of its startup, which collects memory."""
     reserve: float
-    """Of one try after that, found or not: the median."""
+    """Median time of an attempt after that, found or not."""
 
 
 def compare(ours: Callable[[int], float | None], tries: int) -> list[Result]:
-    """Measure both with a pool of 600 pages, which is put back afterwards.
+    """Measure both with a pool of 600 pages, which is restored afterwards.
 
     Parameters
     ----------
     ours
-        Takes as many bytes of contiguous memory, gives them back, and returns the seconds; None: not found.
+        Allocates and frees this many bytes of contiguous memory, and returns the seconds; None: not found.
     tries
         Of each size.
     """
@@ -109,7 +109,7 @@ def _compare(size: int, samples: list[float | None], peers: dict[str, dict[int, 
         for mode, one in theirs.items()
     ]
     what = f"contiguous {format_size(size << 20)}, pool of {POOL} pages: {len(found)} of {len(samples)}"
-    # From nothing to the first buffer: DPDK collects its memory as it starts, we as it is asked for.
+    # The time to the first buffer: DPDK collects its memory at startup, iobmd on request.
     fastest = min(((one.start + one.reserve) / 1e6 for one in theirs.values() if one.found), default=0.0)
     ratio = ours / fastest if fastest else 0.0
     told = "DPDK " + ("; ".join(against) or "did not run")

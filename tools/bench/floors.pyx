@@ -117,7 +117,7 @@ def copy(uint64_t destination, uint64_t source, size_t size):
 
 
 def chase(uint64_t address, size_t steps):
-    """Seconds a load takes where each tells where the next one is: at `address` and on, offsets of eight bytes."""
+    """Seconds per load, each of which reads the offset of the next: offsets of eight bytes, starting at `address`."""
     cdef double begin
     cdef size_t _step
     cdef uint64_t offset = 0
@@ -142,7 +142,7 @@ cdef int _protect(int pagemap, uint64_t start, uint64_t end) noexcept nogil:
 
 
 def free_and_take_back(int tracker, int pagemap, uint64_t address, size_t size, size_t page):
-    """Seconds for the bare calls of a round trip of lazily freed memory, all of which is there.
+    """Seconds for the bare calls of a round trip of lazily freed memory that is intact.
 
     MADV_FREE, mlock2 on fault, a look, MADV_POPULATE_WRITE, munlock. The look is mincore; with a `tracker` (not
     negative) PAGEMAP_SCAN, and writes are tracked by it before and no longer after. `page`: the base page size.

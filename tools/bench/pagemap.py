@@ -1,4 +1,4 @@
-"""`iobmd bench pagemap`: walking through the pages of a process, against raw reads of its pagemap in C."""
+"""`iobmd bench pagemap`: walking the pages of a process, compared with raw reads of its pagemap in C."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .target import SMALL_AREA, Target
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SCANNED = 0.5  # seconds in which the worst stall is looked for
+SCANNED = 0.5  # seconds during which the worst stall is measured
 
 
 def run(size: int, rounds: int) -> list[Result]:
@@ -34,7 +34,7 @@ def run(size: int, rounds: int) -> list[Result]:
         try:
             results += _walk(kind, large, f"{format_size(large)}, {kind}", 0.8, rounds)
         except OSError:
-            continue  # no huge page to be had, or none in the pool
+            continue  # no huge page available, or none in the pool
     results += _walk(
         "clustered", reserved, f"{format_size(reserved)} reserved, 1 % resident, clustered", 0.25, rounds
     )
@@ -75,7 +75,7 @@ def _stall(target: Target, rounds: int) -> Result:
         raw = partial(floors.read_pagemap, descriptor.fd, target.ranges, PAGE_SIZE)
         bare, ours = medians(rounds, *(partial(_worst, target, scan) for scan in (raw, partial(_areas, target))))
     floor = f"while raw pread reads 64 KiB each: {format_time(bare)}"
-    return at_most("the longest mmap in the target meanwhile", format_time(ours), floor, ours / bare, 1.5)
+    return at_most("the longest mmap in the target during the walk", format_time(ours), floor, ours / bare, 1.5)
 
 
 def _worst(target: Target, scan: Callable[[], object]) -> float:

@@ -1,4 +1,4 @@
-"""`iobmd bench purgeable`: a round trip against its bare calls, and a cache under a memory limit."""
+"""`iobmd bench purgeable`: a round trip compared with its bare calls, and a cache under a memory limit."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def _under_a_limit() -> Result:
         with limited(LIMIT) as procs:
             tight, plain = _work("cache", str(procs)), _work("bytes", str(procs))
     except OSError as error:
-        return Result(what, "none", f"a memory cgroup takes root: {error.strerror}", 0.0, "≥ 0.8", True)
+        return Result(what, "none", f"a memory cgroup requires root: {error.strerror}", 0.0, "≥ 0.8", True)
     if not (free and tight):
-        return Result(what, "killed", "without a limit it lives", 0.0, "≥ 0.8", False)
+        return Result(what, "killed", "killed without a limit", 0.0, "≥ 0.8", False)
     with_bytes = f"{plain['rate']:,.0f}/s" if plain else "killed"
     against = f"no limit: {_told(free)}; with bytes in the limit: {with_bytes}"
     return at_least(what, _told(tight), against, tight["rate"] / free["rate"], 0.8)

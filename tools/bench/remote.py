@@ -1,4 +1,4 @@
-"""`iobmd bench remote`: for how long another task stands still, and how fast memory is that it shares."""
+"""`iobmd bench remote`: the time for which another task is stopped, and the speed of memory shared with it."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def _stops(task: Task, count: int, first: float) -> list[Result]:
     against = f"a stop without a call: {floor * 1e3:.2f} ms, {max(bare) * 1e3:.1f} ms at worst"
     what = f"{format_size(SMALL)} in another task"
     return [
-        _within(f"{what}: a thread of it stands still", statistics.median(stopped), against, floor, 0.12e-3),
+        _within(f"{what}: one of its threads is stopped", statistics.median(stopped), against, floor, 0.12e-3),
         _within(f"{what}: the same, 99 of 100", _most(stopped), against, _most(bare), 0.5e-3),
         _within(f"{what}: the same, the worst of {count:,}", max(stopped), against, max(bare), 3e-3),
         _within(f"{what}: the same, the first", first, against, floor, 0.5e-3),
-        _within(f"{what}: in all", statistics.median(whole), against, floor, 0.6e-3),
+        _within(f"{what}: total time", statistics.median(whole), against, floor, 0.6e-3),
     ]
 
 
@@ -77,7 +77,7 @@ def _most(times: list[float]) -> float:
 
 
 def _stops_while_busy(task: Task, count: int) -> list[Result]:
-    """Measure it while other threads of this process compute, each of which wants the GIL."""
+    """Measure it while other threads of this process compute and compete for the GIL."""
     over = threading.Event()
 
     def compute() -> None:
@@ -98,7 +98,7 @@ def _stops_while_busy(task: Task, count: int) -> list[Result]:
             thread.join()
     floor = statistics.median(bare)
     against = f"a stop without a call: {floor * 1e3:.2f} ms, {max(bare) * 1e3:.1f} ms at worst"
-    what = f"{format_size(SMALL)} in another task, while {BUSY} threads of ours compute"
+    what = f"{format_size(SMALL)} in another task, while {BUSY} of our threads compute"
     return [
         _within(what, statistics.median(stopped), against, floor, 0.12e-3),
         _within(f"{what}: the worst of {count:,}", max(stopped), against, max(bare), 3e-3),
@@ -146,6 +146,6 @@ def _freeze(size: int, rounds: int) -> Result:
             with copy(client.pid, piece.address, size, freeze=True, wired=False) as buffer:
                 stopped.append(buffer.source_stopped_ns / 1e9)
     floor = statistics.median(whole)
-    what = f"copy(freeze=True) of {format_size(size)} in 4 KiB pages: the source stands still"
+    what = f"copy(freeze=True) of {format_size(size)} in 4 KiB pages: the source is stopped"
     against = f"one process_vm_readv into fresh memory: {floor * 1e3:.0f} ms"
     return _within(what, statistics.median(stopped), against, floor, 30e-3)

@@ -1,4 +1,4 @@
-"""What a benchmark reports, and how it takes a median."""
+"""The results of benchmarks, and their medians."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Result(NamedTuple):
-    """One figure beside its floor or peer."""
+    """A figure with its floor or peer."""
 
     what: str
     figure: str
@@ -39,8 +39,8 @@ def seconds(action: Callable[[], object]) -> float:
 def medians(rounds: int, *actions: Callable[[], float]) -> list[float]:
     """Return the median of what each of `actions` returns.
 
-    They take turns, so that a slow moment of the host hits all, and each runs twice, the first time unmeasured: on a
-    virtual machine the first touch of memory that lay free for a while waits for the host to back it.
+    They alternate, so that a slow moment of the host affects all, and each runs twice, the first time unmeasured: on
+    a virtual machine the first touch of memory that was free for a while waits for the host to back it.
     """
     samples = [[(action(), action())[1] for action in actions] for _ in range(rounds)]
     return [statistics.median(column) for column in zip(*samples, strict=True)]

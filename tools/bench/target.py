@@ -1,4 +1,4 @@
-"""A process with much memory of one kind: what `iobmd bench pagemap` looks at.
+"""A process with much memory of one kind, the target of `iobmd bench pagemap`.
 
 `python -m iobmd.tools.bench.target KIND SIZE` prints the range of its memory. Then it reads lines, maps memory for as
 many seconds as each says, and prints how long the longest mmap took.
@@ -54,7 +54,7 @@ class Target:
         self.ranges = [(start, start + step) for start in range(self.start, self.end, step)]
 
     def begin_mapping(self, seconds: float) -> None:
-        """Have it map and unmap memory for so many seconds."""
+        """Make it map and unmap memory for this many seconds."""
         assert self._process.stdin
         self._process.stdin.write(f"{seconds}\n")
         self._process.stdin.flush()

@@ -1,4 +1,4 @@
-"""`iobmd bench wired`: what pins, segments and small buffers cost beside the bare calls."""
+"""`iobmd bench wired`: the cost of pins, segments and small buffers, compared with the bare calls."""
 
 from __future__ import annotations
 
@@ -107,9 +107,9 @@ def _small(rounds: int) -> list[Result]:
         )
     floor = f"mmap, mlock, munmap in C: {bare * 1e6:.1f} µs"
     return [
-        at_most("wired 4 KiB buffer, made and freed", f"{wired * 1e6:.1f} µs", floor, wired / bare, 3),
+        at_most("wired 4 KiB buffer, allocated and freed", f"{wired * 1e6:.1f} µs", floor, wired / bare, 3),
         at_most(
-            "prepare and complete of a 4 KiB buffer (what a slab would leave)",
+            "prepare and complete of a 4 KiB buffer (the part that a slab would not save)",
             f"{prepared * 1e6:.1f} µs",
             floor,
             prepared / bare,
@@ -143,7 +143,7 @@ def _described(address: int) -> float:
 
 
 def _prepare(buffer: IOBufferMemoryDescriptor) -> float:
-    """Pin and unpin a buffer that is there already."""
+    """Pin and unpin an existing buffer."""
     begin = time.perf_counter()
     buffer.prepare()
     buffer.complete()

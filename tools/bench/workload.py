@@ -1,4 +1,4 @@
-"""What `iobmd bench purgeable` runs under a limit: requests to a cache of contents of 1 MiB.
+"""The workload of `iobmd bench purgeable` under a limit: requests to a cache of contents of 1 MiB.
 
 `python -m iobmd.tools.bench.workload cache|bytes WORKING_SET REQUESTS CGROUP_PROCS` prints, as JSON, the hits per
 second of the time that hits took, and their share of all requests. CGROUP_PROCS is empty, or the cgroup.procs to
@@ -25,7 +25,7 @@ CONTENT = 1 << 20
 
 
 class Kept(dict[int, bytes]):
-    """The same as `bytes` that nobody takes away."""
+    """The same with `bytes`, which cannot be reclaimed."""
 
     def __init__(self, loader: Callable[[int], bytes]) -> None:
         self._loader = loader

@@ -1,4 +1,4 @@
-"""`iobmd soak`: everything at once, for as long as wanted, each event checked against the kernel."""
+"""`iobmd soak`: all operations concurrently, with each event checked against the kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory that the supervisor, its workers and its targets share: counters that survive a SIGKILL of their writer.
+"""Memory shared by the supervisor, its workers and its targets: counters that survive a SIGKILL of their writer.
 
 A file of 64-bit words. Each word has one writer at a time: a thread of a worker, a target, or the supervisor.
 """
@@ -45,7 +45,7 @@ class Target(IntEnum):
     PRIVATE = 5  # address of the pattern in private memory
     SHARED = 6  # and in shared memory
     SPARSE = 7  # address of shared memory that it never touches
-    SCRATCH = 8  # address of private memory that anyone may write to
+    SCRATCH = 8  # address of private memory that any worker may write to
     MOMENT = 9  # address of pages that it numbers one after another; 0: none
     FAULTING = 10  # address of memory whose page faults it serves itself; 0: none
     BEATS = 11  # how often it has done its work
@@ -85,7 +85,7 @@ class Board:
         return bool(self._words[0])
 
     def stop(self) -> None:
-        """Have workers end after the event under way."""
+        """Make workers end after their current event."""
         self._words[0] = 1
 
     def thread(self, number: int) -> memoryview:

@@ -1,4 +1,4 @@
-"""What an event works with: a source of chance, readers of the kernel's files, targets, and places for results."""
+"""The context of an event: a random source, readers of the kernel's files, targets, and results."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Peer:
 
 
 class Held(NamedTuple):
-    """Pinned memory that stays for many events, and what is known of it."""
+    """Pinned memory that is held for many events, and its recorded properties."""
 
     buffer: iobmd.IOMemoryDescriptor
     address: int
@@ -144,7 +144,7 @@ class Context:
 
     @contextlib.contextmanager
     def target(self, word: Target = Target.PID) -> Iterator[Peer]:
-        """Use a target, one that has the memory `word`, inside of a `with`; it is not inspected meanwhile.
+        """Use a target that has the memory `word` inside a `with` block; it is not inspected during that time.
 
         Raises
         ------
@@ -181,8 +181,8 @@ class Context:
         """Return the frames of pinned memory, all of them.
 
         A pin holds the frame, not the entry of the page table: reclaim and compaction unmap shared pages before they
-        see that they are pinned (shrink_folio_list() and migrate_folio_unmap() in the kernel), and put them back or
-        leave that to the next access. So entries that are not present are looked at again after an access.
+        detect that they are pinned (shrink_folio_list() and migrate_folio_unmap() in the kernel), and restore them or
+        leave that to the next access. Entries that are not present are therefore read again after an access.
         """
         frames = self.pagemap.frames(address, size)
         deadline = time.monotonic() + 2
@@ -200,7 +200,7 @@ class Context:
         length = min(len(actual), len(expected))
         first = next((at for at in range(length) if actual[at] != expected[at]), length)
         there = f"{actual[first : first + 16].hex()} instead of {expected[first : first + 16].hex()}"
-        killed = ", the target was killed meanwhile" if self.peer and self.peer.was_killed else ""
+        killed = ", the target was killed during that" if self.peer and self.peer.was_killed else ""
         raise Found("wrong_bytes", f"{what}: {len(actual)} of {len(expected)} bytes, at {first:#x} {there}{killed}")
 
     def check_frames(self, address: int, before: tuple[int, ...], what: str) -> None:

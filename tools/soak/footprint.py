@@ -48,7 +48,7 @@ class Footprint(NamedTuple):
         )
 
     def left(self, before: Footprint) -> dict[str, tuple[int, str]]:
-        """Return what there is more of than `before`: for each leak in the report its amount, and a sentence."""
+        """Return the increases since `before`: the amount and a sentence per leak in the report."""
         found: dict[str, tuple[int, str]] = {}
         more = self.named - before.named
         grown = max(0, self.anonymous - before.anonymous)

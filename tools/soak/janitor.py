@@ -38,7 +38,7 @@ class Janitor:
         os.close(reading)
 
     def finish(self) -> None:
-        """Have everything removed now, and wait for it."""
+        """Remove everything now, and wait for it."""
         os.close(self._writing)
         os.waitpid(self.pid, 0)
 
@@ -47,7 +47,7 @@ def _wait_and_remove(pipe: int, folder: Path, cgroup: Path | None) -> None:
     os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    os.read(pipe, 1)  # until nobody has the other end
+    os.read(pipe, 1)  # until no process has the other end
     if cgroup is not None:
         _remove_cgroup(cgroup)
     shutil.rmtree(folder, ignore_errors=True)

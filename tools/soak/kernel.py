@@ -125,14 +125,14 @@ def userfaultfd() -> int:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have this process killed when the thread that started it ends (PR_SET_PDEATHSIG), or now if it ended."""
+    """Kill this process when the thread that started it ends (PR_SET_PDEATHSIG), or now if it has ended."""
     _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
     if os.getppid() != parent:
         os._exit(1)
 
 
 def allow_any_tracer() -> None:
-    """Let every process of this user trace this one, also under Yama (ptrace_scope 1); no Yama: no effect."""
+    """Permit every process of this user to trace this one under Yama (ptrace_scope 1); no effect without Yama."""
     _libc.prctl(_PR_SET_PTRACER, ctypes.c_ulong(-1 & (1 << 64) - 1), 0, 0, 0)
 
 
@@ -227,7 +227,7 @@ def threads(pid: int | str = "self") -> list[int]:
 
 
 def children(pid: int | str = "self") -> list[int]:
-    """Return the pids of a process's children, ended ones that nobody waited for included."""
+    """Return the pids of a process's children, including zombies."""
     found: list[int] = []
     for thread in threads(pid):
         with contextlib.suppress(OSError):

@@ -23,7 +23,7 @@ def _ptrace() -> str:
         return "system calls in other tasks need x86-64"
     scope = Path("/proc/sys/kernel/yama/ptrace_scope")
     if scope.exists() and int(scope.read_text()) >= (3 if kernel.has_capabilities(_CAP_SYS_PTRACE) else 2):
-        return f"{scope} is {scope.read_text().strip()}: nobody may trace"
+        return f"{scope} is {scope.read_text().strip()}: tracing is not permitted"
     return ""
 
 

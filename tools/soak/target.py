@@ -65,7 +65,7 @@ class Program:
         self.words[Target.MOMENT] = self.words[Target.FAULTING] = 0
 
     def ready(self, generation: int) -> None:
-        """Let workers use this target."""
+        """Permit workers to use this target."""
         self.words[Target.BEATS] = 0
         self.words[Target.PID] = os.getpid()
         self.words[Target.GENERATION] = generation
@@ -94,7 +94,7 @@ class Program:
 
 
 def sleeping(program: Program) -> Callable[[], None]:
-    """Sleep, and look at the memory now and then."""
+    """Sleep, and check the memory periodically."""
 
     def work() -> None:
         for _ in range(50):
@@ -238,7 +238,7 @@ def signalled(program: Program) -> Callable[[], None]:
         while alarms == before and time.monotonic() < deadline:
             time.sleep(0.002)
         if alarms == before:
-            program.disturbed("its timer's signal came no more")
+            program.disturbed("the signals of its timer stopped")
         program.beat()
 
     return work

@@ -128,7 +128,7 @@ class TargetProcess:
             os.kill(self.pid, signal.SIGCONT)
 
     def watch(self, patience: float) -> None:
-        """Report an end that nobody asked for, or work that has not gone on for `patience` seconds."""
+        """Report an unexpected exit, or work that has not progressed for `patience` seconds."""
         assert self._process is not None
         now = time.monotonic()
         if (code := self._process.poll()) is not None:
@@ -240,5 +240,5 @@ class TargetProcess:
 
 
 def lock_path(folder: Path, number: int) -> Path:
-    """Return the file that whoever uses a target locks."""
+    """Return the file that every user of a target locks."""
     return folder / f"target-{number}.lock"

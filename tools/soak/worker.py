@@ -93,7 +93,7 @@ class Runner:
         row[Thread.BEGAN] = 0
 
     def _is_of_this_tool(self, error: Exception) -> bool:
-        """Return whether a limit of the worker kept an event from looking at the kernel's files itself."""
+        """Return whether a limit of the worker prevented an event from reading the kernel's files itself."""
         number = getattr(error, "errno", 0)
         if not self.context.profile.descriptors or number not in (errno.EMFILE, errno.ENFILE):
             return False
@@ -133,7 +133,7 @@ class Runner:
 
 
 class Worker:
-    """The threads of this process, from their start to the look at what they left."""
+    """The threads of this process, from their start to the check for leaks."""
 
     def __init__(self, orders: Orders) -> None:
         self.orders = orders
@@ -168,7 +168,7 @@ class Worker:
         self.leave.wait()  # its stack is counted before and after
 
     def run(self) -> None:
-        """Work for the ordered time, or until the run is over, and report what is left then."""
+        """Work for the ordered time, or until the end of the run, and report leaks."""
         orders = self.orders
         self.profile.enter(Path(orders.cgroup) if orders.cgroup else None)
         kernel.die_with_parent(orders.parent)  # a change of user has undone it
@@ -221,7 +221,7 @@ def main() -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's
-    warnings.simplefilter("ignore", DeprecationWarning)  # of forks in a process with threads, which are meant
+    warnings.simplefilter("ignore", DeprecationWarning)  # about forks in a process with threads, which are intended
     threading.stack_size(footprint.STACK)
     Worker(orders).run()
     sys.stdout.flush()

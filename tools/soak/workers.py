@@ -136,7 +136,7 @@ class WorkerProcess:
         self.kill()
 
     def _stacks(self) -> str:
-        """Have the worker write the stacks of its threads to its log, and return that."""
+        """Make the worker write the stacks of its threads to its log, and return them."""
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGUSR2)
             time.sleep(0.5)

@@ -37,7 +37,7 @@ class Outcome(NamedTuple):
 
     @property
     def came_up(self) -> bool:
-        """Whether its first process, and so anything of ours, began."""
+        """Whether its first process, and thus the tests, started."""
         return _UP in self.output
 
     @property
@@ -78,7 +78,7 @@ class Guests:
         kernel, machine
             What it is.
         initramfs : Path
-            What it starts from; its log is kept beside.
+            The initramfs to boot; the log is written next to it.
         timeout : float
             Seconds after it came up when it is ended, and has failed.
         see : callable

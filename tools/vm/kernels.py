@@ -1,4 +1,4 @@
-"""Debian's kernels: found, fetched, and unpacked beside the host's own, never installed.
+"""Debian's kernels: found, downloaded, and unpacked separately from the host's, never installed.
 
 Nothing here needs root: apt works in a tree of its own in the cache, with the suites that carry the kernels, and
 verifies what it fetches by Debian's keys as it does on any machine.
@@ -27,7 +27,7 @@ _SUITES = {
 _KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
 _IMAGE = re.compile(r"^linux-image-(\d+\.\d+\.\d[\d.+-]*(?:deb[\d.]+)?)-amd64$", re.MULTILINE)
 _TRIES = 4
-_LOOK_AGAIN = 7 * 86400  # seconds after which the mirror is asked anew which is the newest of a series
+_LOOK_AGAIN = 7 * 86400  # seconds after which the mirror is queried again for the newest kernel of a series
 
 
 class Kernel(NamedTuple):

@@ -1,4 +1,4 @@
-"""Running guests, some at a time, and telling how they did."""
+"""Running guests, several at a time, and reporting their results."""
 
 import functools
 import tempfile

@@ -24,8 +24,8 @@ class Kind(NamedTuple):
     weight : int
         How often it is chosen, relative to the others.
     function : str
-        ``module.function`` of this package, loaded by workers only: the supervisor does without the library. It
-        does the event with a `Context`, and raises `context.Found` if something is wrong.
+        ``module.function`` of this package, loaded only by workers: the supervisor does not load the library. It
+        executes the event with a `Context`, and raises `context.Found` if it finds a fault.
     needs : str
         What it cannot do without: a key of `requirements.PROBES`, or "".
     refusals : mapping of IOReturn to str
@@ -95,7 +95,7 @@ LIES = {kind.name: kind for kind in (
         "child", "hang", "crash", "disturb", "kill",
     )
 )}  # fmt: skip
-"""Kinds that do wrong on purpose, each of which the run must report."""
+"""Kinds that cause a fault deliberately, which the run must report."""
 
 
 def schedule(names: list[str]) -> list[Kind]:

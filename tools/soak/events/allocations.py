@@ -66,7 +66,7 @@ def small(context: Context) -> None:
 
 
 def pageable(context: Context) -> None:
-    """Allocate memory that is not wired; a page that nobody touched is not resident, unless it was used before."""
+    """Allocate memory that is not wired; an untouched page is not resident, unless it was used before."""
     size = context.chance.choice(_SMALL + _MIDDLE)
     with iobmd.allocate(size, wired=False) as buffer:
         check_new(context, buffer, size)

@@ -1,4 +1,4 @@
-"""Copies of other tasks' memory: the bytes are theirs, and they go on as if nothing had happened."""
+"""Copies of other tasks' memory: the bytes are correct, and the tasks are not disturbed."""
 
 from __future__ import annotations
 

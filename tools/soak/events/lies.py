@@ -1,4 +1,4 @@
-"""Events that do wrong on purpose: a run with one of them must fail, and say why. Each does so once for a thread."""
+"""Events that cause faults deliberately: a run with one of them must report it. Each does so once per thread."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _once(lie: Callable[[Context], None]) -> Callable[[Context], None]:
 
 @_once
 def moved(context: Context) -> None:
-    """Take memory that is only locked for pinned, and have it move."""
+    """Treat memory that is only locked as pinned, and make it move."""
     address = kernel.map_private(4 << 20)
     try:
         kernel.advise(address, 4 << 20, kernel.MADV_NOHUGEPAGE)
@@ -66,7 +66,7 @@ def wrong_bytes(context: Context) -> None:
 
 @_once
 def wrong_state(context: Context) -> None:
-    """Say that memory is intact, of which the kernel has taken a page."""
+    """Report memory as intact although the kernel has reclaimed a page of it."""
     context.check_state(IOPurgeable.kIOMemoryPurgeableVolatile, bytes(4096), bytes(4096), 1)
 
 
@@ -78,7 +78,7 @@ def wrong_code(_context: Context) -> None:
 
 @_once
 def error(_context: Context) -> None:
-    """Raise an exception that is none of iobmd's."""
+    """Raise an exception that does not belong to iobmd."""
     raise ZeroDivisionError
 
 

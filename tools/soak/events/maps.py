@@ -108,4 +108,4 @@ def redirect_in_target(context: Context) -> None:
 def _check_gone(pid: int, address: int) -> None:
     for area in kernel.mappings(pid):  # another worker's map may be there by now
         if area.start <= address < area.end and "iobmd" not in area.name:
-            raise Found("programs_disturbed", f"{area} is mapped in a target where a map of ours was")
+            raise Found("programs_disturbed", f"{area} is mapped in a target where iobmd had mapped memory")

@@ -116,7 +116,7 @@ def verify(context: Context) -> None:
 
 
 def collapse(context: Context) -> None:
-    """Have the kernel make huge pages of held memory (MADV_COLLAPSE): it refuses, or moves nothing."""
+    """Collapse held memory to huge pages (MADV_COLLAPSE): the kernel refuses, or moves nothing."""
     if not context.held:
         raise Skipped
     held = context.chance.choice(context.held)

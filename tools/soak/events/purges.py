@@ -69,12 +69,12 @@ def shared(context: Context) -> None:
         context.check_state(old, buffer.readBytes(0, size), content, 1 if emptied else 0)
         taken = context.profile.squeezed or purges != context.shared.purges
         if old == _EMPTY and not emptied and not taken:
-            raise Found("wrong_purge_states", "Empty was returned of shared memory that nobody had taken")
+            raise Found("wrong_purge_states", "Empty was returned for shared memory that was not purged")
         _check_kept(context, buffer, content if old == _VOLATILE else bytes(size))
 
 
 def everything(context: Context) -> None:
-    """Take all volatile memory of the process, that of other threads too."""
+    """Purge all volatile memory of the process, including that of other threads."""
     with iobmd.allocate(kernel.PAGE, wired=False, purgeable=True) as buffer:
         content = context.chance.randbytes(kernel.PAGE)
         buffer.writeBytes(0, content)
