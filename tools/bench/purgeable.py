@@ -78,7 +78,7 @@ def _under_a_limit() -> Result:
     except OSError as error:
         return Result(what, "none", f"a memory cgroup requires root: {error.strerror}", 0.0, "≥ 0.8", True)
     if not (free and tight):
-        return Result(what, "killed", "killed without a limit", 0.0, "≥ 0.8", False)
+        return Result(what, "killed", "without a limit: not killed", 0.0, "≥ 0.8", False)
     with_bytes = f"{plain['rate']:,.0f}/s" if plain else "killed"
     against = f"no limit: {_told(free)}; with bytes in the limit: {with_bytes}"
     return at_least(what, _told(tight), against, tight["rate"] / free["rate"], 0.8)
