@@ -507,7 +507,7 @@ def transfer(int pid, int memory, int pagemap, int pidfd, bint write, bint skip,
 
 
 cdef bint _is_unmapped(const char *maps, uint64_t address) noexcept nogil:
-    """Say whether PROCMAP_QUERY (Linux 6.11) shows nothing at an address."""
+    """Return whether PROCMAP_QUERY (Linux 6.11) shows nothing at an address."""
     cdef iobmd_procmap_query arg
     cdef int failed, fd = c_open(maps, O_RDONLY | O_CLOEXEC)
     if fd < 0:
@@ -608,7 +608,7 @@ def absent(int pagemap, uint64_t theirs, size_t size, size_t page):
 
 
 def is_mapped(uint64_t address, size_t size, size_t page):
-    """Say whether this process has something mapped at all of a range.
+    """Return whether this process has something mapped at all of a range.
 
     By msync(2), which goes through areas, not pages, and with MS_ASYNC does nothing else (mm/msync.c).
     """
@@ -792,7 +792,7 @@ def fetch_descriptor(int pidfd, int fd):
 
 
 def has_exited(int pidfd):
-    """Say whether what a pidfd names has exited; False for -1."""
+    """Return whether what a pidfd names has exited; False for -1."""
     return bool(iobmd_has_exited(pidfd))
 
 

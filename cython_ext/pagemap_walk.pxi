@@ -29,7 +29,7 @@ cdef struct Span:
 
 
 cdef inline bint _are_all(const uint64_t *entries, uint64_t one) noexcept nogil:
-    """Say whether eight entries are the same one."""
+    """Return whether eight entries are the same one."""
     return not (
         (entries[0] ^ one) | (entries[1] ^ one) | (entries[2] ^ one) | (entries[3] ^ one)
         | (entries[4] ^ one) | (entries[5] ^ one) | (entries[6] ^ one) | (entries[7] ^ one)
@@ -87,7 +87,7 @@ cdef class Walk:
     cdef uint64_t *entries
     cdef iobmd_page_region *regions
     cdef Tally tally
-    # The pages being looked at: `pages` entries from `at` on that all are `entry`, or count up from it.
+    # The current run of pages: `pages` entries from `at` on that all are `entry`, or count up from it.
     cdef uint64_t at, pages, entry, expected, stride, extra
     cdef Span open  # not yet among the spans
     cdef Span run
@@ -148,7 +148,7 @@ cdef class Walk:
         return tally
 
     def step(self, uint64_t start, uint64_t end):
-        """Walk on from `start`, towards `end` but no further than is good in one step; return how far.
+        """Continue the walk from `start` towards `end`, by one step at most; return where it stopped.
 
         Call `finish` at the end of a range. Raises OSError: the kernel's, or ENODATA where the address space ends.
         """
@@ -175,9 +175,9 @@ cdef class Walk:
         return self.take()
 
     def totals(self, list ranges):
-        """Return what `total` does for each of several ranges, as (start, end), with all of the pages they touch.
+        """Return the result of `total` for each of several ranges (start, end), extended to whole pages.
 
-        What can be is read ahead: they had better be small, and near each other.
+        Entries are read ahead where possible, so small ranges near each other are fastest.
         """
         cdef uint64_t start, end
         self.read_ahead(ranges)
@@ -186,7 +186,7 @@ cdef class Walk:
             for start, end in ranges:
                 tallies.append(self.total(start // self.page * self.page, -(-end // self.page) * self.page))
         finally:
-            self.ahead_to = 0  # what is asked for next is read anew
+            self.ahead_to = 0  # the next request reads afresh
         return tallies
 
     def read_ahead(self, list ranges):
@@ -294,7 +294,7 @@ cdef class Walk:
         return error
 
     cdef int _read_huge(self, uint64_t start, uint64_t end, uint64_t extra) noexcept nogil:
-        """One entry tells of all pages that one entry of the page tables maps, and one read of two such."""
+        """One entry describes all pages that one page-table entry maps; one read covers two of them."""
         cdef uint64_t two[2]
         cdef uint64_t middle, stop, before
         cdef ssize_t got
@@ -321,10 +321,10 @@ cdef class Walk:
         return 0
 
     cdef int _add_huge(self, uint64_t start, uint64_t stop, uint64_t entry, uint64_t extra) noexcept nogil:
-        """Look at the pages of a huge page, or of a part of it, the first of which has this entry."""
+        """Count the pages of a huge page, or of a part of one, whose first page has this entry."""
         cdef uint64_t pages = (stop - start) // self.page, frame = entry & PFN_MASK
         cdef int error
-        # Given up or replaced meanwhile, in part or as a whole: a huge page is aligned to its size.
+        # It may have been freed or replaced meanwhile, in part or as a whole: a huge page is aligned to its size.
         if not entry & PRESENT_BIT or (frame and (frame * self.page ^ start) & (self.huge - 1)):
             return self._read(start, stop, 0)
         if self.pages and entry == self.expected and extra == self.extra and frame:
@@ -365,7 +365,7 @@ cdef class Walk:
                 # Most pages follow the one before, as all of a large folio do, or are absent as it is.
                 expected, stride, pages = self.expected, self.stride, self.pages
                 if pages:
-                    # What is absent is so for long: eight at once, of which none is looked at by itself.
+                    # Absent pages come in long runs: skip eight entries at once.
                     while not stride and index + 8 <= many and _are_all(entries + index, expected):
                         pages += 8
                         index += 8
@@ -388,12 +388,12 @@ cdef class Walk:
         return 0
 
     cdef void _begin(self, uint64_t at, uint64_t entry, uint64_t extra) noexcept nogil:
-        """Look at the page `at`, whose entry is `entry`; the caller counts it."""
+        """Begin a run at the page `at`, whose entry is `entry`; the caller counts the page."""
         self.at, self.entry, self.expected, self.extra = at, entry, entry, extra
         self.stride = 1 if entry & PRESENT_BIT and entry & PFN_MASK else 0
 
     cdef int _settle(self) noexcept nogil:
-        """Count the pages looked at, and add them to a span."""
+        """Count the pages of the current run, and add them to a span."""
         cdef uint64_t entry = self.entry, length = self.pages * self.page, flags = self.extra, frame
         cdef uint64_t at = self.at
         if not length:
@@ -442,7 +442,7 @@ cdef class Walk:
         return error
 
     cdef bint _follows(self, Span *span, uint64_t physical) noexcept nogil:
-        """Say whether a neighbour in the frame `physical` and with the same flags belongs to the span."""
+        """Return whether a neighbour in the frame `physical` and with the same flags belongs to the span."""
         if not span.physical or (span.flags & C_ZERO and not span.flags & C_HUGE):  # one frame again and again
             return span.physical == physical
         return span.physical + span.length == physical

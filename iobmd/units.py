@@ -24,7 +24,7 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def is_power_of_two(value: int) -> bool:
-    """Say whether `value` is a positive power of two."""
+    """Return whether `value` is a positive power of two."""
     return value > 0 and value & (value - 1) == 0
 
 

@@ -103,7 +103,7 @@ def _require_own(path: Path, found: os.stat_result) -> None:
 
 
 def _descriptor(path: Path, found: os.stat_result | None) -> int | None:
-    """Return the descriptor of this process that `path` is a name of, or a link to one: the link `found`."""
+    """Return the descriptor of this process that `path` names, or to which the link `found` leads."""
     named = str(path) in _STANDARD or path.parent in _OWN_DESCRIPTORS
     if found and stat.S_ISLNK(found.st_mode) and not named:
         link = path

@@ -1,8 +1,8 @@
-"""What another thread finds out: for calls that the kernel may not return from for as long as another program likes.
+"""Results computed in another thread, for system calls that another program can block indefinitely.
 
-Whoever holds the lock of an address space (mmap_lock) keeps all those waiting that read the maps, the page tables or
-the memory of its process, and only SIGKILL ends that wait. A process can hold it for as long as it likes, by mapping
-something else over a file of its own file server (FUSE), which has to write that back first.
+While the lock of an address space (mmap_lock) is held, every reader of the maps, page tables or memory of its process
+waits, and only SIGKILL ends the wait. A process can hold the lock indefinitely by mapping something over a file of
+its own FUSE server, which must first write the file back.
 """
 
 import _thread
@@ -15,21 +15,21 @@ _T = TypeVar("_T")
 
 
 def relayed(produce: Callable[[], Iterable[Iterable[_T]]], patience: float) -> Iterator[_T]:
-    """Iterate over the items of batches that a thread of its own produces.
+    """Iterate over the items of batches that a separate thread produces.
 
     Parameters
     ----------
     produce : callable
-        Returns the batches, each an iterable of items; empty ones show that it goes on.
+        Returns the batches, each an iterable of items; empty ones show progress.
     patience : float
         The longest time between two batches, in seconds.
 
     Raises
     ------
     TimeoutError
-        None came. The thread is left alone: it ends with its call, or with the process.
+        No batch arrived. The thread is abandoned: it ends with its call, or with the process.
     BaseException
-        What `produce` raised.
+        The exception of `produce`.
     """
     queue: SimpleQueue[list[_T] | BaseException | None] = SimpleQueue()
     wanted = True

@@ -96,7 +96,7 @@ class Backing(Protocol):
         """Mapped size in bytes, in whole pages."""
 
     def write_back(self, offset: int, length: int, *, drop: bool) -> None:
-        """Write the cache lines of a range back to memory, and `drop` them from the caches if asked to."""
+        """Write the cache lines of a range back to memory, and `drop` them from the caches if requested."""
 
     def page_counts(self) -> tuple[int, int]:
         """Return how many pages are resident, and how many of those are dirty."""

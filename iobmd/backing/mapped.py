@@ -54,7 +54,7 @@ class MappedBacking(Pinned):
         self.mapping.cache = how
 
     def write_back(self, offset: int, length: int, *, drop: bool) -> None:
-        """Write the cache lines of a range back to memory, and `drop` them from the caches if asked to."""
+        """Write the cache lines of a range back to memory, and `drop` them from the caches if requested."""
         with self.here() as mapping:
             try:
                 mapping.write_back(offset, length, drop)

@@ -130,7 +130,7 @@ class RangeBacking(Pinned):
     @property
     def wiring(self) -> Wiring:
         """The wiring by this descriptor; its task may have wired it as well."""
-        pin = self._pin  # once: another thread may release it
+        pin = self._pin  # read once: another thread may release it
         if pin and pin.holds_frames:
             return Wiring.PINNED
         return Wiring.RESIDENT if pin and pin.holds_pages else Wiring.PAGEABLE

@@ -110,12 +110,12 @@ class CompositeBacking:
         return mapping, first + part.offset
 
     def here(self, *, populated: bool = False) -> NoReturn:  # noqa: ARG002 (the protocol's)
-        """Refuse: the memory of its parts is mapped as a whole."""
+        """Raise: its parts are mapped separately."""
         raise _in_parts()
 
     @property
     def shared(self) -> SharedObject | None:
-        """None: `file_extents` has its pages."""
+        """None: its pages are those of `file_extents`."""
         return None
 
     def file_extents(self, offset: int, length: int) -> list[FileExtent]:
@@ -154,7 +154,7 @@ class CompositeBacking:
                 owner.write(place, source[start : start + size])
 
     def write_back(self, offset: int, length: int, *, drop: bool) -> None:
-        """Write the cache lines of a range back to memory, and `drop` them from the caches if asked to."""
+        """Write the cache lines of a range back to memory, and `drop` them from the caches if requested."""
         for owner, place, _start, size in self._pieces(offset, length):
             owner.write_back(place, size, drop=drop)
 
@@ -187,7 +187,7 @@ class CompositeBacking:
     @property
     def runs(self) -> RunTable | None:
         """Its physical runs, relative to `address`; cached while it is pinned, because they cannot change."""
-        table = self._table  # once: another thread may unpin it
+        table = self._table  # read once: another thread may unpin it
         if table is None or not self._pins:
             self._table = table = self._joined_runs()
         return table
@@ -200,7 +200,7 @@ class CompositeBacking:
         return concatenated(tables, self.address)
 
     def lost(self) -> int | None:
-        """Check the memory of each part, which raises `kIOReturnVMError`; None."""
+        """Check the memory of each part, raising `kIOReturnVMError` on a loss; return None."""
         for part in self._parts:
             part.owner.require_mapped()
         return None
@@ -334,7 +334,7 @@ def _merged(parts: Sequence[Part]) -> tuple[Part, ...]:
 
 
 def _is_same_page(before: FileExtent, after: FileExtent) -> bool:
-    """Say whether an extent begins with the page that the one before it ends with."""
+    """Return whether an extent begins with the last page of the previous one."""
     return before.fd == after.fd and before.offset + before.length == after.offset + PAGE_SIZE
 
 

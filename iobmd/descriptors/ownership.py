@@ -227,7 +227,7 @@ class MemoryOwner:
                 self.purge_control.memory.before_write(offset, length)
 
     def write_back(self, offset: int, length: int, *, drop: bool) -> None:
-        """Write the cache lines of a range back to memory, and `drop` them from the caches if asked to."""
+        """Write the cache lines of a range back to memory, and `drop` them from the caches if requested."""
         require_cache_instruction(mapping.BEST_FLUSH)
         self.require_range(offset, length).write_back(offset, length, drop=drop)
 

@@ -12,7 +12,7 @@ _REFUSED = (errno.EPERM, errno.EACCES, errno.ENOSYS)
 
 
 class Wiring(enum.Enum):
-    """How firmly memory stays where it is."""
+    """Whether memory can be swapped out, and can move to other page frames."""
 
     PAGEABLE = "pageable"
     """The kernel may swap it out."""
@@ -64,4 +64,4 @@ def cannot_lock(size: int, error: OSError) -> IOReturnError:
     if number == errno.ENOMEM and (limit := host.limits.memlock_of()):
         message = f"{what}: {limit}, unless another thread has unlocked memory since"
         return CannotWireError(message, number)
-    return NoMemoryError(f"{what}: the kernel has not enough free memory", number)
+    return NoMemoryError(f"{what}: the kernel does not have enough free memory", number)

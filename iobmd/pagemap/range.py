@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Mapped(Protocol):
-    """A buffer or a map of iobmd, as far as this package needs it: the classes themselves are defined above it."""
+    """The interface of buffers and maps that this package uses; the classes are defined in a higher package."""
 
     def _mapped_range(self) -> tuple[Task, int, int]:
-        """Return the task it is mapped in, and where it begins and ends there. Raises IOReturnError."""
+        """Return the task in which it is mapped, and its start and end address. Raises IOReturnError."""
         ...
 
 

@@ -57,13 +57,13 @@ class LazilyFreed:
         return old
 
     def empty(self) -> int:
-        """Drop the content."""
+        """Discard the contents."""
         old = self.current()
         self._drop()
         return old
 
     def order(self) -> Order | None:
-        """Return when it is to be taken."""
+        """Return its position in the order of purging."""
         return Order(self._modifiers, self._since) if self._state == VOLATILE else None
 
     def purge(self) -> int:

@@ -79,14 +79,14 @@ class SharedState:
             return word & _STATE
 
     def empty(self) -> int:
-        """Drop the content."""
+        """Discard the contents."""
         with self._exclusively() as word:
             self._require_unprepared()
             self._drop()
             return word & _STATE
 
     def order(self) -> Order | None:
-        """Return when it is to be taken."""
+        """Return its position in the order of purging."""
         word = self._word()
         return Order(word & MODIFIERS, word >> _TIME_SHIFT) if word & _STATE == VOLATILE else None
 

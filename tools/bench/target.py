@@ -1,7 +1,7 @@
 """A process with much memory of one kind, the target of `iobmd bench pagemap`.
 
-`python -m iobmd.tools.bench.target KIND SIZE` prints the range of its memory. Then it reads lines, maps memory for as
-many seconds as each says, and prints how long the longest mmap took.
+`python -m iobmd.tools.bench.target KIND SIZE` prints the range of its memory. For each line that it then reads, it
+maps memory for that number of seconds, and prints the duration of the longest mmap.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE
 from . import floors
 
 SMALL_AREA = 64 << 10
-"""Bytes an area where there are many."""
+"""Size of each of many areas in bytes."""
 _NORESERVE, _HUGETLB = 0x4000, 0x40000
 _MADV_DONTFORK = 10
 
 
 class Target:
-    """The process, in a `with`.
+    """The process, as a context manager.
 
     Parameters
     ----------
     kind : str
         small, THP, hugetlb; clustered, scattered: 1 % of it, at the beginning or everywhere; areas: many small ones.
     size : int
-        Bytes of addresses.
+        Size of the address range in bytes.
 
     Raises
     ------
     OSError
-        The host cannot give it.
+        The host lacks this kind of memory.
     """
 
     def __init__(self, kind: str, size: int) -> None:
@@ -60,7 +60,7 @@ class Target:
         self._process.stdin.flush()
 
     def worst(self) -> float:
-        """Return for how many seconds the longest mmap of it took, when the time is over."""
+        """Return the duration of its longest mmap in seconds, after the time has elapsed."""
         return float(self._read())
 
     def _read(self) -> str:
@@ -87,7 +87,7 @@ def _make(kind: str, size: int) -> mmap.mmap:
     touched = (end - start) // 100 // PAGE_SIZE * PAGE_SIZE if kind == "clustered" else end - start
     mman.advise(start, max(touched, PAGE_SIZE), mman.MADV_POPULATE_WRITE)
     if kind == "areas":
-        for address in range(start, end, SMALL_AREA * 2):  # an area whose flags differ is one of its own
+        for address in range(start, end, SMALL_AREA * 2):  # different flags make a separate area
             mman.advise(address, SMALL_AREA, _MADV_DONTFORK)
     return area
 

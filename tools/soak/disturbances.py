@@ -1,4 +1,4 @@
-"""What the supervisor does to the host, the workers and the targets while events are under way."""
+"""Disturbances of the host, the workers and the targets by the supervisor during the events."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Disturbances:
     Parameters
     ----------
     options : Options
-        Of the run.
+        The options of the run.
     workers, targets
-        What is killed and paused.
+        The processes that are killed and paused.
     cgroup : Path or None
         The memory cgroup to fill.
     """
@@ -51,7 +51,7 @@ class Disturbances:
             self._pause_target: 2.0,
             self._compact: 2.0,
         }
-        """Seconds between two, on average."""
+        """Average interval in seconds."""
         if not _can_compact():
             del self._means[self._compact]
             self.left_out["compaction"] = f"{_COMPACT} cannot be written"
@@ -65,7 +65,7 @@ class Disturbances:
         self._due = {action: now + self._chance.expovariate(1 / mean) for action, mean in self._means.items()}
 
     def work(self) -> None:
-        """Do what is due."""
+        """Perform the disturbances that are due."""
         now = time.monotonic()
         for action, due in self._due.items():
             if now >= due:
