@@ -556,7 +556,7 @@ cdef class Mapping:
             PyBuffer_Release(&view)
 
     def write_back(self, size_t offset, size_t length, bint drop):
-        """Write the cache lines of a range back to memory, and `drop` them if requested; return how many there are."""
+        """Write the cache lines of a range back to memory, and `drop` them if requested; return their number."""
         cdef uintptr_t address = self.address + offset
         cdef int how = self.instruction or BEST
         cdef size_t count

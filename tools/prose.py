@@ -31,10 +31,10 @@ PATTERNS = {
     "what-clause": Pattern(
         r"\b(?:what|which) (?:is|are|was|were|has|had)"
         r" (?:there|made|left|had|told|kept|known|taken|given|meant|asked)\b",
-        16,
+        15,
         "the noun: existing memory, its dependents, the report",
     ),
-    "tell": Pattern(r"\b(?:tells?|told|telling)\b", 37, "report, show, return, record"),
+    "tell": Pattern(r"\b(?:tells?|told|telling)\b", 36, "report, show, return, record"),
     "to be had": Pattern(
         r"\bbe had\b|(?<!there\s)\b(?:is|are|was|were) none\b",
         7,
@@ -43,7 +43,7 @@ PATTERNS = {
     "for = because": Pattern(
         rf"[,;:] for (?:(?:{_PRONOUN}) |(?:(?:the|a|an|its|their|no) )?[\w-]+ (?:{_VERB})\b)"
         r"|\b(?:of|than) which\b",
-        26,
+        25,
         "because; a new sentence",
     ),
     "somebody": Pattern(
@@ -57,14 +57,14 @@ PATTERNS = {
         r"\blet(?:s|ting)? (?:\w+ )?go\b|\bg(?:ive|ives|ave|iven|iving) (?:\w+ )?(?:back|away)\b"
         r"|\btak(?:e|es|en|ing) away\b"
         r"|\bknow(?:s|n)? (?:of|again)\b|\blook(?:s|ed|ing)? (?:at|whether|again|there)\b",
-        66,
+        63,
         "allocate, release, retain, register, map, inspect, unblock",
     ),
     "archaism": Pattern(
         r"\bmeanwhile\b|\bat the most\b|\bbehind (?:each |one an)other\b|\banew\b|\bin vain\b|\bbeside\b"
         r"|\bstrewn\b|\bat last\b|\bElse\b (?!if\b)|\b(?:no|any) more(?=[.,;:)])|\bdoes without\b"
         r"|\bof itself\b",
-        43,
+        42,
         "concurrently, at most, contiguous (consecutive), again, next to, in addition to, otherwise",
     ),
 }  # fmt: skip

@@ -230,7 +230,7 @@ def test_as_many_looks_as_asked_for(target: Target) -> None:
     assert (watching.returncode, error) == (0, "")
     looks = [line for line in out.splitlines() if ", resident" in line]
     assert [": " in line.partition("resident")[2] for line in looks] == [False, True, True]
-    assert all(" 1 areas" in line for line in looks)
+    assert all(" 1 area" in line for line in looks)
 
 
 def test_a_process_that_is_not_there() -> None:
