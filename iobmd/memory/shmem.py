@@ -126,7 +126,7 @@ class SharedObject:
 
 
 def show(extents: Sequence[FileExtent], at: int = 0, *, writable: bool = True, guard: int = 0) -> Mapping:
-    """Map extents behind each other in this process.
+    """Map extents contiguously in this process.
 
     Parameters
     ----------

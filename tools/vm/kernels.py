@@ -46,7 +46,7 @@ class Kernel(NamedTuple):
 def kernel(series: str) -> Kernel:
     """Return the newest kernel of a series, fetched if need be; where the mirror lacks the series, the newest of all.
 
-    A mirror may list a version that it does not carry any more: then it is the one before.
+    A mirror may list a version that it no longer carries: the previous one is then used.
     Raises `subprocess.CalledProcessError` when apt fails for each.
     """
     *others, last = by_age(_releases(), series)[:_TRIES]
