@@ -20,7 +20,7 @@ POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
         ("copy", 13),
         pytest.param("wired", 7, marks=pytest.mark.needs("frames", "memlock", "big_memory")),
         pytest.param("purgeable", 5, marks=pytest.mark.needs("memlock")),
-        ("remote", 5),
+        ("remote", 9),
         ("pagemap", 9),
         ("cachemode", 7),
         pytest.param("contiguous", 4, marks=pytest.mark.needs("frames", "memlock", "big_memory")),
