@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from ptrace.debugger import PtraceDebugger
 from support.child import in_child, sleeping
-from support.targets import children
+from support.targets import Target, children, until_blocked
 
 import iobmd
 from iobmd import IOMapOptions, IOReturn, IOReturnError
@@ -36,6 +37,26 @@ def ours(pid: int) -> list[str]:
     return [
         line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "iobmd" in line or " ---p " in line
     ]
+
+
+def registers(pid: int) -> dict[str, int]:
+    """Read the registers of a thread by python-ptrace, which shares no code with the tracer."""
+    debugger = PtraceDebugger()
+    try:
+        seen = debugger.addProcess(pid, is_attached=False).getregs()
+        return {name: getattr(seen, name) for name, _type in seen._fields_}
+    finally:
+        debugger.quit()
+
+
+def test_registers_are_as_before() -> None:
+    with Target([sys.executable, "-c", "import signal; print('ready', flush=True); signal.pause()"]) as target:
+        until_blocked(target.pid)
+        before = registers(target.pid)
+        with iobmd.allocate(64 << 10, task=target.pid, wired=False) as buffer:
+            assert buffer.task_stopped_ns
+            assert registers(target.pid) == before
+        assert registers(target.pid) == before
 
 
 @pytest.mark.parametrize(
