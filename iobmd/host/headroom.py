@@ -230,9 +230,19 @@ class _Look:
         rooms = (_room(group, "memory", "memory.swap.max", "memory.swap.current") for group in unified)
         return max(0, min(self._memory["SwapFree"], *(room.left for room in rooms if room), sys.maxsize))
 
+    @cached_property
+    def _pinned(self) -> int:
+        """Bytes that this process has pinned, which are counted as anonymous memory and cannot be swapped out."""
+        if self._pid is not None:  # they may be charged to other groups than the memory in question
+            return 0
+        try:
+            return procfs.status_bytes("VmPin")
+        except OSError:
+            return 0
+
     def _reclaimable(self, files: int, anonymous: int) -> int:
         """Return the bytes that can be dropped or swapped out, including swappable memory itself."""
-        return files + (self.swap if self._swappable else min(self.swap, anonymous))
+        return files + (self.swap if self._swappable else min(self.swap, max(0, anonymous - self._pinned)))
 
     def _of_host(self) -> Room:
         free = os.sysconf("SC_AVPHYS_PAGES") * PAGE_SIZE // 2  # 0.5 µs, /proc/meminfo 75; the kernel reserves some

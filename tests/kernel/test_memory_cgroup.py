@@ -242,6 +242,20 @@ def test_nothing_is_killed(memory_cgroup: Callable[[int], Path], scene: str, nam
     assert kills(procs) == 0
 
 
+@pytest.mark.needs("memlock", "swap")
+@pytest.mark.usefixtures("swap")
+def test_what_is_pinned_cannot_be_swapped_out(memory_cgroup: Callable[[int], Path]) -> None:
+    """The 64 MiB of swap would make room for the second buffer if the first one could be moved there."""
+    procs = memory_cgroup(LIMIT)
+
+    def child() -> None:
+        procs.write_text(str(os.getpid()))
+        two_prepared(shared=False)
+
+    in_child(child)
+    assert kills(procs) == 0
+
+
 TARGET = """
 import ctypes, mmap, sys
 areas = [mmap.mmap(-1, 1 << 30, flags | mmap.MAP_ANONYMOUS) for flags in (mmap.MAP_PRIVATE, mmap.MAP_SHARED)]
