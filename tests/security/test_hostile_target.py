@@ -21,7 +21,7 @@ from support.targets import Target, children, need_ptrace, until_at_rest
 import iobmd
 from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Task, Wiring, procfs
 from iobmd._native import crosstask
-from iobmd.remote import gadget, session
+from iobmd.remote import gadget
 from iobmd.remote.guest import Call, Guest, Result
 from iobmd.remote.session import Session
 from iobmd.task import attempt
@@ -322,32 +322,6 @@ def test_code_that_is_changed_makes_no_other_call(name: str, monkeypatch: pytest
         assert procfs.status(target.pid)["Umask"] == umask != "0025"
         assert code == IOReturn.kIOReturnError
         iobmd.allocate(8192, task=target.pid, wired=False).free()
-        target.tell()
-
-
-def test_code_that_changes_all_the_time_makes_no_other_call() -> None:
-    """Whatever moment it is: the stopped thread makes the call that was asked for, or none."""
-    with Target([sys.executable, "-c", PROGRAM]) as target:
-        task, umask, over = Task(target.pid), procfs.status(target.pid)["Umask"], threading.Event()
-        address = gadget.find(task)
-
-        def change() -> None:
-            while not over.is_set():
-                with other_code(target.pid, address):
-                    time.sleep(0.0001)
-
-        thread = threading.Thread(target=change)
-        thread.start()
-        try:
-            end = time.monotonic() + 1
-            while time.monotonic() < end:
-                with contextlib.suppress(IOReturnError):
-                    session.with_guest(task, lambda _guest: None)
-                assert procfs.status(target.pid)["Umask"] == umask != "0025"
-        finally:
-            over.set()
-            thread.join()
-        iobmd.allocate(8192, task=task, wired=False).free()
         target.tell()
 
 
