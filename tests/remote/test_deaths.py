@@ -120,6 +120,7 @@ def kill_in_the_middle(use: Callable[[], None], others: int) -> None:
             sum(range(1000))
 
     def report() -> None:
+        sys.setswitchinterval(1e-4)  # each system call waits for the GIL: with 15 others 75 ms by default
         while len(started) < others:
             started.append(threading.Thread(target=compute, daemon=True))
             started[-1].start()
