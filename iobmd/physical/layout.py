@@ -31,7 +31,7 @@ class Layout(NamedTuple):
         return self.runs == 1
 
     def __str__(self) -> str:
-        shape = "contiguous" if self.contiguous else f"{self.runs} runs, the largest of {format_size(self.largest)}"
+        shape = "contiguous" if self.contiguous else f"{self.runs} runs, the largest {format_size(self.largest)}"
         return f"{shape}, {self.lowest:#x}…{self.highest:#x}, {format_size(self.huge)} in huge pages"
 
 

@@ -601,7 +601,7 @@ def test_a_server_of_a_file_that_does_not_answer(source: Callable[..., Source], 
     assert Task(one.pid).read(at + 4095, 10) == bytes([7]) * 10
     one.execute("os.kill(server, 19)")
     begin = time.monotonic()
-    with pytest.raises(IOReturnError, match=r"not delivered within 0\.3 s") as caught:
+    with pytest.raises(IOReturnError, match=r"was not supplied within 0\.3 s") as caught:
         Task(one.pid).read(at + 65536, MIB // 2, timeout=0.3)
     assert caught.value.code == IOReturn.kIOReturnTimeout
     assert time.monotonic() - begin < PATIENCE
