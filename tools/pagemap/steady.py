@@ -21,9 +21,9 @@ class Restless(NamedTuple):
     def __str__(self) -> str:
         if self.ended:
             return "it exited while it was read"
-        areas = "areas were added, removed or changed" if self.areas else ""
+        areas = "its areas" if self.areas else ""  # short: the line fits narrow terminals
         faults = format_count(self.page_faults, "page fault") if self.page_faults else ""
-        return "it changed while it was read: " + ", ".join(filter(None, (areas, faults)))
+        return "it changed while it was read: " + " and ".join(filter(None, (areas, faults)))
 
 
 class Steady:

@@ -115,11 +115,7 @@ def show_total(look: Look, total: Total) -> None:
 def show_restless(look: Look) -> None:
     """Print whether the process changed while it was read."""
     if restless := look.restless():
-        import shutil  # noqa: PLC0415 (seldom needed, and slow to load)
-        import textwrap  # noqa: PLC0415 (likewise)
-
-        width = shutil.get_terminal_size((100, 44)).columns
-        print(textwrap.fill(str(restless), width, initial_indent="  ", subsequent_indent="  "))
+        print(f"  {restless}")
     sys.stdout.flush()
 
 
