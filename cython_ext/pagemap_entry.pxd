@@ -24,7 +24,7 @@ cdef extern from * nogil:
     }
     static inline int iobmd_is_swapped(uint64_t entry)
     {
-        return (entry & IOBMD_SWAP) && !(entry & IOBMD_GUARD) && !iobmd_is_marker(entry);
+        return (entry & (IOBMD_PRESENT | IOBMD_SWAP | IOBMD_GUARD)) == IOBMD_SWAP && !iobmd_is_marker(entry);
     }
     /* Read the entries of `many` pages, from the page number `first` on; returns their number, -1 on an error. */
     static inline ssize_t iobmd_entries(int pagemap, uint64_t first, uint64_t *entries, uint64_t many)

@@ -312,9 +312,14 @@ class CompositeState:
 
 
 def _unpin(owners: Sequence[MemoryOwner]) -> None:
-    for owner in owners:
-        with owner.guard:
-            owner.unpin()
+    with contextlib.ExitStack() as all_of_them:  # the others also if one fails
+        for owner in reversed(owners):
+            all_of_them.callback(_unpin_one, owner)
+
+
+def _unpin_one(owner: MemoryOwner) -> None:
+    with owner.guard:
+        owner.unpin()
 
 
 def _combined(states: list[int]) -> int:

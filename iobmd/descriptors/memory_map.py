@@ -35,7 +35,7 @@ def open_map(descriptor: IOMemoryDescriptor, owner: MemoryOwner, task: Task, req
 
 def uses(owner: MemoryOwner) -> int:
     """Return the number of maps of an owner's memory."""
-    if not owner.mappings():
+    if not owner.has_mappings:
         return 0
     with _changes:
         _end_abandoned()

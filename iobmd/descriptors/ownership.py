@@ -120,9 +120,11 @@ class MemoryOwner:
 
     def add_dependent(self, dependent: CompositeBacking) -> None:
         """Register composite memory that has parts of this."""
-        if self._dependents is None:
-            self._dependents = WeakRegistry()
-        self._dependents.add(dependent)
+        with self.guard:
+            self.require_backing()
+            if self._dependents is None:
+                self._dependents = WeakRegistry()
+            self._dependents.add(dependent)
 
     def remove_dependent(self, dependent: CompositeBacking) -> None:
         """Remove a dependent, and release the memory if it was the last user. Raises as `remove_handle`."""
@@ -160,6 +162,11 @@ class MemoryOwner:
         if self._mappings is not None:
             self._mappings.discard(mapping)
 
+    @property
+    def has_mappings(self) -> bool:
+        """Whether its memory may be mapped for maps of its handle."""
+        return bool(self._mappings)
+
     def mappings(self) -> list[CachedMapping]:
         """Return the mappings of its memory for maps of its handle."""
         return list(self._mappings) if self._mappings is not None else []
@@ -169,6 +176,8 @@ class MemoryOwner:
             return
         try:
             self.backing.close()
+        except BusyError:  # of a part
+            raise
         except BufferError as error:
             message = f"{self!r} is in use ({error}): release its memoryviews and arrays first"
             raise BusyError(message) from None
@@ -236,7 +245,9 @@ class MemoryOwner:
     def pin(self, direction: int = 0) -> None:
         """Pin it again. `direction` and errors are those of `IOMemoryDescriptor.prepare`."""
         backing = self.require_backing()
-        fresh = backing.composite or backing.wiring is not Wiring.PINNED
+        # Memory that is only resident (locked) would be locked twice, and unlocked by the first `unpin`.
+        held = (Wiring.PINNED, Wiring.RESIDENT) if self.pins else (Wiring.PINNED,)
+        fresh = backing.composite or backing.wiring not in held
         if fresh and self.purge_control:
             self.purge_control.memory.hold()
         undo = fresh and not backing.composite  # the parts undo a failed pin themselves

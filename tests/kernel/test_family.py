@@ -455,6 +455,17 @@ def test_memory_in_use_is_not_left_to_children() -> None:
     assert not kernel.smaps(address)
 
 
+def test_a_part_that_was_completed_by_itself_keeps_no_other_pinned() -> None:
+    pinned = kernel.status("VmPin")
+    with filled(1) as first, filled(1) as second:
+        both = multi([first, second], INOUT)
+        both.prepare()
+        first.complete()
+        assert code_of(both.complete) == IOReturn.kIOReturnNotReady
+        assert kernel.status("VmPin") == pinned
+        both.free()
+
+
 def test_forgotten_while_prepared() -> None:
     with filled(1) as buffer:
         part = sub(buffer, 0, 9, INOUT)

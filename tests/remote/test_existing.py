@@ -98,6 +98,10 @@ def test_locked_where_it_cannot_be_pinned(start_source: Start) -> None:
         assert code_of(md.segments) == IOReturn.kIOReturnNotReady
         assert code_of(md.free) == IOReturn.kIOReturnBusy
         assert resources(source.pid)[1] == before[1]
+        md.prepare()
+        md.complete()
+        assert kernel.status("VmLck", source.pid) == size, "the first prepare() is not completed yet"
+        assert md.wiring is Wiring.RESIDENT
         md.complete()
         assert md.wiring is Wiring.PAGEABLE
         assert kernel.status("VmLck", source.pid) == 0

@@ -49,6 +49,8 @@ def fuzzed(
 
         @functools.wraps(test)
         def without_leaks(*args: object, **kwargs: object) -> None:
+            # The first example imports what is loaded on demand, and native modules are mapped.
+            settings(common, max_examples=1, derandomize=True)(given(**strategies)(test))(*args, **kwargs)
             before = Footprint.settled()
             run(*args, **kwargs)
             after = Footprint.settled()
