@@ -110,6 +110,8 @@ struct iobmd_tracer {
     pthread_t thread;
     long pagemap;               /* of the thread to be stopped, opened before that, or -1 */
     int folder;                 /* /proc/PID of the task: of no other process, whatever happens to the number */
+    int memory;                 /* its memory: of the program that it runs now, not of one that follows; or -1 */
+    int shares;                 /* whether kcmp(2) can report that the maker has the memory of this process */
     int guest_is_stuck, ending;
     long guest_there, child_there;  /* as the task counts */
     pid_t made;                 /* by the last clone */
@@ -161,11 +163,17 @@ static int64_t iobmd_now(void)
     return now.tv_sec * 1000 * IOBMD_MS + now.tv_nsec;
 }
 
+static int iobmd_has_our_memory(const struct iobmd_tracer *t)
+{
+    return !iobmd_raw(SYS_kcmp, t->maker, t->self, 1 /* KCMP_VM */, 0, 0, 0);
+}
+
 /* Whether the thread that gives the commands is gone: its process was killed, or runs another program. */
 static int iobmd_is_orphan(const struct iobmd_tracer *t)
 {
     return (!t->is_thread && iobmd_raw(SYS_getppid, 0, 0, 0, 0, 0, 0) != t->maker) ||
-           iobmd_raw(SYS_tgkill, t->maker, t->maker_thread, 0, 0, 0, 0) == -ESRCH;
+           iobmd_raw(SYS_tgkill, t->maker, t->maker_thread, 0, 0, 0, 0) == -ESRCH ||
+           (t->shares && !iobmd_has_our_memory(t));
 }
 
 /* Whether what can be left as it is shall be. */
@@ -183,6 +191,28 @@ static int iobmd_doze(const struct iobmd_tracer *t)
         return iobmd_raw(SYS_rt_sigtimedwait, (long)&reports, 0, (long)&moment, sizeof reports, 0, 0) > 0;
     iobmd_raw(SYS_nanosleep, (long)&moment, 0, 0, 0, 0, 0);
     return 0;
+}
+
+/* Reap the tracees that have ended. A task that executes a program waits until its other threads are reaped, with a lock
+   held that PTRACE_SEIZE waits for. */
+static void iobmd_reap(void)
+{
+    siginfo_t end;
+    do end.si_pid = 0;
+    while (!iobmd_raw(SYS_waitid, P_ALL, 0, (long)&end, WEXITED | WNOHANG | __WALL, 0, 0) && end.si_pid);
+}
+
+static void iobmd_reap_one(int number)
+{
+    (void)number;
+    iobmd_reap();
+}
+
+/* Let SIGCHLD interrupt a call, or no more. */
+static void iobmd_admit_reports(const struct iobmd_tracer *t, int how)
+{
+    unsigned long reports = 1ul << (SIGCHLD - 1);
+    if (!t->is_thread) iobmd_raw(SYS_rt_sigprocmask, how, (long)&reports, 0, sizeof reports, 0, 0);
 }
 
 /* -- files of /proc -- */
@@ -214,7 +244,7 @@ static long iobmd_open(const struct iobmd_tracer *t, pid_t tid, const char *name
 
 static void iobmd_close(long file) { iobmd_raw(SYS_close, file, 0, 0, 0, 0, 0); }
 
-/* Return the number, or the letter, in the last line of a thread's status that begins so, as the name of the program
+/* Return the last number, or the letter, in the last line of a thread's status that begins so, as the name of the program
    comes first; -1: there is none. */
 static long iobmd_status_field(const struct iobmd_tracer *t, pid_t tid, const char *name)
 {
@@ -232,7 +262,8 @@ static long iobmd_status_field(const struct iobmd_tracer *t, pid_t tid, const ch
         if (*wanted) continue;
         while (*found == '\t' || *found == ' ') found++;
         if (*found > '9') number = *found;
-        else for (number = 0; *found >= '0' && *found <= '9'; found++) number = number * 10 + *found - '0';
+        else for (number = 0; *found && *found != '\n'; found++)
+            number = *found < '0' || *found > '9' ? 0 : number * 10 + *found - '0';
     }
     return number;
 }
@@ -449,8 +480,14 @@ static void iobmd_undo_eintr(const struct iobmd_tracer *t, const struct iobmd_th
    changed until then. */
 static int iobmd_seize(struct iobmd_tracer *t, struct iobmd_thread *thread)
 {
-    long error = iobmd_ptrace(IOBMD_SEIZE, thread->tid, 0, NULL);
+    long error;
+    iobmd_admit_reports(t, SIG_UNBLOCK);
+    if (!t->is_thread) iobmd_reap();
+    error = iobmd_ptrace(IOBMD_SEIZE, thread->tid, 0, NULL);
+    iobmd_admit_reports(t, SIG_BLOCK);
     thread->stands = 0;
+    /* A thread that executes a program gets the number of its process: it is seized already. */
+    if (error == -EPERM && iobmd_status_field(t, thread->tid, "TracerPid:") == t->self) error = 0;
     if (error == -ESRCH || (error && iobmd_is_dead(t, thread->tid))) return IOBMD_ENDED;
     if (error) {
         t->error = (int)-error;
@@ -458,7 +495,14 @@ static int iobmd_seize(struct iobmd_tracer *t, struct iobmd_thread *thread)
         return IOBMD_REFUSED;
     }
     long folder = iobmd_open(t, thread->tid, "", O_PATH);
-    if (folder < 0) return IOBMD_STRANGER;
+    if (folder < 0) {
+        char path[32];
+        iobmd_append_number(iobmd_append(path, "/proc/"), (unsigned long)thread->tid);
+        folder = iobmd_raw(SYS_openat, AT_FDCWD, (long)path, O_PATH | O_CLOEXEC, 0, 0, 0);
+        if (folder < 0) return IOBMD_ENDED;
+        iobmd_close(folder);
+        return IOBMD_STRANGER;
+    }
     iobmd_close(folder);
     thread->begun_ns = iobmd_now();
     return iobmd_ptrace(IOBMD_INTERRUPT, thread->tid, 0, NULL) ? IOBMD_ENDED : IOBMD_DONE;
@@ -469,19 +513,23 @@ static int iobmd_stand(const struct iobmd_tracer *t, struct iobmd_thread *thread
 {
     siginfo_t why;
     int status;
-    while (!(status = iobmd_await(t, thread->tid, until, 1, &why)) && !iobmd_is_event_stop(&why))
+    while (!(status = iobmd_await(t, thread->tid, until, 1, &why)) && !iobmd_is_event_stop(&why)) {
         iobmd_ptrace(PTRACE_CONT, thread->tid, 0, (void *)(long)why.si_signo);  /* a signal: to its handler with it */
+        iobmd_ptrace(IOBMD_INTERRUPT, thread->tid, 0, NULL);  /* again: any other stop cancels one that is pending */
+    }
     if (status) return status;
     thread->stands = 1;
     iobmd_undo_eintr(t, thread);
     return IOBMD_DONE;
 }
 
-static void iobmd_let_go(const struct iobmd_tracer *t, struct iobmd_thread *thread)
+/* Returns 0 where it has not stopped yet, and so cannot be let go: it is by the end of this process, at the latest. */
+static int iobmd_let_go(const struct iobmd_tracer *t, struct iobmd_thread *thread)
 {
-    /* It may have stopped by now; what has not is let go by the end of this process. */
-    if (thread->stands || !iobmd_stand(t, thread, 1)) iobmd_ptrace(PTRACE_DETACH, thread->tid, 0, NULL);
+    int status = thread->stands ? IOBMD_DONE : iobmd_stand(t, thread, 1);
+    if (!status) iobmd_ptrace(PTRACE_DETACH, thread->tid, 0, NULL);
     thread->stands = 0;
+    return status != IOBMD_LATE;
 }
 
 /* Do what the kernel does as it interrupts a restartable sequence; a call of ours hides that from it (rseq(2)). */
@@ -538,9 +586,13 @@ static void iobmd_close_pagemap(struct iobmd_tracer *t)
     t->pagemap = -1;
 }
 
+/* Let those go that have stopped too late to be used, and keep the others for the next time. */
 static void iobmd_let_go_late(struct iobmd_tracer *t)
 {
-    while (t->lates) iobmd_let_go(t, &t->late[--t->lates]);
+    int left = 0;
+    for (int i = 0; i < t->lates; i++)
+        if (!iobmd_let_go(t, &t->late[i])) t->late[left++] = t->late[i];
+    t->lates = left;
 }
 
 /* Stop the first of some threads that stops soon, have it make system calls, and let it go on. */
@@ -615,7 +667,8 @@ static void iobmd_take_guest(struct iobmd_tracer *t, const struct iobmd_call *ca
     for (int i = 0; i < count; i++)
         if (calls[i].number == SYS_clone && t->made) {
             t->guest = t->made;
-            t->guest_there = calls[i].result;
+            /* A thread that ends in the call returns no number. */
+            t->guest_there = calls[i].result > 0 ? calls[i].result : iobmd_status_field(t, t->made, "NSpid:");
         }
 }
 
@@ -675,7 +728,8 @@ static int iobmd_collect_by(struct iobmd_tracer *t, pid_t tid, void *data)
     struct iobmd_collection *left = data;
     struct iobmd_thread thread = { .tid = tid, .cpu = -1 };
     int status = iobmd_stop(t, &thread, 1, left->calls, left->count);
-    return status == IOBMD_DONE ? IOBMD_FAILED : status == IOBMD_FAILED || status == IOBMD_STRANGER ? status : IOBMD_DONE;
+    if (status == IOBMD_DONE) return left->calls[left->count - 1].result ? IOBMD_FAILED : IOBMD_LATE;
+    return status == IOBMD_FAILED || status == IOBMD_STRANGER ? status : IOBMD_DONE;
 }
 
 /* Have the task wait for the guest, whose zombie it would keep otherwise, and unmap what that has not unmapped: by the
@@ -683,12 +737,16 @@ static int iobmd_collect_by(struct iobmd_tracer *t, pid_t tid, void *data)
 static int iobmd_collect(struct iobmd_tracer *t)
 {
     struct iobmd_call calls[IOBMD_RANGES_MADE + 1];
-    struct iobmd_collection left = { calls, iobmd_ranges_left(t, calls) };
+    struct iobmd_collection left = { calls, 0 };
+    char byte;
     int status;
+    /* Where the task runs another program by now, the memory is gone: nothing can be read of it, not even an error. */
+    if (iobmd_raw(SYS_pread64, t->memory, (long)&byte, 1, 0, 0, 0)) left.count = iobmd_ranges_left(t, calls);
     calls[left.count++] = iobmd_new_call(SYS_wait4, (unsigned long)t->guest_there, 0, __WALL | WNOHANG);
     if (t->knows) status = iobmd_stop(t, t->known, t->knows, calls, left.count);
     else status = iobmd_each_thread(t, iobmd_collect_by, &left);
-    if (status == IOBMD_DONE || status == IOBMD_FAILED) t->guest = 0;
+    /* 0 from wait4: it is not dead yet. An error: it is not there. */
+    if (status == IOBMD_FAILED || (status == IOBMD_DONE && calls[left.count - 1].result)) t->guest = 0;
     return status;
 }
 
@@ -846,6 +904,8 @@ static int iobmd_do(struct iobmd_tracer *t, int command)
 {
     int status;
     t->error = t->failed = t->made = 0;
+    /* After unshare(CLONE_NEWPID) this process is in another namespace of numbers than its maker. */
+    if ((command == IOBMD_STOP || command == IOBMD_FREEZE) && iobmd_is_orphan(t)) return IOBMD_UNSEEN;
     switch (command) {
     case IOBMD_STOP:
         status = iobmd_stop(t, t->known, t->knows, t->calls, t->count);
@@ -869,7 +929,7 @@ static int iobmd_do(struct iobmd_tracer *t, int command)
 
 static void iobmd_settle(struct iobmd_tracer *t)
 {
-    unsigned long by_default[4] = { 0, 0, 0, 0 };  /* the kernel's struct sigaction */
+    struct sigaction reports;
     struct sched_param first = { 1 };
     char path[32];
     t->pagemap = -1;
@@ -877,7 +937,9 @@ static void iobmd_settle(struct iobmd_tracer *t)
     /* A table of descriptors of its own: here one is always free. Nothing is copied if all of it is to be closed. */
     iobmd_raw(SYS_close_range, 0, UINT_MAX, 2 /* CLOSE_RANGE_UNSHARE */, 0, 0, 0);
     if (!t->is_thread) {
-        iobmd_raw(SYS_rt_sigaction, SIGCHLD, (long)by_default, 0, 8, 0, 0);  /* ignored, it would report nothing */
+        __builtin_memset(&reports, 0, sizeof reports);
+        reports.sa_handler = iobmd_reap_one;
+        sigaction(SIGCHLD, &reports, NULL);  /* of this process alone; ignored, it would report nothing */
         iobmd_raw(SYS_setsid, 0, 0, 0, 0, 0, 0);  /* SIGKILL and SIGSTOP for the maker's group are not for it */
         /* What stands still waits for this process: it is not to wait for others, where that is allowed. */
         iobmd_raw(SYS_sched_setscheduler, 0, SCHED_RR, (long)&first, 0, 0, 0);
@@ -885,6 +947,8 @@ static void iobmd_settle(struct iobmd_tracer *t)
     }
     iobmd_append_number(iobmd_append(path, "/proc/"), (unsigned long)t->task);
     t->folder = (int)iobmd_raw(SYS_openat, AT_FDCWD, (long)path, O_PATH | O_DIRECTORY | O_CLOEXEC, 0, 0, 0);
+    t->memory = (int)iobmd_raw(SYS_openat, t->folder, (long)"mem", O_RDONLY | O_CLOEXEC, 0, 0, 0);
+    t->shares = iobmd_has_our_memory(t);
 }
 
 static int iobmd_tracer_body(void *argument)
@@ -900,6 +964,7 @@ static int iobmd_tracer_body(void *argument)
                 iobmd_end(t);
                 break;
             }
+            iobmd_let_go_late(t);
             iobmd_raw(SYS_futex, (long)&t->command, FUTEX_WAIT_PRIVATE, IOBMD_NOTHING, (long)&moment, 0, 0);
             continue;
         }
@@ -908,6 +973,8 @@ static int iobmd_tracer_body(void *argument)
         iobmd_raw(SYS_futex, (long)&t->command, FUTEX_WAKE_PRIVATE, 1, 0, 0, 0);
         if (command == IOBMD_END) break;
     }
+    iobmd_close(t->folder);  /* where close_range(2) is missing the table is the maker's */
+    iobmd_close(t->memory);
     if (!t->is_thread) iobmd_raw(SYS_exit_group, 0, 0, 0, 0, 0, 0);
     return 0;
 }

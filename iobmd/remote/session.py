@@ -162,7 +162,10 @@ class Session:
             while self._tracer.guest:
                 # Where the task cannot be stopped once more, on busy processors or by other tracers, a zombie is left
                 # until it exits.
-                if not self._is_again(self._tracer.collect(_candidates(self.task), failed)):
+                status = self._tracer.collect(_candidates(self.task), failed)
+                # A thread that ends in the middle, because another one executes a program, leaves it to others.
+                ended = status == native.ENDED and time.monotonic() < self._deadline
+                if not ended and not self._is_again(status):
                     break
         except OSError:  # it is gone, or refuses
             pass

@@ -89,6 +89,6 @@ def test_a_node_that_has_not_as_much_is_refused_and_nothing_kept() -> None:
 
 
 def test_no_such_node() -> None:
-    with pytest.raises(IOReturnError, match="node 7 has no memory; of this host have: 0, 1") as caught:
+    with pytest.raises(IOReturnError, match="node 7 has no memory; nodes with memory: 0, 1") as caught:
         iobmd.allocate(1, node=7)
     assert caught.value.code == IOReturn.kIOReturnBadArgument
