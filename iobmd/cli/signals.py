@@ -6,7 +6,6 @@ import _thread
 import contextlib
 import os
 import signal
-import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,31 +25,37 @@ def interruptible() -> Iterator[None]:
     wait ends. A second thread, which has blocked the signal, detects it (sigpending(2)) and ends the program. Do not
     use this in commands that stop tasks: their tracers are safer in a single-threaded program.
     """
-    wanted = True
+    over, ended = _thread.allocate_lock(), _thread.allocate_lock()
+    over.acquire()
+    ended.acquire()
     watched = set(_ENDING) - signal.pthread_sigmask(
         signal.SIG_BLOCK, []
     )  # signals blocked by the caller remain pending
 
     def watch() -> None:
-        looks = dict.fromkeys(watched, 0)
-        while wanted:
-            time.sleep(_LOOK)
-            pending = signal.sigpending()
-            looks = {number: count + 1 if number in pending else 0 for number, count in looks.items()}
-            if late := next((number for number, count in looks.items() if count >= _UNTIL), 0):
-                os.write(2, b"iobmd: interrupted while the kernel made it wait for another process\n")
-                os._exit(128 + late)
+        try:
+            looks = dict.fromkeys(watched, 0)
+            while not over.acquire(timeout=_LOOK):
+                pending = signal.sigpending()
+                looks = {number: count + 1 if number in pending else 0 for number, count in looks.items()}
+                if late := next((number for number, count in looks.items() if count >= _UNTIL), 0):
+                    os.write(2, b"iobmd: interrupted while the kernel made it wait for another process\n")
+                    os._exit(128 + late)
+        finally:
+            ended.release()
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)  # inherited by the thread
     try:
-        with contextlib.suppress(RuntimeError, MemoryError):  # no thread can be started
-            _thread.start_new_thread(watch, ())
+        _thread.start_new_thread(watch, ())
+    except (RuntimeError, MemoryError):  # no thread can be started
+        ended.release()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         yield
     finally:
-        wanted = False
+        over.release()
+        ended.acquire()  # the next command of this process starts another thread
 
 
 @contextlib.contextmanager
