@@ -129,7 +129,11 @@ def test_runs(tmp_path: Path, table: list[int], first: int, many: int, gaps: boo
         os.close(fd)
 
 
-@fuzzed(40, table=st.lists(st.integers(0, (1 << 64) - 1), max_size=150))
+# No memory has the frame whose number is all ones: the number after it would change the flags.
+possible = st.integers(0, (1 << 64) - 1).filter(lambda entry: ~entry & ((1 << 55) - 1))
+
+
+@fuzzed(40, table=st.lists(possible, max_size=150))
 def test_entries(tmp_path: Path, table: list[int]) -> None:
     fd = file_of(tmp_path, table)
     try:
