@@ -721,13 +721,14 @@ static int iobmd_ranges_left(const struct iobmd_tracer *t, struct iobmd_call *ca
     return count;
 }
 
-struct iobmd_collection { struct iobmd_call *calls; int count; };
+struct iobmd_collection { struct iobmd_call *calls; int count, alive; };
 
 static int iobmd_collect_by(struct iobmd_tracer *t, pid_t tid, void *data)
 {
     struct iobmd_collection *left = data;
     struct iobmd_thread thread = { .tid = tid, .cpu = -1 };
     int status = iobmd_stop(t, &thread, 1, left->calls, left->count);
+    left->alive += status != IOBMD_GONE;
     if (status == IOBMD_DONE) return left->calls[left->count - 1].result ? IOBMD_FAILED : IOBMD_LATE;
     return status == IOBMD_FAILED || status == IOBMD_STRANGER ? status : IOBMD_DONE;
 }
@@ -737,14 +738,14 @@ static int iobmd_collect_by(struct iobmd_tracer *t, pid_t tid, void *data)
 static int iobmd_collect(struct iobmd_tracer *t)
 {
     struct iobmd_call calls[IOBMD_RANGES_MADE + 1];
-    struct iobmd_collection left = { calls, 0 };
+    struct iobmd_collection left = { calls, 0, 0 };
     char byte;
     int status;
     /* Where the task runs another program by now, the memory is gone: nothing can be read of it, not even an error. */
     if (iobmd_raw(SYS_pread64, t->memory, (long)&byte, 1, 0, 0, 0)) left.count = iobmd_ranges_left(t, calls);
     calls[left.count++] = iobmd_new_call(SYS_wait4, (unsigned long)t->guest_there, 0, __WALL | WNOHANG);
     if (t->knows) status = iobmd_stop(t, t->known, t->knows, calls, left.count);
-    else status = iobmd_each_thread(t, iobmd_collect_by, &left);
+    else if (!(status = iobmd_each_thread(t, iobmd_collect_by, &left)) && !left.alive) status = IOBMD_GONE;
     /* 0 from wait4: it is not dead yet. An error: it is not there. */
     if (status == IOBMD_FAILED || (status == IOBMD_DONE && calls[left.count - 1].result)) t->guest = 0;
     return status;
@@ -890,12 +891,13 @@ static void iobmd_end_guest(struct iobmd_tracer *t)
 static void iobmd_end(struct iobmd_tracer *t)
 {
     int64_t until = iobmd_now() + t->patience_ns;
-    int status;
+    int status, gone = 0;  /* several times: while one thread executes a program, no other is alive for a moment */
     if (!t->ending) iobmd_end_guest(t);
     t->knows = 0;
     while (t->guest && iobmd_now() < until) {
         status = iobmd_collect(t);
-        if (status == IOBMD_GONE || status == IOBMD_STRANGER) break;
+        gone = status == IOBMD_GONE ? gone + 1 : 0;
+        if (gone == 20 || status == IOBMD_STRANGER) break;
         iobmd_doze(t);
     }
 }
