@@ -9,6 +9,7 @@ it, without stopping the task again, also when we die.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import struct
@@ -34,6 +35,7 @@ _LARGEST = 1 << 30  # the most that one registered buffer takes
 _PARAMETERS = 128  # bytes for struct io_uring_params; behind them, in the same mapping, the struct iovec
 _REGISTER_BUFFERS = 0
 _LOOKS = 20  # at a ring that is busy
+_LATE = 0.1  # seconds after which the rings of a process that was killed are uncharged from its user's RLIMIT_MEMLOCK
 _PATIENCE = 5.0  # seconds for pages to be faulted in, and more for many of them:
 _SLOWEST = 64 << 20  # bytes a second
 USERFAULT = {"um", "uw", "ui"}
@@ -58,16 +60,23 @@ class RemotePin:
         self._locked: list[tuple[int, int]] = []
         self._owner = os.getpid()
         try:
-            try:
-                self._with_guest(self._pin)
-            except OSError as error:
-                if isinstance(error, IOReturnError):
-                    raise
-                self._lock_instead(error)
+            self._pin_or_lock()
         except BaseException:
             with contextlib.suppress(IOReturnError):
                 self.release()
             raise
+
+    def _pin_or_lock(self) -> None:
+        deadline = time.monotonic() + _LATE
+        while True:
+            try:
+                return self._with_guest(self._pin)
+            except OSError as error:
+                if isinstance(error, IOReturnError):
+                    raise
+                if error.errno != errno.ENOMEM or time.monotonic() > deadline:
+                    return self._lock_instead(error)
+            time.sleep(0.01)
 
     @property
     def holds_frames(self) -> bool:

@@ -107,10 +107,7 @@ def test_we_are_killed(use: Callable[[int, int], None], others: int, times: int)
             after = ProgramResources.of(target.pid)
             assert after.descriptors == before.descriptors
             # Memory that was allocated there stays where we are killed before it is freed; nothing else does.
-            # What is being prepared may stay locked (docs/tasks.md), and is an area of its own then.
-            added = [line for line in set(after.maps) - set(before.maps) if "memfd:iobmd" not in line]
-            assert not added or (use is use_prepare and procfs.status_bytes("VmLck", target.pid)), added
-            before = after
+            assert not [line for line in set(after.maps) - set(before.maps) if "memfd:iobmd" not in line]
 
 
 def kill_in_the_middle(use: Callable[[], None], others: int) -> None:
