@@ -11,10 +11,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import procfs
+from iobmd._internal.lazy_property import LazyProperty
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NoResourcesError
 from iobmd.host import cgroup, pages
@@ -190,7 +190,7 @@ class _Look:
         self._pid = pid
         self._swappable = swappable
 
-    @cached_property
+    @LazyProperty
     def least(self) -> Room:
         """The limit with the least free memory."""
         return min(self.rooms(), key=lambda room: room.left)
@@ -212,25 +212,25 @@ class _Look:
         for group in self._groups:
             yield from self._of_unified(group) if group.unified else self._of_legacy(group)
 
-    @cached_property
+    @LazyProperty
     def _groups(self) -> list[cgroup.Cgroup]:
         return cgroup.around("memory", self._pid, self.member)
 
-    @cached_property
+    @LazyProperty
     def _memory(self) -> dict[str, int]:
         try:
             return procfs.meminfo()
         except OSError:  # no file descriptor is free, or /proc does not show it
             return dict.fromkeys(("MemAvailable", "MemTotal"), sys.maxsize) | dict.fromkeys(_SWAPPABLE, 0)
 
-    @cached_property
+    @LazyProperty
     def swap(self) -> int:
         """Bytes that can be swapped out, given the free swap of the host and of each version 2 cgroup."""
         unified = (group for group in self._groups if group.unified)
         rooms = (_room(group, "memory", "memory.swap.max", "memory.swap.current") for group in unified)
         return max(0, min(self._memory["SwapFree"], *(room.left for room in rooms if room), sys.maxsize))
 
-    @cached_property
+    @LazyProperty
     def _pinned(self) -> int:
         """Bytes that this process has pinned, which are counted as anonymous memory and cannot be swapped out."""
         if self._pid is not None:  # they may be charged to other groups than the memory in question

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -73,15 +72,18 @@ class Budget:
     def __init__(self) -> None:
         self._policy = _current.get()
         self._begin = time.monotonic()
+        self._measured: headroom.Room | None = None
 
-    @functools.cached_property
+    @property
     def _tightest(self) -> headroom.Room:
-        return headroom.tightest()
+        if self._measured is None:
+            self._measured = headroom.tightest()
+        return self._measured
 
     def measure(self, held: int) -> None:
         """Measure the remaining memory again while the search holds `held` bytes: other processes allocate too."""
         room = headroom.tightest()
-        self._tightest = room._replace(left=room.left + held)
+        self._measured = room._replace(left=room.left + held)
 
     @property
     def most(self) -> int:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+import signal
+import threading
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from support.child import in_child
 
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
@@ -240,3 +244,30 @@ def test_small_requests_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(1024):
         headroom.require(4096, swappable=True)
     assert len(looks) == 8, "512 KiB of pages, and as much beside them, in each MiB"
+
+
+def test_a_fork_during_a_check_leaves_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`functools.cached_property` computes inside a lock before Python 3.12, which a forked child inherits."""
+    parent, inside, leave = os.getpid(), threading.Event(), threading.Event()
+    around = cgroup.around
+
+    def slow(*arguments: Any) -> Any:
+        if os.getpid() == parent:
+            inside.set()
+            assert leave.wait(20)
+        return around(*arguments)
+
+    def check() -> bool:
+        signal.alarm(10)
+        headroom.require(64 * MIB, swappable=False, pid=os.getpid())
+        return True
+
+    monkeypatch.setattr(headroom.cgroup, "around", slow)
+    thread = threading.Thread(target=headroom.tightest)
+    thread.start()
+    try:
+        assert inside.wait(10)
+        assert in_child(check)
+    finally:
+        leave.set()
+        thread.join()
