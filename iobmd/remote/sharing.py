@@ -98,6 +98,7 @@ class RemoteMapping:
         self.address = 0
         self.stopped_ns = 0
         self._owner = os.getpid()
+        _retry_exhausted()
         _open.add(self)
         self._margin = guard
         self._whole = (0, 0)
@@ -248,16 +249,25 @@ class RemoteMapping:
             session.with_guest(self.task, lambda guest: _unmap(guest, ours))
 
     def __del__(self) -> None:
-        # Only an interrupt at the wrong moment leaves one open: nothing of ours must stay in another program.
-        with contextlib.suppress(IOReturnError, AttributeError):
+        with contextlib.suppress(AttributeError):  # the constructor was interrupted
+            self._close_or_register()
+
+    def _close_or_register(self) -> None:
+        """Unmap it, or register it for another try if that is refused: it must not stay in the task."""
+        try:
             self.close()
+        except NoResourcesError:
+            _exhausted.append(self)
+        except IOReturnError:
+            _refused.append(self)
 
     def _ours(self, start: int, end: int) -> list[tuple[int, int]]:
         """Return the ranges that show our objects, and the guards around them."""
         found: list[tuple[int, int]] = []
         try:
             mapped = list(procfs.areas(self.task.pid, start, end))
-        except OSError:
+        except OSError as error:
+            diagnosis.unless_exhausted(error, f"cannot read the mappings of task {self.task.pid}")
             return []
         for area in mapped:
             guard = self._margin and area.perms.startswith("---") and not area.inode
@@ -271,11 +281,20 @@ class RemoteMapping:
 
 
 _open: weakref.WeakSet[RemoteMapping] = weakref.WeakSet()
+_exhausted: list[RemoteMapping] = []
+"""Mappings released while this process lacked a file descriptor to unmap them: the next mapping unmaps them."""
+_refused: list[RemoteMapping] = []
+"""Mappings released while their task could not be stopped: unmapped at exit, because each try takes 2 s."""
+
+
+def _retry_exhausted() -> None:
+    for mapping in [_exhausted.pop() for _ in range(len(_exhausted))]:
+        mapping._close_or_register()
 
 
 def _close_all() -> None:
-    """As the interpreter ends, while threads are to be had still: nothing of ours must stay in other programs."""
-    for mapping in list(_open):
+    """Unmap everything before the interpreter ends, while threads can still be started."""
+    for mapping in [*_open, *_exhausted, *_refused]:
         with contextlib.suppress(IOReturnError):
             mapping.close()
 
@@ -316,8 +335,11 @@ def _locks_memory(task: Task) -> bool:
     """Say whether a task has locked memory, so that it may have locked future mappings too: that is shown nowhere."""
     try:
         return procfs.status_bytes("VmLck", task.pid) > 0
-    except (OSError, KeyError):  # it is gone
+    except KeyError:
         return False
+    except OSError as error:
+        diagnosis.unless_exhausted(error, f"cannot look at task {task.pid}")
+        return False  # it is gone
 
 
 def touch(task: Task, address: int, size: int) -> None:

@@ -240,3 +240,36 @@ def test_the_last_descriptors_go_while_a_guest_is_there(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Guest, "run", take_all)
     print(in_child(limited))
+
+
+@contextlib.contextmanager
+def no_free_descriptor() -> Iterator[None]:
+    """Use up the file descriptors of this process."""
+    with contextlib.ExitStack() as taken:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.callback(os.close, os.open("/", os.O_PATH))
+        yield
+
+
+def test_memory_is_not_left_for_lack_of_a_descriptor() -> None:
+    def limited() -> None:
+        with sleeping() as target:
+            buffer = iobmd.allocate(8192, task=target.pid, wired=False)
+            mapped = ours(target.pid)
+            with no_free_descriptor(), pytest.raises(IOReturnError) as caught:
+                buffer.free()
+            assert caught.value.code == IOReturn.kIOReturnNoResources
+            assert "ulimit -n" in str(caught.value)
+            assert ours(target.pid) == mapped
+            buffer.free()
+            assert not ours(target.pid)
+
+            buffer = iobmd.allocate(8192, task=target.pid, wired=False)
+            with no_free_descriptor():
+                del buffer
+            assert ours(target.pid), "the control"
+            iobmd.allocate(8192, task=target.pid, wired=False).free()
+            assert not ours(target.pid)
+
+    in_child(lambda: (resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)), limited())[1])
