@@ -46,7 +46,8 @@ class Kind(NamedTuple):
 
 
 _FRAGMENTED = {IOReturn.kIOReturnNoResources: "fragmentation"}
-_FAULTING = {IOReturn.kIOReturnNotReady: "meant"}
+# The target releases these pages continually: one can be missing each time that it stands still.
+_FAULTING = {IOReturn.kIOReturnNotReady: "meant", IOReturn.kIOReturnUnsupported: "meant"}
 _CONTENDED = {IOReturn.kIOReturnNotPermitted: "contended", IOReturn.kIOReturnTimeout: "contended"}
 
 KINDS = {kind.name: kind for kind in (

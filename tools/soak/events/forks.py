@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -15,7 +16,7 @@ from .. import kernel
 from ..context import Found, Skipped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from ..context import Context
 
@@ -32,37 +33,58 @@ def in_child(context: Context, work: Callable[[], bool]) -> bool:
     Skipped
         No process could be made.
     """
-    parent = os.getpid()
-    try:
-        child = os.fork()
-    except OSError:
-        raise Skipped from None
-    if not child:
-        code = _FAILED
-        try:
-            kernel.die_with_parent(parent)
-            patience = max(1, int(context.shared.patience / 2))
-            faulthandler.dump_traceback_later(patience * 0.8, file=2)
-            signal.alarm(patience)
-            code = _SAME if work() else _DIFFERENT
-        except BaseException as error:
-            os.write(2, f"forked child: {type(error).__name__}: {error}\n".encode())
-        finally:
-            os._exit(code)
-    context.count("forks")
-    status = _wait(child)
-    if os.WIFSIGNALED(status):
-        number = signal.Signals(os.WTERMSIG(status))
-        if number is signal.SIGKILL and context.profile.squeezed:
-            raise Skipped  # the hog's cgroup ran out of memory
-        fault = "hangs" if number is signal.SIGALRM else "crashes"
-        raise Found(fault, f"a forked child was ended by {number.name}")
+    with _stack_file() as stack:
+        child = _fork(context, work, stack)
+        context.count("forks")
+        status = _wait(child)
+        if os.WIFSIGNALED(status):
+            number = signal.Signals(os.WTERMSIG(status))
+            if number is signal.SIGKILL and context.profile.squeezed:
+                raise Skipped  # the hog's cgroup ran out of memory
+            fault = "hangs" if number is signal.SIGALRM else "crashes"
+            trace = os.pread(stack, 4096, 0).decode(errors="replace")
+            raise Found(fault, f"a forked child was ended by {number.name}\n{trace}".rstrip())
     code = os.WEXITSTATUS(status)
     if code == _FAILED:
         if context.profile.refusals:
             raise Skipped
         raise Found("unexpected_errors", "a forked child raised an exception: see the worker's log")
     return code == _SAME
+
+
+@contextlib.contextmanager
+def _stack_file() -> Iterator[int]:
+    """Yield a file for the stack of a child that hangs."""
+    try:
+        stack = os.memfd_create("stack")
+    except OSError:
+        raise Skipped from None
+    try:
+        yield stack
+    finally:
+        os.close(stack)
+
+
+def _fork(context: Context, work: Callable[[], bool], stack: int) -> int:
+    """Start a child that does `work`, and return its pid."""
+    parent = os.getpid()
+    try:
+        child = os.fork()
+    except OSError:
+        raise Skipped from None
+    if child:
+        return child
+    code = _FAILED
+    try:
+        kernel.die_with_parent(parent)
+        patience = max(1, int(context.shared.patience / 2))
+        faulthandler.dump_traceback_later(patience * 0.8, file=stack)
+        signal.alarm(patience)
+        code = _SAME if work() else _DIFFERENT
+    except BaseException as error:
+        os.write(2, f"forked child: {type(error).__name__}: {error}\n".encode())
+    finally:
+        os._exit(code)
 
 
 def _wait(child: int) -> int:
