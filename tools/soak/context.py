@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd.constants import IOPurgeable, IOReturn
+from iobmd.errors import IOReturnError
 
 from . import kernel
 from .board import PATTERN, SCRATCH_SLICE, TARGETS, Target, Thread, pattern
@@ -19,7 +20,7 @@ from .targets import lock_path
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     import iobmd
@@ -42,6 +43,23 @@ class Found(Exception):  # noqa: N818 (a finding, which ends the event)
 
 class Skipped(Exception):  # noqa: N818
     """There is nothing for this event to work on: it does not count."""
+
+
+@contextlib.contextmanager
+def insist(release: Callable[[], object]) -> Iterator[None]:
+    """Release something at the end of the `with`; repeatedly while another thread has the last file descriptor."""
+    try:
+        yield
+    finally:
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                release()
+                break
+            except IOReturnError as error:
+                if error.code != IOReturn.kIOReturnNoResources or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.001)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import iobmd
 from iobmd import IOMapOptions, Task
 
 from .. import kernel
-from ..context import Found
+from ..context import Found, insist
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -74,7 +75,8 @@ def in_target(context: Context) -> None:
     with context.target() as peer, iobmd.allocate(size, shared=True) as buffer:
         task = Task(peer.pid)
         content = context.chance.randbytes(size)
-        with buffer.createMappingInTask(task, 0, _ANYWHERE) as mapped:
+        mapped = buffer.createMappingInTask(task, 0, _ANYWHERE)
+        with insist(mapped.unmap):
             buffer.writeBytes(0, content)
             there = mapped.getAddress()
             context.check_bytes(task.read(there, size), content, "a map in a target")
@@ -93,8 +95,10 @@ def redirect_in_target(context: Context) -> None:
         context.target() as peer,
         iobmd.allocate(kernel.PAGE, wired=False, shared=True) as old,
         iobmd.allocate(kernel.PAGE, wired=False, shared=True) as new,
-        old.createMappingInTask(peer.pid, 0, _ANYWHERE) as mapped,
+        contextlib.ExitStack() as stack,
     ):
+        mapped = old.createMappingInTask(peer.pid, 0, _ANYWHERE)
+        stack.enter_context(insist(mapped.unmap))
         old.writeBytes(0, first)
         new.writeBytes(0, second)
         there = mapped.getAddress()

@@ -9,7 +9,7 @@ from iobmd import IOMemoryDescriptor, Task, Wiring, kIODirectionInOut
 
 from .. import kernel
 from ..board import SCRATCH_SLICE
-from ..context import Found
+from ..context import Found, insist
 
 if TYPE_CHECKING:
     from ..context import Context, Peer
@@ -38,7 +38,8 @@ def allocate(context: Context) -> None:
     size = context.chance.choice((1, 4)) * kernel.PAGE
     with context.target() as peer:
         task = Task(peer.pid)
-        with iobmd.allocate(size, task=task, wired=context.chance.random() < 0.5) as buffer:
+        buffer = iobmd.allocate(size, task=task, wired=context.chance.random() < 0.5)
+        with insist(buffer.free):
             address = buffer.getBytesNoCopy()
             context.check_bytes(task.read(address, size), bytes(size), "new memory in a target")
             content = context.chance.randbytes(size)
@@ -57,7 +58,5 @@ def pin(context: Context) -> None:
         size = kernel.PAGE if address != peer.scratch else SCRATCH_SLICE
         with IOMemoryDescriptor.withAddressRange(address, size, kIODirectionInOut, peer.pid) as descriptor:
             descriptor.prepare()
-            try:
+            with insist(descriptor.complete):
                 _check_frames(context, descriptor, peer, address, size)
-            finally:
-                descriptor.complete()
