@@ -19,7 +19,7 @@ from iobmd._internal import process_local
 from iobmd._native import tracer as native
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NoResourcesError, TaskTimeoutError
-from iobmd.remote import freezer, gadget, preflight, restart, threads
+from iobmd.remote import freezer, syscall_instruction, preflight, restart, threads
 from iobmd.remote.guest import SYSCALLS, Call, Guest, Result, call
 from iobmd.task import diagnosis
 from iobmd.task.task import Task
@@ -70,7 +70,7 @@ class Session:
         # To Yama's scope 1 only a parent may trace, and that is we.
         is_thread = host.yama_scope() == 1 and not host.has_capability("CAP_SYS_PTRACE")
         try:
-            self._tracer = native.Tracer(task.pid, gadget.find(task), options, is_thread, PATIENCE, _SHORT)
+            self._tracer = native.Tracer(task.pid, syscall_instruction.find(task), options, is_thread, PATIENCE, _SHORT)
         except OSError as error:
             if isinstance(error, IOReturnError):
                 raise
@@ -178,7 +178,7 @@ class Session:
             if not self.task.alive:
                 raise diagnosis.gone(f"task {self.task.pid} is gone: it exited")
             if status == native.UNREADABLE:
-                self._tracer.use(gadget.find(self.task))
+                self._tracer.use(syscall_instruction.find(self.task))
             return time.monotonic() < self._deadline
         if status != native.REFUSED:
             return False

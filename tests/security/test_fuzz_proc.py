@@ -17,7 +17,7 @@ from iobmd import procfs
 from iobmd._internal import pidns
 from iobmd._native import maps as native
 from iobmd.host import access, cgroup, fact, pages
-from iobmd.remote import gadget, restart, threads
+from iobmd.remote import syscall_instruction, restart, threads
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -290,7 +290,7 @@ def test_search_of_a_system_call(
     )
     task = Program(mapped, lives)
     try:
-        address = gadget.find(task)  # type: ignore[arg-type]
+        address = syscall_instruction.find(task)  # type: ignore[arg-type]
     except (UnsupportedError, NotFoundError):
         return
     assert task.read(address, 2) == b"\x0f\x05"

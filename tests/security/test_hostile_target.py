@@ -21,7 +21,7 @@ from support.targets import Target, children, need_ptrace, until_at_rest
 import iobmd
 from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Task, Wiring, procfs
 from iobmd._native import crosstask
-from iobmd.remote import gadget
+from iobmd.remote import syscall_instruction
 from iobmd.remote.guest import Call, Guest, Result
 from iobmd.remote.session import Session
 from iobmd.task import attempt
@@ -313,7 +313,7 @@ def test_code_that_is_changed_makes_no_other_call(name: str, monkeypatch: pytest
     def run(self: Session, calls: Sequence[Call], deadline: float, may_wait: bool) -> list[int]:
         if all(one.name != name for one in calls):
             return real(self, calls, deadline, may_wait)
-        with other_code(self.task.pid, gadget.find(self.task)):
+        with other_code(self.task.pid, syscall_instruction.find(self.task)):
             return real(self, calls, deadline, may_wait)
 
     with Target([sys.executable, "-c", PROGRAM]) as target:
