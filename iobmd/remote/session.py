@@ -19,7 +19,7 @@ from iobmd._internal import process_local
 from iobmd._native import tracer as native
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NoResourcesError, TaskTimeoutError
-from iobmd.remote import freezer, syscall_instruction, preflight, restart, threads
+from iobmd.remote import epoll_sleep, freezer, preflight, syscall_instruction, threads
 from iobmd.remote.guest import SYSCALLS, Call, Guest, Result, call
 from iobmd.task import diagnosis
 from iobmd.task.task import Task
@@ -70,7 +70,9 @@ class Session:
         # To Yama's scope 1 only a parent may trace, and that is we.
         is_thread = host.yama_scope() == 1 and not host.has_capability("CAP_SYS_PTRACE")
         try:
-            self._tracer = native.Tracer(task.pid, syscall_instruction.find(task), options, is_thread, PATIENCE, _SHORT)
+            self._tracer = native.Tracer(
+                task.pid, syscall_instruction.find(task), options, is_thread, PATIENCE, _SHORT
+            )
         except OSError as error:
             if isinstance(error, IOReturnError):
                 raise
@@ -400,13 +402,13 @@ def _sleeping(task: Task) -> list[_Known]:
     for tid in threads.thread_ids(task.pid):
         if time.monotonic() > deadline:  # those that are left begin their sleep again
             break
-        if threads.call(task.pid, tid) in restart.EPOLL and (one := threads.activity(task.pid, tid)):
+        if threads.call(task.pid, tid) in epoll_sleep.EPOLL and (one := threads.activity(task.pid, tid)):
             found.append(_known(task, one))
     return found
 
 
 def _known(task: Task, activity: threads.Activity) -> _Known:
-    sleep = restart.look(task, activity)
+    sleep = epoll_sleep.look(task, activity)
     return activity.tid, activity.cpu, *(sleep or (0, 0))
 
 

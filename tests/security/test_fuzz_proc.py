@@ -17,7 +17,7 @@ from iobmd import procfs
 from iobmd._internal import pidns
 from iobmd._native import maps as native
 from iobmd.host import access, cgroup, fact, pages
-from iobmd.remote import syscall_instruction, restart, threads
+from iobmd.remote import epoll_sleep, syscall_instruction, threads
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -169,8 +169,8 @@ def test_sched(proc: Path, name: bytes, last: float, switches: int) -> None:
         b"Name:\t%b\nvoluntary_ctxt_switches:\t%d\nnonvoluntary_ctxt_switches:\t3\n"
         % (escaped(name[:15], b"\n\\"), switches)
     )
-    assert restart._last_ran(str(proc / "sched")) == float(f"{last:.6f}")
-    assert restart._field(str(proc / "status"), "voluntary_ctxt_switches") == f"\t{switches}"
+    assert epoll_sleep._last_ran(str(proc / "sched")) == float(f"{last:.6f}")
+    assert epoll_sleep._field(str(proc / "status"), "voluntary_ctxt_switches") == f"\t{switches}"
 
 
 mounts = st.lists(
