@@ -133,7 +133,7 @@ class FrozenCopyOf(CopyOf):
 
     def fill(self, destination: int, *, huge: int = 0, sparse: bool = False) -> bool:
         """Like `Contents.fill`; also raises the error if the task cannot be stopped."""
-        from iobmd.remote import freeze  # noqa: PLC0415 (with ctypes: half of what `import iobmd` takes)
+        from iobmd.remote import consistent_copy  # noqa: PLC0415 (with ctypes: half of what `import iobmd` takes)
 
         left_zero = stopped = False
         fresh = True
@@ -146,7 +146,7 @@ class FrozenCopyOf(CopyOf):
                 task, destination, huge=huge * first, fresh=first, sparse=sparse and first, standing=standing
             )
 
-        self.stopped_ns = freeze.copy(freeze.Source(self.task, self.address, self.size, fetch))
+        self.stopped_ns = consistent_copy.copy(consistent_copy.Source(self.task, self.address, self.size, fetch))
         if stopped and self._progress:
             self._progress(self.size)
         return left_zero
