@@ -12,7 +12,8 @@ from iobmd.backing.pinned import Pinned
 from iobmd.errors import CannotWireError, IOReturnError, UnsupportedError
 from iobmd.memory import pinning, residency
 from iobmd.memory.mlock import Wiring
-from iobmd.remote import areas, wired
+from iobmd.remote import areas
+from iobmd.remote.pin import RemotePin
 from iobmd.task import diagnosis, obstacles
 from iobmd.units import PAGE_SIZE, format_size
 
@@ -61,7 +62,7 @@ class RangeBacking(Pinned):
     def _require(self, *, writable: bool) -> None:
         """Check that all of it is mapped and readable, and with `writable` also writable."""
         end = self.address + self.length
-        found = areas.known(self.task, self.address, end)
+        found = areas.overlapping(self.task, self.address, end)
         for permission in "rw" if writable else "r":
             bad = procfs.uncovered(found, self.address, end, permission)
             if bad < end:
@@ -73,7 +74,7 @@ class RangeBacking(Pinned):
         Raises
         ------
         IOReturnError
-            As `pinning.Pin` and `wired.RemotePin`; `.address` is the first byte that cannot be pinned;
+            As `pinning.Pin` and `pin.RemotePin`; `.address` is the first byte that cannot be pinned;
             `kIOReturnNoMemory`: the task's memory cgroup has no room for the absent pages.
         """
         residency.require(self._first, self.size, swappable=False, task=self.task)
@@ -87,7 +88,7 @@ class RangeBacking(Pinned):
             self._take(pin)
             return
         try:
-            pin = wired.RemotePin(self.task, self._first, self.size)
+            pin = RemotePin(self.task, self._first, self.size)
         except CannotWireError:
             self._require_wirable()
             raise
@@ -118,7 +119,7 @@ class RangeBacking(Pinned):
     def lost(self) -> int | None:
         """Return the first address that its task no longer maps; None if there is none. Raises as `RangeBacking`."""
         end = self.address + self.length
-        bad = procfs.uncovered(areas.known(self.task, self.address, end), self.address, end, "r")
+        bad = procfs.uncovered(areas.overlapping(self.task, self.address, end), self.address, end, "r")
         return bad if bad < end else None
 
     def read_runs(self, *, gaps: bool = False) -> RunTable | None:

@@ -10,13 +10,16 @@ from iobmd.task import diagnosis
 if TYPE_CHECKING:
     from iobmd.task.task import Task
 
+USERFAULT = {"um", "uw", "ui"}
+"""Flags of memory whose page faults are reported to a userfaultfd (VmFlags in /proc/PID/smaps)."""
+
 
 def areas(task: Task) -> list[procfs.VMA]:
     """Return the areas of a task, ascending; none when its memory is gone. Raises OSError."""
     return list(procfs.maps(task.pid))
 
 
-def known(task: Task, start: int, end: int) -> list[procfs.VMA]:
+def overlapping(task: Task, start: int, end: int) -> list[procfs.VMA]:
     """Return the areas of a task that overlap the addresses `start`…`end`, ascending.
 
     Raises
@@ -36,3 +39,13 @@ def known(task: Task, start: int, end: int) -> list[procfs.VMA]:
     if found is None:
         raise diagnosis.without_memory(task.pid)
     return found
+
+
+def userfault_area(task: Task, address: int, end: int) -> procfs.VMA | None:
+    """Return the first area of a range whose page faults a userfaultfd reports. Raises OSError."""
+    for area, flags in procfs.vm_flags(task.pid):
+        if area.start >= end:  # the rest of thousands of areas may take seconds
+            break
+        if address < area.end and flags & USERFAULT:
+            return area
+    return None

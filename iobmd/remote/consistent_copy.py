@@ -18,7 +18,7 @@ from iobmd.errors import (
     UnsupportedError,
     VMError,
 )
-from iobmd.remote import freezer, session, wired
+from iobmd.remote import areas, freezer, session
 from iobmd.task import transfer
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Source(NamedTuple):
     def userfault_area(self) -> procfs.VMA | None:
         """The first area of it whose page faults a userfaultfd reports."""
         try:
-            return wired.userfault_area(self.task, self.address, self.address + self.size)
+            return areas.userfault_area(self.task, self.address, self.address + self.size)
         except OSError:  # the task is gone, as who reads it will find out
             return None
 
@@ -146,7 +146,7 @@ def _worth_a_child(source: Source) -> int:
         if source.size * _WORTH_IT < resident:
             return 0
         for area, flags in procfs.vm_flags(source.task.pid):
-            if flags & wired.USERFAULT:  # who has to be told of the child may be a thread that stands still
+            if flags & areas.USERFAULT:  # who has to be told of the child may be a thread that stands still
                 return 0
             if area.start < end and source.address < area.end and flags & _NOT_IN_A_CHILD:
                 return 0

@@ -13,7 +13,7 @@ from support.targets import need_ptrace
 
 import iobmd
 from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Task, Wiring
-from iobmd.remote import wired
+from iobmd.remote.pin import RemotePin
 
 Start = Callable[..., SourceProcess]
 PAGE, MIB = kernel.PAGE, 1 << 20
@@ -123,9 +123,9 @@ def test_read_only_memory_is_locked(start_source: Start) -> None:
 def test_what_it_has_locked_itself_stays_locked(start_source: Start) -> None:
     source = start_source()
     address = source["file"].address
-    inner = wired.RemotePin(Task(source.pid), address + 2 * PAGE, PAGE)
+    inner = RemotePin(Task(source.pid), address + 2 * PAGE, PAGE)
     assert kernel.status("VmLck", source.pid) == PAGE
-    outer = wired.RemotePin(Task(source.pid), address, 4 * PAGE)
+    outer = RemotePin(Task(source.pid), address, 4 * PAGE)
     assert kernel.status("VmLck", source.pid) == 4 * PAGE
     outer.release()
     assert kernel.status("VmLck", source.pid) == PAGE, "that of the one before is there still"

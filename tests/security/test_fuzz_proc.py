@@ -282,9 +282,9 @@ def test_search_of_a_system_call(
         for index, (start, data) in enumerate(mapped.items())
     ]
     (proc / "auxv").write_bytes(auxv)
-    monkeypatch.setattr(gadget, "_SETTLED", 0)
-    monkeypatch.setattr(gadget, "_offset_in_vdso", known)
-    monkeypatch.setattr(gadget, "areas", lambda _task: found)
+    monkeypatch.setattr(syscall_instruction, "_SETTLED", 0)
+    monkeypatch.setattr(syscall_instruction, "_offset_in_vdso", known)
+    monkeypatch.setattr(syscall_instruction, "areas", lambda _task: found)
     monkeypatch.setattr(
         procfs, "find_vma", lambda _pid, at: next((one for one in found if one.start <= at < one.end), None)
     )

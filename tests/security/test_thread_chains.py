@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from iobmd import Task, procfs
-from iobmd.remote import session, threads, wired
+from iobmd.remote import areas, session, threads
 from iobmd.units import PAGE_SIZE
 
 
@@ -38,8 +38,8 @@ def test_areas_above_a_range_are_not_read(monkeypatch: pytest.MonkeyPatch) -> No
             yield procfs.VMA(start, start + PAGE_SIZE, "rw-p", 0, "00:00", 0, ""), {"um"} if number > 4 else set()
 
     monkeypatch.setattr(procfs, "vm_flags", counted)
-    assert wired.userfault_area(Task(os.getpid()), PAGE_SIZE, 3 * PAGE_SIZE) is None
+    assert areas.userfault_area(Task(os.getpid()), PAGE_SIZE, 3 * PAGE_SIZE) is None
     assert read == 4
-    found = wired.userfault_area(Task(os.getpid()), PAGE_SIZE, 8 * PAGE_SIZE)
+    found = areas.userfault_area(Task(os.getpid()), PAGE_SIZE, 8 * PAGE_SIZE)
     assert found
     assert found.start == 5 * PAGE_SIZE

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from iobmd import host, procfs
 from iobmd._native import uring
 from iobmd.errors import CannotWireError, IOReturnError, NotFoundError, TaskTimeoutError
-from iobmd.remote import session
+from iobmd.remote import areas, session
 from iobmd.remote.guest import SCRATCH
 from iobmd.task import diagnosis
 from iobmd.units import PAGE_SIZE, format_size, round_up
@@ -38,8 +38,6 @@ _LOOKS = 20  # at a ring that is busy
 _LATE = 0.1  # seconds after which the rings of a process that was killed are uncharged from its user's RLIMIT_MEMLOCK
 _PATIENCE = 5.0  # seconds for pages to be faulted in, and more for many of them:
 _SLOWEST = 64 << 20  # bytes a second
-USERFAULT = {"um", "uw", "ui"}
-"""Flags of memory whose page faults are reported to a userfaultfd (VmFlags in /proc/PID/smaps)."""
 
 _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS = 0x3, 0x22
 
@@ -122,7 +120,7 @@ class RemotePin:
             address, end = self._range
             message = f"{error.strerror}: the page faults from {address:#x} to {end:#x} were not served"
             with contextlib.suppress(OSError):
-                if found := userfault_area(self._task, address, end):
+                if found := areas.userfault_area(self._task, address, end):
                     message += f"; a userfaultfd answers for {found}, and its handler does not"
             raise IOReturnError(error.code, message) from None
 
@@ -200,16 +198,6 @@ def _registered(ring: uring.Ring) -> list[tuple[int, int]]:
             return [(int(match[1], 16), int(match[2])) for match in matches if match]
         time.sleep(0.001)
     return []
-
-
-def userfault_area(task: Task, address: int, end: int) -> procfs.VMA | None:
-    """Return the first area of a range whose page faults a userfaultfd reports. Raises OSError."""
-    for area, flags in procfs.vm_flags(task.pid):
-        if area.start >= end:  # the rest of thousands of areas may take seconds
-            break
-        if address < area.end and flags & USERFAULT:
-            return area
-    return None
 
 
 def _not_locked(task: Task, address: int, end: int) -> list[tuple[int, int]]:
