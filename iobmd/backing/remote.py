@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NoReturn
 
 from iobmd.backing.shared import SharedBacking, not_mapped_here
-from iobmd.remote.sharing import RemoteMapping, touch
+from iobmd.remote.mapping import RemoteMapping, touch
 
 if TYPE_CHECKING:
     from iobmd.backing import Contents

@@ -16,7 +16,7 @@ from iobmd.memory.mlock import Wiring
 from iobmd.memory.shmem import SharedObject
 from iobmd.physical import search
 from iobmd.purgeable.shared import TRAILER
-from iobmd.remote.sharing import is_trusted
+from iobmd.remote.trust import is_trusted
 from iobmd.units import PAGE_SIZE, round_up
 
 if TYPE_CHECKING:

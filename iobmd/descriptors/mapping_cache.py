@@ -13,7 +13,7 @@ from iobmd.descriptors.options import CACHE_MASK, unsupported
 from iobmd.errors import BadArgumentError, CannotWireError, NoMemoryError, UnsupportedError
 from iobmd.memory import pinning, residency, shmem
 from iobmd.memory.populate import populate
-from iobmd.remote.sharing import RemoteMapping, touch
+from iobmd.remote.mapping import RemoteMapping, touch
 from iobmd.units import PAGE_SIZE, round_up
 
 if TYPE_CHECKING:

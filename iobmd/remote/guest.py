@@ -29,6 +29,7 @@ SYSCALLS = {
 SCRATCH, MAPPING = 1, 2
 """What a call maps: memory that is unmapped when the guest ends, always, or unless that is after a success."""
 PATIENCE = 5.0  # seconds for a call, unless it is given a deadline of its own
+_PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS = 0x3, 0x22
 _UNSHARE, _LAST_DESCRIPTOR = 2, 0xFFFFFFFF
 
 
@@ -51,6 +52,11 @@ class Call(NamedTuple):
 def call(name: str, *arguments: int | Result, made: int = 0) -> Call:
     """Return a system call."""
     return Call(name, arguments, made)
+
+
+def map_scratch(size: int) -> Call:
+    """Return the call that maps memory for the arguments of other calls."""
+    return call("mmap", 0, size, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS, -1, 0, made=SCRATCH)
 
 
 class Guest:

@@ -21,7 +21,7 @@ from iobmd import host, procfs
 from iobmd._native import uring
 from iobmd.errors import CannotWireError, IOReturnError, NotFoundError, TaskTimeoutError
 from iobmd.remote import areas, session
-from iobmd.remote.guest import SCRATCH
+from iobmd.remote.guest import map_scratch
 from iobmd.task import diagnosis
 from iobmd.units import PAGE_SIZE, format_size, round_up
 
@@ -38,8 +38,6 @@ _LOOKS = 20  # at a ring that is busy
 _LATE = 0.1  # seconds after which the rings of a process that was killed are uncharged from its user's RLIMIT_MEMLOCK
 _PATIENCE = 5.0  # seconds for pages to be faulted in, and more for many of them:
 _SLOWEST = 64 << 20  # bytes a second
-
-_PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS = 0x3, 0x22
 
 
 class RemotePin:
@@ -96,7 +94,7 @@ class RemotePin:
         pieces = self._pieces()
         vectors = b"".join(struct.pack("=QQ", *piece) for piece in pieces)
         room = round_up(_PARAMETERS + len(vectors), PAGE_SIZE)
-        scratch = guest.call("mmap", 0, room, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS, -1, 0, made=SCRATCH)
+        scratch = guest.run(map_scratch(room))[-1]
         guest.write(scratch + _PARAMETERS, vectors)
         ring = guest.call("io_uring_setup", 1, scratch)
         where = scratch + _PARAMETERS

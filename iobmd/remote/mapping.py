@@ -1,0 +1,334 @@
+"""Mappings of shared objects in another task.
+
+A guest makes them (`remote.guest`): it runs in the task's address space, and receives the descriptors of the objects
+by `remote.fd_passing`. Which objects may be mapped in which task: `remote.trust`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import itertools
+import os
+import weakref
+from typing import TYPE_CHECKING
+
+from iobmd import procfs
+from iobmd.errors import IOReturnError, NoResourcesError, NotFoundError
+from iobmd.host import limits
+from iobmd.memory.shmem import alignment_of
+from iobmd.remote import fd_passing, session, trust
+from iobmd.remote.guest import MAPPING, call
+from iobmd.task import attempt, diagnosis, transfer
+from iobmd.units import PAGE_SIZE, format_size, round_up
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from iobmd._internal.process_local import Fd
+    from iobmd.memory.shmem import FileExtent
+    from iobmd.remote.guest import Call, Guest
+    from iobmd.task.task import Task
+
+_PROT_NONE, _PROT_READ, _PROT_WRITE = 0, 1, 2
+_MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS = 0x1, 0x2, 0x10, 0x20
+_MAP_NORESERVE, _MAP_FIXED_NOREPLACE = 0x4000, 0x100000  # Linux 4.17
+_NO_FD = -1
+
+
+class RemoteMapping:
+    """Extents of shared objects, mapped in another task until `close`.
+
+    Parameters
+    ----------
+    task : Task
+        The other task.
+    extents : sequence of FileExtent
+        Extents of one or several objects, mapped consecutively. Their descriptors may be closed afterwards.
+    at : int
+        The address, at which nothing may be mapped; 0: any address.
+    writable : bool
+        Whether the task may write to the memory.
+    guard : int
+        Inaccessible bytes on each side.
+
+    Attributes
+    ----------
+    stopped_ns : int
+        The time in nanoseconds for which a thread of the task was stopped, at most.
+
+    Raises
+    ------
+    IOReturnError
+        As `session.with_guest`. `kIOReturnNotPermitted`: a task of another user could truncate the memory, or the
+        memory is sealed against writing. `kIOReturnNoResources`: memory is mapped at `at`, or no file descriptor is
+        free for the guest. `kIOReturnNoMemory`.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        extents: Sequence[FileExtent],
+        *,
+        at: int = 0,
+        writable: bool = True,
+        guard: int = 0,
+    ) -> None:
+        self.task = task
+        self.size = size = sum(extent.length for extent in extents)
+        self.address = 0
+        self.stopped_ns = 0
+        self._owner = os.getpid()
+        _retry_exhausted()
+        _open.add(self)
+        self._margin = guard
+        self._whole = (0, 0)
+        self._writable = writable
+        self._locks = _locks_memory(task)
+        trust.require_safe(task, {extent.fd for extent in extents}, writable=writable)
+        self._objects = {_identity(extent.fd) for extent in extents}
+        alignment = alignment_of(extents)
+        try:
+            with _reported(task, size, at):
+                self._make(extents, at, PAGE_SIZE if at else alignment)
+        except BaseException:
+            with contextlib.suppress(IOReturnError):
+                self.close()
+            raise
+
+    def _make(self, extents: Sequence[FileExtent], at: int, alignment: int) -> None:
+        def work(guest: Guest) -> None:
+            self._map(guest, extents, at, alignment)
+
+        self.stopped_ns = session.with_guest(self.task, work)
+        if not self._mapped_ranges(self.address, self.address + self.size):
+            # The task has executed another program (execve(2)); the guest mapped into its previous address space.
+            self._whole = (0, 0)
+            self.stopped_ns = max(self.stopped_ns, session.with_guest(self.task, work, standing=True))
+
+    def _map(self, guest: Guest, extents: Sequence[FileExtent], at: int, alignment: int) -> None:
+        in_parts = self._margin or len(extents) > 1 or alignment > PAGE_SIZE
+        reserved = self._reserve(guest, at, alignment) if in_parts else 0
+        address = reserved + self._margin if reserved else at
+        flags = _MAP_FIXED if reserved else _MAP_FIXED_NOREPLACE if at else 0
+        # In a task that has called mlockall(MCL_FUTURE), mmap would fault in every page, charged to the task.
+        protection = _PROT_NONE if self._locks else self._protection
+        self.address = self._map_extents(guest, extents, address, flags, protection)
+        if not reserved:
+            self._whole = (self.address, self.size)
+        if at and self.address != at:  # before Linux 4.17 the address is only a hint
+            self._whole = (0, 0)  # the guest unmaps it
+            raise OSError(errno.EEXIST, "mmap")
+        if self._locks:
+            guest.call("munlock", *self._whole)
+            guest.call("mprotect", self.address, self.size, self._protection)
+
+    @property
+    def _protection(self) -> int:
+        return _PROT_READ | (_PROT_WRITE if self._writable else 0)
+
+    def _reserve(self, guest: Guest, at: int, alignment: int) -> int:
+        """Reserve aligned address space, guards included, and return its address."""
+        size = self.size + 2 * self._margin
+        slack = max(0, alignment - PAGE_SIZE) if not at else 0
+        flags = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE | (_MAP_FIXED_NOREPLACE if at else 0)
+        start = guest.call("mmap", at, size + slack, _PROT_NONE, flags, _NO_FD, 0, made=MAPPING)
+        self._whole = (start, size + slack)
+        aligned = start if at else round_up(start + self._margin, alignment) - self._margin
+        if aligned > start:
+            guest.call("munmap", start, aligned - start)
+        if start + slack > aligned:
+            guest.call("munmap", aligned + size, start + slack - aligned)
+        self._whole = (aligned, size)
+        return aligned
+
+    def _map_extents(
+        self, guest: Guest, extents: Sequence[FileExtent], address: int, flags: int, protection: int
+    ) -> int:
+        """Map consecutive extents and return the address of the first; successive ones of a file share a descriptor."""
+        first = 0
+        channel = fd_passing.Channel(guest)
+        made = 0 if flags & _MAP_FIXED else MAPPING
+        for fd, run in itertools.groupby(extents, lambda extent: extent.fd):
+            with fd.use() as number, contextlib.ExitStack() as opened:
+                channel.send(number if self._writable else opened.enter_context(fd_passing.read_only(number)))
+            receiving = channel.receiving()
+            for extent in run:
+                mapped = self._map_extent(guest, receiving, address, extent, flags | _MAP_SHARED, protection, made)
+                receiving, made = (), 0
+                first = first or mapped
+                address = mapped + extent.length
+            guest.call("close", fd_passing.RECEIVED)
+        return first
+
+    @staticmethod
+    def _map_extent(
+        guest: Guest,
+        receiving: Sequence[Call],
+        address: int,
+        extent: FileExtent,
+        flags: int,
+        protection: int,
+        made: int,
+    ) -> int:
+        fd = fd_passing.RECEIVED
+        mapping = call("mmap", address, extent.length, protection, flags, fd, extent.offset, made=made)
+        try:
+            return guest.run(*receiving, mapping)[-1]
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise
+            raise OSError(errno.EMFILE, "recvmsg") from None  # the message arrived without the descriptor
+
+    def redirect(self, extents: Sequence[FileExtent]) -> None:
+        """Map other extents at the same addresses, one after the other. Raises as the constructor."""
+        alignment_of(extents)
+
+        def work(guest: Guest) -> None:
+            self._map_extents(guest, extents, self.address, _MAP_FIXED, self._protection)
+            if self._locks:
+                guest.call("munlock", self.address, self.size)
+
+        trust.require_safe(self.task, {extent.fd for extent in extents}, writable=self._writable)
+        self._objects |= {_identity(extent.fd) for extent in extents}
+        with _reported(self.task, self.size, 0):
+            self.stopped_ns = session.with_guest(self.task, work)
+
+    def lost(self) -> int | None:
+        """Return the first address at which the task has unmapped or replaced the memory, or None.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnNotFound`: the task has exited.
+        """
+        if not self.task.alive:
+            raise diagnosis.gone(f"task {self.task.pid} is gone: it exited")
+        end = self.address + self.size
+        for start, stop in self._mapped_ranges(self.address, end):
+            if start > self.address:
+                break
+            return stop if stop < end else None
+        return self.address
+
+    def close(self) -> None:
+        """Unmap the parts that the task has not replaced; idempotent. If the task has exited, nothing happens.
+
+        Raises
+        ------
+        IOReturnError
+            As `session.with_guest`; the memory is then still mapped.
+        """
+        _start, size = self._whole
+        if not size or self._owner != os.getpid():  # in a forked child: the parent unmaps it
+            return
+        with contextlib.suppress(NotFoundError), _reported(self.task, size, 0, "unmap"):
+            session.insist(self._unmap)
+        self._whole = (0, 0)
+
+    def _unmap(self) -> None:
+        start, size = self._whole
+        # The task itself may have mapped other memory there since, also by an exec: that stays.
+        if self.task.alive and (ranges := self._mapped_ranges(start, start + size)):
+            session.with_guest(self.task, lambda guest: _unmap(guest, ranges))
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # the constructor was interrupted
+            self._close_or_register()
+
+    def _close_or_register(self) -> None:
+        """Unmap it, or register it for another try if that is refused: it must not stay in the task."""
+        try:
+            self.close()
+        except NoResourcesError:
+            _exhausted.append(self)
+        except IOReturnError:
+            _refused.append(self)
+
+    def _mapped_ranges(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Return the ranges between two addresses that still map these objects, and their guards."""
+        found: list[tuple[int, int]] = []
+        try:
+            mapped = list(procfs.areas(self.task.pid, start, end))
+        except OSError as error:
+            diagnosis.unless_exhausted(error, f"cannot read the mappings of task {self.task.pid}")
+            return []
+        for area in mapped:
+            guard = self._margin and area.perms.startswith("---") and not area.inode
+            if guard or (area.device, area.inode) in self._objects:
+                first, last = max(area.start, start), min(area.end, end)
+                if found and found[-1][1] == first:
+                    found[-1] = found[-1][0], last
+                else:
+                    found.append((first, last))
+        return found
+
+
+_open: weakref.WeakSet[RemoteMapping] = weakref.WeakSet()
+_exhausted: list[RemoteMapping] = []
+"""Mappings released while this process lacked a file descriptor to unmap them: the next mapping unmaps them."""
+_refused: list[RemoteMapping] = []
+"""Mappings released while their task could not be stopped: unmapped at exit, because each try takes 2 s."""
+
+
+def _retry_exhausted() -> None:
+    for mapping in [_exhausted.pop() for _ in range(len(_exhausted))]:
+        mapping._close_or_register()
+
+
+def _close_all() -> None:
+    """Unmap everything before the interpreter exits, while threads can still be started."""
+    for mapping in [*_open, *_exhausted, *_refused]:
+        with contextlib.suppress(IOReturnError):
+            mapping.close()
+
+
+atexit.register(_close_all)
+
+
+def touch(task: Task, address: int, size: int) -> None:
+    """Fault in pages of a task without stopping it, as far as its fault handlers answer within `transfer.TIMEOUT`."""
+    attempt.touch(task.pid, task.pidfd, address, size, transfer.TIMEOUT)
+
+
+def _locks_memory(task: Task) -> bool:
+    """Return whether a task has locked memory: it may have locked future mappings too, which nothing reports."""
+    try:
+        return procfs.status_bytes("VmLck", task.pid) > 0
+    except KeyError:
+        return False
+    except OSError as error:
+        diagnosis.unless_exhausted(error, f"cannot read the state of task {task.pid}")
+        return False  # it has exited
+
+
+def _unmap(guest: Guest, ranges: list[tuple[int, int]]) -> None:
+    for start, end in ranges:
+        guest.call("munmap", start, end - start)
+
+
+def _identity(fd: Fd) -> tuple[str, int]:
+    """Return the device and inode by which /proc/PID/maps names the object of a descriptor."""
+    with fd.use() as number:
+        status = os.fstat(number)
+    return f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", status.st_ino
+
+
+@contextlib.contextmanager
+def _reported(task: Task, size: int, at: int, doing: str = "map") -> Iterator[None]:
+    """Raise the named error for a system call that fails in the task."""
+    try:
+        yield
+    except MemoryError:  # Python itself cannot map memory in this process
+        raise limits.from_oserror(
+            OSError(errno.ENOMEM, "mmap"), f"cannot {doing} {format_size(size)}", size
+        ) from None
+    except OSError as error:
+        if isinstance(error, IOReturnError):
+            raise
+        number = error.errno or 0
+        if number == errno.EEXIST:
+            message = f"{at:#x} to {at + size:#x} of task {task.pid} is not free: memory is mapped there"
+            raise NoResourcesError(message, number) from None
+        raise diagnosis.within(task.pid, error, f"cannot {doing} {format_size(size)}", size) from None
