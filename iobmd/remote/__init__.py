@@ -1,1 +1,1 @@
-"""System calls inside another task, for which it is stopped a moment (ptrace(2), by the extra `remote`)."""
+"""System calls in another task, which is stopped briefly for them (ptrace(2))."""

@@ -1,4 +1,4 @@
-"""What a task has mapped."""
+"""The memory areas of a task."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ USERFAULT = {"um", "uw", "ui"}
 
 
 def areas(task: Task) -> list[procfs.VMA]:
-    """Return the areas of a task, ascending; none when its memory is gone. Raises OSError."""
+    """Return all areas of a task, ascending; none once its memory is released. Raises OSError."""
     return list(procfs.maps(task.pid))
 
 
@@ -42,9 +42,9 @@ def overlapping(task: Task, start: int, end: int) -> list[procfs.VMA]:
 
 
 def userfault_area(task: Task, address: int, end: int) -> procfs.VMA | None:
-    """Return the first area of a range whose page faults a userfaultfd reports. Raises OSError."""
+    """Return the first area of a range whose page faults are reported to a userfaultfd. Raises OSError."""
     for area, flags in procfs.vm_flags(task.pid):
-        if area.start >= end:  # the rest of thousands of areas may take seconds
+        if area.start >= end:  # reading on to the last of thousands of areas may take seconds
             break
         if address < area.end and flags & USERFAULT:
             return area

@@ -1,7 +1,7 @@
-"""A consistent copy of a task's memory: the task stands still for it, or for the moment that a snapshot takes.
+"""A consistent copy of a task's memory: from a snapshot of the task, or while all its threads are stopped.
 
-The snapshot is quicker where memory is private and much of the task is wanted; otherwise every thread is stopped for
-the length of the copy. A task whose cgroup is frozen stands still already, and is copied as it is.
+A snapshot stops the task for less time if the memory is private and a large part of the task is copied. A task whose
+cgroup is frozen needs no stop.
 """
 
 from __future__ import annotations
@@ -28,41 +28,41 @@ if TYPE_CHECKING:
     from iobmd.task.task import Task
 
 _NOT_IN_A_CHILD = {"sh", "dc", "wf", "ht", "io", "pf"}
-"""Flags of memory that a child shares with its parent, does not get, or gets at the cost of hugetlb pages (smaps)."""
-_WORTH_IT = 4  # a child costs a fifth or less of what it takes to copy as much as it shares (measured)
+"""Flags (smaps) of memory that a child shares with its parent, does not inherit, or copies to new hugetlb pages."""
+_WORTH_IT = 4  # a child takes at most a fifth of the time of copying the memory that it shares (measured)
 _TRIES = 3
-_DELIVERIES = 10  # of pages that their task takes away again
+_DELIVERIES = 10  # of pages that their task removes again
 
 
 class Source(NamedTuple):
-    """What is to be copied."""
+    """The memory to copy, and how to fetch it."""
 
     task: Task
     address: int
     size: int
     fetch: Callable[[Task, Progress | None], None]
-    """Copies it from this task, or from another with the same memory. With a second argument, which is then called
-    now and then, the task stands still, and no wait may depend on it."""
+    """Copies the memory from this task, or from another with the same memory. The second argument is called with the
+    progress; if it is given, the task is stopped, and the copy must wait for nothing that needs the task."""
 
     @property
     def userfault_area(self) -> procfs.VMA | None:
-        """The first area of it whose page faults a userfaultfd reports."""
+        """Its first area whose page faults are reported to a userfaultfd."""
         try:
             return areas.userfault_area(self.task, self.address, self.address + self.size)
-        except OSError:  # the task is gone, as who reads it will find out
+        except OSError:  # the task has exited, which the copy will report
             return None
 
 
 def copy(source: Source) -> int:
-    """Copy as it is at one moment; returns for how many nanoseconds, at the most, the task stood still.
+    """Copy the memory as of one moment, and return for how many nanoseconds the task was stopped, at most.
 
     Raises
     ------
     IOReturnError
-        As `Task.read`, and as `session.with_stopped`. `kIOReturnUnsupported`: pages that a handler of userfaultfd(2)
-        delivers are missing each time that the task stands still.
+        As `Task.read` and `session.frozen`. `kIOReturnUnsupported`: each time the task was stopped, pages that a
+        userfaultfd handler delivers were missing.
     """
-    if _copy_standing(source):
+    if _copy_frozen(source):
         return 0
     copied, stopped = False, 0
     if resident := _worth_a_child(source):
@@ -70,10 +70,10 @@ def copy(source: Source) -> int:
     return stopped if copied else stopped + _copy_stopped(source)
 
 
-def _copy_standing(source: Source) -> bool:
-    """Copy a task whose cgroup is frozen, as long as none of its threads has run; says whether that was so."""
+def _copy_frozen(source: Source) -> bool:
+    """Copy from a task whose cgroup is frozen; return False if it is not, or if one of its threads ran."""
     for _ in range(_TRIES):
-        before = freezer.standing(source.task.pid)
+        before = freezer.switches(source.task.pid)
         if before is None:
             return False
         try:
@@ -82,23 +82,23 @@ def _copy_standing(source: Source) -> bool:
             if frozen := freezer.why(source.task.pid):
                 raise IOReturnError(error.code, f"{error.strerror}; {frozen}", address=error.address) from None
             raise
-        if freezer.standing(source.task.pid) == before:
+        if freezer.switches(source.task.pid) == before:
             return True
     return False
 
 
 def _copy_snapshot(source: Source, resident: int) -> tuple[bool, int]:
-    """Copy out of a snapshot of a task of `resident` bytes; returns whether that was possible, and its stop in ns."""
+    """Copy from a snapshot of a task of `resident` bytes; return whether that succeeded, and the stop in ns."""
     snapshot = session.Snapshot(source.task, resident)
     copied = False
     try:
         with snapshot as child:
             source.fetch(child, None)
-        # A child has zeros for what a userfaultfd, which may have been registered since, would have filled in.
+        # A userfaultfd may have been registered since: a child has zeros for pages that its handler would fill.
         copied = source.userfault_area is None
     except (NoResourcesError, TaskTimeoutError, UnsupportedError, VMError, NotFoundError):
-        # No more processes, whoever is to be told of them does not listen, a 32-bit program, memory that only the
-        # task has, or the child was killed.
+        # The task can create no process, a userfaultfd handler does not read the report of the fork, the task is a
+        # 32-bit program, the memory is not inherited by a child, or the child was killed.
         pass
     except OSError as error:  # of the clone
         if isinstance(error, IOReturnError):
@@ -107,7 +107,7 @@ def _copy_snapshot(source: Source, resident: int) -> tuple[bool, int]:
 
 
 def _copy_stopped(source: Source) -> int:
-    """Copy while every thread of the task stands still; returns for how many nanoseconds they did, at most."""
+    """Copy while every thread of the task is stopped, and return for how many nanoseconds they were, at most."""
     task = source.task
     missing = source.userfault_area is not None
     address = 0
@@ -119,7 +119,7 @@ def _copy_stopped(source: Source) -> int:
     def fetch() -> bool:
         nonlocal missing, address
         try:
-            source.fetch(task, _standing)
+            source.fetch(task, _stopped)
         except NotReadyError as error:
             if error.errno != transfer.WOULD_WAIT:
                 raise
@@ -132,28 +132,28 @@ def _copy_stopped(source: Source) -> int:
         return stopped_ns
     message = (
         f"cannot copy {source.address:#x} of task {task.pid} as of one moment: the page at {address:#x} is delivered "
-        "by another program (a handler of userfaultfd, or the server of a file), and was missing again each time the "
-        "task stood still; copy without freeze"
+        "by another program (a userfaultfd handler or a file server), and was missing at each stop of the task: "
+        "copy without freeze"
     )
     raise UnsupportedError(message, address=address)
 
 
 def _worth_a_child(source: Source) -> int:
-    """Return the resident bytes of the task; 0 if a child lacks some of the memory, or a copy is made sooner."""
+    """Return the resident bytes of the task; 0 if a child would lack some of the memory, or a copy is faster."""
     end = source.address + source.size
     try:
         resident = procfs.status_bytes("VmRSS", source.task.pid)
         if source.size * _WORTH_IT < resident:
             return 0
         for area, flags in procfs.vm_flags(source.task.pid):
-            if flags & areas.USERFAULT:  # who has to be told of the child may be a thread that stands still
+            if flags & areas.USERFAULT:  # its handler may be a stopped thread, and must read the report of the fork
                 return 0
             if area.start < end and source.address < area.end and flags & _NOT_IN_A_CHILD:
                 return 0
-    except (OSError, KeyError):  # it is gone, or its memory
+    except (OSError, KeyError):  # it has exited, or released its memory
         return 0
     return resident
 
 
-def _standing(_copied: int) -> None:
-    """Stand for the progress of a copy from a task that stands still."""
+def _stopped(_copied: int) -> None:
+    """Serve as the progress callback of a copy from a stopped task."""

@@ -1,9 +1,9 @@
-"""Since when a thread sleeps in epoll_wait, so that it sleeps no longer for a stop of ours.
+"""The time since which a thread sleeps in epoll_wait, so that a stop does not prolong its sleep.
 
-The kernel resumes most calls by itself. Those in `threads.ENDED_BY_A_STOP` come back with EINTR, as if a signal
-handler had run, and the tracer has them begin again (`cython_ext/tracer.h`). Where the C library made the call, which
-does not look at the timeout's register again, that is set to the rest; elsewhere, and where the timeout is in memory
-or a setting of a socket, it begins again with all of it.
+The kernel resumes most calls by itself. Those in `threads.ENDED_BY_A_STOP` return EINTR, as if a signal handler had
+run, and the tracer restarts them (`cython_ext/tracer.h`). If the C library made the call, it does not read the
+register of the timeout again, so the tracer sets that to the remaining time. Other calls, and those whose timeout is
+in memory or an option of a socket, restart with their whole timeout.
 """
 
 from __future__ import annotations
@@ -27,17 +27,19 @@ EPOLL = (threads.EPOLL_WAIT, threads.EPOLL_PWAIT)
 
 
 class Sleep(NamedTuple):
-    """One sleep of a thread in epoll_wait: since when, by our clock in ns, and how often it had slept before."""
+    """One sleep of a thread in epoll_wait."""
 
     since_ns: int
+    """Its start, on CLOCK_MONOTONIC."""
     switches: int
+    """How often the thread had slept before (voluntary context switches)."""
 
 
-def look(task: Task, activity: threads.Activity) -> Sleep | None:
-    """Return the sleep a thread is in, before it is stopped; None where that does not matter, or cannot be known.
+def measure(task: Task, activity: threads.Activity) -> Sleep | None:
+    """Return the sleep of a thread that is about to be stopped; None if it is in another call, or cannot be measured.
 
-    By the time it last ran (se.exec_start of /proc/PID/sched), which is on the clock of its processor: we have to run
-    on the same one.
+    The start is the time at which the thread last ran (se.exec_start of /proc/PID/sched), on the clock of its
+    processor: this thread must run on the same processor to compare.
     """
     if activity.call not in EPOLL or activity.cpu < 0:
         return None
@@ -47,10 +49,10 @@ def look(task: Task, activity: threads.Activity) -> Sleep | None:
         if not _is_in_c_library(task, activity.tid):
             return None
         with _on(activity.cpu):
-            os.sched_yield()  # brings our own figure up to date
+            os.sched_yield()  # updates the time of this thread
             ours, theirs = _last_ran("/proc/thread-self/sched"), _last_ran(_file(pid, activity.tid, "sched"))
             now_ns = time.monotonic_ns()
-        if not theirs:  # it was moved to this processor in its sleep
+        if not theirs:  # it was moved to this processor while it slept
             return None
         return Sleep(now_ns - max(0, round((ours - theirs) * 1e6)), switches)
     return None
@@ -58,7 +60,7 @@ def look(task: Task, activity: threads.Activity) -> Sleep | None:
 
 @contextlib.contextmanager
 def _on(cpu: int) -> Iterator[None]:
-    """Run on a processor. Raises OSError where that is not allowed."""
+    """Run on one processor. Raises OSError if its use is not permitted."""
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {cpu})
     try:
@@ -69,7 +71,7 @@ def _on(cpu: int) -> Iterator[None]:
 
 
 def _is_in_c_library(task: Task, tid: int) -> bool:
-    """Say whether it is the C library that made the call which a thread sleeps in."""
+    """Return whether the C library made the call in which a thread sleeps."""
     address = int(Path(_file(task.pid, tid, "syscall")).read_text().split()[-1], 16)
     area = procfs.find_vma(task.pid, address)
     return area is not None and Path(area.name).name.startswith(("libc.so", "libc-", "ld-musl"))
@@ -88,7 +90,7 @@ def _last_ran(path: str) -> float:
 
 
 def _field(path: str, name: str) -> str:
-    # The name of the program comes first, and may look like any other line.
+    # The name of the program is first, and may resemble any other line.
     lines = Path(path).read_text(errors="replace").split("\n")
     found = [line.rpartition(":")[2] for line in lines if line.startswith(name)]
     return found[-1]

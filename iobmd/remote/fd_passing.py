@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _MSG_CMSG_CLOEXEC = 0x40000000
 
-# Offsets in the scratch page: the two ends of the socket pair, and a struct msghdr with the objects that it points to.
+# Offsets in the scratch page: the two ends of the socket pair, and a struct msghdr with the objects it points to.
 _ENDS, _MESSAGE, _VECTOR, _BYTE, _CONTROL = 0, 64, 128, 192, 256
 _CONTROL_SIZE = 64
 

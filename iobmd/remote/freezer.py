@@ -1,6 +1,6 @@
-"""The cgroup freezer: whether a task stands still already, as that of a container that is paused.
+"""The cgroup freezer: whether the cgroup of a task is frozen, as in a paused container.
 
-Version 1 shows it in freezer.state, version 2 in cgroup.events (Linux 5.2); both include frozen ancestors.
+Version 1 reports it in freezer.state, version 2 in cgroup.events (Linux 5.2); both include frozen ancestors.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
 
 
 def why(pid: int) -> str:
-    """Return why a task does not run, and what ends that, where a frozen cgroup is the reason; "" elsewhere."""
+    """Return which frozen cgroup is why a task does not run, and the remedy; "" if none is frozen."""
     frozen = _frozen_around(pid)
     if not frozen:
         return ""
-    # The outermost that was frozen itself, not by a group around it.
+    # The outermost group that was itself frozen, not through an ancestor.
     for group in reversed(frozen):
         if group.unified and _reads(group, "cgroup.freeze", "1"):
             return _message(group, f"echo 0 > {group.file('cgroup.freeze')}")
         if not group.unified and _reads(group, "freezer.self_freezing", "1"):
             return _message(group, f"echo THAWED > {group.file('freezer.state')}")
-    return f"its cgroup {frozen[0].directory} is frozen by one around it"
+    return f"its cgroup {frozen[0].directory} is frozen through an ancestor"
 
 
 def _message(group: Cgroup, thaw: str) -> str:
     return f"its cgroup {group.directory} is frozen: thaw it (`{thaw}`, or unpause the container)"
 
 
-def standing(pid: int) -> dict[int, int] | None:
-    """Return how often each thread of a task has left a processor; None unless its cgroup is frozen.
+def switches(pid: int) -> dict[int, int] | None:
+    """Return the number of context switches of each thread of a task; None unless its cgroup is frozen.
 
-    As long as that is the same, none of them has run.
+    As long as the numbers are equal, no thread has run.
     """
     if not _frozen_around(pid):
         return None
@@ -53,13 +53,13 @@ def _switches(pid: int, tid: int) -> int:
 
 
 def _frozen_around(pid: int) -> list[Cgroup]:
-    """Return the groups around a task that are frozen, the innermost first."""
+    """Return the frozen groups that contain a task, the innermost first."""
     groups = cgroup.around("freezer", pid)
     return [group for group in groups if _reads(group, *_STATES[group.unified])]
 
 
 _STATES = {True: ("cgroup.events", "frozen 1"), False: ("freezer.state", "FROZEN")}
-"""By what a frozen group is known, by version 2 and by version 1."""
+"""The file and the line that identify a frozen group: version 2 (True), version 1 (False)."""
 
 
 def _reads(group: Cgroup, file: str, line: str) -> bool:

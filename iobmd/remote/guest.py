@@ -1,13 +1,14 @@
 """A process in the address space of another task, for system calls that may wait.
 
-A call that a stopped thread of the task makes must never wait: it may wait for that very thread, as it does for the
-page faults that a task answers itself (userfaultfd(2)), and it cannot be taken out of the call. So the thread only
-makes a process that shares its memory. That process does the rest while the task runs, with descriptors of its own,
-and it alone is killed when a call does not return.
+A system call that is made by a stopped thread of the task must never wait. It might wait for that very thread, for
+example if the task serves its own page faults (userfaultfd(2)), and it cannot be aborted. The thread therefore only
+creates a process that shares its memory. That process makes the other calls while the task runs, with descriptors of
+its own, and it alone is killed if a call does not return.
 
-It is made by clone(2) with CLONE_VM, executes nothing but the task's own system call instruction, and is traced from
-its first moment, then with PTRACE_O_EXITKILL: it dies with its tracer. The task gets no signal for it, and is made to
-wait for it, so that no zombie stays. A thread (CLONE_THREAD) would leave no zombie, but could not be killed alone.
+It is created by clone(2) with CLONE_VM, and executes only the task's system call instruction. It is traced from the
+start, and then with PTRACE_O_EXITKILL, so that it dies with its tracer. The task gets no signal when the guest exits,
+and is made to wait for it, so that no zombie remains. A thread (CLONE_THREAD) would leave no zombie, but could not be
+killed without its process.
 """
 
 from __future__ import annotations
@@ -27,26 +28,28 @@ SYSCALLS = {
     "close_range": 436, "mlock": 149, "munlock": 150, "mprotect": 10, "io_uring_setup": 425, "io_uring_register": 427,
 }  # fmt: skip
 SCRATCH, MAPPING = 1, 2
-"""What a call maps: memory that is unmapped when the guest ends, always, or unless that is after a success."""
-PATIENCE = 5.0  # seconds for a call, unless it is given a deadline of its own
+"""Kinds of memory that a call maps: unmapped when the guest ends, always (SCRATCH) or after a failure (MAPPING)."""
+PATIENCE = 5.0  # seconds for a call without a deadline of its own
 _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS = 0x3, 0x22
 _UNSHARE, _LAST_DESCRIPTOR = 2, 0xFFFFFFFF
 
 
 class Result(NamedTuple):
-    """An argument that is known once another call of the same program has returned."""
+    """An argument: the result of an earlier call of the same program."""
 
     of: int
     """The index of that call."""
     plus: int = 0
+    """A number that is added to its result."""
 
 
 class Call(NamedTuple):
-    """A system call with its arguments, and what it maps, if that is to be unmapped."""
+    """A system call and its arguments."""
 
     name: str
     arguments: tuple[int | Result, ...]
     made: int = 0
+    """The kind of memory that it maps: `SCRATCH` or `MAPPING`; 0: it maps none, or in a reserved range."""
 
 
 def call(name: str, *arguments: int | Result, made: int = 0) -> Call:
@@ -60,17 +63,17 @@ def map_scratch(size: int) -> Call:
 
 
 class Guest:
-    """The process, which a tracer holds.
+    """A process in the address space of another task, held by a tracer.
 
     Parameters
     ----------
     task : Task
-        Whose address space it is in.
+        The task.
     pid : int
-        Its number.
+        The number of the process.
     run : callable
-        Has it make system calls until a time (`time.monotonic`), and returns their results; raises as `run` does. The
-        last argument: they may wait for long.
+        Makes system calls in it until a deadline (`time.monotonic`), and returns their results; raises as `run`. The
+        last argument: whether they may wait for a long time.
     """
 
     def __init__(self, task: Task, pid: int, run: Callable[[Sequence[Call], float, bool], list[int]]) -> None:
@@ -80,20 +83,20 @@ class Guest:
         self._is_isolated = False
 
     def run(self, *calls: Call, deadline: float | None = None) -> list[int]:
-        """Make system calls, which may wait, one after the other until one fails; returns their results.
+        """Make system calls, which may wait, until one fails, and return their results.
 
-        Those with a `deadline` (`time.monotonic`) are given up when the caller is interrupted, and map nothing.
+        Calls with a `deadline` (`time.monotonic`) are aborted if the caller is interrupted; they must map no memory.
 
-        Before the first, it gets an empty descriptor table of its own, out of reach for the threads of its task. The
-        task keeps its own (CLOSE_RANGE_UNSHARE, Linux 5.9). Copies for the guest may be made and closed again, for
-        which the kernel asks the server of a FUSE file: where that never answers, the guest is given up.
+        Before the first call, the guest replaces its descriptor table by an empty one, which the threads of the task
+        cannot access (CLOSE_RANGE_UNSHARE, Linux 5.9); the task retains its table. The kernel may copy and close the
+        task's descriptors for it, and then asks the server of a FUSE file; if it never answers, the guest is killed.
 
         Raises
         ------
         OSError
-            As the call failed there.
+            The error of the call that failed.
         IOReturnError
-            `kIOReturnTimeout`: it did not return until the deadline. No other call can be made then.
+            `kIOReturnTimeout`: a call did not return by the deadline. The guest can make no further call.
         """
         until = deadline or time.monotonic() + PATIENCE
         if not self._is_isolated:
@@ -102,11 +105,11 @@ class Guest:
         return self._run(calls, until, deadline is not None)
 
     def call(self, name: str, *arguments: int, deadline: float | None = None, made: int = 0) -> int:
-        """Make one system call, as `run`; returns its result."""
+        """Make one system call, as `run` does, and return its result."""
         return self.run(Call(name, arguments, made), deadline=deadline)[-1]
 
     def fetch(self, fd: int) -> int:
-        """Return a descriptor of this process for one of its. Raises OSError."""
+        """Copy a descriptor of the guest to this process, and return its number here. Raises OSError."""
         pidfd = os.pidfd_open(self.pid)
         try:
             return crosstask.fetch_descriptor(pidfd, fd)
@@ -114,8 +117,8 @@ class Guest:
             os.close(pidfd)
 
     def write(self, address: int, data: bytes) -> None:
-        """Copy bytes to its memory, which is not its task's any more once that runs another program (execve(2)).
+        """Write to the guest's memory, which the task no longer shares after an execve(2).
 
-        Raises as `Task.write`: its task can have unmapped it.
+        Raises as `Task.write`, because the task may have unmapped the memory.
         """
         Task(self.pid).write(address, data, timeout=PATIENCE)

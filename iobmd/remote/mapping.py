@@ -146,7 +146,7 @@ class RemoteMapping:
     def _map_extents(
         self, guest: Guest, extents: Sequence[FileExtent], address: int, flags: int, protection: int
     ) -> int:
-        """Map consecutive extents and return the address of the first; successive ones of a file share a descriptor."""
+        """Map consecutive extents and return the address of the first. A descriptor is sent once for its extents."""
         first = 0
         channel = fd_passing.Channel(guest)
         made = 0 if flags & _MAP_FIXED else MAPPING

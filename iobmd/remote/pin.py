@@ -1,9 +1,9 @@
-"""Memory of another task, held where it is: pinned through an io_uring made there, or else locked there (mlock).
+"""Memory of another task, pinned by an io_uring that is created there, or locked there (mlock) if that fails.
 
-Both fault the pages in, and a fault may have to wait for the task itself: so a guest makes the calls while the task
-runs (`remote.guest`), and is killed when they do not return. The ring's descriptor comes here (pidfd_getfd(2), Linux
-5.6), and is never among those of the task, by which that could unregister what is pinned: the pins end when we close
-it, without stopping the task again, also when we die.
+Both fault the pages in, and a page fault may have to wait for the task itself. A guest therefore makes the calls
+while the task runs (`remote.guest`), and is killed if they do not return. This process fetches the ring's descriptor
+(pidfd_getfd(2), Linux 5.6). The task never has that descriptor, so it cannot unregister the buffers. The pins end
+when this process closes the ring or exits, without another stop of the task.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ if TYPE_CHECKING:
     from iobmd.remote.guest import Guest
     from iobmd.task.task import Task
 
-_LARGEST = 1 << 30  # the most that one registered buffer takes
-_PARAMETERS = 128  # bytes for struct io_uring_params; behind them, in the same mapping, the struct iovec
+_LARGEST = 1 << 30  # bytes, the maximum of one registered buffer
+_PARAMETERS = 128  # bytes for struct io_uring_params; an array of struct iovec follows in the same mapping
 _REGISTER_BUFFERS = 0
-_LOOKS = 20  # at a ring that is busy
-_LATE = 0.1  # seconds after which the rings of a process that was killed are uncharged from its user's RLIMIT_MEMLOCK
-_PATIENCE = 5.0  # seconds for pages to be faulted in, and more for many of them:
-_SLOWEST = 64 << 20  # bytes a second
+_READS = 20  # of the fdinfo of a ring that is busy
+_LATE = 0.1  # seconds until the rings of a killed process no longer count towards its user's RLIMIT_MEMLOCK
+_PATIENCE = 5.0  # seconds to fault in pages, to which the size divided by this rate is added:
+_SLOWEST = 64 << 20  # bytes per second
 
 
 class RemotePin:
-    """Whole pages of another task, held until `release`.
+    """Whole pages of another task, pinned or locked until `release`.
 
     Raises
     ------
     IOReturnError
-        As `session.with_stopped`; `kIOReturnCannotWire`: they can be neither pinned nor locked, and why.
+        As `session.with_guest`. `kIOReturnCannotWire`: they can be neither pinned nor locked, with the reasons.
     """
 
     def __init__(self, task: Task, address: int, size: int) -> None:
@@ -76,34 +76,34 @@ class RemotePin:
 
     @property
     def holds_frames(self) -> bool:
-        """Whether they stay in their frames, as the ring shows at this moment."""
+        """Whether the ring reports all of them as pinned, so that they stay in their page frames."""
         ring = self._ring  # once: another thread may release it
-        return ring is not None and _registered(ring) == self._pieces()
+        return ring is not None and _registered(ring) == self._buffers()
 
     @property
     def holds_pages(self) -> bool:
-        """Whether they stay in memory: who may trace the task could have stolen the ring as it was made."""
+        """Whether they stay in memory; a process that may trace the task could have copied the ring's descriptor."""
         return bool(self._locked) or self.holds_frames
 
-    def _pieces(self) -> list[tuple[int, int]]:
-        """Return what the ring has to hold, as addresses and sizes."""
+    def _buffers(self) -> list[tuple[int, int]]:
+        """Return the addresses and sizes of the buffers to register."""
         address, end = self._range
         return [(start, min(_LARGEST, end - start)) for start in range(address, end, _LARGEST)]
 
     def _pin(self, guest: Guest) -> None:
-        pieces = self._pieces()
-        vectors = b"".join(struct.pack("=QQ", *piece) for piece in pieces)
+        buffers = self._buffers()
+        vectors = b"".join(struct.pack("=QQ", *buffer) for buffer in buffers)
         room = round_up(_PARAMETERS + len(vectors), PAGE_SIZE)
         scratch = guest.run(map_scratch(room))[-1]
         guest.write(scratch + _PARAMETERS, vectors)
         ring = guest.call("io_uring_setup", 1, scratch)
         where = scratch + _PARAMETERS
         with self._faulting():
-            arguments = ring, _REGISTER_BUFFERS, where, len(pieces)
+            arguments = ring, _REGISTER_BUFFERS, where, len(buffers)
             guest.call("io_uring_register", *arguments, deadline=self._deadline(*self._range))
         self._ring = uring.Ring(guest.fetch(ring))
-        if not self.holds_frames:  # the task can write to the memory that these calls use
-            message = f"cannot pin memory of task {self._task.pid}: it has changed meanwhile what is to be pinned"
+        if not self.holds_frames:  # the task can write to the memory of these arguments
+            message = f"cannot pin memory of task {self._task.pid}: it overwrote the arguments of io_uring_register"
             raise CannotWireError(message)
 
     def _deadline(self, start: int, end: int) -> float:
@@ -111,7 +111,7 @@ class RemotePin:
 
     @contextlib.contextmanager
     def _faulting(self) -> Iterator[None]:
-        """Say of a call that did not return what it was waiting for."""
+        """Add to the error of a call that did not return which page faults it was waiting for."""
         try:
             yield
         except TaskTimeoutError as error:
@@ -119,7 +119,7 @@ class RemotePin:
             message = f"{error.strerror}: the page faults from {address:#x} to {end:#x} were not served"
             with contextlib.suppress(OSError):
                 if found := areas.userfault_area(self._task, address, end):
-                    message += f"; a userfaultfd answers for {found}, and its handler does not"
+                    message += f"; those of {found} are reported to a userfaultfd whose handler does not answer"
             raise IOReturnError(error.code, message) from None
 
     def _lock_instead(self, pinning: OSError) -> None:
@@ -132,14 +132,14 @@ class RemotePin:
         except OSError as error:
             why = host.why_not_pinned(pinning)[0]
             message = (
-                f"cannot hold {format_size(end - address)} of task {self._task.pid}: pinning there: {why}; locking "
-                f"there: {error.strerror} (its RLIMIT_MEMLOCK, or pages that are not accessible)"
+                f"cannot pin or lock {format_size(end - address)} of task {self._task.pid}: pinning: {why}; locking: "
+                f"{error.strerror} (its RLIMIT_MEMLOCK, or inaccessible pages)"
             )
             raise CannotWireError(message, error.errno or 0) from None
 
     def _lock(self, guest: Guest, ranges: list[tuple[int, int]]) -> None:
         for start, end in ranges:
-            self._locked.append((start, end))  # first: where it fails for a page, the area is locked all the same
+            self._locked.append((start, end))  # first: if mlock fails for a page, the area is locked nevertheless
             with self._faulting():
                 guest.call("mlock", start, end - start, deadline=self._deadline(start, end))
 
@@ -154,16 +154,16 @@ class RemotePin:
             except OSError as error:
                 if isinstance(error, IOReturnError):
                     raise
-                # The task has unmapped it meanwhile.
+                # The task has unmapped it in the meantime.
             self._locked.pop()
 
     def release(self) -> None:
-        """Let them go; idempotent, and nothing where the task is gone, or in a forked child.
+        """Unpin or unlock them; idempotent. If the task has exited, or in a forked child, nothing happens.
 
         Raises
         ------
         IOReturnError
-            As `session.with_stopped`, where they were locked; they are then still.
+            As `session.with_guest`, for pages that were locked and then stay locked.
         """
         ring, self._ring = self._ring, None
         if ring:
@@ -180,15 +180,15 @@ class RemotePin:
 
 
 def _registered(ring: uring.Ring) -> list[tuple[int, int]]:
-    """Return the addresses and sizes that a ring has registered; none if that stays hidden because the ring is busy.
+    """Return the addresses and sizes of a ring's registered buffers; none if the ring stays busy.
 
-    A ring shows them in its fdinfo, unless it works at that moment (fs/proc/fd.c, io_uring/fdinfo.c).
+    The ring's fdinfo lists them unless another thread is using the ring (fs/proc/fd.c, io_uring/fdinfo.c).
     """
-    for _ in range(_LOOKS):
+    for _ in range(_READS):
         try:
             text = Path(f"/proc/thread-self/fdinfo/{ring.number}").read_text()
         except OSError as error:
-            diagnosis.unless_exhausted(error, "cannot look whether memory is pinned")
+            diagnosis.unless_exhausted(error, "cannot read whether memory is pinned")
             break
         count, *lines = text.partition("\nUserBufs:\t")[2].split("\n")
         matches = [re.fullmatch(r" *\d+: 0x([0-9a-f]+)/(\d+)", line) for line in lines[: int(count or 0)]]
@@ -199,7 +199,7 @@ def _registered(ring: uring.Ring) -> list[tuple[int, int]]:
 
 
 def _not_locked(task: Task, address: int, end: int) -> list[tuple[int, int]]:
-    """Return what of a range its task has not locked itself, and would find unlocked when we let go."""
+    """Return the parts of a range that its task has not locked itself; only these may be unlocked later."""
     flagged = procfs.vm_flags(task.pid)
     inside = [(max(area.start, address), min(area.end, end), flags) for area, flags in flagged]
     return [(start, stop) for start, stop, flags in inside if start < stop and "lo" not in flags]

@@ -1,4 +1,4 @@
-"""Why a task's threads cannot be stopped, as the error to raise: found out before anything is done to it."""
+"""Preflight checks: whether the threads of a task can be stopped, before anything is done to it."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ if TYPE_CHECKING:
 _SUSPEND_SECCOMP = 1 << 21  # PTRACE_O_SUSPEND_SECCOMP
 
 
-class Traced(Exception):  # noqa: N818 (it may pass)
-    """Somebody traces the task at this moment."""
+class Traced(Exception):  # noqa: N818 (another attempt may succeed)
+    """The task is being traced."""
 
 
 def require_processor() -> None:
-    """Raise `kIOReturnUnsupported` where the processor is another than x86-64."""
+    """Raise `kIOReturnUnsupported` if the processor is not an x86-64."""
     if platform.machine() != "x86_64":
         message = f"system calls in another task are made on x86-64 only, and this is {platform.machine()}"
         raise UnsupportedError(message)
 
 
 def check(task: Task) -> int:
-    """Return the options to trace a task with.
+    """Return the ptrace options for a task.
 
     Raises
     ------
     IOReturnError
         `kIOReturnUnsupported`, `kIOReturnNotFound`, `kIOReturnNotPermitted`, with the reason.
     Traced
-        Another tracer is at it.
+        It has a tracer.
     """
     pid = task.pid
     if task.is_current:
-        message = f"task {pid} is this process, which makes its system calls itself"
+        message = f"task {pid} is the calling process, which can make its system calls itself"
         raise BadArgumentError(message)
     if refusal := diagnosis.numbered_otherwise(pid):
         raise refusal
     try:
         status = procfs.status(pid)
     except OSError as error:
-        diagnosis.unless_exhausted(error, f"cannot look at task {pid}")
+        diagnosis.unless_exhausted(error, f"cannot read the status of task {pid}")
         status = {}
     if not task.alive:
         zombie = status.get("State", "").startswith("Z")
@@ -67,40 +67,40 @@ def check(task: Task) -> int:
 def _past_seccomp(pid: int, mode: str) -> int:
     if mode == "0":
         return 0
-    what = "lets only read and write through (strict seccomp)" if mode == "1" else "has a seccomp filter"
+    what = "may only read, write and exit (strict seccomp)" if mode == "1" else "has a seccomp filter"
     if not host.has_capability("CAP_SYS_ADMIN"):
-        why = "which could kill it for calls of ours; suspending it needs CAP_SYS_ADMIN"
+        why = "which could kill it for the system calls of iobmd; suspending the filter needs CAP_SYS_ADMIN"
     elif procfs.status().get("Seccomp", "0") != "0":
-        why = "which this process cannot suspend, for it has a seccomp filter itself"
+        why = "which this process cannot suspend, because it has a seccomp filter itself"
     else:
         return _SUSPEND_SECCOMP
     raise NotPermittedError(f"task {pid} {what}, {why}", errno.EPERM)
 
 
 def tracer(pid: int, tid: int) -> int | None:
-    """Return the number of the thread that traces one of a task, 0 for none; None when that has ended.
+    """Return the thread that traces a thread of a task; 0 if there is none, None if the traced thread has ended.
 
-    Raises `kIOReturnNoResources`: no descriptor is free to look.
+    Raises `kIOReturnNoResources`: no file descriptor is free.
     """
     try:
         status = procfs.status(pid, tid)
     except OSError as error:
-        diagnosis.unless_exhausted(error, f"cannot look at task {pid}")
+        diagnosis.unless_exhausted(error, f"cannot read the status of task {pid}")
         return None
     return None if status["State"][0] in "ZX" else int(status["TracerPid"])
 
 
 def traced_by_another(pid: int, tracer: int) -> NotPermittedError:
-    """Return the error for a task that has a tracer already."""
+    """Return the error for a task that already has a tracer."""
     try:
         name = Path(f"/proc/{tracer}/comm").read_text(errors="surrogateescape").removesuffix("\n")
         whom = f"process {tracer} ({name})"
     except OSError:
         whom = "another process"
-    message = f"task {pid} is traced by {whom} already, and a task has one tracer only: detach that first"
+    message = f"task {pid} is already traced by {whom}, and can have only one tracer: detach that tracer first"
     return NotPermittedError(message, errno.EPERM)
 
 
 def refused(pid: int, error: OSError) -> IOReturnError:
-    """Return the error for a kernel that would not let us trace a task."""
+    """Return the error for a task that the kernel does not permit this process to trace."""
     return diagnosis.refused(pid, error.errno or errno.EPERM, "system calls")

@@ -1,8 +1,8 @@
-"""Sessions with another task: stopping it, and what is done in it, by a tracer of its own (`cython_ext/tracer.h`).
+"""Sessions with another task: stops, guests and snapshots, by a tracer (`cython_ext/tracer.h`).
 
-What is decided before a stop is decided here: which thread it is to be, and how that goes on. From the first to the
-last ptrace call on a thread of the task everything is native. If this process is killed, the tracer ends what was
-made in the task by itself.
+This module decides before a stop which thread to stop, and how its system call is resumed. From the first to the last
+ptrace call on a thread of the task, everything is native. If this process is killed, the tracer ends the processes
+and mappings that the session created in the task.
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 PATIENCE = 2.0  # seconds for a thread to stop, and for another tracer to end
-_SHORT = 0.2  # seconds for one thread of several
+_SHORT = 0.2  # seconds for a thread to stop, if there are others
 _ATTEMPTS = 10
-_SHOWN = 100  # threads whose states a message has: each takes a millisecond on a busy machine
+_SHOWN = 100  # threads whose states a message reports: each takes a millisecond on a busy machine
 _CLONE_VM, _CLONE_FS, _CLONE_FILES = 0x100, 0x200, 0x400
-_NO_STACK = 8  # nothing is mapped there: released by a tracer that died, a guest ends at its first instruction
+_NO_STACK = 8  # not mapped: a guest that outlives its tracer faults at its first push
 _GIB = 1 << 30
 
 
-class StrangerSeized(Exception):  # noqa: N818 (it is let go, and another try is made)
-    """A thread has ended, and another process's got its number, before it was seized by that."""
+class StrangerSeized(Exception):  # noqa: N818 (it is detached, and another attempt is made)
+    """The thread ended before it was seized, and a thread of another process had reused its number."""
 
 
 _guards = [process_local.Guard() for _ in range(64)]
-"""One for each task, or for a few: only one tracer of ours stops a task at a time."""
+"""Each serves the tasks of some pids: at most one tracer of this process stops a task at a time."""
 
 
 def guard_of(task: Task) -> process_local.Guard:
-    """Return the guard inside of which a task is stopped."""
+    """Return the guard that is held while a task is stopped."""
     return _guards[task.pid % len(_guards)]
 
 
 class Session:
-    """A tracer of a task, and what it makes there: `end` it whatever happens.
+    """A tracer of a task, with its guest or snapshot. It must be ended (`end`) in any case.
 
     Raises
     ------
     IOReturnError
         `kIOReturnNotPermitted`, `kIOReturnNotFound`, `kIOReturnUnsupported`: with the reason. `kIOReturnNoResources`:
-        no process can be made.
+        no process can be created.
     """
 
     def __init__(self, task: Task) -> None:
@@ -66,8 +66,8 @@ class Session:
         options = _options_for(task)
         self.task = task
         self._deadline = time.monotonic() + PATIENCE
-        self._refusals = 0  # without a tracer: one may have ended since, but not each time
-        # To Yama's scope 1 only a parent may trace, and that is we.
+        self._refusals = 0  # while no tracer was found: one may have ended since, but not each time
+        # At Yama's scope 1 only an ancestor may trace, such as this process.
         is_thread = host.yama_scope() == 1 and not host.has_capability("CAP_SYS_PTRACE")
         try:
             self._tracer = native.Tracer(
@@ -76,16 +76,16 @@ class Session:
         except OSError as error:
             if isinstance(error, IOReturnError):
                 raise
-            message = f"cannot trace a task: {error.strerror}; this process can have no more processes"
+            message = f"cannot trace task {task.pid}: {error.strerror}; this process can create no other process"
             raise NoResourcesError(message, error.errno or 0) from None
 
     @property
     def stopped_ns(self) -> int:
-        """For how long a thread of the task stood still, at most, all in all."""
+        """The total time in nanoseconds for which a thread of the task was stopped, at most."""
         return self._tracer.stopped_ns
 
     def stop(self, *calls: Call) -> list[int]:
-        """Stop one thread of the task, have it make system calls that never wait, and let it go on.
+        """Stop one thread of the task, make system calls in it that never wait, and resume it.
 
         Raises
         ------
@@ -105,9 +105,14 @@ class Session:
         return self._tracer.results
 
     def guest(self, *, standing: bool = False) -> Guest:
-        """Make a guest, which ends with the session. Raises as `stop`; `kIOReturnNoResources`: the task may not.
+        """Create a guest, which ends with the session. Raises as `stop`.
 
-        If it is to be `standing`, every thread of the task stands still until the end.
+        With `standing`, all threads of the task remain stopped until the end of the session.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnNoResources`: the task can create no process.
         """
         try:
             if standing:
@@ -118,8 +123,8 @@ class Session:
             if error.errno != errno.EAGAIN or isinstance(error, IOReturnError):
                 raise
             message = (
-                f"task {self.task.pid} can have no more processes, of which it needs one for a moment "
-                f"({error.strerror}): its RLIMIT_NPROC, or the pids.max of its cgroup"
+                f"task {self.task.pid} can create no process, but one is needed ({error.strerror}): raise its "
+                "RLIMIT_NPROC, or the pids.max of its cgroup"
             )
             raise NoResourcesError(message, error.errno) from None
         if not self._tracer.guest:
@@ -142,40 +147,40 @@ class Session:
         self._require(status, [call("clone")])
 
     def thaw(self) -> None:
-        """Let every thread go on."""
+        """Resume every thread."""
         self._tracer.thaw()
 
     def snapshot(self, patience: float) -> Task:
-        """Make a child that shares the memory of the task copy-on-write, and never runs, while every thread stands.
+        """Create a child that shares the task's memory copy-on-write and never runs, while all threads are stopped.
 
-        It is made by a guest, because where a userfaultfd reports forks (UFFD_FEATURE_EVENT_FORK) the call waits
-        until the report is read; it shares the descriptors altogether (CLONE_FILES), so that none stays open for it.
-        The task gets no signal (no SIGCHLD).
+        A guest creates it, because if a userfaultfd reports forks (UFFD_FEATURE_EVENT_FORK), the call waits until the
+        report is read. It shares the descriptor table (CLONE_FILES), so that it keeps no descriptor open. The task
+        gets no SIGCHLD.
 
-        Raises as `guest`; `kIOReturnTimeout`: it takes longer than so many seconds.
+        Raises as `guest`; `kIOReturnTimeout`: it took longer than `patience` seconds.
         """
         self._freeze(native.SNAPSHOT, time.monotonic() + patience)
         return Task(self._tracer.child)
 
     def end(self, *, failed: bool) -> None:
-        """End what was made in the task, and let it go; what was mapped stays unless this is a failure."""
+        """End the guest or snapshot and release the task; with `failed`, also unmap memory that was mapped."""
         self._deadline = time.monotonic() + PATIENCE
         try:
             while self._tracer.guest:
-                # Where the task cannot be stopped once more, on busy processors or by other tracers, a zombie is left
-                # until it exits.
+                # If the task cannot be stopped again, because of busy processors or another tracer, a zombie remains
+                # until the task exits.
                 status = self._tracer.collect(_candidates(self.task), failed)
-                # A thread that ends in the middle, because another one executes a program, leaves it to others.
+                # If the thread ends during this, because another one executes a program, other threads remain.
                 ended = status == native.ENDED and time.monotonic() < self._deadline
                 if not ended and not self._is_again(status):
                     break
-        except OSError:  # it is gone, or refuses
+        except OSError:  # it has exited, or refuses
             pass
         finally:
             self._tracer.end()
 
     def _is_again(self, status: int) -> bool:
-        """Say whether another try may succeed, after a moment."""
+        """Wait briefly and return whether another attempt may succeed."""
         if status in (native.GONE, native.LATE, native.UNREADABLE):
             if not self.task.alive:
                 raise diagnosis.gone(f"task {self.task.pid} is gone: it exited")
@@ -196,7 +201,7 @@ class Session:
         return True
 
     def _require(self, status: int, calls: Sequence[Call], *, of_guest: bool = False) -> None:
-        """Raise what a status stands for."""
+        """Raise the error that a status stands for."""
         if status == native.DONE:
             return
         pid, tracer = self.task.pid, self._tracer
@@ -211,21 +216,21 @@ class Session:
             raise self._unseen()
         if status == native.ENDED:
             if of_guest and self.task.alive:
-                message = f"the process that makes system calls for us in task {pid} was killed"
+                message = f"the process of iobmd that made system calls in task {pid} was killed"
                 raise IOReturnError(IOReturn.kIOReturnError, message)
             raise diagnosis.gone(f"task {pid} is gone: it exited, ran another program, or a thread of it ended")
         code, message = {
             native.HELD: (
                 IOReturn.kIOReturnTimeout,
-                f"task {pid} does not run: {freezer.why(pid) or 'no processor is left to it'}",
+                f"task {pid} does not run: {freezer.why(pid) or 'other programs occupy its processors'}",
             ),
             native.CHANGED: (
                 IOReturn.kIOReturnError,
-                f"task {pid} has changed its code, and made another system call in place of {name}",
+                f"task {pid} has changed its code, and made another system call instead of {name}",
             ),
             native.IS_32_BIT: (
                 IOReturn.kIOReturnUnsupported,
-                f"task {pid} is a 32-bit program: its system calls are others",
+                f"task {pid} is a 32-bit program, whose system calls iobmd does not make",
             ),
             native.DIVERTED: (
                 IOReturn.kIOReturnUnsupported,
@@ -241,26 +246,28 @@ class Session:
         raise IOReturnError(code, message)
 
     def _unseen(self) -> IOReturnError:
-        message = f"task {self.task.pid} made a process that this one does not see"
+        message = f"task {self.task.pid} created a process that is not visible to this process"
         return IOReturnError(IOReturn.kIOReturnError, message)
 
 
 def with_guest(task: Task, work: Callable[[Guest], None], *, standing: bool = False) -> int:
-    """Make system calls in a guest of a task by `work`, while the task runs on: calls that may wait.
+    """Call `work` with a guest of a task, whose system calls may wait while the task continues to run.
 
-    If it is to be `standing`, the task stands still for the calls, which must not wait then: in a task that runs one
-    program after the other (execve(2)), a guest is left behind with the memory of a former one.
+    With `standing`, the task is stopped during the calls, which then must not wait. If a task executes programs
+    repeatedly (execve(2)), a guest is otherwise left in the address space of a previous one.
 
-    Returns for how many nanoseconds a thread of the task stood still, at most: while the guest was made, or while it
-    was waited for.
+    Returns
+    -------
+    int
+        For how many nanoseconds a thread of the task was stopped, at most: to create the guest, or to reap it.
 
     Raises
     ------
     IOReturnError
-        `kIOReturnNotPermitted`, `kIOReturnNotFound`, `kIOReturnUnsupported`: with the reason; `kIOReturnTimeout`: no
-        thread stops. `kIOReturnNoResources`: this process, or the task, can have no more processes.
+        `kIOReturnNotPermitted`, `kIOReturnNotFound`, `kIOReturnUnsupported`: with the reason. `kIOReturnTimeout`: no
+        thread stopped. `kIOReturnNoResources`: this process or the task can create no process.
     OSError
-        As a system call failed in the task. All that was mapped there is unmapped then.
+        The error of a system call in the task. All memory that `work` mapped is then unmapped.
     """
 
     def attempt() -> int:
@@ -272,7 +279,7 @@ def with_guest(task: Task, work: Callable[[Guest], None], *, standing: bool = Fa
 
 
 def stop(task: Task) -> int:
-    """Stop one thread of a task, and let it go on; returns for how many nanoseconds it stood still.
+    """Stop one thread of a task and resume it; return for how many nanoseconds it was stopped.
 
     Raises as `with_guest`.
     """
@@ -286,9 +293,10 @@ def stop(task: Task) -> int:
 
 
 def frozen(task: Task, before: Callable[[], None], work: Callable[[], bool], tries: int) -> tuple[bool, int]:
-    """Do `work` while every thread of a task stands still, until it returns True, and `before` right before that.
+    """Stop all threads of a task for `work`, and call `before` directly before, until `work` returns True.
 
-    Returns whether it did, and for how many nanoseconds the task stood still, all in all. Raises as `with_guest`.
+    After `tries` attempts, return whether it did, and for how many nanoseconds the task was stopped in total. Raises
+    as `with_guest`.
     """
 
     def attempt() -> tuple[bool, int]:
@@ -309,19 +317,19 @@ def frozen(task: Task, before: Callable[[], None], work: Callable[[], bool], tri
 
 
 class Snapshot:
-    """A child of a task that shares its memory copy-on-write and never runs, inside of the `with`.
+    """A context with a child of a task that shares the task's memory copy-on-write and never runs.
 
     Parameters
     ----------
     origin : Task
-        Whose memory it is.
+        The task.
     resident : int
-        How many bytes of it are resident: their page tables are copied.
+        The resident bytes of the task, whose page tables are copied; they extend the timeout.
 
     Raises
     ------
     OSError
-        As `with_guest`. `EAGAIN`: the task can have no more processes.
+        As `with_guest`. `EAGAIN`: the task can create no process.
     """
 
     def __init__(self, origin: Task, resident: int) -> None:
@@ -329,7 +337,7 @@ class Snapshot:
         self._patience = PATIENCE + resident / _GIB
         self._session: Session | None = None
         self.stopped_ns = 0
-        """For how long a thread of the task stood still, at most, all in all."""
+        """The total time in nanoseconds for which a thread of the task was stopped, at most."""
 
     def __enter__(self) -> Task:
         return _again(self._origin, self._make)
@@ -355,12 +363,12 @@ class Snapshot:
 
 
 def _again(task: Task, attempt: Callable[[], _T]) -> _T:
-    """Return what an attempt returns; make another while it is for what may pass."""
+    """Return the result of an attempt, which is repeated while it fails for a temporary reason."""
     deadline = time.monotonic() + PATIENCE
     for _ in range(_ATTEMPTS):
         with contextlib.suppress(StrangerSeized):
             return attempt()
-        if time.monotonic() > deadline:  # a task that makes threads without end has such numbers each time
+        if time.monotonic() > deadline:  # a task that creates threads endlessly may cause this each time
             break
     raise _never_stopped(task)
 
@@ -377,7 +385,7 @@ def _opened(task: Task) -> Iterator[Session]:
 
 
 def insist(action: Callable[[], None]) -> None:
-    """Do what takes something away; once more if an interrupt came in between, which is raised after that."""
+    """Perform an action that must not be skipped: if an interrupt ends it, repeat it, then raise the interrupt."""
     try:
         action()
     except IOReturnError:
@@ -388,7 +396,7 @@ def insist(action: Callable[[], None]) -> None:
 
 
 _Known = tuple[int, int, int, int]
-"""A thread, as `native.Tracer.stop` takes it."""
+"""A thread, in the form that `native.Tracer.stop` accepts."""
 
 
 def _candidates(task: Task) -> list[_Known]:
@@ -396,11 +404,11 @@ def _candidates(task: Task) -> list[_Known]:
 
 
 def _sleeping(task: Task) -> list[_Known]:
-    """Return the threads that sleep in epoll_wait, and since when."""
+    """Return the threads that sleep in epoll_wait, with the start of their sleep."""
     found = []
     deadline = time.monotonic() + PATIENCE / 2
     for tid in threads.thread_ids(task.pid):
-        if time.monotonic() > deadline:  # those that are left begin their sleep again
+        if time.monotonic() > deadline:  # the others will begin their sleep again
             break
         if threads.call(task.pid, tid) in epoll_sleep.EPOLL and (one := threads.activity(task.pid, tid)):
             found.append(_known(task, one))
@@ -408,12 +416,12 @@ def _sleeping(task: Task) -> list[_Known]:
 
 
 def _known(task: Task, activity: threads.Activity) -> _Known:
-    sleep = epoll_sleep.look(task, activity)
+    sleep = epoll_sleep.measure(task, activity)
     return activity.tid, activity.cpu, *(sleep or (0, 0))
 
 
 def _packed(one: Call) -> tuple[int, list[int], list[int], int]:
-    """Return a call as `native.Tracer` takes it."""
+    """Return a call in the form that `native.Tracer` accepts."""
     values = [value.plus if isinstance(value, Result) else value for value in one.arguments]
     of = [value.of if isinstance(value, Result) else -1 for value in one.arguments]
     return SYSCALLS[one.name], values, of, one.made
@@ -427,7 +435,7 @@ def _signal(number: int) -> str:
 
 
 def _options_for(task: Task) -> int:
-    """As `preflight.check`; waits a moment for a tracer that is about to end, as other users of iobmd are."""
+    """Return the result of `preflight.check`, after waiting for a tracer that ends soon, such as another iobmd."""
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
@@ -444,7 +452,7 @@ def _never_stopped(task: Task) -> TaskTimeoutError:
     some = threads.thread_ids(task.pid)[:_SHOWN]
     states = ", ".join(sorted({state for tid in some if (state := threads.state(task.pid, tid))}))
     why = freezer.why(task.pid) or (
-        "it sleeps uninterruptibly, waits for a child that it made by vfork, or for a page fault that is not served"
+        "it sleeps uninterruptibly, or waits for a child of vfork or for a page fault that is not served"
     )
     message = f"task {task.pid} did not stop within {PATIENCE:g} s (its threads are in state {states}): {why}"
     return TaskTimeoutError(message)

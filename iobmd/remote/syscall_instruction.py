@@ -1,4 +1,4 @@
-"""Where in a task a system call instruction lies already: writing one would dirty its code, and race."""
+"""An existing system call instruction of a task: to write one would dirty its code, and race with its threads."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from iobmd.task.task import Task
 
 _SYSCALL = b"\x0f\x05"  # x86-64
-_AT_SYSINFO_EHDR = 33  # elf(5): where the vDSO is
-_SETTLED = 1.0  # seconds that a task is given to end an exec, or to exit
-_CODE = 4 << 20  # of a mapping, where there is no vDSO
+_AT_SYSINFO_EHDR = 33  # getauxval(3): the address of the vDSO
+_SETTLED = 1.0  # seconds for a task to complete an exec, or to exit
+_CODE = 4 << 20  # bytes of each executable area that are searched if there is no vDSO
 
 _offset_in_vdso: int | None = None  # the same in every 64-bit task
 
@@ -30,26 +30,26 @@ def find(task: Task) -> int:
     Raises
     ------
     IOReturnError
-        `kIOReturnUnsupported` where it has none; `kIOReturnNotFound` when it exits.
+        `kIOReturnUnsupported`: it has none. `kIOReturnNotFound`: it exits.
     """
     deadline = time.monotonic() + _SETTLED
     while True:
         try:
-            if found := _look(task):
+            if found := _find(task):
                 return found
-        except NotFoundError:  # it was read in the middle of an exec, or it exits
+        except NotFoundError:  # the task is executing a program, or exiting
             if not task.alive:
                 raise
-        # In the middle of an exec a task has no code at all, and as it exits no memory.
+        # During an exec a task has no code, and while it exits no memory.
         if not task.alive or (time.monotonic() > deadline and not areas(task)):
             raise diagnosis.without_memory(task.pid)
         if time.monotonic() > deadline:
-            message = f"task {task.pid} has no system call instruction that could be used, not in its vDSO either"
+            message = f"task {task.pid} has no usable system call instruction, not even in its vDSO"
             raise UnsupportedError(message)
         time.sleep(0.001)
 
 
-def _look(task: Task) -> int:
+def _find(task: Task) -> int:
     base = _vdso(task)
     if base and _offset_in_vdso is not None and is_at(task, base + _offset_in_vdso):
         return base + _offset_in_vdso
@@ -57,7 +57,7 @@ def _look(task: Task) -> int:
 
 
 def is_at(task: Task, address: int) -> bool:
-    """Say whether the instruction is there."""
+    """Return whether the instruction is at an address."""
     try:
         return task.read(address, len(_SYSCALL)) == _SYSCALL
     except VMError:
@@ -74,10 +74,10 @@ def _vdso(task: Task) -> int:
 
 
 def _search(task: Task, base: int) -> int:
-    """Return the address of the first one in the code of a task, 0 for none."""
+    """Return the address of the first one in the code of a task; 0 if there is none."""
     global _offset_in_vdso  # noqa: PLW0603
     try:
-        # The vDSO has one: only without it are all areas looked through, which takes a millisecond a thousand.
+        # Only without a vDSO, which always has one, is every area parsed: a millisecond per thousand areas.
         vdso = procfs.find_vma(task.pid, base) if base else None
         code = [vdso] if vdso and vdso.name == "[vdso]" else areas(task)
         code = [area for area in code if "x" in area.perms and "r" in area.perms]

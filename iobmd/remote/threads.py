@@ -1,4 +1,4 @@
-"""Which thread of a task can be stopped with the least harm, by what /proc says it is doing."""
+"""Threads of a task, and which of them a stop disturbs least, according to /proc."""
 
 from __future__ import annotations
 
@@ -17,44 +17,47 @@ ENDED_BY_A_STOP = {
     EPOLL_WAIT: "epoll_wait", EPOLL_PWAIT: "epoll_pwait", 288: "accept4", 299: "recvmmsg", 307: "sendmmsg",
     333: "io_pgetevents", 426: "io_uring_enter", 441: "epoll_pwait2",
 }  # fmt: skip
-"""System calls that may return EINTR for a stop which no signal handler had a part in (signal(7)), by number.
+"""System calls, by number, that may return EINTR after a stop although no signal handler ran (signal(7)).
 
-They have done nothing then, and are begun once more.
+They have then had no effect, and are restarted.
 """
 _RANKS = {0: 1, 19: 1, 1: 4, 20: 4, 44: 4, 45: 4, 46: 4, 47: 4, 299: 4, 307: 4, 426: 4}
-"""Reads are ended only on sockets with a timeout; what may have done a part of its work would stop with that."""
-_PATIENT = 16  # threads looked at; one of them will do
+"""Reads end only on sockets with a timeout. Calls that may have transferred some bytes would return early."""
+_EXAMINED = 16  # threads at most; one of them can be stopped
 
 
 class Activity(NamedTuple):
-    """What a thread does, lower `rank` first."""
+    """The state of a thread; a lower `rank` is disturbed less by a stop."""
 
     rank: int
     tid: int
     cpu: int
-    """The processor it ran on last; -1: unknown."""
+    """The processor on which it last ran; -1: unknown, or not usable by this process."""
     call: int
-    """The system call it sleeps in, -1 when it does not."""
+    """The system call in which it sleeps; -1: it does not sleep."""
 
 
 def candidates(pid: int) -> list[Activity]:
-    """Return threads of a task that may be stopped, those first that will not notice.
+    """Return threads of a task to stop, those first that a stop disturbs least.
 
-    A thread that sleeps in a call which the kernel resumes by itself is best; one that computes must be caught first;
-    one in a call that a stop ends has to be put back into it.
+    A thread that sleeps in a call which the kernel resumes by itself is best. A running thread must first reach a
+    point where it can stop. A thread in a call that ends with a stop must have that call restarted.
     """
     found: list[Activity] = []
     for tid in thread_ids(pid):
         one = activity(pid, tid)
         if one:
             found.append(one)
-            if not one.rank or len(found) >= _PATIENT:
+            if not one.rank or len(found) >= _EXAMINED:
                 break
     return sorted(found)
 
 
 def thread_ids(pid: int) -> list[int]:
-    """Return the ids of a task's threads; none when it is gone. Raises `kIOReturnNoResources`: no free descriptor."""
+    """Return the ids of a task's threads; none if it has exited.
+
+    Raises `kIOReturnNoResources`: no file descriptor is free.
+    """
     try:
         return sorted(int(entry) for entry in os.listdir(f"{pidns.directory(pid)}/task"))  # noqa: PTH208 (one call less)
     except OSError as error:
@@ -63,14 +66,14 @@ def thread_ids(pid: int) -> list[int]:
 
 
 def state(pid: int, tid: int) -> str:
-    """Return the state of a thread as ps(1) shows it, "" when it is gone, "?" where no descriptor is free to look."""
+    """Return the state of a thread as ps(1) prints it; "" if it has ended, "?" if no file descriptor is free."""
     return _stat(pid, tid)[0]
 
 
 def _stat(pid: int, tid: int) -> tuple[str, int]:
-    """Return the state of a thread and its processor, -1 for one of a real-time policy, which would not let us run.
+    """Return the state of a thread and its processor; -1 under a real-time policy, where this thread would not run.
 
-    The third, 39th and 41st field of its stat (proc_pid_stat(5)).
+    These are the third, 39th and 41st fields of its stat (proc_pid_stat(5)).
     """
     try:
         fields = (
@@ -79,17 +82,17 @@ def _stat(pid: int, tid: int) -> tuple[str, int]:
         real_time = int(fields[38]) not in (os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_IDLE)
         return fields[0], -1 if real_time else int(fields[36])
     except (OSError, IndexError, ValueError) as error:
-        # Taken for gone, a thread would be given up in the middle of a call that is made in it.
+        # If it counted as ended, it would be abandoned during a call that is injected into it.
         return "?" if getattr(error, "errno", None) in NO_DESCRIPTOR else "", -1
 
 
 def activity(pid: int, tid: int) -> Activity | None:
-    """Return what a thread does; None when it has ended."""
+    """Return the state of a thread; None if it has ended."""
     now, cpu = _stat(pid, tid)
     if now in ("", "Z", "X", "x"):
         return None
     number = call(pid, tid)
-    if number is None:  # any thread, then
+    if number is None:  # unknown: no thread is better than another
         return Activity(2, tid, cpu, -1)
     if now == "D":
         return Activity(9, tid, cpu, -1)
@@ -100,7 +103,7 @@ def activity(pid: int, tid: int) -> Activity | None:
 
 
 def call(pid: int, tid: int) -> int | None:
-    """Return the system call that a thread sleeps in, -1 for none; None where the kernel does not show that."""
+    """Return the system call in which a thread sleeps; -1: it does not sleep; None: the kernel does not report it."""
     try:
         name = Path(f"{pidns.directory(pid)}/task/{tid}/syscall").read_text().split()[0]
     except (OSError, IndexError):
