@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import NOBODY, in_child
+from support.errors import code_of
 from support.purging import page_out
-from support.refusals import code_of
 
 import iobmd
 from iobmd import IOBufferMemoryDescriptor as Buffer

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import kernel
 from support.child import in_child
+from support.errors import code_of
 from support.kernel import frames
-from support.refusals import code_of
 
 import iobmd
 from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Wiring, kernel_task

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import kernel
 from support.child import in_child, sleeping
+from support.errors import code_of
 from support.faulting import faults
 from support.kernel import frames
-from support.refusals import code_of
 from support.targets import need_ptrace
 
 import iobmd

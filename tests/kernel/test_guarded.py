@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import in_child, sleeping
+from support.errors import code_of
 from support.faulting import faults
-from support.refusals import code_of
 from support.targets import need_ptrace
 
 import iobmd

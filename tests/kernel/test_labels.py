@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import sleeping
-from support.refusals import code_of
+from support.errors import code_of
 from support.targets import need_ptrace
 
 import iobmd

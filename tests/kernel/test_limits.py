@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 from support import kernel
 from support.child import NOBODY, in_child
-from support.refusals import refusal
+from support.errors import refusal
 
 import iobmd
 from iobmd import IOReturn

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import in_child
+from support.errors import code_of
 from support.faulting import faults
-from support.refusals import code_of
 
 import iobmd
 from iobmd import IOMapOptions, IOReturn, IOReturnError

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import NOBODY, in_child
+from support.errors import refusal
 from support.kernel import frames, held, is_given_back
-from support.refusals import refusal
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Wiring, pagemap

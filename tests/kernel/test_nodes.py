@@ -2,7 +2,7 @@
 
 import pytest
 from support.child import NOBODY, in_child
-from support.refusals import code_of
+from support.errors import code_of
 
 import iobmd
 from iobmd import IOReturn

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import NOBODY, in_child
+from support.errors import code_of
 from support.kernel import frames, frames_of
-from support.refusals import code_of
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Wiring, pagemap

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 from support.child import NOBODY, in_child, sleeping
+from support.errors import refusal
 from support.namespaces import Other, in_namespaces, mount_proc, unmount_proc
-from support.refusals import refusal
 
 import iobmd
 from iobmd import IOMemoryDescriptor, IOReturn, Task, Wiring, cli, host, kernel_task, pagemap, procfs

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import NOBODY, deny_calls, forked, in_child
+from support.errors import code_of
 from support.purging import (
     DENIALS,
     EMPTY,
@@ -27,7 +28,6 @@ from support.purging import (
     reads_zero,
     take,
 )
-from support.refusals import code_of
 from support.requirements import may_lock
 
 import iobmd

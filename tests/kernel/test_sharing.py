@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import in_child
+from support.errors import code_of
 from support.kernel import frames
 from support.purging import EMPTY, KEEP_CURRENT, NON_VOLATILE, VOLATILE
-from support.refusals import code_of
 from support.sharing_child import look
 from support.targets import until
 

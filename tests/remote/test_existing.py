@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import NOBODY, in_child
+from support.errors import code_of
 from support.kernel import frames
-from support.refusals import code_of
 from support.source_process import SourceProcess
 from support.targets import need_ptrace
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from support.child import NOBODY, in_child
-from support.refusals import code_of
+from support.errors import code_of
 from support.targets import Target, children, need_ptrace, until_at_rest
 
 import iobmd

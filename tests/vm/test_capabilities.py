@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from support import kernel, requirements
 from support.child import in_child
-from support.refusals import code_of
+from support.errors import code_of
 
 import iobmd
 from iobmd import IOReturn, Task, Wiring, host, pagemap

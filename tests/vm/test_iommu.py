@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from support import edu, pci
 from support.child import NOBODY, in_child
+from support.errors import code_of, refusal
 from support.kernel import nothing_is_pinned
 from support.proof import PAGE, pieces_of
-from support.refusals import code_of, refusal
 
 import iobmd
 from iobmd import IOReturn

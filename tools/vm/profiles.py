@@ -27,7 +27,7 @@ _TOO_SLOW = {
 _KERNEL_TESTS = [
     *(f"tests/kernel/test_{name}.py" for name in _TOO_SLOW),
     *(f"tests/kernel/test_purgeable.py::test_{name}" for name in _PURGEABLE),
-    "tests/remote/test_elsewhere.py",
+    "tests/remote/test_memory_in_tasks.py",
     *(f"--deselect=tests/kernel/test_{file}.py::test_{name}" for file, names in _TOO_SLOW.items() for name in names),
 ]
 

@@ -1,4 +1,4 @@
-"""What an operation is refused with."""
+"""Errors that operations are expected to raise."""
 
 from collections.abc import Callable
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from support import contiguous_memory, kernel
 from support.child import in_child, sleeping, until_asleep
+from support.errors import code_of
 from support.kernel import frames
-from support.refusals import code_of
 from support.source_process import SourceProcess
 
 import iobmd
