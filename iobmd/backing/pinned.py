@@ -33,7 +33,7 @@ class Pinned(abc.ABC):
     _pin: Pin | None = None
 
     _generation = 0
-    """The process that pinned it (`guard.generation`): a forked child has private memory in other frames."""
+    """The process that pinned it (`mapping.generation`): a forked child has private memory in other frames."""
 
     @abc.abstractmethod
     def read_runs(self, *, gaps: bool = False) -> RunTable | None:

@@ -12,6 +12,7 @@ from iobmd.backing.pinned import Pinned
 from iobmd.errors import CannotWireError, IOReturnError, UnsupportedError
 from iobmd.memory import pinning, residency
 from iobmd.memory.mlock import Wiring
+from iobmd.pagemap.self import resident_and_dirty, visible_runs
 from iobmd.remote import areas
 from iobmd.remote.pin import RemotePin
 from iobmd.task import diagnosis, obstacles
@@ -106,7 +107,7 @@ class RangeBacking(Pinned):
             found = obstacles.find(self.task.pid, self.address, self.address + self.length, pin=pin)
         if found:
             what = f"cannot {'pin' if pin else 'lock'} {format_size(self.size)} of task {self.task.pid}"
-            raise IOReturnError(found.code, f"{what}: {found}", 0, found.address) from None
+            raise found.kind(f"{what}: {found}", 0, found.address) from None
 
     def _require_locked(self) -> None:
         """Check that locked pages are in memory: mlock(2) skips devices, and memory that is locked on fault."""
@@ -126,7 +127,7 @@ class RangeBacking(Pinned):
         """Read the present physical runs of its pages; None if the kernel hides them."""
         if self.task.is_current:
             return pinning.visible_runs(self._first, self.size, gaps=gaps)
-        return pagemap.visible_runs(self.task, self._first, self.size)
+        return visible_runs(self.task, self._first, self.size)
 
     @property
     def wiring(self) -> Wiring:
@@ -142,7 +143,7 @@ class RangeBacking(Pinned):
 
     def page_counts(self) -> tuple[int, int]:
         """Count the pages that are resident, and those of them that were written to."""
-        return pagemap.resident_and_dirty(self.task, self._first, self.size)
+        return resident_and_dirty(self.task, self._first, self.size)
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes, starting at `offset`. Raises as `Task.read`."""

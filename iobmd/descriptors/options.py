@@ -154,9 +154,9 @@ def check_existing(options: int) -> int:
 
 
 def check_within(offset: int, length: int, size: int, whole: object) -> None:
-    """Raise `kIOReturnBadArgument` unless a range lies in the `size` bytes of what is named by `whole`."""
+    """Raise `kIOReturnBadArgument` unless a range lies within the `size` bytes of `whole`, a name for the message."""
     if offset < 0 or length < 0 or offset + length > size:
-        raise BadArgumentError(f"offset {offset} with length {length} is not inside of the {size} bytes of {whole}")
+        raise BadArgumentError(f"offset {offset} with length {length} is not within the {size} bytes of {whole}")
 
 
 def check_direction(direction: int) -> int:

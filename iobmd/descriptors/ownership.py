@@ -12,10 +12,9 @@ from iobmd._internal import process_local
 from iobmd._internal.weak_registry import WeakRegistry
 from iobmd._native import mapping
 from iobmd.constants import kIODirectionPrepareNoFault, kIODirectionPrepareToPhys32
-from iobmd.descriptors.options import require_cache_instruction
+from iobmd.descriptors.options import check_within, require_cache_instruction
 from iobmd.descriptors.purge_control import PurgeControl
 from iobmd.errors import (
-    BadArgumentError,
     BusyError,
     CannotWireError,
     IOReturnError,
@@ -222,10 +221,7 @@ class MemoryOwner:
     def require_range(self, offset: int, length: int) -> Backing:
         """Return where the bytes of a range live. Raises `kIOReturnNotOpen`, `kIOReturnBadArgument`."""
         backing = self.require_backing()
-        if offset < 0 or length < 0 or offset + length > self.length:
-            raise BadArgumentError(
-                f"offset {offset} with length {length} is not inside of the descriptor's {self.length} bytes"
-            )
+        check_within(offset, length, self.length, "the descriptor")
         return backing
 
     def before_write(self, offset: int, length: int) -> None:

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import procfs
 from iobmd._internal.lazy_property import LazyProperty
-from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError, NoResourcesError
+from iobmd.errors import NamedError, NoMemoryError, NoResourcesError
 from iobmd.host import cgroup, pages
 from iobmd.host.fact import read_int, read_text
 from iobmd.units import PAGE_SIZE, format_size
@@ -87,7 +86,7 @@ def require(size: int, *, swappable: bool, pid: int | None = None, absent: Calla
                 return
         if relief and look.concerns_this_process:
             relief(look.size - look.least.left)
-    raise look.least.refusal(IOReturn.kIOReturnNoMemory, f"{format_size(size)} of memory", pid)
+    raise look.least.refusal(NoMemoryError, f"{format_size(size)} of memory", pid)
 
 
 def _needed(size: int) -> int:
@@ -131,7 +130,7 @@ def require_pages(size: int, page_size: int, *, pid: int | None = None) -> None:
         limit, usage = ("max", "current") if group.unified else ("limit_in_bytes", "usage_in_bytes")
         room = _room(group, "hugetlb", f"{name}.{limit}", f"{name}.{usage}")
         if room and wanted * page_size > room.left:
-            raise room.refusal(IOReturn.kIOReturnNoResources, what, pid)
+            raise room.refusal(NoResourcesError, what, pid)
 
 
 def tightest() -> Room:
@@ -164,10 +163,10 @@ class Room(NamedTuple):
     file: str = ""
     """The file with the limit."""
 
-    def refusal(self, code: IOReturn, what: str, pid: int | None) -> IOReturnError:
+    def refusal(self, kind: type[NamedError], what: str, pid: int | None) -> NamedError:
         """Return the error for memory that does not fit here; `pid` is the process that would be charged."""
         remedy = f"free some there, raise {self.file}" if self.group else "free some, add swap space"
-        return IOReturnError(code, f"{what} do not fit: {self.report(pid)}; {remedy}, or request less")
+        return kind(f"{what} do not fit: {self.report(pid)}; {remedy}, or request less")
 
     def report(self, pid: int | None = None) -> str:
         """Return a text with the free memory, the limit and its owner; `pid` as above."""

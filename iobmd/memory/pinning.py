@@ -14,9 +14,10 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from iobmd import host, pagemap
+from iobmd import host
 from iobmd._native import uring
 from iobmd.errors import CannotWireError, IOReturnError, NotPrivilegedError, UnsupportedError
+from iobmd.pagemap.self import own_runs
 from iobmd.task import obstacles
 from iobmd.units import format_size
 
@@ -123,7 +124,7 @@ def _cannot_pin(address: int, size: int, error: OSError) -> IOReturnError:
     if number in (errno.EFAULT, errno.EOPNOTSUPP):  # caused by the memory, not by io_uring
         with contextlib.suppress(OSError):
             if found := obstacles.find(os.getpid(), address, address + size, pin=True):
-                return IOReturnError(found.code, f"{what}: {found}", number, found.address)
+                return found.kind(f"{what}: {found}", number, found.address)
     why, remedy = host.why_not_pinned(error)
     if remedy:
         why += f"; to enable it: {remedy.partition(chr(10))[0].partition('  #')[0]}"
@@ -136,7 +137,7 @@ def visible_runs(address: int, size: int, *, gaps: bool = False) -> RunTable | N
     With `gaps`, pages that the program has unmapped are omitted; otherwise they are an error.
     """
     try:
-        table = pagemap.own_runs(address, size, pinned=True, gaps=gaps)
+        table = own_runs(address, size, pinned=True, gaps=gaps)
     except (NotPrivilegedError, UnsupportedError):
         return None
     return None if table.hidden else table

@@ -178,7 +178,7 @@ def _numbered(extents: Sequence[FileExtent]) -> Iterator[list[tuple[int, int, in
 
 
 def alignment_of(extents: Sequence[FileExtent]) -> int:
-    """Return the required alignment of the first stretch.
+    """Return the required alignment of the first extent.
 
     Raises
     ------

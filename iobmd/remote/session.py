@@ -18,7 +18,7 @@ from iobmd import host
 from iobmd._internal import process_local
 from iobmd._native import tracer as native
 from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError, NoResourcesError, TaskTimeoutError
+from iobmd.errors import IOReturnError, NoMemoryError, NoResourcesError, TaskTimeoutError, UnsupportedError
 from iobmd.remote import epoll_sleep, freezer, preflight, syscall_instruction, threads
 from iobmd.remote.guest import SYSCALLS, Call, Guest, Result, call
 from iobmd.task import diagnosis
@@ -219,31 +219,28 @@ class Session:
                 message = f"the process of iobmd that made system calls in task {pid} was killed"
                 raise IOReturnError(IOReturn.kIOReturnError, message)
             raise diagnosis.gone(f"task {pid} is gone: it exited, ran another program, or a thread of it ended")
-        code, message = {
-            native.HELD: (
-                IOReturn.kIOReturnTimeout,
-                f"task {pid} does not run: {freezer.why(pid) or 'other programs occupy its processors'}",
-            ),
-            native.CHANGED: (
-                IOReturn.kIOReturnError,
-                f"task {pid} has changed its code, and made another system call instead of {name}",
-            ),
-            native.IS_32_BIT: (
-                IOReturn.kIOReturnUnsupported,
-                f"task {pid} is a 32-bit program, whose system calls iobmd does not make",
-            ),
-            native.DIVERTED: (
-                IOReturn.kIOReturnUnsupported,
-                f"task {pid} diverts its system calls to a handler (PR_SET_SYSCALL_USER_DISPATCH)",
-            ),
-            native.STUCK: (IOReturn.kIOReturnTimeout, f"{name} in task {pid} did not return in time"),
-            native.NO_MEMORY: (IOReturn.kIOReturnNoMemory, f"no memory for the threads of task {pid}"),
-            native.SIGNALLED: (
-                IOReturn.kIOReturnError,
-                f"task {pid} got {_signal(tracer.error)} during an injected system call",
-            ),
+        raise self._error(status, name)
+
+    def _error(self, status: int, name: str) -> IOReturnError:
+        """Return the error for a status of the call `name`."""
+        pid = self.task.pid
+        if status == native.HELD:
+            why = freezer.why(pid) or "other programs occupy its processors"
+            return TaskTimeoutError(f"task {pid} does not run: {why}")
+        if status == native.STUCK:
+            return TaskTimeoutError(f"{name} in task {pid} did not return in time")
+        if status == native.NO_MEMORY:
+            return NoMemoryError(f"no memory for the threads of task {pid}")
+        if status == native.IS_32_BIT:
+            return UnsupportedError(f"task {pid} is a 32-bit program, whose system calls iobmd does not make")
+        if status == native.DIVERTED:
+            message = f"task {pid} diverts its system calls to a handler (PR_SET_SYSCALL_USER_DISPATCH)"
+            return UnsupportedError(message)
+        message = {
+            native.CHANGED: f"task {pid} has changed its code, and made another system call instead of {name}",
+            native.SIGNALLED: f"task {pid} got {_signal(self._tracer.error)} during an injected system call",
         }[status]
-        raise IOReturnError(code, message)
+        return IOReturnError(IOReturn.kIOReturnError, message)
 
     def _unseen(self) -> IOReturnError:
         message = f"task {self.task.pid} created a process that is not visible to this process"

@@ -13,6 +13,7 @@ from iobmd.errors import (
     NO_DESCRIPTOR,
     CannotWireError,
     IOReturnError,
+    NoMemoryError,
     NoResourcesError,
     NotFoundError,
     NotOpenError,
@@ -136,16 +137,17 @@ def within(pid: int, error: OSError, doing: str, size: int = 0) -> IOReturnError
         why = f"the task locks all its mappings (mlockall), and {limit}"
         return CannotWireError(f"{doing} in task {pid}: {why}", number)
     met = limits.met_by_mapping(size, pid) if number == errno.ENOMEM else None
-    code, why = {
-        errno.ENOMEM: (
-            IOReturn.kIOReturnNoMemory,
-            str(met or "its address space (RLIMIT_AS, vm.max_map_count) or the memory is exhausted"),
-        ),
-        errno.EMFILE: (IOReturn.kIOReturnNoResources, "its RLIMIT_NOFILE is below 3"),
-        errno.ENFILE: (IOReturn.kIOReturnNoResources, "the host has no file descriptor free"),
-        errno.EPERM: (IOReturn.kIOReturnNotPermitted, _why_refused(pid)),
-    }.get(number, (IOReturn.kIOReturnError, str(error)))
-    return IOReturnError(code, f"{doing} in task {pid}: {why}", number)
+    prefix = f"{doing} in task {pid}: "
+    if number == errno.ENOMEM:
+        why = str(met or "its address space (RLIMIT_AS, vm.max_map_count) or the memory is exhausted")
+        return NoMemoryError(prefix + why, number)
+    if number == errno.EMFILE:
+        return NoResourcesError(prefix + "its RLIMIT_NOFILE is below 3", number)
+    if number == errno.ENFILE:
+        return NoResourcesError(prefix + "the host has no file descriptor free", number)
+    if number == errno.EPERM:
+        return NotPermittedError(prefix + _why_refused(pid), number)
+    return IOReturnError(IOReturn.kIOReturnError, prefix + str(error), number)
 
 
 def own_pagemap(error: OSError) -> IOReturnError:
@@ -172,13 +174,13 @@ def hidden(pid: int) -> IOReturnError | None:
         number, why = error.errno or 0, error.strerror
     else:
         return None
-    unsupported, remedy = IOReturn.kIOReturnUnsupported, host.MOUNT_PROC.partition("  #")[0]
+    remedy = host.MOUNT_PROC.partition("  #")[0]
     if not os.path.exists("/proc/self"):
         what = f"/proc, which describes task {pid}, is not mounted (or is that of another pid namespace)"
-        return IOReturnError(unsupported, f"{what}; `{remedy}`", number)
+        return UnsupportedError(f"{what}; `{remedy}`", number)
     if number == errno.EOPNOTSUPP:
         what = f"cannot determine which process of /proc is task {pid}: {why}"
-        return IOReturnError(unsupported, f"{what}; `{remedy}`, or allow pidfd_open in the seccomp profile", number)
+        return UnsupportedError(f"{what}; `{remedy}`, or allow pidfd_open in the seccomp profile", number)
     if number not in (errno.ENOENT, errno.EPERM, errno.EACCES) or not _exists(pid):
         return None
     option = host.proc_options().get("hidepid")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import host, procfs
 from iobmd._native import pagemap
-from iobmd.constants import IOReturn
+from iobmd.errors import CannotWireError, NamedError, NoResourcesError, UnsupportedError, VMError
 from iobmd.task import extents
 from iobmd.units import PAGE_SIZE, format_size, pages, round_up
 
@@ -24,7 +24,7 @@ class Obstacle(NamedTuple):
     """The first byte of a range that cannot be accessed or pinned."""
 
     address: int
-    code: IOReturn
+    kind: type[NamedError]
     why: str
     remedy: str = ""
     """What the caller can do; empty if nothing can be done."""
@@ -73,22 +73,22 @@ def find(pid: int, start: int, end: int, *, write: bool = False, pin: bool = Fal
         place = stop
     if place >= end:
         return unpinnable
-    return Obstacle(place, IOReturn.kIOReturnVMError, "no memory is mapped there")
+    return Obstacle(place, VMError, "no memory is mapped there")
 
 
 def _unreachable(pid: int, area: VMA, place: int, stop: int, lengths: _Lengths, *, write: bool) -> Obstacle | None:
     for wanted, letter, name in ((True, "r", "read"), (write, "w", "write")):
         if wanted and letter not in area.perms:
             why = f"it lies in a mapping without {name} permission, {area}"
-            return Obstacle(place, IOReturn.kIOReturnVMError, why)
+            return Obstacle(place, VMError, why)
     if area.name.startswith("/secretmem"):
         why = f"it is memory of memfd_secret(2), which no system call and no device can access, {area}"
-        return Obstacle(place, IOReturn.kIOReturnUnsupported, why)
+        return Obstacle(place, UnsupportedError, why)
     details = _details(pid, area)
     flags = details.flags if details else frozenset()
     if flags & _DEVICE_FLAGS:
         why = f"it is a mapping of a device, which has no pages to pin or copy, {area}"
-        return Obstacle(place, IOReturn.kIOReturnUnsupported, why)
+        return Obstacle(place, UnsupportedError, why)
     page = details.counters.get("KernelPageSize", PAGE_SIZE) if details else PAGE_SIZE
     found = [_past_the_end(lengths, area, place, stop, page), _guarded(pid, area, place, stop)]
     if "ht" in flags:
@@ -108,11 +108,11 @@ def _unpinnable(pid: int, area: VMA, place: int) -> Obstacle | None:
         details = _details(pid, area)
         if details and "mw" not in details.flags:  # VM_MAYWRITE
             why += ", whose file was opened for reading only or is sealed against writing"
-            return Obstacle(place, IOReturn.kIOReturnCannotWire, why, copy)
-        return Obstacle(place, IOReturn.kIOReturnCannotWire, why, f"{copy}, or allow writing (mprotect)")
+            return Obstacle(place, CannotWireError, why, copy)
+        return Obstacle(place, CannotWireError, why, f"{copy}, or allow writing (mprotect)")
     if "s" in area.perms and _is_on_disk(pid, area):
         why = f"it is a shared mapping of a file, whose pages must be written back and are not pinned, {area}"
-        return Obstacle(place, IOReturn.kIOReturnCannotWire, why, copy)
+        return Obstacle(place, CannotWireError, why, copy)
     return None
 
 
@@ -156,14 +156,14 @@ def _past_the_end(lengths: _Lengths, area: VMA, place: int, stop: int, page: int
     if end >= stop:
         return None
     why = f"it lies past the end of its file, of {length} bytes, {area}"
-    return Obstacle(max(place, end), IOReturn.kIOReturnVMError, why)
+    return Obstacle(max(place, end), VMError, why)
 
 
 def _guarded(pid: int, area: VMA, place: int, stop: int) -> Obstacle | None:
     at = _first(pid, place, stop, pagemap.GUARDED)
     if at is None:
         return None
-    return Obstacle(at, IOReturn.kIOReturnVMError, f"it is a guard page (MADV_GUARD_INSTALL), in {area}")
+    return Obstacle(at, VMError, f"it is a guard page (MADV_GUARD_INSTALL), in {area}")
 
 
 def _first(pid: int, place: int, stop: int, wanted: tuple[int, int]) -> int | None:
@@ -187,4 +187,4 @@ def _pool_exhausted(pid: int, area: VMA, place: int, stop: int, page: int, *, re
         f"its page does not exist yet, and the hugetlb pool of {format_size(page)} pages has none for it (total "
         f"{pool.total}, free {pool.free}, reserved {pool.reserved}), in {area}"
     )
-    return Obstacle(missing, IOReturn.kIOReturnNoResources, why, host.pool_remedy(pool, 1).partition("  #")[0])
+    return Obstacle(missing, NoResourcesError, why, host.pool_remedy(pool, 1).partition("  #")[0])

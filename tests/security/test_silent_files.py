@@ -16,6 +16,7 @@ from support.fuse import FILE_SYSTEM
 import iobmd
 from iobmd import IOReturn, procfs
 from iobmd._internal import pidns
+from iobmd.errors import VMError
 from iobmd.pagemap import frame
 from iobmd.task import obstacles
 
@@ -95,7 +96,7 @@ def test_an_explanation_asks_no_server(target: Silent) -> None:
     """The length of the file is what the kernel knows of it: stat(2) would ask the server, and wait."""
     found = within_patience(lambda: obstacles.find(target.pid, target.at, target.at + 2 * MIB))
     assert isinstance(found, obstacles.Obstacle)
-    assert (found.address, found.code) == (target.at + MIB, IOReturn.kIOReturnVMError)
+    assert (found.address, found.kind) == (target.at + MIB, VMError)
     assert f"past the end of its file, of {MIB} bytes" in found.why
 
 
