@@ -14,6 +14,7 @@ from iobmd.host import headroom, limits
 from iobmd.memory import numa, pinning
 from iobmd.memory.mlock import make_resident
 from iobmd.memory.populate import populate
+from iobmd.pagemap.self import own_pagemap
 from iobmd.physical import search
 from iobmd.physical.search import PhysicalConstraints
 from iobmd.purgeable.private import LazilyFreed
@@ -133,7 +134,7 @@ class AnonymousBacking(MappedBacking):
         if not self.runs or not self._pin or self._generation != mapping.generation():
             return None
         try:
-            if self.runs.holds(pagemap.own_pagemap(), PAGE_SIZE):
+            if self.runs.holds(own_pagemap(), PAGE_SIZE):
                 return [(self.address, self.size)]
         except IOReturnError:  # pagemap can no longer be read
             return None

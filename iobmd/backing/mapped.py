@@ -12,6 +12,7 @@ from iobmd.errors import UnsupportedError
 from iobmd.host import headroom
 from iobmd.memory import pinning, residency
 from iobmd.memory.mlock import Wiring
+from iobmd.pagemap.self import resident_and_dirty
 from iobmd.task import diagnosis
 from iobmd.task.task import kernel_task
 from iobmd.units import PAGE_SIZE, round_down, round_up
@@ -122,7 +123,7 @@ class MappedBacking(Pinned):
 
     def page_counts(self) -> tuple[int, int]:
         """Count the pages that are resident, and those of them that were written to and not lazily freed since."""
-        resident, written = pagemap.resident_and_dirty(kernel_task, self.mapping.address, self.size)
+        resident, written = resident_and_dirty(kernel_task, self.mapping.address, self.size)
         lazily_freed = self.purgeable.lazily_freed() if self.purgeable else 0
         return resident, written - lazily_freed // PAGE_SIZE
 

@@ -8,18 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from iobmd.pagemap.file import Page, PageCounts, counts, pages
-from iobmd.pagemap.self import (
-    certain_bytes,
-    has_content,
-    huge_bytes,
-    is_huge,
-    own_pagemap,
-    own_ranges,
-    own_runs,
-    resident_and_dirty,
-    track_writes,
-    visible_runs,
-)
+from iobmd.pagemap.self import huge_bytes, is_huge
 
 if TYPE_CHECKING:
     from iobmd.pagemap.area import Area, areas
@@ -48,7 +37,8 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """Return the documented names."""
+    return sorted(__all__)
 
 
 __all__ = [
@@ -67,23 +57,15 @@ __all__ = [
     "Span",
     "FrameMapping",
     "areas",
-    "certain_bytes",
     "changes",
     "counts",
     "described",
-    "has_content",
     "huge_bytes",
     "is_huge",
-    "own_pagemap",
-    "own_ranges",
-    "own_runs",
     "pages",
-    "resident_and_dirty",
     "runs",
     "save",
     "segments",
     "spans",
-    "track_writes",
     "users",
-    "visible_runs",
 ]

@@ -31,6 +31,14 @@ class Mapped(Protocol):
         ...
 
 
+@runtime_checkable
+class _Process(Protocol):
+    """The interface by which a `Task` and a psutil.Process are recognized: psutil may not be loaded."""
+
+    @property
+    def pid(self) -> int: ...
+
+
 Target: TypeAlias = "Task | int | psutil.Process | Mapped | Buffer | Where"
 """What is inspected: a task, as `Task`, pid or psutil.Process; a buffer or map of iobmd; or any other buffer."""
 
@@ -152,8 +160,8 @@ def resolve(target: Target, address: int | None = None, size: int | None = None)
         return Where(as_task(cast("AnyTask", target)), address, address + size)
     if isinstance(target, Mapped):
         return Where(*target._mapped_range(), target)
-    if isinstance(target, (Task, int)) or hasattr(target, "pid"):  # not by its class: psutil may not be loaded
-        return Where(as_task(cast("AnyTask", target)), 0, ADDRESS_END)
+    if isinstance(target, (int, _Process)):
+        return Where(as_task(target), 0, ADDRESS_END)
     try:
         held = HeldBuffer(target, False)
     except TypeError:

@@ -15,6 +15,7 @@ from iobmd.host import limits
 from iobmd.memory import numa, shmem
 from iobmd.memory.populate import populate
 from iobmd.memory.shmem import Extent, SharedObject
+from iobmd.pagemap.self import own_runs
 from iobmd.physical.thp import blocks_of
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 
@@ -74,7 +75,7 @@ class FileBlocks:
         if self._collapses:
             with contextlib.suppress(OSError):
                 mman.advise(batch.address, size, mman.MADV_COLLAPSE)
-        table = pagemap.own_runs(batch.address, size)
+        table = own_runs(batch.address, size)
         self.hidden = table.hidden > 0
         return blocks_of(table, self.block)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Protocol
 
-from iobmd import pagemap
 from iobmd._native import mman
 from iobmd._native.mapping import Mapping
 from iobmd.memory import numa
 from iobmd.memory.populate import populate
+from iobmd.pagemap.self import own_runs
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class TransparentBlocks:
             if error:  # before 5.14, or out of memory, which is reported there
                 populate(batch.address, top - done)
                 break
-        table = pagemap.own_runs(batch.address, size)
+        table = own_runs(batch.address, size)
         self.hidden = table.hidden > 0
         return blocks_of(table, self.block)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 
-from iobmd import pagemap
 from iobmd._native import mman
 from iobmd._native import pagemap as native
 from iobmd._native.mapping import generation
 from iobmd.errors import UnsupportedError
+from iobmd.pagemap.self import certain_bytes, has_content, own_pagemap, own_ranges, track_writes
 from iobmd.purgeable import EMPTY, NON_VOLATILE, OBSOLETE, VOLATILE, Order, now, restore, wanted_non_volatile
 from iobmd.units import PAGE_SIZE, round_down, round_up
 
@@ -25,7 +25,7 @@ class LazilyFreed:
     def __init__(self, address: int, size: int) -> None:
         self._address = address
         self._size = size
-        self._tracker = pagemap.track_writes(address, size)
+        self._tracker = track_writes(address, size)
         self._tracked_in = generation()
         self._state = NON_VOLATILE
         # The lazily freed ranges. None: unknown, because freeing was interrupted; the memory then counts as lost.
@@ -50,7 +50,7 @@ class LazilyFreed:
         old = self._settle()
         if modifiers & OBSOLETE:
             self._drop()
-        elif old != EMPTY or pagemap.has_content(self._address, self._size):
+        elif old != EMPTY or has_content(self._address, self._size):
             self._free_lazily()
             if old != VOLATILE or modifiers != self._modifiers:  # otherwise it keeps its position in the order
                 self._modifiers, self._since = modifiers, now()
@@ -70,7 +70,7 @@ class LazilyFreed:
         """Drop the contents if it is volatile; return the number of bytes that still existed."""
         if self._state != VOLATILE:
             return 0
-        resident = pagemap.own_ranges(self._address, self._size, protect=False)
+        resident = own_ranges(self._address, self._size, protect=False)
         freed = sum(end - start for start, end in resident)
         self._drop()
         return freed
@@ -95,9 +95,9 @@ class LazilyFreed:
         if self._state != VOLATILE or not self._ranges:
             return 0
         if self._here < 0:
-            return pagemap.certain_bytes(self._address, self._size, "LazyFree")
+            return certain_bytes(self._address, self._size, "LazyFree")
         wanted, without = native.PAGE_IS_PRESENT, native.PAGE_IS_PFNZERO | native.PAGE_IS_WRITTEN
-        found = (native.scan(pagemap.own_pagemap(), start, end, wanted, without) for start, end in self._ranges)
+        found = (native.scan(own_pagemap(), start, end, wanted, without) for start, end in self._ranges)
         return sum(end - start for ranges in found for start, end in ranges)
 
     @property
@@ -130,7 +130,7 @@ class LazilyFreed:
     def _free_lazily(self) -> None:
         # Only resident pages, which are protected at the same moment. Swapped pages remain in swap, because MADV_FREE
         # would discard them, and untouched pages have no contents.
-        ranges = pagemap.own_ranges(self._address, self._size, protect=self._here >= 0)
+        ranges = own_ranges(self._address, self._size, protect=self._here >= 0)
         # First volatile with unknown ranges: if this is interrupted, no page is wrongly considered safe.
         before = self._state
         self._state, self._ranges = VOLATILE, None

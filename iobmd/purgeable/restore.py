@@ -27,7 +27,7 @@ from iobmd._native import crosstask, mman
 from iobmd.errors import IOReturnError, NoMemoryError, NoResourcesError, UnsupportedError
 from iobmd.host.fact import scratch
 from iobmd.memory.mlock import cannot_lock
-from iobmd.pagemap import own_pagemap
+from iobmd.pagemap.self import own_pagemap
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_up
 
 Range = tuple[int, int]

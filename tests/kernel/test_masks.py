@@ -12,7 +12,8 @@ from support.errors import refusal
 from support.kernel import frames, held, is_given_back
 
 import iobmd
-from iobmd import IOReturn, IOReturnError, Wiring, pagemap
+from iobmd import IOReturn, IOReturnError, Wiring
+from iobmd.pagemap.self import visible_runs
 from iobmd.physical.policy import Budget
 from iobmd.physical.search import PhysicalConstraints
 
@@ -147,7 +148,7 @@ def test_a_mask_over_all_memory_is_in_reach(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_moved_out_of_reach_before_it_was_pinned_is_not_taken() -> None:
     """Pages are found, and pinned, and looked at again: here they are looked at, with limits on either side."""
     with iobmd.allocate(MIB) as buffer:
-        table = pagemap.visible_runs(iobmd.kernel_task, buffer.getBytesNoCopy(), MIB)
+        table = visible_runs(iobmd.kernel_task, buffer.getBytesNoCopy(), MIB)
         top = max(frames(buffer.getBytesNoCopy(), MIB)).bit_length() + 12
     assert table
     assert PhysicalConstraints(MIB, allowed=(1 << top) - 1).accepts(table)

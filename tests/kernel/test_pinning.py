@@ -14,10 +14,11 @@ from support.errors import code_of
 from support.kernel import frames, frames_of
 
 import iobmd
-from iobmd import IOReturn, IOReturnError, Wiring, pagemap
+from iobmd import IOReturn, IOReturnError, Wiring
 from iobmd._native import mman
 from iobmd.cli.demo.compaction import Strewn, collapse, compact
 from iobmd.memory import pinning
+from iobmd.pagemap.self import own_runs
 
 MIB = 1 << 20
 Buffer = iobmd.IOBufferMemoryDescriptor
@@ -408,6 +409,6 @@ def test_pinned_pages_out_of_the_page_table_are_not_left_out() -> None:
         buffer.verify()
         assert kernel.present(buffer.getBytesNoCopy(), size) == size // 4096
         mman.advise(buffer.getBytesNoCopy(), size, mman.MADV_DONTNEED)
-        assert pagemap.own_runs(buffer.getBytesNoCopy(), size, pinned=True).pages == size // 4096
+        assert own_runs(buffer.getBytesNoCopy(), size, pinned=True).pages == size // 4096
         assert buffer.segments() == before
         buffer.complete()

@@ -24,6 +24,7 @@ import iobmd
 from iobmd import IOMemoryDescriptor, IOReturn, Task, Wiring, cli, host, kernel_task, pagemap, procfs
 from iobmd._internal import pidns
 from iobmd.cli import doctor as _doctor  # noqa: F401 (before a test takes the interpreter's files out of reach)
+from iobmd.pagemap.self import resident_and_dirty
 from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def test_other_tasks_are_those_of_the_callers_numbers(foreign: Callable[..., Any
             assert next(procfs.areas(other.pid, other.address, other.address + 1)).start <= other.address
             assert procfs.status(other.pid)["NSpid"].split()[-1] == str(other.pid)
             assert procfs.start_time(other.pid) > procfs.start_time() - 1
-            assert pagemap.resident_and_dirty(task, other.address, PAGE_SIZE) == (1, 1)
+            assert resident_and_dirty(task, other.address, PAGE_SIZE) == (1, 1)
             with iobmd.copy(other.pid, other.address, PAGE_SIZE, wired=False) as buffer:
                 assert buffer.readBytes(0, 18) == b"bytes of the child"
             large = iobmd.copy(other.pid, other.large, 8 << 20, wired=False)  # through /proc/PID/mem as well

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
+import iobmd
 from iobmd.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +74,13 @@ def test_commands_run(
         prompt, command, *arguments = shlex.split(line)
         assert (prompt, command) == ("$", "iobmd")
         assert main(arguments) == 0, capsys.readouterr().err
+
+
+def test_the_public_names_of_pagemap_are_documented() -> None:
+    """They are the names that `dir` lists, and no others."""
+    page = (ROOT / "docs" / "api.md").read_text()
+    sections = re.findall(r"automodule:: iobmd\.pagemap[\w.]*\n +:members: (.*)", page)
+    assert sorted(", ".join(sections).split(", ")) == sorted(iobmd.pagemap.__all__) == dir(iobmd.pagemap)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

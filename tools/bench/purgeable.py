@@ -7,10 +7,10 @@ import subprocess
 from functools import partial
 from typing import TYPE_CHECKING
 
-from iobmd import pagemap
 from iobmd._native import mman
 from iobmd.api import allocate
 from iobmd.cli.child import python
+from iobmd.pagemap.self import own_pagemap, track_writes
 from iobmd.purgeable import NON_VOLATILE, VOLATILE
 from iobmd.units import PAGE_SIZE, format_size
 
@@ -46,11 +46,11 @@ def _round_trips(rounds: int) -> list[Result]:
 
 def _round_trip(name: str, buffer: IOBufferMemoryDescriptor, rounds: int) -> list[Result]:
     address = buffer.getBytesNoCopy()
-    tracker = pagemap.track_writes(address, SIZE)
+    tracker = track_writes(address, SIZE)
     bare, tracked, ours = medians(
         rounds,
         partial(floors.free_and_take_back, -1, -1, address, SIZE, PAGE_SIZE),
-        partial(floors.free_and_take_back, tracker, pagemap.own_pagemap(), address, SIZE, PAGE_SIZE),
+        partial(floors.free_and_take_back, tracker, own_pagemap(), address, SIZE, PAGE_SIZE),
         partial(seconds, partial(_give_and_keep, buffer)),
     )
     what = f"Volatile and back, {format_size(SIZE)}, {name}"
