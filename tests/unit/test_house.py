@@ -1,6 +1,7 @@
 """The house (docs/design.md): imports go down only and never round, files stay small, importing is cheap."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,9 @@ FLOORS = [
     {"_native"},
 ]
 """From the roof to the ground; what stands on one floor does not import each other."""
+
+
+MAP = Path(__file__).parents[2] / "docs" / "design.md"
 
 
 def modules() -> dict[str, Path]:
@@ -78,6 +82,16 @@ def test_imports_go_down(path: Path) -> None:
     room = rooms()[path]
     for other in imported(path) - {room}:
         assert floor(other) > floor(room), f"{path.name} imports {other}, which does not stand below it"
+
+
+def test_the_map_shows_these_floors() -> None:
+    """In this order, and no module that does not exist."""
+    (text,) = re.findall(r"^```text\n(.*?)^```$", MAP.read_text(), re.S | re.M)
+    columns = [line if re.fullmatch(r"\w+(  \w+)*", line) else line[:16] for line in text.splitlines()]
+    shown = [name.rstrip("/") for column in columns for name in column.split()]
+    assert sorted(["__main__", *shown]) == sorted(name for names in FLOORS for name in names)
+    assert [floor(name) for name in shown] == sorted(floor(name) for name in shown)
+    assert {*re.findall(r"\b[a-z]+_\w+\b(?!/)", text)} <= {name.rpartition(".")[2] for name in MODULES}
 
 
 def loaded_by(name: str) -> set[str]:
