@@ -662,8 +662,30 @@ static int iobmd_receive(struct iobmd_tracer *t, pid_t pid)
     return status;
 }
 
-static void iobmd_take_guest(struct iobmd_tracer *t, const struct iobmd_call *calls, int count)
+/* Find the process that a thread has made by a clone during which it was killed, as by another thread's execve(2): its
+   event is not reported then. The process is traced nevertheless, and stops at its first instruction. */
+static void iobmd_find_made(struct iobmd_tracer *t)
 {
+    int64_t until = iobmd_now() + IOBMD_DEATH;
+    do {
+        siginfo_t report = { 0 };
+        /* An error: nothing is traced any more, so there is no such process. */
+        if (iobmd_raw(SYS_waitid, P_ALL, 0, (long)&report, WEXITED | WSTOPPED | WNOHANG | __WALL, 0, 0)) return;
+        if (report.si_pid && report.si_code == CLD_TRAPPED) {
+            t->guest = report.si_pid;  /* iobmd_open() finds it by this */
+            if (iobmd_status_field(t, report.si_pid, "Tgid:") == report.si_pid && report.si_pid != t->task)
+                t->made = report.si_pid;
+            t->guest = 0;
+        } else if (!report.si_pid) iobmd_doze(t);
+    } while (!t->made && iobmd_now() < until);
+}
+
+static void iobmd_take_guest(struct iobmd_tracer *t, const struct iobmd_call *calls, int count, int status)
+{
+    int clones = 0;
+    for (int i = 0; i < count; i++) clones |= calls[i].number == SYS_clone;
+    /* A thread of the maker must not wait for the maker's own children. */
+    if (status == IOBMD_ENDED && clones && !t->made && !t->is_thread) iobmd_find_made(t);
     for (int i = 0; i < count; i++)
         if (calls[i].number == SYS_clone && t->made) {
             t->guest = t->made;
@@ -827,7 +849,7 @@ static int iobmd_make_guest(struct iobmd_tracer *t)
         struct iobmd_call clone = iobmd_new_call(SYS_clone, CLONE_VM | CLONE_FS | CLONE_FILES, IOBMD_NO_STACK, 0);
         if (t->threads[i].ended) continue;
         status = iobmd_use(t, t->threads[i].tid, &clone, 1);
-        iobmd_take_guest(t, &clone, 1);
+        iobmd_take_guest(t, &clone, 1, status);
         if (status != IOBMD_UNREADABLE && status != IOBMD_ENDED) break;
     }
     if (status) return status;
@@ -911,7 +933,7 @@ static int iobmd_do(struct iobmd_tracer *t, int command)
     switch (command) {
     case IOBMD_STOP:
         status = iobmd_stop(t, t->known, t->knows, t->calls, t->count);
-        iobmd_take_guest(t, t->calls, t->count);
+        iobmd_take_guest(t, t->calls, t->count, status);
         return !status && t->guest ? iobmd_receive(t, t->guest) : status;
     case IOBMD_RUN:
         return iobmd_run_guest(t, t->calls, t->count, t->deadline_ns, t->may_wait);
