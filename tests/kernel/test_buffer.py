@@ -499,12 +499,8 @@ def test_ten_thousand_buffers(wired: bool) -> None:
                 buffer.writeBytes(0, b"x")
 
     cycle(100)
-    before, resident = kernel.Footprint.now(), kernel.status("VmRSS")
-    cycle(10_000)
-    after = kernel.Footprint.now()
-    assert after.mappings <= before.mappings + 1
-    assert (after.descriptors, after.locked) == (before.descriptors, before.locked)
-    assert kernel.status("VmRSS") - resident < MIB
+    with kernel.no_growth(MIB):
+        cycle(10_000)
 
 
 @pytest.mark.needs("own_footprint")
@@ -522,12 +518,8 @@ def test_hundreds_of_failed_copies() -> None:
 
     for _ in range(20):
         fail()
-    before, resident = kernel.Footprint.now(), kernel.status("VmRSS")
-    for _ in range(200):  # of two pages: what each left would show
-        fail()
-    after = kernel.Footprint.now()
-    assert after.mappings <= before.mappings + 1  # Python's allocator may take an arena
-    assert (after.descriptors, after.locked) == (before.descriptors, before.locked)
-    assert kernel.status("VmRSS") - resident < MIB // 2
+    with kernel.no_growth(MIB // 2):
+        for _ in range(200):  # of two pages each
+            fail()
     del anchor
     area.close()

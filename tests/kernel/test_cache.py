@@ -5,11 +5,13 @@ import gc
 import threading
 import time
 from collections import Counter
+from functools import partial
 
 import pytest
 from support import kernel
 from support.child import in_child
 from support.purging import EMPTY, KEEP_CURRENT, NON_VOLATILE, VOLATILE, take
+from support.threads import run_all
 
 import iobmd
 from iobmd import IOPurgeable, IOReturn, PurgeableCache
@@ -204,25 +206,16 @@ def test_one_load_at_a_time_for_a_key_and_several_for_several() -> None:
         return bytes([key]) * SIZE
 
     with PurgeableCache(loader) as cache:
-        failures: list[BaseException] = []
 
         def use(number: int) -> None:
-            try:
-                for turn in range(30):
-                    key = (number + turn) % 4
-                    with cache[key] as item:
-                        assert bytes(item) == bytes([key]) * SIZE
-                    if turn % 10 == 9:
-                        iobmd.purge()
-            except BaseException as error:
-                failures.append(error)
+            for turn in range(30):
+                key = (number + turn) % 4
+                with cache[key] as item:
+                    assert bytes(item) == bytes([key]) * SIZE
+                if turn % 10 == 9:
+                    iobmd.purge()
 
-        threads = [threading.Thread(target=use, args=(number,)) for number in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not failures
+        run_all(*(partial(use, number) for number in range(4)))
         assert most[-1] > 1
         del most[-1]
         assert set(most.values()) == {1}
@@ -351,11 +344,7 @@ def test_garbage_collections_everywhere() -> None:
                         iobmd.purge()
                     assert cache.statistics.held >= 0
 
-            threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            run_all(*(partial(work, number) for number in range(4)))
             gc.collect()
             return cache.statistics.held
 

@@ -15,6 +15,7 @@ from support.errors import code_of
 from support.faulting import faults
 from support.kernel import frames
 from support.targets import need_ptrace
+from support.threads import running
 
 import iobmd
 from iobmd import (
@@ -494,10 +495,10 @@ def test_memory_in_another_task_is_kept_there() -> None:
 
 def test_freed_while_others_use_it() -> None:
     """Whoever works through a child does not notice that the parent is released."""
-    for turn in range(60):
+    for _ in range(60):
         buffer = filled(1)
         part = sub(buffer, 0, 100, INOUT)
-        data, failures, begun = part.readBytes(0, 100), [], threading.Event()
+        data, begun = part.readBytes(0, 100), threading.Event()
 
         def work() -> None:
             try:
@@ -506,23 +507,17 @@ def test_freed_while_others_use_it() -> None:
                     part.prepare()  # noqa: B023
                     part.complete()  # noqa: B023
                     begun.set()  # noqa: B023
-            except BaseException as error:
-                failures.append(error)  # noqa: B023
+            finally:
                 begun.set()  # noqa: B023
 
-        threads = [threading.Thread(target=work) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        begun.wait()
-        while True:
-            try:
-                buffer.free()
-                break
-            except BufferError:  # prepared just now
-                pass
-        for thread in threads:
-            thread.join()
-        assert not failures, turn
+        with running(work, work):
+            begun.wait()
+            while True:
+                try:
+                    buffer.free()
+                    break
+                except BufferError:  # prepared just now
+                    pass
         part.free()
 
 

@@ -17,6 +17,7 @@ import pytest
 from support import rawmemory
 from support.child import NOBODY, in_child
 from support.rawmemory import PAGE, READ, SHARED, WRITE
+from support.threads import running
 
 import iobmd
 from iobmd import (
@@ -260,14 +261,12 @@ def test_it_comes_and_goes_under_several_threads() -> None:
                     assert existing.address + GOOD <= error.address < existing.address + SIZE
                     failed[0] += 1
 
-        threads = [threading.Thread(target=flush) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        while any(thread.is_alive() for thread in threads):
-            rawmemory.protect(existing.address + GOOD, SIZE - GOOD, 0)
-            time.sleep(0.001)
-            rawmemory.protect(existing.address + GOOD, SIZE - GOOD, READ | WRITE)
-            time.sleep(0.001)
+        with running(flush, flush, flush) as threads:
+            while any(thread.is_alive() for thread in threads):
+                rawmemory.protect(existing.address + GOOD, SIZE - GOOD, 0)
+                time.sleep(0.001)
+                rawmemory.protect(existing.address + GOOD, SIZE - GOOD, READ | WRITE)
+                time.sleep(0.001)
         assert done[0]
         assert failed[0]
         existing.close()

@@ -11,6 +11,7 @@ from support import kernel
 from support.child import in_child
 from support.errors import code_of
 from support.faulting import faults
+from support.threads import run_all
 
 import iobmd
 from iobmd import IOMapOptions, IOReturn, IOReturnError
@@ -341,11 +342,7 @@ def test_maps_come_and_go_in_threads() -> None:
                 if turn % 3:
                     mapped.unmap()
 
-        threads = [threading.Thread(target=work) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        run_all(*[work] * 4)
         gc.collect()
         after = len(Path("/proc/self/maps").read_text().splitlines())
         buffer.free()

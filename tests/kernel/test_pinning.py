@@ -12,6 +12,7 @@ from support import kernel
 from support.child import NOBODY, in_child
 from support.errors import code_of
 from support.kernel import frames, frames_of
+from support.threads import run_all
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Wiring
@@ -119,11 +120,7 @@ def test_prepare_in_many_threads() -> None:
             assert buffer.wiring is Wiring.PINNED
             buffer.complete()
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_all(*[work] * 4)
     assert buffer.wiring is Wiring.PAGEABLE
     assert kernel.nothing_is_pinned()
     buffer.free()

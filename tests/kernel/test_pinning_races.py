@@ -6,11 +6,13 @@ import random
 import signal
 import threading
 import warnings
+from functools import partial
 
 import pytest
 from support import kernel
 from support.child import CAP_IPC_LOCK, NOBODY, in_child
 from support.kernel import frames
+from support.threads import run_all
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Wiring
@@ -50,11 +52,7 @@ def test_thousand_random_sequences() -> None:
                 buffer.complete()
             buffer.free()
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_all(*(partial(work, seed) for seed in range(4)))
     assert not wrong
     assert kernel.pinned() == 0
 

@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from support.purging import (
     take,
 )
 from support.requirements import may_lock
+from support.threads import run_all, running
 
 import iobmd
 from iobmd import IOBufferMemoryDescriptor as Buffer
@@ -681,11 +683,7 @@ def test_threads_see_one_order() -> None:
             word = chance.choice((VOLATILE, NON_VOLATILE, EMPTY))
             seen.append((word, buffer.setPurgeable(word)))
 
-    threads = [threading.Thread(target=flip, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_all(*(partial(flip, seed) for seed in range(4)))
     last = buffer.setPurgeable(KEEP_CURRENT)
     buffer.free()
     # A state is left as often as it is entered, but for the first and the last. Empty memory with nothing in it stays
@@ -827,34 +825,25 @@ def test_purge_order(shared: bool) -> None:
 def test_purge_while_others_free_and_fill(shared: bool) -> None:
     """A descriptor that is freed under the purger is passed over, and never a closed one looked at."""
     stop = threading.Event()
-    failures: list[BaseException] = []
 
     def churn() -> None:
-        try:
-            while not stop.is_set():
-                buffer, data = purgeable(16 * kernel.PAGE, shared=shared)
-                buffer.setPurgeable(VOLATILE)
-                time.sleep(0)
-                if buffer.setPurgeable(NON_VOLATILE) is VOLATILE:
-                    assert bytes(buffer) == data
-                else:
-                    assert reads_zero(buffer)
-                buffer.setPurgeable(VOLATILE)
-                time.sleep(0)
-                buffer.free()
-        except BaseException as error:
-            failures.append(error)
+        while not stop.is_set():
+            buffer, data = purgeable(16 * kernel.PAGE, shared=shared)
+            buffer.setPurgeable(VOLATILE)
+            time.sleep(0)
+            if buffer.setPurgeable(NON_VOLATILE) is VOLATILE:
+                assert bytes(buffer) == data
+            else:
+                assert reads_zero(buffer)
+            buffer.setPurgeable(VOLATILE)
+            time.sleep(0)
+            buffer.free()
 
-    threads = [threading.Thread(target=churn) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    freed, begin = 0, time.monotonic()
-    while time.monotonic() < begin + 0.5 or (not freed and time.monotonic() < begin + 20):
-        freed += iobmd.purge()
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    with running(churn, churn, churn):
+        freed, begin = 0, time.monotonic()
+        while time.monotonic() < begin + 0.5 or (not freed and time.monotonic() < begin + 20):
+            freed += iobmd.purge()
+        stop.set()
     assert freed > 0
 
 

@@ -8,12 +8,14 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from support import kernel
 from support.child import NOBODY, forked, in_child
 from support.purging import EMPTY, KEEP_CURRENT, NON_VOLATILE, VOLATILE, page_out
+from support.threads import run_all
 
 import iobmd
 from iobmd import IOBufferMemoryDescriptor as Buffer
@@ -26,22 +28,8 @@ CYCLES = 4_000
 
 
 def in_threads(work: Callable[[int], None]) -> None:
-    """Run `work` in threads, with a number each; an exception in one is raised here."""
-    failures: list[BaseException] = []
-
-    def guarded(number: int) -> None:
-        try:
-            work(number)
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(number,)) for number in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
+    """Run `work` in threads, with the number of each."""
+    run_all(*(partial(work, number) for number in range(THREADS)))
 
 
 def both(outcomes: Counter[str]) -> int:
@@ -286,9 +274,5 @@ def test_ten_thousand_purgeable_buffers() -> None:
                 buffer.setPurgeable(VOLATILE)
 
     cycle(100)
-    before, resident = kernel.Footprint.now(), kernel.status("VmRSS")
-    cycle(10_000)
-    after = kernel.Footprint.now()
-    assert after.mappings <= before.mappings + 1
-    assert (after.descriptors, after.locked) == (before.descriptors, before.locked)
-    assert kernel.status("VmRSS") - resident < MIB
+    with kernel.no_growth(MIB):
+        cycle(10_000)

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from support import kernel
 from support.child import NOBODY, forked, in_child
 from support.purging import EMPTY, KEEP_CURRENT, NON_VOLATILE, VOLATILE, purgeable, reads_zero
 from support.targets import until
+from support.threads import run_all
 
 import iobmd
 from iobmd import IOPurgeable, IOReturn, IOReturnError, Wiring
@@ -252,21 +254,7 @@ def test_many_threads_of_two_processes_and_two_buffers() -> None:
             buffer.setPurgeable(NON_VOLATILE)
 
     def both() -> None:
-        failures: list[BaseException] = []
-
-        def guarded(buffer: iobmd.IOBufferMemoryDescriptor) -> None:
-            try:
-                work(buffer)
-            except BaseException as error:
-                failures.append(error)
-
-        threads = [threading.Thread(target=guarded, args=(buffer,)) for buffer in buffers]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if failures:
-            raise failures[0]
+        run_all(*(partial(work, buffer) for buffer in buffers))
 
     with forked(both):
         both()

@@ -20,6 +20,7 @@ from support.kernel import frames
 from support.purging import EMPTY, KEEP_CURRENT, NON_VOLATILE, VOLATILE
 from support.sharing_child import look
 from support.targets import until
+from support.threads import running
 
 import iobmd
 from iobmd import IOReturn
@@ -150,13 +151,8 @@ def test_states_changed_from_many_sides() -> None:
                     found.add(int(own.setPurgeable(VOLATILE)))
                     found.add(int(own.setPurgeable(NON_VOLATILE)))
 
-        threads = [threading.Thread(target=change) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        in_child(change)
-        for thread in threads:
-            thread.join(60)
-            assert not thread.is_alive()
+        with running(*[change] * 4):
+            in_child(change)
         assert found == {2, 3}
         assert buffer.setPurgeable(KEEP_CURRENT) == NON_VOLATILE
 

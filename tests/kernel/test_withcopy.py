@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from support import kernel, requirements
 from support.child import in_child
 from support.source_process import SourceProcess
+from support.threads import run_all
 
 import iobmd
 from iobmd import IOBufferMemoryDescriptor, IOReturn, Task, kernel_task, kIOMemoryPageable
@@ -233,11 +235,7 @@ def test_many_threads_at_once(start_source: Start, tmp_path: Path) -> None:
                 if memcmp(buffer.getBytesNoCopy(), start + offset, size - offset):
                     wrong.append(offset)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_all(*(partial(work, seed) for seed in range(6)))
     assert not wrong
 
 

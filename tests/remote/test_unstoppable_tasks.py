@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from support.child import CAP_SYS_ADMIN, in_child, until_asleep
 from support.targets import until, until_at_rest
+from support.threads import running
 
 import iobmd
 from iobmd import IOReturn, IOReturnError
@@ -194,21 +195,8 @@ def test_two_users_at_once() -> None:
         return 0
 
     with program("sleep", "1000") as target:
-        failed: list[BaseException] = []
-
-        def in_thread() -> None:
-            try:
-                use()
-            except BaseException as error:
-                failed.append(error)
-
-        threads = [threading.Thread(target=in_thread) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        in_child(use)
-        for thread in threads:
-            thread.join(60)
-        assert not failed
+        with running(use, use, use):
+            in_child(use)
         assert "iobmd" not in Path(f"/proc/{target.pid}/maps").read_text()
 
 

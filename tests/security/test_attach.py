@@ -78,13 +78,7 @@ SILENT_FILE = (
     FILE_SYSTEM
     + """
 import socket, sys
-device = mount(sys.argv[1])
-server = os.fork()
-if not server:
-    LIBC.prctl(1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG
-    serve(device)
-os.close(device)
-fd = os.open(sys.argv[1] + "/file", os.O_RDWR)
+server, fd = served_file(sys.argv[1])
 peer = socket.socket(fileno=int(sys.argv[2]))
 os.setresuid(65534, 65534, 65534)
 message = bytes.fromhex(sys.argv[3])

@@ -5,12 +5,12 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support import kernel
-from support.child import die_with_parent
+from support.child import forked
 from support.source_process import SourceProcess
 from support.targets import need_ptrace
 
@@ -18,20 +18,6 @@ import iobmd
 from iobmd import IOMemoryDescriptor, Wiring
 
 FORKS: dict[str, Callable[[], int]] = {"Python": os.fork, "C": ctypes.CDLL(None).fork}
-
-
-@contextlib.contextmanager
-def child_of(fork: Callable[[], int]) -> Iterator[int]:
-    pid = fork()
-    if not pid:
-        die_with_parent()
-        while True:
-            signal.pause()
-    try:
-        yield pid
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
 
 
 def rings(pid: int) -> int:
@@ -58,7 +44,7 @@ def test_of_this_process(fork: Callable[[], int]) -> None:
             pytest.skip("pages cannot be pinned here")
         before = rings(os.getpid())
         assert before
-        with child_of(fork) as pid:
+        with forked(signal.pause, fork) as pid:
             assert soon(lambda: not rings(pid))
         assert rings(os.getpid()) == before
         assert buffer.wiring is Wiring.PINNED
@@ -75,7 +61,7 @@ def test_of_another_task(fork: Callable[[], int], start_source: Callable[..., So
         memory.prepare()
         assert memory.wiring is Wiring.PINNED
         assert kernel.status("VmPin", source.pid)
-        with child_of(fork) as pid:
+        with forked(signal.pause, fork) as pid:
             assert soon(lambda: not rings(pid))
             memory.complete()
             assert soon(lambda: not kernel.status("VmPin", source.pid))

@@ -27,13 +27,7 @@ VICTIM = (
     FILE_SYSTEM
     + """
 import sys
-device = mount(sys.argv[1])
-server = os.fork()
-if not server:
-    LIBC.prctl(1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG
-    serve(device)
-os.close(device)
-fd = os.open(sys.argv[1] + "/file", os.O_RDWR)
+server, fd = served_file(sys.argv[1])
 LIBC.mmap.restype = ctypes.c_void_p
 at = LIBC.mmap(None, ctypes.c_size_t(2 * SIZE), 3, 1, fd, 0)
 os.close(fd)

@@ -149,9 +149,9 @@ def until_asleep(pid: int) -> None:
 
 
 @contextlib.contextmanager
-def forked(body: Callable[[], object]) -> Iterator[int]:
-    """Run `body` over and over in a forked child, which ends with the `with` or with this process; gives its pid."""
-    if not (pid := os.fork()):
+def forked(body: Callable[[], object], fork: Callable[[], int] = os.fork) -> Iterator[int]:
+    """Run `body` repeatedly in a forked child, which ends with the block or this process. Yield its pid."""
+    if not (pid := fork()):
         try:
             die_with_parent()
             while True:

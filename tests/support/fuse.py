@@ -42,4 +42,14 @@ def mount(folder):
     options = f"fd={device},rootmode=40000,user_id=0,group_id=0".encode()
     assert LIBC.mount(b"test", folder.encode(), b"fuse", 6, options) == 0, ctypes.get_errno()
     return device
+
+def served_file(folder):
+    "Serve it in a child; return the child's pid and a descriptor of the file."
+    device = mount(folder)
+    server = os.fork()
+    if not server:
+        LIBC.prctl(1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG
+        serve(device)
+    os.close(device)
+    return server, os.open(folder + "/file", os.O_RDWR)
 """

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from iobmd import IOBufferMemoryDescriptor
 
 PAGE = os.sysconf("SC_PAGESIZE")
@@ -164,3 +166,14 @@ class Footprint(NamedTuple):
         descriptors = len(list(Path("/proc/self/fd").iterdir()))
         maps = Path("/proc/self/maps").read_text().splitlines()
         return cls(len(maps), status("VmRSS"), descriptors, status("VmLck"))
+
+
+@contextlib.contextmanager
+def no_growth(resident: int) -> Iterator[None]:
+    """Assert that a block leaves no descriptor or locked page, and less than `resident` bytes of memory."""
+    before = Footprint.now()
+    yield
+    after = Footprint.now()
+    assert after.mappings <= before.mappings + 1  # Python's allocator may add an arena
+    assert (after.descriptors, after.locked) == (before.descriptors, before.locked)
+    assert after.resident - before.resident < resident

@@ -1,14 +1,13 @@
 """What this kernel can do for `iobmd`, and in which way (docs/kernels.md)."""
 
-import contextlib
 import errno
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from support import kernel, requirements
-from support.child import in_child
+from support.child import forked, in_child
 from support.errors import code_of
 
 import iobmd
@@ -96,7 +95,7 @@ def copied() -> None:
 
 
 def in_another_task() -> None:
-    with sleeper() as pid, iobmd.allocate(MIB, task=pid) as buffer:
+    with forked(signal.pause) as pid, iobmd.allocate(MIB, task=pid) as buffer:
         buffer.writeBytes(0, CONTENT)
         assert Task(pid).read(buffer.getBytesNoCopy(), MIB) == CONTENT
         assert kernel.entries(buffer.getBytesNoCopy(), 4096, pid)[0] >> 63
@@ -105,21 +104,8 @@ def in_another_task() -> None:
 def frozen_copy() -> None:
     with iobmd.allocate(MIB, wired=False) as source:
         source.writeBytes(0, CONTENT)
-        with sleeper() as pid, iobmd.copy(pid, source.getBytesNoCopy(), MIB, freeze=True) as buffer:
+        with forked(signal.pause) as pid, iobmd.copy(pid, source.getBytesNoCopy(), MIB, freeze=True) as buffer:
             assert buffer.readBytes(0, MIB) == CONTENT
-
-
-@contextlib.contextmanager
-def sleeper() -> Iterator[int]:
-    """A forked child that waits to be ended."""
-    pid = os.fork()
-    if not pid:
-        signal.pause()
-    try:
-        yield pid
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
 
 
 def mapped_twice() -> None:

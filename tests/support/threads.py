@@ -1,0 +1,40 @@
+"""Threads of a test, whose errors fail the test."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+PATIENCE = 120.0
+"""Seconds to wait for threads that should end."""
+
+
+@contextlib.contextmanager
+def running(*works: Callable[[], object]) -> Iterator[list[threading.Thread]]:
+    """Call each of `works` in a thread of its own during a `with` block, which ends with the threads.
+
+    The first error in a thread is raised at the end of the block, because pytest only warns of errors in threads, and
+    a forked child ignores them.
+    """
+    errors: list[BaseException] = []
+
+    def run(work: Callable[[], object]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(work,), daemon=True) for work in works]
+    for thread in threads:
+        thread.start()
+    yield threads
+    for thread in threads:
+        thread.join(PATIENCE)
+    if errors:
+        raise errors[0]
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def run_all(*works: Callable[[], object]) -> None:
+    """Call each of `works` in a thread of its own, and wait for all of them; raises as `running`."""
+    with running(*works):
+        pass
