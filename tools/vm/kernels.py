@@ -1,30 +1,28 @@
-"""Debian's kernels: found, downloaded, and unpacked separately from the host's, never installed.
-
-Nothing here needs root: apt works in a tree of its own in the cache, with the suites that carry the kernels, and
-verifies what it fetches by Debian's keys as it does on any machine.
-"""
+"""Debian's kernels: found, downloaded, and unpacked separately from the host's, never installed."""
 
 import contextlib
 import functools
-import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 from . import cache, modules, vmlinux
+from .debian import Archive
 
 SERIES = ("5.10", "6.1", "6.12", "6.18", "newest")
 """What the tests run on: every long-term kernel since io_uring's pins are usable, and the newest of all."""
 
-_SUITES = {
-    "debian": ("bookworm", "trixie", "trixie-backports"),
-    "debian-security": ("bullseye-security", "bookworm-security", "trixie-security"),
-}
-_KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
+_ARCHIVE = Archive(
+    "apt",
+    "amd64",
+    {
+        "debian": ("bookworm", "trixie", "trixie-backports"),
+        "debian-security": ("bullseye-security", "bookworm-security", "trixie-security"),
+    },
+)
 _IMAGE = re.compile(r"^linux-image-(\d+\.\d+\.\d[\d.+-]*(?:deb[\d.]+)?)-amd64$", re.MULTILINE)
 _TRIES = 4
 _LOOK_AGAIN = 7 * 86400  # seconds after which the mirror is queried again for the newest kernel of a series
@@ -77,62 +75,21 @@ def _releases() -> list[str]:
 
 
 def _ask_mirror(file: Path) -> None:
-    releases = _IMAGE.findall(_apt("apt-cache", "pkgnames", "linux-image-", update=True))
+    _ARCHIVE.update()
+    releases = _IMAGE.findall(_ARCHIVE.apt("apt-cache", "pkgnames", "linux-image-"))
     file.write_text("\n".join(releases))
 
 
 def _fetch(release: str, place: Path) -> None:
     """Unpack what is needed of a release's packages into `place`: one package, or three since 6.19."""
     names = {f"linux-{part}-{release}-amd64" for part in ("image", "binary", "modules")}
-    there = names & set(_apt("apt-cache", "pkgnames", "linux-").split())
+    there = names & set(_ARCHIVE.apt("apt-cache", "pkgnames", "linux-").split())
     place.mkdir()
     with tempfile.TemporaryDirectory(dir=cache.folder()) as folder:
-        _apt("apt-get", "download", *sorted(there), directory=folder)
-        for package in Path(folder).glob("*.deb"):
-            subprocess.run(["dpkg-deb", "--extract", package, folder], check=True)
         root = Path(folder)
+        _ARCHIVE.unpack(sorted(there), root)
         (tree,) = (path for path in root.glob("**/lib/modules/*") if (path / "kernel").is_dir())
         (compressed,) = {*root.glob("boot/vmlinuz-*"), *tree.glob("vmlinuz*")}
         (place / "vmlinux").write_bytes(vmlinux.extract(compressed.read_bytes()))
         modules.pack(tree, place / "modules.cpio")
         (place / "release").write_text(tree.name)
-
-
-def _apt(*command: str, update: bool = False, directory: str | None = None) -> str:
-    """Run a command of apt in the cache's own tree, and return what it says."""
-    tree = cache.folder() / "apt"
-    for folder in ("etc/preferences.d", "etc/apt.conf.d", "state/lists/partial", "cache/archives/partial"):
-        (tree / folder).mkdir(parents=True, exist_ok=True)
-    (tree / "status").touch()
-    (tree / "etc/sources.list").write_text(_sources())
-    places = {"Etc": tree / "etc", "State": tree / "state", "Cache": tree / "cache", "State::status": tree / "status"}
-    options = [f"-oDir::{name}={place}" for name, place in places.items()]
-    options += ["-oAPT::Architecture=amd64", "-oAPT::Architectures=amd64", "-oAPT::Sandbox::User=", "-qq"]
-    options += ["-oAcquire::Languages=none", "-oAcquire::Retries=3"]
-    if update:
-        subprocess.run(["apt-get", *options, "update"], check=True)
-    return subprocess.run(
-        [command[0], *options, *command[1:]], check=True, stdout=subprocess.PIPE, text=True, cwd=directory
-    ).stdout
-
-
-def _mirror() -> str:
-    """Return where this host's apt gets Debian from, without the archive's name."""
-    if chosen := os.environ.get("IOBMD_VM_MIRROR"):
-        return chosen
-    listed = subprocess.run(
-        ["apt-get", "indextargets", "--format", "$(SITE)"], capture_output=True, text=True, check=True
-    ).stdout
-    for site in listed.split():
-        if site.rstrip("/").endswith("/debian"):
-            return site.rstrip("/").removesuffix("/debian")
-    sys.exit("apt has no Debian mirror here: set IOBMD_VM_MIRROR to one, without the /debian at its end")
-
-
-def _sources() -> str:
-    mirror = _mirror()
-    return "".join(
-        f"deb [signed-by={_KEYS}] {mirror}/{archive} {suite} main\n"
-        for archive, suites in _SUITES.items()
-        for suite in suites
-    )
