@@ -1,13 +1,32 @@
-# `make demo` and `make test` do all their set-up: Debian packages (as root), a virtual environment, the build.
+# Every target does its own set-up: Debian packages (as root), a virtual environment, the build. Bare `make` lists them.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# The demo needs no extras: its environment takes a tenth of the space of the developers', which it uses if there is one.
+DEMO := $(or $(wildcard $(READY)),$(VENV)/.demo)
 SOURCES := pyproject.toml iobmd/_version.py $(wildcard cython_ext/* tools/bench/*.pyx)
 
-.PHONY: demo test test-repeat fuzz test-asan test-tsan test-vm vm-shell lint docs bench soak clean
+.PHONY: help demo test test-repeat fuzz test-asan test-tsan test-vm vm-shell lint docs shell wheels bench soak clean
 
-demo: $(READY)
+help:
+	@echo "make demo         show what iobmd does, and what this host supports"
+	@echo "make test         run the tests; as root all of them"
+	@echo "make lint         check style, types and generated files"
+	@echo "make docs         build the documentation into docs/_build/html"
+	@echo "make shell        generate completions and man pages, after a change of options"
+	@echo "make wheels       build and check the files of a release into dist/"
+	@echo "make bench        measure copies from another process"
+	@echo "make soak         run all operations at once, each checked against the kernel"
+	@echo "make fuzz         test the handling of untrusted input with random examples"
+	@echo "make test-repeat  run the tests ten times, under load and on fragmented memory"
+	@echo "make test-asan    run tests under the address sanitizer (test-tsan: threads)"
+	@echo "make test-vm      run tests in guests with other kernels (vm-shell: a shell)"
+	@echo "make clean        delete the environment and all results"
+	@echo
+	@echo "The Makefile describes the variables of each, such as PYTEST_ARGS."
+
+demo: $(DEMO)
 	$(BIN)/iobmd doctor
 	$(BIN)/iobmd demo
 	$(BIN)/iobmd pagemap self --map
@@ -51,8 +70,17 @@ vm-shell: $(READY)
 lint: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" tools/lint
 
+# Completions and man pages, after a change of a command's options
+shell: $(READY)
+	$(BIN)/python -m iobmd.tools.release.shell
+
 docs: $(READY)
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+# The sdist and the wheels of a release, built for each platform and checked: TARGETS="manylinux-x86_64"
+wheels: $(READY)
+	tools/prepare-release "$(PYTHON)" build/release
+	$(BIN)/python -m iobmd.tools.release $(if $(TARGETS),--only $(TARGETS))
 
 bench: $(READY)
 	$(BIN)/iobmd bench copy
@@ -64,6 +92,10 @@ soak: $(READY)
 
 $(READY): $(SOURCES) tools/prepare
 	tools/prepare "$(PYTHON)" "$(VENV)"
+	touch $@
+
+$(VENV)/.demo: $(SOURCES) tools/prepare
+	tools/prepare "$(PYTHON)" "$(VENV)" ""
 	touch $@
 
 clean:

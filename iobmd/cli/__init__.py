@@ -1,4 +1,7 @@
-"""The `iobmd` command. Each subcommand is one module with `main(argv) -> int`, imported only when it runs."""
+"""The `iobmd` command. Each subcommand is one module, imported only when it runs.
+
+The module has `main(argv) -> int`, and `make_parser()`, from which the completions and man pages are generated.
+"""
 
 import importlib
 import os
@@ -21,6 +24,8 @@ COMMANDS = {
 `iobmd.tools` adds its own when it is imported.
 """
 
+DESCRIPTION = "Allocate, copy and inspect wired memory on Linux."
+
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -29,7 +34,7 @@ def _usage() -> str:
     commands = "\n".join(f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
     return (
         "usage: iobmd [-h] [--version] COMMAND ...\n\n"
-        "Allocate, copy and inspect wired memory on Linux.\n\n"
+        f"{DESCRIPTION}\n\n"
         f"commands:\n{commands}\n\n"
         "`iobmd COMMAND --help` describes its options."
     )

@@ -26,7 +26,7 @@ SHOWN = 16
 
 def main(argv: Sequence[str]) -> int:
     """Run `iobmd alloc`."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     begin = time.perf_counter()
     with policy(reserve=arguments.reserve, memory_budget=arguments.budget, time_budget=arguments.seconds):
         buffer = allocate(
@@ -48,7 +48,8 @@ def main(argv: Sequence[str]) -> int:
     return EXIT_OK
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of `iobmd alloc`."""
     parser = argparse.ArgumentParser(
         prog="iobmd alloc",
         description="Allocate wired memory, show where it lies, and free it.",

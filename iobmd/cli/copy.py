@@ -35,7 +35,7 @@ PROGRESS_FROM = 256 << 20
 
 def main(argv: Sequence[str]) -> int:
     """Run `iobmd copy`."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     with contextlib.nullcontext() if arguments.freeze else interruptible():
         return _run(arguments)
 
@@ -78,7 +78,8 @@ def _run(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of `iobmd copy`."""
     parser = argparse.ArgumentParser(
         prog="iobmd copy",
         description="Copy a range of a process's memory into a buffer, and optionally to a file.",

@@ -17,7 +17,8 @@ _STYLES = {host.Status.YES: "green", host.Status.LIMITED: "yellow", host.Status.
 _MAIN_JOB = "copying another process's memory into a wired buffer"
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of `iobmd doctor`."""
     parser = argparse.ArgumentParser(
         prog="iobmd doctor",
         description="Report what this host supports, what each feature is good for, and how to enable missing ones.",
@@ -29,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Run `iobmd doctor` with the arguments `argv`; return 0 if the main job can run here, otherwise 1."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     found = host.facts()
     if arguments.json:
         _print_json(found)

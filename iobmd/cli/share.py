@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     """Run `iobmd share`."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     task = Task(arguments.pid)
     options = IOMapOptions.kIOMapPrefault
     options |= IOMapOptions(0) if arguments.at else IOMapOptions.kIOMapAnywhere
@@ -51,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
     return EXIT_OK
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of `iobmd share`."""
     parser = argparse.ArgumentParser(
         prog="iobmd share",
         description="Map zeroed memory into this and another process, until the command is interrupted.",

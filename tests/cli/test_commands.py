@@ -7,8 +7,10 @@ import os
 import pty
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import requirements
@@ -17,7 +19,10 @@ from support.kernel import Footprint
 from support.source_process import SourceProcess
 
 import iobmd
+from iobmd import Task
 from iobmd.cli import main
+from iobmd.cli.demo import command
+from iobmd.cli.demo.client import Client
 
 Start = Callable[..., SourceProcess]
 Captured = pytest.CaptureFixture[str]
@@ -39,9 +44,9 @@ def test_version(capsys: Captured) -> None:
 def test_help(capsys: Captured) -> None:
     assert main(["--help"]) == 0
     assert "iobmd COMMAND --help" in capsys.readouterr().out
-    for command in ("demo", "copy", "alloc", "doctor", "bench"):
-        assert main([command, "--help"]) == 0
-        assert f"usage: iobmd {command}" in capsys.readouterr().out
+    for name in ("demo", "copy", "alloc", "doctor", "bench"):
+        assert main([name, "--help"]) == 0
+        assert f"usage: iobmd {name}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -95,6 +100,22 @@ def test_demo(capsys: Captured) -> None:
     gc.collect()
     assert Footprint.now().descriptors == before.descriptors
     assert not Path(f"/proc/{document['pid']}").exists()
+
+
+def test_search_of_the_demo_is_not_copy_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search for contiguous memory precedes the copy, whose speed is shown."""
+
+    def copy_after_search(task: Task, address: int, size: int, *, contiguous: bool, **rest: Any) -> Any:
+        time.sleep(0.5 if contiguous else 0)
+        return iobmd.copy(task, address, size, **rest | {"wired": False})
+
+    monkeypatch.setattr(command, "copy", copy_after_search)
+    size = 16 << 20
+    with Client(anonymous=size) as client:
+        row = command._copy(Task(client.pid), client.pieces["anonymous"], command.CONTIGUOUS)
+    assert row.equal
+    assert row.search_seconds >= 0.5
+    assert row.gigabytes_per_second > 2 * size / 0.5 / 1e9
 
 
 def test_demo_for_people(capsys: Captured) -> None:

@@ -38,15 +38,7 @@ BENCHMARKS = {
 
 def main(argv: Sequence[str]) -> int:
     """Run `iobmd bench NAME`."""
-    parser = argparse.ArgumentParser(
-        prog="iobmd bench",
-        description="Compare iobmd with the bare system calls. Figures are medians; memory is warmed up first.",
-        epilog="benchmarks: " + "; ".join(f"{name}: {what}" for name, (_, what) in BENCHMARKS.items()),
-    )
-    parser.add_argument("benchmark", choices=BENCHMARKS)
-    parser.add_argument("--size", type=size, default=512 << 20, help="size of the large copies (default: 512M)")
-    parser.add_argument("--rounds", type=int, default=7, help="measurements of each (default: 7)")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser = make_parser()
     arguments = parser.parse_args(argv)
     if arguments.rounds < 1:
         parser.error("--rounds must be at least 1")
@@ -71,3 +63,17 @@ def main(argv: Sequence[str]) -> int:
     columns = ("measured", "figure", "against", "ratio", "goal", "")
     table.show(f"iobmd {__version__}, {host}, medians of {arguments.rounds}", columns, cells, right=(1, 3))
     return EXIT_OK
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of `iobmd bench`."""
+    parser = argparse.ArgumentParser(
+        prog="iobmd bench",
+        description="Compare iobmd with the bare system calls. Figures are medians; memory is warmed up first.",
+        epilog="benchmarks: " + "; ".join(f"{name}: {what}" for name, (_, what) in BENCHMARKS.items()),
+    )
+    parser.add_argument("benchmark", choices=[*BENCHMARKS])
+    parser.add_argument("--size", type=size, default=512 << 20, help="size of the large copies (default: 512M)")
+    parser.add_argument("--rounds", type=int, default=7, help="measurements of each (default: 7)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    return parser

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 from iobmd.cli import EXIT_OK
 from iobmd.cli.signals import interruptible, terminable
 
-from .arguments import parse
+from .arguments import make_parser, parse
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+__all__ = ["main", "make_parser"]
 
 
 def main(argv: Sequence[str]) -> int:

@@ -40,7 +40,7 @@ _MODULES = {
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; `way` of the result is the name of the output module."""
-    parser = _parser()
+    parser = make_parser()
     arguments = parser.parse_args(argv)
     chosen = [way for way in _WAYS if getattr(arguments, way) not in (None, False)]
     way = chosen[0] if chosen else "table"
@@ -93,7 +93,8 @@ def _refuse_without_effect(parser: argparse.ArgumentParser, arguments: argparse.
         parser.error(f"--{without[0].replace('_', '-')} cannot be combined with --{way}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of `iobmd pagemap`."""
     parser = argparse.ArgumentParser(
         prog="iobmd pagemap",
         usage="%(prog)s PID|self [options]\n       %(prog)s --frame PFN[-PFN] [--json]",
@@ -106,9 +107,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=partial(argparse.HelpFormatter, width=80),
     )
     parser.add_argument("pid", nargs="?", type=_pid, metavar="PID", help="the process; self: this command")
-    _add_choices(parser.add_argument_group("which areas"))
-    _add_details(parser.add_argument_group("what of them"))
-    _add_ways(parser.add_argument_group("shown how"))
+    _add_choices(parser.add_argument_group("areas"))
+    _add_details(parser.add_argument_group("details"))
+    _add_ways(parser.add_argument_group("output"))
     parser.formatter_class = argparse.HelpFormatter
     return parser
 

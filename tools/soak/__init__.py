@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
 
@@ -25,3 +26,10 @@ def main(argv: Sequence[str]) -> int:
     if chosen.json:
         chosen.json.write_text(json.dumps(result, indent=2) + "\n")
     return EXIT_FAILED if any(result["faults"].values()) else EXIT_OK
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of `iobmd soak`."""
+    from . import options  # noqa: PLC0415
+
+    return options.make_parser()

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,7 +21,7 @@ from iobmd.constants import IOOptionBits
 from iobmd.errors import IOReturnError
 from iobmd.memory.mlock import Wiring
 from iobmd.task.task import Task, kernel_task
-from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_down
+from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, format_time, round_down
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +36,10 @@ class Row(NamedTuple):
 
     source: str
     size: int
-    gigabytes_per_second: float
+    gigabytes_per_second: float | None
+    """Of the copy. None for contiguous memory of one chunk, whose copy cannot be timed apart from the search."""
+    search_seconds: float
+    """How long the search for contiguous memory took, which is not part of the speed; 0 for other memory."""
     wiring: str
     resident: int
     """By pagemap."""
@@ -47,35 +51,31 @@ class Row(NamedTuple):
 
 def main(argv: Sequence[str]) -> int:
     """Run `iobmd demo`."""
-    parser = argparse.ArgumentParser(
-        prog="iobmd demo",
-        description="Copy memory of several kinds from another process into buffers of this one, and check with "
-        "the kernel where they lie.",
-    )
-    parser.add_argument("--size", type=size, help="size of large pieces (default: 64M, or as much as may be locked)")
-    parser.add_argument(
-        "--control", type=size, default=1 << 30, help="span of the mlocked control under compaction (default: 1G)"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    arguments = parser.parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     big = arguments.size or _lockable(DEFAULT_SIZE)
     small = min(big, 4 << 20)
     sizes = {"anonymous": big, "THP": big, "memfd": big, "file": small, "read-only": small, "untouched": small}
     if _lockable(HUGE_PAGE_SIZE) == HUGE_PAGE_SIZE:
         sizes["hugetlb"] = HUGE_PAGE_SIZE
+    _progress("starting a client with random data in its memory")
     with Client(**sizes, guarded=small) as client:
         task = Task(client.pid)
         guarded = client.pieces.pop("guarded")
+        _progress("copying memory from it")
         _copy(task, client.pieces["anonymous"], PAGEABLE)  # the first touch of a virtual machine's memory is slow
         rows = [_copy(task, piece, WIRED) for piece in client.pieces.values()]
         rows.append(_copy(task, client.pieces["anonymous"], PAGEABLE))
+        _progress("searching for contiguous memory, for five seconds at most")
         contiguous = _copy_contiguous(task, client.pieces["THP"])
         refusal = _fail(task, guarded)
         allocated = remote.demonstrate(task, client.pieces["anonymous"])
     rows += [contiguous] if isinstance(contiguous, Row) else []
+    _progress("compacting the memory of this host")
     compaction = _compact(arguments.control, min(big, 16 << 20))
     still = not compaction or compaction["pinned"] + compaction["collapse_pinned"] == 0
+    _progress("purging memory")
     purged = purgeable.demonstrate(min(big, 16 << 20))
+    _progress("")
     passed = all(row.equal for row in rows) and refusal is not None and still and purgeable.truthful(purged)
     passed = passed and remote.truthful(allocated)
     if arguments.json:
@@ -87,10 +87,36 @@ def main(argv: Sequence[str]) -> int:
         _show(task, rows, refusal)
         if isinstance(contiguous, str):
             print(f"\nNo contiguous copy: {contiguous}")
+        else:
+            print(
+                f"\nContiguous memory: {format_size(contiguous.size)} found in "
+                f"{format_time(contiguous.search_seconds)}, which is not part of its GB/s."
+            )
         _show_compaction(compaction)
         purgeable.show(purged)
         remote.show(allocated)
     return EXIT_OK if passed else EXIT_FAILED
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of `iobmd demo`."""
+    parser = argparse.ArgumentParser(
+        prog="iobmd demo",
+        description="Copy memory of several kinds from another process into buffers of this one, and check with "
+        "the kernel where they lie.",
+    )
+    parser.add_argument("--size", type=size, help="size of large pieces (default: 64M, or as much as may be locked)")
+    parser.add_argument(
+        "--control", type=size, default=1 << 30, help="span of the mlocked control under compaction (default: 1G)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    return parser
+
+
+def _progress(step: str) -> None:
+    """Show the current step on the last line of a terminal, which the next one replaces."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{step}{' …' if step else ''}", end="", file=sys.stderr, flush=True)
 
 
 def _lockable(size: int) -> int:
@@ -110,14 +136,29 @@ def _copy_contiguous(task: Task, piece: Piece) -> Row | str:
 
 
 def _copy(task: Task, piece: Piece, options: IOOptionBits) -> Row:
-    begin = time.perf_counter()
-    with copy(task, piece.address, piece.size, wired=options != PAGEABLE, contiguous=options == CONTIGUOUS) as buffer:
+    started = time.perf_counter()
+    begin, copied = started, 0  # contiguous memory is found, then filled: its copy is timed from the first chunk
+
+    def progress(done: int) -> None:
+        nonlocal begin, copied
+        if not copied and options == CONTIGUOUS:
+            begin, copied = time.perf_counter(), done
+
+    with copy(
+        task,
+        piece.address,
+        piece.size,
+        wired=options != PAGEABLE,
+        contiguous=options == CONTIGUOUS,
+        progress=progress,
+    ) as buffer:
         seconds = time.perf_counter() - begin
         address = buffer.getBytesNoCopy()
         return Row(
             piece.kind,
             piece.size,
-            round(piece.size / seconds / 1e9, 2),
+            round((piece.size - copied) / seconds / 1e9, 2) if copied < piece.size else None,
+            round(begin - started, 3),
             buffer.wiring.value + (", contiguous" if options == CONTIGUOUS else ""),
             pagemap.counts(kernel_task, address, piece.size).present * PAGE_SIZE,
             _locked(address, piece.size),
@@ -180,7 +221,7 @@ def _show(task: Task, rows: list[Row], refusal: str | None) -> None:
         (
             row.source,
             format_size(row.size),
-            f"{row.gigabytes_per_second:.2f}",
+            "" if row.gigabytes_per_second is None else f"{row.gigabytes_per_second:.2f}",
             row.wiring,
             f"{row.resident / row.size:.0%}",
             f"{row.locked / row.size:.0%}",

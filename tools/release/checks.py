@@ -1,0 +1,125 @@
+"""What a wheel must pass: tools that audit it, its contents, and an import by an interpreter of its platform."""
+
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from ..vm import cache
+from ..vm.debian import Archive
+from .build import Target, run
+
+_LEFTOVERS = re.compile(r"\.(?:pyx|pxd|pxi|h|o|py[co])$|(?:^|/)(?:build|tests|docs)/|(?:^|/)\.|~$")
+_INSTALLED = (
+    "iobmd/py.typed",
+    "/share/man/man1/iobmd.1",
+    "/share/bash-completion/completions/iobmd",
+    "/licenses/LICENSE",
+)
+_DEBIAN = Archive("apt-arm64", "arm64", {"debian": ("bookworm",)})
+_PYTHON = (
+    "libc6",
+    "libexpat1",
+    "libffi8",
+    "libpython3.11-minimal",
+    "libpython3.11-stdlib",
+    "python3.11-minimal",
+    "zlib1g",
+)
+_PROGRAM = """
+import iobmd, platform
+with iobmd.allocate(1 << 16, wired=False) as buf:
+    buf.writeBytes(0, b"hello")
+    assert buf.readBytes(0, 5) == b"hello"
+print("imported by Python", platform.python_version(), "on", platform.machine())
+"""
+
+
+def of_metadata(tools: Path, file: Path) -> None:
+    """Check that an index accepts the metadata and can render the description."""
+    run([tools / "bin/twine", "check", "--strict", file])
+
+
+def of_symbols(tools: Path, wheel: Path) -> None:
+    """Check that the extensions use the stable ABI of the Python in the wheel's tag, and nothing else of Python."""
+    run([tools / "bin/abi3audit", "--strict", "--verbose", wheel])
+
+
+def of_contents(wheel: Path) -> None:
+    """Raise `ValueError` if the wheel lacks a file, or contains leftovers of a build or symbols for debuggers."""
+    with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
+        names = archive.namelist()
+        if leftovers := [name for name in names if _LEFTOVERS.search(name)]:
+            raise ValueError(f"{wheel.name} contains {', '.join(leftovers)}")
+        if missing := [path for path in _INSTALLED if not any(name.endswith(path) for name in names)]:
+            raise ValueError(f"{wheel.name} does not contain {', '.join(missing)}")
+        for name in names:
+            if name.endswith(".so") and (found := _symbol_sections(archive.extract(name, folder))):
+                raise ValueError(f"{name} in {wheel.name} has the sections {', '.join(found)}")
+
+
+def _symbol_sections(extension: str) -> list[str]:
+    listed = run(["readelf", "--section-headers", "--wide", extension])
+    return re.findall(r"^ *\[ *\d+\] (\.z?debug\S*|\.symtab)", listed, re.M)
+
+
+def loaded(wheel: Path, target: Target, work: Path) -> str:
+    """Install the wheel, load it by the means that this machine has, and return a phrase that says so.
+
+    Wheels for glibc are imported, under emulation if need be. Debian has no Python for musl: instead musl's loader
+    resolves the symbols of every extension, and those that it cannot find must be Python's.
+    """
+    site = _installed(wheel, target, work / "site")
+    if target.platform.startswith("musllinux"):
+        return _resolved_by_musl(site, target)
+    if target.machine == "x86_64":
+        return run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(site)!r})\n{_PROGRAM}"]).strip()
+    root = _arm64(_PYTHON)
+    python: list[str | Path] = ["qemu-aarch64-static", "-L", root, root / "usr/bin/python3.11"]
+    variables = {"PYTHONHOME": str(root / "usr"), "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"}
+    return run([*python, "-P", "-c", _PROGRAM], variables=variables).strip()
+
+
+def _installed(wheel: Path, target: Target, site: Path) -> Path:
+    """Install the wheel as pip does on its platform, which accepts it by its tags; without its dependencies."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    choice: list[str | Path] = [
+        "--target",
+        site,
+        "--platform",
+        target.platform,
+        "--python-version",
+        "3.11",
+        "--only-binary=:all:",
+    ]
+    run([*command, *choice, wheel])
+    return site
+
+
+def _resolved_by_musl(site: Path, target: Target) -> str:
+    extensions = sorted(site.rglob("*.so"))
+    loader: list[str | Path] = ["/lib/ld-musl-x86_64.so.1"]
+    if target.machine != "x86_64":
+        root = _arm64(("musl",))
+        loader = [f"qemu-{target.machine}-static", root / f"lib/ld-musl-{target.machine}.so.1"]
+    for extension in extensions:
+        listed = subprocess.run([*loader, "--list", extension], capture_output=True, text=True, check=False)
+        missing = re.findall(r": (\S+): symbol not found", listed.stdout + listed.stderr)
+        if not missing or [name for name in missing if not re.match(r"_?Py", name)]:
+            raise ValueError(f"musl does not load {extension.name}: {listed.stdout}{listed.stderr}")
+    return f"{len(extensions)} extensions resolved by musl's loader"
+
+
+def _arm64(packages: tuple[str, ...]) -> Path:
+    """Return a folder with packages of Debian for arm64, from the cache."""
+
+    def fetch(place: Path) -> None:
+        _DEBIAN.update()
+        place.mkdir()
+        _DEBIAN.unpack(packages, place)
+        for archive in place.glob("*.deb"):
+            archive.unlink()
+
+    return cache.made(cache.folder() / f"arm64-{'-'.join(packages)}"[:60], fetch)
