@@ -31,8 +31,12 @@ cdef class Guard:
     cdef object _lock
     cdef unsigned long _owner
     cdef int _made_in
+    cdef list _deferred
+    cdef list _again
 
     def __cinit__(self):
+        self._deferred = []
+        self._again = []
         self._renew()
 
     cdef _renew(self):
@@ -50,13 +54,15 @@ cdef class Guard:
         raise RuntimeError("entered again by the thread that is inside")
 
     def enter(self):
-        """Enter it, until `leave`; return True."""
+        """Enter it, until `leave`; return True. Deferred actions are called first."""
         if self.mine:
             self.reentered()
         if self._made_in != _generation:
             self._renew()
         self._lock.acquire()
         self._owner = PyThread_get_thread_ident()
+        if self._deferred or self._again:
+            self._call_all_deferred()
         return True
 
     def __enter__(self):
@@ -72,13 +78,50 @@ cdef class Guard:
         return True
 
     def leave(self):
-        """Leave it; does nothing if this thread is not inside."""
+        """Leave it, and call the actions that were deferred; does nothing if this thread is not inside."""
         if self.mine:
-            self._owner = 0
-            self._lock.release()
+            self._release()
+            if self._deferred:
+                self._call_deferred()
 
     def __exit__(self, *_error):
         self.leave()
+
+    def when_free(self, action):
+        """Call `action` from inside, without waiting: now, or as soon as the thread that is inside leaves.
+
+        For destructors, which may interrupt any thread, this one included. An action that returns a true value is
+        called again when the guard is entered next.
+        """
+        self._deferred.append(action)
+        self._call_deferred()
+
+    cdef void _release(self):
+        self._owner = 0
+        self._lock.release()
+
+    cdef _call_deferred(self):
+        # Repeatedly, because threads that deferred an action while this one was inside rely on it.
+        while self._deferred and self.enter_if_free():
+            try:
+                self._call_each()
+            finally:
+                self._release()
+
+    cdef _call_all_deferred(self):
+        try:
+            while self._again:
+                self._deferred.append(self._again.pop())
+            self._call_each()
+        except BaseException:  # of a signal handler: the block is not entered
+            self._release()
+            raise
+
+    cdef _call_each(self):
+        while self._deferred:
+            action = self._deferred.pop()
+            if action():
+                self._again.append(action)
 
 
 cdef class Fd:

@@ -75,8 +75,8 @@ class Backing(Protocol):
     def pin(self) -> None:
         """Pin every page and record its frame. Raises `kIOReturnCannotWire`."""
 
-    def unpin(self) -> None:
-        """Undo `pin`."""
+    def unpin(self, *, wait: bool = True) -> None:
+        """Undo `pin`; without `wait`, for destructors, as soon as no other thread prevents it."""
 
     def read_runs(self, *, gaps: bool = False) -> RunTable | None:
         """Read its present physical runs, like `runs`; with `gaps`, absent pages are omitted, otherwise an error."""

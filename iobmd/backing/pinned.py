@@ -50,7 +50,7 @@ class Pinned(abc.ABC):
         self._pin = pin
         self._generation = mapping.generation()
 
-    def unpin(self) -> None:
+    def unpin(self, *, wait: bool = True) -> None:  # noqa: ARG002 (the protocol's)
         """Release the pin, so that the kernel may move the pages again."""
         if self._pin:
             self._pin.release()

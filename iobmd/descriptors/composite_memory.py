@@ -178,11 +178,16 @@ class CompositeBacking:
             raise
         self._pins += 1
 
-    def unpin(self) -> None:
-        """Undo one `pin`."""
+    def unpin(self, *, wait: bool = True) -> None:
+        """Undo one `pin`; without `wait`, for destructors, parts that are in use are unpinned afterwards."""
         self._pins -= 1
         self._table = None
-        _unpin([part.owner for part in self._parts])
+        owners = [part.owner for part in self._parts]
+        if wait:
+            _unpin(owners)
+            return
+        for owner in reversed(owners):
+            owner.unpin_when_free()
 
     @property
     def runs(self) -> RunTable | None:
@@ -228,12 +233,8 @@ class CompositeBacking:
         return CompositeState(list({id(owner): owner for owner in self.origins()}.values()))
 
     def origins(self) -> list[MemoryOwner]:
-        """Return the owners of memory that is not composite itself."""
-        found: list[MemoryOwner] = []
-        for part in self._parts:
-            backing = part.owner.require_backing()
-            found += backing.origins() if isinstance(backing, CompositeBacking) else [part.owner]
-        return found
+        """Return the owners of its parts' memory that are not composite."""
+        return [origin for part in self._parts for origin in part.owner.origins()]
 
     def close(self) -> None:
         """End the use of its parts' memory, which is released after its last use. Idempotent."""

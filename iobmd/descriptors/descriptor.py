@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex
 
 from iobmd.backing.ranges import RangeBacking
@@ -548,14 +549,30 @@ class IOMemoryDescriptor:
     def _abandon(self) -> None:
         """End the use of the memory at garbage collection, which cannot report errors, and undo every `prepare`."""
         owner, self._owner, self._state = self._owner, None, "released"
-        assert owner
-        for _ in range(self._prepared if owner.maker == os.getpid() else 0):
-            with contextlib.suppress(IOReturnError), owner.guard:
-                owner.unpin()
+        if owner is None:
+            return
+        if self._prepared:
+            owner.guard.when_free(partial(self._undo_all, owner))
         # Without the guard, which the interrupted thread may hold. The owner releases the memory when it is
         # collected: now, or with the last of its dependents and of the maps and views that are garbage of the same
         # cycle.
         owner.has_handle = False
+
+    def _complete_when_free(self) -> None:
+        """Undo one `prepare` for a destructor of `iommu`, which must not wait."""
+        if owner := self._owner:  # otherwise its own destructor has undone all
+            owner.guard.when_free(partial(self._undo_prepare, owner))
+
+    def _undo_all(self, owner: MemoryOwner) -> None:
+        while self._prepared:
+            self._undo_prepare(owner)
+
+    def _undo_prepare(self, owner: MemoryOwner) -> None:
+        """Undo one `prepare`, if any is left, for a destructor, with the guard held."""
+        if self._prepared and owner.maker == os.getpid():  # a forked child inherits no pins
+            with contextlib.suppress(IOReturnError):  # it may be garbage of the same cycle, and already released
+                owner.unpin(wait=False)
+        self._prepared = max(self._prepared - 1, 0)
 
 
 def _as_part(found: Part | RangeBacking) -> Part:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
 from iobmd._internal import process_local
@@ -18,14 +17,11 @@ if TYPE_CHECKING:
     from iobmd.task.task import Task
 
 _changes = process_local.Guard()  # protects the users of mappings
-# Uses that a garbage collection ended during a change.
-_abandoned: deque[tuple[CachedMapping, int]] = deque()
 
 
 def open_map(descriptor: IOMemoryDescriptor, owner: MemoryOwner, task: Task, request: MapRequest) -> IOMemoryMap:
     """Map a part of an owner's memory, with its guard held, by an existing or a new mapping."""
     with _changes:
-        _end_abandoned()
         known = [mapping for mapping in owner.mappings() if mapping.serves(task, request)]
         mapping = known[0] if known else CachedMapping.open(descriptor, owner, task, request)
         owner.add_mapping(mapping)
@@ -38,7 +34,6 @@ def uses(owner: MemoryOwner) -> int:
     if not owner.has_mappings:
         return 0
     with _changes:
-        _end_abandoned()
         return sum(len(mapping.users) for mapping in owner.mappings())
 
 
@@ -46,21 +41,6 @@ def further_mappings(owner: MemoryOwner) -> list[CachedMapping]:
     """Return the mappings of an owner's memory other than its own addresses."""
     with _changes:
         return [mapping for mapping in owner.mappings() if mapping.own]
-
-
-def _end_abandoned() -> None:
-    later = []
-    while _abandoned:
-        mapping, user = _abandoned.popleft()
-        try:
-            mapping.let_go(user)
-        except BusyError:  # in another task, which cannot be stopped now
-            later.append((mapping, user))
-        except IOReturnError:  # … or has exited
-            pass
-        except BufferError:  # a view is garbage of the same cycle: the mapping goes with it
-            mapping.users.discard(user)
-    _abandoned.extend(later)
 
 
 class IOMemoryMap(Exporter):
@@ -176,7 +156,6 @@ class IOMemoryMap(Exporter):
             message = f"{self!r} is in use (view count {self.exports}): release its memoryviews and arrays first"
             raise BusyError(message)
         with _changes:
-            _end_abandoned()
             if mapping := self._mapping:  # read again: another thread may have unmapped it
                 mapping.let_go(id(self))
                 self._mapping = None
@@ -202,18 +181,23 @@ class IOMemoryMap(Exporter):
         self.unmap()
 
     def __del__(self) -> None:
-        if (mapping := getattr(self, "_mapping", None)) is None:
-            return
-        # A finalizer may interrupt any operation and must not wait: the thread that holds the guard ends this use
-        # too.
-        _abandoned.append((mapping, id(self)))
-        if _changes.mine:
-            return
+        if getattr(self, "_mapping", None):
+            # The method keeps this object, so that no other map has its id before the use has ended.
+            _changes.when_free(self._unmap_collected)
+
+    def _unmap_collected(self) -> bool:
+        """End the use for the destructor, with the guard held; return whether to try again."""
+        mapping = self._open()
         try:
-            if _changes.enter_if_free():
-                _end_abandoned()
-        finally:
-            _changes.leave()
+            mapping.let_go(id(self))
+        except BusyError:  # in another task, which cannot be stopped now
+            return True
+        except IOReturnError:  # … or has exited
+            pass
+        except BufferError:  # a view is garbage of the same cycle: the mapping goes with it
+            mapping.users.discard(id(self))
+        self._mapping = None
+        return False
 
     def __reduce_ex__(self, _protocol: SupportsIndex) -> NoReturn:
         raise TypeError("an IOMemoryMap belongs to its process and cannot be copied or pickled")

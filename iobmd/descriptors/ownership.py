@@ -12,6 +12,7 @@ from iobmd._internal import process_local
 from iobmd._internal.weak_registry import WeakRegistry
 from iobmd._native import mapping
 from iobmd.constants import kIODirectionPrepareNoFault, kIODirectionPrepareToPhys32
+from iobmd.descriptors.composite_memory import CompositeBacking
 from iobmd.descriptors.options import check_within, require_cache_instruction
 from iobmd.descriptors.purge_control import PurgeControl
 from iobmd.errors import (
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
     from iobmd._native.pagemap import PhysicalSegment, RunTable
     from iobmd.backing import Backing
-    from iobmd.descriptors.composite_memory import CompositeBacking
     from iobmd.descriptors.mapping_cache import CachedMapping
 
 
@@ -114,6 +114,11 @@ class MemoryOwner:
                 f"wiring on to process {os.getpid()}: allocate the buffer after the fork, or use a pageable one"
             )
         return backing
+
+    def origins(self) -> list[MemoryOwner]:
+        """Return the owners of its memory that are not composite: this one, or those of its parts."""
+        backing = self.require_backing()
+        return backing.origins() if isinstance(backing, CompositeBacking) else [self]
 
     # --- its users
 
@@ -261,17 +266,28 @@ class MemoryOwner:
             raise
         self.pins += 1
 
-    def unpin(self) -> None:
-        """Undo one `pin`; after the last one the kernel may move the memory again. Raises `kIOReturnNotReady`."""
+    def unpin(self, *, wait: bool = True) -> None:
+        """Undo one `pin`; after the last one the kernel may move the memory again. Raises `kIOReturnNotReady`.
+
+        `wait` as `Backing.unpin`.
+        """
         backing = self.require_backing()
         if not self.pins:
             raise NotReadyError(f"{self!r} is not prepared: nothing to complete")
         self.pins -= 1
         if backing.composite or not (self.pins or self._pinned_for_good):
-            self._release_pin(backing)
+            self._release_pin(backing, wait=wait)
 
-    def _release_pin(self, backing: Backing) -> None:
-        backing.unpin()
+    def unpin_when_free(self) -> None:
+        """Undo one `pin` for a destructor, which must not wait: when no thread has the guard, which it lacks."""
+        self.guard.when_free(self._unpin_collected)
+
+    def _unpin_collected(self) -> None:
+        with contextlib.suppress(IOReturnError):  # it may be garbage of the same cycle, and already released
+            self.unpin(wait=False)
+
+    def _release_pin(self, backing: Backing, *, wait: bool = True) -> None:
+        backing.unpin(wait=wait)
         if self.purge_control:
             self.purge_control.memory.let_go()
 

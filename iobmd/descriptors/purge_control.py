@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from iobmd.errors import IOReturnError
@@ -159,5 +160,20 @@ class NonVolatile:
     def __del__(self) -> None:
         # An interrupt occurred at the start or the end of the `with` block.
         if self.intact is not None:
-            with contextlib.suppress(IOReturnError):  # its memory may be garbage of the same cycle, and already freed
-                self._leave(failed=True)
+            self._owner.guard.when_free(self._leave_collected)
+
+    def _leave_collected(self) -> None:
+        """End the block for the destructor, which must not wait, with the guard held."""
+        control = self._owner.purge_control
+        then = control.leave(self, failed=True) if control else None
+        if not then:
+            return
+        with contextlib.suppress(IOReturnError):  # its memory may be garbage of the same cycle, and already freed
+            for origin in self._owner.origins():
+                origin.guard.when_free(partial(_change, origin, then))
+
+
+def _change(owner: MemoryOwner, then: tuple[int, int]) -> None:
+    """Change the state of memory that is not composite, with its guard held, if that is still possible."""
+    with contextlib.suppress(IOReturnError):
+        owner.change_purgeable(*then)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import warnings
@@ -370,6 +369,5 @@ class IODMACommand:
             return
         message = f"{self!r} was never completed"
         self._transfer = None
-        with contextlib.suppress(IOReturnError):  # its memory may be garbage of the same cycle, and already freed
-            transfer.release()
+        transfer.drop()
         warnings.warn(message, ResourceWarning, stacklevel=2, source=self)

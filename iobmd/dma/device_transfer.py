@@ -246,6 +246,12 @@ class DeviceTransfer:
             with self.memory.guard:
                 self.memory.unpin()
 
+    def drop(self) -> None:
+        """As `release`, for a destructor, which must not wait and cannot report errors."""
+        if self.bounce is not None:
+            self.bounce._abandon()
+        self.memory.unpin_when_free()
+
 
 def _must_move(lying: list[PhysicalSegment], limits: Specification) -> bool:
     """Whether bouncing unreachable pages does not suffice, because parts have an unsuitable alignment."""

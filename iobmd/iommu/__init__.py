@@ -112,10 +112,10 @@ class IOMapper:
         return prepared
 
     def _unmap(self, prepared: IOVMRange, address: int, size: int) -> None:
-        with self._guard:
-            self._open().unmap(address, size)
-            self._addresses.give_back(address, size)
-            self._ranges.discard(prepared)
+        """Undo `_map`, with the guard held."""
+        self._open().unmap(address, size)
+        self._addresses.give_back(address, size)
+        self._ranges.discard(prepared)
 
     def fileno(self) -> int:
         """Return VFIO's descriptor of the device, with which a driver accesses its registers (linux/vfio.h)."""
@@ -182,7 +182,8 @@ class IOVMRange:
         mapper, self._mapper = self._mapper, None
         if mapper:
             try:
-                mapper._unmap(self, *self._mapped)
+                with mapper._guard:
+                    mapper._unmap(self, *self._mapped)
             except BaseException:
                 self._mapper = mapper
                 raise
@@ -201,6 +202,13 @@ class IOVMRange:
     def __del__(self) -> None:
         if self._mapper and self._mapper._maker == os.getpid():
             message = f"{self!r} was never completed"
-            with contextlib.suppress(IOReturnError):  # its memory may be garbage of the same cycle, and already freed
-                self.complete()
+            self._mapper._guard.when_free(self._complete_collected)
             warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
+
+    def _complete_collected(self) -> None:
+        """As `complete`, for the destructor, which must not wait, with the mapper's guard held."""
+        mapper, self._mapper = self._mapper, None
+        if mapper:
+            with contextlib.suppress(IOReturnError):  # the mapper may be closed, which unmaps everything
+                mapper._unmap(self, *self._mapped)
+            self._descriptor._complete_when_free()

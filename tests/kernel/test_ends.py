@@ -1,9 +1,33 @@
 """The end of descriptors that were not freed: garbage, cycles and exit print nothing but a ResourceWarning."""
 
+import gc
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import pytest
+from support import kernel
+from support.targets import until
+
+import iobmd
+from iobmd import (
+    IOBufferMemoryDescriptor,
+    IODMACommand,
+    IOMapOptions,
+    IOMemoryDescriptor,
+    IOMultiMemoryDescriptor,
+    IOSubMemoryDescriptor,
+    iommu,
+)
+from iobmd._internal import process_local
+from iobmd.descriptors import memory_map
+from iobmd.iommu import IOMapper
+
+PAGE = kernel.PAGE
+INOUT = iobmd.kIODirectionInOut
+VOLATILE = iobmd.IOPurgeable.kIOMemoryPurgeableVolatile
 
 HEAD = """
 import builtins, ctypes, gc, os, sys, warnings
@@ -155,3 +179,159 @@ print(bytes(v[:4]).decode())
 v.release()
 """
     assert run(program, "never freed").split() == ["kept"]
+
+
+class Abandoned(NamedTuple):
+    """Garbage that uses memory, in a cycle, so that only the collector ends it."""
+
+    garbage: list[object]
+    others: list[object]
+    guard: process_local.Guard
+    """The guard of the memory."""
+    held: Callable[[], int] = lambda: kernel.status("VmPin")
+    """What the kernel shows of its use, 0 once that has ended."""
+
+
+def pageable(size: int = PAGE, **how: bool) -> IOBufferMemoryDescriptor:
+    buffer = iobmd.allocate(size, wired=False, **how)
+    buffer.writeBytes(0, bytes(size))
+    return buffer
+
+
+def dirty(*buffers: IOBufferMemoryDescriptor) -> int:
+    """Return how many bytes are not lazily freed, nor reclaimed."""
+    return sum(kernel.smaps(buffer.getBytesNoCopy())["Private_Dirty"] for buffer in buffers)
+
+
+def a_part() -> Abandoned:
+    whole = pageable()
+    part = IOSubMemoryDescriptor.withSubRange(whole, 0, 1, INOUT)
+    part.prepare()
+    return Abandoned([part], [whole], whole._memory().guard)
+
+
+def a_concatenation() -> Abandoned:
+    parts = [pageable(), pageable()]
+    whole = IOMultiMemoryDescriptor.withDescriptors(parts, INOUT)
+    whole.prepare()
+    return Abandoned([whole], [*parts], parts[1]._memory().guard)
+
+
+def a_concatenation_in_use() -> Abandoned:
+    whole = IOMultiMemoryDescriptor.withDescriptors([pageable(), pageable()], INOUT)
+    part = IOSubMemoryDescriptor.withSubRange(whole, 0, PAGE + 1, INOUT)
+    part.prepare()
+    return Abandoned([part], [whole], whole._memory().guard)
+
+
+def a_command() -> Abandoned:
+    memory = pageable()
+    memory.prepare()
+    command = IODMACommand.withSpecification(64)
+    command.setMemoryDescriptor(memory)
+    command.synchronize(0, forceDoubleBuffer=True)
+    memory.complete()
+    return Abandoned([command], [memory], memory._memory().guard)
+
+
+def a_device_range() -> Abandoned:
+    memory, mapper = pageable(), IOMapper("")
+    prepared = mapper.prepare(memory)
+    held = lambda: len(mapper._container.mapped) + kernel.status("VmPin")  # type: ignore[union-attr]  # noqa: E731
+    return Abandoned([prepared], [memory, mapper], mapper._guard, held)
+
+
+def memory_of_a_device_range() -> Abandoned:
+    found = a_device_range()
+    return found._replace(guard=found.others[0]._memory().guard)  # type: ignore[attr-defined]
+
+
+def an_interrupted_block() -> Abandoned:
+    memory = pageable(purgeable=True)
+    memory.setPurgeable(VOLATILE)
+    block = memory.nonvolatile()
+    assert block.__enter__()
+    return Abandoned([block], [memory], memory._memory().guard, lambda: dirty(memory))
+
+
+def an_interrupted_block_of_parts() -> Abandoned:
+    parts = [pageable(purgeable=True), pageable(purgeable=True)]
+    whole = IOMultiMemoryDescriptor.withDescriptors(parts, INOUT)
+    whole.setPurgeable(VOLATILE)
+    block = whole.nonvolatile()
+    assert block.__enter__()
+    return Abandoned([block], [*parts, whole], parts[1]._memory().guard, lambda: dirty(*parts))
+
+
+def a_map() -> Abandoned:
+    memory = pageable(shared=True)
+    mapped = memory.map(IOMapOptions.kIOMapUnique)
+    address = mapped.getAddress()
+    return Abandoned([mapped], [memory], memory_map._changes, lambda: len(kernel.smaps(address)))
+
+
+class Mapped:
+    """A VFIO container without a device."""
+
+    def __init__(self, _device: object) -> None:
+        self.mapped: dict[int, int] = {}
+
+    def ranges(self) -> list[tuple[int, int]]:
+        return [(0, 1 << 39)]
+
+    def map(self, _virtual: int, address: int, size: int, _access: int) -> None:
+        self.mapped[address] = size
+
+    def unmap(self, address: int, size: int) -> None:
+        assert self.mapped.pop(address) == size
+
+    def close(self) -> None:
+        assert not self.mapped
+
+
+USES = [
+    a_part, a_concatenation, a_concatenation_in_use, pytest.param(a_command, marks=pytest.mark.needs("frames")),
+    a_device_range, memory_of_a_device_range, an_interrupted_block, an_interrupted_block_of_parts, a_map,
+]  # fmt: skip
+
+
+@pytest.fixture
+def abandoned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Abandoned]:
+    monkeypatch.setattr(iommu, "Container", Mapped)
+    found: Abandoned = request.param()
+    assert found.held()
+    yield found
+    for other in reversed(found.others):
+        if isinstance(other, IOMemoryDescriptor):
+            other.free()
+        elif isinstance(other, IOMapper):
+            other.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*never:ResourceWarning")
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("abandoned", USES, indirect=True)
+@pytest.mark.parametrize("in_thread", [False, True], ids=["itself", "another thread"])
+def test_a_destructor_never_waits(abandoned: Abandoned, *, in_thread: bool) -> None:
+    """The collector runs it in any thread: inside a guard, or while another thread is. The use ends afterwards."""
+
+    def collect() -> None:
+        cycle = abandoned.garbage[:]
+        cycle.append(cycle)
+        abandoned.garbage.clear()
+        del cycle
+        gc.collect()
+
+    with abandoned.guard:
+        if in_thread:
+            thread = threading.Thread(target=collect, daemon=True)
+            thread.start()
+            thread.join(20)
+            waits = thread.is_alive()
+        else:
+            collect()
+            waits = False
+    if in_thread:
+        thread.join(20)
+    assert not waits
+    assert until(lambda: not abandoned.held())  # a ring ends in a work queue of the kernel

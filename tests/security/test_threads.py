@@ -6,6 +6,7 @@ For a few seconds in the suite. `make test-tsan` runs it under the thread saniti
 from __future__ import annotations
 
 import contextlib
+import itertools
 import mmap
 import os
 import random
@@ -205,6 +206,40 @@ def test_locks() -> None:
             lock.leave()
 
     all_at_once(*[enter] * THREADS)
+
+
+def test_actions_that_wait_for_a_lock() -> None:
+    """Each is called once, from inside; none is left once no thread is inside."""
+    lock = mapping.Guard()
+    deferred = itertools.count()
+    called: list[bool] = []
+
+    def enter() -> None:
+        with lock:
+            begun = len(called)
+            lock.when_free(partial(act, next(deferred)))
+            assert len(called) == begun
+        lock.when_free(partial(act, next(deferred)))
+
+    def act(_number: int) -> None:
+        called.append(lock.mine)
+
+    all_at_once(*[enter] * THREADS)
+    assert called == [True] * next(deferred)
+
+
+def test_actions_that_fail_or_are_repeated() -> None:
+    """The first leave the lock free, and the others are called when it is entered again."""
+    lock = mapping.Guard()
+    again = iter([True, True, False])
+    lock.when_free(lambda: next(again))
+    with pytest.raises(ZeroDivisionError):
+        lock.when_free(lambda: 1 // 0)
+    assert not lock.mine
+    for _ in range(3):
+        with lock:
+            pass
+    assert not list(again)
 
 
 def test_pins() -> None:
