@@ -128,5 +128,14 @@ class Backing(Protocol):
         Raises `kIOReturnUnsupported` for private pages, `kIOReturnBadArgument` for partial pages.
         """
 
+    def seal(self) -> None:
+        """Prevent further use, so that `close` cannot be refused; idempotent.
+
+        Raises BufferError while it is in use. Memory in another task is unmapped there, which may fail.
+        """
+
+    def unseal(self) -> None:
+        """Permit use again."""
+
     def close(self) -> None:
-        """Free the memory; raise BufferError while it is in use. Idempotent."""
+        """Seal it and free the memory. Raises as `seal`; idempotent."""

@@ -180,12 +180,20 @@ class MappedBacking(Pinned):
         """
         return None
 
+    def seal(self) -> None:
+        """Prevent further use; raise BufferError while it is in use."""
+        self.mapping.seal()
+
+    def unseal(self) -> None:
+        """Undo `seal`."""
+        self.mapping.unseal()
+
     def close(self) -> None:
-        """Unpin and unmap, which also unlocks. Raises BufferError while it is in use; idempotent.
+        """Seal, unpin and unmap, which also unlocks. Idempotent.
 
         Memory that the program has unmapped or replaced is not touched.
         """
-        self.mapping.seal()
+        self.seal()
         certain = self._certain()  # before pages may move
         self.unpin()
         self.mapping.close(certain)

@@ -197,8 +197,17 @@ class RangeBacking(Pinned):
         """Raise: it is not shared."""
         raise private()
 
-    def close(self) -> None:
-        """Release it; raise BufferError while a view of it exists. Idempotent."""
+    def seal(self) -> None:
+        """Prevent further views; raise BufferError while one exists."""
         if self._seen:
             self._seen.seal()
+
+    def unseal(self) -> None:
+        """Undo `seal`."""
+        if self._seen:
+            self._seen.unseal()
+
+    def close(self) -> None:
+        """Seal and release it; idempotent."""
+        self.seal()
         self.unpin()

@@ -56,13 +56,12 @@ class RemoteBacking(SharedBacking):
         """Raise: it is mapped in the other task."""
         raise not_mapped_here(f"in task {self.task.pid}" if self.task else "")
 
-    def close(self) -> None:
-        """Unmap it in its task, if that still exists, and here. Raises as `RemoteMapping.close`; idempotent."""
-        if self._there:
-            self.mapping.seal()  # raises while it is in use, before anything is unmapped in the task
-            try:
+    def seal(self) -> None:
+        """Prevent further use, and unmap it in its task, if that still exists. Raises as `RemoteMapping.close`."""
+        super().seal()  # raises while it is in use, before anything is unmapped in the task
+        try:
+            if self._there:
                 self._there.close()
-            except BaseException:
-                self.mapping.unseal()
-                raise
-        super().close()
+        except BaseException:
+            self.unseal()
+            raise

@@ -236,17 +236,26 @@ class CompositeBacking:
         """Return the owners of its parts' memory that are not composite."""
         return [origin for part in self._parts for origin in part.owner.origins()]
 
+    def seal(self) -> None:
+        """Seal the memory of all parts that have no other user, or of none."""
+        try:
+            for part in sorted(self._parts, key=_is_elsewhere):
+                part.owner.seal(self)
+        except BaseException:
+            self.unseal()
+            raise
+
+    def unseal(self) -> None:
+        """Undo `seal`."""
+        for part in self._parts:
+            part.owner.unseal()
+
     def close(self) -> None:
         """End the use of its parts' memory, which is released after its last use. Idempotent."""
-        parts, done = self._parts, 0
-        try:
-            for part in parts:
-                part.owner.remove_dependent(self)
-                done += 1
-        except BaseException:
-            for part in parts[done:]:
-                part.owner.add_dependent(self)
-            raise
+        self.seal()  # first: a part that refuses does not lose the others
+        with contextlib.ExitStack() as all_of_them:  # the others also if one fails
+            for part in reversed(self._parts):
+                all_of_them.callback(part.owner.remove_dependent, self)
         # The parts remain: a concurrent access of another thread reaches the owners, which refuse released memory.
 
 
@@ -310,6 +319,12 @@ class CompositeState:
     def lazily_freed(self) -> int:
         """Return how many of its bytes the kernel may reclaim."""
         return sum(owner.lazily_freed() for owner in self._owners)
+
+
+def _is_elsewhere(part: Part) -> bool:
+    """Return whether a part may be mapped in another task, where its mapping is ended last: it cannot be restored."""
+    backing = part.owner.backing
+    return backing is not None and (backing.task is None or not backing.task.is_current)
 
 
 def _unpin(owners: Sequence[MemoryOwner]) -> None:

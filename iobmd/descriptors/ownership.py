@@ -7,32 +7,27 @@ import os
 import weakref
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd import procfs
 from iobmd._internal import process_local
 from iobmd._internal.weak_registry import WeakRegistry
 from iobmd._native import mapping
 from iobmd.constants import kIODirectionPrepareNoFault, kIODirectionPrepareToPhys32
+from iobmd.descriptors import frame_checks
 from iobmd.descriptors.composite_memory import CompositeBacking
 from iobmd.descriptors.options import check_within, require_cache_instruction
 from iobmd.descriptors.purge_control import PurgeControl
 from iobmd.errors import (
     BusyError,
-    CannotWireError,
     IOReturnError,
-    NoResourcesError,
     NotOpenError,
-    NotPrivilegedError,
     NotReadyError,
     UnsupportedError,
-    VMError,
 )
 from iobmd.memory.mlock import Wiring
 from iobmd.purgeable import EMPTY, VOLATILE, purger
-from iobmd.task import diagnosis
-from iobmd.task.task import kernel_task
-from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from typing_extensions import Buffer
 
     from iobmd._native.pagemap import PhysicalSegment, RunTable
@@ -77,6 +72,7 @@ class MemoryOwner:
         "_kind",
         "_mappings",
         "_pinned_for_good",
+        "_sealed",
         "_wired_by",
         "backing",
         "guard",
@@ -92,6 +88,7 @@ class MemoryOwner:
         self._kind = kind
         self._dependents: WeakRegistry[CompositeBacking] | None = None
         self._pinned_for_good = not backing.composite and backing.wiring is Wiring.PINNED  # by its options
+        self._sealed = False  # its last user is about to be removed
         self.maker = self._wired_by = os.getpid()
         self.guard = process_local.Guard()
         self.has_handle = has_handle
@@ -126,17 +123,49 @@ class MemoryOwner:
         """Register composite memory that has parts of this."""
         with self.guard:
             self.require_backing()
+            if self._sealed:
+                raise NotOpenError(f"this {self._kind} is released")
             if self._dependents is None:
                 self._dependents = WeakRegistry()
             self._dependents.add(dependent)
 
     def remove_dependent(self, dependent: CompositeBacking) -> None:
-        """Remove a dependent, and release the memory if it was the last user. Raises as `remove_handle`."""
+        """Remove a dependent, and release the memory if it was the last user.
+
+        Raises as `remove_handle`, but never if `seal` has sealed it.
+        """
         with self.guard:
             if self._dependents:
                 self._dependents.remove(dependent)
-            if not self.has_handle and not self._has_dependents():
-                self._close()
+            try:
+                if not self.has_handle and not self._has_dependents():
+                    self._close()
+            except BaseException:
+                if self._dependents is not None:
+                    self._dependents.add(dependent)
+                raise
+
+    def seal(self, dependent: CompositeBacking) -> None:
+        """Prevent further use, if a dependent that is about to be removed is the last user.
+
+        Raises
+        ------
+        IOReturnError
+            As `remove_handle`.
+        """
+        with self.guard:
+            if self.backing is None or self.has_handle or self._has_dependents(apart_from=dependent):
+                return
+            with self._reporting_use():
+                self.backing.seal()
+            self._sealed = True
+
+    def unseal(self) -> None:
+        """Undo `seal`."""
+        with self.guard:
+            if self._sealed and self.backing:
+                self.backing.unseal()
+            self._sealed = False
 
     def remove_handle(self) -> None:
         """End the handle's use, with the guard held, and release the memory if it was the last user; idempotent.
@@ -152,8 +181,8 @@ class MemoryOwner:
             self._close()
         self.has_handle = False
 
-    def _has_dependents(self) -> bool:
-        return bool(self._dependents and self._dependents.all())
+    def _has_dependents(self, *, apart_from: CompositeBacking | None = None) -> bool:
+        return self._dependents is not None and any(one is not apart_from for one in self._dependents.all())
 
     def add_mapping(self, mapping: CachedMapping) -> None:
         """Register another mapping of its memory."""
@@ -178,14 +207,19 @@ class MemoryOwner:
     def _close(self) -> None:
         if self.backing is None:
             return
-        try:
+        with self._reporting_use():
             self.backing.close()
+        self.backing = None
+
+    @contextlib.contextmanager
+    def _reporting_use(self) -> Iterator[None]:
+        try:
+            yield
         except BusyError:  # of a part
             raise
         except BufferError as error:
             message = f"{self!r} is in use ({error}): release its memoryviews and arrays first"
             raise BusyError(message) from None
-        self.backing = None
 
     @property
     def released(self) -> bool:
@@ -255,11 +289,11 @@ class MemoryOwner:
         try:
             if fresh:
                 if direction & kIODirectionPrepareNoFault:
-                    _require_resident(backing)
+                    frame_checks.require_resident(backing)
                 backing.pin()
                 undo, self._wired_by = True, os.getpid()
             if direction & kIODirectionPrepareToPhys32:
-                _require_low(self._runs(backing))
+                frame_checks.require_low(self._runs(backing))
         except BaseException:
             if undo:
                 self._release_pin(backing)
@@ -307,7 +341,7 @@ class MemoryOwner:
         if not pinned or backing.wiring is not Wiring.PINNED:  # read again: another thread may have unpinned it
             raise NotReadyError(f"{self!r} is not pinned: its physical addresses could change; call prepare() first")
         if table is None:
-            raise _hidden()
+            raise frame_checks.hidden()
         return table
 
     def segment(self, offset: int) -> tuple[int, int]:
@@ -325,36 +359,12 @@ class MemoryOwner:
 
     def require_mapped(self) -> None:
         """Raise `kIOReturnVMError` if the program has unmapped it. `verify` checks more."""
-        backing = self.require_backing()
-        if (lost := backing.lost()) is not None:
-            raise _gone(backing, lost)
+        frame_checks.require_mapped(self.require_backing())
 
     def verify(self) -> None:
         """As `IOMemoryDescriptor.verify`."""
         backing = self.require_backing()
-        lost = backing.lost()
-        try:
-            recorded = self._runs(backing)
-            now = backing.read_runs(gaps=True)
-            if now is None:
-                raise _hidden()
-        except IOReturnError:
-            if lost is None:
-                raise
-            raise _gone(backing, lost) from None
-        moved = recorded.difference(now)
-        if lost is not None and (moved is None or lost <= moved):
-            raise _gone(backing, lost)
-        if moved is not None:
-            was, _ = recorded.segment(moved, 1)
-            lies, _ = now.segment(moved, 1)
-            if not lies:
-                raise _gone(backing, moved)
-            message = (
-                f"the page at {moved:#x} was at physical {was:#x} and is now at {lies:#x} (it has moved, or other "
-                "memory is mapped there): do not use it for I/O"
-            )
-            raise VMError(message, 0, moved)
+        frame_checks.require_unmoved(backing, lambda: self._runs(backing))
 
     # --- its purgeable state
 
@@ -400,36 +410,3 @@ class MemoryOwner:
         task = backing.task
         where = f"in task {task.pid} at {backing.address:#x}, " if task else ""
         return f"<{self._kind} {where}length {self.length}, {backing.wiring.value}>"
-
-
-def _require_resident(backing: Backing) -> None:
-    resident = backing.page_counts()[0] * PAGE_SIZE
-    if resident < backing.size:
-        raise CannotWireError(
-            f"{backing.size - resident} bytes are not resident, and kIODirectionPrepareNoFault forbids faults"
-        )
-
-
-def _require_low(table: RunTable) -> None:
-    if table.highest() >> 32:
-        raise NoResourcesError(
-            f"memory at {table.highest():#x} lies above 4 GiB, and kIODirectionPrepareToPhys32 forbids that; "
-            "allocate it with inTaskWithPhysicalMask(…, 0xffffffff)"
-        )
-
-
-def _hidden() -> IOReturnError:
-    return diagnosis.hidden(os.getpid()) or NotPrivilegedError(
-        "the kernel hides physical addresses from this process; run with CAP_SYS_ADMIN"
-    )
-
-
-def _gone(backing: Backing, address: int) -> VMError:
-    task = backing.task or kernel_task
-    area = None
-    with contextlib.suppress(OSError):
-        area = procfs.find_vma(task.pid, address)
-    what = f"replaced it by {area}" if area else "unmapped it"
-    return VMError(
-        f"the memory at {address:#x} of task {task.pid} no longer exists: the program has {what}", 0, address
-    )

@@ -29,6 +29,8 @@ from iobmd import (
     Wiring,
     kernel_task,
 )
+from iobmd.errors import BusyError
+from iobmd.remote.mapping import RemoteMapping
 
 PAGE = kernel.PAGE
 INOUT = iobmd.kIODirectionInOut
@@ -454,6 +456,56 @@ def test_memory_in_use_is_not_left_to_children() -> None:
     mapped.unmap()
     part.free()
     assert not kernel.smaps(address)
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_refused_free_loses_no_part(*, nested: bool) -> None:
+    """A copy of the last part is in progress, as in another thread: the others are neither released nor unusable."""
+    first, last = filled(1), filled(1)
+    data = bytes(first) + bytes(last)
+    addresses = [one.getBytesNoCopy() for one in (first, last)]
+    copied = last._memory().require_backing().exported()[0]
+    both = multi([multi([first], INOUT), last] if nested else [first, last], INOUT)
+    first.free()
+    last.free()
+    copied.hold()
+    assert code_of(both.free) == IOReturn.kIOReturnBusy
+    copied.let_go()
+    assert all(kernel.smaps(address) for address in addresses)
+    assert both.readBytes(0, 2 * PAGE) == data
+    both.writeBytes(0, data[::-1])
+    assert sub(both, 0, PAGE, INOUT).readBytes(0, PAGE) == data[::-1][:PAGE]
+    both.free()
+    assert not any(kernel.smaps(address) for address in addresses)
+
+
+@pytest.mark.needs("root")
+@pytest.mark.usefixtures("nothing_left")
+def test_a_task_that_refuses_loses_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    need_ptrace()
+    with sleeping() as program:
+        there, here = iobmd.allocate(PAGE, task=program.pid, wired=False), filled(1)
+        data = here.readBytes(0, PAGE)
+        copied = here._memory().require_backing().exported()[0]
+        both = multi([here, there, here], INOUT)
+        address = there.getBytesNoCopy()
+        there.free()
+        here.free()
+        with monkeypatch.context() as patched:
+            patched.setattr(RemoteMapping, "close", refuse)
+            assert code_of(both.free) == IOReturn.kIOReturnBusy
+        assert both.readBytes(2 * PAGE, PAGE) == both.readBytes(0, PAGE) == data
+        copied.hold()
+        assert code_of(both.free) == IOReturn.kIOReturnBusy
+        copied.let_go()
+        assert kernel.smaps(address, program.pid), "unmapped there before the other part refused"
+        both.free()
+        assert not kernel.smaps(address, program.pid)
+
+
+def refuse(_mapping: RemoteMapping) -> None:
+    raise BusyError("traced by another process")
 
 
 def test_a_part_that_was_completed_by_itself_keeps_no_other_pinned() -> None:
