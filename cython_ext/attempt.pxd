@@ -36,13 +36,16 @@ cdef extern from * nogil:
     #ifndef MADV_POPULATE_READ
     #define MADV_POPULATE_READ 22
     #endif
+    #ifndef SYS_process_madvise
+    #define SYS_process_madvise 440
+    #endif
     #ifndef SYS_close_range
     #define SYS_close_range 436
     #endif
     #define IOBMD_CLOSE_RANGE_UNSHARE 2
 
     enum { IOBMD_RANGES = 4096, IOBMD_STACK = 16 << 10, IOBMD_BOUNCE = 64 << 10, IOBMD_CALL = 1 << 20 };
-    enum iobmd_mode { IOBMD_BOUNCED, IOBMD_DIRECT, IOBMD_COUNTED, IOBMD_RESIDENT };
+    enum iobmd_mode { IOBMD_BOUNCED, IOBMD_DIRECT, IOBMD_COUNTED, IOBMD_RESIDENT, IOBMD_PAGED_OUT };
 
     struct iobmd_range {
         uint64_t at;                        /* in the file */
@@ -332,6 +335,17 @@ cdef extern from * nogil:
         return 0;
     }
 
+    /* Swap out a range of the task (CAP_SYS_NICE); returns an error number. */
+    static long iobmd_attempt_page_out(struct iobmd_attempt *job, struct iobmd_range range)
+    {
+        struct iovec remote = { (void *)(uintptr_t)range.at, range.size };
+        long done = iobmd_raw(SYS_process_madvise, job->task_pidfd, (long)&remote, 1, MADV_PAGEOUT, 0, 0);
+        if (done < 0)
+            return -done;
+        job->moved += range.size;
+        return 0;
+    }
+
     static int iobmd_attempt_body(void *argument)
     {
         struct iobmd_attempt *job = (struct iobmd_attempt *)argument;
@@ -346,6 +360,7 @@ cdef extern from * nogil:
         }
         for (unsigned int index = 0; index < job->count && !error; index++)
             error = job->mode == IOBMD_BOUNCED    ? iobmd_attempt_bounced(job, fd, job->ranges[index])
+                    : job->mode == IOBMD_PAGED_OUT ? iobmd_attempt_page_out(job, job->ranges[index])
                     : job->mode == IOBMD_RESIDENT ? iobmd_attempt_resident(job, fd, job->ranges[index])
                                                   : iobmd_attempt_direct(job, fd, job->ranges[index]);
         job->error = (int)error;
@@ -424,7 +439,7 @@ cdef extern from * nogil:
             if (syscall(SYS_pidfd_send_signal, job->pidfd, SIGKILL, NULL, 0) && errno != ESRCH)
                 kill(job->child, SIGKILL);
             while (!iobmd_attempt_wait(job, 100))
-                if (job->mode == IOBMD_BOUNCED && iobmd_milliseconds() > until) {
+                if ((job->mode == IOBMD_BOUNCED || job->mode == IOBMD_PAGED_OUT) && iobmd_milliseconds() > until) {
                     close(job->pidfd);
                     return;
                 }
@@ -439,6 +454,7 @@ cdef extern from * nogil:
         IOBMD_DIRECT
         IOBMD_COUNTED
         IOBMD_RESIDENT
+        IOBMD_PAGED_OUT
     struct iobmd_range:
         uint64_t at
         char *ours

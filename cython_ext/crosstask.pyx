@@ -12,8 +12,8 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
 from attempt cimport (
-    IOBMD_BOUNCE, IOBMD_BOUNCED, IOBMD_COUNTED, IOBMD_DIRECT, IOBMD_RANGES, IOBMD_RESIDENT, iobmd_attempt,
-    iobmd_attempt_free, iobmd_attempt_new, iobmd_attempt_start, iobmd_attempt_wait, iobmd_has_exited,
+    IOBMD_BOUNCE, IOBMD_BOUNCED, IOBMD_COUNTED, IOBMD_DIRECT, IOBMD_PAGED_OUT, IOBMD_RANGES, IOBMD_RESIDENT,
+    iobmd_attempt, iobmd_attempt_free, iobmd_attempt_new, iobmd_attempt_start, iobmd_attempt_wait, iobmd_has_exited,
 )
 from mman cimport C_MADV_PAGEOUT, C_MADV_POPULATE_WRITE, C_MS_ASYNC, c_madvise, c_msync, iobmd_fault_in_huge
 from pagemap_entry cimport PRESENT_BIT, SWAP_BIT, UFFD_WP_BIT, iobmd_entries, iobmd_is_swapped
@@ -607,6 +607,30 @@ def absent(int pagemap, uint64_t theirs, size_t size, size_t page):
     return found
 
 
+def by_kind(bytes entries, uint64_t start, uint64_t end, bint write, size_t page):
+    """Divide addresses of a task by the entries of pagemap for their pages, the first for that of `start`.
+
+    Returns
+    -------
+    tuple[Ranges, Ranges, Ranges]
+        The parts that can be moved as they are, those of them whose whole pages a read brings in from swap, and the
+        absent parts.
+    """
+    cdef Ranges present = Ranges(), swapped = Ranges(), absent = Ranges()
+    cdef const char *data = entries
+    cdef size_t index
+    cdef uint64_t entry, at = start - start % page
+    cdef Kind kind
+    for index in range(len(entries) // sizeof(entry)):
+        memcpy(&entry, data + index * sizeof(entry), sizeof(entry))
+        kind = _kind(entry, write)
+        (absent if kind == ABSENT else present).add(max(start, at), min(end, at + page))
+        if kind == SWAPPED:
+            swapped.add(at, at + page)
+        at += page
+    return present, swapped, absent
+
+
 def is_mapped(uint64_t address, size_t size, size_t page):
     """Return whether this process has something mapped at all of a range.
 
@@ -664,6 +688,8 @@ cdef class Attempt:
         Only count the bytes of such a file that are not in holes, as those moved.
     resident
         Only count the bytes of a file, in whole pages, that are in memory, as those moved.
+    page_out
+        Only swap out the pages of the ranges, which are addresses of the task that `pidfd` names.
     page, fresh, holes
         The page size here; the destination is zero, and stays untouched where the file has holes; the file answers
         SEEK_DATA (hugetlbfs does not, and a read of it returns zeros for a hole).
@@ -673,14 +699,14 @@ cdef class Attempt:
 
     def __cinit__(self, ranges, *, int task=0, int pidfd=-1, int file=-1, bint write=False, paths=(),
                   uint64_t inode=0, uint64_t device=0, bint opened=True, ours=None, bint count=False,
-                  bint resident=False, size_t page=0, bint fresh=False, bint holes=True):
+                  bint resident=False, bint page_out=False, size_t page=0, bint fresh=False, bint holes=True):
         cdef bytes joined = b"".join([path + b"\0" for path in paths]) + b"\0" if paths else b""
         cdef size_t length, room = IOBMD_BOUNCE if ours is not None else 0
         cdef uint64_t at
         cdef uintptr_t here
         if len(ranges) > IOBMD_RANGES:
             raise ValueError("too many ranges")
-        if ours is None and not count and not resident:
+        if ours is None and not (count or resident or page_out):
             room = sum([length for _at, length in ranges])
         self.job = iobmd_attempt_new(len(ranges), room, joined, len(joined))
         if self.job == NULL:
@@ -688,6 +714,8 @@ cdef class Attempt:
         self.job.mode = IOBMD_BOUNCED if ours is None else IOBMD_DIRECT
         if count or resident:
             self.job.mode = IOBMD_COUNTED if count else IOBMD_RESIDENT
+        elif page_out:
+            self.job.mode = IOBMD_PAGED_OUT
         self.job.task, self.job.task_pidfd, self.job.file, self.job.writing = task, pidfd, file, write
         self.job.inode, self.job.device, self.job.found_only = inode, device, not opened
         self.job.page, self.job.fresh, self.job.holes = page, fresh, holes
@@ -709,6 +737,11 @@ cdef class Attempt:
     def moved(self):
         """How many bytes have been moved."""
         return self.job.moved
+
+    @property
+    def data(self):
+        """The bytes that were read so far."""
+        return PyBytes_FromStringAndSize(self.job.bytes, self.job.moved)
 
     @property
     def error(self):

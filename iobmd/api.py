@@ -9,7 +9,6 @@ from iobmd.constants import IOOptionBits
 from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
 from iobmd.descriptors.options import DIRECTION_NAMES
 from iobmd.errors import BadArgumentError
-from iobmd.task import transfer
 from iobmd.task.task import as_task, kernel_task
 
 if TYPE_CHECKING:
@@ -84,7 +83,7 @@ def copy(
     *,
     freeze: bool = False,
     unreadable: str = "raise",
-    timeout: float = transfer.TIMEOUT,
+    timeout: float | None = None,
     progress: Progress | None = None,
     **as_allocate: Any,
 ) -> IOBufferMemoryDescriptor:
@@ -103,8 +102,8 @@ def copy(
     unreadable : str
         ``"raise"``: the copy is exact, or an error is raised. ``"zero"``: bytes that cannot be read are zero, and
         `holes` of the buffer lists them as offsets and lengths in bytes.
-    timeout : float
-        Seconds to wait for another program that must supply a page, as for `Task.read`.
+    timeout : float, optional
+        Seconds to wait for another program, as for `Task.read`.
     progress : callable, optional
         Called repeatedly with the number of bytes copied.
     **as_allocate

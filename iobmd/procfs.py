@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TextIO
 
 from iobmd._internal import pidns
@@ -22,6 +22,10 @@ PF_KTHREAD = 0x00200000
 
 _FIELD = r"(\w+(?:\(\w+\))?):\s+(\d+) kB"
 _ESCAPE = r"\\([0-7]{3})"
+
+
+Read = Callable[[int, int], bytes]
+"""Reads at most so many bytes from a descriptor, as os.read."""
 
 
 class VMA(NamedTuple):
@@ -114,15 +118,15 @@ def maps_text(pid: int | str = "self") -> Iterator[bytes]:
         yield from _whole_lines(file.fileno(), _Limit(pid))
 
 
-def _whole_lines(fd: int, limit: _Limit) -> Iterator[bytes]:
+def _whole_lines(fd: int, limit: _Limit, read: Read = os.read) -> Iterator[bytes]:
     rest = b""
-    while text := os.read(fd, 1 << 16):
+    while text := read(fd, 1 << 16):
         limit.add(text.count(b"\n"))
         whole, newline, rest = (rest + text).rpartition(b"\n")
         yield whole + newline
 
 
-def areas(pid: int | str, start: int, end: int) -> Iterator[VMA]:
+def areas(pid: int | str, start: int, end: int, read: Read | None = None) -> Iterator[VMA]:
     """Iterate over the areas of a process that overlap the addresses `start`…`end`, ascending.
 
     Parameters
@@ -131,6 +135,8 @@ def areas(pid: int | str, start: int, end: int) -> Iterator[VMA]:
         The process; "self" for this one.
     start, end : int
         In bytes. Areas that overlap the range partly are returned whole.
+    read : callable, optional
+        Reads the text of maps, instead of the queries (see the notes), because it is to wait no longer than a time.
 
     Raises
     ------
@@ -148,19 +154,19 @@ def areas(pid: int | str, start: int, end: int) -> Iterator[VMA]:
     path = f"{directory(pid)}/maps"
     limit = _Limit(pid)
     try:
-        yield from _areas(path, start, end, limit)
+        yield from _areas(path, start, end, limit, read)
     except ProcessLookupError:
         # The main thread may have exited before others. Checking that first would take longer than everything else.
         other = memory_file(pid, "maps")
         if other == path:
             raise
-        yield from _areas(other, start, end, limit)
+        yield from _areas(other, start, end, limit, read)
 
 
-def _areas(path: str, start: int, end: int, limit: _Limit) -> Iterator[VMA]:
+def _areas(path: str, start: int, end: int, limit: _Limit, read: Read | None) -> Iterator[VMA]:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        while start < end <= USER_END:
+        while start < end <= USER_END and read is None:
             found = _queried(fd, start, end)
             if found is None:
                 break
@@ -170,7 +176,7 @@ def _areas(path: str, start: int, end: int, limit: _Limit) -> Iterator[VMA]:
                 return
             start = found[-1][1]
         if start < end:
-            yield from _searched(fd, start, end, limit)
+            yield from _searched(fd, start, end, limit, read or os.read)
     finally:
         os.close(fd)
 
@@ -185,10 +191,10 @@ def _queried(fd: int, start: int, end: int) -> list[tuple[int, int, str, int, in
         return None
 
 
-def _searched(fd: int, start: int, end: int, limit: _Limit) -> Iterator[VMA]:
+def _searched(fd: int, start: int, end: int, limit: _Limit, read: Read) -> Iterator[VMA]:
     """Read maps from its beginning to the first area at `end` or above."""
     text = b""
-    for text in _whole_lines(fd, limit):
+    for text in _whole_lines(fd, limit, read):
         yield from _parse(text, start, end)
         last = text[text.rfind(b"\n", 0, -1) + 1 :]
         if int(last.partition(b"-")[0] or b"0", 16) >= end:
@@ -212,15 +218,16 @@ class Details(NamedTuple):
     """The kernel's flags of the area, two letters each (VmFlags)."""
 
 
-def details(pid: int | str = "self") -> Iterator[Details]:
+def details(pid: int | str = "self", read: Read | None = None) -> Iterator[Details]:
     """Iterate over /proc/PID/smaps, ascending by address. The kernel walks all pages of each area.
 
-    Raises as `areas`.
+    Raises as `areas`, and what `read` raises, which reads instead of os.read.
     """
+    read = read or os.read
     rest = b""
     limit = _Limit(pid)
     with open(memory_file(pid, "smaps"), "rb", buffering=0) as file:
-        while text := file.read(1 << 16):
+        while text := read(file.fileno(), 1 << 16):
             # The flags are the last line of an area; names contain no newline.
             before, flags, behind = (rest + text).rpartition(b"\nVmFlags:")
             line, newline, behind = behind.partition(b"\n")
@@ -240,9 +247,9 @@ def smaps(pid: int | str = "self") -> Iterator[tuple[VMA, dict[str, int]]]:
     return ((found.area, found.counters) for found in details(pid))
 
 
-def vm_flags(pid: int | str = "self") -> Iterator[tuple[VMA, frozenset[str]]]:
+def vm_flags(pid: int | str = "self", read: Read | None = None) -> Iterator[tuple[VMA, frozenset[str]]]:
     """Iterate over /proc/PID/smaps: each area with the kernel's flags of it, two letters each (VmFlags)."""
-    return ((found.area, found.flags) for found in details(pid))
+    return ((found.area, found.flags) for found in details(pid, read))
 
 
 def find_vma(pid: int | str, address: int) -> VMA | None:

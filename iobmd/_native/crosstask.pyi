@@ -15,6 +15,7 @@ class Named(TypedDict):
 class Attempt:
     address: int
     moved: int
+    data: bytes
     error: int
     opened: tuple[int, int, int, int]
     def __new__(
@@ -32,6 +33,7 @@ class Attempt:
         ours: Sequence[int] | None = None,
         count: bool = False,
         resident: bool = False,
+        page_out: bool = False,
         page: int = 0,
         fresh: bool = False,
         holes: bool = True,
@@ -63,6 +65,7 @@ class HeldBuffer:
     def __exit__(self, *_error: object) -> None: ...
 
 def absent(pagemap: int, theirs: int, size: int, page: int) -> Ranges: ...
+def by_kind(entries: bytes, start: int, end: int, write: bool, page: int) -> tuple[Ranges, Ranges, Ranges]: ...
 def copy_here(ours: int, source: int, size: int) -> None: ...
 def fetch_descriptor(pidfd: int, fd: int) -> int: ...
 def fresh_bytes(size: int) -> bytes: ...

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from iobmd.errors import UnsupportedError
-from iobmd.task import diagnosis, extents, transfer
+from iobmd.task import attempt, diagnosis, extents, transfer
+from iobmd.task.ranges import joined
 from iobmd.task.task import check_range
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class CopyOf:
         The task, the address, and the number of bytes.
     skip : bool
         Whether bytes that cannot be read are zero.
-    timeout : float
+    timeout : float, optional
         Seconds to wait for another program that must supply a page.
     progress : callable, optional
         Called with the number of bytes copied so far.
@@ -45,7 +46,7 @@ class CopyOf:
         size: int,
         *,
         skip: bool = False,
-        timeout: float = transfer.TIMEOUT,
+        timeout: float | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.task = task
@@ -109,16 +110,18 @@ class CopyOf:
             progress=standing or self._progress,
             outline=self._outline,
         )
-        unread = transfer.joined([*outcome.unread, *self._unmapped])
+        unread = joined([*outcome.unread, *self._unmapped])
         self.holes = [(start - self.address, end - start) for start, end in unread]
         return outcome.left_zero
 
     def resident(self) -> int:
         """Return a lower bound of the bytes of the source that exist, in memory or in swap."""
-        outline = self._outline = extents.outline(self.task.pid, self.address, self.size)
+        outline = self._outline = extents.outline(
+            self.task.pid, self.address, self.size, transfer.patience(self._timeout)
+        )
         if outline is None:
             return self.size
-        return self.size - outline.size + extents.existing(self.task.pid, outline, self._timeout)
+        return self.size - outline.size + extents.existing(self.task.pid, outline, transfer.patience(self._timeout))
 
 
 class FrozenCopyOf(CopyOf):
@@ -146,6 +149,7 @@ class FrozenCopyOf(CopyOf):
                 task, destination, huge=huge * first, fresh=first, sparse=sparse and first, standing=standing
             )
 
+        attempt.require_unlocked(self.task.pid, transfer.patience(self._timeout))
         self.stopped_ns = consistent_copy.copy(consistent_copy.Source(self.task, self.address, self.size, fetch))
         if stopped and self._progress:
             self._progress(self.size)

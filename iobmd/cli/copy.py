@@ -104,9 +104,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--timeout",
         type=duration,
-        default=TIMEOUT,
         metavar="SECONDS",
-        help=f"how long to wait for a page that another program must supply (default: {TIMEOUT:g})",
+        help="how long to wait for a page that another program must supply, and for the lock of the task's address "
+        f"space; slower than without (default: {TIMEOUT:g}, as far as that costs no time)",
     )
     wiring = parser.add_mutually_exclusive_group()
     wiring.add_argument("--wired", action="store_true", help="into wired memory (default)")

@@ -21,7 +21,6 @@ from iobmd.descriptors.options import (
 )
 from iobmd.errors import BadArgumentError, BusyError, UnsupportedError
 from iobmd.memory import numa
-from iobmd.task import transfer
 from iobmd.task.task import as_task, kernel_task
 from iobmd.units import PAGE_SIZE, round_up
 
@@ -68,7 +67,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         source: int,
         size: int,
         *,
-        timeout: float = transfer.TIMEOUT,
+        timeout: float | None = None,
         progress: Progress | None = None,
     ) -> Self:
         """Allocate a buffer with a copy of memory of this task or another.
@@ -83,8 +82,8 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
             The task to copy from.
         source, size : int
             Address in that task, and the number of bytes.
-        timeout : float
-            Seconds to wait for another program that must supply a page, as for `Task.read`.
+        timeout : float, optional
+            Seconds to wait for another program, as for `Task.read`.
         progress : callable, optional
             Called repeatedly in this thread with the number of bytes copied.
 

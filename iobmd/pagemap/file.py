@@ -11,8 +11,9 @@ from iobmd._native import pagemap as native
 from iobmd.errors import NO_DESCRIPTOR, IOReturnError
 from iobmd.host import limits
 from iobmd.pagemap.range import Target, Where, past_the_end, resolve
-from iobmd.task import diagnosis
+from iobmd.task import attempt, diagnosis
 from iobmd.task.task import Task, kernel_task
+from iobmd.task.transfer import TIMEOUT
 from iobmd.units import PAGE_SIZE, round_down, round_up
 
 _READ = 8 << 10  # pages a read; larger reads are no faster (measured)
@@ -73,7 +74,8 @@ def pages(target: Target, address: int | None = None, size: int | None = None) -
     ------
     IOReturnError
         `kIOReturnNotPermitted`, `kIOReturnNotFound`, `kIOReturnBadArgument` (also for an address outside the user
-        address space), `kIOReturnUnsupported` (a kernel thread, a buffer mapped in no task, or /proc is not mounted).
+        address space), `kIOReturnUnsupported` (a kernel thread, a buffer mapped in no task, or /proc is not mounted),
+        `kIOReturnTimeout` (the task has held the lock of its address space for 10 s).
     """
     where = resolve(target, address, size)
     for fd, start, end in _ranges(where):
@@ -120,6 +122,12 @@ class PagemapFile:
         if not task.alive:  # the pagemap may belong to another process that reuses the pid
             os.close(self.fd)
             raise diagnosis.without_memory(task.pid)
+        if not task.is_current:
+            try:
+                attempt.await_lock(self.fd, task.pid, TIMEOUT)
+            except BaseException:
+                os.close(self.fd)
+                raise
 
     def __enter__(self) -> Self:
         return self

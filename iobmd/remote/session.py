@@ -21,7 +21,7 @@ from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NoMemoryError, NoResourcesError, TaskTimeoutError, UnsupportedError
 from iobmd.remote import epoll_sleep, freezer, preflight, syscall_instruction, threads
 from iobmd.remote.guest import SYSCALLS, Call, Guest, Result, call
-from iobmd.task import diagnosis
+from iobmd.task import attempt, diagnosis
 from iobmd.task.task import Task
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class Session:
     def __init__(self, task: Task) -> None:
         preflight.require_processor()
         options = _options_for(task)
+        attempt.require_unlocked(task.pid, PATIENCE)
         self.task = task
         self._deadline = time.monotonic() + PATIENCE
         self._refusals = 0  # while no tracer was found: one may have ended since, but not each time

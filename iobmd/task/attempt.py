@@ -10,15 +10,17 @@ import os
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from iobmd._internal import pidns
 from iobmd._native import crosstask
-from iobmd.errors import NO_DESCRIPTOR
-from iobmd.units import PAGE_SIZE
+from iobmd.errors import NO_DESCRIPTOR, TaskTimeoutError
+from iobmd.task.ranges import behind
+from iobmd.units import PAGE_SIZE, pages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-Range = tuple[int, int]
-"""Start and end addresses, or offsets."""
+    from iobmd import procfs
+    from iobmd.task.ranges import Range
 
 NO_CHILD = (errno.EAGAIN, errno.EPERM, errno.ENOSYS)
 """Error numbers if no process can be created: RLIMIT_NPROC, a pids cgroup, a seccomp filter."""
@@ -27,6 +29,8 @@ _FUSE = 0x65735546  # linux/magic.h
 _UNKNOWN = 0  # if a server refuses statfs(2)
 _SIZE = 1 << 20  # bytes that one child transfers, and the size of its buffer
 _LOOK_MS = 20  # between two polls, to handle Ctrl-C
+WINDOW = _SIZE
+"""Bytes of a task for which `entries` is called at a time."""
 
 
 class File(NamedTuple):
@@ -224,13 +228,116 @@ def touch(pid: int, pidfd: int, address: int, size: int, timeout: float) -> int:
     return 0
 
 
-def behind(ranges: Sequence[Range], size: int) -> list[Range]:
-    """Return the ranges without their first `size` bytes."""
-    for index, (start, end) in enumerate(ranges):
-        if size < end - start:
-            return [(start + size, end), *ranges[index + 1 :]]
-        size -= end - start
-    return []
+def page_out(pidfd: int, ranges: Sequence[Range], timeout: float) -> None:
+    """Return pages of a task to swap, as far as this process may (CAP_SYS_NICE)."""
+    for index in range(0, len(ranges), crosstask.MOST_RANGES):
+        batch = [(start, end - start) for start, end in ranges[index : index + crosstask.MOST_RANGES]]
+        attempt = crosstask.Attempt(batch, pidfd=pidfd, page_out=True)
+        try:
+            _run(attempt, timeout)
+        finally:
+            attempt.end()
+
+
+def entries(pagemap: int, start: int, end: int, timeout: float) -> tuple[bytes, int]:
+    """Read the entries of pages from the open pagemap of a task.
+
+    Parameters
+    ----------
+    pagemap, start, end
+        The descriptor, and addresses, which are extended to whole pages.
+    timeout
+        Seconds to wait for the lock of the address space.
+
+    Returns
+    -------
+    tuple[bytes, int]
+        The entries, and the error number, 0 for none. `EFAULT`: the last of all entries was read, or the memory no
+        longer exists.
+    """
+    first, last = start // PAGE_SIZE, pages(end)
+    return _text(pagemap, first * 8, (last - first) * 8, timeout)
+
+
+def read_file(timeout: float) -> procfs.Read:
+    """Return a function that reads a file of /proc/PID as os.read(2) does, but with a time limit.
+
+    Each is for one descriptor. It raises `kIOReturnTimeout` if the lock of the address space is not released.
+    """
+    at = 0
+
+    def read(fd: int, size: int) -> bytes:
+        nonlocal at
+        text, number = _text(fd, at, size, timeout)
+        if number == errno.ETIMEDOUT:
+            raise locked("the task", timeout)
+        if number not in (0, errno.EFAULT):
+            raise OSError(number, os.strerror(number))
+        at += len(text)
+        return text
+
+    return read
+
+
+def await_lock(pagemap: int, pid: int, timeout: float) -> None:
+    """Wait until the lock of a task's address space (mmap_lock) can be acquired for reading.
+
+    While it is held, every reader of the page tables or the memory of the task sleeps until it is released. Only
+    SIGKILL ends the wait, and of process_vm_readv(2) and process_madvise(2) not even SIGKILL (measured, Linux 6.18).
+    A task can hold it for as long as it likes, by mapping something over a file of its own FUSE server, which has to
+    write the file back first.
+
+    Parameters
+    ----------
+    pagemap, pid
+        The open pagemap of the task, and the task.
+    timeout
+        Seconds to wait.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnTimeout`.
+    """
+    if _text(pagemap, 0, 8, timeout)[1] == errno.ETIMEDOUT:
+        raise locked(f"task {pid}", timeout)
+
+
+def require_unlocked(pid: int, timeout: float) -> None:
+    """As `await_lock`, for a task whose pagemap is not open. It does nothing if that cannot be opened."""
+    if pid == os.getpid():
+        return
+    try:
+        pagemap = os.open(f"{pidns.directory(pid)}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        await_lock(pagemap, pid, timeout)
+    finally:
+        os.close(pagemap)
+
+
+def locked(whose: str, timeout: float) -> TaskTimeoutError:
+    """Return the error for a task that does not release the lock of its address space."""
+    message = (
+        f"{whose} has held the lock of its address space for {timeout:g} s: it is changing its mappings, and "
+        "waits for another program (perhaps the server of a FUSE file, which has to write it back)"
+    )
+    return TaskTimeoutError(message, errno.ETIMEDOUT)
+
+
+def _text(fd: int, at: int, size: int, timeout: float) -> tuple[bytes, int]:
+    """Read from a file; return the bytes, and the error number that ended it: `EFAULT` at its end."""
+    attempt = crosstask.Attempt([(at, size)], file=fd)
+    try:
+        number = _run(attempt, timeout)
+        text = attempt.data
+    finally:
+        attempt.end()
+    if number in NO_CHILD:  # this thread waits instead, without a limit
+        text = os.pread(fd, size, at)
+        number = 0 if len(text) == size else errno.EFAULT
+    return text, number
 
 
 def _batch(ranges: list[Range]) -> tuple[list[Range], list[Range]]:

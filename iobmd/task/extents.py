@@ -82,14 +82,22 @@ class Files:
         Seconds to wait for a file's server.
     may_wait
         False: the task is stopped, and may itself be the server.
+    is_bounded
+        Whether also the lock of its address space is awaited no longer than that.
     """
 
-    def __init__(self, pid: int, timeout: float, *, may_wait: bool = True) -> None:
+    def __init__(self, pid: int, timeout: float, *, may_wait: bool = True, is_bounded: bool = False) -> None:
         self._pid = pid
+        self._is_bounded = is_bounded
         self._timeout = timeout
         self._may_wait = may_wait
         self._found: dict[tuple[str, int], File | Origin | None] = {}
         self._fuse: set[str] | None = None
+
+    @property
+    def read(self) -> procfs.Read | None:
+        """What reads the next file of /proc/PID; None: os.read, without a limit."""
+        return attempt.read_file(self._timeout) if self._is_bounded else None
 
     def find(self, area: VMA) -> File | Origin | None:
         """Return the file that an area maps, None if it cannot be opened, or the origin if opening it would wait.
@@ -184,13 +192,13 @@ def absent(pid: int, ranges: Ranges, files: Files, *, small: bool, permission: s
         would exceed a limit of the task or exhaust a pool.
     """
     low, high = ranges[0][0], ranges[-1][1]
-    areas = list(procfs.areas(pid, low, high))
+    areas = list(procfs.areas(pid, low, high, files.read))
     flags: dict[int, frozenset[str]] = {}
     sizes: dict[int, int] = {}
     asked = not small or any(_may_have_handler(area, files) for area in areas)
     if asked:
         areas = []
-        for found in procfs.details(pid):
+        for found in procfs.details(pid, files.read):
             if found.area.start >= high:
                 break
             if found.area.end > low:
@@ -236,13 +244,18 @@ def unmapped(pid: int, address: int, size: int) -> Ranges | tuple[()]:
     return crosstask.Ranges(areas).outside(address, end)
 
 
-def outline(pid: int, address: int, size: int) -> Ranges | None:
-    """Return the absent parts of a range of a task; None if the kernel does not show them."""
+def outline(pid: int, address: int, size: int, timeout: float) -> Ranges | None:
+    """Return the absent parts of a range of a task; None if the kernel does not show them.
+
+    Raises `kIOReturnTimeout` as `attempt.await_lock`.
+    """
     try:
         pagemap = os.open(f"{pidns.directory(pid)}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:
+        if pid != os.getpid():
+            attempt.await_lock(pagemap, pid, timeout)
         return crosstask.absent(pagemap, address, size, PAGE_SIZE)
     finally:
         os.close(pagemap)

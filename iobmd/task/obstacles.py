@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from iobmd import host, procfs
 from iobmd._native import pagemap
 from iobmd.errors import CannotWireError, NamedError, NoResourcesError, UnsupportedError, VMError
-from iobmd.task import extents
+from iobmd.task import attempt, extents
 from iobmd.units import PAGE_SIZE, format_size, pages, round_up
 
 if TYPE_CHECKING:
@@ -55,13 +55,14 @@ def find(pid: int, start: int, end: int, *, write: bool = False, pin: bool = Fal
     Raises
     ------
     OSError
-        The task has exited, or its /proc files are not readable.
+        The task has exited, its /proc files are not readable, or it holds the lock of its address space.
 
     Notes
     -----
     Nothing is faulted in. The result describes the present memory, which may have changed since a call failed.
     """
     place, unpinnable, lengths = start, None, _Lengths(pid)
+    attempt.require_unlocked(pid, _PATIENCE)
     for area in procfs.areas(pid, start, end):
         if area.start > place:
             break

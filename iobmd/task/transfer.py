@@ -25,18 +25,19 @@ from iobmd._internal import chunked, pidns
 from iobmd._native import crosstask, mman
 from iobmd.host import headroom
 from iobmd.task import attempt, extents
-from iobmd.task.extents import Origin
+from iobmd.task.extents import Absent, Origin
+from iobmd.task.ranges import behind, joined, part
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, round_down
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from iobmd._native.crosstask import Ranges
-    from iobmd.task.attempt import File, Range
-    from iobmd.task.extents import Absent
+    from iobmd.task.attempt import File
+    from iobmd.task.ranges import Range
 
 TIMEOUT = 10.0
-"""Default time in seconds for which a transfer waits for another program."""
+"""Seconds for which a transfer waits for another program, if its caller sets no limit."""
 
 WOULD_WAIT = errno.EDEADLK
 """The error number of a transfer that would have to wait for another program and may not."""
@@ -72,7 +73,8 @@ class Transfer(NamedTuple):
     resident_only
         Do not wait for other programs: the task is stopped, and may itself be the one to wait for.
     timeout
-        Seconds to wait for another program.
+        Seconds to wait for another program; None: `TIMEOUT` for a page that it supplies. With a limit, all calls that
+        wait while the task holds the lock of its address space are made by children, too (`attempt.await_lock`).
     progress
         Called repeatedly in this thread with the number of bytes transferred so far.
     outline
@@ -90,7 +92,7 @@ class Transfer(NamedTuple):
     sparse: bool = False
     skip: bool = False
     resident_only: bool = False
-    timeout: float = TIMEOUT
+    timeout: float | None = None
     progress: chunked.Progress | None = None
     outline: Ranges | None = None
 
@@ -99,9 +101,19 @@ class Transfer(NamedTuple):
         """The end address in the task."""
         return self.theirs + self.size
 
+    @property
+    def patience(self) -> float:
+        """Seconds to wait for another program."""
+        return patience(self.timeout)
+
     def here(self, address: int) -> int:
         """Return the address in this process that corresponds to one in the task."""
         return self.ours + address - self.theirs
+
+
+def patience(timeout: float | None) -> float:
+    """Return the seconds to wait for another program."""
+    return TIMEOUT if timeout is None else timeout
 
 
 class Outcome(NamedTuple):
@@ -153,8 +165,10 @@ def move(job: Transfer) -> Outcome:
         pagemap = -1  # it is not dumpable, or /proc is missing: all pages count as present
     run = _Run(job, pagemap)
     try:
+        if pagemap >= 0 and job.pid != os.getpid() and not run.is_bounded:
+            attempt.await_lock(pagemap, job.pid, TIMEOUT)
         outcome = run.all()
-        if pagemap >= 0 and not _holds_memory(pagemap):
+        if pagemap >= 0 and not run.holds_memory():
             return Outcome(outcome.done, errno.ESRCH)
         return outcome
     finally:
@@ -172,6 +186,8 @@ class _Run:
         self._absent: list[Ranges] = []
         self._unread: list[Range] = []
         self._left_zero = False
+        # A thread of this process can hold its lock only while it waits for others, as any program can.
+        self.is_bounded = job.timeout is not None and pagemap >= 0 and job.pid != os.getpid()
 
     def close(self) -> None:
         for descriptor in (self._memory, self._awaited, self._pagemap):
@@ -180,7 +196,9 @@ class _Run:
 
     def all(self) -> Outcome:
         job = self._job
-        if job.size <= chunked.PIECE:
+        if self.is_bounded:
+            done, error = self._present_by_children()
+        elif job.size <= chunked.PIECE:
             done, error = self._present(0, job.size)
         else:
             done, error = chunked.run(self._present, job.size, job.progress, self._cuts())
@@ -221,6 +239,46 @@ class _Run:
             self._clear(unread)
         return reached - job.theirs - offset, error
 
+    def _present_by_children(self) -> tuple[int, int]:
+        """Like `_present`, for all of it: this thread makes no call that the lock of the address space can stop."""
+        job = self._job
+        at = job.theirs
+        while at < job.end:
+            entries, error = attempt.entries(self._pagemap, at, min(at + attempt.WINDOW, job.end), job.patience)
+            end = min(round_down(at, PAGE_SIZE) + len(entries) // 8 * PAGE_SIZE, job.end)
+            if not entries:  # past the end of all address spaces, or the memory is gone
+                unmapped = error == errno.EFAULT and self.holds_memory()
+                return at - job.theirs, errno.EFAULT if unmapped else self._locked(error)
+            present, swapped, absent = crosstask.by_kind(entries, at, end, job.write, PAGE_SIZE)
+            if absent:
+                self._absent.append(absent)
+            if present:
+                reached, error = self._attempted(Absent(present, Origin.FAULT))
+                if swapped and job.pidfd >= 0 and not job.write:
+                    attempt.page_out(job.pidfd, list(swapped), job.patience)
+                if error == errno.ETIMEDOUT:
+                    raise attempt.locked(f"task {job.pid}", job.patience)
+                if error:
+                    return reached - job.theirs, error
+            if job.progress:
+                job.progress(end - job.theirs)
+            at = end
+        return job.size, 0
+
+    def _locked(self, error: int) -> int:
+        if error == errno.ETIMEDOUT:
+            raise attempt.locked(f"task {self._job.pid}", self._job.patience)
+        return errno.ESRCH if error == errno.EFAULT else error
+
+    def holds_memory(self) -> bool:
+        """Return whether the address space of the open pagemap still exists (if not, reads return 0 bytes)."""
+        if self.is_bounded:
+            return bool(attempt.entries(self._pagemap, 0, PAGE_SIZE, self._job.patience)[0])
+        try:
+            return bool(os.pread(self._pagemap, 8, 0))
+        except OSError:
+            return False
+
     def _present_behind(self, first: int, offset: int, size: int) -> tuple[int, int]:
         return self._present(first + offset, size)
 
@@ -254,7 +312,7 @@ class _Run:
         """Transfer absent pages; return the lowest address that was not transferred, and the error number."""
         job = self._job
         small = not job.resident_only and ranges.size <= extents.SMALL
-        files = extents.Files(job.pid, job.timeout, may_wait=not job.resident_only)
+        files = extents.Files(job.pid, job.patience, may_wait=not job.resident_only, is_bounded=self.is_bounded)
         permission = "w" if job.write else "r"
         for absent in extents.absent(job.pid, ranges, files, permission=permission, small=small):
             stopped, failure = self._write(absent) if job.write else self._read(absent)
@@ -284,7 +342,7 @@ class _Run:
         if absent.origin is Origin.SILENT:
             return absent.ranges[0][0], errno.ETIMEDOUT
         headroom.require(absent.ranges.size, swappable=True, pid=job.pid)
-        if absent.waits or absent.origin in (Origin.FILE, Origin.FAULT):
+        if self.is_bounded or absent.waits or absent.origin in (Origin.FILE, Origin.FAULT):
             return self._attempted(absent)
         for start, end in absent.ranges:
             reached, error = self._faulting(start, end)
@@ -328,11 +386,11 @@ class _Run:
 
         def work(offset: int, size: int) -> tuple[int, int]:
             done = 0
-            left = _part(ranges, starts, offset, size)
+            left = part(ranges, starts, offset, size)
             while left:
                 batch = left[: crosstask.MOST_RANGES]
-                moved, error = attempt.read(ends, file, batch, job.timeout, fresh=job.fresh, holes=holes)
-                left = attempt.behind(left, moved)
+                moved, error = attempt.read(ends, file, batch, job.patience, fresh=job.fresh, holes=holes)
+                left = behind(left, moved)
                 done += moved
                 if error == errno.EFAULT and job.skip and left:  # it was truncated
                     start, end = left.pop(0)
@@ -359,8 +417,8 @@ class _Run:
             ends = attempt.Ends(job.theirs, job.ours, job.write, job.pid, job.pidfd, self._memory)
         left: Sequence[Range] = list(absent.ranges)
         while left:
-            moved, error = attempt.move(ends, left, job.timeout)
-            left = attempt.behind(left, moved)
+            moved, error = attempt.move(ends, left, job.patience)
+            left = behind(left, moved)
             if not left:
                 break
             at, until = left[0]
@@ -377,7 +435,7 @@ class _Run:
                 self._unreadable([(at, until)])
             else:
                 return at, error
-            left = attempt.behind(left, until - at)
+            left = behind(left, until - at)
         return job.end, 0
 
     def _awaited_memory(self) -> int:
@@ -399,37 +457,3 @@ class _Run:
 def _zero(ours: int, offset: int, size: int) -> tuple[int, int]:
     crosstask.zero(ours + offset, size)
     return size, 0
-
-
-def _part(ranges: Sequence[Range], starts: Sequence[int], offset: int, size: int) -> list[Range]:
-    """Return the parts of the ranges within `offset`…`offset + size` of their bytes; each begins at its `starts`."""
-    found = []
-    index = bisect_right(starts, offset) - 1
-    while size:
-        start, end = ranges[index]
-        start += offset - starts[index]
-        end = min(end, start + size)
-        found.append((start, end))
-        offset += end - start
-        size -= end - start
-        index += 1
-    return found
-
-
-def joined(ranges: Iterable[Range]) -> list[Range]:
-    """Return ranges in ascending order, with overlapping and adjacent ones joined."""
-    found: list[Range] = []
-    for start, end in sorted(ranges):
-        if found and found[-1][1] >= start:
-            found[-1] = found[-1][0], max(found[-1][1], end)
-        else:
-            found.append((start, end))
-    return found
-
-
-def _holds_memory(pagemap: int) -> bool:
-    """Return whether the address space of an open pagemap still exists (if not, reads return 0 bytes)."""
-    try:
-        return bool(os.pread(pagemap, 8, 0))
-    except OSError:
-        return False

@@ -14,11 +14,12 @@ import pytest
 from support.fuse import FILE_SYSTEM
 
 import iobmd
-from iobmd import IOReturn, procfs
+from iobmd import IOReturn, pagemap, procfs
 from iobmd._internal import pidns
-from iobmd.errors import VMError
-from iobmd.pagemap import frame
-from iobmd.task import obstacles
+from iobmd.errors import TaskTimeoutError, VMError
+from iobmd.pagemap import file, frame
+from iobmd.remote import session
+from iobmd.task import obstacles, transfer
 
 MIB = 1 << 20
 PATIENCE = 20  # seconds
@@ -36,15 +37,17 @@ print(server, at, flush=True)
 sys.stdin.readline()
 # The page is written back first, under the lock of the address space: reading the maps waits for the server.
 LIBC.mmap(ctypes.c_void_p(at), ctypes.c_size_t(SIZE), 3, 0x32, -1, 0)
+sys.stdin.readline()
 """
 )
 
 
 class Silent(NamedTuple):
-    """A target that maps a file of 1 MiB, twice as far as it goes, at `at`."""
+    """A target that maps a file of 1 MiB, twice as far as it goes, at `at`; `server` serves it, and is stopped."""
 
     process: subprocess.Popen[str]
     at: int
+    server: int
 
     @property
     def pid(self) -> int:
@@ -70,18 +73,27 @@ def target(tmp_path: Path) -> Iterator[Silent]:
         server, at = map(int, process.stdout.readline().split())
         os.kill(server, signal.SIGSTOP)
         try:
-            yield Silent(process, at)
+            yield Silent(process, at, server)
         finally:
             os.kill(server, signal.SIGKILL)
 
 
 def within_patience(action: Callable[[], object]) -> object:
-    """Return the result of a function, which is called by a thread that may be left waiting."""
+    """Return the result of a function, or raise its error; it is called by a thread that may be left waiting."""
     results: list[object] = []
-    thread = threading.Thread(target=lambda: results.append(action()), daemon=True)
+
+    def act() -> None:
+        try:
+            results.append(action())
+        except iobmd.IOReturnError as error:
+            results.append(error)
+
+    thread = threading.Thread(target=act, daemon=True)
     thread.start()
     thread.join(PATIENCE)
     assert results, "it waits"
+    if isinstance(results[0], iobmd.IOReturnError):
+        raise results[0]
     return results[0]
 
 
@@ -121,6 +133,59 @@ def test_ctrl_c_ends_a_command_that_the_kernel_keeps_waiting(target: Silent) -> 
             assert (command.returncode, "made it wait" in errors) == (130, True)
         finally:
             command.kill()
+
+
+SHORT = 0.3  # seconds
+COMMANDS: dict[str, Callable[[iobmd.Task, int], object]] = {
+    "read": lambda task, at: task.read(at, 16, timeout=SHORT),
+    "read of much": lambda task, at: task.read(at - MIB, MIB, timeout=SHORT),
+    "write": lambda task, at: task.write(at, b"changed", timeout=SHORT),
+    "copy": lambda task, at: iobmd.copy(task, at, 4096, timeout=SHORT, wired=False),
+    "copy without a limit": lambda task, at: iobmd.copy(task, at - MIB, MIB, wired=False),
+    "copy of what is readable": lambda task, at: iobmd.copy(task, at - MIB, MIB, timeout=SHORT, unreadable="zero"),
+    "frozen copy": lambda task, at: iobmd.copy(task, at, 4096, timeout=SHORT, freeze=True, wired=False),
+    "allocate": lambda task, _at: iobmd.allocate(4096, task=task, wired=False),
+    "prepare": lambda task, at: iobmd.IOMemoryDescriptor.withAddressRange(at, 4096, 3, task).prepare(),
+    "pages": lambda task, at: list(pagemap.pages(task, at, 4096)),
+    "areas": lambda task, _at: list(pagemap.areas(task, details=True)),
+}
+
+
+@pytest.mark.needs("root")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_call_waits_for_long_while_a_task_holds_the_lock_of_its_memory(
+    target: Silent, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was begun has no effect afterwards: nothing is written, and no child process is left."""
+    task = iobmd.Task(target.pid)
+    place = next(area for area in procfs.maps(target.pid) if area.name == "[stack]").end - 4096
+    before = task.read(place, 4096)
+    monkeypatch.setattr(session, "PATIENCE", SHORT)
+    monkeypatch.setattr(transfer, "TIMEOUT", SHORT)
+    monkeypatch.setattr(file, "TIMEOUT", SHORT)
+    target.hold_its_maps()
+    assert is_held(target.pid), "the control"
+    processes = children(os.getpid())
+    with pytest.raises(TaskTimeoutError) as raised:
+        within_patience(lambda: COMMANDS[command](task, place))
+    assert "has held the lock of its address space" in str(raised.value)
+    assert children(os.getpid()) == processes
+    os.kill(target.server, signal.SIGCONT)
+    end = time.monotonic() + PATIENCE
+    while is_held(target.pid):
+        assert time.monotonic() < end
+    assert task.read(place, 4096, timeout=PATIENCE) == before
+
+
+def is_held(pid: int) -> bool:
+    """Return whether a process that reads the page tables of another has to wait."""
+    with subprocess.Popen(["head", "-c", "8", f"/proc/{pid}/pagemap"], stdout=subprocess.DEVNULL) as reader:
+        try:
+            reader.wait(SHORT)
+        except subprocess.TimeoutExpired:
+            reader.kill()
+            return True
+    return False
 
 
 @pytest.mark.needs("root")
