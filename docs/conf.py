@@ -1,5 +1,26 @@
-"""Sphinx configuration: `make docs`."""
+"""Sphinx configuration: `make docs`.
 
+Every reference must resolve (nitpicky), and every public name must be described in the API reference; otherwise the
+build fails. It reads nothing from the network: inventories/python.txt resolves references to Python's documentation.
+"""
+
+import inspect
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.ext import intersphinx
+from sphinx.util import logging
+
+import iobmd
+import iobmd.host
+import iobmd.iommu
+import iobmd.pagemap
 from iobmd import __version__
 
 project = "iobmd"
@@ -8,17 +29,107 @@ release = version = __version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
     "numpydoc",
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
 nitpicky = True
+default_role = "code"
 html_theme = "furo"
 html_title = f"iobmd {__version__}"
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
+copybutton_prompt_text = "$ "
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 numpydoc_show_class_members = False
-default_role = "code"
+
+# Objects of Python's documentation that the reference links to: NAME DOMAIN:ROLE PRIORITY LOCATION DISPLAYED, as in
+# the inventory of that documentation (docs.python.org/3/objects.inv), of which this is a part. Sphinx reads it
+# compressed.
+_HERE = Path(__file__).parent
+_inventory = _HERE / "_build/python.inv"
+_inventory.parent.mkdir(exist_ok=True)
+_header = """# Sphinx inventory version 2
+# Project: Python
+# Version: 3
+# The remainder of this file is compressed using zlib.
+"""
+_inventory.write_bytes(_header.encode() + zlib.compress((_HERE / "inventories/python.txt").read_bytes()))
+intersphinx_mapping = {"python": ("https://docs.python.org/3", str(_inventory))}
+nitpick_ignore = [("py:class", "psutil.Process")]
+
+# Names in signatures that are only imported for type checkers, and the objects that describe them.
+_LINKS = {
+    "AnyTask": "iobmd.AnyTask",
+    "Buffer": "collections.abc.Buffer",
+    "Mapped": "iobmd.IOMemoryDescriptor",
+    "Where": "iobmd.pagemap.range.Where",
+    "Target": "iobmd.pagemap.Target",
+    "JSON": "json.dumps",
+    "Path": "pathlib.Path",
+    "Progress": "collections.abc.Callable",
+    "NonVolatile": "contextlib.AbstractContextManager",
+    "K": "collections.abc.Hashable",
+    "socket": "socket.socket",
+}
+# Methods without an underscore that only other modules of iobmd call.
+_INTERNAL = {"iobmd.Task.copy_in", "iobmd.pagemap.Snapshot.batches"}
+# Classes whose objects are returned by functions and factories: their constructors are not public.
+_MADE_BY_FUNCTIONS = {
+    "iobmd.CacheItem",
+    "iobmd.Handle",
+    "iobmd.IOBufferMemoryDescriptor",
+    "iobmd.IODMACommand",
+    "iobmd.IOMemoryDescriptor",
+    "iobmd.IOMemoryMap",
+    "iobmd.IOMultiMemoryDescriptor",
+    "iobmd.IOSubMemoryDescriptor",
+    "iobmd.iommu.IOVMRange",
+}
+
+
+def _hide_constructor(
+    _app: Sphinx, _what: str, name: str, _object: Any, _options: Any, _signature: str, returned: str
+) -> tuple[str, str] | None:
+    return ("", returned) if name in _MADE_BY_FUNCTIONS else None
+
+
+def _link(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.Element) -> nodes.Element | None:
+    """Resolve a name that is only imported for type checkers."""
+    if node.get("refdomain") != "py" or not (target := _LINKS.get(node["reftarget"].rpartition(".")[2])):
+        return None
+    node["reftarget"], node["reftype"] = target, "obj"
+    found = env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, content)
+    return found or intersphinx.missing_reference(app, env, node, content)
+
+
+def _public_names() -> Iterator[str]:
+    """Yield the names that the reference must describe: those that modules list, and public members of classes."""
+    kinds = (iobmd.IOOptionBits, iobmd.IOMapOptions, iobmd.IOPurgeable, iobmd.IOReturn)
+    constants = {member for kind in kinds for member in kind.__members__}
+    for module in (iobmd, iobmd.host, iobmd.iommu, iobmd.pagemap):
+        for name in sorted({*module.__all__} - constants - {"__version__"}):
+            value = getattr(module, name)
+            if inspect.ismodule(value):
+                continue
+            yield f"{module.__name__}.{name}"
+            for member, found in vars(value).items() if inspect.isclass(value) else ():
+                if not member.startswith("_") and (callable(found) or isinstance(found, property | classmethod)):
+                    yield f"{module.__name__}.{name}.{member}"
+
+
+def _check_public_names(_app: Sphinx, env: BuildEnvironment) -> None:
+    described = env.domains["py"].objects
+    for name in _public_names():
+        if name not in described and name not in _INTERNAL:
+            logging.getLogger(__name__).warning("public name without a description: %s", name)
+
+
+def setup(app: Sphinx) -> None:
+    """Connect the handlers above."""
+    app.connect("autodoc-process-signature", _hide_constructor)
+    app.connect("missing-reference", _link, priority=400)  # before intersphinx
+    app.connect("env-check-consistency", _check_public_names)
