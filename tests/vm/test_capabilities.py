@@ -26,7 +26,7 @@ def wired() -> str:
     with iobmd.allocate(5 * MIB) as buffer:
         assert buffer.wiring is Wiring.PINNED
         buffer.verify()
-        return "pinned, a ring a piece" if pinning._pins._no_tables else "pinned"
+        return "pinned, one ring per piece" if pinning._pins._no_tables else "pinned"
 
 
 def prepared() -> None:
