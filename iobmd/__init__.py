@@ -13,8 +13,8 @@ from iobmd import constants
 from iobmd._version import __version__
 from iobmd.constants import *  # noqa: F403
 
-# The whole library is imported now, not when a name is first used: by then there may be threads and forks, and no
-# free file descriptor. The command has none of these.
+# The whole library is imported now, not when a name is first used: at that time there may be other threads, the
+# process may have been forked, or no file descriptor may be free. None of this applies to the command.
 if TYPE_CHECKING or "iobmd_command" not in sys.modules:
     from iobmd._native.pagemap import PhysicalSegment
     from iobmd.api import allocate, copy

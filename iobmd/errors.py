@@ -7,7 +7,7 @@ from typing import Any, Self
 from iobmd.constants import IOReturn
 
 NO_DESCRIPTOR = (EMFILE, ENFILE)
-"""Error numbers for a lack of file descriptors, which say nothing about the object in question."""
+"""Error numbers for a lack of file descriptors, which are unrelated to the object of the call."""
 
 
 class IOReturnError(OSError):

@@ -60,7 +60,7 @@ def _parse(text: bytes, low: int = 0, high: int = _LAST) -> Iterable[VMA]:
 
 
 def _unescaped(area: VMA) -> VMA:
-    # Of all line separators, the kernel escapes only the newline.
+    # The newline is the only line separator that the kernel escapes.
     return area._replace(name=re.sub(_ESCAPE, lambda match: chr(int(match[1], 8)), area.name))
 
 
@@ -290,7 +290,7 @@ take 0.07 s, 100,000 take 0.8 s (measured), a million more than a minute.
 
 
 class Mount(NamedTuple):
-    """A mount, as a line of /proc/PID/mountinfo has it."""
+    """A mount, from a line of /proc/PID/mountinfo."""
 
     device: tuple[int, int]
     """The major and minor number of its file system."""
@@ -301,7 +301,8 @@ class Mount(NamedTuple):
 def mounts(pid: int | str = "self") -> Iterator[Mount]:
     """Iterate over the mounts that a process sees (proc_pid_mountinfo(5)). Raises OSError.
 
-    Users name mount points, and the kernel escapes of what ends a line, or a field, elsewhere only newline and space.
+    Users choose the names of mount points. Of the characters that Python treats as the end of a line or a field, the
+    kernel escapes only newline, space and tab.
     """
     with _lines(memory_file(pid, "mountinfo")) as lines:
         for line in lines:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _HEADER = struct.Struct("=6sxxI")  # magic, and the length of the description that follows
 _MARK = b"iobmd1"
 _LARGEST = 1 << 20  # bytes of a description
-_MOST_PIECES = 16 << 10  # each is a mapping, and a process may have 65,530 (vm.max_map_count)
+_MOST_PIECES = 16 << 10  # each is a mapping, and a process may have at most 65,530 (vm.max_map_count)
 _MOST_FDS = 253  # that a message can have (SCM_MAX_FD in linux/net.h)
 _LARGEST_ALIGNMENT = 1 << 40
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
@@ -310,7 +310,8 @@ def _check_memory(fd: int, *, trusted: bool) -> None:
 def _discard(fds: list[int]) -> None:
     """Close descriptors that were sent here.
 
-    close(2) of a FUSE file waits for its server without a limit, that of a TCP socket as long as its sender likes.
+    close(2) of a FUSE file waits for its server without a limit, and that of a TCP socket for as long as its sender
+    has set.
     """
     others = []
     for fd in fds:

@@ -32,8 +32,8 @@ def replacing(path: str | Path, mode: int) -> Iterator[BinaryIO]:
     Raises
     ------
     OSError
-        The file cannot be written; the error names `path`. `EACCES`: `path` is a link or a pipe of another user in a
-        world-writable directory.
+        The file cannot be written; the error names `path`. `EACCES`: `path` is a link or a pipe that belongs to
+        another user, in a world-writable directory.
 
     Notes
     -----

@@ -1,7 +1,7 @@
 """Resources that a forked child does not inherit: file descriptors, their uses, and locks.
 
-After a fork, such descriptors still refer to the parent's memory, and a lock may be held by a thread that the child
-lacks.
+After a fork, such descriptors still refer to the parent's memory, and a lock may be held by a thread that does not
+exist in the child.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class LazyFd:
         os.register_at_fork(after_in_child=self._forget)
 
     def open(self) -> int:
-        """Return it. Raises OSError."""
+        """Return the descriptor. Raises OSError."""
         if self._fd < 0:
             opened = self._opener()
             if self._fd < 0:

@@ -9,10 +9,10 @@ _T = TypeVar("_T")
 
 
 class WeakRegistry(Generic[_T]):
-    """A registry of objects, each until its end; a forked child has those of its parent.
+    """A registry of objects, from which each is removed when it ends; a forked child has those of its parent.
 
-    Objects are compared by identity. The references are removed by a callback in C, because every allocation of a
-    buffer pays for it.
+    Objects are compared by identity. The references are removed by a callback in C, because this adds to the cost of
+    every allocation of a buffer.
     """
 
     def __init__(self) -> None:

@@ -21,14 +21,14 @@ class Contents(Protocol):
     """Initial contents of new memory."""
 
     def fill(self, destination: int, *, huge: int = 0, sparse: bool = False) -> bool:
-        """Copy it to zeroed memory of this process; return whether some of that was not touched.
+        """Copy the contents to zeroed memory of this process; return whether some of that memory was not touched.
 
         Parameters
         ----------
         destination : int
             Address in this process.
         huge : int
-            Size of the huge pages that it may have, 0 for none.
+            Size of the huge pages that the memory may have, 0 for none.
         sparse : bool
             Whether only ranges that are copied completely may have huge pages.
         """
@@ -38,17 +38,17 @@ class Contents(Protocol):
 
 
 class Backing(Protocol):
-    """Memory that one `MemoryOwner` has."""
+    """Memory that belongs to one `MemoryOwner`."""
 
     composite: bool
-    """Whether it consists of parts of other memory, to which each pin is passed on."""
+    """Whether it consists of parts of other memory; pins are then passed on to these."""
 
     stopped_ns: int
     """Upper bound of the time for which a thread of `task` was stopped for the allocation."""
 
     @property
     def task(self) -> Task | None:
-        """The task to whose address space `address` belongs; None: mapped in none, or not as one range."""
+        """The task to whose address space `address` belongs; None if it is mapped in no task, or not as one range."""
 
     @property
     def runs(self) -> RunTable | None:

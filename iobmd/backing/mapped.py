@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 UNREACHABLE = (ClosedError, FaultError)
-"""The errors of access to a mapping whose memory is released or unmapped."""
+"""The exceptions of a mapping whose memory is released or unmapped."""
 
 
 class MappedBacking(Pinned):
@@ -82,7 +82,8 @@ class MappedBacking(Pinned):
             mapping.let_go()
 
     def _require_room_to_read(self, mapping: Mapping, offset: int, length: int) -> None:
-        """As above: reading shared memory allocates untouched pages, whereas private memory maps the zero page."""
+        """As `_require_room`: reading shared memory allocates untouched pages, whereas private memory maps the zero
+        page."""
         if self.shared is not None:
             self._require_room(mapping, offset, length)
 

@@ -1,4 +1,4 @@
-"""Pins of pages: the common part of all memory that is pinned itself."""
+"""Pins of pages: the common part of all memory that is not composite."""
 
 from __future__ import annotations
 

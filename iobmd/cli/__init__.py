@@ -16,7 +16,7 @@ COMMANDS = {
     "demo": ("iobmd.cli.demo.command", "copy memory from another process into wired buffers, and verify the copies"),
     "copy": ("iobmd.cli.copy", "copy a range of a process's memory to a file"),
     "share": ("iobmd.cli.share", "map memory into another process, until interrupted"),
-    "alloc": ("iobmd.cli.alloc", "allocate wired, contiguous or masked memory, and show where it lies"),
+    "alloc": ("iobmd.cli.alloc", "allocate wired, contiguous or masked memory, and report its location"),
     "doctor": ("iobmd.cli.doctor", "report what this host supports, and how to enable the rest"),
 }
 """Subcommands: the name of the module that runs each, and its summary.

@@ -1,4 +1,4 @@
-"""`iobmd alloc`: allocate memory as a driver would, and show where it lies."""
+"""`iobmd alloc`: allocate memory as a driver would, and report its location."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `iobmd alloc`."""
     parser = argparse.ArgumentParser(
         prog="iobmd alloc",
-        description="Allocate wired memory, show where it lies, and free it.",
+        description="Allocate wired memory, report its location, and free it.",
         epilog="Sizes and masks: decimal, 0x hexadecimal, or with a suffix k, M, G, T.",
     )
     parser.add_argument("size", type=size, help="bytes")

@@ -171,7 +171,7 @@ def _progress(length: int) -> Iterator[Progress | None]:
 
 
 def _write(buffer: IOBufferMemoryDescriptor, name: str) -> None:
-    """Write the whole buffer, or leave an existing file as it was."""
+    """Write the whole buffer, or leave an existing file unchanged."""
     path = Path(name)
     if name == "-":
         sys.stdout.buffer.write(buffer)

@@ -21,7 +21,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `iobmd doctor`."""
     parser = argparse.ArgumentParser(
         prog="iobmd doctor",
-        description="Report what this host supports, what each feature is good for, and how to enable missing ones.",
+        description="Report what this host supports, the purpose of each feature, and how to enable missing ones.",
         epilog=f"Exit code: 0 if the main job ({_MAIN_JOB}) can run here, 1 if it cannot, 2 for wrong usage.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
@@ -56,7 +56,7 @@ def _table(found: list[host.Fact]) -> Table:
     from rich.text import Text  # noqa: PLC0415
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for heading in ("fact", "", "value", "what it is good for"):
+    for heading in ("fact", "", "value", "purpose"):
         # "fold": a path longer than its column continues on the next line instead of being cut.
         table.add_column(heading, overflow="fold")
     for fact in found:

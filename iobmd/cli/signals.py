@@ -22,8 +22,8 @@ def interruptible() -> Iterator[None]:
     """End the program on a signal even while the kernel blocks the main thread until SIGKILL.
 
     This happens while a task holds the lock of its address space (see `relay`): a signal remains pending until the
-    wait ends. A second thread, which has blocked the signal, detects it (sigpending(2)) and ends the program. Do not
-    use this in commands that stop tasks: their tracers are safer in a single-threaded program.
+    wait ends. A second thread, in which the signal is blocked, detects it (sigpending(2)) and ends the program. Do
+    not use this in commands that stop tasks: their tracers are safer in a single-threaded program.
     """
     over, ended = _thread.allocate_lock(), _thread.allocate_lock()
     over.acquire()
@@ -39,7 +39,7 @@ def interruptible() -> Iterator[None]:
                 pending = signal.sigpending()
                 looks = {number: count + 1 if number in pending else 0 for number, count in looks.items()}
                 if late := next((number for number, count in looks.items() if count >= _UNTIL), 0):
-                    os.write(2, b"iobmd: interrupted while the kernel made it wait for another process\n")
+                    os.write(2, b"iobmd: interrupted while the kernel was waiting for another process\n")
                     os._exit(128 + late)
         finally:
             ended.release()

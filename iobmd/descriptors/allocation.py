@@ -56,7 +56,7 @@ def _make(wanted: Request, contents: Contents | None) -> MappedBacking:
             ),
             wanted,
         )
-    if wanted.wired or contents:  # wired memory is also checked after the search
+    if wanted.wired or contents:  # wired memory is checked again after the search
         headroom.require(wanted.capacity, swappable=not wanted.wired)
     sealed = wanted.task is not None and not wanted.here and not is_trusted(wanted.task)
     if wanted.want is None:

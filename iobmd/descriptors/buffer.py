@@ -248,7 +248,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     """Upper bound of the time for which the source was stopped, in nanoseconds (`copy(…, freeze=True)`)."""
 
     holes: list[tuple[int, int]]
-    """Offsets and lengths of unreadable bytes of the source, which are zero (`copy(…, unreadable="zero")`)."""
+    """Offsets and lengths of the bytes that could not be read and are zero (`copy(…, unreadable="zero")`)."""
 
     @property
     def task_stopped_ns(self) -> int:

@@ -62,7 +62,7 @@ class CompositeBacking:
                 yield _Piece(part.owner, part.offset + low - begin, low - offset, high - low)
             begin += part.length
 
-    # --- where it is
+    # --- addresses and mappings
 
     def _only_part(self) -> Part | None:
         """Return its only part, and thus its address; None if it has several."""
@@ -268,7 +268,7 @@ class CompositeState:
         self._owners = owners
 
     def current(self) -> int:
-        """Determine the state."""
+        """Return the common state."""
         return _combined([owner.set_purgeable(KEEP_CURRENT) for owner in self._owners])
 
     def keep(self) -> int:
@@ -300,7 +300,7 @@ class CompositeState:
             owner.require_unpinned()
 
     def order(self) -> Order | None:
-        """Return None: the memory of each owner is purged separately."""
+        """Return None: each owner's memory is purged separately."""
         return None
 
     def purge(self) -> int:

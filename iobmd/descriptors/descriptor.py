@@ -127,7 +127,7 @@ class IOMemoryDescriptor:
         self._state = "open"
         return self
 
-    # --- what it is
+    # --- its properties
 
     def getLength(self) -> int:
         """Return the length in bytes."""
@@ -273,7 +273,7 @@ class IOMemoryDescriptor:
         """Whether the memory is pageable, resident or pinned."""
         return self._memory().wiring
 
-    # --- where it lies
+    # --- its addresses
 
     def getPhysicalAddress(self) -> int:
         """Return the physical address of the first byte. Raises as `segments`."""

@@ -33,7 +33,7 @@ _KNOWN = (
 
 
 class MapRequest:
-    """A checked request to map a part of a memory.
+    """A checked request to map a part of an owner's memory.
 
     Offsets are relative to the memory's first byte, which need not be the first of a page. `first`, the offset of the
     first byte of the first page, may therefore be negative. `in_page` is the position of the byte at `offset` in its
@@ -104,7 +104,7 @@ class CachedMapping:
     def open(
         cls, descriptor: IOMemoryDescriptor, owner: MemoryOwner, task: Task, request: MapRequest
     ) -> CachedMapping:
-        """Map pages of a memory, or use its own addresses if they will do (IOKit's static mapping)."""
+        """Map pages of the memory, or use its own addresses if they satisfy the request (IOKit's static mapping)."""
         backing = owner.require_backing()
         if request.anywhere and not request.unique and backing.task == task:
             return cls(descriptor, owner, task, request, None)

@@ -47,7 +47,7 @@ class MemoryOwner:
     """The memory of a descriptor: its backing, its pin count, its other mappings, and its users.
 
     Its users are its handle, the descriptor for which it was created, until that is released, and its dependents,
-    composite memory that has parts of it. The memory is released with the last of them. Users have strong references
+    composite memory of which it is a part. The memory is released with the last of them. Users have strong references
     to it, so that an owner whose users are garbage is collected and then releases the memory. It has weak references
     to its dependents, so that garbage does not count and no finalizer needs a lock.
 
@@ -120,7 +120,7 @@ class MemoryOwner:
     # --- its users
 
     def add_dependent(self, dependent: CompositeBacking) -> None:
-        """Register composite memory that has parts of this."""
+        """Register composite memory of which this is a part."""
         with self.guard:
             self.require_backing()
             if self._sealed:
@@ -258,7 +258,7 @@ class MemoryOwner:
         return size
 
     def require_range(self, offset: int, length: int) -> Backing:
-        """Return where the bytes of a range live. Raises `kIOReturnNotOpen`, `kIOReturnBadArgument`."""
+        """Return the backing with the bytes of a range. Raises `kIOReturnNotOpen`, `kIOReturnBadArgument`."""
         backing = self.require_backing()
         check_within(offset, length, self.length, "the descriptor")
         return backing
@@ -325,7 +325,7 @@ class MemoryOwner:
         if self.purge_control:
             self.purge_control.memory.let_go()
 
-    # --- where it lies
+    # --- its physical addresses
 
     @property
     def wiring(self) -> Wiring:

@@ -1,4 +1,5 @@
-"""A prepared range of memory as a device sees it: in place where it can reach it, otherwise in bounce buffers."""
+"""A prepared range of memory as a device sees it: in place if the device can reach it, otherwise in bounce
+buffers."""
 
 from __future__ import annotations
 
@@ -254,7 +255,7 @@ class DeviceTransfer:
 
 
 def _must_move(lying: list[PhysicalSegment], limits: Specification) -> bool:
-    """Whether bouncing unreachable pages does not suffice, because parts have an unsuitable alignment."""
+    """Whether parts have an unsuitable alignment, so that bouncing only the unreachable pages does not suffice."""
     if limits.alignment > PAGE_SIZE and any(piece.address + piece.length - 1 > limits.highest for piece in lying):
         return True
     return any(piece.address % limits.alignment for piece in lying)

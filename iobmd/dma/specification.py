@@ -37,7 +37,7 @@ class Specification(NamedTuple):
     boundary: int = 0
 
     def checked(self) -> Specification:
-        """Return it, with defaults for zeros.
+        """Return the limits, with defaults for zeros.
 
         Raises
         ------

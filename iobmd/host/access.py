@@ -91,7 +91,7 @@ def proc() -> Fact:
 def _can_translate() -> bool:
     try:
         pidns.directory(os.getppid() or 1)
-    except ProcessLookupError:  # it has exited: the call works
+    except ProcessLookupError:  # the child has exited: the call works
         return True
     except OSError:
         return False

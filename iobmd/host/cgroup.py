@@ -3,7 +3,7 @@
 /proc/PID/cgroup names the group of a process, and the field `root` of /proc/self/mountinfo the group that a mount
 shows, both relative to the root of the *reader's* cgroup namespace (cgroup_namespaces(7)). The root of a mount from
 outside the namespace is "/../..", which shows the number of levels in between, but not their names: they are
-determined from the process ids that the groups list.
+found by comparing the process ids that the groups list.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Checks of free memory before populating, which prevent that the kernel kills a process.
+"""Checks of free memory before memory is populated, so that the kernel need not kill a process.
 
 mmap succeeds even if there is no memory for the mapping; when a page fault finds none, the kernel kills a process of
 the host or of the charged memory cgroup. Memory that does not fit is therefore refused before it is populated. Pages
@@ -33,9 +33,9 @@ _OVERHEAD = 64
 """Page tables and lists of pinned pages each use up to 1/128 of the memory that they describe (4 KiB pages)."""
 
 _EACH = 4 << 10
-"""Bytes charged for a request in addition to its pages: the objects of a buffer, its area, its ring slot.
+"""Bytes charged for a request in addition to its pages: for a buffer's Python objects, its area and its ring slot.
 
-Measured: 4.0 KiB for a wired buffer, 1.7 KiB for a shared one; for small buffers as much as their pages.
+Measured: 4.0 KiB for a wired buffer and 1.7 KiB for a shared one, which for a small buffer is as much as its pages.
 """
 
 _VALID = 0.02
@@ -143,7 +143,7 @@ def tightest() -> Room:
 
 
 def shortage() -> int:
-    """Return how many bytes are missing to an eighth of the host's memory and of each cgroup's limit.
+    """Return how many bytes must be freed so that an eighth of the host's memory and of each cgroup's limit is free.
 
     Negative if more is free. Swap does not count, because swapping is a consequence of the shortage.
     """
@@ -201,7 +201,7 @@ class _Look:
 
     @property
     def concerns_this_process(self) -> bool:
-        """Whether memory that this process frees would count for the tightest limit."""
+        """Whether memory that this process frees would also be free under the tightest limit."""
         group = self.least.group
         return self._pid is None or group is None or group in cgroup.around("memory")
 
@@ -244,7 +244,7 @@ class _Look:
         return files + (self.swap if self._swappable else min(self.swap, max(0, anonymous - self._pinned)))
 
     def _of_host(self) -> Room:
-        free = os.sysconf("SC_AVPHYS_PAGES") * PAGE_SIZE // 2  # 0.5 µs, /proc/meminfo 75; the kernel reserves some
+        free = os.sysconf("SC_AVPHYS_PAGES") * PAGE_SIZE // 2  # 0.5 µs, /proc/meminfo 75; part is reserved
         if free >= self.size:
             return Room(free, free)
         memory = self._memory

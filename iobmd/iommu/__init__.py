@@ -26,14 +26,15 @@ __all__ = ["IOMapper", "IOVMRange"]
 
 
 class IOMapper:
-    """The I/O address space of a PCI device: the memory that it may access, and at which addresses.
+    """The I/O address space of a PCI device: the memory that the device may access, and its addresses there.
 
     Parameters
     ----------
     device : str
         Its PCI address with the domain: ``"0000:00:03.0"``. It must be bound to the driver vfio-pci.
     address_bits : int
-        The number of its address bits: buffers are mapped below 1 << `address_bits`, wherever they lie.
+        The number of its address bits: buffers are mapped below 1 << `address_bits`, whatever their physical
+        addresses.
 
     Raises
     ------

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _NODES = Path("/sys/devices/system/node")
-# A context variable, not a parameter of all functions that map memory, because it concerns only where pages come
-# from.
+# A context variable, not a parameter of all functions that map memory, because it only affects where pages are
+# allocated.
 _wanted: contextvars.ContextVar[int | None] = contextvars.ContextVar("iobmd.memory.numa", default=None)
 
 

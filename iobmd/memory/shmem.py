@@ -159,7 +159,7 @@ def show(extents: Sequence[FileExtent], at: int = 0, *, writable: bool = True, g
 
 
 def show_in(mapping: Mapping, extents: Sequence[FileExtent]) -> None:
-    """Show extents where `mapping` showed others. Raises as `show`."""
+    """Map extents at the addresses of `mapping`, replacing its memory. Raises as `show`."""
     alignment_of(extents)
     with _numbered(extents) as pieces:
         try:
@@ -171,7 +171,7 @@ def show_in(mapping: Mapping, extents: Sequence[FileExtent]) -> None:
 
 @contextlib.contextmanager
 def _numbered(extents: Sequence[FileExtent]) -> Iterator[list[tuple[int, int, int]]]:
-    """Keep the descriptors of extents open, and give each as (number, offset, length)."""
+    """Keep the descriptors of extents open inside a `with` block, and yield (number, offset, length) of each."""
     with contextlib.ExitStack() as uses:
         numbers = {fd: uses.enter_context(fd.use()) for fd in {extent.fd for extent in extents}}
         yield [(numbers[extent.fd], extent.offset, extent.length) for extent in extents]
@@ -221,7 +221,7 @@ def seal(fd: int) -> None:
 
 
 def why_unsafe(fd: int) -> str:
-    """Return how a process with a writable mapping could free the memory while others use it; "" if not."""
+    """Return how a process with a writable mapping could free the memory while others use it; "" if it cannot."""
     if mman.hugetlb_page(fd):
         # After a hole was punched, the page is allocated from the pool again; if the pool is empty, the access raises
         # SIGBUS.

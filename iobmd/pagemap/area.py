@@ -31,9 +31,9 @@ class Area(NamedTuple):
     start: int
     end: int
     tally: Tally
-    """What pagemap says, in bytes: `present`, and of that `hidden` (no frame number), `file`, `zero`, `exclusive`,
-    `huge` and `huge_zero`; `swapped`, `guard`, `marker`, `soft_dirty`. Of the physical runs: how many (`runs`), the
-    `largest`, and how many lie above (`ascending`) or below (`descending`) the one before."""
+    """The contents according to pagemap, in bytes: `present`, including `hidden` (no frame number), `file`, `zero`,
+    `exclusive`, `huge` and `huge_zero`; `swapped`, `guard`, `marker`, `soft_dirty`. For the physical runs: their
+    number (`runs`), the `largest`, and how many are above (`ascending`) or below (`descending`) the previous one."""
     details: Details | None
     """The data of smaps, if it was read."""
     folios: dict[int, int] | None

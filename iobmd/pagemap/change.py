@@ -92,7 +92,7 @@ def _ranges(snapshot: Snapshot) -> Iterator[tuple[int, int]]:
 def _differing(before: Iterator[Batch], after: Iterator[Batch]) -> Iterator[tuple[list[Span], list[Span]]]:
     """Iterate over the spans of two snapshots in groups with common bounds, without equal groups.
 
-    Most of a large task is unchanged, and comparing texts takes a tenth of the time of parsing them.
+    Most of a large task is unchanged, and comparing texts takes a tenth of the time that parsing them takes.
     """
     old, new = next(before, None), next(after, None)
     olds: list[Span] = []

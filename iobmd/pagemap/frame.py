@@ -36,7 +36,7 @@ FLAGS = {
 """Names of the bits of /proc/kpageflags (linux/kernel-page-flags.h; from 32 on: fs/proc/page.c, for hackers)."""
 
 _NODES = 4096
-"""Pages whose node is queried at once."""
+"""Number of pages whose nodes are queried in one call."""
 
 _PATIENCE = 5.0
 """Seconds for one step of the search of a process."""
@@ -214,9 +214,9 @@ def users(
     progress : callable, optional
         Called with the number of processes scanned and their total number.
     refused : callable, optional
-        Called with the pid of each process that may not be inspected, which is passed over, and the error that says
-        why; also of a process that keeps moving its memory (`kIOReturnBusy`), or the kernel waiting
-        (`kIOReturnTimeout`), of which only a part was searched.
+        Called with the pid of each process that may not be inspected and is skipped, and the error with the reason.
+        Also called for a process of which only a part was searched, because it keeps moving its memory
+        (`kIOReturnBusy`) or makes the kernel wait (`kIOReturnTimeout`).
 
     Raises
     ------
@@ -255,7 +255,7 @@ def _mapped_patiently(pid: int, low: int, high: int) -> Iterator[FrameMapping]:
         if isinstance(error, IOReturnError):
             raise
         message = (
-            f"process {pid} keeps the kernel waiting: it has been changing its mappings for {_PATIENCE:g} s, perhaps "
+            f"process {pid} makes the kernel wait: it has been changing its mappings for {_PATIENCE:g} s, perhaps "
             "because the server of a file (FUSE) does not answer"
         )
         raise TaskTimeoutError(message) from None

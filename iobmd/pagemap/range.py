@@ -59,12 +59,12 @@ class Where(NamedTuple):
 
     @property
     def cuts_no_huge_page(self) -> bool:
-        """Whether its bounds cannot lie inside a huge page."""
+        """Whether its bounds cannot be inside a huge page."""
         return not (self.start % HUGE_PAGE_SIZE or self.end % HUGE_PAGE_SIZE)
 
     @property
     def cuts_an_area(self) -> bool:
-        """Whether one of its bounds lies inside an area."""
+        """Whether one of its bounds is inside an area."""
         return not self.whole and any(area.start < self.start or area.end > self.end for area in self.areas())
 
     def areas(self) -> Iterator[VMA]:

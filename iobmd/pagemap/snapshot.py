@@ -38,7 +38,7 @@ _FLAGS = 1 << 7
 _LONGEST = 1 << 20
 """Maximum number of characters of a line; `save` writes at most a tenth of that."""
 _WINDOW = 4 << 20
-"""Size of the address window whose spans form a line: where nothing changed, two snapshots have equal lines."""
+"""Size of the address window whose spans form a line: two snapshots have equal lines for windows without changes."""
 
 
 class Header(NamedTuple):

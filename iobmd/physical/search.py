@@ -50,7 +50,7 @@ class PhysicalConstraints(NamedTuple):
     @property
     def blocks(self) -> tuple[int, ...]:
         """Sizes of the pages to search, each if there are none of the previous one."""
-        if self.lowest_hole < HUGE_PAGE_SIZE:  # no huge page has only such addresses
+        if self.lowest_hole < HUGE_PAGE_SIZE:  # no huge page consists only of such addresses
             return (PAGE_SIZE,)
         return (HUGE_PAGE_SIZE,) if self.contiguous else (HUGE_PAGE_SIZE, PAGE_SIZE)
 
@@ -136,7 +136,7 @@ def obtain_shared(want: PhysicalConstraints, name: str, *, sealed: bool = False)
 
 def _shared_sources(name: str, *, sealed: bool, may_reserve: bool) -> Iterator[FileBlocks]:
     yield FileBlocks(name=name, sealed=sealed)
-    if sealed:  # in a pool, pages that are freed in between may be lost to others
+    if sealed:  # pages that are freed to a pool in between may be allocated by other processes
         return
     for pool in host.hugetlb_pools():
         yield PoolBlocks(pool, reserve=may_reserve, name=name)

@@ -1,4 +1,4 @@
-"""Transparent huge pages, chosen by physical address: collected, inspected, and put in order or freed."""
+"""Transparent huge pages, selected by physical address: collected, inspected, and then sorted or freed."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class TransparentBlocks:
         return target
 
     def take_first(self) -> Mapping:
-        """Return the first batch as it is."""
+        """Return the mapping of the first batch unchanged."""
         return self._batches.pop(0)
 
     def close(self) -> None:

@@ -39,7 +39,7 @@ def _under_others(allowed: int, budget: Budget) -> str:
     # Not the sum of the zones above: a kernel that initializes memory lazily counts only initialized memory.
     above = max(0, procfs.meminfo()["MemFree"] - sum(under))
     if not any(under):
-        return "no free page of this host lies there"
+        return "no free page of this host is there"
     if above <= budget.bytes:
         return ""
     held = f"{format_size(above)} of free memory above it would have to be held to reach it"

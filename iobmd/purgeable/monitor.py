@@ -15,7 +15,7 @@ from iobmd._internal import process_local
 from iobmd.host import headroom
 
 _TOTAL = re.compile(r"some .*total=(\d+)")
-_STALLED = 0.075  # the part of the time in which tasks wait for memory; the kernel's own triggers react 2 s later
+_STALLED = 0.075  # the fraction of the time in which tasks wait for memory; the kernel's own triggers react 2 s later
 _LEVEL = "medium"  # "low" reports every reclaim, including that of old page cache
 
 
@@ -28,7 +28,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._poll = select.poll()
-        self._events: dict[int, bool] = {}  # eventfds; whether an event of each means that memory is short
+        self._events: dict[int, bool] = {}  # eventfds, each with whether its event means that memory is short
         self._held: list[process_local.Fd] = []
         self._wakes: process_local.Fd | None = None  # the thread may end and close it while others wake it
         self._waits = [_Waits(Path(path)) for path in host.psi_files()]
@@ -76,7 +76,7 @@ class Watch:
             (level.parent / "cgroup.event_control").write_text(f"{event} {watched} {argument}")
 
     def _event(self, *, says: bool) -> int:
-        """Return an eventfd that ends `wait`; `says`: an event means that memory is short."""
+        """Return an eventfd that ends `wait`; `says`: whether an event means that memory is short."""
         event = self._hold(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         self._events[event] = says
         self._poll.register(event, select.POLLIN)

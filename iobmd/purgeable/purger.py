@@ -148,7 +148,7 @@ class _Purger:
             while not self._over():
                 pause = _SLOWEST
                 self._idle = True  # before the check: memory that becomes volatile later calls `wake`
-                with contextlib.suppress(OSError):  # whatever the error, the next check tries again
+                with contextlib.suppress(OSError):  # whatever the error, the next check is another attempt
                     self._idle, pause = _look(pressed)
                 pressed = watch.wait(pause)
 

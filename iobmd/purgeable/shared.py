@@ -200,7 +200,8 @@ class SharedState:
     def _word(self) -> int:
         """Return the word.
 
-        Any process with a descriptor can write another state, which counts as non-volatile: no memory is taken.
+        Any process with a descriptor can write an unknown state, which counts as non-volatile: the memory is not
+        purged.
         """
         word = self._stored()
         return word if word & _STATE in (VOLATILE, EMPTY) else word & ~_STATE | NON_VOLATILE

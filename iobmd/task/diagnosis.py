@@ -154,7 +154,7 @@ def own_pagemap(error: OSError) -> IOReturnError:
     """Return the error for this process's own pagemap, which could not be opened or read."""
     if error.errno == errno.ENOENT:
         return hidden(os.getpid()) or UnsupportedError(
-            "this kernel has no pagemap (CONFIG_PROC_PAGE_MONITOR), which shows where pages lie",
+            "this kernel has no pagemap (CONFIG_PROC_PAGE_MONITOR), which shows the positions of pages",
             errno.ENOENT,
         )
     return limits.from_oserror(error, "cannot read /proc/self/pagemap")

@@ -69,7 +69,7 @@ def find(pid: int, start: int, end: int, *, write: bool = False, pin: bool = Fal
         stop = min(area.end, end)
         if found := _unreachable(pid, area, place, stop, lengths, write=write):
             return found
-        if pin and not unpinnable:  # inaccessible bytes take precedence, wherever they lie
+        if pin and not unpinnable:  # inaccessible bytes take precedence, whatever their addresses
             unpinnable = _unpinnable(pid, area, place)
         place = stop
     if place >= end:

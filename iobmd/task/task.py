@@ -346,7 +346,7 @@ kernel_task: Task = _CurrentTask()
 
 if TYPE_CHECKING:
     AnyTask = Task | int | psutil.Process
-    """What names a task."""
+    """Anything that identifies a task."""
 
 
 def current_task() -> Task:

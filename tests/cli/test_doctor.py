@@ -47,7 +47,7 @@ def test_table_fits_and_names_every_fact(capsys, monkeypatch, columns):
     table, _, verdict = split_report(out)
     assert err == ""
     assert max(map(len, table.splitlines())) <= int(columns)
-    assert "what it is good for" in table
+    assert "purpose" in table
     assert "…" not in out
     for fact in host.facts():
         (row,) = (line for line in table.splitlines() if line.startswith(f"{fact.name} "))

@@ -63,7 +63,7 @@ def test_mask_out_of_reach_is_refused_at_once() -> None:
     assert caught.value.code == IOReturn.kIOReturnNoResources
     message = str(caught.value)
     assert "under the mask 0xffffff: " in message
-    assert "would have to be held to reach it" in message or "no free page of this host lies there" in message
+    assert "would have to be held to reach it" in message or "no free page of this host is there" in message
     assert is_given_back(before, 128 * MIB)
 
 

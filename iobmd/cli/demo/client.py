@@ -35,7 +35,8 @@ class Piece(NamedTuple):
 
 
 class Client:
-    """The process, as a context manager: `pid`, and `pieces` by kind, without the kinds that the host lacks."""
+    """The process, as a context manager: `pid`, and `pieces` by kind, without the kinds that the host does not
+    support."""
 
     def __init__(self, **sizes: int) -> None:
         command = python("-m", "iobmd.cli.demo.client", *(f"{kind}={size}" for kind, size in sizes.items()))
@@ -54,7 +55,7 @@ class Client:
 
 
 def _map(kind: str, size: int) -> mmap.mmap | None:
-    """Map memory of one kind and fill it; None if the host lacks it."""
+    """Map memory of one kind and fill it; return None if the host does not support this kind."""
     if kind == "hugetlb":
         try:
             area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_HUGETLB)

@@ -70,7 +70,7 @@ class Strewn:
         self._before = frames(self.address, self.size)
 
     def moved(self) -> tuple[int, int]:
-        """Return how many pages have changed their page frame, and how many there are."""
+        """Return how many pages have moved to another page frame, and the total number of pages."""
         pairs = [(old, new) for old, new in zip(self._before, frames(self.address, self.size), strict=True) if old]
         return sum(old != new for old, new in pairs), len(pairs)
 

@@ -20,9 +20,9 @@ def demonstrate(size: int) -> dict[str, int | bool]:
     Returns
     -------
     dict
-        `size`; the bytes `lazily_freed` and the pages `resident` while it was volatile; whether it came back
-        `intact`; how many pages were `taken` the second time; whether that loss was reported (`lost`), and whether
-        every byte then reads zero (`zero`).
+        `size`; the bytes `lazily_freed` and the pages `resident` while it was volatile; whether it was `intact`
+        afterwards; how many pages were reclaimed (`taken`) the second time; whether that loss was reported (`lost`),
+        and whether every byte then read as zero (`zero`).
     """
     content = os.urandom(PAGE_SIZE) * pages(size)
     with allocate(len(content), wired=False, purgeable=True) as buffer:

@@ -18,7 +18,7 @@ _SIZE = 64 << 10
 
 
 def demonstrate(task: Task, piece: Piece) -> dict[str, Any] | str:
-    """Allocate in a task, and copy its memory as of one moment; return the reason if that is impossible."""
+    """Allocate memory in a task, and copy its memory as of one moment; return the reason if that is impossible."""
     data = os.urandom(_SIZE)
     try:
         with allocate(_SIZE, task=task) as buffer, buffer.map() as here:
