@@ -1,4 +1,4 @@
-# A transfer by a child process that shares this address space, has descriptors of its own, and can be killed alone
+# A transfer by a child process that shares this address space, has its own descriptors, and can be killed separately
 from libc.stdint cimport uint64_t
 
 cdef extern from * nogil:
@@ -22,7 +22,7 @@ cdef extern from * nogil:
     #include <sys/wait.h>
     #include <time.h>
     #include <unistd.h>
-    #include "raw_call.h"  /* errno belongs to the thread that waits, whose thread-local storage the child shares */
+    #include "raw_call.h"  /* errno belongs to the waiting thread, whose thread-local storage the child shares */
     #ifndef CLONE_PIDFD
     #define CLONE_PIDFD 0x1000
     #endif
@@ -49,38 +49,38 @@ cdef extern from * nogil:
 
     struct iobmd_range {
         uint64_t at;                        /* in the file */
-        char *ours;                         /* IOBMD_DIRECT: where it belongs */
+        char *ours;                         /* IOBMD_DIRECT: the destination */
         size_t size;
     };
 
     struct iobmd_attempt {
         struct iobmd_range *ranges;
         unsigned int count;
-        size_t size;                        /* of all of them */
+        size_t size;                        /* of all ranges */
         int mode, file, writing;
-        int task;                           /* in place of `file`: its memory, by process_vm_readv(2) */
-        int task_pidfd;                     /* -1 where there is none */
-        /* In place of an open file: paths, each ended by a null byte and all of them by another. The first is chosen
-           that leads to a regular file with this inode number, and device where that is not 0. */
+        int task;                           /* instead of `file`: its memory, by process_vm_readv(2) */
+        int task_pidfd;                     /* -1 if there is none */
+        /* Instead of an open file: paths, each terminated by a null byte, and the list by another. The first path
+           that leads to a regular file with this inode number, and with this device unless that is 0, is chosen. */
         char *paths;
         uint64_t inode, device;
-        int found_only;                     /* it is not opened, and its server is not asked */
+        int found_only;                     /* the file is not opened, and its server is not called */
         int chosen;                         /* index of the path, or -1 */
         uint64_t length, filesystem, opened_device;
         size_t page;
         int fresh, holes;
-        int swaps;                          /* something is in swap on this host */
+        int swaps;                          /* swap space is in use on this host */
         int child, pidfd;
         pid_t maker;
         volatile size_t moved;
-        volatile int error;                 /* ECANCELED until it is over: it was killed */
+        volatile int error;                 /* ECANCELED until the child completes: killed */
         size_t mapped;
         char *bytes;
         char stack[IOBMD_STACK] __attribute__((aligned(64)));
     };
 
-    /* Whether what a pidfd names has exited, so that its number may be another's; 0 for -1. Looked at right before a
-       call that takes the number. */
+    /* Return whether the process of a pidfd has exited, so that its pid may have been reused; 0 for -1. Checked
+       directly before each call that uses the pid. */
     static int iobmd_has_exited(int pidfd)
     {
         struct pollfd ended = { pidfd, POLLIN, 0 };
@@ -99,9 +99,9 @@ cdef extern from * nogil:
                (!job->device || makedev(found->stx_dev_major, found->stx_dev_minor) == job->device);
     }
 
-    /* Open a path if it leads to the file, or only hold it (O_PATH) if it is to be found only; returns a descriptor,
-       or an error number below 0. No device is opened, which would notice it, and no time of access is changed where
-       that can be avoided. */
+    /* Open a path if it leads to the file, with O_PATH if the file need only be found; return a descriptor, or a
+       negative error number. Devices are not opened, because their drivers would be called, and the access time
+       remains unchanged if possible. */
     static long iobmd_attempt_try(struct iobmd_attempt *job, const char *path)
     {
         const int flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK;
@@ -109,7 +109,7 @@ cdef extern from * nogil:
         size_t end = strlen(same), digits = 1;
         struct statx found;
         struct statfs system;
-        /* The task may replace the file at a path at any time: it is checked after it is opened. */
+        /* The task may replace the file at a path at any time, so that it is checked after it is opened. */
         long fd, error, place = iobmd_raw(SYS_openat, AT_FDCWD, (long)path, O_PATH | O_CLOEXEC, 0, 0, 0);
         if (place < 0)
             return place;
@@ -123,7 +123,7 @@ cdef extern from * nogil:
         fd = error ? error : place;
         if (!error && !job->found_only) {
             fd = iobmd_raw(SYS_openat, AT_FDCWD, (long)same, flags | O_NOATIME, 0, 0, 0);
-            if (fd == -EPERM)  /* for the owner of the file, and holders of CAP_FOWNER */
+            if (fd == -EPERM)  /* permitted for the owner of the file, and with CAP_FOWNER */
                 fd = iobmd_raw(SYS_openat, AT_FDCWD, (long)same, flags, 0, 0, 0);
         }
         if (fd != place)
@@ -137,15 +137,16 @@ cdef extern from * nogil:
         return fd;
     }
 
-    /* Open the file of a task in a table of descriptors of this child's own. A process that closes any descriptor of
-       a file loses all of its POSIX locks on it (fcntl(2)); what this child closes, or its end, releases none of the
-       locks of its maker, which may have the file open as well. */
+    /* Open the file of a task in this child's own descriptor table. A process that closes any descriptor of a file
+       loses all its POSIX locks on the file (fcntl(2)). With a separate table, neither the closes nor the exit of
+       this child release locks of its creator, which may have the file open as well. */
     static long iobmd_attempt_open(struct iobmd_attempt *job)
     {
         const char *path = job->paths;
         long fd = -ENOENT;
         int index = 0;
-        /* Nothing is copied if all of it is to be closed (Linux 5.9); before that, the copy ends with the child. */
+        /* The table is not copied, because the whole range is closed (Linux 5.9); older kernels copy it for the
+           child. */
         if (iobmd_raw(SYS_close_range, 0, UINT_MAX, IOBMD_CLOSE_RANGE_UNSHARE, 0, 0, 0)) {
             long error = iobmd_raw(SYS_unshare, CLONE_FILES, 0, 0, 0, 0, 0);
             if (error)
@@ -175,11 +176,11 @@ cdef extern from * nogil:
                 done = iobmd_raw(job->writing ? SYS_pwrite64 : SYS_pread64, fd, (long)ours, (long)size, (long)at, 0,
                                  0);
         } while (done == -EINTR);
-        /* The end of the file. EIO is how /proc/PID/mem says that nothing is mapped. */
+        /* 0 is the end of the file. /proc/PID/mem returns EIO if nothing is mapped. */
         return done == 0 || (done == -EIO && !job->paths) ? -EFAULT : done;
     }
 
-    /* Move one range by way of `bytes`, in one call if possible; returns an error number. */
+    /* Transfer one range through the buffer `bytes`, in one call if possible; return an error number. */
     static long iobmd_attempt_bounced(struct iobmd_attempt *job, long fd, struct iobmd_range range)
     {
         while (range.size) {
@@ -193,7 +194,7 @@ cdef extern from * nogil:
         return 0;
     }
 
-    /* Copy what was read, but write no page of fresh memory for one that is all zero. */
+    /* Copy the bytes that were read, but do not touch a page of fresh memory for a page that is all zero. */
     static void iobmd_keep_nonzero(const struct iobmd_attempt *job, char *ours, size_t size)
     {
         size_t done = 0;
@@ -208,7 +209,8 @@ cdef extern from * nogil:
         }
     }
 
-    /* Where the next data begins at or behind `at`, at most `size` bytes away, and in `until` where it ends. */
+    /* Return the distance from `at` to the next data, at most `size`, and in `until` the distance to the end of the
+       data. */
     static size_t iobmd_hole(const struct iobmd_attempt *job, long fd, uint64_t at, size_t size, size_t *until)
     {
         long found;
@@ -226,7 +228,7 @@ cdef extern from * nogil:
         return 0;
     }
 
-    /* A part of a file of tmpfs, mapped while it is read, and which of its pages were in memory before. */
+    /* A part of a tmpfs file that is mapped while it is read, and which of its pages were resident before. */
     struct iobmd_view {
         char *start;
         size_t mapped, pages;
@@ -251,8 +253,8 @@ cdef extern from * nogil:
             view->pages = 0;
     }
 
-    /* Reading swaps pages in, with every flag of preadv2(2). They are swapped out again by mapping them here, because
-       the kernel pages out only memory that the calling process maps, and no other process. */
+    /* Reading swaps pages in, whatever the flags of preadv2(2). To swap them out again they must be mapped here,
+       because the kernel pages out only memory that the calling process maps and no other process does. */
     static void iobmd_view_close(const struct iobmd_attempt *job, struct iobmd_view *view)
     {
         size_t index = 0, last, all = view->pages;
@@ -270,7 +272,7 @@ cdef extern from * nogil:
         iobmd_raw(SYS_munmap, (long)view->start, (long)view->mapped, 0, 0, 0, 0);
     }
 
-    /* Move one range of a file of a memory file system to where it belongs, or count its data; returns an error
+    /* Copy one range of a file of an in-memory file system to its destination, or count its data; return an error
        number. Nothing is allocated in the file. */
     static long iobmd_attempt_direct(struct iobmd_attempt *job, long fd, struct iobmd_range range)
     {
@@ -314,7 +316,7 @@ cdef extern from * nogil:
         return 0;
     }
 
-    /* Count the bytes of a range of a file whose pages are in memory (mincore(2)); returns an error number. */
+    /* Count the bytes of a range of a file whose pages are resident (mincore(2)); return an error number. */
     static long iobmd_attempt_resident(struct iobmd_attempt *job, long fd, struct iobmd_range range)
     {
         unsigned char there[IOBMD_CALL / 4096];
@@ -350,7 +352,7 @@ cdef extern from * nogil:
     {
         struct iobmd_attempt *job = (struct iobmd_attempt *)argument;
         long fd = job->file, error = 0;
-        /* Nothing is left behind by a maker that is killed, before or after this line. */
+        /* The child exits with its creator, whether that is killed before or after this line. */
         iobmd_raw(SYS_prctl, PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0, 0);
         if (iobmd_raw(SYS_getppid, 0, 0, 0, 0, 0, 0) != job->maker)
             return 0;
@@ -367,7 +369,7 @@ cdef extern from * nogil:
         return 0;
     }
 
-    /* Allocate an attempt of so many ranges, with memory for their bytes and for the paths. */
+    /* Allocate an attempt for `ranges` ranges, with memory for their bytes and for the paths. */
     static struct iobmd_attempt *iobmd_attempt_new(size_t ranges, size_t room, const char *paths, size_t length)
     {
         size_t head = sizeof(struct iobmd_attempt) + ranges * sizeof(struct iobmd_range), size = head + room + length;
@@ -387,7 +389,8 @@ cdef extern from * nogil:
         return job;
     }
 
-    /* Begin; returns an error number, 0 for none. The child blocks every signal, and its end sends none. */
+    /* Start the child; return an error number, 0 for none. The child blocks all signals, and sends none when it
+       exits. */
     static int iobmd_attempt_start(struct iobmd_attempt *job)
     {
         sigset_t all, before;
@@ -411,7 +414,8 @@ cdef extern from * nogil:
         return now.tv_sec * 1000L + now.tv_nsec / 1000000;
     }
 
-    /* Wait until the child has ended, at most so many milliseconds (less where a signal comes); whether it has. */
+    /* Wait at most `milliseconds`, or until a signal arrives, for the exit of the child; return whether it has
+       exited. */
     static int iobmd_attempt_wait(struct iobmd_attempt *job, int milliseconds)
     {
         struct pollfd ended = { job->pidfd, POLLIN, 0 };
@@ -428,14 +432,14 @@ cdef extern from * nogil:
         return 1;
     }
 
-    /* End the child and free the memory. Where the kernel does not let it end (a FUSE server that never answers),
-       both stay: its call may write to that memory one day, and to no other. A child that writes elsewhere reads from
-       memory, and is waited for. */
+    /* Kill the child and free the memory. If the kernel does not end the child (a FUSE server does not answer), both
+       remain: its call may still write to that memory, but to no other. A child that writes directly to the
+       destination reads from an in-memory file system, and is always waited for. */
     static void iobmd_attempt_free(struct iobmd_attempt *job)
     {
         if (job->child > 0) {
             long until = iobmd_milliseconds() + 1000;
-            /* A seccomp filter may know the one and not the other. */
+            /* A seccomp filter may permit only one of the two calls. */
             if (syscall(SYS_pidfd_send_signal, job->pidfd, SIGKILL, NULL, 0) && errno != ESRCH)
                 kill(job->child, SIGKILL);
             while (!iobmd_attempt_wait(job, 100))

@@ -1,4 +1,4 @@
-/* Instructions on cache lines that userspace may use: write back, drop, and stores past the caches. */
+/* Cache line instructions that are available to userspace: write back, invalidate, and non-temporal stores. */
 #ifndef IOBMD_CACHELINE_H
 #define IOBMD_CACHELINE_H
 
@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-/* From the most to the least wanted; each processor has all that come after its first. */
+/* In order of preference; a processor that supports one of them also supports those after it. */
 enum { IOBMD_NONE, IOBMD_CLFLUSH, IOBMD_CLFLUSHOPT, IOBMD_CLWB, IOBMD_DC };
 
 #if defined(__x86_64__)
@@ -40,19 +40,19 @@ static inline void iobmd_write_back(void *line, int how)
         __asm__ volatile("clflush %0" : "+m"(*(char *)line));
 }
 
-/* CLWB may keep the line: what is to be dropped takes one of the others. */
+/* CLWB may retain the line: to drop it, one of the others is used. */
 static inline void iobmd_drop(void *line, int how)
 {
     iobmd_write_back(line, how == IOBMD_CLWB ? IOBMD_CLFLUSHOPT : how);
 }
 
-/* Not SFENCE: loads that come after must not be done before the lines are dropped. */
+/* Not SFENCE, because later loads must not be executed before the lines are dropped. */
 static inline void iobmd_fence(void)
 {
     _mm_mfence();
 }
 
-/* Without the hint one processor copies 10 % less (measured). Reading ahead never faults. */
+/* Without the hint, one processor copies 10 % slower (measured). Prefetching never faults. */
 static inline void iobmd_stream_line(char *line, const char *source)
 {
     _mm_prefetch(source + 1024, _MM_HINT_T0);
@@ -62,7 +62,7 @@ static inline void iobmd_stream_line(char *line, const char *source)
 
 #elif defined(__aarch64__)
 
-/* DC CVAC and DC CIVAC are allowed in userspace by Linux (SCTLR_EL1.UCI), and so is CTR_EL0. */
+/* Linux permits userspace to use DC CVAC and DC CIVAC (SCTLR_EL1.UCI), and to read CTR_EL0. */
 static inline int iobmd_best(void) { return IOBMD_DC; }
 
 static inline size_t iobmd_line(void)
@@ -110,7 +110,7 @@ static inline void iobmd_stream_line(char *line, const char *source) { memcpy(li
 
 #endif
 
-/* Do it to every line that holds a byte of the range; returns how many there are. */
+/* Apply an instruction to every line that contains a byte of the range; return the number of lines. */
 static inline size_t iobmd_lines(uintptr_t address, size_t size, size_t line, int how, void (*what)(void *, int))
 {
     size_t count = 0;
@@ -151,7 +151,7 @@ static inline size_t iobmd_stream(void *destination, const void *from, size_t si
 /* The cache field of IOKit's options, shifted down. */
 enum { IOBMD_INHIBIT = 1, IOBMD_WRITE_THROUGH = 2, IOBMD_WRITE_COMBINE = 4 };
 
-/* Copy to (`writing`) or from memory whose accesses are to treat the caches as `mode` says. */
+/* Copy to (`writing`) or from memory, treating the caches as `mode` specifies. */
 static inline void iobmd_copy(void *to, const void *from, size_t size, int mode, int writing, size_t line, int how)
 {
     if (!writing && mode == IOBMD_INHIBIT)

@@ -28,22 +28,23 @@ cdef enum:
     # Maximum number of pages found by one read of pagemap: a few huge pages of 2 MiB in pages of 4 KiB, or one of 32
     # MiB in 16 KiB. They are transferred before the next read, so that few have changed since.
     PAGES = 2048
-    # Ranges of them; PAGEMAP_SCAN finds no more in one walk.
+    # Maximum number of ranges of such pages; PAGEMAP_SCAN finds at most as many in one walk.
     RUNS = 512
-    # Pages of addresses that one PAGEMAP_SCAN walks through, at most: the mmap of the task waits for it, for 0.5 ms
-    # where page tables are empty.
+    # Maximum number of pages of the address range that one PAGEMAP_SCAN walks: mmap calls of the task wait for it,
+    # for 0.5 ms if page tables are empty.
     STEP = 1 << 16
     VECTORS = RUNS
     FEW = 17  # pages
 
 cdef enum Kind:
-    DIRECT  # can be moved without a page being made in the task, and without waiting for another program
-    SWAPPED  # as well, but reading it brings it in
+    DIRECT  # can be copied without creating a page in the task, and without waiting for another program
+    SWAPPED  # the same, but reading the page swaps it in
     ABSENT
 
 
 cdef inline Kind _kind(uint64_t entry, bint write) noexcept nogil:
-    """Classify a page. A write to a page that userfaultfd protects waits for its handler: such a page is absent."""
+    """Classify a page. A write to a page that userfaultfd protects waits for its handler, so that such a page counts
+    as absent."""
     if write and entry & UFFD_WP_BIT:
         return ABSENT
     if entry & PRESENT_BIT:
@@ -51,7 +52,8 @@ cdef inline Kind _kind(uint64_t entry, bint write) noexcept nogil:
     if entry & SWAP_BIT:
         if iobmd_is_swapped(entry):
             return DIRECT if write else SWAPPED
-        # The marker of a write-protected page that is gone; the call finds out about guard and poisoned pages.
+        # UFFD_WP_BIT: the marker of a write-protected page that no longer exists. For guard and poisoned pages, the
+        # transfer fails.
         return ABSENT if entry & UFFD_WP_BIT else DIRECT
     return ABSENT
 
@@ -63,12 +65,12 @@ cdef struct Way:
 
 
 cdef struct Bounds:
-    uint64_t *bounds  # start and end of each
+    uint64_t *bounds  # the start and the end of each
     size_t count, room
 
 
 cdef int _add(Bounds *ranges, uint64_t start, uint64_t end) noexcept nogil:
-    """Add a range, joined to the one before it; -1 without memory."""
+    """Add a range, or extend the previous one if they adjoin; return -1 if no memory is available."""
     cdef uint64_t *grown
     if start >= end:
         return 0
@@ -87,19 +89,20 @@ cdef int _add(Bounds *ranges, uint64_t start, uint64_t end) noexcept nogil:
     return 0
 
 
-# Ranges up to 1 << 64 end here, too: nothing is mapped at the last byte.
+# Ranges up to 1 << 64 also end here, because nothing is mapped at the last byte.
 cdef uint64_t LAST = UINT64_MAX
 
 
 cdef class Ranges:
-    """Ranges of addresses, ascending and apart: a sequence of (start, end).
+    """Disjoint ascending ranges of addresses: a sequence of (start, end).
 
-    Of sparse memory there are hundreds of thousands, for which tuples would take longer than the copy.
+    Sparse memory may have hundreds of thousands of ranges, and creating tuples for them would take longer than the
+    copy.
 
     Parameters
     ----------
     ranges
-        (start, end), ascending; adjoining ones are joined.
+        (start, end), ascending; adjacent ones are joined.
     """
 
     cdef Bounds found
@@ -133,7 +136,7 @@ cdef class Ranges:
 
     @property
     def size(self):
-        """The bytes of all."""
+        """The total number of bytes."""
         cdef uint64_t total = 0
         cdef size_t index
         for index in range(self.found.count):
@@ -152,7 +155,7 @@ cdef class Ranges:
         return low
 
     def between(self, uint64_t start, end):
-        """Return what of them lies between two addresses."""
+        """Return the parts of the ranges between two addresses."""
         cdef Ranges part = Ranges()
         cdef size_t index = self._first(start)
         cdef uint64_t stop = min(end, LAST)
@@ -162,7 +165,7 @@ cdef class Ranges:
         return part
 
     def outside(self, uint64_t start, end):
-        """Return what between two addresses lies in none of them."""
+        """Return the ranges between two addresses that are in none of these."""
         cdef Ranges part = Ranges()
         cdef size_t index = self._first(start)
         cdef uint64_t stop = min(end, LAST)
@@ -174,7 +177,8 @@ cdef class Ranges:
         return part
 
     def whole(self, uint64_t theirs, uint64_t ours, size_t unit):
-        """Return the whole multiples of `unit` in them, as (start, end), once `theirs` is at the address `ours`."""
+        """Return the whole units of `unit` bytes in the ranges, as (start, end), after moving them from `theirs` to
+        `ours`."""
         cdef uint64_t start, end, shift = ours - theirs
         cdef size_t index
         parts = []
@@ -188,9 +192,10 @@ cdef class Ranges:
         return parts
 
     def cuts(self, uint64_t start, size_t most, size_t unit):
-        """Return where to cut the addresses from `start` on for parts with about `most` bytes of them.
+        """Return where to divide the addresses from `start` on, so that each part has about `most` bytes of the
+        ranges.
 
-        As offsets from `start` in multiples of `unit`, which is less than `most`; the first is 0.
+        The results are offsets from `start`, in multiples of `unit`, which is less than `most`; the first is 0.
         """
         cdef uint64_t at, end, last = 0, left = most
         cdef size_t index
@@ -207,7 +212,7 @@ cdef class Ranges:
 
     @staticmethod
     def joined(parts, end):
-        """Return the parts of several disjoint Ranges that lie below an address."""
+        """Return the parts of several disjoint Ranges that are below an address."""
         cdef Ranges whole = Ranges()
         cdef uint64_t stop = min(end, LAST)
         cdef Ranges part
@@ -224,11 +229,11 @@ def _start(Ranges part):
 
 
 cdef struct Batch:
-    # Ranges here and there, pairwise of the same length, which one call moves.
+    # Ranges of the task and of this process, pairwise of the same length, which one call transfers.
     iovec ours[VECTORS]
     iovec theirs[VECTORS]
     int count
-    # Those whole pages of `theirs` that the call brings in from swap.
+    # The whole pages of `theirs` that the call swaps in.
     iovec swapped[VECTORS]
     int swaps
 
@@ -244,9 +249,9 @@ cdef ssize_t _call(const Way *way, const iovec *ours, const iovec *theirs, int c
 
 
 cdef int _move(const Way *way, Batch *batch, uint64_t *stopped, Bounds *bad) noexcept nogil:
-    """Move a batch; returns the error number that ended it, and in `stopped` the address where it did.
+    """Transfer a batch; return the error number that ended it, and in `stopped` the address at which it ended.
 
-    With `skip` pages that cannot be read are listed as `bad`, and passed over.
+    With `skip`, pages that cannot be read are listed in `bad` and skipped.
     """
     cdef int first = 0
     cdef ssize_t moved
@@ -277,7 +282,7 @@ cdef int _move(const Way *way, Batch *batch, uint64_t *stopped, Bounds *bad) noe
             if not batch.theirs[first].iov_len:
                 first += 1
     if batch.swaps:
-        # Back to swap, as they were: the task is not to pay for having been read. It needs CAP_SYS_NICE.
+        # Return the pages to swap, so that reading the task does not increase its memory. Requires CAP_SYS_NICE.
         syscall(SYS_process_madvise, way.pidfd, batch.swapped, <long>batch.swaps, C_MADV_PAGEOUT, 0)
     batch.count = batch.swaps = 0
     return 0
@@ -292,7 +297,7 @@ cdef struct Look:
     # Pages of a task that are not absent, as its open pagemap shows them.
     int pagemap
     bint write
-    bint scans  # PAGEMAP_SCAN is worth a try
+    bint scans  # whether to try PAGEMAP_SCAN
     size_t page
     Run runs[RUNS]  # ascending
     int count
@@ -301,7 +306,7 @@ cdef struct Look:
 
 
 cdef bint _is_full(Look *look, uint64_t start, uint64_t end, Kind kind) noexcept nogil:
-    """Add a run, joined to the one before it; or say that there is no room for it."""
+    """Add a run, or extend the previous one; return True if there is no room for it."""
     cdef Run *last
     if look.count:
         last = &look.runs[look.count - 1]
@@ -316,12 +321,12 @@ cdef bint _is_full(Look *look, uint64_t start, uint64_t end, Kind kind) noexcept
 
 
 cdef int _read_entries(Look *look, uint64_t start, uint64_t end, uint64_t *reached) noexcept nogil:
-    """As `_look`, by the entries of pages."""
+    """As `_look`, by reading the entries of pages."""
     cdef size_t count = min((end - start) // look.page, <uint64_t>PAGES), index
     cdef ssize_t got = iobmd_entries(look.pagemap, start // look.page, look.entries, count)
     cdef Kind kind
     if got < 1:
-        # Past the end of all address spaces, or the memory is gone.
+        # Past the end of the user address space, or the memory no longer exists.
         return errno if got < 0 else EFAULT if iobmd_entries(look.pagemap, 0, look.entries, 1) == 1 else ESRCH
     for index in range(<size_t>got):
         kind = _kind(look.entries[index], look.write)
@@ -349,7 +354,7 @@ cdef int _scan(Look *look, uint64_t start, uint64_t end, uint64_t *reached) noex
     for index in range(found):
         region = look.regions[index]
         pages += (region.end - region.start) // look.page
-        if not region.categories & C_PAGE_IS_PRESENT:  # swapped pages, and entries that only look like them (`_kind`)
+        if not region.categories & C_PAGE_IS_PRESENT:  # swapped pages, and entries that only resemble them (`_kind`)
             error = _read_entries(look, region.start, region.end, reached)
             if error or reached[0] < region.end:
                 return error
@@ -363,7 +368,7 @@ cdef int _scan(Look *look, uint64_t start, uint64_t end, uint64_t *reached) noex
 
 
 cdef int _look(Look *look, uint64_t start, uint64_t end, uint64_t *reached) noexcept nogil:
-    """Find those pages of a range that are not absent, up to an address that is returned; returns an error number."""
+    """Find the pages of a range that are not absent, up to the address `reached`; return an error number."""
     look.count = 0
     if look.pagemap < 0:
         _is_full(look, start, end, DIRECT)
@@ -379,7 +384,7 @@ cdef struct Piece:
 
 cdef int _move_run(const Way *way, const Piece *all, uint64_t start, uint64_t end, Kind kind, Batch *batch,
                    uint64_t *stopped, Bounds *bad) noexcept nogil:
-    """Add part of a run to the batch, and move the batch when it is full; as `_move`."""
+    """Add part of a run to the batch, and transfer the batch when it is full, as `_move`."""
     batch.theirs[batch.count].iov_base = <void *><uintptr_t>start
     batch.ours[batch.count].iov_base = <void *><uintptr_t>(all.ours + (start - all.theirs))
     batch.theirs[batch.count].iov_len = batch.ours[batch.count].iov_len = end - start
@@ -394,7 +399,7 @@ cdef int _move_run(const Way *way, const Piece *all, uint64_t start, uint64_t en
 
 cdef int _move_runs(const Way *way, const Piece *all, const Run *runs, uint64_t start, uint64_t end, size_t huge,
                     Batch *batch, uint64_t *stopped, Bounds *bad) noexcept nogil:
-    """Like `_move_run`, for adjacent runs; the first contains `start`. Huge pages are faulted in ahead."""
+    """Like `_move_run`, for adjacent runs; the first contains `start`. Huge pages are faulted in beforehand."""
     cdef uint64_t until, shift = all.ours - all.theirs
     cdef bint whole
     cdef int error
@@ -427,7 +432,7 @@ cdef int _transfer(const Way *way, int pagemap, Piece all, size_t huge, uint64_t
     batch.count = batch.swaps = 0
     if huge > PAGES * way.page:
         huge = 0
-    if end < at:  # at the end of all addresses nothing is mapped
+    if end < at:  # nothing is mapped at the end of the address space
         stopped[0] = at
         return EFAULT
     while at < end:
@@ -445,7 +450,7 @@ cdef int _transfer(const Way *way, int pagemap, Piece all, size_t huge, uint64_t
                 last += 1
             start, stop = max(look.runs[first].start, at), min(stop, end)
             if huge and last == look.count and stop == reached and reached < end:
-                # It may go on: the next look sees the rest of a huge page with its beginning.
+                # The run may continue: the next look sees the rest of a huge page together with its beginning.
                 cut = max(start, stop - min(stop, (stop + all.ours - all.theirs) % huge))
                 if cut > at:
                     stop = reached = cut
@@ -468,31 +473,32 @@ cdef int _transfer(const Way *way, int pagemap, Piece all, size_t huge, uint64_t
 
 def transfer(int pid, int memory, int pagemap, int pidfd, bint write, bint skip, uint64_t theirs, uint64_t ours,
              size_t size, size_t page, size_t huge=0):
-    """Copy between the address `theirs` of a task and the address `ours` here what needs no page to be made there.
+    """Copy between the address `theirs` of a task and `ours` of this process all that requires no new page in the
+    task.
 
     Parameters
     ----------
     pid, memory
-        The task for process_vm_readv and process_vm_writev or, when `memory` is not negative, its open /proc/PID/mem.
+        The task for process_vm_readv and process_vm_writev or, if `memory` is not negative, its open /proc/PID/mem.
     pagemap, pidfd
         Its open pagemap, and its pidfd. Without a pagemap (-1) every page counts as present. Pages read from swap are
         returned there by process_madvise(2) on the pidfd, which also serves to check before each call that the pid
         still belongs to the task.
     write
-        From here into the task, instead of from the task to here.
+        Whether to copy to the task instead of from it.
     skip
-        Pass over pages that cannot be read, and list them.
+        Whether to skip pages that cannot be read, and list them.
     page
         The base page size.
     huge
-        Size of the huge pages that the fresh destination may get, 0 when it is not fresh: a huge page is faulted in
-        ahead of the copy where all of its bytes are going to be copied.
+        Size of the huge pages that the fresh destination may have, 0 if it is not fresh: a huge page is faulted in
+        before the copy if all of its bytes will be copied.
 
     Returns
     -------
     tuple[int, int, Ranges, Ranges]
-        The address in the task that the copy reached, the error number that ended it (0: none), the ranges whose
-        pages are absent, all of those before that address, and those that could not be read.
+        The address in the task that the copy reached, the error number that ended it (0: none), the ranges of absent
+        pages, all of which are before that address, and the ranges that could not be read.
     """
     cdef Way way
     cdef Piece all
@@ -507,7 +513,7 @@ def transfer(int pid, int memory, int pagemap, int pidfd, bint write, bint skip,
 
 
 cdef bint _is_unmapped(const char *maps, uint64_t address) noexcept nogil:
-    """Return whether PROCMAP_QUERY (Linux 6.11) shows nothing at an address."""
+    """Return whether PROCMAP_QUERY (Linux 6.11) reports no area at an address."""
     cdef iobmd_procmap_query arg
     cdef int failed, fd = c_open(maps, O_RDONLY | O_CLOEXEC)
     if fd < 0:
@@ -523,23 +529,23 @@ cdef bint _is_unmapped(const char *maps, uint64_t address) noexcept nogil:
 
 def move_present(bytes folder, uint64_t device, int pid, int pidfd, bint write, bint fresh, uint64_t theirs,
                  uint64_t ours, size_t size, size_t page):
-    """As `transfer`, of a few pages that are present, with as few calls as that takes.
+    """As `transfer`, for a few pages that are present, with as few calls as possible.
 
     Parameters
     ----------
     folder, device
-        The directory of the task in /proc, and the device number of /proc: another file system is not used.
+        The directory of the task in /proc, and the device number of /proc; no other file system is accepted.
     pidfd
-        Shows, before a call and after it, that the pid is still that of the task; -1 for this process.
+        Used before and after a call to verify that the pid still belongs to the task; -1 for this process.
     fresh
-        The destination is new: its pages are faulted in ahead by one call.
+        Whether the destination is new: its pages are then faulted in by one call beforehand.
     pid, write, theirs, ours, size, page
-        As there.
+        As for `transfer`.
 
     Returns
     -------
     int
-        0: all was moved. EFAULT: nothing is mapped at the first byte. Anything else: see what `transfer` says.
+        0: all bytes were copied. EFAULT: nothing is mapped at the first byte. Any other number: use `transfer`.
     """
     cdef uint64_t entries[FEW]
     cdef uint64_t first = theirs // page
@@ -570,7 +576,7 @@ def move_present(bytes folder, uint64_t device, int pid, int pidfd, bint write, 
             error = EAGAIN
         if not error:
             if fresh and count > 1:
-                # A refusal (before 5.14) does no harm.
+                # A failure (before Linux 5.14) has no effect.
                 c_madvise(<void *><uintptr_t>(ours - ours % page), (size + ours % page + page - 1) // page * page,
                           C_MADV_POPULATE_WRITE)
             here.iov_base, there.iov_base = <void *><uintptr_t>ours, <void *><uintptr_t>theirs
@@ -587,7 +593,8 @@ def move_present(bytes folder, uint64_t device, int pid, int pidfd, bint write, 
 
 
 def absent(int pagemap, uint64_t theirs, size_t size, size_t page):
-    """Return the ranges of a task whose pages are absent, by its open pagemap; what that does not show is present."""
+    """Return the ranges of a task whose pages are absent according to its open pagemap; pages that it omits count as
+    present."""
     cdef Ranges found = Ranges()
     cdef Look look
     cdef uint64_t at = theirs - theirs % page, end = theirs + size, known = theirs, reached
@@ -632,9 +639,9 @@ def by_kind(bytes entries, uint64_t start, uint64_t end, bint write, size_t page
 
 
 def is_mapped(uint64_t address, size_t size, size_t page):
-    """Return whether this process has something mapped at all of a range.
+    """Return whether a range of this process is completely mapped.
 
-    By msync(2), which goes through areas, not pages, and with MS_ASYNC does nothing else (mm/msync.c).
+    Uses msync(2), which walks areas, not pages, and has no other effect with MS_ASYNC (mm/msync.c).
     """
     cdef int failed
     with nogil:
@@ -658,41 +665,42 @@ MOST_RANGES = IOBMD_RANGES
 
 
 cdef class Attempt:
-    """A transfer by a child process that shares this address space and may be killed alone.
+    """A transfer by a child process that shares this address space and can be killed separately.
 
-    A call that waits for another program (a fault handler, a file's server) sleeps until the page comes or the
-    process is killed: the child makes it, on memory of its own. A file that a task maps is opened by the child alone,
-    because this process would lose its POSIX locks on that file when it closed it.
+    A call that waits for another program (a fault handler, a file's server) sleeps until the page arrives or the
+    process is killed. It is therefore made by the child, on separate memory. A file that a task maps is opened only
+    by the child, because this process would lose its POSIX locks on that file when it closed it.
 
     Parameters
     ----------
     ranges
         Offsets in the file and lengths, at most `MOST_RANGES`.
     task
-        The task whose addresses the offsets are, by process_vm_readv and process_vm_writev.
+        The task, for process_vm_readv and process_vm_writev; the offsets are then addresses in the task.
     pidfd
-        Its pidfd, or -1: a number that is not the task's any more is not used.
+        Its pidfd, or -1. With a pidfd, a pid that no longer belongs to the task is not used.
     file
-        In its place its open /proc/PID/mem, which does not wait for a handler of userfaultfd: that is an error there.
+        Used instead of `task`: its open /proc/PID/mem, which fails instead of waiting for a userfaultfd handler.
     write
-        To there, instead of from there.
+        Whether to write to the task or file instead of reading from it.
     paths, inode, device
-        In place of `file`: the first of these paths is opened that leads to a regular file with that inode number
-        and, if that is not 0, of that device.
+        Used instead of `file`: the first of these paths that leads to a regular file with that inode number, and on
+        that device unless it is 0, is opened.
     opened
-        False: it is only found, and its server is not asked for its length.
+        Whether the file is opened. False: it is only found, and its server is not called for its length.
     ours
-        The address here of each range of a file of a memory file system (tmpfs, hugetlbfs): a read of that waits for
-        no other program, so that the child writes where the bytes belong. It allocates nothing in the file.
+        The destination in this process of each range of a file of an in-memory file system (tmpfs, hugetlbfs).
+        Reading such a file waits for no other program, so that the child writes directly to the destination. It
+        allocates nothing in the file.
     count
-        Only count the bytes of such a file that are not in holes, as those moved.
+        Whether only to count the bytes of such a file that are not in holes, in `moved`.
     resident
         Only count the bytes of a file, in whole pages, that are in memory, as those moved.
     page_out
         Only swap out the pages of the ranges, which are addresses of the task that `pidfd` names.
     page, fresh, holes
-        The page size here; the destination is zero, and stays untouched where the file has holes; the file answers
-        SEEK_DATA (hugetlbfs does not, and a read of it returns zeros for a hole).
+        The page size of this process; whether the destination is zero, so that it is not touched for holes of the
+        file; whether the file supports SEEK_DATA (hugetlbfs does not, and a read returns zeros for a hole).
     """
 
     cdef iobmd_attempt *job
@@ -730,12 +738,12 @@ cdef class Attempt:
 
     @property
     def address(self):
-        """The address of the bytes to write, or of those that were read."""
+        """The address of the bytes to write, or of the bytes that were read."""
         return <uintptr_t>self.job.bytes
 
     @property
     def moved(self):
-        """How many bytes have been moved."""
+        """The number of bytes transferred, or counted."""
         return self.job.moved
 
     @property
@@ -745,22 +753,23 @@ cdef class Attempt:
 
     @property
     def error(self):
-        """The error number that ended it, 0 for none; ECANCELED where another process killed the child."""
+        """The error number that ended it, 0 for none; ECANCELED if another process killed the child."""
         return self.job.error
 
     @property
     def opened(self):
-        """Of the file that was opened: the index of its path, its device, length, and type of file system."""
+        """The index of the path of the file that was opened, its device, its length, and the type of its file
+        system."""
         return self.job.chosen, self.job.opened_device, self.job.length, self.job.filesystem
 
     def start(self):
-        """Begin. Raises OSError where no process can be made."""
+        """Start it. Raises OSError if no process can be created."""
         cdef int error = iobmd_attempt_start(self.job)
         if error:
             raise OSError(error, f"clone: {strerror(error).decode()}")
 
     def wait(self, int milliseconds):
-        """Wait at most so long; says whether it is over."""
+        """Wait at most `milliseconds`; return whether it has ended."""
         cdef int over
         with nogil:
             over = iobmd_attempt_wait(self.job, milliseconds)
@@ -780,12 +789,12 @@ cdef class Attempt:
 
 
 def fresh_bytes(Py_ssize_t size):
-    """Return `size` bytes of arbitrary content, which the caller must fill before it passes them on."""
+    """Return `size` bytes of arbitrary content, which the caller must fill before it uses them."""
     return PyBytes_FromStringAndSize(NULL, size)
 
 
 cdef class HeldBuffer:
-    """The address and size of an object's buffer; the object keeps it in place until `with` is left."""
+    """The address and size of an object's buffer, which remain valid until the end of the `with` block."""
 
     cdef Py_buffer view
     cdef bint held
@@ -815,7 +824,7 @@ cdef class HeldBuffer:
 
 
 def fetch_descriptor(int pidfd, int fd):
-    """Return a descriptor of this process for what `fd` is in another (pidfd_getfd(2), Linux 5.6)."""
+    """Return a copy, in this process, of the descriptor `fd` of another process (pidfd_getfd(2), Linux 5.6)."""
     cdef long fetched
     with nogil:
         fetched = syscall(SYS_pidfd_getfd, pidfd, fd, 0)
@@ -825,7 +834,7 @@ def fetch_descriptor(int pidfd, int fd):
 
 
 def has_exited(int pidfd):
-    """Return whether what a pidfd names has exited; False for -1."""
+    """Return whether the process of a pidfd has exited; False for -1."""
     return bool(iobmd_has_exited(pidfd))
 
 

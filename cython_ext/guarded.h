@@ -1,14 +1,14 @@
-/* Work on memory that may go away while it is touched: a fault is reported, and ends no process.
+/* Work on memory that may be unmapped while it is accessed: a fault is reported, and does not end the process.
  *
  * The work runs in a child process that shares this address space (CLONE_VM) but not its signal handlers (no
  * CLONE_SIGHAND): handlers for SIGSEGV and SIGBUS that are set there are set nowhere else, so no handler of the
  * program, of faulthandler or of a debugger is replaced or called, and no core is dumped. Cache lines are physical:
- * what the child flushes is flushed for all. With CLONE_VFORK the calling thread waits for it, as in posix_spawn(3),
- * and the child may use its thread-local storage. Creating and ending the child takes 25 us (measured; 50 us with
- * 1 GiB resident).
+ * a line that the child flushes is flushed for all. With CLONE_VFORK the calling thread waits for it, as in
+ * posix_spawn(3), and the child may use its thread-local storage. Creating and ending the child takes 25 us
+ * (measured; 50 us with 1 GiB resident).
  *
- * Why not sigsetjmp and a handler of our own: signal handlers belong to the program, others may be installed later,
- * and there is one table for all threads.
+ * sigsetjmp and a handler in this process are not an alternative: signal handlers belong to the program, others may
+ * be installed later, and there is one table for all threads.
  */
 #ifndef IOBMD_GUARDED_H
 #define IOBMD_GUARDED_H
@@ -35,10 +35,10 @@ struct iobmd_job {
     void (*work)(void *);
     void *argument;
     volatile uintptr_t fault; /* the address that could not be reached */
-    volatile int ended;       /* 1: the work is done; 2: it ended by a fault */
+    volatile int ended;       /* 1: the work is done; 2: a fault ended it */
 };
 
-/* Of the thread that waits, which the child shares. */
+/* Thread-local data of the waiting thread, which the child shares. */
 static __thread struct iobmd_job *iobmd_current_job;
 
 static inline void iobmd_on_fault(int number, siginfo_t *info, void *context)
@@ -51,8 +51,8 @@ static inline void iobmd_on_fault(int number, siginfo_t *info, void *context)
 
 static inline void iobmd_never_reached(void) {}
 
-/* The kernel's own calls: libraries that wrap sigaction(2), as for a Java VM, keep what they see in memory, which
-   here is the parent's. */
+/* System calls without wrappers: libraries that wrap sigaction(2), as for a Java VM, record its arguments in memory,
+   which here is the parent's. */
 static inline int iobmd_catch(int number)
 {
 #if defined(__x86_64__) || defined(__aarch64__)
@@ -75,7 +75,7 @@ static inline int iobmd_catch(int number)
 static inline int iobmd_child(void *argument)
 {
     struct iobmd_job *job = argument;
-    /* All others stay blocked: a handler of the program would run in its memory a second time. */
+    /* All other signals remain blocked: a handler of the program would run in the parent's memory a second time. */
     uint64_t faults = (uint64_t)1 << (SIGSEGV - 1) | (uint64_t)1 << (SIGBUS - 1);
     if (iobmd_catch(SIGSEGV) || iobmd_catch(SIGBUS))
         return 1;
@@ -85,8 +85,8 @@ static inline int iobmd_child(void *argument)
     return 0;
 }
 
-/* Do work(argument). Returns 0 when it is done, -1 when it ended by a fault at *fault, or else an error number: of
-   clone(2), or ECHILD where the child was killed. */
+/* Call work(argument). Return 0 if it completed, -1 if a fault at *fault ended it, otherwise an error number: that of
+   clone(2), or ECHILD if the child was killed. */
 IOBMD_UNCHECKED
 static inline int iobmd_guarded(void (*work)(void *), void *argument, uintptr_t *fault)
 {
@@ -96,8 +96,8 @@ static inline int iobmd_guarded(void (*work)(void *), void *argument, uintptr_t 
     int pid, error;
     iobmd_current_job = &job;
     syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &before, sizeof all);
-    /* No signal at its end (the lowest byte is 0): no SIGCHLD, and no wait of the program sees it. CLONE_FILES:
-       nothing is copied, and no descriptor stays open because of it. */
+    /* The lowest byte, the exit signal, is 0: the program receives no SIGCHLD, and its wait calls do not see the
+       child. CLONE_FILES: the table is not copied, and the child keeps no descriptor open. */
     pid = clone(iobmd_child, stack + sizeof stack, CLONE_VM | CLONE_VFORK | CLONE_FILES, &job);
     error = errno;
     if (pid > 0)

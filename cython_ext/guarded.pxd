@@ -1,4 +1,4 @@
-# Work on memory that may go away while it is touched
+# Work on memory that may be unmapped while it is accessed
 from libc.stdint cimport uintptr_t
 
 cdef extern from "guarded.h" nogil:

@@ -23,7 +23,7 @@ cdef extern from * nogil:
     struct iobmd_rsrc_update2 { uint32_t offset, resv; uint64_t data, tags; uint32_t nr, resv2; };
     static int iobmd_uring_setup(unsigned entries)
     {
-        /* struct io_uring_params is 120 bytes; all zero asks for the defaults */
+        /* struct io_uring_params is 120 bytes; all zeros request the defaults */
         uint32_t params[30];
         memset(params, 0, sizeof params);
         return (int)syscall(__NR_io_uring_setup, entries, params);

@@ -1,11 +1,11 @@
 /* Included before every extension module (cflags): the limited API of Python 3.11, and what Cython imports for it.
 
-   Under the limited API, Cython 3.3.1 (the newest) imports `inspect` in each extension, to ask it for the flags of code
-   objects. It does so even where all of them are defined as here, and no directive or macro of Cython prevents it.
-   `inspect` loads `ast`, `dis` and `tokenize` too: a tenth of the time in which the command starts. Ctrl-C during
-   that import is a crash, because the result is not checked. So the flags are defined here (they are the same in every
-   Python: inspect, "Code Objects Bit Flags"), and PyImport_ImportModule is replaced in our extensions alone, to import
-   `sys`, which is always loaded, in place of `inspect`. */
+   Under the limited API, Cython 3.3.1 (the newest) imports `inspect` in each extension, to ask it for the flags of
+   code objects. It does so even if all of them are defined as here, and no directive or macro of Cython prevents it.
+   `inspect` loads `ast`, `dis` and `tokenize` too, which takes a tenth of the start time of the command. Ctrl-C
+   during that import is a crash, because the result is not checked. The flags are therefore defined here (they are
+   the same in every Python: inspect, "Code Objects Bit Flags"), and PyImport_ImportModule is replaced, only in these
+   extensions, by a function that imports `sys`, which is always loaded, instead of `inspect`. */
 #ifndef IOBMD_LIMITED_H
 #define IOBMD_LIMITED_H
 
@@ -22,7 +22,7 @@
 #define CO_COROUTINE 0x0080
 #define CO_ASYNC_GENERATOR 0x0200
 
-/* So it has a function that nothing calls. */
+/* Each extension therefore has a function that nothing calls. */
 #pragma GCC diagnostic ignored "-Wunused-function"
 
 #define PyImport_ImportModule(name) PyImport_ImportModule(strcmp((name), "inspect") ? (name) : "sys")

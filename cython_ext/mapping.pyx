@@ -1,6 +1,6 @@
 # cython: language_level=3, auto_pickle=False, autotestdict=False
-"""A mapping of this process that is unmapped exactly once, and its export by the buffer protocol; the instructions on
-cache lines; locks and uses of file descriptors that no fork keeps."""
+"""A mapping of this process that is unmapped exactly once, and its export by the buffer protocol; cache line
+instructions; locks and uses of file descriptors, which a fork does not preserve."""
 
 from _thread import allocate_lock
 
@@ -31,7 +31,7 @@ from uio cimport iovec, process_vm_readv, process_vm_writev
 
 cdef size_t PAGE_SIZE = sysconf(_SC_PAGESIZE)
 
-# The limit of sizes and user addresses: the kernel's half of the address space begins there.
+# The limit of sizes and user addresses: the kernel's half of the address space begins here.
 cdef size_t MOST = <size_t>1 << 63
 
 # A smaller copy ends before another thread could acquire the GIL.
@@ -41,7 +41,7 @@ cdef extern from "<sys/personality.h>" nogil:
     enum: READ_IMPLIES_EXEC
     int personality(unsigned long persona)
 
-# What the kernel makes of PROT_READ.
+# The protection that the kernel uses for PROT_READ.
 cdef uint64_t READABLE = C_VMA_READABLE | (C_VMA_EXECUTABLE if personality(0xffffffff) & READ_IMPLIES_EXEC else 0)
 
 cdef enum:
@@ -338,7 +338,7 @@ cdef class Mapping:
         self.margin = guard
         self.writable = writable
         self.address = at + guard
-        if wanted and self.address != wanted:  # before 4.17 the address is only a hint
+        if wanted and self.address != wanted:  # before Linux 4.17 the address is only a hint
             raise FileExistsError(EEXIST, "mmap: something is mapped there")
         self._show(pieces, PROT_NONE)
         self._shows(shown)
@@ -386,7 +386,7 @@ cdef class Mapping:
         """Map pieces of other files at the same addresses, each atomically (MAP_FIXED)."""
         self._check(0, self.size)
         if _total(pieces) != self.size:
-            raise ValueError("not as many bytes as are mapped")
+            raise ValueError("the size differs from that of the mapping")
         self.users += 1
         try:
             self._shows(pieces)

@@ -1,4 +1,5 @@
-# Locks and uses of file descriptors, which begin and end in C: no signal handler intervenes, and no fork keeps them
+# Locks and uses of file descriptors. They begin and end in C, so that no signal handler intervenes, and a fork does
+# not preserve them.
 
 cdef extern from "<pthread.h>" nogil:
     int pthread_atfork(void (*prepare)(), void (*parent)(), void (*child)())

@@ -24,9 +24,9 @@ cdef enum:
 def parse(bytes text, uint64_t low=0, uint64_t high=UINT64_MAX):
     """Return the areas in whole lines of maps that overlap `low`…`high`.
 
-    Each as (start, end, permissions, offset, inode, name, device). The name is as the kernel prints it, "" for none.
-    Lines of areas below `low` are skipped unparsed, and parsing stops at the first area that begins at `high` or
-    above, which is not returned. Raises ValueError where a line is not one of maps.
+    Each area is (start, end, permissions, offset, inode, name, device), with the name as printed by the kernel, ""
+    for none. Lines of areas below `low` are skipped without parsing, and parsing stops at the first area that begins
+    at `high` or above, which is not returned. Raises ValueError for any other line.
     """
     cdef const char *at = text
     cdef const char *end = at + len(text)
@@ -53,8 +53,9 @@ def parse(bytes text, uint64_t low=0, uint64_t high=UINT64_MAX):
 def query(int fd, uint64_t start, uint64_t end, Py_ssize_t most):
     """Query PROCMAP_QUERY (Linux 6.11) for at most `most` areas that overlap `start`…`end`, ascending.
 
-    `fd` is an open /proc/PID/maps. Each as by `parse`, except that newlines in names are not escaped. Fewer than
-    `most` are all. Raises OSError: ENOTTY before Linux 6.11; ESRCH: the memory is gone; ENAMETOOLONG.
+    `fd` is an open /proc/PID/maps. Areas are returned as by `parse`, except that newlines in names are not escaped;
+    if there are fewer than `most`, these are all. Raises OSError: ENOTTY before Linux 6.11; ESRCH: the memory no
+    longer exists; ENAMETOOLONG.
     """
     cdef char name[NAME]
     cdef char device[32]
@@ -98,7 +99,7 @@ def parse_details(bytes text):
     """Return the data of whole entries of smaps, which begin with a line of maps.
 
     Each is (area, counters, flags): the area as from `parse`; the counters in kB, converted to bytes, by name; and
-    the words of VmFlags. Raises ValueError if a line is not one of smaps.
+    the words of VmFlags. Raises ValueError for any other line.
     """
     cdef const char *at = text
     cdef const char *end = at + len(text)
@@ -149,7 +150,7 @@ cdef const char *_add(list areas, const char *at, const char *end) except NULL:
     cdef const char *name
     if stop == NULL:
         stop = end
-    # A number ends at the first character that is not a digit; a zero follows the text.
+    # A number ends at the first character that is not a digit; the text is terminated by a null byte.
     at = _number(at, 16, &first)
     if at[0] == c"-":
         permissions = _number(at + 1, 16, &last)

@@ -34,7 +34,7 @@ cdef extern from * nogil:
     #include <sys/mman.h>
     #include <sys/syscall.h>
     #include <unistd.h>
-    #ifdef __SANITIZE_ADDRESS__  /* whose mlock and munlock do nothing */
+    #ifdef __SANITIZE_ADDRESS__  /* its mlock and munlock do nothing */
     #define iobmd_mlock(address, length) ((int)syscall(__NR_mlock, address, length))
     #define iobmd_munlock(address, length) ((int)syscall(__NR_munlock, address, length))
     #else
@@ -76,8 +76,8 @@ cdef extern from * nogil:
     #endif
     /*
      * Fault in a huge page by its last base page. The kernel clears a huge page so that the touched end comes last,
-     * and clearing upwards is a third faster than downwards (measured, Linux 6.18). A refusal (before 5.14, or where
-     * no huge page is free) does no harm: the caller faults the pages in afterwards.
+     * and clearing upwards is a third faster than downwards (measured, Linux 6.18). If that fails (before 5.14, or if
+     * no huge page is free), the caller faults the pages in afterwards.
      */
     static inline void iobmd_fault_in_huge(uintptr_t start, size_t huge, size_t page)
     {

@@ -38,7 +38,7 @@ cdef extern from * nogil:
     """
     static void iobmd_rewrite(char *byte)
     {
-        /* Compare and exchange, for "or 0" may be compiled to a mere load. */
+        /* Compare and exchange, because "or 0" may be compiled to a mere load. */
         char value = __atomic_load_n(byte, __ATOMIC_RELAXED);
         while (!__atomic_compare_exchange_n(byte, &value, value, 0, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
             ;
@@ -131,8 +131,8 @@ def move(uint64_t source, uint64_t destination, size_t size):
     """Move private anonymous pages to another address, replacing the mapping there; `source` remains mapped, but
     empty.
 
-    mremap(2) with MREMAP_DONTUNMAP (Linux 5.7): the emptied range cannot be taken by another thread's mapping
-    before its owner unmaps it.
+    Uses mremap(2) with MREMAP_DONTUNMAP (Linux 5.7), so that another thread cannot map the emptied range before its
+    owner unmaps it.
     """
     cdef void *moved
     with nogil:
@@ -174,7 +174,7 @@ def unlock(uint64_t address, size_t size):
 
 
 def name(uint64_t address, size_t size, bytes text):
-    """Name anonymous memory in /proc/PID/maps (prctl(2), PR_SET_VMA_ANON_NAME, Linux 5.17 where it is built in)."""
+    """Name anonymous memory in /proc/PID/maps (prctl(2), PR_SET_VMA_ANON_NAME, Linux 5.17 if it is built in)."""
     cdef const char *raw = PyBytes_AsString(text)
     cdef int failed
     with nogil:
@@ -183,7 +183,7 @@ def name(uint64_t address, size_t size, bytes text):
 
 
 def incore(uint64_t address, size_t pages, size_t page_size):
-    """Call mincore(2); one byte a page, bit 0 set where the page is resident."""
+    """Call mincore(2); return one byte per page, with bit 0 set if the page is resident."""
     cdef bytes vector = PyBytes_FromStringAndSize(NULL, pages)
     cdef unsigned char *raw = <unsigned char *>PyBytes_AsString(vector)
     cdef int failed
@@ -209,7 +209,7 @@ def prefer_node(uint64_t address, size_t size, unsigned node):
 
 
 def count_off_node(uint64_t address, size_t pages, size_t page_size, int node):
-    """Count the pages of a range that are not on a node, or absent (move_pages(2))."""
+    """Count the pages of a range that are absent or not on a node (move_pages(2))."""
     cdef void *places[PAGES_A_CALL]
     cdef int status[PAGES_A_CALL]
     cdef size_t done = 0, index, count, found = 0

@@ -1,4 +1,4 @@
-# What this process has mapped where: one area after the other, by PROCMAP_QUERY or by the text of /proc/PID/maps
+# The areas of this process, one after the other, by PROCMAP_QUERY or from the text of /proc/PID/maps
 from libc.stdint cimport uint64_t
 
 from procmap_query cimport iobmd_procmap_query
@@ -17,8 +17,9 @@ cdef extern from * nogil:
     #include <unistd.h>
 
     /*
-     * A descriptor of the maps of this process, which stays open; -1: no /proc. In a forked child it would show the
-     * parent's. That may have the same pid, in another namespace; and a fork by a bare system call runs no handler.
+     * A descriptor of the maps of this process, which remains open; -1: no /proc. In a forked child it would show the
+     * parent's areas. The child may have the same pid, in another namespace, and a fork by a bare system call runs no
+     * handler.
      */
     static int iobmd_maps = -1;
     static pid_t iobmd_maps_of;

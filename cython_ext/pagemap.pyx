@@ -44,8 +44,8 @@ def read_entries(int fd, uint64_t first, size_t most):
     Returns
     -------
     list[tuple[bool, bool, int | None, bool, bool, bool, bool]]
-        Per entry: present, swapped, PFN (None: not present, or hidden by the kernel), file or shared,
-        exclusively mapped, soft-dirty, guard page. Empty where the address space ends.
+        For each entry: present, swapped, PFN (None: not present, or hidden by the kernel), file or shared,
+        exclusively mapped, soft-dirty, guard page. Empty at the end of the address space.
     """
     cdef uint64_t few[64]
     cdef uint64_t *entries = few
@@ -82,7 +82,8 @@ def read_entries(int fd, uint64_t first, size_t most):
 def first_entry(int fd, uint64_t first, uint64_t last, uint64_t mask, uint64_t value):
     """Return the first page number from `first` to below `last` whose entry has `value` in the bits of `mask`.
 
-    None: no page has, or the address space ends before. `ABSENT` and `GUARDED` are such pairs. Raises OSError.
+    None if there is no such page below the end of the address space. `ABSENT` and `GUARDED` are pairs of (mask,
+    value). Raises OSError.
     """
     cdef uint64_t *entries = <uint64_t *>malloc(ENTRIES * sizeof(uint64_t))
     cdef ssize_t got = 0, index = 0
@@ -112,7 +113,7 @@ def scan(int fd, uint64_t start, uint64_t end, uint64_t required, uint64_t exclu
     Returns
     -------
     list[tuple[int, int]]
-        Start and end addresses, ascending; neighbours may touch.
+        Start and end addresses, ascending; ranges may be adjacent.
     """
     cdef iobmd_page_region regions[REGIONS]
     cdef iobmd_wanted wanted = _that_are(required, excluded)
@@ -158,7 +159,7 @@ def amount(int fd, uint64_t start, uint64_t end, uint64_t required, uint64_t exc
 
 
 cdef iobmd_wanted _that_are(uint64_t required, uint64_t excluded) noexcept nogil:
-    """Return what finds the pages that have every category of `required` and none of `excluded`."""
+    """Return the arguments that find the pages with every category of `required` and none of `excluded`."""
     cdef iobmd_wanted wanted
     memset(&wanted, 0, sizeof(wanted))
     wanted.inverted, wanted.mask, wanted.reported = excluded, required | excluded, required

@@ -16,7 +16,7 @@ cdef extern from * nogil:
     #define IOBMD_PRESENT (1ULL << 63)
     /*
      * Guard pages (6.15) and other markers have the swap bit set, because they use the swap format. The type of a
-     * marker is above those of swap files (MAX_SWAPFILES is 23 to 30), and hidden where frame numbers are.
+     * marker is above those of swap files (MAX_SWAPFILES is 23 to 30), and is hidden together with frame numbers.
      */
     static inline int iobmd_is_marker(uint64_t entry)
     {
@@ -26,7 +26,7 @@ cdef extern from * nogil:
     {
         return (entry & (IOBMD_PRESENT | IOBMD_SWAP | IOBMD_GUARD)) == IOBMD_SWAP && !iobmd_is_marker(entry);
     }
-    /* Read the entries of `many` pages, from the page number `first` on; returns their number, -1 on an error. */
+    /* Read the entries of `many` pages, from the page number `first` on; return their number, -1 on an error. */
     static inline ssize_t iobmd_entries(int pagemap, uint64_t first, uint64_t *entries, uint64_t many)
     {
         ssize_t got;

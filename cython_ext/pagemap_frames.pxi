@@ -21,7 +21,7 @@ cdef uint64_t THP = <uint64_t>1 << 22
 
 cdef ssize_t _read_words(int fd, uint64_t *words, uint64_t frame, uint64_t many) noexcept nogil:
     """Read the words of consecutive frames; return their number, or -1."""
-    # Eight bytes a frame, as pagemap has them for pages.
+    # Eight bytes per frame, as in pagemap per page.
     return iobmd_entries(fd, frame, words, min(many, <uint64_t>READ))
 
 
@@ -73,7 +73,7 @@ def folios(int fd, bytes raw, uint64_t present, uint64_t excluded, uint64_t page
     page : int
         Bytes of a page.
     sums : dict[int, int]
-        Pages of no large folio count under the size of a page.
+        The sums. Pages without a large folio count under the page size.
     """
     cdef const char *start = raw
     cdef ssize_t many = len(raw) // <ssize_t>sizeof(Span)
@@ -160,8 +160,8 @@ def describe(int flags_fd, int count_fd, int cgroup_fd, uint64_t frame, uint64_t
     Returns
     -------
     tuple
-        kpageflags of all of them, kpageflags of at least one, the least and the most mappings (None: not known), and
-        the inode numbers of their memory cgroups, a few of them (0: of none).
+        The kpageflags that all frames have, those that at least one has, the minimum and maximum map count (None:
+        unknown), and a few of the inode numbers of their memory cgroups (0: no cgroup).
     """
     cdef uint64_t *words = <uint64_t *>malloc(READ * 8)
     cdef Summary flags, counts, groups
@@ -181,7 +181,8 @@ def describe(int flags_fd, int count_fd, int cgroup_fd, uint64_t frame, uint64_t
 
 
 def nodes(int pid, addresses):
-    """Return the NUMA nodes of pages of a process (move_pages(2) that moves nothing), negative errors among them."""
+    """Return the NUMA nodes of pages of a process, or negative error numbers (move_pages(2), which moves nothing
+    here)."""
     cdef size_t many = len(addresses), index
     cdef uintptr_t *pages = <uintptr_t *>malloc((many + 1) * sizeof(uintptr_t))
     cdef int32_t *status = <int32_t *>malloc((many + 1) * sizeof(int32_t))

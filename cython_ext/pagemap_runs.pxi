@@ -42,9 +42,9 @@ cdef class RunTable:
     cdef size_t room
     cdef readonly size_t count
     cdef readonly uint64_t pages
-    """Present pages in all."""
+    """The number of present pages."""
     cdef readonly uint64_t hidden
-    """Present pages whose frame the kernel hides; they are in no run."""
+    """The number of present pages whose frame the kernel hides; they are in no run."""
 
     def __len__(self):
         return self.count
@@ -85,7 +85,7 @@ cdef class RunTable:
         cdef Run *ours
         cdef Run *theirs
         cdef RunTable longer
-        # Without runs there is no memory, and memcmp(3) wants some.
+        # Without runs there are no arrays, and memcmp(3) requires valid pointers.
         if self.count == other.count and (
             not self.count or not memcmp(self.runs, other.runs, self.count * sizeof(Run))
         ):
@@ -151,7 +151,7 @@ cdef class RunTable:
         return found
 
     def highest(self):
-        """Return the bitwise OR of the addresses of all bytes: no byte has a bit that this has not."""
+        """Return the bitwise OR of the addresses of all bytes."""
         cdef uint64_t bits = 0, first, last, spread
         cdef size_t index
         for index in range(self.count):
@@ -186,7 +186,7 @@ cdef class RunTable:
         return run.physical + (virtual - run.virtual), min(length, run.virtual + run.length - virtual)
 
     def segments(self, uint64_t virtual, uint64_t length):
-        """Return the `PhysicalSegment`s of a range that runs cover, in order; neighbours never touch."""
+        """Return the `PhysicalSegment`s of a range that runs cover, in order; consecutive ones are never adjacent."""
         cdef uint64_t end = virtual + length, start, stop
         cdef PhysicalSegment segment
         cdef size_t index
@@ -248,7 +248,7 @@ cdef int _return(int fd, uint64_t address, size_t page, uint64_t *entry) noexcep
         if c_madvise(<void *><uintptr_t>address, page, C_MADV_POPULATE_READ):
             if errno != EINVAL:
                 return errno
-            # Before 5.14. Reading it directly would end the program if nothing is mapped.
+            # Before Linux 5.14. Reading it directly would end the program if nothing is mapped.
             here.iov_base, here.iov_len = &byte, 1
             there.iov_base, there.iov_len = <void *><uintptr_t>address, 1
             if process_vm_readv(getpid(), &here, 1, &there, 1, 0) < 1:

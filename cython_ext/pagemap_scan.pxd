@@ -19,8 +19,8 @@ cdef extern from * nogil:
     /* Which pages a scan finds, what it does with them, and what it reports: as of struct pm_scan_arg. */
     struct iobmd_wanted { uint64_t flags, max_pages, inverted, mask, anyof, reported; };
     /*
-     * Ask PAGEMAP_SCAN about `start` to `end`. Returns the number of regions found, at most `room`, and in `walked`
-     * where the walk stopped; -1 on an error.
+     * Call PAGEMAP_SCAN for `start` to `end`. Return the number of regions found, at most `room`, and in `walked` the
+     * address at which the walk stopped; -1 on an error.
      */
     static inline int iobmd_scan(int pagemap, uint64_t start, uint64_t end, const struct iobmd_wanted *wanted,
                                  struct iobmd_page_region *found, uint64_t room, uint64_t *walked)
@@ -35,8 +35,8 @@ cdef extern from * nogil:
         return many;
     }
     /*
-     * Find the first page that is gone, the zero page, or written to since it was protected; 0: none is. A page that
-     * is in swap, or on its way to another frame, and was not written to, is there.
+     * Find the first page that no longer exists, is the zero page, or was written to since it was protected; 0: there
+     * is none. A page that is in swap or migrating, and was not written to, still exists.
      */
     static inline int iobmd_first_lost(int pagemap, uint64_t start, uint64_t end, uint64_t *where)
     {

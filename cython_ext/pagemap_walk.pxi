@@ -1,6 +1,6 @@
-# Walking the pages of an address space, by /proc/PID/pagemap and, where it saves reading, PAGEMAP_SCAN. The result is
-# a list of spans: contiguous pages of one state whose frames, if known, are contiguous too. Everything is read in
-# steps, none of which holds the lock of the address space for long.
+# Walking the pages of an address space, by /proc/PID/pagemap and, if it saves reading, PAGEMAP_SCAN. The result is a
+# list of spans: contiguous pages of one state whose frames, if known, are contiguous too. Everything is read in
+# steps, and no step holds the lock of the address space for long.
 
 cdef enum:
     # Of a span.
@@ -12,7 +12,7 @@ cdef enum:
     C_MARKER = 32
     C_HUGE = 64
     FEW_REGIONS = 32
-    HUGE_STEP = 16384  # after a step with only huge pages, each of which takes as long as a small one
+    HUGE_STEP = 16384  # after a step with only huge pages, because a huge page takes as long as a small one
     SPARSE_STEP = 65536  # pages per step through addresses that may be empty
     NEAR = 128  # maximum gap between two ranges, in pages, that costs less to read than another call
     MOST_PATIENCE = 64  # steps until the next check whether scanning pays
@@ -29,7 +29,7 @@ cdef struct Span:
 
 
 cdef inline bint _are_all(const uint64_t *entries, uint64_t one) noexcept nogil:
-    """Return whether eight entries are the same one."""
+    """Return whether eight entries are equal."""
     return not (
         (entries[0] ^ one) | (entries[1] ^ one) | (entries[2] ^ one) | (entries[3] ^ one)
         | (entries[4] ^ one) | (entries[5] ^ one) | (entries[6] ^ one) | (entries[7] ^ one)
@@ -67,9 +67,9 @@ cdef class Walk:
     fd : int
         An open pagemap, which the caller keeps open.
     page, huge : int
-        The sizes in bytes of a page, and of a huge page as the page tables map it (0: there is none).
+        The sizes in bytes of a page, and of a huge page as the page tables map it (0: no huge pages).
     zero, huge_zero : int
-        The frame numbers of the zero page and of the first of the huge zero page, 0 where they are not known.
+        The frame number of the zero page, and the first of the huge zero page; 0 if unknown.
     thorough : bool
         Whether to scan everything, so that huge pages and zero pages are recognized even if frame numbers are hidden,
         or if a range begins or ends inside one.
@@ -81,15 +81,16 @@ cdef class Walk:
     cdef uint64_t page, huge, zero, huge_zero
     cdef bint thorough
     cdef public bint swapless
-    """Whether nothing can be in swap: swap entries are then markers, whose kind is hidden with the frame numbers."""
+    """Whether nothing can be in swap: all swap entries are then markers, whose kind is hidden with the frame
+    numbers."""
     cdef readonly bint scans
     """Whether PAGEMAP_SCAN is used: without it, huge pages and hidden zero pages are not recognized."""
     cdef uint64_t *entries
     cdef iobmd_page_region *regions
     cdef Tally tally
-    # The current run of pages: `pages` entries from `at` on that all are `entry`, or count up from it.
+    # The current run of pages: `pages` entries from `at` on that are all equal to `entry`, or count up from it.
     cdef uint64_t at, pages, entry, expected, stride, extra
-    cdef Span open  # not yet among the spans
+    cdef Span open  # not yet added to the spans
     cdef Span run
     cdef uint64_t last_physical
     cdef Span *spans
@@ -148,9 +149,9 @@ cdef class Walk:
         return tally
 
     def step(self, uint64_t start, uint64_t end):
-        """Continue the walk from `start` towards `end`, by one step at most; return where it stopped.
+        """Continue the walk from `start` towards `end`, by at most one step; return the address at which it stopped.
 
-        Call `finish` at the end of a range. Raises OSError: the kernel's, or ENODATA where the address space ends.
+        Call `finish` at the end of a range. Raises OSError: the kernel's, or ENODATA if the address space ends.
         """
         cdef uint64_t until = 0
         cdef int error
@@ -161,7 +162,7 @@ cdef class Walk:
         return until
 
     def total(self, uint64_t start, uint64_t end):
-        """Walk from `start` to `end` and finish, keeping no spans; return what `take` does."""
+        """Walk from `start` to `end` and finish, without recording spans; return the same as `take`."""
         cdef int error = 0
         self.keeps = False
         with nogil:
@@ -177,7 +178,7 @@ cdef class Walk:
     def totals(self, list ranges):
         """Return the result of `total` for each of several ranges (start, end), extended to whole pages.
 
-        Entries are read ahead where possible, so small ranges near each other are fastest.
+        Entries are read ahead if possible, so that small ranges near each other are fastest.
         """
         cdef uint64_t start, end
         self.read_ahead(ranges)
@@ -186,11 +187,12 @@ cdef class Walk:
             for start, end in ranges:
                 tallies.append(self.total(start // self.page * self.page, -(-end // self.page) * self.page))
         finally:
-            self.ahead_to = 0  # the next request reads afresh
+            self.ahead_to = 0  # the next request reads them again
         return tallies
 
     def read_ahead(self, list ranges):
-        """Read at once what small ranges, as (start, end), need; as far as there is room, and the kernel does."""
+        """Read the entries of small ranges, as (start, end), in one call, as far as there is room and the kernel
+        returns them."""
         cdef ssize_t got
         cdef uint64_t start, end
         if len(ranges) < 2:
@@ -223,7 +225,7 @@ cdef class Walk:
     cdef int _step(self, uint64_t start, uint64_t end, uint64_t *until) noexcept nogil:
         cdef uint64_t stop
         cdef int error
-        # What was read ahead is small areas: the pages are read sooner than asked about.
+        # Entries that were read ahead belong to small areas: reading their pages is faster than scanning them.
         if not self.scans or (
             not self.thorough and (self.skip > 0 or (self.ahead_from <= start and end <= self.ahead_to))
         ):
@@ -232,7 +234,7 @@ cdef class Walk:
             error = self._read(start, stop, 0)
             if self.skip:
                 self.skip -= 1
-                if not self.entry and self.pages * self.page >= stop - start:  # an empty stretch: scanning pays again
+                if not self.entry and self.pages * self.page >= stop - start:  # empty: scanning saves time again
                     self.skip = self.patience = 0
             return error
         return self._scan(start, end, until)
@@ -246,7 +248,7 @@ cdef class Walk:
         wanted.anyof = C_PAGE_IS_PRESENT | C_PAGE_IS_SWAPPED
         wanted.reported = C_PAGE_IS_PRESENT | C_PAGE_IS_SWAPPED | C_PAGE_IS_HUGE | C_PAGE_IS_PFNZERO
         found = iobmd_scan(self.fd, start, stop, &wanted, self.regions, REGIONS, &walked)
-        if found < 0:  # try again, or go on without
+        if found < 0:  # try again, or continue without scanning
             self.scans = errno == EINTR
             until[0] = start
             return 0
@@ -294,7 +296,8 @@ cdef class Walk:
         return error
 
     cdef int _read_huge(self, uint64_t start, uint64_t end, uint64_t extra) noexcept nogil:
-        """One entry describes all pages that one page-table entry maps; one read covers two of them."""
+        """Read a range of huge pages: one entry describes all pages that one page-table entry maps, and one read
+        covers two."""
         cdef uint64_t two[2]
         cdef uint64_t middle, stop, before
         cdef ssize_t got
@@ -302,14 +305,14 @@ cdef class Walk:
         while start < end:
             middle = min(end, (start // self.huge + 1) * self.huge)
             stop = min(end, middle + self.huge)
-            # The last page before the border, and the first behind it.
+            # The last page before the boundary, and the first after it.
             got = iobmd_entries(self.fd, middle // self.page - 1, two, 2 if stop > middle else 1)
             if got < 1:
                 return errno if got < 0 else ENODATA
             before = (middle - start) // self.page - 1
             if two[0] & PFN_MASK >= before:
                 two[0] -= before
-            elif two[0] & PFN_MASK:  # too low to be what it was
+            elif two[0] & PFN_MASK:  # too low to belong to the same huge page
                 two[0] = 0
             error = self._add_huge(start, middle, two[0], extra)
             start = middle
@@ -324,7 +327,7 @@ cdef class Walk:
         """Count the pages of a huge page, or of a part of one, whose first page has this entry."""
         cdef uint64_t pages = (stop - start) // self.page, frame = entry & PFN_MASK
         cdef int error
-        # It may have been freed or replaced meanwhile, in part or as a whole: a huge page is aligned to its size.
+        # Part or all of it may have been freed or replaced in the meantime: a huge page is aligned to its size.
         if not entry & PRESENT_BIT or (frame and (frame * self.page ^ start) & (self.huge - 1)):
             return self._read(start, stop, 0)
         if self.pages and entry == self.expected and extra == self.extra and frame:
@@ -362,10 +365,10 @@ cdef class Walk:
                 many = got
             index = 0
             while index < many:
-                # Most pages follow the one before, as all of a large folio do, or are absent as it is.
+                # Most pages follow the previous one, as in a large folio, or are absent like the previous one.
                 expected, stride, pages = self.expected, self.stride, self.pages
                 if pages:
-                    # Absent pages come in long runs: skip eight entries at once.
+                    # Absent pages mostly occur in long runs: skip eight entries at once.
                     while not stride and index + 8 <= many and _are_all(entries + index, expected):
                         pages += 8
                         index += 8
@@ -442,13 +445,13 @@ cdef class Walk:
         return error
 
     cdef bint _follows(self, Span *span, uint64_t physical) noexcept nogil:
-        """Return whether a neighbour in the frame `physical` and with the same flags belongs to the span."""
-        if not span.physical or (span.flags & C_ZERO and not span.flags & C_HUGE):  # one frame again and again
+        """Return whether the next page, in the frame `physical` and with the same flags, belongs to the span."""
+        if not span.physical or (span.flags & C_ZERO and not span.flags & C_HUGE):  # the same frame repeatedly
             return span.physical == physical
         return span.physical + span.length == physical
 
     cdef int _close_span(self) noexcept nogil:
-        """Add the open span to those found, in parts where huge pages map a part of it."""
+        """Add the open span to those found, split if huge pages map only a part of it."""
         cdef Span span = self.open
         cdef uint64_t first, last, here, stop
         cdef iobmd_page_region regions[FEW_REGIONS]
@@ -501,7 +504,7 @@ cdef class Walk:
                 self.tally.huge_zero += length
         if flags & C_ZERO:
             self.tally.zero += length
-            if flags & C_FILE:  # as the huge zero page claims to be
+            if flags & C_FILE:  # as reported for the huge zero page
                 self.tally.file -= length
                 flags &= ~<uint64_t>C_FILE
         if flags & C_ZERO and physical and not flags & C_HUGE:
@@ -516,7 +519,7 @@ cdef class Walk:
         cdef uint64_t frames = self.page if flags & C_ZERO and not flags & C_HUGE else length
         if not self.keeps or physical >= self.high or physical + frames <= self.low:
             return 0
-        if self.present_only and not flags & C_PRESENT:  # what is swapped lies nowhere
+        if self.present_only and not flags & C_PRESENT:  # swapped pages have no physical address
             return 0
         if self.count:
             last = &self.spans[self.count - 1]

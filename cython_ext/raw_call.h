@@ -1,12 +1,12 @@
-/* System calls without the C library: its wrappers store errno in thread-local data, which a child made by
-   clone(CLONE_VM) shares with the thread that made it. */
+/* System calls without the C library: its wrappers store errno in thread-local data, which a child created by
+   clone(CLONE_VM) shares with the thread that created it. */
 #ifndef IOBMD_RAW_CALL_H
 #define IOBMD_RAW_CALL_H
 #include <errno.h>
 #include <unistd.h>
 #include <sys/syscall.h>
 
-/* Returns what the kernel does: an error number below 0. */
+/* Return the kernel's result; errors are negative error numbers. */
 static inline long iobmd_raw(long number, long a, long b, long c, long d, long e, long f)
 {
 #if defined(__x86_64__)

@@ -1,4 +1,4 @@
-# linux/mount.h by raw system calls: the C library has had them since 2.36 only
+# linux/mount.h by raw system calls: the C library (glibc) provides them only since 2.36
 cdef extern from * nogil:
     """
     #include <unistd.h>

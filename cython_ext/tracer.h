@@ -1,11 +1,12 @@
 /* A process that traces another task for this one (ptrace(2), x86-64).
 
-   It is made by clone(2) with CLONE_VM: it shares this process's memory, by which it is given commands, and outlives it.
-   From the first to the last ptrace call on a thread of the task, nothing here needs Python, the C library's locks, heap
-   or thread-local data, or the dynamic loader, any of which a thread that was killed may have held. If its maker dies,
-   it finishes what is under way, ends what it has made in the task, and exits.
+   It is created by clone(2) with CLONE_VM: it shares this process's memory, through which it receives commands, and
+   survives this process. From the first to the last ptrace call on a thread of the task, the code uses neither
+   Python, nor the C library's locks, heap or thread-local data, nor the dynamic loader, because a thread that was
+   killed may have held any of them. If its maker (the process that created it) dies, it completes the current
+   command, removes all that it has created in the task, and exits.
 
-   Only this process waits for what it traces, so the number of a tracee that it has not waited for is no other's. */
+   Only this process waits for its tracees, so that the id of a tracee that it has not reaped cannot be reused. */
 #ifndef IOBMD_TRACER_H
 #define IOBMD_TRACER_H
 #include <errno.h>
@@ -35,39 +36,39 @@ enum iobmd_command { IOBMD_NOTHING, IOBMD_STOP, IOBMD_RUN, IOBMD_FREEZE, IOBMD_T
 
 enum iobmd_status {
     IOBMD_DONE,
-    IOBMD_GONE,        /* the task has no threads any more */
-    IOBMD_REFUSED,     /* the kernel does not let it be traced: `error` */
-    IOBMD_STRANGER,    /* a thread ended, and another process's got its number: that is traced until this tracer ends */
+    IOBMD_GONE,        /* the task has no threads left */
+    IOBMD_REFUSED,     /* the kernel does not permit tracing it: `error` */
+    IOBMD_STRANGER,    /* a thread of another process reused a thread's id, and is traced until this tracer ends */
     IOBMD_LATE,        /* no thread stopped, or one of those to be frozen did not */
-    IOBMD_HELD,        /* it stops, but does not go on to a system call: it is frozen, or gets no processor */
-    IOBMD_CHANGED,     /* the task has changed its code, and would have made another call */
+    IOBMD_HELD,        /* it stops, but does not proceed to a system call: it is frozen, or not scheduled */
+    IOBMD_CHANGED,     /* the task has changed its code, and would have made a different call */
     IOBMD_32_BIT,
-    IOBMD_DIVERTED,    /* its system calls go to a handler (PR_SET_SYSCALL_USER_DISPATCH) */
-    IOBMD_SIGNALLED,   /* a signal that cannot be blocked came in place of the call: `error` */
-    IOBMD_FAILED,      /* the call with the index `failed` did: `error` */
+    IOBMD_DIVERTED,    /* a handler receives its system calls (PR_SET_SYSCALL_USER_DISPATCH) */
+    IOBMD_SIGNALLED,   /* a signal that cannot be blocked arrived before the call: `error` */
+    IOBMD_FAILED,      /* the call with the index `failed` failed: `error` */
     IOBMD_ENDED,       /* the thread, or the guest, ended */
     IOBMD_STUCK,       /* a call of the guest has not returned by the deadline, or until it was cancelled */
-    IOBMD_UNSEEN,      /* a process was made that this one does not see */
-    IOBMD_UNREADABLE,  /* what has to be read of the thread is not resident: its fault could wait for that very thread */
+    IOBMD_UNSEEN,      /* a process was created that this one does not see */
+    IOBMD_UNREADABLE,  /* memory of the thread that must be read is absent: a fault could wait for this very thread */
     IOBMD_NO_MEMORY,
 };
 
 enum iobmd_made { IOBMD_NO_RANGE, IOBMD_SCRATCH, IOBMD_MAPPING };
 
-/* What is made while all threads stand still: with a snapshot, they go on then. */
+/* The process that is created while all threads are stopped. After a snapshot is created, they resume. */
 enum iobmd_wanted { IOBMD_NO_PROCESS, IOBMD_GUEST, IOBMD_SNAPSHOT };
 
-/* A system call that a thread of the task makes, or the guest. */
+/* A system call to be made by a thread of the task, or by the guest. */
 struct iobmd_call {
     long number;
     unsigned long arguments[6];
     unsigned char of[6];   /* n: the argument is relative to the result of the nth call of the program; 0: to none */
-    unsigned char made;    /* iobmd_made: it maps arguments[1] bytes, which the end of the session unmaps: always, or
-                              unless the session succeeds */
+    unsigned char made;    /* iobmd_made: it maps arguments[1] bytes, which the end of the session unmaps: always
+                              (SCRATCH), or if the session has failed (MAPPING) */
     long result;
 };
 
-/* A thread of the task, and since when it sleeps in epoll_wait(2): 0 where that does not matter, or is not known. */
+/* A thread of the task, and since when it has been sleeping in epoll_wait(2): 0 if irrelevant or unknown. */
 struct iobmd_thread {
     pid_t tid;
     int cpu;               /* the processor it ran on last, or -1 */
@@ -83,41 +84,41 @@ struct iobmd_tracer {
     /* Set by the maker. */
     pid_t task;
     unsigned long instruction;  /* the address of a system call instruction of the task */
-    long options;               /* to trace it with */
+    long options;               /* of ptrace(2) */
     int is_thread;              /* of the maker: see iobmd_tracer_start() */
     int64_t patience_ns;        /* for the stop of all threads, and for one of several */
     int64_t short_ns;
 
-    volatile int command;       /* a futex: IOBMD_NOTHING once it is done */
+    volatile int command;       /* a futex: IOBMD_NOTHING when it is done */
     volatile int cancelled;
     struct iobmd_call calls[IOBMD_CALLS];
     int count;
     const struct iobmd_thread *known;  /* STOP, COLLECT: candidates; FREEZE: threads that sleep in epoll_wait */
     int knows;
     int64_t deadline_ns;        /* of the guest's calls */
-    int may_wait;               /* RUN: they are given up if it is cancelled; what a call has mapped then stays unknown */
+    int may_wait;               /* RUN: abandon the calls if cancelled; memory that they map is not recorded */
     int wanted;                 /* FREEZE: iobmd_wanted */
     int failed_session;         /* COLLECT, END: unmap all that was mapped */
 
     /* The answer. */
     int status, error, failed;
     pid_t refused;              /* the thread that may not be traced */
-    int64_t stopped_ns;         /* for how long a thread stood still, at most, all in all */
-    pid_t guest, child;         /* as this process counts; 0: none */
+    int64_t stopped_ns;         /* upper bound of the time for which a thread was stopped */
+    pid_t guest, child;         /* in the pid namespace of this process; 0: none */
 
     /* Its own. */
     pid_t maker, maker_thread, pid, self;
     pthread_t thread;
-    long pagemap;               /* of the thread to be stopped, opened before that, or -1 */
-    int folder;                 /* /proc/PID of the task: of no other process, whatever happens to the number */
-    int memory;                 /* its memory: of the program that it runs now, not of one that follows; or -1 */
-    int shares;                 /* whether kcmp(2) can report that the maker has the memory of this process */
+    long pagemap;               /* of the thread to be stopped, opened before the stop, or -1 */
+    int folder;                 /* /proc/PID of the task, and of no other process that may reuse the pid */
+    int memory;                 /* memory of the program that the task runs now, not of a later one; or -1 */
+    int shares;                 /* whether kcmp(2) can confirm that the maker has the memory of this process */
     int guest_is_stuck, ending;
-    long guest_there, child_there;  /* as the task counts */
+    long guest_there, child_there;  /* in the pid namespace of the task */
     pid_t made;                 /* by the last clone */
     struct iobmd_thread late[IOBMD_LATE_THREADS];
     int lates;
-    struct iobmd_thread *threads;  /* that are frozen */
+    struct iobmd_thread *threads;  /* those that are frozen */
     int frozen, room;
     int64_t froze_ns;
     struct { unsigned long start, size; int made; } ranges[IOBMD_RANGES_MADE];
@@ -127,7 +128,7 @@ struct iobmd_tracer {
 #ifdef __x86_64__
 #include <sys/user.h>
 
-/* linux/ptrace.h, which does not go together with sys/ptrace.h. */
+/* From linux/ptrace.h, which cannot be included together with sys/ptrace.h. */
 enum {
     IOBMD_SEIZE = 0x4206, IOBMD_INTERRUPT = 0x4207, IOBMD_GETSIGINFO = 0x4202, IOBMD_GETSIGMASK = 0x420a,
     IOBMD_SETSIGMASK = 0x420b, IOBMD_SYSCALL_INFO = 0x420e /* Linux 5.3 */, IOBMD_RSEQ = 0x420f /* Linux 5.13 */,
@@ -139,8 +140,8 @@ enum {
 enum { IOBMD_CODE_32 = 0x23, IOBMD_PAGE = 4096, IOBMD_INSTRUCTION = 2, IOBMD_NO_STACK = 8 };
 
 static const int64_t IOBMD_MS = 1000000;
-static const int64_t IOBMD_BEGIN = 1000000000;   /* ns for a thread to begin a call */
-static const int64_t IOBMD_DEATH = 5000000000;   /* ns for a process that was killed to be dead, and for a first stop */
+static const int64_t IOBMD_BEGIN = 1000000000;   /* ns within which a thread must begin a call */
+static const int64_t IOBMD_DEATH = 5000000000;   /* ns within which a killed process must exit, and a new one stop */
 
 struct iobmd_syscall_info {
     unsigned char at, unused[3];
@@ -149,7 +150,7 @@ struct iobmd_syscall_info {
     union { struct { unsigned long number, arguments[6]; } entry; struct { long result; } exit; };
 };
 
-/* -- the kernel, and what time it is -- */
+/* -- system calls and time -- */
 
 static long iobmd_ptrace(int request, pid_t tid, unsigned long address, const void *data)
 {
@@ -168,7 +169,7 @@ static int iobmd_has_our_memory(const struct iobmd_tracer *t)
     return !iobmd_raw(SYS_kcmp, t->maker, t->self, 1 /* KCMP_VM */, 0, 0, 0);
 }
 
-/* Whether the thread that gives the commands is gone: its process was killed, or runs another program. */
+/* Return whether the commanding thread no longer exists: its process was killed, or executed another program. */
 static int iobmd_is_orphan(const struct iobmd_tracer *t)
 {
     return (!t->is_thread && iobmd_raw(SYS_getppid, 0, 0, 0, 0, 0, 0) != t->maker) ||
@@ -176,13 +177,14 @@ static int iobmd_is_orphan(const struct iobmd_tracer *t)
            (t->shares && !iobmd_has_our_memory(t));
 }
 
-/* Whether what can be left as it is shall be. */
+/* Return whether to abandon all that may be abandoned. */
 static int iobmd_gives_up(const struct iobmd_tracer *t)
 {
     return !t->ending && (t->cancelled || iobmd_is_orphan(t));
 }
 
-/* Wait for a report of a tracee, at most 2 ms; whether there was one. A thread of the maker leaves its signals alone. */
+/* Wait at most 2 ms for a report of a tracee; return whether there was one. A tracer thread of the maker must not
+   consume the maker's signals, and only sleeps. */
 static int iobmd_doze(const struct iobmd_tracer *t)
 {
     struct timespec moment = { 0, t->is_thread ? 50000 : 2 * IOBMD_MS };
@@ -193,8 +195,8 @@ static int iobmd_doze(const struct iobmd_tracer *t)
     return 0;
 }
 
-/* Reap the tracees that have ended. A task that executes a program waits until its other threads are reaped, with a lock
-   held that PTRACE_SEIZE waits for. */
+/* Reap the tracees that have exited. A task that executes a program waits until its other threads are reaped, and
+   holds a lock for which PTRACE_SEIZE waits. */
 static void iobmd_reap(void)
 {
     siginfo_t end;
@@ -208,7 +210,7 @@ static void iobmd_reap_one(int number)
     iobmd_reap();
 }
 
-/* Let SIGCHLD interrupt a call, or no more. */
+/* Block or unblock SIGCHLD, which interrupts calls while it is unblocked. */
 static void iobmd_admit_reports(const struct iobmd_tracer *t, int how)
 {
     unsigned long reports = 1ul << (SIGCHLD - 1);
@@ -231,7 +233,8 @@ static char *iobmd_append_number(char *end, unsigned long number)
     return iobmd_append(end, first);
 }
 
-/* Open a file of a thread of the task, "" for its folder, or of another tracee; an error number below 0. */
+/* Open a file in the /proc directory of a thread of the task or of another tracee, "" for the directory itself;
+   return a descriptor or a negative error number. */
 static long iobmd_open(const struct iobmd_tracer *t, pid_t tid, const char *name, int flags)
 {
     char path[64], *end = path;
@@ -244,8 +247,8 @@ static long iobmd_open(const struct iobmd_tracer *t, pid_t tid, const char *name
 
 static void iobmd_close(long file) { iobmd_raw(SYS_close, file, 0, 0, 0, 0, 0); }
 
-/* Return the last number, or the letter, in the last line of a thread's status that begins so, as the name of the program
-   comes first; -1: there is none. */
+/* Return the last number, or the letter, in the last line of a thread's status that begins with `name`; -1 if there
+   is none. The last line, because the name of the program, which may contain newlines, comes first. */
 static long iobmd_status_field(const struct iobmd_tracer *t, pid_t tid, const char *name)
 {
     char text[4096];
@@ -274,14 +277,15 @@ static int iobmd_is_dead(const struct iobmd_tracer *t, pid_t tid)
     return state == 'Z' || state == 'X';
 }
 
-/* Whether a tracee has ended, or runs another program, by which a thread gets the number of its process. */
+/* Return whether a tracee has exited, or has executed another program, by which a thread takes over the id of its
+   process. */
 static int iobmd_is_gone(const struct iobmd_tracer *t, pid_t tid)
 {
     return iobmd_is_dead(t, tid) || iobmd_status_field(t, tid, "TracerPid:") != t->self;
 }
 
-/* Read the memory of a thread where that needs no page fault, which could wait for one that stands still. By its own
-   number: that of its task shows no memory any more once the first thread has ended. */
+/* Read the memory of a thread if no page fault is necessary, because a fault could wait for a stopped thread. The
+   thread's own id is used: the task's id gives no access to memory after the main thread has exited. */
 static int iobmd_peek(const struct iobmd_tracer *t, pid_t tid, unsigned long address, void *data, size_t size)
 {
     struct iovec ours = { data, size }, theirs = { (void *)address, size };
@@ -300,7 +304,7 @@ static int iobmd_peek(const struct iobmd_tracer *t, pid_t tid, unsigned long add
 
 /* -- one tracee -- */
 
-/* Wait until a tracee stops, and why it did. `may_give_up`: it can be left as it is. */
+/* Wait until a tracee stops, and return the reason in `why`. `may_give_up`: the wait may be abandoned. */
 static int iobmd_await(const struct iobmd_tracer *t, pid_t tid, int64_t until, int may_give_up, siginfo_t *why)
 {
     for (;;) {
@@ -315,7 +319,7 @@ static int iobmd_await(const struct iobmd_tracer *t, pid_t tid, int64_t until, i
 
 static int iobmd_is_event_stop(const siginfo_t *why) { return why->si_code >> 8 == IOBMD_EVENT_STOP; }
 
-/* Let it run to the begin or the end of a system call. */
+/* Resume the tracee until the start or the end of a system call. */
 static int iobmd_run_to(struct iobmd_tracer *t, pid_t tid, int at, int64_t until, int may_give_up,
                         struct iobmd_syscall_info *info)
 {
@@ -334,7 +338,7 @@ static int iobmd_run_to(struct iobmd_tracer *t, pid_t tid, int at, int64_t until
             iobmd_ptrace(PTRACE_GETEVENTMSG, tid, 0, &made);
             t->made = (pid_t)made;
         } else if (!iobmd_is_event_stop(&why)) {
-            /* By what cannot be blocked: SIGSTOP, which stops its process all the same, or a fault. */
+            /* A signal that cannot be blocked: SIGSTOP, which stops its process in any case, or a fault. */
             signal_number = why.si_signo;
             if (signal_number != SIGSTOP) {
                 t->error = why.si_signo;
@@ -344,8 +348,9 @@ static int iobmd_run_to(struct iobmd_tracer *t, pid_t tid, int at, int64_t until
     }
 }
 
-/* Whether a tracee that begins a system call begins this one. Another thread of its task may write to the code at any
-   time, and so choose the call; seccomp filters are suspended for it, and no call may pass but ours. */
+/* Return whether a tracee that begins a system call begins this one. Another thread of its task may write to the code
+   at any time, and thus choose the call. Seccomp filters are suspended for the tracee, so that only the intended call
+   may be made. */
 static int iobmd_is_call(const struct iobmd_syscall_info *info, const struct user_regs_struct *regs)
 {
     const unsigned long *arguments = info->entry.arguments;
@@ -355,7 +360,7 @@ static int iobmd_is_call(const struct iobmd_syscall_info *info, const struct use
            arguments[5] == regs->r9;
 }
 
-/* Make one system call in a tracee that is stopped; `base` is what its other registers are. */
+/* Make one system call in a stopped tracee; `base` contains its other registers. */
 static int iobmd_make(struct iobmd_tracer *t, pid_t tid, const struct user_regs_struct *base, struct iobmd_call *call,
                       int64_t until, int may_give_up)
 {
@@ -377,7 +382,7 @@ static int iobmd_make(struct iobmd_tracer *t, pid_t tid, const struct user_regs_
     do {
         if (iobmd_ptrace(PTRACE_SETREGS, tid, 0, &regs)) return IOBMD_ENDED;
         status = iobmd_run_to(t, tid, IOBMD_ENTRY, begin, 0, &info);
-        if (status == IOBMD_LATE) {  /* it has not begun, and is taken back */
+        if (status == IOBMD_LATE) {  /* it has not begun: withdraw it */
             iobmd_ptrace(IOBMD_INTERRUPT, tid, 0, NULL);
             iobmd_await(t, tid, iobmd_now() + IOBMD_BEGIN, 0, &why);
             return IOBMD_HELD;
@@ -394,7 +399,7 @@ static int iobmd_make(struct iobmd_tracer *t, pid_t tid, const struct user_regs_
         }
         if ((status = iobmd_run_to(t, tid, IOBMD_EXIT, until, may_give_up, &info))) return status;
         call->result = info.exit.result;
-        /* ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND: the kernel would begin it again after a SIGSTOP. */
+        /* ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND: the kernel would restart the call after a SIGSTOP. */
     } while (call->result <= -512 && call->result >= -514 && iobmd_now() < begin);
     return call->result <= -512 && call->result >= -514 ? IOBMD_HELD : IOBMD_DONE;
 }
@@ -410,7 +415,8 @@ static void iobmd_note_range(struct iobmd_tracer *t, const struct iobmd_call *ca
         }
 }
 
-/* What the task has unmapped for us is not unmapped once more: something else may be there by then. */
+/* Remove a range that the task has unmapped on request from the record. It must not be unmapped again, because other
+   memory may be mapped there later. */
 static void iobmd_forget_range(struct iobmd_tracer *t, unsigned long start, unsigned long size)
 {
     for (int i = 0; i < IOBMD_RANGES_MADE; i++) {
@@ -423,7 +429,7 @@ static void iobmd_forget_range(struct iobmd_tracer *t, unsigned long start, unsi
     }
 }
 
-/* Make system calls one after the other until one fails. */
+/* Make system calls one after another until one fails. */
 static int iobmd_program(struct iobmd_tracer *t, pid_t tid, const struct user_regs_struct *base,
                          struct iobmd_call *calls, int count, int64_t until, int may_give_up)
 {
@@ -445,8 +451,8 @@ static int iobmd_program(struct iobmd_tracer *t, pid_t tid, const struct user_re
 
 /* -- a thread of the task -- */
 
-/* Calls that may return EINTR for a stop which no signal handler had a part in (signal(7)); the kernel resumes the
-   others by itself. They have done nothing then, and begin once more (`remote.threads.ENDED_BY_A_STOP`). */
+/* Return whether a call may return EINTR after a stop although no signal handler ran (signal(7)); the kernel itself
+   restarts the others. Such a call has had no effect, and can be restarted (`remote.threads.ENDED_BY_A_STOP`). */
 static int iobmd_is_ended_by_a_stop(unsigned long call)
 {
     static const short calls[] = { 0, 1, 19, 20, 42, 43, 44, 45, 46, 47, 65, 128, 208, 220, 232, 281, 288, 299, 307,
@@ -456,9 +462,9 @@ static int iobmd_is_ended_by_a_stop(unsigned long call)
     return 0;
 }
 
-/* Have a thread go back into the call that our stop has ended: in place of EINTR goes the kernel's own code for "once
-   more, unless a handler runs". The C library does not look at the register of epoll_wait's timeout again, which is set
-   to the rest; where the timeout is in memory or a setting of a socket, the call begins again with all of it. */
+/* Restart the call that this stop interrupted: replace EINTR by the kernel's code for "restart unless a handler
+   runs". The register with the timeout of epoll_wait is set to the remaining time, because the C library does not
+   read it again. If the timeout is in memory or is a socket option, the call starts again with the whole timeout. */
 static void iobmd_undo_eintr(const struct iobmd_tracer *t, const struct iobmd_thread *thread)
 {
     struct user_regs_struct regs;
@@ -467,7 +473,7 @@ static void iobmd_undo_eintr(const struct iobmd_tracer *t, const struct iobmd_th
         return;
     regs.rax = (unsigned long)-514l;  /* ERESTARTNOHAND */
     int timeout_ms = (int)regs.r10;
-    /* One sleep more than before, the present stop: it has been in that one call since. */
+    /* One sleep more than before, that of this stop: the thread has been in the same call since. */
     if ((regs.orig_rax == SYS_epoll_wait || regs.orig_rax == SYS_epoll_pwait) && timeout_ms > 0 && thread->since_ns &&
         iobmd_status_field(t, thread->tid, "voluntary_ctxt_switches:") == (long)thread->switches + 1) {
         int64_t left = timeout_ms * IOBMD_MS - (iobmd_now() - thread->since_ns);
@@ -476,8 +482,8 @@ static void iobmd_undo_eintr(const struct iobmd_tracer *t, const struct iobmd_th
     iobmd_ptrace(PTRACE_SETREGS, thread->tid, 0, &regs);
 }
 
-/* Begin to stop a thread. Whose it is can only be found out once it is traced and cannot vanish; nothing of it is
-   changed until then. */
+/* Begin to stop a thread. Only when it is traced, and cannot disappear, can its process be determined; until then,
+   nothing in it is changed. */
 static int iobmd_seize(struct iobmd_tracer *t, struct iobmd_thread *thread)
 {
     long error;
@@ -486,7 +492,7 @@ static int iobmd_seize(struct iobmd_tracer *t, struct iobmd_thread *thread)
     error = iobmd_ptrace(IOBMD_SEIZE, thread->tid, 0, NULL);
     iobmd_admit_reports(t, SIG_BLOCK);
     thread->stands = 0;
-    /* A thread that executes a program gets the number of its process: it is seized already. */
+    /* A thread that executes a program takes over the id of its process: it is already seized. */
     if (error == -EPERM && iobmd_status_field(t, thread->tid, "TracerPid:") == t->self) error = 0;
     if (error == -ESRCH || (error && iobmd_is_dead(t, thread->tid))) return IOBMD_ENDED;
     if (error) {
@@ -508,14 +514,14 @@ static int iobmd_seize(struct iobmd_tracer *t, struct iobmd_thread *thread)
     return iobmd_ptrace(IOBMD_INTERRUPT, thread->tid, 0, NULL) ? IOBMD_ENDED : IOBMD_DONE;
 }
 
-/* Wait until a thread stands still between two instructions of its own. */
+/* Wait until a thread is stopped between two of its own instructions. */
 static int iobmd_stand(const struct iobmd_tracer *t, struct iobmd_thread *thread, int64_t until)
 {
     siginfo_t why;
     int status;
     while (!(status = iobmd_await(t, thread->tid, until, 1, &why)) && !iobmd_is_event_stop(&why)) {
-        iobmd_ptrace(PTRACE_CONT, thread->tid, 0, (void *)(long)why.si_signo);  /* a signal: to its handler with it */
-        iobmd_ptrace(IOBMD_INTERRUPT, thread->tid, 0, NULL);  /* again: any other stop cancels one that is pending */
+        iobmd_ptrace(PTRACE_CONT, thread->tid, 0, (void *)(long)why.si_signo);  /* deliver the signal */
+        iobmd_ptrace(IOBMD_INTERRUPT, thread->tid, 0, NULL);  /* again: any other stop cancels a pending one */
     }
     if (status) return status;
     thread->stands = 1;
@@ -523,7 +529,8 @@ static int iobmd_stand(const struct iobmd_tracer *t, struct iobmd_thread *thread
     return IOBMD_DONE;
 }
 
-/* Returns 0 where it has not stopped yet, and so cannot be let go: it is by the end of this process, at the latest. */
+/* Detach from a thread. Return 0 if it has not stopped yet and cannot be detached: the exit of this process detaches
+   it. */
 static int iobmd_let_go(const struct iobmd_tracer *t, struct iobmd_thread *thread)
 {
     int status = thread->stands ? IOBMD_DONE : iobmd_stand(t, thread, 1);
@@ -532,7 +539,8 @@ static int iobmd_let_go(const struct iobmd_tracer *t, struct iobmd_thread *threa
     return status != IOBMD_LATE;
 }
 
-/* Do what the kernel does as it interrupts a restartable sequence; a call of ours hides that from it (rseq(2)). */
+/* Abort a restartable sequence, as the kernel does when it interrupts one; an injected call hides the interruption
+   from the kernel (rseq(2)). */
 static int iobmd_abort_sequence(const struct iobmd_tracer *t, pid_t tid, struct user_regs_struct *regs)
 {
     unsigned long area[3] = { 0, 0, 0 }, descriptor = 0;
@@ -545,8 +553,8 @@ static int iobmd_abort_sequence(const struct iobmd_tracer *t, pid_t tid, struct 
     return IOBMD_DONE;
 }
 
-/* Make system calls in a thread that stands still, which never wait, for it cannot be taken out of one; it is then
-   again as it was. */
+/* Make system calls in a stopped thread, and restore its state. The calls must never block, because the thread cannot
+   be removed from a blocked call. */
 static int iobmd_use(struct iobmd_tracer *t, pid_t tid, struct iobmd_call *calls, int count)
 {
     struct user_regs_struct before;
@@ -557,7 +565,7 @@ static int iobmd_use(struct iobmd_tracer *t, pid_t tid, struct iobmd_call *calls
     if (iobmd_ptrace(PTRACE_GETREGS, tid, 0, &before)) return IOBMD_ENDED;
     if (before.cs == IOBMD_CODE_32) return IOBMD_32_BIT;
     if (!iobmd_ptrace(IOBMD_DISPATCH, tid, sizeof dispatch, dispatch) && dispatch[0]) return IOBMD_DIVERTED;
-    /* It may run another program since the instruction was found. */
+    /* It may have executed another program since the instruction was found. */
     if ((status = iobmd_peek(t, tid, t->instruction, code, sizeof code))) return status;
     if (code[0] != 0x0f || code[1] != 0x05) return IOBMD_UNREADABLE;
     if ((status = iobmd_abort_sequence(t, tid, &before))) return status;
@@ -573,7 +581,7 @@ static int iobmd_use(struct iobmd_tracer *t, pid_t tid, struct iobmd_call *calls
 
 static void iobmd_run_near(const struct iobmd_tracer *t, int cpu)
 {
-    /* Two take turns on one processor in 3 us, on two in 17. */
+    /* A tracer and its tracee alternate in 3 us on one processor, and in 17 us on two. */
     unsigned long set[16] = { 0 };
     if (t->is_thread || cpu < 0 || cpu >= (int)sizeof set * 8) return;
     set[cpu / 64] = 1ul << cpu % 64;
@@ -586,7 +594,7 @@ static void iobmd_close_pagemap(struct iobmd_tracer *t)
     t->pagemap = -1;
 }
 
-/* Let those go that have stopped too late to be used, and keep the others for the next time. */
+/* Detach from threads that stopped too late to be used; those that have not stopped yet remain for the next call. */
 static void iobmd_let_go_late(struct iobmd_tracer *t)
 {
     int left = 0;
@@ -595,7 +603,7 @@ static void iobmd_let_go_late(struct iobmd_tracer *t)
     t->lates = left;
 }
 
-/* Stop the first of some threads that stops soon, have it make system calls, and let it go on. */
+/* Stop the first of several threads that stops soon, make system calls in it, and resume it. */
 static int iobmd_stop(struct iobmd_tracer *t, const struct iobmd_thread *threads, int known, struct iobmd_call *calls,
                       int count)
 {
@@ -631,7 +639,7 @@ static int iobmd_stop(struct iobmd_tracer *t, const struct iobmd_thread *threads
     return result;
 }
 
-/* Call a function for each thread of the task as long as it returns 0; returns what it returned last. */
+/* Call a function for each thread of the task as long as it returns 0; return its last result. */
 static int iobmd_each_thread(struct iobmd_tracer *t, int (*function)(struct iobmd_tracer *, pid_t, void *), void *data)
 {
     char entries[8192] __attribute__((aligned(8)));
@@ -651,7 +659,7 @@ static int iobmd_each_thread(struct iobmd_tracer *t, int (*function)(struct iobm
 
 /* -- the guest -- */
 
-/* Wait for a process that a clone has made to be ready for calls, and have it die with this one. */
+/* Wait until a new process is ready for calls, and request that it be killed when this one exits. */
 static int iobmd_receive(struct iobmd_tracer *t, pid_t pid)
 {
     siginfo_t why;
@@ -689,12 +697,12 @@ static void iobmd_take_guest(struct iobmd_tracer *t, const struct iobmd_call *ca
     for (int i = 0; i < count; i++)
         if (calls[i].number == SYS_clone && t->made) {
             t->guest = t->made;
-            /* A thread that ends in the call returns no number. */
+            /* A thread that exits during the call returns no pid. */
             t->guest_there = calls[i].result > 0 ? calls[i].result : iobmd_status_field(t, t->made, "NSpid:");
         }
 }
 
-/* Make system calls in the guest, which may wait: until the deadline. */
+/* Make system calls in the guest, which may block until the deadline. */
 static int iobmd_run_guest(struct iobmd_tracer *t, struct iobmd_call *calls, int count, int64_t until, int may_give_up)
 {
     struct user_regs_struct regs;
@@ -707,11 +715,11 @@ static int iobmd_run_guest(struct iobmd_tracer *t, struct iobmd_call *calls, int
     return status;
 }
 
-/* Kill what we have made, and reap it as its tracer. */
+/* Kill a guest or snapshot, and reap it as its tracer. */
 static void iobmd_kill(const struct iobmd_tracer *t, pid_t pid)
 {
     int64_t until = iobmd_now() + IOBMD_DEATH;
-    /* In a thread of the maker, another may have reaped it. */
+    /* If this is a thread of the maker, another thread may have reaped it. */
     if (t->is_thread && iobmd_ptrace(IOBMD_INTERRUPT, pid, 0, NULL)) return;
     if (iobmd_raw(SYS_kill, pid, SIGKILL, 0, 0, 0, 0)) iobmd_ptrace(PTRACE_KILL, pid, 0, NULL);
     while (iobmd_now() < until) {
@@ -733,7 +741,8 @@ static struct iobmd_call iobmd_new_call(long number, unsigned long a, unsigned l
     return call;
 }
 
-/* Unmap what the session has mapped in the task and does not leave there. */
+/* Collect the calls that unmap all that the session has mapped in the task and must not leave there; return their
+   number. */
 static int iobmd_ranges_left(const struct iobmd_tracer *t, struct iobmd_call *calls)
 {
     int count = 0;
@@ -755,20 +764,21 @@ static int iobmd_collect_by(struct iobmd_tracer *t, pid_t tid, void *data)
     return status == IOBMD_FAILED || status == IOBMD_STRANGER ? status : IOBMD_DONE;
 }
 
-/* Have the task wait for the guest, whose zombie it would keep otherwise, and unmap what that has not unmapped: by the
-   threads that were chosen for it, or else by any. */
+/* Make the task reap the guest, which would otherwise remain a zombie, and unmap what the guest has not unmapped: in
+   one of the threads in `known`, or in any thread if there are none. */
 static int iobmd_collect(struct iobmd_tracer *t)
 {
     struct iobmd_call calls[IOBMD_RANGES_MADE + 1];
     struct iobmd_collection left = { calls, 0, 0 };
     char byte;
     int status;
-    /* Where the task runs another program by now, the memory is gone: nothing can be read of it, not even an error. */
+    /* If the task has executed another program, the memory no longer exists: a read then returns 0 bytes, not an
+       error. */
     if (iobmd_raw(SYS_pread64, t->memory, (long)&byte, 1, 0, 0, 0)) left.count = iobmd_ranges_left(t, calls);
     calls[left.count++] = iobmd_new_call(SYS_wait4, (unsigned long)t->guest_there, 0, __WALL | WNOHANG);
     if (t->knows) status = iobmd_stop(t, t->known, t->knows, calls, left.count);
     else if (!(status = iobmd_each_thread(t, iobmd_collect_by, &left)) && !left.alive) status = IOBMD_GONE;
-    /* 0 from wait4: it is not dead yet. An error: it is not there. */
+    /* wait4 returns 0 if the guest is not dead yet, and an error if it does not exist. */
     if (status == IOBMD_FAILED || (status == IOBMD_DONE && calls[left.count - 1].result)) t->guest = 0;
     return status;
 }
@@ -780,7 +790,7 @@ static int iobmd_add_thread(struct iobmd_tracer *t, pid_t tid, void *data)
     int *hint = data;
     for (int i = 0; i < t->frozen; i++) {
         if (*hint >= t->frozen) *hint = 0;
-        if (t->threads[(*hint)++].tid == tid) return IOBMD_DONE;  /* they come in the same order each time */
+        if (t->threads[(*hint)++].tid == tid) return IOBMD_DONE;  /* the order is the same each time */
     }
     if (t->frozen == t->room) {
         size_t before = (size_t)t->room * sizeof *t->threads, size = before ? 2 * before : 1 << 16;
@@ -800,7 +810,7 @@ static int iobmd_add_thread(struct iobmd_tracer *t, pid_t tid, void *data)
     return iobmd_now() > t->deadline_ns ? IOBMD_LATE : IOBMD_DONE;
 }
 
-/* Let those go on that stand still, and with `all` the others too. */
+/* Resume the threads that are stopped, and with `all` also release the others. */
 static void iobmd_thaw(struct iobmd_tracer *t, int all)
 {
     int left = 0;
@@ -814,7 +824,7 @@ static void iobmd_thaw(struct iobmd_tracer *t, int all)
     t->froze_ns = 0;
 }
 
-/* Stop every thread: until a look finds no new one, for those that run still may make more. */
+/* Stop every thread. The threads are listed until no new one is found, because running threads may create others. */
 static int iobmd_stop_all(struct iobmd_tracer *t)
 {
     int done = 0, status;
@@ -841,7 +851,7 @@ static int iobmd_stop_all(struct iobmd_tracer *t)
     return IOBMD_GONE;
 }
 
-/* Make a guest by a thread that stands still, as all do. */
+/* Create a guest by a clone call in one of the stopped threads; all threads are stopped. */
 static int iobmd_make_guest(struct iobmd_tracer *t)
 {
     int status = IOBMD_LATE;
@@ -857,7 +867,7 @@ static int iobmd_make_guest(struct iobmd_tracer *t)
     return iobmd_receive(t, t->guest);
 }
 
-/* Have the guest make a child that shares the memory copy-on-write. */
+/* Create a child of the guest that shares the memory copy-on-write. */
 static int iobmd_snapshot(struct iobmd_tracer *t)
 {
     struct iobmd_call fork;
@@ -877,8 +887,8 @@ static int iobmd_freeze(struct iobmd_tracer *t)
     t->deadline_ns = begin + t->patience_ns;
     while ((status = iobmd_stop_all(t)) == IOBMD_LATE && !iobmd_gives_up(t)) {
         if (iobmd_now() >= t->deadline_ns) break;
-        /* One may be waiting for one that stands still: a page fault that a thread of the task serves. Only what
-           stands still can be let go, so the others have to stop first. */
+        /* A thread may be waiting for a stopped one, in a page fault that a thread of the task serves. Only stopped
+           threads can be detached, so that these resume first, and the others are detached when they have stopped. */
         iobmd_thaw(t, 0);
         for (int i = 0; i < t->frozen; i++)
             if (!t->threads[i].ended) iobmd_stand(t, &t->threads[i], t->deadline_ns);
@@ -913,7 +923,7 @@ static void iobmd_end_guest(struct iobmd_tracer *t)
 static void iobmd_end(struct iobmd_tracer *t)
 {
     int64_t until = iobmd_now() + t->patience_ns;
-    int status, gone = 0;  /* several times: while one thread executes a program, no other is alive for a moment */
+    int status, gone = 0;  /* counted, because no thread may be visible briefly while one executes a program */
     if (!t->ending) iobmd_end_guest(t);
     t->knows = 0;
     while (t->guest && iobmd_now() < until) {
@@ -928,7 +938,7 @@ static int iobmd_do(struct iobmd_tracer *t, int command)
 {
     int status;
     t->error = t->failed = t->made = 0;
-    /* After unshare(CLONE_NEWPID) this process is in another namespace of numbers than its maker. */
+    /* After unshare(CLONE_NEWPID), this process is in another pid namespace than its maker. */
     if ((command == IOBMD_STOP || command == IOBMD_FREEZE) && iobmd_is_orphan(t)) return IOBMD_UNSEEN;
     switch (command) {
     case IOBMD_STOP:
@@ -958,14 +968,15 @@ static void iobmd_settle(struct iobmd_tracer *t)
     char path[32];
     t->pagemap = -1;
     t->self = (pid_t)iobmd_raw(SYS_gettid, 0, 0, 0, 0, 0, 0);
-    /* A table of descriptors of its own: here one is always free. Nothing is copied if all of it is to be closed. */
+    /* A separate descriptor table, in which descriptors are always free. It is not copied, because all of it is
+       closed. */
     iobmd_raw(SYS_close_range, 0, UINT_MAX, 2 /* CLOSE_RANGE_UNSHARE */, 0, 0, 0);
     if (!t->is_thread) {
         __builtin_memset(&reports, 0, sizeof reports);
         reports.sa_handler = iobmd_reap_one;
-        sigaction(SIGCHLD, &reports, NULL);  /* of this process alone; ignored, it would report nothing */
-        iobmd_raw(SYS_setsid, 0, 0, 0, 0, 0, 0);  /* SIGKILL and SIGSTOP for the maker's group are not for it */
-        /* What stands still waits for this process: it is not to wait for others, where that is allowed. */
+        sigaction(SIGCHLD, &reports, NULL);  /* of this process only; an ignored SIGCHLD would report nothing */
+        iobmd_raw(SYS_setsid, 0, 0, 0, 0, 0, 0);  /* no SIGKILL or SIGSTOP of the maker's group reaches it */
+        /* Stopped threads wait for this process: if permitted, it is scheduled before others. */
         iobmd_raw(SYS_sched_setscheduler, 0, SCHED_RR, (long)&first, 0, 0, 0);
         iobmd_raw(SYS_prctl, PR_SET_NAME, (long)"iobmd-tracer", 0, 0, 0, 0);
     }
@@ -997,7 +1008,7 @@ static int iobmd_tracer_body(void *argument)
         iobmd_raw(SYS_futex, (long)&t->command, FUTEX_WAKE_PRIVATE, 1, 0, 0, 0);
         if (command == IOBMD_END) break;
     }
-    iobmd_close(t->folder);  /* where close_range(2) is missing the table is the maker's */
+    iobmd_close(t->folder);  /* without close_range(2), the table is the maker's */
     iobmd_close(t->memory);
     if (!t->is_thread) iobmd_raw(SYS_exit_group, 0, 0, 0, 0, 0, 0);
     return 0;
@@ -1009,10 +1020,10 @@ static void *iobmd_tracer_thread(void *argument)
     return NULL;
 }
 
-/* Begin: in a process, or in a thread of the maker. Where Yama lets a process trace only its descendants
-   (kernel.yama.ptrace_scope 1, without CAP_SYS_PTRACE), a process beside them may not, and who is to be traced is the
-   only one that could allow it (PR_SET_PTRACER): the maker itself has to, and if it is killed in the middle of a stop,
-   so is the stop. Returns NULL, and errno, where none can be made. */
+/* Start a tracer: a process, or a thread of the maker. If Yama permits a process to trace only its descendants
+   (kernel.yama.ptrace_scope 1, without CAP_SYS_PTRACE), a separate process may not trace them, and only the target
+   could permit it (PR_SET_PTRACER). In that case a thread of the maker must trace, and if the maker is killed during
+   a stop, the stop is not completed. Returns NULL with errno if no tracer can be created. */
 static struct iobmd_tracer *iobmd_tracer_start(pid_t task, unsigned long instruction, long options, int is_thread)
 {
     sigset_t all, before;
@@ -1041,14 +1052,15 @@ static struct iobmd_tracer *iobmd_tracer_start(pid_t task, unsigned long instruc
     return NULL;
 }
 
-/* Give a command, whose parameters are set. */
+/* Start a command, whose parameters must have been set. */
 static void iobmd_tracer_begin(struct iobmd_tracer *t, int command)
 {
     __atomic_store_n(&t->command, command, __ATOMIC_RELEASE);
     iobmd_raw(SYS_futex, (long)&t->command, FUTEX_WAKE_PRIVATE, 1, 0, 0, 0);
 }
 
-/* Wait a while for the end of a command: 1: it is done, 0: not yet, or a signal came, -1: the tracer was killed. */
+/* Wait briefly for the end of a command. Returns 1: it is done, 0: not yet, or a signal arrived, -1: the tracer was
+   killed. */
 static int iobmd_tracer_wait(struct iobmd_tracer *t)
 {
     struct timespec moment = { 0, 50 * IOBMD_MS };
@@ -1058,13 +1070,13 @@ static int iobmd_tracer_wait(struct iobmd_tracer *t)
     if (iobmd_raw(SYS_futex, (long)&t->command, FUTEX_WAIT_PRIVATE, command, (long)&moment, 0, 0) != -ETIMEDOUT ||
         t->is_thread)
         return 0;
-    /* Another thread may have waited for it, as for any child. */
+    /* Another thread may have reaped it, like any child. */
     return iobmd_raw(SYS_waitid, P_PID, t->pid, (long)&end, WEXITED | WNOHANG | WNOWAIT | __WALL, 0, 0) || end.si_pid
                ? -1 : 0;
 }
 
-/* End it, whatever it does, and return for how long a thread of the task stood still, at most. A forked child has a copy
-   of what its parent's tracer works on. */
+/* End the tracer, whatever it is doing; return an upper bound of the time for which a thread of the task was stopped.
+   In a forked child, only the child's copy of the parent's data is freed. */
 static int64_t iobmd_tracer_end(struct iobmd_tracer *t)
 {
     int64_t stopped_ns;

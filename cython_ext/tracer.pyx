@@ -1,8 +1,8 @@
 # cython: language_level=3, auto_pickle=False, autotestdict=False
-"""Tracing another task (ptrace(2)) by a process of its own, without Python: `tracer.h`.
+"""Tracing another task (ptrace(2)) by a separate process that does not run Python code: `tracer.h`.
 
-A `Tracer` is given one command after the other by the thread that made it. Each is one native function; between them
-no thread of the task stands still, unless all of them are frozen.
+A `Tracer` receives commands from the thread that created it, one after another. Each command is one native function;
+between commands no thread of the task is stopped, unless all of them are frozen.
 """
 
 cimport cython
@@ -35,30 +35,30 @@ NO_PROCESS, GUEST, SNAPSHOT = IOBMD_NO_PROCESS, IOBMD_GUEST, IOBMD_SNAPSHOT
 @cython.final
 @cython.no_gc
 cdef class Tracer:
-    """A tracer of a task, which ends with `end`, with this object, or with the thread that made it.
+    """A tracer of a task, which exists until `end`, or until this object or the thread that created it ends.
 
     Parameters
     ----------
     task : int
         The pid.
     instruction : int
-        The address of a system call instruction there.
+        The address of a system call instruction in the task.
     options : int
-        To trace it with (PTRACE_O_…).
+        Options of ptrace(2) (PTRACE_O_…).
     is_thread : bool
-        It is a thread of this process.
+        Whether the tracer is a thread of this process.
     patience, short : float
-        Seconds for the stop of all threads, and for one of several.
+        Seconds to wait for the stop of all threads, and of one of several.
 
     Raises
     ------
     OSError
-        No process can be made. `ENOSYS`: this is not x86-64.
+        No process can be created. `ENOSYS`: this is not x86-64.
     """
 
     cdef iobmd_tracer *_tracer
     cdef readonly int64_t stopped_ns
-    """For how long a thread of the task stood still, at most, all in all."""
+    """Upper bound of the total time for which a thread of the task was stopped, in nanoseconds."""
 
     def __cinit__(
         self, int task, unsigned long instruction, long options, bint is_thread, double patience, double short
@@ -87,7 +87,7 @@ cdef class Tracer:
 
     @property
     def guest(self):
-        """The process that a thread of the task has made, as this process counts; 0: none."""
+        """The process that a thread of the task has created, in the pid namespace of this process; 0: none."""
         return self._tracer.guest if self._tracer else 0
 
     @property
@@ -97,33 +97,35 @@ cdef class Tracer:
 
     @property
     def results(self):
-        """What the calls of the last program returned."""
+        """The results of the calls of the last program."""
         return [self._tracer.calls[index].result for index in range(self._tracer.count)] if self._tracer else []
 
     def use(self, unsigned long instruction):
-        """Make system calls by another system call instruction: the task runs another program since."""
+        """Use another system call instruction from now on, because the task has executed another program."""
         if self._tracer:
             self._tracer.instruction = instruction
 
     def stop(self, threads, calls):
-        """Stop the first of some threads that stops, have it make system calls, and let it go on; returns the status.
+        """Stop the first of several threads that stops, make system calls in it, and resume it; return the status.
 
         Parameters
         ----------
         threads
-            For each its number, its processor or -1, since when it sleeps in epoll_wait, in ns of the monotonic clock
-            or 0, and how often it had slept before.
+            For each: its id; its processor, or -1; the time since which it has been sleeping in epoll_wait, in ns of
+            the monotonic clock, or 0; and how often it had slept before.
         calls
-            For each its number, its arguments, the index of the call before to whose result each argument is relative
-            or -1, and whether it makes a range: 0, 1: unmapped in the end, 2: unless that is after a success.
+            For each: its number; its arguments; for each argument the index of the previous call to whose result it
+            is relative, or -1; and whether it maps a range: 0: no, 1: always unmapped at the end, 2: unmapped only
+            after a failure.
         """
         self._set_calls(calls)
         return self._command(IOBMD_STOP, threads)
 
     def run(self, calls, double deadline, bint may_wait):
-        """Have the guest make system calls until a time (`time.monotonic`); returns the status.
+        """Make system calls in the guest until a deadline (`time.monotonic`); return the status.
 
-        If they `may_wait` for long, they map nothing, and are given up when a handler of a signal raises.
+        With `may_wait`, the calls may block for long, must not map memory, and are abandoned if a signal handler
+        raises.
         """
         self._set_calls(calls)
         self._tracer.may_wait = may_wait
@@ -131,16 +133,16 @@ cdef class Tracer:
         return self._command(IOBMD_RUN, ())
 
     def freeze(self, threads, int wanted=0, double deadline=0):
-        """Stop all threads, until `thaw`; returns the status.
+        """Stop all threads until `thaw`; return the status.
 
         Parameters
         ----------
         threads
-            Those that sleep in epoll_wait, as for `stop`.
+            The threads that sleep in epoll_wait, as for `stop`.
         wanted : int
-            GUEST: make a guest; SNAPSHOT: make a child of it as well, and let the threads go on.
+            GUEST: create a guest; SNAPSHOT: also create a child of the guest, and then resume the threads.
         deadline : float
-            For the snapshot to be made.
+            The time by which the snapshot must be created.
         """
         if self._tracer == NULL:
             raise ValueError("it has ended")
@@ -149,18 +151,18 @@ cdef class Tracer:
         return self._command(IOBMD_FREEZE, threads)
 
     def thaw(self):
-        """Let all threads go on."""
+        """Resume all threads."""
         return self._command(IOBMD_THAW, ())
 
     def collect(self, threads, bint failed):
-        """End what was made in the task, and have one of some threads wait for the guest; returns the status.
+        """Remove what was created in the task, and make one of several threads reap the guest; return the status.
 
         Parameters
         ----------
         threads
             As for `stop`.
         failed : bool
-            Unmap all that was mapped.
+            Whether to unmap all that was mapped.
         """
         if self._tracer == NULL:
             raise ValueError("it has ended")
@@ -168,7 +170,7 @@ cdef class Tracer:
         return self._command(IOBMD_COLLECT, threads)
 
     def end(self):
-        """End it, and with it what it has made in the task; idempotent."""
+        """End it, and remove what it has created in the task; idempotent."""
         if self._tracer != NULL:
             self._end()
 
@@ -219,7 +221,8 @@ cdef class Tracer:
         return known
 
     cdef int _command(self, int command, threads) except -1:
-        """Give a command, and wait for its end, also when a handler of a signal raises: it is then cancelled."""
+        """Start a command and wait for its end. If a signal handler raises, cancel the command and wait for its end
+        as well."""
         cdef iobmd_tracer *tracer = self._tracer
         cdef iobmd_thread *known
         cdef int done = 0

@@ -1,4 +1,4 @@
-# sys/uio.h: process_vm_readv(2), and the file calls on /proc/PID/mem that stand in for it
+# sys/uio.h: process_vm_readv(2), and the file operations on /proc/PID/mem that replace it
 cdef extern from "<sys/uio.h>" nogil:
     struct iovec:
         void *iov_base

@@ -149,7 +149,7 @@ cdef class Table:
         return slot
 
     cdef void _give_back(self, Slot slot) noexcept:
-        # errno belongs to the caller, who reports it.
+        # errno belongs to the caller, which reports it.
         slot._table = None
         self._free[self._count] = slot._index
         self._count += 1

@@ -1,4 +1,4 @@
-# linux/userfaultfd.h as far as asynchronous write tracking needs it (6.7); declared here for older headers
+# The part of linux/userfaultfd.h that asynchronous write tracking needs (6.7); declared here for older headers
 from libc.stdint cimport uint64_t
 
 cdef extern from * nogil:
