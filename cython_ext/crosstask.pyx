@@ -43,8 +43,7 @@ cdef enum Kind:
 
 
 cdef inline Kind _kind(uint64_t entry, bint write) noexcept nogil:
-    """Classify a page. A write to a page that userfaultfd protects waits for its handler, so that such a page counts
-    as absent."""
+    """Classify a page. Writing to a page that userfaultfd protects waits for its handler: it counts as absent."""
     if write and entry & UFFD_WP_BIT:
         return ABSENT
     if entry & PRESENT_BIT:
@@ -177,8 +176,7 @@ cdef class Ranges:
         return part
 
     def whole(self, uint64_t theirs, uint64_t ours, size_t unit):
-        """Return the whole units of `unit` bytes in the ranges, as (start, end), after moving them from `theirs` to
-        `ours`."""
+        """Return the whole units of `unit` bytes in the ranges, as (start, end), moved from `theirs` to `ours`."""
         cdef uint64_t start, end, shift = ours - theirs
         cdef size_t index
         parts = []
@@ -192,8 +190,7 @@ cdef class Ranges:
         return parts
 
     def cuts(self, uint64_t start, size_t most, size_t unit):
-        """Return where to divide the addresses from `start` on, so that each part has about `most` bytes of the
-        ranges.
+        """Return where to divide the addresses from `start` on into parts with about `most` bytes of the ranges.
 
         The results are offsets from `start`, in multiples of `unit`, which is less than `most`; the first is 0.
         """
@@ -473,8 +470,7 @@ cdef int _transfer(const Way *way, int pagemap, Piece all, size_t huge, uint64_t
 
 def transfer(int pid, int memory, int pagemap, int pidfd, bint write, bint skip, uint64_t theirs, uint64_t ours,
              size_t size, size_t page, size_t huge=0):
-    """Copy between the address `theirs` of a task and `ours` of this process all that requires no new page in the
-    task.
+    """Copy between `theirs` in a task and `ours` in this process all that requires no new page in the task.
 
     Parameters
     ----------
@@ -593,8 +589,7 @@ def move_present(bytes folder, uint64_t device, int pid, int pidfd, bint write, 
 
 
 def absent(int pagemap, uint64_t theirs, size_t size, size_t page):
-    """Return the ranges of a task whose pages are absent according to its open pagemap; pages that it omits count as
-    present."""
+    """Return the ranges of a task's absent pages, by its open pagemap; pages that it omits count as present."""
     cdef Ranges found = Ranges()
     cdef Look look
     cdef uint64_t at = theirs - theirs % page, end = theirs + size, known = theirs, reached
@@ -758,8 +753,7 @@ cdef class Attempt:
 
     @property
     def opened(self):
-        """The index of the path of the file that was opened, its device, its length, and the type of its file
-        system."""
+        """Of the opened file: the index of its path, its device, its length, and the type of its file system."""
         return self.job.chosen, self.job.opened_device, self.job.length, self.job.filesystem
 
     def start(self):

@@ -181,8 +181,7 @@ def describe(int flags_fd, int count_fd, int cgroup_fd, uint64_t frame, uint64_t
 
 
 def nodes(int pid, addresses):
-    """Return the NUMA nodes of pages of a process, or negative error numbers (move_pages(2), which moves nothing
-    here)."""
+    """Return the NUMA node, or the negative error number, of each page (move_pages(2), which moves nothing here)."""
     cdef size_t many = len(addresses), index
     cdef uintptr_t *pages = <uintptr_t *>malloc((many + 1) * sizeof(uintptr_t))
     cdef int32_t *status = <int32_t *>malloc((many + 1) * sizeof(int32_t))

@@ -81,8 +81,7 @@ cdef class Walk:
     cdef uint64_t page, huge, zero, huge_zero
     cdef bint thorough
     cdef public bint swapless
-    """Whether nothing can be in swap: all swap entries are then markers, whose kind is hidden with the frame
-    numbers."""
+    """Whether nothing can be in swap: swap entries are then markers; hiding frame numbers also hides their kind."""
     cdef readonly bint scans
     """Whether PAGEMAP_SCAN is used: without it, huge pages and hidden zero pages are not recognized."""
     cdef uint64_t *entries
@@ -191,8 +190,7 @@ cdef class Walk:
         return tallies
 
     def read_ahead(self, list ranges):
-        """Read the entries of small ranges, as (start, end), in one call, as far as there is room and the kernel
-        returns them."""
+        """Read the entries of small ranges (start, end) in one call, as far as there is room."""
         cdef ssize_t got
         cdef uint64_t start, end
         if len(ranges) < 2:
@@ -296,8 +294,7 @@ cdef class Walk:
         return error
 
     cdef int _read_huge(self, uint64_t start, uint64_t end, uint64_t extra) noexcept nogil:
-        """Read a range of huge pages: one entry describes all pages that one page-table entry maps, and one read
-        covers two."""
+        """Read a range of huge pages: one entry describes all pages of a page-table entry; one read covers two."""
         cdef uint64_t two[2]
         cdef uint64_t middle, stop, before
         cdef ssize_t got

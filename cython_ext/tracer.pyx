@@ -221,8 +221,7 @@ cdef class Tracer:
         return known
 
     cdef int _command(self, int command, threads) except -1:
-        """Start a command and wait for its end. If a signal handler raises, cancel the command and wait for its end
-        as well."""
+        """Run a command until its end. If a signal handler raises, cancel the command, and still wait for its end."""
         cdef iobmd_tracer *tracer = self._tracer
         cdef iobmd_thread *known
         cdef int done = 0

@@ -7,7 +7,7 @@ from iobmd.cli import COMMANDS
 
 COMMANDS.update(
     {
-        "pagemap": ("iobmd.tools.pagemap", "show where a process's memory lies: frames, huge pages, swap, locks"),
+        "pagemap": ("iobmd.tools.pagemap", "show the memory layout of a process: frames, huge pages, swap, locks"),
         "bench": ("iobmd.tools.bench", "compare iobmd with the bare system calls"),
         "soak": ("iobmd.tools.soak", "run all operations concurrently, and check each result against the kernel"),
     }

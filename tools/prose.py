@@ -37,7 +37,7 @@ PATTERNS = {
     "tell": Pattern(r"\b(?:tells?|told|telling)\b", 34, "report, show, return, record"),
     "to be had": Pattern(
         r"\bbe had\b|(?<!there\s)\b(?:is|are|was|were) none\b",
-        8,
+        7,
         "is available, cannot be obtained, there is no, lacks",
     ),
     "for = because": Pattern(
@@ -49,10 +49,10 @@ PATTERNS = {
     "somebody": Pattern(
         r"\b(?:some|no|any|every)body\b|\bwhoever\b|\b(?:ours|theirs)\b"
         r"|(?:\A|[.:;(] )who\b|\b(?:and|or|but|for|to) who\b",
-        82,
+        81,
         "the caller, another process, this process, the target",
     ),
-    "docstring": Pattern(r"\A(?:Have|Be|Let|Give|Take|Tell|Know) [a-z]", 34, "the operation: map, lock, populate"),
+    "docstring": Pattern(r"\A(?:Have|Be|Let|Give|Take|Tell|Know) [a-z]", 35, "the operation: map, lock, populate"),
     "vague verb": Pattern(
         r"\blet(?:s|ting)? (?:\w+ )?go\b|\bg(?:ive|ives|ave|iven|iving) (?:\w+ )?(?:back|away)\b"
         r"|\btak(?:e|es|en|ing) away\b"

@@ -82,8 +82,7 @@ class MappedBacking(Pinned):
             mapping.let_go()
 
     def _require_room_to_read(self, mapping: Mapping, offset: int, length: int) -> None:
-        """As `_require_room`: reading shared memory allocates untouched pages, whereas private memory maps the zero
-        page."""
+        """As `_require_room`: reading allocates untouched shared pages, but maps the zero page in private memory."""
         if self.shared is not None:
             self._require_room(mapping, offset, length)
 

@@ -1,5 +1,4 @@
-"""A prepared range of memory as a device sees it: in place if the device can reach it, otherwise in bounce
-buffers."""
+"""A prepared range of memory as a device sees it: in place if it is within reach, otherwise in bounce buffers."""
 
 from __future__ import annotations
 

@@ -118,8 +118,8 @@ def test_what_is_wrong_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lie", "fault", "message"),
     [
-        ("lie-crash", "crashes", "a worker ended by itself, with SIGSEGV"),
-        ("lie-disturb", "programs_disturbed", "its work has not gone on for 2 s"),
+        ("lie-crash", "crashes", "a worker exited unexpectedly, with SIGSEGV"),
+        ("lie-disturb", "programs_disturbed", "its work has not progressed for 2 s"),
         ("lie-kill", "programs_disturbed", "it ended, with SIGKILL"),
         pytest.param(
             "lie-moved", "frames_moved", "memory that is only locked", marks=pytest.mark.needs("frames", "collapse")

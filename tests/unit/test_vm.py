@@ -59,7 +59,7 @@ def emulate(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
 @pytest.mark.parametrize(
     ("script", "why", "came_up"),
     [
-        ("exec sleep 1000", "not up after 0.2 s", False),
+        ("exec sleep 1000", "not started within 0.2 s", False),
         ("echo @@UP 1 6.1; exec sleep 1000", "still running after 0 s", True),
         ("echo @@UP 1 6.1; sleep 0.4; echo '=== 1 passed in 1s ==='; echo @@EXIT 0 2", "", True),
         ("exit 3", "QEMU ended with status 3", False),
@@ -109,7 +109,7 @@ def test_an_interrupt_ends_the_guests(
             os.kill(pid, 0)
     assert not list(folder.iterdir())
     shown = capsys.readouterr()
-    assert shown.err == "interrupted: the guests are ended\n"
+    assert shown.err == "interrupted: the guests were ended\n"
     assert "FAILED" not in shown.out
     assert "once more" not in shown.out
 
@@ -236,7 +236,11 @@ def test_profiles_in_one_guest() -> None:
 
 @pytest.mark.parametrize(
     ("names", "why"),
-    [("nowhere", "no profile nowhere"), ("device+ci", "no profile ci"), ("device+iommu", "a guest of its own")],
+    [
+        ("nowhere", "no such profile: nowhere"),
+        ("device+ci", "no such profile: ci"),
+        ("device+iommu", "a separate guest"),
+    ],
 )
 def test_profiles_that_there_are_not(names: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
@@ -266,5 +270,5 @@ def test_the_table(tmp_path: Path) -> None:
 def test_a_page_without_markers(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("nothing")
-    with pytest.raises(ValueError, match="has not the lines"):
+    with pytest.raises(ValueError, match="lacks the lines"):
         table.write([], page)

@@ -42,9 +42,9 @@ def _bandwidth(size: int, rounds: int) -> list[Result]:
         source.writeBytes(0, bytes([1]) * size)
         results = []
         for name, write, goal in (
-            (f"pieces of {format_size(PIECE)}, the same again and again", _again, 1.2),
-            (f"pieces of {format_size(PIECE)} out of as large a source", _in_pieces, 1.2),
-            ("one writeBytes of all (libc goes past the caches itself)", _at_once, 0.0),
+            (f"pieces of {format_size(PIECE)}, always the same source", _again, 1.2),
+            (f"pieces of {format_size(PIECE)} from a source of the same size", _in_pieces, 1.2),
+            ("one writeBytes of all (libc itself bypasses the caches)", _at_once, 0.0),
         ):
             plain, past = medians(
                 rounds,
@@ -74,7 +74,7 @@ def _at_once(buffer: IOBufferMemoryDescriptor, data: memoryview) -> None:
 
 
 def _latency(rounds: int) -> list[Result]:
-    """One load of each line, in an order that no prefetcher knows, after a write of all of it."""
+    """Measure one load of each line, in an order that no prefetcher predicts, after the whole buffer was written."""
     chain = _chain()
     ways = {
         "write-combine": ("writecombine", False, 3.0),
@@ -108,7 +108,7 @@ def _first_loads(buffer: IOBufferMemoryDescriptor, chain: bytes, *, flush: bool)
 
 
 def _chain() -> bytes:
-    """Where in the buffer to go on, in the first bytes of each line: through all of them, at random."""
+    """Return a chain through all lines in random order: the first bytes of each contain the offset of the next."""
     line = mapping.LINE_SIZE
     order = list(range(0, SMALL, line))
     random.Random(1).shuffle(order)

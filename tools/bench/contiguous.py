@@ -19,11 +19,11 @@ from .result import Result, at_most, seconds
 TRIES = 100
 RESERVED_TRIES = 20
 WARM = 4 << 30
-"""Memory that is touched in advance, because on a virtual machine the first touch waits for the host."""
+"""Size of the memory that is touched in advance, because on a virtual machine the first touch waits for the host."""
 
 
 def run(_size: int, rounds: int) -> list[Result]:
-    """Measure; the sizes are those of the goals. `rounds` below 7 makes as many tries."""
+    """Measure; the sizes are those of the goals. With fewer than 7 `rounds`, only as many attempts are made."""
     _warm_up()
     tries = TRIES if rounds >= 7 else rounds
     results = [_found(size << 20, tries, limit) for size, limit in ((2, 1.5), (16, 1.5), (64, 4.0), (256, None))]

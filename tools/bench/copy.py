@@ -25,7 +25,8 @@ WIRED, PAGEABLE = IOOptionBits(0), IOOptionBits.kIOMemoryPageable
 RESERVED = 128
 """The ratio of the size of sparse memory (1 % resident) to that of the large copies."""
 MANY = 40
-"""The factor by which operations of microseconds are measured more often than those of tenths of a second."""
+"""The factor by which operations that take microseconds are measured more often than those that take tenths of a
+second."""
 
 
 def run(size: int, rounds: int) -> list[Result]:
@@ -95,7 +96,7 @@ def _small(task: Task, piece: Piece, rounds: int) -> list[Result]:
 
 
 def _sparse(size: int, rounds: int) -> list[Result]:
-    """Copy long mappings with few pages, against as much memory without holes, and against the bare calls."""
+    """Copy long mappings with few pages, compared with the same amount of dense memory, and with the bare calls."""
     results = []
     with Client(anonymous=round_up(size // 100, PAGE_SIZE)) as client:
         piece = client.pieces["anonymous"]
@@ -118,7 +119,7 @@ def _sparse(size: int, rounds: int) -> list[Result]:
 
 
 def _peak(piece: Piece, pid: int) -> Result:
-    """Measure in a fresh interpreter how much its resident memory grows at most during a copy."""
+    """Measure, in a new interpreter, the maximum growth of its resident memory during a copy."""
     program = f"""
 import iobmd, pathlib, re
 def field(name):

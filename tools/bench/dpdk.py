@@ -21,7 +21,8 @@ SIZES = (2, 16, 64, 256)
 """In MiB."""
 POOL = 600
 """Pages of 2 MiB in the pool."""
-# Legacy memory takes the whole pool at start and sorts it by address. It found most (the default mode: nothing).
+# Legacy memory allocates the whole pool at startup and sorts it by address. It found the most; the default mode found
+# nothing.
 _MODES = {"legacy memory": "--legacy-mem", "default mode": "--huge-unlink"}
 _OPTIONS = "--iova-mode=pa --no-pci --no-telemetry -l 0 --log-level=lib.eal:error --file-prefix=iobmd"
 
@@ -33,18 +34,18 @@ class Peer(NamedTuple):
     start: float
     """Time of its startup, which collects memory."""
     reserve: float
-    """Median time of an attempt after that, found or not."""
+    """Median time of an attempt after startup, successful or not."""
 
 
 def compare(ours: Callable[[int], float | None], tries: int) -> list[Result]:
-    """Measure both with a pool of 600 pages, which is restored afterwards.
+    """Measure iobmd and DPDK with a pool of 600 pages, which is restored afterwards.
 
     Parameters
     ----------
     ours
-        Allocates and frees this many bytes of contiguous memory, and returns the seconds; None: not found.
+        Allocates and frees this many bytes of contiguous memory by iobmd, and returns the seconds; None: not found.
     tries
-        Of each size.
+        Number of attempts for each size.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -68,7 +69,7 @@ def _build(folder: Path) -> Path:
 
 
 def _run(program: Path, folder: Path, option: str, tries: int) -> dict[int, Peer]:
-    """Run the program with a hugetlbfs of its own, in a mount namespace that goes away with it."""
+    """Run the program with a separate hugetlbfs, in a mount namespace that exists only as long as the program."""
     pages = folder / "pages"
     pages.mkdir(exist_ok=True)
     sizes = " ".join(map(str, SIZES))
@@ -88,7 +89,7 @@ def _run(program: Path, folder: Path, option: str, tries: int) -> dict[int, Peer
 
 
 def parse(output: str) -> dict[int, Peer]:
-    """Read what memzone.c prints; what was not contiguous after all does not count as found."""
+    """Parse the output of memzone.c; a memzone that is not actually contiguous does not count as found."""
     found = {}
     start = 0.0
     for line in output.splitlines():

@@ -1,5 +1,5 @@
 # cython: language_level=3, auto_pickle=False, autotestdict=False
-"""What the benchmarks compare with: bare system calls and memcpy, timed in C."""
+"""The floors of the benchmarks: bare system calls and memcpy, timed in C."""
 
 from libc.errno cimport errno
 from libc.stdint cimport uint64_t, uintptr_t
@@ -22,7 +22,7 @@ from uio cimport iovec, process_vm_readv
 
 
 cdef enum:
-    VECTORS = 1024  # the most that a call takes (IOV_MAX)
+    VECTORS = 1024  # the maximum for one call (IOV_MAX)
 
 
 cdef extern from *:
@@ -55,7 +55,7 @@ cdef double _read_fresh(int pid, uint64_t source, size_t size, iovec *local, iov
         while moved > 0 and done < count and <size_t>moved >= local[done].iov_len:
             moved -= local[done].iov_len
             done += 1
-        if moved > 0:  # a call moves less than 2 GiB
+        if moved > 0:  # a call transfers less than 2 GiB
             local[done].iov_base = <char *>local[done].iov_base + moved
             remote[done].iov_base = <char *>remote[done].iov_base + moved
             local[done].iov_len -= moved
@@ -66,9 +66,9 @@ cdef double _read_fresh(int pid, uint64_t source, size_t size, iovec *local, iov
 
 
 def read_fresh(int pid, uint64_t source, size_t size, ranges=None):
-    """Seconds for mmap + process_vm_readv of `size` bytes + munmap, what people write by hand.
+    """Return the seconds for mmap + process_vm_readv of `size` bytes + munmap, as a program without iobmd would copy.
 
-    With `ranges` of that memory, (start, end), of these alone, by a program that knows where they are.
+    With `ranges` of that memory, (start, end), only these are read, as by a program that knows their positions.
     """
     cdef double seconds
     cdef bint sparse = ranges is not None
@@ -101,7 +101,7 @@ cdef double _lock_small(size_t size) noexcept nogil:
 
 
 def map_and_lock(size_t size):
-    """Seconds for mmap + mlock + munmap of `size` bytes."""
+    """Return the seconds for mmap + mlock + munmap of `size` bytes."""
     cdef double seconds
     with nogil:
         seconds = _lock_small(size)
@@ -111,13 +111,13 @@ def map_and_lock(size_t size):
 
 
 def copy(uint64_t destination, uint64_t source, size_t size):
-    """memcpy between two addresses of this process, with the GIL released."""
+    """Call memcpy between two addresses of this process, with the GIL released."""
     with nogil:
         memcpy(<void *><uintptr_t>destination, <void *><uintptr_t>source, size)
 
 
 def chase(uint64_t address, size_t steps):
-    """Seconds per load, each of which reads the offset of the next: offsets of eight bytes, starting at `address`."""
+    """Return the seconds per load of a chain from `address` on: each load reads the 8-byte offset of the next."""
     cdef double begin
     cdef size_t _step
     cdef uint64_t offset = 0
@@ -142,10 +142,11 @@ cdef int _protect(int pagemap, uint64_t start, uint64_t end) noexcept nogil:
 
 
 def free_and_take_back(int tracker, int pagemap, uint64_t address, size_t size, size_t page):
-    """Seconds for the bare calls of a round trip of lazily freed memory that is intact.
+    """Return the seconds for the bare calls of a round trip of lazily freed memory that remains intact.
 
-    MADV_FREE, mlock2 on fault, a look, MADV_POPULATE_WRITE, munlock. The look is mincore; with a `tracker` (not
-    negative) PAGEMAP_SCAN, and writes are tracked by it before and no longer after. `page`: the base page size.
+    The calls are MADV_FREE, mlock2 on fault, an inspection, MADV_POPULATE_WRITE and munlock. The inspection is
+    mincore; with a `tracker` (not negative) it is PAGEMAP_SCAN, and the calls that begin and end write tracking are
+    included. `page` is the base page size.
     """
     cdef bytes kept = PyBytes_FromStringAndSize(NULL, size // page)
     cdef unsigned char *vector = <unsigned char *>PyBytes_AsString(kept)
@@ -173,7 +174,7 @@ def free_and_take_back(int tracker, int pagemap, uint64_t address, size_t size, 
 
 
 def read_pagemap(int fd, ranges, size_t page):
-    """Seconds to read the entries of (start, end) `ranges` of an open pagemap, 64 KiB at a time."""
+    """Return the seconds for reading the entries of (start, end) `ranges` of an open pagemap, 64 KiB at a time."""
     cdef uint64_t entries[8192]
     cdef uint64_t at, last
     cdef ssize_t got
@@ -190,7 +191,7 @@ def read_pagemap(int fd, ranges, size_t page):
 
 
 def map_stalls(double seconds, size_t size):
-    """For so many seconds map and unmap `size` bytes; returns the longest that one mmap took, in seconds."""
+    """Map and unmap `size` bytes repeatedly for `seconds`; return the duration of the longest mmap in seconds."""
     cdef double end = _now() + seconds, begin, took, worst = 0
     cdef void *mapped
     with nogil:

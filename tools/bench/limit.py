@@ -1,4 +1,4 @@
-"""A memory cgroup with a limit, for as long as a benchmark needs it."""
+"""A temporary memory cgroup with a limit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ROOT = Path("/sys/fs/cgroup")
 
 @contextlib.contextmanager
 def limited(size: int) -> Iterator[Path]:
-    """Make a memory cgroup of `size` bytes without swap; gives its cgroup.procs. Raises OSError where one may not."""
+    """Create a memory cgroup of `size` bytes without swap; yield its cgroup.procs. Raises OSError if refused."""
     legacy = _ROOT / "memory"
     group = (legacy if (legacy / "cgroup.procs").exists() else _ROOT) / f"iobmd-bench-{os.getpid()}"
     limits = ("memory.limit_in_bytes",) if legacy in group.parents else ("memory.max", "memory.swap.max")
@@ -31,7 +31,7 @@ def limited(size: int) -> Iterator[Path]:
 
 
 def _remove(group: Path) -> None:
-    """Remove it once the kernel has taken its last process apart."""
+    """Remove it when the kernel has removed its last process."""
     for _ in range(100):
         with contextlib.suppress(OSError):
             group.rmdir()

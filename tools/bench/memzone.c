@@ -1,8 +1,8 @@
 /* The peer of `iobmd bench contiguous`: DPDK's physically contiguous memzones.
  *
  * Usage: memzone TRIES MIB... -- EAL-OPTIONS
- * Prints the microseconds of its start, "start 1234.5", and a line a size: MiB, how many of the tries found it,
- * median microseconds, and whether every memzone was contiguous by DPDK's own reading of pagemap.
+ * Prints the microseconds of its startup, "start 1234.5", and one line per size: MiB, the number of successful
+ * attempts, median microseconds, and whether every memzone was contiguous according to DPDK's own reading of pagemap.
  */
 #include <rte_cycles.h>
 #include <rte_eal.h>

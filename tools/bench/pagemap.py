@@ -70,7 +70,7 @@ def _large(kind: str, size: int, goal: float, rounds: int) -> list[Result]:
 
 
 def _stall(target: Target, rounds: int) -> Result:
-    """Compare the worst that mapping memory takes in the target, while it is walked through by either."""
+    """Compare the longest mmap in the target while iobmd, or a raw read, walks its pages."""
     with PagemapFile(Task(target.pid)) as descriptor:
         raw = partial(floors.read_pagemap, descriptor.fd, target.ranges, PAGE_SIZE)
         bare, ours = medians(rounds, *(partial(_worst, target, scan) for scan in (raw, partial(_areas, target))))
@@ -108,7 +108,7 @@ def _memory(target: Target) -> Result:
 
 
 def _small_areas(rounds: int) -> list[Result]:
-    """Measure many small areas: the walk itself, and with the list of areas, which is read from maps."""
+    """Measure many small areas: the walk alone, and with the list of areas, which is read from maps."""
     with Target("areas", SMALL_AREA * 1024) as target, Reader(Task(target.pid)) as reader:
         groups = [target.ranges[first : first + MOST] for first in range(0, 1024, MOST)]
         walk = partial(seconds, lambda: [reader.totals(group) for group in groups])
@@ -128,7 +128,7 @@ def _small_areas(rounds: int) -> list[Result]:
 
 
 def _start(rounds: int) -> list[Result]:
-    """Start the command for a small process that stands still."""
+    """Run the command for a small idle process."""
     process = subprocess.Popen(["sleep", "1000"])
     try:
         bare, took = medians(rounds * 3, *(partial(spawned, command) for command in _commands(process.pid)))

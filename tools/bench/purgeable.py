@@ -26,7 +26,7 @@ LIMIT = 256 << 20
 WORKING_SET = 1 << 30
 REQUESTS = 8000
 MANY = 20
-"""How many more measurements of what takes microseconds than of what takes seconds."""
+"""The factor by which operations that take microseconds are measured more often than those that take seconds."""
 
 
 def run(_size: int, rounds: int) -> list[Result]:
@@ -69,7 +69,7 @@ def _give_and_keep(buffer: IOBufferMemoryDescriptor) -> None:
 
 
 def _under_a_limit() -> Result:
-    """Hits of a cache four times the limit, against those without one; and the same program with `bytes`."""
+    """Measure hits of a cache of four times the limit, and without a limit; run the same program with `bytes`."""
     free = _work("cache")
     what = f"PurgeableCache, {format_size(WORKING_SET)} in a cgroup of {format_size(LIMIT)}: hits in their time"
     try:
@@ -89,7 +89,7 @@ def _told(found: dict[str, float]) -> str:
 
 
 def _work(kind: str, procs: str = "") -> dict[str, float] | None:
-    """Run the program; None when it was killed."""
+    """Run the program; return None if it was killed."""
     command = python("-m", "iobmd.tools.bench.workload", kind, str(WORKING_SET), str(REQUESTS), procs)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode < 0:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SMALL = 64 << 10
 BUSY = 8
-PER_ROUND = 150  # of the small ones: seven rounds are a thousand
+PER_ROUND = 150  # measurements of small buffers per round: about a thousand in seven rounds
 
 
 def run(size: int, rounds: int) -> list[Result]:
@@ -46,7 +46,7 @@ def run(size: int, rounds: int) -> list[Result]:
 
 
 def _allocated(task: Task) -> float:
-    """Allocate in a task, and return for how many seconds a thread of it stood still."""
+    """Allocate memory in a task, and return the seconds for which a thread of it was stopped."""
     with allocate(SMALL, task=task, wired=False) as buffer:
         return buffer.task_stopped_ns / 1e9
 
@@ -98,7 +98,7 @@ def _stops_while_busy(task: Task, count: int) -> list[Result]:
             thread.join()
     floor = statistics.median(bare)
     against = f"a stop without a call: {floor * 1e3:.2f} ms, {max(bare) * 1e3:.1f} ms at worst"
-    what = f"{format_size(SMALL)} in another task, while {BUSY} of our threads compute"
+    what = f"{format_size(SMALL)} in another task, while {BUSY} threads of this process compute"
     return [
         _within(what, statistics.median(stopped), against, floor, 0.12e-3),
         _within(f"{what}: the worst of {count:,}", max(stopped), against, max(bare), 3e-3),
@@ -110,7 +110,7 @@ def _within(what: str, took: float, against: str, floor: float, goal: float) -> 
 
 
 def _first_write(pid: int, size: int, rounds: int) -> Result:
-    """Write fresh memory that is mapped in another process too, and fresh private memory in huge pages."""
+    """Measure writing to fresh memory that another process maps too, and to fresh private memory in huge pages."""
     source = b"\1" * HUGE_PAGE_SIZE
     bare, ours = medians(rounds, partial(_write_private, size, source), partial(_write_shared, pid, size, source))
     rate = f"{size / ours / 1e9:.1f} GB/s"

@@ -30,14 +30,14 @@ class Result(NamedTuple):
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """Return how long `action` takes."""
+    """Return the duration of `action` in seconds."""
     begin = time.perf_counter()
     action()
     return time.perf_counter() - begin
 
 
 def medians(rounds: int, *actions: Callable[[], float]) -> list[float]:
-    """Return the median of what each of `actions` returns.
+    """Return the median result of each of `actions`.
 
     They alternate, so that a slow moment of the host affects all, and each runs twice, the first time unmeasured: on
     a virtual machine the first touch of memory that was free for a while waits for the host to back it.
@@ -47,23 +47,23 @@ def medians(rounds: int, *actions: Callable[[], float]) -> list[float]:
 
 
 def at_most(what: str, unit_figure: str, against: str, ratio: float, limit: float) -> Result:
-    """Report a ratio that is to stay below a limit."""
+    """Report a ratio that should not exceed a limit."""
     return Result(what, unit_figure, against, ratio, f"≤ {limit:g}", ratio <= limit)
 
 
 def at_least(what: str, unit_figure: str, against: str, ratio: float, limit: float) -> Result:
-    """Report a ratio that is to stay above a limit."""
+    """Report a ratio that should not be below a limit."""
     return Result(what, unit_figure, against, ratio, f"≥ {limit:g}", ratio >= limit)
 
 
 def launcher() -> list[str]:
-    """Return how the command `iobmd` is started."""
+    """Return the command line that starts `iobmd`."""
     command = Path(sys.executable).with_name("iobmd")
     return [str(command)] if os.access(command, os.X_OK) else python("-m", "iobmd")
 
 
 def spawned(command: list[str]) -> float:
-    """Return how long a program runs."""
-    # With compiled modules kept, as they are where a program is installed.
+    """Return the duration of a program's run in seconds."""
+    # With cached bytecode, as in an installed program.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=env))

@@ -54,7 +54,7 @@ def _register(mapping: Mapping) -> float:
         return seconds(lambda: table.pin(mapping.address, mapping.size))
     finally:
         table.close()
-        time.sleep(0.03)  # a closed ring is taken apart later, by a worker that would disturb what comes next
+        time.sleep(0.03)  # a kernel worker releases a closed ring later, which would disturb the next measurement
 
 
 def _pinned(mapping: Mapping) -> float:
@@ -66,7 +66,7 @@ def _pinned(mapping: Mapping) -> float:
 
 
 def _segments(rounds: int) -> list[Result]:
-    """1 GiB in 4 KiB pages: its segments, and what verify() adds by reading the frames again."""
+    """Measure 1 GiB in 4 KiB pages: its segments, and verify(), which reads the frames again."""
     with allocate(SPARSE, wired=False) as buffer:
         mman.advise(buffer.getBytesNoCopy(), SPARSE, mman.MADV_NOHUGEPAGE)
         populate(buffer.getBytesNoCopy(), SPARSE)
@@ -119,13 +119,13 @@ def _small(rounds: int) -> list[Result]:
 
 
 def _existing(rounds: int) -> list[Result]:
-    """Describe, prepare and complete a page of existing memory, alone and among many areas of this process."""
+    """Describe, prepare and complete a page of existing memory, with few and with many areas in this process."""
     page = Mapping.anonymous(PAGE_SIZE, PAGE_SIZE)
     page.write(0, b"x")
     (bare,) = medians(rounds * MANY, partial(_described, page.address))
     many = Mapping.anonymous(AREAS * PAGE_SIZE, PAGE_SIZE)
     for start in range(0, many.size, 2 * PAGE_SIZE):
-        mman.advise(many.address + start, PAGE_SIZE, mman.MADV_RANDOM)  # a flag of its own: an area of its own
+        mman.advise(many.address + start, PAGE_SIZE, mman.MADV_RANDOM)  # a different flag makes it a separate area
     (among,) = medians(rounds * MANY, partial(_described, many.address + many.size // 2))
     many.close()
     page.close()

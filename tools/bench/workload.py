@@ -25,7 +25,7 @@ CONTENT = 1 << 20
 
 
 class Kept(dict[int, bytes]):
-    """The same with `bytes`, which cannot be reclaimed."""
+    """A cache with the same interface that stores `bytes`, which cannot be reclaimed."""
 
     def __init__(self, loader: Callable[[int], bytes]) -> None:
         self._loader = loader
@@ -36,7 +36,7 @@ class Kept(dict[int, bytes]):
 
 
 def work(kind: str, working_set: int, requests: int) -> dict[str, float]:
-    """Ask for contents, some more often than others, and read each whole."""
+    """Request contents, some more often than others, and read all bytes of each."""
     loads = 0
 
     def counted(key: int) -> bytes:

@@ -10,7 +10,7 @@ import importlib
 
 def main() -> int:
     """Run the command line of this process and return its exit code."""
-    gc.set_threshold(20_000)  # modules are never garbage; collections among them took a fifth of the time
+    gc.set_threshold(20_000)  # modules are never garbage: collecting during imports took a fifth of the time
     importlib.import_module("iobmd.tools")  # registers its commands
 
     from iobmd.cli import main as run  # noqa: PLC0415 (after this module is in sys.modules)

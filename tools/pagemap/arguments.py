@@ -98,12 +98,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="iobmd pagemap",
         usage="%(prog)s PID|self [options]\n       %(prog)s --frame PFN[-PFN] [--json]",
-        description="Show where the memory of a process lies: a row for each area (VMA), and a summary.",
+        description="Show where the memory of a process is located: a row for each area (VMA), and a summary.",
         epilog="Sizes and addresses: decimal, 0x hexadecimal, or with suffix k, M, G, T. Ranges of 8 digits or more "
         "may also be as in /proc/PID/maps, hexadecimal without 0x, unless it could be decimal. Frame numbers and "
         "results derived from them (runs, folio sizes) require CAP_SYS_ADMIN; the rest requires permission to "
         "trace the process.",
-        # One for all options: each formatter determines the terminal's width, for which it loads shutil.
+        # One formatter for all options, because each one loads shutil to determine the terminal's width.
         formatter_class=partial(argparse.HelpFormatter, width=80),
     )
     parser.add_argument("pid", nargs="?", type=_pid, metavar="PID", help="the process; self: this command")
@@ -142,8 +142,8 @@ def _add_ways(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--csv", action="store_true", help="comma-separated values with a header line")
     group.add_argument("--map", action="store_true", help="a map in the terminal, a cell for each block of addresses")
     group.add_argument("--svg", metavar="FILE", help="a picture of addresses and physical memory")
-    group.add_argument("--png", metavar="FILE", help="the same (requires the extra iobmd[plot])")
-    group.add_argument("--html", metavar="FILE", help="the same as a self-contained page")
+    group.add_argument("--png", metavar="FILE", help="the same picture (requires the extra iobmd[plot])")
+    group.add_argument("--html", metavar="FILE", help="the same picture as a self-contained page")
     group.add_argument("--watch", type=_seconds, metavar="SECONDS", help="read repeatedly, and show the changes")
     group.add_argument("--count", type=_count, metavar="N", help="with --watch: number of times to read")
     group.add_argument("--save", metavar="FILE", help="save a snapshot")

@@ -155,7 +155,7 @@ class Drawing:
         yield f"column: {format_size(self.grid.block)} of addresses; gray line: addresses are omitted"
         if self._field:
             size = format_size(self.grid.physical_block)
-            yield f"row: {size} of physical memory; paler: less of the block lies there"
+            yield f"row: {size} of physical memory; paler: less of the block is there"
         for hidden in self.look.hidden:
             yield f"not shown: {hidden.what} ({hidden.why})"
         if restless := self.look.restless():

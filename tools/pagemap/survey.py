@@ -44,7 +44,7 @@ def _read(look: Look, grid: Grid) -> Iterator[Part]:
 
 
 def between(parts: Sequence[Part], start: int, end: int) -> Iterator[Part]:
-    """Iterate over the parts of ascending areas that lie between two addresses."""
+    """Iterate over the parts of ascending areas that are between two addresses."""
     for index in range(bisect_right(parts, start, key=lambda part: part.end), len(parts)):
         part = parts[index]
         if part.start >= end:

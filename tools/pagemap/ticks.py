@@ -1,4 +1,4 @@
-"""Looks at a process, one after another: its areas, and what happened to them since the look before."""
+"""Repeated readings of a process: its areas, and their changes since the previous reading."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class _Bounds:
 
 
 def attributed(found: Iterator[Change], snapshots: tuple[Snapshot, Snapshot]) -> dict[Bounds, Counter[Kind]]:
-    """Add up the changes by area, ascending; the area is that of the first snapshot that has one there."""
+    """Add up the changes by area, ascending; the area is that of the first snapshot that has one at the address."""
     now, before = map(_Bounds, snapshots)
     sums: dict[Bounds, Counter[Kind]] = {}
     for change in found:

@@ -20,13 +20,13 @@ _TARGET_ROW = 32
 _HEADER = 64
 _WORDS = _HEADER + THREADS * _ROW + TARGETS * _TARGET_ROW
 KINDS = 96
-"""The most kinds of events there may be."""
+"""Maximum number of kinds of events."""
 
 
 class Thread(IntEnum):
-    """Words of a worker's thread; behind them its counters of events, refusals and controls."""
+    """Words of a worker's thread, followed by its counters of events, refusals and controls."""
 
-    BEGAN = 0  # of the event under way: time.monotonic_ns(), 0 between two events
+    BEGAN = 0  # start of the current event: time.monotonic_ns(), 0 between two events
     KIND = 1  # index of that event's kind
     EVENTS = 2
     FIRST_KIND = 8
@@ -38,17 +38,17 @@ class Target(IntEnum):
     """Words of a target."""
 
     PID = 0
-    GENERATION = 1  # of the process in this place, from 1 on; written last, when it is ready
-    CLOSED = 2  # no new operation may begin: the supervisor inspects it
+    GENERATION = 1  # number of the process in this place, from 1 on; written last, when it is ready
+    CLOSED = 2  # no new operation may begin, because the supervisor is inspecting it
     KILLED = 3  # the last generation that the supervisor killed
-    SEED = 4  # of its pattern
+    SEED = 4  # seed of its pattern
     PRIVATE = 5  # address of the pattern in private memory
-    SHARED = 6  # and in shared memory
+    SHARED = 6  # address of the pattern in shared memory
     SPARSE = 7  # address of shared memory that it never touches
     SCRATCH = 8  # address of private memory that any worker may write to
-    MOMENT = 9  # address of pages that it numbers one after another; 0: none
+    MOMENT = 9  # address of pages to which it writes consecutive numbers; 0: none
     FAULTING = 10  # address of memory whose page faults it serves itself; 0: none
-    BEATS = 11  # how often it has done its work
+    BEATS = 11  # number of completed pieces of work
 
 
 PATTERN = 1 << 20
@@ -60,12 +60,12 @@ MOMENT = 64 << 10
 
 
 def pattern(seed: int, size: int = PATTERN) -> bytes:
-    """Return the bytes of a pattern; no page of it is zero."""
+    """Return the bytes of a pattern, in which no page is zero."""
     return random.Random(seed).randbytes(size)
 
 
 class Board:
-    """The shared memory of a run, in a folder with its other files."""
+    """The shared memory of a run, in a directory with its other files."""
 
     def __init__(self, folder: Path, *, create: bool = False) -> None:
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
@@ -99,13 +99,13 @@ class Board:
         return self._words[start : start + _TARGET_ROW]
 
     def report(self, fault: str, kind: str, message: str, **more: Any) -> None:
-        """Record a fault. One write(2) in append mode: reports of several processes do not mix."""
+        """Record a fault by one write(2) in append mode, so that reports of several processes do not mix."""
         record = {"fault": fault, "kind": kind, "pid": os.getpid(), "message": message, **more}
         os.write(self._faults, json.dumps(record).encode() + b"\n")
 
 
 def faults(folder: Path) -> list[dict[str, Any]]:
-    """Return the faults recorded in a folder; of a line that its writer was killed in, nothing."""
+    """Return the faults recorded in a directory, without the incomplete line of a writer that was killed."""
     found = []
     for line in (folder / "faults").read_text().splitlines():
         try:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 _REASONS = tuple(REASONS)
-_PATTERNS = 8  # that a worker keeps: some are short of memory
+_PATTERNS = 8  # size of memory that a worker retains; some workers have little memory
 
 
 class Found(Exception):  # noqa: N818 (a finding, which ends the event)
@@ -42,7 +42,7 @@ class Found(Exception):  # noqa: N818 (a finding, which ends the event)
 
 
 class Skipped(Exception):  # noqa: N818
-    """There is nothing for this event to work on: it does not count."""
+    """The event has nothing to work on, and does not count."""
 
 
 @contextlib.contextmanager
@@ -64,7 +64,7 @@ def insist(release: Callable[[], object]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Peer:
-    """A target while it is used."""
+    """A target in use."""
 
     pid: int
     generation: int
@@ -80,7 +80,7 @@ class Peer:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it has ended, for whatever reason."""
+        """Whether it has exited, for whatever reason."""
         return self.was_killed or kernel.state(self.pid) in ("", "Z", "X")
 
     def __getitem__(self, word: Target) -> int:
@@ -98,23 +98,23 @@ class Held(NamedTuple):
     content: bytes
     """The last 4096 bytes."""
     is_existing: bool
-    """Whether it is memory of the tool's own that was prepared, and not a buffer."""
+    """Whether it is prepared existing memory instead of a buffer."""
 
 
 class Shared:
-    """What the threads of a worker share."""
+    """The data that the threads of a worker share."""
 
     def __init__(self, folder: Path, board: Board, profile: Profile, patience: float) -> None:
         self.folder, self.board, self.profile, self.patience = folder, board, profile, patience
         self.pagemap = kernel.Pagemap()
         self.shows_frames = kernel.shows_frames()
         self.purges = 0
-        """How often a thread has begun to take all volatile memory of the process."""
+        """How often a thread has begun to purge all volatile memory of the process."""
         self._patterns: dict[int, bytes] = {}
         self._reclaimed = kernel.reclaimed()
 
     def host_reclaims(self) -> bool:
-        """Return whether the host has reclaimed memory since the last call: it may have taken volatile memory."""
+        """Return whether the host has reclaimed memory since the last call, possibly including volatile memory."""
         before, self._reclaimed = self._reclaimed, kernel.reclaimed()
         return before != self._reclaimed
 
@@ -128,12 +128,12 @@ class Shared:
 
 
 class Context:
-    """What belongs to one thread of a worker.
+    """The data of one thread of a worker.
 
     Parameters
     ----------
     shared : Shared
-        What its threads share.
+        The data that the worker's threads share.
     number : int
         The thread's number on the board.
     chance : random.Random
@@ -153,7 +153,7 @@ class Context:
                        for place in range(TARGETS)]  # fmt: skip
 
     def count(self, control: str, number: int = 1) -> None:
-        """Add to a figure of the report's `control`."""
+        """Add to a number in the report's `control`."""
         self.row[Thread.FIRST_CONTROL + CONTROLS.index(control)] += number
 
     def refused(self, reason: str, code: IOReturn) -> None:
@@ -167,7 +167,7 @@ class Context:
         Raises
         ------
         Skipped
-            There is none now.
+            No such target is available now.
         """
         self.peer = None
         places = self._open_places(word)
@@ -218,7 +218,7 @@ class Context:
         length = min(len(actual), len(expected))
         first = next((at for at in range(length) if actual[at] != expected[at]), length)
         there = f"{actual[first : first + 16].hex()} instead of {expected[first : first + 16].hex()}"
-        killed = ", the target was killed during that" if self.peer and self.peer.was_killed else ""
+        killed = ", the target was killed during the comparison" if self.peer and self.peer.was_killed else ""
         raise Found("wrong_bytes", f"{what}: {len(actual)} of {len(expected)} bytes, at {first:#x} {there}{killed}")
 
     def check_frames(self, address: int, before: tuple[int, ...], what: str) -> None:
@@ -230,22 +230,22 @@ class Context:
         raise Found("frames_moved", f"{what}: {moved} of {len(before)} pages of pinned memory moved")
 
     def check_state(self, state: int, content: bytes, expected: bytes, lost: int) -> None:
-        """Raise `Found` unless memory that was volatile, and is `state` now, holds what it must.
+        """Raise `Found` unless memory that was volatile, and is now `state`, has the contents of this state.
 
-        `lost`: how many of its pages the kernel had taken.
+        `lost` is the number of its pages that the kernel had reclaimed.
         """
         if state == IOPurgeable.kIOMemoryPurgeableVolatile:
             if lost:
-                raise Found("wrong_purge_states", f"Volatile (intact) was returned, and {lost} pages were taken")
+                raise Found("wrong_purge_states", f"Volatile (intact) was returned, but {lost} pages were reclaimed")
             self.check_bytes(content, expected, "memory that was volatile")
         elif state == IOPurgeable.kIOMemoryPurgeableEmpty:
             if content.count(0) != len(content):
-                raise Found("wrong_purge_states", "Empty was returned, and not all bytes are zero")
+                raise Found("wrong_purge_states", "Empty was returned, but not all bytes are zero")
         else:
-            raise Found("wrong_purge_states", f"state {state} was returned of volatile memory")
+            raise Found("wrong_purge_states", f"state {state} was returned for volatile memory")
 
     def drain(self) -> None:
-        """Free what is held."""
+        """Free all memory that is held."""
         while self.held:
             release(self.held.pop())
         if self.control is not None:
@@ -255,7 +255,7 @@ class Context:
 
 
 def release(held: Held) -> None:
-    """Free memory that is held; what was prepared over existing memory is unmapped."""
+    """Free memory that is held; existing memory that was prepared is also unmapped."""
     if held.is_existing:
         held.buffer.complete()
     held.buffer.free()

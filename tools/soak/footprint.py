@@ -1,4 +1,4 @@
-"""What a worker holds of the kernel's resources, and what of it is left when its work is done."""
+"""The kernel resources that a worker holds, and those that remain when its work is done."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
 }
-"""Has the interpreter keep its objects in the heap: anonymous mappings are iobmd's, or stacks."""
+"""Makes the interpreter allocate its objects in the heap, so that anonymous mappings belong to iobmd or are
+stacks."""
 
 
 class Footprint(NamedTuple):
@@ -33,7 +34,7 @@ class Footprint(NamedTuple):
 
     @classmethod
     def now(cls) -> Footprint:
-        """Return those of this process."""
+        """Return the resources of this process."""
         fields = kernel.status()
         names = {thread.native_id: thread.name for thread in threading.enumerate()}
         found = kernel.mappings()
@@ -48,7 +49,7 @@ class Footprint(NamedTuple):
         )
 
     def left(self, before: Footprint) -> dict[str, tuple[int, str]]:
-        """Return the increases since `before`: the amount and a sentence per leak in the report."""
+        """Return the increases since `before`: for each leak in the report, the amount and a sentence."""
         found: dict[str, tuple[int, str]] = {}
         more = self.named - before.named
         grown = max(0, self.anonymous - before.anonymous)
@@ -84,5 +85,5 @@ def _anonymous(mappings: list[kernel.Mapping]) -> int:
 
 
 def _generic(name: str) -> str:
-    """Return a name without what differs from one object of its kind to the next."""
+    """Return a name without the parts that differ between objects of the same kind."""
     return re.sub(r"\d+", "N", name)

@@ -1,4 +1,4 @@
-"""What removes the files and the cgroup of a run, also when its supervisor was killed."""
+"""Removal of the files and the cgroup of a run, even if its supervisor was killed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _PATIENCE = 10.0  # seconds for the processes of the run to end
 
 
 class Janitor:
-    """A process that waits until the supervisor ends or calls `finish`, and then removes what the run made.
+    """A process that waits until the supervisor exits or calls `finish`, and then removes what the run created.
 
     Parameters
     ----------
     folder : Path
-        To be removed.
+        The directory to remove.
     cgroup : Path or None
-        To be removed, with whatever still runs in it.
+        The cgroup to remove, with all processes that still run in it.
     """
 
     def __init__(self, folder: Path, cgroup: Path | None) -> None:
@@ -47,7 +47,7 @@ def _wait_and_remove(pipe: int, folder: Path, cgroup: Path | None) -> None:
     os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    os.read(pipe, 1)  # until no process has the other end
+    os.read(pipe, 1)  # until no process has the other end of the pipe open
     if cgroup is not None:
         _remove_cgroup(cgroup)
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What the kernel reports about processes and their pages, read without any help of `iobmd`."""
+"""What the kernel reports about processes and their pages, read without the use of `iobmd`."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def _check(result: int, call: str) -> int:
 class Pagemap:
     """A process's /proc/PID/pagemap, opened once.
 
-    The kernel decides at open(2) whether it shows frames: opened before a process drops its capabilities, this shows
-    them afterwards too.
+    The kernel decides at open(2) whether it shows frames: a file opened before a process drops its capabilities
+    continues to show them.
     """
 
     def __init__(self, pid: int | str = "self") -> None:
@@ -58,7 +58,7 @@ class Pagemap:
         """Return how many pages of a range do not exist.
 
         A page that is neither present nor absent is in swap, or being migrated: compaction replaces up to 32 entries
-        at once by migration entries, which look swapped, and puts them back a moment later.
+        at once by migration entries, which appear as swapped, and restores them shortly afterwards.
         """
         return sum(not entry >> 62 for entry in self.entries(address, size))
 
@@ -125,7 +125,7 @@ def userfaultfd() -> int:
 
 
 def die_with_parent(parent: int) -> None:
-    """Kill this process when the thread that started it ends (PR_SET_PDEATHSIG), or now if it has ended."""
+    """Kill this process when the thread that started it exits (PR_SET_PDEATHSIG), or now if it has exited."""
     _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
     if os.getppid() != parent:
         os._exit(1)
@@ -143,7 +143,7 @@ def has_capabilities(*numbers: int) -> bool:
 
 
 def become(user: int) -> None:
-    """Change to another user and drop every capability, as a login would: the process stays dumpable."""
+    """Change to another user and drop every capability, as a login would; the process remains dumpable."""
     os.setgroups([])
     os.setresgid(user, user, user)
     os.setresuid(user, user, user)
@@ -236,7 +236,7 @@ def children(pid: int | str = "self") -> list[int]:
 
 
 def state(pid: int, thread: int | None = None) -> str:
-    """Return the state letter of a process or thread (proc_pid_stat(5)), "" if it has exited and been waited for."""
+    """Return the state letter of a process or thread (proc_pid_stat(5)), "" if it has exited and been reaped."""
     try:
         text = Path(f"/proc/{pid}/task/{thread or pid}/stat").read_text()
     except OSError:
@@ -245,6 +245,6 @@ def state(pid: int, thread: int | None = None) -> str:
 
 
 def reclaimed() -> int:
-    """Return how many pages the kernel has scanned for reclaim on this host, cgroups' own reclaim not included."""
+    """Return how many pages the kernel has scanned for reclaim on this host, excluding reclaim of cgroups."""
     counters = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
     return sum(int(counters.get(name, 0)) for name in ("pgscan_kswapd", "pgscan_direct"))

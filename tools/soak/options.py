@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """What a run does, and for how long."""
+    """The options of a run, and its duration."""
 
     seconds: float
     events: int
@@ -46,7 +46,7 @@ def parse(argv: Sequence[str]) -> Options:
     if min(arguments.events, arguments.faults) < 0 or arguments.patience < 1:
         parser.error("--events and --faults must not be negative, and --patience at least 1")
     if arguments.json and not arguments.json.absolute().parent.is_dir():
-        parser.error(f"--json: there is no folder {arguments.json.absolute().parent}")
+        parser.error(f"--json: there is no directory {arguments.json.absolute().parent}")
     seed = time.time_ns() // 1000 % (1 << 32) if arguments.seed is None else arguments.seed
     return Options(
         arguments.seconds,

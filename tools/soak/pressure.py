@@ -16,20 +16,20 @@ from iobmd.cli.child import python
 from . import kernel
 
 LIMIT = 256 << 20
-"""Bytes that the cgroup may use: a worker's, and as much again to be filled."""
+"""Bytes that the cgroup may use: those of a worker, and as much again to be filled."""
 _STEP = 4 << 20
 _START = "import iobmd_command; from iobmd.tools.soak.pressure import main; main()"
 
 
 def make_cgroup() -> tuple[Path | None, str]:
-    """Make a memory cgroup with a limit; returns it, or None and why there is none."""
+    """Create a memory cgroup with a limit; return it, or None and the reason for the failure."""
     v1, v2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
     root, limit = (v1, "memory.limit_in_bytes") if (v1 / "cgroup.procs").exists() else (v2, "memory.max")
     group = root / f"iobmd-soak-{os.getpid()}"
     try:
         group.mkdir()
     except OSError as error:
-        return None, f"no memory cgroup can be made: {error}"
+        return None, f"no memory cgroup can be created: {error}"
     try:
         (group / limit).write_text(str(LIMIT))
     except OSError as error:
@@ -60,9 +60,9 @@ def start_hog(group: Path) -> subprocess.Popen[bytes]:
 
 
 def main() -> None:
-    """Fill the cgroup in the first argument, mostly with memory that the kernel may take.
+    """Fill the cgroup in the first argument, mostly with memory that the kernel may reclaim.
 
-    It is the first that the OOM killer ends there.
+    It is the first process that the OOM killer selects there.
     """
     group, parent = sys.argv[1:]
     kernel.die_with_parent(int(parent))
@@ -72,7 +72,7 @@ def main() -> None:
     chance = random.Random()
     while True:
         size = chance.randrange(LIMIT // 4, LIMIT, _STEP)
-        firm = chance.random() * 0.3  # the part that the kernel may not take
+        firm = chance.random() * 0.3  # the part that the kernel may not reclaim
         address = kernel.map_private(size)
         for offset in range(0, size - _STEP + 1, _STEP):
             kernel.advise(address + offset, _STEP, kernel.MADV_POPULATE_WRITE)

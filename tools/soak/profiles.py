@@ -1,4 +1,4 @@
-"""What a worker runs under: limits, a cgroup, another user."""
+"""The environments of workers: limits, a cgroup, another user."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ class Profile:
     targets : bool
         Whether it may use targets.
     squeezed : bool
-        Whether it runs in the memory cgroup: then the kernel takes volatile memory at any moment.
+        Whether it runs in the memory cgroup, so that the kernel may reclaim volatile memory at any moment.
     locked : int
-        RLIMIT_MEMLOCK in bytes, without CAP_IPC_LOCK; 0: as it is.
+        RLIMIT_MEMLOCK in bytes, without CAP_IPC_LOCK; 0: unchanged.
     descriptors : int
-        How many file descriptors it may open beyond those that it has; 0: as it is.
+        Number of file descriptors that it may open in addition to those that it has; 0: unchanged.
     address_space : int
-        How many bytes it may map beyond those that it has; 0: as it is.
+        Number of bytes that it may map in addition to those that it has; 0: unchanged.
     nobody : bool
-        Whether it is another user, without any capability.
+        Whether it runs as another user, without any capability.
     """
 
     name: str
@@ -59,11 +59,11 @@ class Profile:
 
     @property
     def is_short_of_memory(self) -> bool:
-        """Whether it must not hold many megabytes for long: the run's own use shall not reach its limits."""
+        """Whether it must not hold many megabytes for long, so that the run itself does not reach its limits."""
         return bool(self.squeezed or self.address_space or locking_is_limited())
 
     def enter(self, cgroup: Path | None) -> None:
-        """Apply what must be there before the first allocation."""
+        """Apply the settings that must precede the first allocation."""
         if self.squeezed and cgroup is not None:
             (cgroup / "cgroup.procs").write_text(str(os.getpid()))
         if self.locked:
@@ -73,7 +73,7 @@ class Profile:
             kernel.become(NOBODY)
 
     def tighten(self) -> None:
-        """Apply limits that are relative to what the process has once it is warm."""
+        """Apply limits that are relative to the resources of the process after its warm-up."""
         if self.descriptors:
             highest = max(int(entry.split()[0]) for entry in kernel.descriptors())
             limit = highest + 1 + self.descriptors
@@ -118,7 +118,7 @@ PROFILES = {
 
 
 def schedule(*, cgroup: bool) -> list[list[str]]:
-    """Return the profiles that each worker runs under, one after another."""
+    """Return, for each worker, the profiles under which it runs, one after another."""
     limits = [
         "locked memory",
         "descriptors",

@@ -1,4 +1,4 @@
-"""The report of a run: what was done, what was refused, and what went wrong."""
+"""The report of a run: its events, refusals and faults."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ VERSION = 1
 FAULTS = {
     "frames_moved": "pages of pinned memory moved",
     "wrong_addresses": "a physical address is not that of the page",
-    "wrong_purge_states": "a purgeable state does not fit the memory",
+    "wrong_purge_states": "a purgeable state does not match the memory",
     "wrong_bytes": "bytes differ",
-    "programs_disturbed": "a target was disturbed, or left changed",
+    "programs_disturbed": "a target was disturbed, or remained changed",
     "unexpected_refusals": "a refusal that nothing explains",
     "unexpected_errors": "an exception other than IOReturnError",
     "hangs": "an event did not end",
-    "crashes": "a worker ended by itself",
+    "crashes": "a worker exited unexpectedly",
     "leaked_mappings": "mappings left",
-    "leaked_descriptors": "file descriptors left",
+    "leaked_descriptors": "file descriptors left open",
     "leaked_locked_bytes": "memory left locked or pinned",
     "leaked_threads": "threads left",
     "leaked_processes": "child processes left",
@@ -39,14 +39,14 @@ CONTROLS = (
     "purges_intact",
     "purges_empty",
 )
-"""What shows that the disturbances are at work: figures that are not faults."""
+"""Figures that are not faults, and show that the disturbances are effective."""
 REASONS = {
     "limit": "a limit of the worker: memory it may lock, descriptors, address space, memory of its cgroup",
     "privilege": "the worker is an ordinary user",
     "fragmentation": "no physically contiguous or low memory was found within the budget",
-    "target ended": "the target has ended: the supervisor killed it, or reports why it did",
-    "contended": "other workers traced the target all the while",
-    "meant": "the event did what must be refused",
+    "target ended": "the target has exited: the supervisor killed it, or reports why it exited",
+    "contended": "other workers traced the target during the whole time",
+    "meant": "the event requested an operation that must be refused",
 }
 """Why a refusal was expected."""
 CODES = tuple(code for code in IOReturn if code.name in {
@@ -54,10 +54,10 @@ CODES = tuple(code for code in IOReturn if code.name in {
     "kIOReturnUnsupported", "kIOReturnVMError", "kIOReturnNotOpen", "kIOReturnBusy", "kIOReturnTimeout",
     "kIOReturnNotReady", "kIOReturnCannotWire", "kIOReturnNotPermitted", "kIOReturnNotFound",
 })  # fmt: skip
-"""Codes that can be expected at all."""
+"""All codes that may be expected."""
 assert Thread.FIRST_REFUSAL + len(REASONS) * len(CODES) <= Thread.FIRST_CONTROL
 _DETAILS = 100
-"""The most faults of a kind that the report describes; all are counted."""
+"""Maximum number of faults of each kind that the report describes; all are counted."""
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Tally:
 
     @property
     def events(self) -> int:
-        """How many events ended."""
+        """The number of completed events."""
         return sum(self.kinds.values())
 
     @classmethod
@@ -91,7 +91,7 @@ class Tally:
 
 
 def document(tally: Tally, faults: list[dict[str, Any]], **about: Any) -> dict[str, Any]:
-    """Return the report for JSON. `about`: what else it says of the run."""
+    """Return the report for JSON; `about` contains further data on the run."""
     counts = dict.fromkeys(FAULTS, 0)
     details: list[dict[str, Any]] = []
     for fault in faults:
@@ -111,7 +111,7 @@ def document(tally: Tally, faults: list[dict[str, Any]], **about: Any) -> dict[s
 
 
 def text(report: dict[str, Any]) -> str:
-    """Return the report for people."""
+    """Return the report as text."""
     seconds = report["seconds"]
     lines = [f"{report['events']:,} events in {seconds:.0f} s, {report['events'] / max(seconds, 1e-9):,.0f} a second"]
     kinds = [f"{name} {count:,}" for name, count in report["kinds"].items() if count]

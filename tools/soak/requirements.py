@@ -1,4 +1,4 @@
-"""What kinds of events need of the host, each probed."""
+"""Requirements of kinds of events, each with a probe."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _userfaultfd() -> str:
 def _existing_pages() -> str:
     if kernel.has_capabilities(_CAP_SYS_ADMIN) or kernel.has_capabilities(_CAP_CHECKPOINT_RESTORE):
         return ""
-    return "which pages of another task's shared memory exist is shown with CAP_CHECKPOINT_RESTORE only"
+    return "which pages of another task's shared memory exist is visible only with CAP_CHECKPOINT_RESTORE"
 
 
 PROBES: dict[str, Callable[[], str]] = {
@@ -51,5 +51,5 @@ PROBES: dict[str, Callable[[], str]] = {
 
 
 def missing() -> dict[str, str]:
-    """Return why each requirement is not met, for those that are not."""
+    """Return the requirements that are not met, each with the reason."""
     return {name: reason for name, probe in PROBES.items() if (reason := probe())}

@@ -1,4 +1,4 @@
-"""The supervisor: starts workers and targets, disturbs them, watches over both, and reports."""
+"""The supervisor: starts, disturbs and monitors workers and targets, and reports."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .workers import WorkerProcess
 if TYPE_CHECKING:
     from .options import Options
 
-_PERIOD = 0.1  # seconds between two looks
+_PERIOD = 0.1  # seconds between two checks
 _PROGRESS = 5.0  # seconds between two lines
 _INSPECT = 0.5  # seconds between two inspections of targets
-_SPARE = 120.0  # seconds beyond all limits that a run may take
-_CLOSED = 3.0  # seconds that a target is closed at most, waiting for its users
+_SPARE = 120.0  # seconds that a run may take in addition to all limits
+_CLOSED = 3.0  # maximum number of seconds for which a target is closed while the supervisor waits for its users
 
 
 class Supervisor:
@@ -36,7 +36,7 @@ class Supervisor:
     Parameters
     ----------
     options : Options
-        Of the run.
+        The options of the run.
     """
 
     def __init__(self, options: Options) -> None:
@@ -66,7 +66,7 @@ class Supervisor:
 
     def run(self) -> dict[str, Any]:
         """Run to the end, and return the report."""
-        # If this process itself hangs it ends with its stack on stderr, and the janitor cleans up.
+        # If this process itself hangs, it exits with its stack on stderr, and the janitor cleans up.
         longest = self.options.seconds + 4 * self.options.patience + _SPARE
         faulthandler.dump_traceback_later(longest, exit=True, file=2)
         try:
@@ -134,7 +134,7 @@ class Supervisor:
         self._seconds = time.monotonic() - began
 
     def _is_enough(self) -> bool:
-        """Return whether there are as many events, or faults, as the run is to end after."""
+        """Return whether the requested number of events, or of faults, is reached."""
         if self.options.events and self._tally().events >= self.options.events:
             return True
         return bool(self.options.faults) and len(board.faults(self._folder)) >= self.options.faults
@@ -150,7 +150,7 @@ class Supervisor:
             self._next_inspected = (self._next_inspected + 1) % len(self._targets)
 
     def _end(self) -> None:
-        """Make the workers finish, and inspect every target again."""
+        """Let the workers finish, and inspect every target again."""
         self._board.stop()
         assert self._disturbances is not None
         self._disturbances.end()
@@ -164,7 +164,7 @@ class Supervisor:
                 time.sleep(_PERIOD)
 
     def _clean_up(self) -> list[dict[str, Any]]:
-        """End every process and remove every file; returns the faults of the run."""
+        """End every process and remove every file; return the faults of the run."""
         self._board.stop()
         if self._disturbances:
             self._disturbances.end()

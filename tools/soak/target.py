@@ -1,6 +1,6 @@
-"""A target: a program that works, checks its own work, and reports when it was disturbed.
+"""A target: a program that works, checks its own work, and reports disturbances.
 
-It runs without `iobmd`. System calls that Python would restart are made by ctypes: their EINTR is to be seen.
+It runs without `iobmd`. System calls that Python would restart are made through ctypes, so that EINTR is visible.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _private(size: int) -> mmap.mmap:
 
 
 class Program:
-    """What all targets have: patterns that others copy, and a place to write to."""
+    """The common part of all targets: patterns that workers copy, and memory that they may write to."""
 
     def __init__(self, folder: Path, number: int, kind: str) -> None:
         self.kind = kind
@@ -71,7 +71,7 @@ class Program:
         self.words[Target.GENERATION] = generation
 
     def beat(self) -> None:
-        """Count a piece of work that was done."""
+        """Count a completed piece of work."""
         self.words[Target.BEATS] += 1
 
     def disturbed(self, message: str) -> None:
@@ -88,7 +88,7 @@ class Program:
             self.disturbed(f"nanosleep: {errno.errorcode.get(ctypes.get_errno(), '?')} after {slept} ns")
 
     def check_patterns(self) -> None:
-        """Compare this program's memory with what it wrote there."""
+        """Compare this program's memory with the pattern that it wrote there."""
         if self.private[:] != self.expected or self.shared[:] != self.expected:
             self.disturbed("its memory was changed")
 
@@ -106,7 +106,7 @@ def sleeping(program: Program) -> Callable[[], None]:
 
 
 def computing(program: Program) -> Callable[[], None]:
-    """Compute checksums, and number pages one after another: at any moment no two differ by more than 1."""
+    """Compute checksums, and number pages one after another: at any moment no two numbers differ by more than 1."""
     pages = _private(MOMENT)
     pages[:] = bytes(MOMENT)
     program.words[Target.MOMENT] = _address(pages)
@@ -124,13 +124,13 @@ def computing(program: Program) -> Callable[[], None]:
         if zlib.crc32(program.private) != checksum:
             program.disturbed("a checksum of its memory is wrong")
         program.beat()
-        program.sleep(5_000_000)  # the processors are the workers' most of the time
+        program.sleep(5_000_000)  # leaves the processors to the workers most of the time
 
     return work
 
 
 def threaded(program: Program) -> Callable[[], None]:
-    """Pass a byte around between threads by pipes, while another computes."""
+    """Pass a byte between threads through pipes, while another thread computes."""
     pipes = [os.pipe() for _ in range(3)]
     byte = ctypes.create_string_buffer(3)
 
@@ -165,7 +165,7 @@ def threaded(program: Program) -> Callable[[], None]:
 
 
 def forking(program: Program) -> Callable[[], None]:
-    """Fork, and wait for any child: there are no other children than its own, and they end as they are meant to."""
+    """Fork, and wait for any child: it must be the one that was forked, with the intended status."""
 
     def work() -> None:
         child = os.fork()
@@ -183,7 +183,7 @@ def forking(program: Program) -> Callable[[], None]:
 
 
 def ticking(program: Program) -> Callable[[], None]:
-    """Count a timer's ticks: as many as the clock says are due."""
+    """Count a timer's ticks, and compare their number with the clock."""
     timer = _libc.timerfd_create(time.CLOCK_MONOTONIC, 0)
     each = struct.pack("=4q", 0, _TICK_NS, 0, _TICK_NS)
     began = time.monotonic_ns()
@@ -205,13 +205,13 @@ def ticking(program: Program) -> Callable[[], None]:
             program.beat()
         due = (time.monotonic_ns() - began) // _TICK_NS
         if ticks < due - 1 and not select.select([timer], [], [], 0)[0]:
-            program.disturbed(f"lost ticks: {ticks} came of {due}")
+            program.disturbed(f"lost ticks: {ticks} of {due} arrived")
 
     return work
 
 
 def signalled(program: Program) -> Callable[[], None]:
-    """Send itself queued signals, which none may be lost of, with a timer's signals in between."""
+    """Send queued signals to this process, with a timer's signals in between; none of the queued ones may be lost."""
     queued, counted, alarms = signal.SIGRTMIN + 1, 0, 0
 
     def count(_number: int, _frame: object) -> None:
@@ -261,7 +261,7 @@ def faulting(program: Program) -> Callable[[], None]:
             try:
                 fcntl.ioctl(descriptor, _UFFDIO_COPY, bytearray(request))
             except OSError as error:
-                if error.errno != errno.EEXIST:  # two threads may fault at one page
+                if error.errno != errno.EEXIST:  # two threads may fault on the same page
                     raise
 
     threading.Thread(target=serve, daemon=True).start()
@@ -271,7 +271,7 @@ def faulting(program: Program) -> Callable[[], None]:
             program.sleep()
             program.beat()
         _libc.madvise(ctypes.c_void_p(base), ctypes.c_size_t(PATTERN), _MADV_DONTNEED)
-        # By a call that releases the GIL, which the thread that serves the fault needs.
+        # Read by a call that releases the GIL, because the thread that serves the fault needs it.
         _libc.memcpy(seen, ctypes.c_void_p(base), ctypes.c_size_t(kernel.PAGE))
         if seen.raw != program.expected[: kernel.PAGE]:
             program.disturbed("memory whose faults it serves was changed")
@@ -291,14 +291,14 @@ KINDS: dict[str, Callable[[Program], Callable[[], None]]] = {
 
 
 def main() -> None:
-    """Run the target `KIND` in place `NUMBER` of the board in `FOLDER`."""
+    """Run the target `KIND` in place `NUMBER` of the board in the directory `FOLDER`."""
     folder, number, kind, generation, parent = sys.argv[1:]
     kernel.die_with_parent(int(parent))
     kernel.allow_any_tracer()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor handles Ctrl-C
     program = Program(Path(folder), int(number), kind)
     work = KINDS[kind](program)
-    work()  # whatever is mapped or opened at first use
+    work()  # for all that is mapped or opened at first use
     program.ready(int(generation))
     while True:
         work()

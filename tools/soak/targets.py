@@ -1,4 +1,4 @@
-"""Targets as the supervisor sees them: started, inspected, stopped, killed."""
+"""The supervisor's handling of targets: it starts, inspects, stops and kills them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _START = "import iobmd_command; from iobmd.tools.soak.target import main; main()"
-"""`iobmd_command` first: it keeps `import iobmd` from loading the library, which targets do not need."""
-_RECENT = 5.0  # seconds after the kill of a worker in which a fault may come from that
-_TOLERANCE_KB = 64  # of VmRSS counters, which the kernel keeps per processor
+"""`iobmd_command` is imported first, so that `import iobmd` does not load the library, which targets do not need."""
+_RECENT = 5.0  # seconds after the kill of a worker within which a fault may be its consequence
+_TOLERANCE_KB = 64  # inaccuracy of VmRSS counters, which the kernel keeps per processor
 
 
 class _Resources(NamedTuple):
-    """What a target has; the same before and after whatever is done to it."""
+    """The resources of a target, which must be equal before and after any operation on it."""
 
     threads: int
     descriptors: tuple[str, ...]
@@ -54,15 +54,15 @@ class TargetProcess:
     Parameters
     ----------
     folder : Path
-        Of the run.
+        The directory of the run.
     board : Board
         The shared memory of the run.
     number : int
-        The target's place there.
+        The number of the target's place on the board.
     kind : str
         A key of `target.KINDS`.
     check_shared : bool
-        Whether its shared memory must not grow: iobmd can know which pages exist, and reads no others.
+        Whether its shared memory must not grow, because iobmd can determine which pages exist and reads no others.
     """
 
     def __init__(self, folder: Path, board: Board, number: int, kind: str, *, check_shared: bool) -> None:
@@ -94,7 +94,7 @@ class TargetProcess:
         """Start the program, or start it again."""
         self._generation += 1
         self._before, self._inspecting_since, self._left_behind = None, 0.0, False
-        self.words[Target.CLOSED] = 1  # until it was inspected for the first time
+        self.words[Target.CLOSED] = 1  # until its first inspection
         self.words[Target.SEED] = self.number * 1000 + self._generation
         arguments = [self._folder, self.number, self.kind, self._generation, os.getpid()]
         with (self._folder / f"target-{self.number}.log").open("ab") as log:
@@ -116,12 +116,12 @@ class TargetProcess:
             self._process.wait(10)
 
     def worker_killed(self) -> None:
-        """Note that a worker was killed: memory that it had mapped here stays; the rest must be as it was."""
+        """Record that a worker was killed: memory that it had mapped here remains; all else must be unchanged."""
         self._left_behind = True
         self._worker_killed_at = time.monotonic()
 
     def pause(self, seconds: float) -> None:
-        """Stop it by SIGSTOP for a moment."""
+        """Stop it briefly by SIGSTOP."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGSTOP)
             time.sleep(seconds)
@@ -140,7 +140,7 @@ class TargetProcess:
         elif self.words[Target.BEATS] != self._beats:
             self._beats, self._beat_at = self.words[Target.BEATS], now
         elif now - self._beat_at > patience:
-            self._report(f"its work has not gone on for {patience:g} s: {self.threads()}")
+            self._report(f"its work has not progressed for {patience:g} s: {self.threads()}")
             self.kill()
             self.start()
 
@@ -155,10 +155,10 @@ class TargetProcess:
         return "; ".join(found)
 
     def inspect(self, limit: float) -> bool:
-        """Compare what it has with what it had; returns whether it was done, or later it is tried again.
+        """Compare its resources with the earlier ones; return whether that was possible, if not, try again later.
 
-        No operation may be under way: workers hold a shared lock (flock(2)) for each, which the kernel releases when
-        they are killed. For `limit` seconds at most no new operation begins.
+        No operation may be in progress: workers hold a shared lock (flock(2)) during each, which the kernel releases
+        when they are killed. New operations are prevented for at most `limit` seconds.
         """
         if not self.ready:
             return True
@@ -175,7 +175,7 @@ class TargetProcess:
         try:
             self._compare()
         except OSError:
-            pass  # it ended: `watch` reports that
+            pass  # it has exited, which `watch` reports
         finally:
             fcntl.flock(self._lock, fcntl.LOCK_UN)
             self._open()
@@ -190,7 +190,7 @@ class TargetProcess:
             self._before = _Resources.of(self.pid, self.kind)
             return
         before = self._before
-        deadline = time.monotonic() + 3  # the kernel ends pins and tracers a moment after their owner was killed
+        deadline = time.monotonic() + 3  # the kernel ends pins and tracers shortly after their owner was killed
         while (wrong := self._differences(before)) and time.monotonic() < deadline:
             time.sleep(0.05)
         for message in wrong:
@@ -203,7 +203,7 @@ class TargetProcess:
         wrong = []
         traced = [thread for thread in kernel.threads(self.pid) if self._is_held(thread)]
         if traced:
-            wrong.append(f"it is left traced or stopped: {self.threads()}")
+            wrong.append(f"it remains traced or stopped: {self.threads()}")
         after = _Resources.of(self.pid, self.kind)
         if after.threads != before.threads:
             wrong.append(f"it has {after.threads} threads, not {before.threads}")

@@ -1,4 +1,4 @@
-"""A worker: a process whose threads do one event after another, each checked."""
+"""A worker: a process whose threads execute one event after another, each of which is checked."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Orders(NamedTuple):
-    """What the supervisor has a worker do."""
+    """The supervisor's orders for a worker."""
 
     folder: str
     parent: int
@@ -43,18 +43,18 @@ class Orders(NamedTuple):
     kinds: list[str]
     """All kinds of the run, in the order of the board's counters."""
     life: float
-    """Seconds until it ends, and leaves its place to the next one."""
+    """Seconds after which it exits and is replaced by the next one."""
     patience: float
     cgroup: str | None
 
 
 class Runner:
-    """Does the events of one thread.
+    """Executes the events of one thread.
 
     Parameters
     ----------
     context : Context
-        The thread's.
+        The context of the thread.
     kinds : list of str
         All kinds of the run.
     """
@@ -66,7 +66,7 @@ class Runner:
         self._functions = {name: (events.KINDS | events.LIES)[name].load() for name in kinds}
 
     def run(self, kind: Kind) -> None:
-        """Do one event, and record how it ended."""
+        """Execute one event, and record its result."""
         row, index = self.context.row, self._index[kind.name]
         row[Thread.KIND] = index
         self.context.peer = None
@@ -93,7 +93,7 @@ class Runner:
         row[Thread.BEGAN] = 0
 
     def _is_of_this_tool(self, error: Exception) -> bool:
-        """Return whether a limit of the worker prevented an event from reading the kernel's files itself."""
+        """Return whether a limit of the worker prevented the event itself from reading the kernel's files."""
         number = getattr(error, "errno", 0)
         if not self.context.profile.descriptors or number not in (errno.EMFILE, errno.ENFILE):
             return False
@@ -109,7 +109,7 @@ class Runner:
             self._report("unexpected_refusals", kind, f"{error.code.name}: {error}")
 
     def _reason(self, kind: Kind, code: IOReturn) -> str:
-        """Return why a refusal was to be expected, "" if nothing explains it."""
+        """Return why a refusal was expected, "" if nothing explains it."""
         profile, peer = self.context.profile, self.context.peer
         if code == IOReturn.kIOReturnNotFound and peer and peer.has_ended:
             return "target ended"
@@ -126,7 +126,7 @@ class Runner:
         )
 
     def work(self, over: threading.Event) -> None:
-        """Do events until it is over."""
+        """Execute events until the end of the work."""
         choose, schedule = self.context.chance.choice, self._schedule
         while not over.is_set():
             self.run(choose(schedule))
@@ -140,7 +140,7 @@ class Worker:
         self.profile: Profile = PROFILES[orders.profile]
         folder = Path(orders.folder)
         self.board = Board(folder)
-        # Before the limits: what is opened here serves for the whole life of the worker.
+        # Before the limits apply: files that are opened here are used for the whole life of the worker.
         self._shared = Shared(folder, self.board, self.profile, orders.patience)
         self.runners = [
             Runner(
@@ -171,7 +171,7 @@ class Worker:
         """Work for the ordered time, or until the end of the run, and report leaks."""
         orders = self.orders
         self.profile.enter(Path(orders.cgroup) if orders.cgroup else None)
-        kernel.die_with_parent(orders.parent)  # a change of user has undone it
+        kernel.die_with_parent(orders.parent)  # a change of user has cleared the flag
         for thread in self._threads:
             thread.start()
         self._warm_up()
@@ -189,7 +189,7 @@ class Worker:
         self.leave.set()
 
     def _warm_up(self) -> None:
-        """Do each kind of event: what iobmd keeps for good is made when it is first needed."""
+        """Execute each kind of event once, because iobmd creates permanent resources when they are first needed."""
         runner = self.runners[0]
         for _ in range(2):
             for name in self.orders.kinds:
@@ -198,7 +198,7 @@ class Worker:
         runner.context.drain()
 
     def _report_left(self, before: footprint.Footprint) -> None:
-        deadline = time.monotonic() + 5  # the kernel ends pins and rings a moment after they were closed
+        deadline = time.monotonic() + 5  # the kernel ends pins and rings shortly after they were closed
         while (left := settled().left(before)) and time.monotonic() < deadline:
             time.sleep(0.1)
         for fault, (count, message) in left.items():
@@ -206,7 +206,7 @@ class Worker:
 
 
 def settled() -> footprint.Footprint:
-    """Return what this process holds when garbage is collected and iobmd's purger has ended."""
+    """Return the resources of this process after garbage collection and the end of iobmd's purger."""
     gc.collect()
     for thread in threading.enumerate():
         if thread.name == "iobmd-purger":
@@ -220,12 +220,12 @@ def main() -> None:
     kernel.die_with_parent(orders.parent)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's
-    warnings.simplefilter("ignore", DeprecationWarning)  # about forks in a process with threads, which are intended
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor handles Ctrl-C
+    warnings.simplefilter("ignore", DeprecationWarning)  # about forks with threads, which are intended
     threading.stack_size(footprint.STACK)
     Worker(orders).run()
     sys.stdout.flush()
-    os._exit(0)  # daemon threads may wait in iobmd still
+    os._exit(0)  # daemon threads may still wait in iobmd
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Workers as the supervisor sees them: started, watched, paused, killed, and replaced."""
+"""The supervisor's handling of workers: it starts, monitors, pauses, kills and replaces them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from .options import Options
 
 _LIFE = (15.0, 40.0)
-"""Seconds that a worker lives, at least and at most."""
+"""Minimum and maximum lifetime of a worker in seconds."""
 _TAIL = 6000
-"""Characters of a worker's log that a fault is reported with."""
+"""Number of characters of a worker's log that are included in the report of a fault."""
 
 
 class WorkerProcess:
-    """One place for a worker, in which one follows another.
+    """A place for one worker at a time.
 
     Parameters
     ----------
@@ -43,11 +43,11 @@ class WorkerProcess:
     options : Options
         Of the run.
     kinds : list of str
-        The kinds of events that can be done here.
+        The kinds of events that are possible on this host.
     profiles : list of str
-        Names of the profiles that workers in this place have, one after another.
+        Names of the profiles of successive workers in this place.
     cgroup : Path or None
-        For those that are squeezed.
+        The memory cgroup for workers with a squeezed profile.
     when_killed : callable
         Called after a worker was killed.
     """
@@ -113,7 +113,7 @@ class WorkerProcess:
             return
         if code and not self._killed:
             how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
-            self._report("crashes", f"a worker ended by itself, with {how}", log=self.log())
+            self._report("crashes", f"a worker exited unexpectedly, with {how}", log=self.log())
         if not self._board.stopping:
             self.start()
 
@@ -169,14 +169,14 @@ class WorkerProcess:
         self._when_killed()
 
     def kill_if_working(self) -> bool:
-        """Kill it unless it starts, or ends, or was killed already; returns whether it did."""
+        """Kill it unless it is starting, exiting or already killed; return whether it was killed."""
         if self._killed or self.process.poll() is not None or not any(row[Thread.BEGAN] for row in self.rows):
             return False
         self.kill()
         return True
 
     def pause(self, seconds: float) -> None:
-        """Stop it by SIGSTOP for a moment."""
+        """Stop it briefly by SIGSTOP."""
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGSTOP)
             time.sleep(seconds)

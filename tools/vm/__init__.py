@@ -2,7 +2,7 @@
 
 `python -m iobmd.tools.vm run` runs them (`make test-vm`), `… shell` opens a shell in one (`make vm-shell`).
 
-`kernels` fetches Debian's kernels and `image` packs what a guest needs into initramfs archives; both keep theirs in
-a cache outside of the tree. `machine` says what a guest is made of, `profiles` which tests run in which, `guest`
-boots it and judges what came out, and `table` writes down what each kernel can do.
+`kernels` fetches Debian's kernels, and `image` packs the files of a guest into initramfs archives; both use a cache
+outside the source tree. `machine` describes the hardware of a guest, `profiles` the tests that run in it. `guest`
+boots it and evaluates its output, and `table` records what each kernel supports.
 """

@@ -13,7 +13,7 @@ from .profiles import ALONE, CI, FULL, PROFILES, profile
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Return 0 when every guest passed, 1 when one failed, 2 when none could be run, 130 when it was interrupted."""
+    """Return 0 if every guest passed, 1 if one failed, 2 if none could be run, 130 if interrupted."""
     args = _arguments(argv)
     if missing := machine.missing():
         print(
@@ -23,10 +23,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "shell":
         return shell.open_in(kernels.kernel(args.kernel), profile(args.profile).machine)
     try:
-        with terminable():  # there are guests to end, and disks and archives to remove
+        with terminable():  # so that guests are ended, and disks and archives removed
             return _run(args)
     except KeyboardInterrupt:
-        print("interrupted: the guests are ended", file=sys.stderr)
+        print("interrupted: the guests were ended", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
@@ -45,11 +45,15 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m iobmd.tools.vm", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run the tests in guests")
-    run.add_argument("--kernels", default="", help=f"of {' '.join(kernels.SERIES)}, or any other series; all of them")
-    run.add_argument("--profiles", default="", help=f"of {' '.join(PROFILES)}, or ci, joined by + in one guest; all")
-    run.add_argument("--jobs", type=int, default=2, help="guests at a time")
-    run.add_argument("--table", type=Path, help="a page of the documentation whose table is brought up to date")
-    run.add_argument("--verbose", action="store_true", help="show what comes out of passing guests too")
+    run.add_argument(
+        "--kernels", default="", help=f"of {' '.join(kernels.SERIES)}, or another series (default: these)"
+    )
+    run.add_argument(
+        "--profiles", default="", help=f"of {' '.join(PROFILES)}, or ci; joined by +: one guest (default: all)"
+    )
+    run.add_argument("--jobs", type=int, default=2, help="number of guests that run at a time")
+    run.add_argument("--table", type=Path, help="a page of the documentation whose table is updated")
+    run.add_argument("--verbose", action="store_true", help="also show the output of guests that pass")
     shell_command = commands.add_parser("shell", help="open a shell in a guest; `poweroff -f` ends it")
     shell_command.add_argument("--kernel", default="newest", help="its series")
     shell_command.add_argument("--profile", default=next(iter(PROFILES)), choices=PROFILES, help="its hardware")
@@ -57,9 +61,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     for each in args.profiles.split() if args.command == "run" else ():
         names = each.split("+")
         if unknown := {*names} - ({*PROFILES, "ci"} if len(names) == 1 else {*PROFILES}):
-            parser.error(f"no profile {' '.join(unknown)}; there are {' '.join(PROFILES)} ci")
+            parser.error(f"no such profile: {' '.join(unknown)}; there are {' '.join(PROFILES)} ci")
         if len(names) > 1 and (alone := {*names} & ALONE):
-            parser.error(f"{' '.join(alone)}: in a guest of its own only")
+            parser.error(f"{' '.join(alone)}: only possible in a separate guest")
     return args
 
 
@@ -74,7 +78,7 @@ def _wanted(series: list[str], profiles: list[str]) -> list[tuple[kernels.Kernel
         print(f"{each}: {kernel.release}{other}", flush=True)
         found.setdefault(kernel.release, kernel)
     pairs = [(kernel, name) for kernel in found.values() for name in only.get(kernel.series, names)]
-    return sorted(pairs, key=lambda pair: -pair[1].count("+"))  # the long ones first: none runs alone at the end
+    return sorted(pairs, key=lambda pair: -pair[1].count("+"))  # long ones first: none runs alone at the end
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The folder, outside of the tree, that keeps kernels and archives from one run to the next."""
+"""The directory, outside the source tree, that stores kernels and archives between runs."""
 
 import os
 import shutil
@@ -8,14 +8,14 @@ from pathlib import Path
 
 
 def folder() -> Path:
-    """Return it: `IOBMD_VM_CACHE`, or `iobmd/vm` in the user's cache (XDG Base Directory Specification)."""
+    """Return the directory: `IOBMD_VM_CACHE`, or `iobmd/vm` in the user's cache (XDG Base Directories)."""
     if chosen := os.environ.get("IOBMD_VM_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iobmd" / "vm"
 
 
 def made(path: Path, make: Callable[[Path], None]) -> Path:
-    """Return `path`, a file or a folder, which `make` makes if it is not there: whole or not at all."""
+    """Return `path`, a file or a directory; if it does not exist, `make` creates it, completely or not at all."""
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,12 +7,12 @@ from typing import BinaryIO, Self
 
 
 class Archive:
-    """One archive: several, each padded, may follow each other in an initramfs. No times, so that it is reproducible.
+    """One archive. An initramfs may consist of several, each padded. Times are omitted, so that it is reproducible.
 
     Parameters
     ----------
     file
-        Where it is written to.
+        The file to write to.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -30,7 +30,7 @@ class Archive:
             self._put(b"\0" * (-self._written % 512))
 
     def folder(self, name: str | Path) -> None:
-        """Add a folder, and those it is in."""
+        """Add a directory and its parents."""
         path = Path("/", name)
         if path not in self._folders:
             self.folder(path.parent)
@@ -53,7 +53,7 @@ class Archive:
         self._entry("/dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
 
     def copy(self, source: Path, name: str | Path) -> None:
-        """Add a file, or a folder with all that is in it."""
+        """Add a file, or a directory with its contents."""
         if source.is_symlink():
             self.link(name, str(source.readlink()))
         elif source.is_dir():

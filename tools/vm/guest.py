@@ -1,4 +1,4 @@
-"""Booting a guest, and judging what came out of it."""
+"""Booting a guest, and evaluating its output."""
 
 import re
 import signal
@@ -13,7 +13,8 @@ from .kernels import Kernel
 from .machine import Machine
 
 BOOT = 60
-"""Seconds for a guest to come up, which takes 5 to 15: emulated processors sometimes hang in code that is patched."""
+"""Seconds within which a guest must start; it takes 5 to 15, but emulated processors sometimes hang in patched
+code."""
 
 _UP = "@@UP "
 _EXIT = re.compile(r"^@@EXIT (\d+) ", re.MULTILINE)
@@ -25,14 +26,14 @@ _OOPS = re.compile(
 
 
 class Outcome(NamedTuple):
-    """What became of a guest."""
+    """The result of a guest."""
 
     output: str
-    """What came out of it."""
+    """Its output."""
     log: str
     """The kernel's messages."""
     failure: str
-    """Why it counts as failed, "" when it does not."""
+    """Why it counts as failed, "" if it does not."""
     seconds: float
 
     @property
@@ -42,17 +43,17 @@ class Outcome(NamedTuple):
 
     @property
     def summary(self) -> str:
-        """What the test runner counted."""
+        """The counts in the test runner's summary."""
         found = _SUMMARY.search(self.output)
         return found[1] if found else ""
 
 
 class EndedError(Exception):
-    """The guests were ended before this one was through."""
+    """The guests were ended before this one was complete."""
 
 
 class Guests:
-    """Guests that run at the same time, each booted by a thread; whatever ends the `with` ends them all."""
+    """Guests that run at the same time, each booted by a thread; the end of the `with` block ends all of them."""
 
     def __init__(self) -> None:
         self._running: set[subprocess.Popen[str]] = set()
@@ -76,18 +77,18 @@ class Guests:
         Parameters
         ----------
         kernel, machine
-            What it is.
+            The kernel and the hardware of the guest.
         initramfs : Path
             The initramfs to boot; the log is written next to it.
         timeout : float
-            Seconds after it came up when it is ended, and has failed.
+            Seconds after its start after which it is ended, and has failed.
         see : callable
-            Is given each line that comes out of it.
+            Called with each line of its output.
 
         Raises
         ------
         EndedError
-            The `with` was over before.
+            The `with` block had already ended.
         """
         log = initramfs.with_name("kernel.log")
         log.touch()
@@ -96,7 +97,7 @@ class Guests:
         with self._start(machine.command(kernel.image, initramfs, log)) as qemu:
             alarm = _Alarm(qemu)
             try:
-                alarm.set(BOOT, f"not up after {BOOT} s")
+                alarm.set(BOOT, f"not started within {BOOT} s")
                 assert qemu.stdout
                 for line in qemu.stdout:
                     lines.append(line.replace("\r", ""))
@@ -120,7 +121,8 @@ class Guests:
         with self._lock:
             if self._ended:
                 raise EndedError
-            # The kernel ends it with this process, whatever ends that. Ctrl-C on the terminal is not for it.
+            # The kernel ends the guest with this process, whatever ends that. Ctrl-C on the terminal does not reach
+            # the guest.
             qemu = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", *words],
                 stdin=subprocess.DEVNULL,
@@ -135,7 +137,7 @@ class Guests:
 
 
 class _Alarm:
-    """Ends a guest when its time is over; `rang` says then why."""
+    """Ends a guest when its time is over; `rang` is then the reason."""
 
     def __init__(self, qemu: subprocess.Popen[str]) -> None:
         self._qemu = qemu
@@ -143,13 +145,13 @@ class _Alarm:
         self.rang = ""
 
     def set(self, seconds: float, why: str) -> None:
-        """Ring in so many seconds, instead of when it was to ring before."""
+        """Set the timer to a number of seconds from now, replacing the previous setting."""
         self.cancel()
         self._timer = threading.Timer(seconds, self._ring, [why])
         self._timer.start()
 
     def cancel(self) -> None:
-        """Do not ring."""
+        """Cancel the timer."""
         self._timer.cancel()
 
     def _ring(self, why: str) -> None:
@@ -158,15 +160,15 @@ class _Alarm:
 
 
 def verdict(output: str, log: str) -> str:
-    """Return why a guest failed, "" when it did not: no marker and no summary of the test runner is a failure too."""
+    """Return why a guest failed, "" if it did not. A missing marker or test runner's summary is a failure too."""
     if oops := _OOPS.search(log):
         return f"the kernel: {oops[0].strip()}"
     exit_status = _EXIT.search(output)
     if not exit_status:
-        return "it ended without the marker of its end"
+        return "it ended without the end marker"
     if exit_status[1] != "0":
         return f"its tests ended with status {exit_status[1]}"
-    return "" if _SUMMARY.search(output) else "no summary of the tests came out of it"
+    return "" if _SUMMARY.search(output) else "its output contains no summary of the tests"
 
 
 def _ended(status: int) -> str:

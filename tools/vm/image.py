@@ -1,7 +1,7 @@
-"""What a guest starts from: an initramfs of the Python that runs here, the tests' packages, and iobmd as it is built.
+"""The initramfs of a guest: the running Python, the packages that the tests need, and iobmd as built.
 
-It is made of archives that follow each other: the payload, packed for each run, the kernel's modules, and the base,
-which changes only with Python and the packages, and is kept in the cache.
+It consists of consecutive archives: the payload, which is packed for each run, the kernel's modules, and the base,
+which changes only with Python and the packages, and is cached.
 """
 
 import compileall
@@ -56,7 +56,7 @@ def payload(archive: Path) -> None:
 
 
 def initramfs(file: Path, command: str, *parts: Path) -> None:
-    """Write what a guest starts from: the shell script that it runs, `parts`, and the base."""
+    """Write the initramfs of a guest: the shell script that it runs, `parts`, and the base."""
     with file.open("wb") as joined:
         with cpio.Archive(joined) as packed:
             packed.file("/run", command.encode())
@@ -120,13 +120,13 @@ def _copy_package(name: str, site: Path) -> None:
 
 
 def _compile(folder: Path, where: Path) -> None:
-    """Compile beforehand: emulated, it takes seconds. Without times, for an initramfs keeps none."""
+    """Compile beforehand: it takes seconds under emulation. Times are omitted, because an initramfs has none."""
     mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
     compileall.compile_dir(folder, stripdir=folder, prependdir=where, quiet=2, invalidation_mode=mode)
 
 
 def _libraries(programs: list[Path], stage: Path) -> set[Path]:
-    """Return the shared libraries that programs are linked with, and the loader."""
+    """Return the shared libraries that programs are linked with, and the dynamic loader."""
     found: set[Path] = set()
     for program in programs:
         listed = subprocess.run(["ldd", program], capture_output=True, text=True, check=False).stdout

@@ -13,7 +13,7 @@ from . import cache, modules, vmlinux
 from .debian import Archive
 
 SERIES = ("5.10", "6.1", "6.12", "6.18", "newest")
-"""What the tests run on: every long-term kernel since io_uring's pins are usable, and the newest of all."""
+"""The kernels of the tests: every long-term series since io_uring's pins are usable, and the newest kernel."""
 
 _ARCHIVE = Archive(
     "apt",
@@ -32,20 +32,20 @@ class Kernel(NamedTuple):
     """A kernel in the cache."""
 
     series: str
-    """The series that was asked for."""
+    """The requested series."""
     release: str
-    """What uname(2) calls it."""
+    """Its release according to uname(2)."""
     image: Path
-    """The ELF file of it, which boots faster than the compressed one."""
+    """Its ELF file, which boots faster than the compressed one."""
     modules: Path
     """An archive of the modules that guests load."""
 
 
 def kernel(series: str) -> Kernel:
-    """Return the newest kernel of a series, fetched if need be; where the mirror lacks the series, the newest of all.
+    """Return the newest kernel of a series, downloaded if necessary; if the mirror has none, the newest of all.
 
     A mirror may list a version that it no longer carries: the previous one is then used.
-    Raises `subprocess.CalledProcessError` when apt fails for each.
+    Raises `subprocess.CalledProcessError` if apt fails for each.
     """
     *others, last = by_age(_releases(), series)[:_TRIES]
     for release in others:
@@ -55,7 +55,7 @@ def kernel(series: str) -> Kernel:
 
 
 def by_age(releases: list[str], series: str) -> list[str]:
-    """Return the releases of a series, the newest first; of all series where there is none, and for "newest"."""
+    """Return the releases of a series, newest first; of all series if it has none, and for "newest"."""
     own = [release for release in releases if release.startswith((f"{series}.", f"{series}-"))]
     return sorted(own or releases, key=lambda release: [int(n) for n in re.findall(r"\d+", release)], reverse=True)
 
@@ -66,7 +66,7 @@ def _unpacked(series: str, release: str) -> Kernel:
 
 
 def _releases() -> list[str]:
-    """Return all that the mirror lists, as of some days ago, so that the cache is of use; or ever, if it is away."""
+    """Return the mirror's list, some days old at most so that the cache is useful; of any age if it is offline."""
     known = cache.folder() / "releases"
     if known.exists() and time.time() - known.stat().st_mtime > _LOOK_AGAIN:
         with contextlib.suppress(subprocess.CalledProcessError):
@@ -81,7 +81,7 @@ def _ask_mirror(file: Path) -> None:
 
 
 def _fetch(release: str, place: Path) -> None:
-    """Unpack what is needed of a release's packages into `place`: one package, or three since 6.19."""
+    """Unpack the required files of a release's packages into `place`: one package, or three since Linux 6.19."""
     names = {f"linux-{part}-{release}-amd64" for part in ("image", "binary", "modules")}
     there = names & set(_ARCHIVE.apt("apt-cache", "pkgnames", "linux-").split())
     place.mkdir()

@@ -1,4 +1,4 @@
-"""What a guest is made of, and QEMU's words for it."""
+"""The hardware of a guest, and QEMU's options for it."""
 
 import os
 import shutil
@@ -14,22 +14,22 @@ class Machine(NamedTuple):
     memory: int = 1024
     """MiB."""
     below_4g: int = 0
-    """MiB of it that lie below 4 GiB, the rest lies above; 0: as many as fit."""
+    """MiB of it below 4 GiB, with the rest above; 0: as many as fit."""
     nodes: int = 1
     """NUMA nodes, 1 or 2: memory and the two processors are divided among them evenly."""
     edu: int = 0
     """Educational devices, which do DMA of up to 4 KiB at a time in either direction (QEMU, docs/specs/edu)."""
     edu_mask: int = (1 << 64) - 1
-    """The addresses an edu reaches: it clamps others, and reads a wrong frame without a word."""
+    """Number of address bits of an edu device, which truncates other addresses and silently reads a wrong frame."""
     iommu: bool = False
     """An Intel IOMMU, through which all devices go."""
     disk: Path | None = None
     """The image of an NVMe disk."""
     append: str = ""
-    """More words for the kernel's command line."""
+    """Additional parameters of the kernel's command line."""
 
     def with_all_of(self, other: "Machine") -> "Machine":
-        """Return a machine that has what both have, the more of each; neither has an IOMMU, or narrow devices."""
+        """Return a machine with the maximum of both; neither may have an IOMMU or narrow devices."""
         return self._replace(
             memory=max(self.memory, other.memory),
             below_4g=max(self.below_4g, other.below_4g),
@@ -38,7 +38,7 @@ class Machine(NamedTuple):
         )
 
     def command(self, kernel: Path, initramfs: Path, log: Path) -> list[str]:
-        """Return QEMU's command line: the results come out of its standard output, the kernel's messages in `log`."""
+        """Return QEMU's command line; results are written to its standard output, the kernel's messages to `log`."""
         return [
             *(QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
             *("-accel", "tcg", "-cpu", "max", "-smp", f"2,sockets={self.nodes}", "-m", str(self.memory)),
@@ -72,7 +72,7 @@ class Machine(NamedTuple):
 
 
 def missing() -> str:
-    """Return which programs are missing to run guests, "" for none."""
+    """Return which programs for running guests are missing, "" if none."""
     paths = f"{os.environ.get('PATH', os.defpath)}:/sbin:/usr/sbin"
     needed = (QEMU, "busybox", "dpkg-deb", "apt-get", "ldd", "zstd", "setpriv")
     return " ".join(program for program in needed if not shutil.which(program, path=paths))

@@ -13,7 +13,7 @@ _DEPENDS = re.compile(rb"(?:^|\0)depends=([^\0]*)\0")
 
 
 def pack(tree: Path, archive: Path) -> None:
-    """Write those of lib/modules/RELEASE that are wanted to `archive`, with their order in /modules/order."""
+    """Write the required modules of lib/modules/RELEASE to `archive`, with their order in /modules/order."""
     found = load(tree, WANTED)
     with archive.open("wb") as file, cpio.Archive(file) as packed:
         packed.file("/modules/order", "".join(f"{name}\n" for name in found).encode(), 0o644)
@@ -22,7 +22,7 @@ def pack(tree: Path, archive: Path) -> None:
 
 
 def load(tree: Path, wanted: tuple[str, ...]) -> dict[str, bytes]:
-    """Return the modules and all that they need, each after what it needs; what is built in is left out."""
+    """Return the modules and their dependencies, each after those on which it depends, except built-in ones."""
     there = {_name(path): path for path in tree.glob("kernel/**/*.ko*")}
     loaded: dict[str, bytes] = {}
 

@@ -1,4 +1,4 @@
-"""Which guests there are: what each is made of, and what runs in it."""
+"""The kinds of guests: the hardware of each, and the tests that run in it."""
 
 import functools
 import shlex
@@ -6,11 +6,11 @@ from typing import NamedTuple, Self
 
 from .machine import Machine
 
-# A guest loads no plugin that is not named; a test takes a multiple of the time.
+# A guest loads only the plugins that are named; each test takes several times as long.
 _PYTEST = "python3 -m pytest -v --assert=plain -p no:cacheprovider -p pytest_timeout --timeout=300"
 
-# Emulated, Python is 16 times slower: without what makes thousands of buffers, races threads, or fills gigabytes.
-# Of what is purgeable only what each kernel does in a way of its own.
+# Under emulation, Python is 16 times slower: tests that create thousands of buffers, race threads or fill gigabytes
+# are omitted. Of the tests of purgeable memory, only those run whose results depend on the kernel.
 _PURGEABLE = [
     "old_state_is_a_plain_state",
     "obsolete_drops_at_once",
@@ -39,9 +39,9 @@ class Profile(NamedTuple):
     tests: str
     """Arguments of pytest."""
     timeout: float = 600
-    """Seconds; several times what it takes, for others use the processor too."""
+    """Limit in seconds: several times the usual duration, because other processes use the processor too."""
     disk: int = 0
-    """MiB of the NVMe disk that it gets, which is compared with what it was to write there."""
+    """MiB of its NVMe disk, which is compared with the data that the guest must write."""
 
     @property
     def command(self) -> str:
@@ -49,7 +49,7 @@ class Profile(NamedTuple):
         return f"{_PYTEST} {self.tests}\n"
 
     def with_all_of(self, other: Self) -> Self:
-        """Return a profile that does what both do, in one guest."""
+        """Return a profile that runs the tests of both in one guest."""
         machine = self.machine.with_all_of(other.machine)
         tests = f"{self.tests} {other.tests}"
         return type(self)(machine, tests, max(self.timeout, other.timeout), max(self.disk, other.disk))
@@ -68,19 +68,20 @@ PROFILES = {
     ),
     "iommu": Profile(Machine(edu=3, iommu=True, append="intel_iommu=on"), "tests/vm/test_iommu.py"),
 }
-"""By name. Joined by +, one guest does what several say, and begins only once: a third of a short guest's time."""
+"""Profiles by name. Profiles joined by + run in one guest, which starts only once; the start is a third of the time
+of a short guest."""
 
 ALONE = {"small", "iommu"}
-"""Those of a machine that the others' tests do not run on."""
+"""Profiles whose machine cannot run the tests of the others."""
 
 FULL = ("device+nvme+kernel", "small", "iommu")
-"""What a full run takes on every kernel."""
+"""The profiles of a full run on every kernel."""
 
 CI = {"5.10": ("device",), "newest": ("device+nvme", "small", "iommu")}
-"""What CI runs: the oldest kernel and the newest."""
+"""The runs of CI: the oldest kernel and the newest."""
 
 
 def profile(names: str) -> Profile:
-    """Return the profile of one guest, by its name, or by several that are joined by +."""
+    """Return the profile of one guest from its name, or from several names joined by +."""
     first, *others = names.split("+")
     return functools.reduce(Profile.with_all_of, [PROFILES[name] for name in others], PROFILES[first])

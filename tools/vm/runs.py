@@ -12,13 +12,13 @@ from . import disk, guest, image
 from .kernels import Kernel
 from .profiles import profile
 
-_BOOTS = 3  # emulated processors sometimes trip over code that the kernel patches as it boots
-_LOG_TAIL = 30  # lines of a kernel's messages that are shown when its guest failed
+_BOOTS = 3  # emulated processors sometimes crash in code that the kernel patches while it boots
+_LOG_TAIL = 30  # number of kernel messages that are shown if the guest failed
 _speaking = threading.Lock()
 
 
 class Run(NamedTuple):
-    """A guest to be run, and what became of it."""
+    """A guest to be run, and its result."""
 
     kernel: Kernel
     profile: str
@@ -30,7 +30,7 @@ class Run(NamedTuple):
 
 
 def run_all(pairs: Iterable[tuple[Kernel, str]], jobs: int, verbose: bool) -> list[Run]:
-    """Run a guest for each kernel and profile, `jobs` at a time. What interrupts it ends them, with all they had."""
+    """Run a guest for each kernel and profile, `jobs` at a time. An interrupt ends them and removes their files."""
     with (
         tempfile.TemporaryDirectory(prefix="iobmd-vm.") as folder,
         ThreadPoolExecutor(jobs) as pool,
@@ -38,12 +38,12 @@ def run_all(pairs: Iterable[tuple[Kernel, str]], jobs: int, verbose: bool) -> li
     ):
         payload = Path(folder, "payload.cpio")
         image.payload(payload)
-        image.base()  # into the cache, before the threads ask for it
+        image.base()  # stored in the cache before the threads need it
         return list(pool.map(lambda pair: run(guests, pair[0], pair[1], payload, verbose), pairs))
 
 
 def run(guests: guest.Guests, kernel: Kernel, name: str, payload: Path, verbose: bool) -> Run:
-    """Run one guest; its lines are shown as they come, or only when it fails."""
+    """Run one guest; its output is shown as it arrives, or only if it fails."""
     wanted, tag = profile(name), f"{kernel.release} {name}"
     see = functools.partial(_show, tag) if verbose else _pass_over
     with tempfile.TemporaryDirectory(prefix="iobmd-vm.") as folder:
@@ -56,7 +56,7 @@ def run(guests: guest.Guests, kernel: Kernel, name: str, payload: Path, verbose:
         for _ in range(_BOOTS - 1):
             if outcome.came_up:
                 break
-            print(f"{tag} did not come up ({outcome.failure}): once more", flush=True)
+            print(f"{tag} did not start ({outcome.failure}): trying again", flush=True)
             outcome = guests.boot(kernel, machine, initramfs, wanted.timeout, see)
         if machine.disk and not outcome.failure:
             outcome = outcome._replace(failure=disk.compare(machine.disk))

@@ -1,4 +1,4 @@
-"""What each kernel can do, as a table of the documentation."""
+"""The features of each kernel, as a table of the documentation."""
 
 import re
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ _COUNT = re.compile(r"^@@COUNT (.+?): (\d+)$", re.MULTILINE)
 
 
 def totals(runs: Iterable[Run]) -> list[str]:
-    """Return what the guests' tests counted, summed up."""
+    """Return the sums of the counts of the guests' tests."""
     sums: dict[str, int] = {}
     for run in runs:
         for name, count in _COUNT.findall(run.outcome.output):
@@ -21,7 +21,7 @@ def totals(runs: Iterable[Run]) -> list[str]:
 
 
 def capabilities(runs: Iterable[Run]) -> dict[str, dict[str, str]]:
-    """Return for each capability what each kernel says to it."""
+    """Return the answer of each kernel for each capability."""
     found: dict[str, dict[str, str]] = {}
     for run in runs:
         for name, answer in _CAPABILITY.findall(run.outcome.output):
@@ -30,7 +30,7 @@ def capabilities(runs: Iterable[Run]) -> dict[str, dict[str, str]]:
 
 
 def table(runs: list[Run]) -> str:
-    """Return the table, in Markdown: a capability a row, a kernel a column."""
+    """Return the table in Markdown, with a row for each capability and a column for each kernel."""
     releases = list(dict.fromkeys(run.kernel.release for run in runs))
     rows = [["", *(release.removesuffix("-amd64") for release in releases)], ["---"] * (len(releases) + 1)]
     rows += [
@@ -43,11 +43,11 @@ def table(runs: list[Run]) -> str:
 
 
 def write(runs: list[Run], page: Path) -> None:
-    """Put the table, and the totals, where a page has its markers. Raises ValueError when it has none."""
+    """Write the table and the totals between the markers of a page. Raises ValueError if it has none."""
     before, begin, rest = page.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{page} has not the lines {BEGIN!r} and {END!r}")
+        raise ValueError(f"{page} lacks the lines {BEGIN!r} and {END!r}")
     counted = "".join(f"\n{line}.\n" for line in totals(runs))
     page.write_text(f"{before}{begin}\n{table(runs)}{counted}{end}{after}")
 

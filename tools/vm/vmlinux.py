@@ -1,4 +1,4 @@
-"""The ELF kernel inside of a bzImage: QEMU boots it by its PVH note, without decompressing it in emulation."""
+"""The ELF kernel inside a bzImage: QEMU boots it by its PVH note, without decompressing it under emulation."""
 
 import bz2
 import gzip
@@ -8,9 +8,9 @@ import subprocess
 
 
 def extract(bzimage: bytes) -> bytes:
-    """Return the kernel that a bzImage holds (Documentation/arch/x86/boot.rst, payload_offset).
+    """Return the kernel that a bzImage contains (Documentation/arch/x86/boot.rst, payload_offset).
 
-    Raises ValueError for a compression that is not known.
+    Raises ValueError for an unknown compression.
     """
     setup = (bzimage[0x1F1] or 4) + 1
     offset, length = struct.unpack_from("<II", bzimage, 0x248)
@@ -27,4 +27,4 @@ def _decompress(payload: bytes) -> bytes:
         return bz2.decompress(payload)
     if payload.startswith(b"\x28\xb5\x2f\xfd"):
         return subprocess.run(["zstd", "-dcq"], input=payload, stdout=subprocess.PIPE, check=True).stdout
-    raise ValueError(f"a kernel compressed in a way that begins with {payload[:6].hex()}")
+    raise ValueError(f"unknown compression of the kernel, which begins with {payload[:6].hex()}")

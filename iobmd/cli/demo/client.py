@@ -35,8 +35,7 @@ class Piece(NamedTuple):
 
 
 class Client:
-    """The process, as a context manager: `pid`, and `pieces` by kind, without the kinds that the host does not
-    support."""
+    """The process, as a context manager: `pid`, and `pieces` by kind, for the kinds that the host supports."""
 
     def __init__(self, **sizes: int) -> None:
         command = python("-m", "iobmd.cli.demo.client", *(f"{kind}={size}" for kind, size in sizes.items()))

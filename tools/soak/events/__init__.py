@@ -1,4 +1,4 @@
-"""The kinds of events: what workers do with iobmd, each checked against the kernel. One module for each family."""
+"""The kinds of events: operations of workers, each checked against the kernel. Each family is one module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Kind(NamedTuple):
-    """What happens in an event.
+    """A kind of event.
 
     Parameters
     ----------
@@ -27,9 +27,9 @@ class Kind(NamedTuple):
         ``module.function`` of this package, loaded only by workers: the supervisor does not load the library. It
         executes the event with a `Context`, and raises `context.Found` if it finds a fault.
     needs : str
-        What it cannot do without: a key of `requirements.PROBES`, or "".
+        Its requirement: a key of `requirements.PROBES`, or "".
     refusals : mapping of IOReturn to str
-        Codes that are expected, and the key of `report.REASONS` that says why.
+        Codes that are expected, each with the key of the reason in `report.REASONS`.
     """
 
     name: str
@@ -100,6 +100,6 @@ LIES = {kind.name: kind for kind in (
 
 
 def schedule(names: list[str]) -> list[Kind]:
-    """Return kinds as often as their weights say: a uniform choice from this list is a weighted one."""
+    """Return each kind as often as its weight, so that a uniform choice from the list is a weighted one."""
     kinds = [(KINDS | LIES)[name] for name in names]
     return list(itertools.chain.from_iterable([kind] * kind.weight for kind in kinds))

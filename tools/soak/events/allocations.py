@@ -1,4 +1,4 @@
-"""Allocations: fresh memory is zero, holds what is written, and lies where iobmd says."""
+"""Allocations: new memory is zero, retains what is written to it, and has the addresses that iobmd reports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ZEROS = bytes(_LARGE)
 
 
 def check_new(context: Context, buffer: IOBufferMemoryDescriptor, size: int) -> bytes:
-    """Check that new memory is zero and holds what is written to it; returns what was written."""
+    """Check that new memory is zero and retains the bytes that are written to it; return these."""
     fresh = buffer.readBytes(0, size)
     if fresh != _ZEROS[:size]:
         context.check_bytes(fresh, bytes(size), "new memory")
@@ -34,7 +34,7 @@ def check_new(context: Context, buffer: IOBufferMemoryDescriptor, size: int) -> 
 
 
 def check_addresses(context: Context, buffer: iobmd.IOMemoryDescriptor, address: int, size: int) -> tuple[int, ...]:
-    """Check that pinned memory is present, and has the physical addresses that iobmd says; returns its frames."""
+    """Check that pinned memory is present and has the physical addresses that iobmd reports; return its frames."""
     frames = context.pinned_frames(address, size)
     if not context.shared.shows_frames:
         return frames
@@ -49,7 +49,9 @@ def check_addresses(context: Context, buffer: iobmd.IOMemoryDescriptor, address:
         first = start - (at if not told else 0)
         told += range(first, start + length, _PAGE)
     if told != expected:
-        raise Found("wrong_addresses", f"pages {list(map(hex, expected))[:8]}, iobmd says {list(map(hex, told))[:8]}")
+        raise Found(
+            "wrong_addresses", f"pages {list(map(hex, expected))[:8]}, iobmd reports {list(map(hex, told))[:8]}"
+        )
     return frames
 
 
@@ -77,7 +79,7 @@ def pageable(context: Context) -> None:
 
 
 def wired(context: Context) -> None:
-    """Allocate wired private memory of several pages, and read it by another way too."""
+    """Allocate wired private memory of several pages, and also read it in another way."""
     _checked(context, context.chance.choice(_MIDDLE), shared=False)
 
 
@@ -87,12 +89,12 @@ def shared(context: Context) -> None:
 
 
 def large(context: Context) -> None:
-    """Allocate private memory that takes huge pages."""
+    """Allocate private memory that is large enough for huge pages."""
     _checked(context, _LARGE, shared=False)
 
 
 def large_shared(context: Context) -> None:
-    """Allocate shared memory that takes huge pages."""
+    """Allocate shared memory that is large enough for huge pages."""
     _checked(context, _LARGE, shared=True)
 
 
@@ -107,7 +109,7 @@ def _checked(context: Context, size: int, *, shared: bool) -> None:
         if kernel.resident(start, pages * _PAGE) != pages and not shared:
             raise Found("frames_moved", "pages of wired memory are not resident (mincore)")
         if size == _LARGE:
-            counters = kernel.smaps(address)  # of a mapping that may hold more
+            counters = kernel.smaps(address)  # of a mapping that may contain more memory
             if not min(counters.get("Rss", 0), counters.get("Locked", 0)) >= _LARGE >> 10:
                 raise Found("frames_moved", f"smaps of wired memory: {counters}")
         context.check_bytes(kernel.read_memory(os.getpid(), address, size), content, "process_vm_readv")
@@ -135,7 +137,7 @@ def masked(context: Context) -> None:
 
 
 def guarded(context: Context) -> None:
-    """Allocate memory between guard pages: its neighbours cannot be read."""
+    """Allocate memory between guard pages, and check that these cannot be read."""
     size = context.chance.choice((1, 3)) * _PAGE
     with IOBufferMemoryDescriptor.inTaskWithGuardPages(kernel_task, 3, size) as buffer:
         address = buffer.getBytesNoCopy()

@@ -45,7 +45,7 @@ def readinto(context: Context) -> None:
 
 
 def write(context: Context) -> None:
-    """Write to a target's memory, to a part of it that is this thread's."""
+    """Write to the part of a target's memory that belongs to this thread."""
     with context.target() as peer:
         size = 1 << context.chance.randrange(13)
         address = peer.scratch + context.chance.randrange(SCRATCH_SLICE - size + 1)
@@ -72,7 +72,7 @@ def copy(context: Context) -> None:
 
 
 def freeze(context: Context) -> None:
-    """Copy a target's memory while it stands still."""
+    """Copy a target's memory as of one moment."""
     with context.target() as peer:
         offset, size = _part(context)
         with iobmd.copy(peer.pid, peer[_memory(context)] + offset, size, freeze=True, wired=False) as buffer:
@@ -80,7 +80,7 @@ def freeze(context: Context) -> None:
 
 
 def moment(context: Context) -> None:
-    """Copy pages that a target numbers one after another: the numbers are of one moment."""
+    """Copy pages to which a target writes consecutive numbers, and check that all numbers are of one moment."""
     with (
         context.target(Target.MOMENT) as peer,
         iobmd.copy(peer.pid, peer[Target.MOMENT], MOMENT, freeze=True, wired=False) as buffer,
@@ -92,7 +92,7 @@ def moment(context: Context) -> None:
 
 
 def sparse(context: Context) -> None:
-    """Read shared memory that its owner never touched: zeros, and nothing is allocated (inspections see that)."""
+    """Read shared memory that its owner never touched: zeros. Inspections check that nothing is allocated."""
     with context.target() as peer:
         size = 1 << context.chance.randrange(12, 19)
         offset = context.chance.randrange(SPARSE - size)
@@ -106,7 +106,7 @@ def sparse(context: Context) -> None:
 
 
 def faulting(context: Context) -> None:
-    """Copy memory whose page faults the target serves itself, with and without having it stand still."""
+    """Copy memory whose page faults the target serves itself, with and without stopping the target."""
     with context.target(Target.FAULTING) as peer:
         offset, size = _part(context, 64 << 10)
         frozen = context.chance.random() < 0.3

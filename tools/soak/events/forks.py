@@ -1,4 +1,4 @@
-"""Forks while buffers live: pinned pages stay with the parent, other memory can be used in the child too."""
+"""Forks while buffers exist: pinned pages remain with the parent, and other memory can be used in the child too."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _SAME, _DIFFERENT, _FAILED = 0, 3, 4
 
 
 def in_child(context: Context, work: Callable[[], bool]) -> bool:
-    """Return what `work` returns in a forked child.
+    """Call `work` in a forked child and return its result.
 
     Raises
     ------
     Found
-        The child ended otherwise, or did not end: it inherits every lock that another thread held.
+        The child ended in another way, or did not end, because it inherits every lock that another thread held.
     Skipped
-        No process could be made.
+        No process could be created.
     """
     with _stack_file() as stack:
         child = _fork(context, work, stack)
@@ -88,7 +88,7 @@ def _fork(context: Context, work: Callable[[], bool], stack: int) -> int:
 
 
 def _wait(child: int) -> int:
-    """Return the wait status of a child. It ends itself after a while."""
+    """Return the wait status of a child, which exits by itself after a time."""
     pause = 0.0005
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
@@ -124,7 +124,7 @@ def fork(context: Context) -> None:
             return False
 
         if not in_child(context, work):
-            raise Found("wrong_bytes", "a forked child saw other bytes, or could use wired memory")
+            raise Found("wrong_bytes", "a forked child read wrong bytes, or could use wired memory")
         wired.writeBytes(0, content[::-1])
         if pinned:
             context.check_frames(address, frames, "pinned memory after a fork")

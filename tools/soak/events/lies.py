@@ -1,4 +1,4 @@
-"""Events that cause faults deliberately: a run with one of them must report it. Each does so once per thread."""
+"""Events that cause faults deliberately, each once per thread. A run with one of them must report the fault."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def moved(context: Context) -> None:
 
 @_once
 def wrong_bytes(context: Context) -> None:
-    """Change a byte behind the check's back."""
+    """Change a byte without the check's knowledge."""
     with iobmd.allocate(4096) as buffer:
         content = context.chance.randbytes(4096)
         buffer.writeBytes(0, content)
@@ -72,8 +72,8 @@ def wrong_state(context: Context) -> None:
 
 @_once
 def wrong_code(_context: Context) -> None:
-    """Refuse for no reason."""
-    raise BadArgumentError("refused for no reason")
+    """Refuse without a reason."""
+    raise BadArgumentError("refused without a reason")
 
 
 @_once
@@ -117,7 +117,7 @@ def child(_context: Context) -> None:
 
 @_once
 def hang(_context: Context) -> None:
-    """Do not end."""
+    """Never end."""
     threading.Event().wait()
 
 
@@ -129,13 +129,13 @@ def crash(_context: Context) -> None:
 
 @_once
 def disturb(context: Context) -> None:
-    """Stop a target behind the supervisor's back."""
+    """Stop a target without the supervisor's knowledge."""
     with context.target() as peer:
         os.kill(peer.pid, signal.SIGSTOP)
 
 
 @_once
 def kill(context: Context) -> None:
-    """Kill a target behind the supervisor's back."""
+    """Kill a target without the supervisor's knowledge."""
     with context.target() as peer:
         os.kill(peer.pid, signal.SIGKILL)

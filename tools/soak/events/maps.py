@@ -1,4 +1,4 @@
-"""Maps: the same pages at further addresses, here and in targets, and other pages after a redirect."""
+"""Maps: the same pages at additional addresses, in this process and in targets, and other pages after a redirect."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _READ_ONLY = int(IOMapOptions.kIOMapReadOnly)
 
 
 def here(context: Context) -> None:
-    """Map shared memory once more in this process: both addresses show the same frames."""
+    """Map shared memory at a second address in this process: both addresses have the same frames."""
     size = context.chance.choice((1, 3, 16)) * kernel.PAGE
     with iobmd.allocate(size, shared=True) as buffer, buffer.map(_UNIQUE) as mapped:
         content = context.chance.randbytes(size)
@@ -32,11 +32,11 @@ def _check_same_frames(context: Context, address: int, other: kernel.Pagemap, th
     mine = context.pagemap.frames(address, size)
     theirs = other.frames(there, size)
     if any(one and another and one != another for one, another in zip(mine, theirs, strict=True)):
-        raise Found("wrong_addresses", "two maps of the same memory show different frames")
+        raise Found("wrong_addresses", "two maps of the same memory have different frames")
 
 
 def read_only(context: Context) -> None:
-    """Map a part read-only: the kernel refuses to write there, and it shows what is written elsewhere."""
+    """Map a part read-only: the kernel refuses writes there, and writes at other addresses are visible."""
     with (
         iobmd.allocate(3 * kernel.PAGE, wired=False, shared=True) as buffer,
         buffer.createMappingInTask(
@@ -53,7 +53,7 @@ def read_only(context: Context) -> None:
 
 
 def redirect(context: Context) -> None:
-    """Show other memory at the addresses of a map."""
+    """Redirect a map to other memory."""
     size = context.chance.choice((1, 4)) * kernel.PAGE
     first, second = context.chance.randbytes(size), context.chance.randbytes(size)
     with (
@@ -66,11 +66,11 @@ def redirect(context: Context) -> None:
         context.check_bytes(bytes(mapped), first, "a map before its redirection")
         mapped.redirect(new)
         context.check_bytes(bytes(mapped), second, "a map after its redirection")
-        context.check_bytes(old.readBytes(0, size), first, "memory that was mapped before")
+        context.check_bytes(old.readBytes(0, size), first, "memory that was mapped before the redirection")
 
 
 def in_target(context: Context) -> None:
-    """Map shared memory in a target: it has the same pages there, and nothing is left of it afterwards."""
+    """Map shared memory in a target: it has the same pages there, and no mapping remains afterwards."""
     size = context.chance.choice((1, 8)) * kernel.PAGE
     with context.target() as peer, iobmd.allocate(size, shared=True) as buffer:
         task = Task(peer.pid)
@@ -83,13 +83,13 @@ def in_target(context: Context) -> None:
             if not peer.was_killed and (seen := kernel.read_memory(peer.pid, there, size)):
                 context.check_bytes(seen, content, "a map in a target, by process_vm_readv")
             task.write(there, content[::-1])
-            context.check_bytes(buffer.readBytes(0, size), content[::-1], "memory a target maps")
+            context.check_bytes(buffer.readBytes(0, size), content[::-1], "memory that a target maps")
         if context.chance.random() < 0.2 and kernel.read_memory(peer.pid, there, 1) and not peer.was_killed:
             _check_gone(peer.pid, there)
 
 
 def redirect_in_target(context: Context) -> None:
-    """Show other memory at the addresses of a map in a target."""
+    """Redirect a map in a target to other memory."""
     first, second = context.chance.randbytes(kernel.PAGE), context.chance.randbytes(kernel.PAGE)
     with (
         context.target() as peer,
@@ -110,6 +110,6 @@ def redirect_in_target(context: Context) -> None:
 
 
 def _check_gone(pid: int, address: int) -> None:
-    for area in kernel.mappings(pid):  # another worker's map may be there by now
+    for area in kernel.mappings(pid):  # another worker may have mapped memory there in between
         if area.start <= address < area.end and "iobmd" not in area.name:
             raise Found("programs_disturbed", f"{area} is mapped in a target where iobmd had mapped memory")

@@ -1,4 +1,4 @@
-"""Pins: from `prepare` to `complete` no page moves, whatever the kernel does; memory that is only locked does."""
+"""Pins: from `prepare` to `complete` no page moves, whatever the kernel does; memory that is only locked moves."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 _HUGE = 2 << 20
 _HELD = 6
-"""How many pinned buffers a thread holds at most."""
+"""Maximum number of pinned buffers that a thread holds."""
 
 
 def prepare(context: Context) -> None:
-    """Prepare pageable memory, once or several times, and complete it as often."""
+    """Prepare pageable memory, once or several times, and complete it equally often."""
     size = context.chance.choice((1, 4096, 20_000, 64 << 10))
     times = context.chance.choice((1, 1, 2))
     with iobmd.allocate(size, wired=False, shared=context.chance.random() < 0.3) as buffer:
@@ -58,7 +58,7 @@ def existing(context: Context) -> None:
 
 
 def hold(context: Context) -> None:
-    """Begin to hold pinned memory for many events, or stop holding what was held for longest."""
+    """Begin to hold pinned memory for many events, or release the memory that was held for longest."""
     if len(context.held) >= _HELD:
         held = context.held.popleft()
         _check(context, held)
@@ -77,7 +77,7 @@ def hold(context: Context) -> None:
 
 
 def _hold_existing(context: Context) -> Held:
-    """Return prepared small pages, which MADV_COLLAPSE could make a huge page of."""
+    """Return prepared small pages, which MADV_COLLAPSE could collapse into a huge page."""
     address = kernel.map_private(2 * _HUGE)
     try:
         kernel.advise(address, 2 * _HUGE, kernel.MADV_NOHUGEPAGE)
@@ -109,7 +109,7 @@ def _check(context: Context, held: Held) -> None:
 
 
 def verify(context: Context) -> None:
-    """Check that held memory is where it was and as it was."""
+    """Check that held memory has the same frames and contents as before."""
     if not context.held:
         raise Skipped
     _check(context, context.chance.choice(context.held))
@@ -130,7 +130,7 @@ def collapse(context: Context) -> None:
 
 
 def control(context: Context) -> None:
-    """Look whether memory that is only locked has moved: the disturbances must show there."""
+    """Check whether memory that is only locked has moved, which shows that the disturbances are effective."""
     size = 2 * _HUGE
     if context.profile.is_short_of_memory:
         raise Skipped

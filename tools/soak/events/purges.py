@@ -1,4 +1,4 @@
-"""Purgeable memory: what a state promises of the bytes is true, and nothing is taken that is not volatile."""
+"""Purgeable memory: the contents are those that the state promises, and only volatile memory is reclaimed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _EMPTY = IOPurgeable.kIOMemoryPurgeableEmpty
 
 
 def private(context: Context) -> None:
-    """Make private memory volatile, have the kernel take pages of it or not, and keep it again."""
+    """Make private memory volatile, let the kernel reclaim pages of it or not, and make it non-volatile again."""
     pages = context.chance.choice((1, 4, 16, 64))
     size = pages * kernel.PAGE
     with iobmd.allocate(size, wired=False, purgeable=True) as buffer:
@@ -34,7 +34,7 @@ def private(context: Context) -> None:
             buffer.setPurgeable(_VOLATILE)
             if taken := context.chance.choice((0, 0, 1, pages)):
                 first = context.chance.randrange(pages - taken + 1)
-                with contextlib.suppress(OSError):  # EINVAL: iobmd has locked it for a moment
+                with contextlib.suppress(OSError):  # EINVAL: iobmd has locked it temporarily
                     kernel.advise(address + first * kernel.PAGE, taken * kernel.PAGE, kernel.MADV_PAGEOUT)
             lost = context.pagemap.absent(address, size)
             old = buffer.setPurgeable(_NON_VOLATILE)
@@ -42,7 +42,7 @@ def private(context: Context) -> None:
             context.count("pages_taken", lost)
             may_be_taken = context.profile.squeezed or purges != context.shared.purges
             if old == _EMPTY and not lost and not may_be_taken and not context.shared.host_reclaims():
-                raise Found("wrong_purge_states", "Empty was returned, and nothing had been taken")
+                raise Found("wrong_purge_states", "Empty was returned, but nothing had been reclaimed")
             _check_kept(context, buffer, content if old == _VOLATILE else bytes(size))
             if old == _EMPTY:
                 buffer.writeBytes(0, content)
@@ -56,7 +56,7 @@ def _check_kept(context: Context, buffer: IOBufferMemoryDescriptor, content: byt
 
 
 def shared(context: Context) -> None:
-    """Make shared memory volatile, have it taken by iobmd or not, and keep it again."""
+    """Make shared memory volatile, purge it or not, and make it non-volatile again."""
     size = context.chance.choice((1, 16)) * kernel.PAGE
     with iobmd.allocate(size, wired=False, purgeable=True, shared=True) as buffer:
         content = context.chance.randbytes(size)

@@ -37,7 +37,7 @@ def handed_over(context: Context) -> None:
 def _sockets() -> tuple[socket.socket, socket.socket]:
     try:
         return socket.socketpair()
-    except OSError:  # no descriptor is free: that says nothing of iobmd
+    except OSError:  # no descriptor is free, which is not a fault of iobmd
         raise Skipped from None
 
 
@@ -56,7 +56,7 @@ def to_child(context: Context) -> None:
                 return same
 
         if not in_child(context, work):
-            raise Found("wrong_bytes", "a forked process saw other bytes in shared memory")
+            raise Found("wrong_bytes", "a forked process read wrong bytes in shared memory")
         context.check_bytes(
             kernel.read_memory(os.getpid(), buffer.getBytesNoCopy(), 4096), content[::-1], "shared memory"
         )

@@ -1,4 +1,4 @@
-"""Memory allocated and pinned in targets, which are stopped for an instant, and keep nothing of it."""
+"""Memory allocated and pinned in targets, which are stopped briefly, and in which nothing remains afterwards."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _check_frames(context: Context, descriptor: IOMemoryDescriptor, peer: Peer, 
     told = [page for start, length in descriptor.segments() for page in range(start, start + length, kernel.PAGE)]
     if told != expected and not peer.was_killed:
         raise Found(
-            "wrong_addresses", f"in a target: pages {list(map(hex, expected))}, iobmd says {list(map(hex, told))}"
+            "wrong_addresses", f"in a target: pages {list(map(hex, expected))}, iobmd reports {list(map(hex, told))}"
         )
 
 
