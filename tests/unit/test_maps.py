@@ -130,17 +130,13 @@ def test_smaps_of_this_process() -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 7, 100, 5000])
-def test_smaps_in_pieces(cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smaps_in_pieces(cut: int) -> None:
     """However much each read returns; and a name that looks like the end of an area."""
     text = Path("/proc/self/smaps").read_bytes()
     text = text.replace(b"[heap]", b"/VmFlags: x\\012")
 
-    class Pieces(io.BytesIO):
-        def read(self, _size: int | None = -1) -> bytes:
-            return super().read(cut)
-
-    monkeypatch.setattr(procfs, "open", lambda *_path, **_how: Pieces(text), raising=False)
-    found = list(procfs.details())
+    pieces = io.BytesIO(text)
+    found = list(procfs.details(read=lambda _file, _size: pieces.read(cut)))
     assert [(one.counters, one.flags) for one in found] == [one[1:] for one in entries(text)]
     assert "/VmFlags: x\n" in [one.area.name for one in found]
 
