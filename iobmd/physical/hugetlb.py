@@ -107,6 +107,14 @@ def _locked(opened: int, setting: Path) -> BusyError:
 
 
 def _persistent(directory: Path) -> int:
-    """Return the configured size of a pool, without surplus pages."""
-    total, surplus = (int((directory / name).read_text()) for name in ("nr_hugepages", "surplus_hugepages"))
-    return total - surplus
+    """Return the configured size of a pool, without surplus pages.
+
+    Another process may free a surplus page after the first counter is read: then that page would count as configured,
+    and the pool would keep it when it is reset.
+    """
+    while True:
+        total, surplus, again = (
+            int((directory / name).read_text()) for name in ("nr_hugepages", "surplus_hugepages", "nr_hugepages")
+        )
+        if again == total:
+            return total - surplus

@@ -13,6 +13,7 @@ from support.probing import check, libc, run_remedy, setting
 
 from iobmd import host
 from iobmd.host import Status, lazyfree, pages
+from iobmd.physical import hugetlb
 
 PAGE = mmap.PAGESIZE
 THP_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -154,3 +155,19 @@ def test_write_tracking():
     assert "smaps" in denied.summary
     assert "seccomp" in denied.remedy
     assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+
+
+def test_a_surplus_page_freed_while_a_pool_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A pool without configured pages, whose only page another process frees between two reads."""
+    (tmp_path / "nr_hugepages").write_text("1")
+    (tmp_path / "surplus_hugepages").write_text("1")
+    read = Path.read_text
+
+    def read_slowly(path: Path) -> str:
+        text = read(path)
+        (tmp_path / "nr_hugepages").write_text("0")
+        (tmp_path / "surplus_hugepages").write_text("0")
+        return text
+
+    monkeypatch.setattr(Path, "read_text", read_slowly)
+    assert hugetlb._persistent(tmp_path) == 0
