@@ -13,7 +13,7 @@ from typing import Any
 
 import iobmd.tools  # adds its commands to those of iobmd.cli
 import pytest
-from support import guard, inherited, requirements, source_process
+from support import guard, inherited, requirements, source_process, targets
 from support.kernel import Footprint
 
 import iobmd
@@ -122,6 +122,12 @@ def start_source(source_program: Path) -> Iterator[Callable[..., source_process.
     yield start
     for one in started:
         one.__exit__()
+
+
+@pytest.fixture
+def may_trace() -> None:
+    """Skip the test unless this process may trace its children."""
+    targets.need_ptrace()
 
 
 @pytest.fixture

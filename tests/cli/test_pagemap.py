@@ -19,6 +19,7 @@ from iobmd.tools.pagemap import look
 from iobmd.tools.pagemap.arguments import parse
 from support import kernel
 from support.child import CAP_SYS_ADMIN, NOBODY, in_child, sleeping
+from support.commands import shown
 
 from iobmd import IOReturn, IOReturnError, pagemap, procfs
 from iobmd.cli import main
@@ -36,11 +37,6 @@ def target() -> Iterator[int]:
         process.stdout.read(1)
         yield process.pid
         process.kill()
-
-
-def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert main(["pagemap", *arguments]) == 0
-    return capsys.readouterr().out
 
 
 def rollup(pid: int, *names: str) -> int:

@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 
 import pytest
 from support import kernel
+from support.commands import shown
 from support.source_process import SourceProcess
 
 from iobmd import Task
@@ -68,11 +69,6 @@ def odd() -> Iterator[int]:
         with started(PROGRAM, folder) as process:
             yield process.pid
             process.kill()
-
-
-def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert main(["pagemap", *arguments]) == 0
-    return capsys.readouterr().out
 
 
 TEXT = (

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from support import kernel
 from support.child import CAP_SYS_ADMIN, in_child
+from support.commands import shown
 from support.targets import Target
 
 from iobmd._native import mman
@@ -46,11 +47,6 @@ def ours() -> Memory:
     return Memory()
 
 
-def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert main(["pagemap", "self", *arguments]) == 0
-    return capsys.readouterr().out
-
-
 def rows_of(text: str) -> dict[int, str]:
     """The rows of a map: the cells by the address of the first."""
     found = (re.match(r" *([0-9a-f]+)  (.*)", line) for line in text.splitlines())
@@ -62,7 +58,7 @@ def test_a_letter_for_each_block(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "90")
     monkeypatch.setenv("LINES", "40")
-    text = shown(capsys, "--map", "--range", ours.range)
+    text = shown(capsys, "self", "--map", "--range", ours.range)
     cell = re.search(r"a cell: (\d+) KiB, ", text)
     assert cell
     per_state = 2 * MIB // (int(cell[1]) << 10)
@@ -78,7 +74,7 @@ def test_colours_and_the_width_of_a_terminal(
 ) -> None:
     for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm-256color"), ("COLUMNS", "70")):
         monkeypatch.setenv(name, value)
-    text = shown(capsys, "--map", "--range", ours.range)
+    text = shown(capsys, "self", "--map", "--range", ours.range)
     assert "█" in text
     assert "\x1b[" in text
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
@@ -115,7 +111,7 @@ def boxes(path: Path) -> list[tuple[ElementTree.Element, str]]:
 def test_a_box_for_every_place_where_memory_lies(
     ours: Memory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shown(capsys, "--svg", str(tmp_path / "file.svg"), "--range", ours.range)
+    shown(capsys, "self", "--svg", str(tmp_path / "file.svg"), "--range", ours.range)
     drawn: set[tuple[int, int]] = set()
     size = 0
     for box, tip in boxes(tmp_path / "file.svg"):
@@ -149,7 +145,7 @@ def test_frames_that_are_hidden_leave_the_strip(ours: Memory, tmp_path: Path) ->
 
 
 def test_a_page_needs_nothing_else(ours: Memory, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shown(capsys, "--html", str(tmp_path / "file.html"), "--range", ours.range)
+    shown(capsys, "self", "--html", str(tmp_path / "file.html"), "--range", ours.range)
     text = (tmp_path / "file.html").read_text()
     assert not re.search(r"(src|href)=|url\(|@import", text)
     assert [link for link in re.findall(r"https?://[^\"]*", text) if "w3.org" not in link] == []
@@ -159,7 +155,7 @@ def test_a_page_needs_nothing_else(ours: Memory, tmp_path: Path, capsys: pytest.
 def test_pixels_have_the_colours_of_the_states(
     ours: Memory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shown(capsys, "--png", str(tmp_path / "file.png"), "--range", ours.range)
+    shown(capsys, "self", "--png", str(tmp_path / "file.png"), "--range", ours.range)
     with Image.open(tmp_path / "file.png") as image:
         strip = [image.getpixel((x, 96)) for x in range(80, 1040)]
     first = {color: strip.index(color) for color in dict.fromkeys(strip)}

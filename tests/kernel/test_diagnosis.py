@@ -14,10 +14,11 @@ import pytest
 from support import areas, kernel, rawmemory
 from support.areas import Area
 from support.child import NOBODY, in_child
+from support.errors import error_of
 from support.targets import need_ptrace
 
 import iobmd
-from iobmd import IOMemoryDescriptor, IOReturn, IOReturnError, Task, Wiring, kernel_task
+from iobmd import IOMemoryDescriptor, IOReturn, Task, Wiring, kernel_task
 
 PAGE = kernel.PAGE
 OUT, INOUT = 2, 3
@@ -72,12 +73,6 @@ def with_probe(kind: str) -> None:
         if error.errno not in (errno.EINVAL, errno.ENOSYS):
             raise
         pytest.skip(f"this kernel has no {kind} memory: {error}")
-
-
-def error_of(action: Callable[[], object]) -> IOReturnError:
-    with pytest.raises(IOReturnError) as caught:
-        action()
-    return caught.value
 
 
 def present(pid: int | str, area: Area) -> bytes:

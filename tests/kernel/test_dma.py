@@ -31,10 +31,6 @@ DIRECTIONS = [kIODirectionNone, kIODirectionIn, kIODirectionOut, kIODirectionInO
 pytestmark = [pytest.mark.needs("frames"), pytest.mark.usefixtures("nothing_left")]
 
 
-def code_of(error: pytest.ExceptionInfo[IOReturnError]) -> IOReturn:
-    return error.value.code
-
-
 @pytest.fixture
 def command() -> Iterator[IODMACommand]:
     """A device with 48 address bits, which reaches what this host has, and a part of the memory below."""
@@ -96,7 +92,7 @@ def test_synchronize_in_no_direction(command: IODMACommand, direction: int) -> N
     command.setMemoryDescriptor(ScatteredDescriptor([(ABOVE, 100)]))
     with pytest.raises(IOReturnError) as caught:
         command.synchronize(direction)
-    assert code_of(caught) == IOReturn.kIOReturnBadArgument
+    assert caught.value.code == IOReturn.kIOReturnBadArgument
 
 
 @pytest.mark.parametrize("by_bit", [False, True])
@@ -232,7 +228,7 @@ def test_pairs(command: IODMACommand) -> None:
     command.prepare(0, 100)
     with pytest.raises(IOReturnError) as caught:
         command.prepare(1)
-    assert code_of(caught) == IOReturn.kIOReturnNotReady
+    assert caught.value.code == IOReturn.kIOReturnNotReady
     command.writeBytes(0, b"device")
     for _ in range(2):
         command.complete()
@@ -243,7 +239,7 @@ def test_pairs(command: IODMACommand) -> None:
     assert memory.prepared == 1
     with pytest.raises(IOReturnError) as caught:
         command.complete()
-    assert code_of(caught) == IOReturn.kIOReturnNotReady
+    assert caught.value.code == IOReturn.kIOReturnNotReady
 
 
 def test_not_prepared_is_not_ready(command: IODMACommand) -> None:
@@ -258,13 +254,13 @@ def test_not_prepared_is_not_ready(command: IODMACommand) -> None:
     ):
         with pytest.raises(IOReturnError) as caught:
             use()
-        assert code_of(caught) == IOReturn.kIOReturnNotReady
+        assert caught.value.code == IOReturn.kIOReturnNotReady
 
 
 def test_no_memory_is_not_ready(command: IODMACommand) -> None:
     with pytest.raises(IOReturnError, match="setMemoryDescriptor") as caught:
         command.prepare()
-    assert code_of(caught) == IOReturn.kIOReturnNotReady
+    assert caught.value.code == IOReturn.kIOReturnNotReady
 
 
 def test_memory_that_is_not_prepared(command: IODMACommand) -> None:
@@ -272,7 +268,7 @@ def test_memory_that_is_not_prepared(command: IODMACommand) -> None:
     with iobmd.allocate(PAGE, wired=False) as memory:
         with pytest.raises(IOReturnError, match=r"prepare\(\) first") as caught:
             command.setMemoryDescriptor(memory)
-        assert code_of(caught) == IOReturn.kIOReturnNotReady
+        assert caught.value.code == IOReturn.kIOReturnNotReady
         assert command.getMemoryDescriptor() is None
         assert memory.wiring is Wiring.PAGEABLE
         memory.prepare()
@@ -289,16 +285,16 @@ def test_active_memory_is_not_released(command: IODMACommand) -> None:
     command.setMemoryDescriptor(memory)
     with pytest.raises(IOReturnError) as caught:
         memory.free()
-    assert code_of(caught) == IOReturn.kIOReturnBusy
+    assert caught.value.code == IOReturn.kIOReturnBusy
     with pytest.raises(IOReturnError) as caught:
         command.clearMemoryDescriptor(autoComplete=False)
-    assert code_of(caught) == IOReturn.kIOReturnNotReady
+    assert caught.value.code == IOReturn.kIOReturnNotReady
     with pytest.raises(IOReturnError) as caught:
         command.free()
-    assert code_of(caught) == IOReturn.kIOReturnBusy
+    assert caught.value.code == IOReturn.kIOReturnBusy
     with iobmd.allocate(PAGE) as other, pytest.raises(IOReturnError) as caught:
         command.setMemoryDescriptor(other)
-    assert code_of(caught) == IOReturn.kIOReturnBusy
+    assert caught.value.code == IOReturn.kIOReturnBusy
     assert command.getMemoryDescriptor() is memory
     command.clearMemoryDescriptor()
     memory.free()
@@ -313,7 +309,7 @@ def test_memory_that_was_freed(command: IODMACommand) -> None:
     for use in (command.prepare, lambda: IODMACommand.withSpecification().setMemoryDescriptor(memory)):
         with pytest.raises(IOReturnError) as caught:
             use()
-        assert code_of(caught) == IOReturn.kIOReturnNotOpen
+        assert caught.value.code == IOReturn.kIOReturnNotOpen
 
 
 def test_one_command_serves_many_transfers(command: IODMACommand) -> None:
@@ -339,7 +335,7 @@ def test_ranges_past_the_end(command: IODMACommand, offset: int, length: int) ->
     command.setMemoryDescriptor(memory, autoPrepare=False)
     with pytest.raises(IOReturnError) as caught:
         command.prepare(offset, length)
-    assert code_of(caught) == IOReturn.kIOReturnBadArgument
+    assert caught.value.code == IOReturn.kIOReturnBadArgument
     assert memory.prepared == 1
     command.prepare(10, 50)
     for use in (
@@ -349,7 +345,7 @@ def test_ranges_past_the_end(command: IODMACommand, offset: int, length: int) ->
     ):
         with pytest.raises(IOReturnError) as caught:
             use()
-        assert code_of(caught) == IOReturn.kIOReturnBadArgument
+        assert caught.value.code == IOReturn.kIOReturnBadArgument
 
 
 def test_more_than_a_transfer_takes() -> None:
@@ -357,7 +353,7 @@ def test_more_than_a_transfer_takes() -> None:
         command.setMemoryDescriptor(ScatteredDescriptor([(PAGE, 100)]), autoPrepare=False)
         with pytest.raises(IOReturnError) as caught:
             command.prepare()
-        assert code_of(caught) == IOReturn.kIOReturnNoSpace
+        assert caught.value.code == IOReturn.kIOReturnNoSpace
         command.prepare(36, 64)
 
 
@@ -368,13 +364,13 @@ def test_no_low_memory_for_bounce_buffers() -> None:
         command.setMemoryDescriptor(memory, autoPrepare=False)
         with pytest.raises(IOReturnError, match="under the mask 0xffffff") as caught:
             command.prepare()
-        assert code_of(caught) == IOReturn.kIOReturnNoResources
+        assert caught.value.code == IOReturn.kIOReturnNoResources
         assert memory.prepared == 1
         memory.pieces = [(PAGE, PAGE)]
         command.prepare()
         with pytest.raises(IOReturnError) as caught:
             command.synchronize(0, forceDoubleBuffer=True)
-        assert code_of(caught) == IOReturn.kIOReturnNoResources
+        assert caught.value.code == IOReturn.kIOReturnNoResources
         assert command.genIOVMSegments() == [iobmd.PhysicalSegment(PAGE, PAGE)]
         assert memory.prepared == 2
 
@@ -419,7 +415,7 @@ def test_a_copy_that_fails(command: IODMACommand) -> None:
     assert memory.prepared == 1
     with pytest.raises(IOReturnError) as caught:
         command.complete()
-    assert code_of(caught) == IOReturn.kIOReturnNotReady
+    assert caught.value.code == IOReturn.kIOReturnNotReady
 
 
 def test_memory_that_does_not_know_where_it_lies(command: IODMACommand) -> None:
@@ -427,7 +423,7 @@ def test_memory_that_does_not_know_where_it_lies(command: IODMACommand) -> None:
     memory.pieces = [(PAGE, 60)]
     with pytest.raises(IOReturnError) as caught:
         command.setMemoryDescriptor(memory)
-    assert code_of(caught) == IOReturn.kIOReturnUnderrun
+    assert caught.value.code == IOReturn.kIOReturnUnderrun
     assert memory.prepared == 1
 
 

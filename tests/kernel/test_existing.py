@@ -25,7 +25,7 @@ IN, OUT, INOUT, NONE = 1, 2, 3, 0
 UNIQUE, SMALL = IOMapOptions.kIOMapUnique, IOMapOptions.kIOMapGuardedSmall
 
 
-class Theirs:
+class ForeignPages:
     """16 pages of memory that another library of this process has mapped."""
 
     def __init__(self, protection: int = mmap.PROT_READ | mmap.PROT_WRITE) -> None:
@@ -45,8 +45,8 @@ class Theirs:
 
 
 @pytest.fixture
-def theirs() -> Iterator[Theirs]:
-    one = Theirs()
+def foreign() -> Iterator[ForeignPages]:
+    one = ForeignPages()
     yield one
     one.close()
 
@@ -65,45 +65,45 @@ def ranges(draw: st.DrawFn) -> Ranges:
     return found
 
 
-def test_bytes_across_ranges(theirs: Theirs) -> None:
+def test_bytes_across_ranges(foreign: ForeignPages) -> None:
     @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
     @given(ranges(), st.data())
     def check(chosen: Ranges, data: st.DataObject) -> None:
         places = [index for start, length in chosen for index in range(start, start + length)]
         offset = data.draw(st.integers(0, len(places)))
         length = data.draw(st.integers(0, len(places) - offset))
-        absolute = [(theirs.address + start, size) for start, size in chosen]
+        absolute = [(foreign.address + start, size) for start, size in chosen]
         with IOMemoryDescriptor.withAddressRanges(absolute, INOUT, os.getpid()) as md:
             assert len(md) == md.getLength() == len(places)
-            model = bytes(theirs.map[place] for place in places)
+            model = bytes(foreign.map[place] for place in places)
             assert md.readBytes(0, len(places)) == model
             filled = bytearray(length)
             assert md.readBytesInto(offset, filled) == length
             assert filled == model[offset : offset + length]
-            wanted = bytearray(theirs.map)
+            wanted = bytearray(foreign.map)
             new = os.urandom(length)
             for place, byte in zip(places[offset : offset + length], new, strict=True):
                 wanted[place] = byte
             assert md.writeBytes(offset, new) == length
-            assert theirs.map[:] == wanted
+            assert foreign.map[:] == wanted
             assert code_of(lambda: md.readBytes(offset, len(places) - offset + 1)) == IOReturn.kIOReturnBadArgument
 
     check()
 
 
 @pytest.mark.needs("frames")
-def test_segments_across_ranges(theirs: Theirs) -> None:
+def test_segments_across_ranges(foreign: ForeignPages) -> None:
     """Each byte where pagemap says, for ranges that begin and end anywhere in a page."""
 
     @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
     @given(ranges(), st.data())
     def check(chosen: Ranges, data: st.DataObject) -> None:
-        absolute = [(theirs.address + start, size) for start, size in chosen]
+        absolute = [(foreign.address + start, size) for start, size in chosen]
         with IOMemoryDescriptor.withAddressRanges(absolute, INOUT, kernel_task) as md:
             offset = data.draw(st.integers(0, len(md)))
             length = data.draw(st.integers(0, len(md) - offset))
             md.prepare()
-            lies = frames(theirs.address, 16 * PAGE)
+            lies = frames(foreign.address, 16 * PAGE)
             places = [index for start, size in chosen for index in range(start, start + size)]
             wanted = [lies[place // PAGE] * PAGE + place % PAGE for place in places[offset : offset + length]]
             got = md.segments(offset, length)
@@ -120,8 +120,8 @@ def test_segments_across_ranges(theirs: Theirs) -> None:
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_prepare_pins_and_complete_lets_go(theirs: Theirs) -> None:
-    with IOMemoryDescriptor.withAddressRange(theirs.address + 5, 3 * PAGE, INOUT, kernel_task) as md:
+def test_prepare_pins_and_complete_lets_go(foreign: ForeignPages) -> None:
+    with IOMemoryDescriptor.withAddressRange(foreign.address + 5, 3 * PAGE, INOUT, kernel_task) as md:
         assert md.wiring is Wiring.PAGEABLE
         assert code_of(md.segments) == IOReturn.kIOReturnNotReady
         md.prepare()
@@ -134,7 +134,7 @@ def test_prepare_pins_and_complete_lets_go(theirs: Theirs) -> None:
         md.complete()
         assert kernel.pinned() == 0
         assert code_of(md.complete) == IOReturn.kIOReturnNotReady
-        ranges = [(theirs.address, PAGE), (theirs.address + 8 * PAGE + 1, PAGE)]
+        ranges = [(foreign.address, PAGE), (foreign.address + 8 * PAGE + 1, PAGE)]
         with IOMemoryDescriptor.withAddressRanges(ranges, INOUT, kernel_task) as several:
             several.prepare()
             several.prepare()
@@ -146,12 +146,12 @@ def test_prepare_pins_and_complete_lets_go(theirs: Theirs) -> None:
 
 
 @pytest.mark.needs("frames")
-def test_pinned_pages_do_not_move(theirs: Theirs) -> None:
-    with IOMemoryDescriptor.withAddressRange(theirs.address, 16 * PAGE, INOUT, kernel_task) as md:
+def test_pinned_pages_do_not_move(foreign: ForeignPages) -> None:
+    with IOMemoryDescriptor.withAddressRange(foreign.address, 16 * PAGE, INOUT, kernel_task) as md:
         md.prepare()
-        before = frames(theirs.address, 16 * PAGE)
+        before = frames(foreign.address, 16 * PAGE)
         Path("/proc/sys/vm/compact_memory").write_text("1")
-        assert frames(theirs.address, 16 * PAGE) == before
+        assert frames(foreign.address, 16 * PAGE) == before
         md.verify()
         md.complete()
 
@@ -172,8 +172,8 @@ def test_zero_length() -> None:
         assert len(none) == 0
 
 
-def test_dma_map_length(theirs: Theirs) -> None:
-    at = theirs.address
+def test_dma_map_length(foreign: ForeignPages) -> None:
+    at = foreign.address
 
     def told(*ranges: tuple[int, int]) -> tuple[int, int]:
         with IOMemoryDescriptor.withAddressRanges(ranges, INOUT, kernel_task) as md:
@@ -189,14 +189,14 @@ def test_dma_map_length(theirs: Theirs) -> None:
         assert buffer.getDMAMapLength() == (PAGE, 0)
 
 
-def test_directions_and_access(theirs: Theirs) -> None:
-    theirs.protect(4 * PAGE, PAGE, mmap.PROT_READ)
-    theirs.protect(8 * PAGE, PAGE, 0)
-    at = theirs.address
+def test_directions_and_access(foreign: ForeignPages) -> None:
+    foreign.protect(4 * PAGE, PAGE, mmap.PROT_READ)
+    foreign.protect(8 * PAGE, PAGE, 0)
+    at = foreign.address
     for direction in (NONE, OUT):
         with IOMemoryDescriptor.withAddressRange(at, 8 * PAGE, direction, kernel_task) as md:
             assert (md.getDirection(), md.getFlags()) == (direction, direction)
-            assert md.readBytes(4 * PAGE, 9) == theirs.map[4 * PAGE : 4 * PAGE + 9]
+            assert md.readBytes(4 * PAGE, 9) == foreign.map[4 * PAGE : 4 * PAGE + 9]
             with pytest.raises(IOReturnError) as caught:
                 md.writeBytes(4 * PAGE - 5, b"0123456789")
             assert (caught.value.code, caught.value.address) == (IOReturn.kIOReturnVMError, at + 4 * PAGE)
@@ -211,10 +211,10 @@ def test_directions_and_access(theirs: Theirs) -> None:
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_read_only_memory_is_not_pinned(theirs: Theirs) -> None:
+def test_read_only_memory_is_not_pinned(foreign: ForeignPages) -> None:
     """And nothing else stays pinned of what was to be prepared with it."""
-    theirs.protect(4 * PAGE, PAGE, mmap.PROT_READ)
-    ranges = [(theirs.address, PAGE), (theirs.address + 3 * PAGE, 2 * PAGE)]
+    foreign.protect(4 * PAGE, PAGE, mmap.PROT_READ)
+    ranges = [(foreign.address, PAGE), (foreign.address + 3 * PAGE, 2 * PAGE)]
     with IOMemoryDescriptor.withAddressRanges(ranges, OUT, kernel_task) as md:
         with pytest.raises(IOReturnError, match="is not writable") as caught:
             md.prepare()
@@ -224,7 +224,7 @@ def test_read_only_memory_is_not_pinned(theirs: Theirs) -> None:
 
 
 def test_memory_that_goes_away() -> None:
-    one = Theirs()
+    one = ForeignPages()
     md = IOMemoryDescriptor.withAddressRange(one.address + PAGE, PAGE, INOUT, kernel_task)
     hole = one.address + PAGE
     assert ctypes.CDLL(None).munmap(ctypes.c_void_p(hole), PAGE) == 0
@@ -257,13 +257,13 @@ def test_refused(ranges: Ranges, options: int, code: IOReturn) -> None:
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_private_memory_has_its_own_addresses_and_no_other(theirs: Theirs) -> None:
-    with IOMemoryDescriptor.withAddressRange(theirs.address + 7, 5000, INOUT, kernel_task) as md:
+def test_private_memory_has_its_own_addresses_and_no_other(foreign: ForeignPages) -> None:
+    with IOMemoryDescriptor.withAddressRange(foreign.address + 7, 5000, INOUT, kernel_task) as md:
         with md.map() as static, md.createMappingInTask(kernel_task, 0, IOMapOptions.kIOMapAnywhere, 100, 10) as part:
-            assert (static.getAddress(), part.getAddress()) == (theirs.address + 7, theirs.address + 107)
+            assert (static.getAddress(), part.getAddress()) == (foreign.address + 7, foreign.address + 107)
             with memoryview(static) as view:
-                view[0] = theirs.map[7] ^ 0xFF
-                assert theirs.map[7] == view[0]
+                view[0] = foreign.map[7] ^ 0xFF
+                assert foreign.map[7] == view[0]
                 assert code_of(static.unmap) == IOReturn.kIOReturnBusy
             assert code_of(md.free) == IOReturn.kIOReturnBusy
         for options in (UNIQUE, SMALL):
@@ -273,9 +273,9 @@ def test_private_memory_has_its_own_addresses_and_no_other(theirs: Theirs) -> No
         assert code_of(lambda: md.setPurgeable(1)) == IOReturn.kIOReturnUnsupported
         assert "length 5000" in repr(md)
     assert code_of(md.getLength) == IOReturn.kIOReturnNotOpen
-    theirs.protect(0, PAGE, mmap.PROT_READ)
+    foreign.protect(0, PAGE, mmap.PROT_READ)
     with (
-        IOMemoryDescriptor.withAddressRange(theirs.address, 9, OUT, kernel_task) as md,
+        IOMemoryDescriptor.withAddressRange(foreign.address, 9, OUT, kernel_task) as md,
         md.map() as mapped,
         memoryview(mapped) as view,
     ):
@@ -380,13 +380,13 @@ def test_volatile_memory_is_written_as_through_its_buffer() -> None:
         md.free()
 
 
-def test_fork(theirs: Theirs) -> None:
+def test_fork(foreign: ForeignPages) -> None:
     """The child's descriptor is of the child's memory."""
-    md = IOMemoryDescriptor.withAddressRange(theirs.address, 4, INOUT, kernel_task)
+    md = IOMemoryDescriptor.withAddressRange(foreign.address, 4, INOUT, kernel_task)
     md.writeBytes(0, b"ours")
 
     def child() -> bytes:
-        theirs.map[0:4] = b"mine"
+        foreign.map[0:4] = b"mine"
         return md.readBytes(0, 4)
 
     assert in_child(child) == b"mine"
@@ -399,10 +399,14 @@ def test_fork(theirs: Theirs) -> None:
     gc.collect()
 
 
-def test_forgotten_while_prepared(theirs: Theirs) -> None:
+def test_forgotten_while_prepared(foreign: ForeignPages) -> None:
     with iobmd.allocate(PAGE, wired=False) as buffer:
         at = buffer.getBytesNoCopy()
-        for ranges in ([(theirs.address, 9)], [(at, 9)], [(theirs.address, 9), (at, 9), (theirs.address + PAGE, 9)]):
+        for ranges in (
+            [(foreign.address, 9)],
+            [(at, 9)],
+            [(foreign.address, 9), (at, 9), (foreign.address + PAGE, 9)],
+        ):
             md = IOMemoryDescriptor.withAddressRanges(ranges, INOUT, kernel_task)
             md.prepare()
             md.prepare()

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from support import rawmemory
 from support.child import NOBODY, in_child
+from support.errors import error_of
 from support.rawmemory import PAGE, READ, SHARED, WRITE
 from support.threads import running
 
@@ -46,12 +47,6 @@ pytestmark = [
 ]
 
 
-def error_of(action: Callable[[], object]) -> IOReturnError:
-    with pytest.raises(IOReturnError) as caught:
-        action()
-    return caught.value
-
-
 # --- how memory goes away; each takes (address, file)
 
 WAYS: dict[str, Callable[[int, int], None]] = {
@@ -62,7 +57,7 @@ WAYS: dict[str, Callable[[int, int], None]] = {
 }
 
 
-class Existing:
+class ExistingMemory:
     """Memory with a file behind it, or without, and a descriptor of it."""
 
     def __init__(self, *, file: bool) -> None:
@@ -108,7 +103,7 @@ def test_an_error_with_the_address(way: str, action: Callable[[IOMemoryDescripto
     def check() -> None:
         faulthandler.enable()
         handlers = Path("/proc/self/status").read_text().partition("SigBlk")[2].partition("Cap")[0]
-        existing = Existing(file=way.startswith("truncated"))
+        existing = ExistingMemory(file=way.startswith("truncated"))
         WAYS[way](existing.address, existing.fd)
         error = error_of(lambda: action(existing.md))
         assert error.code == IOReturn.kIOReturnVMError
@@ -124,7 +119,7 @@ def test_an_error_with_the_address(way: str, action: Callable[[IOMemoryDescripto
 @pytest.mark.parametrize("way", ["unmapped", "protected"])
 def test_commands(way: str) -> None:
     def check() -> None:
-        existing = Existing(file=False)
+        existing = ExistingMemory(file=False)
         existing.md.prepare()
         coherent = IODMACommand.withSpecification(64)
         coherent.setMemoryDescriptor(existing.md)
@@ -167,7 +162,7 @@ def test_no_bounce_buffer_stands_in_for_what_is_gone(
     """The kernel maps it at the very addresses that were unmapped, where it would be copied from itself."""
 
     def check() -> None:
-        existing = Existing(file=False)
+        existing = ExistingMemory(file=False)
         command = IODMACommand.withSpecification(64)
         memory = make(existing.md)
         memory.prepare()
@@ -224,7 +219,7 @@ def test_it_goes_away_in_the_middle(name: str) -> None:
     """
 
     def check() -> None:
-        existing = Existing(file=False)
+        existing = ExistingMemory(file=False)
         pause = rawmemory.Pause(existing.address + 20 * PAGE)
         found: list[IOReturnError] = []
 
@@ -246,7 +241,7 @@ def test_it_goes_away_in_the_middle(name: str) -> None:
 
 def test_it_comes_and_goes_under_several_threads() -> None:
     def check() -> None:
-        existing = Existing(file=False)
+        existing = ExistingMemory(file=False)
         end = time.monotonic() + 0.5
         done, failed = [0], [0]
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from support.child import NOBODY, in_child, sleeping
 from support.errors import refusal
-from support.namespaces import Other, in_namespaces, mount_proc, unmount_proc
+from support.namespaces import SleepingChild, in_namespaces, mount_proc, unmount_proc
 
 import iobmd
 from iobmd import IOMemoryDescriptor, IOReturn, Task, Wiring, cli, host, kernel_task, pagemap, procfs
@@ -62,8 +62,8 @@ def expected(entries: list[int]) -> list[tuple[bool, int | None]]:
 @pytest.fixture(params=["init of its namespace", "a pid that is another process's in /proc"])
 def foreign(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
     """Runs a function in a pid namespace whose numbers mean other processes in /proc."""
-    with sleeping() as victim:
-        first = victim.pid if request.param.startswith("a pid") else None
+    with sleeping() as hidden:
+        first = hidden.pid if request.param.startswith("a pid") else None
 
         def run(function: Callable[[], Any], **restrict: Any) -> Any:
             def checked() -> Any:
@@ -144,7 +144,7 @@ def test_a_child_in_a_namespace_below(foreign: Callable[..., Any]) -> None:
 
 def test_other_tasks_are_those_of_the_callers_numbers(foreign: Callable[..., Any]) -> None:
     def reader() -> None:
-        with Other(b"bytes of the child") as other:
+        with SleepingChild(b"bytes of the child") as other:
             task = Task(other.pid)
             assert task.read(other.address, 18) == b"bytes of the child"
             assert numbers(pagemap.pages(task, other.address, PAGE_SIZE)) == expected([other.entry])
@@ -169,7 +169,7 @@ def test_other_tasks_are_those_of_the_callers_numbers(foreign: Callable[..., Any
 @pytest.mark.needs("frames")
 def test_who_maps_a_frame(foreign: Callable[..., Any]) -> None:
     def search() -> None:
-        with Other(b"x") as other:
+        with SleepingChild(b"x") as other:
             frame = other.entry & (1 << 55) - 1
             found = list(pagemap.users(frame * PAGE_SIZE, PAGE_SIZE))
             assert [(use.pid, use.virtual) for use in found] == [(other.pid, other.address)]
@@ -179,7 +179,7 @@ def test_who_maps_a_frame(foreign: Callable[..., Any]) -> None:
 
 def test_a_child_whose_main_thread_has_exited(foreign: Callable[..., Any]) -> None:
     def reader() -> None:
-        with Other(b"still here", without_main_thread=True) as other:
+        with SleepingChild(b"still here", without_main_thread=True) as other:
             task = Task(other.pid)
             assert task.read(other.address, 10) == b"still here"
             assert numbers(pagemap.pages(task, other.address, PAGE_SIZE)) == expected([other.entry])
@@ -193,7 +193,7 @@ def test_what_needs_the_same_numbers_is_refused(foreign: Callable[..., Any]) -> 
     """Stopping a task, and psutil, which would look at one process and signal another."""
 
     def refused() -> list[tuple[IOReturn, str]]:
-        with Other(b"x") as other:
+        with SleepingChild(b"x") as other:
             calls: list[Callable[[], object]] = [
                 lambda: iobmd.allocate(PAGE_SIZE, task=other.pid),
                 lambda: iobmd.copy(other.pid, other.address, PAGE_SIZE, freeze=True),
@@ -219,7 +219,7 @@ def test_without_pidfd_open_other_tasks_are_refused(foreign: Callable[..., Any])
     """A seccomp filter: then nothing tells which process of /proc is meant."""
 
     def denied() -> tuple[IOReturn, str]:
-        with Other(b"x") as other:
+        with SleepingChild(b"x") as other:
             return in_child(lambda: refusal(lambda: Task(other.pid)), deny={"pidfd_open": errno.EPERM})
 
     code, message = foreign(denied)
@@ -274,7 +274,7 @@ def test_the_limit_is_named_without_proc() -> None:
 
 def test_tasks_without_proc() -> None:
     def work() -> list[tuple[IOReturn, str]]:
-        with Other(b"x") as other:
+        with SleepingChild(b"x") as other:
             unmount_proc()
             assert kernel_task.read(other.address, 1) == b"\1"
             assert hash(kernel_task) == hash(Task(os.getpid()))
@@ -314,7 +314,7 @@ def test_doctor_without_proc() -> None:
 def test_hidden_processes(option: str) -> None:
     def work() -> tuple[list[tuple[IOReturn, str]], int, dict[str, Any]]:
         assert not os.access("/proc/1/stat", os.R_OK)
-        with Other(b"of the same user") as other:
+        with SleepingChild(b"of the same user") as other:
             assert Task(other.pid).read(other.address, 16) == b"of the same user"
         assert refusal(lambda: Task(1 << 22))[0] == IOReturn.kIOReturnNotFound
         return [refusal(lambda: Task(1)), refusal(lambda: iobmd.copy(1, PAGE_SIZE, 1))], *report()
@@ -346,7 +346,7 @@ def test_proc_of_processes_only() -> None:
             assert low.getPhysicalAddress() < 1 << 40
         with iobmd.allocate(64 << 20) as large:
             assert large.wiring is Wiring.PINNED
-        with Other(b"x") as other:
+        with SleepingChild(b"x") as other:
             assert Task(other.pid).read(other.address, 1) == b"x"
         return report()
 

@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from support import rawmemory
 from support.child import NOBODY, in_child
 from support.namespaces import in_namespaces, mount_proc, unmount_proc
 
@@ -33,33 +34,25 @@ libc.munmap.argtypes = ctypes.c_void_p, ctypes.c_size_t
 libc.mprotect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
 
-def unmap(address: int, size: int) -> None:
-    assert libc.munmap(address, size) == 0
-
-
 def put(address: int, size: int, protection: int, flags: int, fd: int = -1) -> None:
     """Map other memory there, as the program's own allocator would."""
     assert libc.mmap(address, size, protection, flags | MAP_FIXED, fd, 0) == address
 
 
 @contextlib.contextmanager
-def memfd(size: int) -> Iterator[int]:
-    fd = os.memfd_create("the program's own")
-    os.ftruncate(fd, size)
-    os.pwrite(fd, b"own" * (size // 3), 0)
-    try:
+def filled_memfd(size: int) -> Iterator[int]:
+    with rawmemory.memfd(size) as fd:
+        os.pwrite(fd, b"own" * (size // 3), 0)
         yield fd
-    finally:
-        os.close(fd)
 
 
 def shared_object(address: int, size: int) -> None:
-    with memfd(size) as fd:
+    with filled_memfd(size) as fd:
         put(address, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd)
 
 
 def file_copy(address: int, size: int) -> None:
-    with memfd(size) as fd:
+    with filled_memfd(size) as fd:
         put(address, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, fd)
 
 
@@ -106,7 +99,7 @@ def mapped(address: int, size: int) -> list[int]:
 def check_left_alone(buffer: IOBufferMemoryDescriptor, replace: Callable[[int, int], None]) -> None:
     """Of eight pages three are unmapped by the program, and two of these replaced."""
     address = buffer.getBytesNoCopy()
-    unmap(address + 3 * PAGE_SIZE, 3 * PAGE_SIZE)
+    rawmemory.unmap(address + 3 * PAGE_SIZE, 3 * PAGE_SIZE)
     replace(address + 4 * PAGE_SIZE, 2 * PAGE_SIZE)
     before = areas(address + 4 * PAGE_SIZE, 2 * PAGE_SIZE)
     readable = before[0][2][0] == "r"
@@ -116,7 +109,7 @@ def check_left_alone(buffer: IOBufferMemoryDescriptor, replace: Callable[[int, i
     assert mapped(address, SIZE) == [4, 5]
     if readable:
         assert ctypes.string_at(address + 4 * PAGE_SIZE, 2 * PAGE_SIZE) == contents
-    unmap(address + 4 * PAGE_SIZE, 2 * PAGE_SIZE)
+    rawmemory.unmap(address + 4 * PAGE_SIZE, 2 * PAGE_SIZE)
 
 
 @pytest.mark.parametrize("replace", OTHER_KINDS, ids=lambda kind: kind.__name__)
@@ -169,7 +162,7 @@ def test_maps_leave_other_memory_alone() -> None:
             read_only(address + PAGE_SIZE, PAGE_SIZE)
             guarded.unmap()
             assert mapped(address - PAGE_SIZE, SIZE + 2 * PAGE_SIZE) == [2]
-            unmap(address + PAGE_SIZE, PAGE_SIZE)
+            rawmemory.unmap(address + PAGE_SIZE, PAGE_SIZE)
             moved = buffer.createMappingInTask(kernel_task, 0, 0x04000001)  # kIOMapUnique | kIOMapAnywhere
             moved.redirect(other, 0)
             address = moved.getAddress()
@@ -242,7 +235,7 @@ def lost(descriptor: IOMemoryDescriptor) -> tuple[IOReturn, int | None, str]:
 
 def check_reported(buffer: IOBufferMemoryDescriptor, replace: Callable[[int, int], None] | None) -> None:
     address = buffer.getBytesNoCopy()
-    unmap(address + 6 * PAGE_SIZE, PAGE_SIZE)
+    rawmemory.unmap(address + 6 * PAGE_SIZE, PAGE_SIZE)
     first = address + 6 * PAGE_SIZE
     code, where, message = lost(buffer)
     assert (code, where) == (IOReturn.kIOReturnVMError, first)
@@ -280,7 +273,7 @@ def test_verify_of_existing_memory() -> None:
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         existing = IOMemoryDescriptor.withAddressRange(address + 100, SIZE - 200, 3, kernel_task)
         existing.prepare()
-        unmap(address + 5 * PAGE_SIZE, PAGE_SIZE)
+        rawmemory.unmap(address + 5 * PAGE_SIZE, PAGE_SIZE)
         assert lost(existing)[:2] == (IOReturn.kIOReturnVMError, address + 5 * PAGE_SIZE)
         existing.complete()
 

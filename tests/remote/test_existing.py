@@ -9,7 +9,6 @@ from support.child import NOBODY, in_child
 from support.errors import code_of
 from support.kernel import frames
 from support.source_process import SourceProcess
-from support.targets import need_ptrace
 
 import iobmd
 from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Task, Wiring
@@ -19,12 +18,7 @@ Start = Callable[..., SourceProcess]
 PAGE, MIB = kernel.PAGE, 1 << 20
 INOUT, OUT = 3, 2
 
-pytestmark = [pytest.mark.needs("compiler"), pytest.mark.usefixtures("nothing_left")]
-
-
-@pytest.fixture(autouse=True)
-def may_trace() -> None:
-    need_ptrace()
+pytestmark = [pytest.mark.needs("compiler"), pytest.mark.usefixtures("may_trace", "nothing_left")]
 
 
 def resources(pid: int) -> tuple[list[str], set[str]]:

@@ -25,7 +25,6 @@ from support.targets import (
     exercise,
     lacking,
     need_program,
-    need_ptrace,
     until,
     until_at_rest,
     until_blocked,
@@ -36,11 +35,6 @@ from iobmd import IOReturn, IOReturnError
 
 needs_compiler = pytest.mark.needs("compiler")
 needs_root = pytest.mark.needs("root")
-
-
-@pytest.fixture(autouse=True)
-def may_trace() -> None:
-    need_ptrace()
 
 
 @pytest.fixture
@@ -372,6 +366,8 @@ def test_stopped_and_continued_meanwhile() -> None:
 
 _STOP_AND_CONTINUE = """
 import os, random, signal, sys, time
+
+pytestmark = pytest.mark.usefixtures("may_trace")
 target = int(sys.argv[1])
 for _ in range(4000):
     os.kill(target, signal.SIGSTOP)

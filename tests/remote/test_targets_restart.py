@@ -18,7 +18,6 @@ from support.targets import (
     check_unchanged,
     exercise,
     in_call,
-    need_ptrace,
     on_processors,
     until,
     until_blocked,
@@ -26,7 +25,7 @@ from support.targets import (
 
 import iobmd
 
-pytestmark = pytest.mark.needs("compiler")
+pytestmark = [pytest.mark.needs("compiler"), pytest.mark.usefixtures("may_trace")]
 
 _FOREVER = {
     # call: what it returns when it is woken
@@ -73,11 +72,6 @@ _EXPIRING = (
     "select_expires",
 )
 SOON_MS = 800  # as in targets_blocked.c
-
-
-@pytest.fixture(autouse=True)
-def may_trace() -> None:
-    need_ptrace()
 
 
 def _result(target: Target, patience: float = PATIENCE) -> tuple[int, int, float, int]:

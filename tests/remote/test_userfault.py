@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import in_child
-from support.targets import ProgramResources, Target, build, check_unchanged, children, need_ptrace, until
+from support.targets import ProgramResources, Target, build, check_unchanged, children, until
 
 import iobmd
 from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Wiring
@@ -19,15 +19,10 @@ from iobmd.task import transfer
 MIB = 1 << 20
 INOUT = 3
 
-pytestmark = [pytest.mark.needs("compiler", "root"), pytest.mark.usefixtures("nothing_left")]
+pytestmark = [pytest.mark.needs("compiler", "root"), pytest.mark.usefixtures("may_trace", "nothing_left")]
 
 
-@pytest.fixture(autouse=True)
-def may_trace() -> None:
-    need_ptrace()
-
-
-class Served(Target):
+class ServedTarget(Target):
     """The program, with the addresses of the range whose faults it serves and of an ordinary one, 1 MiB each."""
 
     def __init__(self, handler: str = "poll", main: str = "read", mode: str = "serve") -> None:
@@ -63,12 +58,12 @@ def soon(action: Callable[[], object], seconds: float = 20) -> object:
     return result
 
 
-def copied(target: Served, **how: object) -> bytes:
+def copied(target: ServedTarget, **how: object) -> bytes:
     with iobmd.copy(target.pid, target.area, MIB, wired=False, **how) as buffer:
         return buffer.readBytes(0, MIB)
 
 
-def prepared(target: Served) -> Wiring:
+def prepared(target: ServedTarget) -> Wiring:
     with IOMemoryDescriptor.withAddressRange(target.area, MIB, INOUT, target.pid) as memory:
         memory.prepare()
         wiring = memory.wiring
@@ -89,13 +84,13 @@ def main(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("freeze", [False, True], ids=["copy", "freeze"])
 def test_copy(handler: str, main: str, freeze: bool) -> None:
-    with Served(handler, main) as target:
+    with ServedTarget(handler, main) as target:
         assert soon(lambda: copied(target, freeze=freeze)) == b"u" * MIB
         target.check_unharmed()
 
 
 def test_prepare(handler: str, main: str) -> None:
-    with Served(handler, main) as target:
+    with ServedTarget(handler, main) as target:
         assert soon(lambda: prepared(target)) is Wiring.PINNED
         # Not at once: compaction may be moving some.
         assert until(lambda: all(entry >> 63 for entry in kernel.entries(target.area, MIB, target.pid)), 5)
@@ -104,7 +99,7 @@ def test_prepare(handler: str, main: str) -> None:
 
 def test_prepare_of_pages_protected_from_writes(handler: str) -> None:
     """Every page is present, and still a pin, which is for writing too, needs the handler for each."""
-    with Served(handler, "read", "protect") as target:
+    with ServedTarget(handler, "read", "protect") as target:
         assert soon(lambda: prepared(target)) is Wiring.PINNED
         target.check_unharmed()
 
@@ -122,7 +117,7 @@ def failing(action: Callable[[], object]) -> Callable[[], IOReturnError]:
 
 def test_prepare_with_a_stalled_handler() -> None:
     """An error within seconds that names the cause; the program goes on all the while, and afterwards."""
-    with Served(mode="stall") as target:
+    with ServedTarget(mode="stall") as target:
         error = soon(failing(lambda: prepared(target)), 9)
         assert isinstance(error, IOReturnError)
         assert error.code == IOReturn.kIOReturnTimeout
@@ -134,7 +129,7 @@ def test_prepare_with_a_stalled_handler() -> None:
 
 def test_prefault_with_a_stalled_handler() -> None:
     """It is a wish: given up after a while."""
-    with Served(mode="stall") as target:
+    with ServedTarget(mode="stall") as target:
 
         def prefault() -> None:
             transfer.TIMEOUT = 0.5
@@ -151,7 +146,7 @@ def test_prefault_with_a_stalled_handler() -> None:
 @pytest.mark.parametrize("freeze", [False, True], ids=["copy", "freeze"])
 def test_copy_with_a_stalled_handler(freeze: bool) -> None:
     """An error within the time that the caller allows; the program runs all the while."""
-    with Served(mode="stall") as target:
+    with ServedTarget(mode="stall") as target:
         error = soon(failing(lambda: copied(target, freeze=freeze, timeout=0.5)), 3)
         assert isinstance(error, IOReturnError)
         assert error.code == IOReturn.kIOReturnTimeout
@@ -163,7 +158,7 @@ def test_copy_with_a_stalled_handler(freeze: bool) -> None:
 
 def test_freeze_of_pages_that_go_away_again() -> None:
     """They are missing whenever the program stands still: refused by name, or all of them happened to be there."""
-    with Served(mode="drop", main="spin") as target:
+    with ServedTarget(mode="drop", main="spin") as target:
 
         def copy() -> str:
             try:
@@ -179,7 +174,7 @@ def test_freeze_of_pages_that_go_away_again() -> None:
 
 def test_freeze_of_other_memory_of_a_task_that_hears_of_forks() -> None:
     """A child would not be made until its handler, which stands still, had read the report."""
-    with Served(mode="fork") as target:
+    with ServedTarget(mode="fork") as target:
 
         def copy() -> bytes:
             with iobmd.copy(target.pid, target.plain, MIB, wired=False, freeze=True) as buffer:
@@ -199,7 +194,7 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS)
 def test_interrupt(call: str) -> None:
     """Ctrl-C ends the wait for a handler that is stalled."""
-    with Served(mode="stall") as target:
+    with ServedTarget(mode="stall") as target:
         script = (
             "import iobmd, sys\n"
             f"pid, area, size = {target.pid}, {target.area}, {MIB}\n"
@@ -226,7 +221,7 @@ def test_interrupt(call: str) -> None:
 @pytest.mark.parametrize("call", CALLS)
 def test_killed_as_it_waits(call: str) -> None:
     """SIGKILL at that moment, too, leaves the program running, untraced, with nothing of ours in it."""
-    with Served(mode="stall") as target:
+    with ServedTarget(mode="stall") as target:
         script = (
             f"import iobmd\npid, area, size = {target.pid}, {target.area}, {MIB}\nprint(1, flush=True)\n{CALLS[call]}"
         )

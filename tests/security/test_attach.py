@@ -272,7 +272,7 @@ def sparse_and_pageable(size: int) -> Callable[[socket.socket], object]:
     return hostile(message([[0, size]], size), lambda: memory(size))
 
 
-class Dripping:
+class ByteByByteSocket:
     """A socket whose peer sends single bytes."""
 
     def recvmsg(self, *_arguments: int) -> tuple[bytes, list[object], int, None]:
@@ -282,5 +282,5 @@ class Dripping:
 def test_a_peer_that_sends_single_bytes() -> None:
     """Half of the largest description: 0.65 s; 5.4 s where each byte has all before it copied."""
     begin = time.process_time()
-    assert sharing._exactly(Dripping(), MIB // 2, []) == b"x" * (MIB // 2)  # type: ignore[arg-type]
+    assert sharing._exactly(ByteByByteSocket(), MIB // 2, []) == b"x" * (MIB // 2)  # type: ignore[arg-type]
     assert time.process_time() - begin < 4

@@ -1,12 +1,10 @@
 """A child that is forked while memory is pinned keeps no ring, and so no pin, whether Python knows of it or not."""
 
-import contextlib
 import ctypes
 import os
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from support import kernel
@@ -18,15 +16,6 @@ import iobmd
 from iobmd import IOMemoryDescriptor, Wiring
 
 FORKS: dict[str, Callable[[], int]] = {"Python": os.fork, "C": ctypes.CDLL(None).fork}
-
-
-def rings(pid: int) -> int:
-    """How many rings a process has open."""
-    count = 0
-    for path in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):
-            count += "io_uring" in str(path.readlink())
-    return count
 
 
 def soon(condition: Callable[[], object]) -> bool:
@@ -42,11 +31,11 @@ def test_of_this_process(fork: Callable[[], int]) -> None:
     with iobmd.allocate(1 << 16) as buffer:
         if buffer.wiring is not Wiring.PINNED:
             pytest.skip("pages cannot be pinned here")
-        before = rings(os.getpid())
+        before = kernel.rings(os.getpid())
         assert before
         with forked(signal.pause, fork) as pid:
-            assert soon(lambda: not rings(pid))
-        assert rings(os.getpid()) == before
+            assert soon(lambda: not kernel.rings(pid))
+        assert kernel.rings(os.getpid()) == before
         assert buffer.wiring is Wiring.PINNED
 
 
@@ -62,6 +51,6 @@ def test_of_another_task(fork: Callable[[], int], start_source: Callable[..., So
         assert memory.wiring is Wiring.PINNED
         assert kernel.status("VmPin", source.pid)
         with forked(signal.pause, fork) as pid:
-            assert soon(lambda: not rings(pid))
+            assert soon(lambda: not kernel.rings(pid))
             memory.complete()
             assert soon(lambda: not kernel.status("VmPin", source.pid))

@@ -26,7 +26,7 @@ MARK = b"WRITTEN BY writeBytes"
 VOLATILE, NON_VOLATILE = iobmd.IOPurgeable.kIOMemoryPurgeableVolatile, iobmd.IOPurgeable.kIOMemoryPurgeableNonVolatile
 
 
-class Intruder:
+class ConcurrentFree:
     """What another thread does between the moment a descriptor's number is read and the moment it is used."""
 
     def __init__(self, free: Callable[[], object], file: Path) -> None:
@@ -44,7 +44,7 @@ class Intruder:
             self._opened = [os.open(self._file, os.O_RDWR) for _ in range(8)]
 
     def file_is_untouched(self) -> bool:
-        assert self._opened, "the intruder never ran"
+        assert self._opened, "the other_thread never ran"
         return self._file.read_bytes() == bytes(SIZE)
 
     def close(self) -> None:
@@ -81,15 +81,17 @@ def test_memory_mapped_in_no_task(method: str, monkeypatch: pytest.MonkeyPatch, 
         with contextlib.suppress(IOReturnError):
             buffer.free()
 
-    with contextlib.closing(Intruder(free, tmp_path / "precious")) as intruder:
-        monkeypatch.setattr(shmem, "Mapping", type("", (), {"view": staticmethod(before(Mapping.view, intruder))}))
+    with contextlib.closing(ConcurrentFree(free, tmp_path / "precious")) as other_thread:
+        monkeypatch.setattr(
+            shmem, "Mapping", type("", (), {"view": staticmethod(before(Mapping.view, other_thread))})
+        )
         if method == "writeBytes":
             buffer.writeBytes(0, MARK)
         else:
             read = bytearray(len(MARK))
             buffer.readBytesInto(0, read)
             assert read == MARK
-        assert intruder.file_is_untouched()
+        assert other_thread.file_is_untouched()
     assert memfds() == before_it, "the object is closed with the last use"
     with pytest.raises(IOReturnError) as caught:
         buffer.readBytes(0, 1)
@@ -101,11 +103,11 @@ def test_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The peer would be given a file of this program."""
     buffer = iobmd.allocate(SIZE, wired=False, shared=True)
     buffer.writeBytes(0, MARK)
-    with contextlib.closing(Intruder(buffer.free, tmp_path / "precious")) as intruder:
-        monkeypatch.setattr(os, "dup", before(os.dup, intruder))
+    with contextlib.closing(ConcurrentFree(buffer.free, tmp_path / "precious")) as other_thread:
+        monkeypatch.setattr(os, "dup", before(os.dup, other_thread))
         with iobmd.share(buffer) as handle, handle.attach() as attached:
             assert attached.readBytes(0, len(MARK)) == MARK
-        assert intruder.file_is_untouched()
+        assert other_thread.file_is_untouched()
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -113,12 +115,12 @@ def test_attach_while_the_handle_is_closed(monkeypatch: pytest.MonkeyPatch, tmp_
     with iobmd.allocate(SIZE, wired=False, shared=True) as buffer:
         buffer.writeBytes(0, MARK)
         handle = iobmd.share(buffer)
-        with contextlib.closing(Intruder(handle.close, tmp_path / "precious")) as intruder:
-            monkeypatch.setattr(shmem, "reopen", before(shmem.reopen, intruder))
+        with contextlib.closing(ConcurrentFree(handle.close, tmp_path / "precious")) as other_thread:
+            monkeypatch.setattr(shmem, "reopen", before(shmem.reopen, other_thread))
             with handle.attach() as attached:
                 assert attached.readBytes(0, len(MARK)) == MARK
                 attached.writeBytes(0, bytes(SIZE))
-            assert intruder.file_is_untouched()
+            assert other_thread.file_is_untouched()
         with pytest.raises(IOReturnError) as caught:
             handle.attach()
         assert caught.value.code == IOReturn.kIOReturnNotOpen
@@ -127,10 +129,10 @@ def test_attach_while_the_handle_is_closed(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_waking_the_purger_as_it_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Another thread writes eight bytes to wake it."""
     watch = Watch()
-    with contextlib.closing(Intruder(watch.close, tmp_path / "precious")) as intruder:
-        monkeypatch.setattr(os, "eventfd_write", before(os.eventfd_write, intruder))
+    with contextlib.closing(ConcurrentFree(watch.close, tmp_path / "precious")) as other_thread:
+        monkeypatch.setattr(os, "eventfd_write", before(os.eventfd_write, other_thread))
         watch.wake()
-        assert intruder.file_is_untouched()
+        assert other_thread.file_is_untouched()
 
 
 # --- the descriptor itself
@@ -278,16 +280,16 @@ def test_a_device_that_is_closed_beside_a_call(tmp_path: Path, monkeypatch: pyte
     container = object.__new__(vfio.Container)
     container._container = process_local.Fd(os.memfd_create("container"), "the container")
     container._group = container._device = None
-    intruder = Intruder(container.close, tmp_path / "unrelated")
+    other_thread = ConcurrentFree(container.close, tmp_path / "unrelated")
     reached: list[str] = []
 
     def ioctl(number: int, *_arguments: object) -> int:
         reached.append(str(Path(f"/proc/self/fd/{number}").readlink()))
         return 0
 
-    monkeypatch.setattr(vfio.fcntl, "ioctl", before(ioctl, intruder))
+    monkeypatch.setattr(vfio.fcntl, "ioctl", before(ioctl, other_thread))
     container.unmap(0x1000, 4096)
-    intruder.close()
+    other_thread.close()
     assert reached == ["/memfd:container (deleted)"]
     with pytest.raises(IOReturnError) as caught:
         container.map(0x1000, 0x1000, 4096, vfio.READ)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from support.child import NOBODY, in_child
 from support.errors import code_of
-from support.targets import Target, children, need_ptrace, until_at_rest
+from support.targets import Target, children, until_at_rest
 
 import iobmd
 from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Task, Wiring, procfs
@@ -36,11 +36,6 @@ memory = ctypes.create_string_buffer(b"x" * (256 << 10))
 print("ready", ctypes.addressof(memory), sep="\\n", flush=True)
 sys.stdin.readline()
 """
-
-
-@pytest.fixture(autouse=True)
-def may_trace() -> None:
-    need_ptrace()
 
 
 def prepare(pid: int, address: int) -> None:
@@ -260,6 +255,8 @@ def test_a_pin_of_other_memory_than_was_asked_for(monkeypatch: pytest.MonkeyPatc
 
 EXEC = """
 import os, sys, threading
+
+pytestmark = pytest.mark.usefixtures("may_trace")
 def wait():
     sys.stdin.readline()
     os.execvp("sleep", ["sleep", "1000"])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support import kernel
-from support.climbing import Climbing
+from support.moving_areas import MovingAreas
 
 from iobmd import IOReturn, IOReturnError, pagemap, procfs
 from iobmd._internal import pidns
@@ -26,8 +26,8 @@ FEW = 256
 
 
 @pytest.fixture
-def target() -> Iterator[Climbing]:
-    with Climbing() as target:
+def target() -> Iterator[MovingAreas]:
+    with MovingAreas() as target:
         yield target
 
 
@@ -42,36 +42,38 @@ READERS: dict[str, Callable[[int], Iterable[object]]] = {
 
 
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
-def test_reading_ends(target: Climbing, read: Callable[[int], Iterable[object]]) -> None:
+def test_reading_ends(target: MovingAreas, read: Callable[[int], Iterable[object]]) -> None:
     areas = len(Path(f"/proc/{target.pid}/maps").read_text().splitlines())
     found = 0
     with pytest.raises(IOReturnError, match="keeps moving its memory") as caught:
         for _one in read(target.pid):
             found += 1
             assert found < 4 * areas, "it does not end"
-            target.climb()
+            target.move()
     assert caught.value.code == IOReturn.kIOReturnBusy
 
 
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
-def test_all_of_a_task_that_stands_still_is_read(target: Climbing, read: Callable[[int], Iterable[object]]) -> None:
+def test_all_of_a_task_that_stands_still_is_read(
+    target: MovingAreas, read: Callable[[int], Iterable[object]]
+) -> None:
     assert sum(1 for _one in read(target.pid)) >= 400
 
 
-def test_a_task_that_grows_is_read(target: Climbing) -> None:
+def test_a_task_that_grows_is_read(target: MovingAreas) -> None:
     """Twice as many areas as it had are not yet too many."""
     areas = len(Path(f"/proc/{target.pid}/maps").read_text().splitlines())
     found = 0
     for found, _area in enumerate(procfs.maps(target.pid), 1):
         if found <= areas:
-            target.climb(1)
+            target.move(1)
     assert areas < found <= 2 * areas
 
 
-class Teasing(io.StringIO):
+class MovingOutput(io.StringIO):
     """Standard output that has the target move its areas with each line that is written."""
 
-    def __init__(self, target: Climbing) -> None:
+    def __init__(self, target: MovingAreas) -> None:
         super().__init__()
         self._target = target
         self._lines = 0
@@ -79,13 +81,13 @@ class Teasing(io.StringIO):
     def write(self, text: str) -> int:
         self._lines += "\n" in text
         assert self._lines < 4000, "it does not end"
-        self._target.climb(100 if "\n" in text else 0)
+        self._target.move(100 if "\n" in text else 0)
         return super().write(text)
 
 
-def test_the_command(target: Climbing, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(target: MovingAreas, capsys: pytest.CaptureFixture[str]) -> None:
     """It shows what it has read, ends its document and says why."""
-    with contextlib.redirect_stdout(Teasing(target)) as shown:
+    with contextlib.redirect_stdout(MovingOutput(target)) as shown:
         assert main(["pagemap", str(target.pid), "--json"]) == 1
     assert "keeps moving its memory" in capsys.readouterr().err
     assert shown.getvalue().count("\n") > FEW
@@ -93,28 +95,28 @@ def test_the_command(target: Climbing, capsys: pytest.CaptureFixture[str]) -> No
     assert document["changed_while_read"]
 
 
-def climb_with_each_step(target: Climbing, monkeypatch: pytest.MonkeyPatch) -> None:
+def moving_with_each_step(target: MovingAreas, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = Reader.steps
     left = iter(range(4000))
 
-    def climbing(reader: Reader, start: int, end: int) -> Iterator[Walk]:
+    def moving(reader: Reader, start: int, end: int) -> Iterator[Walk]:
         if reader.task.pid == target.pid:
             next(left)  # StopIteration: it does not end
-            target.climb()
+            target.move()
         return steps(reader, start, end)
 
-    monkeypatch.setattr(Reader, "steps", climbing)
+    monkeypatch.setattr(Reader, "steps", moving)
 
 
 @pytest.mark.needs("frames")
-def test_other_processes_are_searched_for_a_frame(target: Climbing, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_processes_are_searched_for_a_frame(target: MovingAreas, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the one that was not searched whole is named."""
     program = next(area for area in procfs.maps(target.pid) if area.inode)
     entry = kernel.entries(program.start, 1, target.pid)[0]
-    with Climbing(10) as other:
+    with MovingAreas(10) as other:
         # The target is searched first, and moves with each area of it that is looked at.
         monkeypatch.setattr(pidns, "pids", lambda: [target.pid, other.pid])
-        climb_with_each_step(target, monkeypatch)
+        moving_with_each_step(target, monkeypatch)
         refused: dict[int, IOReturnError] = {}
         physical = (entry & kernel.FRAME) * kernel.PAGE
         assert physical
@@ -123,8 +125,8 @@ def test_other_processes_are_searched_for_a_frame(target: Climbing, monkeypatch:
     assert {pid: error.code for pid, error in refused.items()} == {target.pid: IOReturn.kIOReturnBusy}
 
 
-def test_a_snapshot_is_not_written(target: Climbing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    climb_with_each_step(target, monkeypatch)
+def test_a_snapshot_is_not_written(target: MovingAreas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moving_with_each_step(target, monkeypatch)
     with pytest.raises(IOReturnError, match="keeps moving its memory"):
         pagemap.save(target.pid, tmp_path / "saved")
     assert not list(tmp_path.iterdir())

@@ -1,14 +1,14 @@
 """Impossible numbers are refused by the native layer itself: whoever forgets to check them unmaps nothing of ours."""
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 from support.child import in_child
 from support.kernel import PAGE
+from support.rawmemory import memfd
 
 from iobmd._native.mapping import Exporter, Mapping
 
@@ -18,17 +18,9 @@ ALIGNMENTS = [0, 1 << 63, 3, 12288, PAGE + 1, (1 << 64) - PAGE]
 SIZES = [0, 1, PAGE + 1, TOP, (1 << 64) - PAGE, 1 << 64, -PAGE]
 
 
-@contextlib.contextmanager
-def memfd(size: int = 4 * PAGE) -> Iterator[int]:
-    fd = os.memfd_create("native")
-    os.ftruncate(fd, size)
-    yield fd
-    os.close(fd)
-
-
 def view(pieces: list[tuple[int, int]], *, at: int = 0, guard: int = 0, alignment: int = PAGE) -> Callable[[], None]:
     def attack() -> None:
-        with memfd() as fd:
+        with memfd(4 * PAGE) as fd:
             Mapping.view([(fd, *piece) for piece in pieces], at, True, guard, alignment)
 
     return attack
@@ -47,7 +39,7 @@ def exported(offset: int, length: int) -> Callable[[], None]:
 
 def redirected(pieces: list[tuple[int, int]]) -> Callable[[], None]:
     def attack() -> None:
-        with memfd() as fd:
+        with memfd(4 * PAGE) as fd:
             mapping = Mapping.view([(fd, 0, 2 * PAGE)], 0, True, 0, PAGE)
             try:
                 mapping.redirect([(fd, *piece) for piece in pieces])
@@ -109,7 +101,7 @@ def test_impossible_numbers(attack: Callable[[], object]) -> None:
 
 def test_possible_numbers() -> None:
     """The control of the test above."""
-    with memfd() as fd:
+    with memfd(4 * PAGE) as fd:
         os.pwrite(fd, b"second", PAGE)
         mapping = Mapping.view([(fd, PAGE, PAGE), (fd, 0, PAGE)], 0, True, PAGE, HUGE)
         assert mapping.read(0, 6) == b"second"

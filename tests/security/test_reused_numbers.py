@@ -104,14 +104,14 @@ def test_bytes_for_a_task_that_is_gone_reach_nobody(write: str) -> None:
         memory = mmap.mmap(-1, 2 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory[: 1 << 20] = b"v" * (1 << 20)
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        with replaced() as (task, victim):
+        with replaced() as (task, successor):
             memory[: 1 << 20] = bytes(1 << 20)
             code = None
             try:
                 WRITES[write](task, address)
             except IOReturnError as error:
                 code = error.code
-            there = Task(victim)
+            there = Task(successor)
             return code, there.read(address, 1 << 20) == b"v" * (1 << 20) and not any(
                 there.read(address + (1 << 20), 4)
             )
@@ -165,12 +165,12 @@ def replaced() -> Iterator[tuple[Task, int]]:
     task = Task(pid)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    victim = fork_as(pid)
+    successor = fork_as(pid)
     try:
-        yield task, victim
+        yield task, successor
     finally:
-        os.kill(victim, signal.SIGKILL)
-        os.waitpid(victim, 0)
+        os.kill(successor, signal.SIGKILL)
+        os.waitpid(successor, 0)
 
 
 def fork_as(number: int) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from support.child import NOBODY, in_child
 from support.kernel import PAGE
+from support.rawmemory import memfd
 from support.targets import Target, need_ptrace
 
 import iobmd
@@ -59,14 +60,6 @@ def attached(fd: int, size: int) -> Iterator[iobmd.IOBufferMemoryDescriptor]:
         here.sendall(text)
         with iobmd.attach(there) as buffer:
             yield buffer
-
-
-@contextlib.contextmanager
-def memfd(size: int) -> Iterator[int]:
-    fd = os.memfd_create("peer", os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, size)
-    yield fd
-    os.close(fd)
 
 
 @pytest.mark.parametrize("seal", [F_SEAL_FUTURE_WRITE, F_SEAL_WRITE, F_SEAL_SHRINK, F_SEAL_GROW])

@@ -24,7 +24,7 @@ from iobmd.task import obstacles, transfer
 MIB = 1 << 20
 PATIENCE = 20  # seconds
 
-VICTIM = (
+PROGRAM = (
     FILE_SYSTEM
     + """
 import sys
@@ -42,7 +42,7 @@ sys.stdin.readline()
 )
 
 
-class Silent(NamedTuple):
+class SilentTarget(NamedTuple):
     """A target that maps a file of 1 MiB, twice as far as it goes, at `at`; `server` serves it, and is stopped."""
 
     process: subprocess.Popen[str]
@@ -65,15 +65,15 @@ class Silent(NamedTuple):
 
 
 @pytest.fixture
-def target(tmp_path: Path) -> Iterator[Silent]:
+def target(tmp_path: Path) -> Iterator[SilentTarget]:
     with subprocess.Popen(
-        [sys.executable, "-c", VICTIM, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", PROGRAM, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout
         server, at = map(int, process.stdout.readline().split())
         os.kill(server, signal.SIGSTOP)
         try:
-            yield Silent(process, at, server)
+            yield SilentTarget(process, at, server)
         finally:
             os.kill(server, signal.SIGKILL)
 
@@ -98,7 +98,7 @@ def within_patience(action: Callable[[], object]) -> object:
 
 
 @pytest.mark.needs("root")
-def test_an_explanation_asks_no_server(target: Silent) -> None:
+def test_an_explanation_asks_no_server(target: SilentTarget) -> None:
     """The length of the file is what the kernel knows of it: stat(2) would ask the server, and wait."""
     found = within_patience(lambda: obstacles.find(target.pid, target.at, target.at + 2 * MIB))
     assert isinstance(found, obstacles.Obstacle)
@@ -107,7 +107,7 @@ def test_an_explanation_asks_no_server(target: Silent) -> None:
 
 
 @pytest.mark.needs("root")
-def test_a_path_that_leads_to_the_server_is_given_up(target: Silent, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_that_leads_to_the_server_is_given_up(target: SilentTarget, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the right to use map_files the path is looked up, which its directory's server has to answer."""
     area = next(procfs.areas(target.pid, target.at, target.at + 1))
     other = area._replace(start=area.start + 4096)  # map_files has no such entry
@@ -118,7 +118,7 @@ def test_a_path_that_leads_to_the_server_is_given_up(target: Silent, monkeypatch
 
 
 @pytest.mark.needs("root")
-def test_ctrl_c_ends_a_command_that_the_kernel_keeps_waiting(target: Silent) -> None:
+def test_ctrl_c_ends_a_command_that_the_kernel_keeps_waiting(target: SilentTarget) -> None:
     """Only SIGKILL ends the wait for the lock of an address space: the handler of SIGINT does not run."""
     target.hold_its_maps()
     program = [sys.executable, "-c", "import iobmd_command; iobmd_command.main()", "pagemap", str(target.pid)]
@@ -154,7 +154,7 @@ COMMANDS: dict[str, Callable[[iobmd.Task, int], object]] = {
 @pytest.mark.needs("root")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_call_waits_for_long_while_a_task_holds_the_lock_of_its_memory(
-    target: Silent, command: str, monkeypatch: pytest.MonkeyPatch
+    target: SilentTarget, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was begun has no effect afterwards: nothing is written, and no child process is left."""
     task = iobmd.Task(target.pid)
@@ -189,7 +189,7 @@ def is_held(pid: int) -> bool:
 
 
 @pytest.mark.needs("root")
-def test_ctrl_c_ends_a_read_of_such_a_file(target: Silent) -> None:
+def test_ctrl_c_ends_a_read_of_such_a_file(target: SilentTarget) -> None:
     """Of a page that its server has not delivered: long before the time is over that it was given."""
     where = [str(target.pid), hex(target.at + MIB // 2), "4096", "--pageable", "--timeout", "600"]
     program = [sys.executable, "-c", "import iobmd_command; raise SystemExit(iobmd_command.main())", "copy", *where]
@@ -212,7 +212,7 @@ def children(pid: int) -> str:
 
 
 @pytest.mark.needs("root", "frames")
-def test_one_task_does_not_stall_the_search_of_all(target: Silent, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_task_does_not_stall_the_search_of_all(target: SilentTarget, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frame, "_PATIENCE", 1.0)
     monkeypatch.setattr(pidns, "pids", lambda: [target.pid, os.getpid()])  # others take as long as they are many
     target.hold_its_maps()

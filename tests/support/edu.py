@@ -53,7 +53,7 @@ class Copy(NamedTuple):
     length: int
 
 
-class Fleet:
+class Devices:
     """Devices that work at the same time. `transfers` counts what they did."""
 
     def __init__(self, devices: Sequence[Edu]) -> None:
@@ -61,7 +61,7 @@ class Fleet:
         self.transfers = 0
 
     @classmethod
-    def of_guest(cls) -> "Fleet":
+    def of_guest(cls) -> "Devices":
         devices = pci.find(VENDOR, DEVICE)
         for device in devices:
             pci.switch_on(device)

@@ -7,13 +7,19 @@ import pytest
 from iobmd import IOReturn, IOReturnError
 
 
-def refusal(action: Callable[[], object]) -> tuple[IOReturn, str]:
-    """Return the code and the message of the error that `action` must raise."""
+def error_of(action: Callable[[], object]) -> IOReturnError:
+    """Return the error that `action` must raise."""
     with pytest.raises(IOReturnError) as caught:
         action()
-    return caught.value.code, str(caught.value)
+    return caught.value
+
+
+def refusal(action: Callable[[], object]) -> tuple[IOReturn, str]:
+    """Return the code and the message of the error that `action` must raise."""
+    error = error_of(action)
+    return error.code, str(error)
 
 
 def code_of(action: Callable[[], object]) -> IOReturn:
     """Return the code of the error that `action` must raise."""
-    return refusal(action)[0]
+    return error_of(action).code

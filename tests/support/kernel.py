@@ -134,10 +134,10 @@ def smaps(address: int, pid: int | str = "self") -> dict[str, int]:
     return counters
 
 
-def rings() -> int:
-    """Count the open io_uring descriptors of this process."""
+def rings(pid: int | str = "self") -> int:
+    """Count the open io_uring descriptors of a process."""
     count = 0
-    for path in Path("/proc/self/fd").iterdir():
+    for path in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):  # the one that lists the folder
             count += "io_uring" in str(path.readlink())
     return count

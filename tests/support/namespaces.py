@@ -65,7 +65,7 @@ def in_namespaces(
     return in_child(outer)
 
 
-class Other:
+class SleepingChild:
     """A forked child that sleeps, with `data` in a page of its own; also without its main thread.
 
     Attributes

@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 import iobmd
-from support.edu import LARGEST, Copy, Fleet
+from support.edu import LARGEST, Copy, Devices
 
 PAGE = 4096
 
@@ -13,13 +13,13 @@ PAGE = 4096
 class Proof:
     """Has devices read and write memory at physical addresses, and compares every byte with what the processor sees.
 
-    Each piece is copied by a device to a page of its own, and back from there: `fleet` counts two transfers for each.
+    Each piece is copied by a device to a page of its own and back, which `devices` counts as two transfers.
     """
 
-    def __init__(self, fleet: Fleet, pages: iobmd.IOBufferMemoryDescriptor) -> None:
-        self.fleet = fleet
+    def __init__(self, devices: Devices, pages: iobmd.IOBufferMemoryDescriptor) -> None:
+        self.devices = devices
         self.pages = pages
-        self._places = [pages.getPhysicalSegment(index * PAGE)[0] for index in range(len(fleet.devices))]
+        self._places = [pages.getPhysicalSegment(index * PAGE)[0] for index in range(len(devices.devices))]
 
     def read(self, addresses: Sequence[tuple[int, int]]) -> list[bytes]:
         """Return what devices read at physical addresses, each of up to 4095 bytes."""
@@ -27,7 +27,7 @@ class Proof:
         for start in range(0, len(addresses), len(self._places)):
             batch = addresses[start : start + len(self._places)]
             self.pages.writeBytes(0, os.urandom(len(self.pages)))
-            self.fleet.copy(
+            self.devices.copy(
                 [Copy(source, place, length) for (source, length), place in zip(batch, self._places, strict=False)]
             )
             found += [self.pages.readBytes(index * PAGE, length) for index, (_, length) in enumerate(batch)]
@@ -39,7 +39,7 @@ class Proof:
             batch = addresses[start : start + len(self._places)]
             for index, data in enumerate(contents[start : start + len(batch)]):
                 self.pages.writeBytes(index * PAGE, data)
-            self.fleet.copy(
+            self.devices.copy(
                 [Copy(place, target, length) for (target, length), place in zip(batch, self._places, strict=False)]
             )
 

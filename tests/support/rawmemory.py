@@ -1,12 +1,13 @@
 """Memory of this process by plain system calls: areas of every kind, and how they go away."""
 
+import contextlib
 import ctypes
 import fcntl
 import mmap
 import os
 import select
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PAGE = mmap.PAGESIZE
@@ -96,3 +97,14 @@ class Pause:
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+@contextlib.contextmanager
+def memfd(size: int) -> Iterator[int]:
+    """Yield a descriptor of new shared memory that may be sealed."""
+    fd = os.memfd_create("test", os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        yield fd
+    finally:
+        os.close(fd)

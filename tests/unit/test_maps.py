@@ -178,16 +178,16 @@ def test_lines_of_a_range(found: list[bytes], limits: tuple[int, int]) -> None:
 
 
 @pytest.fixture
-def checkered() -> Iterator[Checkered]:
+def separate_pages() -> Iterator[SeparatePages]:
     """Three hundred pages of every other protection, each an area, with a hole among them; then a file."""
-    with Checkered() as found:
+    with SeparatePages() as found:
         yield found
 
 
-class Checkered:
+class SeparatePages:
     """Areas of one page each in an address range of this process, in which nothing else maps anything."""
 
-    def __enter__(self) -> Checkered:
+    def __enter__(self) -> SeparatePages:
         self.memory = mapping.Mapping.reserve(302 * PAGE_SIZE, PAGE_SIZE)
         self.start = self.memory.address
         self.end = self.start + self.memory.size
@@ -213,9 +213,9 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
-def test_areas_of_a_range(way: str, checkered: Checkered) -> None:
+def test_areas_of_a_range(way: str, separate_pages: SeparatePages) -> None:
     """What begins, ends or lies within the range, and nothing else; more areas than are asked for at a time."""
-    start, end, hole = checkered.start, checkered.end, checkered.hole
+    start, end, hole = separate_pages.start, separate_pages.end, separate_pages.hole
     for low, high in [
         (start, end),
         (start + 1, start + 2),
@@ -262,9 +262,9 @@ def test_areas_of_a_process_without_memory(way: str) -> None:
 
 
 @pytest.mark.needs("procmap_query")
-def test_one_area_of_many_is_found_without_the_others(checkered: Checkered) -> None:
+def test_one_area_of_many_is_found_without_the_others(separate_pages: SeparatePages) -> None:
     """By how many bytes this process reads for it, as the kernel counts them (rchar of /proc/PID/io)."""
-    page = checkered.start + 298 * PAGE_SIZE
+    page = separate_pages.start + 298 * PAGE_SIZE
 
     def read_bytes(work: Callable[[], object]) -> int:
         def counted() -> int:

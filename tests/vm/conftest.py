@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.edu import Fleet
+from support.edu import Devices
 from support.proof import PAGE, Proof
 
 import iobmd
@@ -29,17 +29,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session")
-def fleet() -> Fleet:
-    return Fleet.of_guest()
+def devices() -> Devices:
+    return Devices.of_guest()
 
 
 @pytest.fixture
-def proof(fleet: Fleet, record_property) -> Iterator[Proof]:
+def proof(devices: Devices, record_property) -> Iterator[Proof]:
     """Proof by devices at physical addresses, which counts the transfers."""
-    before = fleet.transfers
-    with iobmd.allocate(len(fleet.devices) * PAGE) as pages:
-        yield Proof(fleet, pages)
-    record_property("DMA transfers", fleet.transfers - before)
+    before = devices.transfers
+    with iobmd.allocate(len(devices.devices) * PAGE) as pages:
+        yield Proof(devices, pages)
+    record_property("DMA transfers", devices.transfers - before)
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ class Window:
     """Reads and writes through the device at its own addresses."""
 
     def __init__(self, device: edu.Edu, page: tuple[iobmd.IOBufferMemoryDescriptor, int], record) -> None:
-        self._fleet = edu.Fleet([device])
+        self._devices = edu.Devices([device])
         self._page, self._address = page
         self._record = record
 
@@ -88,7 +88,7 @@ class Window:
         self._copy(edu.Copy(self._address, address, len(data)))
 
     def _copy(self, copy: edu.Copy) -> None:
-        self._fleet.copy([copy])
+        self._devices.copy([copy])
         self._record("DMA transfers", 2)
 
 
@@ -175,7 +175,7 @@ def test_more_than_the_device_can_address(name: str) -> None:
 
 
 def device_copy(device: edu.Edu, source: int, destination: int, length: int) -> None:
-    edu.Fleet([device]).copy([edu.Copy(source, destination, length)])
+    edu.Devices([device]).copy([edu.Copy(source, destination, length)])
 
 
 # --- what must not be reached

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from support.edu import Fleet
+from support.edu import Devices
 from support.kernel import frames, held, is_given_back
 from support.proof import Proof
 
@@ -15,9 +15,9 @@ DEVICES_MASK = (1 << 28) - 1
 
 
 @pytest.fixture
-def low_pages(fleet: Fleet):
+def low_pages(devices: Devices):
     """Pages that a device of 28 bits reaches, to copy to and from."""
-    with searching(), iobmd.allocate(len(fleet.devices) * 4096, physical_mask=DEVICES_MASK) as pages:
+    with searching(), iobmd.allocate(len(devices.devices) * 4096, physical_mask=DEVICES_MASK) as pages:
         yield pages
 
 
@@ -31,26 +31,26 @@ def searching():
 @pytest.mark.parametrize(
     ("size", "keywords"), [(4096, {}), (MIB, {}), (4 * MIB, {"contiguous": True}), (MIB, {"shared": True})], ids=str
 )
-def test_met_and_reached(fleet: Fleet, low_pages, record_property, size: int, keywords: dict, bits: int) -> None:
-    before = fleet.transfers
+def test_met_and_reached(devices: Devices, low_pages, record_property, size: int, keywords: dict, bits: int) -> None:
+    before = devices.transfers
     with searching(), iobmd.allocate(size, physical_mask=(1 << bits) - 1, **keywords) as buffer:
         assert all(frame << 12 < 1 << bits for frame in frames(buffer.getBytesNoCopy(), size))
-        assert Proof(fleet, low_pages).holds(buffer) > 0
-    record_property("DMA transfers", fleet.transfers - before)
+        assert Proof(devices, low_pages).holds(buffer) > 0
+    record_property("DMA transfers", devices.transfers - before)
 
 
 @pytest.mark.needs("edu", "narrow_edu")
-def test_what_lies_above_is_not_reached(fleet: Fleet, low_pages, record_property) -> None:
+def test_what_lies_above_is_not_reached(devices: Devices, low_pages, record_property) -> None:
     """The control: such a device clamps the address, and reads another frame without a word."""
-    before = fleet.transfers
+    before = devices.transfers
     with iobmd.allocate(16 * MIB) as buffer:
         high = [offset for offset in range(0, 16 * MIB, MIB) if buffer.getPhysicalSegment(offset)[0] >> 28]
         assert high, "all of it lies low"
         for offset in high:
             buffer.writeBytes(offset, os.urandom(4000))
-        found = Proof(fleet, low_pages).read([(buffer.getPhysicalSegment(offset)[0], 4000) for offset in high])
+        found = Proof(devices, low_pages).read([(buffer.getPhysicalSegment(offset)[0], 4000) for offset in high])
         assert not any(read == buffer.readBytes(at, 4000) for read, at in zip(found, high, strict=True))
-    record_property("DMA transfers", fleet.transfers - before)
+    record_property("DMA transfers", devices.transfers - before)
 
 
 @pytest.mark.needs("guest", "two_nodes")

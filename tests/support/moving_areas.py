@@ -1,4 +1,4 @@
-"""A target that moves areas upwards when it is told to: those that were read to above those that were not.
+"""A target that moves areas upwards on request: those that were read, above those that were not.
 
 The areas that a program reads then have no end, however slowly it reads. The script runs with the system's modules.
 """
@@ -30,8 +30,8 @@ for line in sys.stdin:
 """
 
 
-class Climbing:
-    """The target, with 400 areas that climb. It ends with the `with`."""
+class MovingAreas:
+    """The target, with 400 areas that it moves upwards. It ends with the `with` block."""
 
     def __init__(self, areas: int = 400) -> None:
         self._process = subprocess.Popen(
@@ -40,8 +40,8 @@ class Climbing:
         self.pid = self._process.pid
         self._answer()
 
-    def climb(self, areas: int = 4) -> None:
-        """Have the lowest areas moved above the highest."""
+    def move(self, areas: int = 4) -> None:
+        """Move the lowest areas above the highest."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{areas}\n")
         self._process.stdin.flush()
