@@ -33,11 +33,9 @@ cdef class Guard:
     cdef unsigned long _owner
     cdef int _made_in
     cdef list _deferred
-    cdef list _again
 
     def __cinit__(self):
         self._deferred = []
-        self._again = []
         self._renew()
 
     cdef _renew(self):
@@ -62,7 +60,7 @@ cdef class Guard:
             self._renew()
         self._lock.acquire()
         self._owner = PyThread_get_thread_ident()
-        if self._deferred or self._again:
+        if self._deferred:
             self._call_all_deferred()
         return True
 
@@ -91,8 +89,7 @@ cdef class Guard:
     def when_free(self, action):
         """Call `action` from inside, without waiting: now, or as soon as the thread that is inside leaves.
 
-        For destructors, which may interrupt any thread, this one included. An action that returns a true value is
-        called again when the guard is entered next.
+        For destructors, which may interrupt any thread, including the one that is inside.
         """
         self._deferred.append(action)
         self._call_deferred()
@@ -111,8 +108,6 @@ cdef class Guard:
 
     cdef _call_all_deferred(self):
         try:
-            while self._again:
-                self._deferred.append(self._again.pop())
             self._call_each()
         except BaseException:  # of a signal handler: the block is not entered
             self._release()
@@ -120,9 +115,7 @@ cdef class Guard:
 
     cdef _call_each(self):
         while self._deferred:
-            action = self._deferred.pop()
-            if action():
-                self._again.append(action)
+            self._deferred.pop()()
 
 
 cdef class Fd:

@@ -137,5 +137,11 @@ class Backing(Protocol):
     def unseal(self) -> None:
         """Permit use again."""
 
+    def drop(self) -> None:
+        """Free the memory, or what this object alone uses of it, for a destructor, which must not wait.
+
+        Raises BufferError and OSError, which the destructor ignores.
+        """
+
     def close(self) -> None:
         """Seal it and free the memory. Raises as `seal`; idempotent."""

@@ -188,6 +188,10 @@ class MappedBacking(Pinned):
         """Undo `seal`."""
         self.mapping.unseal()
 
+    def drop(self) -> None:
+        """As `close`, for a destructor."""
+        self.close()
+
     def close(self) -> None:
         """Seal, unpin and unmap, which also unlocks. Idempotent.
 

@@ -22,8 +22,8 @@ class Pin(Protocol):
     def holds_pages(self) -> bool:
         """Whether the pages remain in memory."""
 
-    def release(self) -> None:
-        """Release the pages; idempotent."""
+    def release(self, *, wait: bool = True) -> None:
+        """Release the pages; without `wait`, for destructors, as soon as no other thread prevents it. Idempotent."""
 
 
 class Pinned(abc.ABC):
@@ -50,8 +50,8 @@ class Pinned(abc.ABC):
         self._pin = pin
         self._generation = mapping.generation()
 
-    def unpin(self, *, wait: bool = True) -> None:  # noqa: ARG002 (the protocol's)
-        """Release the pin, so that the kernel may move the pages again."""
+    def unpin(self, *, wait: bool = True) -> None:
+        """Release the pin, so that the kernel may move the pages again. `wait` as `Pin.release`."""
         if self._pin:
-            self._pin.release()
+            self._pin.release(wait=wait)
         self._pin = self.runs = None

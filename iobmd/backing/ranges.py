@@ -207,6 +207,10 @@ class RangeBacking(Pinned):
         if self._seen:
             self._seen.unseal()
 
+    def drop(self) -> None:
+        """Unpin it, for a destructor, which must not wait. Views do not prevent that: its task maps the memory."""
+        self.unpin(wait=False)
+
     def close(self) -> None:
         """Seal and release it; idempotent."""
         self.seal()

@@ -65,3 +65,8 @@ class RemoteBacking(SharedBacking):
         except BaseException:
             self.unseal()
             raise
+
+    def drop(self) -> None:
+        """As `close`, for a destructor, which must not wait: its task unmaps it when that can be stopped."""
+        self._there = None
+        super().drop()

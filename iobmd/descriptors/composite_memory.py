@@ -250,6 +250,9 @@ class CompositeBacking:
         for part in self._parts:
             part.owner.unseal()
 
+    def drop(self) -> None:
+        """Do nothing: the owners of its parts are collected with it."""
+
     def close(self) -> None:
         """End the use of its parts' memory, which is released after its last use. Idempotent."""
         self.seal()  # first: a part that refuses does not lose the others

@@ -8,7 +8,7 @@ from iobmd._internal import process_local
 from iobmd._native.mapping import Exporter
 from iobmd.constants import IOMapOptions
 from iobmd.descriptors.mapping_cache import CachedMapping, MapRequest
-from iobmd.errors import BadArgumentError, BusyError, IOReturnError, NotOpenError, UnsupportedError
+from iobmd.errors import BadArgumentError, BusyError, NotOpenError, UnsupportedError
 
 if TYPE_CHECKING:
     from iobmd._native.mapping import Mapping
@@ -181,23 +181,10 @@ class IOMemoryMap(Exporter):
         self.unmap()
 
     def __del__(self) -> None:
-        if getattr(self, "_mapping", None):
-            # The method keeps this object, so that no other map has its id before the use has ended.
-            _changes.when_free(self._unmap_collected)
-
-    def _unmap_collected(self) -> bool:
-        """End the use for the destructor, with the guard held; return whether to try again."""
-        mapping = self._open()
-        try:
-            mapping.let_go(id(self))
-        except BusyError:  # in another task, which cannot be stopped now
-            return True
-        except IOReturnError:  # … or has exited
-            pass
-        except BufferError:  # a view is garbage of the same cycle: the mapping goes with it
+        # Without the guard, because a destructor must not wait for it. The mapping ends with the last of its maps and
+        # their views, which alone refer to it.
+        if mapping := getattr(self, "_mapping", None):
             mapping.users.discard(id(self))
-        self._mapping = None
-        return False
 
     def __reduce_ex__(self, _protocol: SupportsIndex) -> NoReturn:
         raise TypeError("an IOMemoryMap belongs to its process and cannot be copied or pickled")

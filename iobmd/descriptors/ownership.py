@@ -228,13 +228,13 @@ class MemoryOwner:
 
     def __del__(self) -> None:
         backing = getattr(self, "backing", None)
-        if backing is None or backing.composite:  # the owners of its parts are collected with it
+        if backing is None:
             return
         self.backing = None  # first: another thread may just have found it by a weak reference
         # Only maps, views and arrays that are garbage of the same cycle, or end with the interpreter, can still use
         # it. They hold the mapping, which ends with the last of them.
         with contextlib.suppress(OSError, BufferError):
-            backing.close()
+            backing.drop()
 
     # --- its bytes
 

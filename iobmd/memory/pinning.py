@@ -113,7 +113,7 @@ class Pin:
             self.release()
             raise _cannot_pin(address, size, error) from None
 
-    def release(self) -> None:
+    def release(self, *, wait: bool = True) -> None:  # noqa: ARG002 (it never waits for another thread)
         """Unpin; idempotent."""
         slots, self._slots = self._slots, []
         _pins.unpin(slots)

@@ -212,8 +212,10 @@ class RemoteMapping:
             return stop if stop < end else None
         return self.address
 
-    def close(self) -> None:
+    def close(self, *, inside: bool = False) -> None:
         """Unmap the parts that the task has not replaced; idempotent. If the task has exited, nothing happens.
+
+        `inside` as `session.with_guest`.
 
         Raises
         ------
@@ -224,23 +226,30 @@ class RemoteMapping:
         if not size or self._owner != os.getpid():  # in a forked child: the parent unmaps it
             return
         with contextlib.suppress(NotFoundError), _reported(self.task, size, 0, "unmap"):
-            session.insist(self._unmap)
+            session.insist(lambda: self._unmap(inside=inside))
         self._whole = (0, 0)
 
-    def _unmap(self) -> None:
+    def _unmap(self, *, inside: bool) -> None:
         start, size = self._whole
         # The task itself may have mapped other memory there since, also by an exec: that stays.
         if self.task.alive and (ranges := self._mapped_ranges(start, start + size)):
-            session.with_guest(self.task, lambda guest: _unmap(guest, ranges))
+            session.with_guest(self.task, lambda guest: _unmap(guest, ranges), inside=inside)
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # the constructor was interrupted
-            self._close_or_register()
+            if self._whole[1]:
+                self._close_when_free()
+
+    def _close_when_free(self) -> None:
+        session.guard_of(self.task).when_free(self._close_or_register)
 
     def _close_or_register(self) -> None:
-        """Unmap it, or register it for another try if that is refused: it must not stay in the task."""
+        """Unmap it, or register it for another try if that is refused: it must not stay in the task.
+
+        With the guard of the task held.
+        """
         try:
-            self.close()
+            self.close(inside=True)
         except NoResourcesError:
             _exhausted.append(self)
         except IOReturnError:
@@ -274,7 +283,7 @@ _refused: list[RemoteMapping] = []
 
 def _retry_exhausted() -> None:
     for mapping in [_exhausted.pop() for _ in range(len(_exhausted))]:
-        mapping._close_or_register()
+        mapping._close_when_free()
 
 
 def _close_all() -> None:

@@ -143,8 +143,8 @@ class RemotePin:
             with self._faulting():
                 guest.call("mlock", start, end - start, deadline=self._deadline(start, end))
 
-    def _with_guest(self, work: Callable[[Guest], None]) -> None:
-        session.with_guest(self._task, work)
+    def _with_guest(self, work: Callable[[Guest], None], *, inside: bool = False) -> None:
+        session.with_guest(self._task, work, inside=inside)
 
     def _unlock(self, guest: Guest) -> None:
         while self._locked:
@@ -157,8 +157,10 @@ class RemotePin:
                 # The task has unmapped it in the meantime.
             self._locked.pop()
 
-    def release(self) -> None:
+    def release(self, *, wait: bool = True) -> None:
         """Unpin or unlock them; idempotent. If the task has exited, or in a forked child, nothing happens.
+
+        Without `wait`, for destructors, locked pages are unlocked as soon as no other thread stops the task.
 
         Raises
         ------
@@ -168,15 +170,27 @@ class RemotePin:
         ring, self._ring = self._ring, None
         if ring:
             ring.close()
-        if self._locked and self._owner == os.getpid():
+        if not self._locked:
+            return
+        if wait:
+            self._unlock_all()
+        else:
+            session.guard_of(self._task).when_free(self._unlock_dropped)
+
+    def _unlock_all(self, *, inside: bool = False) -> None:
+        if self._owner == os.getpid():
             with contextlib.suppress(NotFoundError):
                 if self._task.alive:
-                    session.insist(lambda: self._with_guest(self._unlock))
+                    session.insist(lambda: self._with_guest(self._unlock, inside=inside))
         self._locked = []
 
+    def _unlock_dropped(self) -> None:
+        with contextlib.suppress(IOReturnError):
+            self._unlock_all(inside=True)
+
     def __del__(self) -> None:
-        with contextlib.suppress(IOReturnError, AttributeError):
-            self.release()
+        with contextlib.suppress(IOReturnError, AttributeError):  # the constructor was interrupted
+            self.release(wait=False)
 
 
 def _registered(ring: uring.Ring) -> list[tuple[int, int]]:

@@ -248,11 +248,12 @@ class Session:
         return IOReturnError(IOReturn.kIOReturnError, message)
 
 
-def with_guest(task: Task, work: Callable[[Guest], None], *, standing: bool = False) -> int:
+def with_guest(task: Task, work: Callable[[Guest], None], *, standing: bool = False, inside: bool = False) -> int:
     """Call `work` with a guest of a task, whose system calls may wait while the task continues to run.
 
     With `standing`, the task is stopped during the calls, which then must not wait. If a task executes programs
-    repeatedly (execve(2)), a guest is otherwise left in the address space of a previous one.
+    repeatedly (execve(2)), a guest is otherwise left in the address space of a previous one. `inside`: this thread is
+    inside `guard_of(task)`.
 
     Returns
     -------
@@ -269,7 +270,7 @@ def with_guest(task: Task, work: Callable[[Guest], None], *, standing: bool = Fa
     """
 
     def attempt() -> int:
-        with guard_of(task), _opened(task) as session:
+        with contextlib.nullcontext() if inside else guard_of(task), _opened(task) as session:
             work(session.guest(standing=standing))
         return session.stopped_ns
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import os
 import resource
 import signal
@@ -9,18 +10,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from ptrace.debugger import PtraceDebugger
+from support import kernel
 from support.child import in_child, sleeping
 from support.targets import Target, children, until_blocked
 
 import iobmd
 from iobmd import IOMapOptions, IOReturn, IOReturnError
 from iobmd.remote.guest import Call, Guest
-from iobmd.remote.session import Session
+from iobmd.remote.session import Session, guard_of
 
 ANYWHERE = IOMapOptions.kIOMapAnywhere
 MIB = 1 << 20
@@ -37,6 +39,61 @@ def ours(pid: int) -> list[str]:
     return [
         line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "iobmd" in line or " ---p " in line
     ]
+
+
+def a_buffer(pid: int) -> object:
+    return iobmd.allocate(8192, task=pid, wired=False)
+
+
+def a_map(pid: int) -> object:
+    return iobmd.allocate(8192, wired=False, shared=True).createMappingInTask(pid, 0, ANYWHERE)
+
+
+def locked_memory(pid: int) -> object:
+    """Read-only memory cannot be pinned in another task."""
+    areas = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    start = next(line.partition("-")[0] for line in areas if " r--p " in line)
+    memory = iobmd.IOMemoryDescriptor.withAddressRange(int(start, 16), 4096, iobmd.kIODirectionOut, pid)
+    memory.prepare()
+    assert memory.wiring is iobmd.Wiring.RESIDENT
+    return memory
+
+
+def held(pid: int) -> tuple[list[str], int]:
+    """Return what a task has because of this process: mappings, and locked bytes."""
+    return ours(pid), kernel.status("VmLck", pid)
+
+
+@pytest.mark.filterwarnings("ignore:.*never:ResourceWarning")
+@pytest.mark.parametrize("make", [a_buffer, a_map, locked_memory])
+@pytest.mark.parametrize("in_thread", [False, True], ids=["itself", "another thread"])
+def test_a_destructor_waits_for_no_stop(
+    target: subprocess.Popen[bytes], make: Callable[[int], object], *, in_thread: bool
+) -> None:
+    """The collector runs it in a thread that stops the task, or while another one does."""
+    before = held(target.pid)
+    garbage = [make(target.pid)]
+    assert held(target.pid) != before
+
+    def collect() -> None:
+        cycle = [garbage.pop()]
+        cycle.append(cycle)
+        del cycle
+        gc.collect()
+
+    thread = threading.Thread(target=collect, daemon=True)
+    with guard_of(iobmd.Task(target.pid)):
+        if in_thread:
+            thread.start()
+            thread.join(20)
+            waits = thread.is_alive()
+        else:
+            collect()
+            waits = False
+    if in_thread:
+        thread.join(20)
+    assert not waits
+    assert held(target.pid) == before
 
 
 def registers(pid: int) -> dict[str, int]:
