@@ -5,6 +5,7 @@ build fails. It reads nothing from the network: inventories/python.txt resolves 
 """
 
 import inspect
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.ext import intersphinx
+from sphinx.roles import XRefRole
 from sphinx.util import logging
 
 import iobmd
@@ -32,10 +34,11 @@ extensions = [
     "sphinx.ext.intersphinx",
     "numpydoc",
     "sphinx_copybutton",
+    "sphinx_design",
 ]
 exclude_patterns = ["_build"]
 nitpicky = True
-default_role = "code"
+default_role = "py:name"
 html_theme = "furo"
 html_title = f"iobmd {__version__}"
 myst_enable_extensions = ["colon_fence", "deflist"]
@@ -61,6 +64,7 @@ _inventory.write_bytes(_header.encode() + zlib.compress((_HERE / "inventories/py
 intersphinx_mapping = {"python": ("https://docs.python.org/3", str(_inventory))}
 nitpick_ignore = [("py:class", "psutil.Process")]
 
+_CONSTANTS = (iobmd.IOOptionBits, iobmd.IOMapOptions, iobmd.IOPurgeable, iobmd.IOReturn)
 # Names in signatures that are only imported for type checkers, and the objects that describe them.
 _LINKS = {
     "AnyTask": "iobmd.AnyTask",
@@ -91,6 +95,23 @@ _MADE_BY_FUNCTIONS = {
 }
 
 
+class _Name(XRefRole):
+    """Text in single backquotes: a link if it is a name of the reference, otherwise code."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        if re.fullmatch(r"[A-Za-z_][\w.]*", self.text):
+            return super().run()
+        return [nodes.literal(self.rawtext, self.text)], []
+
+    def process_link(
+        self, env: BuildEnvironment, refnode: nodes.Element, has_explicit_title: bool, title: str, target: str
+    ) -> tuple[str, str]:
+        refnode["reftype"] = "obj"
+        refnode["py:module"] = env.ref_context.get("py:module")
+        refnode["py:class"] = env.ref_context.get("py:class")
+        return super().process_link(env, refnode, has_explicit_title, title, target)
+
+
 def _hide_constructor(
     _app: Sphinx, _what: str, name: str, _object: Any, _options: Any, _signature: str, returned: str
 ) -> tuple[str, str] | None:
@@ -98,18 +119,23 @@ def _hide_constructor(
 
 
 def _link(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.Element) -> nodes.Element | None:
-    """Resolve a name that is only imported for type checkers."""
-    if node.get("refdomain") != "py" or not (target := _LINKS.get(node["reftarget"].rpartition(".")[2])):
+    """Resolve what Sphinx cannot: names without a module, and names that are only imported for type checkers."""
+    if node.get("refdomain") != "py":
         return None
-    node["reftarget"], node["reftype"] = target, "obj"
-    found = env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, content)
-    return found or intersphinx.missing_reference(app, env, node, content)
+    target = node["reftarget"]
+    kinds = [f"iobmd.{kind.__name__}.{target}" for kind in _CONSTANTS if target.startswith("kIO")]
+    for name in (_LINKS.get(target.rpartition(".")[2], target), f"iobmd.{target}", *kinds):
+        if name in env.domains["py"].objects:
+            return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, "obj", name, node, content)
+    if target in _LINKS or target.rpartition(".")[2] in _LINKS:
+        node["reftarget"], node["reftype"] = _LINKS[target.rpartition(".")[2]], "obj"
+        return intersphinx.missing_reference(app, env, node, content)
+    return content if node["reftype"] == "obj" else None
 
 
 def _public_names() -> Iterator[str]:
     """Yield the names that the reference must describe: those that modules list, and public members of classes."""
-    kinds = (iobmd.IOOptionBits, iobmd.IOMapOptions, iobmd.IOPurgeable, iobmd.IOReturn)
-    constants = {member for kind in kinds for member in kind.__members__}
+    constants = {member for kind in _CONSTANTS for member in kind.__members__}
     for module in (iobmd, iobmd.host, iobmd.iommu, iobmd.pagemap):
         for name in sorted({*module.__all__} - constants - {"__version__"}):
             value = getattr(module, name)
@@ -130,6 +156,7 @@ def _check_public_names(_app: Sphinx, env: BuildEnvironment) -> None:
 
 def setup(app: Sphinx) -> None:
     """Connect the handlers above."""
+    app.add_role_to_domain("py", "name", _Name())
     app.connect("autodoc-process-signature", _hide_constructor)
     app.connect("missing-reference", _link, priority=400)  # before intersphinx
     app.connect("env-check-consistency", _check_public_names)
