@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
-from sphinx.addnodes import pending_xref
+from sphinx.addnodes import desc_annotation, desc_signature, pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.ext import intersphinx
@@ -147,6 +147,21 @@ def _public_names() -> Iterator[str]:
                     yield f"{module.__name__}.{name}.{member}"
 
 
+def _check_fields(_app: Sphinx, what: str, name: str, _object: Any, _options: Any, lines: list[str]) -> None:
+    """Warn of attributes that have no description, or only the one that Python generates. Constants are IOKit's."""
+    generated = not any(lines) or lines[0].startswith("Alias for field number")
+    if what in ("attribute", "property", "method") and generated and not name.rpartition(".")[2].startswith("kIO"):
+        logging.getLogger(__name__).warning("public name without a description: %s", name)
+
+
+def _in_hexadecimal(_app: Sphinx, doctree: nodes.document) -> None:
+    """Print the values of constants as IOKit's headers do."""
+    for signature in doctree.findall(desc_signature):
+        for part in signature.findall(desc_annotation) if "kIO" in signature.astext() else ():
+            if (text := part.astext()).startswith(" = ") and text[3:].isdecimal():
+                part.children[-1:] = [nodes.Text(f"{int(text[3:]):#x}")]
+
+
 def _check_public_names(_app: Sphinx, env: BuildEnvironment) -> None:
     described = env.domains["py"].objects
     for name in _public_names():
@@ -158,5 +173,7 @@ def setup(app: Sphinx) -> None:
     """Connect the handlers above."""
     app.add_role_to_domain("py", "name", _Name())
     app.connect("autodoc-process-signature", _hide_constructor)
+    app.connect("autodoc-process-docstring", _check_fields)
+    app.connect("doctree-read", _in_hexadecimal)
     app.connect("missing-reference", _link, priority=400)  # before intersphinx
     app.connect("env-check-consistency", _check_public_names)

@@ -32,11 +32,17 @@ class VMA(NamedTuple):
     """One virtual memory area: a line of /proc/PID/maps. Addresses and `offset` are in bytes."""
 
     start: int
+    """The first address."""
     end: int
+    """The end address."""
     perms: str
+    """The permissions, as in ``rw-p``."""
     offset: int
+    """The offset in the file."""
     inode: int
+    """The inode of the file, 0 if there is none."""
     name: str
+    """The path of the file, or a name such as ``[heap]``; empty for anonymous memory."""
     device: str = ""
     """The device of the file's file system, as "major:minor" in hexadecimal."""
 
@@ -212,6 +218,7 @@ class Details(NamedTuple):
     """The data of an area in /proc/PID/smaps."""
 
     area: VMA
+    """The area that they describe."""
     counters: dict[str, int]
     """Counters by name, in bytes."""
     flags: frozenset[str]

@@ -34,14 +34,23 @@ class IODMACommand:
     """
 
     kMapped = MappingOptions.kMapped
+    """Physical addresses, because there is no mapper."""
     kBypassed = MappingOptions.kBypassed
+    """Physical addresses."""
     kNonCoherent = MappingOptions.kNonCoherent
+    """The device does not snoop the caches."""
     kUnmapped = MappingOptions.kUnmapped
+    """Physical addresses."""
     kTypeMask = MappingOptions.kTypeMask
+    """The bits of the four options above."""
     kNoCacheStore = MappingOptions.kNoCacheStore
+    """Accepted, without effect."""
     kOnChip = MappingOptions.kOnChip
+    """Accepted, without effect."""
     kIterateOnly = MappingOptions.kIterateOnly
+    """Only generate segments: do not use bounce buffers."""
     kForceDoubleBuffer = 0x01000000
+    """`synchronize`: use bounce buffers even where the device reaches the memory."""
 
     def __init__(self, specification: Specification = Specification()) -> None:  # noqa: B008 (immutable)
         self._limits = specification.checked()

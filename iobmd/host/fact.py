@@ -15,36 +15,30 @@ class Status(StrEnum):
     """Whether a feature is usable."""
 
     YES = "yes"
+    """It is usable."""
     LIMITED = "limited"
+    """It is usable with restrictions."""
     NO = "no"
+    """It is not usable."""
     INFO = "info"
+    """Information, not a feature."""
 
 
 class Fact(NamedTuple):
-    """A feature that this host supports or lacks, or that this process may or may not use.
-
-    Attributes
-    ----------
-    name : str
-        The feature, in the kernel's spelling.
-    status : Status
-        Whether it is usable; `Status.INFO` for information.
-    value : JSON
-        The finding as data.
-    summary : str
-        The finding in a few words.
-    purpose : str
-        What the feature is good for.
-    remedy : str
-        How to enable it, one alternative per line; empty if nothing can be done.
-    """
+    """A feature that this host supports or lacks, or that this process may or may not use."""
 
     name: str
+    """The feature, in the kernel's spelling."""
     status: Status
+    """Whether it is usable; `Status.INFO` for information."""
     value: JSON
+    """The finding as data."""
     summary: str
+    """The finding in a few words."""
     purpose: str
+    """What the feature is good for."""
     remedy: str = ""
+    """How to enable it, one alternative per line; empty if nothing can be done."""
 
     @property
     def usable(self) -> bool:

@@ -19,9 +19,13 @@ class Limit(NamedTuple):
     """A limit that was reached."""
 
     name: str
+    """The limit, in the kernel's spelling."""
     value: int
+    """The limit itself."""
     used: int
+    """How much of it is in use."""
     remedy: str
+    """How to raise it."""
     counted: str = ""
     """The unit that it counts; empty for bytes."""
 

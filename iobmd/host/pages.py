@@ -23,11 +23,17 @@ class HugePool(NamedTuple):
     """
 
     size: int
+    """The page size."""
     total: int
+    """Pages of the pool (nr_hugepages)."""
     free: int
+    """Pages that are not allocated."""
     reserved: int
+    """Free pages that are promised to mappings."""
     surplus: int
+    """Pages above the configured number."""
     overcommit: int
+    """Maximum number of surplus pages."""
 
     @property
     def directory(self) -> str:
@@ -187,10 +193,15 @@ class SwapArea(NamedTuple):
     """A line of /proc/swaps (proc_swaps(5)), sizes in bytes."""
 
     name: str
+    """The path of the file or device."""
     type: str
+    """``partition`` or ``file``."""
     size: int
+    """Its size."""
     used: int
+    """The part in use."""
     priority: int
+    """Areas of higher priority are used first."""
 
 
 def swap_areas() -> list[SwapArea]:

@@ -15,7 +15,9 @@ class PressureFile(NamedTuple):
     """A file that reports memory pressure; `notifies`: it can wake a waiter, otherwise it must be polled."""
 
     path: str
+    """The path of the file."""
     notifies: bool
+    """Whether it can wake a waiter."""
 
 
 def _psi(path: str) -> PressureFile | None:

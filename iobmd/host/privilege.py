@@ -19,8 +19,11 @@ class Capability(IntEnum):
     """The relevant capabilities, by bit number (capabilities(7), linux/capability.h)."""
 
     CAP_IPC_LOCK = 14
+    """Lock memory beyond RLIMIT_MEMLOCK."""
     CAP_SYS_PTRACE = 19
+    """Access processes of other users."""
     CAP_SYS_ADMIN = 21
+    """See physical addresses."""
 
 
 _NAMES = (

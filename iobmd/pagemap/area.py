@@ -28,8 +28,11 @@ class Area(NamedTuple):
     """An area of an address space, or the requested part of one, and its contents. Sizes are in bytes."""
 
     vma: VMA
+    """The whole area."""
     start: int
+    """The first address of the requested part."""
     end: int
+    """The end of the requested part."""
     tally: Tally
     """The contents according to pagemap, in bytes: `present`, including `hidden` (no frame number), `file`, `zero`,
     `exclusive`, `huge` and `huge_zero`; `swapped`, `guard`, `marker`, `soft_dirty`. For the physical runs: their

@@ -28,7 +28,9 @@ class Kind(StrEnum):
     RELEASED = "released"
     """No longer in memory or in swap; or shared memory that is now in swap, which pagemap does not show."""
     SWAPPED_OUT = "swapped out"
+    """Previously in memory, now in swap."""
     SWAPPED_IN = "swapped in"
+    """Previously in swap, now in memory."""
     COPIED = "copied"
     """An anonymous page has replaced a page of a file, as after a write to it; or the reverse."""
     MIGRATED = "migrated"
@@ -45,8 +47,11 @@ class Change(NamedTuple):
     """A change of contiguous pages; in bytes."""
 
     kind: Kind
+    """What happened."""
     virtual: int
+    """The first virtual address."""
     length: int
+    """The length."""
     before: int | None
     """The previous physical address, if known."""
     after: int | None

@@ -54,10 +54,13 @@ class PageCounts(NamedTuple):
     """Numbers of pages of a range by state."""
 
     present: int
+    """Pages mapped to a page frame."""
     swapped: int
+    """Pages in swap."""
     hidden: int
     """Present pages whose frame number the kernel hides."""
     exclusive: int
+    """Present pages that only this task maps."""
 
 
 def pages(target: Target, address: int | None = None, size: int | None = None) -> Iterator[Page]:

@@ -61,7 +61,9 @@ class DescribedRun(NamedTuple):
     """A physically contiguous run, and the properties of its frames."""
 
     run: Run
+    """The run."""
     facts: FrameFacts
+    """The properties that its frames share, or that some of them have."""
 
 
 class Frames:
@@ -190,12 +192,17 @@ class FrameMapping(NamedTuple):
     """Page frames that a process maps; all sizes in bytes."""
 
     pid: int
+    """The process."""
     process: str
     """The name of the process."""
     area: procfs.VMA
+    """The area that maps the frames."""
     virtual: int
+    """The first virtual address."""
     physical: int
+    """The first physical address."""
     length: int
+    """The length of both."""
 
 
 def users(

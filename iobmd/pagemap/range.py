@@ -47,8 +47,11 @@ class Where(NamedTuple):
     """A range of a task's address space, in bytes."""
 
     task: Task
+    """The task."""
     start: int
+    """The first address."""
     end: int
+    """The end address."""
     held: object = None
     """An object that keeps a buffer mapped."""
 

@@ -15,7 +15,9 @@ class Segment(NamedTuple):
     """Physically contiguous bytes that a device can access as one segment."""
 
     physical: int
+    """The physical address."""
     length: int
+    """The length in bytes."""
 
 
 def segments(runs: Iterable[Run], max_segment: int | None = None, boundary: int | None = None) -> Iterator[Segment]:

@@ -45,18 +45,23 @@ class Header(NamedTuple):
     """The subject and the time of a snapshot."""
 
     version: int
+    """The version of the file's format."""
     pid: int
+    """The process."""
     name: str
     """The name of the program."""
     time: float
     """Seconds since the epoch."""
     kernel: str
+    """The version of the kernel."""
     page_bytes: int
+    """The page size."""
     frames_visible: bool
     """Whether frame numbers are recorded; if not, moved pages cannot be recognized."""
     start: int
     """The start of the requested range."""
     end: int
+    """The end of the requested range."""
 
     @property
     def valid(self) -> bool:

@@ -12,10 +12,13 @@ class Span(NamedTuple):
     """Contiguous pages in one state, in contiguous page frames; all sizes in bytes."""
 
     virtual: int
+    """The first virtual address."""
     length: int
+    """The length."""
     physical: int | None
     """Physical address of the first page; None if it has none, or the kernel hides it. All zero pages share it."""
     flags: int
+    """The state as bits of the native module; the properties below name them."""
 
     @property
     def end(self) -> int:
@@ -85,8 +88,11 @@ class Run(NamedTuple):
     """Pages that are contiguous both virtually and physically; all sizes in bytes."""
 
     virtual: int
+    """The first virtual address."""
     physical: int
+    """The first physical address."""
     length: int
+    """The length of both."""
 
 
 def spans(target: Target, address: int | None = None, size: int | None = None) -> Iterator[Span]:

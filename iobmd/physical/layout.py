@@ -14,6 +14,7 @@ class Layout(NamedTuple):
     """The physical layout of a range; sizes in bytes."""
 
     size: int
+    """Length of the range."""
     runs: int
     """Number of physically contiguous runs."""
     largest: int

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -98,3 +99,13 @@ def test_every_public_name_is_in_the_reference(module: ModuleType) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in _LINK.findall(page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_links_of_the_readme_work_on_a_package_index() -> None:
+    """They are absolute, below the URL of the documentation in the metadata, and that page exists."""
+    text = (ROOT / "README.md").read_text()
+    site = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Documentation"]
+    assert not _LINK.findall(text)
+    pages = re.findall(rf"\]\({re.escape(site)}([\w/-]+)\.html", text)
+    assert len(pages) > 10
+    assert not [page for page in pages if not (ROOT / "docs" / f"{page}.md").exists()]
