@@ -23,7 +23,7 @@ BASH, ZSH, FISH = (
 
 def shared(path: str) -> Path:
     """Return a file of the installed package below share/, or of the checkout in which it is installed in place."""
-    checkout = Path(iobmd.tools.__file__).parents[1] / "share"
+    checkout = Path(iobmd.tools.__file__).parent / "share"
     return (checkout if checkout.exists() else Path(sysconfig.get_path("data"), "share")) / path
 
 

@@ -2,8 +2,8 @@
 
     python -m iobmd.tools.release.shell [--check]
 
-They are in the tree (`share/`), so that a build needs neither the generators nor the package. `tools/lint` checks
-that they are current.
+They are in the tree (`tools/share/`), so that a build needs neither the generators nor the package. `tools/lint`
+checks that they are current.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from argparse_manpage.manpage import Manpage
 from iobmd._version import __version__
 from iobmd.cli import COMMANDS, DESCRIPTION
 
-SHARE = Path(__file__).parents[2] / "share"
+SHARE = Path(__file__).parents[1] / "share"
 COMPLETIONS = {
     "bash": "bash-completion/completions/iobmd",
     "zsh": "zsh/site-functions/_iobmd",
@@ -79,7 +79,7 @@ def page(name: str, parser: argparse.ArgumentParser, others: list[str]) -> str:
 
 
 def files() -> dict[str, str]:
-    """Return the contents of every generated file, by its path below `share`."""
+    """Return the contents of every generated file, by its path below `tools/share`."""
     os.environ["COLUMNS"] = "100"  # argparse wraps lines at the width of the terminal
     parser = whole()
     found = {
@@ -94,12 +94,12 @@ def main(argv: list[str]) -> int:
     stale = {path: text for path, text in files().items() if not _is(SHARE / path, text)}
     if "--check" in argv:
         for path in stale:
-            print(f"share/{path} is not current: run make shell")
+            print(f"tools/share/{path} is not current: run make shell")
         return bool(stale)
     for path, text in stale.items():
         (SHARE / path).parent.mkdir(parents=True, exist_ok=True)
         (SHARE / path).write_text(text)
-        print(f"share/{path}")
+        print(f"tools/share/{path}")
     return 0
 
 
