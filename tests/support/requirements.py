@@ -4,6 +4,7 @@
 """
 
 import errno
+import importlib.util
 import mmap
 import os
 import re
@@ -29,6 +30,7 @@ MAY_BE_MISSING: dict[str, str] = {
     "nvme": "the same",
     "narrow_edu": "the same",
     "two_nodes": "a host may have one; two are those of make test-vm",
+    "numpy": "iobmd does not depend on it",
 }
 
 
@@ -185,6 +187,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "nvme": lambda: _device(0x1B36, 0x0010),
     "narrow_edu": _narrow_edu,
     "two_nodes": _two_nodes,
+    "numpy": lambda: None if importlib.util.find_spec("numpy") else "NumPy is not installed",
 }
 
 

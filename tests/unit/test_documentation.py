@@ -3,6 +3,7 @@
 `<!-- needs: frames -->` above a block names what it needs of the host.
 """
 
+import ast
 import re
 import shlex
 import subprocess
@@ -22,10 +23,14 @@ from iobmd import IOMapOptions, IOOptionBits, IOPurgeable, IOReturn
 from iobmd.cli import main
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs/api").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *(page for folder in ("docs", "docs/api", "docs/howto") for page in sorted((ROOT / folder).glob("*.md"))),
+]
 _BLOCK = re.compile(
     r"(?:<!-- needs: (?P<needs>[\w, ]+) -->\n)?^```(?P<kind>python|console)\n(?P<text>.*?)^```$", re.M | re.S
 )
+_PYTHON = re.compile(r"^```py(?:thon)?\n(.*?)^```$", re.M | re.S)
 _LINK = re.compile(r"\]\((?!https?:)([\w./-]+)(?:#[\w-]+)?\)")
 
 
@@ -61,6 +66,13 @@ def test_every_block_is_found() -> None:
     for kind in ("python", "console"):
         found = sum(len(blocks(page, kind)) for page in PAGES)
         assert found == sum(page.read_text().count(f"```{kind}\n") for page in PAGES) > 2
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_are_python(page: Path) -> None:
+    """Those marked `py` as well, which do not run on every host: they need a device, or a memory limit."""
+    for text in _PYTHON.findall(page.read_text()):
+        ast.parse(text, page.name)
 
 
 @pytest.mark.parametrize("text", texts("python"))
