@@ -1,6 +1,7 @@
-"""The programs in docs/examples, as a user runs them."""
+"""The programs in docs/examples and docs/migration, as a user runs them."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.child import sleeping
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+MIGRATION = EXAMPLES.parent / "migration"
 MIB = 1 << 20
 
 
-def run(*arguments: str, procs: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, folder: Path = EXAMPLES, procs: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run an example, in a cgroup if one is given."""
 
     def enter() -> None:
@@ -22,7 +25,7 @@ def run(*arguments: str, procs: Path | None = None) -> subprocess.CompletedProce
 
     return subprocess.run(
         [sys.executable, "-W", "error", *arguments],
-        cwd=EXAMPLES,
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
@@ -46,3 +49,76 @@ def test_tiles_under_a_limit_that_would_kill(memory_cgroup: Callable[[int], Path
     assert "500 tiles correct" in done.stdout
     assert " 0 again" not in done.stdout
     assert run("tiles.py", "--plain", *shown, procs=memory_cgroup(64 * MIB)).returncode == -signal.SIGKILL
+
+
+def port(name: str, *arguments: str) -> str:
+    """Return the output of a program of docs/migration."""
+    done = run(f"{name}.py", *arguments, folder=MIGRATION)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        pytest.param("mlock_pagemap", "256 pages in [0-9]+ segments, pinned", marks=pytest.mark.needs("frames")),
+        pytest.param("hugetlbfs", "4 MiB at 0x[0-9a-f]+, without a pool", marks=pytest.mark.needs("frames")),
+        pytest.param("shared_memory", r"\[1, 2\]"),
+        pytest.param("u_dma_buf", "1024 KiB at 0x[0-9a-f]+", marks=pytest.mark.needs("frames")),
+        pytest.param("pynq_buffer", "523776 at 0x[0-9a-f]+", marks=pytest.mark.needs("frames", "numpy")),
+    ],
+)
+def test_ports_of_drivers(name: str, expected: str) -> None:
+    assert re.fullmatch(expected, port(name).strip())
+
+
+def in_kib(pid: int, *fields: str) -> int:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.partition(":")[0] in fields)
+
+
+def unchanged(name: str, pid: int, *fields: tuple[str, ...]) -> tuple[str, list[int]]:
+    """Return the output of a port, and fields of smaps_rollup that were the same before and after it.
+
+    Other processes map pages of the same files and exit, and the kernel may reclaim pages of files.
+    """
+    for _attempt in range(20):
+        before = [in_kib(pid, *names) for names in fields]
+        output = port(name, str(pid))
+        if before == [in_kib(pid, *names) for names in fields]:
+            return output, before
+    pytest.fail(f"the memory of a sleeping process changed 20 times: {before}")
+
+
+def test_port_of_smem() -> None:
+    with sleeping() as target:
+        output, sizes = unchanged("smem", target.pid, ("Private_Clean", "Private_Dirty"), ("Rss",))
+        row = output.splitlines()[1].split()
+        assert [int(row[1]), int(row[3])] == sizes
+        assert row[-1] == "sleep"
+
+
+@pytest.mark.needs("frames")
+@pytest.mark.parametrize("name", ["numastat", "page_types"])
+def test_ports_account_for_all_memory(name: str) -> None:
+    with sleeping() as target:
+        output, [resident] = unchanged(name, target.pid, ("Rss",))
+        assert sum(int(size) for size in re.findall(r"(\d+) KiB", output)) == resident > 0
+
+
+@pytest.mark.needs("root")
+def test_port_of_gcore(tmp_path: Path) -> None:
+    """The file holds the private memory of the target, and only its owner may read it."""
+    path = tmp_path / "dump"
+    with sleeping() as target:
+        rows = re.findall(r"([0-9a-f]+)-([0-9a-f]+) at (\d+), stopped", port("gcore", str(target.pid), str(path)))
+        maps = Path(f"/proc/{target.pid}/maps").read_text().splitlines()
+        stack = next(line for line in maps if "[stack]" in line)
+        with Path(f"/proc/{target.pid}/mem").open("rb") as memory, path.open("rb") as dump:
+            for start, end, offset in rows:
+                memory.seek(int(start, 16))
+                dump.seek(int(offset))
+                size = int(end, 16) - int(start, 16)
+                assert dump.read(size) == memory.read(size)
+        assert stack.split()[0] in [f"{start}-{end}" for start, end, _offset in rows]
+    assert path.stat().st_mode & 0o777 == 0o600
