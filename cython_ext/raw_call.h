@@ -3,8 +3,18 @@
 #ifndef IOBMD_RAW_CALL_H
 #define IOBMD_RAW_CALL_H
 #include <errno.h>
+#include <stddef.h>
 #include <unistd.h>
 #include <sys/syscall.h>
+
+/* New memory is the stack of a child. One that was killed, or left by exit_group(2), leaves marks of its variables with
+   the address sanitizer, and the kernel may map other memory there later. */
+#ifdef __SANITIZE_ADDRESS__
+void __asan_unpoison_memory_region(void const volatile *address, size_t size);
+#define IOBMD_IS_NEW(memory, size) __asan_unpoison_memory_region(memory, size)
+#else
+#define IOBMD_IS_NEW(memory, size) ((void)0)
+#endif
 
 /* Return the kernel's result; errors are negative error numbers. */
 static inline long iobmd_raw(long number, long a, long b, long c, long d, long e, long f)

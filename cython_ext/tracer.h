@@ -91,6 +91,7 @@ struct iobmd_tracer {
 
     volatile int command;       /* a futex: IOBMD_NOTHING when it is done */
     volatile int cancelled;
+    volatile int abandoned;     /* the maker no longer waits: this process exits as if the maker had died */
     struct iobmd_call calls[IOBMD_CALLS];
     int count;
     const struct iobmd_thread *known;  /* STOP, COLLECT: candidates; FREEZE: threads that sleep in epoll_wait */
@@ -102,6 +103,7 @@ struct iobmd_tracer {
 
     /* The answer. */
     int status, error, failed;
+    volatile int peeks;         /* it reads the memory of a stopped thread: if it is killed, then by its alarm */
     pid_t refused;              /* the thread that may not be traced */
     int64_t stopped_ns;         /* upper bound of the time for which a thread was stopped */
     pid_t guest, child;         /* in the pid namespace of this process; 0: none */
@@ -112,8 +114,9 @@ struct iobmd_tracer {
     long pagemap;               /* of the thread to be stopped, opened before the stop, or -1 */
     int folder;                 /* /proc/PID of the task, and of no other process that may reuse the pid */
     int memory;                 /* memory of the program that the task runs now, not of a later one; or -1 */
+    int alarm;                  /* a timer that kills this process, or -1 */
     int shares;                 /* whether kcmp(2) can confirm that the maker has the memory of this process */
-    int guest_is_stuck, ending;
+    int guest_is_stuck, ending, unmaps_once_more;
     long guest_there, child_there;  /* in the pid namespace of the task */
     pid_t made;                 /* by the last clone */
     struct iobmd_thread late[IOBMD_LATE_THREADS];
@@ -140,6 +143,7 @@ enum {
 enum { IOBMD_CODE_32 = 0x23, IOBMD_PAGE = 4096, IOBMD_INSTRUCTION = 2, IOBMD_NO_STACK = 8 };
 
 static const int64_t IOBMD_MS = 1000000;
+static const int64_t IOBMD_END_NS = 20000000000; /* ns within which a tracer must exit */
 static const int64_t IOBMD_BEGIN = 1000000000;   /* ns within which a thread must begin a call */
 static const int64_t IOBMD_DEATH = 5000000000;   /* ns within which a killed process must exit, and a new one stop */
 
@@ -172,7 +176,7 @@ static int iobmd_has_our_memory(const struct iobmd_tracer *t)
 /* Return whether the commanding thread no longer exists: its process was killed, or executed another program. */
 static int iobmd_is_orphan(const struct iobmd_tracer *t)
 {
-    return (!t->is_thread && iobmd_raw(SYS_getppid, 0, 0, 0, 0, 0, 0) != t->maker) ||
+    return t->abandoned || (!t->is_thread && iobmd_raw(SYS_getppid, 0, 0, 0, 0, 0, 0) != t->maker) ||
            iobmd_raw(SYS_tgkill, t->maker, t->maker_thread, 0, 0, 0, 0) == -ESRCH ||
            (t->shares && !iobmd_has_our_memory(t));
 }
@@ -284,22 +288,45 @@ static int iobmd_is_gone(const struct iobmd_tracer *t, pid_t tid)
     return iobmd_is_dead(t, tid) || iobmd_status_field(t, tid, "TracerPid:") != t->self;
 }
 
-/* Read the memory of a thread if no page fault is necessary, because a fault could wait for a stopped thread. The
-   thread's own id is used: the task's id gives no access to memory after the main thread has exited. */
-static int iobmd_peek(const struct iobmd_tracer *t, pid_t tid, unsigned long address, void *data, size_t size)
+/* Kill this process after a time (never, with 0): the kernel then resumes the threads that it has stopped. */
+static void iobmd_set_alarm(const struct iobmd_tracer *t, int64_t after_ns)
 {
-    struct iovec ours = { data, size }, theirs = { (void *)address, size };
-    unsigned long page, entry;
+    struct itimerspec when = { { 0, 0 }, { after_ns / (1000 * IOBMD_MS), after_ns % (1000 * IOBMD_MS) } };
+    if (t->alarm >= 0) iobmd_raw(SYS_timer_settime, t->alarm, 0, (long)&when, 0, 0, 0);
+}
+
+static int iobmd_read_words(const struct iobmd_tracer *t, pid_t tid, unsigned long address, void *data, size_t size)
+{
+    unsigned long page, entry, word, at = address & ~7ul;
     long file = t->pagemap >= 0 ? t->pagemap : iobmd_open(t, tid, "pagemap", O_RDONLY);
     if (file < 0) return IOBMD_UNREADABLE;
     for (page = address / IOBMD_PAGE; page <= (address + size - 1) / IOBMD_PAGE; page++)
         /* Neither present nor in swap. */
         if (iobmd_raw(SYS_pread64, file, (long)&entry, 8, (long)(page * 8), 0, 0) != 8 || !(entry >> 62)) break;
     if (file != t->pagemap) iobmd_close(file);
-    if (page <= (address + size - 1) / IOBMD_PAGE ||
-        iobmd_raw(SYS_process_vm_readv, tid, (long)&ours, 1, (long)&theirs, 1, 0) != (long)size)
-        return IOBMD_UNREADABLE;
+    if (page <= (address + size - 1) / IOBMD_PAGE) return IOBMD_UNREADABLE;
+    for (; at < address + size; at += 8) {
+        if (iobmd_ptrace(PTRACE_PEEKDATA, tid, at, &word)) return IOBMD_UNREADABLE;
+        for (unsigned long byte = at; byte < at + 8; byte++)
+            if (byte >= address && byte < address + size)
+                ((char *)data)[byte - address] = (char)(word >> 8 * (byte - at));
+    }
     return IOBMD_DONE;
+}
+
+/* Read the memory of a stopped thread if no page fault is necessary, because a fault could wait for a stopped thread. The
+   thread's own id is used: the task's id gives no access to memory after the main thread has exited. The lock of the
+   address space may be held by a thread that waits for this one, for example as the server of its FUSE file. Only SIGKILL
+   ends a wait for the lock (and not even a wait of process_vm_readv(2)); nothing of the thread has been changed yet. */
+static int iobmd_peek(struct iobmd_tracer *t, pid_t tid, unsigned long address, void *data, size_t size)
+{
+    int status;
+    t->peeks = 1;
+    iobmd_set_alarm(t, IOBMD_BEGIN);
+    status = iobmd_read_words(t, tid, address, data, size);
+    iobmd_set_alarm(t, 0);
+    t->peeks = 0;
+    return status;
 }
 
 /* -- one tracee -- */
@@ -382,10 +409,12 @@ static int iobmd_make(struct iobmd_tracer *t, pid_t tid, const struct user_regs_
     do {
         if (iobmd_ptrace(PTRACE_SETREGS, tid, 0, &regs)) return IOBMD_ENDED;
         status = iobmd_run_to(t, tid, IOBMD_ENTRY, begin, 0, &info);
-        if (status == IOBMD_LATE) {  /* it has not begun: withdraw it */
+        if (status == IOBMD_LATE) {
+            /* It has not begun: withdraw it. Registers can be restored only while the thread is stopped, and a thread that
+               is frozen (cgroup version 1) stops when it is thawed. The maker does not wait for that. */
             iobmd_ptrace(IOBMD_INTERRUPT, tid, 0, NULL);
-            iobmd_await(t, tid, iobmd_now() + IOBMD_BEGIN, 0, &why);
-            return IOBMD_HELD;
+            status = iobmd_await(t, tid, 0, 0, &why);
+            return status ? status : IOBMD_HELD;
         }
         if (status) return status;
         if (!iobmd_is_call(&info, &regs)) {
@@ -541,7 +570,7 @@ static int iobmd_let_go(const struct iobmd_tracer *t, struct iobmd_thread *threa
 
 /* Abort a restartable sequence, as the kernel does when it interrupts one; an injected call hides the interruption
    from the kernel (rseq(2)). */
-static int iobmd_abort_sequence(const struct iobmd_tracer *t, pid_t tid, struct user_regs_struct *regs)
+static int iobmd_abort_sequence(struct iobmd_tracer *t, pid_t tid, struct user_regs_struct *regs)
 {
     unsigned long area[3] = { 0, 0, 0 }, descriptor = 0;
     struct { unsigned int version, flags; unsigned long start, length, abort; } sequence;
@@ -764,22 +793,49 @@ static int iobmd_collect_by(struct iobmd_tracer *t, pid_t tid, void *data)
     return status == IOBMD_FAILED || status == IOBMD_STRANGER ? status : IOBMD_DONE;
 }
 
-/* Make the task reap the guest, which would otherwise remain a zombie, and unmap what the guest has not unmapped: in
-   one of the threads in `known`, or in any thread if there are none. */
-static int iobmd_collect(struct iobmd_tracer *t)
+static int iobmd_clone_by(struct iobmd_tracer *t, pid_t tid, void *data)
 {
-    struct iobmd_call calls[IOBMD_RANGES_MADE + 1];
-    struct iobmd_collection left = { calls, 0, 0 };
+    struct iobmd_thread thread = { .tid = tid, .cpu = -1 };
+    return iobmd_stop(t, &thread, 1, data, 1) == IOBMD_DONE ? IOBMD_LATE : IOBMD_DONE;
+}
+
+/* Unmap in another guest what a guest that was stuck or killed has not unmapped. A thread of the task could not be taken
+   out of a call that waits for the lock of the address space. If that is still held, a page or two remain mapped. */
+static void iobmd_unmap_left(struct iobmd_tracer *t)
+{
+    struct iobmd_call clone = iobmd_new_call(SYS_clone, CLONE_VM | CLONE_FS | CLONE_FILES, IOBMD_NO_STACK, 0);
+    struct iobmd_call calls[IOBMD_RANGES_MADE];
     char byte;
-    int status;
+    int status, count = iobmd_ranges_left(t, calls);
     /* If the task has executed another program, the memory no longer exists: a read then returns 0 bytes, not an
        error. */
-    if (iobmd_raw(SYS_pread64, t->memory, (long)&byte, 1, 0, 0, 0)) left.count = iobmd_ranges_left(t, calls);
-    calls[left.count++] = iobmd_new_call(SYS_wait4, (unsigned long)t->guest_there, 0, __WALL | WNOHANG);
-    if (t->knows) status = iobmd_stop(t, t->known, t->knows, calls, left.count);
+    if (!count || !iobmd_raw(SYS_pread64, t->memory, (long)&byte, 1, 0, 0, 0)) return;
+    if (t->knows) status = iobmd_stop(t, t->known, t->knows, &clone, 1);
+    else status = iobmd_each_thread(t, iobmd_clone_by, &clone) == IOBMD_LATE ? IOBMD_DONE : IOBMD_GONE;
+    iobmd_take_guest(t, &clone, 1, status);
+    if (!t->guest) return;
+    t->guest_is_stuck = 0;
+    if (!status && !iobmd_receive(t, t->guest)) iobmd_run_guest(t, calls, count, iobmd_now() + IOBMD_BEGIN, 0);
+    iobmd_kill(t, t->guest);
+}
+
+/* Make the task reap the guest, which would otherwise remain a zombie, in one of the
+   threads in `known`, or in any thread if there are none; then unmap what the guest has not unmapped. */
+static int iobmd_collect(struct iobmd_tracer *t)
+{
+    struct iobmd_call wait = iobmd_new_call(SYS_wait4, (unsigned long)t->guest_there, 0, __WALL | WNOHANG);
+    struct iobmd_collection left = { &wait, 1, 0 };
+    int status;
+    if (t->knows) status = iobmd_stop(t, t->known, t->knows, &wait, 1);
     else if (!(status = iobmd_each_thread(t, iobmd_collect_by, &left)) && !left.alive) status = IOBMD_GONE;
     /* wait4 returns 0 if the guest is not dead yet, and an error if it does not exist. */
-    if (status == IOBMD_FAILED || (status == IOBMD_DONE && calls[left.count - 1].result)) t->guest = 0;
+    if (status == IOBMD_FAILED || (status == IOBMD_DONE && wait.result)) {
+        t->guest = 0;
+        if (!t->unmaps_once_more) {
+            t->unmaps_once_more = 1;
+            iobmd_unmap_left(t);
+        }
+    }
     return status;
 }
 
@@ -966,7 +1022,9 @@ static void iobmd_settle(struct iobmd_tracer *t)
     struct sigaction reports;
     struct sched_param first = { 1 };
     char path[32];
-    t->pagemap = -1;
+    struct sigevent killed = { .sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGKILL };
+    t->pagemap = t->alarm = -1;
+    if (!t->is_thread) iobmd_raw(SYS_timer_create, CLOCK_MONOTONIC, (long)&killed, (long)&t->alarm, 0, 0, 0);
     t->self = (pid_t)iobmd_raw(SYS_gettid, 0, 0, 0, 0, 0, 0);
     /* A separate descriptor table, in which descriptors are always free. It is not copied, because all of it is
        closed. */
@@ -1020,6 +1078,35 @@ static void *iobmd_tracer_thread(void *argument)
     return NULL;
 }
 
+/* Abandoned tracers, whose memory is released when they have exited. */
+static struct iobmd_tracer *iobmd_abandoned[16];
+
+static void iobmd_release_ended(void)
+{
+    for (int i = 0; i < 16; i++) {
+        struct iobmd_tracer *t = __atomic_exchange_n(&iobmd_abandoned[i], NULL, __ATOMIC_ACQ_REL);
+        siginfo_t end = { 0 };
+        if (!t) continue;
+        /* A forked child has a copy. The exit of a thread cannot be detected here. */
+        if (t->maker != getpid() ||
+            (!t->is_thread &&
+             (iobmd_raw(SYS_waitid, P_PID, t->pid, (long)&end, WEXITED | WNOHANG | __WALL, 0, 0) || end.si_pid))) {
+            if (t->threads) munmap(t->threads, (size_t)t->room * sizeof *t->threads);
+            munmap(t, sizeof *t);
+        } else __atomic_store_n(&iobmd_abandoned[i], t, __ATOMIC_RELEASE);
+    }
+}
+
+/* Stop waiting for a tracer: it completes its command when it can, and exits. */
+static void iobmd_tracer_abandon(struct iobmd_tracer *t)
+{
+    struct iobmd_tracer *none = NULL;
+    t->abandoned = 1;
+    if (t->is_thread) pthread_detach(t->thread);
+    for (int i = 0; i < 16; i++, none = NULL)
+        if (__atomic_compare_exchange_n(&iobmd_abandoned[i], &none, t, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) return;
+}
+
 /* Start a tracer: a process, or a thread of the maker. If Yama permits a process to trace only its descendants
    (kernel.yama.ptrace_scope 1, without CAP_SYS_PTRACE), a separate process may not trace them, and only the target
    could permit it (PR_SET_PTRACER). In that case a thread of the maker must trace, and if the maker is killed during
@@ -1031,6 +1118,8 @@ static struct iobmd_tracer *iobmd_tracer_start(pid_t task, unsigned long instruc
     struct iobmd_tracer *t = mmap(NULL, sizeof *t, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE,
                                   -1, 0);
     if (t == MAP_FAILED) return NULL;
+    IOBMD_IS_NEW(t, sizeof *t);
+    iobmd_release_ended();
     t->task = task;
     t->instruction = instruction;
     t->options = options;
@@ -1081,13 +1170,19 @@ static int64_t iobmd_tracer_end(struct iobmd_tracer *t)
 {
     int64_t stopped_ns;
     if (t->maker == getpid()) {
+        int64_t until = iobmd_now() + IOBMD_END_NS;
         int waited;
         t->cancelled = 1;
-        while (!(waited = iobmd_tracer_wait(t))) continue;
+        while (!(waited = iobmd_tracer_wait(t)) && iobmd_now() < until) continue;
         t->cancelled = 0;
         if (waited > 0) {
             iobmd_tracer_begin(t, IOBMD_END);
-            while (!iobmd_tracer_wait(t)) continue;
+            while (!(waited = iobmd_tracer_wait(t)) && iobmd_now() < until) continue;
+        }
+        if (!waited) {
+            stopped_ns = t->stopped_ns;
+            iobmd_tracer_abandon(t);
+            return stopped_ns;
         }
         if (t->is_thread) pthread_join(t->thread, NULL);
         else while (iobmd_raw(SYS_wait4, t->pid, 0, __WALL, 0, 0, 0) == -EINTR) continue;
@@ -1109,6 +1204,7 @@ static struct iobmd_tracer *iobmd_tracer_start(pid_t task, unsigned long instruc
 static void iobmd_tracer_begin(struct iobmd_tracer *t, int command) { (void)t; (void)command; }
 static int iobmd_tracer_wait(struct iobmd_tracer *t) { (void)t; return 1; }
 static int64_t iobmd_tracer_end(struct iobmd_tracer *t) { (void)t; return 0; }
+static void iobmd_tracer_abandon(struct iobmd_tracer *t) { (void)t; }
 #endif
 
 #endif

@@ -45,6 +45,7 @@ cdef extern from "tracer.h" nogil:
         int64_t short_ns
         int command
         int cancelled
+        int peeks
         iobmd_call *calls
         int count
         const iobmd_thread *known
@@ -63,4 +64,5 @@ cdef extern from "tracer.h" nogil:
     iobmd_tracer *iobmd_tracer_start(int task, unsigned long instruction, long options, int is_thread)
     void iobmd_tracer_begin(iobmd_tracer *tracer, int command)
     int iobmd_tracer_wait(iobmd_tracer *tracer)
+    void iobmd_tracer_abandon(iobmd_tracer *tracer)
     int64_t iobmd_tracer_end(iobmd_tracer *tracer)

@@ -6,6 +6,8 @@ between commands no thread of the task is stopped, unless all of them are frozen
 """
 
 cimport cython
+from time import monotonic
+
 from libc.errno cimport errno
 from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc, free
@@ -15,8 +17,8 @@ from tracer cimport (
     IOBMD_32_BIT, IOBMD_CALLS, IOBMD_CHANGED, IOBMD_COLLECT, IOBMD_DIVERTED, IOBMD_DONE, IOBMD_ENDED, IOBMD_FAILED,
     IOBMD_FREEZE, IOBMD_GONE, IOBMD_GUEST, IOBMD_HELD, IOBMD_LATE, IOBMD_NO_MEMORY, IOBMD_NO_PROCESS, IOBMD_REFUSED,
     IOBMD_RUN, IOBMD_SIGNALLED, IOBMD_SNAPSHOT, IOBMD_STOP, IOBMD_STRANGER, IOBMD_STUCK, IOBMD_THAW,
-    IOBMD_UNREADABLE, IOBMD_UNSEEN, iobmd_call, iobmd_thread, iobmd_tracer, iobmd_tracer_begin, iobmd_tracer_end,
-    iobmd_tracer_start, iobmd_tracer_wait,
+    IOBMD_UNREADABLE, IOBMD_UNSEEN, iobmd_call, iobmd_thread, iobmd_tracer, iobmd_tracer_abandon,
+    iobmd_tracer_begin, iobmd_tracer_end, iobmd_tracer_start, iobmd_tracer_wait,
 )
 
 cdef extern from "Python.h":
@@ -29,6 +31,7 @@ CHANGED, IS_32_BIT, DIVERTED, SIGNALLED = IOBMD_CHANGED, IOBMD_32_BIT, IOBMD_DIV
 FAILED, ENDED, STUCK, UNSEEN = IOBMD_FAILED, IOBMD_ENDED, IOBMD_STUCK, IOBMD_UNSEEN
 UNREADABLE, NO_MEMORY = IOBMD_UNREADABLE, IOBMD_NO_MEMORY
 CALLS = IOBMD_CALLS
+LIMIT = 6.0  # seconds for a command, beyond its own deadline
 NO_PROCESS, GUEST, SNAPSHOT = IOBMD_NO_PROCESS, IOBMD_GUEST, IOBMD_SNAPSHOT
 
 
@@ -152,6 +155,8 @@ cdef class Tracer:
 
     def thaw(self):
         """Resume all threads."""
+        if self._tracer == NULL:  # an abandoned tracer resumes them itself
+            return IOBMD_DONE
         return self._command(IOBMD_THAW, ())
 
     def collect(self, threads, bint failed):
@@ -221,13 +226,20 @@ cdef class Tracer:
         return known
 
     cdef int _command(self, int command, threads) except -1:
-        """Run a command until its end. If a signal handler raises, cancel the command, and still wait for its end."""
+        """Run a command until its end. If a signal handler raises, cancel the command, and still wait for its end.
+
+        A tracer that takes too long is abandoned: it waits for a frozen thread, or for the lock of the address space,
+        completes its command when it can, and exits.
+        """
         cdef iobmd_tracer *tracer = self._tracer
         cdef iobmd_thread *known
         cdef int done = 0
+        cdef bint is_long = command in (IOBMD_RUN, IOBMD_FREEZE)
+        cdef double until
         if tracer == NULL:
             raise ValueError("it has ended")
         known = self._set_threads(threads)
+        until = monotonic() + LIMIT + (max(0, tracer.deadline_ns * 1e-9 - monotonic()) if is_long else 0)
         try:
             tracer.cancelled = 0
             iobmd_tracer_begin(tracer, command)
@@ -238,16 +250,26 @@ cdef class Tracer:
                     if done:
                         break
                     PyErr_CheckSignals()
+                    if monotonic() > until:
+                        break
             except BaseException:
                 tracer.cancelled = 1
-                with nogil:
-                    while not done:
+                until = monotonic() + LIMIT
+                while not done and monotonic() < until:
+                    with nogil:
                         done = iobmd_tracer_wait(tracer)
                 raise
+            finally:
+                if not done:
+                    self._tracer = known = NULL
+                    iobmd_tracer_abandon(tracer)
+            if not done or (done < 0 and tracer.peeks):
+                return IOBMD_HELD
             if done < 0:
                 raise ChildProcessError("the process that traces another for iobmd was killed")
             self.stopped_ns = tracer.stopped_ns
             return tracer.status
         finally:
-            tracer.known, tracer.knows = NULL, 0
-            free(known)
+            if known != NULL:
+                tracer.known, tracer.knows = NULL, 0
+                free(known)

@@ -2,6 +2,7 @@ from collections.abc import Sequence
 from typing import Self, final
 
 CALLS: int
+LIMIT: float
 CHANGED: int
 DIVERTED: int
 DONE: int

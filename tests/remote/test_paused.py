@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,10 @@ from support import kernel
 from support.targets import ProgramResources, Target, build_from, check_unchanged, until
 
 import iobmd
-from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Wiring
+from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Wiring, procfs
+from iobmd._native import tracer as native
+from iobmd.errors import TaskTimeoutError
+from iobmd.remote import session
 
 MIB = 1 << 20
 SIZE = 16 * MIB
@@ -177,6 +182,67 @@ def test_calls_in_a_paused_task(target: Target, freezer: Freezer) -> None:
         memory.prepare()
         memory.complete()
     check_unchanged(target.pid, before)
+
+
+def state(pid: int) -> str:
+    """Return the letter by which /proc shows what a process does."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def stopped_tracer(task: int) -> int:
+    """Stop the tracer of a task while a thread of the task stands still, and return its number."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        tracer = int(Path(f"/proc/{task}/status").read_text().partition("\nTracerPid:\t")[2].split()[0])
+        if not tracer:
+            continue
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(tracer, signal.SIGSTOP)
+            until(lambda stopped=tracer: state(stopped) == "T")
+            if state(task) == "t":
+                return tracer
+            os.kill(tracer, signal.SIGCONT)
+    pytest.fail("no stop was seen")
+
+
+@pytest.mark.parametrize("freezer", ["cgroup"], indirect=True)
+def test_paused_in_the_middle_of_a_stop(target: Target, freezer: Freezer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call fails in time; the thread has its registers and its signal mask again as soon as it is thawed."""
+    address = int(target.line())
+    monkeypatch.setattr(native, "LIMIT", 3.0)
+    task = iobmd.Task(target.pid)
+    mask = procfs.status(target.pid)["SigBlk"]
+    before = ProgramResources.of(target.pid)
+    raised: list[IOReturnError] = []
+
+    def make_guests() -> None:
+        while not raised:
+            try:
+                session.with_guest(task, lambda _guest: None)
+            except IOReturnError as error:
+                raised.append(error)
+
+    maker = threading.Thread(target=make_guests)
+    maker.start()
+    try:
+        tracer = stopped_tracer(target.pid)
+        freezer.freeze()
+        os.kill(tracer, signal.SIGCONT)
+        maker.join(20)
+        assert raised, "it waits"
+    finally:
+        raised.append(TaskTimeoutError("over"))
+        freezer.thaw()
+        maker.join()
+    # The second: the end of the session before was paused, and its tracer waits for the thaw.
+    assert raised[0].code in (IOReturn.kIOReturnTimeout, IOReturn.kIOReturnNotPermitted)
+    assert until(lambda: not Path(f"/proc/{tracer}").exists() or state(tracer) == "Z")
+    assert procfs.status(target.pid)["SigBlk"] == mask
+    count = task.read(address, 8)
+    assert until(lambda: task.read(address, 8) != count)
+    check_unchanged(target.pid, before)
+    session.with_guest(task, lambda _guest: None)
+    assert not Path(f"/proc/{tracer}").exists()
 
 
 def test_a_task_whose_main_thread_has_exited() -> None:
