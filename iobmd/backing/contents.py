@@ -150,7 +150,7 @@ class FrozenCopyOf(CopyOf):
             )
 
         attempt.require_unlocked(self.task.pid, transfer.patience(self._timeout))
-        self.stopped_ns = consistent_copy.copy(consistent_copy.Source(self.task, self.address, self.size, fetch))
+        self.stopped_ns = consistent_copy.copy(consistent_copy.CopyRequest(self.task, self.address, self.size, fetch))
         if stopped and self._progress:
             self._progress(self.size)
         return left_zero

@@ -19,7 +19,7 @@ _ESCAPE = r"\\([0-7]{3})"
 _DELETED = " (deleted)"
 
 
-class Mount(NamedTuple):
+class HierarchyMount(NamedTuple):
     """Where a hierarchy is mounted."""
 
     root: str
@@ -37,14 +37,14 @@ class Cgroup(NamedTuple):
     """Its path below the mount point, "/" for the mounted group."""
     directory: str
     unified: bool
-    """As for `Mount`."""
+    """As for `HierarchyMount`."""
 
     def file(self, name: str) -> str:
         """Return the path of one of its files."""
         return f"{self.directory}/{name}"
 
 
-def mounts(controller: str) -> list[Mount]:
+def mounts(controller: str) -> list[HierarchyMount]:
     """Return the mounts of the version 1 and version 2 hierarchies that may have a controller, such as "memory"."""
     found = []
     for line in lines(read_text("/proc/self/mountinfo")):
@@ -54,7 +54,7 @@ def mounts(controller: str) -> list[Mount]:
         kind, _source, options = system.split(" ", 2)
         if kind == "cgroup2" or (kind == "cgroup" and controller in options.split(",")):
             _id, _parent, _device, root, place, *_rest = where.split(" ")
-            found.append(Mount(_unescaped(root), _unescaped(place), kind == "cgroup2"))
+            found.append(HierarchyMount(_unescaped(root), _unescaped(place), kind == "cgroup2"))
     return found
 
 
@@ -106,7 +106,7 @@ def own(controller: str, *, unified: bool) -> Cgroup | None:
     return next((group for group in around(controller) if group.unified == unified), None)
 
 
-def _shown(path: str, candidates: list[Mount], pid: int) -> list[Cgroup]:
+def _shown(path: str, candidates: list[HierarchyMount], pid: int) -> list[Cgroup]:
     """Return the group `path` and its ancestors, from the mount that shows the most of them."""
     for mount in sorted(candidates, key=_height):
         below = _below(mount, path, pid)
@@ -117,13 +117,13 @@ def _shown(path: str, candidates: list[Mount], pid: int) -> list[Cgroup]:
     return []
 
 
-def _height(mount: Mount) -> int:
+def _height(mount: HierarchyMount) -> int:
     """Return the depth of a mount's root below the root of the namespace; negative if above."""
     parts = _parts(mount.root)
     return len(parts) - 2 * parts.count("..")
 
 
-def _below(mount: Mount, path: str, pid: int) -> list[str] | None:
+def _below(mount: HierarchyMount, path: str, pid: int) -> list[str] | None:
     """Return the path from a mount's root to the group `path`; None if the mount does not show it."""
     root, group = _parts(mount.root), _parts(path)
     if group[: len(root)] == root:

@@ -34,7 +34,7 @@ _TRIES = 3
 _DELIVERIES = 10  # of pages that their task removes again
 
 
-class Source(NamedTuple):
+class CopyRequest(NamedTuple):
     """The memory to copy, and how to fetch it."""
 
     task: Task
@@ -53,7 +53,7 @@ class Source(NamedTuple):
             return None
 
 
-def copy(source: Source) -> int:
+def copy(request: CopyRequest) -> int:
     """Copy the memory as of one moment, and return for how many nanoseconds the task was stopped, at most.
 
     Raises
@@ -62,40 +62,40 @@ def copy(source: Source) -> int:
         As `Task.read` and `session.frozen`. `kIOReturnUnsupported`: each time the task was stopped, pages that a
         userfaultfd handler delivers were missing.
     """
-    if _copy_frozen(source):
+    if _copy_frozen(request):
         return 0
     copied, stopped = False, 0
-    if resident := _worth_a_child(source):
-        copied, stopped = _copy_snapshot(source, resident)
-    return stopped if copied else stopped + _copy_stopped(source)
+    if resident := _worth_a_child(request):
+        copied, stopped = _copy_snapshot(request, resident)
+    return stopped if copied else stopped + _copy_stopped(request)
 
 
-def _copy_frozen(source: Source) -> bool:
+def _copy_frozen(request: CopyRequest) -> bool:
     """Copy from a task whose cgroup is frozen; return False if it is not, or if one of its threads ran."""
     for _ in range(_TRIES):
-        before = freezer.switches(source.task.pid)
+        before = freezer.switches(request.task.pid)
         if before is None:
             return False
         try:
-            source.fetch(source.task, None)
+            request.fetch(request.task, None)
         except TaskTimeoutError as error:
-            if frozen := freezer.why(source.task.pid):
+            if frozen := freezer.why(request.task.pid):
                 raise IOReturnError(error.code, f"{error.strerror}; {frozen}", address=error.address) from None
             raise
-        if freezer.switches(source.task.pid) == before:
+        if freezer.switches(request.task.pid) == before:
             return True
     return False
 
 
-def _copy_snapshot(source: Source, resident: int) -> tuple[bool, int]:
+def _copy_snapshot(request: CopyRequest, resident: int) -> tuple[bool, int]:
     """Copy from a snapshot of a task of `resident` bytes; return whether that succeeded, and the stop in ns."""
-    snapshot = session.Snapshot(source.task, resident)
+    snapshot = session.SnapshotChild(request.task, resident)
     copied = False
     try:
         with snapshot as child:
-            source.fetch(child, None)
+            request.fetch(child, None)
         # A userfaultfd may have been registered since: a child has zeros for pages that its handler would fill.
-        copied = source.userfault_area is None
+        copied = request.userfault_area is None
     except (NoResourcesError, TaskTimeoutError, UnsupportedError, VMError, NotFoundError):
         # The task can create no process, a userfaultfd handler does not read the report of the fork, the task is a
         # 32-bit program, the memory is not inherited by a child, or the child was killed.
@@ -106,20 +106,20 @@ def _copy_snapshot(source: Source, resident: int) -> tuple[bool, int]:
     return copied, snapshot.stopped_ns
 
 
-def _copy_stopped(source: Source) -> int:
+def _copy_stopped(request: CopyRequest) -> int:
     """Copy while every thread of the task is stopped, and return for how many nanoseconds they were, at most."""
-    task = source.task
-    missing = source.userfault_area is not None
+    task = request.task
+    missing = request.userfault_area is not None
     address = 0
 
     def deliver() -> None:
         if missing:  # while the task runs
-            source.fetch(task, None)
+            request.fetch(task, None)
 
     def fetch() -> bool:
         nonlocal missing, address
         try:
-            source.fetch(task, _stopped)
+            request.fetch(task, _stopped)
         except NotReadyError as error:
             if error.errno != transfer.WOULD_WAIT:
                 raise
@@ -131,24 +131,24 @@ def _copy_stopped(source: Source) -> int:
     if copied:
         return stopped_ns
     message = (
-        f"cannot copy {source.address:#x} of task {task.pid} as of one moment: the page at {address:#x} is delivered "
+        f"cannot copy {request.address:#x} of task {task.pid} as of one moment: the page at {address:#x} is delivered "
         "by another program (a userfaultfd handler or a file server), and was missing at each stop of the task: "
         "copy without freeze"
     )
     raise UnsupportedError(message, address=address)
 
 
-def _worth_a_child(source: Source) -> int:
+def _worth_a_child(request: CopyRequest) -> int:
     """Return the resident bytes of the task; 0 if a child would lack some of the memory, or a copy is faster."""
-    end = source.address + source.size
+    end = request.address + request.size
     try:
-        resident = procfs.status_bytes("VmRSS", source.task.pid)
-        if source.size * _WORTH_IT < resident:
+        resident = procfs.status_bytes("VmRSS", request.task.pid)
+        if request.size * _WORTH_IT < resident:
             return 0
-        for area, flags in procfs.vm_flags(source.task.pid):
+        for area, flags in procfs.vm_flags(request.task.pid):
             if flags & areas.USERFAULT:  # its handler may be a stopped thread, and must read the report of the fork
                 return 0
-            if area.start < end and source.address < area.end and flags & _NOT_IN_A_CHILD:
+            if area.start < end and request.address < area.end and flags & _NOT_IN_A_CHILD:
                 return 0
     except (OSError, KeyError):  # it has exited, or released its memory
         return 0

@@ -315,7 +315,7 @@ def frozen(task: Task, before: Callable[[], None], work: Callable[[], bool], tri
     return _again(task, attempt)
 
 
-class Snapshot:
+class SnapshotChild:
     """A context with a child of a task that shares the task's memory copy-on-write and never runs.
 
     Parameters

@@ -193,7 +193,7 @@ def test_mountinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: list[
     for module in (cgroup, access):
         reading(monkeypatch, module, tmp_path, "/proc/self/mountinfo")
     assert cgroup.mounts("memory") == [
-        cgroup.Mount(decoded(root), decoded(place), kind == b"cgroup2")
+        cgroup.HierarchyMount(decoded(root), decoded(place), kind == b"cgroup2")
         for root, place, kind, _source in found
         if kind.startswith(b"cgroup")
     ]

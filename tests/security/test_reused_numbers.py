@@ -19,7 +19,7 @@ from support.targets import Target, need_ptrace
 import iobmd
 from iobmd import IOReturn, IOReturnError, Task
 from iobmd.remote import threads
-from iobmd.remote.session import Snapshot
+from iobmd.remote.session import SnapshotChild
 from iobmd.task.transfer import Transfer
 
 WALL = 0x40000000
@@ -75,7 +75,7 @@ def test_a_thread_of_another_process_is_not_stopped(target: Target, monkeypatch:
 def test_the_number_of_a_guest_goes_to_nobody_else(target: Target) -> None:
     """Its task ends it, and waits for it, as does a thread of ours for any child: only its tracer can."""
     target.line()
-    snapshot = Snapshot(Task(target.pid), 1 << 20)
+    snapshot = SnapshotChild(Task(target.pid), 1 << 20)
     with snapshot:
         assert snapshot._session
         number = snapshot._session._tracer.guest
