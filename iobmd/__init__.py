@@ -24,7 +24,23 @@ if TYPE_CHECKING or "iobmd_command" not in sys.modules:
     from iobmd.descriptors.descriptor import IOMemoryDescriptor
     from iobmd.descriptors.memory_map import IOMemoryMap
     from iobmd.dma import IODMACommand
-    from iobmd.errors import IOReturnError
+    from iobmd.errors import (
+        BadArgumentError,
+        BusyError,
+        CannotWireError,
+        IOReturnError,
+        NoMemoryError,
+        NoResourcesError,
+        NotFoundError,
+        NotOpenError,
+        NotPermittedError,
+        NotPrivilegedError,
+        NotReadyError,
+        TaskTimeoutError,
+        UnsupportedError,
+        VMError,
+    )
+    from iobmd.iommu import IOMapper
     from iobmd.memory.mlock import Wiring
     from iobmd.physical.layout import Layout
     from iobmd.physical.policy import policy
@@ -33,20 +49,34 @@ if TYPE_CHECKING or "iobmd_command" not in sys.modules:
     from iobmd.task.task import Task, current_task, get_task_map, kernel_task
 
     __all__ = [
+        "BadArgumentError",
+        "BusyError",
         "CacheItem",
         "CacheStatistics",
+        "CannotWireError",
         "Handle",
         "IOBufferMemoryDescriptor",
         "IODMACommand",
+        "IOMapper",
         "IOMemoryDescriptor",
         "IOMemoryMap",
         "IOMultiMemoryDescriptor",
         "IOReturnError",
         "IOSubMemoryDescriptor",
         "Layout",
+        "NoMemoryError",
+        "NoResourcesError",
+        "NotFoundError",
+        "NotOpenError",
+        "NotPermittedError",
+        "NotPrivilegedError",
+        "NotReadyError",
         "PhysicalSegment",
         "PurgeableCache",
         "Task",
+        "TaskTimeoutError",
+        "UnsupportedError",
+        "VMError",
         "Wiring",
         "__version__",
         "allocate",

@@ -13,10 +13,12 @@ from iobmd.constants import (
     IOMapOptions,
     IOOptionBits,
     IOPurgeable,
+    IOReturn,
     kIODirectionPrepareNoFault,
     kIODirectionPrepareToPhys32,
     kIOMemoryIncoherentIOFlush,
     kIOMemoryIncoherentIOStore,
+    kIOReturnSuccess,
 )
 from iobmd.descriptors import address_index, mapping_cache, memory_map
 from iobmd.descriptors.composite_memory import CompositeBacking
@@ -194,7 +196,7 @@ class IOMemoryDescriptor:
         self._usable_memory()
         return IOMapOptions(self._options & CACHE_MODES), IOMapOptions.kIOMapCopybackCache
 
-    def performOperation(self, options: int, offset: int, length: int) -> None:
+    def performOperation(self, options: int, offset: int, length: int) -> IOReturn:
         """Make the processor caches and the memory of a range consistent, for a device that does not snoop them.
 
         Parameters
@@ -204,6 +206,11 @@ class IOMemoryDescriptor:
             invalidate them, before data that a device wrote is read.
         offset, length : int
             The range in bytes; all lines that contain a byte of it are affected.
+
+        Returns
+        -------
+        IOReturn
+            `kIOReturnSuccess`.
 
         Raises
         ------
@@ -223,10 +230,11 @@ class IOMemoryDescriptor:
         if options not in (kIOMemoryIncoherentIOFlush, kIOMemoryIncoherentIOStore):
             raise UnsupportedError(f"unknown operation {options:#x}")
         owner.write_back(offset, length, drop=options == kIOMemoryIncoherentIOFlush)
+        return kIOReturnSuccess
 
     # --- pins
 
-    def prepare(self, forDirection: int = 0) -> None:
+    def prepare(self, forDirection: int = 0) -> IOReturn:
         """Pin the memory for a transfer, so that its physical addresses are valid until `complete`.
 
         Calls are counted, in pairs with `complete`, from any thread. For memory that is pinned by its options, only
@@ -237,6 +245,11 @@ class IOMemoryDescriptor:
         forDirection : int
             0 for the descriptor's own direction, or directions of the transfer, with `kIODirectionPrepareNoFault`
             (fail instead of faulting in pages) and `kIODirectionPrepareToPhys32` (fail for memory above 4 GiB).
+
+        Returns
+        -------
+        IOReturn
+            `kIOReturnSuccess`.
 
         Raises
         ------
@@ -253,9 +266,15 @@ class IOMemoryDescriptor:
             self._memory()  # read again: another thread may have released it
             owner.pin(forDirection)
             self._prepared += 1
+        return kIOReturnSuccess
 
-    def complete(self, forDirection: int = 0) -> None:  # noqa: ARG002 (IOKit's)
+    def complete(self, forDirection: int = 0) -> IOReturn:  # noqa: ARG002 (IOKit's)
         """Undo one `prepare`; after the last one the kernel may move the memory again.
+
+        Returns
+        -------
+        IOReturn
+            `kIOReturnSuccess`.
 
         Raises
         ------
@@ -267,6 +286,7 @@ class IOMemoryDescriptor:
             self._memory()  # as above
             owner.unpin()
             self._prepared = max(self._prepared - 1, 0)
+        return kIOReturnSuccess
 
     @property
     def wiring(self) -> Wiring:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
 from iobmd._internal import process_local
 from iobmd._native.mapping import Exporter
-from iobmd.constants import IOMapOptions
+from iobmd.constants import IOMapOptions, IOReturn, kIOReturnSuccess
 from iobmd.descriptors.mapping_cache import CachedMapping, MapRequest
 from iobmd.errors import BadArgumentError, BusyError, NotOpenError, UnsupportedError
 
@@ -109,7 +109,7 @@ class IOMemoryMap(Exporter):
         """Return the physical address of its first byte. Raises as `IOMemoryDescriptor.segments`."""
         return self.getPhysicalSegment(0)[0]
 
-    def redirect(self, newBackingMemory: IOMemoryDescriptor, options: int = 0, offset: int = 0) -> None:
+    def redirect(self, newBackingMemory: IOMemoryDescriptor, options: int = 0, offset: int = 0) -> IOReturn:
         """Replace the memory at the map's addresses, atomically and for all maps that share the addresses.
 
         Parameters
@@ -121,6 +121,11 @@ class IOMemoryMap(Exporter):
             Must be 0; no options are defined.
         offset : int
             Offset in bytes of the memory to map at the map's first address; both must have the same offset in a page.
+
+        Returns
+        -------
+        IOReturn
+            `kIOReturnSuccess`.
 
         Raises
         ------
@@ -141,9 +146,15 @@ class IOMemoryMap(Exporter):
         with owner.guard, _changes:
             newBackingMemory._memory()  # read again: another thread may have released it
             mapping.show(newBackingMemory, owner, offset - mapping.first - self._within)
+        return kIOReturnSuccess
 
-    def unmap(self) -> None:
+    def unmap(self) -> IOReturn:
         """End the map; idempotent. The addresses are unmapped with the last map that shares them.
+
+        Returns
+        -------
+        IOReturn
+            `kIOReturnSuccess`.
 
         Raises
         ------
@@ -151,7 +162,7 @@ class IOMemoryMap(Exporter):
             `kIOReturnBusy` while a view of it exists.
         """
         if self._mapping is None:
-            return
+            return kIOReturnSuccess
         if self.exports:
             message = f"{self!r} is in use (view count {self.exports}): release its memoryviews and arrays first"
             raise BusyError(message)
@@ -159,6 +170,7 @@ class IOMemoryMap(Exporter):
             if mapping := self._mapping:  # read again: another thread may have unmapped it
                 mapping.let_go(id(self))
                 self._mapping = None
+        return kIOReturnSuccess
 
     def _open(self) -> CachedMapping:
         mapping = self._mapping  # read once, as above

@@ -8,7 +8,7 @@ import warnings
 from typing import TYPE_CHECKING, Self
 
 from iobmd._internal import process_local
-from iobmd.constants import IOReturn, kIODirectionIn, kIODirectionInOut, kIODirectionOut
+from iobmd.constants import IOReturn, kIODirectionIn, kIODirectionInOut, kIODirectionOut, kIOReturnSuccess
 from iobmd.descriptors.options import DIRECTION_MASK, check_within
 from iobmd.dma.device_transfer import DeviceTransfer
 from iobmd.dma.specification import MappingOptions, Specification
@@ -117,11 +117,16 @@ class IODMACommand:
         transfer = self._transfer
         return transfer.bounce if transfer and transfer.double else self._memory
 
-    def setMemoryDescriptor(self, mem: IOMemoryDescriptor | None, autoPrepare: bool = True) -> None:
+    def setMemoryDescriptor(self, mem: IOMemoryDescriptor | None, autoPrepare: bool = True) -> IOReturn:
         """Set the memory of the next transfer, and prepare all of it unless `autoPrepare` is False.
 
         As in IOKit, the caller must first call the descriptor's own `prepare()`. If the descriptor is already set and
         `autoPrepare` is False, the command is completed.
+
+        Returns
+        -------
+        IOReturn
+            `kIOReturnSuccess`.
 
         Raises
         ------
@@ -139,15 +144,21 @@ class IODMACommand:
                 self._complete_all()
             self._memory = mem
             if mem is None or not autoPrepare or self._active:
-                return
+                return kIOReturnSuccess
             try:
                 self._prepare(0, 0, flush=True, synchronize=True)
             except BaseException:
                 self._memory = None if fresh else mem
                 raise
+        return kIOReturnSuccess
 
-    def clearMemoryDescriptor(self, autoComplete: bool = True) -> None:
+    def clearMemoryDescriptor(self, autoComplete: bool = True) -> IOReturn:
         """Release the memory, after completing the command unless `autoComplete` is False.
+
+        Returns
+        -------
+        IOReturn
+            `kIOReturnSuccess`.
 
         Raises
         ------
@@ -159,6 +170,7 @@ class IODMACommand:
                 raise NotReadyError(f"{self!r} is prepared: call complete() as often first")
             self._complete_all()
             self._memory = None
+        return kIOReturnSuccess
 
     def free(self) -> None:
         """Release the memory; idempotent.
@@ -177,7 +189,9 @@ class IODMACommand:
 
     # --- transfers
 
-    def prepare(self, offset: int = 0, length: int = 0, flushCache: bool = True, synchronize: bool = True) -> None:
+    def prepare(
+        self, offset: int = 0, length: int = 0, flushCache: bool = True, synchronize: bool = True
+    ) -> IOReturn:
         """Make a range of the memory ready for the device.
 
         Calls are counted, in pairs with `complete`; while it is prepared, only the same range can be prepared again.
@@ -193,6 +207,11 @@ class IODMACommand:
         synchronize : bool
             Copy the memory to its bounce buffers if its direction is out (or none).
 
+        Returns
+        -------
+        IOReturn
+            `kIOReturnSuccess`.
+
         Raises
         ------
         IOReturnError
@@ -204,8 +223,9 @@ class IODMACommand:
         """
         with self._guard:
             self._prepare(offset, length, flush=flushCache, synchronize=synchronize)
+        return kIOReturnSuccess
 
-    def complete(self, invalidateCache: bool = True, synchronize: bool = True) -> None:
+    def complete(self, invalidateCache: bool = True, synchronize: bool = True) -> IOReturn:
         """Undo one `prepare`; the last one ends the transfer.
 
         Parameters
@@ -214,6 +234,11 @@ class IODMACommand:
             With `kNonCoherent`: invalidate the memory's lines in the processor caches.
         synchronize : bool
             Copy the bounce buffers back to the memory if its direction is in (or none).
+
+        Returns
+        -------
+        IOReturn
+            `kIOReturnSuccess`.
 
         Raises
         ------
@@ -224,6 +249,7 @@ class IODMACommand:
         with self._guard:
             self._prepared()
             self._complete(invalidate=invalidateCache, synchronize=synchronize)
+        return kIOReturnSuccess
 
     def getPreparedOffsetAndLength(self) -> tuple[int, int]:
         """Return the prepared range, in bytes; raise `kIOReturnNotReady` if none is prepared."""
@@ -258,7 +284,7 @@ class IODMACommand:
         most = None if numSegments is None else min(numSegments, transfer.length)  # each has at least one byte
         return list(itertools.islice(transfer.segments(offset), most))
 
-    def synchronize(self, direction: int, forceDoubleBuffer: bool = False) -> None:
+    def synchronize(self, direction: int, forceDoubleBuffer: bool = False) -> IOReturn:
         """Copy between the memory and its bounce buffers, if any.
 
         Parameters
@@ -269,6 +295,11 @@ class IODMACommand:
         forceDoubleBuffer : bool
             Replace the whole prepared range by a new page-aligned bounce buffer with the bytes that the device sees
             now; segments must then be generated again, and `direction` may be 0.
+
+        Returns
+        -------
+        IOReturn
+            `kIOReturnSuccess`.
 
         Raises
         ------
@@ -289,6 +320,7 @@ class IODMACommand:
                 transfer.copy_out()
             elif direction & kIODirectionIn:
                 transfer.copy_in()
+        return kIOReturnSuccess
 
     def readBytes(self, offset: int, length: int) -> bytes:
         """Return bytes as the device sees them; `offset` is relative to the prepared one.

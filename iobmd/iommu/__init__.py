@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 
 from iobmd._internal import process_local
 from iobmd._native.pagemap import PhysicalSegment
-from iobmd.constants import IOOptionBits
+from iobmd.constants import IOOptionBits, IOReturn, kIOReturnSuccess
 from iobmd.descriptors.options import DIRECTION_MASK
 from iobmd.errors import BadArgumentError, BusyError, IOReturnError, NoResourcesError, NotOpenError
 from iobmd.iommu.addresses import Addresses
@@ -178,8 +178,14 @@ class IOVMRange:
         """Return its single segment, like `IOMemoryDescriptor.segments`."""
         return [PhysicalSegment(self.address, self.length)]
 
-    def complete(self) -> None:
-        """Unmap it from the device, whose further accesses fault, and undo the `prepare`. Idempotent."""
+    def complete(self) -> IOReturn:
+        """Unmap it from the device, whose further accesses fault, and undo the `prepare`. Idempotent.
+
+        Returns
+        -------
+        IOReturn
+            `kIOReturnSuccess`.
+        """
         mapper, self._mapper = self._mapper, None
         if mapper:
             try:
@@ -189,6 +195,7 @@ class IOVMRange:
                 self._mapper = mapper
                 raise
             self._descriptor.complete()
+        return kIOReturnSuccess
 
     def __enter__(self) -> Self:
         return self
