@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
+from iobmd._internal.arguments import check_integers, check_type
 from iobmd.backing.contents import CopyOf, FrozenCopyOf
 from iobmd.constants import IOOptionBits
 from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
@@ -12,12 +13,18 @@ from iobmd.errors import BadArgumentError
 from iobmd.task.task import as_task, kernel_task
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import TypeAlias
+
     from iobmd._internal.chunked import Progress
     from iobmd.task.task import AnyTask
 
+    Cache: TypeAlias = Literal["default", "inhibit", "writethru", "copyback", "writecombine"]
+    Direction: TypeAlias = Literal["none", "in", "out", "inout"]
+
 # Plain integers: an operation on enumeration members takes 2 µs, not much less than a small buffer.
 DIRECTIONS = {name: direction for direction, name in enumerate(DIRECTION_NAMES)}
-CACHES = {
+CACHES: dict[str, int] = {
     "default": int(IOOptionBits.kIOMapDefaultCache),
     "inhibit": int(IOOptionBits.kIOMapInhibitCache),
     "writethru": int(IOOptionBits.kIOMapWriteThruCache),
@@ -40,8 +47,8 @@ def allocate(
     shared: bool = False,
     alignment: int = 1,
     physical_mask: int = 0,
-    cache: str = "default",
-    direction: str = "inout",
+    cache: Cache = "default",
+    direction: Direction = "inout",
     node: int | None = None,
 ) -> IOBufferMemoryDescriptor:
     """Allocate a zeroed buffer.
@@ -71,9 +78,11 @@ def allocate(
     IOReturnError
         As `IOBufferMemoryDescriptor.initWithPhysicalMask`. `kIOReturnBadArgument`: the node has no memory;
         `kIOReturnNoResources`: it does not have enough free memory.
+    TypeError
+        An argument has the wrong type, such as a float as the size.
     """
-    form = _Form(wired, contiguous, purgeable, shared, alignment, physical_mask, cache, direction)
-    return form.make(IOBufferMemoryDescriptor(node=node), task, size)
+    options = _options(wired, contiguous, purgeable, shared, cache, direction)
+    return _make(IOBufferMemoryDescriptor(node=node), task, options, size, alignment, physical_mask)
 
 
 def copy(
@@ -82,10 +91,18 @@ def copy(
     size: int,
     *,
     freeze: bool = False,
-    unreadable: str = "raise",
+    unreadable: Literal["raise", "zero"] = "raise",
     timeout: float | None = None,
     progress: Progress | None = None,
-    **as_allocate: Any,
+    wired: bool = True,
+    contiguous: bool = False,
+    purgeable: bool = False,
+    shared: bool = False,
+    alignment: int = 1,
+    physical_mask: int = 0,
+    cache: Cache = "default",
+    direction: Direction = "inout",
+    node: int | None = None,
 ) -> IOBufferMemoryDescriptor:
     """Allocate a buffer that holds a copy of memory of a task.
 
@@ -106,8 +123,8 @@ def copy(
         Seconds to wait for another program, as for `Task.read`.
     progress : callable, optional
         Called repeatedly with the number of bytes copied.
-    **as_allocate
-        `wired` and the other keywords of `allocate`; the buffer is allocated in this process.
+    wired, contiguous, purgeable, shared, alignment, physical_mask, cache, direction, node
+        As for `allocate`; the buffer is allocated in this process.
 
     Raises
     ------
@@ -115,6 +132,8 @@ def copy(
         As `IOBufferMemoryDescriptor.withCopy`; with `freeze` also `kIOReturnNotPermitted`, `kIOReturnTimeout` and
         `kIOReturnUnsupported` (the source is this process), if the source cannot be
         stopped.
+    TypeError
+        An argument has the wrong type, such as a float as the size.
 
     Notes
     -----
@@ -126,33 +145,38 @@ def copy(
     contents = (FrozenCopyOf if freeze else CopyOf)(
         as_task(task), address, size, skip=unreadable == "zero", timeout=timeout, progress=progress
     )
-    return _Form(**as_allocate).make(IOBufferMemoryDescriptor(contents=contents), kernel_task, size)
+    options = _options(wired, contiguous, purgeable, shared, cache, direction)
+    buffer = IOBufferMemoryDescriptor(contents=contents, node=node)
+    return _make(buffer, kernel_task, options, size, alignment, physical_mask)
 
 
-class _Form(NamedTuple):
-    """The keywords that `allocate` and `copy` share."""
-
-    wired: bool = True
-    contiguous: bool = False
-    purgeable: bool = False
-    shared: bool = False
-    alignment: int = 1
-    physical_mask: int = 0
-    cache: str = "default"
-    direction: str = "inout"
-
-    def make(self, buffer: IOBufferMemoryDescriptor, task: AnyTask | None, size: int) -> IOBufferMemoryDescriptor:
-        """Initialize `buffer` from these keywords."""
-        options = _named(DIRECTIONS, "direction", self.direction) | _named(CACHES, "cache", self.cache)
-        options |= 0 if self.wired else _PAGEABLE
-        options |= _CONTIGUOUS if self.contiguous else 0
-        options |= _PURGEABLE if self.purgeable else 0
-        options |= _SHARED if self.shared else 0
-        buffer.initWithPhysicalMask(task, options, size, self.alignment, self.physical_mask)
-        return buffer
+def _options(wired: bool, contiguous: bool, purgeable: bool, shared: bool, cache: str, direction: str) -> int:
+    options = _named(DIRECTIONS, "direction", direction) | _named(CACHES, "cache", cache)
+    options |= 0 if wired else _PAGEABLE
+    options |= _CONTIGUOUS if contiguous else 0
+    options |= _PURGEABLE if purgeable else 0
+    options |= _SHARED if shared else 0
+    return options
 
 
-def _named(names: dict[str, int], what: str, name: str) -> int:
+def _make(
+    buffer: IOBufferMemoryDescriptor,
+    task: AnyTask | None,
+    options: int,
+    size: int,
+    alignment: int,
+    physical_mask: int,
+) -> IOBufferMemoryDescriptor:
+    """Initialize `buffer`. The numbers are checked here too, because these keywords are not named as in IOKit."""
+    if not type(size) is type(alignment) is type(physical_mask) is int:  # a call takes a twentieth of an allocation
+        check_integers(size=size, alignment=alignment, physical_mask=physical_mask)
+    buffer.initWithPhysicalMask(task, options, size, alignment, physical_mask)
+    return buffer
+
+
+def _named(names: Mapping[str, int], what: str, name: str) -> int:
+    if type(name) is not str:
+        check_type(str, **{what: name})
     if name not in names:
         raise BadArgumentError(f"{what} must be one of {', '.join(names)}, not {name!r}")
     return names[name]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from errno import EMFILE, ENFILE
-from typing import Any, Self
+from typing import Self
 
 from iobmd.constants import IOReturn
 
@@ -39,7 +39,7 @@ class IOReturnError(OSError):
     code: IOReturn
     address: int | None
     _message: str | Callable[[], str]
-    _arguments: tuple[Any, ...] | None = None
+    _arguments: tuple[object, ...] | None = None
     _by_code: dict[IOReturn, type["IOReturnError"]] = {}  # noqa: RUF012 (filled by NamedError)
 
     def __new__(
@@ -67,12 +67,12 @@ class IOReturnError(OSError):
         return self._message
 
     @property
-    def args(self) -> tuple[Any, ...]:
+    def args(self) -> tuple[object, ...]:
         """The code and the message, unless other arguments were assigned."""
         return self._arguments or (self.code, self.strerror)
 
     @args.setter
-    def args(self, arguments: tuple[Any, ...]) -> None:
+    def args(self, arguments: tuple[object, ...]) -> None:
         self._arguments = arguments
 
     def __str__(self) -> str:
@@ -81,14 +81,14 @@ class IOReturnError(OSError):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(repr, self.args))})"
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return IOReturnError, (self.code, self.strerror, self.errno, self.address)
 
 
 class NamedError(IOReturnError):
     """An `IOReturnError` whose class stands for its code: the same parameters, without the code."""
 
-    def __init_subclass__(cls, code: IOReturn | None = None, **kwargs: Any) -> None:
+    def __init_subclass__(cls, code: IOReturn | None = None, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         if code is not None:
             cls.code = code

@@ -10,6 +10,7 @@ import struct
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, SupportsIndex
 
 from iobmd._internal import process_local
+from iobmd._internal.arguments import check_type
 from iobmd._native import mman
 from iobmd.backing.mapped import private
 from iobmd.backing.shared import SharedBacking
@@ -215,6 +216,9 @@ def share(buffer: IOBufferMemoryDescriptor, socket: sockets.socket | None = None
     above a page): pass it only to processes that you trust. `attach` refuses such memory from users other than root
     and its own.
     """
+    check_type(IOBufferMemoryDescriptor, buffer=buffer)
+    if socket is not None:
+        _check_socket(socket=socket)
     shared = buffer._memory().require_backing().shared
     if shared is None:
         raise private()
@@ -252,8 +256,16 @@ def attach(source: Handle | sockets.socket, *, wired: bool | None = None) -> IOB
     """
     if isinstance(source, Handle):
         return source.attach(wired=wired)
+    _check_socket(source=source)
     with Handle.receive(source) as handle:
         return handle.attach(wired=wired)
+
+
+def _check_socket(**values: object) -> None:
+    """Raise TypeError for a value that is not a socket; by its methods, because importing sockets takes long."""
+    for name, value in values.items():
+        if not hasattr(value, "sendmsg"):
+            raise TypeError(f"{name} must be a Unix socket, not {value!r}")
 
 
 def _received(socket: sockets.socket) -> tuple[bytes, list[int], int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from iobmd._internal.arguments import check_integers, check_numbers
 from iobmd.errors import UnsupportedError
 from iobmd.task import attempt, diagnosis, extents, transfer
 from iobmd.task.ranges import joined
@@ -49,6 +50,9 @@ class CopyOf:
         timeout: float | None = None,
         progress: Progress | None = None,
     ) -> None:
+        check_integers(address=address, size=size)
+        if timeout is not None:
+            check_numbers(timeout=timeout)
         self.task = task
         self.address = address
         self.size = size

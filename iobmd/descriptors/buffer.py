@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
+from operator import index
 from typing import TYPE_CHECKING, Self, cast
 
+from iobmd._internal.arguments import check_integers
 from iobmd._native.mapping import Exporter, Mapping
 from iobmd.backing.contents import CopyOf
 from iobmd.constants import IOOptionBits, kIOMemoryIncoherentIOFlush
@@ -160,6 +162,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         -----
         The memory is a shared object, which can be mapped again, as in XNU; a forked child shares it.
         """
+        check_integers(capacity=capacity)
         self = cls()
         self._guarded = True
         self.initWithPhysicalMask(inTask, options, round_up(capacity, PAGE_SIZE), PAGE_SIZE, 0)
@@ -221,11 +224,11 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
             self._contents.check()
         with numa.on(self._node):
             backing = allocation.allocate(wanted, self._contents)
-        self._open(backing, wanted.options, capacity, wanted.contiguous)
+        self._open(backing, wanted.options, wanted.capacity, wanted.contiguous)
         if self._contents:
             self.source_stopped_ns, self.holes = self._contents.stopped_ns, self._contents.holes
             if cache_of_copies(wanted.options):
-                self.performOperation(kIOMemoryIncoherentIOFlush, 0, capacity)  # written through the caches
+                self.performOperation(kIOMemoryIncoherentIOFlush, 0, wanted.capacity)  # written through the caches
             self._contents = None
         return True
 
@@ -269,9 +272,10 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
             `kIOReturnBadArgument` if it is negative or exceeds the capacity.
         """
         owner = self._usable_memory()
+        check_integers(length=length)
         if not 0 <= length <= self._capacity:
             raise BadArgumentError(f"length {length} is not within the capacity of {self._capacity} bytes")
-        owner.length = length
+        owner.length = index(length)
 
     def setDirection(self, direction: int) -> None:
         """Set the direction of later transfers, one of the four `kIODirection…`."""
@@ -289,6 +293,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         """
         owner = self._memory()
         backing = owner.require_backing()
+        check_integers(start=start, withLength=withLength)
         if backing.task is None:
             raise UnsupportedError(f"{self!r} has no address: map it with map() or createMappingInTask()")
         owner.require_range(start, withLength)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Self
 
 from iobmd.descriptors.composite_memory import CompositeBacking
 from iobmd.descriptors.descriptor import IOMemoryDescriptor
-from iobmd.descriptors.options import check_existing, check_within
+from iobmd.descriptors.options import check_descriptor, check_existing, check_within
 from iobmd.descriptors.ownership import Part
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class IOSubMemoryDescriptor(Derived):
         IOReturnError
             `kIOReturnBadArgument`: past the end, or options that apply only to newly allocated memory.
         """
+        check_descriptor(of=of)
         check_within(offset, length, of.getLength(), of)
         return cls._of([Part(of._memory(), offset, length)], options, of.getTag())
 
@@ -88,5 +89,7 @@ class IOMultiMemoryDescriptor(Derived):
             `kIOReturnBadArgument` for options that apply only to newly allocated memory.
         """
         found = list(descriptors)
+        for descriptor in found:
+            check_descriptor(descriptors=descriptor)
         parts = [Part(owner := one._usable_memory(), 0, owner.length) for one in found]
         return cls._of(parts, withDirection, next((tag for one in found if (tag := one.getTag())), 0))

@@ -6,8 +6,9 @@ import contextlib
 import os
 import warnings
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex
+from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
+from iobmd._internal.arguments import check_integers
 from iobmd.backing.ranges import RangeBacking
 from iobmd.constants import (
     IOMapOptions,
@@ -65,7 +66,7 @@ class IOMemoryDescriptor:
     _owner: MemoryOwner | None = None
     _options = 0
     _tag = 0
-    _context: Any = None
+    _context: object = None
     _prepared = 0  # how often by this handle; its owner counts all pins
     _state = "not initialised"
 
@@ -151,18 +152,20 @@ class IOMemoryDescriptor:
 
     def setTag(self, tag: int) -> None:
         """Store a number for the caller."""
+        check_integers(tag=tag)
         self._tag = tag
 
-    def setContext(self, obj: Any) -> None:
+    def setContext(self, obj: object) -> None:
         """Store an object for the caller, replacing the previous one; None removes it."""
         self._context = obj
 
-    def copyContext(self) -> Any:
+    def copyContext(self) -> object:
         """Return the object stored by `setContext`, or None."""
         return self._context
 
     def setVMTags(self, kernTag: int, userTag: int) -> None:
         """Store the tags of later mappings in `kernel_task` and in other tasks. Existing mappings are unchanged."""
+        check_integers(kernTag=kernTag, userTag=userTag)
         self.vm_tags = (kernTag, userTag)
 
     # --- its bytes
@@ -227,6 +230,7 @@ class IOMemoryDescriptor:
         takes 23 to 50 µs longer, and a fault ends only the child.
         """
         owner = self._memory()
+        check_integers(options=options)
         if options not in (kIOMemoryIncoherentIOFlush, kIOMemoryIncoherentIOStore):
             raise UnsupportedError(f"unknown operation {options:#x}")
         owner.write_back(offset, length, drop=options == kIOMemoryIncoherentIOFlush)
@@ -260,6 +264,7 @@ class IOMemoryDescriptor:
             `withAddressRanges`. After an error, nothing is prepared.
         """
         owner = self._memory()
+        check_integers(forDirection=forDirection)
         if forDirection & ~(DIRECTION_MASK | kIODirectionPrepareToPhys32 | kIODirectionPrepareNoFault):
             raise BadArgumentError(f"direction {forDirection:#x} has unknown bits")
         with owner.guard:
@@ -321,6 +326,7 @@ class IOMemoryDescriptor:
             `kIOReturnNotPrivileged`: the kernel hides the addresses. `kIOReturnBadArgument`: past the end.
         """
         owner = self._memory()
+        check_integers(offset=offset)
         return owner.segments(offset, owner.length - offset if length is None else length)
 
     def layout(self) -> Layout:
@@ -367,7 +373,8 @@ class IOMemoryDescriptor:
 
     def map(self, options: int = 0) -> IOMemoryMap:
         """Map the memory in this process, like `createMappingInTask` with `kIOMapAnywhere`."""
-        return self.createMappingInTask(kernel_task, 0, int(options) | mapping_cache.ANYWHERE)
+        check_integers(options=options)
+        return self.createMappingInTask(kernel_task, 0, options | mapping_cache.ANYWHERE)
 
     def createMappingInTask(
         self,
@@ -409,6 +416,7 @@ class IOMemoryDescriptor:
         -----
         One thread of another task is stopped for about a tenth of a millisecond (ptrace(2)), and then resumes.
         """
+        check_integers(atAddress=atAddress, options=options, offset=offset, length=length)
         task = as_task(intoTask)
         owner = self._usable_memory()
         length = length or owner.length - offset

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
 from iobmd._internal import process_local
+from iobmd._internal.arguments import check_integers
 from iobmd._native.mapping import Exporter
 from iobmd.constants import IOMapOptions, IOReturn, kIOReturnSuccess
 from iobmd.descriptors.mapping_cache import CachedMapping, MapRequest
+from iobmd.descriptors.options import check_descriptor
 from iobmd.errors import BadArgumentError, BusyError, NotOpenError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -100,6 +102,7 @@ class IOMemoryMap(Exporter):
         `(0, 0)` past its end. Raises as `IOMemoryDescriptor.segments`.
         """
         mapping = self._open()
+        check_integers(offset=offset)
         address, length = mapping.owner.segment(mapping.first + self._within + offset)
         if not 0 <= offset < self._length:
             return 0, 0
@@ -134,6 +137,8 @@ class IOMemoryMap(Exporter):
             descriptor (use `kIOMapUnique`).
         """
         mapping = self._open()
+        check_descriptor(newBackingMemory=newBackingMemory)
+        check_integers(options=options, offset=offset)
         if options:
             raise BadArgumentError(f"unknown redirect options {options:#x}")
         if mapping.own is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from operator import index
 from typing import TYPE_CHECKING, NamedTuple
 
+from iobmd._internal.arguments import check_integers
 from iobmd._native import mapping
 from iobmd._version import __version__
 from iobmd.constants import IOMapOptions, IOOptionBits
@@ -14,7 +16,7 @@ from iobmd.task.task import Task, as_task, kernel_task
 from iobmd.units import PAGE_SIZE, is_power_of_two
 
 if TYPE_CHECKING:
-    import psutil
+    from iobmd.task.task import AnyTask
 
 DIRECTION_MASK = 0x3
 DIRECTION_NAMES = "none", "in", "out", "inout"
@@ -86,7 +88,7 @@ class Request(NamedTuple):
 
 
 def check_request(
-    task: Task | int | psutil.Process | None,
+    task: AnyTask | None,
     options: int,
     capacity: int,
     alignment: int,
@@ -100,7 +102,13 @@ def check_request(
     ------
     IOReturnError
         `kIOReturnBadArgument`, or `kIOReturnUnsupported` for options that are not implemented.
+    TypeError
+        A number is not an integer.
     """
+    if not type(capacity) is type(alignment) is type(physical_mask) is int:
+        check_integers(capacity=capacity, alignment=alignment, physicalMask=physical_mask)
+        capacity, alignment, physical_mask = index(capacity), index(alignment), index(physical_mask)
+    check_integers(options=options)
     options = int(options)
     if capacity <= 0:
         raise BadArgumentError(f"a buffer's size must be positive, not {capacity}")
@@ -145,7 +153,10 @@ def check_existing(options: int) -> int:
     ------
     IOReturnError
         `kIOReturnBadArgument` for options of newly allocated memory; `kIOReturnUnsupported` as `check_request`.
+    TypeError
+        They are not an integer.
     """
+    check_integers(options=options)
     options = int(options)
     _check_options(options)
     if options & _OF_NEW_MEMORY:
@@ -153,14 +164,24 @@ def check_existing(options: int) -> int:
     return options
 
 
+def check_descriptor(**values: object) -> None:
+    """Raise TypeError for a value that is no descriptor, by its methods: the class stands above this module."""
+    for name, value in values.items():
+        if not hasattr(value, "getLength"):
+            raise TypeError(f"{name} must be an IOMemoryDescriptor, not {value!r}")
+
+
 def check_within(offset: int, length: int, size: int, whole: object) -> None:
     """Raise `kIOReturnBadArgument` unless a range lies within the `size` bytes of `whole`, a name for the message."""
+    if not type(offset) is type(length) is int:  # a call costs more than the rest
+        check_integers(offset=offset, length=length)
     if offset < 0 or length < 0 or offset + length > size:
         raise BadArgumentError(f"offset {offset} with length {length} is not within the {size} bytes of {whole}")
 
 
 def check_direction(direction: int) -> int:
     """Return `direction` if it is one of the four of IOKit."""
+    check_integers(direction=direction)
     if not 0 <= direction <= DIRECTION_MASK:
         raise BadArgumentError(f"direction {direction:#x} is not kIODirectionNone, In, Out or InOut")
     return int(direction)
@@ -181,6 +202,8 @@ def _tag(tags: tuple[int, int], *, in_kernel: bool) -> int:
     """Return the tag of a mapping: the first in `kernel_task`, otherwise the second; the other one if that is 0."""
     if tags == (0, 0):
         return 0
+    for tag in tags:
+        check_integers(tag=tag)
     if any(not 0 <= tag < 1 << 32 for tag in tags):
         raise BadArgumentError(f"tags {tags} are not 32-bit numbers")
     return (tags[0] or tags[1]) if in_kernel else (tags[1] or tags[0])

@@ -8,8 +8,9 @@ import warnings
 from typing import TYPE_CHECKING, Self
 
 from iobmd._internal import process_local
+from iobmd._internal.arguments import check_integers
 from iobmd.constants import IOReturn, kIODirectionIn, kIODirectionInOut, kIODirectionOut, kIOReturnSuccess
-from iobmd.descriptors.options import DIRECTION_MASK, check_within
+from iobmd.descriptors.options import DIRECTION_MASK, check_descriptor, check_within
 from iobmd.dma.device_transfer import DeviceTransfer
 from iobmd.dma.specification import MappingOptions, Specification
 from iobmd.errors import BadArgumentError, BusyError, IOReturnError, NotReadyError
@@ -134,6 +135,8 @@ class IODMACommand:
             `kIOReturnBusy`: prepared with other memory; `kIOReturnNotOpen`: the memory was freed; or as `prepare`.
             After an error, no new memory is set.
         """
+        if mem is not None:
+            check_descriptor(mem=mem)
         with self._guard:
             fresh = mem is not self._memory
             if fresh and self._active:
@@ -275,6 +278,7 @@ class IODMACommand:
             unsuitable alignment. `kIOReturnMessageTooLarge`: with `kIterateOnly`, memory that it cannot reach.
         """
         transfer = self._prepared()
+        check_integers(offset=offset, numSegments=1 if numSegments is None else numSegments)
         if offset < 0 or (numSegments is not None and numSegments < 1):
             message = f"cannot generate {numSegments} segments from offset {offset}"
             raise BadArgumentError(message)
@@ -310,6 +314,7 @@ class IODMACommand:
         """
         with self._guard:
             transfer = self._prepared()
+            check_integers(direction=direction)
             both = direction & DIRECTION_MASK == kIODirectionInOut
             if both or direction & ~(DIRECTION_MASK | self.kForceDoubleBuffer):
                 message = f"{direction:#x} is neither kIODirectionIn nor kIODirectionOut"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import KEEP, IntFlag
 from typing import NamedTuple
 
+from iobmd._internal.arguments import check_integers
 from iobmd.errors import BadArgumentError
 from iobmd.physical.search import ALL_ADDRESSES
 from iobmd.units import PAGE_SIZE, is_power_of_two
@@ -44,6 +45,14 @@ class Specification(NamedTuple):
         IOReturnError
             `kIOReturnBadArgument`: a limit that no transfer can satisfy, or an unknown option.
         """
+        check_integers(
+            numAddressBits=self.address_bits,
+            maxSegmentSize=self.max_segment,
+            mappingOptions=self.options,
+            maxTransferSize=self.max_transfer,
+            alignment=self.alignment,
+            boundary=self.boundary,
+        )
         bits, alignment = self.address_bits or 64, self.alignment or 1
         if not PAGE_SIZE.bit_length() - 1 <= bits <= 64:
             raise BadArgumentError(

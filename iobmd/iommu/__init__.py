@@ -9,6 +9,7 @@ import weakref
 from typing import TYPE_CHECKING, Self
 
 from iobmd._internal import process_local
+from iobmd._internal.arguments import check_integers, check_type
 from iobmd._native.pagemap import PhysicalSegment
 from iobmd.constants import IOOptionBits, IOReturn, kIOReturnSuccess
 from iobmd.descriptors.options import DIRECTION_MASK
@@ -53,6 +54,8 @@ class IOMapper:
     """
 
     def __init__(self, device: str, *, address_bits: int = 64) -> None:
+        check_type(str, device=device)
+        check_integers(address_bits=address_bits)
         if not 12 < address_bits <= 64:
             message = f"a device has 13 to 64 address bits, not {address_bits}"
             raise BadArgumentError(message)

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from iobmd._internal.arguments import check_integers
 from iobmd._native import mman
 from iobmd.errors import BadArgumentError, NoResourcesError
 from iobmd.host import limits
@@ -32,6 +33,8 @@ def on(node: int | None) -> Iterator[None]:
     IOReturnError
         `kIOReturnBadArgument`: the node has no memory; the message lists the nodes that have.
     """
+    if node is not None:
+        check_integers(node=node)
     if node is not None and node not in (have := with_memory()):
         message = f"node {node} has no memory; nodes with memory: {', '.join(map(str, have))}"
         raise BadArgumentError(message)

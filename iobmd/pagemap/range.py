@@ -16,9 +16,9 @@ from iobmd.units import HUGE_PAGE_SIZE
 _T = TypeVar("_T")
 
 if TYPE_CHECKING:
-    import psutil
     from typing_extensions import Buffer
 
+    from iobmd.task.identity import Process
     from iobmd.task.task import AnyTask
 
 
@@ -39,7 +39,7 @@ class _Process(Protocol):
     def pid(self) -> int: ...
 
 
-Target: TypeAlias = "Task | int | psutil.Process | Mapped | Buffer | Where"
+Target: TypeAlias = "Task | int | Process | Mapped | Buffer | Where"
 """What is inspected: a task, as `Task`, pid or psutil.Process; a buffer or map of iobmd; or any other buffer."""
 
 

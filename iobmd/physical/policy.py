@@ -7,6 +7,7 @@ import contextvars
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from iobmd._internal.arguments import check_integers, check_numbers
 from iobmd.errors import BadArgumentError
 from iobmd.host import headroom
 
@@ -57,6 +58,8 @@ def policy(
     The policy is a context variable: it applies to this thread or asyncio task, not to other running threads. An
     inner policy completely replaces an outer one.
     """
+    check_integers(memory_budget=memory_budget or 0)
+    check_numbers(time_budget=time_budget or 0)
     if (memory_budget or 0) < 0 or (time_budget or 0) < 0:
         raise BadArgumentError("a budget cannot be negative")
     token = _current.set(Policy(reserve, memory_budget, time_budget))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from typing import NamedTuple, Protocol
 
+from iobmd._internal.arguments import check_integers
 from iobmd.constants import IOPurgeable
 from iobmd.errors import BadArgumentError, NotReadyError
 
@@ -23,6 +24,7 @@ MODIFIERS = OBSOLETE | _LIFO | _GROUP
 
 def parse(new_state: int) -> tuple[int, int]:
     """Return the state and the modifiers of an argument of `setPurgeable`. Raises `kIOReturnBadArgument`."""
+    check_integers(newState=new_state)
     word = int(new_state)
     state, modifiers = word & _STATE_BITS, word & ~_STATE_BITS
     if not KEEP_CURRENT <= state <= EMPTY or modifiers & ~MODIFIERS:

@@ -13,6 +13,7 @@ import threading
 from typing import NamedTuple, Protocol
 
 from iobmd._internal import process_local
+from iobmd._internal.arguments import check_integers
 from iobmd._internal.weak_registry import WeakRegistry
 from iobmd.errors import BadArgumentError, IOReturnError
 from iobmd.host import headroom
@@ -87,6 +88,8 @@ def purge(target_bytes: int | None = None) -> int:
     Memory that another process is changing, or whose change was interrupted by the calling signal handler, is
     skipped.
     """
+    if target_bytes is not None:
+        check_integers(target_bytes=target_bytes)
     if target_bytes is not None and target_bytes < 0:
         raise BadArgumentError(f"cannot purge {target_bytes} bytes")
     return _purge(_volatile(shared_only=False, wait=True), target_bytes, wait=True)

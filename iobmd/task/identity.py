@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from operator import index
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import TYPE_CHECKING, Protocol, SupportsIndex
 
 from iobmd import procfs
 from iobmd.errors import NO_DESCRIPTOR, BadArgumentError, NoResourcesError
@@ -15,7 +15,18 @@ if TYPE_CHECKING:
     import psutil
 
 
-def pid_of(process: int | psutil.Process) -> int:
+class Process(Protocol):
+    """What a task needs of a psutil.Process. As a protocol it is known to type checkers without psutil's stubs."""
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+
+    def is_running(self) -> bool:
+        """Whether the process still exists, with its start time."""
+
+
+def pid_of(process: int | Process) -> int:
     """Return the pid of a process; raise `kIOReturnBadArgument` for anything but a pid or a psutil.Process."""
     if process is None:
         raise BadArgumentError("a task is required, not None")
@@ -91,7 +102,7 @@ def require_same_numbers(pid: int) -> None:
         raise refusal
 
 
-def no_descriptor(process: int | psutil.Process, error: OSError) -> NoResourcesError:
+def no_descriptor(process: int | Process, error: OSError) -> NoResourcesError:
     """Return the error for a lack of file descriptors."""
     return NoResourcesError(
         f"no file descriptor is free to inspect task {process}; close some, or raise `ulimit -n`",

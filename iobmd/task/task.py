@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
+from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex, TypeAlias, cast
 
 from iobmd import procfs
+from iobmd._internal.arguments import check_integers
 from iobmd._native import crosstask
 from iobmd._native.crosstask import HeldBuffer, fresh_bytes
 from iobmd.errors import NO_DESCRIPTOR, BadArgumentError, IOReturnError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from iobmd._internal import chunked
     from iobmd._native.crosstask import Ranges
+    from iobmd.task.identity import Process
 
 ADDRESS_END = 1 << 64
 
@@ -55,7 +57,7 @@ class Task:
 
     pid: int
 
-    def __init__(self, process: int | psutil.Process) -> None:
+    def __init__(self, process: int | Process) -> None:
         self._pidfd = -1
         self.pid = identity.pid_of(process)
         if not isinstance(process, SupportsIndex):
@@ -64,7 +66,7 @@ class Task:
         self._started = identity.start_of(self.pid)
         self._process: psutil.Process | None = None
         if not isinstance(process, SupportsIndex):
-            self._process = identity.running(process)
+            self._process = identity.running(cast("psutil.Process", process))
 
     def __del__(self) -> None:
         if getattr(self, "_pidfd", -1) >= 0:
@@ -345,7 +347,7 @@ kernel_task: Task = _CurrentTask()
 
 
 if TYPE_CHECKING:
-    AnyTask = Task | int | psutil.Process
+    AnyTask: TypeAlias = Task | int | Process
     """Anything that identifies a task."""
 
 
@@ -365,7 +367,9 @@ def as_task(task: AnyTask) -> Task:
 
 
 def check_range(address: int, size: int) -> None:
-    """Raise `kIOReturnBadArgument` unless `address`…`address + size` is a range of 64-bit addresses."""
+    """Raise `kIOReturnBadArgument` unless `address`…`address + size` is a range of 64-bit addresses, or TypeError."""
+    if not type(address) is type(size) is int:  # a call costs more than the rest
+        check_integers(address=address, size=size)
     if size < 0:
         raise BadArgumentError(f"size {size} is negative")
     if address < 0 or address + size > ADDRESS_END:

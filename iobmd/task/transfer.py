@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import procfs
 from iobmd._internal import chunked, pidns
+from iobmd._internal.arguments import check_numbers
 from iobmd._native import crosstask, mman
 from iobmd.host import headroom
 from iobmd.task import attempt, extents
@@ -157,6 +158,8 @@ def move_present(
 
 def move(job: Transfer) -> Outcome:
     """Transfer bytes between a task and this process. Raises as `extents.absent`."""
+    if job.timeout is not None:
+        check_numbers(timeout=job.timeout)
     try:
         pagemap = os.open(f"{pidns.directory(job.pid)}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:

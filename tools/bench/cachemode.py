@@ -19,6 +19,7 @@ from .result import Result, at_least, medians, seconds
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from iobmd.api import Cache
     from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
 
 PIECE = 64 << 10
@@ -76,7 +77,7 @@ def _at_once(buffer: IOBufferMemoryDescriptor, data: memoryview) -> None:
 def _latency(rounds: int) -> list[Result]:
     """Measure one load of each line, in an order that no prefetcher predicts, after the whole buffer was written."""
     chain = _chain()
-    ways = {
+    ways: dict[str, tuple[Cache, bool, float]] = {
         "write-combine": ("writecombine", False, 3.0),
         "inhibit": ("inhibit", False, 3.0),
         "default and performOperation(Flush)": ("default", True, 3.0),

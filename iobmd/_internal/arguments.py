@@ -1,0 +1,27 @@
+"""Checks of argument types, with errors that name the parameter."""
+
+# By attributes of the class: isinstance() of a protocol takes as long as a system call.
+
+
+def check_integers(**values: object) -> None:
+    """Raise TypeError for a value that is not an integer, as operator.index() accepts them.
+
+    Otherwise a float would pass every comparison, and be truncated later or fail in an unrelated expression.
+    """
+    for name, value in values.items():
+        if not hasattr(type(value), "__index__"):
+            raise TypeError(f"{name} must be an integer, not {value!r}")
+
+
+def check_numbers(**values: object) -> None:
+    """Raise TypeError for a value that is not a real number."""
+    for name, value in values.items():
+        if not hasattr(type(value), "__float__") and not hasattr(type(value), "__index__"):
+            raise TypeError(f"{name} must be a number, not {value!r}")
+
+
+def check_type(expected: type, **values: object) -> None:
+    """Raise TypeError for a value that is not an instance of a class."""
+    for name, value in values.items():
+        if not isinstance(value, expected):
+            raise TypeError(f"{name} must be of type {expected.__name__}, not {value!r}")
