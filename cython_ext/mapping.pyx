@@ -628,8 +628,10 @@ cdef class Mapping:
 cdef class Exporter:
     """Base of Python classes that export a `Mapping` by the buffer protocol, even before Python 3.12.
 
-    The subclass defines `_exported()`, which returns `(mapping, offset, length, writable)` or raises. `exports`
-    counts the existing views.
+    The subclass defines `_exported()`, which returns `(keeper, mapping, offset, length, writable)` or raises. Each
+    view holds the keeper, the object that owns the memory, and not only the mapping: the memory stays as it was,
+    pinned if it was pinned, until the last view ends, also when this object has given the owner up. `exports` counts
+    the existing views.
     """
 
     cdef readonly int exports
@@ -638,7 +640,7 @@ cdef class Exporter:
         cdef Mapping mapping
         cdef Py_ssize_t offset, length
         cdef bint writable
-        mapping, offset, length, writable = self._exported()
+        keeper, mapping, offset, length, writable = self._exported()
         if mapping.sealed:
             raise BufferError("the mapping is closed")
         if offset < 0 or length < 0 or <size_t>offset > mapping.size or <size_t>length > mapping.size - offset:
@@ -647,14 +649,16 @@ cdef class Exporter:
         PyBuffer_FillInfo(view, self, <void *><uintptr_t>(mapping.address + offset), length, not writable, flags)
         mapping.users += 1
         self.exports += 1
-        Py_INCREF(mapping)
-        view.internal = <void *>mapping
+        cdef tuple held = (keeper, mapping)
+        Py_INCREF(held)
+        view.internal = <void *>held
 
     def __releasebuffer__(self, Py_buffer *view):
-        cdef Mapping mapping = <Mapping>view.internal
+        cdef tuple held = <tuple>view.internal
+        cdef Mapping mapping = held[1]
         mapping.users -= 1
         self.exports -= 1
-        Py_DECREF(mapping)
+        Py_DECREF(held)
 
 
 include "mapping_guard.pxi"

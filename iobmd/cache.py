@@ -52,8 +52,8 @@ class CacheItem(Exporter):
     of the loader's result.
     """
 
-    def __init__(self, entry: _Entry) -> None:
-        self._entry: _Entry | None = entry
+    def __init__(self, use: _Use) -> None:
+        self._use: _Use | None = use
 
     @property
     def view(self) -> memoryview:
@@ -77,38 +77,57 @@ class CacheItem(Exporter):
         if self.exports:
             message = f"{self.exports} views of {self!r} are alive: release them first"
             raise BusyError(message)
-        self._let_go()
-
-    def _let_go(self) -> None:
-        if entry := self._entry:
-            entry.users.discard(id(self))
-            self._entry = None
-            entry.settle()
+        if use := self._use:
+            self._use = None
+            use.end()
 
     def _held(self) -> _Entry:
-        if self._entry is None:
-            raise NotOpenError("this cache item is released")
-        return self._entry
+        return self._used().entry
 
-    def _exported(self) -> tuple[Mapped, int, int, bool]:
-        return self._held().memory._exported()
+    def _used(self) -> _Use:
+        if self._use is None:
+            raise NotOpenError("this cache item is released")
+        return self._use
+
+    def _exported(self) -> tuple[object, Mapped, int, int, bool]:
+        use = self._used()
+        owner, mapping, first, length, writable = use.entry.memory._exported()
+        return (use, owner), mapping, first, length, writable
 
     def __len__(self) -> int:
         return self._held().size
 
     def __repr__(self) -> str:
-        return f"<CacheItem {f'of {len(self)} bytes' if self._entry else 'released'}>"
+        return f"<CacheItem {f'of {len(self)} bytes' if self._use else 'released'}>"
 
     def __enter__(self) -> Self:
         self._held()
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self.release()
+        use, self._use = self._use, None
+        if use and not self.exports:  # otherwise the views hold it
+            use.end()
+
+
+class _Use:
+    """One use of cached contents, by an item and its views: the contents may become volatile after its end."""
+
+    __slots__ = ("entry",)
+
+    def __init__(self, entry: _Entry) -> None:
+        self.entry = entry
+        entry.users.add(id(self))
+
+    def end(self) -> None:
+        """End the use; idempotent."""
+        if id(self) in self.entry.users:
+            self.entry.users.discard(id(self))
+            self.entry.settle()
 
     def __del__(self) -> None:
         with contextlib.suppress(IOReturnError):  # its memory may be garbage of the same cycle, and already freed
-            self._let_go()
+            self.end()
 
 
 class _Entry:
@@ -164,15 +183,17 @@ class _Entry:
             self.guard.leave()
 
     def free(self) -> None:
-        """Free the buffer."""
+        """Free the buffer, of which views keep the memory."""
         buffer, self.buffer, self.filled = self.buffer, None, False
         if buffer is not None:
-            buffer.free()
+            with buffer:
+                pass
 
     @property
     def memory(self) -> IOBufferMemoryDescriptor:
-        """The buffer, which must exist."""
-        assert self.buffer is not None
+        """The buffer. Raises `kIOReturnNotOpen` if the cache was left while this was in use."""
+        if self.buffer is None:
+            raise NotOpenError("the cache of these contents is closed")
         return self.buffer
 
 
@@ -224,19 +245,17 @@ class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
             with entry.guard:
                 if self._entries.get(key) is not entry:  # another thread has removed it
                     continue
-                item = CacheItem(entry)
-                entry.users.add(id(item))  # first: this keeps other threads from making it volatile
+                use = _Use(entry)  # first: this keeps other threads from making it volatile
                 try:
                     self._provide(key, entry)
                 except BaseException:
-                    entry.users.discard(id(item))
-                    item._entry = None
+                    entry.users.discard(id(use))
                     if not entry.filled:
                         self._forget(key, entry)
                     elif not entry.users:
                         self._unsettled.append(entry)
                     raise
-                return item
+                return CacheItem(use)
 
     def _provide(self, key: K, entry: _Entry) -> None:
         if entry.lost():
@@ -342,7 +361,11 @@ class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self.close()
+        """Remove all keys, also those in use: views that still exist keep their memory, which goes with the last."""
+        for key, entry in list(self._entries.items()):
+            with entry.guard:
+                self._entries.pop(key, None)
+                entry.free()
 
     def __del__(self) -> None:
         if not getattr(self, "_entries", None):

@@ -138,6 +138,9 @@ class NotReadyError(NamedError, code=IOReturn.kIOReturnNotReady):
 class BusyError(NamedError, BufferError, code=IOReturn.kIOReturnBusy):
     """The memory is in use: prepared, mapped or viewed by a `memoryview`; or a task keeps moving its memory."""
 
+    viewed: bool = False
+    """Whether only views, arrays or copies in progress use the memory, which keep it themselves."""
+
 
 class NotOpenError(NamedError, ValueError, code=IOReturn.kIOReturnNotOpen):
     """The object was used after its release, or before its initialization."""

@@ -10,13 +10,12 @@ import struct
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, SupportsIndex
 
 from iobmd._internal import process_local
-from iobmd._internal.arguments import check_type
 from iobmd._native import mman
 from iobmd.backing.mapped import private
 from iobmd.backing.shared import SharedBacking
 from iobmd.constants import IOOptionBits, IOReturn
 from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
-from iobmd.descriptors.options import check_request
+from iobmd.descriptors.options import check_descriptor, check_request
 from iobmd.errors import BadArgumentError, IOReturnError, NotOpenError
 from iobmd.host import limits
 from iobmd.memory import shmem
@@ -216,7 +215,7 @@ def share(buffer: IOBufferMemoryDescriptor, socket: sockets.socket | None = None
     above a page): pass it only to processes that you trust. `attach` refuses such memory from users other than root
     and its own.
     """
-    check_type(IOBufferMemoryDescriptor, buffer=buffer)
+    check_descriptor(buffer=buffer)
     if socket is not None:
         _check_socket(socket=socket)
     shared = buffer._memory().require_backing().shared

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from operator import index
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, Literal, Self, TypeVar, cast, overload
 
 from iobmd._internal.arguments import check_integers
 from iobmd._native.mapping import Exporter, Mapping
@@ -27,12 +28,17 @@ from iobmd.task.task import as_task, kernel_task
 from iobmd.units import PAGE_SIZE, round_up
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer
+    import numpy
+    import numpy.typing
+    from typing_extensions import Buffer, CapsuleType
 
     from iobmd._internal.chunked import Progress
     from iobmd.backing import Backing
     from iobmd.backing.mapped import MappedBacking
+    from iobmd.descriptors.ownership import MemoryOwner
     from iobmd.task.task import AnyTask, Task
+
+    S = TypeVar("S", bound=numpy.generic)
 
 _CONTIGUOUS = int(IOOptionBits.kIOMemoryPhysicallyContiguous)
 
@@ -315,10 +321,77 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
             owner.length += len(fitting)
             return len(fitting)
 
-    def _exported(self) -> tuple[Mapping, int, int, bool]:
+    @overload
+    def array(
+        self, dtype: Literal["u1"] = "u1", shape: int | tuple[int, ...] | None = None
+    ) -> numpy.typing.NDArray[numpy.uint8]: ...
+    @overload
+    def array(
+        self, dtype: type[S] | numpy.dtype[S], shape: int | tuple[int, ...] | None = None
+    ) -> numpy.typing.NDArray[S]: ...
+    @overload
+    def array(
+        self, dtype: str, shape: int | tuple[int, ...] | None = None
+    ) -> numpy.typing.NDArray[numpy.generic]: ...
+    def array(self, dtype: object = "u1", shape: int | tuple[int, ...] | None = None) -> object:
+        """Return a NumPy array of the buffer's first `getLength()` bytes, not of a copy.
+
+        The array owns the memory: it stays, pinned if it was pinned, until the array and its views are gone, also
+        when the buffer was left by `with`. `free` is refused until then. NumPy is imported by the first call.
+
+        Parameters
+        ----------
+        dtype : numpy.dtype, type or str
+            The type of the elements.
+        shape : int or tuple of int, optional
+            The number of elements, or the shape; it may cover a part of the buffer. Default: one dimension with as
+            many elements as fit.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnBadArgument`: the buffer is shorter. `kIOReturnUnsupported`: it is mapped in another task, or in
+            none (use `map` and numpy.frombuffer).
+        ValueError
+            NumPy has no array of raw memory with this type (Python objects), or a size is negative.
+        """
+        import numpy  # noqa: PLC0415 (an optional dependency, which takes 100 ms to import)
+
+        kind = numpy.dtype(cast("str", dtype))
+        if shape is None:
+            shape = len(self) // max(kind.itemsize, 1)
+        count = math.prod(shape if isinstance(shape, tuple) else (shape,))
+        if count * kind.itemsize > len(self):
+            message = f"{count} elements of {kind.itemsize} bytes exceed the length of {len(self)} bytes"
+            raise BadArgumentError(message)
+        # Not numpy.ndarray(buffer=…), which holds this object, but no view of its memory.
+        return numpy.frombuffer(memoryview(self), kind, count).reshape(shape)
+
+    def __dlpack__(
+        self,
+        *,
+        stream: None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> CapsuleType:
+        """Return the memory as a DLPack capsule of bytes, for `from_dlpack` of torch, JAX, CuPy and others.
+
+        Like `array`, which makes it, it owns the memory. The parameters are those of the Python array API standard;
+        those that are None are not passed on.
+        """
+        given = {"stream": stream, "max_version": max_version, "dl_device": dl_device, "copy": copy}
+        passed = {name: value for name, value in given.items() if value is not None}
+        return self.array().__dlpack__(**passed)  # type: ignore[arg-type]
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Return `(1, 0)`: the memory of the processor (kDLCPU)."""
+        return 1, 0
+
+    def _exported(self) -> tuple[MemoryOwner, Mapping, int, int, bool]:
         owner = self._memory()
         mapping, first = owner.require_backing().exported()
-        return mapping, first, owner.length, True
+        return owner, mapping, first, owner.length, True
 
     def _views(self) -> int:
         return self.exports

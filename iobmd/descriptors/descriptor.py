@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+from array import array
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
+from operator import index
+from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex, cast, overload
 
+from iobmd._internal import with_block
 from iobmd._internal.arguments import check_integers
 from iobmd.backing.ranges import RangeBacking
 from iobmd.constants import (
@@ -30,6 +33,7 @@ from iobmd.errors import BadArgumentError, BusyError, IOReturnError, NotOpenErro
 from iobmd.physical.layout import Layout, layout
 from iobmd.purgeable import parse
 from iobmd.task.task import as_task, check_range, kernel_task
+from iobmd.units import PAGE_SIZE, round_down
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -329,6 +333,32 @@ class IOMemoryDescriptor:
         check_integers(offset=offset)
         return owner.segments(offset, owner.length - offset if length is None else length)
 
+    def page_addresses(self, offset: int = 0, length: int | None = None) -> array[int]:
+        """Return the physical address of each page that contains bytes of a range, for devices with page lists.
+
+        Parameters
+        ----------
+        offset, length : int
+            The range in bytes; `length` None: to the end.
+
+        Returns
+        -------
+        array.array
+            Of type "Q" (64 bits, in the byte order of this processor): the addresses of pages of
+            sysconf(_SC_PAGESIZE) bytes, in the order of the bytes. The first byte of the range lies in the first page
+            at the offset `getPhysicalSegment(offset)[0] % PAGE_SIZE`. Where a concatenation leaves a page and returns
+            to it, the page occurs twice.
+
+        Raises
+        ------
+        IOReturnError
+            As `segments`.
+        """
+        addresses = array("Q")
+        for start, size in self.segments(offset, length):
+            addresses.extend(range(round_down(start, PAGE_SIZE), start + size, PAGE_SIZE))
+        return addresses
+
     def layout(self) -> Layout:
         """Summarize the physical layout: runs, the largest run, contiguity, huge pages. Raises as `segments`."""
         owner = self._memory()
@@ -496,7 +526,11 @@ class IOMemoryDescriptor:
     # --- its end
 
     def free(self) -> None:
-        """Release the memory; the descriptor is unusable afterwards. Idempotent, as is leaving a `with` block.
+        """Release the memory; the descriptor is unusable afterwards. Idempotent.
+
+        Leaving a `with` block also releases the descriptor while views or arrays of it exist; the memory goes with
+        the last of them. It raises only if the memory is prepared or mapped and the block has raised nothing: the
+        exception of a block is never replaced.
 
         Memory with dependents (`IOSubMemoryDescriptor`, `IOMultiMemoryDescriptor`, descriptors of ranges of its
         addresses) is freed with the last of them.
@@ -507,6 +541,10 @@ class IOMemoryDescriptor:
             `kIOReturnBusy` while it is prepared or mapped, a `memoryview` of it exists, or a copy is in progress:
             nothing is freed.
         """
+        self._release(in_use=False)
+
+    def _release(self, *, in_use: bool) -> None:
+        """Release the memory as `free`; `in_use`: even while it is viewed, by views that hold the owner."""
         owner = self._owner
         if owner is None:
             return
@@ -514,11 +552,11 @@ class IOMemoryDescriptor:
             if owner.has_handle:  # otherwise another thread was faster
                 if mapped := memory_map.uses(owner):
                     raise BusyError(f"{self!r} is still mapped (map count {mapped}): call unmap() first")
-                if views := self._views():
+                if not in_use and (views := self._views()):
                     raise BusyError(
                         f"{self!r} is in use (view count {views}): release its memoryviews and arrays first"
                     )
-                owner.remove_handle()
+                owner.remove_handle(in_use=in_use)
         self._owner, self._state = None, "released"
 
     release = free
@@ -558,12 +596,55 @@ class IOMemoryDescriptor:
     def __len__(self) -> int:
         return self.getLength()
 
+    @overload
+    def __getitem__(self, key: SupportsIndex) -> int: ...
+    @overload
+    def __getitem__(self, key: slice) -> bytes: ...
+    def __getitem__(self, key: SupportsIndex | slice) -> int | bytes:
+        """Return a byte as an integer, or copy the bytes of a slice, as mmap.mmap does. Raises as `readBytes`."""
+        if isinstance(key, slice):
+            offsets = range(*key.indices(len(self)))
+            if not offsets:
+                return b""
+            first, last = sorted((offsets[0], offsets[-1]))
+            return self.readBytes(first, last - first + 1)[:: offsets.step]
+        return self.readBytes(self._index(key), 1)[0]
+
+    @overload
+    def __setitem__(self, key: SupportsIndex, value: SupportsIndex) -> None: ...
+    @overload
+    def __setitem__(self, key: slice, value: Buffer) -> None: ...
+    def __setitem__(self, key: SupportsIndex | slice, value: SupportsIndex | Buffer) -> None:
+        """Store a byte, or as many bytes as a slice has. Raises as `writeBytes`; ValueError for another number."""
+        if not isinstance(key, slice):
+            self.writeBytes(self._index(key), bytes((index(cast("SupportsIndex", value)),)))
+            return
+        offsets = range(*key.indices(len(self)))
+        with memoryview(cast("Buffer", value)) as view, view.cast("B") as data:
+            if len(data) != len(offsets):
+                raise ValueError(f"a slice of {len(offsets)} bytes cannot store {len(data)} bytes")
+            if offsets.step == 1:
+                self.writeBytes(offsets.start, data)
+                return
+            for place, offset in enumerate(offsets):  # the bytes between them may be changing
+                self.writeBytes(offset, data[place : place + 1])
+
+    def _index(self, key: SupportsIndex) -> int:
+        length, number = len(self), index(key)
+        if not -length <= number < length:
+            raise IndexError(f"index {number} is outside of {length} bytes")
+        return number % length
+
     def __enter__(self) -> Self:
         self._usable_memory()
         return self
 
-    def __exit__(self, *_error: object) -> None:
-        self.free()
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        try:
+            with_block.leave(lambda: self._release(in_use=True), error)
+        finally:
+            if error is not None and self._owner:  # it could not be released, and nobody will be able to
+                self._abandon()
 
     def __del__(self) -> None:
         """Undo every `prepare` that was not completed. Memory is released with its last user, without `free`."""
@@ -575,7 +656,7 @@ class IOMemoryDescriptor:
             warnings.warn(f"{what} was never completed", ResourceWarning, stacklevel=2, source=self)
 
     def _abandon(self) -> None:
-        """End the use of the memory at garbage collection, which cannot report errors, and undo every `prepare`."""
+        """End the use of the memory where errors cannot be raised, and undo every `prepare`."""
         owner, self._owner, self._state = self._owner, None, "released"
         if owner is None:
             return

@@ -50,6 +50,8 @@ class IOMemoryMap(Exporter):
 
     Created by `IOMemoryDescriptor.map` and `createMappingInTask`. It retains its descriptor, which cannot be freed
     before the map is unmapped. In this process it supports the buffer protocol, read-only if it is mapped read-only.
+    `unmap` is refused while a view of it exists; leaving `with` ends the map, and its addresses go with the last
+    view.
 
     Source: IOKit's IOMemoryMap (IOMemoryDescriptor.h).
     """
@@ -183,9 +185,10 @@ class IOMemoryMap(Exporter):
             raise NotOpenError("this IOMemoryMap is unmapped")
         return mapping
 
-    def _exported(self) -> tuple[Mapping, int, int, bool]:
-        shown, first = self._open().mapping
-        return shown, first + self._within, self._length, self._writable
+    def _exported(self) -> tuple[MemoryOwner, Mapping, int, int, bool]:
+        mapping = self._open()
+        shown, first = mapping.mapping
+        return mapping.owner, shown, first + self._within, self._length, self._writable
 
     def __len__(self) -> int:
         return self.getLength()
@@ -195,7 +198,14 @@ class IOMemoryMap(Exporter):
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self.unmap()
+        try:
+            self.unmap()
+        except BusyError:
+            mapping, self._mapping = self._mapping, None
+            if mapping is None:
+                return
+            with _changes:  # the addresses are unmapped with the last view, which holds them
+                mapping.users.discard(id(self))
 
     def __del__(self) -> None:
         # Without the guard, because a destructor must not wait for it. The mapping ends with the last of its maps and

@@ -140,7 +140,7 @@ class MemoryOwner:
                 self._dependents.remove(dependent)
             try:
                 if not self.has_handle and not self._has_dependents():
-                    self._close()
+                    self._close(in_use=False)
             except BaseException:
                 if self._dependents is not None:
                     self._dependents.add(dependent)
@@ -168,18 +168,19 @@ class MemoryOwner:
                 self.backing.unseal()
             self._sealed = False
 
-    def remove_handle(self) -> None:
+    def remove_handle(self, *, in_use: bool = False) -> None:
         """End the handle's use, with the guard held, and release the memory if it was the last user; idempotent.
 
         Raises
         ------
         IOReturnError
-            `kIOReturnBusy` while it is pinned, a `memoryview` of it exists or a copy is in progress: nothing changes.
+            `kIOReturnBusy` while it is pinned or, unless `in_use`, a `memoryview` of it exists or a copy is in
+            progress: nothing changes.
         """
         if self.pins and self._wired_by == os.getpid():  # a forked child inherits no pins
             self.require_unpinned()
         if not self._has_dependents():
-            self._close()
+            self._close(in_use=in_use)
         self.has_handle = False
 
     def _has_dependents(self, *, apart_from: CompositeBacking | None = None) -> bool:
@@ -205,11 +206,17 @@ class MemoryOwner:
         """Return the mappings of its memory for maps of its handle."""
         return list(self._mappings) if self._mappings is not None else []
 
-    def _close(self) -> None:
+    def _close(self, *, in_use: bool) -> None:
+        """Release the memory; `in_use`: views and copies that use it hold this owner, and the last releases it."""
         if self.backing is None:
             return
-        with self._reporting_use():
-            self.backing.close()
+        try:
+            with self._reporting_use():
+                self.backing.close()
+        except BusyError as busy:
+            if in_use and busy.viewed:
+                return
+            raise
         self.backing = None
 
     @contextlib.contextmanager
@@ -220,7 +227,9 @@ class MemoryOwner:
             raise
         except BufferError as error:
             message = f"{self!r} is in use ({error}): release its memoryviews and arrays first"
-            raise BusyError(message) from None
+            busy = BusyError(message)
+            busy.viewed = True
+            raise busy from None
 
     @property
     def released(self) -> bool:

@@ -7,7 +7,7 @@ import os
 import warnings
 from typing import TYPE_CHECKING, Self
 
-from iobmd._internal import process_local
+from iobmd._internal import process_local, with_block
 from iobmd._internal.arguments import check_integers
 from iobmd.constants import IOReturn, kIODirectionIn, kIODirectionInOut, kIODirectionOut, kIOReturnSuccess
 from iobmd.descriptors.options import DIRECTION_MASK, check_descriptor, check_within
@@ -400,8 +400,8 @@ class IODMACommand:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_error: object) -> None:
-        self.clearMemoryDescriptor()
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        with_block.leave(self.clearMemoryDescriptor, error)
 
     def __repr__(self) -> str:
         limits, transfer = self._limits, self._transfer

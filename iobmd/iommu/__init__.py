@@ -8,7 +8,7 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Self
 
-from iobmd._internal import process_local
+from iobmd._internal import process_local, with_block
 from iobmd._internal.arguments import check_integers, check_type
 from iobmd._native.pagemap import PhysicalSegment
 from iobmd.constants import IOOptionBits, IOReturn, kIOReturnSuccess
@@ -155,8 +155,8 @@ class IOMapper:
         self._open()
         return self
 
-    def __exit__(self, *_error: object) -> None:
-        self.close()
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        with_block.leave(self.close, error)
 
     def __del__(self) -> None:
         if container := getattr(self, "_container", None):
@@ -203,8 +203,8 @@ class IOVMRange:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_error: object) -> None:
-        self.complete()
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        with_block.leave(self.complete, error)
 
     def __repr__(self) -> str:
         state = f"for {self._mapper.name}" if self._mapper else "complete"

@@ -39,9 +39,9 @@ def test_hit_purge_and_rebuild() -> None:
         for key in (1, 2, 1):
             with cache[key] as item:
                 assert bytes(item) == bytes([key]) * SIZE
-                assert item._entry.buffer.setPurgeable(KEEP_CURRENT) is NON_VOLATILE
+                assert item._use.entry.buffer.setPurgeable(KEEP_CURRENT) is NON_VOLATILE
             assert (len(cache), key in cache, 3 in cache) == (min(len(loader.calls), 2), True, False)
-        buffer = cache[1]._entry.buffer
+        buffer = cache[1]._use.entry.buffer
         gc.collect()
         assert buffer.setPurgeable(KEEP_CURRENT) is VOLATILE
         assert buffer.lazily_freed == SIZE
@@ -262,7 +262,7 @@ def test_nothing_but_what_a_mapping_is() -> None:
 def test_state_is_what_the_kernel_says() -> None:
     """Contents count as resident until the kernel takes them, and a rebuilt one is there again."""
     with PurgeableCache(Loader(4 * MIB)) as cache:
-        buffers = [cache[key]._entry.buffer for key in range(8)]
+        buffers = [cache[key]._use.entry.buffer for key in range(8)]
         gc.collect()
 
         def resident() -> int:

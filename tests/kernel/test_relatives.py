@@ -280,7 +280,7 @@ class Family(RuleBasedStateMachine):
             assert error.code in expected, (error, expected)
             return None
         assert not expected, f"not refused: {expected}"
-        return True if result is None else result
+        return True if result is None or isinstance(result, IOReturn) else result
 
     def teardown(self) -> None:
         if not hasattr(self, "relatives"):
