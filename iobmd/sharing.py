@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import fcntl
 import os
 import stat
 import struct
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, SupportsIndex
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, SupportsIndex
 
 from iobmd._internal import process_local
 from iobmd._native import mman
@@ -26,6 +28,7 @@ from iobmd.units import PAGE_SIZE, is_power_of_two
 
 if TYPE_CHECKING:
     import socket as sockets
+    from types import FrameType
 
 _HEADER = struct.Struct("=6sxxI")  # magic, and the length of the description that follows
 _MARK = b"iobmd1"
@@ -96,7 +99,6 @@ class Handle:
     def __init__(self, fd: int, description: _Description) -> None:
         self._fd = process_local.Fd(fd, "this handle")
         self._description = description
-        _teach_multiprocessing()
 
     def send(self, socket: sockets.socket) -> None:
         """Send it over a Unix socket to a process that calls `iobmd.attach`; may be called repeatedly.
@@ -178,7 +180,9 @@ class Handle:
     def __exit__(self, *_error: object) -> None:
         self.close()
 
-    def __reduce_ex__(self, _protocol: SupportsIndex) -> NoReturn:
+    def __reduce_ex__(self, _protocol: SupportsIndex) -> str | tuple[object, ...]:
+        if _pickled_by_multiprocessing():
+            return _received_handle, _sent(self, self._fd, self._description)
         raise TypeError(
             "a Handle can only be sent through multiprocessing's pipes, queues and arguments, or by `send`"
         )
@@ -221,14 +225,18 @@ def share(buffer: IOBufferMemoryDescriptor, socket: sockets.socket | None = None
     shared = buffer._memory().require_backing().shared
     if shared is None:
         raise private()
-    extents = [(offset, size) for offset, size in shared.extents]
-    capacity, length, options = buffer.getCapacity(), buffer.getLength(), int(buffer.getFlags())
-    description = _Description(options, capacity, length, extents, shared.alignment)
+    description = _described(buffer, shared)
     with shared.fd.use() as number:
         handle = Handle(_duplicate(number), description)
     if socket is not None:
         handle.send(socket)
     return handle
+
+
+def _described(buffer: IOBufferMemoryDescriptor, shared: SharedObject) -> _Description:
+    extents = [(offset, size) for offset, size in shared.extents]
+    capacity, length, options = buffer.getCapacity(), buffer.getLength(), int(buffer.getFlags())
+    return _Description(options, capacity, length, extents, shared.alignment)
 
 
 def attach(source: Handle | sockets.socket, *, wired: bool | None = None) -> IOBufferMemoryDescriptor:
@@ -378,19 +386,57 @@ def _not_ours(why: str) -> BadArgumentError:
     return BadArgumentError(f"the message is not a shared buffer: {why}")
 
 
-def _rebuild(fd: Any, description: tuple[Any, ...]) -> Handle:
+# --- multiprocessing
+
+
+def _pickled_by_multiprocessing() -> bool:
+    """Whether this thread is inside of multiprocessing's pickler, the only one that can transfer file descriptors.
+
+    Its table of types (`ForkingPickler.register`) does not suffice: each pickler copies it when it begins, and one of
+    the objects that it meets may be the first to call `share`. Filling it beforehand means importing
+    multiprocessing, which takes as long as importing all of iobmd.
+    """
+    reduction = sys.modules.get("multiprocessing.reduction")
+    if reduction is None:
+        return False
+    codes = {reduction.dump.__code__, reduction.ForkingPickler.dumps.__func__.__code__}
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code in codes:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _sent(
+    source: Handle | IOBufferMemoryDescriptor, fd: process_local.Fd, description: _Description
+) -> tuple[object, tuple[object, ...]]:
+    """Return the arguments of `_received_handle`: the file descriptor in transit, and the description."""
+    from multiprocessing import context, reduction  # noqa: PLC0415 (loaded, see _pickled_by_multiprocessing)
+
+    if (child := context.get_spawning_popen()) is not None:
+        # The new process inherits the number itself, after everything is pickled: `source` may be garbage by then.
+        vars(child).setdefault("_iobmd", []).append(source)
+    with fd.use() as number:
+        return reduction.DupFd(number), tuple(description)
+
+
+def _received_handle(fd: Any, description: tuple[Any, ...]) -> Handle:
     return Handle(fd.detach(), _Description(*description))
 
 
-def _reduce(handle: Handle) -> tuple[Any, ...]:
-    from multiprocessing import reduction  # noqa: PLC0415 (see _teach_multiprocessing)
-
-    with handle._fd.use() as number:
-        return _rebuild, (reduction.DupFd(number), tuple(handle._description))
+def _attach_received(fd: Any, description: tuple[Any, ...]) -> IOBufferMemoryDescriptor:
+    with _received_handle(fd, description) as handle:
+        return handle.attach()
 
 
-def _teach_multiprocessing() -> None:
-    """Register handles with multiprocessing's pickler; the standard pickler cannot transfer a file descriptor."""
-    from multiprocessing import reduction  # noqa: PLC0415 (as above)
+def _reduce_buffer(buffer: IOBufferMemoryDescriptor) -> str | tuple[Any, ...]:
+    """Pickle a shared buffer for multiprocessing, whose other end attaches it; refuse otherwise."""
+    if _pickled_by_multiprocessing():
+        shared = buffer._memory().require_backing().shared
+        if shared is not None:
+            return _attach_received, _sent(buffer, shared.fd, _described(buffer, shared))
+    return buffer.__reduce_ex__(2)
 
-    reduction.register(Handle, _reduce)
+
+copyreg.pickle(IOBufferMemoryDescriptor, _reduce_buffer)

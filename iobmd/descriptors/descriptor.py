@@ -588,7 +588,10 @@ class IOMemoryDescriptor:
     def __reduce_ex__(self, _protocol: SupportsIndex) -> NoReturn:
         owner = self._owner
         if owner and owner.backing and owner.backing.shared:
-            remedy = "use iobmd.share to pass it to a process that calls iobmd.attach, or withCopy to copy it"
+            remedy = (
+                "use iobmd.share to pass it to a process that calls iobmd.attach, or withCopy to copy it; "
+                "multiprocessing passes it by itself"
+            )
         else:
             remedy = "use withCopy to copy it; iobmd.share passes shared memory (shared=True) to other processes"
         raise TypeError(f"a {type(self).__name__} owns its memory and cannot be copied or pickled; {remedy}")
