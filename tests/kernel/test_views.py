@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import gc
-import os
 import subprocess
 import sys
 import threading
@@ -11,28 +10,11 @@ from collections.abc import Callable
 
 import pytest
 from support import kernel
+from support.memory_mark import MARK, is_there, mark
 
 import iobmd
 
 SIZE = 256 << 10
-
-
-MARK = b"written into the memory of this buffer"
-
-
-def mark(buffer: iobmd.IOBufferMemoryDescriptor) -> int:
-    """Mark the memory, and return the address of the mark."""
-    buffer.writeBytes(8192, MARK)
-    return buffer.getBytesNoCopy(8192)
-
-
-def is_there(address: int) -> bool:
-    """Whether the mark can still be read at the address; the kernel may have mapped other memory there."""
-    with open("/proc/self/mem", "rb", buffering=0) as memory:  # noqa: PTH123
-        try:
-            return os.pread(memory.fileno(), len(MARK), address) == MARK
-        except OSError:
-            return False
 
 
 def locked() -> int:

@@ -4,12 +4,16 @@
 """
 
 import errno
+import functools
 import importlib.util
 import mmap
 import os
 import re
 import resource
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +34,8 @@ MAY_BE_MISSING: dict[str, str] = {
     "nvme": "the same",
     "narrow_edu": "the same",
     "two_nodes": "a host may have one; two are those of make test-vm",
-    "numpy": "iobmd does not depend on it",
+    "torch": "the package index has builds for CUDA only, of several GB with what they need; where it is, it is used",
+    "direct_io": "tmpfs has it from Linux 6.6 only, and the temporary directory may lie there",
 }
 
 
@@ -166,6 +171,30 @@ def _narrow_edu() -> str | None:
     return None if os.environ.get("IOBMD_GUEST") == "small" else "no guest whose devices put out 28 bits of address"
 
 
+def _library(name: str, *needs: str) -> str | None:
+    """The libraries of the extra `interop` of pyproject.toml, as far as they are installed."""
+    lacking = [one for one in (name, *needs) if importlib.util.find_spec(one) is None]
+    return f"{', '.join(lacking)} is not installed (pip install iobmd[interop])" if lacking else None
+
+
+@functools.cache
+def _mpi() -> str | None:
+    if reason := _library("mpi4py"):
+        return reason
+    program = "from mpi4py import MPI; print(MPI.COMM_SELF.Get_size())"
+    tried = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    return None if tried.stdout == "1\n" else f"MPI does not start: {tried.stderr.strip().splitlines()[-1:]}"
+
+
+def _direct_io() -> str | None:
+    with tempfile.NamedTemporaryFile() as file:
+        try:
+            os.close(os.open(file.name, os.O_RDONLY | os.O_DIRECT))
+        except OSError as error:
+            return f"no O_DIRECT in {tempfile.gettempdir()}: {error.strerror}"
+    return None
+
+
 PROBES: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "frames": _frames,
@@ -187,7 +216,11 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "nvme": lambda: _device(0x1B36, 0x0010),
     "narrow_edu": _narrow_edu,
     "two_nodes": _two_nodes,
-    "numpy": lambda: None if importlib.util.find_spec("numpy") else "NumPy is not installed",
+    "numpy": lambda: _library("numpy"),
+    "pyarrow": lambda: _library("pyarrow"),
+    "torch": lambda: _library("torch"),
+    "mpi4py": _mpi,
+    "direct_io": _direct_io,
 }
 
 
