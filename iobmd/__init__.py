@@ -23,6 +23,7 @@ if TYPE_CHECKING or "iobmd_command" not in sys.modules:
     from iobmd.descriptors.composite import IOMultiMemoryDescriptor, IOSubMemoryDescriptor
     from iobmd.descriptors.descriptor import IOMemoryDescriptor
     from iobmd.descriptors.memory_map import IOMemoryMap
+    from iobmd.descriptors.usage import Statistics, Usage, statistics
     from iobmd.dma import IODMACommand
     from iobmd.errors import (
         BadArgumentError,
@@ -73,9 +74,11 @@ if TYPE_CHECKING or "iobmd_command" not in sys.modules:
         "NotReadyError",
         "PhysicalSegment",
         "PurgeableCache",
+        "Statistics",
         "Task",
         "TaskTimeoutError",
         "UnsupportedError",
+        "Usage",
         "VMError",
         "Wiring",
         "__version__",
@@ -88,6 +91,7 @@ if TYPE_CHECKING or "iobmd_command" not in sys.modules:
         "policy",
         "purge",
         "share",
+        "statistics",
     ]
     __all__ += constants.__all__
 

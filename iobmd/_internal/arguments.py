@@ -1,5 +1,8 @@
 """Checks of argument types, with errors that name the parameter."""
 
+from operator import index
+from typing import SupportsIndex
+
 # By attributes of the class: isinstance() of a protocol takes as long as a system call.
 
 
@@ -25,3 +28,11 @@ def check_type(expected: type, **values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, expected):
             raise TypeError(f"{name} must be of type {expected.__name__}, not {value!r}")
+
+
+def offset_of(key: SupportsIndex, length: int) -> int:
+    """Return the offset that an index of a sequence means; negative ones count from the end. Raises IndexError."""
+    number = index(key)
+    if not -length <= number < length:
+        raise IndexError(f"index {number} is outside of {length} bytes")
+    return number % length

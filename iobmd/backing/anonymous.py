@@ -6,6 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from iobmd import pagemap
+from iobmd._internal import log
 from iobmd._native import mapping, mman
 from iobmd._native.mapping import Mapping
 from iobmd.backing.mapped import MappedBacking
@@ -117,11 +118,14 @@ class AnonymousBacking(MappedBacking):
         """Pin; return False if pinning moved pages to unsuitable frames, so that another attempt may succeed."""
         try:
             self.pin()
-        except CannotWireError:
+        except CannotWireError as error:
+            log.debug("%s; trying hugetlb pages, which do not move", error)
             if not self._take_hugetlb(want or PhysicalConstraints(size)):
                 if want:
                     raise
-                return True  # it remains resident, as `wiring` shows
+                log.debug("no free hugetlb pages for %s: it is resident (mlock), not pinned", format_size(size))
+                return True
+            log.debug("%s lies in hugetlb pages", format_size(size))
             self._fill(contents, populated=True)
         if not want:
             return True

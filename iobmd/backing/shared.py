@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING
 
+from iobmd._internal import log
 from iobmd._native import mman
 from iobmd.backing.mapped import MappedBacking, span
 from iobmd.errors import CannotWireError, UnsupportedError
@@ -12,7 +12,7 @@ from iobmd.memory import numa, residency
 from iobmd.memory.mlock import make_resident
 from iobmd.memory.populate import populate
 from iobmd.purgeable.shared import SharedState
-from iobmd.units import PAGE_SIZE, pages
+from iobmd.units import PAGE_SIZE, format_size, pages
 
 if TYPE_CHECKING:
     from iobmd.backing import Contents
@@ -70,8 +70,10 @@ class SharedBacking(MappedBacking):
             residency.require(self.mapping.address, self.size, swappable=False, shared=True)
         populate(self.mapping.address, self.size)
         make_resident(self.mapping.address, self.size)
-        with contextlib.suppress(CannotWireError):  # it remains resident, as `wiring` shows
+        try:
             self.pin()
+        except CannotWireError as error:
+            log.debug("%s; shared memory of %s is resident (mlock), not pinned", error, format_size(self.size))
         if self._immovable:
             self.runs = self.read_runs()
 

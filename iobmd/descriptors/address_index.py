@@ -23,9 +23,14 @@ def add(owner: MemoryOwner) -> None:
     _known.add(owner)
 
 
+def owners() -> list[MemoryOwner]:
+    """Return the memory that exists."""
+    return _known.all()
+
+
 def find(task: Task, address: int, length: int) -> Part | None:
     """Return the part of an owner's memory at these addresses of a task; None unless it fills them."""
-    for owner in _known.all():
+    for owner in owners():
         with contextlib.suppress(NotOpenError):  # just released, or of the parent process after a fork
             for start, offset, size in _places(owner, task):
                 place = offset + address - start

@@ -11,7 +11,7 @@ from operator import index
 from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex, cast, overload
 
 from iobmd._internal import with_block
-from iobmd._internal.arguments import check_integers
+from iobmd._internal.arguments import check_integers, offset_of
 from iobmd.backing.ranges import RangeBacking
 from iobmd.constants import (
     IOMapOptions,
@@ -611,7 +611,7 @@ class IOMemoryDescriptor:
                 return b""
             first, last = sorted((offsets[0], offsets[-1]))
             return self.readBytes(first, last - first + 1)[:: offsets.step]
-        return self.readBytes(self._index(key), 1)[0]
+        return self.readBytes(offset_of(key, len(self)), 1)[0]
 
     @overload
     def __setitem__(self, key: SupportsIndex, value: SupportsIndex) -> None: ...
@@ -620,7 +620,7 @@ class IOMemoryDescriptor:
     def __setitem__(self, key: SupportsIndex | slice, value: SupportsIndex | Buffer) -> None:
         """Store a byte, or as many bytes as a slice has. Raises as `writeBytes`; ValueError for another number."""
         if not isinstance(key, slice):
-            self.writeBytes(self._index(key), bytes((index(cast("SupportsIndex", value)),)))
+            self.writeBytes(offset_of(key, len(self)), bytes((index(cast("SupportsIndex", value)),)))
             return
         offsets = range(*key.indices(len(self)))
         with memoryview(cast("Buffer", value)) as view, view.cast("B") as data:
@@ -631,12 +631,6 @@ class IOMemoryDescriptor:
                 return
             for place, offset in enumerate(offsets):  # the bytes between them may be changing
                 self.writeBytes(offset, data[place : place + 1])
-
-    def _index(self, key: SupportsIndex) -> int:
-        length, number = len(self), index(key)
-        if not -length <= number < length:
-            raise IndexError(f"index {number} is outside of {length} bytes")
-        return number % length
 
     def __enter__(self) -> Self:
         self._usable_memory()

@@ -226,10 +226,13 @@ class MemoryOwner:
         except BusyError:  # of a part
             raise
         except BufferError as error:
-            message = f"{self!r} is in use ({error}): release its memoryviews and arrays first"
-            busy = BusyError(message)
-            busy.viewed = True
-            raise busy from None
+            raise self._viewed(error) from None
+
+    def _viewed(self, error: BufferError) -> BusyError:
+        # Not a variable of the frame that raises it, which its traceback would hold, and that this owner.
+        busy = BusyError(f"{self!r} is in use ({error}): release its memoryviews and arrays first")
+        busy.viewed = True
+        return busy
 
     @property
     def released(self) -> bool:

@@ -10,13 +10,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import host, pagemap
+from iobmd._internal import log
 from iobmd.errors import NoResourcesError, NotPrivilegedError
 from iobmd.physical import trim, zones
 from iobmd.physical.hugetlb import PoolBlocks
 from iobmd.physical.policy import Budget
 from iobmd.physical.shmem_pages import FileBlocks
 from iobmd.physical.thp import Places, Source, TransparentBlocks
-from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_up
+from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, format_time, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -169,11 +170,16 @@ class Search:
             self.looked_at += len(more) * source.block
             found |= more
             if chosen := self._choose(found, source.block, needed):
+                log.debug("%s: found in %s, %s", self.want, type(source).__name__, self._effort())
                 return [found[block] for block in chosen]
             if not more or source.hidden or self.budget.over:
-                return None
+                break
             batch = self._next_batch(held, needed, source.block)
+        log.debug("%s: not found in %s, %s", self.want, type(source).__name__, self._effort())
         return None
+
+    def _effort(self) -> str:
+        return f"{format_size(self.looked_at)} inspected in {format_time(self.budget.elapsed)}"
 
     def _next_batch(self, held: int, needed: int, block: int) -> int:
         """Return how many blocks to allocate next, given those held; 0 or less if the budget is exhausted.

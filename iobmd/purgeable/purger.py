@@ -12,7 +12,7 @@ import os
 import threading
 from typing import NamedTuple, Protocol
 
-from iobmd._internal import process_local
+from iobmd._internal import log, process_local
 from iobmd._internal.arguments import check_integers
 from iobmd._internal.weak_registry import WeakRegistry
 from iobmd.errors import BadArgumentError, IOReturnError
@@ -143,6 +143,7 @@ class _Purger:
             if not self._runs:
                 threading.Thread(target=self._run, name="iobmd-purger", daemon=True).start()
                 self._runs = True
+                log.debug("the thread that purges volatile shared memory is started")
 
     def _run(self) -> None:
         with Watch() as watch:

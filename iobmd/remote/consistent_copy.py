@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import procfs
+from iobmd._internal import log
 from iobmd.errors import (
     IOReturnError,
     NoResourcesError,
@@ -63,11 +64,17 @@ def copy(request: CopyRequest) -> int:
         userfaultfd handler delivers were missing.
     """
     if _copy_frozen(request):
+        log.debug("task %d was copied as its frozen cgroup held it: it was not stopped", request.task.pid)
         return 0
     copied, stopped = False, 0
     if resident := _worth_a_child(request):
         copied, stopped = _copy_snapshot(request, resident)
-    return stopped if copied else stopped + _copy_stopped(request)
+    if copied:
+        log.debug("task %d was copied from a snapshot, which stopped it for %d ns", request.task.pid, stopped)
+        return stopped
+    why = "failed" if resident else "would take longer, or lack some of the memory"
+    log.debug("task %d is stopped for the copy: a snapshot %s", request.task.pid, why)
+    return stopped + _copy_stopped(request)
 
 
 def _copy_frozen(request: CopyRequest) -> bool:
@@ -96,13 +103,14 @@ def _copy_snapshot(request: CopyRequest, resident: int) -> tuple[bool, int]:
             request.fetch(child, None)
         # A userfaultfd may have been registered since: a child has zeros for pages that its handler would fill.
         copied = request.userfault_area is None
-    except (NoResourcesError, TaskTimeoutError, UnsupportedError, VMError, NotFoundError):
+    except (NoResourcesError, TaskTimeoutError, UnsupportedError, VMError, NotFoundError) as error:
         # The task can create no process, a userfaultfd handler does not read the report of the fork, the task is a
         # 32-bit program, the memory is not inherited by a child, or the child was killed.
-        pass
+        log.debug("the snapshot of task %d failed: %s", request.task.pid, error)
     except OSError as error:  # of the clone
         if isinstance(error, IOReturnError):
             raise
+        log.debug("the snapshot of task %d failed: %s", request.task.pid, error)
     return copied, snapshot.stopped_ns
 
 

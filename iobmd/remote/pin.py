@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iobmd import host, procfs
+from iobmd._internal import log
 from iobmd._native import uring
 from iobmd.errors import CannotWireError, IOReturnError, NotFoundError, TaskTimeoutError
 from iobmd.remote import areas, session
@@ -124,6 +125,7 @@ class RemotePin:
 
     def _lock_instead(self, pinning: OSError) -> None:
         address, end = self._range
+        log.debug("cannot pin memory of task %d: %s; locking it there (mlock)", self._task.pid, pinning)
         try:
             unlocked = _not_locked(self._task, address, end)
             self._with_guest(lambda guest: self._lock(guest, unlocked))

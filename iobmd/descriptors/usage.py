@@ -1,0 +1,58 @@
+"""The memory that buffers of this process have: `iobmd.statistics`."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+from iobmd.descriptors import address_index, memory_map
+from iobmd.errors import NotOpenError
+from iobmd.memory.mlock import Wiring
+
+
+class Usage(NamedTuple):
+    """A number of buffers, and their memory."""
+
+    buffers: int = 0
+    """Live buffers."""
+    bytes: int = 0
+    """Size of their memory in bytes, in whole pages, whether or not all of it is resident."""
+
+
+class Statistics(NamedTuple):
+    """The buffers of this process at one moment, from `iobmd.statistics`."""
+
+    pageable: Usage
+    """Memory that the kernel may page out."""
+    resident: Usage
+    """Memory that is locked, but may move to other frames."""
+    pinned: Usage
+    """Memory whose physical addresses cannot change, by its options or because it is prepared."""
+    maps: int
+    """Existing maps (`IOMemoryMap`) of these buffers, in this process and others."""
+    prepared: int
+    """Buffers that are prepared."""
+
+
+def statistics() -> Statistics:
+    """Count the live buffers of this process by their wiring, for monitoring and for finding leaks.
+
+    A buffer is live until its memory is freed: also after `free` or the end of `with`, while views, arrays, parts or
+    concatenations have its memory. Buffers in other tasks count here, where their descriptors are. In a forked child,
+    wired buffers of the parent do not count. Descriptors of existing memory do not count.
+
+    Returns
+    -------
+    Statistics
+        Buffers and bytes for each wiring, maps, and prepared buffers.
+    """
+    found = {wiring: Usage() for wiring in Wiring}
+    maps = prepared = 0
+    for owner in address_index.owners():
+        with contextlib.suppress(NotOpenError):  # just released, or of the parent process after a fork
+            backing = owner.require_backing()
+            usage = found[backing.wiring]
+            found[backing.wiring] = Usage(usage.buffers + 1, usage.bytes + backing.size)
+            maps += memory_map.uses(owner)
+            prepared += owner.pins > 0
+    return Statistics(found[Wiring.PAGEABLE], found[Wiring.RESIDENT], found[Wiring.PINNED], maps, prepared)
