@@ -4,7 +4,7 @@ instructions; locks and uses of file descriptors, which a fork does not preserve
 
 from _thread import allocate_lock
 
-from libc.errno cimport EEXIST, EFAULT, EINTR, errno
+from libc.errno cimport EEXIST, EFAULT, EINTR, EINVAL, errno
 from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport strerror
@@ -23,7 +23,8 @@ from cacheline cimport (
 from guarded cimport iobmd_guarded
 from mman cimport (
     C_F_GET_SEALS, C_F_SEAL_SHRINK, MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_NORESERVE,
-    MAP_PRIVATE, MAP_SHARED, PROT_NONE, PROT_READ, PROT_WRITE, c_fcntl, c_mmap, c_mprotect, c_munlock, c_munmap,
+    MAP_PRIVATE, MAP_SHARED, MREMAP_FIXED, MREMAP_MAYMOVE, PROT_NONE, PROT_READ, PROT_WRITE, c_fcntl, c_mmap,
+    c_mprotect, c_mremap, c_munlock, c_munmap,
 )
 from own_areas cimport iobmd_identity, iobmd_own_area
 from procmap_query cimport C_VMA_EXECUTABLE, C_VMA_READABLE, C_VMA_SHARED, C_VMA_WRITABLE, iobmd_procmap_query
@@ -257,6 +258,42 @@ cdef Mapping _set_aside(uint64_t at, size_t size, size_t alignment):
     return self
 
 
+cdef int _move_area(uint64_t *place, uint64_t end, uint64_t further) noexcept:
+    """Move the area at `place`, up to `end`, and advance; return the error number. mremap(2) moves one at a time."""
+    cdef iobmd_procmap_query area
+    cdef uint64_t stop = end
+    cdef int error
+    if iobmd_own_area(place[0], &area) > 0 and area.vma_start <= place[0]:
+        stop = min(area.vma_end, end)
+    with nogil:
+        error = errno if c_mremap(
+            <void *><uintptr_t>place[0], stop - place[0], stop - place[0], MREMAP_MAYMOVE | MREMAP_FIXED,
+            <void *><uintptr_t>(place[0] + further),
+        ) == MAP_FAILED else 0
+    if not error:
+        place[0] = stop
+    return error
+
+
+cdef int _require_reserved(uint64_t place, uint64_t end) except -1:
+    cdef iobmd_procmap_query area
+    while place < end:
+        if iobmd_own_area(place, &area) <= 0 or area.vma_start > place or area.vma_flags != 0 or (
+            area.inode or area.dev_major or area.dev_minor
+        ):
+            raise FileExistsError(EEXIST, f"not reserved at {place:#x}", f"{place:#x}")
+        place = area.vma_end
+    return 0
+
+
+cdef int _give_back(uint64_t start, size_t size, bint reserved) noexcept nogil:
+    """Unmap a range, or make reserved address space of it again, without a moment in which it is free."""
+    cdef int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED
+    if reserved:
+        return -1 if c_mmap(<void *><uintptr_t>start, size, PROT_NONE, flags, -1, 0) == MAP_FAILED else 0
+    return c_munmap(<void *><uintptr_t>start, size)
+
+
 cdef class Mapping:
     """A range of this process's address space; `close()` or collection unmaps it, once.
 
@@ -275,6 +312,7 @@ cdef class Mapping:
     cdef public int instruction
     cdef bint sealed
     cdef bint borrowed
+    cdef bint reserved
     cdef size_t margin
     cdef int kind
     cdef Object *objects
@@ -408,6 +446,52 @@ cdef class Mapping:
         self.address += offset
         self.size = size
 
+    @staticmethod
+    def space(uint64_t at, size_t size, bint overwrite):
+        """Return address space at `at` for `move`.
+
+        It is reserved now, where nothing may be mapped; or with `overwrite` it must have been reserved by others: by
+        private anonymous areas without access (FileExistsError). At its end it is as it was.
+        """
+        cdef Mapping self = Mapping.__new__(Mapping)
+        cdef void *found
+        _whole(size, PAGE_SIZE)
+        if not at or at % PAGE_SIZE or at > MOST - size:
+            raise ValueError(f"no mapping of {size} bytes can begin at {at:#x}")
+        if overwrite:
+            _require_reserved(at, at + size)
+        else:
+            with nogil:
+                found = c_mmap(<void *><uintptr_t>at, size, PROT_NONE,
+                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0)
+            if found == MAP_FAILED:
+                raise OSError(errno, f"mmap: {strerror(errno).decode()}")
+            if <uintptr_t>found != at:  # before 4.17 the address is only a hint
+                with nogil:
+                    c_munmap(found, size)
+                raise FileExistsError(EEXIST, "mmap: something is mapped there")
+        self.address, self.size, self.reserved = at, size, overwrite
+        return self
+
+    def move(self, Mapping space):
+        """Move the pages into address space, page tables and all: they stay in their frames, locked and pinned.
+
+        Afterwards the space is this mapping's. After an error a part of the pages may be lost: the mapping can only be
+        closed.
+        """
+        cdef uint64_t start = self.address, end = start + self.size, place = start
+        cdef int error = EINVAL if self.size != space.size else 0
+        if self.users or self.borrowed or self.margin or not start:
+            raise ValueError("the mapping is in use, or not this one's to move")
+        while not error and place < end:
+            error = _move_area(&place, end, space.address - start)
+        if error:
+            # Not back again: another thread may have mapped memory at the addresses that became free.
+            self.address, self.size = place, end - place
+            raise OSError(error, f"mremap: {strerror(error).decode()}")
+        self.address, self.reserved = space.address, space.reserved
+        space.address = space.size = 0
+
     def hold(self):
         """Keep it mapped until `let_go`, as a copy in progress does. Raises as `read`."""
         self._check(0, 0)
@@ -460,7 +544,7 @@ cdef class Mapping:
             self.address = self.size = 0
             for start, length in ranges:
                 with nogil:
-                    failed = c_munmap(<void *><uintptr_t>start, length) or failed
+                    failed = _give_back(start, length, self.reserved) or failed
         self.address = self.size = 0
         if failed:
             raise OSError(errno, f"munmap: {strerror(errno).decode()}")
@@ -473,7 +557,7 @@ cdef class Mapping:
         self.address = self.size = 0
         while start < end and self._next_of(start, end, first, last, &from_, &to):
             with nogil:
-                failed = c_munmap(<void *><uintptr_t>from_, to - from_) or failed
+                failed = _give_back(from_, to - from_, self.reserved) or failed
             start = to
         return failed
 

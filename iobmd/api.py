@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from iobmd._internal.arguments import check_integers, check_type
 from iobmd.backing.contents import CopyOf, FrozenCopyOf
+from iobmd.backing.placement import Placement
 from iobmd.constants import IOOptionBits
 from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
 from iobmd.descriptors.options import DIRECTION_NAMES
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     Cache: TypeAlias = Literal["default", "inhibit", "writethru", "copyback", "writecombine"]
     Direction: TypeAlias = Literal["none", "in", "out", "inout"]
+    Protection: TypeAlias = Literal["r", "rw", "rx", "rwx"]
 
 # Plain integers: an operation on enumeration members takes 2 µs, not much less than a small buffer.
 DIRECTIONS = {name: direction for direction, name in enumerate(DIRECTION_NAMES)}
@@ -50,6 +52,9 @@ def allocate(
     cache: Cache = "default",
     direction: Direction = "inout",
     node: int | None = None,
+    address: int | None = None,
+    overwrite: bool = False,
+    protection: Protection = "rw",
 ) -> IOBufferMemoryDescriptor:
     """Allocate a zeroed buffer.
 
@@ -72,17 +77,31 @@ def allocate(
     node : int, optional
         The NUMA node to allocate from (mbind(2)). All wired memory is on that node; pageable memory is allocated
         there when it is touched, as long as the node has free memory.
+    address : int, optional
+        The address of its first byte in the task, a multiple of the page size. Nothing may be mapped there.
+    overwrite : bool
+        Whether to map it over address space of this process that the caller has reserved (a private anonymous mapping
+        with PROT_NONE), at `address`. The range is replaced, and is reserved again after the buffer is freed.
+    protection : str
+        What another task may do with its buffer: ``"r"``, ``"rw"``, ``"rx"`` or ``"rwx"``. The descriptor reads and
+        writes it in any case.
 
     Raises
     ------
     IOReturnError
         As `IOBufferMemoryDescriptor.initWithPhysicalMask`. `kIOReturnBadArgument`: the node has no memory;
-        `kIOReturnNoResources`: it does not have enough free memory.
+        `kIOReturnNoResources`: it does not have enough free memory, or memory is mapped at `address`.
+        `kIOReturnBadArgument`: `address` is not a multiple of the alignment, or not reserved (`overwrite`).
     TypeError
         An argument has the wrong type, such as a float as the size.
     """
     options = _options(wired, contiguous, purgeable, shared, cache, direction)
-    return _make(IOBufferMemoryDescriptor(node=node), task, options, size, alignment, physical_mask)
+    if address is None and not overwrite and protection == "rw":
+        buffer = IOBufferMemoryDescriptor(node=node)
+    else:
+        check_integers(address=address or 0)
+        buffer = IOBufferMemoryDescriptor(node=node, placement=Placement(address or 0, overwrite, protection))
+    return _make(buffer, task, options, size, alignment, physical_mask)
 
 
 def copy(

@@ -10,6 +10,7 @@ from iobmd._internal import log
 from iobmd._native import mapping, mman
 from iobmd._native.mapping import Mapping
 from iobmd.backing.mapped import MappedBacking
+from iobmd.backing.placement import Placement, move
 from iobmd.errors import CannotWireError, IOReturnError
 from iobmd.host import headroom, limits
 from iobmd.memory import numa, pinning
@@ -40,6 +41,8 @@ class AnonymousBacking(MappedBacking):
         Constraints on the physical addresses, which require a pin.
     contents : Contents, optional
         Initial contents.
+    placement : Placement
+        The address.
     """
 
     def __init__(
@@ -50,16 +53,20 @@ class AnonymousBacking(MappedBacking):
         purgeable: bool = False,
         want: PhysicalConstraints | None = None,
         contents: Contents | None = None,
+        placement: Placement = Placement(),  # noqa: B008 (immutable)
     ) -> None:
         super().__init__(wired=wired)
+        self._anywhere = not placement.at
         # A pageable copy has no more pages than its source.
         self._sparse = bool(contents) and not (wired or purgeable or want)
         if wired or contents:
             absent = contents.resident if contents and self._sparse else None
             headroom.require(size, swappable=not wired, absent=absent)
         for _attempt in range(search.TRIES):
+            space = placement.space(round_up(size, PAGE_SIZE))
             self.mapping = self._obtain(size, want, sparse=self._sparse)
             try:
+                move(self.mapping, space)
                 if purgeable:
                     self.purgeable = LazilyFreed(self.address, self.size)
                 self._fill(contents, populated=want is not None)
@@ -120,7 +127,7 @@ class AnonymousBacking(MappedBacking):
             self.pin()
         except CannotWireError as error:
             log.debug("%s; trying hugetlb pages, which do not move", error)
-            if not self._take_hugetlb(want or PhysicalConstraints(size)):
+            if not self._anywhere or not self._take_hugetlb(want or PhysicalConstraints(size)):
                 if want:
                     raise
                 log.debug("no free hugetlb pages for %s: it is resident (mlock), not pinned", format_size(size))

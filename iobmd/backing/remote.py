@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NoReturn
 
+from iobmd.backing.placement import Placement
 from iobmd.backing.shared import SharedBacking, not_mapped_here
 from iobmd.remote.mapping import RemoteMapping, touch
 
@@ -28,11 +29,19 @@ class RemoteBacking(SharedBacking):
         purgeable: bool = False,
         contents: Contents | None = None,
         guard: int = 0,
+        placement: Placement = Placement(),  # noqa: B008 (immutable)
     ) -> None:
         self._there: RemoteMapping | None = None
         super().__init__(shared, wired=wired, purgeable=purgeable, contents=contents)
         try:
-            self._there = RemoteMapping(task, shared.cut(0, shared.size), guard=guard)
+            self._there = RemoteMapping(
+                task,
+                shared.cut(0, shared.size),
+                at=placement.at,
+                writable="w" in placement.protection,
+                executable="x" in placement.protection,
+                guard=guard,
+            )
         except BaseException:
             self.close()
             raise
@@ -55,6 +64,11 @@ class RemoteBacking(SharedBacking):
     def exported(self) -> NoReturn:
         """Raise: it is mapped in the other task."""
         raise not_mapped_here(f"in task {self.task.pid}" if self.task else "")
+
+    def leave(self) -> None:
+        """Let its task keep the memory when this is closed."""
+        if self._there:
+            self._there.leave()
 
     def seal(self) -> None:
         """Prevent further use, and unmap it in its task, if that still exists. Raises as `RemoteMapping.close`."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from iobmd._internal import log
 from iobmd._native import mman
 from iobmd.backing.mapped import MappedBacking, span
+from iobmd.backing.placement import Placement, move
 from iobmd.errors import CannotWireError, UnsupportedError
 from iobmd.memory import numa, residency
 from iobmd.memory.mlock import make_resident
@@ -34,6 +35,8 @@ class SharedBacking(MappedBacking):
         Initial contents.
     guard : int
         Inaccessible bytes on each side.
+    placement : Placement
+        The address.
     """
 
     def __init__(
@@ -44,16 +47,19 @@ class SharedBacking(MappedBacking):
         purgeable: bool = False,
         contents: Contents | None = None,
         guard: int = 0,
+        placement: Placement = Placement(),  # noqa: B008 (immutable)
     ) -> None:
         super().__init__(wired=wired)
         self._shared = shared
         self._immovable = wired and shared.immovable
         try:
+            space = placement.space(shared.size)
             self.mapping = shared.map(guard)
         except BaseException:
             shared.close()
             raise
         try:
+            move(self.mapping, space)
             numa.place(self.mapping.address, self.size)
             if purgeable:
                 self.purgeable = SharedState(shared)

@@ -52,7 +52,12 @@ def _make(wanted: Request, contents: Contents | None) -> MappedBacking:
     if wanted.here and not wanted.shared and not wanted.guard:
         return _named(
             AnonymousBacking(
-                wanted.capacity, wired=wanted.wired, purgeable=wanted.purgeable, want=wanted.want, contents=contents
+                wanted.capacity,
+                wired=wanted.wired,
+                purgeable=wanted.purgeable,
+                want=wanted.want,
+                contents=contents,
+                placement=wanted.placement,
             ),
             wanted,
         )
@@ -87,9 +92,14 @@ def _show(shared: SharedObject, wanted: Request, contents: Contents | None) -> S
     wired, purgeable, task = wanted.wired, wanted.purgeable, wanted.task
     if task is None:
         return UnmappedBacking(shared, wired=wired, purgeable=purgeable, contents=contents)
+    guard, placement = wanted.guard, wanted.placement
     if wanted.here:
-        return SharedBacking(shared, wired=wired, purgeable=purgeable, contents=contents, guard=wanted.guard)
-    return RemoteBacking(shared, task, wired=wired, purgeable=purgeable, contents=contents, guard=wanted.guard)
+        return SharedBacking(
+            shared, wired=wired, purgeable=purgeable, contents=contents, guard=guard, placement=placement
+        )
+    return RemoteBacking(
+        shared, task, wired=wired, purgeable=purgeable, contents=contents, guard=guard, placement=placement
+    )
 
 
 def _is_as_wanted(backing: SharedBacking, want: PhysicalConstraints) -> bool:

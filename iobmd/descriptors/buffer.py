@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Literal, Self, TypeVar, cast, overload
 from iobmd._internal.arguments import check_integers
 from iobmd._native.mapping import Exporter, Mapping
 from iobmd.backing.contents import CopyOf
+from iobmd.backing.placement import Placement
+from iobmd.backing.remote import RemoteBacking
 from iobmd.constants import IOOptionBits, kIOMemoryIncoherentIOFlush
 from iobmd.descriptors import address_index, allocation
 from iobmd.descriptors.descriptor import IOMemoryDescriptor
@@ -57,11 +59,18 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     _contiguous = False
     _guarded = False
 
-    def __init__(self, *, contents: CopyOf | None = None, node: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        contents: CopyOf | None = None,
+        node: int | None = None,
+        placement: Placement = Placement(),  # noqa: B008 (immutable)
+    ) -> None:
         # Construction has two steps, as in IOKit. This one only records the contents and the NUMA node for
         # initWithPhysicalMask.
         self._contents = contents
         self._node = node
+        self._position = placement
         self.holes = []
 
     # --- factories
@@ -225,7 +234,9 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         """
         if self._state != "not initialised":
             raise BusyError(f"{self!r} is already initialized")
-        wanted = check_request(inTask, options, capacity, alignment, physicalMask, self._guarded, self.vm_tags)
+        wanted = check_request(
+            inTask, options, capacity, alignment, physicalMask, self._guarded, self.vm_tags, self._position
+        )
         if self._contents:
             self._contents.check()
         with numa.on(self._node):
@@ -309,6 +320,24 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         start = self.getBytesNoCopy()
         # Not None: getBytesNoCopy() raises for memory that is mapped in no task.
         return cast("Task", self._memory().require_backing().task), start, start + len(self)
+
+    def leave(self) -> None:
+        """Let the task in which the buffer was allocated keep the memory when the descriptor is released.
+
+        It stays there, shared and pageable, until the task unmaps it or ends; the descriptor remains usable until it
+        is released.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnUnsupported`: the memory is in this process, or in no task.
+        """
+        owner = self._memory()
+        with owner.guard:
+            backing = owner.require_backing()
+            if not isinstance(backing, RemoteBacking):
+                raise UnsupportedError(f"{self!r} is not in another task, which could keep its memory")
+            backing.leave()
 
     def appendBytes(self, data: Buffer) -> int:
         """Copy bytes to the end of the present length and extend it; return how many fit into the capacity."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from iobmd._internal.arguments import check_integers
 from iobmd._native import mapping
 from iobmd._version import __version__
+from iobmd.backing.placement import PROTECTIONS, Placement
 from iobmd.constants import IOMapOptions, IOOptionBits
 from iobmd.errors import BadArgumentError, UnsupportedError
 from iobmd.memory.shmem import NAME
@@ -60,6 +61,8 @@ class Request(NamedTuple):
     """Inaccessible bytes on each side."""
     tag: int = 0
     """The number that names its mappings; 0: no name."""
+    placement: Placement = Placement()
+    """Its address, and what its task may do with it."""
 
     @property
     def name(self) -> str:
@@ -95,6 +98,7 @@ def check_request(
     physical_mask: int,
     guarded: bool = False,
     tags: tuple[int, int] = (0, 0),
+    placement: Placement = Placement(),  # noqa: B008 (immutable)
 ) -> Request:
     """Check a request for a buffer; the parameters are those of `initWithPhysicalMask` and its factories.
 
@@ -127,7 +131,9 @@ def check_request(
         raise BadArgumentError(f"pageable memory moves, and cannot be {what}: omit kIOMemoryPageable")
     where = None if task is None else kernel_task if task is kernel_task else as_task(task)
     tag = _tag(tags, in_kernel=where is None or where is kernel_task)
-    return Request(where, options, capacity, want, contiguous, PAGE_SIZE if guarded else 0, tag)
+    if placement != Placement():
+        _check_placement(placement, where, capacity, max(alignment, PAGE_SIZE))
+    return Request(where, options, capacity, want, contiguous, PAGE_SIZE if guarded else 0, tag, placement)
 
 
 def _physical(options: int, capacity: int, alignment: int, mask: int) -> tuple[PhysicalConstraints | None, bool]:
@@ -214,6 +220,28 @@ def _check_guarded(task: object, options: int) -> None:
         raise BadArgumentError("memory with guard pages cannot be pageable or contiguous: omit these options")
     if task is None:
         raise BadArgumentError("memory that is mapped in no task has no guard pages: map it with kIOMapGuardedSmall")
+
+
+def _check_placement(placement: Placement, task: Task | None, capacity: int, alignment: int) -> None:
+    here = task is not None and task.is_current
+    if placement.protection not in PROTECTIONS:
+        raise BadArgumentError(f"protection must be one of {', '.join(PROTECTIONS)}, not {placement.protection!r}")
+    if placement.protection != "rw" and (here or task is None):
+        raise BadArgumentError(
+            f"protection={placement.protection!r} is for memory in another task: this one fills it"
+        )
+    if placement.overwrite and not (placement.at and here):
+        raise BadArgumentError("overwrite=True replaces address space that this process has reserved: pass address=")
+    if placement.at and task is None:
+        raise BadArgumentError(
+            "memory that is mapped in no task has no address: map it there with createMappingInTask"
+        )
+    if placement.at < 0 or placement.at + capacity > _MOST:
+        raise BadArgumentError(f"no memory of {capacity} bytes can begin at address {placement.at:#x}")
+    if placement.at % alignment:
+        raise BadArgumentError(
+            f"address {placement.at:#x} is not a multiple of {alignment}, the alignment of the memory"
+        )
 
 
 def _check_cache_mode(options: int) -> None:

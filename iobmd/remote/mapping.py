@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from iobmd.remote.guest import Call, Guest
     from iobmd.task.task import Task
 
-_PROT_NONE, _PROT_READ, _PROT_WRITE = 0, 1, 2
+_PROT_NONE, _PROT_READ, _PROT_WRITE, _PROT_EXEC = 0, 1, 2, 4
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS = 0x1, 0x2, 0x10, 0x20
 _MAP_NORESERVE, _MAP_FIXED_NOREPLACE = 0x4000, 0x100000  # Linux 4.17
 _NO_FD = -1
@@ -48,8 +48,8 @@ class RemoteMapping:
         Extents of one or several objects, mapped consecutively. Their descriptors may be closed afterwards.
     at : int
         The address, at which nothing may be mapped; 0: any address.
-    writable : bool
-        Whether the task may write to the memory.
+    writable, executable : bool
+        Whether the task may write to the memory, and execute it.
     guard : int
         Inaccessible bytes on each side.
 
@@ -73,6 +73,7 @@ class RemoteMapping:
         *,
         at: int = 0,
         writable: bool = True,
+        executable: bool = False,
         guard: int = 0,
     ) -> None:
         self.task = task
@@ -84,7 +85,7 @@ class RemoteMapping:
         _open.add(self)
         self._margin = guard
         self._whole = (0, 0)
-        self._writable = writable
+        self._writable, self._executable = writable, executable
         self._locks = _locks_memory(task)
         trust.require_safe(task, {extent.fd for extent in extents}, writable=writable)
         self._objects = {_identity(extent.fd) for extent in extents}
@@ -126,7 +127,7 @@ class RemoteMapping:
 
     @property
     def _protection(self) -> int:
-        return _PROT_READ | (_PROT_WRITE if self._writable else 0)
+        return _PROT_READ | (_PROT_WRITE if self._writable else 0) | (_PROT_EXEC if self._executable else 0)
 
     def _reserve(self, guest: Guest, at: int, alignment: int) -> int:
         """Reserve aligned address space, guards included, and return its address."""
@@ -211,6 +212,10 @@ class RemoteMapping:
                 break
             return stop if stop < end else None
         return self.address
+
+    def leave(self) -> None:
+        """Leave it to the task: `close` and the end of this process do not unmap it."""
+        self._whole = (0, 0)
 
     def close(self, *, inside: bool = False) -> None:
         """Unmap the parts that the task has not replaced; idempotent. If the task has exited, nothing happens.

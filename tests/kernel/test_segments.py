@@ -117,3 +117,27 @@ def test_layout() -> None:
 )
 def test_layout_for_people(runs: int, huge: int, said: str) -> None:
     assert str(Layout(2 * MIB, runs, MIB, huge, 0x1000, 0x200FFF)) == said
+
+
+@pytest.mark.parametrize("keywords", [{}, {"contiguous": True}, {"shared": True}], ids=str)
+def test_page_addresses_are_those_of_pagemap(keywords: dict[str, bool]) -> None:
+    with iobmd.allocate(40000, **keywords) as buffer:
+        if buffer.wiring is not iobmd.Wiring.PINNED:
+            pytest.skip("this kernel pins no memory here")
+        pages = [frame * 4096 for frame in kernel.frames(buffer.getBytesNoCopy(), 40000)]
+        addresses = buffer.page_addresses()
+        assert (addresses.typecode, addresses.itemsize) == ("Q", 8)
+        assert addresses.tolist() == pages
+        assert buffer.page_addresses(4095, 2).tolist() == pages[:2]
+        assert buffer.page_addresses(4096, 4096).tolist() == pages[1:2]
+        assert buffer.page_addresses(39999).tolist() == pages[-1:]
+        assert buffer.page_addresses(8192, 0).tolist() == []
+        with pytest.raises(iobmd.BadArgumentError):
+            buffer.page_addresses(1, 40000)
+        part = iobmd.IOSubMemoryDescriptor.withSubRange(buffer, 5000, 9000, iobmd.kIODirectionIn)
+        part.prepare()
+        assert part.page_addresses().tolist() == pages[1:4]
+        assert part.page_addresses()[0] + part.getPhysicalSegment(0)[0] % 4096 == part.getPhysicalAddress()
+        part.complete()
+    with iobmd.allocate(8192, wired=False) as pageable, pytest.raises(iobmd.NotReadyError):
+        pageable.page_addresses()

@@ -71,6 +71,7 @@ class Arguments:
             "allocate alignment": lambda bad: iobmd.allocate(4096, alignment=bad),
             "allocate physical_mask": lambda bad: iobmd.allocate(4096, physical_mask=bad),
             "allocate node": lambda bad: iobmd.allocate(4096, node=bad),
+            "allocate address": lambda bad: iobmd.allocate(4096, address=bad),
             "copy address": lambda bad: iobmd.copy(here, bad, 10),
             "copy size": lambda bad: iobmd.copy(here, address, bad),
             "read address": lambda bad: here.read(bad, 10),
@@ -143,7 +144,14 @@ def test_a_wrong_type_is_a_type_error_that_names_the_parameter() -> None:
         calls = Arguments(one, wired)
         tried = [(name, call, bad) for name, call in calls.integers().items() for bad in (4096.5, 8.0, "4k", None)]
         tried += [(name, call, [1]) for name, call in calls.others().items()]
-        may_be_none = {"allocate node", "policy memory_budget", "purge target_bytes", "pages address", "pages size"}
+        may_be_none = {
+            "allocate node",
+            "allocate address",
+            "policy memory_budget",
+            "purge target_bytes",
+            "pages address",
+            "pages size",
+        }
         for name, call, bad in tried:
             if bad is None and name in may_be_none:
                 continue
@@ -175,8 +183,10 @@ def test_a_wrong_keyword_names_the_function() -> None:
 
 
 def test_copy_takes_every_keyword_of_allocate_but_task() -> None:
+    """And those that say where: its own `address` is that of the source."""
     allocate, copy = (inspect.signature(function).parameters for function in (iobmd.allocate, iobmd.copy))
-    assert {name: allocate[name] for name in allocate if name not in ("size", "task")}.items() <= copy.items()
+    only = {"size", "task", "address", "overwrite", "protection"}
+    assert {name: allocate[name] for name in allocate if name not in only}.items() <= copy.items()
     with iobmd.allocate(4096) as source:
         source.writeBytes(0, b"here")
         with iobmd.copy(iobmd.kernel_task, source.getBytesNoCopy(), 4096, node=0) as copied:

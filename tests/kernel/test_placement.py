@@ -1,0 +1,131 @@
+"""Buffers at addresses that the caller chooses, and over address space that the caller has reserved."""
+
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import kernel
+
+import iobmd
+from iobmd.host import pfns_visible
+
+SIZE = 256 << 10
+KINDS = {
+    "wired": {},
+    "pageable": {"wired": False},
+    "purgeable": {"wired": False, "purgeable": True},
+    "shared": {"shared": True},
+    "shared pageable": {"shared": True, "wired": False},
+    "contiguous": {"contiguous": True},
+    "contiguous shared": {"contiguous": True, "shared": True},
+}
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
+def areas(start: int, end: int) -> list[tuple[int, int, str]]:
+    """What /proc/self/maps has between two addresses, cut to them: start, end, permissions."""
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, permissions = line.split()[:2]
+        first, last = (int(number, 16) for number in span.split("-"))
+        if first < end and last > start:
+            found.append((max(first, start), min(last, end), permissions))
+    return found
+
+
+@pytest.fixture
+def reserved() -> Iterator[int]:
+    """Four times the size of the buffers, without access; returns an address in it, with room on both sides."""
+    start = libc.mmap(None, 4 * SIZE, 0, 0x4022, -1, 0)
+    assert start not in (None, ctypes.c_void_p(-1).value)
+    yield start + SIZE
+    assert areas(start, start + 4 * SIZE) == [(start, start + 4 * SIZE, "---p")]  # as it was
+    libc.munmap(start, 4 * SIZE)
+
+
+@pytest.fixture(params=KINDS)
+def keywords(request: pytest.FixtureRequest) -> dict[str, bool]:
+    if "contiguous" in request.param and not pfns_visible():
+        pytest.skip("frame numbers are hidden")
+    return KINDS[request.param]
+
+
+def test_over_a_reservation(reserved: int, keywords: dict[str, bool]) -> None:
+    with iobmd.allocate(SIZE, address=reserved, overwrite=True, **keywords) as buffer:
+        assert buffer.getBytesNoCopy() == reserved
+        assert [area[2][:2] for area in areas(reserved, reserved + SIZE)] == ["rw"] * len(
+            areas(reserved, reserved + SIZE)
+        )
+        assert areas(reserved - SIZE, reserved) == [(reserved - SIZE, reserved, "---p")]
+        assert not any(buffer.readBytes(0, SIZE))
+        ctypes.memmove(reserved + 5000, b"stored there", 12)
+        assert buffer.readBytes(5000, 12) == b"stored there"
+        if keywords.get("wired", True):
+            assert kernel.present(reserved, SIZE) == SIZE // 4096
+            assert kernel.smaps(reserved)["Locked"] > 0
+            if pfns_visible() and buffer.wiring is iobmd.Wiring.PINNED:
+                buffer.verify()
+        if keywords.get("contiguous"):
+            frames = kernel.frames(reserved, SIZE)
+            assert frames == list(range(frames[0], frames[0] + len(frames)))
+            assert buffer.getPhysicalAddress() == frames[0] * 4096
+
+
+def test_again_and_again(reserved: int) -> None:
+    """Freed, the range is reserved as before, so that nothing else is mapped into it."""
+    for _ in range(3):
+        buffer = iobmd.allocate(SIZE, address=reserved, overwrite=True)
+        view = memoryview(buffer)
+        buffer.__exit__(None, None, None)
+        assert areas(reserved, reserved + SIZE)[0][2].startswith("rw")
+        view.release()
+        assert areas(reserved, reserved + SIZE) == [(reserved, reserved + SIZE, "---p")]
+
+
+def test_where_nothing_is_mapped(keywords: dict[str, bool]) -> None:
+    start = libc.mmap(None, SIZE, 0, 0x4022, -1, 0)
+    libc.munmap(start, SIZE)
+    with iobmd.allocate(SIZE, address=start, **keywords) as buffer:
+        assert buffer.getBytesNoCopy() == start
+        with pytest.raises(iobmd.NoResourcesError, match="memory is mapped there"):
+            iobmd.allocate(SIZE, address=start, **keywords)
+        buffer.writeBytes(100, b"unharmed")
+        with pytest.raises(iobmd.BadArgumentError, match="not reserved"):
+            iobmd.allocate(SIZE, address=start, overwrite=True, **keywords)
+        assert buffer.readBytes(100, 8) == b"unharmed"
+    assert not areas(start, start + SIZE)
+
+
+def test_memory_in_use_is_never_replaced(reserved: int) -> None:
+    """Only one page of the range is not the caller's reservation."""
+    foreign = libc.mmap(reserved + SIZE // 2, 4096, 3, 0x32, -1, 0)
+    ctypes.memset(foreign, 7, 4096)
+    locked = kernel.status("VmLck")
+    with pytest.raises(iobmd.BadArgumentError, match=f"not reserved at {foreign:#x}"):
+        iobmd.allocate(SIZE, address=reserved, overwrite=True)
+    assert ctypes.string_at(foreign, 4096) == b"\7" * 4096
+    assert kernel.status("VmLck") == locked
+    libc.mmap(foreign, 4096, 0, 0x4032, -1, 0)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"address": 4097}, "not a multiple of 4096"),
+        ({"address": -4096}, "can begin at"),
+        ({"address": 1 << 63}, "can begin at"),
+        ({"address": 1 << 21, "alignment": 1 << 22, "wired": True}, "not a multiple"),
+        ({"overwrite": True}, "pass address="),
+        ({"address": 1 << 30, "task": None, "wired": False}, "no task"),
+        ({"protection": "rx"}, "another task"),
+        ({"protection": "x"}, "one of r, rw, rx, rwx"),
+    ],
+    ids=str,
+)
+def test_refused(keywords: dict[str, object], message: str) -> None:
+    with pytest.raises(iobmd.BadArgumentError, match=message):
+        iobmd.allocate(SIZE, **keywords)  # type: ignore[arg-type]

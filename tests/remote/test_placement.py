@@ -1,0 +1,111 @@
+"""Memory that is allocated in another task: at an address, with fewer or more rights, and left there."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import iobmd
+
+SIZE = 64 << 10
+# Returns 42: mov eax, 42; ret, or mov w0, #42; ret
+CODE = {"x86_64": "b82a000000c3", "aarch64": "40058052c0035fd6"}
+PROGRAM = """
+import ctypes, sys
+print("ready", flush=True)
+for line in sys.stdin:
+    verb, address = line.split()
+    if verb == "call":
+        print(ctypes.CFUNCTYPE(ctypes.c_int)(int(address))(), flush=True)
+    else:
+        print(ctypes.string_at(int(address), 5).decode(), flush=True)
+"""
+
+
+class Target:
+    """A process that calls code, and reads memory, at the addresses that it is given."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.pid = self.process.pid
+        assert self.process.stdin
+        assert self.process.stdout
+        self._input, self._output = self.process.stdin, self.process.stdout
+        assert self._output.readline() == "ready\n"
+
+    def ask(self, verb: str, address: int) -> str:
+        self._input.write(f"{verb} {address}\n")
+        self._input.flush()
+        return self._output.readline().strip()
+
+    def permissions(self, address: int) -> str:
+        """What /proc/PID/maps has there; "" for nothing."""
+        for line in Path(f"/proc/{self.pid}/maps").read_text().splitlines():
+            start, end = (int(number, 16) for number in line.split()[0].split("-"))
+            if start <= address < end:
+                return line.split()[1]
+        return ""
+
+
+@pytest.fixture
+def target() -> Iterator[Target]:
+    started = Target()
+    yield started
+    started.process.kill()
+    started.process.communicate()
+
+
+@pytest.mark.parametrize("protection", ["r", "rw", "rx", "rwx"])
+@pytest.mark.parametrize("wired", [True, False])
+def test_protection(target: Target, protection: str, wired: bool) -> None:
+    """Of the task's mapping: this process writes to the memory in any case."""
+    with iobmd.allocate(SIZE, task=target.pid, protection=protection, wired=wired) as buffer:
+        expected = "".join(letter if letter in protection else "-" for letter in "rwx") + "s"
+        assert target.permissions(buffer.getBytesNoCopy()) == expected
+        buffer.writeBytes(0, b"there")
+        assert target.ask("read", buffer.getBytesNoCopy()) == "there"
+        if "x" in protection:
+            buffer.writeBytes(4096, bytes.fromhex(CODE[os.uname().machine]))
+            assert target.ask("call", buffer.getBytesNoCopy(4096)) == "42"
+        if buffer.wiring is iobmd.Wiring.PINNED and iobmd.host.pfns_visible():
+            buffer.verify()
+
+
+def test_at_an_address(target: Target) -> None:
+    with iobmd.allocate(SIZE, task=target.pid) as buffer:
+        free = buffer.getBytesNoCopy()
+        with pytest.raises(iobmd.NoResourcesError):
+            iobmd.allocate(SIZE, task=target.pid, address=free)
+    with iobmd.allocate(SIZE, task=target.pid, address=free) as buffer:
+        assert buffer.getBytesNoCopy() == free
+        buffer.writeBytes(0, b"fixed")
+        assert target.ask("read", free) == "fixed"
+    assert target.permissions(free) == ""
+    with pytest.raises(iobmd.BadArgumentError, match="this process has reserved"):
+        iobmd.allocate(SIZE, task=target.pid, address=free, overwrite=True)
+
+
+@pytest.mark.parametrize("wired", [True, False])
+def test_memory_that_is_left_behind(target: Target, wired: bool) -> None:
+    """It stays when the descriptor is released, and when this process has forgotten it."""
+    with iobmd.allocate(SIZE, task=target.pid, protection="rx", wired=wired) as buffer:
+        address = buffer.getBytesNoCopy()
+        buffer.writeBytes(0, b"stays")
+        buffer.leave()
+        assert buffer.readBytes(0, 5) == b"stays"  # and is usable until then
+    assert target.permissions(address) == "r-xs"
+    assert target.ask("read", address) == "stays"
+    dropped = iobmd.allocate(SIZE, task=target.pid, wired=False)
+    address = dropped.getBytesNoCopy()
+    dropped.free()
+    assert target.permissions(address) == ""
+
+
+def test_only_another_task_keeps_memory() -> None:
+    with iobmd.allocate(4096) as here, pytest.raises(iobmd.UnsupportedError, match="not in another task"):
+        here.leave()
