@@ -12,11 +12,11 @@ from iobmd import pagemap
 
 os.umask(0o077)  # the file is readable by its owner only
 pid, path = int(sys.argv[1]), Path(sys.argv[2])
-areas = [area.vma for area in pagemap.areas(pid) if area.anonymous and area.vma.perms.startswith("rw")]
+areas = [area.vma for area in pagemap.areas(pid) if area.anonymous]
 with path.open("wb") as file:
-    for area in areas:
-        size = area.end - area.start
-        with iobmd.copy(pid, area.start, size, freeze=True, wired=False, unreadable="zero") as copied:
-            stopped = copied.source_stopped_ns / 1e6
-            print(f"{area.start:x}-{area.end:x} at {file.tell()}, stopped for {stopped:.2f} ms")
-            file.write(copied)
+    for start, end, permissions, *_rest in areas:
+        if permissions.startswith("rw"):
+            with iobmd.copy(pid, start, end - start, freeze=True, wired=False) as copied:
+                stopped = copied.source_stopped_ns / 1e6
+                print(f"{start:x}-{end:x} at {file.tell()}, stopped for {stopped:.2f} ms")
+                file.write(copied)

@@ -2,7 +2,7 @@
 
 Before, after `sysctl vm.nr_hugepages=2` at boot:
 
-    memory = mmap.mmap(-1, 4 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_HUGETLB)
+    memory = mmap.mmap(-1, 4 << 20, flags=MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB)
     memory[:] = bytes(4 << 20)  # SIGBUS if the pool is empty
     # the two pages are contiguous or not: read pagemap, and try again
 """

@@ -7,7 +7,7 @@ Before:
     with open("/proc/self/pagemap", "rb") as pagemap:
         pagemap.seek(address // 4096 * 8)
         entries = struct.unpack(f"{size // 4096}Q", pagemap.read(size // 4096 * 8))
-    addresses = [(entry & (1 << 55) - 1) * 4096 for entry in entries]  # until the kernel moves a page
+    addresses = [(entry & (1 << 55) - 1) * 4096 for entry in entries]  # of this moment
 """
 
 import iobmd
@@ -17,6 +17,6 @@ SIZE = 1 << 20
 with iobmd.allocate(SIZE) as buffer:
     memoryview(buffer)[:5] = b"hello"
     segments = buffer.segments()
-    addresses = [segment.address + offset for segment in segments for offset in range(0, segment.length, 4096)]
+    pages = [address + offset for address, length in segments for offset in range(0, length, 4096)]
     buffer.verify()  # no page has moved
-    print(f"{len(addresses)} pages in {len(segments)} segments, {buffer.wiring.value}")
+    print(f"{len(pages)} pages in {len(segments)} segments, {buffer.wiring.value}")

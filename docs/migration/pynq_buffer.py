@@ -19,7 +19,8 @@ class Buffer:
     """Contiguous pinned memory as an array."""
 
     def __init__(self, shape: tuple[int, ...], dtype: type) -> None:
-        self.memory = iobmd.allocate(int(numpy.prod(shape)) * numpy.dtype(dtype).itemsize, contiguous=True)
+        size = int(numpy.prod(shape)) * numpy.dtype(dtype).itemsize
+        self.memory = iobmd.allocate(size, contiguous=True)
         self.array = numpy.frombuffer(self.memory, dtype).reshape(shape)
         self.physical_address = self.memory.getPhysicalAddress()
 

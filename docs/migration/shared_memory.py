@@ -3,7 +3,7 @@
 Before:
 
     block = shared_memory.SharedMemory(create=True, size=1 << 20)  # a file in /dev/shm
-    pool.map(work, [(block.name, part) for part in range(2)])  # each attaches by name, and closes
+    pool.map(work, [(block.name, part) for part in range(2)])  # each attaches by name
     block.close()
     block.unlink()  # left in /dev/shm if the program is killed before this
 """
@@ -24,7 +24,8 @@ def work(handle: iobmd.Handle, part: int) -> None:
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
-    with iobmd.allocate(SIZE, shared=True, wired=False) as block, iobmd.share(block) as handle:
+    block = iobmd.allocate(SIZE, shared=True, wired=False)
+    with block, iobmd.share(block) as handle:
         processes = [context.Process(target=work, args=(handle, part)) for part in range(PARTS)]
         for process in processes:
             process.start()

@@ -12,7 +12,7 @@ from iobmd import IOReturnError, pagemap
 
 def usage(pid: int) -> tuple[int, int]:
     """Return USS and RSS in bytes."""
-    areas = list(pagemap.areas(pid))
+    areas = list(pagemap.areas(pid, details=False))  # without smaps
     resident = sum(area.resident for area in areas)
     return resident - sum(area.shared for area in areas), resident
 
@@ -22,6 +22,7 @@ print(f"{'PID':>8} {'USS':>12} {'RSS':>12}  name")
 for pid in pids:
     try:
         uss, rss = usage(pid)
-        print(f"{pid:8} {uss >> 10:8} KiB {rss >> 10:8} KiB  {psutil.Process(pid).name()}")
-    except (IOReturnError, psutil.Error):  # it exited, is a kernel thread, or may not be traced
+        name = psutil.Process(pid).name()
+        print(f"{pid:8} {uss >> 10:8} KiB {rss >> 10:8} KiB  {name}")
+    except (IOReturnError, psutil.Error):  # it exited, or may not be traced
         continue
