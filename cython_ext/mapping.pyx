@@ -476,8 +476,8 @@ cdef class Mapping:
     def move(self, Mapping space):
         """Move the pages into address space, page tables and all: they stay in their frames, locked and pinned.
 
-        Afterwards the space is this mapping's. After an error a part of the pages may be lost: the mapping can only be
-        closed.
+        Afterwards the space is this mapping's. After an error a part of the pages may be lost: the mapping can only
+        be closed.
         """
         cdef uint64_t start = self.address, end = start + self.size, place = start
         cdef int error = EINVAL if self.size != space.size else 0

@@ -21,7 +21,7 @@ def arrays(buf: iobmd.IOBufferMemoryDescriptor) -> None:
     assert_type(buf[1:3], bytes)
     assert_type(buf.__dlpack_device__(), tuple[int, int])
     buf[0] = 5
-    buf[1:3] = memoryview(numpy.zeros(2, numpy.uint8))
+    buf[1:3] = memoryview(b"ab")
     buf[1:3] = "ab"  # type: ignore[call-overload]
     numpy.from_dlpack(buf)
     numpy.frombuffer(memoryview(buf), numpy.uint8)
