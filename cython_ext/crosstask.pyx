@@ -508,10 +508,20 @@ def transfer(int pid, int memory, int pagemap, int pidfd, bint write, bint skip,
     return stopped, error, absent, bad
 
 
-cdef bint _is_unmapped(const char *maps, uint64_t address) noexcept nogil:
-    """Return whether PROCMAP_QUERY (Linux 6.11) reports no area at an address."""
+cdef bint _is_unmapped(int pagemap, const char *maps, uint64_t address, size_t page) noexcept nogil:
+    """Return whether the kernel reports no area at an address, whose page is absent."""
+    cdef iobmd_wanted anything
+    cdef iobmd_page_region region
+    cdef uint64_t walked, start = address - address % page
     cdef iobmd_procmap_query arg
-    cdef int failed, fd = c_open(maps, O_RDONLY | O_CLOEXEC)
+    cdef int failed, found, fd
+    # A scan (6.7) shows the absent pages of an area, and saves opening maps, a third of all the calls for the page. It
+    # skips device memory (VM_PFNMAP), which cannot be read either.
+    memset(&anything, 0, sizeof(anything))
+    found = iobmd_scan(pagemap, start, start + page, &anything, &region, 1, &walked)
+    if found >= 0:
+        return not found
+    fd = c_open(maps, O_RDONLY | O_CLOEXEC)
     if fd < 0:
         return False
     memset(&arg, 0, sizeof(arg))
@@ -565,7 +575,7 @@ def move_present(bytes folder, uint64_t device, int pid, int pidfd, bint write, 
                         if not entries[index] & PRESENT_BIT or (write and entries[index] & UFFD_WP_BIT):
                             error = EAGAIN
                             break
-                    if error and not index and not entries[0] and _is_unmapped(areas, theirs):
+                    if error and not index and not entries[0] and _is_unmapped(fd, areas, theirs, page):
                         error = EFAULT
             close(fd)
         if not error and iobmd_has_exited(pidfd):

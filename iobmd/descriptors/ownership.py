@@ -27,8 +27,6 @@ from iobmd.memory.mlock import Wiring
 from iobmd.purgeable import EMPTY, VOLATILE, purger
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from typing_extensions import Buffer
 
     from iobmd._native.pagemap import PhysicalSegment, RunTable
@@ -157,8 +155,10 @@ class MemoryOwner:
         with self.guard:
             if self.backing is None or self.has_handle or self._has_dependents(apart_from=dependent):
                 return
-            with self._reporting_use():
+            try:
                 self.backing.seal()
+            except BufferError as error:
+                raise self._in_use(error) from None
             self._sealed = True
 
     def unseal(self) -> None:
@@ -211,24 +211,16 @@ class MemoryOwner:
         if self.backing is None:
             return
         try:
-            with self._reporting_use():
-                self.backing.close()
-        except BusyError as busy:
-            if in_use and busy.viewed:
+            self.backing.close()
+        except BufferError as error:
+            if in_use and (not isinstance(error, BusyError) or error.viewed):
                 return
-            raise
+            raise self._in_use(error) from None
         self.backing = None
 
-    @contextlib.contextmanager
-    def _reporting_use(self) -> Iterator[None]:
-        try:
-            yield
-        except BusyError:  # of a part
-            raise
-        except BufferError as error:
-            raise self._viewed(error) from None
-
-    def _viewed(self, error: BufferError) -> BusyError:
+    def _in_use(self, error: BufferError) -> BusyError:
+        if isinstance(error, BusyError):  # of a part, or of another task
+            return error
         # Not a variable of the frame that raises it, which its traceback would hold, and that this owner.
         busy = BusyError(f"{self!r} is in use ({error}): release its memoryviews and arrays first")
         busy.viewed = True

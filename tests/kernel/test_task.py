@@ -12,12 +12,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support import kernel
+from support import kernel, rawmemory
 from support.child import NOBODY, in_child
 from support.source_process import SourceProcess
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Task, current_task, get_task_map, kernel_task, pagemap, procfs
+from iobmd._native import crosstask
 from iobmd.pagemap.range import resolve
 
 Start = Callable[..., SourceProcess]
@@ -192,6 +193,26 @@ def test_scattered_holes(start_source: Start, deny: dict[str, int], size: int) -
     starts = (0, holes[0] + kernel.PAGE, holes[1] + kernel.PAGE + 1, holes[2] + kernel.PAGE)
     found = in_child(lambda: [first_bad(start) for start in starts], deny=deny)
     assert found == [address + holes[0], address + holes[1], address + holes[2], address + holes[3]]
+
+
+@pytest.mark.parametrize("deny", [{}, {"ioctl": errno.ENOTTY}], ids=["scanned", "without ioctl"])
+def test_absent_pages_do_not_count_as_unmapped(deny: dict[str, int]) -> None:
+    """Of the quick read, which has other numbers for what it leaves to the slow one, and populates nothing."""
+
+    def read() -> list[tuple[int, int]]:
+        device, found = Path("/proc").stat().st_dev, []
+        ours = rawmemory.map_memory(kernel.PAGE)
+        kinds = [(3, rawmemory.PRIVATE), (3, rawmemory.SHARED), (0, rawmemory.PRIVATE)]
+        areas = [rawmemory.map_memory(kernel.PAGE, access, kind | rawmemory.ANONYMOUS) for access, kind in kinds]
+        for theirs in (*areas, kernel.PAGE):
+            number = crosstask.move_present(
+                b"/proc/self", device, os.getpid(), -1, False, False, theirs, ours, 8, kernel.PAGE
+            )
+            found.append((number, sum(entry >> 63 for entry in kernel.entries(theirs, kernel.PAGE))))
+        return found
+
+    unmapped = errno.EAGAIN if deny else errno.EFAULT
+    assert in_child(read, deny=deny) == [(errno.EAGAIN, 0)] * 3 + [(unmapped, 0)]
 
 
 @pytest.mark.needs("root")
