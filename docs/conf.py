@@ -62,13 +62,19 @@ _header = """# Sphinx inventory version 2
 """
 _inventory.write_bytes(_header.encode() + zlib.compress((_HERE / "inventories/python.txt").read_bytes()))
 intersphinx_mapping = {"python": ("https://docs.python.org/3", str(_inventory))}
-nitpick_ignore = [("py:class", "psutil.Process")]
+nitpick_ignore = [("py:class", "psutil.Process"), ("py:class", "S")]
+nitpick_ignore_regex = [("py:class", r"numpy\..*")]
 
 _CONSTANTS = (iobmd.IOOptionBits, iobmd.IOMapOptions, iobmd.IOPurgeable, iobmd.IOReturn)
 # Names in signatures that are only imported for type checkers, and the objects that describe them.
 _LINKS = {
     "AnyTask": "iobmd.AnyTask",
     "Buffer": "collections.abc.Buffer",
+    "Cache": "str",
+    "Direction": "str",
+    "Protection": "str",
+    "Process": "psutil.Process",
+    "array": "array.array",
     "Mapped": "iobmd.IOMemoryDescriptor",
     "Where": "iobmd.pagemap.range.Where",
     "Target": "iobmd.pagemap.Target",
@@ -142,6 +148,8 @@ def _public_names() -> Iterator[str]:
             if inspect.ismodule(value):
                 continue
             yield f"{module.__name__}.{name}"
+            if module is not iobmd and name in iobmd.__all__:  # members are described under that name
+                continue
             for member, found in vars(value).items() if inspect.isclass(value) else ():
                 if not member.startswith("_") and (callable(found) or isinstance(found, property | classmethod)):
                     yield f"{module.__name__}.{name}.{member}"

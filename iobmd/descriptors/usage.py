@@ -15,7 +15,7 @@ class Usage(NamedTuple):
 
     buffers: int = 0
     """Live buffers."""
-    bytes: int = 0
+    size: int = 0
     """Size of their memory in bytes, in whole pages, whether or not all of it is resident."""
 
 
@@ -52,7 +52,7 @@ def statistics() -> Statistics:
         with contextlib.suppress(NotOpenError):  # just released, or of the parent process after a fork
             backing = owner.require_backing()
             usage = found[backing.wiring]
-            found[backing.wiring] = Usage(usage.buffers + 1, usage.bytes + backing.size)
+            found[backing.wiring] = Usage(usage.buffers + 1, usage.size + backing.size)
             maps += memory_map.uses(owner)
             prepared += owner.pins > 0
     return Statistics(found[Wiring.PAGEABLE], found[Wiring.RESIDENT], found[Wiring.PINNED], maps, prepared)

@@ -47,15 +47,15 @@ def test_statistics_are_those_of_the_kernel() -> None:
         assert now.maps - before.maps == 2
         assert now.prepared == before.prepared
         if wired.wiring is iobmd.Wiring.PINNED:
-            assert now.pinned.bytes - before.pinned.bytes == kernel.status("VmPin") - pins == SIZE + 4096
+            assert now.pinned.size - before.pinned.size == kernel.status("VmPin") - pins == SIZE + 4096
             pageable.prepare()
             prepared = iobmd.statistics()
             assert prepared.prepared - before.prepared == 1
             assert prepared.pinned.buffers - before.pinned.buffers == 2
-            assert prepared.pinned.bytes - before.pinned.bytes == kernel.status("VmPin") - pins
+            assert prepared.pinned.size - before.pinned.size == kernel.status("VmPin") - pins
             pageable.complete()
-        assert now.pageable.bytes - before.pageable.bytes == SIZE
-        wired_bytes = now.pinned.bytes + now.resident.bytes - before.pinned.bytes - before.resident.bytes
+        assert now.pageable.size - before.pageable.size == SIZE
+        wired_bytes = now.pinned.size + now.resident.size - before.pinned.size - before.resident.size
         assert wired_bytes == kernel.status("VmLck") - locked
         view = memoryview(pageable)
     assert iobmd.statistics().pageable.buffers == before.pageable.buffers + 1  # the view has its memory
