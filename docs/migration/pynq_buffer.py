@@ -21,7 +21,7 @@ class Buffer:
     def __init__(self, shape: tuple[int, ...], dtype: type) -> None:
         size = int(numpy.prod(shape)) * numpy.dtype(dtype).itemsize
         self.memory = iobmd.allocate(size, contiguous=True)
-        self.array = numpy.frombuffer(self.memory, dtype).reshape(shape)
+        self.array = self.memory.array(dtype, shape)
         self.physical_address = self.memory.getPhysicalAddress()
 
     def flush(self) -> None:

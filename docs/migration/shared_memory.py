@@ -15,18 +15,16 @@ import iobmd
 SIZE, PARTS = 1 << 20, 2
 
 
-def work(handle: iobmd.Handle, part: int) -> None:
+def work(block: iobmd.IOBufferMemoryDescriptor, part: int) -> None:
     """Fill a part of the memory, in another process."""
-    with handle, iobmd.attach(handle) as block, memoryview(block) as view:
-        length = SIZE // PARTS
-        view[part * length : (part + 1) * length] = bytes([part + 1]) * length
+    with block:
+        block.writeBytes(part * SIZE // PARTS, bytes([part + 1]) * (SIZE // PARTS))
 
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
-    block = iobmd.allocate(SIZE, shared=True, wired=False)
-    with block, iobmd.share(block) as handle:
-        processes = [context.Process(target=work, args=(handle, part)) for part in range(PARTS)]
+    with iobmd.allocate(SIZE, shared=True, wired=False) as block:
+        processes = [context.Process(target=work, args=(block, part)) for part in range(PARTS)]
         for process in processes:
             process.start()
         for process in processes:
