@@ -494,7 +494,7 @@ def transfer(int pid, int memory, int pagemap, int pidfd, bint write, bint skip,
     -------
     tuple[int, int, Ranges, Ranges]
         The address in the task that the copy reached, the error number that ended it (0: none), the ranges of absent
-        pages, all of which are before that address, and the ranges that could not be read.
+        pages before that address, and the ranges that could not be read.
     """
     cdef Way way
     cdef Piece all

@@ -35,8 +35,8 @@ cdef extern from * nogil:
         return many;
     }
     /*
-     * Find the first page that no longer exists, is the zero page, or was written to since it was protected; 0: there
-     * is none. A page that is in swap or migrating, and was not written to, still exists.
+     * Find the first page that no longer exists, is the zero page, or was written to since it was protected; return 0
+     * if there is no such page. A page that is in swap or migrating, and was not written to, still exists.
      */
     static inline int iobmd_first_lost(int pagemap, uint64_t start, uint64_t end, uint64_t *where)
     {

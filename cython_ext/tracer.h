@@ -251,8 +251,8 @@ static long iobmd_open(const struct iobmd_tracer *t, pid_t tid, const char *name
 
 static void iobmd_close(long file) { iobmd_raw(SYS_close, file, 0, 0, 0, 0, 0); }
 
-/* Return the last number, or the letter, in the last line of a thread's status that begins with `name`; -1 if there
-   is none. The last line, because the name of the program, which may contain newlines, comes first. */
+/* Return the last number, or the letter, in the last line of a thread's status that begins with `name`; -1 if there is
+   no such line. Earlier lines may be part of the name of the program, which can contain newlines. */
 static long iobmd_status_field(const struct iobmd_tracer *t, pid_t tid, const char *name)
 {
     char text[4096];

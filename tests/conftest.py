@@ -1,4 +1,4 @@
-"""Requirements, the report header, and the fixtures that change the host and put it back."""
+"""Requirements, the report header, and the fixtures that change the host and restore it."""
 
 import contextlib
 import fcntl
@@ -27,17 +27,17 @@ GUARD = pytest.StashKey[guard.Guard]()
 def pytest_configure(config: pytest.Config) -> None:
     inherited.set_to_expected()
     config.stash[GUARD] = guard.Guard()
-    if "IOBMD_GUEST" not in os.environ:  # emulated, the import takes seconds, and no test in guests needs it
+    if "IOBMD_GUEST" not in os.environ:  # under emulation the import takes seconds, and no test in guests needs it
         import hypothesis
 
-        # Its database goes where an unprivileged user may not write; and no test is a timed one.
+        # Its database would be where an unprivileged user may not write, and its deadlines depend on an idle machine.
         hypothesis.settings.register_profile("iobmd", database=None, deadline=None)
         hypothesis.settings.load_profile("iobmd")
-    config.addinivalue_line("markers", "needs(*requirements): what the test needs of the host (support.requirements)")
+    config.addinivalue_line("markers", "needs(*requirements): requirements of the test (support.requirements)")
 
 
 def pytest_collection_finish() -> None:
-    """Exclude what exists before the first test from garbage collection: `Footprint` collects twice a test.
+    """Exclude objects that exist before the first test from garbage collection: `Footprint` collects twice per test.
 
     With 2,700 tests collected this takes 4 ms instead of 120.
     """
@@ -51,7 +51,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> None:
-    """Have the guard end what pytest-timeout, which begins to wait now, does not."""
+    """Start the guard's timer, together with pytest-timeout's, which may be unable to end the test."""
     item.config.stash[GUARD].limit(item.nodeid, settings.timeout + guard.MARGIN)
 
 
@@ -90,16 +90,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def patience() -> Iterator[None]:
-    """A search for memory takes longer on a busy machine, and on a virtual one whose host has to provide it."""
+    """Extend the time budget of searches, which take longer on a busy machine or while a host backs a virtual one."""
     with contextlib.ExitStack() as held:
-        if "IOBMD_GUEST" not in os.environ:  # which has little memory, of which a search that goes on takes all
+        if "IOBMD_GUEST" not in os.environ:  # a guest has little memory, and a longer search would use all of it
             held.enter_context(iobmd.policy(time_budget=60))
         yield
 
 
 @pytest.fixture(scope="session", autouse=True)
 def what_the_library_keeps() -> None:
-    """Have the ring, the open pagemap, the userfaultfd and the tmpfs of the process made: no test leaks them."""
+    """Create the process's ring, open pagemap, userfaultfd and tmpfs, so that they do not count as leaks."""
     iobmd.allocate(1).free()
     iobmd.allocate(1, wired=False, purgeable=True).free()
     iobmd.allocate(2 << 20, wired=False, shared=True).free()
@@ -112,7 +112,7 @@ def source_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start_source(source_program: Path) -> Iterator[Callable[..., source_process.SourceProcess]]:
-    """Start C processes with memory of every kind; they are ended with the test."""
+    """Start C processes with memory of every kind; they end with the test."""
     started: list[source_process.SourceProcess] = []
 
     def start(size: int = 4 << 20, *options: str) -> source_process.SourceProcess:
@@ -132,28 +132,28 @@ def may_trace() -> None:
 
 @pytest.fixture
 def nothing_left() -> Iterator[None]:
-    """Fail the test when it leaves mappings, descriptors or locked memory behind.
+    """Fail the test if it leaves mappings, descriptors or locked memory behind.
 
-    Asked for by `usefixtures`, for then it is set up before, and looks after, what the test's own fixtures start.
+    Requested by `usefixtures`, so that it is set up before the test's other fixtures, and checks after their end.
     """
     before = Footprint.settled()
     yield
     after = Footprint.settled()
     assert after.descriptors == before.descriptors
     assert after.locked == before.locked
-    # glibc keeps some of what tests free, and the stacks and arenas of threads: less than any buffer they leak
+    # glibc retains some freed memory, and the stacks and arenas of threads: less than any leaked buffer
     assert after.resident - before.resident < 8 << 20, (before, after)
 
 
 @pytest.fixture(scope="session")
 def undoing(pytestconfig: pytest.Config) -> Undoing:
-    """Return `Guard.undoing`: what must also be restored if the tests are killed."""
+    """Return `Guard.undoing`, for settings that must be restored even if the tests are killed."""
     return pytestconfig.stash[GUARD].undoing
 
 
 @pytest.fixture
 def hugetlb_pool(setting: Callable[[str, object], None]) -> int:
-    """Eight free 2 MiB pages in the pool, which is restored afterwards."""
+    """Provide eight free 2 MiB pages in the pool, which is restored afterwards."""
     pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
     setting(str(pool), int(pool.read_text()) + 8)
     return 8
@@ -161,7 +161,7 @@ def hugetlb_pool(setting: Callable[[str, object], None]) -> int:
 
 @pytest.fixture
 def empty_pools() -> Iterator[None]:
-    """Reserve the hugetlb pages that are free, as somebody may have left: what cannot be pinned would lie in them."""
+    """Reserve all free hugetlb pages, because memory that cannot be pinned would otherwise be allocated in them."""
     with contextlib.ExitStack() as reserved:
         for pool in iobmd.host.hugetlb_pools():
             if pool.available:
@@ -172,7 +172,7 @@ def empty_pools() -> Iterator[None]:
 
 @pytest.fixture
 def compacted() -> None:
-    """Have the kernel compact memory, as root: what ran before may have left no 64 MiB in one piece."""
+    """Compact memory, as root, because earlier tests may have left no contiguous 64 MiB."""
     if os.geteuid() == 0:
         Path("/proc/sys/vm/compact_memory").write_text("1")
 
@@ -189,10 +189,11 @@ def setting(
             file = Path(path)
             if file not in before:
                 with file.open() as opened:
-                    # The library raises hugetlb pools under this lock: what it lowers again is not the state before.
+                    # The library raises hugetlb pools under this lock: without it, a temporary value would be
+                    # recorded as the previous state.
                     fcntl.flock(opened, fcntl.LOCK_EX)
                     text = opened.read()
-                # "always [madvise] never": the chosen one is in brackets
+                # "always [madvise] never": the current one is in brackets
                 before[file] = text.partition("[")[2].partition("]")[0] or text
                 guarded.enter_context(undoing(("write", str(file), before[file])))
             file.write_text(str(value))
@@ -206,7 +207,7 @@ def setting(
 def swap(undoing: Undoing) -> Iterator[None]:
     """64 MiB of swap on zram, removed afterwards."""
     device = Path("/sys/block/zram0")
-    assert Path("/proc/swaps").read_text().count("\n") == 1, "the host swaps already"
+    assert Path("/proc/swaps").read_text().count("\n") == 1, "the host already has swap space"
     with undoing(("run", "swapoff", "/dev/zram0"), ("write", str(device / "reset"), "1")):
         (device / "disksize").write_text(str(64 << 20))
         try:
@@ -224,7 +225,7 @@ def swap(undoing: Undoing) -> Iterator[None]:
 def memory_cgroup(
     undoing: Undoing,
 ) -> Iterator[Callable[[int], Path]]:
-    """Make memory cgroups with a limit in bytes; returns the path of cgroup.procs to write a pid to."""
+    """Create memory cgroups with a limit in bytes; return the path of cgroup.procs, to which a pid is written."""
     made: list[Path] = []
     v1 = Path("/sys/fs/cgroup/memory/cgroup.procs").exists()
     root = Path("/sys/fs/cgroup/memory" if v1 else "/sys/fs/cgroup")

@@ -31,40 +31,40 @@ PATTERNS = {
     "what-clause": Pattern(
         r"\b(?:what|which) (?:is|are|was|were|has|had)"
         r" (?:there|made|left|had|told|kept|known|taken|given|meant|asked)\b",
-        15,
+        2,
         "the noun: existing memory, its dependents, the report",
     ),
-    "tell": Pattern(r"\b(?:tells?|told|telling)\b", 34, "report, show, return, record"),
+    "tell": Pattern(r"\b(?:tells?|told|telling)\b", 2, "report, show, return, record"),
     "to be had": Pattern(
         r"\bbe had\b|(?<!there\s)\b(?:is|are|was|were) none\b",
-        7,
+        2,
         "is available, cannot be obtained, there is no, lacks",
     ),
     "for = because": Pattern(
         rf"[,;:] for (?:(?:{_PRONOUN}) |(?:(?:the|a|an|its|their|no) )?[\w-]+ (?:{_VERB})\b)"
         r"|\b(?:of|than) which\b",
-        28,
+        5,
         "because; a new sentence",
     ),
     "somebody": Pattern(
         r"\b(?:some|no|any|every)body\b|\bwhoever\b|\b(?:ours|theirs)\b"
         r"|(?:\A|[.:;(] )who\b|\b(?:and|or|but|for|to) who\b",
-        81,
+        21,
         "the caller, another process, this process, the target",
     ),
-    "docstring": Pattern(r"\A(?:Have|Be|Let|Give|Take|Tell|Know) [a-z]", 35, "the operation: map, lock, populate"),
+    "docstring": Pattern(r"\A(?:Have|Be|Let|Give|Take|Tell|Know) [a-z]", 3, "the operation: map, lock, populate"),
     "vague verb": Pattern(
         r"\blet(?:s|ting)? (?:\w+ )?go\b|\bg(?:ive|ives|ave|iven|iving) (?:\w+ )?(?:back|away)\b"
         r"|\btak(?:e|es|en|ing) away\b"
         r"|\bknow(?:s|n)? (?:of|again)\b|\blook(?:s|ed|ing)? (?:at|whether|again|there)\b",
-        55,
+        12,
         "allocate, release, retain, register, map, inspect, unblock",
     ),
     "archaism": Pattern(
         r"\bmeanwhile\b|\bat the most\b|\bbehind (?:each |one an)other\b|\banew\b|\bin vain\b|\bbeside\b"
         r"|\bstrewn\b|\bat last\b|\bElse\b (?!if\b)|\b(?:no|any) more(?=[.,;:)])|\bdoes without\b"
         r"|\bof itself\b",
-        34,
+        6,
         "concurrently, at most, contiguous (consecutive), again, next to, in addition to, otherwise",
     ),
 }  # fmt: skip

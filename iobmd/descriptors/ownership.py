@@ -46,9 +46,9 @@ class MemoryOwner:
     """The memory of a descriptor: its backing, its pin count, its other mappings, and its users.
 
     Its users are its handle, the descriptor for which it was created, until that is released, and its dependents,
-    composite memory of which it is a part. The memory is released with the last of them. Users have strong references
-    to it, so that an owner whose users are garbage is collected and then releases the memory. It has weak references
-    to its dependents, so that garbage does not count and no finalizer needs a lock.
+    composite memory that contains parts of it. The memory is released with the last of them. Users have strong
+    references to it, so that an owner whose users are garbage is collected and then releases the memory. It has weak
+    references to its dependents, so that garbage does not count and no finalizer needs a lock.
 
     Methods may be called from any thread. Users acquire `guard` for changes of its state; that of composite memory is
     acquired before those of its parts.
@@ -119,7 +119,7 @@ class MemoryOwner:
     # --- its users
 
     def add_dependent(self, dependent: CompositeBacking) -> None:
-        """Register composite memory of which this is a part."""
+        """Register composite memory that contains parts of this."""
         with self.guard:
             self.require_backing()
             if self._sealed:

@@ -222,7 +222,7 @@ def users(
         Called with the number of processes scanned and their total number.
     refused : callable, optional
         Called with the pid of each process that may not be inspected and is skipped, and the error with the reason.
-        Also called for a process of which only a part was searched, because it keeps moving its memory
+        Also called for a process that was not searched completely, because it keeps moving its memory
         (`kIOReturnBusy`) or makes the kernel wait (`kIOReturnTimeout`).
 
     Raises

@@ -1,4 +1,4 @@
-"""`iobmd bench`: every figure has its floor or peer, and the host is as before."""
+"""`iobmd bench`: every figure has its floor or peer, and the state of the host does not change."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
     ],
 )
 def test_every_figure_has_its_floor(name: str, rows: int, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With less memory than for figures that count: sizes of a sixteenth, and searches that look at one size."""
+    """Uses less memory than for published figures: a sixteenth of the size, and searches for one size only."""
     monkeypatch.setattr(contiguous, "WARM", 64 * MIB)
     monkeypatch.setattr(purgeable, "SIZE", 4 * MIB)
     monkeypatch.setattr(purgeable, "LIMIT", 64 * MIB)
@@ -38,7 +38,7 @@ def test_every_figure_has_its_floor(name: str, rows: int, capsys: Captured, monk
     document = json.loads(capsys.readouterr().out)
     assert document["version"] == 1
     results = document["results"]
-    # Where there is a hugetlb pool, that is one more.
+    # If there is a hugetlb pool, there is one more.
     assert len([result for result in results if "hugetlb" not in result["what"]]) == rows
     assert all(result["against"] and result["goal"] for result in results)
     assert all(result["ratio"] > 0 for result in results if result["figure"] != "none")
@@ -50,7 +50,7 @@ def test_table(capsys: Captured) -> None:
 
 
 def test_dpdk_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Says how to install it, and touches neither the pool nor our side of the comparison."""
+    """The benchmark prints how to install DPDK, and neither changes the pool nor measures iobmd."""
     monkeypatch.setenv("PATH", str(tmp_path))
     before = POOL.read_text()
 

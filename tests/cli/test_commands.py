@@ -1,4 +1,4 @@
-"""The commands as people run them: exit codes, streams, JSON; one line on stderr for a mistake."""
+"""The commands as users run them: exit codes, streams, JSON, and one line on stderr for an error."""
 
 import gc
 import hashlib
@@ -74,7 +74,7 @@ def test_reader_that_goes_away() -> None:
 
 
 def test_demo(capsys: Captured) -> None:
-    gc.collect()  # what other tests have left
+    gc.collect()  # remains of other tests
     before = Footprint.now()
     assert main(["demo", "--size", "2M", "--control", "64M", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
@@ -142,7 +142,7 @@ def test_demo_shows_what_compaction_moves(capsys: Captured) -> None:
     document = json.loads(capsys.readouterr().out)
     assert document["contiguous"] == 2 << 20
     compaction = document["compaction"]
-    assert compaction["mlocked_of"] == 65536  # that a control does move is shown in test_pinning
+    assert compaction["mlocked_of"] == 65536  # test_pinning shows that a control does move
     assert (compaction["pinned"], compaction["pinned_of"]) == (0, 512)
     assert compaction["collapse_mlocked"] > 500
     assert compaction["collapse_pinned"] == 0
@@ -222,7 +222,7 @@ def test_copy_to_a_file(start_source: Start, tmp_path: Path, capsys: Captured, f
         "kilobytes": [hex(address), "1MiB"],
     }[form]
     out = tmp_path / "out"
-    out.write_bytes(b"what was there before")
+    out.write_bytes(b"previous contents")
     assert main(["copy", str(source.pid), *where, "-o", str(out), "--json"]) == 0
     assert out.read_bytes() == expected
     assert out.stat().st_mode & 0o777 == 0o600

@@ -1,4 +1,4 @@
-"""`iobmd doctor`: what it prints, for people and programs, and its exit code."""
+"""`iobmd doctor`: its text and JSON output, and its exit code."""
 
 import ctypes
 import io
@@ -20,12 +20,13 @@ from iobmd.cli import main
 def as_nobody(*arguments, memlock=None):
     """Run `iobmd doctor` in a forked child without privileges; return exit code, stdout, stderr and the facts."""
 
-    # Once before privileges go: the interpreter's own files may be out of an ordinary user's reach then.
+    # Once before the privileges are dropped: an ordinary user may not be able to read the interpreter's files.
     with redirect_stdout(io.StringIO()):
         main(["doctor"])
 
     def doctor():
-        # A change of user makes a process undumpable, and its files in /proc root's: not so from a login.
+        # A change of user makes a process undumpable, so that its files in /proc belong to root, unlike after a
+        # login.
         ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
         with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
             code = main(["doctor", *arguments])
@@ -52,7 +53,7 @@ def test_table_fits_and_names_every_fact(capsys, monkeypatch, columns):
     for fact in host.facts():
         (row,) = (line for line in table.splitlines() if line.startswith(f"{fact.name} "))
         assert (fact.status.value in row.split()) == (fact.status is not host.Status.INFO)
-        # Folded cells still hold every word.
+        # Folded cells still contain every word.
         assert set("".join(fact.purpose.split())) <= set("".join(table.split()))
     assert verdict.startswith("The main job, copying another process's memory into a wired buffer, can run here")
 
@@ -69,7 +70,7 @@ def test_remedies_are_whole_lines(monkeypatch, columns):
         assert lines.count(first) == 1
         at = lines.index(first)
         assert lines[at + 1 : at + 1 + len(others)] == others
-    # Names, numbered, stand above their remedy: each once, and those of facts with a remedy only.
+    # Numbered names precede their remedy: each occurs once, and only facts with a remedy are listed.
     named = [name for line in lines if re.match(r"\d+\. ", line) for name in line.split(". ", 1)[1].split(", ")]
     assert sorted(named) == sorted(fact.name for fact in found if fact.remedy)
 

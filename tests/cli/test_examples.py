@@ -42,7 +42,7 @@ def test_tiles() -> None:
 
 @pytest.mark.needs("memory_cgroup")
 def test_tiles_under_a_limit_that_would_kill(memory_cgroup: Callable[[int], Path]) -> None:
-    """128 tiles of 1 MiB in 64 MiB: decoded again when they were taken, and never killed; with a dict it is."""
+    """128 tiles of 1 MiB in 64 MiB: reclaimed tiles are decoded again. With a dict, the program is killed."""
     shown = ("--tiles", "128", "--shows", "500")
     done = run("tiles.py", *shown, procs=memory_cgroup(64 * MIB))
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,4 +1,4 @@
-"""`iobmd pagemap`, against what an independent reader and smaps say of the same process."""
+"""`iobmd pagemap`, compared with an independent reader and smaps of the same process."""
 
 import csv
 import ctypes
@@ -28,7 +28,7 @@ from iobmd.pagemap import frame
 
 @pytest.fixture
 def target() -> Iterator[int]:
-    """A process that stands still."""
+    """An idle process."""
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin
         assert process.stdout
@@ -187,7 +187,7 @@ def test_a_frame_that_is_given_up_while_its_users_are_looked_for(
 
 @pytest.mark.needs("frames", "root")
 def test_processes_that_may_not_be_looked_at_are_counted(capfd: pytest.CaptureFixture[str]) -> None:
-    """As one who sees frames (CAP_SYS_ADMIN) and may not trace others (CAP_SYS_PTRACE)."""
+    """Run as a user that sees frames (CAP_SYS_ADMIN) and may not trace other processes (no CAP_SYS_PTRACE)."""
     with sleeping(NOBODY) as process:
         code = next(area for area in procfs.maps(process.pid) if "x" in area.perms)
         physical = next(pagemap.runs(process.pid, code.start, 4096)).physical
@@ -214,7 +214,7 @@ def test_processes_that_may_not_be_looked_at_are_counted(capfd: pytest.CaptureFi
 @pytest.mark.needs("frames")
 def test_who_maps_a_frame_is_no_guess_without_descriptors() -> None:
     def look() -> None:
-        fd = os.open("/dev/null", os.O_RDONLY)  # the lowest: there are no others
+        fd = os.open("/dev/null", os.O_RDONLY)  # the lowest frame, which is the only one
         resource.setrlimit(resource.RLIMIT_NOFILE, (fd + 1, fd + 1))
         os.close(fd)
         list(pagemap.users(4096, 4096))
@@ -235,7 +235,7 @@ def test_no_such_frames(physical: int, length: int) -> None:
 def test_flags_that_are_hidden(
     target: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As for holders of CAP_SYS_ADMIN who are not root: they see frames, and /proc/kpageflags is root's."""
+    """Run as a user with CAP_SYS_ADMIN other than root: frames are visible, but /proc/kpageflags belongs to root."""
     monkeypatch.setattr(look.os, "access", lambda *_asked: False)
     document = json.loads(shown(capsys, str(target), "--json", "--flags"))
     assert document["runs"] is None
@@ -258,7 +258,7 @@ def test_segments_as_csv(target: int, capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     ("text", "start"),
     [
-        ("140725797761024-140725797896192", 140725797761024),  # as --json has them
+        ("140725797761024-140725797896192", 140725797761024),  # as in the output of --json
         ("94123456789012-94123456793108", 94123456789012),
         ("00400000-00401000", 0x400000),
         ("7f0000000000-7f0000200000", 0x7F0000000000),

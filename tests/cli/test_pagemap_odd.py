@@ -1,4 +1,4 @@
-"""`iobmd pagemap` of odd processes: names that would break or steer what shows them, many areas, ends at any time."""
+"""`iobmd pagemap` of unusual processes: names with control characters, many areas, and exits at any time."""
 
 import contextlib
 import csv
@@ -87,7 +87,7 @@ def test_names_neither_break_nor_steer_what_is_shown(odd: int, options: list[str
     for output in (done.stdout, done.stderr):
         text = output.decode()  # which must be UTF-8
         assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
-        assert not re.search(r"^ *700000000000", text, re.M), "an area that is not there"
+        assert not re.search(r"^ *700000000000", text, re.M), "an area that does not exist"
     if options == ["--svg", "-"]:
         ElementTree.fromstring(done.stdout)
 
@@ -95,7 +95,7 @@ def test_names_neither_break_nor_steer_what_is_shown(odd: int, options: list[str
 @pytest.mark.parametrize("path", ["-", "/dev/fd/1"])
 @pytest.mark.parametrize("option", ["--svg", "--save"])
 def test_standard_output_in_a_file_is_written_to_where_it_is(option: str, path: str, tmp_path: Path) -> None:
-    """As root the file took the place of /dev/stdout once, for the whole host: a link in a folder is tried first."""
+    """As root, the file once replaced /dev/stdout for the whole host; a link in a directory is tested first."""
     link, file = tmp_path / "link", tmp_path / "file"
     link.symlink_to("/proc/self/fd/1")
     file.write_text("before\n")
@@ -121,7 +121,7 @@ def test_a_process_whose_main_thread_has_exited(
     document = json.loads(shown(capsys, str(source.pid), "--json"))
     resident = {row["start"]: row["resident_bytes"] for row in document["vmas"]}
     assert resident[source["memfd"].address] == source["memfd"].size
-    changed = document["changed_while_read"] or {"ended": False, "areas": False}  # its threads may fault pages in
+    changed = document["changed_while_read"] or {"ended": False, "areas": False}  # its threads may fault in pages
     assert not changed["ended"]
     assert not changed["areas"]
 
@@ -138,7 +138,7 @@ def test_a_link_is_replaced_and_not_followed(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_odd_paths_to_write_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Links that lead in circles are replaced; what is no descriptor in /proc/self/fd cannot be made."""
+    """Circular links are replaced; a path in /proc/self/fd that is not a descriptor cannot be created."""
     circle = tmp_path / "circle"
     circle.symlink_to("circle")
     shown(capsys, "self", "--svg", str(circle))
@@ -151,7 +151,7 @@ def test_odd_paths_to_write_to(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_every_name_comes_whole(odd: int, capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads(shown(capsys, str(odd), "--json", "--smaps"))
     assert document["name"] == "c\x1b[31m\udcff\rX"
-    # The kernel itself writes a newline as \012, and a name with \012 in it looks the same.
+    # The kernel itself writes a newline as \012, so that a name with a literal \012 looks the same.
     names = {os.fsencode(vma["name"]).rpartition(b"/")[2] for vma in document["vmas"]}
     assert names >= set(NAMES)
     text = shown(capsys, str(odd))
@@ -213,7 +213,7 @@ def test_a_watch_that_is_ended_leaves_nothing(number: signal.Signals, tmp_path: 
         while b"resident" not in watching.stdout.readline():
             pass
         descriptors = Path(f"/proc/{watching.pid}/fd").iterdir()
-        assert any(str(tmp_path) in str(path.readlink()) for path in descriptors), "the looks are kept elsewhere"
+        assert any(str(tmp_path) in str(path.readlink()) for path in descriptors), "snapshots are stored elsewhere"
         watching.send_signal(number)
         watching.stdout.read()
     assert watching.returncode == 0
@@ -240,7 +240,7 @@ def test_a_process_that_changes_while_it_is_read(capsys: pytest.CaptureFixture[s
             (["--csv"], r"^iobmd pagemap: .*: it changed while it was read: .*page faults$"),
             (["--json"], r'^"changed_while_read": {.*"page_faults": [1-9]'),
         ):
-            for _attempt in range(50):  # it has to get a processor meanwhile
+            for _attempt in range(50):  # it must be scheduled during the read
                 assert main(["pagemap", str(process.pid), *options]) == 0
                 output, error = capsys.readouterr()
                 if found := re.search(wanted, error if options == ["--csv"] else output, re.M):
@@ -338,7 +338,7 @@ def header(**fields: object) -> Damage:
 
 
 def with_line(*added: str) -> Damage:
-    """Put lines behind the first."""
+    """Insert lines after the first."""
     return lambda lines: [lines[0], *added, *lines[1:]]
 
 
@@ -430,7 +430,7 @@ def test_interrupted_at_any_time(odd: int) -> None:
         command = [sys.executable, "-m", "iobmd", "pagemap", str(odd), "--watch", "0.05"]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as watching:
             time.sleep(delay / 1000)
-            for _ in range(100):  # as it starts the interpreter may lose one
+            for _ in range(100):  # the interpreter may lose a signal while it starts
                 watching.send_signal(signal.SIGINT)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     watching.wait(1)
@@ -438,7 +438,7 @@ def test_interrupted_at_any_time(odd: int) -> None:
             watching.kill()
             assert watching.stderr
             error = watching.stderr.read()
-        # Before our first line the interpreter itself is interrupted.
+        # Before the first line of iobmd, the interpreter itself is interrupted.
         assert watching.returncode in (0, 130, -signal.SIGINT, 1)
         assert "tools/pagemap" not in error, error
 
@@ -446,7 +446,7 @@ def test_interrupted_at_any_time(odd: int) -> None:
 def test_decimal_and_hexadecimal_ranges(odd: int, capsys: pytest.CaptureFixture[str]) -> None:
     listing = Path(f"/proc/{odd}/maps").read_text(errors="replace")
     ranges = [line.split()[0].split("-") for line in listing.split("\n") if line]
-    # One in seventy addresses has decimal digits only, and is refused as it could be either.
+    # One in seventy addresses has only decimal digits, and is refused because it could be decimal or hexadecimal.
     start, end = next(both for both in ranges if all(set("abcdef") & set(address) for address in both))
     for text in (f"{start}-{end}", f"0x{start}-0x{end}", f"{int(start, 16)}k-{int(end, 16)}k"):
         document = json.loads(shown(capsys, str(odd), "--json", "--range", text))

@@ -1,4 +1,4 @@
-"""`iobmd pagemap` draws: what is in the pictures is compared with what the kernel says of the memory drawn."""
+"""The pictures of `iobmd pagemap`, compared with the kernel's data on the memory that they show."""
 
 import ctypes
 import mmap
@@ -23,7 +23,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 class Memory:
-    """2 MiB in small pages, 2 MiB in a huge one, 2 MiB that only were read, 2 MiB of nothing."""
+    """2 MiB in small pages, 2 MiB in a huge page, 2 MiB that were only read, and 2 MiB that are empty."""
 
     def __init__(self) -> None:
         self.mapping = mmap.mmap(-1, 16 * MIB, flags=PRIVATE)
@@ -48,7 +48,7 @@ def ours() -> Memory:
 
 
 def rows_of(text: str) -> dict[int, str]:
-    """The rows of a map: the cells by the address of the first."""
+    """Return the rows of a map: the cells by the address of the first."""
     found = (re.match(r" *([0-9a-f]+)  (.*)", line) for line in text.splitlines())
     return {int(row[1], 16): row[2] for row in found if row}
 
@@ -64,7 +64,7 @@ def test_a_letter_for_each_block(
     per_state = 2 * MIB // (int(cell[1]) << 10)
     cells = "".join(row.partition("  ")[0] for row in rows_of(text).values())
     huge = "H" if ours.has_huge else "A"
-    # Nothing at the end: the row is left out, or shown as empty blocks of an area.
+    # The end is empty: the row is omitted, or shown as empty blocks of an area.
     assert cells.rstrip(".") == "A" * per_state + huge * per_state + "Z" * per_state
     assert max(map(len, text.splitlines()[3:])) <= 90
 
@@ -92,17 +92,17 @@ sys.stdin.read()
 def test_far_apart_areas_are_not_joined_by_empty_rows(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a small process: how much of a TiB lies in rows that hold something depends on what else it has mapped."""
+    """Uses a small process: how much of a TiB is in nonempty rows depends on its other mappings."""
     monkeypatch.setenv("LINES", "40")
     with Target([sys.executable, "-I", "-S", "-c", TERABYTE]) as target:
         assert main(["pagemap", str(target.pid), "--map"]) == 0
     text = capsys.readouterr().out
     assert len(text.splitlines()) < 90
-    assert re.search(r"⋮  1(\.\d)? TiB of empty areas", text)  # others may lie beside it
+    assert re.search(r"⋮  1(\.\d)? TiB of empty areas", text)  # other areas may adjoin it
 
 
 def boxes(path: Path) -> list[tuple[ElementTree.Element, str]]:
-    """The boxes of a picture that say what they are of."""
+    """Return the boxes of a picture that have a description."""
     found = [(box, box.findtext(f"{SVG}title")) for box in ElementTree.parse(path).iter(f"{SVG}rect")]
     return [(box, tip) for box, tip in found if tip]
 

@@ -1,4 +1,4 @@
-"""`iobmd pagemap --watch`: what another process was made to do between two looks is what is shown."""
+"""`iobmd pagemap --watch`: the output shows what another process did between two readings."""
 
 import json
 import os
@@ -61,7 +61,7 @@ for line in sys.stdin:
 
 
 class Target:
-    """A process that does what it is told."""
+    """A process that executes the commands of its input."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
@@ -91,14 +91,14 @@ def watch(target: Target, *options: str) -> "subprocess.Popen[str]":
 
 
 def looks_until(lines: IO[str], wanted: dict[str, int]) -> None:
-    """Read looks, a JSON document each, until as many bytes have had to them happen what is wanted."""
+    """Read ticks, one JSON document each, until at least the expected numbers of bytes have changed."""
     sums: dict[str, int] = {}
     for line in lines:
         for change in json.loads(line)["changes"]:
             sums[change["kind"]] = sums.get(change["kind"], 0) + change["length"]
         if all(sums.get(kind, 0) >= size for kind, size in wanted.items()):
             break
-    # Small things happen in any process; the interpreter touches a page or two.
+    # Small changes occur in any process; the interpreter touches a page or two.
     assert all(size <= sums[kind] <= size + (256 << 10) for kind, size in wanted.items()), sums
 
 
@@ -126,7 +126,7 @@ def test_what_happened_between_two_looks(target: Target) -> None:
 
 
 def test_a_heap_that_grows_all_the_time(target: Target) -> None:
-    """Its bounds are others by the time that the areas are looked at, after the pages were."""
+    """The bounds of an area change after its pages were read and before the areas are."""
     with watch(target, "--json") as watching:
         assert watching.stdout
         watching.stdout.readline()
@@ -136,7 +136,7 @@ def test_a_heap_that_grows_all_the_time(target: Target) -> None:
 
 
 def test_an_area_that_falls_apart(target: Target) -> None:
-    """What happened lies in both parts, though it is one stretch of pages; and what was unmapped in neither."""
+    """A change of contiguous pages is attributed to both parts of a split area, and the unmapped page to neither."""
     start = 0x200000000000
     with watch(target, "--json", "--range", f"{start:#x}-{start + (2 << 20):#x}") as watching:
         assert watching.stdout
@@ -153,7 +153,7 @@ def test_an_area_that_falls_apart(target: Target) -> None:
 
 
 def test_a_range_that_cuts_areas(target: Target, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What lies outside of it is told neither by --diff nor by --watch."""
+    """Neither --diff nor --watch reports changes outside the range."""
     start, pid = 0x200000000000 - (1 << 20), str(target.process.pid)
     part = f"{start + (1 << 20):#x}-{start + (1 << 20) + 65536:#x}"
     assert main(["pagemap", pid, "--save", str(tmp_path / "file"), "--range", part]) == 0
@@ -193,7 +193,7 @@ def test_a_process_that_runs_another_program_has_not_ended(
 
     def save(*arguments: object) -> object:
         calls.append(len(calls))
-        if calls[-1] in failures:  # as in the middle of an exec
+        if calls[-1] in failures:  # as during an exec
             raise diagnosis.gone("no memory")
         return pagemap.save(*arguments)  # type: ignore[arg-type]
 
@@ -243,7 +243,7 @@ def test_a_process_that_is_not_there() -> None:
 
 
 def test_on_a_terminal(target: Target) -> None:
-    """Changes are in colour, and in the first row."""
+    """Changes are shown in color, and in the first row."""
     screen, side = pty.openpty()
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40"}
     command = [sys.executable, "-m", "iobmd", "pagemap", str(target.process.pid), "--watch", "0.2"]
@@ -261,12 +261,12 @@ def test_on_a_terminal(target: Target) -> None:
 
 
 def _read_until(screen: int, wanted: str | None) -> str:
-    """Read from a terminal until a pattern has come; None: until it is closed."""
+    """Read from a terminal until a pattern occurs; None: until it is closed."""
     text, end = "", time.monotonic() + 30
     while time.monotonic() < end:
         try:
             data = os.read(screen, 1 << 16)
-        except OSError:  # closed by the other side
+        except OSError:  # the other end was closed
             data = b""
         if not data:
             break

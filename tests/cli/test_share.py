@@ -88,7 +88,7 @@ def test_contiguous(target: subprocess.Popen[bytes], capsys: Captured) -> None:
 
 
 def test_refused(capsys: Captured) -> None:
-    assert main(["share", str(os.getpid()), "4k", "--hold", "0", "--pageable"]) == 0, "our own memory once more"
+    assert main(["share", str(os.getpid()), "4k", "--hold", "0", "--pageable"]) == 0, "memory of this process again"
     for wrong in (["share"], ["share", "1"], ["share", "x", "4k"], ["share", "1", "0"]):
         assert main(wrong) == 2
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""`iobmd soak`: it passes where all is well, finds what is wrong, and leaves nothing, however it ends."""
+"""`iobmd soak`: it passes without faults, detects each fault, and leaves nothing behind, however it ends."""
 
 import json
 import os
@@ -23,7 +23,7 @@ PATIENCE = 90.0  # seconds for a run of a few seconds, on a busy machine
 
 
 def soak(folder: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
-    """Run it; returns the exit code, the report and what was printed."""
+    """Run it; return the exit code, the report and the output."""
     report = folder / "report.json"
     command = [*SOAK, "--seed", "1", "--json", str(report), *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
@@ -37,7 +37,7 @@ def soak(folder: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
 
 
 def processes_of(supervisor: int) -> list[int]:
-    """Return the processes that a run started, by the supervisor's pid and its folder in their command lines."""
+    """Return the processes that a run started, by the supervisor's pid and its directory in their command lines."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
@@ -57,7 +57,7 @@ def left_of(supervisor: int) -> list[object]:
 
 
 def test_every_kind_can_be_loaded() -> None:
-    """The table names functions, requirements and reasons that there are."""
+    """All functions, requirements and reasons that the table names exist."""
     for kind in (events.KINDS | events.LIES).values():
         assert callable(kind.load())
         assert not kind.needs or kind.needs in requirements.PROBES
@@ -69,9 +69,9 @@ def test_every_kind_can_be_loaded() -> None:
 
 
 def test_a_short_run_passes(tmp_path: Path) -> None:
-    """With targets, compaction, pressure and kills; what other tests of the suite prove is left out.
+    """Runs with targets, compaction, pressure and kills; kinds that other tests of the suite cover are omitted.
 
-    With one thread a worker: a tracer of a program with several dies with it, in the middle of a stop (docs/soak.md).
+    Workers have one thread: see "Known limits" in docs/soak.md.
     """
     before = set(kernel_children())
     code, result, output = soak(tmp_path, "--seconds", "5", "--workers", "2", "--threads", "1", "--kinds", STEADY)
@@ -79,7 +79,7 @@ def test_a_short_run_passes(tmp_path: Path) -> None:
     assert result["version"] == 1
     assert result["events"] == sum(result["kinds"].values()) > 100
     done = {name for name, count in result["kinds"].items() if count}
-    # Held memory may not be there yet when it is to be looked at; the rest is done at least as a worker warms up.
+    # Held memory may not exist yet when it is to be checked; every other kind occurs at least in a worker's warm-up.
     assert done | {"verify", "collapse", "control"} | set(result["left_out"]) >= set(STEADY.split(","))
     assert set(result["faults"].values()) == {0}
     assert "passed" in output
@@ -105,7 +105,7 @@ LIES = {
 
 
 def test_what_is_wrong_is_found(tmp_path: Path) -> None:
-    """Each of these does wrong once. 400 events are enough to choose each of nine."""
+    """Each of these causes a fault once. 400 events are enough to choose each of nine kinds."""
     kinds = ",".join([*LIES, "read"])
     code, result, output = soak(tmp_path, "--seconds", "60", "--events", "400", *LONELY, "--kinds", kinds)
     assert code == 1
@@ -127,7 +127,7 @@ def test_what_is_wrong_is_found(tmp_path: Path) -> None:
     ],
 )
 def test_the_first_fault_ends_a_run(lie: str, fault: str, message: str, tmp_path: Path) -> None:
-    """`lie-moved`: the same check that pinned memory passes."""
+    """`lie-moved` fails the check that pinned memory passes."""
     code, result, output = soak(tmp_path, "--seconds", "60", "--faults", "1", *LONELY, "--kinds", lie)
     assert code == 1
     assert result["seconds"] < 60
@@ -135,7 +135,7 @@ def test_the_first_fault_ends_a_run(lie: str, fault: str, message: str, tmp_path
 
 
 def test_a_hang_is_described(tmp_path: Path) -> None:
-    """By the stacks of the worker's threads, in Python and in the kernel."""
+    """A hang is reported with the stacks of the worker's threads, in Python and in the kernel."""
     code, result, _ = soak(tmp_path, "--seconds", "60", "--faults", "1", *LONELY, "--kinds", "lie-hang")
     assert code == 1
     detail = next(detail for detail in result["details"] if detail["fault"] == "hangs")

@@ -1,4 +1,4 @@
-"""Buffers of this process: what the kernel did for them, IOKit's rules, Python's manners, limits, forks, leaks."""
+"""Buffers of this process: the kernel's view of them, IOKit's rules, Python's protocols, limits, forks, leaks."""
 
 import array
 import ctypes
@@ -39,7 +39,7 @@ MIB = 1 << 20
 RULES = pytest.mark.parametrize("wired", [True, False], ids=["wired", "pageable"])
 
 
-# --- what the kernel did
+# --- the kernel's view
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -77,7 +77,7 @@ def test_pageable_is_neither() -> None:
         assert not any(buffer.readBytes(0, 4 * kernel.PAGE))
         resident, dirty = buffer.getPageCounts()
         assert resident >= 4
-        assert dirty == 0, "what a read maps is not dirty"
+        assert dirty == 0, "a page that a read maps is not dirty"
         buffer.writeBytes(5 * kernel.PAGE - 1, b"ab")
         assert buffer.getPageCounts()[1] >= 2
         assert kernel.present(address, 8 * MIB) == buffer.getPageCounts()[0]
@@ -86,10 +86,10 @@ def test_pageable_is_neither() -> None:
 @RULES
 @pytest.mark.parametrize("size", [100, 5 * kernel.PAGE, 4 * MIB + 1])
 def test_zero_when_handed_out(size: int, wired: bool) -> None:
-    """Also when the kernel gives back the very frames that were just freed."""
+    """New memory is zero even if the kernel allocates the frames that were just freed."""
     for _ in range(20):
         with iobmd.allocate(size, wired=wired) as buffer:
-            assert not any(memoryview(buffer)), "an earlier owner's bytes"
+            assert not any(memoryview(buffer)), "bytes of a previous owner"
             buffer.writeBytes(0, b"\xa5" * size)
 
 
@@ -208,7 +208,7 @@ def test_read_and_write() -> None:
         assert room == data[17:1017]
         assert buffer.writeBytes(299_990, b"0123456789") == 10
         assert bytes(buffer) == data[:299_990] + b"0123456789"
-        # A buffer onto itself, overlapping.
+        # A copy within the buffer, overlapping.
         assert buffer.writeBytes(5, memoryview(buffer)[:1000]) == 1000
         assert buffer.readBytes(5, 1000) == data[:1000]
         before = bytes(buffer)
@@ -352,7 +352,7 @@ def test_repr() -> None:
 
 
 def test_no_free_under_a_copy() -> None:
-    """Another thread cannot pull the memory away from a copy: `free` says busy until it is over."""
+    """Another thread cannot free the memory during a copy: `free` raises kIOReturnBusy until the copy ends."""
     buffer = iobmd.allocate(64 * MIB, wired=False)
     source = bytes(64 * MIB)
     started = threading.Event()
@@ -422,7 +422,7 @@ def test_more_than_there_is(wired: bool) -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 def test_refused_rather_than_killed() -> None:
-    """Linux maps what fits into RAM in name only; filling it would have somebody killed."""
+    """Linux maps memory that does not fit into RAM; filling it would invoke the OOM killer."""
     total = os.sysconf("SC_PHYS_PAGES") * kernel.PAGE
     assert code_of(lambda: iobmd.allocate(total - 64 * MIB)) == IOReturn.kIOReturnNoMemory
 
@@ -510,7 +510,7 @@ def test_hundreds_of_failed_copies() -> None:
     assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(hole), kernel.PAGE, 0) == 0
 
     def fail() -> None:
-        # One page and then none: the destination is allocated, and half of it filled, when the copy fails.
+        # One page is mapped and the next is not: the destination is allocated and half filled when the copy fails.
         with pytest.raises(IOReturnError):
             Buffer.withCopy(kernel_task, kIOMemoryPageable, kernel_task, hole - kernel.PAGE, 2 * kernel.PAGE)
 

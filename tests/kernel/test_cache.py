@@ -1,4 +1,4 @@
-"""`PurgeableCache`: contents that come, go and come again; who uses one keeps it."""
+"""`PurgeableCache`: contents are loaded, reclaimed and loaded again, and remain intact while in use."""
 
 import array
 import gc
@@ -21,7 +21,7 @@ SIZE = 64 << 10
 
 
 class Loader:
-    """Makes 64 KiB of one byte for a number, and counts how often."""
+    """Return 64 KiB of one byte for a number, and count the calls."""
 
     def __init__(self, size: int = SIZE) -> None:
         self.calls: Counter[int] = Counter()
@@ -56,7 +56,7 @@ def test_hit_purge_and_rebuild() -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 def test_content_in_use_stays() -> None:
-    """While the item, or a view made of it, is alive: for as long as somebody can look at the bytes."""
+    """Contents remain intact while the item, or a view of it, exists."""
     with PurgeableCache(Loader()) as cache:
         item, again = cache[5], cache[5]
         view = memoryview(item)
@@ -154,7 +154,7 @@ def test_loader_that_fails() -> None:
         broken = True
         with pytest.raises(LookupError):
             cache["a"]
-        assert "a" not in cache, "an empty content is not kept for a whole one"
+        assert "a" not in cache, "empty contents do not count as complete"
         broken = False
         assert bytes(cache["a"]) == b"made"
         with pytest.raises(TypeError):
@@ -260,7 +260,7 @@ def test_nothing_but_what_a_mapping_is() -> None:
 
 
 def test_state_is_what_the_kernel_says() -> None:
-    """Contents count as resident until the kernel takes them, and a rebuilt one is there again."""
+    """Contents count as resident until the kernel reclaims them, and again after they are rebuilt."""
     with PurgeableCache(Loader(4 * MIB)) as cache:
         buffers = [cache[key]._use.entry.buffer for key in range(8)]
         gc.collect()
@@ -278,7 +278,7 @@ def test_state_is_what_the_kernel_says() -> None:
 
 
 def test_half_made_content_is_no_hit() -> None:
-    """A child that is forked while a thread of its parent is in the loader makes the content itself."""
+    """A child that is forked while a thread of its parent runs the loader loads the contents itself."""
     inside, go_on = threading.Event(), threading.Event()
 
     def loader(key: str) -> bytes:
@@ -326,7 +326,7 @@ def test_loader_that_asks_for_others() -> None:
 
 
 def test_garbage_collections_everywhere() -> None:
-    """Items in reference cycles die wherever a collection comes: nobody waits for anybody then."""
+    """Items in reference cycles end at any garbage collection, in any thread, without a deadlock."""
 
     def churn() -> int:
         gc.set_threshold(5, 2, 2)

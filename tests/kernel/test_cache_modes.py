@@ -1,4 +1,4 @@
-"""Cache modes: the bytes, at every odd offset; and which instructions on cache lines were really executed."""
+"""Cache modes: the bytes at every odd offset, and the cache line instructions that are actually executed."""
 
 import ctypes
 import mmap
@@ -53,14 +53,14 @@ def flags() -> set[str]:
 
 
 def instructions() -> list[int]:
-    """Those of this processor, as the kernel tells them."""
+    """Return the instructions of this processor, according to the kernel."""
     if os.uname().machine != "x86_64":
         return [native.DC]
     return [instruction for instruction, name in NAMES.items() if name in flags()]
 
 
 def lines(offset: int, length: int) -> int:
-    """How many lines hold a byte of the range."""
+    """Return how many lines contain a byte of the range."""
     return len({byte // LINE for byte in range(offset, offset + length)})
 
 
@@ -74,7 +74,7 @@ def test_the_best_instruction_of_this_processor() -> None:
 
 @pytest.mark.parametrize("name", MODES)
 def test_requested_and_effective(name: str) -> None:
-    """Main memory is cached whatever is asked for, and says so."""
+    """Main memory is cached whatever mode is requested, as `cache_mode` reports."""
     with iobmd.allocate(PAGE, cache=name) as buffer:
         assert buffer.cache_mode == (MODES[name], kIOMapCopybackCache)
         assert buffer.getFlags() & 0x700 == MODES[name]
@@ -113,7 +113,7 @@ def test_a_processor_without_instructions(monkeypatch: pytest.MonkeyPatch) -> No
 def test_bytes_by_every_mode_and_instruction(
     mode: int, instruction: int, offset: int, length: int, skew: int
 ) -> None:
-    """Written whole, and nothing before or behind; read back whole, from sources at any place in a line."""
+    """All bytes are written, none before or after them, and all are read back, at any offset in a line."""
     mapping = Mapping.anonymous(PAGE, PAGE)
     model = bytearray(b"." * PAGE)
     mapping.write(0, model)
@@ -134,7 +134,7 @@ def test_bytes_by_every_mode_and_instruction(
 @example(4, 0, 64, 512)
 @example(4, 64, 0, 512)
 def test_a_source_that_overlaps(mode: int, here: int, there: int, length: int) -> None:
-    """As memmove: a copy within the buffer, either way."""
+    """A copy within the buffer behaves like memmove in both directions."""
     name = {1: "inhibit", 2: "writethru", 4: "writecombine"}[mode]
     with iobmd.allocate(PAGE, wired=False, cache=name) as buffer:
         model = bytearray(os.urandom(PAGE))
@@ -164,7 +164,7 @@ def test_write_through_writes_every_line_back(instruction: int, offset: int, len
 @pytest.mark.parametrize(("offset", "length"), [(60, 8), (LINE - 1, 3 * LINE)])
 @pytest.mark.parametrize("instruction", instructions())
 def test_inhibit_drops_every_line(instruction: int, offset: int, length: int) -> None:
-    """Before a read and after a write, by what surely drops it: clwb may keep it."""
+    """Lines are dropped before a read and after a write, not by clwb, which may retain them."""
     mapping = Mapping.anonymous(PAGE, PAGE)
     mapping.cache, mapping.instruction = 1, instruction
     data = bytes(length)
@@ -180,7 +180,7 @@ def test_inhibit_drops_every_line(instruction: int, offset: int, length: int) ->
     [(0, 10 * LINE, 10, 0), (LINE, LINE - 1, 0, 1), (60, 8, 0, 2), (60, 4 + LINE, 1, 1), (1, 5 * LINE, 4, 2)],
 )
 def test_write_combine_goes_past_the_caches(offset: int, length: int, whole: int, torn: int) -> None:
-    """Whole lines by stores past the caches, four a line; torn ones by ordinary stores, and then dropped; a fence."""
+    """Whole lines use four non-temporal stores, partial ones ordinary stores and a flush; a fence follows."""
     mapping = Mapping.anonymous(PAGE, PAGE)
     mapping.cache = 4
     data = bytes(length)
@@ -199,7 +199,7 @@ def test_cached_memory_takes_none_of_them(name: str) -> None:
 
 
 def everywhere() -> dict[str, Callable[[int], IOBufferMemoryDescriptor]]:
-    """Every kind of memory of this process."""
+    """Return memory of every kind of this process."""
     make = IOBufferMemoryDescriptor.inTaskWithOptions
     pageable, shared = int(kIOMemoryPageable), int(kIOMemoryKernelUserShared)
     return {
@@ -236,7 +236,7 @@ def test_views_do_not_and_operations_do_it_for_them() -> None:
 
 @x86
 def test_operations_reach_what_relatives_are_made_of() -> None:
-    """Parts, concatenations and memory that was there already; that of another task is refused."""
+    """Parts, concatenations and existing memory are flushed; memory of another task is refused."""
     own = mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     address = ctypes.addressof(ctypes.c_char.from_buffer(own))
     drop = NAMES[min(native.BEST_FLUSH, native.CLFLUSHOPT)]
@@ -271,7 +271,7 @@ def test_a_copy_does_not_stay_in_the_caches() -> None:
 
 
 def guarded(size: int) -> Mapping:
-    """Pages that nobody can touch beyond: one line too many would be a fault."""
+    """The memory is between inaccessible pages: an access to one line too many would fault."""
     descriptor = os.memfd_create("iobmd-test")
     os.ftruncate(descriptor, size)
     mapping = Mapping.view([(descriptor, 0, size)], 0, True, PAGE, PAGE)

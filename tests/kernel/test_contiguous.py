@@ -1,4 +1,4 @@
-"""Contiguous, aligned, under a mask: as an independent reading of pagemap has it, or refused with nothing left."""
+"""Contiguous, aligned and masked memory: verified by an independent reader of pagemap, or refused without a leak."""
 
 import ctypes
 import errno
@@ -32,14 +32,14 @@ pytestmark = pytest.mark.usefixtures("pools_as_before")
 
 @pytest.fixture
 def pools_as_before() -> Iterator[None]:
-    """Fail the test when it leaves a hugetlb pool larger or smaller than it was."""
+    """Fail the test if it changes the size of a hugetlb pool."""
 
     def pools() -> dict[str, str]:
         return {str(path): path.read_text() for path in POOLS.glob("*/nr_hugepages")}
 
     before = pools()
     yield
-    assert until(lambda: pools() == before), (before, pools())  # another process may have raised one for a moment
+    assert until(lambda: pools() == before), (before, pools())  # another process may have enlarged one temporarily
 
 
 def is_contiguous(address: int, size: int) -> bool:
@@ -59,22 +59,22 @@ def test_contiguous(size: int, option: int) -> None:
             assert [tuple(segment) for segment in buffer.segments()] == [(buffer.getPhysicalAddress(), size)]
             assert (buffer.layout().contiguous, buffer.layout().largest) == (True, -(-size // 4096) * 4096)
             assert buffer.wiring is Wiring.PINNED
-            assert not any(memoryview(buffer)), "zero when handed out"
+            assert not any(memoryview(buffer)), "zero when allocated"
             for offset in range(0, size, 4096):
                 buffer.writeBytes(offset, b"\xa5")
 
 
 @pytest.mark.needs("root", "frames")
 def test_the_rest_is_given_back() -> None:
-    """Of a huge page that only a part is needed of, the rest is free again while the buffer lives."""
+    """If a buffer needs only a part of a huge page, the rest is freed while the buffer exists."""
     buffers = [iobmd.allocate(64 << 10, contiguous=True) for _ in range(200)]
     for buffer in buffers:
         assert is_contiguous(buffer.getBytesNoCopy(), 64 << 10)
     whole = [buffer for buffer in buffers if kernel.is_part_of_larger_page(buffer.getPhysicalAddress() >> 12)]
     for buffer in buffers:
         buffer.free()
-    # A page that something else in the kernel holds for a moment cannot be split.
-    assert len(whole) < 10, "a huge page that is not split is held as a whole"
+    # A page to which another part of the kernel temporarily holds a reference cannot be split.
+    assert len(whole) < 10, "a huge page that is not split is held completely"
 
 
 @pytest.mark.needs("frames")
@@ -118,10 +118,11 @@ def test_sixty_four_megabytes_without_a_pool() -> None:
 @pytest.mark.usefixtures("nothing_left")
 def test_budgets_bind() -> None:
     before = held()
-    # One place of the host is so aligned, or two. No more is held than the buffer's own size, or after its time.
+    # The host has one or two places with this alignment. No more than the buffer's size is held, and only within its
+    # time.
     total = int(Path("/proc/meminfo").read_text().split()[1]) << 10
     alignment = 1 << total.bit_length() - 1
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, in which the pages of pools do not count
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, which does not include pages of pools
     resident = kernel.status("VmRSS")
     with iobmd.policy(memory_budget=0), pytest.raises(IOReturnError, match="longest run was"):
         iobmd.allocate(256 * MIB, alignment=alignment)
@@ -152,7 +153,7 @@ def test_policy_is_of_its_context() -> None:
 
 @pytest.mark.needs("frames")
 def test_a_fork_while_it_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fork between two faults of a huge page would share it, and the second fault break it up."""
+    """A fork between two faults on a huge page would share it, and the second fault would split it."""
     fill = mman.populate_downwards
 
     def beside_a_child(address: int, size: int, huge: int, page: int) -> tuple[int, int]:
@@ -161,14 +162,14 @@ def test_a_fork_while_it_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
             return fill(address, size, huge, page)
 
     monkeypatch.setattr(mman, "populate_downwards", beside_a_child)
-    for _ in range(4):  # a huge page may also be missing because there is none free
+    for _ in range(4):  # a huge page may also be missing because none is free
         source = TransparentBlocks()
         try:
             if source.more(1, 2 * MIB):
                 return
         finally:
             source.close()
-    pytest.fail("no huge page in four tries")
+    pytest.fail("no huge page in four attempts")
 
 
 @pytest.mark.needs("frames")
@@ -183,7 +184,7 @@ def test_a_child_inherits_it() -> None:
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("size", [256 * MIB, GIB])
 def test_reserve(size: int, setting: Setting) -> None:
-    """For a GiB the kernel makes room in the pool as the proof here does: a refusal is right if that fails too."""
+    """For a GiB the kernel makes room in the pool, as the check here does: a refusal is correct if that fails too."""
     with iobmd.policy(reserve=True, memory_budget=size):
         buffer = contiguous_memory.allocated(
             lambda: iobmd.allocate(size, contiguous=True), lambda: contiguous_memory.is_made(setting)
@@ -220,7 +221,7 @@ def test_pools_are_taken_when_huge_pages_are_off(setting: Setting) -> None:
     with iobmd.allocate(4 * MIB, contiguous=True) as buffer:
         assert is_contiguous(buffer.getBytesNoCopy(), 4 * MIB)
         assert kernel.smaps(buffer.getBytesNoCopy())["KernelPageSize"] == 2 * MIB
-        assert kernel.status("HugetlbPages") == before + 4 * MIB, "pages that do not fit go back to the pool"
+        assert kernel.status("HugetlbPages") == before + 4 * MIB, "pages that do not fit return to the pool"
     assert kernel.status("HugetlbPages") == before
 
 
@@ -233,7 +234,7 @@ def test_no_huge_page_at_all(setting: Setting) -> None:
     assert caught.value.code == IOReturn.kIOReturnNoResources
 
 
-# --- without seeing frames
+# --- with hidden frames
 
 
 def test_one_huge_page_unprivileged() -> None:
@@ -266,7 +267,7 @@ def test_one_huge_page_unprivileged() -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 def test_blocks_of_mappings_that_lie_behind_each_other() -> None:
-    """One chosen range may reach over the end of one batch of huge pages into another."""
+    """A chosen range may extend from one batch of huge pages into another."""
     source = TransparentBlocks()
     try:
         for _ in range(64):
@@ -291,7 +292,7 @@ def test_blocks_of_mappings_that_lie_behind_each_other() -> None:
 
 @pytest.mark.needs("root", "frames", "big_memory")
 def test_on_a_fragmented_host() -> None:
-    """With a pinned page in each of 256 huge pages small requests succeed; a search gives back all it held."""
+    """With a pinned page in each of 256 huge pages, small requests succeed, and a search frees all that it held."""
 
     def fragment() -> dict[int, str]:
         pins: list[pinning.Pin] = []
@@ -313,7 +314,7 @@ def test_on_a_fragmented_host() -> None:
             except IOReturnError as error:
                 assert error.code == IOReturn.kIOReturnNoResources
                 outcome[size] = "refused"
-            assert is_given_back(before, 32 * MIB), "a search gives back all it held"
+            assert is_given_back(before, 32 * MIB), "a search frees all that it held"
         return outcome
 
     outcome = in_child(fragment)
@@ -322,5 +323,5 @@ def test_on_a_fragmented_host() -> None:
 
 
 def test_nothing_is_called_populated_that_is_not() -> None:
-    """Before Linux 5.14 nothing is: then the rest, which is all, is filled in another way."""
+    """Before Linux 5.14 MADV_POPULATE_WRITE fails, so that all memory is populated in another way."""
     assert mman.populate_downwards(1 << 46, 4 * MIB, 2 * MIB, 4096) == (0, errno.ENOMEM)

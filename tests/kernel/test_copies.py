@@ -1,4 +1,4 @@
-"""Python's own copies: one kernel resource has one owner."""
+"""Python's copy protocols: each kernel resource has one owner."""
 
 import copy
 import os
@@ -21,7 +21,7 @@ def test_a_descriptor_has_one_owner(make: object) -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 def test_copies_of_a_task_are_the_task() -> None:
-    """A second owner would close the descriptor of whatever is opened next under its number."""
+    """A second owner would close whichever file has received the descriptor number in the meantime."""
     task = iobmd.Task(os.getppid())
     for other in (copy.copy(task), copy.deepcopy(task), copy.deepcopy({"task": task})["task"]):
         assert other is task

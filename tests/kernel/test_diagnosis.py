@@ -1,4 +1,4 @@
-"""Why memory cannot be read or pinned, in this process and another: the code, the first such byte, and the reason."""
+"""Memory that cannot be read or pinned, in this process or another: the code, the first byte, and the reason."""
 
 import contextlib
 import errno
@@ -25,7 +25,7 @@ OUT, INOUT = 2, 3
 VM_ERROR, UNSUPPORTED = IOReturn.kIOReturnVMError, IOReturn.kIOReturnUnsupported
 CANNOT_WIRE, NO_RESOURCES = IOReturn.kIOReturnCannotWire, IOReturn.kIOReturnNoResources
 
-PINNED = {  # kind: the code of prepare(), and what its message says
+PINNED = {  # kind: the code of prepare(), and a pattern of its message
     "past the end of a private file": (VM_ERROR, "past the end of its file, of 4106 bytes"),
     "past the end of a shared file": (VM_ERROR, "past the end of its file, of 4106 bytes"),
     "past the end of a memfd": (VM_ERROR, "past the end of its file, of 4106 bytes"),
@@ -36,7 +36,7 @@ PINNED = {  # kind: the code of prepare(), and what its message says
     "device": (UNSUPPORTED, "mapping of a device"),
     "hugetlb": (NO_RESOURCES, r"pool of 2 MiB pages.*free 0.*nr_hugepages"),
 }
-READABLE = ("read-only", "shared file", "hugetlb")  # pages of hugetlb that do not exist are read as zeros
+READABLE = ("read-only", "shared file", "hugetlb")  # absent hugetlb pages read as zeros
 READ = {kind: why for kind, (_code, why) in PINNED.items() if kind not in READABLE}
 WITHOUT_REMEDY = ("past the end of a memfd", "guard", "secret", "device")
 
@@ -51,7 +51,7 @@ def make(request: pytest.FixtureRequest) -> Callable[[str], None]:
                 pytest.skip("no hugetlb pages of 2 MiB")
             free = int(Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").read_text())
             if free:
-                pytest.skip(f"{free} free pages in the pool, of others")
+                pytest.skip(f"{free} free pages in the pool, which belong to others")
         if kind == "shared file":
             told = subprocess.run(["stat", "-f", "-c", "%T", areas.DISK], capture_output=True, text=True, check=True)
             if told.stdout.strip() in ("tmpfs", "ramfs"):
@@ -69,14 +69,14 @@ def with_probe(kind: str) -> None:
     try:
         in_child(check)
     except OSError as error:
-        # The only kinds that come with a kernel: 6.13, and 5.14 where secretmem is on.
+        # The only kinds that depend on the kernel: 6.13, and 5.14 if secretmem is enabled.
         if error.errno not in (errno.EINVAL, errno.ENOSYS):
             raise
         pytest.skip(f"this kernel has no {kind} memory: {error}")
 
 
 def present(pid: int | str, area: Area) -> bytes:
-    """Which pages of an area are present, by its task's own pagemap."""
+    """Return which pages of an area are present, according to its task's pagemap."""
     with Path(f"/proc/{pid}/pagemap").open("rb", buffering=0) as pagemap:
         raw = os.pread(pagemap.fileno(), area.size // PAGE * 8, area.address // PAGE * 8)
     return bytes(entry >> 7 for entry in raw[7::8])
@@ -84,7 +84,7 @@ def present(pid: int | str, area: Area) -> bytes:
 
 @contextlib.contextmanager
 def elsewhere(kind: str) -> Iterator[tuple[int, Area]]:
-    """An area in a process of its own, and its pid."""
+    """An area in a separate process, and the pid of that process."""
     environment = os.environ | {"PYTHONPATH": str(Path(areas.__file__).parent.parent)}
     with subprocess.Popen(
         [sys.executable, "-m", "support.areas", kind],
@@ -96,7 +96,7 @@ def elsewhere(kind: str) -> Iterator[tuple[int, Area]]:
         try:
             assert program.stdout
             yield program.pid, Area(*map(int, program.stdout.readline().split()))
-            assert program.poll() is None, "it lives on"
+            assert program.poll() is None, "the process continues to run"
         finally:
             program.kill()
 
@@ -127,7 +127,7 @@ def test_prepare_in_another_task(kind: str, make: Callable[[str], None]) -> None
     code, why = PINNED[kind]
     with elsewhere(kind) as (pid, area):
         md = IOMemoryDescriptor.withAddressRange(area.address, area.size, OUT, pid)
-        if kind in ("read-only", "shared file"):  # not pinned, but locked, and all of it in memory
+        if kind in ("read-only", "shared file"):  # not pinned but locked, and completely resident
             md.prepare()
             assert md.wiring is Wiring.RESIDENT
             assert set(present(pid, area)) == {1}
@@ -176,7 +176,7 @@ def test_write(kind: str, make: Callable[[str], None]) -> None:
 
 
 def test_a_file_is_found_without_privilege() -> None:
-    """By its name, or by a descriptor: map_files takes CAP_CHECKPOINT_RESTORE."""
+    """The file is found by its name or a descriptor, because map_files requires CAP_CHECKPOINT_RESTORE."""
 
     def check() -> None:
         fd = os.memfd_create("gone")
@@ -189,7 +189,7 @@ def test_a_file_is_found_without_privilege() -> None:
         os.close(fd)
         error = error_of(lambda: kernel_task.read(address, 2 * PAGE))
         assert error.address == address + PAGE
-        assert "could not fault it in" in str(error), "nobody can find out now"
+        assert "could not fault it in" in str(error), "the cause can no longer be determined"
 
     in_child(check, uid=NOBODY)
 
@@ -220,7 +220,7 @@ def test_the_explanation_is_that_of_the_moment_it_is_asked_for() -> None:
         first, second = (error_of(lambda: kernel_task.read(address, 8)) for _ in range(2))
         assert "no memory is mapped there" in str(first)
         assert rawmemory.map_memory(PAGE, at=address) == address
-        assert "no memory is mapped there" in str(first), "it was said already"
+        assert "no memory is mapped there" in str(first), "the message was already composed"
         assert "could not fault it in at that time" in str(second)
         assert hex(address) in str(second)
 

@@ -1,4 +1,4 @@
-"""IODMACommand: bounce buffers in each direction, pairs of prepare and complete; faults leave all as it was."""
+"""IODMACommand: bounce buffers in each direction, pairs of prepare and complete; errors change nothing."""
 
 import os
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from iobmd.descriptors.ownership import MemoryOwner
 
 PAGE = 4096
 MIB = 1 << 20
-ABOVE = 1 << 48  # of what a command with 48 address bits reaches
+ABOVE = 1 << 48  # of the memory that a command with 48 address bits reaches
 PIECES = [(PAGE + 100, 50), (ABOVE - 10, 2 * PAGE), (9 * PAGE, PAGE), (ABOVE + 7 * PAGE - 3, 6)]
 DIRECTIONS = [kIODirectionNone, kIODirectionIn, kIODirectionOut, kIODirectionInOut]
 pytestmark = [pytest.mark.needs("frames"), pytest.mark.usefixtures("nothing_left")]
@@ -33,19 +33,19 @@ pytestmark = [pytest.mark.needs("frames"), pytest.mark.usefixtures("nothing_left
 
 @pytest.fixture
 def command() -> Iterator[IODMACommand]:
-    """A device with 48 address bits, which reaches what this host has, and a part of the memory below."""
+    """A device with 48 address bits: it reaches all memory of this host, but not addresses from `ABOVE` on."""
     with IODMACommand.withSpecification(48) as made:
         yield made
 
 
 def bounced(memory: ScatteredDescriptor) -> list[bool]:
-    """Whether each byte is out of the device's reach."""
+    """Return for each byte whether it is out of the device's reach."""
     return [address + index >= ABOVE for address, size in memory.pieces for index in range(size)]
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_bytes_go_out_and_come_in_as_the_direction_says(command: IODMACommand, direction: int) -> None:
-    """A device that inverts every byte: memory out of its reach sees it as far as the direction lets it."""
+    """The device inverts every byte; memory out of its reach is changed only if the direction permits it."""
     memory = ScatteredDescriptor(PIECES, direction)
     before, beyond = bytes(memory.bytes), bounced(memory)
     out = direction != kIODirectionIn
@@ -54,7 +54,7 @@ def test_bytes_go_out_and_come_in_as_the_direction_says(command: IODMACommand, d
     assert seen == bytes(byte if out or not far else 0 for byte, far in zip(before, beyond, strict=True))
     command.writeBytes(0, bytes(byte ^ 0xFF for byte in before))
     now = bytes(byte if far else byte ^ 0xFF for byte, far in zip(before, beyond, strict=True))
-    assert memory.bytes == now, "what is in reach is the memory itself, the rest is elsewhere"
+    assert memory.bytes == now, "memory within reach is used directly, the rest is bounced"
     command.complete()
     inverted = bytes(byte ^ 0xFF for byte in before)
     assert memory.bytes == (now if direction == kIODirectionOut else inverted)
@@ -66,7 +66,7 @@ def test_without_synchronize_nothing_is_copied(command: IODMACommand, direction:
     before = bytes(memory.bytes)
     command.setMemoryDescriptor(memory, autoPrepare=False)
     command.prepare(synchronize=False)
-    assert command.readBytes(0, 100) == bytes(100), "zeros, never what was in that memory before"
+    assert command.readBytes(0, 100) == bytes(100), "zeros, never the previous contents of that memory"
     command.writeBytes(0, b"d" * 100)
     command.complete(synchronize=False)
     assert memory.bytes == before
@@ -98,7 +98,7 @@ def test_synchronize_in_no_direction(command: IODMACommand, direction: int) -> N
 @pytest.mark.parametrize("by_bit", [False, True])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_forced_double_buffer(direction: int, by_bit: bool) -> None:
-    """All of the range moves to other pages, which pagemap shows; the device sees what the direction lets it."""
+    """The whole range is moved to other pages, as pagemap shows; the direction decides which bytes are copied."""
     options = int(direction)
     with (
         iobmd.IOBufferMemoryDescriptor.withOptions(options, 3 * PAGE) as memory,
@@ -132,12 +132,12 @@ def test_forced_double_buffer(direction: int, by_bit: bool) -> None:
         assert memory.readBytes(0, 10) == b"memorymemo"
         assert command.getIOMemoryDescriptor() is memory
         with pytest.raises(IOReturnError):
-            bounce.getLength()  # given back
+            bounce.getLength()  # it was freed
 
 
 @pytest.mark.parametrize("bits", [30, 31, 32, 33, 34])
 def test_real_memory_out_of_reach(bits: int) -> None:
-    """Pages above the mask get pages below it, as pagemap has them; or an honest refusal, and all is as before."""
+    """Pages above the mask are replaced by pages below it (pagemap), or the request is refused without changes."""
     size = 4 * MIB
     with (
         iobmd.allocate(size) as memory,
@@ -145,7 +145,7 @@ def test_real_memory_out_of_reach(bits: int) -> None:
         iobmd.policy(memory_budget=512 * MIB, time_budget=2),
     ):
         if max(frames(memory.getBytesNoCopy(), size)) * PAGE < 1 << bits:
-            pytest.skip(f"this host's memory lies below {1 << bits:#x}")
+            pytest.skip(f"all memory of this host is below {1 << bits:#x}")
         memory.writeBytes(0, os.urandom(size))
         before = memory.readBytes(0, size)
         try:
@@ -172,7 +172,7 @@ def test_real_memory_out_of_reach(bits: int) -> None:
 
 @pytest.mark.parametrize("alignment", [512, PAGE, 1 << 16])
 def test_a_piece_that_the_device_cannot_start_at(alignment: int) -> None:
-    """All of the range goes to an aligned buffer: what is before and behind the range stays untouched."""
+    """The whole range is bounced through an aligned buffer; bytes before and after the range remain unchanged."""
     with (
         iobmd.allocate(5 * PAGE) as memory,
         IODMACommand.withSpecification(maxSegmentSize=3 << 16, alignment=alignment) as command,
@@ -189,7 +189,7 @@ def test_a_piece_that_the_device_cannot_start_at(alignment: int) -> None:
 
 @pytest.mark.parametrize("options", [0, IODMACommand.kNonCoherent])
 def test_a_device_that_does_not_see_the_caches(options: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it reads is written back as the transfer begins; what it wrote is dropped from the caches as it ends."""
+    """Lines that the device reads are written back first; lines that it wrote are dropped at the end."""
     memory = ScatteredDescriptor([(PAGE, 100), (ABOVE, 50), (3 * PAGE, 7)])
     with IODMACommand.withSpecification(48, mappingOptions=options) as command:
         command.setMemoryDescriptor(memory, autoPrepare=False)
@@ -221,7 +221,7 @@ def test_bounce_pages_keep_the_place_in_the_page(command: IODMACommand) -> None:
 
 
 def test_pairs(command: IODMACommand) -> None:
-    """Counted; the same range only; the last complete copies back."""
+    """Calls are counted, only the same range can be prepared again, and the last complete() copies back."""
     memory = ScatteredDescriptor([(ABOVE, 100)])
     command.setMemoryDescriptor(memory)
     command.prepare()
@@ -264,7 +264,7 @@ def test_no_memory_is_not_ready(command: IODMACommand) -> None:
 
 
 def test_memory_that_is_not_prepared(command: IODMACommand) -> None:
-    """Its own prepare() comes first, as in IOKit: the command neither pins it nor keeps it."""
+    """The memory's own prepare() must come first, as in IOKit; the command neither pins nor retains the memory."""
     with iobmd.allocate(PAGE, wired=False) as memory:
         with pytest.raises(IOReturnError, match=r"prepare\(\) first") as caught:
             command.setMemoryDescriptor(memory)
@@ -313,7 +313,7 @@ def test_memory_that_was_freed(command: IODMACommand) -> None:
 
 
 def test_one_command_serves_many_transfers(command: IODMACommand) -> None:
-    """As a pool of commands does; the same memory may be set again, and that completes it when it is not prepared."""
+    """A command may be reused; setting the same memory without autoPrepare completes the command."""
     for size in (1, PAGE, 3 * PAGE):
         with iobmd.allocate(size) as memory:
             command.setMemoryDescriptor(memory)
@@ -358,7 +358,7 @@ def test_more_than_a_transfer_takes() -> None:
 
 
 def test_no_low_memory_for_bounce_buffers() -> None:
-    """As a pool that is exhausted: refused at once, and the memory is as prepared as it was."""
+    """An exhausted pool is refused immediately, and the memory remains prepared as often as before."""
     memory = ScatteredDescriptor([(1 << 24, PAGE)])
     with IODMACommand.withSpecification(24) as command, iobmd.policy(memory_budget=64 * MIB):
         command.setMemoryDescriptor(memory, autoPrepare=False)
@@ -376,7 +376,7 @@ def test_no_low_memory_for_bounce_buffers() -> None:
 
 
 class Failing(ScatteredDescriptor):
-    """Memory of a task that dies: from some moment on nothing can be copied."""
+    """Memory of a task that exits: from then on nothing can be copied."""
 
     fails = False
 
@@ -390,11 +390,11 @@ class Failing(ScatteredDescriptor):
 
     def _copy(self) -> None:
         if self.fails:
-            raise IOReturnError(IOReturn.kIOReturnNotFound, "the task is gone")
+            raise IOReturnError(IOReturn.kIOReturnNotFound, "the task has exited")
 
 
 def test_a_copy_that_fails(command: IODMACommand) -> None:
-    """As the transfer begins nothing is prepared; as it ends it has ended; a forced buffer leaves it as it was."""
+    """A failed start prepares nothing, a failed end still ends the transfer, a failed forced copy has no effect."""
     memory = Failing([(ABOVE, 100)])
     memory.fails = True
     for use in (lambda: command.setMemoryDescriptor(memory),):
@@ -433,7 +433,7 @@ def test_hidden_addresses() -> None:
             try:
                 command.setMemoryDescriptor(memory)
             except PermissionError as error:
-                memory.free()  # not prepared any more
+                memory.free()  # no longer prepared
                 return error.code
             return None
 
@@ -458,7 +458,7 @@ def test_in_a_forked_child_it_refuses() -> None:
 
 
 def test_collected_while_prepared() -> None:
-    """It warns, and the memory can be freed."""
+    """A command that was never completed warns, and its memory can be freed."""
     memory = iobmd.allocate(PAGE)
     command = IODMACommand.withSpecification()
     command.setMemoryDescriptor(memory)

@@ -1,4 +1,4 @@
-"""Segments of IODMACommand: every byte once, in order, within the device's limits, from any offset on."""
+"""Segments of IODMACommand: every byte once, in order, within the device's limits, from any offset."""
 
 import itertools
 from collections.abc import Iterable
@@ -14,13 +14,13 @@ from iobmd import IODMACommand, IOReturn, IOReturnError, PhysicalSegment
 PAGE = 4096
 POWERS = [1 << shift for shift in range(14)]
 limits = st.tuples(
-    st.sampled_from([0, 64, 48]),  # address bits that all of a host's memory, and so a bounce buffer, is within
+    st.sampled_from([0, 64, 48]),  # address bits that cover all of a host's memory, and thus bounce buffers
     st.one_of(st.just(0), st.integers(64, 3 * PAGE)),  # the largest segment
     st.one_of(st.just(1), st.sampled_from(POWERS)),  # alignment
     st.sampled_from([0, 64, 512, PAGE, 1 << 16]),  # boundary
 )
 pieces = st.lists(
-    st.tuples(st.integers(0, 40), st.integers(0, 2 * PAGE), st.integers(1, 3 * PAGE)),  # page, place, length
+    st.tuples(st.integers(0, 40), st.integers(0, 2 * PAGE), st.integers(1, 3 * PAGE)),  # page, position, length
     min_size=1,
     max_size=6,
 )
@@ -31,7 +31,7 @@ def lying(found: list[tuple[int, int, int]], high: int = 0, alignment: int = 1) 
 
 
 def all_segments(command: IODMACommand, count: int, at_a_time: int | None) -> list[PhysicalSegment]:
-    """By offset, as a driver iterates."""
+    """Return the segments by iterating over offsets, as a driver does."""
     segments: list[PhysicalSegment] = []
     offset = 0
     while offset < count:
@@ -43,7 +43,7 @@ def all_segments(command: IODMACommand, count: int, at_a_time: int | None) -> li
 
 
 def joined(segments: Iterable[PhysicalSegment]) -> list[tuple[int, int]]:
-    """The same bytes in the same order, pieces that touch as one: equal where every byte is there once, in order."""
+    """Join adjacent pieces: results are equal if they contain the same bytes in the same order."""
     found: list[tuple[int, int]] = []
     for address, length in segments:
         if found and sum(found[-1]) == address:
@@ -71,7 +71,7 @@ def made(bits: int, largest: int, alignment: int, boundary: int, options: int = 
 @settings(max_examples=100, deadline=None)
 @given(limits, pieces, st.sampled_from([None, 1, 2, 7]), st.data())
 def test_in_reach_every_byte_once_in_order_within_limits(limit, found, at_a_time, data) -> None:
-    """With no piece the device cannot start at, the segments are the memory itself, wherever iteration begins."""
+    """If the device can start at every piece, the segments are the memory itself, wherever iteration begins."""
     memory = ScatteredDescriptor(lying(found, alignment=limit[2]))
     first = data.draw(st.integers(0, len(found) - 1))
     into = data.draw(st.integers(0, memory.pieces[first][1] - 1))
@@ -97,12 +97,12 @@ def test_in_reach_every_byte_once_in_order_within_limits(limit, found, at_a_time
 @given(limits, pieces, st.booleans(), st.sampled_from([None, 1, 3]))
 @example((48, 0, 1, 0), [(0, PAGE - 3, 6)], True, None)  # two bytes of three pages
 @example((48, 700, 512, 1024), [(0, 1, 5000)], True, 1)
-@example((48, 0, 1, 0), [(8, PAGE - 6, 10), (20, 0, 10)], True, None)  # a page's end, and a page's begin behind it
+@example((48, 0, 1, 0), [(8, PAGE - 6, 10), (20, 0, 10)], True, None)  # the end of a page and the start of the next
 @example(
     (48, 0, 2 * PAGE, 0), [(8, 0, PAGE), (0, 0, PAGE), (20, 0, PAGE)], True, None
 )  # bounce pages would be misaligned
 def test_out_of_reach_or_alignment_the_limits_hold(limit, found, high, at_a_time) -> None:
-    """Memory above the device's reach, or where it cannot start: all bytes are there, within its limits."""
+    """Memory above the device's reach, or at which it cannot start: all bytes are covered, within its limits."""
     bits = 48 if high else limit[0]
     # The last page that 48 bits reach, and those above.
     memory = ScatteredDescriptor(lying(found, (1 << 48) - 4 * PAGE if high else 0))
@@ -148,7 +148,7 @@ def test_pieces_that_touch_are_one_segment() -> None:
 
 
 def test_iterate_only_has_no_bounce_buffers() -> None:
-    """What is in reach is told, and then the error; a piece that the device cannot start at likewise."""
+    """Segments before the one out of reach, or with an unsuitable start, are returned before the error."""
     memory = ScatteredDescriptor([(PAGE, 100), (1 << 40, 100), (2 * PAGE + 1, 7)])
     with IODMACommand.withSpecification(32, mappingOptions=IODMACommand.kIterateOnly) as command:
         command.setMemoryDescriptor(memory)
@@ -216,7 +216,7 @@ def test_zeros_are_no_limits() -> None:
 
 @pytest.mark.needs("frames")
 def test_many_segments_come_as_they_are_asked_for() -> None:
-    """A gigabyte in segments of 512 bytes would be two million: a few are cut, not all."""
+    """A gigabyte has two million segments of 512 bytes; only the requested few are generated."""
     with IODMACommand.withSpecification(maxSegmentSize=512) as command:
         command.setMemoryDescriptor(ScatteredDescriptor([(PAGE, 1 << 20)]))
         transfer = command._transfer

@@ -72,7 +72,7 @@ PROGRAMS = {
         "b = pageable(); m = b.map(); cycle(b, m, memoryview(m)); del b, m; gc.collect()"
     ),
     "a part, prepared, at exit": "b = pageable(); s = IOSubMemoryDescriptor.withSubRange(b, 0, 4096, 3); s.prepare()",
-    "a part of what was freed, prepared, in a cycle": (
+    "a part of a freed buffer, prepared, in a cycle": (
         "b = pageable(); s = IOSubMemoryDescriptor.withSubRange(b, 0, 4096, 3); b.free(); s.prepare(); "
         "cycle(s, b); del b, s; gc.collect()"
     ),
@@ -110,7 +110,7 @@ PROGRAMS = {
 
 
 def run(program: str, warned: str) -> str:
-    """Return what a program prints; it has to exit normally, and its warnings to be resource warnings alone."""
+    """Return the output of a program, which must exit normally and issue no warnings other than resource warnings."""
     ended = subprocess.run(
         [sys.executable, "-W", "always::ResourceWarning", "-c", HEAD + program],
         capture_output=True,
@@ -126,7 +126,7 @@ def run(program: str, warned: str) -> str:
 
 @pytest.mark.parametrize(
     "program",
-    # A command asks for physical addresses.
+    # A command requires physical addresses.
     [
         pytest.param(text, id=name, marks=pytest.mark.needs(*["frames"] * ("command(" in text)))
         for name, text in PROGRAMS.items()
@@ -143,7 +143,7 @@ def test_the_warning_says_what_was_never_freed(name: str) -> None:
 
 def test_what_is_dropped_while_prepared_is_unpinned_and_unmapped() -> None:
     program = """
-for _ in range(300):  # more than one table of pins holds
+for _ in range(300):  # more than fit in one table of pins
     b = iobmd.allocate(1 << 16, wired=False, shared=True)
     b.prepare()
     del b

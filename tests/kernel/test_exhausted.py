@@ -1,4 +1,4 @@
-"""Descriptors, address space and locks that are used up: IOKit's codes, and nothing left behind."""
+"""Exhausted descriptors, address space and locks: IOKit's codes, and nothing left behind."""
 
 import contextlib
 import errno
@@ -38,12 +38,12 @@ WISHES = (
     {"size": 4096, "physical_mask": (1 << 46) - 1},
 )
 WITHOUT_A_RING = {
-    # Memory whose ring cannot be made is resident, and has no address: kIOReturnNotReady.
+    # Memory whose ring cannot be created is resident, and has no physical address: kIOReturnNotReady.
     "anywhere": (IOReturn.kIOReturnNotReady, IOReturn.kIOReturnNoResources, Wiring.PINNED),
-    # A search needs a descriptor more, of pagemap.
+    # A search needs one more descriptor, that of pagemap.
     "searched": (IOReturn.kIOReturnNoResources, IOReturn.kIOReturnNoResources, IOReturn.kIOReturnCannotWire),
 }
-"""What is to be expected with no, one and two free descriptors."""
+"""The expected results with no, one and two free descriptors."""
 
 
 @pytest.mark.needs("frames", "memlock")
@@ -79,7 +79,7 @@ def test_no_file_descriptor(free: int, first: bool, wish: dict[str, object]) -> 
 @pytest.mark.parametrize(
     ("alignment", "code"),
     [
-        (1 << 40, IOReturn.kIOReturnNoResources),  # there is such an address, and no memory at it
+        (1 << 40, IOReturn.kIOReturnNoResources),  # the address is valid, but nothing is mapped there
         (1 << 50, IOReturn.kIOReturnNoMemory),
         (1 << 62, IOReturn.kIOReturnNoMemory),
     ],
@@ -101,7 +101,7 @@ def test_no_address_space() -> None:
 
 
 def test_lock_that_a_thread_of_the_parent_held() -> None:
-    """A pageable buffer goes on in a forked child, though a thread was in prepare() as the process forked."""
+    """A pageable buffer remains usable in a child that is forked while a thread is in prepare()."""
     with iobmd.allocate(4096, wired=False) as buffer:
         taken, leave = threading.Event(), threading.Event()
 
@@ -130,10 +130,10 @@ def test_lock_that_a_thread_of_the_parent_held() -> None:
 
 
 def test_task_that_exits_is_gone_and_not_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between giving up its memory and being gone a task seems to run, and the kernel says EPERM or EACCES."""
+    """While a task exits, after releasing its memory, it seems to run, and the kernel returns EPERM or EACCES."""
     monkeypatch.setattr(transfer, "move", lambda _job: transfer.Outcome(0, errno.EACCES))
     monkeypatch.setattr(Task, "alive", True)
-    size = transfer.QUICK + 1  # less is moved by one native call
+    size = transfer.QUICK + 1  # smaller sizes are transferred by one native call
     with sleeping() as child:
         task = Task(child.pid)
         with pytest.raises(PermissionError):
@@ -146,7 +146,7 @@ def test_task_that_exits_is_gone_and_not_forbidden(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("where", ["here", "there"])
 def test_a_lack_of_descriptors_is_not_taken_for_a_lack_of_memory(where: str) -> None:
-    """Existing memory was said to be gone, or not permitted, when its maps could not be opened."""
+    """Existing memory was reported as missing, or not permitted, if its maps could not be opened."""
 
     def look() -> IOReturn:
         page = mmap.mmap(-1, mmap.PAGESIZE)

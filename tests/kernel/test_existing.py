@@ -1,4 +1,4 @@
-"""Descriptors of memory of this process that exists already: bytes, frames and pins, by the kernel's own account."""
+"""Descriptors of existing memory of this process: bytes, frames and pins, according to the kernel."""
 
 import contextlib
 import ctypes
@@ -331,14 +331,14 @@ def test_known_by_the_addresses_of_a_map() -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 def test_what_is_behind_a_map_is_not_taken_for_more_of_its_buffer() -> None:
-    """A map of one page of three, and right behind it another buffer's."""
+    """A map of one page of three is directly followed by a map of another buffer."""
 
     def free_address() -> int:
         with mmap.mmap(-1, 2 * PAGE) as area:
             return ctypes.addressof(ctypes.c_char.from_buffer(area))
 
     with contextlib.ExitStack() as opened:
-        for _ in range(8):  # buffers are looked through in no order
+        for _ in range(8):  # buffers are searched in no particular order
             one = opened.enter_context(iobmd.allocate(3 * PAGE, wired=False, shared=True))
             other = opened.enter_context(iobmd.allocate(PAGE, wired=False, shared=True))
             at = free_address()
@@ -367,7 +367,7 @@ def test_it_keeps_memory_of_iobmd() -> None:
 
 
 def test_volatile_memory_is_written_as_through_its_buffer() -> None:
-    """A store of unknown origin would make it count as taken."""
+    """A write through the descriptor of its addresses does not make volatile memory count as lost."""
     with iobmd.allocate(4 * PAGE, wired=False, purgeable=True) as buffer:
         buffer.writeBytes(0, b"x" * 4 * PAGE)
         md = IOMemoryDescriptor.withAddressRange(buffer.getBytesNoCopy() + PAGE, 5, INOUT, kernel_task)

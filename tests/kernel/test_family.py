@@ -1,4 +1,4 @@
-"""Sub-ranges and concatenations: bytes and frames by pagemap, guards that kill, pins by VmPin, and who keeps what."""
+"""Sub-ranges and concatenations: bytes and frames by pagemap, guard pages, pins by VmPin, and lifetimes."""
 
 import gc
 import os
@@ -51,7 +51,7 @@ def filled(pages: int, *, shared: bool = True, wired: bool = False, **how: bool)
 
 @pytest.mark.usefixtures("nothing_left")
 def test_as_xnu_tests_it() -> None:
-    """The order of things, and what is where, of IOMultMemoryDescriptorTest; released before it is mapped."""
+    """The sequence of IOKit's IOMultMemoryDescriptorTest; the parts are released before the memory is mapped."""
     buffer = iobmd.allocate(8 * PAGE, shared=True)
     for page in range(8):
         buffer.writeBytes(page * PAGE, bytes([0xD0 | page]) * PAGE)
@@ -72,7 +72,7 @@ def test_as_xnu_tests_it() -> None:
 
 
 Bytes = list[tuple[IOBufferMemoryDescriptor, int, int]]
-"""What memory is made of: of which buffer, from where on, and how many."""
+"""A part: its buffer, its offset, and its length."""
 
 
 def cut(of: Bytes, offset: int, length: int) -> Bytes:
@@ -90,7 +90,7 @@ def content(of: Bytes) -> bytes:
 
 
 def places(of: Bytes) -> list[list[int]]:
-    """Where it lies in physical memory, by pagemap, page by page; what is adjacent is joined."""
+    """Return the physical ranges, from pagemap page by page, with adjacent ones joined."""
     found: list[list[int]] = []
     for buffer, start, size in of:
         lies = frames(buffer.getBytesNoCopy(), buffer.getCapacity())
@@ -106,7 +106,7 @@ def places(of: Bytes) -> list[list[int]]:
 
 @pytest.mark.needs("frames")
 def test_any_nesting() -> None:
-    """Trees of sub-ranges and concatenations, over shared and private memory: the right bytes, and where they lie."""
+    """Trees of sub-ranges and concatenations of shared and private memory: correct bytes and addresses."""
     leaves = [filled(3), filled(2, shared=False), filled(1, wired=True)]
 
     @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
@@ -139,7 +139,7 @@ def test_any_nesting() -> None:
         one.complete()
 
     check()
-    assert kernel.pinned(PAGE) == PAGE, "that of the wired one"
+    assert kernel.pinned(PAGE) == PAGE, "the pin of the wired one"
     for leaf in leaves:
         leaf.free()
 
@@ -241,7 +241,7 @@ def test_parts_that_meet_within_a_page_are_not_mapped() -> None:
         with multi([*(sub(first, *piece, INOUT) for piece in pieces), sub(first, 9, 9, INOUT)], INOUT) as meeting:
             assert code_of(lambda: meeting.map(UNIQUE)) == IOReturn.kIOReturnBadArgument
             with meeting.createMappingInTask(kernel_task, 0, ANYWHERE, 50, PAGE - 40) as mapped:
-                assert bytes(mapped) == first.readBytes(50, PAGE - 40), "these go on in the same pages"
+                assert bytes(mapped) == first.readBytes(50, PAGE - 40), "these continue in the same pages"
                 assert frames(mapped.getAddress(), len(mapped)) == frames(first.getBytesNoCopy(), 2 * PAGE)
 
 
@@ -323,7 +323,7 @@ def test_all_is_prepared_or_nothing() -> None:
 def test_purgeable_state_is_that_of_all_the_memory() -> None:
     with filled(2, shared=False, purgeable=True) as first, filled(2, purgeable=True) as second, filled(1) as other:
         whole = multi([sub(first, 0, 9, INOUT), sub(first, PAGE, 9, INOUT), second], INOUT)
-        assert whole.setPurgeable(VOLATILE) == NON_VOLATILE, "though the first is in it twice"
+        assert whole.setPurgeable(VOLATILE) == NON_VOLATILE, "although it contains the first one twice"
         assert (first.setPurgeable(KEEP), second.setPurgeable(KEEP), whole.setPurgeable(KEEP)) == (VOLATILE,) * 3
         assert whole.lazily_freed == first.lazily_freed == 2 * PAGE
         assert iobmd.purge(PAGE) > 0
@@ -337,7 +337,7 @@ def test_purgeable_state_is_that_of_all_the_memory() -> None:
         second.writeBytes(0, b"here")
         for state in (VOLATILE, EMPTY):
             assert code_of(lambda: whole.setPurgeable(state)) == IOReturn.kIOReturnBusy  # noqa: B023
-            assert first.setPurgeable(KEEP) == NON_VOLATILE, "it was taken back"
+            assert first.setPurgeable(KEEP) == NON_VOLATILE, "it was undone"
         second.complete()
         assert second.readBytes(0, 4) == b"here"
         mixed = multi([first, other], INOUT)
@@ -354,7 +354,7 @@ def test_page_counts() -> None:
         assert multi([part, second, first], INOUT).getPageCounts() == (6, 6)
 
 
-# --- who keeps what
+# --- lifetimes
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -401,7 +401,7 @@ def test_memory_goes_when_the_last_child_is_collected() -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 def test_part_outlives_a_buffer_that_is_forgotten() -> None:
-    """It is collected with a warning; the memory and the pins of the part stay as long as the part."""
+    """The buffer is collected with a warning; the memory and the pins of the part remain as long as the part."""
     buffer = filled(1, shared=False)
     data, address = bytes(buffer), buffer.getBytesNoCopy()
     part = sub(buffer, 5, 100, INOUT)
@@ -412,14 +412,14 @@ def test_part_outlives_a_buffer_that_is_forgotten() -> None:
     assert kernel.pinned(PAGE) == PAGE, "the part's"
     assert part.readBytes(0, 100) == data[5:105]
     part.complete()
-    assert kernel.pinned() == 0, "the buffer's own is undone"
+    assert kernel.pinned() == 0, "the buffer's own pin is undone"
     assert kernel.smaps(address)
     part.free()
     assert not kernel.smaps(address)
 
 
 def test_use_that_a_release_overtakes_is_refused() -> None:
-    """As in a thread that has begun to read as another one frees: an error, and no made-up zeros."""
+    """A read during which another thread frees the memory raises an error, and never returns invented zeros."""
     buffer = filled(1)
     whole = multi([sub(buffer, 0, 9, INOUT), sub(buffer, 20, 9, INOUT)], INOUT)
     begun = whole._memory().require_backing()
@@ -436,7 +436,7 @@ def test_parents_know_children_weakly() -> None:
         sub(buffer, 0, 1, INOUT)
     gc.collect()
     buffer.free()
-    assert not kernel.smaps(address), "nobody was left to keep it"
+    assert not kernel.smaps(address), "the memory had no other user"
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -590,7 +590,7 @@ def test_fork() -> None:
         whole.free()
 
 
-# --- what it is told
+# --- arguments
 
 
 @pytest.mark.usefixtures("nothing_left")

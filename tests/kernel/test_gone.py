@@ -1,4 +1,4 @@
-"""Memory that goes away under a descriptor: an error with the address, in a process that goes on."""
+"""Memory that is unmapped under a descriptor: an error with the address, in a process that continues to run."""
 
 import contextlib
 import ctypes
@@ -39,11 +39,11 @@ from iobmd.physical.hugetlb import PoolBlocks
 
 INOUT = 3
 SIZE = 64 * PAGE
-GOOD = 40 * PAGE  # what is left of it
+GOOD = 40 * PAGE  # the rest of it
 
 pytestmark = [
     pytest.mark.usefixtures("nothing_left"),
-    pytest.mark.skipif(mapping.BEST_FLUSH == mapping.NO_FLUSH, reason="this processor flushes for nobody"),
+    pytest.mark.skipif(mapping.BEST_FLUSH == mapping.NO_FLUSH, reason="this processor lacks cache line instructions"),
 ]
 
 
@@ -53,7 +53,7 @@ WAYS: dict[str, Callable[[int, int], None]] = {
     "unmapped": lambda address, _fd: rawmemory.unmap(address + GOOD, SIZE - GOOD),
     "protected": lambda address, _fd: rawmemory.protect(address + GOOD, SIZE - GOOD, 0),
     "truncated": lambda _address, fd: os.ftruncate(fd, GOOD),
-    "truncated in a page": lambda _address, fd: os.ftruncate(fd, GOOD - 100),
+    "truncated inside a page": lambda _address, fd: os.ftruncate(fd, GOOD - 100),
 }
 
 
@@ -123,7 +123,7 @@ def test_commands(way: str) -> None:
         existing.md.prepare()
         coherent = IODMACommand.withSpecification(64)
         coherent.setMemoryDescriptor(existing.md)
-        coherent.synchronize(0, True)  # all of it is in a bounce buffer now
+        coherent.synchronize(0, True)  # the whole range now uses a bounce buffer
         other = IODMACommand.withSpecification(64, 0, IODMACommand.kNonCoherent)
         other.setMemoryDescriptor(existing.md)
         unprepared = IODMACommand.withSpecification(64, 0, IODMACommand.kNonCoherent)
@@ -139,7 +139,7 @@ def test_commands(way: str) -> None:
         ):
             error = error_of(action)
             assert (error.code, error.address) == (IOReturn.kIOReturnVMError, existing.address + GOOD)
-        for command in (coherent, other, unprepared):  # the transfers have ended all the same
+        for command in (coherent, other, unprepared):  # the transfers have ended nevertheless
             command.clearMemoryDescriptor()
         existing.md.complete()
         existing.close()
@@ -159,7 +159,7 @@ BOUNCED: dict[str, Callable[[IOMemoryDescriptor], IOMemoryDescriptor]] = {
 def test_no_bounce_buffer_stands_in_for_what_is_gone(
     make: Callable[[IOMemoryDescriptor], IOMemoryDescriptor],
 ) -> None:
-    """The kernel maps it at the very addresses that were unmapped, where it would be copied from itself."""
+    """The kernel may map the copy at the unmapped addresses, from which it would then be copied."""
 
     def check() -> None:
         existing = ExistingMemory(file=False)
@@ -184,12 +184,12 @@ OWN_COPIES: dict[str, Callable[[int], object]] = {
     "shared copy": lambda at: iobmd.copy(kernel_task, at, LARGE, shared=True),
 }
 LARGE = 4 << 20
-"""Bytes for which malloc(3) maps memory, too."""
+"""Return a number of bytes for which malloc(3) also maps memory."""
 
 
 @pytest.fixture
 def gone() -> Iterator[int]:
-    """Return an address that was mapped, where the kernel maps large memory next: downwards, below all that fits."""
+    """Return an unmapped address, in the gap in which the kernel will map large memory next."""
     kinds = READ | WRITE, rawmemory.PRIVATE | rawmemory.ANONYMOUS, -1
     fill = [rawmemory.map_memory(LARGE, *kinds) for _ in range(64)]
     address = rawmemory.map_memory(3 * LARGE, *kinds)
@@ -213,9 +213,9 @@ def test_what_is_gone_is_a_hole_of_a_copy(gone: int) -> None:
 @pytest.mark.needs("root")
 @pytest.mark.parametrize("name", ["flush", "store", "flush a concatenation"])
 def test_it_goes_away_in_the_middle(name: str) -> None:
-    """Everything is there as the operation begins, and its end is gone when it gets there.
+    """All memory is mapped when the operation begins, and its end is unmapped before the operation reaches it.
 
-    Reads and writes take what may have to be waited for last: they may have had the end before.
+    Reads and writes access pages that may require waiting last, so that they may already have accessed the end.
     """
 
     def check() -> None:
@@ -269,7 +269,7 @@ def test_it_comes_and_goes_under_several_threads() -> None:
     in_child(check)
 
 
-# --- the child process that does it
+# --- the child process that performs the operation
 
 
 @contextlib.contextmanager
@@ -300,14 +300,14 @@ def test_the_program_sees_no_child() -> None:
 
 
 def test_signals_of_the_program_are_handled_once() -> None:
-    """A handler that ran in the child, too, would run a second time in the same memory."""
+    """A signal handler that also ran in the child would run twice in the same memory."""
     sent = 200
 
     def check() -> int:
         os.setpgid(0, 0)
         reading, writing = os.pipe2(os.O_NONBLOCK)
         signal.signal(signal.SIGUSR1, lambda _number, _frame: None)
-        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)  # a byte each time that the handler in C runs
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)  # one byte for each run of the handler in C
         group, pid = os.getpgid(0), os.fork()
         if not pid:
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -327,7 +327,7 @@ def test_signals_of_the_program_are_handled_once() -> None:
 
 
 def test_bytes_past_and_around_a_hole() -> None:
-    """The first byte that cannot be reached, by small and large copies, to and from such memory."""
+    """Small and large copies to and from revocable memory report the first inaccessible byte."""
 
     def check() -> None:
         size = 8 << 20
@@ -390,12 +390,12 @@ def test_cache_modes_of_such_memory(mode: int) -> None:
         assert memory.read(0, 5) == b"\1" * 5
 
 
-# --- memory of iobmd that another process could cut away
+# --- memory of iobmd that another process could truncate
 
 
 @contextlib.contextmanager
 def opened(buffer: iobmd.IOBufferMemoryDescriptor) -> Iterator[int]:
-    """A descriptor of a buffer's memory, as a peer has one."""
+    """Return a descriptor of a buffer's memory, as a peer has."""
     shared = buffer._memory().require_backing().shared
     assert shared
     fd = os.open(f"/proc/self/fd/{shared.fd.fileno()}", os.O_RDWR | os.O_CLOEXEC)
@@ -415,7 +415,7 @@ def test_nobody_can_cut_a_memfd_away(task: iobmd.Task | None) -> None:
 
 @pytest.mark.needs("collapse")
 def test_nobody_can_cut_contiguous_memory_away() -> None:
-    """An ordinary user's is in a memfd."""
+    """Memory of an ordinary user is in a memfd."""
 
     def check() -> None:
         buffer = iobmd.allocate(2 << 20, shared=True, contiguous=True)
@@ -448,7 +448,7 @@ def test_memory_in_huge_pages_that_a_peer_cuts_away(name: str, task: iobmd.Task 
         with opened(buffer) as fd:
             try:
                 os.ftruncate(fd, GOOD)
-            except PermissionError:  # the host gave a memfd: sealed
+            except PermissionError:  # the object is a sealed memfd
                 return False
             error = error_of(lambda: ACTIONS[name](buffer))
             assert error.code == IOReturn.kIOReturnVMError

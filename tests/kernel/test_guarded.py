@@ -1,4 +1,4 @@
-"""Buffers with guard pages: a child that touches either side dies, and nothing is lost of the memory between."""
+"""Buffers with guard pages: a child that touches either side is killed, and the memory between them is complete."""
 
 import os
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_either_side_faults(capacity: int) -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 def test_wired_and_mapped_once_more() -> None:
-    """As IOGuardPageMDTest does."""
+    """The sequence of IOKit's IOGuardPageMDTest."""
     before = kernel.status("VmLck")
     for capacity in range(PAGE // 8, 10 * PAGE, 7 * PAGE // 8):
         with guarded(kernel_task, INOUT, capacity) as buffer:

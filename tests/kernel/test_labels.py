@@ -21,7 +21,7 @@ make = IOBufferMemoryDescriptor.inTaskWithOptions
 
 
 def name_of(address: int, pid: int | str = "self") -> str:
-    """What the kernel calls the mapping at an address."""
+    """Return the kernel's name of the mapping at an address."""
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
         span, _perms, _offset, _device, _inode, *name = line.split(maxsplit=5)
         start, end = (int(text, 16) for text in span.split("-"))
@@ -98,7 +98,7 @@ def test_bad_tags(tags: tuple[int, int]) -> None:
 
 def test_tag_of_a_descriptor() -> None:
     with make(kernel_task, SHARED, PAGE, 1, 7, 8) as buffer:
-        assert buffer.getTag() == 0, "that is the caller's, and not those of its mappings"
+        assert buffer.getTag() == 0, "the tag belongs to the caller, and does not change the tags of mappings"
         buffer.setTag(1 << 40)
         assert buffer.getTag() == 1 << 40
         assert buffer.getFlags() == SHARED
@@ -107,7 +107,7 @@ def test_tag_of_a_descriptor() -> None:
 
 
 def test_context() -> None:
-    """As IOMDContextTest: it is kept, replaced and let go."""
+    """As in IOKit's IOMDContextTest, the context is retained, replaced and released."""
 
     class Context:
         pass

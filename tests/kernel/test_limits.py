@@ -1,4 +1,4 @@
-"""Limits on what this process may map and lock: an error names each, with its value, its use and the remedy."""
+"""Limits on mapping and locking memory: errors name the limit, its value, its usage and the remedy."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_no_mapping_is_left(kind: str) -> None:
 
     def allocate_at_the_limit() -> tuple[IOReturn, str]:
         iobmd.allocate(4096).free()
-        while True:  # neighbours that differ do not become one
+        while True:  # adjacent areas that differ are not merged
             for protection in (1, 3):
                 found = libc.mmap(None, mmap.PAGESIZE, protection, 0x22, -1, 0)
                 if found == ctypes.c_void_p(-1).value:
@@ -67,7 +67,7 @@ def test_no_mapping_is_left(kind: str) -> None:
 
 @pytest.mark.needs("frames", "memlock")
 def test_contiguous_memory_that_cannot_become_inheritable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At vm.max_map_count an area that has merged with a neighbour cannot be split: nothing stays, or is locked."""
+    """At vm.max_map_count a merged area cannot be split again: nothing remains mapped or locked."""
     real = mman.advise
 
     def advise(address: int, size: int, advice: int) -> None:
@@ -101,7 +101,7 @@ def test_limits_of_address_space(kind: str, name: str) -> None:
 
 
 def test_the_commit_limit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By made-up figures, for the setting is the whole host's."""
+    """Uses invented figures, because the setting applies to the whole host."""
     monkeypatch.setattr(limits, "read_int", {"/proc/sys/vm/overcommit_memory": 2}.get)
     figures = {"CommitLimit": 100 * MIB, "Committed_AS": 90 * MIB}
     monkeypatch.setattr(limits.procfs, "meminfo", lambda: figures)
@@ -114,7 +114,7 @@ def test_the_commit_limit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS], ids=["EPERM", "ENOSYS"])
 def test_mlock_that_a_filter_denies(number: int) -> None:
-    """systemd's SystemCallFilter=~@memlock, under a limit that is not the reason."""
+    """With systemd's SystemCallFilter=~@memlock, the error names the filter instead of the limit."""
 
     def allocate_filtered() -> tuple[IOReturn, str]:
         return refusal(lambda: iobmd.allocate(4096))

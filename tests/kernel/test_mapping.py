@@ -1,4 +1,4 @@
-"""`IOMemoryMap`: the same pages at further addresses, as pagemap has them, and their end."""
+"""`IOMemoryMap`: the same pages at additional addresses, according to pagemap, and the end of maps."""
 
 import errno
 import gc
@@ -35,7 +35,7 @@ def shared(size: int = 16 * kernel.PAGE, *, wired: bool = False) -> tuple[Buffer
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("is_shared", [False, True], ids=["private", "shared"])
 def test_static_mapping(is_shared: bool) -> None:
-    """In its own task, anywhere: the addresses that the descriptor has already, as in IOKit."""
+    """In the descriptor's own task, "anywhere" returns the descriptor's addresses, as in IOKit."""
     with iobmd.allocate(5000, shared=is_shared, wired=False) as buffer:
         buffer.writeBytes(0, b"0123456789")
         with buffer.map() as whole, buffer.createMappingInTask(iobmd.kernel_task, 0, ANYWHERE, 3, 5) as part:
@@ -106,11 +106,11 @@ def test_prefault_in_place_without_advice(kind: str) -> None:
                 kept = bytes(mapped)[kernel.PAGE :][:5]
             return there, sum(own), kept, kernel.nothing_is_pinned()
 
-    # Each page is its own: the kernel's page of zeroes is mapped by many.
+    # Each page is mapped exclusively, unlike the kernel's zero page.
     assert in_child(look, deny=NO_ADVICE) == (64, 64, b"kept\0", True)
     unpinnable = {**NO_ADVICE, "io_uring_setup": errno.ENOSYS}
     assert in_child(look, deny=unpinnable)[0] == 64
-    assert in_child(look, deny={**unpinnable, "process_vm_readv": errno.ENOSYS})[0] == 1, "no refusal even then"
+    assert in_child(look, deny={**unpinnable, "process_vm_readv": errno.ENOSYS})[0] == 1, "not refused even then"
 
 
 @pytest.mark.needs("memlock")
@@ -204,10 +204,10 @@ def test_compatible_maps_share_addresses() -> None:
         inside = buffer.createMappingInTask(iobmd.kernel_task, address + kernel.PAGE, 0, kernel.PAGE, kernel.PAGE)
         assert inside.getAddress() == address + kernel.PAGE
         reading = code_of(lambda: buffer.createMappingInTask(iobmd.kernel_task, address, READ_ONLY))
-        assert reading == IOReturn.kIOReturnNoResources, "read-only is not compatible, and the place is taken"
+        assert reading == IOReturn.kIOReturnNoResources, "a read-only map is incompatible, and the address is in use"
         first.unmap()
         first.unmap()
-        assert bytes(inside)[:0] == b"", "the addresses go with the last"
+        assert bytes(inside)[:0] == b"", "the last map unmaps the addresses"
         assert kernel.smaps(address)
         inside.unmap()
         assert not kernel.smaps(address)
@@ -244,7 +244,7 @@ def test_redirect() -> None:
 
 
 def test_redirect_under_readers() -> None:
-    """Whoever looks there sees the one memory or the other in each page, and never nothing."""
+    """A concurrent reader sees the old or the new memory in each page, and never unmapped addresses."""
     first, second = (iobmd.allocate(64 * kernel.PAGE, wired=False, shared=True) for _ in range(2))
     first.writeBytes(0, b"1" * len(first))
     second.writeBytes(0, b"2" * len(second))
@@ -274,7 +274,7 @@ def test_physical_addresses_are_those_of_the_buffer() -> None:
         assert mapped.getPhysicalAddress() == buffer.getPhysicalSegment(5000)[0]
         assert mapped.getPhysicalSegment(19_999)[1] == 1
         assert mapped.getPhysicalSegment(20_000) == mapped.getPhysicalSegment(-1) == (0, 0)
-        assert len(bytes(mapped)) == 20000  # have the pages in place
+        assert len(bytes(mapped)) == 20000  # fault in the pages
         frames = {entry & kernel.FRAME for entry in kernel.entries(mapped.getAddress(), 20000)}
         assert mapped.getPhysicalAddress() // kernel.PAGE in frames
 
@@ -326,7 +326,7 @@ def test_refused(options: int, offset: int, length: int, code: IOReturn) -> None
 
 @pytest.mark.needs("own_footprint")
 def test_maps_come_and_go_in_threads() -> None:
-    """Maps in reference cycles die wherever a collection comes."""
+    """Maps in reference cycles end at any garbage collection, in any thread."""
 
     def churn() -> int:
         gc.set_threshold(10, 2, 2)

@@ -1,4 +1,4 @@
-"""Physical addresses under a mask, as an independent reading of pagemap has them, or an honest refusal."""
+"""Physical addresses within a mask, verified by an independent reader of pagemap, or a justified refusal."""
 
 import ctypes
 import mmap
@@ -31,7 +31,7 @@ MAP_HUGETLB = 0x40000 | 21 << 26
 @pytest.mark.parametrize("size", [5000, 5 * MIB])
 def test_mask_that_most_memory_fits(size: int, bits: int) -> None:
     if bits == 34 and max_address() >> 36:
-        pytest.skip("most memory of this host lies above 16 GiB")
+        pytest.skip("most memory of this host is above 16 GiB")
     with Buffer.inTaskWithPhysicalMask(iobmd.kernel_task, 0, size, (1 << bits) - 1) as buffer:
         assert all(frame << 12 < 1 << bits for frame in frames(buffer.getBytesNoCopy(), size))
         assert buffer.wiring is Wiring.PINNED
@@ -45,7 +45,7 @@ def max_address() -> int:
 
 @pytest.mark.needs("frames")
 def test_alignment_comes_from_the_mask() -> None:
-    """The mask's lowest bit is the alignment, as initWithPhysicalMask of IOKit derives it."""
+    """The lowest bit of the mask is the alignment, as in IOKit's initWithPhysicalMask."""
     every = (1 << 48) - 1
     with iobmd.allocate(100, physical_mask=every & ~0xFFFF) as buffer:
         assert buffer.getPhysicalAddress() % 65536 == 0
@@ -74,11 +74,11 @@ def test_mask_out_of_reach_is_refused_at_once() -> None:
     [
         *((size, hole) for size in (5000, MIB) for hole in (0x1000, 0x2000, 0x40000)),
         (5000, 2 * MIB),
-        *((32 * MIB, hole) for hole in (2 * MIB, 8 * MIB)),  # of sixteen huge pages some do not fit
+        *((32 * MIB, hole) for hole in (2 * MIB, 8 * MIB)),  # some of sixteen huge pages do not fit
     ],
 )
 def test_mask_with_a_hole(size: int, hole: int) -> None:
-    """No huge page fits a hole below 2 MiB. Half of all pages fit each: others are held until enough are found."""
+    """No huge page fits a hole below 2 MiB. Half of all pages fit, and others are held until enough are found."""
     with iobmd.allocate(size, physical_mask=EVERY & ~hole) as buffer:
         assert buffer.wiring is Wiring.PINNED
         assert not any(frame << 12 & hole for frame in frames(buffer.getBytesNoCopy(), size))
@@ -87,7 +87,7 @@ def test_mask_with_a_hole(size: int, hole: int) -> None:
 
 @pytest.mark.needs("frames")
 def test_contiguous_under_a_mask_with_a_hole() -> None:
-    """Below the hole it can be had; above, every long piece has an address with that bit."""
+    """Memory shorter than the hole's bit is found; every longer piece has an address with that bit."""
     with iobmd.allocate(8192, contiguous=True, physical_mask=EVERY & ~0x4000) as buffer:
         first, second = frames(buffer.getBytesNoCopy(), 8192)
         assert second == first + 1
@@ -111,7 +111,7 @@ def test_masks_need_no_huge_pages() -> None:
 
 @pytest.mark.needs("root", "frames", "hugetlb")
 def test_pools_are_searched_before_a_refusal(setting: Setting) -> None:
-    """Memory under 4 GiB, that is out of reach of a small budget, is taken out of a pool that has it."""
+    """Memory below 4 GiB that a small budget cannot reach is taken from a pool."""
     pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
     setting(str(pool), 64)
     free = int(pool.with_name("free_hugepages").read_text())
@@ -134,7 +134,7 @@ def test_pools_are_searched_before_a_refusal(setting: Setting) -> None:
 
 
 def test_a_mask_over_all_memory_is_in_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also while the kernel has not yet made all free memory ready: zones count less of it than meminfo then."""
+    """The check also works while the kernel initializes memory, and zones count less free memory than meminfo."""
     from iobmd.physical import zones
 
     free = {**zones.procfs.meminfo(), "MemFree": 1 << 50}
@@ -146,7 +146,7 @@ def test_a_mask_over_all_memory_is_in_reach(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.needs("frames")
 @pytest.mark.usefixtures("nothing_left")
 def test_what_moved_out_of_reach_before_it_was_pinned_is_not_taken() -> None:
-    """Pages are found, and pinned, and looked at again: here they are looked at, with limits on either side."""
+    """Candidate pages are checked against the mask, with addresses on both sides of its limits."""
     with iobmd.allocate(MIB) as buffer:
         table = visible_runs(iobmd.kernel_task, buffer.getBytesNoCopy(), MIB)
         top = max(frames(buffer.getBytesNoCopy(), MIB)).bit_length() + 12
@@ -157,7 +157,7 @@ def test_what_moved_out_of_reach_before_it_was_pinned_is_not_taken() -> None:
 
 @pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
 def test_a_mask_without_seeing_frames(shared: bool) -> None:
-    """No budget helps: it is told at once what does, and nothing is populated first."""
+    """If no budget suffices, the error states the remedy immediately, before memory is populated."""
 
     def allocate_masked() -> tuple[IOReturn, str]:
         before = kernel.status("VmHWM")

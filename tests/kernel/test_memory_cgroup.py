@@ -1,4 +1,4 @@
-"""What fills memory in a memory cgroup is refused before the kernel kills for it, by the kernel's own counters."""
+"""Memory that would exceed a memory cgroup is refused before the kernel kills a process (by its counters)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NO_MEMORY = IOReturn.kIOReturnNoMemory
 
 
 def refused(action: Callable[[], object]) -> str:
-    """Do what is to be refused for want of memory; returns the message."""
+    """Call a function that must be refused for lack of memory; return the message."""
     with pytest.raises(IOReturnError) as caught:
         action()
     assert caught.value.code == NO_MEMORY, str(caught.value)
@@ -57,7 +57,7 @@ def two_prepared(*, shared: bool) -> None:
             assert part in message
         assert second.getPageCounts()[0] == 0
         first.complete()
-        first.prepare()  # it is resident, and needs nothing more, though as much would not fit
+        first.prepare()  # it is resident and needs no more memory, although as much again would not fit
         first.complete()
 
 
@@ -73,7 +73,7 @@ def many_prepared() -> None:
                 break
             stack.callback(buffer.complete)
             count += 1
-    assert 5 <= count <= 8, "what fits is not refused"
+    assert 5 <= count <= 8, "memory that fits is not refused"
 
 
 def many_small() -> None:
@@ -87,7 +87,7 @@ def many_small() -> None:
         for buffer in held:
             buffer.free()
     assert caught.value.code == NO_MEMORY
-    assert count * (96 << 10) > 180 * MIB, "what fits is not refused"
+    assert count * (96 << 10) > 180 * MIB, "memory that fits is not refused"
 
 
 def existing() -> None:
@@ -126,7 +126,7 @@ def searched(**keywords: bool) -> None:
 
 
 def searched_beside_another(*, shared: bool) -> None:
-    """What is allocated beside a search, here after each look at more memory, is not counted on."""
+    """A search adapts to memory that is allocated concurrently, here after each of its batches."""
     filled: list[mmap.mmap] = []
     source: type[TransparentBlocks | FileBlocks] = FileBlocks if shared else TransparentBlocks
     more = source.more
@@ -139,7 +139,7 @@ def searched_beside_another(*, shared: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(source, "more", more_on_both_sides)
         searched(shared=shared)
-    assert len(filled) > 4, "the search ended before it met any limit"
+    assert len(filled) > 4, "the search ended before it reached any limit"
 
 
 def attached() -> None:
@@ -160,7 +160,7 @@ def written() -> None:
                 assert error.code == NO_MEMORY
                 break
         assert 160 * MIB < offset < 256 * MIB
-        private.writeBytes(0, source)  # what is resident can be written to
+        private.writeBytes(0, source)  # resident memory can be written to
         source.release()
     with iobmd.allocate(300 * MIB, wired=False, shared=True) as shared, mmap.mmap(-1, 4096) as small:
         refused(lambda: shared.readBytes(0, 300 * MIB))
@@ -177,7 +177,7 @@ def bounced() -> None:
 
 
 def taken_back() -> None:
-    """Volatile memory that is intact needs none more to become non-volatile."""
+    """Intact volatile memory needs no additional memory to become non-volatile."""
     with iobmd.allocate(150 * MIB, wired=False, purgeable=True) as buffer:
         for offset in range(0, 150 * MIB, 16 * MIB):
             buffer.writeBytes(offset, b"x" * min(16 * MIB, 150 * MIB - offset))
@@ -202,8 +202,8 @@ SCENES: dict[str, Callable[[], None]] = {
     "maps": mapped,
     "wired buffers": allocated,
     "a search": searched,
-    "a search beside another process": lambda: searched_beside_another(shared=False),
-    "a search for shared memory beside another process": lambda: searched_beside_another(shared=True),
+    "a search concurrent with another process": lambda: searched_beside_another(shared=False),
+    "a search for shared memory concurrent with another process": lambda: searched_beside_another(shared=True),
     "attached memory": attached,
     "writes": written,
     "a bounce buffer": bounced,
@@ -213,7 +213,7 @@ SCENES: dict[str, Callable[[], None]] = {
 
 
 def kills(procs: Path) -> int:
-    """How often the kernel killed in a cgroup."""
+    """Return how often the kernel killed a process in a cgroup."""
     for name in ("memory.oom_control", "memory.events"):
         with contextlib.suppress(OSError):
             counters = dict(line.split() for line in (procs.parent / name).read_text().splitlines())
@@ -224,7 +224,7 @@ def kills(procs: Path) -> int:
 @pytest.mark.needs("memlock")
 @pytest.mark.parametrize(
     ("scene", "namespace"),
-    # In a namespace the limits are found in another way, by all in the same.
+    # In a cgroup namespace the limits are found in another way, always by the same code.
     [*((scene, False) for scene in SCENES), *((scene, True) for scene in ("two private buffers", "a search"))],
 )
 def test_nothing_is_killed(memory_cgroup: Callable[[int], Path], scene: str, namespace: bool) -> None:
@@ -305,7 +305,7 @@ def test_another_task_is_not_killed(limited_target: tuple[subprocess.Popen[str],
 def test_pages_in_another_task_are_charged_to_this_one(
     limited_target: tuple[subprocess.Popen[str], list[int], Path],
 ) -> None:
-    """What is mapped in a task with a limit is made here, by a map that is faulted in ahead and by wired memory."""
+    """Prefaulted maps and wired memory in a task with a limit are populated, and charged, in this process."""
     program, _addresses, procs = limited_target
     before = used(procs)
     ahead = IOMapOptions.kIOMapAnywhere | IOMapOptions.kIOMapPrefault

@@ -34,7 +34,7 @@ def lock_all(flags: int = MCL_CURRENT | MCL_FUTURE) -> None:
 
 
 class Counters(NamedTuple):
-    """What smaps counts of a buffer, in bytes."""
+    """Return a counter of smaps for a buffer, in bytes."""
 
     resident: int
     huge: int
@@ -59,7 +59,7 @@ WIRED: dict[str, dict[str, object]] = {
 @pytest.mark.needs("root", "frames", "memlock")
 @pytest.mark.parametrize("kind", WIRED)
 def test_wired_memory_of_a_process_that_locks_all(kind: str) -> None:
-    """Huge pages and runs of frames as elsewhere: mmap must not fault small pages in before it is advised."""
+    """Huge pages and runs as without mlockall: mmap must not fault in small pages before madvise is called."""
 
     def allocate() -> tuple[Wiring, int, int]:
         lock_all()
@@ -146,12 +146,12 @@ def test_guard_pages_of_a_process_that_locks_all() -> None:
             ]
             return sum("lo" in flags for flags in beside), len(beside)
 
-    assert in_child(allocate) == (1, 3), "the guards do not count against the limit"
+    assert in_child(allocate) == (1, 3), "the guard pages do not count against the limit"
 
 
 @pytest.mark.needs("memlock")
 @pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
-@pytest.mark.parametrize("late", [False, True], ids=["before", "after it was made"])
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after its allocation"])
 def test_purgeable_memory_of_a_process_that_locks_all(late: bool, shared: bool) -> None:
     def change() -> tuple[int, bytes, int]:
         if not late:
@@ -222,7 +222,7 @@ def locker(kind: str, flags: int, limit: int = 0) -> Iterator[int]:
 
 @pytest.mark.needs("root", "memlock")
 def test_memory_in_a_task_that_locks_all() -> None:
-    """It is pageable there too: the task's account does not grow by what nobody has touched."""
+    """Memory in another task is pageable too: untouched pages do not increase that task's locked memory."""
     with locker("root", MCL_CURRENT | MCL_FUTURE) as pid:
         locked, resident = kernel.status("VmLck", pid), kernel.status("VmRSS", pid)
         with iobmd.allocate(64 * MIB, task=pid, wired=False) as buffer:

@@ -1,4 +1,4 @@
-"""`allocate(node=)` on a host with any number of nodes; two are proved apart in guests (tests/vm/test_numa.py)."""
+"""`allocate(node=)` on a host with any number of nodes; guests with two nodes are tested in tests/vm/test_numa.py."""
 
 import pytest
 from support.child import NOBODY, in_child
@@ -40,4 +40,4 @@ def test_no_such_node(node: int) -> None:
 def test_memory_of_other_nodes_is_given_back(monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
     monkeypatch.setattr(native, "count_off_node", lambda *_: 3)
     assert code_of(lambda: iobmd.allocate(2 * MIB, node=0, shared=shared)) == IOReturn.kIOReturnNoResources
-    iobmd.allocate(2 * MIB).free()  # no node is wanted any more
+    iobmd.allocate(2 * MIB).free()  # no node is requested any longer

@@ -1,4 +1,4 @@
-"""`iobmd.pagemap` against an independent few-line reader, and its honesty about hidden frames."""
+"""`iobmd.pagemap` compared with an independent reader of a few lines, and its treatment of hidden frames."""
 
 import ctypes
 import errno
@@ -32,7 +32,7 @@ MREMAP_MAYMOVE_FIXED_DONTUNMAP = 7
 
 
 def independent(address: int, size: int, pid: int | str = "self") -> list[tuple[bool, bool, int | None, bool, bool]]:
-    """Read the table of proc_pid_pagemap(5) word by word."""
+    """Decode entries according to the table of proc_pid_pagemap(5)."""
     return [
         (bool(e >> 63), bool(e >> 62 & 1), (e & kernel.FRAME or None) if e >> 63 else None, bool(e >> 61 & 1),
          bool(e >> 56 & 1))
@@ -86,7 +86,7 @@ def test_swapped_pages() -> None:
         counts = pagemap.counts(kernel_task, address, size)
         assert counts.swapped == kernel.swapped(address, size) > 200
         assert all(page.pfn is None for page in pagemap.pages(kernel_task, address, size) if page.swapped)
-        # Half of it back: resident and dirty are what is resident now.
+        # Half of it is swapped in: only resident pages count as resident and dirty.
         buffer.readBytes(0, size // 2)
         assert buffer.getPageCounts()[0] == kernel.present(address, size) < 256
 
@@ -118,10 +118,10 @@ def test_what_lies_nowhere_is_not_in_the_first_frames() -> None:
 
 @pytest.mark.needs("frames", "big_memory")
 def test_huge_pages_that_are_neighbours_in_memory_alone() -> None:
-    """Two areas, of which the second begins with the frame behind the last one of the first."""
+    """Two areas with contiguous frames: the second begins with the frame after the last one of the first."""
     mremap = ctypes.CDLL(None, use_errno=True).mremap
     mremap.restype, mremap.argtypes = ctypes.c_long, [ctypes.c_long] * 5
-    # So much that there are neighbours among them also where free memory is in pieces.
+    # Enough pages that some have adjacent frames even if free memory is fragmented.
     with closing(Mapping.anonymous(1 << 30, HUGE)) as area, closing(Mapping.anonymous(16 << 20, HUGE)) as apart:
         mman.advise(area.address, area.size, mman.MADV_HUGEPAGE)
         mman.advise(area.address, area.size, mman.MADV_POPULATE_WRITE)
@@ -142,7 +142,7 @@ def test_huge_pages_that_are_neighbours_in_memory_alone() -> None:
 @pytest.mark.parametrize("before", [0, 1, 100, 4095, 4096, 5000])
 @pytest.mark.parametrize("after", [0, 1, 5000])
 def test_many_small_areas(before: int, after: int) -> None:
-    """Which are read several at once, also where the range begins and ends inside a page."""
+    """Small areas are read several at once, even if the range begins and ends inside a page."""
     pages = 600
     with iobmd.allocate(pages * 4096, wired=False) as buffer:
         address = buffer.getBytesNoCopy()
@@ -178,7 +178,7 @@ def test_what_was_read_ahead_is_not_kept() -> None:
 
 @pytest.mark.parametrize("address", [1 << 63, 0xFFFFFFFFFF600000, (1 << 64) - 8192])
 def test_above_all_of_user_space(address: int) -> None:
-    """Also where another step would reach beyond the last address."""
+    """The end of the address space is reported even if another step would exceed the last address."""
 
     def look() -> IOReturn:
         with pytest.raises(IOReturnError) as caught:
@@ -189,10 +189,10 @@ def test_above_all_of_user_space(address: int) -> None:
 
 
 TOP = 0x7FFFFFFFF000
-"""Where user space ends with four levels of page tables (x86-64, TASK_SIZE)."""
+"""The end of user space with four levels of page tables (x86-64, TASK_SIZE)."""
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="user space ends elsewhere")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="user space has another end")
 def test_ranges_across_the_end_of_user_space() -> None:
     for start, size in ((0, TOP + 4096), (TOP - 4096, 8192), (0, (1 << 64) - 1), ((1 << 64) - 4096, 4096)):
         for look in (pagemap.spans, pagemap.runs):
@@ -344,7 +344,7 @@ def test_pages_of_a_pool_are_counted(monkeypatch: pytest.MonkeyPatch, scans: boo
 
 
 def test_pages_of_a_buffer_a_map_and_a_task() -> None:
-    """As everywhere here: what is looked at is a task, a range of one, a buffer or a map."""
+    """As elsewhere in `pagemap`, the target is a task, a range of one, a buffer or a map."""
     with iobmd.allocate(3 * 4096, shared=True) as buffer, buffer.map() as mapped:
         address = buffer.getBytesNoCopy()
         expected = list(pagemap.pages(kernel_task, address, 3 * 4096))

@@ -1,4 +1,4 @@
-"""`iobmd.pagemap` on programs as they run: what they hold and share; and on those that change or end meanwhile."""
+"""`iobmd.pagemap` on running programs: their own and shared memory, and changes and exits during the read."""
 
 import contextlib
 import os
@@ -28,7 +28,7 @@ IDLE = {
     "timeout": ["120", "sleep", "120"], "od": [], "head": ["-n", "1000"], "cut": ["-c", "1"], "tr": ["a", "b"],
     "uniq": [], "xargs": ["echo"],
 }  # fmt: skip
-"""Programs that wait for their input, and their arguments; those that are installed are started."""
+"""Programs that wait for their input, and their arguments; the installed ones are started."""
 PYTHON = "import json, sqlite3, decimal; memory = [bytes(1000) for _ in range(50000)]; input()"
 
 
@@ -39,7 +39,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def programs() -> Iterator[list[int]]:
-    """Twenty programs and more, asleep."""
+    """At least twenty sleeping programs."""
     commands = [[path, *arguments] for name, arguments in IDLE.items() if (path := shutil.which(name))]
     started = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -61,12 +61,12 @@ def wait(pid: int, until: Callable[[int], bool]) -> None:
 
 
 def is_asleep(pid: int) -> bool:
-    """Say whether a process sleeps, and used no processor for a moment."""
+    """Return whether a process sleeps, and uses no processor time for a short interval."""
 
     def look() -> tuple[str, list[str]]:
-        # Any process may call itself anything.
+        # A process may choose any name.
         state, *fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return state, fields[10:12] + fields[6:8]  # its times and faults
+        return state, fields[10:12] + fields[6:8]  # its processor times and page faults
 
     before = look()
     time.sleep(0.02)
@@ -93,11 +93,11 @@ def test_programs_hold_what_the_kernel_adds_up(programs: list[int], details: boo
     for pid in programs:
         compare(pid, details)
     seen = len(programs)
-    for entry in Path("/proc").glob("[1-9]*"):  # what runs here anyway
+    for entry in Path("/proc").glob("[1-9]*"):  # programs that already run on this host
         pid = int(entry.name)
         if pid == os.getpid() or seen >= 40:
             continue
-        # One that ends, wakes up or allocates concurrently proves nothing; the programs above must agree.
+        # A program that exits, wakes up or allocates concurrently proves nothing; those started above must agree.
         with contextlib.suppress(OSError, IOReturnError, AssertionError):
             if is_asleep(pid) and rollup(pid)["Rss"]:
                 compare(pid, details)
@@ -118,7 +118,7 @@ def frame(target: PageStateProcess, kind: str, page: int) -> int:
 
 
 def users(physical: int, length: int = PAGE, pids: Container[int] | None = None) -> set[tuple[int, int, int, int]]:
-    """Return who maps frames; of pages that all processes map only `pids`, for others come and go."""
+    """Return the users of frames; of pages that all processes map only `pids`, because others start and exit."""
     found = [use for use in pagemap.users(physical, length) if pids is None or use.pid in pids]
     assert all(use.area.start <= use.virtual and use.virtual + use.length <= use.area.end for use in found)
     assert all(use.process == Path(f"/proc/{use.pid}/status").read_text().split()[1] for use in found)
@@ -139,7 +139,8 @@ def test_users_of_memory_that_fork_shares(family: PageStateProcess) -> None:
     pids = (family.pid, family["child"][1], family["moved-child"][1])
     physical = frame(family, "forked", 100) * PAGE
     assert users(physical) == {(pid, family["forked"][0] + 100 * PAGE, physical, PAGE) for pid in pids}
-    # In the first half of a huge page, which one child still maps by small pages; and in the second, which none does.
+    # In the first half of a huge page, which one child still maps by small pages, and in the second, which no child
+    # maps.
     for page, mappers in ((100, pids[:2]), (400, pids[:1])):
         physical = frame(family, "half-shared", page) * PAGE
         address = family["half-shared"][0] + page * PAGE
@@ -147,14 +148,14 @@ def test_users_of_memory_that_fork_shares(family: PageStateProcess) -> None:
 
 
 def test_private_memory_has_one_user(family: PageStateProcess) -> None:
-    """At its address one child maps something else."""
+    """One child maps other memory at this address."""
     physical = frame(family, "own", 2) * PAGE
     assert family["own"][0] == family["moved-child"][0]
     assert users(physical) == {(family.pid, family["own"][0] + 2 * PAGE, physical, PAGE)}
 
 
 def test_the_zero_page_has_no_neighbours(family: PageStateProcess) -> None:
-    """One frame stands behind many addresses: those behind the first are not in the frames behind it."""
+    """One frame is mapped at many consecutive addresses, which are not contiguous in physical memory."""
     pids = (family.pid, family["child"][1], family["moved-child"][1])
     zero = frame(family, "zero", 1)
     assert family.pid in {pid for pid, *_ in users(zero * PAGE, pids=pids)}
@@ -190,13 +191,13 @@ def test_reading_while_the_target_maps_and_unmaps(program: Path, read: Callable[
                 refused += 1
             if time.monotonic() > end:
                 break
-        assert not refused, "it lives, and is refused"
-        assert target.process.poll() is None, "the target did not live through it"
+        assert not refused, "it is alive, but access is refused"
+        assert target.process.poll() is None, "the target did not survive"
 
 
 @pytest.mark.parametrize("kind", ["anonymous", "sparse"])
 def test_a_target_that_exits_in_between_is_not_found(program: Path, kind: str) -> None:
-    """What was not read yet is gone: an end without an error would say that there was nothing."""
+    """The unread rest no longer exists: ending without an error would report it as empty."""
     with PageStateProcess(program, kind, "tiny") as target:
         address, size = target[kind]
         readers = [
@@ -207,7 +208,7 @@ def test_a_target_that_exits_in_between_is_not_found(program: Path, kind: str) -
         ]
         whole = [total(read()) for read in readers]
         begun = [read() for read in readers]
-        found = [total([next(reader)]) for reader in begun]  # in the midst of a large area
+        found = [total([next(reader)]) for reader in begun]  # in the middle of a large area
         target.process.kill()
         target.process.wait()
         refused = 0
@@ -217,7 +218,7 @@ def test_a_target_that_exits_in_between_is_not_found(program: Path, kind: str) -
             except IOReturnError as error:
                 assert error.code == IOReturn.kIOReturnNotFound, readers[index]
                 refused += 1
-        assert refused >= len(begun) - 1, "what describes runs may have read all of a few before it yields the first"
+        assert refused >= len(begun) - 1, "a reader may have read several runs before it yields the first"
         for read in READERS:
             with pytest.raises(IOReturnError) as caught:
                 list(read(target.pid))
@@ -226,7 +227,7 @@ def test_a_target_that_exits_in_between_is_not_found(program: Path, kind: str) -
 
 @pytest.mark.parametrize("kind", ["anonymous", "sparse"])
 def test_a_target_that_becomes_another_program(program: Path, kind: str) -> None:
-    """The pages of both must not be mixed: it ends with an error, or with what there was before."""
+    """The pages of both programs must not be mixed: the result is an error, or the memory of the first program."""
     with PageStateProcess(program, kind) as target:
         address, size = target[kind]
         theirs = page_states.entries(target.pid, [(address, address + size)])
@@ -236,7 +237,7 @@ def test_a_target_that_becomes_another_program(program: Path, kind: str) -> None
         wait(target.pid, lambda pid: Path(f"/proc/{pid}/comm").read_text() == "sleep\n")
         with contextlib.suppress(IOReturnError):
             found += list(begun)
-            assert sum(span.length for span in found) == len(theirs) * PAGE, "cut short, and no error said so"
+            assert sum(span.length for span in found) == len(theirs) * PAGE, "truncated without an error"
 
 
 @pytest.mark.parametrize("read", READERS)
@@ -251,18 +252,18 @@ def test_what_is_read_while_the_target_dies_is_whole_or_refused(
             try:
                 for _read in range(200):
                     gone = target.process.poll() is not None
-                    assert total(read(target.pid)) >= whole, "cut short, and no error said so"  # it may touch more
-                    assert not gone, "it was gone, and was read"
+                    assert total(read(target.pid)) >= whole, "truncated without an error"  # it may touch more
+                    assert not gone, "it had exited, but was read"
             except IOReturnError as error:
                 assert error.code == IOReturn.kIOReturnNotFound, error
             else:
-                pytest.fail("two hundred reads, and it did not die")
+                pytest.fail("it did not exit during two hundred reads")
             finally:
                 killer.join()
 
 
 def total(found: Iterable[object]) -> int:
-    """Add up the memory of whatever a reader yields."""
+    """Add up the memory of all that a reader yields."""
     size = 0
     for one in found:
         if isinstance(one, pagemap.Area):

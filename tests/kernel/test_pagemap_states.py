@@ -1,4 +1,4 @@
-"""`iobmd.pagemap` page for page against an independent reader, on memory in every state that the kernel knows."""
+"""`iobmd.pagemap` compared page by page with an independent reader, on memory in every state of the kernel."""
 
 import random
 import struct
@@ -27,7 +27,7 @@ STATES: dict[str, set[str]] = {
     "locked": {"present"}, "watched": {"present", "marker"}, "sparse": {"present"}, "tiny": {"present"},
     "shared": {"file"}, "forked": {"present"}, "half-shared": {"huge"}, "own": {"present"}, "ring": {"file"},
 }  # fmt: skip
-"""What each kind of memory is made of: a target without it would prove nothing."""
+"""Check that the target has pages of each kind, because otherwise the tests would prove nothing."""
 ORDINARY = (
     "untouched", "anonymous", "thp", "split", "zero", "hugezero", "hugetail", "guard", "memfd", "file", "no-access",
     "lazy", "locked", "watched", "sparse", "tiny", "forked", "ring",
@@ -50,7 +50,7 @@ def giga_pool(setting: Callable[[str, object], None]) -> None:
     setting(GIGA, int(Path(GIGA).read_text()) + 1)
     free = Path(GIGA).with_name("free_hugepages")
     if not int(free.read_text()):
-        pytest.skip("the kernel finds no GiB in one piece")
+        pytest.skip("the kernel finds no contiguous GiB")
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ SMALL = [
 ]
 LARGE = pytest.param(("giga", "giga_pool"), id="giga", marks=pytest.mark.needs("hugetlb"))
 small = pytest.mark.parametrize("target", SMALL, indirect=True)
-all_sizes = pytest.mark.parametrize("target", [*SMALL, LARGE], indirect=True)  # a GiB takes the kernel seconds
+all_sizes = pytest.mark.parametrize("target", [*SMALL, LARGE], indirect=True)  # a GiB takes seconds
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def kinds(target: PageStateProcess) -> list[str]:
 
 
 def expand(found: Iterable[Span]) -> dict[int, tuple[object, ...]]:
-    """Return what spans say of each page, the zero page apart."""
+    """Return the state of each page according to spans, with the zero page as a separate state."""
     pages: dict[int, tuple[object, ...]] = {}
     for span in found:
         assert span.length > 0
@@ -115,7 +115,7 @@ def everything(target: PageStateProcess) -> dict[int, int]:
 
 
 def huge_bytes(found: Iterable[Span], start: int, end: int) -> int:
-    """Return how much memory between two addresses huge pages map; the huge zero page is none."""
+    """Return how many bytes between two addresses are mapped by huge pages, without the huge zero page."""
     return sum(max(0, min(span.end, end) - max(span.virtual, start)) for span in found if span.huge and not span.zero)
 
 
@@ -131,7 +131,7 @@ def test_spans_say_of_every_page_what_the_kernel_says(target: PageStateProcess) 
         assert not page_states.differing(page_states.expected(theirs), expand(ours)), kind
         assert {span.state for span in ours} == STATES[kind], kind
         assert all(before.end <= after.virtual for before, after in pairwise(ours)), kind
-    if "giga" in target.found:  # a whole process, with the same GiB once more, proves nothing new
+    if "giga" in target.found:  # a whole process, with the same GiB again, would prove nothing new
         return
     words, found = quiet(lambda: everything(target), lambda: list(pagemap.spans(target.pid)))
     assert not page_states.differing(page_states.expected(words), expand(found))
@@ -140,7 +140,7 @@ def test_spans_say_of_every_page_what_the_kernel_says(target: PageStateProcess) 
 
 @small
 def test_a_part_of_an_area_is_as_it_is_in_the_whole(target: PageStateProcess) -> None:
-    """Ranges that begin and end within huge pages, swapped ones and holes."""
+    """Ranges that begin and end inside huge pages, swapped pages and holes."""
     chance = random.Random(1)
     for kind in kinds(target):
         words = page_states.expected(entries(target, kind))
@@ -208,11 +208,11 @@ def test_areas_hold_what_smaps_and_the_frames_say(target: PageStateProcess) -> N
         assert sizes[64 << 10] >= 1 << 20, sizes
     if "split" in target.found:
         assert sizes[2 << 20] >= 5 << 20, sizes
-    # What smaps tells of areas it need not be asked for, where it is not.
+    # If smaps was not read, properties that only smaps shows are unknown.
     for area, bare in zip(ours, pagemap.areas(target.pid, details=False), strict=True):
         assert (bare.resident, bare.huge, bare.tally.runs) == (area.resident, area.huge, area.tally.runs), area
         swaps = Path("/proc/swaps").read_text().count("\n") > 1
-        on_tmpfs = area.vma.inode and area.vma.device.startswith("00:")  # of which only smaps tells what is swapped
+        on_tmpfs = area.vma.inode and area.vma.device.startswith("00:")  # only smaps shows their swapped pages
         assert bare.swapped == (None if swaps and on_tmpfs else area.tally.swapped)
 
 
@@ -234,7 +234,7 @@ def test_without_pagemap_scan_all_but_huge_is_right(
     for kind in kinds(target):
         theirs, ours = both(target, kind)
         assert not page_states.differing(page_states.expected(theirs), expand(ours)), kind
-        assert not any(span.huge and not span.zero for span in ours), kind  # the zero one is known by its frame
+        assert not any(span.huge and not span.zero for span in ours), kind  # the huge zero page is known by its frame
     areas, ours_of_them = quiet(
         lambda: page_states.areas(target.pid), lambda: list(pagemap.areas(target.pid, details=True))
     )
@@ -299,7 +299,7 @@ def test_markers_are_no_swap_though_they_look_so(
         markers = [area.marker for area in pagemap.areas(target.pid)]
     assert sum(filter(None, markers)) > 0
     assert facts == [(0, marker) for marker in markers]
-    # Of the pages alone it is known where nothing can be in swap.
+    # Without swap space, the pages alone determine it.
     assert {(span.swapped, span.marker) for span in spans if span.swapped or span.marker} == {
         (True, False) if fixture else (False, True)
     }
@@ -333,13 +333,13 @@ VOLATILE = {
     "LOCKED", "REFERENCED", "UPTODATE", "DIRTY", "LRU", "ACTIVE", "WRITEBACK", "RECLAIM", "UNEVICTABLE", "MLOCKED",
     "IDLE", "SWAPCACHE", "PRIVATE", "PRIVATE_2", "OWNER_PRIVATE", "ARCH", "ARCH_2", "ARCH_3", "MAPPEDTODISK",
 }  # fmt: skip
-"""Flags that change while nobody maps or unmaps anything."""
+"""Flags that change without mapping or unmapping."""
 STEADY = {
     "MMAP": 11, "ANON": 12, "SWAPBACKED": 14, "COMPOUND_HEAD": 15, "COMPOUND_TAIL": 16, "HUGE": 17, "NOPAGE": 20,
     "KSM": 21, "THP": 22, "OFFLINE": 23, "ZERO_PAGE": 24, "SLAB": 7, "BUDDY": 10, "HWPOISON": 19, "PGTABLE": 26,
     "RESERVED": 32, "SOFTDIRTY": 40, "UNCACHED": 39, "ERROR": 1,
 }  # fmt: skip
-"""The others, of linux/kernel-page-flags.h and fs/proc/page.c."""
+"""The other flags, of linux/kernel-page-flags.h and fs/proc/page.c."""
 
 
 @small
@@ -369,7 +369,7 @@ def test_runs_are_described_as_the_frame_tables_do(target: PageStateProcess) -> 
 @pytest.mark.parametrize("page", [4096, 16384, 65536])
 @pytest.mark.parametrize("visible", [True, False])
 def test_a_pagemap_of_other_page_sizes(tmp_path: Path, page: int, visible: bool) -> None:
-    """Entries that are made up, in an ordinary file."""
+    """Invented entries, in an ordinary file."""
     chance = random.Random(page)
     zero, frame = 0x777, 0x1000
     words: list[int] = []
@@ -386,7 +386,7 @@ def test_a_pagemap_of_other_page_sizes(tmp_path: Path, page: int, visible: bool)
             1 << 62 | 5 << 5,  # swap type 0
             1 << 62 | 26,  # a marker
             1 << 62 | 1 << 58 | 26,  # a guard page
-            1 << 55,  # soft-dirty, and nothing else
+            1 << 55,  # soft-dirty only
         )
         words += [chance.choice(others)] * chance.choice((0, 1, 3))
     if not visible:

@@ -1,4 +1,4 @@
-"""Pinned means that no frame changes: under everything that moves pages, while an mlocked control moves."""
+"""Pinned pages keep their frames under everything that moves pages, whereas an mlocked control moves."""
 
 import errno
 import functools
@@ -27,12 +27,12 @@ Setting = Callable[[str, object], None]
 
 
 ENOUGH = 500
-"""Pages of a control that compaction must have moved."""
+"""Number of pages of the control that compaction must have moved."""
 
 
 @functools.cache
 def pins_are_counted() -> bool:
-    """Say whether VmPin tells of pins: for a process with CAP_IPC_LOCK Linux 7.3 does not count io_uring's."""
+    """Return whether VmPin counts pins: Linux 7.3 does not count io_uring's for a process with CAP_IPC_LOCK."""
 
     def while_pinned() -> int:
         with iobmd.allocate(kernel.PAGE):
@@ -41,7 +41,7 @@ def pins_are_counted() -> bool:
     return in_child(while_pinned) > 0
 
 
-# --- what pins are
+# --- the nature of pins
 
 
 @pytest.mark.needs("frames")
@@ -104,7 +104,7 @@ def test_prepare_to_32_bits() -> None:
     with iobmd.allocate(64 << 10, wired=False) as buffer:
         buffer.writeBytes(0, b"x" * len(buffer))
         if max(frames_of(buffer)) < 1 << 20:
-            pytest.skip("this host gave memory below 4 GiB")
+            pytest.skip("the memory is below 4 GiB")
         assert code_of(lambda: buffer.prepare(iobmd.kIODirectionPrepareToPhys32)) == IOReturn.kIOReturnNoResources
         assert buffer.wiring is Wiring.PAGEABLE
         assert kernel.nothing_is_pinned()
@@ -133,7 +133,8 @@ def test_verify_finds_a_page_that_moved() -> None:
         backing = buffer._memory().backing
         assert backing is not None
         recorded = backing.runs
-        # Behind the descriptor's back: the pin stays on the old page, and the address gets a new one.
+        # Without the descriptor's knowledge: the pin remains on the old page, and a new page is mapped at the
+        # address.
         mman.unlock(buffer.getBytesNoCopy(), len(buffer))
         mman.advise(buffer.getBytesNoCopy() + 4096, 4096, mman.MADV_DONTNEED)
         buffer.writeBytes(4096, b"x")
@@ -144,7 +145,7 @@ def test_verify_finds_a_page_that_moved() -> None:
         assert backing.runs is recorded
 
 
-# --- what moves pages
+# --- operations that move pages
 
 
 @pytest.mark.needs("root", "frames", "collapse")
@@ -175,8 +176,8 @@ def test_nothing_moves_a_pinned_page(setting: Setting) -> None:
 
         moved = turns = 0
         while moved < ENOUGH and turns < 40:
-            # Fresh each time: where memory is free decides how many pages compaction moves (from 0 to 76 %), and what
-            # it has moved once it does not move again.
+            # A new control each time: the positions of free memory determine how many pages compaction moves (0 to 76
+            # %), and pages that it has moved once are not moved again.
             control = Strewn(256 * MIB)
             assert compact()
             unmoved()
@@ -208,9 +209,9 @@ def test_nothing_moves_a_pinned_page(setting: Setting) -> None:
         unmoved()
         setting("/sys/kernel/mm/ksm/run", 2)
 
-        for pool in Path("/sys/kernel/mm/hugepages").iterdir():  # for those of 1 GiB the kernel makes room
+        for pool in Path("/sys/kernel/mm/hugepages").iterdir():  # for pages of 1 GiB the kernel makes room
             before_it = int((pool / "nr_hugepages").read_text())
-            # Half of what is available: other processes need memory too.
+            # Half of the available memory, because other processes need memory too.
             size = int(pool.name.removeprefix("hugepages-").removesuffix("kB")) << 10
             setting(str(pool / "nr_hugepages"), before_it + kernel.available() // 2 // size)
             unmoved()
@@ -231,7 +232,7 @@ def test_fork_moves_nothing_and_the_child_unpins_nothing() -> None:
 
         def child() -> list[IOReturn]:
             refused = [code_of(wired.getPhysicalAddress), code_of(prepared.segments), code_of(wired.verify)]
-            with iobmd.allocate(4096) as own:  # the child has a ring of its own
+            with iobmd.allocate(4096) as own:  # the child has its own ring
                 assert own.wiring is Wiring.PINNED
             wired.free()
             return refused
@@ -269,7 +270,7 @@ def test_hidden_addresses_unprivileged() -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 def test_limit_on_pins() -> None:
-    """mlock and pins are charged apart, pins to the user: what cannot be pinned is resident and says so."""
+    """mlock and pins are charged separately, pins to the user: memory that cannot be pinned counts as resident."""
 
     def pin() -> tuple[list[Wiring], str, list[Wiring]]:
         limit = 8 * MIB
@@ -359,7 +360,7 @@ def test_more_buffers_than_one_table_holds() -> None:
 @pytest.mark.needs("big_memory", "frames")
 @pytest.mark.usefixtures("nothing_left")
 def test_more_than_one_slot_holds() -> None:
-    """1 GiB each: a whole one and a part."""
+    """Pieces of 1 GiB: a whole one and a part."""
     size = (1 << 30) + (64 << 20)
     with iobmd.allocate(size) as buffer:
         assert buffer.wiring is Wiring.PINNED
@@ -372,7 +373,7 @@ def test_more_than_one_slot_holds() -> None:
 
 
 def test_kernels_without_sparse_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before 5.19 each piece takes a ring of its own; here the table is refused as such a kernel refuses it."""
+    """Before Linux 5.19 each piece needs its own ring; the test refuses the table as such a kernel does."""
 
     table = pinning.uring.Table
 
@@ -395,7 +396,7 @@ def test_kernels_without_sparse_tables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.needs("frames")
 def test_pinned_pages_out_of_the_page_table_are_not_left_out() -> None:
-    """As they are for a moment while the kernel finds out that it cannot move them."""
+    """Pages may be temporarily unmapped until the kernel detects that it cannot move them."""
     size = 64 << 10
     with iobmd.allocate(size, wired=False, shared=True) as buffer:
         buffer.writeBytes(0, b"x" * size)

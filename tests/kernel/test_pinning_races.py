@@ -72,7 +72,7 @@ def test_limit_reached_in_a_loop_leaks_nothing() -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 def test_free_races_prepare() -> None:
-    """Either it is prepared, and free refuses, or it is freed, and prepare refuses: no pin stays without an owner."""
+    """If memory is prepared, free() is refused, and the other way round: no pin remains without an owner."""
     outcomes = set()
 
     def prepare(buffer: iobmd.IOBufferMemoryDescriptor, start: threading.Barrier) -> None:
@@ -120,7 +120,7 @@ def test_the_garbage_collector_frees_one_buffer_while_another_is_pinned() -> Non
 
 @pytest.mark.usefixtures("nothing_left")
 def test_interrupts_at_any_point_leave_no_pin() -> None:
-    """A signal handler that raises, at every moment of allocating and freeing."""
+    """A signal handler raises at any moment of allocating and freeing."""
 
     def interrupt(*_arguments: object) -> None:
         nonlocal hit
@@ -139,7 +139,7 @@ def test_interrupts_at_any_point_leave_no_pin() -> None:
                 signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-5, 4e-4))
                 for _ in range(20):
                     iobmd.allocate(8192).free()
-                inside = False  # an alarm that comes later finds nobody to catch what it raises
+                inside = False  # a later alarm would raise outside the `try` statement
             signal.setitimer(signal.ITIMER_REAL, 0)
         gc.collect()
         return hit, kernel.pinned(), kernel.status("VmLck")

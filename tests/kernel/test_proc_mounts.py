@@ -1,4 +1,4 @@
-"""/proc of another pid namespace, restricted, hidden, or not mounted: what iobmd reads, and what it says."""
+"""/proc of another pid namespace, restricted, hidden or not mounted: the results and messages of iobmd."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.needs("root")
 
 
 def report() -> tuple[int, dict[str, Any]]:
-    """The exit code of `iobmd doctor`, and what it says of /proc."""
+    """Return the exit code of `iobmd doctor`, and its row on /proc."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
         code = cli.main(["doctor", "--json"])
     (fact,) = (fact for fact in json.loads(out.getvalue())["facts"] if fact["name"] == "/proc")
@@ -42,7 +42,7 @@ def report() -> tuple[int, dict[str, Any]]:
 
 
 def raw_entries(address: int, pages: int) -> list[int]:
-    """Pagemap as this process reads its own."""
+    """Return entries that this process reads from its own pagemap."""
     with Path("/proc/self/pagemap").open("rb", buffering=0) as file:
         return list(struct.unpack(f"={pages}Q", os.pread(file.fileno(), pages * 8, address // PAGE_SIZE * 8)))
 
@@ -59,7 +59,7 @@ def expected(entries: list[int]) -> list[tuple[bool, int | None]]:
 # --- /proc of another pid namespace
 
 
-@pytest.fixture(params=["init of its namespace", "a pid that is another process's in /proc"])
+@pytest.fixture(params=["the init process of its namespace", "a pid that belongs to another process in /proc"])
 def foreign(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
     """Runs a function in a pid namespace whose numbers mean other processes in /proc."""
     with sleeping() as hidden:
@@ -76,7 +76,7 @@ def foreign(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
 
 
 def own_memory() -> None:
-    """This process's memory is its own: by /proc/self, which is right in each /proc."""
+    """This process reads its own memory, through /proc/self, which is correct in any /proc."""
     page = mmap.mmap(-1, 4 * PAGE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     page[:] = b"x" * len(page)
     address = ctypes.addressof(ctypes.c_char.from_buffer(page))
@@ -111,7 +111,7 @@ def test_own_memory(foreign: Callable[..., Any]) -> None:
 @pytest.mark.needs("frames")
 def test_own_memory_of_a_child_and_of_a_thread(foreign: Callable[..., Any]) -> None:
     def relatives() -> None:
-        own_memory()  # what was found out must not stay true in a child
+        own_memory()  # cached results must not be used in a child
         in_child(own_memory)
         failures: list[BaseException] = []
 
@@ -132,7 +132,7 @@ def test_own_memory_of_a_child_and_of_a_thread(foreign: Callable[..., Any]) -> N
 
 @pytest.mark.needs("frames")
 def test_a_child_in_a_namespace_below(foreign: Callable[..., Any]) -> None:
-    """Of a process that was right about its /proc, and has the same pid as its child."""
+    """Forked by a process that matches its /proc and has the same pid as its child."""
 
     def parent() -> None:
         mount_proc()
@@ -154,7 +154,7 @@ def test_other_tasks_are_those_of_the_callers_numbers(foreign: Callable[..., Any
             assert resident_and_dirty(task, other.address, PAGE_SIZE) == (1, 1)
             with iobmd.copy(other.pid, other.address, PAGE_SIZE, wired=False) as buffer:
                 assert buffer.readBytes(0, 18) == b"bytes of the child"
-            large = iobmd.copy(other.pid, other.large, 8 << 20, wired=False)  # through /proc/PID/mem as well
+            large = iobmd.copy(other.pid, other.large, 8 << 20, wired=False)  # also through /proc/PID/mem
             assert large.readBytes(0, 16) == b"y" * 16
             large.free()
             assert other.pid in pidns.pids()
@@ -190,7 +190,7 @@ def test_a_child_whose_main_thread_has_exited(foreign: Callable[..., Any]) -> No
 
 
 def test_what_needs_the_same_numbers_is_refused(foreign: Callable[..., Any]) -> None:
-    """Stopping a task, and psutil, which would look at one process and signal another."""
+    """Operations that stop a task are refused, and psutil, which would read one process and signal another."""
 
     def refused() -> list[tuple[IOReturn, str]]:
         with SleepingChild(b"x") as other:
@@ -216,7 +216,7 @@ def test_what_needs_the_same_numbers_is_refused(foreign: Callable[..., Any]) -> 
 
 
 def test_without_pidfd_open_other_tasks_are_refused(foreign: Callable[..., Any]) -> None:
-    """A seccomp filter: then nothing tells which process of /proc is meant."""
+    """Behind a seccomp filter, it cannot be determined which process of /proc is meant."""
 
     def denied() -> tuple[IOReturn, str]:
         with SleepingChild(b"x") as other:
@@ -323,7 +323,7 @@ def test_hidden_processes(option: str) -> None:
     for name, message in refusals:
         assert name == IOReturn.kIOReturnNotPermitted
         assert "hidepid=" in message and "mount -o remount,hidepid=0 /proc" in message and "ProtectProc" in message
-    assert code == 0  # processes of its own user can be copied from
+    assert code == 0  # processes of the same user can be copied from
     assert fact["status"] == "limited"
     assert "hidepid=" in fact["summary"] and "remount,hidepid=0" in fact["remedy"]
 
@@ -337,7 +337,7 @@ def test_root_sees_what_hidepid_hides() -> None:
 
 @pytest.mark.needs("frames")
 def test_proc_of_processes_only() -> None:
-    """`ProcSubset=pid`: no meminfo, no sysctls."""
+    """With `ProcSubset=pid` there is no meminfo, and there are no sysctls."""
 
     def work() -> tuple[int, dict[str, Any]]:
         assert not Path("/proc/meminfo").exists()

@@ -1,4 +1,4 @@
-"""Purgeable private memory: states as IOKit has them, and the truth about what the kernel took."""
+"""Purgeable private memory: IOKit's states, and correct reports of the pages that the kernel reclaimed."""
 
 import ctypes
 import errno
@@ -48,7 +48,7 @@ WAYS = pytest.mark.parametrize("deny", DENIALS.values(), ids=DENIALS)
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
 def test_every_transition(shared: bool) -> None:
-    """Each of the three states, moved to each of the four words: the old state, the next one, and the bytes."""
+    """Change each of the three states by each of the four words: the old state, the new state, and the bytes."""
     reach = {NON_VOLATILE: [NON_VOLATILE], VOLATILE: [NON_VOLATILE, VOLATILE], EMPTY: [EMPTY]}
     for before, way in reach.items():
         for word in (KEEP_CURRENT, NON_VOLATILE, VOLATILE, EMPTY):
@@ -57,7 +57,7 @@ def test_every_transition(shared: bool) -> None:
                 for step in way:
                     buffer.setPurgeable(step)
                 assert buffer.setPurgeable(word) is before
-                # Empty memory with nothing in it has nothing to become volatile; it stays Empty (as in XNU).
+                # Empty memory without pages has nothing that could become volatile, and remains Empty (as in XNU).
                 stays = word is KEEP_CURRENT or (before is EMPTY and word is VOLATILE)
                 assert buffer.setPurgeable(KEEP_CURRENT) is (before if stays else word)
                 buffer.setPurgeable(NON_VOLATILE)
@@ -148,13 +148,13 @@ def test_loss_is_told(lost: str, deny: dict[str, int], huge: bool) -> None:
                 assert reads_zero(buffer), "all or nothing"
             states += [buffer.setPurgeable(NON_VOLATILE), buffer.setPurgeable(KEEP_CURRENT)]
             for _ in range(2):
-                page_out(buffer, 0, size)  # what is non-volatile has nowhere to go
+                page_out(buffer, 0, size)  # without swap, non-volatile memory cannot be reclaimed
             intact = bytes(buffer) == data
             assert intact or reads_zero(buffer)
             return states, intact, there, kernel.status("VmLck")
 
     states, intact, there, locked = in_child(look, deny=deny)
-    assert (there < size // kernel.PAGE) == (lost != "none"), "the kernel did not take what it was asked to"
+    assert (there < size // kernel.PAGE) == (lost != "none"), "the kernel did not reclaim the requested pages"
     expected = VOLATILE if lost == "none" else EMPTY
     assert states == [expected, expected, NON_VOLATILE]
     assert intact == (lost == "none")
@@ -164,7 +164,7 @@ def test_loss_is_told(lost: str, deny: dict[str, int], huge: bool) -> None:
 @PAGES
 @WAYS
 def test_readers_do_not_hide_a_loss(deny: dict[str, int], huge: bool) -> None:
-    """Reading a lost page maps the zero page, which mincore takes for resident."""
+    """Reading a lost page maps the zero page, which mincore reports as resident."""
 
     def look() -> tuple[bytes, IOPurgeable]:
         buffer, _ = purgeable(4 * MIB, huge=huge)
@@ -172,7 +172,9 @@ def test_readers_do_not_hide_a_loss(deny: dict[str, int], huge: bool) -> None:
             buffer.setPurgeable(VOLATILE)
             take(buffer, 2 * MIB, 2 * MIB)
             seen = bytes(view[2 * MIB :])
-            assert 0 not in mman.incore(buffer.getBytesNoCopy(), 1024, kernel.PAGE), "the trap is not there"
+            assert 0 not in mman.incore(buffer.getBytesNoCopy(), 1024, kernel.PAGE), (
+                "reading makes all pages resident"
+            )
             return seen, buffer.setPurgeable(NON_VOLATILE)
 
     assert in_child(look, deny=deny) == (bytes(2 * MIB), EMPTY)
@@ -181,7 +183,7 @@ def test_readers_do_not_hide_a_loss(deny: dict[str, int], huge: bool) -> None:
 @PAGES
 @WAYS
 def test_stores_do_not_hide_a_loss(deny: dict[str, int], huge: bool) -> None:
-    """A store through a view to a lost page makes a fresh page: every page is there, and the old bytes are not."""
+    """A store through a view to a lost page allocates a new page: all pages are present, but bytes are lost."""
 
     def look() -> IOPurgeable:
         buffer, _ = purgeable(4 * MIB, huge=huge)
@@ -209,7 +211,7 @@ def test_writes_by_the_descriptor_while_volatile(deny: dict[str, int]) -> None:
             buffer.writeBytes(3 * kernel.PAGE - 1, b"ab")
             assert buffer.appendBytes(b"cd") == 2
             found.append(buffer.setPurgeable(KEEP_CURRENT))
-            page_out(buffer, 0, 64 * kernel.PAGE)  # what was written to is safe, the rest goes
+            page_out(buffer, 0, 64 * kernel.PAGE)  # pages that were written to are safe, the others are reclaimed
             assert bytes(memoryview(buffer)[3 * kernel.PAGE - 1 : 3 * kernel.PAGE + 1]) == b"ab"
             found.append(buffer.setPurgeable(NON_VOLATILE))
             buffer.setLength(64 * kernel.PAGE)
@@ -221,7 +223,7 @@ def test_writes_by_the_descriptor_while_volatile(deny: dict[str, int]) -> None:
             assert bytes(buffer) == data[: kernel.PAGE] + b"ef" + data[kernel.PAGE + 2 :]
             buffer.setPurgeable(VOLATILE)
             take(buffer, 5 * kernel.PAGE, kernel.PAGE)
-            buffer.writeBytes(5 * kernel.PAGE, b"new")  # to the very page that was lost
+            buffer.writeBytes(5 * kernel.PAGE, b"new")  # to the page that was lost
             found.append(buffer.setPurgeable(NON_VOLATILE))
             assert buffer.readBytes(5 * kernel.PAGE, 4) == b"new\0"
             assert sum(map(bool, bytes(buffer))) == 3, "the rest was dropped"
@@ -244,7 +246,7 @@ def test_volatile_again_frees_what_was_written_meanwhile() -> None:
 
 
 def test_untouched_pages_are_no_loss() -> None:
-    """A buffer that was never filled whole is intact when what was filled is."""
+    """A buffer that was never completely filled is intact if the filled part is."""
     with iobmd.allocate(64 * kernel.PAGE, wired=False, purgeable=True) as buffer:
         buffer.writeBytes(10 * kernel.PAGE, b"here")
         buffer.readBytes(30 * kernel.PAGE, 10 * kernel.PAGE)  # maps the zero page
@@ -261,7 +263,7 @@ def test_untouched_pages_are_no_loss() -> None:
 @pytest.mark.usefixtures("swap")
 @WAYS
 def test_swapped_pages_stay_in_swap(deny: dict[str, int]) -> None:
-    """MADV_FREE throws swapped pages away: it is not called on them."""
+    """MADV_FREE discards swapped pages, and is not called for them."""
 
     def look() -> tuple[int, int, list[IOPurgeable]]:
         buffer, data = purgeable(8 * MIB, huge=False)
@@ -290,7 +292,7 @@ def test_swapped_pages_stay_in_swap(deny: dict[str, int]) -> None:
 @pytest.mark.usefixtures("swap")
 @WAYS
 def test_a_store_that_went_through_swap_does_not_hide_a_loss(deny: dict[str, int]) -> None:
-    """Lost, written to, swapped out and read back: the page is there and clean, and not the one it was."""
+    """A page that was lost, written to, swapped out and read back is present and clean, but has other contents."""
 
     def look() -> tuple[IOPurgeable, bool]:
         buffer, _ = purgeable(64 * kernel.PAGE)
@@ -322,7 +324,7 @@ def test_empty_memory_that_is_filled_and_swapped_out_has_content() -> None:
 
 
 def test_windows_beside_locked_memory() -> None:
-    """smaps would show a window and locked neighbours as one area; it is told apart."""
+    """smaps would show a window and adjacent locked memory as one area, but must list the window separately."""
 
     def look() -> list[IOPurgeable]:
         kept: list[Buffer] = []
@@ -339,19 +341,19 @@ def test_windows_beside_locked_memory() -> None:
         return states
 
     if not may_lock(64 * MIB):
-        pytest.skip("may not lock so much")
+        pytest.skip("may not lock this much memory")
     assert in_child(look, deny=DENIALS["no userfaultfd"]) == [VOLATILE] * 4
 
 
 @pytest.mark.needs("swap")
 @pytest.mark.usefixtures("swap")
 def test_nothing_is_lost_after_the_move_back() -> None:
-    """What is non-volatile is swapped like any memory, and comes back."""
+    """Non-volatile memory is swapped out and in like any other memory."""
     buffer, data = purgeable(8 * MIB, huge=False)
     with buffer:
         buffer.setPurgeable(VOLATILE)
         assert buffer.setPurgeable(NON_VOLATILE) is VOLATILE
-        for _ in range(2):  # the first time reclaim only learns that the pages are worth swapping again
+        for _ in range(2):  # the first reclaim only marks the pages as candidates for swapping
             page_out(buffer, 0, 8 * MIB)
         assert kernel.swapped(buffer.getBytesNoCopy(), 8 * MIB) > 1000
         assert bytes(buffer) == data
@@ -371,9 +373,9 @@ def test_page_counts_of_lazily_freed_memory(huge: bool) -> None:
         buffer.setPurgeable(VOLATILE)
         assert buffer.getPageCounts() == (1024, 0)
         assert buffer.lazily_freed == size
-        # The kernel counts pages that wait in a per-CPU batch a moment later.
+        # The kernel counts pages that wait in a per-CPU batch shortly afterwards.
         assert size - kernel.smaps(address)["LazyFree"] < 128 * kernel.PAGE
-        assert kernel.smaps(address)["Rss"] >= size, "they count as resident still"
+        assert kernel.smaps(address)["Rss"] >= size, "they still count as resident"
         with memoryview(buffer) as view:
             view[0] = 1
         assert buffer.getPageCounts() in ((1024, 1), (1024, 512 if huge else 1))
@@ -386,7 +388,7 @@ def test_page_counts_without_tracking(deny: dict[str, int]) -> None:
         buffer, _ = purgeable(4 * MIB, huge=False)
         with buffer:
             buffer.setPurgeable(VOLATILE)
-            for _ in range(100):  # the kernel frees the last ones lazily a little later, between two looks too
+            for _ in range(100):  # the last pages are freed lazily with a short delay, perhaps between two checks
                 counts, lazily_freed = buffer.getPageCounts(), buffer.lazily_freed
                 if counts[1] == 1024 - lazily_freed // kernel.PAGE:
                     break
@@ -430,7 +432,7 @@ def test_prepared_memory_is_not_volatile(shared: bool) -> None:
 @WAYS
 def test_with_little_to_lock(limit: int, deny: dict[str, int], huge: bool) -> None:
     def look() -> tuple[list[IOPurgeable], int]:
-        # smaps is read once a window without tracking: fewer windows then
+        # smaps is read once per window without tracking: use fewer windows then
         few, many = (16 * kernel.PAGE, 2 * MIB) if deny else (64 * kernel.PAGE, 4 * MIB)
         size = many if limit > kernel.PAGE else few
         buffer, data = purgeable(size, huge=huge)
@@ -448,7 +450,7 @@ def test_with_little_to_lock(limit: int, deny: dict[str, int], huge: bool) -> No
 
 
 def test_no_page_may_be_locked() -> None:
-    """The move back is refused, with the state and the bytes as before; it succeeds when it may."""
+    """The change back is refused without changes of state and bytes, and succeeds when the limit permits it."""
 
     def look() -> tuple[list[IOReturn], str, IOPurgeable]:
         import resource
@@ -475,7 +477,7 @@ def test_no_page_may_be_locked() -> None:
 
 
 def test_a_refusal_midway_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the lock of a later window fails, the windows before it are safe, and the rest is volatile still."""
+    """If locking a later window fails, the windows before it are restored, and the rest is still volatile."""
     from iobmd._native import mman
 
     buffer, data = purgeable(64 * kernel.PAGE)
@@ -500,7 +502,7 @@ def test_a_refusal_midway_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_memory_that_others_locked() -> None:
-    """mlockall: the kernel frees no locked memory lazily, and what is made volatile is unlocked."""
+    """After mlockall, memory is unlocked when it becomes volatile: locked memory cannot be freed lazily."""
 
     def look() -> tuple[int, int, IOPurgeable]:
         buffer, data = purgeable(4 * kernel.PAGE)
@@ -514,12 +516,12 @@ def test_memory_that_others_locked() -> None:
         return before, after, old
 
     if not may_lock(256 * MIB):
-        pytest.skip("may not lock all of this process")
+        pytest.skip("may not lock the whole process")
     assert in_child(look) == (4 * kernel.PAGE, 0, VOLATILE)
 
 
 def test_own_pagemap_not_readable() -> None:
-    """A process that is not dumpable cannot look at its pages: refused before anything is freed."""
+    """A process that is not dumpable cannot read its pagemap, and is refused before anything is freed."""
 
     def look() -> tuple[IOReturn, bool]:
         os.setresuid(NOBODY, NOBODY, NOBODY)
@@ -528,7 +530,7 @@ def test_own_pagemap_not_readable() -> None:
         return code, bytes(buffer) == data and buffer.setPurgeable(KEEP_CURRENT) is NON_VOLATILE
 
     if os.geteuid():
-        pytest.skip("needs root to become somebody else")
+        pytest.skip("needs root to change to another user")
     assert in_child(look) == (IOReturn.kIOReturnNotPrivileged, True)
 
 
@@ -537,7 +539,7 @@ def test_own_pagemap_not_readable() -> None:
 
 @WAYS
 def test_fork_while_volatile(deny: dict[str, int]) -> None:
-    """The child has a copy of its own, volatile too: what it says of it is true, and the parent's is untouched."""
+    """The child has its own volatile copy and reports its state correctly; the parent's copy is not affected."""
 
     def look() -> list[tuple[IOPurgeable, bool]]:
         found = []
@@ -573,7 +575,7 @@ def test_fork_while_volatile(deny: dict[str, int]) -> None:
 
 
 def test_fork_after_which_the_parent_goes_on() -> None:
-    """A child that sleeps holds the parent's pages: the parent's memory can be kept and lost as before."""
+    """A sleeping child shares the parent's pages; the parent's memory can be retained and lost as before."""
     buffer, data = purgeable(64 * kernel.PAGE)
     with buffer:
         leave_read, leave_write = os.pipe()
@@ -628,7 +630,7 @@ def test_nonvolatile_context() -> None:
         with buffer.nonvolatile() as intact:
             assert intact is False
             buffer.writeBytes(0, data)
-        assert buffer.setPurgeable(KEEP_CURRENT) is VOLATILE, "though it was seen to be Empty before"
+        assert buffer.setPurgeable(KEEP_CURRENT) is VOLATILE, "although it was found Empty before"
         take(buffer, 0, kernel.PAGE)
         with pytest.raises(KeyError), buffer.nonvolatile() as intact:
             buffer.writeBytes(0, b"half of i")
@@ -640,7 +642,7 @@ def test_nonvolatile_context() -> None:
 
 
 def test_nonvolatile_of_threads_at_the_same_time() -> None:
-    """Nobody is told that half-filled memory is intact, and a failure is not forgotten for others who are inside."""
+    """Half-filled memory is never reported as intact, and a failure is visible to other threads that are inside."""
     buffer, data = purgeable(16 * kernel.PAGE)
     with buffer:
         buffer.setPurgeable(VOLATILE)
@@ -655,7 +657,7 @@ def test_nonvolatile_of_threads_at_the_same_time() -> None:
             assert intact is False, "one of them failed"
             buffer.writeBytes(0, data)
             with buffer.nonvolatile() as other:
-                assert other is False, "whoever fills it has not left"
+                assert other is False, "the thread that fills it has not left"
         with buffer.nonvolatile() as intact:
             assert intact is True
         assert bytes(buffer) == data
@@ -671,7 +673,7 @@ def test_nonvolatile_of_memory_that_never_was_volatile() -> None:
 
 
 def test_threads_see_one_order() -> None:
-    """The old states that racing threads see are those of some order one after another."""
+    """The old states that concurrent threads receive correspond to some sequential order."""
     buffer, _ = purgeable(16 * kernel.PAGE)
     seen: list[tuple[IOPurgeable, IOPurgeable]] = []
     start = threading.Barrier(4)
@@ -686,8 +688,8 @@ def test_threads_see_one_order() -> None:
     run_all(*(partial(flip, seed) for seed in range(4)))
     last = buffer.setPurgeable(KEEP_CURRENT)
     buffer.free()
-    # A state is left as often as it is entered, but for the first and the last. Empty memory with nothing in it stays
-    # Empty when it is asked to be volatile; non-volatile memory with nothing in it becomes volatile.
+    # A state is left as often as it is entered, except for the first and the last. Empty memory without pages remains
+    # Empty if it is set to volatile; non-volatile memory without pages becomes volatile.
     entered = Counter(EMPTY if word is VOLATILE and old is EMPTY else word for word, old in seen) + Counter(
         [NON_VOLATILE]
     )
@@ -699,7 +701,7 @@ def test_threads_see_one_order() -> None:
 
 
 def test_what_is_locked_is_not_half_dropped() -> None:
-    """A drop that the kernel refuses changes nothing; others are purged all the same."""
+    """A purge that the kernel refuses changes nothing, and other memory is still purged."""
 
     def look() -> tuple[IOReturn, bool, int, IOPurgeable]:
         locked, data = purgeable(4 * kernel.PAGE)
@@ -730,7 +732,7 @@ def test_what_is_locked_can_be_dropped_since_5_18() -> None:
 
 
 def test_populate_that_fails_loses_nothing() -> None:
-    """Out of memory in the last step, which a fork makes possible: the state and the bytes are as before."""
+    """If memory is exhausted in the last step, as after a fork, the state and the bytes are unchanged."""
 
     def look() -> tuple[IOReturn, IOPurgeable, bool]:
         buffer, data = purgeable(64 * kernel.PAGE)
@@ -746,12 +748,12 @@ def test_populate_that_fails_loses_nothing() -> None:
 @pytest.mark.needs("root")
 @WAYS
 def test_compaction_is_no_loss(deny: dict[str, int]) -> None:
-    """A page on its way to another frame is not present, and not lost."""
+    """A migrating page is neither present nor lost."""
     compact = Path("/proc/sys/vm/compact_memory")
 
     def look() -> Counter[str]:
         outcomes: Counter[str] = Counter()
-        # Forked first: a child that shares the pages has them dirty, which smaps cannot tell from written to.
+        # Forked first: pages that a child shares are dirty, which smaps does not distinguish from written to.
         with forked(lambda: (compact.write_text("1"), time.sleep(0.1 if deny else 0))):
             buffer, data = purgeable(16 * MIB, huge=False)
             scattered = [purgeable(kernel.PAGE)[0] for _ in range(100)]
@@ -767,7 +769,7 @@ def test_compaction_is_no_loss(deny: dict[str, int]) -> None:
 
     warnings.simplefilter("ignore", ResourceWarning)
     outcomes = in_child(look, deny=deny)
-    if not deny:  # elsewhere MADV_FREE passes a page over that moves, and what is dirty counts as taken
+    if not deny:  # without tracking, a migrating page, which MADV_FREE skips, stays dirty and counts as lost
         assert set(outcomes) == {VOLATILE.name}
 
 
@@ -782,7 +784,7 @@ def test_purge_frees_memory_and_says_how_much() -> None:
     take(buffers[0], 0, MIB // 2)
     before = kernel.status("VmRSS")
     freed = iobmd.purge()
-    assert freed == 5 * MIB + MIB // 2, "what the kernel had taken before does not count"
+    assert freed == 5 * MIB + MIB // 2, "pages that the kernel had already reclaimed do not count"
     assert abs(before - kernel.status("VmRSS") - freed) < MIB // 2
     assert [buffer.setPurgeable(NON_VOLATILE) for buffer in buffers] == [EMPTY] * 6 + [NON_VOLATILE] * 2
     assert iobmd.purge() == 0
@@ -794,7 +796,7 @@ def test_purge_frees_memory_and_says_how_much() -> None:
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
 def test_purge_order(shared: bool) -> None:
-    """Group 0 to 7; in a group FIFO, the oldest first, and then LIFO, the latest first; obsolete before all."""
+    """Obsolete memory, then groups 0 to 7; within a group FIFO, oldest first, then LIFO, most recent first."""
     group = {n: IOPurgeable(n << 8) for n in range(8)}
     plan = [
         (VOLATILE | group[7], 7),
@@ -823,7 +825,7 @@ def test_purge_order(shared: bool) -> None:
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
 def test_purge_while_others_free_and_fill(shared: bool) -> None:
-    """A descriptor that is freed under the purger is passed over, and never a closed one looked at."""
+    """The purger skips a descriptor that is freed concurrently, and never accesses a closed one."""
     stop = threading.Event()
 
     def churn() -> None:
@@ -848,7 +850,7 @@ def test_purge_while_others_free_and_fill(shared: bool) -> None:
 
 
 def test_a_signal_handler_cannot_purge_what_it_interrupted() -> None:
-    """It takes other memory, and passes over what this thread is in the middle of: Volatile stays true."""
+    """It purges other memory, and skips memory that this thread is changing: "Volatile" remains correct."""
 
     def loop(shared: bool) -> tuple[int, int]:
         buffer, data = purgeable(16 * kernel.PAGE, shared=shared)
@@ -867,13 +869,13 @@ def test_a_signal_handler_cannot_purge_what_it_interrupted() -> None:
         signal.signal(signal.SIGALRM, purge)
         begin, turn = time.monotonic(), 0
         while time.monotonic() < begin + 0.4 or (not (taken and refused) and time.monotonic() < begin + 20):
-            turn += 1  # at another moment each time: a timer of one period keeps step with the loop
+            turn += 1  # at a different moment each time, because a periodic timer would synchronize with the loop
             signal.setitimer(signal.ITIMER_REAL, 1e-5 + turn % 199 * 1e-6)
             buffer.setPurgeable(VOLATILE)
             state = buffer.setPurgeable(NON_VOLATILE)
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
             seen = bytes(buffer)
-            # a handler may have come after the move, which dropped it: that is told
+            # the handler may have run after the change, and purged the memory, which is then reported
             if state is VOLATILE and buffer.setPurgeable(KEEP_CURRENT) is NON_VOLATILE:
                 assert seen == data
             buffer.setPurgeable(NON_VOLATILE)
@@ -889,7 +891,7 @@ def test_a_signal_handler_cannot_purge_what_it_interrupted() -> None:
 
 
 def test_huge_pages_that_stay_huge() -> None:
-    """A round trip does not split what the kernel maps by one entry."""
+    """A round trip does not split huge pages."""
     if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
         pytest.skip("transparent huge pages are off")
     if not may_lock(8 * MIB):

@@ -1,4 +1,4 @@
-"""Thousands of cycles with loss: no Volatile with a byte changed, no Empty with a byte left, nothing lost after."""
+"""Thousands of cycles with losses: Volatile means that no byte has changed, Empty that none remains."""
 
 import gc
 import os
@@ -33,20 +33,21 @@ def in_threads(work: Callable[[int], None]) -> None:
 
 
 def both(outcomes: Counter[str]) -> int:
-    """Return how often the rarer of the two outcomes came."""
+    """Return the count of the rarer of the two outcomes."""
     return min(outcomes[state.name or ""] for state in (VOLATILE, EMPTY))
 
 
 def contents(size: int) -> tuple[bytearray, ...]:
     """Three contents of buffers of this size, and zeros.
 
-    A bytearray compares itself with a view by memcmp(3); a view compares element by element, in six times the time.
+    A bytearray is compared with a view by memcmp(3); a view is compared element by element, which takes six times as
+    long.
     """
     return tuple(bytearray([value]) * size for value in (1, 0xA5, 0xFF, 0))
 
 
 class Filled:
-    """A buffer and what it was filled with, compared page by page through views."""
+    """A buffer and its expected contents, compared page by page through views."""
 
     def __init__(self, choice: tuple[bytearray, ...], chance: random.Random, *, huge: bool) -> None:
         *self._contents, self._zero = choice
@@ -62,13 +63,13 @@ class Filled:
         self.buffer.writeBytes(0, self.content)
 
     def is_right(self, state: IOPurgeable) -> bool:
-        """Say whether the bytes are those that `state`, the old one of a move to NonVolatile, promises."""
+        """Return whether the bytes are those that `state`, the old state of a change to NonVolatile, promises."""
         with memoryview(self.buffer) as view:
             return (self._zero if state is EMPTY else self.content) == view
 
 
 def cycle_with_loss(size: int, huge: bool, cycles: int) -> Counter[str]:
-    """Take one page, half, all or none of volatile memory, and compare with what pagemap says is there."""
+    """Reclaim one page, half, all or none of volatile memory, and compare the reported state with pagemap."""
     outcomes: Counter[str] = Counter()
     choice = contents(size)
 
@@ -87,12 +88,12 @@ def cycle_with_loss(size: int, huge: bool, cycles: int) -> Counter[str]:
                 if chance.random() < 0.2:
                     buffer.setPurgeable(KEEP_CURRENT)
                 state = buffer.setPurgeable(NON_VOLATILE)
-                assert state is (EMPTY if gone else VOLATILE), f"{length} bytes taken"
+                assert state is (EMPTY if gone else VOLATILE), f"{length} bytes reclaimed"
                 assert filled.is_right(state)
                 outcomes[state.name or ""] += 1
                 if length:
                     page_out(buffer, 0, size)
-                    assert filled.is_right(state), "lost after the move to NonVolatile"
+                    assert filled.is_right(state), "lost after the change to NonVolatile"
                 if state is EMPTY or chance.random() < 0.1:
                     filled.fill()
 
@@ -110,7 +111,7 @@ def test_random_loss(huge: bool) -> None:
 
 
 def test_random_loss_with_64_kib_to_lock() -> None:
-    """Four threads of a user who may lock 64 KiB, which one buffer of theirs takes."""
+    """Four threads of a user who may lock 64 KiB, which a single buffer needs."""
     outcomes = in_child(lambda: cycle_with_loss(64 << 10, False, CYCLES // 4), uid=NOBODY, memlock=64 << 10)
     assert outcomes.total() == CYCLES // 4
     assert both(outcomes) > CYCLES // 40, outcomes
@@ -119,7 +120,7 @@ def test_random_loss_with_64_kib_to_lock() -> None:
 @pytest.mark.needs("swap")
 @pytest.mark.usefixtures("swap", "nothing_left")
 def test_random_loss_beside_swap() -> None:
-    """With swap some pages go there instead: an Empty may come early then, but what is said is true."""
+    """With swap, Empty may be reported for intact memory, but never Volatile for lost memory."""
     outcomes: Counter[str] = Counter()
 
     def work(number: int) -> None:
@@ -144,7 +145,7 @@ def test_random_loss_beside_swap() -> None:
 
 
 def fill_and_free(size: int, content: bytearray) -> None:
-    """Take memory of the cgroup, and give it back."""
+    """Allocate memory of the cgroup, and free it."""
     with iobmd.allocate(size, wired=False) as filled:
         for offset in range(0, size - len(content), len(content)):
             filled.writeBytes(offset, content)
@@ -153,9 +154,9 @@ def fill_and_free(size: int, content: bytearray) -> None:
 @pytest.mark.needs("memory_cgroup")
 @pytest.mark.parametrize("size", [256 << 10, 4 * MIB], ids=["4 KiB", "THP"])
 def test_real_pressure(size: int, memory_cgroup: Callable[[int], Path]) -> None:
-    """1,000 cycles in a cgroup of 96 MiB, half of which a hog fills over and over."""
+    """1,000 cycles in a cgroup of 96 MiB, in which another program repeatedly fills a half."""
     procs = memory_cgroup(96 * MIB)
-    choice = contents(size)  # made outside of the cgroup, which would count it
+    choice = contents(size)  # created outside the cgroup, which would be charged for it
     content = choice[0][:MIB]
 
     def squeezed() -> Counter[str]:
@@ -173,8 +174,8 @@ def test_real_pressure(size: int, memory_cgroup: Callable[[int], Path]) -> None:
                 filled = chance.choice(all_filled)
                 state = filled.buffer.setPurgeable(NON_VOLATILE)
                 assert filled.is_right(state)
-                time.sleep(0.001)  # the hog goes on
-                assert filled.is_right(state), "lost after the move to NonVolatile"
+                time.sleep(0.001)  # the other program continues
+                assert filled.is_right(state), "lost after the change to NonVolatile"
                 outcomes[state.name or ""] += 1
                 filled.fill()
                 filled.buffer.setPurgeable(VOLATILE)
@@ -192,7 +193,7 @@ def test_real_pressure(size: int, memory_cgroup: Callable[[int], Path]) -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 def test_readers_while_memory_comes_and_goes() -> None:
-    """Views read on while the content is given, taken, dropped and filled: they see bytes or zeros."""
+    """Views that read while contents become volatile, are reclaimed, dropped or filled see the bytes or zeros."""
     filled = Filled(contents(MIB), random.Random(1), huge=False)
     stop = threading.Event()
     with filled.buffer as buffer:
@@ -224,7 +225,7 @@ def test_readers_while_memory_comes_and_goes() -> None:
 
 
 def test_interrupts_leave_the_truth() -> None:
-    """A signal handler that raises at any moment of a round trip: what is said afterwards is true."""
+    """A signal handler raises at any moment of a round trip: the state reported afterwards is correct."""
     import signal
 
     def loop() -> tuple[int, int]:
@@ -245,7 +246,7 @@ def test_interrupts_leave_the_truth() -> None:
             except KeyboardInterrupt:
                 pass
             signal.setitimer(signal.ITIMER_REAL, 0)
-            # What a move that was interrupted had returned is not known; the bytes are whole, or all zero.
+            # The result of an interrupted change is unknown; the bytes are complete, or all zero.
             filled.buffer.setPurgeable(NON_VOLATILE)
             state = VOLATILE if filled.is_right(VOLATILE) else EMPTY
             assert filled.is_right(state)

@@ -1,4 +1,4 @@
-"""The whole family, used in any order: after each step all bytes are as in the model, and nothing is left at the end.
+"""All kinds of descriptors in any order: all bytes match the model after each step, and nothing remains.
 
 2,000 steps; IOBMD_NIGHTLY=1: 50,000.
 """
@@ -50,7 +50,7 @@ DATA = st.binary(min_size=1, max_size=64)
 
 
 class Family(RuleBasedStateMachine):
-    """Descriptors of iobmd, each with its relative in the model."""
+    """Descriptors of iobmd, each with its counterpart in the model."""
 
     steps = 0
     relatives: list[Relative]
@@ -86,7 +86,7 @@ class Family(RuleBasedStateMachine):
     @precondition(lambda self: len(self.relatives) < MOST)
     @rule(data=st.data())
     def describe_addresses(self, data: st.DataObject) -> None:
-        """Ranges of memory that is not iobmd's, and of buffers by their addresses."""
+        """Describe ranges of memory that does not belong to iobmd, and of buffers by their addresses."""
         buffers = [one for one in self.relatives if one.memory]
         ranges, parts = [], []
         for _ in range(data.draw(st.integers(0, 3))):
@@ -144,7 +144,7 @@ class Family(RuleBasedStateMachine):
     @precondition(lambda self: any(one.prepared or not one.is_prepared() for one in self.relatives))
     @rule(data=st.data())
     def complete(self, data: st.DataObject) -> None:
-        """What others have prepared is theirs to complete."""
+        """A descriptor cannot complete what other descriptors have prepared."""
         one = data.draw(st.sampled_from([one for one in self.relatives if one.prepared or not one.is_prepared()]))
         if self.happens(set() if one.prepared else {IOReturn.kIOReturnNotReady}, one.real.complete):
             one.prepared -= 1
@@ -177,7 +177,7 @@ class Family(RuleBasedStateMachine):
         mapped, one, offset, length = data.draw(st.sampled_from(self.maps))
         at = data.draw(st.integers(0, length - 1))
         if any(memory.state == VOLATILE for memory in one.memories()):
-            return  # a store that nobody tells it of makes private volatile memory count as taken
+            return  # a store through an address makes private volatile memory count as lost
         memoryview(mapped)[at : at + 1] = new
         one.write(offset + at, new)
 
@@ -208,7 +208,7 @@ class Family(RuleBasedStateMachine):
     def set_purgeable(self, data: st.DataObject, state: int) -> None:
         one = data.draw(st.sampled_from([one for one in self.relatives if not one.cannot_set(1)] or self.relatives))
         if state == VOLATILE and not all(memory.filled for memory in one.memories()):
-            return  # where there is nothing to take it may stay Empty
+            return  # if there are no pages to reclaim, it may remain Empty
         old = self.happens(one.cannot_set(state), lambda: one.real.setPurgeable(state))
         if old is None:
             return
@@ -231,7 +231,7 @@ class Family(RuleBasedStateMachine):
         return [memory for memory in known.values() if memory.state == VOLATILE]
 
     def notice_what_was_taken(self) -> None:
-        """A host that is short of memory may take what is volatile, page by page: then have all of that taken."""
+        """A host that is short of memory may reclaim volatile memory page by page; in that case, purge all of it."""
         for memory in self.volatile():
             seen, wanted = ctypes.string_at(memory.address, len(memory.content)), bytes(memory.content)
             for page in range(0, len(seen), PAGE):
@@ -245,7 +245,7 @@ class Family(RuleBasedStateMachine):
     @precondition(lambda self: self.relatives)
     @rule(data=st.data(), forget=st.booleans())
     def free(self, data: st.DataObject, forget: bool) -> None:
-        """By its method, or by dropping it, which also undoes what it has prepared; maps and views keep it alive."""
+        """Free a descriptor by its method or by dropping it, which also completes it; maps and views keep it."""
         one = self.one(data)
         expected = one.cannot_free()
         if forget and not one.maps and not one.views:
@@ -259,7 +259,7 @@ class Family(RuleBasedStateMachine):
         self.relatives.remove(one)
         for origin in one.origins():
             if origin.memory and origin.released and not origin.is_kept():
-                assert not is_mapped(origin.memory.address), "nobody is left"
+                assert not is_mapped(origin.memory.address), "no user is left"
 
     @invariant()
     def bytes_are_as_they_should_be(self) -> None:
@@ -273,7 +273,7 @@ class Family(RuleBasedStateMachine):
             assert bytes(mapped) == one.read(offset, length)
 
     def happens(self, expected: set[IOReturn], action: Callable[[], Any]) -> Any:
-        """Return what it returns (True for None), or None when it was refused as expected."""
+        """Return the result of an operation (True for None), or None if it was refused as expected."""
         try:
             result = action()
         except IOReturnError as error:
@@ -304,7 +304,7 @@ class Family(RuleBasedStateMachine):
 
 
 def places(one: Relative, offset: int, length: int) -> list[list[int]]:
-    """Where a range lies in physical memory, by pagemap, page by page; what is adjacent is joined."""
+    """Return the physical ranges of a range, from pagemap page by page, with adjacent ones joined."""
     found: list[list[int]] = []
     for piece in one.bytes_at(offset, length):
         lies = list(frames(piece.of.address, len(piece.of.content)))
@@ -328,7 +328,7 @@ def is_mapped(address: int) -> bool:
 
 
 def settle() -> None:
-    """Let go what is garbage, and wait for the purger's thread."""
+    """Collect garbage, and wait for the end of the purger's thread."""
     gc.collect()
     for thread in threading.enumerate():
         if thread.name == "iobmd-purger":
@@ -336,7 +336,7 @@ def settle() -> None:
 
 
 def footprint() -> tuple[int, int, int, int]:
-    """What this process has of the kernel's: objects of ours mapped, descriptors, locked and pinned bytes."""
+    """Return the kernel resources of this process: mapped objects of iobmd, descriptors, locked and pinned bytes."""
     ours = sum("iobmd" in line for line in mapped_objects())
     return ours, len(list(Path("/proc/self/fd").iterdir())), kernel.status("VmLck"), kernel.pinned()
 
@@ -345,9 +345,9 @@ def mapped_objects() -> Iterator[str]:
     yield from (line for line in Path("/proc/self/maps").read_text().splitlines() if "deleted" in line)
 
 
-@pytest.mark.timeout(0.15 * STEPS)  # 5 ms of processor time each, of which a busy machine gives little
+@pytest.mark.timeout(0.15 * STEPS)  # 5 ms of processor time per step, which is longer on a busy machine
 def test_family_in_any_order() -> None:
-    """Hypothesis makes runs of up to so many steps, and often shorter ones: as many runs as it takes."""
+    """Repeat runs until the number of steps is reached: Hypothesis makes runs of at most this length."""
     checks = list(HealthCheck)
     while Family.steps < STEPS:
         how = settings(max_examples=25, stateful_step_count=100, deadline=None, suppress_health_check=checks)

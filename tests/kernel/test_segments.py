@@ -1,4 +1,4 @@
-"""Segments: exact for any offset and length, against frames read one by one; runs of any task."""
+"""Segments: exact for any offset and length, compared with frames read one by one; runs of any task."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.needs("frames")
 
 
 def expected(address: int, length: int, offset: int) -> list[tuple[int, int]]:
-    """Cut segments byte-exactly out of single pages."""
+    """Compute byte-exact segments from single pages."""
     start = address + offset
     cut: list[tuple[int, int]] = []
     if not length:

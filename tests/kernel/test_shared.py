@@ -1,4 +1,4 @@
-"""Memory of a shared object: the same pages in a forked child, and a purgeable state that both agree on."""
+"""Memory of a shared object: the same pages in a forked child, and a common purgeable state."""
 
 import gc
 import os
@@ -103,7 +103,7 @@ def test_nobody_can_cut_the_memory_away() -> None:
 
 
 def test_child_and_parent_agree() -> None:
-    """Each sees what the other set; the content goes for both, and stays for both."""
+    """Each process sees the state that the other set; contents are lost for both, and retained for both."""
     buffer, data = purgeable(64 * kernel.PAGE, shared=True)
     with buffer:
 
@@ -118,7 +118,7 @@ def test_child_and_parent_agree() -> None:
         assert buffer.setPurgeable(NON_VOLATILE) is VOLATILE
         assert bytes(buffer) == data
         buffer.setPurgeable(VOLATILE)
-        assert in_child(purge) == 64 * kernel.PAGE, "the child never touched the state itself"
+        assert in_child(purge) == 64 * kernel.PAGE, "the child itself never changed the state"
         assert buffer.setPurgeable(KEEP_CURRENT) is EMPTY
         assert reads_zero(buffer)
         assert in_child(lambda: buffer.setPurgeable(NON_VOLATILE)) is EMPTY
@@ -136,10 +136,11 @@ def test_purged_while_another_process_maps_and_reads_it() -> None:
             assert set(seen) <= {data[:8], data[-8:], bytes(8)}
             os.write(writing, b"z" if set(seen) == {bytes(8)} else b"r")
 
-        with forked(read):  # it fails when the reader crashes, or sees anything else
+        with forked(read):  # fails if the reader crashes, or sees anything else
             assert os.read(reading, 1) == b"r"
             buffer.setPurgeable(VOLATILE)
-            # The reader has its two pages back, empty ones, as soon as they are taken: they may count as not freed.
+            # The reader faults in its two pages again, empty, as soon as they are purged: they may count as not
+            # freed.
             assert 4 * MIB - 2 * kernel.PAGE <= iobmd.purge() <= 4 * MIB
             while os.read(reading, 1) != b"z":
                 pass
@@ -150,7 +151,7 @@ def test_purged_while_another_process_maps_and_reads_it() -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 def test_prepared_in_another_process() -> None:
-    """The other's wiring counts, until it completes, or dies."""
+    """Memory that the other process has prepared cannot become volatile until that completes it or exits."""
     buffer, data = purgeable(16 * kernel.PAGE, shared=True)
     with buffer:
         ready_read, ready_write = os.pipe()
@@ -166,7 +167,7 @@ def test_prepared_in_another_process() -> None:
                 with pytest.raises(IOReturnError, match="another process") as caught:
                     buffer.setPurgeable(word)
                 assert caught.value.code == IOReturn.kIOReturnBusy
-            buffer.prepare()  # both at a time
+            buffer.prepare()  # both at the same time
             buffer.complete()
         os.close(ready_read)
         os.close(ready_write)
@@ -177,7 +178,7 @@ def test_prepared_in_another_process() -> None:
 
 @pytest.mark.parametrize("moment", ["holding the lock", "before the punch", "after the punch"])
 def test_sharer_killed_between_states(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """kill -9 in the middle of a purge: the next to come finds the mark, finishes it, and is not held up."""
+    """kill -9 during a purge: the next process finds the mark and completes the purge, without waiting."""
     buffer, data = purgeable(16 * kernel.PAGE, shared=True)
     with buffer:
         buffer.setPurgeable(VOLATILE)
@@ -211,7 +212,7 @@ def test_sharer_killed_between_states(moment: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_sharers_killed_at_random_moments() -> None:
-    """200 children that flip the state and purge, killed anywhere: the state and the bytes agree whenever we look."""
+    """200 children that change the state and purge are killed at any moment: the state and the bytes always agree."""
     buffer, data = purgeable(16 * kernel.PAGE, shared=True)
     with buffer:
         for turn in range(200):
@@ -228,7 +229,7 @@ def test_sharers_killed_at_random_moments() -> None:
 
 
 def test_processes_race() -> None:
-    """Two processes fill, give and keep the same memory: Volatile means that the bytes are those last agreed on."""
+    """Two processes fill memory and change its state: Volatile means that the bytes are those last written."""
     buffer, _ = purgeable(64 * kernel.PAGE, shared=True)
     with buffer, forked(iobmd.purge):
         outcomes = {VOLATILE: 0, EMPTY: 0}
@@ -245,7 +246,7 @@ def test_processes_race() -> None:
 
 
 def test_many_threads_of_two_processes_and_two_buffers() -> None:
-    """Record locks belong to processes: the kernel would take threads that wait crosswise for a deadlock."""
+    """Record locks belong to processes: the kernel would mistake threads that wait for each other for a deadlock."""
     buffers = [purgeable(kernel.PAGE, shared=True)[0] for _ in range(2)]
 
     def work(buffer: iobmd.IOBufferMemoryDescriptor) -> None:
@@ -263,7 +264,7 @@ def test_many_threads_of_two_processes_and_two_buffers() -> None:
 
 
 def test_sharer_that_is_stopped_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not dead, and holds its lock: others are told so after a while, and purge passes it over."""
+    """A stopped process still holds its lock: others receive an error after a time, and purge skips the memory."""
     from iobmd.purgeable import shared
 
     monkeypatch.setattr(shared, "_PATIENCE", 0.2)
@@ -291,10 +292,10 @@ def test_sharer_that_is_stopped_in_the_middle(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_interrupts_leave_no_record_lock() -> None:
-    """A signal handler that raises at any moment: the other process is never locked out."""
+    """A signal handler raises at any moment: the other process is never locked out."""
 
     def answer(asked: int, answers: int) -> None:
-        # Our purger may hold the lock for a moment. One that nobody gives back is held forever.
+        # The purger of this process may hold the lock briefly. A lock that is not released would be held forever.
         if os.read(asked, 1):
             with buffer._memory().backing.purgeable._exclusively():
                 os.write(answers, b"x")
@@ -335,7 +336,7 @@ def test_interrupts_leave_no_record_lock() -> None:
     buffer, _ = purgeable(kernel.PAGE, shared=True)
     asked, ask = os.pipe()
     answers, answering = os.pipe()
-    # Another process, for a record lock is in the way of others only.
+    # In another process, because a record lock only excludes other open file descriptions.
     with buffer, forked(lambda: answer(asked, answering)):
         assert in_child(loop) > 50
     for end in (asked, ask, answers, answering):
@@ -344,7 +345,7 @@ def test_interrupts_leave_no_record_lock() -> None:
 
 @pytest.mark.needs("memory_cgroup")
 def test_memory_that_is_asked_for_is_made_room_for(memory_cgroup: Callable[[int], Path]) -> None:
-    """What would not fit is not refused before volatile shared memory was taken."""
+    """Memory that does not fit is refused only after volatile shared memory was purged."""
     procs = memory_cgroup(160 * MIB)
     content = os.urandom(MIB)
 
@@ -364,7 +365,7 @@ def test_memory_that_is_asked_for_is_made_room_for(memory_cgroup: Callable[[int]
 
 
 def purged_within(buffer: iobmd.IOBufferMemoryDescriptor, seconds: float) -> bool:
-    """Look at its pages: the purger passes over a buffer whose state somebody is just asking for."""
+    """Inspect its pages instead of its state: the purger skips a buffer whose state another thread is reading."""
     if not until(lambda: not kernel.present(buffer.getBytesNoCopy(), buffer.getLength()), seconds):
         return False
     assert buffer.setPurgeable(KEEP_CURRENT) is EMPTY
@@ -376,15 +377,15 @@ def purged_within(buffer: iobmd.IOBufferMemoryDescriptor, seconds: float) -> boo
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("uid", [0, NOBODY], ids=["root", "nobody"])
 def test_pressure_takes_shared_memory(memory_cgroup: Callable[[int], Path], uid: int) -> None:
-    """A process whose limit is 128 MiB, 96 of them volatile, fills 64 more, and lives; what is to go last stays.
+    """A process with a limit of 128 MiB, 96 of them volatile, fills 64 more and survives; the last in order remain.
 
-    Root is told by events of the cgroup; nobody has to look.
+    As root, events of the cgroup start the purge, without polling.
     """
     procs = memory_cgroup(128 * MIB)
     content = os.urandom(MIB)
 
     def live() -> tuple[list[IOPurgeable], bool]:
-        gc.disable()  # a collection would copy most of the heap that it has from its parent, at once
+        gc.disable()  # a garbage collection would immediately copy most of the heap that it shares with its parent
         buffers = []
         for group in (0, 1, 2, 7, 7, 7):
             buffer = iobmd.allocate(16 * MIB, wired=False, purgeable=True, shared=True)
@@ -415,9 +416,9 @@ def test_pressure_takes_shared_memory(memory_cgroup: Callable[[int], Path], uid:
 
     states, right = in_child(inside)
     assert right
-    assert states[:2] == [EMPTY] * 2, "the lower groups go first"
+    assert states[:2] == [EMPTY] * 2, "lower groups are purged first"
     assert states[-1] is VOLATILE
-    assert states == sorted(states, key=lambda state: state is VOLATILE), "in order, and no more than needed"
+    assert states == sorted(states, key=lambda state: state is VOLATILE), "in order, and no more than necessary"
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -438,7 +439,7 @@ def test_purger_runs_while_there_is_shared_memory() -> None:
 
 
 def test_purger_of_a_child() -> None:
-    """A fork does not take the thread along: the child, which has the memory, starts its own."""
+    """A forked child has the memory but not the thread, and starts its own."""
     buffer, _ = purgeable(kernel.PAGE, shared=True)
     with buffer:
 
@@ -474,7 +475,7 @@ def test_memory_of_a_sharer_that_died_is_taken(memory_cgroup: Callable[[int], Pa
 
 @pytest.mark.usefixtures("nothing_left")
 def test_tasks_that_wait_for_memory_are_pressure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PSI: a quarter of what is volatile goes while tasks wait much of the time, and nothing while they do not."""
+    """PSI: a quarter of the volatile memory is purged while tasks wait much of the time, and nothing otherwise."""
     from iobmd.purgeable import monitor
 
     file = tmp_path / "memory.pressure"
@@ -489,7 +490,7 @@ def test_tasks_that_wait_for_memory_are_pressure(tmp_path: Path, monkeypatch: py
     assert purged_within(buffers[0], 10)
     assert not purged_within(buffers[1], 0.6)
     assert [buffer.setPurgeable(NON_VOLATILE) for buffer in buffers[1:]] == [VOLATILE] * 3
-    file.unlink()  # the cgroup went away
+    file.unlink()  # the cgroup was removed
     buffers[1].setPurgeable(VOLATILE)
     assert not purged_within(buffers[1], 0.6)
     for buffer in buffers:
@@ -500,7 +501,7 @@ def test_tasks_that_wait_for_memory_are_pressure(tmp_path: Path, monkeypatch: py
 @pytest.mark.needs("memory_cgroup")
 @pytest.mark.usefixtures("nothing_left")
 def test_little_left_is_a_shortage(memory_cgroup: Callable[[int], Path]) -> None:
-    """What falls short of an eighth of the limit, as anybody can read it: no event has to tell."""
+    """The missing free memory is determined from files that every user can read, without events."""
     from iobmd.host import headroom
 
     procs = memory_cgroup(64 * MIB)

@@ -1,4 +1,4 @@
-"""`share` and `attach`: the same frames in processes that cooperate, by sockets and by multiprocessing."""
+"""`share` and `attach`: the same frames in processes that cooperate, over sockets and multiprocessing."""
 
 import contextlib
 import json
@@ -61,7 +61,7 @@ def test_by_multiprocessing(method: str) -> None:
         near, far = context.Pipe()
         process = context.Process(target=look, args=(handle, far))
         process.start()
-        assert near.poll(30), "the child says nothing"
+        assert near.poll(30), "the child does not answer"
         assert near.recv() == (b"hello", MIB, MIB)
         process.join(30)
         assert process.exitcode == 0
@@ -89,7 +89,7 @@ def test_memory_outlives_who_made_it() -> None:
 @pytest.mark.needs("frames", "memlock")
 @pytest.mark.usefixtures("nothing_left")
 def test_wired_stays_wired() -> None:
-    """Who attaches holds pins of its own: the frames stay when the first one has gone."""
+    """A process that attaches has its own pins: the frames remain when the first process has exited."""
     buffer = iobmd.allocate(64 << 10, shared=True)
     was = [segment.address for segment in buffer.segments()]
     with iobmd.share(buffer) as handle, iobmd.attach(handle) as attached:
@@ -102,7 +102,7 @@ def test_wired_stays_wired() -> None:
 @pytest.mark.needs("frames")
 @pytest.mark.usefixtures("nothing_left")
 def test_contiguous_memory_stays_in_order() -> None:
-    """Its pieces may be anywhere in the object: they are mapped in the order of their addresses there too."""
+    """Its pieces may be anywhere in the object, and are mapped in the order of their addresses in both processes."""
     with iobmd.allocate(4 * MIB, shared=True, contiguous=True) as buffer:
         for offset in range(0, 4 * MIB, MIB // 4):
             buffer.writeBytes(offset, struct.pack("=Q", offset))
@@ -122,7 +122,7 @@ def test_contiguous_memory_stays_in_order() -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 def test_purgeable_state_is_common() -> None:
-    """Two users of one process too: their locks are not each other's, and closing one does not lose the other's."""
+    """Two users in one process have separate locks, and closing one does not release the other's."""
     with iobmd.allocate(MIB, shared=True, wired=False, purgeable=True) as buffer, iobmd.share(buffer) as handle:
         buffer.writeBytes(0, b"x" * 100)
         first, second = iobmd.attach(handle), iobmd.attach(handle)
@@ -141,7 +141,7 @@ def test_purgeable_state_is_common() -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 def test_states_changed_from_many_sides() -> None:
-    """Volatile and back by threads with a user each, and by processes: no state is made up, and nobody hangs."""
+    """Threads with one user each, and processes, change the state: all results are valid, and no thread hangs."""
     with iobmd.allocate(64 << 10, shared=True, wired=False, purgeable=True) as buffer, iobmd.share(buffer) as handle:
         found: set[int] = set()
 
@@ -212,11 +212,11 @@ def message(extents: object, *, capacity: object = 4096, mark: bytes = b"iobmd1"
     ],
 )
 def test_what_a_stranger_sends(wrong: bytes) -> None:
-    """Nothing is mapped that the object does not have, which would be a SIGBUS when it is touched."""
+    """No page beyond the end of the object is mapped, because touching it would raise SIGBUS."""
     here, there = pair()
 
     def send_the_rest() -> None:
-        with here, contextlib.suppress(OSError):  # refused before all of it was read
+        with here, contextlib.suppress(OSError):  # refused before the whole message was read
             here.sendall(wrong[12:])
 
     with here, there:
@@ -225,7 +225,7 @@ def test_what_a_stranger_sends(wrong: bytes) -> None:
             os.ftruncate(descriptor, 4096)
             socket.send_fds(here, [wrong[:12]], [descriptor])
             os.close(descriptor)
-        # A thread, for the socket may not take all of it before it is read.
+        # In a thread, because the socket may not accept the whole message before it is read.
         rest = threading.Thread(target=send_the_rest)
         rest.start()
         expected = IOReturn.kIOReturnBadArgument if wrong else IOReturn.kIOReturnNotOpen
@@ -237,13 +237,13 @@ def test_what_a_stranger_sends(wrong: bytes) -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 def test_no_descriptor_of_the_message_stays() -> None:
-    """Strangers may send more than is asked for."""
+    """A peer may send more than is requested."""
     here, there = pair()
     before = len(list(Path("/proc/self/fd").iterdir()))
     with here, there:
         socket.send_fds(here, [message([[0, 4096]])], [0, 1, 2])
         assert code_of(lambda: iobmd.attach(there)) == IOReturn.kIOReturnBadArgument
-        # What is no memory is closed by a thread: its server could keep a close(2) waiting.
+        # A descriptor that is not memory is closed by a thread, because its server could block close(2).
         assert until(lambda: len(list(Path("/proc/self/fd").iterdir())) == before)
     assert kernel.status("VmLck") == 0
 
@@ -255,7 +255,7 @@ def send(descriptor: int, here: socket.socket) -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 def test_a_file_that_may_only_be_read(tmp_path: Path) -> None:
-    """A service of root must not write for others into files that they may not write to."""
+    """A service of root must not write, on behalf of other users, to files to which they may not write."""
     file = tmp_path / "precious"
     file.write_bytes(b"x" * 4096)
     memory = os.memfd_create("precious")
@@ -276,7 +276,7 @@ def test_a_file_that_may_only_be_read(tmp_path: Path) -> None:
 
 @pytest.mark.needs("root")
 def test_memory_of_another_user_must_be_sealed() -> None:
-    """Who can cut it away can end us with SIGBUS."""
+    """A process that can truncate the memory could end this process with SIGBUS."""
 
     def serve(path: str, sealed: bool) -> None:
         with socket.socket(socket.AF_UNIX) as client:

@@ -1,4 +1,4 @@
-"""Snapshots, and what changed between two: what the kernel was made to do to memory of our own."""
+"""Snapshots, and the changes between two, for operations of the kernel on memory of this process."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,7 +82,7 @@ def test_collapsed_and_split(ours: Memory) -> None:
     mman.advise(start, 2 * MIB, mman.MADV_COLLAPSE)
     huge = ours.save("huge")
     assert by_kind(list(pagemap.changes(before, huge))) == {Kind.COLLAPSED: 2 * MIB}
-    mman.advise(start, 4096, mman.MADV_DONTNEED)  # the rest stays where it is, mapped page by page
+    mman.advise(start, 4096, mman.MADV_DONTNEED)  # the rest remains in its frames, mapped page by page
     split = ours.save("split")
     changes = list(pagemap.changes(huge, split))
     assert by_kind(changes) == {Kind.SPLIT: 2 * MIB - 4096, Kind.RELEASED: 4096}

@@ -1,4 +1,4 @@
-"""Reading another task leaves it as it was: its pages, page tables, cgroup, swap, and the hugetlb pools."""
+"""Reading another task leaves it unchanged: its pages, page tables, cgroup, swap, and the hugetlb pools."""
 
 import contextlib
 import fcntl
@@ -46,7 +46,7 @@ for line in sys.stdin:
 
 
 class Source:
-    """A Python program that maps what `code` says, leaves the addresses in `result`, and executes lines of code."""
+    """A Python program that runs `code`, which stores addresses of its memory in `result`, and then lines of code."""
 
     def __init__(self, code: str, *, before: str = "", user: int | None = None) -> None:
         self.process = subprocess.Popen(
@@ -60,7 +60,7 @@ class Source:
         self._settle()
 
     def _settle(self) -> None:
-        """Wait until it reads the next line: before, it still touches pages of its own."""
+        """Wait until it reads the next line, because it still touches its own pages before that."""
         end = time.monotonic() + PATIENCE
         while not Path(f"/proc/{self.pid}/syscall").read_text().startswith("0 0x0 "):
             assert time.monotonic() < end
@@ -75,7 +75,7 @@ class Source:
         self._settle()
 
     def held(self) -> dict[str, int]:
-        """What the kernel says that the process has, in bytes."""
+        """Return the memory of the process according to the kernel, in bytes."""
         return {
             name: kernel.status(name, self.pid)
             for name in ("VmRSS", "RssAnon", "RssFile", "RssShmem", "VmPTE", "VmSwap")
@@ -133,15 +133,15 @@ WAYS: dict[str, Callable[[int, int, int], bytes]] = {
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_sparse_memory_stays_sparse(source: Callable[..., Source], kind: str, way: str) -> None:
-    """Needs the object of shared memory: as root by map_files, as another user by the descriptor that is open."""
+    """The object of shared memory is opened through map_files as root, otherwise through the open descriptor."""
     if kind == "shared anonymous" and os.geteuid():
-        pytest.skip("memory without a descriptor is found by map_files, which is for root")
+        pytest.skip("memory without a descriptor is found through map_files, which requires root")
     one = source(KINDS[kind] + "; result = [at(m)]")
     (at,) = one.addresses
     before = one.held()
     assert WAYS[way](one.pid, at, 512 * MIB) == b"here"
     after = one.held()
-    if way == "frozen copy":  # it has executed a system call in its vDSO, a page of the kernel's
+    if way == "frozen copy":  # it has executed a system call in its vDSO, which is a page of the kernel
         for name in ("RssFile", "VmRSS"):
             assert 0 <= after[name] - before.pop(name) <= kernel.PAGE
             del after[name]
@@ -157,14 +157,14 @@ def test_small_reads_create_nothing_in_shared_memory(source: Callable[..., Sourc
     for offset in range(0, 64 * MIB, 4 * MIB):
         assert task.read(at + offset + 1, 100) == bytes(100)
     after = one.held()
-    if kind == "anonymous":  # each may cost a page table, see extents.SMALL
+    if kind == "anonymous":  # each may add a page table, see extents.SMALL
         assert after.pop("VmPTE") - before.pop("VmPTE") <= 16 * kernel.PAGE
     assert after == before
 
 
 def test_a_pageable_copy_is_as_sparse_as_its_source(source: Callable[..., Source]) -> None:
     code = "m = mmap.mmap(-1, 256 << 20, flags=PRIVATE | ANONYMOUS)\n"
-    code += "for offset in range(0, 64 << 20, 1 << 20): m[offset] = 1\n"  # strewn
+    code += "for offset in range(0, 64 << 20, 1 << 20): m[offset] = 1\n"  # scattered
     code += "m[128 << 20:160 << 20] = bytes(1) * (32 << 20)\nresult = [at(m)]"  # dense
     one = source(code)
     (at,) = one.addresses
@@ -207,7 +207,7 @@ def test_a_source_with_a_limit_lives_on(
         assert buffer.readBytes(600 * MIB, 8) == b"moremore"
     assert Task(one.pid).read(at, 512 * MIB)[5 * MIB : 5 * MIB + 4] == b"here"
     assert one.process.poll() is None
-    # The counters of cgroups lag by a batch of pages for each processor.
+    # The counters of cgroups lag by a batch of pages per processor.
     assert int(usage.read_text()) - before < 2 * MIB
     one.end()
     leave(group)
@@ -244,7 +244,7 @@ def test_no_page_of_a_pool_is_taken(hugetlb_pool: int, source: Callable[..., Sou
         with iobmd.copy(one.pid, at, 4 * HUGE, wired=False) as buffer:
             return bytes(buffer)
 
-    # The source's own mapping: it has one page of the pool, and has reserved the others.
+    # The source's own mapping has one page of the pool, and has reserved the others.
     rollup = Path(f"/proc/{one.pid}/smaps_rollup").read_text
     before = [line for line in rollup().splitlines() if "Hugetlb" in line], free_pages()
     for way in (
@@ -273,7 +273,7 @@ def test_swapped_pages_go_back_to_swap(swap: None, source: Callable[..., Source]
 
 @pytest.mark.needs("swap")
 def test_swapped_pages_of_an_object_go_back_to_swap(swap: None, source: Callable[..., Source]) -> None:
-    """Also those next to pages in memory, and no others: smaps counts what the object has in swap."""
+    """Swapped pages next to resident ones are returned to swap, and no others: smaps counts the object's pages."""
     code = f"fd = memfd({8 * MIB}); m = mmap.mmap(fd, {8 * MIB}); m[:] = os.urandom({8 * MIB})\nm.madvise(21)\n"
     one = source(code + f"sum(m[at] for at in range(0, {8 * MIB}, 40960)); result = [at(m)]")
     (at,) = one.addresses
@@ -290,7 +290,7 @@ def test_swapped_pages_of_an_object_go_back_to_swap(swap: None, source: Callable
 
 
 def test_files_are_read_and_not_mapped(source: Callable[..., Source], tmp_path: Path) -> None:
-    """Also the rest of the last page, which is zero, and the pages behind that, which are not there."""
+    """The rest of the last page is zero, and the pages after it do not exist."""
     path = tmp_path / "file"
     path.write_bytes(os.urandom(3 * MIB + 100))
     one = source(
@@ -353,7 +353,7 @@ def test_holes_are_listed(source: Callable[..., Source], freeze: bool) -> None:
 
 
 def test_holes_through_the_memory_file(source: Callable[..., Source]) -> None:
-    """Where seccomp forbids process_vm_readv."""
+    """The copy works if seccomp forbids process_vm_readv."""
     one = source(HOLES)
     (at,) = one.addresses
 
@@ -367,7 +367,7 @@ def test_holes_through_the_memory_file(source: Callable[..., Source]) -> None:
 
 
 def test_a_copy_larger_than_memory(source: Callable[..., Source]) -> None:
-    """What counts is what is there of it, not how long it is."""
+    """The existing part of the range counts, not its length."""
     size = 1 << 40
     one = source(
         f"m = mmap.mmap(-1, {size}, flags=PRIVATE | ANONYMOUS | NORESERVE)\nm[1 << 35] = 7; result = [at(m)]"
@@ -390,9 +390,9 @@ os.setresuid({NOBODY}, {NOBODY}, {NOBODY}); ctypes.CDLL(None).prctl(4, 1, 0, 0, 
 def test_refused_where_the_pages_cannot_be_found(
     memory_cgroup: Callable[[int], Path], source: Callable[..., Source]
 ) -> None:
-    """Another user's shared anonymous memory is mapped nowhere else, and has no name and no descriptor."""
+    """Another user's shared anonymous memory, which is mapped nowhere else, has neither a name nor a descriptor."""
     group = memory_cgroup(64 * MIB)
-    # The modules first: the interpreter may lie where nobody may read.
+    # Import the modules first, because the new user may be unable to read the interpreter's files.
     before = "import ctypes, mmap, os, sys\n"
     before += f"open({str(group)!r}, 'w').write(str(os.getpid()))\n"
     one = source(SHARED_ANONYMOUS + "; result = [at(m)]", before=before + AS_NOBODY)
@@ -465,7 +465,7 @@ def test_locks_on_a_file_of_the_source_are_kept(source: Callable[..., Source], t
             assert Task(one.pid).read(at, 16 * MIB) == expected
             with iobmd.copy(one.pid, at, 16 * MIB, wired=False) as buffer:
                 assert bytes(buffer) == expected
-            if not os.geteuid():  # by map_files
+            if not os.geteuid():  # through map_files
                 # The file was written, and is in memory, though the task has touched one page of 64 only.
                 assert residency.absent(at, 16 * MIB, Task(one.pid)) == 0
             assert is_locked(path)
@@ -483,7 +483,7 @@ result = [at(m)]
 
 @pytest.mark.parametrize("folder", ["memory", "disk"])
 def test_a_lease_of_the_source_is_not_broken(source: Callable[..., Source], tmp_path: Path, folder: str) -> None:
-    """Who opens a file on which a process has a write lease has the kernel send it SIGIO, which ends it."""
+    """Opening a file on which a process has a write lease makes the kernel send that process SIGIO, which ends it."""
     path = (Path("/dev/shm") if folder == "memory" else tmp_path) / f"iobmd-test-{os.getpid()}"
     expected = bytes(range(256)) * (16 * MIB // 256)
     path.write_bytes(expected)
@@ -502,7 +502,7 @@ def test_a_lease_of_the_source_is_not_broken(source: Callable[..., Source], tmp_
 
 
 def is_locked(path: Path) -> bool:
-    """Say whether another process than this one finds the file locked."""
+    """Return whether another process finds the file locked."""
 
     def attempt() -> bool:
         with path.open("r+b") as file:
@@ -516,7 +516,7 @@ def is_locked(path: Path) -> bool:
 
 
 def test_absent_pages_first_where_the_calls_are_refused(source: Callable[..., Source]) -> None:
-    """A seccomp filter that refuses process_vm_readv is first noticed at the first page that is present."""
+    """A seccomp filter that refuses process_vm_readv is detected only at the first present page."""
     one = source(ANONYMOUS + "; result = [at(m)]")
     (at,) = one.addresses
     read = in_child(lambda: Task(one.pid).read(at, 16 * MIB), deny={"process_vm_readv": 1})
@@ -526,7 +526,7 @@ def test_absent_pages_first_where_the_calls_are_refused(source: Callable[..., So
 @pytest.mark.needs("root")
 @pytest.mark.parametrize("kind", ["anonymous", "memfd"])
 def test_where_no_process_can_be_made(source: Callable[..., Source], kind: str) -> None:
-    """At RLIMIT_NPROC there is no child to open the object: page faults deliver its bytes."""
+    """At RLIMIT_NPROC no child can open the object, and page faults supply its bytes."""
     one = source(KINDS[kind] + "; result = [at(m)]", before="import ctypes, mmap, os, sys\n" + AS_NOBODY)
     (at,) = one.addresses
 
@@ -540,7 +540,7 @@ def test_where_no_process_can_be_made(source: Callable[..., Source], kind: str) 
 
 
 def test_holes_in_memory_that_was_used_before_are_cleared(source: Callable[..., Source]) -> None:
-    """As in the second try of a frozen copy: pages that permit no access, and addresses that are not mapped."""
+    """Inaccessible pages and unmapped addresses, as in the second attempt of a frozen copy."""
     one = source(HOLES)
     (at,) = one.addresses
     room = bytearray(b"\xff" * 16 * kernel.PAGE)
@@ -552,7 +552,7 @@ def test_holes_in_memory_that_was_used_before_are_cleared(source: Callable[..., 
 
 
 def test_many_gaps_take_no_child_each(source: Callable[..., Source]) -> None:
-    """Of a file every other page of which is present: 2,048 gaps in 16 MiB, of which a child reads many."""
+    """Every other page of a file is present: there are 2,048 gaps in 16 MiB, and each child reads many of them."""
     one = source(
         "fd = memfd(16 << 20); m = mmap.mmap(fd, 16 << 20)\n"
         "for number in range(4096): os.pwrite(fd, bytes([number % 251]), number * 4096)\n"
@@ -563,12 +563,12 @@ def test_many_gaps_take_no_child_each(source: Callable[..., Source]) -> None:
     expected = b"".join(bytes([number % 251]) + bytes(4095) for number in range(4096))
     before = forks()
     assert Task(one.pid).read(at, 16 * MIB) == expected
-    # Other processes fork as well, but not two thousand times.
+    # Other processes fork too, but not two thousand times.
     assert forks() - before < 1000
 
 
 def forks() -> int:
-    """How many processes and threads the host has made."""
+    """Return how many processes and threads the host has created."""
     return int(Path("/proc/stat").read_text().partition("processes ")[2].split(maxsplit=1)[0])
 
 
@@ -595,7 +595,7 @@ os.close(fd)  # mmap.mmap would keep one: a close as it ends waits for a server 
 
 @pytest.mark.needs("root")
 def test_a_server_of_a_file_that_does_not_answer(source: Callable[..., Source], tmp_path: Path) -> None:
-    """Neither to an open(2) of that file: this ends when the time is over, and no child is left."""
+    """The time limit also applies to an open(2) of that file, and no child remains."""
     one = source(SERVED.format(folder=str(tmp_path), apart=True))
     (at,) = one.addresses
     assert Task(one.pid).read(at + 4095, 10) == bytes([7]) * 10
@@ -613,7 +613,7 @@ def test_a_server_of_a_file_that_does_not_answer(source: Callable[..., Source], 
 
 @pytest.mark.needs("root")
 def test_a_frozen_task_is_not_asked_for_its_file(source: Callable[..., Source], tmp_path: Path) -> None:
-    """A task that serves a file which it maps cannot deliver it while it stands still."""
+    """A task that serves a file which it maps cannot supply its pages while it is stopped."""
     one = source(SERVED.format(folder=str(tmp_path), apart=False))
     (at,) = one.addresses
     with pytest.raises(IOReturnError, match="another program") as caught:
@@ -626,7 +626,7 @@ def test_a_frozen_task_is_not_asked_for_its_file(source: Callable[..., Source], 
 def test_memory_is_counted_without_a_server_that_does_not_answer(
     source: Callable[..., Source], tmp_path: Path
 ) -> None:
-    """To open its file, or to ask for its kind, would wait for as long as the server wants, and without Ctrl-C."""
+    """Opening the file, or determining its type, would wait for the server without a limit, and without Ctrl-C."""
     one = source(SERVED.format(folder=str(tmp_path), apart=True))
     (at,) = one.addresses
     assert Task(one.pid).read(at, 1) == b"\7", "the control"

@@ -1,4 +1,4 @@
-"""Copies of sparse memory: exact and as sparse, in huge pages where it is dense; absent pages take no time."""
+"""Copies of sparse memory: exact, equally sparse, in huge pages where it is dense; absent pages take no time."""
 
 import errno
 import random
@@ -37,7 +37,7 @@ Start = Callable[[int, list[tuple[int, int]]], tuple[int, int]]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Start a process that writes to ranges of pages; returns its pid and the address."""
+    """Start a process that writes to ranges of pages; return its pid and the address."""
     processes = []
 
     def run(size: int, ranges: list[tuple[int, int]]) -> tuple[int, int]:
@@ -57,7 +57,7 @@ def start() -> Iterator[Start]:
 
 
 def layout(seed: int) -> list[tuple[int, int]]:
-    """Return ranges of pages, ascending, of a page up to many huge pages, with gaps of any length between."""
+    """Return ascending ranges of pages, from one page to many huge pages, with gaps of any length in between."""
     rng = random.Random(seed)
     lengths = (1, 2, 5, 511, 512, 513, 1024, 2047, 3000)
     ranges, at = [], rng.choice((0, 1, 700))
@@ -65,7 +65,7 @@ def layout(seed: int) -> list[tuple[int, int]]:
         end = at + rng.choice(lengths)
         ranges.append((at, end))
         at = end + rng.choice(lengths)
-    # More ranges than one call of the kernel's finds, and than are looked at at once.
+    # More ranges than one system call finds, and than are processed at once.
     ranges += [(page, page + 1) for page in range(at, SIZE // kernel.PAGE, 2)]
     return [(start * kernel.PAGE, end * kernel.PAGE) for start, end in ranges]
 
@@ -90,7 +90,7 @@ def test_any_layout_is_copied_as_it_is(start: Start, seed: int, scan: bool) -> N
         with iobmd.copy(pid, address, SIZE, wired=False) as buffer:
             pages = kernel.present(buffer.getBytesNoCopy(), SIZE)
             same = bytes(buffer) == content
-        with iobmd.copy(pid, address + 4093, SIZE - 5000, wired=False) as buffer:  # no page is whole there and here
+        with iobmd.copy(pid, address + 4093, SIZE - 5000, wired=False) as buffer:  # no whole page in both processes
             odd = bytes(buffer) == content[4093 : SIZE - 907]
         return pages, same, odd
 
@@ -101,7 +101,7 @@ def test_any_layout_is_copied_as_it_is(start: Start, seed: int, scan: bool) -> N
 
 @pytest.mark.needs("pagemap_scan")
 def test_reserved_addresses_take_no_time(start: Start) -> None:
-    """Reading the pagemap of 4 TiB, of 8 GiB, takes more than 4 s of processor time, however idle the machine is."""
+    """Reading all of the pagemap of 4 TiB (8 GiB) takes over 4 s of processor time, even on an idle machine."""
     size = 4 << 40
     pid, address = start(size, [(0, 4096), (size // 2, size // 2 + 8 * MIB), (size - kernel.PAGE, size)])
     begin = time.process_time()
@@ -115,7 +115,7 @@ def test_reserved_addresses_take_no_time(start: Start) -> None:
 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without huge pages")
 def test_huge_pages_are_allowed_where_it_is_dense(start: Start) -> None:
-    """A range of several pieces, which begins and ends in the middle of a huge page."""
+    """A range of several pieces begins and ends in the middle of a huge page."""
     pid, address = start(SIZE, [(3 * MIB, 43 * MIB), (44 * MIB, 44 * MIB + kernel.PAGE)])
     with iobmd.copy(pid, address, SIZE, wired=False) as buffer:
         here, allowed = buffer.getBytesNoCopy(), []

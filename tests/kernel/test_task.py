@@ -1,4 +1,4 @@
-"""`Task`: identity, and reading and writing another process, by the call and by /proc/PID/mem."""
+"""`Task`: identity, and reading and writing another process, by system call and by /proc/PID/mem."""
 
 import array
 import errno
@@ -68,7 +68,7 @@ def test_a_reused_pid_is_another_task(tmp_path: Path) -> None:
     child.kill()
     child.wait()
     time.sleep(0.05)  # the kernel counts start times in hundredths of a second
-    for _ in range(50):  # another process may take the pid first
+    for _ in range(50):  # another process may get the pid first
         Path("/proc/sys/kernel/ns_last_pid").write_text(str(child.pid - 1))
         second = subprocess.Popen(["sleep", "60"])
         if second.pid == child.pid:
@@ -152,7 +152,7 @@ def test_read_and_write(start_source: Start, tmp_path: Path, deny: dict[str, int
 @pytest.mark.needs("compiler")
 @pytest.mark.parametrize("deny", [{}, BLOCKED], ids=["by the call", "by /proc/PID/mem"])
 def test_protections_hold(start_source: Start, tmp_path: Path, deny: dict[str, int]) -> None:
-    """/proc/PID/mem alone would read what has no permission, and write over a program's text."""
+    """/proc/PID/mem by itself would read inaccessible memory, and overwrite a program's text."""
     source = start_source()
     read_only, no_access = source["readonly"].address, source["no-access"].address
     before = source.dump("readonly", tmp_path / "before")
@@ -263,7 +263,7 @@ def test_tasks_release_their_descriptors() -> None:
 
 def test_descriptors_exhausted() -> None:
     def exhaust() -> IOReturn:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))  # what is open stays open
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))  # open descriptors remain open
         with pytest.raises(IOReturnError, match="ulimit -n") as caught:
             iobmd.Task(os.getppid())
         return caught.value.code

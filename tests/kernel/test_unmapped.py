@@ -1,4 +1,4 @@
-"""Memory that the program has unmapped or replaced itself: `free` leaves alone what is there, `verify` reports it."""
+"""Memory that the program itself has unmapped or replaced: `free` does not touch it, `verify` reports it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ libc.mprotect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
 
 def put(address: int, size: int, protection: int, flags: int, fd: int = -1) -> None:
-    """Map other memory there, as the program's own allocator would."""
+    """Map other memory there, as the program's allocator would."""
     assert libc.mmap(address, size, protection, flags | MAP_FIXED, fd, 0) == address
 
 
@@ -65,7 +65,7 @@ def read_only(address: int, size: int) -> None:
 
 
 def private(address: int, size: int) -> None:
-    """What looks exactly like private memory of ours."""
+    """Map memory that looks exactly like private memory of iobmd."""
     put(address, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     ctypes.memset(address, 0x6F, size)
 
@@ -80,14 +80,14 @@ BUFFERS: dict[str, dict[str, Any]] = {
 
 
 def areas(address: int, size: int) -> list[tuple[int, int, str, int]]:
-    """What is mapped in a range, cut to it."""
+    """Return the mappings in a range, limited to it."""
     end = address + size
     found = procfs.areas("self", address, end)
     return [(max(area.start, address), min(area.end, end), area.perms, area.inode) for area in found]
 
 
 def mapped(address: int, size: int) -> list[int]:
-    """The numbers of the pages of a range that are mapped, by mincore(2)."""
+    """Return the numbers of the pages of a range that are mapped, by mincore(2)."""
     vector = (ctypes.c_ubyte * 1)()
     return [
         page
@@ -97,7 +97,7 @@ def mapped(address: int, size: int) -> list[int]:
 
 
 def check_left_alone(buffer: IOBufferMemoryDescriptor, replace: Callable[[int, int], None]) -> None:
-    """Of eight pages three are unmapped by the program, and two of these replaced."""
+    """The program has unmapped three of eight pages, and replaced two of these."""
     address = buffer.getBytesNoCopy()
     rawmemory.unmap(address + 3 * PAGE_SIZE, 3 * PAGE_SIZE)
     replace(address + 4 * PAGE_SIZE, 2 * PAGE_SIZE)
@@ -115,20 +115,20 @@ def check_left_alone(buffer: IOBufferMemoryDescriptor, replace: Callable[[int, i
 @pytest.mark.parametrize("replace", OTHER_KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("kind", BUFFERS)
 def test_free_leaves_other_memory_alone(kind: str, replace: Callable[[int, int], None]) -> None:
-    """Each in a child: elsewhere in the interpreter something could be mapped in the holes."""
+    """Each test runs in a child, because other threads of the interpreter could map memory in the holes."""
     in_child(lambda: check_left_alone(iobmd.allocate(SIZE, **BUFFERS[kind]), replace))
 
 
 @pytest.mark.parametrize("replace", OTHER_KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("kind", BUFFERS)
 def test_where_the_kernel_does_not_answer_for_one_area(kind: str, replace: Callable[[int, int], None]) -> None:
-    """Before Linux 6.11, and behind a filter: maps is searched."""
+    """Before Linux 6.11, and behind a filter, maps is searched."""
     in_child(lambda: check_left_alone(iobmd.allocate(SIZE, **BUFFERS[kind]), replace), deny={"ioctl": errno.ENOTTY})
 
 
 @pytest.mark.needs("frames")
 def test_pinned_memory_is_told_from_what_looks_the_same() -> None:
-    """By its frames."""
+    """Replaced memory is detected by its frames."""
 
     def work() -> None:
         buffer = iobmd.allocate(SIZE)
@@ -145,14 +145,14 @@ def test_shared_memory_is_told_from_private(kind: str) -> None:
 
 @pytest.mark.needs("root")
 def test_as_an_ordinary_user() -> None:
-    """Whose frames are hidden."""
+    """Replaced memory whose frames are hidden."""
     for replace in OTHER_KINDS:
         for kind in BUFFERS.values():
             in_child(lambda r=replace, k=kind: check_left_alone(iobmd.allocate(SIZE, **k), r), uid=NOBODY)
 
 
 def test_maps_leave_other_memory_alone() -> None:
-    """Also guarded ones, whose margins go, and those that were redirected."""
+    """Guarded maps, including their guard pages, and redirected maps."""
 
     def work() -> None:
         with iobmd.allocate(SIZE, shared=True) as buffer, iobmd.allocate(SIZE, shared=True) as other:
@@ -173,7 +173,7 @@ def test_maps_leave_other_memory_alone() -> None:
 
 
 def test_memory_that_goes_with_its_last_view() -> None:
-    """By way of the collector, which cannot raise."""
+    """Freed by the garbage collector, which cannot raise."""
 
     def work() -> None:
         mapping = Mapping.anonymous(SIZE, PAGE_SIZE)
@@ -187,7 +187,7 @@ def test_memory_that_goes_with_its_last_view() -> None:
 
 @pytest.mark.parametrize("kind", BUFFERS)
 def test_untouched_memory_is_unmapped(kind: str) -> None:
-    """All of it, also that of which the program has unmapped nothing but changed something; in a child as well."""
+    """All memory of an unchanged buffer is unmapped, in a forked child as well."""
 
     def work() -> None:
         buffer = iobmd.allocate(SIZE, **BUFFERS[kind])
@@ -216,7 +216,7 @@ def test_contiguous_memory_is_unmapped() -> None:
 @pytest.mark.needs("root")
 @pytest.mark.parametrize("kind", BUFFERS)
 def test_without_proc(kind: str) -> None:
-    """Which alone tells: what is mapped there is unmapped, as it was mapped."""
+    """Without /proc mappings cannot be inspected, and the whole range is unmapped."""
 
     def work() -> None:
         buffer = iobmd.allocate(SIZE, **BUFFERS[kind])
@@ -283,13 +283,13 @@ def test_verify_of_existing_memory() -> None:
 @pytest.mark.needs("root")
 @pytest.mark.parametrize("kind", BUFFERS)
 def test_in_a_child_with_the_same_pid(kind: str) -> None:
-    """Init of a pid namespace, whose parent is init of another: it must not look at what the parent has mapped."""
+    """Init of a pid namespace, whose parent is init of another: it must not read the mappings of its parent."""
 
     def parent() -> None:
         mount_proc()
         buffer = iobmd.allocate(SIZE, **BUFFERS[kind])
         address = buffer.getBytesNoCopy()
-        iobmd.allocate(SIZE, **BUFFERS[kind]).free()  # opens what stays open
+        iobmd.allocate(SIZE, **BUFFERS[kind]).free()  # opens descriptors that remain open
 
         def child() -> None:
             assert os.getpid() == 1

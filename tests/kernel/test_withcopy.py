@@ -1,4 +1,4 @@
-"""`withCopy`: exact for every kind of memory, or an error that says where it stopped and leaves nothing behind."""
+"""`withCopy`: exact for every kind of memory, or an error that reports where it stopped and leaves nothing behind."""
 
 import ctypes
 import os
@@ -90,7 +90,7 @@ def test_hole_in_the_middle(start_source: Start, size: int) -> None:
     address = source["anonymous"].address
     hole = size // 2 + kernel.PAGE
     source.command(f"unmap anonymous {hole} {kernel.PAGE}")
-    # A second hole above: the error names the first, whichever thread finds its own sooner.
+    # There is a second hole above: the error names the first, whichever thread is faster.
     source.command(f"unmap anonymous {hole + (size >> 2)} {kernel.PAGE}")
     for start in (0, 1, kernel.PAGE - 1, hole - 1):
         with pytest.raises(iobmd.IOReturnError, match="no memory is mapped") as caught:
@@ -171,7 +171,7 @@ def test_source_that_goes_away_midway(start_source: Start, end: str) -> None:
         assert caught.value.code == IOReturn.kIOReturnNotFound
         assert not task.alive
     else:
-        # Found gone by the check at the end, or sooner: the new program has nothing at that address.
+        # Detected by the final check, or earlier: the new program has nothing mapped at that address.
         assert caught.value.code in (IOReturn.kIOReturnNotFound, IOReturn.kIOReturnVMError)
 
 
@@ -231,7 +231,7 @@ def test_many_threads_at_once(start_source: Start, tmp_path: Path) -> None:
         for turn in range(8):
             offset = (seed * 7919 + turn * 104729) % (size // 2)
             with iobmd.copy(source.pid, address + offset, size - offset, wired=not LARGE) as buffer:
-                # Views compare element by element, and copies would stay in the threads' arenas.
+                # Views are compared element by element, and copies would remain in the threads' arenas.
                 if memcmp(buffer.getBytesNoCopy(), start + offset, size - offset):
                     wrong.append(offset)
 
@@ -242,7 +242,7 @@ def test_many_threads_at_once(start_source: Start, tmp_path: Path) -> None:
 @pytest.mark.needs("compiler", "big_memory")
 @pytest.mark.usefixtures("nothing_left")
 def test_more_than_two_gigabytes(start_source: Start, tmp_path: Path) -> None:
-    """More than one process_vm_readv can move (0x7ffff000), at an odd address."""
+    """More bytes than one process_vm_readv transfers (0x7ffff000), at an odd address."""
     size = (2 << 30) + (64 << 20)
     source = start_source(size, "only-anonymous")
     address = source["anonymous"].address
@@ -270,7 +270,7 @@ def test_interrupt_leaves_nothing(start_source: Start) -> None:
         )
     deadline = time.monotonic() + 10
     while len(list(Path("/proc/self/task").iterdir())) > before and time.monotonic() < deadline:
-        time.sleep(0.001)  # a thread that has done its last piece needs a moment to end
+        time.sleep(0.001)  # a thread needs a moment to end after its last piece
     assert len(list(Path("/proc/self/task").iterdir())) == before
 
 

@@ -1,4 +1,4 @@
-"""Processes that are killed at any moment: the task that memory is mapped into, and the one that maps it."""
+"""Processes that are killed at any moment: the task into which memory is mapped, and the one that maps it."""
 
 import gc
 import os
@@ -34,7 +34,7 @@ for line in sys.stdin: print(line, end="", flush=True)
 @pytest.mark.parametrize("freeze", [False, True], ids=["map", "freeze"])
 @pytest.mark.usefixtures("nothing_left")
 def test_the_task_is_killed(freeze: bool) -> None:
-    """Many times: what is under way raises, and soon; nothing of it is left with us."""
+    """If the task dies, the current call raises soon, and nothing remains in this process. Repeated many times."""
     raised = 0
     with iobmd.allocate(64 << 10, shared=True, wired=False) as buffer:
         before = Footprint.now()
@@ -78,21 +78,21 @@ def use_prepare(pid: int, address: int) -> None:
 
 
 def use_freeze(pid: int, address: int) -> None:
-    """A page is copied while the task stands still."""
+    """A page is copied while the task is stopped."""
     iobmd.copy(pid, address, 4096, freeze=True, wired=False).free()
 
 
 def use_snapshot(pid: int, address: int) -> None:
-    """Most of the task is copied from a child of it."""
+    """Most of the task is copied from a child of the task."""
     iobmd.copy(pid, address, 16 * MIB, freeze=True, wired=False).free()
 
 
 @pytest.mark.parametrize(("others", "times"), [(0, 30), (3, 10), (15, 3)])
 @pytest.mark.parametrize("use", [use_allocate, use_prepare, use_freeze, use_snapshot])
 def test_we_are_killed(use: Callable[[int, int], None], others: int, times: int) -> None:
-    """While it does so over and over: what has been begun is finished by who is left, and soon.
+    """The process is killed while it maps repeatedly: the tracer soon completes what was begun.
 
-    Others: threads of ours that compute, and hold the GIL at that moment.
+    `others` is the number of threads that compute and may hold the GIL at that moment.
     """
     with Target([sys.executable, "-c", ECHO]) as target:
         address = int(target.line())
@@ -106,12 +106,12 @@ def test_we_are_killed(use: Callable[[int, int], None], others: int, times: int)
             assert target.line(5) == "hello"
             after = ProgramResources.of(target.pid)
             assert after.descriptors == before.descriptors
-            # Memory that was allocated there stays where we are killed before it is freed; nothing else does.
+            # Memory that was allocated there remains if the process is killed before it is freed; nothing else does.
             assert not [line for line in set(after.maps) - set(before.maps) if "memfd:iobmd" not in line]
 
 
 def kill_in_the_middle(use: Callable[[], None], others: int) -> None:
-    """Kill a child that does so over and over, some time after the first one."""
+    """Kill a child that does this repeatedly, some time after its first operation."""
     reading, writing = os.pipe()
     started: list[threading.Thread] = []
 
@@ -120,7 +120,7 @@ def kill_in_the_middle(use: Callable[[], None], others: int) -> None:
             sum(range(1000))
 
     def report() -> None:
-        sys.setswitchinterval(1e-4)  # each system call waits for the GIL: with 15 others 75 ms by default
+        sys.setswitchinterval(1e-4)  # each system call waits for the GIL, with 15 other threads 75 ms by default
         while len(started) < others:
             started.append(threading.Thread(target=compute, daemon=True))
             started[-1].start()
@@ -137,14 +137,14 @@ def kill_in_the_middle(use: Callable[[], None], others: int) -> None:
 
 
 def is_left_alone(pid: int) -> bool:
-    """Say whether no thread of a program is traced, and it has no children."""
+    """Return whether no thread of a program is traced, and it has no children."""
     threads = list(Path(f"/proc/{pid}/task").iterdir())
     traced = any("TracerPid:\t0\n" not in (thread / "status").read_text() for thread in threads)
     return not traced and not any((thread / "children").read_text() for thread in threads)
 
 
 def test_we_are_killed_while_a_guest_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its tracer is left, and has the target wait for it."""
+    """Its tracer remains, and makes the target reap the guest."""
     with Target([sys.executable, "-c", ECHO]) as target:
         target.line()
         until_blocked(target.pid)

@@ -1,4 +1,4 @@
-"""What is left in the other task when something ends at a bad moment: our program, a call, or our patience."""
+"""The state of the other task after a sudden end: of this program, of a call, or by a time limit."""
 
 import contextlib
 import errno
@@ -135,12 +135,12 @@ def test_program_ends_with_memory_there(target: subprocess.Popen[bytes], script:
     program = f"import iobmd\npid = {target.pid}\n{script}\n"
     done = subprocess.run([sys.executable, "-c", program], timeout=20, capture_output=True, check=False)
     assert done.returncode in (0, 1), done.stderr
-    if "thread" not in script:  # what a thread does that the interpreter ends in the middle, nobody takes back
+    if "thread" not in script:  # an operation of a thread that the interpreter ends halfway is not undone
         assert ours(target.pid) == before
 
 
 def test_signals_to_the_whole_group(target: subprocess.Popen[bytes]) -> None:
-    """timeout(1) and service managers send them to all processes of a group; the tracer is one for a moment."""
+    """timeout(1) and service managers send signals to all processes of a group; the tracer briefly belongs to it."""
     script = (
         "import select, signal, sys, iobmd\n"
         "signal.signal(signal.SIGTERM, lambda *_: None)\n"
@@ -154,7 +154,7 @@ def test_signals_to_the_whole_group(target: subprocess.Popen[bytes]) -> None:
         assert program.stdin
         assert program.stdout
         for number in range(200):
-            if number % 4 == 0:  # it goes on
+            if number % 4 == 0:  # it continues
                 program.stdout.readline()
             time.sleep(number % 4 / 1000)
             os.killpg(program.pid, signal.SIGTERM)
@@ -165,7 +165,7 @@ def test_signals_to_the_whole_group(target: subprocess.Popen[bytes]) -> None:
 
 
 def test_free_while_it_is_read(target: subprocess.Popen[bytes]) -> None:
-    """It refuses, and then the task has it still."""
+    """The task refuses the call, and the memory remains mapped there."""
     buffer = iobmd.allocate(256 * MIB, task=target.pid, wired=False)
     address = buffer.getBytesNoCopy()
     over = threading.Event()
@@ -201,7 +201,7 @@ def test_free_while_it_is_read(target: subprocess.Popen[bytes]) -> None:
 @pytest.mark.needs("frames")
 @pytest.mark.parametrize("failing", range(1, 11))
 def test_a_call_there_fails(target: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
-    """Whichever it is: what was made before it is taken away again."""
+    """Whichever call fails, the results of the previous calls are undone."""
     before = Path(f"/proc/{target.pid}/maps").read_text(), os.listdir(f"/proc/{target.pid}/fd")  # noqa: PTH208
     stop, run = Session.stop, Session._run
     count = 0
@@ -249,7 +249,7 @@ def test_a_call_there_fails(target: subprocess.Popen[bytes], monkeypatch: pytest
 
 @pytest.mark.needs("root")
 def test_a_frozen_task(target: subprocess.Popen[bytes], tmp_path: Path) -> None:
-    """As by docker pause: it comes to a stop, and runs no call. We give up, and it goes on when it is thawed."""
+    """A task frozen as by docker pause makes no call: the request fails, and the task continues when thawed."""
     subprocess.run(["mount", "-t", "cgroup2", "none", tmp_path], check=True)
     group = tmp_path / f"iobmd-test-{os.getpid()}"
     try:
@@ -273,7 +273,7 @@ def test_a_frozen_task(target: subprocess.Popen[bytes], tmp_path: Path) -> None:
 
 
 def test_the_last_descriptors_go_while_a_guest_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To kill a guest and have it waited for takes descriptors: the tracer has its own."""
+    """Killing a guest, and making the task reap it, requires descriptors: the tracer has its own."""
     taken: list[int] = []
     run = Guest.run
 

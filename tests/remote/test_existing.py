@@ -1,4 +1,4 @@
-"""Descriptors of memory that another program has already: held there, and let go, as its own /proc files have it."""
+"""Descriptors of existing memory of another program: it is held there and released, according to its /proc files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +22,13 @@ pytestmark = [pytest.mark.needs("compiler"), pytest.mark.usefixtures("may_trace"
 
 
 def resources(pid: int) -> tuple[list[str], set[str]]:
-    """What a program has mapped and open."""
+    """The mappings and open files of a program."""
     areas = Path(f"/proc/{pid}/maps").read_text().splitlines()
     return areas, {entry.name for entry in Path(f"/proc/{pid}/fd").iterdir()}
 
 
 def uncharged(pid: int) -> bool:
-    """Say whether no page of a program is pinned."""
+    """Return whether no page of a program is pinned."""
     return not kernel.pinned(pid=pid)
 
 
@@ -54,7 +54,7 @@ def test_bytes(start_source: Start, kind: str) -> None:
 @pytest.mark.usefixtures("hugetlb_pool")
 @pytest.mark.parametrize("kind", ["anonymous", "thp", "memfd", "untouched", "hugetlb"])
 def test_pinned_in_its_task(start_source: Start, kind: str) -> None:
-    """By a ring that is taken away from it: its frames stay under compaction, and nothing of ours stays in it."""
+    """Memory is pinned by a ring that is moved out of the task: frames are constant, and the task keeps nothing."""
     source = start_source()
     address, size = source[kind].address, min(source[kind].size, 2 * MIB)
     before = resources(source.pid)
@@ -81,7 +81,7 @@ def test_pinned_in_its_task(start_source: Start, kind: str) -> None:
 
 
 def test_locked_where_it_cannot_be_pinned(start_source: Start) -> None:
-    """Memory of a file: the kernel takes no long-term pin of it."""
+    """The kernel does not permit long-term pins of memory of a file."""
     source = start_source()
     address, size = source["file"].address, MIB
     before = resources(source.pid)
@@ -122,7 +122,7 @@ def test_what_it_has_locked_itself_stays_locked(start_source: Start) -> None:
     outer = RemotePin(Task(source.pid), address, 4 * PAGE)
     assert kernel.status("VmLck", source.pid) == 4 * PAGE
     outer.release()
-    assert kernel.status("VmLck", source.pid) == PAGE, "that of the one before is there still"
+    assert kernel.status("VmLck", source.pid) == PAGE, "the pin of the previous one still exists"
     inner.release()
     assert kernel.status("VmLck", source.pid) == 0
 

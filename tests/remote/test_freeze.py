@@ -1,4 +1,4 @@
-"""Copies as of one moment: out of a snapshot, and out of a task that stands still."""
+"""Copies as of one moment: from a snapshot, and from a stopped task."""
 
 import os
 import signal
@@ -110,13 +110,13 @@ def test_of_one_moment(start, kind: str) -> None:  # type: ignore[no-untyped-def
         with iobmd.copy(source.pid, source.address, size, wired=False) as buffer, memoryview(buffer) as view:
             plain += is_of_one_moment(view, size)
             assert buffer.source_stopped_ns == 0
-    assert plain < 5, "the test shows nothing: a copy without freeze is of one moment too"
+    assert plain < 5, "the test proves nothing: a copy without freeze is of one moment too"
     assert not children(source.pid), "a snapshot was left behind"
 
 
 @pytest.mark.needs("compiler")
 def test_how_it_is_done(start, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    """Private memory by a snapshot, shared memory and what a child does not get from the task that stands still."""
+    """Private memory is copied from a snapshot, shared memory and memory that a child lacks from the stopped task."""
     made: list[int] = []
     make = session.Session.snapshot
 
@@ -134,12 +134,12 @@ def test_how_it_is_done(start, monkeypatch: pytest.MonkeyPatch) -> None:  # type
         assert not any(Path(f"/proc/{pid}").exists() for pid in made)
     made.clear()
     iobmd.copy(source.pid, source.address, 4096, freeze=True, wired=False).free()
-    assert not made, "a page is copied sooner than a snapshot is made"
+    assert not made, "copying a page is faster than creating a snapshot"
 
 
 @pytest.mark.needs("compiler")
 def test_a_child_that_cannot_be_made(start, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    """Then the task stands still for the copy."""
+    """If there can be no child, the task is stopped during the copy."""
 
     def refuse(_self: session.Session, _patience: float) -> iobmd.Task:
         raise OSError(11, "no more processes")
@@ -182,7 +182,7 @@ def test_stopped_process_stays_stopped(start) -> None:  # type: ignore[no-untype
 
 @pytest.mark.needs("compiler")
 def test_no_memory_is_held_by_the_snapshot(start) -> None:  # type: ignore[no-untyped-def]
-    """The child shares the descriptors: what the task closes is closed, though a snapshot is being read."""
+    """The snapshot holds no descriptors: a file that the task closes is closed, although a snapshot is being read."""
     source = start(8 * MIB, "small")
     before = len(list(Path(f"/proc/{source.pid}/fd").iterdir()))
     seen: list[int] = []

@@ -1,4 +1,4 @@
-"""Buffers in another task and in none, and maps of ours there: the same frames, by both tasks' pagemap."""
+"""Buffers in another task and in none, and maps in another task: the same frames in both tasks' pagemap."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ Buffer = iobmd.IOBufferMemoryDescriptor
 
 @pytest.fixture
 def target() -> Iterator[subprocess.Popen[bytes]]:
-    """A program that sleeps, and must do so still at the end, with nothing of ours left in it."""
+    """A sleeping program, which must still sleep at the end, without remains of iobmd in it."""
     with sleeping() as program:
         before = snapshot(program.pid)
         yield program
@@ -34,13 +34,13 @@ def target() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def snapshot(pid: int) -> tuple[list[str], set[str]]:
-    """What a program has mapped and open."""
+    """The mappings and open files of a program."""
     areas = [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "[heap]" not in line]
     return areas, {entry.name for entry in Path(f"/proc/{pid}/fd").iterdir()}
 
 
 def area(pid: int, address: int) -> str:
-    """The line of /proc/PID/maps that holds an address, "" for none."""
+    """Return the line of /proc/PID/maps that contains an address, "" if there is none."""
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
         start, end = (int(text, 16) for text in line.split()[0].split("-"))
         if start <= address < end:
@@ -115,7 +115,7 @@ def test_contiguous_in_a_task(target: subprocess.Popen[bytes], size: int) -> Non
 def test_contiguous_in_pieces_of_the_object(
     target: subprocess.Popen[bytes],
 ) -> None:
-    """8 MiB seldom come in order: the pieces are mapped one by one, in both tasks, and as a part too."""
+    """8 MiB are rarely found in order: the pieces are mapped one by one, in both tasks, and also in part."""
     with iobmd.policy(memory_budget=1 << 30, time_budget=10):
         buffer = contiguous_memory.allocated(
             lambda: iobmd.allocate(8 * MIB, contiguous=True, shared=True),
@@ -138,7 +138,7 @@ def test_contiguous_in_pieces_of_the_object(
 @pytest.mark.needs("hugetlb", "frames")
 @pytest.mark.usefixtures("nothing_left", "hugetlb_pool")
 def test_memory_of_a_pool(target: subprocess.Popen[bytes]) -> None:
-    """Shared memory of hugetlb pages is mapped in whole ones, in the order of its choice."""
+    """Shared memory in hugetlb pages is mapped in whole pages, in the chosen order."""
     from iobmd.backing.remote import RemoteBacking
     from iobmd.physical.hugetlb import PoolBlocks
 
@@ -194,7 +194,7 @@ def test_prepare_in_a_task(target: subprocess.Popen[bytes]) -> None:
         assert buffer.wiring is iobmd.Wiring.PINNED
         assert buffer.getPageCounts() == (16, 16)
         assert code_of(buffer.free) == IOReturn.kIOReturnBusy
-        assert area(target.pid, buffer.getBytesNoCopy()), "nothing is unmapped then"
+        assert area(target.pid, buffer.getBytesNoCopy()), "nothing is unmapped in that case"
         buffer.complete()
 
 
@@ -238,7 +238,7 @@ def test_mapped_in_no_task(target: subprocess.Popen[bytes]) -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 def test_no_pin_no_wired_memory_of_no_task() -> None:
-    """Locked pages would need a mapping, which it has not."""
+    """Locked pages would need a mapping, which the buffer lacks."""
 
     def make() -> IOReturn:
         return code_of(lambda: iobmd.allocate(4096, task=None))
@@ -287,12 +287,12 @@ def test_maps_in_a_task(target: subprocess.Popen[bytes]) -> None:
         assert code_of(lambda: memoryview(first)) == IOReturn.kIOReturnUnsupported
         assert code_of(buffer.free) == IOReturn.kIOReturnBusy
         first.unmap()
-        assert task.read(second.getAddress(), 100) == data[4096:4196], "others use the addresses still"
+        assert task.read(second.getAddress(), 100) == data[4096:4196], "other maps still use the addresses"
         second.unmap()
         unique.unmap()
         unique.unmap()
     with iobmd.allocate(4096, task=target.pid) as there, there.createMappingInTask(task, 0, ANYWHERE) as static:
-        assert static.getAddress() == there.getBytesNoCopy(), "in its own task, anywhere: where it is"
+        assert static.getAddress() == there.getBytesNoCopy(), "in its own task, anywhere: at its own address"
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -368,7 +368,7 @@ def test_a_forked_child_takes_nothing_away(target: subprocess.Popen[bytes]) -> N
         assert Task(target.pid).read(address, 4) == b"mine"
 
 
-# --- what the task does meanwhile
+# --- changes by the task itself
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -388,7 +388,7 @@ def test_task_that_exits(target: subprocess.Popen[bytes]) -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 def test_task_that_runs_another_program() -> None:
-    """An exec takes the memory away; what the new program has at the address is not ours to unmap."""
+    """An exec removes the memory; whatever the new program maps at the address must not be unmapped."""
     program = subprocess.Popen(["sh", "-c", "read line; exec sleep 1000"], stdin=subprocess.PIPE)
     try:
         buffer = iobmd.allocate(64 << 10, task=program.pid)

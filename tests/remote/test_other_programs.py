@@ -1,4 +1,4 @@
-"""Programs that we did not write, at work: memory is shared with them, and they do not notice."""
+"""Third-party programs at work: memory is shared with them, and they are not disturbed."""
 
 import os
 import resource
@@ -39,7 +39,7 @@ needs_root = pytest.mark.needs("root")
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Make a folder that programs of any user reach, with a short path: that of a Unix socket has a limit."""
+    """Create a directory that all users can access, with a short path, because that of a Unix socket is limited."""
     path = Path(tempfile.mkdtemp(prefix="programs-"))
     path.chmod(0o755)
     yield path
@@ -97,15 +97,15 @@ def test_node() -> None:
         if (!isMainThread) { parentPort.on('message', seed => parentPort.postMessage(work(seed)));
         } else {
             const workers = [0, 1, 2].map(() => new Worker(__filename));
-            let told = false, left = 3, begun = 0, sum = 0, ticks = 0;
-            process.stdin.once('data', () => { told = true; process.stdin.destroy(); });
+            let ending = false, left = 3, begun = 0, sum = 0, ticks = 0;
+            process.stdin.once('data', () => { ending = true; process.stdin.destroy(); });
             const timer = setInterval(() => ticks++, 5);
             const own = setInterval(() => { sum = (sum + new Function('return ' + work(7))()) % 1000003; }, 50);
             workers.forEach((worker, number) => {
                 worker.on('message', value => {
                     if (value !== answer) process.exit(1);
                     if (++begun === 30) console.log('ready');
-                    if (!told) return worker.postMessage(5);
+                    if (!ending) return worker.postMessage(5);
                     if (--left > 0) return;
                     clearInterval(timer); clearInterval(own);
                     workers.forEach(one => one.terminate());
@@ -124,7 +124,7 @@ def test_node() -> None:
             stopped = exercise(target.pid, 10, exact=False)
             target.tell()
             code, said = target.end(60)
-    print(f"stopped for {max(stopped) / 1e3:.0f} µs at the most")
+    print(f"stopped for {max(stopped) / 1e3:.0f} µs at most")
     assert (code, said) == (11, "done\n")
 
 
@@ -254,7 +254,7 @@ def _check_load(client: Client, server: Target, what: str) -> None:
     stopped = exercise(server.pid, 20, exact=False)
     check_unchanged(server.pid, before, exact=False)
     load = client.finish()
-    print(f"{what}: {load}; stopped for {max(stopped) / 1e3:.0f} µs at the most")
+    print(f"{what}: {load}; stopped for {max(stopped) / 1e3:.0f} µs at most")
     assert load.failed == 0
     assert load.requests > 100
     assert load.max_ms < 1000
@@ -281,7 +281,7 @@ def test_nginx_under_load(folder: Path) -> None:
         _wait_for_socket(folder / "socket", server)
         with Client("http", str(folder / "socket")) as client:
             _check_load(client, server, "nginx")
-        server.process.send_signal(signal.SIGQUIT)  # it ends what it is at, and then itself
+        server.process.send_signal(signal.SIGQUIT)  # it completes the current request, and then exits
         assert server.end()[0] == 0
     assert " 200 " in (folder / "log").read_text()
 
@@ -298,7 +298,7 @@ def test_redis_under_load(folder: Path) -> None:
     assert "bye bye" in said
 
 
-# --- programs that are held in by something
+# --- confined programs
 
 
 def _check_waiting(target: Target, pid: int | None = None, times: int = 5) -> None:
@@ -339,7 +339,7 @@ def test_stopped_by_a_signal() -> None:
         exercise(target.pid, 5)
         time.sleep(0.05)
         assert target.state().startswith("state T"), target.state()
-        # Its parent is not told anything new either.
+        # Its parent receives no new report either.
         assert os.waitid(os.P_PID, target.pid, os.WSTOPPED | os.WCONTINUED | os.WNOHANG) is None
         target.tell()
         time.sleep(0.05)
@@ -381,8 +381,8 @@ for _ in range(4000):
 
 @needs_compiler
 def test_continued_right_after_it_was_stopped() -> None:
-    # Whatever a stop of ours makes of SIGSTOP, the SIGCONT after it has the last word. Another process sends them: in
-    # this one a stop would keep the sender from running.
+    # Whatever effect a stop has on SIGSTOP, the SIGCONT after it must take effect. Another process sends both,
+    # because a stop would prevent a thread of this process from sending.
     with Target([build("busy"), "wait"]) as target:
         with Stopping(target.pid) as stopping:
             subprocess.run([sys.executable, "-I", "-S", "-c", _STOP_AND_CONTINUE, str(target.pid)], check=True)
@@ -395,7 +395,7 @@ def test_continued_right_after_it_was_stopped() -> None:
 
 @needs_compiler
 def test_without_its_first_thread() -> None:
-    # The kernel shows no memory map under the number of a first thread that has ended.
+    # The kernel shows no memory map under the id of a main thread that has exited.
     with Target([build("busy"), "leaderless"]) as target:
         assert until(lambda: ") Z " in Path(f"/proc/{target.pid}/stat").read_text())
         try:
@@ -463,7 +463,7 @@ def test_of_another_user() -> None:
 @needs_compiler
 @pytest.mark.parametrize("limit", [0, 1, 2])
 def test_without_a_descriptor_of_its_own(limit: int) -> None:
-    """Those that the task has open do not count: the guest has a table of its own."""
+    """The task's open descriptors do not count, because the guest has its own table."""
     with Target([build("busy"), "wait"]) as target:
         until_blocked(target.pid)
         before = ProgramResources.of(target.pid)
@@ -486,7 +486,10 @@ def test_without_address_space() -> None:
         until_blocked(target.pid)
         before = ProgramResources.of(target.pid)
         unlimited = resource.prlimit(target.pid, resource.RLIMIT_AS)
-        for limit in (1 << 20, (64 << 20)):  # not even for the scratch page; for that, but not for the memory
+        for limit in (
+            1 << 20,
+            (64 << 20),
+        ):  # not even for the scratch page; only for the scratch page
             resource.prlimit(target.pid, resource.RLIMIT_AS, (limit, unlimited[1]))
             with pytest.raises(IOReturnError) as caught:
                 iobmd.allocate(128 << 20, task=target.pid, wired=False)
@@ -496,12 +499,12 @@ def test_without_address_space() -> None:
         _check_waiting(target)
 
 
-# --- those who look on
+# --- observers
 
 
 @needs_compiler
 def test_parent_that_waits_is_not_told_of_stops() -> None:
-    # We are its parent and its tracer at the same time, and another thread of ours waits for it to exit.
+    # This process is its parent and its tracer at the same time, and another thread waits for its exit.
     with Target([build("busy"), "wait"]) as target:
         until_blocked(target.pid)
         seen: list[int] = []

@@ -54,7 +54,7 @@ pytestmark = [pytest.mark.needs("compiler", "root"), pytest.mark.usefixtures("no
 
 
 class Freezer:
-    """A group of the cgroup freezer, of version 1 or 2, with one task."""
+    """A cgroup of the freezer, of version 1 or 2, with one task."""
 
     def __init__(self, mount: Path, kind: str, pid: int) -> None:
         self._root, self._pid, self._v2 = mount, pid, kind == "cgroup2"
@@ -124,7 +124,7 @@ def switches(pid: int) -> dict[str, list[str]]:
 
 
 def test_frozen_copy_of_a_paused_task(target: Target, freezer: Freezer) -> None:
-    """It stands still already: its memory is copied as it is, and it stays paused all the while."""
+    """A frozen task is already stopped: its memory is copied without a stop, and it remains paused."""
     address = int(target.line())
     freezer.freeze()
     before = switches(target.pid)
@@ -139,11 +139,11 @@ def test_frozen_copy_of_a_paused_task(target: Target, freezer: Freezer) -> None:
     freezer.thaw()
     assert until(lambda: iobmd.Task(target.pid).read(address, 8) != data[:8])
     with iobmd.copy(target.pid, address, SIZE, freeze=True, wired=False) as buffer:
-        assert buffer.source_stopped_ns > 0, "it is not paused any more"
+        assert buffer.source_stopped_ns > 0, "it is no longer paused"
 
 
 def test_thawed_during_the_copy(target: Target, freezer: Freezer) -> None:
-    """Then it is stopped as any other task, and the copy is of one moment nevertheless."""
+    """A task that is thawed during the copy is stopped like any other, and the copy is still of one moment."""
     address = int(target.line())
     thawed: list[int] = []
 
@@ -152,7 +152,7 @@ def test_thawed_during_the_copy(target: Target, freezer: Freezer) -> None:
         freezer.thaw()
         time.sleep(0.01)
 
-    for _ in range(50):  # until this thread, which hears of the progress, copies a part of it
+    for _ in range(50):  # until this thread, which reports the progress, copies a part of it
         freezer.freeze()
         with iobmd.copy(target.pid, address, SIZE, freeze=True, wired=False, progress=thaw) as buffer:
             with memoryview(buffer) as view:
@@ -166,7 +166,7 @@ def test_thawed_during_the_copy(target: Target, freezer: Freezer) -> None:
 
 
 def test_calls_in_a_paused_task(target: Target, freezer: Freezer) -> None:
-    """No call can be made there: the error names the group that is frozen, and what thaws it."""
+    """No call can be made in the task: the error names the frozen cgroup, and the command that thaws it."""
     address = int(target.line())
     before = ProgramResources.of(target.pid)
     freezer.freeze()

@@ -1,4 +1,4 @@
-"""Stopping a program leaks into none of its system calls: they return what, and when, they would have returned."""
+"""Stopping a program affects none of its system calls: their results and their durations are unchanged."""
 
 import contextlib
 import errno
@@ -28,7 +28,7 @@ import iobmd
 pytestmark = [pytest.mark.needs("compiler"), pytest.mark.usefixtures("may_trace")]
 
 _FOREVER = {
-    # call: what it returns when it is woken
+    # call: its result when it is woken
     "accept": 1,
     "epoll_pwait": 1,
     "epoll_pwait2": 1,
@@ -37,7 +37,7 @@ _FOREVER = {
     "flock": 0,
     "futex": 0,
     "futex_timed": 0,
-    "io_uring_enter": 10,  # ten times the completions, and what was submitted
+    "io_uring_enter": 10,  # ten times the completions, and the submissions
     "msgrcv": 1,
     "msgsnd": 0,
     "poll": 1,
@@ -106,7 +106,7 @@ def test_signal_handler_ends_the_call(call: str) -> None:
 @pytest.mark.parametrize("call", ["epoll_wait_expires", "epoll_pwait_expires"])
 @pytest.mark.parametrize(("ours", "theirs"), [(0, -1), (-1, 0)])
 def test_timeout_is_kept_on_another_processor(call: str, ours: int, theirs: int) -> None:
-    # Each processor has a clock of its own for what runs on it.
+    # Each processor has its own clock for the processes that run on it.
     processors = sorted(os.sched_getaffinity(0))
     if len(processors) < 2:
         pytest.skip("needs two processors")
@@ -131,8 +131,8 @@ def _check_timeout(call: str, processors: tuple[int, int] | None = None) -> None
         assert (result, errno.errorcode[number]) == (-1, "ETIMEDOUT")
     else:
         assert (result, number) == (0, 0)
-    # One that began again with each stop would not end under stops. Some are whole milliseconds to the kernel,
-    # and end one later for each stop; and the program may have to wait for a processor.
+    # A timeout that started again with each stop would not end under stops. The kernel rounds some timeouts to
+    # milliseconds, which adds one for each stop, and the program may have to wait for a processor.
     assert SOON_MS - 1 <= elapsed < SOON_MS + 2000
 
 
@@ -146,7 +146,7 @@ def _check_timeout(call: str, processors: tuple[int, int] | None = None) -> None
     ],
 )
 def test_timeout_begins_again_but_comes(call: str, due: int, expected: tuple[int, object]) -> None:
-    # The kernel keeps what is left of these nowhere: they are counted from the last stop, and never cut short.
+    # The kernel does not record the rest of these timeouts: they start again with each stop, and are never shortened.
     with Target([build("blocked"), call]) as target:
         until_blocked(target.pid)
         exercise(target.pid, 4)
@@ -164,8 +164,8 @@ def test_timeout_begins_again_but_comes(call: str, due: int, expected: tuple[int
     ],
 )
 def test_call_that_has_done_a_part_says_so(call: str, number: str, part: int, whole: int) -> None:
-    # The kernel ends it for a stop as for a signal, and tells nobody that there was none: it cannot be put back. What
-    # it says that it has done is true.
+    # The kernel ends the call for a stop as for a signal, without a way to distinguish them, so that it cannot be
+    # restarted. The partial result that it returns is correct.
     with Target([build("blocked"), call]) as target:
         until_blocked(target.pid)
         with Stopping(target.pid, 0.01) as stopping:
@@ -183,9 +183,9 @@ def test_signals_during_stops_are_handled_once_each(call: str) -> None:
     with Target([build("blocked"), "signals", call, str(count)]) as target:
         with Stopping(target.pid) as stopping:
             for sent in range(1, count + 1):
-                # It is in its call, or stopped in it: a signal earlier than that would be handled before the call.
+                # It is in its call, or stopped in it; an earlier signal would be handled before the call.
                 assert until(lambda: in_call(target.pid) == number_of[call]), target.state()
-                time.sleep(random.random() * 0.003)  # so that it comes at any moment of a stop
+                time.sleep(random.random() * 0.003)  # so that it arrives at any moment of a stop
                 assert until(lambda: in_call(target.pid) == number_of[call]), target.state()
                 os.kill(target.pid, signal.SIGRTMIN)
                 assert target.line() == f"-1 {errno.EINTR} {sent}"
@@ -213,7 +213,7 @@ def test_many_signals_at_once_during_stops(call: str) -> None:
 
 
 def _read_until(target: Target, handled: int) -> None:
-    """Read its lines until it has handled so many; each is of a call that a signal ended."""
+    """Read its lines until it has handled `count` signals; each line describes a call that a signal ended."""
     so_far = 0
     while so_far < handled:
         result, number, now = map(int, target.line().split())
@@ -251,7 +251,7 @@ def _said(*command: str) -> str:
 def test_threads_compute_the_same() -> None:
     alone = _said("compute", "30000")
     stops = 0
-    for _ in range(10):  # on a busy machine there may be few stops in one run
+    for _ in range(10):  # on a busy machine, one run may have few stops
         with Target([build("busy"), "compute", "30000"]) as target, Stopping(target.pid) as stopping:
             code, said = target.end(60)
         assert (code, said) == (0, alone)
@@ -274,7 +274,7 @@ def test_restartable_sequences_are_restarted() -> None:
 
 
 def test_resources_are_really_compared() -> None:
-    """The checks of this folder fail when something stays in the target."""
+    """The checks of this directory fail if anything remains in the target."""
     with Target([build("busy"), "wait"]) as target:
         until_blocked(target.pid)
         before = ProgramResources.of(target.pid)

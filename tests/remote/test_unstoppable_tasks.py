@@ -1,4 +1,4 @@
-"""Tasks that cannot be stopped: each refusal names its reason, and the task goes on as before."""
+"""Tasks that cannot be stopped: each refusal names its reason, and the task continues as before."""
 
 import contextlib
 import ctypes
@@ -29,7 +29,7 @@ def refusal(pid: int, match: str) -> IOReturn:
 
 
 def refused(pid: int) -> tuple[IOReturn, str]:
-    """The same in a child, which cannot use pytest's."""
+    """Check a refusal in a child, which cannot use pytest.raises."""
     try:
         iobmd.allocate(4096, task=pid, wired=False).free()
     except IOReturnError as error:
@@ -49,7 +49,7 @@ def program(*command: str, **options: object) -> Iterator[subprocess.Popen[bytes
 
 
 def test_traced_by_another() -> None:
-    """By a debugger, whose name is told; after it has let go, all is well."""
+    """A task that a debugger traces is refused, with the debugger's name, until it detaches."""
     with program("sleep", "1000") as target:
         script = (
             "import ctypes, sys, time\n"
@@ -62,15 +62,15 @@ def test_traced_by_another() -> None:
             assert (
                 refusal(target.pid, rf"traced by process {debugger.pid} \(python") == IOReturn.kIOReturnNotPermitted
             )
-            # Another user of iobmd is such a tracer too, and gone in a moment: that is waited for.
+            # Another user of iobmd is such a tracer too, but only briefly, so that iobmd waits for it.
             threading.Timer(0.3, debugger.stdin.close).start()  # type: ignore[union-attr]
             iobmd.allocate(4096, task=target.pid, wired=False).free()
 
 
 def test_kernel_thread() -> None:
-    """kthreadd, or this namespace's first process where that is not to be seen."""
+    """Return kthreadd, or the first process of this pid namespace if that is not visible."""
     if Path("/proc/2/comm").read_text().strip() != "kthreadd":
-        pytest.skip("no kernel thread is to be seen in this pid namespace")
+        pytest.skip("no kernel thread is visible in this pid namespace")
     assert refusal(2, "is a kernel thread") == IOReturn.kIOReturnUnsupported
 
 
@@ -118,7 +118,7 @@ def test_seccomp_without_the_right_to_suspend_it() -> None:
 
 
 def test_this_process_itself() -> None:
-    """It makes its own system calls: buffers in it need no ptrace, whatever it is called."""
+    """This process makes its own system calls: buffers in it need no ptrace, however it is specified."""
     for itself in (os.getpid(), iobmd.kernel_task, iobmd.Task(os.getpid())):
         with iobmd.allocate(4096, task=itself, wired=False, shared=True) as buffer:
             assert buffer.task_stopped_ns == 0
@@ -137,7 +137,7 @@ def test_no_pidfd() -> None:
 def test_32_bit_program(tmp_path: Path) -> None:
     source = tmp_path / "small.c"
     source.write_text('void _start(void) { for (;;) __asm__ volatile ("int $0x80" : : "a"(29)); }\n')  # pause
-    # Without the C library: that of 32 bits is seldom installed.
+    # Without the C library, because its 32-bit version is rarely installed.
     command = ["cc", "-m32", "-nostdlib", "-static", "-ffreestanding", "-fno-pic", "-no-pie"]
     subprocess.run([*command, "-o", tmp_path / "small", source], check=True)
     with program(str(tmp_path / "small")) as target:
@@ -147,7 +147,7 @@ def test_32_bit_program(tmp_path: Path) -> None:
 
 @pytest.mark.needs("compiler")
 def test_a_thread_that_does_not_stop(tmp_path: Path) -> None:
-    """A parent that waits for its vfork child to run a program: it can be stopped when that has done so."""
+    """A parent that waits for its vfork child to execute a program can be stopped when the child has done so."""
     source = tmp_path / "parent.c"
     source.write_text(
         "#include <unistd.h>\n"
@@ -158,7 +158,7 @@ def test_a_thread_that_does_not_stop(tmp_path: Path) -> None:
     with program(str(tmp_path / "parent"), stdin=-1, stdout=-1) as target:
         assert until(lambda: "State:\tD" in Path(f"/proc/{target.pid}/status").read_text())
         assert refusal(target.pid, "did not stop within 2 s") == IOReturn.kIOReturnTimeout
-        # The tracer ends with our thread; and the parent, which waits until the line comes, still waits.
+        # The tracer ends with this thread, and the parent still waits until the line arrives.
         assert until(lambda: "TracerPid:\t0" in Path(f"/proc/{target.pid}/status").read_text())
         assert "State:\tD" in Path(f"/proc/{target.pid}/status").read_text()
         assert target.stdin
@@ -186,7 +186,7 @@ def test_no_address_space_there() -> None:
 
 
 def test_two_users_at_once() -> None:
-    """Threads of ours, and processes: each waits its turn, and the program notices none of them."""
+    """Several threads and processes use a program one after another, and it is not disturbed."""
 
     def use() -> int:
         for _ in range(20):
@@ -202,14 +202,15 @@ def test_two_users_at_once() -> None:
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_an_interrupt_leaves_nothing_there() -> None:
-    """Ctrl-C at any moment: the memory is there, or it is not, but never without a buffer that knows of it."""
+    """Ctrl-C at any moment: the memory exists or not, but never without a buffer that owns it."""
 
     class Interrupt(Exception):  # noqa: N818
         pass
 
     def allocate_and_interrupt() -> int:
         libc = ctypes.CDLL(None)
-        # One that came in a __del__; pytest's would keep it, and with it the frames that hold the buffer.
+        # For an interrupt in a __del__: pytest's hook would retain it, and with it the frames that refer to the
+        # buffer.
         sys.unraisablehook = lambda _what: None
         armed = False
 
@@ -237,6 +238,6 @@ def test_an_interrupt_leaves_nothing_there() -> None:
         return hits
 
     with program("sleep", "1000") as target:
-        # In a child, for the time limit of this test is such an alarm too.
+        # In a child, because the time limit of this test uses such an alarm too.
         assert in_child(allocate_and_interrupt) > 10
         assert "TracerPid:\t0" in Path(f"/proc/{target.pid}/status").read_text()

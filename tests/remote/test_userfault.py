@@ -1,4 +1,4 @@
-"""Programs that serve their own page faults: whatever is done to them, nothing waits for what stands still."""
+"""Programs that serve their own page faults: no operation waits for a stopped thread."""
 
 import signal
 import subprocess
@@ -32,7 +32,7 @@ class ServedTarget(Target):
         self.before = ProgramResources.of(self.pid)
 
     def check_unharmed(self) -> None:
-        """Check that it runs, untraced, with all it had and nothing else, and that its handler still serves."""
+        """Check that it runs untraced with its original resources, and that its handler still serves faults."""
         assert until(lambda: not traced(self.pid) and not children(self.pid), 4), (self.state(), children(self.pid))
         check_unchanged(self.pid, self.before)
         if self.reads_commands:
@@ -51,7 +51,7 @@ def traced(pid: int) -> list[str]:
 
 
 def soon(action: Callable[[], object], seconds: float = 20) -> object:
-    """Return what `action` returns in a forked child, which a hang does not outlive; it must not take longer."""
+    """Return the result of `action` in a forked child, which is killed if it takes too long."""
     begin = time.monotonic()
     result = in_child(action)
     assert time.monotonic() - begin < seconds
@@ -92,7 +92,7 @@ def test_copy(handler: str, main: str, freeze: bool) -> None:
 def test_prepare(handler: str, main: str) -> None:
     with ServedTarget(handler, main) as target:
         assert soon(lambda: prepared(target)) is Wiring.PINNED
-        # Not at once: compaction may be moving some.
+        # With a wait, because compaction may be moving some pages.
         assert until(lambda: all(entry >> 63 for entry in kernel.entries(target.area, MIB, target.pid)), 5)
         target.check_unharmed()
 
@@ -105,7 +105,7 @@ def test_prepare_of_pages_protected_from_writes(handler: str) -> None:
 
 
 def failing(action: Callable[[], object]) -> Callable[[], IOReturnError]:
-    """Return what returns the error of `action`."""
+    """Return a function that returns the error of `action`."""
 
     def run() -> IOReturnError:
         with pytest.raises(IOReturnError) as caught:

@@ -1,4 +1,4 @@
-"""A peer of `attach` that wants to crash, fill or deceive the process that attaches; it runs as another user."""
+"""A peer of `attach`, of another user, that tries to crash, exhaust or deceive the process that attaches."""
 
 import contextlib
 import fcntl
@@ -43,7 +43,7 @@ def message(extents: object, capacity: int, alignment: object = kernel.PAGE) -> 
 
 
 def attached(peer: Callable[[socket.socket], object], *, user: int = NOBODY) -> IOReturn | None:
-    """Attach what a peer sends who runs as `user`; returns the code of the refusal, None where it was accepted."""
+    """Attach memory that a peer of `user` sends; return the code of the refusal, None if it was accepted."""
 
     def child() -> None:
         there.close()
@@ -51,7 +51,7 @@ def attached(peer: Callable[[socket.socket], object], *, user: int = NOBODY) -> 
 
     here, there = socket.socketpair()
     with here, there:
-        # Concurrently, because the socket may not take all of a message before it is read.
+        # In a thread, because the socket may not accept a whole message before it is read.
         running = threading.Thread(target=partial(in_child, child, uid=user))
         running.start()
         try:
@@ -68,7 +68,7 @@ def hostile(data: bytes, fd: Callable[[], int]) -> Callable[[socket.socket], obj
     def send(peer: socket.socket) -> None:
         descriptor = fd()
         socket.send_fds(peer, [data[:12]], [descriptor])
-        with contextlib.suppress(OSError):  # refused before all of it was read
+        with contextlib.suppress(OSError):  # refused before the whole message was read
             peer.sendall(data[12:])
 
     return send
@@ -94,7 +94,7 @@ sys.stdin.readline()
 
 @pytest.mark.needs("root")
 def test_a_file_whose_server_does_not_answer(tmp_path: Path) -> None:
-    """Neither a look at it nor its close(2), which waits for the server, keep `attach` waiting."""
+    """Neither inspecting the file nor its close(2), which waits for the server, delays `attach`."""
     here, there = socket.socketpair()
     text = message([[0, 8192]], 8192).hex()
     program = [sys.executable, "-c", SILENT_FILE, str(tmp_path), str(there.fileno()), text]
@@ -130,7 +130,7 @@ def test_a_file_whose_server_does_not_answer(tmp_path: Path) -> None:
 
 
 def lingering(stack: contextlib.ExitStack) -> socket.socket:
-    """A TCP socket whose last close(2) waits for a minute, because its data is not taken."""
+    """A TCP socket whose last close(2) waits for a minute, because its data is not read."""
     listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
     sender = socket.create_connection(listener.getsockname())
     receiver = stack.enter_context(listener.accept()[0])
@@ -146,7 +146,7 @@ def lingering(stack: contextlib.ExitStack) -> socket.socket:
 
 @pytest.mark.parametrize("place", ["with the header", "among many", "with the description"])
 def test_a_socket_whose_close_waits(place: str) -> None:
-    """Its last descriptor is the one that is sent: what closes it waits, also the kernel where one is too many."""
+    """The only descriptor is the one that is sent: closing it waits, even in the kernel if there are too many."""
     text = message([[0, 8192]], 8192)
     with contextlib.ExitStack() as stack:
         here, there = map(stack.enter_context, socket.socketpair())
@@ -171,7 +171,7 @@ def mappings() -> int:
 
 @pytest.mark.parametrize("alignment", [0, 1, 3, 2048, 12288, 1 << 47, 1 << 61, -4096, True, 4096.0, "4096"])
 def test_impossible_alignments(alignment: object) -> None:
-    """0 made the mapping's margin the whole address space, which was unmapped."""
+    """An alignment of 0 once made the whole address space the excess of the mapping, which was unmapped."""
     before = mappings()
     two = message([[4096, 4096], [0, 4096]], 8192, alignment)
     assert attached(hostile(two, partial(memory, 8192))) == IOReturn.kIOReturnBadArgument
@@ -199,7 +199,7 @@ def test_impossible_pieces(extents: list[list[int]]) -> None:
 
 
 def test_too_many_pieces() -> None:
-    """Each is a mapping: 65,000 of them would leave this process none (vm.max_map_count)."""
+    """Each piece is a mapping: 65,000 of them would exhaust vm.max_map_count."""
     count = 65_000
     extents = [[number * 4096, 4096] for number in reversed(range(count))]
     peer = hostile(message(extents, count * 4096), lambda: memory(count * 4096))
@@ -208,7 +208,7 @@ def test_too_many_pieces() -> None:
 
 @pytest.mark.needs("root")
 def test_a_child_is_not_root_because_its_socket_was_made_by_root() -> None:
-    """SO_PEERCRED of a socketpair names the process that made it."""
+    """SO_PEERCRED of a socketpair names the process that created it."""
 
     def unsealed(peer: socket.socket) -> None:
         descriptor = os.memfd_create("hostile")
@@ -220,7 +220,7 @@ def test_a_child_is_not_root_because_its_socket_was_made_by_root() -> None:
 
 @pytest.mark.needs("root", "hugetlb")
 def test_hugetlb_memory_of_another_user(hugetlb_pool: int) -> None:
-    """Its size is sealed, but a hole can be punched into it, and with an empty pool the next access is a SIGBUS."""
+    """Its size is sealed, but a hole can be punched, and with an empty pool the next access raises SIGBUS."""
     assert hugetlb_pool
 
     def pool_page(peer: socket.socket) -> None:
@@ -249,7 +249,7 @@ def test_no_descriptor_is_left() -> None:
 
 @pytest.mark.needs("root", "memory_cgroup")
 def test_wired_memory_that_does_not_fit(memory_cgroup: Callable[[int], Path]) -> None:
-    """A sparse object costs its peer nothing: filling all of it had the kernel kill the process that attached it."""
+    """A sparse object costs its peer nothing, but populating it once got the attaching process killed."""
     size, limit = 8 << 30, 256 * MIB
     procs = memory_cgroup(limit)
 
@@ -262,10 +262,10 @@ def test_wired_memory_that_does_not_fit(memory_cgroup: Callable[[int], Path]) ->
         code = attached(sparse)
         return code, kernel.status("VmRSS")
 
-    code, most = in_child(attacked)  # which the OOM killer would end
+    code, most = in_child(attacked)  # which the OOM killer would kill
     assert code == IOReturn.kIOReturnNoMemory
     assert most < limit
-    assert attached(sparse_and_pageable(size)) is None, "pageable, it takes nothing"
+    assert attached(sparse_and_pageable(size)) is None, "pageable memory is not populated"
 
 
 def sparse_and_pageable(size: int) -> Callable[[socket.socket], object]:
@@ -280,7 +280,7 @@ class ByteByByteSocket:
 
 
 def test_a_peer_that_sends_single_bytes() -> None:
-    """Half of the largest description: 0.65 s; 5.4 s where each byte has all before it copied."""
+    """Half of the largest description takes 0.65 s; it took 5.4 s when each byte copied all previous ones."""
     begin = time.process_time()
     assert sharing._exactly(ByteByByteSocket(), MIB // 2, []) == b"x" * (MIB // 2)  # type: ignore[arg-type]
     assert time.process_time() - begin < 4

@@ -1,4 +1,4 @@
-"""Numbers at the ends of their range: each entry point works, or refuses by an error of iobmd, never a bare one."""
+"""Numbers at the ends of their range: each entry point works or raises an error of iobmd, never another one."""
 
 import itertools
 from collections.abc import Callable, Iterator

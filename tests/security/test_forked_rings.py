@@ -1,4 +1,4 @@
-"""A child that is forked while memory is pinned keeps no ring, and so no pin, whether Python knows of it or not."""
+"""A child that is forked while memory is pinned retains no ring, and thus no pin, even if it is forked in C."""
 
 import ctypes
 import os
@@ -19,7 +19,7 @@ FORKS: dict[str, Callable[[], int]] = {"Python": os.fork, "C": ctypes.CDLL(None)
 
 
 def soon(condition: Callable[[], object]) -> bool:
-    """Whether it is so within two seconds: a child closes rings as it begins, a worker of the kernel unpins pages."""
+    """Return whether a condition holds within two seconds: children close rings, and a kernel worker unpins pages."""
     deadline = time.monotonic() + 2
     while not (met := bool(condition())) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -42,7 +42,7 @@ def test_of_this_process(fork: Callable[[], int]) -> None:
 @pytest.mark.needs("compiler", "frames")
 @pytest.mark.parametrize("fork", FORKS.values(), ids=FORKS.keys())
 def test_of_another_task(fork: Callable[[], int], start_source: Callable[..., SourceProcess]) -> None:
-    """Its pages were pinned, and charged to it, until that child ended."""
+    """Its pages were once pinned, and charged to it, until that child exited."""
     need_ptrace()
     source = start_source()
     address, size = source["anonymous"]

@@ -1,4 +1,4 @@
-"""One thread frees memory while others use it: no byte reaches another file, and each refusal is a named one."""
+"""One thread frees memory while others use it: no byte reaches another file, and each refusal is a named error."""
 
 import contextlib
 import itertools
@@ -40,7 +40,7 @@ class ConcurrentFree:
             thread = threading.Thread(target=self._free)
             thread.start()
             thread.join()
-            # The lowest free numbers: those of what was just closed.
+            # The lowest free numbers, which belonged to the descriptors that were just closed.
             self._opened = [os.open(self._file, os.O_RDWR) for _ in range(8)]
 
     def file_is_untouched(self) -> bool:
@@ -61,10 +61,10 @@ def before(function: Callable[..., Any], intrude: Callable[[], object]) -> Calla
 
 
 def memfds() -> int:
-    """How many descriptors of iobmd's shared memory this process has."""
+    """Return how many descriptors of iobmd's shared memory this process has."""
     count = 0
     for path in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):  # the folder's own
+        with contextlib.suppress(OSError):  # the descriptor of the directory itself
             count += "memfd:iobmd" in str(path.readlink())
     return count
 
@@ -72,7 +72,7 @@ def memfds() -> int:
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("method", ["writeBytes", "readBytesInto"])
 def test_memory_mapped_in_no_task(method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Its descriptor is mapped for each use: the number must not be another file's by then."""
+    """Its descriptor is mapped for each use; the number must not belong to another file then."""
     before_it = memfds()
     buffer = iobmd.allocate(SIZE, task=None, wired=False, shared=True)
     buffer.writeBytes(0, MARK)
@@ -100,7 +100,7 @@ def test_memory_mapped_in_no_task(method: str, monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.usefixtures("nothing_left")
 def test_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The peer would be given a file of this program."""
+    """Otherwise the peer would receive a file of this program."""
     buffer = iobmd.allocate(SIZE, wired=False, shared=True)
     buffer.writeBytes(0, MARK)
     with contextlib.closing(ConcurrentFree(buffer.free, tmp_path / "precious")) as other_thread:
@@ -127,7 +127,7 @@ def test_attach_while_the_handle_is_closed(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_waking_the_purger_as_it_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Another thread writes eight bytes to wake it."""
+    """Another thread writes eight bytes to wake the purger."""
     watch = Watch()
     with contextlib.closing(ConcurrentFree(watch.close, tmp_path / "precious")) as other_thread:
         monkeypatch.setattr(os, "eventfd_write", before(os.eventfd_write, other_thread))
@@ -162,7 +162,7 @@ def test_a_use_that_was_interrupted_before_its_with_ends_by_itself() -> None:
 
 
 def test_uses_of_other_threads_do_not_outlive_a_fork() -> None:
-    """A forked child lacks the thread that would end them, and its descriptor would stay open."""
+    """A forked child lacks the thread that would end its uses, and the descriptor would remain open."""
     number = os.memfd_create("counted")
     fd = process_local.Fd(number, "it")
 
@@ -176,7 +176,7 @@ def test_uses_of_other_threads_do_not_outlive_a_fork() -> None:
     fd.close()
 
 
-# --- every method beside free()
+# --- every method concurrently with free()
 
 
 def here() -> iobmd.IOMemoryDescriptor:
@@ -228,7 +228,7 @@ METHODS: list[Callable[[Any], object]] = [
 
 @pytest.mark.parametrize("make", [here, shared, nowhere, purgeable, part])
 def test_every_method_beside_free(make: Callable[[], iobmd.IOMemoryDescriptor]) -> None:
-    """Each works, or is refused by an error of iobmd: no AttributeError, no ValueError of the native layer."""
+    """Each method works, or raises an error of iobmd: no AttributeError, and no ValueError of the native layer."""
     box: list[iobmd.IOMemoryDescriptor | None] = [None]
     made: list[iobmd.IOMemoryDescriptor] = []
     wrong: list[BaseException] = []
@@ -269,14 +269,14 @@ def test_every_method_beside_free(make: Callable[[], iobmd.IOMemoryDescriptor]) 
             thread.join()
         sys.setswitchinterval(interval)
         box[0] = None
-        for memory in made:  # what was busy
+        for memory in made:  # descriptors that were busy
             memory.free()
     if wrong:
         raise wrong[0]
 
 
 def test_a_device_that_is_closed_beside_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The call of VFIO reaches the container, though it was closed before: not the file that was opened then."""
+    """The VFIO call uses the container, although it was closed before, and not the file that was opened then."""
     container = object.__new__(vfio.Container)
     container._container = process_local.Fd(os.memfd_create("container"), "the container")
     container._group = container._device = None

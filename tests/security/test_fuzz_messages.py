@@ -1,4 +1,4 @@
-"""What a peer of `attach` sends, whatever it is: an IOReturnError or a buffer, and nothing is left of either."""
+"""Arbitrary messages of a peer of `attach`: the result is an IOReturnError or a buffer, and nothing remains."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ KINDS: dict[str, Callable[[], int]] = {
 
 @contextlib.contextmanager
 def sent(data: bytes, makers: list[Callable[[], int]], user: int, rest: bytes = b"") -> Iterator[socket.socket]:
-    """Send a message with descriptors as the process of a user would: root may say so of itself (unix(7))."""
+    """Send a message with descriptors as the process of a user; root may specify other credentials (unix(7))."""
     here, there = socket.socketpair()
     with here, there:
         for end in (here, there):
@@ -95,7 +95,7 @@ def sent(data: bytes, makers: list[Callable[[], int]], user: int, rest: bytes = 
 
 
 def attach(data: bytes, kinds: list[str], user: int, *, rest: bytes = b"", wired: bool | None = False) -> bool:
-    """Say whether what was sent is accepted; it must be usable then, and gone afterwards."""
+    """Return whether a message is accepted; its memory must be usable then, and freed afterwards."""
     with sent(data, [KINDS[kind] for kind in kinds], user, rest) as end:
         try:
             with iobmd.attach(end, wired=wired) as buffer:
@@ -146,7 +146,7 @@ def test_plausible_numbers(description: Any, kinds: list[str], user: int, wired:
 
 @st.composite
 def strange(draw: st.DrawFn) -> Any:
-    """Return a description that was right but for some of its parts."""
+    """Return a description that is valid except for some of its fields."""
     fields: list[Any] = [SHARED | PAGEABLE, 2 * PAGE, PAGE, [[0, PAGE], [PAGE, PAGE]], PAGE]
     for _ in range(draw(st.integers(1, 3))):
         fields[draw(st.integers(0, 4))] = draw(anything(SHARED, 16 << 10))
@@ -175,7 +175,7 @@ def test_mutated_messages(data: bytes, rest: bytes, user: int, length: int | Non
 
 @fuzzed(40, word=numbers() | st.integers(0, 0x7FFF), steps=st.lists(st.integers(1, 4), max_size=4))
 def test_purgeable_words(word: int, steps: list[int]) -> None:
-    """Of the state behind the memory, which every process that has the descriptor may write."""
+    """The word with the state after the memory, to which every process with the descriptor may write."""
     description = [SHARED | PAGEABLE | PURGEABLE, 2 * PAGE, 2 * PAGE, [[0, 2 * PAGE]], PAGE]
     fd = memfd(3 * PAGE)
     try:

@@ -1,7 +1,7 @@
-"""The native readers of the kernel's binary tables, on files of any words, as a broken or hostile kernel might give.
+"""The native readers of the kernel's binary tables, on files with arbitrary words, as from a faulty kernel.
 
-What they count is compared with a reading entry by entry; what they would touch outside of their buffers is for the
-address sanitizer (`make test-asan`).
+Their counts are compared with those of a reader that decodes entry by entry. Accesses outside their buffers are
+detected by the address sanitizer (`make test-asan`).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ PRESENT, SWAPPED, FILE, GUARD, EXCLUSIVE, DIRTY = 1 << 63, 1 << 62, 1 << 61, 1 <
 PFN = DIRTY - 1
 HEAD, TAIL, THP = 1 << 15, 1 << 16, 1 << 22
 
-REAL = ~(0x3F << 49)  # frames whose addresses have 61 bits, of 52 that processors have at most
+REAL = ~(0x3F << 49)  # frames whose addresses have 61 bits, although processors have at most 52
 words = (
     st.integers(0, 40).map(lambda frame: PRESENT | frame)
     | st.sampled_from([0, SWAPPED, SWAPPED | GUARD, PRESENT, PRESENT | FILE | 7, PRESENT | EXCLUSIVE | PFN & REAL])
     | st.integers(0, (1 << 64) - 1).map(lambda word: word & REAL)
 )
-# Long runs of equal words, and of such as count up, are what the readers are quick with.
+# Long runs of equal words, and of words that count up, for which the readers have fast paths.
 stretches = st.tuples(words, st.sampled_from([1, 1, 2, 7, 8, 9, 16, 511, 513]), st.integers(0, 1))
 tables = st.lists(stretches, max_size=12).map(
     lambda found: [word + index * step & REAL for word, count, step in found for index in range(count)]
@@ -62,13 +62,13 @@ def test_walks(
     try:
         walker = pagemap.Walk(
             fd, PAGE, 2 << 20, 7, 1024, thorough, scans
-        )  # of a file PAGEMAP_SCAN is refused: without
+        )  # PAGEMAP_SCAN fails on an ordinary file: without it
         most = len(table) if inside else 1 << 20
         asked = [(min(first, most) * PAGE, min(first + many, most) * PAGE) for first, many in sorted(ranges)]
         try:
             tallies = walker.totals(asked)
         except OSError:
-            assert any(end > len(table) * PAGE for _start, end in asked), "it is an error only past the end"
+            assert any(end > len(table) * PAGE for _start, end in asked), "an error is raised only past the end"
             return
         for (start, end), tally in zip(asked, tallies, strict=True):
             part = table[start // PAGE : end // PAGE]
@@ -84,7 +84,7 @@ def test_walks(
 
 
 def check_spans(walker: pagemap.Walk, asked: list[tuple[int, int]], table: list[int]) -> None:
-    """The same walk in steps, whose spans are ascending and cover what is present or in swap, and no more."""
+    """The same walk in steps: spans are ascending, and cover exactly the pages that are present or in swap."""
     for start, end in asked:
         walker.clear()
         at = start
@@ -129,7 +129,7 @@ def test_runs(tmp_path: Path, table: list[int], first: int, many: int, gaps: boo
         os.close(fd)
 
 
-# No memory has the frame whose number is all ones: the number after it would change the flags.
+# No memory has the frame whose number is all ones; the number after it would change the flags.
 possible = st.integers(0, (1 << 64) - 1).filter(lambda entry: ~entry & ((1 << 55) - 1))
 
 

@@ -1,6 +1,6 @@
-"""Texts of /proc in which other users choose the names: every parser reads the kernel's figures, whatever the names.
+"""Texts of /proc with names chosen by other users: every parser returns the kernel's figures, whatever the names.
 
-And bytes that no kernel writes: the native parsers refuse them by ValueError, without a look outside of them.
+For bytes that no kernel writes, the native parsers raise ValueError, without an access outside the text.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ names = st.lists(anything | hostile, max_size=4).map(b"".join).map(lambda name: 
 
 
 def escaped(name: bytes, characters: bytes = b"\n") -> bytes:
-    """As the kernel prints names in /proc (seq_file's mangle_path)."""
+    """Escape a name as the kernel does in /proc (seq_file's mangle_path)."""
     return b"".join(b"\\%03o" % byte if byte in characters else bytes([byte]) for byte in name)
 
 
@@ -62,7 +62,7 @@ def maps_line(vma: tuple[int, int, bytes, bytes]) -> bytes:
 
 
 def as_vma(vma: tuple[int, int, bytes, bytes]) -> procfs.VMA:
-    """Return what was printed. A backslash is not escaped, and so what looks like an escape is read as one."""
+    """Undo the escapes; the kernel does not escape backslashes, so that similar text is read as an escape."""
     start, size, perms, name = vma
     text = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), decoded(escaped(name)))
     return procfs.VMA(start << 12, start + size << 12, perms.decode(), 0x1000, 7, text, "fd:01")
@@ -70,7 +70,7 @@ def as_vma(vma: tuple[int, int, bytes, bytes]) -> procfs.VMA:
 
 @pytest.fixture
 def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory that stands in for that of this process in /proc."""
+    """A directory that replaces that of this process in /proc."""
     monkeypatch.setattr(procfs, "directory", lambda _pid: str(tmp_path))
     monkeypatch.setattr(procfs, "memory_file", lambda _pid, name: str(tmp_path / name))
     return tmp_path
@@ -84,7 +84,7 @@ def test_maps(proc: Path, found: list[tuple[int, int, bytes, bytes]], low: int, 
     assert list(procfs.maps("self")) == wanted
     inside = [vma for vma in wanted if vma.start < low + size and vma.end > low]
     until = next((vma for vma in wanted if vma.start >= low + size), None)
-    # Areas do not overlap in a kernel's text, and parsing ends with the first behind the range.
+    # Areas do not overlap in the kernel's text, and parsing ends at the first one after the range.
     if found and not any(vma.start > until.start for vma in inside if until):
         assert list(procfs.areas("self", low, low + size)) == inside
 
@@ -129,7 +129,7 @@ def test_any_bytes(text: bytes) -> None:
 
 @fuzzed(40, name=names, state=st.sampled_from([b"S (sleeping)", b"Z (zombie)"]), size=st.integers(0, 1 << 40))
 def test_status(proc: Path, name: bytes, state: bytes, size: int) -> None:
-    """The name of the program comes first, cut off at 15 bytes, and its newlines and backslashes are escaped."""
+    """The name of the program comes first, truncated to 15 bytes, with newlines and backslashes escaped."""
     shown = escaped(name[:15], b"\n\\")
     (proc / "status").write_bytes(
         b"Name:\t%b\nUmask:\t0022\nState:\t%b\nTgid:\t9\nPid:\t9\nNSpid:\t9\t3\nVmRSS:\t%8d kB\n"
@@ -204,7 +204,7 @@ def test_mountinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: list[
 def test_cgroups(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: bytes, number: bytes, mount: list[tuple[bytes, ...]]
 ) -> None:
-    """A group is named below a mount that shows it, or not at all."""
+    """A group is found below a mount that shows it, or not at all."""
     (tmp_path / "mountinfo").write_bytes(b"".join(mount_line(one) + b"\n" for one in mount))
     reading(monkeypatch, cgroup, tmp_path, "/proc/self/mountinfo")
     member = b"1:name=x:/\n%b:%b:%b" % (number, b"" if number == b"0" else b"memory", escaped(path))
@@ -223,7 +223,7 @@ def test_swaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: bytes, siz
 
 
 def reading(monkeypatch: pytest.MonkeyPatch, module: object, folder: Path, path: str) -> None:
-    """Have a module read `path` from a folder."""
+    """Make a module read `path` from a directory."""
     read_text = fact.read_text
     there = str(folder / path.rpartition("/")[2])
     monkeypatch.setattr(module, "read_text", lambda wanted: read_text(there if wanted == path else wanted))
@@ -249,7 +249,7 @@ class Program:
         for start, data in self.code.items():
             if start <= address and address + size <= start + len(data):
                 return data[address - start : address - start + size]
-        raise VMError("nothing is there")
+        raise VMError("nothing is mapped there")
 
 
 code = st.binary(max_size=60) | st.lists(st.sampled_from([b"\x0f", b"\x05", b"\x0f\x05", b"\x90"]), max_size=8).map(
@@ -273,7 +273,7 @@ def test_search_of_a_system_call(
     proc: Path, monkeypatch: pytest.MonkeyPatch, auxv: bytes, code: list[bytes], names: list[bytes], longer: int,
     known: int | None, lives: int,
 ) -> None:  # fmt: skip
-    """In a target that chooses its auxiliary vector, its code, and what lies where the vDSO should."""
+    """The target chooses its auxiliary vector, its code, and the memory at the address of the vDSO."""
     from iobmd.errors import NotFoundError, UnsupportedError
 
     mapped = {(index + 1) << 16: data for index, data in enumerate(code)}

@@ -1,4 +1,4 @@
-"""Files of `pagemap --save` that somebody else wrote or damaged: an IOReturnError, or changes that make sense."""
+"""Files of `pagemap --save` that another user wrote or damaged: an IOReturnError, or plausible changes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def text(header: Header, found: list[str]) -> bytes:
 
 @st.composite
 def ordered(draw: st.DrawFn) -> bytes:
-    """Return a snapshot as `save` may have written it, or nearly so."""
+    """Return a snapshot that `save` may have written, or a similar one."""
     edges = sorted(draw(st.sets(bounds, min_size=2, max_size=12)))
     found = []
     for start, end in zip(edges[::2], edges[1::2], strict=False):
@@ -107,7 +107,7 @@ def test_any_bytes(tmp_path: Path, data: bytes) -> None:
 
 @fuzzed(8, before=files)
 def test_the_command(tmp_path: Path, before: bytes) -> None:
-    """It ends with a message, not with a traceback."""
+    """The command ends with a message, not with a traceback."""
     (tmp_path / "before").write_bytes(before)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         assert main(["pagemap", "self", "--diff", str(tmp_path / "before")]) in (0, 1)
@@ -122,7 +122,7 @@ def test_an_area_around_an_empty_range(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("start", [b"", b'{"iobmd pagemap": ', b'{"area": ', b'{"spans": [['], ids=str)
 def test_a_file_without_newlines(tmp_path: Path, start: bytes) -> None:
-    """Of 256 MiB, sparse: a line of it is refused before all of it is in memory."""
+    """A sparse line of 256 MiB is refused before all of it is in memory."""
     path = tmp_path / "file"
     with path.open("wb") as file:
         if start and not start.startswith(b'{"iobmd'):

@@ -1,4 +1,4 @@
-"""A target that works against what is done in it: by a second thread, and by another process of its user."""
+"""A target that attacks operations in it, by a second thread and by another process of its user."""
 
 import contextlib
 import ctypes
@@ -45,7 +45,7 @@ def prepare(pid: int, address: int) -> None:
 
 
 def test_no_thread_finds_a_descriptor_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its process has at each call what it had before; that was both ends of a socket pair, memory and rings once."""
+    """The target never has additional descriptors; it once had both ends of a socket pair, memory and rings."""
     seen: list[tuple[str, list[str]]] = []
 
     def look(guest: Guest, one: Call) -> None:
@@ -71,7 +71,7 @@ def descriptors(pid: int) -> list[str]:
 def one_by_one(
     monkeypatch: pytest.MonkeyPatch, before: Callable[[Guest, Call], None], after: Callable[[Guest, Call], None]
 ) -> Iterator[None]:
-    """Have guests make their calls one after the other, and do something before and after each."""
+    """Make guests execute their calls one by one, and call a function before and after each."""
     real = Guest.run
 
     def run(self: Guest, *calls: Call, deadline: float | None = None) -> list[int]:
@@ -92,10 +92,10 @@ def one_by_one(
 
 @contextlib.contextmanager
 def before_call(name: str, attack: Callable[[Guest], None], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Attack when a guest is about to make a call: the moment that an attacker has to find."""
+    """Attack immediately before a call of a guest, which is the moment that an attacker must find."""
 
     def before(guest: Guest, one: Call) -> None:
-        if one.name == name and guest._is_isolated:  # before, its descriptors are those of its task
+        if one.name == name and guest._is_isolated:  # before that call, its descriptors are those of its task
             attack(guest)
 
     with one_by_one(monkeypatch, before=before, after=lambda _guest, _one: None):
@@ -115,7 +115,7 @@ def sleeping_victim() -> Target:
 
 
 def attempts(fd: int, size: int) -> dict[str, bool]:
-    """Try to change the memory of a stolen descriptor, and say what succeeds."""
+    """Try to change the memory of a stolen descriptor, and return the operations that succeed."""
 
     def reopen() -> None:
         os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDWR))
@@ -141,7 +141,7 @@ def attempts(fd: int, size: int) -> dict[str, bool]:
 
 
 def regular(pid: int) -> int:
-    """Steal the first regular file of a process. A guest has its socket pair as well."""
+    """Steal the first regular file of a process; a guest also has its socket pair."""
     import stat
 
     for fd in range(8):
@@ -155,7 +155,7 @@ def regular(pid: int) -> int:
 @pytest.mark.needs("root")
 @pytest.mark.parametrize("read_only", [False, True], ids=["writable", "read-only"])
 def test_a_stolen_descriptor_is_of_little_use(read_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process of the target's user fetches it from the guest, as nobody can prevent."""
+    """Another process of the target's user copies the descriptor from the guest, which cannot be prevented."""
     done: list[dict[str, bool]] = []
 
     def attack(guest: Guest) -> None:
@@ -200,7 +200,7 @@ def test_memory_in_a_task_of_another_user_cannot_be_truncated(size: int) -> None
 
 
 def code_of_truncation(fd: int, size: int = 0) -> str:
-    """Return how truncation fails, "" where it does not; `size` is what changes nothing."""
+    """Return how truncation fails, "" if it does not; truncation to `size` has no effect."""
     if size and not fcntl.fcntl(fd, 1034) & 2:  # F_GET_SEALS, F_SEAL_SHRINK
         return ""
     try:
@@ -237,7 +237,7 @@ def test_what_a_stolen_ring_unregisters_is_not_called_pinned(monkeypatch: pytest
 
 
 def test_a_pin_of_other_memory_than_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread of the target changes what is to be pinned between our write of it and the call that reads it."""
+    """A thread of the target changes the address to be pinned before the call that reads it."""
     with Target([sys.executable, "-c", PROGRAM]) as target:
         address = int(target.line())
         real = Guest.write
@@ -282,12 +282,12 @@ def test_another_thread_runs_another_program() -> None:
 
 
 OTHER_CALL = b"\xb8\x5f\0\0\0" + b"\xbf\x15\0\0\0" + b"\x0f\x05"
-"""umask(025), in place of the call that the registers were set to: what a filter of the task could forbid."""
+"""umask(025), instead of the intended call, stands for a call that a filter of the task could forbid."""
 
 
 @contextlib.contextmanager
 def other_code(pid: int, address: int) -> Iterator[None]:
-    """Have other code at an address of a program, as a thread of it may at any time."""
+    """Replace the code at an address of a program, as one of its threads may at any time."""
     with Path(f"/proc/{pid}/mem").open("r+b", buffering=0) as memory:
         memory.seek(address)
         before = memory.read(len(OTHER_CALL))
@@ -302,7 +302,7 @@ def other_code(pid: int, address: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("name", ["close_range", "mmap"])
 def test_code_that_is_changed_makes_no_other_call(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread writes to the instruction after it was looked at; the filters of the caller are suspended then."""
+    """A thread overwrites the instruction after it was checked, while the task's seccomp filters are suspended."""
     real = Session._run
 
     def run(self: Session, calls: Sequence[Call], deadline: float, may_wait: bool) -> list[int]:
@@ -338,7 +338,7 @@ def test_a_task_that_can_have_no_more_processes() -> None:
 
 
 def test_no_file_is_opened_but_the_one_that_is_mapped(tmp_path: Path) -> None:
-    """A path of the task leads elsewhere from one moment to the next: to open a device there would have effects."""
+    """A path of the task is redirected between two calls: opening a device there would have effects."""
     wanted, other, path = tmp_path / "wanted", tmp_path / "other", tmp_path / "path"
     for file in (wanted, other):
         file.write_bytes(b"x")

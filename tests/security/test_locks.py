@@ -1,4 +1,4 @@
-"""Locks that every user can take by the million stall nothing that looks for leases."""
+"""A million locks, which any user can acquire, do not stall the search for leases."""
 
 import fcntl
 import os
@@ -14,12 +14,12 @@ def bytes_read() -> int:
 
 
 def test_no_more_locks_are_read_than_a_few_thousand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond that a file counts as leased: it is not opened. The kernel takes quadratic time to show all."""
+    """With more locks, a file counts as leased and is not opened: listing all locks takes quadratic time."""
     area = next(area for area in procfs.maps() if area.inode and area.name.startswith("/"))
     assert not procfs.is_leased(area)
     most = 4096
     with (tmp_path / "locked").open("wb") as file:
-        for place in range(0, 2 * 4 * most // 40, 2):  # a line has 40 bytes at least, of which the half is read
+        for place in range(0, 2 * 4 * most // 40, 2):  # a line has at least 40 bytes, and half of the lines are read
             fcntl.lockf(file, fcntl.LOCK_EX, 1, place)
         assert not procfs.is_leased(area)
         before = bytes_read()

@@ -1,4 +1,4 @@
-"""A target that keeps moving its areas ahead of whoever reads them holds up nobody, and no other target."""
+"""A target that keeps moving its areas ahead of a reader delays neither the reader nor other inspections."""
 
 from __future__ import annotations
 

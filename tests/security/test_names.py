@@ -1,4 +1,4 @@
-"""Names that other users choose reach a terminal without what would steer it."""
+"""Names that other users choose reach a terminal without control characters."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from iobmd.task import extents, obstacles
 
 ESCAPE = "\x1b[2J"
 LINE_ENDS = "\v\x1c\x85\u2028\r"
-"""Of which str.splitlines() makes lines, while the kernel prints them as they are."""
+"""Characters at which str.splitlines() splits, and which the kernel prints unescaped."""
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_doctor_in_such_a_group(group: Path) -> None:
 
 @pytest.mark.needs("root", "memory_cgroup")
 def test_groups_whose_names_have_ends_of_lines(group: Path) -> None:
-    """/proc/PID/cgroup shows them: they made every check of a limit fail, and so every allocation in the group."""
+    """/proc/PID/cgroup shows these names: they once made every check of a limit, and thus every allocation, fail."""
     with sleeping() as program:
         (group / "cgroup.procs").write_text(str(program.pid))
         assert str(group) in [found.directory for found in cgroup.around("memory", program.pid)]
@@ -87,7 +87,7 @@ input()
 
 @pytest.mark.needs("root")
 def test_mounts_whose_names_have_ends_of_lines(tmp_path: Path) -> None:
-    """A target chooses them, and those that are no UTF-8: IndexError and UnicodeDecodeError in place of an answer."""
+    """A target chooses such names, also not in UTF-8: they once raised IndexError and UnicodeDecodeError."""
     with subprocess.Popen(
         [sys.executable, "-c", MOUNTED, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as target:
@@ -97,7 +97,7 @@ def test_mounts_whose_names_have_ends_of_lines(tmp_path: Path) -> None:
         assert b"first\rsecond\xff" in text, "the control"
         assert len(list(procfs.mounts(target.pid))) == text.count(b"\n")
         found = obstacles.find(target.pid, address, address + 4096, pin=True)
-        assert found is None or "shared mapping of a file" in found.why  # the folder may be kept in memory
+        assert found is None or "shared mapping of a file" in found.why  # the directory may be in memory
         with iobmd.copy(target.pid, address, 4096, freeze=True, wired=False) as copied:
             assert copied.readBytes(0, 1) == b"\7"
         area = next(procfs.areas(target.pid, address, address + 1))
@@ -107,7 +107,7 @@ def test_mounts_whose_names_have_ends_of_lines(tmp_path: Path) -> None:
 
 @pytest.mark.needs("root")
 def test_a_tracer_whose_name_is_no_text() -> None:
-    """Another user's tracer, which is named in the message that says why a task cannot be stopped."""
+    """The message about a task that cannot be stopped contains the name of another user's tracer."""
     program = (
         "import ctypes, os, sys\nlibc = ctypes.CDLL(None)\nlibc.prctl(15, b'\\xff\\x1b[2J', 0, 0, 0)\n"
         "print(libc.ptrace(0x4206, int(sys.argv[1]), None, None), flush=True)\ninput()"

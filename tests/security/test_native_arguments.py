@@ -1,4 +1,4 @@
-"""Impossible numbers are refused by the native layer itself: whoever forgets to check them unmaps nothing of ours."""
+"""Impossible numbers are refused by the native layer itself, so that a missing check cannot unmap other memory."""
 
 import os
 from collections.abc import Callable
@@ -76,7 +76,7 @@ ATTACKS: dict[str, Callable[[], object]] = {
 
 
 def areas() -> set[str]:
-    """The mappings of this process: address range and what is there."""
+    """Return the mappings of this process: address range and contents."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     return {" ".join((line.split()[0], *line.split()[5:])) for line in lines}
 
@@ -94,7 +94,7 @@ def test_impossible_numbers(attack: Callable[[], object]) -> None:
         gone = {area for area in before - areas() if "[" not in area and "/" in area}
         return message, gone
 
-    message, gone = in_child(child)  # which a mistake would kill
+    message, gone = in_child(child)  # which a missing check would kill
     assert message, "it was accepted"
     assert not gone
 

@@ -1,4 +1,4 @@
-"""What another user plants where root writes a file: links and pipes in a directory that anybody may write to."""
+"""Links and pipes that another user plants where root writes a file, in a world-writable directory."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.needs("root")
 
 @pytest.fixture
 def shared(tmp_path: Path, setting: Callable[[str, object], None]) -> Path:
-    """A directory such as /tmp, on a host that protects neither links nor pipes by itself."""
+    """A directory such as /tmp, on a host that does not itself protect links and pipes."""
     setting("/proc/sys/fs/protected_symlinks", 0)
     setting("/proc/sys/fs/protected_fifos", 0)
     folder = tmp_path / "shared"
@@ -63,7 +63,7 @@ def test_a_planted_link_to_standard_output_is_refused(shared: Path) -> None:
 
 
 def test_a_link_that_is_planted_after_the_look(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One to a descriptor of this process: a file was there when it was looked at, and the link is replaced."""
+    """A link to a descriptor of this process, planted after the check found a file, is replaced."""
     out, (reading, writing) = shared / "out", os.pipe()
     in_child(out.touch, uid=NOBODY)
     real = atomic_file._descriptor
@@ -114,7 +114,7 @@ def test_own_links_are_replaced_and_own_pipes_written_to(shared: Path, tmp_path:
     "command", [["demo", "--size", "2M", "--control", "64M"], ["bench", "copy", "--size", "16M", "--rounds", "1"]]
 )
 def test_nothing_is_loaded_from_the_current_directory(tmp_path: Path, command: list[str]) -> None:
-    """`python -m` and `-c` look for modules there first; root may stand in anybody's folder."""
+    """`python -m` and `-c` search the current directory first, which may belong to any user."""
     witness = tmp_path / "witness"
     planted = f"open({str(witness)!r}, 'a').write(__name__)\nraise SystemExit(7)\n"
     for name in ("hashlib", "json", "psutil", "mmap"):
@@ -133,7 +133,7 @@ def test_nothing_is_loaded_from_the_current_directory(tmp_path: Path, command: l
 def test_a_temporary_directory_of_another_user(
     shared: Path, tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its owner renames what is created there (TMPDIR), and plants a directory with links in its place."""
+    """The owner of TMPDIR renames the directory that is created there, and plants one with links instead."""
     precious = tmp_path / "precious"
     precious.write_text("root's")
     os.chown(shared, NOBODY, NOBODY)

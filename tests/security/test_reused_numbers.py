@@ -1,4 +1,4 @@
-"""Numbers of processes and threads that another process has got by the time they are used."""
+"""Ids of processes and threads that another process has reused before they are used."""
 
 import contextlib
 import ctypes
@@ -33,7 +33,7 @@ for line in sys.stdin:
 
 
 def state(pid: int) -> tuple[list[str], list[str]]:
-    """What a program has mapped, and how often it has run, been stopped or is traced."""
+    """Return the mappings of a program, how often it has run or been stopped, and its tracer."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return (
         Path(f"/proc/{pid}/maps").read_text().splitlines(),
@@ -49,7 +49,7 @@ def target() -> Iterator[Target]:
 
 
 def test_a_thread_of_another_process_is_not_stopped(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread of the task ends, and its number goes to another process before it is seized."""
+    """A thread of the task exits, and another process reuses its id before it is seized."""
     target.line()
     seized = []
     with sleeping() as stranger:
@@ -73,7 +73,7 @@ def test_a_thread_of_another_process_is_not_stopped(target: Target, monkeypatch:
 
 
 def test_the_number_of_a_guest_goes_to_nobody_else(target: Target) -> None:
-    """Its task ends it, and waits for it, as does a thread of ours for any child: only its tracer can."""
+    """The task, and a thread of this process, wait for the killed guest: only its tracer can reap it."""
     target.line()
     snapshot = SnapshotChild(Task(target.pid), 1 << 20)
     with snapshot:
@@ -83,7 +83,7 @@ def test_the_number_of_a_guest_goes_to_nobody_else(target: Target) -> None:
         with pytest.raises(ChildProcessError):
             os.waitpid(number, WALL)
         target.tell(str(number))
-        time.sleep(0.1)  # it waits for it, in vain
+        time.sleep(0.1)  # its wait does not return yet
         assert ") Z " in Path(f"/proc/{number}/stat").read_text()
     assert int(target.line()) == number
 
@@ -98,7 +98,7 @@ WRITES: dict[str, Callable[[Task, int], object]] = {
 @pytest.mark.needs("root")
 @pytest.mark.parametrize("write", WRITES)
 def test_bytes_for_a_task_that_is_gone_reach_nobody(write: str) -> None:
-    """The next owner of its number has memory at the same address."""
+    """The next process with its pid has memory at the same address."""
 
     def body() -> tuple[IOReturn | None, bool]:
         memory = mmap.mmap(-1, 2 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -122,7 +122,7 @@ def test_bytes_for_a_task_that_is_gone_reach_nobody(write: str) -> None:
 
 
 def test_bytes_for_a_thread_that_is_gone_reach_nobody() -> None:
-    """A task without its main thread is reached by the number of another, which ends before its task does."""
+    """A task without its main thread is accessed by the id of another thread, which exits before the task."""
     memory = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory[:4] = b"mine"
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -158,7 +158,7 @@ def test_bytes_of_the_next_owner_are_not_returned(size: int) -> None:
 
 @contextlib.contextmanager
 def replaced() -> Iterator[tuple[Task, int]]:
-    """The task of a child that has ended, and the pid of another with the same number and the same memory."""
+    """Return the task of a child that has exited, and the pid of another with the same pid and memory."""
     pid = os.fork()
     if not pid:
         signal.pause()
@@ -174,7 +174,7 @@ def replaced() -> Iterator[tuple[Task, int]]:
 
 
 def fork_as(number: int) -> int:
-    """Return a sleeping child that has this number."""
+    """Return a sleeping child that has this pid."""
     for _ in range(100):
         Path("/proc/sys/kernel/ns_last_pid").write_text(str(number - 1))
         pid = os.fork()
@@ -184,4 +184,4 @@ def fork_as(number: int) -> int:
             return pid
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    raise AssertionError(f"no child has got the number {number}")
+    raise AssertionError(f"no child has got the pid {number}")

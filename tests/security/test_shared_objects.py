@@ -1,4 +1,4 @@
-"""A process that was given shared memory, and turns against the one that gave it."""
+"""A process that received shared memory, and attacks the process that shared it."""
 
 import contextlib
 import fcntl
@@ -38,7 +38,7 @@ KEEP, NON_VOLATILE, VOLATILE, EMPTY = (
 
 @contextlib.contextmanager
 def given(buffer: iobmd.IOBufferMemoryDescriptor) -> Iterator[int]:
-    """The descriptor of a buffer's memory that a peer gets."""
+    """Return the descriptor of a buffer's memory that a peer receives."""
     here, there = socket.socketpair()
     with here, there:
         iobmd.share(buffer, here).close()
@@ -65,7 +65,7 @@ def attached(fd: int, size: int) -> Iterator[iobmd.IOBufferMemoryDescriptor]:
 @pytest.mark.parametrize("seal", [F_SEAL_FUTURE_WRITE, F_SEAL_WRITE, F_SEAL_SHRINK, F_SEAL_GROW])
 @pytest.mark.parametrize("size", [PAGE, 64 << 10, 4 * MIB])
 def test_a_recipient_cannot_seal_the_memory(size: int, seal: int) -> None:
-    """F_SEAL_FUTURE_WRITE kept the owner from mapping its memory again."""
+    """F_SEAL_FUTURE_WRITE once prevented the owner from mapping its memory again."""
     with iobmd.allocate(size, wired=False, shared=True) as buffer, given(buffer) as fd:
         with pytest.raises(PermissionError):
             fcntl.fcntl(fd, F_ADD_SEALS, seal)
@@ -76,7 +76,7 @@ def test_a_recipient_cannot_seal_the_memory(size: int, seal: int) -> None:
 
 @pytest.mark.needs("collapse")
 def test_a_recipient_cannot_seal_contiguous_memory() -> None:
-    """An ordinary user's is in a memfd."""
+    """Memory of an ordinary user is in a memfd."""
 
     def check() -> None:
         with iobmd.allocate(2 * MIB, shared=True, contiguous=True) as buffer, given(buffer) as fd:
@@ -101,7 +101,7 @@ def test_memory_that_its_sender_has_sealed_is_refused(seal: int) -> None:
 
 
 def test_a_peer_that_seals_what_was_attached() -> None:
-    """Each later mapping fails by the seal's name, and the memory stays as it was: volatile, with its bytes."""
+    """Each later mapping fails with the seal's name, and the memory is unchanged: volatile, with its bytes."""
     size = 4 * PAGE
     with (
         memfd(size + PAGE) as fd,
@@ -132,7 +132,7 @@ def test_a_peer_that_seals_what_was_attached() -> None:
 
 @pytest.mark.needs("root")
 def test_sealed_memory_is_not_mapped_in_a_target() -> None:
-    """The error named a security module."""
+    """The error once named a security module."""
     need_ptrace()
     with (
         memfd(5 * PAGE) as fd,
@@ -150,7 +150,7 @@ def test_sealed_memory_is_not_mapped_in_a_target() -> None:
 
 @pytest.mark.parametrize("word", [*range(0x20), (1 << 64) - 1, 0xFFF0, 1 << 63])
 def test_every_state_word(word: int) -> None:
-    """A peer may write any; 7 and 15 raised KeyError."""
+    """A peer may write any state; 7 and 15 once raised KeyError."""
     size = 4 * PAGE
     with memfd(size + PAGE) as fd, attached(fd, size) as buffer:
         buffer.writeBytes(0, b"content")
@@ -166,7 +166,7 @@ def test_every_state_word(word: int) -> None:
 
 
 def test_truncated_memory_keeps_no_other_from_being_taken() -> None:
-    """The thread that takes memory under pressure died of a struct.error."""
+    """The thread that purges memory under pressure once died of a struct.error."""
     size = 16 * PAGE
     with (
         memfd(size + PAGE) as fd,
@@ -179,7 +179,7 @@ def test_truncated_memory_keeps_no_other_from_being_taken() -> None:
         with given(other) as seen:
             allocated = os.fstat(seen).st_blocks * 512
             other.setPurgeable(VOLATILE)
-            time.sleep(0.6)  # two looks of the thread
+            time.sleep(0.6)  # two checks of the thread
             assert any(thread.name == "iobmd-purger" for thread in threading.enumerate())
             iobmd.purge()
             assert os.fstat(seen).st_blocks * 512 <= allocated - MIB
@@ -193,7 +193,7 @@ def test_truncated_memory_keeps_no_other_from_being_taken() -> None:
 
 @pytest.mark.needs("hugetlb")
 def test_the_lock_of_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every user may lock the setting, and `policy(reserve=True)` waited for it without end."""
+    """Every user may lock the setting, and `policy(reserve=True)` once waited for it without a limit."""
     monkeypatch.setattr(hugetlb, "_PATIENCE", 0.3)
     pool = host.hugetlb_pools()[0]
     setting = Path(pool.directory) / "nr_hugepages"

@@ -1,4 +1,4 @@
-"""A file of a target, on a file system whose server (FUSE) is the target's own and does not answer."""
+"""A file of a target, on a file system whose server (FUSE) belongs to the target and does not answer."""
 
 import os
 import signal
@@ -54,7 +54,7 @@ class SilentTarget(NamedTuple):
         return self.process.pid
 
     def hold_its_maps(self) -> None:
-        """Have it wait for its server while it changes its maps."""
+        """Make it wait for its server while it changes its mappings."""
         assert self.process.stdin
         self.process.stdin.write("\n")
         self.process.stdin.flush()
@@ -196,7 +196,7 @@ def test_ctrl_c_ends_a_read_of_such_a_file(target: SilentTarget) -> None:
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as command:
         try:
             end = time.monotonic() + PATIENCE
-            while not children(command.pid):  # which reads for it
+            while not children(command.pid):  # which reads on its behalf
                 assert time.monotonic() < end
                 assert command.poll() is None
                 time.sleep(0.01)
@@ -214,7 +214,7 @@ def children(pid: int) -> str:
 @pytest.mark.needs("root", "frames")
 def test_one_task_does_not_stall_the_search_of_all(target: SilentTarget, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frame, "_PATIENCE", 1.0)
-    monkeypatch.setattr(pidns, "pids", lambda: [target.pid, os.getpid()])  # others take as long as they are many
+    monkeypatch.setattr(pidns, "pids", lambda: [target.pid, os.getpid()])  # other processes take more time
     target.hold_its_maps()
     with iobmd.allocate(4096) as buffer:
         physical = buffer.getPhysicalAddress()

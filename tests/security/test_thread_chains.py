@@ -1,4 +1,4 @@
-"""A target whose threads make threads and end, by the hundred: it is not chased beyond the time that is promised."""
+"""A target with hundreds of threads that create threads and exit is not pursued beyond the documented time."""
 
 import os
 import time
@@ -12,7 +12,7 @@ from iobmd.units import PAGE_SIZE
 
 
 def test_threads_are_looked_at_for_no_longer_than_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A look at each of 1,000 takes 10 s on a busy machine; the rest of the time is for their stop."""
+    """Inspecting each of 1,000 threads takes 10 s on a busy machine; the rest of the time is for their stop."""
     seen: list[int] = []
 
     def slow_call(_pid: int, tid: int) -> int:
@@ -27,7 +27,7 @@ def test_threads_are_looked_at_for_no_longer_than_a_second(monkeypatch: pytest.M
 
 
 def test_areas_above_a_range_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each thread has a stack: reading what their page tables hold took 3 s with 400 of them, 22 s with 1,500."""
+    """Each thread has a stack: reading their page tables once took 3 s for 400 threads, 22 s for 1,500."""
     read = 0
 
     def counted(_pid: int) -> Iterator[tuple[procfs.VMA, set[str]]]:

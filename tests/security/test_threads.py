@@ -1,6 +1,6 @@
-"""The native layer by several threads at once: memory that is freed beside its use, and tables that all of them read.
+"""The native layer in several threads: memory that is freed during its use, and tables that all threads read.
 
-For a few seconds in the suite. `make test-tsan` runs it under the thread sanitizer, for as long as `SECONDS` says.
+Runs for a few seconds in the suite; `make test-tsan` runs it under the thread sanitizer, for `SECONDS`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def frequent_switches() -> Iterator[None]:
 
 
 def all_at_once(*works: Callable[[], object], seconds: float = 0.25) -> None:
-    """Have threads do each work over and over for a time; the first error of any is raised here."""
+    """Run each of several functions repeatedly in threads for a time; the first error is raised here."""
     begin = threading.Barrier(len(works))
     errors: list[BaseException] = []
 
@@ -84,7 +84,7 @@ IN_CHILDREN = pytest.mark.needs("children_in_memory")
 
 @pytest.mark.parametrize("kind", ["private", "shared", pytest.param("revocable", marks=IN_CHILDREN)])
 def test_unmapped_beside_its_use(kind: str) -> None:
-    """`close` is refused during a copy or while a view lives, and the next use after it is; no byte goes astray."""
+    """`close` is refused during a copy or while a view exists; a use after it is refused; no byte is misplaced."""
     size = 4 * MIB
     fd = shared_object(size)
     if kind == "shared":
@@ -100,7 +100,7 @@ def test_unmapped_beside_its_use(kind: str) -> None:
     def use(number: int) -> None:
         one = current[0]
         place = random.randrange(0, MIB - 8)
-        length = random.choice([8, 5000, 300_000])  # with and without the lock of the interpreter
+        length = random.choice([8, 5000, 300_000])  # with and without the GIL
         start = number * MIB + min(place, MIB - length)
         with contextlib.suppress(ValueError):  # it is closed
             one.write(start, bytes([number]) * length)
@@ -122,7 +122,7 @@ def test_unmapped_beside_its_use(kind: str) -> None:
 
 
 def test_redirected_beside_its_use() -> None:
-    """Two objects behind one mapping in turns, which is closed beside that."""
+    """One mapping is redirected between two objects, and closed concurrently."""
     fds = [shared_object(MIB), shared_object(MIB)]
     for number, fd in enumerate(fds, 1):
         os.pwrite(fd, bytes([number]) * MIB, 0)
@@ -154,7 +154,7 @@ def test_redirected_beside_its_use() -> None:
 
 
 def test_tables_of_the_kernel() -> None:
-    """Walks, runs and frames of one open file, each thread with an object of its own, and one table that all read."""
+    """Walks, runs and frames of one open file, by separate objects in each thread, and one table that all read."""
     memory = mmap.mmap(-1, 4 * MIB)
     memory[::PAGE] = b"x" * (4 * MIB // PAGE)
     opened = os.open("/proc/self/pagemap", os.O_RDONLY)
@@ -190,7 +190,7 @@ def test_tables_of_the_kernel() -> None:
 
 
 def test_locks() -> None:
-    """One thread at a time is inside, and a function called from inside is told so."""
+    """One thread at a time is inside, and a reentry by the same thread is reported."""
     lock = mapping.Guard()
     inside = [0]
 
@@ -240,7 +240,7 @@ def test_an_action_that_fails_leaves_the_lock_free() -> None:
 
 
 def test_pins() -> None:
-    """Of one table of slots, each of which a single thread has at a time."""
+    """Slots of one table are each used by a single thread at a time."""
     try:
         table = uring.Table(8)
     except OSError as error:
@@ -263,7 +263,7 @@ def test_pins() -> None:
 
 @IN_CHILDREN
 def test_transfers() -> None:
-    """Between parts of this process, by the kernel and by children that share its memory."""
+    """Transfers between parts of this process, by the kernel and by children that share its memory."""
     memory = mapping.Mapping.anonymous(8 * MIB, PAGE)
     address = memory.address
 
@@ -289,7 +289,7 @@ def test_transfers() -> None:
 
 @IN_CHILDREN
 def test_buffers() -> None:
-    """Freed, resized, viewed, mapped and copied at once: only IOReturnError is raised, and nothing is left."""
+    """Buffers are freed, resized, viewed, mapped and copied concurrently: only IOReturnError is raised."""
     current = [iobmd.allocate(MIB, wired=False, shared=True)]
 
     def use() -> None:
@@ -316,7 +316,7 @@ def test_buffers() -> None:
             with contextlib.suppress(IOReturnError):
                 old.free()
                 return
-        raise AssertionError("it stays busy")
+        raise AssertionError("it remains busy")
 
     try:
         all_at_once(use, use, copy, replace)

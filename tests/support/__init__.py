@@ -1,1 +1,1 @@
-"""What the tests share: other processes to look at, independent readers of the kernel's files, requirements."""
+"""Helpers of the tests: other processes to inspect, independent readers of the kernel's files, requirements."""

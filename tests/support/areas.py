@@ -1,4 +1,4 @@
-"""Areas that cannot be reached or pinned; as a program, one of them in a process of its own."""
+"""Areas that cannot be accessed or pinned; run as a program, a process with one of them."""
 
 import ctypes
 import os
@@ -11,16 +11,16 @@ from support import rawmemory
 from support.rawmemory import ANONYMOUS, HUGETLB, NORESERVE, PAGE, PRIVATE, READ, SHARED, WRITE
 
 DISK = "/var/tmp"
-"""A directory on a disk, also where /tmp is a tmpfs."""
+"""A directory on a disk, even if /tmp is a tmpfs."""
 
 
 class Area(NamedTuple):
-    """An area of four pages (or a huge one), and what of it is bad."""
+    """An area of four pages (or a huge one), and its first bad byte."""
 
     address: int
     size: int
     bad: int
-    """Offset of the first byte that is."""
+    """Offset of the first bad byte."""
 
 
 def _file(size: int, *, memory: bool = False) -> int:

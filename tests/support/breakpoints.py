@@ -1,6 +1,6 @@
-"""Which instructions on cache lines of iobmd's native code a piece of a test executes (x86-64).
+"""The cache line instructions of iobmd's native code that a part of a test executes (x86-64).
 
-A forked child has a breakpoint on each of them. To step through all that Python executes takes seconds.
+A forked child has a breakpoint on each of them. Single-stepping all that Python executes would take seconds.
 """
 
 import ctypes
@@ -36,7 +36,7 @@ def _listed(library: str) -> dict[int, str]:
 
 
 def _instructions() -> dict[int, str]:
-    """Return those of iobmd's native code by their addresses in this process."""
+    """Return the instructions of iobmd's native code by their addresses in this process."""
     mapped = _MAPPED.findall(Path("/proc/self/maps").read_text())
     return {int(base, 16) + at: name for base, library in mapped for at, name in _listed(library).items()}
 
@@ -49,7 +49,7 @@ def _ptrace(request: int, pid: int, address: int | None = None, data: int | None
 
 
 class _Child:
-    """A traced child, its breakpoints, and how often each kind was met."""
+    """A traced child, its breakpoints, and how often each kind was reached."""
 
     def __init__(self, instructions: dict[int, str]) -> None:
         self._instructions = instructions
@@ -63,11 +63,11 @@ class _Child:
             self._set(pid, address)
 
     def _set(self, pid: int, address: int) -> None:
-        # Read again: another breakpoint may lie in the same word.
+        # Read again, because another breakpoint may be in the same word.
         _ptrace(_POKETEXT, pid, address, _ptrace(_PEEKTEXT, pid, address) & ~0xFF | _BREAK)
 
     def run(self, pid: int) -> int:
-        """Run a process, and all of a child that it waits for, until it ends or gets a signal; return that status."""
+        """Run a process, and children for which it waits, until it exits or gets a signal; return that status."""
         while True:
             _ptrace(_CONT, pid)
             _, status = os.waitpid(pid, _WALL)
@@ -83,7 +83,7 @@ class _Child:
                 self._pass(pid, _ptrace(_PEEKUSER, pid, _RIP) - 1)
 
     def _pass(self, pid: int, address: int) -> None:
-        """Execute the instruction of a breakpoint that was met."""
+        """Execute the instruction of a breakpoint that was reached."""
         self.seen[self._instructions[address]] += 1
         word = _ptrace(_PEEKTEXT, pid, address)
         _ptrace(_POKETEXT, pid, address, word & ~0xFF | self._words[address] & 0xFF)
@@ -94,9 +94,9 @@ class _Child:
 
 
 def cache_instructions(action: Callable[[], object]) -> Counter[str]:
-    """Count those that `action` executes, by name, also in a process that shares its memory and that it waits for."""
+    """Count the instructions that `action` executes, by name, including those of a child that shares its memory."""
     child = _Child(_instructions())
-    assert child._instructions, "no library of iobmd has any"
+    assert child._instructions, "no library of iobmd contains any"
     pid = os.fork()
     if not pid:
         try:

@@ -1,4 +1,4 @@
-"""Running a piece of a test in a forked child: as another user, under a limit, behind a seccomp filter."""
+"""Running a part of a test in a forked child: as another user, under a limit, behind a seccomp filter."""
 
 import contextlib
 import ctypes
@@ -41,10 +41,10 @@ def in_child(
     deny: dict[str, int] | None = None,
     drop: int = 0,
 ) -> Any:
-    """Return what `function` returns in a forked child; an exception there is raised here.
+    """Return the result of `function` in a forked child; an exception there is raised here.
 
     `uid` also drops every capability, `drop` a set of them (bits); `memlock` sets RLIMIT_MEMLOCK in bytes; `deny`
-    maps names of system calls to the error number that a seccomp filter gives them.
+    maps names of system calls to the error numbers that a seccomp filter returns for them.
     """
     reading, writing = os.pipe()
     pid = os.fork()
@@ -68,12 +68,12 @@ def in_child(
     try:
         with os.fdopen(reading, "rb") as pipe:
             message = pipe.read()
-    except BaseException:  # the time limit of the test, which is the child's too
+    except BaseException:  # the time limit of the test applies to the child too
         os.kill(pid, signal.SIGKILL)
         raise
     finally:
         _, status = os.waitpid(pid, 0)
-    assert message, f"the child died without a word, wait status {status:#x}"
+    assert message, f"the child died without a message, wait status {status:#x}"
     passed, result = pickle.loads(message)
     if not passed:
         raise result
@@ -81,7 +81,7 @@ def in_child(
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when the thread that forked it ends (PR_SET_PDEATHSIG)."""
+    """Request that the kernel kill this process when the thread that forked it exits (PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
@@ -92,7 +92,7 @@ def _restrict(uid: int | None, memlock: int | None, deny: dict[str, int], drop: 
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-        # A change of user makes a process undumpable, and its own /proc files root's; a login would not.
+        # A change of user makes a process undumpable, so that its /proc files belong to root, unlike after a login.
         assert ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0) == 0
         die_with_parent()  # the change of user cleared it
     if drop:
@@ -102,7 +102,7 @@ def _restrict(uid: int | None, memlock: int | None, deny: dict[str, int], drop: 
 
 
 def drop_capabilities(drop: int) -> None:
-    """Give up capabilities of this process, as bits (capset(2))."""
+    """Drop capabilities of this process, as bits (capset(2))."""
     libc = ctypes.CDLL(None, use_errno=True)
     header, sets = ctypes.create_string_buffer(struct.pack("=II", 0x20080522, 0)), ctypes.create_string_buffer(24)
     assert libc.capget(header, sets) == 0
@@ -130,7 +130,7 @@ def deny_calls(deny: dict[str, int]) -> None:
 
 @contextlib.contextmanager
 def sleeping(uid: int | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """A sleep(1) in its sleep, of user `uid` or ours, which ends with the `with` at the latest.
+    """A sleep(1) that sleeps, of user `uid` or the current one; it exits at the latest with the `with` block.
 
     Popen() returns in the middle of execve(2), when descriptors are closed: no stack, no program is mapped yet.
     """
@@ -162,6 +162,6 @@ def forked(body: Callable[[], object], fork: Callable[[], int] = os.fork) -> Ite
         yield pid
         assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the child ended, or was killed"
     finally:
-        with contextlib.suppress(OSError):  # it ended before, and was waited for
+        with contextlib.suppress(OSError):  # it had exited, and was reaped
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)

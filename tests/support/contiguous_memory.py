@@ -1,8 +1,8 @@
-"""Memory in one piece, whatever the state of free memory: requests that may be refused where there is none.
+"""Contiguous memory, whatever the state of free memory: requests that may be refused if there is none.
 
-A host that has run for hours may have no 64 MiB free in one piece. Then a refusal is right, and only then. What the
-library should have found is found here in another way: by a look at huge pages without the library, or by the kernel,
-which moves away what can be moved when its pool of 1 GiB pages is raised.
+A host that has run for hours may have no contiguous 64 MiB free. Only in that case is a refusal correct. The memory
+that the library should have found is searched here in another way: by inspecting huge pages without the library, or
+by the kernel, which moves pages away when its pool of 1 GiB pages is enlarged.
 """
 
 import ctypes
@@ -25,9 +25,10 @@ T = TypeVar("T")
 
 
 def is_found(size: int, within: int) -> bool:
-    """Compact memory, take half of `within` bytes in huge pages, and say whether twice `size` are in one piece there.
+    """Compact memory, allocate half of `within` bytes in huge pages, and return if twice `size` is contiguous.
 
-    The kernel does not hand out the same pages each time: a search for `size` in `within` bytes then finds it too.
+    The kernel does not allocate the same pages each time; with this reserve, a search for `size` in `within` bytes
+    succeeds too.
     """
     size, within = 2 * size, within // 2
     Path("/proc/sys/vm/compact_memory").write_text("1")
@@ -52,22 +53,22 @@ def is_found(size: int, within: int) -> bool:
 
 
 def is_made(setting: Callable[[str, object], None]) -> bool:
-    """Have the kernel free a GiB in one piece, and say whether it could. As root, by the fixture `setting`."""
+    """Make the kernel free a contiguous GiB, and return whether it could. As root, by the fixture `setting`."""
     Path("/proc/sys/vm/compact_memory").write_text("1")
     if not _POOL.exists():
         return True  # a processor without such pages: a refusal is not excused
     before = int(_POOL.read_text())
     try:
-        setting(str(_POOL), before + 1)  # which waits for the lock under which the library raises pools
+        setting(str(_POOL), before + 1)  # which waits for the lock under which the library enlarges pools
         return int(_POOL.read_text()) > before
     finally:
         setting(str(_POOL), before)
 
 
 def allocated(allocate: Callable[[], T], is_there: Callable[[], bool]) -> T | None:
-    """Return what `allocate` returns; None if it is refused, with the promised error, and there is no room for it.
+    """Return the result of `allocate`; None if it is refused with the documented error, and there is no room for it.
 
-    Another process may use up the room that `is_there` saw: it is looked for again, a few times.
+    Another process may allocate the memory that `is_there` found, so that the check is repeated a few times.
     """
     for _ in range(4):
         try:
@@ -77,13 +78,13 @@ def allocated(allocate: Callable[[], T], is_there: Callable[[], bool]) -> T | No
             assert "longest run was" in str(error)
         if not is_there():
             return None
-    pytest.fail("refused, though there was room for it just before, four times")
+    pytest.fail("refused four times, although there was room for it just before")
 
 
 def allocated_beside_others(size: int, **keywords: object) -> IOBufferMemoryDescriptor:
-    """Allocate what a search finds, though another process fills most of memory and frees it, over and over.
+    """Allocate by a search while another process repeatedly fills most of memory and frees it.
 
-    A search ends where it would have that process run out of memory: it is repeated until enough is free.
+    A search ends before that process would run out of memory, and is repeated until enough is free.
     """
     end = time.monotonic() + 200
     while True:

@@ -1,4 +1,4 @@
-"""QEMU's educational device: it knows nothing of Linux, and reads and writes memory at the addresses it is told."""
+"""QEMU's educational device, which is independent of Linux, and reads and writes memory at programmed addresses."""
 
 import itertools
 import time
@@ -9,14 +9,14 @@ from support import pci
 
 VENDOR, DEVICE = 0x1234, 0x11E8
 LARGEST = 4095
-"""Bytes of a transfer: QEMU 7.2 takes 4096 for more than its buffer has, and aborts."""
+"""Bytes of a transfer: QEMU 7.2 aborts for 4096, which it considers larger than its buffer."""
 _IDENTIFICATION, _LIVENESS, _SOURCE, _DESTINATION, _COUNT, _COMMAND = 0x00, 0x04, 0x80, 0x88, 0x90, 0x98
 _BUFFER = 0x40000
 _START, _TO_MEMORY = 1, 2
 
 
 class Edu:
-    """One device (QEMU, docs/specs/edu.txt). A transfer takes it a tenth of a second."""
+    """One device (QEMU, docs/specs/edu.txt). A transfer takes a tenth of a second."""
 
     def __init__(self, registers: pci.Registers) -> None:
         self._registers = registers
@@ -31,22 +31,22 @@ class Edu:
         self._registers.write64(_COMMAND, _START | command)
 
     def start_reading(self, address: int, length: int) -> None:
-        """Have it read memory into its buffer."""
+        """Make it read memory into its buffer."""
         self.start(address, _BUFFER, length, 0)
 
     def start_writing(self, address: int, length: int) -> None:
-        """Have it write its buffer to memory."""
+        """Make it write its buffer to memory."""
         self.start(_BUFFER, address, length, _TO_MEMORY)
 
     def wait(self) -> None:
         end = time.monotonic() + 20
         while self._registers.read64(_COMMAND) & _START:
-            assert time.monotonic() < end, "the device does not end its transfer"
+            assert time.monotonic() < end, "the device does not complete its transfer"
             time.sleep(0.002)
 
 
 class Copy(NamedTuple):
-    """Bytes that a device is to read at one address and to write at another."""
+    """Bytes that a device must read at one address and write at another."""
 
     source: int
     destination: int
@@ -68,7 +68,7 @@ class Devices:
         return cls([Edu(pci.Registers.of(device)) for device in devices])
 
     def copy(self, copies: Iterable[Copy]) -> None:
-        """Do all of them, two transfers each."""
+        """Perform all copies, with two transfers each."""
         waiting = iter(copies)
         while batch := list(zip(self.devices, itertools.islice(waiting, len(self.devices)), strict=False)):
             for edu, copy in batch:

@@ -1,4 +1,4 @@
-"""Touching memory that may not be there, in a child that may die of it."""
+"""Touching memory that may be unmapped, in a child that may be killed by that."""
 
 import ctypes
 import os
@@ -6,7 +6,7 @@ import signal
 
 
 def faults(address: int, *, write: bool = False) -> bool:
-    """Say whether touching an address kills a process by SIGSEGV."""
+    """Return whether touching an address kills a process by SIGSEGV."""
     if not (pid := os.fork()):
         signal.signal(signal.SIGSEGV, signal.SIG_DFL)
         byte = ctypes.c_char.from_address(address)

@@ -1,7 +1,7 @@
-"""Free memory in many pieces, as after days of use: `python -m support.fragmented` until its input ends.
+"""Fragmented free memory, as after days of use: `python -m support.fragmented` until its input ends.
 
-Most of the available memory is allocated in pages of 4 KiB. One page in every so many MiB of physical memory is then
-pinned, which neither compaction nor a hugetlb pool can move, every other page of a part stays allocated, and the rest
+Most of the available memory is allocated in pages of 4 KiB. Then one page in each block of physical memory is pinned,
+so that neither compaction nor a hugetlb pool can move it, every other page of a part remains allocated, and the rest
 is freed.
 """
 
@@ -21,16 +21,16 @@ PAGE = mmap.PAGESIZE
 
 
 class Fragmented:
-    """Free memory with a pinned page in each block of `block` bytes, in `share` of what is available.
+    """Free memory with a pinned page in each block of `block` bytes, in `share` of the available memory.
 
     Parameters
     ----------
     share : float
-        Of MemAvailable, how much is allocated first.
+        The fraction of MemAvailable that is allocated first.
     block : int
         Bytes of physical memory with one pinned page each: no free run is twice as long.
     interleaved : int
-        Bytes of which every other page stays allocated.
+        Bytes in which every other page remains allocated.
     """
 
     def __init__(self, share: float = 0.8, block: int = 32 * MIB, interleaved: int = GIB) -> None:

@@ -15,8 +15,8 @@ from support import requirements
 from support.kernel import Footprint
 
 SECONDS = float(os.environ.get("IOBMD_FUZZ_SECONDS", "0"))
-"""How long all properties together run; 0: a fixed number of examples each, the same in every run."""
-_ROUND = 50  # examples between two looks at the clock
+"""Total time for all properties in seconds; 0: a fixed number of examples each, the same in every run."""
+_ROUND = 50  # examples between two checks of the clock
 _BUSY = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much]
 
 _properties = 0
@@ -25,7 +25,7 @@ _properties = 0
 def fuzzed(
     examples: int, **strategies: st.SearchStrategy[Any]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Have a test be called with values of strategies: `examples` times, or for its share of `SECONDS`.
+    """Call a test with values of strategies, `examples` times or for its share of `SECONDS`.
 
     It also fails if descriptors, locked memory or mappings are left behind. Each random round begins with a seed that
     is printed so that pytest shows it if the test fails.
@@ -40,7 +40,7 @@ def fuzzed(
             if not SECONDS:
                 settings(common, max_examples=examples, derandomize=True)(given(**strategies)(test))(*args, **kwargs)
                 return
-            # Modules are imported, and so properties counted, before the first test runs.
+            # Modules are imported, and properties thereby counted, before the first test runs.
             end = time.monotonic() + SECONDS / _properties
             while time.monotonic() < end:
                 number = random.getrandbits(32)
@@ -49,7 +49,7 @@ def fuzzed(
 
         @functools.wraps(test)
         def without_leaks(*args: object, **kwargs: object) -> None:
-            # The first example imports what is loaded on demand, and native modules are mapped.
+            # The first example imports modules that are loaded on demand, which maps native modules.
             settings(common, max_examples=1, derandomize=True)(given(**strategies)(test))(*args, **kwargs)
             before = Footprint.settled()
             run(*args, **kwargs)
@@ -57,9 +57,9 @@ def fuzzed(
             assert after.descriptors <= before.descriptors
             assert after.locked <= before.locked
             if not requirements.missing("own_footprint"):
-                assert after.mappings - before.mappings < max(40, examples // 2), "malloc makes some, and a leak many"
+                assert after.mappings - before.mappings < max(40, examples // 2), "malloc creates some, a leak many"
 
-        # The rest of the parameters are fixtures of pytest, which looks for them by the signature.
+        # The other parameters are fixtures, which pytest finds by the signature.
         del without_leaks.__wrapped__  # type: ignore[attr-defined]
         signature = inspect.signature(test)
         kept = [one for name, one in signature.parameters.items() if name not in strategies]
@@ -85,7 +85,7 @@ def anything(*bases: int) -> st.SearchStrategy[Any]:
 
 @st.composite
 def mutated(draw: st.DrawFn, whole: st.SearchStrategy[bytes]) -> bytes:
-    """Return bytes of `whole` in which up to four pieces were replaced, removed, doubled or inserted."""
+    """Return the bytes of `whole` with up to four pieces replaced, removed, doubled or inserted."""
     data = bytearray(draw(whole))
     for _ in range(draw(st.integers(0, 4))):
         start = draw(st.integers(0, len(data)))

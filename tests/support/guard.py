@@ -1,12 +1,12 @@
-"""A process beside the tests: it ends a test that its time limit could not end, and restores the host if they die.
+"""A separate process that ends a test which its time limit could not end, and restores the host if the tests die.
 
 pytest-timeout interrupts a test by a signal handler of Python, which runs only once native code returns: not in a
-system call that is started again, not in a loop of native code, not in an uninterruptible sleep. The guard needs
-nothing of the process that it watches. It has its stacks printed (SIGABRT, faulthandler), kills its children and it,
-and then restores the settings of the host that tests had changed, which it also does when the tests are killed by
-others.
+system call that is restarted, not in a loop of native code, not in an uninterruptible sleep. The guard does not
+depend on the process that it monitors. It makes that process print its stacks (SIGABRT, faulthandler), kills the
+process and its children, and then restores the settings of the host that tests had changed. It also restores them if
+the tests are killed in another way.
 
-Run as a program it is the guard: its argument is a descriptor of pidfd_open(2), its input consists of lines of JSON.
+Run as a program, this module is the guard: its argument is a pidfd (pidfd_open(2)), and its input lines of JSON.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 MARGIN = 60.0
-"""Seconds that a test may take, beyond its limit, to be ended by it and to restore what it changed."""
+"""Seconds after its limit within which a test must end and restore the settings that it changed."""
 
 
 class Guard:
-    """The tests' end of it. One process has one; what it forks must not use it."""
+    """The tests' end of the guard. A process has one; its forked children must not use it."""
 
     def __init__(self) -> None:
         self._owner = os.getpid()
@@ -37,18 +37,18 @@ class Guard:
                 [sys.executable, "-I", "-S", __file__, str(watched), str(self._owner)],
                 stdin=subprocess.PIPE,
                 pass_fds=[watched],
-                start_new_session=True,  # Ctrl-C is for the tests
+                start_new_session=True,  # the tests handle Ctrl-C
             )
         finally:
             os.close(watched)
 
     def limit(self, test: str, seconds: float | None) -> None:
-        """Set, or with None remove, the time after which a test is ended."""
+        """Set the time after which a test is ended; None removes it."""
         self._tell({"test": test, "seconds": seconds})
 
     @contextlib.contextmanager
     def undoing(self, *steps: tuple[str, ...]) -> Iterator[None]:
-        """Have the steps done if this process ends within the `with`; on a normal exit they are the caller's.
+        """Perform the steps if this process ends within the `with` block; on a normal exit, the caller performs them.
 
         A step is ("write", path, text), ("run", program, …), or ("rmdir", path) for a cgroup and its processes.
         """
@@ -61,7 +61,7 @@ class Guard:
             self._tell({"number": number, "steps": None})
 
     def close(self) -> None:
-        """End it: it has nothing to restore any more."""
+        """End the guard, which no longer has anything to restore."""
         assert self._process.stdin
         self._process.stdin.close()
         self._process.wait()
@@ -74,7 +74,7 @@ class Guard:
         self._process.stdin.flush()
 
 
-# --- the guard's end
+# --- the guard process
 
 
 class _Watch:
@@ -85,14 +85,14 @@ class _Watch:
         self.steps: dict[int, list[list[str]]] = {}
 
     def run(self) -> None:
-        """Execute the messages until there are no more; end what takes too long; restore when the tests died."""
+        """Execute messages until their end; end tests that take too long; restore settings if the tests died."""
         unread = b""
         while True:
             patience = None if self.deadline is None else max(self.deadline - time.monotonic(), 0)
             ready, _, _ = select.select([0, self.watched], [], [], patience)
             if 0 in ready:
                 if not (data := os.read(0, 1 << 16)):
-                    if self.steps:  # not closed, but died
+                    if self.steps:  # died instead of closing the guard
                         self.restore()
                     return
                 *lines, unread = (unread + data).split(b"\n")
@@ -118,7 +118,7 @@ class _Watch:
     def end(self) -> None:
         message = f"{self.test} did not end within {self.seconds:.0f} s; the test run is ended"
         print(f"\n{message}", file=sys.stderr, flush=True)
-        os.kill(self.pid, signal.SIGSTOP)  # it starts no more children
+        os.kill(self.pid, signal.SIGSTOP)  # so that it starts no further children
         for _ in range(3):
             for child in descendants(self.pid):
                 if child != os.getpid():
@@ -142,7 +142,7 @@ class _Watch:
 
 
 def descendants(pid: int) -> list[int]:
-    """Return the children of a process, and theirs."""
+    """Return the descendants of a process."""
     parents: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

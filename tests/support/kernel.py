@@ -1,4 +1,4 @@
-"""What the kernel says, read without any help of `iobmd`."""
+"""Data of the kernel, read without the use of `iobmd`."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def entries(address: int, size: int, pid: int | str = "self") -> list[int]:
 def frames(address: int, size: int, pid: int | str = "self") -> list[int]:
     """Return the frame of each page, 0 for a page without one.
 
-    While the kernel tries to move a page its entry looks swapped (a migration entry), also if it then finds the page
-    pinned and leaves it where it is. Compaction that any process causes does so at any time: such a page is looked at
-    again.
+    While the kernel tries to move a page, its entry appears as swapped (a migration entry), even if the kernel then
+    finds the page pinned and does not move it. Compaction by any process can cause this at any time, so that such a
+    page is read again.
     """
     end = time.monotonic() + _PATIENCE
     while True:
@@ -66,20 +66,20 @@ def available() -> int:
 
 
 def held() -> int:
-    """Return how many bytes of memory this process holds, mapped or not: what other processes do changes nothing.
+    """Return how many bytes of memory this process holds, mapped or not; other processes have no influence.
 
     Resident pages, hugetlb pages, pinned pages, and those of the shared objects it has open: some count repeatedly.
     """
     objects = 0
     for path in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):  # the one that lists the folder
+        with contextlib.suppress(OSError):  # the descriptor that lists the directory
             if "(deleted)" in str(path.readlink()):
                 objects += path.stat().st_blocks * 512
     return status("VmRSS") + status("HugetlbPages") + status("VmPin") + objects
 
 
 def is_given_back(before: int, slack: int) -> bool:
-    """Say whether this process holds as little as `before`, but for `slack`; waits, for pins end in a work queue."""
+    """Return whether this process holds at most `before` plus `slack`; waits, because pins end in a work queue."""
     end = time.monotonic() + 20
     while held() - before >= slack:
         if time.monotonic() > end:
@@ -89,7 +89,7 @@ def is_given_back(before: int, slack: int) -> bool:
 
 
 def is_part_of_larger_page(frame: int) -> bool:
-    """Say whether a frame belongs to a compound or huge page (/proc/kpageflags, for root)."""
+    """Return whether a frame belongs to a compound or huge page (/proc/kpageflags, requires root)."""
     with Path("/proc/kpageflags").open("rb", buffering=0) as flags:
         flags.seek(frame * 8)
         (bits,) = struct.unpack("Q", flags.read(8))
@@ -107,7 +107,7 @@ def swapped(address: int, size: int) -> int:
 
 
 def pinned(wanted: int = 0, pid: int | str = "self") -> int:
-    """Return VmPin in bytes, once it is `wanted`, or after a while.
+    """Return VmPin in bytes, as soon as it is `wanted`, or after a time limit.
 
     A pin whose ring was closed ends in a work queue of the kernel, on a busy machine some time later.
     """
@@ -118,12 +118,12 @@ def pinned(wanted: int = 0, pid: int | str = "self") -> int:
 
 
 def nothing_is_pinned() -> bool:
-    """Say whether this process pins nothing."""
+    """Return whether this process pins nothing."""
     return not pinned()
 
 
 def smaps(address: int, pid: int | str = "self") -> dict[str, int]:
-    """Return the counters of the mapping that holds `address`, in bytes; empty when nothing is mapped."""
+    """Return the counters of the mapping that contains `address`, in bytes; empty if nothing is mapped."""
     inside = False
     counters: dict[str, int] = {}
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
@@ -144,7 +144,7 @@ def rings(pid: int | str = "self") -> int:
 
 
 class Footprint(NamedTuple):
-    """What a process holds of the kernel's resources."""
+    """The kernel resources that a process holds."""
 
     mappings: int
     resident: int
@@ -153,12 +153,12 @@ class Footprint(NamedTuple):
 
     @classmethod
     def settled(cls) -> Footprint:
-        """Return what it holds once garbage is collected and the purger has ended, if nothing is volatile."""
+        """Return the resources after garbage collection and, if nothing is volatile, the end of the purger."""
         gc.collect()
         for thread in threading.enumerate():
             if thread.name == "iobmd-purger":
                 thread.join(10)
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what large objects leave, in an arena for each thread
+        ctypes.CDLL(None).malloc_trim(0)  # glibc retains freed memory of large objects, in an arena for each thread
         return cls.now()
 
     @classmethod

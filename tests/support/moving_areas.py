@@ -1,6 +1,6 @@
 """A target that moves areas upwards on request: those that were read, above those that were not.
 
-The areas that a program reads then have no end, however slowly it reads. The script runs with the system's modules.
+A reader then never reaches the end of the areas. The script runs with the system's modules only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ libc.mmap.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_in
 libc.mremap.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p
 PAGE, AREAS = 4096, int(sys.argv[1])
 lowest = top = 1 << 40  # below libraries and stacks, and above the heap
-for _ in range(AREAS):  # with a gap behind each, for the kernel would join them
+for _ in range(AREAS):  # with a gap after each, because the kernel would merge them
     assert libc.mmap(top, PAGE, 3, 0x100022, -1, 0) == top  # private, anonymous, at this place
     ctypes.memset(top, 1, PAGE)
     top += 2 * PAGE
@@ -49,7 +49,7 @@ class MovingAreas:
 
     def _answer(self) -> None:
         assert self._process.stdout is not None
-        assert self._process.stdout.readline(), "the target has ended"
+        assert self._process.stdout.readline(), "the target has exited"
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""Running a piece of a test in namespaces of its own, with another /proc or none."""
+"""Running a part of a test in separate namespaces, with another /proc or none."""
 
 import ctypes
 import mmap
@@ -26,7 +26,7 @@ def check(result: int) -> None:
 
 
 def mount_proc(options: str = "") -> None:
-    """Mount the /proc of this process's pid namespace over the one that is there."""
+    """Mount the /proc of this process's pid namespace over the existing one."""
     check(libc.mount(b"proc", b"/proc", b"proc", 0, options.encode()))
 
 
@@ -43,10 +43,10 @@ def in_namespaces(
     first: int | None = None,
     **restrict: Any,
 ) -> Any:
-    """Return what `function` returns in a mount and a pid namespace of its own.
+    """Return the result of `function` in a separate mount and pid namespace.
 
-    `proc` is called there as root and may mount what it wants; `first` is the pid that `function` gets, by default
-    1. `restrict` is what `in_child` takes.
+    `proc` is called there as root and may mount file systems; `first` is the pid of the process that calls
+    `function`, by default 1. `restrict` contains keyword arguments of `in_child`.
     """
 
     def outer() -> Any:
@@ -55,7 +55,7 @@ def in_namespaces(
         return in_child(init)
 
     def init() -> Any:
-        # The pid is set through the /proc that is there already, which may be of any namespace.
+        # The pid is set through the existing /proc, which may belong to any namespace.
         if first is None:
             proc()
             return in_child(function, **restrict) if restrict else function()
@@ -71,7 +71,7 @@ class SleepingChild:
     Attributes
     ----------
     pid, address, entry
-        The child, where `data` is in it, and the entry of that page in its pagemap as it reads it itself.
+        The child, the address of `data` in it, and the pagemap entry of that page as read by the child itself.
     large
         The address of 8 MiB of "y".
     """

@@ -1,7 +1,7 @@
-/* A process with the kinds of memory that it is asked for: page_states FILE KIND... For each it says "KIND ADDRESS SIZE"
+/* A process with the requested kinds of memory: page_states FILE KIND... For each it prints "KIND ADDRESS SIZE"
  * on stdout, then "ready". FILE is a file of 4 MiB. It executes the commands of its input, and answers "ok" to each:
  *   grow     touch 2 MiB more of the stack
- *   flap     from now on map, unmap, protect, split and give up memory of the first kind again and again
+ *   flap     from now on map, unmap, protect, split and free memory of the first kind repeatedly
  *   exec     become `sleep 60`
  *   exit     end
  */
@@ -43,7 +43,7 @@ static void must(int good, const char *what)
     }
 }
 
-/* Map at a multiple of the huge page size and `offset` more, with a gap behind so that no two areas merge. */
+/* Map at a multiple of the huge page size plus `offset`, followed by a gap so that no two areas merge. */
 static char *map_at(size_t offset, size_t size, int flags, int fd)
 {
     char *address = next + offset;
@@ -102,7 +102,7 @@ static char *memfd(size_t size)
 
 static char *small_pages_of(size_t size) { return populated(small(size), size); }
 
-/* Pages are touched in an order of their own, so that frames do not lie as the pages do; some never are. */
+/* Pages are touched in a different order, so that the order of frames differs from that of pages; some never are. */
 static void anonymous(void)
 {
     size_t size = 20 * MB, pages = size / PAGE;
@@ -115,7 +115,7 @@ static void anonymous(void)
     announce("anonymous", address, size);
 }
 
-/* Huge pages that are mapped by small ones, for parts of them are gone or protected otherwise. */
+/* Huge pages that are mapped page by page, because parts of them are unmapped or have another protection. */
 static void split(void)
 {
     char *address = populated(huge_at(0, 4 * HUGE), 4 * HUGE);
@@ -140,7 +140,7 @@ static void hugezero(void)
     announce("hugezero", address, 4 * HUGE);
 }
 
-/* One area with a huge page, and with small zero pages where none fits. */
+/* One area with a huge page, and with small zero pages where no huge page fits. */
 static void hugetail(void)
 {
     char *address = huge_at(0, HUGE + MB);
@@ -219,7 +219,7 @@ static void locked(void)
     announce("locked", address, MB);
 }
 
-/* Markers stand for protection where nothing is mapped. */
+/* Markers represent the protection of absent pages. */
 static void watched(void)
 {
     struct uffdio_api api = {.api = UFFD_API, .features = WP_UNPOPULATED};
@@ -246,7 +246,7 @@ static void sparse(void)
     announce("sparse", address, size);
 }
 
-/* `many` areas of one page each, every second of which is touched. */
+/* `many` areas of one page each; every second one is touched. */
 static void areas(const char *kind, size_t many)
 {
     char *address = small(many * PAGE);
@@ -256,7 +256,8 @@ static void areas(const char *kind, size_t many)
     announce(kind, address, many * PAGE);
 }
 
-/* Shared with two children: by a memfd, which one of them maps elsewhere; by fork; and half of a huge page. */
+/* Shared with two children: by a memfd, which one of them maps at another address; by fork; and half of a huge page.
+   */
 static void forked(void)
 {
     char *shared = memfd(64 * KB), *small_pages = small_pages_of(MB);
@@ -322,7 +323,7 @@ static void no_access(void)
 
 static void untouched(void) { announce("untouched", small(4 * MB), 4 * MB); }
 static void thp(void) { announce("thp", populated(huge_at(0, 4 * HUGE), 4 * HUGE), 4 * HUGE); }
-/* No huge page of the page tables fits in: the next smaller that is switched on is taken. */
+/* No huge page that a PMD maps fits: the next smaller enabled size is used. */
 static void mthp(void) { announce("mthp", populated(huge_at(64 * KB, MB), MB), MB); }
 static void tiny(void) { areas("tiny", 1200); }
 static void many(void) { areas("many", 20000); }

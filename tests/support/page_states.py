@@ -1,4 +1,4 @@
-"""`PageStateProcess`: a process with memory in every state (page_states.c); a reader of pages without `iobmd`."""
+"""`PageStateProcess`: a process with memory in every state (page_states.c); and a reader of pages without `iobmd`."""
 
 import contextlib
 import re
@@ -15,12 +15,12 @@ SOURCE = Path(__file__).with_name("page_states.c")
 PAGE = 4096
 HEAD, TAIL, HUGETLB, THP, ZERO_PAGE = 1 << 15, 1 << 16, 1 << 17, 1 << 22, 1 << 24
 STATES = 1 << 63 | 1 << 62 | 1 << 58
-"""Bits of an entry for something that is there: present, swapped, guard (the soft-dirty bit alone is nothing)."""
+"""Bits of an entry of an existing page: present, swapped, guard (the soft-dirty bit alone does not count)."""
 COUNTERS = (
     "Rss", "Swap", "LazyFree", "Anonymous", "AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Shared_Hugetlb",
     "Private_Hugetlb",
 )  # fmt: skip
-"""Of smaps; the others depend on what other processes do."""
+"""Counters of smaps; the others depend on other processes."""
 _BLOCK = 512 * 8
 S = TypeVar("S")
 T = TypeVar("T")
@@ -32,14 +32,14 @@ def build(folder: Path) -> Path:
 
 
 class PageStateProcess(source_process.CommandedProcess):
-    """The running program. `with` ends it."""
+    """The running program, which the end of the `with` block kills."""
 
     def __init__(self, program: Path, *kinds: str, user: int | None = None) -> None:
         file = program.with_name("file")
         if not file.exists():
             file.write_bytes(bytes(range(256)) * (16 << 10))
             file.chmod(0o666)
-        # Another user may not walk to where they lie.
+        # Another user may be unable to access their directory.
         with program.open("rb") as opened, file.open("r+b") as opened_file:
             self.process = subprocess.Popen(
                 [f"/proc/self/fd/{opened.fileno()}", f"/proc/self/fd/{opened_file.fileno()}", *kinds],
@@ -54,7 +54,7 @@ class PageStateProcess(source_process.CommandedProcess):
         self.pid = self.process.pid
         self.found: dict[str, tuple[int, int]] = {}
         while (line := self._answer()) != "ready":
-            assert line, f"the target ended: {self.process.wait()}"
+            assert line, f"the target exited: {self.process.wait()}"
             kind, address, size = line.split()
             self.found[kind] = int(address), int(size)
 
@@ -63,7 +63,7 @@ class PageStateProcess(source_process.CommandedProcess):
 
 
 class Area(NamedTuple):
-    """What /proc/PID/smaps says of one area, in bytes."""
+    """The counters of one area in /proc/PID/smaps, in bytes."""
 
     start: int
     end: int
@@ -77,12 +77,12 @@ class Area(NamedTuple):
 
     @property
     def huge(self) -> int:
-        """Mapped by huge pages."""
+        """Bytes mapped by huge pages."""
         return sum(self.counters[name] for name in COUNTERS[4:])
 
 
 def areas(pid: int) -> list[Area]:
-    """Read smaps; without what lies above the addresses that pagemap has entries for (vsyscall)."""
+    """Read smaps, without areas above the addresses for which pagemap has entries (vsyscall)."""
     found: list[Area] = []
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         if head := re.match(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \S+ *(.*)", line):
@@ -95,7 +95,7 @@ def areas(pid: int) -> list[Area]:
 
 
 def entries(pid: int, ranges: Iterable[tuple[int, int]]) -> dict[int, int]:
-    """Return the entries of pagemap of ranges, (start, end) each, by the addresses of the pages; no empty ones."""
+    """Return the nonempty pagemap entries of ranges (start, end), by the addresses of the pages."""
     found: dict[int, int] = {}
     with Path(f"/proc/{pid}/pagemap").open("rb", buffering=0) as pagemap:
         for start, end in ranges:
@@ -112,7 +112,7 @@ def entries(pid: int, ranges: Iterable[tuple[int, int]]) -> dict[int, int]:
 
 
 class Page(NamedTuple):
-    """The state of one page, of bits 63, 62, 58 and 61 of its entry."""
+    """The state of one page, from bits 63, 62, 58 and 61 of its entry."""
 
     present: bool
     swapped: bool
@@ -123,7 +123,7 @@ class Page(NamedTuple):
 
 
 def page(word: int, swap_files: int, hidden: bool = False) -> Page:
-    """Decode an entry (proc_pid_pagemap(5)). What has the swap bit, and no file for swap, is but a marker."""
+    """Decode an entry (proc_pid_pagemap(5)). An entry with the swap bit but without a swap file is a marker."""
     present, guard = bool(word >> 63), bool(word >> 58 & 1)
     kept = bool(word >> 62 & 1) and not guard
     marker = kept and word & 31 >= swap_files
@@ -138,7 +138,7 @@ def pages(words: dict[int, int], hidden: bool = False) -> dict[int, Page]:
 
 
 def runs(words: dict[int, int]) -> list[tuple[int, int, int]]:
-    """Return the physically contiguous runs: broken at every unmapped page and at frames that are no neighbours."""
+    """Return the physically contiguous runs, which end at unmapped pages and at frames that are not adjacent."""
     found: list[list[int]] = []
     for address, word in words.items():
         if not word >> 63:
@@ -152,7 +152,7 @@ def runs(words: dict[int, int]) -> list[tuple[int, int, int]]:
 
 
 class FrameTable:
-    """/proc/kpageflags or /proc/kpagecount: a word for each frame."""
+    """/proc/kpageflags or /proc/kpagecount: one word per frame."""
 
     def __init__(self, name: str) -> None:
         self._file = Path("/proc", name).open("rb", buffering=0)  # noqa: SIM115 (close)
@@ -168,7 +168,7 @@ class FrameTable:
         return block[frame % 512]
 
     def folio(self, frame: int) -> int:
-        """Return the size in bytes of the folio that a frame belongs to: from its head to its last tail."""
+        """Return the size in bytes of the folio to which a frame belongs, from its head to its last tail."""
         if not self[frame] & (HEAD | TAIL) or not self[frame] & (THP | HUGETLB):
             return PAGE
         size = self._folios.get(frame)
@@ -188,7 +188,7 @@ class FrameTable:
 
 @contextlib.contextmanager
 def table(name: str = "kpageflags") -> Iterator[FrameTable]:
-    """Open a table of frames, as it is now: what was read once is not read again."""
+    """Open a table of frames at one moment: words that were read once are not read again."""
     opened = FrameTable(name)
     try:
         yield opened
@@ -197,12 +197,12 @@ def table(name: str = "kpageflags") -> Iterator[FrameTable]:
 
 
 def quiet(look: Callable[[], S], ours: Callable[[], T]) -> tuple[S, T]:
-    """Return what `look` and `ours` see, when `look` sees the same before and after: the kernel may move pages."""
+    """Return the results of `look` and `ours` if `look` returns the same before and after, because pages may move."""
     for _attempt in range(5):
         before, found = look(), ours()
         if before == look():
             return before, found
-    raise AssertionError("the pages of an idle process do not come to rest")
+    raise AssertionError("the pages of an idle process keep changing")
 
 
 def expected(words: dict[int, int], hidden: bool = False) -> dict[int, tuple[Page, bool]]:
@@ -211,13 +211,13 @@ def expected(words: dict[int, int], hidden: bool = False) -> dict[int, tuple[Pag
         found = {}
         for address, page in pages(words, hidden).items():
             zero = bool(words[address] >> 63 and flags[words[address] & (1 << 55) - 1] & ZERO_PAGE)
-            # The huge zero page has bit 61 set; of a file it is not.
+            # The huge zero page has bit 61 set, but does not belong to a file.
             found[address] = page._replace(file=page.file and not zero), zero
         return found
 
 
 def area_facts(area: Area, inside: dict[int, int], flags: FrameTable) -> dict[str, object]:
-    """Return what an area holds, of its entries, of smaps and of kpageflags."""
+    """Return the contents of an area, from its entries, smaps and kpageflags."""
     found = pages(inside).values()
     pieces = runs(inside)
     zero = {page.frame for page in found if page.present and flags[page.frame or 0] & ZERO_PAGE}
@@ -226,12 +226,12 @@ def area_facts(area: Area, inside: dict[int, int], flags: FrameTable) -> dict[st
         if page.present and page.frame not in zero:
             size = flags.folio(page.frame or 0)
             folios[size] = folios.get(size, 0) + PAGE
-    if area.huge:  # they are counted apart
+    if area.huge:  # they are counted separately
         size = max(folios)
         folios[size] -= area.huge
         if not folios[size]:
             del folios[size]
-    # That the small zero page comes again is no order.
+    # Repetitions of the small zero page have no order.
     small_zero = {frame for frame in zero if frame and not flags[frame] & (HEAD | TAIL)}
     frames = [physical for _virtual, physical, _length in pieces if physical // PAGE not in small_zero]
     return {
@@ -240,7 +240,7 @@ def area_facts(area: Area, inside: dict[int, int], flags: FrameTable) -> dict[st
         "guard": sum(page.guard for page in found) * PAGE,
         "marker": sum(page.marker for page in found) * PAGE,
         "file": sum(page.file for page in found if page.frame not in zero) * PAGE,
-        # Of a pool smaps tells it not.
+        # smaps does not show it for pages of a pool.
         "anonymous": sum(page.present and not page.file for page in found) * PAGE
         if "ht" in area.flags
         else area.counters["Anonymous"],
@@ -261,7 +261,7 @@ def area_facts(area: Area, inside: dict[int, int], flags: FrameTable) -> dict[st
 
 
 def differing(theirs: dict[Any, Any], ours: dict[Any, Any]) -> dict[Any, Any]:
-    """Return the first few differences: pytest would compare a million entries for minutes."""
+    """Return the first few differences, because pytest would take minutes to compare a million entries."""
     found: dict[Any, Any] = {}
     for key in sorted({*theirs, *ours}):
         if theirs.get(key) != ours.get(key):

@@ -1,4 +1,4 @@
-"""PCI devices of a guest, driven from userspace: found by their numbers, switched on, and their registers mapped."""
+"""PCI devices of a guest, driven from userspace: finding them by their ids, enabling them, and mapping registers."""
 
 import ctypes
 import mmap
@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 DEVICES = Path("/sys/bus/pci/devices")
-MEMORY_AND_BUS_MASTER = 0x6  # of the command register (PCI Local Bus Specification 3.0, 6.2.2)
+MEMORY_AND_BUS_MASTER = 0x6  # bits of the command register (PCI Local Bus Specification 3.0, 6.2.2)
 
 
 def find(vendor: int, device: int) -> list[Path]:
-    """Return the folders of the devices with these numbers."""
+    """Return the sysfs directories of the devices with these ids."""
     wanted = [f"0x{vendor:04x}", f"0x{device:04x}"]
     folders = sorted(DEVICES.iterdir()) if DEVICES.exists() else []
     return [
@@ -19,7 +19,7 @@ def find(vendor: int, device: int) -> list[Path]:
 
 
 def switch_on(device: Path) -> None:
-    """Let a device answer at its addresses, and read and write memory of its own."""
+    """Enable a device to respond at its addresses, and to access memory by itself."""
     if (device / "enable").read_text().strip() == "0":
         (device / "enable").write_text("1")
     config = os.open(device / "config", os.O_RDWR)

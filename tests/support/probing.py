@@ -1,4 +1,4 @@
-"""What the tests of `iobmd.host` share: denials for this process, settings of the host, and remedies."""
+"""Helpers of the tests of `iobmd.host`: denials for this process, settings of the host, and remedies."""
 
 import ctypes
 import os
@@ -23,7 +23,7 @@ def become_nobody(*, dumpable=True):
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
-    # A change of user makes a process undumpable, and its files in /proc root's.
+    # A change of user makes a process undumpable, so that its files in /proc belong to root.
     check(libc.prctl(4, int(dumpable), 0, 0, 0))
 
 
@@ -34,7 +34,7 @@ def effective_capabilities():
 
 
 def private_mounts(*hidden):
-    """Cover the directories `hidden` with an empty file system, for this process only."""
+    """Mount an empty file system over the directories `hidden`, for this process only."""
     check(libc.unshare(0x00020000))
     check(libc.mount(b"none", b"/", None, 0x4000 | 0x40000, None))
     for directory in hidden:
@@ -53,7 +53,7 @@ def setting(path, value):
 
 
 def run_remedy(fact):
-    """Do what the first line of a remedy says, as somebody who pastes it into a root shell."""
+    """Execute the first line of a remedy, as if it were pasted into a root shell."""
     subprocess.run(["sh", "-ec", fact.remedy.splitlines()[0]], check=True, capture_output=True)
 
 

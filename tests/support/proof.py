@@ -1,4 +1,4 @@
-"""Proof by devices: what they read and write at physical addresses is what the processor sees at virtual ones."""
+"""Proof by devices: the bytes that they read and write at physical addresses are those at the virtual addresses."""
 
 import os
 import random
@@ -11,7 +11,7 @@ PAGE = 4096
 
 
 class Proof:
-    """Has devices read and write memory at physical addresses, and compares every byte with what the processor sees.
+    """Makes devices read and write memory at physical addresses, and compares every byte with the processor's view.
 
     Each piece is copied by a device to a page of its own and back, which `devices` counts as two transfers.
     """
@@ -22,7 +22,7 @@ class Proof:
         self._places = [pages.getPhysicalSegment(index * PAGE)[0] for index in range(len(devices.devices))]
 
     def read(self, addresses: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Return what devices read at physical addresses, each of up to 4095 bytes."""
+        """Return the bytes that devices read at physical addresses, up to 4095 at each."""
         found = []
         for start in range(0, len(addresses), len(self._places)):
             batch = addresses[start : start + len(self._places)]
@@ -34,7 +34,7 @@ class Proof:
         return found
 
     def write(self, addresses: Sequence[tuple[int, int]], contents: Sequence[bytes]) -> None:
-        """Have devices write to physical addresses."""
+        """Make devices write to physical addresses."""
         for start in range(0, len(addresses), len(self._places)):
             batch = addresses[start : start + len(self._places)]
             for index, data in enumerate(contents[start : start + len(batch)]):
@@ -44,7 +44,7 @@ class Proof:
             )
 
     def holds(self, buffer: iobmd.IOBufferMemoryDescriptor, offset: int = 0, length: int | None = None) -> int:
-        """Check both ways, both ends of every segment and inside of long ones; return how many pieces there were."""
+        """Check both directions, at both ends of every segment and inside long ones; return the number of pieces."""
         pieces = list(pieces_of(buffer.segments(offset, length), offset))
         places = [(physical, size) for _, physical, size in pieces]
         data = [os.urandom(size) for _, _, size in pieces]
@@ -54,7 +54,7 @@ class Proof:
         data = [os.urandom(size) for _, _, size in pieces]
         self.write(places, data)
         written = [buffer.readBytes(at, size) for at, _, size in pieces]
-        assert written == data, "what a device wrote is not there"
+        assert written == data, "the bytes that a device wrote are missing"
         return len(pieces)
 
 

@@ -1,4 +1,4 @@
-"""What the tests of purgeable memory share: buffers with known bytes, and pages the kernel takes on demand."""
+"""Helpers of the tests of purgeable memory: buffers with known bytes, and pages reclaimed on demand."""
 
 import errno
 import os
@@ -21,11 +21,11 @@ DENIALS = {
     "no userfaultfd": {"userfaultfd": errno.ENOSYS},
     "no PAGEMAP_SCAN": {"ioctl": errno.ENOTTY},
 }
-"""How lost pages are told from others: by what the kernel has, less what a seccomp filter takes away."""
+"""The ways to detect lost pages: those of the kernel, without the system calls that a seccomp filter denies."""
 
 
 def purgeable(size: int, *, shared: bool = False, huge: bool = True) -> tuple[iobmd.IOBufferMemoryDescriptor, bytes]:
-    """Return a purgeable buffer full of random bytes, none of them zero, and those bytes."""
+    """Return a purgeable buffer full of random nonzero bytes, and those bytes."""
     buffer = iobmd.allocate(size, wired=False, purgeable=True, shared=shared)
     if not huge and not shared:
         mman.advise(buffer.getBytesNoCopy(), size, mman.MADV_NOHUGEPAGE)
@@ -35,7 +35,7 @@ def purgeable(size: int, *, shared: bool = False, huge: bool = True) -> tuple[io
 
 
 def page_out(buffer: iobmd.IOBufferMemoryDescriptor, offset: int = 0, size: int | None = None) -> None:
-    """Have the kernel reclaim what it can of a range: what is lazily freed is discarded, the rest goes into swap.
+    """Make the kernel reclaim as much of a range as possible: lazily freed pages are discarded, others swapped out.
 
     Raises OSError (EINVAL) for locked memory.
     """
@@ -44,9 +44,9 @@ def page_out(buffer: iobmd.IOBufferMemoryDescriptor, offset: int = 0, size: int 
 
 
 def take(buffer: iobmd.IOBufferMemoryDescriptor, offset: int, size: int) -> None:
-    """Have the kernel discard pages of a volatile buffer, every one.
+    """Make the kernel discard all pages of a range of a volatile buffer.
 
-    Pages that a processor has only just faulted in wait in a batch of its own, and MADV_FREE passes them over.
+    Pages that a processor has just faulted in wait in a per-CPU batch, and MADV_FREE skips them.
     """
     address = buffer.getBytesNoCopy() + offset
     for _ in range(1000):
@@ -55,9 +55,9 @@ def take(buffer: iobmd.IOBufferMemoryDescriptor, offset: int, size: int) -> None
             return
         time.sleep(0.001)
         mman.advise(address, size, mman.MADV_FREE)
-    raise AssertionError("the kernel keeps the pages")
+    raise AssertionError("the kernel retains the pages")
 
 
 def reads_zero(buffer: iobmd.IOBufferMemoryDescriptor) -> bool:
-    """Say whether every byte is zero, read through the kernel and not through the buffer."""
+    """Return whether every byte is zero, read through the kernel and not through the buffer."""
     return not any(iobmd.kernel_task.read(buffer.getBytesNoCopy(), buffer.getCapacity()))

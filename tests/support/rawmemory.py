@@ -1,4 +1,4 @@
-"""Memory of this process by plain system calls: areas of every kind, and how they go away."""
+"""Memory of this process by plain system calls: areas of every kind, and ways to remove them."""
 
 import contextlib
 import ctypes
@@ -32,7 +32,7 @@ def _checked(result: int) -> int:
 def map_memory(
     size: int, protection: int = READ | WRITE, flags: int = PRIVATE | ANONYMOUS, fd: int = -1, at: int = 0
 ) -> int:
-    """Call mmap(2); returns the address."""
+    """Call mmap(2); return the address."""
     flags |= 0x10 if at else 0  # MAP_FIXED
     found = _libc.mmap(ctypes.c_void_p(at), ctypes.c_size_t(size), protection, flags, fd, ctypes.c_long(0))
     _checked(-1 if found in (None, 2**64 - 1) else 0)
@@ -60,7 +60,7 @@ def secret_memory(size: int) -> int:
 
 
 def vvar() -> tuple[int, int]:
-    """The address and size of the kernel's data for the vDSO: device memory, to the memory management."""
+    """Return the address and size of the kernel's data for the vDSO, which is mapped like device memory."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         if line.endswith("[vvar]"):
             start, end = (int(number, 16) for number in line.split()[0].split("-"))
@@ -69,12 +69,12 @@ def vvar() -> tuple[int, int]:
 
 
 class Pause:
-    """A page whose first access waits in the kernel until this lets it go on (userfaultfd(2)).
+    """A page whose first access waits in the kernel for `when_reached` (userfaultfd(2)).
 
     Parameters
     ----------
     address : int
-        Of a page of private anonymous memory, which is dropped.
+        The address of a page of private anonymous memory, which is dropped.
     """
 
     def __init__(self, address: int) -> None:
@@ -86,10 +86,10 @@ class Pause:
         fcntl.ioctl(self._fd, 0xC020AA00, bytearray(register))
 
     def when_reached(self, action: Callable[[], object], patience: float = 30.0) -> None:
-        """Wait until the page is accessed, do something, and then supply a page of zeros."""
+        """Wait until the page is accessed, call a function, and then supply a page of zeros."""
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
-        assert poll.poll(patience * 1000), "nobody accessed the page"
+        assert poll.poll(patience * 1000), "the page was not accessed"
         os.read(self._fd, 32)
         action()
         zeros = bytearray(struct.pack("=QQQq", self._address, PAGE, 0, 0))

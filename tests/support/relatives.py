@@ -1,6 +1,6 @@
-"""A model of the family of descriptors: which bytes a descriptor is made of, who keeps whom, and what is refused.
+"""A model of related descriptors: the bytes of each, their lifetimes, and the operations that are refused.
 
-It knows nothing of how iobmd does it: memory is a bytearray, a descriptor a list of pieces of other descriptors.
+It is independent of iobmd's implementation: memory is a bytearray, a descriptor a list of pieces of others.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NON_VOLATILE, VOLATILE, EMPTY = 2, 3, 4
 
 @dataclass(eq=False, repr=False)
 class Memory:
-    """Memory, and its bytes as they should be."""
+    """Memory, and its expected bytes."""
 
     content: bytearray
     address: int
@@ -26,10 +26,10 @@ class Memory:
     wired: bool = False
     purgeable: bool = False
     ours: bool = True
-    """It was made by iobmd."""
+    """Whether it was allocated by iobmd."""
     state: int = NON_VOLATILE
     filled: bool = True
-    """Somebody has written to it since it was dropped."""
+    """Whether it has been written to since it was dropped."""
 
     def drop(self) -> None:
         self.filled = False
@@ -39,7 +39,7 @@ class Memory:
 
 @dataclass
 class Piece:
-    """Bytes of memory, or of another relative."""
+    """A range of memory, or of another relative."""
 
     of: Any
     start: int
@@ -47,7 +47,7 @@ class Piece:
 
 
 def joined(pieces: list[Piece]) -> list[Piece]:
-    """Those that have bytes, and those that go on in the same as one."""
+    """Return the nonempty pieces, with pieces that continue in the same memory joined."""
     found: list[Piece] = []
     for piece in pieces:
         if found and found[-1].of is piece.of and found[-1].start + found[-1].length == piece.start:
@@ -59,18 +59,18 @@ def joined(pieces: list[Piece]) -> list[Piece]:
 
 @dataclass(eq=False, repr=False)
 class Relative:
-    """A descriptor: `real` is that of iobmd, `parts` are pieces of others, or all of one memory."""
+    """A descriptor: `real` is that of iobmd, `parts` are pieces of others, or the whole of one memory."""
 
     real: Any
     parts: list[Piece]
     children: list[Relative] = field(default_factory=list)
     prepared: int = 0
-    """By its own user."""
+    """Whether its own user has freed it."""
     maps: int = 0
     views: int = 0
     released: bool = False
     weight: int = 0
-    """How many pieces of memory it comes down to: what is in it repeatedly is done to repeatedly."""
+    """Its number of pieces of memory; a piece that occurs repeatedly counts repeatedly."""
 
     def __repr__(self) -> str:
         return f"{self.real!r} of {[(id(piece.of), piece.start, piece.length) for piece in self.parts]}"
@@ -89,7 +89,7 @@ class Relative:
 
     @property
     def memory(self) -> Memory | None:
-        """The memory that it was made with."""
+        """The memory with which it was created."""
         of = self.parts[0].of if self.parts else None
         return of if isinstance(of, Memory) and of.ours else None
 
@@ -98,7 +98,7 @@ class Relative:
         return sum(piece.length for piece in self.parts)
 
     def bytes_at(self, offset: int, length: int) -> list[Piece]:
-        """The memory that a range is made of."""
+        """The memory of a range."""
         found: list[Piece] = []
         for piece in self.parts:
             low, high = max(offset, 0), min(offset + length, piece.length)
@@ -110,18 +110,18 @@ class Relative:
         return joined(found)
 
     def memories(self) -> list[Memory]:
-        """All memory of all that it is made of, not only its parts of that: it is prepared and purged as a whole."""
+        """The whole memory of its parts' descriptors, which is prepared and purged as a whole."""
         found = [piece.of.memories() if isinstance(piece.of, Relative) else [piece.of] for piece in self.parts]
         return list({id(memory): memory for some in found for memory in some}.values())
 
-    # --- what happens to it
+    # --- operations
 
     def read(self, offset: int, length: int) -> bytes:
         pieces = self.bytes_at(offset, length)
         return b"".join(bytes(piece.of.content[piece.start : piece.start + piece.length]) for piece in pieces)
 
     def write(self, offset: int, data: bytes) -> None:
-        """One byte after the other: it may have the same memory twice."""
+        """Write byte by byte, because it may contain the same memory twice."""
         at = 0
         for piece in self.bytes_at(offset, len(data)):
             piece.of.content[piece.start : piece.start + piece.length] = data[at : at + piece.length]
@@ -132,17 +132,17 @@ class Relative:
         return self.prepared > 0 or any(child.is_prepared() for child in self.children)
 
     def is_kept(self) -> bool:
-        """Whether something is there that was made of it."""
+        """Whether it has dependents."""
         return any(not child.released or child.is_kept() for child in self.children)
 
     def is_pinned(self) -> bool:
-        """Whether all of its memory is, by whomever."""
+        """Whether all of its memory is prepared, by any descriptor."""
         if self.memory:
             return self.memory.wired or self.is_prepared()
         others = [piece.of for piece in self.parts if isinstance(piece.of, Relative)]
         return all(other.is_pinned() for other in others) and (len(others) == len(self.parts) or self.is_prepared())
 
-    # --- what is refused
+    # --- refusals
 
     def cannot_prepare(self) -> set[IOReturn]:
         volatile = any(memory.state == VOLATILE for memory in self.memories())
@@ -165,7 +165,7 @@ class Relative:
         return list({id(origin): origin for origin in found}.values())
 
     def is_in_one_place(self) -> bool:
-        """Whether it has addresses of its own."""
+        """Whether it has its own addresses."""
         if len(self.parts) != 1:
             return False
         return not isinstance(self.parts[0].of, Relative) or self.parts[0].of.is_in_one_place()

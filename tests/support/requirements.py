@@ -1,4 +1,4 @@
-"""What tests need of the host: each requirement with a probe. With IOBMD_REQUIRE=all a missing one is a failure.
+"""Requirements of tests on the host, each with a probe. With IOBMD_REQUIRE=all, a missing one is a failure.
 
 `@pytest.mark.needs("root", "swap")` names them. A test whose requirement is missing is skipped with the reason.
 """
@@ -21,15 +21,15 @@ from support.child import CAP_IPC_LOCK
 
 HUGE = 2 << 20
 MAY_BE_MISSING: dict[str, str] = {
-    # requirement: why IOBMD_REQUIRE=all lets it be missing
+    # requirement: why it may be missing with IOBMD_REQUIRE=all
     "go": "a compiler of 200 MB for the program of one test",
-    "rustc": "the same; where there is one, it is used",
+    "rustc": "the same; it is used if it is installed",
     "two_processors": "a host may have one",
-    "procmap_query": "kernels before 6.11 have none, and search maps",
-    "pagemap_scan": "kernels before 6.7 have none, and read pagemap",
+    "procmap_query": "kernels before 6.11 lack it, and maps is searched",
+    "pagemap_scan": "kernels before 6.7 lack it, and pagemap is read",
     "area_names": "a kernel may be built without CONFIG_ANON_VMA_NAME",
-    "guest": "make test-vm runs what needs it",
-    "edu": "the same, of a device of QEMU's",
+    "guest": "make test-vm runs the tests that need it",
+    "edu": "the same, for a device of QEMU",
     "iommu": "the same",
     "nvme": "the same",
     "narrow_edu": "the same",
@@ -56,7 +56,7 @@ def _frames() -> str | None:
 
 def _swap() -> str | None:
     if _root():
-        return "needs root to turn swap on"
+        return "needs root to enable swap"
     if not Path("/sys/block/zram0").exists():
         return "no /sys/block/zram0 (modprobe zram)"
     return None if shutil.which("mkswap") else "no mkswap"
@@ -68,7 +68,7 @@ def _hugetlb() -> str | None:
 
 def _memory_cgroup() -> str | None:
     if _root():
-        return "needs root to make a memory cgroup"
+        return "needs root to create a memory cgroup"
     v1, v2 = Path("/sys/fs/cgroup/memory/cgroup.procs"), Path("/sys/fs/cgroup/cgroup.controllers")
     return None if v1.exists() or (v2.exists() and "memory" in v2.read_text()) else "no memory cgroup controller"
 
@@ -94,7 +94,7 @@ def _big_memory() -> str | None:
 
 
 def may_lock(size: int) -> bool:
-    """Say whether so many bytes may be locked, and pinned as well."""
+    """Return whether this number of bytes may be locked, and also pinned."""
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     capabilities = Path("/proc/self/status").read_text().partition("CapEff:")[2].split()[0]
     return bool(int(capabilities, 16) & CAP_IPC_LOCK) or limit == resource.RLIM_INFINITY or size < limit
@@ -106,12 +106,12 @@ def _memlock() -> str | None:
 
 def _own_footprint() -> str | None:
     mapped = Path("/proc/self/maps").read_text()
-    return "the sanitizer maps memory of its own, and keeps some" if re.search("lib[at]san", mapped) else None
+    return "the sanitizer maps memory itself, and retains some" if re.search("lib[at]san", mapped) else None
 
 
 def _children_in_memory() -> str | None:
     sanitizer = "libtsan" in Path("/proc/self/maps").read_text()
-    return "the thread sanitizer takes a child process in this one's memory for its parent" if sanitizer else None
+    return "the thread sanitizer mistakes a child with shared memory for its parent" if sanitizer else None
 
 
 def _area_names() -> str | None:
@@ -140,18 +140,18 @@ def _pagemap_scan() -> str | None:
 
     with Path("/proc/self/pagemap").open("rb") as file:
         try:
-            fcntl.ioctl(file, 0xC0606610, bytes(96))  # PAGEMAP_SCAN, of a structure that says it has no size
+            fcntl.ioctl(file, 0xC0606610, bytes(96))  # PAGEMAP_SCAN with a structure whose size field is 0
         except OSError as error:
             return "no ioctl(PAGEMAP_SCAN) (before Linux 6.7)" if error.errno == errno.ENOTTY else None
     return None
 
 
 def _guest() -> str | None:
-    return None if "IOBMD_GUEST" in os.environ else "no guest (make test-vm runs it in some)"
+    return None if "IOBMD_GUEST" in os.environ else "not a guest (make test-vm runs it in guests)"
 
 
 def _device(vendor: int, device: int) -> str | None:
-    """A device of QEMU's, and in a guest only: what the tests do to it is not to be done to a host's."""
+    """A device of QEMU, only in a guest: the tests must not access the devices of a host in this way."""
     from support import pci
 
     return _guest() or (None if pci.find(vendor, device) else f"no PCI device {vendor:04x}:{device:04x}")
@@ -167,8 +167,8 @@ def _two_nodes() -> str | None:
 
 
 def _narrow_edu() -> str | None:
-    """In guests with 256 MiB below 4 GiB the devices put out 28 bits (tools/vm/profiles.py)."""
-    return None if os.environ.get("IOBMD_GUEST") == "small" else "no guest whose devices put out 28 bits of address"
+    """In guests with 256 MiB below 4 GiB, the devices have 28 address bits (tools/vm/profiles.py)."""
+    return None if os.environ.get("IOBMD_GUEST") == "small" else "not a guest whose devices have 28 address bits"
 
 
 def _library(name: str, *needs: str) -> str | None:
@@ -225,5 +225,5 @@ PROBES: dict[str, Callable[[], str | None]] = {
 
 
 def missing(name: str) -> str | None:
-    """Return why the requirement `name` is not met, None when it is."""
+    """Return why the requirement `name` is not met, None if it is."""
     return PROBES[name]()

@@ -1,4 +1,4 @@
-"""A descriptor whose bytes lie at physical addresses of the test's choice: what a device may meet, on any host."""
+"""A descriptor whose bytes have physical addresses chosen by the test, for any layout that a device may encounter."""
 
 import contextlib
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from iobmd.errors import NotOpenError
 
 
 class ScatteredDescriptor:
-    """As an `IOMemoryDescriptor` is to `IODMACommand`: what that calls, over a `bytearray`."""
+    """The methods of an `IOMemoryDescriptor` that `IODMACommand` calls, over a `bytearray`."""
 
     def __init__(self, pieces: Iterable[tuple[int, int]], direction: int = int(kIODirectionInOut)) -> None:
         self.pieces = list(pieces)
@@ -36,7 +36,7 @@ class ScatteredDescriptor:
     def getDirection(self) -> int:
         return self.direction
 
-    # --- the memory that it is a handle on
+    # --- the memory of the handle
 
     guard = contextlib.nullcontext()
 

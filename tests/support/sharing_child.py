@@ -1,4 +1,4 @@
-"""What runs in processes of multiprocessing, which import it."""
+"""Functions for processes of multiprocessing, which import this module."""
 
 from multiprocessing.connection import Connection
 
@@ -6,7 +6,7 @@ import iobmd
 
 
 def look(handle: iobmd.Handle, answer: "Connection[object, object]") -> None:
-    """Tell what is there, and leave something."""
+    """Send the contents of the memory, and write to it."""
     with iobmd.attach(handle, wired=False) as buffer:
         answer.send((buffer.readBytes(0, 5), len(buffer), buffer.getCapacity()))
         buffer.writeBytes(100, b"from there")

@@ -1,8 +1,8 @@
 /* A process with memory of every kind, for tests to copy from. It executes the commands that it reads on stdin, and
  * answers "ok" to each:
- *   dump KIND PATH          write the memory to a file, by write(2): what a copy must be equal to
+ *   dump KIND PATH          write the memory to a file, by write(2), for comparison with a copy
  *   unmap KIND OFFSET SIZE  make a hole
- *   flap KIND OFFSET SIZE   from now on unmap and map these bytes again and again
+ *   flap KIND OFFSET SIZE   from now on unmap and map these bytes repeatedly
  *   leader-exit             end the main thread only
  *   exec                    become `sleep 60`
  */
@@ -103,7 +103,7 @@ static void execute(char *line)
     } else if (!strcmp(verb, "flap")) {
         flapped.address = regions[find(kind)].address + offset;
         flapped.size = size;
-        /* What was there before is gone once this is reported, also where the thread begins later. */
+        /* The previous memory is unmapped when this is reported, even if the thread starts later. */
         if (munmap(flapped.address, flapped.size))
             die("flap");
         pthread_create(&thread, NULL, flap, NULL);
@@ -149,7 +149,7 @@ int main(int count, char **arguments)
         if (ftruncate(fd, size))
             die("ftruncate");
         add("file", map(size, MAP_SHARED, fd), size, 1);
-        /* Its last page lies past the end of the file: mapped, and not readable. */
+        /* Its last page is past the end of the file: mapped but not readable. */
         add("past-end", map(size + 4096, MAP_SHARED, fd), size + 4096, 0);
         add("readonly", map(size, MAP_PRIVATE | MAP_ANONYMOUS, -1), size, 1);
         mprotect(regions[find("readonly")].address, size, PROT_READ);

@@ -9,7 +9,7 @@ SOURCE = Path(__file__).with_name("source_process.c")
 
 
 class Region(NamedTuple):
-    """Memory of one kind: its address in the process, 0 if the host does not have that kind."""
+    """Memory of one kind: its address in the process, 0 if the host does not support that kind."""
 
     address: int
     size: int
@@ -23,7 +23,7 @@ def build(folder: Path, source: Path = SOURCE, *options: str) -> Path:
 
 
 class CommandedProcess:
-    """A running program that executes the commands of its input and answers each. `with` ends it."""
+    """A running program that executes the commands of its input and answers each; the end of `with` kills it."""
 
     process: subprocess.Popen[str]
 
@@ -46,12 +46,12 @@ class CommandedProcess:
 
     def __exit__(self, *_error: object) -> None:
         self.process.kill()
-        with contextlib.suppress(OSError):  # it does not read any more
+        with contextlib.suppress(OSError):  # it no longer reads
             self.process.communicate()
 
 
 class SourceProcess(CommandedProcess):
-    """The running program. `with` ends it."""
+    """The running program, which the end of the `with` block kills."""
 
     def __init__(self, program: Path, size: int = 4 << 20, *options: str) -> None:
         self.process = subprocess.Popen(
@@ -67,6 +67,6 @@ class SourceProcess(CommandedProcess):
         return self.regions[kind]
 
     def dump(self, kind: str, path: Path) -> bytes:
-        """Return the bytes of one kind as the process itself wrote them to a file."""
+        """Return the bytes of one kind, which the process itself writes to a file."""
         self.command(f"dump {kind} {path}")
         return path.read_bytes()

@@ -1,4 +1,4 @@
-"""Programs whose memory is shared with us while they work: how they are started, used and judged."""
+"""Programs with which memory is shared while they work: starting, using and checking them."""
 
 import atexit
 import contextlib
@@ -30,23 +30,23 @@ from support.requirements import MAY_BE_MISSING
 SIZE = 64 << 10
 ANYWHERE = int(IOMapOptions.kIOMapAnywhere)
 _OURS = re.compile(r" /(memfd:iobmd|iobmd(:\d+)?-\d+)\b")
-PATIENCE = 30.0  # seconds for a program to do anything at all
+PATIENCE = 30.0  # seconds within which a program must respond
 HERE = Path(__file__).parent
 
 
-# --- what the host must have
+# --- requirements on the host
 
 
 def lacking(reason: str) -> None:
-    """Skip the test, or fail it where everything is required."""
+    """Skip the test, or fail it if everything is required."""
     if os.environ.get("IOBMD_REQUIRE") == "all":
         pytest.fail(f"IOBMD_REQUIRE=all: {reason}", pytrace=False)
     pytest.skip(reason)
 
 
 def need_program(name: str) -> str:
-    """Return the path of a program that the test cannot do without."""
-    # Debian keeps servers where the PATH of ordinary users does not lead.
+    """Return the path of a program that the test requires."""
+    # Debian installs servers in directories that are not in the PATH of ordinary users.
     path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if path is None and name in MAY_BE_MISSING:
         pytest.skip(f"needs {name}, which may be missing: {MAY_BE_MISSING[name]}")
@@ -70,19 +70,19 @@ def _why_no_ptrace() -> str | None:
 
 
 def need_ptrace() -> None:
-    """Have the test need that children may be traced; root must be able to."""
+    """Require that children may be traced; root must be able to do that."""
     if reason := _why_no_ptrace():
         if os.geteuid() == 0:
             pytest.fail(f"root cannot trace its own child: {reason}", pytrace=False)
         lacking(reason)
 
 
-# --- programs of ours
+# --- programs of the tests
 
 
 @cache
 def _folder() -> Path:
-    """Make a folder that every user can read, and that goes with this process."""
+    """Create a directory that every user can read, and that is removed when this process exits."""
     path = Path(tempfile.mkdtemp(prefix="targets-"))
     path.chmod(0o755)
     maker = os.getpid()
@@ -122,20 +122,20 @@ def build_from(compiler: str, text: str, suffix: str, *options: str) -> Path:
 
 
 class Target:
-    """A program, from when it says "ready" on; `with` ends it.
+    """A program that has printed "ready"; the end of the `with` block kills it.
 
     Parameters
     ----------
     command : sequence of str
-        What to run.
+        The command line.
     ready : str
-        The line it says when it is ready; "" for none.
+        The line that it prints when it is ready; "" for none.
     before : callable
         Called in the child before the program is run.
     user : int
-        To run it as.
+        The user to run it as.
     environment : dict of str
-        Variables beside our own.
+        Variables in addition to those of this process.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Target:
         **options: Any,
     ) -> None:
         def prepare() -> None:
-            # Before the change of user, which clears it: so it is set again in our own programs.
+            # Before the change of user, which clears it; the programs of the tests therefore set it again.
             die_with_parent()
             if before:
                 before()
@@ -162,7 +162,7 @@ class Target:
             [str(part) for part in command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            preexec_fn=prepare,  # noqa: PLW1509 (no thread of ours holds a lock that it needs)
+            preexec_fn=prepare,  # noqa: PLW1509 (no thread of this process holds a lock that it needs)
             bufsize=0,
             **options,
         )
@@ -182,28 +182,28 @@ class Target:
         end = time.monotonic() + patience
         while b"\n" not in self._unread:
             left = end - time.monotonic()
-            assert left > 0, f"nothing more was said within {patience} s; {self.state()}; so far {self._unread!r}"
+            assert left > 0, f"nothing more was printed within {patience} s; {self.state()}; so far {self._unread!r}"
             if not select.select([self.process.stdout], [], [], left)[0]:
                 continue
             data = os.read(self.process.stdout.fileno(), 1 << 16)
-            assert data, f"it ended early, with {self.process.wait(PATIENCE)}, and said {self._unread!r}"
+            assert data, f"it exited early, with {self.process.wait(PATIENCE)}, and printed {self._unread!r}"
             self._unread += data
         line, _, self._unread = self._unread.partition(b"\n")
         return line.decode()
 
     def tell(self, line: str = "") -> None:
-        """Give it a line to read."""
+        """Write a line to its standard input."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{line}\n".encode())
 
     def end(self, patience: float = PATIENCE) -> tuple[int, str]:
-        """Wait until it has ended by itself; returns its exit code, and what else it said."""
+        """Wait until it has exited by itself; return its exit code and the rest of its output."""
         assert self.process.stdout is not None
         rest = self._unread
         end = time.monotonic() + patience
         while True:
             left = end - time.monotonic()
-            assert left > 0, f"it did not end within {patience} s; {self.state()}"
+            assert left > 0, f"it did not exit within {patience} s; {self.state()}"
             if select.select([self.process.stdout], [], [], left)[0]:
                 data = os.read(self.process.stdout.fileno(), 1 << 16)
                 if not data:
@@ -212,7 +212,7 @@ class Target:
         return self.process.wait(patience), rest.decode()
 
     def state(self) -> str:
-        """Say what the kernel shows of it, for messages."""
+        """Return its state according to the kernel, for messages."""
         try:
             name, call = (Path(f"/proc/{self.pid}/{file}").read_text() for file in ("stat", "syscall"))
         except OSError as error:
@@ -239,7 +239,7 @@ def in_call(pid: int) -> str:
 
 
 def until(condition: Callable[[], object], patience: float = PATIENCE) -> bool:
-    """Wait for something, and say whether it came."""
+    """Wait for a condition, and return whether it was met."""
     end = time.monotonic() + patience
     while not condition():
         if time.monotonic() > end:
@@ -249,7 +249,7 @@ def until(condition: Callable[[], object], patience: float = PATIENCE) -> bool:
 
 
 def children(pid: int) -> str:
-    """Return the numbers of the children of a process, ended ones that it did not wait for included."""
+    """Return the pids of the children of a process, including zombies."""
     return "".join(
         Path(f"/proc/{pid}/task/{tid.name}/children").read_text() for tid in Path(f"/proc/{pid}/task").iterdir()
     )
@@ -262,7 +262,7 @@ def until_blocked(pid: int) -> None:
 
 
 def until_at_rest(pid: int) -> None:
-    """Wait until all threads of a program sleep, and have not run for a moment: what it starts has started."""
+    """Wait until all threads of a program sleep and have not run for a short time: its start is complete."""
 
     def looks() -> list[tuple[str, str]]:
         found = []
@@ -279,35 +279,35 @@ def until_at_rest(pid: int) -> None:
     assert until(rests)
 
 
-# --- what it has
+# --- its resources
 
 
 class ProgramResources(NamedTuple):
     """A program's mappings and descriptors."""
 
     maps: tuple[str, ...]
-    names: Counter[str]  # of what is mapped with which permissions, for programs that map memory themselves
+    names: Counter[str]  # counts by name and permissions, for programs that map memory themselves
     descriptors: tuple[tuple[int, str], ...]
 
     @classmethod
     def of(cls, pid: int) -> "ProgramResources":
         maps = tuple(Path(f"/proc/{pid}/maps").read_text().splitlines())
         fields = [line.split(maxsplit=5) for line in maps]
-        # Not the anonymous ones, and the heap and the stack, which may grow at any time
+        # Not anonymous mappings, the heap and the stack, which may grow at any time
         names = Counter(f"{field[1]} {field[5]}" for field in fields if len(field) > 5 and field[5][0] != "[")
         found = []
         for entry in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            with contextlib.suppress(FileNotFoundError):  # it was closed
                 found.append((int(entry.name), str(entry.readlink())))
         return cls(maps, names, tuple(sorted(found)))
 
     def comparable(self, exact: bool) -> tuple[object, object]:
-        """Return what can be compared of them."""
+        """Return the comparable part of them."""
         return (self.maps if exact else self.names), self.descriptors
 
 
 def check_unchanged(pid: int, before: ProgramResources, *, exact: bool = True, patience: float = 3) -> None:
-    """Check that a program has what it had, and nothing of ours; what it opened itself meanwhile it may close."""
+    """Check that a program has its previous resources and none of iobmd; it may close files that it opened."""
     until(lambda: ProgramResources.of(pid).comparable(exact) == before.comparable(exact), patience)
     after = ProgramResources.of(pid)
     assert after.descriptors == before.descriptors
@@ -315,7 +315,7 @@ def check_unchanged(pid: int, before: ProgramResources, *, exact: bool = True, p
     assert after.comparable(exact) == before.comparable(exact)
 
 
-# --- what is done to it
+# --- operations on it
 
 
 @cache
@@ -324,9 +324,9 @@ def _frames_shown() -> bool:
 
 
 def exercise(pid: int, times: int = 10, *, exact: bool = True, pause: float = 0) -> list[int]:
-    """Do all that can be done with the memory of a program, and check each step and what is left of it.
+    """Perform all operations on the memory of a program, and check each step and its remains.
 
-    Returns for how many nanoseconds each stop took. `exact`: the program maps no memory itself meanwhile.
+    Returns the duration of each stop in nanoseconds. `exact`: the program itself maps no memory during this time.
     """
     before = ProgramResources.of(pid)
     stopped: list[int] = []
@@ -361,7 +361,7 @@ def _exercise_once(task: Task, number: int) -> list[int]:
                 assert all(there_frames)
         copy = IOBufferMemoryDescriptor.withCopy
         with copy(task, 0, task, address, SIZE) as within, copy(kernel_task, 0, task, address, SIZE) as here:
-            task.write(address, ours)  # copies are not the same memory
+            task.write(address, ours)  # copies are separate memory
             assert task.read(within.getBytesNoCopy(), SIZE) == theirs
             assert bytes(here) == theirs
             return [there.task_stopped_ns, within.task_stopped_ns]
@@ -386,7 +386,7 @@ def _check_frames(buffer: IOBufferMemoryDescriptor, address: int, pid: int) -> N
 
 @contextlib.contextmanager
 def on_processors(ours: int, theirs: int, pid: int) -> Iterator[None]:
-    """Have us run on one processor, and a program on another, inside of a `with`."""
+    """Run this process on one processor, and a program on another, inside a `with` block."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(pid, {theirs})
     os.sched_setaffinity(0, {ours})
@@ -397,7 +397,7 @@ def on_processors(ours: int, theirs: int, pid: int) -> Iterator[None]:
 
 
 class Stopping:
-    """Stops a program over and over in a thread of ours, inside of a `with`; `count` says how often.
+    """Stops a program repeatedly in a thread of this process, inside a `with` block; `count` is the number of stops.
 
     Parameters
     ----------
@@ -424,17 +424,17 @@ class Stopping:
                     self.longest_ns = max(self.longest_ns, buffer.task_stopped_ns)
                 finally:
                     self._free(buffer)
-                self.count += 4  # each of both makes a guest, and has it waited for
+                self.count += 4  # each of the two creates a guest, and makes the task reap it
                 self._over.wait(self._pause)
         except IOReturnError as error:
-            # It ended, as it may; what is said of one that is about to end must be the same.
+            # It may exit; the error for a task that is about to exit must be the same.
             if error.code != IOReturn.kIOReturnNotFound or not until(lambda: not self._task.alive, 2):
                 self._error = error
 
     def _free(self, buffer: IOBufferMemoryDescriptor) -> None:
         try:
             buffer.free()
-        except IOReturnError as error:  # not even when the target ends at this moment
+        except IOReturnError as error:  # not even if the target exits at this moment
             self._error = error
             until(lambda: not self._task.alive, 2)
             buffer.free()
@@ -503,7 +503,7 @@ print(json.dumps({"requests": number, "failed": failed, "median_ms": times[len(t
 
 
 class Load(NamedTuple):
-    """How a server did."""
+    """The results of a server."""
 
     requests: int
     failed: int
@@ -512,7 +512,7 @@ class Load(NamedTuple):
 
 
 class Client(Target):
-    """A process that asks a server without a pause ("http" or "redis"; a port or a Unix socket)."""
+    """A process that queries a server continuously ("http" or "redis"; a port or a Unix socket)."""
 
     def __init__(self, kind: str, where: str) -> None:
         super().__init__([sys.executable, "-I", "-S", "-c", _CLIENT, kind, where])

@@ -1,13 +1,13 @@
-/* A process that blocks in one system call and says what the call returned.
+/* A process that blocks in one system call and prints the result of the call.
  *
- * blocked CALL: says "ready", makes the call, and prints
+ * blocked CALL: prints "ready", makes the call, and prints
  *     RESULT ERRNO MILLISECONDS HANDLED
- * where HANDLED counts the signals that its handler was run for. A child of it waits for a line on the standard
- * input, and does then what the call waits for. It is a process, not a thread: the program itself has one thread only,
- * so that none but that can be stopped.
+ * where HANDLED counts the runs of its signal handler. A child waits for a line on the standard input, and then does
+ * what the call waits for. The child is a process, not a thread, so that the program's only thread is the one that is
+ * stopped.
  *
- * blocked signals CALL COUNT: makes the call again and again until COUNT signals (SIGRTMIN) have been handled, and
- * says after each return "RESULT ERRNO HANDLED"; at the end "done CALLS HANDLED".
+ * blocked signals CALL COUNT: makes the call repeatedly until COUNT signals (SIGRTMIN) have been handled, and prints
+ * "RESULT ERRNO HANDLED" after each return, and "done CALLS HANDLED" at the end.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -51,9 +51,9 @@
 
 static const char *name;
 static volatile sig_atomic_t handled;
-static int channel[2];  /* what is read or received comes from the second one */
+static int channel[2];  /* data is read or received from the second one */
 static int pair[2];
-static int waited_for;  /* the descriptor that poll and the like wait for */
+static int waited_for;  /* the descriptor for which poll and similar calls wait */
 static int epoll;
 static int *word;       /* of the futex; shared with the child */
 static int semaphore = -1, queue = -1;
@@ -88,7 +88,7 @@ static sigset_t only(int signal)
     return set;
 }
 
-/* --- what is made before */
+/* --- preparation */
 
 static void set_timeout(int descriptor, int option, int seconds)
 {
@@ -158,7 +158,7 @@ static void prepare(void)
     }
 }
 
-/* --- what the child does */
+/* --- the child */
 
 static void wake(void)
 {
@@ -221,7 +221,7 @@ static pid_t start_child(void)
         for (;;)
             pause();
     }
-    CHECK(read(locked[0], &byte, 1));  /* the lock is the child's */
+    CHECK(read(locked[0], &byte, 1));  /* the child holds the lock */
     close(locked[0]);
     close(locked[1]);
     return child;
@@ -231,7 +231,7 @@ static pid_t start_child(void)
 
 static int ring_entered(int submitted_before)
 {
-    /* A read of the pipe by io_uring, waited for by io_uring_enter: alone, or together with its submission. */
+    /* A read of the pipe by io_uring, for which io_uring_enter waits: separately, or together with its submission. */
     struct io_uring_params params = {0};
     int ring = CHECK(syscall(SYS_io_uring_setup, 4, &params));
     size_t size = params.sq_off.array + params.sq_entries * 4;
@@ -253,7 +253,7 @@ static int ring_entered(int submitted_before)
 }
 
 #ifdef __x86_64__
-/* The kernel keeps all registers but rax, rcx and r11, and compilers rely on that. */
+/* The kernel preserves all registers except rax, rcx and r11, and compilers rely on that. */
 static long epoll_keeping(int timeout, long *kept)
 {
     struct epoll_event event;
@@ -274,7 +274,8 @@ static long make(void)
 {
     struct epoll_event event;
     struct pollfd polled = {.fd = waited_for, .events = POLLIN};
-    /* `soon` is kept to the millisecond under stops; `later` begins again with each, and must outlast the way to it. */
+    /* `soon` must be exact to the millisecond under stops; `later` starts again with each, and must exceed their
+       total. */
     struct timespec soon = {.tv_nsec = SOON_MS * 1000000}, later = {.tv_sec = 1, .tv_nsec = 500000000}, until;
     struct timeval soon_us = {.tv_usec = SOON_MS * 1000};
     struct { long type; char text[512]; } message = {.type = 1};
@@ -316,7 +317,7 @@ static long make(void)
     if (is("write_large")) {
         int queued;
         result = write(channel[1], block, sizeof block);
-        if (result > 0 && result < (long)sizeof block) {  /* cut short: what was written is there, no more and no less */
+        if (result > 0 && result < (long)sizeof block) {  /* partial: exactly this number of bytes was written */
             CHECK(ioctl(channel[0], FIONREAD, &queued));
             return queued == result ? result : -2;
         }
@@ -407,9 +408,9 @@ static long make(void)
     exit(2);
 }
 
-/* --- one after the other */
+/* --- consecutive waits */
 
-/* Waits with a short timeout, then with none until a timer: what one wait is given must not come to the other. */
+/* Wait with a short timeout, then without one for a timer: the timeout of one wait must not affect the other. */
 static int alternate(int count)
 {
     struct epoll_event event = {.events = EPOLLIN};

@@ -1,12 +1,12 @@
-/* A process that does one kind of work, and says at the end what came out of it.
+/* A process that does one kind of work, and prints the result at the end.
  *
  * busy wait              waits for a line on the standard input; exit code 5
- * busy leaderless        the same, by a second thread: the first one has ended
+ * busy leaderless        the same, in a second thread; the first one has exited
  * busy timerfd|sleep|signal
- *                        a tick each millisecond until a line comes; says how many came, and how many were lost
- * busy compute N         four threads; says a checksum
- * busy rseq N            two threads count N each on one processor in restartable sequences (rseq(2)); says the sum
- * busy filter N          sleeps N times behind a seccomp filter that kills for all but a few calls
+ *                        a tick each millisecond until a line arrives; prints the numbers of ticks and of lost ticks
+ * busy compute N         four threads; prints a checksum
+ * busy rseq N            two threads count N each on one processor in restartable sequences (rseq(2)); prints the sum
+ * busy filter N          sleeps N times behind a seccomp filter that kills it for all but a few calls
  * busy strict            waits for a line in strict seccomp
  */
 #define _GNU_SOURCE
@@ -45,7 +45,8 @@ static long long now_ns(void)
 
 static long long began, ticks, worst;
 
-/* A tick each millisecond. The first is due one after `began`, whenever this process runs again to start the timer. */
+/* A tick each millisecond. The first is due 1 ms after `began`, whenever this process runs again to start the timer.
+   */
 static struct itimerspec each_ms(void)
 {
     long long first = began + MS;
@@ -53,7 +54,7 @@ static struct itimerspec each_ms(void)
                                .it_value = {.tv_sec = first / (1000 * MS), .tv_nsec = first % (1000 * MS)}};
 }
 
-/* How many ticks were due by now, but for those that came. */
+/* Return how many ticks are due and have not arrived. */
 static long long missing(void)
 {
     return (now_ns() - began) / MS - ticks;
@@ -73,8 +74,9 @@ static int is_told_to_end(void)
     return poll(&input, 1, 0) > 0;
 }
 
-/* Whether to wait for another tick: until a line comes, and then until none is missing. A lost tick stays missing. One
- * that came due between a wait and the look at the clock, as on a busy machine, is handled by the next wait. */
+/* Return whether to wait for another tick: until a line arrives, and then until none is missing. A lost tick remains
+   missing. A tick that becomes due between a wait and reading the clock, as on a busy machine, is handled by the next
+   wait. */
 static int goes_on(void)
 {
     static int waits;
@@ -199,7 +201,8 @@ static volatile long counter;
 static void count_one(struct rseq *area)
 {
 again:
-    /* Between label 1 and 2 the kernel restarts whoever is interrupted, at label 4. The middle takes its time. */
+    /* If a thread is interrupted between labels 1 and 2, the kernel restarts it at label 4. The middle part is slow.
+       */
     __asm__ volatile goto(".pushsection __rseq_cs, \"aw\"\n\t"
                           ".balign 32\n\t"
                           "3: .long 0, 0\n\t"
@@ -244,7 +247,7 @@ static int in_sequences(void)
     sched_setaffinity(0, sizeof one, &one);
     puts("ready");
     pthread_create(&other, NULL, count, NULL);
-    count(NULL);  /* the first thread is one of the two: it is the one that is stopped */
+    count(NULL);  /* the main thread is one of the two, and is the one that is stopped */
     pthread_join(other, NULL);
     printf("counted %ld\n", counter);
     return 0;

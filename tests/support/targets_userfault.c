@@ -1,13 +1,13 @@
-/* A program that serves its own page faults by a thread, as virtual machines and lazy loaders do (userfaultfd(2)).
+/* A program that serves its own page faults in a thread, as virtual machines and lazy loaders do (userfaultfd(2)).
 
    Usage: userfault HANDLER MAIN MODE
    HANDLER  how its handler waits: "poll" or "read"
    MAIN     what its main thread does: "read" executes the commands of its input, "spin" computes
    MODE     "serve" answers faults of missing pages; "stall" does so only after the line "serve"; "protect" answers
-            faults of pages protected from writes, which are all present; "drop" serves, and a thread takes pages away
-            over and over; "fork" reads reports of forks as well, and the range "plain" is not registered
+            faults of write-protected pages, which are all present; "drop" serves, and a thread drops pages
+            repeatedly; "fork" also reads reports of forks, and the range "plain" is not registered
 
-   It says "ready", and the addresses of the registered range and of a plain one, of 1 MiB each. */
+   It prints "ready", and the addresses of the registered range and of a plain one, of 1 MiB each. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>

@@ -1,4 +1,4 @@
-"""The names of `iobmd`: all there from the start, but for the command, which needs a part of its modules."""
+"""The names of `iobmd`: all are available from the start, except in the command, which loads only some modules."""
 
 import subprocess
 import sys
@@ -23,13 +23,13 @@ def test_every_name_is_there_and_listed() -> None:
 
 
 def test_only_public_names_are_listed() -> None:
-    """Also after the library has loaded all that it consists of, and a user more."""
+    """`dir` is unchanged after all modules of the library, and others, have been loaded."""
     listed = python("import iobmd, iobmd.iommu, iobmd.physical.zones; print(*dir(iobmd))").split()
     assert {*listed} == {*iobmd.__all__, "host", "iommu", "pagemap"}
 
 
 def test_no_name_is_also_that_of_a_module() -> None:
-    """Loading the module would put it in the place of what is promised."""
+    """Loading a module of the same name would replace the documented name."""
     assert not [name for name in iobmd.__all__ if PathFinder.find_spec(f"iobmd.{name}", iobmd.__path__)]
 
 
@@ -45,7 +45,7 @@ def test_modules_need_no_import_of_their_own() -> None:
     assert python("import iobmd; print(iobmd.pagemap.areas.__name__)") == "areas"
 
 
-# How an editable package is found has loaded pathlib already.
+# The finder of editable packages has already loaded pathlib.
 COMMAND = (
     "import sys; sys.modules.pop('pathlib', None); import iobmd_command; "
     "sys.argv[1:] = {}; code = iobmd_command.main(); print(*sys.modules, code)"
@@ -63,7 +63,7 @@ def test_commands_load_what_they_need(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_finds_all_it_needs(name: str) -> None:
-    """Its modules, which must not take for granted that somebody else has loaded the library."""
+    """The command's modules must not depend on other code having loaded the library."""
     module = COMMANDS[name][0]
     program = f"import iobmd_command, importlib, pkgutil; module = importlib.import_module({module!r})\n"
     program += "for found in pkgutil.iter_modules(getattr(module, '__path__', []), module.__name__ + '.'):\n"
@@ -72,7 +72,7 @@ def test_each_command_finds_all_it_needs(name: str) -> None:
 
 
 def test_nothing_is_loaded_late() -> None:
-    """A program may go where no file can be opened: memory is had, refusals are told."""
+    """In a program that cannot open files, memory can be allocated, and refusals are reported."""
     program = """
 import resource, sys, iobmd
 before = set(sys.modules)

@@ -1,4 +1,4 @@
-"""What changed between two snapshots, against a comparison page by page; the snapshots are made up."""
+"""Changes between two invented snapshots, compared with a comparison page by page."""
 
 import json
 import tempfile
@@ -13,7 +13,7 @@ from iobmd.pagemap import Kind
 PAGE = 4096
 PRESENT, SWAPPED, FILE, HUGE = 1, 2, 4, 64
 STEP = 16
-"""Pages after which a line ends, as it does between the steps of a walk; spans may reach beyond."""
+"""Pages after which a line ends, as between the steps of a walk; spans may extend beyond."""
 Page = tuple[int, int]
 """Flags, and the frame number (0: none)."""
 HEADER = {
@@ -24,7 +24,7 @@ HEADER = {
 
 @st.composite
 def memories(draw: st.DrawFn) -> tuple[dict[int, Page], dict[int, Page]]:
-    """What 64 pages are before and after: stretches that stay as they are, and stretches that do not."""
+    """The states of 64 pages before and after, with ranges that change and ranges that do not."""
     found: tuple[dict[int, Page], dict[int, Page]] = ({}, {})
     first = 0
     while first < 64:

@@ -1,4 +1,4 @@
-"""Why another task refuses access: the cause that the kernel had, and no other."""
+"""The reason for refused access to another task: the kernel's actual cause, and no other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.needs("root")
 
 
 def refused_read(pid: int) -> tuple[str, str]:
-    """What reading the first bytes of the program of a task, which are mapped, is refused with."""
+    """Return the error of reading the first bytes of a task's program, which are mapped."""
     try:
         Task(pid).read(program_address[pid], 4)
     except IOReturnError as error:
@@ -44,7 +44,7 @@ def sleeper(request: pytest.FixtureRequest) -> subprocess.Popen[bytes]:
 
 @pytest.mark.parametrize("sleeper", [0], indirect=True)
 def test_capabilities_that_this_process_lacks(sleeper: subprocess.Popen[bytes]) -> None:
-    """Of the same user, but with more capabilities: they are named."""
+    """A task of the same user with more capabilities: the missing ones are named."""
 
     def restricted() -> tuple[str, str]:
         drop_capabilities(1 << CAP_NET_RAW | 1 << CAP_SYS_PTRACE)
@@ -67,7 +67,7 @@ def test_with_the_capability_to_trace_others_may_be_missing(sleeper: subprocess.
 
 @pytest.mark.parametrize("sleeper", [NOBODY], indirect=True)
 def test_another_user_namespace(sleeper: subprocess.Popen[bytes]) -> None:
-    """In which CAP_SYS_PTRACE of a namespace below it does not count."""
+    """CAP_SYS_PTRACE in a nested user namespace does not count in the outer one."""
 
     def below() -> tuple[str, str] | None:
         if ctypes.CDLL(None).unshare(CLONE_NEWUSER) == -1:
@@ -77,7 +77,7 @@ def test_another_user_namespace(sleeper: subprocess.Popen[bytes]) -> None:
 
     answer = in_child(below, uid=NOBODY)
     if answer is None:
-        pytest.skip("this host gives user namespaces to root only")
+        pytest.skip("this host permits user namespaces only for root")
     code, message = answer
     assert code == "kIOReturnNotPermitted"
     assert "another user namespace" in message

@@ -1,6 +1,6 @@
-"""The examples of README.md and docs/: Python blocks run as they stand, and so do the commands of console blocks.
+"""The examples of README.md and docs/: Python blocks, and the commands of console blocks, are run as shown.
 
-`<!-- needs: frames -->` above a block names what it needs of the host.
+`<!-- needs: frames -->` above a block names its requirements on the host.
 """
 
 import ast
@@ -49,7 +49,7 @@ def blocks(page: Path, kind: str) -> list[Block]:
 
 
 def texts(kind: str) -> list[object]:
-    """What to run of each page: what needs nothing of the host, and where that is not all of it, all of it too."""
+    """The blocks to run of each page: those without requirements, and all of them if some have requirements."""
     runs = []
     for page in PAGES:
         all_of_it = blocks(page, kind)
@@ -77,7 +77,7 @@ def test_python_blocks_are_python(page: Path) -> None:
 
 @pytest.mark.parametrize("text", texts("python"))
 def test_python_blocks_run(text: str, tmp_path: Path) -> None:
-    """In one interpreter a page, with nothing but the page before them. Some write files."""
+    """The blocks of a page run in one interpreter, in order. Some write files."""
     command = [sys.executable, "-W", "error", "-c", text]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,4 +1,4 @@
-"""The grid of pictures: whatever goes in, nothing is lost, nothing is counted twice, and it stays small."""
+"""The grid of pictures: whatever the input, nothing is lost, nothing is counted twice, and it remains small."""
 
 from collections import Counter
 
@@ -12,7 +12,7 @@ STATES = ("huge", "present", "swapped")
 
 @st.composite
 def spans(draw: st.DrawFn) -> list[tuple[int, int | None, int, str]]:
-    """Ascending ranges of pages, some neighbours and some far from each other: virtual, physical, length, state."""
+    """Ascending ranges of pages, some adjacent and some far apart: virtual, physical, length, state."""
     found = []
     virtual = draw(st.integers(0, 1 << 34))
     for _ in range(draw(st.integers(0, 30))):
@@ -28,7 +28,7 @@ def spans(draw: st.DrawFn) -> list[tuple[int, int | None, int, str]]:
 def expected(
     ranges: list[tuple[int, int | None, int, str]], block: int, physical_block: int
 ) -> tuple[dict[int, Counter[str]], dict[tuple[int, int], Counter[str]]]:
-    """Add up the same by looking at each step of the smaller of the two blocks, or each page where that is needed."""
+    """Compute the same sums in steps of the smaller of the two blocks, or page by page where necessary."""
     blocks: dict[int, Counter[str]] = {}
     cells: dict[tuple[int, int], Counter[str]] = {}
     for virtual, physical, length, state in ranges:

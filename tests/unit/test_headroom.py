@@ -1,4 +1,4 @@
-"""Finding cgroups and what is left of their limits, over made-up trees of /proc and /sys/fs/cgroup."""
+"""Finding cgroups and the unused part of their limits, in invented trees of /proc and /sys/fs/cgroup."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PID = 4242
 
 @pytest.fixture
 def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make /proc say what is given; each mount is its root, its place below `tmp_path`, and what follows the dash."""
+    """Write files of /proc; each mount is its root, its path below `tmp_path`, and the text after the dash."""
     real = cgroup.read_text
     told: dict[str, str] = {}
     monkeypatch.setattr(cgroup, "read_text", lambda path: told[path] if path in told else real(path))
@@ -44,7 +44,7 @@ def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
 
 
 def group(directory: Path, **files: str | int) -> Path:
-    """Make a cgroup's directory with these files; a double underscore in a name stands for the dot."""
+    """Create a cgroup's directory with these files; a double underscore in a name stands for a dot."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (directory / name.replace("__", ".")).write_text(f"{content}\n")
@@ -83,7 +83,7 @@ def test_version_2_beside_version_1(tmp_path: Path, proc: Callable[..., None]) -
 
 
 def test_a_mount_of_the_own_subtree_only(tmp_path: Path, proc: Callable[..., None]) -> None:
-    """As a container without a cgroup namespace has it: the path is the host's, the mount begins at the group."""
+    """As in a container without a cgroup namespace: the path is the host's, and the mount begins at the group."""
     group(tmp_path / "m/inner")
     proc(("/docker/17", "m", V1), member="4:memory:/docker/17/inner")
     assert names() == ["/inner", "/"]
@@ -100,7 +100,7 @@ def test_a_namespace_with_a_mount_of_its_own(tmp_path: Path, proc: Callable[...,
 
 
 def test_a_mount_from_outside_of_the_namespace(tmp_path: Path, proc: Callable[..., None]) -> None:
-    """As `unshare --cgroup` leaves it: the names between are not told, and found by the process they hold."""
+    """As after `unshare --cgroup`: the names in between are not shown, and are found by the process in the group."""
     group(tmp_path / "u/x/other", cgroup__procs="1\n424")
     group(tmp_path / "u/y/mine/deep", cgroup__procs=f"7\n{PID}\n8")
     proc(("/../..", "u", V2), member="0::/deep")
@@ -144,7 +144,7 @@ def test_a_group_that_was_removed(tmp_path: Path, proc: Callable[..., None]) -> 
 
 
 def refused(size: int, *, swappable: bool = False, absent: int | None = None) -> str | None:
-    """Ask for memory on the account of the process; returns the message, None where it fits."""
+    """Request memory charged to the process; return the message, None if it fits."""
     try:
         headroom.require(size, swappable=swappable, pid=PID, absent=None if absent is None else lambda: absent)
     except IOReturnError as error:

@@ -1,4 +1,4 @@
-"""Access to other tasks and to page frames, as it is and where it is denied."""
+"""Access to other tasks and to page frames, permitted and denied."""
 
 import ctypes
 import errno
@@ -97,7 +97,7 @@ def test_no_yama_means_no_restriction():
 
 
 def own_pagemap_entry():
-    """The entry of a page that this process has just touched."""
+    """Return the entry of a page that this process has just touched."""
     with mmap.mmap(-1, PAGE) as page:
         page[0] = 1
         anchor = ctypes.c_char.from_buffer(page)
@@ -126,7 +126,7 @@ def test_frames_are_hidden_from_nobody():
 
 
 def test_pagemap_scan_agrees_with_a_raw_ioctl():
-    # An empty range: a kernel that knows the call accepts it.
+    # An empty range, which a kernel with the call accepts.
     argument = struct.pack("12Q", 96, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
     with Path("/proc/self/pagemap").open("rb") as entries:
         try:

@@ -1,4 +1,4 @@
-"""What `iobmd doctor` finds: complete, without a trace, and findings where files are missing."""
+"""The facts of `iobmd doctor`: complete, without side effects, and reported even if files are missing."""
 
 import errno
 import json
@@ -62,7 +62,7 @@ def test_probing_leaves_nothing_behind(name):
         for _ in range(20):
             PROBES[name]()
         before = what_we_hold()
-        # A trigger of PSI takes 10 ms to go.
+        # Removing a PSI trigger takes 10 ms.
         many = 40 if name in ("pressure", "cgroup") else 400
         for _ in range(many):
             PROBES[name]()
@@ -70,7 +70,7 @@ def test_probing_leaves_nothing_behind(name):
 
     (descriptors, size, locked), (descriptors_after, size_after, locked_after), many = in_child(rounds)
     assert (descriptors_after, locked_after) == (descriptors, locked)
-    # The interpreter may grow by an arena of 1 MiB of its own.
+    # The interpreter may grow by one of its arenas of 1 MiB.
     assert size_after - size < max(many * PAGE, 1 << 20 | 1)
 
 
@@ -78,7 +78,7 @@ def test_pins_are_given_back():
     def pinned_after_rounds():
         for _ in range(50):
             io_uring.io_uring()
-        # A closed ring is taken apart by a worker of the kernel.
+        # A kernel worker releases a closed ring.
         for _ in range(100):
             if status_field("VmPin") == "0 kB":
                 break

@@ -1,4 +1,4 @@
-"""Whether io_uring pins memory: compared with raw calls, and off, denied or over a limit."""
+"""The probe of io_uring: compared with raw calls, and disabled, denied or over a limit."""
 
 import ctypes
 import errno
@@ -17,7 +17,7 @@ IO_URING_DISABLED = Path("/proc/sys/kernel/io_uring_disabled")
 
 
 def ring_error():
-    """What io_uring_setup(2) says here: 0 for a ring."""
+    """Return the error number of io_uring_setup(2), 0 if it creates a ring."""
     ring = libc.syscall(IO_URING_SETUP, 1, (ctypes.c_uint32 * 30)())
     if ring < 0:
         return ctypes.get_errno()
@@ -35,7 +35,7 @@ def test_io_uring_agrees_with_a_raw_call():
 @pytest.mark.parametrize(("number", "told"), [(errno.EPERM, "forbids"), (errno.ENOSYS, "hides")])
 def test_io_uring_denied_by_seccomp(call, number, told):
     if not io_uring.io_uring().usable:
-        pytest.skip("io_uring is off here already: nothing for a filter to deny")
+        pytest.skip("io_uring is already disabled here, so that a filter has nothing to deny")
 
     def denied():
         deny_calls({call: number})
@@ -80,7 +80,7 @@ def test_io_uring_over_the_limit_on_locked_memory():
 
     number, fact = in_child(with_limit_zero)
     if number == errno.EPERM:
-        pytest.skip("io_uring is off here: its limit is never asked")
+        pytest.skip("io_uring is disabled here, and its limit is not reached")
     assert fact.value == {"pins": False, "errno": errno.ENOMEM}
     assert "RLIMIT_MEMLOCK" in fact.summary
     assert "ulimit -l" in fact.remedy
@@ -88,7 +88,7 @@ def test_io_uring_over_the_limit_on_locked_memory():
 
 def test_io_uring_waits_for_rings_just_closed():
     def at_a_tight_limit():
-        # Room for a few rings: without patience the worker that uncharges closed ones loses this race.
+        # Room for a few rings: without a wait, the worker that uncharges closed ones loses this race.
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (64 << 10, 64 << 10))
         become_nobody()
         return ring_error(), {io_uring.io_uring().summary for _ in range(100)}

@@ -20,7 +20,7 @@ THP_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def anonymous_huge_bytes():
-    """Fault in two huge pages' room with MADV_HUGEPAGE and return what smaps counts as huge."""
+    """Fault in memory of the size of two huge pages with MADV_HUGEPAGE; return the huge bytes according to smaps."""
     size = pages.huge_page_size()
     area = mmap.mmap(-1, 2 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     area.madvise(mmap.MADV_HUGEPAGE)
@@ -56,7 +56,7 @@ def test_transparent_huge_pages_turned_off_and_on():
 def test_transparent_huge_pages_off_for_one_size():
     own = THP_ENABLED.parent / f"hugepages-{pages.huge_page_size() >> 10}kB" / "enabled"
     if not own.exists():
-        pytest.skip("this kernel has no setting a huge-page size (Linux 6.8)")
+        pytest.skip("this kernel has no setting per huge page size (Linux 6.8)")
     with setting(own, "never"):
         fact = pages.huge_pages()
         assert (fact.status, fact.value["setting"], fact.value["obtained"]) == (Status.NO, "never", False)
@@ -137,7 +137,7 @@ def test_lazy_freeing_here():
 
 
 def test_lazy_freeing_after_mlockall():
-    """What iobmd maps is not locked by it."""
+    """mlockall does not lock memory that iobmd maps."""
 
     def look():
         check(libc.mlockall(2))  # MCL_FUTURE

@@ -1,4 +1,4 @@
-"""Which pressure files take a trigger."""
+"""The pressure files that accept a trigger."""
 
 import os
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_pressure_of_our_own_cgroup():
 @pytest.mark.needs("root")
 def test_pressure_that_can_only_be_read():
     if host.system_pressure() is None:
-        pytest.skip("this kernel keeps no pressure information (PSI)")
+        pytest.skip("this kernel has no pressure information (PSI)")
 
     def read_only():
         private_mounts()

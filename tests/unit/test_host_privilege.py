@@ -45,7 +45,7 @@ def test_capabilities_in_a_user_namespace_do_not_count_for_the_host():
 
     answer = in_child(enter_namespace)
     if answer is None:
-        pytest.skip("this host gives user namespaces to root only")
+        pytest.skip("this host permits user namespaces only for root")
     effective, fact, frames = answer
     assert effective >> host.Capability.CAP_SYS_ADMIN & 1
     assert (fact.status, fact.value) == (Status.LIMITED, {"effective": True, "host": False})

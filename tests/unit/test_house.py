@@ -1,4 +1,4 @@
-"""The house (docs/design.md): imports go down only and never round, files stay small, importing is cheap."""
+"""The architecture (docs/design.md): imports only go down, without cycles, files are small, importing is fast."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ import pytest
 import iobmd
 
 PACKAGE = Path(iobmd.__file__).parent
-TOOLS = Path(iobmd.tools.__file__).parent  # beside the package in a checkout, and in it where it is installed
+TOOLS = Path(iobmd.tools.__file__).parent  # next to the package in a checkout, and inside it if installed
 FLOORS = [
     {"__main__"},
     {"tools"},
@@ -33,14 +33,14 @@ FLOORS = [
     {"constants", "units", "_version"},
     {"_native"},
 ]
-"""From the roof to the ground; what stands on one floor does not import each other."""
+"""From the top to the bottom; packages on one level do not import each other."""
 
 
 MAP = Path(__file__).parents[2] / "docs" / "design.md"
 
 
 def modules() -> dict[str, Path]:
-    """The file of every module, by its name."""
+    """Return the file of every module, by its name."""
     found = {}
     for name, root in (("iobmd", PACKAGE), ("iobmd.tools", TOOLS)):
         for path in root.rglob("*.py"):
@@ -53,7 +53,7 @@ MODULES = modules()
 
 
 def rooms() -> dict[Path, str]:
-    """Every Python file, and its room."""
+    """Return every Python file, and its package."""
     return {path: (*name.split("."), "__init__")[1] for name, path in MODULES.items()}
 
 
@@ -62,7 +62,7 @@ def floor(room: str) -> int:
 
 
 def imported(path: Path) -> set[str]:
-    """The modules of iobmd that a file imports, at the top or inside of functions, or names in a string."""
+    """Return the modules of iobmd that a file imports, at the top or in functions, or names in a string."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "iobmd":
@@ -81,7 +81,7 @@ def imported(path: Path) -> set[str]:
 def test_imports_go_down(path: Path) -> None:
     room = rooms()[path]
     for other in imported(path) - {room}:
-        assert floor(other) > floor(room), f"{path.name} imports {other}, which does not stand below it"
+        assert floor(other) > floor(room), f"{path.name} imports {other}, which is not below it"
 
 
 def test_the_map_shows_these_floors() -> None:
@@ -95,7 +95,7 @@ def test_the_map_shows_these_floors() -> None:
 
 
 def loaded_by(name: str) -> set[str]:
-    """The modules that one imports as it runs: at its top and inside of functions, not for its annotations alone."""
+    """Return the modules that a module imports at run time, at its top or in functions, not for annotations."""
     names: set[str] = set()
     package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
 
@@ -116,7 +116,7 @@ def loaded_by(name: str) -> set[str]:
 
 
 def test_no_modules_import_each_other() -> None:
-    """Nor round through others, whether in one package or several."""
+    """There are no indirect cycles either, within a package or across packages."""
     left = {name: loaded_by(name) for name in MODULES}
     while free := {name for name, needs in left.items() if not needs & left.keys()}:
         left = {name: needs for name, needs in left.items() if name not in free}
@@ -125,7 +125,7 @@ def test_no_modules_import_each_other() -> None:
 
 @pytest.mark.parametrize("path", rooms(), ids=lambda path: "/".join(path.parts[-2:]))
 def test_files_stay_small(path: Path) -> None:
-    """Not counting docstrings: those of one public class may be long."""
+    """Docstrings do not count, because those of one public class may be long."""
     text = path.read_text()
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     docstrings = [
@@ -145,7 +145,7 @@ def test_import_loads_nothing_heavy(module: str) -> None:
 
 
 def test_extensions_carry_no_debug_information() -> None:
-    """Most of a wheel was that (cython_ext/cflags)."""
+    """Debug information was once most of a wheel (cython_ext/cflags)."""
     built = [*PACKAGE.glob("_native/*.so"), *TOOLS.glob("bench/*.so")]
     assert built
     assert not [path.name for path in built if b".debug_info" in path.read_bytes()]

@@ -1,4 +1,4 @@
-"""`iobmd.iommu` where there is no device: addresses, and what is said to be missing."""
+"""`iobmd.iommu` without a device: addresses, and messages about missing prerequisites."""
 
 import struct
 from pathlib import Path
@@ -14,7 +14,7 @@ MIB = 1 << 20
 
 def test_addresses_are_taken_from_below_and_given_back() -> None:
     addresses = Addresses([(0, 0xFEDFFFFF), (0xFEF00000, (1 << 39) - 1)], (1 << 32) - 1)
-    assert addresses.take(4096, 4096) == 4096  # 0 is none, for many devices
+    assert addresses.take(4096, 4096) == 4096  # many devices treat 0 as no address
     assert addresses.take(4 * MIB, 2 * MIB) == 2 * MIB
     assert addresses.take(4096, 4096) == 8192  # the gap that the alignment left
     addresses.give_back(2 * MIB, 4 * MIB)
@@ -23,7 +23,7 @@ def test_addresses_are_taken_from_below_and_given_back() -> None:
 
 def test_no_address_above_the_limit_nor_in_a_hole() -> None:
     addresses = Addresses([(0, 0xFEDFFFFF), (0xFEF00000, (1 << 39) - 1)], (1 << 32) - 1)
-    assert addresses.take(0xFEE00000 - 4096, 4096) == 4096  # all below the interrupts
+    assert addresses.take(0xFEE00000 - 4096, 4096) == 4096  # all addresses below the interrupts
     assert addresses.take(16 * MIB, 4096) == 0xFEF00000
     assert addresses.take(2 * MIB, 4096) is None
     assert Addresses([(1 << 32, (1 << 39) - 1)], (1 << 32) - 1).take(4096, 4096) is None

@@ -1,4 +1,4 @@
-"""The tests' own frame: what they inherit is set to what they expect, each has a time limit, the host is restored."""
+"""The framework of the tests: inherited state is set, each test has a time limit, and the host is restored."""
 
 import json
 import os
@@ -40,7 +40,7 @@ print(json.dumps({
 
 
 def test_children_inherit_what_the_tests_expect() -> None:
-    """Of a process whose caller ignores and blocks all signals, and sets limits, umask and environment at will."""
+    """A process whose caller ignores and blocks all signals, and sets other limits, another umask and environment."""
 
     def disturb() -> None:
         for number in range(1, 65):
@@ -64,7 +64,7 @@ def test_children_inherit_what_the_tests_expect() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
-    # Job control stays as the caller has it, and 32 and 33 are the C library's: no program can set them by it.
+    # Job control signals are unchanged; 32 and 33 belong to the C library, through which no program can set them.
     assert set(found["program"]) <= {signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, 32, 33}
     assert found["fork"] == signal.SIGHUP, "the fork survives a signal that is not ignored there"
     assert found["descriptors"][0] == min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
@@ -75,7 +75,7 @@ def test_children_inherit_what_the_tests_expect() -> None:
 
 
 def run_tests(folder: Path, text: str, *options: str) -> tuple[int, str, float]:
-    """Run a file of tests as this one is run; returns the exit status, the output and the seconds."""
+    """Run a file of tests like this one; return the exit status, the output and the seconds."""
     (folder / "test_inner.py").write_text(text)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "conftest", *options]
     began = time.monotonic()
@@ -120,7 +120,7 @@ def test_hangs(setting):
     setting({setting!r}, "changed")
     sleeper = subprocess.Popen(["sleep", "1000"])
     Path({pid!r}).write_text(str(sleeper.pid))
-    # Locked twice, with Python's lock held: no handler and no thread of Python runs any more.
+    # Locked twice with the GIL held, so that no handler and no other thread of Python can run.
     lock = ctypes.PyDLL(None).pthread_mutex_lock
     mutex = ctypes.create_string_buffer(64)
     lock(mutex)

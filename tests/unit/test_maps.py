@@ -1,4 +1,4 @@
-"""Parsing of /proc/PID/maps, against another way to take its lines apart."""
+"""Parsing of /proc/PID/maps, compared with another parser."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ lines = st.tuples(
 
 @given(st.lists(lines), st.booleans())
 def test_any_lines(found: list[bytes], newline: bool) -> None:
-    """Of names of any bytes, with or without a newline at the end."""
+    """Lines with arbitrary names, with or without a newline at the end."""
     text = b"\n".join(found) + (b"\n" if newline and found else b"")
     assert maps.parse(text) == [reference(line) for line in found]
 
@@ -99,7 +99,7 @@ def test_what_is_almost_a_line_is_refused(line: bytes) -> None:
 
 
 def test_ends_are_not_passed_by() -> None:
-    """A line that ends early must not be taken for one that goes on behind its end."""
+    """A line that ends early must not be parsed beyond its end."""
     for length in range(1, len(WHOLE) - 1):
         with pytest.raises(ValueError, match="not a line of maps"):
             maps.parse(WHOLE[:length] + b"\n" + WHOLE[length:])
@@ -109,7 +109,7 @@ COUNTERS = re.compile(rb"(\w+): +(\d+) kB")
 
 
 def entries(text: bytes) -> list[tuple[tuple[object, ...], dict[str, int], frozenset[str]]]:
-    """Take smaps apart line by line."""
+    """Parse smaps line by line."""
     found: list[tuple[tuple[object, ...], dict[str, int], frozenset[str]]] = []
     for line in text.splitlines():
         if not re.match(rb"[A-Z]", line):
@@ -166,7 +166,7 @@ RANGES = st.tuples(st.integers(0, (1 << 64) - 1), st.integers(0, (1 << 64) - 1))
 
 @given(st.lists(lines), RANGES)
 def test_lines_of_a_range(found: list[bytes], limits: tuple[int, int]) -> None:
-    """Areas below are left out, and so is everything from the first area on that begins at the end or above."""
+    """Areas below the range are omitted, and so is everything from the first area that begins at its end or above."""
     low, high = limits
     expected = []
     for area in map(reference, found):
@@ -207,7 +207,7 @@ def overlapping(start: int, end: int) -> list[procfs.VMA]:
 
 @pytest.fixture(params=[pytest.param("PROCMAP_QUERY", marks=pytest.mark.needs("procmap_query")), "search"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How areas are found: by the ioctl, or as on kernels without it."""
+    """The way in which areas are found: by the ioctl, or as on kernels without it."""
     if request.param == "search":
         monkeypatch.setattr(procfs, "_queried", lambda *_arguments: None)
     return str(request.param)
@@ -234,7 +234,7 @@ def test_areas_of_a_range(way: str, separate_pages: SeparatePages) -> None:
 
 
 def test_areas_of_all_kinds(way: str, tmp_path: Path) -> None:
-    """Files with odd names, deleted ones, shared memory, and what the kernel maps itself."""
+    """Files with unusual names, deleted files, shared memory, and areas that the kernel maps itself."""
     file = tmp_path / "two\nlines \\ and \udcff"
     gone = tmp_path / "gone"
     for path in (file, gone):
@@ -254,7 +254,7 @@ def test_areas_of_all_kinds(way: str, tmp_path: Path) -> None:
 
 
 def test_areas_of_a_process_without_memory(way: str) -> None:
-    """An error, and not "nothing is mapped there"."""
+    """An error is raised, instead of an empty result."""
     with subprocess.Popen(["sleep", "0"]) as program:
         os.waitid(os.P_PID, program.pid, os.WEXITED | os.WNOWAIT)
         with pytest.raises(ProcessLookupError):
@@ -282,6 +282,6 @@ def test_one_area_of_many_is_found_without_the_others(separate_pages: SeparatePa
         descriptor.prepare()
         descriptor.complete()
 
-    made_and_prepared()  # opens what stays open
+    made_and_prepared()  # opens descriptors that remain open
     assert whole > 300 * 40
     assert read_bytes(made_and_prepared) < 1024

@@ -1,4 +1,4 @@
-"""The tables of docs/porting.md: what they name exists, and every method of the four classes has its row."""
+"""The tables of docs/porting.md: all names exist, and every method of the four classes has a row."""
 
 import re
 from pathlib import Path
@@ -12,14 +12,14 @@ CLASSES = ("IOBufferMemoryDescriptor", "IOMemoryDescriptor", "IOMemoryMap", "IOD
 
 
 def rows(section: str) -> list[tuple[str, str]]:
-    """The first two cells of each row below a heading."""
+    """Return the first two cells of each row below a heading."""
     text = PAGE.split(f"## {section}\n")[1].split("\n## ")[0]
     cells = re.findall(r"^\| (.*?) \| (.*?) \|", text, re.MULTILINE)
     return [row for row in cells if row[0] not in ("IOKit", "DriverKit", "---")]
 
 
 def method(cell: str) -> str | None:
-    """The method that a cell names; None where there is none, or nothing is called."""
+    """Return the method that a cell names; None if it names none or contains no call."""
     found = re.match(r"`(?:(\w+)\.)?(\w+)\(", cell)
     return found[2] if found else None
 
@@ -36,7 +36,7 @@ def test_tables_name_methods_that_exist(section: str) -> None:
 
 @pytest.mark.parametrize("section", CLASSES)
 def test_tables_have_every_method(section: str) -> None:
-    """Every method of ours that bears an IOKit name (they are in camelCase) has its row."""
+    """Every method with an IOKit name (in camelCase) has a row."""
     cls = getattr(iobmd, section)
     inherited = (
         {name for base in cls.__mro__[1:] for name in vars(base)} if section != "IOMemoryDescriptor" else set()

@@ -1,4 +1,4 @@
-"""The harness of the guests (tools/vm): what counts as failed, which kernel is taken, what it packs."""
+"""The harness of the guests (tools/vm): the criteria of failure, the choice of kernels, and the packed files."""
 
 import gzip
 import lzma
@@ -49,7 +49,7 @@ def test_a_guest_that_did_not_come_up() -> None:
 
 
 def emulate(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """Have a shell script stand for QEMU."""
+    """Use a shell script instead of QEMU."""
     qemu = folder / QEMU
     qemu.write_text(f"#!/bin/sh\n{script}\n")
     qemu.chmod(0o755)
@@ -82,7 +82,7 @@ def test_how_a_guest_ended(
 def test_an_interrupt_ends_the_guests(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also those that have not begun, and with nothing left of them: no process, no folder."""
+    """Guests that have not started end too, and nothing remains of any: no process, no directory."""
     started, folder = tmp_path / "started", tmp_path / "tmp"
     folder.mkdir()
     emulate(tmp_path, monkeypatch, f"echo $$ >>{started}; exec sleep 1000")

@@ -1,4 +1,4 @@
-"""What the tests in guests share: devices that do DMA, and a kernel that is kept moving memory."""
+"""Helpers of the tests in guests: devices that do DMA, and a kernel that continuously moves memory."""
 
 import contextlib
 import os
@@ -15,8 +15,8 @@ import iobmd
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print what the tests recorded, for the harness to read (tools/vm/table.py)."""
-    # Those of the end have what was recorded at any time; they are filed under no name when it was quiet.
+    """Print the results that the tests recorded, for the harness (tools/vm/table.py)."""
+    # Teardown reports contain all recorded results; those that passed are in the category with the empty name.
     reports = [report for report in terminalreporter.getreports("") if report.when == "teardown"]
     counted: dict[str, int] = {}
     for name, value in (found for report in reports for found in report.user_properties):
@@ -44,7 +44,7 @@ def proof(devices: Devices, record_property) -> Iterator[Proof]:
 
 @pytest.fixture
 def restless() -> Iterator[None]:
-    """Have the kernel compact memory over and over, while most of what is free is filled and freed again."""
+    """Make the kernel compact memory repeatedly, while most of the free memory is filled and freed again."""
     stop = threading.Event()
 
     def compact() -> None:

@@ -1,4 +1,4 @@
-"""What this kernel can do for `iobmd`, and in which way (docs/kernels.md)."""
+"""The features of `iobmd` that this kernel supports, and in which way (docs/kernels.md)."""
 
 import errno
 import os
@@ -67,14 +67,14 @@ def purgeable() -> None:
         buffer.writeBytes(0, CONTENT)
         buffer.setPurgeable(iobmd.IOPurgeable.kIOMemoryPurgeableVolatile)
         was = buffer.setPurgeable(iobmd.IOPurgeable.kIOMemoryPurgeableNonVolatile)
-        # The kernel may take it at any time; what it must not is to take it untold.
+        # The kernel may reclaim it at any time, but the loss must be reported.
         assert (was, buffer.readBytes(0, MIB)) in (
             (iobmd.IOPurgeable.kIOMemoryPurgeableVolatile, CONTENT),
             (iobmd.IOPurgeable.kIOMemoryPurgeableEmpty, bytes(MIB)),
         )
         buffer.writeBytes(0, CONTENT)
         buffer.setPurgeable(iobmd.IOPurgeable.kIOMemoryPurgeableVolatile)
-        mman.advise(buffer.getBytesNoCopy(), MIB, mman.MADV_PAGEOUT)  # discards what is lazily freed
+        mman.advise(buffer.getBytesNoCopy(), MIB, mman.MADV_PAGEOUT)  # discards lazily freed pages
         was = buffer.setPurgeable(iobmd.IOPurgeable.kIOMemoryPurgeableNonVolatile)
         assert was == iobmd.IOPurgeable.kIOMemoryPurgeableEmpty
         assert buffer.readBytes(0, MIB) == bytes(MIB)
@@ -148,22 +148,22 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "`iobmd.pagemap`": looked_at,
     "refusal of wired memory in a forked child": child_is_told,
 }
-"""Name: what raises if this kernel cannot do it, and returns how it does it."""
+"""Features by name, each with a function that returns how this kernel supports it, or raises."""
 
 
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("name", CAPABILITIES)
 def test_works(name: str, record_property) -> None:
-    """On every kernel that guests have: also where a newer one would do it in another way."""
+    """Every feature works on every kernel of the guests, even if newer kernels support it in another way."""
     record_property(name, CAPABILITIES[name]() or "works")
 
 
 def test_of_the_kernel(record_property) -> None:
-    """What `iobmd doctor` finds: where the answer is no it says what would help."""
+    """The facts of `iobmd doctor`: if a feature is missing, there is a remedy."""
     found = {fact.name: fact for fact in host.facts()}
     for name in ("io_uring", "PAGEMAP_SCAN", "MADV_FREE", "huge tmpfs", "userfaultfd", "pidfd_getfd"):
         works = found[name].status is Status.YES
-        # These two came with Linux 6.7, the others are older than the oldest kernel of a guest.
+        # These two exist since Linux 6.7; the others are older than the oldest kernel of a guest.
         expected = name not in ("PAGEMAP_SCAN", "userfaultfd") or requirements.missing("pagemap_scan") is None
         assert works is expected
         assert works or found[name].remedy
@@ -183,7 +183,7 @@ def test_doctor_answers(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_of_madvise(name: str, advice: int, counter: str, record_property) -> None:
-    """It does what it is for, or the kernel does not know it."""
+    """The call has its documented effect, or the kernel does not support it."""
     with iobmd.allocate(4 * MIB, wired=False) as buffer:
         address = -(-buffer.getBytesNoCopy() // (2 * MIB)) * 2 * MIB
         mman.advise(address, 2 * MIB, mman.MADV_NOHUGEPAGE if counter == "Rss" else mman.MADV_HUGEPAGE)

@@ -1,4 +1,4 @@
-"""Physical addresses, proved by devices: they read and write there what the processor sees at the virtual ones."""
+"""Physical addresses, proved by devices: they read and write the bytes that the processor sees at virtual ones."""
 
 import ctypes
 import mmap
@@ -60,7 +60,7 @@ def test_from_odd_offsets(proof: Proof, offset: int) -> None:
 @pytest.mark.usefixtures("restless")
 @pytest.mark.parametrize("shared", [False, True])
 def test_pageable_while_prepared(proof: Proof, shared: bool) -> None:
-    """Strewn over memory first, so that it has a segment for nearly every page."""
+    """The memory is scattered first, so that it has a segment for nearly every page."""
     with iobmd.allocate(256 << 10, wired=False, shared=shared) as buffer:
         fragment(buffer)
         for _ in range(2):
@@ -73,18 +73,18 @@ def test_pageable_while_prepared(proof: Proof, shared: bool) -> None:
 
 
 def fragment(buffer: iobmd.IOBufferMemoryDescriptor) -> None:
-    """Touch its pages one by one, with others in between that are given back."""
+    """Touch its pages one by one, with other pages in between that are freed afterwards."""
     with mmap.mmap(-1, len(buffer), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as between:
         for offset in range(0, len(buffer), PAGE):
             between[offset] = 1
             buffer.writeBytes(offset, b"\1")
 
 
-# --- controls: what must not succeed
+# --- controls, which must fail
 
 
 def test_a_neighbouring_frame_does_not_deliver(proof: Proof) -> None:
-    """Or the comparison could not tell."""
+    """Otherwise the comparison would prove nothing."""
     with iobmd.allocate(2 * MIB, contiguous=True) as buffer:
         buffer.writeBytes(0, os.urandom(2 * MIB))
         begin = buffer.getPhysicalAddress()
@@ -95,12 +95,12 @@ def test_a_neighbouring_frame_does_not_deliver(proof: Proof) -> None:
 
 
 def test_locked_memory_is_elsewhere_after_compaction(proof: Proof) -> None:
-    """mlock is no pin: at addresses read before a compaction, devices find other bytes. The same, pinned, holds."""
+    """mlock does not pin: after a compaction, devices find other bytes at old addresses, unlike in pinned memory."""
     size = 16 * MIB
     pages = range(PAGE, 2 * size, 2 * PAGE)
     strewn = []
     with iobmd.allocate(size) as pinned:
-        for _ in range(5):  # a compaction may find enough in one piece, and do nothing
+        for _ in range(5):  # a compaction may find enough contiguous memory, and do nothing
             strewn.append(area := mmap.mmap(-1, 2 * size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
             area.madvise(mmap.MADV_NOHUGEPAGE)
             address = ctypes.addressof(ctypes.c_char.from_buffer(area))
@@ -111,7 +111,7 @@ def test_locked_memory_is_elsewhere_after_compaction(proof: Proof) -> None:
             moved = [offset for offset in pages if before[offset // PAGE] != after[offset // PAGE]][:32]
             if moved:
                 break
-        assert moved, "nothing moved: the control controls nothing"
+        assert moved, "nothing moved: the control proves nothing"
         for offset in moved:
             area[offset : offset + PAGE] = os.urandom(PAGE)
         stale = proof.read([(before[offset // PAGE] * PAGE, 4000) for offset in moved])
@@ -122,7 +122,7 @@ def test_locked_memory_is_elsewhere_after_compaction(proof: Proof) -> None:
 
 
 def strew(area: mmap.mmap, address: int) -> None:
-    """Lock every second page, and free those between: holes for a compaction to close."""
+    """Lock every second page and free those in between, so that a compaction has holes to fill."""
     libc = ctypes.CDLL(None, use_errno=True)
     for offset in range(0, len(area), PAGE):
         area[offset] = 1

@@ -1,4 +1,4 @@
-"""`iobmd.iommu`: devices reach any buffer in one piece at an address of their own, and nothing else."""
+"""`iobmd.iommu`: devices access any buffer as one range of device addresses, and nothing else."""
 
 import ctypes
 import errno
@@ -40,7 +40,7 @@ def region(device: int, index: int) -> tuple[int, int]:
 
 
 def through(mapper: IOMapper) -> edu.Edu:
-    """Return the device that a mapper has, switched on."""
+    """Return the enabled device of a mapper."""
     pci.become_master(mapper.fileno(), region(mapper.fileno(), CONFIGURATION)[1])
     size, offset = region(mapper.fileno(), 0)
     return edu.Edu(pci.Registers(mmap.mmap(mapper.fileno(), size, offset=offset)))
@@ -48,7 +48,7 @@ def through(mapper: IOMapper) -> edu.Edu:
 
 @pytest.fixture(scope="module")
 def name() -> str:
-    """A device that VFIO has; all others stay as they are."""
+    """A device that is bound to VFIO; all others are unchanged."""
     return give_to_vfio(pci.find(edu.VENDOR, edu.DEVICE)[0])
 
 
@@ -65,13 +65,13 @@ def device(mapper: IOMapper) -> edu.Edu:
 
 @pytest.fixture
 def page(mapper: IOMapper) -> Iterator[tuple[iobmd.IOBufferMemoryDescriptor, int]]:
-    """A page that the device copies to and from, and its address for the device."""
+    """A page to and from which the device copies, and its address for the device."""
     with iobmd.allocate(PAGE) as buffer, mapper.prepare(buffer) as prepared:
         yield buffer, prepared.address
 
 
 class Window:
-    """Reads and writes through the device at its own addresses."""
+    """Reads and writes through the device at device addresses."""
 
     def __init__(self, device: edu.Edu, page: tuple[iobmd.IOBufferMemoryDescriptor, int], record) -> None:
         self._devices = edu.Devices([device])
@@ -122,7 +122,7 @@ def test_any_memory_is_one_piece(mapper: IOMapper, window: Window, size: int, ke
 
 
 def test_memory_that_was_there_already(mapper: IOMapper, window: Window) -> None:
-    """It begins in the middle of a page, and so does what the device sees."""
+    """The memory begins in the middle of a page, and so does the device's range."""
     with mmap.mmap(-1, 4 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as own:
         own[:] = data = os.urandom(4 * PAGE)
         address = ctypes.addressof(view := ctypes.c_char.from_buffer(own))
@@ -147,14 +147,14 @@ def test_pages_that_lie_apart_are_read_across_their_borders(mapper: IOMapper, wi
                 between[offset] = 1
                 buffer.writeBytes(offset, os.urandom(PAGE))
         with mapper.prepare(buffer) as prepared:
-            assert len(buffer.segments()) > 8, "it lies in one piece anyway"
+            assert len(buffer.segments()) > 8, "it is contiguous anyway"
             for offset in (PAGE - 2000, 7 * PAGE - 100, size - 4000):
                 assert window.read(prepared.address + offset, 4000) == buffer.readBytes(offset, 4000)
 
 
 @pytest.mark.parametrize("bits", [24, 28, 32])
 def test_below_the_limit_of_the_device(name: str, bits: int) -> None:
-    """Wherever the memory lies: a mask of physical addresses could only be refused."""
+    """Independent of the physical addresses: a request with a physical mask could only be refused."""
     with IOMapper(name, address_bits=bits) as mapper, iobmd.allocate(4 * MIB) as buffer:
         device = through(mapper)
         with mapper.prepare(buffer) as prepared, iobmd.allocate(PAGE) as page, mapper.prepare(page) as other:
@@ -169,7 +169,7 @@ def test_more_than_the_device_can_address(name: str) -> None:
         assert code_of(lambda: mapper.prepare(buffer)) == IOReturn.kIOReturnNoResources
         assert nothing_is_pinned()
         with iobmd.allocate(9 * MIB, wired=False) as half:
-            for _ in range(3):  # the addresses are given back each time
+            for _ in range(3):  # the addresses are released each time
                 with mapper.prepare(half):
                     assert code_of(lambda: mapper.prepare(half)) == IOReturn.kIOReturnNoResources
 
@@ -178,7 +178,7 @@ def device_copy(device: edu.Edu, source: int, destination: int, length: int) -> 
     edu.Devices([device]).copy([edu.Copy(source, destination, length)])
 
 
-# --- what must not be reached
+# --- memory that must not be accessible
 
 
 def test_a_physical_address_is_not_reached(mapper: IOMapper, window: Window) -> None:
@@ -190,7 +190,7 @@ def test_a_physical_address_is_not_reached(mapper: IOMapper, window: Window) -> 
 
 
 def test_a_device_that_nobody_mapped_for_reaches_nothing(record_property) -> None:
-    """Not VFIO's, and given no address by any driver: physical addresses mean nothing to it."""
+    """A device without VFIO or another driver: physical addresses are meaningless to it."""
     bystander = pci.find(edu.VENDOR, edu.DEVICE)[1]
     pci.switch_on(bystander)
     device = edu.Edu(pci.Registers.of(bystander))
@@ -214,7 +214,7 @@ def test_use_after_complete_faults(mapper: IOMapper, window: Window) -> None:
 
 
 def is_faulted(action: Callable[[], object]) -> bool:
-    """Say whether the kernel reports a fault of a device; it does so ten times in five seconds at the most."""
+    """Return whether the kernel reports a fault of a device; it reports at most ten in five seconds."""
     for wait in (6, 6, 0):
         before = faults()
         action()
@@ -234,7 +234,7 @@ def faults() -> int:
                 count += b"DMAR: [DMA" in os.read(log, 8192)
             except BlockingIOError:
                 return count
-            except OSError as error:  # older lines were overwritten meanwhile
+            except OSError as error:  # older lines were overwritten in the meantime
                 if error.errno != errno.EPIPE:
                     raise
     finally:
@@ -253,7 +253,7 @@ def test_only_in_the_direction(
         assert (buffer.readBytes(0, 6) == b"device") is writes
 
 
-# --- errors, and what they leave
+# --- errors, and their consequences
 
 
 def test_prepared_memory_cannot_be_freed_and_a_mapper_in_use_not_closed(name: str) -> None:
@@ -279,7 +279,7 @@ def test_no_direction(mapper: IOMapper) -> None:
         assert code_of(lambda: mapper.prepare(buffer)) == IOReturn.kIOReturnBadArgument
         with mapper.prepare(buffer, iobmd.IOOptionBits.kIODirectionIn):
             pass
-        buffer.free()  # nothing is left prepared
+        buffer.free()  # nothing remains prepared
 
 
 def test_what_is_missing_is_said(name: str) -> None:
@@ -297,7 +297,7 @@ def test_what_is_missing_is_said(name: str) -> None:
 
 @pytest.fixture
 def given(name: str) -> Iterator[str]:
-    """The device, given to an ordinary user for a while."""
+    """The device, temporarily assigned to an ordinary user."""
     group = Path("/dev/vfio") / (pci.DEVICES / name / "iommu_group").readlink().name
     os.chown(group, NOBODY, NOBODY)
     yield name
@@ -309,7 +309,7 @@ def test_an_ordinary_user_whom_the_device_was_given(given: str) -> None:
 
 
 def test_at_the_limit_of_locked_memory(given: str) -> None:
-    """What is wired counts in the counter that VFIO's counts in too; what was refused has left nothing there."""
+    """Wired memory and VFIO's mappings use the same counter; refused requests leave nothing in it."""
 
     def refused() -> tuple[IOReturn, str, list[int]]:
         with IOMapper(given) as mapper, iobmd.allocate(640 << 10) as large, iobmd.allocate(64 << 10) as small:

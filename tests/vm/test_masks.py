@@ -1,4 +1,4 @@
-"""Devices that put out few bits of address: memory below their limit is found and reached, or refused honestly."""
+"""Devices with few address bits: memory below their limit is found and accessible, or the request is refused."""
 
 import os
 
@@ -22,7 +22,7 @@ def low_pages(devices: Devices):
 
 
 def searching():
-    """Allow all of the memory above to be held for the search."""
+    """Permit the search to hold all of the memory above."""
     return iobmd.policy(memory_budget=1 << 40, time_budget=300)
 
 
@@ -45,7 +45,7 @@ def test_what_lies_above_is_not_reached(devices: Devices, low_pages, record_prop
     before = devices.transfers
     with iobmd.allocate(16 * MIB) as buffer:
         high = [offset for offset in range(0, 16 * MIB, MIB) if buffer.getPhysicalSegment(offset)[0] >> 28]
-        assert high, "all of it lies low"
+        assert high, "all memory is below the limit"
         for offset in high:
             buffer.writeBytes(offset, os.urandom(4000))
         found = Proof(devices, low_pages).read([(buffer.getPhysicalSegment(offset)[0], 4000) for offset in high])

@@ -1,4 +1,4 @@
-"""Memory of the NUMA node that is asked for, as the spans of the zones and the kernel's own answer have it."""
+"""Memory of the requested NUMA node, verified by the spans of the zones and by the kernel's answer."""
 
 import re
 import time
@@ -16,7 +16,7 @@ MIB = 1 << 20
 
 
 def spans(node: int) -> list[range]:
-    """Return which frames are a node's (/proc/zoneinfo)."""
+    """Return the frames of a node (/proc/zoneinfo)."""
     found = []
     for text in re.split(r"^Node ", Path("/proc/zoneinfo").read_text(), flags=re.MULTILINE)[1:]:
         spanned, start = (re.search(rf"^ +{name}:? +(\d+)", text, re.MULTILINE) for name in ("spanned", "start_pfn"))
@@ -57,7 +57,7 @@ def test_pageable_memory_comes_from_there_as_it_is_touched(node: int) -> None:
 
 
 def test_purgeable_memory_stays_while_nodes_are_balanced() -> None:
-    """The kernel makes pages inaccessible, to see which node uses them: they are there all the same."""
+    """The kernel makes pages inaccessible to detect which node uses them; they still exist."""
     content = bytes(range(256)) * (4 * MIB // 256)
     with iobmd.allocate(4 * MIB, wired=False, purgeable=True) as buffer:
         mman.advise(buffer.getBytesNoCopy(), 4 * MIB, mman.MADV_HUGEPAGE)
@@ -65,7 +65,7 @@ def test_purgeable_memory_stays_while_nodes_are_balanced() -> None:
         buffer.setPurgeable(iobmd.IOPurgeable.kIOMemoryPurgeableVolatile)
         before, end = made_inaccessible(), time.monotonic() + 6
         while made_inaccessible() == before and time.monotonic() < end:
-            pass  # the kernel does it to programs that use the processor
+            pass  # the kernel does this only in programs that use the processor
         for state in (
             iobmd.IOPurgeable.kIOMemoryPurgeableKeepCurrent,
             iobmd.IOPurgeable.kIOMemoryPurgeableNonVolatile,
@@ -75,7 +75,7 @@ def test_purgeable_memory_stays_while_nodes_are_balanced() -> None:
 
 
 def made_inaccessible() -> int:
-    """Return how many huge pages were, by NUMA balancing."""
+    """Return how many huge pages NUMA balancing has made inaccessible."""
     return int(Path("/proc/vmstat").read_text().split("numa_huge_pte_updates ")[1].split()[0])
 
 

@@ -1,4 +1,4 @@
-"""The NVMe driver of docs/examples: a disk is written, read back and compared, and once more on the host."""
+"""The NVMe driver of docs/examples: a disk is written, read back and compared, and compared again on the host."""
 
 import sys
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def test_identify(controller) -> None:
 
 
 def test_all_of_the_disk_is_written_and_read_back(controller, record_property) -> None:
-    """From wired memory, into pageable memory that is prepared: it need not be contiguous."""
+    """Data is written from wired memory and read into prepared pageable memory, which need not be contiguous."""
     size = controller.identity.block_size
     total = controller.identity.blocks * size
     with iobmd.allocate(PIECE, direction="out") as source, iobmd.allocate(PIECE, wired=False) as target:
@@ -52,7 +52,7 @@ def test_all_of_the_disk_is_written_and_read_back(controller, record_property) -
 
 @pytest.mark.parametrize("size", [4096, 8192, 12288, 513 * 4096])
 def test_transfers_of_every_form_of_entries(controller, size: int) -> None:
-    """One page, two, a list of them, and more than one command's."""
+    """One page, two pages, a page list, and more than one command."""
     before = [disk.pattern(index)[: 1 << 20] for index in range(3)]
     whole = b"".join(before)
     with iobmd.allocate(size, wired=False) as buffer:

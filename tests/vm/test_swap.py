@@ -1,4 +1,4 @@
-"""Swap: pageable memory leaves and comes back with every byte; wired and prepared memory never leaves its frames."""
+"""Swap: pageable memory is swapped out and in unchanged; wired and prepared memory never leaves its frames."""
 
 import contextlib
 import subprocess
@@ -29,13 +29,13 @@ def test_pageable_memory_goes_and_comes_back(shared: bool) -> None:
 
 
 def swap_in_use() -> int:
-    """Return how much of the swap is in use, in bytes, and of what is in its cache."""
+    """Return how many bytes of the swap space are in use, and how many are in the swap cache."""
     return int(Path("/proc/swaps").read_text().splitlines()[1].split()[3]) << 10
 
 
 @pytest.mark.usefixtures("swap")
 def test_wired_and_prepared_memory_stays() -> None:
-    """Private and shared, under the hint, and while the guest runs out of memory and swaps what it can."""
+    """Private and shared memory, with MADV_PAGEOUT, and while the guest runs out of memory and swaps."""
     with contextlib.ExitStack() as stack:
 
         def filled(**keywords: bool) -> iobmd.IOBufferMemoryDescriptor:
@@ -64,12 +64,12 @@ def test_wired_and_prepared_memory_stays() -> None:
 
 
 def pages_swapped_out() -> int:
-    """Return how many pages were since the guest began."""
+    """Return how many pages have been swapped out since the guest started."""
     return int(Path("/proc/vmstat").read_text().split("pswpout ")[1].split()[0])
 
 
 def run_short() -> None:
-    """Fill a tmpfs until 16 MiB more than all memory is asked for, and free it again."""
+    """Fill a tmpfs until 16 MiB more than all memory is required, and free it again."""
     megabytes = (kernel.available() >> 20) + 16
     subprocess.run(
         f"dd if=/dev/zero of=/tmp/fill bs=1M count={megabytes}; rm -f /tmp/fill",

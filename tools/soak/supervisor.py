@@ -150,7 +150,7 @@ class Supervisor:
             self._next_inspected = (self._next_inspected + 1) % len(self._targets)
 
     def _end(self) -> None:
-        """Let the workers finish, and inspect every target again."""
+        """Make the workers finish, and inspect every target again."""
         self._board.stop()
         assert self._disturbances is not None
         self._disturbances.end()

@@ -1,4 +1,4 @@
-"""A worker: a process whose threads execute one event after another, each of which is checked."""
+"""A worker: a process whose threads execute and check one event after another."""
 
 from __future__ import annotations
 
