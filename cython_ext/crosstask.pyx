@@ -700,7 +700,7 @@ cdef class Attempt:
     count
         Whether only to count the bytes of such a file that are not in holes, in `moved`.
     resident
-        Only count the bytes of a file, in whole pages, that are in memory, as those moved.
+        Whether only to count the bytes of a file, in whole pages, that are resident, in `moved`.
     page_out
         Only swap out the pages of the ranges, which are addresses of the task that `pidfd` names.
     page, fresh, holes

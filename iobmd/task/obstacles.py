@@ -80,7 +80,7 @@ def find(pid: int, start: int, end: int, *, write: bool = False, pin: bool = Fal
 def _unreachable(pid: int, area: VMA, place: int, stop: int, lengths: _Lengths, *, write: bool) -> Obstacle | None:
     for wanted, letter, name in ((True, "r", "read"), (write, "w", "write")):
         if wanted and letter not in area.perms:
-            why = f"it lies in a mapping without {name} permission, {area}"
+            why = f"it is in a mapping without {name} permission, {area}"
             return Obstacle(place, VMError, why)
     if area.name.startswith("/secretmem"):
         why = f"it is memory of memfd_secret(2), which no system call and no device can access, {area}"
@@ -156,7 +156,7 @@ def _past_the_end(lengths: _Lengths, area: VMA, place: int, stop: int, page: int
     end = area.start + round_up(length, page) - area.offset
     if end >= stop:
         return None
-    why = f"it lies past the end of its file, of {length} bytes, {area}"
+    why = f"it is past the end of its file, of {length} bytes, {area}"
     return Obstacle(max(place, end), VMError, why)
 
 

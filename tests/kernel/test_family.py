@@ -546,7 +546,7 @@ def test_memory_in_another_task_is_kept_there() -> None:
 
 
 def test_freed_while_others_use_it() -> None:
-    """Whoever works through a child does not notice that the parent is released."""
+    """A dependent remains usable after its parent is released."""
     for _ in range(60):
         buffer = filled(1)
         part = sub(buffer, 0, 100, INOUT)
@@ -568,7 +568,7 @@ def test_freed_while_others_use_it() -> None:
                 try:
                     buffer.free()
                     break
-                except BufferError:  # prepared just now
+                except BufferError:  # it is prepared
                     pass
         part.free()
 

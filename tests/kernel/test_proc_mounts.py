@@ -23,7 +23,7 @@ from support.namespaces import SleepingChild, in_namespaces, mount_proc, unmount
 import iobmd
 from iobmd import IOMemoryDescriptor, IOReturn, Task, Wiring, cli, host, kernel_task, pagemap, procfs
 from iobmd._internal import pidns
-from iobmd.cli import doctor as _doctor  # noqa: F401 (before a test takes the interpreter's files out of reach)
+from iobmd.cli import doctor as _doctor  # noqa: F401 (before a test makes the interpreter's files inaccessible)
 from iobmd.pagemap.self import resident_and_dirty
 from iobmd.units import PAGE_SIZE
 

@@ -267,7 +267,7 @@ threading.Event().wait()
 
 
 def test_another_thread_runs_another_program() -> None:
-    """At any moment: it takes over the number of the thread that makes the call, which is waited for no longer."""
+    """At any moment: the new program takes over the id of the thread that makes the call, which ends the wait."""
     for number in range(10):
         with Target([sys.executable, "-c", EXEC]) as target:
             until_at_rest(target.pid)

@@ -243,7 +243,7 @@ def test_small_requests_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(headroom, "_VALID", -1)
     for _ in range(1024):
         headroom.require(4096, swappable=True)
-    assert len(looks) == 8, "512 KiB of pages, and as much beside them, in each MiB"
+    assert len(looks) == 8, "512 KiB of pages, and as much overhead, in each MiB"
 
 
 def test_a_fork_during_a_check_leaves_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:

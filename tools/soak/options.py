@@ -67,21 +67,31 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `iobmd soak`."""
     parser = argparse.ArgumentParser(
         prog="iobmd soak",
-        description="Use iobmd in many threads and processes while the kernel moves and takes memory, processes are "
-        "killed and limits reached, and check each event against the kernel. Exit code 1 if anything was wrong.",
+        description="Use iobmd in many threads and processes while the kernel moves and reclaims memory, processes "
+        "are killed and limits are reached, and check each event against the kernel. Exit code 1: a fault was found.",
         epilog=f"kinds of events: {', '.join(events.KINDS)}",
     )
-    parser.add_argument("--seconds", type=duration, default=60, help="how long it works (default: 60)")
-    parser.add_argument("--events", type=int, default=0, metavar="N", help="end after so many events (default: none)")
-    parser.add_argument("--faults", type=int, default=0, metavar="N", help="end after so many faults (default: none)")
-    parser.add_argument("--seed", type=int, help="of all random choices (default: the clock)")
+    parser.add_argument("--seconds", type=duration, default=60, help="duration in seconds (default: 60)")
+    parser.add_argument(
+        "--events", type=int, default=0, metavar="N", help="end after this number of events (default: none)"
+    )
+    parser.add_argument(
+        "--faults", type=int, default=0, metavar="N", help="end after this number of faults (default: none)"
+    )
+    parser.add_argument("--seed", type=int, help="seed of all random choices (default: the clock)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to a file")
     parser.add_argument("--kinds", metavar="NAMES", help="comma-separated kinds of events (default: all)")
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="worker processes (default: 4)")
-    parser.add_argument("--threads", type=int, default=3, metavar="N", help="threads in each (default: 3)")
+    parser.add_argument("--threads", type=int, default=3, metavar="N", help="threads in each worker (default: 3)")
     parser.add_argument(
-        "--patience", type=duration, default=60, metavar="S", help="seconds after which an event hangs (default: 60)"
+        "--patience",
+        type=duration,
+        default=60,
+        metavar="S",
+        help="seconds after which an event counts as hanging (default: 60)",
     )
-    parser.add_argument("--calm", action="store_true", help="no compaction, pressure, kills and pauses: to compare")
-    parser.add_argument("--spare-workers", action="store_true", help="kill and pause targets only, and no worker")
+    parser.add_argument(
+        "--calm", action="store_true", help="no compaction, pressure, kills or pauses, for comparison"
+    )
+    parser.add_argument("--spare-workers", action="store_true", help="kill and pause only targets, not workers")
     return parser

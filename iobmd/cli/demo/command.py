@@ -103,7 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="iobmd demo",
         description="Copy memory of several kinds from another process into buffers of this one, and check with "
-        "the kernel where they lie.",
+        "the kernel where they are.",
     )
     parser.add_argument("--size", type=size, help="size of large pieces (default: 64M, or as much as may be locked)")
     parser.add_argument(
