@@ -337,7 +337,7 @@ cdef extern from * nogil:
         return 0;
     }
 
-    /* Swap out a range of the task (CAP_SYS_NICE); returns an error number. */
+    /* Swap out a range of the task (CAP_SYS_NICE); return an error number. */
     static long iobmd_attempt_page_out(struct iobmd_attempt *job, struct iobmd_range range)
     {
         struct iovec remote = { (void *)(uintptr_t)range.at, range.size };

@@ -702,7 +702,7 @@ cdef class Attempt:
     resident
         Whether only to count the bytes of a file, in whole pages, that are resident, in `moved`.
     page_out
-        Only swap out the pages of the ranges, which are addresses of the task that `pidfd` names.
+        Whether only to swap out the pages of the ranges, which are addresses of the task of `pidfd`.
     page, fresh, holes
         The page size of this process; whether the destination is zero, so that it is not touched for holes of the
         file; whether the file supports SEEK_DATA (hugetlbfs does not, and a read returns zeros for a hole).

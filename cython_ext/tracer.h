@@ -699,14 +699,15 @@ static int iobmd_receive(struct iobmd_tracer *t, pid_t pid)
     return status;
 }
 
-/* Find the process that a thread has made by a clone during which it was killed, as by another thread's execve(2): its
-   event is not reported then. The process is traced nevertheless, and stops at its first instruction. */
+/* Find the process that a thread created by a clone during which the thread was killed, for example by another
+   thread's execve(2). Its event is not reported in that case, but the process is traced nevertheless, and stops at
+   its first instruction. */
 static void iobmd_find_made(struct iobmd_tracer *t)
 {
     int64_t until = iobmd_now() + IOBMD_DEATH;
     do {
         siginfo_t report = { 0 };
-        /* An error: nothing is traced any more, so there is no such process. */
+        /* An error means that nothing is traced, so that there is no such process. */
         if (iobmd_raw(SYS_waitid, P_ALL, 0, (long)&report, WEXITED | WSTOPPED | WNOHANG | __WALL, 0, 0)) return;
         if (report.si_pid && report.si_code == CLD_TRAPPED) {
             t->guest = report.si_pid;  /* iobmd_open() finds it by this */

@@ -49,9 +49,8 @@ autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 numpydoc_show_class_members = False
 
-# Objects of Python's documentation that the reference links to: NAME DOMAIN:ROLE PRIORITY LOCATION DISPLAYED, as in
-# the inventory of that documentation (docs.python.org/3/objects.inv), of which this is a part. Sphinx reads it
-# compressed.
+# Objects of Python's documentation that the reference links to: NAME DOMAIN:ROLE PRIORITY LOCATION DISPLAYED, an
+# excerpt of the inventory of that documentation (docs.python.org/3/objects.inv). Sphinx reads it compressed.
 _HERE = Path(__file__).parent
 _inventory = _HERE / "_build/python.inv"
 _inventory.parent.mkdir(exist_ok=True)

@@ -31,40 +31,40 @@ PATTERNS = {
     "what-clause": Pattern(
         r"\b(?:what|which) (?:is|are|was|were|has|had)"
         r" (?:there|made|left|had|told|kept|known|taken|given|meant|asked)\b",
-        2,
+        0,
         "the noun: existing memory, its dependents, the report",
     ),
-    "tell": Pattern(r"\b(?:tells?|told|telling)\b", 2, "report, show, return, record"),
+    "tell": Pattern(r"\b(?:tells?|told|telling)\b", 0, "report, show, return, record"),
     "to be had": Pattern(
         r"\bbe had\b|(?<!there\s)\b(?:is|are|was|were) none\b",
-        2,
+        0,
         "is available, cannot be obtained, there is no, lacks",
     ),
     "for = because": Pattern(
         rf"[,;:] for (?:(?:{_PRONOUN}) |(?:(?:the|a|an|its|their|no) )?[\w-]+ (?:{_VERB})\b)"
         r"|\b(?:of|than) which\b",
-        5,
+        0,
         "because; a new sentence",
     ),
     "somebody": Pattern(
         r"\b(?:some|no|any|every)body\b|\bwhoever\b|\b(?:ours|theirs)\b"
         r"|(?:\A|[.:;(] )who\b|\b(?:and|or|but|for|to) who\b",
-        21,
+        7,
         "the caller, another process, this process, the target",
     ),
-    "docstring": Pattern(r"\A(?:Have|Be|Let|Give|Take|Tell|Know) [a-z]", 3, "the operation: map, lock, populate"),
+    "docstring": Pattern(r"\A(?:Have|Be|Let|Give|Take|Tell|Know) [a-z]", 0, "the operation: map, lock, populate"),
     "vague verb": Pattern(
         r"\blet(?:s|ting)? (?:\w+ )?go\b|\bg(?:ive|ives|ave|iven|iving) (?:\w+ )?(?:back|away)\b"
         r"|\btak(?:e|es|en|ing) away\b"
         r"|\bknow(?:s|n)? (?:of|again)\b|\blook(?:s|ed|ing)? (?:at|whether|again|there)\b",
-        12,
+        0,
         "allocate, release, retain, register, map, inspect, unblock",
     ),
     "archaism": Pattern(
         r"\bmeanwhile\b|\bat the most\b|\bbehind (?:each |one an)other\b|\banew\b|\bin vain\b|\bbeside\b"
         r"|\bstrewn\b|\bat last\b|\bElse\b (?!if\b)|\b(?:no|any) more(?=[.,;:)])|\bdoes without\b"
         r"|\bof itself\b",
-        6,
+        0,
         "concurrently, at most, contiguous (consecutive), again, next to, in addition to, otherwise",
     ),
 }  # fmt: skip
@@ -101,11 +101,13 @@ def passages(suffix: str, text: str) -> Iterator[tuple[int, str]]:
 
 
 def prose(passage: str) -> str:
-    """Blank out code, quotation marks and comment marks; every character that is left stays at its offset."""
+    """Blank out code, quotation marks and comment marks; all other characters remain at their offsets."""
 
     def blank(match: re.Match[str]) -> str:
         return " " * len(match[0])
 
+    # The names of parameters, in a numpydoc section, precede an indented description.
+    passage = re.sub(r"^([ \t]*)\w+(?:, \w+)*(?: : [^\n]*)?$(?=\n\1[ \t]+\S)", blank, passage, flags=re.M)
     return re.sub(r"`[^`\n]*`|\{[^{}\n]*\}|\n[ \t]*(?:#:?|//|\*)|^[#/*\"]+", blank, passage)
 
 

@@ -106,7 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=duration,
         metavar="SECONDS",
         help="how long to wait for a page that another program must supply, and for the lock of the task's address "
-        f"space; slower than without (default: {TIMEOUT:g}, as far as that costs no time)",
+        f"space; a limit makes copies slower (default: {TIMEOUT:g}, only for waits whose limit costs no time)",
     )
     wiring = parser.add_mutually_exclusive_group()
     wiring.add_argument("--wired", action="store_true", help="into wired memory (default)")

@@ -62,10 +62,10 @@ def require_resident(backing: Backing) -> None:
 
 
 def require_low(table: RunTable) -> None:
-    """Raise `kIOReturnNoResources` if a page lies above 4 GiB."""
+    """Raise `kIOReturnNoResources` if a page is above 4 GiB."""
     if table.highest() >> 32:
         raise NoResourcesError(
-            f"memory at {table.highest():#x} lies above 4 GiB, and kIODirectionPrepareToPhys32 forbids that; "
+            f"memory at {table.highest():#x} is above 4 GiB, and kIODirectionPrepareToPhys32 forbids that; "
             "allocate it with inTaskWithPhysicalMask(…, 0xffffffff)"
         )
 

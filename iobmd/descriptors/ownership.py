@@ -318,7 +318,7 @@ class MemoryOwner:
             self._release_pin(backing, wait=wait)
 
     def unpin_when_free(self) -> None:
-        """Undo one `pin` for a destructor, which must not wait: when no thread has the guard, which it lacks."""
+        """Undo one `pin` for a destructor, which must not wait, as soon as no thread holds the guard."""
         self.guard.when_free(self._unpin_collected)
 
     def _unpin_collected(self) -> None:

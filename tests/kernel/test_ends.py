@@ -189,7 +189,7 @@ class Abandoned(NamedTuple):
     guard: process_local.Guard
     """The guard of the memory."""
     held: Callable[[], int] = lambda: kernel.status("VmPin")
-    """What the kernel shows of its use, 0 once that has ended."""
+    """Return the kernel's measure of its use, 0 when the use has ended."""
 
 
 def pageable(size: int = PAGE, **how: bool) -> IOBufferMemoryDescriptor:
@@ -313,7 +313,7 @@ def abandoned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("abandoned", USES, indirect=True)
 @pytest.mark.parametrize("in_thread", [False, True], ids=["itself", "another thread"])
 def test_a_destructor_never_waits(abandoned: Abandoned, *, in_thread: bool) -> None:
-    """The collector runs it in any thread: inside a guard, or while another thread is. The use ends afterwards."""
+    """The collector runs in any thread, inside a guard or while another thread is; the use ends afterwards."""
 
     def collect() -> None:
         cycle = abandoned.garbage[:]

@@ -10,7 +10,7 @@ PATIENCE = 120.0
 
 @contextlib.contextmanager
 def running(*works: Callable[[], object]) -> Iterator[list[threading.Thread]]:
-    """Call each of `works` in a thread of its own during a `with` block, which ends with the threads.
+    """Call each of `works` in a separate thread during a `with` block, which ends when the threads have ended.
 
     The first error in a thread is raised at the end of the block, because pytest only warns of errors in threads, and
     a forked child ignores them.
@@ -35,6 +35,6 @@ def running(*works: Callable[[], object]) -> Iterator[list[threading.Thread]]:
 
 
 def run_all(*works: Callable[[], object]) -> None:
-    """Call each of `works` in a thread of its own, and wait for all of them; raises as `running`."""
+    """Call each of `works` in a separate thread, and wait for all of them; raises as `running`."""
     with running(*works):
         pass

@@ -85,7 +85,7 @@ def test_imports_go_down(path: Path) -> None:
 
 
 def test_the_map_shows_these_floors() -> None:
-    """In this order, and no module that does not exist."""
+    """The map has the packages in this order, and only existing modules."""
     (text,) = re.findall(r"^```text\n(.*?)^```$", MAP.read_text(), re.S | re.M)
     columns = [line if re.fullmatch(r"\w+(  \w+)*", line) else line[:16] for line in text.splitlines()]
     shown = [name.rstrip("/") for column in columns for name in column.split()]

@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     """Return 0 if every file was built and passed every check; otherwise the failed command raises."""
     parser = argparse.ArgumentParser(prog="python -m iobmd.tools.release", description=__doc__)
     parser.add_argument("--tools", type=Path, default=Path("build/release"), help="virtual environment of the tools")
-    parser.add_argument("--output", type=Path, default=Path("dist"), help="folder of the results (default: dist)")
+    parser.add_argument("--output", type=Path, default=Path("dist"), help="directory of the results (default: dist)")
     parser.add_argument(
         "--only", nargs="+", choices=build.TARGETS, default=[*build.TARGETS], metavar="TARGET", help="these wheels"
     )

@@ -1,7 +1,8 @@
 """The sdist, and a wheel for each platform, compiled from it by zig's C compiler.
 
 zig is a package of the index (`ziglang`): clang with the headers of the C libraries and of Linux, and stubs of each
-version of glibc. So a wheel does not depend on the C library of the machine that builds it, and needs no container.
+version of glibc. A wheel therefore does not depend on the C library of the machine that builds it, and no container
+is needed.
 """
 
 import os
@@ -21,10 +22,10 @@ class Target(NamedTuple):
     """A platform to build for."""
 
     triple: str
-    """As zig names it, with the version of glibc."""
+    """The name that zig uses, with the version of glibc."""
     machine: str
     platform: str
-    """The tag of the wheel: glibc 2.17 is the oldest that both machines have, musl 1.2 is that of Alpine 3.13."""
+    """The tag of the wheel: glibc 2.17 is the oldest for both architectures, musl 1.2 is that of Alpine 3.13."""
 
 
 TARGETS = {
@@ -55,7 +56,7 @@ def run(
 
 
 def sdist(tools: Path, output: Path) -> Path:
-    """Build the sdist into the folder `output`."""
+    """Build the sdist into the directory `output`."""
     output.mkdir(parents=True, exist_ok=True)
     run(
         [tools / "bin/python", "-m", "build", "--sdist", "--no-isolation", "--outdir", output, TREE],
@@ -65,9 +66,9 @@ def sdist(tools: Path, output: Path) -> Path:
 
 
 def wheel(tools: Path, sdist: Path, target: Target, work: Path, output: Path) -> Path:
-    """Build a wheel from the sdist in the folder `work`, and write it to `output` with the tag that it deserves.
+    """Build a wheel from the sdist in the directory `work`, and write it to `output` with the appropriate tag.
 
-    auditwheel chooses the tag from the symbols that the extensions use, and refuses libraries that it does not know.
+    auditwheel chooses the tag from the symbols that the extensions use, and refuses unknown libraries.
     Raises `ValueError` if the tag is not that of the target: an extension has begun to use a newer C library.
     """
     with tarfile.open(sdist) as archive:  # for each target, because setuptools reuses objects
@@ -77,7 +78,8 @@ def wheel(tools: Path, sdist: Path, target: Target, work: Path, output: Path) ->
     run(
         [tools / "bin/python", "-m", "build", "--wheel", "--no-isolation", "--outdir", work, source],
         variables={
-            # Unless it optimizes, zig makes programs abort on undefined behavior. -s: symbols only serve debuggers.
+            # Without optimization, zig makes programs abort on undefined behavior. -s: symbols are only useful to
+            # debuggers.
             "CC": f"{compiler} -fno-sanitize=undefined",
             "LDSHARED": f"{compiler} -shared -s",
             "_PYTHON_HOST_PLATFORM": f"linux-{target.machine}",
@@ -97,9 +99,10 @@ def wheel(tools: Path, sdist: Path, target: Target, work: Path, output: Path) ->
 
 
 def _with_alpine_libc(tools: Path, wheel: Path, target: Target, work: Path) -> Path:
-    """Return the wheel with extensions that need musl by the name it has on Alpine, by which auditwheel knows it.
+    """Return the wheel with extensions that need musl under its name on Alpine, which auditwheel recognizes.
 
-    zig calls it libc.so. The loader accepts that too, but auditwheel finds another file of that name on this machine.
+    zig uses the name libc.so. The loader accepts that too, but auditwheel finds another file of that name on this
+    host.
     """
     python: list[str | Path] = [tools / "bin/python", "-m", "wheel"]
     run([*python, "unpack", "--dest", work / "unpacked", wheel])
@@ -114,10 +117,11 @@ def _with_alpine_libc(tools: Path, wheel: Path, target: Target, work: Path) -> P
 
 
 def _headers(work: Path) -> Path:
-    """Return a folder with the headers of this Python only, without those of the host's C library.
+    """Return a directory with only the headers of this Python, without those of the host's C library.
 
-    They serve every target, as all of them have 64-bit pointers and the stable ABI depends on nothing else. Debian's
-    pyconfig.h includes that of the target, which is not installed: it is replaced by that of this machine.
+    They are suitable for every target, because all targets have 64-bit pointers and the stable ABI depends on nothing
+    else. Debian's pyconfig.h includes the file of the target, which is not installed, and is replaced by that of this
+    machine.
     """
     place = work / "include"
     place.mkdir(parents=True)
@@ -130,7 +134,7 @@ def _headers(work: Path) -> Path:
 
 
 def _dated() -> dict[str, str]:
-    """Return the time that files in the archives bear: the last commit's, so that equal sources give equal files."""
+    """Return the timestamp of archived files: that of the last commit, so that equal sources yield equal files."""
     if "SOURCE_DATE_EPOCH" in os.environ or not (TREE / ".git").exists():
         return {}
     return {"SOURCE_DATE_EPOCH": run(["git", "log", "-1", "--format=%ct"], TREE).strip()}

@@ -1,4 +1,4 @@
-"""What a wheel must pass: tools that audit it, its contents, and an import by an interpreter of its platform."""
+"""The checks of a wheel: auditing tools, its contents, and an import by an interpreter of its platform."""
 
 import re
 import subprocess
@@ -43,7 +43,7 @@ def of_metadata(tools: Path, file: Path) -> None:
 
 
 def of_symbols(tools: Path, wheel: Path) -> None:
-    """Check that the extensions use the stable ABI of the Python in the wheel's tag, and nothing else of Python."""
+    """Check that the extensions use only the stable ABI of the Python version in the wheel's tag."""
     run([tools / "bin/abi3audit", "--strict", "--verbose", wheel])
 
 
@@ -66,10 +66,10 @@ def _symbol_sections(extension: str) -> list[str]:
 
 
 def loaded(wheel: Path, target: Target, work: Path) -> str:
-    """Install the wheel, load it by the means that this machine has, and return a phrase that says so.
+    """Install the wheel, load it by the means available on this machine, and return a description of the result.
 
-    Wheels for glibc are imported, under emulation if need be. Debian has no Python for musl: instead musl's loader
-    resolves the symbols of every extension, and those that it cannot find must be Python's.
+    Wheels for glibc are imported, under emulation if necessary. Debian has no Python for musl: instead, musl's loader
+    resolves the symbols of every extension, and those that it does not find must belong to Python.
     """
     site = _installed(wheel, target, work / "site")
     if target.platform.startswith("musllinux"):
@@ -83,7 +83,7 @@ def loaded(wheel: Path, target: Target, work: Path) -> str:
 
 
 def _installed(wheel: Path, target: Target, site: Path) -> Path:
-    """Install the wheel as pip does on its platform, which accepts it by its tags; without its dependencies."""
+    """Install the wheel as pip would on its platform, according to its tags, without its dependencies."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
     choice: list[str | Path] = [
         "--target",
@@ -113,7 +113,7 @@ def _resolved_by_musl(site: Path, target: Target) -> str:
 
 
 def _arm64(packages: tuple[str, ...]) -> Path:
-    """Return a folder with packages of Debian for arm64, from the cache."""
+    """Return a directory with packages of Debian for arm64, from the cache."""
 
     def fetch(place: Path) -> None:
         _DEBIAN.update()

@@ -25,7 +25,7 @@ COMPLETIONS = {
     "fish": "fish/vendor_completions.d/iobmd.fish",
 }
 _PROCESSES = {"bash": "_iobmd_processes", "zsh": "_pids", "fish": "__fish_complete_pids"}
-# Defines the function that _PROCESSES names.
+# Defines the function whose name is in _PROCESSES.
 _PREAMBLES = {"bash": '_iobmd_processes() { compgen -W "$(cd /proc && echo [0-9]*) self" -- "$1"; }\n'}
 _EXIT_STATUS = (
     "0: success; 1: failure, with the reason on one line of standard error; 2: wrong usage; 130: interrupted."
@@ -38,7 +38,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
 
 
 def whole() -> argparse.ArgumentParser:
-    """Return one parser of all commands. The command itself has none, because it loads only the one that it runs."""
+    """Return one parser for all commands; `iobmd` itself has none, because it loads only the subcommand to run."""
     parser = argparse.ArgumentParser(prog="iobmd", description=DESCRIPTION)
     parser.add_argument("-V", "--version", action="version", version=__version__, help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -53,7 +53,7 @@ def whole() -> argparse.ArgumentParser:
 
 
 def pages() -> dict[str, argparse.ArgumentParser]:
-    """Return the parser that each man page describes; that of `iobmd` has the commands as its arguments."""
+    """Return the parser for each man page; that of `iobmd` has the commands as its arguments."""
     overview = argparse.ArgumentParser("iobmd", "iobmd [-h] [--version] COMMAND ...", DESCRIPTION)
     overview.add_argument("-V", "--version", action="store_true", help="print the version")
     commands = overview.add_argument_group("commands")

@@ -47,7 +47,7 @@ class Skipped(Exception):  # noqa: N818
 
 @contextlib.contextmanager
 def insist(release: Callable[[], object]) -> Iterator[None]:
-    """Release something at the end of the `with`; repeatedly while another thread has the last file descriptor."""
+    """Release an object at the end of the block, repeatedly while another thread has the last file descriptor."""
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 """Packages of Debian, for any architecture: downloaded and unpacked, never installed.
 
-Nothing here needs root: apt works in a tree of its own in the cache, and verifies what it downloads by Debian's keys
-as it does on any machine.
+This requires no root: apt works in a separate tree in the cache, and verifies its downloads with Debian's keys as on
+any machine.
 """
 
 import os
@@ -17,7 +17,7 @@ _KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
 
 class Archive(NamedTuple):
-    """Suites of Debian for one architecture, and the folder in the cache that holds apt's lists of them."""
+    """Suites of Debian for one architecture, and the directory in the cache with apt's lists of their packages."""
 
     name: str
     architecture: str
@@ -28,7 +28,7 @@ class Archive(NamedTuple):
         self.apt("apt-get", "update")
 
     def unpack(self, packages: Iterable[str], place: Path) -> None:
-        """Download packages and extract them into the folder `place`; the archives are left there too."""
+        """Download packages and extract them into the directory `place`; the archives remain there too."""
         self.apt("apt-get", "download", *packages, directory=place)
         for package in place.glob("*.deb"):
             subprocess.run(["dpkg-deb", "--extract", package, place], check=True)
@@ -59,7 +59,7 @@ class Archive(NamedTuple):
 
 
 def _mirror() -> str:
-    """Return where this host's apt gets Debian from, without the archive's name."""
+    """Return the Debian mirror of this host's apt, without the archive's name."""
     if chosen := os.environ.get("IOBMD_VM_MIRROR"):
         return chosen
     listed = subprocess.run(

@@ -46,7 +46,7 @@ class Kind(NamedTuple):
 
 
 _FRAGMENTED = {IOReturn.kIOReturnNoResources: "fragmentation"}
-# The target releases these pages continually: one can be missing each time that it stands still.
+# The target releases these pages continually, so that one may be missing at each stop.
 _FAULTING = {IOReturn.kIOReturnNotReady: "meant", IOReturn.kIOReturnUnsupported: "meant"}
 _CONTENDED = {IOReturn.kIOReturnNotPermitted: "contended", IOReturn.kIOReturnTimeout: "contended"}
 
