@@ -625,7 +625,7 @@ def by_kind(bytes entries, uint64_t start, uint64_t end, bint write, size_t page
     Returns
     -------
     tuple[Ranges, Ranges, Ranges]
-        The parts that can be moved as they are, those of them whose whole pages a read brings in from swap, and the
+        The parts that can be copied directly, the whole pages of these that a read swaps in, and the
         absent parts.
     """
     cdef Ranges present = Ranges(), swapped = Ranges(), absent = Ranges()

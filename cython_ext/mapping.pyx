@@ -586,7 +586,7 @@ cdef class Mapping:
                     break
                 from_[0] = to[0] = area.vma_start
             if self._owns(&area, to[0], first, last):
-                # The margins are areas of their own.
+                # The margins are separate areas.
                 to[0] = min(area.vma_end, end)
             elif to[0] > from_[0]:
                 break

@@ -251,7 +251,7 @@ def register_writes(int fd, uint64_t address, size_t size):
 
 
 def first_lost(int pagemap, uint64_t start, uint64_t end):
-    """Return the address of the first page that has changed since it was protected; None if there is none.
+    """Return the address of the first page that has changed since it was protected, or None.
 
     Such a page is absent, the zero page (read after its loss), or has been written to.
     """

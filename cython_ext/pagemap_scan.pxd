@@ -16,7 +16,7 @@ cdef extern from * nogil:
         IOBMD_PAGE_IS_PFNZERO = 1 << 5, IOBMD_PAGE_IS_HUGE = 1 << 6,
     };
     enum { IOBMD_PM_SCAN_WP_MATCHING = 1 << 0, IOBMD_PM_SCAN_CHECK_WPASYNC = 1 << 1 };
-    /* Which pages a scan finds, what it does with them, and what it reports: as of struct pm_scan_arg. */
+    /* The pages that a scan finds, its actions on them, and the reported categories: fields of struct pm_scan_arg. */
     struct iobmd_wanted { uint64_t flags, max_pages, inverted, mask, anyof, reported; };
     /*
      * Call PAGEMAP_SCAN for `start` to `end`. Return the number of regions found, at most `room`, and in `walked` the

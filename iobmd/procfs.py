@@ -25,7 +25,7 @@ _ESCAPE = r"\\([0-7]{3})"
 
 
 Read = Callable[[int, int], bytes]
-"""Reads at most so many bytes from a descriptor, as os.read."""
+"""Reads at most a number of bytes from a descriptor, as os.read."""
 
 
 class VMA(NamedTuple):

@@ -247,7 +247,7 @@ def attach(source: Handle | sockets.socket, *, wired: bool | None = None) -> IOB
     source : Handle or socket.socket
         The handle returned by `share`, received through multiprocessing; or a Unix socket over which it was sent.
     wired : bool, optional
-        Whether to wire the memory, charged to this process. Default: as it was allocated.
+        Whether to wire the memory, charged to this process. Default: wired if it was allocated as wired memory.
 
     Returns
     -------
@@ -340,7 +340,7 @@ def _discard(fds: list[int]) -> None:
             os.close(fd)
     if not others:
         return
-    import threading  # noqa: PLC0415 (where it is needed only)
+    import threading  # noqa: PLC0415 (rarely needed)
 
     def close() -> None:
         for fd in others:

@@ -82,7 +82,7 @@ class Backing(Protocol):
         """Read its present physical runs, like `runs`; with `gaps`, absent pages are omitted, otherwise an error."""
 
     def lost(self) -> int | None:
-        """Return the first address at which the program has unmapped or replaced it; None if there is none."""
+        """Return the first address at which the program has unmapped or replaced it, or None."""
 
     def huge_bytes(self) -> int:
         """Count the bytes mapped by huge pages."""

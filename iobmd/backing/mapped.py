@@ -161,7 +161,7 @@ class MappedBacking(Pinned):
         return offset % PAGE_SIZE
 
     def span(self, offset: int, length: int) -> int:
-        """Return how many bytes the pages have that hold a range."""
+        """Return the total size of the pages that contain a range."""
         return span(self.in_page(offset), length)
 
     def file_extents(self, _offset: int, _length: int) -> list[FileExtent]:
@@ -169,7 +169,7 @@ class MappedBacking(Pinned):
         raise private()
 
     def lost(self) -> int | None:
-        """Return the first address at which its pages are no longer mapped; None if there is none."""
+        """Return the first address at which its pages are no longer mapped, or None."""
         lost = self.mapping.lost()
         return None if lost is None else self.address + (lost - self.mapping.address)
 

@@ -118,7 +118,7 @@ class RangeBacking(Pinned):
             raise CannotWireError(message)
 
     def lost(self) -> int | None:
-        """Return the first address that its task no longer maps; None if there is none. Raises as `RangeBacking`."""
+        """Return the first address that its task no longer maps, or None. Raises as `RangeBacking`."""
         end = self.address + self.length
         bad = procfs.uncovered(areas.overlapping(self.task, self.address, end), self.address, end, "r")
         return bad if bad < end else None
@@ -190,7 +190,7 @@ class RangeBacking(Pinned):
         return (self.address + offset) % PAGE_SIZE
 
     def span(self, offset: int, length: int) -> int:
-        """Return how many bytes the pages have that hold a range."""
+        """Return the total size of the pages that contain a range."""
         return span(self.in_page(offset), length)
 
     def file_extents(self, _offset: int, _length: int) -> list[FileExtent]:

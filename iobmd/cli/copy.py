@@ -116,7 +116,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _range(task: Task, text: str, length: int | None) -> tuple[int, int]:
-    """Return the address and size that the arguments ask for."""
+    """Return the address and size that the arguments specify."""
     if (bounds := _find(task, text) or _numbers(text)) is None:
         raise VMError(f"task {task.pid} has no readable mapping {text!r}: see /proc/{task.pid}/maps")
     start, end = bounds

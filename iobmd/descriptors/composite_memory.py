@@ -39,7 +39,7 @@ class _Piece(NamedTuple):
 
 
 class CompositeBacking:
-    """Parts of other memory, end to end. It has no memory of its own, and holds the owners of its parts.
+    """Parts of other memory, end to end. It allocates no memory, and holds the owners of its parts.
 
     Adjacent parts of the same memory are joined. Operations apply to those owners.
     """

@@ -36,7 +36,7 @@ class Limit(NamedTuple):
 
 
 def met_by_mapping(size: int, pid: int | None = None) -> Limit | None:
-    """Return the limit that prevents a process from mapping another `size` bytes; None if there is none.
+    """Return the limit that prevents a process from mapping another `size` bytes, or None.
 
     Parameters
     ----------

@@ -30,7 +30,7 @@ class Addresses:
         self._taken: list[tuple[int, int]] = []
 
     def take(self, size: int, alignment: int) -> int | None:
-        """Allocate the lowest free `size` bytes, aligned to `alignment`; None if there are none."""
+        """Allocate the lowest free `size` bytes, aligned to `alignment`; None if there is no such range."""
         for first, last in self.usable:
             at = round_up(first, alignment)
             for start, end in self._taken:

@@ -178,7 +178,7 @@ def _iova_ranges(info: bytearray) -> list[tuple[int, int]]:
 def _control(descriptor: Fd, request: int, argument: int | bytes | bytearray) -> int:
     with descriptor.use() as number:
         result = fcntl.ioctl(number, request, argument)
-    return result if isinstance(result, int) else 0  # given bytes, ioctl copies them and returns the copy
+    return result if isinstance(result, int) else 0  # for a bytes argument, ioctl returns a changed copy
 
 
 def _open(path: str, absent: str) -> Fd:

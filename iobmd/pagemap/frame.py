@@ -269,7 +269,7 @@ def _mapped_patiently(pid: int, low: int, high: int) -> Iterator[FrameMapping]:
 
 
 def _mapped_frames(pid: int, low: int, high: int) -> Iterator[list[FrameMapping]]:
-    """Iterate over the steps of a scan of a process, each with what it found."""
+    """Iterate over the steps of a scan of a process; each yields the mappings that it found."""
     task = Task(pid)
     with Reader(task) as reader:
         name = name_of(task)

@@ -156,7 +156,7 @@ def huge_bytes(address: int, size: int, task: Task = kernel_task) -> int:
 def certain_bytes(address: int, size: int, *counters: str, task: Task = kernel_task) -> int:
     """Return a lower bound of the bytes of a range that counters of smaps count.
 
-    The counters refer to whole areas; bytes that may lie outside the range are subtracted.
+    The counters refer to whole areas; bytes that may be outside the range are subtracted.
     """
     certain, end = 0, address + size
     for area, found in procfs.smaps(task.pid):

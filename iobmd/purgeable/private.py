@@ -14,7 +14,7 @@ from iobmd.units import PAGE_SIZE, round_down, round_up
 
 
 class LazilyFreed:
-    """Private anonymous memory of this process, `address` to `address + size`, whole pages of a mapping of its own.
+    """Private anonymous memory of this process, `address` to `address + size`, whole pages of a separate mapping.
 
     Losses are detected by inspecting the pages (`restore`). A store to volatile memory without `before_write` makes
     its page count as lost, because it cannot be distinguished from a store to a lost page.

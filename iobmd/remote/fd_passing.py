@@ -1,9 +1,9 @@
 """Passing a file descriptor of this process to a guest in another task.
 
 It is sent through a socket pair that the guest creates. This process fetches one end of the pair (pidfd_getfd(2),
-Linux 5.6), so that the namespaces and the root directory of the task do not matter. The guest has a descriptor table
-of its own: no thread of the task can copy, replace or redirect a descriptor in it. The task can overwrite the memory
-that these calls use; nothing is read back from it.
+Linux 5.6), so that the namespaces and the root directory of the task do not matter. The guest has its own descriptor
+table: no thread of the task can copy, replace or redirect a descriptor in it. The task can overwrite the memory that
+these calls use; nothing is read back from it.
 
 A process that may trace the task can copy the descriptor from the guest all the same (pidfd_getfd). Memory that is
 mapped read-only there is therefore sent by `read_only`.

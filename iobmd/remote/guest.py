@@ -2,8 +2,8 @@
 
 A system call that is made by a stopped thread of the task must never wait. It might wait for that very thread, for
 example if the task serves its own page faults (userfaultfd(2)), and it cannot be aborted. The thread therefore only
-creates a process that shares its memory. That process makes the other calls while the task runs, with descriptors of
-its own, and it alone is killed if a call does not return.
+creates a process that shares its memory. That process makes the other calls while the task runs, with its own
+descriptors, and it alone is killed if a call does not return.
 
 It is created by clone(2) with CLONE_VM, and executes only the task's system call instruction. It is traced from the
 start, and then with PTRACE_O_EXITKILL, so that it dies with its tracer. The task gets no signal when the guest exits,
@@ -29,7 +29,7 @@ SYSCALLS = {
 }  # fmt: skip
 SCRATCH, MAPPING = 1, 2
 """Kinds of memory that a call maps: unmapped when the guest ends, always (SCRATCH) or after a failure (MAPPING)."""
-PATIENCE = 5.0  # seconds for a call without a deadline of its own
+PATIENCE = 5.0  # seconds for a call without its own deadline
 _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS = 0x3, 0x22
 _UNSHARE, _LAST_DESCRIPTOR = 2, 0xFFFFFFFF
 

@@ -236,7 +236,7 @@ class RemoteMapping:
 
     def _unmap(self, *, inside: bool) -> None:
         start, size = self._whole
-        # The task itself may have mapped other memory there since, also by an exec: that stays.
+        # The task itself may have mapped other memory there since, possibly after an exec, which must remain.
         if self.task.alive and (ranges := self._mapped_ranges(start, start + size)):
             session.with_guest(self.task, lambda guest: _unmap(guest, ranges), inside=inside)
 

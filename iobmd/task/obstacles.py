@@ -138,7 +138,7 @@ class _Lengths:
         self._until = time.monotonic() + _PATIENCE
 
     def find(self, area: VMA) -> int | None:
-        """Return the length of the regular file that an area maps; None if there is none, or it cannot be found."""
+        """Return the length of the regular file that an area maps; None if it maps none or it cannot be found."""
         left = self._until - time.monotonic()
         if not area.inode or left <= 0:
             return None
@@ -168,7 +168,7 @@ def _guarded(pid: int, area: VMA, place: int, stop: int) -> Obstacle | None:
 
 
 def _first(pid: int, place: int, stop: int, wanted: tuple[int, int]) -> int | None:
-    """Return the first address of a range whose pagemap entry is wanted; None if there is none, or it is hidden."""
+    """Return the first address of a range whose pagemap entry is wanted; None if no entry is, or all are hidden."""
     with contextlib.suppress(OSError), open(procfs.memory_file(pid, "pagemap"), "rb", buffering=0) as opened:
         page = pagemap.first_entry(opened.fileno(), place // PAGE_SIZE, pages(stop), *wanted)
         if page is not None:

@@ -75,7 +75,7 @@ class Transfer(NamedTuple):
         Do not wait for other programs: the task is stopped, and may itself be the one to wait for.
     timeout
         Seconds to wait for another program; None: `TIMEOUT` for a page that it supplies. With a limit, all calls that
-        wait while the task holds the lock of its address space are made by children, too (`attempt.await_lock`).
+        wait while the task holds the lock of its address space are also made by children (`attempt.await_lock`).
     progress
         Called repeatedly in this thread with the number of bytes transferred so far.
     outline

@@ -90,7 +90,7 @@ def use_snapshot(pid: int, address: int) -> None:
 @pytest.mark.parametrize(("others", "times"), [(0, 30), (3, 10), (15, 3)])
 @pytest.mark.parametrize("use", [use_allocate, use_prepare, use_freeze, use_snapshot])
 def test_we_are_killed(use: Callable[[int, int], None], others: int, times: int) -> None:
-    """The process is killed while it maps repeatedly: the tracer soon completes what was begun.
+    """The process is killed while it maps repeatedly: the tracer soon completes the operation.
 
     `others` is the number of threads that compute and may hold the GIL at that moment.
     """

@@ -142,7 +142,7 @@ if %s:  # it waits by itself: on a busy machine it must not end before it was ex
 sys.exit(21)
 """
 _BLOCKED = {
-    # how it waits: what it runs, what comes out, how long at least; a line on its standard input ends most waits
+    # kind of wait: program, result, minimum duration; a line on its standard input ends most waits
     "sleep": ("result = time.sleep(1)", "None", 1),
     "read": ("result = os.read(0, 10)", r"b'\n'", 0),
     "select": ("result = [len(some) for some in select.select([0], [], [])]", "[1, 0, 0]", 0),

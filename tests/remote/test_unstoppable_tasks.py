@@ -113,7 +113,7 @@ def test_seccomp_without_the_right_to_suspend_it() -> None:
         assert code == IOReturn.kIOReturnNotPermitted
         assert "itself" in message
         with iobmd.allocate(4096, task=target.pid, wired=False) as buffer:
-            buffer.writeBytes(0, b"suspended for a moment")
+            buffer.writeBytes(0, b"suspended temporarily")
         target.stdout.close()
 
 

@@ -142,7 +142,7 @@ COMMANDS: dict[str, Callable[[iobmd.Task, int], object]] = {
     "write": lambda task, at: task.write(at, b"changed", timeout=SHORT),
     "copy": lambda task, at: iobmd.copy(task, at, 4096, timeout=SHORT, wired=False),
     "copy without a limit": lambda task, at: iobmd.copy(task, at - MIB, MIB, wired=False),
-    "copy of what is readable": lambda task, at: iobmd.copy(task, at - MIB, MIB, timeout=SHORT, unreadable="zero"),
+    "copy of readable bytes": lambda task, at: iobmd.copy(task, at - MIB, MIB, timeout=SHORT, unreadable="zero"),
     "frozen copy": lambda task, at: iobmd.copy(task, at, 4096, timeout=SHORT, freeze=True, wired=False),
     "allocate": lambda task, _at: iobmd.allocate(4096, task=task, wired=False),
     "prepare": lambda task, at: iobmd.IOMemoryDescriptor.withAddressRange(at, 4096, 3, task).prepare(),

@@ -484,7 +484,7 @@ times, failed, number = [], 0, 1
 if kind == "redis":
     peer.sendall(b"SET k kept\r\n")
     assert peer.recv(100) == b"+OK\r\n"
-assert ask(number)  # the server has opened then what it opens
+assert ask(number)  # the server has then opened its files
 print("ready", flush=True)
 while not select.select([sys.stdin], [], [], 0)[0]:
     number += 1

@@ -1,4 +1,4 @@
-"""`tools/prose.py`, the lint step that counts phrases to avoid."""
+"""`tools/prose.py`, the lint step that finds phrases to avoid."""
 
 from pathlib import Path
 
@@ -19,6 +19,12 @@ from iobmd.tools import prose
             "int told;\n/* The lock is given\n * back anew. */\n",
             [(2, "vague verb"), (3, "archaism")],
         ),
+        (
+            "a.py",
+            "# The page lies there\n# as it was, over and over.\n",
+            [(1, "lies"), (2, "as it was"), (2, "idiom")],
+        ),
+        ("a.py", '"""Return a process of its own."""\n', [(1, "of its own")]),
         ("a.md", "What is `told`.\n\n```text\ntold\n```\n\n- what was made of it\n", [(7, "what-clause")]),
     ],
 )
@@ -31,6 +37,10 @@ def test_findings(path: str, text: str, expected: list[tuple[int, str]]) -> None
     [
         ("a.py", "told = nobody('tell it')  # a user who waits for it, for example, has not run\n"),
         ("a.py", '"""Return the pages; `whoever` waits."""\n'),
+        (
+            "a.py",
+            '"""Wait as soon as it was read.\n\n    ours, theirs\n        The server of its own file.\n    """\n',
+        ),
         ("a.md", "The lock that another task holds is released by `tell`.\n"),
     ],
 )
@@ -38,13 +48,10 @@ def test_false_alarms(path: str, text: str) -> None:
     assert list(prose.findings(path, text)) == []
 
 
-def test_a_count_above_its_ceiling_fails(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_phrase_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(prose, "ROOT", tmp_path)
     (tmp_path / "README.md").write_text("Nothing to report.\n")
-    assert prose.main([]) == 0
-    count = prose.PATTERNS["tell"].ceiling + 1
-    (tmp_path / "README.md").write_text("The kernel tells.\n" * count)
-    assert prose.main(["--list"]) == 1
-    assert f"README.md:{count}: tell: tells" in capsys.readouterr().out
+    assert prose.main() == 0
+    (tmp_path / "README.md").write_text("Nothing to report.\nThe kernel tells.\n")
+    assert prose.main() == 1
+    assert "README.md:2: 'tells' (tell): write report" in capsys.readouterr().out

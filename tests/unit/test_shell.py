@@ -1,4 +1,4 @@
-"""Shell completions and man pages, as they are installed or, in a checkout, in `share`: current, and accepted."""
+"""Shell completions and man pages, installed or in `share` of a checkout: current, and valid."""
 
 import importlib
 import os

@@ -111,7 +111,7 @@ def test_an_interrupt_ends_the_guests(
     shown = capsys.readouterr()
     assert shown.err == "interrupted: the guests were ended\n"
     assert "FAILED" not in shown.out
-    assert "once more" not in shown.out
+    assert "trying again" not in shown.out
 
 
 LISTED = [

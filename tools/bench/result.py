@@ -40,7 +40,7 @@ def medians(rounds: int, *actions: Callable[[], float]) -> list[float]:
     """Return the median result of each of `actions`.
 
     They alternate, so that a slow moment of the host affects all, and each runs twice, the first time unmeasured: on
-    a virtual machine the first touch of memory that was free for a while waits for the host to back it.
+    a virtual machine the first touch of memory that was free for a long time waits for the host to back it.
     """
     samples = [[(action(), action())[1] for action in actions] for _ in range(rounds)]
     return [statistics.median(column) for column in zip(*samples, strict=True)]

@@ -1,6 +1,6 @@
 """Entry point of the `iobmd` command.
 
-This is a package of its own because it is imported first: if it is in `sys.modules`, `import iobmd` does not load the
+This is a separate package because it is imported first: if it is in `sys.modules`, `import iobmd` does not load the
 whole library. A command needs a third of it, and loading the rest was most of the duration of a short command.
 """
 

@@ -105,7 +105,7 @@ class Look:
         return []
 
     def restless(self) -> Restless | None:
-        """Return how the process has changed since the start; None if it has not."""
+        """Return how the process has changed since the start; None if it is unchanged."""
         if self._gone:  # its areas at least: it has executed another program
             return Restless(not self.task.alive, True, 0)
         return self._steady.restless()

@@ -34,7 +34,7 @@ class Steady:
         self._then = self._now()
 
     def restless(self) -> Restless | None:
-        """Return the changes since then; None if there are none."""
+        """Return the changes since then; None if it is unchanged."""
         now = self._now()
         if self._then is None or now is None:
             return Restless(True, False, 0) if now is None else None

@@ -1,4 +1,4 @@
-"""Memory pressure: a cgroup with a limit, and a program that fills it over and over."""
+"""Memory pressure: a cgroup with a limit, and a program that fills it repeatedly."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def check_new(context: Context, buffer: IOBufferMemoryDescriptor, size: int) -> 
     content = context.chance.randbytes(min(size, 64)) * -(-size // 64)
     content = content[:size]
     buffer.writeBytes(0, content)
-    context.check_bytes(buffer.readBytes(0, size), content, "what was written")
+    context.check_bytes(buffer.readBytes(0, size), content, "the written bytes")
     return content
 
 
