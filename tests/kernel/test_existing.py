@@ -93,7 +93,7 @@ def test_bytes_across_ranges(foreign: ForeignPages) -> None:
 
 @pytest.mark.needs("frames")
 def test_segments_across_ranges(foreign: ForeignPages) -> None:
-    """Each byte where pagemap says, for ranges that begin and end anywhere in a page."""
+    """Each byte has the address that pagemap shows, for ranges that begin and end anywhere in a page."""
 
     @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
     @given(ranges(), st.data())
@@ -212,7 +212,7 @@ def test_directions_and_access(foreign: ForeignPages) -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 def test_read_only_memory_is_not_pinned(foreign: ForeignPages) -> None:
-    """And nothing else stays pinned of what was to be prepared with it."""
+    """If one part cannot be prepared, no other part remains pinned."""
     foreign.protect(4 * PAGE, PAGE, mmap.PROT_READ)
     ranges = [(foreign.address, PAGE), (foreign.address + 3 * PAGE, 2 * PAGE)]
     with IOMemoryDescriptor.withAddressRanges(ranges, OUT, kernel_task) as md:
@@ -381,7 +381,7 @@ def test_volatile_memory_is_written_as_through_its_buffer() -> None:
 
 
 def test_fork(foreign: ForeignPages) -> None:
-    """The child's descriptor is of the child's memory."""
+    """In a forked child, the descriptor describes the child's memory."""
     md = IOMemoryDescriptor.withAddressRange(foreign.address, 4, INOUT, kernel_task)
     md.writeBytes(0, b"ours")
 

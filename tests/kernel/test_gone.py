@@ -47,7 +47,7 @@ pytestmark = [
 ]
 
 
-# --- how memory goes away; each takes (address, file)
+# --- ways to lose memory; each function takes (address, file)
 
 WAYS: dict[str, Callable[[int, int], None]] = {
     "unmapped": lambda address, _fd: rawmemory.unmap(address + GOOD, SIZE - GOOD),
@@ -58,7 +58,7 @@ WAYS: dict[str, Callable[[int, int], None]] = {
 
 
 class ExistingMemory:
-    """Memory with a file behind it, or without, and a descriptor of it."""
+    """Memory with or without a file, and a descriptor of it."""
 
     def __init__(self, *, file: bool) -> None:
         self.file = tempfile.TemporaryFile() if file else None  # noqa: SIM115 (closed below)

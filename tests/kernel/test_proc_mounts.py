@@ -61,7 +61,7 @@ def expected(entries: list[int]) -> list[tuple[bool, int | None]]:
 
 @pytest.fixture(params=["the init process of its namespace", "a pid that belongs to another process in /proc"])
 def foreign(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
-    """Runs a function in a pid namespace whose numbers mean other processes in /proc."""
+    """Run a function in a pid namespace whose pids belong to other processes in /proc."""
     with sleeping() as hidden:
         first = hidden.pid if request.param.startswith("a pid") else None
 

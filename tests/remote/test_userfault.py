@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.needs("compiler", "root"), pytest.mark.usefixtures("ma
 
 
 class ServedTarget(Target):
-    """The program, with the addresses of the range whose faults it serves and of an ordinary one, 1 MiB each."""
+    """The program, with the addresses of the range whose faults it serves and of an ordinary range, 1 MiB each."""
 
     def __init__(self, handler: str = "poll", main: str = "read", mode: str = "serve") -> None:
         super().__init__([build("userfault"), handler, main, mode])
@@ -98,7 +98,7 @@ def test_prepare(handler: str, main: str) -> None:
 
 
 def test_prepare_of_pages_protected_from_writes(handler: str) -> None:
-    """Every page is present, and still a pin, which is for writing too, needs the handler for each."""
+    """Every page is present, but a pin, which is also for writing, needs the handler for each."""
     with ServedTarget(handler, "read", "protect") as target:
         assert soon(lambda: prepared(target)) is Wiring.PINNED
         target.check_unharmed()
@@ -116,7 +116,7 @@ def failing(action: Callable[[], object]) -> Callable[[], IOReturnError]:
 
 
 def test_prepare_with_a_stalled_handler() -> None:
-    """An error within seconds that names the cause; the program goes on all the while, and afterwards."""
+    """The error names the cause within seconds; the program continues during and after the call."""
     with ServedTarget(mode="stall") as target:
         error = soon(failing(lambda: prepared(target)), 9)
         assert isinstance(error, IOReturnError)
@@ -128,7 +128,7 @@ def test_prepare_with_a_stalled_handler() -> None:
 
 
 def test_prefault_with_a_stalled_handler() -> None:
-    """It is a wish: given up after a while."""
+    """Populating the map is optional, and is abandoned after a time."""
     with ServedTarget(mode="stall") as target:
 
         def prefault() -> None:
@@ -145,7 +145,7 @@ def test_prefault_with_a_stalled_handler() -> None:
 
 @pytest.mark.parametrize("freeze", [False, True], ids=["copy", "freeze"])
 def test_copy_with_a_stalled_handler(freeze: bool) -> None:
-    """An error within the time that the caller allows; the program runs all the while."""
+    """The error is raised within the caller's time limit; the program continues to run."""
     with ServedTarget(mode="stall") as target:
         error = soon(failing(lambda: copied(target, freeze=freeze, timeout=0.5)), 3)
         assert isinstance(error, IOReturnError)
@@ -157,7 +157,7 @@ def test_copy_with_a_stalled_handler(freeze: bool) -> None:
 
 
 def test_freeze_of_pages_that_go_away_again() -> None:
-    """They are missing whenever the program stands still: refused by name, or all of them happened to be there."""
+    """Pages are missing at each stop: the copy is refused with the reason, unless all happen to be present."""
     with ServedTarget(mode="drop", main="spin") as target:
 
         def copy() -> str:
@@ -173,7 +173,7 @@ def test_freeze_of_pages_that_go_away_again() -> None:
 
 
 def test_freeze_of_other_memory_of_a_task_that_hears_of_forks() -> None:
-    """A child would not be made until its handler, which stands still, had read the report."""
+    """The clone of a child would wait until the handler, which is stopped, had read the report."""
     with ServedTarget(mode="fork") as target:
 
         def copy() -> bytes:
@@ -220,7 +220,7 @@ def test_interrupt(call: str) -> None:
 
 @pytest.mark.parametrize("call", CALLS)
 def test_killed_as_it_waits(call: str) -> None:
-    """SIGKILL at that moment, too, leaves the program running, untraced, with nothing of ours in it."""
+    """SIGKILL at that moment also leaves the program running and untraced, without remains of iobmd."""
     with ServedTarget(mode="stall") as target:
         script = (
             f"import iobmd\npid, area, size = {target.pid}, {target.area}, {MIB}\nprint(1, flush=True)\n{CALLS[call]}"

@@ -27,7 +27,7 @@ VOLATILE, NON_VOLATILE = iobmd.IOPurgeable.kIOMemoryPurgeableVolatile, iobmd.IOP
 
 
 class ConcurrentFree:
-    """What another thread does between the moment a descriptor's number is read and the moment it is used."""
+    """Actions of another thread between reading a descriptor's number and using it."""
 
     def __init__(self, free: Callable[[], object], file: Path) -> None:
         self._free = free
@@ -92,7 +92,7 @@ def test_memory_mapped_in_no_task(method: str, monkeypatch: pytest.MonkeyPatch, 
             buffer.readBytesInto(0, read)
             assert read == MARK
         assert other_thread.file_is_untouched()
-    assert memfds() == before_it, "the object is closed with the last use"
+    assert memfds() == before_it, "the object is closed at the end of the last use"
     with pytest.raises(IOReturnError) as caught:
         buffer.readBytes(0, 1)
     assert caught.value.code == IOReturn.kIOReturnNotOpen

@@ -61,7 +61,7 @@ def test_all_of_a_task_that_stands_still_is_read(
 
 
 def test_a_task_that_grows_is_read(target: MovingAreas) -> None:
-    """Twice as many areas as it had are not yet too many."""
+    """Up to twice as many areas as it had are accepted."""
     areas = len(Path(f"/proc/{target.pid}/maps").read_text().splitlines())
     found = 0
     for found, _area in enumerate(procfs.maps(target.pid), 1):
@@ -71,7 +71,7 @@ def test_a_task_that_grows_is_read(target: MovingAreas) -> None:
 
 
 class MovingOutput(io.StringIO):
-    """Standard output that has the target move its areas with each line that is written."""
+    """Standard output that makes the target move its areas with each line that is written."""
 
     def __init__(self, target: MovingAreas) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class MovingOutput(io.StringIO):
 
 
 def test_the_command(target: MovingAreas, capsys: pytest.CaptureFixture[str]) -> None:
-    """It shows what it has read, ends its document and says why."""
+    """The command shows the areas that it has read, completes its document and states the reason."""
     with contextlib.redirect_stdout(MovingOutput(target)) as shown:
         assert main(["pagemap", str(target.pid), "--json"]) == 1
     assert "keeps moving its memory" in capsys.readouterr().err
@@ -110,11 +110,11 @@ def moving_with_each_step(target: MovingAreas, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.needs("frames")
 def test_other_processes_are_searched_for_a_frame(target: MovingAreas, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the one that was not searched whole is named."""
+    """The process that was not searched completely is named."""
     program = next(area for area in procfs.maps(target.pid) if area.inode)
     entry = kernel.entries(program.start, 1, target.pid)[0]
     with MovingAreas(10) as other:
-        # The target is searched first, and moves with each area of it that is looked at.
+        # The target is searched first, and moves with each of its areas that is inspected.
         monkeypatch.setattr(pidns, "pids", lambda: [target.pid, other.pid])
         moving_with_each_step(target, monkeypatch)
         refused: dict[int, IOReturnError] = {}

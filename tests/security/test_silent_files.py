@@ -99,7 +99,7 @@ def within_patience(action: Callable[[], object]) -> object:
 
 @pytest.mark.needs("root")
 def test_an_explanation_asks_no_server(target: SilentTarget) -> None:
-    """The length of the file is what the kernel knows of it: stat(2) would ask the server, and wait."""
+    """The length of the file is the kernel's cached value, because stat(2) would call the server, and wait."""
     found = within_patience(lambda: obstacles.find(target.pid, target.at, target.at + 2 * MIB))
     assert isinstance(found, obstacles.Obstacle)
     assert (found.address, found.kind) == (target.at + MIB, VMError)
@@ -108,7 +108,7 @@ def test_an_explanation_asks_no_server(target: SilentTarget) -> None:
 
 @pytest.mark.needs("root")
 def test_a_path_that_leads_to_the_server_is_given_up(target: SilentTarget, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the right to use map_files the path is looked up, which its directory's server has to answer."""
+    """Without permission to use map_files, the path is looked up, which calls the server of its directory."""
     area = next(procfs.areas(target.pid, target.at, target.at + 1))
     other = area._replace(start=area.start + 4096)  # map_files has no such entry
     begin = time.monotonic()
@@ -190,7 +190,7 @@ def is_held(pid: int) -> bool:
 
 @pytest.mark.needs("root")
 def test_ctrl_c_ends_a_read_of_such_a_file(target: SilentTarget) -> None:
-    """Of a page that its server has not delivered: long before the time is over that it was given."""
+    """Ctrl-C ends the wait for a page that its server does not supply, long before the time limit."""
     where = [str(target.pid), hex(target.at + MIB // 2), "4096", "--pageable", "--timeout", "600"]
     program = [sys.executable, "-c", "import iobmd_command; raise SystemExit(iobmd_command.main())", "copy", *where]
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as command:

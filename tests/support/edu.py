@@ -54,7 +54,7 @@ class Copy(NamedTuple):
 
 
 class Devices:
-    """Devices that work at the same time. `transfers` counts what they did."""
+    """Devices that work concurrently. `transfers` counts their transfers."""
 
     def __init__(self, devices: Sequence[Edu]) -> None:
         self.devices = devices

@@ -138,7 +138,7 @@ def rings(pid: int | str = "self") -> int:
     """Count the open io_uring descriptors of a process."""
     count = 0
     for path in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):  # the one that lists the folder
+        with contextlib.suppress(OSError):  # the descriptor that lists the directory
             count += "io_uring" in str(path.readlink())
     return count
 

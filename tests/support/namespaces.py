@@ -66,7 +66,7 @@ def in_namespaces(
 
 
 class SleepingChild:
-    """A forked child that sleeps, with `data` in a page of its own; also without its main thread.
+    """A sleeping forked child with `data` in a separate page, optionally without its main thread.
 
     Attributes
     ----------

@@ -13,7 +13,7 @@ PAGE = 4096
 class Proof:
     """Makes devices read and write memory at physical addresses, and compares every byte with the processor's view.
 
-    Each piece is copied by a device to a page of its own and back, which `devices` counts as two transfers.
+    A device copies each piece to a separate page and back, which `devices` counts as two transfers.
     """
 
     def __init__(self, devices: Devices, pages: iobmd.IOBufferMemoryDescriptor) -> None:

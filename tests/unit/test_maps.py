@@ -131,7 +131,7 @@ def test_smaps_of_this_process() -> None:
 
 @pytest.mark.parametrize("cut", [1, 7, 100, 5000])
 def test_smaps_in_pieces(cut: int) -> None:
-    """However much each read returns; and a name that looks like the end of an area."""
+    """The result does not depend on the size of each read, or on a name that looks like the end of an area."""
     text = Path("/proc/self/smaps").read_bytes()
     text = text.replace(b"[heap]", b"/VmFlags: x\\012")
 
@@ -179,13 +179,13 @@ def test_lines_of_a_range(found: list[bytes], limits: tuple[int, int]) -> None:
 
 @pytest.fixture
 def separate_pages() -> Iterator[SeparatePages]:
-    """Three hundred pages of every other protection, each an area, with a hole among them; then a file."""
+    """Three hundred pages with alternating protection, each a separate area, with a hole among them; then a file."""
     with SeparatePages() as found:
         yield found
 
 
 class SeparatePages:
-    """Areas of one page each in an address range of this process, in which nothing else maps anything."""
+    """Areas of one page each, in an address range of this process that is used for nothing else."""
 
     def __enter__(self) -> SeparatePages:
         self.memory = mapping.Mapping.reserve(302 * PAGE_SIZE, PAGE_SIZE)
@@ -214,7 +214,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_areas_of_a_range(way: str, separate_pages: SeparatePages) -> None:
-    """What begins, ends or lies within the range, and nothing else; more areas than are asked for at a time."""
+    """All areas that overlap the range, and no others, even if there are more than are queried at a time."""
     start, end, hole = separate_pages.start, separate_pages.end, separate_pages.hole
     for low, high in [
         (start, end),
@@ -263,7 +263,7 @@ def test_areas_of_a_process_without_memory(way: str) -> None:
 
 @pytest.mark.needs("procmap_query")
 def test_one_area_of_many_is_found_without_the_others(separate_pages: SeparatePages) -> None:
-    """By how many bytes this process reads for it, as the kernel counts them (rchar of /proc/PID/io)."""
+    """Measured by the number of bytes that this process reads, according to the kernel (rchar of /proc/PID/io)."""
     page = separate_pages.start + 298 * PAGE_SIZE
 
     def read_bytes(work: Callable[[], object]) -> int:

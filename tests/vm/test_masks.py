@@ -16,7 +16,7 @@ DEVICES_MASK = (1 << 28) - 1
 
 @pytest.fixture
 def low_pages(devices: Devices):
-    """Pages that a device of 28 bits reaches, to copy to and from."""
+    """Pages within reach of a device with 28 bits, to copy to and from."""
     with searching(), iobmd.allocate(len(devices.devices) * 4096, physical_mask=DEVICES_MASK) as pages:
         yield pages
 
@@ -41,7 +41,7 @@ def test_met_and_reached(devices: Devices, low_pages, record_property, size: int
 
 @pytest.mark.needs("edu", "narrow_edu")
 def test_what_lies_above_is_not_reached(devices: Devices, low_pages, record_property) -> None:
-    """The control: such a device clamps the address, and reads another frame without a word."""
+    """The control: such a device truncates the address, and silently reads another frame."""
     before = devices.transfers
     with iobmd.allocate(16 * MIB) as buffer:
         high = [offset for offset in range(0, 16 * MIB, MIB) if buffer.getPhysicalSegment(offset)[0] >> 28]
