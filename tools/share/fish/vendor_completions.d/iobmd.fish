@@ -68,7 +68,7 @@ complete -c iobmd -n '_shtab_iobmd_using copy' -s h -l help -d 'show this help m
 complete -c iobmd -n '_shtab_iobmd_using copy' -s o -l output -xka "(__fish_complete_path (commandline -ct))" -d 'write the bytes to FILE (-: standard output)'
 complete -c iobmd -n '_shtab_iobmd_using copy' -l freeze -d 'copy the bytes as of one moment; the process is stopped briefly'
 complete -c iobmd -n '_shtab_iobmd_using copy' -l unreadable -xka "raise zero" -d 'what to do about bytes that cannot be read: fail (default), or write zeros'
-complete -c iobmd -n '_shtab_iobmd_using copy' -l timeout -x -d 'how long to wait for a page that another program must supply, and for the lock of the task'"'"'s address space; slower than without (default: 10, as far as that costs no time)'
+complete -c iobmd -n '_shtab_iobmd_using copy' -l timeout -x -d 'how long to wait for a page that another program must supply, and for the lock of the task'"'"'s address space; a limit makes copies slower (default: 10, only for waits whose limit costs no time)'
 complete -c iobmd -n '_shtab_iobmd_using copy' -l wired -d 'into wired memory (default)'
 complete -c iobmd -n '_shtab_iobmd_using copy' -l pageable -d 'into pageable memory, not limited by RLIMIT_MEMLOCK'
 complete -c iobmd -n '_shtab_iobmd_using copy' -l json -d 'print the summary as one JSON document'
