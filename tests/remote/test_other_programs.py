@@ -33,6 +33,7 @@ from support.targets import (
 import iobmd
 from iobmd import IOReturn, IOReturnError
 
+pytestmark = pytest.mark.usefixtures("may_trace")
 needs_compiler = pytest.mark.needs("compiler")
 needs_root = pytest.mark.needs("root")
 
@@ -366,8 +367,6 @@ def test_stopped_and_continued_meanwhile() -> None:
 
 _STOP_AND_CONTINUE = """
 import os, random, signal, sys, time
-
-pytestmark = pytest.mark.usefixtures("may_trace")
 target = int(sys.argv[1])
 for _ in range(4000):
     os.kill(target, signal.SIGSTOP)

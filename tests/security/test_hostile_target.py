@@ -26,6 +26,7 @@ from iobmd.remote.guest import Call, Guest, Result
 from iobmd.remote.session import Session
 from iobmd.task import attempt
 
+pytestmark = pytest.mark.usefixtures("may_trace")
 MIB = 1 << 20
 ANYWHERE, READ_ONLY = int(IOMapOptions.kIOMapAnywhere), int(IOMapOptions.kIOMapReadOnly)
 SYS_IO_URING_REGISTER, UNREGISTER_BUFFERS = 427, 1
@@ -255,8 +256,6 @@ def test_a_pin_of_other_memory_than_was_asked_for(monkeypatch: pytest.MonkeyPatc
 
 EXEC = """
 import os, sys, threading
-
-pytestmark = pytest.mark.usefixtures("may_trace")
 def wait():
     sys.stdin.readline()
     os.execvp("sleep", ["sleep", "1000"])
