@@ -7,8 +7,9 @@
 #include <unistd.h>
 #include <sys/syscall.h>
 
-/* New memory is the stack of a child. One that was killed, or left by exit_group(2), leaves marks of its variables with
-   the address sanitizer, and the kernel may map other memory there later. */
+/* Declare memory as new, because it is the stack of a child. With the address sanitizer, a child that was killed, or
+   that called exit_group(2), leaves marks for its variables, and the kernel may map other memory at the addresses
+   later. */
 #ifdef __SANITIZE_ADDRESS__
 void __asan_unpoison_memory_region(void const volatile *address, size_t size);
 #define IOBMD_IS_NEW(memory, size) __asan_unpoison_memory_region(memory, size)

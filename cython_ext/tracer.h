@@ -103,7 +103,7 @@ struct iobmd_tracer {
 
     /* The answer. */
     int status, error, failed;
-    volatile int peeks;         /* it reads the memory of a stopped thread: if it is killed, then by its alarm */
+    volatile int peeks;         /* it reads the memory of a stopped thread: only its alarm kills it then */
     pid_t refused;              /* the thread that may not be traced */
     int64_t stopped_ns;         /* upper bound of the time for which a thread was stopped */
     pid_t guest, child;         /* in the pid namespace of this process; 0: none */
@@ -288,7 +288,7 @@ static int iobmd_is_gone(const struct iobmd_tracer *t, pid_t tid)
     return iobmd_is_dead(t, tid) || iobmd_status_field(t, tid, "TracerPid:") != t->self;
 }
 
-/* Kill this process after a time (never, with 0): the kernel then resumes the threads that it has stopped. */
+/* Kill this process after a time (0: never); the kernel then resumes the threads that it has stopped. */
 static void iobmd_set_alarm(const struct iobmd_tracer *t, int64_t after_ns)
 {
     struct itimerspec when = { { 0, 0 }, { after_ns / (1000 * IOBMD_MS), after_ns % (1000 * IOBMD_MS) } };
@@ -800,8 +800,9 @@ static int iobmd_clone_by(struct iobmd_tracer *t, pid_t tid, void *data)
     return iobmd_stop(t, &thread, 1, data, 1) == IOBMD_DONE ? IOBMD_LATE : IOBMD_DONE;
 }
 
-/* Unmap in another guest what a guest that was stuck or killed has not unmapped. A thread of the task could not be taken
-   out of a call that waits for the lock of the address space. If that is still held, a page or two remain mapped. */
+/* Unmap in another guest what a guest that was stuck or killed has not unmapped. A thread of the task could not be
+   removed from a call that waits for the lock of the address space. If that is still held, a page or two remain
+   mapped. */
 static void iobmd_unmap_left(struct iobmd_tracer *t)
 {
     struct iobmd_call clone = iobmd_new_call(SYS_clone, CLONE_VM | CLONE_FS | CLONE_FILES, IOBMD_NO_STACK, 0);

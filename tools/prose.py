@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-_PARTS = ("README.md", "CHANGELOG.md", "CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "SECURITY.md",
-          "docs", "iobmd", "cython_ext", "tools", "tests")  # fmt: skip
+_PARTS = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md",
+          ".github", "docs", "iobmd", "cython_ext", "tools", "tests")  # fmt: skip
 _OWN = {"prose.py", "test_prose.py"}  # these files contain the phrases
 
 
@@ -92,7 +92,7 @@ _GRAMMAR = {
     ".pxd": re.compile(f"({_HASH_COMMENT}|{_C_COMMENT})", re.S),
     **dict.fromkeys((".py", ".pyi", ".pyx", ".pxi"), re.compile(f"({_HASH_COMMENT}|{_STRING})|{_CODE}", re.S)),
     **dict.fromkeys((".c", ".h"), re.compile(f"({_C_COMMENT}|{_STRING})|{_CODE}", re.S)),
-    ".md": re.compile(r"((?:(?!^```).)+)|^```.*?^```$", re.S | re.M),
+    ".md": re.compile(r"^```\{glossary\}$|((?:(?!^```).)+)|^```.*?^```$", re.S | re.M),
 }
 
 

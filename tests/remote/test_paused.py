@@ -185,12 +185,12 @@ def test_calls_in_a_paused_task(target: Target, freezer: Freezer) -> None:
 
 
 def state(pid: int) -> str:
-    """Return the letter by which /proc shows what a process does."""
+    """Return the state letter of a process in /proc."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def stopped_tracer(task: int) -> int:
-    """Stop the tracer of a task while a thread of the task stands still, and return its number."""
+    """Stop the tracer of a task while a thread of the task is stopped, and return the tracer's pid."""
     end = time.monotonic() + 30
     while time.monotonic() < end:
         tracer = int(Path(f"/proc/{task}/status").read_text().partition("\nTracerPid:\t")[2].split()[0])
@@ -207,7 +207,7 @@ def stopped_tracer(task: int) -> int:
 
 @pytest.mark.parametrize("freezer", ["cgroup"], indirect=True)
 def test_paused_in_the_middle_of_a_stop(target: Target, freezer: Freezer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The call fails in time; the thread has its registers and its signal mask again as soon as it is thawed."""
+    """The call fails in time, and the thread's registers and signal mask are restored as soon as it is thawed."""
     address = int(target.line())
     monkeypatch.setattr(native, "LIMIT", 3.0)
     task = iobmd.Task(target.pid)
@@ -234,7 +234,7 @@ def test_paused_in_the_middle_of_a_stop(target: Target, freezer: Freezer, monkey
         raised.append(TaskTimeoutError("over"))
         freezer.thaw()
         maker.join()
-    # The second: the end of the session before was paused, and its tracer waits for the thaw.
+    # The second, because the end of the previous session was paused, and its tracer waits for the thaw.
     assert raised[0].code in (IOReturn.kIOReturnTimeout, IOReturn.kIOReturnNotPermitted)
     assert until(lambda: not Path(f"/proc/{tracer}").exists() or state(tracer) == "Z")
     assert procfs.status(target.pid)["SigBlk"] == mask
