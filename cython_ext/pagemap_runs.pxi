@@ -236,7 +236,7 @@ def concatenated(tables, uint64_t virtual):
 
 
 cdef int _return(int fd, uint64_t address, size_t page, uint64_t *entry) noexcept nogil:
-    """Wait until a pinned page of this process is in place again, and read its entry; returns an error number.
+    """Wait until a pinned page of this process is mapped again, and read its entry; return an error number.
 
     The kernel unmaps a page before it detects that it cannot migrate it (migrate_pages), and reclaim does so with
     shared pages: pagemap temporarily has no frame for it. A page fault waits for its return.
@@ -270,7 +270,7 @@ def read_runs(int fd, uint64_t address, uint64_t size, size_t page, bint pinned=
     Raises
     ------
     OSError
-        The kernel's error, or ENODATA where the address space ends.
+        The kernel's error, or ENODATA if the address space ends.
     """
     cdef RunTable table = RunTable.__new__(RunTable)
     cdef uint64_t *entries = <uint64_t *>malloc(ENTRIES * 8)

@@ -255,8 +255,8 @@ class CompositeBacking:
 
     def close(self) -> None:
         """End the use of its parts' memory, which is released after its last use. Idempotent."""
-        self.seal()  # first: a part that refuses does not lose the others
-        with contextlib.ExitStack() as all_of_them:  # the others also if one fails
+        self.seal()  # first, so that the parts remain if one refuses
+        with contextlib.ExitStack() as all_of_them:  # also if another one fails
             for part in reversed(self._parts):
                 all_of_them.callback(part.owner.remove_dependent, self)
         # The parts remain: a concurrent access of another thread reaches the owners, which refuse released memory.
@@ -325,13 +325,13 @@ class CompositeState:
 
 
 def _is_elsewhere(part: Part) -> bool:
-    """Return whether a part may be mapped in another task, where its mapping is ended last: it cannot be restored."""
+    """Return whether a part may be mapped in another task; such a mapping ends last: it cannot be restored."""
     backing = part.owner.backing
     return backing is not None and (backing.task is None or not backing.task.is_current)
 
 
 def _unpin(owners: Sequence[MemoryOwner]) -> None:
-    with contextlib.ExitStack() as all_of_them:  # the others also if one fails
+    with contextlib.ExitStack() as all_of_them:  # also if another one fails
         for owner in reversed(owners):
             all_of_them.callback(_unpin_one, owner)
 

@@ -121,7 +121,7 @@ class IOMemoryMap(Exporter):
         ----------
         newBackingMemory : IOMemoryDescriptor
             Shared memory (`kIOMemoryKernelUserShared`). It cannot be freed before the map is unmapped; the previous
-            memory then can.
+            memory can be freed afterwards.
         options : int
             Must be 0; no options are defined.
         offset : int

@@ -48,12 +48,12 @@ class PurgeControl:
 
     def __init__(self, owner: MemoryOwner, memory: Purgeable, size: int) -> None:
         self.memory = memory
-        self._owner = weakref.ref(owner)  # weak, because the owner has this
+        self._owner = weakref.ref(owner)  # weak, because the owner refers to this object
         self._size = size
-        self._modifiers: int | None = None  # those of the last volatile state; None: it never was volatile
+        self._modifiers: int | None = None  # the modifiers of the last volatile state; None: it was never volatile
         self._keepers = 0  # number of threads inside `nonvolatile`
         self._volatile_again: int | None = (
-            None  # the modifiers with which the last of them makes it volatile; None: not
+            None  # the modifiers with which the last of them makes it volatile; None: it remains non-volatile
         )
         self._unfilled = False  # it was reclaimed, and has not been refilled
         self._spoilt = False  # refilling it failed
@@ -108,7 +108,7 @@ class PurgeControl:
         return self.memory.shared and owner is not None and not owner.released
 
     def candidate(self, *, wait: bool) -> purger.Candidate | None:
-        """Return it if it is volatile; None while this thread, or without `wait` another, changes it."""
+        """Return it if it is volatile; None if not, or if this thread (without `wait`: any thread) is changing it."""
 
         def look() -> purger.Candidate | None:
             order = self.memory.order()

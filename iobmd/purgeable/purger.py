@@ -41,7 +41,7 @@ class Control(Protocol):
         """Whether it is open, and other processes may map it."""
 
     def candidate(self, *, wait: bool) -> Candidate | None:
-        """Return it if it is volatile; None while this thread, or without `wait` another, is changing it."""
+        """Return it if it is volatile; None if not, or if this thread (without `wait`: any thread) is changing it."""
 
     def purge(self, *, wait: bool) -> int:
         """Purge it if it is still volatile; return the number of bytes freed, 0 as above."""

@@ -466,7 +466,7 @@ def test_locks_on_a_file_of_the_source_are_kept(source: Callable[..., Source], t
             with iobmd.copy(one.pid, at, 16 * MIB, wired=False) as buffer:
                 assert bytes(buffer) == expected
             if not os.geteuid():  # through map_files
-                # The file was written, and is in memory, though the task has touched one page of 64 only.
+                # The file was written, and is in memory, although the task has touched only one page of 64.
                 assert residency.absent(at, 16 * MIB, Task(one.pid)) == 0
             assert is_locked(path)
     finally:
@@ -588,7 +588,7 @@ else:
 fd = os.open({folder!r} + "/file", os.O_RDONLY)
 LIBC.mmap.restype = ctypes.c_void_p
 result = [LIBC.mmap(None, ctypes.c_size_t(SIZE), 1, 1, fd, 0)]
-os.close(fd)  # mmap.mmap would keep one: a close as it ends waits for a server that is stopped, or ends as well
+os.close(fd)  # mmap.mmap would keep one open, and its close at exit would wait for a stopped or exiting server
 """
 )
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from iobmd.procfs import VMA
 
 LARGEST = 200
-"""Maximum number of unchanged areas in a tick, those with most memory: a screen does not have more lines."""
+"""Maximum number of unchanged areas in a tick, those with the most memory: a screen does not have more lines."""
 
 
 _A_MOMENT = 0.01
@@ -56,7 +56,7 @@ class Tick(NamedTuple):
     changed: list[Changed]
     """Areas that changed since the last reading, ascending."""
     largest: list[Area]
-    """The unchanged areas with most memory, largest first."""
+    """The unchanged areas with the most memory, largest first."""
     first: bool
 
     @property
