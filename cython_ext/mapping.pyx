@@ -259,7 +259,7 @@ cdef Mapping _set_aside(uint64_t at, size_t size, size_t alignment):
 
 
 cdef int _move_area(uint64_t *place, uint64_t end, uint64_t further) noexcept:
-    """Move the area at `place`, up to `end`, and advance; return the error number. mremap(2) moves one at a time."""
+    """Move the area at `place`, up to `end`, and advance; return the error number. mremap(2) moves one area."""
     cdef iobmd_procmap_query area
     cdef uint64_t stop = end
     cdef int error
@@ -287,7 +287,7 @@ cdef int _require_reserved(uint64_t place, uint64_t end) except -1:
 
 
 cdef int _give_back(uint64_t start, size_t size, bint reserved) noexcept nogil:
-    """Unmap a range, or make reserved address space of it again, without a moment in which it is free."""
+    """Unmap a range, or replace it atomically by reserved address space."""
     cdef int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED
     if reserved:
         return -1 if c_mmap(<void *><uintptr_t>start, size, PROT_NONE, flags, -1, 0) == MAP_FAILED else 0
@@ -450,8 +450,8 @@ cdef class Mapping:
     def space(uint64_t at, size_t size, bint overwrite):
         """Return address space at `at` for `move`.
 
-        It is reserved now, where nothing may be mapped; or with `overwrite` it must have been reserved by others: by
-        private anonymous areas without access (FileExistsError). At its end it is as it was.
+        Nothing may be mapped there, and it is reserved now. With `overwrite` it must already be reserved, by private
+        anonymous areas without access (FileExistsError), and is reserved again at the end.
         """
         cdef Mapping self = Mapping.__new__(Mapping)
         cdef void *found
@@ -474,7 +474,7 @@ cdef class Mapping:
         return self
 
     def move(self, Mapping space):
-        """Move the pages into address space, page tables and all: they stay in their frames, locked and pinned.
+        """Move the mapping's page tables to other addresses: the pages remain in their frames, locked and pinned.
 
         Afterwards the space is this mapping's. After an error a part of the pages may be lost: the mapping can only
         be closed.
@@ -486,7 +486,7 @@ cdef class Mapping:
         while not error and place < end:
             error = _move_area(&place, end, space.address - start)
         if error:
-            # Not back again: another thread may have mapped memory at the addresses that became free.
+            # Not moved back, because another thread may have mapped memory at the addresses that became free.
             self.address, self.size = place, end - place
             raise OSError(error, f"mremap: {strerror(error).decode()}")
         self.address, self.reserved = space.address, space.reserved
@@ -713,9 +713,9 @@ cdef class Exporter:
     """Base of Python classes that export a `Mapping` by the buffer protocol, even before Python 3.12.
 
     The subclass defines `_exported()`, which returns `(keeper, mapping, offset, length, writable)` or raises. Each
-    view holds the keeper, the object that owns the memory, and not only the mapping: the memory stays as it was,
-    pinned if it was pinned, until the last view ends, also when this object has given the owner up. `exports` counts
-    the existing views.
+    view holds the keeper, the object that owns the memory, and not only the mapping: the memory remains unchanged,
+    and pinned if it was, until the last view ends, even if this object has released the owner. `exports` counts the
+    existing views.
     """
 
     cdef readonly int exports

@@ -83,8 +83,8 @@ def allocate(
         Whether to map it over address space of this process that the caller has reserved (a private anonymous mapping
         with PROT_NONE), at `address`. The range is replaced, and is reserved again after the buffer is freed.
     protection : str
-        What another task may do with its buffer: ``"r"``, ``"rw"``, ``"rx"`` or ``"rwx"``. The descriptor reads and
-        writes it in any case.
+        The protection of a buffer in another task: ``"r"``, ``"rw"``, ``"rx"`` or ``"rwx"``. The descriptor can read
+        and write it in any case.
 
     Raises
     ------
@@ -186,7 +186,7 @@ def _make(
     alignment: int,
     physical_mask: int,
 ) -> IOBufferMemoryDescriptor:
-    """Initialize `buffer`. The numbers are checked here too, because these keywords are not named as in IOKit."""
+    """Initialize `buffer`. Numbers are checked here too, because these keywords differ from the names in IOKit."""
     if not type(size) is type(alignment) is type(physical_mask) is int:  # a call takes a twentieth of an allocation
         check_integers(size=size, alignment=alignment, physical_mask=physical_mask)
     buffer.initWithPhysicalMask(task, options, size, alignment, physical_mask)

@@ -183,7 +183,7 @@ class _Entry:
             self.guard.leave()
 
     def free(self) -> None:
-        """Free the buffer, of which views keep the memory."""
+        """Free the buffer; its views retain the memory."""
         buffer, self.buffer, self.filled = self.buffer, None, False
         if buffer is not None:
             with buffer:

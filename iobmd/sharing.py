@@ -269,7 +269,7 @@ def attach(source: Handle | sockets.socket, *, wired: bool | None = None) -> IOB
 
 
 def _check_socket(**values: object) -> None:
-    """Raise TypeError for a value that is not a socket; by its methods, because importing sockets takes long."""
+    """Raise TypeError for a value without the methods of a socket, because importing sockets takes long."""
     for name, value in values.items():
         if not hasattr(value, "sendmsg"):
             raise TypeError(f"{name} must be a Unix socket, not {value!r}")
@@ -390,10 +390,10 @@ def _not_ours(why: str) -> BadArgumentError:
 
 
 def _pickled_by_multiprocessing() -> bool:
-    """Whether this thread is inside of multiprocessing's pickler, the only one that can transfer file descriptors.
+    """Whether this thread is in multiprocessing's pickler, the only one that can transfer file descriptors.
 
     Its table of types (`ForkingPickler.register`) does not suffice: each pickler copies it when it begins, and one of
-    the objects that it meets may be the first to call `share`. Filling it beforehand means importing
+    the objects to be pickled may be the first to call `share`. Filling it beforehand would require importing
     multiprocessing, which takes as long as importing all of iobmd.
     """
     reduction = sys.modules.get("multiprocessing.reduction")
@@ -415,7 +415,7 @@ def _sent(
     from multiprocessing import context, reduction  # noqa: PLC0415 (loaded, see _pickled_by_multiprocessing)
 
     if (child := context.get_spawning_popen()) is not None:
-        # The new process inherits the number itself, after everything is pickled: `source` may be garbage by then.
+        # The new process inherits the descriptor after everything is pickled, when `source` may already be garbage.
         vars(child).setdefault("_iobmd", []).append(source)
     with fd.use() as number:
         return reduction.DupFd(number), tuple(description)
@@ -431,7 +431,7 @@ def _attach_received(fd: Any, description: tuple[Any, ...]) -> IOBufferMemoryDes
 
 
 def _reduce_buffer(buffer: IOBufferMemoryDescriptor) -> str | tuple[Any, ...]:
-    """Pickle a shared buffer for multiprocessing, whose other end attaches it; refuse otherwise."""
+    """Pickle a shared buffer for multiprocessing, whose receiver attaches it; refuse other buffers."""
     if _pickled_by_multiprocessing():
         shared = buffer._memory().require_backing().shared
         if shared is not None:

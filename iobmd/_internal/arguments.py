@@ -9,7 +9,8 @@ from typing import SupportsIndex
 def check_integers(**values: object) -> None:
     """Raise TypeError for a value that is not an integer, as operator.index() accepts them.
 
-    Otherwise a float would pass every comparison, and be truncated later or fail in an unrelated expression.
+    Without this check, a float would pass every comparison, and be truncated later or fail in an unrelated
+    expression.
     """
     for name, value in values.items():
         if not hasattr(type(value), "__index__"):
@@ -31,8 +32,8 @@ def check_type(expected: type, **values: object) -> None:
 
 
 def offset_of(key: SupportsIndex, length: int) -> int:
-    """Return the offset that an index of a sequence means; negative ones count from the end. Raises IndexError."""
+    """Return the offset for an index of a sequence; negative indices count from the end. Raises IndexError."""
     number = index(key)
     if not -length <= number < length:
-        raise IndexError(f"index {number} is outside of {length} bytes")
+        raise IndexError(f"index {number} is outside the {length} bytes")
     return number % length

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def leave(release: Callable[[], object], error: BaseException | None) -> None:
     """Release an object at the end of its `with` block.
 
-    An exception of the block would be hidden by one that is raised here: it receives that as a note.
+    An exception that is raised here would hide that of the block; it is therefore added to that one as a note.
     """
     try:
         release()

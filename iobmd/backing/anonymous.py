@@ -132,7 +132,7 @@ class AnonymousBacking(MappedBacking):
                     raise
                 log.debug("no free hugetlb pages for %s: it is resident (mlock), not pinned", format_size(size))
                 return True
-            log.debug("%s lies in hugetlb pages", format_size(size))
+            log.debug("%s is in hugetlb pages", format_size(size))
             self._fill(contents, populated=True)
         if not want:
             return True

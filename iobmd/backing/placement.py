@@ -1,4 +1,4 @@
-"""Where and how new memory is mapped: an address, over reserved address space, with or without rights to write."""
+"""The placement of new memory: its address, whether it replaces reserved address space, and its protection."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ PROTECTIONS = "r", "rw", "rx", "rwx"
 
 
 class Placement(NamedTuple):
-    """The address of new memory, and what its task may do with it."""
+    """The address of new memory, and its protection in its task."""
 
     at: int = 0
     """Address of the first byte; 0: any."""
     overwrite: bool = False
-    """Whether it replaces reserved address space, instead of being mapped where nothing is."""
+    """Whether it replaces reserved address space; False: nothing may be mapped there."""
     protection: str = "rw"
-    """What its task may do with it: one of `PROTECTIONS`."""
+    """Its protection in its task: one of `PROTECTIONS`."""
 
     def space(self, size: int) -> Mapping | None:
-        """Reserve the addresses, before the kernel chooses them for something else; None if any will do.
+        """Reserve the addresses before the kernel uses them for other memory; None if any address will do.
 
         Raises
         ------
@@ -52,8 +52,9 @@ class Placement(NamedTuple):
 def move(mapping: Mapping, space: Mapping | None) -> None:
     """Move a new mapping into its space, if it has one.
 
-    All kinds of memory are made elsewhere first, also contiguous memory, which is collected from many places: moving
-    them changes page tables only. Raises `kIOReturnNoMemory`; `kIOReturnUnsupported` for huge pages of a pool.
+    All kinds of memory are first created at other addresses, including contiguous memory, which is collected from
+    many ranges; moving them only changes page tables. Raises `kIOReturnNoMemory`; `kIOReturnUnsupported` for huge
+    pages of a pool.
     """
     if space is None:
         return

@@ -66,7 +66,7 @@ class RemoteBacking(SharedBacking):
         raise not_mapped_here(f"in task {self.task.pid}" if self.task else "")
 
     def leave(self) -> None:
-        """Let its task keep the memory when this is closed."""
+        """Leave the memory to its task when this is closed."""
         if self._there:
             self._there.leave()
 

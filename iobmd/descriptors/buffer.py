@@ -322,10 +322,10 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         return cast("Task", self._memory().require_backing().task), start, start + len(self)
 
     def leave(self) -> None:
-        """Let the task in which the buffer was allocated keep the memory when the descriptor is released.
+        """Leave the memory to the task in which the buffer was allocated when the descriptor is released.
 
-        It stays there, shared and pageable, until the task unmaps it or ends; the descriptor remains usable until it
-        is released.
+        It remains there, shared and pageable, until the task unmaps it or exits; the descriptor remains usable until
+        it is released.
 
         Raises
         ------
@@ -336,7 +336,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         with owner.guard:
             backing = owner.require_backing()
             if not isinstance(backing, RemoteBacking):
-                raise UnsupportedError(f"{self!r} is not in another task, which could keep its memory")
+                raise UnsupportedError(f"{self!r} is not in another task that could retain its memory")
             backing.leave()
 
     def appendBytes(self, data: Buffer) -> int:
@@ -406,7 +406,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     ) -> CapsuleType:
         """Return the memory as a DLPack capsule of bytes, for `from_dlpack` of torch, JAX, CuPy and others.
 
-        Like `array`, which makes it, it owns the memory. The parameters are those of the Python array API standard;
+        Like the result of `array`, it owns the memory. The parameters are those of the Python array API standard;
         those that are None are not passed on.
         """
         given = {"stream": stream, "max_version": max_version, "dl_device": dl_device, "copy": copy}

@@ -345,9 +345,9 @@ class IOMemoryDescriptor:
         -------
         array.array
             Of type "Q" (64 bits, in the byte order of this processor): the addresses of pages of
-            sysconf(_SC_PAGESIZE) bytes, in the order of the bytes. The first byte of the range lies in the first page
-            at the offset `getPhysicalSegment(offset)[0] % PAGE_SIZE`. Where a concatenation leaves a page and returns
-            to it, the page occurs twice.
+            sysconf(_SC_PAGESIZE) bytes, in the order of the bytes. The first byte of the range is in the first page,
+            at the offset `getPhysicalSegment(offset)[0] % PAGE_SIZE`. If a concatenation leaves a page and returns to
+            it, the page occurs twice.
 
         Raises
         ------
@@ -528,9 +528,9 @@ class IOMemoryDescriptor:
     def free(self) -> None:
         """Release the memory; the descriptor is unusable afterwards. Idempotent.
 
-        Leaving a `with` block also releases the descriptor while views or arrays of it exist; the memory goes with
-        the last of them. It raises only if the memory is prepared or mapped and the block has raised nothing: the
-        exception of a block is never replaced.
+        Leaving a `with` block also releases the descriptor while views or arrays of it exist; the memory is freed
+        with the last of them. It raises only if the memory is prepared or mapped and the block has raised nothing:
+        the exception of a block is never replaced.
 
         Memory with dependents (`IOSubMemoryDescriptor`, `IOMultiMemoryDescriptor`, descriptors of ranges of its
         addresses) is freed with the last of them.
@@ -590,7 +590,7 @@ class IOMemoryDescriptor:
         if owner and owner.backing and owner.backing.shared:
             remedy = (
                 "use iobmd.share to pass it to a process that calls iobmd.attach, or withCopy to copy it; "
-                "multiprocessing passes it by itself"
+                "multiprocessing passes it without further calls"
             )
         else:
             remedy = "use withCopy to copy it; iobmd.share passes shared memory (shared=True) to other processes"
@@ -618,7 +618,7 @@ class IOMemoryDescriptor:
     @overload
     def __setitem__(self, key: slice, value: Buffer) -> None: ...
     def __setitem__(self, key: SupportsIndex | slice, value: SupportsIndex | Buffer) -> None:
-        """Store a byte, or as many bytes as a slice has. Raises as `writeBytes`; ValueError for another number."""
+        """Store a byte, or the bytes of a slice. Raises as `writeBytes`; ValueError for a wrong number of bytes."""
         if not isinstance(key, slice):
             self.writeBytes(offset_of(key, len(self)), bytes((index(cast("SupportsIndex", value)),)))
             return
@@ -640,7 +640,7 @@ class IOMemoryDescriptor:
         try:
             with_block.leave(lambda: self._release(in_use=True), error)
         finally:
-            if error is not None and self._owner:  # it could not be released, and nobody will be able to
+            if error is not None and self._owner:  # it could not be released, and cannot be released later
                 self._abandon()
 
     def __del__(self) -> None:

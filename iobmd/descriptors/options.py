@@ -62,7 +62,7 @@ class Request(NamedTuple):
     tag: int = 0
     """The number that names its mappings; 0: no name."""
     placement: Placement = Placement()
-    """Its address, and what its task may do with it."""
+    """Its address, and its protection in its task."""
 
     @property
     def name(self) -> str:
@@ -171,14 +171,14 @@ def check_existing(options: int) -> int:
 
 
 def check_descriptor(**values: object) -> None:
-    """Raise TypeError for a value that is no descriptor, by its methods: the class stands above this module."""
+    """Raise TypeError for a value without the methods of a descriptor, whose class this module may not import."""
     for name, value in values.items():
         if not hasattr(value, "getLength"):
             raise TypeError(f"{name} must be an IOMemoryDescriptor, not {value!r}")
 
 
 def check_within(offset: int, length: int, size: int, whole: object) -> None:
-    """Raise `kIOReturnBadArgument` unless a range lies within the `size` bytes of `whole`, a name for the message."""
+    """Raise `kIOReturnBadArgument` unless a range is within the `size` bytes of `whole`, a name for the message."""
     if not type(offset) is type(length) is int:  # a call costs more than the rest
         check_integers(offset=offset, length=length)
     if offset < 0 or length < 0 or offset + length > size:
@@ -227,9 +227,7 @@ def _check_placement(placement: Placement, task: Task | None, capacity: int, ali
     if placement.protection not in PROTECTIONS:
         raise BadArgumentError(f"protection must be one of {', '.join(PROTECTIONS)}, not {placement.protection!r}")
     if placement.protection != "rw" and (here or task is None):
-        raise BadArgumentError(
-            f"protection={placement.protection!r} is for memory in another task: this one fills it"
-        )
+        raise BadArgumentError(f"protection={placement.protection!r} is only for memory in another task")
     if placement.overwrite and not (placement.at and here):
         raise BadArgumentError("overwrite=True replaces address space that this process has reserved: pass address=")
     if placement.at and task is None:

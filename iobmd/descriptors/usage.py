@@ -1,4 +1,4 @@
-"""The memory that buffers of this process have: `iobmd.statistics`."""
+"""The memory of the buffers of this process: `iobmd.statistics`."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Statistics(NamedTuple):
 def statistics() -> Statistics:
     """Count the live buffers of this process by their wiring, for monitoring and for finding leaks.
 
-    A buffer is live until its memory is freed: also after `free` or the end of `with`, while views, arrays, parts or
-    concatenations have its memory. Buffers in other tasks count here, where their descriptors are. In a forked child,
-    wired buffers of the parent do not count. Descriptors of existing memory do not count.
+    A buffer is live until its memory is freed, even after `free` or the end of `with`, while views, arrays, parts or
+    concatenations use its memory. Buffers in other tasks count in this process, which has their descriptors. In a
+    forked child, wired buffers of the parent do not count. Descriptors of existing memory do not count.
 
     Returns
     -------

@@ -214,7 +214,7 @@ class RemoteMapping:
         return self.address
 
     def leave(self) -> None:
-        """Leave it to the task: `close` and the end of this process do not unmap it."""
+        """Leave it to the task: neither `close` nor the exit of this process unmaps it."""
         self._whole = (0, 0)
 
     def close(self, *, inside: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Buffers in the hands of other people's libraries: the same memory, for as long as they hold it."""
+"""Buffers used by third-party libraries: the same memory, for as long as they hold it."""
 
 import gc
 import subprocess
@@ -63,7 +63,7 @@ def torch_frombuffer(buffer: iobmd.IOBufferMemoryDescriptor) -> Any:
 
 
 def holders() -> list[Any]:
-    """Each way to hold a buffer, with the library that it needs."""
+    """Return each way to hold a buffer, with the library that it needs."""
     ways = {
         "numpy": [numpy_array, numpy_frombuffer, numpy_asarray, numpy_dlpack],
         "pyarrow": [arrow_buffer, arrow_table],
@@ -122,7 +122,7 @@ def test_an_array_is_the_memory_itself() -> None:
 
 @pytest.mark.needs("numpy")
 def test_the_body_of_a_block_keeps_its_exception() -> None:
-    """The program of the issue."""
+    """An array outlives the `with` block of its buffer."""
     import numpy
 
     with pytest.raises(RuntimeError, match="the body's own") as caught, iobmd.allocate(4096) as buffer:
@@ -161,7 +161,7 @@ def test_arrow_reads_and_writes_in_place() -> None:
 
 @pytest.mark.needs("mpi4py")
 def test_mpi_sends_and_receives_in_place() -> None:
-    """In a process of its own, because MPI changes the process that initializes it."""
+    """In a separate process, because MPI changes the process that initializes it."""
     program = """
 import iobmd
 from mpi4py import MPI

@@ -1,4 +1,5 @@
-"""Shared buffers sent by multiprocessing, alone and inside of other objects: the receiver attaches the same pages."""
+"""Shared buffers sent through multiprocessing, alone or inside other objects: the receiver attaches the same
+pages."""
 
 import contextlib
 import copy
@@ -27,7 +28,7 @@ def context(request: pytest.FixtureRequest) -> BaseContext:
 
 @pytest.mark.parametrize("holder", [sharing_child.Holder, sharing_child.LateHolder])
 def test_inside_of_an_object(context: BaseContext, holder: type[sharing_child.Holder]) -> None:
-    """As an argument of a new process, and then through a pipe to a running one."""
+    """A buffer is an argument of a new process, and is then sent through a pipe to a running one."""
     before = descriptors()
     made = [iobmd.allocate(8192, shared=True, wired=False), iobmd.allocate(200, shared=True, wired=False)]
     for number, buffer in enumerate(made):
@@ -49,7 +50,7 @@ def test_inside_of_an_object(context: BaseContext, holder: type[sharing_child.Ho
 
 
 def descriptors() -> int:
-    """How many descriptors of memory of iobmd this process has; multiprocessing keeps others."""
+    """Return how many descriptors of iobmd's memory this process has; multiprocessing has others."""
     gc.collect()
     links = []
     for entry in Path("/proc/self/fd").iterdir():
@@ -96,7 +97,7 @@ def test_elsewhere_it_is_refused() -> None:
 
 
 def test_a_shared_buffer_does_not_load_multiprocessing() -> None:
-    """Which takes as long as all of iobmd."""
+    """multiprocessing is not imported, because that takes as long as importing all of iobmd."""
     program = "import sys, iobmd; iobmd.share(iobmd.allocate(64, shared=True, wired=False)); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "multiprocessing.reduction" not in done.stdout.split()

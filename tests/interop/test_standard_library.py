@@ -1,4 +1,4 @@
-"""Buffers in the hands of Python's standard library."""
+"""Buffers used by Python's standard library."""
 
 import asyncio
 import hashlib
@@ -24,7 +24,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.mark.needs("direct_io")
 def test_direct_io(file: Path) -> None:
-    """O_DIRECT requires aligned memory, pins it during the transfer, and passes by the page cache."""
+    """O_DIRECT requires aligned memory, pins it during the transfer, and bypasses the page cache."""
     with iobmd.allocate(SIZE) as buffer, iobmd.allocate(SIZE, wired=False, alignment=4096) as pageable:
         fd = os.open(file, os.O_RDWR | os.O_DIRECT)
         try:
@@ -59,7 +59,7 @@ def test_files_sockets_and_others(file: Path) -> None:
 
 
 def test_asyncio() -> None:
-    """`to_thread` runs a long copy while other tasks go on; each has its own policy."""
+    """`to_thread` runs a long copy while other tasks continue; each has its own policy."""
 
     async def main() -> tuple[bytes, int]:
         turns = 0

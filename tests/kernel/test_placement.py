@@ -27,7 +27,7 @@ libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 def areas(start: int, end: int) -> list[tuple[int, int, str]]:
-    """What /proc/self/maps has between two addresses, cut to them: start, end, permissions."""
+    """Return the areas of /proc/self/maps between two addresses, limited to these: start, end, permissions."""
     found = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, permissions = line.split()[:2]
@@ -39,11 +39,11 @@ def areas(start: int, end: int) -> list[tuple[int, int, str]]:
 
 @pytest.fixture
 def reserved() -> Iterator[int]:
-    """Four times the size of the buffers, without access; returns an address in it, with room on both sides."""
+    """Reserve four times the size of the buffers; return an address in the reservation, with room on both sides."""
     start = libc.mmap(None, 4 * SIZE, 0, 0x4022, -1, 0)
     assert start not in (None, ctypes.c_void_p(-1).value)
     yield start + SIZE
-    assert areas(start, start + 4 * SIZE) == [(start, start + 4 * SIZE, "---p")]  # as it was
+    assert areas(start, start + 4 * SIZE) == [(start, start + 4 * SIZE, "---p")]  # reserved again
     libc.munmap(start, 4 * SIZE)
 
 
@@ -76,7 +76,7 @@ def test_over_a_reservation(reserved: int, keywords: dict[str, bool]) -> None:
 
 
 def test_again_and_again(reserved: int) -> None:
-    """Freed, the range is reserved as before, so that nothing else is mapped into it."""
+    """When a buffer is freed, its range is reserved as before, so that nothing else is mapped into it."""
     for _ in range(3):
         buffer = iobmd.allocate(SIZE, address=reserved, overwrite=True)
         view = memoryview(buffer)
@@ -101,7 +101,7 @@ def test_where_nothing_is_mapped(keywords: dict[str, bool]) -> None:
 
 
 def test_memory_in_use_is_never_replaced(reserved: int) -> None:
-    """Only one page of the range is not the caller's reservation."""
+    """Only one page of the range does not belong to the caller's reservation."""
     foreign = libc.mmap(reserved + SIZE // 2, 4096, 3, 0x32, -1, 0)
     ctypes.memset(foreign, 7, 4096)
     locked = kernel.status("VmLck")

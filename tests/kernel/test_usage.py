@@ -1,4 +1,4 @@
-"""`iobmd.statistics` against the kernel's counters, and what the logger "iobmd" reports of weaker forms."""
+"""`iobmd.statistics` compared with the kernel's counters, and the reports of the logger "iobmd"."""
 
 import errno
 import gc
@@ -19,7 +19,7 @@ SIZE = 64 << 10
 
 
 def messages(action: object, *, name: str = "iobmd") -> list[str]:
-    """What is logged at DEBUG while `action` runs."""
+    """Return the messages that are logged at DEBUG while `action` runs."""
     found: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: found.append(f"{record.levelname} {record.getMessage()}")  # type: ignore[method-assign]
@@ -58,7 +58,7 @@ def test_statistics_are_those_of_the_kernel() -> None:
         wired_bytes = now.pinned.size + now.resident.size - before.pinned.size - before.resident.size
         assert wired_bytes == kernel.status("VmLck") - locked
         view = memoryview(pageable)
-    assert iobmd.statistics().pageable.buffers == before.pageable.buffers + 1  # the view has its memory
+    assert iobmd.statistics().pageable.buffers == before.pageable.buffers + 1  # the view holds its memory
     view.release()
     assert iobmd.statistics() == before
 

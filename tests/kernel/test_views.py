@@ -1,4 +1,4 @@
-"""Views and arrays own the memory: it goes with the last of them, and nothing that ends hides another error."""
+"""Views and arrays own the memory: it is freed with the last of them, and errors at the end hide no other error."""
 
 import contextlib
 import ctypes
@@ -51,7 +51,7 @@ def test_memory_goes_with_the_last_view(kind: str) -> None:
 
 
 def test_pinned_memory_stays_pinned_while_a_view_exists() -> None:
-    """By the kernel's count: its address may have been given to a device."""
+    """The memory remains pinned, according to the kernel, because a device may have its address."""
     pins = kernel.status("VmPin")
     with iobmd.allocate(SIZE) as buffer:
         if buffer.wiring is not iobmd.Wiring.PINNED:
@@ -84,7 +84,7 @@ def test_the_exception_of_the_block_is_the_one_that_is_raised() -> None:
 
 @pytest.mark.parametrize("mapped", [False, True])
 def test_prepared_or_mapped_memory_does_not_hide_it_either(mapped: bool) -> None:
-    """The block is left for another reason than its own end: what it would have undone is undone."""
+    """If an exception ends the block, the operations that it would have undone are undone."""
     locked_before = locked()
     made = []
     with pytest.raises(ZeroDivisionError) as caught, iobmd.allocate(SIZE, shared=True) as buffer:
@@ -126,7 +126,7 @@ def test_a_map_goes_with_its_last_view() -> None:
             mapped.getAddress()
         buffer.writeBytes(0, b"seen")
         assert view[:4] == b"seen"
-    assert view[:4] == b"seen"  # the pages, too, stay while they are mapped
+    assert view[:4] == b"seen"  # the pages also remain while they are mapped
     view.release()
     assert not is_there(address)
 
@@ -141,7 +141,7 @@ def test_a_map_of_the_buffers_own_addresses_keeps_the_memory() -> None:
 
 
 def test_parts_and_a_view_of_their_memory() -> None:
-    """The last of them takes it along, in whatever order they end."""
+    """The last of them frees the memory, in whatever order they end."""
     with iobmd.allocate(SIZE, wired=False) as buffer:
         address = mark(buffer)
         view = memoryview(buffer)

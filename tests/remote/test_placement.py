@@ -1,4 +1,4 @@
-"""Memory that is allocated in another task: at an address, with fewer or more rights, and left there."""
+"""Memory that is allocated in another task: at a chosen address, with another protection, and left there."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ for line in sys.stdin:
 
 
 class Target:
-    """A process that calls code, and reads memory, at the addresses that it is given."""
+    """A process that calls code, and reads memory, at addresses from its input."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
@@ -44,7 +44,7 @@ class Target:
         return self._output.readline().strip()
 
     def permissions(self, address: int) -> str:
-        """What /proc/PID/maps has there; "" for nothing."""
+        """Return the permissions of /proc/PID/maps at an address; "" if nothing is mapped."""
         for line in Path(f"/proc/{self.pid}/maps").read_text().splitlines():
             start, end = (int(number, 16) for number in line.split()[0].split("-"))
             if start <= address < end:
@@ -63,7 +63,7 @@ def target() -> Iterator[Target]:
 @pytest.mark.parametrize("protection", ["r", "rw", "rx", "rwx"])
 @pytest.mark.parametrize("wired", [True, False])
 def test_protection(target: Target, protection: str, wired: bool) -> None:
-    """Of the task's mapping: this process writes to the memory in any case."""
+    """The protection applies to the task's mapping; this process can write to the memory in any case."""
     with iobmd.allocate(SIZE, task=target.pid, protection=protection, wired=wired) as buffer:
         expected = "".join(letter if letter in protection else "-" for letter in "rwx") + "s"
         assert target.permissions(buffer.getBytesNoCopy()) == expected
@@ -92,7 +92,7 @@ def test_at_an_address(target: Target) -> None:
 
 @pytest.mark.parametrize("wired", [True, False])
 def test_memory_that_is_left_behind(target: Target, wired: bool) -> None:
-    """It stays when the descriptor is released, and when this process has forgotten it."""
+    """The memory remains when the descriptor is released, and this process no longer refers to it."""
     with iobmd.allocate(SIZE, task=target.pid, protection="rx", wired=wired) as buffer:
         address = buffer.getBytesNoCopy()
         buffer.writeBytes(0, b"stays")

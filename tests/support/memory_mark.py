@@ -1,4 +1,4 @@
-"""A mark in the memory of a buffer, by which it is recognized when the buffer is gone."""
+"""A mark in the memory of a buffer, by which it is recognized when the buffer no longer exists."""
 
 import os
 
@@ -14,7 +14,7 @@ def mark(buffer: iobmd.IOBufferMemoryDescriptor) -> int:
 
 
 def is_there(address: int) -> bool:
-    """Whether the mark can still be read at the address; the kernel may have mapped other memory there."""
+    """Return whether the mark can still be read at the address; the kernel may have mapped other memory there."""
     with open("/proc/self/mem", "rb", buffering=0) as memory:  # noqa: PTH123
         try:
             return os.pread(memory.fileno(), len(MARK), address) == MARK

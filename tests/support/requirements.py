@@ -34,8 +34,8 @@ MAY_BE_MISSING: dict[str, str] = {
     "nvme": "the same",
     "narrow_edu": "the same",
     "two_nodes": "a host may have one; two are those of make test-vm",
-    "torch": "the package index has builds for CUDA only, of several GB with what they need; where it is, it is used",
-    "direct_io": "tmpfs has it from Linux 6.6 only, and the temporary directory may lie there",
+    "torch": "the package index only has builds for CUDA, several GB in total; it is used if it is installed",
+    "direct_io": "tmpfs supports it only since Linux 6.6, and the temporary directory may be on a tmpfs",
 }
 
 
@@ -172,7 +172,7 @@ def _narrow_edu() -> str | None:
 
 
 def _library(name: str, *needs: str) -> str | None:
-    """The libraries of the extra `interop` of pyproject.toml, as far as they are installed."""
+    """Probe libraries of the extra `interop` of pyproject.toml, which may be missing."""
     lacking = [one for one in (name, *needs) if importlib.util.find_spec(one) is None]
     return f"{', '.join(lacking)} is not installed (pip install iobmd[interop])" if lacking else None
 

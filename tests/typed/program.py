@@ -1,7 +1,7 @@
 """A typed program that uses iobmd. `tools/lint` checks it with mypy --strict and pyright.
 
-Each `assert_type` fails where a signature says less, or something else; each `type: ignore` fails where a wrong call
-is accepted (both type checkers report unused ones). Tests run it too.
+Each `assert_type` fails if a signature is less precise or different; each `type: ignore` fails if a wrong call is
+accepted (both type checkers report unused ones). Tests run it too.
 """
 
 # pyright: strict, reportUnnecessaryTypeIgnoreComment=true

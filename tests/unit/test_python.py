@@ -1,4 +1,4 @@
-"""What Python programmers and ports of IOKit code expect of calls: return values, argument errors, signatures."""
+"""Expectations of Python programmers and ports of IOKit code: return values, argument errors, signatures."""
 
 import inspect
 import re
@@ -44,7 +44,7 @@ def test_methods_of_a_dma_command_return_success() -> None:
 
 
 def test_errors_are_named_at_the_top_level() -> None:
-    """Each subclass of `IOReturnError` that stands for a code."""
+    """Each subclass of `IOReturnError` that represents a code."""
     named = iobmd.errors.NamedError.__subclasses__()
     assert {error.__name__ for error in named} <= {*iobmd.__all__}
     assert all(getattr(iobmd, error.__name__) is error for error in named)
@@ -54,7 +54,7 @@ def test_errors_are_named_at_the_top_level() -> None:
 
 
 class Arguments:
-    """Calls of the public interface with one argument to choose; their names end with that of its parameter."""
+    """Calls of the public interface with one variable argument; their names end with that of its parameter."""
 
     buffer = iobmd.IOBufferMemoryDescriptor
     descriptor = iobmd.IOMemoryDescriptor
@@ -183,7 +183,7 @@ def test_a_wrong_keyword_names_the_function() -> None:
 
 
 def test_copy_takes_every_keyword_of_allocate_but_task() -> None:
-    """And those that say where: its own `address` is that of the source."""
+    """Errors with a position: `address` is that of the source."""
     allocate, copy = (inspect.signature(function).parameters for function in (iobmd.allocate, iobmd.copy))
     only = {"size", "task", "address", "overwrite", "protection"}
     assert {name: allocate[name] for name in allocate if name not in only}.items() <= copy.items()
@@ -194,7 +194,7 @@ def test_copy_takes_every_keyword_of_allocate_but_task() -> None:
 
 
 def annotations(owner: object) -> Iterator[tuple[str, str]]:
-    """The annotations of a public function, or of the public members of a class, with the members' names."""
+    """Return the annotations of a public function, or of the public members of a class, with the members' names."""
     if inspect.isfunction(owner):
         yield from ((owner.__name__, str(text)) for text in owner.__annotations__.values())
     if not inspect.isclass(owner):
@@ -216,15 +216,15 @@ PUBLIC = [getattr(iobmd, name) for name in iobmd.__all__] + [
 
 
 def test_no_public_signature_contains_any() -> None:
-    """A type checker is silent about an argument or a result of type Any, whatever it is."""
+    """A type checker accepts any use of an argument or a result of type Any."""
     found = [pair for owner in PUBLIC for pair in annotations(owner)]
     assert len(found) > 300
     assert not [pair for pair in found if re.search(r"\bAny\b", pair[1])]
-    assert {text for _name, text in found if "psutil" in text} <= {"psutil.Process"}  # what Task.process returns
+    assert {text for _name, text in found if "psutil" in text} <= {"psutil.Process"}  # the result of Task.process
 
 
 def test_the_typed_program_runs() -> None:
-    """What type checkers see in it (tools/lint) is also what happens."""
+    """The program behaves at run time as type checkers (tools/lint) infer."""
     program = Path(__file__).parents[1] / "typed" / "program.py"
     done = subprocess.run([sys.executable, "-W", "error", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
