@@ -77,7 +77,7 @@ def resident_and_dirty(task: Task, address: int, size: int) -> tuple[int, int]:
     except OSError as error:
         if error.errno not in (errno.ENOTTY, errno.EINVAL):
             raise
-        # Before Linux 6.7: the zero page counts as mapped by several tasks, an exclusive page does not.
+        # Before Linux 6.7, exclusive pages count as written to; the zero page counts as mapped by several tasks.
         return resident.present, resident.exclusive
     return resident.present, sum(end - start for start, end in written) // PAGE_SIZE
 
@@ -94,7 +94,7 @@ def own_ranges(address: int, size: int, *, protect: bool) -> list[tuple[int, int
     except OSError as error:
         if isinstance(error, IOReturnError) or protect:
             raise
-        # Before Linux 6.7: the zero page counts as mapped by several tasks, an exclusive page does not.
+        # Before Linux 6.7, exclusive pages count as written to; the zero page counts as mapped by several tasks.
         written = (page.address for page in pages(kernel_task, address, size) if page.present and page.exclusive)
         found = [(start, start + PAGE_SIZE) for start in written]
     joined = found[:1]

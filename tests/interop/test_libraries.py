@@ -122,7 +122,7 @@ def test_an_array_is_the_memory_itself() -> None:
 
 @pytest.mark.needs("numpy")
 def test_the_body_of_a_block_keeps_its_exception() -> None:
-    """An array outlives the `with` block of its buffer."""
+    """The exception of the block is not replaced, although an array outlives the block."""
     import numpy
 
     with pytest.raises(RuntimeError, match="the body's own") as caught, iobmd.allocate(4096) as buffer:

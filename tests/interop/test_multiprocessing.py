@@ -1,5 +1,4 @@
-"""Shared buffers sent through multiprocessing, alone or inside other objects: the receiver attaches the same
-pages."""
+"""Shared buffers sent through multiprocessing, alone or in other objects: the receiver attaches the same pages."""
 
 import contextlib
 import copy

@@ -132,7 +132,7 @@ def test_own_memory_of_a_child_and_of_a_thread(foreign: Callable[..., Any]) -> N
 
 @pytest.mark.needs("frames")
 def test_a_child_in_a_namespace_below(foreign: Callable[..., Any]) -> None:
-    """Forked by a process that matches its /proc and has the same pid as its child."""
+    """The parent matches its /proc, and has the same pid as its child, whose /proc does not."""
 
     def parent() -> None:
         mount_proc()

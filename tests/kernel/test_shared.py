@@ -451,7 +451,7 @@ def test_purger_of_a_child() -> None:
 
 @pytest.mark.needs("memory_cgroup")
 def test_memory_of_a_sharer_that_died_is_taken(memory_cgroup: Callable[[int], Path]) -> None:
-    """A child makes the memory volatile and exits; its parent, which never did, fills its limit and lives."""
+    """A child makes the memory volatile and exits; its parent, which never did, reaches its limit and survives."""
     procs = memory_cgroup(128 * MIB)
 
     def live() -> IOPurgeable:

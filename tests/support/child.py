@@ -130,7 +130,7 @@ def deny_calls(deny: dict[str, int]) -> None:
 
 @contextlib.contextmanager
 def sleeping(uid: int | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """A sleep(1) that sleeps, of user `uid` or the current one; it exits at the latest with the `with` block.
+    """Start sleep(1), as user `uid` if given, and wait until it sleeps; the end of the `with` block kills it.
 
     Popen() returns in the middle of execve(2), when descriptors are closed: no stack, no program is mapped yet.
     """
