@@ -594,7 +594,7 @@ class IOMemoryDescriptor:
             )
         else:
             remedy = "use withCopy to copy it; iobmd.share passes shared memory (shared=True) to other processes"
-        raise TypeError(f"a {type(self).__name__} owns its memory and cannot be copied or pickled; {remedy}")
+        raise TypeError(f"an {type(self).__name__} owns its memory and cannot be copied or pickled; {remedy}")
 
     def __len__(self) -> int:
         return self.getLength()

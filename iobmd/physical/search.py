@@ -99,12 +99,19 @@ def obtain(want: PhysicalConstraints) -> Mapping:
 
 
 def _out_of_reach(want: PhysicalConstraints, budget: Budget) -> str:
-    """Return why the search cannot succeed, or ""."""
-    if want.allowed == ALL_ADDRESSES:
+    """Return why the search cannot succeed within a budget, or "".
+
+    Raises `kIOReturnNoResources` if no memory of this host satisfies them: neither privilege nor policy helps.
+    """
+    if want.allowed == ALL_ADDRESSES and want.alignment <= HUGE_PAGE_SIZE:
         return ""
     if want.contiguous and want.size > want.lowest_hole:
-        return f"addresses of {want.size} contiguous bytes have the bit {want.lowest_hole:#x}, which the mask forbids"
-    return zones.out_of_reach(want.allowed, want.size, budget)
+        hole = want.lowest_hole
+        why = f"addresses of {want.size} contiguous bytes have the bit {hole:#x}, which the mask forbids"
+        raise _not_found(want, why)
+    if without := zones.without_memory(want.allowed, want.size, want.alignment):
+        raise _not_found(want, without)
+    return zones.out_of_reach(want.allowed, budget)
 
 
 def _require_visible(want: PhysicalConstraints) -> bool:

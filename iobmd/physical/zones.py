@@ -22,13 +22,8 @@ _RAM = re.compile(r"^ *([0-9a-f]+)-([0-9a-f]+) : System RAM$", re.MULTILINE)
 _SHOWN = 8  # ranges of RAM in a message
 
 
-def out_of_reach(allowed: int, size: int, budget: Budget) -> str:
-    """Return why `size` bytes within the mask `allowed` cannot be found within a budget, or ""."""
-    return _without_memory(allowed, size) or _under_others(allowed, budget)
-
-
-def _under_others(allowed: int, budget: Budget) -> str:
-    """Return why a budget does not suffice to hold the free memory above a mask."""
+def out_of_reach(allowed: int, budget: Budget) -> str:
+    """Return why a budget does not suffice to hold the free memory above the mask `allowed`, or ""."""
     try:
         zones = [(name, *_zone(text)) for name, text in _zones()]
     except OSError:  # hidden in this container
@@ -48,13 +43,14 @@ def _under_others(allowed: int, budget: Budget) -> str:
     return f"{held}, and {budget.why_no_more()}; reserve the pages at boot"
 
 
-def _without_memory(allowed: int, size: int) -> str:
-    """Return why no policy can find `size` bytes within a mask: the host has no, or too little, RAM there."""
+def without_memory(allowed: int, size: int, alignment: int) -> str:
+    """Return why no policy can find `size` bytes, the first aligned, within a mask: too little RAM there; or ""."""
     ranges = ram()
     if not ranges:
         return ""
     there = f"this host's RAM is at {', '.join(f'{start:#x}-{end - 1:#x}' for start, end in ranges[:_SHOWN])}"
-    if not any(_first(allowed | PAGE_SIZE - 1, start) < end for start, end in ranges):
+    begins = allowed & -alignment if alignment > PAGE_SIZE else allowed | PAGE_SIZE - 1
+    if not any(_first(begins, start) < end for start, end in ranges):
         return f"this host has no memory there; {there}"
     if allowed & allowed + 1 == 0:  # the mask allows all addresses below a limit
         below = sum(max(0, min(end, allowed + 1) - start) for start, end in ranges)

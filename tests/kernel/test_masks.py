@@ -97,6 +97,22 @@ def test_contiguous_under_a_mask_with_a_hole() -> None:
     assert caught.value.code == IOReturn.kIOReturnNoResources
 
 
+@pytest.mark.parametrize(
+    ("mask", "why"),
+    [(0xFFF, "have the bit 0x1000"), (1 << 61, "has no memory there"), (1 << 42, "has no memory there")],
+)
+def test_no_privilege_satisfies_an_impossible_mask(mask: int, why: str) -> None:
+    """A user who followed "run with CAP_SYS_ADMIN" would be refused again."""
+
+    def ask() -> tuple[IOReturn, str]:
+        return refusal(lambda: iobmd.allocate(MIB, contiguous=mask < MIB, physical_mask=mask))
+
+    for code, message in (ask(), in_child(ask, uid=NOBODY - 8)):
+        assert code is IOReturn.kIOReturnNoResources
+        assert why in message
+        assert "CAP_SYS_ADMIN" not in message
+
+
 @pytest.mark.needs("frames")
 def test_masks_need_no_huge_pages() -> None:
     def low() -> list[int]:
@@ -139,8 +155,8 @@ def test_a_mask_over_all_memory_is_in_reach(monkeypatch: pytest.MonkeyPatch) -> 
 
     free = {**zones.procfs.meminfo(), "MemFree": 1 << 50}
     monkeypatch.setattr(zones.procfs, "meminfo", lambda: free)
-    assert zones.out_of_reach((1 << 48) - 1, 4096, Budget()) == ""
-    assert "would have to be held" in zones.out_of_reach(0xFFFFFF, 4096, Budget())
+    assert zones.out_of_reach((1 << 48) - 1, Budget()) == ""
+    assert "would have to be held" in zones.out_of_reach(0xFFFFFF, Budget())
 
 
 @pytest.mark.needs("frames")
