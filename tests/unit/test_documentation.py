@@ -1,6 +1,7 @@
 """The examples of README.md and docs/: Python blocks, and the commands of console blocks, are run as shown.
 
-`<!-- needs: frames -->` above a block names its requirements on the host.
+`<!-- needs: frames -->` above a block names its requirements on the host, and `<!-- printed -->` above a text block states
+that the Python block before it prints this text.
 """
 
 import ast
@@ -28,7 +29,9 @@ PAGES = [
     *(page for folder in ("docs", "docs/api", "docs/howto") for page in sorted((ROOT / folder).glob("*.md"))),
 ]
 _BLOCK = re.compile(
-    r"(?:<!-- needs: (?P<needs>[\w, ]+) -->\n)?^```(?P<kind>python|console)\n(?P<text>.*?)^```$", re.M | re.S
+    r"(?:<!-- needs: (?P<needs>[\w, ]+) -->\n)?^```(?P<kind>python|console)\n(?P<text>.*?)^```$"
+    r"(?:\n\n<!-- printed -->\n```text\n(?P<printed>.*?)^```$)?",
+    re.M | re.S,
 )
 _PYTHON = re.compile(r"^```py(?:thon)?\n(.*?)^```$", re.M | re.S)
 _LINK = re.compile(r"\]\((?!https?:)([\w./-]+)(?:#[\w-]+)?\)")
@@ -38,11 +41,12 @@ class Block(NamedTuple):
     kind: str
     needs: frozenset[str]
     text: str
+    printed: str
 
 
 def blocks(page: Path, kind: str) -> list[Block]:
     found = (
-        Block(one["kind"], frozenset((one["needs"] or "").split()), one["text"])
+        Block(one["kind"], frozenset((one["needs"] or "").split()), one["text"], one["printed"] or "")
         for one in _BLOCK.finditer(page.read_text())
     )
     return [block for block in found if block.kind == kind]
@@ -55,10 +59,11 @@ def texts(kind: str) -> list[object]:
         all_of_it = blocks(page, kind)
         needs = frozenset().union(*(block.needs for block in all_of_it))
         for allowed in [frozenset(), needs] if needs else [needs]:
-            text = "\n".join(block.text for block in all_of_it if block.needs <= allowed)
+            chosen = [block for block in all_of_it if block.needs <= allowed]
+            text, printed = "\n".join(block.text for block in chosen), [block.printed for block in chosen]
             marks = pytest.mark.needs(*allowed) if allowed else ()
             if text:
-                runs.append(pytest.param(text, id="-".join([page.name, *sorted(allowed)]), marks=marks))
+                runs.append(pytest.param(text, printed, id="-".join([page.name, *sorted(allowed)]), marks=marks))
     return runs
 
 
@@ -66,6 +71,8 @@ def test_every_block_is_found() -> None:
     for kind in ("python", "console"):
         found = sum(len(blocks(page, kind)) for page in PAGES)
         assert found == sum(page.read_text().count(f"```{kind}\n") for page in PAGES) > 2
+    printed = sum(bool(block.printed) for page in PAGES for block in blocks(page, "python"))
+    assert printed == sum(page.read_text().count("<!-- printed -->\n") for page in PAGES) > 2
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -75,17 +82,25 @@ def test_python_blocks_are_python(page: Path) -> None:
         ast.parse(text, page.name)
 
 
-@pytest.mark.parametrize("text", texts("python"))
-def test_python_blocks_run(text: str, tmp_path: Path) -> None:
-    """The blocks of a page run in one interpreter, in order. Some write files."""
+@pytest.mark.parametrize(("text", "printed"), texts("python"))
+def test_python_blocks_run(text: str, printed: list[str], tmp_path: Path) -> None:
+    """The blocks of a page run in one interpreter, in order, and print what the page shows. Some write files."""
     command = [sys.executable, "-W", "error", "-c", text]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
+    position = 0
+    for part in printed:
+        assert part in done.stdout[position:]
+        position = done.stdout.index(part, position) + len(part)
 
 
-@pytest.mark.parametrize("text", texts("console"))
+@pytest.mark.parametrize(("text", "_printed"), texts("console"))
 def test_commands_run(
-    text: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: str,
+    _printed: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)  # some write files
     for line in filter(None, text.splitlines()):
