@@ -476,7 +476,7 @@ cdef class Mapping:
     def move(self, Mapping space):
         """Move the mapping's page tables to other addresses: the pages remain in their frames, locked and pinned.
 
-        Afterwards the space is this mapping's. After an error a part of the pages may be lost: the mapping can only
+        Afterwards the space belongs to this mapping. After an error, some pages may be lost, and the mapping can only
         be closed.
         """
         cdef uint64_t start = self.address, end = start + self.size, place = start

@@ -16,7 +16,7 @@ with iobmd.allocate(1 << 20, contiguous=True) as memory:
     address = memory.getPhysicalAddress()
     memory.writeBytes(0, b"ping")
     memory.performOperation(kIOMemoryIncoherentIOStore, 0, 4)  # sync_for_device
-    # … the device reads and writes at `address` …
+    # … the device reads and writes the memory at `address` …
     memory.performOperation(kIOMemoryIncoherentIOFlush, 0, 4)  # sync_for_cpu
     assert memory.readBytes(0, 4) == b"ping"
     print(f"{len(memory) >> 10} KiB at {address:#x}")

@@ -221,7 +221,7 @@ class MemoryOwner:
     def _in_use(self, error: BufferError) -> BusyError:
         if isinstance(error, BusyError):  # of a part, or of another task
             return error
-        # Not a variable of the frame that raises it, which its traceback would hold, and that this owner.
+        # Raised by the caller: raised here, the variable and the traceback would form a cycle that holds this owner.
         busy = BusyError(f"{self!r} is in use ({error}): release its memoryviews and arrays first")
         busy.viewed = True
         return busy

@@ -197,7 +197,7 @@ def test_scattered_holes(start_source: Start, deny: dict[str, int], size: int) -
 
 @pytest.mark.parametrize("deny", [{}, {"ioctl": errno.ENOTTY}], ids=["scanned", "without ioctl"])
 def test_absent_pages_do_not_count_as_unmapped(deny: dict[str, int]) -> None:
-    """Of the quick read, which has other numbers for what it leaves to the slow one, and populates nothing."""
+    """The quick read returns another errno for pages that it leaves to the slow read, and populates no page."""
 
     def read() -> list[tuple[int, int]]:
         device, found = Path("/proc").stat().st_dev, []
