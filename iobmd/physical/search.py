@@ -101,7 +101,7 @@ def obtain(want: PhysicalConstraints) -> Mapping:
 def _out_of_reach(want: PhysicalConstraints, budget: Budget) -> str:
     """Return why the search cannot succeed within a budget, or "".
 
-    Raises `kIOReturnNoResources` if no memory of this host satisfies them: neither privilege nor policy helps.
+    Raises `kIOReturnNoResources` if no memory of this host meets the requirements, whatever the privilege or policy.
     """
     if want.allowed == ALL_ADDRESSES and want.alignment <= HUGE_PAGE_SIZE:
         return ""
