@@ -1,7 +1,7 @@
 """The examples of README.md and docs/: Python blocks, and the commands of console blocks, are run as shown.
 
-`<!-- needs: frames -->` above a block names its requirements on the host, and `<!-- printed -->` above a text block states
-that the Python block before it prints this text.
+`<!-- needs: frames -->` above a block names its requirements on the host, and `<!-- printed -->` above a text block
+states that the Python block before it prints this text.
 """
 
 import ast
