@@ -515,8 +515,8 @@ cdef bint _is_unmapped(int pagemap, const char *maps, uint64_t address, size_t p
     cdef uint64_t walked, start = address - address % page
     cdef iobmd_procmap_query arg
     cdef int failed, found, fd
-    # A scan (Linux 6.7) shows the absent pages of an area without opening maps, which takes a third of the time of all
-    # calls for the page. It skips device memory (VM_PFNMAP), which cannot be read either.
+    # A scan (Linux 6.7) shows the absent pages of an area without opening maps, which takes a third of the time of
+    # all calls for the page. It skips device memory (VM_PFNMAP), which cannot be read either.
     memset(&anything, 0, sizeof(anything))
     found = iobmd_scan(pagemap, start, start + page, &anything, &region, 1, &walked)
     if found >= 0:
