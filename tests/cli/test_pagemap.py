@@ -18,7 +18,7 @@ from iobmd.tools.pagemap import frame as frame_command
 from iobmd.tools.pagemap import look
 from iobmd.tools.pagemap.arguments import parse
 from support import kernel
-from support.child import CAP_SYS_ADMIN, NOBODY, in_child, sleeping
+from support.child import CAP_SYS_ADMIN, NOBODY, in_child, sleeping, started
 from support.commands import shown
 
 from iobmd import IOReturn, IOReturnError, pagemap, procfs
@@ -29,14 +29,13 @@ from iobmd.pagemap import frame
 @pytest.fixture
 def target() -> Iterator[int]:
     """An idle process."""
-    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with started(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin
         assert process.stdout
         process.stdin.write(b"x")
         process.stdin.flush()
         process.stdout.read(1)
         yield process.pid
-        process.kill()
 
 
 def rollup(pid: int, *names: str) -> int:

@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 
 import pytest
 from support import kernel
+from support.child import started
 from support.commands import shown
 from support.source_process import SourceProcess
 
@@ -54,11 +55,14 @@ sys.stdin.read()
 """
 
 
-def started(*arguments: str) -> "subprocess.Popen[bytes]":
-    process = subprocess.Popen([sys.executable, "-c", *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert process.stdout
-    assert process.stdout.readline() == b"ready\n"
-    return process
+@contextlib.contextmanager
+def running(*arguments: str) -> "Iterator[subprocess.Popen[bytes]]":
+    """A program in Python that has printed that it is ready."""
+    command = [sys.executable, "-c", *arguments]
+    with started(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"ready\n"
+        yield process
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +70,8 @@ def odd() -> Iterator[int]:
     with tempfile.TemporaryDirectory() as folder:
         for name in NAMES:
             Path(folder, os.fsdecode(name)).write_bytes(b"x" * 4096)
-        with started(PROGRAM, folder) as process:
+        with running(PROGRAM, folder) as process:
             yield process.pid
-            process.kill()
 
 
 TEXT = (
@@ -168,9 +171,8 @@ def test_a_snapshot_of_odd_names(odd: int, tmp_path: Path, capsys: pytest.Captur
 
 @pytest.fixture(scope="module")
 def many() -> Iterator[int]:
-    with started(AREAS) as process:
+    with running(AREAS) as process:
         yield process.pid
-        process.kill()
 
 
 PEAK = """
@@ -234,7 +236,7 @@ def test_a_watch_goes_on_under_nohup() -> None:
 
 def test_a_process_that_changes_while_it_is_read(capsys: pytest.CaptureFixture[str]) -> None:
     busy = "import mmap\nprint('ready', flush=True)\nwhile True:\n m = mmap.mmap(-1, 1 << 20); m[0] = 1; m.close()"
-    with started(busy) as process:
+    with running(busy) as process:
         for options, wanted in (
             ([], r"^  it changed while it was read: .*page faults$"),
             (["--csv"], r"^iobmd pagemap: .*: it changed while it was read: .*page faults$"),
@@ -246,7 +248,6 @@ def test_a_process_that_changes_while_it_is_read(capsys: pytest.CaptureFixture[s
                 if found := re.search(wanted, error if options == ["--csv"] else output, re.M):
                     break
             assert found, options
-        process.kill()
 
 
 def test_a_process_that_stands_still(odd: int, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,7 +260,7 @@ def test_a_process_that_stands_still(odd: int, capsys: pytest.CaptureFixture[str
 def test_a_process_that_ends_while_it_is_read() -> None:
     from iobmd.tools.pagemap.steady import Steady
 
-    with subprocess.Popen(["sleep", "60"]) as process:
+    with started(["sleep", "60"]) as process:
         steady = Steady(Task(process.pid))
         process.kill()
         process.wait()
@@ -298,7 +299,7 @@ def test_what_was_released_is_told(tmp_path: Path, capsys: pytest.CaptureFixture
     program = "import mmap,sys\nm = mmap.mmap(-1, 4 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
     program += "m[:] = bytes(4 << 20)\nprint('ready', flush=True)\nsys.stdin.readline()\n"
     program += "m.madvise(mmap.MADV_DONTNEED, 0, 1 << 20)\nprint('ready', flush=True)\nsys.stdin.read()"
-    with started(program) as process:
+    with running(program) as process:
         assert process.stdin
         assert process.stdout
         shown(capsys, str(process.pid), "--save", str(tmp_path / "file"))
@@ -310,7 +311,6 @@ def test_what_was_released_is_told(tmp_path: Path, capsys: pytest.CaptureFixture
             shown(capsys, str(process.pid), "--diff", str(tmp_path / "file")),
             re.M,
         )
-        process.kill()
 
 
 def test_a_snapshot_keeps_its_range(odd: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -428,7 +428,7 @@ def test_output_that_is_closed(odd: int) -> None:
 def test_interrupted_at_any_time(odd: int) -> None:
     for delay in range(0, 300, 30):
         command = [sys.executable, "-m", "iobmd", "pagemap", str(odd), "--watch", "0.05"]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as watching:
+        with started(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as watching:
             time.sleep(delay / 1000)
             for _ in range(100):  # the interpreter may lose a signal while it starts
                 watching.send_signal(signal.SIGINT)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support import areas, kernel, rawmemory
 from support.areas import Area
-from support.child import NOBODY, in_child
+from support.child import NOBODY, in_child, started
 from support.errors import error_of
 from support.targets import need_ptrace
 
@@ -228,7 +228,7 @@ def test_the_explanation_is_that_of_the_moment_it_is_asked_for() -> None:
 
 
 def test_the_explanation_of_a_task_that_is_gone() -> None:
-    with subprocess.Popen(["sleep", "100"]) as program:
+    with started(["sleep", "100"]) as program:
         task = Task(program.pid)
         error = error_of(lambda: task.read(PAGE, 8))
         program.kill()

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support import kernel, rawmemory
-from support.child import NOBODY, in_child
+from support.child import NOBODY, in_child, started
 from support.source_process import SourceProcess
 
 import iobmd
@@ -116,12 +116,11 @@ def test_no_such_pid() -> None:
 def test_a_thread_is_no_task() -> None:
     program = "import threading,time;t=threading.Thread(target=time.sleep,args=(60,),daemon=True);t.start();"
     program += "print(t.native_id,flush=True);time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as child:
+    with started([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         thread = int(child.stdout.readline())
         with pytest.raises(IOReturnError) as caught:
             Task(thread)
-        child.kill()
     assert caught.value.code in (IOReturn.kIOReturnBadArgument, IOReturn.kIOReturnNotFound)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support import kernel
-from support.child import in_child
+from support.child import in_child, started
 from support.targets import ProgramResources, Target, build, check_unchanged, children, until
 
 import iobmd
@@ -201,7 +201,7 @@ def test_interrupt(call: str) -> None:
             f"print('begin', flush=True)\ntry: {CALLS[call]}\n"
             "except KeyboardInterrupt: sys.exit(7)\n"
         )
-        with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as program:
+        with started([sys.executable, "-c", script], stdout=subprocess.PIPE) as program:
             assert program.stdout
             program.stdout.readline()
             time.sleep(0.5)
@@ -225,7 +225,7 @@ def test_killed_as_it_waits(call: str) -> None:
         script = (
             f"import iobmd\npid, area, size = {target.pid}, {target.area}, {MIB}\nprint(1, flush=True)\n{CALLS[call]}"
         )
-        with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as program:
+        with started([sys.executable, "-c", script], stdout=subprocess.PIPE) as program:
             assert program.stdout
             program.stdout.readline()
             time.sleep(0.5)

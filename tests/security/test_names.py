@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.child import sleeping
+from support.child import sleeping, started
 
 import iobmd
 from iobmd import host, procfs
@@ -37,13 +37,10 @@ def test_cgroups(group: Path, form: list[str], capsys: pytest.CaptureFixture[str
     program = (
         f"open({str(group / 'cgroup.procs')!r}, 'w').write('0')\nx = b'x' * (1 << 20)\nprint(flush=True)\ninput()"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as target:
+    with started([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as target:
         assert target.stdout is not None
         target.stdout.readline()
         assert main(["pagemap", str(target.pid), "--runs", *form]) == 0
-        target.kill()
     shown = capsys.readouterr().out
     assert "\\x1b[2J" in shown, "the control: the cgroup is named"
     assert "\x1b" not in shown
@@ -88,7 +85,7 @@ input()
 @pytest.mark.needs("root")
 def test_mounts_whose_names_have_ends_of_lines(tmp_path: Path) -> None:
     """A target chooses such names, also not in UTF-8: they once raised IndexError and UnicodeDecodeError."""
-    with subprocess.Popen(
+    with started(
         [sys.executable, "-c", MOUNTED, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as target:
         assert target.stdout is not None
@@ -102,7 +99,6 @@ def test_mounts_whose_names_have_ends_of_lines(tmp_path: Path) -> None:
             assert copied.readBytes(0, 1) == b"\7"
         area = next(procfs.areas(target.pid, address, address + 1))
         assert extents.Files(target.pid, 1.0, may_wait=False).find(area)
-        target.kill()
 
 
 @pytest.mark.needs("root")
@@ -114,7 +110,7 @@ def test_a_tracer_whose_name_is_no_text() -> None:
     )
     with (
         sleeping() as task,
-        subprocess.Popen(
+        started(
             [sys.executable, "-c", program, str(task.pid)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as tracer,
     ):
@@ -122,7 +118,6 @@ def test_a_tracer_whose_name_is_no_text() -> None:
         assert tracer.stdout.readline() == "0\n"
         with pytest.raises(NotPermittedError, match=f"traced by process {tracer.pid} "):
             iobmd.allocate(4096, task=task.pid, wired=False)
-        tracer.kill()
 
 
 def test_doctor_gives_no_user_the_interpreter() -> None:

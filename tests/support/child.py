@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,17 +129,24 @@ def deny_calls(deny: dict[str, int]) -> None:
 
 
 @contextlib.contextmanager
+def started(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """Start a program, and kill it at the end of a `with` block, also after an error: Popen would wait for it."""
+    with subprocess.Popen(command, **options) as program:
+        try:
+            yield program
+        finally:
+            program.kill()
+
+
+@contextlib.contextmanager
 def sleeping(uid: int | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """Start sleep(1), as user `uid` if given, and wait until it sleeps; the end of the `with` block kills it.
 
     Popen() returns in the middle of execve(2), when descriptors are closed: no stack, no program is mapped yet.
     """
-    with subprocess.Popen(["sleep", "1000"], user=uid) as program:
-        try:
-            until_asleep(program.pid)
-            yield program
-        finally:
-            program.kill()
+    with started(["sleep", "1000"], user=uid) as program:
+        until_asleep(program.pid)
+        yield program
 
 
 def until_asleep(pid: int) -> None:
