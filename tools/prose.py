@@ -97,7 +97,7 @@ _GRAMMAR = {
 
 
 def passages(suffix: str, text: str) -> Iterator[tuple[int, str]]:
-    """Yield each comment, string of several words, or stretch of documentation, with its offset in `text`."""
+    """Yield each comment, string of several words, or passage of documentation, with its offset in `text`."""
     for match in _GRAMMAR[suffix].finditer(text):
         if match[1] and " " in match[1].strip():
             yield match.start(1), match[1]

@@ -30,8 +30,8 @@ words = (
     | st.integers(0, (1 << 64) - 1).map(lambda word: word & REAL)
 )
 # Long runs of equal words, and of words that count up, for which the readers have fast paths.
-stretches = st.tuples(words, st.sampled_from([1, 1, 2, 7, 8, 9, 16, 511, 513]), st.integers(0, 1))
-tables = st.lists(stretches, max_size=12).map(
+repeated_words = st.tuples(words, st.sampled_from([1, 1, 2, 7, 8, 9, 16, 511, 513]), st.integers(0, 1))
+tables = st.lists(repeated_words, max_size=12).map(
     lambda found: [word + index * step & REAL for word, count, step in found for index in range(count)]
 )
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CONTENT = 1 << 20
 
 
-class Kept(dict[int, bytes]):
+class RetainingCache(dict[int, bytes]):
     """A cache with the same interface that stores `bytes`, which cannot be reclaimed."""
 
     def __init__(self, loader: Callable[[int], bytes]) -> None:
@@ -44,7 +44,7 @@ def work(kind: str, working_set: int, requests: int) -> dict[str, float]:
         loads += 1
         return key.to_bytes(4, "little") * (CONTENT // 4)
 
-    cache = PurgeableCache(counted) if kind == "cache" else Kept(counted)
+    cache = PurgeableCache(counted) if kind == "cache" else RetainingCache(counted)
     contents, chance = working_set // CONTENT, random.Random(1)
     hits, took = 0, 0.0
     for _ in range(requests):

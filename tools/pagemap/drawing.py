@@ -121,7 +121,7 @@ class Drawing:
     def _names(self) -> Iterator[Label]:
         """Write the names of areas below their blocks, as far as there is room."""
         free = 0.0
-        for first, last in self._stretches():
+        for first, last in self._block_ranges():
             room = min(self._x(last) + self._step, _LEFT + _PLOT) - max(free, self._x(first))
             text = ", ".join(names(between(self.parts, first, last + self.grid.block)))
             for row, words in enumerate((f"{first:x}", text)):
@@ -130,7 +130,8 @@ class Drawing:
                     cut = words if len(words) <= letters else words[: letters - 1] + "…"
                     yield Label(max(free, self._x(first)), self._end + 16 + row * 14, cut)
 
-    def _stretches(self) -> Iterator[tuple[int, int]]:
+    def _block_ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield the first and the last address of each run of consecutive blocks."""
         first = last = None
         for address in self._columns:
             if first is None or last is None or last + self.grid.block != address:
