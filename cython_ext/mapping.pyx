@@ -473,7 +473,7 @@ cdef class Mapping:
         self.address, self.size, self.reserved = at, size, overwrite
         return self
 
-    def move(self, Mapping space):
+    def move(self, Mapping space not None):
         """Move the mapping's page tables to other addresses: the pages remain in their frames, locked and pinned.
 
         Afterwards the space belongs to this mapping. After an error, some pages may be lost, and the mapping can only

@@ -10,7 +10,7 @@ from iobmd._internal import log
 from iobmd._native import mapping, mman
 from iobmd._native.mapping import Mapping
 from iobmd.backing.mapped import MappedBacking
-from iobmd.backing.placement import Placement, move
+from iobmd.backing.placement import ANYWHERE, Placement, move
 from iobmd.errors import CannotWireError, IOReturnError
 from iobmd.host import headroom, limits
 from iobmd.memory import numa, pinning
@@ -53,7 +53,7 @@ class AnonymousBacking(MappedBacking):
         purgeable: bool = False,
         want: PhysicalConstraints | None = None,
         contents: Contents | None = None,
-        placement: Placement = Placement(),  # noqa: B008 (immutable)
+        placement: Placement = ANYWHERE,
     ) -> None:
         super().__init__(wired=wired)
         self._anywhere = not placement.at

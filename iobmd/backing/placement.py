@@ -49,6 +49,9 @@ class Placement(NamedTuple):
             raise limits.from_oserror(error, where, size) from None
 
 
+ANYWHERE = Placement()
+
+
 def move(mapping: Mapping, space: Mapping | None) -> None:
     """Move a new mapping into its space, if it has one.
 

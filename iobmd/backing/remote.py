@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NoReturn
 
-from iobmd.backing.placement import Placement
+from iobmd.backing.placement import ANYWHERE, Placement
 from iobmd.backing.shared import SharedBacking, not_mapped_here
 from iobmd.remote.mapping import RemoteMapping, touch
 
@@ -29,7 +29,7 @@ class RemoteBacking(SharedBacking):
         purgeable: bool = False,
         contents: Contents | None = None,
         guard: int = 0,
-        placement: Placement = Placement(),  # noqa: B008 (immutable)
+        placement: Placement = ANYWHERE,
     ) -> None:
         self._there: RemoteMapping | None = None
         super().__init__(shared, wired=wired, purgeable=purgeable, contents=contents)

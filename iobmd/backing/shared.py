@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from iobmd._internal import log
 from iobmd._native import mman
 from iobmd.backing.mapped import MappedBacking, span
-from iobmd.backing.placement import Placement, move
+from iobmd.backing.placement import ANYWHERE, Placement, move
 from iobmd.errors import CannotWireError, UnsupportedError
 from iobmd.memory import numa, residency
 from iobmd.memory.mlock import make_resident
@@ -47,7 +47,7 @@ class SharedBacking(MappedBacking):
         purgeable: bool = False,
         contents: Contents | None = None,
         guard: int = 0,
-        placement: Placement = Placement(),  # noqa: B008 (immutable)
+        placement: Placement = ANYWHERE,
     ) -> None:
         super().__init__(wired=wired)
         self._shared = shared

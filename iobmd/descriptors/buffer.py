@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, Self, TypeVar, cast, overload
 from iobmd._internal.arguments import check_integers
 from iobmd._native.mapping import Exporter, Mapping
 from iobmd.backing.contents import CopyOf
-from iobmd.backing.placement import Placement
+from iobmd.backing.placement import ANYWHERE, Placement
 from iobmd.backing.remote import RemoteBacking
 from iobmd.constants import IOOptionBits, kIOMemoryIncoherentIOFlush
 from iobmd.descriptors import address_index, allocation
@@ -64,7 +64,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         *,
         contents: CopyOf | None = None,
         node: int | None = None,
-        placement: Placement = Placement(),  # noqa: B008 (immutable)
+        placement: Placement = ANYWHERE,
     ) -> None:
         # Construction has two steps, as in IOKit. This one only records the contents and the NUMA node for
         # initWithPhysicalMask.

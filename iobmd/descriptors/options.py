@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from iobmd._internal.arguments import check_integers
 from iobmd._native import mapping
 from iobmd._version import __version__
-from iobmd.backing.placement import PROTECTIONS, Placement
+from iobmd.backing.placement import ANYWHERE, PROTECTIONS, Placement
 from iobmd.constants import IOMapOptions, IOOptionBits
 from iobmd.errors import BadArgumentError, UnsupportedError
 from iobmd.memory.shmem import NAME
@@ -61,7 +61,7 @@ class Request(NamedTuple):
     """Inaccessible bytes on each side."""
     tag: int = 0
     """The number that names its mappings; 0: no name."""
-    placement: Placement = Placement()
+    placement: Placement = ANYWHERE
     """Its address, and its protection in its task."""
 
     @property
@@ -98,7 +98,7 @@ def check_request(
     physical_mask: int,
     guarded: bool = False,
     tags: tuple[int, int] = (0, 0),
-    placement: Placement = Placement(),  # noqa: B008 (immutable)
+    placement: Placement = ANYWHERE,
 ) -> Request:
     """Check a request for a buffer; the parameters are those of `initWithPhysicalMask` and its factories.
 
@@ -112,8 +112,9 @@ def check_request(
     if not type(capacity) is type(alignment) is type(physical_mask) is int:
         check_integers(capacity=capacity, alignment=alignment, physicalMask=physical_mask)
         capacity, alignment, physical_mask = index(capacity), index(alignment), index(physical_mask)
-    check_integers(options=options)
-    options = int(options)
+    if type(options) is not int:
+        check_integers(options=options)
+        options = int(options)
     if capacity <= 0:
         raise BadArgumentError(f"a buffer's size must be positive, not {capacity}")
     if alignment not in (0, 1) and not is_power_of_two(alignment):
@@ -131,7 +132,7 @@ def check_request(
         raise BadArgumentError(f"pageable memory moves, and cannot be {what}: omit kIOMemoryPageable")
     where = None if task is None else kernel_task if task is kernel_task else as_task(task)
     tag = _tag(tags, in_kernel=where is None or where is kernel_task)
-    if placement != Placement():
+    if placement is not ANYWHERE:
         _check_placement(placement, where, capacity, max(alignment, PAGE_SIZE))
     return Request(where, options, capacity, want, contiguous, PAGE_SIZE if guarded else 0, tag, placement)
 

@@ -28,8 +28,8 @@ def view(pieces: list[tuple[int, int]], *, at: int = 0, guard: int = 0, alignmen
 
 def exported(offset: int, length: int) -> Callable[[], None]:
     class Liar(Exporter):
-        def _exported(self) -> tuple[Mapping, int, int, bool]:
-            return Mapping.anonymous(PAGE, PAGE), offset, length, True
+        def _exported(self) -> tuple[None, Mapping, int, int, bool]:
+            return None, Mapping.anonymous(PAGE, PAGE), offset, length, True
 
     def attack() -> None:
         memoryview(Liar())
@@ -67,6 +67,9 @@ ATTACKS: dict[str, Callable[[], object]] = {
     "redirect, to more": redirected([(0, PAGE), (0, PAGE), (0, PAGE)]),
     "redirect, in parts of pages": redirected([(0, PAGE + 1), (0, PAGE - 1)]),
     "redirect, negative": redirected([(0, 3 * PAGE), (0, -PAGE)]),
+    **{f"space, size {one:#x}": partial(Mapping.space, HUGE, one, False) for one in SIZES},
+    **{f"space, at {one:#x}": partial(Mapping.space, one, PAGE, True) for one in SIZES},
+    "space, end that wraps": partial(Mapping.space, (1 << 64) - PAGE, 2 * PAGE, True),
     "borrow, size that wraps": partial(Mapping.borrow, PAGE, (1 << 64) - PAGE, True),
     "borrow, address that wraps": partial(Mapping.borrow, (1 << 64) - PAGE, 2 * PAGE, True),
     "export, negative offset": exported(-PAGE, PAGE),
@@ -112,3 +115,34 @@ def test_possible_numbers() -> None:
         mapping = Mapping.anonymous(PAGE, alignment)
         assert mapping.address % alignment == 0
         mapping.close()
+
+
+def test_only_reserved_space_is_replaced() -> None:
+    mapping, space = Mapping.anonymous(2 * PAGE, PAGE), Mapping.reserve(2 * PAGE, PAGE)
+    for at in (mapping.address, HUGE):
+        with pytest.raises(FileExistsError):
+            Mapping.space(at, PAGE, True)
+    with pytest.raises(TypeError):
+        mapping.move(None)  # type: ignore[arg-type]
+    with pytest.raises(OSError, match="mremap"):  # into space of another size
+        mapping.move(Mapping.space(space.address, PAGE, True))
+    view = memoryview(Exported(mapping))
+    with pytest.raises(ValueError, match="in use"):
+        mapping.move(Mapping.space(space.address, 2 * PAGE, True))
+    view.release()
+    mapping.write(PAGE, b"moved")
+    mapping.move(Mapping.space(space.address, 2 * PAGE, True))
+    assert mapping.address == space.address
+    assert mapping.read(PAGE, 5) == b"moved"
+    mapping.close()
+    space.close()
+
+
+class Exported(Exporter):
+    """A mapping, exported by the buffer protocol."""
+
+    def __init__(self, mapping: Mapping) -> None:
+        self._mapping = mapping
+
+    def _exported(self) -> tuple[None, Mapping, int, int, bool]:
+        return None, self._mapping, 0, PAGE, True
