@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
-from iobmd._internal import process_local
+from iobmd._internal import process_local, with_block
 from iobmd._internal.arguments import check_integers
 from iobmd._native.mapping import Exporter
 from iobmd.constants import IOMapOptions, IOReturn, kIOReturnSuccess
@@ -197,15 +197,14 @@ class IOMemoryMap(Exporter):
         self._open()
         return self
 
-    def __exit__(self, *_error: object) -> None:
-        try:
-            self.unmap()
-        except BusyError:
-            mapping, self._mapping = self._mapping, None
-            if mapping is None:
-                return
-            with _changes:  # the addresses are unmapped with the last view, which holds them
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        if not self.exports:
+            with_block.leave(self.unmap, error)
+            return
+        with _changes:  # the addresses are unmapped with the last view, which holds them
+            if mapping := self._mapping:
                 mapping.users.discard(id(self))
+                self._mapping = None
 
     def __del__(self) -> None:
         # Without the guard, because a destructor must not wait for it. The mapping ends with the last of its maps and

@@ -7,6 +7,7 @@ import weakref
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+from iobmd._internal import with_block
 from iobmd.errors import IOReturnError
 from iobmd.purgeable import EMPTY, KEEP_CURRENT, NON_VOLATILE, OBSOLETE, VOLATILE, purger
 
@@ -147,8 +148,8 @@ class NonVolatile:
         assert self.intact is not None
         return self.intact
 
-    def __exit__(self, failed: object, *_error: object) -> None:
-        self._leave(failed=failed is not None)
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        with_block.leave(partial(self._leave, failed=error is not None), error)
 
     def _leave(self, *, failed: bool) -> None:
         with self._owner.guard:

@@ -104,6 +104,19 @@ def test_prepared_or_mapped_memory_does_not_hide_it_either(mapped: bool) -> None
     assert locked() == locked_before
 
 
+def test_memory_that_cannot_become_volatile_again_does_not_hide_it() -> None:
+    with iobmd.allocate(SIZE, wired=False, purgeable=True) as buffer:
+        buffer.setPurgeable(iobmd.kIOMemoryPurgeableVolatile)
+        with pytest.raises(ZeroDivisionError) as caught, buffer.nonvolatile():
+            try:
+                buffer.prepare()
+            except iobmd.CannotWireError:
+                pytest.skip("this kernel pins no memory here")
+            _ = 1 // 0
+        assert "still prepared" in caught.value.__notes__[0]
+        buffer.complete()
+
+
 def test_a_block_that_ends_by_itself_reports_what_is_prepared() -> None:
     buffer = iobmd.allocate(SIZE, shared=True)
     mapped = buffer.map()
