@@ -145,6 +145,9 @@ def memlock_remedy() -> str:
 
 def capability(which: Capability) -> Fact:
     """Probe one capability of this process."""
+    if "CapEff" not in own_status():
+        value = {"effective": None, "host": None}
+        return Fact(which.name, Status.NO, value, "unknown without /proc", _PURPOSES[which])
     effective, host = has_capability(which.name), has_host_capability(which.name)
     status = Status.YES if host else Status.LIMITED if effective else Status.NO
     summary = {Status.YES: "effective", Status.LIMITED: "only in its user namespace"}.get(status, "missing")

@@ -24,6 +24,7 @@ import iobmd
 from iobmd import IOMemoryDescriptor, IOReturn, Task, Wiring, cli, host, kernel_task, pagemap, procfs
 from iobmd._internal import pidns
 from iobmd.cli import doctor as _doctor  # noqa: F401 (before a test makes the interpreter's files inaccessible)
+from iobmd.host import privilege
 from iobmd.pagemap.self import resident_and_dirty
 from iobmd.units import PAGE_SIZE
 
@@ -305,6 +306,15 @@ def test_doctor_without_proc() -> None:
     assert code == 1
     assert (fact["status"], fact["value"]) == ("no", {"mounted": False})
     assert fact["remedy"].startswith("mount -t proc proc /proc")
+
+
+def test_capabilities_are_unknown_without_proc() -> None:
+    """Root has them, and "run as root" would not help."""
+
+    def facts() -> list[tuple[str, str]]:
+        return [(fact.summary, fact.remedy) for fact in map(privilege.capability, privilege.Capability)]
+
+    assert in_namespaces(facts, proc=unmount_proc) == [("unknown without /proc", "")] * 3
 
 
 # --- hidden and restricted
