@@ -12,13 +12,15 @@ from iobmd.api import allocate
 from iobmd.cli import EXIT_OK, table
 from iobmd.cli.arguments import duration, size
 from iobmd.errors import IOReturnError, NotPrivilegedError, NotReadyError
-from iobmd.physical.policy import policy
+from iobmd.physical.policy import Names, Policy, applied
 from iobmd.units import format_size, format_time
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
+
+_NAMES = Names("--reserve", "--budget SIZE", "--seconds S")
 
 SHOWN = 16
 """Segments shown in the table; --json has all."""
@@ -28,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     """Run `iobmd alloc`."""
     arguments = make_parser().parse_args(argv)
     begin = time.perf_counter()
-    with policy(reserve=arguments.reserve, memory_budget=arguments.budget, time_budget=arguments.seconds):
+    with applied(Policy(arguments.reserve, arguments.budget, arguments.seconds, _NAMES)):
         buffer = allocate(
             arguments.size,
             contiguous=arguments.contiguous,

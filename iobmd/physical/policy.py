@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DEFAULT_SECONDS = 5.0
-_MORE_MEMORY = "allow more (iobmd.policy(memory_budget=…))"
+
+
+class Names(NamedTuple):
+    """How the fields of a policy are set, for messages; by default in Python."""
+
+    reserve: str = "iobmd.policy(reserve=True)"
+    memory_budget: str = "iobmd.policy(memory_budget=…)"
+    time_budget: str = "iobmd.policy(time_budget=…)"
 
 
 class Policy(NamedTuple):
@@ -24,6 +31,7 @@ class Policy(NamedTuple):
     reserve: bool = False
     memory_budget: int | None = None
     time_budget: float | None = None
+    names: Names = Names()
 
 
 _DEFAULT = Policy()
@@ -62,7 +70,14 @@ def policy(
     check_numbers(time_budget=time_budget or 0)
     if (memory_budget or 0) < 0 or (time_budget or 0) < 0:
         raise BadArgumentError("a budget cannot be negative")
-    token = _current.set(Policy(reserve, memory_budget, time_budget))
+    with applied(Policy(reserve, memory_budget, time_budget)):
+        yield
+
+
+@contextlib.contextmanager
+def applied(wanted: Policy) -> Iterator[None]:
+    """Apply a policy inside the `with` block."""
+    token = _current.set(wanted)
     try:
         yield
     finally:
@@ -102,12 +117,17 @@ class Budget:
     def remedy(self, size: int | None = None) -> str:
         """Return the remedy that permits holding `size` bytes, or more than now; "" if no policy can."""
         if self.most >= size if size is not None else self.most > self.bytes:
-            return _MORE_MEMORY
+            return f"allow more ({self.names.memory_budget})"
         return ""
 
     def why_no_more(self) -> str:
         """Return the reason why no policy can allow more."""
         return self._tightest.report()
+
+    @property
+    def names(self) -> Names:
+        """How the policy is changed."""
+        return self._policy.names
 
     @property
     def may_reserve(self) -> bool:

@@ -227,7 +227,7 @@ class Search:
 
     def _remedies(self) -> Iterator[str]:
         if self.budget.over:
-            yield "allow more time (iobmd.policy(time_budget=…))"
+            yield f"allow more time ({self.budget.names.time_budget})"
         if more := self.budget.remedy():
             yield more
         else:
@@ -237,7 +237,7 @@ class Search:
             yield "compact memory (as root: sysctl vm.drop_caches=3 vm.compact_memory=1)"
             yield f"reserve the pages at boot (hugepagesz={HUGE_PAGE_SIZE >> 20}M hugepages={pages})"
             return
-        yield "allow larger hugetlb pools (iobmd.policy(reserve=True), as root)"
+        yield f"allow larger hugetlb pools ({self.budget.names.reserve}, as root)"
         for pool in host.hugetlb_pools():
             if pool.size == HUGE_PAGE_SIZE:
                 yield f"enlarge one: {host.pool_remedy(pool, pages).partition('  #')[0]}"

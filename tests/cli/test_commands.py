@@ -191,6 +191,17 @@ def test_alloc_refuses(capsys: Captured) -> None:
 
 
 @pytest.mark.needs("frames")
+def test_alloc_names_its_own_options(capsys: Captured) -> None:
+    total = int(Path("/proc/meminfo").read_text().split()[1]) << 10
+    alignment = 1 << total.bit_length() - 1  # that of one place of the host, or two
+    assert main(["alloc", "2M", "--contiguous", "--align", str(alignment), "--seconds", "0"]) == 1
+    printed = capsys.readouterr().err
+    for option in ("(--seconds S)", "(--budget SIZE)", "(--reserve, as root)"):
+        assert option in printed
+    assert "iobmd.policy" not in printed
+
+
+@pytest.mark.needs("frames")
 def test_alloc_says_when_a_page_has_moved(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     def moved(_buffer: object) -> None:
         raise iobmd.IOReturnError(iobmd.IOReturn.kIOReturnVMError, "the page at 0x1000 was elsewhere", 0, 0x1000)
