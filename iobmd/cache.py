@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import TYPE_CHECKING, Generic, NamedTuple, Self, TypeVar
 
@@ -140,11 +139,10 @@ class _Entry:
     filled = False  # the contents are complete, unless the system has reclaimed them
     known = False  # it was loaded before
 
-    def __init__(self, modifiers: int, unsettled: deque[_Entry]) -> None:
+    def __init__(self, modifiers: int) -> None:
         self.guard = process_local.Guard()
         self.users: set[int] = set()  # by id, because adding and removing one is atomic, even in a garbage collection
         self._modifiers = modifiers
-        self._unsettled = unsettled
 
     def fill(self, data: Buffer) -> None:
         """Store the loader's result in the buffer and make it non-volatile."""
@@ -166,21 +164,12 @@ class _Entry:
         return taken
 
     def settle(self) -> None:
-        """Make it volatile if it has no user. This never waits, because the garbage collector calls it too."""
-        if self.users:
-            return
-        if self.guard.mine:  # this thread holds the guard: retry later
-            self._unsettled.append(self)
-            return
-        try:
-            if not self.guard.enter_if_free():
-                self._unsettled.append(self)
-            elif self.filled and not self.users:
-                self.memory.setPurgeable(VOLATILE | self._modifiers)
-        except BusyError:  # this thread was interrupted during a change
-            self._unsettled.append(self)
-        finally:
-            self.guard.leave()
+        """Make it volatile if it has no user, without waiting, because the garbage collector calls it too."""
+        self.guard.when_free(self._settle)
+
+    def _settle(self) -> None:
+        if self.filled and not self.users:
+            self.memory._set_purgeable_when_free(VOLATILE | self._modifiers)
 
     def free(self) -> None:
         """Free the buffer; its views retain the memory."""
@@ -225,7 +214,6 @@ class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
         self._loader = loader
         self._modifiers = int(modifiers)
         self._entries: dict[K, _Entry] = {}
-        self._unsettled: deque[_Entry] = deque()  # entries whose last use ended while they were busy
         self._guard = process_local.Guard()
         self._counts = dict.fromkeys(("hits", "loaded", "purged", "rebuilt"), 0)
         self._maker = os.getpid()
@@ -239,9 +227,8 @@ class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
             As `allocate` and `setPurgeable`; `kIOReturnBusy` if a loader requests the key that it is loading.
             Exceptions of the loader are passed on, and nothing is cached.
         """
-        self._settle()
         while True:
-            entry = self._entries.get(key) or self._entries.setdefault(key, _Entry(self._modifiers, self._unsettled))
+            entry = self._entries.get(key) or self._entries.setdefault(key, _Entry(self._modifiers))
             with entry.guard:
                 if self._entries.get(key) is not entry:  # another thread has removed it
                     continue
@@ -253,7 +240,7 @@ class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
                     if not entry.filled:
                         self._forget(key, entry)
                     elif not entry.users:
-                        self._unsettled.append(entry)
+                        entry.settle()
                     raise
                 return CacheItem(use)
 
@@ -291,7 +278,6 @@ class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
 
     def sweep(self) -> int:
         """Remove the keys whose contents the system has reclaimed; return their number."""
-        self._settle()
         swept = 0
         for key, entry in list(self._entries.items()):
             with entry.guard:
@@ -323,7 +309,6 @@ class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
     @property
     def statistics(self) -> CacheStatistics:
         """The activity so far, and the present contents."""
-        self._settle()
         known = [entry for entry in list(self._entries.values()) if entry.known]
         held = [entry.size for entry in known if entry.users]
         size = sum(entry.size for entry in known)
@@ -331,12 +316,6 @@ class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
             return CacheStatistics(
                 **self._counts, entries=len(known), held=len(held), bytes=size, held_bytes=sum(held)
             )
-
-    def _settle(self) -> None:
-        """Make entries volatile whose last use ended while they were busy."""
-        for _ in range(len(self._unsettled)):
-            with contextlib.suppress(IndexError):  # another thread was faster
-                self._unsettled.popleft().settle()
 
     def _count(self, what: str) -> None:
         with self._guard:

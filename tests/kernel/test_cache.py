@@ -380,3 +380,21 @@ def test_close_frees_what_is_not_in_use() -> None:
     assert list(cache) == [1]
     items.pop(1).release()
     cache.close()
+
+
+@pytest.mark.parametrize("in_thread", [False, True], ids=["itself", "another thread"])
+def test_a_use_that_ends_while_its_memory_is_busy(*, in_thread: bool) -> None:
+    """Its destructor does not wait, and the contents become volatile afterwards, without another use of the cache."""
+    with iobmd.PurgeableCache(lambda _key: bytes(range(256)) * 16) as cache:
+        items = [cache[1]]
+        memory = cache._entries[1].memory
+        kernel.set_apart(memory)
+        with memory._memory().guard:
+            if in_thread:
+                thread = threading.Thread(target=items.clear, daemon=True)
+                thread.start()
+                thread.join(20)
+                assert not thread.is_alive()
+            else:
+                items.clear()
+        assert not kernel.smaps(memory.getBytesNoCopy())["Private_Dirty"]

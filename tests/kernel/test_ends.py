@@ -195,6 +195,7 @@ class Abandoned(NamedTuple):
 def pageable(size: int = PAGE, **how: bool) -> IOBufferMemoryDescriptor:
     buffer = iobmd.allocate(size, wired=False, **how)
     buffer.writeBytes(0, bytes(size))
+    kernel.set_apart(buffer)
     return buffer
 
 

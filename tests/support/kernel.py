@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from iobmd._native import mman
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -141,6 +143,11 @@ def rings(pid: int | str = "self") -> int:
         with contextlib.suppress(OSError):  # the descriptor that lists the directory
             count += "io_uring" in str(path.readlink())
     return count
+
+
+def set_apart(buffer: IOBufferMemoryDescriptor) -> None:
+    """Prevent that its area is merged with adjacent ones (MADV_DONTDUMP), so that smaps counts its pages alone."""
+    mman.advise(buffer.getBytesNoCopy(), len(buffer), 16)
 
 
 class Footprint(NamedTuple):
