@@ -377,7 +377,6 @@ cdef extern from * nogil:
             NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (job == MAP_FAILED)
             return NULL;
-        IOBMD_IS_NEW(job, size);
         job->mapped = size;
         job->ranges = (struct iobmd_range *)(job + 1);
         job->bytes = (char *)job + head;
@@ -449,6 +448,7 @@ cdef extern from * nogil:
                     return;
                 }
         }
+        IOBMD_UNMARK(job, job->mapped);
         munmap(job, job->mapped);
     }
     """

@@ -12,9 +12,9 @@
    later. */
 #ifdef __SANITIZE_ADDRESS__
 void __asan_unpoison_memory_region(void const volatile *address, size_t size);
-#define IOBMD_IS_NEW(memory, size) __asan_unpoison_memory_region(memory, size)
+#define IOBMD_UNMARK(memory, size) __asan_unpoison_memory_region(memory, size)
 #else
-#define IOBMD_IS_NEW(memory, size) ((void)0)
+#define IOBMD_UNMARK(memory, size) ((void)0)
 #endif
 
 /* Return the kernel's result; errors are negative error numbers. */

@@ -1094,6 +1094,7 @@ static void iobmd_release_ended(void)
             (!t->is_thread &&
              (iobmd_raw(SYS_waitid, P_PID, t->pid, (long)&end, WEXITED | WNOHANG | __WALL, 0, 0) || end.si_pid))) {
             if (t->threads) munmap(t->threads, (size_t)t->room * sizeof *t->threads);
+            IOBMD_UNMARK(t, sizeof *t);
             munmap(t, sizeof *t);
         } else __atomic_store_n(&iobmd_abandoned[i], t, __ATOMIC_RELEASE);
     }
@@ -1120,7 +1121,6 @@ static struct iobmd_tracer *iobmd_tracer_start(pid_t task, unsigned long instruc
     struct iobmd_tracer *t = mmap(NULL, sizeof *t, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE,
                                   -1, 0);
     if (t == MAP_FAILED) return NULL;
-    IOBMD_IS_NEW(t, sizeof *t);
     iobmd_release_ended();
     t->task = task;
     t->instruction = instruction;
@@ -1191,6 +1191,7 @@ static int64_t iobmd_tracer_end(struct iobmd_tracer *t)
     }
     if (t->threads) munmap(t->threads, (size_t)t->room * sizeof *t->threads);
     stopped_ns = t->stopped_ns;
+    IOBMD_UNMARK(t, sizeof *t);
     munmap(t, sizeof *t);
     return stopped_ns;
 }

@@ -340,6 +340,15 @@ def _status(folder: str) -> dict[str, str]:
         return {key: value.strip("\n\t ") for key, _, value in (line.partition(":") for line in lines)}
 
 
+def waits(pid: int) -> bool:
+    """Return whether the main thread of a process is in an uninterruptible sleep; False if /proc does not show it."""
+    try:
+        with open(f"{directory(pid)}/status", "rb", buffering=0) as file:
+            return b"\nState:\tD" in file.read()
+    except OSError:
+        return False
+
+
 def status_bytes(field: str, pid: int | str = "self") -> int:
     """Return a memory size from /proc/PID/status, in bytes."""
     with open(memory_file(pid, "status"), "rb", buffering=0) as file:

@@ -114,6 +114,7 @@ class PagemapFile:
     """The open pagemap of a task, closed at the end of a `with` block."""
 
     def __init__(self, task: Task) -> None:
+        attempt.require_unlocked(task.pid, TIMEOUT)
         try:
             self.fd = os.open(procfs.memory_file(task.pid, "pagemap"), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -125,12 +126,6 @@ class PagemapFile:
         if not task.alive:  # the pagemap may belong to another process that reuses the pid
             os.close(self.fd)
             raise diagnosis.without_memory(task.pid)
-        if not task.is_current:
-            try:
-                attempt.await_lock(self.fd, task.pid, TIMEOUT)
-            except BaseException:
-                os.close(self.fd)
-                raise
 
     def __enter__(self) -> Self:
         return self

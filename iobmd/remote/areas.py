@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from iobmd import procfs
-from iobmd.task import diagnosis
+from iobmd.task import attempt, diagnosis
+from iobmd.task.transfer import TIMEOUT
 
 if TYPE_CHECKING:
     from iobmd.task.task import Task
@@ -25,8 +26,9 @@ def overlapping(task: Task, start: int, end: int) -> list[procfs.VMA]:
     Raises
     ------
     IOReturnError
-        `kIOReturnNotPermitted`, `kIOReturnNotFound`, `kIOReturnUnsupported`: a kernel thread.
+        `kIOReturnNotPermitted`, `kIOReturnNotFound`, `kIOReturnUnsupported`: a kernel thread; `kIOReturnTimeout`.
     """
+    attempt.require_unlocked(task.pid, TIMEOUT)
     found = None
     try:
         found = list(procfs.areas(task.pid, start, end))

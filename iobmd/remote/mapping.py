@@ -83,6 +83,7 @@ class RemoteMapping:
         self._owner = os.getpid()
         _retry_exhausted()
         _open.add(self)
+        attempt.require_unlocked(task.pid, session.PATIENCE)
         self._margin = guard
         self._whole = (0, 0)
         self._writable, self._executable = writable, executable

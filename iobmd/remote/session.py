@@ -63,8 +63,8 @@ class Session:
 
     def __init__(self, task: Task) -> None:
         preflight.require_processor()
-        options = _options_for(task)
         attempt.require_unlocked(task.pid, PATIENCE)
+        options = _options_for(task)
         self.task = task
         self._deadline = time.monotonic() + PATIENCE
         self._refusals = 0  # while no tracer was found: one may have ended since, but not each time
@@ -226,7 +226,7 @@ class Session:
         """Return the error for a status of the call `name`."""
         pid = self.task.pid
         if status == native.HELD:
-            why = freezer.why(pid) or "other programs occupy its processors"
+            why = freezer.why(pid) or "other programs occupy its processors, or it is executing one, and waits"
             return TaskTimeoutError(f"task {pid} does not run: {why}")
         if status == native.STUCK:
             return TaskTimeoutError(f"{name} in task {pid} did not return in time")

@@ -279,49 +279,46 @@ def read_file(timeout: float) -> procfs.Read:
     return read
 
 
-def await_lock(pagemap: int, pid: int, timeout: float) -> None:
-    """Wait until the lock of a task's address space (mmap_lock) can be acquired for reading.
+def require_unlocked(pid: int, timeout: float) -> None:
+    """Wait until another task's memory can be read: it holds neither of two locks.
 
-    While it is held, every reader of the page tables or the memory of the task sleeps until it is released. Only
-    SIGKILL ends the wait, and of process_vm_readv(2) and process_madvise(2) not even SIGKILL (measured, Linux 6.18).
-    A task can hold it for as long as it likes, by mapping something over a file of its own FUSE server, which has to
-    write the file back first.
+    While the lock of its address space (mmap_lock) is held, every reader of its page tables or memory sleeps until it
+    is released; while it executes a program (exec_update_lock), everything that opens one of these files, or its
+    /proc/PID/stat. Only SIGKILL ends the wait, and a wait of process_vm_readv(2) or process_madvise(2) for the first
+    lock not even that (measured, Linux 6.18). A task can hold both for as long as it likes, by replacing a mapping of
+    a file of its own FUSE server, which has to write the file back first. Does nothing if /proc hides the task.
 
     Parameters
     ----------
-    pagemap, pid
-        The open pagemap of the task, and the task.
-    timeout
-        Seconds to wait.
+    pid, timeout
+        The task, and the seconds to wait.
 
     Raises
     ------
     IOReturnError
         `kIOReturnTimeout`.
     """
-    if _text(pagemap, 0, 8, timeout)[1] == errno.ETIMEDOUT:
-        raise locked(f"task {pid}", timeout)
-
-
-def require_unlocked(pid: int, timeout: float) -> None:
-    """As `await_lock`, for a task whose pagemap is not open. It does nothing if that cannot be opened."""
     if pid == os.getpid():
         return
     try:
-        pagemap = os.open(f"{pidns.directory(pid)}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        path = f"{pidns.directory(pid)}/pagemap"
+        inode = os.stat(path).st_ino
     except OSError:
         return
+    attempt = crosstask.Attempt([(0, 8)], paths=[os.fsencode(path)], inode=inode)
     try:
-        await_lock(pagemap, pid, timeout)
+        number = _run(attempt, timeout)
     finally:
-        os.close(pagemap)
+        attempt.end()
+    if number == errno.ETIMEDOUT:
+        raise locked(f"task {pid}", timeout)
 
 
 def locked(whose: str, timeout: float) -> TaskTimeoutError:
     """Return the error for a task that does not release the lock of its address space."""
     message = (
-        f"{whose} has held the lock of its address space for {timeout:g} s: it is changing its mappings, and "
-        "waits for another program (perhaps the server of a FUSE file, which has to write it back)"
+        f"{whose} has held the lock of its address space for {timeout:g} s: it is changing its mappings, or "
+        "executing a program, and waits for another one (perhaps the server of a FUSE file, which must write it back)"
     )
     return TaskTimeoutError(message, errno.ETIMEDOUT)
 

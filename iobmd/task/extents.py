@@ -247,15 +247,14 @@ def unmapped(pid: int, address: int, size: int) -> Ranges | tuple[()]:
 def outline(pid: int, address: int, size: int, timeout: float) -> Ranges | None:
     """Return the absent parts of a range of a task; None if the kernel does not show them.
 
-    Raises `kIOReturnTimeout` as `attempt.await_lock`.
+    Raises `kIOReturnTimeout` as `attempt.require_unlocked`.
     """
+    attempt.require_unlocked(pid, timeout)
     try:
         pagemap = os.open(f"{pidns.directory(pid)}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        if pid != os.getpid():
-            attempt.await_lock(pagemap, pid, timeout)
         return crosstask.absent(pagemap, address, size, PAGE_SIZE)
     finally:
         os.close(pagemap)

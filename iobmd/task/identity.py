@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Protocol, SupportsIndex
 
 from iobmd import procfs
 from iobmd.errors import NO_DESCRIPTOR, BadArgumentError, NoResourcesError
-from iobmd.task import diagnosis
+from iobmd.task import attempt, diagnosis
 
 if TYPE_CHECKING:
     import psutil
+
+
+_PATIENCE = 10.0  # seconds for a process that executes a program
 
 
 class Process(Protocol):
@@ -57,7 +60,12 @@ def open_pidfd(pid: int) -> int:
 
 
 def start_of(pid: int) -> int:
-    """Return the start time of a process in clock ticks since boot; 0 if /proc does not show that of this process."""
+    """Return the start time of a process in clock ticks since boot; 0 if /proc does not show that of this process.
+
+    Raises `kIOReturnTimeout` as `attempt.require_unlocked`.
+    """
+    if procfs.waits(pid):  # the check itself takes three times as long as everything else here
+        attempt.require_unlocked(pid, _PATIENCE)
     try:
         return procfs.start_time(pid)
     except OSError as error:

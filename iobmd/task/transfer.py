@@ -75,7 +75,8 @@ class Transfer(NamedTuple):
         Do not wait for other programs: the task is stopped, and may itself be the one to wait for.
     timeout
         Seconds to wait for another program; None: `TIMEOUT` for a page that it supplies. With a limit, all calls that
-        wait while the task holds the lock of its address space are also made by children (`attempt.await_lock`).
+        wait while the task holds the lock of its address space are also made by children
+        (`attempt.require_unlocked`).
     progress
         Called repeatedly in this thread with the number of bytes transferred so far.
     outline
@@ -160,6 +161,7 @@ def move(job: Transfer) -> Outcome:
     """Transfer bytes between a task and this process. Raises as `extents.absent`."""
     if job.timeout is not None:
         check_numbers(timeout=job.timeout)
+    attempt.require_unlocked(job.pid, job.patience)
     try:
         pagemap = os.open(f"{pidns.directory(job.pid)}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -168,8 +170,6 @@ def move(job: Transfer) -> Outcome:
         pagemap = -1  # it is not dumpable, or /proc is missing: all pages count as present
     run = _Run(job, pagemap)
     try:
-        if pagemap >= 0 and job.pid != os.getpid() and not run.is_bounded:
-            attempt.await_lock(pagemap, job.pid, TIMEOUT)
         outcome = run.all()
         if pagemap >= 0 and not run.holds_memory():
             return Outcome(outcome.done, errno.ESRCH)
