@@ -55,7 +55,7 @@ class SilentTarget(NamedTuple):
         return self.process.pid
 
     def execute(self) -> None:
-        """Have it wait for its server while it executes a program: its mappings are released."""
+        """Make it wait for its server while it executes a program, which releases its mappings."""
         self.send("execute\n")
         end = time.monotonic() + PATIENCE
         while not is_held(self.pid):
