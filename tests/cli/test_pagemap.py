@@ -1,13 +1,19 @@
 """`iobmd pagemap`, compared with an independent reader and smaps of the same process."""
 
+import contextlib
 import csv
 import ctypes
+import fcntl
 import json
 import mmap
 import os
+import pty
 import re
 import resource
+import struct
 import subprocess
+import sys
+import termios
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
@@ -335,3 +341,29 @@ def test_a_process_that_is_gone_or_has_no_memory(capsys: pytest.CaptureFixture[s
     assert "kIOReturnNotFound" in capsys.readouterr().err
     assert main(["pagemap", "2"]) == 1
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120, 200])
+def test_a_table_fits_the_terminal(columns: int) -> None:
+    """The important columns are shown, and those that were left out are named."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 50, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    command = [sys.executable, "-m", "iobmd", "pagemap", "self"]
+    with subprocess.Popen(command, stdout=follower, stdin=follower, env=environment) as process:
+        os.close(follower)
+        text = b""
+        with contextlib.suppress(OSError):  # EIO: the command has exited
+            while found := os.read(leader, 1 << 16):
+                text += found
+    os.close(leader)
+    assert process.returncode == 0
+    lines = text.decode().splitlines()
+    assert max(map(len, lines)) <= columns
+    heading = next(line.split() for line in lines if line.rstrip().endswith("  name"))
+    left_out = re.findall(r"[\w/]+", " ".join(lines).partition("columns left out: ")[2].partition(";")[0])
+    assert {"size", "resident"} <= {*heading}
+    assert ("largest" in heading) is (columns == 200)
+    assert {*heading, *left_out} >= {"perms", "file/shm", "shared", "swapped", "huge", "locked", "lazyfree", "runs"}
+    assert not {*heading} & {*left_out}
+    assert any("[stack]" in line for line in lines)

@@ -1,9 +1,14 @@
-"""The table: plain text in columns of fixed width, printed row by row."""
+"""The table: plain text in columns of fixed width, printed row by row.
+
+In a file or a pipe it has every column. On a terminal that is too narrow for them, the least important are left out.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from iobmd.cli.printable import printable
 from iobmd.units import PAGE_SIZE, format_count, format_size
@@ -13,33 +18,105 @@ from .total import Total
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from iobmd.pagemap.area import Area
 
-HEADING = (
-    f"{'addresses':>29} {'perms':5} {'size':>9} {'resident':>9} {'file/shm':>9} {'shared':>9} {'swapped':>9} "
-    f"{'huge':>9} {'locked':>9} {'lazyfree':>9} {'runs':>7} {'largest':>9}  name"
+NAME_WIDTH = 16
+"""Columns of a terminal that the name of an area has at least."""
+
+
+class Column(NamedTuple):
+    """A column of the table, of fixed width."""
+
+    heading: str
+    width: int
+    rank: int
+    """Its importance: of the columns that do not fit, those with the highest rank are left out."""
+    cell: Callable[[Area], str]
+
+    def padded(self, text: str) -> str:
+        """Align the text: to the right, except permissions."""
+        return f"{text:{self.width}}" if self.heading == "perms" else f"{text:>{self.width}}"
+
+
+_START = Column("address", 12, 0, lambda area: f"{area.start:x}")
+COLUMNS = (
+    Column("addresses", 29, 0, lambda area: f"{area.start:x}-{area.end:x}"),
+    Column("perms", 5, 7, lambda area: area.vma.perms),
+    Column("size", 9, 1, lambda area: amount(area.size)),
+    Column("resident", 9, 2, lambda area: amount(area.resident)),
+    Column("file/shm", 9, 8, lambda area: amount(area.file_or_shared)),
+    Column("shared", 9, 3, lambda area: amount(area.shared)),
+    Column("swapped", 9, 5, lambda area: amount(area.swapped)),
+    Column("huge", 9, 4, lambda area: amount(area.huge)),
+    Column("locked", 9, 6, lambda area: amount(area.locked)),
+    Column("lazyfree", 9, 11, lambda area: amount(area.lazy_free)),
+    Column("runs", 7, 9, lambda area: f"{area.tally.runs:,}" if area.visible else "?"),
+    Column("largest", 9, 10, lambda area: amount(area.tally.largest) if area.visible else "?"),
 )
+
+
+def fitting(width: int | None) -> tuple[Column, ...]:
+    """Return the columns that fit on a terminal of this width, in order; all of them if it is None."""
+    if width is None or width >= sum(column.width + 1 for column in COLUMNS) + 1 + NAME_WIDTH:
+        return COLUMNS
+    chosen = {_START.heading}
+    left = width - _START.width - 2 - NAME_WIDTH
+    for column in sorted(COLUMNS[1:], key=lambda column: column.rank):
+        if column.width + 1 > left:
+            break
+        chosen.add(column.heading)
+        left -= column.width + 1
+    return tuple(column for column in (_START, *COLUMNS[1:]) if column.heading in chosen)
+
+
+def terminal_width() -> int | None:
+    """Return the number of columns of the terminal to which standard output is connected; None if it is to none."""
+    if not sys.stdout.isatty():
+        return None
+    chosen = os.environ.get("COLUMNS", "")
+    with contextlib.suppress(OSError):
+        return (
+            int(chosen) if chosen.isdecimal() and int(chosen) else os.get_terminal_size(sys.stdout.fileno()).columns
+        )
+    return None
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the table."""
     look = Look(arguments)
-    show_head(look)
-    print(HEADING)
+    width = terminal_width()
+    columns = fitting(width)
+    show_head(look, width)
+    if omitted := [column.heading for column in COLUMNS[1:] if column not in columns]:
+        show(f"columns left out: {', '.join(omitted)}; they fit on a wider terminal, or in a file", width)
+    print(" ".join(column.padded(column.heading) for column in columns) + "  name")
     total = Total()
-    for row in look.rows(lambda area: _row(total.counted(area))):
+    for row in look.rows(lambda area: _row(total.counted(area), columns, width)):
         print(row)
-    show_total(look, total)
+    show_total(look, total, width)
     show_restless(look)
     look.require_task()
 
 
-def show_head(look: Look) -> None:
+def show(line: str, width: int | None, indent: str = "  ") -> None:
+    """Print a line, folded at the width of the terminal."""
+    if width:
+        import textwrap  # noqa: PLC0415 (not for output to a file)
+
+        line = textwrap.fill(line, width - 1, subsequent_indent=indent)
+    print(line)
+
+
+def show_head(look: Look, width: int | None = None) -> None:
     """Print the subject, and what is hidden."""
     print(page_line(look))
-    show_hidden(look.hidden)
+    if width:
+        for hidden in look.hidden:
+            show(f"not shown: {hidden.what} ({hidden.why}); remedy: {hidden.remedy.splitlines()[0]}", width)
+    else:
+        show_hidden(look.hidden)
 
 
 def show_hidden(found: Iterable[Hidden], file: TextIO | None = None) -> None:
@@ -59,17 +136,21 @@ def folios(sizes: dict[int, int]) -> str:
     return ", ".join(f"{format_size(held)} in folios of {format_size(size)}" for size, held in large.items())
 
 
-def _row(area: Area) -> str:
-    addresses = f"{area.start:x}-{area.end:x}"
-    runs = f"{area.tally.runs:,}" if area.visible else "?"
-    largest = amount(area.tally.largest) if area.visible else "?"
-    notes = _notes(area)
-    return (
-        f"{addresses:>29} {area.vma.perms:5} {amount(area.size):>9} {amount(area.resident):>9} "
-        f"{amount(area.file_or_shared):>9} {amount(area.shared):>9} {amount(area.swapped):>9} "
-        f"{amount(area.huge):>9} {amount(area.locked):>9} {amount(area.lazy_free):>9} {runs:>7} {largest:>9}  "
-        f"{printable(area.vma.name)}{notes}"
-    )
+def _row(area: Area, columns: Iterable[Column], width: int | None) -> str:
+    cells = " ".join(column.padded(column.cell(area)) for column in columns) + "  "
+    name, notes = printable(area.vma.name), _notes(area)
+    if width and len(cells) + len(name) + len(notes) >= width:
+        name = shortened(name, width - 1 - len(cells))
+        notes = f"\n    {notes.lstrip()}" if notes else ""
+    return f"{cells}{name}{notes}"
+
+
+def shortened(name: str, length: int) -> str:
+    """Cut a path to a length: at its start, or if the file's name alone is too long, at the end of that."""
+    if len(name) <= length:
+        return name
+    base = name.rpartition("/")[2]
+    return f"…{name[1 - length :]}" if len(base) < length else f"{base[: length - 1]}…"
 
 
 def _notes(area: Area) -> str:
@@ -89,27 +170,33 @@ def _notes(area: Area) -> str:
     return f" [{'; '.join(notes)}]" if notes else ""
 
 
-def show_total(look: Look, total: Total) -> None:
+def show_total(look: Look, total: Total, width: int | None = None) -> None:
     """Print the summary."""
     print(f"\n{format_count(total.areas, 'area')}, {format_size(total.size)} of addresses")
     huge = f", {share(total.huge, total.resident)} by huge pages" if total.huge is not None else ""
-    print(
+    show(
         f"  resident {format_size(total.resident)}: {format_size(total.anonymous)} anonymous, "
         f"{format_size(total.file_or_shared)} of files or shared; {format_size(total.exclusive)} mapped by it "
-        f"alone{huge}"
+        f"alone{huge}",
+        width,
+        "    ",
     )
-    print(
+    show(
         f"  swapped {amount(total.swapped)}, locked {amount(total.locked)}, lazily free {amount(total.lazy_free)}, "
-        f"zero page {amount(total.zero)}, guard pages {amount(total.guard)}"
+        f"zero page {amount(total.zero)}, guard pages {amount(total.guard)}",
+        width,
+        "    ",
     )
     if look.frames and total.runs:
         mean = format_size(total.in_runs // total.runs)
-        print(
+        show(
             f"  {format_count(total.runs, 'physical run')}, largest {format_size(total.largest)}, {mean} on average; "
-            f"{total.ascending:,} ascend, {total.descending:,} descend"
+            f"{total.ascending:,} ascend, {total.descending:,} descend",
+            width,
+            "    ",
         )
     if large := folios(total.folios):
-        print(f"  mapped page by page: {large}")
+        show(f"  mapped page by page: {large}", width, "    ")
 
 
 def show_restless(look: Look) -> None:
