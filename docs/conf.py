@@ -4,6 +4,7 @@ Every reference must resolve (nitpicky), and every public name must be described
 build fails. It reads nothing from the network: inventories/python.txt resolves references to Python's documentation.
 """
 
+import builtins
 import inspect
 import re
 import zlib
@@ -69,10 +70,10 @@ _CONSTANTS = (iobmd.IOOptionBits, iobmd.IOMapOptions, iobmd.IOPurgeable, iobmd.I
 _LINKS = {
     "AnyTask": "iobmd.AnyTask",
     "Buffer": "collections.abc.Buffer",
-    "Cache": "str",
-    "Direction": "str",
-    "Protection": "str",
-    "Process": "psutil.Process",
+    "Cache": "iobmd.Cache",
+    "Direction": "iobmd.Direction",
+    "Protection": "iobmd.Protection",
+    "Process": "iobmd.AnyTask",
     "array": "array.array",
     "Mapped": "iobmd.IOMemoryDescriptor",
     "Where": "iobmd.pagemap.range.Where",
@@ -135,6 +136,9 @@ def _link(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes
     if target in _LINKS or target.rpartition(".")[2] in _LINKS:
         node["reftarget"], node["reftype"] = _LINKS[target.rpartition(".")[2]], "obj"
         return intersphinx.missing_reference(app, env, node, content)
+    if target.startswith("builtins."):
+        node["reftarget"] = target.removeprefix("builtins.")
+        return intersphinx.missing_reference(app, env, node, content)
     return content if node["reftype"] == "obj" else None
 
 
@@ -161,6 +165,13 @@ def _check_fields(_app: Sphinx, what: str, name: str, _object: Any, _options: An
         logging.getLogger(__name__).warning("public name without a description: %s", name)
 
 
+def _find_builtins(_app: Sphinx, doctree: nodes.document) -> None:
+    """Look types such as bytes up among Python's, not among attributes of this name."""
+    for reference in doctree.findall(pending_xref):
+        if reference.get("reftype") == "class" and hasattr(builtins, reference["reftarget"]):
+            reference["reftarget"] = f"builtins.{reference['reftarget']}"
+
+
 def _in_hexadecimal(_app: Sphinx, doctree: nodes.document) -> None:
     """Print the values of constants as IOKit's headers do."""
     for signature in doctree.findall(desc_signature):
@@ -181,6 +192,7 @@ def setup(app: Sphinx) -> None:
     app.add_role_to_domain("py", "name", _Name())
     app.connect("autodoc-process-signature", _hide_constructor)
     app.connect("autodoc-process-docstring", _check_fields)
+    app.connect("doctree-read", _find_builtins)
     app.connect("doctree-read", _in_hexadecimal)
     app.connect("missing-reference", _link, priority=400)  # before intersphinx
     app.connect("env-check-consistency", _check_public_names)
