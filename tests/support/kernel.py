@@ -146,7 +146,7 @@ def rings(pid: int | str = "self") -> int:
 
 
 def set_apart(buffer: IOBufferMemoryDescriptor) -> None:
-    """Prevent that its area is merged with adjacent ones (MADV_DONTDUMP), so that smaps counts its pages alone."""
+    """Keep its area from being merged with adjacent ones (MADV_DONTDUMP), so that smaps counts its pages alone."""
     mman.advise(buffer.getBytesNoCopy(), len(buffer), 16)
 
 
