@@ -7,6 +7,7 @@ import weakref
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+from iobmd._internal import with_block
 from iobmd.errors import IOReturnError
 from iobmd.purgeable import EMPTY, KEEP_CURRENT, NON_VOLATILE, OBSOLETE, VOLATILE, purger
 
@@ -147,8 +148,8 @@ class NonVolatile:
         assert self.intact is not None
         return self.intact
 
-    def __exit__(self, failed: object, *_error: object) -> None:
-        self._leave(failed=failed is not None)
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        with_block.leave(partial(self._leave, failed=error is not None), error)
 
     def _leave(self, *, failed: bool) -> None:
         with self._owner.guard:
@@ -170,15 +171,10 @@ class NonVolatile:
             return
         with contextlib.suppress(IOReturnError):  # its memory may be garbage of the same cycle, and already freed
             for origin in self._owner.origins():
-                change_when_free(origin, then)
+                origin.guard.when_free(partial(change, origin, then))
 
 
-def change_when_free(owner: MemoryOwner, then: tuple[int, int]) -> None:
-    """Change the state of memory that is not composite, for a destructor, which must not wait."""
-    owner.guard.when_free(partial(_change, owner, then))
-
-
-def _change(owner: MemoryOwner, then: tuple[int, int]) -> None:
+def change(owner: MemoryOwner, then: tuple[int, int]) -> None:
     """Change the state of memory that is not composite, with its guard held, if that is still possible."""
     with contextlib.suppress(IOReturnError):
         owner.change_purgeable(*then)
