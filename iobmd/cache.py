@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, Self, TypeVar
 from iobmd._internal import process_local
 from iobmd._native.mapping import Exporter
 from iobmd.api import allocate
+from iobmd.descriptors.purge_control import change_when_free
 from iobmd.errors import BusyError, IOReturnError, NotOpenError
-from iobmd.purgeable import EMPTY, KEEP_CURRENT, NON_VOLATILE, VOLATILE
+from iobmd.purgeable import EMPTY, KEEP_CURRENT, NON_VOLATILE, VOLATILE, parse
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -169,7 +170,7 @@ class _Entry:
 
     def _settle(self) -> None:
         if self.filled and not self.users:
-            self.memory._set_purgeable_when_free(VOLATILE | self._modifiers)
+            change_when_free(self.memory._memory(), parse(VOLATILE | self._modifiers))
 
     def free(self) -> None:
         """Free the buffer; its views retain the memory."""

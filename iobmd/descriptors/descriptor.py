@@ -28,7 +28,7 @@ from iobmd.descriptors import address_index, mapping_cache, memory_map
 from iobmd.descriptors.composite_memory import CompositeBacking
 from iobmd.descriptors.options import CACHE_MODES, DIRECTION_MASK, DIRECTION_NAMES, check_existing
 from iobmd.descriptors.ownership import MemoryOwner, Part
-from iobmd.descriptors.purge_control import NonVolatile, change
+from iobmd.descriptors.purge_control import NonVolatile
 from iobmd.errors import BadArgumentError, BusyError, IOReturnError, NotOpenError, UnsupportedError
 from iobmd.physical.layout import Layout, layout
 from iobmd.purgeable import parse
@@ -499,11 +499,6 @@ class IOMemoryDescriptor:
         """
         state, modifiers = parse(newState)
         return _STATES[self._memory().set_purgeable(state, modifiers)]
-
-    def _set_purgeable_when_free(self, newState: int) -> None:
-        """As `setPurgeable`, for destructors of `cache`, which must not wait and cannot report errors."""
-        owner = self._memory()
-        owner.guard.when_free(partial(change, owner, parse(newState)))
 
     def nonvolatile(self) -> NonVolatile:
         """Keep purgeable memory non-volatile inside a `with` block; it then becomes volatile again if it was before.

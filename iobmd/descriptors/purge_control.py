@@ -171,10 +171,15 @@ class NonVolatile:
             return
         with contextlib.suppress(IOReturnError):  # its memory may be garbage of the same cycle, and already freed
             for origin in self._owner.origins():
-                origin.guard.when_free(partial(change, origin, then))
+                change_when_free(origin, then)
 
 
-def change(owner: MemoryOwner, then: tuple[int, int]) -> None:
+def change_when_free(owner: MemoryOwner, then: tuple[int, int]) -> None:
+    """Change the state of memory that is not composite, for a destructor, which must not wait."""
+    owner.guard.when_free(partial(_change, owner, then))
+
+
+def _change(owner: MemoryOwner, then: tuple[int, int]) -> None:
     """Change the state of memory that is not composite, with its guard held, if that is still possible."""
     with contextlib.suppress(IOReturnError):
         owner.change_purgeable(*then)
