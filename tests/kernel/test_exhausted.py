@@ -76,18 +76,12 @@ def test_no_file_descriptor(free: int, first: bool, wish: dict[str, object]) -> 
 
 
 @pytest.mark.usefixtures("nothing_left")
-@pytest.mark.parametrize(
-    ("alignment", "code"),
-    [
-        (1 << 40, IOReturn.kIOReturnNoResources),  # the address is valid, but nothing is mapped there
-        (1 << 50, IOReturn.kIOReturnNoMemory),
-        (1 << 62, IOReturn.kIOReturnNoMemory),
-    ],
-)
-def test_alignment_that_no_memory_has(alignment: int, code: IOReturn) -> None:
+@pytest.mark.parametrize("alignment", [1 << 40, 1 << 50, 1 << 62])
+def test_alignment_that_no_memory_has(alignment: int) -> None:
     with iobmd.policy(memory_budget=0), pytest.raises(IOReturnError) as caught:
         iobmd.allocate(4096, alignment=alignment)
-    assert caught.value.code == (IOReturn.kIOReturnNotPrivileged if requirements.missing("frames") else code)
+    hidden = requirements.missing("frames")  # so are the addresses of memory in /proc/iomem
+    assert caught.value.code == (IOReturn.kIOReturnNotPrivileged if hidden else IOReturn.kIOReturnNoResources)
 
 
 @pytest.mark.needs("frames")
