@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
     for row in look.rows(lambda area: _row(total.counted(area), columns, width)):
         print(row)
     show_total(look, total, width)
-    show_restless(look)
+    show_restless(look, width)
     look.require_task()
 
 
@@ -199,10 +199,10 @@ def show_total(look: Look, total: Total, width: int | None = None) -> None:
         show(f"  mapped page by page: {large}", width, "    ")
 
 
-def show_restless(look: Look) -> None:
+def show_restless(look: Look, width: int | None = None) -> None:
     """Print whether the process changed while it was read."""
     if restless := look.restless():
-        print(f"  {restless}")
+        show(f"  {restless}", width, "    ")
     sys.stdout.flush()
 
 
