@@ -114,8 +114,14 @@ cdef class Guard:
             raise
 
     cdef _call_each(self):
+        cdef object action
         while self._deferred:
-            self._deferred.pop()()
+            action = self._deferred.pop()
+            try:
+                action()
+            except Exception as error:  # it concerns the object that deferred it, not the thread that is inside
+                PyErr_SetObject(type(error), error)
+                PyErr_WriteUnraisable(action)
 
 
 cdef class Fd:

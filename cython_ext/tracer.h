@@ -17,6 +17,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -1055,7 +1056,8 @@ static int iobmd_tracer_body(void *argument)
         int command = __atomic_load_n(&t->command, __ATOMIC_ACQUIRE);
         if (command == IOBMD_NOTHING) {
             if (iobmd_is_orphan(t)) {
-                t->failed_session = 1;
+                /* Once the end of the session has begun, its maker has decided whether the mappings stay. */
+                if (!t->ending) t->failed_session = 1;
                 iobmd_end(t);
                 break;
             }
@@ -1083,31 +1085,42 @@ static void *iobmd_tracer_thread(void *argument)
 /* Abandoned tracers, whose memory is released when they have exited. */
 static struct iobmd_tracer *iobmd_abandoned[16];
 
+static void iobmd_retain(struct iobmd_tracer *t)
+{
+    struct iobmd_tracer *none = NULL;
+    for (int i = 0; i < 16; i++, none = NULL)
+        if (__atomic_compare_exchange_n(&iobmd_abandoned[i], &none, t, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) return;
+}
+
+static int iobmd_has_exited(const struct iobmd_tracer *t)
+{
+    siginfo_t end = { 0 };
+    if (t->maker != getpid()) return 1;  /* this is a forked child, which has a copy */
+    if (t->is_thread) return !pthread_tryjoin_np(t->thread, NULL);
+    return iobmd_raw(SYS_waitid, P_PID, t->pid, (long)&end, WEXITED | WNOHANG | __WALL, 0, 0) || end.si_pid;
+}
+
 static void iobmd_release_ended(void)
 {
     for (int i = 0; i < 16; i++) {
         struct iobmd_tracer *t = __atomic_exchange_n(&iobmd_abandoned[i], NULL, __ATOMIC_ACQ_REL);
-        siginfo_t end = { 0 };
         if (!t) continue;
-        /* A forked child has a copy. The exit of a thread cannot be detected here. */
-        if (t->maker != getpid() ||
-            (!t->is_thread &&
-             (iobmd_raw(SYS_waitid, P_PID, t->pid, (long)&end, WEXITED | WNOHANG | __WALL, 0, 0) || end.si_pid))) {
-            if (t->threads) munmap(t->threads, (size_t)t->room * sizeof *t->threads);
-            IOBMD_UNMARK(t, sizeof *t);
-            munmap(t, sizeof *t);
-        } else __atomic_store_n(&iobmd_abandoned[i], t, __ATOMIC_RELEASE);
+        if (!iobmd_has_exited(t)) {
+            iobmd_retain(t);
+            continue;
+        }
+        free((void *)t->known);
+        if (t->threads) munmap(t->threads, (size_t)t->room * sizeof *t->threads);
+        IOBMD_UNMARK(t, sizeof *t);
+        munmap(t, sizeof *t);
     }
 }
 
 /* Stop waiting for a tracer: it completes its command when it can, and exits. */
 static void iobmd_tracer_abandon(struct iobmd_tracer *t)
 {
-    struct iobmd_tracer *none = NULL;
     t->abandoned = 1;
-    if (t->is_thread) pthread_detach(t->thread);
-    for (int i = 0; i < 16; i++, none = NULL)
-        if (__atomic_compare_exchange_n(&iobmd_abandoned[i], &none, t, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) return;
+    iobmd_retain(t);
 }
 
 /* Start a tracer: a process, or a thread of the maker. If Yama permits a process to trace only its descendants

@@ -13,7 +13,7 @@ from iobmd._internal.arguments import check_integers, check_type
 from iobmd._native.pagemap import PhysicalSegment
 from iobmd.constants import IOOptionBits, IOReturn, kIOReturnSuccess
 from iobmd.descriptors.options import DIRECTION_MASK
-from iobmd.errors import BadArgumentError, BusyError, IOReturnError, NoResourcesError, NotOpenError
+from iobmd.errors import BadArgumentError, BusyError, NoResourcesError, NotOpenError
 from iobmd.iommu.addresses import Addresses
 from iobmd.iommu.vfio import READ, WRITE, Container, Device
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
@@ -220,6 +220,6 @@ class IOVMRange:
         """As `complete`, for the destructor, which must not wait, with the mapper's guard held."""
         mapper, self._mapper = self._mapper, None
         if mapper:
-            with contextlib.suppress(IOReturnError):  # the mapper may be closed, which unmaps everything
+            with contextlib.suppress(OSError):  # the mapper may be closed, which unmaps everything
                 mapper._unmap(self, *self._mapped)
             self._descriptor._complete_when_free()

@@ -187,7 +187,7 @@ class RemotePin:
         self._locked = []
 
     def _unlock_dropped(self) -> None:
-        with contextlib.suppress(IOReturnError):
+        with contextlib.suppress(OSError):  # also of a system call in the task, which may lack memory
             self._unlock_all(inside=True)
 
     def __del__(self) -> None:
