@@ -24,6 +24,7 @@ from iobmd import procfs
 from iobmd._internal import chunked, pidns
 from iobmd._internal.arguments import check_numbers
 from iobmd._native import crosstask, mman
+from iobmd.errors import NO_DESCRIPTOR
 from iobmd.host import headroom
 from iobmd.task import attempt, extents
 from iobmd.task.extents import Absent, Origin
@@ -276,8 +277,10 @@ class _Run:
     def holds_memory(self) -> bool:
         """Return whether the address space of the open pagemap still exists (if not, reads return 0 bytes)."""
         if self.is_bounded:
-            return bool(attempt.entries(self._pagemap, 0, PAGE_SIZE, self._job.patience)[0])
-        try:
+            entries, error = attempt.entries(self._pagemap, 0, PAGE_SIZE, self._job.patience)
+            if error not in (*attempt.NO_CHILD, *NO_DESCRIPTOR):
+                return bool(entries)
+        try:  # for lack of a child, this thread waits instead, without a limit
             return bool(os.pread(self._pagemap, 8, 0))
         except OSError:
             return False

@@ -1,6 +1,7 @@
 """`Task`: identity, and reading and writing another process, by system call and by /proc/PID/mem."""
 
 import array
+import contextlib
 import errno
 import os
 import resource
@@ -258,6 +259,26 @@ def test_tasks_release_their_descriptors() -> None:
             Task(NO_SUCH_PID)
     child.kill()
     child.wait()
+
+
+def test_one_descriptor_too_few_for_a_write() -> None:
+    """One is free for the task and one for its pagemap, but none for the child that may wait."""
+    page = array.array("B", b"x")
+    address, _length = page.buffer_info()
+
+    def write() -> IOReturn:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        taken = []
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        for fd in taken[-2:]:
+            os.close(fd)
+        with pytest.raises(IOReturnError, match="ulimit -n") as caught:
+            iobmd.Task(os.getppid()).write(address, b"x", timeout=2)
+        return caught.value.code
+
+    assert in_child(write) == IOReturn.kIOReturnNoResources
 
 
 def test_descriptors_exhausted() -> None:
