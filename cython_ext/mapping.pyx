@@ -318,6 +318,7 @@ cdef class Mapping:
     cdef int kind
     cdef Object *objects
     cdef size_t count
+    cdef object __weakref__
 
     @staticmethod
     def anonymous(size_t size, size_t alignment, bint sparse=False):

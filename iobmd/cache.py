@@ -74,12 +74,19 @@ class CacheItem(Exporter):
         IOReturnError
             `kIOReturnBusy` while a view of this item exists; the item then remains in use.
         """
-        if self.exports:
-            message = f"{self.exports} views of {self!r} are alive: release them first"
-            raise BusyError(message)
+        self._require_unviewed()
         if use := self._use:
-            self._use = None
+            self._use = None  # prevents further views
+            try:
+                self._require_unviewed()  # again: another thread may have created one
+            except BusyError:
+                self._use = use
+                raise
             use.end()
+
+    def _require_unviewed(self) -> None:
+        if self.exports:
+            raise BusyError(f"{self.exports} views of {self!r} are alive: release them first")
 
     def _held(self) -> _Entry:
         return self._used().entry
@@ -92,6 +99,9 @@ class CacheItem(Exporter):
     def _exported(self) -> tuple[object, Mapped, int, int, bool]:
         use = self._used()
         owner, mapping, first, length, writable = use.entry.memory._exported()
+        # Read again: another thread may have released it. From here until the view is counted, no thread can run.
+        if self._use is not use:
+            raise NotOpenError("this cache item is released")
         return (use, owner), mapping, first, length, writable
 
     def __len__(self) -> int:

@@ -6,11 +6,12 @@ import contextlib
 import errno
 from typing import TYPE_CHECKING
 
+from iobmd._internal.weak_registry import WeakRegistry
 from iobmd._native import mman
 from iobmd._native.mapping import Mapping
 from iobmd.constants import IOMapOptions
 from iobmd.descriptors.options import CACHE_MASK, unsupported
-from iobmd.errors import BadArgumentError, CannotWireError, NoMemoryError, UnsupportedError
+from iobmd.errors import BadArgumentError, BusyError, CannotWireError, NoMemoryError, UnsupportedError
 from iobmd.memory import pinning, residency, shmem
 from iobmd.memory.populate import populate
 from iobmd.remote.mapping import RemoteMapping, touch
@@ -79,7 +80,9 @@ class MapRequest:
 class CachedMapping:
     """Pages of an owner's memory mapped in a task: at the owner's own addresses, or by a separate mapping.
 
-    It holds the descriptor only for `IOMemoryMap.getMemoryDescriptor`.
+    It holds the descriptor only for `IOMemoryMap.getMemoryDescriptor`. Views hold `keeper`, a list of only the owner,
+    which `show` replaces, and not this object: the garbage collector does not traverse what a view holds, and could
+    not collect a descriptor that refers to such a view.
     """
 
     def __init__(
@@ -91,7 +94,7 @@ class CachedMapping:
         own_mapping: Mapping | RemoteMapping | None,
     ) -> None:
         self.descriptor = descriptor
-        self.owner = owner
+        self.keeper = [owner]
         self.task = task
         self.request = request
         self.offset = request.offset
@@ -99,6 +102,7 @@ class CachedMapping:
         self.users: set[int] = set()
         self.first = request.first if own_mapping else 0
         """Offset in the memory of the byte at `address`, like `MapRequest.first`."""
+        _mappings.add(self)
 
     @classmethod
     def open(
@@ -114,6 +118,11 @@ class CachedMapping:
             return cls(descriptor, owner, task, request, here)
         there = RemoteMapping(task, extents, at=request.at, writable=request.writable, guard=request.guard)
         return cls(descriptor, owner, task, request, there)
+
+    @property
+    def owner(self) -> MemoryOwner:
+        """The owner of its memory."""
+        return self.keeper[0]
 
     @property
     def address(self) -> int:
@@ -149,9 +158,14 @@ class CachedMapping:
         return request.anywhere or request.at == self.own.address + request.first - self.first
 
     def let_go(self, user: int) -> None:
-        """End one use; the last one unmaps it. Raises BufferError while a view or a copy of it exists."""
+        """End one use; the last one unmaps it, or the last view, if views exist that its maps have left."""
         if self.own and self.users <= {user}:
-            self.own.close()
+            try:
+                self.own.close()
+            except BusyError:  # of another task
+                raise
+            except BufferError:  # the views hold it
+                pass
         self.users.discard(user)
 
     def show(self, descriptor: IOMemoryDescriptor, owner: MemoryOwner, further: int) -> None:
@@ -170,7 +184,7 @@ class CachedMapping:
             shmem.show_in(self.own, extents)
         self.owner.remove_mapping(self)
         owner.add_mapping(self)
-        self.descriptor, self.owner = descriptor, owner
+        self.descriptor, self.keeper[0] = descriptor, owner
         self.offset, self.first = offset, self.first + further
 
     def prefault(self, request: MapRequest) -> None:
@@ -214,3 +228,11 @@ class CachedMapping:
             with contextlib.suppress(CannotWireError):
                 pinning.Pin(address, request.size).release()
         touch(self.task, address, request.size)
+
+
+_mappings: WeakRegistry[CachedMapping] = WeakRegistry()
+
+
+def all_mappings() -> list[CachedMapping]:
+    """Return the mappings that exist, of every owner."""
+    return _mappings.all()

@@ -8,7 +8,7 @@ from iobmd._internal import process_local, with_block
 from iobmd._internal.arguments import check_integers
 from iobmd._native.mapping import Exporter
 from iobmd.constants import IOMapOptions, IOReturn, kIOReturnSuccess
-from iobmd.descriptors.mapping_cache import CachedMapping, MapRequest
+from iobmd.descriptors.mapping_cache import CachedMapping, MapRequest, all_mappings
 from iobmd.descriptors.options import check_descriptor
 from iobmd.errors import BadArgumentError, BusyError, NotOpenError, UnsupportedError
 
@@ -37,6 +37,12 @@ def uses(owner: MemoryOwner) -> int:
         return 0
     with _changes:
         return sum(len(mapping.users) for mapping in owner.mappings())
+
+
+def uses_by_owner() -> list[tuple[MemoryOwner, int]]:
+    """Return the owner of the memory of every mapping, and the number of its maps."""
+    with _changes:
+        return [(mapping.owner, len(mapping.users)) for mapping in all_mappings()]
 
 
 def further_mappings(owner: MemoryOwner) -> list[CachedMapping]:
@@ -168,16 +174,21 @@ class IOMemoryMap(Exporter):
         IOReturnError
             `kIOReturnBusy` while a view of it exists.
         """
+        self._end(in_use=False)
+        return kIOReturnSuccess
+
+    def _end(self, *, in_use: bool) -> None:
+        """End the map as `unmap`; `in_use`: even while it is viewed, by views that hold the addresses."""
         if self._mapping is None:
-            return kIOReturnSuccess
-        if self.exports:
-            message = f"{self!r} is in use (view count {self.exports}): release its memoryviews and arrays first"
-            raise BusyError(message)
+            return
         with _changes:
             if mapping := self._mapping:  # read again: another thread may have unmapped it
+                if self.exports and not in_use:
+                    raise BusyError(
+                        f"{self!r} is in use (view count {self.exports}): release its memoryviews and arrays first"
+                    )
                 mapping.let_go(id(self))
                 self._mapping = None
-        return kIOReturnSuccess
 
     def _open(self) -> CachedMapping:
         mapping = self._mapping  # read once, as above
@@ -185,10 +196,10 @@ class IOMemoryMap(Exporter):
             raise NotOpenError("this IOMemoryMap is unmapped")
         return mapping
 
-    def _exported(self) -> tuple[MemoryOwner, Mapping, int, int, bool]:
+    def _exported(self) -> tuple[list[MemoryOwner], Mapping, int, int, bool]:
         mapping = self._open()
         shown, first = mapping.mapping
-        return mapping.owner, shown, first + self._within, self._length, self._writable
+        return mapping.keeper, shown, first + self._within, self._length, self._writable
 
     def __len__(self) -> int:
         return self.getLength()
@@ -198,13 +209,7 @@ class IOMemoryMap(Exporter):
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        if not self.exports:
-            with_block.leave(self.unmap, error)
-            return
-        with _changes:  # the addresses are unmapped with the last view, which holds them
-            if mapping := self._mapping:
-                mapping.users.discard(id(self))
-                self._mapping = None
+        with_block.leave(lambda: self._end(in_use=True), error)
 
     def __del__(self) -> None:
         # Without the guard, because a destructor must not wait for it. The mapping ends with the last of its maps and

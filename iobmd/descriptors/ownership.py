@@ -72,6 +72,7 @@ class MemoryOwner:
         "_mappings",
         "_pinned_for_good",
         "_sealed",
+        "_viewable",
         "_wired_by",
         "backing",
         "guard",
@@ -93,6 +94,7 @@ class MemoryOwner:
         self.has_handle = has_handle
         self.length = length
         self._mappings: weakref.WeakSet[CachedMapping] | None = None
+        self._viewable: WeakRegistry[mapping.Mapping] | None = None
         self.pins = 0
         self.purge_control: PurgeControl | None = None
         if not backing.composite and backing.purgeable:
@@ -156,6 +158,7 @@ class MemoryOwner:
             if self.backing is None or self.has_handle or self._has_dependents(apart_from=dependent):
                 return
             try:
+                self._require_unviewed()
                 self.backing.seal()
             except BufferError as error:
                 raise self._in_use(error) from None
@@ -186,16 +189,27 @@ class MemoryOwner:
     def _has_dependents(self, *, apart_from: CompositeBacking | None = None) -> bool:
         return self._dependents is not None and any(one is not apart_from for one in self._dependents.all())
 
-    def add_mapping(self, mapping: CachedMapping) -> None:
+    def add_mapping(self, added: CachedMapping) -> None:
         """Register another mapping of its memory."""
         if self._mappings is None:
             self._mappings = weakref.WeakSet()
-        self._mappings.add(mapping)
+        self._mappings.add(added)
+        if isinstance(added.own, mapping.Mapping):
+            if self._viewable is None:
+                self._viewable = WeakRegistry()
+            self._viewable.add(added.own)
 
-    def remove_mapping(self, mapping: CachedMapping) -> None:
+    def remove_mapping(self, removed: CachedMapping) -> None:
         """Remove a mapping, which now maps other memory."""
         if self._mappings is not None:
-            self._mappings.discard(mapping)
+            self._mappings.discard(removed)
+        if self._viewable is not None and isinstance(removed.own, mapping.Mapping):
+            self._viewable.remove(removed.own)
+
+    def _require_unviewed(self) -> None:
+        """Raise BufferError while a view of another mapping exists, even if its map has ended: it needs the pin."""
+        if self._viewable is not None and (views := sum(one.users for one in self._viewable.all())):
+            raise BufferError(f"view count {views}")
 
     @property
     def has_mappings(self) -> bool:
@@ -211,6 +225,8 @@ class MemoryOwner:
         if self.backing is None:
             return
         try:
+            if not self._sealed:
+                self._require_unviewed()
             self.backing.close()
         except BufferError as error:
             if in_use and (not isinstance(error, BusyError) or error.viewed):

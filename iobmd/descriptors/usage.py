@@ -29,7 +29,7 @@ class Statistics(NamedTuple):
     pinned: Usage
     """Memory whose physical addresses cannot change, by its options or because it is prepared."""
     maps: int
-    """Existing maps (`IOMemoryMap`) of these buffers, in this process and others."""
+    """Existing maps (`IOMemoryMap`) of these buffers or parts of them, in this process and others."""
     prepared: int
     """Buffers that are prepared."""
 
@@ -48,11 +48,15 @@ def statistics() -> Statistics:
     """
     found = {wiring: Usage() for wiring in Wiring}
     maps = prepared = 0
-    for owner in address_index.owners():
+    buffers = set(address_index.owners())
+    for owner in buffers:
         with contextlib.suppress(NotOpenError):  # just released, or of the parent process after a fork
             backing = owner.require_backing()
             usage = found[backing.wiring]
             found[backing.wiring] = Usage(usage.buffers + 1, usage.size + backing.size)
-            maps += memory_map.uses(owner)
             prepared += owner.pins > 0
+    for owner, uses in memory_map.uses_by_owner():
+        with contextlib.suppress(NotOpenError):
+            if not buffers.isdisjoint(owner.origins()):  # also through parts and concatenations of buffers
+                maps += uses
     return Statistics(found[Wiring.PAGEABLE], found[Wiring.RESIDENT], found[Wiring.PINNED], maps, prepared)

@@ -14,7 +14,8 @@ from support.purging import EMPTY, KEEP_CURRENT, NON_VOLATILE, VOLATILE, take
 from support.threads import run_all
 
 import iobmd
-from iobmd import IOPurgeable, IOReturn, PurgeableCache
+from iobmd import BusyError, IOPurgeable, IOReturn, PurgeableCache
+from iobmd.cache import CacheItem
 
 MIB = 1 << 20
 SIZE = 64 << 10
@@ -98,6 +99,52 @@ def test_released_item() -> None:
                 use()
         assert repr(item) == "<CacheItem released>"
         assert repr(cache) == "<PurgeableCache of 1 keys>"
+
+
+class ViewedDuringRelease(CacheItem):
+    """An item that another thread views between a check of `exports` and the next step."""
+
+    made: memoryview | None = None
+
+    @property
+    def exports(self) -> int:
+        before: int = super().exports
+        if self.made is None:
+            self.made = memoryview(self)
+        return before
+
+
+def test_a_view_that_overtakes_release_keeps_the_contents() -> None:
+    with PurgeableCache(Loader()) as cache, cache[1] as other:
+        buffer = other._use.entry.buffer
+        item = ViewedDuringRelease(other._use)
+        other._use = None
+        with pytest.raises(BusyError):
+            item.release()
+        assert buffer.lazily_freed == 0
+        assert item.made is not None
+        assert item.made == b"\1" * SIZE
+        item.made.release()
+        item.release()
+        assert buffer.lazily_freed == SIZE
+
+
+def test_a_release_that_overtakes_a_view_refuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by another thread, while the view is being created."""
+    with PurgeableCache(Loader()) as cache:
+        item = cache[1]
+        buffer = item._use.entry.buffer
+        exported = type(buffer)._exported
+
+        def overtaken(self: iobmd.IOBufferMemoryDescriptor) -> object:
+            item.release()
+            return exported(self)
+
+        monkeypatch.setattr(type(buffer), "_exported", overtaken)
+        with pytest.raises(iobmd.NotOpenError):
+            memoryview(item)
+        monkeypatch.undo()
+        assert buffer.lazily_freed == SIZE
 
 
 @pytest.mark.usefixtures("nothing_left")

@@ -63,6 +63,25 @@ def test_statistics_are_those_of_the_kernel() -> None:
     assert iobmd.statistics() == before
 
 
+def test_maps_of_parts_and_concatenations_count_once() -> None:
+    gc.collect()
+    before = iobmd.statistics().maps
+    with (
+        iobmd.allocate(SIZE, shared=True) as one,
+        iobmd.allocate(SIZE, shared=True) as other,
+        iobmd.IOSubMemoryDescriptor.withSubRange(one, 4096, 4096, 3) as part,
+        iobmd.IOMultiMemoryDescriptor.withDescriptors([one, other], 3) as both,
+        part.map(),
+        part.map(iobmd.kIOMapUnique),
+        both.map(),
+    ):
+        assert iobmd.statistics().maps - before == 3
+        with one.map(iobmd.kIOMapUnique) as redirected:
+            redirected.redirect(other)
+            assert iobmd.statistics().maps - before == 4
+    assert iobmd.statistics().maps == before
+
+
 def test_a_forked_child_has_no_wired_memory() -> None:
     with iobmd.allocate(SIZE), iobmd.allocate(SIZE, wired=False):
         statistics = in_child(iobmd.statistics)

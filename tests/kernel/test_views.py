@@ -144,6 +144,76 @@ def test_a_map_goes_with_its_last_view() -> None:
     assert not is_there(address)
 
 
+@pytest.mark.parametrize("leave", [False, True], ids=["unmap", "with"])
+def test_a_view_of_one_map_outlives_another_map_of_the_same_addresses(leave: bool) -> None:
+    with iobmd.allocate(SIZE, wired=False, shared=True) as buffer:
+        lent = buffer.map(iobmd.kIOMapUnique)
+        address = lent.getAddress()
+        lent.unmap()
+        first = buffer.createMappingInTask(iobmd.kernel_task, address, 0)
+        second = buffer.createMappingInTask(iobmd.kernel_task, address, 0)
+        address += mark(buffer) - buffer.getBytesNoCopy()
+        with first:
+            view = memoryview(first)
+        if leave:
+            with pytest.raises(ZeroDivisionError) as caught, second:
+                _ = 1 // 0
+            assert not hasattr(caught.value, "__notes__")
+        else:
+            second.unmap()
+        assert repr(second) == "<IOMemoryMap unmapped>"
+        assert is_there(address)
+        view.release()
+        assert not is_there(address)
+
+
+@pytest.mark.parametrize("through", ["buffer", "part"])
+def test_a_view_of_an_ended_map_keeps_the_memory_pinned(through: str) -> None:
+    gc.collect()
+    pins, locked_before = kernel.status("VmPin"), locked()
+    buffer = iobmd.allocate(SIZE, shared=True)
+    address, inside = mark(buffer), (kernel.status("VmPin"), locked())
+    mapped = buffer if through == "buffer" else iobmd.IOSubMemoryDescriptor.withSubRange(buffer, 0, SIZE, 3)
+    with mapped.map(iobmd.kIOMapUnique) as ended:
+        view = memoryview(ended)
+    with pytest.raises(iobmd.BusyError, match="view count 1"):
+        mapped.free()
+    with buffer, mapped:
+        pass
+    del buffer, mapped, ended
+    gc.collect()
+    assert (kernel.status("VmPin"), locked()) == inside
+    assert is_there(address)
+    view.release()
+    gc.collect()
+    assert kernel.pinned(pins) == pins
+    assert locked() == locked_before
+    assert not is_there(address)
+
+
+def test_a_view_of_an_ended_map_keeps_the_memory_to_which_it_was_redirected() -> None:
+    locked_before = locked()
+    with iobmd.allocate(SIZE, shared=True, wired=False) as old, iobmd.allocate(SIZE, shared=True) as new:
+        address = mark(new)
+        lent = old.map(iobmd.kIOMapUnique)
+        place = lent.getAddress()
+        lent.unmap()
+        first, second = (old.createMappingInTask(iobmd.kernel_task, place, 0) for _ in range(2))
+        with first:
+            view = memoryview(first)
+        second.redirect(new)
+        second.unmap()
+        old.free()
+        with pytest.raises(iobmd.BusyError, match="view count 1"):
+            new.free()
+    assert is_there(address)
+    assert view[8192:][: len(MARK)] == MARK
+    assert locked() == locked_before + SIZE
+    view.release()
+    assert not is_there(address)
+    assert locked() == locked_before
+
+
 def test_a_map_of_the_buffers_own_addresses_keeps_the_memory() -> None:
     with iobmd.allocate(SIZE) as buffer, buffer.map() as mapped:
         address = mark(buffer)
