@@ -259,31 +259,47 @@ cdef Mapping _set_aside(uint64_t at, size_t size, size_t alignment):
     return self
 
 
-cdef int _move_area(uint64_t *place, uint64_t end, uint64_t further) noexcept:
-    """Move the area at `place`, up to `end`, and advance; return the error number. mremap(2) moves one area."""
+cdef int _move_area(uint64_t *place, uint64_t *stop, uint64_t end, uint64_t further) noexcept:
+    """Move the area at `place`, up to `end`, and advance; return the error number. mremap(2) moves one area.
+
+    `stop` is the end of that area, also after an error.
+    """
     cdef iobmd_procmap_query area
-    cdef uint64_t stop = end
     cdef int error
+    stop[0] = end
     if iobmd_own_area(place[0], &area) > 0 and area.vma_start <= place[0]:
-        stop = min(area.vma_end, end)
+        stop[0] = min(area.vma_end, end)
     with nogil:
         error = errno if c_mremap(
-            <void *><uintptr_t>place[0], stop - place[0], stop - place[0], MREMAP_MAYMOVE | MREMAP_FIXED,
+            <void *><uintptr_t>place[0], stop[0] - place[0], stop[0] - place[0], MREMAP_MAYMOVE | MREMAP_FIXED,
             <void *><uintptr_t>(place[0] + further),
         ) == MAP_FAILED else 0
     if not error:
-        place[0] = stop
+        place[0] = stop[0]
     return error
 
 
-cdef int _require_reserved(uint64_t place, uint64_t end) except -1:
+cdef uint64_t _unreserved(uint64_t place, uint64_t end) noexcept:
+    """Return the first address without a private anonymous area that is inaccessible; `end` if there is none."""
     cdef iobmd_procmap_query area
     while place < end:
         if iobmd_own_area(place, &area) <= 0 or area.vma_start > place or area.vma_flags != 0 or (
             area.inode or area.dev_major or area.dev_minor
         ):
-            raise FileExistsError(EEXIST, f"not reserved at {place:#x}", f"{place:#x}")
+            return place
         place = area.vma_end
+    return end
+
+
+cdef int _reserve_free(uint64_t at, size_t size) noexcept nogil:
+    """Reserve a range where nothing is mapped; return the error number, EEXIST if something is."""
+    cdef int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE
+    cdef void *found = c_mmap(<void *><uintptr_t>at, size, PROT_NONE, flags, -1, 0)
+    if found == MAP_FAILED:
+        return errno
+    if <uintptr_t>found != at:  # before 4.17 the address is only a hint
+        c_munmap(found, size)
+        return EEXIST
     return 0
 
 
@@ -453,46 +469,69 @@ cdef class Mapping:
         """Return address space at `at` for `move`.
 
         Nothing may be mapped there, and it is reserved now. With `overwrite` it must already be reserved, by private
-        anonymous areas without access (FileExistsError), and is reserved again at the end.
+        anonymous areas without access (FileExistsError), and is reserved again at the end. Until then it belongs to
+        the caller: closing the space changes nothing there.
         """
         cdef Mapping self = Mapping.__new__(Mapping)
-        cdef void *found
+        cdef uint64_t first
+        cdef int error
         _whole(size, PAGE_SIZE)
         if not at or at % PAGE_SIZE or at > MOST - size:
             raise ValueError(f"no mapping of {size} bytes can begin at {at:#x}")
         if overwrite:
-            _require_reserved(at, at + size)
+            first = _unreserved(at, at + size)
+            if first < at + size:
+                raise FileExistsError(EEXIST, f"not reserved at {first:#x}", f"{first:#x}")
         else:
             with nogil:
-                found = c_mmap(<void *><uintptr_t>at, size, PROT_NONE,
-                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0)
-            if found == MAP_FAILED:
-                raise OSError(errno, f"mmap: {strerror(errno).decode()}")
-            if <uintptr_t>found != at:  # before 4.17 the address is only a hint
-                with nogil:
-                    c_munmap(found, size)
-                raise FileExistsError(EEXIST, "mmap: something is mapped there")
-        self.address, self.size, self.reserved = at, size, overwrite
+                error = _reserve_free(at, size)
+            if error:
+                raise OSError(error, f"mmap: {strerror(error).decode()}")
+        self.address, self.size, self.reserved, self.borrowed = at, size, overwrite, overwrite
         return self
 
     def move(self, Mapping space not None):
         """Move the mapping's page tables to other addresses: the pages remain in their frames, locked and pinned.
 
         Afterwards the space belongs to this mapping. After an error, some pages may be lost, and the mapping can only
-        be closed.
+        be closed; the space has been given back, reserved or unmapped as before `space`.
         """
-        cdef uint64_t start = self.address, end = start + self.size, place = start
+        cdef uint64_t start = self.address, end = start + self.size, place = start, stop = start
         cdef int error = EINVAL if self.size != space.size else 0
         if self.users or self.borrowed or self.margin or not start:
             raise ValueError("the mapping is in use, or not this one's to move")
         while not error and place < end:
-            error = _move_area(&place, end, space.address - start)
+            error = _move_area(&place, &stop, end, space.address - start)
         if error:
+            space._undo_move(space.address + (place - start), space.address + (stop - start))
             # Not moved back, because another thread may have mapped memory at the addresses that became free.
             self.address, self.size = place, end - place
             raise OSError(error, f"mremap: {strerror(error).decode()}")
         self.address, self.reserved = space.address, space.reserved
         space.address = space.size = 0
+
+    cdef void _undo_move(self, uint64_t moved, uint64_t tried) noexcept:
+        """Give a space back after an error: pages were moved to it up to `moved`, and were to be moved up to `tried`.
+
+        mremap(2) unmaps its destination before it can fail. Another thread may have mapped memory there since, which
+        is not replaced.
+        """
+        cdef uint64_t start = self.address, end = start + self.size
+        self.address = self.size = 0
+        if moved > start:
+            with nogil:
+                _give_back(start, moved - start, self.reserved)
+        if self.reserved:
+            if tried > moved:
+                with nogil:
+                    _reserve_free(moved, tried - moved)
+            return
+        if tried > moved and _unreserved(moved, tried) == tried:
+            with nogil:
+                c_munmap(<void *><uintptr_t>moved, tried - moved)
+        if end > tried:
+            with nogil:
+                c_munmap(<void *><uintptr_t>tried, end - tried)
 
     def hold(self):
         """Keep it mapped until `let_go`, as a copy in progress does. Raises as `read`."""

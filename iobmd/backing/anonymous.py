@@ -10,7 +10,7 @@ from iobmd._internal import log
 from iobmd._native import mapping, mman
 from iobmd._native.mapping import Mapping
 from iobmd.backing.mapped import MappedBacking
-from iobmd.backing.placement import ANYWHERE, Placement, move
+from iobmd.backing.placement import ANYWHERE, Placement
 from iobmd.errors import CannotWireError, IOReturnError
 from iobmd.host import headroom, limits
 from iobmd.memory import numa, pinning
@@ -63,10 +63,10 @@ class AnonymousBacking(MappedBacking):
             absent = contents.resident if contents and self._sparse else None
             headroom.require(size, swappable=not wired, absent=absent)
         for _attempt in range(search.TRIES):
-            space = placement.space(round_up(size, PAGE_SIZE))
-            self.mapping = self._obtain(size, want, sparse=self._sparse)
+            self.mapping = placement.place(
+                round_up(size, PAGE_SIZE), lambda: self._obtain(size, want, sparse=self._sparse)
+            )
             try:
-                move(self.mapping, space)
                 if purgeable:
                     self.purgeable = LazilyFreed(self.address, self.size)
                 self._fill(contents, populated=want is not None)

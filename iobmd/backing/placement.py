@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd._native.mapping import Mapping
 from iobmd.errors import BadArgumentError, NoResourcesError, UnsupportedError
 from iobmd.host import limits
 from iobmd.units import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PROTECTIONS = "r", "rw", "rx", "rwx"
 
@@ -23,17 +27,39 @@ class Placement(NamedTuple):
     protection: str = "rw"
     """Its protection in its task: one of `PROTECTIONS`."""
 
-    def space(self, size: int) -> Mapping | None:
-        """Reserve the addresses before the kernel uses them for other memory; None if any address will do.
+    def place(self, size: int, create: Callable[[], Mapping]) -> Mapping:
+        """Create a mapping at the address.
+
+        All kinds of memory are first created at other addresses, including contiguous memory, which is collected from
+        many ranges; moving them only changes page tables. The address is reserved before, so that the kernel does not
+        use it for the new mapping.
+
+        Parameters
+        ----------
+        size : int
+            Size of the mapping in bytes, in whole pages.
+        create : callable
+            Creates it at any address.
 
         Raises
         ------
         IOReturnError
             `kIOReturnNoResources`: memory is mapped there. `kIOReturnBadArgument`: the range is not reserved.
-            `kIOReturnNoMemory`.
+            `kIOReturnNoMemory`; `kIOReturnUnsupported` for huge pages of a pool. The addresses are as before.
         """
         if not self.at:
-            return None
+            return create()
+        with contextlib.ExitStack() as undo:
+            # Closed at once: the traceback of an exception may retain them until the caller has mapped memory there.
+            space = self._space(size)
+            undo.callback(space.close)
+            mapping = create()
+            undo.callback(mapping.close)
+            _move(mapping, space)
+            undo.pop_all()
+        return mapping
+
+    def _space(self, size: int) -> Mapping:
         where = f"cannot map {format_size(size)} at {self.at:#x}"
         try:
             return Mapping.space(self.at, size, self.overwrite)
@@ -52,16 +78,9 @@ class Placement(NamedTuple):
 ANYWHERE = Placement()
 
 
-def move(mapping: Mapping, space: Mapping | None) -> None:
-    """Move a new mapping into its space, if it has one.
-
-    All kinds of memory are first created at other addresses, including contiguous memory, which is collected from
-    many ranges; moving them only changes page tables. Raises `kIOReturnNoMemory`; `kIOReturnUnsupported` for huge
-    pages of a pool.
-    """
-    if space is None:
-        return
-    where = f"cannot map {format_size(space.size)} at {space.address:#x}"
+def _move(mapping: Mapping, space: Mapping) -> None:
+    size = space.size
+    where = f"cannot map {format_size(size)} at {space.address:#x}"
     try:
         mapping.move(space)
     except OSError as error:
@@ -69,4 +88,4 @@ def move(mapping: Mapping, space: Mapping | None) -> None:
             raise UnsupportedError(
                 f"{where}: only hugetlb pages were found, which cannot be moved", errno.EINVAL
             ) from None
-        raise limits.from_oserror(error, where, space.size) from None
+        raise limits.from_oserror(error, where, size) from None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from iobmd._internal import log
 from iobmd._native import mman
 from iobmd.backing.mapped import MappedBacking, span
-from iobmd.backing.placement import ANYWHERE, Placement, move
+from iobmd.backing.placement import ANYWHERE, Placement
 from iobmd.errors import CannotWireError, UnsupportedError
 from iobmd.memory import numa, residency
 from iobmd.memory.mlock import make_resident
@@ -53,13 +53,11 @@ class SharedBacking(MappedBacking):
         self._shared = shared
         self._immovable = wired and shared.immovable
         try:
-            space = placement.space(shared.size)
-            self.mapping = shared.map(guard)
+            self.mapping = placement.place(shared.size, lambda: shared.map(guard))
         except BaseException:
             shared.close()
             raise
         try:
-            move(self.mapping, space)
             numa.place(self.mapping.address, self.size)
             if purgeable:
                 self.purgeable = SharedState(shared)

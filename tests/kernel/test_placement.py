@@ -1,6 +1,9 @@
 """Buffers at addresses that the caller chooses, and over address space that the caller has reserved."""
 
+import contextlib
 import ctypes
+import gc
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import pytest
 from support import kernel
 
 import iobmd
+from iobmd._native.mapping import Mapping
 from iobmd.host import pfns_visible
 
 SIZE = 256 << 10
@@ -129,3 +133,72 @@ def test_memory_in_use_is_never_replaced(reserved: int) -> None:
 def test_refused(keywords: dict[str, object], message: str) -> None:
     with pytest.raises(iobmd.BadArgumentError, match=message):
         iobmd.allocate(SIZE, **keywords)  # type: ignore[arg-type]
+
+
+LARGE = 64 << 20  # Python's own allocations are small in comparison
+LOW = 1 << 36  # the kernel maps nothing here on its own, so that a gap remains a gap
+FAILURES = {
+    "mask": (SIZE, {"physical_mask": 0x3000}),  # the first frames, which belong to the firmware
+    "limit": (LARGE, {"wired": False}),
+    "limit of shared memory": (LARGE, {"wired": False, "shared": True}),
+}
+
+
+@contextlib.contextmanager
+def limited(room: int) -> Iterator[None]:
+    """Limit the address space to what is in use, and `room` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (kernel.status("VmSize") + room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_failure_leaves_the_addresses_to_the_caller(failure: str, overwrite: bool) -> None:
+    """They are as before when the exception is raised, and memory that is mapped there in `except` remains."""
+    size, keywords = FAILURES[failure]
+    if failure == "mask" and not pfns_visible():
+        pytest.skip("frame numbers are hidden")
+    start = libc.mmap(LOW, size, 0, 0x4022, -1, 0)
+    if not overwrite:
+        libc.munmap(start, size)
+    before = areas(start, start + size)
+    with pytest.raises(iobmd.IOReturnError) as caught:
+        try:
+            with limited(size // 2 + (0 if overwrite else size)) if size == LARGE else contextlib.nullcontext():
+                iobmd.allocate(size, address=start, overwrite=overwrite, **keywords)  # type: ignore[arg-type]
+        except iobmd.IOReturnError:
+            assert areas(start, start + size) == before
+            with iobmd.allocate(size, address=start, overwrite=overwrite, wired=False) as again:
+                assert again.getBytesNoCopy() == start
+            assert areas(start, start + size) == before
+            libc.mmap(start, size, 3, 0x32, -1, 0)
+            ctypes.memset(start, 7, SIZE)
+            raise
+    del caught
+    gc.collect()
+    assert areas(start, start + size) == [(start, start + size, "rw-p")]
+    assert ctypes.string_at(start, SIZE) == b"\7" * SIZE
+    libc.munmap(start, size)
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_failure_midway(overwrite: bool) -> None:
+    """If the second part of the memory cannot be moved, the first part does not remain at the address."""
+    start = libc.mmap(LOW, 4 * SIZE, 0, 0x4022, -1, 0)
+    mapping = Mapping.anonymous(2 * SIZE, 4096)
+    if not overwrite:
+        libc.munmap(start + SIZE, 2 * SIZE)
+    before = areas(start, start + 4 * SIZE)
+    space = Mapping.space(start + SIZE, 2 * SIZE, overwrite)
+    libc.munmap(mapping.address + SIZE, SIZE)  # mremap(2) fails there: EFAULT
+    with pytest.raises(OSError, match="mremap"):
+        mapping.move(space)
+    assert areas(start, start + 4 * SIZE) == before
+    space.close()
+    mapping.close()
+    assert areas(start, start + 4 * SIZE) == before
+    libc.munmap(start, 4 * SIZE)
