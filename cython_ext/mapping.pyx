@@ -494,7 +494,7 @@ cdef class Mapping:
         """Move the mapping's page tables to other addresses: the pages remain in their frames, locked and pinned.
 
         Afterwards the space belongs to this mapping. After an error, some pages may be lost, and the mapping can only
-        be closed; the space has been given back, reserved or unmapped as before `space`.
+        be closed; the space is closed, and reserved or unmapped as before `space`.
         """
         cdef uint64_t start = self.address, end = start + self.size, place = start, stop = start
         cdef int error = EINVAL if self.size != space.size else 0
@@ -511,7 +511,7 @@ cdef class Mapping:
         space.address = space.size = 0
 
     cdef void _undo_move(self, uint64_t moved, uint64_t tried) noexcept:
-        """Give a space back after an error: pages were moved to it up to `moved`, and were to be moved up to `tried`.
+        """Close a space after an error: pages were moved to it up to `moved`, and were to be moved up to `tried`.
 
         mremap(2) unmaps its destination before it can fail. Another thread may have mapped memory there since, which
         is not replaced.

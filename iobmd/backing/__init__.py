@@ -51,6 +51,10 @@ class Backing(Protocol):
         """The task to whose address space `address` belongs; None if it is mapped in no task, or not as one range."""
 
     @property
+    def mapped_read_only(self) -> bool:
+        """Whether iobmd mapped it in `task` without write access (`protection`)."""
+
+    @property
     def runs(self) -> RunTable | None:
         """Its physical runs while it is pinned, relative to `address`; None if the kernel hides them."""
 

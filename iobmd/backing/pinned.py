@@ -29,6 +29,7 @@ class Pin(Protocol):
 class Pinned(abc.ABC):
     """Memory with at most one pin at a time, and with known page frames during that time."""
 
+    mapped_read_only = False
     runs: RunTable | None = None
     _pin: Pin | None = None
 

@@ -45,7 +45,7 @@ class Placement(NamedTuple):
         ------
         IOReturnError
             `kIOReturnNoResources`: memory is mapped there. `kIOReturnBadArgument`: the range is not reserved.
-            `kIOReturnNoMemory`; `kIOReturnUnsupported` for huge pages of a pool. The addresses are as before.
+            `kIOReturnNoMemory`; `kIOReturnUnsupported` for huge pages of a pool. The addresses are unchanged.
         """
         if not self.at:
             return create()

@@ -33,12 +33,13 @@ class RemoteBacking(SharedBacking):
     ) -> None:
         self._there: RemoteMapping | None = None
         super().__init__(shared, wired=wired, purgeable=purgeable, contents=contents)
+        self.mapped_read_only = "w" not in placement.protection
         try:
             self._there = RemoteMapping(
                 task,
                 shared.cut(0, shared.size),
                 at=placement.at,
-                writable="w" in placement.protection,
+                writable=not self.mapped_read_only,
                 executable="x" in placement.protection,
                 guard=guard,
             )

@@ -79,6 +79,12 @@ class CompositeBacking:
         return part.owner.require_backing().task if part else None
 
     @property
+    def mapped_read_only(self) -> bool:
+        """Whether iobmd mapped it in `task` without write access."""
+        part = self._only_part()
+        return part is not None and part.owner.require_backing().mapped_read_only
+
+    @property
     def address(self) -> int:
         """Its address in `task`; 0 if it consists of several parts."""
         part = self._only_part()

@@ -110,7 +110,8 @@ class CachedMapping:
     ) -> CachedMapping:
         """Map pages of the memory, or use its own addresses if they satisfy the request (IOKit's static mapping)."""
         backing = owner.require_backing()
-        if request.anywhere and not request.unique and backing.task == task:
+        accessible = not (request.writable and backing.mapped_read_only)
+        if request.anywhere and not request.unique and backing.task == task and accessible:
             return cls(descriptor, owner, task, request, None)
         extents = backing.file_extents(request.offset, request.length)
         if task.is_current:

@@ -76,6 +76,26 @@ def test_protection(target: Target, protection: str, wired: bool) -> None:
             buffer.verify()
 
 
+@pytest.mark.parametrize("protection", ["r", "rx"])
+def test_writable_map_of_read_only_memory(target: Target, protection: str) -> None:
+    """Its own addresses serve only read-only maps, also of a part; a writable map has other addresses."""
+    with iobmd.allocate(SIZE, task=target.pid, protection=protection, wired=False) as buffer:
+        own = buffer.getBytesNoCopy()
+        anywhere, read_only = iobmd.IOMapOptions.kIOMapAnywhere, iobmd.IOMapOptions.kIOMapReadOnly
+        buffer.writeBytes(0, b"there")
+        with (
+            iobmd.IOSubMemoryDescriptor.withSubRange(buffer, 0, SIZE // 2, buffer.getDirection()) as part,
+            part.createMappingInTask(target.pid, 0, anywhere) as of_part,
+            buffer.createMappingInTask(target.pid, 0, anywhere) as writable,
+            buffer.createMappingInTask(target.pid, 0, anywhere | read_only) as reading,
+        ):
+            assert reading.getAddress() == own
+            for mapped in (of_part, writable):
+                assert target.permissions(mapped.getAddress()) == "rw-s"
+                assert target.ask("read", mapped.getAddress()) == "there"
+        assert target.permissions(own) == "".join(letter if letter in protection else "-" for letter in "rwx") + "s"
+
+
 def test_at_an_address(target: Target) -> None:
     with iobmd.allocate(SIZE, task=target.pid) as buffer:
         free = buffer.getBytesNoCopy()
