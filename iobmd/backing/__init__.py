@@ -47,6 +47,10 @@ class Backing(Protocol):
     """Upper bound of the time for which a thread of `task` was stopped for the allocation."""
 
     @property
+    def pin_refusal(self) -> str:
+        """Why the kernel refused to pin it when it was allocated; empty if it did not."""
+
+    @property
     def task(self) -> Task | None:
         """The task to whose address space `address` belongs; None if it is mapped in no task, or not as one range."""
 

@@ -130,6 +130,7 @@ class AnonymousBacking(MappedBacking):
             if not self._anywhere or not self._take_hugetlb(want or PhysicalConstraints(size)):
                 if want:
                     raise
+                self.pin_refusal = str(error)
                 log.debug("no free hugetlb pages for %s: it is resident (mlock), not pinned", format_size(size))
                 return True
             log.debug("%s is in hugetlb pages", format_size(size))

@@ -31,6 +31,8 @@ class Pinned(abc.ABC):
 
     mapped_read_only = False
     runs: RunTable | None = None
+    pin_refusal = ""
+    """Why the kernel refused to pin it when it was allocated; empty if it did not, or if it is pinned since."""
     _pin: Pin | None = None
 
     _generation = 0
@@ -49,6 +51,7 @@ class Pinned(abc.ABC):
             pin.release()
             raise
         self._pin = pin
+        self.pin_refusal = ""
         self._generation = mapping.generation()
 
     def unpin(self, *, wait: bool = True) -> None:

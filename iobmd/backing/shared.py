@@ -77,6 +77,7 @@ class SharedBacking(MappedBacking):
         try:
             self.pin()
         except CannotWireError as error:
+            self.pin_refusal = str(error)
             log.debug("%s; shared memory of %s is resident (mlock), not pinned", error, format_size(self.size))
         if self._immovable:
             self.runs = self.read_runs()

@@ -73,6 +73,11 @@ class CompositeBacking:
         return [part.owner.require_backing() for part in self._parts]
 
     @property
+    def pin_refusal(self) -> str:
+        """Why the kernel refused to pin one of its parts; empty if it did not."""
+        return next((backing.pin_refusal for backing in self._backings() if backing.pin_refusal), "")
+
+    @property
     def task(self) -> Task | None:
         """The task of its address; None: it has no address."""
         part = self._only_part()

@@ -360,7 +360,9 @@ class MemoryOwner:
     def _runs(self, backing: Backing) -> RunTable:
         pinned, table = backing.wiring is Wiring.PINNED, backing.runs
         if not pinned or backing.wiring is not Wiring.PINNED:  # read again: another thread may have unpinned it
-            raise NotReadyError(f"{self!r} is not pinned: its physical addresses could change; call prepare() first")
+            refusal = backing.pin_refusal
+            why = f"{refusal}; prepare() tries again" if refusal else "call prepare() first"
+            raise NotReadyError(f"{self!r} is not pinned, so that its physical addresses could change: {why}")
         if table is None:
             raise frame_checks.hidden()
         return table

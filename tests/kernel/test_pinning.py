@@ -280,7 +280,8 @@ def test_limit_on_pins() -> None:
                 with pytest.raises(IOReturnError) as caught:
                     second.prepare()
                 assert caught.value.code == IOReturn.kIOReturnCannotWire
-                assert code_of(second.getPhysicalAddress) == IOReturn.kIOReturnNotReady
+                with pytest.raises(iobmd.NotReadyError, match=r"RLIMIT_MEMLOCK \(8 MiB for all pins of this user\)"):
+                    second.segments()
                 wirings = [first.wiring, second.wiring]
             later.complete()
             with iobmd.allocate(limit - 6 * MIB) as third:
