@@ -8,9 +8,9 @@ from typing import NamedTuple
 from iobmd import host, procfs
 from iobmd._native import pagemap
 from iobmd._native.pagemap import Tally
-from iobmd.pagemap.frame import Frames, require_frames
+from iobmd.pagemap.frame import Frames
 from iobmd.pagemap.range import Target, Where, of_task, resolve
-from iobmd.pagemap.reader import Reader
+from iobmd.pagemap.reader import Reader, require_frames
 from iobmd.procfs import VMA, Details
 from iobmd.task.task import Task
 
@@ -52,6 +52,16 @@ class Area(NamedTuple):
     """Whether the task has locked no memory at all (VmLck)."""
     can_swap: bool
     """Whether the host has swap space."""
+
+    @property
+    def name(self) -> str:
+        """The path of the file, or a name such as ``[heap]``; empty for anonymous memory."""
+        return self.vma.name
+
+    @property
+    def perms(self) -> str:
+        """The permissions, as in ``rw-p``."""
+        return self.vma.perms
 
     @property
     def size(self) -> int:
@@ -152,7 +162,7 @@ class Area(NamedTuple):
         """Whether it maps something other than system memory (VM_PFNMAP; without smaps, judged by its name)."""
         if self.details is not None:
             return "pf" in self.details.flags
-        name = self.vma.name
+        name = self.name
         return name.startswith("[vvar") or (name.startswith("/dev/") and not name.startswith(_MEMORY))
 
 

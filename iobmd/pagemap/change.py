@@ -34,7 +34,7 @@ class Kind(StrEnum):
     COPIED = "copied"
     """An anonymous page has replaced a page of a file, as after a write to it; or the reverse."""
     MIGRATED = "migrated"
-    """Moved to another page frame."""
+    """In another page frame: moved, or copied by a write after a fork."""
     SPLIT = "split"
     """Previously mapped by a huge page, now by small ones."""
     COLLAPSED = "collapsed"

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Self
 
-from iobmd import host, procfs
+from iobmd import procfs
 from iobmd._internal import pidns, relay
 from iobmd._native import pagemap as native
 from iobmd.errors import (
@@ -19,9 +19,8 @@ from iobmd.errors import (
 )
 from iobmd.host import cgroup, limits
 from iobmd.pagemap.range import Target, name_of, resolve
-from iobmd.pagemap.reader import Reader
+from iobmd.pagemap.reader import Reader, require_frames
 from iobmd.pagemap.span import Run, runs
-from iobmd.task import diagnosis
 from iobmd.task.task import Task, check_range
 from iobmd.units import PAGE_SIZE
 
@@ -156,17 +155,6 @@ def describe_runs(task: Task, found: Iterable[Run]) -> Iterator[DescribedRun]:
             nodes = _nodes(task, batch)
             for run, node in zip(batch, nodes, strict=True):
                 yield DescribedRun(run, frames.describe(run.physical, run.length, node))
-
-
-def require_frames() -> None:
-    """Raise `kIOReturnNotPrivileged` if frame numbers are hidden."""
-    try:
-        visible = host.pfns_visible()
-    except OSError as error:
-        raise diagnosis.own_pagemap(error) from None
-    if not visible:
-        message = f"frame numbers are hidden from this process: {host.capability_remedy().splitlines()[0]}"
-        raise NotPrivilegedError(message)
 
 
 def _batches(found: Iterable[Run]) -> Iterator[list[Run]]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Self
 
+from iobmd import host
 from iobmd._native import mman
 from iobmd._native import pagemap as native
 from iobmd._native.pagemap import AHEAD, Tally, Walk
+from iobmd.errors import NotPrivilegedError
 from iobmd.host.fact import scratch
 from iobmd.host.pages import has_swap, huge_page_size, hugetlb_sizes
 from iobmd.pagemap.file import PagemapFile, no_entries
+from iobmd.task import diagnosis
 from iobmd.task.task import kernel_task
 from iobmd.units import PAGE_SIZE, round_down, round_up
 
@@ -133,6 +136,17 @@ class Reader:
 
     def __exit__(self, *_error: object) -> None:
         self.close()
+
+
+def require_frames() -> None:
+    """Raise `kIOReturnNotPrivileged` if frame numbers are hidden."""
+    try:
+        visible = host.pfns_visible()
+    except OSError as error:
+        raise diagnosis.own_pagemap(error) from None
+    if not visible:
+        message = f"frame numbers are hidden from this process: {host.capability_remedy().splitlines()[0]}"
+        raise NotPrivilegedError(message)
 
 
 def _zero_frame() -> tuple[bool, int]:

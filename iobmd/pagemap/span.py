@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from iobmd._native import pagemap
 from iobmd.pagemap.range import Target, resolve
-from iobmd.pagemap.reader import Reader
+from iobmd.pagemap.reader import Reader, require_frames
 
 
 class Span(NamedTuple):
@@ -131,9 +131,11 @@ def spans(target: Target, address: int | None = None, size: int | None = None) -
 def runs(target: Target, address: int | None = None, size: int | None = None) -> Iterator[Run]:
     """Iterate over the physically contiguous runs, ascending by virtual address.
 
-    Absent pages, and pages whose frame is hidden, belong to no run. Parameters, errors and notes as `spans`.
+    Absent pages belong to no run. Parameters, errors and notes as `spans`; also `kIOReturnNotPrivileged`: the kernel
+    hides frame numbers (CAP_SYS_ADMIN).
     """
     where = resolve(target, address, size)
+    require_frames()
     with Reader(where.task) as reader:
         yield from read_runs(reader, where.ranges())
         reader.require_task()

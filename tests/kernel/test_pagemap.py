@@ -361,3 +361,19 @@ def test_pages_of_a_buffer_a_map_and_a_task() -> None:
     with iobmd.allocate(4096, task=None) as nowhere, pytest.raises(IOReturnError) as caught:
         next(pagemap.pages(nowhere))
     assert caught.value.code == IOReturn.kIOReturnUnsupported
+
+
+def test_runs_of_hidden_frames() -> None:
+    """Without an error, they would appear to be absent."""
+
+    def code() -> IOReturn:
+        with pytest.raises(IOReturnError) as caught:
+            next(pagemap.runs(mmap.mmap(-1, 4096)))
+        return caught.value.code
+
+    assert in_child(code, drop=1 << 21) == IOReturn.kIOReturnNotPrivileged
+
+
+def test_name_and_permissions_of_an_area() -> None:
+    (stack,) = (area for area in pagemap.areas(os.getpid()) if area.name == "[stack]")
+    assert f"{stack.start:x}-{stack.end:x} {stack.perms} " in Path("/proc/self/maps").read_text()
