@@ -116,8 +116,9 @@ def capability_remedy() -> str:
         return "leave the user namespace (rootless container, unshare -U): its capabilities do not count here"
     names = [capability.name.lower() for capability in Capability]
     container = " ".join(f"--cap-add {name.removeprefix('cap_').upper()}" for name in names)
-    # Not the interpreter itself: every user who may execute it would gain the capabilities.
-    private = "/usr/local/bin/iobmd-python"
+    # A copy, because every user who may execute the interpreter itself would gain the capabilities; in the same
+    # directory, from which it finds its virtual environment (pyvenv.cfg) and its packages.
+    private = os.path.join(os.path.dirname(os.path.abspath(sys.executable)), "iobmd-python")
     return (
         "run as root (sudo)\n"
         f"groupadd iobmd; install -g iobmd -m 0750 {os.path.realpath(sys.executable)} {private}; "
