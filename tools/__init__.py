@@ -9,6 +9,6 @@ COMMANDS.update(
     {
         "pagemap": ("iobmd.tools.pagemap", "show the memory layout of a process: frames, huge pages, swap, locks"),
         "bench": ("iobmd.tools.bench", "compare iobmd with the bare system calls"),
-        "soak": ("iobmd.tools.soak", "run all operations concurrently, and check each result against the kernel"),
+        "soak": ("iobmd.tools.soak", "run all operations concurrently, and check the results"),
     }
 )

@@ -13,7 +13,7 @@ from iobmd.cli.printable import printable
 from iobmd.errors import IOReturnError
 
 COMMANDS = {
-    "demo": ("iobmd.cli.demo.command", "copy memory from another process into wired buffers, and verify the copies"),
+    "demo": ("iobmd.cli.demo.command", "copy memory from another process, and verify the copies"),
     "copy": ("iobmd.cli.copy", "copy a range of a process's memory to a file"),
     "share": ("iobmd.cli.share", "map memory into another process, until interrupted"),
     "alloc": ("iobmd.cli.alloc", "allocate wired, contiguous or masked memory, and report its location"),

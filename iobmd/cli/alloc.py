@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from iobmd.api import allocate
 from iobmd.cli import EXIT_OK, table
-from iobmd.cli.arguments import duration, size
+from iobmd.cli.arguments import duration, instead_of_wiring, size
+from iobmd.cli.folding import show, terminal_width
 from iobmd.errors import IOReturnError, NotPrivilegedError, NotReadyError
 from iobmd.physical.policy import Names, Policy, applied
 from iobmd.units import format_size, format_time
@@ -30,7 +31,8 @@ def main(argv: Sequence[str]) -> int:
     """Run `iobmd alloc`."""
     arguments = make_parser().parse_args(argv)
     begin = time.perf_counter()
-    with applied(Policy(arguments.reserve, arguments.budget, arguments.seconds, _NAMES)):
+    limits = Policy(arguments.reserve, arguments.budget, arguments.seconds, _NAMES)
+    with applied(limits), instead_of_wiring("allocate less"):
         buffer = allocate(
             arguments.size,
             contiguous=arguments.contiguous,
@@ -98,7 +100,7 @@ def _show(found: dict[str, Any]) -> None:
         flush=True,
     )
     if found["hidden"]:
-        print(f"physical addresses: {found['hidden']}", flush=True)
+        show(f"physical addresses: {found['hidden']}", terminal_width())
         return
     segments, lies = found["segments"], found["layout"]
     shape = "contiguous" if lies["contiguous"] else f"{lies['runs']} runs, the largest {format_size(lies['largest'])}"

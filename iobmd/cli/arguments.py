@@ -1,9 +1,13 @@
 """Argument types that several commands share."""
 
 import argparse
+import contextlib
 import math
 import threading
+from collections.abc import Iterator
 
+from iobmd.errors import CannotWireError
+from iobmd.memory.mlock import PAGEABLE
 from iobmd.units import parse_size
 
 
@@ -16,6 +20,15 @@ def size(text: str) -> int:
     if number <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not positive")
     return number
+
+
+@contextlib.contextmanager
+def instead_of_wiring(remedy: str) -> Iterator[None]:
+    """Replace pageable memory, in errors on memory that cannot be wired, by what the command offers instead."""
+    try:
+        yield
+    except CannotWireError as error:
+        raise CannotWireError(error.strerror.replace(PAGEABLE, remedy), error.errno or 0, error.address) from None
 
 
 def duration(text: str) -> float:

@@ -15,7 +15,8 @@ from iobmd import procfs
 from iobmd._internal.atomic_file import replacing
 from iobmd.api import copy
 from iobmd.cli import EXIT_OK
-from iobmd.cli.arguments import duration, size
+from iobmd.cli.arguments import duration, instead_of_wiring, size
+from iobmd.cli.folding import show, terminal_width
 from iobmd.cli.signals import interruptible
 from iobmd.errors import BadArgumentError, VMError
 from iobmd.task import diagnosis
@@ -44,7 +45,7 @@ def _run(arguments: argparse.Namespace) -> int:
     task = Task(arguments.pid)
     address, length = _range(task, arguments.address, arguments.size)
     begin = time.perf_counter()
-    with _progress(length) as progress:
+    with _progress(length) as progress, instead_of_wiring("use --pageable"):
         buffer = copy(
             task,
             address,
@@ -186,10 +187,11 @@ def _report(summary: dict[str, object], holes: Sequence[tuple[int, int]], *, as_
         print(json.dumps(summary, indent=2), file=stream)
         return
     length = int(str(summary["size"]))
-    print(
+    show(
         f"{length} bytes ({format_size(length)}) from {int(str(summary['address'])):#x} of process {summary['pid']} "
         f"into {summary['wiring']} memory in {format_time(float(str(summary['seconds'])))}, "
         f"{summary['gigabytes_per_second']} GB/s",
+        terminal_width(stream),
         file=stream,
     )
     if "source_stopped_ms" in summary:

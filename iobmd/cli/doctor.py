@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING
 
 from iobmd import host
+from iobmd.cli.folding import show, terminal_width
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,13 +71,26 @@ def _print_report(found: list[host.Fact]) -> None:
     from rich.console import Console  # noqa: PLC0415 (see _table)
 
     Console().print(_table(found))
+    width = terminal_width()
     if remedies := _remedies(found):
-        # Not wrapped, so that commands can be copied.
-        print(f"\nTo enable (the lines of one entry are alternatives):\n{remedies}")
-    print(f"\n{_physical(found)}\n{_verdict(found)}")
+        # In a file or a pipe, each is on one line, so that commands can be copied.
+        print("\nTo enable (the lines of one entry are alternatives):")
+        for line in remedies:
+            for part in _commands(line) if width and len(line) >= width else [line]:
+                show(part, width)
+    print()
+    show(_physical(found), width)
+    show(_verdict(found), width)
 
 
-def _remedies(found: list[host.Fact]) -> str:
+def _commands(line: str) -> list[str]:
+    """Split a remedy that is too long for the terminal into its shell commands and its comment."""
+    text, separator, comment = line.partition("  # ")
+    first, *more = text.replace("; ", ";\n").split("\n")
+    return [first, *(f"        {part}" for part in (*more, *([f"# {comment}"] if separator else ())))]
+
+
+def _remedies(found: list[host.Fact]) -> list[str]:
     names: dict[str, list[str]] = {}
     for fact in found:
         if fact.remedy:
@@ -85,7 +99,7 @@ def _remedies(found: list[host.Fact]) -> str:
     for number, (remedy, named) in enumerate(names.items(), 1):
         lines.append(f"{number:2}. {', '.join(named)}")
         lines += [f"      {line}" for line in remedy.splitlines()]
-    return "\n".join(lines)
+    return lines
 
 
 def _physical(found: list[host.Fact]) -> str:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from iobmd.api import allocate
 from iobmd.cli import EXIT_OK
-from iobmd.cli.arguments import duration, size
+from iobmd.cli.arguments import duration, instead_of_wiring, size
+from iobmd.cli.folding import show, terminal_width
 from iobmd.cli.signals import terminable
 from iobmd.constants import IOMapOptions
 from iobmd.errors import NotPrivilegedError, NotReadyError
@@ -37,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     with (
         terminable(),
         contextlib.suppress(KeyboardInterrupt),
+        instead_of_wiring("use --pageable"),
         allocate(
             arguments.size, shared=True, wired=not arguments.pageable, contiguous=arguments.contiguous
         ) as buffer,
@@ -88,14 +90,16 @@ def _describe(buffer: IOBufferMemoryDescriptor, there: IOMemoryMap, seconds: flo
 
 
 def _show(found: dict[str, Any]) -> None:
-    print(
+    width = terminal_width()
+    show(
         f"{format_size(found['size'])} at {found['address']:#x} of process {found['pid']} and at "
-        f"{found['address_here']:#x} here, {found['wiring']}"
+        f"{found['address_here']:#x} here, {found['wiring']}",
+        width,
     )
     if found["segments"]:
         first, more = found["segments"][0], len(found["segments"]) - 1
         rest = f", and {more} more" if more else ", all of it"
-        print(f"physical: {first['physical']:#x} + {format_size(first['length'])}{rest}")
+        show(f"physical: {first['physical']:#x} + {format_size(first['length'])}{rest}", width)
     print(f"a thread of the process was stopped for {format_time(found['stopped_us'] / 1e6)}", flush=True)
 
 

@@ -8,6 +8,8 @@ from iobmd._native import mman
 from iobmd.errors import CannotWireError, IOReturnError, NoMemoryError
 from iobmd.units import format_size
 
+PAGEABLE = "allocate pageable memory"
+"""The remedy in messages that a command replaces by one of its options."""
 _REFUSED = (errno.EPERM, errno.EACCES, errno.ENOSYS)
 
 
@@ -51,12 +53,12 @@ def cannot_lock(size: int, error: OSError) -> IOReturnError:
     # The kernel itself returns EPERM only for a limit of 0.
     refused = number in _REFUSED and (limit is None or limit.value > 0)
     if limit and not refused:
-        message = f"{what}: {limit}, run with CAP_IPC_LOCK, or allocate pageable memory"
+        message = f"{what}: {limit}, run with CAP_IPC_LOCK, or {PAGEABLE}"
         return CannotWireError(message, number)
     if number in _REFUSED:
         message = (
             f"{what}: mlock is forbidden ({error.strerror}) by a seccomp filter or a security module; allow it "
-            "(systemd: no ~@memlock in SystemCallFilter=; container: the seccomp profile), or use pageable memory"
+            f"(systemd: no ~@memlock in SystemCallFilter=; container: the seccomp profile), or {PAGEABLE}"
         )
         return CannotWireError(message, number)
     if met := host.limits.met_by_mapping(0):

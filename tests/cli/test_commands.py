@@ -17,6 +17,7 @@ from support import requirements
 from support.child import CAP_IPC_LOCK, NOBODY, in_child
 from support.kernel import Footprint
 from support.source_process import SourceProcess
+from support.terminal import lines_on_terminal
 
 import iobmd
 from iobmd import Task
@@ -62,6 +63,32 @@ def test_usage(argv: list[str], capsys: Captured) -> None:
 def test_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "iobmd", "--version"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, f"iobmd {iobmd.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["doctor"], ["alloc", "64k"], ["pagemap", "self", "--runs", "--name", "stack"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_lines_fit_the_terminal(arguments: list[str]) -> None:
+    assert max(map(len, lines_on_terminal(80, *arguments))) <= 80
+
+
+def test_what_to_do_instead_of_wiring(capsys: Captured, start_source: Start) -> None:
+    source = start_source(1 << 20)
+    pid, (address, size) = str(source.pid), source["anonymous"]
+
+    def ask() -> list[str]:
+        errors = []
+        for arguments in (["copy", pid, hex(address), str(size)], ["share", pid, "1M"], ["alloc", "1M"]):
+            assert main(arguments) == 1
+            errors.append(one_line(capsys.readouterr().err))
+        return errors
+
+    copied, shared, allocated = in_child(ask, drop=CAP_IPC_LOCK, memlock=64 << 10)
+    assert "run with CAP_IPC_LOCK, or use --pageable [" in copied
+    assert "run with CAP_IPC_LOCK, or use --pageable [" in shared
+    assert "run with CAP_IPC_LOCK, or allocate less [" in allocated
 
 
 def test_reader_that_goes_away() -> None:

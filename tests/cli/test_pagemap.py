@@ -1,19 +1,13 @@
 """`iobmd pagemap`, compared with an independent reader and smaps of the same process."""
 
-import contextlib
 import csv
 import ctypes
-import fcntl
 import json
 import mmap
 import os
-import pty
 import re
 import resource
-import struct
 import subprocess
-import sys
-import termios
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
@@ -26,6 +20,7 @@ from iobmd.tools.pagemap.arguments import parse
 from support import kernel
 from support.child import CAP_SYS_ADMIN, NOBODY, in_child, sleeping, started
 from support.commands import shown
+from support.terminal import lines_on_terminal
 
 from iobmd import IOReturn, IOReturnError, pagemap, procfs
 from iobmd.cli import main
@@ -274,6 +269,46 @@ def test_addresses_as_people_paste_them(text: str, start: int) -> None:
     assert parse(["1", "--range", text]).range[0] == start
 
 
+@pytest.mark.parametrize(
+    ("text", "number", "of_address"),
+    [("159bf2000", "0x159bf2000", "0x159bf2"), ("1a000-1afff", "0x1a000-0x1afff", "0x1a-0x1a")],
+)
+def test_a_frame_without_0x(text: str, number: str, of_address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pagemap", "--frame", text]) == 2
+    error = capsys.readouterr().err
+    assert f"write {number} if it is a frame number, {of_address} if it is a physical address" in error
+
+
+@pytest.mark.parametrize("form", [[], ["--runs"]], ids=["table", "runs"])
+def test_no_area_matches(target: int, form: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pagemap", str(target), "--name", "no such", *form]) == 0
+    frames = kernel.entries(id(form), 1)[0] & kernel.FRAME
+    error = capsys.readouterr().err
+    assert error == ("iobmd pagemap: no area matches --name no such\n" if frames or not form else "")
+    assert main(["pagemap", str(target), "--name", "stack", *form]) == 0
+    assert not capsys.readouterr().err
+
+
+def test_diff_names_areas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown(capsys, "self", "--save", str(tmp_path / "file"))
+    file = os.memfd_create("iobmd-named")
+    os.ftruncate(file, 1 << 20)
+    with mmap.mmap(file, 1 << 20) as memory:
+        os.close(file)
+        memory[:8192] = bytes(8192)
+        text = shown(capsys, "self", "--diff", str(tmp_path / "file"))
+        document = json.loads(shown(capsys, "self", "--diff", str(tmp_path / "file"), "--json"))
+        shown(capsys, "self", "--save", str(tmp_path / "later"))
+    gone = shown(capsys, "self", "--diff", str(tmp_path / "later"))
+    name = "/memfd:iobmd-named (deleted)"
+    for amount, change in (("1 MiB", "mapped"), ("8 KiB", "newly resident")):
+        assert re.search(rf" {amount} {change} +{re.escape(name)}$", text, re.M), text
+    sizes = {(one["kind"], one["end"] - one["start"]) for one in document["changes"] if one["name"] == name}
+    assert sizes == {("mapped", 1 << 20), ("newly resident", 8192)}
+    for amount, change in (("1 MiB", "unmapped"), ("8 KiB", "released")):
+        assert re.search(rf" {amount} {change} +{re.escape(name)}$", gone, re.M), gone
+
+
 def test_save_and_diff(target: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown(capsys, str(target), "--save", str(tmp_path / "file"))
     assert "nothing changed" in shown(capsys, str(target), "--diff", str(tmp_path / "file"))
@@ -346,19 +381,7 @@ def test_a_process_that_is_gone_or_has_no_memory(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize("columns", [60, 80, 120, 200])
 def test_a_table_fits_the_terminal(columns: int) -> None:
     """The important columns are shown, and those that were left out are named."""
-    leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 50, columns, 0, 0))
-    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
-    command = [sys.executable, "-m", "iobmd", "pagemap", "self"]
-    with subprocess.Popen(command, stdout=follower, stdin=follower, env=environment) as process:
-        os.close(follower)
-        text = b""
-        with contextlib.suppress(OSError):  # EIO: the command has exited
-            while found := os.read(leader, 1 << 16):
-                text += found
-    os.close(leader)
-    assert process.returncode == 0
-    lines = text.decode().splitlines()
+    lines = lines_on_terminal(columns, "pagemap", "self")
     assert max(map(len, lines)) <= columns
     heading = next(line.split() for line in lines if line.rstrip().endswith("  name"))
     left_out = re.findall(r"[\w/]+", " ".join(lines).partition("columns left out: ")[2].partition(";")[0])

@@ -212,6 +212,13 @@ def _frames(text: str) -> tuple[int, int]:
         low = int(first, 0)
         high = int(last, 0) if separator else low
     except ValueError:
+        if re.fullmatch(r"[0-9a-f]+(-[0-9a-f]+)?", text):
+            as_numbers = "-".join(f"0x{part}" for part in text.split("-"))
+            as_addresses = "-".join(f"{int(part, 16) // PAGE_SIZE:#x}" for part in text.split("-"))
+            raise argparse.ArgumentTypeError(
+                f"{text!r} lacks 0x: write {as_numbers} if it is a frame number, {as_addresses} if it is a physical "
+                f"address as in --runs and --flags (a frame number is the address divided by {PAGE_SIZE})"
+            ) from None
         low, high = 1, 0
     if "_" in text or not 0 <= low <= high < 1 << 40:  # of 52 bits of address
         raise argparse.ArgumentTypeError(f"{text!r} is neither a frame number nor a range such as 0x1a000-0x1a0ff")

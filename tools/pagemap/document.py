@@ -95,11 +95,11 @@ def row(area: Area) -> dict[str, Any]:
 FIELDS: dict[str, Callable[[Area], Any]] = {
     "start": lambda area: area.start,
     "end": lambda area: area.end,
-    "perms": lambda area: area.vma.perms,
+    "perms": lambda area: area.perms,
     "offset": lambda area: area.vma.offset,
     "device": lambda area: area.vma.device,
     "inode": lambda area: area.vma.inode,
-    "name": lambda area: area.vma.name,
+    "name": lambda area: area.name,
     "size_bytes": lambda area: area.size,
     "resident_bytes": lambda area: area.resident,
     "anonymous_bytes": lambda area: area.anonymous,

@@ -8,9 +8,12 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from iobmd import host
+from iobmd.cli.folding import terminal_width
 from iobmd.cli.printable import printable
 from iobmd.errors import IOReturnError
-from iobmd.pagemap.frame import Frames, require_frames, users
+from iobmd.pagemap.frame import Frames, users
+from iobmd.pagemap.reader import require_frames
 from iobmd.units import PAGE_SIZE, format_count, format_size
 
 from .document import VERSION, hidden_member, members, write_list
@@ -68,7 +71,8 @@ class _Asked:
             found.append(Hidden("flags, map counts and cgroups", "/proc/kpageflags requires root", "run as root"))
         if self._refused:
             what = f"mappings of {format_count(len(self._refused), 'other process', 'other processes')}"
-            remedy = "run with CAP_SYS_PTRACE"
+            # With this capability, the first error names what is missing, such as another capability of the process.
+            remedy = "" if host.has_capability("CAP_SYS_PTRACE") else "run with CAP_SYS_PTRACE"
             found.append(Hidden(what, f"such as: {self._refused[0]}", remedy))
         return found
 
@@ -97,7 +101,7 @@ def _show(asked: _Asked, found: Iterator[FrameMapping]) -> None:
         where = f"{use.virtual:16x} {use.physical:14x} {format_size(use.length):>9}"
         print(f"{use.pid:8} {printable(use.process):16} {where}  {printable(str(use.area))}")
     print(f"mapped by {format_count(len(pids), 'process', 'processes')}")
-    show_hidden(asked.hidden())
+    show_hidden(asked.hidden(), terminal_width())
     if asked.changed():
         print("  some were mapped or unmapped during the search")
 

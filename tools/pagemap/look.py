@@ -15,7 +15,7 @@ from iobmd.pagemap.range import Where, name_of, resolve
 from iobmd.pagemap.reader import Reader
 from iobmd.procfs import VMA
 from iobmd.task.task import Task
-from iobmd.units import PAGE_SIZE
+from iobmd.units import PAGE_SIZE, format_size
 
 from .arguments import BY_SMAPS
 from .order import ordered
@@ -30,6 +30,11 @@ class Hidden(NamedTuple):
     what: str
     why: str
     remedy: str
+    """Empty if the reason names it."""
+
+    def __str__(self) -> str:
+        remedy = f"; remedy: {self.remedy.splitlines()[0]}" if self.remedy else ""
+        return f"not shown: {self.what} ({self.why}){remedy}"
 
 
 SWAPPED_SHARED = Hidden(
@@ -52,6 +57,8 @@ class Look:
         self._steady = Steady(self.task)
         self.has_ended = False
         """Whether it exited while it was watched."""
+        self.matched = False
+        """Whether an area was selected."""
         self.time = time.time()
         self.kernel = os.uname().release
         self.ask_anew()
@@ -149,7 +156,9 @@ class Look:
     def chooses(self, area: Area) -> bool:
         """Return whether an area is selected."""
         only = self.arguments.only
-        return self.may_choose(area.vma, area.size) and (only is None or _STATES[only](area) > 0)
+        chosen = self.may_choose(area.vma, area.size) and (only is None or _STATES[only](area) > 0)
+        self.matched = self.matched or chosen
+        return chosen
 
     def may_choose(self, vma: VMA, size: int) -> bool:
         """Return whether an area may be selected, whatever its contents; `size` is that of the requested part."""
@@ -169,7 +178,20 @@ class Look:
         for vma in self.where.areas():
             start, end = max(vma.start, self.where.start), min(vma.end, self.where.end)
             if self.may_choose(vma, end - start):
+                self.matched = True
                 yield vma, start, end
+
+    @property
+    def criteria(self) -> list[str]:
+        """The options that select areas, as on the command line."""
+        low, high = self.arguments.range or (0, 0)
+        given = {
+            "--name": self.arguments.name,
+            "--min-size": self.arguments.min_size and format_size(self.arguments.min_size),
+            "--range": f"{low:#x}-{high:#x}" if high else None,
+            "--only": self.arguments.only,
+        }
+        return [f"{option} {printable(value)}" for option, value in given.items() if value is not None]
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """Iterate over the starts and ends of `parts`."""
@@ -194,7 +216,7 @@ _STATES: dict[str, Callable[[Area], int]] = {
 
 _KEYS: dict[str, tuple[Callable[[Area], int | str] | None, bool]] = {
     "address": (None, False),
-    "name": (lambda area: area.vma.name, False),
+    "name": (lambda area: area.name, False),
     "size": (lambda area: area.size, True),
     "resident": (lambda area: area.resident, True),
     "swapped": (lambda area: area.swapped or 0, True),

@@ -6,6 +6,7 @@ import shutil
 import sys
 from typing import TYPE_CHECKING
 
+from iobmd.cli.folding import terminal_width
 from iobmd.units import format_size
 
 from .grid import Grid
@@ -32,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console  # noqa: PLC0415 (slow to load)
 
     look = Look(arguments)
-    show_head(look)
+    show_head(look, terminal_width())
     screen = shutil.get_terminal_size((100, 44))
     cells = 1 << max(0, max(0, screen.columns - _MARGIN).bit_length() - 1)
     grid = Grid(max(8, screen.lines - 12), row=cells)
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     for line in _lines(grid, cells, parts, paint):
         console.print(line, no_wrap=True, overflow="crop", crop=True)
     console.print(_legend(grid, paint))
-    show_restless(look)
+    show_restless(look, terminal_width())
     look.require_task()
 
 

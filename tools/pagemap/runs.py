@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from iobmd.cli.folding import show, terminal_width
 from iobmd.cli.printable import printable
 from iobmd.pagemap.frame import describe_runs
 from iobmd.pagemap.reader import Reader
@@ -12,7 +13,7 @@ from iobmd.pagemap.span import read_runs
 from iobmd.units import format_count, format_size
 
 from .look import Look
-from .table import show_head, show_restless
+from .table import show_head, show_restless, show_unmatched
 
 if TYPE_CHECKING:
     import argparse
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 def run(arguments: argparse.Namespace) -> None:
     """Print the runs, or their segments, and a histogram."""
     look = Look(arguments)
-    show_head(look)
+    width = terminal_width()
+    show_head(look, width)
     if not look.shows_runs:  # the header reports it
         return
     seen = Histogram()
@@ -42,8 +44,9 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{'virtual':>16} {'physical':>14} {'length':>9}")
         for found in seen.watch(chosen_runs(look)):
             print(_line(found))
-    seen.show()
-    show_restless(look)
+    seen.show(width)
+    show_restless(look, width)
+    show_unmatched(look)
     look.require_task()
 
 
@@ -96,6 +99,10 @@ def _show_segments(found: Iterator[Segment]) -> None:
     print(f"\n{format_count(number, 'segment')}")
 
 
+_BAR = 46
+"""The column at which the bars of the histogram start."""
+
+
 class Histogram:
     """The numbers of runs by size, and their physical order."""
 
@@ -120,15 +127,18 @@ class Histogram:
             self.add(one)
             yield one
 
-    def show(self) -> None:
-        """Print it."""
+    def show(self, width: int | None) -> None:
+        """Print it, no wider than the terminal if there is one."""
         total = sum(length for _number, length in self._classes.values())
         runs_in_all = sum(number for number, _length in self._classes.values())
-        print(
-            f"\n{format_count(runs_in_all, 'run')}, {format_size(total)}, the largest {format_size(self._largest)}; "
-            f"{self._ascending:,} ascend, {self._descending:,} descend"
+        print()
+        show(
+            f"{format_count(runs_in_all, 'run')}, {format_size(total)}, the largest {format_size(self._largest)}; "
+            f"{self._ascending:,} ascend, {self._descending:,} descend",
+            width,
         )
+        room = min(40, width - _BAR - 1) if width else 40
         widest = max((length for _number, length in self._classes.values()), default=1)
         for least, (number, length) in sorted(self._classes.items()):
-            bar = "#" * max(1, length * 40 // widest)
+            bar = "#" * max(1, length * room // widest)
             print(f"{format_size(least):>9} and more: {number:9,} runs {format_size(length):>9}  {bar}")

@@ -14,7 +14,6 @@ from iobmd.pagemap.span import Run
 from .document import FIELDS, row
 from .look import Look
 from .runs import chosen_descriptions, chosen_runs, chosen_segments
-from .table import show_hidden
 
 if TYPE_CHECKING:
     import argparse
@@ -26,7 +25,8 @@ if TYPE_CHECKING:
 def run(arguments: argparse.Namespace) -> None:
     """Print the lines."""
     look = Look(arguments)
-    show_hidden(look.hidden, sys.stderr)  # not on stdout, which programs read
+    for hidden in look.hidden:
+        print(hidden, file=sys.stderr)  # not on stdout, which programs read
     lines = csv.writer(sys.stdout, lineterminator="\n")
     if arguments.segments:
         lines.writerow(Segment._fields)
@@ -53,7 +53,7 @@ def _described(found: Run, facts: FrameFacts) -> tuple[object, ...]:
 
 def _line(area: Area) -> str:
     fields = row(area)
-    fields["name"] = printable(area.vma.name)
+    fields["name"] = printable(area.name)
     sizes = fields["folio_bytes"] or {}
     fields["folio_bytes"] = " ".join(f"{size}:{held}" for size, held in sorted(sizes.items()))
     text = StringIO()

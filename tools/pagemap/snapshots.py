@@ -6,23 +6,24 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from iobmd import host
+from iobmd.cli.folding import show, terminal_width
 from iobmd.cli.printable import printable
-from iobmd.pagemap.change import changes
+from iobmd.pagemap.change import Kind, changes
 from iobmd.pagemap.snapshot import Snapshot, save
 from iobmd.units import format_size
 
 from .document import VERSION, hidden_member, members, write_list
 from .look import SWAPPED_SHARED, Hidden, Look
-from .table import show_hidden
+from .table import shortened, show_hidden
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
-    from iobmd.pagemap.change import Change, Kind
+    from iobmd.procfs import VMA
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -34,9 +35,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.range is None:
         arguments.range = before.header.start, before.header.end
     look = Look(arguments)
-    show = _write if arguments.json else _show
+    report = _write if arguments.json else _show
     with tempfile.TemporaryFile() as file:
-        show(before, saved(look, file))
+        report(before, saved(look, file))
 
 
 def saved(look: Look, file: IO[bytes]) -> Snapshot:
@@ -60,7 +61,7 @@ def _save(look: Look, path: str) -> None:
 def _write(before: Snapshot, after: Snapshot) -> None:
     head = {"version": VERSION, "before": before.header._asdict(), "after": after.header._asdict()}
     print("{" + members(head | hidden_member(_hidden(before, after))) + ',\n"changes": [', end="")
-    write_list({"kind": kind, "start": start, "end": end} for kind, start, end in _joined(changes(before, after)))
+    write_list(row._asdict() for row in _rows(before, after))
     print("]}")
 
 
@@ -70,12 +71,16 @@ def _show(before: Snapshot, after: Snapshot) -> None:
         f"{printable(new.name)} ({new.pid}) against {printable(old.name)} ({old.pid}) of "
         f"{time.strftime('%F %T', time.localtime(old.time))}, {new.time - old.time:.0f} s before"
     )
-    show_hidden(_hidden(before, after))
+    width = terminal_width()
+    show_hidden(_hidden(before, after), width)
     sums: Counter[Kind] = Counter()
-    for kind, start, end in _joined(changes(before, after)):
+    for kind, start, end, name in _rows(before, after):
         sums[kind] += end - start
-        print(f"{f'{start:x}-{end:x}':>29} {format_size(end - start):>9} {kind}")
-    print("\n" + (", ".join(f"{format_size(size)} {kind}" for kind, size in sums.items()) or "nothing changed"))
+        cells = f"{f'{start:x}-{end:x}':>29} {format_size(end - start):>9} {kind:14}  "
+        shown = printable(name)
+        print(f"{cells}{shortened(shown, width - 1 - len(cells)) if width else shown}".rstrip())
+    print()
+    show(", ".join(f"{format_size(size)} {kind}" for kind, size in sums.items()) or "nothing changed", width)
 
 
 def _hidden(before: Snapshot, after: Snapshot) -> list[Hidden]:
@@ -88,16 +93,47 @@ def _hidden(before: Snapshot, after: Snapshot) -> list[Hidden]:
     return found
 
 
-def _joined(found: Iterator[Change]) -> Iterator[tuple[Kind, int, int]]:
-    """Join contiguous pages with the same change."""
-    last: tuple[Kind, int, int] | None = None
-    for change in found:
-        end = change.virtual + change.length
-        if last and last[0] == change.kind and last[2] == change.virtual:
-            last = change.kind, last[1], end
+class _Row(NamedTuple):
+    """Contiguous pages with the same change, in areas of the same name."""
+
+    kind: Kind
+    start: int
+    end: int
+    name: str
+
+
+def _rows(before: Snapshot, after: Snapshot) -> Iterator[_Row]:
+    """Join the changes to rows."""
+    old, new = _Names(before), _Names(after)
+    last: _Row | None = None
+    for change in changes(before, after):
+        names = old if change.kind in (Kind.UNMAPPED, Kind.RELEASED) else new
+        row = _Row(change.kind, change.virtual, change.virtual + change.length, names.at(change.virtual))
+        if last and (last.kind, last.end, last.name) == (row.kind, row.start, row.name):
+            last = last._replace(end=row.end)
             continue
         if last:
             yield last
-        last = change.kind, change.virtual, end
+        last = row
     if last:
         yield last
+
+
+class _Names:
+    """The names of the areas of a snapshot, which are read again for each ascending sequence of addresses."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        self._last = -1
+        self._areas: Iterator[VMA] = iter(())
+        self._area: VMA | None = None
+
+    def at(self, address: int) -> str:
+        """Return the name of the area that contains an address; empty if it has no name, or there is none."""
+        if address < self._last or self._last < 0:
+            self._areas = self._snapshot.areas()
+            self._area = next(self._areas, None)
+        self._last = address
+        while self._area and self._area.end <= address:
+            self._area = next(self._areas, None)
+        return self._area.name if self._area and self._area.start <= address else ""

@@ -5,11 +5,10 @@ In a file or a pipe it has every column. On a terminal that is too narrow for th
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import TYPE_CHECKING, NamedTuple
 
+from iobmd.cli.folding import show, terminal_width
 from iobmd.cli.printable import printable
 from iobmd.units import PAGE_SIZE, format_count, format_size
 
@@ -43,7 +42,7 @@ class Column(NamedTuple):
 _START = Column("address", 12, 0, lambda area: f"{area.start:x}")
 COLUMNS = (
     Column("addresses", 29, 0, lambda area: f"{area.start:x}-{area.end:x}"),
-    Column("perms", 5, 7, lambda area: area.vma.perms),
+    Column("perms", 5, 7, lambda area: area.perms),
     Column("size", 9, 1, lambda area: amount(area.size)),
     Column("resident", 9, 2, lambda area: amount(area.resident)),
     Column("file/shm", 9, 8, lambda area: amount(area.file_or_shared)),
@@ -71,18 +70,6 @@ def fitting(width: int | None) -> tuple[Column, ...]:
     return tuple(column for column in (_START, *COLUMNS[1:]) if column.heading in chosen)
 
 
-def terminal_width() -> int | None:
-    """Return the number of columns of the terminal to which standard output is connected; None if it is to none."""
-    if not sys.stdout.isatty():
-        return None
-    chosen = os.environ.get("COLUMNS", "")
-    with contextlib.suppress(OSError):
-        return (
-            int(chosen) if chosen.isdecimal() and int(chosen) else os.get_terminal_size(sys.stdout.fileno()).columns
-        )
-    return None
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Print the table."""
     look = Look(arguments)
@@ -97,32 +84,20 @@ def run(arguments: argparse.Namespace) -> None:
         print(row)
     show_total(look, total, width)
     show_restless(look, width)
+    show_unmatched(look)
     look.require_task()
-
-
-def show(line: str, width: int | None, indent: str = "  ") -> None:
-    """Print a line, folded at the width of the terminal."""
-    if width:
-        import textwrap  # noqa: PLC0415 (not for output to a file)
-
-        line = textwrap.fill(line, width - 1, subsequent_indent=indent)
-    print(line)
 
 
 def show_head(look: Look, width: int | None = None) -> None:
     """Print the subject, and what is hidden."""
     print(page_line(look))
-    if width:
-        for hidden in look.hidden:
-            show(f"not shown: {hidden.what} ({hidden.why}); remedy: {hidden.remedy.splitlines()[0]}", width)
-    else:
-        show_hidden(look.hidden)
+    show_hidden(look.hidden, width)
 
 
-def show_hidden(found: Iterable[Hidden], file: TextIO | None = None) -> None:
+def show_hidden(found: Iterable[Hidden], width: int | None = None) -> None:
     """Print what is not shown, the reason, and the remedy."""
     for hidden in found:
-        print(f"not shown: {hidden.what} ({hidden.why}); remedy: {hidden.remedy.splitlines()[0]}", file=file)
+        show(str(hidden), width)
 
 
 def amount(size: int | None) -> str:
@@ -138,7 +113,7 @@ def folios(sizes: dict[int, int]) -> str:
 
 def _row(area: Area, columns: Iterable[Column], width: int | None) -> str:
     cells = " ".join(column.padded(column.cell(area)) for column in columns) + "  "
-    name, notes = printable(area.vma.name), _notes(area)
+    name, notes = printable(area.name), _notes(area)
     if width and len(cells) + len(name) + len(notes) >= width:
         name = shortened(name, width - 1 - len(cells))
         notes = f"\n    {notes.lstrip()}" if notes else ""
@@ -204,6 +179,12 @@ def show_restless(look: Look, width: int | None = None) -> None:
     if restless := look.restless():
         show(f"  {restless}", width, "    ")
     sys.stdout.flush()
+
+
+def show_unmatched(look: Look) -> None:
+    """Report on stderr that no area was selected."""
+    if not look.matched:
+        print("iobmd pagemap: no area matches " + " ".join(look.criteria), file=sys.stderr)
 
 
 def share(part: int, whole: int) -> str:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from iobmd import host, pagemap, procfs
 from iobmd.api import allocate, copy
 from iobmd.cli import EXIT_FAILED, EXIT_OK, table
-from iobmd.cli.arguments import size
+from iobmd.cli.arguments import instead_of_wiring, size
 from iobmd.cli.demo import purgeable, remote
 from iobmd.cli.demo.client import GUARDED_PAGE, Client, Piece
 from iobmd.cli.demo.compaction import Strewn, collapse, compact, frames
+from iobmd.cli.folding import show, terminal_width
 from iobmd.constants import IOOptionBits
 from iobmd.errors import IOReturnError
 from iobmd.memory.mlock import Wiring
@@ -58,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     if _lockable(HUGE_PAGE_SIZE) == HUGE_PAGE_SIZE:
         sizes["hugetlb"] = HUGE_PAGE_SIZE
     _progress("starting a client with random data in its memory")
-    with Client(**sizes, guarded=small) as client:
+    with Client(**sizes, guarded=small) as client, instead_of_wiring("choose a smaller --size"):
         task = Task(client.pid)
         guarded = client.pieces.pop("guarded")
         _progress("copying memory from it")
@@ -86,12 +87,14 @@ def main(argv: Sequence[str]) -> int:
     else:
         _show(task, rows, refusal)
         if isinstance(contiguous, str):
-            print(f"\nNo contiguous copy: {contiguous}")
+            why = f"No contiguous copy: {contiguous}"
         else:
-            print(
-                f"\nContiguous memory: {format_size(contiguous.size)} found in "
+            why = (
+                f"Contiguous memory: {format_size(contiguous.size)} found in "
                 f"{format_time(contiguous.search_seconds)}, which is not part of its GB/s."
             )
+        print()
+        show(why, terminal_width())
         _show_compaction(compaction)
         purgeable.show(purged)
         remote.show(allocated)
@@ -202,7 +205,8 @@ def _compact(span: int, length: int) -> dict[str, int] | None:
 
 def _show_compaction(found: dict[str, int] | None) -> None:
     if found is None:
-        print("\nNot shown: what compaction moves (requires root, visible page frames and io_uring).")
+        print()
+        show("Not shown: what compaction moves (requires root, visible page frames and io_uring).", terminal_width())
         return
     pages = HUGE_PAGE_SIZE // PAGE_SIZE
     print(
@@ -232,4 +236,4 @@ def _show(task: Task, rows: list[Row], refusal: str | None) -> None:
     columns = ("source", "size", "GB/s", "wiring", "resident (pagemap)", "locked (smaps)", "SHA-256")
     table.show(f"withCopy from process {task.pid} into buffers of this one", columns, cells, right=(1, 2, 4, 5))
     print("\nA copy that must fail, because one of its pages is not readable:")
-    print(f"  {refusal}" if refusal else "  it did not fail with the expected error")
+    show(f"  {refusal or 'it did not fail with the expected error'}", terminal_width(), indent="")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from iobmd import pagemap
 from iobmd.api import allocate, copy
+from iobmd.cli import folding
 from iobmd.errors import IOReturnError
 from iobmd.units import format_size, format_time
 
@@ -53,7 +54,8 @@ def truthful(found: dict[str, Any] | str) -> bool:
 def show(found: dict[str, Any] | str) -> None:
     """Print the result as text."""
     if isinstance(found, str):
-        print(f"\nNo memory in the other process: {found}")
+        print()
+        folding.show(f"No memory in the other process: {found}", folding.terminal_width())
         return
     frames = {True: "the same in both", False: "NOT the same", None: "hidden"}[found["same_frames"]]
     print(f"\nMemory in the other process, {format_size(found['size'])}, {found['wiring']}:")

@@ -58,7 +58,7 @@ complete -c iobmd -f
 
 complete -c iobmd -n _shtab_iobmd_using -s h -l help -d 'show this help message and exit'
 complete -c iobmd -n _shtab_iobmd_using -s V -l version -d 'print the version'
-complete -c iobmd -n '_shtab_iobmd_using; and test $_shtab_iobmd_npos -eq 0' -a demo -d 'copy memory from another process into wired buffers, and verify the copies'
+complete -c iobmd -n '_shtab_iobmd_using; and test $_shtab_iobmd_npos -eq 0' -a demo -d 'copy memory from another process, and verify the copies'
 complete -c iobmd -n '_shtab_iobmd_using demo' -s h -l help -d 'show this help message and exit'
 complete -c iobmd -n '_shtab_iobmd_using demo' -l size -x -d 'size of large pieces (default: 64M, or as much as may be locked)'
 complete -c iobmd -n '_shtab_iobmd_using demo' -l control -x -d 'span of the mlocked control under compaction (default: 1G)'
@@ -125,7 +125,7 @@ complete -c iobmd -n '_shtab_iobmd_using bench' -l size -x -d 'size of the large
 complete -c iobmd -n '_shtab_iobmd_using bench' -l rounds -x -d 'measurements of each (default: 7)'
 complete -c iobmd -n '_shtab_iobmd_using bench' -l json -d 'print one JSON document'
 complete -c iobmd -n '_shtab_iobmd_using bench; and test $_shtab_iobmd_npos -eq 0' -ka "copy wired contiguous purgeable pagemap cachemode remote" -d benchmark
-complete -c iobmd -n '_shtab_iobmd_using; and test $_shtab_iobmd_npos -eq 0' -a soak -d 'run all operations concurrently, and check each result against the kernel'
+complete -c iobmd -n '_shtab_iobmd_using; and test $_shtab_iobmd_npos -eq 0' -a soak -d 'run all operations concurrently, and check the results'
 complete -c iobmd -n '_shtab_iobmd_using soak' -s h -l help -d 'show this help message and exit'
 complete -c iobmd -n '_shtab_iobmd_using soak' -l seconds -x -d 'duration in seconds (default: 60)'
 complete -c iobmd -n '_shtab_iobmd_using soak' -l events -x -d 'end after this number of events (default: none)'

@@ -1,0 +1,28 @@
+"""A command whose output is a terminal of a given width."""
+
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+
+def lines_on_terminal(columns: int, *arguments: str) -> list[str]:
+    """Run `iobmd` with the arguments on a terminal; return the printed lines, without control sequences."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 50, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    command = [sys.executable, "-m", "iobmd", *arguments]
+    with subprocess.Popen(command, stdout=follower, stdin=follower, env=environment) as process:
+        os.close(follower)
+        text = b""
+        with contextlib.suppress(OSError):  # EIO: the command has exited
+            while found := os.read(leader, 1 << 16):
+                text += found
+    os.close(leader)
+    assert process.returncode == 0
+    return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text.decode()).splitlines()
