@@ -358,7 +358,8 @@ class MemoryOwner:
         return self._runs(self.require_backing())
 
     def _runs(self, backing: Backing) -> RunTable:
-        pinned, table = backing.wiring is Wiring.PINNED, backing.runs
+        pinned = backing.wiring is Wiring.PINNED
+        table = backing.runs if pinned else None  # those of parts of which one is not pinned may be hidden
         if not pinned or backing.wiring is not Wiring.PINNED:  # read again: another thread may have unpinned it
             refusal = backing.pin_refusal
             why = f"{refusal}; prepare() tries again" if refusal else "call prepare() first"

@@ -129,6 +129,7 @@ def test_demo(capsys: Captured) -> None:
     assert not Path(f"/proc/{document['pid']}").exists()
 
 
+@pytest.mark.needs("frames")
 def test_search_of_the_demo_is_not_copy_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The search for contiguous memory precedes the copy, whose speed is shown."""
 

@@ -141,3 +141,12 @@ def test_page_addresses_are_those_of_pagemap(keywords: dict[str, bool]) -> None:
         part.complete()
     with iobmd.allocate(8192, wired=False) as pageable, pytest.raises(iobmd.NotReadyError):
         pageable.page_addresses()
+
+
+def test_a_part_that_is_not_pinned_comes_before_hidden_frames() -> None:
+    """A concatenation of pinned and pageable memory has no addresses, whether or not this process may see frames."""
+    with iobmd.allocate(4096) as pinned, iobmd.allocate(4096, wired=False) as pageable:
+        both = iobmd.IOMultiMemoryDescriptor.withDescriptors([pinned, pageable], iobmd.kIODirectionInOut)
+        with both, pytest.raises(IOReturnError) as caught:
+            both.segments()
+        assert caught.value.code == IOReturn.kIOReturnNotReady

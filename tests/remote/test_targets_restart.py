@@ -197,7 +197,16 @@ def test_signals_during_stops_are_handled_once_each(call: str) -> None:
 
 @pytest.mark.parametrize("call", ["sigsuspend", "epoll_pwait", "ppoll"])
 def test_many_signals_at_once_during_stops(call: str) -> None:
-    count = 2000
+    stops = 0
+    for _ in range(10):  # on a busy machine, one run may have few stops
+        stops += _stopped_during_signals(call, 2000)
+        if stops > 10:
+            break
+    assert stops > 10
+
+
+def _stopped_during_signals(call: str, count: int) -> int:
+    """Send many signals to a target while it is stopped, and return how many stops there were."""
     with Target([build("blocked"), "signals", call, str(count)]) as target:
         with Stopping(target.pid) as stopping:
             for sent in range(20, count + 1, 20):  # never as many as may be queued
@@ -207,9 +216,9 @@ def test_many_signals_at_once_during_stops(call: str) -> None:
                 _read_until(target, sent)
             code, said = target.end()
         print(f"{call}: {count} signals, {stopping.count} stops")
-        assert stopping.count > 10
     assert code == 0
     assert said.split()[-1] == str(count)
+    return stopping.count
 
 
 def _read_until(target: Target, handled: int) -> None:
