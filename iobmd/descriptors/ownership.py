@@ -359,7 +359,7 @@ class MemoryOwner:
 
     def _runs(self, backing: Backing) -> RunTable:
         pinned = backing.wiring is Wiring.PINNED
-        table = backing.runs if pinned else None  # those of parts of which one is not pinned may be hidden
+        table = backing.runs if pinned else None  # if one of several parts is not pinned, the others may be hidden
         if not pinned or backing.wiring is not Wiring.PINNED:  # read again: another thread may have unpinned it
             refusal = backing.pin_refusal
             why = f"{refusal}; prepare() tries again" if refusal else "call prepare() first"
