@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.child import sleeping
+from support.targets import until_at_rest
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 MIGRATION = EXAMPLES.parent / "migration"
@@ -111,6 +112,7 @@ def test_port_of_gcore(tmp_path: Path) -> None:
     """The file holds the private memory of the target, and only its owner may read it."""
     path = tmp_path / "dump"
     with sleeping() as target:
+        until_at_rest(target.pid)  # its start changes memory
         rows = re.findall(r"([0-9a-f]+)-([0-9a-f]+) at (\d+), stopped", port("gcore", str(target.pid), str(path)))
         maps = Path(f"/proc/{target.pid}/maps").read_text().splitlines()
         stack = next(line for line in maps if "[stack]" in line)
