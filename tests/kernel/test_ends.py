@@ -1,15 +1,14 @@
 """The end of descriptors that were not freed: garbage, cycles and exit print nothing but a ResourceWarning."""
 
-import gc
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
 from support import kernel
 from support.targets import until
+from support.threads import collects_without_waiting
 
 import iobmd
 from iobmd import (
@@ -315,24 +314,5 @@ def abandoned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("in_thread", [False, True], ids=["itself", "another thread"])
 def test_a_destructor_never_waits(abandoned: Abandoned, *, in_thread: bool) -> None:
     """The collector runs in any thread, inside a guard or while another thread is; the use ends afterwards."""
-
-    def collect() -> None:
-        cycle = abandoned.garbage[:]
-        cycle.append(cycle)
-        abandoned.garbage.clear()
-        del cycle
-        gc.collect()
-
-    with abandoned.guard:
-        if in_thread:
-            thread = threading.Thread(target=collect, daemon=True)
-            thread.start()
-            thread.join(20)
-            waits = thread.is_alive()
-        else:
-            collect()
-            waits = False
-    if in_thread:
-        thread.join(20)
-    assert not waits
+    assert collects_without_waiting(abandoned.guard, abandoned.garbage, in_thread=in_thread)
     assert until(lambda: not abandoned.held())  # a ring ends in a work queue of the kernel

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import gc
 import os
 import resource
 import signal
@@ -18,6 +17,7 @@ from ptrace.debugger import PtraceDebugger
 from support import kernel
 from support.child import in_child, sleeping
 from support.targets import Target, children, until_blocked
+from support.threads import collects_without_waiting
 
 import iobmd
 from iobmd import IOMapOptions, IOReturn, IOReturnError
@@ -75,24 +75,7 @@ def test_a_destructor_waits_for_no_stop(
     garbage = [make(target.pid)]
     assert held(target.pid) != before
 
-    def collect() -> None:
-        cycle = [garbage.pop()]
-        cycle.append(cycle)
-        del cycle
-        gc.collect()
-
-    thread = threading.Thread(target=collect, daemon=True)
-    with guard_of(iobmd.Task(target.pid)):
-        if in_thread:
-            thread.start()
-            thread.join(20)
-            waits = thread.is_alive()
-        else:
-            collect()
-            waits = False
-    if in_thread:
-        thread.join(20)
-    assert not waits
+    assert collects_without_waiting(guard_of(iobmd.Task(target.pid)), garbage, in_thread=in_thread)
     assert held(target.pid) == before
 
 

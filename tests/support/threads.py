@@ -1,6 +1,7 @@
 """Threads of a test, whose errors fail the test."""
 
 import contextlib
+import gc
 import threading
 from collections.abc import Callable, Iterator
 
@@ -38,3 +39,39 @@ def run_all(*works: Callable[[], object]) -> None:
     """Call each of `works` in a separate thread, and wait for all of them; raises as `running`."""
     with running(*works):
         pass
+
+
+def collects_without_waiting(
+    guard: contextlib.AbstractContextManager[object], garbage: list[object], *, in_thread: bool
+) -> bool:
+    """Collect objects, as a cycle, while this thread is inside a guard; return whether no destructor waited.
+
+    Parameters
+    ----------
+    guard
+        The guard.
+    garbage
+        The objects, to which there must be no other reference; it is empty afterwards.
+    in_thread
+        Whether another thread collects them, or the one that is inside.
+    """
+
+    def collect() -> None:
+        cycle = garbage[:]
+        cycle.append(cycle)
+        garbage.clear()
+        del cycle
+        gc.collect()
+
+    thread = threading.Thread(target=collect, daemon=True)
+    with guard:
+        if in_thread:
+            thread.start()
+            thread.join(20)
+            waits = thread.is_alive()
+        else:
+            collect()
+            waits = False
+    if in_thread:
+        thread.join(20)
+    return not waits
