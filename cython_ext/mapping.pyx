@@ -280,7 +280,7 @@ cdef int _move_area(uint64_t *place, uint64_t *stop, uint64_t end, uint64_t furt
 
 
 cdef uint64_t _unreserved(uint64_t place, uint64_t end) noexcept:
-    """Return the first address without a private anonymous area that is inaccessible; `end` if there is none."""
+    """Return the first address outside of inaccessible private anonymous areas, at most `end`."""
     cdef iobmd_procmap_query area
     while place < end:
         if iobmd_own_area(place, &area) <= 0 or area.vma_start > place or area.vma_flags != 0 or (

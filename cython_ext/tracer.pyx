@@ -160,7 +160,7 @@ cdef class Tracer:
         return self._command(IOBMD_THAW, ())
 
     def collect(self, threads, bint failed):
-        """Remove what was created in the task, and make one of several threads reap the guest; return the status.
+        """End the guest and its mappings, and make one of several threads of the task reap it; return the status.
 
         Parameters
         ----------

@@ -40,7 +40,7 @@ class VMA(NamedTuple):
     offset: int
     """The offset in the file."""
     inode: int
-    """The inode of the file, 0 if there is none."""
+    """The inode of the file; 0 for anonymous memory."""
     name: str
     """The path of the file, or a name such as ``[heap]``; empty for anonymous memory."""
     device: str = ""

@@ -78,7 +78,7 @@ def _past_seccomp(pid: int, mode: str) -> int:
 
 
 def tracer(pid: int, tid: int) -> int | None:
-    """Return the thread that traces a thread of a task; 0 if there is none, None if the traced thread has ended.
+    """Return the tracer of a thread of a task; 0 if the thread is not traced, None if it has ended.
 
     Raises `kIOReturnNoResources`: no file descriptor is free.
     """

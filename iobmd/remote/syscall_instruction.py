@@ -74,7 +74,7 @@ def _vdso(task: Task) -> int:
 
 
 def _search(task: Task, base: int) -> int:
-    """Return the address of the first one in the code of a task; 0 if there is none."""
+    """Return the address of the first one in the code of a task, or 0."""
     global _offset_in_vdso  # noqa: PLW0603
     try:
         # Only without a vDSO, which always has one, is every area parsed: a millisecond per thousand areas.

@@ -146,7 +146,7 @@ FAILURES = {
 
 @contextlib.contextmanager
 def limited(room: int) -> Iterator[None]:
-    """Limit the address space to what is in use, and `room` bytes."""
+    """Limit the address space to its present size plus `room` bytes (RLIMIT_AS)."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (kernel.status("VmSize") + room, before[1]))
     try:

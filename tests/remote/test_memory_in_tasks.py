@@ -40,7 +40,7 @@ def snapshot(pid: int) -> tuple[list[str], set[str]]:
 
 
 def area(pid: int, address: int) -> str:
-    """Return the line of /proc/PID/maps that contains an address, "" if there is none."""
+    """Return the line of /proc/PID/maps for an address, or ""."""
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
         start, end = (int(text, 16) for text in line.split()[0].split("-"))
         if start <= address < end:
