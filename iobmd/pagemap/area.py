@@ -1,7 +1,8 @@
 """The areas of an address space (VMAs), and their contents."""
 
+import os
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import repeat
 from typing import NamedTuple
 
@@ -52,6 +53,8 @@ class Area(NamedTuple):
     """Whether the task has locked no memory at all (VmLck)."""
     can_swap: bool
     """Whether the host has swap space."""
+    on_tmpfs: bool = False
+    """Whether it maps shared memory: a file on a tmpfs, a memfd, System V or shared anonymous memory."""
 
     @property
     def name(self) -> str:
@@ -93,6 +96,33 @@ class Area(NamedTuple):
     def shared(self) -> int:
         """Resident bytes that other processes map too, or that are mapped more than once; of files or anonymous."""
         return max(0, self.resident - self.tally.exclusive)
+
+    @property
+    def file(self) -> int:
+        """Resident bytes of files, without shared memory."""
+        return self.file_or_shared - self.shmem
+
+    @property
+    def shmem(self) -> int:
+        """Resident bytes of shared memory, as counted by RssShmem."""
+        return self.file_or_shared if self.on_tmpfs else 0
+
+    @property
+    def uss(self) -> int:
+        """Resident bytes that nothing else maps, which the exit of the task would free (unique set size)."""
+        return self.resident - self.shared
+
+    @property
+    def pss(self) -> int | None:
+        """Resident bytes, each page divided by the number of its mappings (proportional set size); None if unknown.
+
+        Without smaps, it is known only if nothing is shared. The kernel rounds it down to 1 KiB and does not report
+        the share of a task in hugetlb pages of several tasks: these do not count.
+        """
+        told = self._counters("Pss", "Private_Hugetlb")
+        if told is None:
+            return None if self.shared else self.resident
+        return 0 if self.is_device else told
 
     @property
     def anonymous(self) -> int:
@@ -205,14 +235,47 @@ def areas(
         wanted = details if details is not None else is_bearable(where, reader)
         nothing_locked = _status(where.task, "VmLck") == 0
         known = reader.visible, reader.scans, nothing_locked, host.has_swap()
+        shared_memory = _SharedMemory(where.task)
         for batch in _batches(reader, _with_details(where) if wanted else zip(where.areas(), repeat(None))):
             ranges = [(vma.start, vma.end) for vma, _found in batch]
             ranges[0] = max(ranges[0][0], where.start), ranges[0][1]
             ranges[-1] = ranges[-1][0], min(ranges[-1][1], where.end)
             contents = _with_folios(reader, frames, ranges) if frames else zip(reader.totals(ranges), repeat(None))
             for (vma, found), (start, end), (tally, sizes) in zip(batch, ranges, contents, strict=True):
-                yield Area(vma, start, end, tally, found, sizes, *known)
+                yield Area(vma, start, end, tally, found, sizes, *known, vma in shared_memory)
         reader.require_task()
+
+
+class _SharedMemory:
+    """Recognizes areas of shared memory by their file system, which is determined when it is first needed."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._devices: frozenset[str] | None = None
+
+    def __contains__(self, vma: VMA) -> bool:
+        # Of file systems without a block device, whose major number is 0.
+        if not vma.inode or not vma.device.startswith("00:"):
+            return False
+        if self._devices is None:
+            self._devices = self._find()
+        return vma.device in self._devices
+
+    def _find(self) -> frozenset[str]:
+        found = set()
+        with suppress(OSError):  # the kernel's own mount, which is in no list of mounts: memfd, System V, /dev/zero
+            descriptor = os.memfd_create("iobmd-shmem")
+            try:
+                found.add(os.fstat(descriptor).st_dev)
+            finally:
+                os.close(descriptor)
+        with suppress(OSError):
+            found |= {
+                os.makedev(*mount.device)
+                for mount in procfs.mounts(self._task.pid)
+                if mount.kind in ("tmpfs", "devtmpfs")
+            }
+        return frozenset(f"{os.major(device):02x}:{os.minor(device):02x}" for device in found)
 
 
 def _with_details(where: Where) -> Iterator[tuple[VMA, Details | None]]:
