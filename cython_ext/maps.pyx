@@ -98,8 +98,8 @@ def query(int fd, uint64_t start, uint64_t end, Py_ssize_t most):
 def parse_details(bytes text):
     """Return the data of whole entries of smaps, which begin with a line of maps.
 
-    Each is (area, counters, flags): the area as from `parse`; the counters in kB, converted to bytes, by name; and
-    the words of VmFlags. Raises ValueError for any other line.
+    Each is (area, counters, flags): the area as from `parse`; the counters by name, those in kB converted to bytes;
+    and the words of VmFlags. Raises ValueError for any other line.
     """
     cdef const char *at = text
     cdef const char *end = at + len(text)
@@ -130,6 +130,8 @@ def parse_details(bytes text):
             behind = _number(at, 10, &value)
             if stop - behind == 3 and memcmp(behind, <const char *>b" kB", 3) == 0:
                 counters[name] = value << 10
+            elif behind == stop:  # THPeligible, ProtectionKey
+                counters[name] = value
             elif name == "VmFlags":
                 line = at[:stop - at]
                 flags = words.get(line)

@@ -1,6 +1,5 @@
 """Parsers of /proc (proc(5)) for processes and the host; sizes are in bytes."""
 
-import contextlib
 import errno
 import os
 import re
@@ -48,7 +47,7 @@ class VMA(NamedTuple):
     """The device of the file's file system, as "major:minor" in hexadecimal."""
 
     def __str__(self) -> str:
-        return f"{self.start:#x}-{self.end:#x} {self.perms} {self.name or '(anonymous)'}"
+        return f"{self.start:#x}-{self.end:#x} {self.perms} {self.name or '[anon]'}"
 
 
 _BATCH = 64
@@ -221,7 +220,7 @@ class Details(NamedTuple):
     area: VMA
     """The area that they describe."""
     counters: dict[str, int]
-    """Counters by name, in bytes."""
+    """Counters by name, in bytes; numbers without a unit (THPeligible, ProtectionKey) as they are."""
     flags: frozenset[str]
     """The kernel's flags of the area, two letters each (VmFlags)."""
 
@@ -425,28 +424,6 @@ def _has_memory(folder: str) -> bool:
         return "VmSize" in _status(folder)
     except OSError:  # it is gone
         return False
-
-
-def stack_pointers(pid: int | str = "self") -> list[int]:
-    """Return the stack pointers of the threads of a process that sleep or wait, ascending.
-
-    The kernel shows them in /proc/PID/task/TID/syscall (proc_pid_syscall(5)) to processes that may trace it, and only
-    for threads that are not running. Threads that exit are left out; the list is empty if it may not be read.
-    """
-    found = []
-    folder = f"{directory(pid)}/task"
-    with contextlib.suppress(OSError):
-        for tid in os.listdir(folder)[:_MOST_THREADS]:
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                with open(f"{folder}/{tid}/syscall", "rb", buffering=0) as file:
-                    fields = file.read().split()
-                if len(fields) > 1:  # "running" otherwise
-                    found.append(int(fields[-2], 16))
-    return sorted(found)
-
-
-_MOST_THREADS = 4096
-"""Threads whose stack pointers are read: about 20 µs each."""
 
 
 def page_faults(pid: int | str = "self") -> int:

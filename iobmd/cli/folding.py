@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 def terminal_width(file: TextIO | None = None) -> int | None:
@@ -17,6 +20,27 @@ def terminal_width(file: TextIO | None = None) -> int | None:
     with contextlib.suppress(OSError):
         return int(chosen) if chosen.isdecimal() and int(chosen) else os.get_terminal_size(file.fileno()).columns
     return None
+
+
+def terminal_height() -> int | None:
+    """Return the number of lines of the terminal to which stdout is connected, or None."""
+    if not sys.stdout or not sys.stdout.isatty():
+        return None
+    chosen = os.environ.get("LINES", "")
+    with contextlib.suppress(OSError):
+        return int(chosen) if chosen.isdecimal() and int(chosen) else os.get_terminal_size(sys.stdout.fileno()).lines
+    return None
+
+
+def flowed(items: Iterable[str], width: int | None) -> list[str]:
+    """Return lines of items, two spaces apart, as many on each as fit a terminal; items are not split."""
+    lines: list[str] = []
+    for item in items:
+        if lines and (not width or len(lines[-1]) + 2 + len(item) < width):
+            lines[-1] += f"  {item}"
+        else:
+            lines.append(item)
+    return lines
 
 
 def folded(line: str, width: int | None, indent: str = "  ") -> str:

@@ -160,6 +160,13 @@ class Area(NamedTuple):
         return self.tally.huge - self.tally.huge_zero
 
     @property
+    def thp_eligible(self) -> bool | None:
+        """Whether the kernel may map it by transparent huge pages or mTHP of any enabled size; None if unknown."""
+        if self.details is None or "THPeligible" not in self.details.counters:  # Linux 5.0
+            return None
+        return bool(self.details.counters["THPeligible"])
+
+    @property
     def hugetlb_page(self) -> int:
         """The page size if the pages come from a hugetlb pool and smaps was read, otherwise 0."""
         pool = self.details is not None and "ht" in self.details.flags

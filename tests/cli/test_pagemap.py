@@ -20,7 +20,6 @@ from iobmd.tools.pagemap.arguments import parse
 from support import kernel
 from support.child import CAP_SYS_ADMIN, NOBODY, in_child, sleeping, started
 from support.commands import shown
-from support.terminal import lines_on_terminal
 
 from iobmd import IOReturn, IOReturnError, pagemap, procfs
 from iobmd.cli import main
@@ -376,17 +375,3 @@ def test_a_process_that_is_gone_or_has_no_memory(capsys: pytest.CaptureFixture[s
     assert "kIOReturnNotFound" in capsys.readouterr().err
     assert main(["pagemap", "2"]) == 1
     assert "Traceback" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("columns", [60, 80, 120, 200])
-def test_a_table_fits_the_terminal(columns: int) -> None:
-    """The important columns are shown, and those that were left out are named."""
-    lines = lines_on_terminal(columns, "pagemap", "self")
-    assert max(map(len, lines)) <= columns
-    heading = next(line.split() for line in lines if line.rstrip().endswith("  name"))
-    left_out = re.findall(r"[\w/]+", " ".join(lines).partition("columns left out: ")[2].partition(";")[0])
-    assert {"size", "resident"} <= {*heading}
-    assert ("largest" in heading) is (columns == 200)
-    assert {*heading, *left_out} >= {"perms", "file/shm", "shared", "swapped", "huge", "locked", "lazyfree", "runs"}
-    assert not {*heading} & {*left_out}
-    assert any("[stack]" in line for line in lines)

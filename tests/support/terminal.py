@@ -11,11 +11,14 @@ import sys
 import termios
 
 
-def lines_on_terminal(columns: int, *arguments: str) -> list[str]:
-    """Run `iobmd` with the arguments on a terminal; return the printed lines, without control sequences."""
+def lines_on_terminal(columns: int, *arguments: str, rows: int = 50, raw: bool = False) -> list[str]:
+    """Run `iobmd` with the arguments on a terminal of some lines; return the printed lines.
+
+    Control sequences are removed, unless `raw` is true.
+    """
     leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 50, columns, 0, 0))
-    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
     command = [sys.executable, "-m", "iobmd", *arguments]
     with subprocess.Popen(command, stdout=follower, stdin=follower, env=environment) as process:
         os.close(follower)
@@ -25,4 +28,5 @@ def lines_on_terminal(columns: int, *arguments: str) -> list[str]:
                 text += found
     os.close(leader)
     assert process.returncode == 0
-    return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text.decode()).splitlines()
+    printed = text.decode()
+    return (printed if raw else re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", printed)).splitlines()

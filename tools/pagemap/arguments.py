@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 from iobmd.cli.arguments import size
 from iobmd.units import PAGE_SIZE, parse_size
 
+from .columns import COLUMNS, SYNONYMS
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 STATES = ("resident", "anonymous", "file", "huge", "swapped", "locked", "lazy", "zero", "guard", "device")
-KEYS = ("address", "size", "resident", "swapped", "huge", "locked", "runs", "largest", "name")
-BY_SMAPS = ("locked", "lazy")
-"""Columns that only smaps provides."""
+KEYS = ("address", "name", *COLUMNS, *SYNONYMS)
+BY_SMAPS = ("locked", "lazy", "lazyfree", "eligible")
+"""Columns and states that only smaps provides."""
 
 _FILTERS = ("name", "min_size", "only")
 _WAYS = ("frame", "watch", "diff", "save", "map", "svg", "png", "html", "json", "csv")
@@ -25,6 +27,7 @@ _WAYS = ("frame", "watch", "diff", "save", "map", "svg", "png", "html", "json", 
 _AS_JSON = ("frame", "watch", "diff")
 """Those of them that support --json."""
 _WITHOUT_CHOICE = {"frame": ("name", "min_size", "range", "only"), "diff": _FILTERS, "save": _FILTERS}
+_OF_TABLE = ("all", "top", "columns")
 _LISTS = ("table", "json", "csv")
 """Outputs that list the selected areas in the requested order."""
 _MODULES = {
@@ -55,8 +58,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         (of_runs and way not in _LISTS, f"--runs, --flags and segment limits cannot be combined with --{way}"),
         (arguments.segments and arguments.flags, "--flags cannot be combined with segment limits"),
         (
-            arguments.smaps is False and (arguments.only in BY_SMAPS or arguments.sort in BY_SMAPS),
-            f"{' and '.join(BY_SMAPS)} require smaps: omit --no-smaps",
+            arguments.smaps is False and needs_smaps(arguments),
+            f"{', '.join(BY_SMAPS)} require smaps: omit --no-smaps",
         ),
         (
             way == "csv" and arguments.segments and arguments.runs,
@@ -64,20 +67,37 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         ),
         (_has_two_bits(arguments.boundary or 0), "--boundary must be a power of two"),
         (
-            of_runs and way == "table" and arguments.sort != "address",
+            of_runs and way == "table" and arguments.sort not in (None, "address"),
             "runs and segments are sorted by address: omit --sort",
         ),
+        (
+            way == "table" and arguments.sort == "address" and not (of_runs or arguments.each),
+            "--sort address requires a row for each area: add --each",
+        ),
+        (arguments.each and (way != "table" or of_runs), "--each lists areas in the table, and nothing else"),
+        (arguments.grouped and way != "csv", "--grouped is for --csv: the table is grouped, and --json has both"),
+        (arguments.grouped and of_runs, "--grouped cannot be combined with --runs, --flags or segment limits"),
+        (arguments.all and arguments.top, "--all cannot be combined with --top"),
+        (arguments.each and arguments.top, "--each lists all areas: omit --top"),
     ):
         if is_wrong:
             parser.error(message)
     if of_runs and way == "table":
         way = "runs"
     _refuse_without_effect(parser, arguments, way)
+    arguments.sort = arguments.sort or ("address" if arguments.each or way in ("json", "csv", "runs") else "rss")
     arguments.of_areas = way in (*_LISTS, "watch") or arguments.only in BY_SMAPS
     if arguments.smaps is not None and not arguments.of_areas:
         parser.error(f"--smaps and --no-smaps have no effect with --{way}")
+    if way == "table" and not arguments.each:
+        way = "overview"
     arguments.way = _MODULES.get(way, way)
     return arguments
+
+
+def needs_smaps(arguments: argparse.Namespace) -> bool:
+    """Return whether the selection or the order of areas requires smaps."""
+    return arguments.only in BY_SMAPS or arguments.sort in BY_SMAPS
 
 
 def _has_two_bits(number: int) -> bool:
@@ -87,8 +107,10 @@ def _has_two_bits(number: int) -> bool:
 def _refuse_without_effect(parser: argparse.ArgumentParser, arguments: argparse.Namespace, way: str) -> None:
     """Refuse options that have no effect on the selected output."""
     without = [name for name in _WITHOUT_CHOICE.get(way, ()) if getattr(arguments, name) is not None]
-    if arguments.sort != "address" and way not in (*_LISTS, "runs"):
+    if arguments.sort is not None and way not in (*_LISTS, "runs"):
         without.append("sort")
+    if way != "table":
+        without += [name for name in _OF_TABLE if getattr(arguments, name)]
     if without:
         parser.error(f"--{without[0].replace('_', '-')} cannot be combined with --{way}")
 
@@ -98,7 +120,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="iobmd pagemap",
         usage="%(prog)s PID|self [options]\n       %(prog)s --frame PFN[-PFN] [--json]",
-        description="Show where the memory of a process is located: a row for each area (VMA), and a summary.",
+        description="Show how much memory a process has, and where: a summary, and a row for each mapping.",
         epilog="Sizes and addresses: decimal, 0x hexadecimal, or with suffix k, M, G, T. Ranges of 8 digits or more "
         "may also be as in /proc/PID/maps, hexadecimal without 0x, unless it could be decimal. Frame numbers and "
         "results derived from them (runs, folio sizes) require CAP_SYS_ADMIN; the rest requires permission to "
@@ -108,6 +130,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("pid", nargs="?", type=_pid, metavar="PID", help="the process; self: this command")
     _add_choices(parser.add_argument_group("areas"))
+    meanings = "; ".join(f"{column.name}: {column.meaning}" for column in COLUMNS.values())
+    _add_table(parser.add_argument_group("table", f"Columns: {meanings}."))
     _add_details(parser.add_argument_group("details"))
     _add_ways(parser.add_argument_group("output"))
     parser.formatter_class = argparse.HelpFormatter
@@ -121,7 +145,18 @@ def _add_choices(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--only", choices=STATES, metavar="STATE", help=f"areas with pages in the state {', '.join(STATES)}"
     )
-    group.add_argument("--sort", choices=KEYS, metavar="KEY", default="address", help=f"sort by {', '.join(KEYS)}")
+
+
+def _add_table(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--each", action="store_true", help="a row for each area (VMA) instead of each mapping")
+    group.add_argument("--all", action="store_true", help="all rows, even if they do not fit the terminal")
+    group.add_argument("--top", type=_count, metavar="N", help="the first N rows")
+    group.add_argument(
+        "--sort", choices=KEYS, metavar="KEY", help="sort by a column (default: rss), by name, or areas by address"
+    )
+    group.add_argument(
+        "--columns", type=_columns, metavar="LIST", help="columns, separated by commas; all: all of them"
+    )
 
 
 def _add_details(group: argparse._ArgumentGroup) -> None:
@@ -139,7 +174,8 @@ def _add_details(group: argparse._ArgumentGroup) -> None:
 
 def _add_ways(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--json", action="store_true", help="one JSON document")
-    group.add_argument("--csv", action="store_true", help="comma-separated values with a header line")
+    group.add_argument("--csv", action="store_true", help="comma-separated values: a line for each area")
+    group.add_argument("--grouped", action="store_true", help="with --csv: a line for each mapping")
     group.add_argument("--map", action="store_true", help="a map in the terminal, a cell for each block of addresses")
     group.add_argument("--svg", metavar="FILE", help="a picture of addresses and physical memory")
     group.add_argument("--png", metavar="FILE", help="the same picture (requires the extra iobmd[plot])")
@@ -172,6 +208,14 @@ def _count(text: str) -> int:
     if not (text.isascii() and text.isdecimal()) or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a count of at least 1")
     return int(text)
+
+
+def _columns(text: str) -> list[str]:
+    names = list(COLUMNS) if text == "all" else text.split(",")
+    for name in names:
+        if name not in COLUMNS and name not in SYNONYMS:
+            raise argparse.ArgumentTypeError(f"{name!r} is no column: {', '.join(COLUMNS)}, or all")
+    return list(dict.fromkeys(names))
 
 
 def _addresses(text: str) -> tuple[int, int]:

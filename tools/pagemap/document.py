@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from iobmd.units import PAGE_SIZE
 
+from .columns import ranked
 from .look import Look
+from .process import facts_of
 from .runs import chosen_descriptions, chosen_runs, chosen_segments
-from .total import Total
 
 if TYPE_CHECKING:
     import argparse
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
     from iobmd.pagemap.area import Area
 
+    from .groups import Group
     from .look import Hidden
+    from .process import ProcessFacts
+    from .total import Total
 
 VERSION = 1
 
@@ -27,9 +31,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the document."""
     look = Look(arguments)
     print("{" + members(_head(look)) + ',\n"vmas": [', end="")
-    total = Total()
-    write_lines(look.rows(lambda area: json.dumps(row(total.counted(area)))))
-    print(f'],\n"summary": {json.dumps(summary(total, look.frames))}', end="")
+    groups = look.make_groups()
+    write_lines(look.rows(lambda area: json.dumps(row(groups.counted(area)))))
+    print(f'],\n"summary": {json.dumps(summary(groups.total, look.frames))}', end="")
+    print(f',\n"process": {json.dumps(process(facts_of(look)))},\n"groups": [', end="")
+    write_list(grouped_row(group, look.frames) for group in ranked(groups, arguments.sort))
+    print("]", end="")
     if arguments.runs or arguments.flags:
         _write_found(look, "runs", _runs(look, arguments.flags))
     if arguments.segments:
@@ -118,7 +125,27 @@ FIELDS: dict[str, Callable[[Area], Any]] = {
     "device_bytes": lambda area: area.device,
     "run_count": lambda area: area.tally.runs if area.visible else None,
     "largest_run_bytes": lambda area: area.tally.largest if area.visible else None,
+    "file_bytes": lambda area: area.file,
+    "shmem_bytes": lambda area: area.shmem,
+    "uss_bytes": lambda area: area.uss,
+    "pss_bytes": lambda area: area.pss,
+    "thp_eligible": lambda area: area.thp_eligible,
 }
+
+
+def grouped_row(group: Group, visible: bool) -> dict[str, Any]:
+    """Return a group of areas as data."""
+    return {"name": group.name, "label": group.label} | summary(group.total, visible)
+
+
+def process(facts: ProcessFacts) -> dict[str, Any]:
+    """Return the data of the whole process."""
+    return {
+        "threads": facts.threads,
+        "page_tables_bytes": facts.page_tables,
+        "pss_bytes": facts.pss,
+        "node_bytes": facts.nodes,
+    }
 
 
 def summary(total: Total, visible: bool) -> dict[str, Any]:
@@ -144,6 +171,11 @@ def summary(total: Total, visible: bool) -> dict[str, Any]:
         "largest_run_bytes": total.largest if visible else None,
         "ascending": total.ascending if visible else None,
         "descending": total.descending if visible else None,
+        "file_bytes": total.file,
+        "shmem_bytes": total.shmem,
+        "uss_bytes": total.uss,
+        "pss_bytes": total.pss,
+        "thp_eligible_bytes": total.thp_eligible,
     }
 
 

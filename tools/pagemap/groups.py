@@ -2,7 +2,7 @@
 
 This is the model of the table, of `groups` in JSON, and of the live view: data without any form.
 
->>> groups = Groups(procfs.stack_pointers(pid))
+>>> groups = Groups(stack_pointers(pid))
 >>> for area in pagemap.areas(pid):
 ...     groups.counted(area)
 >>> for group in groups.ranked("pss"):
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .total import Total
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from iobmd.pagemap.area import Area
     from iobmd.procfs import VMA
@@ -28,7 +28,7 @@ ANON = "[anon]"
 STACKS = "[thread stacks]"
 OTHERS = "[other mappings]"
 MOST = 8192
-"""Maximum number of groups. Names found later share one more, because a process may map tens of thousands of files."""
+"""Maximum number of groups. Names found later share one more, because a process may map thousands of files."""
 
 _DELETED = " (deleted)"
 
@@ -86,17 +86,23 @@ class Groups:
             total.add(one)
         return total
 
-    def ranked(self, key: str = "resident") -> list[Group]:
-        """Return the groups by an attribute of `Total`, largest first, or by "name"; unknown values come last."""
+    def ranked(self, key: str | Callable[[Total], float | None] = "resident") -> list[Group]:
+        """Return the groups, largest first; unknown values come last.
+
+        Parameters
+        ----------
+        key : str or callable
+            An attribute of `Total`, a function of one, or "name", which sorts in alphabetical order.
+        """
         labels = _labels(self._totals)
         groups = [Group(name, labels[name], total) for name, total in self._totals.items()]
         if key == "name":
             return sorted(groups, key=lambda group: (group.label, group.name))
 
         # Equal values are in the order of the sizes in memory, then of the addresses of the first areas.
-        def rank(group: Group) -> tuple[int, int, int]:
+        def rank(group: Group) -> tuple[float, int, int]:
             total = group.total
-            value = getattr(total, key)
+            value: float | None = getattr(total, key) if isinstance(key, str) else key(total)
             return (-1 if value is None else value, total.resident, total.size)
 
         return sorted(groups, key=rank, reverse=True)

@@ -17,9 +17,13 @@ from iobmd.procfs import VMA
 from iobmd.task.task import Task
 from iobmd.units import PAGE_SIZE, format_size
 
-from .arguments import BY_SMAPS
+from .arguments import needs_smaps
+from .columns import column
+from .groups import Groups
 from .order import ordered
+from .process import stack_pointers
 from .steady import Restless, Steady
+from .total import total_of
 
 _T = TypeVar("_T")
 
@@ -31,6 +35,8 @@ class Hidden(NamedTuple):
     why: str
     remedy: str
     """Empty if the reason names it."""
+    columns: tuple[str, ...] = ()
+    """The columns of the table that lack it; empty if it is missing elsewhere."""
 
     def __str__(self) -> str:
         remedy = f"; remedy: {self.remedy.splitlines()[0]}" if self.remedy else ""
@@ -72,10 +78,11 @@ class Look:
         """Determine the name of the process, and what can be shown; both change if it executes another program."""
         with contextlib.suppress(OSError):  # it has exited: reading its memory reports that
             self.name = name_of(self.task)
+        self.names = self.make_groups()
         with Reader(self.task) as reader:
             self.frames, self.scans = reader.visible, reader.scans
-            needed = self.arguments.only in BY_SMAPS or self.arguments.sort in BY_SMAPS
-            wanted = True if needed and self.arguments.smaps is None else self.arguments.smaps
+            needed = needs_smaps(self.arguments) and self.arguments.smaps is None
+            wanted = True if needed else self.arguments.smaps
             self.details: bool = is_bearable(self.where, reader) if wanted is None else wanted
         self.flags = self.frames and os.access("/proc/kpageflags", os.R_OK)
         self.hidden = self._hidden()
@@ -88,11 +95,13 @@ class Look:
                     "frame numbers, runs, folio sizes, and which swap entries are markers",
                     "the kernel shows them only to holders of CAP_SYS_ADMIN",
                     host.capability_remedy(),
+                    ("runs", "largest", "mthp"),
                 )
             )
         elif not self.flags:
             more = ", and all data of --flags" if self.arguments.flags else ""
-            found.append(Hidden(f"folio sizes{more}", "/proc/kpageflags requires root", "run as root"))
+            why = "/proc/kpageflags requires root"
+            found.append(Hidden(f"folio sizes{more}", why, "run as root", ("mthp",)))
         if self.arguments.of_areas:
             found += self._hidden_of_smaps()
         if self.arguments.way in _WITHOUT_SMAPS and host.has_swap():
@@ -105,10 +114,12 @@ class Look:
         if not self.details:
             asked = self.arguments.smaps is False
             why = "--no-smaps was given" if asked else "reading smaps would block the process"
-            return [Hidden("locked and lazily freed memory, and shared memory in swap", why, "--smaps")]
+            what = "PSS of shared memory, locked and lazily freed memory, and shared memory in swap"
+            return [Hidden(what, why, "--smaps", ("pss", "locked", "lazyfree", "eligible", "swap"))]
         if self.where.cuts_an_area:
-            what = "lazily freed memory, and shared memory in swap, of areas that the range cuts"
-            return [Hidden(what, "smaps counts whole areas", "use a --range of whole areas")]
+            what = "PSS, lazily freed memory, and shared memory in swap, of areas that the range cuts"
+            columns = ("pss", "lazyfree", "swap")
+            return [Hidden(what, "smaps counts whole areas", "use a --range of whole areas", columns)]
         return []
 
     def restless(self) -> Restless | None:
@@ -132,11 +143,14 @@ class Look:
 
     def rows(self, write: Callable[[Area], str]) -> Iterator[str]:
         """Iterate over the selected areas as text, in the requested order."""
-        key, backwards = _KEYS[self.arguments.sort]
+        key = self.arguments.sort
         areas = self.until_gone(self.areas())
-        if key is None:
+        if key == "address":
             return map(write, areas)
-        return ordered(((key(area), write(area)) for area in areas), backwards=backwards)
+        if key == "name":
+            return ordered(((area.name, write(area)) for area in areas), backwards=False)
+        value = column(key).value
+        return ordered(((value(total_of(area)) or 0, write(area)) for area in areas), backwards=True)
 
     def until_gone(self, found: Iterable[_T]) -> Iterator[_T]:
         """Iterate until the task exits, or keeps moving its memory, so that the output can be completed.
@@ -163,9 +177,12 @@ class Look:
     def may_choose(self, vma: VMA, size: int) -> bool:
         """Return whether an area may be selected, whatever its contents; `size` is that of the requested part."""
         chosen = self.arguments
-        return (chosen.name is None or chosen.name in vma.name) and (
-            chosen.min_size is None or size >= chosen.min_size
-        )
+        named = chosen.name is None or chosen.name in vma.name or chosen.name in self.names.name_of(vma)
+        return named and (chosen.min_size is None or size >= chosen.min_size)
+
+    def make_groups(self) -> Groups:
+        """Return groups, still empty, that recognize the present stacks of the process."""
+        return Groups(stack_pointers(self.task.pid))
 
     def parts(self) -> Iterator[tuple[VMA, int, int]]:
         """Iterate over the same areas, ascending, with the start and end of the requested part of each.
@@ -212,18 +229,6 @@ _STATES: dict[str, Callable[[Area], int]] = {
     "zero": lambda area: area.tally.zero,
     "guard": lambda area: area.tally.guard,
     "device": lambda area: area.device,
-}
-
-_KEYS: dict[str, tuple[Callable[[Area], int | str] | None, bool]] = {
-    "address": (None, False),
-    "name": (lambda area: area.name, False),
-    "size": (lambda area: area.size, True),
-    "resident": (lambda area: area.resident, True),
-    "swapped": (lambda area: area.swapped or 0, True),
-    "huge": (lambda area: area.huge or 0, True),
-    "locked": (lambda area: area.locked or 0, True),
-    "runs": (lambda area: area.tally.runs, True),
-    "largest": (lambda area: area.tally.largest, True),
 }
 
 

@@ -9,12 +9,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 
-def ordered(rows: Iterable[tuple[int | str, str]], *, backwards: bool) -> Iterator[str]:
+def ordered(rows: Iterable[tuple[float | str, str]], *, backwards: bool) -> Iterator[str]:
     """Iterate over rows sorted by their keys, in the original order for equal keys; they are stored in a file."""
     import tempfile  # noqa: PLC0415 (the command starts sooner without)
 
     with tempfile.TemporaryFile(prefix="iobmd-") as file:
-        places: list[tuple[int | str, int, int]] = []
+        places: list[tuple[float | str, int, int]] = []
         end = 0
         for key, row in rows:
             data = row.encode(errors="surrogateescape")

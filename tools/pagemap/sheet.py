@@ -1,4 +1,4 @@
-"""`--csv`: a line for each area, run or segment."""
+"""`--csv`: a line for each area, group of areas, run or segment."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ from iobmd.cli.printable import printable
 from iobmd.pagemap.segment import Segment
 from iobmd.pagemap.span import Run
 
-from .document import FIELDS, row
+from .columns import ranked
+from .document import FIELDS, grouped_row, row, summary
 from .look import Look
 from .runs import chosen_descriptions, chosen_runs, chosen_segments
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterable
+    from typing import Protocol
 
     from iobmd.pagemap.area import Area
     from iobmd.pagemap.frame import FrameFacts
+
+    class _Writer(Protocol):
+        def writerow(self, row: Iterable[object], /) -> object: ...
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -37,6 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
     elif arguments.runs:
         lines.writerow(Run._fields)
         lines.writerows(chosen_runs(look) if look.shows_runs else ())
+    elif arguments.grouped:
+        _write_groups(look, lines)
     else:
         lines.writerow(FIELDS)
         sys.stdout.writelines(look.rows(_line))
@@ -51,11 +59,25 @@ def _described(found: Run, facts: FrameFacts) -> tuple[object, ...]:
     return (*found, *words, *(facts.mapped or ("", "")), " ".join(map(printable, facts.cgroups or ())), facts.node)
 
 
+def _write_groups(look: Look, lines: _Writer) -> None:
+    groups = look.make_groups()
+    for area in look.until_gone(look.areas()):
+        groups.counted(area)
+    rows = [grouped_row(group, look.frames) for group in ranked(groups, look.arguments.sort)]
+    lines.writerow(("name", "label", *summary(groups.total, look.frames)))
+    for one in rows:
+        one |= {"name": printable(one["name"]), "label": printable(one["label"])}
+        lines.writerow((one | {"folio_bytes": _folios(one["folio_bytes"])}).values())
+
+
+def _folios(sizes: dict[int, int] | None) -> str:
+    return " ".join(f"{size}:{held}" for size, held in sorted((sizes or {}).items()))
+
+
 def _line(area: Area) -> str:
     fields = row(area)
     fields["name"] = printable(area.name)
-    sizes = fields["folio_bytes"] or {}
-    fields["folio_bytes"] = " ".join(f"{size}:{held}" for size, held in sorted(sizes.items()))
+    fields["folio_bytes"] = _folios(fields["folio_bytes"])
     text = StringIO()
     csv.writer(text, lineterminator="\n").writerow(fields.values())
     return text.getvalue()

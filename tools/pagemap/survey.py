@@ -60,4 +60,4 @@ def names(parts: Iterable[Part]) -> list[str]:
 def short(name: str) -> str:
     """Return the printable name of an area without its directory, or the whole path of a device."""
     name = printable(name)
-    return name if name.startswith("/dev/") else name.rpartition("/")[2] or "(anonymous)"
+    return name if name.startswith("/dev/") else name.rpartition("/")[2] or "[anon]"

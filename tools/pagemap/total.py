@@ -22,6 +22,8 @@ class Total:
         As the properties of `Area`, or of its tally.
     pss, swapped, marker, huge, locked, lazy_free : int or None
         The same; None if unknown.
+    thp_eligible : int or None
+        The size of the areas where the kernel may use transparent huge pages.
     runs, largest, in_runs, ascending, descending : int
         The number of physical runs, the largest, the bytes in them, and their order.
     folios : Counter
@@ -31,7 +33,7 @@ class Total:
     __slots__ = (
         "anonymous", "areas", "ascending", "descending", "device", "exclusive", "file", "file_or_shared", "folios",
         "guard", "huge", "in_runs", "largest", "lazy_free", "locked", "marker", "pss", "resident", "runs", "shared",
-        "shmem", "size", "swapped", "uss", "zero",
+        "shmem", "size", "swapped", "thp_eligible", "uss", "zero",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -45,6 +47,7 @@ class Total:
         self.huge: int | None = 0
         self.locked: int | None = 0
         self.lazy_free: int | None = 0
+        self.thp_eligible: int | None = 0
         self.folios = _NO_FOLIOS  # most have none
 
     def counted(self, area: Area) -> Area:
@@ -69,6 +72,8 @@ class Total:
         self.huge = _sum(self.huge, area.huge)
         self.locked = _sum(self.locked, area.locked)
         self.lazy_free = _sum(self.lazy_free, area.lazy_free)
+        eligible = area.thp_eligible
+        self.thp_eligible = _sum(self.thp_eligible, None if eligible is None else area.size * eligible)
         self.runs += tally.runs
         self.in_runs += tally.present - tally.hidden
         self.largest = max(self.largest, tally.largest)

@@ -51,7 +51,7 @@ function _shtab_iobmd_using
 end
 
 set -g _shtab_iobmd_commands demo copy share alloc doctor pagemap bench soak
-set -g _shtab_iobmd_opts_with_value --align --at --boundary --budget --control --count --diff --events --faults --frame --hold --html --json --kinds --mask --max-segment --min-size --name --only --output --patience --png --range --rounds --save --seconds --seed --size --sort --svg --threads --timeout --unreadable --watch --workers -o
+set -g _shtab_iobmd_opts_with_value --align --at --boundary --budget --columns --control --count --diff --events --faults --frame --hold --html --json --kinds --mask --max-segment --min-size --name --only --output --patience --png --range --rounds --save --seconds --seed --size --sort --svg --threads --timeout --top --unreadable --watch --workers -o
 
 complete -c iobmd -e
 complete -c iobmd -f
@@ -101,7 +101,11 @@ complete -c iobmd -n '_shtab_iobmd_using pagemap' -l name -x -d 'areas whose nam
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l min-size -x -d 'areas of at least this size'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l range -x -d 'the part between two addresses'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l only -xka "resident anonymous file huge swapped locked lazy zero guard device" -d 'areas with pages in the state resident, anonymous, file, huge, swapped, locked, lazy, zero, guard, device'
-complete -c iobmd -n '_shtab_iobmd_using pagemap' -l sort -xka "address size resident swapped huge locked runs largest name" -d 'sort by address, size, resident, swapped, huge, locked, runs, largest, name'
+complete -c iobmd -n '_shtab_iobmd_using pagemap' -l each -d 'a row for each area (VMA) instead of each mapping'
+complete -c iobmd -n '_shtab_iobmd_using pagemap' -l all -d 'all rows, even if they do not fit the terminal'
+complete -c iobmd -n '_shtab_iobmd_using pagemap' -l top -x -d 'the first N rows'
+complete -c iobmd -n '_shtab_iobmd_using pagemap' -l sort -xka "address name size rss rss% pss uss shared anon file shmem swap huge huge% eligible mthp locked lazyfree areas runs largest resident swapped" -d 'sort by a column (default: rss), by name, or areas by address'
+complete -c iobmd -n '_shtab_iobmd_using pagemap' -l columns -x -d 'columns, separated by commas; all: all of them'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l runs -d 'physically contiguous runs, and a histogram of them'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l max-segment -x -d 'DMA segments of at most this size'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l boundary -x -d 'DMA segments that cross no multiple of this'
@@ -109,7 +113,8 @@ complete -c iobmd -n '_shtab_iobmd_using pagemap' -l flags -d 'kpageflags, map c
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l frame -x -d 'all processes that map these page frames'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l smaps -l no-smaps -d 'locked and lazily freed memory, from smaps; the default unless it would block the process'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l json -d 'one JSON document'
-complete -c iobmd -n '_shtab_iobmd_using pagemap' -l csv -d 'comma-separated values with a header line'
+complete -c iobmd -n '_shtab_iobmd_using pagemap' -l csv -d 'comma-separated values: a line for each area'
+complete -c iobmd -n '_shtab_iobmd_using pagemap' -l grouped -d 'with --csv: a line for each mapping'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l map -d 'a map in the terminal, a cell for each block of addresses'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l svg -xka "(__fish_complete_path (commandline -ct))" -d 'a picture of addresses and physical memory'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l png -xka "(__fish_complete_path (commandline -ct))" -d 'the same picture (requires the extra iobmd[plot])'
