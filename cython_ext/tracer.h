@@ -33,7 +33,9 @@
 #define SYS_close_range 436
 #endif
 
-enum iobmd_command { IOBMD_NOTHING, IOBMD_STOP, IOBMD_RUN, IOBMD_FREEZE, IOBMD_THAW, IOBMD_COLLECT, IOBMD_END };
+enum iobmd_command {
+    IOBMD_NOTHING, IOBMD_STOP, IOBMD_RUN, IOBMD_FREEZE, IOBMD_THAW, IOBMD_STAND_ALONE, IOBMD_COLLECT, IOBMD_END
+};
 
 enum iobmd_status {
     IOBMD_DONE,
@@ -79,6 +81,14 @@ struct iobmd_thread {
     char stands, ended;
 };
 
+/* The registers of a stopped thread, as for a core file. */
+struct iobmd_registers {
+    pid_t tid;
+    unsigned int extended;      /* bytes of the XSAVE area that follows, in the layout of NT_X86_XSTATE */
+    unsigned long blocked;      /* signals */
+    unsigned long general[27];  /* struct user_regs_struct */
+};
+
 enum { IOBMD_CALLS = 16, IOBMD_RANGES_MADE = 16, IOBMD_LATE_THREADS = 16, IOBMD_TRACER_STACK = 64 << 10 };
 
 struct iobmd_tracer {
@@ -100,6 +110,7 @@ struct iobmd_tracer {
     int64_t deadline_ns;        /* of the guest's calls */
     int may_wait;               /* RUN: abandon the calls if cancelled; memory that they map is not recorded */
     int wanted;                 /* FREEZE: iobmd_wanted */
+    int records;                /* FREEZE: save the registers of all threads */
     int failed_session;         /* COLLECT, END: unmap all that was mapped */
 
     /* The answer. */
@@ -108,6 +119,8 @@ struct iobmd_tracer {
     pid_t refused;              /* the thread that may not be traced */
     int64_t stopped_ns;         /* upper bound of the time for which a thread was stopped */
     pid_t guest, child;         /* in the pid namespace of this process; 0: none */
+    char *registers;            /* FREEZE: `recorded` slots of `slot` bytes, each begins with an iobmd_registers */
+    int recorded, slot;
 
     /* Its own. */
     pid_t maker, maker_thread, pid, self;
@@ -117,26 +130,27 @@ struct iobmd_tracer {
     int memory;                 /* memory of the program that the task runs now, not of a later one; or -1 */
     int alarm;                  /* a timer that kills this process, or -1 */
     int shares;                 /* whether kcmp(2) can confirm that the maker has the memory of this process */
-    int guest_is_stuck, ending, unmaps_once_more;
+    int guest_is_stuck, ending, unmaps_once_more, is_alone;
     long guest_there, child_there;  /* in the pid namespace of the task */
     pid_t made;                 /* by the last clone */
     struct iobmd_thread late[IOBMD_LATE_THREADS];
     int lates;
     struct iobmd_thread *threads;  /* those that are frozen */
-    int frozen, room;
+    int frozen, room, slots;
     int64_t froze_ns;
     struct { unsigned long start, size; int made; } ranges[IOBMD_RANGES_MADE];
     char stack[IOBMD_TRACER_STACK] __attribute__((aligned(64)));
 };
 
 #ifdef __x86_64__
+#include <cpuid.h>
 #include <sys/user.h>
 
 /* From linux/ptrace.h, which cannot be included together with sys/ptrace.h. */
 enum {
     IOBMD_SEIZE = 0x4206, IOBMD_INTERRUPT = 0x4207, IOBMD_GETSIGINFO = 0x4202, IOBMD_GETSIGMASK = 0x420a,
     IOBMD_SETSIGMASK = 0x420b, IOBMD_SYSCALL_INFO = 0x420e /* Linux 5.3 */, IOBMD_RSEQ = 0x420f /* Linux 5.13 */,
-    IOBMD_DISPATCH = 0x4211 /* Linux 6.4 */, IOBMD_EVENT_STOP = 128, IOBMD_EVENT_CLONE = 3,
+    IOBMD_DISPATCH = 0x4211 /* Linux 6.4 */, IOBMD_XSTATE = 0x202, IOBMD_EVENT_STOP = 128, IOBMD_EVENT_CLONE = 3,
     IOBMD_EXITKILL = 1 << 20, IOBMD_ENTRY = 1, IOBMD_EXIT = 2,
 };
 #define IOBMD_ARCHITECTURE 0xc000003eu  /* AUDIT_ARCH_X86_64 */
@@ -733,15 +747,22 @@ static void iobmd_take_guest(struct iobmd_tracer *t, const struct iobmd_call *ca
         }
 }
 
-/* Make system calls in the guest, which may block until the deadline. */
-static int iobmd_run_guest(struct iobmd_tracer *t, struct iobmd_call *calls, int count, int64_t until, int may_give_up)
+/* Make system calls in a guest or a snapshot, which may block until the deadline. */
+static int iobmd_run_in(struct iobmd_tracer *t, pid_t pid, struct iobmd_call *calls, int count, int64_t until,
+                        int may_give_up)
 {
     struct user_regs_struct regs;
     int status;
+    if (iobmd_ptrace(PTRACE_GETREGS, pid, 0, &regs)) return IOBMD_ENDED;
+    status = iobmd_program(t, pid, &regs, calls, count, until, may_give_up);
+    return status == IOBMD_LATE ? IOBMD_STUCK : status;
+}
+
+static int iobmd_run_guest(struct iobmd_tracer *t, struct iobmd_call *calls, int count, int64_t until, int may_give_up)
+{
+    int status;
     if (!t->guest || t->guest_is_stuck) return IOBMD_ENDED;
-    if (iobmd_ptrace(PTRACE_GETREGS, t->guest, 0, &regs)) return IOBMD_ENDED;
-    status = iobmd_program(t, t->guest, &regs, calls, count, until, may_give_up);
-    if (status == IOBMD_LATE) status = IOBMD_STUCK;
+    status = iobmd_run_in(t, t->guest, calls, count, until, may_give_up);
     t->guest_is_stuck = status && status != IOBMD_FAILED;
     return status;
 }
@@ -833,8 +854,12 @@ static int iobmd_collect(struct iobmd_tracer *t)
     else if (!(status = iobmd_each_thread(t, iobmd_collect_by, &left)) && !left.alive) status = IOBMD_GONE;
     /* wait4 returns 0 if the guest is not dead yet, and an error if it does not exist. */
     if (status == IOBMD_FAILED || (status == IOBMD_DONE && wait.result)) {
-        t->guest = 0;
-        if (!t->unmaps_once_more) {
+        /* The snapshot that it has created takes its place: it will be reaped in the same way. */
+        t->guest = t->child;
+        t->guest_there = t->child_there;
+        t->child = 0;
+        t->guest_is_stuck = 0;
+        if (!t->guest && !t->unmaps_once_more) {
             t->unmaps_once_more = 1;
             iobmd_unmap_left(t);
         }
@@ -926,23 +951,103 @@ static int iobmd_make_guest(struct iobmd_tracer *t)
     return iobmd_receive(t, t->guest);
 }
 
-/* Create a child of the guest that shares the memory copy-on-write. */
+/* Create a process that shares the memory copy-on-write. It is a child of the task (CLONE_PARENT), so that it outlives
+   the guest, and has its exit signal: no signal. */
 static int iobmd_snapshot(struct iobmd_tracer *t)
 {
-    struct iobmd_call fork;
-    int status;
-    fork = iobmd_new_call(SYS_clone, CLONE_FS | CLONE_FILES, IOBMD_NO_STACK, 0);
-    status = iobmd_run_guest(t, &fork, 1, t->deadline_ns, 1);
+    struct iobmd_call fork = iobmd_new_call(SYS_clone, CLONE_PARENT | CLONE_FS | CLONE_FILES, IOBMD_NO_STACK, 0);
+    int status = iobmd_run_guest(t, &fork, 1, t->deadline_ns, 1);
     t->child = t->made;
     t->child_there = fork.result;
     if (status) return status;
     return t->child ? iobmd_receive(t, t->child) : IOBMD_UNSEEN;
 }
 
+/* End the guest, but not the snapshot that it has created. The snapshot gets a separate, empty descriptor table and a
+   separate working directory: files that the task closes must not remain open, also after an execve(2), and a task
+   that shares its directory cannot change its mount namespace. */
+static int iobmd_stand_alone(struct iobmd_tracer *t)
+{
+    int status;
+    if (!t->is_alone) {
+        struct iobmd_call calls[2] = { iobmd_new_call(SYS_close_range, 0, UINT_MAX, 2 /* CLOSE_RANGE_UNSHARE */),
+                                       iobmd_new_call(SYS_unshare, CLONE_FS, 0, 0) };
+        if (!t->child) return IOBMD_ENDED;
+        status = iobmd_run_in(t, t->child, calls, 2, t->deadline_ns, 1);
+        /* Before Linux 5.9 the table remains that of the task. */
+        if (status == IOBMD_FAILED && !t->failed) status = iobmd_run_in(t, t->child, calls + 1, 1, t->deadline_ns, 1);
+        if (status) return status;
+        iobmd_kill(t, t->guest);
+        t->is_alone = 1;
+        t->maker_thread = t->maker;  /* it may outlive the thread that has created it */
+    }
+    return t->child ? iobmd_collect(t) : IOBMD_DONE;
+}
+
+static int iobmd_make_slots(struct iobmd_tracer *t, int slots)
+{
+    long memory;
+    if (t->slots >= slots) return IOBMD_DONE;
+    if (t->slots) iobmd_raw(SYS_munmap, (long)t->registers, (long)t->slots * t->slot, 0, 0, 0, 0);
+    t->slots = 0;
+    memory = iobmd_raw(SYS_mmap, 0, (long)slots * t->slot, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    if (memory < 0 && memory > -4096) return IOBMD_NO_MEMORY;
+    t->registers = (char *)memory;
+    t->slots = slots;
+    return IOBMD_DONE;
+}
+
+static int iobmd_count_thread(struct iobmd_tracer *t, pid_t tid, void *data)
+{
+    (void)t;
+    (void)tid;
+    ++*(int *)data;
+    return IOBMD_DONE;
+}
+
+/* Reserve memory for the registers of the threads, before they are stopped. */
+static int iobmd_reserve_registers(struct iobmd_tracer *t)
+{
+    unsigned int size = 0, unused, features = 0;
+    int threads = 0;
+    if (__get_cpuid(1, &unused, &unused, &features, &unused) && features & bit_OSXSAVE)
+        __get_cpuid_count(0xd, 0, &unused, &size, &unused, &unused);  /* of all features that the kernel enabled */
+    if (size < sizeof(struct user_fpregs_struct)) size = sizeof(struct user_fpregs_struct);
+    t->slot = (int)((sizeof(struct iobmd_registers) + size + 63) & ~63ul);
+    iobmd_each_thread(t, iobmd_count_thread, &threads);
+    return iobmd_make_slots(t, threads + threads / 8 + 16);
+}
+
+/* Save the registers of all threads, which are stopped. */
+static int iobmd_record(struct iobmd_tracer *t)
+{
+    int status;
+    t->recorded = 0;
+    if (t->frozen > t->slots && (status = iobmd_make_slots(t, t->frozen))) return status;
+    for (int i = 0; i < t->frozen; i++) {
+        struct iobmd_registers *here = (struct iobmd_registers *)(t->registers + (size_t)t->recorded * (size_t)t->slot);
+        struct iovec area = { here + 1, (size_t)t->slot - sizeof *here };
+        pid_t tid = t->threads[i].tid;
+        if (t->threads[i].ended || iobmd_ptrace(PTRACE_GETREGS, tid, 0, here->general)) continue;
+        if (iobmd_ptrace(PTRACE_GETREGSET, tid, IOBMD_XSTATE, &area)) {  /* a processor without XSAVE */
+            if (iobmd_ptrace(PTRACE_GETFPREGS, tid, 0, here + 1)) continue;
+            area.iov_len = sizeof(struct user_fpregs_struct);
+        }
+        here->tid = tid;
+        here->extended = (unsigned int)area.iov_len;
+        here->blocked = 0;
+        iobmd_ptrace(IOBMD_GETSIGMASK, tid, sizeof here->blocked, &here->blocked);
+        t->recorded++;
+    }
+    return IOBMD_DONE;
+}
+
 static int iobmd_freeze(struct iobmd_tracer *t)
 {
     int64_t begin = iobmd_now(), snapshot_deadline = t->deadline_ns;
     int status;
+    if (t->records && (status = iobmd_reserve_registers(t))) return status;
     t->deadline_ns = begin + t->patience_ns;
     while ((status = iobmd_stop_all(t)) == IOBMD_LATE && !iobmd_gives_up(t)) {
         if (iobmd_now() >= t->deadline_ns) break;
@@ -954,6 +1059,7 @@ static int iobmd_freeze(struct iobmd_tracer *t)
         iobmd_thaw(t, 1);
     }
     t->deadline_ns = snapshot_deadline;
+    if (!status && t->records) status = iobmd_record(t);
     if (!status && t->wanted) status = iobmd_make_guest(t);
     if (!status && t->wanted == IOBMD_SNAPSHOT) status = iobmd_snapshot(t);
     if (status || t->wanted == IOBMD_SNAPSHOT) iobmd_thaw(t, 1);
@@ -970,10 +1076,6 @@ static void iobmd_end_guest(struct iobmd_tracer *t)
     iobmd_thaw(t, 1);
     iobmd_let_go_late(t);
     if (t->child) iobmd_kill(t, t->child);
-    if (t->child_there > 0) {
-        calls[0] = iobmd_new_call(SYS_wait4, (unsigned long)t->child_there, 0, __WALL | WNOHANG);
-        iobmd_run_guest(t, calls, 1, iobmd_now() + IOBMD_DEATH, 0);
-    }
     if (t->guest && (count = iobmd_ranges_left(t, calls)))
         iobmd_run_guest(t, calls, count, iobmd_now() + IOBMD_DEATH, 0);
     if (t->guest) iobmd_kill(t, t->guest);
@@ -1011,6 +1113,8 @@ static int iobmd_do(struct iobmd_tracer *t, int command)
     case IOBMD_THAW:
         iobmd_thaw(t, 1);
         return IOBMD_DONE;
+    case IOBMD_STAND_ALONE:
+        return iobmd_stand_alone(t);
     case IOBMD_COLLECT:
         if (!t->ending) iobmd_end_guest(t);
         return t->guest ? iobmd_collect(t) : IOBMD_DONE;
@@ -1100,6 +1204,14 @@ static int iobmd_has_exited(const struct iobmd_tracer *t)
     return iobmd_raw(SYS_waitid, P_PID, t->pid, (long)&end, WEXITED | WNOHANG | __WALL, 0, 0) || end.si_pid;
 }
 
+static void iobmd_release(struct iobmd_tracer *t)
+{
+    if (t->threads) munmap(t->threads, (size_t)t->room * sizeof *t->threads);
+    if (t->slots) munmap(t->registers, (size_t)t->slots * (size_t)t->slot);
+    IOBMD_UNMARK(t, sizeof *t);
+    munmap(t, sizeof *t);
+}
+
 static void iobmd_release_ended(void)
 {
     for (int i = 0; i < 16; i++) {
@@ -1110,9 +1222,7 @@ static void iobmd_release_ended(void)
             continue;
         }
         free((void *)t->known);
-        if (t->threads) munmap(t->threads, (size_t)t->room * sizeof *t->threads);
-        IOBMD_UNMARK(t, sizeof *t);
-        munmap(t, sizeof *t);
+        iobmd_release(t);
     }
 }
 
@@ -1202,10 +1312,8 @@ static int64_t iobmd_tracer_end(struct iobmd_tracer *t)
         if (t->is_thread) pthread_join(t->thread, NULL);
         else while (iobmd_raw(SYS_wait4, t->pid, 0, __WALL, 0, 0, 0) == -EINTR) continue;
     }
-    if (t->threads) munmap(t->threads, (size_t)t->room * sizeof *t->threads);
     stopped_ns = t->stopped_ns;
-    IOBMD_UNMARK(t, sizeof *t);
-    munmap(t, sizeof *t);
+    iobmd_release(t);
     return stopped_ns;
 }
 

@@ -7,6 +7,7 @@ cdef extern from "tracer.h" nogil:
     enum: IOBMD_RUN
     enum: IOBMD_FREEZE
     enum: IOBMD_THAW
+    enum: IOBMD_STAND_ALONE
     enum: IOBMD_COLLECT
     enum: IOBMD_CALLS
     enum: IOBMD_NO_PROCESS
@@ -39,6 +40,11 @@ cdef extern from "tracer.h" nogil:
         int cpu
         int64_t since_ns
         unsigned long switches
+    struct iobmd_registers:
+        int tid
+        unsigned int extended
+        unsigned long blocked
+        unsigned long *general
     struct iobmd_tracer:
         unsigned long instruction
         int64_t patience_ns
@@ -53,6 +59,7 @@ cdef extern from "tracer.h" nogil:
         int64_t deadline_ns
         int may_wait
         int wanted
+        int records
         int failed_session
         int status
         int error
@@ -61,6 +68,9 @@ cdef extern from "tracer.h" nogil:
         int64_t stopped_ns
         int guest
         int child
+        char *registers
+        int recorded
+        int slot
     iobmd_tracer *iobmd_tracer_start(int task, unsigned long instruction, long options, int is_thread)
     void iobmd_tracer_begin(iobmd_tracer *tracer, int command)
     int iobmd_tracer_wait(iobmd_tracer *tracer)

@@ -16,9 +16,9 @@ from libc.string cimport memset, strerror
 from tracer cimport (
     IOBMD_32_BIT, IOBMD_CALLS, IOBMD_CHANGED, IOBMD_COLLECT, IOBMD_DIVERTED, IOBMD_DONE, IOBMD_ENDED, IOBMD_FAILED,
     IOBMD_FREEZE, IOBMD_GONE, IOBMD_GUEST, IOBMD_HELD, IOBMD_LATE, IOBMD_NO_MEMORY, IOBMD_NO_PROCESS, IOBMD_REFUSED,
-    IOBMD_RUN, IOBMD_SIGNALLED, IOBMD_SNAPSHOT, IOBMD_STOP, IOBMD_STRANGER, IOBMD_STUCK, IOBMD_THAW,
-    IOBMD_UNREADABLE, IOBMD_UNSEEN, iobmd_call, iobmd_thread, iobmd_tracer, iobmd_tracer_abandon,
-    iobmd_tracer_begin, iobmd_tracer_end, iobmd_tracer_start, iobmd_tracer_wait,
+    IOBMD_RUN, IOBMD_SIGNALLED, IOBMD_SNAPSHOT, IOBMD_STAND_ALONE, IOBMD_STOP, IOBMD_STRANGER, IOBMD_STUCK,
+    IOBMD_THAW, IOBMD_UNREADABLE, IOBMD_UNSEEN, iobmd_call, iobmd_registers, iobmd_thread, iobmd_tracer,
+    iobmd_tracer_abandon, iobmd_tracer_begin, iobmd_tracer_end, iobmd_tracer_start, iobmd_tracer_wait,
 )
 
 cdef extern from "Python.h":
@@ -95,7 +95,7 @@ cdef class Tracer:
 
     @property
     def child(self):
-        """The child of the guest that is a snapshot; 0: none."""
+        """The snapshot that the guest has created; 0: none, or it has taken the place of the guest."""
         return self._tracer.child if self._tracer else 0
 
     @property
@@ -135,7 +135,27 @@ cdef class Tracer:
         self._tracer.deadline_ns = <int64_t>(deadline * 1e9)
         return self._command(IOBMD_RUN, ())
 
-    def freeze(self, threads, int wanted=0, double deadline=0):
+    @property
+    def registers(self):
+        """The registers of the threads at the last `freeze` with `records`.
+
+        For each: its id; the mask of blocked signals; the general registers, in the layout of `struct
+        user_regs_struct`; and the XSAVE area, in the layout of NT_X86_XSTATE, or only its first 512 bytes.
+        """
+        cdef iobmd_registers *here
+        cdef char *at
+        cdef int index
+        found = []
+        if self._tracer != NULL:
+            for index in range(self._tracer.recorded):
+                at = self._tracer.registers + <size_t>index * <size_t>self._tracer.slot
+                here = <iobmd_registers *>at
+                general = (<char *>here.general)[:27 * 8]
+                extended = (at + sizeof(iobmd_registers))[:here.extended]
+                found.append((here.tid, here.blocked, general, extended))
+        return found
+
+    def freeze(self, threads, int wanted=0, double deadline=0, bint records=False):
         """Stop all threads until `thaw`; return the status.
 
         Parameters
@@ -146,10 +166,12 @@ cdef class Tracer:
             GUEST: create a guest; SNAPSHOT: also create a child of the guest, and then resume the threads.
         deadline : float
             The time by which the snapshot must be created.
+        records : bool
+            Whether to save the registers of all threads (`registers`).
         """
         if self._tracer == NULL:
             raise ValueError("it has ended")
-        self._tracer.wanted = wanted
+        self._tracer.wanted, self._tracer.records = wanted, records
         self._tracer.deadline_ns = <int64_t>(deadline * 1e9)
         return self._command(IOBMD_FREEZE, threads)
 
@@ -158,6 +180,24 @@ cdef class Tracer:
         if self._tracer == NULL:  # an abandoned tracer resumes them itself
             return IOBMD_DONE
         return self._command(IOBMD_THAW, ())
+
+    def stand_alone(self, threads, double deadline):
+        """End the guest but not the snapshot, and make one of several threads of the task reap it; return the status.
+
+        From the first call on, this object does not depend on the thread that created it. If it is not `DONE`, it can
+        be called again, or the guest remains a zombie until the end.
+
+        Parameters
+        ----------
+        threads
+            As for `stop`.
+        deadline : float
+            The time by which the snapshot must have closed its copies of the task's descriptors.
+        """
+        if self._tracer == NULL:
+            raise ValueError("it has ended")
+        self._tracer.deadline_ns = <int64_t>(deadline * 1e9)
+        return self._command(IOBMD_STAND_ALONE, threads)
 
     def collect(self, threads, bint failed):
         """End the guest and its mappings, and make one of several threads of the task reap it; return the status.

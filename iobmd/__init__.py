@@ -17,7 +17,7 @@ from iobmd.constants import *  # noqa: F403
 # process may have been forked, or no file descriptor may be free. None of this applies to the command.
 if TYPE_CHECKING or "iobmd_command" not in sys.modules:
     from iobmd._native.pagemap import PhysicalSegment
-    from iobmd.api import allocate, copy
+    from iobmd.api import allocate, copy, snapshot
     from iobmd.cache import CacheItem, CacheStatistics, PurgeableCache
     from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
     from iobmd.descriptors.composite import IOMultiMemoryDescriptor, IOSubMemoryDescriptor
@@ -46,6 +46,7 @@ if TYPE_CHECKING or "iobmd_command" not in sys.modules:
     from iobmd.physical.layout import Layout
     from iobmd.physical.policy import policy
     from iobmd.purgeable.purger import purge
+    from iobmd.remote.task_snapshot import Missing, Snapshot
     from iobmd.sharing import Handle, attach, share
     from iobmd.task.task import Task, current_task, get_task_map, kernel_task
 
@@ -65,6 +66,7 @@ if TYPE_CHECKING or "iobmd_command" not in sys.modules:
         "IOReturnError",
         "IOSubMemoryDescriptor",
         "Layout",
+        "Missing",
         "NoMemoryError",
         "NoResourcesError",
         "NotFoundError",
@@ -74,6 +76,7 @@ if TYPE_CHECKING or "iobmd_command" not in sys.modules:
         "NotReadyError",
         "PhysicalSegment",
         "PurgeableCache",
+        "Snapshot",
         "Statistics",
         "Task",
         "TaskTimeoutError",
@@ -91,6 +94,7 @@ if TYPE_CHECKING or "iobmd_command" not in sys.modules:
         "policy",
         "purge",
         "share",
+        "snapshot",
         "statistics",
     ]
     __all__ += constants.__all__

@@ -11,6 +11,7 @@ from iobmd.constants import IOOptionBits
 from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
 from iobmd.descriptors.options import DIRECTION_NAMES
 from iobmd.errors import BadArgumentError
+from iobmd.remote.task_snapshot import Snapshot
 from iobmd.task.task import as_task, kernel_task
 
 if TYPE_CHECKING:
@@ -167,6 +168,40 @@ def copy(
     options = _options(wired, contiguous, purgeable, shared, cache, direction)
     buffer = IOBufferMemoryDescriptor(contents=contents, node=node)
     return _make(buffer, kernel_task, options, size, alignment, physical_mask)
+
+
+def snapshot(task: AnyTask, *, limit: int | None = None) -> Snapshot:
+    """Hold the memory of a whole task as of this moment, while the task continues to run.
+
+    Parameters
+    ----------
+    task : Task, int or psutil.Process
+        The task.
+    limit : int, optional
+        Bytes. The snapshot ends when more than this is copied because the task writes to its memory; see
+        `Snapshot.copied_bytes`.
+
+    Returns
+    -------
+    Snapshot
+        It can be read wherever a task is accepted, until it is closed.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnNotPermitted`, `kIOReturnNotFound`, `kIOReturnUnsupported`: with the reason. `kIOReturnTimeout`: the
+        task did not stop. `kIOReturnNoResources`: the task or this process can create no process.
+        `kIOReturnNoMemory`: the page tables of the snapshot do not fit the memory limits of the task.
+    OSError
+        The task cannot be cloned: the kernel lacks memory.
+
+    Notes
+    -----
+    All threads of the task are stopped by ptrace(2) while the task is cloned. The time is that of clone(2): 10 to
+    26 ms for 1 GiB in 4 KiB pages, and 2 ms in huge pages. Its memory is shared with the snapshot until the task
+    writes to it.
+    """
+    return Snapshot(as_task(task), limit=limit)
 
 
 def _options(wired: bool, contiguous: bool, purgeable: bool, shared: bool, cache: str, direction: str) -> int:

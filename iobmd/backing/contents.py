@@ -140,6 +140,8 @@ class FrozenCopyOf(CopyOf):
 
     def fill(self, destination: int, *, huge: int = 0, sparse: bool = False) -> bool:
         """Like `Contents.fill`; also raises the error if the task cannot be stopped."""
+        if self.task.is_snapshot:  # it is of one moment already
+            return super().fill(destination, huge=huge, sparse=sparse)
         from iobmd.remote import consistent_copy  # noqa: PLC0415 (with ctypes: half of what `import iobmd` takes)
 
         left_zero = stopped = False

@@ -63,6 +63,8 @@ class Session:
 
     def __init__(self, task: Task) -> None:
         preflight.require_processor()
+        if task.is_snapshot:
+            raise UnsupportedError(f"{task!r} never runs: it can be read, but not stopped, mapped into or pinned")
         attempt.require_unlocked(task.pid, PATIENCE)
         options = _options_for(task)
         self.task = task
@@ -141,9 +143,9 @@ class Session:
         """Stop every thread of the task, until `thaw` or `end`. Raises as `stop`."""
         self._freeze(native.NO_PROCESS, 0)
 
-    def _freeze(self, wanted: int, deadline: float) -> None:
+    def _freeze(self, wanted: int, deadline: float, *, records: bool = False) -> None:
         self._deadline = time.monotonic() + PATIENCE
-        while self._is_again(status := self._tracer.freeze(_sleeping(self.task), wanted, deadline)):
+        while self._is_again(status := self._tracer.freeze(_sleeping(self.task), wanted, deadline, records)):
             pass
         self._require(status, [call("clone")])
 
@@ -151,17 +153,32 @@ class Session:
         """Resume every thread."""
         self._tracer.thaw()
 
-    def snapshot(self, patience: float) -> Task:
-        """Create a child that shares the task's memory copy-on-write and never runs, while all threads are stopped.
+    def snapshot(self, patience: float, *, records: bool = False) -> int:
+        """Create a process that shares the task's memory copy-on-write and never runs; return its pid.
 
-        A guest creates it, because if a userfaultfd reports forks (UFFD_FEATURE_EVENT_FORK), the call waits until the
-        report is read. It shares the descriptor table (CLONE_FILES), so that it keeps no descriptor open. The task
-        gets no SIGCHLD.
+        It is created by a guest, while all threads are stopped, because if a userfaultfd reports forks
+        (UFFD_FEATURE_EVENT_FORK), the call waits until the report is read. The guest then ends. The snapshot is a
+        child of the task, whose waits do not see it, and which gets no SIGCHLD. It holds no descriptor of the task,
+        and lasts until the end of the session, also if the thread that created the session ends. With `records`, the
+        `registers` of all threads are saved.
 
         Raises as `guest`; `kIOReturnTimeout`: it took longer than `patience` seconds.
         """
-        self._freeze(native.SNAPSHOT, time.monotonic() + patience)
-        return Task(self._tracer.child)
+        self._freeze(native.SNAPSHOT, time.monotonic() + patience, records=records)
+        pid = self._tracer.child
+        self._deadline = time.monotonic() + PATIENCE
+        while True:
+            status = self._tracer.stand_alone(_candidates(self.task), time.monotonic() + PATIENCE)
+            if status in (native.FAILED, native.STUCK, native.ENDED, native.SIGNALLED) and self._tracer.child == pid:
+                self._require(status, [call("close_range"), call("unshare")], of_guest=True)
+            # If the task cannot be stopped again now, its guest remains a zombie until the end of the snapshot.
+            if not self._tracer.child or not self._is_again(status):
+                return pid
+
+    @property
+    def registers(self) -> list[tuple[int, int, bytes, bytes]]:
+        """The registers of the task's threads when the snapshot was created, as `native.Tracer.registers`."""
+        return self._tracer.registers
 
     def end(self, *, failed: bool) -> None:
         """End the guest or snapshot and release the task; with `failed`, also unmap memory that was mapped."""
@@ -316,7 +333,9 @@ def frozen(task: Task, before: Callable[[], None], work: Callable[[], bool], tri
 
 
 class SnapshotChild:
-    """A context with a child of a task that shares the task's memory copy-on-write and never runs.
+    """A child of a task that shares the task's memory copy-on-write and never runs, from `begin` until `end`.
+
+    It also ends when this process does. As a context, it is the child as a task.
 
     Parameters
     ----------
@@ -324,6 +343,8 @@ class SnapshotChild:
         The task.
     resident : int
         The resident bytes of the task, whose page tables are copied; they extend the timeout.
+    records : bool
+        Whether to save the registers of all threads.
 
     Raises
     ------
@@ -331,33 +352,50 @@ class SnapshotChild:
         As `with_guest`. `EAGAIN`: the task can create no process.
     """
 
-    def __init__(self, origin: Task, resident: int) -> None:
+    def __init__(self, origin: Task, resident: int, *, records: bool = False) -> None:
         self._origin = origin
         self._patience = PATIENCE + resident / _GIB
+        self._records = records
         self._session: Session | None = None
-        self.stopped_ns = 0
+        self._stopped_ns = 0
+        self.registers: list[tuple[int, int, bytes, bytes]] = []
+        """The registers of the threads, as `native.Tracer.registers`."""
+
+    @property
+    def stopped_ns(self) -> int:
         """The total time in nanoseconds for which a thread of the task was stopped, at most."""
+        return self._stopped_ns + (self._session.stopped_ns if self._session else 0)
 
     def __enter__(self) -> Task:
+        return Task(self.begin())
+
+    def begin(self) -> int:
+        """Create the child and return its pid."""
         return _again(self._origin, self._make)
 
-    def _make(self) -> Task:
+    def _make(self) -> int:
         with guard_of(self._origin):
             self._session = session = Session(self._origin)
             try:
-                return session.snapshot(self._patience)
+                pid = session.snapshot(self._patience, records=self._records)
+                self.registers = session.registers
             except BaseException:
                 insist(self._end)
                 raise
+            return pid
 
     def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """End the child, and make the task reap it; idempotent."""
         with guard_of(self._origin):
             insist(self._end)
 
     def _end(self) -> None:
         if self._session:
             self._session.end(failed=True)
-            self.stopped_ns += self._session.stopped_ns
+            self._stopped_ns += self._session.stopped_ns
             self._session = None
 
 

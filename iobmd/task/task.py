@@ -56,6 +56,8 @@ class Task:
     __slots__ = ("__weakref__", "_pidfd", "_process", "_started", "pid")
 
     pid: int
+    is_snapshot = False
+    """Whether this is an `iobmd.Snapshot`, which never runs."""
 
     def __init__(self, process: int | Process) -> None:
         self._pidfd = -1

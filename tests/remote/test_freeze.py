@@ -120,10 +120,9 @@ def test_how_it_is_done(start, monkeypatch: pytest.MonkeyPatch) -> None:  # type
     made: list[int] = []
     make = session.Session.snapshot
 
-    def count(self: session.Session, patience: float) -> iobmd.Task:
-        child = make(self, patience)
-        made.append(child.pid)
-        return child
+    def count(self: session.Session, patience: float, *, records: bool) -> int:
+        made.append(make(self, patience, records=records))
+        return made[-1]
 
     monkeypatch.setattr(session.Session, "snapshot", count)
     for kind, snapshots in (("small", 1), ("shared", 0), ("dontfork", 0), ("wipeonfork", 0)):
@@ -141,7 +140,7 @@ def test_how_it_is_done(start, monkeypatch: pytest.MonkeyPatch) -> None:  # type
 def test_a_child_that_cannot_be_made(start, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     """If there can be no child, the task is stopped during the copy."""
 
-    def refuse(_self: session.Session, _patience: float) -> iobmd.Task:
+    def refuse(_self: session.Session, _patience: float, **_options: object) -> int:
         raise OSError(11, "no more processes")
 
     monkeypatch.setattr(session.Session, "snapshot", refuse)

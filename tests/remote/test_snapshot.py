@@ -1,0 +1,184 @@
+"""Snapshots of a whole task: contents, cost, and what the task can notice of them."""
+
+import errno
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import kernel
+from support.child import in_child
+from support.targets import PATIENCE, Target, build, children, need_ptrace, until
+
+import iobmd
+from iobmd import IOReturn, IOReturnError, pagemap
+
+pytestmark = pytest.mark.needs("compiler")
+SIZE = 4 << 20
+WALL = 0x40000000
+
+
+class Source(Target):
+    """The program."""
+
+    def __init__(self, size: int = SIZE, threads: int = 0) -> None:
+        need_ptrace()
+        super().__init__([build("snapshot"), str(size), *["thread"] * threads])
+        self.own, self.shared, self.kept, self.wiped = map(int, self.line().split())
+
+    def write(self, first: int, pages: int, value: int, where: str = "own") -> None:
+        self.request(where, first, pages, value)
+
+    def request(self, command: str, first: int = 0, pages: int = 0, value: int = 0) -> list[int]:
+        self.tell(f"{command} {first} {pages} {value}")
+        return [int(number) for number in self.line().split()]
+
+
+@pytest.fixture
+def source() -> Iterator[Source]:
+    with Source() as program:
+        yield program
+        assert program.process.poll() is None, "it did not survive"
+        assert until(lambda: not children(program.pid), 3), "a snapshot was left behind"
+
+
+def test_the_memory_of_one_moment(source: Source) -> None:
+    with iobmd.snapshot(source.pid) as snapshot:
+        source.write(0, 512, 7)
+        assert iobmd.Task(source.pid).read(source.own, 1) == b"\7"
+        assert snapshot.read(source.own, 1) == b"\1"
+        data = bytearray(SIZE)
+        assert snapshot.readinto(source.own, data) == SIZE
+        assert data[:: kernel.PAGE] == bytes([1]) * (SIZE // kernel.PAGE)
+        for freeze in (False, True):
+            with iobmd.copy(snapshot, source.own, SIZE, wired=False, freeze=freeze) as copied:
+                assert copied.readBytes(0, SIZE) == data
+        copied = iobmd.IOBufferMemoryDescriptor.withCopy(
+            iobmd.kernel_task, iobmd.kIODirectionInOut, snapshot, source.own, SIZE
+        )
+        with copied:
+            assert copied.readBytes(0, SIZE) == data
+        assert 0 < snapshot.stopped_ns < 5 * 10**9
+        assert snapshot.task == iobmd.Task(source.pid)
+        assert [area.start for area in snapshot.areas() if area.start == source.own]
+        (area,) = (one for one in pagemap.areas(snapshot, source.own, SIZE))
+        assert area.resident == SIZE
+
+
+def test_memory_that_it_lacks(source: Source) -> None:
+    with iobmd.snapshot(source.pid) as snapshot:
+        lacking = {one.start: one.why for one in snapshot.missing}
+        assert lacking == {source.kept: "dontfork", source.wiped: "wipeonfork"}
+        assert [area.start for area in snapshot.shared if not area.perms.startswith("r-")] == [source.shared]
+        source.write(0, 1, 9, "shared")
+        assert snapshot.read(source.shared, 1) == b"\x09"
+        for address in (source.kept, source.wiped):
+            with pytest.raises(IOReturnError) as caught:
+                snapshot.read(address, 1)
+            assert caught.value.code == IOReturn.kIOReturnVMError
+            assert caught.value.address == address
+
+
+def test_copied_bytes_and_their_limit(source: Source) -> None:
+    with iobmd.snapshot(source.pid) as snapshot:
+        before = snapshot.copied_bytes
+        source.write(0, 256, 2)
+        copied = snapshot.copied_bytes - before
+        assert 256 * kernel.PAGE <= copied < 320 * kernel.PAGE
+    with iobmd.snapshot(source.pid, limit=256 * kernel.PAGE) as snapshot:
+        source.write(0, 512, 3)
+        assert until(lambda: not snapshot.is_open)
+        with pytest.raises(IOReturnError, match="limit of 1 MiB") as caught:
+            snapshot.read(source.own, 1)
+        assert caught.value.code == IOReturn.kIOReturnNoMemory
+        assert until(lambda: not children(source.pid))
+    assert source.request("wait") == [0, errno.ECHILD]
+
+
+def test_the_task_does_not_notice_it(source: Source) -> None:
+    """It receives no signal, its waits do not see the snapshot, and files that it closes are closed."""
+    reading, writing = os.pipe()
+    with Target(["cat"], ready="", pass_fds=[writing]) as holder:
+        os.close(writing)
+        with iobmd.snapshot(holder.pid) as snapshot:
+            assert not list(Path(f"/proc/{snapshot.pid}/fd").iterdir())
+            assert holder.process.stdin
+            holder.process.stdin.close()
+            assert os.read(reading, 1) == b"", "the snapshot holds the pipe open"
+            os.close(reading)
+            assert holder.process.wait(PATIENCE) == 0
+    with iobmd.snapshot(source.pid):
+        assert children(source.pid)
+        assert source.request("wait") == [0, errno.ECHILD]
+    assert source.request("wait") == [0, errno.ECHILD]
+
+
+def test_a_task_that_executes_a_program_or_exits(source: Source) -> None:
+    with iobmd.snapshot(source.pid) as snapshot:
+        was = source.own
+        source.tell("exec 0 0 0")
+        assert source.line() == "ready"
+        source.line()
+        assert snapshot.read(was, 1) == b"\1"
+    assert until(lambda: not children(source.pid))
+    with Source() as other:
+        snapshot = iobmd.snapshot(other.pid)
+        other.process.kill()
+        other.process.wait()
+        assert snapshot.read(other.own + kernel.PAGE, 1) == b"\1"
+        holder = snapshot.pid
+        snapshot.close()
+        assert until(lambda: not Path(f"/proc/{holder}").exists())
+
+
+def test_the_end_of_its_maker(source: Source) -> None:
+    """It lasts longer than the thread that made it, ends with its process, and not with a forked child of that."""
+    made: list[iobmd.Snapshot] = []
+    thread = threading.Thread(target=lambda: made.append(iobmd.snapshot(source.pid)))
+    thread.start()
+    thread.join()
+    (snapshot,) = made
+    assert in_child(lambda: (snapshot.read(source.own, 1), snapshot.close())[0]) == b"\1"
+    time.sleep(0.1)
+    assert snapshot.read(source.own, 1) == b"\1"
+    snapshot.close()
+    with pytest.raises(IOReturnError) as caught:
+        snapshot.read(source.own, 1)
+    assert caught.value.code == IOReturn.kIOReturnNotOpen
+    assert not children(source.pid)
+    program = f"import iobmd, time; held = iobmd.snapshot({source.pid}); print('ready', flush=True); time.sleep(60)"
+    with Target([sys.executable, "-c", program]):
+        assert children(source.pid)
+    assert until(lambda: not children(source.pid))
+    assert source.request("wait") == [0, errno.ECHILD]
+
+
+def test_a_snapshot_that_is_killed(source: Source) -> None:
+    with iobmd.snapshot(source.pid) as snapshot:
+        os.kill(snapshot.pid, signal.SIGKILL)
+        assert until(lambda: not snapshot.is_open)
+        for look in (lambda: snapshot.read(source.own, 1), snapshot.areas, lambda: snapshot.copied_bytes):
+            with pytest.raises(IOReturnError) as caught:
+                look()
+            assert caught.value.code == IOReturn.kIOReturnNotFound
+    assert source.request("wait") == [0, errno.ECHILD]
+
+
+def test_what_a_snapshot_is_not_for(source: Source) -> None:
+    with iobmd.snapshot(source.pid) as snapshot:
+        for refused in (
+            lambda: snapshot.write(source.own, b"x"),
+            lambda: iobmd.allocate(4096, task=snapshot, wired=False),
+            lambda: iobmd.snapshot(snapshot),
+        ):
+            with pytest.raises(IOReturnError) as caught:
+                refused()
+            assert caught.value.code == IOReturn.kIOReturnUnsupported
+    with pytest.warns(ResourceWarning, match="never closed"):
+        iobmd.snapshot(source.pid)
+    with pytest.raises(IOReturnError, match="must be positive"):
+        iobmd.snapshot(source.pid, limit=0)
