@@ -9,6 +9,7 @@ import os
 import stat
 import struct
 import sys
+import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, SupportsIndex
 
 from iobmd._internal import process_local
@@ -17,6 +18,7 @@ from iobmd.backing.mapped import private
 from iobmd.backing.shared import SharedBacking
 from iobmd.constants import IOOptionBits, IOReturn
 from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
+from iobmd.descriptors.descriptor import IOMemoryDescriptor
 from iobmd.descriptors.options import check_descriptor, check_request
 from iobmd.errors import BadArgumentError, IOReturnError, NotOpenError
 from iobmd.host import limits
@@ -154,6 +156,12 @@ class Handle:
 
     def attach(self, *, wired: bool | None = None) -> IOBufferMemoryDescriptor:
         """As `iobmd.attach`."""
+        return self._attach_as(IOBufferMemoryDescriptor(), wired=wired)
+
+    def _attach_as(
+        self, buffer: IOBufferMemoryDescriptor, *, wired: bool | None = None
+    ) -> IOBufferMemoryDescriptor:
+        """Attach the memory to a buffer that is not initialized, and return it."""
         description = self._description
         options = description.options
         if wired is not None:
@@ -167,7 +175,7 @@ class Handle:
             os.close(fd)
             raise _not_ours(str(error)) from None
         backing = SharedBacking(shared, wired=not options & _PAGEABLE, purgeable=bool(options & _PURGEABLE))
-        return IOBufferMemoryDescriptor()._attach(backing, options, description.capacity, description.length)
+        return buffer._attach(backing, options, description.capacity, description.length)
 
     def close(self) -> None:
         """Release the memory after `send` and `attach` calls of other threads have returned; idempotent."""
@@ -181,8 +189,8 @@ class Handle:
         self.close()
 
     def __reduce_ex__(self, _protocol: SupportsIndex) -> str | tuple[object, ...]:
-        if _pickled_by_multiprocessing():
-            return _received_handle, _sent(self, self._fd, self._description)
+        if frame := _pickling_frame():
+            return _received_handle, _sent(frame, self._fd, self._description)
         raise TypeError(
             "a Handle can only be sent through multiprocessing's pipes, queues and arguments, or by `send`"
         )
@@ -389,8 +397,8 @@ def _not_ours(why: str) -> BadArgumentError:
 # --- multiprocessing
 
 
-def _pickled_by_multiprocessing() -> bool:
-    """Whether this thread is in multiprocessing's pickler, the only one that can transfer file descriptors.
+def _pickling_frame() -> FrameType | None:
+    """Return the frame of multiprocessing's pickler in this thread, the only one that transfers file descriptors.
 
     Its table of types (`ForkingPickler.register`) does not suffice: each pickler copies it when it begins, and one of
     the objects to be pickled may be the first to call `share`. Filling it beforehand would require importing
@@ -398,45 +406,65 @@ def _pickled_by_multiprocessing() -> bool:
     """
     reduction = sys.modules.get("multiprocessing.reduction")
     if reduction is None:
-        return False
+        return None
     codes = {reduction.dump.__code__, reduction.ForkingPickler.dumps.__func__.__code__}
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code in codes:
-            return True
+    while frame is not None and frame.f_code not in codes:
         frame = frame.f_back
-    return False
+    return frame
 
 
-def _sent(
-    source: Handle | IOBufferMemoryDescriptor, fd: process_local.Fd, description: _Description
-) -> tuple[object, tuple[object, ...]]:
+def _sent(frame: FrameType, fd: process_local.Fd, description: _Description) -> tuple[object, tuple[object, ...]]:
     """Return the arguments of `_received_handle`: the file descriptor in transit, and the description."""
-    from multiprocessing import context, reduction  # noqa: PLC0415 (loaded, see _pickled_by_multiprocessing)
+    from multiprocessing import context, reduction  # noqa: PLC0415 (loaded, see _pickling_frame)
 
-    if (child := context.get_spawning_popen()) is not None:
-        # The new process inherits the descriptor after everything is pickled, when `source` may already be garbage.
-        vars(child).setdefault("_iobmd", []).append(source)
     with fd.use() as number:
-        return reduction.DupFd(number), tuple(description)
+        if (child := context.get_spawning_popen()) is None:
+            return reduction.DupFd(number), tuple(description)
+        transit = process_local.Fd(_duplicate(number), "a buffer in transit")
+    # The new process inherits the descriptor after everything is pickled, when the object sent may already be garbage
+    # or released. Process.start() holds the file of the pickle until then; the child's Popen exists much longer.
+    finalizer = weakref.finalize(frame.f_locals.get("file", child), transit.close)
+    finalizer.atexit = False
+    return reduction.DupFd(transit.fileno()), tuple(description)
 
 
 def _received_handle(fd: Any, description: tuple[Any, ...]) -> Handle:
     return Handle(fd.detach(), _Description(*description))
 
 
-def _attach_received(fd: Any, description: tuple[Any, ...]) -> IOBufferMemoryDescriptor:
+def _attach_received(
+    fd: Any, description: tuple[Any, ...], kind: type[IOBufferMemoryDescriptor]
+) -> IOBufferMemoryDescriptor:
+    buffer = kind.__new__(kind)
+    IOBufferMemoryDescriptor.__init__(buffer)  # the arguments of a subclass's constructor are unknown
     with _received_handle(fd, description) as handle:
-        return handle.attach()
+        return handle._attach_as(buffer)
 
 
 def _reduce_buffer(buffer: IOBufferMemoryDescriptor) -> str | tuple[Any, ...]:
     """Pickle a shared buffer for multiprocessing, whose receiver attaches it; refuse other buffers."""
-    if _pickled_by_multiprocessing():
+    if frame := _pickling_frame():
         shared = buffer._memory().require_backing().shared
         if shared is not None:
-            return _attach_received, _sent(buffer, shared.fd, _described(buffer, shared))
-    return buffer.__reduce_ex__(2)
+            arguments = (*_sent(frame, shared.fd, _described(buffer, shared)), type(buffer))
+            return _attach_received, arguments, _state_of_subclass(buffer)
+    return IOMemoryDescriptor.__reduce_ex__(buffer, 2)
+
+
+def _state_of_subclass(buffer: IOBufferMemoryDescriptor) -> object:
+    """Return what a subclass adds to a buffer, as object.__getstate__ does; None if it adds nothing."""
+    if type(buffer).__getstate__ is not object.__getstate__:
+        return buffer.__getstate__()
+    state = object.__getstate__(buffer)
+    attributes, slots = state if isinstance(state, tuple) else (state, None)
+    own = vars(IOBufferMemoryDescriptor())
+    added = {
+        name: value
+        for name, value in attributes.items()
+        if name not in own and not hasattr(IOBufferMemoryDescriptor, name)
+    }
+    return (added, slots) if slots else added or None
 
 
 copyreg.pickle(IOBufferMemoryDescriptor, _reduce_buffer)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copyreg
 import math
 import os
 import warnings
 from operator import index
-from typing import TYPE_CHECKING, Literal, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Literal, Self, SupportsIndex, TypeVar, cast, overload
 
 from iobmd._internal.arguments import check_integers
 from iobmd._native.mapping import Exporter, Mapping
@@ -30,6 +31,8 @@ from iobmd.task.task import as_task, kernel_task
 from iobmd.units import PAGE_SIZE, round_up
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy
     import numpy.typing
     from typing_extensions import Buffer, CapsuleType
@@ -424,6 +427,11 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
 
     def _views(self) -> int:
         return self.exports
+
+    def __reduce_ex__(self, _protocol: SupportsIndex) -> str | tuple[object, ...]:
+        # Picklers look up exact types. A subclass is reduced as this class, whose reducer `iobmd.sharing` registers.
+        reduce: Callable[[Self], str | tuple[object, ...]] = copyreg.dispatch_table[IOBufferMemoryDescriptor]
+        return reduce(self)
 
     def __repr__(self) -> str:
         name, owner = type(self).__name__, self._owner  # read once: another thread may release it

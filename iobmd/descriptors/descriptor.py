@@ -8,7 +8,7 @@ import warnings
 from array import array
 from functools import partial
 from operator import index
-from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex, cast, overload
+from typing import TYPE_CHECKING, Self, SupportsIndex, cast, overload
 
 from iobmd._internal import with_block
 from iobmd._internal.arguments import check_integers, offset_of
@@ -585,7 +585,7 @@ class IOMemoryDescriptor:
         direction = DIRECTION_NAMES[self._options & DIRECTION_MASK]
         return f"<{name}, length {owner.length}, direction {direction}, {self._state}>"
 
-    def __reduce_ex__(self, _protocol: SupportsIndex) -> NoReturn:
+    def __reduce_ex__(self, _protocol: SupportsIndex) -> str | tuple[object, ...]:
         owner = self._owner
         if owner and owner.backing and owner.backing.shared:
             remedy = (
@@ -594,7 +594,7 @@ class IOMemoryDescriptor:
             )
         else:
             remedy = "use withCopy to copy it; iobmd.share passes shared memory (shared=True) to other processes"
-        raise TypeError(f"an {type(self).__name__} owns its memory and cannot be copied or pickled; {remedy}")
+        raise TypeError(f"{type(self).__name__} owns its memory and cannot be copied or pickled; {remedy}")
 
     def __len__(self) -> int:
         return self.getLength()

@@ -17,6 +17,7 @@ from support.kernel import frames
 
 import iobmd
 
+_SHARED = iobmd.IOOptionBits.kIOMemoryKernelUserShared | iobmd.IOOptionBits.kIOMemoryPageable
 METHODS = ["fork", "spawn", "forkserver"]
 
 
@@ -69,6 +70,39 @@ def test_through_a_pipe_it_is_the_same_memory() -> None:
             attached.writeBytes(4000, b"seen")
             assert buffer.readBytes(4000, 4) == b"seen"
             assert frames(attached.getBytesNoCopy(), 8192) == frames(buffer.getBytesNoCopy(), 8192)
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_started_process_retains_no_memory(method: str) -> None:
+    """The descriptor in transit is closed by `start`, not with the object of the process."""
+    before = descriptors()
+    context = multiprocessing.get_context(method)
+    near, far = context.Pipe()
+    with iobmd.allocate(8192, shared=True, wired=False) as buffer:
+        buffer.writeBytes(0, b"moved")
+        process = context.Process(target=sharing_child.look, args=(iobmd.share(buffer), far))
+    process.start()
+    assert descriptors() == before, "the new process has the only descriptor"
+    assert near.poll(30), "the child does not answer"
+    assert near.recv() == (b"moved", 8192, 8192)
+    process.join(30)
+    process.close()
+    near.close()
+    far.close()
+
+
+def test_a_subclass_stays_a_subclass() -> None:
+    near, far = multiprocessing.Pipe()
+    made = sharing_child.NamedBuffer("ring")
+    made.initWithPhysicalMask(iobmd.kernel_task, int(_SHARED), 4096, 1, 0)
+    with near, far, made:
+        near.send([made])
+        with far.recv()[0] as received:
+            assert (type(received), received.name) == (sharing_child.NamedBuffer, "ring")
+            received.writeBytes(0, b"same")
+            assert made.readBytes(0, 4) == b"same"
+        with pytest.raises(TypeError, match=r"^NamedBuffer owns its memory.*iobmd\.share"):
+            pickle.dumps(made)
 
 
 def test_in_a_pool_of_processes() -> None:

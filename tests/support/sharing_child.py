@@ -31,6 +31,14 @@ class LateHolder(Holder):
             handle.close()
 
 
+class NamedBuffer(iobmd.IOBufferMemoryDescriptor):
+    """A subclass of a user, whose constructor has an argument."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+
 def answer_in(holder: Holder, answer: "Connection[object, object]") -> None:
     """Report the contents of its buffers, and write a reply into each."""
     answer.send([(buffer.readBytes(0, 5), len(buffer), buffer.wiring.name) for buffer in holder.named["buffers"]])
