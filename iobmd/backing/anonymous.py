@@ -126,12 +126,15 @@ class AnonymousBacking(MappedBacking):
         try:
             self.pin()
         except CannotWireError as error:
-            log.debug("%s; trying hugetlb pages, which do not move", error)
+            # mremap(2) does not move hugetlb pages to a given address.
+            where = "trying hugetlb pages, which do not move" if self._anywhere else "its address rules out hugetlb pages"
+            log.debug("%s; %s", error, where)
             if not self._anywhere or not self._take_hugetlb(want or PhysicalConstraints(size)):
                 if want:
                     raise
                 self.pin_refusal = str(error)
-                log.debug("no free hugetlb pages for %s: it is resident (mlock), not pinned", format_size(size))
+                lacking = "no hugetlb pages are free; " if self._anywhere else ""
+                log.debug("%smemory of %s is resident (mlock), not pinned", lacking, format_size(size))
                 return True
             log.debug("%s is in hugetlb pages", format_size(size))
             self._fill(contents, populated=True)

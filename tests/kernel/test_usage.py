@@ -112,6 +112,20 @@ def test_a_refused_pin_is_reported_with_the_reason(shared: bool) -> None:
     assert "resident (mlock), not pinned" in reported[-1]
 
 
+def test_no_search_for_hugetlb_pages_is_reported_at_an_address() -> None:
+    """They cannot be moved there, so that none is taken from a pool, however many are free."""
+
+    def allocate() -> list[str]:
+        with iobmd.allocate(SIZE) as found:
+            free = found.getBytesNoCopy()
+        return messages(lambda: iobmd.allocate(SIZE, address=free).free())
+
+    first, last = in_child(allocate, deny={"io_uring_setup": errno.EPERM, "io_uring_register": errno.EPERM})
+    assert "cannot pin 64 KiB" in first
+    assert "its address rules out hugetlb pages" in first
+    assert last == "DEBUG memory of 64 KiB is resident (mlock), not pinned"
+
+
 @pytest.mark.needs("root")
 def test_a_snapshot_is_reported(start_source: Callable[..., SourceProcess]) -> None:
     source = start_source(32 << 20)
