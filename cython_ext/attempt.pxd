@@ -44,7 +44,8 @@ cdef extern from * nogil:
     #endif
     #define IOBMD_CLOSE_RANGE_UNSHARE 2
 
-    enum { IOBMD_RANGES = 4096, IOBMD_STACK = 16 << 10, IOBMD_BOUNCE = 64 << 10, IOBMD_CALL = 1 << 20 };
+    enum { IOBMD_RANGES = 4096, IOBMD_STACK = 16 << 10, IOBMD_BOUNCE = 64 << 10, IOBMD_CALL = 1 << 20,
+           IOBMD_HUGE = 4 << 20 };
     enum iobmd_mode { IOBMD_BOUNCED, IOBMD_DIRECT, IOBMD_COUNTED, IOBMD_RESIDENT, IOBMD_PAGED_OUT };
 
     struct iobmd_range {
@@ -180,11 +181,12 @@ cdef extern from * nogil:
         return done == 0 || (done == -EIO && !job->paths) ? -EFAULT : done;
     }
 
-    /* Transfer one range through the buffer `bytes`, in one call if possible; return an error number. */
+    /* Transfer one range through the buffer `bytes`; return an error number. Each call shows progress in `moved`. */
     static long iobmd_attempt_bounced(struct iobmd_attempt *job, long fd, struct iobmd_range range)
     {
         while (range.size) {
-            long done = iobmd_attempt_call(job, fd, range.at, job->bytes + job->moved, range.size);
+            size_t step = range.size < IOBMD_CALL ? range.size : IOBMD_CALL;
+            long done = iobmd_attempt_call(job, fd, range.at, job->bytes + job->moved, step);
             if (done < 0)
                 return -done;
             __atomic_store_n(&job->moved, job->moved + (size_t)done, __ATOMIC_RELEASE);
@@ -377,6 +379,8 @@ cdef extern from * nogil:
             NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (job == MAP_FAILED)
             return NULL;
+        if (room >= IOBMD_HUGE)  /* otherwise faulting in and clearing small pages takes longer than the transfer */
+            madvise(job, size, MADV_HUGEPAGE);
         job->mapped = size;
         job->ranges = (struct iobmd_range *)(job + 1);
         job->bytes = (char *)job + head;
@@ -385,7 +389,6 @@ cdef extern from * nogil:
             memcpy(job->paths, paths, length);
         }
         job->pidfd = job->task_pidfd = job->file = job->chosen = -1;
-        job->error = ECANCELED;
         return job;
     }
 
@@ -397,6 +400,8 @@ cdef extern from * nogil:
         struct sysinfo host;
         int error;
         job->maker = getpid();
+        job->moved = 0;
+        job->error = ECANCELED;
         job->swaps = !sysinfo(&host) && host.freeswap < host.totalswap;
         sigfillset(&all);
         sigprocmask(SIG_SETMASK, &all, &before);
@@ -468,7 +473,7 @@ cdef extern from * nogil:
         iobmd_range *ranges
         unsigned int count
         size_t size, moved, page
-        int mode, file, task, task_pidfd, writing, error, found_only, chosen, fresh, holes
+        int mode, file, task, task_pidfd, writing, error, found_only, chosen, fresh, holes, child
         uint64_t inode, device, length, filesystem, opened_device
         char *bytes
     int iobmd_has_exited(int pidfd)

@@ -706,22 +706,26 @@ cdef class Attempt:
     page, fresh, holes
         The page size of this process; whether the destination is zero, so that it is not touched for holes of the
         file; whether the file supports SEEK_DATA (hugetlbfs does not, and a read returns zeros for a hole).
+    room
+        The bytes of the largest transfer, if others follow (`again`).
     """
 
     cdef iobmd_attempt *job
+    cdef size_t most, room
 
     def __cinit__(self, ranges, *, int task=0, int pidfd=-1, int file=-1, bint write=False, paths=(),
                   uint64_t inode=0, uint64_t device=0, bint opened=True, ours=None, bint count=False,
-                  bint resident=False, bint page_out=False, size_t page=0, bint fresh=False, bint holes=True):
+                  bint resident=False, bint page_out=False, size_t page=0, bint fresh=False, bint holes=True,
+                  size_t room=0):
         cdef bytes joined = b"".join([path + b"\0" for path in paths]) + b"\0" if paths else b""
-        cdef size_t length, room = IOBMD_BOUNCE if ours is not None else 0
-        cdef uint64_t at
+        cdef size_t length
         cdef uintptr_t here
         if len(ranges) > IOBMD_RANGES:
             raise ValueError("too many ranges")
+        self.most, self.room = IOBMD_RANGES if room else len(ranges), IOBMD_BOUNCE if ours is not None else 0
         if ours is None and not (count or resident or page_out):
-            room = sum([length for _at, length in ranges])
-        self.job = iobmd_attempt_new(len(ranges), room, joined, len(joined))
+            self.room = max(room, sum([length for _at, length in ranges]))
+        self.job = iobmd_attempt_new(self.most, self.room, joined, len(joined))
         if self.job == NULL:
             raise OSError(errno, f"mmap: {strerror(errno).decode()}")
         self.job.mode = IOBMD_BOUNCED if ours is None else IOBMD_DIRECT
@@ -732,14 +736,30 @@ cdef class Attempt:
         self.job.task, self.job.task_pidfd, self.job.file, self.job.writing = task, pidfd, file, write
         self.job.inode, self.job.device, self.job.found_only = inode, device, not opened
         self.job.page, self.job.fresh, self.job.holes = page, fresh, holes
+        self._assign(ranges)
+        if ours is not None:
+            for length, here in enumerate(ours):
+                self.job.ranges[length].ours = <char *>here
+
+    cdef _assign(self, ranges):
+        cdef size_t length
+        cdef uint64_t at
+        self.job.count, self.job.size = 0, 0
         for at, length in ranges:
             self.job.ranges[self.job.count].at = at
             self.job.ranges[self.job.count].size = length
             self.job.size += length
             self.job.count += 1
-        if ours is not None:
-            for length, here in enumerate(ours):
-                self.job.ranges[length].ours = <char *>here
+
+    def again(self, ranges):
+        """Prepare the transfer of other ranges, of at most `room` bytes, after its child has ended.
+
+        Newly mapped memory would have to be faulted in and cleared by each child, which costs as much as the
+        transfer.
+        """
+        if len(ranges) > self.most or sum([length for _at, length in ranges]) > self.room or self.job.child > 0:
+            raise ValueError("the ranges exceed the room of the attempt, or its child has not ended")
+        self._assign(ranges)
 
     @property
     def address(self):

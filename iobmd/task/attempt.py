@@ -27,10 +27,8 @@ NO_CHILD = (errno.EAGAIN, errno.EPERM, errno.ENOSYS)
 
 _FUSE = 0x65735546  # linux/magic.h
 _UNKNOWN = 0  # if a server refuses statfs(2)
-_SIZE = 1 << 20  # bytes that one child transfers, and the size of its buffer
+_SIZE = 16 << 20  # bytes that one child transfers at most, and the size of its buffer
 _LOOK_MS = 20  # between two polls, to handle Ctrl-C
-WINDOW = _SIZE
-"""Bytes of a task for which `entries` is called at a time."""
 
 
 class File(NamedTuple):
@@ -70,13 +68,19 @@ class Ends(NamedTuple):
         """Return the address in this process that corresponds to one in the task."""
         return self.ours + address - self.theirs
 
-    def attempt(self, batch: Sequence[Range]) -> crosstask.Attempt:
-        """Return the attempt to transfer ranges of addresses in the task."""
-        there = [(start - self.shift, end - start) for start, end in batch]
+    def there(self, batch: Sequence[Range]) -> list[tuple[int, int]]:
+        """Return ranges of addresses in the task in the form that an attempt accepts."""
+        return [(start - self.shift, end - start) for start, end in batch]
+
+    def attempt(self, batch: Sequence[Range], room: int) -> crosstask.Attempt:
+        """Return the attempt to transfer ranges of addresses in the task, and later others of `room` bytes."""
+        there = self.there(batch)
         if self.file is None:
             task = self.pid if self.memory < 0 else 0
-            return crosstask.Attempt(there, task=task, pidfd=self.pidfd, file=self.memory, write=self.write)
-        return crosstask.Attempt(there, **_named(self.file))
+            return crosstask.Attempt(
+                there, task=task, pidfd=self.pidfd, file=self.memory, write=self.write, room=room
+            )
+        return crosstask.Attempt(there, **_named(self.file), room=room)
 
 
 def _named(file: File) -> crosstask.Named:
@@ -188,14 +192,18 @@ def move(ends: Ends, ranges: Sequence[Range], timeout: float) -> tuple[int, int]
         `ETIMEDOUT`: the other program supplies nothing. `EFAULT` also stands for the end of a file.
     """
     total = 0
-    left = list(ranges)
-    while left:
-        batch, left = _batch(left)
-        moved, error = _move(ends, batch, timeout)
-        total += moved
-        if error:
-            return total, error
-    return total, 0
+    batch, left = _batch(list(ranges))
+    attempt = ends.attempt(batch, min(_SIZE, sum(end - start for start, end in ranges)))
+    try:
+        while True:
+            moved, error = _move(ends, batch, attempt, timeout)
+            total += moved
+            if error or not left:
+                return total, error
+            batch, left = _batch(left)
+            attempt.again(ends.there(batch))
+    finally:
+        attempt.end()
 
 
 def touch(pid: int, pidfd: int, address: int, size: int, timeout: float) -> int:
@@ -349,19 +357,15 @@ def _batch(ranges: list[Range]) -> tuple[list[Range], list[Range]]:
     return batch, behind(ranges, sum(end - start for start, end in batch))
 
 
-def _move(ends: Ends, batch: Sequence[Range], timeout: float) -> tuple[int, int]:
-    attempt = ends.attempt(batch)
-    try:
-        if ends.write:
-            _copy_here(ends, batch, attempt.address, sum(end - start for start, end in batch))
-        error = _run(attempt, timeout)
-        # An abandoned child may continue to transfer bytes: only those that are copied here count.
-        moved = attempt.moved
-        if not ends.write:
-            _copy_here(ends, batch, attempt.address, moved)
-        return moved, error
-    finally:
-        attempt.end()
+def _move(ends: Ends, batch: Sequence[Range], attempt: crosstask.Attempt, timeout: float) -> tuple[int, int]:
+    if ends.write:
+        _copy_here(ends, batch, attempt.address, sum(end - start for start, end in batch))
+    error = _run(attempt, timeout)
+    # An abandoned child may continue to transfer bytes: only those that are copied here count.
+    moved = attempt.moved
+    if not ends.write:
+        _copy_here(ends, batch, attempt.address, moved)
+    return moved, error
 
 
 def _run(attempt: crosstask.Attempt, timeout: float) -> int:

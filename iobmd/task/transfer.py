@@ -48,6 +48,7 @@ QUICK = 64 << 10
 """Maximum number of bytes for `move_present`."""
 
 _MOST_MARKED = 1024  # separate huge page ranges of the destination: each uses two mappings of vm.max_map_count
+_WINDOW = 16 << 20  # bytes whose present pages one child transfers, which another child has determined before
 _CALL_REFUSED = (errno.EPERM, errno.ENOSYS)
 
 
@@ -222,12 +223,18 @@ class _Run:
             return None
         absent = job.outline or crosstask.absent(self._pagemap, job.theirs, job.size, PAGE_SIZE)
         present = absent.outside(job.theirs, job.end)
-        if job.sparse and job.huge:
-            # Not chunk by chunk, because each of these calls blocks the page faults of other threads.
-            for start, end in present.whole(job.theirs, job.ours, job.huge)[:_MOST_MARKED]:
-                with contextlib.suppress(OSError):  # a kernel without transparent huge pages
-                    mman.advise(start, end - start, mman.MADV_HUGEPAGE)
+        # Not chunk by chunk, because each of these calls blocks the page faults of other threads.
+        self._permit_huge_pages(present, _MOST_MARKED)
         return present.cuts(job.theirs, chunked.PIECE, HUGE_PAGE_SIZE)
+
+    def _permit_huge_pages(self, present: Ranges, most: int) -> None:
+        """Permit huge pages in a sparse destination where the task has all pages, in at most this many ranges."""
+        job = self._job
+        if not job.sparse or not job.huge:
+            return
+        for start, end in present.whole(job.theirs, job.ours, job.huge)[:most]:
+            with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+                mman.advise(start, end - start, mman.MADV_HUGEPAGE)
 
     def _present(self, offset: int, size: int) -> tuple[int, int]:
         """Transfer the present pages of a chunk, and record the absent ones."""
@@ -248,7 +255,7 @@ class _Run:
         job = self._job
         at = job.theirs
         while at < job.end:
-            entries, error = attempt.entries(self._pagemap, at, min(at + attempt.WINDOW, job.end), job.patience)
+            entries, error = attempt.entries(self._pagemap, at, min(at + _WINDOW, job.end), job.patience)
             end = min(round_down(at, PAGE_SIZE) + len(entries) // 8 * PAGE_SIZE, job.end)
             if not entries:  # past the end of all address spaces, or the memory is gone
                 unmapped = error == errno.EFAULT and self.holds_memory()
@@ -257,6 +264,7 @@ class _Run:
             if absent:
                 self._absent.append(absent)
             if present:
+                self._permit_huge_pages(present, _MOST_MARKED * _WINDOW // max(job.size, _WINDOW))
                 reached, error = self._attempted(Absent(present, Origin.FAULT))
                 if swapped and job.pidfd >= 0 and not job.write:
                     attempt.page_out(job.pidfd, list(swapped), job.patience)

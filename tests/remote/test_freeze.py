@@ -14,7 +14,7 @@ from support.child import sleeping
 from support.targets import children
 
 import iobmd
-from iobmd import IOReturn, IOReturnError
+from iobmd import IOReturn, IOReturnError, procfs
 from iobmd.remote import session
 
 MIB = 1 << 20
@@ -112,6 +112,22 @@ def test_of_one_moment(start, kind: str) -> None:  # type: ignore[no-untyped-def
             assert buffer.source_stopped_ns == 0
     assert plain < 5, "the test proves nothing: a copy without freeze is of one moment too"
     assert not children(source.pid), "a snapshot was left behind"
+
+
+@pytest.mark.needs("compiler")
+@pytest.mark.parametrize("timeout", [None, 20.0])
+def test_the_destination_may_have_huge_pages(start, timeout: float | None) -> None:  # type: ignore[no-untyped-def]
+    """Otherwise faulting it in would prolong the stop, as it did with a time limit."""
+    source = start(32 * MIB, "shared")
+    with iobmd.copy(
+        source.pid, source.address, 32 * MIB, freeze=True, wired=False, timeout=timeout
+    ) as buffer:
+        first, end = buffer.getBytesNoCopy(), buffer.getBytesNoCopy() + 32 * MIB
+        inside = [(area, flags) for area, flags in procfs.vm_flags() if first < area.end and area.start < end]
+        permitted = sum(min(area.end, end) - max(area.start, first) for area, flags in inside if "hg" in flags)
+        assert permitted >= 28 * MIB, inside
+        with memoryview(buffer) as view:
+            assert is_of_one_moment(view, 32 * MIB)
 
 
 @pytest.mark.needs("compiler")

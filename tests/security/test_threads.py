@@ -277,13 +277,19 @@ def test_transfers() -> None:
         theirs, ours = address + 2 * number * MIB, address + (2 * number + 1) * MIB
         crosstask.copy_here(theirs, address, 0)
         memory.write(2 * number * MIB, bytes([number]) * MIB)
-        attempt = crosstask.Attempt([(theirs, MIB)], task=os.getpid())
-        attempt.start()
-        while not attempt.wait(1000):
-            pass
-        assert attempt.error == 0
-        assert attempt.moved == MIB
-        crosstask.copy_here(ours, attempt.address, MIB)
+        half = MIB // 2
+        attempt = crosstask.Attempt([(theirs, half)], task=os.getpid(), room=half)
+        for start in (0, half):
+            if start:
+                attempt.again([(theirs + start, half // 2), (theirs + start + half // 2, half // 2)])
+            attempt.start()
+            while not attempt.wait(1000):
+                pass
+            assert attempt.error == 0
+            assert attempt.moved == half
+            crosstask.copy_here(ours + start, attempt.address, half)
+        with pytest.raises(ValueError, match="room"):
+            attempt.again([(theirs, half + 1)])
         attempt.end()
         assert memory.read((2 * number + 1) * MIB, MIB) == bytes([number]) * MIB
 
