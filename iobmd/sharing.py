@@ -158,9 +158,7 @@ class Handle:
         """As `iobmd.attach`."""
         return self._attach_as(IOBufferMemoryDescriptor(), wired=wired)
 
-    def _attach_as(
-        self, buffer: IOBufferMemoryDescriptor, *, wired: bool | None = None
-    ) -> IOBufferMemoryDescriptor:
+    def _attach_as(self, buffer: IOBufferMemoryDescriptor, *, wired: bool | None = None) -> IOBufferMemoryDescriptor:
         """Attach the memory to a buffer that is not initialized, and return it."""
         description = self._description
         options = description.options

@@ -127,8 +127,10 @@ class AnonymousBacking(MappedBacking):
             self.pin()
         except CannotWireError as error:
             # mremap(2) does not move hugetlb pages to a given address.
-            where = "trying hugetlb pages, which do not move" if self._anywhere else "its address rules out hugetlb pages"
-            log.debug("%s; %s", error, where)
+            if self._anywhere:
+                log.debug("%s; trying hugetlb pages, which do not move", error)
+            else:
+                log.debug("%s; its address rules out hugetlb pages", error)
             if not self._anywhere or not self._take_hugetlb(want or PhysicalConstraints(size)):
                 if want:
                     raise

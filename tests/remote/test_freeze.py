@@ -119,9 +119,7 @@ def test_of_one_moment(start, kind: str) -> None:  # type: ignore[no-untyped-def
 def test_the_destination_may_have_huge_pages(start, timeout: float | None) -> None:  # type: ignore[no-untyped-def]
     """Otherwise faulting it in would prolong the stop, as it did with a time limit."""
     source = start(32 * MIB, "shared")
-    with iobmd.copy(
-        source.pid, source.address, 32 * MIB, freeze=True, wired=False, timeout=timeout
-    ) as buffer:
+    with iobmd.copy(source.pid, source.address, 32 * MIB, freeze=True, wired=False, timeout=timeout) as buffer:
         first, end = buffer.getBytesNoCopy(), buffer.getBytesNoCopy() + 32 * MIB
         inside = [(area, flags) for area, flags in procfs.vm_flags() if first < area.end and area.start < end]
         permitted = sum(min(area.end, end) - max(area.start, first) for area, flags in inside if "hg" in flags)
