@@ -4,17 +4,18 @@ instructions; locks and uses of file descriptors, which a fork does not preserve
 
 from _thread import allocate_lock
 
+cimport cython
 from libc.errno cimport EEXIST, EFAULT, EINTR, EINVAL, errno
-from libc.stdint cimport uint64_t, uintptr_t
-from libc.stdlib cimport free, realloc
-from libc.string cimport strerror
+from libc.stdint cimport uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memset, strerror
 from posix.unistd cimport _SC_PAGESIZE, close, getpid, sysconf
 from cpython.buffer cimport (
     PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
 )
 from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_SetObject, PyErr_WriteUnraisable
-from cpython.ref cimport Py_INCREF, Py_DECREF
+from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 
 from cacheline cimport (
     IOBMD_CLFLUSH, IOBMD_CLFLUSHOPT, IOBMD_CLWB, IOBMD_DC, IOBMD_INHIBIT, IOBMD_NONE, IOBMD_WRITE_COMBINE,
@@ -756,10 +757,11 @@ cdef class Exporter:
     The subclass defines `_exported()`, which returns `(keeper, mapping, offset, length, writable)` or raises. Each
     view holds the keeper, the object that owns the memory, and not only the mapping: the memory remains unchanged,
     and pinned if it was, until the last view ends, even if this object has released the owner. `exports` counts the
-    existing views.
+    existing views. `piece` is its memory, if that is a piece of a slab.
     """
 
     cdef readonly int exports
+    cdef readonly Piece piece
 
     def __getbuffer__(self, Py_buffer *view, int flags):
         cdef Mapping mapping
@@ -787,3 +789,4 @@ cdef class Exporter:
 
 
 include "mapping_guard.pxi"
+include "mapping_slab.pxi"

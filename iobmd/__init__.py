@@ -23,7 +23,7 @@ if TYPE_CHECKING or "iobmd_command" not in sys.modules:
     from iobmd.descriptors.composite import IOMultiMemoryDescriptor, IOSubMemoryDescriptor
     from iobmd.descriptors.descriptor import IOMemoryDescriptor
     from iobmd.descriptors.memory_map import IOMemoryMap
-    from iobmd.descriptors.usage import Statistics, Usage, statistics
+    from iobmd.descriptors.usage import Statistics, Usage, statistics, trim
     from iobmd.dma import IODMACommand
     from iobmd.errors import (
         BadArgumentError,
@@ -96,6 +96,7 @@ if TYPE_CHECKING or "iobmd_command" not in sys.modules:
         "share",
         "snapshot",
         "statistics",
+        "trim",
     ]
     __all__ += constants.__all__
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Literal
 
 from iobmd._internal.arguments import check_integers, check_type
@@ -204,13 +205,24 @@ def snapshot(task: AnyTask, *, limit: int | None = None) -> Snapshot:
     return Snapshot(as_task(task), limit=limit)
 
 
-def _options(wired: bool, contiguous: bool, purgeable: bool, shared: bool, cache: str, direction: str) -> int:
+def _options(*names: object) -> int:
+    """Return the options for the keywords, in the order of `_options_for`."""
+    try:
+        return _known_options(*names)
+    except TypeError:  # of a value that is not hashable
+        return _options_for(*names)  # type: ignore[arg-type]
+
+
+def _options_for(wired: bool, contiguous: bool, purgeable: bool, shared: bool, cache: str, direction: str) -> int:
     options = _named(DIRECTIONS, "direction", direction) | _named(CACHES, "cache", cache)
     options |= 0 if wired else _PAGEABLE
     options |= _CONTIGUOUS if contiguous else 0
     options |= _PURGEABLE if purgeable else 0
     options |= _SHARED if shared else 0
     return options
+
+
+_known_options = functools.lru_cache(maxsize=64, typed=True)(_options_for)
 
 
 def _make(

@@ -1,5 +1,5 @@
 from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
 from typing_extensions import Buffer, disjoint_base
 
@@ -56,6 +56,7 @@ class Mapping:
 @disjoint_base
 class Exporter:
     exports: int
+    piece: Piece | None
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 @disjoint_base
@@ -87,3 +88,30 @@ class Use:
     def __exit__(self, *_error: object) -> None: ...
 
 def generation() -> int: ...
+
+@disjoint_base
+class Slab:
+    keeper: Any
+    address: int
+    piece_size: int
+    count: int
+    used: int
+    owned: int
+    def __new__(cls, keeper: object, address: int, size: int, piece_size: int) -> Self: ...
+
+@disjoint_base
+class Pool:
+    piece_size: int
+    slabs: list[Slab]
+    def __new__(cls, piece_size: int) -> Self: ...
+    def add(self, slab: Slab) -> None: ...
+    def take(self, size: int, handle: Exporter) -> bool: ...
+    def trim(self) -> int: ...
+    def find(self, address: int) -> Any: ...
+
+@disjoint_base
+class Piece(Mapping):
+    slab: Slab | None
+    free: bool
+    def own(self, owner: object) -> bool: ...
+    def close_unowned(self) -> bool: ...

@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from iobmd._internal.weak_registry import WeakRegistry
-from iobmd.descriptors import memory_map
+from iobmd.descriptors import memory_map, slabs
 from iobmd.descriptors.ownership import MemoryOwner, Part
 from iobmd.errors import NotOpenError
 
@@ -30,7 +30,8 @@ def owners() -> list[MemoryOwner]:
 
 def find(task: Task, address: int, length: int) -> Part | None:
     """Return the part of an owner's memory at these addresses of a task; None unless it fills them."""
-    for owner in owners():
+    small = slabs.find(address) if task.is_current else None
+    for owner in (small, *owners()) if small else owners():
         with contextlib.suppress(NotOpenError):  # just released, or of the parent process after a fork
             for start, offset, size in _places(owner, task):
                 place = offset + address - start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import math
 import os
@@ -15,7 +16,7 @@ from iobmd.backing.contents import CopyOf
 from iobmd.backing.placement import ANYWHERE, Placement
 from iobmd.backing.remote import RemoteBacking
 from iobmd.constants import IOOptionBits, kIOMemoryIncoherentIOFlush
-from iobmd.descriptors import address_index, allocation
+from iobmd.descriptors import address_index, allocation, slabs
 from iobmd.descriptors.descriptor import IOMemoryDescriptor
 from iobmd.descriptors.options import (
     CACHE_MODES,
@@ -25,13 +26,13 @@ from iobmd.descriptors.options import (
     check_direction,
     check_request,
 )
-from iobmd.errors import BadArgumentError, BusyError, UnsupportedError
+from iobmd.errors import BadArgumentError, BusyError, NotOpenError, UnsupportedError
 from iobmd.memory import numa
 from iobmd.task.task import as_task, kernel_task
 from iobmd.units import PAGE_SIZE, round_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import numpy
     import numpy.typing
@@ -61,6 +62,10 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     _capacity = 0
     _contiguous = False
     _guarded = False
+    _contents: CopyOf | None = None
+    _node: int | None = None
+    _position = ANYWHERE
+    _holes: Sequence[tuple[int, int]] = ()
 
     def __init__(
         self,
@@ -70,11 +75,13 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         placement: Placement = ANYWHERE,
     ) -> None:
         # Construction has two steps, as in IOKit. This one only records the contents and the NUMA node for
-        # initWithPhysicalMask.
-        self._contents = contents
-        self._node = node
-        self._position = placement
-        self.holes = []
+        # initWithPhysicalMask, unless they are the defaults, for the sake of many small buffers.
+        if contents is not None:
+            self._contents = contents
+        if node is not None:
+            self._node = node
+        if placement is not ANYWHERE:
+            self._position = placement
 
     # --- factories
 
@@ -242,11 +249,16 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         )
         if self._contents:
             self._contents.check()
+        elif wanted.small and self._node is None and slabs.allocate(self, wanted.capacity, alignment):
+            self._capacity, self._options, self._state = wanted.capacity, wanted.options, "open"
+            if wanted.contiguous:
+                self._contiguous = True
+            return True
         with numa.on(self._node):
             backing = allocation.allocate(wanted, self._contents)
         self._open(backing, wanted.options, wanted.capacity, wanted.contiguous)
         if self._contents:
-            self.source_stopped_ns, self.holes = self._contents.stopped_ns, self._contents.holes
+            self.source_stopped_ns, self._holes = self._contents.stopped_ns, self._contents.holes
             if cache_of_copies(wanted.options):
                 self.performOperation(kIOMemoryIncoherentIOFlush, 0, wanted.capacity)  # written through the caches
             self._contents = None
@@ -270,8 +282,10 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     source_stopped_ns = 0
     """Upper bound of the time for which the source was stopped, in nanoseconds (`copy(…, freeze=True)`)."""
 
-    holes: list[tuple[int, int]]
-    """Offsets and lengths of the bytes that could not be read and are zero (`copy(…, unreadable="zero")`)."""
+    @property
+    def holes(self) -> list[tuple[int, int]]:
+        """Offsets and lengths of the bytes that could not be read and are zero (`copy(…, unreadable="zero")`)."""
+        return list(self._holes)
 
     @property
     def task_stopped_ns(self) -> int:
@@ -420,6 +434,17 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         """Return `(1, 0)`: the memory of the processor (kDLCPU)."""
         return 1, 0
 
+    def _memory(self) -> MemoryOwner:
+        if self.piece is not None and self.piece.free and (owner := slabs.own(self.piece, self._capacity, self)):
+            address_index.add(owner)
+        return super()._memory()
+
+    def _release(self, *, in_use: bool) -> None:
+        if self.piece is not None and self.piece.close_unowned():
+            self._state = "released"
+            return
+        super()._release(in_use=in_use)
+
     def _exported(self) -> tuple[MemoryOwner, Mapping, int, int, bool]:
         owner = self._memory()
         mapping, first = owner.require_backing().exported()
@@ -430,10 +455,13 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
 
     def __reduce_ex__(self, _protocol: SupportsIndex) -> str | tuple[object, ...]:
         # Picklers look up exact types. A subclass is reduced as this class, whose reducer `iobmd.sharing` registers.
-        reduce: Callable[[Self], str | tuple[object, ...]] = copyreg.dispatch_table[IOBufferMemoryDescriptor]
+        whole = IOBufferMemoryDescriptor
+        reduce: Callable[[IOBufferMemoryDescriptor], str | tuple[object, ...]] = copyreg.dispatch_table[whole]
         return reduce(self)
 
     def __repr__(self) -> str:
+        with contextlib.suppress(NotOpenError):
+            self._memory()  # a small buffer may have no owner yet
         name, owner = type(self).__name__, self._owner  # read once: another thread may release it
         backing = owner.backing if owner else None
         if owner is None or backing is None:
@@ -453,9 +481,10 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         return ", contiguous" if backing.runs else ", contiguous in one huge page, addresses hidden"
 
     def __del__(self) -> None:
-        if self._owner is None:
+        if self._owner is None and (self.piece is None or not self.piece.free):
             return
-        what, inherited = repr(self), self._owner.maker != os.getpid()
+        what = repr(self)  # a small buffer has an owner afterwards
+        inherited = self._owner is not None and self._owner.maker != os.getpid()
         self._abandon()
         if not inherited:
             warnings.warn(f"{what} was never freed", ResourceWarning, stacklevel=2, source=self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from operator import index
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -37,6 +38,13 @@ _MOST = (1 << 63) - 2 * PAGE_SIZE  # bytes of a file (off_t), without rounding a
 
 _CONTIGUOUS = int(IOOptionBits.kIOMemoryPhysicallyContiguous | IOOptionBits.kIOMemoryHostPhysicallyContiguous)
 
+_NO_TAGS = 0, 0
+
+SMALL = 2 << 10
+"""Size in bytes of the largest wired buffers that share pages with others."""
+
+_OF_SEPARATE_PAGES = _PAGEABLE | _SHARED | CACHE_MODES
+
 _OF_NEW_MEMORY = _CONTIGUOUS | _PAGEABLE | _PURGEABLE
 
 _NOT_YET = {
@@ -63,6 +71,8 @@ class Request(NamedTuple):
     """The number that names its mappings; 0: no name."""
     placement: Placement = ANYWHERE
     """Its address, and its protection in its task."""
+    small: bool = False
+    """Whether it may share pages with other buffers."""
 
     @property
     def name(self) -> str:
@@ -97,7 +107,7 @@ def check_request(
     alignment: int,
     physical_mask: int,
     guarded: bool = False,
-    tags: tuple[int, int] = (0, 0),
+    tags: tuple[int, int] = _NO_TAGS,
     placement: Placement = ANYWHERE,
 ) -> Request:
     """Check a request for a buffer; the parameters are those of `initWithPhysicalMask` and its factories.
@@ -109,6 +119,29 @@ def check_request(
     TypeError
         A number is not an integer.
     """
+    plain = task is kernel_task and not guarded and tags == _NO_TAGS and placement is ANYWHERE
+    if plain and type(options) is int and not options & CACHE_MODES:
+        return _check_plain(options, capacity, alignment, physical_mask)
+    where = None if task is None else as_task(task)
+    return _check(where, options, capacity, alignment, physical_mask, guarded, tags, placement)
+
+
+# Programs repeat a few requests, and a check takes longer than the rest of the allocation of a small buffer.
+@functools.lru_cache(maxsize=256, typed=True)
+def _check_plain(options: int, capacity: int, alignment: int, physical_mask: int) -> Request:
+    return _check(kernel_task, options, capacity, alignment, physical_mask)
+
+
+def _check(
+    where: Task | None,
+    options: int,
+    capacity: int,
+    alignment: int,
+    physical_mask: int,
+    guarded: bool = False,
+    tags: tuple[int, int] = _NO_TAGS,
+    placement: Placement = ANYWHERE,
+) -> Request:
     if not type(capacity) is type(alignment) is type(physical_mask) is int:
         check_integers(capacity=capacity, alignment=alignment, physicalMask=physical_mask)
         capacity, alignment, physical_mask = index(capacity), index(alignment), index(physical_mask)
@@ -125,16 +158,27 @@ def check_request(
         raise BadArgumentError(f"size {capacity:#x} with alignment {alignment:#x} exceeds every address space")
     _check_options(options)
     if guarded:
-        _check_guarded(task, options)
+        _check_guarded(where, options)
     want, contiguous = _physical(options, capacity, alignment, physical_mask)
     if options & _PAGEABLE and (want or contiguous):
         what = want or PhysicalConstraints(capacity, contiguous)
         raise BadArgumentError(f"pageable memory moves, and cannot be {what}: omit kIOMemoryPageable")
-    where = None if task is None else kernel_task if task is kernel_task else as_task(task)
     tag = _tag(tags, in_kernel=where is None or where is kernel_task)
     if placement is not ANYWHERE:
         _check_placement(placement, where, capacity, max(alignment, PAGE_SIZE))
-    return Request(where, options, capacity, want, contiguous, PAGE_SIZE if guarded else 0, tag, placement)
+    request = Request(where, options, capacity, want, contiguous, PAGE_SIZE if guarded else 0, tag, placement)
+    return request._replace(small=_may_share_pages(request))
+
+
+def _may_share_pages(request: Request) -> bool:
+    return (
+        request.capacity <= SMALL
+        and not request.options & _OF_SEPARATE_PAGES
+        and request.want is None
+        and not (request.guard or request.tag)
+        and request.placement is ANYWHERE
+        and request.here
+    )
 
 
 def _physical(options: int, capacity: int, alignment: int, mask: int) -> tuple[PhysicalConstraints | None, bool]:
@@ -207,7 +251,7 @@ def _check_options(options: int) -> None:
 
 def _tag(tags: tuple[int, int], *, in_kernel: bool) -> int:
     """Return the tag of a mapping: the first in `kernel_task`, otherwise the second; the other one if that is 0."""
-    if tags == (0, 0):
+    if tags == _NO_TAGS:
         return 0
     for tag in tags:
         check_integers(tag=tag)

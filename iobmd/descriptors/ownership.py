@@ -63,6 +63,8 @@ class MemoryOwner:
         The class of its handle, for messages.
     has_handle : bool
         Whether there is a handle; False: only dependents use it.
+    maker : int, optional
+        The pid of the process that wired it, by default this one.
     """
 
     __slots__ = (
@@ -83,13 +85,15 @@ class MemoryOwner:
         "purge_control",
     )
 
-    def __init__(self, backing: Backing, length: int, kind: str, *, has_handle: bool = True) -> None:
+    def __init__(
+        self, backing: Backing, length: int, kind: str, *, has_handle: bool = True, maker: int | None = None
+    ) -> None:
         self.backing: Backing | None = backing
         self._kind = kind
         self._dependents: WeakRegistry[CompositeBacking] | None = None
         self._pinned_for_good = not backing.composite and backing.wiring is Wiring.PINNED  # by its options
         self._sealed = False  # its last user is about to be removed
-        self.maker = self._wired_by = os.getpid()
+        self.maker = self._wired_by = os.getpid() if maker is None else maker
         self.guard = process_local.Guard()
         self.has_handle = has_handle
         self.length = length

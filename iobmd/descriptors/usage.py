@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import NamedTuple
 
-from iobmd.descriptors import address_index, memory_map
+from iobmd.descriptors import address_index, memory_map, slabs
 from iobmd.errors import NotOpenError
 from iobmd.memory.mlock import Wiring
 
@@ -16,7 +16,7 @@ class Usage(NamedTuple):
     buffers: int = 0
     """Live buffers."""
     size: int = 0
-    """Size of their memory in bytes, in whole pages, whether or not all of it is resident."""
+    """Size of their memory in bytes, whether or not all of it is resident: whole pages, or parts of shared pages."""
 
 
 class Statistics(NamedTuple):
@@ -32,6 +32,10 @@ class Statistics(NamedTuple):
     """Existing maps (`IOMemoryMap`) of these buffers or parts of them, in this process and others."""
     prepared: int
     """Buffers that are prepared."""
+    kept: int = 0
+    """Bytes of freed memory that are kept for reuse, until `iobmd.trim` frees them."""
+    slabs: int = 0
+    """Slabs, the pinned memory that small wired buffers share."""
 
 
 def statistics() -> Statistics:
@@ -55,8 +59,26 @@ def statistics() -> Statistics:
             usage = found[backing.wiring]
             found[backing.wiring] = Usage(usage.buffers + 1, usage.size + backing.size)
             prepared += owner.pins > 0
+    shared = slabs.all_slabs()
+    for slab in shared:
+        wiring, pieces = slab.keeper.wiring, slab.used - slab.owned  # the others have been counted
+        usage = found[wiring]
+        found[wiring] = Usage(usage.buffers + pieces, usage.size + pieces * slab.piece_size)
     for owner, uses in memory_map.uses_by_owner():
         with contextlib.suppress(NotOpenError):
             if not buffers.isdisjoint(owner.origins()):  # also through parts and concatenations of buffers
                 maps += uses
-    return Statistics(found[Wiring.PAGEABLE], found[Wiring.RESIDENT], found[Wiring.PINNED], maps, prepared)
+    kept = sum(slab.count * slab.piece_size for slab in shared if not slab.used)
+    pageable, resident, pinned = (found[wiring] for wiring in Wiring)
+    return Statistics(pageable, resident, pinned, maps, prepared, kept, len(shared))
+
+
+def trim() -> int:
+    """Free memory that is kept for reuse: the slabs that no small buffer uses.
+
+    Returns
+    -------
+    int
+        Bytes.
+    """
+    return slabs.trim()

@@ -19,6 +19,7 @@ POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
     [
         ("copy", 13),
         pytest.param("wired", 7, marks=pytest.mark.needs("frames", "memlock", "big_memory")),
+        pytest.param("allocator", 3, marks=pytest.mark.needs("memlock")),
         pytest.param("purgeable", 5, marks=pytest.mark.needs("memlock")),
         ("remote", 9),
         ("pagemap", 9),

@@ -337,6 +337,7 @@ def settle() -> None:
 
 def footprint() -> tuple[int, int, int, int]:
     """Return the kernel resources of this process: mapped objects of iobmd, descriptors, locked and pinned bytes."""
+    iobmd.trim()
     ours = sum("iobmd" in line for line in mapped_objects())
     return ours, len(list(Path("/proc/self/fd").iterdir())), kernel.status("VmLck"), kernel.pinned()
 

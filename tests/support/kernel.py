@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import iobmd
 from iobmd._native import mman
 
 if TYPE_CHECKING:
@@ -170,6 +171,7 @@ class Footprint(NamedTuple):
 
     @classmethod
     def now(cls) -> Footprint:
+        iobmd.trim()
         descriptors = len(list(Path("/proc/self/fd").iterdir()))
         maps = Path("/proc/self/maps").read_text().splitlines()
         return cls(len(maps), status("VmRSS"), descriptors, status("VmLck"))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 BENCHMARKS = {
     "copy": ("iobmd.tools.bench.copy", "withCopy from another process, and the startup time"),
     "wired": ("iobmd.tools.bench.wired", "pins, segments, small wired buffers"),
+    "allocator": ("iobmd.tools.bench.allocator", "small wired buffers, which share pages"),
     "contiguous": (
         "iobmd.tools.bench.contiguous",
         "contiguous memory without a pool; as root also with enlarged pools, and DPDK",
