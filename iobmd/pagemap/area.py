@@ -199,8 +199,12 @@ class Area(NamedTuple):
         """Whether it maps something other than system memory (VM_PFNMAP; without smaps, judged by its name)."""
         if self.details is not None:
             return "pf" in self.details.flags
-        name = self.name
-        return name.startswith("[vvar") or (name.startswith("/dev/") and not name.startswith(_MEMORY))
+        return maps_a_device(self.name)
+
+
+def maps_a_device(name: str) -> bool:
+    """Return whether an area of this name maps something other than system memory, as far as the name shows it."""
+    return name.startswith("[vvar") or (name.startswith("/dev/") and not name.startswith(_MEMORY))
 
 
 _MEMORY = ("/dev/shm/", "/dev/zero", "/dev/hugepages", "/dev/mqueue")

@@ -189,7 +189,8 @@ LIMIT = 32 << 20
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["--json"], ["--csv"], ["--sort", "size"], ["--map"], ["--svg", "/dev/null"], ["--save", "/dev/null"],
+    [[], ["--json"], ["--csv"], ["--sort", "size"], ["--map"], ["--svg", "/dev/null"], ["--png", "/dev/null"],
+     ["--html", "/dev/null"], ["--save", "/dev/null"],
      ["--watch", "0.01", "--count", "2"]],
     ids=" ".join,
 )  # fmt: skip

@@ -1,21 +1,33 @@
 """The pictures of `iobmd pagemap`, compared with the kernel's data on the memory that they show."""
 
+import base64
 import ctypes
+import hashlib
+import html
+import json
 import mmap
+import os
 import re
+import subprocess
 import sys
+from collections.abc import Iterator
+from itertools import groupby, pairwise
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from iobmd.tools.pagemap.palette import INKS
 from PIL import Image
 from support import kernel
 from support.child import CAP_SYS_ADMIN, in_child
 from support.commands import shown
-from support.targets import Target
+from support.targets import PATIENCE, Target, need_program
+from support.terminal import lines_on_terminal
 
 from iobmd._native import mman
 from iobmd.cli import main
+from iobmd.units import format_size
 
 MIB = 1 << 20
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE (Python 3.13)
@@ -47,10 +59,22 @@ def ours() -> Memory:
     return Memory()
 
 
-def rows_of(text: str) -> dict[int, str]:
-    """Return the rows of a map: the cells by the address of the first."""
-    found = (re.match(r" *([0-9a-f]+)  (.*)", line) for line in text.splitlines())
-    return {int(row[1], 16): row[2] for row in found if row}
+def pictured(capsys: pytest.CaptureFixture[str], memory: Memory, *arguments: str) -> str:
+    """Return the output of the command for memory that the kernel did not move during the read.
+
+    Any process may have the kernel compact memory; the pages that it moves are drawn as markers.
+    """
+    for _attempt in range(50):
+        before = kernel.entries(memory.address, 8 * MIB)
+        text = shown(capsys, "self", *arguments, "--range", memory.range)
+        if before == kernel.entries(memory.address, 8 * MIB):
+            break
+    return text
+
+
+def cells_of(text: str) -> str:
+    """Return the cells of a map, without the addresses and names around them."""
+    return "".join(re.findall(r"^ *[0-9a-f]{9,} ([A-Z]+)", text, re.M))
 
 
 def test_a_letter_for_each_block(
@@ -58,27 +82,58 @@ def test_a_letter_for_each_block(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "90")
     monkeypatch.setenv("LINES", "40")
-    text = shown(capsys, "self", "--map", "--range", ours.range)
-    cell = re.search(r"a cell: (\d+) KiB, ", text)
+    text = pictured(capsys, ours, "--map")
+    cell = re.search(r"^a cell: (\d+) KiB, ", text, re.M)
     assert cell
     per_state = 2 * MIB // (int(cell[1]) << 10)
-    cells = "".join(row.partition("  ")[0] for row in rows_of(text).values())
     huge = "H" if ours.has_huge else "A"
-    # The end is empty: the row is omitted, or shown as empty blocks of an area.
-    assert cells.rstrip(".") == "A" * per_state + huge * per_state + "Z" * per_state
-    assert max(map(len, text.splitlines()[3:])) <= 90
+    assert cells_of(text) == "A" * per_state + huge * per_state + "Z" * per_state
+    assert max(map(len, text.splitlines())) < 90
+    assert "not drawn: 2 MiB of addresses without pages" in text
 
 
-def test_colours_and_the_width_of_a_terminal(
-    ours: Memory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm-256color"), ("COLUMNS", "70")):
-        monkeypatch.setenv(name, value)
-    text = shown(capsys, "self", "--map", "--range", ours.range)
-    assert "█" in text
-    assert "\x1b[" in text
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    assert max(map(len, plain.splitlines()[3:])) <= 70
+def test_every_kind_has_a_color_and_a_letter_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal, whose sixteen colors are used; then the user wants none."""
+    for attribute in ("terminal", "letter", "color", "meaning"):
+        assert len({getattr(ink, attribute) for ink in INKS.values()}) == len(INKS)
+    monkeypatch.setenv("TERM", "xterm")
+    text = "\n".join(lines_on_terminal(70, "pagemap", str(os.getpid()), "--map", raw=True))
+    color = re.search("\x1b\\[(\\d+)m█\x1b\\[0m anonymous", text)
+    assert color, "the legend"
+    assert f"\x1b[{color[1]}m█" in text.rpartition("anonymous")[0]
+    assert 30 <= int(color[1]) <= 37 or 90 <= int(color[1]) <= 97
+    monkeypatch.setenv("NO_COLOR", "1")
+    text = "\n".join(lines_on_terminal(70, "pagemap", str(os.getpid()), "--map", raw=True))
+    assert "\x1b" not in text
+    assert "AAA" in text
+
+
+NAMED = """
+import mmap, os, sys
+held = []
+for number in range(60):
+    file = os.memfd_create(f"a-very-long-name-of-memory-{number:02}-" + "x" * 100)
+    os.ftruncate(file, 3 << 20 if number % 5 == 0 else 1 << 18)
+    held.append(mmap.mmap(file, 0))
+    held[-1][:] = b"x" * len(held[-1])
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def named() -> Iterator[int]:
+    """A process with twelve mappings of 3 MiB and 48 small ones, with long names."""
+    with Target([sys.executable, "-I", "-S", "-c", NAMED]) as target:
+        yield target.pid
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(40, 24), (80, 50), (300, 24)])
+def test_a_map_fits_the_terminal(named: int, columns: int, rows: int) -> None:
+    lines = lines_on_terminal(columns, "pagemap", str(named), "--map", rows=rows)
+    assert rows * 2 // 3 < len(lines) < rows, "the prompt follows"
+    assert max(map(len, lines)) < columns
+    assert any("…" in line for line in lines), "\n".join(lines)
 
 
 TERABYTE = f"""
@@ -89,46 +144,65 @@ sys.stdin.read()
 """
 
 
-def test_far_apart_areas_are_not_joined_by_empty_rows(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Uses a small process: how much of a TiB is in nonempty rows depends on its other mappings."""
-    monkeypatch.setenv("LINES", "40")
+def test_unused_addresses_are_not_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Target([sys.executable, "-I", "-S", "-c", TERABYTE]) as target:
-        assert main(["pagemap", str(target.pid), "--map"]) == 0
-    text = capsys.readouterr().out
-    assert len(text.splitlines()) < 90
-    assert re.search(r"⋮  1(\.\d)? TiB of empty areas", text)  # other areas may adjoin it
+        text = shown(capsys, str(target.pid), "--map")
+        shown(capsys, str(target.pid), "--html", str(tmp_path / "file.html"))
+    assert re.search(r"^not drawn: 1(\.\d)? TiB of addresses without pages$", text, re.M)
+    assert text.count("\n") < 44
+    assert data_of(tmp_path / "file.html")["length"] < 100 * MIB
 
 
-def boxes(path: Path) -> list[tuple[ElementTree.Element, str]]:
-    """Return the boxes of a picture that have a description."""
-    found = [(box, box.findtext(f"{SVG}title")) for box in ElementTree.parse(path).iter(f"{SVG}rect")]
-    return [(box, tip) for box, tip in found if tip]
+def data_of(page: Path) -> dict[str, Any]:
+    """Return the data of a page."""
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.S)
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def rollup(pid: int) -> dict[str, int]:
+    """Return the sums of smaps of all areas, in bytes."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    found = re.findall(r"^(Rss|Anonymous|AnonHugePages|Swap): +(\d+) kB", text, re.M)
+    return {name: int(value) << 10 for name, value in found}
+
+
+def test_the_legend_adds_up_to_the_sums_of_the_kernel(
+    named: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _attempt in range(20):  # the kernel may move or swap out pages during the read
+        before = rollup(named)
+        shown(capsys, str(named), "--html", str(tmp_path / "file.html"))
+        shown(capsys, str(named), "--svg", str(tmp_path / "file.svg"))
+        found = data_of(tmp_path / "file.html")
+        totals = {state["key"]: state["total"] for state in found["states"]}
+        if rollup(named) == before and not totals["marker"]:
+            break
+    assert totals["huge"] + totals["present"] + totals["file"] == before["Rss"]
+    assert totals["present"] == before["Anonymous"] - before["AnonHugePages"]
+    assert totals["swapped"] == before["Swap"]
+    assert sum(sum(sums.values()) for _name, _is_group, sums in found["groups"]) == sum(totals.values())
+    assert f"anonymous {format_size(totals['present'])}, " in (tmp_path / "file.svg").read_text()
+    column = [key for key, _heading in found["fields"]].index("resident_bytes")
+    assert sum(row[column] for row in found["rows"]) == before["Rss"], "the table"
 
 
 @pytest.mark.needs("frames")
-def test_a_box_for_every_place_where_memory_lies(
+def test_a_cell_for_every_place_where_memory_lies(
     ours: Memory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shown(capsys, "self", "--svg", str(tmp_path / "file.svg"), "--range", ours.range)
-    drawn: set[tuple[int, int]] = set()
-    size = 0
-    for box, tip in boxes(tmp_path / "file.svg"):
-        place = re.search(r"^0x(\w+)-0x(\w+)\nphysical 0x(\w+)-0x(\w+)\n", tip)
-        if not place:
-            continue
-        virtual, end, physical, stop = (int(number, 16) for number in place.groups())
-        drawn.add((virtual, physical))
-        columns, rows = end - virtual, stop - physical
-        size += 1
-        assert float(box.get("width", 0)) > 0
-    assert size == len(drawn)
-    wanted = set()
-    for index, entry in enumerate(kernel.entries(ours.address, 4 * MIB)):
-        virtual, physical = ours.address + index * kernel.PAGE, (entry & kernel.FRAME) * kernel.PAGE
-        wanted.add((virtual // columns * columns, physical // rows * rows))
-    assert drawn == wanted
+    pictured(capsys, ours, "--html", str(tmp_path / "file.html"))
+    found = data_of(tmp_path / "file.html")
+    drawn = list(zip(found["cells"][::4], found["cells"][1::4], strict=True))
+    wanted = {
+        (index * kernel.PAGE // found["block"], (entry & kernel.FRAME) * kernel.PAGE // found["physical_block"])
+        for index, entry in enumerate(kernel.entries(ours.address, 4 * MIB))
+    }
+    assert len(drawn) == len(set(drawn))
+    assert set(drawn) == wanted
+    assert [int(column[0], 16) for column in found["columns"]] == list(
+        range(ours.address, ours.address + 6 * MIB, found["block"])
+    )
 
 
 def test_frames_that_are_hidden_leave_the_strip(ours: Memory, tmp_path: Path) -> None:
@@ -137,34 +211,152 @@ def test_frames_that_are_hidden_leave_the_strip(ours: Memory, tmp_path: Path) ->
         in_child(lambda: main(["pagemap", "self", "--svg", str(path), "--range", ours.range]), drop=CAP_SYS_ADMIN)
         == 0
     )
-    tips = [tip for _box, tip in boxes(path)]
-    assert tips
-    assert not any("physical" in tip for tip in tips)
-    assert "frame numbers" in path.read_text()
-    assert sum(float(box.get("height", 0)) > 0 for box, tip in boxes(path) if "zero page" in tip) > 0
+    text = path.read_text()
+    assert "Physical address" not in text
+    assert "frame numbers" in text
+    assert "zero page" in text
+    assert len(list(ElementTree.parse(path).iter(f"{SVG}rect"))) > 10
 
 
-def test_a_page_needs_nothing_else(ours: Memory, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shown(capsys, "self", "--html", str(tmp_path / "file.html"), "--range", ours.range)
-    text = (tmp_path / "file.html").read_text()
-    assert not re.search(r"(src|href)=|url\(|@import", text)
-    assert [link for link in re.findall(r"https?://[^\"]*", text) if "w3.org" not in link] == []
-    assert f"{ours.address:#x}-" in text
+def test_names_stay_within_their_boxes(named: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each name has a border; no two labels overlap, however long the names are."""
+    shown(capsys, str(named), "--svg", str(tmp_path / "file.svg"))
+    tree = ElementTree.parse(tmp_path / "file.svg")
+    borders = [shape for shape in tree.iter(f"{SVG}rect") if shape.get("class") == "border"]
+    edges = [(float(box.get("x", 0)), float(box.get("x", 0)) + float(box.get("width", 0))) for box in borders]
+    assert len(edges) > 10
+    assert all(end <= start for (_start, end), (start, _end) in pairwise(edges))
+    top = float(borders[0].get("y", 0))
+    names = [
+        (float(text.get("x", 0)), text.text or "")
+        for text in tree.iter(f"{SVG}text")
+        if text.get("class") == "name" and float(text.get("y", 0)) == top + 14
+    ]
+    assert {edge for edge in edges if edge[1] - edge[0] >= 36} <= {
+        edge for edge in edges for x, _words in names if edge[0] < x < edge[1]
+    }, "each that is not small has a name"
+    assert sum(words.endswith("…") for _x, words in names) > 5
+    for x, words in names:
+        end = next(edge[1] for edge in edges if edge[0] <= x < edge[1])
+        assert x + len(words) * 6.62 < end, "in the monospaced font of 11 pixels"
 
 
-def test_pixels_have_the_colours_of_the_states(
+def test_a_page_loads_nothing_and_runs_only_its_script(
     ours: Memory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shown(capsys, "self", "--png", str(tmp_path / "file.png"), "--range", ours.range)
+    shown(capsys, "self", "--html", str(tmp_path / "file.html"), "--range", ours.range)
+    text = (tmp_path / "file.html").read_text()
+    assert not re.search(r"(src|href)=|url\(|@import|https?://", text)
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="(.*?)"', text)
+    for element, kind in (("script", "script"), ("style", "style")):
+        (content,) = re.findall(f"<{element}>(.*?)</{element}>", text, re.S)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+    assert policy.startswith("default-src 'none';")
+
+
+HOSTILE = """
+import mmap, os, sys
+held = []
+for name in ("</script><script>document.title=1</script>", "<img src=x onerror=document.title=2>", "<!--<script>"):
+    file = os.memfd_create(name)
+    os.ftruncate(file, 4 << 20)
+    held.append(mmap.mmap(file, 0))
+    held[-1][:] = b"x" * len(held[-1])
+print("ready", flush=True)
+sys.stdin.read()
+"""
+USED = """
+const result = {resources: performance.getEntriesByType("resource").length};
+const rows = () => [...document.querySelectorAll("#rows tr")].map(row => row.lastChild.textContent);
+const field = document.getElementById("search");
+const type = text => { field.value = text; field.dispatchEvent(new Event("input")); };
+const ground = () => getComputedStyle(document.body).backgroundColor;
+const boxes = () => [...document.querySelectorAll("#boxes button")].map(box => box.getBoundingClientRect());
+result.all = rows();
+result.gaps = boxes().map((box, index, all) => index ? box.left - all[index - 1].right : 0);
+result.boxes = boxes().length;
+type("onerror");
+result.searched = rows();
+result.dimmed = document.querySelectorAll("#boxes button.other").length;
+result.found = document.getElementById("found").textContent;
+type("");
+document.querySelector("[data-state=file]").click();
+result.filtered = rows();
+document.querySelector("[data-state=file]").click();
+[...document.querySelectorAll("#boxes button")].find(box => box.textContent.includes("onerror")).click();
+result.zoomed = [rows(), boxes().length, location.hash];
+dispatchEvent(new KeyboardEvent("keydown", {key: "Escape"}));
+result.again = rows().length;
+document.querySelectorAll("th button")[0].click();
+result.sorted = [...document.querySelectorAll("#rows tr")].map(row => row.firstChild.textContent.split("-")[0]);
+result.light = ground();
+document.getElementById("theme").click();
+result.dark = ground();
+result.title = document.title;
+document.body.replaceChildren(Object.assign(document.createElement("pre"), {textContent: JSON.stringify(result)}));
+"""
+
+
+def test_a_page_in_a_browser(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Searches, filters, zooms, sorts and switches the theme; names that look like HTML remain text."""
+    browser = need_program("chromium")
+    page, profile = tmp_path / "file.html", tmp_path / "profile"
+    with Target([sys.executable, "-I", "-S", "-c", HOSTILE]) as target:
+        shown(capsys, str(target.pid), "--html", str(page))
+    text = page.read_text()
+    assert text.count("</script>") == 2
+    # The policy would also stop a name that was not escaped, and this script.
+    page.write_text(
+        re.sub(r"<meta http-equiv=.*", "", text).replace("</body>", f"<script>{{{USED}}}</script></body>")
+    )
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", "--dump-dom",
+         "--window-size=1200,900", page.as_uri()],
+        capture_output=True, text=True, check=False, timeout=PATIENCE * 3,
+        env=os.environ | {"HOME": str(tmp_path)},
+    )  # fmt: skip
+    (dumped,) = re.findall("<pre>(.*?)</pre>", done.stdout, re.S) or [""]
+    assert dumped, f"{done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    result = json.loads(html.unescape(dumped))
+    assert result["resources"] == 0
+    assert sum("onerror" in name for name in result["all"]) == 1
+    assert sum("</script><script>" in name for name in result["all"]) == 1
+    assert result["title"].startswith("Memory of python")
+    assert result["boxes"] >= 3
+    assert max(map(abs, result["gaps"])) < 1, "boxes neither overlap nor leave gaps"
+    assert [("onerror" in name) for name in result["searched"]] == [True]
+    assert result["dimmed"] == result["boxes"] - 1
+    assert result["found"] == f"1 of {len(result['all'])} areas selected, 4 MiB resident"
+    assert not any("onerror" in name for name in result["filtered"])
+    assert result["filtered"]
+    assert [("onerror" in name) for name in result["zoomed"][0]] == [True]
+    assert result["zoomed"][1] == 1
+    assert "from=" in result["zoomed"][2]
+    assert result["again"] == len(result["all"])
+    starts = [int(start, 16) for start in result["sorted"]]
+    assert starts == sorted(starts)
+    assert result["light"] == "rgb(255, 255, 255)"
+    assert result["dark"] == "rgb(21, 24, 28)"
+
+
+def test_pixels_have_the_colors_of_the_states(
+    ours: Memory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictured(capsys, ours, "--png", str(tmp_path / "file.png"))
     with Image.open(tmp_path / "file.png") as image:
-        strip = [image.getpixel((x, 96)) for x in range(80, 1040)]
-    first = {color: strip.index(color) for color in dict.fromkeys(strip)}
-    anonymous, huge, zero = (0x6C, 0xB9, 0xEE), (0x0B, 0x5F, 0xA5), (0xB9, 0xB9, 0xB9)
+        plot = image.convert("RGB").crop((84, 0, 1170, image.height))
+    wanted = [bytes.fromhex(INKS[state].color[1:]) for state in ("present", "huge", "zero")]
+    anonymous, huge, zero = (tuple(color) for color in wanted)
+    # The strip: every pixel of a row has the color of a state.
+    rows = [y for y in range(plot.height) if plot.getpixel((0, y)) == anonymous and plot.getpixel((1085, y)) == zero]
+    strip = [plot.getpixel((x, rows[0])) for x in range(plot.width)]
     if ours.has_huge:
-        assert first[anonymous] < first[huge] < first[zero]
-        assert strip.count(anonymous) == strip.count(huge) == strip.count(zero) > 100
+        assert [color for color, _same in groupby(strip)] == [anonymous, huge, zero]
+        assert strip.count(anonymous) == strip.count(huge) == strip.count(zero) == 362
     else:
-        assert strip.count(anonymous) == 2 * strip.count(zero) > 100
+        assert [color for color, _same in groupby(strip)] == [anonymous, zero]
+        assert strip.count(anonymous) == 2 * strip.count(zero)
 
 
 def test_without_pillow(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ MAY_BE_MISSING: dict[str, str] = {
     # requirement: why it may be missing with IOBMD_REQUIRE=all
     "go": "a compiler of 200 MB for the program of one test",
     "rustc": "the same; it is used if it is installed",
+    "chromium": "a browser of 400 MB for one test; it is used if it is installed",
     "two_processors": "a host may have one",
     "procmap_query": "kernels before 6.11 lack it, and maps is searched",
     "pagemap_scan": "kernels before 6.7 lack it, and pagemap is read",

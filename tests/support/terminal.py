@@ -1,4 +1,4 @@
-"""A command whose output is a terminal of a given width."""
+"""A command whose output is a terminal of a given size."""
 
 import contextlib
 import fcntl

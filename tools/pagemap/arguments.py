@@ -86,7 +86,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         way = "runs"
     _refuse_without_effect(parser, arguments, way)
     arguments.sort = arguments.sort or ("address" if arguments.each or way in ("json", "csv", "runs") else "rss")
-    arguments.of_areas = way in (*_LISTS, "watch") or arguments.only in BY_SMAPS
+    arguments.of_areas = way in (*_LISTS, "watch", "html") or arguments.only in BY_SMAPS
     if arguments.smaps is not None and not arguments.of_areas:
         parser.error(f"--smaps and --no-smaps have no effect with --{way}")
     if way == "table" and not arguments.each:

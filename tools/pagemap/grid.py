@@ -2,66 +2,95 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from typing import TYPE_CHECKING
+from collections import defaultdict
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 Sums = dict[str, int]
 """Bytes in each state."""
 
 
-class Grid:
-    """Nonempty blocks of addresses, each with its sums by state and their physical positions.
+class Block(NamedTuple):
+    """Consecutive pages of a process: as many bytes as the size of a block, except in the last one."""
 
-    Blocks are as small as the limits permit: if there are too many, they are joined in pairs. The grid is therefore
-    filled in one pass, and its size does not depend on the amount of data.
+    start: int
+    """The address of the first page."""
+    end: int
+    """The end address of the last page; there may be addresses without pages, which do not count, in between."""
+    sums: Sums
+
+
+class Grid:
+    """The pages of a process in blocks of equal size, each with its sums by state and their physical positions.
+
+    A block is addressed by its position: the number of bytes of pages before it. Addresses without pages have no
+    position. Blocks are as small as the limits permit: if there are too many, they are joined in pairs. The grid is
+    therefore filled in one pass, and its size does not depend on the amount of data.
 
     Parameters
     ----------
     limit : int
-        Maximum number of nonempty rows of blocks.
-    row : int
-        Blocks per row, a power of two. A row begins at a multiple of its size.
+        Maximum number of blocks.
     physical_limit : int
         Maximum number of blocks of physical memory; 0: physical positions are not recorded.
 
     Attributes
     ----------
     block, physical_block : int
-        Sizes of a block of addresses, and of physical memory, in bytes; powers of two.
+        Sizes of a block of pages, and of physical memory, in bytes; powers of two.
+    length : int
+        The bytes of pages in all blocks.
     """
 
-    def __init__(self, limit: int, *, row: int = 1, physical_limit: int = 0) -> None:
+    def __init__(self, limit: int, *, physical_limit: int = 0) -> None:
         self.block = self.physical_block = PAGE_SIZE
-        self._limit, self._row, self._physical_limit = limit, row, physical_limit
-        self._blocks: dict[int, Sums] = {}
-        self._rows: Counter[int] = Counter()
-        self._cells: defaultdict[int, Sums] = defaultdict(dict)
+        self.length = 0
+        self._limit, self._physical_limit = limit, physical_limit
+        self._blocks: list[Block] = []
+        self._cells: dict[int, int] = {}  # bytes; a dictionary for each cell would take three times the memory
+        self._states: list[str] = []
         self._top = 0
 
-    def add(self, virtual: int, physical: int | None, length: int, state: str) -> None:
-        """Add a range of addresses, in bytes, and its physical start address, if known."""
-        end = virtual + length
-        while virtual < end:
-            self._make_room(virtual, physical)
-            column = virtual // self.block
+    def add(self, address: int, physical: int | None, length: int, state: str) -> None:
+        """Append pages, with the address of the first, and its physical address if it is known."""
+        position, end = self.length, self.length + length
+        while (end - 1) // self.block >= self._limit:
+            self._join_blocks()
+        if not self._physical_limit:
+            physical = None
+        if physical is not None:
+            self.reach(physical + length)
+            number = self._number(state)
+        while position < end:
+            column = position // self.block
             stop = min(end, (column + 1) * self.block)
-            if physical is not None and self._physical_limit:
-                stop = min(stop, virtual + self.physical_block - physical % self.physical_block)
-                _add(self._cells[column << _SHIFT | physical // self.physical_block], state, stop - virtual)
-                physical += stop - virtual
-            _add(self._blocks[column], state, stop - virtual)
-            virtual = stop
+            if physical is not None:
+                row = physical // self.physical_block
+                stop = min(stop, position + (row + 1) * self.physical_block - physical)
+                key = (column << _ROW_BITS | row) << _STATE_BITS | number
+                self._cells[key] = self._cells.get(key, 0) + stop - position
+                physical += stop - position
+            more = stop - position
+            if column == len(self._blocks):
+                self._blocks.append(Block(address, address + more, {state: more}))
+            else:
+                first, _end, sums = self._blocks[column]
+                sums[state] = sums.get(state, 0) + more
+                self._blocks[column] = Block(first, address + more, sums)
+            address += more
+            position = stop
+        self.length = end
 
     def reach(self, physical: int) -> None:
         """Extend the blocks of physical memory up to an address."""
         while physical > self.physical_block * self._physical_limit:
             self.physical_block *= 2
-            self._cells = _joined(self._cells, lambda key: key >> _SHIFT << _SHIFT | (key & _MASK) >> 1)
+            self._join_cells(column=0, row=1)
         self._top = max(self._top, physical)
 
     @property
@@ -69,58 +98,50 @@ class Grid:
         """The number of blocks of physical memory."""
         return -(-self._top // self.physical_block)
 
-    def _make_room(self, virtual: int, physical: int | None) -> None:
-        if physical is not None and physical >= self._top and self._physical_limit:
-            self.reach(physical + 1)
-        while (column := virtual // self.block) not in self._blocks:
-            if column // self._row in self._rows or len(self._rows) < self._limit:
-                self._blocks[column] = {}
-                self._rows[column // self._row] += 1
-            else:
-                self._join_blocks()
+    @property
+    def columns(self) -> int:
+        """The number of blocks of pages."""
+        return len(self._blocks)
+
+    def blocks(self) -> list[Block]:
+        """Return the blocks, by position."""
+        return self._blocks
+
+    def cells(self) -> Iterator[tuple[int, int, Sums]]:
+        """Iterate over the pairs of blocks of pages and of physical memory: the number of each, and the sums."""
+        for cell, keys in groupby(sorted(self._cells), lambda key: key >> _STATE_BITS):
+            sums = {self._states[key & _STATE_MASK]: self._cells[key] for key in keys}
+            yield cell >> _ROW_BITS, cell & _ROW_MASK, sums
+
+    def _number(self, state: str) -> int:
+        if state not in self._states:
+            self._states.append(state)
+        return self._states.index(state)
 
     def _join_blocks(self) -> None:
         self.block *= 2
-        self._blocks = dict(_joined(self._blocks, lambda key: key >> 1))
-        self._cells = _joined(self._cells, lambda key: key >> _SHIFT + 1 << _SHIFT | key & _MASK)
-        self._rows = Counter(column // self._row for column in self._blocks)
+        self._blocks = [_joined(self._blocks[index : index + 2]) for index in range(0, len(self._blocks), 2)]
+        self._join_cells(column=1, row=0)
 
-    def blocks(self) -> Iterator[tuple[int, Sums]]:
-        """Iterate over the nonempty blocks, ascending: the address of each, and its sums."""
-        for column in sorted(self._blocks):
-            yield column * self.block, self._blocks[column]
-
-    def totals(self) -> Sums:
-        """Return the sums over all blocks."""
-        totals: Counter[str] = Counter()
-        for sums in self._blocks.values():
-            totals.update(sums)
-        return dict(totals)
-
-    def rows(self) -> Iterator[tuple[int, list[Sums]]]:
-        """Iterate over the nonempty rows, ascending: the address of each, and the sums of its blocks."""
-        for row in sorted(self._rows):
-            first = row * self._row
-            yield first * self.block, [self._blocks.get(first + index, {}) for index in range(self._row)]
-
-    def cells(self) -> Iterator[tuple[int, int, Sums]]:
-        """Iterate over the pairs of address blocks and physical blocks: both addresses, and the sums."""
-        for key in sorted(self._cells):
-            yield (key >> _SHIFT) * self.block, (key & _MASK) * self.physical_block, self._cells[key]
+    def _join_cells(self, *, column: int, row: int) -> None:
+        joined: defaultdict[int, int] = defaultdict(int)
+        for key, length in self._cells.items():
+            cell, state = key >> _STATE_BITS, key & _STATE_MASK
+            cell = cell >> _ROW_BITS + column << _ROW_BITS | (cell & _ROW_MASK) >> row
+            joined[cell << _STATE_BITS | state] += length
+        self._cells = dict(joined)
 
 
-_SHIFT = 44
+_ROW_BITS = 44
 """Bits for the number of a physical block: 52 address bits less 12 of a page, with a reserve."""
-_MASK = (1 << _SHIFT) - 1
+_ROW_MASK = (1 << _ROW_BITS) - 1
+_STATE_BITS = 4
+_STATE_MASK = (1 << _STATE_BITS) - 1
 
 
-def _add(sums: Sums, state: str, length: int) -> None:
-    sums[state] = sums.get(state, 0) + length
-
-
-def _joined(sums: dict[int, Sums], key_of: Callable[[int], int]) -> defaultdict[int, Sums]:
-    joined: defaultdict[int, Sums] = defaultdict(dict)
-    for key, states in sums.items():
-        for state, length in states.items():
-            _add(joined[key_of(key)], state, length)
-    return joined
+def _joined(blocks: list[Block]) -> Block:
+    sums: defaultdict[str, int] = defaultdict(int)
+    for block in blocks:
+        for state, length in block.sums.items():
+            sums[state] += length
+    return Block(blocks[0].start, blocks[-1].end, dict(sums))

@@ -94,7 +94,7 @@ class Groups:
         key : str or callable
             An attribute of `Total`, a function of one, or "name", which sorts in alphabetical order.
         """
-        labels = _labels(self._totals)
+        labels = labels_of(self._totals)
         groups = [Group(name, labels[name], total) for name, total in self._totals.items()]
         if key == "name":
             return sorted(groups, key=lambda group: (group.label, group.name))
@@ -112,7 +112,7 @@ _BY_PERMISSIONS = {"---": "[anon, reserved]", "r--": "[anon, read-only]"}
 """Kinds of anonymous memory: addresses without access are reserved, and usually have no memory."""
 
 
-def _labels(names: Iterable[str]) -> dict[str, str]:
+def labels_of(names: Iterable[str]) -> dict[str, str]:
     """Return the shortest label of each name that no other name has."""
     left = list(names)
     found = {}

@@ -12,34 +12,30 @@ class Ink(NamedTuple):
     """A state of pages in a picture."""
 
     color: str
+    terminal: str
+    """One of the 16 colors of terminals; they differ between states."""
     letter: str
     """The letter if there are no colors."""
     word: str
     meaning: str
+    is_memory: bool
+    """Whether the pages occupy memory or swap space of the process."""
 
 
 INKS = {
-    # Distinguishable without red or green vision (after Okabe and Ito).
-    "huge": Ink("#0b5fa5", "H", "huge", "mapped by huge pages"),
-    "present": Ink("#6cb9ee", "A", "anonymous", "anonymous"),
-    "file": Ink("#1c9c6c", "F", "file or shared", "of files, or shared"),
-    "zero": Ink("#b9b9b9", "Z", "zero page", "the zero page"),
-    "swapped": Ink("#e8751a", "S", "swapped", "swapped"),
-    "guard": Ink("#3a3a3a", "G", "guard pages", "guard pages"),
-    "marker": Ink("#c76bb0", "M", "markers", "migrating, poisoned or marked"),
+    # Distinguishable without red or green vision (after Okabe and Ito), on white and on black.
+    "huge": Ink("#2f6fd0", "bright_blue", "H", "huge", "in huge pages", True),
+    "present": Ink("#6cb9ee", "bright_cyan", "A", "anonymous", "anonymous", True),
+    "file": Ink("#1c9c6c", "green", "F", "file or shared", "of files, or shared", True),
+    "swapped": Ink("#e8751a", "yellow", "S", "swapped", "swapped", True),
+    "zero": Ink("#b4b4b4", "white", "Z", "zero page", "the zero page", False),
+    "guard": Ink("#6b6b6b", "bright_black", "G", "guard pages", "guard pages", False),
+    "marker": Ink("#c76bb0", "magenta", "M", "markers", "migrating, poisoned or marked", False),
+    "device": Ink("#b79b00", "red", "D", "device", "device memory", False),
 }
-"""Inks by the state of a span, in the order of the legend."""
-
-_PALEST = 0.4
+"""Inks by the state of pages, in the order of the legend."""
 
 
 def main_state(sums: Sums) -> str:
     """Return the most frequent state in a block."""
     return max(sums, key=lambda state: sums[state])
-
-
-def tinted(color: str, share: float) -> str:
-    """Return a color that is paler for a smaller share; the smallest is still visible."""
-    strength = _PALEST + (1 - _PALEST) * min(1.0, share)
-    parts = (int(color[index : index + 2], 16) for index in (1, 3, 5))
-    return "#" + "".join(f"{round(255 - (255 - part) * strength):02x}" for part in parts)

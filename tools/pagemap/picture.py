@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import html
 import sys
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from iobmd._internal.atomic_file import replacing
 from iobmd.errors import UnsupportedError
 from iobmd.physical import zones
 
-from .drawing import Box, Drawing, Label
+from .drawing import Box, Drawing
 from .grid import Grid
+from .labels import shortened
 from .look import Look
-from .survey import survey
+from .palette import INKS
+from .survey import Survey
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from typing import BinaryIO
 
-COLUMNS, ROWS = 240, 160
+    from .drawing import Label
+
+_LIGHT = {"paper": "#ffffff", "ground": "#f3f4f6", "line": "#d5d8dc", "border": "#7c838b", "text": "#1b1f24"}
+_DARK = {"paper": "#15181c", "ground": "#21262c", "line": "#3a4149", "border": "#8b949e", "text": "#e6e9ec"}
+_COLORS = _LIGHT | {state: ink.color for state, ink in INKS.items()}
+_SIZES = {"title": 19, "heading": 13, "plain": 12, "name": 11}
+"""Font sizes by the role of a label."""
+
+_SHADES = 6
+"""Shades of the edges of letters in a PNG."""
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -29,78 +41,76 @@ def run(arguments: argparse.Namespace) -> None:
     look = Look(arguments)
     if kind == "png":
         _require_pillow()
-    grid = Grid(COLUMNS, physical_limit=ROWS)
+    columns, rows = (1024, 96) if kind == "html" else (448, 128)  # a page can be zoomed
+    grid = Grid(columns, physical_limit=rows if look.frames else 0)
     if look.frames:
         grid.reach(zones.end_of_memory())
-    drawing = Drawing(look, grid, survey(look, grid))
+    survey = Survey(look, grid)
     with replacing("/dev/stdout" if path == "-" else path, 0o600) as file:
-        _WRITERS[kind](drawing, file)
-    print(f"{path}: {look.title}, {drawing.width}x{drawing.height} pixels", file=sys.stderr)
+        what = _WRITERS[kind](look, survey, file)
+    print(f"{path}: {look.title}, {what}", file=sys.stderr)
     look.require_task()
 
 
-def _write_svg(drawing: Drawing, file: BinaryIO) -> None:
+def _write_svg(look: Look, survey: Survey, file: BinaryIO) -> str:
+    drawing = Drawing(look, survey)
     file.writelines(line.encode() for line in _svg(drawing))
+    return f"{drawing.width}x{drawing.height} pixels"
 
 
 def _svg(drawing: Drawing) -> Iterator[str]:
     size = f'width="{drawing.width}" height="{drawing.height}"'
     yield f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {drawing.width} {drawing.height}" '
-    yield 'font-family="sans-serif" font-size="11" shape-rendering="crispEdges">\n'
-    for item in drawing.items():
-        yield _box(item) if isinstance(item, Box) else _label(item)
+    yield f'font-family="system-ui, sans-serif" shape-rendering="crispEdges">\n<style>\n{_style(_COLORS)}'
+    for role, height in _SIZES.items():
+        yield f"text.{role} {{ font-size: {height}px }}\n"
+    yield "text.title, text.heading { font-weight: 600 }\n"
+    yield "text.name { font-family: ui-monospace, 'DejaVu Sans Mono', monospace }\n"
+    yield f"@media (prefers-color-scheme: dark) {{\n{_style(_DARK)}}}\n</style>\n"
+    # Of thousands of boxes without a tooltip, those of one color make one path.
+    for (kind, ink, strength, tip), items in groupby(drawing.items(), _looks):
+        if kind is Box and not tip:
+            yield _path(items, ink, strength)  # type: ignore[arg-type]
+        else:
+            yield from (_box(item) if isinstance(item, Box) else _label(item) for item in items)
     yield "</svg>\n"
 
 
+def _looks(item: Box | Label) -> tuple[type, str, float, str]:
+    return (Box, item.ink, item.strength, item.tip) if isinstance(item, Box) else (type(item), "", 1, "")
+
+
+def _style(colors: dict[str, str]) -> str:
+    return "".join(
+        f"{'text' if name == 'text' else f'.{name}'} {{ fill: {color} }}\n" for name, color in colors.items()
+    )
+
+
+def _path(boxes: Iterable[Box], ink: str, strength: float) -> str:
+    shape = "".join(f"M{box.x:.6g} {box.y:.6g}h{box.width:.6g}v{box.height:.5g}h{-box.width:.6g}z" for box in boxes)
+    return f'<path class="{ink}"{_opacity(strength)} d="{shape}"/>\n'
+
+
+def _opacity(strength: float) -> str:
+    return f' opacity="{strength:.2g}"' if strength < 1 else ""
+
+
 def _box(box: Box) -> str:
-    shape = f'x="{box.x:g}" y="{box.y:.5g}" width="{box.width:g}" height="{box.height:.5g}" fill="{box.color}"'
-    tip = f"><title>{html.escape(box.tip)}</title></rect>\n" if box.tip else "/>\n"
-    return f"<rect {shape}{tip}"
+    shape = f'x="{box.x:.6g}" y="{box.y:.6g}" width="{box.width:.5g}" height="{box.height:.5g}"'
+    return f'<rect class="{box.ink}"{_opacity(box.strength)} {shape}><title>{html.escape(box.tip)}</title></rect>\n'
 
 
 def _label(label: Label) -> str:
-    anchor = ' text-anchor="end"' if label.to_the_left else ""
-    weight = ' font-weight="bold" font-size="14"' if label.strong else ""
-    return f'<text x="{label.x:g}" y="{label.y:g}"{anchor}{weight}>{html.escape(label.text)}</text>\n'
+    anchor = f' text-anchor="{label.anchor}"' if label.anchor != "start" else ""
+    return (
+        f'<text class="{label.role}" x="{label.x:.6g}" y="{label.y:.6g}"{anchor}>{html.escape(label.text)}</text>\n'
+    )
 
 
-def _write_html(drawing: Drawing, file: BinaryIO) -> None:
-    file.write(_PAGE_HEAD.replace("TITLE", html.escape(drawing.look.title)).encode())
-    _write_svg(drawing, file)
-    file.write(_PAGE_TAIL.encode())
+def _write_html(look: Look, survey: Survey, file: BinaryIO) -> str:
+    from .page import write  # noqa: PLC0415 (the command starts sooner without)
 
-
-_PAGE_HEAD = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>TITLE</title>
-<style>
-body { margin: 0; background: #fff } svg { display: block; margin: auto }
-#tip { position: fixed; display: none; white-space: pre; padding: 6px 9px; border-radius: 4px; pointer-events: none;
-       background: #222; color: #fff; font: 12px ui-monospace, monospace }
-rect.over { stroke: #000; stroke-width: 1 }
-</style></head><body>
-"""
-
-# Browsers show the title of a shape with a delay: this shows it immediately, next to the pointer.
-_PAGE_TAIL = """<div id="tip"></div>
-<script>
-const tip = document.getElementById("tip");
-for (const title of document.querySelectorAll("rect > title")) {
-  title.parentNode.dataset.tip = title.textContent;
-  title.remove();
-}
-let over = null;
-document.addEventListener("mousemove", event => {
-  if (over) over.classList.remove("over");
-  over = event.target.dataset && event.target.dataset.tip ? event.target : null;
-  tip.style.display = over ? "block" : "none";
-  if (!over) return;
-  over.classList.add("over");
-  tip.textContent = over.dataset.tip;
-  tip.style.left = Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 4) + "px";
-  tip.style.top = Math.min(event.clientY + 14, innerHeight - tip.offsetHeight - 4) + "px";
-});
-</script></body></html>
-"""
+    return write(look, survey, file, _LIGHT, _DARK)
 
 
 def _require_pillow() -> None:
@@ -111,22 +121,44 @@ def _require_pillow() -> None:
         raise UnsupportedError(message) from None
 
 
-def _write_png(drawing: Drawing, file: BinaryIO) -> None:
+def _write_png(look: Look, survey: Survey, file: BinaryIO) -> str:
     from PIL import Image, ImageDraw, ImageFont  # noqa: PLC0415
 
-    image = Image.new("RGB", (drawing.width, drawing.height), "white")
+    drawing = Drawing(look, survey)
+    # A byte for each pixel: a third of the memory, and smaller files.
+    palette = {_LIGHT["paper"]: 0}
+    image = Image.new("P", (drawing.width, drawing.height), 0)
     pen = ImageDraw.Draw(image)
-    fonts = {strong: ImageFont.load_default(14 if strong else 11) for strong in (False, True)}
+    fonts = {role: ImageFont.load_default(size) for role, size in _SIZES.items()}
+    shades = [
+        palette.setdefault(_tinted("text", shade / _SHADES, "paper"), len(palette)) for shade in range(_SHADES + 1)
+    ]
+    levels = [shades[round(level / 255 * _SHADES)] for level in range(256)]
     for item in drawing.items():
         if isinstance(item, Box):
             # The right and lower edges belong to the rectangle, which has at least one pixel.
             left, top = round(item.x), round(item.y)
             right, bottom = round(item.x + item.width) - 1, round(item.y + item.height) - 1
-            pen.rectangle((left, top, max(left, right), max(top, bottom)), fill=item.color)
+            fill = palette.setdefault(_tinted(item.ink, item.strength, "ground"), len(palette))
+            pen.rectangle((left, top, max(left, right), max(top, bottom)), fill=fill)
         else:
-            anchor = "rs" if item.to_the_left else "ls"
-            pen.text((item.x, item.y), item.text, fill="black", font=fonts[item.strong], anchor=anchor)
+            font = fonts[item.role]
+            text = shortened(item.text, item.room, font.getlength)
+            width, height = round(font.getlength(text)) + 2, _SIZES[item.role] * 3 // 2
+            tile = Image.new("L", (width, height))
+            ImageDraw.Draw(tile).text((0, height * 3 // 4), text, fill=255, font=font, anchor="ls")
+            start = round(item.x - {"start": 0, "middle": width / 2, "end": width}[item.anchor])
+            inked = tile.point([0] * 32 + [255] * 224)
+            image.paste(tile.point(levels), (start, round(item.y) - height * 3 // 4), inked)
+    image.putpalette(bytes.fromhex("".join(color[1:] for color in palette)))
     image.save(file, "PNG")
+    return f"{drawing.width}x{drawing.height} pixels"
+
+
+def _tinted(ink: str, strength: float, ground: str) -> str:
+    """Return an ink that covers the ground in part."""
+    pairs = ((int(_COLORS[name][index : index + 2], 16) for name in (ink, ground)) for index in (1, 3, 5))
+    return "#" + "".join(f"{round(above * strength + below * (1 - strength)):02x}" for above, below in pairs)
 
 
 _WRITERS = {"svg": _write_svg, "png": _write_png, "html": _write_html}
