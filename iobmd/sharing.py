@@ -138,9 +138,10 @@ class Handle:
         try:
             if not header:
                 raise NotOpenError("the other end of the socket is closed")
+            at_first = len(fds)  # another process may have sent further bytes, and the descriptors with them
             header += _exactly(socket, _HEADER.size - len(header), fds)
             mark, length = _HEADER.unpack(header)
-            if mark != _MARK or length > _LARGEST or len(fds) != 1:
+            if mark != _MARK or length > _LARGEST or at_first != 1:
                 raise _not_ours("it was not sent by iobmd")
             text = _exactly(socket, length, fds)
             if len(fds) != 1:

@@ -6,7 +6,7 @@ table: no thread of the task can copy, replace or redirect a descriptor in it. T
 these calls use; nothing is read back from it.
 
 A process that may trace the task can copy the descriptor from the guest all the same (pidfd_getfd). Memory that is
-mapped read-only there is therefore sent by `read_only`.
+mapped read-only there is therefore sent by `read_only`, other memory by `separate`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from iobmd.errors import NotPermittedError, UnsupportedError
+from iobmd.memory import shmem
 from iobmd.remote.guest import Result, call, map_scratch
 from iobmd.units import PAGE_SIZE
 
@@ -84,6 +85,23 @@ class Channel:
         struct.pack_into("=QIIQQQQI", image, 0, 0, 0, 0, vector, 1, control, _CONTROL_SIZE, 0)
         struct.pack_into("=QQ", image, _VECTOR - _MESSAGE, byte, 1)
         return bytes(image)
+
+
+@contextlib.contextmanager
+def separate(fd: int) -> Iterator[int]:
+    """Open the object of a descriptor again, if possible.
+
+    Flags of a descriptor and record locks belong to its open file description: with a copy of the one of this
+    process, O_APPEND would redirect its writes, and F_UNLCK would release its locks.
+    """
+    opened = fd
+    with contextlib.suppress(OSError):  # /proc is not mounted, its owner is another user, or no descriptor is free
+        opened = shmem.reopen(fd)
+    try:
+        yield opened
+    finally:
+        if opened != fd:
+            os.close(opened)
 
 
 @contextlib.contextmanager

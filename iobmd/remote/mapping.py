@@ -15,6 +15,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 from iobmd import procfs
+from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NoResourcesError, NotFoundError
 from iobmd.host import limits
 from iobmd.memory.shmem import alignment_of
@@ -152,9 +153,10 @@ class RemoteMapping:
         first = 0
         channel = fd_passing.Channel(guest)
         made = 0 if flags & _MAP_FIXED else MAPPING
+        sent = fd_passing.separate if self._writable else fd_passing.read_only
         for fd, run in itertools.groupby(extents, lambda extent: extent.fd):
-            with fd.use() as number, contextlib.ExitStack() as opened:
-                channel.send(number if self._writable else opened.enter_context(fd_passing.read_only(number)))
+            with fd.use() as number, sent(number) as other:
+                channel.send(other)
             receiving = channel.receiving()
             for extent in run:
                 mapped = self._map_extent(guest, receiving, address, extent, flags | _MAP_SHARED, protection, made)
@@ -162,7 +164,23 @@ class RemoteMapping:
                 first = first or mapped
                 address = mapped + extent.length
             guest.call("close", fd_passing.RECEIVED)
+        self._require_mapped(guest, first, address, {extent.fd for extent in extents})
         return first
+
+    @staticmethod
+    def _require_mapped(guest: Guest, start: int, end: int, sent: set[Fd]) -> None:
+        """Raise `kIOReturnError` unless a guest has mapped what was sent to it.
+
+        A process that may trace the task can copy the socket pair from the guest, and send other descriptors.
+        """
+        objects = set(map(_identity, sent))
+        areas = [area for area in procfs.areas(guest.pid, start, end) if (area.device, area.inode) in objects]
+        if (first := procfs.uncovered(areas, start, end, "")) < end:
+            message = (
+                f"task {guest.task.pid} has other memory at {first:#x} than iobmd mapped there: a thread of the task,"
+                " or a process that may trace it, has replaced it"
+            )
+            raise IOReturnError(IOReturn.kIOReturnError, message)
 
     @staticmethod
     def _map_extent(
