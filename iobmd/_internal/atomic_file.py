@@ -93,10 +93,9 @@ def _require_same(now: os.stat_result, found: os.stat_result) -> None:
 
 
 def _require_own(path: Path, found: os.stat_result) -> None:
-    """Raise EACCES for a file of another user in a world-writable sticky directory."""
+    """Raise EACCES for a file of another user in a world-writable directory."""
     folder = path.parent.stat()
-    shared = folder.st_mode & stat.S_ISVTX and folder.st_mode & stat.S_IWOTH
-    if shared and found.st_uid not in (os.geteuid(), folder.st_uid):
+    if folder.st_mode & stat.S_IWOTH and found.st_uid not in (os.geteuid(), folder.st_uid):
         kind = "symbolic link" if stat.S_ISLNK(found.st_mode) else "pipe"
         message = f"a {kind} of another user (uid {found.st_uid}) in a world-writable directory"
         raise OSError(errno.EACCES, message)

@@ -61,8 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(name: str, arguments: list[str]) -> int:
     try:
-        if sys.stdout is None:  # closed by the parent process
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the end)
+        _open_standard_streams()
         code: int = importlib.import_module(COMMANDS[name][0]).main(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -79,3 +78,15 @@ def _run(name: str, arguments: list[str]) -> int:
     except SystemExit as leave:  # argparse: --help or wrong usage
         return leave.code if isinstance(leave.code, int) else EXIT_USAGE
     return code
+
+
+def _open_standard_streams() -> None:
+    """Open /dev/null in place of each standard stream that the parent process has closed.
+
+    Otherwise the next file would get its number, such as the output file that of standard error, and the messages.
+    """
+    while (opened := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
+        pass
+    os.close(opened)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)

@@ -1,16 +1,21 @@
 """Links and pipes that another user plants where root writes a file, in a world-writable directory."""
 
+import contextlib
 import os
+import resource
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from iobmd.tools.pagemap import snapshots
-from support.child import NOBODY, in_child
+from support.child import NOBODY, forked, in_child, started
+from support.targets import until
 
 from iobmd._internal import atomic_file
 from iobmd._internal.atomic_file import replacing
@@ -33,7 +38,7 @@ def shared(tmp_path: Path, setting: Callable[[str, object], None]) -> Path:
 
 
 WRITES = {
-    "copy -o": lambda path: ["copy", str(os.getppid()), "[stack]", "1", "--pageable", "-o", str(path)],
+    "copy -o": lambda path: ["copy", str(os.getppid()), "[stack]", "4096", "--pageable", "-o", str(path)],
     "pagemap --save": lambda path: ["pagemap", "self", "--save", str(path)],
     "pagemap --svg": lambda path: ["pagemap", "self", "--svg", str(path)],
     "pagemap --html": lambda path: ["pagemap", "self", "--html", str(path)],
@@ -161,3 +166,112 @@ def test_a_temporary_directory_of_another_user(
     assert main(["pagemap", "self", *how]) == 0, capsys.readouterr().err
     assert not found, "nothing there has a name"
     assert precious.read_text() == "root's"
+
+
+@pytest.mark.parametrize("mode", [0o1777, 0o777], ids=["sticky", "not sticky"])
+def test_pipes_in_any_world_writable_directory(shared: Path, mode: int) -> None:
+    """The kernel's fs.protected_fifos protects sticky directories only."""
+    shared.chmod(mode)
+    pipe = shared / "out"
+    in_child(lambda: os.mkfifo(pipe, 0o666), uid=NOBODY)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with pytest.raises(PermissionError, match="pipe of another user"), replacing(pipe, 0o600) as file:
+        file.write(b"root's")
+    assert os.read(reader, 1) == b""
+    os.close(reader)
+
+
+@pytest.mark.parametrize("command", WRITES)
+def test_a_planted_file_that_another_user_keeps_open(shared: Path, command: str) -> None:
+    """The output has its name, but is another file, which that user cannot open."""
+    out = shared / "out"
+    reading, writing = os.pipe()
+    told, tell = os.pipe()
+
+    def spy() -> tuple[bytes, bool]:
+        with out.open("w+b") as opened:
+            out.chmod(0o666)
+            os.write(writing, b".")
+            os.read(told, 1)
+            try:
+                out.open("rb").close()
+            except PermissionError:
+                return opened.read(), False
+            return opened.read(), True
+
+    with ThreadPoolExecutor() as pool:
+        found = pool.submit(in_child, spy, uid=NOBODY)
+        os.read(reading, 1)
+        try:
+            assert main(WRITES[command](out)) == 0
+        finally:
+            os.write(tell, b".")
+        assert found.result() == (b"", False)
+    assert out.stat().st_size
+    assert (out.stat().st_uid, out.stat().st_mode & 0o777) == (os.geteuid(), 0o600)
+    for end in (reading, writing, told, tell):
+        os.close(end)
+
+
+def test_output_that_is_not_complete_is_nobody_elses(shared: Path) -> None:
+    """Not even with a umask of 0, by its temporary name, or after a kill in the middle of writing."""
+    out = shared / "out"
+    out.write_bytes(b"old")
+    reading, writing = os.pipe()
+
+    def victim() -> None:
+        os.umask(0)
+        with replacing(out, 0o600) as file:
+            file.write(b"secret")
+            file.flush()
+            os.write(writing, b".")
+            signal.pause()
+
+    with forked(victim):
+        os.read(reading, 1)
+        (draft,) = (path for path in shared.iterdir() if path != out)
+        assert draft.read_bytes() == b"secret", "the control"
+        with pytest.raises(PermissionError):
+            in_child(draft.read_bytes, uid=NOBODY)
+    with pytest.raises(PermissionError):
+        in_child(draft.read_bytes, uid=NOBODY)
+    assert out.read_bytes() == b"old"
+    os.close(reading)
+    os.close(writing)
+
+
+@pytest.mark.parametrize("command", WRITES)
+def test_a_limit_on_the_size_of_files(shared: Path, command: str) -> None:
+    """A caller of sudo may set RLIMIT_FSIZE: nothing remains of the output, and the previous file is complete."""
+    out = shared / "out"
+    out.write_bytes(b"old" * 1000)
+
+    def limited() -> int:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))
+        return main([*WRITES[command](out)])
+
+    assert in_child(limited) == 1
+    assert out.read_bytes() == b"old" * 1000
+    assert list(shared.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_standard_streams_that_the_caller_has_closed(closed: str) -> None:
+    """Their numbers go to no other file: messages would be written to it, and `--save -` would overwrite it."""
+    launcher = Path(sys.executable).with_name("iobmd")
+    program = ["sh", "-c", f'exec "$@" {closed}', "sh", launcher, "pagemap", "self", "--watch", "0.1"]
+    null = subprocess.DEVNULL
+    with started(program, stdin=null, stdout=null, stderr=null) as command:
+        assert until(lambda: any(link.endswith("/maps") for link in links(command.pid))), "the control: it works"
+        found = [os.readlink(f"/proc/{command.pid}/fd/{number}") for number in range(3)]  # noqa: PTH115
+    assert found == [os.devnull] * 3
+
+
+def links(pid: int) -> list[str]:
+    """Return the files that a process has open."""
+    found = []
+    for number in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208
+        with contextlib.suppress(OSError):
+            found.append(os.readlink(f"/proc/{pid}/fd/{number}"))  # noqa: PTH115
+    return found
