@@ -12,6 +12,7 @@ from iobmd._internal import pidns
 from iobmd._internal.pidns import directory
 from iobmd._native import maps as native
 from iobmd.errors import BusyError
+from iobmd.printable import printable
 
 HUGE = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Private_Hugetlb", "Shared_Hugetlb")
 """Counters of smaps for memory that is mapped by huge pages in the page tables: by a PMD, or as hugetlb pages."""
@@ -47,7 +48,7 @@ class VMA(NamedTuple):
     """The device of the file's file system, as "major:minor" in hexadecimal."""
 
     def __str__(self) -> str:
-        return f"{self.start:#x}-{self.end:#x} {self.perms} {self.name or '[anon]'}"
+        return f"{self.start:#x}-{self.end:#x} {self.perms} {printable(self.name) or '[anon]'}"
 
 
 _BATCH = 64

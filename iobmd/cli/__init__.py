@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from iobmd._version import __version__
-from iobmd.cli.printable import printable
 from iobmd.errors import IOReturnError
+from iobmd.printable import printable
 
 COMMANDS = {
     "demo": ("iobmd.cli.demo.command", "copy memory from another process, and verify the copies"),

@@ -18,6 +18,7 @@ from iobmd._internal.lazy_property import LazyProperty
 from iobmd.errors import NamedError, NoMemoryError, NoResourcesError
 from iobmd.host import cgroup, pages
 from iobmd.host.fact import read_int, read_text
+from iobmd.printable import printable
 from iobmd.units import PAGE_SIZE, format_size
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ class Room(NamedTuple):
 
     def refusal(self, kind: type[NamedError], what: str, pid: int | None) -> NamedError:
         """Return the error for memory that does not fit here; `pid` is the process that would be charged."""
-        remedy = f"free some there, raise {self.file}" if self.group else "free some, add swap space"
+        remedy = f"free some there, raise {printable(self.file)}" if self.group else "free some, add swap space"
         return kind(f"{what} do not fit: {self.report(pid)}; {remedy}, or request less")
 
     def report(self, pid: int | None = None) -> str:
@@ -174,7 +175,8 @@ class Room(NamedTuple):
         if not self.group:
             return f"this host has {left} free of {limit}"
         whose = "this process" if pid is None else f"task {pid}"
-        return f"the {self.controller} cgroup {self.group.name} of {whose} has {left} free of its limit of {limit}"
+        name = printable(self.group.name)
+        return f"the {self.controller} cgroup {name} of {whose} has {left} free of its limit of {limit}"
 
 
 class _Look:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from iobmd import procfs
 from iobmd.host import cgroup
 from iobmd.host.fact import read_text
+from iobmd.printable import printable
 from iobmd.remote import threads
 
 if TYPE_CHECKING:
@@ -24,14 +25,18 @@ def why(pid: int) -> str:
     # The outermost group that was itself frozen, not through an ancestor.
     for group in reversed(frozen):
         if group.unified and _reads(group, "cgroup.freeze", "1"):
-            return _message(group, f"echo 0 > {group.file('cgroup.freeze')}")
+            return _message(group, "0", "cgroup.freeze")
         if not group.unified and _reads(group, "freezer.self_freezing", "1"):
-            return _message(group, f"echo THAWED > {group.file('freezer.state')}")
-    return f"its cgroup {frozen[0].directory} is frozen through an ancestor"
+            return _message(group, "THAWED", "freezer.state")
+    return f"its cgroup {printable(frozen[0].directory)} is frozen through an ancestor"
 
 
-def _message(group: Cgroup, thaw: str) -> str:
-    return f"its cgroup {group.directory} is frozen: thaw it (`{thaw}`, or unpause the container)"
+def _message(group: Cgroup, state: str, file: str) -> str:
+    import shlex  # noqa: PLC0415 (rarely needed)
+
+    # Another user may have chosen the name, and the reader may execute the command.
+    thaw = f"echo {state} > {printable(shlex.quote(group.file(file)))}"
+    return f"its cgroup {printable(group.directory)} is frozen: thaw it (`{thaw}`, or unpause the container)"
 
 
 def switches(pid: int) -> dict[int, int] | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from iobmd import host, procfs
 from iobmd.errors import BadArgumentError, IOReturnError, NotPermittedError, UnsupportedError
+from iobmd.printable import printable
 from iobmd.task import diagnosis
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def traced_by_another(pid: int, tracer: int) -> NotPermittedError:
     """Return the error for a task that already has a tracer."""
     try:
         name = Path(f"/proc/{tracer}/comm").read_text(errors="surrogateescape").removesuffix("\n")
-        whom = f"process {tracer} ({name})"
+        whom = f"process {tracer} ({printable(name)})"
     except OSError:
         whom = "another process"
     message = f"task {pid} is already traced by {whom}, and can have only one tracer: detach that tracer first"

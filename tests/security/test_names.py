@@ -3,17 +3,21 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from support.child import sleeping, started
+from support.errors import error_of
+from support.targets import need_ptrace
 
 import iobmd
 from iobmd import host, procfs
 from iobmd.cli import main
 from iobmd.errors import NotPermittedError
 from iobmd.host import cgroup
+from iobmd.remote import freezer
 from iobmd.task import extents, obstacles
 
 ESCAPE = "\x1b[2J"
@@ -116,8 +120,9 @@ def test_a_tracer_whose_name_is_no_text() -> None:
     ):
         assert tracer.stdout is not None
         assert tracer.stdout.readline() == "0\n"
-        with pytest.raises(NotPermittedError, match=f"traced by process {tracer.pid} "):
+        with pytest.raises(NotPermittedError, match=f"traced by process {tracer.pid} ") as caught:
             iobmd.allocate(4096, task=task.pid, wired=False)
+        assert str(caught.value).isprintable()
 
 
 def test_doctor_gives_no_user_the_interpreter() -> None:
@@ -127,3 +132,94 @@ def test_doctor_gives_no_user_the_interpreter() -> None:
     for command in commands:
         assert f"+ep {real}" not in command
         assert "-m 0750" in command
+
+
+NAMED = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+file = os.open(os.fsencode(sys.argv[1]) + b"/x\\x1b[2J\\n\\xff<b>]]>\\xe2\\x80\\xae", os.O_RDWR | os.O_CREAT)
+os.ftruncate(file, 4096)
+at = libc.mmap(None, ctypes.c_size_t(8192), 3, 1, file, 0)
+ctypes.memset(at, 7, 1)
+libc.prctl(15, b"\\x1b[2J\\n<b>&", 0, 0, 0)
+print(at, flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def named(tmp_path: Path) -> Iterator[tuple[int, int]]:
+    """A program and an address in it, at which two pages of a file of one page are mapped; their names are hostile."""
+    program = [sys.executable, "-c", NAMED, str(tmp_path)]
+    with started(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as target:
+        assert target.stdout is not None
+        address = int(target.stdout.readline())
+        assert b"\x1b[2J" in Path(f"/proc/{target.pid}/maps").read_bytes(), "the control"
+        yield target.pid, address
+
+
+CALLS: dict[str, Callable[[int, int], object]] = {
+    "read": lambda pid, at: iobmd.Task(pid).read(at, 8192),
+    "write": lambda pid, at: iobmd.Task(pid).write(at + 4096, b"x"),
+    "copy": lambda pid, at: iobmd.copy(pid, at, 8192, wired=False),
+    "prepare": lambda pid, at: iobmd.IOMemoryDescriptor.withAddressRange(at, 8192, 3, pid).prepare(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_errors_about_files(named: tuple[int, int], call: str) -> None:
+    """A traceback shows them on a terminal."""
+    if call == "prepare":
+        need_ptrace()
+    error = error_of(lambda: CALLS[call](*named))
+    assert "\\x1b[2J" in str(error), "the control: the file is named"
+    assert str(error).isprintable()
+
+
+def test_areas_as_text(named: tuple[int, int]) -> None:
+    area = procfs.find_vma(*named)
+    assert "<b>" in str(area), "the control"
+    assert str(area).isprintable()
+
+
+@pytest.mark.parametrize("option", ["--svg", "--html"])
+def test_pictures_contain_no_markup_of_others(named: tuple[int, int], option: str, tmp_path: Path) -> None:
+    """A name of a file or program neither ends an element nor begins one, such as a script."""
+    path = tmp_path / "picture"
+    assert main(["pagemap", str(named[0]), option, str(path)]) == 0
+    text = path.read_text()
+    tree = ElementTree.fromstring(text[text.index("<svg") : text.rindex("</svg>") + 6])
+    words = "".join(tree.itertext())
+    assert "<b>" in words, "the control: the names are shown"
+    assert not [element for element in tree.iter() if element.tag.rpartition("}")[2] in ("b", "script")]
+    assert "<b>" not in text
+    assert "\x1b" not in words
+
+
+@pytest.mark.parametrize("unified", [False, True], ids=["version 1", "version 2"])
+@pytest.mark.parametrize(
+    "name", ["x; touch witness #", "$(touch witness)", "'; touch witness; '", "\x1b[2J`touch witness`"]
+)
+def test_the_command_that_thaws_a_cgroup(
+    name: str, unified: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader of the message may execute it, and the owner of a delegated group has chosen its name."""
+    folder = tmp_path / name
+    folder.mkdir()
+    texts = {
+        "cgroup.freeze": "1",
+        "cgroup.events": "frozen 1",
+        "freezer.state": "FROZEN",
+        "freezer.self_freezing": "1",
+    }
+    for file, text in texts.items():
+        (folder / file).write_text(f"{text}\n")
+    group = cgroup.Cgroup("/x", str(folder), unified)
+    monkeypatch.setattr(cgroup, "around", lambda _controller, _pid: [group])
+    why = freezer.why(os.getpid())
+    assert why.isprintable()
+    command = why.partition("thaw it (`")[2].rpartition("`, or unpause")[0]
+    assert command.startswith("echo "), "the control"
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, check=False, capture_output=True)
+    assert not (tmp_path / "witness").exists()

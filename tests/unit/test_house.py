@@ -30,7 +30,7 @@ FLOORS = [
     {"procfs"},
     {"_internal"},
     {"errors"},
-    {"constants", "units", "_version"},
+    {"constants", "printable", "units", "_version"},
     {"_native"},
 ]
 """From the top to the bottom; packages on one level do not import each other."""

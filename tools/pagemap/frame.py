@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from iobmd import host
 from iobmd.cli.folding import terminal_width
-from iobmd.cli.printable import printable
 from iobmd.errors import IOReturnError
 from iobmd.pagemap.frame import Frames, users
 from iobmd.pagemap.reader import require_frames
+from iobmd.printable import printable
 from iobmd.units import PAGE_SIZE, format_count, format_size
 
 from .document import VERSION, hidden_member, members, write_list

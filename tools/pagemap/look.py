@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
 from iobmd import host
-from iobmd.cli.printable import printable
 from iobmd.errors import BusyError, IOReturnError, NotFoundError
 from iobmd.pagemap.area import Area, areas, is_bearable
 from iobmd.pagemap.range import Where, name_of, resolve
 from iobmd.pagemap.reader import Reader
+from iobmd.printable import printable
 from iobmd.procfs import VMA
 from iobmd.task.task import Task
 from iobmd.units import PAGE_SIZE, format_size

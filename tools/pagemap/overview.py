@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from iobmd.cli.color import can_write, painter
 from iobmd.cli.folding import folded, terminal_height, terminal_width
-from iobmd.cli.printable import printable
+from iobmd.printable import printable
 
 from .columns import COLUMNS, brief, cells, column, fitting, heading, ranked
 from .look import Hidden, Look

@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iobmd.cli.printable import printable
+from iobmd.printable import printable
 from iobmd.units import format_count
 
 from .document import FIELDS

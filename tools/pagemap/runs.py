@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from iobmd.cli.folding import show, terminal_width
-from iobmd.cli.printable import printable
 from iobmd.pagemap.frame import describe_runs
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.segment import segments
 from iobmd.pagemap.span import read_runs
+from iobmd.printable import printable
 from iobmd.units import format_count, format_size
 
 from .look import Look

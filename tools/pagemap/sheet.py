@@ -7,9 +7,9 @@ import sys
 from io import StringIO
 from typing import TYPE_CHECKING
 
-from iobmd.cli.printable import printable
 from iobmd.pagemap.segment import Segment
 from iobmd.pagemap.span import Run
+from iobmd.printable import printable
 
 from .columns import ranked
 from .document import FIELDS, grouped_row, row, summary

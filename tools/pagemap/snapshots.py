@@ -10,9 +10,9 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 
 from iobmd import host
 from iobmd.cli.folding import show, terminal_width
-from iobmd.cli.printable import printable
 from iobmd.pagemap.change import Kind, changes
 from iobmd.pagemap.snapshot import Snapshot, save
+from iobmd.printable import printable
 from iobmd.units import format_size
 
 from .document import VERSION, hidden_member, members, write_list

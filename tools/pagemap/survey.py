@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd.cli.printable import printable
+from iobmd.printable import printable
 from iobmd.pagemap.area import maps_a_device
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.span import state_of

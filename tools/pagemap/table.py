@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from iobmd.cli.folding import folded, show, terminal_width
-from iobmd.cli.printable import printable
+from iobmd.printable import printable
 from iobmd.units import format_size
 
 from .columns import cells, column, fitting, heading

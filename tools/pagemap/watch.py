@@ -7,7 +7,7 @@ import sys
 import tempfile
 from typing import TYPE_CHECKING
 
-from iobmd.cli.printable import printable
+from iobmd.printable import printable
 
 from .document import VERSION, hidden_member, summary
 from .look import Look

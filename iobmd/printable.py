@@ -1,4 +1,7 @@
-"""Escaping of text that other users choose, such as names of files and programs, for terminals and pictures."""
+"""Escaping of text that other users choose, such as names of files and programs, for terminals and pictures.
+
+Errors and the text form of an area contain it escaped: a traceback on a terminal shows them.
+"""
 
 from __future__ import annotations
 
