@@ -150,7 +150,7 @@ sys.stdin.readline()
 
 @pytest.fixture
 def named(tmp_path: Path) -> Iterator[tuple[int, int]]:
-    """A program and an address in it, at which two pages of a file of one page are mapped; their names are hostile."""
+    """A program and an address in it, at which a file of one page is mapped twice as far; the names are hostile."""
     program = [sys.executable, "-c", NAMED, str(tmp_path)]
     with started(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as target:
         assert target.stdout is not None
