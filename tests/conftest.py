@@ -6,6 +6,7 @@ import gc
 import mmap
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -203,6 +204,14 @@ def setting(
             file.write_text(value)
 
 
+def _swap_off(device: str) -> None:
+    """Remove swap space, repeatedly: this fails while a process that was killed in a full cgroup has pages there."""
+    end = time.monotonic() + 30
+    while subprocess.run(["swapoff", device], check=False).returncode:
+        assert time.monotonic() < end, f"{device} is still in use"
+        time.sleep(0.1)
+
+
 @pytest.fixture
 def swap(undoing: Undoing) -> Iterator[None]:
     """64 MiB of swap on zram, removed afterwards."""
@@ -216,7 +225,7 @@ def swap(undoing: Undoing) -> Iterator[None]:
             try:
                 yield
             finally:
-                subprocess.run(["swapoff", "/dev/zram0"], check=True)
+                _swap_off("/dev/zram0")
         finally:
             (device / "reset").write_text("1")
 

@@ -8,10 +8,10 @@ from bisect import bisect_right
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd.printable import printable
 from iobmd.pagemap.area import maps_a_device
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.span import state_of
+from iobmd.printable import printable
 from iobmd.units import format_count, format_size
 
 from .columns import percent, share
