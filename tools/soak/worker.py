@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd.constants import IOReturn
+from iobmd.descriptors.usage import trim
 from iobmd.errors import IOReturnError
 
 from . import events, footprint, kernel
@@ -206,8 +207,9 @@ class Worker:
 
 
 def settled() -> footprint.Footprint:
-    """Return the resources of this process after garbage collection and the end of iobmd's purger."""
+    """Return the resources of this process after garbage collection, without kept memory and iobmd's purger."""
     gc.collect()
+    trim()
     for thread in threading.enumerate():
         if thread.name == "iobmd-purger":
             thread.join(5)
