@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the map."""
     look = Look(arguments)
     screen = shutil.get_terminal_size((100, 44))
-    columns = max(screen.columns - 1, 30)
+    columns = max(screen.columns - 1, 20)
     survey = Survey(look, Grid(_BLOCKS))
     margin = _ADDRESS if columns >= _NARROW else 0
     cells = max(8, (columns - margin) * 6 // 10)
@@ -183,14 +183,19 @@ def _labelled(row: Row, room: int) -> str:
     left = room - max(len(size), _SIZE) - 1
     if left < 3:
         return ""
-    return f"{size:>{_SIZE}} {shortened(row.label, left, dots='…' if can_write('…') else '~')}"
+    return f"{size:>{_SIZE}} {shortened(row.label, left, dots=_dots())}"
+
+
+def _dots() -> str:
+    return "…" if can_write("…") else "~"
 
 
 def _legend(survey: Survey, width: int) -> list[str]:
     """Return the lines of the legend: as many entries in each as fit."""
     lines: list[str] = []
     room = 0
-    for state, words in survey.legend():
+    for state, whole in survey.legend():
+        words = shortened(whole, width - 2, dots=_dots())
         needed = len(words) + 5
         if needed > room or not lines:
             lines.append("")
