@@ -1009,10 +1009,10 @@ static int iobmd_count_thread(struct iobmd_tracer *t, pid_t tid, void *data)
 /* Reserve memory for the registers of the threads, before they are stopped. */
 static int iobmd_reserve_registers(struct iobmd_tracer *t)
 {
-    unsigned int size = 0, unused, features = 0;
+    unsigned int size = 0, unused, features = 0;  /* size: of the processor's largest XSAVE area */
     int threads = 0;
     if (__get_cpuid(1, &unused, &unused, &features, &unused) && features & bit_OSXSAVE)
-        __get_cpuid_count(0xd, 0, &unused, &size, &unused, &unused);  /* of all features that the kernel enabled */
+        __get_cpuid_count(0xd, 0, &unused, &unused, &size, &unused);
     if (size < sizeof(struct user_fpregs_struct)) size = sizeof(struct user_fpregs_struct);
     t->slot = (int)((sizeof(struct iobmd_registers) + size + 63) & ~63ul);
     iobmd_each_thread(t, iobmd_count_thread, &threads);

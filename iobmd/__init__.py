@@ -46,6 +46,7 @@ if TYPE_CHECKING or "iobmd_command" not in sys.modules:
     from iobmd.physical.layout import Layout
     from iobmd.physical.policy import policy
     from iobmd.purgeable.purger import purge
+    from iobmd.remote.core_summary import CoreSummary
     from iobmd.remote.task_snapshot import Missing, Snapshot
     from iobmd.sharing import Handle, attach, share
     from iobmd.task.task import Task, current_task, get_task_map, kernel_task
@@ -55,6 +56,7 @@ if TYPE_CHECKING or "iobmd_command" not in sys.modules:
         "BusyError",
         "CacheItem",
         "CacheStatistics",
+        "CoreSummary",
         "CannotWireError",
         "Handle",
         "IOBufferMemoryDescriptor",

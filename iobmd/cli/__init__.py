@@ -15,6 +15,7 @@ from iobmd.printable import printable
 COMMANDS = {
     "demo": ("iobmd.cli.demo.command", "copy memory from another process, and verify the copies"),
     "copy": ("iobmd.cli.copy", "copy a range of a process's memory to a file"),
+    "core": ("iobmd.cli.core", "write a core file of a running process, for debuggers"),
     "share": ("iobmd.cli.share", "map memory into another process, until interrupted"),
     "alloc": ("iobmd.cli.alloc", "allocate wired, contiguous or masked memory, and report its location"),
     "doctor": ("iobmd.cli.doctor", "report what this host supports, and how to enable the rest"),

@@ -17,6 +17,7 @@ from iobmd.api import copy
 from iobmd.cli import EXIT_OK
 from iobmd.cli.arguments import duration, instead_of_wiring, size
 from iobmd.cli.folding import show, terminal_width
+from iobmd.cli.progress_bar import progress_bar
 from iobmd.cli.signals import interruptible
 from iobmd.errors import BadArgumentError, VMError
 from iobmd.task import diagnosis
@@ -158,17 +159,9 @@ def _find(task: Task, name: str) -> tuple[int, int] | None:
 
 @contextlib.contextmanager
 def _progress(length: int) -> Iterator[Progress | None]:
-    """Show a progress bar for a long copy if stderr is a terminal."""
-    if length < PROGRESS_FROM or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console  # noqa: PLC0415 (loaded only if it is shown)
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn  # noqa: PLC0415
-
-    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        job = bar.add_task("copy", total=length)
-        yield lambda copied: bar.update(job, completed=copied)
+    """Show a progress bar for a long copy."""
+    with progress_bar("copy") if length >= PROGRESS_FROM else contextlib.nullcontext() as show_done:
+        yield (lambda copied: show_done(copied, length)) if show_done else None
 
 
 def _write(buffer: IOBufferMemoryDescriptor, name: str) -> None:

@@ -9,7 +9,7 @@ import time
 import warnings
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, NoReturn, Self, TypeVar
 
 from iobmd import procfs
 from iobmd._internal import pidns
@@ -23,6 +23,7 @@ from iobmd.errors import (
 )
 from iobmd.host import headroom
 from iobmd.remote import areas as areas_of
+from iobmd.remote.core_notes import ProcessState
 from iobmd.remote.session import SnapshotChild
 from iobmd.task import attempt, diagnosis
 from iobmd.task.task import Task
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
     from iobmd._internal import chunked
     from iobmd._native.crosstask import Ranges
+    from iobmd.remote.core_file import CoreProgress
+    from iobmd.remote.core_summary import CoreSummary
     from iobmd.task import transfer
 
 _T = TypeVar("_T")
@@ -116,6 +119,7 @@ class Snapshot(Task):
         try:
             super().__init__(child.begin())
             self.stopped_ns = child.stopped_ns
+            self._state = ProcessState.of(task)
             self._describe(before)
         except BaseException:
             child.end()
@@ -256,6 +260,48 @@ class Snapshot(Task):
                 return at
             at = span.end
         return at if at < end else None
+
+    def core(
+        self,
+        file: str | Path | BinaryIO,
+        *,
+        progress: CoreProgress | None = None,
+        filter: int | None = None,  # noqa: A002 (the kernel's name)
+    ) -> CoreSummary:
+        """Write an ELF core file of the task as of this moment, which gdb, lldb, drgn and other debuggers read.
+
+        Parameters
+        ----------
+        file : path or binary file
+            A path: the file is replaced when it is complete, and only its owner can read it. An object: it is written
+            to from its present position. A pipe gets zeros instead of holes.
+        progress : callable, optional
+            Called repeatedly with the number of bytes of memory that have been written, and their total.
+        filter : int, optional
+            The kinds of memory to write, as bits of coredump_filter (core(5)); by default those of the task.
+
+        Returns
+        -------
+        CoreSummary
+            Sizes and times.
+
+        Raises
+        ------
+        IOReturnError
+            As `read`. `kIOReturnBadArgument`: `filter` has unknown bits.
+        OSError
+            The file cannot be written; no incomplete file is left at a path.
+
+        Notes
+        -----
+        The registers of all threads were saved when the snapshot was made. The file has no signal. As in a core file
+        of the kernel, memory with MADV_DONTDUMP is left out, and so are unmodified pages of files, except for ELF
+        headers.
+        """
+        from iobmd.remote import core_file  # noqa: PLC0415 (rarely used)
+
+        self._require_open()
+        return core_file.write(self, self._child.registers, self._state, file, progress, filter)
 
     def close(self) -> None:
         """End the process that holds the snapshot; the task reaps it. Idempotent."""

@@ -12,30 +12,14 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import in_child
-from support.targets import PATIENCE, Target, build, children, need_ptrace, until
+from support.snapshot_source import SIZE, Source
+from support.targets import PATIENCE, Target, children, until
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, pagemap
 
 pytestmark = pytest.mark.needs("compiler")
-SIZE = 4 << 20
 WALL = 0x40000000
-
-
-class Source(Target):
-    """The program."""
-
-    def __init__(self, size: int = SIZE, threads: int = 0) -> None:
-        need_ptrace()
-        super().__init__([build("snapshot"), str(size), *["thread"] * threads])
-        self.own, self.shared, self.kept, self.wiped = map(int, self.line().split())
-
-    def write(self, first: int, pages: int, value: int, where: str = "own") -> None:
-        self.request(where, first, pages, value)
-
-    def request(self, command: str, first: int = 0, pages: int = 0, value: int = 0) -> list[int]:
-        self.tell(f"{command} {first} {pages} {value}")
-        return [int(number) for number in self.line().split()]
 
 
 @pytest.fixture

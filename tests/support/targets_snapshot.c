@@ -28,13 +28,15 @@ int main(int argc, char **argv)
     size_t size = argc > 1 ? strtoull(argv[1], 0, 0) : 4 << 20;
     char *own = map(size, MAP_PRIVATE, 0), *shared = map(1 << 20, MAP_SHARED, 0);
     char *kept = map(1 << 16, MAP_PRIVATE, MADV_DONTFORK), *wiped = map(1 << 16, MAP_PRIVATE, MADV_WIPEONFORK);
+    char *hidden = map(1 << 16, MAP_PRIVATE, MADV_DONTDUMP), *closed = map(4096, MAP_PRIVATE, 0);
     char command[16];
     unsigned long first, pages, value;
     pthread_t other;
+    mprotect(closed, 4096, PROT_NONE);
     signal(SIGCHLD, count);
     for (int i = 2; i < argc; i++) pthread_create(&other, 0, idle, 0);
-    printf("ready\n%lu %lu %lu %lu\n", (unsigned long)own, (unsigned long)shared, (unsigned long)kept,
-           (unsigned long)wiped);
+    printf("ready\n%lu %lu %lu %lu %lu %lu\n", (unsigned long)own, (unsigned long)shared, (unsigned long)kept,
+           (unsigned long)wiped, (unsigned long)hidden, (unsigned long)closed);
     fflush(stdout);
     while (scanf("%15s %lu %lu %lu", command, &first, &pages, &value) == 4) {
         char *memory = *command == 's' ? shared : own;

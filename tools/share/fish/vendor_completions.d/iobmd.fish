@@ -50,8 +50,13 @@ function _shtab_iobmd_using
   test "$_shtab_iobmd_cmdpath" = "$argv"
 end
 
+<<<<<<< HEAD
 set -g _shtab_iobmd_commands demo copy share alloc doctor pagemap bench soak
 set -g _shtab_iobmd_opts_with_value --align --at --boundary --budget --columns --control --count --diff --events --faults --frame --hold --html --json --kinds --mask --max-segment --min-size --name --only --output --patience --png --range --rounds --save --seconds --seed --size --sort --svg --threads --timeout --top --unreadable --watch --workers -o
+=======
+set -g _shtab_iobmd_commands demo copy core share alloc doctor pagemap bench soak
+set -g _shtab_iobmd_opts_with_value --align --at --boundary --budget --control --count --diff --events --faults --filter --frame --hold --html --json --kinds --limit --mask --max-segment --min-size --name --only --output --patience --png --range --rounds --save --seconds --seed --size --sort --svg --threads --timeout --unreadable --watch --workers -o
+>>>>>>> 558933f (core: write core files of running processes)
 
 complete -c iobmd -e
 complete -c iobmd -f
@@ -73,6 +78,13 @@ complete -c iobmd -n '_shtab_iobmd_using copy' -l wired -d 'into wired memory (d
 complete -c iobmd -n '_shtab_iobmd_using copy' -l pageable -d 'into pageable memory, not limited by RLIMIT_MEMLOCK'
 complete -c iobmd -n '_shtab_iobmd_using copy' -l json -d 'print the summary as one JSON document'
 complete -c iobmd -n '_shtab_iobmd_using copy; and test $_shtab_iobmd_npos -eq 0' -ka "__fish_complete_pids" -d 'the process'
+complete -c iobmd -n '_shtab_iobmd_using; and test $_shtab_iobmd_npos -eq 0' -a core -d 'write a core file of a running process, for debuggers'
+complete -c iobmd -n '_shtab_iobmd_using core' -s h -l help -d 'show this help message and exit'
+complete -c iobmd -n '_shtab_iobmd_using core' -s o -l output -xka "(__fish_complete_path (commandline -ct))" -d 'the core file (-: standard output; default: core.PID)'
+complete -c iobmd -n '_shtab_iobmd_using core' -l filter -x -d 'kinds of memory to write, hexadecimal as in /proc/PID/coredump_filter (default: that of the process)'
+complete -c iobmd -n '_shtab_iobmd_using core' -l limit -x -d 'give up when more than SIZE was copied, because the process wrote to its memory'
+complete -c iobmd -n '_shtab_iobmd_using core' -l json -d 'print the summary as one JSON document'
+complete -c iobmd -n '_shtab_iobmd_using core; and test $_shtab_iobmd_npos -eq 0' -ka "__fish_complete_pids" -d 'the process; all of its threads are stopped briefly'
 complete -c iobmd -n '_shtab_iobmd_using; and test $_shtab_iobmd_npos -eq 0' -a share -d 'map memory into another process, until interrupted'
 complete -c iobmd -n '_shtab_iobmd_using share' -s h -l help -d 'show this help message and exit'
 complete -c iobmd -n '_shtab_iobmd_using share' -l at -x -d 'address in the process (default: any)'

@@ -1,0 +1,374 @@
+"""ELF core files of a snapshot, as the kernel writes them for a process that crashes (core(5))."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import stat
+import struct
+import time
+from contextlib import ExitStack
+from itertools import accumulate
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+from iobmd import procfs
+from iobmd._internal import chunked, pidns
+from iobmd._internal.arguments import check_integers
+from iobmd._internal.atomic_file import replacing
+from iobmd._native import crosstask
+from iobmd._native.crosstask import HeldBuffer
+from iobmd.errors import BadArgumentError
+from iobmd.remote import core_notes
+from iobmd.remote.core_summary import CoreSummary
+from iobmd.task.task import Task
+from iobmd.units import PAGE_SIZE, round_up
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
+
+    from iobmd.remote.task_snapshot import Snapshot
+
+    CoreProgress = Callable[[int, int], None]
+    """Called with the bytes of memory that have been written, and their total."""
+
+_HEADER, _SEGMENT, _SECTION = 64, 56, 64  # bytes of an ELF header, a program header and a section header
+_CORE, _X86_64, _NOTE, _LOAD = 4, 62, 4, 1
+_MOST_SEGMENTS = 0xFFFF
+"""From this number on, the section header contains the number of segments (PN_XNUM)."""
+_GAP = 32 << 10
+"""Bytes of absent pages between two present ones that are written rather than skipped, which takes two calls."""
+_ANON_PRIVATE, _ANON_SHARED, _MAPPED_PRIVATE, _MAPPED_SHARED, _ELF_HEADERS, _HUGE_PRIVATE, _HUGE_SHARED = range(7)
+"""Bits of /proc/PID/coredump_filter."""
+_DELETED = " (deleted)"
+_VDSO = "[vdso]"
+"""Memory of the kernel: a snapshot's page table does not contain its pages until they are read."""
+_FILES = ("pagemap", "mem")
+_ZEROS = bytes(_GAP)
+
+
+class _Area(NamedTuple):
+    """An area, and the part of it that is written."""
+
+    vma: procfs.VMA
+    size: int
+    """Bytes from its start: all, its first page, or nothing."""
+    is_shared: bool
+
+    @property
+    def is_anonymous(self) -> bool:
+        """Whether it is private memory whose absent pages are zero."""
+        return not (self.is_shared or self.vma.inode or self.vma.name == _VDSO)
+
+
+class _Window(NamedTuple):
+    """A part of an area that is read and written at once."""
+
+    area: _Area
+    start: int
+    size: int
+    offset: int
+    """In the file."""
+
+
+def write(
+    snapshot: Snapshot,
+    threads: list[core_notes.Registers],
+    state: core_notes.ProcessState | None,
+    file: str | Path | BinaryIO,
+    progress: CoreProgress | None,
+    dump_filter: int | None,
+) -> CoreSummary:
+    """Write a core file; parameters and errors are those of `Snapshot.core`."""
+    if dump_filter is not None:
+        check_integers(filter=dump_filter)
+        if not 0 <= dump_filter < 1 << 9:
+            raise BadArgumentError(f"filter {dump_filter:#x} has bits other than those of coredump_filter (core(5))")
+    if isinstance(file, (str, os.PathLike)):
+        with replacing(file, 0o600) as opened:
+            return _Core(snapshot, threads, state, dump_filter).write(opened, progress)
+    return _Core(snapshot, threads, state, dump_filter).write(file, progress)
+
+
+class _Core:
+    """A core file in preparation."""
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        threads: list[core_notes.Registers],
+        state: core_notes.ProcessState | None,
+        dump_filter: int | None,
+    ) -> None:
+        self._begin = time.monotonic()
+        self._snapshot = snapshot
+        self._threads = threads
+        folder = pidns.directory(snapshot.pid)
+        if dump_filter is None:
+            with open(f"{folder}/coredump_filter") as file:  # noqa: PTH123 (of /proc)
+                dump_filter = int(file.read() or "0", 16)  # empty if the snapshot was killed, see below
+        self._filter = dump_filter
+        lacking = {one.start for one in snapshot.missing if one.why in ("wipeonfork", "ring")}
+        self._omitted = sum(one.end - one.start for one in snapshot.missing if one.why in ("dontfork", "wipeonfork"))
+        self._areas = []
+        for area, counters, flags in procfs.details(snapshot.pid):
+            if area.start >= procfs.USER_END:  # [vsyscall], which is not memory
+                continue
+            size = 0 if area.start in lacking else self._wanted(area, counters, flags)
+            here = sum(counters.get(name, 0) for name in ("Rss", "Swap", "Private_Hugetlb", "Shared_Hugetlb"))
+            if not size and not flags & {"io", "pf"}:
+                self._omitted += here
+            self._areas.append(_Area(area, size, "sh" in flags))
+        if not self._areas:
+            snapshot.areas()  # raises the reason
+        files = [area.vma for area in self._areas if area.vma.inode]
+        self._notes = core_notes.notes(snapshot.task, snapshot.pid, state or core_notes.UNKNOWN, threads, files)
+
+    def _wanted(self, area: procfs.VMA, counters: dict[str, int], flags: frozenset[str]) -> int:
+        """Return the bytes of an area to write, as the kernel decides it (vma_dump_size() in fs/coredump.c)."""
+        size = area.end - area.start
+        if area.name == _VDSO:
+            return size
+        if flags & {"dd", "io", "pf"}:
+            return 0
+        is_shared = "sh" in flags
+        if "ht" in flags:
+            return size if self._has(_HUGE_SHARED if is_shared else _HUGE_PRIVATE) else 0
+        if is_shared:
+            return size if self._has(_ANON_SHARED if area.name.endswith(_DELETED) else _MAPPED_SHARED) else 0
+        has_pages = counters.get("Anonymous", 0) or counters.get("Swap", 0)
+        if (has_pages and self._has(_ANON_PRIVATE)) or (area.inode and self._has(_MAPPED_PRIVATE)):
+            return size
+        return PAGE_SIZE * (self._has(_ELF_HEADERS) and self._is_header(area))
+
+    def _is_header(self, area: procfs.VMA) -> bool:
+        """Return whether an area is the start of a program or library."""
+        if not area.inode or area.offset or "r" not in area.perms:
+            return False
+        data = bytearray(4)
+        with HeldBuffer(data, True) as held:
+            self._fetch(area.start, held.address, 4)
+        return "x" in area.perms or data == b"\x7fELF"
+
+    def _has(self, bit: int) -> bool:
+        return bool(self._filter >> bit & 1)
+
+    def _fetch(self, address: int, destination: int, size: int) -> None:
+        """Copy memory, whether or not the snapshot contains all of it; what cannot be read is zero."""
+        Task.copy_in(self._snapshot, address, destination, size, skip=True)
+
+    def write(self, file: BinaryIO, progress: CoreProgress | None) -> CoreSummary:
+        head, size = self._head()
+        sink = _Sink(file, size)
+        sink.put(0, head)
+        with ExitStack() as opened:
+            reader = _Reader(self._snapshot, self._fetch, opened)
+            windows = list(self._windows(reader, round_up(len(head), PAGE_SIZE)))
+            written = reader.copy(windows, sink, progress)
+        sink.end()
+        seconds = time.monotonic() - self._begin
+        return CoreSummary(
+            size, written, self._omitted, len(self._areas), len(self._threads), self._snapshot.stopped_ns, seconds
+        )
+
+    def _head(self) -> tuple[bytes, int]:
+        """Return the headers and notes, and the size of the file."""
+        count = len(self._areas) + 1
+        has_more = count >= _MOST_SEGMENTS
+        notes = _HEADER + _SEGMENT * count + _SECTION * has_more
+        at = round_up(notes + len(self._notes), PAGE_SIZE)
+        sections = _HEADER + _SEGMENT * count if has_more else 0
+        header = struct.pack(
+            "=4s5B7xHHIQQQIHHHHHH",
+            b"\x7fELF", 2, 1, 1, 0, 0, _CORE, _X86_64, 1, 0, _HEADER, sections, 0,
+            _HEADER, _SEGMENT, min(count, _MOST_SEGMENTS), _SECTION if has_more else 0, int(has_more), 0,
+        )  # fmt: skip
+        parts = [header, _segment(_NOTE, 0, notes, 0, len(self._notes), 0, 4)]
+        for area in self._areas:
+            vma = area.vma
+            access = sum(bit for letter, bit in (("r", 4), ("w", 2), ("x", 1)) if letter in vma.perms)
+            parts.append(_segment(_LOAD, access, at, vma.start, area.size, vma.end - vma.start, PAGE_SIZE))
+            at += area.size
+        if has_more:
+            parts.append(struct.pack("=IIQQQQIIQQ", 0, 0, 0, 0, 0, 0, 0, count, 0, 0))
+        return b"".join([*parts, self._notes]), at
+
+    def _windows(self, reader: _Reader, offset: int) -> Iterator[_Window]:
+        """Divide the memory to write into windows, ascending, without the pages that are absent."""
+        for area in self._areas:
+            start = area.vma.start
+            if area.size:
+                for low, high in _windows(reader.existing(area)):
+                    yield _Window(area, low, high - low, offset + low - start)
+            offset += area.size
+
+
+def _segment(kind: int, access: int, offset: int, address: int, size: int, length: int, alignment: int) -> bytes:
+    return struct.pack("=IIQQQQQQ", kind, access, offset, address, 0, size, length, alignment)
+
+
+def _windows(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Combine neighbouring ranges, and divide long ones, into ranges of at most `chunked.PIECE` bytes."""
+    start = end = 0
+    for low, high in ranges:
+        if end and (low - end > _GAP or high - start > chunked.PIECE):
+            yield start, end
+            end = 0
+        if not end:
+            start = low
+        while high - start > chunked.PIECE:
+            yield start, start + chunked.PIECE
+            start += chunked.PIECE
+        end = high
+    if end:
+        yield start, end
+
+
+class _Reader:
+    """Reads the memory of a snapshot."""
+
+    def __init__(self, snapshot: Snapshot, fetch: Callable[[int, int, int], None], opened: ExitStack) -> None:
+        self._snapshot = snapshot
+        self._fetch = fetch
+        folder = pidns.directory(snapshot.pid)
+        self._pagemap, self._memory = (os.open(f"{folder}/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in _FILES)
+        opened.callback(os.close, self._pagemap)
+        opened.callback(os.close, self._memory)
+        self._buffers: list[mmap.mmap] = []
+        self._failure: BaseException | None = None
+
+    def existing(self, area: _Area) -> Iterable[tuple[int, int]]:
+        """Return the ranges of an area to read. Absent pages of private anonymous memory are zero."""
+        start, end = area.vma.start, area.vma.start + area.size
+        if not area.is_anonymous:
+            return [(start, end)]
+        return crosstask.absent(self._pagemap, start, area.size, PAGE_SIZE).outside(start, end)
+
+    def copy(self, windows: list[_Window], sink: _Sink, progress: CoreProgress | None) -> int:
+        """Copy windows to a file; return the number of their bytes."""
+        starts = [0, *accumulate(window.size for window in windows)]
+        total = starts.pop()
+        by_offset = dict(zip(starts, windows, strict=True))
+
+        def work(offset: int, size: int) -> tuple[int, int]:
+            try:
+                self._copy(by_offset[offset], sink)
+            except BaseException as error:  # of a helping thread too
+                self._failure = self._failure or error
+                return 0, 1
+            return size, 0
+
+        report = (lambda done: progress(done, total)) if progress else None
+        if sink.is_seekable and total:
+            chunked.run(work, total, report, starts)
+        else:
+            for offset, window in by_offset.items():
+                if work(offset, window.size)[1]:
+                    break
+                if report:
+                    report(offset + window.size)
+        if self._failure:
+            raise self._failure
+        return total
+
+    def _copy(self, window: _Window, sink: _Sink) -> None:
+        """Copy a window to the file, without the pages that are absent, or zero in shared memory."""
+        buffer = self._buffers.pop() if self._buffers else mmap.mmap(-1, chunked.PIECE)
+        with HeldBuffer(buffer, True) as held, memoryview(buffer) as view:
+            if window.area.is_anonymous:
+                holes = self._present(window, held.address)
+            else:
+                self._fetch(window.start, held.address, window.size)
+                holes = _zeros(view[: window.size]) if window.area.is_shared else []
+            for start, end in _without(holes, window.size):
+                with view[start:end] as part:
+                    sink.put(window.offset + start, part)
+        self._buffers.append(buffer)
+
+    def _present(self, window: _Window, destination: int) -> list[tuple[int, int]]:
+        """Read the present pages of a window; return the offsets of the others, which are zero."""
+        snapshot = self._snapshot
+        # Only through this file can memory be read that the task itself may not read (ptrace(2)).
+        memory = -1 if "r" in window.area.vma.perms else self._memory
+        reached, error, absent, bad = crosstask.transfer(
+            snapshot.pid, memory, self._pagemap, snapshot.pidfd, False, True, window.start, destination, window.size,
+            PAGE_SIZE,
+        )  # fmt: skip
+        if error or reached < window.start + window.size or not snapshot.is_open:
+            snapshot.read(window.start, PAGE_SIZE)  # raises the reason
+            raise OSError(error, f"{os.strerror(error)}: memory of the snapshot at {reached:#x}")
+        holes = sorted((low - window.start, high - window.start) for low, high in (*absent, *bad))
+        for low, high in holes:
+            crosstask.zero(destination + low, high - low)
+        return holes
+
+
+def _zeros(view: memoryview) -> list[tuple[int, int]]:
+    """Return the zero parts of memory, in whole multiples of `_GAP`."""
+    return [(at, at + _GAP) for at in range(0, len(view) - _GAP + 1, _GAP) if view[at : at + _GAP] == _ZEROS]
+
+
+def _without(holes: list[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
+    """Iterate over the ranges between holes that are not shorter than `_GAP`."""
+    start = 0
+    for low, high in holes:
+        if high - low >= _GAP:
+            if low > start:
+                yield start, low
+            start = high
+    if start < size:
+        yield start, size
+
+
+class _Sink:
+    """The file: regular files get holes, and are written to by several threads; others get zeros, in order."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file = file
+        self._size = size
+        self._at = 0
+        self._fd = _regular(file)
+        self.is_seekable = self._fd >= 0
+        self._base = file.tell() if self.is_seekable else 0
+        if self.is_seekable:
+            file.flush()
+
+    def put(self, offset: int, data: bytes | memoryview) -> None:
+        """Write data at an offset of the core file."""
+        if not self.is_seekable:
+            self._skip(offset)
+            self._file.write(data)
+            self._at += len(data)
+            return
+        at = self._base + offset
+        with memoryview(data) as rest:
+            done = 0
+            while done < len(rest):
+                done += os.pwrite(self._fd, rest[done:], at + done)
+
+    def _skip(self, offset: int) -> None:
+        while self._at < offset:
+            zeros = _ZEROS[: offset - self._at]
+            self._file.write(zeros)
+            self._at += len(zeros)
+
+    def end(self) -> None:
+        """Write the hole at the end."""
+        if self.is_seekable:
+            if os.fstat(self._fd).st_size < self._base + self._size:
+                os.ftruncate(self._fd, self._base + self._size)
+            self._file.seek(self._base + self._size)
+        else:
+            self._skip(self._size)
+            self._file.flush()
+
+
+def _regular(file: BinaryIO) -> int:
+    """Return the descriptor of a regular file that can be written to at any offset; -1 for other objects."""
+    try:
+        fd = file.fileno()
+    except (AttributeError, OSError):
+        return -1
+    is_regular = stat.S_ISREG(os.fstat(fd).st_mode) and not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND
+    return fd if is_regular else -1

@@ -1,0 +1,196 @@
+"""Core files: their contents, and what debuggers make of them."""
+
+import os
+import re
+import resource
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from support import kernel
+from support.snapshot_source import SIZE, Source
+from support.targets import build, children, need_program, until
+
+import iobmd
+from iobmd import IOReturn, IOReturnError
+from iobmd.cli import main
+
+pytestmark = pytest.mark.needs("compiler")
+PRSTATUS, PRPSINFO, AUXV, FPREGSET, XSTATE, SIGINFO, FILES = 1, 3, 6, 2, 0x202, 0x53494749, 0x46494C45
+THREADS = 3
+
+
+@pytest.fixture
+def source() -> Iterator[Source]:
+    with Source(threads=THREADS) as program:
+        yield program
+        assert program.process.poll() is None, "it did not survive"
+        assert until(lambda: not children(program.pid), 3), "a snapshot was left behind"
+
+
+class Segment(NamedTuple):
+    kind: int
+    flags: int
+    offset: int
+    address: int
+    size: int
+    length: int
+
+
+class Core:
+    """A core file, parsed as elf(5) describes it."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        assert data[:7] == b"\x7fELF\2\1\1"
+        kind, machine = struct.unpack_from("=HH", data, 16)
+        assert (kind, machine) == (4, 62)
+        (start,) = struct.unpack_from("=Q", data, 32)
+        size, count = struct.unpack_from("=HH", data, 54)
+        self.segments = []
+        for index in range(count):
+            fields = struct.unpack_from("=IIQQQQQQ", data, start + index * size)
+            self.segments.append(Segment(*fields[:4], *fields[5:7]))
+
+    @property
+    def notes(self) -> list[tuple[int, bytes]]:
+        (where,) = (one for one in self.segments if one.kind == 4)
+        found, at = [], where.offset
+        while at < where.offset + where.size:
+            name, size, kind = struct.unpack_from("=III", self.data, at)
+            at += 12 + (name + 3) // 4 * 4
+            found.append((kind, self.data[at : at + size]))
+            at += (size + 3) // 4 * 4
+        assert at == where.offset + where.size
+        return found
+
+    def area(self, address: int) -> Segment:
+        (found,) = (
+            one for one in self.segments if one.kind == 1 and one.address <= address < one.address + one.length
+        )
+        return found
+
+    def read(self, address: int, size: int) -> bytes:
+        area = self.area(address)
+        assert address + size <= area.address + area.size, "the file does not contain it"
+        start = area.offset + address - area.address
+        return self.data[start : start + size]
+
+
+def test_contents(source: Source, tmp_path: Path) -> None:
+    """Memory of one moment, all threads, no DONTDUMP memory; and as sparse as the memory."""
+    path = tmp_path / "core"
+    with iobmd.snapshot(source.pid) as snapshot:
+        source.write(0, 64, 7)
+        summary = snapshot.core(path)
+    core = Core(path.read_bytes())
+    assert core.read(source.own, SIZE)[:: kernel.PAGE] == b"\1" * (SIZE // kernel.PAGE)
+    assert core.read(source.shared, 1 << 20)[:: kernel.PAGE] == b"\1" * 256
+    assert core.read(source.closed, 1) == b"\1"
+    for left_out in (source.hidden, source.wiped):
+        assert core.area(left_out).size == 0
+    with pytest.raises(ValueError, match="unpack"):
+        core.area(source.kept)
+    threads = {struct.unpack_from("=i", data, 32)[0] for kind, data in core.notes if kind == PRSTATUS}
+    assert threads == {int(task.name) for task in Path(f"/proc/{source.pid}/task").iterdir()}
+    assert summary.threads == len(threads) == 1 + THREADS
+    notes = dict(core.notes)
+    assert {PRPSINFO, AUXV, FPREGSET, SIGINFO, FILES} <= notes.keys()
+    assert notes[AUXV] == Path(f"/proc/{source.pid}/auxv").read_bytes()
+    assert b"snapshot" in notes[PRPSINFO]
+    assert str(build("snapshot")).encode() in notes[FILES]
+    found = path.stat()
+    assert found.st_mode & 0o777 == 0o600
+    assert found.st_size == summary.size
+    assert found.st_blocks * 512 < summary.written + (1 << 20)
+    assert summary.omitted >= 3 << 16
+
+
+def test_the_filter(source: Source, tmp_path: Path) -> None:
+    """The filter of the process applies, unless another one is given."""
+    Path(f"/proc/{source.pid}/coredump_filter").write_text("0x31\n")
+    with iobmd.snapshot(source.pid) as snapshot:
+        snapshot.core(tmp_path / "own")
+        snapshot.core(tmp_path / "other", filter=2)
+        with pytest.raises(IOReturnError) as caught:
+            snapshot.core(tmp_path / "wrong", filter=1 << 9)
+    assert caught.value.code == IOReturn.kIOReturnBadArgument
+    own, other = (Core((tmp_path / name).read_bytes()) for name in ("own", "other"))
+    assert own.read(source.own, SIZE)
+    assert own.area(source.shared).size == 0
+    assert (other.area(source.own).size, other.area(source.shared).size) == (0, 1 << 20)
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_pipe(source: Source) -> None:
+    reading, writing = os.pipe()
+    received: list[bytes] = []
+
+    def receive() -> None:
+        with os.fdopen(reading, "rb") as pipe:
+            received.append(pipe.read())
+
+    reader = threading.Thread(target=receive)
+    reader.start()
+    with os.fdopen(writing, "wb") as pipe, iobmd.snapshot(source.pid) as snapshot:
+        summary = snapshot.core(pipe)
+    reader.join()
+    assert len(received[0]) == summary.size
+    assert Core(received[0]).read(source.own, SIZE)[:: kernel.PAGE] == b"\1" * (SIZE // kernel.PAGE)
+
+
+def test_whole_or_not_at_all(source: Source, tmp_path: Path) -> None:
+    """A file that cannot be completed leaves an existing one as it is, and no other file."""
+    path = tmp_path / "core"
+    path.write_text("before")
+
+    def interrupt(_written: int, _total: int) -> None:
+        raise KeyboardInterrupt
+
+    with iobmd.snapshot(source.pid) as snapshot, pytest.raises(KeyboardInterrupt):
+        snapshot.core(path, progress=interrupt)
+    command = [sys.executable, "-m", "iobmd", "core", str(source.pid), "-o", str(path)]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))  # noqa: E731
+    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (1, f"iobmd core: {path}: File too large\n")
+    assert main([*command[3:-1], "/dev/full"]) == 1
+    killed = iobmd.snapshot(source.pid)
+    os.kill(killed.pid, 9)
+    assert until(lambda: not killed.is_open)
+    with killed, pytest.raises(IOReturnError) as caught:
+        killed.core(path)
+    assert caught.value.code == IOReturn.kIOReturnNotFound
+    assert [file.name for file in tmp_path.iterdir()] == ["core"]
+    assert path.read_text() == "before"
+
+
+def backtraces(program: Path, core: Path) -> list[str]:
+    """Return gdb's backtraces of all threads, and some variables."""
+    command = ["gdb", "-nx", "-q", "-batch", "-ex", "thread apply all bt", "-ex", "info auxv", program, core]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    lines = [line for line in done.stdout.splitlines() if re.match(r"#|Thread|\d", line)]
+    assert len([line for line in lines if line.startswith("Thread")]) == 1 + THREADS, done.stdout + done.stderr
+    return lines
+
+
+@pytest.mark.parametrize("compiler", ["cc", "c++"])
+def test_gdb_shows_the_same_as_of_gcore(compiler: str, tmp_path: Path) -> None:
+    need_program("gdb")
+    gcore = need_program("gcore")
+    options = ["-g"] if compiler == "cc" else ["-g", "-xc++", "-fpermissive", "-w"]
+    program = tmp_path / "program"
+    text = Path(__file__).parents[1] / "support" / "targets_snapshot.c"
+    subprocess.run([need_program(compiler), *options, "-pthread", "-o", program, text], check=True)
+    with Source(threads=THREADS, program=program) as source:
+        assert main(["core", str(source.pid), "-o", str(tmp_path / "ours")]) == 0
+        subprocess.run(
+            [gcore, "-o", tmp_path / "theirs", str(source.pid)], check=True, capture_output=True, timeout=60
+        )
+        shown = backtraces(program, tmp_path / "ours")
+        assert shown == backtraces(program, tmp_path / f"theirs.{source.pid}")
+    assert sum(" in main (" in line or " idle (" in line for line in shown) == 1 + THREADS
