@@ -20,7 +20,9 @@ from tmpfs cimport (
     FSCONFIG_CMD_CREATE, FSCONFIG_SET_STRING, HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs, iobmd_fsconfig, iobmd_fsmount,
     iobmd_fsopen, statfs_t,
 )
-from userfault cimport iobmd_uffd_open, iobmd_uffd_protect, iobmd_uffd_register, iobmd_uffd_track
+from userfault cimport (
+    iobmd_uffd_hide, iobmd_uffd_open, iobmd_uffd_protect, iobmd_uffd_register, iobmd_uffd_track,
+)
 
 cdef extern from * nogil:
     """
@@ -229,25 +231,46 @@ def count_off_node(uint64_t address, size_t pages, size_t page_size, int node):
 
 def track_writes():
     """Return a userfaultfd(2) that tracks writes without a handler (UFFD_FEATURE_WP_ASYNC); requires no privilege."""
-    cdef int fd, error
-    with nogil:
-        fd = iobmd_uffd_open()
-        error = errno
-        if fd >= 0 and iobmd_uffd_track(fd):
-            error = errno
-            close(fd)
-            fd = -1
-    if fd < 0:
-        raise OSError(error, f"userfaultfd: {strerror(error).decode()}")
+    fd = open_userfaultfd()
+    try:
+        configure_tracker(fd, False)
+    except OSError:
+        close(fd)
+        raise
     return fd
 
 
-def register_writes(int fd, uint64_t address, size_t size):
-    """Track writes to a range (UFFDIO_REGISTER), until it is unmapped."""
+def open_userfaultfd():
+    """Return a userfaultfd(2) of this process, for user-mode page faults; requires no privilege."""
+    cdef int fd
+    with nogil:
+        fd = iobmd_uffd_open()
+    return _check(fd, "userfaultfd")
+
+
+def configure_tracker(int fd, bint accesses):
+    """Enable tracking without a handler in a new userfaultfd(2): of writes (UFFD_FEATURE_WP_ASYNC, Linux 6.7), or of
+    all `accesses` (UFFD_FEATURE_RWP_ASYNC, Linux 7.3). Raises OSError: EINVAL if the kernel lacks it."""
     cdef int failed
     with nogil:
-        failed = iobmd_uffd_register(fd, address, size)
+        failed = iobmd_uffd_track(fd, accesses)
+    _check(failed, "ioctl(UFFDIO_API)")
+
+
+def register_tracked(int fd, uint64_t address, size_t size, bint accesses=False):
+    """Track writes to a range, or all `accesses` (UFFDIO_REGISTER), until it is unmapped or the tracker is closed."""
+    cdef int failed
+    with nogil:
+        failed = iobmd_uffd_register(fd, address, size, accesses)
     _check(failed, "ioctl(UFFDIO_REGISTER)")
+
+
+def await_access(int fd, uint64_t address, size_t size):
+    """Detect the next access to each present page of a registered range (UFFDIO_RWPROTECT, Linux 7.3)."""
+    cdef int failed
+    with nogil:
+        failed = iobmd_uffd_hide(fd, address, size)
+    _check(failed, "ioctl(UFFDIO_RWPROTECT)")
 
 
 def first_lost(int pagemap, uint64_t start, uint64_t end):

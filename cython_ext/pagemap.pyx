@@ -19,8 +19,8 @@ from pagemap_entry cimport (
     iobmd_is_marker, iobmd_is_swapped,
 )
 from pagemap_scan cimport (
-    C_CHECK_WPASYNC, C_PAGE_IS_HUGE, C_PAGE_IS_PFNZERO, C_PAGE_IS_PRESENT, C_PAGE_IS_SWAPPED, C_PAGE_IS_WRITTEN,
-    C_WP_MATCHING, iobmd_page_region, iobmd_scan, iobmd_wanted,
+    C_CHECK_WPASYNC, C_PAGE_IS_ACCESSED, C_PAGE_IS_HUGE, C_PAGE_IS_PFNZERO, C_PAGE_IS_PRESENT, C_PAGE_IS_SWAPPED,
+    C_PAGE_IS_WRITTEN, C_WP_MATCHING, iobmd_page_region, iobmd_scan, iobmd_wanted,
 )
 from uio cimport iovec, process_vm_readv
 
@@ -32,6 +32,7 @@ cdef enum:
 
 ABSENT = PRESENT_BIT | SWAP_BIT, 0
 GUARDED = GUARD_BIT, GUARD_BIT  # Linux 6.15
+PAGE_IS_ACCESSED = C_PAGE_IS_ACCESSED
 PAGE_IS_WRITTEN = C_PAGE_IS_WRITTEN
 PAGE_IS_PRESENT = C_PAGE_IS_PRESENT
 PAGE_IS_PFNZERO = C_PAGE_IS_PFNZERO

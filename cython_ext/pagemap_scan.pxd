@@ -13,7 +13,7 @@ cdef extern from * nogil:
     #define IOBMD_PAGEMAP_SCAN _IOWR('f', 16, struct iobmd_scan_arg)
     enum {
         IOBMD_PAGE_IS_WRITTEN = 1 << 1, IOBMD_PAGE_IS_PRESENT = 1 << 3, IOBMD_PAGE_IS_SWAPPED = 1 << 4,
-        IOBMD_PAGE_IS_PFNZERO = 1 << 5, IOBMD_PAGE_IS_HUGE = 1 << 6,
+        IOBMD_PAGE_IS_PFNZERO = 1 << 5, IOBMD_PAGE_IS_HUGE = 1 << 6, IOBMD_PAGE_IS_ACCESSED = 1 << 9,
     };
     enum { IOBMD_PM_SCAN_WP_MATCHING = 1 << 0, IOBMD_PM_SCAN_CHECK_WPASYNC = 1 << 1 };
     /* The pages that a scan finds, its actions on them, and the reported categories: fields of struct pm_scan_arg. */
@@ -72,6 +72,7 @@ cdef extern from * nogil:
         C_WP_MATCHING "IOBMD_PM_SCAN_WP_MATCHING"
         C_CHECK_WPASYNC "IOBMD_PM_SCAN_CHECK_WPASYNC"
         C_PAGE_IS_HUGE "IOBMD_PAGE_IS_HUGE"
+        C_PAGE_IS_ACCESSED "IOBMD_PAGE_IS_ACCESSED"
     int iobmd_scan(int pagemap, uint64_t start, uint64_t end, const iobmd_wanted *wanted, iobmd_page_region *found,
                    uint64_t room, uint64_t *walked)
     int iobmd_first_lost(int pagemap, uint64_t start, uint64_t end, uint64_t *where)

@@ -1,4 +1,5 @@
-# The part of linux/userfaultfd.h that asynchronous write tracking needs (6.7); declared here for older headers
+# The part of linux/userfaultfd.h that asynchronous tracking of writes (6.7) and accesses (7.3) needs; declared here
+# for older headers
 from libc.stdint cimport uint64_t
 
 cdef extern from * nogil:
@@ -14,23 +15,34 @@ cdef extern from * nogil:
     #define IOBMD_UFFD_USER_MODE_ONLY 1
     #define IOBMD_UFFD_API 0xAA
     #define IOBMD_UFFD_WP_ASYNC (1 << 15)
+    #define IOBMD_UFFD_RWP (1 << 17)
+    #define IOBMD_UFFD_RWP_ASYNC (1 << 18)
     #define IOBMD_UFFD_REGISTER_WP 2
+    #define IOBMD_UFFD_REGISTER_RWP 8
     #define IOBMD_UFFDIO_API _IOWR(0xAA, 0x3F, struct iobmd_uffd_api)
     #define IOBMD_UFFDIO_REGISTER _IOWR(0xAA, 0x00, struct iobmd_uffd_register)
     #define IOBMD_UFFDIO_WRITEPROTECT _IOWR(0xAA, 0x06, struct iobmd_uffd_writeprotect)
+    #define IOBMD_UFFDIO_RWPROTECT _IOWR(0xAA, 0x09, struct iobmd_uffd_writeprotect)
     static int iobmd_uffd_open(void)
     {
         return (int)syscall(__NR_userfaultfd, O_CLOEXEC | IOBMD_UFFD_USER_MODE_ONLY);
     }
-    static int iobmd_uffd_track(int fd)
+    static int iobmd_uffd_track(int fd, int accesses)
     {
-        struct iobmd_uffd_api api = { IOBMD_UFFD_API, IOBMD_UFFD_WP_ASYNC, 0 };
+        const uint64_t features = accesses ? IOBMD_UFFD_RWP | IOBMD_UFFD_RWP_ASYNC : IOBMD_UFFD_WP_ASYNC;
+        struct iobmd_uffd_api api = { IOBMD_UFFD_API, features, 0 };
         return ioctl(fd, IOBMD_UFFDIO_API, &api);
     }
-    static int iobmd_uffd_register(int fd, uint64_t start, uint64_t len)
+    static int iobmd_uffd_register(int fd, uint64_t start, uint64_t len, int accesses)
     {
-        struct iobmd_uffd_register range = { start, len, IOBMD_UFFD_REGISTER_WP, 0 };
+        const uint64_t mode = accesses ? IOBMD_UFFD_REGISTER_RWP : IOBMD_UFFD_REGISTER_WP;
+        struct iobmd_uffd_register range = { start, len, mode, 0 };
         return ioctl(fd, IOBMD_UFFDIO_REGISTER, &range);
+    }
+    static int iobmd_uffd_hide(int fd, uint64_t start, uint64_t len)
+    {
+        struct iobmd_uffd_writeprotect range = { start, len, 1 };
+        return ioctl(fd, IOBMD_UFFDIO_RWPROTECT, &range);
     }
     static int iobmd_uffd_protect(int fd, uint64_t start, uint64_t len, int protect)
     {
@@ -39,6 +51,7 @@ cdef extern from * nogil:
     }
     """
     int iobmd_uffd_open()
-    int iobmd_uffd_track(int fd)
-    int iobmd_uffd_register(int fd, uint64_t start, uint64_t len)
+    int iobmd_uffd_track(int fd, int accesses)
+    int iobmd_uffd_register(int fd, uint64_t start, uint64_t len, int accesses)
+    int iobmd_uffd_hide(int fd, uint64_t start, uint64_t len)
     int iobmd_uffd_protect(int fd, uint64_t start, uint64_t len, int protect)

@@ -5,6 +5,7 @@ from typing_extensions import disjoint_base
 
 ABSENT: tuple[int, int]
 GUARDED: tuple[int, int]
+PAGE_IS_ACCESSED: int
 PAGE_IS_HUGE: int
 PAGE_IS_PFNZERO: int
 PAGE_IS_PRESENT: int

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from iobmd.pagemap.area import Area, areas
     from iobmd.pagemap.change import Change, Kind, changes
     from iobmd.pagemap.frame import DescribedRun, FrameFacts, FrameMapping, Frames, described, users
+    from iobmd.pagemap.sampler import heat
+    from iobmd.pagemap.sampling import Heat, Method, Part, Sample, Unseen
     from iobmd.pagemap.segment import Segment, segments
     from iobmd.pagemap.snapshot import Header, Snapshot, save
     from iobmd.pagemap.span import Run, Span, runs, spans
@@ -22,6 +24,8 @@ _LATER = {
     "area": ("Area", "areas"),
     "change": ("Change", "Kind", "changes"),
     "frame": ("DescribedRun", "FrameFacts", "Frames", "FrameMapping", "described", "users"),
+    "sampler": ("heat",),
+    "sampling": ("Heat", "Method", "Part", "Sample", "Unseen"),
     "segment": ("Segment", "segments"),
     "snapshot": ("Header", "Snapshot", "save"),
     "span": ("Run", "Span", "runs", "spans"),
@@ -48,18 +52,24 @@ __all__ = [
     "FrameFacts",
     "Frames",
     "Header",
+    "Heat",
     "Kind",
+    "Method",
     "Page",
     "PageCounts",
+    "Part",
     "Run",
+    "Sample",
     "Segment",
     "Snapshot",
     "Span",
+    "Unseen",
     "FrameMapping",
     "areas",
     "changes",
     "counts",
     "described",
+    "heat",
     "huge_bytes",
     "is_huge",
     "pages",

@@ -57,7 +57,7 @@ def track_writes(address: int, size: int) -> int:
     """
     try:
         tracker = _tracker.open()
-        mman.register_writes(tracker, address, size)
+        mman.register_tracked(tracker, address, size)
     except OSError:
         return -1
     return tracker

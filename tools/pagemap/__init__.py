@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from iobmd.cli import EXIT_OK
@@ -21,6 +22,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
     # Each output module is loaded when it is needed: most runs print a table.
     way = importlib.import_module(f"{__name__}.{arguments.way}")
-    with interruptible(), terminable():  # temporary files and directories must be removed
+    # A command that stops the process, if only for its --heat, has no second thread.
+    with nullcontext() if arguments.heat else interruptible(), terminable():  # temporary files must be removed
         way.run(arguments)
     return EXIT_OK

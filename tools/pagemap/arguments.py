@@ -20,13 +20,20 @@ STATES = ("resident", "anonymous", "file", "huge", "swapped", "locked", "lazy", 
 KEYS = ("address", "name", *COLUMNS, *SYNONYMS)
 BY_SMAPS = ("locked", "lazy", "lazyfree", "eligible")
 """Columns and states that only smaps provides."""
+METHODS = ("accessed", "written", "referenced")
+"""`iobmd.pagemap.sampling.Method`, which is not loaded for other outputs."""
 
 _FILTERS = ("name", "min_size", "only")
-_WAYS = ("frame", "watch", "diff", "save", "map", "svg", "png", "html", "json", "csv")
+_WAYS = ("frame", "watch", "heat", "diff", "save", "map", "svg", "png", "html", "json", "csv")
 """Options that select another output than the table."""
-_AS_JSON = ("frame", "watch", "diff")
+_AS_JSON = ("frame", "watch", "heat", "diff")
 """Those of them that support --json."""
-_WITHOUT_CHOICE = {"frame": ("name", "min_size", "range", "only"), "diff": _FILTERS, "save": _FILTERS}
+_WITHOUT_CHOICE = {
+    "frame": ("name", "min_size", "range", "only"),
+    "heat": ("only",),
+    "diff": _FILTERS,
+    "save": _FILTERS,
+}
 _OF_TABLE = ("all", "top", "columns")
 _LISTS = ("table", "json", "csv")
 """Outputs that list the selected areas in the requested order."""
@@ -54,7 +61,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         (chosen[1:] and not (way in _AS_JSON and chosen[1:] == ["json"]), f"--{together} cannot be combined"),
         (arguments.pid is None and way != "frame", "missing process: give a PID, or self"),
         (arguments.pid is not None and way == "frame", "--frame searches all processes: omit the PID"),
-        (arguments.count is not None and way != "watch", "--count requires --watch"),
+        (arguments.count is not None and way not in ("watch", "heat"), "--count requires --watch or --heat"),
+        (arguments.method is not None and way != "heat", "--method requires --heat"),
         (of_runs and way not in _LISTS, f"--runs, --flags and segment limits cannot be combined with --{way}"),
         (arguments.segments and arguments.flags, "--flags cannot be combined with segment limits"),
         (
@@ -181,7 +189,11 @@ def _add_ways(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--png", metavar="FILE", help="the same picture (requires the extra iobmd[plot])")
     group.add_argument("--html", metavar="FILE", help="the same picture as a self-contained page")
     group.add_argument("--watch", type=_seconds, metavar="SECONDS", help="read repeatedly, and show the changes")
-    group.add_argument("--count", type=_count, metavar="N", help="with --watch: number of times to read")
+    group.add_argument("--heat", type=_seconds, metavar="SECONDS", help="sample which memory is used, and draw it")
+    group.add_argument(
+        "--method", choices=METHODS, metavar="METHOD", help=f"with --heat: how use is detected ({', '.join(METHODS)})"
+    )
+    group.add_argument("--count", type=_count, metavar="N", help="with --watch or --heat: number of times to read")
     group.add_argument("--save", metavar="FILE", help="save a snapshot")
     group.add_argument("--diff", metavar="FILE", help="show the changes since a saved snapshot")
 

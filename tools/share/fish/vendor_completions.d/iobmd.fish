@@ -50,13 +50,12 @@ function _shtab_iobmd_using
   test "$_shtab_iobmd_cmdpath" = "$argv"
 end
 
-<<<<<<< HEAD
 set -g _shtab_iobmd_commands demo copy share alloc doctor pagemap bench soak
+<<<<<<< HEAD
 set -g _shtab_iobmd_opts_with_value --align --at --boundary --budget --columns --control --count --diff --events --faults --frame --hold --html --json --kinds --mask --max-segment --min-size --name --only --output --patience --png --range --rounds --save --seconds --seed --size --sort --svg --threads --timeout --top --unreadable --watch --workers -o
 =======
-set -g _shtab_iobmd_commands demo copy core share alloc doctor pagemap bench soak
-set -g _shtab_iobmd_opts_with_value --align --at --boundary --budget --control --count --diff --events --faults --filter --frame --hold --html --json --kinds --limit --mask --max-segment --min-size --name --only --output --patience --png --range --rounds --save --seconds --seed --size --sort --svg --threads --timeout --unreadable --watch --workers -o
->>>>>>> 558933f (core: write core files of running processes)
+set -g _shtab_iobmd_opts_with_value --align --at --boundary --budget --columns --control --count --diff --events --faults --frame --heat --hold --html --json --kinds --mask --max-segment --method --min-size --name --only --output --patience --png --range --rounds --save --seconds --seed --size --sort --svg --threads --timeout --top --unreadable --watch --workers -o
+>>>>>>> 135c4e4 (pagemap: sample which memory of a process is used (--heat))
 
 complete -c iobmd -e
 complete -c iobmd -f
@@ -132,7 +131,9 @@ complete -c iobmd -n '_shtab_iobmd_using pagemap' -l svg -xka "(__fish_complete_
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l png -xka "(__fish_complete_path (commandline -ct))" -d 'the same picture (requires the extra iobmd[plot])'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l html -xka "(__fish_complete_path (commandline -ct))" -d 'the same picture as a self-contained page'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l watch -x -d 'read repeatedly, and show the changes'
-complete -c iobmd -n '_shtab_iobmd_using pagemap' -l count -x -d 'with --watch: number of times to read'
+complete -c iobmd -n '_shtab_iobmd_using pagemap' -l heat -x -d 'sample which memory is used, and draw it'
+complete -c iobmd -n '_shtab_iobmd_using pagemap' -l method -xka "accessed written referenced" -d 'with --heat: how use is detected (accessed, written, referenced)'
+complete -c iobmd -n '_shtab_iobmd_using pagemap' -l count -x -d 'with --watch or --heat: number of times to read'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l save -xka "(__fish_complete_path (commandline -ct))" -d 'save a snapshot'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l diff -xka "(__fish_complete_path (commandline -ct))" -d 'show the changes since a saved snapshot'
 complete -c iobmd -n '_shtab_iobmd_using pagemap; and test $_shtab_iobmd_npos -eq 0' -ka "__fish_complete_pids" -d 'the process; self: this command'

@@ -1,0 +1,190 @@
+"""Heat: samples show exactly the memory that another program used, and leave nothing behind."""
+
+import ctypes
+import json
+import mmap
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support import kernel
+from support.targets import Target, need_ptrace
+
+from iobmd import IOReturn, IOReturnError, pagemap
+from iobmd.cli import main
+from iobmd.pagemap.sampler import tracks_accesses
+
+MIB = 1 << 20
+AT, SIZE, HUGE, IDLE = 0x200000000000, 8 << 20, 0x200040000000, 0x200080000000
+WRITTEN, READ = (1 * MIB, 2 * MIB), (5 * MIB, 6 * MIB)
+
+PROGRAM = """
+import ctypes, select, sys
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long
+libc.madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+PATTERN = bytes(range(256)) * 16
+for address, advice in ((0x200000000000, 15), (0x200040000000, 14), (0x200080000000, 15)):
+    assert libc.mmap(address, 8 << 20, 3, 0x100022, -1, 0) == address
+    libc.madvise(address, 8 << 20, advice)
+    for page in range(2048):
+        ctypes.memmove(address + page * 4096, PATTERN, 4096)
+base = 0x200000000000
+bytes_at = {page: ctypes.c_ubyte.from_address(base + page * 4096) for page in range(2048)}
+huge = ctypes.c_ubyte.from_address(0x200040000000)
+print("ready", flush=True)
+while not select.select([sys.stdin], [], [], 0.01)[0]:
+    if sys.argv[1] == "busy":
+        for page in range(256, 512):
+            bytes_at[page].value = 0
+        for page in range(1280, 1536):
+            bytes_at[page].value
+        huge.value = 0
+print(ctypes.string_at(base, 8 << 20) == PATTERN * 2048, flush=True)
+"""
+"""Writes zero to the first byte of some pages, which is zero, and reads others, until a line is written to it."""
+
+
+def has_its_contents(target: Target) -> bool:
+    """End the program; return whether its memory has the contents that it wrote."""
+    target.tell()
+    return target.line() == "True"
+
+
+def area_flags(target: Target) -> set[str]:
+    """Return the flags of the small area; those of userfaultfd(2) are u and another letter."""
+    text = Path(f"/proc/{target.pid}/smaps").read_text()
+    found = re.search(rf"^{AT:x}-.*?^VmFlags: (.*?)$", text, re.M | re.S)
+    assert found
+    return set(found[1].split())
+
+
+@pytest.fixture
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    with Target([sys.executable, "-c", PROGRAM, getattr(request, "param", "busy")]) as made:
+        yield made
+
+
+def sampled(capsys: pytest.CaptureFixture[str], target: Target, *options: str) -> dict[str, object]:
+    assert main(["pagemap", str(target.pid), "--heat", "1", "--count", "5", "--json", *options]) == 0
+    document: dict[str, object] = json.loads(capsys.readouterr().out)
+    return document
+
+
+def pages_of(document: dict[str, object], least: int = 4) -> set[int]:
+    """Return the pages of the small area, as offsets, that were used in at least `least` intervals."""
+    ranges = document["used_ranges"]
+    assert isinstance(ranges, list)
+    return {
+        page - AT
+        for one in ranges
+        if one["intervals"] >= least
+        for page in range(max(one["start"], AT), min(one["end"], AT + SIZE), 4096)
+    }
+
+
+def test_written_pages(target: Target, capsys: pytest.CaptureFixture[str]) -> None:
+    """Precision and recall are 1: the same pages in each interval, and no page that is only read or idle."""
+    need_ptrace()
+    found = sampled(capsys, target, "--method", "written")
+    assert pages_of(found) == pages_of(found, 1) == set(range(*WRITTEN, 4096))
+    assert (found["method"], found["resolution_bytes"], found["used_is_lower_bound"]) == ("written", 4096, False)
+    areas = {area["start"]: area for area in found["areas"]}  # type: ignore[attr-defined]
+    assert areas[AT]["used_bytes_per_interval"] == [MIB] * 5
+    assert (areas[IDLE]["resident_bytes"], areas[IDLE]["used_bytes"]) == (SIZE, 0)
+    assert not area_flags(target) & {"uw", "um", "ui"}
+    assert has_its_contents(target)
+
+
+@pytest.mark.parametrize("target", ["idle"], indirect=True)
+def test_a_program_that_uses_nothing(target: Target, capsys: pytest.CaptureFixture[str]) -> None:
+    """The control: the same memory, which the program does not use, is not reported."""
+    need_ptrace()
+    assert not pages_of(sampled(capsys, target, "--method", "written"), 1)
+    areas = sampled(capsys, target, "--method", "referenced")["areas"]
+    assert {area["used_bytes"] for area in areas if area["start"] in (AT, IDLE)} == {0}  # type: ignore[attr-defined]
+
+
+def test_accessed_pages(target: Target, capsys: pytest.CaptureFixture[str]) -> None:
+    """From Linux 7.3 on reads are seen too; older kernels say what they lack."""
+    need_ptrace()
+    if tracks_accesses():
+        found = sampled(capsys, target)
+        assert found["method"] == "accessed"
+        assert pages_of(found) == pages_of(found, 1) == {*range(*WRITTEN, 4096), *range(*READ, 4096)}
+    else:
+        assert main(["pagemap", str(target.pid), "--heat", "1", "--method", "accessed"]) == 1
+        assert "Linux 7.3" in capsys.readouterr().err
+    assert has_its_contents(target)
+
+
+def test_referenced_areas(target: Target, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which area is used, and how much of it; no page fault is caused, and no tracer stops the program."""
+    found = sampled(capsys, target, "--method", "referenced")
+    used = {area["start"]: area["used_bytes"] for area in found["areas"]}  # type: ignore[attr-defined]
+    assert MIB <= used[AT] <= 2 * MIB  # not more than it uses; less, if the processor has cached translations
+    assert used[IDLE] == 0
+    assert (found["resolution_bytes"], found["used_is_lower_bound"], found["used_ranges"]) == (None, True, None)
+
+
+def test_huge_pages_stay_huge(target: Target, capsys: pytest.CaptureFixture[str]) -> None:
+    """A write to a write-protected huge page would split its mapping."""
+    need_ptrace()
+    before = kernel.smaps(HUGE, target.pid)["AnonHugePages"]
+    if before < SIZE:
+        pytest.skip("the kernel gave the program no huge pages")
+    found = sampled(capsys, target, "--method", "written")
+    assert kernel.smaps(HUGE, target.pid)["AnonHugePages"] == before
+    (unseen,) = (one["bytes"] for one in found["not_seen"] if one["what"].startswith("huge pages"))  # type: ignore[attr-defined]
+    assert unseen >= SIZE
+
+
+def test_nothing_remains_if_it_is_killed(target: Target) -> None:
+    need_ptrace()
+    command = [sys.executable, "-m", "iobmd", "pagemap", str(target.pid), "--heat", "60", "--method", "written"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as sampling:
+        until(lambda: "uw" in area_flags(target))
+        sampling.kill()
+    until(lambda: "uw" not in area_flags(target))
+    assert has_its_contents(target)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait until a condition is met."""
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_memory_of_this_process() -> None:
+    """The library samples a buffer here without injection; a page that is only in use between intervals counts."""
+    with mmap.mmap(-1, 64 * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        area.madvise(mmap.MADV_NOHUGEPAGE)
+        area[:] = b"x" * len(area)
+        begin = ctypes.addressof(ctypes.c_char.from_buffer(area))
+
+        def write(_elapsed: float) -> None:
+            area[8 * 4096] = 1
+            area[9 * 4096 + 5] = 2
+
+        found = pagemap.heat(area, 0.3, method="written", intervals=3, progress=write)
+        assert list(found.counted()) == [(begin + 8 * 4096, begin + 10 * 4096, 2)]  # after the first interval
+        assert (found.resident, found.by_frequency()) == (64 * 4096, {0: 62 * 4096, 2: 2 * 4096})
+        assert [found.working_set(percent) for percent in (0, 33, 50, 100)] == [0, 0, 8192, 8192]
+
+
+def test_what_is_refused(target: Target) -> None:
+    for arguments, message in (
+        ({"method": "written"}, "requires a userfaultfd"),
+        ({"method": "guessed"}, "is not one of"),
+        ({"intervals": 100}, "shorter than 50 ms"),
+    ):
+        with pytest.raises(IOReturnError, match=message) as caught:
+            pagemap.heat(target.pid, 1, **arguments)  # type: ignore[arg-type]
+        assert caught.value.code == IOReturn.kIOReturnBadArgument
