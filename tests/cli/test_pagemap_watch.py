@@ -1,14 +1,10 @@
 """`iobmd pagemap --watch`: the output shows what another process did between two readings."""
 
 import json
-import os
-import pty
-import re
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -240,38 +236,3 @@ def test_a_process_that_is_not_there() -> None:
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
     assert done.returncode == 1
     assert "kIOReturnNotFound" in done.stderr
-
-
-def test_on_a_terminal(target: Target) -> None:
-    """Changes are shown in color, and in the first row."""
-    screen, side = pty.openpty()
-    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40"}
-    command = [sys.executable, "-m", "iobmd", "pagemap", str(target.process.pid), "--watch", "0.2"]
-    with subprocess.Popen(command, stdin=side, stdout=side, stderr=side, env=environment) as watching:
-        os.close(side)
-        text = _read_until(screen, r"areas?, resident")
-        target.tell("fill")
-        text = _read_until(screen, r"\x1b\[32m4(\.\d)? MiB newly resident")
-        row = next(line for line in text.split("\n") if "\x1b[32m4" in line)
-        assert re.search(r"^\s*[0-9a-f]+-[0-9a-f]+ .* MiB", re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", row))
-        watching.send_signal(signal.SIGINT)
-        _read_until(screen, None)
-        assert watching.wait(20) == 0
-    os.close(screen)
-
-
-def _read_until(screen: int, wanted: str | None) -> str:
-    """Read from a terminal until a pattern occurs; None: until it is closed."""
-    text, end = "", time.monotonic() + 30
-    while time.monotonic() < end:
-        try:
-            data = os.read(screen, 1 << 16)
-        except OSError:  # the other end was closed
-            data = b""
-        if not data:
-            break
-        text += data.decode(errors="replace")
-        if wanted and re.search(wanted, text):
-            return text
-    assert wanted is None, text
-    return text

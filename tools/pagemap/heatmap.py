@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
+from iobmd.cli.color import can_write
 from iobmd.pagemap.sampling import Method
 from iobmd.units import PAGE_SIZE, format_count, format_size, format_time
 
@@ -142,13 +142,5 @@ def _level(used: int, resident: int) -> int:
 def _painter(colored: bool) -> Callable[[int], Text]:
     from rich.text import Text  # noqa: PLC0415
 
-    signs = _SHADES if _can_encode(_SHADES) else _LETTERS
+    signs = _SHADES if can_write(_SHADES) else _LETTERS
     return lambda level: Text(signs[level], style=_COLORS[level] if colored else "")
-
-
-def _can_encode(text: str) -> bool:
-    try:
-        text.encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return False
-    return True

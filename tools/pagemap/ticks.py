@@ -6,7 +6,8 @@ import heapq
 import time
 from array import array
 from bisect import bisect_right
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
+from operator import attrgetter
 from typing import IO, TYPE_CHECKING, NamedTuple, TypeAlias
 
 from iobmd.constants import IOReturn
@@ -20,12 +21,14 @@ from .table import amount
 from .total import Total
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from iobmd.pagemap.area import Area
     from iobmd.pagemap.change import Change, Kind
     from iobmd.pagemap.snapshot import Snapshot
     from iobmd.procfs import VMA
+
+    from .groups import Groups
 
 LARGEST = 200
 """Maximum number of unchanged areas in a tick, those with the most memory: a screen does not have more lines."""
@@ -57,6 +60,10 @@ class Tick(NamedTuple):
     """Areas that changed since the last reading, ascending."""
     largest: list[Area]
     """The unchanged areas with the most memory, largest first."""
+    groups: Groups
+    """The selected areas by what they map."""
+    changed_groups: dict[str, Counter[Kind]]
+    """The changes by the names of the groups."""
     first: bool
 
     @property
@@ -65,8 +72,20 @@ class Tick(NamedTuple):
         return sum((one.sums for one in self.changed), Counter())
 
 
-def ticks(look: Look, files: tuple[IO[bytes], IO[bytes]], interval: float, count: int | None) -> Iterator[Tick]:
-    """Iterate over ticks, `interval` seconds apart or as fast as possible, until the process exits."""
+def ticks(
+    look: Look,
+    files: tuple[IO[bytes], IO[bytes]],
+    interval: float,
+    count: int | None,
+    *,
+    wait: Callable[[float], None] = time.sleep,
+    rank: Callable[[Area], float] = attrgetter("resident"),
+) -> Iterator[Tick]:
+    """Iterate over ticks, `interval` seconds apart or as fast as possible, until the process exits.
+
+    `wait` is called with the time until the next one, in seconds; `rank` selects the unchanged areas of a tick: those
+    with the highest values.
+    """
     before: Snapshot | None = None
     number = 0
     while count is None or number < count:
@@ -75,7 +94,7 @@ def ticks(look: Look, files: tuple[IO[bytes], IO[bytes]], interval: float, count
             look.ask_anew()
             now = saved(look, files[number % 2])
             happened_in = attributed(changes(before, now), (now, before)) if before else {}
-            total, changed, largest, gone = _looked(look, happened_in)
+            total, changed, largest, gone, groups = _looked(look, happened_in, rank)
         except IOReturnError as error:
             if error.code != IOReturn.kIOReturnNotFound:
                 raise
@@ -88,18 +107,23 @@ def ticks(look: Look, files: tuple[IO[bytes], IO[bytes]], interval: float, count
             return
         if before:
             changed.extend(_gone(look, (now, before), gone))
+        changed_groups: defaultdict[str, Counter[Kind]] = defaultdict(Counter)
+        for vma, _area, sums in changed:
+            changed_groups[groups.name_of(vma)].update(sums)
         yield Tick(
             time.time(),
             time.monotonic() - begin,
             total,
             sorted(changed, key=lambda one: one.vma),
             largest,
+            groups,
+            changed_groups,
             not number,
         )
         before = now
         number += 1
         if count is None or number < count:
-            time.sleep(max(0.0, begin + interval - time.monotonic()))
+            wait(max(0.0, begin + interval - time.monotonic()))
 
 
 Bounds: TypeAlias = tuple[int, int]
@@ -138,15 +162,16 @@ def attributed(found: Iterator[Change], snapshots: tuple[Snapshot, Snapshot]) ->
 
 
 def _looked(
-    look: Look, happened_in: dict[Bounds, Counter[Kind]]
-) -> tuple[Total, list[Changed], list[Area], dict[Bounds, Counter[Kind]]]:
-    """Read the areas; the last element of the result is the changes of areas that no longer exist.
+    look: Look, happened_in: dict[Bounds, Counter[Kind]], rank: Callable[[Area], float]
+) -> tuple[Total, list[Changed], list[Area], dict[Bounds, Counter[Kind]], Groups]:
+    """Read the areas; the result includes the changes of areas that no longer exist.
 
     Since the snapshot they may have grown or shrunk: changes of a part of an area are attributed to it.
     """
     total = Total()
     changed = []
-    largest: list[tuple[int, int, Area]] = []
+    groups = look.make_groups()
+    largest: list[tuple[float, int, Area]] = []
     gone: dict[Bounds, Counter[Kind]] = {}
     waiting = deque(happened_in.items())
     for number, area in enumerate(look.all_areas()):
@@ -160,13 +185,14 @@ def _looked(
         if not look.chooses(area):
             continue
         total.counted(area)
+        groups.counted(area)
         if sums:
             changed.append(Changed(area.vma, area, sums))
             continue
         keep = heapq.heappush if len(largest) < LARGEST else heapq.heappushpop
-        keep(largest, (area.resident, -number, area))
+        keep(largest, (rank(area), -number, area))
     gone.update(waiting)
-    return total, changed, [area for _resident, _number, area in sorted(largest, reverse=True)], gone
+    return total, changed, [area for _rank, _number, area in sorted(largest, reverse=True)], gone, groups
 
 
 def _gone(

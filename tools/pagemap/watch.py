@@ -25,16 +25,14 @@ def run(arguments: argparse.Namespace) -> None:
     """Show the ticks until the requested count, the exit of the process, or Ctrl-C."""
     look = Look(arguments)
     with tempfile.TemporaryFile() as even, tempfile.TemporaryFile() as odd:
-        looks = ticks(look, (even, odd), arguments.watch, arguments.count)
         try:
-            if arguments.json:
-                _write(look, looks)
-            elif sys.stdout.isatty():
+            if sys.stdout.isatty() and not arguments.json:
                 from .live import show  # noqa: PLC0415 (slow to load)
 
-                show(look, looks)
+                show(look, (even, odd), arguments)
             else:
-                _print(look, looks)
+                looks = ticks(look, (even, odd), arguments.watch, arguments.count)
+                (_write if arguments.json else _print)(look, looks)
         except KeyboardInterrupt:
             pass  # the usual way to end it
     if look.has_ended:  # printed after the view on the terminal is closed
