@@ -126,7 +126,7 @@ class Snapshot(Task):
             raise
         self._limit = limit
         self._finish = weakref.finalize(self, child.end)
-        _prefer_as_victim(self.pid)
+        _prefer_as_victim(self)
         threading.Thread(target=_watch, args=(weakref.ref(self),), name="iobmd-snapshot", daemon=True).start()
 
     def _describe(self, before: dict[tuple[int, int], procfs.VMA]) -> None:
@@ -400,7 +400,11 @@ def _require_room(task: Task) -> int:
     return resident
 
 
-def _prefer_as_victim(pid: int) -> None:
+def _prefer_as_victim(task: Task) -> None:
     """Cause the kernel to end the snapshot before the task, which it would otherwise find equally large."""
-    with contextlib.suppress(OSError):
-        Path(f"{pidns.directory(pid)}/oom_score_adj").write_bytes(_OOM_FIRST)
+    with (
+        contextlib.suppress(OSError),
+        Path(pidns.directory(task.pid), "oom_score_adj").open("wb", buffering=0) as file,
+    ):
+        if task.alive:  # after the file was opened: it is that of another process if the pid was reused
+            file.write(_OOM_FIRST)

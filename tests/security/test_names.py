@@ -8,12 +8,14 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from support import kernel
 from support.child import sleeping, started
 from support.errors import error_of
 from support.targets import need_ptrace
 
 import iobmd
 from iobmd import host, procfs
+from iobmd._internal import pidns
 from iobmd.cli import main
 from iobmd.errors import NotPermittedError
 from iobmd.host import cgroup
@@ -35,16 +37,20 @@ def group() -> Iterator[Path]:
     folder.rmdir()
 
 
-@pytest.mark.needs("root", "memory_cgroup")
-@pytest.mark.parametrize("form", [["--flags"], ["--flags", "--csv"]], ids=" ".join)
-def test_cgroups(group: Path, form: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.needs("root", "memory_cgroup", "frames")
+@pytest.mark.parametrize("form", ["--runs --flags", "--runs --flags --csv", "--frame"])
+def test_cgroups(group: Path, form: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     program = (
-        f"open({str(group / 'cgroup.procs')!r}, 'w').write('0')\nx = b'x' * (1 << 20)\nprint(flush=True)\ninput()"
+        f"open({str(group / 'cgroup.procs')!r}, 'w').write('0')\nx = b'x' * (1 << 20)\n"
+        "print(id(x) + (1 << 19), flush=True)\ninput()"
     )
     with started([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as target:
         assert target.stdout is not None
-        target.stdout.readline()
-        assert main(["pagemap", str(target.pid), "--runs", *form]) == 0
+        address = int(target.stdout.readline())
+        monkeypatch.setattr(pidns, "pids", lambda: [target.pid])  # other processes take more time
+        frame = kernel.entries(address // kernel.PAGE * kernel.PAGE, 1, target.pid)[0] & kernel.FRAME
+        of = str(frame) if form == "--frame" else str(target.pid)
+        assert main(["pagemap", *form.split(), of]) == 0
     shown = capsys.readouterr().out
     assert "\\x1b[2J" in shown, "the control: the cgroup is named"
     assert "\x1b" not in shown

@@ -17,8 +17,8 @@ from support.namespaces import in_namespaces, mount_proc
 from support.targets import Target, need_ptrace
 
 import iobmd
-from iobmd import IOReturn, IOReturnError, Task
-from iobmd.remote import threads
+from iobmd import IOMemoryDescriptor, IOReturn, IOReturnError, Task, procfs
+from iobmd.remote import areas, task_snapshot, threads
 from iobmd.remote.session import SnapshotChild
 from iobmd.task.transfer import Transfer
 
@@ -92,7 +92,16 @@ WRITES: dict[str, Callable[[Task, int], object]] = {
     "few bytes": lambda task, address: task.write(address, b"ours"),
     "many pages": lambda task, address: task.write(address, bytes(512 << 10)),
     "an absent page": lambda task, address: task.write(address + (1 << 20), b"ours"),
+    "writeBytes": lambda task, address: memory_of(task, address).writeBytes(0, b"ours"),
 }
+
+
+def memory_of(task: Task, address: int) -> IOMemoryDescriptor:
+    """Return a descriptor of memory of a task, as if the task had been alive when it was created."""
+    everything = procfs.VMA(0, procfs.USER_END, "rw-p", 0, 0, "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(areas, "overlapping", lambda *_arguments: [everything])
+        return IOMemoryDescriptor.withAddressRange(address, 4096, 3, task)
 
 
 @pytest.mark.needs("root")
@@ -154,6 +163,19 @@ def test_bytes_of_the_next_owner_are_not_returned(size: int) -> None:
     code, data = in_namespaces(body, proc=mount_proc)
     assert code == IOReturn.kIOReturnNotFound
     assert not any(data)
+
+
+@pytest.mark.needs("root")
+def test_another_process_does_not_become_the_victim_of_the_oom_killer() -> None:
+    """The process of a snapshot is killed, reaped and replaced before its oom_score_adj is set."""
+
+    def body() -> list[str]:
+        with replaced() as (task, successor):
+            task_snapshot._prefer_as_victim(task)
+            return [Path(f"/proc/{pid}/oom_score_adj").read_text() for pid in ("self", successor)]
+
+    own, other = in_namespaces(body, proc=mount_proc)
+    assert other == own
 
 
 @contextlib.contextmanager
