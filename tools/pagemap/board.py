@@ -11,8 +11,8 @@ from rich.text import Text
 
 from iobmd.cli.color import can_write
 from iobmd.cli.folding import folded
-from iobmd.cli.printable import printable
 from iobmd.pagemap.change import Kind
+from iobmd.printable import printable
 from iobmd.units import format_count, format_time
 
 from .columns import brief

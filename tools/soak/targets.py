@@ -121,7 +121,9 @@ class TargetProcess:
         self._worker_killed_at = time.monotonic()
 
     def pause(self, seconds: float) -> None:
-        """Stop it briefly by SIGSTOP."""
+        """Stop it briefly by SIGSTOP, unless it is starting: until then it does not end with the supervisor."""
+        if not self.ready:
+            return
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGSTOP)
             time.sleep(seconds)

@@ -170,13 +170,19 @@ class WorkerProcess:
 
     def kill_if_working(self) -> bool:
         """Kill it unless it is starting, exiting or already killed; return whether it was killed."""
-        if self._killed or self.process.poll() is not None or not any(row[Thread.BEGAN] for row in self.rows):
+        if self._killed or self.process.poll() is not None or not self._has_begun:
             return False
         self.kill()
         return True
 
+    @property
+    def _has_begun(self) -> bool:
+        return any(row[Thread.BEGAN] for row in self.rows)
+
     def pause(self, seconds: float) -> None:
-        """Stop it briefly by SIGSTOP."""
+        """Stop it briefly by SIGSTOP, unless it is starting: until then it does not end with the supervisor."""
+        if not self._has_begun:
+            return
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGSTOP)
             time.sleep(seconds)

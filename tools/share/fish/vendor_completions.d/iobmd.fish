@@ -50,12 +50,8 @@ function _shtab_iobmd_using
   test "$_shtab_iobmd_cmdpath" = "$argv"
 end
 
-set -g _shtab_iobmd_commands demo copy share alloc doctor pagemap bench soak
-<<<<<<< HEAD
-set -g _shtab_iobmd_opts_with_value --align --at --boundary --budget --columns --control --count --diff --events --faults --frame --hold --html --json --kinds --mask --max-segment --min-size --name --only --output --patience --png --range --rounds --save --seconds --seed --size --sort --svg --threads --timeout --top --unreadable --watch --workers -o
-=======
-set -g _shtab_iobmd_opts_with_value --align --at --boundary --budget --columns --control --count --diff --events --faults --frame --heat --hold --html --json --kinds --mask --max-segment --method --min-size --name --only --output --patience --png --range --rounds --save --seconds --seed --size --sort --svg --threads --timeout --top --unreadable --watch --workers -o
->>>>>>> 135c4e4 (pagemap: sample which memory of a process is used (--heat))
+set -g _shtab_iobmd_commands demo copy core share alloc doctor pagemap bench soak
+set -g _shtab_iobmd_opts_with_value --align --at --boundary --budget --columns --control --count --diff --events --faults --filter --frame --heat --hold --html --json --kinds --limit --mask --max-segment --method --min-size --name --only --output --patience --png --range --rounds --save --seconds --seed --size --sort --svg --threads --timeout --top --unreadable --watch --workers -o
 
 complete -c iobmd -e
 complete -c iobmd -f
