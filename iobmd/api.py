@@ -68,8 +68,13 @@ def allocate(
         The task in whose address space the buffer is mapped.
     wired : bool
         Whether the memory is wired: resident, and pinned if the kernel permits it. False: pageable.
-    contiguous, purgeable, shared, physical_mask
+    contiguous, purgeable, physical_mask
         As the IOKit options of these names.
+    shared : bool
+        Whether other processes can map it, and forked children share it. False: it is private, also in another task,
+        which alone maps it and is charged for it; this process reads and writes it there, and cannot map it. Memory
+        in another task that is contiguous, masked, aligned above a page, purgeable, on a `node` or with a `cache`
+        mode is shared in any case.
     alignment : int
         A power of two.
     cache : str
@@ -86,7 +91,7 @@ def allocate(
         with PROT_NONE), at `address`. The range is replaced, and is reserved again after the buffer is freed.
     protection : str
         The protection of a buffer in another task: ``"r"``, ``"rw"``, ``"rx"`` or ``"rwx"``. The descriptor can read
-        and write it in any case.
+        and write it in any case. Private memory is writable in the task too while the descriptor writes to it.
 
     Raises
     ------
@@ -98,11 +103,13 @@ def allocate(
         An argument has the wrong type, such as a float as the size.
     """
     options = _options(wired, contiguous, purgeable, shared, cache, direction)
+    private = not shared and task is not kernel_task
     if address is None and not overwrite and protection == "rw":
-        buffer = IOBufferMemoryDescriptor(node=node)
+        buffer = IOBufferMemoryDescriptor(node=node, private=private)
     else:
         check_integers(address=address or 0)
-        buffer = IOBufferMemoryDescriptor(node=node, placement=Placement(address or 0, overwrite, protection))
+        placement = Placement(address or 0, overwrite, protection)
+        buffer = IOBufferMemoryDescriptor(node=node, placement=placement, private=private)
     return _make(buffer, task, options, size, alignment, physical_mask)
 
 

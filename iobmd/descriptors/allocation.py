@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from iobmd._native import mman
 from iobmd.backing.anonymous import AnonymousBacking
 from iobmd.backing.remote import RemoteBacking
+from iobmd.backing.remote_private import RemotePrivateBacking
 from iobmd.backing.shared import SharedBacking
 from iobmd.backing.unmapped import UnmappedBacking
 from iobmd.host import headroom
@@ -26,17 +27,20 @@ if TYPE_CHECKING:
     from iobmd.physical.search import PhysicalConstraints
 
 
-def allocate(wanted: Request, contents: Contents | None) -> MappedBacking:
+def allocate(wanted: Request, contents: Contents | None) -> MappedBacking | RemotePrivateBacking:
     """Allocate and fill the requested memory.
 
     Memory of this process that no other process may map is private; all other memory is a shared object, including
-    memory with guard pages, which can be mapped again as in XNU. Wired memory is on the requested NUMA node.
+    memory with guard pages, which can be mapped again as in XNU. Only `iobmd.allocate` requests private memory in
+    another task, because IOKit maps memory of every task. Wired memory is on the requested NUMA node.
 
     Raises
     ------
     IOReturnError
         As `IOBufferMemoryDescriptor.initWithPhysicalMask`.
     """
+    if wanted.private_there and contents is None and wanted.task is not None and not numa.is_wanted():
+        return RemotePrivateBacking(wanted.task, wanted.capacity, wired=wanted.wired, placement=wanted.placement)
     backing = _make(wanted, contents)
     if wanted.wired and numa.is_wanted():
         try:

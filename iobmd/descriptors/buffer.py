@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Literal, Self, SupportsIndex, TypeVar, cast, o
 from iobmd._internal.arguments import check_integers
 from iobmd._native.mapping import Exporter, Mapping
 from iobmd.backing.contents import CopyOf
+from iobmd.backing.mapped import MappedBacking
 from iobmd.backing.placement import ANYWHERE, Placement
 from iobmd.backing.remote import RemoteBacking
+from iobmd.backing.remote_private import RemotePrivateBacking
 from iobmd.constants import IOOptionBits, kIOMemoryIncoherentIOFlush
 from iobmd.descriptors import address_index, allocation, slabs
 from iobmd.descriptors.descriptor import IOMemoryDescriptor
@@ -40,11 +42,11 @@ if TYPE_CHECKING:
 
     from iobmd._internal.chunked import Progress
     from iobmd.backing import Backing
-    from iobmd.backing.mapped import MappedBacking
     from iobmd.descriptors.ownership import MemoryOwner
     from iobmd.task.task import AnyTask, Task
 
     S = TypeVar("S", bound=numpy.generic)
+    Reduce = Callable[["IOBufferMemoryDescriptor"], str | tuple[object, ...]]
 
 _CONTIGUOUS = int(IOOptionBits.kIOMemoryPhysicallyContiguous)
 
@@ -65,6 +67,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     _contents: CopyOf | None = None
     _node: int | None = None
     _position = ANYWHERE
+    _private = False
     _holes: Sequence[tuple[int, int]] = ()
 
     def __init__(
@@ -73,15 +76,18 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         contents: CopyOf | None = None,
         node: int | None = None,
         placement: Placement = ANYWHERE,
+        private: bool = False,
     ) -> None:
-        # Construction has two steps, as in IOKit. This one only records the contents and the NUMA node for
-        # initWithPhysicalMask, unless they are the defaults, for the sake of many small buffers.
+        # Construction has two steps, as in IOKit. This one only records what initWithPhysicalMask has no parameter
+        # for, unless it is the default, for the sake of many small buffers.
         if contents is not None:
             self._contents = contents
         if node is not None:
             self._node = node
         if placement is not ANYWHERE:
             self._position = placement
+        if private:
+            self._private = True
 
     # --- factories
 
@@ -247,6 +253,8 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         wanted = check_request(
             inTask, options, capacity, alignment, physicalMask, self._guarded, self.vm_tags, self._position
         )
+        if self._private:
+            wanted = wanted._replace(private=True)
         if self._contents:
             self._contents.check()
         elif wanted.small and self._node is None and slabs.allocate(self, wanted.capacity, alignment):
@@ -264,9 +272,11 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
             self._contents = None
         return True
 
-    def _open(self, backing: MappedBacking, options: int, capacity: int, contiguous: bool) -> None:
+    def _open(
+        self, backing: MappedBacking | RemotePrivateBacking, options: int, capacity: int, contiguous: bool
+    ) -> None:
         self._capacity, self._contiguous = capacity, contiguous
-        if options & CACHE_MODES:
+        if options & CACHE_MODES and isinstance(backing, MappedBacking):
             backing.treat_caches(cache_of_copies(options))
         self._hold(backing, options, capacity)
         address_index.add(self._memory())
@@ -341,7 +351,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     def leave(self) -> None:
         """Leave the memory to the task in which the buffer was allocated when the descriptor is released.
 
-        It remains there, shared and pageable, until the task unmaps it or exits; the descriptor remains usable until
+        It remains there, pageable, until the task unmaps it or exits; the descriptor remains usable until
         it is released.
 
         Raises
@@ -352,7 +362,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         owner = self._memory()
         with owner.guard:
             backing = owner.require_backing()
-            if not isinstance(backing, RemoteBacking):
+            if not isinstance(backing, (RemoteBacking, RemotePrivateBacking)):
                 raise UnsupportedError(f"{self!r} is not in another task that could retain its memory")
             backing.leave()
 

@@ -73,6 +73,8 @@ class Request(NamedTuple):
     """Its address, and its protection in its task."""
     small: bool = False
     """Whether it may share pages with other buffers."""
+    private: bool = False
+    """Whether memory in another task is private there, unless this process must map it as well."""
 
     @property
     def name(self) -> str:
@@ -83,6 +85,17 @@ class Request(NamedTuple):
     def here(self) -> bool:
         """Whether it is mapped in this process."""
         return self.task is not None and self.task.is_current
+
+    @property
+    def private_there(self) -> bool:
+        """Whether it is private memory of another task.
+
+        This process must map the memory itself to search for physical addresses, to purge it, and to write cache
+        lines back.
+        """
+        if not self.private or self.task is None or self.here:
+            return False
+        return self.want is None and not self.guard and not self.options & (_PURGEABLE | CACHE_MODES)
 
     @property
     def wired(self) -> bool:

@@ -1,4 +1,4 @@
-"""Mappings of shared objects in another task.
+"""Mappings of shared objects, and of private memory, in another task.
 
 A guest makes them (`remote.guest`): it runs in the task's address space, and receives the descriptors of the objects
 by `remote.fd_passing`. Which objects may be mapped in which task: `remote.trust`.
@@ -15,20 +15,19 @@ import weakref
 from typing import TYPE_CHECKING
 
 from iobmd import procfs
+from iobmd._internal.process_local import Fd
 from iobmd.constants import IOReturn
-from iobmd.errors import IOReturnError, NoResourcesError, NotFoundError
+from iobmd.errors import IOReturnError, NoResourcesError, NotFoundError, UnsupportedError
 from iobmd.host import limits
-from iobmd.memory.shmem import alignment_of
+from iobmd.memory.shmem import FileExtent, alignment_of
 from iobmd.remote import fd_passing, session, trust
 from iobmd.remote.guest import MAPPING, call
 from iobmd.task import attempt, diagnosis, transfer
-from iobmd.units import PAGE_SIZE, format_size, round_up
+from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from iobmd._internal.process_local import Fd
-    from iobmd.memory.shmem import FileExtent
     from iobmd.remote.guest import Call, Guest
     from iobmd.task.task import Task
 
@@ -39,7 +38,7 @@ _NO_FD = -1
 
 
 class RemoteMapping:
-    """Extents of shared objects, mapped in another task until `close`.
+    """Extents of shared objects, or private memory, mapped in another task until `close`.
 
     Parameters
     ----------
@@ -53,6 +52,8 @@ class RemoteMapping:
         Whether the task may write to the memory, and execute it.
     guard : int
         Inaccessible bytes on each side.
+    private : bool
+        Whether it is a private mapping of the only extent (`private_extent`).
 
     Attributes
     ----------
@@ -76,6 +77,7 @@ class RemoteMapping:
         writable: bool = True,
         executable: bool = False,
         guard: int = 0,
+        private: bool = False,
     ) -> None:
         self.task = task
         self.size = size = sum(extent.length for extent in extents)
@@ -89,7 +91,9 @@ class RemoteMapping:
         self._whole = (0, 0)
         self._writable, self._executable = writable, executable
         self._locks = _locks_memory(task)
-        trust.require_safe(task, {extent.fd for extent in extents}, writable=writable)
+        self._is_private, self._offset = private, extents[0].offset
+        if not private:
+            trust.require_safe(task, {extent.fd for extent in extents}, writable=writable)
         self._objects = {_identity(extent.fd) for extent in extents}
         alignment = alignment_of(extents)
         try:
@@ -153,13 +157,14 @@ class RemoteMapping:
         first = 0
         channel = fd_passing.Channel(guest)
         made = 0 if flags & _MAP_FIXED else MAPPING
-        sent = fd_passing.separate if self._writable else fd_passing.read_only
+        flags |= _MAP_PRIVATE if self._is_private else _MAP_SHARED
+        sent = fd_passing.separate if self._writable or self._is_private else fd_passing.read_only
         for fd, run in itertools.groupby(extents, lambda extent: extent.fd):
             with fd.use() as number, sent(number) as other:
                 channel.send(other)
             receiving = channel.receiving()
             for extent in run:
-                mapped = self._map_extent(guest, receiving, address, extent, flags | _MAP_SHARED, protection, made)
+                mapped = self._map_extent(guest, receiving, address, extent, flags, protection, made)
                 receiving, made = (), 0
                 first = first or mapped
                 address = mapped + extent.length
@@ -215,8 +220,33 @@ class RemoteMapping:
         with _reported(self.task, self.size, 0):
             self.stopped_ns = session.with_guest(self.task, work)
 
-    def lost(self) -> int | None:
+    @contextlib.contextmanager
+    def writable(self) -> Iterator[None]:
+        """Permit writing inside a `with` block, if `writable` was False. Raises as `session.with_guest`."""
+        if self._writable:
+            yield
+            return
+        self._protect(self._protection | _PROT_WRITE)
+        try:
+            yield
+        finally:
+            session.insist(lambda: self._protect(self._protection))
+
+    def _protect(self, protection: int) -> None:
+        def work(guest: Guest) -> None:
+            for start, end in self._mapped_ranges(self.address, self.address + self.size):
+                guest.call("mprotect", start, end - start, protection)
+
+        with _reported(self.task, self.size, 0, "change the protection of"):
+            self.stopped_ns += session.with_guest(self.task, work)
+
+    def lost(self, start: int = 0, end: int = 0) -> int | None:
         """Return the first address at which the task has unmapped or replaced the memory, or None.
+
+        Parameters
+        ----------
+        start, end : int
+            The addresses to check; 0: all of it.
 
         Raises
         ------
@@ -225,12 +255,12 @@ class RemoteMapping:
         """
         if not self.task.alive:
             raise diagnosis.gone(f"task {self.task.pid} is gone: it exited")
-        end = self.address + self.size
-        for start, stop in self._mapped_ranges(self.address, end):
-            if start > self.address:
+        start, end = start or self.address, end or self.address + self.size
+        for first, stop in self._mapped_ranges(start, end):
+            if first > start:
                 break
             return stop if stop < end else None
-        return self.address
+        return start
 
     def leave(self) -> None:
         """Leave it to the task: neither `close` nor the exit of this process unmaps it."""
@@ -262,9 +292,10 @@ class RemoteMapping:
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # the constructor was interrupted
             if self._whole[1]:
-                self._close_when_free()
+                self.close_when_free()
 
-    def _close_when_free(self) -> None:
+    def close_when_free(self) -> None:
+        """As `close`, for destructors, which must not wait: as soon as no other thread stops the task."""
         session.guard_of(self.task).when_free(self._close_or_register)
 
     def _close_or_register(self) -> None:
@@ -279,6 +310,11 @@ class RemoteMapping:
         except IOReturnError:
             _refused.append(self)
 
+    def _is_mapped_by(self, area: procfs.VMA) -> bool:
+        if (area.device, area.inode) not in self._objects:
+            return False
+        return not self._is_private or area.offset - area.start == self._offset - self.address
+
     def _mapped_ranges(self, start: int, end: int) -> list[tuple[int, int]]:
         """Return the ranges between two addresses that still map these objects, and their guards."""
         found: list[tuple[int, int]] = []
@@ -289,7 +325,7 @@ class RemoteMapping:
             return []
         for area in mapped:
             guard = self._margin and area.perms.startswith("---") and not area.inode
-            if guard or (area.device, area.inode) in self._objects:
+            if guard or self._is_mapped_by(area):
                 first, last = max(area.start, start), min(area.end, end)
                 if found and found[-1][1] == first:
                     found[-1] = found[-1][0], last
@@ -307,7 +343,7 @@ _refused: list[RemoteMapping] = []
 
 def _retry_exhausted() -> None:
     for mapping in [_exhausted.pop() for _ in range(len(_exhausted))]:
-        mapping._close_when_free()
+        mapping.close_when_free()
 
 
 def _close_all() -> None:
@@ -318,6 +354,29 @@ def _close_all() -> None:
 
 
 atexit.register(_close_all)
+
+
+def private_extent(size: int) -> FileExtent:
+    """Return what a private mapping of `size` bytes, in whole pages, maps: zeros, until they are written to.
+
+    A private mapping of /dev/zero is anonymous memory (drivers/char/mem.c, mmap_zero), but /proc/PID/maps shows its
+    device, inode and offset. With an offset that no other mapping has, it cannot be mistaken for memory that the
+    task itself has mapped there since.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnNoResources`: no file descriptor is free. `kIOReturnUnsupported`: there is no /dev/zero.
+    """
+    try:
+        number = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        diagnosis.unless_exhausted(error, "cannot map private memory")
+        message = f"private memory of another task is mapped from /dev/zero ({error.strerror}): pass shared=True"
+        raise UnsupportedError(message, error.errno or 0) from None
+    offset = int.from_bytes(os.urandom(5), "little") * PAGE_SIZE
+    alignment = HUGE_PAGE_SIZE if size >= HUGE_PAGE_SIZE else PAGE_SIZE
+    return FileExtent(Fd(number, "/dev/zero"), offset, size, PAGE_SIZE, alignment)
 
 
 def touch(task: Task, address: int, size: int) -> None:

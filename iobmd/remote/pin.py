@@ -54,6 +54,10 @@ class RemotePin:
         self._task = task
         self._range = address, address + size
         self._ring: uring.Ring | None = None
+        self.refusal = ""
+        """Why they are locked and not pinned; empty if they are pinned."""
+        self.stopped_ns = 0
+        """The total time in nanoseconds for which a thread of the task was stopped, at most."""
         self._locked: list[tuple[int, int]] = []
         self._owner = os.getpid()
         try:
@@ -125,7 +129,8 @@ class RemotePin:
 
     def _lock_instead(self, pinning: OSError) -> None:
         address, end = self._range
-        log.debug("cannot pin memory of task %d: %s; locking it there (mlock)", self._task.pid, pinning)
+        self.refusal = f"cannot pin memory of task {self._task.pid}: {host.why_not_pinned(pinning)[0]}"
+        log.debug("%s; locking it there (mlock)", self.refusal)
         try:
             unlocked = _not_locked(self._task, address, end)
             self._with_guest(lambda guest: self._lock(guest, unlocked))
@@ -146,7 +151,7 @@ class RemotePin:
                 guest.call("mlock", start, end - start, deadline=self._deadline(start, end))
 
     def _with_guest(self, work: Callable[[Guest], None], *, inside: bool = False) -> None:
-        session.with_guest(self._task, work, inside=inside)
+        self.stopped_ns += session.with_guest(self._task, work, inside=inside)
 
     def _unlock(self, guest: Guest) -> None:
         while self._locked:
@@ -178,6 +183,10 @@ class RemotePin:
             self._unlock_all()
         else:
             session.guard_of(self._task).when_free(self._unlock_dropped)
+
+    def unmapped(self) -> None:
+        """Forget which pages are locked: unmapping them unlocks them, and the task may map others there."""
+        self._locked = []
 
     def _unlock_all(self, *, inside: bool = False) -> None:
         if self._owner == os.getpid():

@@ -44,6 +44,6 @@ def require_safe(task: Task, objects: set[Fd], *, writable: bool) -> None:
         if why:
             message = (
                 f"this memory is not mapped in task {task.pid}, which is another user's and could {why}: allocate it "
-                "in that task (task=…) and map it here, or map it read-only there"
+                "in that task (task=…, shared=True) and map it here, or map it read-only there"
             )
             raise NotPermittedError(message)

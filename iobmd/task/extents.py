@@ -9,6 +9,7 @@ process into which it is faulted, uses pages of the hugetlb pool, and allocates 
 from __future__ import annotations
 
 import enum
+import functools
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -209,7 +210,7 @@ def absent(pid: int, ranges: Ranges, files: Files, *, small: bool, permission: s
         if area is None or permission not in area.perms:
             yield Absent(inside, Origin.NOWHERE)
             continue
-        userfault = bool(flags[area.start] & _USERFAULT) if asked else not area.inode
+        userfault = bool(flags[area.start] & _USERFAULT) if asked else not area.inode or _is_zeros(area)
         if userfault:
             yield Absent(inside, Origin.FAULT, waits=True)
         else:
@@ -217,12 +218,27 @@ def absent(pid: int, ranges: Ranges, files: Files, *, small: bool, permission: s
             yield from _of_area(pid, area, inside, files, page=page, write=permission == "w")
 
 
+def _is_zeros(area: VMA) -> bool:
+    """Return whether an area is a private mapping of /dev/zero: anonymous memory, although it shows an inode."""
+    return area.perms[3] == "p" and (area.device, area.inode) == _zero_device()
+
+
+@functools.cache
+def _zero_device() -> tuple[str, int]:
+    """Return the device and inode of /dev/zero as maps shows them."""
+    try:
+        status = os.stat("/dev/zero")
+    except OSError:
+        return "", -1
+    return f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", status.st_ino
+
+
 def _may_have_handler(area: VMA, files: Files) -> bool:
     """Return whether smaps must be read for a file mapping: userfaultfd only serves in-memory file systems.
 
     smaps walks all pages below the area, even for one page of a library.
     """
-    if not area.inode:
+    if not area.inode or _is_zeros(area):
         return False
     file = files.find(area)
     return not isinstance(file, attempt.File) or file.kind in _MEMORY
@@ -286,6 +302,9 @@ def _of_area(pid: int, area: VMA, inside: Ranges, files: Files, *, page: int, wr
         # Special areas, such as [vdso], have pages that the kernel maps on a fault.
         anonymous = not area.name or area.name.startswith(("[heap]", "[stack", "[anon:"))
         yield Absent(inside, Origin.ZERO if anonymous else Origin.FAULT)
+        return
+    if _is_zeros(area):
+        yield Absent(inside, Origin.ZERO)
         return
     if area.name.startswith(_PRIVATE_HUGETLB) and area.perms[3] == "p" and page > PAGE_SIZE:
         yield Absent(inside, Origin.ZERO)  # its object has no other user, and is empty

@@ -203,6 +203,8 @@ class _Run:
         job = self._job
         if self.is_bounded:
             done, error = self._present_by_children()
+            if error == errno.ETIMEDOUT:
+                raise attempt.locked(f"task {job.pid}", job.patience)
         elif job.size <= chunked.PIECE:
             done, error = self._present(0, job.size)
         else:
@@ -230,9 +232,7 @@ class _Run:
     def _permit_huge_pages(self, present: Ranges, most: int) -> None:
         """Permit huge pages in a sparse destination where the task has all pages, in at most this many ranges."""
         job = self._job
-        if not job.sparse or not job.huge:
-            return
-        for start, end in present.whole(job.theirs, job.ours, job.huge)[:most]:
+        for start, end in present.whole(job.theirs, job.ours, job.huge)[:most] if job.sparse and job.huge else ():
             with contextlib.suppress(OSError):  # a kernel without transparent huge pages
                 mman.advise(start, end - start, mman.MADV_HUGEPAGE)
 
@@ -258,8 +258,8 @@ class _Run:
             entries, error = attempt.entries(self._pagemap, at, min(at + _WINDOW, job.end), job.patience)
             end = min(round_down(at, PAGE_SIZE) + len(entries) // 8 * PAGE_SIZE, job.end)
             if not entries:  # past the end of all address spaces, or the memory is gone
-                unmapped = error == errno.EFAULT and self.holds_memory()
-                return at - job.theirs, errno.EFAULT if unmapped else self._locked(error)
+                gone = error == errno.EFAULT and not self.holds_memory()
+                return at - job.theirs, errno.ESRCH if gone else error
             present, swapped, absent = crosstask.by_kind(entries, at, end, job.write, PAGE_SIZE)
             if absent:
                 self._absent.append(absent)
@@ -268,19 +268,12 @@ class _Run:
                 reached, error = self._attempted(Absent(present, Origin.FAULT))
                 if swapped and job.pidfd >= 0 and not job.write:
                     attempt.page_out(job.pidfd, list(swapped), job.patience)
-                if error == errno.ETIMEDOUT:
-                    raise attempt.locked(f"task {job.pid}", job.patience)
                 if error:
                     return reached - job.theirs, error
             if job.progress:
                 job.progress(end - job.theirs)
             at = end
         return job.size, 0
-
-    def _locked(self, error: int) -> int:
-        if error == errno.ETIMEDOUT:
-            raise attempt.locked(f"task {self._job.pid}", self._job.patience)
-        return errno.ESRCH if error == errno.EFAULT else error
 
     def holds_memory(self) -> bool:
         """Return whether the address space of the open pagemap still exists (if not, reads return 0 bytes)."""

@@ -36,13 +36,17 @@ def target() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def ours(pid: int) -> list[str]:
-    return [
-        line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "iobmd" in line or " ---p " in line
-    ]
+    """Return the mappings that a task has because of this process; private ones are of /dev/zero."""
+    marks = "iobmd", "/dev/zero", " ---p "
+    return [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if any(map(line.__contains__, marks))]
 
 
 def a_buffer(pid: int) -> object:
     return iobmd.allocate(8192, task=pid, wired=False)
+
+
+def a_shared_buffer(pid: int) -> object:
+    return iobmd.allocate(8192, task=pid, wired=False, shared=True)
 
 
 def a_map(pid: int) -> object:
@@ -65,7 +69,7 @@ def held(pid: int) -> tuple[list[str], int]:
 
 
 @pytest.mark.filterwarnings("ignore:.*never:ResourceWarning")
-@pytest.mark.parametrize("make", [a_buffer, a_map, locked_memory])
+@pytest.mark.parametrize("make", [a_buffer, a_shared_buffer, a_map, locked_memory])
 @pytest.mark.parametrize("in_thread", [False, True], ids=["itself", "another thread"])
 def test_a_destructor_waits_for_no_stop(
     target: subprocess.Popen[bytes], make: Callable[[int], object], *, in_thread: bool

@@ -158,7 +158,7 @@ def test_it_is_not_mapped_here(start_source: Start) -> None:
 @pytest.mark.needs("frames")
 def test_memory_of_iobmd_in_a_task_is_known_again(start_source: Start) -> None:
     source = start_source()
-    with iobmd.allocate(4 * PAGE, task=source.pid) as buffer:
+    with iobmd.allocate(4 * PAGE, task=source.pid, shared=True) as buffer:
         md = IOMemoryDescriptor.withAddressRange(buffer.getBytesNoCopy() + PAGE, PAGE, INOUT, source.pid)
         with md, md.map() as here:
             memoryview(here)[0] = 0x5A

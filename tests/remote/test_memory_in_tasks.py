@@ -50,12 +50,13 @@ def area(pid: int, address: int) -> str:
 
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("wired", [False, True], ids=["pageable", "wired"])
+@pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
 @pytest.mark.parametrize("size", [1, 5000, 64 << 10, 4 * MIB + 5], ids=str)
-def test_buffer_in_a_task(target: subprocess.Popen[bytes], size: int, wired: bool) -> None:
+def test_buffer_in_a_task(target: subprocess.Popen[bytes], size: int, shared: bool, wired: bool) -> None:
     task = Task(target.pid)
-    with iobmd.allocate(size, task=target.pid, wired=wired) as buffer:
+    with iobmd.allocate(size, task=target.pid, wired=wired, shared=shared) as buffer:
         address = buffer.getBytesNoCopy()
-        assert "rw-s" in area(target.pid, address)
+        assert ("rw-s" if shared else "rw-p") in area(target.pid, address)
         assert not any(task.read(address, size))
         data = os.urandom(size)
         assert buffer.writeBytes(0, data) == size
@@ -75,7 +76,7 @@ def test_buffer_in_a_task(target: subprocess.Popen[bytes], size: int, wired: boo
 @pytest.mark.needs("frames")
 @pytest.mark.usefixtures("nothing_left")
 def test_frames_are_the_same(target: subprocess.Popen[bytes]) -> None:
-    with iobmd.allocate(64 << 10, task=target.pid) as buffer, buffer.map() as here:
+    with iobmd.allocate(64 << 10, task=target.pid, shared=True) as buffer, buffer.map() as here:
         memoryview(here)[:] = bytes(64 << 10)
         there = frames(buffer.getBytesNoCopy(), 64 << 10, target.pid)
         assert there == frames(here.getAddress(), 64 << 10)
@@ -373,7 +374,8 @@ def test_a_forked_child_takes_nothing_away(target: subprocess.Popen[bytes]) -> N
 
 @pytest.mark.usefixtures("nothing_left")
 def test_task_that_exits(target: subprocess.Popen[bytes]) -> None:
-    buffer = iobmd.allocate(64 << 10, task=target.pid)
+    buffer = iobmd.allocate(64 << 10, task=target.pid, shared=True)
+    private = [iobmd.allocate(8192, task=target.pid, wired=wired) for wired in (True, False)]
     shared = iobmd.allocate(4096, shared=True, wired=False)
     mapped = shared.createMappingInTask(target.pid, 0, ANYWHERE)
     buffer.writeBytes(0, b"stays")
@@ -381,17 +383,21 @@ def test_task_that_exits(target: subprocess.Popen[bytes]) -> None:
     target.wait()
     assert buffer.readBytes(0, 5) == b"stays"
     buffer.free()
+    for gone in private:
+        assert code_of(lambda gone=gone: gone.readBytes(0, 1)) == IOReturn.kIOReturnNotFound  # type: ignore[misc]
+        gone.free()
     mapped.unmap()
     shared.free()
     assert code_of(lambda: iobmd.allocate(4096, task=target.pid)) == IOReturn.kIOReturnNotFound
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_task_that_runs_another_program() -> None:
+@pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
+def test_task_that_runs_another_program(shared: bool) -> None:
     """An exec removes the memory; whatever the new program maps at the address must not be unmapped."""
     program = subprocess.Popen(["sh", "-c", "read line; exec sleep 1000"], stdin=subprocess.PIPE)
     try:
-        buffer = iobmd.allocate(64 << 10, task=program.pid)
+        buffer = iobmd.allocate(64 << 10, task=program.pid, shared=shared)
         assert program.stdin
         program.stdin.write(b"\n")
         program.stdin.close()

@@ -315,6 +315,7 @@ def test_seccomp_filter_that_kills() -> None:
     with Target([build("busy"), "filter", "60"]) as target:
         assert until(lambda: "Seccomp:\t2" in Path(f"/proc/{target.pid}/status").read_text())
         exercise(target.pid, 10, pause=0.01)
+        target.tell()
         assert target.end() == (6, "slept 60 errors 0\n")
 
 

@@ -62,16 +62,18 @@ def target() -> Iterator[Target]:
 
 @pytest.mark.parametrize("protection", ["r", "rw", "rx", "rwx"])
 @pytest.mark.parametrize("wired", [True, False])
-def test_protection(target: Target, protection: str, wired: bool) -> None:
+@pytest.mark.parametrize("shared", [True, False])
+def test_protection(target: Target, protection: str, wired: bool, shared: bool) -> None:
     """The protection applies to the task's mapping; this process can write to the memory in any case."""
-    with iobmd.allocate(SIZE, task=target.pid, protection=protection, wired=wired) as buffer:
-        expected = "".join(letter if letter in protection else "-" for letter in "rwx") + "s"
+    with iobmd.allocate(SIZE, task=target.pid, protection=protection, wired=wired, shared=shared) as buffer:
+        expected = "".join(letter if letter in protection else "-" for letter in "rwx") + ("s" if shared else "p")
         assert target.permissions(buffer.getBytesNoCopy()) == expected
         buffer.writeBytes(0, b"there")
         assert target.ask("read", buffer.getBytesNoCopy()) == "there"
         if "x" in protection:
             buffer.writeBytes(4096, bytes.fromhex(CODE[os.uname().machine]))
             assert target.ask("call", buffer.getBytesNoCopy(4096)) == "42"
+        assert target.permissions(buffer.getBytesNoCopy()) == expected
         if buffer.wiring is iobmd.Wiring.PINNED and iobmd.host.pfns_visible():
             buffer.verify()
 
@@ -79,7 +81,7 @@ def test_protection(target: Target, protection: str, wired: bool) -> None:
 @pytest.mark.parametrize("protection", ["r", "rx"])
 def test_writable_map_of_read_only_memory(target: Target, protection: str) -> None:
     """Its own addresses serve only read-only maps, also of a part; a writable map has other addresses."""
-    with iobmd.allocate(SIZE, task=target.pid, protection=protection, wired=False) as buffer:
+    with iobmd.allocate(SIZE, task=target.pid, protection=protection, wired=False, shared=True) as buffer:
         own = buffer.getBytesNoCopy()
         anywhere, read_only = iobmd.IOMapOptions.kIOMapAnywhere, iobmd.IOMapOptions.kIOMapReadOnly
         buffer.writeBytes(0, b"there")
@@ -111,14 +113,15 @@ def test_at_an_address(target: Target) -> None:
 
 
 @pytest.mark.parametrize("wired", [True, False])
-def test_memory_that_is_left_behind(target: Target, wired: bool) -> None:
+@pytest.mark.parametrize("shared", [True, False])
+def test_memory_that_is_left_behind(target: Target, wired: bool, shared: bool) -> None:
     """The memory remains when the descriptor is released, and this process no longer refers to it."""
-    with iobmd.allocate(SIZE, task=target.pid, protection="rx", wired=wired) as buffer:
+    with iobmd.allocate(SIZE, task=target.pid, protection="rx", wired=wired, shared=shared) as buffer:
         address = buffer.getBytesNoCopy()
         buffer.writeBytes(0, b"stays")
         buffer.leave()
         assert buffer.readBytes(0, 5) == b"stays"  # and is usable until then
-    assert target.permissions(address) == "r-xs"
+    assert target.permissions(address) == ("r-xs" if shared else "r-xp")
     assert target.ask("read", address) == "stays"
     dropped = iobmd.allocate(SIZE, task=target.pid, wired=False)
     address = dropped.getBytesNoCopy()

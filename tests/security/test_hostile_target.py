@@ -142,7 +142,7 @@ def test_a_stolen_descriptor_is_of_little_use(read_only: bool, monkeypatch: pyte
 @pytest.mark.parametrize("size", [4 * MIB, 64 << 10], ids=["huge pages", "small"])
 def test_memory_in_a_task_of_another_user_cannot_be_truncated(size: int) -> None:
     with sleeping_victim() as target:
-        with iobmd.allocate(size, task=target.pid, wired=False) as buffer:
+        with iobmd.allocate(size, task=target.pid, wired=False, shared=True) as buffer:
             backing: Any = buffer._memory().backing
             with backing.shared.fd.use() as number:
                 assert code_of_truncation(number) == "PermissionError"

@@ -22,7 +22,7 @@ def demonstrate(task: Task, piece: Piece) -> dict[str, Any] | str:
     """Allocate memory in a task, and copy its memory as of one moment; return the reason if that is impossible."""
     data = os.urandom(_SIZE)
     try:
-        with allocate(_SIZE, task=task) as buffer, buffer.map() as here:
+        with allocate(_SIZE, task=task, shared=True) as buffer, buffer.map() as here:
             there = buffer.getBytesNoCopy()
             buffer.writeBytes(0, data)
             seen = task.read(there, _SIZE) == data
