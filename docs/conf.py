@@ -74,6 +74,8 @@ _LINKS = {
     "Direction": "iobmd.Direction",
     "Protection": "iobmd.Protection",
     "Process": "iobmd.AnyTask",
+    "PsutilProcess": "iobmd.task.identity.PsutilProcess",
+    "MemoryInfo": "iobmd.task.identity.MemoryInfo",
     "array": "array.array",
     "Mapped": "iobmd.IOMemoryDescriptor",
     "Where": "iobmd.pagemap.range.Where",

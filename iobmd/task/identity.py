@@ -5,15 +5,11 @@ from __future__ import annotations
 import errno
 import os
 from operator import index
-from typing import TYPE_CHECKING, Protocol, SupportsIndex
+from typing import Protocol, SupportsIndex
 
 from iobmd import procfs
 from iobmd.errors import NO_DESCRIPTOR, BadArgumentError, NoResourcesError
 from iobmd.task import attempt, diagnosis
-
-if TYPE_CHECKING:
-    import psutil
-
 
 _PATIENCE = 10.0  # seconds for a process that executes a program
 
@@ -27,6 +23,64 @@ class Process(Protocol):
 
     def is_running(self) -> bool:
         """Whether the process still exists, with its start time."""
+
+
+class MemoryInfo(Protocol):
+    """The part of the result of psutil's `memory_info` that `PsutilProcess` declares."""
+
+    @property
+    def rss(self) -> int:
+        """Resident bytes."""
+
+    @property
+    def vms(self) -> int:
+        """Bytes of address space."""
+
+
+class PsutilProcess(Process, Protocol):
+    """The methods of a psutil.Process that type checkers know without psutil's stubs.
+
+    The object is a psutil.Process; ``psutil.Process(task.pid)`` has the type with all methods.
+    """
+
+    def name(self) -> str:
+        """Return its name."""
+
+    def exe(self) -> str:
+        """Return the path of its program."""
+
+    def cmdline(self) -> list[str]:
+        """Return its arguments, beginning with the name of the program."""
+
+    def cwd(self) -> str:
+        """Return its working directory."""
+
+    def username(self) -> str:
+        """Return the name of its user."""
+
+    def status(self) -> str:
+        """Return its state, such as ``"sleeping"``."""
+
+    def create_time(self) -> float:
+        """Return when it was created, in seconds since the epoch."""
+
+    def num_threads(self) -> int:
+        """Return how many threads it has."""
+
+    def memory_info(self) -> MemoryInfo:
+        """Return its memory in bytes, with `rss` and `vms`."""
+
+    def suspend(self) -> None:
+        """Stop it (SIGSTOP)."""
+
+    def resume(self) -> None:
+        """Continue it (SIGCONT)."""
+
+    def terminate(self) -> None:
+        """End it (SIGTERM)."""
+
+    def kill(self) -> None:
+        """End it (SIGKILL)."""
 
 
 def pid_of(process: int | Process) -> int:
@@ -76,7 +130,7 @@ def start_of(pid: int) -> int:
         raise diagnosis.hidden(pid) or diagnosis.gone(f"no process has the pid {pid}", errno.ESRCH) from None
 
 
-def running(process: psutil.Process) -> psutil.Process:
+def running(process: PsutilProcess) -> PsutilProcess:
     """Return `process`; raise `kIOReturnNotFound` if its pid was reused."""
     try:
         if process.is_running():
@@ -87,7 +141,7 @@ def running(process: psutil.Process) -> psutil.Process:
     raise diagnosis.hidden(process.pid) or gone
 
 
-def as_psutil(pid: int) -> psutil.Process:
+def as_psutil(pid: int) -> PsutilProcess:
     """Return the psutil.Process of a process. Raises as `Task.process`."""
     # Loading psutil takes half as long as loading iobmd, and most tasks do not need it.
     import psutil  # noqa: PLC0415

@@ -16,12 +16,11 @@ from iobmd.task import diagnosis, extents, identity, transfer
 from iobmd.task.transfer import Transfer
 
 if TYPE_CHECKING:
-    import psutil
     from typing_extensions import Buffer
 
     from iobmd._internal import chunked
     from iobmd._native.crosstask import Ranges
-    from iobmd.task.identity import Process
+    from iobmd.task.identity import Process, PsutilProcess
 
 ADDRESS_END = 1 << 64
 
@@ -66,9 +65,9 @@ class Task:
             identity.require_same_numbers(self.pid)
         self._pidfd = identity.open_pidfd(self.pid)
         self._started = identity.start_of(self.pid)
-        self._process: psutil.Process | None = None
+        self._process: PsutilProcess | None = None
         if not isinstance(process, SupportsIndex):
-            self._process = identity.running(cast("psutil.Process", process))
+            self._process = identity.running(cast("PsutilProcess", process))
 
     def __del__(self) -> None:
         if getattr(self, "_pidfd", -1) >= 0:
@@ -85,7 +84,7 @@ class Task:
         raise TypeError("a Task cannot be pickled, because its pid may be reused before it is loaded; send the pid")
 
     @property
-    def process(self) -> psutil.Process:
+    def process(self) -> PsutilProcess:
         """The process as a psutil.Process, for its name, user, state and other properties.
 
         Raises
@@ -328,7 +327,7 @@ class _CurrentTask(Task):
         return os.getpid()
 
     @property
-    def process(self) -> psutil.Process:
+    def process(self) -> PsutilProcess:
         return identity.as_psutil(self.pid)
 
     @property

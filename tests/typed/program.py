@@ -103,6 +103,9 @@ def tasks() -> None:
     task = iobmd.current_task()
     assert_type(task, Task)
     assert_type(task.read(task.pid, 0), bytes)
+    assert_type(task.process.name(), str)
+    assert_type(task.process.memory_info().rss, int)
+    assert_type(Task(task.process), Task)
     with iobmd.policy(time_budget=1.5, memory_budget=1 << 20):
         pass
     try:
