@@ -153,17 +153,19 @@ def test_signals_to_the_whole_group(target: subprocess.Popen[bytes]) -> None:
 
 def test_free_while_it_is_read(target: subprocess.Popen[bytes]) -> None:
     """The task refuses the call, and the memory remains mapped there."""
-    buffer = iobmd.allocate(256 * MIB, task=target.pid, wired=False)
+    buffer = iobmd.allocate(256 * MIB, task=target.pid, wired=False, shared=True)
     address = buffer.getBytesNoCopy()
-    over = threading.Event()
+    begun, over = threading.Event(), threading.Event()
 
     def read() -> None:
         into = bytearray(256 * MIB)
         while not over.is_set():
+            begun.set()
             buffer.readBytesInto(0, into)
 
     reader = threading.Thread(target=read)
     reader.start()
+    begun.wait()
     busy = 0
     try:
         deadline = time.monotonic() + 10
