@@ -136,6 +136,9 @@ class Backing(Protocol):
         Raises `kIOReturnUnsupported` for private pages, `kIOReturnBadArgument` for partial pages.
         """
 
+    def tasks_to_stop(self) -> list[Task]:
+        """Return the other tasks in which `seal` unmaps memory."""
+
     def seal(self) -> None:
         """Prevent further use, so that `close` cannot be refused; idempotent.
 

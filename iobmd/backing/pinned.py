@@ -9,6 +9,7 @@ from iobmd._native import mapping
 
 if TYPE_CHECKING:
     from iobmd._native.pagemap import RunTable
+    from iobmd.task.task import Task
 
 
 class Pin(Protocol):
@@ -53,6 +54,10 @@ class Pinned(abc.ABC):
         self._pin = pin
         self.pin_refusal = ""
         self._generation = mapping.generation()
+
+    def tasks_to_stop(self) -> list[Task]:
+        """Return the other tasks in which `seal` unmaps memory: none."""
+        return []
 
     def unpin(self, *, wait: bool = True) -> None:
         """Release the pin, so that the kernel may move the pages again. `wait` as `Pin.release`."""

@@ -71,6 +71,10 @@ class RemoteBacking(SharedBacking):
         if self._there:
             self._there.leave()
 
+    def tasks_to_stop(self) -> list[Task]:
+        """Return the task in which `seal` unmaps it, if it does."""
+        return [self._there.task] if self._there and self._there.is_mapped else []
+
     def seal(self) -> None:
         """Prevent further use, and unmap it in its task, if that still exists. Raises as `RemoteMapping.close`."""
         super().seal()  # raises while it is in use, before anything is unmapped in the task

@@ -155,6 +155,10 @@ class RemotePrivateBacking(RangeBacking):
         self._is_left = True
         self._there.leave()
 
+    def tasks_to_stop(self) -> list[Task]:
+        """Return the task in which `seal` unmaps it, if it does."""
+        return [self._there.task] if self._there.is_mapped else []
+
     def seal(self) -> None:
         """Prevent further use, and unmap it in its task, if that still exists. Raises as `RemoteMapping.close`."""
         self._transfers.seal()  # raises while a transfer is in progress, before anything is unmapped

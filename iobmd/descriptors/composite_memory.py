@@ -6,9 +6,10 @@ import contextlib
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from iobmd._native.pagemap import concatenated
-from iobmd.errors import BadArgumentError, IOReturnError, UnsupportedError
+from iobmd.errors import BadArgumentError, IOReturnError, NotFoundError, UnsupportedError
 from iobmd.memory.mlock import Wiring
 from iobmd.purgeable import EMPTY, KEEP_CURRENT, NON_VOLATILE, VOLATILE
+from iobmd.remote import session
 from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -247,8 +248,22 @@ class CompositeBacking:
         """Return the owners of its parts' memory that are not composite."""
         return [origin for part in self._parts for origin in part.owner.origins()]
 
+    def tasks_to_stop(self) -> list[Task]:
+        """Return the other tasks in which `seal` unmaps memory of parts."""
+        ending = [part.owner.backing for part in self._parts if part.owner.ends_with(self)]
+        return [task for backing in ending if backing for task in backing.tasks_to_stop()]
+
     def seal(self) -> None:
-        """Seal the memory of all parts that have no other user, or of none."""
+        """Seal the memory of all parts that have no other user, or of none.
+
+        Memory that was unmapped in one task cannot be restored if another task then refuses. All of them are
+        therefore stopped before: a task that another tracer holds, or that is frozen, refuses now. One that begins to
+        refuse between this and its turn leaves the parts in tasks before it unmapped there.
+        """
+        if len(tasks := set(self.tasks_to_stop())) > 1:
+            for task in tasks:
+                with contextlib.suppress(NotFoundError):  # it has exited
+                    session.stop(task)
         try:
             for part in sorted(self._parts, key=_is_elsewhere):
                 part.owner.seal(self)

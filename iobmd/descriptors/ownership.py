@@ -150,6 +150,10 @@ class MemoryOwner:
                     self._dependents.add(dependent)
                 raise
 
+    def ends_with(self, dependent: CompositeBacking) -> bool:
+        """Return whether the memory is released when a dependent is removed: it has no other user."""
+        return not self.has_handle and not self._has_dependents(apart_from=dependent)
+
     def seal(self, dependent: CompositeBacking) -> None:
         """Prevent further use, if a dependent that is about to be removed is the last user.
 
@@ -159,7 +163,7 @@ class MemoryOwner:
             As `remove_handle`.
         """
         with self.guard:
-            if self.backing is None or self.has_handle or self._has_dependents(apart_from=dependent):
+            if self.backing is None or not self.ends_with(dependent):
                 return
             try:
                 self._require_unviewed()

@@ -262,6 +262,11 @@ class RemoteMapping:
             return stop if stop < end else None
         return start
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether `close` will unmap it."""
+        return bool(self._whole[1]) and self._owner == os.getpid()
+
     def leave(self) -> None:
         """Leave it to the task: neither `close` nor the exit of this process unmaps it."""
         self._whole = (0, 0)

@@ -1,9 +1,13 @@
 """Sub-ranges and concatenations: bytes and frames by pagemap, guard pages, pins by VmPin, and lifetimes."""
 
+import contextlib
 import gc
 import os
+import subprocess
+import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +34,7 @@ from iobmd import (
     kernel_task,
 )
 from iobmd.errors import BusyError
+from iobmd.remote import session
 from iobmd.remote.mapping import RemoteMapping
 
 PAGE = kernel.PAGE
@@ -502,6 +507,43 @@ def test_a_task_that_refuses_loses_no_part(monkeypatch: pytest.MonkeyPatch) -> N
         assert kernel.smaps(address, program.pid), "unmapped there before the other part refused"
         both.free()
         assert not kernel.smaps(address, program.pid)
+
+
+@pytest.mark.needs("root")
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
+def test_parts_in_two_tasks_are_unmapped_in_both_or_none(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another tracer holds one of the tasks, that of the first or of the second part."""
+    need_ptrace()
+    monkeypatch.setattr(session, "PATIENCE", 0.2)
+    with sleeping() as one, sleeping() as other:
+        parts = [iobmd.allocate(PAGE, task=program.pid, wired=False, shared=shared) for program in (one, other)]
+        addresses = [part.getBytesNoCopy() for part in parts]
+        both = multi(parts, INOUT)
+        for part in parts:
+            part.writeBytes(0, b"kept")
+            part.free()
+        for program in (one, other):
+            with held_by_tracer(program.pid):
+                assert code_of(both.free) == IOReturn.kIOReturnNotPermitted
+            for start, mapped in zip(addresses, (one, other), strict=True):
+                assert kernel.smaps(start, mapped.pid), "unmapped although the other task refused"
+            assert both.readBytes(PAGE, 4) == both.readBytes(0, 4) == b"kept"
+        both.free()
+        assert not any(kernel.smaps(start, mapped.pid) for start, mapped in zip(addresses, (one, other), strict=True))
+
+
+@contextlib.contextmanager
+def held_by_tracer(pid: int) -> Iterator[None]:
+    """Trace a process by another one, which does not stop it (ptrace(2), PTRACE_SEIZE)."""
+    seize = f"assert ctypes.CDLL(None).ptrace(0x4206, {pid}, 0, 0) == 0; print(1, flush=True); sys.stdin.read()"
+    program = [sys.executable, "-c", f"import ctypes, sys; {seize}"]
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as tracer:
+        assert tracer.stdout
+        assert tracer.stdout.readline() == b"1\n"
+        yield
+        assert tracer.stdin
+        tracer.stdin.close()
 
 
 def refuse(_mapping: RemoteMapping) -> None:
