@@ -76,7 +76,7 @@ def allocate(
         in another task that is contiguous, masked, aligned above a page, purgeable, on a `node` or with a `cache`
         mode is shared in any case.
     alignment : int
-        A power of two.
+        A power of two. Above the page size it implies contiguity, except for pageable memory.
     cache : str
         ``"default"``, ``"inhibit"``, ``"writethru"``, ``"copyback"`` or ``"writecombine"``.
     direction : str

@@ -43,6 +43,8 @@ class AnonymousBacking(MappedBacking):
         Initial contents.
     placement : Placement
         The address.
+    alignment : int
+        Alignment of any other address, if `want` implies none.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class AnonymousBacking(MappedBacking):
         want: PhysicalConstraints | None = None,
         contents: Contents | None = None,
         placement: Placement = ANYWHERE,
+        alignment: int = PAGE_SIZE,
     ) -> None:
         super().__init__(wired=wired)
         self._anywhere = not placement.at
@@ -64,7 +67,7 @@ class AnonymousBacking(MappedBacking):
             headroom.require(size, swappable=not wired, absent=absent)
         for _attempt in range(search.TRIES):
             self.mapping = placement.place(
-                round_up(size, PAGE_SIZE), lambda: self._obtain(size, want, sparse=self._sparse)
+                round_up(size, PAGE_SIZE), lambda: self._obtain(size, want, alignment, sparse=self._sparse)
             )
             try:
                 if purgeable:
@@ -89,12 +92,13 @@ class AnonymousBacking(MappedBacking):
             raise limits.from_oserror(error, doing, PAGE_SIZE) from None
 
     @staticmethod
-    def _obtain(size: int, want: PhysicalConstraints | None, *, sparse: bool) -> Mapping:
+    def _obtain(size: int, want: PhysicalConstraints | None, alignment: int, *, sparse: bool) -> Mapping:
         try:
             if want:
                 return search.obtain(want)
-            huge = HUGE_PAGE_SIZE if size >= HUGE_PAGE_SIZE else PAGE_SIZE
-            return Mapping.anonymous(round_up(size, PAGE_SIZE), huge, sparse)
+            if size >= HUGE_PAGE_SIZE:
+                alignment = max(alignment, HUGE_PAGE_SIZE)
+            return Mapping.anonymous(round_up(size, PAGE_SIZE), alignment, sparse)
         except IOReturnError:
             raise
         except (OSError, OverflowError) as error:

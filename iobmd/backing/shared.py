@@ -37,6 +37,8 @@ class SharedBacking(MappedBacking):
         Inaccessible bytes on each side.
     placement : Placement
         The address.
+    alignment : int
+        Alignment of any other address.
     """
 
     def __init__(
@@ -48,12 +50,13 @@ class SharedBacking(MappedBacking):
         contents: Contents | None = None,
         guard: int = 0,
         placement: Placement = ANYWHERE,
+        alignment: int = PAGE_SIZE,
     ) -> None:
         super().__init__(wired=wired)
         self._shared = shared
         self._immovable = wired and shared.immovable
         try:
-            self.mapping = placement.place(shared.size, lambda: shared.map(guard))
+            self.mapping = placement.place(shared.size, lambda: shared.map(guard, alignment))
         except BaseException:
             shared.close()
             raise

@@ -62,6 +62,7 @@ def _make(wanted: Request, contents: Contents | None) -> MappedBacking:
                 want=wanted.want,
                 contents=contents,
                 placement=wanted.placement,
+                alignment=wanted.alignment,
             ),
             wanted,
         )
@@ -99,7 +100,13 @@ def _show(shared: SharedObject, wanted: Request, contents: Contents | None) -> S
     guard, placement = wanted.guard, wanted.placement
     if wanted.here:
         return SharedBacking(
-            shared, wired=wired, purgeable=purgeable, contents=contents, guard=guard, placement=placement
+            shared,
+            wired=wired,
+            purgeable=purgeable,
+            contents=contents,
+            guard=guard,
+            placement=placement,
+            alignment=wanted.alignment,
         )
     return RemoteBacking(
         shared, task, wired=wired, purgeable=purgeable, contents=contents, guard=guard, placement=placement

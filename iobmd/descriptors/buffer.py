@@ -234,8 +234,8 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         capacity : int
             Size in bytes; `getLength()` starts there.
         alignment : int
-            A power of two (0 and 1: none). Above the page size the memory is also contiguous, and both its virtual
-            and its physical address are aligned.
+            A power of two (0 and 1: none). Above the page size, wired memory is also contiguous, and both its virtual
+            and its physical address are aligned; pageable memory in this process has an aligned virtual address.
         physicalMask : int
             The bits that physical addresses may have; 0: any address. If `alignment` is 0 or 1, the lowest bit of the
             mask is the alignment, which is at least a page.

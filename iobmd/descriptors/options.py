@@ -71,6 +71,8 @@ class Request(NamedTuple):
     """The number that names its mappings; 0: no name."""
     placement: Placement = ANYWHERE
     """Its address, and its protection in its task."""
+    alignment: int = PAGE_SIZE
+    """Alignment of its address in this process, if no condition on its physical addresses implies it."""
     small: bool = False
     """Whether it may share pages with other buffers."""
     private: bool = False
@@ -172,14 +174,17 @@ def _check(
     _check_options(options)
     if guarded:
         _check_guarded(where, options)
-    want, contiguous = _physical(options, capacity, alignment, physical_mask)
+    # Pageable memory moves: only its address can be aligned.
+    virtual = alignment if options & _PAGEABLE and where is not None and where.is_current else 1
+    want, contiguous = _physical(options, capacity, 1 if virtual > 1 else alignment, physical_mask)
     if options & _PAGEABLE and (want or contiguous):
         what = want or PhysicalConstraints(capacity, contiguous)
         raise BadArgumentError(f"pageable memory moves, and cannot be {what}: omit kIOMemoryPageable")
     tag = _tag(tags, in_kernel=where is None or where is kernel_task)
     if placement is not ANYWHERE:
         _check_placement(placement, where, capacity, max(alignment, PAGE_SIZE))
-    request = Request(where, options, capacity, want, contiguous, PAGE_SIZE if guarded else 0, tag, placement)
+    guard, virtual = PAGE_SIZE if guarded else 0, max(virtual, PAGE_SIZE)
+    request = Request(where, options, capacity, want, contiguous, guard, tag, placement, virtual)
     return request._replace(small=_may_share_pages(request))
 
 

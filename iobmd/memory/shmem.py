@@ -116,16 +116,18 @@ class SharedObject:
                 offset -= extent.length
         return found
 
-    def map(self, guard: int = 0) -> Mapping:
+    def map(self, guard: int = 0, alignment: int = PAGE_SIZE) -> Mapping:
         """Map all of it in this process. Parameters and errors are those of `show`."""
-        return show(self.cut(0, self.size), guard=guard)
+        return show(self.cut(0, self.size), guard=guard, alignment=alignment)
 
     def close(self) -> None:
         """Close the descriptor at the end of its last use; the object is freed with its last user. Idempotent."""
         self.fd.close()
 
 
-def show(extents: Sequence[FileExtent], at: int = 0, *, writable: bool = True, guard: int = 0) -> Mapping:
+def show(
+    extents: Sequence[FileExtent], at: int = 0, *, writable: bool = True, guard: int = 0, alignment: int = PAGE_SIZE
+) -> Mapping:
     """Map extents contiguously in this process.
 
     Parameters
@@ -138,6 +140,8 @@ def show(extents: Sequence[FileExtent], at: int = 0, *, writable: bool = True, g
         Whether the mapping is writable.
     guard : int
         Inaccessible bytes on each side.
+    alignment : int
+        Alignment of any other address, at least that of the pages.
 
     Raises
     ------
@@ -146,7 +150,7 @@ def show(extents: Sequence[FileExtent], at: int = 0, *, writable: bool = True, g
         `kIOReturnUnsupported`: large pages at an unaligned address. `kIOReturnNotPermitted`: another process has
         sealed an object against writing.
     """
-    alignment, size = alignment_of(extents), sum(extent.length for extent in extents)
+    alignment, size = max(alignment, alignment_of(extents)), sum(extent.length for extent in extents)
     with _numbered(extents) as pieces:
         try:
             return Mapping.view(pieces, at, writable, guard, alignment)

@@ -230,6 +230,21 @@ def test_address() -> None:
             assert code_of(lambda: buffer.getBytesNoCopy(start, length)) == IOReturn.kIOReturnBadArgument  # noqa: B023
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("alignment", [2 * kernel.PAGE, 64 << 10, 2 * MIB, 64 * MIB])
+def test_alignment_of_pageable_memory(alignment: int, shared: bool) -> None:
+    before = kernel.Footprint.now().mappings
+    for size in (1, 5 * MIB):
+        with iobmd.allocate(size, wired=False, alignment=alignment, shared=shared) as buffer:
+            address = buffer.getBytesNoCopy()
+            assert address % alignment == 0
+            assert kernel.present(address, size) == 0
+            assert kernel.Footprint.now().mappings <= before + 2  # the unused addresses around it are unmapped
+            assert iobmd.IOMemoryDescriptor.withAddressRange(address, size, 3, kernel_task).readBytes(0, 1) == b"\0"
+    with pytest.raises(iobmd.BadArgumentError, match="pageable memory moves"):
+        iobmd.allocate(8192, wired=False, alignment=alignment, contiguous=True)
+
+
 @pytest.mark.parametrize("alignment", [0, 1, 2, 64, 512, kernel.PAGE])
 def test_alignment(alignment: int) -> None:
     with Buffer.withOptions(0, 100, alignment) as buffer:
