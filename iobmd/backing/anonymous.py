@@ -135,10 +135,6 @@ class AnonymousBacking(MappedBacking):
                 log.debug("%s; trying hugetlb pages, which do not move", error)
             else:
                 log.debug("%s; its address rules out hugetlb pages", error)
-            where = (
-                "trying hugetlb pages, which do not move" if self._anywhere else "its address rules out hugetlb pages"
-            )
-            log.debug("%s; %s", error, where)
             if not self._anywhere or not self._take_hugetlb(want or PhysicalConstraints(size)):
                 if want:
                     raise
