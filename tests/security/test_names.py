@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,6 +14,7 @@ from support import kernel
 from support.child import sleeping, started
 from support.errors import error_of
 from support.targets import need_ptrace
+from support.terminal import lines_on_terminal
 
 import iobmd
 from iobmd import host, procfs
@@ -144,11 +147,14 @@ NAMED = """
 import ctypes, os, sys
 libc = ctypes.CDLL(None)
 libc.mmap.restype = ctypes.c_void_p
-file = os.open(os.fsencode(sys.argv[1]) + b"/x\\x1b[2J\\n\\xff<b>]]>\\xe2\\x80\\xae", os.O_RDWR | os.O_CREAT)
+folder = os.fsencode(sys.argv[1]) + b"/x<"
+os.mkdir(folder)
+name = b"/script><!--<script><b>\\x1b[2J\\x1b]0;owned\\x07\\n\\xff<b>]]>\\xe2\\x80\\xae"
+file = os.open(folder + name, os.O_RDWR | os.O_CREAT)
 os.ftruncate(file, 4096)
 at = libc.mmap(None, ctypes.c_size_t(8192), 3, 1, file, 0)
 ctypes.memset(at, 7, 1)
-libc.prctl(15, b"\\x1b[2J\\n<b>&", 0, 0, 0)
+libc.prctl(15, b"\\x1b[2J\\n</b><b>&", 0, 0, 0)
 print(at, flush=True)
 sys.stdin.readline()
 """
@@ -189,18 +195,65 @@ def test_areas_as_text(named: tuple[int, int]) -> None:
     assert str(area).isprintable()
 
 
-@pytest.mark.parametrize("option", ["--svg", "--html"])
-def test_pictures_contain_no_markup_of_others(named: tuple[int, int], option: str, tmp_path: Path) -> None:
-    """A name of a file or program neither ends an element nor begins one, such as a script."""
+OUTPUTS = ["", "--each", "--sort name --all", "--runs --flags", "--csv", "--csv --grouped", "--json", "--map",
+           "--watch 0.01 --count 2", "--heat 0.2 --count 2"]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OUTPUTS)
+def test_every_output_about_a_process(
+    named: tuple[int, int], options: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["pagemap", str(named[0]), *options.split()])
+    shown = capsys.readouterr()
+    assert not set("\x1b\x07\r") & set(shown.out + shown.err)
+    assert "1b[2J" in shown.out or ("--csv" in options and "owned" in shown.out), "the control: a name is shown"
+
+
+@pytest.mark.parametrize("options", ["", "--watch 0.1 --count 2", "--heat 0.2 --count 2", "--map"])
+def test_every_output_on_a_terminal(named: tuple[int, int], options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, colors and positions are control sequences, but not the name of a file, which would set a title."""
+    monkeypatch.setenv("TERM", "xterm")
+    command = ["pagemap", str(named[0]), "--name", "owned", *options.split()]
+    shown = "\n".join(lines_on_terminal(200, *command, raw=True))
+    assert "owned" in shown or "--map" in options or "--heat" in options, "the control: the file is named"
+    assert "\x1b]0;" not in shown
+    assert "\x1b[2J\x1b]" not in shown
+
+
+def test_a_picture_contains_no_markup_of_others(named: tuple[int, int], tmp_path: Path) -> None:
+    """A name of a file or program neither ends an element nor begins one."""
     path = tmp_path / "picture"
-    assert main(["pagemap", str(named[0]), option, str(path)]) == 0
-    text = path.read_text()
-    tree = ElementTree.fromstring(text[text.index("<svg") : text.rindex("</svg>") + 6])
+    assert main(["pagemap", str(named[0]), "--svg", str(path)]) == 0
+    tree = ElementTree.parse(path).getroot()
     words = "".join(tree.itertext())
     assert "<b>" in words, "the control: the names are shown"
     assert not [element for element in tree.iter() if element.tag.rpartition("}")[2] in ("b", "script")]
-    assert "<b>" not in text
     assert "\x1b" not in words
+
+
+class Elements(HTMLParser):
+    """Counts the elements of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:  # noqa: ARG002 (of the base class)
+        self.tags[tag] += 1
+
+
+def test_a_page_contains_no_markup_of_others(named: tuple[int, int], tmp_path: Path) -> None:
+    """Nor do they end the script that contains them as data; the page permits no other script."""
+    texts = []
+    for pid in (named[0], os.getpid()):
+        assert main(["pagemap", str(pid), "--html", str(tmp_path / "page")]) == 0
+        texts.append((tmp_path / "page").read_text())
+    assert "owned" in texts[0], "the control: the file is named"
+    assert "\x1b" not in texts[0]
+    found, usual = (Elements(text).tags for text in texts)
+    assert found == usual
+    assert "<!--" not in texts[0]
 
 
 @pytest.mark.parametrize("unified", [False, True], ids=["version 1", "version 2"])
