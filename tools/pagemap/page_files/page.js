@@ -273,7 +273,7 @@ const drawTable = () => {
   at("sums").replaceChildren(...shown.map(([key]) => {
     const values = rows.map(row => row[column[key]]), summed = key.endsWith("_bytes") && !key.startsWith("largest");
     const text = key === "start" ? `${rows.length} of ${data.rows.length} areas`
-      : summed ? values.includes(null) ? "?" : size(sum(values)) : "";
+      : summed ? values.includes(null) ? "?" : sum(values) ? size(sum(values)) : "-" : "";
     return make("td", text, ...(isText(key) ? ["text"] : []));
   }));
   at("more").hidden = rows.length <= view.shown;
