@@ -111,9 +111,10 @@ class MemoryOwner:
         if backing is None:
             raise NotOpenError(f"this {self._kind} is released")
         if self._wired_by != os.getpid() and backing.wiring is not Wiring.PAGEABLE:
+            sharing = ", or pass the result of iobmd.share to iobmd.attach" if backing.shared else ""
             raise NotOpenError(
-                f"this {self._kind} is wired memory of process {self._wired_by}, and fork does not pass "
-                f"wiring on to process {os.getpid()}: allocate the buffer after the fork, or use a pageable one"
+                f"this {self._kind} is wired memory of process {self._wired_by}, and fork does not pass wiring on to "
+                f"process {os.getpid()}: allocate the buffer after the fork, or a pageable one (wired=False){sharing}"
             )
         return backing
 
