@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from iobmd.tools.pagemap.columns import COLUMNS, brief
+from iobmd.tools.pagemap.columns import OF_AREAS, brief
 from iobmd.tools.pagemap.summary import bar
 from support.child import NOBODY, in_child, sleeping, started
 from support.commands import shown
@@ -94,7 +94,7 @@ def test_the_screen_fits_the_terminal(target: int, columns: int, options: list[s
     if not options:
         assert "pss" in heading
         assert ("areas" in heading) is (columns >= 120)
-        assert re.fullmatch(r"… \d+ more, \S+: --all", lines[-1])
+        assert re.fullmatch(r"… \d+ more, \S+ of rss: --all", lines[-1])
 
 
 def test_all_and_top(target: int) -> None:
@@ -211,7 +211,7 @@ def test_a_pipe_has_every_row_column_and_path(target: int, capsys: pytest.Captur
     text = shown(capsys, str(target))
     assert "\x1b" not in text
     rows = tabled(text)
-    assert [*rows[0]][:-1] == list(COLUMNS)
+    assert [*rows[0]][:-1] == list(OF_AREAS)
     paths = {area.name for area in procfs.maps(target) if area.inode and area.name.endswith(".so")}
     assert paths <= {row["mapping"] for row in rows}
 

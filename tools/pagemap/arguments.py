@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from iobmd.cli.arguments import size
 from iobmd.units import PAGE_SIZE, parse_size
 
-from .columns import COLUMNS, SYNONYMS
+from .columns import COLUMNS, OF_AREAS, OF_PROCESSES, SYNONYMS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,17 +24,23 @@ METHODS = ("accessed", "written", "referenced")
 """`iobmd.pagemap.sampling.Method`, which is not loaded for other outputs."""
 
 _FILTERS = ("name", "min_size", "only")
-_WAYS = ("frame", "watch", "heat", "diff", "save", "map", "svg", "png", "html", "json", "csv")
+_WAYS = ("frame", "processes", "watch", "heat", "diff", "save", "map", "svg", "png", "html", "json", "csv")
 """Options that select another output than the table."""
-_AS_JSON = ("frame", "watch", "heat", "diff")
-"""Those of them that support --json."""
+_AS_JSON = {"frame": ["json"], "processes": ["json", "csv"], "watch": ["json"], "heat": ["json"], "diff": ["json"]}
+"""Those of them that support --json, or also --csv."""
+BY = ("user", "name", "cgroup", "container")
+_OF_PROCESSES = ("user", "cgroup", "container", "by")
 _WITHOUT_CHOICE = {
     "frame": ("name", "min_size", "range", "only"),
+    "processes": ("min_size", "range", "only"),
     "heat": ("only",),
     "diff": _FILTERS,
     "save": _FILTERS,
 }
+ALL = "all"
+"""The name for all columns."""
 _OF_TABLE = ("all", "top", "columns")
+_WITHOUT_PID = ("frame", "processes")
 _LISTS = ("table", "json", "csv")
 """Outputs that list the selected areas in the requested order."""
 _MODULES = {
@@ -58,8 +64,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     of_runs = arguments.runs or arguments.flags or arguments.segments
     together = " and --".join(chosen)
     for is_wrong, message in (
-        (chosen[1:] and not (way in _AS_JSON and chosen[1:] == ["json"]), f"--{together} cannot be combined"),
-        (arguments.pid is None and way != "frame", "missing process: give a PID, or self"),
+        (
+            chosen[1:] and not (len(chosen) == 2 and chosen[1] in _AS_JSON.get(way, ())),
+            f"--{together} cannot be combined",
+        ),
+        (arguments.pid is None and way not in _WITHOUT_PID, "missing process: give a PID, self, or --processes"),
+        (arguments.pid is not None and way == "processes", "--processes reads all processes: omit the PID"),
         (arguments.pid is not None and way == "frame", "--frame searches all processes: omit the PID"),
         (arguments.count is not None and way not in ("watch", "heat"), "--count requires --watch or --heat"),
         (arguments.method is not None and way != "heat", "--method requires --heat"),
@@ -93,14 +103,33 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if of_runs and way == "table":
         way = "runs"
     _refuse_without_effect(parser, arguments, way)
-    arguments.sort = arguments.sort or ("address" if arguments.each or way in ("json", "csv", "runs") else "rss")
+    _check_columns(parser, arguments, way)
+    of_areas = arguments.each or way in ("json", "csv", "runs")
+    arguments.sort = arguments.sort or ("address" if of_areas else "pss" if way == "processes" else "rss")
     arguments.of_areas = way in (*_LISTS, "watch", "html") or arguments.only in BY_SMAPS
-    if arguments.smaps is not None and not arguments.of_areas:
+    if arguments.smaps is not None and not (arguments.of_areas or way == "processes"):
         parser.error(f"--smaps and --no-smaps have no effect with --{way}")
     if way == "table" and not arguments.each:
         way = "overview"
     arguments.way = _MODULES.get(way, way)
     return arguments
+
+
+def _check_columns(parser: argparse.ArgumentParser, arguments: argparse.Namespace, way: str) -> None:
+    """Refuse columns that the rows do not have."""
+    of_rows = OF_PROCESSES if way == "processes" else OF_AREAS
+    if arguments.by:
+        of_rows = ("procs", *of_rows)
+    names = arguments.columns or []
+    if names == [ALL]:
+        names = arguments.columns = list(of_rows)
+    for name in filter(None, (*names, arguments.sort)):
+        if SYNONYMS.get(name, name) not in (*of_rows, "name", "address"):
+            parser.error(
+                f"{name!r} is no column of {'processes' if way == 'processes' else 'areas'}: {', '.join(of_rows)}"
+            )
+    if way == "processes" and arguments.sort == "address":
+        parser.error("--sort address cannot be combined with --processes")
 
 
 def needs_smaps(arguments: argparse.Namespace) -> bool:
@@ -115,10 +144,12 @@ def _has_two_bits(number: int) -> bool:
 def _refuse_without_effect(parser: argparse.ArgumentParser, arguments: argparse.Namespace, way: str) -> None:
     """Refuse options that have no effect on the selected output."""
     without = [name for name in _WITHOUT_CHOICE.get(way, ()) if getattr(arguments, name) is not None]
-    if arguments.sort is not None and way not in (*_LISTS, "runs"):
+    if arguments.sort is not None and way not in (*_LISTS, "runs", "processes"):
         without.append("sort")
-    if way != "table":
+    if way not in ("table", "processes") or (arguments.json or arguments.csv):
         without += [name for name in _OF_TABLE if getattr(arguments, name)]
+    if way != "processes":
+        without += [name for name in _OF_PROCESSES if getattr(arguments, name) is not None]
     if without:
         parser.error(f"--{without[0].replace('_', '-')} cannot be combined with --{way}")
 
@@ -127,7 +158,8 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `iobmd pagemap`."""
     parser = argparse.ArgumentParser(
         prog="iobmd pagemap",
-        usage="%(prog)s PID|self [options]\n       %(prog)s --frame PFN[-PFN] [--json]",
+        usage="%(prog)s PID|self [options]\n       %(prog)s --processes [options]\n"
+        "       %(prog)s --frame PFN[-PFN] [--json]",
         description="Show how much memory a process has, and where: a summary, and a row for each mapping.",
         epilog="Sizes and addresses: decimal, 0x hexadecimal, or with suffix k, M, G, T. Ranges of 8 digits or more "
         "may also be as in /proc/PID/maps, hexadecimal without 0x, unless it could be decimal. Frame numbers and "
@@ -140,6 +172,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_choices(parser.add_argument_group("areas"))
     meanings = "; ".join(f"{column.name}: {column.meaning}" for column in COLUMNS.values())
     _add_table(parser.add_argument_group("table", f"Columns: {meanings}."))
+    _add_processes(parser.add_argument_group("many processes"))
     _add_details(parser.add_argument_group("details"))
     _add_ways(parser.add_argument_group("output"))
     parser.formatter_class = argparse.HelpFormatter
@@ -165,6 +198,14 @@ def _add_table(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--columns", type=_columns, metavar="LIST", help="columns, separated by commas; all: all of them"
     )
+
+
+def _add_processes(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--processes", action="store_true", help="a row for each process, and their sum")
+    group.add_argument("--user", metavar="USER", help="processes of this user; --name TEXT: whose name contains this")
+    group.add_argument("--cgroup", metavar="TEXT", help="processes whose memory cgroup contains this text")
+    group.add_argument("--container", metavar="ID", help="processes of this container")
+    group.add_argument("--by", choices=BY, metavar="KEY", help=f"a row for each {', '.join(BY)}")
 
 
 def _add_details(group: argparse._ArgumentGroup) -> None:
@@ -223,11 +264,7 @@ def _count(text: str) -> int:
 
 
 def _columns(text: str) -> list[str]:
-    names = list(COLUMNS) if text == "all" else text.split(",")
-    for name in names:
-        if name not in COLUMNS and name not in SYNONYMS:
-            raise argparse.ArgumentTypeError(f"{name!r} is no column: {', '.join(COLUMNS)}, or all")
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(text.split(",")))
 
 
 def _addresses(text: str) -> tuple[int, int]:

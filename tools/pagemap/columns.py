@@ -99,6 +99,10 @@ COLUMNS = {
             "the share of the rss of all rows", 5,
         ),
         _sizes("pss", 1, lambda row: row.pss, "in memory, each page divided by the number of its mappings"),
+        Column(
+            "pss%", 3, lambda row: row.pss, lambda row, total: percent(share(row.pss, total.pss)),
+            "the share of the pss of all rows", 5,
+        ),
         _sizes("uss", 2, lambda row: row.uss, "in memory, mapped by nothing else"),
         _sizes("shared", 10, lambda row: row.shared, "in memory, mapped more than once"),
         _sizes("anon", 6, lambda row: row.anonymous, "in memory, anonymous"),
@@ -114,11 +118,18 @@ COLUMNS = {
         _sizes("mthp", 16, _in_large_folios, "mapped page by page, in folios above the page size"),
         _sizes("locked", 11, lambda row: row.locked, "locked"),
         _sizes("lazyfree", 14, lambda row: row.lazy_free, "lazily freed: lost if memory is short"),
+        _numbers("procs", 20, lambda row: row.processes, "number of processes"),
         _numbers("areas", 13, lambda row: row.areas, "number of areas"),
         _numbers("runs", 15, lambda row: _of_runs(row, row.runs), "number of physically contiguous runs"),
         _sizes("largest", 18, lambda row: _of_runs(row, row.largest), "the largest of them"),
     )
 }  # fmt: skip
+OF_PROCESSES = (
+    "rss", "rss%", "pss", "pss%", "uss", "shared", "anon", "file", "shmem", "swap", "huge", "huge%", "locked",
+    "lazyfree", "size",
+)  # fmt: skip
+"""Columns of processes: the kernel keeps no other sums."""
+OF_AREAS = tuple(name for name in COLUMNS if name != "procs")
 SYNONYMS = {"resident": "rss", "swapped": "swap"}
 """Former names of columns, which --sort and --columns still accept."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -18,11 +17,12 @@ from iobmd.units import PAGE_SIZE, format_count, format_size
 
 from .document import VERSION, hidden_member, members, write_list
 from .look import Hidden
+from .progress import progress_bar
 from .table import show_hidden
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from iobmd.pagemap.frame import FrameFacts, FrameMapping
 
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the properties and the processes."""
     require_frames()
     asked = _Asked(*arguments.frame)
-    with _progress() as progress:
+    with progress_bar("processes") as progress:
         found = users(asked.physical, asked.length, progress=progress, refused=asked.refuse)
         if arguments.json:
             _write(asked, found)
@@ -104,17 +104,3 @@ def _show(asked: _Asked, found: Iterator[FrameMapping]) -> None:
     show_hidden(asked.hidden(), terminal_width())
     if asked.changed():
         print("  some were mapped or unmapped during the search")
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int], object] | None]:
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console  # noqa: PLC0415 (slow to load)
-    from rich.progress import Progress  # noqa: PLC0415
-
-    # Output during the search is printed above the bar if both are on the terminal.
-    with Progress(console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
-        scan = bar.add_task("processes")
-        yield lambda done, total: bar.update(scan, completed=done, total=total)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd.cli.color import can_write, painter
 from iobmd.cli.folding import folded, terminal_height, terminal_width
 from iobmd.printable import printable
 
-from .columns import COLUMNS, brief, cells, column, fitting, heading, ranked
+from .columns import COLUMNS, OF_AREAS, brief, cells, column, fitting, heading, ranked
 from .look import Hidden, Look
 from .process import facts_of
 from .summary import counts, lines, physical
@@ -26,8 +26,10 @@ DEFAULT = (
     "rss", "rss%", "pss", "uss", "anon", "file", "shmem", "swap", "huge", "huge%", "locked", "size", "areas"
 )  # fmt: skip
 """Columns on a terminal; with --columns, or in a file or a pipe, there may be more."""
-_LEAST_NAME = 8
+_NAME, _LEAST_NAME = 14, 8
+"""Columns that a name has at least, and with --columns."""
 _LEAST_ROWS = 5
+_FEW = 5
 _PROMPT = 1
 """Lines of the terminal below the output."""
 
@@ -39,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     facts = None if look.criteria else facts_of(look)
     groups = grouped(look)
     total = groups.total
-    columns = chosen_columns(arguments, width, total)
+    columns = chosen_columns(arguments, width, total, DEFAULT if width else OF_AREAS)
     shown = {one.name for one in columns}
     hidden = [one for one in look.hidden if width is None or not one.columns or shown & set(one.columns)]
     head = folded(f"{look.title}: {counts(total, facts)}", width).splitlines()
@@ -47,16 +49,15 @@ def run(arguments: argparse.Namespace) -> None:
     if shown & {"runs", "largest", "mthp"}:
         head += physical(total, width)
     restless = look.restless()
-    if omitted := [name for name in arguments.columns or () if column(name) not in columns]:
-        hidden.insert(
-            0, Hidden(f"columns {', '.join(omitted)}", "the terminal is too narrow", "fewer --columns, or a pipe")
-        )
+    hidden += omitted(arguments, columns)
     below = [*(str(one) for one in hidden), *([f"  {restless}"] if restless else [])]
     below_lines = sum(len(folded(line, width).splitlines()) for line in below)
-    rows = [(group.name if width is None else group.label, group.total) for group in ranked(groups, arguments.sort)]
+    rows = [
+        Row("", group.name if width is None else group.label, group.total) for group in ranked(groups, arguments.sort)
+    ]
     most = most_rows(arguments, len(head) + 2 + below_lines)
     print("\n".join(head))
-    show_rows(rows, columns, total, width, most)
+    show_rows(rows, columns, total, width, most, Row("", "mapping", total))
     show_hidden(hidden, width)
     show_restless(look, width)
     show_unmatched(look)
@@ -71,16 +72,26 @@ def grouped(look: Look) -> Groups:
     return groups
 
 
-def chosen_columns(arguments: argparse.Namespace, width: int | None, total: Total) -> list[Column]:
-    """Return the requested columns, or all of them, as far as they fit the terminal."""
+def chosen_columns(
+    arguments: argparse.Namespace, width: int | None, total: Total, names: Sequence[str] = DEFAULT, start: int = 0
+) -> list[Column]:
+    """Return the requested columns, or the named ones, as far as they fit the terminal behind a text."""
     if width is None:
-        return [column(name) for name in arguments.columns or COLUMNS]
+        return [column(name) for name in arguments.columns or names]
+    room = width - start - 3
     if not arguments.columns:
-        return fitting((COLUMNS[name] for name in DEFAULT), width - 3 - max(14, width * 3 // 8), total)
+        return fitting((COLUMNS[name] for name in names), room - max(_NAME, (width - start) * 3 // 8), total)
     columns = [column(name) for name in arguments.columns]
-    while len(columns) > 1 and len(heading(columns)) > width - 3 - _LEAST_NAME:
+    while len(columns) > 1 and len(heading(columns)) > room - _LEAST_NAME:
         columns.pop()
     return columns
+
+
+def omitted(arguments: argparse.Namespace, columns: Sequence[Column]) -> list[Hidden]:
+    """Return the requested columns that do not fit."""
+    found = [name for name in arguments.columns or () if column(name) not in columns]
+    what = f"columns {', '.join(found)}" if len(found) < _FEW else f"{len(found)} of the columns"
+    return [Hidden(what, "the terminal is too narrow", "fewer --columns, or a pipe")] if found else []
 
 
 def most_rows(arguments: argparse.Namespace, others: int) -> int | None:
@@ -93,17 +104,26 @@ def most_rows(arguments: argparse.Namespace, others: int) -> int | None:
     return max(_LEAST_ROWS, height - others - _PROMPT)
 
 
+class Row(NamedTuple):
+    """A row of a table of sums."""
+
+    start: str
+    """The text before the columns."""
+    name: str
+    total: Total
+
+
 def show_rows(
-    rows: Sequence[tuple[str, Total]], columns: Sequence[Column], total: Total, width: int | None, most: int | None
+    rows: Sequence[Row], columns: Sequence[Column], total: Total, width: int | None, most: int | None, head: Row
 ) -> None:
-    """Print the first rows, and a line on the others: (name, sums) each."""
+    """Print the first rows, and a line on the others. `head` contains the headings of the texts."""
     paint = painter()
-    print(paint(f"{heading(columns)}  mapping", "bold"))
+    print(paint(f"{head.start}{heading(columns)}  {head.name}", "bold"))
     most = len(rows) if most is None or most >= len(rows) else most - 1  # a line for the others
-    for name, sums in rows[:most]:
-        text, shown = f"{cells(columns, sums, total)}  ", printable(name)
-        print(text + (shortened(shown, width - 1 - len(text)) if width else shown))
+    for row in rows[:most]:
+        text, name = f"{row.start}{cells(columns, row.total, total)}  ", printable(row.name)
+        print(text + (shortened(name, width - 1 - len(text)) if width else name))
     if rest := rows[most:]:
         dots = "…" if can_write("…") else "..."
-        size = brief(sum(sums.resident for _name, sums in rest))
-        print(paint(f"{dots} {len(rest):,} more, {size}: --all", "dim"))
+        size = brief(sum(row.total.resident for row in rest))
+        print(paint(f"{dots} {len(rest):,} more, {size} of rss: --all", "dim"))

@@ -16,8 +16,8 @@ class Total:
 
     Attributes
     ----------
-    areas : int
-        The number of areas.
+    areas, processes : int
+        The number of areas, and of processes in sums of several.
     size, resident, anonymous, file, shmem, file_or_shared, shared, uss, zero, guard, device : int
         As the properties of `Area`, or of its tally.
     pss, swapped, marker, huge, locked, lazy_free : int or None
@@ -32,14 +32,15 @@ class Total:
 
     __slots__ = (
         "anonymous", "areas", "ascending", "descending", "device", "exclusive", "file", "file_or_shared", "folios",
-        "guard", "huge", "in_runs", "largest", "lazy_free", "locked", "marker", "pss", "resident", "runs", "shared",
-        "shmem", "size", "swapped", "thp_eligible", "uss", "zero",
+        "guard", "huge", "in_runs", "largest", "lazy_free", "locked", "marker", "processes", "pss", "resident",
+        "runs", "shared", "shmem", "size", "swapped", "thp_eligible", "uss", "zero",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.areas = self.size = self.resident = self.anonymous = self.file_or_shared = self.shared = 0
         self.file = self.shmem = self.uss = 0
         self.exclusive = self.zero = self.guard = self.device = self.runs = self.largest = 0
+        self.processes = 0
         self.in_runs = self.ascending = self.descending = 0
         self.pss: int | None = 0
         self.swapped: int | None = 0
