@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -53,15 +55,23 @@ class Change(NamedTuple):
     length: int
     """The length."""
     before: int | None
-    """The previous physical address, if known."""
+    """The previous physical address; None if unknown, or if its frames were not contiguous."""
     after: int | None
-    """The new physical address, if known."""
+    """The new physical address; None if unknown, or if its frames are not contiguous."""
 
 
-def changes(before: Snapshot, after: Snapshot) -> Iterator[Change]:
+def changes(before: Snapshot, after: Snapshot, *, joined: bool = True) -> Iterator[Change]:
     """Iterate over the changes: first new and removed areas, then pages, each in ascending order.
 
     If frame numbers are hidden in one of the two, moved pages are not reported.
+
+    Parameters
+    ----------
+    before, after : Snapshot
+        Snapshots of the same range.
+    joined : bool
+        Whether adjacent ranges of an area with the same change are one, whatever their frames; if not, there is one
+        for each contiguous range of frames, whose addresses are then all reported.
 
     Raises
     ------
@@ -75,7 +85,41 @@ def changes(before: Snapshot, after: Snapshot) -> Iterator[Change]:
     ):
         if old_one != new_one:
             raise BadArgumentError(f"the snapshots are of different {what}")
-    return _changes(before, after)
+    found = _changes(before, after)
+    return _joined(found, _bounds(before, after)) if joined else found
+
+
+def _bounds(*snapshots: Snapshot) -> array[int]:
+    """Return the starts of the areas of snapshots, ascending; it takes 8 bytes each."""
+    return array("Q", sorted(area.start for snapshot in snapshots for area in snapshot.areas()))
+
+
+def _joined(found: Iterator[Change], starts: array[int]) -> Iterator[Change]:
+    """Join adjacent changes of the same kind, unless an area starts between them."""
+    last: Change | None = None
+    for change in found:
+        follows = last and last.kind == change.kind and last.virtual + last.length == change.virtual
+        if last and follows and not _has(starts, change.virtual):
+            last = last._replace(
+                length=last.length + change.length,
+                before=_contiguous(last.before, last.length, change.before),
+                after=_contiguous(last.after, last.length, change.after),
+            )
+            continue
+        if last:
+            yield last
+        last = change
+    if last:
+        yield last
+
+
+def _has(starts: array[int], address: int) -> bool:
+    index = bisect_left(starts, address)
+    return index < len(starts) and starts[index] == address
+
+
+def _contiguous(physical: int | None, length: int, following: int | None) -> int | None:
+    return physical if physical is not None and physical + length == following else None
 
 
 def _changes(before: Snapshot, after: Snapshot) -> Iterator[Change]:

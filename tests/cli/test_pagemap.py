@@ -9,7 +9,7 @@ import re
 import resource
 import subprocess
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
@@ -134,22 +134,39 @@ def test_a_row_for_each_area_and_a_summary(target: int, capsys: pytest.CaptureFi
 
 @pytest.mark.needs("root")
 def test_an_ordinary_user_is_told_what_is_hidden() -> None:
-    def shown_there() -> tuple[int, str]:
+    def shown_there() -> str:
         with sleeping() as process, redirect_stdout(StringIO()) as printed:
-            code = main(["pagemap", str(process.pid), "--runs"])
-            code |= main(["pagemap", str(process.pid), "--json", "--flags"])
-        return code, printed.getvalue()
+            assert main(["pagemap", str(process.pid), "--json"]) == 0
+        return printed.getvalue()
 
-    code, text = in_child(shown_there, uid=NOBODY)
-    assert code == 0
-    head, _, text = text.partition("{")
-    assert "not shown: frame numbers" in head
-    document = json.loads("{" + text)
-    assert document["runs"] is None
+    document = json.loads(in_child(shown_there, uid=NOBODY))
     assert document["capabilities"]["frames"] is False
     assert document["hidden"]
     assert document["summary"]["run_count"] is None
     assert document["summary"]["resident_bytes"] > 1 << 20
+
+
+@pytest.mark.needs("root")
+@pytest.mark.parametrize(
+    "options",
+    [["--runs"], ["--flags"], ["--max-segment", "4k"], ["--runs", "--json"], ["--flags", "--csv"], ["--frame", "1"],
+     ["--physical", "4k"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_an_ordinary_user_is_refused_frame_numbers(options: list[str]) -> None:
+    """All options fail alike, with the remedy, and without any output that could be mistaken for a result."""
+
+    def refused_there() -> tuple[int, str, str]:
+        target = [] if {"--frame", "--physical"} & {*options} else ["self"]
+        with redirect_stdout(StringIO()) as printed, redirect_stderr(StringIO()) as errors:
+            code = main(["pagemap", *target, *options])
+        return code, printed.getvalue(), errors.getvalue()
+
+    code, output, error = in_child(refused_there, uid=NOBODY)
+    assert (code, output) == (1, "")
+    assert re.fullmatch(
+        r"iobmd pagemap: frame numbers are hidden from this process: .*kIOReturnNotPrivileged.*\n", error
+    )
 
 
 @pytest.mark.needs("frames")
@@ -230,21 +247,54 @@ def test_no_such_frames(physical: int, length: int) -> None:
     assert caught.value.code == IOReturn.kIOReturnBadArgument
 
 
-@pytest.mark.needs("frames")
-def test_flags_that_are_hidden(
-    target: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.needs("frames", "root")
+@pytest.mark.parametrize("form", [[], ["--json"], ["--csv"]], ids=["text", "json", "csv"])
+def test_flags_that_are_hidden(target: int, form: list[str]) -> None:
     """Run as a user with CAP_SYS_ADMIN other than root: frames are visible, but /proc/kpageflags belongs to root."""
-    monkeypatch.setattr(look.os, "access", lambda *_asked: False)
-    document = json.loads(shown(capsys, str(target), "--json", "--flags"))
-    assert document["runs"] is None
-    assert "data of --flags" in document["hidden"][0]["what"]
-    assert "not shown: folio sizes, and all data of --flags" in shown(capsys, str(target), "--flags")
-    assert main(["pagemap", str(target), "--csv", "--flags"]) == 0
-    output, error = capsys.readouterr()
-    assert output.startswith("virtual,physical,length,flags")
-    assert len(output.splitlines()) == 1
-    assert "not shown: folio sizes" in error
+
+    def refused_there() -> tuple[int, str, str]:
+        os.seteuid(NOBODY)
+        with redirect_stdout(StringIO()) as printed, redirect_stderr(StringIO()) as errors:
+            code = main(["pagemap", str(target), "--flags", *form])
+        return code, printed.getvalue(), errors.getvalue()
+
+    code, output, error = in_child(refused_there)
+    assert (code, output) == (1, "")
+    assert "iobmd pagemap: " in error
+
+
+@pytest.mark.needs("frames")
+def test_frames_and_physical_addresses(target: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both are accepted and printed, of all processes and of the runs of one."""
+    whole = json.loads(shown(capsys, str(target), "--json", "--runs", "--name", "[stack]"))["runs"]
+    run = whole[-1]
+    frame, physical = run["physical"] // 4096, run["physical"]
+    assert run["frame"] == frame
+    for text in (f"{physical:#x}", f"{physical + 4095:#x}", f"{physical:#x}-{physical + 4096:#x}"):
+        assert parse(["--physical", text]).frame == parse(["--frame", hex(frame)]).frame == (physical, 4096)
+    found = json.loads(shown(capsys, "--physical", hex(physical), "--json"))
+    assert (found["physical"], found["length"], found["frame"]) == (physical, 4096, frame)
+    assert (target, run["virtual"]) in {(use["pid"], use["virtual"]) for use in found["users"]}
+    assert found["beyond_memory"] is False
+    text = shown(capsys, "--frame", hex(frame))
+    assert text.startswith(f"frame {frame:#x}, physical {physical:#x}-{physical + 4096:#x}, 4 KiB\n")
+    assert f" {physical:11x} {frame:#9x} " in text
+    for option, text in (("--frame", f"{frame:#x}"), ("--physical", f"{physical:#x}")):
+        rows = json.loads(shown(capsys, str(target), "--json", "--runs", option, text))["runs"]
+        assert rows == [run]
+        line = f"{run['virtual']:12x} {physical:11x} {frame:#9x} "
+        assert any(row.startswith(line) for row in shown(capsys, str(target), "--runs", option, text).splitlines())
+
+
+@pytest.mark.needs("frames")
+def test_a_frame_beyond_the_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    ranges = re.findall(r"^ *[0-9a-f]+-([0-9a-f]+) : System RAM$", Path("/proc/iomem").read_text(), re.M)
+    end = (max(int(last, 16) for last in ranges) + 1) // 4096
+    text = shown(capsys, "--frame", f"{end:#x}")
+    assert f"beyond the memory of this host, whose last frame is {end - 1:#x}" in text
+    document = json.loads(shown(capsys, "--frame", f"{end - 1:#x}", "--json"))
+    assert document["beyond_memory"] is False
+    assert document["memory_end"] == end * 4096
 
 
 @pytest.mark.needs("frames")
@@ -268,22 +318,19 @@ def test_addresses_as_people_paste_them(text: str, start: int) -> None:
     assert parse(["1", "--range", text]).range[0] == start
 
 
-@pytest.mark.parametrize(
-    ("text", "number", "of_address"),
-    [("159bf2000", "0x159bf2000", "0x159bf2"), ("1a000-1afff", "0x1a000-0x1afff", "0x1a-0x1a")],
-)
-def test_a_frame_without_0x(text: str, number: str, of_address: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("text", "number"), [("159bf2000", "0x159bf2000"), ("1a000-1afff", "0x1a000-0x1afff")])
+def test_a_frame_without_0x(text: str, number: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pagemap", "--frame", text]) == 2
     error = capsys.readouterr().err
-    assert f"write {number} if it is a frame number, {of_address} if it is a physical address" in error
+    assert f"write {number} if it is a frame number, --physical {number} if it is a physical address" in error
 
 
 @pytest.mark.parametrize("form", [[], ["--runs"]], ids=["table", "runs"])
 def test_no_area_matches(target: int, form: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    if form and not kernel.entries(id(form), 1)[0] & kernel.FRAME:
+        pytest.skip("frame numbers are hidden (no CAP_SYS_ADMIN)")
     assert main(["pagemap", str(target), "--name", "no such", *form]) == 0
-    frames = kernel.entries(id(form), 1)[0] & kernel.FRAME
-    error = capsys.readouterr().err
-    assert error == ("iobmd pagemap: no area matches --name no such\n" if frames or not form else "")
+    assert capsys.readouterr().err == "iobmd pagemap: no area matches --name no such\n"
     assert main(["pagemap", str(target), "--name", "stack", *form]) == 0
     assert not capsys.readouterr().err
 
@@ -334,6 +381,10 @@ def test_diff_says_what_it_takes_for_released(
         ["x"],
         ["1", "--json", "--csv"],
         ["1", "--frame", "1"],
+        ["1", "--physical", "4k", "--map"],
+        ["--physical", "0x2000-0x1000"],
+        ["--physical", "x"],
+        ["--physical", "4k", "--frame", "1"],
         ["1", "--range", "5"],
         ["1", "--boundary", "3"],
         ["1", "--diff", "file", "--csv"],

@@ -80,11 +80,31 @@ def test_page_by_page(memory: tuple[dict[int, Page], dict[int, Page]]) -> None:
         snapshots = save(before, Path(folder, "before")), save(after, Path(folder, "after"))
         found = {
             address // PAGE: (change.kind, change.before, change.after, address - change.virtual)
-            for change in pagemap.changes(*snapshots)
+            for change in pagemap.changes(*snapshots, joined=False)
             for address in range(change.virtual, change.virtual + change.length, PAGE)
         }
+        joined = list(pagemap.changes(*snapshots))
     wanted = {page: kind for page in range(64) if (kind := expected(before.get(page), after.get(page)))}
     assert {page: kind for page, (kind, *_rest) in found.items()} == wanted
     for page, (_kind, physical, now, offset) in found.items():
         assert (0 if physical is None else physical + offset) == before.get(page, (0, 0))[1] * PAGE
         assert (0 if now is None else now + offset) == after.get(page, (0, 0))[1] * PAGE
+    check_joined(joined, found)
+
+
+def check_joined(joined: list[pagemap.Change], found: dict[int, tuple[Kind, int | None, int | None, int]]) -> None:
+    """Each range is as long as possible, and has an address only if that holds for all of its pages."""
+    covered = {}
+    for change in joined:
+        pages = range(change.virtual // PAGE, (change.virtual + change.length) // PAGE)
+        assert {found[page][0] for page in pages} == {change.kind}
+        assert found.get(pages.stop, (None,))[0] != change.kind, "the next page belongs to it"
+        for page in pages:
+            covered[page] = change
+        for address, index in (change.before, 1), (change.after, 2):
+            of_pages = [None if (first := found[page][index]) is None else first + found[page][3] for page in pages]
+            contiguous = of_pages[0] is not None and of_pages == [
+                of_pages[0] + offset * PAGE for offset in range(len(pages))
+            ]
+            assert address == (of_pages[0] if contiguous else None)
+    assert covered.keys() == found.keys()

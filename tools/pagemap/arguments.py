@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from iobmd.cli.arguments import size
-from iobmd.units import PAGE_SIZE, parse_size
+from iobmd.units import PAGE_SIZE, parse_size, round_down, round_up
 
 from .columns import COLUMNS, OF_AREAS, OF_PROCESSES, SYNONYMS
 
@@ -58,6 +58,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; `way` of the result is the name of the output module."""
     parser = make_parser()
     arguments = parser.parse_args(argv)
+    arguments.within = None
+    if arguments.pid is not None and (arguments.runs or arguments.flags):
+        arguments.within, arguments.frame = arguments.frame, None
     chosen = [way for way in _WAYS if getattr(arguments, way) not in (None, False)]
     way = chosen[0] if chosen else "table"
     arguments.segments = bool(arguments.max_segment or arguments.boundary)
@@ -70,7 +73,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         ),
         (arguments.pid is None and way not in _WITHOUT_PID, "missing process: give a PID, self, or --processes"),
         (arguments.pid is not None and way == "processes", "--processes reads all processes: omit the PID"),
-        (arguments.pid is not None and way == "frame", "--frame searches all processes: omit the PID"),
+        (
+            arguments.pid is not None and way == "frame",
+            "--frame and --physical search all processes: omit the PID, or add --runs or --flags",
+        ),
         (arguments.count is not None and way not in ("watch", "heat"), "--count requires --watch or --heat"),
         (arguments.method is not None and way != "heat", "--method requires --heat"),
         (of_runs and way not in _LISTS, f"--runs, --flags and segment limits cannot be combined with --{way}"),
@@ -213,7 +219,16 @@ def _add_details(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--max-segment", type=size, metavar="SIZE", help="DMA segments of at most this size")
     group.add_argument("--boundary", type=size, metavar="SIZE", help="DMA segments that cross no multiple of this")
     group.add_argument("--flags", action="store_true", help="kpageflags, map counts, cgroups, NUMA node of each run")
-    group.add_argument("--frame", type=_frames, metavar="PFN[-PFN]", help="all processes that map these page frames")
+    within = group.add_mutually_exclusive_group()
+    within.add_argument(
+        "--frame",
+        type=_frames,
+        metavar="PFN[-PFN]",
+        help="all processes that map these page frames; with a PID and --runs or --flags, its runs with them",
+    )
+    within.add_argument(
+        "--physical", type=_physical, dest="frame", metavar="A[-B]", help="the same, by physical addresses"
+    )
     group.add_argument(
         "--smaps",
         action=argparse.BooleanOptionalAction,
@@ -307,12 +322,32 @@ def _frames(text: str) -> tuple[int, int]:
     except ValueError:
         if re.fullmatch(r"[0-9a-f]+(-[0-9a-f]+)?", text):
             as_numbers = "-".join(f"0x{part}" for part in text.split("-"))
-            as_addresses = "-".join(f"{int(part, 16) // PAGE_SIZE:#x}" for part in text.split("-"))
             raise argparse.ArgumentTypeError(
-                f"{text!r} lacks 0x: write {as_numbers} if it is a frame number, {as_addresses} if it is a physical "
-                f"address as in --runs and --flags (a frame number is the address divided by {PAGE_SIZE})"
+                f"{text!r} lacks 0x: write {as_numbers} if it is a frame number, --physical {as_numbers} if it is a "
+                "physical address"
             ) from None
         low, high = 1, 0
     if "_" in text or not 0 <= low <= high < 1 << 40:  # of 52 bits of address
         raise argparse.ArgumentTypeError(f"{text!r} is neither a frame number nor a range such as 0x1a000-0x1a0ff")
     return low * PAGE_SIZE, (high - low + 1) * PAGE_SIZE
+
+
+def _physical(text: str) -> tuple[int, int]:
+    """Return a physical range in bytes, extended to whole frames: its start and length."""
+    first, separator, last = text.partition("-")
+    try:
+        low = _address(first)
+        high = _address(last) if separator else low + 1
+    except ValueError:
+        low, high = 1, 0
+    if "_" in text or not 0 <= low < high <= 1 << 52:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a physical address nor a range such as 0x1a000-0x1c000"
+        )
+    low = round_down(low, PAGE_SIZE)
+    return low, round_up(high, PAGE_SIZE) - low
+
+
+def _address(text: str) -> int:
+    # As --runs prints it, hexadecimal without 0x, unless it could be decimal.
+    return int(text, 16) if re.fullmatch(r"[0-9a-f]*[a-f][0-9a-f]*", text) else parse_size(text)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from iobmd.pagemap.area import Area
+    from iobmd.pagemap.span import Run
 
     from .groups import Group
     from .look import Hidden
@@ -38,19 +39,16 @@ def run(arguments: argparse.Namespace) -> None:
     write_list(grouped_row(group, look.frames) for group in ranked(groups, arguments.sort))
     print("]", end="")
     if arguments.runs or arguments.flags:
-        _write_found(look, "runs", _runs(look, arguments.flags))
+        _write_found("runs", _runs(look, arguments.flags))
     if arguments.segments:
-        _write_found(look, "segments", (found._asdict() for found in chosen_segments(look)))
+        _write_found("segments", (found._asdict() for found in chosen_segments(look)))
     restless = look.restless()
     print(f',\n"changed_while_read": {json.dumps(restless and restless._asdict())}}}')
     sys.stdout.flush()
     look.require_task()
 
 
-def _write_found(look: Look, name: str, found: Iterator[dict[str, Any]]) -> None:
-    if not look.shows_runs:
-        print(f',\n"{name}": null', end="")
-        return
+def _write_found(name: str, found: Iterator[dict[str, Any]]) -> None:
     print(f',\n"{name}": [', end="")
     write_list(found)
     print("]", end="")
@@ -181,7 +179,11 @@ def summary(total: Total, visible: bool) -> dict[str, Any]:
 
 def _runs(look: Look, flags: bool) -> Iterator[dict[str, Any]]:
     if not flags:
-        yield from (found._asdict() for found in chosen_runs(look))
+        yield from map(_run, chosen_runs(look))
         return
     for found, facts in chosen_descriptions(look):
-        yield found._asdict() | facts._asdict()
+        yield _run(found) | facts._asdict()
+
+
+def _run(found: Run) -> dict[str, Any]:
+    return found._asdict() | {"frame": found.physical // PAGE_SIZE}

@@ -8,16 +8,18 @@ import time
 from typing import TYPE_CHECKING
 
 from iobmd import host
-from iobmd.cli.folding import terminal_width
+from iobmd.cli.folding import show, terminal_width
 from iobmd.errors import IOReturnError
 from iobmd.pagemap.frame import Frames, users
 from iobmd.pagemap.reader import require_frames
+from iobmd.physical import zones
 from iobmd.printable import printable
 from iobmd.units import PAGE_SIZE, format_count, format_size
 
+from .columns import brief
 from .document import VERSION, hidden_member, members, write_list
 from .look import Hidden
-from .progress import progress_bar
+from .progress import show_progress
 from .table import show_hidden
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the properties and the processes."""
     require_frames()
     asked = _Asked(*arguments.frame)
-    with progress_bar("processes") as progress:
+    with show_progress("processes") as progress:
         found = users(asked.physical, asked.length, progress=progress, refused=asked.refuse)
         if arguments.json:
             _write(asked, found)
@@ -45,6 +47,8 @@ class _Asked:
     def __init__(self, physical: int, length: int) -> None:
         self.physical, self.length = physical, length
         self.facts = self._look()
+        self.end_of_memory = _end_of_memory()
+        self.is_beyond = self.end_of_memory is not None and physical + length > self.end_of_memory
         self._refused: list[str] = []
 
     def _look(self) -> FrameFacts | None:
@@ -77,10 +81,18 @@ class _Asked:
         return found
 
 
+def _end_of_memory() -> int | None:
+    try:
+        return zones.end_of_memory()
+    except OSError:  # /proc/zoneinfo is hidden
+        return None
+
+
 def _write(asked: _Asked, found: Iterator[FrameMapping]) -> None:
     about = asked.facts._asdict() if asked.facts else None
     head: dict[str, object] = {"version": VERSION, "time": round(time.time()), "kernel": os.uname().release}
-    head |= {"physical": asked.physical, "length": asked.length, "frames": about}
+    head |= {"physical": asked.physical, "length": asked.length, "frame": asked.physical // PAGE_SIZE}
+    head |= {"frames": about, "beyond_memory": asked.is_beyond, "memory_end": asked.end_of_memory}
     print("{" + members(head) + ',\n"users": [', end="")
     write_list(use._asdict() | {"area": use.area._asdict()} for use in found)
     last: dict[str, object] = {"changed_while_read": asked.changed()}
@@ -88,9 +100,16 @@ def _write(asked: _Asked, found: Iterator[FrameMapping]) -> None:
 
 
 def _show(asked: _Asked, found: Iterator[FrameMapping]) -> None:
+    width = terminal_width()
     first, behind = asked.physical // PAGE_SIZE, (asked.physical + asked.length) // PAGE_SIZE
-    print(f"frames {first:#x}-{behind - 1:#x}, {format_size(asked.length)}")
-    if facts := asked.facts:
+    number = f"frame {first:#x}" if behind - first == 1 else f"frames {first:#x}-{behind - 1:#x}"
+    end = asked.physical + asked.length
+    show(f"{number}, physical {asked.physical:#x}-{end:#x}, {format_size(asked.length)}", width)
+    if asked.is_beyond and asked.end_of_memory:
+        last = asked.end_of_memory // PAGE_SIZE - 1
+        text = f"  beyond the memory of this host, whose last frame is {last:#x}; device memory may be there"
+        show(text, width)
+    if (facts := asked.facts) and facts.flags + facts.some_flags:
         least, most = facts.mapped or ("?", "?")
         print(f"  flags of all: {' '.join(facts.flags) or 'none'}")
         print(f"  flags of some: {' '.join(facts.some_flags) or 'none'}; map counts {least} to {most}")
@@ -98,9 +117,10 @@ def _show(asked: _Asked, found: Iterator[FrameMapping]) -> None:
     pids = set()
     for use in found:
         pids.add(use.pid)
-        where = f"{use.virtual:16x} {use.physical:14x} {format_size(use.length):>9}"
+        frame = f"{use.physical // PAGE_SIZE:#x}"
+        where = f"{use.virtual:12x} {use.physical:11x} {frame:>9} {brief(use.length):>5}"
         print(f"{use.pid:8} {printable(use.process):16} {where}  {printable(str(use.area))}")
     print(f"mapped by {format_count(len(pids), 'process', 'processes')}")
-    show_hidden(asked.hidden(), terminal_width())
+    show_hidden(asked.hidden(), width)
     if asked.changed():
         print("  some were mapped or unmapped during the search")

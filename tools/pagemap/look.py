@@ -10,8 +10,9 @@ from typing import NamedTuple, TypeVar
 from iobmd import host
 from iobmd.errors import BusyError, IOReturnError, NotFoundError
 from iobmd.pagemap.area import Area, areas, is_bearable
+from iobmd.pagemap.frame import Frames
 from iobmd.pagemap.range import Where, name_of, resolve
-from iobmd.pagemap.reader import Reader
+from iobmd.pagemap.reader import Reader, require_frames
 from iobmd.printable import printable
 from iobmd.procfs import VMA
 from iobmd.task.task import Task
@@ -60,6 +61,10 @@ class Look:
         self.name = ""
         self._gone: IOReturnError | None = None
         self.where: Where = resolve(self.task, start, None if end is None else end - start)
+        if arguments.runs or arguments.flags or arguments.segments:
+            require_frames()
+        if arguments.flags:
+            Frames().close()  # raises the error for flags that are hidden
         self._steady = Steady(self.task)
         self.has_ended = False
         """Whether it exited while it was watched."""
@@ -99,9 +104,7 @@ class Look:
                 )
             )
         elif not self.flags:
-            more = ", and all data of --flags" if self.arguments.flags else ""
-            why = "/proc/kpageflags requires root"
-            found.append(Hidden(f"folio sizes{more}", why, "run as root", ("mthp",)))
+            found.append(Hidden("folio sizes", "/proc/kpageflags requires root", "run as root", ("mthp",)))
         if self.arguments.of_areas:
             found += self._hidden_of_smaps()
         if self.arguments.way in _WITHOUT_SMAPS and host.has_swap():
@@ -127,11 +130,6 @@ class Look:
         if self._gone:  # its areas at least: it has executed another program
             return Restless(not self.task.alive, True, 0)
         return self._steady.restless()
-
-    @property
-    def shows_runs(self) -> bool:
-        """Whether runs can be shown, with their flags if requested."""
-        return self.frames and (self.flags or not self.arguments.flags)
 
     def areas(self) -> Iterator[Area]:
         """Iterate over the selected areas, ascending."""

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from iobmd import procfs
 from iobmd.cli.folding import folded, terminal_width
-from iobmd.cli.printable import printable
+from iobmd.printable import printable
 from iobmd.units import format_count
 
 from .columns import OF_PROCESSES, brief, cells, column, percent, share
 from .document import VERSION, hidden_member, members, write_list
 from .overview import Row, chosen_columns, most_rows, omitted, show_rows
-from .progress import progress_bar
+from .progress import show_progress
 from .summary import lines
 from .table import show_hidden
 from .total import Total
@@ -42,7 +42,7 @@ _KEYS: dict[str, Callable[[Usage], str]] = {
 def run(arguments: argparse.Namespace) -> None:
     """Print the processes."""
     processes = Processes(arguments)
-    with progress_bar("processes") as progress:
+    with show_progress("processes") as progress:
         found = list(processes.usages(progress))
     total = Total()
     for usage in found:

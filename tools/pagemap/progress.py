@@ -17,7 +17,7 @@ _LONG = 0.7
 
 
 @contextlib.contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], object]]:
+def show_progress(what: str) -> Iterator[Callable[[int, int], object]]:
     """Yield a function that reports the number of steps done, and of all of them."""
     if not sys.stderr or not sys.stderr.isatty():
         yield lambda _done, _total: None

@@ -10,8 +10,9 @@ from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.segment import segments
 from iobmd.pagemap.span import read_runs
 from iobmd.printable import printable
-from iobmd.units import format_count, format_size
+from iobmd.units import PAGE_SIZE, format_count, format_size
 
+from .columns import brief
 from .look import Look
 from .table import show_head, show_restless, show_unmatched
 
@@ -29,19 +30,17 @@ def run(arguments: argparse.Namespace) -> None:
     look = Look(arguments)
     width = terminal_width()
     show_head(look, width)
-    if not look.shows_runs:  # the header reports it
-        return
     seen = Histogram()
     if arguments.segments:
         _show_segments(cut(look, seen.watch(chosen_runs(look))))
     elif arguments.flags:
-        print(f"{'virtual':>16} {'physical':>14} {'length':>9} {'mapped':>9} {'node':>4}  flags (~: of some) cgroups")
+        print(f"{_HEADING} {'mapped':>9} {'node':>4}  flags (~: of some) cgroups")
         for found, facts in chosen_descriptions(look):
             seen.add(found)
             node = "?" if facts.node is None else facts.node
             print(f"{_line(found)} {_times(facts):>9} {node:>4}  {_words(facts)}")
     else:
-        print(f"{'virtual':>16} {'physical':>14} {'length':>9}")
+        print(_HEADING)
         for found in seen.watch(chosen_runs(look)):
             print(_line(found))
     seen.show(width)
@@ -52,7 +51,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 def chosen_runs(look: Look) -> Iterator[Run]:
     """Iterate over the runs of the selected areas, until the task exits."""
-    yield from look.until_gone(_runs(look))
+    found = look.until_gone(_runs(look))
+    if look.arguments.within is None:
+        yield from found
+        return
+    low, length = look.arguments.within
+    for one in found:
+        if one.physical < low + length and low < one.physical + one.length:
+            yield one
 
 
 def _runs(look: Look) -> Iterator[Run]:
@@ -66,8 +72,12 @@ def chosen_descriptions(look: Look) -> Iterator[DescribedRun]:
     return describe_runs(look.task, chosen_runs(look))
 
 
+_HEADING = f"{'virtual':>12} {'physical':>11} {'frame':>9} {'length':>5}"
+
+
 def _line(found: Run) -> str:
-    return f"{found.virtual:16x} {found.physical:14x} {format_size(found.length):>9}"
+    frame = f"{found.physical // PAGE_SIZE:#x}"
+    return f"{found.virtual:12x} {found.physical:11x} {frame:>9} {brief(found.length):>5}"
 
 
 def _times(facts: FrameFacts) -> str:
@@ -141,4 +151,5 @@ class Histogram:
         widest = max((length for _number, length in self._classes.values()), default=1)
         for least, (number, length) in sorted(self._classes.items()):
             bar = "#" * max(1, length * room // widest)
-            print(f"{format_size(least):>9} and more: {number:9,} runs {format_size(length):>9}  {bar}")
+            runs = format_count(number, "run")
+            print(f"{format_size(least):>9} and more: {runs:>14} {format_size(length):>9}  {bar}")

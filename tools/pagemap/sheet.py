@@ -36,13 +36,13 @@ def run(arguments: argparse.Namespace) -> None:
     lines = csv.writer(sys.stdout, lineterminator="\n")
     if arguments.segments:
         lines.writerow(Segment._fields)
-        lines.writerows(chosen_segments(look) if look.shows_runs else ())
+        lines.writerows(chosen_segments(look))
     elif arguments.flags:
         lines.writerow((*Run._fields, "flags", "some_flags", "mapped_least", "mapped_most", "cgroups", "node"))
-        lines.writerows(_described(*found) for found in (chosen_descriptions(look) if look.shows_runs else ()))
+        lines.writerows(_described(*found) for found in chosen_descriptions(look))
     elif arguments.runs:
         lines.writerow(Run._fields)
-        lines.writerows(chosen_runs(look) if look.shows_runs else ())
+        lines.writerows(chosen_runs(look))
     elif arguments.grouped:
         _write_groups(look, lines)
     else:

@@ -93,7 +93,7 @@ def ticks(
         try:
             look.ask_anew()
             now = saved(look, files[number % 2])
-            happened_in = attributed(changes(before, now), (now, before)) if before else {}
+            happened_in = attributed(changes(before, now, joined=False), (now, before)) if before else {}
             total, changed, largest, gone, groups = _looked(look, happened_in, rank)
         except IOReturnError as error:
             if error.code != IOReturn.kIOReturnNotFound:
