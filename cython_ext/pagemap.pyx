@@ -8,8 +8,8 @@ inspect frames.
 cimport cython
 
 from libc.errno cimport EBUSY, EINTR, EINVAL, ENODATA, errno
-from libc.stdint cimport int32_t, uint64_t, uintptr_t
-from libc.stdlib cimport free, malloc, realloc
+from libc.stdint cimport int32_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcmp, memset, strerror
 from posix.unistd cimport getpid, usleep
 
@@ -170,3 +170,4 @@ cdef iobmd_wanted _that_are(uint64_t required, uint64_t excluded) noexcept nogil
 include "pagemap_runs.pxi"
 include "pagemap_walk.pxi"
 include "pagemap_frames.pxi"
+include "pagemap_census.pxi"

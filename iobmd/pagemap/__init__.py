@@ -12,6 +12,7 @@ from iobmd.pagemap.self import huge_bytes, is_huge
 
 if TYPE_CHECKING:
     from iobmd.pagemap.area import Area, areas
+    from iobmd.pagemap.census import FrameRun, HostMemory, LonelyPage, MapRow, ZoneMemory, host_memory
     from iobmd.pagemap.change import Change, Kind, changes
     from iobmd.pagemap.frame import DescribedRun, FrameFacts, FrameMapping, Frames, described, users
     from iobmd.pagemap.sampler import heat
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _LATER = {
     "area": ("Area", "areas"),
+    "census": ("FrameRun", "HostMemory", "LonelyPage", "MapRow", "ZoneMemory", "host_memory"),
     "change": ("Change", "Kind", "changes"),
     "frame": ("DescribedRun", "FrameFacts", "Frames", "FrameMapping", "described", "users"),
     "sampler": ("heat",),
@@ -50,10 +52,14 @@ __all__ = [
     "Change",
     "DescribedRun",
     "FrameFacts",
+    "FrameRun",
     "Frames",
     "Header",
     "Heat",
+    "HostMemory",
     "Kind",
+    "LonelyPage",
+    "MapRow",
     "Method",
     "Page",
     "PageCounts",
@@ -65,11 +71,13 @@ __all__ = [
     "Span",
     "Unseen",
     "FrameMapping",
+    "ZoneMemory",
     "areas",
     "changes",
     "counts",
     "described",
     "heat",
+    "host_memory",
     "huge_bytes",
     "is_huge",
     "pages",

@@ -99,6 +99,10 @@ class Frames:
         cgroups = None if self._cgroup < 0 else tuple(sorted(self._cgroup_name(inode) for inode in groups if inode))
         return FrameFacts(flag_names(every), flag_names(some & ~every), mapped, cgroups, node)
 
+    def census(self, block: int, cells: int, cell: int) -> native.Census:
+        """Return a reader of all flags; the parameters are those of the native class."""
+        return native.Census(self._flags, block, cells, cell)
+
     def _cgroup_name(self, inode: int) -> str:
         if self._names is None:
             self._names = _memory_cgroups()

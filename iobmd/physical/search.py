@@ -223,7 +223,12 @@ class Search:
         if not self.want.contiguous:
             best = f"{format_size(self.fitting)} were suitable"
         looked = f"of {format_size(self.looked_at)} inspected in {self.budget.elapsed:.2f} s {best}"
-        return f"{looked}; {', or '.join(self._remedies())}"
+        return f"{looked}; {', or '.join(self._remedies())}{self._reference()}"
+
+    def _reference(self) -> str:
+        """Return a reference to the command that shows why memory is not contiguous."""
+        mib = -(-self.want.size >> 20)
+        return f"; `iobmd pagemap --host {mib}M` shows what is in the way" if self.want.contiguous else ""
 
     def _remedies(self) -> Iterator[str]:
         if self.budget.over:

@@ -6,31 +6,27 @@ pages can be obtained only while holding the free memory above them.
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iobmd import procfs
-from iobmd.host.fact import read_text
+from iobmd.host import zoneinfo
 from iobmd.units import PAGE_SIZE, format_size
 
 if TYPE_CHECKING:
     from iobmd.physical.policy import Budget
 
-_ZONE = re.compile(r"^Node \d+, zone +(\w+)\n", re.MULTILINE)
-_RAM = re.compile(r"^ *([0-9a-f]+)-([0-9a-f]+) : System RAM$", re.MULTILINE)
 _SHOWN = 8  # ranges of RAM in a message
 
 
 def out_of_reach(allowed: int, budget: Budget) -> str:
     """Return why a budget does not suffice to hold the free memory above the mask `allowed`, or ""."""
     try:
-        zones = [(name, *_zone(text)) for name, text in _zones()]
+        zones = zoneinfo.zones()
     except OSError:  # hidden in this container
         return ""
-    if all(end <= allowed + 1 for _name, _start, end, _free in zones):
+    if all(zone.end <= allowed + 1 for zone in zones):
         return ""
-    under = [free for _name, start, _end, free in zones if start <= allowed]
+    under = [max(0, zone.free - zone.high) for zone in zones if zone.start <= allowed]
     # Not the sum of the zones above: a kernel that initializes memory lazily counts only initialized memory.
     above = max(0, procfs.meminfo()["MemFree"] - sum(under))
     if not any(under):
@@ -45,7 +41,7 @@ def out_of_reach(allowed: int, budget: Budget) -> str:
 
 def without_memory(allowed: int, size: int, alignment: int) -> str:
     """Return why no policy can find `size` bytes, the first aligned, within a mask: too little RAM there; or ""."""
-    ranges = ram()
+    ranges = zoneinfo.ram()
     if not ranges:
         return ""
     there = f"this host's RAM is at {', '.join(f'{start:#x}-{end - 1:#x}' for start, end in ranges[:_SHOWN])}"
@@ -72,35 +68,6 @@ def _first(allowed: int, address: int) -> int:
     return address
 
 
-def ram() -> list[tuple[int, int]]:
-    """Return the physical ranges of this host's memory: start and exclusive end.
-
-    From /proc/iomem, which shows addresses to holders of CAP_SYS_ADMIN, or else from the spans of the zones, which
-    may have holes. Empty if both are hidden.
-    """
-    found = [(int(first, 16), int(last, 16) + 1) for first, last in _RAM.findall(read_text("/proc/iomem") or "")]
-    if any(start for start, _end in found):
-        return found
-    try:
-        return [(start, end) for start, end, _free in (_zone(text) for _name, text in _zones()) if start < end]
-    except OSError:
-        return []
-
-
 def end_of_memory() -> int:
     """Return the end of physical memory; raise OSError if /proc/zoneinfo is hidden."""
-    return max(end for _start, end, _free in (_zone(text) for _name, text in _zones()))
-
-
-def _zones() -> list[tuple[str, str]]:
-    parts = _ZONE.split(Path("/proc/zoneinfo").read_text())
-    return list(zip(parts[1::2], parts[2::2], strict=True))
-
-
-def _zone(text: str) -> tuple[int, int, int]:
-    """Return the physical start and end of a zone, and how many of its bytes are free for ordinary use."""
-    free, high, spanned, start = (
-        int(found[1]) if (found := re.search(pattern, text, re.MULTILINE)) else 0
-        for pattern in (r"^ +pages free +(\d+)", r"^ +high +(\d+)", r"^ +spanned +(\d+)", r"^ +start_pfn: +(\d+)")
-    )
-    return start * PAGE_SIZE, (start + spanned) * PAGE_SIZE, max(0, free - high) * PAGE_SIZE
+    return max(zone.end for zone in zoneinfo.zones())

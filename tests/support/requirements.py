@@ -222,6 +222,9 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "torch": lambda: _library("torch"),
     "mpi4py": _mpi,
     "direct_io": _direct_io,
+    "prometheus_client": lambda: (
+        None if importlib.util.find_spec("prometheus_client") else "prometheus_client is not installed (iobmd[test])"
+    ),
 }
 
 

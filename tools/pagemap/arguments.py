@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from iobmd.cli.arguments import size
 from iobmd.units import PAGE_SIZE, parse_size, round_down, round_up
 
+from . import system_options
 from .columns import COLUMNS, OF_AREAS, OF_PROCESSES, SYNONYMS
 
 if TYPE_CHECKING:
@@ -24,7 +25,21 @@ METHODS = ("accessed", "written", "referenced")
 """`iobmd.pagemap.sampling.Method`, which is not loaded for other outputs."""
 
 _FILTERS = ("name", "min_size", "only")
-_WAYS = ("frame", "processes", "watch", "heat", "diff", "save", "map", "svg", "png", "html", "json", "csv")
+_WAYS = (
+    "frame",
+    "processes",
+    "watch",
+    "heat",
+    "diff",
+    "save",
+    "map",
+    "svg",
+    "png",
+    "html",
+    "json",
+    "csv",
+    "openmetrics",
+)
 """Options that select another output than the table."""
 _AS_JSON = {"frame": ["json"], "processes": ["json", "csv"], "watch": ["json"], "heat": ["json"], "diff": ["json"]}
 """Those of them that support --json, or also --csv."""
@@ -58,6 +73,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; `way` of the result is the name of the output module."""
     parser = make_parser()
     arguments = parser.parse_args(argv)
+    if without_process := system_options.chosen_way(arguments):
+        system_options.check(parser, arguments, without_process)
+        return arguments
     arguments.within = None
     if arguments.pid is not None and (arguments.runs or arguments.flags):
         arguments.within, arguments.frame = arguments.frame, None
@@ -112,7 +130,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     _check_columns(parser, arguments, way)
     of_areas = arguments.each or way in ("json", "csv", "runs")
     arguments.sort = arguments.sort or ("address" if of_areas else "pss" if way == "processes" else "rss")
-    arguments.of_areas = way in (*_LISTS, "watch", "html") or arguments.only in BY_SMAPS
+    arguments.of_areas = way in (*_LISTS, "watch", "html", "openmetrics") or arguments.only in BY_SMAPS
     if arguments.smaps is not None and not (arguments.of_areas or way == "processes"):
         parser.error(f"--smaps and --no-smaps have no effect with --{way}")
     if way == "table" and not arguments.each:
@@ -165,7 +183,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="iobmd pagemap",
         usage="%(prog)s PID|self [options]\n       %(prog)s --processes [options]\n"
-        "       %(prog)s --frame PFN[-PFN] [--json]",
+        "       %(prog)s --frame PFN[-PFN] [--json]\n       %(prog)s --host [SIZE] [options]",
         description="Show how much memory a process has, and where: a summary, and a row for each mapping.",
         epilog="Sizes and addresses: decimal, 0x hexadecimal, or with suffix k, M, G, T. Ranges of 8 digits or more "
         "may also be as in /proc/PID/maps, hexadecimal without 0x, unless it could be decimal. Frame numbers and "
@@ -180,6 +198,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_table(parser.add_argument_group("table", f"Columns: {meanings}."))
     _add_processes(parser.add_argument_group("many processes"))
     _add_details(parser.add_argument_group("details"))
+    system_options.add_options(parser.add_argument_group("host and files"))
     _add_ways(parser.add_argument_group("output"))
     parser.formatter_class = argparse.HelpFormatter
     return parser
@@ -240,6 +259,7 @@ def _add_ways(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--json", action="store_true", help="one JSON document")
     group.add_argument("--csv", action="store_true", help="comma-separated values: a line for each area")
     group.add_argument("--grouped", action="store_true", help="with --csv: a line for each mapping")
+    group.add_argument("--openmetrics", action="store_true", help="Prometheus text format, for node_exporter")
     group.add_argument("--map", action="store_true", help="a map in the terminal, a cell for each block of addresses")
     group.add_argument("--svg", metavar="FILE", help="a picture of addresses and physical memory")
     group.add_argument("--png", metavar="FILE", help="the same picture (requires the extra iobmd[plot])")

@@ -1,0 +1,101 @@
+"""The zones of the host's memory (/proc/zoneinfo, /proc/buddyinfo), and the ranges of RAM (/proc/iomem, sysfs)."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import NamedTuple
+
+from iobmd.host.fact import lines, read_text
+from iobmd.units import PAGE_SIZE
+
+_ZONE = re.compile(r"^Node (\d+), zone +(\w+)\n", re.MULTILINE)
+_COUNTER = re.compile(r"^ +(?:pages )?(\w+):? +(\d+)$", re.MULTILINE)
+_LISTED = re.compile(r"^ +count: +(\d+)$", re.MULTILINE)
+_RAM = re.compile(r"^ *([0-9a-f]+)-([0-9a-f]+) : System RAM", re.MULTILINE)
+_BLOCKS = "/sys/devices/system/memory"
+
+
+class Zone(NamedTuple):
+    """A zone of a NUMA node, in bytes. It may have holes."""
+
+    node: int
+    """The node."""
+    name: str
+    """The name, such as ``Normal``."""
+    start: int
+    """The first physical address."""
+    end: int
+    """The end of the spanned addresses."""
+    present: int
+    """Memory in it, without holes."""
+    free: int
+    """Free memory."""
+    high: int
+    """The high watermark: free memory that ordinary allocations leave."""
+    listed: int
+    """Free memory in the lists of processors, which does not count as free."""
+    counters: dict[str, int]
+    """All counters, in pages; the first zone of a node also has those of the node (``nr_anon_pages``)."""
+
+
+def zones() -> list[Zone]:
+    """Return the zones that have memory.
+
+    Raises
+    ------
+    OSError
+        /proc/zoneinfo is hidden, as in some containers.
+    """
+    with open("/proc/zoneinfo") as file:
+        parts = _ZONE.split(file.read())
+    found = (_zone(int(node), name, text) for node, name, text in zip(*(parts[i::3] for i in (1, 2, 3)), strict=True))
+    return [zone for zone in found if zone.end > zone.start]
+
+
+def _zone(node: int, name: str, text: str) -> Zone:
+    counters: dict[str, int] = {}
+    for counter, value in _COUNTER.findall(text):
+        counters.setdefault(counter, int(value))  # the sets of pages of processors have counters named high, too
+    start = counters.get("start_pfn", 0)
+    present, free, high = (counters.get(counter, 0) * PAGE_SIZE for counter in ("present", "free", "high"))
+    listed = sum(map(int, _LISTED.findall(text))) * PAGE_SIZE
+    end = start + counters.get("spanned", 0)
+    return Zone(node, name, start * PAGE_SIZE, end * PAGE_SIZE, present, free, high, listed, counters)
+
+
+def free_blocks() -> dict[tuple[int, str], list[int]]:
+    """Return the numbers of free blocks by node and zone, for each order (/proc/buddyinfo); empty if it is hidden."""
+    found = {}
+    for line in lines(read_text("/proc/buddyinfo")):
+        if match := re.fullmatch(r"Node (\d+), zone +(\w+) +([\d ]+)", line):
+            found[int(match[1]), match[2]] = [int(count) for count in match[3].split()]
+    return found
+
+
+def ram() -> list[tuple[int, int]]:
+    """Return the physical ranges of this host's memory: start and exclusive end.
+
+    From /proc/iomem, which shows addresses to holders of CAP_SYS_ADMIN, or else from the spans of the zones, which
+    may have holes. Empty if both are hidden.
+    """
+    found = [(int(first, 16), int(last, 16) + 1) for first, last in _RAM.findall(read_text("/proc/iomem") or "")]
+    if any(start for start, _end in found):
+        return found
+    try:
+        return [(zone.start, zone.end) for zone in zones()]
+    except OSError:
+        return []
+
+
+def offline_blocks() -> list[tuple[int, int]]:
+    """Return the physical ranges of memory blocks that are offline; empty if the kernel has no memory hotplug."""
+    size = int(read_text(f"{_BLOCKS}/block_size_bytes") or "0", 16)
+    try:
+        names = [name for name in os.listdir(_BLOCKS) if re.fullmatch(r"memory\d+", name)] if size else []
+    except OSError:
+        return []
+    numbers = sorted(
+        int(name.removeprefix("memory")) for name in names if read_text(f"{_BLOCKS}/{name}/state") == "offline"
+    )
+    return [(number * size, (number + 1) * size) for number in numbers]

@@ -1,0 +1,49 @@
+"""The options for memory that does not belong to one process: `--host`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from iobmd.cli.arguments import size
+
+if TYPE_CHECKING:
+    import argparse
+
+_MODULES = {"host": "host"}
+_FORMATS = {"host": ("json", "csv", "openmetrics")}
+"""By way: the options for the format of the output; at most one may be given."""
+WIDEST = 1 << 30
+"""The largest size of contiguous memory that `--host` explains."""
+
+
+def add_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options."""
+    group.add_argument(
+        "--host",
+        nargs="?",
+        type=_window,
+        const=0,
+        metavar="SIZE",
+        help="physical memory by kind; what is in the way of contiguous memory of this size",
+    )
+
+
+def chosen_way(arguments: argparse.Namespace) -> str | None:
+    """Return which of the options was given."""
+    return next((way for way in _MODULES if getattr(arguments, way) is not None), None)
+
+
+def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace, way: str) -> None:
+    """Refuse what cannot be combined with an option, and determine the output module."""
+    if arguments.pid is not None:
+        parser.error(f"--{way} is not about one process: omit the PID")
+    given = [name for name, value in vars(arguments).items() if value != parser.get_default(name)]
+    formats = [name for name in given if name in _FORMATS[way]]
+    if wrong := [*(name for name in given if name not in (way, *formats)), *formats[1:]]:
+        parser.error(f"--{wrong[0].replace('_', '-')} cannot be combined with --{' --'.join((way, *formats[:1]))}")
+    arguments.way = _MODULES[way]
+
+
+def _window(text: str) -> int:
+    """Return the aligned size that contains the requested one."""
+    return 1 << (min(size(text), WIDEST) - 1).bit_length()
