@@ -86,7 +86,7 @@ class View(NamedTuple):
     busy: bool = False
     """Whether the program works while it is shown."""
     seconds: float = 0
-    """When to look at a command that runs until it is ended; 0: at its end."""
+    """When a command that runs until it is ended is captured; 0: at its end."""
 
 
 VIEWS = {

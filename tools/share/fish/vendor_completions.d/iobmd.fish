@@ -51,7 +51,7 @@ function _shtab_iobmd_using
 end
 
 set -g _shtab_iobmd_commands demo copy core share alloc doctor pagemap bench soak
-set -g _shtab_iobmd_opts_with_value --align --at --boundary --budget --columns --control --count --diff --events --faults --filter --frame --heat --hold --html --json --kinds --limit --mask --max-segment --method --min-size --name --only --output --patience --png --range --rounds --save --seconds --seed --size --sort --svg --threads --timeout --top --unreadable --watch --workers -o
+set -g _shtab_iobmd_opts_with_value --align --at --boundary --budget --by --cgroup --columns --container --control --count --diff --events --faults --filter --frame --heat --hold --host --html --json --kinds --limit --mask --max-segment --method --min-size --name --only --output --patience --physical --png --range --rounds --save --seconds --seed --size --sort --svg --threads --timeout --top --unreadable --user --watch --workers -o
 
 complete -c iobmd -e
 complete -c iobmd -f
