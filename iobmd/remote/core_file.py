@@ -289,11 +289,10 @@ class _Reader:
     def _present(self, window: _Window, destination: int) -> list[tuple[int, int]]:
         """Read the present pages of a window; return the offsets of the others, which are zero."""
         snapshot = self._snapshot
-        # Only through this file can memory be read that the task itself may not read (ptrace(2)).
-        memory = -1 if "r" in window.area.vma.perms else self._memory
+        # Only this file shows memory that the task itself may not read; see also `Transfer.by_file`.
         reached, error, absent, bad = crosstask.transfer(
-            snapshot.pid, memory, self._pagemap, snapshot.pidfd, False, True, window.start, destination, window.size,
-            PAGE_SIZE,
+            snapshot.pid, self._memory, self._pagemap, snapshot.pidfd, False, True, window.start, destination,
+            window.size, PAGE_SIZE,
         )  # fmt: skip
         if error or reached < window.start + window.size or not snapshot.is_open:
             snapshot.read(window.start, PAGE_SIZE)  # raises the reason

@@ -332,6 +332,10 @@ def frozen(task: Task, before: Callable[[], None], work: Callable[[], bool], tri
     return _again(task, attempt)
 
 
+class _Still(Task):
+    is_snapshot = True
+
+
 class SnapshotChild:
     """A child of a task that shares the task's memory copy-on-write and never runs, from `begin` until `end`.
 
@@ -367,7 +371,7 @@ class SnapshotChild:
         return self._stopped_ns + (self._session.stopped_ns if self._session else 0)
 
     def __enter__(self) -> Task:
-        return Task(self.begin())
+        return _Still(self.begin())
 
     def begin(self) -> int:
         """Create the child and return its pid."""

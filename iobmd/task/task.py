@@ -56,7 +56,7 @@ class Task:
 
     pid: int
     is_snapshot = False
-    """Whether this is an `iobmd.Snapshot`, which never runs."""
+    """Whether it never runs, and shares its memory with another task that does (`iobmd.Snapshot`)."""
 
     def __init__(self, process: int | Process) -> None:
         self._pidfd = -1
@@ -237,13 +237,13 @@ class Task:
             Transfer(
                 self.pid, self._pidfd, source, destination, size,
                 huge=huge, fresh=fresh, sparse=sparse, skip=skip, resident_only=resident_only,
-                timeout=timeout, progress=progress, outline=outline,
+                timeout=timeout, progress=progress, outline=outline, by_file=self.is_snapshot,
             )
         )  # fmt: skip
 
     def _moved_present(self, theirs: int, ours: int, size: int, *, write: bool = False, fresh: bool = False) -> bool:
         """Transfer a small range if all its pages are present; return whether that was done."""
-        if size > transfer.QUICK:
+        if size > transfer.QUICK or self.is_snapshot:
             return False
         error = transfer.move_present(self.pid, self._pidfd, theirs, ours, size, write=write, fresh=fresh)
         if error == errno.EFAULT:

@@ -83,6 +83,9 @@ class Transfer(NamedTuple):
         Called repeatedly in this thread with the number of bytes transferred so far.
     outline
         The parts that were absent earlier, if known; only used to divide the work.
+    by_file
+        Read /proc/PID/mem. process_vm_readv(2) pins the pages, and before the kernel pins an anonymous page that
+        processes share after a fork, it copies it (Linux 5.19): reading a snapshot would double its memory.
     """
 
     pid: int
@@ -99,6 +102,7 @@ class Transfer(NamedTuple):
     timeout: float | None = None
     progress: chunked.Progress | None = None
     outline: Ranges | None = None
+    by_file: bool = False
 
     @property
     def end(self) -> int:
@@ -201,14 +205,14 @@ class _Run:
 
     def all(self) -> Outcome:
         job = self._job
-        if self.is_bounded:
+        if job.by_file:
+            done, error = self._by_file()
+        elif self.is_bounded:
             done, error = self._present_by_children()
             if error == errno.ETIMEDOUT:
                 raise attempt.locked(f"task {job.pid}", job.patience)
-        elif job.size <= chunked.PIECE:
-            done, error = self._present(0, job.size)
         else:
-            done, error = chunked.run(self._present, job.size, job.progress, self._cuts())
+            done, error = self._by_calls()
         if error in _CALL_REFUSED:  # also after absent pages, for which no call was made
             done, error = self._through_memory_file()
         # If that failed, absent pages below the failed address may be unobtainable as well.
@@ -217,6 +221,22 @@ class _Run:
         if absent:
             reached, error = self._fetch(absent, reached, error)
         return Outcome(reached - job.theirs, error, joined(self._unread), self._left_zero)
+
+    def _by_calls(self) -> tuple[int, int]:
+        job = self._job
+        if job.size <= chunked.PIECE:
+            return self._present(0, job.size)
+        return chunked.run(self._present, job.size, job.progress, self._cuts())
+
+    def _by_file(self) -> tuple[int, int]:
+        """Like `_by_calls`, through /proc/PID/mem, as far as the protections permit, which it ignores."""
+        job = self._job
+        try:
+            self._memory = self._opened_memory()
+            is_readable = all("r" in area.perms for area in procfs.areas(job.pid, job.theirs, job.end))
+        except OSError as error:
+            return 0, number_of(error)
+        return self._by_calls() if is_readable else self._through_memory_file()
 
     def _cuts(self) -> list[int] | None:
         """Return the bounds of chunks with equal numbers of pages, and permit huge pages in the destination."""
@@ -295,7 +315,8 @@ class _Run:
         self._absent.clear()
         self._unread.clear()
         try:
-            self._memory = self._opened_memory()
+            if self._memory < 0:
+                self._memory = self._opened_memory()
             areas = list(procfs.areas(job.pid, job.theirs, job.end))
         except OSError as error:
             return 0, number_of(error)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.child import sleeping
+from support.core_file import Core
 from support.targets import until_at_rest
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
@@ -110,20 +111,19 @@ def test_ports_account_for_all_memory(name: str) -> None:
 @pytest.mark.needs("root")
 def test_port_of_gcore(tmp_path: Path) -> None:
     """The file holds the private memory of the target, and only its owner may read it."""
-    path = tmp_path / "dump"
+    path = tmp_path / "core"
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})  # the kernel writes the processor's number to its memory (rseq(2))
     with sleeping() as target:
         os.sched_setaffinity(0, allowed)
         until_at_rest(target.pid)  # its start changes memory
-        rows = re.findall(r"([0-9a-f]+)-([0-9a-f]+) at (\d+), stopped", port("gcore", str(target.pid), str(path)))
-        maps = Path(f"/proc/{target.pid}/maps").read_text().splitlines()
-        stack = next(line for line in maps if "[stack]" in line)
-        with Path(f"/proc/{target.pid}/mem").open("rb") as memory, path.open("rb") as dump:
-            for start, end, offset in rows:
-                memory.seek(int(start, 16))
-                dump.seek(int(offset))
-                size = int(end, 16) - int(start, 16)
-                assert dump.read(size) == memory.read(size)
-        assert stack.split()[0] in [f"{start}-{end}" for start, end, _offset in rows]
+        assert " 1 threads, stopped for " in port("gcore", str(target.pid), str(path))
+        core = Core(path.read_bytes())
+        lines = Path(f"/proc/{target.pid}/maps").read_text().splitlines()
+        with Path(f"/proc/{target.pid}/mem").open("rb") as memory:
+            for line in lines:
+                if "[stack]" in line or "[heap]" in line:
+                    start, end = (int(number, 16) for number in line.split()[0].split("-"))
+                    memory.seek(start)
+                    assert core.read(start, end - start) == memory.read(end - start)
     assert path.stat().st_mode & 0o777 == 0o600

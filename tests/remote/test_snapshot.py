@@ -67,6 +67,18 @@ def test_memory_that_it_lacks(source: Source) -> None:
             assert caught.value.address == address
 
 
+def test_reading_it_copies_nothing(source: Source, tmp_path: Path) -> None:
+    """The kernel copies a shared page before it pins it for process_vm_readv(2)."""
+    with iobmd.snapshot(source.pid) as snapshot:
+        before = snapshot.copied_bytes
+        snapshot.read(source.own, SIZE)
+        iobmd.copy(snapshot, source.own, SIZE, wired=False).free()
+        for page in range(0, SIZE, 16 * kernel.PAGE):
+            snapshot.read(source.own + page, 1)
+        snapshot.core(tmp_path / "core")
+        assert snapshot.copied_bytes - before < 16 * kernel.PAGE
+
+
 def test_copied_bytes_and_their_limit(source: Source) -> None:
     with iobmd.snapshot(source.pid) as snapshot:
         before = snapshot.copied_bytes
