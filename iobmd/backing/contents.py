@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from iobmd._internal.arguments import check_integers, check_numbers
 from iobmd.errors import UnsupportedError
-from iobmd.task import attempt, diagnosis, extents, transfer
+from iobmd.task import attempt, diagnosis, extents
 from iobmd.task.ranges import joined
 from iobmd.task.task import check_range
 
@@ -120,12 +120,10 @@ class CopyOf:
 
     def resident(self) -> int:
         """Return a lower bound of the bytes of the source that exist, in memory or in swap."""
-        outline = self._outline = extents.outline(
-            self.task.pid, self.address, self.size, transfer.patience(self._timeout)
-        )
+        outline = self._outline = extents.outline(self.task.pid, self.address, self.size, job.patience(self._timeout))
         if outline is None:
             return self.size
-        return self.size - outline.size + extents.existing(self.task.pid, outline, transfer.patience(self._timeout))
+        return self.size - outline.size + extents.existing(self.task.pid, outline, job.patience(self._timeout))
 
 
 class FrozenCopyOf(CopyOf):
@@ -155,7 +153,7 @@ class FrozenCopyOf(CopyOf):
                 task, destination, huge=huge * first, fresh=first, sparse=sparse and first, standing=standing
             )
 
-        attempt.require_unlocked(self.task.pid, transfer.patience(self._timeout))
+        attempt.require_unlocked(self.task.pid, job.patience(self._timeout))
         self.stopped_ns = consistent_copy.copy(consistent_copy.CopyRequest(self.task, self.address, self.size, fetch))
         if stopped and self._progress:
             self._progress(self.size)

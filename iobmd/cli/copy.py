@@ -21,8 +21,8 @@ from iobmd.cli.progress_bar import progress_bar
 from iobmd.cli.signals import interruptible
 from iobmd.errors import BadArgumentError, VMError
 from iobmd.task import diagnosis
+from iobmd.task.job import TIMEOUT
 from iobmd.task.task import Task
-from iobmd.task.transfer import TIMEOUT
 from iobmd.units import format_size, format_time, parse_size
 
 if TYPE_CHECKING:

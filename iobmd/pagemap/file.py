@@ -12,8 +12,8 @@ from iobmd.errors import NO_DESCRIPTOR, IOReturnError
 from iobmd.host import limits
 from iobmd.pagemap.range import Target, Where, past_the_end, resolve
 from iobmd.task import attempt, diagnosis
+from iobmd.task.job import TIMEOUT
 from iobmd.task.task import Task, kernel_task
-from iobmd.task.transfer import TIMEOUT
 from iobmd.units import PAGE_SIZE, round_down, round_up
 
 _READ = 8 << 10  # pages a read; larger reads are no faster (measured)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from iobmd import procfs
 from iobmd.task import attempt, diagnosis
-from iobmd.task.transfer import TIMEOUT
+from iobmd.task.job import TIMEOUT
 
 if TYPE_CHECKING:
     from iobmd.task.task import Task

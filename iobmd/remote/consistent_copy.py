@@ -20,7 +20,7 @@ from iobmd.errors import (
     VMError,
 )
 from iobmd.remote import areas, freezer, session
-from iobmd.task import transfer
+from iobmd.task.job import WOULD_WAIT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -129,7 +129,7 @@ def _copy_stopped(request: CopyRequest) -> int:
         try:
             request.fetch(task, _stopped)
         except NotReadyError as error:
-            if error.errno != transfer.WOULD_WAIT:
+            if error.errno != WOULD_WAIT:
                 raise
             missing, address = True, error.address or 0
             return False

@@ -22,7 +22,7 @@ from iobmd.host import limits
 from iobmd.memory.shmem import FileExtent, alignment_of
 from iobmd.remote import fd_passing, session, trust
 from iobmd.remote.guest import MAPPING, call
-from iobmd.task import attempt, diagnosis, transfer
+from iobmd.task import attempt, diagnosis, job
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_up
 
 if TYPE_CHECKING:
@@ -385,8 +385,8 @@ def private_extent(size: int) -> FileExtent:
 
 
 def touch(task: Task, address: int, size: int) -> None:
-    """Fault in pages of a task without stopping it, as far as its fault handlers answer within `transfer.TIMEOUT`."""
-    attempt.touch(task.pid, task.pidfd, address, size, transfer.TIMEOUT)
+    """Fault in pages of a task without stopping it, as far as its fault handlers answer within `job.TIMEOUT`."""
+    attempt.touch(task.pid, task.pidfd, address, size, job.TIMEOUT)
 
 
 def _locks_memory(task: Task) -> bool:

@@ -26,8 +26,8 @@ from iobmd.remote import areas as areas_of
 from iobmd.remote.core_notes import ProcessState
 from iobmd.remote.session import SnapshotChild
 from iobmd.task import attempt, diagnosis
+from iobmd.task.job import TIMEOUT
 from iobmd.task.task import Task
-from iobmd.task.transfer import TIMEOUT
 from iobmd.units import format_size
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from iobmd._native.crosstask import Ranges
     from iobmd.remote.core_file import CoreProgress
     from iobmd.remote.core_summary import CoreSummary
-    from iobmd.task import transfer
+    from iobmd.task.job import Outcome
 
 _T = TypeVar("_T")
 
@@ -229,7 +229,7 @@ class Snapshot(Task):
         timeout: float | None = None,
         progress: chunked.Progress | None = None,
         outline: Ranges | None = None,
-    ) -> transfer.Outcome:
+    ) -> Outcome:
         """As `Task.copy_in`. Raises as `read`."""
         self._require_open()
         self._require_contained(source, size)

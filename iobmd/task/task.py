@@ -13,7 +13,7 @@ from iobmd._native.crosstask import HeldBuffer, fresh_bytes
 from iobmd.errors import NO_DESCRIPTOR, BadArgumentError, IOReturnError
 from iobmd.host import headroom
 from iobmd.task import diagnosis, extents, identity, transfer
-from iobmd.task.transfer import Transfer
+from iobmd.task.job import Outcome, Transfer
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -223,16 +223,16 @@ class Task:
         timeout: float | None = None,
         progress: chunked.Progress | None = None,
         outline: Ranges | None = None,
-    ) -> transfer.Outcome:
+    ) -> Outcome:
         """Copy `size` bytes at `source` of this task to the address `destination` of the calling process.
 
-        The other parameters are those of `transfer.Transfer`. Raises as `read`; with `resident_only` also
+        The other parameters are those of `Transfer`. Raises as `read`; with `resident_only` also
         `kIOReturnNotReady`, where `.address` is the first page that another program must supply.
         """
         check_range(source, size)
         quick = not skip and timeout is None
         if not size or (quick and self._moved_present(source, destination, size, fresh=fresh)):
-            return transfer.Outcome(size, 0)
+            return Outcome(size, 0)
         return self._transfer(
             Transfer(
                 self.pid, self._pidfd, source, destination, size,
@@ -250,7 +250,7 @@ class Task:
             raise diagnosis.unreadable(self.pid, theirs, write=write, alive=lambda: self.alive)
         return not error
 
-    def _transfer(self, job: Transfer) -> transfer.Outcome:
+    def _transfer(self, job: Transfer) -> Outcome:
         if self._pidfd < 0 and not self.alive:  # with a pidfd, each call checks this itself
             raise self._gone()
         outcome = self._moved(job)
@@ -270,15 +270,15 @@ class Task:
             self.pid, outcome.error, address, write=job.write, timeout=job.patience, alive=lambda: self.alive
         )
 
-    def _moved(self, job: Transfer) -> transfer.Outcome:
+    def _moved(self, job: Transfer) -> Outcome:
         try:
             return transfer.move(job)
         except IOReturnError:
             raise
         except OSError as error:  # its memory map
-            return transfer.Outcome(0, transfer.number_of(error))
+            return Outcome(0, transfer.number_of(error))
 
-    def _moved_of_thread(self, job: Transfer, thread: int) -> transfer.Outcome:
+    def _moved_of_thread(self, job: Transfer, thread: int) -> Outcome:
         """Like `_moved`, with the id of a thread, which may be reused before the task exits."""
         try:
             pidfd = os.pidfd_open(thread, os.O_EXCL)  # PIDFD_THREAD, Linux 6.9
@@ -288,7 +288,7 @@ class Task:
             pidfd = -1
         try:
             if not procfs.has_thread(self.pid, thread) or not self.alive:
-                return transfer.Outcome(0, errno.ESRCH)
+                return Outcome(0, errno.ESRCH)
             return self._moved(job._replace(pid=thread, pidfd=self._pidfd if pidfd < 0 else pidfd))
         finally:
             if pidfd >= 0:

@@ -16,6 +16,7 @@ import iobmd
 from iobmd import IOMemoryDescriptor, IOReturn, IOReturnError, Task, Wiring, kernel_task
 from iobmd._native.crosstask import HeldBuffer
 from iobmd.task import transfer
+from iobmd.task.job import Outcome
 
 MIB = 1 << 20
 
@@ -124,7 +125,7 @@ def test_lock_that_a_thread_of_the_parent_held() -> None:
 
 def test_task_that_exits_is_gone_and_not_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
     """While a task exits, after releasing its memory, it seems to run, and the kernel returns EPERM or EACCES."""
-    monkeypatch.setattr(transfer, "move", lambda _job: transfer.Outcome(0, errno.EACCES))
+    monkeypatch.setattr(transfer, "move", lambda _job: Outcome(0, errno.EACCES))
     monkeypatch.setattr(Task, "alive", True)
     size = transfer.QUICK + 1  # smaller sizes are transferred by one native call
     with sleeping() as child:

@@ -14,7 +14,7 @@ from support.targets import ProgramResources, Target, build, check_unchanged, ch
 
 import iobmd
 from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Wiring
-from iobmd.task import transfer
+from iobmd.task import job
 
 MIB = 1 << 20
 INOUT = 3
@@ -132,7 +132,7 @@ def test_prefault_with_a_stalled_handler() -> None:
     with ServedTarget(mode="stall") as target:
 
         def prefault() -> None:
-            transfer.TIMEOUT = 0.5
+            job.TIMEOUT = 0.5
             with IOMemoryDescriptor.withAddressRange(target.area, MIB, INOUT, target.pid) as memory:
                 options = IOMapOptions.kIOMapAnywhere | IOMapOptions.kIOMapPrefault
                 memory.createMappingInTask(target.pid, 0, options).unmap()

@@ -20,7 +20,7 @@ import iobmd
 from iobmd import IOMemoryDescriptor, IOReturn, IOReturnError, Task, procfs
 from iobmd.remote import areas, task_snapshot, threads
 from iobmd.remote.session import SnapshotChild
-from iobmd.task.transfer import Transfer
+from iobmd.task.job import Transfer
 
 WALL = 0x40000000
 REAPER = """
