@@ -331,6 +331,7 @@ cdef class Mapping:
     cdef bint sealed
     cdef bint borrowed
     cdef bint reserved
+    cdef int only_in  # the process (`generation`) whose forked children lack it; 0: they inherit it
     cdef size_t margin
     cdef int kind
     cdef Object *objects
@@ -352,6 +353,17 @@ cdef class Mapping:
     def reserve(size_t size, size_t alignment):
         """Reserve `size` bytes of inaccessible address space."""
         return _map(size, alignment, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
+
+    def withhold(self, bint withheld):
+        """Declare that forked children lack it (MADV_DONTFORK), until this is undone.
+
+        A child unmaps nothing, because it may have mapped other memory at these addresses.
+        """
+        self.only_in = _generation if withheld else 0
+
+    cdef bint _is_elsewhere(self) noexcept:
+        """Return whether this is a forked child without the mapping."""
+        return self.only_in != 0 and self.only_in != _generation
 
     def filled(self):
         """Declare that private memory has been moved to the whole reserved range."""
@@ -577,7 +589,7 @@ cdef class Mapping:
         cdef bint mapped = self.address != 0 and not self.borrowed
         cdef uint64_t start, length
         cdef int failed = 0
-        if not mapped:
+        if not mapped or self._is_elsewhere():
             self.address = self.size = 0
             return
         if ranges is None:
@@ -746,7 +758,7 @@ cdef class Mapping:
         return 0
 
     def __dealloc__(self):
-        if self.address and not self.borrowed:
+        if self.address and not self.borrowed and not self._is_elsewhere():
             self._unmap(self.address - self.margin, self.address + self.size + self.margin)
         free(self.objects)
 

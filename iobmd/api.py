@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from iobmd._internal.arguments import check_integers, check_type
 from iobmd.backing.contents import CopyOf, FrozenCopyOf
+from iobmd.backing.lazy import LazyCopyOf
 from iobmd.backing.placement import Placement
 from iobmd.constants import IOOptionBits
 from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
@@ -119,6 +120,7 @@ def copy(
     size: int,
     *,
     freeze: bool = False,
+    lazy: bool = False,
     unreadable: Literal["raise", "zero"] = "raise",
     timeout: float | None = None,
     progress: Progress | None = None,
@@ -144,6 +146,9 @@ def copy(
         Copy the bytes as of one moment. The source is stopped while a snapshot is made (a child that shares its
         private memory), or for the whole copy if that is faster or the memory is shared. `source_stopped_ns` of the
         buffer is the duration of the stop.
+    lazy : bool
+        Return before the bytes are copied, as of the moment of the call: see `IOBufferMemoryDescriptor.withCopy`.
+        Requires ``wired=False``.
     unreadable : str
         ``"raise"``: the copy is exact, or an error is raised. ``"zero"``: bytes that cannot be read are zero, and
         `holes` of the buffer lists them as offsets and lengths in bytes.
@@ -170,7 +175,7 @@ def copy(
     """
     if unreadable not in ("raise", "zero"):
         raise BadArgumentError(f"unreadable must be 'raise' or 'zero', not {unreadable!r}")
-    contents = (FrozenCopyOf if freeze else CopyOf)(
+    contents = (LazyCopyOf if lazy else FrozenCopyOf if freeze else CopyOf)(
         as_task(task), address, size, skip=unreadable == "zero", timeout=timeout, progress=progress
     )
     options = _options(wired, contiguous, purgeable, shared, cache, direction)

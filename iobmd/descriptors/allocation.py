@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from iobmd._native import mman
 from iobmd.backing.anonymous import AnonymousBacking
+from iobmd.backing.lazy import LazyBacking, LazyCopyOf
 from iobmd.backing.remote import RemoteBacking
 from iobmd.backing.remote_private import RemotePrivateBacking
 from iobmd.backing.shared import SharedBacking
 from iobmd.backing.unmapped import UnmappedBacking
+from iobmd.errors import BadArgumentError
 from iobmd.host import headroom
 from iobmd.memory import numa
 from iobmd.memory.mlock import Wiring
@@ -53,6 +55,9 @@ def allocate(wanted: Request, contents: Contents | None) -> MappedBacking | Remo
 
 
 def _make(wanted: Request, contents: Contents | None) -> MappedBacking:
+    if isinstance(contents, LazyCopyOf):
+        _require_lazy(wanted)
+        return _named(LazyBacking(wanted.capacity, contents), wanted)
     if wanted.here and not wanted.shared and not wanted.guard:
         return _named(
             AnonymousBacking(
@@ -82,6 +87,21 @@ def _make(wanted: Request, contents: Contents | None) -> MappedBacking:
             raise
         backing.close()
     raise search.kept_moving(wanted.want)
+
+
+def _require_lazy(wanted: Request) -> None:
+    """Raise `kIOReturnBadArgument` unless the memory can be that of a lazy copy."""
+    kinds = {
+        "wired": wanted.wired,
+        "purgeable": wanted.purgeable,
+        "shared": wanted.shared,
+        "in another task, or in none": not wanted.here,
+    }
+    if kind := next((kind for kind, is_wanted in kinds.items() if is_wanted), None):
+        raise BadArgumentError(
+            f"a lazy copy cannot be {kind}: only pageable private memory of this process can be fetched later "
+            "(kIOMemoryPageable, wired=False)"
+        )
 
 
 def _named(backing: AnonymousBacking, wanted: Request) -> AnonymousBacking:

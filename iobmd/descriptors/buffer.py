@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, Self, SupportsIndex, TypeVar, cast, o
 from iobmd._internal.arguments import check_integers
 from iobmd._native.mapping import Exporter, Mapping
 from iobmd.backing.contents import CopyOf
+from iobmd.backing.lazy import LazyBacking, LazyCopyOf
 from iobmd.backing.mapped import MappedBacking
 from iobmd.backing.placement import ANYWHERE, Placement
 from iobmd.backing.remote import RemoteBacking
@@ -100,6 +101,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         source: int,
         size: int,
         *,
+        lazy: bool = False,
         timeout: float | None = None,
         progress: Progress | None = None,
     ) -> Self:
@@ -115,6 +117,8 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
             The task to copy from.
         source, size : int
             Address in that task, and the number of bytes.
+        lazy : bool
+            Return before the bytes are copied (see the notes); pageable memory only.
         timeout : float, optional
             Seconds to wait for another program, as for `Task.read`.
         progress : callable, optional
@@ -132,8 +136,21 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         The bytes are read by process_vm_readv(2) into new huge pages, on several threads for large copies, with the
         GIL released. The source continues to run: of bytes that it changes during the copy, the old or the new values
         are copied. Nothing is allocated in it, see `Task.read`; a pageable copy is as sparse as its source.
+
+        A lazy copy holds the contents of the moment of the call: the source may change them or exit afterwards. Each
+        page is fetched from a snapshot, a forked child of the source, when it is first touched (userfaultfd(2)), and
+        in the background; `fetched` and `fetch` report and await it. Until then the source's writes to its private
+        memory cost copies of pages, and children that this process forks lack the buffer. If the snapshot is killed,
+        transfers raise `kIOReturnVMError`, and views get SIGBUS (SIGSEGV before Linux 6.6). Page faults of system
+        calls can be served with CAP_SYS_PTRACE, vm.unprivileged_userfaultfd or /dev/userfaultfd; without, views and
+        arrays are exported once everything is fetched.
+
+        The bytes are copied before the call returns if they are not private anonymous memory (or a userfaultfd
+        serves them), or only a small part of the source's memory, if unreadable bytes are to be zero, and without
+        userfaultfd(2) (it needs a privilege before Linux 5.11), a free process and a free thread.
         """
-        self = cls(contents=CopyOf(as_task(sourceMap), source, size, timeout=timeout, progress=progress))
+        kind = LazyCopyOf if lazy else CopyOf
+        self = cls(contents=kind(as_task(sourceMap), source, size, timeout=timeout, progress=progress))
         self.initWithPhysicalMask(inTask, options, size, PAGE_SIZE, 0)
         return self
 
@@ -296,6 +313,24 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     def holes(self) -> list[tuple[int, int]]:
         """Offsets and lengths of the bytes that could not be read and are zero (`copy(…, unreadable="zero")`)."""
         return list(self._holes)
+
+    @property
+    def fetched(self) -> int:
+        """How many bytes of the capacity are here; fewer than all only in a lazy copy (`withCopy`)."""
+        backing = self._memory().require_backing()
+        return min(backing.fetched, self._capacity) if isinstance(backing, LazyBacking) else self._capacity
+
+    def fetch(self) -> None:
+        """Wait until a lazy copy (`withCopy`) is complete. Its snapshot has then ended.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnVMError`: the snapshot was killed before (`.address` is the first byte that is lost).
+        """
+        backing = self._memory().require_backing()
+        if isinstance(backing, LazyBacking):
+            backing.fetch()
 
     @property
     def task_stopped_ns(self) -> int:

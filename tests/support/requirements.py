@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from support import lazy
 from support.child import CAP_IPC_LOCK
 
 HUGE = 2 << 20
@@ -147,6 +148,11 @@ def _pagemap_scan() -> str | None:
     return None
 
 
+@functools.cache
+def _lazy_copies() -> str | None:
+    return lazy.why_not()
+
+
 def _guest() -> str | None:
     return None if "IOBMD_GUEST" in os.environ else "not a guest (make test-vm runs it in guests)"
 
@@ -211,6 +217,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "area_names": _area_names,
     "procmap_query": _procmap_query,
     "pagemap_scan": _pagemap_scan,
+    "lazy_copies": _lazy_copies,
     "guest": _guest,
     "edu": lambda: _device(0x1234, 0x11E8),
     "iommu": _iommu,
