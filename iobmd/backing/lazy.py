@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,22 @@ from iobmd._native import mman
 from iobmd._native import pagemap as pages
 from iobmd.backing.anonymous import AnonymousBacking
 from iobmd.backing.contents import CopyOf, FrozenCopyOf
-from iobmd.errors import NotOpenError, VMError
+from iobmd.errors import (
+    IOReturnError,
+    NoResourcesError,
+    NotFoundError,
+    NotOpenError,
+    TaskTimeoutError,
+    UnsupportedError,
+    VMError,
+)
 from iobmd.host.pages import huge_pages_enabled
 from iobmd.memory import numa
 from iobmd.pagemap.self import own_pagemap
 from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
     from typing_extensions import Buffer
@@ -35,6 +45,7 @@ if TYPE_CHECKING:
     from iobmd._native.mapping import Mapping
     from iobmd._native.pagemap import RunTable
     from iobmd.backing import Contents
+    from iobmd.remote.session import SnapshotChild
 
 _QUICK = 16
 """A snapshot takes at most this part of the time in which its memory is copied (measured: 1/15 in small pages)."""
@@ -50,19 +61,19 @@ class LazyCopyOf(CopyOf):
     """The bytes of a task as of the moment of `begin`, or of `fill` if they cannot be fetched later."""
 
     def begin(self, mapping: Mapping) -> Fetch | None:
-        """Begin to fetch the bytes to absent memory of this process; None if they must be copied by `fill`."""
-        if why := self._why_not():
-            log.debug("the lazy copy from task %d is made at once: %s", self.task.pid, why)
+        """Begin to fetch the bytes to absent memory of this process; None if they must be copied by `fill`.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnNotPermitted`: the source cannot be stopped. `kIOReturnTimeout`.
+        """
+        try:
+            self._require_private()
+            return self._begun(mapping) if self.task.is_current else self._begun_from_other(mapping)
+        except _NotLazyError as reason:
+            log.debug("the lazy copy from task %d is made at once: %s", self.task.pid, reason)
             return None
-        for other in _fetching.all():
-            if other.overlaps(self.address, self.size):
-                other.all()
-        fetch = Fetch(mapping, self.address, _samples(self.address, self.address + self.size))
-        if why := fetch.begin():
-            fetch.stop()
-            log.debug("the lazy copy from task %d is made at once: %s", self.task.pid, why)
-            return None
-        return fetch
 
     def fill(self, destination: int, *, huge: int = 0, sparse: bool = False) -> bool:
         """As `Contents.fill`, as of one moment if the source is another task."""
@@ -75,18 +86,78 @@ class LazyCopyOf(CopyOf):
         self.holes, self.stopped_ns = frozen.holes, frozen.stopped_ns
         return left_zero
 
-    def _why_not(self) -> str:
-        """Return why the bytes cannot be fetched later, empty if they can."""
+    @property
+    def _end(self) -> int:
+        return self.address + self.size
+
+    def _require_private(self) -> None:
+        """Check that forked children inherit the bytes, and that a snapshot takes less time than a copy."""
         if self._skip:
-            return "unreadable bytes must be found"
+            raise _NotLazyError("unreadable bytes must be found")
+        if self.task.is_snapshot:
+            raise _NotLazyError("it is a snapshot, which may be closed earlier")
         try:
-            if not self.task.is_current or pidns.is_foreign():
-                return "it is in another task"
-            if self.size * _QUICK < procfs.status_bytes("VmRSS"):
-                return "it is a small part of the memory that a snapshot contains"
-            return _why_not_inherited(self.address, self.address + self.size) or _why_watched()
+            _require_inherited(self.task.pid, self.address, self._end)
+            small = self.task.is_current and self.size * _QUICK < procfs.status_bytes("VmRSS")
         except (OSError, KeyError) as error:
-            return str(error)
+            raise _reason(error) from None
+        if small:
+            raise _NotLazyError("it is a small part of the memory that a snapshot contains")
+
+    def _begun(self, mapping: Mapping) -> Fetch:
+        """Begin to fetch from a snapshot of this process."""
+        for other in _fetching.all():
+            if other.overlaps(self.address, self.size):
+                other.all()
+        try:
+            if pidns.is_foreign():
+                raise _NotLazyError("/proc belongs to another pid namespace")
+            _require_unserved()
+            samples = _samples(self.address, self._end)
+        except OSError as error:
+            raise _reason(error) from None
+        fetch = Fetch(mapping, self.address, samples=samples)
+        fetch.begin()
+        return fetch
+
+    def _begun_from_other(self, mapping: Mapping) -> Fetch:
+        """Begin to fetch from a snapshot of another task."""
+        from iobmd.remote import consistent_copy, freezer, session  # noqa: PLC0415 (as in FrozenCopyOf)
+
+        if freezer.switches(self.task.pid) is not None:
+            raise _NotLazyError("the task is frozen")
+        request = consistent_copy.CopyRequest(self.task, self.address, self.size, lambda _task, _progress: None)
+        resident = consistent_copy.worth_a_child(request)
+        if not resident:
+            raise _NotLazyError("a snapshot would take longer, or lack some of the memory")
+        child = session.SnapshotChild(self.task, resident)
+        try:
+            pid = child.begin()
+        except (NoResourcesError, TaskTimeoutError, UnsupportedError, VMError, NotFoundError) as error:
+            raise _NotLazyError(str(error)) from None
+        except OSError as error:  # of the clone
+            raise _reason(error) from None
+        self.stopped_ns = child.stopped_ns
+        try:
+            _require_no_userfault(self.task.pid)  # since its memory was inspected
+            fetch = Fetch(mapping, self.address, pid=pid, holder=child)
+            fetch.begin()
+        except OSError as error:
+            child.end()
+            raise _reason(error) from None
+        except BaseException:
+            child.end()
+            raise
+        return fetch
+
+
+class _NotLazyError(Exception):
+    """The reason for which bytes are copied at once."""
+
+
+def _reason(error: Exception) -> Exception:
+    """Return the reason that an error of the kernel is; other errors are those of the copy."""
+    return error if isinstance(error, IOReturnError) else _NotLazyError(str(error))
 
 
 class Fetch:
@@ -100,46 +171,70 @@ class Fetch:
         The address of the contents.
     samples : list of int
         Pages that exist there.
+    pid : int
+        The process with the contents; 0: a child of this process, which is created.
+    holder : SnapshotChild, optional
+        The session that created the process, and is ended with the fetch.
     """
 
-    def __init__(self, mapping: Mapping, source: int, samples: list[int]) -> None:
+    def __init__(
+        self,
+        mapping: Mapping,
+        source: int,
+        *,
+        samples: Sequence[int] = (),
+        pid: int = 0,
+        holder: SnapshotChild | None = None,
+    ) -> None:
         self._start, self._end = mapping.address, mapping.address + mapping.size
         self._native = native.Fetcher(
             mapping,
             mapping.address,
             mapping.size,
             source,
+            pid,
+            pidns.directory(pid).encode() if pid else b"",
             samples=samples,
             moves=huge_pages_enabled() and not numa.is_wanted(),
         )
         self._mapping = mapping
+        self._holder = holder
 
-    def begin(self) -> str:
-        """Create the snapshot and begin; return why that is not possible, empty if it is."""
+    def begin(self) -> None:
+        """Create the snapshot and begin. Raises `_NotLazyError`: that is not possible, and nothing remains."""
         mman.advise(self._start, self._end - self._start, mman.MADV_DONTFORK)
         self._mapping.withhold(True)
         _fetching.add(self)
         try:
             self._native.start()
-        except OSError as error:
-            return error.strerror
+            if self._holder:
+                waiter = threading.Thread(
+                    target=_end_holder, args=(self._native, self._holder), name="iobmd-lazy", daemon=True
+                )
+                waiter.start()
+            self._require_begun()
+        except (OSError, RuntimeError) as error:  # no thread can be created
+            self.stop()
+            raise _NotLazyError(str(error)) from None
         except BaseException:
             self.stop()
             raise
-        if self._native.state == native.REFUSED and self._native.error == errno.ENODATA:
-            return "forked children do not inherit it (MADV_DONTFORK or MADV_WIPEONFORK)"
-        if self._native.state == native.REFUSED:
-            return os.strerror(self._native.error)
-        if self._native.state == native.LOST and not self._native.is_lazy:
-            return "some of it cannot be read"
-        return ""
+
+    def _require_begun(self) -> None:
+        state, error = self._native.state, self._native.error
+        if state == native.REFUSED and error == errno.ENODATA:
+            raise _NotLazyError("forked children do not inherit it (MADV_DONTFORK or MADV_WIPEONFORK)")
+        if state == native.REFUSED:
+            raise _NotLazyError(os.strerror(error))
+        if state == native.LOST and not self._native.is_lazy:
+            raise _NotLazyError("some of it cannot be read")
 
     @property
     def is_over(self) -> bool:
         """Whether everything is fetched, and the snapshot has ended."""
         if self._native.state != native.COMPLETE:
             return False
-        self.stop()
+        self.stop(wait=False)
         self._mapping.withhold(False)
         return True
 
@@ -182,11 +277,17 @@ class Fetch:
     def all(self) -> None:
         """Wait until everything is fetched, and the snapshot has ended. Raises as `require`."""
         self._native.wait()
+        self.stop()
         self.require(0, self._end - self._start)
 
-    def stop(self) -> None:
-        """End the fetch: neither a thread nor a process remains. Idempotent."""
+    def stop(self, *, wait: bool = True) -> None:
+        """End the fetch: neither a thread nor a process remains. Idempotent.
+
+        Without `wait`, for destructors, the snapshot of another task is ended by another thread.
+        """
         self._native.stop()
+        if self._holder and wait and not self._native.is_inherited:
+            self._holder.end()
 
 
 class LazyBacking(AnonymousBacking):
@@ -290,39 +391,53 @@ class LazyBacking(AnonymousBacking):
                 fetch.all()
         return super().exported()
 
+    def drop(self) -> None:
+        """As `Backing.drop`; ends the fetch."""
+        self._close(wait=False)
+
     def close(self) -> None:
         """As `Backing.close`; ends the fetch."""
+        self._close(wait=True)
+
+    def _close(self, *, wait: bool) -> None:
         self.seal()
         if fetch := self._pending():
-            fetch.stop()
+            fetch.stop(wait=wait)
             self._fetch = None
         super().close()
 
 
-def _why_not_inherited(address: int, end: int) -> str:
-    """Return why a range of this process is not private memory that forked children inherit; empty if it may be."""
+def _end_holder(fetcher: native.Fetcher, holder: SnapshotChild) -> None:
+    """End the snapshot of another task when everything is fetched."""
+    fetcher.wait()
+    with contextlib.suppress(OSError):  # the task has exited
+        holder.end()
+
+
+def _require_inherited(pid: int, address: int, end: int) -> None:
+    """Check that a range of a task is private anonymous memory, which forked children inherit by default."""
     at = address
-    for area in procfs.areas("self", address, end):
+    for area in procfs.areas(pid, address, end):
         if area.start > at or not area.perms.startswith("r"):
             break
         if area.inode or area.perms[3] != "p" or (area.name and not area.name.startswith(_PRIVATE)):
-            return f"it is not private anonymous memory ({area})"
+            raise _NotLazyError(f"it is not private anonymous memory ({area})")
         at = area.end
-    return "" if at >= end else f"{at:#x} is not readable"
+    if at < end:
+        raise _NotLazyError(f"{at:#x} is not readable")
 
 
-def _why_watched() -> str:
-    """Return why missing pages of this process may not be zero; empty if they are.
+def _require_unserved() -> None:
+    """Check that the missing pages of this process are zero. Raises OSError.
 
     Another userfaultfd(2) may deliver them, but not to a snapshot. Which memory it serves is shown only by smaps,
     which takes half as long as the snapshot.
     """
-    if not any(map(_is_userfault, Path("/proc/self/fd").iterdir())):
-        return ""
+    if not _has_userfault("/proc/self/fd"):
+        return
     for area, flags in procfs.vm_flags():
         if flags & {"um", "ui"} and not any(one.overlaps(area.start, 1) for one in _fetching.all()):
-            return f"a userfaultfd serves page faults of this process ({area})"
-    return ""
+            raise _NotLazyError(f"a userfaultfd serves page faults of this process ({area})")
 
 
 def _samples(address: int, end: int) -> list[int]:
@@ -335,6 +450,16 @@ def _samples(address: int, end: int) -> list[int]:
         if page is not None:
             found.append(page)
     return found
+
+
+def _require_no_userfault(pid: int) -> None:
+    if _has_userfault(f"{pidns.directory(pid)}/fd"):
+        raise _NotLazyError("the task has a userfaultfd, which may serve its page faults")
+
+
+def _has_userfault(directory: str) -> bool:
+    """Return whether a process has a descriptor of a userfaultfd. Raises OSError."""
+    return any(map(_is_userfault, Path(directory).iterdir()))
 
 
 def _is_userfault(descriptor: Path) -> bool:

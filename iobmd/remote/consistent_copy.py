@@ -67,7 +67,7 @@ def copy(request: CopyRequest) -> int:
         log.debug("task %d was copied as its frozen cgroup held it: it was not stopped", request.task.pid)
         return 0
     copied, stopped = False, 0
-    if resident := _worth_a_child(request):
+    if resident := worth_a_child(request):
         copied, stopped = _copy_snapshot(request, resident)
     if copied:
         log.debug("task %d was copied from a snapshot, which stopped it for %d ns", request.task.pid, stopped)
@@ -146,7 +146,7 @@ def _copy_stopped(request: CopyRequest) -> int:
     raise UnsupportedError(message, address=address)
 
 
-def _worth_a_child(request: CopyRequest) -> int:
+def worth_a_child(request: CopyRequest) -> int:
     """Return the resident bytes of the task; 0 if a child would lack some of the memory, or a copy is faster."""
     end = request.address + request.size
     try:

@@ -1,0 +1,149 @@
+"""Lazy copies of memory of other tasks."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import lazy
+from support.child import started
+from support.errors import error_of
+from support.lazy import MIB
+
+import iobmd
+from iobmd import IOBufferMemoryDescriptor, IOReturn
+
+pytestmark = pytest.mark.needs("lazy_copies")
+SIZE = 32 * MIB
+PROGRAM = f"""
+import ctypes, mmap, os, sys
+memory = mmap.mmap(-1, {SIZE}, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory.madvise(15)  # MADV_NOHUGEPAGE
+memory[:] = bytes(range(251)) * ({SIZE} // 251) + bytes({SIZE} % 251)
+print(ctypes.addressof(ctypes.c_char.from_buffer(memory)), flush=True)
+for line in sys.stdin:
+    memory[:] = line[:1].encode() * {SIZE}
+    print("written", flush=True)
+"""
+CONTENTS = bytes(range(251)) * (SIZE // 251) + bytes(SIZE % 251)
+
+
+class Program:
+    """A program with memory that it changes on request."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout
+        self.process = process
+        self.address = int(process.stdout.readline())
+
+    def copied(self) -> IOBufferMemoryDescriptor:
+        return iobmd.copy(self.process.pid, self.address, SIZE, wired=False, lazy=True)
+
+    def fill(self, byte: str) -> None:
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(f"{byte}\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline() == "written\n"
+
+    @property
+    def children(self) -> str:
+        return Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+
+    def is_alone(self) -> bool:
+        """Return whether nothing of a session with it remains."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return not self.children and "TracerPid:\t0\n" in status and lazy.fetcher_thread() is None
+
+
+@pytest.fixture
+def program() -> Iterator[Program]:
+    command = [sys.executable, "-c", PROGRAM]
+    with started(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield Program(process)
+
+
+def test_the_contents_are_those_of_the_call(program: Program) -> None:
+    with program.copied() as copy:
+        program.fill("a")
+        assert copy.source_stopped_ns > 0
+        assert memoryview(copy)[SIZE - MIB :] == CONTENTS[-MIB:]
+        copy.fetch()
+        assert copy.readBytes(0, SIZE) == CONTENTS
+        assert program.is_alone()
+        assert iobmd.Task(program.process.pid).read(program.address, SIZE) == b"a" * SIZE
+
+
+def test_the_source_may_exit(program: Program) -> None:
+    with program.copied() as copy:
+        program.process.kill()
+        program.process.wait()
+        copy.fetch()
+        assert copy.readBytes(0, SIZE) == CONTENTS
+
+
+def test_the_thread_that_made_it_may_end(program: Program) -> None:
+    made: list[IOBufferMemoryDescriptor] = []
+    thread = threading.Thread(target=lambda: made.append(program.copied()))
+    thread.start()
+    thread.join()
+    with made[0] as copy:
+        program.fill("b")
+        assert copy.readBytes(0, SIZE) == CONTENTS
+
+
+def test_an_early_end_leaves_nothing(program: Program) -> None:
+    for _ in range(3):
+        program.copied().free()
+        assert lazy.is_soon(program.is_alone)
+    copy = program.copied()
+    with pytest.warns(ResourceWarning, match="never freed"):
+        del copy
+    assert lazy.is_soon(program.is_alone)
+    program.fill("c")
+
+
+def test_a_killed_snapshot(program: Program) -> None:
+    for _ in range(20):
+        with program.copied() as copy:
+            for pid in program.children.split():
+                os.kill(int(pid), signal.SIGKILL)
+            error = None
+            if lazy.is_incomplete(copy):
+                error = error_of(lambda: copy.readBytes(0, SIZE)) if _is_lost(copy) else None
+            if error:
+                assert error.code == IOReturn.kIOReturnVMError
+                break
+    else:
+        raise AssertionError("each copy was fetched before its snapshot was killed")
+    assert lazy.is_soon(program.is_alone)
+    program.fill("d")
+
+
+def _is_lost(copy: IOBufferMemoryDescriptor) -> bool:
+    try:
+        copy.fetch()
+    except iobmd.IOReturnError:
+        return True
+    return False
+
+
+def test_killing_this_process_leaves_nothing(program: Program) -> None:
+    code = (
+        "import iobmd, sys\n"
+        f"copy = iobmd.copy({program.process.pid}, {program.address}, {SIZE}, wired=False, lazy=True)\n"
+        "print('made', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", code]
+    with started(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as maker:
+        assert maker.stdout
+        assert maker.stdout.readline() == "made\n"
+        maker.kill()
+        maker.wait()
+    assert lazy.is_soon(program.is_alone)
+    program.fill("e")
