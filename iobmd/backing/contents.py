@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from iobmd._internal.arguments import check_integers, check_numbers
 from iobmd.errors import UnsupportedError
-from iobmd.task import attempt, diagnosis, extents
+from iobmd.task import attempt, diagnosis, extents, job
 from iobmd.task.ranges import joined
 from iobmd.task.task import check_range
 
