@@ -67,9 +67,12 @@ def test_as_a_module() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["doctor"], ["alloc", "64k"], ["pagemap", "self", "--runs", "--name", "stack"]],
+    [
+        ["--help"], ["doctor"], ["alloc", "64k"],
+        pytest.param(["pagemap", "self", "--runs", "--name", "stack"], marks=pytest.mark.needs("frames")),
+    ],
     ids=lambda arguments: arguments[0],
-)
+)  # fmt: skip
 def test_lines_fit_the_terminal(arguments: list[str]) -> None:
     assert max(map(len, lines_on_terminal(80, *arguments))) <= 80
 
