@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -95,22 +95,38 @@ def _bounds(*snapshots: Snapshot) -> array[int]:
 
 
 def _joined(found: Iterator[Change], starts: array[int]) -> Iterator[Change]:
-    """Join adjacent changes of the same kind, unless an area starts between them."""
+    """Join adjacent changes of the same kind, and split them where an area starts."""
     last: Change | None = None
-    for change in found:
-        follows = last and last.kind == change.kind and last.virtual + last.length == change.virtual
-        if last and follows and not _has(starts, change.virtual):
-            last = last._replace(
-                length=last.length + change.length,
-                before=_contiguous(last.before, last.length, change.before),
-                after=_contiguous(last.after, last.length, change.after),
-            )
-            continue
-        if last:
-            yield last
-        last = change
+    for whole in found:
+        for change in _split(whole, starts):
+            follows = last and last.kind == change.kind and last.virtual + last.length == change.virtual
+            if last and follows and not _has(starts, change.virtual):
+                last = last._replace(
+                    length=last.length + change.length,
+                    before=_contiguous(last.before, last.length, change.before),
+                    after=_contiguous(last.after, last.length, change.after),
+                )
+                continue
+            if last:
+                yield last
+            last = change
     if last:
         yield last
+
+
+def _split(change: Change, starts: array[int]) -> Iterator[Change]:
+    """Split a change at the starts of areas; the frames of the second part and those above it are left out."""
+    first, end = change.virtual, change.virtual + change.length
+    index = bisect_right(starts, first)
+    if index == len(starts) or starts[index] >= end:  # nearly always
+        yield change
+        return
+    yield change._replace(length=starts[index] - first)
+    while index < len(starts) and starts[index] < end:
+        stop = min(end, starts[index + 1]) if index + 1 < len(starts) else end
+        if starts[index] < stop:  # an area of both snapshots has the same start twice
+            yield Change(change.kind, starts[index], stop - starts[index], None, None)
+        index += 1
 
 
 def _has(starts: array[int], address: int) -> bool:

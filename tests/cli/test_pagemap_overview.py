@@ -23,7 +23,6 @@ from support.terminal import lines_on_terminal
 from iobmd import procfs
 from iobmd.cli import main
 
-HUGE = 2 << 20
 PROGRAM = """
 import mmap, os, sys, threading
 private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -78,8 +77,8 @@ def tabled(text: str) -> list[dict[str, str]]:
     return [dict(zip(headings, row, strict=True)) for row in rows if len(row) == len(headings)]
 
 
-@pytest.mark.parametrize("options", [[], ["--each"], ["--columns", "all"]], ids=" ".join)
-@pytest.mark.parametrize("columns", [40, 57, 80, 120, 160, 300])
+@pytest.mark.parametrize("options", [[], ["--each"], ["--columns", "all"], ["--sharers"]], ids=" ".join)
+@pytest.mark.parametrize("columns", [40, 80, 120, 300])
 def test_the_screen_fits_the_terminal(target: int, columns: int, options: list[str]) -> None:
     """No line is wider, and with the first screen there are no more lines than the 20 of the terminal."""
     lines = lines_on_terminal(columns, "pagemap", str(target), *options, rows=20)
@@ -191,6 +190,37 @@ def test_groups_by_name_and_share(target: int, capsys: pytest.CaptureFixture[str
     assert shares[0] > 0 or thp_setting() == "never"
 
 
+MAPPING = """
+import mmap, sys
+with open(sys.argv[1], "r+b") as file:
+    memory = mmap.mmap(file.fileno(), 0)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_who_maps_the_same(running: Target, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second process maps the memory file of the target and the same C library; nothing else maps the file."""
+
+    def sharers() -> dict[str, set[int]]:
+        groups = json.loads(shown(capsys, str(running.pid), "--json", "--sharers"))["groups"]
+        return {group["label"]: {sharer["pid"] for sharer in group["sharers"]} for group in groups}
+
+    assert sharers()["memfd:pool"] == set()
+    command = [sys.executable, "-c", MAPPING, running.pool]
+    with started(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"ready\n"
+        found = sharers()
+        assert found["memfd:pool"] == {process.pid}
+        assert process.pid in found["libc.so.6"]
+        assert found["[anon]"] == set()
+        text = shown(capsys, str(running.pid), "--sharers")
+        name = Path(f"/proc/{process.pid}/comm").read_text().strip()
+        assert re.search(rf"  /memfd:pool \(deleted\)  1 process: {re.escape(name)}$", text, re.M)
+    assert sharers()["memfd:pool"] == set()
+
+
 def test_unnamed_memory_is_found_by_its_label(target: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert {row["mapping"] for row in tabled(shown(capsys, str(target), "--name", "[anon]"))} == {"[anon]"}
     text = shown(capsys, str(target), "--name", "thread stacks", "--each")
@@ -241,11 +271,9 @@ def test_the_first_screen_needs_no_privilege_and_no_excuse() -> None:
     assert "not shown: frame numbers" in text
 
 
-def test_pss_without_smaps(capsys: pytest.CaptureFixture[str]) -> None:
+def test_pss_without_smaps(target: int, capsys: pytest.CaptureFixture[str]) -> None:
     """It is known where nothing is shared, and unknown elsewhere, also in the sum."""
-    with mmap.mmap(-1, HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        memory[:] = bytes(HUGE)
-        text = shown(capsys, "self", "--no-smaps")
+    text = shown(capsys, str(target), "--no-smaps")
     rows = {row["mapping"]: row for row in tabled(text)}
     assert rows["[anon]"]["pss"] == rows["[anon]"]["uss"] == rows["[anon]"]["rss"] != "-"
     assert next(row for name, row in rows.items() if "libc.so" in name)["pss"] == "?"
@@ -256,8 +284,9 @@ def test_pss_without_smaps(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [["--sort", "address"], ["--each", "--top", "3"], ["--all", "--top", "3"], ["--top", "0"], ["--columns", "x"],
-     ["--csv", "--columns", "rss"], ["--json", "--each"], ["--grouped"], ["--csv", "--grouped", "--runs"],
-     ["--map", "--all"], ["--sort", "eligible", "--no-smaps"]],
+     ["--csv", "--columns", "rss"], ["--json", "--each"], ["--grouped"], ["--each", "--sharers"],
+     ["--csv", "--sharers"], ["--csv", "--grouped", "--runs"], ["--map", "--all"],
+     ["--sort", "eligible", "--no-smaps"]],
     ids=" ".join,
 )  # fmt: skip
 def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

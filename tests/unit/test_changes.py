@@ -73,6 +73,20 @@ def expected(before: Page | None, after: Page | None) -> Kind | None:
     return Kind.COPIED if (before[0] ^ after[0]) & FILE else Kind.MIGRATED
 
 
+def test_new_areas_are_not_joined(tmp_path: Path) -> None:
+    """A change belongs to one area, so that its address shows which, also if its pages were read in one span."""
+    areas = [[0, 4 * PAGE, "rw-p", 0, 0, "", ""], [4 * PAGE, 8 * PAGE, "r--p", 0, 0, "", ""]]
+    spans = [[PAGE, 0, 6 * PAGE, PRESENT]]
+    snapshots = []
+    for name, added in ("before", []), ("after", [*({"area": area} for area in areas), {"spans": spans}]):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(one) + "\n" for one in ({"iobmd pagemap": HEADER}, *added, {"end": True})))
+        snapshots.append(pagemap.Snapshot(path))
+    found = [(change.kind, change.virtual, change.length) for change in pagemap.changes(*snapshots)]
+    assert found[:2] == [(Kind.MAPPED, 0, 4 * PAGE), (Kind.MAPPED, 4 * PAGE, 4 * PAGE)]
+    assert found[2:] == [(Kind.NEWLY_RESIDENT, PAGE, 3 * PAGE), (Kind.NEWLY_RESIDENT, 4 * PAGE, 3 * PAGE)]
+
+
 @given(memories())
 def test_page_by_page(memory: tuple[dict[int, Page], dict[int, Page]]) -> None:
     before, after = memory

@@ -117,6 +117,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             "--sort address requires a row for each area: add --each",
         ),
         (arguments.each and (way != "table" or of_runs), "--each lists areas in the table, and nothing else"),
+        (
+            arguments.sharers and (way not in ("table", "json") or arguments.each or of_runs),
+            "--sharers is for the table of mappings, and --json",
+        ),
         (arguments.grouped and way != "csv", "--grouped is for --csv: the table is grouped, and --json has both"),
         (arguments.grouped and of_runs, "--grouped cannot be combined with --runs, --flags or segment limits"),
         (arguments.all and arguments.top, "--all cannot be combined with --top"),
@@ -219,6 +223,9 @@ def _add_table(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--top", type=_count, metavar="N", help="the first N rows")
     group.add_argument(
         "--sort", choices=KEYS, metavar="KEY", help="sort by a column (default: rss), by name, or areas by address"
+    )
+    group.add_argument(
+        "--sharers", action="store_true", help="the other processes that map each file or shared memory"
     )
     group.add_argument(
         "--columns", type=_columns, metavar="LIST", help="columns, separated by commas; all: all of them"

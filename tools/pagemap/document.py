@@ -12,6 +12,7 @@ from .columns import ranked
 from .look import Look
 from .process import facts_of
 from .runs import chosen_descriptions, chosen_runs, chosen_segments
+from .sharers import Sharers
 
 if TYPE_CHECKING:
     import argparse
@@ -36,7 +37,10 @@ def run(arguments: argparse.Namespace) -> None:
     write_lines(look.rows(lambda area: json.dumps(row(groups.counted(area)))))
     print(f'],\n"summary": {json.dumps(summary(groups.total, look.frames))}', end="")
     print(f',\n"process": {json.dumps(process(facts_of(look)))},\n"groups": [', end="")
-    write_list(grouped_row(group, look.frames) for group in ranked(groups, arguments.sort))
+    sharers = Sharers(look) if arguments.sharers else None
+    write_list(
+        grouped_row(group, look.frames) | _sharers(sharers, group.name) for group in ranked(groups, arguments.sort)
+    )
     print("]", end="")
     if arguments.runs or arguments.flags:
         _write_found("runs", _runs(look, arguments.flags))
@@ -129,6 +133,12 @@ FIELDS: dict[str, Callable[[Area], Any]] = {
     "pss_bytes": lambda area: area.pss,
     "thp_eligible": lambda area: area.thp_eligible,
 }
+
+
+def _sharers(sharers: Sharers | None, name: str) -> dict[str, Any]:
+    if sharers is None:
+        return {}
+    return {"sharers": [{"pid": sharer.pid, "name": sharer.name} for sharer in sharers.of(name)]}
 
 
 def grouped_row(group: Group, visible: bool) -> dict[str, Any]:

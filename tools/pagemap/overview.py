@@ -11,6 +11,7 @@ from iobmd.printable import printable
 from .columns import COLUMNS, OF_AREAS, brief, cells, column, fitting, heading, ranked
 from .look import Hidden, Look
 from .process import facts_of
+from .sharers import Sharers
 from .summary import counts, lines, physical
 from .table import shortened, show_hidden, show_restless, show_unmatched
 
@@ -26,6 +27,8 @@ DEFAULT = (
     "rss", "rss%", "pss", "uss", "anon", "file", "shmem", "swap", "huge", "huge%", "locked", "size", "areas"
 )  # fmt: skip
 """Columns on a terminal; with --columns, or in a file or a pipe, there may be more."""
+WITH_SHARERS = ("rss", "pss", "shared")
+"""Columns with --sharers, to leave room for the names of processes."""
 _NAME, _LEAST_NAME = 14, 8
 """Columns that a name has at least, and with --columns."""
 _LEAST_ROWS = 5
@@ -41,7 +44,8 @@ def run(arguments: argparse.Namespace) -> None:
     facts = None if look.criteria else facts_of(look)
     groups = grouped(look)
     total = groups.total
-    columns = chosen_columns(arguments, width, total, DEFAULT if width else OF_AREAS)
+    names = OF_AREAS if width is None else WITH_SHARERS if arguments.sharers else DEFAULT
+    columns = chosen_columns(arguments, width, total, names)
     shown = {one.name for one in columns}
     hidden = [one for one in look.hidden if width is None or not one.columns or shown & set(one.columns)]
     head = folded(f"{look.title}: {counts(total, facts)}", width).splitlines()
@@ -50,11 +54,19 @@ def run(arguments: argparse.Namespace) -> None:
         head += physical(total, width)
     restless = look.restless()
     hidden += omitted(arguments, columns)
+    sharers = Sharers(look) if arguments.sharers else None
+    hidden += sharers.hidden() if sharers else []
+    rows = [
+        Row(
+            "",
+            group.name if width is None else group.label,
+            group.total,
+            sharers.note(group.name) if sharers else "",
+        )
+        for group in ranked(groups, arguments.sort)
+    ]
     below = [*(str(one) for one in hidden), *([f"  {restless}"] if restless else [])]
     below_lines = sum(len(folded(line, width).splitlines()) for line in below)
-    rows = [
-        Row("", group.name if width is None else group.label, group.total) for group in ranked(groups, arguments.sort)
-    ]
     most = most_rows(arguments, len(head) + 2 + below_lines)
     print("\n".join(head))
     show_rows(rows, columns, total, width, most, Row("", "mapping", total))
@@ -104,6 +116,11 @@ def most_rows(arguments: argparse.Namespace, others: int) -> int | None:
     return max(_LEAST_ROWS, height - others - _PROMPT)
 
 
+def ended(text: str, length: int) -> str:
+    """Cut a text to a length at its end."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 class Row(NamedTuple):
     """A row of a table of sums."""
 
@@ -111,6 +128,8 @@ class Row(NamedTuple):
     """The text before the columns."""
     name: str
     total: Total
+    note: str = ""
+    """The text after the name."""
 
 
 def show_rows(
@@ -122,6 +141,10 @@ def show_rows(
     most = len(rows) if most is None or most >= len(rows) else most - 1  # a line for the others
     for row in rows[:most]:
         text, name = f"{row.start}{cells(columns, row.total, total)}  ", printable(row.name)
+        if row.note:
+            name = f"{name}  {printable(row.note)}"
+            print(text + (ended(name, width - 1 - len(text)) if width else name))
+            continue
         print(text + (shortened(name, width - 1 - len(text)) if width else name))
     if rest := rows[most:]:
         dots = "…" if can_write("…") else "..."

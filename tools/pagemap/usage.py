@@ -6,7 +6,7 @@ import functools
 import pwd
 import re
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from iobmd import host, procfs
 from iobmd._internal import pidns
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator
 
+_T = TypeVar("_T")
 _PATIENCE = 2.0
 """Seconds that a process may make the kernel wait: the server of a file that it maps (FUSE) may not answer."""
 
@@ -44,6 +45,39 @@ class Usage(NamedTuple):
     container: str
     """The short id or the name of its container, according to the cgroup; empty if there is none."""
     total: Total
+
+
+def visited(
+    visit: Callable[[int], _T | None], progress: Callable[[int, int], object], busy: list[int]
+) -> Iterator[_T]:
+    """Iterate over the results of a function for each process, without None.
+
+    A process for which the kernel waits too long is added to `busy`. Raises IOReturnError, and what `visit` raises.
+    """
+    try:
+        pids = pidns.pids()
+    except OSError as error:
+        raise limits.from_oserror(error, "cannot list the processes") from None
+    position = 0
+
+    def produce() -> Iterator[list[_T]]:
+        nonlocal position
+        for index in range(position, len(pids)):
+            position = index
+            progress(index, len(pids))
+            found = visit(pids[index])
+            yield [] if found is None else [found]
+
+    while position < len(pids):
+        try:
+            yield from relayed(produce, _PATIENCE)
+            break
+        except TimeoutError as error:
+            if isinstance(error, IOReturnError):
+                raise
+            busy.append(pids[position])
+            position += 1
+    progress(len(pids), len(pids))
 
 
 def _them(number: int) -> str:
@@ -81,31 +115,8 @@ class Processes:
         self.time = time.time()
 
     def usages(self, progress: Callable[[int, int], object]) -> Iterator[Usage]:
-        """Iterate over the processes; those that exit are left out. Raises IOReturnError."""
-        try:
-            pids = pidns.pids()
-        except OSError as error:
-            raise limits.from_oserror(error, "cannot list the processes") from None
-        position = 0
-
-        def produce() -> Iterator[list[Usage]]:
-            nonlocal position
-            for index in range(position, len(pids)):
-                position = index
-                progress(index, len(pids))
-                found = self._usage(pids[index])
-                yield [found] if found else []
-
-        while position < len(pids):
-            try:
-                yield from relayed(produce, _PATIENCE)
-                break
-            except TimeoutError as error:
-                if isinstance(error, IOReturnError):
-                    raise
-                self.busy.append(pids[position])
-                position += 1
-        progress(len(pids), len(pids))
+        """Iterate over the processes; those that exit are left out. Raises as `visited`."""
+        return visited(self._usage, progress, self.busy)
 
     def hidden(self) -> list[Hidden]:
         """Return what is not shown."""
