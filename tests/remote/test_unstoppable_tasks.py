@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 from support.child import CAP_SYS_ADMIN, in_child, until_asleep
-from support.targets import until, until_at_rest
+from support.targets import Target, until, until_at_rest
 from support.threads import running
 
 import iobmd
 from iobmd import IOReturn, IOReturnError
 
 PTRACE_SEIZE, PTRACE_DETACH, PTRACE_INTERRUPT = 0x4206, 17, 0x4207
+PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, WALL = 0x4211, 0x40000000
 
 
 def refusal(pid: int, match: str) -> IOReturn:
@@ -143,6 +144,33 @@ def test_32_bit_program(tmp_path: Path) -> None:
     with program(str(tmp_path / "small")) as target:
         until_at_rest(target.pid)
         assert refusal(target.pid, "32-bit program") == IOReturn.kIOReturnUnsupported
+
+
+DIVERTED = """
+import ctypes, sys
+selector = ctypes.c_char(b"\\0")  # SYSCALL_DISPATCH_FILTER_ALLOW, at present
+assert ctypes.CDLL(None).prctl(59, 1, 0, 0, ctypes.byref(selector)) == 0  # PR_SET_SYSCALL_USER_DISPATCH
+print("ready", flush=True)
+print(sys.stdin.readline().strip(), flush=True)
+"""
+
+
+def test_a_program_that_diverts_its_system_calls() -> None:
+    """Its handler would receive those of iobmd, as soon as it sets its selector."""
+    libc, config = ctypes.CDLL(None), (ctypes.c_uint64 * 4)()
+    with Target([sys.executable, "-c", DIVERTED]) as target:
+        assert libc.ptrace(PTRACE_SEIZE, target.pid, 0, 0) == 0
+        assert libc.ptrace(PTRACE_INTERRUPT, target.pid, 0, 0) == 0
+        os.waitpid(target.pid, WALL)
+        shown = libc.ptrace(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, target.pid, 32, config) == 0
+        assert libc.ptrace(PTRACE_DETACH, target.pid, 0, 0) == 0
+        if not shown:
+            pytest.skip("this kernel does not show it to a tracer (PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG)")
+        areas = Path(f"/proc/{target.pid}/maps").read_text()
+        assert refusal(target.pid, "diverts its system calls to a handler") == IOReturn.kIOReturnUnsupported
+        assert Path(f"/proc/{target.pid}/maps").read_text() == areas
+        target.tell("continues")
+        assert target.line() == "continues"
 
 
 @pytest.mark.needs("compiler")

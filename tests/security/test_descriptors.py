@@ -9,6 +9,7 @@ import resource
 import socket
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -138,6 +139,39 @@ def test_more_descriptors_than_are_free() -> None:
         assert descriptors() == before
 
     in_child(attacked)
+
+
+def test_a_message_in_pieces_with_many_descriptors() -> None:
+    """Each piece may come with 253: they are refused before the table of this process is full of them."""
+    text, before = message(PAGE), descriptors()
+    here, there = socket.socketpair()
+    with here, there:
+        fd = unsealed(PAGE)
+        send_all(here, text[:12], [fd])
+        for _ in range(3):
+            socket.send_fds(here, [b"["], [fd] * 100)
+        os.close(fd)
+        with pytest.raises(iobmd.IOReturnError, match="too many descriptors") as caught:
+            iobmd.attach(there)
+        assert caught.value.code == IOReturn.kIOReturnBadArgument
+    assert descriptors() == before
+
+
+def test_descriptors_are_closed_without_a_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A separate thread closes those that may wait; they do not remain open if none can be started."""
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    text, before = message(PAGE), descriptors()
+    here, there = socket.socketpair()
+    with here, there:
+        fd = open_pipe(tmp_path)
+        send_all(here, text, [fd])
+        os.close(fd)
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        assert code_of(lambda: iobmd.attach(there)) == IOReturn.kIOReturnBadArgument
+    assert descriptors() == before
 
 
 OURS = "memfd:", "iobmd", "anon_inode", "pagemap", "pidfd", "/mem"
