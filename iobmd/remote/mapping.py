@@ -65,7 +65,7 @@ class RemoteMapping:
     IOReturnError
         As `session.with_guest`. `kIOReturnNotPermitted`: a task of another user could truncate the memory, or the
         memory is sealed against writing. `kIOReturnNoResources`: memory is mapped at `at`, or no file descriptor is
-        free for the guest. `kIOReturnNoMemory`.
+        free for the guest. `kIOReturnNoMemory`. `kIOReturnError`: another process had other memory mapped instead.
     """
 
     def __init__(

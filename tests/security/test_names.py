@@ -196,6 +196,7 @@ def test_areas_as_text(named: tuple[int, int]) -> None:
 
 
 OUTPUTS = ["", "--each", "--sort name --all", "--runs --flags", "--csv", "--csv --grouped", "--json", "--map",
+           "--openmetrics",
            "--watch 0.01 --count 2", "--heat 0.2 --count 2"]  # fmt: skip
 
 
