@@ -7,13 +7,14 @@ READY := $(VENV)/.ready
 DEMO := $(or $(wildcard $(READY)),$(VENV)/.demo)
 SOURCES := pyproject.toml iobmd/_version.py $(wildcard cython_ext/* tools/bench/*.pyx)
 
-.PHONY: help demo test test-repeat fuzz test-asan test-tsan test-vm vm-shell lint docs shell wheels bench soak clean
+.PHONY: help demo test test-repeat fuzz test-asan test-tsan test-vm vm-shell lint docs screenshots shell wheels bench soak clean
 
 help:
 	@echo "make demo         show what iobmd does, and what this host supports"
 	@echo "make test         run the tests; as root all of them"
 	@echo "make lint         check style, types and generated files"
 	@echo "make docs         build the documentation into docs/_build/html"
+	@echo "make screenshots  draw what the documentation shows of iobmd pagemap"
 	@echo "make shell        generate completions and man pages, after a change of options"
 	@echo "make wheels       build and check the files of a release into dist/"
 	@echo "make bench        measure copies from another process"
@@ -76,6 +77,10 @@ shell: $(READY)
 
 docs: $(READY)
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+# What the documentation shows of iobmd pagemap, on a fixed program: needs tmux and chromium. VIEWS="map page"
+screenshots: $(READY)
+	$(BIN)/python -m iobmd.tools.screenshots $(VIEWS)
 
 # The sdist and the wheels of a release, built for each platform and checked: TARGETS="manylinux-x86_64"
 wheels: $(READY)
