@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Literal
 
-from iobmd._internal.arguments import check_integers, check_type
+from iobmd._internal.arguments import check_flags, check_integers, check_type
 from iobmd.backing.contents import CopyOf, FrozenCopyOf
 from iobmd.backing.lazy import LazyCopyOf
 from iobmd.backing.placement import Placement
@@ -109,6 +109,7 @@ def allocate(
         buffer = IOBufferMemoryDescriptor(node=node, private=private)
     else:
         check_integers(address=address or 0)
+        check_flags(overwrite=overwrite)
         placement = Placement(address or 0, overwrite, protection)
         buffer = IOBufferMemoryDescriptor(node=node, placement=placement, private=private)
     return _make(buffer, task, options, size, alignment, physical_mask)
@@ -173,6 +174,7 @@ def copy(
     Nothing is allocated in the source, see `Task.read`; a pageable copy is as sparse as its source. With `freeze`,
     all threads of the source are stopped by ptrace(2), but not other processes that share its memory.
     """
+    check_flags(freeze=freeze)
     if unreadable not in ("raise", "zero"):
         raise BadArgumentError(f"unreadable must be 'raise' or 'zero', not {unreadable!r}")
     contents = (LazyCopyOf if lazy else FrozenCopyOf if freeze else CopyOf)(
@@ -226,6 +228,7 @@ def _options(*names: object) -> int:
 
 
 def _options_for(wired: bool, contiguous: bool, purgeable: bool, shared: bool, cache: str, direction: str) -> int:
+    check_flags(wired=wired, contiguous=contiguous, purgeable=purgeable, shared=shared)
     options = _named(DIRECTIONS, "direction", direction) | _named(CACHES, "cache", cache)
     options |= 0 if wired else _PAGEABLE
     options |= _CONTIGUOUS if contiguous else 0

@@ -24,6 +24,16 @@ def check_numbers(**values: object) -> None:
             raise TypeError(f"{name} must be a number, not {value!r}")
 
 
+def check_flags(**values: object) -> None:
+    """Raise TypeError for a value that is neither a bool, Python's or NumPy's, nor an integer.
+
+    Without this check, any string would count as True, "no" and "False" included.
+    """
+    for name, value in values.items():
+        if not isinstance(value, int) and not hasattr(type(value), "dtype"):
+            raise TypeError(f"{name} must be True or False, not {value!r}")
+
+
 def check_type(expected: type, **values: object) -> None:
     """Raise TypeError for a value that is not an instance of a class."""
     for name, value in values.items():

@@ -165,6 +165,20 @@ def test_a_wrong_type_is_a_type_error_that_names_the_parameter() -> None:
     assert not wrong
 
 
+@pytest.mark.parametrize("flag", ["wired", "contiguous", "purgeable", "shared", "overwrite", "freeze"])
+def test_a_text_is_not_true(flag: str) -> None:
+    """As a condition, "no" would be."""
+
+    def call(bad: Any) -> object:
+        if flag == "freeze":
+            return iobmd.copy(iobmd.kernel_task, 0, 1, freeze=bad)
+        return iobmd.allocate(4096, address=1 << 40, **{flag: bad})
+
+    for bad in ("no", None, 0.0, [1]):
+        with pytest.raises(TypeError, match=f"^{flag} must be True or False"):
+            call(bad)
+
+
 def test_what_operator_index_accepts_is_an_integer() -> None:
     class Number:
         def __index__(self) -> int:
