@@ -1,14 +1,13 @@
 """Private memory in another task: what the kernel shows of it there, and whom it is charged to."""
 
 import errno
-import subprocess
 import sys
 from collections.abc import Iterator
-from typing import IO
 
 import pytest
 from support import kernel
 from support.errors import code_of
+from support.targets import Target
 
 import iobmd
 from iobmd import IOReturn, Task, Wiring, procfs
@@ -38,32 +37,16 @@ for line in sys.stdin:
 """
 
 
-class Target:
-    """A process that evaluates expressions."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdin=-1, stdout=-1, text=True)
-        self.pid = self.process.pid
-        self._input, self._output = _stream(self.process.stdin), _stream(self.process.stdout)
-        assert self._output.readline() == "ready\n"
-
-    def ask(self, expression: str) -> object:
-        self._input.write(expression + "\n")
-        self._input.flush()
-        return eval(self._output.readline())
-
-
-def _stream(found: IO[str] | None) -> IO[str]:
-    assert found
-    return found
-
-
 @pytest.fixture
 def target() -> Iterator[Target]:
-    started = Target()
-    yield started
-    started.process.kill()
-    started.process.communicate()
+    """A process that evaluates expressions."""
+    with Target([sys.executable, "-c", PROGRAM]) as started:
+        yield started
+
+
+def ask(target: Target, expression: str) -> object:
+    target.tell(expression)
+    return eval(target.line())
 
 
 def area(address: int, pid: int) -> procfs.VMA | None:
@@ -99,7 +82,7 @@ def test_a_child_of_the_task_gets_a_copy(target: Target) -> None:
             buffer.writeBytes(0, b"ours")
             address = buffer.getBytesNoCopy()
             work = f"in_child(lambda: (ctypes.memmove({address}, b'kid!', 4), ctypes.string_at({address}, 4))[1])"
-            assert target.ask(work) == b"kid!"
+            assert ask(target, work) == b"kid!"
             assert buffer.readBytes(0, 4) == expected
 
 
@@ -155,9 +138,10 @@ def test_memory_that_the_task_replaced_is_not_touched(target: Target, wired: boo
     buffer = iobmd.allocate(SIZE, task=target.pid, wired=wired)
     address = buffer.getBytesNoCopy()
     half = address + SIZE // 2
-    target.ask(
+    ask(
+        target,
         f"libc.mmap({half}, {SIZE // 2}, 3, mmap.MAP_PRIVATE | 0x10, os.open('/dev/zero', os.O_RDWR), 0) "
-        f"and ctypes.memmove({half}, b'task', 4)"
+        f"and ctypes.memmove({half}, b'task', 4)",
     )
     assert buffer.writeBytes(0, b"ours") == 4
     for refused in (lambda: buffer.writeBytes(SIZE // 2, b"bad"), lambda: buffer.readBytes(0, SIZE)):
@@ -167,7 +151,7 @@ def test_memory_that_the_task_replaced_is_not_touched(target: Target, wired: boo
     buffer.free()
     assert area(address, target.pid) is None
     assert Task(target.pid).read(half, 4) == b"task"
-    assert target.ask(f"libc.munmap({half}, {SIZE // 2})") == 0
+    assert ask(target, f"libc.munmap({half}, {SIZE // 2})") == 0
 
 
 def test_memory_is_not_unmapped_during_a_transfer(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +166,7 @@ def test_memory_is_not_unmapped_during_a_transfer(target: Target, monkeypatch: p
         monkeypatch.setattr(Task, "write", interrupted)
         buffer.writeBytes(0, b"whole")
         assert codes == [IOReturn.kIOReturnBusy]
-        assert target.ask(f"ctypes.string_at({buffer.getBytesNoCopy()}, 5)") == b"whole"
+        assert ask(target, f"ctypes.string_at({buffer.getBytesNoCopy()}, 5)") == b"whole"
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -209,4 +193,4 @@ def test_a_pin_that_is_refused(target: Target, monkeypatch: pytest.MonkeyPatch) 
         buffer.leave()
     assert kernel.smaps(address, target.pid)["Locked"] == 0
     assert kernel.smaps(address, target.pid)["Rss"] == SIZE
-    assert target.ask(f"libc.munmap({address}, {SIZE})") == 0
+    assert ask(target, f"libc.munmap({address}, {SIZE})") == 0
