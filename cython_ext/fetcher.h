@@ -559,6 +559,7 @@ static struct iobmd_fetcher *iobmd_fetcher_new(size_t size, size_t page)
     f->done = (uint64_t *)(f + 1);
     f->lost = f->done + (pages + 63) / 64;
     f->maker = getpid();
+    f->window = 1;
     f->spins = sched_getaffinity(0, sizeof allowed, &allowed) || CPU_COUNT(&allowed) > 1;
     pthread_mutex_init(&f->lock, NULL);
     pthread_cond_init(&f->changed, NULL);

@@ -98,6 +98,13 @@ def test_any_source_address_and_size() -> None:
             assert copy.readBytes(0, size) == whole.contents[start : start + size]
 
 
+def test_the_first_access_is_to_the_first_page(source: Source) -> None:
+    """A fault there may be reported before the background fetch begins, or after."""
+    for _ in range(20):
+        with source.copied() as copy, memoryview(copy) as view:
+            assert view[:PAGE] == source.contents[:PAGE]
+
+
 def test_views_in_order_backwards_and_by_threads(source: Source) -> None:
     with source.copied() as copy, memoryview(copy) as view:
         assert view[:] == source.contents
