@@ -14,9 +14,9 @@ from iobmd.cli.demo.client import Client, Piece
 from iobmd.constants import IOOptionBits
 from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
 from iobmd.task.task import Task, kernel_task
-from iobmd.units import PAGE_SIZE, format_size, round_up
+from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_up
 
-from . import floors
+from . import floors, lazy
 from .result import Result, at_least, at_most, launcher, medians, seconds, spawned
 from .target import Target
 
@@ -38,6 +38,7 @@ def run(size: int, rounds: int) -> list[Result]:
             *_small(task, piece, rounds * MANY),
             _peak(piece, client.pid),
             *_sparse(size * RESERVED, rounds),
+            *lazy.run(round_up(size, HUGE_PAGE_SIZE), rounds),
             *_start(rounds),
         ]
 
