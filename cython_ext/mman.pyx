@@ -12,8 +12,9 @@ from posix.unistd cimport close
 from mman cimport (
     C_MADV_COLD, C_MADV_COLLAPSE, C_MADV_DOFORK, C_MADV_DONTFORK, C_MADV_DONTNEED, C_MADV_DONTNEED_LOCKED,
     C_MADV_FREE, C_MADV_HUGEPAGE, C_MADV_NOHUGEPAGE, C_MADV_NORMAL, C_MADV_PAGEOUT, C_MADV_POPULATE_READ,
-    C_MADV_POPULATE_WRITE, C_MADV_RANDOM, MAP_FAILED, MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE, c_fallocate,
-    c_madvise, c_mincore, c_mlock, c_mlock2, c_mremap, c_munlock, c_prctl, iobmd_fault_in_huge,
+    C_MADV_POPULATE_WRITE, C_MADV_RANDOM, MAP_FAILED, MAP_SHARED, MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE,
+    PROT_READ, c_fallocate, c_madvise, c_mincore, c_mlock, c_mlock2, c_mmap, c_mremap, c_munlock, c_munmap, c_prctl,
+    iobmd_fault_in_huge,
 )
 from pagemap_scan cimport iobmd_first_lost
 from tmpfs cimport (
@@ -53,6 +54,7 @@ cdef enum:
     NODE_WORDS = 16
     MOST_NODES = 1024  # 16 words of 64 bits
     PAGES_A_CALL = 256
+    INCORE = 16384  # pages a call
 
 # The calls of `take_back`, to identify the one that failed.
 cdef enum:
@@ -354,3 +356,73 @@ def mount_tmpfs(dict options):
         return _check(iobmd_fsmount(context), "fsmount")
     finally:
         close(context)
+
+
+cdef extern from * nogil:
+    """
+    /* linux/mman.h since 6.5; the number is the same on all architectures of this package. */
+    #ifndef __NR_cachestat
+    #define __NR_cachestat 451
+    #endif
+    struct iobmd_cachestat_range {
+        unsigned long long offset, length;
+    };
+    struct iobmd_cachestat {
+        unsigned long long cached, dirty, writeback, evicted, recently_evicted;
+    };
+    static long iobmd_cachestat(int fd, struct iobmd_cachestat_range *range, struct iobmd_cachestat *found)
+    {
+        return syscall(__NR_cachestat, fd, range, found, 0);
+    }
+    """
+    struct iobmd_cachestat_range:
+        unsigned long long offset, length
+    struct iobmd_cachestat_t "iobmd_cachestat":
+        unsigned long long cached, dirty, writeback, evicted, recently_evicted
+    long c_cachestat "iobmd_cachestat"(int fd, iobmd_cachestat_range *range, iobmd_cachestat_t *found)
+
+
+def cachestat(int fd, uint64_t offset, uint64_t length):
+    """Count the pages of a range of a file in the page cache (cachestat(2), Linux 6.5); nothing is read or mapped.
+
+    Returns
+    -------
+    tuple[int, int, int, int]
+        Pages that are cached, dirty, being written back, and evicted a short time ago.
+    """
+    cdef iobmd_cachestat_range asked
+    cdef iobmd_cachestat_t found
+    cdef long failed
+    asked.offset, asked.length = offset, length
+    with nogil:
+        failed = c_cachestat(fd, &asked, &found)
+    _check(failed, "cachestat")
+    return found.cached, found.dirty, found.writeback, found.recently_evicted
+
+
+def file_incore(int fd, uint64_t offset, uint64_t length, size_t page_size):
+    """Count the pages of a range of a file in the page cache, by mapping it without access (mincore(2)).
+
+    mmap(2) changes the file's access time, unless it was opened with O_NOATIME.
+    """
+    cdef unsigned char there[INCORE]
+    cdef uint64_t found = 0, step, index
+    cdef void *start
+    cdef int failed = 0
+    with nogil:
+        while length and not failed:
+            step = min(length, INCORE * page_size)
+            start = c_mmap(NULL, step, PROT_READ, MAP_SHARED, fd, offset)
+            failed = -1
+            if start == MAP_FAILED:
+                break
+            failed = c_mincore(start, step, there)
+            c_munmap(start, step)
+            if failed:
+                break
+            for index in range((step + page_size - 1) // page_size):
+                found += there[index] & 1
+            offset += step
+            length -= step
+    _check(failed, "mincore of a file")
+    return found

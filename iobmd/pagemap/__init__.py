@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from iobmd.pagemap.census import FrameRun, HostMemory, LonelyPage, MapRow, ZoneMemory, host_memory
     from iobmd.pagemap.change import Change, Kind, changes
     from iobmd.pagemap.frame import DescribedRun, FrameFacts, FrameMapping, Frames, described, users
+    from iobmd.pagemap.page_cache import FileCache, file_cache
     from iobmd.pagemap.sampler import heat
     from iobmd.pagemap.sampling import Heat, Method, Part, Sample, Unseen
     from iobmd.pagemap.segment import Segment, segments
@@ -25,6 +26,7 @@ _LATER = {
     "area": ("Area", "areas"),
     "census": ("FrameRun", "HostMemory", "LonelyPage", "MapRow", "ZoneMemory", "host_memory"),
     "change": ("Change", "Kind", "changes"),
+    "page_cache": ("FileCache", "file_cache"),
     "frame": ("DescribedRun", "FrameFacts", "Frames", "FrameMapping", "described", "users"),
     "sampler": ("heat",),
     "sampling": ("Heat", "Method", "Part", "Sample", "Unseen"),
@@ -51,6 +53,7 @@ __all__ = [
     "Area",
     "Change",
     "DescribedRun",
+    "FileCache",
     "FrameFacts",
     "FrameRun",
     "Frames",
@@ -76,6 +79,7 @@ __all__ = [
     "changes",
     "counts",
     "described",
+    "file_cache",
     "heat",
     "host_memory",
     "huge_bytes",

@@ -1,4 +1,4 @@
-"""The options for memory that does not belong to one process: `--host`."""
+"""The options for memory that does not belong to one process: `--host` and `--file`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from iobmd.cli.arguments import size
 if TYPE_CHECKING:
     import argparse
 
-_MODULES = {"host": "host"}
-_FORMATS = {"host": ("json", "csv", "openmetrics")}
+_MODULES = {"host": "host", "file": "files"}
+_FORMATS = {"host": ("json", "csv", "openmetrics"), "file": ("json", "csv")}
 """By way: the options for the format of the output; at most one may be given."""
 WIDEST = 1 << 30
 """The largest size of contiguous memory that `--host` explains."""
@@ -26,6 +26,7 @@ def add_options(group: argparse._ArgumentGroup) -> None:
         metavar="SIZE",
         help="physical memory by kind; what is in the way of contiguous memory of this size",
     )
+    group.add_argument("--file", nargs="+", metavar="PATH", help="which part of files or directories is in memory")
 
 
 def chosen_way(arguments: argparse.Namespace) -> str | None:
