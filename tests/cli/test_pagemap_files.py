@@ -95,9 +95,7 @@ def test_files_that_may_not_be_opened_are_counted() -> None:
             Path(top, name).chmod(mode)
         Path(top, "directory").mkdir(0)
         (text,) = in_child(hidden, uid=NOBODY)
-    assert re.search(
-        r"not shown: 3 files or directories \(such as: .*\); remedy: run as root", text
-    )
+    assert re.search(r"not shown: 3 files or directories \(such as: .*\); remedy: run as root", text)
 
 
 def test_the_access_time_of_directories_remains(tree: Path) -> None:

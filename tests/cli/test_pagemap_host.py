@@ -187,6 +187,29 @@ def test_metrics_of_a_process(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.needs("prometheus_client")
+@pytest.mark.parametrize("by", [None, "cgroup", "name", "user"])
+def test_metrics_of_many_processes(by: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    """The values are those of the kernel for this process, or at least those in the sum of its group."""
+    options = ["--by", by] if by else []
+    samples, _ = official(shown(capsys, "--processes", "--openmetrics", *options))
+    anonymous = int(re.findall(r"^RssAnon:\s+(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[0]) << 10
+    if by is None:
+        ((labels, found),) = [
+            (dict(labels), value)
+            for labels, value in samples["iobmd_process_anonymous_bytes"].items()
+            if dict(labels)["pid"] == str(os.getpid())
+        ]
+        assert found == pytest.approx(anonymous, rel=0.2)
+        assert labels["process"] == Path("/proc/self/comm").read_text().strip()
+        group = Path("/proc/self/cgroup").read_text()
+        assert f":{labels['cgroup']}\n" in group
+        return
+    assert max(samples["iobmd_group_anonymous_bytes"].values()) >= anonymous * 0.8
+    assert sum(samples["iobmd_group_processes"].values()) >= 1
+    assert {name for labels in samples["iobmd_group_processes"] for name, _ in labels} <= {by, "service"}
+
+
+@pytest.mark.needs("prometheus_client")
 def test_odd_names_are_escaped() -> None:
     odd = 'a"b\\c\nd\x1b}e='
     out = io.StringIO()
@@ -204,6 +227,7 @@ def test_odd_names_are_escaped() -> None:
         ("/system.slice/postgresql@15-main.service", "postgresql@15-main.service"),
         ("/user.slice/user-1000.slice/user@1000.service/app.slice/app-firefox.scope", "app-firefox.scope"),
         ("/system.slice/docker-0123.scope/nested", "docker-0123.scope"),
+        (f"/system.slice/docker-{'0123456789abcdef' * 4}.scope", "0123456789ab"),
         ("/kubepods/burstable/pod1", ""),
         ("/", ""),
     ],

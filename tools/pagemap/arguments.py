@@ -41,7 +41,13 @@ _WAYS = (
     "openmetrics",
 )
 """Options that select another output than the table."""
-_AS_JSON = {"frame": ["json"], "processes": ["json", "csv"], "watch": ["json"], "heat": ["json"], "diff": ["json"]}
+_AS_JSON = {
+    "frame": ["json"],
+    "processes": ["json", "csv", "openmetrics"],
+    "watch": ["json"],
+    "heat": ["json"],
+    "diff": ["json"],
+}
 """Those of them that support --json, or also --csv."""
 BY = ("user", "name", "cgroup", "container")
 _OF_PROCESSES = ("user", "cgroup", "container", "by")
@@ -174,7 +180,7 @@ def _refuse_without_effect(parser: argparse.ArgumentParser, arguments: argparse.
     without = [name for name in _WITHOUT_CHOICE.get(way, ()) if getattr(arguments, name) is not None]
     if arguments.sort is not None and way not in (*_LISTS, "runs", "processes"):
         without.append("sort")
-    if way not in ("table", "processes") or (arguments.json or arguments.csv):
+    if way not in ("table", "processes") or (arguments.json or arguments.csv or arguments.openmetrics):
         without += [name for name in _OF_TABLE if getattr(arguments, name)]
     if way != "processes":
         without += [name for name in _OF_PROCESSES if getattr(arguments, name) is not None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import os
@@ -20,13 +19,12 @@ from iobmd.units import PAGE_SIZE, format_count, format_size, format_time
 
 from .host_map import KINDS, draw, map_shape
 from .look import Hidden
+from .progress import show_progress
 from .table import shortened
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
-
-    from rich.progress import Progress
 
     from iobmd.host.zoneinfo import Zone
 
@@ -64,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
 def read(rows: int = 0, cells: int = 64) -> tuple[Summary, HostMemory | None, list[Hidden]]:
     """Return the summary, the memory by frames (None if they are hidden), and what is hidden."""
     try:
-        with _progress() as progress:
+        with show_progress("page frames") as progress:
             memory = host_memory(rows=rows, cells=cells, progress=progress)
     except NotPrivilegedError:
         what = "the map, huge pages, unmovable pages, and contiguous memory of more than a free block"
@@ -90,20 +88,6 @@ def summary() -> Summary:
     kinds["hugetlb"] = sum(pool.size * pool.total for pool in hugetlb_pools())
     kinds["kernel"] = max(0, sum(zone.present for zone in zones) - sum(kinds.values()))
     return Summary(zones, zoneinfo.free_blocks(), kinds)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Any]:
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console  # noqa: PLC0415 (slow to load)
-    from rich.progress import Progress  # noqa: PLC0415
-
-    bar: Progress
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("page frames")
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 class _Report:

@@ -14,6 +14,7 @@ from iobmd.printable import printable
 
 from .look import Look
 from .total import Total
+from .usage import container_of, memory_cgroup
 
 if TYPE_CHECKING:
     import argparse
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from .host import Summary
     from .look import Hidden
+    from .usage import Processes, Usage
 
 Labels = dict[str, object]
 _UNIT = re.compile(r"\.(service|scope|socket|mount|swap)$")
@@ -45,7 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
     for area in look.until_gone(look.areas()):
         total.counted(area)
     look.require_task()
-    write(process_gauges([(process_labels(look.task.pid, look.name), total)]))
+    path = memory_cgroup(cgroup.membership(look.task.pid))
+    write(process_gauges([(process_labels(look.task.pid, look.name, path), total)]))
 
 
 def write(gauges: Iterable[Gauge]) -> None:
@@ -69,28 +72,15 @@ def _escaped(text: str) -> str:
     return printable(text).replace("\\", "\\\\").replace('"', '\\"')
 
 
-def process_labels(pid: int, name: str) -> Labels:
-    """Return the labels of a process: its pid, program, service and cgroup."""
-    path = _group(pid)
-    return {"pid": pid, "process": name, "service": service_of(path) or name, "cgroup": path}
-
-
-def _group(pid: int) -> str:
-    """Return the path of a process's cgroup: in version 2, or for the memory controller in version 1."""
-    found = {}
-    for line in cgroup.membership(pid).split("\n"):
-        number, separator, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if separator:
-            found["unified" if number == "0" else controllers] = path
-    version_1 = next((path for controllers, path in found.items() if "memory" in controllers.split(",")), "")
-    return next((path for path in (version_1, found.get("unified", "")) if path not in ("", "/")), "/")
+def process_labels(pid: int, name: str, path: str) -> Labels:
+    """Return the labels of a process: its pid, program, service, and memory cgroup."""
+    return {"pid": pid, "process": name, "service": service_of(path) or name, "cgroup": path or "/"}
 
 
 def service_of(path: str) -> str:
-    """Return the unit of systemd, or the container's scope, to which a cgroup belongs; "" if it has none."""
-    parts = path.strip("/").split("/")
-    return next((part for part in reversed(parts) if _UNIT.search(part)), "")
+    """Return the unit of systemd, or the container, to which a cgroup belongs; "" if it names none."""
+    units = (part for part in reversed(path.split("/")) if _UNIT.search(part))
+    return container_of(path) or next(units, "")
 
 
 _OF_PROCESS: Mapping[str, tuple[str, str]] = {
@@ -99,25 +89,40 @@ _OF_PROCESS: Mapping[str, tuple[str, str]] = {
     "pss_bytes": ("pss", "Resident memory; shared pages count in proportion (PSS)."),
     "uss_bytes": ("uss", "Resident memory of this process only (USS)."),
     "anonymous_bytes": ("anonymous", "Anonymous resident memory."),
-    "file_or_shared_bytes": ("file_or_shared", "Resident memory of files, or shared."),
+    "file_bytes": ("file", "Resident memory of files."),
+    "shmem_bytes": ("shmem", "Resident shared memory: tmpfs, memfd, System V."),
     "huge_bytes": ("huge", "Resident memory that is mapped by huge pages."),
     "swapped_bytes": ("swapped", "Memory in swap."),
     "locked_bytes": ("locked", "Locked memory."),
     "lazy_free_bytes": ("lazy_free", "Memory that the kernel may free before it is written again."),
-    "areas": ("areas", "Areas of the address space."),
 }
 
 
-def process_gauges(rows: Iterable[tuple[Labels, object]]) -> Iterator[Gauge]:
-    """Return the gauges of processes: for each, its labels, and an object with the attributes of `Total`.
-
-    An attribute that is None, or missing, has no sample.
-    """
+def process_gauges(rows: Iterable[tuple[Labels, Total]], name: str = "iobmd_process") -> Iterator[Gauge]:
+    """Return the gauges of processes, each with its labels. A value that is unknown has no sample."""
     found = list(rows)
-    for name, (attribute, text) in _OF_PROCESS.items():
-        values = ((labels, getattr(sums, attribute, None)) for labels, sums in found)
+    for suffix, (attribute, text) in _OF_PROCESS.items():
+        values = ((labels, getattr(total, attribute)) for labels, total in found)
         samples = [(labels, value) for labels, value in values if value is not None]
-        yield Gauge(f"iobmd_process_{name}", text, samples)
+        yield Gauge(f"{name}_{suffix}", text, samples)
+
+
+def write_processes(by: str | None, processes: Processes, rows: list[Usage]) -> None:
+    """Print the metrics of many processes, or of their sums by user, name, cgroup or container."""
+    for hidden in processes.hidden():
+        print(hidden, file=sys.stderr)
+    if by is None:
+        labelled = ((process_labels(row.pid, row.name, row.cgroup), row.total) for row in rows)
+        write(process_gauges(labelled))
+        return
+    sums: list[tuple[Labels, Total]] = []
+    for row in rows:
+        labels: Labels = {by: row.name}
+        if by == "cgroup":
+            labels["service"] = service_of(row.name)
+        sums.append((labels, row.total))
+    numbers = [(labels, total.processes) for labels, total in sums]
+    write([Gauge("iobmd_group_processes", "Processes.", numbers), *process_gauges(sums, "iobmd_group")])
 
 
 def write_host(counters: Summary, memory: HostMemory | None, hidden: list[Hidden]) -> None:

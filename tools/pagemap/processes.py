@@ -48,6 +48,11 @@ def run(arguments: argparse.Namespace) -> None:
     for usage in found:
         _add(total, usage.total)
     rows = _grouped(found, arguments.by) if arguments.by else found
+    if arguments.openmetrics:
+        from .openmetrics import write_processes  # noqa: PLC0415 (not for the other formats)
+
+        write_processes(arguments.by, processes, _sorted(rows, arguments.sort))
+        return
     write = _write if arguments.json else _write_lines if arguments.csv else _show
     write(arguments, processes, _sorted(rows, arguments.sort), total)
     sys.stdout.flush()

@@ -108,7 +108,7 @@ class Processes:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
-        in_rows = arguments.json or arguments.csv or arguments.by in ("cgroup", "container")
+        in_rows = arguments.json or arguments.csv or arguments.openmetrics or arguments.by in ("cgroup", "container")
         self._needs_cgroup = bool(in_rows or arguments.cgroup or arguments.container)
         self.refused = self.refused_bytes = self.undivided = 0
         self.busy: list[int] = []
