@@ -130,7 +130,7 @@ def parse_details(bytes text):
             behind = _number(at, 10, &value)
             if stop - behind == 3 and memcmp(behind, <const char *>b" kB", 3) == 0:
                 counters[name] = value << 10
-            elif behind == stop:  # THPeligible, ProtectionKey
+            elif behind == stop != at:  # THPeligible, ProtectionKey; VmFlags may be empty
                 counters[name] = value
             elif name == "VmFlags":
                 line = at[:stop - at]

@@ -186,10 +186,11 @@ def test_a_program_that_is_started_inherits_no_descriptor() -> None:
         handle = stack.enter_context(iobmd.share(shared))
         stack.enter_context(handle.attach())
         stack.enter_context(shared.map(0x04000000))
-        iobmd.Task(task.pid).read(next(procfs.maps(task.pid)).start, 16)
+        area = next(procfs.maps(task.pid))
+        iobmd.Task(task.pid).read(area.start, 16)
         with contextlib.suppress(iobmd.IOReturnError):  # other tasks may not be traced, or frames are hidden
             stack.enter_context(shared.createMappingInTask(task.pid, 0, ANYWHERE))
-            list(pagemap.pages(task.pid))
+            list(pagemap.pages(task.pid, area.start, PAGE))
         assert any(name in link for link in links("self") for name in OURS), "the control"
         done = subprocess.run(
             ["ls", "-l", "/proc/self/fd"], close_fds=False, capture_output=True, text=True, check=True

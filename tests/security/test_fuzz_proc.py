@@ -110,7 +110,7 @@ def test_smaps(proc: Path, found: list[Details]) -> None:
     assert list(procfs.details("self")) == [
         procfs.Details(
             as_vma(vma),
-            {name.decode(): size << 10 for name, size in counters.items()},
+            {"THPeligible": 0} | {name.decode(): size << 10 for name, size in counters.items()},
             frozenset(flag.decode() for flag in flags),
         )
         for vma, counters, flags in found

@@ -105,7 +105,7 @@ def test_ends_are_not_passed_by() -> None:
             maps.parse(WHOLE[:length] + b"\n" + WHOLE[length:])
 
 
-COUNTERS = re.compile(rb"(\w+): +(\d+) kB")
+COUNTERS = re.compile(rb"(\w+): +(\d+)( kB)?")
 
 
 def entries(text: bytes) -> list[tuple[tuple[object, ...], dict[str, int], frozenset[str]]]:
@@ -115,7 +115,7 @@ def entries(text: bytes) -> list[tuple[tuple[object, ...], dict[str, int], froze
         if not re.match(rb"[A-Z]", line):
             found.append((reference(line), {}, frozenset()))
         elif counter := COUNTERS.fullmatch(line):
-            found[-1][1][counter[1].decode()] = int(counter[2]) * 1024
+            found[-1][1][counter[1].decode()] = int(counter[2]) * (1024 if counter[3] else 1)
         elif line.startswith(b"VmFlags:"):
             found[-1] = *found[-1][:2], frozenset(line.decode().split()[1:])
     return found
