@@ -1,10 +1,11 @@
 """`iobmd bench`: every figure has its floor or peer, and the state of the host does not change."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from iobmd.tools.bench import contiguous, dpdk, purgeable
+from iobmd.tools.bench import contiguous, dpdk, purgeable, snapshot
 
 import iobmd
 from iobmd.cli import main
@@ -21,7 +22,7 @@ POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
         pytest.param("wired", 7, marks=pytest.mark.needs("frames", "memlock", "big_memory")),
         pytest.param("allocator", 3, marks=pytest.mark.needs("memlock")),
         pytest.param("purgeable", 5, marks=pytest.mark.needs("memlock")),
-        ("remote", 9),
+        ("remote", 15 if shutil.which("gcore") else 11),
         ("pagemap", 9),
         ("cachemode", 7),
         pytest.param("contiguous", 4, marks=pytest.mark.needs("frames", "memlock", "big_memory")),
@@ -30,6 +31,7 @@ POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 def test_every_figure_has_its_floor(name: str, rows: int, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uses less memory than for published figures: a sixteenth of the size, and searches for one size only."""
     monkeypatch.setattr(contiguous, "WARM", 64 * MIB)
+    monkeypatch.setattr(snapshot, "MULTIPLES", (1,))
     monkeypatch.setattr(purgeable, "SIZE", 4 * MIB)
     monkeypatch.setattr(purgeable, "LIMIT", 64 * MIB)
     monkeypatch.setattr(purgeable, "WORKING_SET", 256 * MIB)

@@ -17,7 +17,7 @@ from iobmd.remote import session
 from iobmd.task.task import Task
 from iobmd.units import HUGE_PAGE_SIZE, format_size
 
-from . import floors
+from . import floors, snapshot
 from .result import Result, at_least, medians, seconds
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def run(size: int, rounds: int) -> list[Result]:
             *_stops_while_busy(Task(program.pid), rounds),
             _first_write(program.pid, size * 2, rounds),
             _freeze(size, rounds),
+            *snapshot.run(size, rounds),
         ]
     finally:
         program.kill()
