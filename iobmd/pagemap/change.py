@@ -7,7 +7,11 @@ from bisect import bisect_left, bisect_right
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from iobmd import procfs
 from iobmd.errors import BadArgumentError
+from iobmd.pagemap.reader import require_frames
+from iobmd.pagemap.span import spans
+from iobmd.task.task import Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +41,9 @@ class Kind(StrEnum):
     """An anonymous page has replaced a page of a file, as after a write to it; or the reverse."""
     MIGRATED = "migrated"
     """In another page frame: moved, or copied by a write after a fork."""
+    WRITTEN = "written"
+    """Between two `iobmd.Snapshot` of a task: in another page frame, because the task wrote to it. Few others count
+    too: pages that the kernel moved while they were compared."""
     SPLIT = "split"
     """Previously mapped by a huge page, now by small ones."""
     COLLAPSED = "collapsed"
@@ -60,15 +67,16 @@ class Change(NamedTuple):
     """The new physical address; None if unknown, or if its frames are not contiguous."""
 
 
-def changes(before: Snapshot, after: Snapshot, *, joined: bool = True) -> Iterator[Change]:
+def changes(before: Snapshot | Task, after: Snapshot | Task, *, joined: bool = True) -> Iterator[Change]:
     """Iterate over the changes: first new and removed areas, then pages, each in ascending order.
 
     If frame numbers are hidden in one of the two, moved pages are not reported.
 
     Parameters
     ----------
-    before, after : Snapshot
-        Snapshots of the same range.
+    before, after : Snapshot or iobmd.Snapshot
+        Saved snapshots of the same range; or two snapshots of the same task that are open (`iobmd.snapshot`), between
+        which the pages are listed that the task has written to.
     joined : bool
         Whether adjacent ranges of an area with the same change are one, whatever their frames; if not, there is one
         for each contiguous range of frames, whose addresses are then all reported.
@@ -76,8 +84,12 @@ def changes(before: Snapshot, after: Snapshot, *, joined: bool = True) -> Iterat
     Raises
     ------
     IOReturnError
-        `kIOReturnBadArgument`: the snapshots have different ranges or page sizes, or one is damaged.
+        `kIOReturnBadArgument`: the snapshots have different ranges or page sizes, or one is damaged; or they are not
+        snapshots of the same task. `kIOReturnNotPrivileged`: frame numbers are hidden, and the snapshots are open.
     """
+    if isinstance(before, Task) or isinstance(after, Task):
+        found = _written(before, after)
+        return _joined(found, _starts(before, after)) if joined else found
     old_header, new_header = before.header, after.header
     for what, old_one, new_one in (
         ("ranges", (old_header.start, old_header.end), (new_header.start, new_header.end)),
@@ -87,6 +99,28 @@ def changes(before: Snapshot, after: Snapshot, *, joined: bool = True) -> Iterat
             raise BadArgumentError(f"the snapshots are of different {what}")
     found = _changes(before, after)
     return _joined(found, _bounds(before, after)) if joined else found
+
+
+def _written(before: object, after: object) -> Iterator[Change]:
+    """Iterate over the changes between two open snapshots, which share the frames that were not written to."""
+    task = getattr(before, "task", None)
+    if not (isinstance(before, Task) and isinstance(after, Task) and task and task == getattr(after, "task", None)):
+        message = f"{before!r} and {after!r} are not snapshots of the same task: create both by iobmd.snapshot"
+        raise BadArgumentError(message)
+    require_frames()
+    return _changes_of_tasks(before, after)
+
+
+def _changes_of_tasks(before: Task, after: Task) -> Iterator[Change]:
+    ranges = [((vma.start, vma.end) for vma in procfs.maps(one.pid)) for one in (before, after)]
+    yield from _changed_areas(*ranges)
+    for change in _changed_spans(spans(before), spans(after)):
+        yield change._replace(kind=Kind.WRITTEN) if change.kind is Kind.MIGRATED else change
+
+
+def _starts(*tasks: object) -> array[int]:
+    pids = [task.pid for task in tasks if isinstance(task, Task)]
+    return array("Q", sorted(vma.start for pid in pids for vma in procfs.maps(pid)))
 
 
 def _bounds(*snapshots: Snapshot) -> array[int]:
@@ -138,14 +172,22 @@ def _contiguous(physical: int | None, length: int, following: int | None) -> int
     return physical if physical is not None and physical + length == following else None
 
 
-def _changes(before: Snapshot, after: Snapshot) -> Iterator[Change]:
-    for start, end, old, new in _pieces(_ranges(before), _ranges(after), lambda one: one):
+def _changed_areas(before: Iterator[tuple[int, int]], after: Iterator[tuple[int, int]]) -> Iterator[Change]:
+    for start, end, old, new in _pieces(before, after, lambda one: one):
         if old is None or new is None:
             yield Change(Kind.MAPPED if old is None else Kind.UNMAPPED, start, end - start, None, None)
+
+
+def _changes(before: Snapshot, after: Snapshot) -> Iterator[Change]:
+    yield from _changed_areas(_ranges(before), _ranges(after))
     for olds, news in _differing(before.batches(), after.batches()):
-        for first, last, had, has in _pieces(olds, news, lambda span: (span.virtual, span.end)):
-            if kind := _judge(first, had, has):
-                yield Change(kind, first, last - first, _frame(had, first), _frame(has, first))
+        yield from _changed_spans(olds, news)
+
+
+def _changed_spans(before: Iterable[Span], after: Iterable[Span]) -> Iterator[Change]:
+    for first, last, had, has in _pieces(before, after, lambda span: (span.virtual, span.end)):
+        if kind := _judge(first, had, has):
+            yield Change(kind, first, last - first, _frame(had, first), _frame(has, first))
 
 
 def _ranges(snapshot: Snapshot) -> Iterator[tuple[int, int]]:

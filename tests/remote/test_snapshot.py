@@ -164,6 +164,22 @@ def test_a_snapshot_that_is_killed(source: Source) -> None:
     assert source.request("wait") == [0, errno.ECHILD]
 
 
+@pytest.mark.needs("frames")
+def test_pages_written_between_two(source: Source) -> None:
+    with iobmd.snapshot(source.pid) as before:
+        source.write(10, 20, 5)
+        with iobmd.snapshot(source.pid) as after:
+            source.write(100, 20, 5)
+            written = [one for one in pagemap.changes(before, after) if one.kind is pagemap.Kind.WRITTEN]
+            inside = [one for one in written if source.own <= one.virtual < source.own + SIZE]
+            assert inside[0].virtual == source.own + 10 * kernel.PAGE
+            assert sum(one.length for one in inside) == 20 * kernel.PAGE
+            assert sum(one.length for one in written) < 100 * kernel.PAGE
+        for other in (iobmd.Task(source.pid), iobmd.kernel_task):
+            with pytest.raises(IOReturnError, match="not snapshots of the same task"):
+                list(pagemap.changes(before, other))
+
+
 def test_what_a_snapshot_is_not_for(source: Source) -> None:
     with iobmd.snapshot(source.pid) as snapshot:
         for refused in (
