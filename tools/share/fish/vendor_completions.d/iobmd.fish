@@ -51,7 +51,7 @@ function _shtab_iobmd_using
 end
 
 set -g _shtab_iobmd_commands demo copy core share alloc doctor pagemap bench soak
-set -g _shtab_iobmd_opts_with_value --align --at --boundary --budget --by --cgroup --columns --container --control --count --diff --events --faults --filter --frame --heat --hold --host --html --json --kinds --limit --mask --max-segment --method --min-size --name --only --output --patience --physical --png --range --rounds --save --seconds --seed --size --sort --svg --threads --timeout --top --unreadable --user --watch --workers -o
+set -g _shtab_iobmd_opts_with_value --align --at --boundary --budget --by --cgroup --columns --container --control --count --diff --events --faults --file --filter --frame --heat --hold --host --html --json --kinds --limit --mask --max-segment --method --min-size --name --only --output --patience --physical --png --range --rounds --save --seconds --seed --size --sort --svg --threads --timeout --top --unreadable --user --watch --workers -o
 
 complete -c iobmd -e
 complete -c iobmd -f
@@ -127,6 +127,7 @@ complete -c iobmd -n '_shtab_iobmd_using pagemap' -l frame -x -d 'all processes 
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l physical -x -d 'the same, by physical addresses'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l smaps -l no-smaps -d 'locked and lazily freed memory, from smaps; the default unless it would block the process'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l host -x -d 'physical memory by kind; what is in the way of contiguous memory of this size'
+complete -c iobmd -n '_shtab_iobmd_using pagemap' -l file -x -d 'which part of files or directories is in memory'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l json -d 'one JSON document'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l csv -d 'comma-separated values: a line for each area'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l grouped -d 'with --csv: a line for each mapping'
