@@ -88,7 +88,12 @@ _LINKS = {
     "socket": "socket.socket",
 }
 # Methods without an underscore that only other modules of iobmd call.
-_INTERNAL = {"iobmd.Task.copy_in", "iobmd.pagemap.Frames.census", "iobmd.pagemap.Snapshot.batches"}
+_INTERNAL = {
+    "iobmd.Snapshot.copy_in",
+    "iobmd.Task.copy_in",
+    "iobmd.pagemap.Frames.census",
+    "iobmd.pagemap.Snapshot.batches",
+}
 # Classes whose objects are returned by functions and factories: their constructors are not public.
 _MADE_BY_FUNCTIONS = {
     "iobmd.CacheItem",

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -162,6 +162,34 @@ def test_a_snapshot_that_is_killed(source: Source) -> None:
                 look()
             assert caught.value.code == IOReturn.kIOReturnNotFound
     assert source.request("wait") == [0, errno.ECHILD]
+
+
+def _without_swap(procs: Path) -> Path:
+    """Apply the limit of a cgroup to swap space too, which another test may have enabled."""
+    group = procs.parent
+    if (total := group / "memory.memsw.limit_in_bytes").exists():
+        total.write_text((group / "memory.limit_in_bytes").read_text())
+    elif (swap := group / "memory.swap.max").exists():
+        swap.write_text("0")
+    return procs
+
+
+@pytest.mark.needs("memory_cgroup")
+def test_memory_that_runs_out(memory_cgroup: Callable[[int], Path]) -> None:
+    """The kernel ends the snapshot, and not the task, whose writes exceed the limit of its cgroup."""
+    size = 48 << 20
+    with Source(size, procs=_without_swap(memory_cgroup(88 << 20))) as source, iobmd.snapshot(source.pid) as snapshot:
+        source.write(0, size // kernel.PAGE, 2)
+        assert until(lambda: not snapshot.is_open)
+        with pytest.raises(IOReturnError) as caught:
+            snapshot.read(source.own, 1)
+        assert caught.value.code in (IOReturn.kIOReturnNotFound, IOReturn.kIOReturnNoMemory)
+        assert iobmd.Task(source.pid).read(source.own, 1) == b"\2"
+        assert source.process.poll() is None
+    with Source(size, procs=_without_swap(memory_cgroup(60 << 20))) as source:
+        with pytest.raises(IOReturnError, match="of its limit of 60 MiB") as caught:
+            iobmd.snapshot(source.pid)
+        assert caught.value.code == IOReturn.kIOReturnNoMemory
 
 
 @pytest.mark.needs("frames")
