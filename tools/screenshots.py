@@ -37,7 +37,7 @@ PROGRAM = """
 import ctypes, mmap, os, sys, threading
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
-libc.prctl(15, b"server", 0, 0, 0)
+libc.prctl(15, b"shop", 0, 0, 0)
 for _ in range(240):  # the heap: below the threshold at which malloc calls mmap
     ctypes.memset(libc.malloc(100_000), 1, 100_000)
 anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -61,39 +61,48 @@ old.madvise(21)  # MADV_PAGEOUT: to swap, if there is any
 locked = mmap.mmap(-1, 4 << 20, flags=anonymous)
 libc.mlock(ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(locked))), ctypes.c_size_t(4 << 20))
 reserved = mmap.mmap(-1, 1 << 40, flags=anonymous | 0x4000, prot=0)
+if sys.argv[2:] != ["busy"] and all(os.fork() for _ in range(2)):
+    print("ready", flush=True)
 end = threading.Event()
 threads = [threading.Thread(target=end.wait, daemon=True) for _ in range(4)]
 for thread in threads:
     thread.start()
-print("ready", flush=True)
 if sys.argv[2:] != ["busy"]:
-    sys.stdin.read()
+    sys.stdin.read()  # the workers as well: until the end of the input
+    os._exit(0)
+print("ready", flush=True)
 grown = []
-while True:  # a working set of 6 MiB in the huge area, and growth of 1 MiB each second
-    grown.append(bytearray(b"g") * (1 << 20))
-    for _ in range(100):
-        huge[8 << 20 : 14 << 20] = b"H" * (6 << 20)
-        end.wait(0.01)
+while True:  # a working set of 6 of 12 MiB, and growth of 1 MiB each second
+    grown.append(mmap.mmap(-1, 1 << 20, flags=anonymous))
+    grown[-1][:] = b"g" * (1 << 20)
+    for _ in range(50):
+        old[2 << 20 : 8 << 20] = b"O" * (6 << 20)
+        end.wait(0.02)
 """
-"""Memory of every kind: heap, huge pages, shared, of a file, zero page, swapped, locked, and reserved addresses."""
+"""A server with two workers, and memory of every kind, also swapped, locked and only reserved."""
 
 
 class View(NamedTuple):
     """A command whose output is shown."""
 
     command: str
-    """After `iobmd pagemap`; `PID` and `FILE` are replaced."""
+    """After `iobmd pagemap`; `PID` is replaced."""
     busy: bool = False
     """Whether the program works while it is shown."""
     seconds: float = 0
-    """When a command that runs until it is ended is captured; 0: at its end."""
+    """The time from the first output to the picture of a command that does not end by itself; 0: at its end."""
+    until: str = ""
+    """A text before which the picture ends: below it are names of the host on which it was made."""
 
 
 VIEWS = {
     "summary": View("PID"),
     "areas": View("PID --each"),
+    "processes": View("--processes --name shop"),
     "map": View("PID --map"),
-    "runs": View("PID --runs"),
+    "watch": View("PID --watch 1", busy=True, seconds=6),
+    "heat": View("PID --heat 4 --method written", busy=True),
+    "host": View("--host", until="one unmovable page"),
 }
 """Views by the names of their files."""
 PAGES = {"page-light": "", "page-dark": "theme=dark&search=heap"}
@@ -144,18 +153,24 @@ def _program(folder: Path, *, busy: bool) -> Iterator[int]:
 def _terminals(name: str, view: View, into: Path, folder: Path) -> None:
     with _program(folder, busy=view.busy) as pid:
         for columns, lines in SIZES.items():
-            replaced = {"PID": str(pid), "FILE": str(folder / "database.bin")}
-            words = [replaced.get(word, word) for word in view.command.split()]
-            text = _screen(words, columns, lines, view.seconds)
-            title = f"iobmd pagemap {view.command.replace('PID', str(pid)).replace('FILE', 'database.bin')}"
+            command = view.command.replace("PID", str(pid))
+            text = _screen(command.split(), columns, lines, view)
             path = into / f"{name}-{columns}.svg"
-            path.write_text(_drawn(text.replace(f"{folder}/", ""), columns, title))
-            print(f"{path.name}: {path.stat().st_size >> 10} KiB")
+            path.write_text(_drawn(_general(text).replace(f"{folder}/", ""), columns, f"iobmd pagemap {command}"))
+            print(f"{path.name}: {path.stat().st_size >> 10} KiB", flush=True)
 
 
-def _screen(words: list[str], columns: int, lines: int, seconds: float) -> str:
+def _general(text: str) -> str:
+    """Replace the release of this kernel by its version."""
+    release = os.uname().release
+    return text.replace(release, ".".join(release.split(".")[:2]))
+
+
+def _screen(words: list[str], columns: int, lines: int, view: View) -> str:
     """Return what a terminal shows, with escape sequences for colors."""
-    tmux = ["tmux", "-L", f"iobmd-{os.getpid()}", "-f", "/dev/null"]
+    # A server of its own: that of the view before may not have exited yet.
+    tmux = ["tmux", "-L", f"iobmd-{os.getpid()}-{time.monotonic_ns()}", "-f", "/dev/null"]
+    capture = [*tmux, "capture-pane", "-e", "-p", *(["-S", "-"] if view.until else [])]
     command = shlex.join([sys.executable, "-m", "iobmd", "pagemap", *words])
     waiting = f"{shlex.join([*tmux, 'wait-for', '-S', 'end'])}; exec sleep {_PATIENCE}"
     environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "NO_COLOR")}
@@ -165,14 +180,21 @@ def _screen(words: list[str], columns: int, lines: int, seconds: float) -> str:
             check=True,
             env=environment | {"LC_ALL": "C.UTF-8"},
         )
-        if seconds:
-            time.sleep(seconds)
+        if view.seconds:
+            end = time.monotonic() + _PATIENCE
+            while not subprocess.run(capture, check=True, capture_output=True).stdout.strip():
+                assert time.monotonic() < end, "it shows nothing"
+                time.sleep(0.5)
+            time.sleep(view.seconds)
         else:
             subprocess.run([*tmux, "wait-for", "end"], check=True, timeout=_PATIENCE)
-        done = subprocess.run([*tmux, "capture-pane", "-e", "-p"], check=True, capture_output=True, text=True)
+        done = subprocess.run(capture, check=True, capture_output=True, text=True)
     finally:
         subprocess.run([*tmux, "kill-server"], check=False)
-    return done.stdout.rstrip()
+    shown = done.stdout.splitlines()
+    if view.until:
+        shown = shown[: next(index for index, line in enumerate(shown) if view.until in line)]
+    return "\n".join(shown).rstrip()
 
 
 def _drawn(text: str, columns: int, title: str) -> str:
@@ -207,24 +229,27 @@ _FORMAT = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="ht
 
 
 def _pages(pid: int, into: Path, folder: Path) -> None:
-    """Draw the page of --html, and the same picture as PNG for the README."""
-    page = folder / "memory.html"
-    for option, path in (
-        ("--html", page),
-        ("--png", into.parent / "pagemap.png" if into == FOLDER else into / "p.png"),
-    ):
+    """Draw the page of --html, and --svg for the first page of the documentation."""
+    page, picture = folder / "memory.html", folder / "memory.svg"
+    for option, path in (("--html", page), ("--svg", picture)):
         subprocess.run([sys.executable, "-m", "iobmd", "pagemap", str(pid), option, str(path)], check=True)
-        path.chmod(0o644)
+    # The policy of the page covers its script and style, not the data, in which the release is replaced.
+    for path in (page, picture):
+        path.write_text(_general(path.read_text()))
     for name, state in PAGES.items():
-        shot = folder / "shot.png"
-        browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-        places = [f"--user-data-dir={folder / 'profile'}", f"--screenshot={shot}", f"{page.as_uri()}#{state}"]
-        command = [*browser, "--window-size=1200,1240", *places]
-        subprocess.run(command, check=True, capture_output=True, timeout=_PATIENCE)
-        path = into / f"{name}.png"
-        with Image.open(shot) as image:
-            image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
-        print(f"{path.name}: {path.stat().st_size >> 10} KiB")
+        _shot(f"{page.as_uri()}#{state}", (1200, 1240), into / f"{name}.png", folder)
+    _shot(picture.as_uri(), (1200, 920), (into.parent if into == FOLDER else into) / "pagemap.png", folder)
+
+
+def _shot(address: str, size: tuple[int, int], path: Path, folder: Path) -> None:
+    shot = folder / "shot.png"
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    places = [f"--user-data-dir={folder / 'profile'}", f"--screenshot={shot}", address]
+    command = [*browser, f"--window-size={size[0]},{size[1]}", *places]
+    subprocess.run(command, check=True, capture_output=True, timeout=_PATIENCE)
+    with Image.open(shot) as image:
+        image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+    print(f"{path.name}: {path.stat().st_size >> 10} KiB", flush=True)
 
 
 if __name__ == "__main__":
