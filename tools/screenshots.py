@@ -86,7 +86,7 @@ class View(NamedTuple):
     """A command whose output is shown."""
 
     command: str
-    """After `iobmd pagemap`; `PID` is replaced."""
+    """After `iobmd pagemap`; `PID` and `FILE` are replaced."""
     busy: bool = False
     """Whether the program works while it is shown."""
     seconds: float = 0
@@ -102,6 +102,7 @@ VIEWS = {
     "map": View("PID --map"),
     "watch": View("PID --watch 1", busy=True, seconds=6),
     "heat": View("PID --heat 4 --method written", busy=True),
+    "file": View("--file FILE"),
     "host": View("--host", until="one unmovable page"),
 }
 """Views by the names of their files."""
@@ -128,7 +129,10 @@ def main() -> None:
 def _program(folder: Path, *, busy: bool) -> Iterator[int]:
     """Run the program, whose addresses are the same each time, and yield its pid."""
     file = folder / "database.bin"
-    file.write_bytes(os.urandom(16 << 20))
+    with file.open("wb") as written:
+        written.write(os.urandom(16 << 20))
+        os.fsync(written.fileno())
+        os.posix_fadvise(written.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # the program reads a part of it again
 
     def prepare() -> None:
         ctypes.CDLL(None).personality(ctypes.c_ulong(_NO_RANDOM_ADDRESSES))
@@ -153,10 +157,10 @@ def _program(folder: Path, *, busy: bool) -> Iterator[int]:
 def _terminals(name: str, view: View, into: Path, folder: Path) -> None:
     with _program(folder, busy=view.busy) as pid:
         for columns, lines in SIZES.items():
-            command = view.command.replace("PID", str(pid))
-            text = _screen(command.split(), columns, lines, view)
+            command = view.command.replace("PID", str(pid)).replace("FILE", "database.bin")
+            text = _screen(command.split(), columns, lines, view, folder)
             path = into / f"{name}-{columns}.svg"
-            path.write_text(_drawn(_general(text).replace(f"{folder}/", ""), columns, f"iobmd pagemap {command}"))
+            path.write_text(_drawn(_general(text), columns, f"iobmd pagemap {command}"))
             print(f"{path.name}: {path.stat().st_size >> 10} KiB", flush=True)
 
 
@@ -166,8 +170,8 @@ def _general(text: str) -> str:
     return text.replace(release, ".".join(release.split(".")[:2]))
 
 
-def _screen(words: list[str], columns: int, lines: int, view: View) -> str:
-    """Return what a terminal shows, with escape sequences for colors."""
+def _screen(words: list[str], columns: int, lines: int, view: View, folder: Path) -> str:
+    """Return what a terminal shows of a command that runs in a folder, with escape sequences for colors."""
     # A server of its own: that of the view before may not have exited yet.
     tmux = ["tmux", "-L", f"iobmd-{os.getpid()}-{time.monotonic_ns()}", "-f", "/dev/null"]
     capture = [*tmux, "capture-pane", "-e", "-p", *(["-S", "-"] if view.until else [])]
@@ -176,7 +180,18 @@ def _screen(words: list[str], columns: int, lines: int, view: View) -> str:
     environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "NO_COLOR")}
     try:
         subprocess.run(
-            [*tmux, "new-session", "-d", "-x", str(columns), "-y", str(lines), f"{command}; {waiting}"],
+            [
+                *tmux,
+                "new-session",
+                "-d",
+                "-x",
+                str(columns),
+                "-y",
+                str(lines),
+                "-c",
+                str(folder),
+                f"{command}; {waiting}",
+            ],
             check=True,
             env=environment | {"LC_ALL": "C.UTF-8"},
         )
