@@ -62,7 +62,7 @@ enum {
     IOBMD_BLOCK = 2 << 20,            /* bytes that are fetched at once, at most; the size of the staging areas */
     IOBMD_BLOCK_PAGES = IOBMD_BLOCK / 4096,
     IOBMD_FAULTS = 32,                /* reports that are read at once */
-    IOBMD_FETCHER_STACK = 256 << 10,
+    IOBMD_FETCHER_STACK = 128 << 10,
     IOBMD_SNAPSHOT_STACK = 16 << 10,
 };
 
@@ -108,6 +108,8 @@ struct iobmd_fetcher {
     volatile size_t done_pages, lost_pages;
     uint64_t *done, *lost;   /* a bit for each page; `lost` pages are also done */
     char stack[IOBMD_SNAPSHOT_STACK] __attribute__((aligned(64)));
+    /* Not a stack of the C library, which would retain it when the thread has ended. */
+    char thread_stack[IOBMD_FETCHER_STACK] __attribute__((aligned(64)));
 };
 
 /* -- bits of pages -- */
@@ -573,10 +575,10 @@ static int iobmd_fetcher_start(struct iobmd_fetcher *f)
     pthread_attr_t attributes;
     int error = pthread_attr_init(&attributes);
     if (error) return error;
-    pthread_attr_setstacksize(&attributes, IOBMD_FETCHER_STACK);
+    error = pthread_attr_setstack(&attributes, f->thread_stack, sizeof f->thread_stack);
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    error = pthread_create(&f->thread, &attributes, iobmd_fetcher_body, f);
+    if (!error) error = pthread_create(&f->thread, &attributes, iobmd_fetcher_body, f);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     pthread_attr_destroy(&attributes);
     return error;
@@ -638,6 +640,7 @@ static void iobmd_fetcher_stop(struct iobmd_fetcher *f)
 
 static void iobmd_fetcher_free(struct iobmd_fetcher *f)
 {
+    IOBMD_UNMARK(f, sizeof *f);
     munmap(f, iobmd_fetcher_size(f->pages, f->page));
 }
 

@@ -82,6 +82,7 @@ KINDS = {kind.name: kind for kind in (
     Kind("freeze", 6, "copies.freeze", needs="ptrace", refusals=_CONTENDED),
     Kind("freeze-moment", 6, "copies.moment", needs="ptrace", refusals=_CONTENDED),
     Kind("copy-faulting", 4, "copies.faulting", needs="userfaultfd", refusals=_CONTENDED | _FAULTING),
+    Kind("copy-lazy", 6, "copies.lazy"),
     Kind("allocate-target", 10, "stops.allocate", needs="ptrace", refusals=_CONTENDED),
     Kind("pin-target", 5, "stops.pin", needs="ptrace", refusals=_CONTENDED),
     Kind("share", 60, "sharing.handed_over"),

@@ -79,6 +79,22 @@ def freeze(context: Context) -> None:
             context.check_bytes(buffer.readBytes(0, size), peer.expected[offset : offset + size], "a frozen copy")
 
 
+def lazy(context: Context) -> None:
+    """Copy memory of this process lazily, change it, and check a part of the copy or all of it."""
+    size = context.chance.randrange(1, 8 << 20)
+    content = context.chance.randbytes(64 << 10) * (size // (64 << 10) + 1)
+    with iobmd.allocate(size, wired=False) as source:
+        source.writeBytes(0, content[:size])
+        with iobmd.copy(kernel_task, source.getBytesNoCopy(), size, wired=False, lazy=True) as buffer:
+            source.writeBytes(0, bytes(size))
+            if context.chance.random() < 0.5:
+                buffer.fetch()
+            offset = context.chance.randrange(size)
+            with memoryview(buffer) as view:
+                data = bytes(view[offset:])
+            context.check_bytes(data, content[offset:size], "a lazy copy")
+
+
 def moment(context: Context) -> None:
     """Copy pages to which a target writes consecutive numbers, and check that all numbers are of one moment."""
     with (
