@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 from iobmd import procfs
 from iobmd.errors import NotPermittedError
 from iobmd.pagemap.range import of_task
-from iobmd.pagemap.sampling import Method, Part, Sample, Unseen
+from iobmd.pagemap.sampling import Method, Part, Sample, Unseen, every_area
 from iobmd.task import diagnosis
 
 if TYPE_CHECKING:
     from iobmd.pagemap.range import Where
+    from iobmd.pagemap.sampling import Chooses
     from iobmd.procfs import VMA
 
 _ALL = b"1"
@@ -29,6 +30,8 @@ class ReferencedBits:
     ----------
     where : Where
         The task, and the range of it; areas that the range cuts are not seen.
+    chooses : callable
+        Which areas are sampled; the bits of all areas are cleared.
 
     Notes
     -----
@@ -40,8 +43,8 @@ class ReferencedBits:
     method = Method.REFERENCED
     resolution: int | None = None
 
-    def __init__(self, where: Where) -> None:
-        self._where = where
+    def __init__(self, where: Where, chooses: Chooses = every_area) -> None:
+        self._where, self._chooses = where, chooses
         self._referenced: list[tuple[VMA, int, int]] = []
         self._hugetlb = 0
 
@@ -74,7 +77,7 @@ class ReferencedBits:
     def _read(self) -> None:
         where, found, hugetlb = self._where, [], 0
         for vma, counters, _flags in of_task(where.task, procfs.details(where.task.pid)):
-            if where.start <= vma.start and vma.end <= where.end:
+            if where.start <= vma.start and vma.end <= where.end and self._chooses(vma):
                 resident = counters.get("Rss", 0)  # like Referenced, it does not count hugetlb pages
                 found.append((vma, resident, min(resident, counters.get("Referenced", 0))))
                 hugetlb += counters.get("Private_Hugetlb", 0) + counters.get("Shared_Hugetlb", 0)

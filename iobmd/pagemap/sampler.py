@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 from iobmd._native import mman
 from iobmd.errors import BadArgumentError, UnsupportedError
+from iobmd.pagemap.damon import Damon
 from iobmd.pagemap.range import resolve
 from iobmd.pagemap.referenced import ReferencedBits
-from iobmd.pagemap.sampling import Heat, Method, Sampler, sampled
+from iobmd.pagemap.sampling import Heat, Method, Sampler, check_interval, every_area, sampled
 from iobmd.pagemap.tracker import Tracker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from iobmd.pagemap.range import Target, Where
-
-_BY_TRACKER = (Method.ACCESSED, Method.WRITTEN)
+    from iobmd.pagemap.sampling import Chooses
 
 
 def heat(
@@ -59,7 +59,8 @@ def heat(
     ------
     IOReturnError
         `kIOReturnBadArgument`: the intervals are too short, or `userfaultfd` is needed. `kIOReturnUnsupported`: the
-        kernel lacks the method. `kIOReturnNotPermitted`, `kIOReturnNotFound`.
+        kernel lacks the method. `kIOReturnBusy`: another program uses DAMON. `kIOReturnNotPrivileged`,
+        `kIOReturnNotPermitted`, `kIOReturnNotFound`.
 
     Notes
     -----
@@ -70,7 +71,8 @@ def heat(
     where = resolve(target)
     if method is not None and method not in list(Method):
         raise BadArgumentError(f"{method!r} is not one of {', '.join(Method)}")
-    sampler = open_sampler(where, Method(method or best_method(where, userfaultfd)), userfaultfd)
+    chosen = Method(method or best_method(where, userfaultfd))
+    sampler = open_sampler(where, chosen, check_interval(seconds, intervals), userfaultfd)
     return sampled(sampler, where, seconds, intervals, progress=progress)
 
 
@@ -81,10 +83,18 @@ def best_method(where: Where, userfaultfd: int | None = None) -> Method:
     return Method.REFERENCED
 
 
-def open_sampler(where: Where, method: Method, userfaultfd: int | None = None) -> Sampler:
-    """Return the sampler of a method. Parameters and errors as `heat`."""
-    if method not in _BY_TRACKER:
-        return ReferencedBits(where)
+def open_sampler(
+    where: Where,
+    method: Method,
+    interval: float,
+    userfaultfd: int | None = None,
+    chooses: Chooses = every_area,
+) -> Sampler:
+    """Return the sampler of a method, for intervals of a number of seconds and certain areas; the rest as `heat`."""
+    if method == Method.DAMON:
+        return Damon(where, interval, chooses)
+    if method == Method.REFERENCED:
+        return ReferencedBits(where, chooses)
     if userfaultfd is None:
         if not where.task.is_current:
             message = f"the method {method} requires a userfaultfd(2) of process {where.task.pid}: pass userfaultfd="
@@ -93,7 +103,7 @@ def open_sampler(where: Where, method: Method, userfaultfd: int | None = None) -
             userfaultfd = mman.open_userfaultfd()
         except OSError as error:
             raise UnsupportedError(f"cannot create a userfaultfd(2): {error.strerror}", error.errno or 0) from None
-    return Tracker(where, userfaultfd, accesses=method == Method.ACCESSED)
+    return Tracker(where, userfaultfd, accesses=method == Method.ACCESSED, chooses=chooses)
 
 
 def tracks_accesses() -> bool:

@@ -1,6 +1,6 @@
 """Which memory of a process is used: samples of it, taken at intervals.
 
-A sampler (`tracker`, `referenced`) reports which memory was used since the last sample; this module repeats
+A sampler (`tracker`, `referenced`, `damon`) reports which memory was used since the last sample; this module repeats
 that, and evaluates the samples.
 """
 
@@ -10,7 +10,7 @@ import time
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 from iobmd import procfs
 from iobmd.errors import BadArgumentError, IOReturnError, NotFoundError
@@ -28,6 +28,10 @@ SHORTEST = 0.05
 translation the processor still caches (TLB) are set only after about a time slice."""
 
 
+_LATEST = 2
+"""Multiple of the requested time after which no other interval begins."""
+
+
 class Method(StrEnum):
     """Ways to detect which memory is used."""
 
@@ -35,6 +39,8 @@ class Method(StrEnum):
     """Reads and writes of each page: userfaultfd(2) with read-write protection (UFFD_FEATURE_RWP, Linux 7.3)."""
     WRITTEN = "written"
     """Writes to each page, not reads: userfaultfd(2) with write protection (UFFD_FEATURE_WP_ASYNC, Linux 6.7)."""
+    DAMON = "damon"
+    """Reads and writes of regions that the kernel adapts, each judged by samples of its pages (DAMON_VADDR)."""
     REFERENCED = "referenced"
     """Referenced bytes of each area: /proc/PID/clear_refs, and Referenced in smaps."""
 
@@ -110,7 +116,7 @@ class Heat(NamedTuple):
     method: Method
     """How that was detected."""
     resolution: int | None
-    """The smallest range that is distinguished, in bytes; None: an area."""
+    """The smallest range that is distinguished, in bytes; None: an area, or a region that the kernel adapts."""
     samples: list[Sample]
     """The intervals."""
     parts: list[Part]
@@ -169,7 +175,7 @@ class Heat(NamedTuple):
             most[bounds] = max((sample.used_in(*bounds) for sample in self.samples), default=0)
         return Sample(0, 0, 0, ((start, end, used) for (start, end), used in most.items() if used))
 
-    def by_frequency(self) -> Counter[int]:
+    def by_frequency(self) -> dict[int, int]:
         """Return the resident bytes by the number of intervals in which they were used; requires `is_exact`."""
         found: Counter[int] = Counter()
         counts = list(self.counted())
@@ -185,7 +191,7 @@ class Heat(NamedTuple):
                     found[count] += both
                     used += both
                 found[0] += high - low - used
-        return found
+        return dict(found)
 
 
 def _joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -210,6 +216,15 @@ def resident_part(vma: VMA, ranges: Iterable[tuple[int, int]]) -> Part:
     return Part(vma, _sample(_joined(ranges)))
 
 
+Chooses: TypeAlias = "Callable[[VMA], bool]"
+"""Returns whether an area is sampled."""
+
+
+def every_area(_vma: VMA) -> bool:
+    """Choose each area."""
+    return True
+
+
 class Sampler(Protocol):
     """A method, in use for a task from `begin` to `close`. Its errors are IOReturnErrors."""
 
@@ -227,6 +242,18 @@ class Sampler(Protocol):
 
     def close(self) -> None:
         """Undo all changes to the task."""
+
+
+def check_interval(seconds: float, intervals: int) -> float:
+    """Return the length of an interval in seconds; raise `kIOReturnBadArgument` if it is shorter than `SHORTEST`."""
+    interval = seconds / intervals
+    if interval < SHORTEST:
+        message = (
+            f"intervals of {format_time(interval)} are shorter than {format_time(SHORTEST)}: sample for at least "
+            f"{format_time(SHORTEST * intervals)}, or in fewer intervals"
+        )
+        raise BadArgumentError(message)
+    return interval
 
 
 def sampled(
@@ -259,13 +286,7 @@ def sampled(
         `kIOReturnBadArgument`: the intervals are too short. As the sampler; if the task exits after the first
         interval, the result has the intervals until then.
     """
-    interval = seconds / intervals
-    if interval < SHORTEST:
-        message = (
-            f"intervals of {format_time(interval)} are shorter than {format_time(SHORTEST)}: sample for at least "
-            f"{format_time(SHORTEST * intervals)}, or in fewer intervals"
-        )
-        raise BadArgumentError(message)
+    interval = check_interval(seconds, intervals)
     where = resolve(target)
     samples: list[Sample] = []
     try:
@@ -299,6 +320,8 @@ def _intervals(
             faults, last = _page_faults(where) - before, now
             if progress:
                 progress(now - begin)
+            if now - begin > _LATEST * interval * intervals:
+                break  # reading takes longer than an interval
         parts, unseen = sampler.parts()
     except KeyboardInterrupt:
         if not samples:

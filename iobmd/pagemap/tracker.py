@@ -15,13 +15,13 @@ from iobmd._native import mman
 from iobmd._native import pagemap as native
 from iobmd.errors import IOReturnError, UnsupportedError
 from iobmd.pagemap.file import PagemapFile
-from iobmd.pagemap.sampling import Method, Unseen, resident_part
+from iobmd.pagemap.sampling import Method, Unseen, every_area, resident_part
 from iobmd.task import diagnosis
 from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
     from iobmd.pagemap.range import Where
-    from iobmd.pagemap.sampling import Part
+    from iobmd.pagemap.sampling import Chooses, Part
     from iobmd.procfs import VMA
 
 _STEP = 16 << 20
@@ -41,6 +41,8 @@ class Tracker:
         A userfaultfd(2) that was created in the task, and not used yet.
     accesses : bool
         Whether to detect all accesses (`Method.ACCESSED`), not only writes (`Method.WRITTEN`).
+    chooses : callable
+        Which areas are sampled.
 
     Raises
     ------
@@ -56,7 +58,8 @@ class Tracker:
 
     resolution: int | None = PAGE_SIZE
 
-    def __init__(self, where: Where, userfaultfd: int, *, accesses: bool) -> None:
+    def __init__(self, where: Where, userfaultfd: int, *, accesses: bool, chooses: Chooses = every_area) -> None:
+        self._chooses = chooses
         self._where, self._fd, self._accesses = where, userfaultfd, accesses
         self.method = Method.ACCESSED if accesses else Method.WRITTEN
         self._used, self._excluded = (
@@ -101,7 +104,7 @@ class Tracker:
     def _ranges(self) -> list[tuple[int, int]]:
         """Register new areas; return the observed ranges, ascending."""
         found, registered = [], {}
-        for vma in self._where.areas():
+        for vma in filter(self._chooses, self._where.areas()):
             start, end = max(vma.start, self._where.start), min(vma.end, self._where.end)
             bounds = start, end
             if self._is_registered(vma, bounds):
@@ -142,7 +145,7 @@ class Tracker:
         """Return the resident memory of the registered areas. Raises `kIOReturnNotFound`."""
         parts: list[Part] = []
         hidden: dict[str, int] = {}
-        for vma in self._where.areas():
+        for vma in filter(self._chooses, self._where.areas()):
             bounds = max(vma.start, self._where.start), min(vma.end, self._where.end)
             ranges = self._resident(*bounds, self._excluded)
             reason = None if bounds in self._registered else self._refused.get(bounds, "areas that are new")
@@ -158,14 +161,7 @@ class Tracker:
         ]
 
     def _resident(self, start: int, end: int, excluded: int) -> list[tuple[int, int]]:
-        found: list[tuple[int, int]] = []
-        for low, high in _steps(start, end):
-            try:
-                found += native.scan(self._pagemap.fd, low, high, native.PAGE_IS_PRESENT, excluded)
-            except OSError as error:
-                self._require_task(error)
-                break  # vsyscall, above the end of pagemap
-        return found
+        return resident_ranges(self._pagemap.fd, start, end, excluded)
 
     def close(self) -> None:
         """Remove the protection."""
@@ -176,6 +172,19 @@ class Tracker:
 
 
 _HUGE = "huge pages, which write protection would split"
+
+
+def resident_ranges(
+    pagemap: int, start: int, end: int, excluded: int = native.PAGE_IS_PFNZERO
+) -> list[tuple[int, int]]:
+    """Return the ranges of resident pages between two addresses, ascending, without the `excluded` categories."""
+    found: list[tuple[int, int]] = []
+    for low, high in _steps(start, end):
+        try:
+            found += native.scan(pagemap, low, high, native.PAGE_IS_PRESENT, excluded)
+        except OSError:
+            break  # the process has exited, or these addresses are above the end of pagemap (vsyscall)
+    return found
 
 
 def _steps(start: int, end: int) -> list[tuple[int, int]]:

@@ -189,10 +189,13 @@ def test_keys(target: Target) -> None:
 
 @pytest.mark.parametrize(("columns", "lines"), [(40, 20), (60, 12), (132, 50)])
 def test_resizing(target: Target, columns: int, lines: int) -> None:
-    """The next screen has the new size, and each row its name."""
+    """The screen is drawn again in the new size, also while nothing is read, and each row has its name."""
     with watch(target) as terminal:
         terminal.until("group:mapping")
+        terminal.press("p")
+        terminal.until("paused")
         terminal.resize(columns, lines)
+        terminal.until("paused")
         for key, wanted in (("g", "tick +since"), ("?", "any key: back"), ("?", "tick +since")):
             terminal.press(key)
             shown = terminal.until(wanted).split("\n")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.targets import Target, need_ptrace
+from support.terminal import lines_on_terminal
 
 from iobmd import IOReturn, IOReturnError, pagemap
 from iobmd.cli import main
@@ -98,6 +99,9 @@ def test_written_pages(target: Target, capsys: pytest.CaptureFixture[str]) -> No
     assert areas[AT]["used_bytes_per_interval"] == [MIB] * 5
     assert (areas[IDLE]["resident_bytes"], areas[IDLE]["used_bytes"]) == (SIZE, 0)
     assert not area_flags(target) & {"uw", "um", "ui"}
+    chosen = sampled(capsys, target, "--method", "written", "--name", "[heap]")
+    assert {area["name"] for area in chosen["areas"]} <= {"[heap]"}  # type: ignore[attr-defined]
+    assert not pages_of(chosen, 1)
     assert has_its_contents(target)
 
 
@@ -132,6 +136,26 @@ def test_referenced_areas(target: Target, capsys: pytest.CaptureFixture[str]) ->
     assert (found["resolution_bytes"], found["used_is_lower_bound"], found["used_ranges"]) == (None, True, None)
 
 
+def test_damon(target: Target, capsys: pytest.CaptureFixture[str]) -> None:
+    """The kernel's estimate is about right; the session of another program is refused, and continues."""
+    folder = Path("/sys/kernel/mm/damon/admin/kdamonds")
+
+    def session() -> list[str]:
+        files = [folder / "nr_kdamonds", folder / "0/state", folder / "0/pid"]
+        return [file.read_text() for file in files if file.exists()] if folder.exists() else []
+
+    before = session()
+    if main(["pagemap", str(target.pid), "--heat", "3", "--count", "15", "--method", "damon", "--json"]):
+        assert re.search("kIOReturn(Busy|Unsupported|NotPrivileged)", capsys.readouterr().err)
+    else:
+        found = json.loads(capsys.readouterr().out)
+        used = pages_of(found, 1)
+        assert len(used & {*range(*WRITTEN, 4096), *range(*READ, 4096)}) > 400
+        areas = {area["start"]: area for area in found["areas"]}
+        assert sum(areas[IDLE]["used_bytes_per_interval"]) < sum(areas[AT]["used_bytes_per_interval"]) / 4
+    assert session() == before
+
+
 def test_huge_pages_stay_huge(target: Target, capsys: pytest.CaptureFixture[str]) -> None:
     """A write to a write-protected huge page would split its mapping."""
     need_ptrace()
@@ -160,6 +184,14 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("columns", [40, 80, 300])
+def test_the_picture_fits_the_terminal(target: Target, columns: int) -> None:
+    lines = lines_on_terminal(columns, "pagemap", str(target.pid), "--heat", "0.4", "--method", "referenced")
+    assert all(len(line.rpartition("\r")[2]) <= columns for line in lines), lines
+    assert any(line.startswith("memory ") and line.rstrip().endswith("s") for line in lines)
+    assert any("≤" in line for line in lines)
 
 
 def test_memory_of_this_process() -> None:

@@ -21,7 +21,7 @@ STATES = ("resident", "anonymous", "file", "huge", "swapped", "locked", "lazy", 
 KEYS = ("address", "name", *COLUMNS, *SYNONYMS)
 BY_SMAPS = ("locked", "lazy", "lazyfree", "eligible")
 """Columns and states that only smaps provides."""
-METHODS = ("accessed", "written", "referenced")
+METHODS = ("accessed", "written", "damon", "referenced")
 """`iobmd.pagemap.sampling.Method`, which is not loaded for other outputs."""
 
 _FILTERS = ("name", "min_size", "only")

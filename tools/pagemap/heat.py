@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from iobmd.cli.folding import folded, terminal_width
 from iobmd.pagemap.sampler import open_sampler, tracks_accesses
-from iobmd.pagemap.sampling import SHORTEST, Heat, Method, sampled
+from iobmd.pagemap.sampling import SHORTEST, Heat, Method, check_interval, sampled
 from iobmd.remote import userfaultfd
 from iobmd.units import format_count, format_size, format_time
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator
 
+    from iobmd.procfs import VMA
+
 INTERVALS = 60
 """Maximum number of intervals by default: a terminal of 80 columns shows half of them."""
 _PERCENTILES = (10, 50, 90, 100)
@@ -32,17 +34,20 @@ _LEAST_ROWS, _AROUND = 6, 5
 _DETECTION = {
     Method.ACCESSED: "reads and writes of single pages (userfaultfd, read-write protection)",
     Method.WRITTEN: "writes to single pages, not reads (userfaultfd, write protection)",
+    Method.DAMON: "reads and writes of regions, estimated from samples of single pages (DAMON)",
     Method.REFERENCED: "referenced bits of whole areas (clear_refs, smaps)",
 }
 _COSTS = {
     Method.ACCESSED: "the first use of a page in an interval cost the process a page fault",
     Method.WRITTEN: "the first write to a page in an interval cost the process a page fault",
+    Method.DAMON: "the kernel checked a page of each region 20 times per interval",
     Method.REFERENCED: "clearing the bits affects which memory the kernel considers inactive",
 }
 _CAVEATS = {
     Method.REFERENCED: "pages whose translation stays in the processor's cache (TLB), and which pages of an area "
     "were used (--method written: writes, by page)",
     Method.WRITTEN: "memory that is only read",
+    Method.DAMON: "differences within a region, and pages whose translation stays in the processor's cache (TLB)",
 }
 
 
@@ -51,12 +56,15 @@ def run(arguments: argparse.Namespace) -> None:
     look = Look(arguments)
     method = Method(arguments.method) if arguments.method else _best()
     tracked = method in (Method.ACCESSED, Method.WRITTEN)
-    sampler = open_sampler(look.where, method, userfaultfd.open_in(look.task) if tracked else None)
     intervals = arguments.count or max(1, min(INTERVALS, int(arguments.heat / (2 * SHORTEST))))
+    interval = check_interval(arguments.heat, intervals)
+    tracker = userfaultfd.open_in(look.task) if tracked else None
+
+    def chooses(vma: VMA) -> bool:
+        return look.may_choose(vma, vma.end - vma.start)
+
+    sampler = open_sampler(look.where, method, interval, tracker, chooses)
     heat = sampled(sampler, look.where, arguments.heat, intervals, progress=_progress(arguments.heat))
-    heat = heat._replace(
-        parts=[part for part in heat.parts if look.may_choose(part.vma, part.vma.end - part.vma.start)]
-    )
     if arguments.json:
         _write(look, heat)
     else:
@@ -105,12 +113,12 @@ def summary(look: Look, heat: Heat) -> Iterator[str]:
     ever, resident = min(heat.used_ever().used, heat.resident), heat.resident
     if heat.is_exact:
         found = heat.by_frequency()
-        always = found[len(heat.samples)]
-        split = f"{format_size(always)} {verb} in every interval, {format_size(resident - found[0] - always)} in some"
-        yield f"of {format_size(resident)} resident: {split}, {_share(found[0], resident)} never"
+        never, always = found.get(0, 0), found.get(len(heat.samples), 0)
+        split = f"{format_size(always)} {verb} in every interval, {format_size(resident - never - always)} in some"
+        yield f"of {format_size(resident)} resident: {split}, {_share(never, resident)} never"
     else:
-        never = _share(resident - ever, resident)
-        yield f"of {format_size(resident)} resident: at least {format_size(ever)} {verb}, at most {never} never"
+        unused = _share(resident - ever, resident)
+        yield f"of {format_size(resident)} resident: at least {format_size(ever)} {verb}, at most {unused} never"
     sizes = ", ".join(
         f"{'largest' if percent == 100 else 'median' if percent == 50 else f'{percent} %'} "
         f"{format_size(heat.working_set(percent))}"

@@ -43,7 +43,7 @@ def draw(heat: Heat, width: int, rows: int) -> None:
     from rich.console import Console  # noqa: PLC0415 (slow to load)
     from rich.text import Text  # noqa: PLC0415
 
-    console = Console(width=width, highlight=False)
+    console = Console(width=width, height=rows, highlight=False)  # with both, TERM=dumb does not set the width
     label, size, percent = (10, 8, 6) if width < _NARROW else (22 if width < _WIDE else 34, 9, 7)
     cells = max(_LEAST_CELLS, min(len(heat.samples), width - label - size - percent - 4))
     columns = _groups(heat.samples, cells)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from typing import TYPE_CHECKING
@@ -21,12 +22,16 @@ if TYPE_CHECKING:
     from .ticks import Tick
 
 
+_DUMB = (None, "", "dumb", "unknown")
+"""Types of terminals that cannot move the cursor: they get lines."""
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Show the ticks until the requested count, the exit of the process, or Ctrl-C."""
     look = Look(arguments)
     with tempfile.TemporaryFile() as even, tempfile.TemporaryFile() as odd:
         try:
-            if sys.stdout.isatty() and not arguments.json:
+            if sys.stdout.isatty() and os.environ.get("TERM") not in _DUMB and not arguments.json:
                 from .live import show  # noqa: PLC0415 (slow to load)
 
                 show(look, (even, odd), arguments)
