@@ -174,7 +174,7 @@ def copy(
     Nothing is allocated in the source, see `Task.read`; a pageable copy is as sparse as its source. With `freeze`,
     all threads of the source are stopped by ptrace(2), but not other processes that share its memory.
     """
-    check_flags(freeze=freeze)
+    check_flags(freeze=freeze, lazy=lazy)
     if unreadable not in ("raise", "zero"):
         raise BadArgumentError(f"unreadable must be 'raise' or 'zero', not {unreadable!r}")
     contents = (LazyCopyOf if lazy else FrozenCopyOf if freeze else CopyOf)(

@@ -165,13 +165,13 @@ def test_a_wrong_type_is_a_type_error_that_names_the_parameter() -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("flag", ["wired", "contiguous", "purgeable", "shared", "overwrite", "freeze"])
+@pytest.mark.parametrize("flag", ["wired", "contiguous", "purgeable", "shared", "overwrite", "freeze", "lazy"])
 def test_a_text_is_not_true(flag: str) -> None:
     """As a condition, "no" would be."""
 
     def call(bad: Any) -> object:
-        if flag == "freeze":
-            return iobmd.copy(iobmd.kernel_task, 0, 1, freeze=bad)
+        if flag in ("freeze", "lazy"):
+            return iobmd.copy(iobmd.kernel_task, 0, 1, **{flag: bad})
         return iobmd.allocate(4096, address=1 << 40, **{flag: bad})
 
     for bad in ("no", None, 0.0, [1]):
