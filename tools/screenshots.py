@@ -172,7 +172,7 @@ def _general(text: str) -> str:
 
 def _screen(words: list[str], columns: int, lines: int, view: View, folder: Path) -> str:
     """Return what a terminal shows of a command that runs in a folder, with escape sequences for colors."""
-    # A server of its own: that of the view before may not have exited yet.
+    # Another server each time: that of the view before may not have exited yet.
     tmux = ["tmux", "-L", f"iobmd-{os.getpid()}-{time.monotonic_ns()}", "-f", "/dev/null"]
     capture = [*tmux, "capture-pane", "-e", "-p", *(["-S", "-"] if view.until else [])]
     command = shlex.join([sys.executable, "-m", "iobmd", "pagemap", *words])
