@@ -115,7 +115,7 @@ def test_commands_run(
 def test_every_public_name_is_in_the_reference(module: ModuleType) -> None:
     """The members of classes are checked when the reference is built (docs/conf.py)."""
     text = "\n".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md"))
-    described = set(re.findall(r"^\.\. (?:auto\w+|py:\w+):: (\S+)", text, re.M))
+    described = set(re.findall(r"^\.\. (?:auto\w+|py:\w+):: ([\w.]+)", text, re.M))
     members = {name for kind in (IOOptionBits, IOMapOptions, IOPurgeable, IOReturn) for name in kind.__members__}
     names = {f"{module.__name__}.{name}" for name in {*module.__all__} - members - {"__version__"}}
     assert not names - described
