@@ -10,7 +10,7 @@ import warnings
 from operator import index
 from typing import TYPE_CHECKING, Literal, Self, SupportsIndex, TypeVar, cast, overload
 
-from iobmd._internal.arguments import check_integers
+from iobmd._internal.arguments import check_flags, check_integers
 from iobmd._native.mapping import Exporter, Mapping
 from iobmd.backing.contents import CopyOf
 from iobmd.backing.lazy import LazyBacking, LazyCopyOf
@@ -149,6 +149,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         serves them), or only a small part of the source's memory, if unreadable bytes are to be zero, and without
         userfaultfd(2) (it needs a privilege before Linux 5.11), a free process and a free thread.
         """
+        check_flags(lazy=lazy)
         kind = LazyCopyOf if lazy else CopyOf
         self = cls(contents=kind(as_task(sourceMap), source, size, timeout=timeout, progress=progress))
         self.initWithPhysicalMask(inTask, options, size, PAGE_SIZE, 0)

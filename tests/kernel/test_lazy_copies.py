@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import kernel, lazy, rawmemory
@@ -320,6 +321,15 @@ def test_what_cannot_be_lazy_is_refused(keywords: dict[str, bool]) -> None:
         )
         assert code == IOReturn.kIOReturnBadArgument
         assert next(iter(keywords)) in message or "pageable" in message
+
+
+def test_lazy_must_be_true_or_false() -> None:
+    with Source(MIB) as source:
+        with pytest.raises(TypeError, match="lazy"):
+            iobmd.copy(os.getpid(), source.address, MIB, wired=False, lazy="no")  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="lazy"):
+            lazy: Any = 1.5
+            IOBufferMemoryDescriptor.withCopy(kernel_task, PAGEABLE, kernel_task, source.address, MIB, lazy=lazy)
 
 
 def test_memory_in_no_task_is_refused() -> None:
