@@ -200,6 +200,36 @@ def test_twenty_thousand_areas_in_little_memory(many: int, options: list[str]) -
     assert int(done.stderr.splitlines()[-1]) <= LIMIT
 
 
+NAMED = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None)
+pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+libc.mmap.restype, libc.mmap.argtypes = pointer, [pointer, size, number, number, number, ctypes.c_long]
+for number in range(9000):
+    file = os.memfd_create(f"{number}-{'x' * 150}")
+    os.truncate(file, 4096)
+    libc.mmap(None, 4096, 3, 1, file, 0)
+    os.close(file)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def named() -> Iterator[int]:
+    """A process with 9,000 areas of different names."""
+    with running(NAMED) as process:
+        yield process.pid
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["--csv", "--grouped"]], ids=" ".join)
+def test_nine_thousand_names_in_little_memory(named: int, options: list[str]) -> None:
+    command = [sys.executable, "-c", PEAK, "pagemap", str(named), *options]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert int(done.stderr.splitlines()[-1]) <= LIMIT
+    assert "[other mappings]" in done.stdout
+
+
 def test_rows_in_order(many: int, capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads(shown(capsys, str(many), "--json", "--sort", "resident"))
     sizes = [vma["resident_bytes"] for vma in document["vmas"]]

@@ -63,9 +63,9 @@ def _write_groups(look: Look, lines: _Writer) -> None:
     groups = look.make_groups()
     for area in look.until_gone(look.areas()):
         groups.counted(area)
-    rows = [grouped_row(group, look.frames) for group in ranked(groups, look.arguments.sort)]
     lines.writerow(("name", "label", *summary(groups.total, look.frames)))
-    for one in rows:
+    for group in ranked(groups, look.arguments.sort):  # one at a time: there may be thousands
+        one = grouped_row(group, look.frames)
         one |= {"name": printable(one["name"]), "label": printable(one["label"])}
         lines.writerow((one | {"folio_bytes": _folios(one["folio_bytes"])}).values())
 
