@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from iobmd._internal import pidns
 from iobmd._native import crosstask
 from iobmd.errors import NO_DESCRIPTOR, TaskTimeoutError
+from iobmd.host import limits
 from iobmd.task.ranges import behind
 from iobmd.units import PAGE_SIZE, pages
 
@@ -304,7 +305,7 @@ def require_unlocked(pid: int, timeout: float) -> None:
     Raises
     ------
     IOReturnError
-        `kIOReturnTimeout`.
+        `kIOReturnTimeout`; `kIOReturnNoMemory`: this process can map nothing.
     """
     if pid == os.getpid():
         return
@@ -313,7 +314,10 @@ def require_unlocked(pid: int, timeout: float) -> None:
         inode = os.stat(path).st_ino
     except OSError:
         return
-    attempt = crosstask.Attempt([(0, 8)], paths=[os.fsencode(path)], inode=inode)
+    try:
+        attempt = crosstask.Attempt([(0, 8)], paths=[os.fsencode(path)], inode=inode)
+    except OSError as error:
+        raise limits.from_oserror(error, f"cannot examine task {pid}") from None
     try:
         number = _run(attempt, timeout)
     finally:

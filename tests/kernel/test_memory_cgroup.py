@@ -320,7 +320,7 @@ def test_pages_in_another_task_are_charged_to_this_one(
         buffer.createMappingInTask(program.pid, 0, ahead),
     ):
         assert buffer.getPageCounts()[0] == 300 * MIB // mmap.PAGESIZE
-    with iobmd.allocate(300 * MIB, task=program.pid):
+    with iobmd.allocate(300 * MIB, task=program.pid, shared=True):
         pass
     assert program.poll() is None
     assert kills(procs) == 0

@@ -62,6 +62,7 @@ def test_wired_is_pinned_and_says_where() -> None:
             assert seen == frames_of(buffer)
             assert buffer.getPhysicalAddress() == frames_of(buffer)[0] * 4096
             buffer.verify()
+        iobmd.trim()
         assert kernel.nothing_is_pinned()
 
 
@@ -197,7 +198,7 @@ def test_nothing_moves_a_pinned_page(setting: Setting) -> None:
             # A new control each time: the positions of free memory determine how many pages compaction moves (0 to 76
             # %), and pages that it has moved once are not moved again. The kernel allocates from gaps first, where
             # compaction moves nothing on a host that it has already compacted: the filler takes those.
-            with filler(turns % 5 * 256 * MIB):
+            with filler((0, 256, 512, 1024, 2048)[turns % 5] * MIB):
                 control = Strewn(256 * MIB)
             assert compact()
             unmoved()
@@ -367,7 +368,7 @@ def test_hugetlb_is_the_next_choice() -> None:
 @pytest.mark.usefixtures("nothing_left")
 def test_more_buffers_than_one_table_holds() -> None:
     def many() -> tuple[int, int]:
-        buffers = [iobmd.allocate(1) for _ in range(pinning.SLOTS + 100)]
+        buffers = [iobmd.allocate(4096) for _ in range(pinning.SLOTS + 100)]
         wirings = {buffer.wiring for buffer in buffers}
         assert wirings == {Wiring.PINNED}
         pinned = kernel.status("VmPin")

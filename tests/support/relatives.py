@@ -31,6 +31,11 @@ class Memory:
     filled: bool = True
     """Whether it has been written to since it was dropped."""
 
+    @property
+    def shares_pages(self) -> bool:
+        """Whether other buffers may be in its pages, which then remain mapped."""
+        return self.ours and self.wired and not self.shared and len(self.content) <= 2048
+
     def drop(self) -> None:
         self.filled = False
         self.content[:] = bytes(len(self.content))
