@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from iobmd.tools.bench import contiguous, dpdk, purgeable, snapshot
+from iobmd.tools.bench import contiguous, dpdk, host, purgeable, snapshot
 
 import iobmd
 from iobmd.cli import main
@@ -25,6 +25,7 @@ POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
         ("remote", 15 if shutil.which("gcore") else 11),
         ("pagemap", 9),
         ("cachemode", 7),
+        pytest.param("host", 6 + bool(shutil.which("numastat")), marks=pytest.mark.needs("root")),
         pytest.param("contiguous", 4, marks=pytest.mark.needs("frames", "memlock", "big_memory")),
     ],
 )
@@ -34,6 +35,7 @@ def test_every_figure_has_its_floor(name: str, rows: int, capsys: Captured, monk
     monkeypatch.setattr(snapshot, "MULTIPLES", (1,))
     monkeypatch.setattr(purgeable, "SIZE", 4 * MIB)
     monkeypatch.setattr(purgeable, "LIMIT", 64 * MIB)
+    monkeypatch.setattr(host, "_files", lambda _rounds: ())
     monkeypatch.setattr(purgeable, "WORKING_SET", 256 * MIB)
     monkeypatch.setattr(purgeable, "REQUESTS", 1000)
     with iobmd.policy(memory_budget=0):

@@ -22,6 +22,8 @@ from .result import Result, at_most, launcher, medians, seconds, spawned
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+FILES = sysconfig.get_path("stdlib")
+"""The directory whose cached part is measured."""
 _CLOSE = 0.05
 """The difference between two totals that were measured one after the other, as a part of memory."""
 
@@ -105,7 +107,7 @@ def _files(rounds: int) -> Iterable[Result]:
     """Compare with vmtouch, on the files of Python's standard library."""
     if not shutil.which("vmtouch"):
         return
-    path = sysconfig.get_path("stdlib")
+    path = FILES
     theirs = ["vmtouch", "-q", path]
     bare, took = medians(rounds, partial(spawned, theirs), partial(spawned, [*launcher(), "pagemap", "--file", path]))
     text = subprocess.run(theirs[:1] + theirs[2:], check=True, capture_output=True, text=True).stdout
