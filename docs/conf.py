@@ -83,6 +83,7 @@ _LINKS = {
     "JSON": "json.dumps",
     "Path": "pathlib.Path",
     "Progress": "collections.abc.Callable",
+    "CoreProgress": "collections.abc.Callable",
     "NonVolatile": "contextlib.AbstractContextManager",
     "K": "collections.abc.Hashable",
     "socket": "socket.socket",
