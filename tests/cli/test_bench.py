@@ -18,7 +18,7 @@ POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 @pytest.mark.parametrize(
     ("name", "rows"),
     [
-        ("copy", 13),
+        ("copy", 19),
         pytest.param("wired", 7, marks=pytest.mark.needs("frames", "memlock", "big_memory")),
         pytest.param("allocator", 3, marks=pytest.mark.needs("memlock")),
         pytest.param("purgeable", 5, marks=pytest.mark.needs("memlock")),

@@ -85,7 +85,9 @@ def test_runs_are_broken_at_every_page_that_is_absent_or_elsewhere(
     assert [[int(cell) for cell in row] for row in rows[1:]] == cut
 
 
-@pytest.mark.parametrize("form", ["table", "--csv", "--json", "--sort"])
+@pytest.mark.parametrize(
+    "form", ["table", "--csv", pytest.param("--json", marks=pytest.mark.needs("frames")), "--sort"]
+)
 def test_what_was_begun_is_ended_when_the_process_dies(
     form: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

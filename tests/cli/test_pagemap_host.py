@@ -116,6 +116,7 @@ def test_free_blocks_are_those_of_buddyinfo() -> None:
         (["--host", "--csv", "--json"], "--csv cannot be combined with --host --json"),
         (["--host", "--name", "x"], "--name cannot be combined with --host"),
         (["--host", "many"], "'many' is not a size"),
+        (["--host", "2G"], "windows of at most 1 GiB can be examined, not 2G"),
     ],
 )
 def test_options_without_effect_are_refused(

@@ -73,7 +73,8 @@ def tabled(text: str) -> list[dict[str, str]]:
     lines = text.splitlines()
     start = next(index for index, line in enumerate(lines) if line.endswith("  mapping"))
     headings = lines[start].split()
-    rows = (re.split(r"\s+", line.strip(), maxsplit=len(headings) - 1) for line in lines[start + 1 :])
+    end = next((index for index, line in enumerate(lines) if line.startswith("not shown: ")), len(lines))
+    rows = (re.split(r"\s+", line.strip(), maxsplit=len(headings) - 1) for line in lines[start + 1 : end])
     return [dict(zip(headings, row, strict=True)) for row in rows if len(row) == len(headings)]
 
 
@@ -103,8 +104,18 @@ def test_all_and_top(target: int) -> None:
     assert len(tabled("\n".join(lines))) == number
     assert not any("more" in line for line in lines)
     lines = lines_on_terminal(80, "pagemap", str(target), "--top", "3")
-    assert lines[-1].startswith(f"… {number - 2} more, ")
-    assert len(tabled("\n".join(lines))) == 2, "the third line is that on the others"
+    assert lines[-1].startswith(f"… {number - 3} more, ")
+    assert len(tabled("\n".join(lines))) == 3
+
+
+@pytest.mark.parametrize("key", ["swap", "locked", "shmem"])
+def test_the_column_that_sorts_is_shown(target: int, key: str) -> None:
+    """At 60 columns others are left out."""
+    for process in ([str(target)], ["--processes"]):
+        lines = lines_on_terminal(60, "pagemap", *process, "--sort", key, "--top", "2")
+        heading = next(line for line in lines if line.rstrip().endswith(("  mapping", "  name")))
+        assert key in heading.split()
+        assert max(map(len, lines)) <= 60
 
 
 def test_sums_agree_with_the_kernel(target: int, capsys: pytest.CaptureFixture[str]) -> None:

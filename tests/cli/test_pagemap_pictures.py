@@ -88,7 +88,7 @@ def test_a_letter_for_each_block(
     per_state = 2 * MIB // (int(cell[1]) << 10)
     huge = "H" if ours.has_huge else "A"
     assert cells_of(text) == "A" * per_state + huge * per_state + "Z" * per_state
-    assert max(map(len, text.splitlines())) < 90
+    assert max(len(line) for line in text.splitlines() if not line.startswith("not shown: ")) < 90
     assert "not drawn: 2 MiB of addresses without pages" in text
 
 

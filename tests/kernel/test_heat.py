@@ -136,6 +136,7 @@ def test_referenced_areas(target: Target, capsys: pytest.CaptureFixture[str]) ->
     assert (found["resolution_bytes"], found["used_is_lower_bound"], found["used_ranges"]) == (None, True, None)
 
 
+@pytest.mark.needs("root")
 def test_damon(target: Target, capsys: pytest.CaptureFixture[str]) -> None:
     """The kernel's estimate is about right; the session of another program is refused, and continues."""
     folder = Path("/sys/kernel/mm/damon/admin/kdamonds")

@@ -195,9 +195,19 @@ def test_areas_as_text(named: tuple[int, int]) -> None:
     assert str(area).isprintable()
 
 
-OUTPUTS = ["", "--each", "--sort name --all", "--runs --flags", "--csv", "--csv --grouped", "--json", "--map",
-           "--openmetrics",
-           "--watch 0.01 --count 2", "--heat 0.2 --count 2"]  # fmt: skip
+OUTPUTS = [
+    "",
+    "--each",
+    "--sort name --all",
+    pytest.param("--runs --flags", marks=pytest.mark.needs("frames")),
+    "--csv",
+    "--csv --grouped",
+    "--json",
+    "--map",
+    "--openmetrics",
+    "--watch 0.01 --count 2",
+    "--heat 0.2 --count 2",
+]
 
 
 @pytest.mark.parametrize("options", OUTPUTS)

@@ -139,14 +139,19 @@ def column(name: str) -> Column:
     return COLUMNS[SYNONYMS.get(name, name)]
 
 
-def fitting(wanted: Iterable[Column], room: int, total: Total | None = None) -> list[Column]:
+def fitting(wanted: Iterable[Column], room: int, total: Total | None = None, first: str = "") -> list[Column]:
     """Return the most important columns that fit into `room` columns of a terminal, in their order.
 
     Columns that are empty in all rows, as `total` shows, are less important than the others, whatever their rank.
+    `first` is the name of the most important one, if any.
     """
     columns = list(wanted)
     chosen = set()
-    for one in sorted(columns, key=lambda one: (total is not None and one.value(total) == 0, one.rank)):
+
+    def rank(one: Column) -> tuple[bool, bool, int]:
+        return one.name != first, total is not None and one.value(total) == 0, one.rank
+
+    for one in sorted(columns, key=rank):
         room -= one.cell_width
         if room < 0:
             break

@@ -8,7 +8,7 @@ from iobmd.cli.color import can_write, painter
 from iobmd.cli.folding import folded, terminal_height, terminal_width
 from iobmd.printable import printable
 
-from .columns import COLUMNS, OF_AREAS, brief, cells, column, fitting, heading, ranked
+from .columns import COLUMNS, OF_AREAS, SYNONYMS, brief, cells, column, fitting, heading, ranked
 from .look import Hidden, Look
 from .process import facts_of
 from .sharers import Sharers
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     ]
     below = [*(str(one) for one in hidden), *([f"  {restless}"] if restless else [])]
     below_lines = sum(len(folded(line, width).splitlines()) for line in below)
-    most = most_rows(arguments, len(head) + 2 + below_lines)
+    most = most_rows(arguments, len(head) + 2 + below_lines, len(rows))
     print("\n".join(head))
     show_rows(rows, columns, total, width, most, Row("", "mapping", total))
     show_hidden(hidden, width)
@@ -92,7 +92,10 @@ def chosen_columns(
         return [column(name) for name in arguments.columns or names]
     room = width - start - 3
     if not arguments.columns:
-        return fitting((COLUMNS[name] for name in names), room - max(_NAME, (width - start) * 3 // 8), total)
+        first = SYNONYMS.get(arguments.sort, arguments.sort)
+        shown = [*names, *([first] if first in COLUMNS and first not in names else [])]
+        wanted = [COLUMNS[name] for name in shown]
+        return fitting(wanted, room - max(_NAME, (width - start) * 3 // 8), total, first)
     columns = [column(name) for name in arguments.columns]
     while len(columns) > 1 and len(heading(columns)) > room - _LEAST_NAME:
         columns.pop()
@@ -106,14 +109,15 @@ def omitted(arguments: argparse.Namespace, columns: Sequence[Column]) -> list[Hi
     return [Hidden(what, "the terminal is too narrow", "fewer --columns, or a pipe")] if found else []
 
 
-def most_rows(arguments: argparse.Namespace, others: int) -> int | None:
-    """Return how many rows are shown, with `others` lines around them; None: all of them."""
+def most_rows(arguments: argparse.Namespace, others: int, count: int) -> int:
+    """Return how many of `count` rows are shown, with `others` lines around them."""
     if arguments.top:
-        return int(arguments.top)
+        return min(int(arguments.top), count)
     height = terminal_height()
     if height is None or arguments.all:
-        return None
-    return max(_LEAST_ROWS, height - others - _PROMPT)
+        return count
+    room = max(_LEAST_ROWS, height - others - _PROMPT)
+    return count if count <= room else room - 1  # a line for the others
 
 
 def ended(text: str, length: int) -> str:
@@ -133,12 +137,11 @@ class Row(NamedTuple):
 
 
 def show_rows(
-    rows: Sequence[Row], columns: Sequence[Column], total: Total, width: int | None, most: int | None, head: Row
+    rows: Sequence[Row], columns: Sequence[Column], total: Total, width: int | None, most: int, head: Row
 ) -> None:
     """Print the first rows, and a line on the others. `head` contains the headings of the texts."""
     paint = painter()
     print(paint(f"{head.start}{heading(columns)}  {head.name}", "bold"))
-    most = len(rows) if most is None or most >= len(rows) else most - 1  # a line for the others
     for row in rows[:most]:
         text, name = f"{row.start}{cells(columns, row.total, total)}  ", printable(row.name)
         if row.note:

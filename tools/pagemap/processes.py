@@ -105,7 +105,7 @@ def _show(arguments: argparse.Namespace, processes: Processes, rows: list[Usage]
     above = folded(_title(total), width).splitlines() + lines(total, None, width)
     below = sum(len(folded(str(one), width).splitlines()) for one in hidden)
     print("\n".join(above))
-    most = most_rows(arguments, len(above) + below + 2)
+    most = most_rows(arguments, len(above) + below + 2, len(rows))
     table = [Row(_start(usage, arguments, width), usage.name, usage.total) for usage in rows]
     show_rows(table, columns, total, width, most, head)
     print(f"{'':{len(head.start)}}{cells(columns, total, total)}  total")

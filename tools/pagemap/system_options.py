@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import argparse
 
 from iobmd.cli.arguments import size
-
-if TYPE_CHECKING:
-    import argparse
 
 _MODULES = {"host": "host", "file": "files"}
 _FORMATS = {"host": ("json", "csv", "openmetrics"), "file": ("json", "csv")}
@@ -47,4 +44,7 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace, way: s
 
 def _window(text: str) -> int:
     """Return the aligned size that contains the requested one."""
-    return 1 << (min(size(text), WIDEST) - 1).bit_length()
+    wanted = size(text)
+    if wanted > WIDEST:
+        raise argparse.ArgumentTypeError(f"windows of at most {WIDEST >> 30} GiB can be examined, not {text}")
+    return 1 << (wanted - 1).bit_length()
