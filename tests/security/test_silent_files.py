@@ -19,7 +19,7 @@ from iobmd._internal import pidns
 from iobmd.errors import TaskTimeoutError, VMError
 from iobmd.pagemap import file, frame
 from iobmd.remote import areas, session
-from iobmd.task import identity, obstacles, transfer
+from iobmd.task import identity, job, obstacles
 
 MIB = 1 << 20
 PATIENCE = 20  # seconds
@@ -172,7 +172,7 @@ def test_no_call_waits_for_long_while_a_task_holds_the_lock_of_its_memory(
     task = iobmd.Task(target.pid)
     place = next(area for area in procfs.maps(target.pid) if area.name == "[stack]").end - 4096
     before = task.read(place, 4096)
-    for module, name in (session, "PATIENCE"), (transfer, "TIMEOUT"), (file, "TIMEOUT"), (areas, "TIMEOUT"):
+    for module, name in (session, "PATIENCE"), (job, "TIMEOUT"), (file, "TIMEOUT"), (areas, "TIMEOUT"):
         monkeypatch.setattr(module, name, SHORT)
     target.hold_its_maps()
     assert is_held(target.pid), "the control"
@@ -196,7 +196,7 @@ def test_no_call_waits_for_long_while_a_task_executes_a_program(
     """Another lock is held then, for which also /proc/PID/stat, and each open of these files, waits."""
     task = iobmd.Task(target.pid)
     place = next(area for area in procfs.maps(target.pid) if area.name == "[stack]").end - 4096
-    for module, name in (session, "PATIENCE"), (transfer, "TIMEOUT"), (file, "TIMEOUT"), (areas, "TIMEOUT"):
+    for module, name in (session, "PATIENCE"), (job, "TIMEOUT"), (file, "TIMEOUT"), (areas, "TIMEOUT"):
         monkeypatch.setattr(module, name, SHORT)
     monkeypatch.setattr(identity, "_PATIENCE", SHORT)
     target.execute()
