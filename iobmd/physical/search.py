@@ -228,7 +228,9 @@ class Search:
     def _reference(self) -> str:
         """Return a reference to the command that shows why memory is not contiguous."""
         mib = -(-self.want.size >> 20)
-        return f"; `iobmd pagemap --host {mib}M` shows what is in the way" if self.want.contiguous else ""
+        # Larger memory consists of windows of at most 1 GiB, which the command examines.
+        command = f"iobmd pagemap --host {min(mib, 1024)}M"
+        return f"; `{command}` shows what is in the way" if self.want.contiguous else ""
 
     def _remedies(self) -> Iterator[str]:
         if self.budget.over:

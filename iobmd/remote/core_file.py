@@ -332,13 +332,14 @@ class _Sink:
         self._base = file.tell() if self.is_seekable else 0
         if self.is_seekable:
             file.flush()
+            if os.fstat(self._fd).st_size > self._base:
+                os.ftruncate(self._fd, self._base)  # its old bytes would be in the holes
 
     def put(self, offset: int, data: bytes | memoryview) -> None:
         """Write data at an offset of the core file."""
         if not self.is_seekable:
             self._skip(offset)
-            self._file.write(data)
-            self._at += len(data)
+            self._write(data)
             return
         at = self._base + offset
         with memoryview(data) as rest:
@@ -348,9 +349,14 @@ class _Sink:
 
     def _skip(self, offset: int) -> None:
         while self._at < offset:
-            zeros = _ZEROS[: offset - self._at]
-            self._file.write(zeros)
-            self._at += len(zeros)
+            self._write(_ZEROS[: offset - self._at])
+
+    def _write(self, data: bytes | memoryview) -> None:
+        with memoryview(data) as rest:
+            done = 0
+            while done < len(rest):  # an unbuffered file may write less
+                done += self._file.write(rest[done:]) or 0
+        self._at += len(data)
 
     def end(self) -> None:
         """Write the hole at the end."""

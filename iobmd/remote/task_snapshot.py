@@ -49,7 +49,7 @@ _INTERVAL = 0.05
 """Seconds between two checks of the limits. A check takes at most a fifth of the time."""
 _OOM_FIRST = b"1000"
 """The value of oom_score_adj for which the kernel ends a process before any other (proc_pid_oom_score_adj(5))."""
-_RINGS = ("anon_inode:[io_uring]", "/[aio]", "anon_inode:[perf_event]")
+_RINGS = ("anon_inode:[io_uring]", "/[aio] (deleted)", "anon_inode:[perf_event]")
 
 
 class Missing(NamedTuple):

@@ -108,6 +108,14 @@ def test_free_blocks_are_those_of_buddyinfo() -> None:
     assert {len(orders) for orders in found.values()} == {len(lines[0]) - 4}
 
 
+@pytest.mark.needs("root")
+@pytest.mark.parametrize("size", ["4k", "1M", "64M", "1G"])
+def test_any_size_is_answered(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, "--host", size)
+    asked = "2 MiB" if size in ("4k", "1M") else f"{size[:-1]} {size[-1]}iB"
+    assert f"{asked} are available: " in text or asked in text.partition("after compaction")[2]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -130,7 +138,7 @@ def test_a_failed_search_refers_to_the_command() -> None:
     """The size in the message is one that the command accepts."""
     report = Search(PhysicalConstraints((3 << 30) - 1, contiguous=True), Budget()).report()
     (command,) = re.findall(r"`iobmd pagemap (--host \S+)`", report)
-    assert command == "--host 3072M"
+    assert command == "--host 1024M"
     assert "--host" not in Search(PhysicalConstraints(4096, allowed=0xFFFFFFFF), Budget()).report()
     assert parse(command.split()).host == 1 << 30  # the largest size that it explains
 

@@ -62,6 +62,21 @@ def test_contents(source: Source, tmp_path: Path) -> None:
     assert summary.omitted >= 3 << 16
 
 
+def test_a_file_with_contents(source: Source, tmp_path: Path) -> None:
+    """Bytes that it had are in no hole of the core file."""
+    paths = tmp_path / "fresh", tmp_path / "used"
+    paths[1].write_bytes(b"head" + b"\xff" * (64 << 20))
+    with iobmd.snapshot(source.pid) as snapshot:
+        snapshot.core(paths[0])
+        with paths[1].open("r+b") as file:
+            file.seek(4)
+            snapshot.core(file)
+    used = paths[1].read_bytes()
+    assert used[:4] == b"head"
+    assert Core(used[4:]).read(source.own, SIZE) == Core(paths[0].read_bytes()).read(source.own, SIZE)
+    assert used[4:].count(b"\xff" * 64) == paths[0].read_bytes().count(b"\xff" * 64)
+
+
 def test_the_filter(source: Source, tmp_path: Path) -> None:
     """The filter of the process applies, unless another one is given."""
     Path(f"/proc/{source.pid}/coredump_filter").write_text("0x31\n")

@@ -220,7 +220,7 @@ class _Report:
         if wanted and not memory.windows.get(wanted, {}).get("free") and wanted in memory.closest:
             self._explain(memory, wanted)
         elif self.size:
-            number = memory.windows[wanted]["free"]
+            number = memory.windows.get(wanted, {}).get("free", 0)
             self._say(f"{format_size(wanted)} are available: {format_count(number, 'aligned window')} of that size")
 
     def _explain(self, memory: HostMemory, size: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from iobmd.cli.arguments import size
+from iobmd.units import HUGE_PAGE_SIZE
 
 _MODULES = {"host": "host", "file": "files"}
 _FORMATS = {"host": ("json", "csv", "openmetrics"), "file": ("json", "csv")}
@@ -43,8 +44,8 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace, way: s
 
 
 def _window(text: str) -> int:
-    """Return the aligned size that contains the requested one."""
+    """Return the size of the aligned windows that contain memory of the requested size."""
     wanted = size(text)
     if wanted > WIDEST:
         raise argparse.ArgumentTypeError(f"windows of at most {WIDEST >> 30} GiB can be examined, not {text}")
-    return 1 << (wanted - 1).bit_length()
+    return max(HUGE_PAGE_SIZE, 1 << (wanted - 1).bit_length())
