@@ -16,7 +16,7 @@ from iobmd.descriptors.options import DIRECTION_MASK
 from iobmd.errors import BadArgumentError, BusyError, NoResourcesError, NotOpenError
 from iobmd.iommu.addresses import Addresses
 from iobmd.iommu.vfio import READ, WRITE, Container, Device
-from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
+from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_down, round_up
 
 if TYPE_CHECKING:
     from iobmd.descriptors.descriptor import IOMemoryDescriptor
@@ -100,18 +100,21 @@ class IOMapper:
 
     def _map(self, descriptor: IOMemoryDescriptor, access: int) -> IOVMRange:
         container, backing = self._open(), descriptor._memory().require_backing()
-        alignment = HUGE_PAGE_SIZE if backing.size >= HUGE_PAGE_SIZE else PAGE_SIZE  # permits larger pages
-        address = self._addresses.take(backing.size, alignment)
-        if address is None:
-            message = f"{self.name} has no {format_size(backing.size)} of free addresses"
-            raise NoResourcesError(message)
-        try:
-            with backing.here(populated=True) as mapping:
-                container.map(mapping.address, address, backing.size, access)
-        except BaseException:
-            self._addresses.give_back(address, backing.size)
-            raise
-        prepared = IOVMRange(self, descriptor, address, backing.size, backing.in_page(0))
+        with backing.here(populated=True) as mapping:
+            # Whole pages, even for a small buffer, which is a part of one.
+            start = round_down(mapping.address, PAGE_SIZE)
+            size = round_up(mapping.address + backing.size, PAGE_SIZE) - start
+            alignment = HUGE_PAGE_SIZE if size >= HUGE_PAGE_SIZE else PAGE_SIZE  # permits larger pages
+            address = self._addresses.take(size, alignment)
+            if address is None:
+                message = f"{self.name} has no {format_size(size)} of free addresses"
+                raise NoResourcesError(message)
+            try:
+                container.map(start, address, size, access)
+            except BaseException:
+                self._addresses.give_back(address, size)
+                raise
+        prepared = IOVMRange(self, descriptor, address, size, backing.in_page(0))
         self._ranges.add(prepared)
         return prepared
 
