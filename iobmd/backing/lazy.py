@@ -24,6 +24,7 @@ from iobmd.backing.anonymous import AnonymousBacking
 from iobmd.backing.contents import CopyOf, FrozenCopyOf
 from iobmd.errors import (
     IOReturnError,
+    NoMemoryError,
     NoResourcesError,
     NotFoundError,
     NotOpenError,
@@ -34,6 +35,7 @@ from iobmd.errors import (
 from iobmd.host.pages import huge_pages_enabled
 from iobmd.memory import numa
 from iobmd.pagemap.self import own_pagemap
+from iobmd.task.task import Task
 from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -122,7 +124,7 @@ class LazyCopyOf(CopyOf):
 
     def _begun_from_other(self, mapping: Mapping) -> Fetch:
         """Begin to fetch from a snapshot of another task."""
-        from iobmd.remote import consistent_copy, freezer, session  # noqa: PLC0415 (as in FrozenCopyOf)
+        from iobmd.remote import consistent_copy, freezer, session, task_snapshot  # noqa: PLC0415 (as FrozenCopyOf)
 
         if freezer.switches(self.task.pid) is not None:
             raise _NotLazyError("the task is frozen")
@@ -130,9 +132,14 @@ class LazyCopyOf(CopyOf):
         resident = consistent_copy.worth_a_child(request)
         if not resident:
             raise _NotLazyError("a snapshot would take longer, or lack some of the memory")
+        try:
+            task_snapshot.require_room(self.task)
+        except NoMemoryError as error:  # the task would have to pay for it
+            raise _NotLazyError(str(error)) from None
         child = session.SnapshotChild(self.task, resident)
         try:
             pid = child.begin()
+            task_snapshot.prefer_as_victim(Task(pid))
         except (NoResourcesError, TaskTimeoutError, UnsupportedError, VMError, NotFoundError) as error:
             raise _NotLazyError(str(error)) from None
         except OSError as error:  # of the clone

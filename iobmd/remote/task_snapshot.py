@@ -113,7 +113,7 @@ class Snapshot(Task):
         self._ended_for: IOReturnError | None = None
         self._finish: weakref.finalize[..., Snapshot] | None = None
         attempt.require_unlocked(task.pid, TIMEOUT)
-        resident = _require_room(task)
+        resident = require_room(task)
         before = _ranges(task)
         self._child = child = SnapshotChild(task, resident, records=True)
         try:
@@ -126,7 +126,7 @@ class Snapshot(Task):
             raise
         self._limit = limit
         self._finish = weakref.finalize(self, child.end)
-        _prefer_as_victim(self)
+        prefer_as_victim(self)
         threading.Thread(target=_watch, args=(weakref.ref(self),), name="iobmd-snapshot", daemon=True).start()
 
     def _describe(self, before: dict[tuple[int, int], procfs.VMA]) -> None:
@@ -390,7 +390,7 @@ def _lacking(vma: procfs.VMA, why: str) -> Missing:
     return Missing(vma.start, vma.end, vma.name, "ring" if vma.name in _RINGS else why)
 
 
-def _require_room(task: Task) -> int:
+def require_room(task: Task) -> int:
     """Check that the page tables of a snapshot fit the task's memory limits; return its resident bytes."""
     try:
         resident, tables = (procfs.status_bytes(field, task.pid) for field in ("VmRSS", "VmPTE"))
@@ -400,7 +400,7 @@ def _require_room(task: Task) -> int:
     return resident
 
 
-def _prefer_as_victim(task: Task) -> None:
+def prefer_as_victim(task: Task) -> None:
     """Cause the kernel to end the snapshot before the task, which it would otherwise find equally large."""
     with (
         contextlib.suppress(OSError),

@@ -1,5 +1,6 @@
 """Lazy copies of memory of other tasks."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -106,6 +107,18 @@ def test_an_early_end_leaves_nothing(program: Program) -> None:
         del copy
     assert lazy.is_soon(program.is_alone)
     program.fill("c")
+
+
+def test_the_kernel_would_end_the_snapshot_before_the_task(program: Program) -> None:
+    seen: list[str] = []
+    for _ in range(20):  # a copy may be complete before the look
+        with program.copied() as copy, contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            seen += [Path(f"/proc/{child}/oom_score_adj").read_text().strip() for child in program.children.split()]
+            copy.fetch()
+        if seen:
+            break
+    assert set(seen) == {"1000"}
+    assert Path(f"/proc/{program.process.pid}/oom_score_adj").read_text().strip() != "1000"
 
 
 def test_a_killed_snapshot(program: Program) -> None:

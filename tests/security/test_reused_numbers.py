@@ -171,7 +171,7 @@ def test_another_process_does_not_become_the_victim_of_the_oom_killer() -> None:
 
     def body() -> list[str]:
         with replaced() as (task, successor):
-            task_snapshot._prefer_as_victim(task)
+            task_snapshot.prefer_as_victim(task)
             return [Path(f"/proc/{pid}/oom_score_adj").read_text() for pid in ("self", successor)]
 
     own, other = in_namespaces(body, proc=mount_proc)
