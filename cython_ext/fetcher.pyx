@@ -174,7 +174,7 @@ cdef class Fetcher:
         return self._destination + lost * PAGE_SIZE if lost < last else None
 
     def stop(self):
-        """End the thread, and the child of this process; idempotent. What was not fetched reads as zero then."""
+        """End the thread, and the child of this process; idempotent. Missing pages then read as zeros."""
         if self._runs and not self.is_inherited:
             self._runs = False
             with nogil:

@@ -230,7 +230,7 @@ class Search:
         mib = -(-self.want.size >> 20)
         # Larger memory consists of windows of at most 1 GiB, which the command examines.
         command = f"iobmd pagemap --host {min(mib, 1024)}M"
-        return f"; `{command}` shows what is in the way" if self.want.contiguous else ""
+        return f"; `{command}` shows the obstacles" if self.want.contiguous else ""
 
     def _remedies(self) -> Iterator[str]:
         if self.budget.over:
