@@ -804,7 +804,7 @@ static int iobmd_ranges_left(const struct iobmd_tracer *t, struct iobmd_call *ca
     return count;
 }
 
-struct iobmd_collection { struct iobmd_call *calls; int count, alive; };
+struct iobmd_collection { struct iobmd_call *calls; int count, alive, unreadable; };
 
 static int iobmd_collect_by(struct iobmd_tracer *t, pid_t tid, void *data)
 {
@@ -812,6 +812,7 @@ static int iobmd_collect_by(struct iobmd_tracer *t, pid_t tid, void *data)
     struct iobmd_thread thread = { .tid = tid, .cpu = -1 };
     int status = iobmd_stop(t, &thread, 1, left->calls, left->count);
     left->alive += status != IOBMD_GONE;
+    left->unreadable += status == IOBMD_UNREADABLE;
     if (status == IOBMD_DONE) return left->calls[left->count - 1].result ? IOBMD_FAILED : IOBMD_LATE;
     return status == IOBMD_FAILED || status == IOBMD_STRANGER ? status : IOBMD_DONE;
 }
@@ -848,10 +849,14 @@ static void iobmd_unmap_left(struct iobmd_tracer *t)
 static int iobmd_collect(struct iobmd_tracer *t)
 {
     struct iobmd_call wait = iobmd_new_call(SYS_wait4, (unsigned long)t->guest_there, 0, __WALL | WNOHANG);
-    struct iobmd_collection left = { &wait, 1, 0 };
+    struct iobmd_collection left = { &wait, 1, 0, 0 };
     int status;
     if (t->knows) status = iobmd_stop(t, t->known, t->knows, &wait, 1);
-    else if (!(status = iobmd_each_thread(t, iobmd_collect_by, &left)) && !left.alive) status = IOBMD_GONE;
+    else if (!(status = iobmd_each_thread(t, iobmd_collect_by, &left))) {
+        /* No thread has done it. The code is unreadable in all if the task has executed another program. */
+        status = left.unreadable ? IOBMD_UNREADABLE : left.alive ? IOBMD_LATE : IOBMD_GONE;
+        iobmd_doze(t);
+    }
     /* wait4 returns 0 if the guest is not dead yet, and an error if it does not exist. */
     if (status == IOBMD_FAILED || (status == IOBMD_DONE && wait.result)) {
         /* The snapshot that it has created takes its place: it will be reaped in the same way. */

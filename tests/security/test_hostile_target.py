@@ -21,6 +21,7 @@ from support.targets import Target, children, until_at_rest
 
 import iobmd
 from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Task, Wiring, procfs
+from iobmd.errors import NoResourcesError
 from iobmd.remote import syscall_instruction
 from iobmd.remote.guest import Call, Guest
 from iobmd.remote.session import Session
@@ -216,30 +217,40 @@ import os, sys, threading
 def wait():
     sys.stdin.readline()
     os.execvp("sleep", ["sleep", "1000"])
+for _ in range(int(sys.argv[1])):
+    threading.Thread(target=threading.Event().wait).start()
 threading.Thread(target=wait).start()
 print("ready", flush=True)
 threading.Event().wait()
 """
 
 
-def test_another_thread_runs_another_program() -> None:
+@pytest.mark.parametrize("others", [0, 100])
+def test_another_thread_runs_another_program(others: int) -> None:
     """At any moment: the new program takes over the id of the thread that makes the call, which ends the wait.
 
-    In about one of 600 cases the guest remains as a zombie of the program (measured; the cause is unknown).
+    With many threads the program briefly has none that can reap, and afterwards its code differs.
     """
-    left = []
-    for number in range(10):
-        with Target([sys.executable, "-c", EXEC]) as target:
+    for number in range(15):
+        with Target([sys.executable, "-c", EXEC, str(others)]) as target:
             until_at_rest(target.pid)
             name, begin = Path(f"/proc/{target.pid}/comm"), time.monotonic()
             threading.Timer(number * 0.001, target.tell).start()
             while name.read_text() != "sleep\n" or time.monotonic() < begin + 0.05:
                 with contextlib.suppress(IOReturnError):
-                    iobmd.allocate(8192, task=target.pid, wired=False).free()
+                    free_in_spite_of_exec(iobmd.allocate(8192, task=target.pid, wired=False))
             assert time.monotonic() - begin < 5
             assert "TracerPid:\t0\n" in Path(f"/proc/{target.pid}/status").read_text()
-            left += [children(target.pid)] if children(target.pid) else []
-    assert len(left) <= 1
+            assert not children(target.pid)
+
+
+def free_in_spite_of_exec(buffer: iobmd.IOBufferMemoryDescriptor) -> IOReturn:
+    """Free a buffer again if the task could create no process, as while it executes a program (EAGAIN)."""
+    for _ in range(50):
+        with contextlib.suppress(NoResourcesError):
+            return buffer.free()
+        time.sleep(0.002)
+    raise AssertionError("the buffer cannot be freed")
 
 
 OTHER_CALL = b"\xb8\x5f\0\0\0" + b"\xbf\x15\0\0\0" + b"\x0f\x05"
