@@ -32,6 +32,7 @@ _T = TypeVar("_T")
 PATIENCE = 2.0  # seconds for a thread to stop, and for another tracer to end
 _SHORT = 0.2  # seconds for a thread to stop, if there are others
 _ATTEMPTS = 10
+_EXECUTING = 0.05  # seconds for another thread to execute a program
 _SHOWN = 100  # threads whose states a message reports: each takes a millisecond on a busy machine
 _CLONE_VM, _CLONE_FS, _CLONE_FILES = 0x100, 0x200, 0x400
 _NO_STACK = 8  # not mapped: a guest that outlives its tracer faults at its first push
@@ -117,21 +118,25 @@ class Session:
         IOReturnError
             `kIOReturnNoResources`: the task can create no process.
         """
-        try:
-            if standing:
-                self._freeze(native.GUEST, 0)
+        until = time.monotonic() + _EXECUTING
+        while not self._tracer.guest:
+            try:
+                if standing:
+                    self._freeze(native.GUEST, 0)
+                else:
+                    self.stop(call("clone", _CLONE_VM | _CLONE_FS | _CLONE_FILES, _NO_STACK, 0, 0, 0))
+            except OSError as error:
+                if error.errno != errno.EAGAIN or isinstance(error, IOReturnError):
+                    raise
+                # While a thread executes a program, no new process may share the working directory (CLONE_FS).
+                if time.monotonic() > until:
+                    limit = f"({error.strerror}): raise its RLIMIT_NPROC, or the pids.max of its cgroup"
+                    message = f"task {self.task.pid} can create no process, but one is needed {limit}"
+                    raise NoResourcesError(message, error.errno) from None
+                time.sleep(0.002)
             else:
-                self.stop(call("clone", _CLONE_VM | _CLONE_FS | _CLONE_FILES, _NO_STACK, 0, 0, 0))
-        except OSError as error:
-            if error.errno != errno.EAGAIN or isinstance(error, IOReturnError):
-                raise
-            message = (
-                f"task {self.task.pid} can create no process, but one is needed ({error.strerror}): raise its "
-                "RLIMIT_NPROC, or the pids.max of its cgroup"
-            )
-            raise NoResourcesError(message, error.errno) from None
-        if not self._tracer.guest:
-            raise self._unseen()
+                if not self._tracer.guest:
+                    raise self._unseen()
         return Guest(self.task, self._tracer.guest, self._run)
 
     def _run(self, calls: Sequence[Call], deadline: float, may_wait: bool) -> list[int]:
