@@ -8,12 +8,12 @@ cdef enum:
 
 cdef enum:  # kinds of frames, in the order of KINDS
     OF_FREE, OF_ANONYMOUS, OF_FILE, OF_SHARED, OF_HUGETLB, OF_SLAB, OF_TABLES, OF_KERNEL, OF_RESERVED, OF_OFFLINE
-    OF_POISON, KIND_COUNT
+    OF_POISON, OF_UNINITIALIZED, KIND_COUNT
     OF_HUGE = KIND_COUNT, MAP_COUNT  # in a map only: movable memory in huge pages
 
 KINDS = (
     "free", "anonymous", "file", "shared", "hugetlb", "slab", "page_tables", "kernel", "reserved", "offline",
-    "poisoned",
+    "poisoned", "uninitialized",
 )
 WINDOW_STATES = ("free", "movable", "huge", "one_short", "unmovable")
 
@@ -161,6 +161,14 @@ cdef class Census:
             raise OSError(error, f"read of kpageflags: {strerror(error).decode()}")
         return self.at
 
+    def skip(self, uint64_t end):
+        """Count the frames up to `end` as uninitialized, without reading their flags."""
+        with nogil:
+            self._end_unit()
+            self.unit, self.unit_frames, self.unit_kind = self.at, end - self.at, OF_UNINITIALIZED
+            self.is_compound = False
+            self.at = end
+
     def finish(self):
         """End a range: no run continues in the next one."""
         with nogil:
@@ -295,14 +303,15 @@ cdef class Census:
         cdef uint64_t part, units = 1 if self.is_compound else frames
         while frames:
             part = min(frames, self.block - frame % self.block)
-            window.seen += part
+            if kind != OF_UNINITIALIZED:  # the allocator does not have these frames yet: no window contains them
+                window.seen += part
             if kind == OF_FREE:
                 window.free += part
             elif huge and (_is_movable(kind) or kind == OF_HUGETLB):
                 window.huge += part
             elif _is_movable(kind):
                 window.movable += part
-            else:
+            elif kind != OF_UNINITIALIZED:
                 self.short_frame, self.short_frames, self.short_kind = frame, part, kind
                 window.unmovable += part
                 window.units += min(units, part)

@@ -6,6 +6,7 @@ import os
 import re
 from typing import NamedTuple
 
+from iobmd import procfs
 from iobmd.host.fact import lines, read_text
 from iobmd.units import PAGE_SIZE
 
@@ -14,6 +15,9 @@ _COUNTER = re.compile(r"^ +(?:pages )?(\w+):? +(\d+)$", re.MULTILINE)
 _LISTED = re.compile(r"^ +count: +(\d+)$", re.MULTILINE)
 _RAM = re.compile(r"^ *([0-9a-f]+)-([0-9a-f]+) : System RAM", re.MULTILINE)
 _BLOCKS = "/sys/devices/system/memory"
+
+SECTION = 128 << 20
+"""Bytes of a section of page descriptors (x86-64), the least that the kernel initializes at once."""
 
 
 class Zone(NamedTuple):
@@ -29,6 +33,8 @@ class Zone(NamedTuple):
     """The end of the spanned addresses."""
     present: int
     """Memory in it, without holes."""
+    managed: int
+    """The part of it that the allocator has received: without what was reserved at boot, or is not initialized yet."""
     free: int
     """Free memory."""
     high: int
@@ -58,10 +64,20 @@ def _zone(node: int, name: str, text: str) -> Zone:
     for counter, value in _COUNTER.findall(text):
         counters.setdefault(counter, int(value))  # the sets of pages of processors have counters named high, too
     start = counters.get("start_pfn", 0)
-    present, free, high = (counters.get(counter, 0) * PAGE_SIZE for counter in ("present", "free", "high"))
+    present, managed, high = (counters.get(counter, 0) * PAGE_SIZE for counter in ("present", "managed", "high"))
+    free = counters.get("free", 0) * PAGE_SIZE
     listed = sum(map(int, _LISTED.findall(text))) * PAGE_SIZE
     end = start + counters.get("spanned", 0)
-    return Zone(node, name, start * PAGE_SIZE, end * PAGE_SIZE, present, free, high, listed, counters)
+    return Zone(node, name, start * PAGE_SIZE, end * PAGE_SIZE, present, managed, free, high, listed, counters)
+
+
+def uninitialized(found: list[Zone]) -> int:
+    """Return the free memory, in bytes, that the kernel has not initialized since boot, and counts in no zone.
+
+    Kernels that initialize memory when they need it (deferred_init=lazy) count it in MemFree nevertheless.
+    """
+    missing = procfs.meminfo().get("MemFree", 0) - sum(zone.free for zone in found)
+    return missing if missing >= SECTION else 0  # less may be free memory that other processors released since
 
 
 def free_blocks() -> dict[tuple[int, str], list[int]]:

@@ -39,13 +39,14 @@ class ZoneMemory(NamedTuple):
     kinds: dict[str, int]
     """Memory by kind: ``free``, ``anonymous``, ``file`` (page cache), ``shared`` (tmpfs, memfd, SysV), ``hugetlb``,
     ``slab``, ``page_tables``, ``kernel`` (all other memory in use), ``reserved`` (at boot: the kernel's image, the
-    array of page descriptors, firmware), ``offline`` (by a balloon or hotplug), ``poisoned``."""
+    array of page descriptors, firmware), ``offline`` (by a balloon or hotplug), ``poisoned``, ``uninitialized``
+    (free, but the kernel must initialize its page descriptors before it can allocate it)."""
     huge: dict[str, int]
     """The part of each kind in folios of at least a huge page, mapped as such or not."""
     windows: dict[int, dict[str, int]]
     """Numbers of aligned windows by size and state: ``free``; ``movable`` (free after compaction); ``huge`` (huge
     pages, and otherwise free or movable memory); ``one_short`` (windows of a huge page: free or movable but for one
-    unmovable page, or a slab of up to 8); ``unmovable`` (others)."""
+    unmovable page, or a slab of up to 8); ``unmovable`` (others). None contains uninitialized memory."""
     free_runs: dict[int, tuple[int, int]]
     """Runs of free frames by length, rounded down to a power of two: their number, and the memory in them."""
 
@@ -247,9 +248,11 @@ class _Reading:
         )
         found = []
         for zone in zones:
-            for start, end in self._map.ram:
-                if max(start, zone.start) < min(end, zone.end):
-                    self._read(max(start, zone.start), min(end, zone.end))
+            parts = [(max(start, zone.start), min(end, zone.end)) for start, end in self._map.ram]
+            parts = [(start, end) for start, end in parts if start < end]
+            for start, end in parts:
+                is_last = (start, end) == parts[-1]
+                self._read(start, end, self._initialized(zone, start, end) if is_last else end)
             found.append(_zone_memory(zone, self._census, self._block))
         free, movable = (FrameRun(*(number * PAGE_SIZE for number in run)) for run in self._census.longest())
         closest = {size: self._closest(size) for size in (found[0].windows if found else ())}
@@ -265,17 +268,35 @@ class _Reading:
             rows=self._map.filled(self._census.cell_counts()),
         )
 
-    def _read(self, start: int, end: int) -> None:
+    def _initialized(self, zone: Zone, start: int, end: int) -> int:
+        """Return the end of the initialized memory of the last range of a zone.
+
+        Kernels may initialize page descriptors after boot (CONFIG_DEFERRED_STRUCT_PAGE_INIT), or when they need the
+        memory (deferred_init=lazy), from the start of a zone to its end. Until then, the descriptors have no flags,
+        and the memory is not managed. Memory reserved at boot is not managed either, but has a flag.
+        """
+        begin = max(start, end - (zone.present - zone.managed))
+        untouched = self._frames.end_of_flags(begin, end)
+        return untouched if end - untouched >= zoneinfo.SECTION else end
+
+    def _read(self, start: int, end: int, initialized: int) -> None:
+        """Read the frames of a range up to the end of its initialized part."""
         self._census.begin(start // PAGE_SIZE, self._map.cell_of(start))
         at = start
-        while at < end:
-            until = min(end, at + _STEP)
+        while at < initialized:
+            until = min(initialized, at + _STEP)
             stopped = self._census.read(until // PAGE_SIZE) * PAGE_SIZE
-            self._done += until - at
-            at = until if stopped >= until else end  # the kernel has no descriptors of the frames from there on
-            if self._progress:
-                self._progress(self._done, self._total)
+            self._report(until - at)
+            at = until if stopped >= until else initialized  # no frame has a descriptor from there on
+        if initialized < end:
+            self._census.skip(end // PAGE_SIZE)
+            self._report(end - initialized)
         self._census.finish()
+
+    def _report(self, done: int) -> None:
+        self._done += done
+        if self._progress:
+            self._progress(self._done, self._total)
 
     def _closest(self, size: int) -> int | None:
         at = self._census.closest_window((size // self._block).bit_length() - 1)

@@ -37,6 +37,9 @@ FLAGS = {
 _NODES = 4096
 """Number of pages whose nodes are queried in one call."""
 
+_READ = 256 << 10
+"""Bytes of kpageflags that are read at once."""
+
 _PATIENCE = 5.0
 """Seconds for one step of the search of a process."""
 
@@ -102,6 +105,16 @@ class Frames:
     def census(self, block: int, cells: int, cell: int) -> native.Census:
         """Return a reader of all flags; the parameters are those of the native class."""
         return native.Census(self._flags, block, cells, cell)
+
+    def end_of_flags(self, start: int, end: int) -> int:
+        """Return the end of the last frame that has a flag between two physical addresses; `start` if none has."""
+        while start < end:
+            first = max(start, end - _READ // 8 * PAGE_SIZE)
+            raw = os.pread(self._flags, (end - first) // PAGE_SIZE * 8, first // PAGE_SIZE * 8).rstrip(b"\0")
+            if raw:
+                return first + -(-len(raw) // 8) * PAGE_SIZE
+            end = first
+        return start
 
     def _cgroup_name(self, inode: int) -> str:
         if self._names is None:

@@ -1,5 +1,6 @@
 """The census of page frames, on files of flags as /proc/kpageflags has them, compared with a count frame by frame."""
 
+import os
 import random
 import struct
 from collections import Counter
@@ -11,6 +12,7 @@ import pytest
 
 from iobmd._native.pagemap import KINDS, WINDOW_STATES, Census
 from iobmd.pagemap import census as module
+from iobmd.pagemap import frame
 
 BLOCK = 16
 HEAD, TAIL, THP = 1 << 15, 1 << 16, 1 << 22
@@ -157,6 +159,41 @@ def test_the_lonely_page_and_the_closest_window_are_named(tmp_path: Path) -> Non
     assert census.closest_window(2) == 0  # one unmovable page; five in the other
     assert census.closest_window(4) is None
     assert census.closest_window(99) is None
+
+
+def test_frames_that_are_skipped_are_uninitialized(tmp_path: Path) -> None:
+    """No window contains them, and no run."""
+    count = made(tmp_path / "flags", [WORDS["free"]] * (BLOCK + 1))
+    with (tmp_path / "flags").open("rb") as file:
+        census = Census(file.fileno(), BLOCK, 4, BLOCK)
+        census.begin(0, 0)
+        census.read(count)
+        census.skip(4 * BLOCK)
+        census.finish()
+    frames, _huge, windows, runs, _in_runs = census.take()
+    counts = {kind: many for kind, many in zip(KINDS, frames, strict=True) if many}
+    assert counts == {"free": count, "uninitialized": 4 * BLOCK - count}
+    assert dict(zip(WINDOW_STATES, windows[0], strict=True))["free"] == sum(windows[0]) == 1
+    assert sum(windows[1]) == sum(windows[2]) == 0
+    assert sum(runs) == 1
+    assert census.longest() == ((0, count, count), (0, count, count))
+    assert census.nearly_free() == []
+    cells = struct.unpack(f"={4 * (len(KINDS) + 1)}I", census.cell_counts())
+    assert cells[KINDS.index("uninitialized") :: len(KINDS) + 1] == (0, BLOCK - 1, BLOCK, BLOCK)
+
+
+@pytest.mark.parametrize("flagged", [0, 1, 40_000, 70_000, 70_001, 100_000])
+def test_the_end_of_flags(flagged: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found across the parts that are read; zeros before the last flag do not count."""
+    words = [0] * 100_000
+    words[flagged - 1 : flagged] = [1] * min(flagged, 1)
+    made(tmp_path / "flags", words)
+    opened = os.open(tmp_path / "flags", os.O_RDONLY)
+    monkeypatch.setattr(frame.os, "open", lambda _path, _flags: os.dup(opened))
+    with frame.Frames() as frames:
+        assert frames.end_of_flags(0, 100_000 * 4096) == flagged * 4096
+        assert frames.end_of_flags(99_999 * 4096, 100_000 * 4096) == max(flagged, 99_999) * 4096
+    os.close(opened)
 
 
 @pytest.mark.parametrize("arguments", [(0, 0, 1), (16, 0, 0)])

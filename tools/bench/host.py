@@ -61,6 +61,7 @@ def _frames(rounds: int) -> Iterable[Result]:
     counters = procfs.meminfo()
     kinds = memory.kinds
     yield _agreement("free memory", kinds["free"], "the reader in C", free * PAGE_SIZE)
+    kinds["free"] += kinds["uninitialized"]  # as MemFree does
     for kind, name in (("free", "MemFree"), ("anonymous", "AnonPages"), ("slab", "Slab")):
         yield _agreement(f"{kind} memory", kinds[kind], f"{name} of /proc/meminfo", counters[name])
     yield _memory()

@@ -86,6 +86,7 @@ def summary() -> Summary:
     }
     kinds = {kind: number * PAGE_SIZE for kind, number in pages.items()}
     kinds["hugetlb"] = sum(pool.size * pool.total for pool in hugetlb_pools())
+    kinds["uninitialized"] = zoneinfo.uninitialized(zones)
     kinds["kernel"] = max(0, sum(zone.present for zone in zones) - sum(kinds.values()))
     return Summary(zones, zoneinfo.free_blocks(), kinds)
 
@@ -121,6 +122,11 @@ class _Report:
         self._show_windows(memory)
         self._show_lonely(memory)
         self._show_longest(memory)
+        if later := kinds["uninitialized"]:
+            self._say(
+                f"{format_size(later)} more are free, but not initialized: the kernel defers that until it needs the "
+                "memory. Contiguous memory may be available there that is not counted above"
+            )
         self._say(
             f"{format_count(present // PAGE_SIZE, 'frame')} read in {format_time(took)}; processes changed some of "
             "them during that time"

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 _MARGIN = 13
 """Columns for the address of a row."""
-_SHADES, _FREE = "░▒▓█", "·"
+_SHADES = "░▒▓█"
+_UNUSED = {"free": "·", "uninitialized": ":"}
+"""The signs of memory that is not in use."""
 _PIPE_LINES = 40
 _BARS = 8
 """The least columns of a bar that is worth drawing."""
@@ -48,6 +50,7 @@ KINDS = {
     "reserved": Ink("#5a5a5a", "bright_black", "R", "reserved"),
     "offline": Ink("#b9a44c", "bright_yellow", "O", "offline"),
     "poisoned": Ink("#ff00ff", "bright_magenta", "X", "poisoned"),
+    "uninitialized": Ink("#808080", "white", ":", "uninitialized"),
 }
 """Kinds in the order of the legend."""
 
@@ -86,7 +89,7 @@ class _Brush:
     """Cells with the colors that the terminal has, or letters."""
 
     def __init__(self, system: str | None) -> None:
-        self.shades = system is not None and _can_encode(_SHADES + _FREE)
+        self.shades = system is not None and _can_encode(_SHADES + _UNUSED["free"])
         self._plain = system == "standard"
 
     def text(self, text: str) -> Text:
@@ -97,9 +100,9 @@ class _Brush:
 
     def cell(self, sums: dict[str, int], size: int) -> Text:
         """Return the character for a block: of its most frequent kind besides free memory, by the part in use."""
-        used = {kind: held for kind, held in sums.items() if kind != "free"}
+        used = {kind: held for kind, held in sums.items() if kind not in _UNUSED}
         if not used:
-            return self._styled("free", _FREE if self.shades else ".") if sums else self.text(" ")
+            return self.swatch(max(sums, key=lambda kind: sums[kind])) if sums else self.text(" ")
         kind = max(used, key=lambda kind: used[kind])
         share = sum(used.values()) / size
         if self.shades:
@@ -109,7 +112,7 @@ class _Brush:
     def swatch(self, kind: str, length: int = 1) -> Text:
         """Return a sample of a kind, or a bar."""
         if self.shades:
-            return self._styled(kind, (_FREE if kind == "free" else _SHADES[-1]) * length)
+            return self._styled(kind, _UNUSED.get(kind, _SHADES[-1]) * length)
         return self.text(KINDS[kind].letter * length)
 
     def _styled(self, kind: str, text: str) -> Text:
