@@ -9,6 +9,7 @@ cdef extern from *:
 
 cdef enum:
     READ = 4096  # frames a read
+    BORDER = 16  # frames of the first read for the border of a folio: most folios of the page cache are smaller
     MOST = 1 << 18  # pages of the largest folio: 1 GiB of 4 KiB
     ORDERS = 48
     DISTINCT = 8  # distinct words, such as the cgroups of one run, that are recorded
@@ -27,10 +28,10 @@ cdef ssize_t _read_words(int fd, uint64_t *words, uint64_t frame, uint64_t many)
 
 cdef uint64_t _head_of(int fd, uint64_t *words, uint64_t frame) noexcept nogil:
     """Return the first frame of the folio to which a tail page belongs."""
-    cdef uint64_t back = 0, some
+    cdef uint64_t back = 0, some = BORDER
     cdef ssize_t got, index
     while frame and back < MOST:
-        some = min(<uint64_t>512, frame)
+        some = min(some * 2, frame, <uint64_t>READ)
         frame -= some
         back += some
         got = _read_words(fd, words, frame, some)
@@ -42,19 +43,19 @@ cdef uint64_t _head_of(int fd, uint64_t *words, uint64_t frame) noexcept nogil:
     return frame
 
 
-cdef uint64_t _end_of(int fd, uint64_t *words, uint64_t frame) noexcept nogil:
-    """Return the end frame of the folio to which `frame` belongs."""
-    cdef uint64_t first = frame
+cdef uint64_t _end_of(int fd, uint64_t *words, uint64_t head, uint64_t frame) noexcept nogil:
+    """Return the end frame of a folio; the frames from its head up to `frame` belong to it."""
+    cdef uint64_t many = BORDER
     cdef ssize_t got, index
-    frame += 1
-    while frame - first < MOST:
-        got = _read_words(fd, words, frame, 512)
+    while frame - head < MOST:
+        got = _read_words(fd, words, frame, many)
         if got <= 0:
             break
         for index in range(got):
             if not words[index] & TAIL:
                 return frame + index
         frame += got
+        many *= 2
     return frame
 
 
@@ -81,7 +82,7 @@ def folios(int fd, bytes raw, uint64_t present, uint64_t excluded, uint64_t page
     cdef uint64_t *words = <uint64_t *>malloc(READ * 8 * 2)
     cdef uint64_t *aside = words + READ
     cdef uint64_t frame, left, head = 0, end = 0, take
-    cdef ssize_t got, at, index
+    cdef ssize_t got, at, index, next
     cdef const Span *span
     cdef int order
     if words == NULL:
@@ -106,7 +107,12 @@ def folios(int fd, bytes raw, uint64_t present, uint64_t excluded, uint64_t page
                         take, order = 1, 0
                         if words[at] & (HEAD | TAIL) and words[at] & (THP | HUGETLB):
                             head = frame if words[at] & HEAD else _head_of(fd, aside, frame)
-                            end = _end_of(fd, aside, frame)
+                            next = at + 1
+                            while next < got and words[next] & TAIL:
+                                next += 1
+                            end = frame + (next - at)
+                            if next == got:
+                                end = _end_of(fd, aside, head, end)
                             continue
                     found[order] += take
                     at += take

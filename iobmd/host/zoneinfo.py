@@ -34,7 +34,7 @@ class Zone(NamedTuple):
     present: int
     """Memory in it, without holes."""
     managed: int
-    """The part of it that the allocator has received: without what was reserved at boot, or is not initialized yet."""
+    """The part of it that the allocator received: without memory reserved at boot, or not initialized yet."""
     free: int
     """Free memory."""
     high: int

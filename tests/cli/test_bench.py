@@ -12,6 +12,8 @@ from iobmd.cli import main
 
 Captured = pytest.CaptureFixture[str]
 MIB = 1 << 20
+PEERS = ("numastat", "smem", "smem")
+"""The program to which each row of the host belongs that not every host has."""
 POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 
 
@@ -23,9 +25,9 @@ POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
         pytest.param("allocator", 3, marks=pytest.mark.needs("memlock")),
         pytest.param("purgeable", 5, marks=pytest.mark.needs("memlock")),
         ("remote", 15 if shutil.which("gcore") else 11),
-        ("pagemap", 9),
+        ("pagemap", 10),
         ("cachemode", 7),
-        pytest.param("host", 6 + bool(shutil.which("numastat")), marks=pytest.mark.needs("root")),
+        pytest.param("host", 6 + len(list(filter(shutil.which, PEERS))), marks=pytest.mark.needs("root")),
         pytest.param("contiguous", 4, marks=pytest.mark.needs("frames", "memlock", "big_memory")),
     ],
 )
@@ -36,6 +38,7 @@ def test_every_figure_has_its_floor(name: str, rows: int, capsys: Captured, monk
     monkeypatch.setattr(purgeable, "SIZE", 4 * MIB)
     monkeypatch.setattr(purgeable, "LIMIT", 64 * MIB)
     monkeypatch.setattr(host, "_files", lambda _rounds: ())
+    monkeypatch.setattr(host, "PROCESSES", 2)
     monkeypatch.setattr(purgeable, "WORKING_SET", 256 * MIB)
     monkeypatch.setattr(purgeable, "REQUESTS", 1000)
     with iobmd.policy(memory_budget=0):

@@ -32,7 +32,7 @@ BENCHMARKS = {
         "iobmd.tools.bench.pagemap",
         "walking the pages of a process, and the cost to that process",
     ),
-    "host": ("iobmd.tools.bench.host", "the memory of the host by kind, and the page cache of files"),
+    "host": ("iobmd.tools.bench.host", "the memory of the host, of its processes, and the page cache"),
     "cachemode": ("iobmd.tools.bench.cachemode", "the costs of cache modes, and the gain of write-combine"),
     "remote": ("iobmd.tools.bench.remote", "for how long another task is stopped, and the speed of shared memory"),
 }

@@ -1,12 +1,17 @@
-"""`iobmd bench host`: the memory of the host, and the page cache; the peers are a reader in C, vmtouch, numastat."""
+"""`iobmd bench host`: the memory of the host, of its processes, and the page cache of files.
+
+The peers are a reader of /proc/kpageflags in C, numastat, smem and vmtouch; those that are not installed have no row.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sysconfig
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,17 +25,19 @@ from . import floors
 from .result import Result, at_most, launcher, medians, seconds, spawned
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 FILES = sysconfig.get_path("stdlib")
 """The directory whose cached part is measured."""
+PROCESSES = 500
+"""Idle processes that are added to those of the host."""
 _CLOSE = 0.05
 """The difference between two totals that were measured one after the other, as a part of memory."""
 
 
 def run(_size: int, rounds: int) -> list[Result]:
     """Measure; the sizes are those of the host's memory, and of Python's standard library."""
-    return [*_frames(rounds), *_counters(rounds), *_files(rounds)]
+    return [*_frames(rounds), *_counters(rounds), *_processes(rounds), *_files(rounds)]
 
 
 def _frames(rounds: int) -> Iterable[Result]:
@@ -93,7 +100,7 @@ def _counters(rounds: int) -> Iterable[Result]:
     if not shutil.which("numastat"):
         return
     (took,) = medians(rounds, partial(spawned, ["numastat", "-m"]))
-    text = subprocess.run(["numastat", "-m"], check=True, capture_output=True, text=True).stdout
+    text = _printed(["numastat", "-m"])
     theirs = int(float(re.findall(r"^MemFree\s.*?([\d.]+)\s*$", text, re.MULTILINE)[0]) * (1 << 20))
     ours = sum(zone.counters["nr_free_pages"] for zone in zoneinfo.zones()) * PAGE_SIZE
     yield _agreement(
@@ -104,6 +111,43 @@ def _counters(rounds: int) -> Iterable[Result]:
     )
 
 
+def _processes(rounds: int) -> Iterable[Result]:
+    """Compare the sum of PSS of all processes with smem, which reads the smaps of each."""
+    if not shutil.which("smem"):
+        return
+    theirs, ours = ["smem", "-t", "-H", "-c", "pss"], [*launcher(), "pagemap", "--processes"]
+    with _idle(PROCESSES):
+        try:
+            bare, took = medians(rounds, partial(spawned, theirs), partial(spawned, ours))
+            before = _printed(theirs)
+            summary = json.loads(_printed([*ours, "--json"]))["summary"]
+            after = _printed(theirs)
+        except subprocess.CalledProcessError:  # smem fails if the name of a process is not UTF-8
+            return
+    what = f"`iobmd pagemap --processes` of {summary['processes']:,} processes"
+    yield at_most(what, format_time(took), f"smem: {format_time(bare)}", took / bare, 2)
+    # Other processes start and exit: smem's sums before and after.
+    pss = sum(int(text.split()[-1]) << 10 for text in (before, after)) // 2
+    yield _agreement("PSS of them", summary["pss_bytes"], "smem", pss, pss)
+
+
+def _printed(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@contextmanager
+def _idle(many: int) -> Iterator[None]:
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        processes.extend(subprocess.Popen(["sleep", "1000"]) for _ in range(many))
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.wait()
+
+
 def _files(rounds: int) -> Iterable[Result]:
     """Compare with vmtouch, on the files of Python's standard library."""
     if not shutil.which("vmtouch"):
@@ -111,15 +155,11 @@ def _files(rounds: int) -> Iterable[Result]:
     path = FILES
     theirs = ["vmtouch", "-q", path]
     bare, took = medians(rounds, partial(spawned, theirs), partial(spawned, [*launcher(), "pagemap", "--file", path]))
-    text = subprocess.run(theirs[:1] + theirs[2:], check=True, capture_output=True, text=True).stdout
+    text = _printed(theirs[:1] + theirs[2:])
     number = int(re.findall(r"Files: (\d+)", text)[0])
     pages = int(re.findall(r"Resident Pages: (\d+)/", text)[0])
-    done = subprocess.run(
-        [*launcher(), "pagemap", "--file", path, "--json"], check=True, capture_output=True, text=True
-    )
-    cached, files = (
-        int(re.findall(rf'"summary": .*"{name}": (\d+)', done.stdout)[0]) for name in ("cached_bytes", "files")
-    )
+    summary = json.loads(_printed([*launcher(), "pagemap", "--file", path, "--json"]))["summary"]
+    cached, files = summary["cached_bytes"], summary["files"]
     what = f"`iobmd pagemap --file` of {files:,} files"
     yield at_most(what, format_time(took), f"vmtouch, {number:,} files: {format_time(bare)}", took / bare, 5)
     yield _agreement("cached memory of them", cached, "vmtouch", pages * PAGE_SIZE, pages * PAGE_SIZE)
