@@ -330,7 +330,7 @@ cdef class Mapping:
     cdef public int instruction
     cdef bint sealed
     cdef bint borrowed
-    cdef bint reserved
+    cdef public bint reserved
     cdef int only_in  # the process (`generation`) whose forked children lack it; 0: they inherit it
     cdef size_t margin
     cdef int kind
@@ -564,6 +564,16 @@ cdef class Mapping:
     def unseal(self):
         """Undo `seal`."""
         self.sealed = False
+
+    def renew(self):
+        """Return another mapping with this one's memory, and close this one, which others may still reference."""
+        cdef Mapping other = Mapping.__new__(Mapping)
+        self.seal()
+        if self.borrowed or self.margin or self.kind != PRIVATE:
+            raise ValueError("only private memory that is its own can have a new mapping object")
+        other.address, other.size, other.writable, other.kind = self.address, self.size, self.writable, self.kind
+        self.address = self.size = 0
+        return other
 
     def lost(self):
         """Return the first address where the mapping was removed or replaced, None without any (see `close`)."""

@@ -56,6 +56,9 @@ cdef extern from * nogil:
     #ifndef MADV_FREE
     #define MADV_FREE 8
     #endif
+    #ifndef MADV_KEEPONFORK
+    #define MADV_KEEPONFORK 19
+    #endif
     #ifndef MADV_COLD
     #define MADV_COLD 20
     #endif
@@ -97,9 +100,11 @@ cdef extern from * nogil:
         C_MS_ASYNC "MS_ASYNC"
         C_MADV_FREE "MADV_FREE"
         C_MADV_COLD "MADV_COLD"
+        C_MADV_DODUMP "MADV_DODUMP"
         C_MADV_DOFORK "MADV_DOFORK"
         C_MADV_DONTFORK "MADV_DONTFORK"
         C_MADV_HUGEPAGE "MADV_HUGEPAGE"
+        C_MADV_KEEPONFORK "MADV_KEEPONFORK"
         C_MADV_NOHUGEPAGE "MADV_NOHUGEPAGE"
         C_MADV_DONTNEED "MADV_DONTNEED"
         C_MADV_PAGEOUT "MADV_PAGEOUT"

@@ -98,6 +98,12 @@ def patience() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def nothing_kept() -> None:
+    """Free memory that earlier tests have left for reuse, so that a test gets new memory, or its own."""
+    iobmd.trim()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def what_the_library_keeps() -> None:
     """Create the process's ring, open pagemap, userfaultfd and tmpfs, so that they do not count as leaks."""

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 class Contents(Protocol):
     """Initial contents of new memory."""
 
-    def fill(self, destination: int, *, huge: int = 0, sparse: bool = False) -> bool:
-        """Copy the contents to zeroed memory of this process; return whether some of that memory was not touched.
+    size: int
+    """In bytes."""
+
+    def fill(self, destination: int, *, huge: int = 0, sparse: bool = False, fresh: bool = True) -> bool:
+        """Copy the contents to new memory of this process; return whether some of that memory was not touched.
 
         Parameters
         ----------
@@ -31,6 +34,8 @@ class Contents(Protocol):
             Size of the huge pages that the memory may have, 0 for none.
         sparse : bool
             Whether only ranges that are copied completely may have huge pages.
+        fresh : bool
+            Whether the memory is zero. Otherwise bytes that are not copied are cleared, or freed if it is sparse.
         """
 
     def resident(self) -> int:

@@ -13,17 +13,22 @@ from iobmd.backing.mapped import MappedBacking
 from iobmd.backing.placement import ANYWHERE, Placement
 from iobmd.errors import CannotWireError, IOReturnError
 from iobmd.host import headroom, limits
-from iobmd.memory import numa, pinning
+from iobmd.memory import numa, pinning, reuse
 from iobmd.memory.mlock import make_resident
 from iobmd.memory.populate import populate
 from iobmd.pagemap.self import own_pagemap
-from iobmd.physical import search
+from iobmd.physical import policy, search
 from iobmd.physical.search import PhysicalConstraints
 from iobmd.purgeable.private import LazilyFreed
+from iobmd.task import transfer
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_up
 
 if TYPE_CHECKING:
     from iobmd.backing import Contents
+
+
+_SPARSE_FROM = 16
+"""The inverse of the absent part from which a source counts as sparse: its copy then uses new memory."""
 
 
 class AnonymousBacking(MappedBacking):
@@ -47,6 +52,9 @@ class AnonymousBacking(MappedBacking):
         Alignment of any other address, if `want` implies none.
     """
 
+    _reusable = True
+    """Whether memory of this class can be used again."""
+
     def __init__(
         self,
         size: int,
@@ -60,11 +68,19 @@ class AnonymousBacking(MappedBacking):
     ) -> None:
         super().__init__(wired=wired)
         self._anywhere = not placement.at
+        self._kind: reuse.Kind | None = None
+        # Other pageable memory is touched page by page, or not at all: a new mapping serves it as well.
+        populated = self._reusable and (wired or contents) and not purgeable
+        if populated and self._anywhere and (want or size >= reuse.LEAST) and (limit := policy.keep_limit()):
+            self._kind = reuse.Kind(round_up(size, PAGE_SIZE), alignment, numa.wanted(), want)
+            self._most_kept = limit
         # A pageable copy has no more pages than its source.
         self._sparse = bool(contents) and not (wired or purgeable or want)
         if wired or contents:
             absent = contents.resident if contents and self._sparse else None
             headroom.require(size, swappable=not wired, absent=absent)
+            if self._reuse(size, want, contents):
+                return
         for _attempt in range(search.TRIES):
             self.mapping = placement.place(
                 round_up(size, PAGE_SIZE), lambda: self._obtain(size, want, alignment, sparse=self._sparse)
@@ -78,13 +94,46 @@ class AnonymousBacking(MappedBacking):
                         self._inherit()
                     return
             except BaseException:
-                self.close()
+                self.drop()
                 raise
-            self.close()
+            self.drop()
         raise search.kept_moving(want)
+
+    def _reuse(self, size: int, want: PhysicalConstraints | None, contents: Contents | None) -> bool:
+        """Use kept memory; return False if none satisfies the request."""
+        if self._kind is None or (self._sparse and contents and contents.resident() < size - size // _SPARSE_FROM):
+            return False
+        while kept := reuse.take(self._kind):
+            self.mapping = kept
+            try:
+                self._refill(contents)
+                if not self._wired or self._wire(size, want, contents):
+                    self._inherit()
+                    return True
+            except BaseException:
+                self.drop()
+                raise
+            self.drop()
+        return False
+
+    def _refill(self, contents: Contents | None) -> None:
+        """Replace the bytes of a former owner by the contents, or by zeros."""
+        huge = HUGE_PAGE_SIZE if self.size >= HUGE_PAGE_SIZE else 0
+        self._advise_huge(huge)
+        if self._wired:
+            make_resident(self.address, self.size, populate=False)  # this charges the limit in advance
+        if not self._sparse:
+            populate(self.address, self.size)
+        filled = contents.size if contents else 0
+        if contents:
+            contents.fill(self.address, huge=huge, sparse=self._sparse, fresh=False)
+        transfer.clear(self.address + filled, self.size - filled)
+        if self._wired:
+            make_resident(self.address, self.size)
 
     def _inherit(self) -> None:
         """Undo MADV_DONTFORK, which applies during the search and pinning."""
+        self.mapping.withhold(False)
         try:
             mman.advise(self.address, self.size, mman.MADV_DOFORK)
         except OSError as error:  # ENOMEM: it was merged with an adjacent area, and no further area is permitted
@@ -108,12 +157,8 @@ class AnonymousBacking(MappedBacking):
         if not populated:
             numa.place(self.address, self.size)
         huge = HUGE_PAGE_SIZE if self.size >= HUGE_PAGE_SIZE and not populated else 0
-        if huge and (self._wired or contents or self.purgeable):
-            # A kernel without transparent huge pages is only slower. In a sparse copy, MADV_HUGEPAGE is applied to
-            # ranges that are copied completely.
-            advice = mman.MADV_NOHUGEPAGE if self._sparse else mman.MADV_HUGEPAGE
-            with contextlib.suppress(OSError):
-                mman.advise(self.address, self.size, advice)
+        if self._wired or contents or self.purgeable:
+            self._advise_huge(huge)
         if self._wired:
             # Large memory is faulted in on several threads, by the copy or by `populate`: this charges the limit in
             # advance.
@@ -124,6 +169,14 @@ class AnonymousBacking(MappedBacking):
         elif left_zero and self._wired:
             populate(self.address, self.size)
             make_resident(self.address, self.size)
+
+    def _advise_huge(self, huge: int) -> None:
+        # A kernel without transparent huge pages is only slower. In a sparse copy, MADV_HUGEPAGE is applied to ranges
+        # that are copied completely.
+        advice = mman.MADV_NOHUGEPAGE if self._sparse else mman.MADV_HUGEPAGE
+        if huge:
+            with contextlib.suppress(OSError):
+                mman.advise(self.address, self.size, advice)
 
     def _wire(self, size: int, want: PhysicalConstraints | None, contents: Contents | None) -> bool:
         """Pin; return False if pinning moved pages to unsuitable frames, so that another attempt may succeed."""
@@ -172,3 +225,31 @@ class AnonymousBacking(MappedBacking):
             self.runs = self.read_runs()
             self._immovable = True
         return mapping is not None
+
+    def without_reuse(self) -> None:
+        """Do not keep its memory when it is freed, because something besides its bytes is its own, such as a name."""
+        self._kind = None
+
+    def close(self) -> None:
+        """As `MappedBacking.close`; the memory may be kept for later allocations."""
+        self._end(keep=True)
+
+    def drop(self) -> None:
+        """As `close`, without keeping the memory."""
+        self._end(keep=False)
+
+    def _end(self, *, keep: bool) -> None:
+        self.seal()
+        certain = self._certain()  # before pages may move
+        self.unpin()
+        if keep and self._kind and self._is_whole(certain) and reuse.offer(self.mapping, self._kind, self._most_kept):
+            return
+        if policy.NOTHING_REUSED:
+            self.mapping.reserved = True
+        self.mapping.close(certain)
+
+    def _is_whole(self, certain: list[tuple[int, int]] | None) -> bool:
+        """Return whether the whole mapping is still its own, in private pages that the kernel can reclaim."""
+        if self._immovable or not self.address:
+            return False
+        return certain == [(self.address, self.size)] or (certain is None and self.mapping.lost() is None)

@@ -77,9 +77,9 @@ class CopyOf:
         if self._unmapped and not self._skip:
             raise diagnosis.unreadable(self.task.pid, self._unmapped[0][0])
 
-    def fill(self, destination: int, *, huge: int = 0, sparse: bool = False) -> bool:
+    def fill(self, destination: int, *, huge: int = 0, sparse: bool = False, fresh: bool = True) -> bool:
         """As `Contents.fill`. Raises as `Task.read`."""
-        return self.fetch(self.task, destination, huge=huge, sparse=sparse)
+        return self.fetch(self.task, destination, huge=huge, sparse=sparse, fresh=fresh)
 
     def fetch(
         self,
@@ -136,21 +136,26 @@ class FrozenCopyOf(CopyOf):
             raise UnsupportedError(message)
         super().check()
 
-    def fill(self, destination: int, *, huge: int = 0, sparse: bool = False) -> bool:
+    def fill(self, destination: int, *, huge: int = 0, sparse: bool = False, fresh: bool = True) -> bool:
         """Like `Contents.fill`; also raises the error if the task cannot be stopped."""
         if self.task.is_snapshot:  # it is of one moment already
-            return super().fill(destination, huge=huge, sparse=sparse)
+            return super().fill(destination, huge=huge, sparse=sparse, fresh=fresh)
         from iobmd.remote import consistent_copy  # noqa: PLC0415 (with ctypes: half of what `import iobmd` takes)
 
         left_zero = stopped = False
-        fresh = True
+        first = True
 
         def fetch(task: Task, standing: Progress | None) -> None:
-            nonlocal left_zero, stopped, fresh
-            first, fresh = fresh, False
+            nonlocal left_zero, stopped, first
+            again, first = not first, False
             stopped = standing is not None
             left_zero = self.fetch(
-                task, destination, huge=huge * first, fresh=first, sparse=sparse and first, standing=standing
+                task,
+                destination,
+                huge=0 if again else huge,
+                fresh=fresh and not again,
+                sparse=sparse and not again,
+                standing=standing,
             )
 
         attempt.require_unlocked(self.task.pid, job.patience(self._timeout))

@@ -77,14 +77,14 @@ class LazyCopyOf(CopyOf):
             log.debug("the lazy copy from task %d is made at once: %s", self.task.pid, reason)
             return None
 
-    def fill(self, destination: int, *, huge: int = 0, sparse: bool = False) -> bool:
+    def fill(self, destination: int, *, huge: int = 0, sparse: bool = False, fresh: bool = True) -> bool:
         """As `Contents.fill`, as of one moment if the source is another task."""
         if self.task.is_current:
-            return super().fill(destination, huge=huge, sparse=sparse)
+            return super().fill(destination, huge=huge, sparse=sparse, fresh=fresh)
         frozen = FrozenCopyOf(
             self.task, self.address, self.size, skip=self._skip, timeout=self._timeout, progress=self._progress
         )
-        left_zero = frozen.fill(destination, huge=huge, sparse=sparse)
+        left_zero = frozen.fill(destination, huge=huge, sparse=sparse, fresh=fresh)
         self.holes, self.stopped_ns = frozen.holes, frozen.stopped_ns
         return left_zero
 
@@ -311,6 +311,7 @@ class LazyBacking(AnonymousBacking):
     """
 
     _fetch: Fetch | None = None
+    _reusable = False  # the fetch begins with absent pages
 
     def __init__(self, size: int, contents: LazyCopyOf) -> None:
         super().__init__(size, wired=False, contents=contents)

@@ -12,9 +12,10 @@ from iobmd.backing.remote import RemoteBacking
 from iobmd.backing.remote_private import RemotePrivateBacking
 from iobmd.backing.shared import SharedBacking
 from iobmd.backing.unmapped import UnmappedBacking
-from iobmd.errors import BadArgumentError
+from iobmd.descriptors import slabs
+from iobmd.errors import BadArgumentError, CannotWireError, NoMemoryError, NoResourcesError
 from iobmd.host import headroom
-from iobmd.memory import numa
+from iobmd.memory import numa, reuse
 from iobmd.memory.mlock import Wiring
 from iobmd.memory.shmem import SharedObject
 from iobmd.physical import search
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def allocate(wanted: Request, contents: Contents | None) -> MappedBacking | RemotePrivateBacking:
-    """Allocate and fill the requested memory.
+    """Allocate and fill the requested memory, if necessary after memory that is kept for reuse was freed.
 
     Memory of this process that no other process may map is private; all other memory is a shared object, including
     memory with guard pages, which can be mapped again as in XNU. Only `iobmd.allocate` requests private memory in
@@ -41,6 +42,15 @@ def allocate(wanted: Request, contents: Contents | None) -> MappedBacking | Remo
     IOReturnError
         As `IOBufferMemoryDescriptor.initWithPhysicalMask`.
     """
+    try:
+        return _allocate(wanted, contents)
+    except (CannotWireError, NoMemoryError, NoResourcesError):
+        if not (reuse.trim() + slabs.trim()):
+            raise
+    return _allocate(wanted, contents)
+
+
+def _allocate(wanted: Request, contents: Contents | None) -> MappedBacking | RemotePrivateBacking:
     if wanted.private_there and contents is None and wanted.task is not None and not numa.is_wanted():
         return RemotePrivateBacking(wanted.task, wanted.capacity, wired=wanted.wired, placement=wanted.placement)
     backing = _make(wanted, contents)
@@ -107,6 +117,7 @@ def _require_lazy(wanted: Request) -> None:
 def _named(backing: AnonymousBacking, wanted: Request) -> AnonymousBacking:
     """Name private memory by its tag, if the kernel supports names for it."""
     if wanted.tag:
+        backing.without_reuse()
         with contextlib.suppress(OSError):
             mman.name(backing.address, backing.size, wanted.name.encode())
     return backing

@@ -31,6 +31,7 @@ from iobmd.descriptors.options import (
 )
 from iobmd.errors import BadArgumentError, BusyError, NotOpenError, UnsupportedError
 from iobmd.memory import numa
+from iobmd.physical import policy
 from iobmd.task.task import as_task, kernel_task
 from iobmd.units import PAGE_SIZE, round_up
 
@@ -275,7 +276,12 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
             wanted = wanted._replace(private=True)
         if self._contents:
             self._contents.check()
-        elif wanted.small and self._node is None and slabs.allocate(self, wanted.capacity, alignment):
+        elif (
+            wanted.small
+            and self._node is None
+            and policy.keep_limit()
+            and slabs.allocate(self, wanted.capacity, alignment)
+        ):
             self._capacity, self._options, self._state = wanted.capacity, wanted.options, "open"
             if wanted.contiguous:
                 self._contiguous = True

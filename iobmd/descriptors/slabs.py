@@ -13,6 +13,7 @@ from iobmd.backing.mapped import MappedBacking
 from iobmd.descriptors.options import SMALL
 from iobmd.descriptors.ownership import MemoryOwner
 from iobmd.errors import NotOpenError
+from iobmd.host import headroom
 from iobmd.memory import pinning
 from iobmd.pagemap.self import resident_and_dirty
 from iobmd.task.task import kernel_task
@@ -176,3 +177,6 @@ class PieceBacking(MappedBacking):
     def close(self) -> None:
         """Seal and clear it, and make it available to other buffers. Idempotent."""
         self.mapping.close()
+
+
+headroom.on_shortage(lambda _missing: trim())

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from iobmd.descriptors import address_index, memory_map, slabs
 from iobmd.errors import NotOpenError
+from iobmd.memory import reuse
 from iobmd.memory.mlock import Wiring
 
 
@@ -33,7 +34,7 @@ class Statistics(NamedTuple):
     prepared: int
     """Buffers that are prepared."""
     kept: int = 0
-    """Bytes of freed memory that are kept for reuse, until `iobmd.trim` frees them."""
+    """Bytes of freed memory that are kept for reuse (`iobmd.policy`), including those that the kernel has taken."""
     slabs: int = 0
     """Slabs, the pinned memory that small wired buffers share."""
 
@@ -68,17 +69,17 @@ def statistics() -> Statistics:
         with contextlib.suppress(NotOpenError):
             if not buffers.isdisjoint(owner.origins()):  # also through parts and concatenations of buffers
                 maps += uses
-    kept = sum(slab.count * slab.piece_size for slab in shared if not slab.used)
+    kept = reuse.size() + sum(slab.count * slab.piece_size for slab in shared if not slab.used)
     pageable, resident, pinned = (found[wiring] for wiring in Wiring)
     return Statistics(pageable, resident, pinned, maps, prepared, kept, len(shared))
 
 
 def trim() -> int:
-    """Free memory that is kept for reuse: the slabs that no small buffer uses.
+    """Return memory that is kept for reuse to the system: that of freed buffers, and slabs that no buffer uses.
 
     Returns
     -------
     int
         Bytes.
     """
-    return slabs.trim()
+    return reuse.trim() + slabs.trim()

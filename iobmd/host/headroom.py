@@ -42,10 +42,10 @@ Measured: 4.0 KiB for a wired buffer and 1.7 KiB for a shared one, which for a s
 _VALID = 0.02
 """Seconds for which a check covers further requests, up to 1/`SPARE` of the memory that it left free."""
 
-_reliefs: list[Callable[[int], None]] = []
+_reliefs: list[Callable[[int], object]] = []
 
 
-def on_shortage(relief: Callable[[int], None]) -> None:
+def on_shortage(relief: Callable[[int], object]) -> None:
     """Register `relief`, which is called with the number of missing bytes before memory is refused."""
     _reliefs.append(relief)
 

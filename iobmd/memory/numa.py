@@ -55,6 +55,11 @@ def with_memory() -> list[int]:
     return [node for first, last in spans for node in range(int(first), int(last or first) + 1)]
 
 
+def wanted() -> int | None:
+    """Return the requested node, None for any."""
+    return _wanted.get()
+
+
 def is_wanted() -> bool:
     """Return whether a node is requested."""
     return _wanted.get() is not None

@@ -1,9 +1,11 @@
-"""Limits on searches for contiguous or masked memory: `iobmd.policy`."""
+"""What allocations may spend on searches, and how much freed memory is kept for them: `iobmd.policy`."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import os
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,6 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DEFAULT_SECONDS = 5.0
+_KEEP_MOST = 1 << 30
+_KEEP_PART = 32
+"""The inverse of the part of memory that is kept by default, up to `_KEEP_MOST`."""
+NOTHING_REUSED = bool(os.environ.get("IOBMD_NO_REUSE"))
+"""Whether neither freed memory nor its addresses are used again, so that a use after free faults: for debugging."""
 
 
 class Names(NamedTuple):
@@ -32,6 +39,7 @@ class Policy(NamedTuple):
     memory_budget: int | None = None
     time_budget: float | None = None
     names: Names = Names()
+    keep: int | None = None
 
 
 _DEFAULT = Policy()
@@ -40,9 +48,13 @@ _current: contextvars.ContextVar[Policy] = contextvars.ContextVar("iobmd.policy"
 
 @contextlib.contextmanager
 def policy(
-    *, reserve: bool = False, memory_budget: int | None = None, time_budget: float | None = None
+    *,
+    reserve: bool = False,
+    memory_budget: int | None = None,
+    time_budget: float | None = None,
+    keep: int | None = None,
 ) -> Iterator[None]:
-    """Limit the searches for contiguous or masked memory of the factories called inside the `with` block.
+    """Limit what the factories called inside the `with` block spend on searches and keep for later allocations.
 
     Parameters
     ----------
@@ -55,6 +67,10 @@ def policy(
         cgroup around this process, remains free.
     time_budget : float, optional
         Seconds after which the search ends. Default: 5.
+    keep : int, optional
+        How many bytes of freed memory this process may keep when a buffer that was allocated inside the block is
+        freed. Default: a 32nd of the host's memory or of the tightest cgroup limit, at most 1 GiB. 0: its memory is
+        unmapped when it is freed.
 
     Raises
     ------
@@ -66,12 +82,25 @@ def policy(
     The policy is a context variable: it applies to this thread or asyncio task, not to other running threads. An
     inner policy completely replaces an outer one.
     """
-    check_integers(memory_budget=memory_budget or 0)
+    check_integers(memory_budget=memory_budget or 0, keep=keep or 0)
     check_numbers(time_budget=time_budget or 0)
-    if (memory_budget or 0) < 0 or (time_budget or 0) < 0:
+    if (memory_budget or 0) < 0 or (time_budget or 0) < 0 or (keep or 0) < 0:
         raise BadArgumentError("a budget cannot be negative")
-    with applied(Policy(reserve, memory_budget, time_budget)):
+    with applied(Policy(reserve, memory_budget, time_budget, keep=keep)):
         yield
+
+
+def keep_limit() -> int:
+    """Return how many bytes may be kept after a buffer that is allocated now is freed."""
+    keep = _current.get().keep
+    if NOTHING_REUSED:
+        return 0
+    return _default_keep() if keep is None else keep
+
+
+@functools.cache
+def _default_keep() -> int:
+    return min(headroom.tightest().limit // _KEEP_PART, _KEEP_MOST)
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from iobmd.task import attempt, extents
 from iobmd.task.extents import Absent, Origin
 from iobmd.task.job import WOULD_WAIT, Outcome, Transfer
 from iobmd.task.ranges import behind, joined, part
-from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, round_down
+from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, round_down, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -297,10 +297,10 @@ class _Run:
             self._left_zero = True
             return
         for start, end in ranges:
-            if end - start <= chunked.PIECE:
-                crosstask.zero(self._job.here(start), end - start)
-            else:  # interruptible by Ctrl-C
-                chunked.run(functools.partial(_zero, self._job.here(start)), end - start)
+            first, last = self._job.here(start), self._job.here(end)
+            if self._job.sparse:
+                first = _discard(first, last)
+            clear(first, last - first)
 
     def _unreadable(self, ranges: Sequence[Range]) -> tuple[int, int]:
         if self._job.skip:
@@ -388,6 +388,27 @@ class _Run:
         return memory
 
 
+def clear(ours: int, size: int) -> None:
+    """Set memory of this process to zero; large ranges on several threads, and interruptible by Ctrl-C."""
+    if size <= chunked.PIECE:
+        crosstask.zero(ours, size)
+    else:
+        chunked.run(functools.partial(_zero, ours), size)
+
+
 def _zero(ours: int, offset: int, size: int) -> tuple[int, int]:
     crosstask.zero(ours + offset, size)
     return size, 0
+
+
+def _discard(ours: int, end: int) -> int:
+    """Free the whole pages of a range of private memory, and clear what precedes them; return where they end."""
+    first, last = round_up(ours, PAGE_SIZE), round_down(end, PAGE_SIZE)
+    if first >= last:
+        return ours
+    try:
+        mman.advise(first, last - first, mman.MADV_DONTNEED)
+    except OSError:  # locked (mlockall)
+        return ours
+    clear(ours, first - ours)
+    return last

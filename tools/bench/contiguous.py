@@ -63,9 +63,11 @@ def _any(size: int) -> float:
     return seconds(take)
 
 
-def _ours(size: int) -> float | None:
+def _ours(size: int, *, reserve: bool = False) -> float | None:
+    """Return the seconds for a search and the release of its result; None if nothing is found."""
     try:
-        return seconds(lambda: allocate(size, contiguous=True).free())
+        with policy(reserve=reserve, keep=0):
+            return seconds(lambda: allocate(size, contiguous=True).free())
     except IOReturnError:
         return None
 
@@ -87,8 +89,7 @@ def _found(size: int, tries: int, limit: float | None) -> Result:
 
 def _reserved(size: int, tries: int) -> Result:
     before = host.hugetlb_pools()
-    with policy(reserve=True):
-        samples = [(_any(size), _ours(size)) for _ in range(tries)]
+    samples = [(_any(size), _ours(size, reserve=True)) for _ in range(tries)]
     same = [pool.total for pool in host.hugetlb_pools()] == [pool.total for pool in before]
     bare = statistics.median(any_ for any_, _ in samples)
     found = [ours for _, ours in samples if ours is not None]
