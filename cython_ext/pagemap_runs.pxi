@@ -235,6 +235,17 @@ def concatenated(tables, uint64_t virtual):
     return joined
 
 
+def listed(ranges):
+    """Return the runs of physical ranges, each (address, length), as if they were consecutive from address 0 on."""
+    cdef RunTable table = RunTable.__new__(RunTable)
+    cdef uint64_t virtual = 0, address, length
+    for address, length in ranges:
+        if length:
+            table._add(virtual, address, length)
+            virtual += length
+    return table
+
+
 cdef int _return(int fd, uint64_t address, size_t page, uint64_t *entry) noexcept nogil:
     """Wait until a pinned page of this process is mapped again, and read its entry; return an error number.
 

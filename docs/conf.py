@@ -9,6 +9,7 @@ import inspect
 import re
 import zlib
 from collections.abc import Iterator
+from enum import EnumType
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sphinx.roles import XRefRole
 from sphinx.util import logging
 
 import iobmd
+import iobmd.constants
 import iobmd.host
 import iobmd.iommu
 import iobmd.pagemap
@@ -65,7 +67,7 @@ intersphinx_mapping = {"python": ("https://docs.python.org/3", str(_inventory))}
 nitpick_ignore = [("py:class", "psutil.Process"), ("py:class", "S")]
 nitpick_ignore_regex = [("py:class", r"numpy\..*")]
 
-_CONSTANTS = (iobmd.IOOptionBits, iobmd.IOMapOptions, iobmd.IOPurgeable, iobmd.IOReturn)
+_CONSTANTS = [kind for kind in vars(iobmd.constants).values() if isinstance(kind, EnumType)]
 # Names in signatures that are only imported for type checkers, and the objects that describe them.
 _LINKS = {
     "AnyTask": "iobmd.AnyTask",

@@ -63,6 +63,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     Source: IOKit's IOBufferMemoryDescriptor.h; where IOKit returns NULL or false, `IOReturnError` is raised.
     """
 
+    _initializer = "initWithPhysicalMask"
     _capacity = 0
     _contiguous = False
     _guarded = False
@@ -219,7 +220,9 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         return self
 
     @classmethod
-    def withOptions(cls, options: int, capacity: int, alignment: int = 1) -> Self:
+    def withOptions(  # type: ignore[override]  # as in IOKit, where it hides the method of the base class
+        cls, options: int, capacity: int, alignment: int = 1
+    ) -> Self:
         """Allocate a buffer of `capacity` bytes in `kernel_task`. Raises as `initWithPhysicalMask`."""
         return cls.inTaskWithOptions(kernel_task, options, capacity, alignment)
 

@@ -65,7 +65,7 @@ class CompositeBacking:
 
     # --- addresses and mappings
 
-    def _only_part(self) -> Part | None:
+    def only_part(self) -> Part | None:
         """Return its only part, and thus its address; None if it has several."""
         parts = self._parts  # read once: another thread may release it
         return parts[0] if len(parts) == 1 else None
@@ -81,19 +81,19 @@ class CompositeBacking:
     @property
     def task(self) -> Task | None:
         """The task of its address; None: it has no address."""
-        part = self._only_part()
+        part = self.only_part()
         return part.owner.require_backing().task if part else None
 
     @property
     def mapped_read_only(self) -> bool:
         """Whether iobmd mapped it in `task` without write access."""
-        part = self._only_part()
+        part = self.only_part()
         return part is not None and part.owner.require_backing().mapped_read_only
 
     @property
     def address(self) -> int:
         """Its address in `task`; 0 if it consists of several parts."""
-        part = self._only_part()
+        part = self.only_part()
         backing = part.owner.require_backing() if part else None
         return backing.address + part.offset if part and backing and backing.task is not None else 0
 
@@ -115,7 +115,7 @@ class CompositeBacking:
 
     def exported(self) -> tuple[Mapping, int]:
         """Return its mapping in this process."""
-        part = self._only_part()
+        part = self.only_part()
         if part is None:
             raise _in_parts()
         mapping, first = part.owner.require_backing().exported()

@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import warnings
+import itertools
 from array import array
-from functools import partial
 from operator import index
-from typing import TYPE_CHECKING, Self, SupportsIndex, cast, overload
+from typing import TYPE_CHECKING, SupportsIndex, cast, overload
 
-from iobmd._internal import with_block
 from iobmd._internal.arguments import check_integers, offset_of
-from iobmd.backing.ranges import RangeBacking
+from iobmd.backing.bus import BusBacking
 from iobmd.constants import (
     IOMapOptions,
     IOOptionBits,
     IOPurgeable,
     IOReturn,
-    kIODirectionPrepareNoFault,
-    kIODirectionPrepareToPhys32,
     kIOMemoryIncoherentIOFlush,
-    kIOMemoryIncoherentIOStore,
     kIOReturnSuccess,
 )
-from iobmd.descriptors import address_index, mapping_cache, memory_map
-from iobmd.descriptors.composite_memory import CompositeBacking
-from iobmd.descriptors.options import CACHE_MODES, DIRECTION_MASK, DIRECTION_NAMES, check_existing
-from iobmd.descriptors.ownership import MemoryOwner, Part
+from iobmd.descriptors import address_ranges, mapping_cache, memory_map
+from iobmd.descriptors.handle import Handle
+from iobmd.descriptors.options import (
+    CACHE_MODES,
+    DIRECTION_MASK,
+    check_complete,
+    check_existing,
+    check_operation,
+    check_prepare,
+    check_remote,
+    check_types,
+)
 from iobmd.descriptors.purge_control import NonVolatile
-from iobmd.errors import BadArgumentError, BusyError, IOReturnError, NotOpenError, UnsupportedError
+from iobmd.errors import BadArgumentError, UnsupportedError
 from iobmd.physical.layout import Layout, layout
 from iobmd.purgeable import parse
-from iobmd.task.task import as_task, check_range, kernel_task
+from iobmd.task.task import as_task, kernel_task
 from iobmd.units import PAGE_SIZE, round_down
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from typing_extensions import Buffer
 
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from iobmd.backing import Backing
     from iobmd.descriptors.memory_map import IOMemoryMap
     from iobmd.memory.mlock import Wiring
-    from iobmd.task.task import AnyTask, Task
+    from iobmd.task.task import AnyTask
 
 _IN = int(IOOptionBits.kIODirectionIn)
 
@@ -55,7 +56,10 @@ _STATES = {int(state): state for state in (
 )}  # fmt: skip
 
 
-class IOMemoryDescriptor:
+_descriptor_ids = itertools.count(1)
+
+
+class IOMemoryDescriptor(Handle):
     """A range of memory with a length, a direction and a task, created by `withAddressRange` or a subclass.
 
     Methods may be called from any thread. Memory is never freed during a copy: `free` is refused, and memory that is
@@ -67,22 +71,24 @@ class IOMemoryDescriptor:
     vm_tags = (0, 0)
     """The `kernTag` and `userTag` of its creation, or those of `setVMTags`."""
 
-    _owner: MemoryOwner | None = None
-    _options = 0
     _tag = 0
     _context: object = None
-    _prepared = 0  # how often by this handle; its owner counts all pins
-    _state = "not initialised"
+    _mapper_options = 0
+    _descriptor_id = 0
+    _initializer = ""
+    """The initializer of a class that does not describe ranges of addresses."""
 
     # --- existing memory
 
     @classmethod
-    def withAddressRange(cls, address: int, length: int, options: int, task: AnyTask) -> IOMemoryDescriptor:
+    def withAddressRange(cls, address: int, length: int, options: int, task: AnyTask | None) -> IOMemoryDescriptor:
         """Describe `length` bytes of existing memory at `address` of a task, like `withAddressRanges`."""
         return cls.withAddressRanges([(address, length)], options, task)
 
     @classmethod
-    def withAddressRanges(cls, ranges: Iterable[tuple[int, int]], options: int, task: AnyTask) -> IOMemoryDescriptor:
+    def withAddressRanges(
+        cls, ranges: Iterable[tuple[int, int]], options: int, task: AnyTask | None
+    ) -> IOMemoryDescriptor:
         """Describe existing memory of a task: ranges of its addresses, in this order.
 
         It can be read, written, prepared and described. Memory of an iobmd buffer is recognized by its addresses: it
@@ -96,7 +102,8 @@ class IOMemoryDescriptor:
         options : IOOptionBits
             The direction of transfers. `kIODirectionIn` and `kIODirectionInOut` require writable memory.
         task : Task, int or psutil.Process
-            The task to which the addresses belong.
+            The task to which the addresses belong. None, with `kIOMemoryRemote`: they are addresses of another bus,
+            which the descriptor only carries: segments contain them unchanged, and no bytes can be accessed.
 
         Returns
         -------
@@ -118,21 +125,84 @@ class IOMemoryDescriptor:
         device memory and memfd_secret(2), `kIOReturnVMError` past the end of a file and in guard pages; `.address` is
         the first such byte. Accesses to memory that was unmapped raise `kIOReturnVMError`, and are safe at any time.
         """
-        options = check_existing(options)
-        where = as_task(task)
-        where = kernel_task if where.is_current else where
-        found = list(_found(where, ranges, writable=bool(options & _IN)))
-        length = sum(one.length for one in found)
-        if len(found) == 1 and isinstance(found[0], RangeBacking):
-            return IOMemoryDescriptor()._hold(found[0], options, length)
-        return IOMemoryDescriptor()._hold(CompositeBacking([_as_part(one) for one in found]), options, length)
+        descriptor = IOMemoryDescriptor()
+        descriptor._describe(ranges, check_existing(options), task)
+        return descriptor
 
-    def _hold(self, backing: Backing, options: int, length: int) -> Self:
-        """Initialize as the handle of memory."""
-        self._owner = MemoryOwner(backing, length, type(self).__name__)
-        self._options = options
-        self._state = "open"
-        return self
+    @classmethod
+    def withOptions(
+        cls,
+        buffers: Iterable[tuple[int, int]],
+        count: int,
+        offset: int,
+        task: AnyTask | None,
+        options: int,
+        mapper: None = None,
+    ) -> IOMemoryDescriptor:
+        """Describe existing memory, like `initWithOptions`."""
+        descriptor = IOMemoryDescriptor()
+        descriptor.initWithOptions(buffers, count, offset, task, options, mapper)
+        return descriptor
+
+    def initWithOptions(
+        self,
+        buffers: Iterable[tuple[int, int]],
+        count: int,
+        offset: int,
+        task: AnyTask | None,
+        options: int,
+        mapper: None = None,
+    ) -> bool:
+        """Describe existing memory: the designated initializer of IOKit. Returns True.
+
+        It may be called again, for other memory; the previous memory is released as by `free`.
+
+        Parameters
+        ----------
+        buffers : iterable of (int, int)
+            Addresses and lengths in bytes.
+        count : int
+            How many of them to use.
+        offset : int
+            Must be 0, as in IOKit for all but UPLs.
+        task : Task, int or psutil.Process
+            The task to which the addresses belong. None: they are addresses of a bus.
+        options : int
+            The direction, options of `IOOptionBits`, and one of `IOMemoryTypes`: `kIOMemoryTypeVirtual` with a task,
+            or `kIOMemoryTypePhysical` without. `kIOMemoryAsReference` and `kIOMemoryPersistent` have no effect,
+            because references are counted by Python.
+        mapper : None
+            Must be None (`kIOMapperSystem`): `IOMapper.prepare` maps memory for a device.
+
+        Raises
+        ------
+        IOReturnError
+            As `withAddressRanges`; `kIOReturnUnsupported` for UPLs, uios and persistent descriptors, and for classes
+            with another initializer; `kIOReturnBusy` if the previous memory cannot be released.
+        """
+        if self._initializer:
+            raise UnsupportedError(f"an {type(self).__name__} is initialized by {self._initializer}()")
+        check_integers(count=count, offset=offset, options=options)
+        ranges = list(buffers)
+        if offset or not 0 <= count <= len(ranges):
+            message = f"{count} of {len(ranges)} ranges from offset {offset}: the offset must be 0"
+            raise BadArgumentError(message)
+        if mapper is not None:
+            raise UnsupportedError("descriptors have no mapper: IOMapper.prepare() maps memory for a device")
+        self._describe(ranges[:count], check_types(options, has_task=task is not None), task)
+        return True
+
+    def _describe(self, ranges: Iterable[tuple[int, int]], options: int, task: AnyTask | None) -> None:
+        check_remote(options, task)
+        if task is None:
+            backing: Backing = BusBacking(ranges)
+            length = backing.size
+        else:
+            where = as_task(task)
+            where = kernel_task if where.is_current else where
+            kind, writable = type(self).__name__, bool(options & _IN)
+            backing, length = address_ranges.describe(where, ranges, kind, writable=writable)
+        self._hold(backing, options, length)
 
     # --- its properties
 
@@ -172,6 +242,22 @@ class IOMemoryDescriptor:
         check_integers(kernTag=kernTag, userTag=userTag)
         self.vm_tags = (kernTag, userTag)
 
+    def getDescriptorID(self) -> int:
+        """Return a number that no other descriptor of this process has, above 0."""
+        self._descriptor_id = self._descriptor_id or next(_descriptor_ids)
+        return self._descriptor_id
+
+    def getMapperOptions(self) -> int:
+        """Return the options set by `setMapperOptions`, 0 at first."""
+        return self._mapper_options
+
+    def setMapperOptions(self, options: int) -> None:
+        """Store options for mappers, 16 bits: 0, or `kIOMapperUncached`, which `IOMapper.prepare` refuses."""
+        check_integers(options=options)
+        if not 0 <= options < 1 << 16:
+            raise BadArgumentError(f"mapper options {options:#x} exceed 16 bits")
+        self._mapper_options = index(options)
+
     # --- its bytes
 
     def readBytes(self, offset: int, length: int) -> bytes:
@@ -210,7 +296,8 @@ class IOMemoryDescriptor:
         ----------
         options : int
             `kIOMemoryIncoherentIOStore`: write lines back, before a device reads. `kIOMemoryIncoherentIOFlush`: also
-            invalidate them, before data that a device wrote is read.
+            invalidate them, before data that a device wrote is read. `kIOMemoryClearEncrypted` and
+            `kIOMemorySetEncrypted` are refused, because Linux encrypts no single pages.
         offset, length : int
             The range in bytes; all lines that contain a byte of it are affected.
 
@@ -234,9 +321,7 @@ class IOMemoryDescriptor:
         takes 23 to 50 µs longer, and a fault ends only the child.
         """
         owner = self._memory()
-        check_integers(options=options)
-        if options not in (kIOMemoryIncoherentIOFlush, kIOMemoryIncoherentIOStore):
-            raise UnsupportedError(f"unknown operation {options:#x}")
+        check_operation(options)
         owner.write_back(offset, length, drop=options == kIOMemoryIncoherentIOFlush)
         return kIOReturnSuccess
 
@@ -252,7 +337,10 @@ class IOMemoryDescriptor:
         ----------
         forDirection : int
             0 for the descriptor's own direction, or directions of the transfer, with `kIODirectionPrepareNoFault`
-            (fail instead of faulting in pages) and `kIODirectionPrepareToPhys32` (fail for memory above 4 GiB).
+            (fail instead of faulting in pages), `kIODirectionPrepareToPhys32` (fail for memory above 4 GiB) and
+            `kIODirectionPrepareNonCoherent` (write the cache lines of the memory back and drop them, for a device
+            that does not snoop the caches; `performOperation` does so later). `kIODirectionPrepareReserved1`, which
+            permits pages that are not zeroed, has no effect.
 
         Returns
         -------
@@ -265,20 +353,26 @@ class IOMemoryDescriptor:
             `kIOReturnCannotWire` if pinning is impossible or exceeds a limit; `kIOReturnBadArgument`;
             `kIOReturnNoResources` for memory above 4 GiB, or an exhausted hugetlb pool; `kIOReturnNotReady` for
             volatile memory; for existing memory `kIOReturnVMError` and `kIOReturnUnsupported`, as
-            `withAddressRanges`. After an error, nothing is prepared.
+            `withAddressRanges`; with `kIODirectionPrepareNonCoherent` also as `performOperation`. After an error,
+            nothing is prepared.
         """
         owner = self._memory()
-        check_integers(forDirection=forDirection)
-        if forDirection & ~(DIRECTION_MASK | kIODirectionPrepareToPhys32 | kIODirectionPrepareNoFault):
-            raise BadArgumentError(f"direction {forDirection:#x} has unknown bits")
+        check_prepare(forDirection)
         with owner.guard:
             self._memory()  # read again: another thread may have released it
             owner.pin(forDirection)
             self._prepared += 1
         return kIOReturnSuccess
 
-    def complete(self, forDirection: int = 0) -> IOReturn:  # noqa: ARG002 (IOKit's)
+    def complete(self, forDirection: int = 0) -> IOReturn:
         """Undo one `prepare`; after the last one the kernel may move the memory again.
+
+        Parameters
+        ----------
+        forDirection : int
+            The directions of the transfer, with the flags of `prepare`, `kIODirectionCompleteWithError` and
+            `kIODirectionCompleteWithDataValid`. They have no effect: the processor and the device mark the pages that
+            they write, and pages are zeroed before they are prepared, so that none becomes valid only now.
 
         Returns
         -------
@@ -288,9 +382,10 @@ class IOMemoryDescriptor:
         Raises
         ------
         IOReturnError
-            `kIOReturnNotReady` if it is not prepared.
+            `kIOReturnNotReady` if it is not prepared; `kIOReturnBadArgument` for unknown flags.
         """
         owner = self._memory()
+        check_complete(forDirection)
         with owner.guard:
             self._memory()  # as above
             owner.unpin()
@@ -301,6 +396,17 @@ class IOMemoryDescriptor:
     def wiring(self) -> Wiring:
         """Whether the memory is pageable, resident or pinned."""
         return self._memory().wiring
+
+    def getPreparationID(self) -> int:
+        """Return a number that identifies the present preparation, `kIOPreparationIDUnprepared` (0) without one.
+
+        It remains the same while the memory is prepared, by this descriptor or another of the same memory, and is
+        never used again. Drivers that cache what they derived from `segments()` compare it. Memory that is pinned by
+        its options has one from its allocation to its release; a concatenation only while it is itself prepared.
+        """
+        owner = self._memory()
+        with owner.guard:
+            return owner.preparation_id()
 
     # --- its addresses
 
@@ -523,79 +629,6 @@ class IOMemoryDescriptor:
         """
         return self._memory().lazily_freed()
 
-    # --- its end
-
-    def free(self) -> None:
-        """Release the memory; the descriptor is unusable afterwards. Idempotent.
-
-        Leaving a `with` block also releases the descriptor while views or arrays of it exist; the memory is freed
-        with the last of them. It raises only if the memory is prepared or mapped and the block has raised nothing:
-        the exception of a block is never replaced.
-
-        Memory with dependents (`IOSubMemoryDescriptor`, `IOMultiMemoryDescriptor`, descriptors of ranges of its
-        addresses) is freed with the last of them.
-
-        Raises
-        ------
-        IOReturnError
-            `kIOReturnBusy` while it is prepared or mapped, a `memoryview` of it exists, or a copy is in progress:
-            nothing is freed.
-        """
-        self._release(in_use=False)
-
-    def _release(self, *, in_use: bool) -> None:
-        """Release the memory as `free`; `in_use`: even while it is viewed, by views that hold the owner."""
-        owner = self._owner
-        if owner is None:
-            return
-        with owner.guard:
-            if owner.has_handle:  # otherwise another thread was faster
-                if mapped := memory_map.uses(owner):
-                    raise BusyError(f"{self!r} is still mapped (map count {mapped}): call unmap() first")
-                if not in_use and (views := self._views()):
-                    raise BusyError(
-                        f"{self!r} is in use (view count {views}): release its memoryviews and arrays first"
-                    )
-                owner.remove_handle(in_use=in_use)
-        self._owner, self._state = None, "released"
-
-    release = free
-
-    def _views(self) -> int:
-        """Return the number of existing views of a buffer's memory."""
-        return 0
-
-    def _memory(self) -> MemoryOwner:
-        """Return its memory, for the modules of this package, `dma` and `iommu`. Raises `kIOReturnNotOpen`."""
-        owner = self._owner  # read once: another thread may release it
-        if owner is None or not owner.has_handle:
-            raise NotOpenError(f"this {type(self).__name__} is {self._state}")
-        return owner
-
-    def _usable_memory(self) -> MemoryOwner:
-        """Return its memory as `_memory`, and check that this process may use it after a fork."""
-        owner = self._memory()
-        owner.require_backing()
-        return owner
-
-    def __repr__(self) -> str:
-        name, owner = type(self).__name__, self._owner  # read once, as above
-        if owner is None:
-            return f"<{name} {self._state}>"
-        direction = DIRECTION_NAMES[self._options & DIRECTION_MASK]
-        return f"<{name}, length {owner.length}, direction {direction}, {self._state}>"
-
-    def __reduce_ex__(self, _protocol: SupportsIndex) -> str | tuple[object, ...]:
-        owner = self._owner
-        if owner and owner.backing and owner.backing.shared:
-            remedy = (
-                "use iobmd.share to pass it to a process that calls iobmd.attach, or withCopy to copy it; "
-                "multiprocessing passes it without further calls"
-            )
-        else:
-            remedy = "use withCopy to copy it; iobmd.share passes shared memory (shared=True) to other processes"
-        raise TypeError(f"{type(self).__name__} owns its memory and cannot be copied or pickled; {remedy}")
-
     def __len__(self) -> int:
         return self.getLength()
 
@@ -631,75 +664,3 @@ class IOMemoryDescriptor:
                 return
             for place, offset in enumerate(offsets):  # the bytes between them may be changing
                 self.writeBytes(offset, data[place : place + 1])
-
-    def __enter__(self) -> Self:
-        self._usable_memory()
-        return self
-
-    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        try:
-            with_block.leave(lambda: self._release(in_use=True), error)
-        finally:
-            if error is not None and self._owner:  # it could not be released, and cannot be released later
-                self._abandon()
-
-    def __del__(self) -> None:
-        """Undo every `prepare` that was not completed. Memory is released with its last user, without `free`."""
-        if self._owner is None:
-            return
-        what = repr(self) if self._prepared and self._owner.maker == os.getpid() else ""
-        self._abandon()
-        if what:
-            warnings.warn(f"{what} was never completed", ResourceWarning, stacklevel=2, source=self)
-
-    def _abandon(self) -> None:
-        """End the use of the memory where errors cannot be raised, and undo every `prepare`."""
-        owner, self._owner, self._state = self._owner, None, "released"
-        if owner is None:
-            return
-        if self._prepared:
-            owner.guard.when_free(partial(self._undo_all, owner))
-        # Without the guard, which the interrupted thread may hold. The owner releases the memory when it is
-        # collected: now, or with the last of its dependents and of the maps and views that are garbage of the same
-        # cycle.
-        owner.has_handle = False
-
-    def _complete_when_free(self) -> None:
-        """Undo one `prepare` for a destructor of `iommu`, which must not wait."""
-        if owner := self._owner:  # otherwise its own destructor has undone all
-            owner.guard.when_free(partial(self._undo_prepare, owner))
-
-    def _undo_all(self, owner: MemoryOwner) -> None:
-        while self._prepared:
-            self._undo_prepare(owner)
-
-    def _undo_prepare(self, owner: MemoryOwner) -> None:
-        """Undo one `prepare`, if any is left, for a destructor, with the guard held."""
-        if self._prepared and owner.maker == os.getpid():  # a forked child inherits no pins
-            with contextlib.suppress(IOReturnError):  # it may be garbage of the same cycle, and already released
-                owner.unpin(wait=False)
-        self._prepared = max(self._prepared - 1, 0)
-
-
-def _as_part(found: Part | RangeBacking) -> Part:
-    if isinstance(found, Part):
-        return found
-    owner = MemoryOwner(found, found.length, IOMemoryDescriptor.__name__, has_handle=False)
-    return Part(owner, 0, found.length)
-
-
-def _found(task: Task, ranges: Iterable[tuple[int, int]], *, writable: bool) -> Iterator[Part | RangeBacking]:
-    """Yield the memory at the nonempty ranges: parts of iobmd descriptors, or ranges (adjacent ones joined)."""
-    open_range = (0, 0)
-    for address, length in ranges:
-        check_range(address, length)
-        part = address_index.find(task, address, length) if length else None
-        if open_range[1] and (part or (length and sum(open_range) != address)):
-            yield RangeBacking(task, *open_range, writable=writable)
-            open_range = (0, 0)
-        if part:
-            yield part
-        elif length:
-            open_range = (open_range[0] if open_range[1] else address), open_range[1] + length
-    if open_range[1]:
-        yield RangeBacking(task, *open_range, writable=writable)

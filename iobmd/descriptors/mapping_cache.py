@@ -10,7 +10,7 @@ from iobmd._internal.weak_registry import WeakRegistry
 from iobmd._native import mman
 from iobmd._native.mapping import Mapping
 from iobmd.constants import IOMapOptions
-from iobmd.descriptors.options import CACHE_MASK, unsupported
+from iobmd.descriptors.options import CACHE_MASK
 from iobmd.errors import BadArgumentError, BusyError, CannotWireError, NoMemoryError, UnsupportedError
 from iobmd.memory import pinning, residency, shmem
 from iobmd.memory.populate import populate
@@ -33,6 +33,10 @@ _KNOWN = (
 )
 
 
+_CACHED = (int(IOMapOptions.kIOMapDefaultCache), int(IOMapOptions.kIOMapCopybackCache))
+"""The cache modes of main memory: a process cannot map it otherwise, because the kernel and others map it cached."""
+
+
 class MapRequest:
     """A checked request to map a part of an owner's memory.
 
@@ -45,8 +49,7 @@ class MapRequest:
         self.options, self.offset, self.length = int(options), offset, length
         if self.options & ~_KNOWN:
             raise BadArgumentError(f"map options {self.options:#x} have unknown bits {self.options & ~_KNOWN:#x}")
-        if self.options & CACHE_MASK:
-            raise unsupported("cache modes of mappings")
+        _check_cache_mode(self.options & CACHE_MASK)
         if not length:
             raise BadArgumentError("the length of a mapping must be positive")
         guarded = self.options & (_SMALL | _LARGE)
@@ -229,6 +232,17 @@ class CachedMapping:
             with contextlib.suppress(CannotWireError):
                 pinning.Pin(address, request.size).release()
         touch(self.task, address, request.size)
+
+
+def _check_cache_mode(mode: int) -> None:
+    if mode > int(IOMapOptions.kIOMapPostedCombinedReordered):
+        raise BadArgumentError(f"unknown cache mode {mode:#x}")
+    if mode not in _CACHED:
+        message = (
+            f"Linux maps main memory only with kIOMapCopybackCache, not with cache mode {mode:#x}: allocate the "
+            "buffer with that mode, so that its copies use cache line instructions"
+        )
+        raise UnsupportedError(message)
 
 
 _mappings: WeakRegistry[CachedMapping] = WeakRegistry()

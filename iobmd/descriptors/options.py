@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd._internal.arguments import check_integers
 from iobmd._native import mapping
-from iobmd._version import __version__
 from iobmd.backing.placement import ANYWHERE, PROTECTIONS, Placement
-from iobmd.constants import IOMapOptions, IOOptionBits
+from iobmd.constants import IODirection, IOMapOptions, IOMemoryOperation, IOMemoryTypes, IOOptionBits
 from iobmd.errors import BadArgumentError, UnsupportedError
 from iobmd.memory.shmem import NAME
 from iobmd.physical.search import ALL_ADDRESSES, PhysicalConstraints
@@ -47,11 +46,38 @@ _OF_SEPARATE_PAGES = _PAGEABLE | _SHARED | CACHE_MODES
 
 _OF_NEW_MEMORY = _CONTIGUOUS | _PAGEABLE | _PURGEABLE
 
-_NOT_YET = {
-    int(IOOptionBits.kIOMemoryClearEncrypt): "encrypted memory",
-    int(IOOptionBits.kIOMemoryUseReserve): "the reserve",
+_REMOTE = int(IOOptionBits.kIOMemoryRemote)
+
+_REFUSED = {
+    int(IOOptionBits.kIOMemoryClearEncrypt): (
+        "kIOMemoryClearEncrypt exempts pages from encryption in swap, but Linux encrypts swap as a whole or not at "
+        "all: omit it"
+    ),
+    int(IOOptionBits.kIOMemoryUseReserve): (
+        "kIOMemoryUseReserve allocates from memory that is set aside for drivers, and Linux sets none aside: omit "
+        "it, or raise the hugetlb pools for contiguous memory by iobmd.policy(reserve=True)"
+    ),
 }
-"""Options that are not implemented, and their meaning."""
+"""Options that Linux cannot honor, and the reasons."""
+
+_PREPARE = DIRECTION_MASK | int(
+    IODirection.kIODirectionPrepareToPhys32
+    | IODirection.kIODirectionPrepareNoFault
+    | IODirection.kIODirectionPrepareReserved1
+    | IODirection.kIODirectionPrepareNonCoherent
+)
+_COMPLETE = _PREPARE | int(IODirection.kIODirectionCompleteWithError | IODirection.kIODirectionCompleteWithDataValid)
+
+_TYPE_MASK = int(IOMemoryTypes.kIOMemoryTypeMask)
+_VIRTUAL, _PHYSICAL = int(IOMemoryTypes.kIOMemoryTypeVirtual), int(IOMemoryTypes.kIOMemoryTypePhysical)
+_OTHER_TYPES = {
+    int(IOMemoryTypes.kIOMemoryTypeUPL): "UPLs (kIOMemoryTypeUPL) exist only in XNU: describe ranges of addresses",
+    int(IOMemoryTypes.kIOMemoryTypeUIO): "uios (kIOMemoryTypeUIO) exist only in XNU: describe ranges of addresses",
+    int(IOMemoryTypes.kIOMemoryTypePersistentMD): (
+        "persistent descriptors (kIOMemoryTypePersistentMD) are not needed: keep a reference to the descriptor"
+    ),
+}
+_WITHOUT_EFFECT = int(IOMemoryTypes.kIOMemoryAsReference | IOMemoryTypes.kIOMemoryPersistent)
 
 
 class Request(NamedTuple):
@@ -172,6 +198,8 @@ def _check(
     if capacity + alignment > _MOST:
         raise BadArgumentError(f"size {capacity:#x} with alignment {alignment:#x} exceeds every address space")
     _check_options(options)
+    if options & _REMOTE:
+        raise BadArgumentError("kIOMemoryRemote describes addresses of another bus, not newly allocated memory")
     if guarded:
         _check_guarded(where, options)
     # Pageable memory moves: only its address can be aligned.
@@ -233,6 +261,60 @@ def check_existing(options: int) -> int:
     return options
 
 
+def check_types(options: int, *, has_task: bool) -> int:
+    """Check the options of `initWithOptions`, and return them without the bits of `IOMemoryTypes`.
+
+    Raises
+    ------
+    IOReturnError
+        As `check_existing`; `kIOReturnBadArgument` for a type without its task, or a task without its type.
+    """
+    kind = int(options) & _TYPE_MASK
+    if kind in _OTHER_TYPES:
+        raise UnsupportedError(_OTHER_TYPES[kind])
+    if kind != (_VIRTUAL if has_task else _PHYSICAL):
+        raise BadArgumentError(
+            f"type {kind:#x}: addresses of a task are kIOMemoryTypeVirtual, and without a task they are "
+            "kIOMemoryTypePhysical"
+        )
+    return check_existing(int(options) & ~(_TYPE_MASK | _WITHOUT_EFFECT))
+
+
+def check_remote(options: int, task: object) -> None:
+    """Raise unless the options describe addresses of another bus exactly if there is no task."""
+    if task is None and not options & _REMOTE:
+        raise UnsupportedError("ranges without a task are addresses of another bus: add kIOMemoryRemote")
+    if task is not None and options & _REMOTE:
+        raise BadArgumentError("addresses of another bus (kIOMemoryRemote) belong to no task: pass None")
+
+
+def check_prepare(direction: int) -> None:
+    """Raise `kIOReturnBadArgument` unless these are directions with flags of `prepare`."""
+    _check_direction_flags(direction, _PREPARE)
+
+
+def check_complete(direction: int) -> None:
+    """Raise `kIOReturnBadArgument` unless these are directions with flags of `prepare` or `complete`."""
+    _check_direction_flags(direction, _COMPLETE)
+
+
+def _check_direction_flags(direction: int, known: int) -> None:
+    check_integers(forDirection=direction)
+    if direction & ~known:
+        raise BadArgumentError(f"direction {int(direction):#x} has unknown bits")
+
+
+def check_operation(operation: int) -> None:
+    """Raise `kIOReturnUnsupported` unless it is an operation on cache lines."""
+    check_integers(options=operation)
+    if operation in (IOMemoryOperation.kIOMemoryClearEncrypted, IOMemoryOperation.kIOMemorySetEncrypted):
+        raise UnsupportedError(
+            "Linux encrypts no single pages: kIOMemoryClearEncrypted and SetEncrypted have no meaning"
+        )
+    if operation not in (IOMemoryOperation.kIOMemoryIncoherentIOFlush, IOMemoryOperation.kIOMemoryIncoherentIOStore):
+        raise UnsupportedError(f"unknown operation {int(operation):#x}")
+
+
 def check_descriptor(**values: object) -> None:
     """Raise TypeError for a value without the methods of a descriptor, whose class this module may not import."""
     for name, value in values.items():
@@ -261,9 +343,9 @@ def _check_options(options: int) -> None:
         raise BadArgumentError(f"options {options:#x} have unknown bits {options & ~_KNOWN & 0xFFFFFFFFFFFFFFFF:#x}")
     if options & _PURGEABLE and not options & _PAGEABLE:
         raise BadArgumentError("kIOMemoryPurgeable requires kIOMemoryPageable: wired memory cannot be reclaimed")
-    for bits, meaning in _NOT_YET.items():
+    for bits, reason in _REFUSED.items():
         if options & bits:
-            raise unsupported(meaning)
+            raise UnsupportedError(reason)
     _check_cache_mode(options)
 
 
@@ -324,8 +406,3 @@ def require_cache_instruction(instruction: int) -> None:
 def cache_of_copies(options: int) -> int:
     """Return the value of `Mapping.cache` for these options."""
     return (options & CACHE_MODES) >> 8
-
-
-def unsupported(what: str) -> UnsupportedError:
-    """Return the error for a feature that is not implemented."""
-    return UnsupportedError(f"iobmd {__version__} does not support {what} yet")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import weakref
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,7 +12,12 @@ from iobmd._internal import process_local
 from iobmd._internal.arguments import check_integers
 from iobmd._internal.weak_registry import WeakRegistry
 from iobmd._native import mapping
-from iobmd.constants import kIODirectionPrepareNoFault, kIODirectionPrepareToPhys32
+from iobmd.constants import (
+    IOPreparationID,
+    kIODirectionPrepareNoFault,
+    kIODirectionPrepareNonCoherent,
+    kIODirectionPrepareToPhys32,
+)
 from iobmd.descriptors import frame_checks
 from iobmd.descriptors.composite_memory import CompositeBacking
 from iobmd.descriptors.options import check_within, require_cache_instruction
@@ -32,6 +38,9 @@ if TYPE_CHECKING:
     from iobmd._native.pagemap import PhysicalSegment, RunTable
     from iobmd.backing import Backing
     from iobmd.descriptors.mapping_cache import CachedMapping
+
+
+_preparation_ids = itertools.count(1 << 32)  # as in IOKit: distinct from the values of IOPreparationID
 
 
 class Part(NamedTuple):
@@ -73,6 +82,7 @@ class MemoryOwner:
         "_kind",
         "_mappings",
         "_pinned_for_good",
+        "_preparation",
         "_sealed",
         "_viewable",
         "_wired_by",
@@ -92,6 +102,7 @@ class MemoryOwner:
         self._kind = kind
         self._dependents: WeakRegistry[CompositeBacking] | None = None
         self._pinned_for_good = not backing.composite and backing.wiring is Wiring.PINNED  # by its options
+        self._preparation = 0
         self._sealed = False  # its last user is about to be removed
         self.maker = self._wired_by = os.getpid() if maker is None else maker
         self.guard = process_local.Guard()
@@ -324,6 +335,8 @@ class MemoryOwner:
                 undo, self._wired_by = True, os.getpid()
             if direction & kIODirectionPrepareToPhys32:
                 frame_checks.require_low(self._runs(backing))
+            if direction & kIODirectionPrepareNonCoherent:
+                self.write_back(0, self.length, drop=True)
         except BaseException:
             if undo:
                 self._release_pin(backing)
@@ -339,6 +352,8 @@ class MemoryOwner:
         if not self.pins:
             raise NotReadyError(f"{self!r} is not prepared: nothing to complete")
         self.pins -= 1
+        if not (self.pins or self._pinned_for_good):
+            self._preparation = 0
         if backing.composite or not (self.pins or self._pinned_for_good):
             self._release_pin(backing, wait=wait)
 
@@ -349,6 +364,17 @@ class MemoryOwner:
     def _unpin_collected(self) -> None:
         with contextlib.suppress(IOReturnError):  # it may be garbage of the same cycle, and already released
             self.unpin(wait=False)
+
+    def preparation_id(self) -> int:
+        """As `IOMemoryDescriptor.getPreparationID`, with the guard held."""
+        backing = self.require_backing()
+        if isinstance(backing, CompositeBacking) and (part := backing.only_part()):
+            with part.owner.guard:
+                return part.owner.preparation_id()
+        if not (self.pins or self._pinned_for_good):
+            return IOPreparationID.kIOPreparationIDUnprepared
+        self._preparation = self._preparation or next(_preparation_ids)
+        return self._preparation
 
     def _release_pin(self, backing: Backing, *, wait: bool = True) -> None:
         backing.unpin(wait=wait)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import KEEP, IntFlag
 from typing import NamedTuple
 
+from iobmd import constants
 from iobmd._internal.arguments import check_integers
 from iobmd.errors import BadArgumentError
 from iobmd.physical.search import ALL_ADDRESSES
@@ -14,14 +15,14 @@ from iobmd.units import PAGE_SIZE, is_power_of_two
 class MappingOptions(IntFlag, boundary=KEEP):
     """How a device accesses memory (IODMACommand.h)."""
 
-    kMapped = 0
-    kBypassed = 0x1
-    kNonCoherent = 0x2
-    kUnmapped = 0x3
-    kTypeMask = 0xF
-    kNoCacheStore = 0x10
-    kOnChip = 0x20
-    kIterateOnly = 0x40
+    kMapped = constants.kIODMAMapOptionMapped
+    kBypassed = constants.kIODMAMapOptionBypassed
+    kNonCoherent = constants.kIODMAMapOptionNonCoherent
+    kUnmapped = constants.kIODMAMapOptionUnmapped
+    kTypeMask = constants.kIODMAMapOptionTypeMask
+    kNoCacheStore = constants.kIODMAMapOptionNoCacheStore
+    kOnChip = constants.kIODMAMapOptionOnChip
+    kIterateOnly = constants.kIODMAMapOptionIterateOnly
 
 
 _KNOWN = 0x3 | int(MappingOptions.kNoCacheStore | MappingOptions.kOnChip | MappingOptions.kIterateOnly)

@@ -11,9 +11,16 @@ from typing import TYPE_CHECKING, Self
 from iobmd._internal import process_local, with_block
 from iobmd._internal.arguments import check_integers, check_type
 from iobmd._native.pagemap import PhysicalSegment
-from iobmd.constants import IOOptionBits, IOReturn, kIOReturnSuccess
+from iobmd.constants import IOOptionBits, IOReturn, kIOMapperUncached, kIOReturnSuccess
 from iobmd.descriptors.options import DIRECTION_MASK
-from iobmd.errors import BadArgumentError, BusyError, NoResourcesError, NotOpenError
+from iobmd.errors import (
+    BadArgumentError,
+    BusyError,
+    NoResourcesError,
+    NotOpenError,
+    NotPermittedError,
+    UnsupportedError,
+)
 from iobmd.iommu.addresses import Addresses
 from iobmd.iommu.vfio import READ, WRITE, Container, Device
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_down, round_up
@@ -81,13 +88,15 @@ class IOMapper:
         ------
         IOReturnError
             As `IOMemoryDescriptor.prepare`; `kIOReturnNoResources`: no addresses are free below the device's limit;
-            `kIOReturnBadArgument`: no direction; `kIOReturnUnsupported`: several parts, or existing memory of another
-            task. After an error, nothing is prepared or mapped.
+            `kIOReturnBadArgument`: no direction; `kIOReturnUnsupported`: several parts, existing memory of another
+            task, or the mapper option `kIOMapperUncached`; `kIOReturnNotPermitted`: memory that no device may access
+            (`kIOMemoryHostOnly`). After an error, nothing is prepared or mapped.
         """
         direction = forDirection & DIRECTION_MASK or int(descriptor.getDirection())
         if not direction:
             message = "neither the transfer nor the descriptor has a direction: the device would have no access"
             raise BadArgumentError(message)
+        _require_accessible(descriptor)
         access = (READ if direction & _OUT else 0) | (WRITE if direction & _IN else 0)
         descriptor.prepare(forDirection)
         try:
@@ -164,6 +173,14 @@ class IOMapper:
     def __del__(self) -> None:
         if container := getattr(self, "_container", None):
             container.close()
+
+
+def _require_accessible(descriptor: IOMemoryDescriptor) -> None:
+    """Raise the named error for a descriptor that a device may not access, or not by this IOMMU."""
+    if descriptor.getFlags() & IOOptionBits.kIOMemoryHostOnly:
+        raise NotPermittedError(f"{descriptor!r} was created with kIOMemoryHostOnly: no device may access its memory")
+    if descriptor.getMapperOptions() & kIOMapperUncached:
+        raise UnsupportedError("VFIO maps memory cached, and not with kIOMapperUncached: call setMapperOptions(0)")
 
 
 class IOVMRange:

@@ -1,7 +1,9 @@
 """Names and values of the contract (IOKit's headers), and how flags of several types combine."""
 
+from enum import EnumType
+
 import iobmd
-from iobmd import IOMapOptions, IOOptionBits, IOPurgeable, IOReturn, constants
+from iobmd import IOOptionBits, IOPurgeable, constants
 
 IOKIT = {
     "kIODirectionNone": 0, "kIODirectionIn": 1, "kIODirectionOut": 2, "kIODirectionInOut": 3, "kIODirectionOutIn": 3,
@@ -21,18 +23,56 @@ IOKIT = {
     "kIOReturnUnsupported": 0xE00002C7, "kIOReturnVMError": 0xE00002C8, "kIOReturnNotOpen": 0xE00002CD,
     "kIOReturnBusy": 0xE00002D5, "kIOReturnNotReady": 0xE00002D8, "kIOReturnCannotWire": 0xE00002DE,
     "kIOReturnNotPermitted": 0xE00002E2, "kIOReturnNotFound": 0xE00002F0, "kIOReturnInvalid": 0xE0000001,
-    "kIODirectionPrepareToPhys32": 4, "kIODirectionPrepareNoFault": 8, "kIOMemoryIncoherentIOFlush": 1,
-    "kIOMemoryIncoherentIOStore": 2,
+    "kIODirectionPrepareToPhys32": 4, "kIODirectionPrepareNoFault": 8, "kIODirectionPrepareReserved1": 0x10,
+    "kIODirectionPrepareNonCoherent": 0x20, "kIODirectionCompleteWithError": 0x40,
+    "kIODirectionCompleteWithDataValid": 0x80, "kIOMemoryIncoherentIOFlush": 1, "kIOMemoryIncoherentIOStore": 2,
+    "kIOMemoryClearEncrypted": 50, "kIOMemorySetEncrypted": 51,
+    "kIOMemoryHostOnly": 0x1000, "kIOMemoryMapCopyOnWrite": 0x20000, "kIOMemoryRemote": 0x40000,
+    "kIOMemorySharingTypeMask": 0xF0000, "kIOMemoryDirectionMask": 7, "kIOMemoryTypeVirtual": 0x10,
+    "kIOMemoryTypePhysical": 0x20, "kIOMemoryTypeUPL": 0x30, "kIOMemoryTypePersistentMD": 0x40,
+    "kIOMemoryTypeUIO": 0x50, "kIOMemoryTypeVirtual64": 0x10, "kIOMemoryTypePhysical64": 0x20,
+    "kIOMemoryTypeMask": 0xF0, "kIOMemoryAsReference": 0x100, "kIOMemoryBufferPageable": 0x400,
+    "kIOMemoryPersistent": 0x10000, "kIOMemoryPurgeableFaultOnAccess": 0x2000,
+    "kIOMemoryLedgerTagDefault": 1, "kIOmemoryLedgerTagNetwork": 2, "kIOmemoryLedgerTagMedia": 3,
+    "kIOmemoryLedgerTagGraphics": 4, "kIOmemoryLedgerTagNeural": 5, "kIOMemoryLedgerFlagNoFootprint": 1,
+    "kIODMAMapReadAccess": 1, "kIODMAMapWriteAccess": 2, "kIODMAMapPhysicallyContiguous": 0x10,
+    "kIODMAMapDeviceMemory": 0x20, "kIODMAMapPagingPath": 0x40, "kIODMAMapIdentityMap": 0x80,
+    "kIODMAMapPageListFullyOccupied": 0x100, "kIODMAMapFixedAddress": 0x200, "kIOMapperUncached": 1,
+    "kIOPreparationIDUnprepared": 0, "kIOPreparationIDUnsupported": 1, "kIOPreparationIDAlwaysPrepared": 2,
+    "kIODefaultMemoryType": 0, "kIODefaultCache": 0, "kIOInhibitCache": 1, "kIOWriteThruCache": 2,
+    "kIOCopybackCache": 3, "kIOWriteCombineCache": 4, "kIOCopybackInnerCache": 5, "kIOPostedWrite": 6,
+    "kIORealTimeCache": 7, "kIOPostedReordered": 8, "kIOPostedCombinedReordered": 9,
+    "kIOMapCacheMask": 0xF00, "kIOMapCacheShift": 8, "kIOMapCopybackInnerCache": 0x500, "kIOMapPostedWrite": 0x600,
+    "kIOMapRealTimeCache": 0x700, "kIOMapPostedReordered": 0x800, "kIOMapPostedCombinedReordered": 0x900,
+    "kIOMapUserOptionsMask": 0xFFF, "kIOMapStatic": 0x01000000, "kIOMapOverwrite": 0x20000000,
+    "kIOMapGuardedMask": 0xC0000000,
+    "kIODMAMapOptionMapped": 0, "kIODMAMapOptionBypassed": 1, "kIODMAMapOptionNonCoherent": 2,
+    "kIODMAMapOptionUnmapped": 3, "kIODMAMapOptionTypeMask": 0xF, "kIODMAMapOptionNoCacheStore": 0x10,
+    "kIODMAMapOptionOnChip": 0x20, "kIODMAMapOptionIterateOnly": 0x40, "kIODMAMapOptionDextOwner": 0x80,
+    # DriverKit: IOMemoryDescriptor.iig, IODMACommand.iig
+    "kIOMemoryDirectionNone": 0, "kIOMemoryDirectionIn": 1, "kIOMemoryDirectionOut": 2,
+    "kIOMemoryDirectionOutIn": 3, "kIOMemoryDirectionInOut": 3, "kIOMemoryDisableCopyOnWrite": 0x10,
+    "kIOMemoryMapFixedAddress": 1, "kIOMemoryMapReadOnly": 2, "kIOMemoryMapGuardedMask": 0x1C,
+    "kIOMemoryMapGuardedDefault": 0, "kIOMemoryMapGuardedNone": 4, "kIOMemoryMapGuardedSmall": 8,
+    "kIOMemoryMapGuardedLarge": 0xC, "kIOMemoryMapCacheModeDefault": 0, "kIOMemoryMapCacheModeInhibit": 0x100,
+    "kIOMemoryMapCacheModeCopyback": 0x200, "kIOMemoryMapCacheModeWriteThrough": 0x400,
+    "kIOMemoryMapCacheModeRealTime": 0x800, "kIODMACommandCreateNoOptions": 0,
+    "kIODMACommandPrepareForDMANoOptions": 0, "kIODMACommandCompleteDMANoOptions": 0,
+    "kIODMACommandSpecificationNoOptions": 0, "kIODMACommandPerformOperationOptionRead": 1,
+    "kIODMACommandPerformOperationOptionWrite": 2, "kIODMACommandPerformOperationOptionZero": 4,
 }  # fmt: skip
 
 
 def test_names_and_values() -> None:
+    """Also of every other constant that is exported: none has a value that the headers do not give it."""
+    others = {name for name in constants.__all__ if name.startswith("k")} - IOKIT.keys()
+    assert all(name.startswith(("kIOReturn", "kIOMemoryPurgeableVolatileGroup")) for name in others), others
     for name, value in IOKIT.items():
         assert getattr(iobmd, name) == value, name
 
 
 def test_every_member_is_exported_under_its_name() -> None:
-    for kind in (IOOptionBits, IOMapOptions, IOPurgeable, IOReturn):
+    for kind in [kind for kind in vars(constants).values() if isinstance(kind, EnumType)]:
         for name, member in kind.__members__.items():
             assert getattr(iobmd, name) == member
             assert name in iobmd.__all__

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from enum import EnumType
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -20,7 +21,7 @@ import iobmd
 import iobmd.host
 import iobmd.iommu
 import iobmd.pagemap
-from iobmd import IOMapOptions, IOOptionBits, IOPurgeable, IOReturn
+from iobmd import constants
 from iobmd.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -116,7 +117,8 @@ def test_every_public_name_is_in_the_reference(module: ModuleType) -> None:
     """The members of classes are checked when the reference is built (docs/conf.py)."""
     text = "\n".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md"))
     described = set(re.findall(r"^\.\. (?:auto\w+|py:\w+):: ([\w.]+)", text, re.M))
-    members = {name for kind in (IOOptionBits, IOMapOptions, IOPurgeable, IOReturn) for name in kind.__members__}
+    kinds = [kind for kind in vars(constants).values() if isinstance(kind, EnumType)]
+    members = {name for kind in kinds for name in kind.__members__}
     names = {f"{module.__name__}.{name}" for name in {*module.__all__} - members - {"__version__"}}
     assert not names - described
     assert all(getattr(module, name.rpartition(".")[2]).__doc__ for name in names)

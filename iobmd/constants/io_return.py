@@ -1,0 +1,116 @@
+"""IOKit's return values under their names."""
+
+from enum import IntEnum
+
+
+class IOReturn(IntEnum):
+    """Return values of IOKit calls (IOReturn.h)."""
+
+    kIOReturnSuccess = 0
+    kIOReturnError = 0xE00002BC
+    kIOReturnNoMemory = 0xE00002BD
+    kIOReturnNoResources = 0xE00002BE
+    kIOReturnIPCError = 0xE00002BF
+    kIOReturnNoDevice = 0xE00002C0
+    kIOReturnNotPrivileged = 0xE00002C1
+    kIOReturnBadArgument = 0xE00002C2
+    kIOReturnLockedRead = 0xE00002C3
+    kIOReturnLockedWrite = 0xE00002C4
+    kIOReturnExclusiveAccess = 0xE00002C5
+    kIOReturnBadMessageID = 0xE00002C6
+    kIOReturnUnsupported = 0xE00002C7
+    kIOReturnVMError = 0xE00002C8
+    kIOReturnInternalError = 0xE00002C9
+    kIOReturnIOError = 0xE00002CA
+    kIOReturnCannotLock = 0xE00002CC
+    kIOReturnNotOpen = 0xE00002CD
+    kIOReturnNotReadable = 0xE00002CE
+    kIOReturnNotWritable = 0xE00002CF
+    kIOReturnNotAligned = 0xE00002D0
+    kIOReturnBadMedia = 0xE00002D1
+    kIOReturnStillOpen = 0xE00002D2
+    kIOReturnRLDError = 0xE00002D3
+    kIOReturnDMAError = 0xE00002D4
+    kIOReturnBusy = 0xE00002D5
+    kIOReturnTimeout = 0xE00002D6
+    kIOReturnOffline = 0xE00002D7
+    kIOReturnNotReady = 0xE00002D8
+    kIOReturnNotAttached = 0xE00002D9
+    kIOReturnNoChannels = 0xE00002DA
+    kIOReturnNoSpace = 0xE00002DB
+    kIOReturnPortExists = 0xE00002DD
+    kIOReturnCannotWire = 0xE00002DE
+    kIOReturnNoInterrupt = 0xE00002DF
+    kIOReturnNoFrames = 0xE00002E0
+    kIOReturnMessageTooLarge = 0xE00002E1
+    kIOReturnNotPermitted = 0xE00002E2
+    kIOReturnNoPower = 0xE00002E3
+    kIOReturnNoMedia = 0xE00002E4
+    kIOReturnUnformattedMedia = 0xE00002E5
+    kIOReturnUnsupportedMode = 0xE00002E6
+    kIOReturnUnderrun = 0xE00002E7
+    kIOReturnOverrun = 0xE00002E8
+    kIOReturnDeviceError = 0xE00002E9
+    kIOReturnNoCompletion = 0xE00002EA
+    kIOReturnAborted = 0xE00002EB
+    kIOReturnNoBandwidth = 0xE00002EC
+    kIOReturnNotResponding = 0xE00002ED
+    kIOReturnIsoTooOld = 0xE00002EE
+    kIOReturnIsoTooNew = 0xE00002EF
+    kIOReturnNotFound = 0xE00002F0
+    kIOReturnInvalid = 0xE0000001
+
+
+kIOReturnSuccess = IOReturn.kIOReturnSuccess
+kIOReturnError = IOReturn.kIOReturnError
+kIOReturnNoMemory = IOReturn.kIOReturnNoMemory
+kIOReturnNoResources = IOReturn.kIOReturnNoResources
+kIOReturnIPCError = IOReturn.kIOReturnIPCError
+kIOReturnNoDevice = IOReturn.kIOReturnNoDevice
+kIOReturnNotPrivileged = IOReturn.kIOReturnNotPrivileged
+kIOReturnBadArgument = IOReturn.kIOReturnBadArgument
+kIOReturnLockedRead = IOReturn.kIOReturnLockedRead
+kIOReturnLockedWrite = IOReturn.kIOReturnLockedWrite
+kIOReturnExclusiveAccess = IOReturn.kIOReturnExclusiveAccess
+kIOReturnBadMessageID = IOReturn.kIOReturnBadMessageID
+kIOReturnUnsupported = IOReturn.kIOReturnUnsupported
+kIOReturnVMError = IOReturn.kIOReturnVMError
+kIOReturnInternalError = IOReturn.kIOReturnInternalError
+kIOReturnIOError = IOReturn.kIOReturnIOError
+kIOReturnCannotLock = IOReturn.kIOReturnCannotLock
+kIOReturnNotOpen = IOReturn.kIOReturnNotOpen
+kIOReturnNotReadable = IOReturn.kIOReturnNotReadable
+kIOReturnNotWritable = IOReturn.kIOReturnNotWritable
+kIOReturnNotAligned = IOReturn.kIOReturnNotAligned
+kIOReturnBadMedia = IOReturn.kIOReturnBadMedia
+kIOReturnStillOpen = IOReturn.kIOReturnStillOpen
+kIOReturnRLDError = IOReturn.kIOReturnRLDError
+kIOReturnDMAError = IOReturn.kIOReturnDMAError
+kIOReturnBusy = IOReturn.kIOReturnBusy
+kIOReturnTimeout = IOReturn.kIOReturnTimeout
+kIOReturnOffline = IOReturn.kIOReturnOffline
+kIOReturnNotReady = IOReturn.kIOReturnNotReady
+kIOReturnNotAttached = IOReturn.kIOReturnNotAttached
+kIOReturnNoChannels = IOReturn.kIOReturnNoChannels
+kIOReturnNoSpace = IOReturn.kIOReturnNoSpace
+kIOReturnPortExists = IOReturn.kIOReturnPortExists
+kIOReturnCannotWire = IOReturn.kIOReturnCannotWire
+kIOReturnNoInterrupt = IOReturn.kIOReturnNoInterrupt
+kIOReturnNoFrames = IOReturn.kIOReturnNoFrames
+kIOReturnMessageTooLarge = IOReturn.kIOReturnMessageTooLarge
+kIOReturnNotPermitted = IOReturn.kIOReturnNotPermitted
+kIOReturnNoPower = IOReturn.kIOReturnNoPower
+kIOReturnNoMedia = IOReturn.kIOReturnNoMedia
+kIOReturnUnformattedMedia = IOReturn.kIOReturnUnformattedMedia
+kIOReturnUnsupportedMode = IOReturn.kIOReturnUnsupportedMode
+kIOReturnUnderrun = IOReturn.kIOReturnUnderrun
+kIOReturnOverrun = IOReturn.kIOReturnOverrun
+kIOReturnDeviceError = IOReturn.kIOReturnDeviceError
+kIOReturnNoCompletion = IOReturn.kIOReturnNoCompletion
+kIOReturnAborted = IOReturn.kIOReturnAborted
+kIOReturnNoBandwidth = IOReturn.kIOReturnNoBandwidth
+kIOReturnNotResponding = IOReturn.kIOReturnNotResponding
+kIOReturnIsoTooOld = IOReturn.kIOReturnIsoTooOld
+kIOReturnIsoTooNew = IOReturn.kIOReturnIsoTooNew
+kIOReturnNotFound = IOReturn.kIOReturnNotFound
+kIOReturnInvalid = IOReturn.kIOReturnInvalid

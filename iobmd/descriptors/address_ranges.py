@@ -1,0 +1,58 @@
+"""Existing memory at ranges of a task's addresses: memory that iobmd knows by these addresses, or other memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from iobmd.backing.ranges import RangeBacking
+from iobmd.descriptors import address_index
+from iobmd.descriptors.composite_memory import CompositeBacking
+from iobmd.descriptors.ownership import MemoryOwner, Part
+from iobmd.task.task import check_range
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from iobmd.backing import Backing
+    from iobmd.task.task import Task
+
+
+def describe(task: Task, ranges: Iterable[tuple[int, int]], kind: str, *, writable: bool) -> tuple[Backing, int]:
+    """Return the memory at ranges of addresses, end to end, and its length in bytes.
+
+    Parameters
+    ----------
+    task, ranges, writable
+        As `RangeBacking`, several times.
+    kind : str
+        The class of the descriptor, for messages.
+    """
+    found = list(_found(task, ranges, writable=writable))
+    length = sum(one.length for one in found)
+    if len(found) == 1 and isinstance(found[0], RangeBacking):
+        return found[0], length
+    return CompositeBacking([_as_part(one, kind) for one in found]), length
+
+
+def _as_part(found: Part | RangeBacking, kind: str) -> Part:
+    if isinstance(found, Part):
+        return found
+    owner = MemoryOwner(found, found.length, kind, has_handle=False)
+    return Part(owner, 0, found.length)
+
+
+def _found(task: Task, ranges: Iterable[tuple[int, int]], *, writable: bool) -> Iterator[Part | RangeBacking]:
+    """Yield the memory at the nonempty ranges: parts of iobmd descriptors, or ranges (adjacent ones joined)."""
+    open_range = (0, 0)
+    for address, length in ranges:
+        check_range(address, length)
+        part = address_index.find(task, address, length) if length else None
+        if open_range[1] and (part or (length and sum(open_range) != address)):
+            yield RangeBacking(task, *open_range, writable=writable)
+            open_range = (0, 0)
+        if part:
+            yield part
+        elif length:
+            open_range = (open_range[0] if open_range[1] else address), open_range[1] + length
+    if open_range[1]:
+        yield RangeBacking(task, *open_range, writable=writable)
