@@ -364,6 +364,19 @@ def test_diff_names_areas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert re.search(rf" {amount} {change} +{re.escape(name)}$", gone, re.M), gone
 
 
+def test_unnamed_areas_in_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They have the names of their mappings, in whichever snapshot they are; JSON has their own, which is empty."""
+    reserved = mmap.mmap(-1, 1 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0)
+    shown(capsys, "self", "--save", str(tmp_path / "file"))
+    with mmap.mmap(-1, 3 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ), reserved:
+        reserved.close()
+        text = shown(capsys, "self", "--diff", str(tmp_path / "file"))
+        document = json.loads(shown(capsys, "self", "--diff", str(tmp_path / "file"), "--json"))
+    assert re.search(r" 3 MiB mapped +\[anon, read-only\]$", text, re.M), text
+    assert re.search(r" 1 MiB unmapped +\[anon, reserved\]$", text, re.M), text
+    assert {one["name"] for one in document["changes"] if one["end"] - one["start"] == 3 << 20} == {""}
+
+
 def test_save_and_diff(target: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown(capsys, str(target), "--save", str(tmp_path / "file"))
     assert "nothing changed" in shown(capsys, str(target), "--diff", str(tmp_path / "file"))

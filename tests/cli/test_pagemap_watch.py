@@ -121,6 +121,17 @@ def test_what_happened_between_two_looks(target: Target) -> None:
         assert watching.stderr.read() == ""
 
 
+def test_lines_name_unnamed_areas(target: Target) -> None:
+    """A line of an area begins with its addresses, that of a tick with the time."""
+    with watch(target) as watching:
+        assert watching.stdout
+        next(line for line in watching.stdout if " areas, resident " in line)
+        target.tell("fill")
+        of_areas = (line for line in watching.stdout if line.startswith(" "))
+        assert next(line for line in of_areas if " 4 MiB newly resident" in line).endswith("  [anon]\n")
+        watching.send_signal(signal.SIGINT)
+
+
 def test_a_heap_that_grows_all_the_time(target: Target) -> None:
     """The bounds of an area change after its pages were read and before the areas are."""
     with watch(target, "--json") as watching:

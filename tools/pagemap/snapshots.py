@@ -16,12 +16,13 @@ from iobmd.printable import printable
 from iobmd.units import format_size
 
 from .document import VERSION, hidden_member, members, write_list
+from .groups import Groups
 from .look import SWAPPED_SHARED, Hidden, Look
 from .table import shortened, show_hidden
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from iobmd.procfs import VMA
 
@@ -61,7 +62,7 @@ def _save(look: Look, path: str) -> None:
 def _write(before: Snapshot, after: Snapshot) -> None:
     head = {"version": VERSION, "before": before.header._asdict(), "after": after.header._asdict()}
     print("{" + members(head | hidden_member(_hidden(before, after))) + ',\n"changes": [', end="")
-    write_list(row._asdict() for row in _rows(before, after))
+    write_list(row._asdict() for row in _rows(before, after, lambda area: area.name))
     print("]}")
 
 
@@ -74,7 +75,7 @@ def _show(before: Snapshot, after: Snapshot) -> None:
     width = terminal_width()
     show_hidden(_hidden(before, after), width)
     sums: Counter[Kind] = Counter()
-    for kind, start, end, name in _rows(before, after):
+    for kind, start, end, name in _rows(before, after, Groups().name_of):
         sums[kind] += end - start
         cells = f"{f'{start:x}-{end:x}':>29} {format_size(end - start):>9} {kind:14}  "
         shown = printable(name)
@@ -102,9 +103,9 @@ class _Row(NamedTuple):
     name: str
 
 
-def _rows(before: Snapshot, after: Snapshot) -> Iterator[_Row]:
+def _rows(before: Snapshot, after: Snapshot, name_of: Callable[[VMA], str]) -> Iterator[_Row]:
     """Join the changes to rows."""
-    old, new = _Names(before), _Names(after)
+    old, new = _Names(before, name_of), _Names(after, name_of)
     last: _Row | None = None
     for change in changes(before, after):
         names = old if change.kind in (Kind.UNMAPPED, Kind.RELEASED) else new
@@ -122,18 +123,19 @@ def _rows(before: Snapshot, after: Snapshot) -> Iterator[_Row]:
 class _Names:
     """The names of the areas of a snapshot, which are read again for each ascending sequence of addresses."""
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, snapshot: Snapshot, name_of: Callable[[VMA], str]) -> None:
         self._snapshot = snapshot
+        self._name_of = name_of
         self._last = -1
         self._areas: Iterator[VMA] = iter(())
         self._area: VMA | None = None
 
     def at(self, address: int) -> str:
-        """Return the name of the area that contains an address; empty if it has no name, or there is none."""
+        """Return the name of the area that contains an address; empty if there is none."""
         if address < self._last or self._last < 0:
             self._areas = self._snapshot.areas()
             self._area = next(self._areas, None)
         self._last = address
         while self._area and self._area.end <= address:
             self._area = next(self._areas, None)
-        return self._area.name if self._area and self._area.start <= address else ""
+        return self._name_of(self._area) if self._area and self._area.start <= address else ""

@@ -49,7 +49,7 @@ def _print(look: Look, looks: Iterator[Tick]) -> None:
     for tick in looks:
         print(line(tick))
         for vma, _area, sums in tick.changed:
-            print(f"{f'{vma.start:x}-{vma.end:x}':>39} {happened(sums)}  {printable(vma.name)}")
+            print(f"{f'{vma.start:x}-{vma.end:x}':>39} {happened(sums)}  {printable(tick.groups.name_of(vma))}")
         sys.stdout.flush()
 
 
