@@ -78,7 +78,7 @@ shell: $(READY)
 docs: $(READY)
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
-# What the documentation shows of iobmd pagemap, on a fixed program: needs tmux and chromium. VIEWS="map page"
+# What the documentation shows of iobmd pagemap, on a fixed program: needs tmux, chromium and swap. VIEWS="map page"
 screenshots: $(READY)
 	$(BIN)/python -m iobmd.tools.screenshots $(VIEWS)
 

@@ -18,11 +18,14 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+from xml.etree import ElementTree
 
 from PIL import Image
 from rich.console import Console
 from rich.terminal_theme import SVG_EXPORT_THEME
 from rich.text import Text
+
+from iobmd import host
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -116,6 +119,8 @@ def main() -> None:
     parser.add_argument("--into", type=Path, default=FOLDER, metavar="FOLDER")
     parser.add_argument("views", nargs="*", metavar="VIEW", help=f"{', '.join(VIEWS)}, page")
     arguments = parser.parse_args()
+    if not host.has_swap():
+        print("this host has no swap (swapon): the pictures will show no swapped memory", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="iobmd-") as folder:
         for name in arguments.views or [*VIEWS, "page"]:
             if name != "page":
@@ -253,7 +258,12 @@ def _pages(pid: int, into: Path, folder: Path) -> None:
         path.write_text(_general(path.read_text()))
     for name, state in PAGES.items():
         _shot(f"{page.as_uri()}#{state}", (1200, 1240), into / f"{name}.png", folder)
-    _shot(picture.as_uri(), (1200, 920), (into.parent if into == FOLDER else into) / "pagemap.png", folder)
+    _shot(picture.as_uri(), _size_of(picture), (into.parent if into == FOLDER else into) / "pagemap.png", folder)
+
+
+def _size_of(picture: Path) -> tuple[int, int]:
+    root = ElementTree.parse(picture).getroot()
+    return int(root.attrib["width"]), int(root.attrib["height"])
 
 
 def _shot(address: str, size: tuple[int, int], path: Path, folder: Path) -> None:

@@ -268,7 +268,7 @@ sys.stdin.read()
 """
 USED = """
 const result = {resources: performance.getEntriesByType("resource").length};
-const rows = () => [...document.querySelectorAll("#rows tr")].map(row => row.lastChild.textContent);
+const rows = () => [...document.querySelectorAll("#rows tr")].map(row => row.querySelector(".name").textContent);
 const field = document.getElementById("search");
 const type = text => { field.value = text; field.dispatchEvent(new Event("input")); };
 const ground = () => getComputedStyle(document.body).backgroundColor;

@@ -28,7 +28,7 @@ def test_the_command_of_a_view(name: str) -> None:
         assert command.replace("PID", "").replace("FILE", "database.bin").strip() in words, "the title"
         assert "Traceback" not in words
         assert "://" not in path.read_text().replace("http://www.w3.org/2000/svg", ""), "it loads nothing"
-        assert path.stat().st_size < 96 << 10
+        assert path.stat().st_size < 128 << 10, "as many cells as a terminal has, each of another color"
 
 
 def test_the_map_has_the_legend_of_today() -> None:

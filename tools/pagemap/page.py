@@ -33,6 +33,7 @@ _COLUMNS = {
     "start": "addresses",
     "end": "",
     "perms": "perms",
+    "name": "name",
     "size_bytes": "size",
     "resident_bytes": "resident",
     "pss_bytes": "PSS",
@@ -45,7 +46,6 @@ _COLUMNS = {
     "locked_bytes": "locked",
     "run_count": "runs",
     "largest_run_bytes": "largest run",
-    "name": "name",
 }
 """Headings of the table by field of --json."""
 

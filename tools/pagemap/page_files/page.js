@@ -228,6 +228,9 @@ const drawLegend = () => at("legend").replaceChildren(...states.filter(state => 
 // The table: the areas that match the search, are in view, and have pages of a kind that is not hidden.
 const column = Object.fromEntries(data.fields.map(([key], index) => [key, index]));
 const isText = key => ["start", "perms", "name"].includes(key);
+// Columns without a value in any area would make the table wider than the page.
+const shown = data.fields.map(([key]) => key).filter(key =>
+  key !== "end" && (isText(key) || data.rows.some(row => row[column[key]] !== 0)));
 const selected = () => {
   const matches = matcher(), isPart = view.from > 0 || view.to < data.length;
   return data.rows.filter(row => {
@@ -238,14 +241,14 @@ const selected = () => {
   });
 };
 const drawTable = () => {
-  const rows = selected(), shown = data.fields.filter(([key]) => key !== "end");
+  const rows = selected(), headings = Object.fromEntries(data.fields);
   const sorted = column[view.sort], sign = view.down ? -1 : 1;
   // Hexadecimal numbers of different lengths are in order of their length.
   const longer = (one, other) => view.sort === "start" ? one[sorted].length - other[sorted].length : 0;
   rows.sort((one, other) => sign * longer(one, other)
     || sign * (one[sorted] < other[sorted] ? -1 : Number(one[sorted] > other[sorted])));
-  at("head").replaceChildren(...shown.map(([key, heading]) => {
-    const head = make("th"), button = make("button", heading);
+  at("head").replaceChildren(...shown.map(key => {
+    const head = make("th"), button = make("button", headings[key]);
     button.type = "button";
     if (isText(key)) head.classList.add("text");
     if (view.sort === key) head.setAttribute("aria-sort", view.down ? "descending" : "ascending");
@@ -263,14 +266,14 @@ const drawTable = () => {
   };
   at("rows").replaceChildren(...rows.slice(0, view.shown).map(row => {
     const made = make("tr"), part = byStart.get(row[column.start]);
-    for (const [key] of shown) made.append(make("td", cell(key, row), ...(isText(key) ? ["text", key] : [])));
+    for (const key of shown) made.append(make("td", cell(key, row), ...(isText(key) ? ["text", key] : [])));
     if (part) {
       made.classList.add("drawn");
       made.addEventListener("click", () => { zoom(part.position, part.last); at("plot").scrollIntoView({ block: "center" }); });
     }
     return made;
   }));
-  at("sums").replaceChildren(...shown.map(([key]) => {
+  at("sums").replaceChildren(...shown.map(key => {
     const values = rows.map(row => row[column[key]]), summed = key.endsWith("_bytes") && !key.startsWith("largest");
     const text = key === "start" ? `${rows.length} of ${data.rows.length} areas`
       : summed ? values.includes(null) ? "?" : sum(values) ? size(sum(values)) : "-" : "";
