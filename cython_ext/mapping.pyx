@@ -319,6 +319,7 @@ cdef class Mapping:
     caches: 1: flush lines before reads and after writes, 2: write lines back after writes, 4: non-temporal stores,
     otherwise nothing. `instruction` selects the cache line instruction, 0 for the best. `revocable` memory can be
     unmapped or truncated by others: accesses by these methods then raise `FaultError` instead of SIGSEGV or SIGBUS.
+    A mapping with `holes` contains guard pages, at which every access faults.
     """
 
     cdef readonly uint64_t address
@@ -326,6 +327,7 @@ cdef class Mapping:
     cdef readonly int users
     cdef readonly bint writable
     cdef readonly bint revocable
+    cdef readonly bint holes
     cdef public int cache
     cdef public int instruction
     cdef bint sealed
@@ -382,11 +384,12 @@ cdef class Mapping:
         return self
 
     @staticmethod
-    def view(pieces, uint64_t at, bint writable, size_t guard, size_t alignment):
+    def view(pieces, uint64_t at, bint writable, size_t guard, size_t alignment, bint overwrite=False):
         """Map pieces of files contiguously and shared; each is (descriptor, offset, length), in whole pages.
 
-        `at` is the address, at which nothing may be mapped (FileExistsError), or 0 for any multiple of `alignment`,
-        with `guard` inaccessible bytes on each side.
+        Pieces with the descriptor -1 are inaccessible. `at` is the address, at which nothing may be mapped
+        (FileExistsError), or 0 for any multiple of `alignment`, with `guard` inaccessible bytes on each side. With
+        `overwrite` the range at `at` must be reserved instead, as for `space`, and is reserved again at the end.
         """
         cdef size_t whole = _whole(_total(pieces), alignment, guard), size = whole - 2 * guard
         cdef uint64_t wanted = at
@@ -394,7 +397,10 @@ cdef class Mapping:
         cdef object shown = pieces
         if at > MOST - whole:
             raise OverflowError(f"{size} bytes at {at:#x} exceed the address space")
-        if guard or len(pieces) > 1 or (alignment > PAGE_SIZE and not at):
+        if overwrite:
+            self = Mapping.space(at, whole, True)
+            self.borrowed = False
+        elif guard or len(pieces) > 1 or pieces[0][0] < 0 or (alignment > PAGE_SIZE and not at):
             self = _set_aside(at, whole, alignment)
             at = self.address
         else:
@@ -412,12 +418,23 @@ cdef class Mapping:
         self._show(pieces, PROT_NONE)
         self._shows(shown)
         self.kind = SHARED
-        cdef int error
-        with nogil:
-            error = _open(self.address, size, self._protection())
-        if error:
-            raise OSError(error, f"mmap: {strerror(error).decode()}")
+        self._open_pieces(shown)
         return self
+
+    cdef _open_pieces(self, pieces):
+        """Allow access to consecutive pieces at once: to the whole mapping, unless it has holes."""
+        cdef uint64_t start = self.address, end = self.address, length
+        cdef int fd, error
+        for fd, _offset, length in (*pieces, (-1, 0, 0)):
+            if fd >= 0:
+                end += length
+                continue
+            if end > start:
+                with nogil:
+                    error = _open(start, end - start, self._protection())
+                if error:
+                    raise OSError(error, f"mmap: {strerror(error).decode()}")
+            start = end = end + length
 
     cdef int _protection(self) noexcept nogil:
         return PROT_READ | (PROT_WRITE if self.writable else 0)
@@ -428,7 +445,9 @@ cdef class Mapping:
         cdef Object *more
         cdef int last = -1
         for fd, _offset, _length in pieces:
-            if fd == last:
+            if fd < 0:
+                self.holes = True
+            if fd == last or fd < 0:
                 continue
             last = fd
             self.revocable = self.revocable or _can_shrink(last)
@@ -442,13 +461,14 @@ cdef class Mapping:
             self.count += 1
 
     cdef _show(self, pieces, int protection):
-        """Map pieces of files over the existing mapping."""
+        """Map pieces of files over the existing mapping, which is inaccessible where a piece has no file."""
         cdef uint64_t place = self.address
         cdef size_t length
         cdef uint64_t offset
         cdef int fd
         for fd, offset, length in pieces:
-            _map_at(place, length, fd, offset, protection, MAP_FIXED)
+            if fd >= 0:
+                _map_at(place, length, fd, offset, protection, MAP_FIXED)
             place += length
 
     def redirect(self, pieces):
@@ -667,6 +687,8 @@ cdef class Mapping:
             return anonymous and area.vma_flags == 0
         if self.kind == PRIVATE:
             return anonymous and area.vma_flags == READABLE | C_VMA_WRITABLE
+        if self.holes and anonymous and area.vma_flags == 0:
+            return True
         if area.vma_flags != (READABLE | C_VMA_SHARED | (C_VMA_WRITABLE if self.writable else 0)):
             return False
         for index in range(self.count):

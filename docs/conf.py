@@ -103,6 +103,8 @@ _MADE_BY_FUNCTIONS = {
     "iobmd.Handle",
     "iobmd.IOBufferMemoryDescriptor",
     "iobmd.IODMACommand",
+    "iobmd.IOGuardPageMemoryDescriptor",
+    "iobmd.IOInterleavedMemoryDescriptor",
     "iobmd.IOMemoryDescriptor",
     "iobmd.IOMemoryMap",
     "iobmd.IOMultiMemoryDescriptor",

@@ -20,8 +20,13 @@ if TYPE_CHECKING or "iobmd_command" not in sys.modules:
     from iobmd.api import allocate, copy, snapshot
     from iobmd.cache import CacheItem, CacheStatistics, PurgeableCache
     from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
-    from iobmd.descriptors.composite import IOMultiMemoryDescriptor, IOSubMemoryDescriptor
+    from iobmd.descriptors.composite import (
+        IOInterleavedMemoryDescriptor,
+        IOMultiMemoryDescriptor,
+        IOSubMemoryDescriptor,
+    )
     from iobmd.descriptors.descriptor import IOMemoryDescriptor
+    from iobmd.descriptors.guard_pages import IOGuardPageMemoryDescriptor
     from iobmd.descriptors.memory_map import IOMemoryMap
     from iobmd.descriptors.usage import Statistics, Usage, statistics, trim
     from iobmd.dma import IODMACommand
@@ -61,6 +66,8 @@ if TYPE_CHECKING or "iobmd_command" not in sys.modules:
         "Handle",
         "IOBufferMemoryDescriptor",
         "IODMACommand",
+        "IOGuardPageMemoryDescriptor",
+        "IOInterleavedMemoryDescriptor",
         "IOMapper",
         "IOMemoryDescriptor",
         "IOMemoryMap",

@@ -24,6 +24,7 @@ class Mapping:
     users: int
     writable: bool
     revocable: bool
+    holes: bool
     cache: int
     instruction: int
     reserved: bool
@@ -37,7 +38,12 @@ class Mapping:
     def borrow(address: int, size: int, writable: bool) -> Mapping: ...
     @staticmethod
     def view(
-        pieces: Sequence[tuple[int, int, int]], at: int, writable: bool, guard: int, alignment: int
+        pieces: Sequence[tuple[int, int, int]],
+        at: int,
+        writable: bool,
+        guard: int,
+        alignment: int,
+        overwrite: bool = False,
     ) -> Mapping: ...
     def redirect(self, pieces: Sequence[tuple[int, int, int]]) -> None: ...
     def keep(self, offset: int, size: int) -> None: ...

@@ -48,6 +48,12 @@ class Backing(Protocol):
     composite: bool
     """Whether it consists of parts of other memory; pins are then passed on to these."""
 
+    has_bytes: bool
+    """Whether all of it can be read; False for guard pages and addresses of another bus."""
+
+    has_guard_pages: bool
+    """Whether a part of it is guard pages, which have no page frames."""
+
     stopped_ns: int
     """Upper bound of the time for which a thread of `task` was stopped for the allocation."""
 
@@ -122,6 +128,13 @@ class Backing(Protocol):
 
     def write(self, offset: int, data: Buffer) -> None:
         """Copy `data` to `offset`."""
+
+    def copy_to(self, offset: int, length: int, destination: int) -> int:
+        """Copy bytes to zeroed memory of this process, as of one moment if they are in another task.
+
+        Pages that do not exist are not created. Returns an upper bound of the time in nanoseconds for which another
+        task was stopped. Raises as `Task.read`.
+        """
 
     def exported(self) -> tuple[Mapping, int]:
         """Return its mapping in this process, and the offset of its first byte in the mapping.

@@ -14,6 +14,8 @@ from iobmd.units import PAGE_SIZE
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from iobmd._native.pagemap import RunTable
+
 
 class BusBacking(PagelessBacking):
     """Ranges of addresses of another bus, end to end.
@@ -36,7 +38,12 @@ class BusBacking(PagelessBacking):
         super().__init__(sum(length for _address, length in self._ranges))
         if self.size >> 64:
             raise BadArgumentError(f"ranges of {self.size:#x} bytes in total exceed 64 bits")
-        self.runs = pagemap.listed(self._ranges)
+        self._runs = pagemap.listed(self._ranges)
+
+    @property
+    def runs(self) -> RunTable:
+        """The addresses."""
+        return self._runs
 
     def in_page(self, offset: int) -> int:
         """Return the offset of a byte in its page."""

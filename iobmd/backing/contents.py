@@ -126,6 +126,14 @@ class CopyOf:
         return self.size - outline.size + extents.existing(self.task.pid, outline, job.patience(self._timeout))
 
 
+def copied(contents: CopyOf, destination: int) -> int:
+    """Check the contents and copy them; return an upper bound of the time for which their task was stopped."""
+    if contents.size:
+        contents.check()
+        contents.fill(destination)
+    return contents.stopped_ns
+
+
 class FrozenCopyOf(CopyOf):
     """Like `CopyOf`, as of one moment."""
 

@@ -390,6 +390,11 @@ class LazyBacking(AnonymousBacking):
         self._require(offset, memoryview(data).nbytes)
         super().write(offset, data)
 
+    def copy_to(self, offset: int, length: int, destination: int) -> int:
+        """As `Backing.copy_to`."""
+        self._require(offset, length)
+        return super().copy_to(offset, length, destination)
+
     def exported(self) -> tuple[Mapping, int]:
         """As `Backing.exported`; waits for everything if the page faults of system calls cannot be served."""
         if fetch := self._pending():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from iobmd import pagemap
 from iobmd._native.mapping import ClosedError, FaultError
+from iobmd.backing.contents import CopyOf, copied
 from iobmd.backing.pinned import Pinned
 from iobmd.errors import UnsupportedError
 from iobmd.host import headroom
@@ -151,6 +152,15 @@ class MappedBacking(Pinned):
             self.mapping.write(offset, data)
         except UNREACHABLE as error:
             raise diagnosis.unreachable(error) from None
+
+    def copy_to(self, offset: int, length: int, destination: int) -> int:
+        """Copy bytes to zeroed memory of this process."""
+        with self.here() as mapping:
+            mapping.hold()
+            try:
+                return copied(CopyOf(kernel_task, mapping.address + offset, length), destination)
+            finally:
+                mapping.let_go()
 
     def exported(self) -> tuple[Mapping, int]:
         """Return its mapping in this process, from its first byte."""

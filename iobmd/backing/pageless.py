@@ -27,6 +27,8 @@ class PagelessBacking:
     """The message of that error."""
 
     composite = False
+    has_bytes = False
+    has_guard_pages = False
     mapped_read_only = False
     pin_refusal = ""
     purgeable: Purgeable | None = None
@@ -35,7 +37,6 @@ class PagelessBacking:
     task: Task | None = None
     address = 0
     wiring = Wiring.PINNED
-    runs: RunTable
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -48,6 +49,11 @@ class PagelessBacking:
         """Return the total size of the pages that contain a range."""
         return span(self.in_page(offset), length)
 
+    @property
+    def runs(self) -> RunTable:
+        """Its physical runs, which never change."""
+        raise NotImplementedError
+
     def pin(self) -> None:
         """Do nothing: there are no pages."""
 
@@ -55,7 +61,7 @@ class PagelessBacking:
         """Do nothing, as `pin`."""
 
     def read_runs(self, *, gaps: bool = False) -> RunTable:  # noqa: ARG002 (the protocol's)
-        """Return its runs, which never change."""
+        """As `runs`."""
         return self.runs
 
     def lost(self) -> int | None:
@@ -82,26 +88,28 @@ class PagelessBacking:
 
     def read(self, _offset: int, _length: int) -> bytes:
         """Raise, as `here`, unless the range is empty."""
-        self._nothing(_length)
+        self.require_bytes(_offset, _length)
         return b""
 
     def read_into(self, _offset: int, buffer: Buffer) -> None:
         """Raise, as `here`, unless the range is empty."""
-        self._nothing(memoryview(buffer).nbytes)
+        self.require_bytes(_offset, memoryview(buffer).nbytes)
 
     def write(self, _offset: int, data: Buffer) -> None:
         """Raise, as `here`, unless the range is empty."""
-        self._nothing(memoryview(data).nbytes)
+        self.require_bytes(_offset, memoryview(data).nbytes)
 
-    def copy_to(self, _offset: int, length: int, _destination: int) -> None:
+    def copy_to(self, _offset: int, length: int, _destination: int) -> int:
         """Raise, as `here`, unless the range is empty."""
-        self._nothing(length)
+        self.require_bytes(_offset, length)
+        return 0
 
     def write_back(self, _offset: int, length: int, *, drop: bool) -> None:  # noqa: ARG002 (the protocol's)
         """Raise, as `here`, unless the range is empty."""
-        self._nothing(length)
+        self.require_bytes(_offset, length)
 
-    def _nothing(self, length: int) -> None:
+    def require_bytes(self, _offset: int, length: int) -> None:
+        """Raise, as `here`, unless the range is empty."""
         if length:
             raise self.error(self.refusal)
 

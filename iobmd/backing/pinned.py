@@ -30,6 +30,8 @@ class Pin(Protocol):
 class Pinned(abc.ABC):
     """Memory with at most one pin at a time, and with known page frames during that time."""
 
+    has_bytes = True
+    has_guard_pages = False
     mapped_read_only = False
     runs: RunTable | None = None
     pin_refusal = ""

@@ -7,8 +7,9 @@ import errno
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd._native.mapping import Mapping
-from iobmd.errors import BadArgumentError, NoResourcesError, UnsupportedError
+from iobmd.errors import NoResourcesError, UnsupportedError
 from iobmd.host import limits
+from iobmd.memory import shmem
 from iobmd.units import format_size
 
 if TYPE_CHECKING:
@@ -66,11 +67,7 @@ class Placement(NamedTuple):
         except FileExistsError as error:
             if not self.overwrite:
                 raise NoResourcesError(f"{where}: memory is mapped there", error.errno or 0) from None
-            message = (
-                f"{where}: the range is not reserved at {error.filename}; reserve it by a private anonymous mapping "
-                "without access (mmap with PROT_NONE)"
-            )
-            raise BadArgumentError(message, error.errno or 0) from None
+            raise shmem.not_reserved(where, error) from None
         except OSError as error:
             raise limits.from_oserror(error, where, size) from None
 

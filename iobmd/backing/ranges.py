@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from iobmd import pagemap, procfs
 from iobmd._native.mapping import FaultError, Mapping
+from iobmd.backing.contents import CopyOf, FrozenCopyOf, copied
 from iobmd.backing.mapped import private, span
 from iobmd.backing.pinned import Pinned
 from iobmd.errors import CannotWireError, IOReturnError, UnsupportedError
@@ -156,6 +157,11 @@ class RangeBacking(Pinned):
     def write(self, offset: int, data: Buffer) -> None:
         """Copy `data` to `offset`. Raises as `Task.write`."""
         self.task.write(self.address + offset, data)
+
+    def copy_to(self, offset: int, length: int, destination: int) -> int:
+        """Copy bytes to zeroed memory of this process, as of one moment if they are in another task."""
+        kind = CopyOf if self.task.is_current else FrozenCopyOf
+        return copied(kind(self.task, self.address + offset, length), destination)
 
     def here(self, *, populated: bool = False) -> AbstractContextManager[Mapping]:  # noqa: ARG002 (the protocol's)
         """Return a context with its pages, if its task is this process."""

@@ -56,7 +56,8 @@ class RemotePrivateBacking(RangeBacking):
                 private=True,
             )
         finally:
-            extent.fd.close()
+            if extent.fd:
+                extent.fd.close()
         self.mapped_read_only = "w" not in placement.protection
         # It counts the transfers in progress, and is never accessed: the addresses are those of the other task.
         self._transfers = Mapping.borrow(self._there.address, extent.length, False)
@@ -141,6 +142,11 @@ class RemotePrivateBacking(RangeBacking):
         """Copy `data` to `offset`. Raises as `Task.write`."""
         with self._transfer(offset, memoryview(data).nbytes), self._there.writable():
             super().write(offset, data)
+
+    def copy_to(self, offset: int, length: int, destination: int) -> int:
+        """As `Backing.copy_to`."""
+        with self._transfer(offset, length):
+            return super().copy_to(offset, length, destination)
 
     def exported(self) -> NoReturn:
         """Raise: it is mapped in the other task only."""

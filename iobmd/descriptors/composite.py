@@ -1,13 +1,22 @@
-"""`IOSubMemoryDescriptor` and `IOMultiMemoryDescriptor`: a part, or a concatenation, of other descriptors' memory."""
+"""Parts and concatenations of other descriptors' memory."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
+from iobmd._internal.arguments import check_integers
+from iobmd.descriptors import memory_map
 from iobmd.descriptors.composite_memory import CompositeBacking
 from iobmd.descriptors.descriptor import IOMemoryDescriptor
-from iobmd.descriptors.options import check_descriptor, check_existing, check_within
+from iobmd.descriptors.options import (
+    DIRECTION_MASK,
+    check_descriptor,
+    check_direction,
+    check_existing,
+    check_within,
+)
 from iobmd.descriptors.ownership import Part
+from iobmd.errors import BadArgumentError, BusyError, NoResourcesError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -118,3 +127,102 @@ class IOMultiMemoryDescriptor(Derived):
         parts = [Part(owner := one._usable_memory(), 0, owner.length) for one in found]
         self._join(parts, withDirection, next((tag for one in found if (tag := one.getTag())), 0))
         return True
+
+
+class IOInterleavedMemoryDescriptor(Derived):
+    """Portions of several descriptors' memory, which are added one by one and seen as one.
+
+    It is a concatenation, like `IOMultiMemoryDescriptor`, that can be cleared and filled again for each transfer.
+
+    Source: IOKit's IOInterleavedMemoryDescriptor.h. Wider than IOKit: it can be mapped and read.
+    """
+
+    _initializer = "initWithCapacity"
+    _capacity = 0
+    _count = 0
+
+    @classmethod
+    def withCapacity(cls, capacity: int, direction: int) -> Self:
+        """Create an empty descriptor for at most `capacity` portions, as `initWithCapacity`."""
+        self = cls()
+        self.initWithCapacity(capacity, direction)
+        return self
+
+    def initWithCapacity(self, capacity: int, direction: int) -> bool:
+        """Make it an empty descriptor for at most `capacity` portions. Returns True.
+
+        It may be called again; the previous memory is released as by `free`.
+
+        Parameters
+        ----------
+        capacity : int
+            The maximum number of portions.
+        direction : int
+            The direction of transfers, and options of existing memory.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnBadArgument`: no capacity, or options that apply only to newly allocated memory.
+            `kIOReturnBusy`: the previous memory is prepared or mapped.
+        """
+        check_integers(capacity=capacity)
+        if capacity <= 0:
+            raise BadArgumentError(f"a capacity of {capacity} portions: there must be at least one")
+        self._join([], direction, 0)
+        self._capacity, self._count = int(capacity), 0
+        return True
+
+    def setMemoryDescriptor(self, descriptor: IOMemoryDescriptor, offset: int, length: int) -> bool:
+        """Add a portion of a descriptor's memory at the end. Returns True.
+
+        Parameters
+        ----------
+        descriptor : IOMemoryDescriptor
+            Any descriptor. It may be added repeatedly, and released afterwards.
+        offset, length : int
+            The portion, in bytes.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnBusy` while this descriptor is prepared or mapped; `kIOReturnNoResources`: it has as many
+            portions as its capacity; `kIOReturnBadArgument`: past the end of the descriptor. After an error, nothing
+            is added.
+        """
+        check_descriptor(descriptor=descriptor)
+        parts = self._portions()
+        check_within(offset, length, descriptor.getLength(), descriptor)
+        if self._count == self._capacity:
+            raise NoResourcesError(f"{self!r} has {self._count} portions, which is its capacity: clear it first")
+        self._join([*parts, Part(descriptor._usable_memory(), offset, length)], self._options, self._tag)
+        self._count += 1
+        return True
+
+    def clearMemoryDescriptors(self, direction: int = 0) -> None:
+        """Complete the memory, if it is prepared, and remove all portions.
+
+        Parameters
+        ----------
+        direction : int
+            The direction of later transfers; 0: as before.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnBusy` while it is mapped: nothing changes. `kIOReturnBadArgument`.
+        """
+        direction = check_direction(direction) or self._options & DIRECTION_MASK
+        self._portions()
+        if mapped := memory_map.uses(self._memory()):
+            raise BusyError(f"{self!r} is still mapped (map count {mapped}): call unmap() first")
+        while self._prepared:
+            self.complete()
+        self._join([], self._options & ~DIRECTION_MASK | direction, 0)
+        self._count = 0
+
+    def _portions(self) -> tuple[Part, ...]:
+        """Return its parts, adjacent ones joined."""
+        backing = self._usable_memory().require_backing()
+        assert isinstance(backing, CompositeBacking)
+        return backing.parts

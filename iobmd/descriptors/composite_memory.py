@@ -6,6 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from iobmd._native.pagemap import concatenated
+from iobmd.backing.pageless import PagelessBacking
 from iobmd.errors import BadArgumentError, IOReturnError, NotFoundError, UnsupportedError
 from iobmd.memory.mlock import Wiring
 from iobmd.purgeable import EMPTY, KEEP_CURRENT, NON_VOLATILE, VOLATILE
@@ -50,10 +51,17 @@ class CompositeBacking:
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = _merged(parts)
+        self.has_bytes = all(backing.has_bytes for backing in self._backings())
+        self.has_guard_pages = any(backing.has_guard_pages for backing in self._backings())
         self._pins = 0
         self._table: RunTable | None = None
         for part in self._parts:
             part.owner.add_dependent(self)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Its parts, in order."""
+        return self._parts
 
     def _pieces(self, offset: int, length: int) -> Iterator[_Piece]:
         begin = 0
@@ -156,12 +164,30 @@ class CompositeBacking:
     def read_into(self, offset: int, buffer: Buffer) -> None:
         """Fill `buffer` with the bytes at `offset`."""
         with memoryview(buffer) as view, view.cast("B") as target:
+            self.require_bytes(offset, target.nbytes)
             for owner, place, start, size in self._pieces(offset, target.nbytes):
                 owner.read_into(place, target[start : start + size])
+
+    def require_bytes(self, offset: int, length: int) -> None:
+        """Raise the error of a part in a range that has no bytes, before others are written."""
+        if self.has_bytes:
+            return
+        for owner, place, _start, size in self._pieces(offset, length):
+            backing = owner.require_backing()
+            if isinstance(backing, (CompositeBacking, PagelessBacking)):
+                backing.require_bytes(place, size)
+
+    def copy_to(self, offset: int, length: int, destination: int) -> int:
+        """As `Backing.copy_to`; parts in other tasks are copied one after the other."""
+        stopped = 0
+        for owner, place, start, size in self._pieces(offset, length):
+            stopped = max(stopped, owner.require_backing().copy_to(place, size, destination + start))
+        return stopped
 
     def write(self, offset: int, data: Buffer) -> None:
         """Copy `data` to `offset`."""
         with memoryview(data) as view, view.cast("B") as source:
+            self.require_bytes(offset, source.nbytes)
             for owner, place, start, size in self._pieces(offset, source.nbytes):
                 owner.write(place, source[start : start + size])
 

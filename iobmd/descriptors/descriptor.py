@@ -17,7 +17,7 @@ from iobmd.constants import (
     kIOMemoryIncoherentIOFlush,
     kIOReturnSuccess,
 )
-from iobmd.descriptors import address_ranges, mapping_cache, memory_map
+from iobmd.descriptors import address_ranges, driverkit, mapping_cache, memory_map
 from iobmd.descriptors.handle import Handle
 from iobmd.descriptors.options import (
     CACHE_MODES,
@@ -128,6 +128,21 @@ class IOMemoryDescriptor(Handle):
         descriptor = IOMemoryDescriptor()
         descriptor._describe(ranges, check_existing(options), task)
         return descriptor
+
+    @classmethod
+    def CreateMemoryDescriptorFromClient(
+        cls, memoryDescriptorCreateOptions: int, segments: Iterable[tuple[int, int]], client: AnyTask
+    ) -> IOMemoryDescriptor:
+        """Describe ranges of a client's memory, as DriverKit's IOUserClient does: maps are copies, unless disabled.
+
+        Parameters
+        ----------
+        memoryDescriptorCreateOptions : int
+            `IOMemoryCreateOptions`: the direction, and `kIOMemoryDisableCopyOnWrite` for maps of the memory itself.
+        segments, client
+            The ranges and the task of `withAddressRanges`. Raises as that, and `kIOReturnBadArgument`.
+        """
+        return cls.withAddressRanges(segments, driverkit.create_options(memoryDescriptorCreateOptions), client)
 
     @classmethod
     def withOptions(
@@ -531,7 +546,10 @@ class IOMemoryDescriptor(Handle):
             of `offset`.
         options : IOMapOptions
             `kIOMapAnywhere`; `kIOMapReadOnly`; `kIOMapUnique` for separate addresses; `kIOMapPrefault` to populate
-            the map; `kIOMapGuardedSmall` or `Large` for an inaccessible page or 64 KiB on each side.
+            the map; `kIOMapGuardedSmall` or `Large` for an inaccessible page or 64 KiB on each side;
+            `kIOMapReference` to refer to an existing map or fail; `kIOMapOverwrite` to replace address space at
+            `atAddress` that this process has reserved (private anonymous memory without access), which is reserved
+            again at the end.
         offset, length : int
             The part to map, in bytes; `length` 0: to the end.
 
@@ -545,11 +563,17 @@ class IOMemoryDescriptor(Handle):
         ------
         IOReturnError
             `kIOReturnBadArgument`; `kIOReturnNoResources`: the address is in use; `kIOReturnUnsupported`: a cache
-            mode, or private memory at a second address; `kIOReturnNoMemory`. For another task also
+            mode other than copyback, private memory at a second address, or kIOMapOverwrite in another task;
+            `kIOReturnNotReady`: there is no map for `kIOMapReference`; `kIOReturnNoMemory`. For another task also
             `kIOReturnNotPermitted`, `kIOReturnNotFound` and `kIOReturnTimeout`: it cannot be stopped.
 
         Notes
         -----
+        A map of a descriptor with `kIOMemoryMapCopyOnWrite` shows the bytes of the moment at which it was made, and
+        retains what is written to it. They are copied at once, private memory too: pages that do not exist remain
+        absent, and bytes that another thread changes during the call are the old or the new ones. Memory of another
+        task is copied as of one moment, for which the task is stopped, or a snapshot is made (see `iobmd.copy`).
+
         One thread of another task is stopped for about a tenth of a millisecond (ptrace(2)), and then resumes.
         """
         check_integers(atAddress=atAddress, options=options, offset=offset, length=length)
@@ -560,8 +584,38 @@ class IOMemoryDescriptor(Handle):
         with owner.guard:
             self._memory()  # read again: another thread may have released it
             in_page = owner.require_backing().in_page(offset)
-            request = mapping_cache.MapRequest(atAddress, options, offset, length, in_page)
+            request = mapping_cache.MapRequest(
+                atAddress, options, offset, length, in_page, copies=self.copies_when_mapped
+            )
             return memory_map.open_map(self, owner, task, request)
+
+    def CreateMapping(
+        self, options: int, address: int = 0, offset: int = 0, length: int = 0, alignment: int = 0
+    ) -> IOMemoryMap:
+        """Map the memory in this process, with the options of DriverKit.
+
+        Parameters
+        ----------
+        options : int
+            `IOMemoryMapOptions`. A descriptor whose direction is only out is mapped read-only. Without a guard option
+            there are no guard pages, and the cache mode is the default or copyback, for main memory.
+        address : int
+            The address, with `kIOMemoryMapFixedAddress`.
+        offset, length : int
+            The part to map, in bytes; `length` 0: to the end.
+        alignment : int
+            Must be 0, as in DriverKit.
+
+        Raises
+        ------
+        IOReturnError
+            As `createMappingInTask`.
+        """
+        check_integers(alignment=alignment)
+        if alignment:
+            raise BadArgumentError(f"alignment {alignment} of a mapping: only 0 is supported, as in DriverKit")
+        converted = driverkit.map_options(options, self.getDirection())
+        return self.createMappingInTask(kernel_task, address, converted, offset, length)
 
     # --- its purgeable state
 

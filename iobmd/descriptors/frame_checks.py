@@ -7,7 +7,14 @@ import os
 from typing import TYPE_CHECKING
 
 from iobmd import procfs
-from iobmd.errors import CannotWireError, IOReturnError, NoResourcesError, NotPrivilegedError, VMError
+from iobmd.errors import (
+    CannotWireError,
+    IOReturnError,
+    NoResourcesError,
+    NotPrivilegedError,
+    UnsupportedError,
+    VMError,
+)
 from iobmd.task import diagnosis
 from iobmd.task.task import kernel_task
 from iobmd.units import PAGE_SIZE
@@ -75,6 +82,11 @@ def hidden() -> IOReturnError:
     return diagnosis.hidden(os.getpid()) or NotPrivilegedError(
         "the kernel hides physical addresses from this process; run with CAP_SYS_ADMIN"
     )
+
+
+def no_frames() -> IOReturnError:
+    """Return the error for physical addresses of guard pages."""
+    return UnsupportedError("the range contains guard pages, which have no physical addresses")
 
 
 def _gone(backing: Backing, address: int) -> VMError:

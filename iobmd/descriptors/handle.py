@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self, SupportsIndex
 
 from iobmd._internal import with_block
 from iobmd.descriptors import memory_map
-from iobmd.descriptors.options import DIRECTION_MASK, DIRECTION_NAMES
+from iobmd.descriptors.options import COPY_ON_WRITE, DIRECTION_MASK, DIRECTION_NAMES
 from iobmd.descriptors.ownership import MemoryOwner
 from iobmd.errors import BusyError, IOReturnError, NotOpenError
 
@@ -33,6 +33,11 @@ class Handle:
         self._options = options
         self._state = "open"
         return self
+
+    @property
+    def copies_when_mapped(self) -> bool:
+        """Whether maps show copies (`kIOMemoryMapCopyOnWrite`)."""
+        return bool(self._options & COPY_ON_WRITE)
 
     def free(self) -> None:
         """Release the memory; the descriptor is unusable afterwards. Idempotent.

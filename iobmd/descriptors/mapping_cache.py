@@ -10,6 +10,7 @@ from iobmd._internal.weak_registry import WeakRegistry
 from iobmd._native import mman
 from iobmd._native.mapping import Mapping
 from iobmd.constants import IOMapOptions
+from iobmd.descriptors.mapped_pages import pages
 from iobmd.descriptors.options import CACHE_MASK
 from iobmd.errors import BadArgumentError, BusyError, CannotWireError, NoMemoryError, UnsupportedError
 from iobmd.memory import pinning, residency, shmem
@@ -18,8 +19,10 @@ from iobmd.remote.mapping import RemoteMapping, touch
 from iobmd.units import PAGE_SIZE, round_up
 
 if TYPE_CHECKING:
+    from iobmd.backing import Backing
     from iobmd.descriptors.descriptor import IOMemoryDescriptor
     from iobmd.descriptors.ownership import MemoryOwner
+    from iobmd.memory.shmem import FileExtent
     from iobmd.task.task import Task
 
 ANYWHERE = int(IOMapOptions.kIOMapAnywhere)
@@ -28,9 +31,9 @@ _UNIQUE = int(IOMapOptions.kIOMapUnique)
 _PREFAULT = int(IOMapOptions.kIOMapPrefault)
 _SMALL, _LARGE = int(IOMapOptions.kIOMapGuardedSmall), int(IOMapOptions.kIOMapGuardedLarge)
 _GUARDS = {0: 0, _SMALL: PAGE_SIZE, _LARGE: round_up(64 << 10, PAGE_SIZE)}
-_KNOWN = (
-    ANYWHERE | _READ_ONLY | int(IOMapOptions.kIOMapReference) | _UNIQUE | _PREFAULT | CACHE_MASK | _SMALL | _LARGE
-)
+_REFERENCE, _OVERWRITE = int(IOMapOptions.kIOMapReference), int(IOMapOptions.kIOMapOverwrite)
+_STATIC = int(IOMapOptions.kIOMapStatic)
+_KNOWN = ANYWHERE | _READ_ONLY | _REFERENCE | _UNIQUE | _PREFAULT | _OVERWRITE | CACHE_MASK | _SMALL | _LARGE
 
 
 _CACHED = (int(IOMapOptions.kIOMapDefaultCache), int(IOMapOptions.kIOMapCopybackCache))
@@ -42,11 +45,17 @@ class MapRequest:
 
     Offsets are relative to the memory's first byte, which need not be the first of a page. `first`, the offset of the
     first byte of the first page, may therefore be negative. `in_page` is the position of the byte at `offset` in its
-    page.
+    page. `copies`: whether to map a copy of the bytes instead of the memory.
     """
 
-    def __init__(self, at_address: int, options: int, offset: int, length: int, in_page: int) -> None:
-        self.options, self.offset, self.length = int(options), offset, length
+    def __init__(
+        self, at_address: int, options: int, offset: int, length: int, in_page: int, *, copies: bool = False
+    ) -> None:
+        self.options, self.offset, self.length, self.copies = int(options), offset, length, copies
+        if self.options & _STATIC:
+            raise UnsupportedError(
+                "kIOMapStatic records a mapping that exists: describe it with withAddressRange() instead"
+            )
         if self.options & ~_KNOWN:
             raise BadArgumentError(f"map options {self.options:#x} have unknown bits {self.options & ~_KNOWN:#x}")
         _check_cache_mode(self.options & CACHE_MASK)
@@ -55,6 +64,10 @@ class MapRequest:
         guarded = self.options & (_SMALL | _LARGE)
         if guarded not in _GUARDS or (guarded and not self.anywhere):
             raise BadArgumentError("kIOMapGuardedSmall and Large exclude each other, and require kIOMapAnywhere")
+        if self.overwrites and self.anywhere:
+            raise BadArgumentError("kIOMapOverwrite replaces memory at an address, and excludes kIOMapAnywhere")
+        if self.refers and (self.unique_by_option or self.overwrites or copies):
+            raise BadArgumentError("kIOMapReference refers to an existing map: it excludes new addresses and copies")
         self.guard = _GUARDS[guarded]
         self.first = offset - in_page
         self.size = round_up(in_page + length, PAGE_SIZE)
@@ -70,14 +83,39 @@ class MapRequest:
         return bool(self.options & ANYWHERE)
 
     @property
+    def unique_by_option(self) -> bool:
+        """Whether its options require separate addresses."""
+        return bool(self.options & (_UNIQUE | _SMALL | _LARGE))
+
+    @property
     def unique(self) -> bool:
         """Whether it must have separate addresses."""
-        return bool(self.options & _UNIQUE) or self.guard > 0
+        return self.unique_by_option or self.copies
+
+    @property
+    def refers(self) -> bool:
+        """Whether it must be an additional reference to an existing map."""
+        return bool(self.options & _REFERENCE)
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether it replaces reserved address space."""
+        return bool(self.options & _OVERWRITE)
 
     @property
     def writable(self) -> bool:
         """Whether it is writable."""
         return not self.options & _READ_ONLY
+
+    @property
+    def prefaults(self) -> bool:
+        """Whether its pages are populated."""
+        return bool(self.options & _PREFAULT)
+
+    def uses_addresses_of(self, backing: Backing, task: Task) -> bool:
+        """Return whether the memory's own addresses satisfy it (IOKit's static mapping)."""
+        accessible = not (self.writable and backing.mapped_read_only)
+        return self.anywhere and not self.unique and backing.task == task and accessible
 
 
 class CachedMapping:
@@ -103,6 +141,8 @@ class CachedMapping:
         self.offset = request.offset
         self.own = own_mapping
         self.users: set[int] = set()
+        self.is_copy = False
+        self.source_stopped_ns = 0
         self.first = request.first if own_mapping else 0
         """Offset in the memory of the byte at `address`, like `MapRequest.first`."""
         _mappings.add(self)
@@ -111,17 +151,28 @@ class CachedMapping:
     def open(
         cls, descriptor: IOMemoryDescriptor, owner: MemoryOwner, task: Task, request: MapRequest
     ) -> CachedMapping:
-        """Map pages of the memory, or use its own addresses if they satisfy the request (IOKit's static mapping)."""
-        backing = owner.require_backing()
-        accessible = not (request.writable and backing.mapped_read_only)
-        if request.anywhere and not request.unique and backing.task == task and accessible:
+        """Map pages of the memory or of a copy, or use its own addresses if they satisfy the request."""
+        if request.overwrites and not task.is_current:
+            message = f"kIOMapOverwrite replaces address space of this process, not of task {task.pid}: omit it there"
+            raise UnsupportedError(message)
+        if request.uses_addresses_of(owner.require_backing(), task):
             return cls(descriptor, owner, task, request, None)
-        extents = backing.file_extents(request.offset, request.length)
-        if task.is_current:
-            here = shmem.show(extents, request.at, writable=request.writable, guard=request.guard)
-            return cls(descriptor, owner, task, request, here)
-        there = RemoteMapping(task, extents, at=request.at, writable=request.writable, guard=request.guard)
-        return cls(descriptor, owner, task, request, there)
+        with pages(owner, request, task) as source:
+            if task.is_current:
+                own: Mapping | RemoteMapping = shmem.show(
+                    source.extents,
+                    request.at,
+                    writable=request.writable,
+                    guard=request.guard,
+                    overwrite=request.overwrites,
+                )
+            else:
+                own = RemoteMapping(
+                    task, source.extents, at=request.at, writable=request.writable, guard=request.guard
+                )
+        mapping = cls(descriptor, owner, task, request, own)
+        mapping.is_copy, mapping.source_stopped_ns = request.copies, source.stopped_ns
+        return mapping
 
     @property
     def owner(self) -> MemoryOwner:
@@ -136,7 +187,8 @@ class CachedMapping:
     @property
     def stopped_ns(self) -> int:
         """Upper bound of the time for which a thread of another task was stopped, in nanoseconds."""
-        return self.own.stopped_ns if isinstance(self.own, RemoteMapping) else 0
+        stopped = self.own.stopped_ns if isinstance(self.own, RemoteMapping) else 0
+        return max(stopped, self.source_stopped_ns)
 
     @property
     def mapping(self) -> tuple[Mapping, int]:
@@ -153,8 +205,10 @@ class CachedMapping:
 
     def serves(self, task: Task, request: MapRequest) -> bool:
         """Return whether it satisfies a request, by the rules of IOKit."""
-        if self.own is None or not self.users or self.request.unique or request.unique or self.task != task:
+        if not self.users or self.request.unique or request.unique or self.task != task:
             return False
+        if self.own is None:
+            return request.uses_addresses_of(self.owner.require_backing(), task)
         if self.request.writable != request.writable:
             return False
         if not self.first <= request.first or request.first + request.size > self.first + self.own.size:
@@ -172,8 +226,8 @@ class CachedMapping:
                 pass
         self.users.discard(user)
 
-    def show(self, descriptor: IOMemoryDescriptor, owner: MemoryOwner, further: int) -> None:
-        """Map other memory; the offset of each byte increases by `further`."""
+    def show(self, descriptor: IOMemoryDescriptor, owner: MemoryOwner, further: int, *, copies: bool) -> None:
+        """Map other memory, or a copy of it; the offset of each byte increases by `further`."""
         assert self.own
         offset, length = self.offset + further, self.request.length
         backing = owner.require_backing()
@@ -181,57 +235,71 @@ class CachedMapping:
             raise BadArgumentError(f"the new memory has fewer than {length} bytes at offset {offset}")
         if backing.in_page(offset) != self.offset - self.first:
             raise BadArgumentError(f"offset {offset} has another position in a page than the mapped memory")
-        extents = backing.file_extents(offset, length)
-        if isinstance(self.own, RemoteMapping):
-            self.own.redirect(extents)
-        else:
-            shmem.show_in(self.own, extents)
+        if backing.has_guard_pages:
+            raise UnsupportedError("a map that may be viewed cannot be redirected to memory with guard pages")
+        request = MapRequest(0, ANYWHERE, offset, length, self.offset - self.first, copies=copies)
+        with pages(owner, request, self.task) as source:
+            if isinstance(self.own, RemoteMapping):
+                self.own.redirect(source.extents)
+            else:
+                shmem.show_in(self.own, source.extents)
         self.owner.remove_mapping(self)
         owner.add_mapping(self)
-        self.descriptor, self.keeper[0] = descriptor, owner
+        self.descriptor, self.keeper[0], self.is_copy = descriptor, owner, copies
         self.offset, self.first = offset, self.first + further
 
     def prefault(self, request: MapRequest) -> None:
-        """Populate the pages of a request with `kIOMapPrefault`."""
-        if not request.options & _PREFAULT:
+        """Populate the pages of a request with `kIOMapPrefault`, except guard pages."""
+        if not request.prefaults:
             return
-        address = self.address + request.first - self.first
-        if not self.task.is_current:
-            self._populate_here(address, request)
-            touch(self.task, address, request.size)
-            return
-        residency.require(address, request.size, swappable=True, written=request.writable)
-        advice = mman.MADV_POPULATE_WRITE if request.writable else mman.MADV_POPULATE_READ
+        address, size = self.address + request.first - self.first, request.size
+        extents = None if self.is_copy else self._extents(request)
+        if not (self.task.is_current or self.is_copy):
+            self._populate_here(extents, address, size)
+        for start, length in shmem.accessible(extents, address) if extents else [(address, size)]:
+            if self.task.is_current:
+                self._populate(start, length, written=request.writable)
+            else:
+                touch(self.task, start, length)
+
+    def _extents(self, request: MapRequest) -> list[FileExtent] | None:
+        """Return the pages of a request; None for private memory at its own addresses."""
         try:
-            mman.advise(address, request.size, advice)
+            return self.owner.require_backing().file_extents(request.offset, request.length)
+        except UnsupportedError:
+            return None
+
+    def _populate_here(self, extents: list[FileExtent] | None, address: int, size: int) -> None:
+        """Populate pages in this process, which is charged for them, so that the other task only maps them."""
+        if extents is None:  # memory of the task itself
+            residency.require(address, size, swappable=True, task=self.task, written=False)
+        elif files := [extent for extent in extents if extent.fd]:
+            here = shmem.show(files)
+            try:
+                residency.require(here.address, here.size, swappable=True)
+                populate(here.address, here.size)
+            finally:
+                here.close()
+
+    def _populate(self, address: int, size: int, *, written: bool) -> None:
+        residency.require(address, size, swappable=True, written=written)
+        advice = mman.MADV_POPULATE_WRITE if written else mman.MADV_POPULATE_READ
+        try:
+            mman.advise(address, size, advice)
         except OSError as error:
             if error.errno == errno.EINVAL:  # before Linux 5.14
-                self._touch(address, request)
+                self._touch(address, size, written=written)
                 return
-            message = f"cannot populate {request.size} bytes ({error}); omit kIOMapPrefault"
+            message = f"cannot populate {size} bytes ({error}); omit kIOMapPrefault"
             raise NoMemoryError(message, error.errno or 0) from None
 
-    def _populate_here(self, address: int, request: MapRequest) -> None:
-        """Populate the pages in this process, which is charged for them, so that the other task only maps them."""
-        try:
-            extents = self.owner.require_backing().file_extents(request.offset, request.length)
-        except UnsupportedError:  # memory of the task itself
-            residency.require(address, request.size, swappable=True, task=self.task, written=False)
-            return
-        here = shmem.show(extents)
-        try:
-            residency.require(here.address, here.size, swappable=True)
-            populate(here.address, here.size)
-        finally:
-            here.close()
-
-    def _touch(self, address: int, request: MapRequest) -> None:
+    def _touch(self, address: int, size: int, *, written: bool) -> None:
         """Populate as many pages as possible, without losing a concurrent write of another thread."""
-        if request.writable and self.own is None:
+        if written and self.own is None:
             # It may be private: a pin allocates each page, whereas a read maps the kernel's zero page.
             with contextlib.suppress(CannotWireError):
-                pinning.Pin(address, request.size).release()
-        touch(self.task, address, request.size)
+                pinning.Pin(address, size).release()
+        touch(self.task, address, size)
 
 
 def _check_cache_mode(mode: int) -> None:

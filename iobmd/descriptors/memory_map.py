@@ -10,7 +10,7 @@ from iobmd._native.mapping import Exporter
 from iobmd.constants import IOMapOptions, IOReturn, kIOReturnSuccess
 from iobmd.descriptors.mapping_cache import CachedMapping, MapRequest, all_mappings
 from iobmd.descriptors.options import check_descriptor
-from iobmd.errors import BadArgumentError, BusyError, NotOpenError, UnsupportedError
+from iobmd.errors import BadArgumentError, BusyError, NotOpenError, NotReadyError, UnsupportedError
 
 if TYPE_CHECKING:
     from iobmd._native.mapping import Mapping
@@ -25,6 +25,8 @@ def open_map(descriptor: IOMemoryDescriptor, owner: MemoryOwner, task: Task, req
     """Map a part of an owner's memory, with its guard held, by an existing or a new mapping."""
     with _changes:
         known = [mapping for mapping in owner.mappings() if mapping.serves(task, request)]
+        if request.refers and not known:
+            raise NotReadyError("kIOMapReference: no map satisfies the request, so that there is none to refer to")
         mapping = known[0] if known else CachedMapping.open(descriptor, owner, task, request)
         owner.add_mapping(mapping)
         mapping.prefault(request)
@@ -46,9 +48,9 @@ def uses_by_owner() -> list[tuple[MemoryOwner, int]]:
 
 
 def further_mappings(owner: MemoryOwner) -> list[CachedMapping]:
-    """Return the mappings of an owner's memory other than its own addresses."""
+    """Return the mappings of an owner's memory other than its own addresses. Copies are not its memory."""
     with _changes:
-        return [mapping for mapping in owner.mappings() if mapping.own]
+        return [mapping for mapping in owner.mappings() if mapping.own and not mapping.is_copy]
 
 
 class IOMemoryMap(Exporter):
@@ -83,6 +85,10 @@ class IOMemoryMap(Exporter):
 
     getSize = getLength
 
+    def getOffset(self) -> int:
+        """Return the offset in bytes of its first byte in the descriptor's memory (DriverKit's GetOffset)."""
+        return self._open().first + self._within
+
     def getAddressTask(self) -> Task:
         """Return the task in which it is mapped."""
         return self._open().task
@@ -107,9 +113,12 @@ class IOMemoryMap(Exporter):
     def getPhysicalSegment(self, offset: int) -> tuple[int, int]:
         """Return the physical address of the byte at `offset`, and the number of contiguous bytes from there.
 
-        `(0, 0)` past its end. Raises as `IOMemoryDescriptor.segments`.
+        `(0, 0)` past its end. Raises as `IOMemoryDescriptor.segments`; `kIOReturnUnsupported` for a copy-on-write
+        map, whose pages are not those of the memory.
         """
         mapping = self._open()
+        if mapping.is_copy:
+            raise UnsupportedError("a copy-on-write map has separate pages, which are not pinned")
         check_integers(offset=offset)
         address, length = mapping.owner.segment(mapping.first + self._within + offset)
         if not 0 <= offset < self._length:
@@ -126,8 +135,8 @@ class IOMemoryMap(Exporter):
         Parameters
         ----------
         newBackingMemory : IOMemoryDescriptor
-            Shared memory (`kIOMemoryKernelUserShared`). It cannot be freed before the map is unmapped; the previous
-            memory can be freed afterwards.
+            Shared memory (`kIOMemoryKernelUserShared`), or memory with `kIOMemoryMapCopyOnWrite`, which is copied. It
+            cannot be freed before the map is unmapped; the previous memory can be freed afterwards.
         options : int
             Must be 0; no options are defined.
         offset : int
@@ -158,7 +167,8 @@ class IOMemoryMap(Exporter):
             raise BadArgumentError(f"the new memory has fewer than {self._length} bytes at offset {offset}")
         with owner.guard, _changes:
             newBackingMemory._memory()  # read again: another thread may have released it
-            mapping.show(newBackingMemory, owner, offset - mapping.first - self._within)
+            further, copies = offset - mapping.first - self._within, newBackingMemory.copies_when_mapped
+            mapping.show(newBackingMemory, owner, further, copies=copies)
         return kIOReturnSuccess
 
     def unmap(self) -> IOReturn:
@@ -199,6 +209,11 @@ class IOMemoryMap(Exporter):
     def _exported(self) -> tuple[list[MemoryOwner], Mapping, int, int, bool]:
         mapping = self._open()
         shown, first = mapping.mapping
+        if shown.holes:
+            raise UnsupportedError(
+                "this map contains guard pages, which a view would access: map the parts between them, by offset and "
+                "length"
+            )
         return mapping.keeper, shown, first + self._within, self._length, self._writable
 
     def __len__(self) -> int:

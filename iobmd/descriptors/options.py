@@ -46,6 +46,8 @@ _OF_SEPARATE_PAGES = _PAGEABLE | _SHARED | CACHE_MODES
 
 _OF_NEW_MEMORY = _CONTIGUOUS | _PAGEABLE | _PURGEABLE
 
+COPY_ON_WRITE = int(IOOptionBits.kIOMemoryMapCopyOnWrite)
+
 _REMOTE = int(IOOptionBits.kIOMemoryRemote)
 
 _REFUSED = {

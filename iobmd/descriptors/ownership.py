@@ -410,12 +410,18 @@ class MemoryOwner:
         check_integers(offset=offset)
         if not 0 <= offset < self.length:
             return 0, 0
-        return table.segment(backing.address + offset, self.length - offset)
+        found = table.segment(backing.address + offset, self.length - offset)
+        if backing.has_guard_pages and not found[1]:
+            raise frame_checks.no_frames()
+        return found
 
     def segments(self, offset: int, length: int) -> list[PhysicalSegment]:
         """As `IOMemoryDescriptor.segments`."""
         backing = self.require_range(offset, length)
-        return self._runs(backing).segments(backing.address + offset, length)
+        found = self._runs(backing).segments(backing.address + offset, length)
+        if backing.has_guard_pages and sum(segment.length for segment in found) < length:
+            raise frame_checks.no_frames()
+        return found
 
     def require_mapped(self) -> None:
         """Raise `kIOReturnVMError` if the program has unmapped it. `verify` checks more."""

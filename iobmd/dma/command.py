@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Self
 
 from iobmd._internal import process_local, with_block
 from iobmd._internal.arguments import check_integers
-from iobmd.constants import IOReturn, kIODirectionIn, kIODirectionInOut, kIODirectionOut, kIOReturnSuccess
+from iobmd.constants import (
+    IODMACommandOperation,
+    IOReturn,
+    kIODirectionIn,
+    kIODirectionInOut,
+    kIODirectionOut,
+    kIOReturnSuccess,
+)
 from iobmd.descriptors.options import DIRECTION_MASK, check_descriptor, check_within
 from iobmd.dma.device_transfer import DeviceTransfer
 from iobmd.dma.specification import MappingOptions, Specification
@@ -20,6 +27,9 @@ if TYPE_CHECKING:
 
     from iobmd._native.pagemap import PhysicalSegment
     from iobmd.descriptors.descriptor import IOMemoryDescriptor
+
+
+_ZEROED = 1 << 20  # bytes that are zeroed at once
 
 
 class IODMACommand:
@@ -343,6 +353,60 @@ class IODMACommand:
         size = memoryview(data).nbytes
         self._within(offset, size).write(offset, data)
         return size
+
+    def performOperation(
+        self,
+        options: int,
+        dmaOffset: int,
+        length: int,
+        dataOffset: int = 0,
+        data: IOMemoryDescriptor | None = None,
+    ) -> IOReturn:
+        """Access the prepared range as the device sees it (DriverKit's PerformOperation).
+
+        Parameters
+        ----------
+        options : int
+            One of `IODMACommandOperation`: `kIODMACommandPerformOperationOptionRead` copies the bytes to `data`,
+            `…Write` copies them from `data`, and `…Zero` zeroes them.
+        dmaOffset, length : int
+            The bytes, relative to the prepared offset.
+        dataOffset : int
+            Where the bytes are in `data`.
+        data : IOMemoryDescriptor, optional
+            Memory to read into or to write from.
+
+        Returns
+        -------
+        IOReturn
+            `kIOReturnSuccess`.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnNotReady`: it is not prepared. `kIOReturnBadArgument`: past the end of the prepared range or of
+            `data`, no `data`, or not exactly one operation.
+        """
+        check_integers(options=options)
+        transfer = self._within(dmaOffset, length)
+        if options == IODMACommandOperation.kIODMACommandPerformOperationOptionZero:
+            for offset in range(0, length, _ZEROED):
+                transfer.write(dmaOffset + offset, bytes(min(_ZEROED, length - offset)))
+            return kIOReturnSuccess
+        if options not in (
+            IODMACommandOperation.kIODMACommandPerformOperationOptionRead,
+            IODMACommandOperation.kIODMACommandPerformOperationOptionWrite,
+        ):
+            raise BadArgumentError(f"operation {int(options):#x} is not exactly one of Read, Write and Zero")
+        if data is None:
+            raise BadArgumentError("Read and Write copy bytes to or from `data`: pass a descriptor")
+        check_descriptor(data=data)
+        if options == IODMACommandOperation.kIODMACommandPerformOperationOptionRead:
+            check_within(dataOffset, length, data.getLength(), data)
+            data.writeBytes(dataOffset, transfer.read(dmaOffset, length))
+        else:
+            transfer.write(dmaOffset, data.readBytes(dataOffset, length))
+        return kIOReturnSuccess
 
     def _prepare(self, offset: int, length: int, *, flush: bool, synchronize: bool) -> None:
         memory = self._memory

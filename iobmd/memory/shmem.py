@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from iobmd._internal import process_local
 from iobmd._native import mman
 from iobmd._native.mapping import Mapping
-from iobmd.errors import IOReturnError, NoResourcesError, NotPermittedError, UnsupportedError
+from iobmd.errors import BadArgumentError, IOReturnError, NoResourcesError, NotPermittedError, UnsupportedError
 from iobmd.host import limits
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+
+NO_FD = -1
+"""The descriptor number of inaccessible pages."""
 
 NAME = "iobmd"
 """The name of objects without a tag in /proc/PID/maps."""
@@ -42,8 +45,8 @@ class Extent(NamedTuple):
 class FileExtent(NamedTuple):
     """Pages of a shared object, to be mapped contiguously with those of other extents; sizes in bytes."""
 
-    fd: process_local.Fd
-    """A descriptor of the object, which remains open as long as its owner."""
+    fd: process_local.Fd | None
+    """A descriptor of the object, which remains open as long as its owner. None: inaccessible pages."""
     offset: int
     length: int
     page: int
@@ -126,7 +129,13 @@ class SharedObject:
 
 
 def show(
-    extents: Sequence[FileExtent], at: int = 0, *, writable: bool = True, guard: int = 0, alignment: int = PAGE_SIZE
+    extents: Sequence[FileExtent],
+    at: int = 0,
+    *,
+    writable: bool = True,
+    guard: int = 0,
+    alignment: int = PAGE_SIZE,
+    overwrite: bool = False,
 ) -> Mapping:
     """Map extents contiguously in this process.
 
@@ -142,24 +151,38 @@ def show(
         Inaccessible bytes on each side.
     alignment : int
         Alignment of any other address, at least that of the pages.
+    overwrite : bool
+        Whether the range at `at` is reserved address space, which is replaced.
 
     Raises
     ------
     IOReturnError
-        `kIOReturnNoResources`: something is mapped at `at`. `kIOReturnNoMemory`: no address space.
+        `kIOReturnNoResources`: something is mapped at `at`. `kIOReturnBadArgument`: the range is not reserved.
+        `kIOReturnNoMemory`: no address space.
         `kIOReturnUnsupported`: large pages at an unaligned address. `kIOReturnNotPermitted`: another process has
         sealed an object against writing.
     """
     alignment, size = max(alignment, alignment_of(extents)), sum(extent.length for extent in extents)
     with _numbered(extents) as pieces:
         try:
-            return Mapping.view(pieces, at, writable, guard, alignment)
+            return Mapping.view(pieces, at, writable, guard, alignment, overwrite)
         except FileExistsError as error:
+            if overwrite:
+                raise not_reserved(f"cannot map {format_size(size)} at {at:#x}", error) from None
             message = f"{at:#x} to {at + size:#x} is not free: something is mapped there"
             raise NoResourcesError(message, error.errno or 0) from None
         except OSError as error:
             sealed = writable and sealed_against_writing(number for number, _offset, _length in pieces)
             raise sealed or limits.from_oserror(error, f"cannot map {format_size(size)}", size) from None
+
+
+def accessible(extents: Sequence[FileExtent], address: int) -> Iterator[tuple[int, int]]:
+    """Yield the address and the size of consecutive extents, mapped from an address on, between inaccessible ones."""
+    for is_file, run in itertools.groupby(extents, lambda extent: extent.fd is not None):
+        size = sum(extent.length for extent in run)
+        if is_file:
+            yield address, size
+        address += size
 
 
 def show_in(mapping: Mapping, extents: Sequence[FileExtent]) -> None:
@@ -177,7 +200,8 @@ def show_in(mapping: Mapping, extents: Sequence[FileExtent]) -> None:
 def _numbered(extents: Sequence[FileExtent]) -> Iterator[list[tuple[int, int, int]]]:
     """Keep the descriptors of extents open inside a `with` block, and yield (number, offset, length) of each."""
     with contextlib.ExitStack() as uses:
-        numbers = {fd: uses.enter_context(fd.use()) for fd in {extent.fd for extent in extents}}
+        numbers: dict[process_local.Fd | None, int] = {None: NO_FD}
+        numbers |= {fd: uses.enter_context(fd.use()) for fd in {extent.fd for extent in extents if extent.fd}}
         yield [(numbers[extent.fd], extent.offset, extent.length) for extent in extents]
 
 
@@ -257,6 +281,15 @@ def seals(fd: int) -> int | None:
         return fcntl.fcntl(fd, _F_GET_SEALS)
     except OSError:
         return None
+
+
+def not_reserved(where: str, error: OSError) -> BadArgumentError:
+    """Return the error for memory that is to replace address space which is not reserved."""
+    return BadArgumentError(
+        f"{where}: the range is not reserved at {error.filename}; reserve it by a private anonymous mapping without "
+        "access (mmap with PROT_NONE)",
+        error.errno or 0,
+    )
 
 
 _numbers = itertools.count()

@@ -19,7 +19,8 @@ from iobmd._internal.process_local import Fd
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NoResourcesError, NotFoundError, UnsupportedError
 from iobmd.host import limits
-from iobmd.memory.shmem import FileExtent, alignment_of
+from iobmd.memory import shmem
+from iobmd.memory.shmem import NO_FD, FileExtent, alignment_of
 from iobmd.remote import fd_passing, session, trust
 from iobmd.remote.guest import MAPPING, call
 from iobmd.task import attempt, diagnosis, job
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 _PROT_NONE, _PROT_READ, _PROT_WRITE, _PROT_EXEC = 0, 1, 2, 4
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS = 0x1, 0x2, 0x10, 0x20
 _MAP_NORESERVE, _MAP_FIXED_NOREPLACE = 0x4000, 0x100000  # Linux 4.17
-_NO_FD = -1
 
 
 class RemoteMapping:
@@ -93,8 +93,9 @@ class RemoteMapping:
         self._locks = _locks_memory(task)
         self._is_private, self._offset = private, extents[0].offset
         if not private:
-            trust.require_safe(task, {extent.fd for extent in extents}, writable=writable)
-        self._objects = {_identity(extent.fd) for extent in extents}
+            trust.require_safe(task, _files(extents), writable=writable)
+        self._objects = set(map(_identity, _files(extents)))
+        self._holes = any(extent.fd is None for extent in extents)
         alignment = alignment_of(extents)
         try:
             with _reported(task, size, at):
@@ -115,7 +116,7 @@ class RemoteMapping:
             self.stopped_ns = max(self.stopped_ns, session.with_guest(self.task, work, standing=True))
 
     def _map(self, guest: Guest, extents: Sequence[FileExtent], at: int, alignment: int) -> None:
-        in_parts = self._margin or len(extents) > 1 or alignment > PAGE_SIZE
+        in_parts = self._margin or self._holes or len(extents) > 1 or alignment > PAGE_SIZE
         reserved = self._reserve(guest, at, alignment) if in_parts else 0
         address = reserved + self._margin if reserved else at
         flags = _MAP_FIXED if reserved else _MAP_FIXED_NOREPLACE if at else 0
@@ -129,7 +130,8 @@ class RemoteMapping:
             raise OSError(errno.EEXIST, "mmap")
         if self._locks:
             guest.call("munlock", *self._whole)
-            guest.call("mprotect", self.address, self.size, self._protection)
+            for start, size in shmem.accessible(extents, self.address):
+                guest.call("mprotect", start, size, self._protection)
 
     @property
     def _protection(self) -> int:
@@ -140,7 +142,7 @@ class RemoteMapping:
         size = self.size + 2 * self._margin
         slack = max(0, alignment - PAGE_SIZE) if not at else 0
         flags = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE | (_MAP_FIXED_NOREPLACE if at else 0)
-        start = guest.call("mmap", at, size + slack, _PROT_NONE, flags, _NO_FD, 0, made=MAPPING)
+        start = guest.call("mmap", at, size + slack, _PROT_NONE, flags, NO_FD, 0, made=MAPPING)
         self._whole = (start, size + slack)
         aligned = start if at else round_up(start + self._margin, alignment) - self._margin
         if aligned > start:
@@ -160,6 +162,9 @@ class RemoteMapping:
         flags |= _MAP_PRIVATE if self._is_private else _MAP_SHARED
         sent = fd_passing.separate if self._writable or self._is_private else fd_passing.read_only
         for fd, run in itertools.groupby(extents, lambda extent: extent.fd):
+            if fd is None:  # reserved, and thus inaccessible
+                first, address = first or address, address + sum(hole.length for hole in run)
+                continue
             with fd.use() as number, sent(number) as other:
                 channel.send(other)
             receiving = channel.receiving()
@@ -169,7 +174,8 @@ class RemoteMapping:
                 first = first or mapped
                 address = mapped + extent.length
             guest.call("close", fd_passing.RECEIVED)
-        self._require_mapped(guest, first, address, {extent.fd for extent in extents})
+        for start, size in shmem.accessible(extents, first):
+            self._require_mapped(guest, start, start + size, _files(extents))
         return first
 
     @staticmethod
@@ -215,8 +221,8 @@ class RemoteMapping:
             if self._locks:
                 guest.call("munlock", self.address, self.size)
 
-        trust.require_safe(self.task, {extent.fd for extent in extents}, writable=self._writable)
-        self._objects |= {_identity(extent.fd) for extent in extents}
+        trust.require_safe(self.task, _files(extents), writable=self._writable)
+        self._objects |= set(map(_identity, _files(extents)))
         with _reported(self.task, self.size, 0):
             self.stopped_ns = session.with_guest(self.task, work)
 
@@ -329,7 +335,7 @@ class RemoteMapping:
             diagnosis.unless_exhausted(error, f"cannot read the mappings of task {self.task.pid}")
             return []
         for area in mapped:
-            guard = self._margin and area.perms.startswith("---") and not area.inode
+            guard = (self._margin or self._holes) and area.perms.startswith("---") and not area.inode
             if guard or self._is_mapped_by(area):
                 first, last = max(area.start, start), min(area.end, end)
                 if found and found[-1][1] == first:
@@ -403,6 +409,10 @@ def _locks_memory(task: Task) -> bool:
 def _unmap(guest: Guest, ranges: list[tuple[int, int]]) -> None:
     for start, end in ranges:
         guest.call("munmap", start, end - start)
+
+
+def _files(extents: Sequence[FileExtent]) -> set[Fd]:
+    return {extent.fd for extent in extents if extent.fd}
 
 
 def _identity(fd: Fd) -> tuple[str, int]:
