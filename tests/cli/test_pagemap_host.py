@@ -22,6 +22,7 @@ from support.terminal import lines_on_terminal
 
 from iobmd.cli import main
 from iobmd.host import zoneinfo
+from iobmd.pagemap.census import FrameRun, HostMemory, ZoneMemory
 from iobmd.physical.policy import Budget
 from iobmd.physical.search import PhysicalConstraints, Search
 
@@ -122,6 +123,30 @@ def test_any_size_is_answered(size: str, capsys: pytest.CaptureFixture[str]) -> 
     text = shown(capsys, "--host", size)
     asked = "2 MiB" if size in ("4k", "1M") else f"{size[:-1]} {size[-1]}iB"
     assert f"{asked} are available: " in text or asked in text.partition("after compaction")[2]
+
+
+@pytest.mark.parametrize(
+    ("free", "sentence"),
+    [
+        ({"Normal": 3}, "3 aligned windows of that size"),
+        ({"DMA32": 1}, "1 aligned window of that size"),  # it has no other zone
+        ({"DMA": 0, "DMA32": 0, "Normal": 3}, "3 aligned windows of that size"),
+        (
+            {"DMA": 0, "DMA32": 2, "Normal": 0},
+            "2 aligned windows of that size, all in zone DMA32, from which the kernel allocates last",
+        ),
+        (
+            {"DMA": 1, "DMA32": 2, "Normal": 1000},
+            "1,003 aligned windows of that size, 3 of them in zones DMA and DMA32, from which the kernel "
+            "allocates last",
+        ),
+    ],
+)
+def test_free_memory_of_low_zones_is_named(free: dict[str, int], sentence: str) -> None:
+    zones = [ZoneMemory(0, name, {}, {}, {64 << 20: {"free": number}}, {}) for name, number in free.items()]
+    nothing = FrameRun(0, 0, 0)
+    memory = HostMemory(zones, 0, nothing, nothing, {}, [], 2 << 20, 0, [])
+    assert host._where_free(memory, 64 << 20) == sentence
 
 
 @pytest.mark.parametrize(

@@ -226,8 +226,7 @@ class _Report:
         if wanted and not memory.windows.get(wanted, {}).get("free") and wanted in memory.closest:
             self._explain(memory, wanted)
         elif self.size:
-            number = memory.windows.get(wanted, {}).get("free", 0)
-            self._say(f"{format_size(wanted)} are available: {format_count(number, 'aligned window')} of that size")
+            self._say(f"{format_size(wanted)} are available: {_where_free(memory, wanted)}")
 
     def _explain(self, memory: HostMemory, size: int) -> None:
         """Print what is in the way of contiguous memory of a size."""
@@ -240,6 +239,22 @@ class _Report:
             self._say("compaction can free it, because everything in it is movable")
         elif not states["movable"] and not states["huge"]:
             self._say("no compaction can free it: every candidate contains unmovable memory. Reserve it at boot")
+
+
+def _where_free(memory: HostMemory, size: int) -> str:
+    """Return the number of free windows of a size, and how many are in zones that allocations reach last."""
+    free: Counter[str] = Counter()
+    for zone in memory.zones:
+        free[zone.name] += zone.windows.get(size, {}).get("free", 0)
+    found = f"{format_count(free.total(), 'aligned window')} of that size"
+    # The kernel allocates from the highest zone that has free memory (mm/page_alloc.c).
+    low = [name for name, number in free.items() if number and name.startswith("DMA")]
+    if not low or len(low) == len(free):  # a host may have no other zone
+        return found
+    number = sum(free[name] for name in low)
+    part = "all" if number == free.total() else f"{number:,} of them"
+    where = f"zones {' and '.join(low)}" if len(low) > 1 else f"zone {low[0]}"
+    return f"{found}, {part} in {where}, from which the kernel allocates last"
 
 
 _OWNERS = 6
