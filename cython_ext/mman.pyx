@@ -97,18 +97,26 @@ def advise(uint64_t address, size_t size, int advice):
     _check(failed, "madvise")
 
 
-def populate(uint64_t address, size_t size, size_t huge, size_t page):
+def populate(uint64_t address, size_t size, size_t huge, size_t page, bint collapse=False):
     """Fault in a range for writing, by huge pages of `huge` bytes, each by its last base page of `page` bytes.
 
     With that order the kernel clears a huge page upwards (see mman.pxd). Returns the number of bytes faulted in, and
-    the error number that ended it, 0 for none. Where no huge page is available, small pages are used.
+    the error number that ended it, 0 for none. Where no huge page is available, small pages are used. A memfd gets no
+    huge pages by itself: with `collapse`, they are requested after a base page of each exists (MADV_COLLAPSE, Linux
+    6.1).
     """
     cdef size_t done = 0, piece
     cdef int failed = 0
     with nogil:
+        if collapse:  # at once: each call waits for all processors; if it fails, small pages follow
+            while done + huge <= size:
+                iobmd_fault_in_huge(address + done, huge, page)
+                done += huge
+            c_madvise(<void *><uintptr_t>address, done, C_MADV_COLLAPSE)
+            done = 0
         while done < size:
             piece = min(size - done, huge - (address + done) % huge)
-            if piece == huge:
+            if piece == huge and not collapse:
                 iobmd_fault_in_huge(address + done, huge, page)
             failed = c_madvise(<void *><uintptr_t>(address + done), piece, C_MADV_POPULATE_WRITE)
             if failed:

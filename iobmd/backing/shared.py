@@ -64,6 +64,8 @@ class SharedBacking(MappedBacking):
             numa.place(self.mapping.address, self.size)
             if purgeable:
                 self.purgeable = SharedState(shared)
+            if wired:
+                self._populate()
             if contents:
                 contents.fill(self.mapping.address)
             if wired:
@@ -72,10 +74,12 @@ class SharedBacking(MappedBacking):
             self.close()
             raise
 
-    def _wire(self) -> None:
+    def _populate(self) -> None:
         if self._shared.page == PAGE_SIZE:
             residency.require(self.mapping.address, self.size, swappable=False, shared=True)
-        populate(self.mapping.address, self.size)
+        populate(self.mapping.address, self.size, collapse=self._shared.collapses)
+
+    def _wire(self) -> None:
         make_resident(self.mapping.address, self.size)
         try:
             self.pin()

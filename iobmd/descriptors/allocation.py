@@ -86,7 +86,8 @@ def _make(wanted: Request, contents: Contents | None) -> MappedBacking:
     sealed = wanted.task is not None and not wanted.here and not is_trusted(wanted.task)
     if wanted.want is None:
         size, trailer = round_up(wanted.capacity, PAGE_SIZE), TRAILER if wanted.purgeable else 0
-        return _show(SharedObject.create(size, trailer, wanted.name, sealed=sealed), wanted, contents)
+        new = SharedObject.create(size, trailer, wanted.name, sealed=sealed, populated=wanted.wired)
+        return _show(new, wanted, contents)
     for _attempt in range(search.TRIES):
         backing = _show(search.obtain_shared(wanted.want, wanted.name, sealed=sealed), wanted, contents)
         try:

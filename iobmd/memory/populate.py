@@ -7,8 +7,11 @@ from iobmd._native import mman
 from iobmd.errors import NoMemoryError
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 
+_COLLAPSED = 32 << 20
+"""Bytes of a request for huge pages: each waits for all processors (lru_add_drain_all)."""
 
-def populate(address: int, size: int, huge: int = HUGE_PAGE_SIZE) -> None:
+
+def populate(address: int, size: int, huge: int = HUGE_PAGE_SIZE, *, collapse: bool = False) -> None:
     """Fault in a range of this process for writing (MADV_POPULATE_WRITE, Linux 5.14; mlock before that).
 
     Parameters
@@ -17,6 +20,8 @@ def populate(address: int, size: int, huge: int = HUGE_PAGE_SIZE) -> None:
         Whole pages, in bytes.
     huge : int
         Size of the huge pages that may be used.
+    collapse : bool
+        Whether the memory has no huge pages unless they are requested: that of a memfd.
 
     Raises
     ------
@@ -25,9 +30,10 @@ def populate(address: int, size: int, huge: int = HUGE_PAGE_SIZE) -> None:
     """
 
     def work(offset: int, length: int) -> tuple[int, int]:
-        return mman.populate(address + offset, length, huge, PAGE_SIZE)
+        return mman.populate(address + offset, length, huge, PAGE_SIZE, collapse)
 
-    done, number = chunked.run(work, size)
+    cuts = range(0, size, _COLLAPSED) if collapse else None
+    done, number = chunked.run(work, size, cuts=cuts)
     if number == errno.EINVAL:
         _by_locking(address, size)
     elif number:

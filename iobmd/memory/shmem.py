@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import itertools
 import os
 from typing import TYPE_CHECKING, NamedTuple
@@ -70,6 +71,8 @@ class SharedObject:
         Page size; mappings are multiples of it.
     immovable : bool
         Whether the pages never move, even without a pin.
+    collapses : bool
+        Whether it has no huge pages unless they are requested (`populate`).
     """
 
     def __init__(
@@ -80,19 +83,24 @@ class SharedObject:
         alignment: int = PAGE_SIZE,
         page: int = PAGE_SIZE,
         immovable: bool = False,
+        collapses: bool = False,
     ) -> None:
         self.extents = tuple(extents)
         self.size = sum(extent.length for extent in extents)
         self.alignment = alignment
         self.page = page
         self.immovable = immovable
+        self.collapses = collapses
         self.fd = process_local.Fd(fd, "this shared memory")  # last: until then the caller owns it
 
     @classmethod
-    def create(cls, size: int, trailer: int = 0, name: str = NAME, *, sealed: bool = False) -> SharedObject:
+    def create(
+        cls, size: int, trailer: int = 0, name: str = NAME, *, sealed: bool = False, populated: bool = False
+    ) -> SharedObject:
         """Create a zeroed object of `size` bytes (whole pages), followed by `trailer` bytes.
 
-        With `sealed` it cannot be truncated, and has huge pages only if the host permits them for memfds.
+        With `sealed` it cannot be truncated. That is true of all objects but those which get huge pages page by page,
+        when they are touched: one that is `populated` now can have huge pages as a memfd, too (Linux 6.1).
 
         Raises
         ------
@@ -100,8 +108,11 @@ class SharedObject:
             `kIOReturnNoResources`: no descriptor is free. `kIOReturnNoMemory`.
         """
         try:
-            fd = -1 if sealed or trailer or size < HUGE_PAGE_SIZE else create_huge(size, name)
-            return cls(create_memfd(size + trailer, name) if fd < 0 else fd, [Extent(0, size)])
+            collapses = populated and size >= HUGE_PAGE_SIZE and can_collapse()
+            fd = -1 if sealed or trailer or collapses or size < HUGE_PAGE_SIZE else create_huge(size, name)
+            fd = create_memfd(size + trailer, name) if fd < 0 else fd
+            alignment = HUGE_PAGE_SIZE if collapses else PAGE_SIZE
+            return cls(fd, [Extent(0, size)], alignment=alignment, collapses=collapses)
         except OSError as error:
             raise limits.from_oserror(error, f"cannot create a shared object of {format_size(size)}", size) from None
 
@@ -295,6 +306,25 @@ def not_reserved(where: str, error: OSError) -> BadArgumentError:
 _numbers = itertools.count()
 # Only whole huge pages, not for the end of an object; as many as are available.
 _huge = process_local.LazyFd(lambda: mman.mount_tmpfs({"huge": "within_size", "size": "0", "nr_inodes": "0"}))
+
+
+@functools.cache
+def can_collapse() -> bool:
+    """Return whether the kernel replaces small pages of a memfd by huge pages on request."""
+    fd = os.memfd_create(NAME, os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, HUGE_PAGE_SIZE)
+        mapping = Mapping.view([(fd, 0, HUGE_PAGE_SIZE)], 0, True, 0, HUGE_PAGE_SIZE)
+        try:
+            mman.populate(mapping.address, PAGE_SIZE, PAGE_SIZE, PAGE_SIZE)
+            mman.advise(mapping.address, HUGE_PAGE_SIZE, mman.MADV_COLLAPSE)
+        finally:
+            mapping.close()
+    except OSError as error:
+        return error.errno != errno.EINVAL  # otherwise no huge page is free
+    finally:
+        os.close(fd)
+    return True
 
 
 def create_huge(size: int, name: str = NAME) -> int:

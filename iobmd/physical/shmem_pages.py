@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 from typing import TYPE_CHECKING
@@ -24,9 +23,9 @@ if TYPE_CHECKING:
 
 
 class FileBlocks:
-    """Transparent huge pages of a tmpfs file, or of a memfd, in which they are collapsed.
+    """Transparent huge pages of a memfd, for which they are requested, or before Linux 6.1 of a tmpfs file.
 
-    With `sealed` it is a memfd, because the size of a tmpfs file cannot be sealed.
+    With `sealed` it is a memfd in any case, because the size of a tmpfs file cannot be sealed.
     """
 
     immovable = False
@@ -45,7 +44,7 @@ class FileBlocks:
 
     def create(self) -> int:
         """Return a new empty file. Raises OSError."""
-        fd = -1 if self._is_sealed else shmem.create_huge(0, self.name)
+        fd = -1 if self._is_sealed or shmem.can_collapse() else shmem.create_huge(0, self.name)
         self._collapses = self._sealable = fd < 0
         return os.memfd_create(self.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) if fd < 0 else fd
 
@@ -67,14 +66,11 @@ class FileBlocks:
         numa.place(batch.address, size)
         self._size += size
         try:
-            populate(batch.address, size, self.block)
+            populate(batch.address, size, self.block, collapse=self._collapses)
         except IOReturnError:
             if not self.immovable:
                 raise
             return {}  # another process allocated them first
-        if self._collapses:
-            with contextlib.suppress(OSError):
-                mman.advise(batch.address, size, mman.MADV_COLLAPSE)
         table = own_runs(batch.address, size)
         self.hidden = table.hidden > 0
         return blocks_of(table, self.block)

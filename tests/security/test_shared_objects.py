@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from support.child import NOBODY, in_child
-from support.kernel import PAGE
+from support.kernel import PAGE, smaps
 from support.rawmemory import memfd
 from support.targets import Target, need_ptrace
 
@@ -75,18 +75,21 @@ def test_a_recipient_cannot_seal_the_memory(size: int, seal: int) -> None:
 
 
 @pytest.mark.needs("collapse")
-def test_a_recipient_cannot_seal_contiguous_memory() -> None:
-    """Memory of an ordinary user is in a memfd."""
+@pytest.mark.parametrize("contiguous", [False, True], ids=["wired", "contiguous"])
+@pytest.mark.parametrize("user", [None, NOBODY], ids=["caller", "nobody"])
+def test_a_recipient_cannot_truncate_huge_pages(user: int | None, contiguous: bool) -> None:
+    """Wired memory is in a memfd, for which huge pages are requested; usually some are available."""
 
-    def check() -> None:
-        with iobmd.allocate(2 * MIB, shared=True, contiguous=True) as buffer, given(buffer) as fd:
+    def check() -> int:
+        with iobmd.allocate(2 * MIB, shared=True, contiguous=contiguous) as buffer, given(buffer) as fd:
             for seal in (F_SEAL_FUTURE_WRITE, F_SEAL_SHRINK):
                 with pytest.raises(PermissionError):
                     fcntl.fcntl(fd, F_ADD_SEALS, seal)
             with pytest.raises(PermissionError):
                 os.ftruncate(fd, 0)
+            return smaps(buffer.getBytesNoCopy())["ShmemPmdMapped"]
 
-    in_child(check, uid=NOBODY)
+    assert any(in_child(check, uid=user) for _ in range(10))
 
 
 @pytest.mark.parametrize("seal", [F_SEAL_FUTURE_WRITE, F_SEAL_WRITE])
