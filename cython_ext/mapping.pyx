@@ -319,7 +319,8 @@ cdef class Mapping:
     caches: 1: flush lines before reads and after writes, 2: write lines back after writes, 4: non-temporal stores,
     otherwise nothing. `instruction` selects the cache line instruction, 0 for the best. `revocable` memory can be
     unmapped or truncated by others: accesses by these methods then raise `FaultError` instead of SIGSEGV or SIGBUS.
-    A mapping with `holes` contains guard pages, at which every access faults.
+    A mapping with `holes` contains guard pages, at which every access faults. While it is `denied`, all accesses
+    fault.
     """
 
     cdef readonly uint64_t address
@@ -328,6 +329,7 @@ cdef class Mapping:
     cdef readonly bint writable
     cdef readonly bint revocable
     cdef readonly bint holes
+    cdef readonly bint denied
     cdef public int cache
     cdef public int instruction
     cdef bint sealed
@@ -566,6 +568,17 @@ cdef class Mapping:
             with nogil:
                 c_munmap(<void *><uintptr_t>tried, end - tried)
 
+    def deny(self, bint denied):
+        """Make it inaccessible, or accessible again. Raises OSError."""
+        cdef int protection = PROT_NONE if denied else self._protection()
+        cdef int error
+        self._check(0, 0)
+        with nogil:
+            error = errno if c_mprotect(<void *><uintptr_t>self.address, self.size, protection) else 0
+        if error:
+            raise OSError(error, f"mprotect: {strerror(error).decode()}")
+        self.denied = denied
+
     def hold(self):
         """Keep it mapped until `let_go`, as a copy in progress does. Raises as `read`."""
         self._check(0, 0)
@@ -681,15 +694,18 @@ cdef class Mapping:
     cdef bint _owns(self, iobmd_procmap_query *area, uint64_t at, uint64_t first, uint64_t last) noexcept:
         """Return whether an area may belong to this mapping at an address."""
         cdef size_t index
+        cdef uint64_t access = READABLE | (C_VMA_WRITABLE if self.writable else 0)
         cdef uint64_t device = <uint64_t>area.dev_major << 32 | area.dev_minor
         cdef bint anonymous = not (device or area.inode)
         if at < first or at >= last:
             return anonymous and area.vma_flags == 0
+        if self.denied:
+            access = 0
         if self.kind == PRIVATE:
-            return anonymous and area.vma_flags == READABLE | C_VMA_WRITABLE
+            return anonymous and area.vma_flags == access
         if self.holes and anonymous and area.vma_flags == 0:
             return True
-        if area.vma_flags != (READABLE | C_VMA_SHARED | (C_VMA_WRITABLE if self.writable else 0)):
+        if area.vma_flags != (C_VMA_SHARED | access):
             return False
         for index in range(self.count):
             if self.objects[index].device == device and self.objects[index].inode == area.inode:
@@ -733,7 +749,7 @@ cdef class Mapping:
         self._check(offset, length)
         self.users += 1
         try:
-            if self.revocable:
+            if self.revocable or self.denied:
                 count = _flush_revocable(address, length, drop, how)
             else:
                 with nogil:
@@ -752,12 +768,12 @@ cdef class Mapping:
         cdef _Copy job
         job.to, job.source, job.size = destination, source, length
         job.mode, job.writing, job.how = self.cache, writing, self.instruction or BEST
-        if length < RELEASE_GIL_FROM and not self.revocable:
+        if length < RELEASE_GIL_FROM and not (self.revocable or self.denied):
             _copy_lines(&job)
             return
         self.users += 1
         try:
-            if self.revocable:
+            if self.revocable or self.denied:
                 self._copy_revocable(&job)
             else:
                 with nogil:

@@ -629,7 +629,9 @@ class IOMemoryDescriptor(Handle):
             contents. `kIOMemoryPurgeableVolatile`: the system may reclaim the memory, all or nothing, when memory is
             short; optionally combined with `…VolatileGroup0` to `7`, `…VolatileBehaviorFifo` or `Lifo`, or
             `…VolatileOrderingObsolete`, which drops private memory immediately. `kIOMemoryPurgeableEmpty`: drop the
-            contents.
+            contents. `kIOMemoryPurgeableFaultOnAccess`, with Volatile or Empty, finds accesses to memory that may be
+            lost: until its next state, every access of this process through the buffer's addresses, views or arrays
+            raises SIGSEGV, and reads and writes of descriptors raise `kIOReturnVMError`.
 
         Returns
         -------
@@ -641,9 +643,10 @@ class IOMemoryDescriptor(Handle):
         Raises
         ------
         IOReturnError
-            `kIOReturnUnsupported`: not allocated as purgeable, or not supported by the kernel. `kIOReturnBusy`:
-            prepared memory cannot become Volatile or Empty. `kIOReturnCannotWire`: a change from Volatile must lock
-            at least a page (RLIMIT_MEMLOCK). `kIOReturnBadArgument`. After an error the state is unchanged.
+            `kIOReturnUnsupported`: not allocated as purgeable, not supported by the kernel, or FaultOnAccess for
+            memory that this process does not map. `kIOReturnBusy`: prepared memory cannot become Volatile or Empty,
+            nor memory with maps at other addresses with FaultOnAccess. `kIOReturnCannotWire`: a change from Volatile
+            must lock at least a page (RLIMIT_MEMLOCK). `kIOReturnBadArgument`. After an error the state is unchanged.
 
         Notes
         -----

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd.errors import UnsupportedError
+from iobmd.errors import NotReadyError, UnsupportedError
 from iobmd.host import headroom
 from iobmd.memory.populate import populate
 from iobmd.memory.shmem import SharedObject
@@ -39,6 +39,10 @@ def pages(owner: MemoryOwner, request: MapRequest, task: Task) -> Iterator[Pages
     nothing else maps, so that guards, fixed addresses and other tasks are as for all maps.
     """
     backing = owner.require_backing()
+    if any(origin.purge_control and origin.purge_control.denied for origin in owner.origins()):
+        raise NotReadyError(
+            "accesses to this volatile memory fault (kIOMemoryPurgeableFaultOnAccess): make it non-volatile first"
+        )
     if not request.copies:
         yield Pages(backing.file_extents(request.offset, request.length))
         return

@@ -309,7 +309,8 @@ class MemoryOwner:
         if self.purge_control:
             with self.guard:
                 self.require_backing()  # read again: another thread may have released it
-                self.purge_control.memory.before_write(offset, length)
+                if not self.purge_control.denied:  # otherwise the write faults
+                    self.purge_control.memory.before_write(offset, length)
 
     def write_back(self, offset: int, length: int, *, drop: bool) -> None:
         """Write the cache lines of a range back to memory, and `drop` them from the caches if requested."""

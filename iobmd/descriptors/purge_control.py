@@ -8,12 +8,16 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from iobmd._internal import with_block
-from iobmd.errors import IOReturnError
-from iobmd.purgeable import EMPTY, KEEP_CURRENT, NON_VOLATILE, OBSOLETE, VOLATILE, purger
+from iobmd._native.mapping import ClosedError
+from iobmd.descriptors import mapping_cache
+from iobmd.errors import BusyError, IOReturnError, NotOpenError, UnsupportedError
+from iobmd.host import limits
+from iobmd.purgeable import EMPTY, FAULT_ON_ACCESS, KEEP_CURRENT, NON_VOLATILE, OBSOLETE, VOLATILE, purger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    from iobmd._native.mapping import Mapping
     from iobmd.descriptors.ownership import MemoryOwner
     from iobmd.purgeable import Purgeable
 
@@ -37,6 +41,7 @@ class PurgeControl:
 
     __slots__ = (
         "__weakref__",
+        "_denied",
         "_keepers",
         "_modifiers",
         "_owner",
@@ -52,6 +57,7 @@ class PurgeControl:
         self._owner = weakref.ref(owner)  # weak, because the owner refers to this object
         self._size = size
         self._modifiers: int | None = None  # the modifiers of the last volatile state; None: it was never volatile
+        self._denied: Mapping | None = None  # the mapping, while every access to it faults
         self._keepers = 0  # number of threads inside `nonvolatile`
         self._volatile_again: int | None = (
             None  # the modifiers with which the last of them makes it volatile; None: it remains non-volatile
@@ -61,10 +67,22 @@ class PurgeControl:
 
     def change(self, state: int, modifiers: int) -> int:
         """Set the state; return the previous one. Raises as `Purgeable`."""
+        if state == KEEP_CURRENT:
+            old = self.memory.current()
+            if old == NON_VOLATILE:  # set by another process
+                self._permit()
+            return old
+        faults = state in (VOLATILE, EMPTY) and modifiers & FAULT_ON_ACCESS
+        deniable = self._deniable() if faults else None
+        with self._permitted():
+            old = self._set(state, modifiers)
+        if deniable:
+            self._deny(deniable)
+        return old
+
+    def _set(self, state: int, modifiers: int) -> int:
         if state == NON_VOLATILE:
             return self.memory.keep()
-        if state == KEEP_CURRENT:
-            return self.memory.current()
         if state == EMPTY:
             return self.memory.empty()
         old = self.memory.give(modifiers)
@@ -73,10 +91,62 @@ class PurgeControl:
             purger.watch()
         return old
 
+    # --- faults on access (kIOMemoryPurgeableFaultOnAccess)
+
+    @property
+    def denied(self) -> bool:
+        """Whether every access faults."""
+        return self._denied is not None
+
+    def _deniable(self) -> Mapping | None:
+        """Return the mapping to deny; None for composite memory, whose parts have separate controls.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnUnsupported`: it is mapped in another task, or in none. `kIOReturnBusy`: it is also mapped at
+            other addresses, where accesses would not fault.
+        """
+        owner = self._owner()
+        backing = owner.require_backing() if owner else None
+        if owner is None or backing is None or backing.composite:
+            return None
+        if backing.task is None or not backing.task.is_current:
+            raise UnsupportedError("kIOMemoryPurgeableFaultOnAccess requires memory that is mapped in this process")
+        others = [one for one in mapping_cache.all_mappings() if one.own and not one.is_copy and one.users]
+        if any(owner in one.owner.origins() for one in others):
+            raise BusyError(
+                f"{owner!r} is mapped at other addresses, where kIOMemoryPurgeableFaultOnAccess has no effect: call "
+                "unmap() first"
+            )
+        return backing.exported()[0]
+
+    def _deny(self, mapping: Mapping) -> None:
+        _set_access(mapping, denied=True)
+        self._denied = mapping
+
+    def _permit(self) -> None:
+        if self._denied:
+            _set_access(self._denied, denied=False)
+            self._denied = None
+
+    @contextlib.contextmanager
+    def _permitted(self) -> Iterator[None]:
+        """Permit accesses, because a change of the state accesses the pages; after an error, they fault as before."""
+        mapping = self._denied
+        self._permit()
+        try:
+            yield
+        except BaseException:
+            if mapping:
+                self._deny(mapping)
+            raise
+
     def enter(self, inside: NonVolatile) -> None:
         """Make it non-volatile for a `with` block, and set whether the contents are intact."""
         order = self.memory.order()
-        old = self.memory.keep()
+        with self._permitted():
+            old = self.memory.keep()
         if old == VOLATILE:
             self._volatile_again = order.modifiers if order else self._modifiers or 0
         elif old == EMPTY:
@@ -131,6 +201,15 @@ class PurgeControl:
             return None
         finally:
             owner.guard.leave()
+
+
+def _set_access(mapping: Mapping, *, denied: bool) -> None:
+    try:
+        mapping.deny(denied)
+    except ClosedError:
+        raise NotOpenError("this memory is released") from None
+    except OSError as error:
+        raise limits.from_oserror(error, "cannot change the access to purgeable memory", mapping.size) from None
 
 
 class NonVolatile:

@@ -71,7 +71,7 @@ def offer(mapping: Mapping, kind: Kind, limit: int) -> bool:
     limit : int
         How many bytes may be kept. Older memory is freed to keep this, first such as has no constraints.
     """
-    if kind.size > limit or not _make_room(kind, limit):
+    if kind.size > limit or mapping.denied or not _make_room(kind, limit):
         return False
     address, size = mapping.address, mapping.size
     try:

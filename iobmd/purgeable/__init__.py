@@ -19,7 +19,8 @@ _STATE_BITS = 0xF
 OBSOLETE = int(IOPurgeable.kIOMemoryPurgeableVolatileOrderingObsolete)
 _LIFO = int(IOPurgeable.kIOMemoryPurgeableVolatileBehaviorLifo)
 _GROUP = int(IOPurgeable.kIOMemoryPurgeableVolatileGroup7)
-MODIFIERS = OBSOLETE | _LIFO | _GROUP
+FAULT_ON_ACCESS = int(IOPurgeable.kIOMemoryPurgeableFaultOnAccess)
+MODIFIERS = OBSOLETE | _LIFO | _GROUP | FAULT_ON_ACCESS
 
 
 def parse(new_state: int) -> tuple[int, int]:
