@@ -15,7 +15,7 @@ from cpython.buffer cimport (
 )
 from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_SetObject, PyErr_WriteUnraisable
-from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
+from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF, PyObject
 
 from cacheline cimport (
     IOBMD_CLFLUSH, IOBMD_CLFLUSHOPT, IOBMD_CLWB, IOBMD_DC, IOBMD_INHIBIT, IOBMD_NONE, IOBMD_WRITE_COMBINE,
@@ -26,9 +26,11 @@ from guarded cimport iobmd_guarded
 from mman cimport (
     C_F_GET_SEALS, C_F_SEAL_SHRINK, MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_NORESERVE,
     MAP_PRIVATE, MAP_SHARED, MREMAP_FIXED, MREMAP_MAYMOVE, PROT_NONE, PROT_READ, PROT_WRITE, c_fcntl, c_mmap,
-    c_mprotect, c_mremap, c_munlock, c_munmap,
+    C_MADV_DODUMP, C_MADV_DOFORK, C_MADV_DONTNEED, C_MADV_KEEPONFORK, C_MADV_POPULATE_WRITE, c_madvise, c_mprotect,
+    c_mremap, c_munlock, c_munmap,
 )
 from own_areas cimport iobmd_identity, iobmd_own_area
+from pagemap_entry cimport PFN_MASK, PRESENT_BIT, iobmd_entries
 from procmap_query cimport C_VMA_EXECUTABLE, C_VMA_READABLE, C_VMA_SHARED, C_VMA_WRITABLE, iobmd_procmap_query
 from uio cimport iovec, process_vm_readv, process_vm_writev
 
@@ -817,11 +819,11 @@ cdef class Exporter:
     The subclass defines `_exported()`, which returns `(keeper, mapping, offset, length, writable)` or raises. Each
     view holds the keeper, the object that owns the memory, and not only the mapping: the memory remains unchanged,
     and pinned if it was, until the last view ends, even if this object has released the owner. `exports` counts the
-    existing views. `piece` is its memory, if that is a piece of a slab.
+    existing views.
     """
 
     cdef readonly int exports
-    cdef readonly Piece piece
+    cdef object __weakref__  # here, because with the limited API Cython loses one of this and `__dict__` in one class
 
     def __getbuffer__(self, Py_buffer *view, int flags):
         cdef Mapping mapping

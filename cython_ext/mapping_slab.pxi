@@ -1,5 +1,9 @@
-# Slabs: pinned memory in equal pieces, for small wired buffers. Pieces are taken and released in C, between two
-# bytecodes: no signal handler intervenes, and no thread sees a piece with two owners.
+# Slabs: memory in equal pieces, for small buffers. Pieces are taken and released in C, between two bytecodes: no signal
+# handler intervenes, and no thread sees a piece with two owners.
+
+cdef enum:
+    MOST_FRAMES = 16  # of whole pages that are compared one by one
+
 
 cdef class Slab:
     """Memory in pieces of equal size. It exists as long as its pool has it, or a piece is in use.
@@ -12,13 +16,14 @@ cdef class Slab:
     cdef readonly uint32_t piece_size
     cdef readonly uint32_t count
     cdef readonly uint32_t owned
-    """The number of pieces with owners (`Piece.own`)."""
+    """The number of pieces with owners (`SmallBuffer._own`)."""
     cdef uint32_t _free
     cdef uint16_t *_stack
-    cdef PyObject **_pieces
+    cdef PyObject **_buffers
+    """The buffers that use pieces without owners."""
     cdef Pool _pool
 
-    def __cinit__(self, keeper, uint64_t address, size_t size, uint32_t piece_size):
+    def __cinit__(self, keeper, uint64_t address, size_t size, uint32_t piece_size, *_of_subclass):
         cdef uint32_t index
         self.keeper = keeper
         self.address = address
@@ -27,8 +32,8 @@ cdef class Slab:
         if not 0 < size // piece_size <= 1 << 16:
             raise ValueError(f"{size} bytes in pieces of {piece_size} bytes")
         self._stack = <uint16_t *>malloc(self.count * sizeof(uint16_t))
-        self._pieces = <PyObject **>calloc(self.count, sizeof(PyObject *))
-        if self._stack == NULL or self._pieces == NULL:
+        self._buffers = <PyObject **>calloc(self.count, sizeof(PyObject *))
+        if self._stack == NULL or self._buffers == NULL:
             raise MemoryError
         for index in range(self.count):
             self._stack[index] = self.count - 1 - index
@@ -38,26 +43,98 @@ cdef class Slab:
         """The number of pieces in use."""
         return self.count - self._free
 
-    cdef void _give_back(self, uint32_t index) noexcept:
-        self._pieces[index] = NULL
-        self._stack[self._free] = index
-        self._free += 1
+    cdef bint _clear(self, uint64_t address) noexcept:
+        """Clear a piece; return False if it cannot be used again."""
+        memset(<void *><uintptr_t>address, 0, self.piece_size)
+        return True
 
     def __dealloc__(self):
         free(self._stack)
-        free(self._pieces)
+        free(self._buffers)
+
+
+cdef class WholePages(Slab):
+    """A slab of one piece, which consists of whole pages that the program may unmap, replace and protect.
+
+    `frames` are those of pinned pages, according to the open `pagemap`; without any, only the kind of the area shows
+    whether it is still the same memory.
+    """
+
+    cdef int _pagemap
+    cdef bint _pageable
+    cdef size_t _pages
+    cdef uint64_t *_frames
+
+    def __init__(self, keeper, address, size, piece_size, int pagemap, frames, bint pageable):
+        cdef size_t index
+        self._pagemap, self._pageable, self._pages = pagemap, pageable, len(frames)
+        self._frames = <uint64_t *>malloc(max(self._pages, 1) * sizeof(uint64_t))
+        if self._frames == NULL:
+            raise MemoryError
+        for index in range(self._pages):
+            self._frames[index] = frames[index]
+
+    @property
+    def is_pageable(self):
+        """Whether its pages are freed while it is free, and only its addresses are used again."""
+        return self._pageable
+
+    cdef bint _clear(self, uint64_t address) noexcept:
+        cdef void *start = <void *><uintptr_t>address
+        cdef size_t size = self.piece_size
+        if not self._pageable:
+            # MADV_POPULATE_WRITE (Linux 5.14) fails for memory that is not writable.
+            if not self._is_intact(address) or c_madvise(start, size, C_MADV_POPULATE_WRITE):
+                return False
+            memset(start, 0, size)
+            return c_madvise(start, size, C_MADV_DODUMP) == 0
+        return (
+            not self.keeper.pins and self._is_own_area(address) and c_madvise(start, size, C_MADV_DONTNEED) == 0
+            and c_madvise(start, size, C_MADV_DOFORK) == 0 and c_madvise(start, size, C_MADV_KEEPONFORK) == 0
+            and c_madvise(start, size, C_MADV_DODUMP) == 0
+        )
+
+    cdef bint _is_intact(self, uint64_t address) noexcept:
+        cdef uint64_t entries[MOST_FRAMES]
+        cdef size_t index
+        if not 0 < self._pages <= MOST_FRAMES:
+            return self._is_own_area(address)
+        if iobmd_entries(self._pagemap, address // PAGE_SIZE, entries, self._pages) != <ssize_t>self._pages:
+            return False
+        for index in range(self._pages):
+            if not entries[index] & PRESENT_BIT or entries[index] & PFN_MASK != self._frames[index]:
+                return False
+        return True
+
+    cdef bint _is_own_area(self, uint64_t address) noexcept:
+        cdef iobmd_procmap_query area
+        return (
+            iobmd_own_area(address, &area) == 1 and area.vma_start <= address
+            and area.vma_end >= address + self.piece_size and area.vma_flags == READABLE | C_VMA_WRITABLE
+            and not (area.inode or area.dev_major or area.dev_minor)
+        )
+
+    def __dealloc__(self):
+        free(self._frames)
 
 
 cdef class Pool:
-    """The slabs of one size of pieces. A forked child has none: its copies of the parent's are not wired."""
+    """The slabs of one size of pieces. It retains at most `spare` slabs without pieces in use.
+
+    A forked child has none, because its copies of the parent's are not wired, unless they are `inherited`.
+    """
 
     cdef readonly uint32_t piece_size
+    cdef size_t _spare
+    cdef bint _inherited
     cdef set _slabs
     cdef list _with_room
     cdef int _made_in
 
-    def __cinit__(self, uint32_t piece_size):
+    def __cinit__(self, uint32_t piece_size, size_t spare=1, bint inherited=False):
         self.piece_size = piece_size
+        self._spare = spare
+        self._inherited = inherited
         self._forget()
 
     cdef _forget(self):
@@ -66,8 +143,12 @@ cdef class Pool:
         self._made_in = _generation
 
     cdef _renew(self):
-        if self._made_in != _generation:
+        if self._made_in != _generation and not self._inherited:
             self._forget()
+
+    def renew(self):
+        """Forget slabs of the parent in a forked child, unless they are inherited."""
+        self._renew()
 
     @property
     def slabs(self):
@@ -82,10 +163,9 @@ cdef class Pool:
         self._slabs.add(slab)
         self._with_room.append(slab)
 
-    def take(self, size_t size, Exporter handle not None):
-        """Make the first `size` bytes of a free piece the memory of a buffer; return False if no piece is free."""
+    def take(self, SmallBuffer buffer not None):
+        """Make a free piece the memory of a buffer; return False if no piece is free."""
         cdef Slab slab
-        cdef Piece piece = Piece.__new__(Piece)  # first: its creation may run destructors, which release pieces
         self._renew()
         if not self._with_room:
             return False
@@ -93,22 +173,29 @@ cdef class Pool:
         slab._free -= 1
         if not slab._free:
             self._with_room.pop()
-        piece._slab = slab
-        piece._index = slab._stack[slab._free]
-        piece._made_in = _generation
-        piece._handle = <PyObject *>handle
-        piece.address = slab.address + <uint64_t>piece._index * slab.piece_size
-        piece.size = size
-        piece.writable = piece.borrowed = True
-        slab._pieces[piece._index] = <PyObject *>piece
-        handle.piece = piece
+        buffer._slab = slab
+        buffer._index = slab._stack[slab._free]
+        buffer._taken_in = _generation
+        slab._buffers[buffer._index] = <PyObject *>buffer
         return True
 
-    cdef void _released(self, Slab slab) noexcept:
-        """Note that a piece of a slab is free again, and drop the slab if it is empty and another has room."""
+    cdef bint _counts(self, int taken_in) noexcept:
+        """Return whether it counts a piece that was taken in a process; False in a child that does not inherit it."""
+        return taken_in == _generation or self._inherited
+
+    cdef void _put(self, Slab slab, uint32_t index, int taken_in) noexcept:
+        """Clear a piece, and make it free; drop the slab if it is empty and enough others have room."""
+        if not self._counts(taken_in):  # a forked child's copies are not used again
+            return
+        slab._buffers[index] = NULL
+        if not slab._clear(slab.address + <uint64_t>index * slab.piece_size):
+            self._slabs.discard(slab)
+            return
+        slab._stack[slab._free] = index
+        slab._free += 1
         if slab._free == 1:
             self._with_room.append(slab)
-        if slab._free == slab.count and len(self._with_room) > 1:
+        if slab._free == slab.count and <size_t>len(self._with_room) > self._spare:
             self._drop(slab)
 
     cdef _drop(self, Slab slab):
@@ -126,57 +213,90 @@ cdef class Pool:
         return size
 
     def find(self, uint64_t address):
-        """Return the buffer whose piece contains an address, None if none does."""
+        """Return the buffer without owner whose piece contains an address, None if none does."""
         cdef Slab slab
-        cdef PyObject *piece
+        cdef PyObject *buffer
         for slab in self.slabs:
             if slab.address <= address < slab.address + <uint64_t>slab.count * slab.piece_size:
-                piece = slab._pieces[(address - slab.address) // slab.piece_size]
-                if piece != NULL and (<Piece>piece)._handle != NULL:
-                    return <object>(<Piece>piece)._handle
+                buffer = slab._buffers[(address - slab.address) // slab.piece_size]
+                if buffer != NULL:
+                    return <object>buffer
         return None
+
+
+cdef class SmallBuffer(Exporter):
+    """The attributes of a buffer that a program may have millions of, and its piece of a slab.
+
+    The buffer has the piece until `_release_piece`, which clears it, or until `_own`. Its attribute dictionary is
+    created when another attribute is set.
+    """
+
+    cdef dict __dict__
+    cdef public object _owner
+    """The owner of its memory; None until it is needed, or after the release."""
+    cdef public object _state
+    cdef public uint64_t _capacity
+    cdef public uint32_t _options
+    cdef readonly Slab _slab
+    """The slab with its piece; None if it has no piece, or its owner has it."""
+    cdef uint32_t _index
+    cdef int _taken_in
+
+    def __cinit__(self):
+        self._state = "not initialised"
+        # Cython creates the dictionary with the object; Python creates it when it is needed.
+        cdef PyObject **attributes = <PyObject **>(<char *><void *>self + DICTIONARY)
+        Py_XDECREF(attributes[0])
+        attributes[0] = NULL
+
+    def _piece(self):
+        """Return a mapping of its piece, for the owner; None if it has no piece."""
+        cdef Piece piece = Piece.__new__(Piece)  # first: its creation may run destructors
+        cdef Slab slab = self._slab
+        if slab is None:
+            return None
+        piece.address = slab.address + <uint64_t>self._index * slab.piece_size
+        piece.size = slab.piece_size if isinstance(slab, WholePages) else self._capacity
+        piece.writable = piece.borrowed = True
+        return piece
+
+    def _own(self, owner, Piece piece not None):
+        """Pass the piece to its owner, which is stored; return False if another thread was faster."""
+        cdef Slab slab = self._slab
+        if slab is None:
+            return False
+        piece._slab, piece._index, piece._taken_in = slab, self._index, self._taken_in
+        slab._buffers[self._index] = NULL
+        if slab._pool._counts(self._taken_in):
+            slab.owned += 1
+        self._slab = None
+        self._owner = owner
+        return True
+
+    def _release_piece(self):
+        """Clear and release the piece, with which the buffer ends; return False if it has none."""
+        cdef Slab slab = self._slab
+        if slab is None:
+            return False
+        self._slab, self._state = None, "released"
+        slab._pool._put(slab, self._index, self._taken_in)
+        return True
+
+    def __dealloc__(self):
+        if self._slab is not None:
+            self._slab._pool._put(self._slab, self._index, self._taken_in)
+
+
+cdef Py_ssize_t DICTIONARY = SmallBuffer.__dictoffset__
 
 
 @cython.no_gc
 cdef class Piece(Mapping):
-    """A piece of a slab: the memory of one buffer until `close`, which clears it, or until this object ends."""
+    """A piece of a slab: the memory of one owner until `close`, which clears it, or until this object ends."""
 
     cdef Slab _slab
     cdef uint32_t _index
-    cdef int _made_in
-    cdef bint _owned
-    cdef PyObject *_handle
-
-    @property
-    def slab(self):
-        """Its slab."""
-        return self._slab
-
-    @property
-    def free(self):
-        """Whether it has no owner and is not closed."""
-        return self._handle != NULL
-
-    def own(self, owner):
-        """Store `owner` in the `_owner` attribute of the buffer; return False if the piece had one, or is closed.
-
-        From then on the owner closes the piece, instead of the buffer.
-        """
-        if self._handle == NULL:
-            return False
-        (<object>self._handle)._owner = owner
-        self._handle = NULL
-        self._owned = True
-        if self._made_in == _generation:
-            self._slab.owned += 1
-        return True
-
-    def close_unowned(self):
-        """Close it for the buffer, unless it has an owner; return whether it is now closed."""
-        if self._handle == NULL or self.users:
-            return False
-        self._end()
-        return True
+    cdef int _taken_in
 
     def lost(self):
         """Return None: it is a part of pages that belong to the slab."""
@@ -190,16 +310,12 @@ cdef class Piece(Mapping):
     cdef void _end(self) noexcept:
         cdef Slab slab = self._slab
         self.sealed = True
-        self._handle = NULL
-        if slab is None:
-            return
         self._slab = None
-        if self._made_in == _generation:  # a forked child's copies are not used again
-            memset(<void *><uintptr_t>self.address, 0, slab.piece_size)
-            slab._give_back(self._index)
-            slab.owned -= self._owned
-            slab._pool._released(slab)
         self.address = self.size = 0
+        if slab is not None:
+            if slab._pool._counts(self._taken_in):
+                slab.owned -= 1
+            slab._pool._put(slab, self._index, self._taken_in)
 
     def __dealloc__(self):
         self._end()

@@ -16,11 +16,13 @@ from iobmd.host import headroom, limits
 from iobmd.memory import numa, pinning, reuse
 from iobmd.memory.mlock import make_resident
 from iobmd.memory.populate import populate
+from iobmd.pagemap.file import counts
 from iobmd.pagemap.self import own_pagemap
 from iobmd.physical import policy, search
 from iobmd.physical.search import PhysicalConstraints
 from iobmd.purgeable.private import LazilyFreed
 from iobmd.task import transfer
+from iobmd.task.task import kernel_task
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_up
 
 if TYPE_CHECKING:
@@ -76,11 +78,11 @@ class AnonymousBacking(MappedBacking):
             self._most_kept = limit
         # A pageable copy has no more pages than its source.
         self._sparse = bool(contents) and not (wired or purgeable or want)
+        if self._reuse(size, want, contents):
+            return
         if wired or contents:
             absent = contents.resident if contents and self._sparse else None
             headroom.require(size, swappable=not wired, absent=absent)
-            if self._reuse(size, want, contents):
-                return
         for _attempt in range(search.TRIES):
             self.mapping = placement.place(
                 round_up(size, PAGE_SIZE), lambda: self._obtain(size, want, alignment, sparse=self._sparse)
@@ -119,6 +121,8 @@ class AnonymousBacking(MappedBacking):
     def _refill(self, contents: Contents | None) -> None:
         """Replace the bytes of a former owner by the contents, or by zeros."""
         huge = HUGE_PAGE_SIZE if self.size >= HUGE_PAGE_SIZE else 0
+        if taken := self.size - counts(kernel_task, self.address, self.size).present * PAGE_SIZE:
+            headroom.require(taken, swappable=not self._wired)
         self._advise_huge(huge)
         if self._wired:
             make_resident(self.address, self.size, populate=False)  # this charges the limit in advance

@@ -11,7 +11,7 @@ from operator import index
 from typing import TYPE_CHECKING, Literal, Self, SupportsIndex, TypeVar, cast, overload
 
 from iobmd._internal.arguments import check_flags, check_integers
-from iobmd._native.mapping import Exporter, Mapping
+from iobmd._native.mapping import Mapping, SmallBuffer
 from iobmd.backing.contents import CopyOf
 from iobmd.backing.lazy import LazyBacking, LazyCopyOf
 from iobmd.backing.mapped import MappedBacking
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from iobmd._internal.chunked import Progress
     from iobmd.backing import Backing
+    from iobmd.descriptors.options import Request
     from iobmd.descriptors.ownership import MemoryOwner
     from iobmd.task.task import AnyTask, Task
 
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 _CONTIGUOUS = int(IOOptionBits.kIOMemoryPhysicallyContiguous)
 
 
-class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
+class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
     """A buffer of zeroed memory, allocated by a factory below and released by `free` or at the end of a `with` block.
 
     It is wired unless its options include `kIOMemoryPageable`: resident (mlock), and pinned if the kernel permits it,
@@ -64,7 +65,12 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
     """
 
     _initializer = "initWithPhysicalMask"
-    _capacity = 0
+    # In C, because of many small buffers: an attribute dictionary alone takes more memory than one of them.
+    _owner = SmallBuffer._owner
+    _state = SmallBuffer._state
+    _options = SmallBuffer._options
+    _capacity = SmallBuffer._capacity
+
     _contiguous = False
     _guarded = False
     _contents: CopyOf | None = None
@@ -279,15 +285,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
             wanted = wanted._replace(private=True)
         if self._contents:
             self._contents.check()
-        elif (
-            wanted.small
-            and self._node is None
-            and policy.keep_limit()
-            and slabs.allocate(self, wanted.capacity, alignment)
-        ):
-            self._capacity, self._options, self._state = wanted.capacity, wanted.options, "open"
-            if wanted.contiguous:
-                self._contiguous = True
+        elif wanted.small and self._node is None and self._take_piece(wanted, alignment):
             return True
         with numa.on(self._node):
             backing = allocation.allocate(wanted, self._contents)
@@ -297,6 +295,21 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
             if cache_of_copies(wanted.options):
                 self.performOperation(kIOMemoryIncoherentIOFlush, 0, wanted.capacity)  # written through the caches
             self._contents = None
+        return True
+
+    @classmethod
+    def _small(cls, wanted: Request, alignment: int) -> Self | None:
+        """Allocate a buffer with a piece of a slab, for `iobmd.allocate`; None if it must be allocated otherwise."""
+        self = cls.__new__(cls)  # without __init__, which only records what is not the default
+        return self if self._take_piece(wanted, alignment) else None
+
+    def _take_piece(self, wanted: Request, alignment: int) -> bool:
+        """Use a piece of a slab; return False if none is suitable, or nothing may be reused."""
+        if not policy.keep_limit() or not slabs.allocate(self, wanted.capacity, alignment, wired=wanted.wired):
+            return False
+        self._capacity, self._options, self._state = wanted.capacity, wanted.options, "open"
+        if wanted.contiguous:
+            self._contiguous = True
         return True
 
     def _open(
@@ -490,15 +503,13 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         return 1, 0
 
     def _memory(self) -> MemoryOwner:
-        if self.piece is not None and self.piece.free and (owner := slabs.own(self.piece, self._capacity, self)):
+        if self._slab is not None and (owner := slabs.own(self)):
             address_index.add(owner)
         return super()._memory()
 
     def _release(self, *, in_use: bool) -> None:
-        if self.piece is not None and self.piece.close_unowned():
-            self._state = "released"
-            return
-        super()._release(in_use=in_use)
+        if not self._release_piece():
+            super()._release(in_use=in_use)
 
     def _exported(self) -> tuple[MemoryOwner, Mapping, int, int, bool]:
         owner = self._memory()
@@ -536,7 +547,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, Exporter):
         return ", contiguous" if backing.runs else ", contiguous in one huge page, addresses hidden"
 
     def __del__(self) -> None:
-        if self._owner is None and (self.piece is None or not self.piece.free):
+        if self._owner is None and self._slab is None:
             return
         what = repr(self)  # a small buffer has an owner afterwards
         inherited = self._owner is not None and self._owner.maker != os.getpid()

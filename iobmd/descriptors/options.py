@@ -39,10 +39,10 @@ _CONTIGUOUS = int(IOOptionBits.kIOMemoryPhysicallyContiguous | IOOptionBits.kIOM
 
 _NO_TAGS = 0, 0
 
-SMALL = 2 << 10
-"""Size in bytes of the largest wired buffers that share pages with others."""
+SMALL = 64 << 10
+"""Size in bytes of the largest buffers whose memory comes from a pool of equal pieces."""
 
-_OF_SEPARATE_PAGES = _PAGEABLE | _SHARED | CACHE_MODES
+_NOT_POOLED = _PURGEABLE | _SHARED | CACHE_MODES
 
 _OF_NEW_MEMORY = _CONTIGUOUS | _PAGEABLE | _PURGEABLE
 
@@ -102,7 +102,7 @@ class Request(NamedTuple):
     alignment: int = PAGE_SIZE
     """Alignment of its address in this process, if no condition on its physical addresses implies it."""
     small: bool = False
-    """Whether it may share pages with other buffers."""
+    """Whether its memory may come from a pool of equal pieces."""
     private: bool = False
     """Whether memory in another task is private there, unless this process must map it as well."""
 
@@ -215,13 +215,13 @@ def _check(
         _check_placement(placement, where, capacity, max(alignment, PAGE_SIZE))
     guard, virtual = PAGE_SIZE if guarded else 0, max(virtual, PAGE_SIZE)
     request = Request(where, options, capacity, want, contiguous, guard, tag, placement, virtual)
-    return request._replace(small=_may_share_pages(request))
+    return request._replace(small=_may_be_pooled(request))
 
 
-def _may_share_pages(request: Request) -> bool:
+def _may_be_pooled(request: Request) -> bool:
     return (
         request.capacity <= SMALL
-        and not request.options & _OF_SEPARATE_PAGES
+        and not request.options & _NOT_POOLED
         and request.want is None
         and not (request.guard or request.tag)
         and request.placement is ANYWHERE

@@ -1,8 +1,15 @@
-"""Small wired buffers: pieces of slabs, which are pinned pages that several buffers share, as XNU's `iopa` does."""
+"""Memory of small buffers, which is used again at once: pieces of slabs, and whole pages.
+
+Wired buffers of up to `SHARED` bytes are pieces of slabs, pinned pages that several buffers share, as XNU's `iopa`
+does. Larger ones, and pageable ones, of up to `SMALL` bytes have whole pages. Some of these are retained for the next
+buffers of the same size: wired pages remain pinned, and are cleared when the buffer is freed; pageable pages are
+freed, and only their addresses are used again.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import TYPE_CHECKING, cast
 
 from iobmd import pagemap
@@ -15,57 +22,72 @@ from iobmd.descriptors.ownership import MemoryOwner
 from iobmd.errors import NotOpenError
 from iobmd.host import headroom
 from iobmd.memory import pinning
-from iobmd.pagemap.self import resident_and_dirty
+from iobmd.memory.mlock import Wiring
+from iobmd.pagemap.self import own_pagemap, resident_and_dirty
 from iobmd.task.task import kernel_task
 from iobmd.units import PAGE_SIZE, round_down, round_up
 
 if TYPE_CHECKING:
-    from iobmd._native.mapping import Exporter, Piece, Pool, Slab
+    from iobmd._native.mapping import Piece, Pool, Slab, SmallBuffer
     from iobmd._native.pagemap import RunTable
-    from iobmd.memory.mlock import Wiring
+
+SHARED = 2 << 10
+"""Bytes of the largest wired buffers that share pages with others."""
 
 _SMALLEST = mapping.LINE_SIZE  # no two owners share a cache line, which a device might write to
 _PAGES = 16
 """The most pages of a slab."""
+_SPARE = 128 << 10
+"""Bytes of whole pages that are retained for each size: at most 2 MiB in all remain pinned."""
 
 
-def _pools() -> list[Pool]:
-    """Create the pools, one for each power of two; in the list, by the number of cache lines of a buffer."""
+def _shared_pools() -> list[Pool]:
+    """Create the pools of slabs, one for each power of two; in the list, by the number of cache lines of a buffer."""
     found: list[Pool] = []
     size = _SMALLEST
-    while size <= SMALL:
+    while size <= SHARED:
         pool = mapping.Pool(size)
         found += [pool] * (size // _SMALLEST + 1 - len(found))
         size *= 2
     return found
 
 
-_BY_LINES = _pools()
+def _page_pools(*, inherited: bool) -> list[Pool]:
+    """Create the pools of whole pages; in the list, by the number of pages of a buffer, from one on."""
+    return [mapping.Pool(size, _SPARE // size, inherited) for size in range(PAGE_SIZE, SMALL + 1, PAGE_SIZE)]
 
 
-def pools() -> list[Pool]:
-    """Return the pools, from the smallest pieces to the largest."""
-    return list(dict.fromkeys(_BY_LINES))
+_BY_LINES = _shared_pools()
+_WIRED = _page_pools(inherited=False)
+_PAGEABLE = _page_pools(inherited=True)
+_ALL = [*dict.fromkeys(_BY_LINES), *_WIRED, *_PAGEABLE]
 
 
 def all_slabs() -> list[Slab]:
     """Return the slabs of this process."""
-    return [slab for pool in pools() for slab in pool.slabs]
+    return [slab for pool in _ALL for slab in pool.slabs]
 
 
-def allocate(handle: Exporter, size: int, alignment: int) -> bool:
-    """Make a cleared piece the memory of a buffer of `size` bytes; return False if its pieces are not so aligned.
+def allocate(buffer: SmallBuffer, size: int, alignment: int, *, wired: bool) -> bool:
+    """Make cleared memory that of a buffer of at most `SMALL` bytes; return False if none is so aligned.
 
     Raises
     ------
     IOReturnError
-        As `AnonymousBacking`, if a slab is created.
+        As `AnonymousBacking`, if memory is mapped.
     """
-    pool = _BY_LINES[(size + _SMALLEST - 1) // _SMALLEST]
-    if alignment > pool.piece_size:
+    if wired and size <= SHARED:
+        pool = _BY_LINES[(size + _SMALLEST - 1) // _SMALLEST]
+        if alignment > pool.piece_size:
+            return False
+        while not pool.take(buffer):
+            _extend(pool)
+        return True
+    if alignment > PAGE_SIZE:
         return False
-    while not pool.take(size, handle):
-        _extend(pool)
+    pool = (_WIRED if wired else _PAGEABLE)[(size - 1) // PAGE_SIZE]
+    while not pool.take(buffer):
+        _map_pages(pool, wired=wired)
     return True
 
 
@@ -73,37 +95,61 @@ def _extend(pool: Pool) -> None:
     """Add a slab with as many pages as the pool has, but at least one and at most `_PAGES`."""
     present = sum(slab.count for slab in pool.slabs) * pool.piece_size
     size = min(max(round_up(present, PAGE_SIZE), PAGE_SIZE), _PAGES * PAGE_SIZE)
-    backing = AnonymousBacking(size, wired=True)
-    keeper = MemoryOwner(backing, size, "slab", has_handle=False)
+    keeper, backing = _mapped(size, wired=True)
     pool.add(mapping.Slab(keeper, backing.address, size, pool.piece_size))
 
 
-def own(piece: Piece, length: int, handle: object) -> MemoryOwner | None:
-    """Create the owner of a buffer's piece; return None if another thread was faster.
+def _map_pages(pool: Pool, *, wired: bool) -> None:
+    keeper, backing = _mapped(pool.piece_size, wired=wired)
+    frames = [physical // PAGE_SIZE for physical in _page_addresses(backing)]
+    number = own_pagemap() if frames else -1
+    pool.add(mapping.WholePages(keeper, backing.address, backing.size, pool.piece_size, number, frames, not wired))
+
+
+def _mapped(size: int, *, wired: bool) -> tuple[MemoryOwner, AnonymousBacking]:
+    backing = AnonymousBacking(size, wired=wired)
+    return MemoryOwner(backing, size, "slab", has_handle=False), backing
+
+
+def _page_addresses(backing: AnonymousBacking) -> list[int]:
+    """Return the physical address of each page, none if they are hidden or the pages may move."""
+    if backing.runs is None:
+        return []
+    pages = range(backing.address, backing.address + backing.size, PAGE_SIZE)
+    return [backing.runs.segment(page, PAGE_SIZE)[0] for page in pages]
+
+
+def own(buffer: SmallBuffer) -> MemoryOwner | None:
+    """Create the owner of a buffer's piece; return None if it has none, or another thread was faster.
 
     Most small buffers are only allocated, used by their address and freed: they need no owner.
-
-    Raises
-    ------
-    IOReturnError
-        `kIOReturnNotOpen`: another thread closed the piece.
     """
-    slab, kind = piece.slab, type(handle).__name__
-    if slab is None:
-        raise NotOpenError(f"this {kind} is released")
+    slab, piece = buffer._slab, buffer._piece()
+    if slab is None or piece is None:
+        return None
     keeper: MemoryOwner = slab.keeper
-    owner = MemoryOwner(PieceBacking(piece, keeper), length, kind, maker=keeper.maker)
-    return owner if piece.own(owner) else None
+    owner = MemoryOwner(PieceBacking(piece, keeper), buffer._capacity, type(buffer).__name__, maker=keeper.maker)
+    return owner if buffer._own(owner, piece) else None
 
 
 def trim() -> int:
-    """Unmap the slabs without buffers; return their size in bytes."""
-    return sum(pool.trim() for pool in pools())
+    """Unmap the memory that no buffer uses; return its size in bytes, without pageable memory, which is absent."""
+    for pool in _PAGEABLE:
+        pool.trim()
+    return sum(pool.trim() for pool in _ALL)
+
+
+def _renew() -> None:
+    for pool in _ALL:
+        pool.renew()
+
+
+os.register_at_fork(after_in_child=_renew)
 
 
 def find(address: int) -> MemoryOwner | None:
     """Return the owner of the small buffer at an address of this process."""
-    for pool in pools():
+    for pool in _ALL:
         if (buffer := pool.find(address)) is not None:
             with contextlib.suppress(NotOpenError):
                 return cast("MemoryOwner", buffer._memory())
@@ -114,11 +160,11 @@ class PieceBacking(MappedBacking):
     """A piece of a slab. The slab is pinned or resident; its owner is `keeper`."""
 
     def __init__(self, piece: Piece, keeper: MemoryOwner) -> None:
-        super().__init__(wired=True)
-        self.mapping = piece
-        self._keeper = keeper
         pages = keeper.backing  # read directly: in a forked child its owner refuses it
         assert pages, "a slab has memory as long as a piece exists"
+        super().__init__(wired=pages.wiring is not Wiring.PAGEABLE)
+        self.mapping = piece
+        self._keeper = keeper
         self._pages = pages
         self.pin_refusal = self._pages.pin_refusal
         self.runs = self._cut(self._pages.runs)
@@ -157,10 +203,10 @@ class PieceBacking(MappedBacking):
         return self._cut(pinning.visible_runs(*self._page_range, gaps=gaps))
 
     def lost(self) -> int | None:
-        """Return its address if its page is no longer mapped, otherwise None."""
+        """Return its first address whose page is no longer mapped, or None."""
         lost = self._pages.lost()
         start, size = self._page_range
-        return self.address if lost is not None and start <= lost < start + size else None
+        return max(lost, self.address) if lost is not None and start <= lost < start + size else None
 
     def huge_bytes(self) -> int:
         """Return its size if it is in a huge page, otherwise 0."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import NamedTuple
 
+from iobmd._native.mapping import Slab, WholePages
 from iobmd.descriptors import address_index, memory_map, slabs
 from iobmd.errors import NotOpenError
 from iobmd.memory import reuse
@@ -60,8 +61,8 @@ def statistics() -> Statistics:
             usage = found[backing.wiring]
             found[backing.wiring] = Usage(usage.buffers + 1, usage.size + backing.size)
             prepared += owner.pins > 0
-    shared = slabs.all_slabs()
-    for slab in shared:
+    small = slabs.all_slabs()
+    for slab in small:
         wiring, pieces = slab.keeper.wiring, slab.used - slab.owned  # the others have been counted
         usage = found[wiring]
         found[wiring] = Usage(usage.buffers + pieces, usage.size + pieces * slab.piece_size)
@@ -69,9 +70,16 @@ def statistics() -> Statistics:
         with contextlib.suppress(NotOpenError):
             if not buffers.isdisjoint(owner.origins()):  # also through parts and concatenations of buffers
                 maps += uses
-    kept = reuse.size() + sum(slab.count * slab.piece_size for slab in shared if not slab.used)
+    free = [slab for slab in small if not slab.used and not _is_absent(slab)]
+    kept = reuse.size() + sum(slab.count * slab.piece_size for slab in free)
+    shared = sum(not isinstance(slab, WholePages) for slab in small)
     pageable, resident, pinned = (found[wiring] for wiring in Wiring)
-    return Statistics(pageable, resident, pinned, maps, prepared, kept, len(shared))
+    return Statistics(pageable, resident, pinned, maps, prepared, kept, shared)
+
+
+def _is_absent(slab: Slab) -> bool:
+    """Return whether free pages of a slab are absent, because they are pageable."""
+    return isinstance(slab, WholePages) and slab.is_pageable
 
 
 def trim() -> int:

@@ -180,6 +180,12 @@ v.release()
     assert run(program, "never freed").split() == ["kept"]
 
 
+def pinned_in_use() -> int:
+    """Return how much memory is pinned, without pages that are kept for the next buffers."""
+    iobmd.trim()
+    return kernel.status("VmPin")
+
+
 class Abandoned(NamedTuple):
     """Garbage that uses memory, in a cycle, so that only the collector ends it."""
 
@@ -187,7 +193,7 @@ class Abandoned(NamedTuple):
     others: list[object]
     guard: process_local.Guard
     """The guard of the memory."""
-    held: Callable[[], int] = lambda: kernel.status("VmPin")
+    held: Callable[[], int] = pinned_in_use
     """Return the kernel's measure of its use, 0 when the use has ended."""
 
 

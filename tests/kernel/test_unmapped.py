@@ -96,6 +96,12 @@ def mapped(address: int, size: int) -> list[int]:
     ]
 
 
+def free(buffer: IOBufferMemoryDescriptor) -> None:
+    """Free a buffer and its memory, which would be kept for the next buffer if it is private."""
+    buffer.free()
+    iobmd.trim()
+
+
 def check_left_alone(buffer: IOBufferMemoryDescriptor, replace: Callable[[int, int], None]) -> None:
     """The program has unmapped three of eight pages, and replaced two of these."""
     address = buffer.getBytesNoCopy()
@@ -192,9 +198,9 @@ def test_untouched_memory_is_unmapped(kind: str) -> None:
     def work() -> None:
         buffer = iobmd.allocate(SIZE, **BUFFERS[kind])
         address = buffer.getBytesNoCopy()
-        in_child(lambda: (buffer.free(), mapped(address, SIZE)))
-        assert in_child(lambda: (buffer.free(), mapped(address, SIZE))[1]) == []
-        buffer.free()
+        in_child(lambda: (free(buffer), mapped(address, SIZE)))
+        assert in_child(lambda: (free(buffer), mapped(address, SIZE))[1]) == []
+        free(buffer)
         assert mapped(address, SIZE) == []
 
     in_child(work)
@@ -207,8 +213,7 @@ def test_contiguous_memory_is_unmapped() -> None:
             for shared in (False, True):
                 buffer = iobmd.allocate(size, contiguous=True, shared=shared)
                 address = buffer.getBytesNoCopy()
-                buffer.free()
-                iobmd.trim()  # private memory is kept
+                free(buffer)
                 assert mapped(address, size) == []
 
     in_child(work)
@@ -300,7 +305,7 @@ def test_in_a_child_with_the_same_pid(kind: str) -> None:
             assert mapped(address, SIZE) == [1]
 
         in_namespaces(child)
-        buffer.free()
+        free(buffer)
         assert mapped(address, SIZE) == []
 
     in_namespaces(parent)

@@ -50,7 +50,7 @@ def _populate(mapping: Mapping) -> None:
     mman.advise(mapping.address, mapping.size, mman.MADV_POPULATE_WRITE)
 
 
-def _any(size: int) -> float:
+def populated(size: int) -> float:
     """Return the seconds for populating and pinning the same amount of arbitrary huge pages."""
 
     def take() -> None:
@@ -73,7 +73,7 @@ def _ours(size: int, *, reserve: bool = False) -> float | None:
 
 
 def _found(size: int, tries: int, limit: float | None) -> Result:
-    samples = [(_any(size), _ours(size)) for _ in range(tries)]
+    samples = [(populated(size), _ours(size)) for _ in range(tries)]
     bare = statistics.median(any_ for any_, _ in samples)
     found = [ours for _, ours in samples if ours is not None]
     what = f"contiguous {format_size(size)}, no pool: {len(found)} of {tries}"
@@ -89,7 +89,7 @@ def _found(size: int, tries: int, limit: float | None) -> Result:
 
 def _reserved(size: int, tries: int) -> Result:
     before = host.hugetlb_pools()
-    samples = [(_any(size), _ours(size, reserve=True)) for _ in range(tries)]
+    samples = [(populated(size), _ours(size, reserve=True)) for _ in range(tries)]
     same = [pool.total for pool in host.hugetlb_pools()] == [pool.total for pool in before]
     bare = statistics.median(any_ for any_, _ in samples)
     found = [ours for _, ours in samples if ours is not None]

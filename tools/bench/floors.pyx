@@ -4,7 +4,7 @@
 from libc.errno cimport errno
 from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, strerror
+from libc.string cimport memcpy, memset, strerror
 from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
 from posix.unistd cimport pread
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
@@ -115,6 +115,16 @@ def copy(uint64_t destination, uint64_t source, size_t size):
     """Call memcpy between two addresses of this process, with the GIL released."""
     with nogil:
         memcpy(<void *><uintptr_t>destination, <void *><uintptr_t>source, size)
+
+
+def clear(uint64_t address, size_t size):
+    """Return the seconds that memset takes to clear memory of this process."""
+    cdef double begin
+    with nogil:
+        begin = _now()
+        memset(<void *><uintptr_t>address, 0, size)
+        begin = _now() - begin
+    return begin
 
 
 def chase(uint64_t address, size_t steps):
