@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
@@ -17,7 +17,7 @@ _OWN_DESCRIPTORS = Path("/dev/fd"), Path("/proc/self/fd")
 _STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
 
 
-@contextmanager
+@contextlib.contextmanager
 def replacing(path: str | Path, mode: int) -> Iterator[BinaryIO]:
     """Open a file that replaces `path` when it is complete, and is removed otherwise.
 
@@ -47,16 +47,68 @@ def replacing(path: str | Path, mode: int) -> Iterator[BinaryIO]:
         with open(opened, "wb") as file:  # noqa: PTH123 (it is open already)
             yield cast("BinaryIO", file)
         if draft:
-            draft.replace(path)
+            draft.publish(path)
     except BaseException as error:
-        if draft:
-            draft.unlink(missing_ok=True)
         if isinstance(error, OSError) and not error.filename:
             error.filename = str(path)
         raise
+    finally:
+        if draft:
+            draft.end()
 
 
-def _open(path: Path, mode: int) -> tuple[Path | None, int]:
+class _Draft:
+    """A new file in the directory of `path`, until it replaces it.
+
+    It has no name if the file system supports that (O_TMPFILE): if this process is killed, the kernel removes it.
+    Otherwise (overlayfs before Linux 6.1, NFS), a hidden file remains.
+    """
+
+    def __init__(self, path: Path, mode: int) -> None:
+        self._name = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
+        self._unnamed = -1
+        try:
+            self.opened = self._without_name(path.parent, mode)
+        except OSError:
+            # Exclusive, so that a user who predicts the name cannot redirect the output by a link.
+            self.opened = os.open(self._name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+
+    def _without_name(self, folder: Path, mode: int) -> int:
+        opened = os.open(folder, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, mode)
+        try:
+            self._unnamed = os.dup(opened)  # until it has a name
+            Path(self._source).stat()  # without /proc, it could not get one
+        except BaseException:
+            os.close(opened)
+            self.end()
+            raise
+        return opened
+
+    @property
+    def _source(self) -> str:
+        return f"/proc/thread-self/fd/{self._unnamed}"
+
+    def publish(self, path: Path) -> None:
+        """Replace `path`. Raises OSError."""
+        if self._unnamed >= 0:
+            with contextlib.suppress(FileExistsError):
+                self._link(path)
+                return
+            self._link(self._name)  # a link replaces no file
+        self._name.replace(path)
+
+    def _link(self, path: Path) -> None:
+        os.link(self._source, path, src_dir_fd=self._unnamed)  # for linkat(2), which follows a link; it is not used
+
+    def end(self) -> None:
+        """Remove what has not been published."""
+        self._name.unlink(missing_ok=True)
+        if self._unnamed >= 0:
+            os.close(self._unnamed)
+            self._unnamed = -1
+
+
+def _open(path: Path, mode: int) -> tuple[_Draft | None, int]:
     """Return the temporary file that is to replace `path`, if any, and a descriptor to write to."""
     try:
         found = path.lstat() if os.path.lexists(path) else None
@@ -68,12 +120,11 @@ def _open(path: Path, mode: int) -> tuple[Path | None, int]:
             return None, os.dup(descriptor)
         if found and not (stat.S_ISREG(found.st_mode) or stat.S_ISLNK(found.st_mode)):
             return None, _open_existing(path, found)
-        draft = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
-        # Exclusive, so that a user who predicts the name cannot redirect the output by a link.
-        return draft, os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        draft = _Draft(path, mode)
     except OSError as error:
         error.filename = str(path)  # not the name of the temporary file
         raise
+    return draft, draft.opened
 
 
 def _open_existing(path: Path, found: os.stat_result) -> int:

@@ -213,8 +213,13 @@ def test_a_planted_file_that_another_user_keeps_open(shared: Path, command: str)
         os.close(end)
 
 
-def test_output_that_is_not_complete_is_nobody_elses(shared: Path) -> None:
+@pytest.mark.parametrize("named", [False, True])
+def test_output_that_is_not_complete_is_nobody_elses(
+    shared: Path, named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not even with a umask of 0, by its temporary name, or after a kill in the middle of writing."""
+    if named:  # as on a file system without unnamed files
+        monkeypatch.setattr(os, "O_TMPFILE", 0)
     out = shared / "out"
     out.write_bytes(b"old")
     reading, writing = os.pipe()
@@ -229,12 +234,15 @@ def test_output_that_is_not_complete_is_nobody_elses(shared: Path) -> None:
 
     with forked(victim):
         os.read(reading, 1)
-        (draft,) = (path for path in shared.iterdir() if path != out)
-        assert draft.read_bytes() == b"secret", "the control"
+        drafts = [path for path in shared.iterdir() if path != out]
+        assert len(drafts) == named
+        for draft in drafts:
+            assert draft.read_bytes() == b"secret", "the control"
+            with pytest.raises(PermissionError):
+                in_child(draft.read_bytes, uid=NOBODY)
+    for draft in drafts:
         with pytest.raises(PermissionError):
             in_child(draft.read_bytes, uid=NOBODY)
-    with pytest.raises(PermissionError):
-        in_child(draft.read_bytes, uid=NOBODY)
     assert out.read_bytes() == b"old"
     os.close(reading)
     os.close(writing)
