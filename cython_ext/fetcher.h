@@ -88,7 +88,6 @@ struct iobmd_fetcher {
     size_t samples_count;
     int moves;               /* whether to try UFFDIO_MOVE */
     int spins;               /* whether another processor can run the program */
-    pid_t maker;
 
     pthread_t thread;
     pthread_mutex_t lock;    /* of `state` and `wanted` */
@@ -106,6 +105,7 @@ struct iobmd_fetcher {
 
     /* The thread's own. */
     int has_child, pidfd, uffd, pagemap, memory;  /* pidfd: of the child; the latter two are files of the snapshot */
+    int life[2];             /* a pipe whose writing end only the thread's descriptor table contains */
     char *staging;           /* two areas: one for UFFDIO_MOVE, and one for UFFDIO_COPY, which remains populated */
     size_t next, window;     /* the page after the last one that was fetched by a fault; and the number fetched */
     size_t cursor;           /* the block that is fetched next in the background */
@@ -165,8 +165,13 @@ static int iobmd_snapshot_body(void *argument)
     uintptr_t first = f->source & ~(f->page - 1), last = (f->source + f->size + f->page - 1) & ~(f->page - 1);
     uintptr_t own = (uintptr_t)f, own_end = own + sizeof *f;
     int after = own > first;
+    struct pollfd life = { f->life[0], POLLIN, 0 };
+    struct timespec none = { 0, 0 };
     iobmd_raw(SYS_prctl, PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0, 0);
-    if (iobmd_raw(SYS_getppid, 0, 0, 0, 0, 0, 0) != f->maker) iobmd_raw(SYS_exit_group, 0, 0, 0, 0, 0, 0);
+    /* The thread may have ended before that, also by an execve(2) of another thread, after which the parent is the same
+       process. It closes its files before the signal would be sent. */
+    iobmd_raw(SYS_close, f->life[1], 0, 0, 0, 0, 0);
+    if (iobmd_raw(SYS_ppoll, (long)&life, 1, (long)&none, 0, 0, 0)) iobmd_raw(SYS_exit_group, 0, 0, 0, 0, 0, 0);
     iobmd_raw(SYS_setsid, 0, 0, 0, 0, 0, 0);  /* no SIGKILL or SIGSTOP of the maker's group reaches it */
     iobmd_raw(SYS_prctl, PR_SET_NAME, (long)"iobmd-snapshot", 0, 0, 0, 0);
     keep[!after][0] = first, keep[!after][1] = last;
@@ -182,10 +187,13 @@ static int iobmd_snapshot_body(void *argument)
 
 static int iobmd_take_snapshot(struct iobmd_fetcher *f)
 {
-    int64_t begin = iobmd_clock();
+    int64_t begin;
+    if (pipe2(f->life, O_CLOEXEC)) return errno;
+    begin = iobmd_clock();
     f->snapshot = clone(iobmd_snapshot_body, f->stack + sizeof f->stack, 0, f);
     if (f->snapshot < 0) return errno;
     f->snapshot_ns = iobmd_clock() - begin;
+    close(f->life[0]);
     f->has_child = 1;
     f->pidfd = (int)syscall(SYS_pidfd_open, f->snapshot, 0);  /* it lives: nothing ends it yet; Linux 5.3 */
     snprintf(f->directory, sizeof f->directory, "/proc/%d", (int)f->snapshot);
@@ -200,6 +208,7 @@ static void iobmd_end_snapshot(struct iobmd_fetcher *f)
     else kill(f->snapshot, SIGKILL);
     if (f->pidfd >= 0) close(f->pidfd);
     while (waitpid(f->snapshot, NULL, __WALL) < 0 && errno == EINTR) continue;
+    close(f->life[1]);
     f->has_child = 0;
 }
 
@@ -570,7 +579,6 @@ static struct iobmd_fetcher *iobmd_fetcher_new(size_t size, size_t page)
     f->pages = pages;
     f->done = (uint64_t *)(f + 1);
     f->lost = f->done + (pages + 63) / 64;
-    f->maker = getpid();
     f->window = 1;
     f->spins = sched_getaffinity(0, sizeof allowed, &allowed) || CPU_COUNT(&allowed) > 1;
     pthread_mutex_init(&f->lock, NULL);

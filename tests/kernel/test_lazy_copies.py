@@ -17,6 +17,7 @@ from support import kernel, lazy, rawmemory
 from support.child import in_child
 from support.errors import error_of, refusal
 from support.lazy import MIB, Source
+from support.targets import need_program
 
 import iobmd
 from iobmd import IOBufferMemoryDescriptor, IOOptionBits, IOReturn, kernel_task
@@ -281,10 +282,11 @@ def test_a_forked_child_unmaps_nothing_of_its_own(source: Source) -> None:
 
 PROGRAM = """
 import os, sys, iobmd
-from support.lazy import Source, MIB, snapshots
+from support.lazy import Source, MIB
+from support.targets import children
 source = Source(128 * MIB)
 copy = source.copied()
-print(*snapshots(os.getpid()), flush=True)
+print(children(os.getpid()), flush=True)
 if sys.argv[1] == "exec":
     os.execv("/bin/sh", ["sh", "-c", "read line"])
 if sys.argv[1] == "exit":
@@ -311,6 +313,20 @@ def test_the_end_of_the_program_leaves_no_process(end: str) -> None:
         if found:
             return
     raise AssertionError("each copy was fetched before it was inspected")
+
+
+def test_an_execve_before_the_snapshot_has_begun() -> None:
+    """It ends itself: the signal that would end it with its maker was not yet requested (strace delays that call)."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    delayed = [need_program("strace"), "-fqq", "-o", "/dev/null", "-e", "inject=prctl:delay_enter=1000000"]
+    command = [*delayed, sys.executable, "-c", PROGRAM, "exec"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as program:
+        assert program.stdout
+        found = [int(pid) for pid in program.stdout.readline().split()]
+        assert found
+        assert all(lazy.is_soon(lambda pid=pid: lazy.has_no_memory(pid)) for pid in found)
+        assert program.stdin
+        program.stdin.close()
 
 
 @pytest.mark.parametrize("keywords", [{"wired": True}, {"purgeable": True}, {"shared": True}, {"contiguous": True}])
