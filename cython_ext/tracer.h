@@ -22,6 +22,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/types.h>
 #include <sys/uio.h>
@@ -54,6 +55,7 @@ enum iobmd_status {
     IOBMD_UNSEEN,      /* a process was created that this one does not see */
     IOBMD_UNREADABLE,  /* memory of the thread that must be read is absent: a fault could wait for this very thread */
     IOBMD_NO_MEMORY,
+    IOBMD_UNCOPIED,    /* the shared object with the index `failed` could not be copied: `error` */
 };
 
 enum iobmd_made { IOBMD_NO_RANGE, IOBMD_SCRATCH, IOBMD_MAPPING };
@@ -89,6 +91,16 @@ struct iobmd_registers {
     unsigned long general[27];  /* struct user_regs_struct */
 };
 
+/* A file that the task has mapped as shared memory, to be copied to memory of the maker while all threads are stopped. */
+struct iobmd_object {
+    char path[PATH_MAX];
+    unsigned long inode, device;
+    unsigned long offset, size;
+    char *to;              /* zeroed */
+    int has_holes;         /* its file system supports SEEK_DATA; nothing is written to `to` for a hole */
+    int file;              /* the tracer's own descriptor, or -1 */
+};
+
 enum { IOBMD_CALLS = 16, IOBMD_RANGES_MADE = 16, IOBMD_LATE_THREADS = 16, IOBMD_TRACER_STACK = 64 << 10 };
 
 struct iobmd_tracer {
@@ -111,6 +123,8 @@ struct iobmd_tracer {
     int may_wait;               /* RUN: abandon the calls if cancelled; memory that they map is not recorded */
     int wanted;                 /* FREEZE: iobmd_wanted */
     int records;                /* FREEZE: save the registers of all threads */
+    struct iobmd_object *objects;  /* FREEZE: copied after the snapshot was created */
+    int object_count;
     int failed_session;         /* COLLECT, END: unmap all that was mapped */
 
     /* The answer. */
@@ -1048,11 +1062,99 @@ static int iobmd_record(struct iobmd_tracer *t)
     return IOBMD_DONE;
 }
 
+/* -- shared memory -- */
+
+enum { IOBMD_COPIED_AT_ONCE = 4 << 20 };
+
+/* Find the next range of an object that is not a hole, from `*at` on; return 0 if there is none. */
+static int iobmd_next_data(const struct iobmd_object *object, unsigned long *at, unsigned long *end)
+{
+    long data, hole;
+    *end = object->size;
+    if (object->has_holes) {
+        data = iobmd_raw(SYS_lseek, object->file, (long)(object->offset + *at), SEEK_DATA, 0, 0, 0);
+        if (data < 0) return 0;
+        hole = iobmd_raw(SYS_lseek, object->file, data, SEEK_HOLE, 0, 0, 0);
+        *at = (unsigned long)data - object->offset;
+        if (hole > data && (unsigned long)hole - object->offset < *end) *end = (unsigned long)hole - object->offset;
+    }
+    return *at < *end;
+}
+
+/* Read a range of an object. What is behind the end of a file that was truncated is zero. */
+static int iobmd_read_object(struct iobmd_tracer *t, const struct iobmd_object *object, unsigned long at,
+                             unsigned long end)
+{
+    while (at < end) {
+        unsigned long size = end - at < IOBMD_COPIED_AT_ONCE ? end - at : IOBMD_COPIED_AT_ONCE;
+        long got = iobmd_raw(SYS_pread64, object->file, (long)(object->to + at), (long)size,
+                             (long)(object->offset + at), 0, 0);
+        if (iobmd_gives_up(t)) return IOBMD_LATE;
+        if (got == -EINTR) continue;
+        if (got < 0) {
+            t->error = (int)-got;
+            return IOBMD_UNCOPIED;
+        }
+        if (!got) {
+            __builtin_memset(object->to + at, 0, end - at);
+            break;
+        }
+        at += (unsigned long)got;
+    }
+    return IOBMD_DONE;
+}
+
+/* Copy the objects or, with `prepares`, populate the memory for the copies, and the page cache if they are on a disk.
+   Page faults would take more time than the copy. */
+static int iobmd_copy_objects(struct iobmd_tracer *t, int prepares)
+{
+    int status;
+    for (t->failed = 0; t->failed < t->object_count; t->failed++) {
+        const struct iobmd_object *object = &t->objects[t->failed];
+        unsigned long at, end;
+        for (at = 0; at < object->size && iobmd_next_data(object, &at, &end); at = end) {
+            if (prepares && object->has_holes) {
+                unsigned long first = at & ~(IOBMD_PAGE - 1ul), last = (end + IOBMD_PAGE - 1) & ~(IOBMD_PAGE - 1ul);
+                iobmd_raw(SYS_madvise, (long)(object->to + first), (long)(last - first), 23 /* MADV_POPULATE_WRITE */, 0,
+                          0, 0);
+                if (iobmd_gives_up(t)) return IOBMD_LATE;
+            } else if ((status = iobmd_read_object(t, object, at, end))) return status;
+        }
+    }
+    return IOBMD_DONE;
+}
+
+static int iobmd_open_objects(struct iobmd_tracer *t)
+{
+    for (t->failed = 0; t->failed < t->object_count; t->failed++) {
+        struct iobmd_object *object = &t->objects[t->failed];
+        struct stat found;
+        long file = iobmd_raw(SYS_openat, AT_FDCWD, (long)object->path, O_RDONLY | O_CLOEXEC, 0, 0, 0);
+        object->file = (int)file;
+        if (file >= 0 && !iobmd_raw(SYS_fstat, file, (long)&found, 0, 0, 0, 0) && found.st_ino == object->inode &&
+            found.st_dev == object->device)
+            continue;
+        t->error = file < 0 ? (int)-file : ESTALE;
+        return IOBMD_UNCOPIED;
+    }
+    return IOBMD_DONE;
+}
+
+static void iobmd_close_objects(struct iobmd_tracer *t)
+{
+    for (int i = 0; i < t->object_count; i++) {
+        if (t->objects[i].file >= 0) iobmd_close(t->objects[i].file);
+        t->objects[i].file = -1;
+    }
+}
+
 static int iobmd_freeze(struct iobmd_tracer *t)
 {
-    int64_t begin = iobmd_now(), snapshot_deadline = t->deadline_ns;
+    int64_t begin, snapshot_deadline = t->deadline_ns;
     int status;
     if (t->records && (status = iobmd_reserve_registers(t))) return status;
+    if ((status = iobmd_open_objects(t)) || (status = iobmd_copy_objects(t, 1))) return status;
+    begin = iobmd_now();
     t->deadline_ns = begin + t->patience_ns;
     while ((status = iobmd_stop_all(t)) == IOBMD_LATE && !iobmd_gives_up(t)) {
         if (iobmd_now() >= t->deadline_ns) break;
@@ -1067,6 +1169,7 @@ static int iobmd_freeze(struct iobmd_tracer *t)
     if (!status && t->records) status = iobmd_record(t);
     if (!status && t->wanted) status = iobmd_make_guest(t);
     if (!status && t->wanted == IOBMD_SNAPSHOT) status = iobmd_snapshot(t);
+    if (!status) status = iobmd_copy_objects(t, 0);
     if (status || t->wanted == IOBMD_SNAPSHOT) iobmd_thaw(t, 1);
     return status;
 }
@@ -1114,7 +1217,9 @@ static int iobmd_do(struct iobmd_tracer *t, int command)
     case IOBMD_RUN:
         return iobmd_run_guest(t, t->calls, t->count, t->deadline_ns, t->may_wait);
     case IOBMD_FREEZE:
-        return iobmd_freeze(t);
+        status = iobmd_freeze(t);
+        iobmd_close_objects(t);
+        return status;
     case IOBMD_THAW:
         iobmd_thaw(t, 1);
         return IOBMD_DONE;
@@ -1211,6 +1316,7 @@ static int iobmd_has_exited(const struct iobmd_tracer *t)
 
 static void iobmd_release(struct iobmd_tracer *t)
 {
+    free(t->objects);
     if (t->threads) munmap(t->threads, (size_t)t->room * sizeof *t->threads);
     if (t->slots) munmap(t->registers, (size_t)t->slots * (size_t)t->slot);
     IOBMD_UNMARK(t, sizeof *t);

@@ -29,6 +29,7 @@ cdef extern from "tracer.h" nogil:
     enum: IOBMD_UNSEEN
     enum: IOBMD_UNREADABLE
     enum: IOBMD_NO_MEMORY
+    enum: IOBMD_UNCOPIED
     struct iobmd_call:
         long number
         unsigned long arguments[6]
@@ -40,6 +41,15 @@ cdef extern from "tracer.h" nogil:
         int cpu
         int64_t since_ns
         unsigned long switches
+    struct iobmd_object:
+        char *path
+        unsigned long inode
+        unsigned long device
+        unsigned long offset
+        unsigned long size
+        char *to
+        int has_holes
+        int file
     struct iobmd_registers:
         int tid
         unsigned int extended
@@ -60,6 +70,8 @@ cdef extern from "tracer.h" nogil:
         int may_wait
         int wanted
         int records
+        iobmd_object *objects
+        int object_count
         int failed_session
         int status
         int error

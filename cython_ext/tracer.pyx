@@ -11,15 +11,19 @@ from time import monotonic
 from libc.errno cimport errno
 from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset, strerror
+from libc.string cimport memset, strerror, strncpy
 
 from tracer cimport (
     IOBMD_32_BIT, IOBMD_CALLS, IOBMD_CHANGED, IOBMD_COLLECT, IOBMD_DIVERTED, IOBMD_DONE, IOBMD_ENDED, IOBMD_FAILED,
     IOBMD_FREEZE, IOBMD_GONE, IOBMD_GUEST, IOBMD_HELD, IOBMD_LATE, IOBMD_NO_MEMORY, IOBMD_NO_PROCESS, IOBMD_REFUSED,
     IOBMD_RUN, IOBMD_SIGNALLED, IOBMD_SNAPSHOT, IOBMD_STAND_ALONE, IOBMD_STOP, IOBMD_STRANGER, IOBMD_STUCK,
-    IOBMD_THAW, IOBMD_UNREADABLE, IOBMD_UNSEEN, iobmd_call, iobmd_registers, iobmd_thread, iobmd_tracer,
+    IOBMD_THAW, IOBMD_UNCOPIED, IOBMD_UNREADABLE, IOBMD_UNSEEN, iobmd_call, iobmd_object, iobmd_registers,
+    iobmd_thread, iobmd_tracer,
     iobmd_tracer_abandon, iobmd_tracer_begin, iobmd_tracer_end, iobmd_tracer_start, iobmd_tracer_wait,
 )
+
+cdef extern from "<limits.h>":
+    enum: PATH_MAX
 
 cdef extern from "Python.h":
     int PyErr_CheckSignals() except -1
@@ -29,9 +33,10 @@ DONE, GONE, REFUSED, STRANGER = IOBMD_DONE, IOBMD_GONE, IOBMD_REFUSED, IOBMD_STR
 LATE, HELD = IOBMD_LATE, IOBMD_HELD
 CHANGED, IS_32_BIT, DIVERTED, SIGNALLED = IOBMD_CHANGED, IOBMD_32_BIT, IOBMD_DIVERTED, IOBMD_SIGNALLED
 FAILED, ENDED, STUCK, UNSEEN = IOBMD_FAILED, IOBMD_ENDED, IOBMD_STUCK, IOBMD_UNSEEN
-UNREADABLE, NO_MEMORY = IOBMD_UNREADABLE, IOBMD_NO_MEMORY
+UNREADABLE, NO_MEMORY, UNCOPIED = IOBMD_UNREADABLE, IOBMD_NO_MEMORY, IOBMD_UNCOPIED
 CALLS = IOBMD_CALLS
 LIMIT = 6.0  # seconds for a command, beyond its own deadline
+_abandoned = []  # memory to which a tracer that takes too long may still write: it is never unmapped
 NO_PROCESS, GUEST, SNAPSHOT = IOBMD_NO_PROCESS, IOBMD_GUEST, IOBMD_SNAPSHOT
 
 
@@ -60,6 +65,7 @@ cdef class Tracer:
     """
 
     cdef iobmd_tracer *_tracer
+    cdef object _objects
     cdef readonly int64_t stopped_ns
     """Upper bound of the total time for which a thread of the task was stopped, in nanoseconds."""
 
@@ -80,7 +86,7 @@ cdef class Tracer:
 
     @property
     def failed(self):
-        """The index of the call that failed in the last command."""
+        """The index of the call, or of the object, that failed in the last command."""
         return self._tracer.failed if self._tracer else 0
 
     @property
@@ -155,7 +161,7 @@ cdef class Tracer:
                 found.append((here.tid, here.blocked, general, extended))
         return found
 
-    def freeze(self, threads, int wanted=0, double deadline=0, bint records=False):
+    def freeze(self, threads, int wanted=0, double deadline=0, bint records=False, objects=()):
         """Stop all threads until `thaw`; return the status.
 
         Parameters
@@ -168,9 +174,14 @@ cdef class Tracer:
             The time by which the snapshot must be created.
         records : bool
             Whether to save the registers of all threads (`registers`).
+        objects
+            The files to copy to this process after the snapshot was created. For each: its path, inode number and
+            device; the offset and size in bytes; the zeroed `Mapping` for the copy; and whether it may have holes,
+            which are not copied.
         """
         if self._tracer == NULL:
             raise ValueError("it has ended")
+        self._set_objects(objects)
         self._tracer.wanted, self._tracer.records = wanted, records
         self._tracer.deadline_ns = <int64_t>(deadline * 1e9)
         return self._command(IOBMD_FREEZE, threads)
@@ -249,6 +260,26 @@ cdef class Tracer:
             self._tracer.count += 1
         return 0
 
+    cdef int _set_objects(self, objects) except -1:
+        cdef iobmd_object *made
+        cdef int index = 0
+        free(self._tracer.objects)
+        self._tracer.objects, self._tracer.object_count = NULL, 0
+        made = <iobmd_object *>calloc(len(objects) + 1, sizeof(iobmd_object))
+        if made == NULL:
+            raise MemoryError()
+        self._tracer.objects, self._objects = made, objects
+        for path, inode, device, offset, size, memory, has_holes in objects:
+            if len(path) >= PATH_MAX or size > memory.size:
+                raise ValueError(f"{path} is too long, or its memory is too small")
+            strncpy(made[index].path, <const char *>path, PATH_MAX - 1)
+            made[index].inode, made[index].device = inode, device
+            made[index].offset, made[index].size, made[index].has_holes = offset, size, has_holes
+            made[index].to, made[index].file = <char *><size_t>memory.address, -1
+            index += 1
+        self._tracer.object_count = index
+        return 0
+
     cdef iobmd_thread *_set_threads(self, threads) except NULL:
         cdef iobmd_thread *known = <iobmd_thread *>calloc(len(threads) + 1, sizeof(iobmd_thread))
         cdef int count = 0
@@ -302,6 +333,8 @@ cdef class Tracer:
             finally:
                 if not done:
                     self._tracer = known = NULL
+                    if self._objects:
+                        _abandoned.append(self._objects)
                     iobmd_tracer_abandon(tracer)
             if not done or (done < 0 and tracer.peeks):
                 return IOBMD_HELD

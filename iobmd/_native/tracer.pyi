@@ -1,6 +1,8 @@
 from collections.abc import Sequence
 from typing import Self, final
 
+from iobmd._native.mapping import Mapping
+
 CALLS: int
 LIMIT: float
 CHANGED: int
@@ -20,6 +22,7 @@ SIGNALLED: int
 SNAPSHOT: int
 STRANGER: int
 STUCK: int
+UNCOPIED: int
 UNREADABLE: int
 UNSEEN: int
 
@@ -51,6 +54,7 @@ class Tracer:
         wanted: int = 0,
         deadline: float = 0.0,
         records: bool = False,
+        objects: Sequence[tuple[bytes, int, int, int, int, Mapping, bool]] = (),
     ) -> int: ...
     def run(
         self, calls: Sequence[tuple[int, Sequence[int], Sequence[int], int]], deadline: float, may_wait: bool

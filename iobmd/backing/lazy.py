@@ -11,7 +11,6 @@ import contextlib
 import errno
 import os
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iobmd import procfs
@@ -35,6 +34,7 @@ from iobmd.errors import (
 from iobmd.host.pages import huge_pages_enabled
 from iobmd.memory import numa
 from iobmd.pagemap.self import own_pagemap
+from iobmd.task import userfault
 from iobmd.task.task import Task
 from iobmd.units import PAGE_SIZE
 
@@ -47,14 +47,13 @@ if TYPE_CHECKING:
     from iobmd._native.mapping import Mapping
     from iobmd._native.pagemap import RunTable
     from iobmd.backing import Contents
-    from iobmd.remote.session import SnapshotChild
+    from iobmd.remote.snapshot_child import SnapshotChild
 
 _QUICK = 16
 """A snapshot takes at most this part of the time in which its memory is copied (measured: 1/15 in small pages)."""
 
 _PRESENT = 1 << 63  # proc_pid_pagemap(5)
 _PRIVATE = "[heap", "[stack", "[anon:"
-_USERFAULT = "anon_inode:[userfaultfd]"
 
 _fetching: WeakRegistry[Fetch] = WeakRegistry()
 
@@ -124,7 +123,7 @@ class LazyCopyOf(CopyOf):
 
     def _begun_from_other(self, mapping: Mapping) -> Fetch:
         """Begin to fetch from a snapshot of another task."""
-        from iobmd.remote import consistent_copy, freezer, session, task_snapshot  # noqa: PLC0415 (as FrozenCopyOf)
+        from iobmd.remote import consistent_copy, freezer, snapshot_child, task_snapshot  # noqa: PLC0415 (as FrozenCopyOf)
 
         if freezer.switches(self.task.pid) is not None:
             raise _NotLazyError("the task is frozen")
@@ -136,7 +135,7 @@ class LazyCopyOf(CopyOf):
             task_snapshot.require_room(self.task)
         except NoMemoryError as error:  # the task would have to pay for it
             raise _NotLazyError(str(error)) from None
-        child = session.SnapshotChild(self.task, resident)
+        child = snapshot_child.SnapshotChild(self.task, resident)
         try:
             pid = child.begin()
             task_snapshot.prefer_as_victim(Task(pid))
@@ -446,7 +445,7 @@ def _require_unserved() -> None:
     Another userfaultfd(2) may deliver them, but not to a snapshot. Which memory it serves is shown only by smaps,
     which takes half as long as the snapshot.
     """
-    if not _has_userfault("/proc/self/fd"):
+    if not userfault.is_open("self"):
         return
     for area, flags in procfs.vm_flags():
         if flags & {"um", "ui"} and not any(one.overlaps(area.start, 1) for one in _fetching.all()):
@@ -466,17 +465,5 @@ def _samples(address: int, end: int) -> list[int]:
 
 
 def _require_no_userfault(pid: int) -> None:
-    if _has_userfault(f"{pidns.directory(pid)}/fd"):
+    if userfault.is_open(pid):
         raise _NotLazyError("the task has a userfaultfd, which may serve its page faults")
-
-
-def _has_userfault(directory: str) -> bool:
-    """Return whether a process has a descriptor of a userfaultfd. Raises OSError."""
-    return any(map(_is_userfault, Path(directory).iterdir()))
-
-
-def _is_userfault(descriptor: Path) -> bool:
-    try:
-        return str(descriptor.readlink()) == _USERFAULT
-    except OSError:  # another thread has closed it
-        return False

@@ -30,7 +30,8 @@ def main(argv: Sequence[str]) -> int:
     task = Task(arguments.pid)
     output = arguments.output or f"core.{task.pid}"
     path = _STANDARD_OUTPUT if output == "-" else output
-    with terminable(), snapshot(task, limit=arguments.limit) as held, progress_bar("core") as progress:
+    limits = {"limit": arguments.limit, "freeze_shared": arguments.freeze_shared}
+    with terminable(), snapshot(task, **limits) as held, progress_bar("core") as progress:
         summary = held.core(path, progress=progress, filter=arguments.filter)
     stream = sys.stderr if output == "-" else sys.stdout
     if arguments.json:
@@ -63,6 +64,12 @@ def make_parser() -> argparse.ArgumentParser:
         type=size,
         metavar="SIZE",
         help="give up when more than SIZE was copied, because the process wrote to its memory",
+    )
+    parser.add_argument(
+        "--freeze-shared",
+        type=size,
+        metavar="SIZE",
+        help="copy shared memory during the stop, at most SIZE (default: write its contents at the time of writing)",
     )
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON document")
     return parser

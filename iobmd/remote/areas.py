@@ -5,14 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from iobmd import procfs
-from iobmd.task import attempt, diagnosis
+from iobmd.task import attempt, diagnosis, userfault
 from iobmd.task.job import TIMEOUT
 
 if TYPE_CHECKING:
     from iobmd.task.task import Task
-
-USERFAULT = {"um", "uw", "ui"}
-"""Flags of memory whose page faults are reported to a userfaultfd (VmFlags in /proc/PID/smaps)."""
 
 
 def areas(task: Task) -> list[procfs.VMA]:
@@ -48,6 +45,6 @@ def userfault_area(task: Task, address: int, end: int) -> procfs.VMA | None:
     for area, flags in procfs.vm_flags(task.pid):
         if area.start >= end:  # reading on to the last of thousands of areas may take seconds
             break
-        if address < area.end and flags & USERFAULT:
+        if address < area.end and flags & userfault.FLAGS:
             return area
     return None

@@ -20,6 +20,8 @@ from iobmd.errors import (
     VMError,
 )
 from iobmd.remote import areas, freezer, session
+from iobmd.remote.snapshot_child import SnapshotChild
+from iobmd.task import userfault
 from iobmd.task.job import WOULD_WAIT
 
 if TYPE_CHECKING:
@@ -96,7 +98,7 @@ def _copy_frozen(request: CopyRequest) -> bool:
 
 def _copy_snapshot(request: CopyRequest, resident: int) -> tuple[bool, int]:
     """Copy from a snapshot of a task of `resident` bytes; return whether that succeeded, and the stop in ns."""
-    snapshot = session.SnapshotChild(request.task, resident)
+    snapshot = SnapshotChild(request.task, resident)
     copied = False
     try:
         with snapshot as child:
@@ -154,7 +156,7 @@ def worth_a_child(request: CopyRequest) -> int:
         if request.size * _WORTH_IT < resident:
             return 0
         for area, flags in procfs.vm_flags(request.task.pid):
-            if flags & areas.USERFAULT:  # its handler may be a stopped thread, and must read the report of the fork
+            if flags & userfault.FLAGS:  # its handler may be a stopped thread, and must read the report of the fork
                 return 0
             if area.start < end and request.address < area.end and flags & _NOT_IN_A_CHILD:
                 return 0

@@ -21,7 +21,8 @@ from iobmd._native.crosstask import HeldBuffer
 from iobmd.errors import BadArgumentError
 from iobmd.remote import core_notes
 from iobmd.remote.core_summary import CoreSummary
-from iobmd.task.task import Task
+from iobmd.task import extents
+from iobmd.task.job import TIMEOUT
 from iobmd.units import PAGE_SIZE, round_up
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     CoreProgress = Callable[[int, int], None]
     """Called with the bytes of memory that have been written, and their total."""
+    Fetch = Callable[[int, int, int], object]
 
 _HEADER, _SEGMENT, _SECTION = 64, 56, 64  # bytes of an ELF header, a program header and a section header
 _CORE, _X86_64, _NOTE, _LOAD = 4, 62, 4, 1
@@ -74,21 +76,29 @@ class _Window(NamedTuple):
 
 def write(
     snapshot: Snapshot,
+    fetch: Fetch,
     threads: list[core_notes.Registers],
     state: core_notes.ProcessState | None,
     file: str | Path | BinaryIO,
     progress: CoreProgress | None,
     dump_filter: int | None,
 ) -> CoreSummary:
-    """Write a core file; parameters and errors are those of `Snapshot.core`."""
+    """Write a core file; other parameters and errors are those of `Snapshot.core`.
+
+    Parameters
+    ----------
+    fetch : callable
+        Copies memory of the snapshot from an address to one of this process, whether or not the snapshot contains all
+        of it. The third argument is the size in bytes. What cannot be read is zero.
+    """
     if dump_filter is not None:
         check_integers(filter=dump_filter)
         if not 0 <= dump_filter < 1 << 9:
             raise BadArgumentError(f"filter {dump_filter:#x} has bits other than those of coredump_filter (core(5))")
     if isinstance(file, (str, os.PathLike)):
         with replacing(file, 0o600) as opened:
-            return _Core(snapshot, threads, state, dump_filter).write(opened, progress)
-    return _Core(snapshot, threads, state, dump_filter).write(file, progress)
+            return _Core(snapshot, fetch, threads, state, dump_filter).write(opened, progress)
+    return _Core(snapshot, fetch, threads, state, dump_filter).write(file, progress)
 
 
 class _Core:
@@ -97,12 +107,14 @@ class _Core:
     def __init__(
         self,
         snapshot: Snapshot,
+        fetch: Fetch,
         threads: list[core_notes.Registers],
         state: core_notes.ProcessState | None,
         dump_filter: int | None,
     ) -> None:
         self._begin = time.monotonic()
         self._snapshot = snapshot
+        self._fetch = fetch
         self._threads = threads
         folder = pidns.directory(snapshot.pid)
         if dump_filter is None:
@@ -110,20 +122,43 @@ class _Core:
                 dump_filter = int(file.read() or "0", 16)  # empty if the snapshot was killed, see below
         self._filter = dump_filter
         lacking = {one.start for one in snapshot.missing if one.why in ("wipeonfork", "ring")}
+        supplied = {one.start for one in snapshot.missing if one.why == "userfaultfd"}
         self._omitted = sum(one.end - one.start for one in snapshot.missing if one.why in ("dontfork", "wipeonfork"))
-        self._areas = []
+        self._areas: list[_Area] = []
+        files = []
         for area, counters, flags in procfs.details(snapshot.pid):
             if area.start >= procfs.USER_END:  # [vsyscall], which is not memory
                 continue
             size = 0 if area.start in lacking else self._wanted(area, counters, flags)
+            whole = _Area(area, size, "sh" in flags)
+            if area.inode:
+                files.append(area)
+            if area.start in supplied:
+                self._areas += self._divided(whole)
+                continue
             here = sum(counters.get(name, 0) for name in ("Rss", "Swap", "Private_Hugetlb", "Shared_Hugetlb"))
             if not size and not flags & {"io", "pf"}:
                 self._omitted += here
-            self._areas.append(_Area(area, size, "sh" in flags))
+            self._areas.append(whole)
         if not self._areas:
             snapshot.areas()  # raises the reason
-        files = [area.vma for area in self._areas if area.vma.inode]
         self._notes = core_notes.notes(snapshot.task, snapshot.pid, state or core_notes.UNKNOWN, threads, files)
+
+    def _divided(self, area: _Area) -> Iterator[_Area]:
+        """Divide an area at the pages that are absent, whose contents only the task's fault handler has.
+
+        Debuggers report the memory of a segment without contents as inaccessible. Zeros would look like contents.
+        """
+        vma, at = area.vma, area.vma.start
+        end = at + area.size
+        absent = extents.outline(self._snapshot.pid, at, area.size, TIMEOUT) or ()
+        for start, stop in (*absent, (end, vma.end)):
+            if start > at:
+                yield area._replace(vma=vma._replace(start=at, end=start), size=start - at)
+            if stop > start:
+                yield area._replace(vma=vma._replace(start=start, end=stop), size=0)
+                self._omitted += stop - start
+            at = stop
 
     def _wanted(self, area: procfs.VMA, counters: dict[str, int], flags: frozenset[str]) -> int:
         """Return the bytes of an area to write, as the kernel decides it (vma_dump_size() in fs/coredump.c)."""
@@ -153,10 +188,6 @@ class _Core:
 
     def _has(self, bit: int) -> bool:
         return bool(self._filter >> bit & 1)
-
-    def _fetch(self, address: int, destination: int, size: int) -> None:
-        """Copy memory, whether or not the snapshot contains all of it; what cannot be read is zero."""
-        Task.copy_in(self._snapshot, address, destination, size, skip=True)
 
     def write(self, file: BinaryIO, progress: CoreProgress | None) -> CoreSummary:
         head, size = self._head()
@@ -228,7 +259,7 @@ def _windows(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 class _Reader:
     """Reads the memory of a snapshot."""
 
-    def __init__(self, snapshot: Snapshot, fetch: Callable[[int, int, int], None], opened: ExitStack) -> None:
+    def __init__(self, snapshot: Snapshot, fetch: Fetch, opened: ExitStack) -> None:
         self._snapshot = snapshot
         self._fetch = fetch
         folder = pidns.directory(snapshot.pid)

@@ -12,7 +12,7 @@ import errno
 import os
 import signal
 import time
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from iobmd import host
 from iobmd._internal import process_local
@@ -27,6 +27,8 @@ from iobmd.task.task import Task
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from iobmd._native.mapping import Mapping
+
 _T = TypeVar("_T")
 
 PATIENCE = 2.0  # seconds for a thread to stop, and for another tracer to end
@@ -36,7 +38,25 @@ _EXECUTING = 0.05  # seconds for another thread to execute a program
 _SHOWN = 100  # threads whose states a message reports: each takes a millisecond on a busy machine
 _CLONE_VM, _CLONE_FS, _CLONE_FILES = 0x100, 0x200, 0x400
 _NO_STACK = 8  # not mapped: a guest that outlives its tracer faults at its first push
-_GIB = 1 << 30
+
+
+class SharedObject(NamedTuple):
+    """A file that a task maps as shared memory, to be copied."""
+
+    path: bytes
+    """Leads to the file."""
+    inode: int
+    """Its inode number."""
+    device: int
+    """Its device, as stat(2) reports it."""
+    offset: int
+    """The first byte to copy."""
+    size: int
+    """In bytes."""
+    memory: Mapping
+    """Zeroed memory of this process for the copy."""
+    has_holes: bool
+    """Whether its file system supports SEEK_DATA, so that holes are not copied."""
 
 
 class StrangerSeized(Exception):  # noqa: N818 (it is detached, and another attempt is made)
@@ -103,7 +123,7 @@ class Session:
         while True:
             known = _candidates(self.task)
             status = self._tracer.stop(known, program)
-            if not self._is_again(status):
+            if not self._isagain(status):
                 break
         self._require(status, calls)
         return self._tracer.results
@@ -148,28 +168,37 @@ class Session:
         """Stop every thread of the task, until `thaw` or `end`. Raises as `stop`."""
         self._freeze(native.NO_PROCESS, 0)
 
-    def _freeze(self, wanted: int, deadline: float, *, records: bool = False) -> None:
+    def _freeze(
+        self, wanted: int, deadline: float, *, records: bool = False, objects: Sequence[SharedObject] = ()
+    ) -> None:
         self._deadline = time.monotonic() + PATIENCE
-        while self._is_again(status := self._tracer.freeze(_sleeping(self.task), wanted, deadline, records)):
-            pass
+        while True:
+            status = self._tracer.freeze(_sleeping(self.task), wanted, deadline, records, objects)
+            if not self._isagain(status):
+                break
+        if status == native.UNCOPIED:
+            error, path = self._tracer.error, os.fsdecode(objects[self._tracer.failed].path)
+            message = f"cannot copy the shared memory of task {self.task.pid} from {path}: {os.strerror(error)}"
+            raise UnsupportedError(message, error)
         self._require(status, [call("clone")])
 
     def thaw(self) -> None:
         """Resume every thread."""
         self._tracer.thaw()
 
-    def snapshot(self, patience: float, *, records: bool = False) -> int:
+    def snapshot(self, patience: float, *, records: bool = False, objects: Sequence[SharedObject] = ()) -> int:
         """Create a process that shares the task's memory copy-on-write and never runs; return its pid.
 
         It is created by a guest, while all threads are stopped, because if a userfaultfd reports forks
         (UFFD_FEATURE_EVENT_FORK), the call waits until the report is read. The guest then ends. The snapshot is a
         child of the task, whose waits do not see it, and which gets no SIGCHLD. It holds no descriptor of the task,
         and lasts until the end of the session, also if the thread that created the session ends. With `records`, the
-        `registers` of all threads are saved.
+        `registers` of all threads are saved. `objects` are copied before the threads resume.
 
-        Raises as `guest`; `kIOReturnTimeout`: it took longer than `patience` seconds.
+        Raises as `guest`; `kIOReturnTimeout`: it took longer than `patience` seconds. `kIOReturnUnsupported`: an
+        object cannot be read.
         """
-        self._freeze(native.SNAPSHOT, time.monotonic() + patience, records=records)
+        self._freeze(native.SNAPSHOT, time.monotonic() + patience, records=records, objects=objects)
         pid = self._tracer.child
         self._deadline = time.monotonic() + PATIENCE
         while True:
@@ -177,7 +206,7 @@ class Session:
             if status in (native.FAILED, native.STUCK, native.ENDED, native.SIGNALLED) and self._tracer.child == pid:
                 self._require(status, [call("close_range"), call("unshare")], of_guest=True)
             # If the task cannot be stopped again now, its guest remains a zombie until the end of the snapshot.
-            if not self._tracer.child or not self._is_again(status):
+            if not self._tracer.child or not self._isagain(status):
                 return pid
 
     @property
@@ -195,14 +224,14 @@ class Session:
                 status = self._tracer.collect(_candidates(self.task), failed)
                 # If the thread ends during this, because another one executes a program, other threads remain.
                 ended = status == native.ENDED and time.monotonic() < self._deadline
-                if not ended and not self._is_again(status):
+                if not ended and not self._isagain(status):
                     break
         except OSError:  # it has exited, or refuses
             pass
         finally:
             self._tracer.end()
 
-    def _is_again(self, status: int) -> bool:
+    def _isagain(self, status: int) -> bool:
         """Wait briefly and return whether another attempt may succeed."""
         if status in (native.GONE, native.LATE, native.UNREADABLE):
             if not self.task.alive:
@@ -296,7 +325,7 @@ def with_guest(task: Task, work: Callable[[Guest], None], *, standing: bool = Fa
             work(session.guest(standing=standing))
         return session.stopped_ns
 
-    return _again(task, attempt)
+    return again(task, attempt)
 
 
 def stop(task: Task) -> int:
@@ -310,7 +339,7 @@ def stop(task: Task) -> int:
             session.stop()
         return session.stopped_ns
 
-    return _again(task, attempt)
+    return again(task, attempt)
 
 
 def frozen(task: Task, before: Callable[[], None], work: Callable[[], bool], tries: int) -> tuple[bool, int]:
@@ -334,81 +363,10 @@ def frozen(task: Task, before: Callable[[], None], work: Callable[[], bool], tri
                     break
         return done, session.stopped_ns
 
-    return _again(task, attempt)
+    return again(task, attempt)
 
 
-class _Still(Task):
-    is_snapshot = True
-
-
-class SnapshotChild:
-    """A child of a task that shares the task's memory copy-on-write and never runs, from `begin` until `end`.
-
-    It also ends when this process does. As a context, it is the child as a task.
-
-    Parameters
-    ----------
-    origin : Task
-        The task.
-    resident : int
-        The resident bytes of the task, whose page tables are copied; they extend the timeout.
-    records : bool
-        Whether to save the registers of all threads.
-
-    Raises
-    ------
-    OSError
-        As `with_guest`. `EAGAIN`: the task can create no process.
-    """
-
-    def __init__(self, origin: Task, resident: int, *, records: bool = False) -> None:
-        self._origin = origin
-        self._patience = PATIENCE + resident / _GIB
-        self._records = records
-        self._session: Session | None = None
-        self._stopped_ns = 0
-        self.registers: list[tuple[int, int, bytes, bytes]] = []
-        """The registers of the threads, as `native.Tracer.registers`."""
-
-    @property
-    def stopped_ns(self) -> int:
-        """The total time in nanoseconds for which a thread of the task was stopped, at most."""
-        return self._stopped_ns + (self._session.stopped_ns if self._session else 0)
-
-    def __enter__(self) -> Task:
-        return _Still(self.begin())
-
-    def begin(self) -> int:
-        """Create the child and return its pid."""
-        return _again(self._origin, self._make)
-
-    def _make(self) -> int:
-        with guard_of(self._origin):
-            self._session = session = Session(self._origin)
-            try:
-                pid = session.snapshot(self._patience, records=self._records)
-                self.registers = session.registers
-            except BaseException:
-                insist(self._end)
-                raise
-            return pid
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
-
-    def end(self) -> None:
-        """End the child, and make the task reap it; idempotent."""
-        with guard_of(self._origin):
-            insist(self._end)
-
-    def _end(self) -> None:
-        if self._session:
-            self._session.end(failed=True)
-            self._stopped_ns += self._session.stopped_ns
-            self._session = None
-
-
-def _again(task: Task, attempt: Callable[[], _T]) -> _T:
+def again(task: Task, attempt: Callable[[], _T]) -> _T:
     """Return the result of an attempt, which is repeated while it fails for a temporary reason."""
     deadline = time.monotonic() + PATIENCE
     for _ in range(_ATTEMPTS):

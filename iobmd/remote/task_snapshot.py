@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import time
 import warnings
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, NoReturn, Self, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, Self, TypeVar
 
 from iobmd import procfs
 from iobmd._internal import pidns
@@ -24,10 +25,11 @@ from iobmd.errors import (
 from iobmd.host import headroom
 from iobmd.remote import areas as areas_of
 from iobmd.remote.core_notes import ProcessState
-from iobmd.remote.session import SnapshotChild
-from iobmd.task import attempt, diagnosis
-from iobmd.task.job import TIMEOUT
-from iobmd.task.task import Task
+from iobmd.remote.shared_memory import Part, SharedMemory
+from iobmd.remote.snapshot_child import SnapshotChild
+from iobmd.task import attempt, diagnosis, extents, userfault
+from iobmd.task.job import TIMEOUT, Outcome
+from iobmd.task.task import Task, kernel_task
 from iobmd.units import format_size
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from iobmd._native.crosstask import Ranges
     from iobmd.remote.core_file import CoreProgress
     from iobmd.remote.core_summary import CoreSummary
-    from iobmd.task.job import Outcome
+    from iobmd.task.ranges import Range
 
 _T = TypeVar("_T")
 
@@ -49,6 +51,7 @@ _INTERVAL = 0.05
 """Seconds between two checks of the limits. A check takes at most a fifth of the time."""
 _OOM_FIRST = b"1000"
 """The value of oom_score_adj for which the kernel ends a process before any other (proc_pid_oom_score_adj(5))."""
+_TRIES = 3
 _RINGS = ("anon_inode:[io_uring]", "/[aio] (deleted)", "anon_inode:[perf_event]")
 
 
@@ -81,7 +84,7 @@ class Snapshot(Task):
     missing : list[Missing]
         The memory of the task that the snapshot does not contain.
     shared : list[procfs.VMA]
-        Shared memory of the task, which is not frozen: reading it returns its present contents.
+        Shared memory of the task that is not frozen (`freeze_shared`): reading it returns its present contents.
 
     Notes
     -----
@@ -102,32 +105,47 @@ class Snapshot(Task):
     shared: list[procfs.VMA]
     is_snapshot = True
 
-    def __init__(self, task: Task, *, limit: int | None = None) -> None:
+    def __init__(self, task: Task, *, limit: int | None = None, freeze_shared: int | None = None) -> None:
         if isinstance(task, Snapshot):
             raise UnsupportedError(f"process {task.pid} is a snapshot already, of task {task.task.pid}")
         if limit is not None and limit <= 0:
             raise BadArgumentError(f"limit must be positive, not {limit}")
+        if freeze_shared is not None and freeze_shared < 0:
+            raise BadArgumentError(f"freeze_shared must not be negative, but is {freeze_shared}")
         self.task = task
         self._closed = False
         self._maker = os.getpid()
         self._ended_for: IOReturnError | None = None
         self._finish: weakref.finalize[..., Snapshot] | None = None
         attempt.require_unlocked(task.pid, TIMEOUT)
-        resident = require_room(task)
-        before = _ranges(task)
-        self._child = child = SnapshotChild(task, resident, records=True)
+        for _ in range(_TRIES):
+            self._begin(None if freeze_shared is None else SharedMemory(task, freeze_shared))
+            if not self._frozen or self._frozen.covers(self.shared):
+                break
+            self._child.end()
+        else:
+            raise UnsupportedError(f"task {task.pid} has changed its mappings of shared memory before each stop")
+        if self._frozen:
+            self.shared = []
+        self._limit = limit
+        self._finish = weakref.finalize(self, self._child.end)
+        prefer_as_victim(self)
+        threading.Thread(target=_watch, args=(weakref.ref(self),), name="iobmd-snapshot", daemon=True).start()
+
+    def _begin(self, frozen: SharedMemory | None) -> None:
+        resident = require_room(self.task)
+        before = _ranges(self.task)
+        self._frozen = frozen
+        objects = frozen.objects if frozen else ()
+        self._child = child = SnapshotChild(self.task, resident, records=True, objects=objects)
         try:
             super().__init__(child.begin())
             self.stopped_ns = child.stopped_ns
-            self._state = ProcessState.of(task)
+            self._state = ProcessState.of(self.task)
             self._describe(before)
         except BaseException:
             child.end()
             raise
-        self._limit = limit
-        self._finish = weakref.finalize(self, child.end)
-        prefer_as_victim(self)
-        threading.Thread(target=_watch, args=(weakref.ref(self),), name="iobmd-snapshot", daemon=True).start()
 
     def _describe(self, before: dict[tuple[int, int], procfs.VMA]) -> None:
         """Determine what the snapshot lacks. The task was stopped between the two times its areas were listed."""
@@ -144,10 +162,9 @@ class Snapshot(Task):
                 found.append(_lacking(vma, "ring"))
             elif "sh" in flags and not flags & {"io", "pf"}:
                 self.shared.append(vma)
-        with contextlib.suppress(OSError):  # it has exited, with its handler
-            for vma, flags in procfs.vm_flags(self.task.pid):
-                if flags & areas_of.USERFAULT and (vma.start, vma.end) in inherited:
-                    found.append(_lacking(vma, "userfaultfd"))
+        with contextlib.suppress(OSError, KeyError):  # it has exited, with its handler
+            served = userfault.supplied(self.task.pid)
+            found += [_lacking(vma, "userfaultfd") for vma in served if (vma.start, vma.end) in inherited]
         self.missing = sorted(found)
 
     @property
@@ -233,11 +250,29 @@ class Snapshot(Task):
         """As `Task.copy_in`. Raises as `read`."""
         self._require_open()
         self._require_contained(source, size)
-        return super().copy_in(
+        return self._copied_in(
             source, destination, size,
             huge=huge, fresh=fresh, sparse=sparse, skip=skip, resident_only=resident_only,
             timeout=timeout, progress=progress, outline=outline,
         )  # fmt: skip
+
+    def _copied_in(self, source: int, destination: int, size: int, **how: Any) -> Outcome:
+        """As `Task.copy_in`, whether or not the snapshot contains all of it."""
+        frozen = list(self._frozen.parts(source, size)) if self._frozen else []
+        if not frozen:
+            return super().copy_in(source, destination, size, **how)
+        how |= {"outline": None, "progress": None}
+        at, left_zero = source, False
+        unread: list[Range] = []
+        for start, end, here in (*frozen, Part(source + size, source + size, 0)):
+            pieces = (super().copy_in, at, at, start), (kernel_task.copy_in, here, start, end)
+            for copy, address, low, high in pieces:
+                if low < high:
+                    outcome = copy(address, destination + low - source, high - low, **how)
+                    unread += outcome.unread
+                    left_zero |= outcome.left_zero
+            at = end
+        return Outcome(size, 0, unread, left_zero)
 
     def _require_contained(self, address: int, size: int) -> None:
         """Raise `kIOReturnVMError` for a range with pages that read as zeros although the task has other contents."""
@@ -245,21 +280,14 @@ class Snapshot(Task):
             start, end = max(one.start, address), min(one.end, address + size)
             if start >= end or one.why in ("dontfork", "ring"):
                 continue
-            if one.why == "wipeonfork" or (absent := self._absent(start, end)) is not None:
-                first = start if one.why == "wipeonfork" else absent
+            absent = [(start, end)] if one.why == "wipeonfork" else self._absent(start, end)
+            if absent:
+                first = absent[0][0]
                 message = f"the snapshot of task {self.task.pid} does not contain {first:#x} ({one.why})"
                 raise VMError(message, address=first)
 
-    def _absent(self, start: int, end: int) -> int | None:
-        """Return the first address of a range whose page is absent; None if all pages are present."""
-        from iobmd.pagemap import spans  # noqa: PLC0415 (as for `copied_bytes`)
-
-        at = start
-        for span in spans(self, start, end - start):
-            if span.virtual > at or not (span.present or span.swapped):
-                return at
-            at = span.end
-        return at if at < end else None
+    def _absent(self, start: int, end: int) -> list[Range]:
+        return self._asked(lambda: list(extents.outline(self.pid, start, end - start, TIMEOUT) or ()))
 
     def core(
         self,
@@ -301,7 +329,8 @@ class Snapshot(Task):
         from iobmd.remote import core_file  # noqa: PLC0415 (rarely used)
 
         self._require_open()
-        return core_file.write(self, self._child.registers, self._state, file, progress, filter)
+        fetch = functools.partial(self._copied_in, skip=True)
+        return core_file.write(self, fetch, self._child.registers, self._state, file, progress, filter)
 
     def close(self) -> None:
         """End the process that holds the snapshot; the task reaps it. Idempotent."""

@@ -18,7 +18,7 @@ from iobmd._internal import pidns
 from iobmd._native import crosstask
 from iobmd.errors import NO_DESCRIPTOR, IOReturnError
 from iobmd.host import headroom
-from iobmd.task import attempt
+from iobmd.task import attempt, userfault
 from iobmd.units import PAGE_SIZE, round_up
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ The check reads /proc/PID/smaps, which walks the page tables of all areas before
 in small pages, under the lock that the task's mmap needs). A fault costs the task at most a page table.
 """
 
-_TMPFS, _RAMFS, _HUGETLBFS = 0x01021994, 0x858458F6, 0x958458F6  # linux/magic.h
-_MEMORY = {_TMPFS, _RAMFS, _HUGETLBFS}
-_USERFAULT = {"um", "uw", "ui"}  # VmFlags: registered for missing, write-protected, minor faults
+TMPFS, _RAMFS, _HUGETLBFS = 0x01021994, 0x858458F6, 0x958458F6  # linux/magic.h
+IN_MEMORY = {TMPFS, _RAMFS, _HUGETLBFS}
+"""File systems whose files can be read without waiting."""
 _PRIVATE_HUGETLB = "/anon_hugepage"
 
 
@@ -210,8 +210,8 @@ def absent(pid: int, ranges: Ranges, files: Files, *, small: bool, permission: s
         if area is None or permission not in area.perms:
             yield Absent(inside, Origin.NOWHERE)
             continue
-        userfault = bool(flags[area.start] & _USERFAULT) if asked else not area.inode or _is_zeros(area)
-        if userfault:
+        waits = bool(flags[area.start] & userfault.FLAGS) if asked else not area.inode or _is_zeros(area)
+        if waits:
             yield Absent(inside, Origin.FAULT, waits=True)
         else:
             page = sizes.get(area.start, PAGE_SIZE)
@@ -241,7 +241,7 @@ def _may_have_handler(area: VMA, files: Files) -> bool:
     if not area.inode or _is_zeros(area):
         return False
     file = files.find(area)
-    return not isinstance(file, attempt.File) or file.kind in _MEMORY
+    return not isinstance(file, attempt.File) or file.kind in IN_MEMORY
 
 
 def unmapped(pid: int, address: int, size: int) -> Ranges | tuple[()]:
@@ -317,7 +317,7 @@ def _of_area(pid: int, area: VMA, inside: Ranges, files: Files, *, page: int, wr
         yield Absent(inside, file, waits=True)
     else:
         shift = area.start - area.offset
-        origin = Origin.OBJECT if file.kind in _MEMORY else Origin.FILE
+        origin = Origin.OBJECT if file.kind in IN_MEMORY else Origin.FILE
         whole = Absent(inside, origin, file.has_server, file, shift, page)
         yield from [whole] if write else _cut_at_end(whole, file)
 

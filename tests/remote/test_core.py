@@ -14,7 +14,7 @@ import pytest
 from support import kernel
 from support.core_file import Core
 from support.snapshot_source import SIZE, Source
-from support.targets import build, children, need_program, until
+from support.targets import Target, build, children, need_program, until
 
 import iobmd
 from iobmd import IOReturn, IOReturnError
@@ -133,6 +133,32 @@ def test_whole_or_not_at_all(source: Source, tmp_path: Path) -> None:
     assert caught.value.code == IOReturn.kIOReturnNotFound
     assert [file.name for file in tmp_path.iterdir()] == ["core"]
     assert path.read_text() == "before"
+
+
+def test_a_writer_that_is_killed_leaves_no_file(source: Source, tmp_path: Path) -> None:
+    program = f"""
+import iobmd, os
+with iobmd.snapshot({source.pid}) as snapshot:
+    snapshot.core({str(tmp_path / "core")!r}, progress=lambda written, total: os.kill(os.getpid(), 9))
+"""
+    done = subprocess.run([sys.executable, "-c", program], timeout=30, check=False)
+    assert done.returncode == -9
+    assert not list(tmp_path.iterdir())
+
+
+def test_pages_that_only_a_fault_handler_has(tmp_path: Path) -> None:
+    """A core file has a segment without contents for them, which debuggers report as inaccessible, and no zeros."""
+    with Target([build("userfault"), "poll", "read", "stall"]) as program:
+        area, _plain = map(int, program.line().split())
+        with iobmd.snapshot(program.pid) as snapshot:
+            summary = snapshot.core(tmp_path / "core")
+        present = [page.present for page in iobmd.pagemap.pages(program.pid, area, 1 << 20)]
+        program.tell("serve")
+    core = Core((tmp_path / "core").read_bytes())
+    assert False in present
+    for page, is_present in enumerate(present):
+        assert (core.area(area + page * kernel.PAGE).size > 0) == is_present
+    assert summary.omitted >= present.count(False) * kernel.PAGE
 
 
 def backtraces(program: Path, core: Path) -> list[str]:

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import kernel
@@ -115,6 +116,18 @@ def test_of_one_moment(start, kind: str) -> None:  # type: ignore[no-untyped-def
 
 
 @pytest.mark.needs("compiler")
+@pytest.mark.usefixtures("nothing_left")
+def test_shared_memory_of_a_snapshot_of_one_moment(start) -> None:  # type: ignore[no-untyped-def]
+    source = start(32 * MIB, "shared")
+    for _ in range(5):
+        with iobmd.snapshot(source.pid, freeze_shared=32 * MIB) as snapshot:
+            frozen = bytearray(32 * MIB)
+            snapshot.readinto(source.address, frozen)
+            assert is_of_one_moment(memoryview(frozen), 32 * MIB)
+            assert not is_of_one_moment(memoryview(iobmd.Task(source.pid).read(source.address, 32 * MIB)), 32 * MIB)
+
+
+@pytest.mark.needs("compiler")
 @pytest.mark.parametrize("timeout", [None, 20.0])
 def test_the_destination_may_have_huge_pages(start, timeout: float | None) -> None:  # type: ignore[no-untyped-def]
     """Otherwise faulting it in would prolong the stop, as it did with a time limit."""
@@ -134,8 +147,8 @@ def test_how_it_is_done(start, monkeypatch: pytest.MonkeyPatch) -> None:  # type
     made: list[int] = []
     make = session.Session.snapshot
 
-    def count(self: session.Session, patience: float, *, records: bool) -> int:
-        made.append(make(self, patience, records=records))
+    def count(self: session.Session, patience: float, **how: Any) -> int:
+        made.append(make(self, patience, **how))
         return made[-1]
 
     monkeypatch.setattr(session.Session, "snapshot", count)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import in_child
+from support.core_file import Core
 from support.snapshot_source import SIZE, Source
 from support.targets import PATIENCE, Target, children, until
 
@@ -65,6 +66,73 @@ def test_memory_that_it_lacks(source: Source) -> None:
                 snapshot.read(address, 1)
             assert caught.value.code == IOReturn.kIOReturnVMError
             assert caught.value.address == address
+
+
+def test_shared_memory_frozen_on_request(source: Source, tmp_path: Path) -> None:
+    size = 1 << 20  # of `shared`
+    with iobmd.snapshot(source.pid, freeze_shared=size) as snapshot:
+        source.write(0, 256, 9, "shared")
+        assert iobmd.Task(source.pid).read(source.shared, 1) == b"\x09"
+        assert snapshot.shared == []
+        assert snapshot.read(source.shared, size)[:: kernel.PAGE] == b"\1" * 256
+        assert snapshot.read(source.shared + size - 2, 2) == b"\0\0"
+        with iobmd.copy(snapshot, source.shared, size, wired=False) as copied:
+            assert copied.readBytes(0, size)[:: kernel.PAGE] == b"\1" * 256
+        snapshot.core(tmp_path / "core")
+        assert in_child(lambda: snapshot.read(source.shared, 1)) == b"\1"
+    assert Core((tmp_path / "core").read_bytes()).read(source.shared, size)[:: kernel.PAGE] == b"\1" * 256
+    with pytest.raises(IOReturnError, match="1 MiB of shared memory, more than the 1020 KiB") as caught:
+        iobmd.snapshot(source.pid, freeze_shared=size - kernel.PAGE)
+    assert caught.value.code == IOReturn.kIOReturnNoMemory
+    with pytest.raises(IOReturnError, match="must not be negative"):
+        iobmd.snapshot(source.pid, freeze_shared=-1)
+
+
+BETWEEN = """
+import ctypes, mmap, os, sys
+half, file = int(sys.argv[2]), os.open(sys.argv[1], os.O_RDWR)
+private = mmap.mmap(-1, 4 * half, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+private[half - 1], private[3 * half] = b"<>"
+start = ctypes.addressof(ctypes.c_char.from_buffer(private))
+call, fixed = ctypes.CDLL(None).mmap, 0x10
+call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+for at, offset in (half, half), (2 * half, 0):
+    call(start + at, half, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | fixed, file, offset)
+print("ready", start, sep="\\n", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "disk"])
+def test_frozen_shared_files_between_private_memory(kind: str, tmp_path: Path) -> None:
+    """Holes remain holes, the end of a file is respected, and ranges of several areas are whole."""
+    on_disk = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    descriptor = os.memfd_create("iobmd-test") if kind == "tmpfs" else on_disk
+    half, end = 64 << 20, 100 << 20
+    os.ftruncate(descriptor, 2 * half)
+    with Target([sys.executable, "-c", BETWEEN, f"/proc/{os.getpid()}/fd/{descriptor}", str(half)]) as program:
+        start = int(program.line())
+        os.ftruncate(descriptor, end + 5)
+        written = (0, b"first"), (half + kernel.PAGE, b"later"), (end + 2, b"end")
+        for at, data in written:
+            os.pwrite(descriptor, data, at)
+        before = kernel.status("VmRSS"), os.fstat(descriptor).st_blocks
+        with iobmd.snapshot(program.pid, freeze_shared=2 * half) as snapshot:
+            if kind == "tmpfs":
+                assert kernel.status("VmRSS") - before[0] < 8 << 20
+                assert os.fstat(descriptor).st_blocks == before[1]
+            for at, _data in written:
+                os.pwrite(descriptor, b"wrong", at - 2 if at > end else at)
+            assert snapshot.read(start + half - 1, 2 * kernel.PAGE)[kernel.PAGE :: kernel.PAGE] == b"\0"
+            assert snapshot.read(start + end, 8) == b"\0\0end\0\0\0"
+            assert snapshot.read(start + 3 * half - 2, 3) == b"\0\0>"
+            with iobmd.copy(snapshot, start, 4 * half, wired=False) as copied:
+                assert copied.readBytes(half - 1, 2) == b"<\0"
+                assert copied.readBytes(half + kernel.PAGE, 6) == b"later\0"
+                assert copied.readBytes(2 * half, 6) == b"first\0"
+                assert copied.readBytes(3 * half - 1, 2) == b"\0>"
+    for opened in {descriptor, on_disk}:
+        os.close(opened)
 
 
 def test_reading_it_copies_nothing(source: Source, tmp_path: Path) -> None:

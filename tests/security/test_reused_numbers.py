@@ -19,7 +19,7 @@ from support.targets import Target, need_ptrace
 import iobmd
 from iobmd import IOMemoryDescriptor, IOReturn, IOReturnError, Task, procfs
 from iobmd.remote import areas, task_snapshot, threads
-from iobmd.remote.session import SnapshotChild
+from iobmd.remote.snapshot_child import SnapshotChild
 from iobmd.task.job import Transfer
 
 WALL = 0x40000000

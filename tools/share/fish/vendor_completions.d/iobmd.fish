@@ -51,7 +51,7 @@ function _shtab_iobmd_using
 end
 
 set -g _shtab_iobmd_commands demo copy core share alloc doctor pagemap bench soak
-set -g _shtab_iobmd_opts_with_value --align --at --boundary --budget --by --cgroup --columns --container --control --count --diff --events --faults --file --filter --frame --heat --hold --host --html --json --kinds --limit --mask --max-segment --method --min-size --name --only --output --patience --physical --png --range --rounds --save --seconds --seed --size --sort --svg --threads --timeout --top --unreadable --user --watch --workers -o
+set -g _shtab_iobmd_opts_with_value --align --at --boundary --budget --by --cgroup --columns --container --control --count --diff --events --faults --file --filter --frame --freeze-shared --heat --hold --host --html --json --kinds --limit --mask --max-segment --method --min-size --name --only --output --patience --physical --png --range --rounds --save --seconds --seed --size --sort --svg --threads --timeout --top --unreadable --user --watch --workers -o
 
 complete -c iobmd -e
 complete -c iobmd -f
@@ -78,6 +78,7 @@ complete -c iobmd -n '_shtab_iobmd_using core' -s h -l help -d 'show this help m
 complete -c iobmd -n '_shtab_iobmd_using core' -s o -l output -xka "(__fish_complete_path (commandline -ct))" -d 'the core file (-: standard output; default: core.PID)'
 complete -c iobmd -n '_shtab_iobmd_using core' -l filter -x -d 'kinds of memory to write, hexadecimal as in /proc/PID/coredump_filter (default: that of the process)'
 complete -c iobmd -n '_shtab_iobmd_using core' -l limit -x -d 'give up when more than SIZE was copied, because the process wrote to its memory'
+complete -c iobmd -n '_shtab_iobmd_using core' -l freeze-shared -x -d 'copy shared memory during the stop, at most SIZE (default: write its contents at the time of writing)'
 complete -c iobmd -n '_shtab_iobmd_using core' -l json -d 'print the summary as one JSON document'
 complete -c iobmd -n '_shtab_iobmd_using core; and test $_shtab_iobmd_npos -eq 0' -ka "__fish_complete_pids" -d 'the process; all of its threads are stopped briefly'
 complete -c iobmd -n '_shtab_iobmd_using; and test $_shtab_iobmd_npos -eq 0' -a share -d 'map memory into another process, until interrupted'
