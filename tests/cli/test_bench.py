@@ -24,7 +24,7 @@ POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
         pytest.param("wired", 7, marks=pytest.mark.needs("frames", "memlock", "big_memory")),
         pytest.param("allocator", 3, marks=pytest.mark.needs("memlock")),
         pytest.param("purgeable", 5, marks=pytest.mark.needs("memlock")),
-        ("remote", 15 if shutil.which("gcore") else 11),
+        ("remote", 11 + 4 * bool(shutil.which("gcore")) + 2 * bool(shutil.which("redis-server"))),
         ("pagemap", 10),
         ("cachemode", 7),
         pytest.param("host", 6 + len(list(filter(shutil.which, PEERS))), marks=pytest.mark.needs("root")),

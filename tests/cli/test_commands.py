@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import time
@@ -127,6 +128,10 @@ def test_demo(capsys: Captured) -> None:
     assert (remote["seen"], remote["frozen"]) == (True, 2 << 20)
     assert remote["same_frames"] in ([True] if os.geteuid() == 0 else [True, None])
     assert remote["stopped_us"] > 0 < remote["frozen_stopped_us"]
+    core = document["core"]
+    assert core["size"] > 2 << 20
+    assert core["stopped_us"] > 0
+    assert core["gdb"]["equal"] if shutil.which("gdb") else core["gdb"] is None
     gc.collect()
     assert Footprint.now().descriptors == before.descriptors
     assert not Path(f"/proc/{document['pid']}").exists()

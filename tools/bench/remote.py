@@ -17,7 +17,7 @@ from iobmd.remote import session
 from iobmd.task.task import Task
 from iobmd.units import HUGE_PAGE_SIZE, format_size
 
-from . import floors, snapshot
+from . import bgsave, floors, snapshot
 from .result import Result, at_least, medians, seconds
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def run(size: int, rounds: int) -> list[Result]:
             _first_write(program.pid, size * 2, rounds),
             _freeze(size, rounds),
             *snapshot.run(size, rounds),
+            *bgsave.run(size * max(snapshot.MULTIPLES), min(rounds, 3)),
         ]
     finally:
         program.kill()

@@ -14,7 +14,7 @@ from iobmd import host, pagemap, procfs
 from iobmd.api import allocate, copy
 from iobmd.cli import EXIT_FAILED, EXIT_OK, table
 from iobmd.cli.arguments import instead_of_wiring, size
-from iobmd.cli.demo import purgeable, remote
+from iobmd.cli.demo import core, purgeable, remote
 from iobmd.cli.demo.client import GUARDED_PAGE, Client, Piece
 from iobmd.cli.demo.compaction import Strewn, collapse, compact, frames
 from iobmd.cli.folding import show, terminal_width
@@ -70,6 +70,8 @@ def main(argv: Sequence[str]) -> int:
         contiguous = _copy_contiguous(task, client.pieces["THP"])
         refusal = _fail(task, guarded)
         allocated = remote.demonstrate(task, client.pieces["anonymous"])
+        _progress("writing a core file of it")
+        dumped = core.demonstrate(task, client.pieces["anonymous"])
     rows += [contiguous] if isinstance(contiguous, Row) else []
     _progress("compacting the memory of this host")
     compaction = _compact(arguments.control, min(big, 16 << 20))
@@ -78,11 +80,11 @@ def main(argv: Sequence[str]) -> int:
     purged = purgeable.demonstrate(min(big, 16 << 20))
     _progress("")
     passed = all(row.equal for row in rows) and refusal is not None and still and purgeable.truthful(purged)
-    passed = passed and remote.truthful(allocated)
+    passed = passed and remote.truthful(allocated) and core.truthful(dumped)
     if arguments.json:
         document = {"version": 1, "pid": task.pid, "copies": [row._asdict() for row in rows], "refusal": refusal}
         document |= {"contiguous": getattr(contiguous, "size", contiguous), "compaction": compaction}
-        document |= {"purgeable": purged, "remote": allocated}
+        document |= {"purgeable": purged, "remote": allocated, "core": dumped}
         print(json.dumps(document | {"passed": passed}, indent=2))
     else:
         _show(task, rows, refusal)
@@ -98,6 +100,7 @@ def main(argv: Sequence[str]) -> int:
         _show_compaction(compaction)
         purgeable.show(purged)
         remote.show(allocated)
+        core.show(dumped, client.pieces["anonymous"])
     return EXIT_OK if passed else EXIT_FAILED
 
 
