@@ -145,6 +145,7 @@ struct iobmd_tracer {
     int alarm;                  /* a timer that kills this process, or -1 */
     int shares;                 /* whether kcmp(2) can confirm that the maker has the memory of this process */
     int guest_is_stuck, ending, unmaps_once_more, is_alone;
+    int spins;             /* whether to spin before sleeping: the stopped thread runs on another processor */
     long guest_there, child_there;  /* in the pid namespace of the task */
     pid_t made;                 /* by the last clone */
     struct iobmd_thread late[IOBMD_LATE_THREADS];
@@ -172,6 +173,8 @@ enum {
 enum { IOBMD_CODE_32 = 0x23, IOBMD_PAGE = 4096, IOBMD_INSTRUCTION = 2, IOBMD_NO_STACK = 8 };
 
 static const int64_t IOBMD_MS = 1000000;
+static const int64_t IOBMD_FAR_NS = 25000;       /* a stop takes longer than this if it needs two processors */
+static const int64_t IOBMD_SPIN_NS = 60000;      /* the longest spin; a stop that takes longer ends the spinning */
 static const int64_t IOBMD_END_NS = 20000000000; /* ns within which a tracer must exit */
 static const int64_t IOBMD_BEGIN = 1000000000;   /* ns within which a thread must begin a call */
 static const int64_t IOBMD_DEATH = 5000000000;   /* ns within which a killed process must exit, and a new one stop */
@@ -360,8 +363,20 @@ static int iobmd_peek(struct iobmd_tracer *t, pid_t tid, unsigned long address, 
 
 /* -- one tracee -- */
 
+/* Spin until a tracee stops; return whether it did. An idle processor of a virtual machine takes 15 to 30 us to wake up,
+   for the tracee and then again for the tracer, which spins instead. */
+static int iobmd_spin(struct iobmd_tracer *t, pid_t tid, siginfo_t *why)
+{
+    int64_t until = iobmd_now() + IOBMD_SPIN_NS;
+    while (t->spins) {
+        if (!iobmd_ptrace(IOBMD_GETSIGINFO, tid, 0, why)) return 1;
+        if (iobmd_now() >= until) t->spins = 0;  /* it waits for this processor, or for others */
+    }
+    return 0;
+}
+
 /* Wait until a tracee stops, and return the reason in `why`. `may_give_up`: the wait may be abandoned. */
-static int iobmd_await(const struct iobmd_tracer *t, pid_t tid, int64_t until, int may_give_up, siginfo_t *why)
+static int iobmd_await(struct iobmd_tracer *t, pid_t tid, int64_t until, int may_give_up, siginfo_t *why)
 {
     for (;;) {
         long error = iobmd_ptrace(IOBMD_GETSIGINFO, tid, 0, why);
@@ -369,6 +384,7 @@ static int iobmd_await(const struct iobmd_tracer *t, pid_t tid, int64_t until, i
         if (error != -ESRCH) return IOBMD_ENDED;
         if (may_give_up && iobmd_gives_up(t)) return IOBMD_LATE;
         if (until && iobmd_now() >= until) return IOBMD_LATE;
+        if (iobmd_spin(t, tid, why)) return IOBMD_DONE;
         if (!iobmd_doze(t) && iobmd_is_gone(t, tid)) return IOBMD_ENDED;
     }
 }
@@ -573,7 +589,7 @@ static int iobmd_seize(struct iobmd_tracer *t, struct iobmd_thread *thread)
 }
 
 /* Wait until a thread is stopped between two of its own instructions. */
-static int iobmd_stand(const struct iobmd_tracer *t, struct iobmd_thread *thread, int64_t until)
+static int iobmd_stand(struct iobmd_tracer *t, struct iobmd_thread *thread, int64_t until)
 {
     siginfo_t why;
     int status;
@@ -589,7 +605,7 @@ static int iobmd_stand(const struct iobmd_tracer *t, struct iobmd_thread *thread
 
 /* Detach from a thread. Return 0 if it has not stopped yet and cannot be detached: the exit of this process detaches
    it. */
-static int iobmd_let_go(const struct iobmd_tracer *t, struct iobmd_thread *thread)
+static int iobmd_let_go(struct iobmd_tracer *t, struct iobmd_thread *thread)
 {
     int status = thread->stands ? IOBMD_DONE : iobmd_stand(t, thread, 1);
     if (!status) iobmd_ptrace(PTRACE_DETACH, thread->tid, 0, NULL);
@@ -684,7 +700,9 @@ static int iobmd_stop(struct iobmd_tracer *t, const struct iobmd_thread *threads
         if (status == IOBMD_REFUSED || status == IOBMD_STRANGER) return status;
         if (status) continue;
         if (late < t->lates) t->late[late] = t->late[--t->lates];
+        t->spins = !t->is_thread && iobmd_now() - thread.begun_ns > IOBMD_FAR_NS;
         result = iobmd_use(t, thread.tid, calls, count);
+        t->spins = 0;
         iobmd_let_go(t, &thread);
         ended = iobmd_now();
         iobmd_close_pagemap(t);
