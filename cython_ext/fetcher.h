@@ -1,8 +1,8 @@
 /* A thread that fetches the contents of a lazy copy, from a process that holds them as of one moment (a snapshot).
 
    The destination is registered with a userfaultfd(2). The thread serves its page faults first, and fetches the rest
-   in the background. It then unregisters the destination and ends, so that it never sleeps. It runs no Python code,
-   because a thread that waits for a page may hold the interpreter's lock.
+   in the background, for which it has a helper, another thread. It then unregisters the destination and ends, so that
+   it never sleeps. They run no Python code, because a thread that waits for a page may hold the interpreter's lock.
 
    It is a thread and not a process because the kernel ends it with its process in each case (kill, exit, execve), and
    because nothing else can end it: a fault cannot wait for a handler that was killed. Its descriptors are in a
@@ -67,6 +67,7 @@ struct iobmd_wanted_pages {
 enum {
     IOBMD_BLOCK = 2 << 20,            /* bytes that are fetched at once, at most; the size of the staging areas */
     IOBMD_BLOCK_PAGES = IOBMD_BLOCK / 4096,
+    IOBMD_ALONE = 8 * IOBMD_BLOCK,    /* bytes that one thread fetches */
     IOBMD_FAULTS = 32,                /* reports that are read at once */
     IOBMD_FETCHER_STACK = 128 << 10,
     IOBMD_SNAPSHOT_STACK = 16 << 10,
@@ -75,6 +76,17 @@ enum {
 static const int64_t IOBMD_QUIET_NS = 1000000;     /* without a fault, before the background fetch continues */
 static const int64_t IOBMD_SPIN_NS = 30000;        /* of it without sleeping: a thread that touches pages at random */
 static const int64_t IOBMD_STARVED_NS = 20000000;  /* the longest pause of the background fetch */
+
+struct iobmd_fetcher;
+
+/* A thread that fetches: the one that serves faults, or its helper. */
+struct iobmd_fetching {
+    struct iobmd_fetcher *f;
+    char *staging;           /* two areas: one for UFFDIO_MOVE, and one for UFFDIO_COPY, which remains populated */
+    size_t begin;            /* the first page whose entry of pagemap was read last */
+    uint64_t entries[IOBMD_BLOCK_PAGES + 1];
+    volatile size_t block;   /* the block that it fetches, or SIZE_MAX */
+};
 
 struct iobmd_fetcher {
     /* Set by the maker. */
@@ -106,16 +118,19 @@ struct iobmd_fetcher {
     /* The thread's own. */
     int has_child, pidfd, uffd, pagemap, memory;  /* pidfd: of the child; the latter two are files of the snapshot */
     int life[2];             /* a pipe whose writing end only the thread's descriptor table contains */
-    char *staging;           /* two areas: one for UFFDIO_MOVE, and one for UFFDIO_COPY, which remains populated */
+    struct iobmd_fetching own, helper;
+    pthread_t helping;
+    int has_helper;
+    volatile int helper_stops, helper_failed;
+    volatile int64_t quiet_until;  /* the background fetch pauses, so that faults are served sooner */
     size_t next, window;     /* the page after the last one that was fetched by a fault; and the number fetched */
     size_t cursor;           /* the block that is fetched next in the background */
-    size_t begin, count;     /* the pages whose entries of pagemap were read last */
-    uint64_t entries[IOBMD_BLOCK_PAGES + 1];
     volatile size_t done_pages, lost_pages;
     uint64_t *done, *lost;   /* a bit for each page; `lost` pages are also done */
     char stack[IOBMD_SNAPSHOT_STACK] __attribute__((aligned(64)));
     /* Not a stack of the C library, which would retain it when the thread has ended. */
     char thread_stack[IOBMD_FETCHER_STACK] __attribute__((aligned(64)));
+    char helper_stack[IOBMD_FETCHER_STACK] __attribute__((aligned(64)));
 };
 
 /* -- bits of pages -- */
@@ -127,11 +142,11 @@ static int iobmd_bit(const uint64_t *bits, size_t page)
 
 static void iobmd_set_bits(uint64_t *bits, volatile size_t *count, size_t first, size_t last)
 {
-    for (; first < last; first++)
-        if (!iobmd_bit(bits, first)) {
-            __atomic_fetch_or(&bits[first / 64], (uint64_t)1 << first % 64, __ATOMIC_RELEASE);
-            *count += 1;
-        }
+    for (; first < last; first++) {
+        uint64_t bit = (uint64_t)1 << first % 64;
+        if (!iobmd_bit(bits, first) && !(__atomic_fetch_or(&bits[first / 64], bit, __ATOMIC_RELEASE) & bit))
+            __atomic_fetch_add(count, 1, __ATOMIC_RELAXED);
+    }
 }
 
 /* Return the first page of a range whose bit is `value`, or its end. */
@@ -282,12 +297,13 @@ static void iobmd_insert(struct iobmd_fetcher *f, const char *staged, size_t fir
 }
 
 /* Move a block that is staged in the first area. What cannot be moved is copied. */
-static void iobmd_move(struct iobmd_fetcher *f, size_t first)
+static void iobmd_move(struct iobmd_fetching *w, size_t first)
 {
+    struct iobmd_fetcher *f = w->f;
     size_t moved = 0;
     while (moved < IOBMD_BLOCK && f->moves) {
         struct iobmd_uffd_move move = { (uintptr_t)f->destination + first * f->page + moved,
-                                        (uintptr_t)f->staging + moved, IOBMD_BLOCK - moved, 0, 0 };
+                                        (uintptr_t)w->staging + moved, IOBMD_BLOCK - moved, 0, 0 };
         int failed = ioctl(f->uffd, IOBMD_UFFDIO_MOVE, &move), error = errno;
         moved += move.move > 0 ? (size_t)move.move : 0;
         if (!failed) break;
@@ -297,31 +313,33 @@ static void iobmd_move(struct iobmd_fetcher *f, size_t first)
         if (f->stop) return;
     }
     if (moved < IOBMD_BLOCK)
-        iobmd_insert(f, f->staging + moved, first + moved / f->page, first + IOBMD_BLOCK / f->page);
+        iobmd_insert(f, w->staging + moved, first + moved / f->page, first + IOBMD_BLOCK / f->page);
     iobmd_set_bits(f->done, &f->done_pages, first, first + IOBMD_BLOCK / f->page);
 }
 
 /* Return whether a page of the destination has contents in the snapshot; the entries of pagemap have been read. */
-static int iobmd_exists(const struct iobmd_fetcher *f, size_t page)
+static int iobmd_exists(const struct iobmd_fetching *w, size_t page)
 {
-    size_t at = page - f->begin;
-    uint64_t both = f->entries[at] | (f->source % f->page ? f->entries[at + 1] : 0);
+    size_t at = page - w->begin;
+    uint64_t both = w->entries[at] | (w->f->source % w->f->page ? w->entries[at + 1] : 0);
     return both >> 62 != 0;  /* present, or in swap */
 }
 
-static int iobmd_read_entries(struct iobmd_fetcher *f, size_t first, size_t last)
+static int iobmd_read_entries(struct iobmd_fetching *w, size_t first, size_t last)
 {
+    const struct iobmd_fetcher *f = w->f;
     size_t count = last - first + (f->source % f->page != 0);
-    off_t at = (off_t)((f->source / f->page + first) * sizeof *f->entries);
-    f->begin = first;
-    return pread(f->pagemap, f->entries, count * sizeof *f->entries, at) != (ssize_t)(count * sizeof *f->entries);
+    off_t at = (off_t)((f->source / f->page + first) * sizeof *w->entries);
+    w->begin = first;
+    return pread(f->pagemap, w->entries, count * sizeof *w->entries, at) != (ssize_t)(count * sizeof *w->entries);
 }
 
 /* Fetch pages that exist; return nonzero if the snapshot has ended. */
-static int iobmd_fetch_run(struct iobmd_fetcher *f, size_t first, size_t last)
+static int iobmd_fetch_run(struct iobmd_fetching *w, size_t first, size_t last)
 {
+    struct iobmd_fetcher *f = w->f;
     while (first < last) {
-        char *to = f->is_lazy ? f->staging + IOBMD_BLOCK : f->destination + first * f->page;
+        char *to = f->is_lazy ? w->staging + IOBMD_BLOCK : f->destination + first * f->page;
         size_t whole = first + iobmd_pull(f, to, first * f->page, (last - first) * f->page) / f->page;
         if (whole > first && f->is_lazy) iobmd_insert(f, to, first, whole);
         else iobmd_set_bits(f->done, &f->done_pages, first, whole);
@@ -334,29 +352,30 @@ static int iobmd_fetch_run(struct iobmd_fetcher *f, size_t first, size_t last)
 }
 
 /* Fetch those of the pages of a range in one block that have not been; return nonzero if the snapshot has ended. */
-static int iobmd_fetch(struct iobmd_fetcher *f, size_t first, size_t last)
+static int iobmd_fetch(struct iobmd_fetching *w, size_t first, size_t last)
 {
+    struct iobmd_fetcher *f = w->f;
     size_t block = IOBMD_BLOCK / f->page, at, end;
-    if (iobmd_read_entries(f, first, last)) return 1;
-    for (at = first; at < last && iobmd_exists(f, at); at++) continue;
+    if (iobmd_read_entries(w, first, last)) return 1;
+    for (at = first; at < last && iobmd_exists(w, at); at++) continue;
     if (first % block == 0 && at == first + block && iobmd_find_bit(f->done, first, at, 1) == at) {
         if (f->moves || !f->is_lazy) {
-            char *to = f->is_lazy ? f->staging : f->destination + first * f->page;
+            char *to = f->is_lazy ? w->staging : f->destination + first * f->page;
             /* The kernel clears a huge page so that the touched end comes last: see iobmd_fault_in_huge(). */
             madvise(to + IOBMD_BLOCK - f->page, f->page, 23 /* MADV_POPULATE_WRITE */);
         }
-        if (f->moves && iobmd_pull(f, f->staging, first * f->page, IOBMD_BLOCK) == IOBMD_BLOCK) {
-            iobmd_move(f, first);
+        if (f->moves && iobmd_pull(f, w->staging, first * f->page, IOBMD_BLOCK) == IOBMD_BLOCK) {
+            iobmd_move(w, first);
             return 0;
         }
     }
     for (at = first; at < last; at = end) {
-        int exists = iobmd_exists(f, at);
-        for (end = at; end < last && iobmd_exists(f, end) == exists; end++) continue;
+        int exists = iobmd_exists(w, at);
+        for (end = at; end < last && iobmd_exists(w, end) == exists; end++) continue;
         if (!exists) iobmd_set_bits(f->done, &f->done_pages, at, end);
         while (exists && at < end) {
             size_t stop = iobmd_find_bit(f->done, at = iobmd_find_bit(f->done, at, end, 0), end, 1);
-            if (at < stop && iobmd_fetch_run(f, at, stop)) return 1;
+            if (at < stop && iobmd_fetch_run(w, at, stop)) return 1;
             at = stop;
         }
     }
@@ -391,12 +410,16 @@ static int iobmd_serve(struct iobmd_fetcher *f, size_t page)
         iobmd_resolve(f, page);
         return page + 1 == end || iobmd_bit(f->done, page + 1);
     }
+    /* The helper wakes the thread that waits for a page of its block. */
+    if (f->helper.block == start / block) return 1;
     f->window = in_order ? block : page == f->next ? iobmd_least(2 * f->window, block) : 1;
     last = iobmd_least(page + f->window, end);
     f->next = last;
-    if (f->window == block) f->cursor = start / block + 1;
-    if (iobmd_fetch(f, page, last)) return -1;
-    if (!iobmd_exists(f, page)) iobmd_resolve(f, page);
+    if (f->window == block) __atomic_store_n(&f->cursor, start / block + 1, __ATOMIC_RELAXED);
+    f->own.block = start / block;
+    if (iobmd_fetch(&f->own, page, last)) return -1;
+    f->own.block = SIZE_MAX;
+    if (!iobmd_exists(&f->own, page)) iobmd_resolve(f, page);
     return f->window == block;
 }
 
@@ -413,7 +436,7 @@ static int iobmd_serve_wanted(struct iobmd_fetcher *f)
     }
     pthread_mutex_unlock(&f->lock);
     if (!one) return 0;
-    if (at < end) failed = iobmd_fetch(f, at, end);
+    if (at < end) failed = iobmd_fetch(&f->own, at, end);
     pthread_mutex_lock(&f->lock);
     if (f->wanted == one && iobmd_find_bit(f->done, one->first, one->last, 0) == one->last) {
         one->done = 1;
@@ -425,27 +448,47 @@ static int iobmd_serve_wanted(struct iobmd_fetcher *f)
 }
 
 /* Fetch the next block in the background; return nonzero if the snapshot has ended. */
-static int iobmd_fetch_block(struct iobmd_fetcher *f)
+static int iobmd_fetch_block(struct iobmd_fetching *w)
 {
+    struct iobmd_fetcher *f = w->f;
     size_t block = IOBMD_BLOCK / f->page, blocks = (f->pages + block - 1) / block;
     for (size_t i = 0; i < blocks; i++) {
-        size_t first, end;
-        if (f->cursor >= blocks) f->cursor = 0;
-        first = f->cursor++ * block;
-        end = iobmd_least(first + block, f->pages);
-        if (iobmd_find_bit(f->done, first, end, 0) < end) return iobmd_fetch(f, first, end);
+        size_t at = __atomic_fetch_add(&f->cursor, 1, __ATOMIC_RELAXED) % blocks, first = at * block;
+        size_t end = iobmd_least(first + block, f->pages);
+        int failed;
+        if (at == f->own.block || at == f->helper.block || iobmd_find_bit(f->done, first, end, 0) == end) continue;
+        w->block = at;
+        failed = iobmd_fetch(w, first, end);
+        /* Faults at its pages were left to the helper: those without contents are now reported again. */
+        if (w == &f->helper && f->is_lazy)
+            iobmd_uffd_wake(f->uffd, (uintptr_t)f->destination + first * f->page, (end - first) * f->page);
+        w->block = SIZE_MAX;
+        return failed;
     }
     return 0;
+}
+
+/* Fetch in the background, on another processor than the thread that serves faults, until all is done. */
+static void *iobmd_helper_body(void *argument)
+{
+    struct iobmd_fetcher *f = argument;
+    size_t block = IOBMD_BLOCK / f->page;
+    prctl(PR_SET_NAME, "iobmd-fetch");
+    while (!f->helper_stops && !f->stop && f->done_pages < f->pages && !f->helper_failed) {
+        if (iobmd_clock() < f->quiet_until) usleep(IOBMD_QUIET_NS / 1000);
+        else if (iobmd_fetch_block(&f->helper)) f->helper_failed = 1;
+    }
+    return NULL;
 }
 
 /* Serve faults and requests, and fetch the rest, until all is done; return nonzero if the snapshot has ended. */
 static int iobmd_fetch_all(struct iobmd_fetcher *f)
 {
     struct iobmd_uffd_msg faults[IOBMD_FAULTS];
-    int64_t quiet_until = 0, last_block = iobmd_clock();
+    int64_t last_block = iobmd_clock();
     struct pollfd next = { f->uffd, POLLIN, 0 };
     int served;
-    while (f->done_pages < f->pages && !f->stop) {
+    while (f->done_pages < f->pages && !f->stop && !f->helper_failed) {
         ssize_t got = f->is_lazy ? read(f->uffd, faults, sizeof faults) : -1;
         int64_t now;
         served = 0;
@@ -454,26 +497,26 @@ static int iobmd_fetch_all(struct iobmd_fetcher *f)
             served = iobmd_serve(f, (faults[i].address - (uintptr_t)f->destination) / f->page);
             if (served < 0) return 1;
             now = iobmd_clock();
-            quiet_until = served ? 0 : now + IOBMD_QUIET_NS;
+            f->quiet_until = served ? 0 : now + IOBMD_QUIET_NS;
         }
         if (got > 0) continue;
         if ((served = iobmd_serve_wanted(f)) < 0) return 1;
         now = iobmd_clock();
-        if (served) quiet_until = now + IOBMD_QUIET_NS;
-        else if (now < quiet_until && now < last_block + IOBMD_STARVED_NS) {
-            if (!f->spins || now >= quiet_until - IOBMD_QUIET_NS + IOBMD_SPIN_NS) poll(&next, 1, 1);
+        if (served) f->quiet_until = now + IOBMD_QUIET_NS;
+        else if (now < f->quiet_until && now < last_block + IOBMD_STARVED_NS) {
+            if (!f->spins || now >= f->quiet_until - IOBMD_QUIET_NS + IOBMD_SPIN_NS) poll(&next, 1, 1);
         } else {
-            if (iobmd_fetch_block(f)) return 1;
+            if (iobmd_fetch_block(&f->own)) return 1;
             last_block = iobmd_clock();
         }
     }
-    return 0;
+    return f->helper_failed;
 }
 
 /* -- the thread -- */
 
 /* Map the staging areas: without access first, because after mlockall(MCL_FUTURE) mmap(2) would populate them. */
-static int iobmd_map_staging(struct iobmd_fetcher *f)
+static int iobmd_map_staging(struct iobmd_fetching *w)
 {
     size_t span = 3 * (size_t)IOBMD_BLOCK;
     char *found = mmap(NULL, span, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -481,7 +524,7 @@ static int iobmd_map_staging(struct iobmd_fetcher *f)
     if (found == MAP_FAILED) return errno;
     if (aligned > found) munmap(found, (size_t)(aligned - found));
     if (aligned < found + IOBMD_BLOCK) munmap(aligned + 2 * IOBMD_BLOCK, (size_t)(found + IOBMD_BLOCK - aligned));
-    f->staging = aligned;
+    w->staging = aligned;
     munlock(aligned, 2 * IOBMD_BLOCK);
     madvise(aligned, 2 * IOBMD_BLOCK, MADV_DONTFORK);
     madvise(aligned, IOBMD_BLOCK, MADV_HUGEPAGE);
@@ -511,7 +554,7 @@ static int iobmd_fetch_begin(struct iobmd_fetcher *f)
             return ENODATA;
     f->uffd = iobmd_uffd_open_missing((uintptr_t)f->destination, f->size, &f->serves_kernel);
     if (f->uffd < 0) return 0;
-    if ((error = iobmd_map_staging(f))) return error;
+    if ((error = iobmd_map_staging(&f->own)) || (error = iobmd_map_staging(&f->helper))) return error;
     /* A fault in memory that may have huge pages allocates no page table, which would prevent that a huge page is moved
        there. */
     if (f->moves && madvise(f->destination, f->size, MADV_HUGEPAGE)) f->moves = 0;
@@ -527,6 +570,16 @@ static void iobmd_set_state(struct iobmd_fetcher *f, int state)
     pthread_mutex_unlock(&f->lock);
 }
 
+/* Without one, because no thread or no second processor is available, this thread fetches all. */
+static void iobmd_start_helper(struct iobmd_fetcher *f)
+{
+    pthread_attr_t attributes;
+    if (!f->spins || f->size <= IOBMD_ALONE || pthread_attr_init(&attributes)) return;
+    if (!pthread_attr_setstack(&attributes, f->helper_stack, sizeof f->helper_stack))
+        f->has_helper = !pthread_create(&f->helping, &attributes, iobmd_helper_body, f);
+    pthread_attr_destroy(&attributes);
+}
+
 static void *iobmd_fetcher_body(void *argument)
 {
     struct iobmd_fetcher *f = argument;
@@ -537,7 +590,10 @@ static void *iobmd_fetcher_body(void *argument)
     f->error = iobmd_fetch_begin(f);
     if (!f->error) {
         if (f->is_lazy) iobmd_set_state(f, IOBMD_FETCHING);
+        iobmd_start_helper(f);
         lost = iobmd_fetch_all(f);
+        f->helper_stops = 1;
+        if (f->has_helper) pthread_join(f->helping, NULL);
     }
     if (lost)
         for (size_t at = 0, end; (at = iobmd_find_bit(f->done, at, f->pages, 0)) < f->pages; at = end) {
@@ -551,7 +607,8 @@ static void *iobmd_fetcher_body(void *argument)
     if (f->uffd >= 0) close(f->uffd);
     if (f->pagemap >= 0) close(f->pagemap);
     if (f->memory >= 0) close(f->memory);
-    if (f->staging) munmap(f->staging, 2 * IOBMD_BLOCK);
+    if (f->own.staging) munmap(f->own.staging, 2 * IOBMD_BLOCK);
+    if (f->helper.staging) munmap(f->helper.staging, 2 * IOBMD_BLOCK);
     if (!f->stop) madvise(f->destination, f->size, MADV_DOFORK);
     iobmd_end_snapshot(f);
     iobmd_set_state(f, f->error ? IOBMD_REFUSED
@@ -579,6 +636,8 @@ static struct iobmd_fetcher *iobmd_fetcher_new(size_t size, size_t page)
     f->pages = pages;
     f->done = (uint64_t *)(f + 1);
     f->lost = f->done + (pages + 63) / 64;
+    f->own.f = f->helper.f = f;
+    f->own.block = f->helper.block = SIZE_MAX;
     f->window = 1;
     f->spins = sched_getaffinity(0, sizeof allowed, &allowed) || CPU_COUNT(&allowed) > 1;
     pthread_mutex_init(&f->lock, NULL);
