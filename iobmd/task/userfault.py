@@ -8,7 +8,6 @@ userfaultfd.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iobmd import host, procfs
@@ -22,7 +21,7 @@ FLAGS = {"um", "uw", "ui"}
 _SUPPLIED = {"um", "ui"}
 
 _LINK = "anon_inode:[userfaultfd]"
-_OBJECTS = Path("/sys/kernel/slab/userfaultfd_ctx_cache/objects")
+_OBJECTS = "/sys/kernel/slab/userfaultfd_ctx_cache/objects"
 """An upper bound of the number of userfaultfds on this host, and NUMA details; for root, with CONFIG_SLUB_DEBUG."""
 _SMALL = 256 << 20
 """Resident bytes for which reading smaps takes less time than the search for descriptors (2 ms)."""
@@ -59,8 +58,9 @@ def _may_exist() -> bool:
     lazy copies of iobmd have one, and their memory is not inherited by a child (MADV_DONTFORK).
     """
     try:
-        if _OBJECTS.read_text().split()[0] == "0":
-            return False
+        with open(_OBJECTS) as file:
+            if file.read().split()[0] == "0":
+                return False
     except OSError:
         pass
     try:
