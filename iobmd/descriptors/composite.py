@@ -210,12 +210,16 @@ class IOInterleavedMemoryDescriptor(Derived):
         Raises
         ------
         IOReturnError
-            `kIOReturnBusy` while it is mapped: nothing changes. `kIOReturnBadArgument`.
+            `kIOReturnBusy` while it is mapped, or prepared by descriptors of parts of it: nothing changes.
+            `kIOReturnBadArgument`.
         """
         direction = check_direction(direction) or self._options & DIRECTION_MASK
         self._portions()
-        if mapped := memory_map.uses(self._memory()):
+        owner = self._memory()
+        if mapped := memory_map.uses(owner):
             raise BusyError(f"{self!r} is still mapped (map count {mapped}): call unmap() first")
+        if owner.pins > self._prepared:
+            raise BusyError(f"{self!r} is prepared by descriptors of parts of it: call their complete() first")
         while self._prepared:
             self.complete()
         self._join([], self._options & ~DIRECTION_MASK | direction, 0)

@@ -25,7 +25,6 @@ import iobmd
 from iobmd import (
     IOBufferMemoryDescriptor,
     IOMapOptions,
-    IOMemoryDescriptor,
     IOMultiMemoryDescriptor,
     IOReturn,
     IOReturnError,
@@ -52,28 +51,6 @@ def filled(pages: int, *, shared: bool = True, wired: bool = False, **how: bool)
 
 
 # --- bytes, frames and maps
-
-
-@pytest.mark.usefixtures("nothing_left")
-def test_as_xnu_tests_it() -> None:
-    """The sequence of IOKit's IOMultMemoryDescriptorTest; the parts are released before the memory is mapped."""
-    buffer = iobmd.allocate(8 * PAGE, shared=True)
-    for page in range(8):
-        buffer.writeBytes(page * PAGE, bytes([0xD0 | page]) * PAGE)
-    at = buffer.getBytesNoCopy()
-    ranges = IOMemoryDescriptor.withAddressRanges([(at + 4 * PAGE, 4 * PAGE), (at, 4 * PAGE)], INOUT, kernel_task)
-    parts = [ranges, sub(ranges, 3 * PAGE, 2 * PAGE, INOUT), sub(ranges, 7 * PAGE, PAGE, INOUT)]
-    assert parts[1].getDMAMapLength() == (2 * PAGE, 0)
-    whole = multi(parts, INOUT, False)
-    assert whole.getDMAMapLength() == (11 * PAGE, 0)
-    for one in (*reversed(parts), buffer):
-        one.release()
-    mapped = whole.createMappingInTask(kernel_task, 0, ANYWHERE | SMALL, 7 * PAGE, whole.getLength() - 7 * PAGE)
-    assert mapped.getLength() == 4 * PAGE
-    assert bytes(mapped) == b"".join(bytes([byte]) * PAGE for byte in (0xD3, 0xD7, 0xD0, 0xD3))
-    mapped.unmap()
-    whole.release()
-    assert not kernel.smaps(at)
 
 
 Bytes = list[tuple[IOBufferMemoryDescriptor, int, int]]

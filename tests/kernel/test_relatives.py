@@ -33,7 +33,7 @@ import iobmd
 from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, kernel_task
 from iobmd._native import mman as native
 
-PAGE = kernel.PAGE
+PAGE, BAD = kernel.PAGE, IOReturn.kIOReturnBadArgument
 INOUT = iobmd.kIODirectionInOut
 UNIQUE, SMALL, LARGE = IOMapOptions.kIOMapUnique, IOMapOptions.kIOMapGuardedSmall, IOMapOptions.kIOMapGuardedLarge
 KINDS = {
@@ -59,6 +59,7 @@ class Family(RuleBasedStateMachine):
     def begin(self) -> None:
         self.relatives = []
         self.maps: list[tuple[Any, Relative, int, int]] = []
+        self.copies: list[tuple[Any, bytes, list[Relative]]] = []
         self.views: list[tuple[memoryview, Relative]] = []
         self.theirs = mmap.mmap(-1, 4 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.theirs[:] = os.urandom(4 * PAGE)
@@ -114,6 +115,52 @@ class Family(RuleBasedStateMachine):
         whole = iobmd.IOMultiMemoryDescriptor.withDescriptors([one.real for one in chosen], INOUT)
         self.relatives.append(Relative(whole, [Piece(one, 0, one.length) for one in chosen]))
 
+    @precondition(lambda self: len(self.relatives) < MOST)
+    @rule(pages=st.integers(1, 3))
+    def guard(self, pages: int) -> None:
+        guard = iobmd.IOGuardPageMemoryDescriptor.withSize(pages * PAGE)
+        none = Memory(bytearray(pages * PAGE), 0, shared=True, ours=False, inaccessible=True)
+        self.relatives.append(Relative(guard, [Piece(none, 0, pages * PAGE)]))
+
+    @precondition(lambda self: len(self.relatives) < MOST)
+    @rule()
+    def interleave(self) -> None:
+        self.relatives.append(Relative(iobmd.IOInterleavedMemoryDescriptor.withCapacity(4, INOUT), []))
+
+    @precondition(lambda self: any(is_interleaved(one) for one in self.relatives) and len(self.relatives) > 1)
+    @rule(data=st.data())
+    def add_portion(self, data: st.DataObject) -> None:
+        """Add a portion of another descriptor; its dependents keep the memory that they describe."""
+        whole = data.draw(st.sampled_from([one for one in self.relatives if is_interleaved(one)]))
+        others = [one for one in self.relatives if one is not whole and one.length < 8 * PAGE and one.weight < 20]
+        if not others:
+            return
+        of = data.draw(st.sampled_from(others))
+        offset = data.draw(st.integers(0, of.length))
+        length = data.draw(st.integers(0, of.length - offset))
+        expected = {IOReturn.kIOReturnBusy} if whole.is_prepared() or whole.maps else set()
+        if whole.portions == 4:
+            expected = {IOReturn.kIOReturnNoResources}
+        if self.happens(expected, lambda: whole.real.setMemoryDescriptor(of.real, offset, length)):
+            self.replace(whole, [*whole.parts, Piece(of, offset, length)], whole.portions + 1)
+
+    @precondition(lambda self: any(is_interleaved(one) for one in self.relatives))
+    @rule(data=st.data())
+    def clear_portions(self, data: st.DataObject) -> None:
+        whole = data.draw(st.sampled_from([one for one in self.relatives if is_interleaved(one)]))
+        others = any(child.is_prepared() for child in whole.children)
+        expected = {IOReturn.kIOReturnBusy} if whole.maps or others else set()
+        if self.happens(expected, whole.real.clearMemoryDescriptors):
+            whole.prepared = 0
+            self.replace(whole, [], 0)
+
+    def replace(self, old: Relative, parts: list[Piece], portions: int) -> None:
+        """Record other parts of an interleaved descriptor; its dependents keep the previous ones."""
+        new = Relative(old.real, parts)
+        new.portions = portions
+        self.relatives[self.relatives.index(old)] = new
+        old.released = True
+
     # --- using them
 
     def one(self, data: st.DataObject) -> Relative:
@@ -129,9 +176,14 @@ class Family(RuleBasedStateMachine):
     def write(self, data: st.DataObject, new: bytes) -> None:
         one, offset, length = self.range_of_one(data)
         expected = {IOReturn.kIOReturnBadArgument} if offset + len(new) > one.length else set()
+        if not expected and not one.is_accessible(offset, len(new)):
+            expected = {IOReturn.kIOReturnVMError}
         if self.happens(expected, lambda: one.real.writeBytes(offset, new)):
             one.write(offset, new)
-        assert one.real.readBytes(offset, length) == one.read(offset, length)
+        if one.is_accessible(offset, length):
+            assert one.real.readBytes(offset, length) == one.read(offset, length)
+        else:
+            self.happens({IOReturn.kIOReturnVMError}, lambda: one.real.readBytes(offset, length))
         self.happens({IOReturn.kIOReturnBadArgument}, lambda: one.real.readBytes(offset, one.length - offset + 1))
 
     @precondition(lambda self: self.relatives)
@@ -154,6 +206,8 @@ class Family(RuleBasedStateMachine):
     def segments(self, data: st.DataObject) -> None:
         one, offset, length = self.range_of_one(data)
         expected = set() if one.is_pinned() else {IOReturn.kIOReturnNotReady}
+        if not expected and not one.is_accessible(offset, length):
+            expected = {IOReturn.kIOReturnUnsupported}
         if expected or self.seen:
             if self.happens(expected, lambda: one.real.segments(offset, length)):
                 assert [list(segment) for segment in one.real.segments(offset, length)] == places(one, offset, length)
@@ -171,11 +225,43 @@ class Family(RuleBasedStateMachine):
             one.maps += 1
             self.maps.append((made, one, offset, length or one.length - offset))
 
+    @precondition(lambda self: self.relatives)
+    @rule(data=st.data())
+    def map_copy_on_write(self, data: st.DataObject) -> None:
+        """The copy is compared with the bytes of this moment after every later step."""
+        one, offset, length = self.range_of_one(data)
+        if any(memory.state == VOLATILE for memory in one.memories()):
+            return  # what it contains may be reclaimed between the model's and iobmd's reading
+        options = INOUT | iobmd.kIOMemoryMapCopyOnWrite
+        md = iobmd.IOSubMemoryDescriptor.withSubRange(one.real, offset, length, options)
+        expected = one.cannot_map(offset, length, elsewhere=True, copied=True) if length else {BAD}
+        if length and not one.is_accessible(offset, length):
+            expected = {IOReturn.kIOReturnUnsupported}
+        mapped = self.happens(expected, md.map)
+        if mapped:
+            self.copies.append((mapped, one.read(offset, length), one.origins()))
+
+    @precondition(lambda self: self.copies)
+    @rule(new=st.binary(min_size=1, max_size=1))
+    def write_to_a_copy(self, new: bytes) -> None:
+        mapped, content, origins = self.copies[0]
+        memoryview(mapped)[:1] = new
+        self.copies[0] = mapped, new + content[1:], origins
+
+    @precondition(lambda self: self.copies)
+    @rule()
+    def unmap_copy(self) -> None:
+        mapped, *_ = self.copies.pop()
+        mapped.unmap()
+
     @precondition(lambda self: self.maps)
     @rule(data=st.data(), new=st.binary(min_size=1, max_size=1))
     def write_by_a_map(self, data: st.DataObject, new: bytes) -> None:
         mapped, one, offset, length = data.draw(st.sampled_from(self.maps))
         at = data.draw(st.integers(0, length - 1))
+        if not one.is_accessible(offset, length):
+            self.happens({IOReturn.kIOReturnUnsupported}, lambda: memoryview(mapped))
+            return
         if any(memory.state == VOLATILE for memory in one.memories()):
             return  # a store through an address makes private volatile memory count as lost
         memoryview(mapped)[at : at + 1] = new
@@ -257,7 +343,10 @@ class Family(RuleBasedStateMachine):
             return
         one.released = True
         self.relatives.remove(one)
+        copied = [origin for *_, origins in self.copies for origin in origins]  # a map retains its descriptor
         for origin in one.origins():
+            if origin in copied:
+                continue
             if origin.memory and origin.released and not origin.is_kept() and not origin.memory.shares_pages:
                 assert not is_mapped(origin.memory.address), "no user is left"
 
@@ -267,10 +356,14 @@ class Family(RuleBasedStateMachine):
         if hasattr(self, "relatives"):
             self.notice_what_was_taken()
         for one in getattr(self, "relatives", []):
-            assert one.real.readBytes(0, one.length) == one.read(0, one.length)
+            if one.is_accessible(0, one.length):
+                assert one.real.readBytes(0, one.length) == one.read(0, one.length)
             assert len(one.real) == one.length
         for mapped, one, offset, length in getattr(self, "maps", []):
-            assert bytes(mapped) == one.read(offset, length)
+            if one.is_accessible(offset, length):
+                assert bytes(mapped) == one.read(offset, length)
+        for mapped, content, _ in getattr(self, "copies", []):
+            assert bytes(mapped) == content
 
     def happens(self, expected: set[IOReturn], action: Callable[[], Any]) -> Any:
         """Return the result of an operation (True for None), or None if it was refused as expected."""
@@ -287,7 +380,7 @@ class Family(RuleBasedStateMachine):
             return
         for seen, _one in self.views:
             seen.release()
-        for mapped, *_ in self.maps:
+        for mapped, *_ in (*self.maps, *self.copies):
             mapped.unmap()
         for one in self.relatives:
             while one.prepared:
@@ -295,12 +388,17 @@ class Family(RuleBasedStateMachine):
                 one.prepared -= 1
         for one in self.relatives:
             one.real.free()
-        self.relatives, self.maps, self.views = [], [], []
+        self.relatives, self.maps, self.copies, self.views = [], [], [], []
         one = seen = mapped = None  # type: ignore[assignment]
         del self._held
         self.theirs.close()
         settle()
-        assert footprint() == self.before, list(mapped_objects())
+        now = footprint()
+        assert now == self.before, (now, self.before, list(mapped_objects()))
+
+
+def is_interleaved(one: Relative) -> bool:
+    return isinstance(one.real, iobmd.IOInterleavedMemoryDescriptor)
 
 
 def places(one: Relative, offset: int, length: int) -> list[list[int]]:

@@ -27,6 +27,8 @@ class Memory:
     purgeable: bool = False
     ours: bool = True
     """Whether it was allocated by iobmd."""
+    inaccessible: bool = False
+    """Whether it is guard pages, without bytes and frames."""
     state: int = NON_VOLATILE
     filled: bool = True
     """Whether it has been written to since it was dropped."""
@@ -74,6 +76,8 @@ class Relative:
     maps: int = 0
     views: int = 0
     released: bool = False
+    portions: int = 0
+    """How many portions were added to an interleaved descriptor."""
     weight: int = 0
     """Its number of pieces of memory; a piece that occurs repeatedly counts repeatedly."""
 
@@ -121,6 +125,9 @@ class Relative:
 
     # --- operations
 
+    def is_accessible(self, offset: int, length: int) -> bool:
+        return not any(piece.of.inaccessible for piece in self.bytes_at(offset, length))
+
     def read(self, offset: int, length: int) -> bytes:
         pieces = self.bytes_at(offset, length)
         return b"".join(bytes(piece.of.content[piece.start : piece.start + piece.length]) for piece in pieces)
@@ -145,7 +152,8 @@ class Relative:
         if self.memory:
             return self.memory.wired or self.is_prepared()
         others = [piece.of for piece in self.parts if isinstance(piece.of, Relative)]
-        return all(other.is_pinned() for other in others) and (len(others) == len(self.parts) or self.is_prepared())
+        existing = [piece.of for piece in self.parts if isinstance(piece.of, Memory) and not piece.of.inaccessible]
+        return all(other.is_pinned() for other in others) and (not existing or self.is_prepared())
 
     # --- refusals
 
@@ -175,9 +183,14 @@ class Relative:
             return False
         return not isinstance(self.parts[0].of, Relative) or self.parts[0].of.is_in_one_place()
 
-    def cannot_map(self, offset: int, length: int, *, elsewhere: bool) -> set[IOReturn]:
+    def has_guard_pages(self) -> bool:
+        return any(piece.of.inaccessible for piece in self.bytes_at(0, self.length))
+
+    def cannot_map(self, offset: int, length: int, *, elsewhere: bool, copied: bool = False) -> set[IOReturn]:
         if not length:
             return {IOReturn.kIOReturnBadArgument}
+        if copied:
+            return {IOReturn.kIOReturnUnsupported} if self.has_guard_pages() else set()
         if not elsewhere and self.is_in_one_place():
             return set()
         pieces = self.bytes_at(offset, length)
