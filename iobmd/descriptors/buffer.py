@@ -219,10 +219,8 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
         -----
         The memory is a shared object, which can be mapped again, as in XNU; a forked child shares it.
         """
-        check_integers(capacity=capacity)
         self = cls()
-        self._guarded = True
-        self.initWithPhysicalMask(inTask, options, round_up(capacity, PAGE_SIZE), PAGE_SIZE, 0)
+        self.initWithGuardPages(inTask, options, capacity)
         return self
 
     @classmethod
@@ -326,6 +324,12 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
         self._open(backing, options, capacity, bool(options & _CONTIGUOUS))
         self._memory().length = length
         return self
+
+    def initWithGuardPages(self, inTask: AnyTask, options: int, capacity: int) -> bool:
+        """Allocate the memory with guard pages, as `inTaskWithGuardPages`. Returns True."""
+        check_integers(capacity=capacity)
+        self._guarded = True
+        return self.initWithPhysicalMask(inTask, options, round_up(capacity, PAGE_SIZE), PAGE_SIZE, 0)
 
     # --- the buffer
 
