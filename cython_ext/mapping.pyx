@@ -22,6 +22,9 @@ from cacheline cimport (
     IOBMD_WRITE_THROUGH, iobmd_best, iobmd_copy, iobmd_drop, iobmd_line,
     iobmd_lines, iobmd_write_back,
 )
+from device_access cimport (
+    iobmd_copy_from_device, iobmd_copy_to_device, iobmd_drain, iobmd_load, iobmd_store,
+)
 from guarded cimport iobmd_guarded
 from mman cimport (
     C_F_GET_SEALS, C_F_SEAL_SHRINK, MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_NORESERVE,
@@ -111,6 +114,26 @@ cdef struct _Lines:
 cdef void _flush_lines(void *argument) noexcept nogil:
     cdef _Lines *job = <_Lines *>argument
     job.count = iobmd_lines(job.address, job.size, LINE, job.how, iobmd_drop if job.drop else iobmd_write_back)
+
+
+cdef struct _Access:
+    void *at
+    uint64_t value
+    int width
+    bint writing
+
+
+cdef void _access_once(void *argument) noexcept nogil:
+    cdef _Access *job = <_Access *>argument
+    if job.writing:
+        iobmd_store(job.at, job.width, job.value)
+    else:
+        job.value = iobmd_load(job.at, job.width)
+
+
+def drain():
+    """Complete earlier write-combined stores of this thread, which the processor may still hold in its buffers."""
+    iobmd_drain()
 
 
 cdef int _unreachable(uint64_t address) except -1:
@@ -323,6 +346,7 @@ cdef class Mapping:
     unmapped or truncated by others: accesses by these methods then raise `FaultError` instead of SIGSEGV or SIGBUS.
     A mapping with `holes` contains guard pages, at which every access faults. While it is `denied`, all accesses
     fault.
+    Memory of a `device` is copied by aligned accesses, each byte once.
     """
 
     cdef readonly uint64_t address
@@ -332,6 +356,7 @@ cdef class Mapping:
     cdef readonly bint revocable
     cdef readonly bint holes
     cdef readonly bint denied
+    cdef readonly bint device
     cdef public int cache
     cdef public int instruction
     cdef bint sealed
@@ -388,12 +413,15 @@ cdef class Mapping:
         return self
 
     @staticmethod
-    def view(pieces, uint64_t at, bint writable, size_t guard, size_t alignment, bint overwrite=False):
+    def view(
+        pieces, uint64_t at, bint writable, size_t guard, size_t alignment, bint overwrite=False, bint device=False,
+    ):
         """Map pieces of files contiguously and shared; each is (descriptor, offset, length), in whole pages.
 
         Pieces with the descriptor -1 are inaccessible. `at` is the address, at which nothing may be mapped
         (FileExistsError), or 0 for any multiple of `alignment`, with `guard` inaccessible bytes on each side. With
         `overwrite` the range at `at` must be reserved instead, as for `space`, and is reserved again at the end.
+        `device`: whether they include memory of devices.
         """
         cdef size_t whole = _whole(_total(pieces), alignment, guard), size = whole - 2 * guard
         cdef uint64_t wanted = at
@@ -416,6 +444,7 @@ cdef class Mapping:
         self.size = size
         self.margin = guard
         self.writable = writable
+        self.device = device
         self.address = at + guard
         if wanted and self.address != wanted:  # before Linux 4.17 the address is only a hint
             raise FileExistsError(EEXIST, "mmap: something is mapped there")
@@ -454,7 +483,7 @@ cdef class Mapping:
             if fd == last or fd < 0:
                 continue
             last = fd
-            self.revocable = self.revocable or _can_shrink(last)
+            self.revocable = self.revocable or (not self.device and _can_shrink(last))
             if iobmd_identity(last, &one.device, &one.inode):
                 raise OSError(errno, f"fstat: {strerror(errno).decode()}")
             more = <Object *>realloc(self.objects, (self.count + 1) * sizeof(Object))
@@ -475,12 +504,13 @@ cdef class Mapping:
                 _map_at(place, length, fd, offset, protection, MAP_FIXED)
             place += length
 
-    def redirect(self, pieces):
-        """Map pieces of other files at the same addresses, each atomically (MAP_FIXED)."""
+    def redirect(self, pieces, bint device=False):
+        """Map pieces of other files at the same addresses, each atomically (MAP_FIXED). Parameters as `view`."""
         self._check(0, self.size)
         if _total(pieces) != self.size:
             raise ValueError("the size differs from that of the mapping")
         self.users += 1
+        self.device = device
         try:
             self._shows(pieces)
             # Immediately accessible, but locked after mlockall(MCL_FUTURE): make it as pageable as before.
@@ -760,6 +790,32 @@ cdef class Mapping:
             self.users -= 1
         return count
 
+    def load(self, size_t offset, int width):
+        """Return a number of 1, 2, 4 or 8 bytes, little-endian, by one aligned load of exactly that width."""
+        cdef _Access job
+        self._check(offset, width)
+        job.at, job.width, job.writing, job.value = <void *><uintptr_t>(self.address + offset), width, False, 0
+        self._access(&job)
+        return job.value
+
+    def store(self, size_t offset, int width, uint64_t value):
+        """Store a number of 1, 2, 4 or 8 bytes, little-endian, by one aligned store of exactly that width."""
+        cdef _Access job
+        self._check(offset, width)
+        if not self.writable:
+            raise ValueError("the mapping is read-only")
+        job.at, job.width, job.writing, job.value = <void *><uintptr_t>(self.address + offset), width, True, value
+        self._access(&job)
+
+    cdef _access(self, _Access *job):
+        # The GIL is not released: no other thread unmaps the memory during the access.
+        if job.width not in (1, 2, 4, 8) or <uintptr_t>job.at % job.width:
+            raise ValueError(f"no aligned access of {job.width} bytes at {<uintptr_t>job.at:#x}")
+        if (self.revocable or self.denied or self.holes) and not self.device:
+            _guarded(_access_once, job, <uintptr_t>job.at)
+        else:
+            _access_once(job)
+
     cdef _check(self, size_t offset, size_t length):
         if self.sealed:
             raise ClosedError("the mapping is closed")
@@ -770,6 +826,9 @@ cdef class Mapping:
         cdef _Copy job
         job.to, job.source, job.size = destination, source, length
         job.mode, job.writing, job.how = self.cache, writing, self.instruction or BEST
+        if self.device:
+            self._copy_device(&job)
+            return
         if length < RELEASE_GIL_FROM and not (self.revocable or self.denied):
             _copy_lines(&job)
             return
@@ -782,6 +841,18 @@ cdef class Mapping:
                     _copy_lines(&job)
         finally:
             self.users -= 1
+
+    cdef int _copy_device(self, _Copy *job) except -1:
+        self.users += 1
+        try:
+            with nogil:  # an uncached load takes up to a microsecond
+                if job.writing:
+                    iobmd_copy_to_device(job.to, job.source, job.size)
+                else:
+                    iobmd_copy_from_device(job.to, job.source, job.size)
+        finally:
+            self.users -= 1
+        return 0
 
     cdef int _copy_revocable(self, _Copy *job) except -1:
         """Copy from or to memory that may be unmapped at any time.

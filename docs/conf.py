@@ -71,6 +71,7 @@ _CONSTANTS = [kind for kind in vars(iobmd.constants).values() if isinstance(kind
 # Names in signatures that are only imported for type checkers, and the objects that describe them.
 _LINKS = {
     "AnyTask": "iobmd.AnyTask",
+    "Attached": "iobmd.IOMapper",
     "Buffer": "collections.abc.Buffer",
     "Cache": "iobmd.Cache",
     "Direction": "iobmd.Direction",

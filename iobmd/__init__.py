@@ -26,9 +26,11 @@ if TYPE_CHECKING or "iobmd_command" not in sys.modules:
         IOSubMemoryDescriptor,
     )
     from iobmd.descriptors.descriptor import IOMemoryDescriptor
+    from iobmd.descriptors.device_memory import IODeviceMemory
     from iobmd.descriptors.guard_pages import IOGuardPageMemoryDescriptor
     from iobmd.descriptors.memory_map import IOMemoryMap
     from iobmd.descriptors.usage import Statistics, Usage, statistics, trim
+    from iobmd.device.interrupts import IOInterruptEventSource
     from iobmd.dma import IODMACommand
     from iobmd.errors import (
         BadArgumentError,
@@ -66,8 +68,10 @@ if TYPE_CHECKING or "iobmd_command" not in sys.modules:
         "Handle",
         "IOBufferMemoryDescriptor",
         "IODMACommand",
+        "IODeviceMemory",
         "IOGuardPageMemoryDescriptor",
         "IOInterleavedMemoryDescriptor",
+        "IOInterruptEventSource",
         "IOMapper",
         "IOMemoryDescriptor",
         "IOMemoryMap",

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from iobmd._native.mapping import Mapping
     from iobmd._native.pagemap import RunTable
+    from iobmd.constants import IOMapOptions
     from iobmd.memory.mlock import Wiring
     from iobmd.memory.shmem import FileExtent, SharedObject
     from iobmd.purgeable import Purgeable
@@ -56,6 +57,10 @@ class Backing(Protocol):
 
     stopped_ns: int
     """Upper bound of the time for which a thread of `task` was stopped for the allocation."""
+
+    @property
+    def cache_mode(self) -> IOMapOptions:
+        """The cache mode of its mappings."""
 
     @property
     def pin_refusal(self) -> str:

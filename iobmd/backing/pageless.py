@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NoReturn
 
 from iobmd.backing.mapped import span
+from iobmd.constants import IOMapOptions
 from iobmd.errors import NamedError, UnsupportedError
 from iobmd.memory.mlock import Wiring
 from iobmd.units import PAGE_SIZE
@@ -26,6 +27,7 @@ class PagelessBacking:
     refusal: str
     """The message of that error."""
 
+    cache_mode = IOMapOptions.kIOMapDefaultCache
     composite = False
     has_bytes = False
     has_guard_pages = False

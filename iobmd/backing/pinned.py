@@ -6,6 +6,7 @@ import abc
 from typing import TYPE_CHECKING, Protocol
 
 from iobmd._native import mapping
+from iobmd.constants import IOMapOptions
 
 if TYPE_CHECKING:
     from iobmd._native.pagemap import RunTable
@@ -33,6 +34,8 @@ class Pinned(abc.ABC):
     has_bytes = True
     has_guard_pages = False
     mapped_read_only = False
+    cache_mode = IOMapOptions.kIOMapCopybackCache
+    """The cache mode of its mappings, the only one that Linux offers for main memory."""
     runs: RunTable | None = None
     pin_refusal = ""
     """Why the kernel refused to pin it when it was allocated; empty if it did not, or if it is pinned since."""

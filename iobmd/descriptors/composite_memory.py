@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from iobmd._native.pagemap import concatenated
 from iobmd.backing.pageless import PagelessBacking
+from iobmd.constants import IOMapOptions
 from iobmd.errors import BadArgumentError, IOReturnError, NotFoundError, UnsupportedError
 from iobmd.memory.mlock import Wiring
 from iobmd.purgeable import EMPTY, KEEP_CURRENT, NON_VOLATILE, VOLATILE
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from iobmd.purgeable import Order, Purgeable
     from iobmd.task.task import Task
 
-_FIRMNESS = (Wiring.PAGEABLE, Wiring.RESIDENT, Wiring.PINNED)
+_FIRMNESS = (Wiring.PAGEABLE, Wiring.RESIDENT, Wiring.PINNED, Wiring.DEVICE)
 
 
 class _Piece(NamedTuple):
@@ -85,6 +86,12 @@ class CompositeBacking:
     def pin_refusal(self) -> str:
         """Why the kernel refused to pin one of its parts; empty if it did not."""
         return next((backing.pin_refusal for backing in self._backings() if backing.pin_refusal), "")
+
+    @property
+    def cache_mode(self) -> IOMapOptions:
+        """The cache mode of its mappings; the default mode if its parts differ."""
+        modes = {backing.cache_mode for backing in self._backings()}
+        return modes.pop() if len(modes) == 1 else IOMapOptions.kIOMapDefaultCache
 
     @property
     def task(self) -> Task | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, SupportsIndex, cast, overload
 
 from iobmd._internal.arguments import check_integers, offset_of
 from iobmd.backing.bus import BusBacking
+from iobmd.backing.device import DeviceBacking
 from iobmd.constants import (
     IOMapOptions,
     IOOptionBits,
@@ -23,6 +24,7 @@ from iobmd.descriptors.options import (
     CACHE_MODES,
     DIRECTION_MASK,
     check_complete,
+    check_direction,
     check_existing,
     check_operation,
     check_prepare,
@@ -30,6 +32,7 @@ from iobmd.descriptors.options import (
     check_types,
 )
 from iobmd.descriptors.purge_control import NonVolatile
+from iobmd.device.physical import PhysicalRegion
 from iobmd.errors import BadArgumentError, UnsupportedError
 from iobmd.physical.layout import Layout, layout
 from iobmd.purgeable import parse
@@ -219,6 +222,29 @@ class IOMemoryDescriptor(Handle):
             backing, length = address_ranges.describe(where, ranges, kind, writable=writable)
         self._hold(backing, options, length)
 
+    @classmethod
+    def withPhysicalAddress(cls, address: int, length: int, direction: int) -> IOMemoryDescriptor:
+        """Describe `length` bytes at a physical address, which are mapped by /dev/mem where the kernel permits it.
+
+        Nothing pins them, and they have no page frames, as those of `IODeviceMemory`: `segments` returns the address
+        at any time. What is there, is the caller's responsibility.
+
+        Parameters
+        ----------
+        address, length : int
+            The first address, and the size in bytes.
+        direction : IOOptionBits
+            The direction of transfers.
+
+        Raises
+        ------
+        IOReturnError
+            As `IODeviceMemory.withRange`.
+        """
+        check_integers(address=address, length=length)
+        direction = check_direction(direction)
+        return IOMemoryDescriptor()._hold(DeviceBacking(PhysicalRegion(address, length)), direction, length)
+
     # --- its properties
 
     def getLength(self) -> int:
@@ -299,10 +325,10 @@ class IOMemoryDescriptor(Handle):
 
         The effective mode is `kIOMapCopybackCache`, the only one that Linux offers for main memory. Reads and writes
         through the descriptor nevertheless honor the requested mode, by cache line instructions; accesses through a
-        view do not.
+        view do not. Memory of a device is mapped `kIOMapInhibitCache` or `kIOMapWriteCombineCache`.
         """
-        self._usable_memory()
-        return IOMapOptions(self._options & CACHE_MODES), IOMapOptions.kIOMapCopybackCache
+        backing = self._usable_memory().require_backing()
+        return IOMapOptions(self._options & CACHE_MODES), backing.cache_mode
 
     def performOperation(self, options: int, offset: int, length: int) -> IOReturn:
         """Make the processor caches and the memory of a range consistent, for a device that does not snoop them.

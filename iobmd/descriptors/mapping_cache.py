@@ -14,6 +14,7 @@ from iobmd.descriptors.mapped_pages import pages
 from iobmd.descriptors.options import CACHE_MASK
 from iobmd.errors import BadArgumentError, BusyError, CannotWireError, NoMemoryError, UnsupportedError
 from iobmd.memory import pinning, residency, shmem
+from iobmd.memory.mlock import Wiring
 from iobmd.memory.populate import populate
 from iobmd.remote.mapping import RemoteMapping, touch
 from iobmd.units import PAGE_SIZE, round_up
@@ -36,10 +37,6 @@ _STATIC = int(IOMapOptions.kIOMapStatic)
 _KNOWN = ANYWHERE | _READ_ONLY | _REFERENCE | _UNIQUE | _PREFAULT | _OVERWRITE | CACHE_MASK | _SMALL | _LARGE
 
 
-_CACHED = (int(IOMapOptions.kIOMapDefaultCache), int(IOMapOptions.kIOMapCopybackCache))
-"""The cache modes of main memory: a process cannot map it otherwise, because the kernel and others map it cached."""
-
-
 class MapRequest:
     """A checked request to map a part of an owner's memory.
 
@@ -58,7 +55,8 @@ class MapRequest:
             )
         if self.options & ~_KNOWN:
             raise BadArgumentError(f"map options {self.options:#x} have unknown bits {self.options & ~_KNOWN:#x}")
-        _check_cache_mode(self.options & CACHE_MASK)
+        if (mode := self.options & CACHE_MASK) > int(IOMapOptions.kIOMapPostedCombinedReordered):
+            raise BadArgumentError(f"unknown cache mode {mode:#x}")
         if not length:
             raise BadArgumentError("the length of a mapping must be positive")
         guarded = self.options & (_SMALL | _LARGE)
@@ -76,6 +74,24 @@ class MapRequest:
             raise BadArgumentError(
                 f"offset {offset:#x} and address {at_address:#x} differ in their page offset; use kIOMapAnywhere"
             )
+
+    def require_cache(self, backing: Backing) -> None:
+        """Raise `kIOReturnUnsupported` if the memory, or its copy, is not mapped with the requested cache mode.
+
+        A process cannot map main memory otherwise than cached, because the kernel and others map it cached.
+        """
+        mode = self.options & CACHE_MASK
+        available = IOMapOptions.kIOMapCopybackCache if self.copies else backing.cache_mode
+        if mode in (int(IOMapOptions.kIOMapDefaultCache), int(available)):
+            return
+        remedy = (
+            "allocate the buffer with that mode, so that its copies use cache line instructions"
+            if available == IOMapOptions.kIOMapCopybackCache
+            else "describe it with that mode (IODeviceMemory.ofPCI, write_combine)"
+        )
+        raise UnsupportedError(
+            f"Linux maps this memory only with {available.name}, not with mode {mode:#x}: {remedy}"
+        )
 
     @property
     def anywhere(self) -> bool:
@@ -155,6 +171,7 @@ class CachedMapping:
         if request.overwrites and not task.is_current:
             message = f"kIOMapOverwrite replaces address space of this process, not of task {task.pid}: omit it there"
             raise UnsupportedError(message)
+        request.require_cache(owner.require_backing())
         if request.uses_addresses_of(owner.require_backing(), task):
             return cls(descriptor, owner, task, request, None)
         with pages(owner, request, task) as source:
@@ -250,8 +267,8 @@ class CachedMapping:
 
     def prefault(self, request: MapRequest) -> None:
         """Populate the pages of a request with `kIOMapPrefault`, except guard pages."""
-        if not request.prefaults:
-            return
+        if not request.prefaults or (not self.is_copy and self.owner.require_backing().wiring is Wiring.DEVICE):
+            return  # reading memory of a device may have effects, and its page tables are complete
         address, size = self.address + request.first - self.first, request.size
         extents = None if self.is_copy else self._extents(request)
         if not (self.task.is_current or self.is_copy):
@@ -300,17 +317,6 @@ class CachedMapping:
             with contextlib.suppress(CannotWireError):
                 pinning.Pin(address, size).release()
         touch(self.task, address, size)
-
-
-def _check_cache_mode(mode: int) -> None:
-    if mode > int(IOMapOptions.kIOMapPostedCombinedReordered):
-        raise BadArgumentError(f"unknown cache mode {mode:#x}")
-    if mode not in _CACHED:
-        message = (
-            f"Linux maps main memory only with kIOMapCopybackCache, not with cache mode {mode:#x}: allocate the "
-            "buffer with that mode, so that its copies use cache line instructions"
-        )
-        raise UnsupportedError(message)
 
 
 _mappings: WeakRegistry[CachedMapping] = WeakRegistry()

@@ -6,11 +6,19 @@ from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
 from iobmd._internal import process_local, with_block
 from iobmd._internal.arguments import check_integers
-from iobmd._native.mapping import Exporter
+from iobmd._native.mapping import Exporter, FaultError
 from iobmd.constants import IOMapOptions, IOReturn, kIOReturnSuccess
 from iobmd.descriptors.mapping_cache import CachedMapping, MapRequest, all_mappings
 from iobmd.descriptors.options import check_descriptor
-from iobmd.errors import BadArgumentError, BusyError, NotOpenError, NotReadyError, UnsupportedError
+from iobmd.errors import (
+    BadArgumentError,
+    BusyError,
+    IOReturnError,
+    NotOpenError,
+    NotReadyError,
+    UnsupportedError,
+)
+from iobmd.task import diagnosis
 
 if TYPE_CHECKING:
     from iobmd._native.mapping import Mapping
@@ -128,6 +136,105 @@ class IOMemoryMap(Exporter):
     def getPhysicalAddress(self) -> int:
         """Return the physical address of its first byte. Raises as `IOMemoryDescriptor.segments`."""
         return self.getPhysicalSegment(0)[0]
+
+    # --- registers
+
+    def read8(self, offset: int) -> int:
+        """Return the byte at `offset`, by one load of exactly 8 bits. Raises as `read32`."""
+        return self._load(offset, 1)
+
+    def read16(self, offset: int) -> int:
+        """Return the 16-bit number at `offset`, by one load of exactly that width. Raises as `read32`."""
+        return self._load(offset, 2)
+
+    def read32(self, offset: int) -> int:
+        """Return the 32-bit number at `offset`, by one load of exactly that width.
+
+        Numbers are little-endian, as the registers of PCI devices. As after the kernel's readl, memory that the
+        device wrote before is read afterwards.
+
+        Parameters
+        ----------
+        offset : int
+            In bytes, from the start of the map.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnBadArgument`: the address is not a multiple of the width, or past the end.
+            `kIOReturnUnsupported`: the map is in another task. `kIOReturnVMError`: existing memory was unmapped.
+        """
+        return self._load(offset, 4)
+
+    def read64(self, offset: int) -> int:
+        """Return the 64-bit number at `offset`, by one load of exactly that width. Raises as `read32`."""
+        return self._load(offset, 8)
+
+    def write8(self, offset: int, value: int) -> None:
+        """Store a byte at `offset`, by one store of exactly 8 bits. Raises as `write32`."""
+        self._store(offset, 1, value)
+
+    def write16(self, offset: int, value: int) -> None:
+        """Store a 16-bit number at `offset`, by one store of exactly that width. Raises as `write32`."""
+        self._store(offset, 2, value)
+
+    def write32(self, offset: int, value: int) -> None:
+        """Store a 32-bit number at `offset`, little-endian, by one store of exactly that width.
+
+        As before the kernel's writel, stores to memory are visible to the device before: a descriptor may be written
+        by `writeBytes`, and then announced by this. In a write-combined map, stores have no order.
+
+        Parameters
+        ----------
+        offset : int
+            In bytes, from the start of the map.
+        value : int
+            The number, without a sign.
+
+        Raises
+        ------
+        IOReturnError
+            As `read32`; `kIOReturnBadArgument`: the number does not fit. `kIOReturnNotWritable`: a read-only map.
+        """
+        self._store(offset, 4, value)
+
+    def write64(self, offset: int, value: int) -> None:
+        """Store a 64-bit number at `offset`, by one store of exactly that width. Raises as `write32`."""
+        self._store(offset, 8, value)
+
+    def _load(self, offset: int, width: int) -> int:
+        mapping, place = self._register(offset, width)
+        try:
+            return mapping.load(place, width)
+        except FaultError as error:
+            raise diagnosis.unreachable(error) from None
+
+    def _store(self, offset: int, width: int, value: int) -> None:
+        check_integers(value=value)
+        if not 0 <= value < 1 << 8 * width:
+            raise BadArgumentError(f"{value:#x} is not a number of {8 * width} bits")
+        if not self._writable:
+            raise IOReturnError(IOReturn.kIOReturnNotWritable, "this map is read-only: omit kIOMapReadOnly")
+        mapping, place = self._register(offset, width)
+        try:
+            mapping.store(place, width, value)
+        except FaultError as error:
+            raise diagnosis.unreachable(error) from None
+
+    def _register(self, offset: int, width: int) -> tuple[Mapping, int]:
+        """Return the mapping, and the position in it of a register."""
+        check_integers(offset=offset)
+        if not 0 <= offset <= self._length - width:
+            raise BadArgumentError(
+                f"{width} bytes at offset {offset:#x} are not within the {self._length} of the map"
+            )
+        mapping, first = self._open().mapping
+        place = first + self._within + offset
+        if (mapping.address + place) % width:
+            raise BadArgumentError(
+                f"offset {offset:#x} is not aligned to {width} bytes: an access of that width would be split"
+            )
+        return mapping, place
 
     def redirect(self, newBackingMemory: IOMemoryDescriptor, options: int = 0, offset: int = 0) -> IOReturn:
         """Replace the memory at the map's addresses, atomically and for all maps that share the addresses.

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 
 _preparation_ids = itertools.count(1 << 32)  # as in IOKit: distinct from the values of IOPreparationID
+_WIRED = (Wiring.RESIDENT, Wiring.PINNED)
+"""What fork(2) does not pass on."""
 
 
 class Part(NamedTuple):
@@ -101,7 +103,7 @@ class MemoryOwner:
         self.backing: Backing | None = backing
         self._kind = kind
         self._dependents: WeakRegistry[CompositeBacking] | None = None
-        self._pinned_for_good = not backing.composite and backing.wiring is Wiring.PINNED  # by its options
+        self._pinned_for_good = not backing.composite and backing.wiring.is_immovable  # by its options
         self._preparation = 0
         self._sealed = False  # its last user is about to be removed
         self.maker = self._wired_by = os.getpid() if maker is None else maker
@@ -121,7 +123,7 @@ class MemoryOwner:
         backing = self.backing  # read once: another thread may release it
         if backing is None:
             raise NotOpenError(f"this {self._kind} is released")
-        if self._wired_by != os.getpid() and backing.wiring is not Wiring.PAGEABLE:
+        if self._wired_by != os.getpid() and backing.wiring in _WIRED:
             sharing = ", or pass the result of iobmd.share to iobmd.attach" if backing.shared else ""
             raise NotOpenError(
                 f"this {self._kind} is wired memory of process {self._wired_by}, and fork does not pass wiring on to "
@@ -323,8 +325,8 @@ class MemoryOwner:
         """Pin it again. `direction` and errors are those of `IOMemoryDescriptor.prepare`."""
         backing = self.require_backing()
         # Memory that is only resident (locked) would be locked twice, and unlocked by the first `unpin`.
-        held = (Wiring.PINNED, Wiring.RESIDENT) if self.pins else (Wiring.PINNED,)
-        fresh = backing.composite or backing.wiring not in held
+        held = backing.wiring.is_immovable or (self.pins > 0 and backing.wiring is Wiring.RESIDENT)
+        fresh = backing.composite or not held
         if fresh and self.purge_control:
             self.purge_control.memory.hold()
         undo = fresh and not backing.composite  # the parts undo a failed pin themselves
@@ -394,9 +396,9 @@ class MemoryOwner:
         return self._runs(self.require_backing())
 
     def _runs(self, backing: Backing) -> RunTable:
-        pinned = backing.wiring is Wiring.PINNED
+        pinned = backing.wiring.is_immovable
         table = backing.runs if pinned else None  # if one of several parts is not pinned, the others may be hidden
-        if not pinned or backing.wiring is not Wiring.PINNED:  # read again: another thread may have unpinned it
+        if not pinned or not backing.wiring.is_immovable:  # read again: another thread may have unpinned it
             refusal = backing.pin_refusal
             why = f"{refusal}; prepare() tries again" if refusal else "call prepare() first"
             raise NotReadyError(f"{self!r} is not pinned, so that its physical addresses could change: {why}")

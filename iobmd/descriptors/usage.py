@@ -73,7 +73,7 @@ def statistics() -> Statistics:
     free = [slab for slab in small if not slab.used and not _is_absent(slab)]
     kept = reuse.size() + sum(slab.count * slab.piece_size for slab in free)
     shared = sum(not isinstance(slab, WholePages) for slab in small)
-    pageable, resident, pinned = (found[wiring] for wiring in Wiring)
+    pageable, resident, pinned = (found[wiring] for wiring in (Wiring.PAGEABLE, Wiring.RESIDENT, Wiring.PINNED))
     return Statistics(pageable, resident, pinned, maps, prepared, kept, shared)
 
 

@@ -14,7 +14,6 @@ from iobmd.constants import (
 )
 from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
 from iobmd.errors import IOReturnError, NotReadyError, UnsupportedError
-from iobmd.memory.mlock import Wiring
 from iobmd.pagemap import segment
 from iobmd.task.task import kernel_task
 from iobmd.units import PAGE_SIZE, pages
@@ -68,7 +67,7 @@ class DeviceTransfer:
         self.memory = descriptor._memory()
         self.bounce: IOBufferMemoryDescriptor | None = None
         self.double = double
-        if self.memory.wiring is not Wiring.PINNED:
+        if not self.memory.wiring.is_immovable:
             raise NotReadyError(f"{descriptor!r} is not pinned: call its prepare() first")
         with self.memory.guard:
             descriptor._memory()  # read again: another thread may have released it

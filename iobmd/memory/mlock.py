@@ -22,6 +22,13 @@ class Wiring(enum.Enum):
     """Locked by mlock(2): never swapped out, but the kernel may move it to other page frames."""
     PINNED = "pinned"
     """Its physical addresses cannot change."""
+    DEVICE = "device"
+    """Memory of a device, which has no page frames: it is neither swapped out nor moved, and nothing pins it."""
+
+    @property
+    def is_immovable(self) -> bool:
+        """Whether its physical addresses cannot change."""
+        return self is Wiring.PINNED or self is Wiring.DEVICE
 
 
 def make_resident(address: int, size: int, *, populate: bool = True) -> None:

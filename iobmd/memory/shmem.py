@@ -24,6 +24,8 @@ from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from iobmd.device.region import Region
+
 NO_FD = -1
 """The descriptor number of inaccessible pages."""
 
@@ -54,6 +56,8 @@ class FileExtent(NamedTuple):
     """Page size; mappings are multiples of it."""
     alignment: int
     """Alignment of its first address, if that is not fixed."""
+    device: Region | None = None
+    """The region of a device to which they belong; None: they are main memory."""
 
 
 class SharedObject:
@@ -176,7 +180,7 @@ def show(
     alignment, size = max(alignment, alignment_of(extents)), sum(extent.length for extent in extents)
     with _numbered(extents) as pieces:
         try:
-            return Mapping.view(pieces, at, writable, guard, alignment, overwrite)
+            return Mapping.view(pieces, at, writable, guard, alignment, overwrite, _is_device(extents))
         except FileExistsError as error:
             if overwrite:
                 raise not_reserved(f"cannot map {format_size(size)} at {at:#x}", error) from None
@@ -184,7 +188,8 @@ def show(
             raise NoResourcesError(message, error.errno or 0) from None
         except OSError as error:
             sealed = writable and sealed_against_writing(number for number, _offset, _length in pieces)
-            raise sealed or limits.from_oserror(error, f"cannot map {format_size(size)}", size) from None
+            refused = sealed or _refused(extents, error)
+            raise refused or limits.from_oserror(error, f"cannot map {format_size(size)}", size) from None
 
 
 def accessible(extents: Sequence[FileExtent], address: int) -> Iterator[tuple[int, int]]:
@@ -201,10 +206,21 @@ def show_in(mapping: Mapping, extents: Sequence[FileExtent]) -> None:
     alignment_of(extents)
     with _numbered(extents) as pieces:
         try:
-            mapping.redirect(pieces)
+            mapping.redirect(pieces, _is_device(extents))
         except OSError as error:
             sealed = mapping.writable and sealed_against_writing(number for number, _offset, _length in pieces)
-            raise sealed or limits.from_oserror(error, "cannot redirect a mapping") from None
+            refused = sealed or _refused(extents, error)
+            raise refused or limits.from_oserror(error, "cannot redirect a mapping") from None
+
+
+def _is_device(extents: Sequence[FileExtent]) -> bool:
+    return any(extent.device for extent in extents)
+
+
+def _refused(extents: Sequence[FileExtent], error: OSError) -> IOReturnError | None:
+    """Return the error for device memory that the kernel does not map."""
+    refusals = (extent.device.refusal(error) for extent in extents if extent.device)
+    return next((refusal for refusal in refusals if refusal), None)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,10 @@
 import itertools
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+import iobmd
 from support import pci
 
 VENDOR, DEVICE = 0x1234, 0x11E8
@@ -18,7 +20,7 @@ _START, _TO_MEMORY = 1, 2
 class Edu:
     """One device (QEMU, docs/specs/edu.txt). A transfer takes a tenth of a second."""
 
-    def __init__(self, registers: pci.Registers) -> None:
+    def __init__(self, registers: iobmd.IOMemoryMap) -> None:
         self._registers = registers
         assert registers.read32(_IDENTIFICATION) & 0xFF == 0xED
         registers.write32(_LIVENESS, 0x12345678)
@@ -45,6 +47,11 @@ class Edu:
             time.sleep(0.002)
 
 
+def registers_of(device: Path) -> iobmd.IOMemoryMap:
+    """Map the registers of a device."""
+    return iobmd.IODeviceMemory.ofPCI(device.name, 0).map()
+
+
 class Copy(NamedTuple):
     """Bytes that a device must read at one address and write at another."""
 
@@ -65,7 +72,7 @@ class Devices:
         devices = pci.find(VENDOR, DEVICE)
         for device in devices:
             pci.switch_on(device)
-        return cls([Edu(pci.Registers.of(device)) for device in devices])
+        return cls([Edu(registers_of(device)) for device in devices])
 
     def copy(self, copies: Iterable[Copy]) -> None:
         """Perform all copies, with two transfers each."""

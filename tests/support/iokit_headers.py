@@ -24,6 +24,13 @@ IOKIT = {
     """,
     "IOGuardPageMemoryDescriptor": "withSize initWithSize",
     "IODeviceMemory": "arrayFromList withRange withSubRange",
+    # With those of IOFilterInterruptEventSource, which has no class here, and of IOEventSource that drivers call.
+    "IOInterruptEventSource": """
+        interruptEventSource init getProvider getIntIndex getAutoDisable enable disable isEnabled setWorkLoop
+        checkForWork interruptOccurred normalInterruptOccurred disableInterruptOccurred warmCPU
+        enablePrimaryInterruptTimestamp getPimaryInterruptTimestamp filterInterruptEventSource getFilterAction
+        signalInterrupt
+    """,
     "IOMemoryMap": """
         getVirtualAddress getPhysicalSegment getPhysicalAddress getLength getAddressTask getMemoryDescriptor
         getMapOptions unmap taskDied redirect getAddress getSize wireRange
@@ -62,4 +69,10 @@ DRIVERKIT_METHODS = [
     "IODMACommand::CompleteDMA",
     "IODMACommand::GetPreparation",
     "IODMACommand::PerformOperation",
+    "IOInterruptDispatchSource::Create",
+    "IOInterruptDispatchSource::GetInterruptType",
+    "IOInterruptDispatchSource::SetHandler",
+    "IOInterruptDispatchSource::SetEnableWithCompletion",
+    "IOInterruptDispatchSource::GetLastInterrupt",
+    "IOInterruptDispatchSource::Cancel",
 ]

@@ -1,12 +1,15 @@
-"""PCI devices of a guest, driven from userspace: finding them by their ids, enabling them, and mapping registers."""
+"""PCI devices of a guest, driven from userspace: finding them by their ids, enabling and binding them."""
 
-import ctypes
-import mmap
 import os
 from pathlib import Path
 
+import iobmd
+
 DEVICES = Path("/sys/bus/pci/devices")
+DRIVERS = DEVICES.parent / "drivers"
 MEMORY_AND_BUS_MASTER = 0x6  # bits of the command register (PCI Local Bus Specification 3.0, 6.2.2)
+COMMAND = 4
+CONFIGURATION = 7  # VFIO_PCI_CONFIG_REGION_INDEX (linux/vfio.h)
 
 
 def find(vendor: int, device: int) -> list[Path]:
@@ -24,41 +27,33 @@ def switch_on(device: Path) -> None:
         (device / "enable").write_text("1")
     config = os.open(device / "config", os.O_RDWR)
     try:
-        become_master(config, 0)
+        command = int.from_bytes(os.pread(config, 2, COMMAND), "little")
+        os.pwrite(config, (command | MEMORY_AND_BUS_MASTER).to_bytes(2, "little"), COMMAND)
     finally:
         os.close(config)
 
 
-def become_master(config: int, offset: int) -> None:
-    """Set the bits of the command register, in the configuration space that begins at `offset` of a file."""
-    command = int.from_bytes(os.pread(config, 2, offset + 4), "little")
-    os.pwrite(config, (command | MEMORY_AND_BUS_MASTER).to_bytes(2, "little"), offset + 4)
+def switch_on_through(mapper: iobmd.IOMapper) -> None:
+    """As `switch_on`, for a device that is attached to VFIO."""
+    with iobmd.IODeviceMemory.ofVFIO(mapper, CONFIGURATION) as config:
+        command = int.from_bytes(config.readBytes(COMMAND, 2), "little")
+        config.writeBytes(COMMAND, (command | MEMORY_AND_BUS_MASTER).to_bytes(2, "little"))
 
 
-class Registers:
-    """The registers of a device, in a mapping of its resource."""
+def bind(device: Path, driver: str) -> str:
+    """Bind a device to a driver that accepts any, instead of the present one; return its address."""
+    if (device / "driver").exists():
+        if (device / "driver").readlink().name == driver:
+            return device.name
+        (device / "driver/unbind").write_text(device.name)
+    (device / "driver_override").write_text(driver)
+    (DEVICES.parent / "drivers_probe").write_text(device.name)
+    assert (device / "driver").readlink().name == driver
+    return device.name
 
-    def __init__(self, mapping: mmap.mmap) -> None:
-        self._mapping = mapping
-        self._base = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
 
-    @classmethod
-    def of(cls, device: Path, resource: int = 0) -> "Registers":
-        """Map a resource of a device."""
-        file = os.open(device / f"resource{resource}", os.O_RDWR | os.O_SYNC)
-        try:
-            return cls(mmap.mmap(file, os.fstat(file).st_size))
-        finally:
-            os.close(file)
-
-    def read32(self, offset: int) -> int:
-        return ctypes.c_uint32.from_address(self._base + offset).value
-
-    def write32(self, offset: int, value: int) -> None:
-        ctypes.c_uint32.from_address(self._base + offset).value = value
-
-    def read64(self, offset: int) -> int:
-        return ctypes.c_uint64.from_address(self._base + offset).value
-
-    def write64(self, offset: int, value: int) -> None:
-        ctypes.c_uint64.from_address(self._base + offset).value = value
+def unbind(device: Path) -> None:
+    """Bind a device to no driver."""
+    if (device / "driver").exists():
+        (device / "driver/unbind").write_text(device.name)
+    (device / "driver_override").write_text("\n")

@@ -24,7 +24,7 @@ FLOORS = [
     {"backing"},
     {"physical", "purgeable", "remote"},
     {"memory"},
-    {"pagemap"},
+    {"pagemap", "device"},
     {"task"},
     {"host"},
     {"procfs"},

@@ -23,7 +23,7 @@ def rows(section: str) -> list[tuple[str, str, str]]:
 
 def method(cell: str) -> str | None:
     """Return the method or constructor that a cell names; None if it names none or contains no call."""
-    found = re.match(r"`(?:(\w+)\.)?(\w+)\(", cell)
+    found = re.match(r"`(?:(\w+)(?:\.|::))?(\w+)\(", cell)
     return found[2] if found else None
 
 

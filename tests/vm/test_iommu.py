@@ -4,10 +4,8 @@ import ctypes
 import errno
 import mmap
 import os
-import struct
 import time
 from collections.abc import Callable, Iterator
-from fcntl import ioctl
 from pathlib import Path
 
 import pytest
@@ -23,33 +21,18 @@ from iobmd.iommu import IOMapper
 
 pytestmark = pytest.mark.needs("edu", "iommu")
 MIB = 1 << 20
-REGION_INFO = ord(";") << 8 | 108  # VFIO_DEVICE_GET_REGION_INFO
-CONFIGURATION = 7  # VFIO_PCI_CONFIG_REGION_INDEX
-
-
-def give_to_vfio(device: Path) -> str:
-    (device / "driver_override").write_text("vfio-pci")
-    (pci.DEVICES.parent / "drivers_probe").write_text(device.name)
-    return device.name
-
-
-def region(device: int, index: int) -> tuple[int, int]:
-    info = bytearray(struct.pack("=IIIIQQ", 32, 0, index, 0, 0, 0))
-    ioctl(device, REGION_INFO, info)
-    return struct.unpack("=IIIIQQ", info)[4:]
 
 
 def through(mapper: IOMapper) -> edu.Edu:
     """Return the enabled device of a mapper."""
-    pci.become_master(mapper.fileno(), region(mapper.fileno(), CONFIGURATION)[1])
-    size, offset = region(mapper.fileno(), 0)
-    return edu.Edu(pci.Registers(mmap.mmap(mapper.fileno(), size, offset=offset)))
+    pci.switch_on_through(mapper)
+    return edu.Edu(iobmd.IODeviceMemory.ofVFIO(mapper, 0).map())
 
 
 @pytest.fixture(scope="module")
 def name() -> str:
     """A device that is bound to VFIO; all others are unchanged."""
-    return give_to_vfio(pci.find(edu.VENDOR, edu.DEVICE)[0])
+    return pci.bind(pci.find(edu.VENDOR, edu.DEVICE)[0], "vfio-pci")
 
 
 @pytest.fixture
@@ -193,7 +176,7 @@ def test_a_device_that_nobody_mapped_for_reaches_nothing(record_property) -> Non
     """A device without VFIO or another driver: physical addresses are meaningless to it."""
     bystander = pci.find(edu.VENDOR, edu.DEVICE)[1]
     pci.switch_on(bystander)
-    device = edu.Edu(pci.Registers.of(bystander))
+    device = edu.Edu(edu.registers_of(bystander))
     with iobmd.allocate(2 * PAGE) as buffer:
         content = os.urandom(2 * PAGE)
         buffer.writeBytes(0, content)

@@ -1,8 +1,8 @@
-"""A userspace driver for NVMe disks in three small files, as an example of the use of `iobmd`.
+"""A userspace driver for NVMe disks in two small files, as an example of the use of `iobmd`.
 
-`pci` maps the controller's registers, `queues` allocates the memory that driver and controller share, and
-`controller` is the driver. `iobmd` provides the physical addresses of that memory, and ensures that they cannot
-change.
+`queues` allocates the memory that driver and controller share, and `controller` is the driver. `iobmd` maps the
+controller's registers, receives its interrupts, provides the physical addresses of that memory, and ensures that they
+cannot change. `pci_device`, next to this package, enables the device.
 
 Numbers are those of the NVM Express Base Specification 1.4 and the NVM Command Set.
 """

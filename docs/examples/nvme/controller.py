@@ -4,11 +4,13 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple, Self
 
+from pci_device import Device
+
 import iobmd
 
-from .pci import Registers
 from .queues import PAGE, CommandError, QueuePair
 
+NVME_CLASS = 0x010802
 CAPABILITIES, CONFIGURATION, STATUS = 0x00, 0x14, 0x1C  # registers
 ADMIN_SIZES, ADMIN_COMMANDS, ADMIN_COMPLETIONS = 0x24, 0x28, 0x30
 ENABLE, READY, FATAL = 1, 1, 2
@@ -33,14 +35,16 @@ class Identity(NamedTuple):
 class Controller:
     """An NVMe controller that this process drives: `with Controller("0000:01:00.0") as disk`.
 
-    Requires root, for the registers and for physical addresses (CAP_SYS_ADMIN).
+    Requires root, for the registers and for physical addresses (CAP_SYS_ADMIN). It waits by interrupts if the device
+    is bound to uio_pci_generic, and polls if it has no driver.
     """
 
     def __init__(self, name: str, depth: int = 32) -> None:
-        self._registers = Registers(name)
+        self._device = Device(name, NVME_CLASS)
+        self._registers = self._device.registers
         self._capabilities = self._registers.read64(CAPABILITIES)
         depth = min(depth, (self._capabilities & 0xFFFF) + 1)
-        self._admin, self._io = (QueuePair(self._registers, number, depth) for number in (0, 1))
+        self._admin, self._io = (QueuePair(self._device, number, depth) for number in (0, 1))
         try:
             self._start()
             self.identity = self._identify()
@@ -51,16 +55,16 @@ class Controller:
 
     def _start(self) -> None:
         self._enable(on=False)
-        self._registers[ADMIN_SIZES] = (self._admin.depth - 1) * (1 | 1 << 16)
+        self._registers.write32(ADMIN_SIZES, (self._admin.depth - 1) * (1 | 1 << 16))
         self._registers.write64(ADMIN_COMMANDS, self._admin.commands.getPhysicalAddress())
         self._registers.write64(ADMIN_COMPLETIONS, self._admin.completions.getPhysicalAddress())
         self._enable(on=True)
 
     def _enable(self, *, on: bool) -> None:
-        self._registers[CONFIGURATION] = ENTRY_SIZES | on * ENABLE  # pages of 4 KiB
+        self._registers.write32(CONFIGURATION, ENTRY_SIZES | on * ENABLE)  # pages of 4 KiB
         end = time.monotonic() + (self._capabilities >> 24 & 0xFF) / 2 + 1  # CAP.TO, in half seconds
-        while self._registers[STATUS] & READY != on:
-            if self._registers[STATUS] & FATAL or time.monotonic() > end:
+        while (status := self._registers.read32(STATUS)) & READY != on:
+            if status & FATAL or time.monotonic() > end:
                 raise OSError(f"the controller does not become {'ready' if on else 'idle'}")
             time.sleep(0.01)
 
@@ -84,8 +88,10 @@ class Controller:
 
     def _create_queues(self) -> None:
         size = 1 | self._io.depth - 1 << 16  # queue 1
-        contiguous = 1
-        self._ask(CREATE_COMPLETIONS, size, contiguous, pages=(self._io.completions.getPhysicalAddress(),))
+        contiguous, interrupts = 1, 2
+        self._ask(
+            CREATE_COMPLETIONS, size, contiguous | interrupts, pages=(self._io.completions.getPhysicalAddress(),)
+        )
         self._ask(CREATE_COMMANDS, size, contiguous | 1 << 16, pages=(self._io.commands.getPhysicalAddress(),))
 
     # --- reading and writing
@@ -135,7 +141,7 @@ class Controller:
     def close(self) -> None:
         """Stop the controller, so that it no longer accesses memory, and free the memory."""
         self._enable(on=False)
-        self._registers.close()
+        self._device.close()
         self._admin.free()
         self._io.free()
 

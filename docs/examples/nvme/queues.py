@@ -4,9 +4,9 @@ import struct
 import time
 from collections.abc import Sequence
 
-import iobmd
+from pci_device import Device
 
-from .pci import Registers
+import iobmd
 
 PAGE = 4096
 _COMMAND = struct.Struct("<BxHI16xQQ6I")  # opcode, identifier, namespace, PRP entries 1 and 2, dwords 10 to 15
@@ -29,9 +29,9 @@ class QueuePair:
     queue has its own page for that list.
     """
 
-    def __init__(self, registers: Registers, number: int, depth: int) -> None:
-        stride = 4 << (registers.read64(0) >> 32 & 0xF)  # CAP.DSTRD
-        self._registers = registers
+    def __init__(self, device: Device, number: int, depth: int) -> None:
+        stride = 4 << (device.registers.read64(0) >> 32 & 0xF)  # CAP.DSTRD
+        self._device, self._registers = device, device.registers
         self._tail_doorbell, self._head_doorbell = (0x1000 + (2 * number + which) * stride for which in (0, 1))
         self.depth = depth
         # Contiguous and pinned, because the controller has one physical address for each queue.
@@ -62,8 +62,7 @@ class QueuePair:
         words = (*dwords, *[0] * (6 - len(dwords)))
         self.commands.writeBytes(self._tail * 64, _COMMAND.pack(opcode, identifier, namespace, first, second, *words))
         self._tail = (self._tail + 1) % self.depth
-        # x86 keeps stores in order; other architectures need a barrier between the command and the doorbell.
-        self._registers[self._tail_doorbell] = self._tail
+        self._registers.write32(self._tail_doorbell, self._tail)  # after the command, in order
 
     def _entries(self, identifier: int, pages: Sequence[int]) -> tuple[int, int]:
         if len(pages) <= 2:
@@ -77,14 +76,15 @@ class QueuePair:
         """Wait for the completion of one command and return its result; raise `CommandError` or TimeoutError."""
         end = time.monotonic() + TIMEOUT
         while self.completions.readBytes(self._head * 16 + 14, 1)[0] & 1 != self._phase:
-            if time.monotonic() > end:
+            if (left := end - time.monotonic()) < 0:
                 raise TimeoutError(f"the controller did not respond within {TIMEOUT} s")
+            self._device.wait(left)
         # Read after the phase bit has flipped, which the controller writes last.
         entry = self.completions.readBytes(self._head * 16, 16)
         result, _head, _queue, identifier, status = _COMPLETION.unpack(entry)
         self._head = (self._head + 1) % self.depth
         self._phase ^= not self._head
-        self._registers[self._head_doorbell] = self._head
+        self._registers.write32(self._head_doorbell, self._head)
         self._free.append(identifier)
         opcode = self._opcodes.pop(identifier)
         if status >> 1:

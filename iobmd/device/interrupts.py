@@ -1,0 +1,229 @@
+"""`IOInterruptEventSource`: the interrupts of a device, as a file that becomes readable."""
+
+from __future__ import annotations
+
+import math
+import select
+import time
+from typing import TYPE_CHECKING, Protocol, Self
+
+from iobmd._internal import with_block
+from iobmd._internal.arguments import check_integers, check_type
+from iobmd.constants import IOReturn, kIOReturnSuccess
+from iobmd.device.uio import UIOLine
+from iobmd.device.vfio import VFIOLine
+from iobmd.errors import NotOpenError
+
+if TYPE_CHECKING:
+    from iobmd._internal.process_local import Fd
+    from iobmd.device.vfio import Attached
+
+
+class _Line(Protocol):
+    """An interrupt line or message."""
+
+    what: str
+    file: Fd
+    automatic: bool
+
+    def read(self) -> int:
+        """Return the number of interrupts since the last call, 0 if there were none."""
+
+    def mask(self, *, masked: bool) -> None:
+        """Mask or unmask it."""
+
+    def close(self) -> None:
+        """End its use."""
+
+
+class IOInterruptEventSource:
+    """The interrupts of a device that a process drives: waited for, counted, masked and unmasked.
+
+    Created by `ofUIO` or `ofVFIO`. It has a `fileno()`, which is readable while interrupts have not been read:
+    `select.poll`, and asyncio's `loop.add_reader(source, handler)`, accept the source itself. Use it in a `with`
+    block, or `close` it.
+
+    Notes
+    -----
+    A process has no interrupt context. The kernel therefore masks a line (INTx) with each interrupt
+    (`getAutoDisable`), and `enable` unmasks it, after the process has served the device, which no longer asserts the
+    line. Message interrupts (MSI, MSI-X) are not masked.
+
+    May be used from any thread. Forked children share it. Source: IOInterruptEventSource.h of IOKit, whose work loop
+    is the caller's event loop.
+    """
+
+    def __init__(self, line: _Line, provider: object, number: int) -> None:
+        self._line: _Line | None = line
+        self._provider, self._number = provider, number
+        self._enabled = True
+        self.count = 0
+        """Interrupts that were read since the source was created."""
+
+    @classmethod
+    def ofUIO(cls, device: str) -> Self:
+        """Return the interrupts of a UIO device, which are enabled.
+
+        Parameters
+        ----------
+        device : str
+            Its name, "uio0", or the address of the PCI device to which a UIO driver is bound, "0000:00:04.0".
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnNoDevice`: there is none; the message names the commands that bind a PCI device to
+            uio_pci_generic. `kIOReturnNotPrivileged`: /dev/uioN may not be opened.
+
+        Notes
+        -----
+        Source: Documentation/driver-api/uio-howto.rst. uio_pci_generic masks the line of a PCI device by its command
+        register, and leaves unmasking to the process: `enable` therefore requires write access to the device's
+        `config` in sysfs.
+        """
+        check_type(str, device=device)
+        source = cls(UIOLine(device), device, 0)
+        source.enable()
+        return source
+
+    @classmethod
+    def ofVFIO(cls, mapper: Attached, index: int = 0, *, kind: str | None = None) -> Self:
+        """Return interrupts of a device that is attached to VFIO, which are enabled.
+
+        Parameters
+        ----------
+        mapper : IOMapper
+            The mapper of the device. It may be closed before the source; the device is released with the last of
+            them.
+        index : int
+            The number of the message (vector).
+        kind : str, optional
+            "msix", "msi" or "intx"; None: the first of these that the device has. "request": the kernel requests that
+            the device be released, before it is unplugged. "error": an uncorrected PCI Express error (AER).
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnBadArgument`: the device has no such interrupt. `kIOReturnBusy`: it has a user, or interrupts of
+            another kind are enabled.
+
+        Notes
+        -----
+        The first message interrupt enables as many vectors as the device has, because VFIO could not add any later
+        (before Linux 6.5). Source: linux/vfio.h.
+        """
+        check_integers(index=index)
+        return cls(VFIOLine(mapper, kind, index), mapper, index)
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable while interrupts have not been read. Do not read it directly."""
+        return self._open().file.fileno()
+
+    def read(self) -> int:
+        """Return how many interrupts have occurred since the last `read` or `wait`, 0 if none, without waiting."""
+        found = self._open().read()
+        self.count += found
+        return found
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for an interrupt, and return how many have occurred since the last `read` or `wait`.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds, after which it returns 0; None: no limit.
+        """
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        while not (found := self.read()):
+            left = end - time.monotonic()
+            if left <= 0:
+                return 0
+            select.select([self], [], [], None if timeout is None else left)
+        return found
+
+    def enable(self) -> IOReturn:
+        """Unmask the interrupts. Idempotent.
+
+        A line that masked itself with an interrupt is unmasked too; if the device still asserts it, another interrupt
+        follows.
+
+        Returns
+        -------
+        IOReturn
+            `kIOReturnSuccess`.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnUnsupported`: the UIO driver does not mask interrupts; `kIOReturnNotPrivileged`.
+        """
+        self._open().mask(masked=False)
+        self._enabled = True
+        return kIOReturnSuccess
+
+    def disable(self) -> IOReturn:
+        """Mask the interrupts until `enable`. Idempotent.
+
+        A line that the device asserts during that time causes an interrupt when it is unmasked. Message interrupts
+        that the device sends during that time may be lost.
+
+        Returns
+        -------
+        IOReturn
+            `kIOReturnSuccess`.
+
+        Raises
+        ------
+        IOReturnError
+            As `enable`.
+        """
+        self._open().mask(masked=True)
+        self._enabled = False
+        return kIOReturnSuccess
+
+    def isEnabled(self) -> bool:
+        """Return whether `disable` has not been called since the last `enable`."""
+        return self._enabled
+
+    def getAutoDisable(self) -> bool:
+        """Return whether each interrupt masks itself, so that `enable` must follow it."""
+        return self._open().automatic
+
+    def getProvider(self) -> object:
+        """Return the device that was passed at its creation."""
+        return self._provider
+
+    def getIntIndex(self) -> int:
+        """Return the number of the interrupt."""
+        return self._number
+
+    def close(self) -> None:
+        """Disable the interrupts and close the descriptor. Idempotent, as is leaving a `with` block."""
+        line, self._line = self._line, None
+        if line:
+            line.close()
+
+    def _open(self) -> _Line:
+        line = self._line  # read once: another thread may close it
+        if line is None:
+            raise NotOpenError("this IOInterruptEventSource is closed")
+        return line
+
+    def __enter__(self) -> Self:
+        self._open()
+        return self
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        with_block.leave(self.close, error)
+
+    def __del__(self) -> None:
+        if line := getattr(self, "_line", None):
+            line.close()
+
+    def __repr__(self) -> str:
+        line = self._line
+        return (
+            f"<IOInterruptEventSource of {line.what}, count {self.count}>"
+            if line
+            else "<IOInterruptEventSource closed>"
+        )
