@@ -34,7 +34,9 @@ MAY_BE_MISSING: dict[str, str] = {
     "edu": "the same, for a device of QEMU",
     "iommu": "the same",
     "nvme": "the same",
+    "e1000": "the same",
     "narrow_edu": "the same",
+    "registers": "the same",
     "two_nodes": "a host may have one; two are those of make test-vm",
     "torch": "the package index only has builds for CUDA, several GB in total; it is used if it is installed",
     "direct_io": "tmpfs supports it only since Linux 6.6, and the temporary directory may be on a tmpfs",
@@ -178,6 +180,11 @@ def _narrow_edu() -> str | None:
     return None if os.environ.get("IOBMD_GUEST") == "small" else "not a guest whose devices have 28 address bits"
 
 
+def _registers() -> str | None:
+    """In guests whose devices count accesses: no other test accesses their registers."""
+    return None if os.environ.get("IOBMD_GUEST") == "registers" else "not a guest whose devices count accesses"
+
+
 def _library(name: str, *needs: str) -> str | None:
     """Probe libraries of the extra `interop` of pyproject.toml, which may be missing."""
     lacking = [one for one in (name, *needs) if importlib.util.find_spec(one) is None]
@@ -222,7 +229,9 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "edu": lambda: _device(0x1234, 0x11E8),
     "iommu": _iommu,
     "nvme": lambda: _device(0x1B36, 0x0010),
+    "e1000": lambda: _device(0x8086, 0x100E),
     "narrow_edu": _narrow_edu,
+    "registers": _registers,
     "two_nodes": _two_nodes,
     "numpy": lambda: _library("numpy"),
     "pyarrow": lambda: _library("pyarrow"),

@@ -12,7 +12,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from iobmd.tools.vm import cache, cpio, disk, guest, image, kernels, machine, modules, profiles, table, vmlinux
+from iobmd.tools.vm import (
+    accesses,
+    cache,
+    cpio,
+    disk,
+    guest,
+    image,
+    kernels,
+    machine,
+    modules,
+    profiles,
+    table,
+    vmlinux,
+)
 from iobmd.tools.vm.__main__ import main
 from iobmd.tools.vm.guest import Outcome, verdict
 from iobmd.tools.vm.kernels import Kernel
@@ -272,3 +285,38 @@ def test_a_page_without_markers(tmp_path: Path) -> None:
     page.write_text("nothing")
     with pytest.raises(ValueError, match="lacks the lines"):
         table.write([], page)
+
+
+# --- accesses to registers
+
+TRACE = """\
+memory_region_ops_write cpu 0 mr 0x55 addr 0xfea00004 value 0x1 size 4 name 'edu-mmio'
+memory_region_ops_read cpu 1 mr 0x55 addr 0xfee000b0 value 0x0 size 4 name 'apic-msi'
+memory_region_ops_read cpu 0 mr 0x55 addr 0xfea00080 value 0x1 size 8 name 'edu-mmio'
+"""
+MADE = [accesses.Access("write", 4, 4), accesses.Access("read", 0x80, 8)]
+
+
+@pytest.mark.parametrize(
+    ("made", "found"),
+    [
+        (MADE, ""),
+        (MADE[:1], "counted 2 accesses, and the guest made 1"),
+        ([*MADE, MADE[0]], "counted 2 accesses, and the guest made 3"),
+        ([MADE[0], MADE[1]._replace(width=4)], "counted a read of 64 bits at 0x80 as access 1"),
+        (MADE[::-1], "counted a write of 32 bits at 0x4 as access 0"),
+    ],
+    ids=["equal", "repeated", "missing", "torn", "order"],
+)
+def test_accesses_are_compared(tmp_path: Path, made: list[accesses.Access], found: str) -> None:
+    trace = tmp_path / "trace"
+    trace.write_text(TRACE)
+    output = "\n".join(["begin", *accesses.report("edu-mmio", 0xFEA00000, 1 << 20, made), "end"])
+    assert found in accesses.compare(output, trace)
+    assert bool(found) == bool(accesses.compare(output, trace))
+
+
+def test_a_guest_must_report_accesses(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    trace.write_text(TRACE)
+    assert accesses.compare("no report", trace)

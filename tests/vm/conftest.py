@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import registers
 from support.edu import Devices
 from support.proof import PAGE, Proof
 
@@ -26,6 +27,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(f"@@CAPABILITY {name}: {value}")
     for name, value in counted.items():
         terminalreporter.write_line(f"@@COUNT {name}: {value}")
+    for line in registers.REPORT:
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -73,6 +73,28 @@ def test_errors_of_the_controller(controller) -> None:
         assert buffer.readBytes(0, 4096) == disk.pattern(0)[:4096]
 
 
+@pytest.fixture
+def interrupting() -> Iterator[str]:
+    """The disk, bound to a driver that passes its interrupts on."""
+    folder = pci.find(0x1B36, 0x0010)[0]
+    yield pci.bind(folder, "uio_pci_generic")
+    pci.unbind(folder)
+
+
+def test_it_waits_by_interrupts(interrupting: str, record_property) -> None:
+    from nvme import Controller
+
+    with Controller(interrupting) as controller, iobmd.allocate(PIECE, wired=False) as buffer:
+        source = controller._device.interrupts
+        source.enable()
+        before = source.count
+        controller.read(0, buffer)
+        assert buffer.readBytes(0, disk.MIB) == disk.pattern(0)
+        source.wait(1)  # a completion that has arrived before the driver waited has caused an interrupt as well
+        assert source.count > before
+        record_property("NVMe interrupts", source.count)
+
+
 @pytest.mark.usefixtures("nothing_left")
 def test_memory_is_given_back() -> None:
     from nvme import Controller

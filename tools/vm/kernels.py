@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -61,7 +62,8 @@ def by_age(releases: list[str], series: str) -> list[str]:
 
 
 def _unpacked(series: str, release: str) -> Kernel:
-    place = cache.made(cache.folder() / release, functools.partial(_fetch, release))
+    key = hashlib.sha256(" ".join(modules.WANTED).encode()).hexdigest()[:12]
+    place = cache.made(cache.folder() / f"{release}-{key}", functools.partial(_fetch, release))
     return Kernel(series, (place / "release").read_text(), place / "vmlinux", place / "modules.cpio")
 
 

@@ -21,10 +21,18 @@ class Machine(NamedTuple):
     """Educational devices, which do DMA of up to 4 KiB at a time in either direction (QEMU, docs/specs/edu)."""
     edu_mask: int = (1 << 64) - 1
     """Number of address bits of an edu device, which truncates other addresses and silently reads a wrong frame."""
+    ivshmem: int = 0
+    """MiB of memory of an ivshmem-plain device, whose region 2 is prefetchable (docs/specs/ivshmem-spec); 0: none."""
+    rtl8139: bool = False
+    """A network card whose registers have 8, 16 and 32 bits; it is connected to nothing."""
+    e1000: bool = False
+    """A network card (82540EM), connected to QEMU's user mode network: the gateway 10.0.2.2 answers ARP and ping."""
     iommu: bool = False
     """An Intel IOMMU, through which all devices go."""
     disk: Path | None = None
     """The image of an NVMe disk."""
+    trace: Path | None = None
+    """The file in which QEMU records each access to memory regions of devices."""
     append: str = ""
     """Additional parameters of the kernel's command line."""
 
@@ -35,6 +43,9 @@ class Machine(NamedTuple):
             below_4g=max(self.below_4g, other.below_4g),
             nodes=max(self.nodes, other.nodes),
             edu=max(self.edu, other.edu),
+            ivshmem=max(self.ivshmem, other.ivshmem),
+            rtl8139=self.rtl8139 or other.rtl8139,
+            e1000=self.e1000 or other.e1000,
         )
 
     def command(self, kernel: Path, initramfs: Path, log: Path) -> list[str]:
@@ -50,6 +61,7 @@ class Machine(NamedTuple):
             *("-serial", f"file:{log}", "-chardev", "stdio,id=results,signal=off", "-serial", "chardev:results"),
             *self._memory(),
             *self._devices(),
+            *self._tracing(),
         ]
 
     def _chipset(self) -> str:
@@ -65,10 +77,22 @@ class Machine(NamedTuple):
     def _devices(self) -> list[str]:
         words = ["-device", "intel-iommu,intremap=on"] if self.iommu else []
         words += ["-device", f"edu,dma_mask={self.edu_mask:#x}"] * self.edu
+        if self.ivshmem:
+            words += ["-object", f"memory-backend-ram,id=ivshmem,size={self.ivshmem}M,share=on"]
+            words += ["-device", "ivshmem-plain,memdev=ivshmem"]
+        if self.rtl8139:
+            words += ["-device", "rtl8139,romfile="]  # no boot program, which would access the registers
+        if self.e1000:
+            words += ["-netdev", "user,id=network,restrict=on", "-device", "e1000,netdev=network,romfile="]
         if self.disk:
             words += ["-drive", f"file={self.disk},format=raw,if=none,id=disk,cache=unsafe"]
             words += ["-device", "nvme,serial=iobmd,drive=disk"]
         return words
+
+    def _tracing(self) -> list[str]:
+        if not self.trace:
+            return []
+        return ["-D", str(self.trace), "-d", "trace:memory_region_ops_read,trace:memory_region_ops_write"]
 
 
 def missing() -> str:

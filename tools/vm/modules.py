@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import cpio
 
-WANTED = ("vfio_iommu_type1", "vfio_pci", "zram", "lzo_rle", "lz4", "zstd")
+WANTED = ("vfio_iommu_type1", "vfio_pci", "uio_pci_generic", "uio_cif", "zram", "lzo_rle", "lz4", "zstd")
 _NAME = re.compile(r"\.ko.*$")
 _DEPENDS = re.compile(rb"(?:^|\0)depends=([^\0]*)\0")
 

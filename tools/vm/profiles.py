@@ -42,6 +42,8 @@ class Profile(NamedTuple):
     """Limit in seconds: several times the usual duration, because other processes use the processor too."""
     disk: int = 0
     """MiB of its NVMe disk, which is compared with the data that the guest must write."""
+    trace: bool = False
+    """Whether the accesses to registers that the guest reports are compared with those that its devices counted."""
 
     @property
     def command(self) -> str:
@@ -52,7 +54,8 @@ class Profile(NamedTuple):
         """Return a profile that runs the tests of both in one guest."""
         machine = self.machine.with_all_of(other.machine)
         tests = f"{self.tests} {other.tests}"
-        return type(self)(machine, tests, max(self.timeout, other.timeout), max(self.disk, other.disk))
+        timeout, size = max(self.timeout, other.timeout), max(self.disk, other.disk)
+        return type(self)(machine, tests, timeout, size, self.trace or other.trace)
 
 
 PROFILES = {
@@ -61,23 +64,27 @@ PROFILES = {
         "tests/vm/test_capabilities.py tests/vm/test_dma.py tests/vm/test_numa.py tests/vm/test_masks.py",
     ),
     "nvme": Profile(Machine(), "tests/vm/test_nvme.py", disk=256),
+    "network": Profile(Machine(e1000=True), "tests/vm/test_e1000.py"),
+    "registers": Profile(Machine(edu=1, ivshmem=1, rtl8139=True), "tests/vm/test_registers.py", trace=True),
     "kernel": Profile(Machine(memory=2048, below_4g=1024), shlex.join(_KERNEL_TESTS)),
     "small": Profile(
         Machine(memory=640, below_4g=256, edu=8, edu_mask=(1 << 28) - 1),
         "tests/vm/test_masks.py tests/vm/test_swap.py",
     ),
-    "iommu": Profile(Machine(edu=3, iommu=True, append="intel_iommu=on"), "tests/vm/test_iommu.py"),
+    "iommu": Profile(
+        Machine(edu=3, iommu=True, append="intel_iommu=on"), "tests/vm/test_iommu.py tests/vm/test_vfio.py"
+    ),
 }
 """Profiles by name. Profiles joined by + run in one guest, which starts only once; the start is a third of the time
 of a short guest."""
 
-ALONE = {"small", "iommu"}
+ALONE = {"small", "iommu", "registers"}
 """Profiles whose machine cannot run the tests of the others."""
 
-FULL = ("device+nvme+kernel", "small", "iommu")
+FULL = ("device+nvme+network+kernel", "small", "iommu", "registers")
 """The profiles of a full run on every kernel."""
 
-CI = {"5.10": ("device",), "newest": ("device+nvme", "small", "iommu")}
+CI = {"5.10": ("device",), "newest": ("device+nvme+network", "small", "iommu", "registers")}
 """The runs of CI: the oldest kernel and the newest."""
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from . import disk, guest, image
+from . import accesses, disk, guest, image
 from .kernels import Kernel
 from .profiles import profile
 
@@ -50,6 +50,8 @@ def run(guests: guest.Guests, kernel: Kernel, name: str, payload: Path, verbose:
         machine = wanted.machine._replace(append=f"{wanted.machine.append} IOBMD_GUEST={name}")
         if wanted.disk:
             machine = machine._replace(disk=disk.make(Path(folder, "disk"), wanted.disk))
+        if wanted.trace:
+            machine = machine._replace(trace=Path(folder, "trace"))
         initramfs = Path(folder, "initramfs")
         image.initramfs(initramfs, wanted.command, payload, kernel.modules)
         outcome = guests.boot(kernel, machine, initramfs, wanted.timeout, see)
@@ -60,6 +62,8 @@ def run(guests: guest.Guests, kernel: Kernel, name: str, payload: Path, verbose:
             outcome = guests.boot(kernel, machine, initramfs, wanted.timeout, see)
         if machine.disk and not outcome.failure:
             outcome = outcome._replace(failure=disk.compare(machine.disk))
+        if machine.trace and not outcome.failure:
+            outcome = outcome._replace(failure=accesses.compare(outcome.output, machine.trace))
     done = Run(kernel, name, outcome)
     with _speaking:
         if outcome.failure:
