@@ -40,7 +40,7 @@ class DeviceBacking(PagelessBacking):
         self.cache_mode = region.cache
 
     @property
-    def runs(self) -> RunTable:  # type: ignore[override]
+    def runs(self) -> RunTable:
         """Its bus addresses, as one run. Raises `kIOReturnUnsupported` if they are unknown."""
         if self._region.address is None:
             raise UnsupportedError(f"the kernel does not report the address of {self._region.what}")

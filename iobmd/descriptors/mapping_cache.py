@@ -171,7 +171,6 @@ class CachedMapping:
         if request.overwrites and not task.is_current:
             message = f"kIOMapOverwrite replaces address space of this process, not of task {task.pid}: omit it there"
             raise UnsupportedError(message)
-        request.require_cache(owner.require_backing())
         if request.uses_addresses_of(owner.require_backing(), task):
             return cls(descriptor, owner, task, request, None)
         with pages(owner, request, task) as source:

@@ -31,6 +31,7 @@ _changes = process_local.Guard()  # protects the users of mappings
 
 def open_map(descriptor: IOMemoryDescriptor, owner: MemoryOwner, task: Task, request: MapRequest) -> IOMemoryMap:
     """Map a part of an owner's memory, with its guard held, by an existing or a new mapping."""
+    request.require_cache(owner.require_backing())
     with _changes:
         known = [mapping for mapping in owner.mappings() if mapping.serves(task, request)]
         if request.refers and not known:

@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 
 _preparation_ids = itertools.count(1 << 32)  # as in IOKit: distinct from the values of IOPreparationID
-_WIRED = (Wiring.RESIDENT, Wiring.PINNED)
-"""What fork(2) does not pass on."""
 
 
 class Part(NamedTuple):
@@ -123,7 +121,7 @@ class MemoryOwner:
         backing = self.backing  # read once: another thread may release it
         if backing is None:
             raise NotOpenError(f"this {self._kind} is released")
-        if self._wired_by != os.getpid() and backing.wiring in _WIRED:
+        if self._wired_by != os.getpid() and not backing.wiring.survives_fork:
             sharing = ", or pass the result of iobmd.share to iobmd.attach" if backing.shared else ""
             raise NotOpenError(
                 f"this {self._kind} is wired memory of process {self._wired_by}, and fork does not pass wiring on to "

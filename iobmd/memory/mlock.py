@@ -30,6 +30,11 @@ class Wiring(enum.Enum):
         """Whether its physical addresses cannot change."""
         return self is Wiring.PINNED or self is Wiring.DEVICE
 
+    @property
+    def survives_fork(self) -> bool:
+        """Whether a forked child may use the memory: fork(2) passes neither locks nor pins on."""
+        return self is Wiring.PAGEABLE or self is Wiring.DEVICE
+
 
 def make_resident(address: int, size: int, *, populate: bool = True) -> None:
     """Lock a range of this process: whole pages of a separate mapping, which are unlocked when it is unmapped.
