@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,22 @@ def test_as_a_module() -> None:
 )  # fmt: skip
 def test_lines_fit_the_terminal(arguments: list[str]) -> None:
     assert max(map(len, lines_on_terminal(80, *arguments))) <= 80
+
+
+@pytest.mark.needs("root", "frames")
+@pytest.mark.parametrize("columns", [40, 80])
+def test_frames_fit_the_terminal(columns: int, start_source: Start) -> None:
+    """Above the rows of --flags are the flags of their frames; --frame finds the process again."""
+    pid = str(start_source().pid)
+    lines = lines_on_terminal(columns, "pagemap", pid, "--name", "stack", "--flags")
+    assert max(map(len, lines)) <= columns
+    rows = [number for number, line in enumerate(lines) if re.match(r" *[0-9a-f]{12} +[0-9a-f]+ +0x", line)]
+    assert any("UPTODATE" in line for line in lines[: rows[0]])
+    virtual, _physical, frame, *_ = lines[rows[0]].split()
+    lines = lines_on_terminal(columns, "pagemap", "--frame", frame)
+    shown = [line.rpartition("\r")[2] for line in lines]  # behind the progress
+    assert max(map(len, shown)) <= columns
+    assert any(line.split()[:1] == [pid] and virtual in line for line in shown)
 
 
 def test_what_to_do_instead_of_wiring(capsys: Captured, start_source: Start) -> None:

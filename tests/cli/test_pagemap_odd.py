@@ -338,7 +338,7 @@ def test_what_was_released_is_told(tmp_path: Path, capsys: pytest.CaptureFixture
         process.stdin.flush()
         assert process.stdout.readline() == b"ready\n"
         assert re.search(
-            r"^ *[0-9a-f]+-[0-9a-f]+ +1 MiB released$",
+            r"^ *[0-9a-f]+-[0-9a-f]+ +1 MiB released +\[anon\]$",
             shown(capsys, str(process.pid), "--diff", str(tmp_path / "file")),
             re.M,
         )

@@ -20,7 +20,7 @@ from .columns import brief
 from .document import VERSION, hidden_member, members, write_list
 from .look import Hidden
 from .progress import show_progress
-from .table import show_hidden
+from .table import shortened, show_hidden
 
 if TYPE_CHECKING:
     import argparse
@@ -111,16 +111,35 @@ def _show(asked: _Asked, found: Iterator[FrameMapping]) -> None:
         show(text, width)
     if (facts := asked.facts) and facts.flags + facts.some_flags:
         least, most = facts.mapped or ("?", "?")
-        print(f"  flags of all: {' '.join(facts.flags) or 'none'}")
-        print(f"  flags of some: {' '.join(facts.some_flags) or 'none'}; map counts {least} to {most}")
-        print(f"  cgroups: {' '.join(map(printable, facts.cgroups or ())) or 'unknown'}")
+        show(f"  flags of all: {' '.join(facts.flags) or 'none'}", width)
+        show(f"  flags of some: {' '.join(facts.some_flags) or 'none'}; map counts {least} to {most}", width)
+        paths = [printable(path) for path in facts.cgroups or ()]
+        paths = [shortened(path, width - 5) for path in paths] if width else paths
+        show(f"  cgroups: {' '.join(paths) or 'unknown'}", width)
     pids = set()
     for use in found:
         pids.add(use.pid)
-        frame = f"{use.physical // PAGE_SIZE:#x}"
-        where = f"{use.virtual:12x} {use.physical:11x} {frame:>9} {brief(use.length):>5}"
-        print(f"{use.pid:8} {printable(use.process):16} {where}  {printable(str(use.area))}")
+        print(_row(use, width))
     print(f"mapped by {format_count(len(pids), 'process', 'processes')}")
     show_hidden(asked.hidden(), width)
     if asked.changed():
         print("  some were mapped or unmapped during the search")
+
+
+_WIDE, _LEAST_NAME = 70, 8
+"""Columns of a terminal from which frames are shown, and those that the name of a mapping has at least."""
+
+
+def _row(use: FrameMapping, width: int | None) -> str:
+    """Return the process, its addresses, and the area; on a terminal, the name of the area as far as it fits."""
+    frame = f"{use.physical // PAGE_SIZE:#x}"
+    process, length = printable(use.process), f"{brief(use.length):>5}"
+    if width is None:
+        where = f"{use.virtual:12x} {use.physical:11x} {frame:>9} {length}"
+        return f"{use.pid:8} {process:16} {where}  {printable(str(use.area))}"
+    start = f"{use.pid:8} {process[:15]:15} {use.virtual:12x}"
+    if width >= _WIDE:
+        start += f" {frame:>9} {length}"
+    room = width - 3 - len(start)
+    name = printable(use.area.name) or "[anon]"
+    return f"{start}  {shortened(name, room)}" if room >= _LEAST_NAME else start

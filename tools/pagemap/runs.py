@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iobmd.cli.folding import show, terminal_width
+from iobmd.cli.folding import folded, show, terminal_width
 from iobmd.pagemap.frame import describe_runs
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.segment import segments
@@ -14,7 +14,7 @@ from iobmd.units import PAGE_SIZE, format_count, format_size
 
 from .columns import brief
 from .look import Look
-from .table import show_head, show_restless, show_unmatched
+from .table import shortened, show_head, show_restless, show_unmatched
 
 if TYPE_CHECKING:
     import argparse
@@ -34,11 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.segments:
         _show_segments(cut(look, seen.watch(chosen_runs(look))))
     elif arguments.flags:
-        print(f"{_HEADING} {'mapped':>9} {'node':>4}  flags (~: of some) cgroups")
-        for found, facts in chosen_descriptions(look):
-            seen.add(found)
-            node = "?" if facts.node is None else facts.node
-            print(f"{_line(found)} {_times(facts):>9} {node:>4}  {_words(facts)}")
+        _show_described(look, seen, width)
     else:
         print(_HEADING)
         for found in seen.watch(chosen_runs(look)):
@@ -47,6 +43,29 @@ def run(arguments: argparse.Namespace) -> None:
     show_restless(look, width)
     show_unmatched(look)
     look.require_task()
+
+
+def _show_described(look: Look, seen: Histogram, width: int | None) -> None:
+    """Print the runs with the properties of their frames: on a terminal, above the runs that share them."""
+    counts = width is None or width > len(_HEADING) + len(_COUNTS)
+    if width is not None:
+        show("above the runs: their flags (~: of some), and cgroups", width)
+    print(_HEADING + (_COUNTS if counts else "") + ("" if width else "  flags (~: of some) cgroups"))
+    last = ""
+    for found, facts in chosen_descriptions(look):
+        seen.add(found)
+        times, node = _times(facts), "?" if facts.node is None else str(facts.node)
+        row = f"{_line(found)} {times:>9} {node:>4}" if counts else _line(found)
+        if width is None:
+            print(f"{row}  {_words(facts)}")
+            continue
+        words = _words(facts, width - len(_INDENT) - 3)
+        if not counts:
+            words = f"mapped {times}, node {node}, {words}"
+        if words != last:
+            print(folded(f"  {words}", width, _INDENT))
+            last = words
+        print(row)
 
 
 def chosen_runs(look: Look) -> Iterator[Run]:
@@ -72,7 +91,10 @@ def chosen_descriptions(look: Look) -> Iterator[DescribedRun]:
     return describe_runs(look.task, chosen_runs(look))
 
 
-_HEADING = f"{'virtual':>12} {'physical':>11} {'frame':>9} {'length':>5}"
+_HEADING = f"{'virtual':>12} {'physical':>11} {'frame':>9} {'size':>5}"
+_COUNTS = f" {'mapped':>9} {'node':>4}"
+_INDENT = "    "
+"""Of the second line of flags, and those that follow."""
 
 
 def _line(found: Run) -> str:
@@ -87,8 +109,11 @@ def _times(facts: FrameFacts) -> str:
     return f"{least}" if least == most else f"{least}-{most}"
 
 
-def _words(facts: FrameFacts) -> str:
-    return " ".join((*facts.flags, *(f"~{name}" for name in facts.some_flags), *map(printable, facts.cgroups or ())))
+def _words(facts: FrameFacts, room: int | None = None) -> str:
+    """Return the flags and the cgroups, whose paths are cut to fit the room."""
+    cgroups = [printable(path) for path in facts.cgroups or ()]
+    cgroups = [shortened(path, room) for path in cgroups] if room else cgroups
+    return " ".join((*facts.flags, *(f"~{name}" for name in facts.some_flags), *cgroups))
 
 
 def chosen_segments(look: Look) -> Iterator[Segment]:
@@ -148,8 +173,9 @@ class Histogram:
             width,
         )
         room = min(40, width - _BAR - 1) if width else 40
+        more = " and more" if room > 0 else "+"
         widest = max((length for _number, length in self._classes.values()), default=1)
         for least, (number, length) in sorted(self._classes.items()):
-            bar = "#" * max(1, length * room // widest)
+            bar = "  " + "#" * max(1, length * room // widest) if room > 0 else ""
             runs = format_count(number, "run")
-            print(f"{format_size(least):>9} and more: {runs:>14} {format_size(length):>9}  {bar}")
+            print(f"{format_size(least):>9}{more}: {runs:>14} {format_size(length):>9}{bar}")
