@@ -163,6 +163,14 @@ def punch(int fd, uint64_t offset, size_t size):
     _check(failed, "fallocate")
 
 
+def allocate_pages(int fd, uint64_t offset, size_t size):
+    """Allocate the pages of a piece of a file in memory (fallocate(2)); those of tmpfs are cleared when touched."""
+    cdef int failed
+    with nogil:
+        failed = c_fallocate(fd, 0, offset, size)
+    _check(failed, "fallocate")
+
+
 def lock(uint64_t address, size_t size):
     """Call mlock(2): fault the range in and keep it resident."""
     cdef int failed

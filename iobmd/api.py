@@ -58,6 +58,7 @@ def allocate(
     address: int | None = None,
     overwrite: bool = False,
     protection: Protection = "rw",
+    progress: Progress | None = None,
 ) -> IOBufferMemoryDescriptor:
     """Allocate a zeroed buffer.
 
@@ -93,6 +94,9 @@ def allocate(
     protection : str
         The protection of a buffer in another task: ``"r"``, ``"rw"``, ``"rx"`` or ``"rwx"``. The descriptor can read
         and write it in any case. Private memory is writable in the task too while the descriptor writes to it.
+    progress : callable, optional
+        Called repeatedly in this thread with the number of bytes populated so far, and finally with `size`. An
+        exception that it raises ends the allocation.
 
     Raises
     ------
@@ -104,7 +108,7 @@ def allocate(
         An argument has the wrong type, such as a float as the size.
     """
     somewhere = address is None and not overwrite and protection == "rw"
-    if task is kernel_task and node is None and somewhere:
+    if task is kernel_task and node is None and progress is None and somewhere:
         try:  # contextlib.suppress takes a fifth of the time of a small buffer
             wanted = _known_request(
                 size, wired, contiguous, purgeable, shared, alignment, physical_mask, cache, direction
@@ -117,12 +121,12 @@ def allocate(
     options = _options(wired, contiguous, purgeable, shared, cache, direction)
     private = not shared and task is not kernel_task
     if somewhere:
-        buffer = IOBufferMemoryDescriptor(node=node, private=private)
+        buffer = IOBufferMemoryDescriptor(node=node, private=private, progress=progress)
     else:
         check_integers(address=address or 0)
         check_flags(overwrite=overwrite)
         placement = Placement(address or 0, overwrite, protection)
-        buffer = IOBufferMemoryDescriptor(node=node, placement=placement, private=private)
+        buffer = IOBufferMemoryDescriptor(node=node, placement=placement, private=private, progress=progress)
     return _make(buffer, task, options, size, alignment, physical_mask)
 
 

@@ -16,6 +16,7 @@ THREADS_FROM = 16 << 20
 time."""
 
 MOST_THREADS = 8
+"""Copies read and write memory, whose bandwidth a few processors exhaust."""
 
 Work = Callable[[int, int], tuple[int, int]]
 """Processes `size` bytes at `offset`; returns how many were processed, and the error number that ended the work."""
@@ -23,15 +24,19 @@ Work = Callable[[int, int], tuple[int, int]]
 Progress = Callable[[int], None]
 
 
-def threads(size: int) -> int:
-    """Return the number of threads for `size` bytes."""
+def threads(size: int, most: int = MOST_THREADS) -> int:
+    """Return the number of threads for `size` bytes: that of the processors, but not above `most`."""
     if size < THREADS_FROM:
         return 1
-    return max(1, min(len(os.sched_getaffinity(0)), MOST_THREADS))
+    return max(1, min(len(os.sched_getaffinity(0)), most))
 
 
 def run(
-    work: Work, size: int, progress: Progress | None = None, cuts: Sequence[int] | None = None
+    work: Work,
+    size: int,
+    progress: Progress | None = None,
+    cuts: Sequence[int] | None = None,
+    most_threads: int = MOST_THREADS,
 ) -> tuple[int, int]:
     """Process `size` bytes in chunks.
 
@@ -43,6 +48,8 @@ def run(
         Called repeatedly in this thread with the number of bytes processed so far.
     cuts
         Offsets at which chunks begin, ascending from 0, if chunks of `PIECE` bytes take unequal work.
+    most_threads
+        The maximum number of threads, which is otherwise that of the processors.
 
     Returns
     -------
@@ -55,7 +62,7 @@ def run(
         # If a limit permits no further thread, the running ones do all the work. Thread.start() is not used, because
         # it waits for the thread to begin, which a thread without memory never does.
         with contextlib.suppress(RuntimeError, MemoryError):
-            for _ in range(min(threads(size), pieces.count) - 1):
+            for _ in range(min(threads(size, most_threads), pieces.count) - 1):
                 _thread.start_new_thread(pieces.help, ())
         pieces.work(progress)
     finally:

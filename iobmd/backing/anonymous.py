@@ -15,7 +15,7 @@ from iobmd.errors import CannotWireError, IOReturnError
 from iobmd.host import headroom, limits
 from iobmd.memory import numa, pinning, reuse
 from iobmd.memory.mlock import make_resident
-from iobmd.memory.populate import populate
+from iobmd.memory.populate import populate_anonymous
 from iobmd.pagemap.file import counts
 from iobmd.pagemap.self import own_pagemap
 from iobmd.physical import policy, search
@@ -26,6 +26,7 @@ from iobmd.task.task import kernel_task
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_up
 
 if TYPE_CHECKING:
+    from iobmd._internal.chunked import Progress
     from iobmd.backing import Contents
 
 
@@ -52,6 +53,8 @@ class AnonymousBacking(MappedBacking):
         The address.
     alignment : int
         Alignment of any other address, if `want` implies none.
+    progress : callable, optional
+        Called with the number of bytes populated so far, unless `contents` or `want` populate the memory.
     """
 
     _reusable = True
@@ -67,8 +70,10 @@ class AnonymousBacking(MappedBacking):
         contents: Contents | None = None,
         placement: Placement = ANYWHERE,
         alignment: int = PAGE_SIZE,
+        progress: Progress | None = None,
     ) -> None:
         super().__init__(wired=wired)
+        self._progress = progress
         self._anywhere = not placement.at
         self._kind: reuse.Kind | None = None
         # Other pageable memory is touched page by page, or not at all: a new mapping serves it as well.
@@ -127,7 +132,7 @@ class AnonymousBacking(MappedBacking):
         if self._wired:
             make_resident(self.address, self.size, populate=False)  # this charges the limit in advance
         if not self._sparse:
-            populate(self.address, self.size)
+            populate_anonymous(self.address, self.size, swappable=not self._wired)
         filled = contents.size if contents else 0
         if contents:
             contents.fill(self.address, huge=huge, sparse=self._sparse, fresh=False)
@@ -161,18 +166,17 @@ class AnonymousBacking(MappedBacking):
         if not populated:
             numa.place(self.address, self.size)
         huge = HUGE_PAGE_SIZE if self.size >= HUGE_PAGE_SIZE and not populated else 0
-        if self._wired or contents or self.purgeable:
+        if contents or self.purgeable:
             self._advise_huge(huge)
         if self._wired:
             # Large memory is faulted in on several threads, by the copy or by `populate`: this charges the limit in
             # advance.
             make_resident(self.address, self.size, populate=not huge)
         left_zero = contents.fill(self.address, huge=huge, sparse=self._sparse) if contents else bool(huge)
-        if left_zero and self.purgeable and contents:
-            populate(self.address, self.size)
-        elif left_zero and self._wired:
-            populate(self.address, self.size)
-            make_resident(self.address, self.size)
+        if left_zero and (self._wired or (self.purgeable and contents)):
+            populate_anonymous(self.address, self.size, swappable=not self._wired, progress=self._progress)
+            if self._wired:
+                make_resident(self.address, self.size)
 
     def _advise_huge(self, huge: int) -> None:
         # A kernel without transparent huge pages is only slower. In a sparse copy, MADV_HUGEPAGE is applied to ranges

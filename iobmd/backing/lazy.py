@@ -201,7 +201,7 @@ class Fetch:
             pid,
             pidns.directory(pid).encode() if pid else b"",
             samples=samples,
-            moves=huge_pages_enabled() and not numa.is_wanted(),
+            moves=huge_pages_enabled() and numa.wanted() is None,
         )
         self._mapping = mapping
         self._holder = holder

@@ -12,6 +12,7 @@ from iobmd.api import allocate
 from iobmd.cli import EXIT_OK, table
 from iobmd.cli.arguments import duration, instead_of_wiring, size
 from iobmd.cli.folding import show, terminal_width
+from iobmd.cli.progress_bar import progress_of
 from iobmd.errors import IOReturnError, NotPrivilegedError, NotReadyError
 from iobmd.physical.policy import Names, Policy, applied
 from iobmd.units import format_size, format_time
@@ -32,12 +33,14 @@ def main(argv: Sequence[str]) -> int:
     arguments = make_parser().parse_args(argv)
     begin = time.perf_counter()
     limits = Policy(arguments.reserve, arguments.budget, arguments.seconds, _NAMES)
-    with applied(limits), instead_of_wiring("allocate less"):
+    with applied(limits), instead_of_wiring("allocate less"), progress_of("alloc", arguments.size) as progress:
         buffer = allocate(
             arguments.size,
             contiguous=arguments.contiguous,
             alignment=arguments.align or 1,
             physical_mask=arguments.mask or 0,
+            node=arguments.node,
+            progress=progress,
         )
     seconds = time.perf_counter() - begin
     with buffer:
@@ -63,6 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--contiguous", action="store_true", help="physically contiguous")
     parser.add_argument("--align", type=size, metavar="A", help="alignment of the virtual and the physical address")
     parser.add_argument("--mask", type=size, metavar="M", help="only physical addresses within these bits")
+    parser.add_argument("--node", type=int, metavar="N", help="only memory of this NUMA node")
     parser.add_argument(
         "--hold", type=duration, metavar="SECONDS", help="hold it for this time, then verify that no page moved"
     )

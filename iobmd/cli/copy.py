@@ -17,7 +17,7 @@ from iobmd.api import copy
 from iobmd.cli import EXIT_OK
 from iobmd.cli.arguments import duration, instead_of_wiring, size
 from iobmd.cli.folding import show, terminal_width
-from iobmd.cli.progress_bar import progress_bar
+from iobmd.cli.progress_bar import progress_of
 from iobmd.cli.signals import interruptible
 from iobmd.errors import BadArgumentError, VMError
 from iobmd.task import diagnosis
@@ -26,13 +26,9 @@ from iobmd.task.task import Task
 from iobmd.units import format_size, format_time, parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
-    from iobmd._internal.chunked import Progress
     from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
-
-PROGRESS_FROM = 256 << 20
-"""Size in bytes from which a copy shows its progress."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -46,7 +42,7 @@ def _run(arguments: argparse.Namespace) -> int:
     task = Task(arguments.pid)
     address, length = _range(task, arguments.address, arguments.size)
     begin = time.perf_counter()
-    with _progress(length) as progress, instead_of_wiring("use --pageable"):
+    with progress_of("copy", length) as progress, instead_of_wiring("use --pageable"):
         buffer = copy(
             task,
             address,
@@ -155,13 +151,6 @@ def _find(task: Task, name: str) -> tuple[int, int] | None:
     except OSError:
         raise diagnosis.without_memory(task.pid) from None
     return found
-
-
-@contextlib.contextmanager
-def _progress(length: int) -> Iterator[Progress | None]:
-    """Show a progress bar for a long copy."""
-    with progress_bar("copy") if length >= PROGRESS_FROM else contextlib.nullcontext() as show_done:
-        yield (lambda copied: show_done(copied, length)) if show_done else None
 
 
 def _write(buffer: IOBufferMemoryDescriptor, name: str) -> None:

@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from iobmd._internal.chunked import Progress
+
+_FROM = 256 << 20
+"""Bytes of memory from which a progress bar is shown."""
+
 
 @contextlib.contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
@@ -23,3 +28,10 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         job = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(job, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def progress_of(what: str, size: int) -> Iterator[Progress | None]:
+    """Show a progress bar for large memory; it is called with the bytes that are done."""
+    with progress_bar(what) if size >= _FROM else contextlib.nullcontext() as show_done:
+        yield (lambda done: show_done(done, size)) if show_done else None

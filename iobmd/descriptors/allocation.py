@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from iobmd._native import mman
 from iobmd.backing.anonymous import AnonymousBacking
 from iobmd.backing.lazy import LazyBacking, LazyCopyOf
+from iobmd.backing.mapped import MappedBacking
 from iobmd.backing.remote import RemoteBacking
 from iobmd.backing.remote_private import RemotePrivateBacking
 from iobmd.backing.shared import SharedBacking
@@ -25,7 +26,6 @@ from iobmd.units import PAGE_SIZE, round_up
 
 if TYPE_CHECKING:
     from iobmd.backing import Contents
-    from iobmd.backing.mapped import MappedBacking
     from iobmd.descriptors.options import Request
     from iobmd.physical.search import PhysicalConstraints
 
@@ -51,17 +51,25 @@ def allocate(wanted: Request, contents: Contents | None) -> MappedBacking | Remo
 
 
 def _allocate(wanted: Request, contents: Contents | None) -> MappedBacking | RemotePrivateBacking:
-    if wanted.private_there and contents is None and wanted.task is not None and not numa.is_wanted():
-        return RemotePrivateBacking(wanted.task, wanted.capacity, wired=wanted.wired, placement=wanted.placement)
-    backing = _make(wanted, contents)
-    if wanted.wired and numa.is_wanted():
-        try:
+    if wanted.wired and wanted.want is None:
+        numa.require_room(wanted.capacity)
+    backing = _obtain(wanted, contents)
+    try:
+        if wanted.wired and isinstance(backing, MappedBacking) and numa.wanted() is not None:
             with backing.here(populated=True) as mapping:
                 numa.require(mapping.address, backing.size)
-        except BaseException:
-            backing.close()
-            raise
+        if wanted.progress:
+            wanted.progress(wanted.capacity)
+    except BaseException:
+        backing.close()
+        raise
     return backing
+
+
+def _obtain(wanted: Request, contents: Contents | None) -> MappedBacking | RemotePrivateBacking:
+    if wanted.private_there and contents is None and wanted.task is not None and numa.wanted() is None:
+        return RemotePrivateBacking(wanted.task, wanted.capacity, wired=wanted.wired, placement=wanted.placement)
+    return _make(wanted, contents)
 
 
 def _make(wanted: Request, contents: Contents | None) -> MappedBacking:
@@ -78,6 +86,7 @@ def _make(wanted: Request, contents: Contents | None) -> MappedBacking:
                 contents=contents,
                 placement=wanted.placement,
                 alignment=wanted.alignment,
+                progress=wanted.progress,
             ),
             wanted,
         )

@@ -77,6 +77,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
     _node: int | None = None
     _position = ANYWHERE
     _private = False
+    _progress: Progress | None = None
     _holes: Sequence[tuple[int, int]] = ()
 
     def __init__(
@@ -86,6 +87,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
         node: int | None = None,
         placement: Placement = ANYWHERE,
         private: bool = False,
+        progress: Progress | None = None,
     ) -> None:
         # Construction has two steps, as in IOKit. This one only records what initWithPhysicalMask has no parameter
         # for, unless it is the default, for the sake of many small buffers.
@@ -97,6 +99,8 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
             self._position = placement
         if private:
             self._private = True
+        if progress is not None:
+            self._progress = progress
 
     # --- factories
 
@@ -281,6 +285,8 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
         )
         if self._private:
             wanted = wanted._replace(private=True)
+        if self._progress:
+            wanted, self._progress = wanted._replace(progress=self._progress, small=False), None
         if self._contents:
             self._contents.check()
         elif wanted.small and self._node is None and self._take_piece(wanted, alignment):

@@ -17,6 +17,7 @@ from iobmd.task.task import Task, as_task, kernel_task
 from iobmd.units import PAGE_SIZE, is_power_of_two
 
 if TYPE_CHECKING:
+    from iobmd._internal.chunked import Progress
     from iobmd.task.task import AnyTask
 
 DIRECTION_MASK = 0x3
@@ -105,6 +106,8 @@ class Request(NamedTuple):
     """Whether its memory may come from a pool of equal pieces."""
     private: bool = False
     """Whether memory in another task is private there, unless this process must map it as well."""
+    progress: Progress | None = None
+    """Called with the number of bytes that are populated."""
 
     @property
     def name(self) -> str:

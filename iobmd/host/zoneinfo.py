@@ -89,6 +89,18 @@ def free_blocks() -> dict[tuple[int, str], list[int]]:
     return found
 
 
+def free_in_blocks(size: int, node: int | None = None) -> int:
+    """Return the free memory in blocks of at least `size` bytes, on a node or all; 0 if it is hidden."""
+    found = free_blocks()
+    listed = [sum(count << order for order, count in enumerate(counts)) for counts in found.values()]
+    # A kernel that initializes memory lazily has not put all of it into lists yet; none of that is fragmented.
+    fresh = max(0, os.sysconf("SC_AVPHYS_PAGES") - sum(listed)) if found else 0
+    smallest = (size // PAGE_SIZE).bit_length() - 1
+    there = (counts[smallest:] for (number, _zone), counts in found.items() if node in (None, number))
+    blocks = sum(count << order for counts in there for order, count in enumerate(counts, smallest))
+    return (blocks + fresh) * PAGE_SIZE
+
+
 def ram() -> list[tuple[int, int]]:
     """Return the physical ranges of this host's memory: start and exclusive end.
 

@@ -56,13 +56,8 @@ def with_memory() -> list[int]:
 
 
 def wanted() -> int | None:
-    """Return the requested node, None for any."""
+    """Return the requested node; None: any."""
     return _wanted.get()
-
-
-def is_wanted() -> bool:
-    """Return whether a node is requested."""
-    return _wanted.get() is not None
 
 
 def place(address: int, size: int) -> None:
@@ -76,6 +71,21 @@ def place(address: int, size: int) -> None:
         if error.errno == errno.ENOSYS and node == 0:  # a kernel without NUMA: all memory is on node 0
             return
         raise limits.from_oserror(error, f"cannot request memory of node {node}") from None
+
+
+def require_room(size: int) -> None:
+    """Raise `kIOReturnNoResources` if the requested node lacks the memory for `size` bytes, even without page cache.
+
+    This is for large memory, which takes long to populate before `require` can refuse it.
+    """
+    node = _wanted.get()
+    if node is None:
+        return
+    counters = _counters(node)
+    available = sum(counters.get(name, 0) for name in ("MemFree", "Active(file)", "Inactive(file)", "KReclaimable"))
+    if counters and available < size:
+        message = f"node {node} has {format_size(available)} of memory available, {format_size(size)} were requested"
+        raise NoResourcesError(message)
 
 
 def require(address: int, size: int) -> None:
@@ -96,11 +106,15 @@ def require(address: int, size: int) -> None:
     if strays:
         message = (
             f"{format_size(strays * PAGE_SIZE)} of {format_size(size)} came from other nodes: on node {node} "
-            f"{format_size(_free(node))} are free"
+            f"{format_size(_counters(node).get('MemFree', 0))} are free"
         )
         raise NoResourcesError(message)
 
 
-def _free(node: int) -> int:
-    found = re.search(r"MemFree: +(\d+) kB", (_NODES / f"node{node}/meminfo").read_text())
-    return int(found[1]) << 10 if found else 0
+def _counters(node: int) -> dict[str, int]:
+    """Return the memory of a node by kind, in bytes; empty if the kernel does not show it."""
+    try:
+        text = (_NODES / f"node{node}/meminfo").read_text()
+    except OSError:
+        return {}
+    return {name: int(size) << 10 for name, size in re.findall(r"(\S+): +(\d+) kB", text)}

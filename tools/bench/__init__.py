@@ -24,6 +24,7 @@ BENCHMARKS = {
         "iobmd.tools.bench.contiguous",
         "contiguous memory without a pool; as root also with enlarged pools, and DPDK",
     ),
+    "pools": ("iobmd.tools.bench.pools", "large wired memory, also where free memory is fragmented"),
     "purgeable": (
         "iobmd.tools.bench.purgeable",
         "round trips of purgeable memory; as root also a cache under a memory limit",

@@ -51,7 +51,7 @@ function _shtab_iobmd_using
 end
 
 set -g _shtab_iobmd_commands demo copy core share alloc doctor pagemap bench soak
-set -g _shtab_iobmd_opts_with_value --align --at --boundary --budget --by --cgroup --columns --container --control --count --diff --events --faults --file --filter --frame --freeze-shared --heat --hold --host --html --json --kinds --limit --mask --max-segment --method --min-size --name --only --output --patience --physical --png --range --rounds --save --seconds --seed --size --sort --svg --threads --timeout --top --unreadable --user --watch --workers -o
+set -g _shtab_iobmd_opts_with_value --align --at --boundary --budget --by --cgroup --columns --container --control --count --diff --events --faults --file --filter --frame --freeze-shared --heat --hold --host --html --json --kinds --limit --mask --max-segment --method --min-size --name --node --only --output --patience --physical --png --range --rounds --save --seconds --seed --size --sort --svg --threads --timeout --top --unreadable --user --watch --workers -o
 
 complete -c iobmd -e
 complete -c iobmd -f
@@ -95,6 +95,7 @@ complete -c iobmd -n '_shtab_iobmd_using alloc' -s h -l help -d 'show this help 
 complete -c iobmd -n '_shtab_iobmd_using alloc' -l contiguous -d 'physically contiguous'
 complete -c iobmd -n '_shtab_iobmd_using alloc' -l align -x -d 'alignment of the virtual and the physical address'
 complete -c iobmd -n '_shtab_iobmd_using alloc' -l mask -x -d 'only physical addresses within these bits'
+complete -c iobmd -n '_shtab_iobmd_using alloc' -l node -x -d 'only memory of this NUMA node'
 complete -c iobmd -n '_shtab_iobmd_using alloc' -l hold -x -d 'hold it for this time, then verify that no page moved'
 complete -c iobmd -n '_shtab_iobmd_using alloc' -l reserve -d 'enlarge hugetlb pools temporarily (root)'
 complete -c iobmd -n '_shtab_iobmd_using alloc' -l budget -x -d 'memory that the search may hold'
@@ -149,7 +150,7 @@ complete -c iobmd -n '_shtab_iobmd_using bench' -s h -l help -d 'show this help 
 complete -c iobmd -n '_shtab_iobmd_using bench' -l size -x -d 'size of the large copies (default: 512M)'
 complete -c iobmd -n '_shtab_iobmd_using bench' -l rounds -x -d 'measurements of each (default: 7)'
 complete -c iobmd -n '_shtab_iobmd_using bench' -l json -d 'print one JSON document'
-complete -c iobmd -n '_shtab_iobmd_using bench; and test $_shtab_iobmd_npos -eq 0' -ka "copy wired allocator contiguous purgeable pagemap host cachemode remote" -d 'one of those below'
+complete -c iobmd -n '_shtab_iobmd_using bench; and test $_shtab_iobmd_npos -eq 0' -ka "copy wired allocator contiguous pools purgeable pagemap host cachemode remote" -d 'one of those below'
 complete -c iobmd -n '_shtab_iobmd_using; and test $_shtab_iobmd_npos -eq 0' -a soak -d 'run all operations concurrently, and check the results'
 complete -c iobmd -n '_shtab_iobmd_using soak' -s h -l help -d 'show this help message and exit'
 complete -c iobmd -n '_shtab_iobmd_using soak' -l seconds -x -d 'duration in seconds (default: 60)'
