@@ -117,7 +117,7 @@ struct iobmd_fetcher {
 
     /* The thread's own. */
     int has_child, pidfd, uffd, pagemap, memory;  /* pidfd: of the child; the latter two are files of the snapshot */
-    int life[2];             /* a pipe whose writing end only the thread's descriptor table contains */
+    int life[2];             /* a pipe; its writing end is only in the thread's descriptor table, which the helper uses */
     struct iobmd_fetching own, helper;
     pthread_t helping;
     int has_helper;
@@ -181,12 +181,10 @@ static int iobmd_snapshot_body(void *argument)
     uintptr_t own = (uintptr_t)f, own_end = own + sizeof *f;
     int after = own > first;
     struct pollfd life = { f->life[0], POLLIN, 0 };
-    struct timespec none = { 0, 0 };
     iobmd_raw(SYS_prctl, PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0, 0);
     /* The thread may have ended before that, also by an execve(2) of another thread, after which the parent is the same
-       process. It closes its files before the signal would be sent. */
+       process. The end of its descriptor table ends this process then. */
     iobmd_raw(SYS_close, f->life[1], 0, 0, 0, 0, 0);
-    if (iobmd_raw(SYS_ppoll, (long)&life, 1, (long)&none, 0, 0, 0)) iobmd_raw(SYS_exit_group, 0, 0, 0, 0, 0, 0);
     iobmd_raw(SYS_setsid, 0, 0, 0, 0, 0, 0);  /* no SIGKILL or SIGSTOP of the maker's group reaches it */
     iobmd_raw(SYS_prctl, PR_SET_NAME, (long)"iobmd-snapshot", 0, 0, 0, 0);
     keep[!after][0] = first, keep[!after][1] = last;
@@ -196,7 +194,8 @@ static int iobmd_snapshot_body(void *argument)
         at = keep[i][1];
     }
     iobmd_raw(SYS_madvise, (long)at, (long)(((uintptr_t)1 << 47) - at), MADV_DONTNEED, 0, 0, 0);
-    for (;;) iobmd_raw(SYS_ppoll, 0, 0, 0, 0, 0, 0);
+    while (iobmd_raw(SYS_ppoll, (long)&life, 1, 0, 0, 0, 0) <= 0) continue;
+    iobmd_raw(SYS_exit_group, 0, 0, 0, 0, 0, 0);
     return 0;
 }
 
