@@ -116,7 +116,7 @@ def allocate(
         except TypeError:  # of a value that is not hashable, or that is refused below
             pass
         else:
-            if wanted.small and (small := IOBufferMemoryDescriptor._small(wanted, alignment)) is not None:
+            if wanted.piece_alignment and (small := IOBufferMemoryDescriptor._small(wanted)) is not None:
                 return small
     options = _options(wired, contiguous, purgeable, shared, cache, direction)
     private = not shared and task is not kernel_task

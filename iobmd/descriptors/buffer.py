@@ -289,7 +289,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
             wanted, self._progress = wanted._replace(progress=self._progress, small=False), None
         if self._contents:
             self._contents.check()
-        elif wanted.small and self._node is None and self._take_piece(wanted, alignment):
+        elif wanted.piece_alignment and self._node is None and self._take_piece(wanted):
             return True
         with numa.on(self._node):
             backing = allocation.allocate(wanted, self._contents)
@@ -302,14 +302,14 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
         return True
 
     @classmethod
-    def _small(cls, wanted: Request, alignment: int) -> Self | None:
+    def _small(cls, wanted: Request) -> Self | None:
         """Allocate a buffer with a piece of a slab, for `iobmd.allocate`; None if it must be allocated otherwise."""
         self = cls.__new__(cls)  # without __init__, which only records what is not the default
-        return self if self._take_piece(wanted, alignment) else None
+        return self if self._take_piece(wanted) else None
 
-    def _take_piece(self, wanted: Request, alignment: int) -> bool:
+    def _take_piece(self, wanted: Request) -> bool:
         """Use a piece of a slab; return False if none is suitable, or nothing may be reused."""
-        if not policy.keep_limit() or not slabs.allocate(self, wanted.capacity, alignment, wired=wanted.wired):
+        if not policy.keep_limit() or not slabs.allocate(self, wanted):
             return False
         self._capacity, self._options, self._state = wanted.capacity, wanted.options, "open"
         if wanted.contiguous:

@@ -102,8 +102,8 @@ class Request(NamedTuple):
     """Its address, and its protection in its task."""
     alignment: int = PAGE_SIZE
     """Alignment of its address in this process, if no condition on its physical addresses implies it."""
-    small: bool = False
-    """Whether its memory may come from a pool of equal pieces."""
+    piece_alignment: int = 0
+    """Alignment of a piece from a pool of equal pieces that it may use; 0: none."""
     private: bool = False
     """Whether memory in another task is private there, unless this process must map it as well."""
     progress: Progress | None = None
@@ -218,7 +218,7 @@ def _check(
         _check_placement(placement, where, capacity, max(alignment, PAGE_SIZE))
     guard, virtual = PAGE_SIZE if guarded else 0, max(virtual, PAGE_SIZE)
     request = Request(where, options, capacity, want, contiguous, guard, tag, placement, virtual)
-    return request._replace(small=_may_be_pooled(request))
+    return request._replace(piece_alignment=max(index(alignment), 1)) if _may_be_pooled(request) else request
 
 
 def _may_be_pooled(request: Request) -> bool:

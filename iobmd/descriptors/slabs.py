@@ -30,6 +30,7 @@ from iobmd.units import PAGE_SIZE, round_down, round_up
 if TYPE_CHECKING:
     from iobmd._native.mapping import Piece, Pool, Slab, SmallBuffer
     from iobmd._native.pagemap import RunTable
+    from iobmd.descriptors.options import Request
 
 SHARED = 2 << 10
 """Bytes of the largest wired buffers that share pages with others."""
@@ -68,7 +69,7 @@ def all_slabs() -> list[Slab]:
     return [slab for pool in _ALL for slab in pool.slabs]
 
 
-def allocate(buffer: SmallBuffer, size: int, alignment: int, *, wired: bool) -> bool:
+def allocate(buffer: SmallBuffer, wanted: Request) -> bool:
     """Make cleared memory that of a buffer of at most `SMALL` bytes; return False if none is so aligned.
 
     Raises
@@ -76,14 +77,15 @@ def allocate(buffer: SmallBuffer, size: int, alignment: int, *, wired: bool) -> 
     IOReturnError
         As `AnonymousBacking`, if memory is mapped.
     """
+    size, wired = wanted.capacity, wanted.wired
     if wired and size <= SHARED:
         pool = _BY_LINES[(size + _SMALLEST - 1) // _SMALLEST]
-        if alignment > pool.piece_size:
+        if wanted.piece_alignment > pool.piece_size:
             return False
         while not pool.take(buffer):
             _extend(pool)
         return True
-    if alignment > PAGE_SIZE:
+    if wanted.piece_alignment > PAGE_SIZE:
         return False
     pool = (_WIRED if wired else _PAGEABLE)[(size - 1) // PAGE_SIZE]
     while not pool.take(buffer):
