@@ -32,7 +32,7 @@ from mman cimport (
     C_MADV_DODUMP, C_MADV_DOFORK, C_MADV_DONTNEED, C_MADV_KEEPONFORK, C_MADV_POPULATE_WRITE, c_madvise, c_mprotect,
     c_mremap, c_munlock, c_munmap,
 )
-from own_areas cimport iobmd_identity, iobmd_own_area
+from own_areas cimport iobmd_identity, iobmd_is_dma_buf, iobmd_own_area
 from pagemap_entry cimport PFN_MASK, PRESENT_BIT, iobmd_entries
 from procmap_query cimport C_VMA_EXECUTABLE, C_VMA_READABLE, C_VMA_SHARED, C_VMA_WRITABLE, iobmd_procmap_query
 from uio cimport iovec, process_vm_readv, process_vm_writev
@@ -261,9 +261,12 @@ cdef _total(pieces):
 
 
 cdef bint _can_shrink(int fd) noexcept nogil:
-    """Return whether an object can be truncated by a process with a descriptor of it, because it is not sealed."""
+    """Return whether an object can be truncated by a process with a descriptor of it.
+
+    The size of a dma-buf is fixed, and that of a memfd if it is sealed.
+    """
     cdef int seals = c_fcntl(fd, C_F_GET_SEALS)
-    return seals < 0 or not seals & C_F_SEAL_SHRINK
+    return not iobmd_is_dma_buf(fd) if seals < 0 else not seals & C_F_SEAL_SHRINK
 
 
 cdef Mapping _set_aside(uint64_t at, size_t size, size_t alignment):

@@ -14,6 +14,7 @@ cdef extern from * nogil:
     #include <string.h>
     #include <sys/stat.h>
     #include <sys/sysmacros.h>
+    #include <sys/vfs.h>
     #include <unistd.h>
 
     /*
@@ -98,6 +99,13 @@ cdef extern from * nogil:
         *inode = status.st_ino;
         return 0;
     }
+
+    static int iobmd_is_dma_buf(int fd)
+    {
+        struct statfs status;
+        return !fstatfs(fd, &status) && status.f_type == 0x444d4142;  /* DMA_BUF_MAGIC */
+    }
     """
     int iobmd_own_area(uint64_t address, iobmd_procmap_query *area)
     int iobmd_identity(int fd, uint64_t *device, uint64_t *inode)
+    int iobmd_is_dma_buf(int fd)

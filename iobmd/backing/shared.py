@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from iobmd._internal import log
 from iobmd._native import mman
+from iobmd.backing.exports import Exports
 from iobmd.backing.mapped import MappedBacking, span
 from iobmd.backing.placement import ANYWHERE, Placement
 from iobmd.errors import CannotWireError, UnsupportedError
@@ -54,6 +55,7 @@ class SharedBacking(MappedBacking):
     ) -> None:
         super().__init__(wired=wired)
         self._shared = shared
+        self.exports = Exports()
         self._immovable = wired and shared.immovable
         try:
             self.mapping = placement.place(shared.size, lambda: shared.map(guard, alignment))
@@ -109,6 +111,16 @@ class SharedBacking(MappedBacking):
         with self.here() as mapping:
             resident = mman.incore(mapping.address, pages(self.size), PAGE_SIZE).count(1)
         return resident, resident
+
+    def seal(self) -> None:
+        """Prevent further use; raise BufferError while it, or a dma-buf of it, is in use."""
+        self.exports.require_unused()
+        super().seal()
+
+    def drop(self) -> None:
+        """As `close`, for a destructor: dma-bufs keep the pages that they need."""
+        self.exports = Exports()
+        super().drop()
 
     def close(self) -> None:
         """Unpin, unmap, and release the object, like `MappedBacking.close`."""

@@ -281,7 +281,12 @@ def why_unsafe(fd: int) -> str:
         # After a hole was punched, the page is allocated from the pool again; if the pool is empty, the access raises
         # SIGBUS.
         return "free its hugetlb pages while they are in use"
-    return "" if (seals(fd) or 0) & _F_SEAL_SHRINK else "truncate it, because its size is not sealed"
+    return "" if has_sealed_size(fd) else "truncate it, because its size is not sealed"
+
+
+def has_sealed_size(fd: int) -> bool:
+    """Return whether no process can truncate an object."""
+    return bool((seals(fd) or 0) & _F_SEAL_SHRINK)
 
 
 def read_only_seal(fd: int) -> str:

@@ -18,7 +18,7 @@ FLOORS = [
     {"tools"},
     {"cli"},
     {"__init__"},
-    {"cache"},
+    {"cache", "dmabuf"},
     {"api", "sharing", "dma", "iommu"},
     {"descriptors"},
     {"backing"},

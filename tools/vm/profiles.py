@@ -71,6 +71,7 @@ PROFILES = {
         Machine(memory=640, below_4g=256, edu=8, edu_mask=(1 << 28) - 1),
         "tests/vm/test_masks.py tests/vm/test_swap.py",
     ),
+    "dmabuf": Profile(Machine(), "tests/vm/test_dmabuf.py"),
     "iommu": Profile(
         Machine(edu=3, iommu=True, append="intel_iommu=on"), "tests/vm/test_iommu.py tests/vm/test_vfio.py"
     ),
@@ -81,10 +82,10 @@ of a short guest."""
 ALONE = {"small", "iommu", "registers"}
 """Profiles whose machine cannot run the tests of the others."""
 
-FULL = ("device+nvme+network+kernel", "small", "iommu", "registers")
+FULL = ("device+nvme+network+dmabuf+kernel", "small", "iommu", "registers")
 """The profiles of a full run on every kernel."""
 
-CI = {"5.10": ("device",), "newest": ("device+nvme+network", "small", "iommu", "registers")}
+CI = {"5.10": ("device",), "newest": ("device+nvme+network+dmabuf", "small", "iommu", "registers")}
 """The runs of CI: the oldest kernel and the newest."""
 
 

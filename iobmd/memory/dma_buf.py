@@ -1,0 +1,190 @@
+"""dma-bufs: descriptors of memory that drivers accept from each other.
+
+The kernel's interfaces: udmabuf (linux/udmabuf.h), heaps (linux/dma-heap.h), access by the processor and fdinfo
+(linux/dma-buf.h, Documentation/driver-api/dma-buf.rst).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import functools
+import os
+import re
+import resource
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from iobmd._native.mapping import Mapping
+from iobmd.errors import BadArgumentError, IOReturnError, NoResourcesError, NotPrivilegedError, UnsupportedError
+from iobmd.host import headroom, limits
+from iobmd.memory.shmem import create_memfd
+from iobmd.units import PAGE_SIZE, format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from iobmd.memory.shmem import FileExtent
+
+_UDMABUF_CREATE_LIST = 0x40087543  # _IOW('u', 0x43, struct udmabuf_create_list)
+_UDMABUF_CLOEXEC = 1
+_DMA_BUF_SYNC = 0x40086200  # _IOW('b', 0, struct dma_buf_sync)
+_DMA_HEAP_ALLOC = 0xC0184800  # _IOWR('H', 0, struct dma_heap_allocation_data)
+
+READ, WRITE = 1, 2
+"""Accesses by the processor, for `sync`."""
+_END = 4
+
+_UDMABUF = "/dev/udmabuf"
+_HEAPS = "/dev/dma_heap"
+_PARAMETERS = "/sys/module/udmabuf/parameters"
+_PROBED = 64  # pages
+
+
+def export(extents: Sequence[FileExtent]) -> int:
+    """Return a new dma-buf of parts of sealed memfds, in this order (udmabuf). It pins their pages until it ends.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnUnsupported`: the kernel has no udmabuf. `kIOReturnNotPrivileged`: /dev/udmabuf is not accessible.
+        `kIOReturnNoResources`: a limit of udmabuf is exceeded.
+    """
+    parts = _joined(extents)
+    size = sum(length for _fd, _offset, length in parts)
+    device = _open(_UDMABUF, "this kernel has no udmabuf (CONFIG_UDMABUF)")
+    try:
+        _require_limit("size_limit_mb", -(-size >> 20), f"{format_size(size)} in a dma-buf")
+        _require_limit("list_limit", len(parts), f"{len(parts)} parts of shared memory in a dma-buf")
+        listed = b"".join(struct.pack("=IIQQ", fd, 0, offset, length) for fd, offset, length in parts)
+        head = struct.pack("=II", _UDMABUF_CLOEXEC, len(parts))
+        return int(fcntl.ioctl(device, _UDMABUF_CREATE_LIST, bytearray(head + listed)))
+    except IOReturnError:
+        raise
+    except OSError as error:
+        raise limits.from_oserror(error, f"cannot make a dma-buf of {format_size(size)}", size) from None
+    finally:
+        os.close(device)
+
+
+def _joined(extents: Sequence[FileExtent]) -> list[tuple[int, int, int]]:
+    """Return the descriptor, offset and length of each part, with adjacent parts joined."""
+    parts: list[tuple[int, int, int]] = []
+    for extent in extents:
+        if extent.fd is None:
+            raise UnsupportedError("guard pages cannot be part of a dma-buf: they have no memory")
+        with extent.fd.use() as fd:  # the caller's memory, and so its descriptor, remains open
+            if parts and parts[-1][0] == fd and parts[-1][1] + parts[-1][2] == extent.offset:
+                parts[-1] = (fd, parts[-1][1], parts[-1][2] + extent.length)
+            else:
+                parts.append((fd, extent.offset, extent.length))
+    return parts
+
+
+def _open(path: str, absent: str) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+            raise UnsupportedError(f"{absent}: {path} does not exist", error.errno) from None
+        if error.errno in (errno.EACCES, errno.EPERM):
+            message = f"{path} is accessible only to its owner and group: run as root, or permit your user to open it"
+            raise NotPrivilegedError(message, error.errno) from None
+        raise limits.from_oserror(error, f"cannot open {path}") from None
+
+
+def _require_limit(name: str, wanted: int, what: str) -> None:
+    """Check a limit, which the kernel would report only as EINVAL."""
+    try:
+        limit = int(Path(_PARAMETERS, name).read_text())
+    except (OSError, ValueError):  # hidden: the kernel decides
+        return
+    if wanted > limit:
+        raise NoResourcesError(
+            f"{what} exceed the limit of udmabuf, {name}={limit}: raise it (as root: echo {wanted} > "
+            f"{_PARAMETERS}/{name})"
+        )
+
+
+@functools.cache
+def reads_huge_pages_wrongly() -> bool:
+    """Return whether drivers that map a udmabuf in the kernel reach wrong pages if it has huge pages (Linux 6.12).
+
+    No process can see that, but the kernel that corrected it (6.13) also began to map all pages of a dma-buf at the
+    first fault, which is visible. Raises as `export`.
+    """
+    memfd = create_memfd(_PROBED * PAGE_SIZE)
+    try:
+        device = _open(_UDMABUF, "this kernel has no udmabuf (CONFIG_UDMABUF)")
+        try:
+            item = struct.pack("=IIIIQQ", _UDMABUF_CLOEXEC, 1, memfd, 0, 0, _PROBED * PAGE_SIZE)
+            dma_buf = fcntl.ioctl(device, _UDMABUF_CREATE_LIST, bytearray(item))
+        finally:
+            os.close(device)
+        try:
+            mapping = Mapping.view([(dma_buf, 0, _PROBED * PAGE_SIZE)], 0, True, 0, PAGE_SIZE)
+            try:
+                before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+                for page in range(_PROBED):
+                    mapping.read(page * PAGE_SIZE, 1)
+                return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before >= _PROBED
+            finally:
+                mapping.close()
+        finally:
+            os.close(dma_buf)
+    finally:
+        os.close(memfd)
+
+
+def allocate(size: int, heap: str) -> int:
+    """Return a new dma-buf of zeroed memory from a heap.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnUnsupported`: there is no such heap, with the names of those that exist. `kIOReturnNotPrivileged`.
+        `kIOReturnNoMemory`, before the kernel's OOM killer would end a process.
+    """
+    heaps = sorted(path.name for path in Path(_HEAPS).glob("*"))
+    if not re.fullmatch(r"[\w,.+-]+", heap) or heap in (".", ".."):
+        raise BadArgumentError(f"{heap!r} is not the name of a heap in {_HEAPS}")
+    there = f"it has {', '.join(heaps)}" if heaps else "it has none (CONFIG_DMABUF_HEAPS)"
+    device = _open(f"{_HEAPS}/{heap}", f"this kernel has no dma-buf heap {heap!r}, {there}")
+    try:
+        headroom.require(size, swappable=False)
+        request = struct.pack("=QIIQ", size, 0, os.O_RDWR | os.O_CLOEXEC, 0)
+        return int(struct.unpack("=QIIQ", fcntl.ioctl(device, _DMA_HEAP_ALLOC, request))[1])
+    except IOReturnError:
+        raise
+    except OSError as error:
+        raise limits.from_oserror(error, f"the heap {heap!r} cannot allocate {format_size(size)}", size) from None
+    finally:
+        os.close(device)
+
+
+def size_of(fd: int) -> int:
+    """Return the size of a dma-buf in bytes. Raises `kIOReturnBadArgument` for another kind of file."""
+    if "exp_name" not in _information(fd):
+        raise BadArgumentError(f"the descriptor {fd} does not belong to a dma-buf")
+    return os.lseek(fd, 0, os.SEEK_END)
+
+
+def references(fd: int) -> int:
+    """Return how many descriptors, mappings and drivers use a dma-buf, `fd` included."""
+    return int(_information(fd).get("count", "1"))
+
+
+def _information(fd: int) -> dict[str, str]:
+    lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+    return {name: value.strip() for name, _colon, value in (line.partition(":") for line in lines)}
+
+
+def begin(fd: int, access: int) -> None:
+    """Begin accesses by the processor, `READ` and `WRITE`: it then sees what devices wrote. Raises OSError."""
+    fcntl.ioctl(fd, _DMA_BUF_SYNC, struct.pack("=Q", access))
+
+
+def end(fd: int, access: int) -> None:
+    """End accesses by the processor: devices then see what it wrote. Raises OSError."""
+    fcntl.ioctl(fd, _DMA_BUF_SYNC, struct.pack("=Q", access | _END))

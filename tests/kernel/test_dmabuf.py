@@ -1,0 +1,61 @@
+"""dma-bufs: what is refused, on any host. Guests have the devices (tests/vm/test_dmabuf.py)."""
+
+import os
+from collections.abc import Callable
+
+import pytest
+from support.errors import code_of
+
+import iobmd
+from iobmd import IOReturn, dmabuf
+from iobmd.memory import dma_buf
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: iobmd.allocate(4096), "private memory"),
+        (lambda: iobmd.allocate(4096, wired=False, shared=True, purgeable=True), "purgeable memory"),
+        pytest.param(
+            lambda: iobmd.allocate(4 * MIB, wired=False, shared=True), "not sealed", marks=pytest.mark.needs("root")
+        ),
+    ],
+    ids=["private", "purgeable", "pageable"],
+)
+@pytest.mark.usefixtures("nothing_left")
+def test_memory_that_cannot_be_exported(make: Callable[[], iobmd.IOBufferMemoryDescriptor], words: str) -> None:
+    with make() as buffer, pytest.raises(iobmd.UnsupportedError, match=words):
+        dmabuf.export(buffer)
+
+
+def test_a_kernel_without_udmabuf_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dma_buf, "_UDMABUF", "/dev/nonexistent")
+    with iobmd.allocate(4096, shared=True) as buffer, pytest.raises(iobmd.UnsupportedError, match="CONFIG_UDMABUF"):
+        dmabuf.export(buffer)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_descriptors_that_are_no_dma_bufs() -> None:
+    fd = os.memfd_create("other")
+    try:
+        for wrong in (fd, -1, 1 << 20):
+            assert code_of(lambda wrong=wrong: dmabuf.attach(wrong, "inout")) == IOReturn.kIOReturnBadArgument
+        for wrong in ("both", 17, ""):
+            with pytest.raises(iobmd.BadArgumentError, match="direction"):
+                dmabuf.attach(fd, wrong)  # type: ignore[arg-type]
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("heap", ["..", "a/b", ""])
+def test_a_heap_is_the_name_of_a_file(heap: str) -> None:
+    with pytest.raises(iobmd.BadArgumentError, match="name of a heap"):
+        dmabuf.allocate(4096, heap=heap)
+
+
+def test_a_heap_that_does_not_exist() -> None:
+    with pytest.raises(iobmd.UnsupportedError, match="no dma-buf heap 'nonexistent'"):
+        dmabuf.allocate(4096, heap="nonexistent")
+    assert code_of(lambda: dmabuf.allocate(0)) == IOReturn.kIOReturnBadArgument
