@@ -350,6 +350,7 @@ cdef class Mapping:
     A mapping with `holes` contains guard pages, at which every access faults. While it is `denied`, all accesses
     fault.
     Memory of a `device` is copied by aligned accesses, each byte once.
+    `concealed` memory is inaccessible while it has no users.
     """
 
     cdef readonly uint64_t address
@@ -360,6 +361,7 @@ cdef class Mapping:
     cdef readonly bint holes
     cdef readonly bint denied
     cdef readonly bint device
+    cdef readonly bint concealed
     cdef public int cache
     cdef public int instruction
     cdef bint sealed
@@ -382,6 +384,41 @@ cdef class Mapping:
                                  MAP_PRIVATE | MAP_ANONYMOUS | (MAP_NORESERVE if sparse else 0))
         self.kind = PRIVATE
         return self
+
+    @staticmethod
+    def guarded(size_t size, size_t guard):
+        """Map `size` bytes (whole pages) of private zeroed memory with `guard` inaccessible bytes on each side."""
+        cdef Mapping self = _map(_whole(size, PAGE_SIZE, guard), PAGE_SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS)
+        self.address += guard
+        self.size = size
+        self.margin = guard
+        self._permit(PROT_READ | PROT_WRITE)
+        self.kind = PRIVATE
+        return self
+
+    cdef int _permit(self, int protection) except -1:
+        # With the GIL held: between a change of `users` and this call, no other thread may begin or end a use.
+        if c_mprotect(<void *><uintptr_t>self.address, self.size, protection):
+            raise OSError(errno, f"mprotect: {strerror(errno).decode()}")
+        return 0
+
+    def conceal(self):
+        """Make private memory inaccessible whenever it has no users: no view, copy or `hold`."""
+        self.concealed = True
+        if not self.users:
+            self._permit(PROT_NONE)
+
+    cdef int _begin_use(self) except -1:
+        """Count a user, which `_end_use` removes."""
+        if self.concealed and not self.users:
+            self._permit(PROT_READ | PROT_WRITE)
+        self.users += 1
+        return 0
+
+    cdef void _end_use(self) noexcept:
+        self.users -= 1
+        if self.concealed and not self.users:
+            self._permit(PROT_NONE)
 
     @staticmethod
     def reserve(size_t size, size_t alignment):
@@ -617,11 +654,11 @@ cdef class Mapping:
     def hold(self):
         """Keep it mapped until `let_go`, as a copy in progress does. Raises as `read`."""
         self._check(0, 0)
-        self.users += 1
+        self._begin_use()
 
     def let_go(self):
         """Undo `hold`."""
-        self.users -= 1
+        self._end_use()
 
     def seal(self):
         """Prevent new uses; raise BufferError while a view exists or a copy is in progress."""
@@ -673,6 +710,8 @@ cdef class Mapping:
         if ranges is None:
             failed = self._unmap(address, end)
         else:
+            if self.margin:
+                failed = self._unmap_margins()
             self.address = self.size = 0
             for start, length in ranges:
                 with nogil:
@@ -683,10 +722,20 @@ cdef class Mapping:
 
     cdef int _unmap(self, uint64_t start, uint64_t end) noexcept:
         """Unmap its own areas of a range that includes the margins."""
-        cdef uint64_t first = self.address, last = self.address + self.size, from_, to
-        cdef int failed = 0
+        cdef uint64_t first = self.address, last = self.address + self.size
         # Cleared first, so that no other thread starts to use memory that is about to be unmapped.
         self.address = self.size = 0
+        return self._unmap_own(start, end, first, last)
+
+    cdef int _unmap_margins(self) noexcept:
+        cdef uint64_t first = self.address, last = self.address + self.size
+        cdef int failed = self._unmap_own(first - self.margin, first, first, last)
+        return self._unmap_own(last, last + self.margin, first, last) or failed
+
+    cdef int _unmap_own(self, uint64_t start, uint64_t end, uint64_t first, uint64_t last) noexcept:
+        """Unmap its own areas of a range; its memory is `first` to `last`."""
+        cdef uint64_t from_, to
+        cdef int failed = 0
         while start < end and self._next_of(start, end, first, last, &from_, &to):
             with nogil:
                 failed = _give_back(from_, to - from_, self.reserved) or failed
@@ -737,7 +786,7 @@ cdef class Mapping:
         if self.denied:
             access = 0
         if self.kind == PRIVATE:
-            return anonymous and area.vma_flags == access
+            return anonymous and (area.vma_flags == access or (self.concealed and area.vma_flags == 0))
         if self.holes and anonymous and area.vma_flags == 0:
             return True
         if area.vma_flags != (C_VMA_SHARED | access):
@@ -782,7 +831,7 @@ cdef class Mapping:
         cdef int how = self.instruction or BEST
         cdef size_t count
         self._check(offset, length)
-        self.users += 1
+        self._begin_use()
         try:
             if self.revocable or self.denied:
                 count = _flush_revocable(address, length, drop, how)
@@ -790,7 +839,7 @@ cdef class Mapping:
                 with nogil:
                     count = iobmd_lines(address, length, LINE, how, iobmd_drop if drop else iobmd_write_back)
         finally:
-            self.users -= 1
+            self._end_use()
         return count
 
     def load(self, size_t offset, int width):
@@ -832,10 +881,10 @@ cdef class Mapping:
         if self.device:
             self._copy_device(&job)
             return
-        if length < RELEASE_GIL_FROM and not (self.revocable or self.denied):
+        if length < RELEASE_GIL_FROM and not (self.revocable or self.denied or self.concealed):
             _copy_lines(&job)
             return
-        self.users += 1
+        self._begin_use()
         try:
             if self.revocable or self.denied:
                 self._copy_revocable(&job)
@@ -843,7 +892,7 @@ cdef class Mapping:
                 with nogil:
                     _copy_lines(&job)
         finally:
-            self.users -= 1
+            self._end_use()
 
     cdef int _copy_device(self, _Copy *job) except -1:
         self.users += 1
@@ -910,7 +959,7 @@ cdef class Exporter:
             raise BufferError(f"{length} bytes at {offset} are not within the mapping")
         writable = writable and mapping.writable
         PyBuffer_FillInfo(view, self, <void *><uintptr_t>(mapping.address + offset), length, not writable, flags)
-        mapping.users += 1
+        mapping._begin_use()
         self.exports += 1
         cdef tuple held = (keeper, mapping)
         Py_INCREF(held)
@@ -919,7 +968,7 @@ cdef class Exporter:
     def __releasebuffer__(self, Py_buffer *view):
         cdef tuple held = <tuple>view.internal
         cdef Mapping mapping = held[1]
-        mapping.users -= 1
+        mapping._end_use()
         self.exports -= 1
         Py_DECREF(held)
 

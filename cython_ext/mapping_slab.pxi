@@ -1,8 +1,30 @@
-# Slabs: memory in equal pieces, for small buffers. Pieces are taken and released in C, between two bytecodes: no signal
-# handler intervenes, and no thread sees a piece with two owners.
+# Slabs: memory in equal pieces, for small buffers and secrets. Pieces are taken and released in C, between two
+# bytecodes: no signal handler intervenes, and no thread sees a piece with two owners.
+
+from os import urandom as _urandom
+
+cdef extern from "<string.h>" nogil:
+    void explicit_bzero(void *start, size_t size)
 
 cdef enum:
     MOST_FRAMES = 16  # of whole pages that are compared one by one
+
+# The pattern around secrets, by the last bits of the address. No byte is zero, because a text that is too long ends
+# with one.
+cdef unsigned char _CANARY[16]
+
+
+cdef _draw_canary():
+    cdef unsigned char byte
+    for index, byte in enumerate(_urandom(sizeof(_CANARY))):
+        _CANARY[index] = byte | 1
+
+
+_draw_canary()
+
+
+cdef bint _is_canary(uint64_t at) noexcept nogil:
+    return (<unsigned char *><uintptr_t>at)[0] == _CANARY[at % sizeof(_CANARY)]
 
 
 cdef class Slab:
@@ -13,7 +35,7 @@ cdef class Slab:
 
     cdef readonly object keeper
     cdef readonly uint64_t address
-    cdef readonly uint32_t piece_size
+    cdef readonly size_t piece_size
     cdef readonly uint32_t count
     cdef readonly uint32_t owned
     """The number of pieces with owners (`SmallBuffer._own`)."""
@@ -23,7 +45,7 @@ cdef class Slab:
     """The buffers that use pieces without owners."""
     cdef Pool _pool
 
-    def __cinit__(self, keeper, uint64_t address, size_t size, uint32_t piece_size, *_of_subclass):
+    def __cinit__(self, keeper, uint64_t address, size_t size, size_t piece_size, *_of_subclass):
         cdef uint32_t index
         self.keeper = keeper
         self.address = address
@@ -42,6 +64,13 @@ cdef class Slab:
     def used(self):
         """The number of pieces in use."""
         return self.count - self._free
+
+    cdef uint64_t _address(self, uint32_t index) noexcept:
+        """Return the address of the first byte of the buffer with a piece."""
+        return self.address + <uint64_t>index * self.piece_size
+
+    cdef bint _is_concealed(self) noexcept:
+        return False
 
     cdef bint _clear(self, uint64_t address) noexcept:
         """Clear a piece; return False if it cannot be used again."""
@@ -118,20 +147,98 @@ cdef class WholePages(Slab):
         free(self._frames)
 
 
+cdef class SecretSlab(Slab):
+    """A slab of secrets. Each ends `margin` bytes before the end of its piece, and canaries fill the rest of it.
+
+    `whole` is the mapping of a slab with one piece, which can be concealed.
+    """
+
+    cdef uint32_t _margin
+    cdef Mapping _whole
+    cdef size_t *_offsets
+    cdef size_t *_sizes
+
+    def __init__(self, keeper, address, size, piece_size, uint32_t margin, Mapping whole=None):
+        self._margin = margin
+        self._whole = whole
+        self._offsets = <size_t *>calloc(self.count, sizeof(size_t))
+        self._sizes = <size_t *>calloc(self.count, sizeof(size_t))
+        if self._offsets == NULL or self._sizes == NULL:
+            raise MemoryError
+
+    def put(self, SmallBuffer buffer not None, size_t size, size_t alignment):
+        """Place the `size` bytes of a buffer in its piece, at a multiple of `alignment`, and the canaries around."""
+        cdef uint64_t start = self.address + <uint64_t>buffer._index * self.piece_size
+        cdef uint64_t begin = (start + self.piece_size - self._margin - size) & ~<uint64_t>(alignment - 1)
+        cdef uint64_t at
+        if buffer._slab is not self or size + self._margin > self.piece_size or begin < start:
+            raise ValueError(f"{size} bytes do not fit a piece of {self.piece_size}, or the buffer has none")
+        self._offsets[buffer._index], self._sizes[buffer._index] = begin - start, size
+        for at in range(start, begin):
+            (<unsigned char *><uintptr_t>at)[0] = _CANARY[at % sizeof(_CANARY)]
+        for at in range(begin + size, start + self.piece_size):
+            (<unsigned char *><uintptr_t>at)[0] = _CANARY[at % sizeof(_CANARY)]
+
+    def overwritten(self, SmallBuffer buffer not None):
+        """Return the address of the first canary in the piece of a buffer that was overwritten; 0 if none was."""
+        cdef uint32_t index = buffer._index
+        cdef uint64_t start = self.address + <uint64_t>index * self.piece_size
+        cdef uint64_t begin = start + self._offsets[index], at, found = 0
+        if buffer._taken_in != _generation:  # a forked child has zeros
+            return 0
+        if self._whole is not None:
+            if self._whole.lost() is not None:  # the program has unmapped or replaced it
+                return 0
+            self._whole._begin_use()
+        for at in range(start, start + self.piece_size):
+            if (at < begin or at >= begin + self._sizes[index]) and not _is_canary(at):
+                found = at
+                break
+        if self._whole is not None:
+            self._whole._end_use()
+        return found
+
+    def conceal(self):
+        """Make its only piece inaccessible whenever it has no users (`Mapping.conceal`)."""
+        if self._whole is None:
+            raise ValueError("its pages have several pieces")
+        self._whole.conceal()
+
+    cdef uint64_t _address(self, uint32_t index) noexcept:
+        return self.address + <uint64_t>index * self.piece_size + self._offsets[index]
+
+    cdef bint _is_concealed(self) noexcept:
+        return self._whole is not None and self._whole.concealed
+
+    cdef bint _clear(self, uint64_t address) noexcept:
+        if self._whole is None:
+            explicit_bzero(<void *><uintptr_t>address, self.piece_size)
+            return True
+        if self._whole.lost() is None:  # otherwise the program has unmapped or replaced it
+            self._whole._begin_use()
+            explicit_bzero(<void *><uintptr_t>address, self.piece_size)
+            self._whole._end_use()
+        return False
+
+    def __dealloc__(self):
+        free(self._offsets)
+        free(self._sizes)
+
+
 cdef class Pool:
     """The slabs of one size of pieces. It retains at most `spare` slabs without pieces in use.
 
     A forked child has none, because its copies of the parent's are not wired, unless they are `inherited`.
     """
 
-    cdef readonly uint32_t piece_size
+    cdef readonly size_t piece_size
     cdef size_t _spare
     cdef bint _inherited
     cdef set _slabs
     cdef list _with_room
     cdef int _made_in
 
-    def __cinit__(self, uint32_t piece_size, size_t spare=1, bint inherited=False):
+    def __cinit__(self, size_t piece_size, size_t spare=1, bint inherited=False):
         self.piece_size = piece_size
         self._spare = spare
         self._inherited = inherited
@@ -170,14 +277,24 @@ cdef class Pool:
         if not self._with_room:
             return False
         slab = <Slab>self._with_room[-1]
-        slab._free -= 1
-        if not slab._free:
+        if slab._free == 1:
             self._with_room.pop()
+        self._lend(slab, buffer)
+        return True
+
+    def add_for(self, Slab slab not None, SmallBuffer buffer not None):
+        """Add a slab with one piece, and make it the memory of a buffer."""
+        self._renew()
+        slab._pool = self
+        self._slabs.add(slab)
+        self._lend(slab, buffer)
+
+    cdef void _lend(self, Slab slab, SmallBuffer buffer) noexcept:
+        slab._free -= 1
         buffer._slab = slab
         buffer._index = slab._stack[slab._free]
         buffer._taken_in = _generation
         slab._buffers[buffer._index] = <PyObject *>buffer
-        return True
 
     cdef bint _counts(self, int taken_in) noexcept:
         """Return whether it counts a piece that was taken in a process; False in a child that does not inherit it."""
@@ -255,7 +372,8 @@ cdef class SmallBuffer(Exporter):
         cdef Slab slab = self._slab
         if slab is None:
             return None
-        piece.address = slab.address + <uint64_t>self._index * slab.piece_size
+        piece.address = slab._address(self._index)
+        piece.concealed = slab._is_concealed()
         piece.size = slab.piece_size if isinstance(slab, WholePages) else self._capacity
         piece.writable = piece.borrowed = True
         return piece
@@ -301,6 +419,17 @@ cdef class Piece(Mapping):
     def lost(self):
         """Return None: it is a part of pages that belong to the slab."""
         return None
+
+    cdef int _begin_use(self) except -1:
+        if self.concealed and not self.users and self._slab is not None:
+            (<SecretSlab>self._slab)._whole._begin_use()
+        self.users += 1
+        return 0
+
+    cdef void _end_use(self) noexcept:
+        self.users -= 1
+        if self.concealed and not self.users and self._slab is not None:
+            (<SecretSlab>self._slab)._whole._end_use()
 
     def close(self, ranges=None):
         """Seal, clear and release it; idempotent."""

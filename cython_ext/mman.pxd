@@ -42,7 +42,7 @@ cdef extern from * nogil:
     #define iobmd_munlock munlock
     #endif
     #define iobmd_mlock2(address, length, flags) ((int)syscall(__NR_mlock2, address, length, flags))
-    /* linux/mman.h since 4.5, 4.17, 5.4, 5.14 and 5.18: libc headers may be older than the running kernel. */
+    /* linux/mman.h since 4.5, 4.14, 4.17, 5.4, 5.14 and 5.18: libc headers may be older than the running kernel. */
     #ifndef MAP_FIXED_NOREPLACE
     #define MAP_FIXED_NOREPLACE 0x100000
     #endif
@@ -55,6 +55,9 @@ cdef extern from * nogil:
     #endif
     #ifndef MADV_FREE
     #define MADV_FREE 8
+    #endif
+    #ifndef MADV_WIPEONFORK
+    #define MADV_WIPEONFORK 18
     #endif
     #ifndef MADV_KEEPONFORK
     #define MADV_KEEPONFORK 19
@@ -102,6 +105,7 @@ cdef extern from * nogil:
         C_MADV_COLD "MADV_COLD"
         C_MADV_DODUMP "MADV_DODUMP"
         C_MADV_DOFORK "MADV_DOFORK"
+        C_MADV_DONTDUMP "MADV_DONTDUMP"
         C_MADV_DONTFORK "MADV_DONTFORK"
         C_MADV_HUGEPAGE "MADV_HUGEPAGE"
         C_MADV_KEEPONFORK "MADV_KEEPONFORK"
@@ -111,6 +115,7 @@ cdef extern from * nogil:
         C_MADV_DONTNEED_LOCKED "MADV_DONTNEED_LOCKED"
         C_MADV_NORMAL "MADV_NORMAL"
         C_MADV_RANDOM "MADV_RANDOM"
+        C_MADV_WIPEONFORK "MADV_WIPEONFORK"
         C_MADV_POPULATE_READ "MADV_POPULATE_READ"
         C_MADV_POPULATE_WRITE "MADV_POPULATE_WRITE"
         C_MADV_COLLAPSE "MADV_COLLAPSE"

@@ -5,16 +5,19 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Literal
 
+from iobmd._internal import log
 from iobmd._internal.arguments import check_flags, check_integers, check_type
 from iobmd.backing.contents import CopyOf, FrozenCopyOf
 from iobmd.backing.lazy import LazyCopyOf
 from iobmd.backing.placement import Placement
 from iobmd.constants import IOOptionBits
 from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
-from iobmd.descriptors.options import DIRECTION_NAMES, Request, check_request
-from iobmd.errors import BadArgumentError
+from iobmd.descriptors.options import CONCEALED, DIRECTION_NAMES, Request, check_request
+from iobmd.descriptors.secret import SecretBuffer
+from iobmd.errors import BadArgumentError, CannotWireError
 from iobmd.remote.task_snapshot import Snapshot
 from iobmd.task.task import as_task, kernel_task
+from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     Cache: TypeAlias = Literal["default", "inhibit", "writethru", "copyback", "writecombine"]
     Direction: TypeAlias = Literal["none", "in", "out", "inout"]
     Protection: TypeAlias = Literal["r", "rw", "rx", "rwx"]
+    Secret: TypeAlias = bool | Literal["concealed"]
 
 # Plain integers: an operation on enumeration members takes 2 µs, not much less than a small buffer.
 DIRECTIONS = {name: direction for direction, name in enumerate(DIRECTION_NAMES)}
@@ -36,6 +40,7 @@ CACHES: dict[str, int] = {
     "copyback": int(IOOptionBits.kIOMapCopybackCache),
     "writecombine": int(IOOptionBits.kIOMapWriteCombineCache),
 }
+_TRY = "try"
 _PAGEABLE = int(IOOptionBits.kIOMemoryPageable)
 _CONTIGUOUS = int(IOOptionBits.kIOMemoryPhysicallyContiguous)
 _PURGEABLE = int(IOOptionBits.kIOMemoryPurgeable)
@@ -59,6 +64,7 @@ def allocate(
     overwrite: bool = False,
     protection: Protection = "rw",
     progress: Progress | None = None,
+    secret: Secret = False,
 ) -> IOBufferMemoryDescriptor:
     """Allocate a zeroed buffer.
 
@@ -69,7 +75,8 @@ def allocate(
     task : Task, int or psutil.Process
         The task in whose address space the buffer is mapped.
     wired : bool
-        Whether the memory is wired: resident, and pinned if the kernel permits it. False: pageable.
+        Whether the memory is wired: resident, and pinned if the kernel permits it. False: pageable. ``"try"``: wired
+        if the limit of locked memory permits it, otherwise pageable; `wiring` of the buffer is the result.
     contiguous, purgeable, physical_mask
         As the IOKit options of these names.
     shared : bool
@@ -97,18 +104,26 @@ def allocate(
     progress : callable, optional
         Called repeatedly in this thread with the number of bytes populated so far, and finally with `size`. An
         exception that it raises ends the allocation.
+    secret : bool or str
+        Whether it is for a key or a password: locked, not dumped, zero in a forked child, and cleared when it is
+        freed. Secrets of up to 992 bytes share pages, between canaries that `verify` and `free` check. Others have
+        separate pages between two inaccessible ones, and end where the second one begins, unless `alignment` prevents
+        that. ``"concealed"``: with separate pages, which are inaccessible while there is no `memoryview` or array of
+        it and none of its methods runs.
 
     Raises
     ------
     IOReturnError
         As `IOBufferMemoryDescriptor.initWithPhysicalMask`. `kIOReturnBadArgument`: the node has no memory;
         `kIOReturnNoResources`: it does not have enough free memory, or memory is mapped at `address`.
-        `kIOReturnBadArgument`: `address` is not a multiple of the alignment, or not reserved (`overwrite`).
+        `kIOReturnBadArgument`: `address` is not a multiple of the alignment, or not reserved (`overwrite`); or other
+        keywords are not possible for a secret, or with ``wired="try"``.
     TypeError
         An argument has the wrong type, such as a float as the size.
     """
     somewhere = address is None and not overwrite and protection == "rw"
-    if task is kernel_task and node is None and progress is None and somewhere:
+    usual = progress is None and secret is False and not isinstance(wired, str)
+    if task is kernel_task and node is None and somewhere and usual:
         try:  # contextlib.suppress takes a fifth of the time of a small buffer
             wanted = _known_request(
                 size, wired, contiguous, purgeable, shared, alignment, physical_mask, cache, direction
@@ -120,14 +135,23 @@ def allocate(
                 return small
     options = _options(wired, contiguous, purgeable, shared, cache, direction)
     private = not shared and task is not kernel_task
+    _check_secret(secret, wired)
     if somewhere:
-        buffer = IOBufferMemoryDescriptor(node=node, private=private, progress=progress)
+        buffer = (
+            SecretBuffer(secret, node=node)
+            if secret
+            else IOBufferMemoryDescriptor(node=node, private=private, progress=progress)
+        )
     else:
         check_integers(address=address or 0)
         check_flags(overwrite=overwrite)
         placement = Placement(address or 0, overwrite, protection)
-        buffer = IOBufferMemoryDescriptor(node=node, placement=placement, private=private, progress=progress)
-    return _make(buffer, task, options, size, alignment, physical_mask)
+        buffer = (
+            SecretBuffer(secret, node=node, placement=placement)
+            if secret
+            else IOBufferMemoryDescriptor(node=node, placement=placement, private=private, progress=progress)
+        )
+    return _make(buffer, task, options, size, alignment, physical_mask, optional=isinstance(wired, str))
 
 
 def copy(
@@ -149,6 +173,7 @@ def copy(
     cache: Cache = "default",
     direction: Direction = "inout",
     node: int | None = None,
+    secret: Secret = False,
 ) -> IOBufferMemoryDescriptor:
     """Allocate a buffer that holds a copy of memory of a task.
 
@@ -172,7 +197,7 @@ def copy(
         Seconds to wait for another program, as for `Task.read`.
     progress : callable, optional
         Called repeatedly with the number of bytes copied.
-    wired, contiguous, purgeable, shared, alignment, physical_mask, cache, direction, node
+    wired, contiguous, purgeable, shared, alignment, physical_mask, cache, direction, node, secret
         As for `allocate`; the buffer is allocated in this process.
 
     Raises
@@ -190,14 +215,19 @@ def copy(
     all threads of the source are stopped by ptrace(2), but not other processes that share its memory.
     """
     check_flags(freeze=freeze, lazy=lazy)
+    _check_secret(secret, wired, lazy=lazy)
     if unreadable not in ("raise", "zero"):
         raise BadArgumentError(f"unreadable must be 'raise' or 'zero', not {unreadable!r}")
     contents = (LazyCopyOf if lazy else FrozenCopyOf if freeze else CopyOf)(
         as_task(task), address, size, skip=unreadable == "zero", timeout=timeout, progress=progress
     )
     options = _options(wired, contiguous, purgeable, shared, cache, direction)
-    buffer = IOBufferMemoryDescriptor(contents=contents, node=node)
-    return _make(buffer, kernel_task, options, size, alignment, physical_mask)
+    buffer = (
+        SecretBuffer(secret, contents=contents, node=node)
+        if secret
+        else IOBufferMemoryDescriptor(contents=contents, node=node)
+    )
+    return _make(buffer, kernel_task, options, size, alignment, physical_mask, optional=isinstance(wired, str))
 
 
 def snapshot(task: AnyTask, *, limit: int | None = None, freeze_shared: int | None = None) -> Snapshot:
@@ -250,8 +280,11 @@ def _options(*names: object) -> int:
         return _options_for(*names)  # type: ignore[arg-type]
 
 
-def _options_for(wired: bool, contiguous: bool, purgeable: bool, shared: bool, cache: str, direction: str) -> int:
-    check_flags(wired=wired, contiguous=contiguous, purgeable=purgeable, shared=shared)
+def _options_for(
+    wired: bool | str, contiguous: bool, purgeable: bool, shared: bool, cache: str, direction: str
+) -> int:
+    check_flags(_TRY, wired=wired)
+    check_flags(contiguous=contiguous, purgeable=purgeable, shared=shared)
     options = _named(DIRECTIONS, "direction", direction) | _named(CACHES, "cache", cache)
     options |= 0 if wired else _PAGEABLE
     options |= _CONTIGUOUS if contiguous else 0
@@ -289,12 +322,34 @@ def _make(
     size: int,
     alignment: int,
     physical_mask: int,
+    *,
+    optional: bool,
 ) -> IOBufferMemoryDescriptor:
-    """Initialize `buffer`. Numbers are checked here too, because these keywords differ from the names in IOKit."""
+    """Initialize `buffer`; `optional`: with pageable memory if it cannot be wired.
+
+    Numbers are checked here too, because these keywords differ from the names in IOKit.
+    """
     if not type(size) is type(alignment) is type(physical_mask) is int:  # a call takes a twentieth of an allocation
         check_integers(size=size, alignment=alignment, physical_mask=physical_mask)
+    if optional:
+        if options & _CONTIGUOUS or physical_mask or alignment > PAGE_SIZE:
+            message = "contiguous, masked or aligned memory must be wired, because pageable memory moves"
+            raise BadArgumentError(f"{message}: omit wired={_TRY!r}")
+        try:
+            buffer.initWithPhysicalMask(task, options, size, alignment, physical_mask)
+        except CannotWireError as error:
+            log.debug("%s; allocating pageable memory", error)
+            options |= _PAGEABLE
+        else:
+            return buffer
     buffer.initWithPhysicalMask(task, options, size, alignment, physical_mask)
     return buffer
+
+
+def _check_secret(secret: object, wired: object, *, lazy: bool = False) -> None:
+    check_flags(CONCEALED, secret=secret)
+    if secret and (lazy or type(wired) is str):
+        raise BadArgumentError(f"a secret is always wired: omit {'lazy=True' if lazy else f'wired={wired!r}'}")
 
 
 def _named(names: Mapping[str, int], what: str, name: str) -> int:

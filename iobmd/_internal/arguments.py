@@ -24,14 +24,15 @@ def check_numbers(**values: object) -> None:
             raise TypeError(f"{name} must be a number, not {value!r}")
 
 
-def check_flags(**values: object) -> None:
-    """Raise TypeError for a value that is neither a bool, Python's or NumPy's, nor an integer.
+def check_flags(text: str | None = None, /, **values: object) -> None:
+    """Raise TypeError for a value that is neither a bool, Python's or NumPy's, nor an integer, nor `text`.
 
     Without this check, any string would count as True, "no" and "False" included.
     """
     for name, value in values.items():
-        if not isinstance(value, int) and not hasattr(type(value), "dtype"):
-            raise TypeError(f"{name} must be True or False, not {value!r}")
+        if not isinstance(value, int) and not hasattr(type(value), "dtype") and (text is None or value != text):
+            choices = "True or False" if text is None else f"True or False, or {text!r}"
+            raise TypeError(f"{name} must be {choices}, not {value!r}")
 
 
 def check_type(expected: type, **values: object) -> None:

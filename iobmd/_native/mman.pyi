@@ -2,6 +2,7 @@ MADV_COLD: int
 MADV_COLLAPSE: int
 MADV_DODUMP: int
 MADV_DOFORK: int
+MADV_DONTDUMP: int
 MADV_DONTFORK: int
 MADV_DONTNEED: int
 MADV_DONTNEED_LOCKED: int
@@ -14,6 +15,7 @@ MADV_PAGEOUT: int
 MADV_POPULATE_READ: int
 MADV_POPULATE_WRITE: int
 MADV_RANDOM: int
+MADV_WIPEONFORK: int
 
 def allocate_pages(fd: int, offset: int, size: int) -> None: ...
 def advise(address: int, size: int, advice: int) -> None: ...

@@ -286,7 +286,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
         if self._private:
             wanted = wanted._replace(private=True)
         if self._progress:
-            wanted, self._progress = wanted._replace(progress=self._progress, small=False), None
+            wanted, self._progress = wanted._replace(progress=self._progress, piece_alignment=0), None
         if self._contents:
             self._contents.check()
         elif wanted.piece_alignment and self._node is None and self._take_piece(wanted):

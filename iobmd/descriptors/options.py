@@ -43,6 +43,9 @@ _NO_TAGS = 0, 0
 SMALL = 64 << 10
 """Size in bytes of the largest buffers whose memory comes from a pool of equal pieces."""
 
+CONCEALED = "concealed"
+"""The value of `secret` for memory that is inaccessible between uses."""
+
 _NOT_POOLED = _PURGEABLE | _SHARED | CACHE_MODES
 
 _OF_NEW_MEMORY = _CONTIGUOUS | _PAGEABLE | _PURGEABLE
@@ -219,6 +222,21 @@ def _check(
     guard, virtual = PAGE_SIZE if guarded else 0, max(virtual, PAGE_SIZE)
     request = Request(where, options, capacity, want, contiguous, guard, tag, placement, virtual)
     return request._replace(piece_alignment=max(index(alignment), 1)) if _may_be_pooled(request) else request
+
+
+def check_secret(request: Request, node: int | None) -> None:
+    """Raise `kIOReturnBadArgument` unless the memory can be that of a secret."""
+    kinds = {
+        "pageable": not request.wired,
+        "shared": request.shared,
+        "contiguous, masked or aligned above a page": request.want is not None,
+        "in another task, or in none": not request.here,
+        "at a given address": request.placement is not ANYWHERE,
+        "on a given node": node is not None,
+        "uncached": bool(request.options & CACHE_MODES),
+    }
+    if kind := next((kind for kind, is_wanted in kinds.items() if is_wanted), None):
+        raise BadArgumentError(f"a secret cannot be {kind}: it is locked private memory of this process")
 
 
 def _may_be_pooled(request: Request) -> bool:

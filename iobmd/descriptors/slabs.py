@@ -4,6 +4,9 @@ Wired buffers of up to `SHARED` bytes are pieces of slabs, pinned pages that sev
 does. Larger ones, and pageable ones, of up to `SMALL` bytes have whole pages. Some of these are retained for the next
 buffers of the same size: wired pages remain pinned, and are cleared when the buffer is freed; pageable pages are
 freed, and only their addresses are used again.
+
+Secrets are pieces of separate slabs, in which canaries surround each secret; a large secret is the only piece of its
+slab, which is not used again.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from iobmd._native import mapping
 from iobmd._native.pagemap import concatenated
 from iobmd.backing.anonymous import AnonymousBacking
 from iobmd.backing.mapped import MappedBacking
+from iobmd.backing.secret import SecretBacking
 from iobmd.descriptors.options import SMALL
 from iobmd.descriptors.ownership import MemoryOwner
 from iobmd.errors import NotOpenError
@@ -28,8 +32,9 @@ from iobmd.task.task import kernel_task
 from iobmd.units import PAGE_SIZE, round_down, round_up
 
 if TYPE_CHECKING:
-    from iobmd._native.mapping import Piece, Pool, Slab, SmallBuffer
+    from iobmd._native.mapping import Piece, Pool, SecretSlab, Slab, SmallBuffer
     from iobmd._native.pagemap import RunTable
+    from iobmd.backing import Contents
     from iobmd.descriptors.options import Request
 
 SHARED = 2 << 10
@@ -42,11 +47,11 @@ _SPARE = 128 << 10
 """Bytes of whole pages that are retained for each size: at most 2 MiB in all remain pinned."""
 
 
-def _shared_pools() -> list[Pool]:
+def _shared_pools(largest: int) -> list[Pool]:
     """Create the pools of slabs, one for each power of two; in the list, by the number of cache lines of a buffer."""
     found: list[Pool] = []
     size = _SMALLEST
-    while size <= SHARED:
+    while size <= largest:
         pool = mapping.Pool(size)
         found += [pool] * (size // _SMALLEST + 1 - len(found))
         size *= 2
@@ -58,10 +63,14 @@ def _page_pools(*, inherited: bool) -> list[Pool]:
     return [mapping.Pool(size, _SPARE // size, inherited) for size in range(PAGE_SIZE, SMALL + 1, PAGE_SIZE)]
 
 
-_BY_LINES = _shared_pools()
+_BY_LINES = _shared_pools(SHARED)
 _WIRED = _page_pools(inherited=False)
 _PAGEABLE = _page_pools(inherited=True)
-_ALL = [*dict.fromkeys(_BY_LINES), *_WIRED, *_PAGEABLE]
+_CANARIES = 16
+"""The least number of canary bytes on each side of a secret that shares pages with others."""
+_SECRETS_BY_LINES = _shared_pools(1 << 10)
+_LARGE_SECRETS = mapping.Pool(0, 0)
+_ALL = [*dict.fromkeys(_BY_LINES + _SECRETS_BY_LINES), _LARGE_SECRETS, *_WIRED, *_PAGEABLE]
 
 
 def all_slabs() -> list[Slab]:
@@ -79,7 +88,7 @@ def allocate(buffer: SmallBuffer, wanted: Request) -> bool:
     """
     size, wired = wanted.capacity, wanted.wired
     if wired and size <= SHARED:
-        pool = _BY_LINES[(size + _SMALLEST - 1) // _SMALLEST]
+        pool = _BY_LINES[_lines(size)]
         if wanted.piece_alignment > pool.piece_size:
             return False
         while not pool.take(buffer):
@@ -93,12 +102,62 @@ def allocate(buffer: SmallBuffer, wanted: Request) -> bool:
     return True
 
 
+def _lines(size: int) -> int:
+    return (size + _SMALLEST - 1) // _SMALLEST
+
+
 def _extend(pool: Pool) -> None:
-    """Add a slab with as many pages as the pool has, but at least one and at most `_PAGES`."""
+    keeper, backing = _mapped(_next_size(pool), wired=True)
+    pool.add(mapping.Slab(keeper, backing.address, backing.size, pool.piece_size))
+
+
+def _next_size(pool: Pool) -> int:
+    """Return the size of another slab: as many pages as the pool has, but at least one and at most `_PAGES`."""
     present = sum(slab.count for slab in pool.slabs) * pool.piece_size
-    size = min(max(round_up(present, PAGE_SIZE), PAGE_SIZE), _PAGES * PAGE_SIZE)
-    keeper, backing = _mapped(size, wired=True)
-    pool.add(mapping.Slab(keeper, backing.address, size, pool.piece_size))
+    return min(max(round_up(present, PAGE_SIZE), PAGE_SIZE), _PAGES * PAGE_SIZE)
+
+
+def allocate_secret(
+    buffer: SmallBuffer, size: int, alignment: int, contents: Contents | None, *, separate: bool, concealed: bool
+) -> SecretSlab:
+    """Make memory that is not dumped or inherited that of a buffer; return its slab.
+
+    A secret of up to 992 bytes shares pages with others, between canaries. Larger ones, and those with `separate`
+    pages, which can be `concealed`, end where the guard page begins, unless `alignment` prevents that; the rest of
+    their first page contains canaries.
+
+    Raises
+    ------
+    IOReturnError
+        As `SecretBacking`, and of filling it with the contents.
+    """
+    alignment = max(alignment, 1)
+    lines = _lines(round_up(_CANARIES, alignment) + size + _CANARIES)
+    if separate or concealed or lines >= len(_SECRETS_BY_LINES):
+        backing = SecretBacking(size)
+        _LARGE_SECRETS.add_for(_secret_slab(backing, backing.size, 0, backing.mapping), buffer)
+    else:
+        pool = _SECRETS_BY_LINES[lines]
+        while not pool.take(buffer):
+            pool.add(_secret_slab(SecretBacking(_next_size(pool)), pool.piece_size, _CANARIES))
+    slab = cast("SecretSlab", buffer._slab)
+    slab.put(buffer, size, alignment)
+    try:
+        if contents:
+            contents.fill(cast("Piece", buffer._piece()).address)
+        if concealed:
+            slab.conceal()
+    except BaseException:
+        buffer._release_piece()
+        raise
+    return slab
+
+
+def _secret_slab(
+    backing: SecretBacking, piece_size: int, margin: int, whole: mapping.Mapping | None = None
+) -> SecretSlab:
+    keeper = MemoryOwner(backing, backing.size, "slab", has_handle=False)
+    return mapping.SecretSlab(keeper, backing.address, backing.size, piece_size, margin, whole)
 
 
 def _map_pages(pool: Pool, *, wired: bool) -> None:
@@ -188,8 +247,12 @@ class PieceBacking(MappedBacking):
 
     def pin(self) -> None:
         """Pin its slab again. Raises as `MemoryOwner.pin`."""
-        with self._keeper.guard:
-            self._keeper.pin()
+        self.mapping.hold()  # the kernel does not pin inaccessible memory
+        try:
+            with self._keeper.guard:
+                self._keeper.pin()
+        finally:
+            self.mapping.let_go()
         self.runs = self._cut(self._pages.runs)
 
     def unpin(self, *, wait: bool = True) -> None:

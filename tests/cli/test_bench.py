@@ -22,7 +22,7 @@ POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
     [
         ("copy", 19),
         pytest.param("wired", 7, marks=pytest.mark.needs("frames", "memlock", "big_memory")),
-        pytest.param("allocator", 3, marks=pytest.mark.needs("memlock")),
+        pytest.param("allocator", 4, marks=pytest.mark.needs("memlock")),
         pytest.param("purgeable", 5, marks=pytest.mark.needs("memlock")),
         ("remote", 11 + 4 * bool(shutil.which("gcore")) + 2 * bool(shutil.which("redis-server"))),
         ("pagemap", 10),

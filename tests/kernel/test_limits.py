@@ -44,6 +44,31 @@ def allocate(kind: str) -> object:
     return iobmd.allocate(**keywords)  # type: ignore[arg-type]
 
 
+@pytest.mark.needs("memlock")
+@pytest.mark.parametrize("kind", ["new", "copied", "shared"])
+def test_memory_that_is_wired_if_possible(kind: str) -> None:
+    def allocated() -> tuple[str, int, bytes]:
+        if kind == "copied":
+            source = iobmd.allocate(MIB, wired=False)
+            buffer = iobmd.copy(iobmd.current_task(), source.getBytesNoCopy(), MIB, wired="try")
+        else:
+            buffer = iobmd.allocate(MIB, wired="try", shared=kind == "shared")
+        buffer.writeBytes(0, b"works")
+        return buffer.wiring.value, kernel.smaps(buffer.getBytesNoCopy())["Locked"], buffer.readBytes(0, 5)
+
+    assert in_child(allocated, uid=NOBODY, memlock=MIB // 2) == ("pageable", 0, b"works")
+    wiring, locked, contents = in_child(allocated, uid=NOBODY, memlock=4 * MIB)
+    assert (wiring in ("pinned", "resident"), locked, contents) == (True, MIB, b"works")
+
+
+@pytest.mark.parametrize("kind", [{"contiguous": True}, {"physical_mask": 0xFFFFFFFF}, {"alignment": 1 << 13}])
+def test_memory_that_cannot_be_wired_optionally(kind: dict[str, object]) -> None:
+    arguments: dict[str, object] = {"size": MIB, "wired": "try", **kind}
+    code, message = refusal(lambda: iobmd.allocate(**arguments))  # type: ignore[arg-type]
+    assert code == IOReturn.kIOReturnBadArgument
+    assert "'try'" in message
+
+
 @pytest.mark.needs("frames", "memlock")
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_mapping_is_left(kind: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 from support import kernel
 from support.child import in_child
 from support.errors import code_of
+from support.owners_model import check_owners
 from support.threads import run_all
 
 import iobmd
@@ -211,31 +212,7 @@ def test_allocation_in_a_signal_handler() -> None:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_random_threads_against_a_model(seed: int) -> None:
-    """No byte has two owners, and none of an earlier owner is seen: each buffer has a unique pattern."""
-    numbers = itertools.count(1)
-
-    def work(thread: int) -> None:
-        chance = random.Random(seed << 8 | thread)
-        mine: list[tuple[Buffer, bytes]] = []
-        for turn in range(6000):
-            if len(mine) < 200 and chance.random() < 0.55:
-                size = chance.choice(SIZES)
-                buffer = iobmd.allocate(size)
-                assert not any(buffer.readBytes(0, size))
-                pattern = (next(numbers).to_bytes(8, "little") * 256)[:size]
-                buffer.writeBytes(0, pattern)
-                mine.append((buffer, pattern))
-            elif mine:
-                buffer, pattern = mine.pop(chance.randrange(len(mine)))
-                assert buffer.readBytes(0, len(pattern)) == pattern
-                buffer.free()
-            if thread == 0 and turn % 1500 == 750:
-                assert in_child(lambda: all(one.getCapacity() for one in [iobmd.allocate(64)])) is True
-        for buffer, pattern in mine:
-            assert buffer.readBytes(0, len(pattern)) == pattern
-            buffer.free()
-
-    run_all(*(lambda thread=thread: work(thread) for thread in range(4)))
+    check_owners(seed, lambda chance: iobmd.allocate(chance.choice(SIZES)), turns=6000, most=200)
     assert iobmd.statistics().pinned.buffers == 0
 
 

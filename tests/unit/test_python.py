@@ -165,7 +165,9 @@ def test_a_wrong_type_is_a_type_error_that_names_the_parameter() -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("flag", ["wired", "contiguous", "purgeable", "shared", "overwrite", "freeze", "lazy"])
+@pytest.mark.parametrize(
+    "flag", ["wired", "contiguous", "purgeable", "shared", "overwrite", "freeze", "lazy", "secret"]
+)
 def test_a_text_is_not_true(flag: str) -> None:
     """As a condition, "no" would be."""
 

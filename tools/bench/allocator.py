@@ -1,7 +1,8 @@
-"""`iobmd bench allocator`: small buffers, and memory that is kept for reuse."""
+"""`iobmd bench allocator`: small buffers, secrets, and memory that is kept for reuse."""
 
 from __future__ import annotations
 
+import ctypes
 import re
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SMALL = 256
+SECRET = 32
 MANY = 200
 ALIVE = 1_000_000
 PAGEABLE_MOST = 4e-6
@@ -28,7 +30,7 @@ PAGEABLE_MOST = 4e-6
 def run(_size: int, rounds: int) -> list[Result]:
     """Measure; the sizes are those of the goals. Fewer than 7 `rounds`: with a tenth of the small buffers."""
     alive = ALIVE if rounds >= 7 else ALIVE // 10
-    return [*_made_and_freed(rounds), *_alive(alive), *_contiguous(rounds)]
+    return [*_made_and_freed(rounds), _secret(rounds), *_alive(alive), *_contiguous(rounds)]
 
 
 def _made_and_freed(rounds: int) -> list[Result]:
@@ -56,6 +58,29 @@ def _repeated(**keywords: Any) -> float:
     def repeat() -> None:
         for _ in range(MANY):
             allocate(**keywords).free()
+
+    return seconds(repeat) / MANY
+
+
+def _secret(rounds: int) -> Result:
+    what = f"secret of {SECRET} B, allocated and freed"
+    try:
+        sodium = ctypes.CDLL("libsodium.so.23")
+    except OSError:
+        return Result(what, "libsodium is not installed", "apt-get install libsodium23", 0.0, "reported", True)
+    sodium.sodium_init()
+    sodium.sodium_malloc.restype = ctypes.c_void_p
+    sodium.sodium_malloc.argtypes = (ctypes.c_size_t,)
+    sodium.sodium_free.argtypes = (ctypes.c_void_p,)
+    peer, ours = medians(rounds * 10, partial(_sodium, sodium), partial(_repeated, size=SECRET, secret=True))
+    against = f"sodium_malloc and sodium_free by ctypes: {peer * 1e6:.1f} µs"
+    return at_most(what, f"{ours * 1e6:.2f} µs", against, ours / peer, 0.5)
+
+
+def _sodium(library: ctypes.CDLL) -> float:
+    def repeat() -> None:
+        for _ in range(MANY):
+            library.sodium_free(library.sodium_malloc(SECRET))
 
     return seconds(repeat) / MANY
 
