@@ -31,7 +31,10 @@ class DeviceBacking(PagelessBacking):
     It owns the region. Reads and writes map the pages that they access, temporarily.
     """
 
-    refusal = "this is memory of a device, mapped in no task, and cannot be viewed here: use map() for a view"
+    refusal = (
+        "this is memory of a device, mapped in no task: map() maps it in this process, and exportDMABuffer() passes "
+        "it to the driver of another device; IOMapper maps main memory only"
+    )
     wiring = Wiring.DEVICE
 
     def __init__(self, region: Region) -> None:
@@ -65,12 +68,6 @@ class DeviceBacking(PagelessBacking):
             yield mapping, self.in_page(offset)
         finally:
             mapping.close()
-
-    @contextlib.contextmanager
-    def here(self, *, populated: bool = False) -> Iterator[Mapping]:  # type: ignore[override]  # noqa: ARG002
-        """Map all of it temporarily."""
-        with self._mapped(0, self._region.size) as (mapping, _position):
-            yield mapping
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes, starting at `offset`, by the widest aligned accesses."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import struct
 from pathlib import Path
 from typing import NamedTuple
 
 from iobmd._internal.process_local import Fd
-from iobmd.constants import IOReturn
+from iobmd.device import pci
+from iobmd.device.vfio import BASE, HEADER, capabilities, control
 from iobmd.errors import (
     BusyError,
     IOReturnError,
@@ -26,14 +26,12 @@ READ, WRITE = 1, 2
 """Access rights of a device to a mapping."""
 
 _CONTAINER = "/dev/vfio/vfio"
-_BASE = ord(";") << 8 | 100  # _IO(VFIO_TYPE, VFIO_BASE)
-_SET_IOMMU, _GROUP_STATUS, _SET_CONTAINER, _DEVICE = _BASE + 2, _BASE + 3, _BASE + 4, _BASE + 6
-_IOMMU_INFO, _MAP_DMA, _UNMAP_DMA = _BASE + 12, _BASE + 13, _BASE + 14
+_SET_IOMMU, _GROUP_STATUS, _SET_CONTAINER, _DEVICE = BASE + 2, BASE + 3, BASE + 4, BASE + 6
+_IOMMU_INFO, _MAP_DMA, _UNMAP_DMA = BASE + 12, BASE + 13, BASE + 14
 _TYPE1V2 = 3
 _VIABLE = 1
 _HAS_CAPABILITIES, _IOVA_RANGES = 1 << 1, 1
 _INFO = struct.Struct("=IIQI4x")  # vfio_iommu_type1_info: argsz, flags, iova_pgsizes, cap_offset
-_HEADER = struct.Struct("=HHI")  # vfio_info_cap_header: id, version, next
 _MAP = struct.Struct("=IIQQQ")  # vfio_iommu_type1_dma_map: argsz, flags, vaddr, iova, size
 _UNMAP = struct.Struct("=IIQQ")
 _EVERYWHERE = [(0, (1 << 39) - 1)]  # for kernels before 5.4, which do not report it; the minimum that VT-d translates
@@ -47,8 +45,8 @@ class Device(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        """Its directory in sysfs."""
-        return Path("/sys/bus/pci/devices", self.name)
+        """Its directory in sysfs. Raises as `pci.folder`."""
+        return Path(pci.folder(self.name))
 
     def group(self) -> str:
         """Return the number of its IOMMU group.
@@ -58,12 +56,9 @@ class Device(NamedTuple):
         IOReturnError
             `kIOReturnNoDevice`; `kIOReturnUnsupported`: no IOMMU is enabled; with the remedy.
         """
-        if not self.folder.exists():
-            raise IOReturnError(
-                IOReturn.kIOReturnNoDevice, f"there is no PCI device {self.name} (lspci -D lists them)"
-            )
+        folder = self.folder
         try:
-            return (self.folder / "iommu_group").readlink().name
+            return (folder / "iommu_group").readlink().name
         except OSError:
             raise UnsupportedError(
                 f"no IOMMU translates for {self.name}: boot with intel_iommu=on (AMD's needs no parameter), "
@@ -90,9 +85,9 @@ class Container:
             self._group = _open(f"/dev/vfio/{group}", f"bind it to VFIO, as root: {device.bind_commands()}")
             self._require_viable(device, group, self._group)
             with self._container.use() as container:
-                _control(self._group, _SET_CONTAINER, struct.pack("=i", container))
-            _control(self._container, _SET_IOMMU, _TYPE1V2)
-            number = _control(self._group, _DEVICE, bytearray(device.name.encode() + b"\0"))
+                control(self._group, _SET_CONTAINER, struct.pack("=i", container))
+            control(self._container, _SET_IOMMU, _TYPE1V2)
+            number = control(self._group, _DEVICE, bytearray(device.name.encode() + b"\0"))
             self._device = Fd(number, f"VFIO's descriptor of {device.name}")
         except OSError as error:
             self.close()
@@ -110,7 +105,7 @@ class Container:
     @staticmethod
     def _require_viable(device: Device, group: str, descriptor: Fd) -> None:
         status = bytearray(struct.pack("=II", 8, 0))
-        _control(descriptor, _GROUP_STATUS, status)
+        control(descriptor, _GROUP_STATUS, status)
         if struct.unpack("=II", status)[1] & _VIABLE:
             return
         members = sorted(path.name for path in Path(f"/sys/kernel/iommu_groups/{group}/devices").iterdir())
@@ -123,13 +118,13 @@ class Container:
         """Return the first and last address of each range that can be mapped (reported since Linux 5.4)."""
         info = bytearray(_INFO.size)
         _INFO.pack_into(info, 0, len(info), 0, 0, 0)
-        _control(self._container, _IOMMU_INFO, info)
+        control(self._container, _IOMMU_INFO, info)
         size, flags, _pages, _at = _INFO.unpack_from(info)
         if not flags & _HAS_CAPABILITIES:
             return _EVERYWHERE
         info = bytearray(size)
         _INFO.pack_into(info, 0, size, 0, 0, 0)
-        _control(self._container, _IOMMU_INFO, info)
+        control(self._container, _IOMMU_INFO, info)
         return _iova_ranges(info) or _EVERYWHERE
 
     def map(self, virtual: int, address: int, size: int, access: int) -> None:
@@ -141,7 +136,7 @@ class Container:
             `kIOReturnCannotWire` at RLIMIT_MEMLOCK; `kIOReturnNoResources`; `kIOReturnNoMemory`.
         """
         try:
-            _control(self._container, _MAP_DMA, _MAP.pack(_MAP.size, access, virtual, address, size))
+            control(self._container, _MAP_DMA, _MAP.pack(_MAP.size, access, virtual, address, size))
         except OSError as error:
             if isinstance(error, IOReturnError):
                 raise
@@ -154,7 +149,7 @@ class Container:
 
     def unmap(self, address: int, size: int) -> None:
         """Unmap a range from the device, whose further accesses to it fault."""
-        _control(self._container, _UNMAP_DMA, bytearray(_UNMAP.pack(_UNMAP.size, 0, address, size)))
+        control(self._container, _UNMAP_DMA, bytearray(_UNMAP.pack(_UNMAP.size, 0, address, size)))
 
     def close(self) -> None:
         """Close the device at the end of the last call that uses it, which ends all its mappings. Idempotent."""
@@ -164,21 +159,12 @@ class Container:
 
 
 def _iova_ranges(info: bytearray) -> list[tuple[int, int]]:
-    at: int = _INFO.unpack_from(info)[3]
-    while at:
-        kind, _version, following = _HEADER.unpack_from(info, at)
-        if kind == _IOVA_RANGES:
-            (count,) = struct.unpack_from("=I", info, at + _HEADER.size)
-            begin = at + _HEADER.size + 8
-            return [struct.unpack_from("=QQ", info, begin + 16 * index) for index in range(count)]
-        at = following
-    return []
-
-
-def _control(descriptor: Fd, request: int, argument: int | bytes | bytearray) -> int:
-    with descriptor.use() as number:
-        result = fcntl.ioctl(number, request, argument)
-    return result if isinstance(result, int) else 0  # for a bytes argument, ioctl returns a changed copy
+    at = capabilities(info, _INFO.unpack_from(info)[3]).get(_IOVA_RANGES)
+    if at is None:
+        return []
+    (count,) = struct.unpack_from("=I", info, at + HEADER.size)
+    begin = at + HEADER.size + 8
+    return [struct.unpack_from("=QQ", info, begin + 16 * index) for index in range(count)]
 
 
 def _open(path: str, absent: str) -> Fd:

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import registers
+from support import edu, pci, registers
 from support.edu import Devices
 from support.proof import PAGE, Proof
 
 import iobmd
+from iobmd.iommu import IOMapper
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -43,6 +44,18 @@ def proof(devices: Devices, record_property) -> Iterator[Proof]:
     with iobmd.allocate(len(devices.devices) * PAGE) as pages:
         yield Proof(devices, pages)
     record_property("DMA transfers", devices.transfers - before)
+
+
+@pytest.fixture(scope="session")
+def name() -> str:
+    """A device that is bound to VFIO; all others are unchanged."""
+    return pci.bind(pci.find(edu.VENDOR, edu.DEVICE)[0], "vfio-pci")
+
+
+@pytest.fixture
+def mapper(name: str) -> Iterator[IOMapper]:
+    with IOMapper(name) as one:
+        yield one
 
 
 @pytest.fixture

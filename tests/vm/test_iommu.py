@@ -29,18 +29,6 @@ def through(mapper: IOMapper) -> edu.Edu:
     return edu.Edu(iobmd.IODeviceMemory.ofVFIO(mapper, 0).map())
 
 
-@pytest.fixture(scope="module")
-def name() -> str:
-    """A device that is bound to VFIO; all others are unchanged."""
-    return pci.bind(pci.find(edu.VENDOR, edu.DEVICE)[0], "vfio-pci")
-
-
-@pytest.fixture
-def mapper(name: str) -> Iterator[IOMapper]:
-    with IOMapper(name) as one:
-        yield one
-
-
 @pytest.fixture
 def device(mapper: IOMapper) -> edu.Edu:
     return through(mapper)

@@ -19,17 +19,6 @@ pytestmark = pytest.mark.needs("edu", "iommu")
 RAISE, LOWER = 0x60, 0x64  # registers of the edu device
 
 
-@pytest.fixture(scope="module")
-def name() -> str:
-    return pci.bind(pci.find(edu.VENDOR, edu.DEVICE)[0], "vfio-pci")
-
-
-@pytest.fixture
-def mapper(name: str) -> Iterator[IOMapper]:
-    with IOMapper(name) as one:
-        yield one
-
-
 @pytest.fixture
 def registers(mapper: IOMapper) -> Iterator[iobmd.IOMemoryMap]:
     pci.switch_on_through(mapper)
@@ -146,6 +135,14 @@ def test_dma_completes_with_an_interrupt(mapper: IOMapper, registers: iobmd.IOMe
         assert registers.read32(0x24) == 0x100  # the cause
         assert buffer.readBytes(0, 6) != b"before"
         registers.write32(LOWER, 0x100)
+
+
+def test_memory_of_a_device_is_not_mapped_for_another(mapper: IOMapper) -> None:
+    """Nothing remains prepared or mapped after the refusal."""
+    folder = pci.find(0x1AF4, 0x1110)[0]
+    with iobmd.IODeviceMemory.ofPCI(folder.name, 2) as memory:
+        code, message = refusal(lambda: mapper.prepare(memory, iobmd.kIODirectionInOut))
+        assert (code, "exportDMABuffer" in message) == (IOReturn.kIOReturnUnsupported, True)
 
 
 def test_export_as_a_dma_buf(mapper: IOMapper, registers: iobmd.IOMemoryMap, record_property) -> None:

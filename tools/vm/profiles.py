@@ -73,7 +73,7 @@ PROFILES = {
     ),
     "dmabuf": Profile(Machine(), "tests/vm/test_dmabuf.py"),
     "iommu": Profile(
-        Machine(edu=3, iommu=True, append="intel_iommu=on"), "tests/vm/test_iommu.py tests/vm/test_vfio.py"
+        Machine(edu=3, ivshmem=1, iommu=True, append="intel_iommu=on"), "tests/vm/test_iommu.py tests/vm/test_vfio.py"
     ),
 }
 """Profiles by name. Profiles joined by + run in one guest, which starts only once; the start is a third of the time
