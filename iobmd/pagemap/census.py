@@ -247,12 +247,13 @@ class _Reading:
             for low, high in zoneinfo.offline_blocks()
         )
         found = []
+        defers = zoneinfo.uninitialized(zones) > 0
         for zone in zones:
             parts = [(max(start, zone.start), min(end, zone.end)) for start, end in self._map.ram]
             parts = [(start, end) for start, end in parts if start < end]
             for start, end in parts:
                 is_last = (start, end) == parts[-1]
-                self._read(start, end, self._initialized(zone, start, end) if is_last else end)
+                self._read(start, end, self._initialized(zone, start, end) if defers and is_last else end)
             found.append(_zone_memory(zone, self._census, self._block))
         free, movable = (FrameRun(*(number * PAGE_SIZE for number in run)) for run in self._census.longest())
         closest = {size: self._closest(size) for size in (found[0].windows if found else ())}
@@ -273,7 +274,8 @@ class _Reading:
 
         Kernels may initialize page descriptors after boot (CONFIG_DEFERRED_STRUCT_PAGE_INIT), or when they need the
         memory (deferred_init=lazy), from the start of a zone to its end. Until then, the descriptors have no flags,
-        and the memory is not managed. Memory reserved at boot is not managed either, but has a flag.
+        and the memory is not managed. Memory reserved at boot is not managed either, but has a flag. Memory of a
+        driver may have none at the end of a zone as well: only MemFree shows that some is not initialized.
         """
         begin = max(start, end - (zone.present - zone.managed))
         untouched = self._frames.end_of_flags(begin, end)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from iobmd._native.pagemap import KINDS, WINDOW_STATES, Census
+from iobmd.host import zoneinfo
 from iobmd.pagemap import census as module
 from iobmd.pagemap import frame
 
@@ -189,11 +190,34 @@ def test_the_end_of_flags(flagged: int, tmp_path: Path, monkeypatch: pytest.Monk
     words[flagged - 1 : flagged] = [1] * min(flagged, 1)
     made(tmp_path / "flags", words)
     opened = os.open(tmp_path / "flags", os.O_RDONLY)
-    monkeypatch.setattr(frame.os, "open", lambda _path, _flags: os.dup(opened))
+    monkeypatch.setattr("iobmd.pagemap.frame.os.open", lambda _path, _flags: os.dup(opened))
     with frame.Frames() as frames:
         assert frames.end_of_flags(0, 100_000 * 4096) == flagged * 4096
         assert frames.end_of_flags(99_999 * 4096, 100_000 * 4096) == max(flagged, 99_999) * 4096
     os.close(opened)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_memory_without_flags_is_uninitialized_if_memfree_counts_it(
+    counted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A zone of 64 MiB, of which the allocator has received 32: without flags, the rest may be a driver's as well."""
+    half = 32 << 20
+    made(tmp_path / "flags", [WORDS["free"]] * (half // 4096) + [0] * (half // 4096))
+    opened = os.open(tmp_path / "flags", os.O_RDONLY)
+    monkeypatch.setattr("iobmd.pagemap.frame.os.open", lambda _path, _flags: os.dup(opened))
+    zone = zoneinfo.Zone(0, "Normal", 0, 2 * half, 2 * half, half, half, 0, 0, {})
+    monkeypatch.setattr(zoneinfo, "SECTION", half // 2)
+    monkeypatch.setattr(zoneinfo, "zones", lambda: [zone])
+    monkeypatch.setattr(zoneinfo, "ram", lambda: [(0, 2 * half)])
+    monkeypatch.setattr(zoneinfo, "offline_blocks", list)
+    monkeypatch.setattr("iobmd.host.zoneinfo.procfs.meminfo", lambda: {"MemFree": 2 * half if counted else half})
+    memory = module.host_memory()
+    os.close(opened)
+    rest = "uninitialized" if counted else "kernel"
+    assert {kind: held for kind, held in memory.kinds.items() if held} == {"free": half, rest: half}
+    assert memory.windows[2 << 20]["unmovable"] == (0 if counted else half // (2 << 20))
+    assert memory.longest_movable == (0, half, half)
 
 
 @pytest.mark.parametrize("arguments", [(0, 0, 1), (16, 0, 0)])
