@@ -611,7 +611,7 @@ class IOMemoryDescriptor(Handle):
             self._memory()  # read again: another thread may have released it
             in_page = owner.require_backing().in_page(offset)
             request = mapping_cache.MapRequest(
-                atAddress, options, offset, length, in_page, copies=self.copies_when_mapped
+                atAddress, options, offset, length, in_page, copies=self._copies_when_mapped
             )
             return memory_map.open_map(self, owner, task, request)
 

@@ -35,7 +35,7 @@ class Handle:
         return self
 
     @property
-    def copies_when_mapped(self) -> bool:
+    def _copies_when_mapped(self) -> bool:
         """Whether maps show copies (`kIOMemoryMapCopyOnWrite`)."""
         return bool(self._options & COPY_ON_WRITE)
 

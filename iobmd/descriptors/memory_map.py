@@ -32,11 +32,13 @@ _changes = process_local.Guard()  # protects the users of mappings
 def open_map(descriptor: IOMemoryDescriptor, owner: MemoryOwner, task: Task, request: MapRequest) -> IOMemoryMap:
     """Map a part of an owner's memory, with its guard held, by an existing or a new mapping."""
     request.require_cache(owner.require_backing())
+    # Separate addresses are mapped without the guard of all maps, because a copy of the memory takes long.
+    fresh = CachedMapping.open(descriptor, owner, task, request) if request.unique else None
     with _changes:
-        known = [mapping for mapping in owner.mappings() if mapping.serves(task, request)]
+        known = [] if fresh else [mapping for mapping in owner.mappings() if mapping.serves(task, request)]
         if request.refers and not known:
             raise NotReadyError("kIOMapReference: no map satisfies the request, so that there is none to refer to")
-        mapping = known[0] if known else CachedMapping.open(descriptor, owner, task, request)
+        mapping = fresh or next(iter(known), None) or CachedMapping.open(descriptor, owner, task, request)
         owner.add_mapping(mapping)
         mapping.prefault(request)
         return IOMemoryMap(mapping, request)
@@ -275,7 +277,7 @@ class IOMemoryMap(Exporter):
             raise BadArgumentError(f"the new memory has fewer than {self._length} bytes at offset {offset}")
         with owner.guard, _changes:
             newBackingMemory._memory()  # read again: another thread may have released it
-            further, copies = offset - mapping.first - self._within, newBackingMemory.copies_when_mapped
+            further, copies = offset - mapping.first - self._within, newBackingMemory._copies_when_mapped
             mapping.show(newBackingMemory, owner, further, copies=copies)
         return kIOReturnSuccess
 

@@ -28,6 +28,7 @@ POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
         ("pagemap", 10),
         ("cachemode", 7),
         pytest.param("host", 6 + len(list(filter(shutil.which, PEERS))), marks=pytest.mark.needs("root")),
+        ("maps", 4),
         pytest.param("contiguous", 4, marks=pytest.mark.needs("frames", "memlock", "big_memory")),
     ],
 )

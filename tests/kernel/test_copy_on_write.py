@@ -3,8 +3,10 @@
 import ctypes
 import mmap
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import kernel, rawmemory
@@ -14,6 +16,7 @@ from support.faulting import faults
 from support.kernel import frames
 from support.lazy import Source, is_incomplete
 from support.targets import need_ptrace
+from support.threads import running
 
 import iobmd
 from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, kernel_task
@@ -204,6 +207,29 @@ def test_views_of_a_copy_outlive_the_source() -> None:
     assert view == data
     view.release()
     assert not kernel.smaps(at)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_other_maps_come_and_go_during_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of much memory takes long, and must not hold up the maps of other memory."""
+    copying, copied = threading.Event(), threading.Event()
+    with (
+        iobmd.allocate(PAGE, wired=False) as slow,
+        iobmd.allocate(PAGE, shared=True, wired=False) as other,
+        iobmd.IOSubMemoryDescriptor.withSubRange(slow, 0, PAGE, INOUT | COPY) as md,
+    ):
+        copy_to = type(slow._memory().require_backing()).copy_to
+
+        def wait(*arguments: Any) -> int:
+            copying.set()
+            assert copied.wait(30)
+            return copy_to(*arguments)
+
+        monkeypatch.setattr(type(slow._memory().require_backing()), "copy_to", wait)
+        with running(lambda: md.map().unmap()):
+            assert copying.wait(30)
+            other.map(UNIQUE).unmap()
+            copied.set()
 
 
 @pytest.mark.needs("lazy_copies")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from iobmd import IOReturn, IOReturnError
+import iobmd
+from iobmd import IOBufferMemoryDescriptor, IOReturn, IOReturnError
 from iobmd.iommu import IOMapper, vfio
 from iobmd.iommu.addresses import Addresses
 
@@ -48,6 +49,22 @@ def test_bad_numbers_of_bits(bits: int) -> None:
     with pytest.raises(IOReturnError) as caught:
         IOMapper("0000:00:00.0", address_bits=bits)
     assert caught.value.code == IOReturn.kIOReturnBadArgument
+
+
+def test_memory_that_no_device_may_access() -> None:
+    """It is refused before it is prepared, or the device is touched."""
+    mapper = IOMapper.__new__(IOMapper)
+    for options, mapper_options, code in (
+        (iobmd.kIOMemoryHostOnly, 0, IOReturn.kIOReturnNotPermitted),
+        (0, iobmd.kIOMapperUncached, IOReturn.kIOReturnUnsupported),
+    ):
+        with IOBufferMemoryDescriptor.withOptions(iobmd.kIODirectionInOut | options, 4096) as buffer:
+            buffer.setMapperOptions(mapper_options)
+            with pytest.raises(IOReturnError) as caught:
+                mapper.prepare(buffer)
+            assert caught.value.code == code
+            with pytest.raises(IOReturnError, match="not prepared"):
+                buffer.complete()
 
 
 def test_a_device_without_an_iommu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
