@@ -60,7 +60,6 @@ def test_guards_around_a_page(left: int, right: int) -> None:
             assert faults(start + left * PAGE - 1)
             assert faults(start + (left + 1) * PAGE)
             assert not faults(start + left * PAGE, write=True)
-        assert page_permissions(start, left + 1 + right) == [""] * (left + 1 + right)
         whole.free()
 
 

@@ -138,6 +138,14 @@ def smaps(address: int, pid: int | str = "self") -> dict[str, int]:
     return counters
 
 
+def maps_of_iobmd() -> int:
+    """Return how many mappings this process has of shared memory of iobmd.
+
+    Unlike an address, which the next mapping of anything may use, they show whether memory was released.
+    """
+    return sum("memfd:iobmd" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
 def rings(pid: int | str = "self") -> int:
     """Count the open io_uring descriptors of a process."""
     count = 0
