@@ -7,6 +7,7 @@ longest wait since the last one, in microseconds.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import select
 import shutil
@@ -60,10 +61,8 @@ class Connection:
         line, _, rest = answer.partition(b"\r\n")
         return not line.startswith(b"$") or len(rest) >= int(line[1:]) + 2
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close it."""
         self._socket.close()
 
 
@@ -77,19 +76,24 @@ class Server:
         self._process = subprocess.Popen([program, *words], stdout=subprocess.DEVNULL)
         self.pid = self._process.pid
         self._client: subprocess.Popen[str] | None = None
+        self._connection: Connection | None = None
         try:
             deadline = time.monotonic() + _PATIENCE
             while not self._path.exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
-            self.connection = Connection(self._path)
+            self._connection = Connection(self._path)
             keys = max(1, size // _ENTRY)
-            self.connection.ask("DEBUG", "POPULATE", keys, "key", _VALUE)
+            self._ask("DEBUG", "POPULATE", keys, "key", _VALUE)
             command = python("-m", "iobmd.tools.bench.bgsave", str(self._path), str(keys))
             self._client = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             self.longest_wait()
         except BaseException:
             self.__exit__()
             raise
+
+    def _ask(self, *words: bytes | str | int) -> bytes:
+        assert self._connection
+        return self._connection.ask(*words)
 
     def longest_wait(self) -> float:
         """Return the longest time that a request has waited since the last call, in seconds."""
@@ -108,17 +112,17 @@ class Server:
 
     def save(self) -> None:
         """Run its BGSAVE, and wait for its end."""
-        self.connection.ask("BGSAVE")
+        self._ask("BGSAVE")
         deadline = time.monotonic() + _PATIENCE
-        while (
-            b"rdb_bgsave_in_progress:1" in self.connection.ask("INFO", "persistence") and time.monotonic() < deadline
-        ):
+        while b"rdb_bgsave_in_progress:1" in self._ask("INFO", "persistence") and time.monotonic() < deadline:
             time.sleep(0.05)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._connection:
+            self._connection.close()
         for process in (self._client, self._process):
             if process:
                 process.kill()
@@ -157,8 +161,7 @@ def run(size: int, rounds: int) -> list[Result]:
 
 def _main(path: str, keys: int) -> None:
     longest = 0.0
-    with Connection(Path(path)) as connection:
-        connection.ask("PING")
+    with contextlib.closing(Connection(Path(path))) as connection:
         while True:
             key, value = random.randrange(keys), random.randbytes(_VALUE)
             begin = time.perf_counter()

@@ -30,6 +30,54 @@ cdef extern from *:
     ctypedef uint64_t volatile_uint64 "volatile uint64_t"
 
 
+cdef extern from *:
+    """
+    #include <pthread.h>
+    #include <sys/mman.h>
+    #include <time.h>
+    #include "userfault.h"
+
+    struct iobmd_floor_server { int uffd; volatile int stop; char page[4096]; };
+
+    static void *iobmd_floor_serve(void *argument)
+    {
+        struct iobmd_floor_server *server = argument;
+        struct iobmd_uffd_msg fault;
+        while (!server->stop)
+            if (read(server->uffd, &fault, sizeof fault) == sizeof fault) {
+                struct iobmd_uffd_copy copy = { fault.address & ~(uint64_t)4095, (uintptr_t)server->page, 4096, 0, 0 };
+                ioctl(server->uffd, IOBMD_UFFDIO_COPY, &copy);
+            }
+        return NULL;
+    }
+
+    /* Touch every `step`th byte of new memory, whose page faults a thread serves; return the seconds, or -1. */
+    static double iobmd_floor_faults(size_t size, size_t step)
+    {
+        struct iobmd_floor_server server;
+        struct timespec begin, end;
+        pthread_t thread;
+        int kernel;
+        volatile char *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (memory == MAP_FAILED) return -1;
+        memset(&server, 1, sizeof server);
+        server.stop = 0;
+        server.uffd = iobmd_uffd_open_missing((uintptr_t)memory, size, &kernel);
+        if (server.uffd >= 0 && !pthread_create(&thread, NULL, iobmd_floor_serve, &server)) {
+            clock_gettime(CLOCK_MONOTONIC, &begin);
+            for (size_t at = 0; at < size; at += step) memory[at];
+            clock_gettime(CLOCK_MONOTONIC, &end);
+            server.stop = 1;
+            pthread_join(thread, NULL);
+        } else size = 0;
+        if (server.uffd >= 0) close(server.uffd);
+        munmap((void *)memory, size);
+        return size ? end.tv_sec - begin.tv_sec + (end.tv_nsec - begin.tv_nsec) * 1e-9 : -1;
+    }
+    """
+    double iobmd_floor_faults(size_t size, size_t step) nogil
+
+
 cdef double _now() noexcept nogil:
     cdef timespec moment
     clock_gettime(CLOCK_MONOTONIC, &moment)
@@ -238,3 +286,19 @@ def map_stalls(double seconds, size_t size):
             if begin > end:
                 break
     return worst
+
+
+def served_faults(size_t size, size_t step):
+    """Return the seconds in which a thread serves a page fault at every `step` bytes, by a copy of a constant page.
+
+    Raises
+    ------
+    OSError
+        userfaultfd(2) is not permitted.
+    """
+    cdef double took
+    with nogil:
+        took = iobmd_floor_faults(size, step)
+    if took < 0:
+        raise OSError(errno, strerror(errno).decode())
+    return took
