@@ -13,7 +13,8 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcmp, memset, strerror
 from posix.unistd cimport getpid, usleep
 
-from mman cimport C_MADV_POPULATE_READ, c_madvise
+from cpython.bytearray cimport PyByteArray_AsString
+from mman cimport C_MADV_POPULATE_READ, c_fallocate, c_madvise
 from pagemap_entry cimport (
     EXCLUSIVE_BIT, FILE_BIT, GUARD_BIT, PFN_MASK, PRESENT_BIT, SOFT_DIRTY_BIT, SWAP_BIT, iobmd_entries,
     iobmd_is_marker, iobmd_is_swapped,

@@ -205,3 +205,62 @@ def nodes(int pid, addresses):
     finally:
         free(pages)
         free(status)
+
+
+cdef bint _read_flags(int fd, const uint64_t *frames, uint64_t *words, size_t count) noexcept nogil:
+    """Read the flags of some frames; those beyond the end have none. Return whether it failed."""
+    cdef size_t index
+    cdef ssize_t got
+    for index in range(count):
+        words[index] = 0
+        got = iobmd_entries(fd, frames[index], &words[index], 1)
+        if got < 0:
+            return True
+    return False
+
+
+cdef bytearray _numbers(frames):
+    cdef bytearray raw = bytearray(len(frames) * 8)
+    cdef uint64_t *numbers = <uint64_t *>PyByteArray_AsString(raw)
+    cdef size_t index = 0
+    for frame in frames:
+        numbers[index] = frame
+        index += 1
+    return raw
+
+
+def flag_words(int fd, frames):
+    """Return the flags of some frames, as native 64-bit numbers one after another."""
+    cdef bytearray numbers = _numbers(frames)
+    cdef bytearray words = bytearray(len(numbers))
+    cdef const uint64_t *raw = <const uint64_t *>PyByteArray_AsString(numbers)
+    cdef uint64_t *found = <uint64_t *>PyByteArray_AsString(words)
+    cdef size_t count = len(numbers) // 8
+    cdef bint failed
+    with nogil:
+        failed = _read_flags(fd, raw, found, count)
+    if failed:
+        raise OSError(errno, f"read of kpageflags: {strerror(errno).decode()}")
+    return words
+
+
+def flag_words_without(int fd, frames, int file, uint64_t offset, size_t size):
+    """As `flag_words`, at a moment when a part of a file in memory is freed; it is allocated again at once.
+
+    Other processes may allocate what is free in between: some 50 µs.
+    """
+    cdef bytearray numbers = _numbers(frames)
+    cdef bytearray words = bytearray(len(numbers))
+    cdef const uint64_t *raw = <const uint64_t *>PyByteArray_AsString(numbers)
+    cdef uint64_t *found = <uint64_t *>PyByteArray_AsString(words)
+    cdef size_t count = len(numbers) // 8
+    cdef int error = 0
+    with nogil:
+        # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+        if c_fallocate(file, 3, offset, size) or _read_flags(fd, raw, found, count):
+            error = errno
+        if c_fallocate(file, 0, offset, size) and not error:
+            error = errno
+    if error:
+        raise OSError(error, f"fallocate, or read of kpageflags: {strerror(error).decode()}")
+    return words

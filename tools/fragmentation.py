@@ -7,6 +7,7 @@ import array
 import contextlib
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _AREA = 256 << 20
+_FILE, _FILES = 16 << 10, 1000
 _FRAME = (1 << 55) - 1  # the bits of an entry of pagemap
 
 
@@ -90,10 +92,20 @@ class PinnedPages:
         self.close()
 
 
+def write_files(folder: Path, size: int) -> None:
+    """Write `size` bytes of files of 16 KiB: page cache, and the slabs of as many inodes and names."""
+    content = bytes(_FILE)
+    for number in range(size // _FILE):
+        place = folder / f"{number // _FILES:x}"
+        if number % _FILES == 0:
+            place.mkdir()
+        (place / f"{number:x}").write_bytes(content)
+
+
 @contextlib.contextmanager
-def fragmented(size: int, *, leave: int) -> Iterator[None]:
-    """Fragment `size` bytes in another process, which holds all other free huge pages except `leave` bytes."""
-    command = python("-m", "iobmd.tools.fragmentation", str(size), "--leave", str(leave))
+def fragmented(size: int, *options: str) -> Iterator[None]:
+    """Fragment `size` bytes in another process, until the end of the `with` block; `options` are the program's."""
+    command = python("-m", "iobmd.tools.fragmentation", str(size), *options)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin
         assert process.stdout
@@ -114,9 +126,13 @@ def main() -> None:
     parser.add_argument("--block", type=parse_size, default=HUGE_PAGE_SIZE, help="memory with one pinned page")
     parser.add_argument("--interleaved", type=parse_size, default=0, help="memory that retains every other page")
     parser.add_argument("--leave", type=parse_size, help="hold other free memory in huge pages, but for so much")
+    parser.add_argument("--files", type=parse_size, default=0, help="page cache of small files, written before")
     arguments = parser.parse_args()
     size = procfs.meminfo()["MemAvailable"] * 8 // 10 if arguments.size is None else arguments.size
-    with PinnedPages(size, arguments.block, arguments.interleaved) as pages, Ballast() as ballast:
+    with contextlib.ExitStack() as held:
+        write_files(Path(held.enter_context(tempfile.TemporaryDirectory())), arguments.files)
+        pages = held.enter_context(PinnedPages(size, arguments.block, arguments.interleaved))
+        ballast = held.enter_context(Ballast())
         if arguments.leave is not None:
             ballast.hold(max(0, zoneinfo.free_in_blocks(HUGE_PAGE_SIZE) - arguments.leave))
         print(f"{size >> 20} MiB with {pages.pins} pinned pages, {ballast.size >> 20} MiB held", flush=True)

@@ -12,7 +12,8 @@ from iobmd.backing.placement import ANYWHERE, PROTECTIONS, Placement
 from iobmd.constants import IODirection, IOMapOptions, IOMemoryOperation, IOMemoryTypes, IOOptionBits
 from iobmd.errors import BadArgumentError, UnsupportedError
 from iobmd.memory.shmem import NAME
-from iobmd.physical.search import ALL_ADDRESSES, PhysicalConstraints
+from iobmd.physical.search import PhysicalConstraints
+from iobmd.physical.zones import ALL_ADDRESSES
 from iobmd.task.task import Task, as_task, kernel_task
 from iobmd.units import PAGE_SIZE, is_power_of_two
 

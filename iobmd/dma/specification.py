@@ -8,7 +8,7 @@ from typing import NamedTuple
 from iobmd import constants
 from iobmd._internal.arguments import check_integers
 from iobmd.errors import BadArgumentError
-from iobmd.physical.search import ALL_ADDRESSES
+from iobmd.physical.zones import ALL_ADDRESSES
 from iobmd.units import PAGE_SIZE, is_power_of_two
 
 

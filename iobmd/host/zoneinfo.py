@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import procfs
 from iobmd.host.fact import lines, read_text
 from iobmd.units import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Container
 
 _ZONE = re.compile(r"^Node (\d+), zone +(\w+)\n", re.MULTILINE)
 _COUNTER = re.compile(r"^ +(?:pages )?(\w+):? +(\d+)$", re.MULTILINE)
@@ -89,14 +92,18 @@ def free_blocks() -> dict[tuple[int, str], list[int]]:
     return found
 
 
-def free_in_blocks(size: int, node: int | None = None) -> int:
-    """Return the free memory in blocks of at least `size` bytes, on a node or all; 0 if it is hidden."""
+def free_in_blocks(size: int, node: int | None = None, zones: Container[tuple[int, str]] | None = None) -> int:
+    """Return the free memory in blocks of at least `size` bytes, of a node or of `zones`; 0 if it is hidden."""
     found = free_blocks()
     listed = [sum(count << order for order, count in enumerate(counts)) for counts in found.values()]
     # A kernel that initializes memory lazily has not put all of it into lists yet; none of that is fragmented.
     fresh = max(0, os.sysconf("SC_AVPHYS_PAGES") - sum(listed)) if found else 0
     smallest = (size // PAGE_SIZE).bit_length() - 1
-    there = (counts[smallest:] for (number, _zone), counts in found.items() if node in (None, number))
+    there = (
+        counts[smallest:]
+        for zone, counts in found.items()
+        if node in (None, zone[0]) and (zones is None or zone in zones)
+    )
     blocks = sum(count << order for counts in there for order, count in enumerate(counts, smallest))
     return (blocks + fresh) * PAGE_SIZE
 

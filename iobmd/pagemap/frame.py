@@ -2,7 +2,8 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Self
 
 from iobmd import procfs
@@ -68,6 +69,15 @@ class DescribedRun(NamedTuple):
     """The properties that its frames share, or that some of them have."""
 
 
+# linux/kernel-page-flags.h
+_UPTODATE, _BUDDY, _ANON, _SWAPBACKED, _HEAD = 3, 10, 12, 14, 15
+_UNTOUCHED = 1 << _SWAPBACKED | 1 << _HEAD
+
+
+def _is_untouched(word: int) -> bool:
+    return word & (_UNTOUCHED | 1 << _UPTODATE | 1 << _ANON) == _UNTOUCHED
+
+
 class Frames:
     """The open page frame tables of the kernel.
 
@@ -105,6 +115,24 @@ class Frames:
     def census(self, block: int, cells: int, cell: int) -> native.Census:
         """Return a reader of all flags; the parameters are those of the native class."""
         return native.Census(self._flags, block, cells, cell)
+
+    def free(self, frames: Sequence[int]) -> bytes:
+        """Return a byte for each of some frames, 1 if it is free."""
+        return bytes(word >> _BUDDY & 1 for word in array("Q", bytes(native.flag_words(self._flags, frames))))
+
+    def untouched(self, frames: Sequence[int]) -> int:
+        """Return how many of some frames, up to the first other one, begin a huge page that was never used.
+
+        Such a page was allocated in a tmpfs, but is not cleared yet.
+        """
+        found = map(_is_untouched, array("Q", bytes(native.flag_words(self._flags, frames))))
+        return next((index for index, is_untouched in enumerate(found) if not is_untouched), len(frames))
+
+    def freed_with(self, frames: Sequence[int], file: int, offset: int, size: int) -> list[int]:
+        """Return which of some untouched frames are in a part of a file in memory, which is freed temporarily."""
+        raw = native.flag_words_without(self._flags, frames, file, offset, size)
+        words = array("Q", bytes(raw))
+        return [frame for frame, word in zip(frames, words, strict=True) if not _is_untouched(word)]
 
     def end_of_flags(self, start: int, end: int) -> int:
         """Return the end of the last frame that has a flag between two physical addresses; `start` if none has."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from iobmd import procfs
 from iobmd._native import mman
 from iobmd.host import zoneinfo
 from iobmd.memory import shmem
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 
 _STEP = 256 << 20
 """Bytes a call: 0.7 ms in huge pages; the kernel undoes an interrupted call."""
+_TRIES = 3
+_MOST_RESERVED = 512 << 20
+"""Bytes that the kernel may reserve for itself, at most; if more is left, other processes have just freed it."""
+
+
+def is_available() -> bool:
+    """Return whether the kernel offers such memory to this process (fsopen(2): CAP_SYS_ADMIN)."""
+    with Ballast() as nothing:
+        return nothing.is_available
 
 
 class Ballast:
@@ -39,22 +49,24 @@ class Ballast:
         self.block = block
         self.size = 0
         """Bytes held."""
+        self._reserved = 0
         huge = block > PAGE_SIZE
         self._fd = shmem.create_huge(0) if huge else os.memfd_create(shmem.NAME, os.MFD_CLOEXEC)
 
     @property
     def is_available(self) -> bool:
-        """Whether the kernel offers such memory (a tmpfs of this process: CAP_SYS_ADMIN)."""
+        """Whether it can hold memory."""
         return self._fd >= 0
 
     def hold(self, size: int) -> int:
         """Hold up to `size` more bytes, as far as blocks are free; return how many.
 
         When no blocks are left, the kernel allocates smaller pages, and when these run out, it reclaims memory of
-        others. Some blocks are reserved for its own use: the end is reached when their number no longer falls.
+        others. Memory for its own use is in blocks too: the end is reached when these are no longer allocated.
         """
-        begin, spare = self.size, zoneinfo.free_in_blocks(self.block) if self.is_available else 0
-        while step := round_down(min(_STEP, begin + size - self.size, spare), self.block):
+        begin, failures = self.size, 0
+        while (step := self._step(begin + size - self.size)) > 0:
+            before = _in_huge_pages()
             try:
                 os.ftruncate(self._fd, self.size + step)
                 mman.allocate_pages(self._fd, self.size, step)
@@ -62,20 +74,33 @@ class Ballast:
                 continue
             except OSError:  # a limit of the memory cgroup
                 break
+            if self.block > PAGE_SIZE and _in_huge_pages() - before < step // 2:
+                self.free(self.size, step)
+                failures += 1
+                if failures == _TRIES:
+                    self._reserved = min(self._spare(), _MOST_RESERVED)
+                    break
+                continue  # another process may have freed huge pages of a tmpfs
             self.size += step
-            left = zoneinfo.free_in_blocks(self.block)
-            if spare - left < step // 2:
-                break
-            spare = left
+            failures = 0
         return self.size - begin
+
+    def _step(self, size: int) -> int:
+        """Return how many bytes to allocate next, towards the end less and less."""
+        spare = self._spare() - self._reserved if self.is_available else 0
+        return round_down(min(_STEP, size, max(spare // 2, min(spare, _STEP // 16))), self.block)
+
+    def _spare(self) -> int:
+        return zoneinfo.free_in_blocks(self.block)
 
     def free(self, offset: int, size: int) -> None:
         """Free a part of it: whole blocks."""
         mman.punch(self._fd, offset, size)
 
-    def hold_again(self, offset: int, size: int) -> None:
-        """Hold a part again that was freed, if no other process has allocated its memory."""
-        mman.allocate_pages(self._fd, offset, size)
+    @property
+    def fd(self) -> int:
+        """The descriptor of the file."""
+        return self._fd
 
     def close(self) -> None:
         """Free all of it. Idempotent."""
@@ -90,3 +115,8 @@ class Ballast:
 
     def __exit__(self, *_error: object) -> None:
         self.close()
+
+
+def _in_huge_pages() -> int:
+    """Return the size of the huge pages of tmpfs on this host, which hardly any other program uses."""
+    return procfs.meminfo().get("ShmemHugePages", 0)

@@ -59,12 +59,14 @@ def policy(
     Parameters
     ----------
     reserve : bool
-        Whether hugetlb pools may be enlarged for a buffer, and then restored (requires root). If False, no setting of
-        the host is changed.
+        Whether hugetlb pools may be enlarged for a buffer, and then restored, and memory may be compacted
+        (vm.compact_memory); requires root. Pages of 1 GiB are tried first for half a GiB or more. If False, no
+        setting of the host is changed. Its caches are never dropped.
     memory_budget : int, optional
         Bytes that a search may hold at a time, but at least the size of the buffer; the excess is freed. Default:
-        half of the available memory. In any case a sixteenth of the host's memory, and of the limit of each memory
-        cgroup around this process, remains free.
+        half of the available memory, and all of it for fractions of a second in which free memory is neither cleared
+        nor mapped. In any case a sixteenth of the host's memory, and of the limit of each memory cgroup around this
+        process, remains free.
     time_budget : float, optional
         Seconds after which the search ends. Default: 5.
     keep : int, optional
@@ -142,6 +144,17 @@ class Budget:
         """Bytes that may be held at a time; determined on demand, because it takes 0.2 ms."""
         asked = self._policy.memory_budget
         return min(self.most, self._tightest.left // 2 if asked is None else asked)
+
+    @property
+    def untouched(self) -> int:
+        """Bytes that may be held for a fraction of a second without being populated (`ballast`).
+
+        None in a memory cgroup: its other processes may reach the limit in that time, and the kernel would kill one.
+        """
+        asked = self._policy.memory_budget
+        if self._tightest.group:
+            return 0
+        return self.most if asked is None else min(self.most, asked)
 
     def remedy(self, size: int | None = None) -> str:
         """Return the remedy that permits holding `size` bytes, or more than now; "" if no policy can."""

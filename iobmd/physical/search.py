@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from iobmd import host, pagemap
 from iobmd._internal import log
 from iobmd.errors import NoResourcesError, NotPrivilegedError
-from iobmd.physical import trim, zones
+from iobmd.physical import trim, windows, zones
 from iobmd.physical.hugetlb import PoolBlocks
 from iobmd.physical.policy import Budget
 from iobmd.physical.shmem_pages import FileBlocks
 from iobmd.physical.thp import Places, Source, TransparentBlocks
+from iobmd.physical.zones import ALL_ADDRESSES
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, format_time, round_up
 
 if TYPE_CHECKING:
@@ -25,11 +26,18 @@ if TYPE_CHECKING:
     from iobmd._native.mapping import Mapping
     from iobmd._native.pagemap import RunTable
     from iobmd.memory.shmem import SharedObject
+    from iobmd.physical.windows import Window
 
-ALL_ADDRESSES = (1 << 64) - 1
 TRIES = 4
 """Maximum number of searches if pinning moves the memory that was found."""
 _STEP = 8 << 20  # the minimum that is worth another attempt
+_BRIEF = 0.1  # seconds after which windows are examined
+_BRIEF_UP_TO = 64 << 20  # bytes that are often found among the first huge pages
+_COMPACTED = 16  # blocks for which the kernel compacts memory before the windows are examined again
+_ROUNDS = 64
+_ATTEMPTS = 3  # on a busy host, windows that are free are soon not
+_GIGANTIC = 1 << 30
+_GIGANTIC_FROM = 512 << 20  # bytes from which half of a gigantic page is used
 
 
 class PhysicalConstraints(NamedTuple):
@@ -80,10 +88,13 @@ def obtain(want: PhysicalConstraints) -> Mapping:
     search = Search(want, Budget())
     why = _out_of_reach(want, search.budget)
     hidden = _require_visible(want)
+    gigantic = not why and search.budget.may_reserve and want.size >= _GIGANTIC_FROM
+    if gigantic and (pooled := _search_pools(want, search, at_least=_GIGANTIC)):
+        return pooled
     for block in () if why else want.blocks:
         source = TransparentBlocks(block)
         try:
-            if chosen := search.run(source):
+            if chosen := search.find(source):
                 mapping = source.assemble(chosen, want.alignment)
                 trim.trim(mapping, round_up(want.size, PAGE_SIZE))
                 return mapping
@@ -133,7 +144,7 @@ def obtain_shared(want: PhysicalConstraints, name: str, *, sealed: bool = False)
     size = round_up(want.size, PAGE_SIZE)
     for source in () if why else _shared_sources(name, sealed=sealed, may_reserve=search.budget.may_reserve):
         try:
-            if chosen := search.run(source):
+            if chosen := search.find(source):
                 return source.share(chosen, want.alignment, size)
             if hidden and (place := source.first()) is not None:
                 return source.share([place], want.alignment, size)
@@ -164,10 +175,81 @@ class Search:
         self.looked_at = 0
         self.longest = 0
         self.fitting = 0
+        self.best: Window | None = None
+        """The window with the fewest obstacles, if windows were examined and none was obtained."""
 
-    def run(self, source: Source) -> list[int] | None:
-        """Return the positions of suitable blocks in physical order; None if none are found within the budget."""
-        needed = -(-self.want.size // source.block)
+    def find(self, source: Source) -> list[int] | None:
+        """Return the positions of suitable blocks in physical order; None if none are found within the budget.
+
+        Contiguous memory of many blocks is rarely among those that the kernel offers first. It is taken from a window
+        that is free according to the flags of all frames, or for which the kernel can move other memory away.
+        """
+        with zones.held_above(self.want.allowed, self.budget):
+            if not self.want.contiguous or self.want.size <= source.block or source.immovable:
+                return self.run(source)
+            if not self.budget.untouched:
+                return self.run(source)
+            if self.want.size <= _BRIEF_UP_TO:
+                chosen = self.run(source, brief=True)
+                if chosen or source.hidden or not self.looked_at:
+                    return chosen
+                source.close()
+            for _attempt in range(_ATTEMPTS):
+                if self.budget.over or not (free := windows.free_windows(*self._window())):
+                    break
+                if chosen := self._claim(source, free, compact=False):
+                    return chosen
+            return self._examine(source)
+
+    def _examine(self, source: Source) -> list[int] | None:
+        """Examine all memory, and obtain a window from which the kernel can move other memory away."""
+        if self.budget.may_reserve:
+            windows.compact()
+        for _attempt in range(_ATTEMPTS):
+            if self.budget.over or not (survey := windows.survey(*self._window())):
+                break
+            candidates = survey.windows()
+            if candidates and (chosen := self._claim(source, candidates, compact=True)):
+                return chosen
+            self.best = survey.best()
+            if not candidates:
+                break
+        # What looks like kernel memory may be free pages in the lists of processors, which compaction empties.
+        return self.run(source)
+
+    def _window(self) -> tuple[int, int, int]:
+        return self.want.size, max(self.want.alignment, HUGE_PAGE_SIZE), self.want.allowed
+
+    def _claim(self, source: Source, candidates: list[Window], *, compact: bool) -> list[int] | None:
+        """Obtain one of the candidates.
+
+        If none of them is free, `compact` them: page faults allocate huge pages while all free ones are held, and the
+        kernel compacts memory for each, until what is in the way in a candidate has moved.
+        """
+        found: Places = {}
+        with windows.Claim(candidates, self.budget) as claim:
+            for _round in range(_ROUNDS):  # another process may be faster to allocate some of the blocks
+                more: Places = {}
+                if claim.hold_one(found):
+                    more = source.more(claim.blocks, self.want.alignment, claim.free_next)
+                elif compact and not self.budget.over and len(found) * source.block < self.budget.bytes:
+                    more = source.more(_COMPACTED, self.want.alignment)
+                found |= more
+                self.looked_at += len(more) * source.block
+                if more and (chosen := self._choose(found, source.block, self._needed(source))):
+                    log.debug("%s: found in a window, %s", self.want, self._effort())
+                    return [found[block] for block in chosen]
+                if not more or self.budget.over:
+                    break
+        source.close()
+        return None
+
+    def _needed(self, source: Source) -> int:
+        return -(-self.want.size // source.block)
+
+    def run(self, source: Source, *, brief: bool = False) -> list[int] | None:
+        """As `find`, among the blocks that the kernel offers; `brief`: ends early if a few of them do not suffice."""
+        needed = self._needed(source)
         found: Places = {}
         held = 0
         batch = needed
@@ -179,7 +261,7 @@ class Search:
             if chosen := self._choose(found, source.block, needed):
                 log.debug("%s: found in %s, %s", self.want, type(source).__name__, self._effort())
                 return [found[block] for block in chosen]
-            if not more or source.hidden or self.budget.over:
+            if not more or source.hidden or self.budget.over or (brief and self.budget.elapsed > _BRIEF):
                 break
             batch = self._next_batch(held, needed, source.block)
         log.debug("%s: not found in %s, %s", self.want, type(source).__name__, self._effort())
@@ -223,6 +305,8 @@ class Search:
         if not self.want.contiguous:
             best = f"{format_size(self.fitting)} were suitable"
         looked = f"of {format_size(self.looked_at)} inspected in {self.budget.elapsed:.2f} s {best}"
+        if self.best:
+            looked += f"; {self.best}"
         return f"{looked}; {', or '.join(self._remedies())}{self._reference()}"
 
     def _reference(self) -> str:
@@ -233,16 +317,22 @@ class Search:
         return f"; `{command}` shows the obstacles" if self.want.contiguous else ""
 
     def _remedies(self) -> Iterator[str]:
+        pages = 4 * -(-self.want.size // HUGE_PAGE_SIZE)
+        at_boot = f"reserve the pages at boot (hugepagesz={HUGE_PAGE_SIZE >> 20}M hugepages={pages})"
+        if self.best and self.best.obstacles:  # which neither more time, nor more memory, nor compaction moves away
+            if "slab" in self.best.obstacles:
+                yield "free slabs that can be reclaimed (as root: sysctl vm.drop_caches=2)"
+            yield at_boot
+            return
         if self.budget.over:
             yield f"allow more time ({self.budget.names.time_budget})"
         if more := self.budget.remedy():
             yield more
         else:
             yield f"make room ({self.budget.why_no_more()})"
-        pages = 4 * -(-self.want.size // HUGE_PAGE_SIZE)
-        if self.budget.may_reserve:  # the kernel failed too: enlarging the pool manually would not help
-            yield "compact memory (as root: sysctl vm.drop_caches=3 vm.compact_memory=1)"
-            yield f"reserve the pages at boot (hugepagesz={HUGE_PAGE_SIZE >> 20}M hugepages={pages})"
+        if self.budget.may_reserve:  # the kernel failed too: enlarging the pool or compacting manually would not help
+            yield "free the caches of the host (as root: sysctl vm.drop_caches=3)"
+            yield at_boot
             return
         yield f"allow larger hugetlb pools ({self.budget.names.reserve}, as root)"
         for pool in host.hugetlb_pools():
@@ -270,8 +360,12 @@ def _must_be_seen(want: PhysicalConstraints) -> NotPrivilegedError:
     )
 
 
-def _search_pools(want: PhysicalConstraints, search: Search, *, reserve: bool | None = None) -> Mapping | None:
+def _search_pools(
+    want: PhysicalConstraints, search: Search, *, reserve: bool | None = None, at_least: int = 0
+) -> Mapping | None:
     for pool in host.hugetlb_pools():
+        if pool.size < at_least:
+            continue
         source = PoolBlocks(pool, reserve=search.budget.may_reserve if reserve is None else reserve)
         try:
             if chosen := search.run(source):

@@ -19,7 +19,7 @@ from iobmd.physical.thp import blocks_of
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 
 if TYPE_CHECKING:
-    from iobmd.physical.thp import Places
+    from iobmd.physical.thp import Each, Places
 
 
 class FileBlocks:
@@ -48,7 +48,7 @@ class FileBlocks:
         self._collapses = self._sealable = fd < 0
         return os.memfd_create(self.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) if fd < 0 else fd
 
-    def more(self, count: int, alignment: int) -> Places:  # noqa: ARG002 (the protocol's)
+    def more(self, count: int, alignment: int, each: Each | None = None) -> Places:  # noqa: ARG002 (the protocol's)
         """Allocate up to `count` more blocks; empty if there are none."""
         if not count:
             return {}
@@ -65,12 +65,16 @@ class FileBlocks:
         self._batches.append((self._size, batch))
         numa.place(batch.address, size)
         self._size += size
-        try:
-            populate(batch.address, size, self.block, collapse=self._collapses)
-        except IOReturnError:
-            if not self.immovable:
-                raise
-            return {}  # another process allocated them first
+        step = self.block if each else size
+        for offset in range(0, size, step):
+            if each:
+                each()
+            try:
+                populate(batch.address + offset, step, self.block, collapse=self._collapses)
+            except IOReturnError:
+                if not self.immovable:
+                    raise
+                return {}  # another process allocated them first
         table = own_runs(batch.address, size)
         self.hidden = table.hidden > 0
         return blocks_of(table, self.block)

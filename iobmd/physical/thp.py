@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from iobmd._native import mman
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from iobmd._native.pagemap import RunTable
 
 _STEP = 32 << 20  # interrupts are handled at this interval
+Each = Callable[[], None]
 Places = dict[int, int]
 """Maps the physical address of a block to its virtual address."""
 
@@ -25,11 +27,13 @@ class Source(Protocol):
 
     block: int
     """Size of a block in bytes; blocks are aligned to it physically."""
+    immovable: bool
+    """Whether the pages never move, even without a pin."""
     hidden: bool
     """Whether the kernel hides the frames of this process's pages."""
 
-    def more(self, count: int, alignment: int) -> Places:
-        """Allocate about `count` more blocks; empty if none are available."""
+    def more(self, count: int, alignment: int, each: Each | None = None) -> Places:
+        """Allocate about `count` more blocks, one by one after a call of `each`; empty if none are available."""
 
     def assemble(self, chosen: list[int], alignment: int) -> Mapping:
         """Return a mapping of the blocks at these positions, in this order, aligned to `alignment`."""
@@ -67,13 +71,15 @@ class TransparentBlocks:
     Child processes do not inherit it until it is pinned (MADV_DOFORK).
     """
 
+    immovable = False
+
     def __init__(self, block: int = HUGE_PAGE_SIZE) -> None:
         self.block = block
         self.hidden = False
         self._advice = mman.MADV_HUGEPAGE if block > PAGE_SIZE else mman.MADV_NOHUGEPAGE
         self._batches: list[Mapping] = []
 
-    def more(self, count: int, alignment: int) -> Places:
+    def more(self, count: int, alignment: int, each: Each | None = None) -> Places:
         """Allocate about `count` more blocks; huge pages that consist of small pages do not count."""
         size = count * self.block
         batch = Mapping.anonymous(size, self.block if self._batches else max(self.block, alignment))
@@ -85,8 +91,11 @@ class TransparentBlocks:
             mman.advise(batch.address, size, self._advice)
         # From the end to the start: the kernel mostly allocates what was freed last, at descending addresses, so that
         # huge pages arrive in ascending order and need not be moved.
-        for top in range(size, 0, -_STEP):
-            step = min(_STEP, top)
+        most = self.block if each else _STEP
+        for top in range(size, 0, -most):
+            step = min(most, top)
+            if each:
+                each()
             done, error = mman.populate_downwards(batch.address + top - step, step, self.block, PAGE_SIZE)
             if error:  # before 5.14, or out of memory, which is reported there
                 populate(batch.address, top - done)

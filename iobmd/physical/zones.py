@@ -6,24 +6,45 @@ pages can be obtained only while holding the free memory above them.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from iobmd import procfs
 from iobmd.host import zoneinfo
-from iobmd.units import PAGE_SIZE, format_size
+from iobmd.physical import ballast
+from iobmd.physical.ballast import Ballast
+from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from iobmd.host.zoneinfo import Zone
     from iobmd.physical.policy import Budget
 
+ALL_ADDRESSES = (1 << 64) - 1
+_ATTEMPTS = 8  # other processes free memory above at the same time
 _SHOWN = 8  # ranges of RAM in a message
+
+
+@contextlib.contextmanager
+def held_above(allowed: int, budget: Budget) -> Iterator[None]:
+    """Hold the free huge pages of the zones above the mask `allowed`, so that the next ones come from lower zones."""
+    above = {(zone.node, zone.name) for zone in _zones() if zone.start > allowed} if allowed < ALL_ADDRESSES else None
+    if not above:
+        yield
+        return
+    with Ballast() as held:
+        for _attempt in range(_ATTEMPTS):
+            amount = min(zoneinfo.free_in_blocks(HUGE_PAGE_SIZE, zones=above), budget.untouched - held.size)
+            if not held.hold(amount):
+                break
+        budget.measure(held.size)
+        yield
 
 
 def out_of_reach(allowed: int, budget: Budget) -> str:
     """Return why a budget does not suffice to hold the free memory above the mask `allowed`, or ""."""
-    try:
-        zones = zoneinfo.zones()
-    except OSError:  # hidden in this container
-        return ""
+    zones = _zones()
     if all(zone.end <= allowed + 1 for zone in zones):
         return ""
     under = [max(0, zone.free - zone.high) for zone in zones if zone.start <= allowed]
@@ -31,12 +52,20 @@ def out_of_reach(allowed: int, budget: Budget) -> str:
     above = max(0, procfs.meminfo()["MemFree"] - sum(under))
     if not any(under):
         return "no free page of this host is there"
-    if above <= budget.bytes:
+    limit = max(budget.bytes, budget.untouched if ballast.is_available() else 0)
+    if above <= limit:
         return ""
     held = f"{format_size(above)} of free memory above it would have to be held to reach it"
     if remedy := budget.remedy(above):
-        return f"{held}, the budget is {format_size(budget.bytes)}; {remedy}, or reserve the pages at boot"
+        return f"{held}, the budget is {format_size(limit)}; {remedy}, or reserve the pages at boot"
     return f"{held}, and {budget.why_no_more()}; reserve the pages at boot"
+
+
+def _zones() -> list[Zone]:
+    try:
+        return zoneinfo.zones()
+    except OSError:  # hidden in this container
+        return []
 
 
 def without_memory(allowed: int, size: int, alignment: int) -> str:

@@ -128,7 +128,7 @@ def test_budgets_bind() -> None:
     resident = kernel.status("VmRSS")
     with iobmd.policy(memory_budget=0), pytest.raises(IOReturnError, match="longest run was"):
         iobmd.allocate(256 * MIB, alignment=alignment)
-    assert 200 * MIB < kernel.status("VmHWM") - resident < 288 * MIB
+    assert kernel.status("VmHWM") - resident < 288 * MIB
     with iobmd.policy(time_budget=0), pytest.raises(IOReturnError, match="longest run was") as caught:
         iobmd.allocate(256 * MIB, alignment=alignment)
     assert caught.value.code == IOReturn.kIOReturnNoResources
@@ -209,7 +209,8 @@ def test_a_reserve_that_found_nothing_is_not_recommended(monkeypatch: pytest.Mon
     assert caught.value.code is IOReturn.kIOReturnNoResources
     assert "reserve=True" not in message
     assert "nr_hugepages" not in message
-    assert "compact_memory" in message
+    assert "compact_memory" not in message, "it was compacted already"
+    assert "drop_caches" in message
     with iobmd.policy(time_budget=0, memory_budget=1 << 60), pytest.raises(IOReturnError) as caught:
         iobmd.allocate(4 * MIB, alignment=1 << 42)
     assert "memory_budget" not in str(caught.value), "no larger budget would be used"

@@ -137,10 +137,10 @@ def searched_beside_another(*, shared: bool) -> None:
     source: type[TransparentBlocks | FileBlocks] = FileBlocks if shared else TransparentBlocks
     more = source.more
 
-    def more_on_both_sides(self: Any, count: int, alignment: int) -> dict[int, int]:
+    def more_on_both_sides(self: Any, count: int, alignment: int, *each: Any) -> dict[int, int]:
         filled.append(mmap.mmap(-1, 12 * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         filled[-1].write(bytes(12 * MIB))
-        return more(self, count, alignment)
+        return more(self, count, alignment, *each)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(source, "more", more_on_both_sides)

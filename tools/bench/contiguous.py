@@ -13,11 +13,14 @@ from iobmd.memory import pinning
 from iobmd.physical.policy import policy
 from iobmd.units import HUGE_PAGE_SIZE, format_size
 
+from ..fragmentation import fragmented
 from . import dpdk
-from .result import Result, at_most, seconds
+from .result import Result, at_least, at_most, seconds
 
 TRIES = 100
 RESERVED_TRIES = 20
+USED = 4 << 30
+"""Bytes in which pages are pinned on a host in use; half as much is in files."""
 WARM = 4 << 30
 """Size of the memory that is touched in advance, because on a virtual machine the first touch waits for the host."""
 
@@ -29,8 +32,28 @@ def run(_size: int, rounds: int) -> list[Result]:
     results = [_found(size << 20, tries, limit) for size, limit in ((2, 1.5), (16, 1.5), (64, 4.0), (256, None))]
     if host.has_host_capability("CAP_SYS_ADMIN") and rounds >= 7:
         results += [_reserved(size << 20, RESERVED_TRIES) for size in (256, 1024)]
+        results += _on_a_used_host()
         results += dpdk.compare(_ours, RESERVED_TRIES)
     return results
+
+
+def _on_a_used_host() -> list[Result]:
+    """Measure where page cache, slabs and pinned pages are scattered over the memory."""
+    with fragmented(USED, "--block", "64M", "--files", str(USED // 2)):
+        return [
+            _successes(64 << 20, TRIES, 1.0, reserve=False),
+            _successes(256 << 20, TRIES, 0.95, reserve=False),
+            _successes(1 << 30, RESERVED_TRIES, 1.0, reserve=True),
+        ]
+
+
+def _successes(size: int, tries: int, share: float, *, reserve: bool) -> Result:
+    with policy(reserve=reserve, keep=0):
+        found = [ours for ours in (_ours(size) for _ in range(tries)) if ours is not None]
+    slowest = f"at most {max(found, default=0.0):.2f} s"
+    what = f"contiguous {format_size(size)} among page cache, slabs and pins{', reserve=True' * reserve}"
+    figure = f"{len(found)} of {tries}, median {statistics.median(found or [0.0]) * 1e3:.0f} ms"
+    return at_least(what, figure, slowest, len(found) / tries, share)
 
 
 def _warm_up() -> None:

@@ -41,7 +41,7 @@ def _in_fragments(size: int, rounds: int) -> list[Result]:
     free = zoneinfo.free_in_blocks(HUGE_PAGE_SIZE)
     (cleared,) = medians(rounds, partial(_cleared, size))
     # Another process holds the pins, and the memory that is not fragmented.
-    with fragmented(size + size // 4, leave=0):
+    with fragmented(size + size // 4, "--leave", "0"):
         (pool,) = medians(rounds, partial(_pool, size))
         (advised,) = medians(1, partial(_cleared, size))
     what = (
