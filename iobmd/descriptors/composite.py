@@ -132,7 +132,8 @@ class IOMultiMemoryDescriptor(Derived):
 class IOInterleavedMemoryDescriptor(Derived):
     """Portions of several descriptors' memory, which are added one by one and seen as one.
 
-    It is a concatenation, like `IOMultiMemoryDescriptor`, that can be cleared and filled again for each transfer.
+    It is a concatenation, like `IOMultiMemoryDescriptor`, that can be cleared and filled again for each transfer, by
+    one thread at a time.
 
     Source: IOKit's IOInterleavedMemoryDescriptor.h. Wider than IOKit: it can be mapped and read.
     """

@@ -261,7 +261,8 @@ class CachedMapping:
                 shmem.show_in(self.own, source.extents)
         self.owner.remove_mapping(self)
         owner.add_mapping(self)
-        self.descriptor, self.keeper[0], self.is_copy = descriptor, owner, copies
+        self.descriptor, self.keeper[0] = descriptor, owner
+        self.is_copy, self.source_stopped_ns = copies, source.stopped_ns
         self.offset, self.first = offset, self.first + further
 
     def prefault(self, request: MapRequest) -> None:

@@ -77,7 +77,12 @@ class PurgeControl:
         with self._permitted():
             old = self._set(state, modifiers)
         if deniable:
-            self._deny(deniable)
+            try:
+                self._deny(deniable)
+            except IOReturnError:  # such as too many areas
+                if old == NON_VOLATILE:
+                    self.memory.keep()
+                raise
         return old
 
     def _set(self, state: int, modifiers: int) -> int:

@@ -250,9 +250,20 @@ def test_addresses_of_another_bus() -> None:
         assert md.wiring is Wiring.PINNED
         md.verify()
         with iobmd.allocate(PAGE) as buffer, multi([buffer, sub(md, 5, 10, INOUT)], INOUT) as both:
-            assert both.segments(PAGE)[0].address == 0x123456789012345B
             assert both.readBytes(0, PAGE) == bytes(PAGE)
             assert code_of(lambda: both.readBytes(PAGE - 1, 2)) == IOReturn.kIOReturnUnsupported
+
+
+@pytest.mark.needs("frames")
+def test_bus_addresses_after_memory() -> None:
+    with (
+        iobmd.allocate(PAGE) as buffer,
+        IOMemoryDescriptor.withAddressRange(0x1234567890123456, 99, REMOTE, None) as md,
+        multi([buffer, sub(md, 5, 10, INOUT)], INOUT) as both,
+    ):
+        first, second = both.segments()
+        assert (first.address, first.length) == (buffer.getPhysicalAddress(), PAGE)
+        assert (second.address, second.length) == (0x123456789012345B, 10)
 
 
 @given(st.lists(st.tuples(st.integers(0, (1 << 64) - 1), st.integers(0, 1 << 40)), max_size=8), st.data())

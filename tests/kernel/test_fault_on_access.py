@@ -131,3 +131,19 @@ def test_only_of_memory_in_this_process() -> None:
     need_ptrace()
     with sleeping() as program, iobmd.allocate(PAGE, task=program.pid, wired=False, purgeable=True) as theirs:
         assert code_of(lambda: theirs.setPurgeable(VOLATILE | FAULT)) == IOReturn.kIOReturnUnsupported
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_refused_by_the_kernel(memory: tuple[Buffer, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the protection cannot be changed, the memory remains non-volatile."""
+    buffer, data = memory
+
+    def refuse(*_: object, **__: object) -> None:
+        raise iobmd.NoMemoryError("too many areas")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("iobmd.descriptors.purge_control._set_access", refuse)
+        assert code_of(lambda: buffer.setPurgeable(VOLATILE | FAULT)) == IOReturn.kIOReturnNoMemory
+    assert buffer.setPurgeable(KEEP) == NON_VOLATILE
+    assert iobmd.purge() == 0
+    assert bytes(buffer) == data

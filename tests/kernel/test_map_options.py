@@ -215,6 +215,7 @@ def test_memory_of_a_client_is_copied_when_mapped() -> None:
         assert code_of(lambda: create(0x20, [(at, 1)], os.getpid())) == IOReturn.kIOReturnBadArgument
 
 
+@pytest.mark.needs("frames")
 def test_operations_on_a_transfer() -> None:
     operation = iobmd.IODMACommandOperation
     read = operation.kIODMACommandPerformOperationOptionRead

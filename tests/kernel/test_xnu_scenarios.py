@@ -287,6 +287,7 @@ def as_ranges(offset: int, size: int) -> list[tuple[int, int]]:
     return [(offset, size)]
 
 
+@pytest.mark.needs("memlock")
 @pytest.mark.usefixtures("nothing_left")
 def test_every_offset_and_size() -> None:
     """Each range is mapped guarded at several offsets, and the map and `readBytes` are compared with the contents."""
