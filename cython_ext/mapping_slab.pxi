@@ -94,7 +94,7 @@ cdef class WholePages(Slab):
     cdef size_t _pages
     cdef uint64_t *_frames
 
-    def __init__(self, keeper, address, size, piece_size, int pagemap, frames, bint pageable):
+    def __cinit__(self, keeper, address, size, piece_size, int pagemap, frames, bint pageable):
         cdef size_t index
         self._pagemap, self._pageable, self._pages = pagemap, pageable, len(frames)
         self._frames = <uint64_t *>malloc(max(self._pages, 1) * sizeof(uint64_t))
