@@ -1,7 +1,7 @@
 # cython: language_level=3, auto_pickle=False, autotestdict=False
 """Copies between this process and a task, with the GIL released: process_vm_readv and /proc/PID/mem."""
 
-from libc.errno cimport EAGAIN, EFAULT, EINTR, EIO, ENOENT, ENOMEM, ESRCH, errno
+from libc.errno cimport EAGAIN, EFAULT, EINTR, EIO, EMLINK, ENOENT, ENOMEM, ESRCH, errno
 from libc.stdint cimport UINT64_MAX, uint64_t, uintptr_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset, strerror
@@ -16,9 +16,14 @@ from attempt cimport (
     iobmd_attempt, iobmd_attempt_free, iobmd_attempt_new, iobmd_attempt_start, iobmd_attempt_wait, iobmd_has_exited,
 )
 from mman cimport C_MADV_PAGEOUT, C_MADV_POPULATE_WRITE, C_MS_ASYNC, c_madvise, c_msync, iobmd_fault_in_huge
-from pagemap_entry cimport PRESENT_BIT, SWAP_BIT, UFFD_WP_BIT, iobmd_entries, iobmd_is_swapped
-from pagemap_scan cimport C_PAGE_IS_PRESENT, C_PAGE_IS_SWAPPED, iobmd_page_region, iobmd_scan, iobmd_wanted
-from procmap_query cimport IOBMD_PROCMAP_QUERY, ioctl, iobmd_procmap_query
+from pagemap_entry cimport (
+    EXCLUSIVE_BIT, FILE_BIT, PRESENT_BIT, SWAP_BIT, UFFD_WP_BIT, iobmd_entries, iobmd_is_swapped,
+)
+from pagemap_scan cimport (
+    C_PAGE_IS_FILE, C_PAGE_IS_PFNZERO, C_PAGE_IS_PRESENT, C_PAGE_IS_SWAPPED, iobmd_page_region, iobmd_scan,
+    iobmd_wanted,
+)
+from procmap_query cimport C_VMA_READABLE, IOBMD_PROCMAP_QUERY, ioctl, iobmd_procmap_query
 from uio cimport (
     O_CLOEXEC, SYS_pidfd_getfd, SYS_process_madvise, c_open, iovec, pread, process_vm_readv, process_vm_writev,
     pwrite, syscall,
@@ -36,10 +41,20 @@ cdef enum:
     VECTORS = RUNS
     FEW = 17  # pages
 
+cdef enum:
+    C_NEEDS_FILE = EMLINK  # which no call of a transfer returns
+
 cdef enum Kind:
     DIRECT  # can be copied without creating a page in the task, and without waiting for another program
-    SWAPPED  # the same, but reading the page swaps it in
+    # The same, but an anonymous page that other tasks may map, since a fork or by KSM: the kernel copies it before
+    # process_vm_readv(2) pins it, and for a write (see iobmd.task.shared_pages).
+    SHARED
+    SWAPPED  # as SHARED, but reading the page swaps it in
     ABSENT
+
+
+cdef inline bint _is_shared(uint64_t entry) noexcept nogil:
+    return not entry & (FILE_BIT | EXCLUSIVE_BIT)
 
 
 cdef inline Kind _kind(uint64_t entry, bint write) noexcept nogil:
@@ -47,25 +62,28 @@ cdef inline Kind _kind(uint64_t entry, bint write) noexcept nogil:
     if write and entry & UFFD_WP_BIT:
         return ABSENT
     if entry & PRESENT_BIT:
-        return DIRECT
+        return SHARED if _is_shared(entry) else DIRECT
     if entry & SWAP_BIT:
         if iobmd_is_swapped(entry):
             return DIRECT if write else SWAPPED
         # UFFD_WP_BIT: the marker of a write-protected page that no longer exists. For guard and poisoned pages, the
         # transfer fails.
-        return ABSENT if entry & UFFD_WP_BIT else DIRECT
+        if entry & UFFD_WP_BIT:
+            return ABSENT
+        return SHARED if _is_shared(entry) else DIRECT
     return ABSENT
+
+
+cdef struct Bounds:
+    uint64_t *bounds  # the start and the end of each
+    size_t count, room
 
 
 cdef struct Way:
     int pid, memory, pidfd
     bint write, skip
     size_t page
-
-
-cdef struct Bounds:
-    uint64_t *bounds  # the start and the end of each
-    size_t count, room
+    const Bounds *readable  # where shared pages are read through `memory`; NULL: all pages are, or none
 
 
 cdef int _add(Bounds *ranges, uint64_t start, uint64_t end) noexcept nogil:
@@ -86,6 +104,27 @@ cdef int _add(Bounds *ranges, uint64_t start, uint64_t end) noexcept nogil:
     ranges.bounds[2 * ranges.count + 1] = end
     ranges.count += 1
     return 0
+
+
+cdef size_t _first(const Bounds *ranges, uint64_t address) noexcept nogil:
+    """Return the index of the first range that ends above an address."""
+    cdef size_t low = 0, high = ranges.count, middle
+    while low < high:
+        middle = (low + high) // 2
+        if ranges.bounds[2 * middle + 1] > address:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+cdef bint _contains(const Bounds *ranges, uint64_t start, uint64_t *end) noexcept nogil:
+    """Return whether ranges contain an address; `end` is lowered to the next address for which that differs."""
+    cdef size_t index = _first(ranges, start)
+    cdef bint inside = index < ranges.count and ranges.bounds[2 * index] <= start
+    if index < ranges.count:
+        end[0] = min(end[0], ranges.bounds[2 * index + inside])
+    return inside
 
 
 # Ranges up to 1 << 64 also end here, because nothing is mapped at the last byte.
@@ -142,21 +181,10 @@ cdef class Ranges:
             total += self.found.bounds[2 * index + 1] - self.found.bounds[2 * index]
         return total
 
-    cdef size_t _first(self, uint64_t address) noexcept:
-        """Return the index of the first range that ends above an address."""
-        cdef size_t low = 0, high = self.found.count, middle
-        while low < high:
-            middle = (low + high) // 2
-            if self.found.bounds[2 * middle + 1] > address:
-                high = middle
-            else:
-                low = middle + 1
-        return low
-
     def between(self, uint64_t start, end):
         """Return the parts of the ranges between two addresses."""
         cdef Ranges part = Ranges()
-        cdef size_t index = self._first(start)
+        cdef size_t index = _first(&self.found, start)
         cdef uint64_t stop = min(end, LAST)
         while index < self.found.count and self.found.bounds[2 * index] < stop:
             part.add(max(start, self.found.bounds[2 * index]), min(stop, self.found.bounds[2 * index + 1]))
@@ -166,7 +194,7 @@ cdef class Ranges:
     def outside(self, uint64_t start, end):
         """Return the ranges between two addresses that are in none of these."""
         cdef Ranges part = Ranges()
-        cdef size_t index = self._first(start)
+        cdef size_t index = _first(&self.found, start)
         cdef uint64_t stop = min(end, LAST)
         while index < self.found.count and self.found.bounds[2 * index] < stop:
             part.add(start, self.found.bounds[2 * index])
@@ -229,17 +257,24 @@ cdef struct Batch:
     # Ranges of the task and of this process, pairwise of the same length, which one call transfers.
     iovec ours[VECTORS]
     iovec theirs[VECTORS]
+    bint by_file[VECTORS]
     int count
     # The whole pages of `theirs` that the call swaps in.
     iovec swapped[VECTORS]
     int swaps
 
 
-cdef ssize_t _call(const Way *way, const iovec *ours, const iovec *theirs, int count) noexcept nogil:
-    if way.memory >= 0:
+cdef ssize_t _call(const Way *way, const Batch *batch, int first) noexcept nogil:
+    """Transfer from the range with the index `first` on: this range, or as many as one call can."""
+    cdef const iovec *ours = &batch.ours[first]
+    cdef const iovec *theirs = &batch.theirs[first]
+    cdef int count = 0
+    if batch.by_file[first]:
         if way.write:
             return pwrite(way.memory, ours.iov_base, ours.iov_len, <long><uintptr_t>theirs.iov_base)
         return pread(way.memory, ours.iov_base, ours.iov_len, <long><uintptr_t>theirs.iov_base)
+    while first + count < batch.count and not batch.by_file[first + count]:
+        count += 1
     if way.write:
         return process_vm_writev(way.pid, ours, count, theirs, count, 0)
     return process_vm_readv(way.pid, ours, count, theirs, count, 0)
@@ -255,12 +290,16 @@ cdef int _move(const Way *way, Batch *batch, uint64_t *stopped, Bounds *bad) noe
     cdef size_t step
     cdef uint64_t at
     while first < batch.count:
-        if way.memory < 0 and iobmd_has_exited(way.pidfd):
+        if not batch.by_file[first] and iobmd_has_exited(way.pidfd):
             stopped[0] = <uintptr_t>batch.theirs[first].iov_base
             return ESRCH
-        moved = _call(way, &batch.ours[first], &batch.theirs[first], batch.count - first)
+        moved = _call(way, batch, first)
         if moved <= 0:
             if moved < 0 and errno == EINTR:
+                continue
+            if batch.by_file[first] and way.readable != NULL:
+                # The page has disappeared since. The call waits for a new one, or returns the reason.
+                batch.by_file[first] = False
                 continue
             at = <uintptr_t>batch.theirs[first].iov_base
             if not way.skip or (moved < 0 and errno != EFAULT and errno != EIO):
@@ -295,6 +334,7 @@ cdef struct Look:
     int pagemap
     bint write
     bint scans  # whether to try PAGEMAP_SCAN
+    bint divided  # whether shared pages have separate runs
     size_t page
     Run runs[RUNS]  # ascending
     int count
@@ -339,10 +379,13 @@ cdef int _scan(Look *look, uint64_t start, uint64_t end, uint64_t *reached) noex
     cdef iobmd_wanted wanted
     cdef iobmd_page_region region
     cdef uint64_t pages = 0, stop = start + min(end - start, STEP * look.page), walked
+    cdef uint64_t direct = C_PAGE_IS_FILE | C_PAGE_IS_PFNZERO if look.divided else C_PAGE_IS_PRESENT
     cdef int found, index, error
     memset(&wanted, 0, sizeof(wanted))
     wanted.max_pages = PAGES
     wanted.anyof = wanted.reported = C_PAGE_IS_PRESENT | C_PAGE_IS_SWAPPED
+    if look.divided:
+        wanted.reported |= direct
     found = iobmd_scan(look.pagemap, start, stop, &wanted, look.regions, RUNS, &walked)
     if found < 0:
         look.scans = errno == EINTR
@@ -351,7 +394,8 @@ cdef int _scan(Look *look, uint64_t start, uint64_t end, uint64_t *reached) noex
     for index in range(found):
         region = look.regions[index]
         pages += (region.end - region.start) // look.page
-        if not region.categories & C_PAGE_IS_PRESENT:  # swapped pages, and entries that only resemble them (`_kind`)
+        # Only its entry shows whether a page is shared, or is not really in swap (`_kind`).
+        if not region.categories & C_PAGE_IS_PRESENT or not region.categories & direct:
             error = _read_entries(look, region.start, region.end, reached)
             if error or reached[0] < region.end:
                 return error
@@ -379,26 +423,40 @@ cdef struct Piece:
     size_t size
 
 
-cdef int _move_run(const Way *way, const Piece *all, uint64_t start, uint64_t end, Kind kind, Batch *batch,
-                   uint64_t *stopped, Bounds *bad) noexcept nogil:
+cdef bint _is_by_file(const Way *way, Kind kind, uint64_t start, uint64_t *end) noexcept nogil:
+    """Return whether an address is read through `memory`; `end` is lowered to the next one for which that differs.
+
+    /proc/PID/mem ignores protections. Where the task itself cannot read, the call is made, which returns the error.
+    """
+    if way.readable == NULL:
+        return way.memory >= 0
+    return kind != DIRECT and _contains(way.readable, start, end)
+
+
+cdef int _move_run(const Way *way, const Piece *all, uint64_t start, uint64_t end, Kind kind, bint by_file,
+                   Batch *batch, uint64_t *stopped, Bounds *bad) noexcept nogil:
     """Add part of a run to the batch, and transfer the batch when it is full, as `_move`."""
     batch.theirs[batch.count].iov_base = <void *><uintptr_t>start
     batch.ours[batch.count].iov_base = <void *><uintptr_t>(all.ours + (start - all.theirs))
     batch.theirs[batch.count].iov_len = batch.ours[batch.count].iov_len = end - start
+    batch.by_file[batch.count] = by_file
     batch.count += 1
     if kind == SWAPPED and way.pidfd >= 0:
         start -= start % way.page
         batch.swapped[batch.swaps].iov_base = <void *><uintptr_t>start
         batch.swapped[batch.swaps].iov_len = (end - start + way.page - 1) // way.page * way.page
         batch.swaps += 1
-    return _move(way, batch, stopped, bad) if batch.count == VECTORS or way.memory >= 0 else 0
+    return _move(way, batch, stopped, bad) if batch.count == VECTORS else 0
 
 
 cdef int _move_runs(const Way *way, const Piece *all, const Run *runs, uint64_t start, uint64_t end, size_t huge,
                     Batch *batch, uint64_t *stopped, Bounds *bad) noexcept nogil:
-    """Like `_move_run`, for adjacent runs; the first contains `start`. Huge pages are faulted in beforehand."""
-    cdef uint64_t until, shift = all.ours - all.theirs
-    cdef bint whole
+    """Like `_move_run`, for adjacent runs; the first contains `start`. Huge pages are faulted in beforehand.
+
+    Ends with `NEEDS_FILE` at the first shared page for which `memory` is missing.
+    """
+    cdef uint64_t until, stop, shift = all.ours - all.theirs
+    cdef bint whole, by_file
     cdef int error
     while start < end:
         until, whole = end, False
@@ -411,10 +469,17 @@ cdef int _move_runs(const Way *way, const Piece *all, const Run *runs, uint64_t 
                 return error
             iobmd_fault_in_huge(start + shift, huge, way.page)
         while start < until:
-            error = _move_run(way, all, start, min(until, runs.end), runs.kind, batch, stopped, bad)
+            if way.readable != NULL and way.memory < 0 and runs.kind != DIRECT:
+                error = _move(way, batch, stopped, bad)
+                if not error:
+                    stopped[0] = start
+                return error or C_NEEDS_FILE
+            stop = min(until, runs.end)
+            by_file = _is_by_file(way, runs.kind, start, &stop)
+            error = _move_run(way, all, start, stop, runs.kind, by_file, batch, stopped, bad)
             if error:
                 return error
-            start = min(until, runs.end)
+            start = stop
             runs += start == runs.end
     return 0
 
@@ -426,6 +491,7 @@ cdef int _transfer(const Way *way, int pagemap, Piece all, size_t huge, uint64_t
     cdef uint64_t at = all.theirs, end = all.theirs + all.size, known = at, start, stop, reached, cut
     cdef int first, last, error
     look.pagemap, look.write, look.scans, look.page = pagemap, way.write, not way.write, way.page
+    look.divided = way.readable != NULL
     batch.count = batch.swaps = 0
     if huge > PAGES * way.page:
         huge = 0
@@ -468,8 +534,11 @@ cdef int _transfer(const Way *way, int pagemap, Piece all, size_t huge, uint64_t
     return 0
 
 
+NEEDS_FILE = C_NEEDS_FILE
+
+
 def transfer(int pid, int memory, int pagemap, int pidfd, bint write, bint skip, uint64_t theirs, uint64_t ours,
-             size_t size, size_t page, size_t huge=0):
+             size_t size, size_t page, size_t huge=0, Ranges readable=None):
     """Copy between `theirs` in a task and `ours` in this process all that requires no new page in the task.
 
     Parameters
@@ -489,12 +558,16 @@ def transfer(int pid, int memory, int pagemap, int pidfd, bint write, bint skip,
     huge
         Size of the huge pages that the fresh destination may have, 0 if it is not fresh: a huge page is faulted in
         before the copy if all of its bytes will be copied.
+    readable
+        None, or the addresses at which shared pages (`Kind`) may be read through `memory`, because the task itself
+        may read there: all others are then read by the call.
 
     Returns
     -------
     tuple[int, int, Ranges, Ranges]
-        The address in the task that the copy reached, the error number that ended it (0: none), the ranges of absent
-        pages before that address, and the ranges that could not be read.
+        The address in the task that the copy reached, the error number that ended it (0: none; `NEEDS_FILE`: with
+        `readable` but without `memory`, the page there is shared), the ranges of absent pages before that address,
+        and the ranges that could not be read.
     """
     cdef Way way
     cdef Piece all
@@ -502,6 +575,7 @@ def transfer(int pid, int memory, int pagemap, int pidfd, bint write, bint skip,
     cdef uint64_t stopped = theirs + size
     cdef int error
     way.pid, way.memory, way.pidfd, way.write, way.skip, way.page = pid, memory, pidfd, write, skip, page
+    way.readable = NULL if readable is None else &readable.found
     all.theirs, all.ours, all.size = theirs, ours, size
     with nogil:
         error = _transfer(&way, pagemap, all, huge, &stopped, &absent.found, &bad.found)
@@ -533,6 +607,30 @@ cdef bint _is_unmapped(int pagemap, const char *maps, uint64_t address, size_t p
     return failed
 
 
+cdef ssize_t _read_unpinned(const char *maps, const char *memory, const iovec *ours, uint64_t theirs) noexcept nogil:
+    """Read bytes through /proc/PID/mem; return their number, -1 unless the task itself may read all of them."""
+    cdef iobmd_procmap_query area
+    cdef uint64_t at = theirs
+    cdef ssize_t moved = -1
+    cdef int fd = c_open(maps, O_RDONLY | O_CLOEXEC)
+    if fd < 0:
+        return -1
+    while at < theirs + ours.iov_len:
+        memset(&area, 0, sizeof(area))
+        area.size = sizeof(area)
+        area.query_addr, area.query_flags = at, C_VMA_READABLE
+        if ioctl(fd, IOBMD_PROCMAP_QUERY, &area):  # it is not mapped readable; or before Linux 6.11
+            break
+        at = area.vma_end
+    close(fd)
+    if at >= theirs + ours.iov_len:
+        fd = c_open(memory, O_RDONLY | O_CLOEXEC)
+        if fd >= 0:
+            moved = pread(fd, ours.iov_base, ours.iov_len, <long>theirs)
+            close(fd)
+    return moved
+
+
 def move_present(bytes folder, uint64_t device, int pid, int pidfd, bint write, bint fresh, uint64_t theirs,
                  uint64_t ours, size_t size, size_t page):
     """As `transfer`, for a few pages that are present, with as few calls as possible.
@@ -556,9 +654,11 @@ def move_present(bytes folder, uint64_t device, int pid, int pidfd, bint write, 
     cdef uint64_t entries[FEW]
     cdef uint64_t first = theirs // page
     cdef size_t count = (theirs + size - 1) // page - first + 1, index
-    cdef bytes pagemap = folder + b"/pagemap", maps = folder + b"/maps"
+    cdef bytes pagemap = folder + b"/pagemap", maps = folder + b"/maps", memory = folder + b"/mem"
     cdef const char *path = pagemap
     cdef const char *areas = maps
+    cdef const char *contents = memory
+    cdef bint shared = False
     cdef struct_stat mounted
     cdef iovec here, there
     cdef int fd, error = EAGAIN
@@ -575,6 +675,7 @@ def move_present(bytes folder, uint64_t device, int pid, int pidfd, bint write, 
                         if not entries[index] & PRESENT_BIT or (write and entries[index] & UFFD_WP_BIT):
                             error = EAGAIN
                             break
+                        shared |= not write and _is_shared(entries[index])
                     if error and not index and not entries[0] and _is_unmapped(fd, areas, theirs, page):
                         error = EFAULT
             close(fd)
@@ -589,6 +690,8 @@ def move_present(bytes folder, uint64_t device, int pid, int pidfd, bint write, 
             here.iov_len = there.iov_len = size
             if write:
                 moved = process_vm_writev(pid, &here, 1, &there, 1, 0)
+            elif shared:
+                moved = _read_unpinned(areas, contents, &here, theirs)
             else:
                 moved = process_vm_readv(pid, &here, 1, &there, 1, 0)
             if moved != <ssize_t>size:
@@ -604,7 +707,7 @@ def absent(int pagemap, uint64_t theirs, size_t size, size_t page):
     cdef Look look
     cdef uint64_t at = theirs - theirs % page, end = theirs + size, known = theirs, reached
     cdef int failed = 0, index
-    look.pagemap, look.write, look.scans, look.page = pagemap, False, True, page
+    look.pagemap, look.write, look.scans, look.divided, look.page = pagemap, False, True, False, page
     with nogil:
         while at < end and not failed:
             if _look(&look, at, end + (page - end % page) % page, &reached):
@@ -619,16 +722,33 @@ def absent(int pagemap, uint64_t theirs, size_t size, size_t page):
     return found
 
 
+def count_shared(int pagemap, uint64_t theirs, size_t size, size_t page):
+    """Return the bytes of a task's present pages that other tasks may map, by its open pagemap."""
+    cdef uint64_t entries[PAGES]
+    cdef uint64_t first = theirs // page, end = (theirs + size - 1) // page + 1
+    cdef ssize_t got = 1, index
+    cdef size_t count = 0
+    with nogil:
+        while first < end and got > 0:
+            got = iobmd_entries(pagemap, first, entries, min(end - first, <uint64_t>PAGES))
+            for index in range(got):
+                if entries[index] & PRESENT_BIT and _is_shared(entries[index]):
+                    count += 1
+            first += max(got, 0)
+    return count * page
+
+
 def by_kind(bytes entries, uint64_t start, uint64_t end, bint write, size_t page):
     """Divide addresses of a task by the entries of pagemap for their pages, the first for that of `start`.
 
     Returns
     -------
-    tuple[Ranges, Ranges, Ranges]
-        The parts that can be copied directly, the whole pages of these that a read swaps in, and the
-        absent parts.
+    tuple[Ranges, Ranges, Ranges, bool]
+        The parts that can be copied directly, the whole pages of these that a read swaps in, the absent parts, and
+        whether some pages are shared (`Kind`).
     """
     cdef Ranges present = Ranges(), swapped = Ranges(), absent = Ranges()
+    cdef bint shared = False
     cdef const char *data = entries
     cdef size_t index
     cdef uint64_t entry, at = start - start % page
@@ -639,8 +759,9 @@ def by_kind(bytes entries, uint64_t start, uint64_t end, bint write, size_t page
         (absent if kind == ABSENT else present).add(max(start, at), min(end, at + page))
         if kind == SWAPPED:
             swapped.add(at, at + page)
+        shared |= kind == SHARED or kind == SWAPPED
         at += page
-    return present, swapped, absent
+    return present, swapped, absent, bool(shared)
 
 
 def is_mapped(uint64_t address, size_t size, size_t page):

@@ -12,8 +12,9 @@ cdef extern from * nogil:
     };
     #define IOBMD_PAGEMAP_SCAN _IOWR('f', 16, struct iobmd_scan_arg)
     enum {
-        IOBMD_PAGE_IS_WRITTEN = 1 << 1, IOBMD_PAGE_IS_PRESENT = 1 << 3, IOBMD_PAGE_IS_SWAPPED = 1 << 4,
-        IOBMD_PAGE_IS_PFNZERO = 1 << 5, IOBMD_PAGE_IS_HUGE = 1 << 6, IOBMD_PAGE_IS_ACCESSED = 1 << 9,
+        IOBMD_PAGE_IS_WRITTEN = 1 << 1, IOBMD_PAGE_IS_FILE = 1 << 2, IOBMD_PAGE_IS_PRESENT = 1 << 3,
+        IOBMD_PAGE_IS_SWAPPED = 1 << 4, IOBMD_PAGE_IS_PFNZERO = 1 << 5, IOBMD_PAGE_IS_HUGE = 1 << 6,
+        IOBMD_PAGE_IS_ACCESSED = 1 << 9,
     };
     enum { IOBMD_PM_SCAN_WP_MATCHING = 1 << 0, IOBMD_PM_SCAN_CHECK_WPASYNC = 1 << 1 };
     /* The pages that a scan finds, its actions on them, and the reported categories: fields of struct pm_scan_arg. */
@@ -66,6 +67,7 @@ cdef extern from * nogil:
         uint64_t flags, max_pages, inverted, mask, anyof, reported
     enum:
         C_PAGE_IS_WRITTEN "IOBMD_PAGE_IS_WRITTEN"
+        C_PAGE_IS_FILE "IOBMD_PAGE_IS_FILE"
         C_PAGE_IS_PRESENT "IOBMD_PAGE_IS_PRESENT"
         C_PAGE_IS_SWAPPED "IOBMD_PAGE_IS_SWAPPED"
         C_PAGE_IS_PFNZERO "IOBMD_PAGE_IS_PFNZERO"

@@ -21,7 +21,7 @@ from iobmd.pagemap.self import own_pagemap
 from iobmd.physical import policy, search
 from iobmd.physical.search import PhysicalConstraints
 from iobmd.purgeable.private import LazilyFreed
-from iobmd.task import transfer
+from iobmd.task import clearing
 from iobmd.task.task import kernel_task
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_up
 
@@ -136,7 +136,7 @@ class AnonymousBacking(MappedBacking):
         filled = contents.size if contents else 0
         if contents:
             contents.fill(self.address, huge=huge, sparse=self._sparse, fresh=False)
-        transfer.clear(self.address + filled, self.size - filled)
+        clearing.clear(self.address + filled, self.size - filled)
         if self._wired:
             make_resident(self.address, self.size)
 

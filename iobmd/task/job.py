@@ -51,8 +51,9 @@ class Transfer(NamedTuple):
     outline
         The parts that were absent earlier, if known; only used to divide the work.
     by_file
-        Read /proc/PID/mem. process_vm_readv(2) pins the pages, and before the kernel pins an anonymous page that
-        processes share after a fork, it copies it (Linux 5.19): reading a snapshot would double its memory.
+        Read all pages through /proc/PID/mem, as those that tasks share since a fork (`iobmd.task.shared_pages`):
+        most pages of a snapshot are shared with its source, and for the others the call is slower, because the kernel
+        must first determine that they no longer are.
     """
 
     pid: int

@@ -150,11 +150,12 @@ class Task:
 
         Notes
         -----
-        Reading does not increase the memory of the task. Its present pages are read by process_vm_readv(2); absent
-        pages are zero, or are read from the mapped object. If that object cannot be opened (by a user other than
-        root, when its path and descriptors are gone), the kernel must create the pages in the task. Their size is
-        first compared with the free memory of the task's memory cgroup, or of the hugetlb pool, and the call is
-        refused if they do not fit. Pages read from swap are returned there (CAP_SYS_NICE).
+        Reading does not increase the memory of the task. Its present pages are read by process_vm_readv(2), and those
+        that it shares with others since a fork through /proc/PID/mem, because the call would copy them. Absent pages
+        are zero, or are read from the mapped object. If that object cannot be opened (by a user other than root, when
+        its path and descriptors are gone), the kernel must create the pages in the task. Their size is first compared
+        with the free memory of the task's memory cgroup, or of the hugetlb pool, and the call is refused if they do
+        not fit. Pages read from swap are returned there (CAP_SYS_NICE).
 
         Only SIGKILL ends a wait for the lock of an address space (`mmap_lock`), and process_vm_readv(2) not even that
         (measured, Linux 6.18). With `timeout`, child processes make all calls that may wait for it: 4 KiB take 0.2 ms
@@ -189,7 +190,9 @@ class Task:
     def write(self, address: int, data: Buffer, *, timeout: float | None = None) -> int:
         """Copy the bytes of `data` to `address`; return their number. Raises as `read`.
 
-        On `kIOReturnVMError` and `kIOReturnTimeout` the bytes before `.address` may have been written.
+        On `kIOReturnVMError` and `kIOReturnTimeout` the bytes before `.address` may have been written, and on
+        `kIOReturnNoMemory` some of them: pages that the task lacks, or shares with another since a fork, must fit its
+        memory cgroup.
 
         Parameters
         ----------

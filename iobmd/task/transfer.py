@@ -4,10 +4,11 @@ First the present pages of the task are transferred, according to its pagemap: a
 or process_vm_writev call, a large one in chunks (`iobmd._internal.chunked`) on several threads, because faulting in
 and clearing the destination costs more than the copy and can be done in parallel. Pagemap is read once to determine
 chunks with equal numbers of pages, and again, for a thousand pages at a time, directly before their transfer: the
-task may have freed pages in between, and a read would create them again. Then the absent pages are read from their
-sources (`iobmd.task.extents`), so that the task has no more pages than before. Pages that only a page fault can
-supply are left to a child process that can be killed (`iobmd.task.attempt`). If the calls are refused or missing (a
-seccomp profile), /proc/PID/mem is used instead.
+task may have freed pages in between, and a read would create them again. Pages that the task shares since a fork are
+read through /proc/PID/mem (`iobmd.task.shared_pages`). Then the absent pages are read from their sources
+(`iobmd.task.extents`), so that the task has no more pages than before. Pages that only a page fault can supply are
+left to a child process that can be killed (`iobmd.task.attempt`). If the calls are refused or missing (a seccomp
+profile), /proc/PID/mem is used for all pages.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from iobmd._internal.arguments import check_numbers
 from iobmd._native import crosstask, mman
 from iobmd.errors import NO_DESCRIPTOR
 from iobmd.host import headroom
-from iobmd.task import attempt, extents
+from iobmd.task import attempt, clearing, extents
 from iobmd.task.extents import Absent, Origin
 from iobmd.task.job import WOULD_WAIT, Outcome, Transfer
 from iobmd.task.ranges import behind, joined, part
-from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, round_down, round_up
+from iobmd.task.shared_pages import SharedPages, open_memory
+from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, round_down
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -103,8 +105,10 @@ class _Run:
         self._left_zero = False
         # A thread of this process can hold its lock only while it waits for others, as any program can.
         self.is_bounded = job.timeout is not None and pagemap >= 0 and job.pid != os.getpid()
+        self._shared = SharedPages(job, pagemap, is_bounded=self.is_bounded)
 
     def close(self) -> None:
+        self._shared.close()
         for descriptor in (self._memory, self._awaited, self._pagemap):
             if descriptor >= 0:
                 os.close(descriptor)
@@ -138,7 +142,7 @@ class _Run:
         """Like `_by_calls`, through /proc/PID/mem, as far as the protections permit, which it ignores."""
         job = self._job
         try:
-            self._memory = self._opened_memory()
+            self._memory = open_memory(job)
             is_readable = all("r" in area.perms for area in procfs.areas(job.pid, job.theirs, job.end))
         except OSError as error:
             return 0, number_of(error)
@@ -165,16 +169,22 @@ class _Run:
     def _present(self, offset: int, size: int) -> tuple[int, int]:
         """Transfer the present pages of a chunk, and record the absent ones."""
         job = self._job
+        memory, readable = self._shared.access if self._memory < 0 else (self._memory, None)
         reached, error, absent, unread = crosstask.transfer(
-            job.pid, self._memory, self._pagemap, job.pidfd, job.write, job.skip,
-            job.theirs + offset, job.ours + offset, size, PAGE_SIZE, job.huge,
+            job.pid, memory, self._pagemap, job.pidfd, job.write, job.skip,
+            job.theirs + offset, job.ours + offset, size, PAGE_SIZE, job.huge, readable,
         )  # fmt: skip
         if absent:
             self._absent.append(absent)
         if unread:
             self._unread += unread
             self._clear(unread)
-        return reached - job.theirs - offset, error
+        done = reached - job.theirs - offset
+        if error != crosstask.NEEDS_FILE:
+            return done, error
+        self._shared.prepare()
+        more, error = self._present(offset + done, size - done)  # which does not end in this way again
+        return done + more, error
 
     def _present_by_children(self) -> tuple[int, int]:
         """Like `_present`, for all of it: this thread makes no call that the lock of the address space can stop."""
@@ -186,12 +196,12 @@ class _Run:
             if not entries:  # past the end of all address spaces, or the memory is gone
                 gone = error == errno.EFAULT and not self.holds_memory()
                 return at - job.theirs, errno.ESRCH if gone else error
-            present, swapped, absent = crosstask.by_kind(entries, at, end, job.write, PAGE_SIZE)
+            present, swapped, absent, shared = crosstask.by_kind(entries, at, end, job.write, PAGE_SIZE)
             if absent:
                 self._absent.append(absent)
             if present:
                 self._permit_huge_pages(present, _MOST_MARKED * _WINDOW // max(job.size, _WINDOW))
-                reached, error = self._attempted(Absent(present, Origin.FAULT))
+                reached, error = self._present_by_child(present, shared=shared)
                 if swapped and job.pidfd >= 0 and not job.write:
                     attempt.page_out(job.pidfd, list(swapped), job.patience)
                 if error:
@@ -200,6 +210,16 @@ class _Run:
                 job.progress(end - job.theirs)
             at = end
         return job.size, 0
+
+    def _present_by_child(self, present: Ranges, *, shared: bool) -> tuple[int, int]:
+        if not shared or self._memory >= 0:
+            return self._attempted(Absent(present, Origin.FAULT))
+        self._shared.prepare()
+        for pages, memory in self._shared.divide(present):
+            reached, error = self._attempted(Absent(pages, Origin.FAULT), memory)
+            if error:
+                return reached, error
+        return self._job.end, 0
 
     def holds_memory(self) -> bool:
         """Return whether the address space of the open pagemap still exists (if not, reads return 0 bytes)."""
@@ -222,7 +242,7 @@ class _Run:
         self._unread.clear()
         try:
             if self._memory < 0:
-                self._memory = self._opened_memory()
+                self._memory = open_memory(job)
             areas = list(procfs.areas(job.pid, job.theirs, job.end))
         except OSError as error:
             return 0, number_of(error)
@@ -299,8 +319,8 @@ class _Run:
         for start, end in ranges:
             first, last = self._job.here(start), self._job.here(end)
             if self._job.sparse:
-                first = _discard(first, last)
-            clear(first, last - first)
+                first = clearing.discard(first, last)
+            clearing.clear(first, last - first)
 
     def _unreadable(self, ranges: Sequence[Range]) -> tuple[int, int]:
         if self._job.skip:
@@ -342,13 +362,15 @@ class _Run:
         index = bisect_right(starts, done) - 1
         return ranges[index][0] + done - starts[index], error
 
-    def _attempted(self, absent: Absent) -> tuple[int, int]:
-        """Transfer pages that another program may have to supply."""
+    def _attempted(self, absent: Absent, memory: int = -1) -> tuple[int, int]:
+        """Transfer pages that another program may have to supply, or shared pages through `memory`."""
         job = self._job
         if absent.file and not job.write:
             ends = attempt.Ends(job.theirs, job.ours, write=False, file=absent.file, shift=absent.shift)
         else:
-            ends = attempt.Ends(job.theirs, job.ours, job.write, job.pid, job.pidfd, self._memory)
+            ends = attempt.Ends(
+                job.theirs, job.ours, job.write, job.pid, job.pidfd, self._memory if memory < 0 else memory
+            )
         left: Sequence[Range] = list(absent.ranges)
         while left:
             moved, error = attempt.move(ends, left, job.patience)
@@ -356,6 +378,14 @@ class _Run:
             if not left:
                 break
             at, until = left[0]
+            if error == errno.EFAULT and memory >= 0:
+                # The page has disappeared since. The call waits for a new one, or returns the reason.
+                until = min(until, round_down(at, PAGE_SIZE) + PAGE_SIZE)
+                stopped, error = self._attempted(Absent(crosstask.Ranges([(at, until)]), Origin.FAULT))
+                if error:
+                    return stopped, error
+                left = behind(left, until - at)
+                continue
             if error == errno.EPERM and not ends.file and ends.memory < 0:
                 ends = ends._replace(memory=self._awaited_memory())
                 continue
@@ -376,39 +406,5 @@ class _Run:
         # Yama permits a process, but not its children, to read from its descendants, and only checks when the file is
         # opened (Documentation/admin-guide/LSM/Yama.rst).
         if self._awaited < 0:
-            self._awaited = self._opened_memory()
+            self._awaited = open_memory(self._job)
         return self._awaited
-
-    def _opened_memory(self) -> int:
-        flags = (os.O_RDWR if self._job.write else os.O_RDONLY) | os.O_CLOEXEC
-        memory = os.open(f"{pidns.directory(self._job.pid)}/mem", flags)
-        if crosstask.has_exited(self._job.pidfd):  # otherwise it belongs to the task, even if the pid is reused
-            os.close(memory)
-            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
-        return memory
-
-
-def clear(ours: int, size: int) -> None:
-    """Set memory of this process to zero; large ranges on several threads, and interruptible by Ctrl-C."""
-    if size <= chunked.PIECE:
-        crosstask.zero(ours, size)
-    else:
-        chunked.run(functools.partial(_zero, ours), size)
-
-
-def _zero(ours: int, offset: int, size: int) -> tuple[int, int]:
-    crosstask.zero(ours + offset, size)
-    return size, 0
-
-
-def _discard(ours: int, end: int) -> int:
-    """Free the whole pages of a range of private memory, and clear what precedes them; return where they end."""
-    first, last = round_up(ours, PAGE_SIZE), round_down(end, PAGE_SIZE)
-    if first >= last:
-        return ours
-    try:
-        mman.advise(first, last - first, mman.MADV_DONTNEED)
-    except OSError:  # locked (mlockall)
-        return ours
-    clear(ours, first - ours)
-    return last

@@ -2,10 +2,9 @@
 
 import contextlib
 import fcntl
+import gc
 import os
 import resource
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import pytest
 from support import kernel
 from support.child import NOBODY, in_child
 from support.fuse import FILE_SYSTEM
+from support.python_source import PATIENCE, Source, leave
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Task, kernel_task
@@ -24,66 +24,6 @@ from iobmd.memory import residency
 MIB = 1 << 20
 HUGE = 2 << 20
 POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
-PATIENCE = 30  # seconds
-
-PROGRAM = """
-import ctypes, mmap, os, sys
-PRIVATE, ANONYMOUS, NORESERVE, HUGETLB = mmap.MAP_PRIVATE, mmap.MAP_ANONYMOUS, 0x4000, 0x40000
-kept = []
-def at(area):
-    kept.append(area)
-    return ctypes.addressof(ctypes.c_char.from_buffer(area))
-def memfd(size, flags=0):
-    fd = os.memfd_create("source", flags)
-    os.ftruncate(fd, size)
-    return fd
-{code}
-print(*result, flush=True)
-for line in sys.stdin:
-    exec(line)
-    print("done", flush=True)
-"""
-
-
-class Source:
-    """A Python program that runs `code`, which stores addresses of its memory in `result`, and then lines of code."""
-
-    def __init__(self, code: str, *, before: str = "", user: int | None = None) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", before + PROGRAM.format(code=code)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, user=user, group=user,
-            extra_groups=[] if user else None,
-        )  # fmt: skip
-        assert self.process.stdout is not None
-        self.addresses = [int(word) for word in self.process.stdout.readline().split()]
-        self.pid = self.process.pid
-        self._settle()
-
-    def _settle(self) -> None:
-        """Wait until it reads the next line, because it still touches its own pages before that."""
-        end = time.monotonic() + PATIENCE
-        while not Path(f"/proc/{self.pid}/syscall").read_text().startswith("0 0x0 "):
-            assert time.monotonic() < end
-            time.sleep(0.001)
-
-    def execute(self, line: str) -> None:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        assert self.process.stdout.readline() == "done\n"
-        self._settle()
-
-    def held(self) -> dict[str, int]:
-        """Return the memory of the process according to the kernel, in bytes."""
-        return {
-            name: kernel.status(name, self.pid)
-            for name in ("VmRSS", "RssAnon", "RssFile", "RssShmem", "VmPTE", "VmSwap")
-        }
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.communicate()
 
 
 @pytest.fixture
@@ -211,13 +151,6 @@ def test_a_source_with_a_limit_lives_on(
     assert int(usage.read_text()) - before < 2 * MIB
     one.end()
     leave(group)
-
-
-def leave(group: Path) -> None:
-    """Wait until a cgroup has no process, so that it can be removed."""
-    end = time.monotonic() + PATIENCE
-    while group.read_text().strip() and time.monotonic() < end:
-        time.sleep(0.01)
 
 
 def free_pages() -> tuple[int, int]:
@@ -413,6 +346,7 @@ def test_refused_where_the_pages_cannot_be_found(
 def test_nothing_is_opened_for_good(source: Callable[..., Source]) -> None:
     one = source(MEMFD + "; result = [at(m)]")
     (at,) = one.addresses
+    gc.collect()  # pipes of earlier tests
     before = len(list(Path("/proc/self/fd").iterdir()))
     theirs = len(list(Path(f"/proc/{one.pid}/fd").iterdir()))
     for size in (1, 100_000, 64 * MIB):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from iobmd import pagemap
 from iobmd._internal.chunked import PIECE, threads
 from iobmd._native import crosstask
 from iobmd.cli.child import python
@@ -38,6 +42,7 @@ def run(size: int, rounds: int) -> list[Result]:
             *_small(task, piece, rounds * MANY),
             _peak(piece, client.pid),
             *_sparse(size * RESERVED, rounds),
+            *_shared(size, rounds),
             *lazy.run(round_up(size, HUGE_PAGE_SIZE), rounds),
             *_start(rounds),
         ]
@@ -106,8 +111,8 @@ def _sparse(size: int, rounds: int) -> list[Result]:
             with Target(kind, size) as target:
                 length = target.end - target.start
                 sparse = partial(_with_copy, Task(target.pid), PAGEABLE, target.start, length)
-                with Path(f"/proc/{target.pid}/pagemap").open("rb", buffering=0) as pagemap:
-                    absent = crosstask.absent(pagemap.fileno(), target.start, length, PAGE_SIZE)
+                with Path(f"/proc/{target.pid}/pagemap").open("rb", buffering=0) as entries:
+                    absent = crosstask.absent(entries.fileno(), target.start, length, PAGE_SIZE)
                 pages = list(absent.outside(target.start, target.end))
                 by_hand = partial(floors.read_fresh, target.pid, target.start, length, pages)
                 alone, hand, took = medians(rounds, dense, by_hand, sparse)
@@ -117,6 +122,48 @@ def _sparse(size: int, rounds: int) -> list[Result]:
             against = f"mmap, process_vm_readv of those pages, munmap in C: {hand * 1e3:.0f} ms"
             results.append(at_most(what, f"{took * 1e3:.0f} ms", against, took / hand, 2))
     return results
+
+
+def _shared(size: int, rounds: int) -> list[Result]:
+    """Copy memory that a forked child shares with its parent, each time of another child."""
+    grown: dict[str, int] = {}
+    with IOBufferMemoryDescriptor.withOptions(PAGEABLE, size) as source:
+        source.writeBytes(0, b"x" * size)
+        address = source.getBytesNoCopy()
+
+        def measured(name: str, copy: Callable[[int], float]) -> float:
+            with _forked_child() as pid:
+                took = copy(pid)
+                grown[name] = pagemap.counts(Task(pid), address, size).exclusive * PAGE_SIZE
+            return took
+
+        by_hand = partial(measured, "hand", lambda pid: floors.read_fresh(pid, address, size))
+        copies = partial(measured, "copy", lambda pid: _with_copy(Task(pid), PAGEABLE, address, size))
+        hand, took = medians(rounds, by_hand, copies)
+    what = f"withCopy, {size >> 20} MiB that a forked child shares"
+    against = f"one process_vm_readv into fresh memory: {_rate(size, hand)}"
+    added, by_call = format_size(grown["copy"]), format_size(grown["hand"])
+    ratio = max(grown["copy"], PAGE_SIZE) / max(grown["hand"], PAGE_SIZE)
+    return [
+        at_least(what, _rate(size, took), against, hand / took, 2),
+        at_most(f"{what}: memory added to it", added, f"by the call: {by_call}", ratio, 0.01),
+    ]
+
+
+@contextmanager
+def _forked_child() -> Iterator[int]:
+    """Fork a child that sleeps until the end of the block, or of this process."""
+    reading, writing = os.pipe()
+    if not (pid := os.fork()):
+        os.close(writing)
+        os.read(reading, 1)
+        os._exit(0)
+    try:
+        yield pid
+    finally:
+        os.close(writing)
+        os.waitpid(pid, 0)
+        os.close(reading)
 
 
 def _peak(piece: Piece, pid: int) -> Result:
