@@ -48,8 +48,9 @@ fuzz: $(READY)
 # The extensions under the address sanitizer. Left out by default: tests of whole address spaces, in which the
 # sanitizer's own takes minutes to walk, and those that look for memory, which are long with it.
 ASAN_TESTS := $(patsubst %,tests/kernel/test_%.py,buffer cache cache_modes copies dma dma_segments mapping pinning \
-    segments shared task withcopy) tests/remote/test_freeze.py $(FUZZ_TESTS) \
-    tests/security/test_threads.py
+    segments shared task withcopy slabs lazy_copies shared_since_fork host_memory) \
+    $(patsubst %,tests/remote/test_%.py,freeze lazy_copies snapshot) $(FUZZ_TESTS) tests/security/test_threads.py \
+    tests/unit/test_census.py
 test-asan:
 	tools/sanitize address "$(PYTHON)" build/asan $(or $(PYTEST_ARGS),$(ASAN_TESTS))
 

@@ -6,10 +6,12 @@ Runs for a few seconds in the suite; `make test-tsan` runs it under the thread s
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import mmap
 import os
 import random
+import struct
 import sys
 import threading
 import time
@@ -21,6 +23,8 @@ import pytest
 from support import requirements
 from support.fuzzing import SECONDS
 from support.kernel import Footprint
+from support.lazy import Source
+from support.threads import run_all
 
 import iobmd
 from iobmd import IOReturnError
@@ -49,7 +53,7 @@ def all_at_once(*works: Callable[[], object], seconds: float = 0.25) -> None:
 
     def repeat(work: Callable[[], object]) -> None:
         begin.wait()
-        end = time.monotonic() + (SECONDS / 9 or seconds)
+        end = time.monotonic() + (SECONDS / 13 or seconds)
         try:
             while not errors:
                 work()
@@ -265,6 +269,93 @@ def test_pins() -> None:
     finally:
         table.close()
         memory.close()
+
+
+def test_transfers_of_shared_pages() -> None:
+    """The zero page of the kernel is one: a small read opens the memory file, in each thread at once."""
+    size = 4 * MIB
+    memory = mapping.Mapping.anonymous(size, PAGE)
+    for page in range(0, size, PAGE):
+        memory.read(page, 1)
+    room = [bytearray(b"x" * size) for _ in range(THREADS)]
+
+    def read(number: int) -> None:
+        start = random.randrange(0, size // 2, PAGE)
+        assert iobmd.kernel_task.read(memory.address + start, PAGE + 1) == bytes(PAGE + 1)
+        room[number][:] = b"x" * size
+        iobmd.kernel_task.readinto(memory.address, room[number])
+        assert not room[number].strip(b"\0")
+
+    try:
+        all_at_once(*(partial(read, number) for number in range(THREADS)))
+    finally:
+        memory.close()
+
+
+@pytest.mark.needs("memlock")
+def test_slabs() -> None:
+    """Small wired buffers of one page belong to several threads, which others free or trim: no byte is misplaced."""
+
+    def use(number: int) -> None:
+        buffers = [iobmd.allocate(random.choice([1, 64, 256, 2048])) for _ in range(20)]
+        for index, buffer in enumerate(buffers):
+            assert not any(buffer.readBytes(0, len(buffer)))
+            buffer.writeBytes(0, bytes([number * 50 + index]) * len(buffer))
+        for index, buffer in enumerate(buffers):
+            assert buffer.readBytes(0, len(buffer)) == bytes([number * 50 + index]) * len(buffer)
+            buffer.free()
+
+    all_at_once(*(partial(use, number) for number in range(1, THREADS)), iobmd.trim)
+
+
+def test_census(tmp_path: Path) -> None:
+    """One file of page flags, counted by a separate object in each thread."""
+    words = random.Random(1).choices([0, 1 << 10, 1 << 5 | 1 << 12, 1 << 17, 1 << 26], k=100_000)
+    path = tmp_path / "kpageflags"
+    path.write_bytes(struct.pack(f"={len(words)}Q", *words))
+    opened = os.open(path, os.O_RDONLY)
+
+    def count() -> tuple[object, ...]:
+        census = pagemap.Census(opened, 512, 64, 4096)
+        census.begin(0, 0)
+        census.read(len(words))
+        census.finish()
+        return census.take()
+
+    expected = count()
+
+    def check() -> None:
+        assert count() == expected
+
+    try:
+        all_at_once(*[check] * THREADS)
+    finally:
+        os.close(opened)
+
+
+@pytest.mark.needs("lazy_copies")
+def test_lazy_copies() -> None:
+    """Threads touch, read and await pages that the native thread fetches, and free the copy at any moment."""
+    size = 16 * MIB
+    with Source(size) as source:
+
+        def use() -> None:
+            copy = source.copied()
+            address, contents = copy.getBytesNoCopy(), source.contents
+
+            def touch() -> None:
+                for offset in random.sample(range(0, size, PAGE), 50):
+                    assert ctypes.string_at(address + offset, 8) == contents[offset : offset + 8]
+
+            def read() -> None:
+                offset = random.randrange(size - MIB)
+                assert copy.readBytes(offset, MIB) == contents[offset : offset + MIB]
+                assert 0 <= copy.fetched <= size
+
+            run_all(touch, touch, read, read, copy.fetch if random.random() < 0.5 else touch)
+            copy.free()
+
+        all_at_once(use)
 
 
 @IN_CHILDREN
