@@ -63,9 +63,10 @@ class DeviceBacking(PagelessBacking):
     @contextlib.contextmanager
     def _mapped(self, offset: int, length: int) -> Iterator[tuple[Mapping, int]]:
         """Map a range temporarily; yield the mapping, and the position of the range in it."""
-        mapping = shmem.show(self.file_extents(offset, length))
+        first = offset if self._region.maps_parts else 0
+        mapping = shmem.show(self.file_extents(first, offset + length - first))
         try:
-            yield mapping, self.in_page(offset)
+            yield mapping, self.in_page(first) + offset - first
         finally:
             mapping.close()
 

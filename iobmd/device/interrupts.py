@@ -49,7 +49,8 @@ class IOInterruptEventSource:
     (`getAutoDisable`), and `enable` unmasks it, after the process has served the device, which no longer asserts the
     line. Message interrupts (MSI, MSI-X) are not masked.
 
-    May be used from any thread. Forked children share it. Source: IOInterruptEventSource.h of IOKit, whose work loop
+    One thread at a time should read; the other methods may be called from any thread. Forked children share the
+    interrupts. Source: IOInterruptEventSource.h of IOKit, whose work loop
     is the caller's event loop.
     """
 
@@ -134,11 +135,13 @@ class IOInterruptEventSource:
             Seconds, after which it returns 0; None: no limit.
         """
         end = math.inf if timeout is None else time.monotonic() + timeout
+        poll = select.poll()  # select(2) accepts no descriptor above 1023
+        poll.register(self, select.POLLIN)
         while not (found := self.read()):
             left = end - time.monotonic()
             if left <= 0:
                 return 0
-            select.select([self], [], [], None if timeout is None else left)
+            poll.poll(None if timeout is None else math.ceil(left * 1000))
         return found
 
     def enable(self) -> IOReturn:

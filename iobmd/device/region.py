@@ -41,6 +41,8 @@ class Region:
 
     mappable = True
     """Whether it can be mapped; otherwise it is only read and written through its file."""
+    maps_parts = True
+    """Whether a mapping may begin after its first page."""
 
     def __init__(
         self,

@@ -72,6 +72,8 @@ class UIORegion(Region):
         As `name_of` and `opened`; `kIOReturnBadArgument`: there is no such map.
     """
 
+    maps_parts = False  # the offset in the file denotes the map
+
     def __init__(self, device: str, number: int) -> None:
         name = name_of(device)
         place, what = f"{_CLASS}/{name}/maps", f"map {number} of {name}"
@@ -88,7 +90,7 @@ class UIORegion(Region):
         super().__init__(what, _opened(name, what), number * PAGE_SIZE, size, in_page=in_page, address=bus)
 
     def pages(self, offset: int, length: int) -> tuple[int, int]:
-        """Return the offset in the file, which denotes the map, and the size of its pages, as `Region.pages`."""
+        """Return the offset in the file, and the size, of the pages that contain a range, as `Region.pages`."""
         start, size = super().pages(offset, length)
         if start != self._start:
             message = f"{self.what} can only be mapped from its first page on: map all of it, and use its offsets"
@@ -108,10 +110,10 @@ class UIOLine:
     def __init__(self, device: str) -> None:
         self.name = name_of(device)
         self.what = f"the interrupt of {self.name}"
+        self._seen = int((read_text(f"{_CLASS}/{self.name}/event") or "0").strip())
         self.file = _opened(self.name, self.what, os.O_NONBLOCK)
         address = os.path.basename(os.path.realpath(f"{_CLASS}/{self.name}/device"))
         self._pci = address if os.path.isdir(f"/sys/bus/pci/devices/{address}") else None
-        self._seen = int((read_text(f"{_CLASS}/{self.name}/event") or "0").strip())
 
     def read(self) -> int:
         """Return the number of interrupts since the last call, 0 if there were none."""

@@ -11,15 +11,16 @@ import weakref
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from iobmd._internal.process_local import Fd, Guard
+from iobmd.constants import IOReturn
 from iobmd.device import pci
 from iobmd.device.region import Region
-from iobmd.errors import BadArgumentError, BusyError, NotReadyError, UnsupportedError
+from iobmd.errors import BadArgumentError, BusyError, IOReturnError, NotReadyError, UnsupportedError
 from iobmd.host import limits
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer
+    from collections.abc import Callable
 
-    from iobmd.errors import IOReturnError
+    from typing_extensions import Buffer
 
 BASE = ord(";") << 8 | 100
 """_IO(VFIO_TYPE, VFIO_BASE)."""
@@ -142,18 +143,25 @@ class VFIORegion(Region):
     def read_into(self, offset: int, buffer: Buffer) -> None:
         """Read a range through VFIO, which uses the widest aligned accesses."""
         with memoryview(buffer) as view, view.cast("B") as target, self.file().use() as number:
-            done = 0
-            while done < len(target):
-                done += os.preadv(number, [target[done:]], self._start + offset + done)
+            self._move(target, lambda done: os.preadv(number, [target[done:]], self._start + offset + done))
 
     def write(self, offset: int, data: Buffer) -> None:
         """Write a range through VFIO, as `read_into`."""
         if not self._flags & _WRITE:
             raise UnsupportedError(f"{self.what} is read-only")
         with memoryview(data) as view, view.cast("B") as source, self.file().use() as number:
-            done = 0
-            while done < len(source):
-                done += os.pwrite(number, source[done:], self._start + offset + done)
+            self._move(source, lambda done: os.pwrite(number, source[done:], self._start + offset + done))
+
+    def _move(self, data: memoryview, move: Callable[[int], int]) -> None:
+        """Call a function that moves bytes from an offset on, until all are moved."""
+        done = 0
+        try:
+            while done < len(data) and (moved := move(done)):
+                done += moved
+        except OSError as error:
+            raise limits.from_oserror(error, f"cannot access {self.what}") from None
+        if done < len(data):
+            raise IOReturnError(IOReturn.kIOReturnIOError, f"{self.what} ends after {done} of {len(data)} bytes")
 
     def export(self, offset: int, length: int) -> int:
         """Return a dma-buf of a part, as `Region.export` (VFIO_DEVICE_FEATURE_DMA_BUF, Linux 6.19)."""

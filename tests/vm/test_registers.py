@@ -302,6 +302,7 @@ def test_a_uio_map(pattern: bytes) -> None:
             assert mapped.getPhysicalAddress() == int(
                 (folder / "resource").read_text().splitlines()[2].split()[0], 16
             )
+            assert memory.readBytes(3 * PAGE + 5, 10) == pattern[3 * PAGE + 5 : 3 * PAGE + 15]
             part = IODeviceMemory.withSubRange(memory, 2 * PAGE, PAGE)
             assert code_of(part.map) == IOReturn.kIOReturnUnsupported
         name = next((folder / "uio").iterdir()).name
