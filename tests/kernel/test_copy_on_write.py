@@ -122,6 +122,17 @@ def test_a_copy_is_other_memory() -> None:
                 assert buffer.readBytes(0, 4) == bytes(4)
 
 
+@pytest.mark.usefixtures("nothing_left")
+def test_copies_of_a_buffer_are_not_the_buffer() -> None:
+    """Maps of a buffer are recognized by their addresses, but not its copies: these are other memory."""
+    options = INOUT | COPY | iobmd.kIOMemoryPageable | iobmd.kIOMemoryKernelUserShared
+    with iobmd.IOBufferMemoryDescriptor.withOptions(options, 2 * PAGE) as buffer, buffer.map() as copied:
+        with describe(copied.getAddress() + PAGE, 9, INOUT, kernel_task) as there:
+            there.writeBytes(0, b"the copy!")
+        assert bytes(copied)[PAGE : PAGE + 9] == b"the copy!"
+        assert bytes(buffer) == bytes(2 * PAGE)
+
+
 def test_absent_pages_stay_absent() -> None:
     with iobmd.allocate(1 << 36, wired=False, shared=True) as buffer:
         buffer.writeBytes(1 << 35, b"one page")

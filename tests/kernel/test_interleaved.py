@@ -94,6 +94,13 @@ def test_refused_without_a_change() -> None:
         assert add()
         assert len(part) == 9
         assert len(whole) == 2 * PAGE
+        prepared = iobmd.IOSubMemoryDescriptor.withSubRange(whole, 0, 9, INOUT)
+        prepared.prepare()
+        whole.prepare()
+        assert code_of(whole.clearMemoryDescriptors) == IOReturn.kIOReturnBusy
+        prepared.complete()
+        prepared.free()
+        whole.complete()  # it was not completed by the refused call
         whole.clearMemoryDescriptors()
         assert part.readBytes(0, 9) == bytes(9), "a dependent keeps the memory that it describes"
         part.free()
