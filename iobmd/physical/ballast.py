@@ -15,7 +15,7 @@ from iobmd import procfs
 from iobmd._native import mman
 from iobmd.host import zoneinfo
 from iobmd.memory import shmem
-from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, round_down
+from iobmd.units import HUGE_PAGE_SIZE, round_down
 
 if TYPE_CHECKING:
     from typing import Self
@@ -34,24 +34,17 @@ def is_available() -> bool:
 
 
 class Ballast:
-    """Memory in blocks of one size, at first none: huge pages of a tmpfs, or base pages of a memfd.
+    """Free memory in huge pages of a tmpfs, at first none.
 
     It is freed with this process, whatever ends it. A child that another thread forks inherits the descriptor, but
     not the memory: `close` truncates the file.
-
-    Parameters
-    ----------
-    block : int
-        The size of a block in bytes.
     """
 
-    def __init__(self, block: int = HUGE_PAGE_SIZE) -> None:
-        self.block = block
+    def __init__(self) -> None:
         self.size = 0
         """Bytes held."""
         self._reserved = 0
-        huge = block > PAGE_SIZE
-        self._fd = shmem.create_huge(0) if huge else os.memfd_create(shmem.NAME, os.MFD_CLOEXEC)
+        self._fd = shmem.create_huge(0)
 
     @property
     def is_available(self) -> bool:
@@ -59,10 +52,10 @@ class Ballast:
         return self._fd >= 0
 
     def hold(self, size: int) -> int:
-        """Hold up to `size` more bytes, as far as blocks are free; return how many.
+        """Hold up to `size` more bytes, as far as huge pages are free; return how many.
 
-        When no blocks are left, the kernel allocates smaller pages, and when these run out, it reclaims memory of
-        others. Memory for its own use is in blocks too: the end is reached when these are no longer allocated.
+        When none are left, the kernel allocates smaller pages, and when these run out, it reclaims memory of others.
+        It reserves some huge pages for its own use: the end is reached when no more are allocated.
         """
         begin, failures = self.size, 0
         while (step := self._step(begin + size - self.size)) > 0:
@@ -74,7 +67,7 @@ class Ballast:
                 continue
             except OSError:  # a limit of the memory cgroup
                 break
-            if self.block > PAGE_SIZE and _in_huge_pages() - before < step // 2:
+            if _in_huge_pages() - before < step // 2:
                 self.free(self.size, step)
                 failures += 1
                 if failures == _TRIES:
@@ -88,13 +81,13 @@ class Ballast:
     def _step(self, size: int) -> int:
         """Return how many bytes to allocate next, towards the end less and less."""
         spare = self._spare() - self._reserved if self.is_available else 0
-        return round_down(min(_STEP, size, max(spare // 2, min(spare, _STEP // 16))), self.block)
+        return round_down(min(_STEP, size, max(spare // 2, min(spare, _STEP // 16))), HUGE_PAGE_SIZE)
 
     def _spare(self) -> int:
-        return zoneinfo.free_in_blocks(self.block)
+        return zoneinfo.free_in_blocks(HUGE_PAGE_SIZE)
 
     def free(self, offset: int, size: int) -> None:
-        """Free a part of it: whole blocks."""
+        """Free a part of it: whole huge pages."""
         mman.punch(self._fd, offset, size)
 
     @property

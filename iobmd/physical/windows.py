@@ -70,7 +70,7 @@ class Window(NamedTuple):
 
 
 def _amount(size: int) -> str:
-    frames = size >> 12
+    frames = size // PAGE_SIZE
     return f"{frames} page{'s' * (frames != 1)}" if frames < 256 else format_size(size)
 
 
@@ -163,13 +163,10 @@ class Survey:
         )
 
 
-def compact() -> bool:
-    """Compact the host's memory (vm.compact_memory), as root; return whether that was permitted."""
-    try:
+def compact() -> None:
+    """Compact the host's memory (vm.compact_memory), if this process is permitted to."""
+    with contextlib.suppress(OSError):
         Path("/proc/sys/vm/compact_memory").write_text("1")
-    except OSError:
-        return False
-    return True
 
 
 class Claim:
@@ -202,7 +199,7 @@ class Claim:
 
     def hold_one(self, owned: Container[int] = ()) -> Window | None:
         """Hold memory until all of a window is held, except for blocks that are `owned` already, and return it."""
-        while True:
+        while self._windows:
             for window in list(self._windows):
                 frames = [head // PAGE_SIZE for head in window.heads if head not in owned]
                 if self._frames.untouched(frames) < len(frames):
@@ -212,7 +209,8 @@ class Claim:
                 self._windows.remove(window)  # other processes have just allocated a part of it
             self._budget.measure(self.ballast.size)
             if self._budget.over or not self.ballast.hold(min(_STEP, self._budget.untouched - self.ballast.size)):
-                return None
+                break
+        return None
 
     @property
     def blocks(self) -> int:
@@ -257,7 +255,10 @@ class Claim:
         No interface shows the frames of pages that are not mapped, and mapping them would clear them. A part is
         therefore freed for the few microseconds that it takes to see which frames are no longer in use.
         """
-        freed = self._frames.freed_with(frames, self.ballast.fd, offset, blocks * HUGE_PAGE_SIZE)
+        try:
+            freed = self._frames.freed_with(frames, self.ballast.fd, offset, blocks * HUGE_PAGE_SIZE)
+        except OSError:  # a signal has interrupted the call, or others have allocated the memory
+            return {}
         if not freed or blocks == 1:
             return dict.fromkeys(freed, offset) if len(freed) == 1 else {}
         half = blocks // 2
