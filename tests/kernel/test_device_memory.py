@@ -55,6 +55,7 @@ def test_what_is_refused_changes_nothing(mapped: IOMemoryMap, width: int) -> Non
     write: Callable[[int, int], None] = getattr(mapped, f"write{width}")
     size = width // 8
     before = bytes(mapped)
+    assert read(0) == 0  # also after the first access, whose position is reused
     for offset in (-1, -size, len(mapped) - size + 1, len(mapped), 1 << 70, *range(1, size)):
         assert code_of(lambda offset=offset: read(offset)) == IOReturn.kIOReturnBadArgument
         assert code_of(lambda offset=offset: write(offset, 1)) == IOReturn.kIOReturnBadArgument
@@ -84,6 +85,17 @@ def test_maps_that_cannot_be_written_or_are_ended(mapped: IOMemoryMap) -> None:
         assert code_of(lambda: readable.write32(0, 1)) == IOReturn.kIOReturnNotWritable
     for access in (lambda: readable.read32(0), lambda: readable.write32(0, 1)):
         assert code_of(access) in (IOReturn.kIOReturnNotOpen, IOReturn.kIOReturnNotWritable)
+
+
+def test_a_redirected_map(mapped: IOMemoryMap) -> None:
+    """Accesses follow the map to other memory."""
+    memory = mapped.getMemoryDescriptor()
+    with iobmd.allocate(len(mapped), wired=False, shared=True) as other, memory.map(IOMapOptions.kIOMapUnique) as one:
+        one.write32(4, 1)
+        one.redirect(other)
+        assert one.read32(4) == 0
+        one.write32(4, 2)
+        assert (memory.readBytes(4, 1), other.readBytes(4, 1)) == (b"\1", b"\2")
 
 
 def test_existing_memory_that_is_unmapped_is_no_signal() -> None:
