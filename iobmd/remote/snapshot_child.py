@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from iobmd.remote.session import SharedObject
 
 _GIB = 1 << 30
+_SLOWEST = 128 << 20
+"""Bytes of shared files that are read in a second, at least."""
 
 
 class _Still(Task):
@@ -45,7 +47,7 @@ class SnapshotChild:
         self, origin: Task, resident: int, *, records: bool = False, objects: Sequence[SharedObject] = ()
     ) -> None:
         self._origin = origin
-        self._patience = PATIENCE + (resident + sum(one.size for one in objects)) / _GIB
+        self._patience = PATIENCE + resident / _GIB + sum(one.size for one in objects) / _SLOWEST
         self._records = records
         self._objects = objects
         self._session: Session | None = None

@@ -258,7 +258,8 @@ class Snapshot(Task):
 
     def _copied_in(self, source: int, destination: int, size: int, **how: Any) -> Outcome:
         """As `Task.copy_in`, whether or not the snapshot contains all of it."""
-        frozen = list(self._frozen.parts(source, size)) if self._frozen else []
+        memory = self._frozen  # read once: another thread may close the snapshot, which releases its copies
+        frozen = list(memory.parts(source, size)) if memory else []
         if not frozen:
             return super().copy_in(source, destination, size, **how)
         how |= {"outline": None, "progress": None}
@@ -335,6 +336,7 @@ class Snapshot(Task):
     def close(self) -> None:
         """End the process that holds the snapshot; the task reaps it. Idempotent."""
         self._closed = True
+        self._frozen = None
         self._end()
 
     def _end(self) -> None:

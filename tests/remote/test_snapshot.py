@@ -80,6 +80,9 @@ def test_shared_memory_frozen_on_request(source: Source, tmp_path: Path) -> None
             assert copied.readBytes(0, size)[:: kernel.PAGE] == b"\1" * 256
         snapshot.core(tmp_path / "core")
         assert in_child(lambda: snapshot.read(source.shared, 1)) == b"\1"
+    with pytest.raises(IOReturnError) as closed:
+        snapshot.read(source.shared, 1)
+    assert closed.value.code == IOReturn.kIOReturnNotOpen
     assert Core((tmp_path / "core").read_bytes()).read(source.shared, size)[:: kernel.PAGE] == b"\1" * 256
     with pytest.raises(IOReturnError, match="1 MiB of shared memory, more than the 1020 KiB") as caught:
         iobmd.snapshot(source.pid, freeze_shared=size - kernel.PAGE)
