@@ -201,7 +201,7 @@ def test_the_end_of_flags(flagged: int, tmp_path: Path, monkeypatch: pytest.Monk
 def test_memory_without_flags_is_uninitialized_if_memfree_counts_it(
     counted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The allocator has received 32 MiB of a zone of 64; the rest, without flags, may also belong to a driver."""
+    """The allocator has received half of a zone of 64 MiB: without flags, the rest may be a driver's as well."""
     half = 32 << 20
     made(tmp_path / "flags", [WORDS["free"]] * (half // 4096) + [0] * (half // 4096))
     opened = os.open(tmp_path / "flags", os.O_RDONLY)
