@@ -35,6 +35,42 @@ cdef class PhysicalSegment:
         return f"PhysicalSegment(address={self.address:#x}, length={self.length:#x})"
 
 
+def joined(list pieces):
+    """Return a list of `PhysicalSegment`s in which those that continue the previous one are joined with it."""
+    cdef PhysicalSegment piece, last = None
+    cdef list found = []
+    for piece in pieces:
+        if last is not None and last.address + last.length == piece.address:
+            piece = PhysicalSegment(last.address, last.length + piece.length)
+            found.pop()
+        found.append(piece)
+        last = piece
+    return found
+
+
+def bounds(list pieces):
+    """Describe a list of `PhysicalSegment`s by the limits that it meets.
+
+    Returns
+    -------
+    tuple
+        The total length; the longest length; the highest address of a byte; the bitwise OR of the addresses but the
+        first, and of the lengths but the last: a power of two divides all of them if it divides these.
+    """
+    cdef uint64_t total = 0, longest = 0, highest = 0, addresses = 0, lengths = 0
+    cdef PhysicalSegment piece
+    cdef size_t index, last = len(pieces) - 1 if pieces else 0
+    for index, piece in enumerate(pieces):
+        total += piece.length
+        longest = max(longest, piece.length)
+        highest = max(highest, piece.address + piece.length - 1)
+        if index:
+            addresses |= piece.address
+        if index < last:
+            lengths |= piece.length
+    return total, longest, highest, addresses, lengths
+
+
 cdef class RunTable:
     """The runs of a range of virtual addresses, ascending, broken at every page that is absent or not adjacent."""
 

@@ -32,7 +32,13 @@ if TYPE_CHECKING or "iobmd_command" not in sys.modules:
     from iobmd.descriptors.memory_map import IOMemoryMap
     from iobmd.descriptors.usage import Statistics, Usage, statistics, trim
     from iobmd.device.interrupts import IOInterruptEventSource
-    from iobmd.dma import IODMACommand
+    from iobmd.dma import (
+        IOBigMemoryCursor,
+        IODMACommand,
+        IOLittleMemoryCursor,
+        IOMemoryCursor,
+        IONaturalMemoryCursor,
+    )
     from iobmd.errors import (
         BadArgumentError,
         BusyError,
@@ -67,16 +73,20 @@ if TYPE_CHECKING or "iobmd_command" not in sys.modules:
         "CoreSummary",
         "CannotWireError",
         "Handle",
+        "IOBigMemoryCursor",
         "IOBufferMemoryDescriptor",
         "IODMACommand",
         "IODeviceMemory",
         "IOGuardPageMemoryDescriptor",
         "IOInterleavedMemoryDescriptor",
         "IOInterruptEventSource",
+        "IOLittleMemoryCursor",
         "IOMapper",
+        "IOMemoryCursor",
         "IOMemoryDescriptor",
         "IOMemoryMap",
         "IOMultiMemoryDescriptor",
+        "IONaturalMemoryCursor",
         "IOReturnError",
         "IOSubMemoryDescriptor",
         "Layout",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import warnings
 from typing import TYPE_CHECKING, Self
 
 from iobmd._internal import process_local, with_block
-from iobmd._internal.arguments import check_integers
+from iobmd._internal.arguments import check_integers, check_type
 from iobmd.constants import (
     IODMACommandOperation,
     IOReturn,
@@ -19,14 +18,21 @@ from iobmd.constants import (
 )
 from iobmd.descriptors.options import DIRECTION_MASK, check_descriptor, check_within
 from iobmd.dma.device_transfer import DeviceTransfer
+from iobmd.dma.segment_format import SegmentFormat
 from iobmd.dma.specification import MappingOptions, Specification
 from iobmd.errors import BadArgumentError, BusyError, IOReturnError, NotReadyError
+from iobmd.iommu import IOMapper
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeAlias
+
     from typing_extensions import Buffer
 
     from iobmd._native.pagemap import PhysicalSegment
     from iobmd.descriptors.descriptor import IOMemoryDescriptor
+
+    SegmentFunction: TypeAlias = "Callable[[IODMACommand, PhysicalSegment, object, int], bool] | SegmentFormat"
 
 
 _ZEROED = 1 << 20  # bytes that are zeroed at once
@@ -40,18 +46,18 @@ class IODMACommand:
     child a prepared command is unusable, like its wired memory. Leaving a `with` block calls
     `clearMemoryDescriptor()`.
 
-    Source: IOKit's IODMACommand.h. There is no mapper: the addresses are valid for a device behind an IOMMU only if
-    that passes them through.
+    Source: IOKit's IODMACommand.h. Without a mapper, addresses are physical, and valid for a device behind an IOMMU
+    only if that passes them through.
     """
 
     kMapped = MappingOptions.kMapped
-    """Physical addresses, because there is no mapper."""
+    """Addresses of the mapper, if there is one."""
     kBypassed = MappingOptions.kBypassed
-    """Physical addresses."""
+    """Physical addresses, also with a mapper."""
     kNonCoherent = MappingOptions.kNonCoherent
-    """The device does not snoop the caches."""
+    """As `kMapped`; the device does not snoop the caches."""
     kUnmapped = MappingOptions.kUnmapped
-    """Physical addresses."""
+    """Physical addresses, also with a mapper."""
     kTypeMask = MappingOptions.kTypeMask
     """The bits of the four options above."""
     kNoCacheStore = MappingOptions.kNoCacheStore
@@ -63,8 +69,30 @@ class IODMACommand:
     kForceDoubleBuffer = 0x01000000
     """`synchronize`: use bounce buffers even where the device reaches the memory."""
 
-    def __init__(self, specification: Specification = Specification()) -> None:  # noqa: B008 (immutable)
+    OutputHost32 = SegmentFormat(32, "=")
+    """Segments of 32-bit addresses and lengths, in the byte order of this processor."""
+    OutputBig32 = SegmentFormat(32, ">")
+    """The same, big endian."""
+    OutputLittle32 = SegmentFormat(32, "<")
+    """The same, little endian."""
+    OutputHost64 = SegmentFormat(64, "=")
+    """Segments of 64-bit addresses and lengths, in the byte order of this processor."""
+    OutputBig64 = SegmentFormat(64, ">")
+    """The same, big endian."""
+    OutputLittle64 = SegmentFormat(64, "<")
+    """The same, little endian."""
+
+    def __init__(
+        self,
+        specification: Specification = Specification(),  # noqa: B008 (immutable)
+        mapper: IOMapper | None = None,
+        outSegFunc: SegmentFunction | None = None,
+    ) -> None:
         self._limits = specification.checked()
+        if mapper is not None:
+            check_type(IOMapper, mapper=mapper)
+        self._mapper = mapper
+        self._output = outSegFunc
         self._memory: IOMemoryDescriptor | None = None
         self._transfer: DeviceTransfer | None = None
         self._active = 0
@@ -79,27 +107,40 @@ class IODMACommand:
         mappingOptions: int = 0,
         maxTransferSize: int = 0,
         alignment: int = 1,
+        mapper: IOMapper | None = None,
+        outSegFunc: SegmentFunction | None = None,
         *,
         boundary: int = 0,
+        alignmentLength: int = 1,
+        alignmentInternalSegments: int = 0,
     ) -> Self:
         """Create a command for a device with these limits; 0: no limit.
 
         Parameters
         ----------
         numAddressBits : int
-            The device can access physical addresses below 1 << numAddressBits.
+            The device can access addresses below 1 << numAddressBits, those of the mapper if there is one.
         maxSegmentSize : int
             Maximum size of a segment in bytes.
         mappingOptions : int
-            `kMapped`, `kBypassed` and `kUnmapped` are equivalent, because there is no mapper. `kNonCoherent`: the
-            device is not cache-coherent, so that `prepare` and `complete` flush the processor caches. `kIterateOnly`:
-            never use a bounce buffer.
+            `kMapped`: the addresses are those of the mapper. `kBypassed`, `kUnmapped`: physical addresses.
+            `kNonCoherent`: as `kMapped`, and the device is not cache-coherent, so that `prepare` and `complete` flush
+            the processor caches. `kIterateOnly`: never use a bounce buffer.
         maxTransferSize : int
             Maximum number of bytes that can be prepared.
         alignment : int
             Every segment starts at a multiple of this power of two.
+        mapper : IOMapper, optional
+            The mapper of the device. It maps the memory as one range while the command is prepared; that is one
+            segment, if no other limit divides it.
+        outSegFunc : callable, optional
+            Called by `genIOVMSegments`: one of the six `Output…` formats, which store segments in a buffer, or a
+            function as described there. A 32-bit format requires at most 32 address bits.
         boundary : int
             No segment crosses a multiple of this power of two (wider than IOKit).
+        alignmentLength, alignmentInternalSegments : int
+            Powers of two: the length of every segment is a multiple of the former, and all but the first start at a
+            multiple of the latter (0: of `alignment`). They are members of IOKit's `SegmentOptions`.
 
         Raises
         ------
@@ -107,7 +148,10 @@ class IODMACommand:
             `kIOReturnBadArgument`: a limit that no transfer can satisfy, or an unknown option.
         """
         limits = (numAddressBits, maxSegmentSize, mappingOptions, maxTransferSize, alignment, boundary)
-        return cls(Specification(*limits))
+        specification = Specification(*limits, alignmentLength, alignmentInternalSegments)
+        if isinstance(outSegFunc, SegmentFormat) and outSegFunc.bits == 32:
+            specification = specification.for_32_bits()
+        return cls(specification, mapper, outSegFunc)
 
     def getNumAddressBits(self) -> int:
         """Return the number of address bits of the device."""
@@ -116,6 +160,14 @@ class IODMACommand:
     def getAlignment(self) -> int:
         """Return the alignment of segment addresses."""
         return self._limits.alignment
+
+    def getAlignmentLength(self) -> int:
+        """Return the unit of segment lengths: every length is a multiple of it."""
+        return self._limits.length_unit
+
+    def getAlignmentInternalSegments(self) -> int:
+        """Return the alignment of the addresses of all segments but the first."""
+        return self._limits.internal_alignment
 
     # --- its memory
 
@@ -269,7 +321,13 @@ class IODMACommand:
         transfer = self._prepared()
         return transfer.offset, transfer.length
 
-    def genIOVMSegments(self, offset: int = 0, numSegments: int | None = None) -> list[PhysicalSegment]:
+    def genIOVMSegments(
+        self,
+        offset: int = 0,
+        numSegments: int | None = None,
+        segmentFunction: SegmentFunction | None = None,
+        segments: object = None,
+    ) -> list[PhysicalSegment]:
         """Return the segments for the device, in order, within its limits.
 
         Parameters
@@ -279,6 +337,12 @@ class IODMACommand:
             returned segments.
         numSegments : int, optional
             Maximum number of segments to return; None: all.
+        segmentFunction : callable, optional
+            Called with the command, a segment, `segments` and the number of the segment from 0 on, for each segment;
+            if it returns False, that segment and the following are not returned. Default: `outSegFunc` of the
+            command, if `segments` is passed.
+        segments : optional
+            For the function: a writable buffer if that is one of the `Output…` formats, otherwise any object.
 
         Raises
         ------
@@ -296,7 +360,14 @@ class IODMACommand:
             message = f"offset {offset} is at the end of the {transfer.length} prepared bytes"
             raise IOReturnError(IOReturn.kIOReturnOverrun, message)
         most = None if numSegments is None else min(numSegments, transfer.length)  # each has at least one byte
-        return list(itertools.islice(transfer.segments(offset), most))
+        found = transfer.segments(offset, most)
+        function = segmentFunction or (None if segments is None else self._output)
+        if function is None:
+            return found
+        for index, segment in enumerate(found):
+            if not function(self, segment, segments, index):  # type: ignore[arg-type]
+                return found[:index]
+        return found
 
     def synchronize(self, direction: int, forceDoubleBuffer: bool = False) -> IOReturn:
         """Copy between the memory and its bounce buffers, if any.
@@ -307,8 +378,9 @@ class IODMACommand:
             `kIODirectionOut`: from the memory to the bounce buffers. `kIODirectionIn`: from the bounce buffers to the
             memory. `kForceDoubleBuffer` may be added.
         forceDoubleBuffer : bool
-            Replace the whole prepared range by a new page-aligned bounce buffer with the bytes that the device sees
-            now; segments must then be generated again, and `direction` may be 0.
+            Replace the whole prepared range by a new page-aligned contiguous bounce buffer with the bytes that the
+            device sees now: one segment, if no limit divides it. Segments must then be generated again, and
+            `direction` may be 0.
 
         Returns
         -------
@@ -418,7 +490,8 @@ class IODMACommand:
                 raise NotReadyError(f"{self!r} is prepared with another range: call complete() first")
             self._active += 1
             return
-        self._transfer = DeviceTransfer(memory, offset, length, self._limits)
+        mapper = self._mapper if self._limits.maps else None
+        self._transfer = DeviceTransfer(memory, offset, length, self._limits, mapper)
         try:
             self._transfer.begin(flush=flush, synchronize=synchronize)
         except BaseException:
@@ -434,6 +507,9 @@ class IODMACommand:
         if 0 < self._limits.max_transfer < length:
             message = f"{length} bytes exceed the device's maximum transfer of {self._limits.max_transfer} bytes"
             raise IOReturnError(IOReturn.kIOReturnNoSpace, message)
+        if length % self._limits.length_unit:
+            message = f"{length} bytes are not a multiple of {self._limits.length_unit}, the unit of segment lengths"
+            raise IOReturnError(IOReturn.kIOReturnNotAligned, message)
         return offset, length
 
     def _complete(self, *, invalidate: bool, synchronize: bool) -> None:

@@ -1,4 +1,7 @@
-"""A prepared range of memory as a device sees it: in place if it is within reach, otherwise in bounce buffers."""
+"""A prepared range of memory as a device sees it: in place if it is within reach, otherwise in bounce buffers.
+
+With a mapper, the device sees one range of its addresses, wherever the memory is.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ import itertools
 from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd._native.pagemap import PhysicalSegment
+from iobmd._native.pagemap import PhysicalSegment, bounds, joined
 from iobmd.constants import (
+    IOOptionBits,
     IOReturn,
     kIODirectionIn,
     kIODirectionOut,
@@ -26,6 +30,9 @@ if TYPE_CHECKING:
     from iobmd.descriptors.descriptor import IOMemoryDescriptor
     from iobmd.descriptors.ownership import MemoryOwner
     from iobmd.dma.specification import Specification
+    from iobmd.iommu import IOMapper, IOVMRange
+
+_CONTIGUOUS = int(IOOptionBits.kIOMemoryPhysicallyContiguous)
 
 
 class BounceRange(NamedTuple):
@@ -49,37 +56,61 @@ class DeviceTransfer:
         The range, in bytes.
     limits : Specification
         The limits of the device.
-    double : bool
-        Whether to use a bounce buffer for the whole range.
+    mapper : IOMapper, optional
+        Maps the memory, or its bounce buffer, for the device; None: the device uses physical addresses.
+    forced : bool
+        Whether to use a contiguous bounce buffer for the whole range.
 
     Raises
     ------
     IOReturnError
         `kIOReturnNotReady`: it is not pinned. `kIOReturnNoResources`: no memory for the bounce buffer within reach of
         the device. `kIOReturnVMError`: the program has unmapped memory that a bounce buffer is to replace. Also as
-        `IOMemoryDescriptor.segments`. After an error, nothing is held.
+        `IOMemoryDescriptor.segments` or `IOMapper.prepare`. After an error, nothing is held.
     """
 
     def __init__(
-        self, descriptor: IOMemoryDescriptor, offset: int, length: int, limits: Specification, *, double: bool = False
+        self,
+        descriptor: IOMemoryDescriptor,
+        offset: int,
+        length: int,
+        limits: Specification,
+        mapper: IOMapper | None = None,
+        *,
+        forced: bool = False,
     ) -> None:
         self.descriptor, self.offset, self.length, self.limits = descriptor, offset, length, limits
         self.memory = descriptor._memory()
         self.bounce: IOBufferMemoryDescriptor | None = None
-        self.double = double
+        self.double = self._forced = forced
+        self._mapper = mapper
+        self._mapped: IOVMRange | None = None
+        self._starts: list[int] | None = None
         if not self.memory.wiring.is_immovable:
             raise NotReadyError(f"{descriptor!r} is not pinned: call its prepare() first")
         with self.memory.guard:
             descriptor._memory()  # read again: another thread may have released it
             self.memory.pin()
         try:
-            self._ranges = self._divide(self.memory.segments(offset, length))
+            lying = self._lying()
+            self._ranges = self._divide(lying)
             self.bounce = self._allocate()
-            self._pieces = self._locate()
-            self._starts = self._count()
+            self._pieces = lying if self.bounce is None else self._locate()
+            if mapper is not None:
+                self._pieces = self._map(mapper)
+            self._uncut = self._check()
         except BaseException:
             self.release()
             raise
+
+    def _lying(self) -> list[PhysicalSegment]:
+        """Return the positions of the bytes in the memory; with a mapper, only their offsets in pages matter."""
+        if self._mapper is None:
+            return joined(self.memory.segments(self.offset, self.length))
+        within = self.memory.require_backing().in_page(0)
+        if within and self.limits.alignment > PAGE_SIZE:  # the mapper aligns the page
+            return [PhysicalSegment(1, self.length)]
+        return [PhysicalSegment(within + self.offset, self.length)]
 
     def _divide(self, lying: list[PhysicalSegment]) -> list[BounceRange]:
         if not self.length:
@@ -87,7 +118,11 @@ class DeviceTransfer:
         if self.limits.iterates_only:
             return [BounceRange(0, self.length, None)]
         self.double = self.double or _must_move(lying, self.limits)
-        return [BounceRange(0, self.length, 0)] if self.double else _split(lying, self.limits.highest)
+        if self.double:
+            return [BounceRange(0, self.length, 0)]
+        if self._mapper or bounds(lying)[2] <= self.limits.highest:
+            return [BounceRange(0, self.length, None)]
+        return _split(lying, self.limits.highest)
 
     def _allocate(self) -> IOBufferMemoryDescriptor | None:
         bounced = [piece for piece in self._ranges if piece.place is not None]
@@ -97,8 +132,12 @@ class DeviceTransfer:
         self.memory.require_mapped()
         size = max((piece.place or 0) + piece.length for piece in bounced)
         bounce = IOBufferMemoryDescriptor()
-        limits, direction = self.limits, self.descriptor.getDirection()
-        bounce.initWithPhysicalMask(kernel_task, direction, size, limits.alignment, limits.mask)
+        limits, options = self.limits, int(self.descriptor.getDirection())
+        if self._mapper:
+            bounce.initWithPhysicalMask(kernel_task, options, size, PAGE_SIZE, 0)
+        else:
+            options |= _CONTIGUOUS if self._forced else 0
+            bounce.initWithPhysicalMask(kernel_task, options, size, limits.buffer_alignment, limits.mask)
         try:
             bounce.prepare()  # raises the error with the reason if it is only resident
         except BaseException:
@@ -108,21 +147,36 @@ class DeviceTransfer:
 
     def _locate(self) -> list[PhysicalSegment]:
         """Return the physical positions of the bytes for the device, with contiguous parts joined."""
-        found: list[PhysicalSegment] = []
-        for source, place, length in self._parts(0, self.length):
-            for piece in source.segments(place, length):
-                if found and found[-1].address + found[-1].length == piece.address:
-                    piece = PhysicalSegment(found[-1].address, found.pop().length + piece.length)  # noqa: PLW2901
-                found.append(piece)
-        return found
+        parts = (source.segments(place, length) for source, place, length in self._parts(0, self.length))
+        return joined(list(itertools.chain.from_iterable(parts)))
 
-    def _count(self) -> list[int]:
-        """Return the offset of each part in the transfer, and the end."""
-        starts = list(itertools.accumulate((piece.length for piece in self._pieces), initial=0))
-        if starts[-1] != self.length:
-            message = f"{self.descriptor!r} has physical addresses for {starts[-1]} of {self.length} bytes"
+    def _map(self, mapper: IOMapper) -> list[PhysicalSegment]:
+        """Map the memory for the device, and return its position there."""
+        source, offset = (self.descriptor, self.offset) if self.bounce is None else (self.bounce, 0)
+        limits = self.limits
+        self._mapped = mapper.prepare(source, alignment=limits.buffer_alignment, highest=limits.highest)
+        return [PhysicalSegment(self._mapped.address + offset, self.length)] if self.length else []
+
+    def _check(self) -> bool:
+        """Check that all bytes were located; return whether the pieces are segments that satisfy every limit."""
+        total, longest, highest, addresses, lengths = bounds(self._pieces)
+        if total != self.length:
+            message = f"{self.descriptor!r} has physical addresses for {total} of {self.length} bytes"
             raise IOReturnError(IOReturn.kIOReturnUnderrun, message)
-        return starts
+        limits, first = self.limits, self._pieces[0].address if self._pieces else 0
+        suitable = not (first % limits.alignment or addresses % limits.internal_alignment)
+        suitable = suitable and not (lengths % limits.length_unit or self.length % limits.length_unit)
+        within = highest <= limits.highest and (not limits.max_segment or longest <= limits.max_segment)
+        return suitable and within and not limits.boundary
+
+    def _begin_at(self, offset: int) -> tuple[int, int]:
+        """Return the index of the piece with the byte at `offset`, and the offset in it."""
+        if not offset:
+            return 0, 0
+        if self._starts is None:
+            self._starts = list(itertools.accumulate((piece.length for piece in self._pieces), initial=0))
+        index = bisect_right(self._starts, offset) - 1
+        return index, offset - self._starts[index]
 
     def _parts(self, offset: int, length: int) -> Iterator[tuple[MemoryOwner, int, int]]:
         """Yield the memory of a part of the transfer, the offset in it, and the number of bytes."""
@@ -139,28 +193,43 @@ class DeviceTransfer:
             else:
                 yield self.bounce._memory(), piece.place + start - piece.offset, stop - start
 
-    def segments(self, offset: int) -> Iterator[PhysicalSegment]:
-        """Yield the segments for the device, starting at `offset`, split to its limits.
+    def segments(self, offset: int, most: int | None) -> list[PhysicalSegment]:
+        """Return at most `most` segments for the device, starting at `offset`, split to its limits.
 
         Raises
         ------
         IOReturnError
             `kIOReturnMessageTooLarge`: out of the device's reach, which happens only without bounce buffers.
-            `kIOReturnNotAligned`: an address with an unsuitable alignment.
+            `kIOReturnNotAligned`: an address or a length with an unsuitable alignment.
         """
+        if self._uncut and not offset:
+            return self._pieces[:most]
+        return list(itertools.islice(self._cut(offset), most))
+
+    def _cut(self, offset: int) -> Iterator[PhysicalSegment]:
         limits = self.limits
-        index = bisect_right(self._starts, offset) - 1
-        skipped = offset - self._starts[index]
+        alignment = limits.alignment if not offset else limits.internal_alignment
+        index, skipped = self._begin_at(offset)
         for piece in itertools.islice(self._pieces, index, None):
-            at, length = piece.address + skipped, piece.length - skipped
-            if at % limits.alignment:
-                message = f"a segment at {at:#x} does not start at a multiple of {limits.alignment}"
-                raise IOReturnError(IOReturn.kIOReturnNotAligned, message)
-            for address, size in segment.cut(at, length, limits.max_segment, limits.boundary, limits.alignment):
+            for address, size in segment.cut(
+                piece.address + skipped,
+                piece.length - skipped,
+                limits.max_segment,
+                limits.boundary,
+                limits.internal_alignment,
+                limits.length_unit,
+            ):
+                if address % alignment:
+                    message = f"a segment at {address:#x} does not start at a multiple of {alignment}"
+                    raise IOReturnError(IOReturn.kIOReturnNotAligned, message)
+                if size % limits.length_unit:
+                    message = f"the {size} bytes of a segment at {address:#x} are no multiple of {limits.length_unit}"
+                    raise IOReturnError(IOReturn.kIOReturnNotAligned, message)
                 if address + size - 1 > limits.highest:
                     message = f"a segment of {size} bytes at {address:#x} is out of reach of {limits.highest:#x}"
                     raise IOReturnError(IOReturn.kIOReturnMessageTooLarge, message)
                 yield PhysicalSegment(address, size)
+                alignment = limits.internal_alignment
             skipped = 0
 
     def read(self, offset: int, length: int) -> bytes:
@@ -190,13 +259,13 @@ class DeviceTransfer:
             self.copy_in()
 
     def doubled(self) -> DeviceTransfer:
-        """Return the transfer with a bounce buffer for the whole range, replacing this one. Raises as the class."""
-        if self.double:
+        """Return the transfer with a forced bounce buffer, replacing this one. Raises as the class."""
+        if self._forced:
             return self
         if self.limits.iterates_only:
             message = "a command with kIterateOnly has no bounce buffers"
             raise UnsupportedError(message)
-        after = DeviceTransfer(self.descriptor, self.offset, self.length, self.limits, double=True)
+        after = DeviceTransfer(self.descriptor, self.offset, self.length, self.limits, self._mapper, forced=True)
         try:
             self.end(invalidate=False, synchronize=True)
             after.begin(flush=False, synchronize=True)
@@ -238,6 +307,8 @@ class DeviceTransfer:
     def release(self) -> None:
         """Free the bounce buffer and release the memory; to be called once."""
         try:
+            if self._mapped is not None:
+                self._mapped.complete()
             if self.bounce is not None:
                 self.bounce.complete()
                 self.bounce.free()
@@ -247,6 +318,8 @@ class DeviceTransfer:
 
     def drop(self) -> None:
         """As `release`, for a destructor, which must not wait and cannot report errors."""
+        if self._mapped is not None:
+            self._mapped.drop()
         if self.bounce is not None:
             self.bounce._abandon()
         self.memory.unpin_when_free()
@@ -254,9 +327,11 @@ class DeviceTransfer:
 
 def _must_move(lying: list[PhysicalSegment], limits: Specification) -> bool:
     """Whether parts have an unsuitable alignment, so that bouncing only the unreachable pages does not suffice."""
-    if limits.alignment > PAGE_SIZE and any(piece.address + piece.length - 1 > limits.highest for piece in lying):
+    _total, _longest, highest, addresses, lengths = bounds(lying)
+    if limits.buffer_alignment > PAGE_SIZE and highest > limits.highest:
         return True
-    return any(piece.address % limits.alignment for piece in lying)
+    internal = addresses % limits.internal_alignment or lengths % limits.length_unit
+    return bool(internal or (lying and lying[0].address % limits.alignment))
 
 
 def _split(lying: list[PhysicalSegment], highest: int) -> list[BounceRange]:

@@ -37,6 +37,10 @@ class Specification(NamedTuple):
     max_transfer: int = 0
     alignment: int = 1
     boundary: int = 0
+    length_unit: int = 1
+    """Every segment's length is a multiple of it (`alignmentLength`)."""
+    internal_alignment: int = 0
+    """The alignment of the addresses of all segments but the first; 0: `alignment`."""
 
     def checked(self) -> Specification:
         """Return the limits, with defaults for zeros.
@@ -53,26 +57,51 @@ class Specification(NamedTuple):
             maxTransferSize=self.max_transfer,
             alignment=self.alignment,
             boundary=self.boundary,
+            alignmentLength=self.length_unit,
+            alignmentInternalSegments=self.internal_alignment,
         )
         bits, alignment = self.address_bits or 64, self.alignment or 1
+        unit, internal = self.length_unit or 1, self.internal_alignment or alignment
         if not PAGE_SIZE.bit_length() - 1 <= bits <= 64:
             raise BadArgumentError(
                 f"a device with {bits} address bits: there must be at most 64, and enough for one page"
             )
-        if not is_power_of_two(alignment) or alignment > 1 << bits - 1:
-            raise BadArgumentError(
-                f"alignment {alignment} is not a power of two within the device's {bits} address bits"
-            )
+        for number in (alignment, unit, internal):
+            if not is_power_of_two(number) or number > 1 << bits - 1:
+                raise BadArgumentError(
+                    f"alignment {number} is not a power of two within the device's {bits} address bits"
+                )
         if self.boundary and not is_power_of_two(self.boundary):
             raise BadArgumentError(f"boundary {self.boundary} is not a power of two")
         if min(self.max_segment, self.max_transfer, self.boundary) < 0:
             raise BadArgumentError("a limit cannot be negative")
         for name, limit in (("segments", self.max_segment), ("pieces between boundaries", self.boundary)):
-            if 0 < limit < alignment:
-                raise BadArgumentError(f"{name} of {limit} bytes cannot all start at a multiple of {alignment}")
+            if 0 < limit < (most := max(alignment, unit, internal)):
+                raise BadArgumentError(f"{name} of {limit} bytes cannot all start at a multiple of {most}")
         if self.options & ~_KNOWN:
             raise BadArgumentError(f"mapping options {self.options:#x} have unknown bits")
-        return self._replace(address_bits=bits, alignment=alignment, options=int(self.options))
+        return self._replace(
+            address_bits=bits,
+            alignment=alignment,
+            options=int(self.options),
+            length_unit=unit,
+            internal_alignment=internal,
+        )
+
+    def for_32_bits(self) -> Specification:
+        """Return the limits of a device whose segments have 32-bit addresses and lengths, unchecked.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnBadArgument`: it has more address bits.
+        """
+        check_integers(numAddressBits=self.address_bits, maxSegmentSize=self.max_segment)
+        if self.address_bits > 32:
+            raise BadArgumentError(
+                f"segments with 32-bit addresses require at most 32 address bits, not {self.address_bits}"
+            )
+        return self._replace(address_bits=self.address_bits or 32, max_segment=self.max_segment or 1 << 31)
 
     @property
     def highest(self) -> int:
@@ -88,6 +117,16 @@ class Specification(NamedTuple):
     def iterates_only(self) -> bool:
         """Whether bounce buffers are never used."""
         return bool(self.options & MappingOptions.kIterateOnly)
+
+    @property
+    def buffer_alignment(self) -> int:
+        """The alignment of a buffer whose segments have suitable addresses wherever it is divided."""
+        return max(self.alignment, self.internal_alignment)
+
+    @property
+    def maps(self) -> bool:
+        """Whether the device's addresses are those of its mapper, if it has one."""
+        return self.options & MappingOptions.kTypeMask in (MappingOptions.kMapped, MappingOptions.kNonCoherent)
 
     @property
     def incoherent(self) -> bool:

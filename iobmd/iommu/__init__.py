@@ -11,8 +11,15 @@ from typing import TYPE_CHECKING, Self
 from iobmd._internal import process_local, with_block
 from iobmd._internal.arguments import check_integers, check_type
 from iobmd._native.pagemap import PhysicalSegment
-from iobmd.constants import IOOptionBits, IOReturn, kIOMapperUncached, kIOReturnSuccess
-from iobmd.descriptors.options import DIRECTION_MASK
+from iobmd.constants import (
+    IOOptionBits,
+    IOReturn,
+    kIODMAMapReadAccess,
+    kIODMAMapWriteAccess,
+    kIOMapperUncached,
+    kIOReturnSuccess,
+)
+from iobmd.descriptors.options import DIRECTION_MASK, check_within
 from iobmd.errors import (
     BadArgumentError,
     BusyError,
@@ -22,13 +29,17 @@ from iobmd.errors import (
     UnsupportedError,
 )
 from iobmd.iommu.addresses import Addresses
-from iobmd.iommu.vfio import READ, WRITE, Container, Device
+from iobmd.iommu.vfio import ALL_IOMMUS, READ, WRITE, Container, Device
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_down, round_up
 
 if TYPE_CHECKING:
     from iobmd.descriptors.descriptor import IOMemoryDescriptor
 
 _OUT, _IN = int(IOOptionBits.kIODirectionOut), int(IOOptionBits.kIODirectionIn)
+_READS, _WRITES = int(kIODMAMapReadAccess), int(kIODMAMapWriteAccess)
+
+_mappers: weakref.WeakValueDictionary[str, IOMapper] = weakref.WeakValueDictionary()
+_creation = process_local.Guard()
 
 __all__ = ["IOMapper", "IOVMRange"]
 
@@ -70,10 +81,19 @@ class IOMapper:
         self._maker = os.getpid()
         self._guard = process_local.Guard()
         self._ranges: weakref.WeakSet[IOVMRange] = weakref.WeakSet()
+        self._mapped: dict[tuple[int, int], list[IOVMRange]] = {}
         self._container: Container | None = Container(Device(device))
         self._addresses = Addresses(self._container.ranges(), (1 << address_bits) - 1)
+        _mappers[device] = self
 
-    def prepare(self, descriptor: IOMemoryDescriptor, forDirection: int = 0) -> IOVMRange:  # noqa: N803 (IOKit's)
+    def prepare(
+        self,
+        descriptor: IOMemoryDescriptor,
+        forDirection: int = 0,
+        *,
+        alignment: int = 1,
+        highest: int | None = None,
+    ) -> IOVMRange:
         """Pin a descriptor's memory and map all of it for the device, at one address, until `IOVMRange.complete`.
 
         Parameters
@@ -83,6 +103,10 @@ class IOMapper:
             of this process. For parts and concatenations, prepare the underlying descriptors.
         forDirection : int
             `kIODirectionOut`: the device reads it; `kIODirectionIn`: the device writes it; 0: the descriptor's own.
+        alignment : int
+            A power of two: the alignment of the device's address of the page with the first byte, at least a page.
+        highest : int, optional
+            The highest address for it, if that is below those of the mapper.
 
         Raises
         ------
@@ -101,20 +125,20 @@ class IOMapper:
         descriptor.prepare(forDirection)
         try:
             with self._guard:
-                prepared = self._map(descriptor, access)
+                prepared = self._map(descriptor, access, alignment, highest)
         except BaseException:
             descriptor.complete(forDirection)
             raise
         return prepared
 
-    def _map(self, descriptor: IOMemoryDescriptor, access: int) -> IOVMRange:
+    def _map(self, descriptor: IOMemoryDescriptor, access: int, alignment: int, highest: int | None) -> IOVMRange:
         container, backing = self._open(), descriptor._memory().require_backing()
         with backing.here(populated=True) as mapping:
             # Whole pages, even for a small buffer, which is a part of one.
             start = round_down(mapping.address, PAGE_SIZE)
             size = round_up(mapping.address + backing.size, PAGE_SIZE) - start
-            alignment = HUGE_PAGE_SIZE if size >= HUGE_PAGE_SIZE else PAGE_SIZE  # permits larger pages
-            address = self._addresses.take(size, alignment)
+            alignment = max(alignment, HUGE_PAGE_SIZE if size >= HUGE_PAGE_SIZE else PAGE_SIZE)  # for larger pages
+            address = self._addresses.take(size, alignment, highest)
             if address is None:
                 message = f"{self.name} has no {format_size(size)} of free addresses"
                 raise NoResourcesError(message)
@@ -132,6 +156,108 @@ class IOMapper:
         self._open().unmap(address, size)
         self._addresses.give_back(address, size)
         self._ranges.discard(prepared)
+
+    # --- IOKit's names
+
+    @staticmethod
+    def copyMapperForDevice(device: str, *, address_bits: int = 64) -> IOMapper:
+        """Return the mapper of a device, which is created unless this process has one that is open.
+
+        VFIO attaches a device to one mapper at a time: all users of a device in this process share it, and it must be
+        closed once. Parameters and errors are those of the class; `address_bits` is used if a mapper is created.
+        """
+        check_type(str, device=device)
+        with _creation:
+            found = _mappers.get(device)
+            if found is not None and found._container is not None and found._maker == os.getpid():
+                return found
+            return IOMapper(device, address_bits=address_bits)
+
+    @staticmethod
+    def checkForSystemMapper() -> bool:
+        """Return whether an IOMMU translates the addresses of any device of this host (/sys/class/iommu)."""
+        return any(ALL_IOMMUS.glob("*"))
+
+    def getPageSize(self) -> int:
+        """Return the size of the pages that are mapped, in bytes."""
+        return PAGE_SIZE
+
+    def iovmMapMemory(
+        self,
+        memory: IOMemoryDescriptor,
+        descriptorOffset: int = 0,
+        length: int = 0,
+        mapOptions: int = 0,
+    ) -> tuple[int, int]:
+        """Map memory for the device, as `prepare`, until `iovmUnmapMemory`.
+
+        Parameters
+        ----------
+        memory : IOMemoryDescriptor
+            The memory; all of it is mapped.
+        descriptorOffset, length : int
+            The range of the memory whose address is returned, in bytes; `length` 0: to the end.
+        mapOptions : int
+            `kIODMAMapReadAccess`: the device reads it; `kIODMAMapWriteAccess`: the device writes it; without both,
+            as the direction of the memory.
+
+        Returns
+        -------
+        tuple of (int, int)
+            The device's address of the byte at `descriptorOffset`, and the length.
+
+        Raises
+        ------
+        IOReturnError
+            As `prepare`. `kIOReturnBadArgument`: a range past the end, or other options.
+        """
+        check_integers(descriptorOffset=descriptorOffset, length=length, mapOptions=mapOptions)
+        whole = memory.getLength()
+        length = length or whole - descriptorOffset
+        check_within(descriptorOffset, length, whole, "the memory")
+        if mapOptions & ~(_READS | _WRITES):
+            raise BadArgumentError(f"map options {mapOptions:#x} have unknown bits")
+        direction = (_OUT if mapOptions & _READS else 0) | (_IN if mapOptions & _WRITES else 0)
+        prepared = self.prepare(memory, direction)
+        address = prepared.address + descriptorOffset
+        with self._guard:
+            self._mapped.setdefault((address, length), []).append(prepared)
+        return address, length
+
+    def iovmUnmapMemory(self, memory: IOMemoryDescriptor, mapAddress: int, mapLength: int) -> IOReturn:
+        """Undo an `iovmMapMemory` of memory that returned this address and length.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnBadArgument`: this memory is not mapped there.
+        """
+        with self._guard:
+            ranges = self._mapped.get((mapAddress, mapLength), [])
+            prepared = next((one for one in ranges if one.descriptor is memory), None)
+            if prepared is None:
+                raise BadArgumentError(f"{memory!r} is not mapped at {mapAddress:#x} with length {mapLength}")
+            ranges.remove(prepared)
+            if not ranges:
+                del self._mapped[mapAddress, mapLength]
+        return prepared.complete()
+
+    def mapToPhysicalAddress(self, mappedAddress: int) -> int:
+        """Return the physical address of the byte that the device accesses at an address; 0 if nothing is mapped.
+
+        Raises
+        ------
+        IOReturnError
+            As `IOMemoryDescriptor.segments`, if the physical addresses are hidden.
+        """
+        check_integers(mappedAddress=mappedAddress)
+        for prepared in list(self._ranges):
+            offset = mappedAddress - prepared.address
+            if 0 <= offset < prepared.length:
+                return prepared.descriptor.getPhysicalSegment(offset)[0]
+        return 0
+
+    # --- the device
 
     def fileno(self) -> int:
         """Return VFIO's descriptor of the device, with which a driver accesses its registers (linux/vfio.h)."""
@@ -194,8 +320,9 @@ class IOVMRange:
         """The device's address of the first byte."""
         self.length = descriptor.getLength()
         """In bytes."""
+        self.descriptor = descriptor
+        """The memory."""
         self._mapper: IOMapper | None = mapper
-        self._descriptor = descriptor
 
     def segments(self) -> list[PhysicalSegment]:
         """Return its single segment, like `IOMemoryDescriptor.segments`."""
@@ -217,7 +344,7 @@ class IOVMRange:
             except BaseException:
                 self._mapper = mapper
                 raise
-            self._descriptor.complete()
+            self.descriptor.complete()
         return kIOReturnSuccess
 
     def __enter__(self) -> Self:
@@ -233,8 +360,13 @@ class IOVMRange:
     def __del__(self) -> None:
         if self._mapper and self._mapper._maker == os.getpid():
             message = f"{self!r} was never completed"
-            self._mapper._guard.when_free(self._complete_collected)
+            self.drop()
             warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
+
+    def drop(self) -> None:
+        """As `complete`, for a destructor, which must not wait: as soon as no other thread prevents it."""
+        if self._mapper:
+            self._mapper._guard.when_free(self._complete_collected)
 
     def _complete_collected(self) -> None:
         """As `complete`, for the destructor, which must not wait, with the mapper's guard held."""
@@ -242,4 +374,4 @@ class IOVMRange:
         if mapper:
             with contextlib.suppress(OSError):  # the mapper may be closed, which unmaps everything
                 mapper._unmap(self, *self._mapped)
-            self._descriptor._complete_when_free()
+            self.descriptor._complete_when_free()

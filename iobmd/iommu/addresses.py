@@ -29,14 +29,14 @@ class Addresses:
         ]
         self._taken: list[tuple[int, int]] = []
 
-    def take(self, size: int, alignment: int) -> int | None:
-        """Allocate the lowest free `size` bytes, aligned to `alignment`; None if there is no such range."""
+    def take(self, size: int, alignment: int, highest: int | None = None) -> int | None:
+        """Allocate the lowest free `size` bytes, aligned to `alignment` and up to `highest`, or None."""
         for first, last in self.usable:
             at = round_up(first, alignment)
             for start, end in self._taken:
                 if end > at and start < at + size:
                     at = round_up(end, alignment)
-            if at + size - 1 <= last:
+            if at + size - 1 <= (last if highest is None else min(last, highest)):
                 bisect.insort(self._taken, (at, at + size))
                 return at
         return None

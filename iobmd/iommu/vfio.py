@@ -25,6 +25,9 @@ from iobmd.memory.mlock import cannot_lock
 READ, WRITE = 1, 2
 """Access rights of a device to a mapping."""
 
+ALL_IOMMUS = Path("/sys/class/iommu")
+"""The active IOMMUs of the host."""
+
 _CONTAINER = "/dev/vfio/vfio"
 _SET_IOMMU, _GROUP_STATUS, _SET_CONTAINER, _DEVICE = BASE + 2, BASE + 3, BASE + 4, BASE + 6
 _IOMMU_INFO, _MAP_DMA, _UNMAP_DMA = BASE + 12, BASE + 13, BASE + 14

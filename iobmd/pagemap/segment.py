@@ -49,17 +49,21 @@ def _cut(runs: Iterable[Run], most: int | None, boundary: int | None) -> Iterato
         yield from cut(run.physical, run.length, most, boundary)
 
 
-def cut(at: int, length: int, most: int | None, boundary: int | None, alignment: int = 1) -> Iterator[Segment]:
+def cut(
+    at: int, length: int, most: int | None, boundary: int | None, alignment: int = 1, unit: int = 1
+) -> Iterator[Segment]:
     """Split one range of physical memory, like `segments`, without its checks.
 
-    No segment is longer than `most` or crosses a multiple of `boundary`. If `at` is a multiple of `alignment`, and
-    neither limit is smaller, every segment starts at such a multiple.
+    No segment is longer than `most` or crosses a multiple of `boundary`. Unless these limits prevent it, every
+    segment but the first starts at a multiple of `alignment`, and every length but the last is a multiple of `unit`.
     """
     end = at + length
     while at < end:
         stop = min(end, at + most) if most else end
         if boundary:
             stop = min(stop, at - at % boundary + boundary)
+        if stop < end and (stop - at) % unit < stop - at:
+            stop -= (stop - at) % unit
         if stop < end and stop - stop % alignment > at:
             stop -= stop % alignment
         yield Segment(at, stop - at)

@@ -23,7 +23,7 @@ POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
     [
         ("copy", 22),
         pytest.param("wired", 7, marks=pytest.mark.needs("frames", "memlock", "big_memory")),
-        pytest.param("allocator", 6, marks=pytest.mark.needs("memlock")),
+        pytest.param("allocator", 8, marks=pytest.mark.needs("frames", "memlock")),
         pytest.param("purgeable", 5, marks=pytest.mark.needs("memlock")),
         ("remote", 11 + 4 * bool(shutil.which("gcore")) + 2 * bool(shutil.which("redis-server"))),
         ("pagemap", 10),

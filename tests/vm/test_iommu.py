@@ -310,3 +310,145 @@ def test_a_forked_child_must_not_use_it(mapper: IOMapper) -> None:
     assert in_child(in_the_child) == IOReturn.kIOReturnNotOpen
     with iobmd.allocate(PAGE) as buffer, mapper.prepare(buffer):
         pass
+
+
+# --- DMA commands with a mapper, and IOKit's names
+
+
+def scattered(size: int) -> iobmd.IOBufferMemoryDescriptor:
+    """Return a buffer in 4 KiB pages that are not contiguous."""
+    buffer = iobmd.allocate(size, wired=False)
+    with mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as between:
+        for offset in range(0, size, PAGE):
+            between[offset] = 1
+            buffer.writeBytes(offset, os.urandom(PAGE))
+    buffer.prepare()
+    assert len(buffer.segments()) > 4, "it is contiguous anyway"
+    return buffer
+
+
+def test_a_mapped_command_is_one_segment_at_an_address_of_the_mapper(mapper: IOMapper, window: Window) -> None:
+    with scattered(32 * PAGE) as buffer:
+        with iobmd.IODMACommand.withSpecification(64, mapper=mapper) as command:
+            command.setMemoryDescriptor(buffer, autoPrepare=False)
+            command.prepare(0xA00, 0x2000)
+            ((address, length),) = command.genIOVMSegments()
+            assert length == 0x2000
+            assert address != buffer.getPhysicalSegment(0xA00)[0]
+            assert mapper.mapToPhysicalAddress(address) == buffer.getPhysicalSegment(0xA00)[0]
+            assert window.read(address, 4000) == buffer.readBytes(0xA00, 4000)
+            window.write(address + 0x1800, b"by the device")
+            assert buffer.readBytes(0xA00 + 0x1800, 13) == b"by the device"
+            command.complete()
+            assert mapper.mapToPhysicalAddress(address) == 0
+            before = buffer.readBytes(0, len(buffer))
+            window.write(address, os.urandom(100))
+            assert buffer.readBytes(0, len(buffer)) == before
+        buffer.complete()
+
+
+def test_a_bypassed_command_has_physical_addresses(mapper: IOMapper) -> None:
+    with scattered(16 * PAGE) as buffer:
+        for option in (iobmd.IODMACommand.kBypassed, iobmd.IODMACommand.kUnmapped):
+            with iobmd.IODMACommand.withSpecification(64, 0, option, mapper=mapper) as command:
+                command.setMemoryDescriptor(buffer)
+                assert command.genIOVMSegments() == buffer.segments()
+        buffer.complete()
+
+
+@pytest.mark.parametrize("bits", [24, 28])
+def test_address_bits_apply_to_the_addresses_of_the_mapper(mapper: IOMapper, window: Window, bits: int) -> None:
+    """The memory is out of reach by its physical addresses, and nevertheless not bounced."""
+    with (
+        scattered(16 * PAGE) as buffer,
+        iobmd.IODMACommand.withSpecification(bits, mapper=mapper) as command,
+    ):
+        command.setMemoryDescriptor(buffer)
+        ((address, length),) = command.genIOVMSegments()
+        assert address + length <= 1 << bits
+        assert command.getIOMemoryDescriptor() is buffer
+        assert "bounced" not in repr(command)
+        assert window.read(address, 3000) == buffer.readBytes(0, 3000)
+        command.complete()
+        buffer.complete()
+
+
+@pytest.mark.parametrize("alignment", [512, PAGE, 1 << 16])
+def test_alignment_applies_to_the_addresses_of_the_mapper(mapper: IOMapper, window: Window, alignment: int) -> None:
+    with (
+        scattered(16 * PAGE) as buffer,
+        iobmd.IODMACommand.withSpecification(64, alignment=alignment, mapper=mapper) as command,
+    ):
+        command.setMemoryDescriptor(buffer)
+        ((address, _),) = command.genIOVMSegments()
+        assert address % alignment == 0
+        assert command.getIOMemoryDescriptor() is buffer
+        command.complete()
+        command.prepare(100, 2 * PAGE)  # not aligned in the memory: bounced
+        ((address, _),) = command.genIOVMSegments()
+        assert address % alignment == 0
+        assert command.getIOMemoryDescriptor() is not buffer
+        assert window.read(address, 3000) == buffer.readBytes(100, 3000)
+        window.write(address + PAGE, b"by the device")
+        command.complete()
+        assert buffer.readBytes(100 + PAGE, 13) == b"by the device"
+        buffer.complete()
+
+
+def test_a_forced_double_buffer_is_mapped(mapper: IOMapper, window: Window) -> None:
+    with (
+        scattered(16 * PAGE) as buffer,
+        iobmd.IODMACommand.withSpecification(32, mapper=mapper) as command,
+    ):
+        command.setMemoryDescriptor(buffer)
+        command.synchronize(0, forceDoubleBuffer=True)
+        ((address, length),) = command.genIOVMSegments()
+        assert length == 16 * PAGE
+        assert window.read(address + PAGE, 3000) == buffer.readBytes(PAGE, 3000)
+        window.write(address, b"by the device")
+        assert buffer.readBytes(0, 13) != b"by the device"
+        command.complete()
+        assert buffer.readBytes(0, 13) == b"by the device"
+        buffer.complete()
+
+
+def test_a_command_that_is_collected(mapper: IOMapper) -> None:
+    buffer = scattered(16 * PAGE)
+    command = iobmd.IODMACommand.withSpecification(64, mapper=mapper)
+    command.setMemoryDescriptor(buffer)
+    with pytest.warns(ResourceWarning, match="IODMACommand.* was never completed"):
+        del command
+    buffer.complete()
+    buffer.free()
+    mapper.close()
+
+
+def test_names_of_iokit(mapper: IOMapper, window: Window, name: str) -> None:
+    assert IOMapper.checkForSystemMapper()
+    assert IOMapper.copyMapperForDevice(name) is mapper
+    assert mapper.getPageSize() == PAGE
+    with scattered(16 * PAGE) as buffer:
+        address, length = mapper.iovmMapMemory(buffer, 0x1234)
+        assert length == 16 * PAGE - 0x1234
+        for offset in (0, 5 * PAGE):
+            physical = buffer.getPhysicalSegment(0x1234 + offset)[0]
+            assert mapper.mapToPhysicalAddress(address + offset) == physical
+        assert window.read(address, 3000) == buffer.readBytes(0x1234, 3000)
+        assert code_of(lambda: mapper.iovmUnmapMemory(buffer, address, 1)) == IOReturn.kIOReturnBadArgument
+        assert mapper.iovmUnmapMemory(buffer, address, length) == iobmd.kIOReturnSuccess
+        assert code_of(lambda: mapper.iovmUnmapMemory(buffer, address, length)) == IOReturn.kIOReturnBadArgument
+        assert mapper.mapToPhysicalAddress(address) == 0
+        address, length = mapper.iovmMapMemory(buffer, 0, PAGE, iobmd.kIODMAMapReadAccess)
+        window.write(address, b"not written")
+        assert buffer.readBytes(0, 11) != b"not written"
+        mapper.iovmUnmapMemory(buffer, address, length)
+        for wrong in ((0, 17 * PAGE), (-1, 1), (0, 0, 0x100)):
+            assert code_of(lambda wrong=wrong: mapper.iovmMapMemory(buffer, *wrong)) == IOReturn.kIOReturnBadArgument
+        buffer.complete()
+
+
+def test_a_closed_mapper_is_not_shared(name: str) -> None:
+    with IOMapper.copyMapperForDevice(name) as first:
+        assert IOMapper.copyMapperForDevice(name) is first
+    with IOMapper.copyMapperForDevice(name) as second:
+        assert second is not first

@@ -1,15 +1,19 @@
-"""`iobmd bench allocator`: small buffers, secrets, and memory that is kept for reuse."""
+"""`iobmd bench allocator`: small buffers, secrets, memory that is kept for reuse, preparation for a device."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from iobmd._native import mman, uring
 from iobmd.api import allocate
 from iobmd.descriptors.usage import trim
+from iobmd.dma import IODMACommand
 from iobmd.errors import NoResourcesError
 from iobmd.units import PAGE_SIZE, format_size
 
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
 
 SMALL = 256
 SECRET = 32
+PREPARED = 1 << 20
 MANY = 200
 ALIVE = 1_000_000
 PAGEABLE_MOST = 4e-6
@@ -30,7 +35,7 @@ PAGEABLE_MOST = 4e-6
 def run(_size: int, rounds: int) -> list[Result]:
     """Measure; the sizes are those of the goals. Fewer than 7 `rounds`: with a tenth of the small buffers."""
     alive = ALIVE if rounds >= 7 else ALIVE // 10
-    return [*_made_and_freed(rounds), _secret(rounds), *_alive(alive), *_contiguous(rounds)]
+    return [*_made_and_freed(rounds), _secret(rounds), *_prepared(rounds), *_alive(alive), *_contiguous(rounds)]
 
 
 def _made_and_freed(rounds: int) -> list[Result]:
@@ -83,6 +88,60 @@ def _sodium(library: ctypes.CDLL) -> float:
             library.sodium_free(library.sodium_malloc(SECRET))
 
     return seconds(repeat) / MANY
+
+
+def _prepared(rounds: int) -> list[Result]:
+    """Measure 1 MiB in 4 KiB pages: `prepare`, `segments`, `complete`, and a DMA command for the prepared memory."""
+    table = uring.Table(2)  # with more than one slot, the ring remains open
+    with allocate(PREPARED, wired=False) as buffer, IODMACommand.withSpecification() as command:
+        address = buffer.getBytesNoCopy()
+        with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+            mman.advise(address, PREPARED, mman.MADV_NOHUGEPAGE)
+        buffer.writeBytes(0, b"x" * PREPARED)
+        room = bytearray(PREPARED // PAGE_SIZE * 8)
+        pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+
+        def bare() -> None:
+            slot = table.pin(address, PREPARED)
+            os.preadv(pagemap, [room], address // PAGE_SIZE * 8)
+            assert slot
+            slot.release()
+
+        def prepared() -> None:
+            buffer.prepare()
+            buffer.segments()
+            buffer.complete()
+
+        def commanded() -> None:
+            command.setMemoryDescriptor(buffer)
+            command.genIOVMSegments()
+            command.clearMemoryDescriptor()
+
+        def with_command() -> float:
+            buffer.prepare()
+            try:
+                return seconds(commanded)
+            finally:
+                buffer.complete()
+
+        floor, ours, command_s = medians(rounds * 30, lambda: seconds(bare), lambda: seconds(prepared), with_command)
+        buffer.prepare()
+        count = len(buffer.segments())
+        buffer.complete()
+        os.close(pagemap)
+    table.close()
+    kernel = f"io_uring_register twice, pread of pagemap: {floor * 1e6:.1f} µs"
+    what = f"1 MiB in {count} segments"
+    return [
+        at_most(f"prepare, segments, complete of {what}", f"{ours * 1e6:.1f} µs", kernel, ours / floor, 1.3),
+        at_most(
+            f"DMA command of {what}: set, segments, clear",
+            f"{command_s * 1e6:.1f} µs",
+            f"the row above: {ours * 1e6:.1f} µs",
+            command_s / ours,
+            2,
+        ),
+    ]
 
 
 def _alive(count: int) -> list[Result]:
