@@ -35,7 +35,7 @@ from mman cimport (
 from own_areas cimport iobmd_identity, iobmd_is_dma_buf, iobmd_own_area
 from pagemap_entry cimport PFN_MASK, PRESENT_BIT, iobmd_entries
 from procmap_query cimport C_VMA_EXECUTABLE, C_VMA_READABLE, C_VMA_SHARED, C_VMA_WRITABLE, iobmd_procmap_query
-from uio cimport iovec, process_vm_readv, process_vm_writev
+from uio cimport SYS_process_vm_writev, iovec, process_vm_readv, syscall
 
 cdef size_t PAGE_SIZE = sysconf(_SC_PAGESIZE)
 
@@ -173,7 +173,8 @@ cdef size_t _move_within(_Copy *job, int *error) noexcept nogil:
         to.iov_len = source.iov_len = job.size - done
         # process_vm_readv(2) pins the source, and the kernel first copies each page that a forked child shares. This
         # call pins only the destination, which may be memory of a device when that is read into: it cannot be pinned.
-        moved = process_vm_writev(getpid(), &source, 1, &to, 1, 0)
+        # Not by the wrapper, in which the thread sanitizer reports a race with threads that map other memory there.
+        moved = syscall(SYS_process_vm_writev, <long>getpid(), &source, <long>1, &to, <long>1, <long>0)
         if moved < 0 and errno == EFAULT and not job.writing:
             moved = process_vm_readv(getpid(), &to, 1, &source, 1, 0)
         if moved > 0:

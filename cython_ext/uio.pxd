@@ -26,6 +26,7 @@ cdef extern from * nogil:
     enum:
         SYS_pidfd_getfd
         SYS_process_madvise
+        SYS_process_vm_writev
     long syscall(long number, ...)
 
 cdef extern from "<fcntl.h>" nogil:
