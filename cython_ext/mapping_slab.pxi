@@ -291,7 +291,8 @@ cdef class Pool:
 
     cdef void _lend(self, Slab slab, SmallBuffer buffer) noexcept:
         slab._free -= 1
-        buffer._slab = slab
+        Py_INCREF(slab)
+        buffer._held = <PyObject *>slab
         buffer._index = slab._stack[slab._free]
         buffer._taken_in = _generation
         slab._buffers[buffer._index] = <PyObject *>buffer
@@ -354,10 +355,23 @@ cdef class SmallBuffer(Exporter):
     cdef public object _state
     cdef public uint64_t _capacity
     cdef public uint32_t _options
-    cdef readonly Slab _slab
-    """The slab with its piece; None if it has no piece, or its owner has it."""
+    cdef PyObject *_held  # the slab: a reference that the collector would clear before the piece could be released
     cdef uint32_t _index
     cdef int _taken_in
+
+    @property
+    def _slab(self):
+        """The slab with its piece; None if it has no piece, or its owner has it."""
+        return <object>self._held if self._held != NULL else None
+
+    cdef Slab _let_go(self):
+        """Return the slab with its piece, which is no longer this buffer's; None if it has none."""
+        if self._held == NULL:
+            return None
+        cdef Slab slab = <Slab>self._held
+        Py_DECREF(slab)
+        self._held = NULL
+        return slab
 
     def __cinit__(self):
         self._state = "not initialised"
@@ -369,9 +383,9 @@ cdef class SmallBuffer(Exporter):
     def _piece(self):
         """Return a mapping of its piece, for the owner; None if it has no piece."""
         cdef Piece piece = Piece.__new__(Piece)  # first: its creation may run destructors
-        cdef Slab slab = self._slab
-        if slab is None:
+        if self._held == NULL:
             return None
+        cdef Slab slab = <Slab>self._held
         piece.address = slab._address(self._index)
         piece.concealed = slab._is_concealed()
         piece.size = slab.piece_size if isinstance(slab, WholePages) else self._capacity
@@ -380,29 +394,29 @@ cdef class SmallBuffer(Exporter):
 
     def _own(self, owner, Piece piece not None):
         """Pass the piece to its owner, which is stored; return False if another thread was faster."""
-        cdef Slab slab = self._slab
+        cdef Slab slab = self._let_go()
         if slab is None:
             return False
         piece._slab, piece._index, piece._taken_in = slab, self._index, self._taken_in
         slab._buffers[self._index] = NULL
         if slab._pool._counts(self._taken_in):
             slab.owned += 1
-        self._slab = None
         self._owner = owner
         return True
 
     def _release_piece(self):
         """Clear and release the piece, with which the buffer ends; return False if it has none."""
-        cdef Slab slab = self._slab
+        cdef Slab slab = self._let_go()
         if slab is None:
             return False
-        self._slab, self._state = None, "released"
+        self._state = "released"
         slab._pool._put(slab, self._index, self._taken_in)
         return True
 
     def __dealloc__(self):
-        if self._slab is not None:
-            self._slab._pool._put(self._slab, self._index, self._taken_in)
+        cdef Slab slab = self._let_go()
+        if slab is not None:
+            slab._pool._put(slab, self._index, self._taken_in)
 
 
 cdef Py_ssize_t DICTIONARY = SmallBuffer.__dictoffset__
