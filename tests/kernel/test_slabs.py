@@ -258,3 +258,25 @@ def test_the_limit_of_locked_memory() -> None:
     code, count = in_child(child, uid=65534, memlock=256 << 10)
     assert code == IOReturn.kIOReturnCannotWire
     assert count >= 32  # a quarter of what the limit permits: a pin counts separately
+
+
+@pytest.mark.parametrize("size", [256, 4096])
+def test_a_subclass_with_another_destructor_returns_its_piece(size: int) -> None:
+    """In a cycle the collector clears attributes in C before it deallocates the buffer."""
+
+    class Silent(Buffer):
+        def __del__(self) -> None:
+            pass
+
+    before = iobmd.statistics().pinned
+    buffer = Silent.withOptions(3, size)
+    address = buffer.getBytesNoCopy()
+    del buffer
+    buffer = Silent.withOptions(3, size)
+    buffer.itself = buffer  # type: ignore[attr-defined]
+    del buffer
+    gc.collect()
+    assert iobmd.statistics().pinned == before
+    part = iobmd.IOMemoryDescriptor.withAddressRange(address, 8, 3, iobmd.kernel_task)  # no buffer's any more
+    assert part.readBytes(0, 8) == bytes(8)
+    part.free()
