@@ -363,6 +363,7 @@ def test_it_keeps_memory_of_iobmd() -> None:
     md.free()
     assert kernel.smaps(address)
     again.free()
+    iobmd.trim()
     assert not kernel.smaps(address)
 
 

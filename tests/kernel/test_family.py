@@ -362,6 +362,7 @@ def test_children_keep_their_memory() -> None:
         assert whole.readBytes(9, 2 * PAGE) == data
         assert kernel.smaps(address)
         whole.free()
+        iobmd.trim()
         assert not kernel.smaps(address)
 
 
@@ -378,6 +379,7 @@ def test_memory_goes_when_the_last_child_is_collected() -> None:
             assert kernel.smaps(address)
             parts.pop()
             gc.collect()
+        iobmd.trim()
         assert not kernel.smaps(address)
 
 
@@ -397,6 +399,7 @@ def test_part_outlives_a_buffer_that_is_forgotten() -> None:
     assert kernel.pinned() == 0, "the buffer's own pin is undone"
     assert kernel.smaps(address)
     part.free()
+    iobmd.trim()
     assert not kernel.smaps(address)
 
 
@@ -418,6 +421,7 @@ def test_parents_know_children_weakly() -> None:
         sub(buffer, 0, 1, INOUT)
     gc.collect()
     buffer.free()
+    iobmd.trim()
     assert not kernel.smaps(address), "the memory had no other user"
 
 
@@ -437,6 +441,7 @@ def test_memory_in_use_is_not_left_to_children() -> None:
     assert bytes(mapped) == part.readBytes(0, 9)
     mapped.unmap()
     part.free()
+    iobmd.trim()
     assert not kernel.smaps(address)
 
 

@@ -348,6 +348,7 @@ class Family(RuleBasedStateMachine):
             if origin in copied:
                 continue
             if origin.memory and origin.released and not origin.is_kept() and not origin.memory.shares_pages:
+                iobmd.trim()  # memory that is kept for reuse
                 assert not is_mapped(origin.memory.address), "no user is left"
 
     @invariant()
