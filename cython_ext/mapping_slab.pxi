@@ -158,7 +158,7 @@ cdef class SecretSlab(Slab):
     cdef size_t *_offsets
     cdef size_t *_sizes
 
-    def __init__(self, keeper, address, size, piece_size, uint32_t margin, Mapping whole=None):
+    def __cinit__(self, keeper, address, size, piece_size, uint32_t margin, Mapping whole=None):
         self._margin = margin
         self._whole = whole
         self._offsets = <size_t *>calloc(self.count, sizeof(size_t))
