@@ -45,7 +45,8 @@ cdef extern from *:
         struct iobmd_uffd_msg fault;
         while (!server->stop)
             if (read(server->uffd, &fault, sizeof fault) == sizeof fault) {
-                struct iobmd_uffd_copy copy = { fault.address & ~(uint64_t)4095, (uintptr_t)server->page, 4096, 0, 0 };
+                uint64_t page = fault.address & ~(uint64_t)4095;
+                struct iobmd_uffd_copy copy = { page, (uintptr_t)server->page, 4096, 0, 0 };
                 ioctl(server->uffd, IOBMD_UFFDIO_COPY, &copy);
             }
         return NULL;
