@@ -17,6 +17,7 @@ import iobmd
 from iobmd import IOReturn, IOReturnError
 from iobmd._internal import process_local
 from iobmd._native.mapping import Mapping
+from iobmd.device import vfio as device_vfio
 from iobmd.iommu import vfio
 from iobmd.memory import shmem
 from iobmd.purgeable.monitor import Watch
@@ -287,7 +288,7 @@ def test_a_device_that_is_closed_beside_a_call(tmp_path: Path, monkeypatch: pyte
         reached.append(str(Path(f"/proc/self/fd/{number}").readlink()))
         return 0
 
-    monkeypatch.setattr(vfio.fcntl, "ioctl", before(ioctl, other_thread))
+    monkeypatch.setattr(device_vfio.fcntl, "ioctl", before(ioctl, other_thread))
     container.unmap(0x1000, 4096)
     other_thread.close()
     assert reached == ["/memfd:container (deleted)"]
