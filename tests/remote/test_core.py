@@ -146,6 +146,7 @@ with iobmd.snapshot({source.pid}) as snapshot:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.needs("root")  # for userfaultfd(2) that serves faults in the kernel
 def test_pages_that_only_a_fault_handler_has(tmp_path: Path) -> None:
     """A core file has a segment without contents for them, which debuggers report as inaccessible, and no zeros."""
     with Target([build("userfault"), "poll", "read", "stall"]) as program:

@@ -115,7 +115,7 @@ def test_of_one_moment(start, kind: str) -> None:  # type: ignore[no-untyped-def
     assert not children(source.pid), "a snapshot was left behind"
 
 
-@pytest.mark.needs("compiler")
+@pytest.mark.needs("compiler", "root")  # /proc/PID/map_files
 @pytest.mark.usefixtures("nothing_left")
 def test_shared_memory_of_a_snapshot_of_one_moment(start) -> None:  # type: ignore[no-untyped-def]
     source = start(32 * MIB, "shared")

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from support import kernel
-from support.child import in_child
+from support.child import NOBODY, in_child
 from support.core_file import Core
+from support.kernel import Footprint
 from support.snapshot_source import SIZE, Source
-from support.targets import PATIENCE, Target, children, until
+from support.targets import PATIENCE, Target, build, children, until
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, pagemap
@@ -68,6 +69,7 @@ def test_memory_that_it_lacks(source: Source) -> None:
             assert caught.value.address == address
 
 
+@pytest.mark.needs("root")  # /proc/PID/map_files
 def test_shared_memory_frozen_on_request(source: Source, tmp_path: Path) -> None:
     size = 1 << 20  # of `shared`
     with iobmd.snapshot(source.pid, freeze_shared=size) as snapshot:
@@ -89,6 +91,27 @@ def test_shared_memory_frozen_on_request(source: Source, tmp_path: Path) -> None
     assert caught.value.code == IOReturn.kIOReturnNoMemory
     with pytest.raises(IOReturnError, match="must not be negative"):
         iobmd.snapshot(source.pid, freeze_shared=-1)
+
+
+def test_shared_memory_that_only_root_can_freeze() -> None:
+    """Memory without a descriptor is found through map_files: without it, the snapshot is refused before the stop."""
+    build("snapshot")
+
+    def refused() -> tuple[IOReturn, int, str, str, bool]:
+        with Source() as program:
+            iobmd.snapshot(program.pid).close()  # opens what the library keeps
+            before = Footprint.settled().descriptors
+            with pytest.raises(IOReturnError) as caught:
+                iobmd.snapshot(program.pid, freeze_shared=1 << 30)
+            error = caught.value
+            told = error.code, error.address - program.shared, str(error), children(program.pid)
+            del caught, error  # its traceback refers to the task
+            return *told, Footprint.settled().descriptors == before
+
+    code, offset, message, left, is_closed = in_child(refused, uid=NOBODY)
+    assert (code, offset, left) == (IOReturn.kIOReturnUnsupported, 0, "")
+    assert "cannot open its file, for which CAP_CHECKPOINT_RESTORE is required" in message
+    assert is_closed
 
 
 BETWEEN = """
