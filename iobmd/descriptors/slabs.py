@@ -25,7 +25,7 @@ from iobmd.descriptors.options import SMALL
 from iobmd.descriptors.ownership import MemoryOwner
 from iobmd.errors import NotOpenError
 from iobmd.host import headroom
-from iobmd.memory import pinning
+from iobmd.memory import mlock, pinning
 from iobmd.memory.mlock import Wiring
 from iobmd.pagemap.self import own_pagemap, resident_and_dirty
 from iobmd.task.task import kernel_task
@@ -227,6 +227,7 @@ class PieceBacking(MappedBacking):
         self.mapping = piece
         self._keeper = keeper
         self._pages = pages
+        self._pinned = False
         self.pin_refusal = self._pages.pin_refusal
         self.runs = self._cut(self._pages.runs)
 
@@ -242,8 +243,8 @@ class PieceBacking(MappedBacking):
 
     @property
     def wiring(self) -> Wiring:
-        """Whether its slab is resident or pinned."""
-        return self._pages.wiring
+        """Whether its slab is resident or pinned; a pin that only other pieces need does not count."""
+        return Wiring.RESIDENT if self._keeper.pins and not self._pinned else self._pages.wiring
 
     def pin(self) -> None:
         """Pin its slab again. Raises as `MemoryOwner.pin`."""
@@ -251,12 +252,16 @@ class PieceBacking(MappedBacking):
         try:
             with self._keeper.guard:
                 self._keeper.pin()
+                self._pinned = True
         finally:
             self.mapping.let_go()
         self.runs = self._cut(self._pages.runs)
 
     def unpin(self, *, wait: bool = True) -> None:
-        """Undo one `pin`. `wait` as `Backing.unpin`."""
+        """Undo its `pin`; idempotent. `wait` as `Backing.unpin`."""
+        if not self._pinned:
+            return
+        self._pinned = False
         if not wait:
             self._keeper.unpin_when_free()
             return
@@ -291,3 +296,4 @@ class PieceBacking(MappedBacking):
 
 
 headroom.on_shortage(lambda _missing: trim())
+mlock.on_refusal(trim)

@@ -20,7 +20,7 @@ from iobmd.errors import (
     UnsupportedError,
 )
 from iobmd.host import limits
-from iobmd.memory.mlock import cannot_lock
+from iobmd.memory.mlock import cannot_lock, within_limits
 
 READ, WRITE = 1, 2
 """Access rights of a device to a mapping."""
@@ -138,8 +138,9 @@ class Container:
         IOReturnError
             `kIOReturnCannotWire` at RLIMIT_MEMLOCK; `kIOReturnNoResources`; `kIOReturnNoMemory`.
         """
+        request = _MAP.pack(_MAP.size, access, virtual, address, size)
         try:
-            control(self._container, _MAP_DMA, _MAP.pack(_MAP.size, access, virtual, address, size))
+            within_limits(lambda: control(self._container, _MAP_DMA, request))
         except OSError as error:
             if isinstance(error, IOReturnError):
                 raise

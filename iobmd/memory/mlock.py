@@ -1,16 +1,26 @@
 """Wiring: memory that is pageable, resident or pinned."""
 
+from __future__ import annotations
+
 import enum
 import errno
+from typing import TYPE_CHECKING, TypeVar
 
 from iobmd import host
 from iobmd._native import mman
 from iobmd.errors import CannotWireError, IOReturnError, NoMemoryError
 from iobmd.units import format_size
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    _Result = TypeVar("_Result")
+
 PAGEABLE = "allocate pageable memory"
 """The remedy in messages that a command replaces by one of its options."""
 _REFUSED = (errno.EPERM, errno.EACCES, errno.ENOSYS)
+_LIMITED = (errno.ENOMEM, errno.EAGAIN)
+_reliefs: list[Callable[[], int]] = []
 
 
 class Wiring(enum.Enum):
@@ -36,6 +46,27 @@ class Wiring(enum.Enum):
         return self is Wiring.PAGEABLE or self is Wiring.DEVICE
 
 
+def on_refusal(relief: Callable[[], int]) -> None:
+    """Register `relief`, which is called before a limit refuses wired memory, and returns how many bytes it frees."""
+    _reliefs.append(relief)
+
+
+def within_limits(wire: Callable[[], _Result]) -> _Result:
+    """Call `wire`, and call it again if a limit refuses it and wired memory that was kept for reuse is freed.
+
+    Raises
+    ------
+    OSError
+        As `wire`.
+    """
+    try:
+        return wire()
+    except OSError as error:
+        if error.errno not in _LIMITED or not sum(relief() for relief in _reliefs):
+            raise
+    return wire()
+
+
 def make_resident(address: int, size: int, *, populate: bool = True) -> None:
     """Lock a range of this process: whole pages of a separate mapping, which are unlocked when it is unmapped.
 
@@ -52,8 +83,9 @@ def make_resident(address: int, size: int, *, populate: bool = True) -> None:
     IOReturnError
         `kIOReturnCannotWire`: RLIMIT_MEMLOCK, with its value and the remedy; `kIOReturnNoMemory`.
     """
+    lock = mman.lock if populate else mman.lock_on_fault
     try:
-        (mman.lock if populate else mman.lock_on_fault)(address, size)
+        within_limits(lambda: lock(address, size))
     except OSError as error:
         raise cannot_lock(size, error) from None
 

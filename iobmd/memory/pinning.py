@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from iobmd import host
 from iobmd._native import uring
 from iobmd.errors import CannotWireError, IOReturnError, NotPrivilegedError, UnsupportedError
+from iobmd.memory import mlock
 from iobmd.pagemap.self import own_runs
 from iobmd.task import obstacles
 from iobmd.units import format_size
@@ -108,7 +109,7 @@ class Pin:
         self._slots: list[uring.Slot] = []
         try:
             for start in range(0, size, LARGEST):
-                self._slots.append(_pins.pin(address + start, min(LARGEST, size - start)))
+                self._slots.append(_pin_part(address + start, min(LARGEST, size - start)))
         except OSError as error:
             self.release()
             raise _cannot_pin(address, size, error) from None
@@ -117,6 +118,10 @@ class Pin:
         """Unpin; idempotent."""
         slots, self._slots = self._slots, []
         _pins.unpin(slots)
+
+
+def _pin_part(address: int, size: int) -> uring.Slot:
+    return mlock.within_limits(lambda: _pins.pin(address, size))
 
 
 def _cannot_pin(address: int, size: int, error: OSError) -> IOReturnError:

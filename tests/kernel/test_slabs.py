@@ -5,16 +5,19 @@ import itertools
 import random
 import signal
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from support import kernel
-from support.child import in_child
-from support.errors import code_of
+from support.child import CAP_IPC_LOCK, NOBODY, in_child
+from support.errors import code_of, error_of
 from support.owners_model import check_owners
+from support.targets import until
 from support.threads import run_all
 
 import iobmd
 from iobmd import IOReturn, Wiring
+from iobmd.memory import pinning
 
 SIZES = (1, 64, 65, 200, 256, 1000, 2048)
 LINE = 64
@@ -280,3 +283,74 @@ def test_a_subclass_with_another_destructor_returns_its_piece(size: int) -> None
     part = iobmd.IOMemoryDescriptor.withAddressRange(address, 8, 3, iobmd.kernel_task)  # no buffer's any more
     assert part.readBytes(0, 8) == bytes(8)
     part.free()
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [{"size": 2048}, {"size": 64 << 10}, {"size": 896 << 10}, {"size": 896 << 10, "wired": False}],
+    ids=["pieces", "whole pages", "large", "pageable"],
+)
+def test_kept_pages_are_freed_before_a_limit_refuses_others(wanted: dict[str, Any]) -> None:
+    """Pages that are kept pinned count against RLIMIT_MEMLOCK, and fill almost all that other buffers leave of it."""
+
+    def nothing_else_is_pinned() -> bool:
+        with iobmd.allocate(4 * MIB) as buffer:
+            return buffer.wiring is Wiring.PINNED
+
+    def work() -> tuple[int, set[Wiring]]:
+        until(nothing_else_is_pinned)  # pins of a process of this user that has just ended
+        iobmd.trim()
+        held = [iobmd.allocate(MIB) for _ in range(3)]
+        before = locked()
+        for size in range(kernel.PAGE, 8 * kernel.PAGE + 1, kernel.PAGE):
+            all_freed([iobmd.allocate(size) for _ in range((128 << 10) // size)])
+        kept = locked() - before
+        others = [iobmd.allocate(**wanted) for _ in range(max(1, (256 << 10) // wanted["size"]))]
+        for buffer in others:
+            buffer.prepare()
+        wirings = {buffer.wiring for buffer in others}
+        for buffer in others:
+            buffer.complete()
+        all_freed(held + others)
+        return kept, wirings
+
+    kept, wirings = in_child(work, uid=NOBODY - 6, drop=CAP_IPC_LOCK, memlock=4 * MIB + (128 << 10))
+    assert kept > MIB * 3 // 4
+    assert wirings == {Wiring.PINNED}
+
+
+def test_a_failed_prepare_leaves_a_small_buffer_pageable() -> None:
+    def work() -> tuple[list[IOReturn], Wiring]:
+        iobmd.trim()
+        with iobmd.allocate(8192, wired=False) as buffer:
+            codes = [error_of(buffer.prepare).code, code_of(buffer.complete)]
+            return codes, buffer.wiring
+
+    codes, wiring = in_child(work, uid=NOBODY - 6, drop=CAP_IPC_LOCK, memlock=kernel.PAGE)
+    assert codes == [IOReturn.kIOReturnCannotWire, IOReturn.kIOReturnNotReady]
+    assert wiring is Wiring.PAGEABLE
+
+
+@pytest.mark.usefixtures("empty_pools")
+def test_a_piece_remains_pinned_while_another_of_its_slab_is_completed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slab is only locked, because it could not be pinned: later each prepared piece pins it."""
+
+    def refuse(_address: int, _size: int) -> None:
+        raise iobmd.CannotWireError("refused by the test")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pinning, "Pin", refuse)
+        first, second = iobmd.allocate(256), iobmd.allocate(256)
+    assert (first.wiring, second.wiring) == (Wiring.RESIDENT, Wiring.RESIDENT)
+    first.prepare()
+    second.prepare()
+    first.complete()
+    assert second.wiring is Wiring.PINNED
+    assert kernel.pinned(kernel.PAGE) == kernel.PAGE
+    second.complete()
+    assert (first.wiring, second.wiring) == (Wiring.RESIDENT, Wiring.RESIDENT)
+    assert kernel.pinned() == 0
+    all_freed([first, second])
