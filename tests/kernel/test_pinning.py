@@ -411,6 +411,7 @@ def test_kernels_without_sparse_tables(monkeypatch: pytest.MonkeyPatch) -> None:
         held = kernel.rings()
         for buffer in buffers:
             buffer.free()
+        iobmd.trim()
         return held, kernel.rings()
 
     assert in_child(pin) == (20, 0)

@@ -1,6 +1,7 @@
 """Memory of a shared object: the same pages in a forked child, and a common purgeable state."""
 
 import gc
+import itertools
 import os
 import select
 import signal
@@ -233,7 +234,7 @@ def test_processes_race() -> None:
     buffer, _ = purgeable(64 * kernel.PAGE, shared=True)
     with buffer, forked(iobmd.purge):
         outcomes = {VOLATILE: 0, EMPTY: 0}
-        for turn in range(1000):
+        for turn in itertools.count():
             content = bytes([1 + turn % 255]) * (64 * kernel.PAGE)
             buffer.writeBytes(0, content)
             buffer.setPurgeable(VOLATILE)
@@ -242,7 +243,8 @@ def test_processes_race() -> None:
             state = buffer.setPurgeable(NON_VOLATILE)
             outcomes[state] += 1
             assert bytes(buffer) == (content if state is VOLATILE else bytes(len(content)))
-        assert min(outcomes.values()) > 10, outcomes
+            if turn >= 1000 and min(outcomes.values()) > 10:  # how many turns it takes depends on the scheduler
+                break
 
 
 def test_many_threads_of_two_processes_and_two_buffers() -> None:
