@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DEFAULT_SECONDS = 5.0
+_FOR_OTHERS = 2 << 30
+"""Bytes that programs may allocate while a search holds free memory. Of a small host, it therefore holds none."""
 _KEEP_MOST = 1 << 30
 _KEEP_PART = 32
 """The inverse of the part of memory that is kept by default, up to `_KEEP_MOST`."""
@@ -154,7 +156,7 @@ class Budget:
         asked = self._policy.memory_budget
         if self._tightest.group:
             return 0
-        return self.most if asked is None else min(self.most, asked)
+        return max(0, min(self.most, self._tightest.left - _FOR_OTHERS)) if asked is None else min(self.most, asked)
 
     def remedy(self, size: int | None = None) -> str:
         """Return the remedy that permits holding `size` bytes, or more than now; "" if no policy can."""
