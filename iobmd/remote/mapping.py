@@ -327,12 +327,20 @@ class RemoteMapping:
         return not self._is_private or area.offset - area.start == self._offset - self.address
 
     def _mapped_ranges(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Return the ranges between two addresses that still map these objects, and their guards."""
+        """Return the ranges between two addresses that still map these objects, and their guards.
+
+        Raises `kIOReturnNotFound`: the task exits, and has no memory; its pidfd reports that only later.
+        """
         found: list[tuple[int, int]] = []
         try:
             mapped = list(procfs.areas(self.task.pid, start, end))
         except OSError as error:
-            diagnosis.unless_exhausted(error, f"cannot read the mappings of task {self.task.pid}")
+            if isinstance(error, FileNotFoundError | ProcessLookupError):
+                refusal = diagnosis.without_memory(self.task.pid)
+            else:
+                refusal = diagnosis.refused(self.task.pid, error.errno or 0, "mappings")
+            if isinstance(refusal, NotFoundError):
+                raise refusal from None
             return []
         for area in mapped:
             guard = (self._margin or self._holes) and area.perms.startswith("---") and not area.inode
