@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 DEFAULT_SECONDS = 5.0
 _FOR_OTHERS = 2 << 30
-"""Bytes that programs may allocate while a search holds free memory. Of a small host, it therefore holds none."""
+"""Bytes that programs may allocate while a search holds free memory."""
+_LEAST_HOST = 8 << 30
+"""Bytes of a host, or a limit, from which free memory is held: on a smaller one others soon need what remains."""
 _KEEP_MOST = 1 << 30
 _KEEP_PART = 32
 """The inverse of the part of memory that is kept by default, up to `_KEEP_MOST`."""
@@ -151,10 +153,11 @@ class Budget:
     def untouched(self) -> int:
         """Bytes that may be held for a fraction of a second without being populated (`ballast`).
 
-        None in a memory cgroup: its other processes may reach the limit in that time, and the kernel would kill one.
+        None on a host of less than 8 GiB, and none in a memory cgroup: others may reach its limit in that time, and
+        the kernel would kill one of them.
         """
         asked = self._policy.memory_budget
-        if self._tightest.group:
+        if self._tightest.group or self._tightest.limit < _LEAST_HOST:
             return 0
         return max(0, min(self.most, self._tightest.left - _FOR_OTHERS)) if asked is None else min(self.most, asked)
 
