@@ -370,6 +370,12 @@ def test_repr() -> None:
 
 def test_no_free_under_a_copy() -> None:
     """Another thread cannot free the memory during a copy: `free` raises kIOReturnBusy until the copy ends."""
+    # On a busy machine the memory may be freed before the first copy begins.
+    assert any(all(free_beside_copies()) for _ in range(50))
+
+
+def free_beside_copies() -> tuple[int, int]:
+    """Free memory while another thread writes to it; return how often that was refused, and the copies."""
     buffer = iobmd.allocate(64 * MIB, wired=False)
     source = bytes(64 * MIB)
     started = threading.Event()
@@ -393,8 +399,7 @@ def test_no_free_under_a_copy() -> None:
         except BufferError:
             busy += 1
     writer.join()
-    assert busy
-    assert copied
+    return busy, len(copied)
 
 
 # --- limits
