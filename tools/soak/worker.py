@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import faulthandler
 import gc
@@ -18,9 +19,11 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from iobmd.api import allocate
 from iobmd.constants import IOReturn
 from iobmd.descriptors.usage import trim
 from iobmd.errors import IOReturnError
+from iobmd.units import HUGE_PAGE_SIZE
 
 from . import events, footprint, kernel
 from .board import Board, Thread
@@ -192,6 +195,8 @@ class Worker:
     def _warm_up(self) -> None:
         """Execute each kind of event once, because iobmd creates permanent resources when they are first needed."""
         runner = self.runners[0]
+        with contextlib.suppress(IOReturnError):  # opens the tmpfs, which not every event needs
+            allocate(HUGE_PAGE_SIZE, wired=False, shared=True).free()
         for _ in range(2):
             for name in self.orders.kinds:
                 if name in events.KINDS:
