@@ -227,7 +227,12 @@ class Search:
         kernel compacts memory for each, until what is in the way in a candidate has moved.
         """
         found: Places = {}
-        with windows.Claim(candidates, self.budget) as claim:
+        try:
+            holder = windows.Claim(candidates, self.budget)
+        except OSError as error:  # no descriptor is free
+            log.debug("free memory cannot be held: %s", error)
+            return None
+        with holder as claim:
             for _round in range(_ROUNDS):  # another process may be faster to allocate some of the blocks
                 more: Places = {}
                 if claim.hold_one(found):

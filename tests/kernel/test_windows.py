@@ -1,5 +1,6 @@
 """Windows of physical memory that a search chooses in advance, and memory that it holds without clearing it."""
 
+import errno
 import os
 import re
 import signal
@@ -15,10 +16,10 @@ from support.kernel import frames
 from support.targets import until
 
 import iobmd
-from iobmd import IOReturnError
+from iobmd import IOReturn, IOReturnError
 from iobmd.host import zoneinfo
 from iobmd.pagemap.census import BlockTable
-from iobmd.physical import windows
+from iobmd.physical import search, windows
 from iobmd.physical.ballast import Ballast
 from iobmd.physical.policy import Budget
 from iobmd.physical.thp import TransparentBlocks
@@ -35,6 +36,20 @@ pytestmark = pytest.mark.needs("root", "frames", "big_memory")
 def kpageflags() -> Iterator[Callable[[int], int]]:
     with Path("/proc/kpageflags").open("rb", buffering=0) as file:
         yield lambda physical: int.from_bytes(os.pread(file.fileno(), 8, physical // 4096 * 8), "little")
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_search_without_descriptors_for_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: object) -> None:
+        tried.append(True)
+        raise IOReturnError(IOReturn.kIOReturnNoResources, "no descriptor is free", errno.EMFILE)
+
+    tried: list[bool] = []
+    monkeypatch.setattr(search, "_BRIEF_UP_TO", 0)
+    monkeypatch.setattr(windows, "Claim", refuse)
+    with iobmd.allocate(4 * MIB, contiguous=True) as buffer:
+        assert len(buffer.segments()) == 1
+    assert tried
 
 
 @pytest.mark.usefixtures("nothing_left")
