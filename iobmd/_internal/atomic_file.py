@@ -101,7 +101,7 @@ class _Draft:
         os.link(self._source, path, src_dir_fd=self._unnamed)  # for linkat(2), which follows a link; it is not used
 
     def end(self) -> None:
-        """Remove what has not been published."""
+        """Remove the file if it is not published."""
         self._name.unlink(missing_ok=True)
         if self._unnamed >= 0:
             os.close(self._unnamed)

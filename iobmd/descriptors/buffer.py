@@ -304,7 +304,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
     @classmethod
     def _small(cls, wanted: Request) -> Self | None:
         """Allocate a buffer with a piece of a slab, for `iobmd.allocate`; None if it must be allocated otherwise."""
-        self = cls.__new__(cls)  # without __init__, which only records what is not the default
+        self = cls.__new__(cls)  # without __init__, which only records differences from the defaults
         return self if self._take_piece(wanted) else None
 
     def _take_piece(self, wanted: Request) -> bool:

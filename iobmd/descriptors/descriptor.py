@@ -227,7 +227,7 @@ class IOMemoryDescriptor(Handle):
         """Describe `length` bytes at a physical address, which are mapped by /dev/mem where the kernel permits it.
 
         Nothing pins them, and they have no page frames, as those of `IODeviceMemory`: `segments` returns the address
-        at any time. What is there, is the caller's responsibility.
+        at any time. The caller must know which device is there.
 
         Parameters
         ----------
@@ -596,9 +596,10 @@ class IOMemoryDescriptor(Handle):
         Notes
         -----
         A map of a descriptor with `kIOMemoryMapCopyOnWrite` shows the bytes of the moment at which it was made, and
-        retains what is written to it. They are copied at once, private memory too: pages that do not exist remain
-        absent, and bytes that another thread changes during the call are the old or the new ones. Memory of another
-        task is copied as of one moment, for which the task is stopped, or a snapshot is made (see `iobmd.copy`).
+        later writes to the map stay in it. The bytes are copied at once, private memory too: pages that do not exist
+        remain absent, and bytes that another thread changes during the call are the old or the new ones. Memory of
+        another task is copied as of one moment, for which the task is stopped, or a snapshot is made (see
+        `iobmd.copy`).
 
         One thread of another task is stopped for about a tenth of a millisecond (ptrace(2)), and then resumes.
         """

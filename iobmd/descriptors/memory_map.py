@@ -40,7 +40,7 @@ def open_map(descriptor: IOMemoryDescriptor, owner: MemoryOwner, task: Task, req
     with _changes:
         known = [] if fresh else [mapping for mapping in owner.mappings() if mapping.serves(task, request)]
         if request.refers and not known:
-            raise NotReadyError("kIOMapReference: no map satisfies the request, so that there is none to refer to")
+            raise NotReadyError("kIOMapReference refers to an existing map, but no map satisfies the request")
         mapping = fresh or next(iter(known), None) or CachedMapping.open(descriptor, owner, task, request)
         owner.add_mapping(mapping)
         mapping.prefault(request)

@@ -73,7 +73,7 @@ class IOInterruptEventSource:
         Raises
         ------
         IOReturnError
-            `kIOReturnNoDevice`: there is none; the message names the commands that bind a PCI device to
+            `kIOReturnNoDevice`: no such device; the message names the commands that bind a PCI device to
             uio_pci_generic. `kIOReturnNotPrivileged`: /dev/uioN may not be opened.
 
         Notes

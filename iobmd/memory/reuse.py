@@ -1,7 +1,7 @@
 """Freed private memory of this process that is kept for later allocations of the same kind.
 
 It is not wired, lazily freed (MADV_FREE, Linux 4.5) and not inherited by forked children (MADV_DONTFORK): the kernel
-takes its pages before it swaps or kills, without asking, and MemAvailable includes them. What is left of it saves a
+takes its pages before it swaps or kills, without asking, and MemAvailable includes them. The remaining pages save a
 later allocation page faults, and for contiguous or masked memory the search. It contains the bytes of its former
 owner, and is cleared or overwritten before it gets another.
 

@@ -3,7 +3,7 @@
 fallocate(2) in a tmpfs allocates pages without clearing them: they are cleared when they are first touched, which
 these never are. Holding 12 GiB takes 50 ms in huge pages, and freeing it 25 ms; populating as much takes 2 s where
 memory is fast, and 40 s on a virtual machine whose host backs it on first touch (measured, Linux 6.18). With
-MADV_HUGEPAGE the kernel would also compact memory; here it only allocates what is free.
+MADV_HUGEPAGE the kernel would also compact memory; here it only allocates free memory.
 """
 
 from __future__ import annotations

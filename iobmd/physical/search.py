@@ -224,7 +224,7 @@ class Search:
         """Obtain one of the candidates.
 
         If none of them is free, `compact` them: page faults allocate huge pages while all free ones are held, and the
-        kernel compacts memory for each, until what is in the way in a candidate has moved.
+        kernel compacts memory for each, until it has moved all obstacles out of a candidate.
         """
         found: Places = {}
         try:
