@@ -6,6 +6,7 @@ The kernel's interfaces: udmabuf (linux/udmabuf.h), heaps (linux/dma-heap.h), ac
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import functools
@@ -53,6 +54,16 @@ def export(extents: Sequence[FileExtent]) -> int:
     """
     parts = _joined(extents)
     size = sum(length for _fd, _offset, length in parts)
+    try:
+        return _create(parts, size)
+    except IOReturnError:
+        raise
+    except OSError as error:
+        raise limits.from_oserror(error, f"cannot make a dma-buf of {format_size(size)}", size) from None
+
+
+def _create(parts: Sequence[tuple[int, int, int]], size: int) -> int:
+    """Return a dma-buf of parts of memfds: descriptor, offset and length of each. Raises as `export`, or OSError."""
     device = _open(_UDMABUF, "this kernel has no udmabuf (CONFIG_UDMABUF)")
     try:
         _require_limit("size_limit_mb", -(-size >> 20), f"{format_size(size)} in a dma-buf")
@@ -60,10 +71,6 @@ def export(extents: Sequence[FileExtent]) -> int:
         listed = b"".join(struct.pack("=IIQQ", fd, 0, offset, length) for fd, offset, length in parts)
         head = struct.pack("=II", _UDMABUF_CLOEXEC, len(parts))
         return int(fcntl.ioctl(device, _UDMABUF_CREATE_LIST, bytearray(head + listed)))
-    except IOReturnError:
-        raise
-    except OSError as error:
-        raise limits.from_oserror(error, f"cannot make a dma-buf of {format_size(size)}", size) from None
     finally:
         os.close(device)
 
@@ -114,27 +121,18 @@ def reads_huge_pages_wrongly() -> bool:
     No process can see that, but the kernel that corrected it (6.13) also began to map all pages of a dma-buf at the
     first fault, which is visible. Raises as `export`.
     """
-    memfd = create_memfd(_PROBED * PAGE_SIZE)
-    try:
-        device = _open(_UDMABUF, "this kernel has no udmabuf (CONFIG_UDMABUF)")
-        try:
-            item = struct.pack("=IIIIQQ", _UDMABUF_CLOEXEC, 1, memfd, 0, 0, _PROBED * PAGE_SIZE)
-            dma_buf = fcntl.ioctl(device, _UDMABUF_CREATE_LIST, bytearray(item))
-        finally:
-            os.close(device)
-        try:
-            mapping = Mapping.view([(dma_buf, 0, _PROBED * PAGE_SIZE)], 0, True, 0, PAGE_SIZE)
-            try:
-                before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
-                for page in range(_PROBED):
-                    mapping.read(page * PAGE_SIZE, 1)
-                return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before >= _PROBED
-            finally:
-                mapping.close()
-        finally:
-            os.close(dma_buf)
-    finally:
-        os.close(memfd)
+    size = _PROBED * PAGE_SIZE
+    with contextlib.ExitStack() as undo:
+        memfd = create_memfd(size)
+        undo.callback(os.close, memfd)
+        dma_buf = _create([(memfd, 0, size)], size)
+        undo.callback(os.close, dma_buf)
+        mapping = Mapping.view([(dma_buf, 0, size)], 0, True, 0, PAGE_SIZE)
+        undo.callback(mapping.close)
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        for offset in range(0, size, PAGE_SIZE):
+            mapping.read(offset, 1)
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before >= _PROBED
 
 
 def allocate(size: int, heap: str) -> int:
