@@ -51,10 +51,11 @@ class PagelessBacking:
         """Return the total size of the pages that contain a range."""
         return span(self.in_page(offset), length)
 
-    @property
-    def runs(self) -> RunTable:
-        """Its physical runs, which never change."""
-        raise NotImplementedError
+    if TYPE_CHECKING:
+
+        @property
+        def runs(self) -> RunTable:
+            """Its physical runs, which never change; each subclass has them."""
 
     def pin(self) -> None:
         """Do nothing: there are no pages."""
