@@ -59,15 +59,16 @@ test-tsan:
 	IOBMD_FUZZ_SECONDS=$(FUZZ_SECONDS) tools/sanitize thread "$(PYTHON)" build/tsan \
 	    --timeout $$(($(FUZZ_SECONDS) + 120)) $(or $(PYTEST_ARGS),tests/security/test_threads.py)
 
-# Tests in guests: KERNELS="5.10 6.12", PROFILE="kernel" or ci, JOBS=1, VERBOSE=1, TABLE=docs/kernels.md
+# Tests in guests: ARCH=aarch64 (default: this host's), KERNELS="5.10 6.12-16k", PROFILE="kernel" or ci, TESTS="tests/unit",
+# JOBS=1, VERBOSE=1, TABLE=docs/kernels.md
 test-vm: $(READY)
-	tools/prepare-vm
-	$(BIN)/python -m iobmd.tools.vm run --kernels "$(KERNELS)" --profiles "$(PROFILE)" $(if $(JOBS),--jobs $(JOBS)) $(if $(VERBOSE),--verbose) $(if $(TABLE),--table $(TABLE))
+	tools/prepare-vm $(ARCH)
+	$(BIN)/python -m iobmd.tools.vm run $(if $(ARCH),--architecture $(ARCH)) --kernels "$(KERNELS)" --profiles "$(PROFILE)" --tests "$(TESTS)" $(if $(JOBS),--jobs $(JOBS)) $(if $(VERBOSE),--verbose) $(if $(TABLE),--table $(TABLE))
 
-# A shell in a guest: KERNEL=6.12, PROFILE=device
+# A shell in a guest: ARCH=aarch64, KERNEL=6.12, PROFILE=device
 vm-shell: $(READY)
-	tools/prepare-vm
-	$(BIN)/python -m iobmd.tools.vm shell $(if $(KERNEL),--kernel $(KERNEL)) $(if $(PROFILE),--profile $(PROFILE))
+	tools/prepare-vm $(ARCH)
+	$(BIN)/python -m iobmd.tools.vm shell $(if $(ARCH),--architecture $(ARCH)) $(if $(KERNEL),--kernel $(KERNEL)) $(if $(PROFILE),--profile $(PROFILE))
 
 lint: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" tools/lint

@@ -102,7 +102,7 @@ int main(int argc, char **argv)
     if (!strcmp(mode, "drop")) pthread_create(&thread, 0, drop, 0);
     printf("ready\n%lu %lu\n", (unsigned long)area, (unsigned long)plain);
     fflush(stdout);
-    if (!strcmp(argv[2], "spin")) for (;;) __asm__ volatile ("pause");
+    if (!strcmp(argv[2], "spin")) for (;;) __asm__ volatile ("");
     char line[64];
     while (fgets(line, sizeof line, stdin)) {
         if (!strcmp(line, "serve\n")) serves = 1;

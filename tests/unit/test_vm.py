@@ -10,12 +10,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from iobmd.tools.vm import (
     accesses,
     cache,
     cpio,
+    cross,
     disk,
     guest,
     image,
@@ -27,9 +29,10 @@ from iobmd.tools.vm import (
     vmlinux,
 )
 from iobmd.tools.vm.__main__ import main
+from iobmd.tools.vm.architecture import ARCHITECTURES, Architecture, of_host
 from iobmd.tools.vm.guest import Outcome, verdict
 from iobmd.tools.vm.kernels import Kernel
-from iobmd.tools.vm.machine import QEMU, Machine
+from iobmd.tools.vm.machine import Machine
 from iobmd.tools.vm.runs import Run
 
 GOOD = "@@UP 5.1 6.1\n===== 3 passed, 1 skipped in 0.83s =====\n@@EXIT 0 18.14\n"
@@ -63,7 +66,7 @@ def test_a_guest_that_did_not_come_up() -> None:
 
 def emulate(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     """Use a shell script instead of QEMU."""
-    qemu = folder / QEMU
+    qemu = folder / of_host().qemu
     qemu.write_text(f"#!/bin/sh\n{script}\n")
     qemu.chmod(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=":")
@@ -85,7 +88,7 @@ def test_how_a_guest_ended(
     emulate(tmp_path, monkeypatch, script)
     monkeypatch.setattr(guest, "BOOT", 0.2)
     timeout = 10 if not why else 0.3
-    kernel = Kernel("6.1", "6.1", tmp_path, tmp_path)
+    kernel = Kernel("6.1", "6.1", tmp_path, tmp_path, of_host())
     with guest.Guests() as guests:
         outcome = guests.boot(kernel, Machine(), tmp_path / "initramfs", timeout, lambda _line: None)
     assert (outcome.failure, outcome.came_up) == (why, came_up)
@@ -100,10 +103,10 @@ def test_an_interrupt_ends_the_guests(
     folder.mkdir()
     emulate(tmp_path, monkeypatch, f"echo $$ >>{started}; exec sleep 1000")
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    monkeypatch.setattr(machine, "missing", str)
-    monkeypatch.setattr(kernels, "kernel", lambda series: Kernel(series, series, Path(), Path()))
-    monkeypatch.setattr(image, "base", Path)
-    monkeypatch.setattr(image, "payload", Path.touch)
+    monkeypatch.setattr(machine, "missing", lambda _architecture: "")
+    monkeypatch.setattr(kernels, "kernel", lambda one, series: Kernel(series, series, Path(), Path(), one))
+    monkeypatch.setattr(image, "base", lambda _architecture: Path())
+    monkeypatch.setattr(image, "payload", lambda file, _architecture: file.touch())
     monkeypatch.setattr(image, "initramfs", lambda file, *_parts: file.touch())
 
     def pids() -> list[int]:
@@ -228,11 +231,46 @@ def test_the_disk_is_compared(tmp_path: Path) -> None:
     assert "MiB 1" in disk.compare(image)
 
 
-def test_devices_of_a_machine() -> None:
-    words = Machine(memory=512, edu=2, edu_mask=0xFFFF, iommu=True, nodes=2).command(Path("k"), Path("i"), Path("l"))
-    assert words.count("edu,dma_mask=0xffff") == 2
-    assert "intel-iommu,intremap=on" in words
+def command(name: str, **keywords: Any) -> list[str]:
+    kernel = Kernel("6.12", "6.12", Path("k"), Path("m"), ARCHITECTURES[name])
+    return Machine(**keywords).command(kernel, Path("i"), Path("l"))
+
+
+@pytest.mark.parametrize(
+    ("name", "machine", "mask", "parameter"),
+    [
+        ("x86_64", "q35,max-ram-below-4g=256M", 0xFFFFFFF, "intel_iommu=on"),
+        ("aarch64", "virt,gic-version=3,iommu=smmuv3", 0x4FFFFFFF, "console=ttyAMA0"),
+    ],
+)
+def test_devices_of_a_machine(name: str, machine: str, mask: int, parameter: str) -> None:
+    """The same machine in each architecture: where memory begins at 1 GiB, masks include that."""
+    words = command(name, memory=512, below_4g=256, edu=2, edu_reach=256, iommu=True, nodes=2)
+    assert words.count(f"edu,dma_mask={mask:#x}") == 2
+    assert machine in words
+    assert ("intel-iommu,intremap=on" in words) == (name == "x86_64")
     assert "memory-backend-ram,id=memory1,size=256M" in words
+    parameters = words[words.index("-append") + 1].split()
+    assert parameter in parameters
+    assert f"IOBMD_EDU_MASK={mask:#x}" in parameters
+
+
+def test_devices_that_reach_everything() -> None:
+    assert "edu,dma_mask=0xffffffffffffffff" in command("aarch64", edu=1)
+
+
+def test_compilers_of_foreign_guests(tmp_path: Path) -> None:
+    """The compiler of the architecture, with the options that the guest's cc accepts."""
+    source, compiler = tmp_path / "program.c", tmp_path / "compiler"
+    source.write_text("int main(void) { return 0; }\n")
+    compiler.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >"$(dirname "$0")/arguments"\n')
+    compiler.chmod(0o755)
+    other = of_host()._replace(name="other", compiler=str(compiler))
+    cross.programs(other, [source], tmp_path / "programs")
+    *options, _, program, given = (tmp_path / "arguments").read_text().split()
+    assert (Path(program), Path(given)) == (tmp_path / "programs/program", source)
+    accepted = (Path(cross.__file__).parent / "cc").read_text()
+    assert not [option for option in options if option not in accepted]
 
 
 def test_a_full_run_takes_each_profile_once() -> None:
@@ -261,22 +299,34 @@ def test_profiles_that_there_are_not(names: str, why: str, capsys: pytest.Captur
     assert why in capsys.readouterr().err
 
 
-def outcome(release: str, output: str) -> Run:
-    return Run(Kernel("", release, Path(), Path()), "device", Outcome(output, "", "", 12.3))
+def outcome(architecture: Architecture, release: str, output: str) -> Run:
+    return Run(Kernel("", release, Path(), Path(), architecture), "device", Outcome(output, "", "", 12.3))
 
 
-def test_the_table(tmp_path: Path) -> None:
-    runs = [
-        outcome("5.10-amd64", "@@CAPABILITY wired: works\n@@CAPABILITY scan: refused\n@@COUNT DMA transfers: 40\n"),
-        outcome("6.1-amd64", "@@CAPABILITY wired: works\n@@COUNT DMA transfers: 2\n"),
-    ]
+@pytest.mark.parametrize(
+    ("name", "releases", "columns"),
+    [
+        ("x86_64", ("5.10-amd64", "6.1-amd64"), "|  | 5.10 | 6.1 |"),
+        ("aarch64", ("6.1-arm64", "6.12-arm64-16k"), "|  | 6.1 | 6.12-16k |"),
+    ],
+)
+def test_the_table(name: str, releases: tuple[str, str], columns: str, tmp_path: Path) -> None:
+    """The table of each architecture is its own part of the page."""
+    texts = (
+        "@@CAPABILITY wired: works\n@@CAPABILITY scan: refused\n@@COUNT DMA transfers: 40\n",
+        "@@CAPABILITY wired: works\n@@COUNT DMA transfers: 2\n",
+    )
+    runs = [outcome(ARCHITECTURES[name], *one) for one in zip(releases, texts, strict=True)]
+    markers = {one: table.BEGIN.format(name=one) for one in ARCHITECTURES}
     page = tmp_path / "page.md"
-    page.write_text(f"above\n{table.BEGIN}\nold\n{table.END}\nbelow\n")
-    table.write(runs, page)
+    page.write_text("".join(f"above\n{marker}\nold\n{table.END}\nbelow\n" for marker in markers.values()))
+    table.write(ARCHITECTURES[name], runs, page)
     text = page.read_text()
-    assert "| wired | works | works |\n| scan | refused |  |\n" in text
-    assert "DMA transfers: 42" in text
-    assert "old" not in text
+    own = text.partition(markers[name])[2].partition(table.END)[0]
+    assert columns in own
+    assert "| wired | works | works |\n| scan | refused |  |\n" in own
+    assert "DMA transfers: 42" in own
+    assert (own.count("old"), text.count("old")) == (0, 1)
     assert (text.startswith("above\n"), text.endswith("below\n")) == (True, True)
 
 
@@ -284,7 +334,7 @@ def test_a_page_without_markers(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("nothing")
     with pytest.raises(ValueError, match="lacks the lines"):
-        table.write([], page)
+        table.write(of_host(), [], page)
 
 
 # --- accesses to registers

@@ -8,14 +8,13 @@ is needed.
 import os
 import shutil
 import subprocess
-import sysconfig
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-TREE = Path(__file__).parents[2]
+from ..vm.cross import TREE, headers
 
 
 class Target(NamedTuple):
@@ -73,7 +72,7 @@ def wheel(tools: Path, sdist: Path, target: Target, work: Path, output: Path) ->
     """
     with tarfile.open(sdist) as archive:  # for each target, because setuptools reuses objects
         archive.extractall(work, filter="data")
-    compiler = f"{tools}/bin/python -m ziglang cc -target {target.triple} -I{_headers(work)}"
+    compiler = f"{tools}/bin/python -m ziglang cc -target {target.triple} -I{headers(work / 'include')}"
     source = work / sdist.name.removesuffix(".tar.gz")
     run(
         [tools / "bin/python", "-m", "build", "--wheel", "--no-isolation", "--outdir", work, source],
@@ -114,23 +113,6 @@ def _with_alpine_libc(tools: Path, wheel: Path, target: Target, work: Path) -> P
     run([*python, "pack", "--dest-dir", work / "packed", root])
     (packed,) = (work / "packed").glob("*.whl")
     return packed
-
-
-def _headers(work: Path) -> Path:
-    """Return a directory with only the headers of this Python, without those of the host's C library.
-
-    They are suitable for every target, because all targets have 64-bit pointers and the stable ABI depends on nothing
-    else. Debian's pyconfig.h includes the file of the target, which is not installed, and is replaced by that of this
-    machine.
-    """
-    place = work / "include"
-    place.mkdir(parents=True)
-    source = Path(sysconfig.get_path("include"))
-    for entry in source.iterdir():
-        (place / entry.name).symlink_to(entry)
-    (place / "pyconfig.h").unlink()
-    (place / "pyconfig.h").symlink_to(sysconfig.get_config_h_filename())
-    return place
 
 
 def _dated() -> dict[str, str]:

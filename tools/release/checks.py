@@ -7,8 +7,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from ..vm import cache
-from ..vm.debian import Archive
+from ..vm import foreign
+from ..vm.architecture import ARCHITECTURES
 from .build import Target, run
 
 _LEFTOVERS = re.compile(r"\.(?:pyx|pxd|pxi|h|o|py[co])$|(?:^|/)(?:build|tests|docs)/|(?:^|/)\.|~$")
@@ -18,16 +18,7 @@ _INSTALLED = (
     "/share/bash-completion/completions/iobmd",
     "/licenses/LICENSE",
 )
-_DEBIAN = Archive("apt-arm64", "arm64", {"debian": ("bookworm",)})
-_PYTHON = (
-    "libc6",
-    "libexpat1",
-    "libffi8",
-    "libpython3.11-minimal",
-    "libpython3.11-stdlib",
-    "python3.11-minimal",
-    "zlib1g",
-)
+_PYTHON = "3.11"  # the oldest supported version
 _PROGRAM = """
 import iobmd, platform
 with iobmd.allocate(1 << 16, wired=False) as buf:
@@ -76,8 +67,8 @@ def loaded(wheel: Path, target: Target, work: Path) -> str:
         return _resolved_by_musl(site, target)
     if target.machine == "x86_64":
         return run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(site)!r})\n{_PROGRAM}"]).strip()
-    root = _arm64(_PYTHON)
-    python: list[str | Path] = ["qemu-aarch64-static", "-L", root, root / "usr/bin/python3.11"]
+    root = foreign.python(ARCHITECTURES[target.machine], _PYTHON)
+    python: list[str | Path] = ["qemu-aarch64-static", "-L", root, root / f"usr/bin/python{_PYTHON}"]
     variables = {"PYTHONHOME": str(root / "usr"), "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"}
     return run([*python, "-P", "-c", _PROGRAM], variables=variables).strip()
 
@@ -102,7 +93,7 @@ def _resolved_by_musl(site: Path, target: Target) -> str:
     extensions = sorted(site.rglob("*.so"))
     loader: list[str | Path] = ["/lib/ld-musl-x86_64.so.1"]
     if target.machine != "x86_64":
-        root = _arm64(("musl",))
+        root = foreign.musl(ARCHITECTURES[target.machine])
         loader = [f"qemu-{target.machine}-static", root / f"lib/ld-musl-{target.machine}.so.1"]
     for extension in extensions:
         listed = subprocess.run([*loader, "--list", extension], capture_output=True, text=True, check=False)
@@ -110,16 +101,3 @@ def _resolved_by_musl(site: Path, target: Target) -> str:
         if not missing or [name for name in missing if not re.match(r"_?Py", name)]:
             raise ValueError(f"musl does not load {extension.name}: {listed.stdout}{listed.stderr}")
     return f"{len(extensions)} extensions resolved by musl's loader"
-
-
-def _arm64(packages: tuple[str, ...]) -> Path:
-    """Return a directory with packages of Debian for arm64, from the cache."""
-
-    def fetch(place: Path) -> None:
-        _DEBIAN.update()
-        place.mkdir()
-        _DEBIAN.unpack(packages, place)
-        for archive in place.glob("*.deb"):
-            archive.unlink()
-
-    return cache.made(cache.folder() / f"arm64-{'-'.join(packages)}"[:60], fetch)

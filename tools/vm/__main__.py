@@ -9,35 +9,36 @@ from iobmd.cli import EXIT_INTERRUPTED
 from iobmd.cli.signals import terminable
 
 from . import kernels, machine, runs, shell, table
+from .architecture import ARCHITECTURES, Architecture, of_host
 from .profiles import ALONE, CI, FULL, PROFILES, profile
 
 
 def main(argv: list[str] | None = None) -> int:
     """Return 0 if every guest passed, 1 if one failed, 2 if none could be run, 130 if interrupted."""
     args = _arguments(argv)
-    if missing := machine.missing():
-        print(
-            f"programs are missing to run guests: {missing}; as root, tools/prepare-vm installs them", file=sys.stderr
-        )
+    architecture = ARCHITECTURES[args.architecture]
+    if missing := machine.missing(architecture):
+        remedy = f"as root, `tools/prepare-vm {architecture.name}` installs them"
+        print(f"programs are missing to run guests: {missing}; {remedy}", file=sys.stderr)
         return 2
     if args.command == "shell":
-        return shell.open_in(kernels.kernel(args.kernel), profile(args.profile).machine)
+        return shell.open_in(kernels.kernel(architecture, args.kernel), profile(args.profile).machine)
     try:
         with terminable():  # so that guests are ended, and disks and archives removed
-            return _run(args)
+            return _run(architecture, args)
     except KeyboardInterrupt:
         print("interrupted: the guests were ended", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(architecture: Architecture, args: argparse.Namespace) -> int:
     begin = time.monotonic()
-    pairs = _wanted(args.kernels.split(), args.profiles.split())
-    done = runs.run_all(pairs, args.jobs, args.verbose)
+    pairs = _wanted(architecture, args.kernels.split(), args.profiles.split())
+    done = runs.run_all(architecture, pairs, args.tests, args.jobs, args.verbose)
     failed = sum(bool(run.outcome.failure) for run in done)
     print(f"{len(done)} guests in {time.monotonic() - begin:.0f} s, {failed} failed", *table.totals(done), sep="; ")
     if args.table and not failed:
-        table.write(done, args.table)
+        table.write(architecture, done, args.table)
     return 1 if failed else 0
 
 
@@ -45,18 +46,25 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m iobmd.tools.vm", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run the tests in guests")
-    run.add_argument(
-        "--kernels", default="", help=f"of {' '.join(kernels.SERIES)}, or another series (default: these)"
-    )
+    listed = "; ".join(f"{one.name}: {' '.join(one.series)}" for one in ARCHITECTURES.values())
+    run.add_argument("--kernels", default="", help=f"by series (default: all of {listed})")
     run.add_argument(
         "--profiles", default="", help=f"of {' '.join(PROFILES)}, or ci; joined by +: one guest (default: all)"
     )
+    run.add_argument("--tests", default="", help="arguments of pytest (default: the tests of each profile)")
     run.add_argument("--jobs", type=int, default=2, help="number of guests that run at a time")
     run.add_argument("--table", type=Path, help="a page of the documentation whose table is updated")
     run.add_argument("--verbose", action="store_true", help="also show the output of guests that pass")
     shell_command = commands.add_parser("shell", help="open a shell in a guest; `poweroff -f` ends it")
     shell_command.add_argument("--kernel", default="newest", help="its series")
     shell_command.add_argument("--profile", default=next(iter(PROFILES)), choices=PROFILES, help="its hardware")
+    for command in (run, shell_command):
+        command.add_argument(
+            "--architecture",
+            default=of_host().name,
+            choices=ARCHITECTURES,
+            help="of the guests (default: the host's)",
+        )
     args = parser.parse_args(argv)
     for each in args.profiles.split() if args.command == "run" else ():
         names = each.split("+")
@@ -67,14 +75,17 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _wanted(series: list[str], profiles: list[str]) -> list[tuple[kernels.Kernel, str]]:
+def _wanted(architecture: Architecture, series: list[str], profiles: list[str]) -> list[tuple[kernels.Kernel, str]]:
     """Return which profiles to run on which kernels, each kernel once."""
     only = CI if "ci" in profiles else {}
     names = [name for name in profiles if name != "ci"] or FULL
     found: dict[str, kernels.Kernel] = {}
-    for each in series or only or kernels.SERIES:
-        kernel = kernels.kernel(each)
-        other = "" if each == "newest" or kernel.release.startswith(f"{each}.") else ": the mirror has none of it"
+    for each in series or only or architecture.series:
+        kernel = kernels.kernel(architecture, each)
+        version = each.partition("-")[0]
+        other = (
+            "" if version == "newest" or kernel.release.startswith(f"{version}.") else ": the mirror has none of it"
+        )
         print(f"{each}: {kernel.release}{other}", flush=True)
         found.setdefault(kernel.release, kernel)
     pairs = [(kernel, name) for kernel in found.values() for name in only.get(kernel.series, names)]

@@ -4,6 +4,7 @@ This requires no root: apt works in a separate tree in the cache, and verifies i
 any machine.
 """
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -56,6 +57,21 @@ class Archive(NamedTuple):
             for archive, suites in self.suites.items()
             for suite in suites
         )
+
+
+def unpacked(archive: Archive, name: str, packages: Iterable[str]) -> Path:
+    """Return a directory with packages, from the cache; `name` is part of its name."""
+    wanted = sorted(packages)
+
+    def fetch(place: Path) -> None:
+        archive.update()
+        place.mkdir()
+        archive.unpack(wanted, place)
+        for file in place.glob("*.deb"):
+            file.unlink()
+
+    key = hashlib.sha256(" ".join(wanted).encode()).hexdigest()[:12]
+    return cache.made(cache.folder() / f"{name}-{archive.architecture}-{key}", fetch)
 
 
 def _mirror() -> str:

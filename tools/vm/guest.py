@@ -94,7 +94,7 @@ class Guests:
         log.touch()
         begin = time.monotonic()
         lines: list[str] = []
-        with self._start(machine.command(kernel.image, initramfs, log)) as qemu:
+        with self._start(machine.command(kernel, initramfs, log)) as qemu:
             alarm = _Alarm(qemu)
             try:
                 alarm.set(BOOT, f"not started within {BOOT} s")

@@ -10,21 +10,15 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from . import cache, modules, vmlinux
+from . import cache, modules
+from .architecture import Architecture
 from .debian import Archive
 
-SERIES = ("5.10", "6.1", "6.12", "6.18", "newest")
-"""The kernels of the tests: every long-term series since io_uring's pins are usable, and the newest kernel."""
-
-_ARCHIVE = Archive(
-    "apt",
-    "amd64",
-    {
-        "debian": ("bookworm", "trixie", "trixie-backports"),
-        "debian-security": ("bullseye-security", "bookworm-security", "trixie-security"),
-    },
-)
-_IMAGE = re.compile(r"^linux-image-(\d+\.\d+\.\d[\d.+-]*(?:deb[\d.]+)?)-amd64$", re.MULTILINE)
+_SUITES = {
+    "debian": ("bookworm", "trixie", "trixie-backports"),
+    "debian-security": ("bullseye-security", "bookworm-security", "trixie-security"),
+}
+_IMAGE = r"^linux-image-(\d+\.\d+\.\d[\d.+-]*(?:deb[\d.]+)?)-{flavor}$"
 _TRIES = 4
 _LOOK_AGAIN = 7 * 86400  # seconds after which the mirror is queried again for the newest kernel of a series
 
@@ -37,22 +31,38 @@ class Kernel(NamedTuple):
     release: str
     """Its release according to uname(2)."""
     image: Path
-    """Its ELF file, which boots faster than the compressed one."""
+    """The file that QEMU boots: on x86-64 the ELF file, which boots faster than the compressed one."""
     modules: Path
     """An archive of the modules that guests load."""
+    architecture: Architecture
+    """Its architecture."""
 
 
-def kernel(series: str) -> Kernel:
+class _Flavor(NamedTuple):
+    """Debian's builds of the kernel for one architecture and page size."""
+
+    architecture: Architecture
+    name: str
+
+    @property
+    def packages(self) -> Archive:
+        return Archive(f"apt-kernels-{self.architecture.debian}", self.architecture.debian, _SUITES)
+
+
+def kernel(architecture: Architecture, series: str) -> Kernel:
     """Return the newest kernel of a series, downloaded if necessary; if the mirror has none, the newest of all.
 
-    A mirror may list a version that it no longer carries: the previous one is then used.
+    A series such as "6.12-16k" is one of kernels with pages of 16 KiB. A mirror may list a version that it no longer
+    carries: the previous one is then used.
     Raises `subprocess.CalledProcessError` if apt fails for each.
     """
-    *others, last = by_age(_releases(), series)[:_TRIES]
+    version, *pages = series.split("-")
+    flavor = _Flavor(architecture, "-".join([architecture.debian, *pages]))
+    *others, last = by_age(_releases(flavor), version)[:_TRIES]
     for release in others:
         with contextlib.suppress(subprocess.CalledProcessError):
-            return _unpacked(series, release)
-    return _unpacked(series, last)
+            return _unpacked(flavor, series, release)
+    return _unpacked(flavor, series, last)
 
 
 def by_age(releases: list[str], series: str) -> list[str]:
@@ -61,37 +71,40 @@ def by_age(releases: list[str], series: str) -> list[str]:
     return sorted(own or releases, key=lambda release: [int(n) for n in re.findall(r"\d+", release)], reverse=True)
 
 
-def _unpacked(series: str, release: str) -> Kernel:
+def _unpacked(flavor: _Flavor, series: str, release: str) -> Kernel:
     key = hashlib.sha256(" ".join(modules.WANTED).encode()).hexdigest()[:12]
-    place = cache.made(cache.folder() / f"{release}-{key}", functools.partial(_fetch, release))
-    return Kernel(series, (place / "release").read_text(), place / "vmlinux", place / "modules.cpio")
+    fetch = functools.partial(_fetch, flavor, release)
+    place = cache.made(cache.folder() / f"{release}-{flavor.name}-{key}", fetch)
+    return Kernel(
+        series, (place / "release").read_text(), place / "vmlinux", place / "modules.cpio", flavor.architecture
+    )
 
 
-def _releases() -> list[str]:
+def _releases(flavor: _Flavor) -> list[str]:
     """Return the mirror's list, some days old at most so that the cache is useful; of any age if it is offline."""
-    known = cache.folder() / "releases"
+    known, ask = cache.folder() / f"releases-{flavor.name}", functools.partial(_ask_mirror, flavor)
     if known.exists() and time.time() - known.stat().st_mtime > _LOOK_AGAIN:
         with contextlib.suppress(subprocess.CalledProcessError):
-            cache.made(known.with_name("releases.new"), _ask_mirror).replace(known)
-    return cache.made(known, _ask_mirror).read_text().split()
+            cache.made(known.with_name(f"{known.name}.new"), ask).replace(known)
+    return cache.made(known, ask).read_text().split()
 
 
-def _ask_mirror(file: Path) -> None:
-    _ARCHIVE.update()
-    releases = _IMAGE.findall(_ARCHIVE.apt("apt-cache", "pkgnames", "linux-image-"))
-    file.write_text("\n".join(releases))
+def _ask_mirror(flavor: _Flavor, file: Path) -> None:
+    flavor.packages.update()
+    image = re.compile(_IMAGE.format(flavor=flavor.name), re.MULTILINE)
+    file.write_text("\n".join(image.findall(flavor.packages.apt("apt-cache", "pkgnames", "linux-image-"))))
 
 
-def _fetch(release: str, place: Path) -> None:
+def _fetch(flavor: _Flavor, release: str, place: Path) -> None:
     """Unpack the required files of a release's packages into `place`: one package, or three since Linux 6.19."""
-    names = {f"linux-{part}-{release}-amd64" for part in ("image", "binary", "modules")}
-    there = names & set(_ARCHIVE.apt("apt-cache", "pkgnames", "linux-").split())
+    names = {f"linux-{part}-{release}-{flavor.name}" for part in ("image", "binary", "modules")}
+    there = names & set(flavor.packages.apt("apt-cache", "pkgnames", "linux-").split())
     place.mkdir()
     with tempfile.TemporaryDirectory(dir=cache.folder()) as folder:
         root = Path(folder)
-        _ARCHIVE.unpack(sorted(there), root)
+        flavor.packages.unpack(sorted(there), root)
         (tree,) = (path for path in root.glob("**/lib/modules/*") if (path / "kernel").is_dir())
-        (compressed,) = {*root.glob("boot/vmlinuz-*"), *tree.glob("vmlinuz*")}
-        (place / "vmlinux").write_bytes(vmlinux.extract(compressed.read_bytes()))
+        (packed,) = {*root.glob("boot/vmlinuz-*"), *tree.glob("vmlinuz*")}
+        (place / "vmlinux").write_bytes(flavor.architecture.kernel(packed.read_bytes()))
         modules.pack(tree, place / "modules.cpio")
         (place / "release").write_text(tree.name)

@@ -5,7 +5,10 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-QEMU = "qemu-system-x86_64"
+from .architecture import Architecture
+from .kernels import Kernel
+
+MIB = 1 << 20
 
 
 class Machine(NamedTuple):
@@ -14,13 +17,14 @@ class Machine(NamedTuple):
     memory: int = 1024
     """MiB."""
     below_4g: int = 0
-    """MiB of it below 4 GiB, with the rest above; 0: as many as fit."""
+    """MiB of it below 4 GiB, with the rest above; 0: as many as fit, also where the machine cannot limit them."""
     nodes: int = 1
     """NUMA nodes, 1 or 2: memory and the two processors are divided among them evenly."""
     edu: int = 0
     """Educational devices, which do DMA of up to 4 KiB at a time in either direction (QEMU, docs/specs/edu)."""
-    edu_mask: int = (1 << 64) - 1
-    """Number of address bits of an edu device, which truncates other addresses and silently reads a wrong frame."""
+    edu_reach: int = 0
+    """MiB of memory that the edu devices address, a power of two: they truncate other addresses, and silently read a
+    wrong frame. 0: all."""
     ivshmem: int = 0
     """MiB of memory of an ivshmem-plain device, whose region 2 is prefetchable (docs/specs/ivshmem-spec); 0: none."""
     rtl8139: bool = False
@@ -28,7 +32,7 @@ class Machine(NamedTuple):
     e1000: bool = False
     """A network card (82540EM), connected to QEMU's user mode network: the gateway 10.0.2.2 answers ARP and ping."""
     iommu: bool = False
-    """An Intel IOMMU, through which all devices go."""
+    """An IOMMU, through which all devices go."""
     disk: Path | None = None
     """The image of an NVMe disk."""
     trace: Path | None = None
@@ -48,24 +52,40 @@ class Machine(NamedTuple):
             e1000=self.e1000 or other.e1000,
         )
 
-    def command(self, kernel: Path, initramfs: Path, log: Path) -> list[str]:
+    def command(self, kernel: Kernel, initramfs: Path, log: Path) -> list[str]:
         """Return QEMU's command line; results are written to its standard output, the kernel's messages to `log`."""
+        architecture = kernel.architecture
         return [
-            *(QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-            *("-accel", "tcg", "-cpu", "max", "-smp", f"2,sockets={self.nodes}", "-m", str(self.memory)),
-            *("-machine", self._chipset(), "-kernel", str(kernel), "-initrd", str(initramfs)),
-            *(
-                "-append",
-                f"console=ttyS0 panic=-1 oops=panic no_timer_check mitigations=off loglevel=5 {self.append}",
-            ),
-            *("-serial", f"file:{log}", "-chardev", "stdio,id=results,signal=off", "-serial", "chardev:results"),
+            *(architecture.qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+            *("-accel", "tcg", "-cpu", architecture.cpu, "-smp", f"2,sockets={self.nodes}", "-m", str(self.memory)),
+            *("-machine", self._machine(architecture), "-kernel", str(kernel.image), "-initrd", str(initramfs)),
+            *("-append", self._parameters(architecture)),
+            *("-serial", f"file:{log}", "-chardev", "stdio,id=results,signal=off", *architecture.results),
             *self._memory(),
-            *self._devices(),
+            *self._devices(architecture),
             *self._tracing(),
         ]
 
-    def _chipset(self) -> str:
-        return "q35" + (f",max-ram-below-4g={self.below_4g}M" if self.below_4g else "")
+    def _machine(self, architecture: Architecture) -> str:
+        words = [architecture.machine]
+        if self.below_4g and architecture.limits_low_memory:
+            words.append(f"max-ram-below-4g={self.below_4g}M")
+        if self.iommu and architecture.iommu:
+            words.append(architecture.iommu)
+        return ",".join(words)
+
+    def _parameters(self, architecture: Architecture) -> str:
+        """Return the kernel's command line. Parameters that it does not know are variables of the first process."""
+        words = [f"console={architecture.console}", "panic=-1", "oops=panic", "mitigations=off", "loglevel=5"]
+        words += [architecture.parameters, architecture.iommu_parameters if self.iommu else "", self.append]
+        words += [f"IOBMD_RESULTS={architecture.terminal}"]
+        if self.edu_reach:
+            words += [f"IOBMD_EDU_MASK={self._edu_mask(architecture):#x}"]
+        return " ".join(filter(None, words))
+
+    def _edu_mask(self, architecture: Architecture) -> int:
+        """Return the address bits of the edu devices: those of `edu_reach` and of the beginning of memory."""
+        return architecture.memory | (self.edu_reach * MIB if self.edu_reach else 1 << 64) - 1
 
     def _memory(self) -> list[str]:
         words: list[str] = []
@@ -74,9 +94,9 @@ class Machine(NamedTuple):
             words += ["-numa", f"node,nodeid={node},cpus={node},memdev=memory{node}"]
         return words
 
-    def _devices(self) -> list[str]:
-        words = ["-device", "intel-iommu,intremap=on"] if self.iommu else []
-        words += ["-device", f"edu,dma_mask={self.edu_mask:#x}"] * self.edu
+    def _devices(self, architecture: Architecture) -> list[str]:
+        words = ["-device", architecture.iommu_device] if self.iommu and architecture.iommu_device else []
+        words += ["-device", f"edu,dma_mask={self._edu_mask(architecture):#x}"] * self.edu
         if self.ivshmem:
             words += ["-object", f"memory-backend-ram,id=ivshmem,size={self.ivshmem}M,share=on"]
             words += ["-device", "ivshmem-plain,memdev=ivshmem"]
@@ -95,8 +115,10 @@ class Machine(NamedTuple):
         return ["-D", str(self.trace), "-d", "trace:memory_region_ops_read,trace:memory_region_ops_write"]
 
 
-def missing() -> str:
+def missing(architecture: Architecture) -> str:
     """Return which programs for running guests are missing, "" if none."""
     paths = f"{os.environ.get('PATH', os.defpath)}:/sbin:/usr/sbin"
-    needed = (QEMU, "busybox", "dpkg-deb", "apt-get", "ldd", "zstd", "setpriv")
+    needed = [architecture.qemu, "busybox", "dpkg-deb", "apt-get", "ldd", "zstd", "setpriv"]
+    if architecture.foreign:
+        needed.append(architecture.compiler)
     return " ".join(program for program in needed if not shutil.which(program, path=paths))

@@ -68,13 +68,11 @@ PROFILES = {
     "registers": Profile(Machine(edu=1, ivshmem=1, rtl8139=True), "tests/vm/test_registers.py", trace=True),
     "kernel": Profile(Machine(memory=2048, below_4g=1024), shlex.join(_KERNEL_TESTS)),
     "small": Profile(
-        Machine(memory=640, below_4g=256, edu=8, edu_mask=(1 << 28) - 1),
+        Machine(memory=640, below_4g=256, edu=8, edu_reach=256),
         "tests/vm/test_masks.py tests/vm/test_swap.py",
     ),
     "dmabuf": Profile(Machine(), "tests/vm/test_dmabuf.py"),
-    "iommu": Profile(
-        Machine(edu=3, ivshmem=1, iommu=True, append="intel_iommu=on"), "tests/vm/test_iommu.py tests/vm/test_vfio.py"
-    ),
+    "iommu": Profile(Machine(edu=3, ivshmem=1, iommu=True), "tests/vm/test_iommu.py tests/vm/test_vfio.py"),
 }
 """Profiles by name. Profiles joined by + run in one guest, which starts only once; the start is a third of the time
 of a short guest."""

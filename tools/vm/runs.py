@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import accesses, disk, guest, image
+from .architecture import Architecture
 from .kernels import Kernel
-from .profiles import profile
+from .profiles import Profile, profile
 
 _BOOTS = 3  # emulated processors sometimes crash in code that the kernel patches while it boots
 _LOG_TAIL = 30  # number of kernel messages that are shown if the guest failed
@@ -26,25 +27,41 @@ class Run(NamedTuple):
 
     def __str__(self) -> str:
         told = f"FAILED: {self.outcome.failure}" if self.outcome.failure else self.outcome.summary
-        return f"{self.kernel.release:24} {self.profile:18} {self.outcome.seconds:5.0f} s  {told}"
+        return f"{self.kernel.release:28} {self.profile:18} {self.outcome.seconds:5.0f} s  {told}"
 
 
-def run_all(pairs: Iterable[tuple[Kernel, str]], jobs: int, verbose: bool) -> list[Run]:
-    """Run a guest for each kernel and profile, `jobs` at a time. An interrupt ends them and removes their files."""
+def run_all(
+    architecture: Architecture, pairs: Iterable[tuple[Kernel, str]], tests: str, jobs: int, verbose: bool
+) -> list[Run]:
+    """Run a guest for each kernel and profile, `jobs` at a time. An interrupt ends them and removes their files.
+
+    `tests` are arguments of pytest, "" for the tests of each profile.
+    """
     with (
         tempfile.TemporaryDirectory(prefix="iobmd-vm.") as folder,
         ThreadPoolExecutor(jobs) as pool,
         guest.Guests() as guests,
     ):
         payload = Path(folder, "payload.cpio")
-        image.payload(payload)
-        image.base()  # stored in the cache before the threads need it
-        return list(pool.map(lambda pair: run(guests, pair[0], pair[1], payload, verbose), pairs))
+        image.payload(payload, architecture)
+        common = (payload, image.base(architecture))
+        return list(pool.map(lambda pair: run(guests, pair[0], _wanted(pair[1], tests), common, verbose), pairs))
 
 
-def run(guests: guest.Guests, kernel: Kernel, name: str, payload: Path, verbose: bool) -> Run:
-    """Run one guest; its output is shown as it arrives, or only if it fails."""
-    wanted, tag = profile(name), f"{kernel.release} {name}"
+def _wanted(name: str, tests: str) -> tuple[str, Profile]:
+    chosen = profile(name)
+    return name, chosen._replace(tests=tests) if tests else chosen
+
+
+def run(
+    guests: guest.Guests, kernel: Kernel, named: tuple[str, Profile], common: Iterable[Path], verbose: bool
+) -> Run:
+    """Run one guest, whose initramfs contains the archives `common`.
+
+    Its output is shown as it arrives, or only if it fails.
+    """
+    name, wanted = named
+    tag = f"{kernel.release} {name}"
     see = functools.partial(_show, tag) if verbose else _pass_over
     with tempfile.TemporaryDirectory(prefix="iobmd-vm.") as folder:
         machine = wanted.machine._replace(append=f"{wanted.machine.append} IOBMD_GUEST={name}")
@@ -53,7 +70,7 @@ def run(guests: guest.Guests, kernel: Kernel, name: str, payload: Path, verbose:
         if wanted.trace:
             machine = machine._replace(trace=Path(folder, "trace"))
         initramfs = Path(folder, "initramfs")
-        image.initramfs(initramfs, wanted.command, payload, kernel.modules)
+        image.initramfs(initramfs, wanted.command, kernel.modules, *common)
         outcome = guests.boot(kernel, machine, initramfs, wanted.timeout, see)
         for _ in range(_BOOTS - 1):
             if outcome.came_up:

@@ -4,9 +4,10 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from .architecture import Architecture
 from .runs import Run
 
-BEGIN, END = "<!-- made by make test-vm TABLE=… -->", "<!-- end -->"
+BEGIN, END = "<!-- made by make test-vm ARCH={name} TABLE=… -->", "<!-- end -->"
 _CAPABILITY = re.compile(r"^@@CAPABILITY (.+?): (.+)$", re.MULTILINE)
 _COUNT = re.compile(r"^@@COUNT (.+?): (\d+)$", re.MULTILINE)
 
@@ -29,10 +30,13 @@ def capabilities(runs: Iterable[Run]) -> dict[str, dict[str, str]]:
     return found
 
 
-def table(runs: list[Run]) -> str:
-    """Return the table in Markdown, with a row for each capability and a column for each kernel."""
+def table(runs: list[Run], debian: str) -> str:
+    """Return the table in Markdown, with a row for each capability and a column for each kernel.
+
+    Debian's name of the architecture, which is part of the releases, is omitted.
+    """
     releases = list(dict.fromkeys(run.kernel.release for run in runs))
-    rows = [["", *(release.removesuffix("-amd64") for release in releases)], ["---"] * (len(releases) + 1)]
+    rows = [["", *(release.replace(f"-{debian}", "") for release in releases)], ["---"] * (len(releases) + 1)]
     rows += [
         [name, *(answers.get(release, "") for release in releases)] for name, answers in capabilities(runs).items()
     ]
@@ -42,14 +46,15 @@ def table(runs: list[Run]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def write(runs: list[Run], page: Path) -> None:
+def write(architecture: Architecture, runs: list[Run], page: Path) -> None:
     """Write the table and the totals between the markers of a page. Raises ValueError if it has none."""
-    before, begin, rest = page.read_text().partition(BEGIN)
+    marker = BEGIN.format(name=architecture.name)
+    before, begin, rest = page.read_text().partition(marker)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{page} lacks the lines {BEGIN!r} and {END!r}")
+        raise ValueError(f"{page} lacks the lines {marker!r} and {END!r}")
     counted = "".join(f"\n{line}.\n" for line in totals(runs))
-    page.write_text(f"{before}{begin}\n{table(runs)}{counted}{end}{after}")
+    page.write_text(f"{before}{begin}\n{table(runs, architecture.debian)}{counted}{end}{after}")
 
 
 def _seconds(runs: list[Run], profile: str, releases: list[str]) -> list[str]:
