@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from iobmd.tools.bench import contiguous, dpdk, host, purgeable, snapshot
+from iobmd.tools.bench import contiguous, dpdk, host, mpi, purgeable, snapshot
 
 import iobmd
 from iobmd.cli import main
@@ -30,6 +30,7 @@ POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
         ("cachemode", 7),
         pytest.param("host", 6 + len(list(filter(shutil.which, PEERS))), marks=pytest.mark.needs("root")),
         ("maps", 4),
+        pytest.param("mpi", 28, marks=pytest.mark.needs("memlock", "mpi4py", "mpich", "openmpi")),
         pytest.param("contiguous", 4, marks=pytest.mark.needs("frames", "memlock", "big_memory")),
     ],
 )
@@ -41,6 +42,8 @@ def test_every_figure_has_its_floor(name: str, rows: int, capsys: Captured, monk
     monkeypatch.setattr(purgeable, "LIMIT", 64 * MIB)
     monkeypatch.setattr(host, "_files", lambda _rounds: ())
     monkeypatch.setattr(host, "PROCESSES", 2)
+    monkeypatch.setattr(mpi, "SAMPLES", 1)
+    monkeypatch.setattr(mpi, "BYTES", MIB)  # on a busy host ranks wait for each other in each call
     monkeypatch.setattr(purgeable, "WORKING_SET", 256 * MIB)
     monkeypatch.setattr(purgeable, "REQUESTS", 1000)
     with iobmd.policy(memory_budget=0):

@@ -201,6 +201,12 @@ def _mpi() -> str | None:
     return None if tried.stdout == "1\n" else f"MPI does not start: {tried.stderr.strip().splitlines()[-1:]}"
 
 
+def _launcher(implementation: str) -> str | None:
+    from iobmd.tools.bench import mpi
+
+    return None if implementation in mpi.launchers() else f"no mpiexec of {implementation}, or no mpi4py"
+
+
 def _direct_io() -> str | None:
     with tempfile.NamedTemporaryFile() as file:
         try:
@@ -239,6 +245,8 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "pyarrow": lambda: _library("pyarrow"),
     "torch": lambda: _library("torch"),
     "mpi4py": _mpi,
+    "mpich": lambda: _launcher("MPICH"),
+    "openmpi": lambda: _launcher("Open MPI"),
     "direct_io": _direct_io,
     "prometheus_client": lambda: (
         None if importlib.util.find_spec("prometheus_client") else "prometheus_client is not installed (iobmd[test])"

@@ -34,6 +34,7 @@ BENCHMARKS = {
         "walking the pages of a process, and the cost to that process",
     ),
     "host": ("iobmd.tools.bench.host", "the memory of the host, of its processes, and the page cache"),
+    "mpi": ("iobmd.tools.bench.mpi", "messages, collectives and windows of MPI over iobmd memory"),
     "maps": ("iobmd.tools.bench.maps", "maps at other addresses, in parts, and copy-on-write"),
     "cachemode": ("iobmd.tools.bench.cachemode", "the costs of cache modes, and the gain of write-combine"),
     "remote": ("iobmd.tools.bench.remote", "for how long another task is stopped, and the speed of shared memory"),

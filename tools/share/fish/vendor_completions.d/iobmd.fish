@@ -150,7 +150,7 @@ complete -c iobmd -n '_shtab_iobmd_using bench' -s h -l help -d 'show this help 
 complete -c iobmd -n '_shtab_iobmd_using bench' -l size -x -d 'size of the large copies (default: 512M)'
 complete -c iobmd -n '_shtab_iobmd_using bench' -l rounds -x -d 'measurements of each (default: 7)'
 complete -c iobmd -n '_shtab_iobmd_using bench' -l json -d 'print one JSON document'
-complete -c iobmd -n '_shtab_iobmd_using bench; and test $_shtab_iobmd_npos -eq 0' -ka "copy wired allocator contiguous pools purgeable pagemap host maps cachemode remote" -d 'one of those below'
+complete -c iobmd -n '_shtab_iobmd_using bench; and test $_shtab_iobmd_npos -eq 0' -ka "copy wired allocator contiguous pools purgeable pagemap host mpi maps cachemode remote" -d 'one of those below'
 complete -c iobmd -n '_shtab_iobmd_using; and test $_shtab_iobmd_npos -eq 0' -a soak -d 'run all operations concurrently, and check the results'
 complete -c iobmd -n '_shtab_iobmd_using soak' -s h -l help -d 'show this help message and exit'
 complete -c iobmd -n '_shtab_iobmd_using soak' -l seconds -x -d 'duration in seconds (default: 60)'
