@@ -219,20 +219,8 @@ static int iobmd_gives_up(const struct iobmd_tracer *t)
     return !t->ending && (t->cancelled || iobmd_is_orphan(t));
 }
 
-/* Wait at most 2 ms for a report of a tracee; return whether there was one. A tracer thread of the maker must not
-   consume the maker's signals, and only sleeps. */
-static int iobmd_doze(const struct iobmd_tracer *t)
-{
-    struct timespec moment = { 0, t->is_thread ? 50000 : 2 * IOBMD_MS };
-    unsigned long reports = 1ul << (SIGCHLD - 1);
-    if (!t->is_thread)
-        return iobmd_raw(SYS_rt_sigtimedwait, (long)&reports, 0, (long)&moment, sizeof reports, 0, 0) > 0;
-    iobmd_raw(SYS_nanosleep, (long)&moment, 0, 0, 0, 0, 0);
-    return 0;
-}
-
-/* Reap the tracees that have exited. A task that executes a program waits until its other threads are reaped, and
-   holds a lock for which PTRACE_SEIZE waits. */
+/* Reap the tracees that have exited. As long as a dead thread is not reaped, the exit of its process is not reported to
+   the parent, and another thread that executes a program waits, holding a lock for which PTRACE_SEIZE waits. */
 static void iobmd_reap(void)
 {
     siginfo_t end;
@@ -246,11 +234,26 @@ static void iobmd_reap_one(int number)
     iobmd_reap();
 }
 
-/* Block or unblock SIGCHLD, which interrupts calls while it is unblocked. */
+/* Block or unblock SIGCHLD. While it is unblocked, it interrupts calls, and dead tracees are reaped at once. */
 static void iobmd_admit_reports(const struct iobmd_tracer *t, int how)
 {
     unsigned long reports = 1ul << (SIGCHLD - 1);
     if (!t->is_thread) iobmd_raw(SYS_rt_sigprocmask, how, (long)&reports, 0, sizeof reports, 0, 0);
+}
+
+/* Wait at most 2 ms for a report of a tracee; return whether there was one. A tracer thread of the maker must not
+   consume the maker's signals, and only sleeps. */
+static int iobmd_doze(const struct iobmd_tracer *t)
+{
+    struct timespec moment = { 0, t->is_thread ? 50000 : 2 * IOBMD_MS };
+    unsigned long reports = 1ul << (SIGCHLD - 1);
+    int reported = 0;
+    if (t->is_thread) iobmd_raw(SYS_nanosleep, (long)&moment, 0, 0, 0, 0, 0);
+    else {
+        reported = iobmd_raw(SYS_rt_sigtimedwait, (long)&reports, 0, (long)&moment, sizeof reports, 0, 0) > 0;
+        iobmd_reap();
+    }
+    return reported;
 }
 
 /* -- files of /proc -- */
@@ -610,7 +613,7 @@ static int iobmd_let_go(struct iobmd_tracer *t, struct iobmd_thread *thread)
     int status = thread->stands ? IOBMD_DONE : iobmd_stand(t, thread, 1);
     if (!status) iobmd_ptrace(PTRACE_DETACH, thread->tid, 0, NULL);
     thread->stands = 0;
-    return status != IOBMD_LATE;
+    return status != IOBMD_LATE || iobmd_is_gone(t, thread->tid);
 }
 
 /* Abort a restartable sequence, as the kernel does when it interrupts one; an injected call hides the interruption
@@ -803,8 +806,8 @@ static int iobmd_run_guest(struct iobmd_tracer *t, struct iobmd_call *calls, int
 static void iobmd_kill(const struct iobmd_tracer *t, pid_t pid)
 {
     int64_t until = iobmd_now() + IOBMD_DEATH;
-    /* If this is a thread of the maker, another thread may have reaped it. */
-    if (t->is_thread && iobmd_ptrace(IOBMD_INTERRUPT, pid, 0, NULL)) return;
+    /* If it has ended by itself, it has been reaped, and its id may be that of another process now. */
+    if (iobmd_ptrace(IOBMD_INTERRUPT, pid, 0, NULL)) return;
     if (iobmd_raw(SYS_kill, pid, SIGKILL, 0, 0, 0, 0)) iobmd_ptrace(PTRACE_KILL, pid, 0, NULL);
     while (iobmd_now() < until) {
         siginfo_t end = { 0 };
@@ -1187,7 +1190,9 @@ static int iobmd_freeze(struct iobmd_tracer *t)
     if (!status && t->records) status = iobmd_record(t);
     if (!status && t->wanted) status = iobmd_make_guest(t);
     if (!status && t->wanted == IOBMD_SNAPSHOT) status = iobmd_snapshot(t);
+    iobmd_admit_reports(t, SIG_UNBLOCK);  /* the copy takes long, and the frozen task may be killed */
     if (!status) status = iobmd_copy_objects(t, 0);
+    iobmd_admit_reports(t, SIG_BLOCK);
     if (status || t->wanted == IOBMD_SNAPSHOT) iobmd_thaw(t, 1);
     return status;
 }
@@ -1279,10 +1284,18 @@ static void iobmd_settle(struct iobmd_tracer *t)
     t->shares = iobmd_has_our_memory(t);
 }
 
+/* Wait briefly for a command. Threads may be frozen and, if they are killed, the task exits now. */
+static void iobmd_idle(const struct iobmd_tracer *t)
+{
+    struct timespec moment = { 0, 20 * IOBMD_MS };
+    iobmd_admit_reports(t, SIG_UNBLOCK);
+    iobmd_raw(SYS_futex, (long)&t->command, FUTEX_WAIT_PRIVATE, IOBMD_NOTHING, (long)&moment, 0, 0);
+    iobmd_admit_reports(t, SIG_BLOCK);
+}
+
 static int iobmd_tracer_body(void *argument)
 {
     struct iobmd_tracer *t = argument;
-    struct timespec moment = { 0, 20 * IOBMD_MS };
     iobmd_settle(t);
     for (;;) {
         int command = __atomic_load_n(&t->command, __ATOMIC_ACQUIRE);
@@ -1294,10 +1307,11 @@ static int iobmd_tracer_body(void *argument)
                 break;
             }
             iobmd_let_go_late(t);
-            iobmd_raw(SYS_futex, (long)&t->command, FUTEX_WAIT_PRIVATE, IOBMD_NOTHING, (long)&moment, 0, 0);
+            iobmd_idle(t);
             continue;
         }
         t->status = iobmd_do(t, command);
+        if (!t->is_thread) iobmd_reap();  /* before the maker asks whether the task has exited */
         __atomic_store_n(&t->command, IOBMD_NOTHING, __ATOMIC_RELEASE);
         iobmd_raw(SYS_futex, (long)&t->command, FUTEX_WAKE_PRIVATE, 1, 0, 0, 0);
         if (command == IOBMD_END) break;

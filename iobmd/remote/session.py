@@ -238,6 +238,7 @@ class Session:
                 raise diagnosis.gone(f"task {self.task.pid} is gone: it exited")
             if status == native.UNREADABLE:
                 self._tracer.use(syscall_instruction.find(self.task))
+            time.sleep(0.001)
             return time.monotonic() < self._deadline
         if status != native.REFUSED:
             return False

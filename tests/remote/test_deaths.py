@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 from support.child import forked, sleeping
 from support.kernel import Footprint
-from support.targets import ProgramResources, Target, check_unchanged, until, until_blocked
+from support.targets import ProgramResources, Stopping, Target, build, check_unchanged, until, until_blocked
 
 import iobmd
-from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, procfs
+from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Task, procfs
 from iobmd.remote.guest import Call, Guest
+from iobmd.remote.session import Session, guard_of
+from iobmd.remote.threads import state, thread_ids
 
 ANYWHERE = IOMapOptions.kIOMapAnywhere
 MIB = 1 << 20
@@ -65,6 +67,36 @@ def test_the_task_is_killed(freeze: bool) -> None:
     assert raised == number + 1
     assert after.descriptors == before.descriptors
     assert "iobmd (deleted)" not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.needs("compiler")
+@pytest.mark.usefixtures("may_trace")
+@pytest.mark.parametrize("others", [0, 3])
+def test_a_task_that_is_killed_while_frozen_exits(others: int) -> None:
+    """Its parent learns of it at once, although its threads are traced."""
+    with Target([build("busy"), "threads", str(others)]) as target:
+        task = Task(target.pid)
+        with guard_of(task):
+            session = Session(task)
+            try:
+                session.freeze()
+                assert {state(target.pid, tid) for tid in thread_ids(target.pid)} == {"t"}
+                os.kill(target.pid, signal.SIGKILL)
+                assert target.process.wait(5) == -signal.SIGKILL
+            finally:
+                session.end(failed=False)
+
+
+@pytest.mark.needs("compiler")
+@pytest.mark.usefixtures("may_trace")
+def test_a_task_of_several_threads_exits_while_it_is_stopped() -> None:
+    """The call that stops it reports that it is gone, not that it does not stop. Repeated many times."""
+    for _ in range(100):
+        with Target([build("busy"), "threads", "8"]) as target, Stopping(target.pid) as stopping:
+            assert until(lambda: stopping.count)
+            time.sleep(random.uniform(0, 0.01))
+            target.tell()
+            assert target.end()[0] == 5
 
 
 def use_allocate(pid: int, _address: int) -> None:

@@ -2,6 +2,7 @@
  *
  * busy wait              waits for a line on the standard input; exit code 5
  * busy leaderless        the same, in a second thread; the first one has exited
+ * busy threads N         the same, while N other threads compute and sleep
  * busy timerfd|sleep|signal
  *                        a tick each millisecond until a line arrives; prints the numbers of ticks and of lost ticks
  * busy compute N         four threads; prints a checksum
@@ -323,6 +324,24 @@ static int without_first_thread(void)
     pthread_exit(NULL);
 }
 
+static void *compute_and_sleep(void *argument)
+{
+    const struct timespec moment = {.tv_nsec = MS};
+    for (;;) {
+        checksum(argument);
+        nanosleep(&moment, NULL);
+    }
+    return argument;
+}
+
+static int beside_threads(int count)
+{
+    pthread_t other;
+    for (int i = 0; i < count; i++)
+        pthread_create(&other, NULL, compute_and_sleep, NULL);
+    return wait_for_line();
+}
+
 int main(int argc, char **argv)
 {
     const char *what = argc > 1 ? argv[1] : "";
@@ -332,6 +351,8 @@ int main(int argc, char **argv)
     rounds = count;
     if (!strcmp(what, "wait"))
         return wait_for_line();
+    if (!strcmp(what, "threads"))
+        return beside_threads(count);
     if (!strcmp(what, "leaderless"))
         return without_first_thread();
     if (!strcmp(what, "timerfd"))
