@@ -159,7 +159,7 @@ class Family(RuleBasedStateMachine):
         new = Relative(old.real, parts)
         new.portions = portions
         self.relatives[self.relatives.index(old)] = new
-        old.released = True
+        old.real, old.released = None, True  # a dropped descriptor must not remain referenced by the old model
 
     # --- using them
 
