@@ -52,9 +52,6 @@ class Backing(Protocol):
     has_bytes: bool
     """Whether all of it can be read; False for guard pages and addresses of another bus."""
 
-    has_guard_pages: bool
-    """Whether a part of it is guard pages, which have no page frames."""
-
     stopped_ns: int
     """Upper bound of the time for which a thread of `task` was stopped for the allocation."""
 
@@ -89,6 +86,9 @@ class Backing(Protocol):
     @property
     def wiring(self) -> Wiring:
         """Whether it is pageable, resident or pinned."""
+
+    def has_guard_pages(self, offset: int, length: int) -> bool:
+        """Return whether a part of a range is guard pages, which have no page frames."""
 
     def here(self, *, populated: bool = False) -> AbstractContextManager[Mapping]:
         """Map its pages in this process inside a `with` block, with all of them present if `populated`.

@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 class GuardBacking(PagelessBacking):
     """`size` bytes, in whole pages, that cannot be accessed. Where they are mapped, they occupy only addresses."""
 
-    has_guard_pages = True
     error = VMError
     refusal = "guard pages cannot be read or written: no memory is accessible there"
+
+    def has_guard_pages(self, _offset: int, length: int) -> bool:
+        """Return whether the range has any byte."""
+        return length > 0
 
     @property
     def runs(self) -> RunTable:

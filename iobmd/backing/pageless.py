@@ -30,7 +30,6 @@ class PagelessBacking:
     cache_mode = IOMapOptions.kIOMapDefaultCache
     composite = False
     has_bytes = False
-    has_guard_pages = False
     mapped_read_only = False
     pin_refusal = ""
     purgeable: Purgeable | None = None
@@ -42,6 +41,10 @@ class PagelessBacking:
 
     def __init__(self, size: int) -> None:
         self.size = size
+
+    def has_guard_pages(self, _offset: int, _length: int) -> bool:
+        """Return False."""
+        return False
 
     def in_page(self, offset: int) -> int:
         """Return the offset of a byte in its page."""

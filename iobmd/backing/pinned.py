@@ -32,7 +32,6 @@ class Pinned(abc.ABC):
     """Memory with at most one pin at a time, and with known page frames during that time."""
 
     has_bytes = True
-    has_guard_pages = False
     mapped_read_only = False
     cache_mode = IOMapOptions.kIOMapCopybackCache
     """The cache mode of its mappings, the only one that Linux offers for main memory."""
@@ -63,6 +62,10 @@ class Pinned(abc.ABC):
     def tasks_to_stop(self) -> list[Task]:
         """Return the other tasks in which `seal` unmaps memory: none."""
         return []
+
+    def has_guard_pages(self, _offset: int, _length: int) -> bool:
+        """Return False."""
+        return False
 
     def unpin(self, *, wait: bool = True) -> None:
         """Release the pin, so that the kernel may move the pages again. `wait` as `Pin.release`."""

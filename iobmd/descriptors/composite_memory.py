@@ -53,7 +53,6 @@ class CompositeBacking:
     def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = _merged(parts)
         self.has_bytes = all(backing.has_bytes for backing in self._backings())
-        self.has_guard_pages = any(backing.has_guard_pages for backing in self._backings())
         self._pins = 0
         self._table: RunTable | None = None
         for part in self._parts:
@@ -71,6 +70,11 @@ class CompositeBacking:
             if low < high:
                 yield _Piece(part.owner, part.offset + low - begin, low - offset, high - low)
             begin += part.length
+
+    def has_guard_pages(self, offset: int, length: int) -> bool:
+        """Return whether a part of a range is guard pages; those elsewhere in its parts' memory do not count."""
+        pieces = self._pieces(offset, length)
+        return any(one.owner.require_backing().has_guard_pages(one.offset, one.length) for one in pieces)
 
     # --- addresses and mappings
 

@@ -46,7 +46,7 @@ def pages(owner: MemoryOwner, request: MapRequest, task: Task) -> Iterator[Pages
     if not request.copies:
         yield Pages(backing.file_extents(request.offset, request.length))
         return
-    if backing.has_guard_pages:
+    if backing.has_guard_pages(request.offset, request.length):
         raise UnsupportedError("memory with guard pages cannot be copied: map the parts between them copy-on-write")
     headroom.require(
         request.size, swappable=True, absent=lambda: min(request.size, backing.page_counts()[0] * PAGE_SIZE)

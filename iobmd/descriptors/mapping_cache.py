@@ -251,7 +251,7 @@ class CachedMapping:
             raise BadArgumentError(f"the new memory has fewer than {length} bytes at offset {offset}")
         if backing.in_page(offset) != self.offset - self.first:
             raise BadArgumentError(f"offset {offset} has another position in a page than the mapped memory")
-        if backing.has_guard_pages:
+        if backing.has_guard_pages(offset, length):
             raise UnsupportedError("a map that may be viewed cannot be redirected to memory with guard pages")
         request = MapRequest(0, ANYWHERE, offset, length, self.offset - self.first, copies=copies)
         with pages(owner, request, self.task) as source:

@@ -412,7 +412,7 @@ class MemoryOwner:
         if not 0 <= offset < self.length:
             return 0, 0
         found = table.segment(backing.address + offset, self.length - offset)
-        if backing.has_guard_pages and not found[1]:
+        if not found[1] and backing.has_guard_pages(offset, 1):
             raise frame_checks.no_frames()
         return found
 
@@ -420,7 +420,7 @@ class MemoryOwner:
         """As `IOMemoryDescriptor.segments`."""
         backing = self.require_range(offset, length)
         found = self._runs(backing).segments(backing.address + offset, length)
-        if backing.has_guard_pages and sum(segment.length for segment in found) < length:
+        if sum(segment.length for segment in found) < length and backing.has_guard_pages(offset, length):
             raise frame_checks.no_frames()
         return found
 

@@ -235,8 +235,6 @@ class Family(RuleBasedStateMachine):
         options = INOUT | iobmd.kIOMemoryMapCopyOnWrite
         md = iobmd.IOSubMemoryDescriptor.withSubRange(one.real, offset, length, options)
         expected = one.cannot_map(offset, length, elsewhere=True, copied=True) if length else {BAD}
-        if length and not one.is_accessible(offset, length):
-            expected = {IOReturn.kIOReturnUnsupported}
         mapped = self.happens(expected, md.map)
         if mapped:
             self.copies.append((mapped, one.read(offset, length), one.origins()))

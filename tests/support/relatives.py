@@ -183,14 +183,11 @@ class Relative:
             return False
         return not isinstance(self.parts[0].of, Relative) or self.parts[0].of.is_in_one_place()
 
-    def has_guard_pages(self) -> bool:
-        return any(piece.of.inaccessible for piece in self.bytes_at(0, self.length))
-
     def cannot_map(self, offset: int, length: int, *, elsewhere: bool, copied: bool = False) -> set[IOReturn]:
         if not length:
             return {IOReturn.kIOReturnBadArgument}
         if copied:
-            return {IOReturn.kIOReturnUnsupported} if self.has_guard_pages() else set()
+            return set() if self.is_accessible(offset, length) else {IOReturn.kIOReturnUnsupported}
         if not elsewhere and self.is_in_one_place():
             return set()
         pieces = self.bytes_at(offset, length)
