@@ -283,11 +283,11 @@ def test_refused() -> None:
     with iobmd.allocate(PAGE, shared=True) as buffer:
         both = iobmd.IOMultiMemoryDescriptor.withDescriptors([guard, buffer], INOUT | COPY)
         assert code_of(both.map) == IOReturn.kIOReturnUnsupported
-        buffer.writeBytes(0, b"beside the guard")
-        beside = iobmd.IOSubMemoryDescriptor.withSubRange(both, PAGE, PAGE, INOUT | COPY)
-        with beside.map() as copied:
+        buffer.writeBytes(0, b"next to a guard")
+        neighbour = iobmd.IOSubMemoryDescriptor.withSubRange(both, PAGE, PAGE, INOUT | COPY)
+        with neighbour.map() as copied:
             assert bytes(copied) == buffer.readBytes(0, PAGE)
-        beside.free()
+        neighbour.free()
         both.free()
     bus = describe(1 << 40, PAGE, iobmd.kIOMemoryRemote | COPY, None)
     assert code_of(bus.map) == IOReturn.kIOReturnUnsupported

@@ -9,7 +9,7 @@ import pytest
 from support import kernel
 from support.child import NOBODY, in_child
 from support.errors import refusal
-from support.kernel import frames, held, is_given_back
+from support.kernel import check_given_back, frames, held
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Wiring
@@ -64,7 +64,7 @@ def test_mask_out_of_reach_is_refused_at_once() -> None:
     message = str(caught.value)
     assert "under the mask 0xffffff: " in message
     assert "would have to be held to reach it" in message or "no free page of this host is there" in message
-    assert is_given_back(before, 128 * MIB)
+    check_given_back(before, 128 * MIB)
 
 
 @pytest.mark.needs("frames")

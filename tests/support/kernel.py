@@ -68,27 +68,26 @@ def available() -> int:
     return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) << 10
 
 
-def held() -> int:
-    """Return how many bytes of memory this process holds, mapped or not; other processes have no influence.
+def held() -> dict[str, int]:
+    """Return how many bytes of memory this process holds, mapped or not, by kind; other processes have no influence.
 
-    Resident pages, hugetlb pages, pinned pages, and those of the shared objects it has open: some count repeatedly.
+    Anonymous and shared resident pages, hugetlb pages, pinned pages, and those of its open shared objects; some count
+    repeatedly. Mapped files are left out, because a forked child maps their pages again when it needs them.
     """
     objects = 0
     for path in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # the descriptor that lists the directory
             if "(deleted)" in str(path.readlink()):
                 objects += path.stat().st_blocks * 512
-    return status("VmRSS") + status("HugetlbPages") + status("VmPin") + objects
+    return {name: status(name) for name in ("RssAnon", "RssShmem", "HugetlbPages", "VmPin")} | {"objects": objects}
 
 
-def is_given_back(before: int, slack: int) -> bool:
-    """Return whether this process holds at most `before` plus `slack`; waits, because pins end in a work queue."""
+def check_given_back(before: dict[str, int], slack: int) -> None:
+    """Check that this process holds at most `before` plus `slack`; waits, because pins end in a work queue."""
     end = time.monotonic() + 20
-    while held() - before >= slack:
-        if time.monotonic() > end:
-            return False
+    while sum((now := held()).values()) - sum(before.values()) >= slack:
+        assert time.monotonic() < end, f"memory was not freed: {before} before, {now} now"
         time.sleep(0.01)
-    return True
 
 
 def is_part_of_larger_page(frame: int) -> bool:

@@ -4,7 +4,7 @@ import os
 
 import pytest
 from support.edu import Devices
-from support.kernel import frames, held, is_given_back
+from support.kernel import check_given_back, frames, held
 from support.proof import Proof
 
 import iobmd
@@ -63,4 +63,4 @@ def test_refused_where_it_is_out_of_reach() -> None:
     ):
         iobmd.allocate(MIB, physical_mask=DEVICES_MASK)
     assert caught.value.code == IOReturn.kIOReturnNoResources
-    assert is_given_back(before, 128 * MIB)
+    check_given_back(before, 128 * MIB)

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.kernel import frames, held, is_given_back
+from support.kernel import check_given_back, frames, held
 
 import iobmd
 from iobmd import IOReturn, IOReturnError
@@ -85,7 +85,7 @@ def test_a_node_that_has_not_as_much_is_refused_and_nothing_kept() -> None:
     with pytest.raises(IOReturnError) as caught:
         iobmd.allocate(total + 16 * MIB, node=1)
     assert caught.value.code in (IOReturn.kIOReturnNoResources, IOReturn.kIOReturnNoMemory)
-    assert is_given_back(before, 64 * MIB)
+    check_given_back(before, 64 * MIB)
 
 
 def test_no_such_node() -> None:
