@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from iobmd._version import __version__
+from iobmd.cli import folding
 from iobmd.errors import IOReturnError
 from iobmd.printable import printable
 
@@ -44,7 +45,8 @@ def _usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: this process's) and return its exit code.
 
-    0: success; 1: failure, with the reason on one line of stderr; 2: wrong usage; 130: interrupted.
+    0: success; 1: failure, with the reason on stderr, on one line, which is folded for a terminal; 2: wrong usage;
+    130: interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] in (["--version"], ["-V"]):
@@ -71,7 +73,7 @@ def _run(name: str, arguments: list[str]) -> int:
         return EXIT_FAILED
     except OSError as error:
         what = error if isinstance(error, IOReturnError) else f"{error.filename or 'error'}: {error.strerror}"
-        print(f"iobmd {name}: {printable(str(what))}", file=sys.stderr)
+        folding.show(f"iobmd {name}: {printable(str(what))}", folding.terminal_width(sys.stderr), file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         print(f"iobmd {name}: interrupted", file=sys.stderr)

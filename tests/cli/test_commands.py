@@ -79,6 +79,12 @@ def test_lines_fit_the_terminal(arguments: list[str]) -> None:
     assert max(map(len, lines_on_terminal(80, *arguments))) <= 80
 
 
+def test_errors_fit_the_terminal() -> None:
+    lines = [line for line in lines_on_terminal(80, "alloc", "1000T", status=1) if line]
+    assert max(map(len, lines)) <= 80
+    assert "request less [kIOReturnNoMemory]" in " ".join(map(str.strip, lines))
+
+
 @pytest.mark.needs("root", "frames")
 @pytest.mark.parametrize("columns", [40, 80])
 def test_frames_fit_the_terminal(columns: int, start_source: Start) -> None:
