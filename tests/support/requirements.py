@@ -39,6 +39,7 @@ MAY_BE_MISSING: dict[str, str] = {
     "narrow_edu": "the same",
     "registers": "the same",
     "two_nodes": "a host may have one; two are those of make test-vm",
+    "promtool": "Prometheus takes 330 MB; it is used if it is installed",
     "torch": "the package index only has builds for CUDA, several GB in total; it is used if it is installed",
     "direct_io": "tmpfs supports it only since Linux 6.6, and the temporary directory may be on a tmpfs",
 }
@@ -248,6 +249,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "mpich": lambda: _launcher("MPICH"),
     "openmpi": lambda: _launcher("Open MPI"),
     "direct_io": _direct_io,
+    "promtool": lambda: None if shutil.which("promtool") else "promtool of Prometheus is not installed",
     "prometheus_client": lambda: (
         None if importlib.util.find_spec("prometheus_client") else "prometheus_client is not installed (iobmd[test])"
     ),
