@@ -130,11 +130,7 @@ def attach(fd: int, direction: Direction | int) -> IOMemoryDescriptor:
     """
     check_integers(fd=fd)
     options = _option(direction)
-    try:
-        copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
-    except (OSError, OverflowError, ValueError) as error:
-        raise BadArgumentError(f"{fd} is not a usable file descriptor: {error}") from None
-    return _described(copy, options)
+    return _described(dma_buf.duplicate(fd), options)
 
 
 def allocate(size: int, *, heap: str = "system") -> IOMemoryDescriptor:

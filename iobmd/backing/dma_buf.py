@@ -30,14 +30,14 @@ class DmaBufBacking(SharedBacking):
     Parameters
     ----------
     fd : int
-        Its descriptor, which belongs to this object from now on, also after an error.
+        A descriptor of the dma-buf, which belongs to this object from now on, also after an error.
     access : int
         The accesses of this process: `dma_buf.READ`, `dma_buf.WRITE` or both.
 
     Raises
     ------
     IOReturnError
-        `kIOReturnBadArgument`: not a dma-buf. `kIOReturnNotPermitted`: its descriptor is open for reading only.
+        `kIOReturnNotPermitted`: its descriptor is open for reading only.
     """
 
     def __init__(self, fd: int, access: int) -> None:

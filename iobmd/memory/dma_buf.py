@@ -161,21 +161,50 @@ def allocate(size: int, heap: str) -> int:
         os.close(device)
 
 
-def size_of(fd: int) -> int:
-    """Return the size of a dma-buf in bytes. Raises `kIOReturnBadArgument` for another kind of file."""
-    if "exp_name" not in _information(fd):
+def duplicate(fd: int) -> int:
+    """Return another descriptor of a dma-buf.
+
+    Another kind of file is refused before it is duplicated, because the server of a FUSE file may never answer the
+    close(2) of the duplicate.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnBadArgument`: not a dma-buf. `kIOReturnNoResources`: no descriptor is free.
+    """
+    try:
+        is_dma_buf = b"exp_name" in _information(fd)
+    except (OSError, ValueError) as error:
+        raise BadArgumentError(f"{fd} is not a usable file descriptor: {error}") from None
+    if not is_dma_buf:
         raise BadArgumentError(f"the descriptor {fd} does not belong to a dma-buf")
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+    except OSError as error:
+        raise limits.from_oserror(error, "cannot use a dma-buf") from None
+
+
+def size_of(fd: int) -> int:
+    """Return the size of a dma-buf in bytes."""
     return os.lseek(fd, 0, os.SEEK_END)
 
 
 def references(fd: int) -> int:
     """Return how many descriptors, mappings and drivers use a dma-buf, `fd` included."""
-    return int(_information(fd).get("count", "1"))
+    return int(_information(fd).get(b"count", b"1"))
 
 
-def _information(fd: int) -> dict[str, str]:
-    lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
-    return {name: value.strip() for name, _colon, value in (line.partition(":") for line in lines)}
+def _information(fd: int) -> dict[bytes, bytes]:
+    """Return the fields of a descriptor, the first of each name.
+
+    The last field of a dma-buf, its name, consists of any bytes, also line breaks, that a process with a descriptor
+    has set (DMA_BUF_SET_NAME).
+    """
+    fields: dict[bytes, bytes] = {}
+    for line in Path(f"/proc/self/fdinfo/{fd}").read_bytes().split(b"\n"):
+        name, _colon, value = line.partition(b":")
+        fields.setdefault(name, value.strip())
+    return fields
 
 
 def begin(fd: int, access: int) -> None:

@@ -1,5 +1,6 @@
 """A file of a target, on a file system whose server (FUSE) belongs to the target and does not answer."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,9 +15,9 @@ import pytest
 from support.fuse import FILE_SYSTEM
 
 import iobmd
-from iobmd import IOReturn, pagemap, procfs
+from iobmd import IOReturn, dmabuf, pagemap, procfs
 from iobmd._internal import pidns
-from iobmd.errors import TaskTimeoutError, VMError
+from iobmd.errors import BadArgumentError, TaskTimeoutError, VMError
 from iobmd.pagemap import file, frame
 from iobmd.remote import areas, session
 from iobmd.task import identity, job, obstacles
@@ -126,6 +127,21 @@ def test_a_path_that_leads_to_the_server_is_given_up(target: SilentTarget, monke
     monkeypatch.setattr(procfs, "areas", lambda *_args: iter([other]))
     assert within_patience(lambda: obstacles.find(target.pid, other.start, other.start + 4096)) is None
     assert time.monotonic() - begin < PATIENCE
+
+
+@pytest.mark.needs("root")
+def test_its_descriptor_is_no_dma_buf(target: SilentTarget) -> None:
+    """`close(2)` of a duplicate would call the server, and wait."""
+    os.kill(target.server, signal.SIGCONT)
+    fd = os.open(f"/proc/{target.pid}/map_files/{target.at:x}-{target.at + 2 * MIB:x}", os.O_RDWR)
+    os.kill(target.server, signal.SIGSTOP)
+    try:
+        with pytest.raises(BadArgumentError, match="does not belong to a dma-buf"):
+            within_patience(lambda: dmabuf.attach(fd, "inout"))
+    finally:
+        os.kill(target.server, signal.SIGCONT)
+        with contextlib.suppress(OSError):  # the server permits no writing
+            os.close(fd)
 
 
 @pytest.mark.needs("root")
