@@ -9,7 +9,8 @@ import stat
 import struct
 import time
 from contextlib import ExitStack
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from iobmd import procfs
@@ -48,6 +49,8 @@ _VDSO = "[vdso]"
 """Memory of the kernel: a snapshot's page table does not contain its pages until they are read."""
 _FILES = ("pagemap", "mem")
 _ZEROS = bytes(_GAP)
+_BATCH = 4096
+"""Pieces that are prepared at once: up to 16 GiB."""
 
 
 class _Area(NamedTuple):
@@ -64,14 +67,20 @@ class _Area(NamedTuple):
         return not (self.is_shared or self.vma.inode or self.vma.name == _VDSO)
 
 
-class _Window(NamedTuple):
-    """A part of an area that is read and written at once."""
+class _Part(NamedTuple):
+    """Consecutive pages of an area that are written. Most of them exist."""
 
     area: _Area
     start: int
     size: int
     offset: int
     """In the file."""
+
+    def pieces(self) -> Iterator[_Part]:
+        """Divide it into pieces of at most `chunked.PIECE` bytes, which are read and written as a whole."""
+        for done in range(0, self.size, chunked.PIECE):
+            size = min(self.size - done, chunked.PIECE)
+            yield self._replace(start=self.start + done, size=size, offset=self.offset + done)
 
 
 def write(
@@ -195,8 +204,8 @@ class _Core:
         sink.put(0, head)
         with ExitStack() as opened:
             reader = _Reader(self._snapshot, self._fetch, opened)
-            windows = list(self._windows(reader, round_up(len(head), PAGE_SIZE)))
-            written = reader.copy(windows, sink, progress)
+            parts = list(self._parts(reader, round_up(len(head), PAGE_SIZE)))
+            written = reader.copy(parts, sink, progress)
         sink.end()
         seconds = time.monotonic() - self._begin
         return CoreSummary(
@@ -225,13 +234,13 @@ class _Core:
             parts.append(struct.pack("=IIQQQQIIQQ", 0, 0, 0, 0, 0, 0, 0, count, 0, 0))
         return b"".join([*parts, self._notes]), at
 
-    def _windows(self, reader: _Reader, offset: int) -> Iterator[_Window]:
-        """Divide the memory to write into windows, ascending, without the pages that are absent."""
+    def _parts(self, reader: _Reader, offset: int) -> Iterator[_Part]:
+        """Divide the memory to write into parts, ascending, without the pages that are absent."""
         for area in self._areas:
             start = area.vma.start
             if area.size:
-                for low, high in _windows(reader.existing(area)):
-                    yield _Window(area, low, high - low, offset + low - start)
+                for low, high in _combined(reader.existing(area)):
+                    yield _Part(area, low, high - low, offset + low - start)
             offset += area.size
 
 
@@ -239,8 +248,8 @@ def _segment(kind: int, access: int, offset: int, address: int, size: int, lengt
     return struct.pack("=IIQQQQQQ", kind, access, offset, address, 0, size, length, alignment)
 
 
-def _windows(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Combine neighbouring ranges, and divide long ones, into ranges of at most `chunked.PIECE` bytes."""
+def _combined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Combine neighbouring ranges, up to about `chunked.PIECE` bytes."""
     start = end = 0
     for low, high in ranges:
         if end and (low - end > _GAP or high - start > chunked.PIECE):
@@ -248,9 +257,6 @@ def _windows(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
             end = 0
         if not end:
             start = low
-        while high - start > chunked.PIECE:
-            yield start, start + chunked.PIECE
-            start += chunked.PIECE
         end = high
     if end:
         yield start, end
@@ -276,11 +282,20 @@ class _Reader:
             return [(start, end)]
         return crosstask.absent(self._pagemap, start, area.size, PAGE_SIZE).outside(start, end)
 
-    def copy(self, windows: list[_Window], sink: _Sink, progress: CoreProgress | None) -> int:
-        """Copy windows to a file; return the number of their bytes."""
-        starts = [0, *accumulate(window.size for window in windows)]
-        total = starts.pop()
-        by_offset = dict(zip(starts, windows, strict=True))
+    def copy(self, parts: list[_Part], sink: _Sink, progress: CoreProgress | None) -> int:
+        """Copy parts to a file; return the number of their bytes."""
+        total, written = sum(part.size for part in parts), 0
+        pieces = (piece for part in parts for piece in part.pieces())
+        # Not all at once: a task can map a sparse file as large as its address space.
+        while batch := list(islice(pieces, _BATCH)):
+            report = partial(_report, progress, written, total) if progress else None
+            written += self._copy_batch(batch, sink, report)
+        return total
+
+    def _copy_batch(self, batch: list[_Part], sink: _Sink, report: Callable[[int], None] | None) -> int:
+        starts = [0, *accumulate(piece.size for piece in batch)]
+        size = starts.pop()
+        by_offset = dict(zip(starts, batch, strict=True))
 
         def work(offset: int, size: int) -> tuple[int, int]:
             try:
@@ -290,48 +305,45 @@ class _Reader:
                 return 0, 1
             return size, 0
 
-        report = (lambda done: progress(done, total)) if progress else None
-        if sink.is_seekable and total:
-            chunked.run(work, total, report, starts)
-        else:
-            for offset, window in by_offset.items():
-                if work(offset, window.size)[1]:
-                    break
-                if report:
-                    report(offset + window.size)
+        # Files that are written in order are written by this thread alone.
+        chunked.run(work, size, report, starts, chunked.MOST_THREADS if sink.is_seekable else 1)
         if self._failure:
             raise self._failure
-        return total
+        return size
 
-    def _copy(self, window: _Window, sink: _Sink) -> None:
-        """Copy a window to the file, without the pages that are absent, or zero in shared memory."""
+    def _copy(self, piece: _Part, sink: _Sink) -> None:
+        """Copy a piece to the file, without the pages that are absent, or zero in shared memory."""
         buffer = self._buffers.pop() if self._buffers else mmap.mmap(-1, chunked.PIECE)
         with HeldBuffer(buffer, True) as held, memoryview(buffer) as view:
-            if window.area.is_anonymous:
-                holes = self._present(window, held.address)
+            if piece.area.is_anonymous:
+                holes = self._present(piece, held.address)
             else:
-                self._fetch(window.start, held.address, window.size)
-                holes = _zeros(view[: window.size]) if window.area.is_shared else []
-            for start, end in _without(holes, window.size):
+                self._fetch(piece.start, held.address, piece.size)
+                holes = _zeros(view[: piece.size]) if piece.area.is_shared else []
+            for start, end in _without(holes, piece.size):
                 with view[start:end] as part:
-                    sink.put(window.offset + start, part)
+                    sink.put(piece.offset + start, part)
         self._buffers.append(buffer)
 
-    def _present(self, window: _Window, destination: int) -> list[tuple[int, int]]:
-        """Read the present pages of a window; return the offsets of the others, which are zero."""
+    def _present(self, piece: _Part, destination: int) -> list[tuple[int, int]]:
+        """Read the present pages of a piece; return the offsets of the others, which are zero."""
         snapshot = self._snapshot
         # Only this file shows memory that the task itself may not read; see also `Transfer.by_file`.
         reached, error, absent, bad = crosstask.transfer(
-            snapshot.pid, self._memory, self._pagemap, snapshot.pidfd, False, True, window.start, destination,
-            window.size, PAGE_SIZE,
+            snapshot.pid, self._memory, self._pagemap, snapshot.pidfd, False, True, piece.start, destination,
+            piece.size, PAGE_SIZE,
         )  # fmt: skip
-        if error or reached < window.start + window.size or not snapshot.is_open:
-            snapshot.read(window.start, PAGE_SIZE)  # raises the reason
+        if error or reached < piece.start + piece.size or not snapshot.is_open:
+            snapshot.read(piece.start, PAGE_SIZE)  # raises the reason
             raise OSError(error, f"{os.strerror(error)}: memory of the snapshot at {reached:#x}")
-        holes = sorted((low - window.start, high - window.start) for low, high in (*absent, *bad))
+        holes = sorted((low - piece.start, high - piece.start) for low, high in (*absent, *bad))
         for low, high in holes:
             crosstask.zero(destination + low, high - low)
         return holes
+
+
+def _report(progress: CoreProgress, before: int, total: int, done: int) -> None:
+    progress(before + done, total)
 
 
 def _zeros(view: memoryview) -> list[tuple[int, int]]:
