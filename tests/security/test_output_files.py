@@ -87,6 +87,35 @@ def test_a_link_that_is_planted_after_the_look(shared: Path, monkeypatch: pytest
     assert out.read_bytes() == b"root's"
 
 
+@pytest.mark.parametrize(("kind", "after"), [("link", "_descriptor"), ("pipe", "_open_existing")])
+def test_an_own_file_that_is_replaced_after_the_look(
+    shared: Path, kind: str, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a directory is not sticky, another user may replace a link or a pipe after the check of its owner."""
+    shared.chmod(0o777)
+    out, (reading, writing) = shared / "out", os.pipe()
+    make: dict[str, Callable[[], object]] = {
+        "link": lambda: out.symlink_to(f"/proc/self/fd/{writing}"),
+        "pipe": lambda: os.mkfifo(out, 0o666),
+    }
+    make[kind]()
+    with contextlib.ExitStack() as opened:
+        opened.callback(os.close, reading)
+        opened.callback(os.close, writing)
+        real = getattr(atomic_file, after)
+
+        def plant(*arguments: Any) -> object:
+            in_child(lambda: (out.rename(shared / "old"), make[kind]()), uid=NOBODY)
+            if kind == "pipe":
+                opened.callback(os.close, os.open(out, os.O_RDWR))  # a reader: opening it for writing does not wait
+            return real(*arguments)
+
+        monkeypatch.setattr(atomic_file, after, plant)
+        with pytest.raises(PermissionError, match="replaced by another file"), replacing(out, 0o600) as file:
+            file.write(b"root's")
+        assert out.lstat().st_uid == NOBODY
+
+
 @pytest.mark.parametrize("command", WRITES)
 def test_a_planted_pipe_is_refused(shared: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     pipe = shared / "out"

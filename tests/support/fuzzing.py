@@ -54,7 +54,7 @@ def fuzzed(
             before = Footprint.settled()
             run(*args, **kwargs)
             after = Footprint.settled()
-            end = time.monotonic() + 5  # iobmd's threads close their descriptors when they end
+            end = time.monotonic() + 60  # iobmd's threads close their descriptors when they end
             while after.descriptors > before.descriptors and time.monotonic() < end:
                 time.sleep(0.1)
                 after = Footprint.settled()
