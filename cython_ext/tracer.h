@@ -1,4 +1,4 @@
-/* A process that traces another task for this one (ptrace(2), x86-64).
+/* A process that traces another task for this one (ptrace(2)).
 
    It is created by clone(2) with CLONE_VM: it shares this process's memory, through which it receives commands, and
    survives this process. From the first to the last ptrace call on a thread of the task, the code uses neither
@@ -6,7 +6,10 @@
    killed may have held any of them. If its maker (the process that created it) dies, it completes the current
    command, removes all that it has created in the task, and exits.
 
-   Only this process waits for its tracees, so that the id of a tracee that it has not reaped cannot be reused. */
+   Only this process waits for its tracees, so that the id of a tracee that it has not reaped cannot be reused.
+
+   What depends on the processor is in a header for it (`tracer_x86_64.h`), included below at "the processor", where its
+   contents are described. */
 #ifndef IOBMD_TRACER_H
 #define IOBMD_TRACER_H
 #include <errno.h>
@@ -30,8 +33,17 @@
 #include <time.h>
 #include <unistd.h>
 #include "raw_call.h"
+/* Numbers that older headers lack; those from 424 on are the same on all processors. */
+#ifndef SYS_io_uring_setup
+#define SYS_io_uring_setup 425
+#define SYS_io_uring_enter 426
+#define SYS_io_uring_register 427
+#endif
 #ifndef SYS_close_range
 #define SYS_close_range 436
+#endif
+#ifndef SYS_epoll_pwait2
+#define SYS_epoll_pwait2 441
 #endif
 
 enum iobmd_command {
@@ -81,14 +93,20 @@ struct iobmd_thread {
     unsigned long switches;
     int64_t begun_ns;      /* when its stop began */
     char stands, ended;
+    char restarts;         /* its call returned EINTR because of the stop, and was prepared to start again */
 };
 
 /* The registers of a stopped thread, as for a core file. */
 struct iobmd_registers {
     pid_t tid;
-    unsigned int extended;      /* bytes of the XSAVE area that follows, in the layout of NT_X86_XSTATE */
-    unsigned long blocked;      /* signals */
-    unsigned long general[27];  /* struct user_regs_struct */
+    unsigned int size;      /* bytes of the register sets that follow */
+    unsigned long blocked;  /* signals */
+};
+
+/* One set of registers: its data follow, padded to a multiple of 8 bytes. */
+struct iobmd_register_set {
+    unsigned int type;      /* as of a note of a core file (NT_...) */
+    unsigned int size;
 };
 
 /* A file that the task has mapped as shared memory, to be copied to memory of the maker while all threads are stopped. */
@@ -106,6 +124,7 @@ enum { IOBMD_CALLS = 16, IOBMD_RANGES_MADE = 16, IOBMD_LATE_THREADS = 16, IOBMD_
 struct iobmd_tracer {
     /* Set by the maker. */
     pid_t task;
+    unsigned long page;         /* bytes of a page */
     unsigned long instruction;  /* the address of a system call instruction of the task */
     long options;               /* of ptrace(2) */
     int is_thread;              /* of the maker: see iobmd_tracer_start() */
@@ -133,8 +152,8 @@ struct iobmd_tracer {
     pid_t refused;              /* the thread that may not be traced */
     int64_t stopped_ns;         /* upper bound of the time for which a thread was stopped */
     pid_t guest, child;         /* in the pid namespace of this process; 0: none */
-    char *registers;            /* FREEZE: `recorded` slots of `slot` bytes, each begins with an iobmd_registers */
-    int recorded, slot;
+    char *registers;            /* FREEZE: `recorded` bytes: each thread's iobmd_registers and its sets */
+    size_t recorded;
 
     /* Its own. */
     pid_t maker, maker_thread, pid, self;
@@ -151,26 +170,26 @@ struct iobmd_tracer {
     struct iobmd_thread late[IOBMD_LATE_THREADS];
     int lates;
     struct iobmd_thread *threads;  /* those that are frozen */
-    int frozen, room, slots;
+    int frozen, room;
+    size_t registers_room;
     int64_t froze_ns;
     struct { unsigned long start, size; int made; } ranges[IOBMD_RANGES_MADE];
     char stack[IOBMD_TRACER_STACK] __attribute__((aligned(64)));
 };
 
-#ifdef __x86_64__
-#include <cpuid.h>
-#include <sys/user.h>
+#if defined(__x86_64__)
 
 /* From linux/ptrace.h, which cannot be included together with sys/ptrace.h. */
 enum {
     IOBMD_SEIZE = 0x4206, IOBMD_INTERRUPT = 0x4207, IOBMD_GETSIGINFO = 0x4202, IOBMD_GETSIGMASK = 0x420a,
     IOBMD_SETSIGMASK = 0x420b, IOBMD_SYSCALL_INFO = 0x420e /* Linux 5.3 */, IOBMD_RSEQ = 0x420f /* Linux 5.13 */,
-    IOBMD_DISPATCH = 0x4211 /* Linux 6.4 */, IOBMD_XSTATE = 0x202, IOBMD_EVENT_STOP = 128, IOBMD_EVENT_CLONE = 3,
+    IOBMD_DISPATCH = 0x4211 /* Linux 6.4 */, IOBMD_EVENT_STOP = 128, IOBMD_EVENT_CLONE = 3,
     IOBMD_EXITKILL = 1 << 20, IOBMD_ENTRY = 1, IOBMD_EXIT = 2,
 };
-#define IOBMD_ARCHITECTURE 0xc000003eu  /* AUDIT_ARCH_X86_64 */
-#define IOBMD_NO_CALL (~0ul)            /* in orig_rax: the registers are not those of an interrupted system call */
-enum { IOBMD_CODE_32 = 0x23, IOBMD_PAGE = 4096, IOBMD_INSTRUCTION = 2, IOBMD_NO_STACK = 8 };
+enum { IOBMD_NO_STACK = 8 };
+
+/* The results by which the kernel marks a call that it will restart (linux/errno.h). */
+enum { IOBMD_ERESTARTSYS = 512, IOBMD_ERESTARTNOINTR = 513, IOBMD_ERESTARTNOHAND = 514 };
 
 static const int64_t IOBMD_MS = 1000000;
 static const int64_t IOBMD_FAR_NS = 25000;       /* a stop takes longer than this if it needs two processors */
@@ -335,11 +354,11 @@ static int iobmd_read_words(const struct iobmd_tracer *t, pid_t tid, unsigned lo
     unsigned long page, entry, word, at = address & ~7ul;
     long file = t->pagemap >= 0 ? t->pagemap : iobmd_open(t, tid, "pagemap", O_RDONLY);
     if (file < 0) return IOBMD_UNREADABLE;
-    for (page = address / IOBMD_PAGE; page <= (address + size - 1) / IOBMD_PAGE; page++)
+    for (page = address / t->page; page <= (address + size - 1) / t->page; page++)
         /* Neither present nor in swap. */
         if (iobmd_raw(SYS_pread64, file, (long)&entry, 8, (long)(page * 8), 0, 0) != 8 || !(entry >> 62)) break;
     if (file != t->pagemap) iobmd_close(file);
-    if (page <= (address + size - 1) / IOBMD_PAGE) return IOBMD_UNREADABLE;
+    if (page <= (address + size - 1) / t->page) return IOBMD_UNREADABLE;
     for (; at < address + size; at += 8) {
         if (iobmd_ptrace(PTRACE_PEEKDATA, tid, at, &word)) return IOBMD_UNREADABLE;
         for (unsigned long byte = at; byte < at + 8; byte++)
@@ -423,62 +442,168 @@ static int iobmd_run_to(struct iobmd_tracer *t, pid_t tid, int at, int64_t until
     }
 }
 
+/* -- the processor --
+
+   A header for a processor declares:
+   IOBMD_PROCESSOR                     its name
+   IOBMD_AUDIT, IOBMD_ELF              its numbers in linux/audit.h and linux/elf-em.h
+   IOBMD_INSTRUCTION, .._ALIGNMENT     the system call instruction, and a divisor of its addresses
+   struct iobmd_state                  the registers of a stopped thread, and what system calls change besides
+   iobmd_load(), iobmd_store()         read and write the registers; load returns IOBMD_32_BIT for other programs
+   iobmd_position(), iobmd_move()      read and set the program counter in a state
+   iobmd_set_call()                    write the number and the arguments of a call into a state
+   iobmd_skip()                        at the start of a call: let the kernel do nothing instead
+   iobmd_undo_eintr()                  after a stop: restart a call that returned EINTR because of the stop
+   iobmd_leave_call()                  before calls are injected: leave the interrupted call; save what injected calls
+                                       change
+   iobmd_reenter_call()                afterwards: restore the registers so that the interrupted call restarts; `made`:
+                                       all calls were made, so that others can be
+   iobmd_before_detaching()            restart the call of a thread that made no other calls
+   iobmd_sets_expected(), IOBMD_SETS_SIZE, iobmd_save_sets()
+                                       the register sets of a thread: their usual and largest size in bytes, and how to
+                                       save them
+
+   The numbers of system calls are those of sys/syscall.h. */
+
+struct iobmd_named_call { const char *name; int number; };
+
+/* The calls that are made in other tasks. */
+static const struct iobmd_named_call iobmd_made_calls[] = {
+    { "clone", SYS_clone }, { "close", SYS_close }, { "close_range", SYS_close_range },
+    { "io_uring_register", SYS_io_uring_register }, { "io_uring_setup", SYS_io_uring_setup }, { "mlock", SYS_mlock },
+    { "mmap", SYS_mmap }, { "mprotect", SYS_mprotect }, { "munlock", SYS_munlock }, { "munmap", SYS_munmap },
+    { "recvfrom", SYS_recvfrom }, { "recvmsg", SYS_recvmsg }, { "socketpair", SYS_socketpair },
+    { "unshare", SYS_unshare }, { "userfaultfd", SYS_userfaultfd }, { NULL, 0 }
+};
+
+/* Calls that may return EINTR after a stop although no signal handler ran (signal(7)); the kernel itself restarts the
+   others. Such a call has had no effect, and can be restarted. */
+static const struct iobmd_named_call iobmd_calls_ended_by_a_stop[] = {
+    { "accept", SYS_accept }, { "accept4", SYS_accept4 }, { "connect", SYS_connect },
+    { "epoll_pwait", SYS_epoll_pwait }, { "epoll_pwait2", SYS_epoll_pwait2 },
+#ifdef SYS_epoll_wait
+    { "epoll_wait", SYS_epoll_wait },
+#endif
+    { "io_getevents", SYS_io_getevents }, { "io_pgetevents", SYS_io_pgetevents },
+    { "io_uring_enter", SYS_io_uring_enter }, { "read", SYS_read }, { "readv", SYS_readv },
+    { "recvfrom", SYS_recvfrom }, { "recvmmsg", SYS_recvmmsg }, { "recvmsg", SYS_recvmsg },
+    { "rt_sigtimedwait", SYS_rt_sigtimedwait }, { "semop", SYS_semop }, { "semtimedop", SYS_semtimedop },
+    { "sendmmsg", SYS_sendmmsg }, { "sendmsg", SYS_sendmsg }, { "sendto", SYS_sendto }, { "write", SYS_write },
+    { "writev", SYS_writev }, { NULL, 0 }
+};
+
+static int iobmd_is_ended_by_a_stop(unsigned long call)
+{
+    for (const struct iobmd_named_call *one = iobmd_calls_ended_by_a_stop; one->name; one++)
+        if ((unsigned long)one->number == call) return 1;
+    return 0;
+}
+
+/* Return the remaining timeout of a thread's epoll_wait in milliseconds, for the register that contains it, because the C
+   library does not read it again. If the timeout is in memory or is a socket option, the call starts again with the
+   whole timeout. */
+static unsigned long iobmd_remaining(const struct iobmd_tracer *t, const struct iobmd_thread *thread,
+                                     unsigned long timeout)
+{
+    int64_t left;
+    /* One sleep more than before, that of this stop: the thread has been in the same call since. */
+    if ((int)timeout <= 0 || !thread->since_ns ||
+        iobmd_status_field(t, thread->tid, "voluntary_ctxt_switches:") != (long)thread->switches + 1)
+        return timeout;
+    left = (int)timeout * IOBMD_MS - (iobmd_now() - thread->since_ns);
+    return left > 0 ? (unsigned long)((left + IOBMD_MS - 1) / IOBMD_MS) : 0;
+}
+
+/* The register sets of a thread, as they are appended. */
+struct iobmd_sets { char *at, *end; };
+
+/* Append a set, and return the place for its data. */
+static void *iobmd_add_set(struct iobmd_sets *sets, unsigned int type, size_t size)
+{
+    struct iobmd_register_set *set = (struct iobmd_register_set *)sets->at;
+    set->type = type;
+    set->size = (unsigned int)size;
+    sets->at += sizeof *set + ((size + 7) & ~(size_t)7);
+    return set + 1;
+}
+
+/* Append a set as PTRACE_GETREGSET returns it, unless it is absent, or not larger than `empty` bytes; return its data
+   or NULL. */
+static void *iobmd_add_regset(struct iobmd_sets *sets, pid_t tid, unsigned int type, size_t empty)
+{
+    char *data = sets->at + sizeof(struct iobmd_register_set);
+    struct iovec area = { data, (size_t)(sets->end - data) };
+    if (iobmd_ptrace(PTRACE_GETREGSET, tid, type, &area) || area.iov_len <= empty) return NULL;
+    return iobmd_add_set(sets, type, area.iov_len);
+}
+
+struct iobmd_state;
+static int iobmd_is_at(struct iobmd_tracer *t, pid_t tid, unsigned long address, int *found);
+static int iobmd_make(struct iobmd_tracer *t, pid_t tid, const struct iobmd_state *base, unsigned long instruction,
+                      struct iobmd_call *call, int64_t until, int may_give_up);
+static int iobmd_begin(struct iobmd_tracer *t, pid_t tid, struct iobmd_syscall_info *info);
+
+#include "tracer_x86_64.h"
+
+/* -- calls of a tracee -- */
+
+/* Return whether a system call instruction is at an address, which must be in memory. */
+static int iobmd_is_at(struct iobmd_tracer *t, pid_t tid, unsigned long address, int *found)
+{
+    unsigned char code[sizeof IOBMD_INSTRUCTION - 1];
+    int status = iobmd_peek(t, tid, address, code, sizeof code);
+    *found = !status && !__builtin_memcmp(code, IOBMD_INSTRUCTION, sizeof code);
+    return status;
+}
+
+/* Run a tracee to the start of its next system call, which its instruction is to begin at once. */
+static int iobmd_begin(struct iobmd_tracer *t, pid_t tid, struct iobmd_syscall_info *info)
+{
+    siginfo_t why;
+    int status = iobmd_run_to(t, tid, IOBMD_ENTRY, iobmd_now() + IOBMD_BEGIN, 0, info);
+    if (status != IOBMD_LATE) return status;
+    /* It has not begun: withdraw it. Registers can be restored only while the thread is stopped, and a thread that is
+       frozen (cgroup version 1) stops when it is thawed. The maker does not wait for that. */
+    iobmd_ptrace(IOBMD_INTERRUPT, tid, 0, NULL);
+    status = iobmd_await(t, tid, 0, 0, &why);
+    return status ? status : IOBMD_HELD;
+}
+
 /* Return whether a tracee that begins a system call begins this one. Another thread of its task may write to the code
    at any time, and thus choose the call. Seccomp filters are suspended for the tracee, so that only the intended call
    may be made. */
-static int iobmd_is_call(const struct iobmd_syscall_info *info, const struct user_regs_struct *regs)
+static int iobmd_is_call(const struct iobmd_syscall_info *info, unsigned long instruction, const struct iobmd_call *call)
 {
     const unsigned long *arguments = info->entry.arguments;
-    return info->architecture == IOBMD_ARCHITECTURE && info->behind == regs->rip + IOBMD_INSTRUCTION &&
-           info->entry.number == regs->rax && arguments[0] == regs->rdi && arguments[1] == regs->rsi &&
-           arguments[2] == regs->rdx && arguments[3] == regs->r10 && arguments[4] == regs->r8 &&
-           arguments[5] == regs->r9;
+    if (info->architecture != IOBMD_AUDIT || info->behind != instruction + sizeof IOBMD_INSTRUCTION - 1) return 0;
+    for (int i = 0; i < 6; i++)
+        if (arguments[i] != call->arguments[i]) return 0;
+    return info->entry.number == (unsigned long)call->number;
 }
 
 /* Make one system call in a stopped tracee; `base` contains its other registers. */
-static int iobmd_make(struct iobmd_tracer *t, pid_t tid, const struct user_regs_struct *base, struct iobmd_call *call,
-                      int64_t until, int may_give_up)
+static int iobmd_make(struct iobmd_tracer *t, pid_t tid, const struct iobmd_state *base, unsigned long instruction,
+                      struct iobmd_call *call, int64_t until, int may_give_up)
 {
-    struct user_regs_struct regs = *base;
+    struct iobmd_state state = *base;
     struct iobmd_syscall_info info;
-    siginfo_t why;
     int64_t begin = iobmd_now() + IOBMD_BEGIN;
     int status;
-    regs.rip = t->instruction;
-    regs.rax = (unsigned long)call->number;
-    regs.orig_rax = IOBMD_NO_CALL;
-    regs.rdi = call->arguments[0];
-    regs.rsi = call->arguments[1];
-    regs.rdx = call->arguments[2];
-    regs.r10 = call->arguments[3];
-    regs.r8 = call->arguments[4];
-    regs.r9 = call->arguments[5];
+    iobmd_move(&state, instruction);
+    iobmd_set_call(&state, call);
     t->made = 0;
     do {
-        if (iobmd_ptrace(PTRACE_SETREGS, tid, 0, &regs)) return IOBMD_ENDED;
-        status = iobmd_run_to(t, tid, IOBMD_ENTRY, begin, 0, &info);
-        if (status == IOBMD_LATE) {
-            /* It has not begun: withdraw it. Registers can be restored only while the thread is stopped, and a thread that
-               is frozen (cgroup version 1) stops when it is thawed. The maker does not wait for that. */
-            iobmd_ptrace(IOBMD_INTERRUPT, tid, 0, NULL);
-            status = iobmd_await(t, tid, 0, 0, &why);
-            return status ? status : IOBMD_HELD;
-        }
-        if (status) return status;
-        if (!iobmd_is_call(&info, &regs)) {
-            struct user_regs_struct skipped;
-            if (!iobmd_ptrace(PTRACE_GETREGS, tid, 0, &skipped)) {
-                skipped.orig_rax = IOBMD_NO_CALL;
-                iobmd_ptrace(PTRACE_SETREGS, tid, 0, &skipped);
-                iobmd_run_to(t, tid, IOBMD_EXIT, iobmd_now() + IOBMD_BEGIN, 0, &info);
-            }
+        if ((status = iobmd_store(tid, &state)) || (status = iobmd_begin(t, tid, &info))) return status;
+        if (!iobmd_is_call(&info, instruction, call)) {
+            iobmd_skip(tid);
+            iobmd_run_to(t, tid, IOBMD_EXIT, iobmd_now() + IOBMD_BEGIN, 0, &info);
             return IOBMD_CHANGED;
         }
         if ((status = iobmd_run_to(t, tid, IOBMD_EXIT, until, may_give_up, &info))) return status;
         call->result = info.exit.result;
-        /* ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND: the kernel would restart the call after a SIGSTOP. */
-    } while (call->result <= -512 && call->result >= -514 && iobmd_now() < begin);
-    return call->result <= -512 && call->result >= -514 ? IOBMD_HELD : IOBMD_DONE;
+        /* The kernel would restart the call after a SIGSTOP. */
+    } while (call->result <= -IOBMD_ERESTARTSYS && call->result >= -IOBMD_ERESTARTNOHAND && iobmd_now() < begin);
+    return call->result <= -IOBMD_ERESTARTSYS && call->result >= -IOBMD_ERESTARTNOHAND ? IOBMD_HELD : IOBMD_DONE;
 }
 
 static void iobmd_note_range(struct iobmd_tracer *t, const struct iobmd_call *call)
@@ -507,15 +632,15 @@ static void iobmd_forget_range(struct iobmd_tracer *t, unsigned long start, unsi
 }
 
 /* Make system calls one after another until one fails. */
-static int iobmd_program(struct iobmd_tracer *t, pid_t tid, const struct user_regs_struct *base,
-                         struct iobmd_call *calls, int count, int64_t until, int may_give_up)
+static int iobmd_program(struct iobmd_tracer *t, pid_t tid, const struct iobmd_state *base, struct iobmd_call *calls,
+                         int count, int64_t until, int may_give_up)
 {
     for (t->failed = 0; t->failed < count; t->failed++) {
         struct iobmd_call *call = calls + t->failed;
         int status;
         for (int i = 0; i < 6; i++)
             if (call->of[i]) call->arguments[i] += (unsigned long)calls[call->of[i] - 1].result;
-        if ((status = iobmd_make(t, tid, base, call, until, may_give_up))) return status;
+        if ((status = iobmd_make(t, tid, base, t->instruction, call, until, may_give_up))) return status;
         if (call->result < 0 && call->result > -4096) {
             t->error = (int)-call->result;
             return IOBMD_FAILED;
@@ -528,37 +653,6 @@ static int iobmd_program(struct iobmd_tracer *t, pid_t tid, const struct user_re
 
 /* -- a thread of the task -- */
 
-/* Return whether a call may return EINTR after a stop although no signal handler ran (signal(7)); the kernel itself
-   restarts the others. Such a call has had no effect, and can be restarted (`remote.threads.ENDED_BY_A_STOP`). */
-static int iobmd_is_ended_by_a_stop(unsigned long call)
-{
-    static const short calls[] = { 0, 1, 19, 20, 42, 43, 44, 45, 46, 47, 65, 128, 208, 220, 232, 281, 288, 299, 307,
-                                   333, 426, 441 };
-    for (size_t i = 0; i < sizeof calls / sizeof *calls; i++)
-        if ((unsigned long)calls[i] == call) return 1;
-    return 0;
-}
-
-/* Restart the call that this stop interrupted: replace EINTR by the kernel's code for "restart unless a handler
-   runs". The register with the timeout of epoll_wait is set to the remaining time, because the C library does not
-   read it again. If the timeout is in memory or is a socket option, the call starts again with the whole timeout. */
-static void iobmd_undo_eintr(const struct iobmd_tracer *t, const struct iobmd_thread *thread)
-{
-    struct user_regs_struct regs;
-    if (iobmd_ptrace(PTRACE_GETREGS, thread->tid, 0, &regs) || (long)regs.rax != -EINTR ||
-        !iobmd_is_ended_by_a_stop(regs.orig_rax))
-        return;
-    regs.rax = (unsigned long)-514l;  /* ERESTARTNOHAND */
-    int timeout_ms = (int)regs.r10;
-    /* One sleep more than before, that of this stop: the thread has been in the same call since. */
-    if ((regs.orig_rax == SYS_epoll_wait || regs.orig_rax == SYS_epoll_pwait) && timeout_ms > 0 && thread->since_ns &&
-        iobmd_status_field(t, thread->tid, "voluntary_ctxt_switches:") == (long)thread->switches + 1) {
-        int64_t left = timeout_ms * IOBMD_MS - (iobmd_now() - thread->since_ns);
-        regs.r10 = left > 0 ? (unsigned long)((left + IOBMD_MS - 1) / IOBMD_MS) : 0;
-    }
-    iobmd_ptrace(PTRACE_SETREGS, thread->tid, 0, &regs);
-}
-
 /* Begin to stop a thread. Only when it is traced, and cannot disappear, can its process be determined; until then,
    nothing in it is changed. */
 static int iobmd_seize(struct iobmd_tracer *t, struct iobmd_thread *thread)
@@ -568,7 +662,7 @@ static int iobmd_seize(struct iobmd_tracer *t, struct iobmd_thread *thread)
     if (!t->is_thread) iobmd_reap();
     error = iobmd_ptrace(IOBMD_SEIZE, thread->tid, 0, NULL);
     iobmd_admit_reports(t, SIG_BLOCK);
-    thread->stands = 0;
+    thread->stands = thread->restarts = 0;
     /* A thread that executes a program takes over the id of its process: it is already seized. */
     if (error == -EPERM && iobmd_status_field(t, thread->tid, "TracerPid:") == t->self) error = 0;
     if (error == -ESRCH || (error && iobmd_is_dead(t, thread->tid))) return IOBMD_ENDED;
@@ -611,14 +705,17 @@ static int iobmd_stand(struct iobmd_tracer *t, struct iobmd_thread *thread, int6
 static int iobmd_let_go(struct iobmd_tracer *t, struct iobmd_thread *thread)
 {
     int status = thread->stands ? IOBMD_DONE : iobmd_stand(t, thread, 1);
-    if (!status) iobmd_ptrace(PTRACE_DETACH, thread->tid, 0, NULL);
+    if (!status) {
+        iobmd_before_detaching(t, thread);
+        iobmd_ptrace(PTRACE_DETACH, thread->tid, 0, NULL);
+    }
     thread->stands = 0;
     return status != IOBMD_LATE || iobmd_is_gone(t, thread->tid);
 }
 
 /* Abort a restartable sequence, as the kernel does when it interrupts one; an injected call hides the interruption
    from the kernel (rseq(2)). */
-static int iobmd_abort_sequence(struct iobmd_tracer *t, pid_t tid, struct user_regs_struct *regs)
+static int iobmd_abort_sequence(struct iobmd_tracer *t, pid_t tid, struct iobmd_state *state)
 {
     unsigned long area[3] = { 0, 0, 0 }, descriptor = 0;
     struct { unsigned int version, flags; unsigned long start, length, abort; } sequence;
@@ -626,33 +723,32 @@ static int iobmd_abort_sequence(struct iobmd_tracer *t, pid_t tid, struct user_r
     if (iobmd_ptrace(IOBMD_RSEQ, tid, sizeof area, area) < 0 || !area[0]) return IOBMD_DONE;
     if ((status = iobmd_peek(t, tid, area[0] + 8, &descriptor, sizeof descriptor)) || !descriptor) return status;
     if ((status = iobmd_peek(t, tid, descriptor, &sequence, sizeof sequence))) return status;
-    if (regs->rip - sequence.start < sequence.length) regs->rip = sequence.abort;
+    if (iobmd_position(state) - sequence.start < sequence.length) iobmd_move(state, sequence.abort);
     return IOBMD_DONE;
 }
 
 /* Make system calls in a stopped thread, and restore its state. The calls must never block, because the thread cannot
    be removed from a blocked call. */
-static int iobmd_use(struct iobmd_tracer *t, pid_t tid, struct iobmd_call *calls, int count)
+static int iobmd_use(struct iobmd_tracer *t, struct iobmd_thread *thread, struct iobmd_call *calls, int count)
 {
-    struct user_regs_struct before;
+    struct iobmd_state before;
+    pid_t tid = thread->tid;
     unsigned long mask, all = ~0ul, dispatch[4] = { 0, 0, 0, 0 };
-    unsigned char code[IOBMD_INSTRUCTION];
-    int status;
+    int status, found;
     if (!count) return IOBMD_DONE;
-    if (iobmd_ptrace(PTRACE_GETREGS, tid, 0, &before)) return IOBMD_ENDED;
-    if (before.cs == IOBMD_CODE_32) return IOBMD_32_BIT;
+    if ((status = iobmd_load(tid, &before))) return status;
     if (!iobmd_ptrace(IOBMD_DISPATCH, tid, sizeof dispatch, dispatch) && dispatch[0]) return IOBMD_DIVERTED;
     /* It may have executed another program since the instruction was found. */
-    if ((status = iobmd_peek(t, tid, t->instruction, code, sizeof code))) return status;
-    if (code[0] != 0x0f || code[1] != 0x05) return IOBMD_UNREADABLE;
+    if ((status = iobmd_is_at(t, tid, t->instruction, &found))) return status;
+    if (!found) return IOBMD_UNREADABLE;
     if ((status = iobmd_abort_sequence(t, tid, &before))) return status;
     if (iobmd_ptrace(PTRACE_SETOPTIONS, tid, 0, (void *)(t->options | PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACECLONE)))
         return IOBMD_ENDED;
     if (iobmd_ptrace(IOBMD_GETSIGMASK, tid, sizeof mask, &mask)) return IOBMD_ENDED;
     iobmd_ptrace(IOBMD_SETSIGMASK, tid, sizeof all, &all);
-    status = iobmd_program(t, tid, &before, calls, count, 0, 0);
+    if (!(status = iobmd_leave_call(t, thread, &before))) status = iobmd_program(t, tid, &before, calls, count, 0, 0);
+    iobmd_reenter_call(t, thread, &before, !status || status == IOBMD_FAILED);
     iobmd_ptrace(IOBMD_SETSIGMASK, tid, sizeof mask, &mask);
-    iobmd_ptrace(PTRACE_SETREGS, tid, 0, &before);
     return status;
 }
 
@@ -704,7 +800,7 @@ static int iobmd_stop(struct iobmd_tracer *t, const struct iobmd_thread *threads
         if (status) continue;
         if (late < t->lates) t->late[late] = t->late[--t->lates];
         t->spins = !t->is_thread && iobmd_now() - thread.begun_ns > IOBMD_FAR_NS;
-        result = iobmd_use(t, thread.tid, calls, count);
+        result = iobmd_use(t, &thread, calls, count);
         t->spins = 0;
         iobmd_let_go(t, &thread);
         ended = iobmd_now();
@@ -786,10 +882,10 @@ static void iobmd_take_guest(struct iobmd_tracer *t, const struct iobmd_call *ca
 static int iobmd_run_in(struct iobmd_tracer *t, pid_t pid, struct iobmd_call *calls, int count, int64_t until,
                         int may_give_up)
 {
-    struct user_regs_struct regs;
-    int status;
-    if (iobmd_ptrace(PTRACE_GETREGS, pid, 0, &regs)) return IOBMD_ENDED;
-    status = iobmd_program(t, pid, &regs, calls, count, until, may_give_up);
+    struct iobmd_state state;
+    int status = iobmd_load(pid, &state);
+    if (status) return status;
+    status = iobmd_program(t, pid, &state, calls, count, until, may_give_up);
     return status == IOBMD_LATE ? IOBMD_STUCK : status;
 }
 
@@ -982,7 +1078,7 @@ static int iobmd_make_guest(struct iobmd_tracer *t)
     for (int i = 0; i < t->frozen && !t->guest; i++) {
         struct iobmd_call clone = iobmd_new_call(SYS_clone, CLONE_VM | CLONE_FS | CLONE_FILES, IOBMD_NO_STACK, 0);
         if (t->threads[i].ended) continue;
-        status = iobmd_use(t, t->threads[i].tid, &clone, 1);
+        status = iobmd_use(t, &t->threads[i], &clone, 1);
         iobmd_take_guest(t, &clone, 1, status);
         if (status != IOBMD_UNREADABLE && status != IOBMD_ENDED) break;
     }
@@ -1024,17 +1120,19 @@ static int iobmd_stand_alone(struct iobmd_tracer *t)
     return t->child ? iobmd_collect(t) : IOBMD_DONE;
 }
 
-static int iobmd_make_slots(struct iobmd_tracer *t, int slots)
+/* Provide memory for register sets, and retain those that are recorded already. */
+static int iobmd_make_room(struct iobmd_tracer *t, size_t size)
 {
     long memory;
-    if (t->slots >= slots) return IOBMD_DONE;
-    if (t->slots) iobmd_raw(SYS_munmap, (long)t->registers, (long)t->slots * t->slot, 0, 0, 0, 0);
-    t->slots = 0;
-    memory = iobmd_raw(SYS_mmap, 0, (long)slots * t->slot, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    if (t->registers_room >= size) return IOBMD_DONE;
+    size = (size + t->page - 1) & ~(t->page - 1);
+    memory = t->registers_room ? iobmd_raw(SYS_mremap, (long)t->registers, (long)t->registers_room, (long)size,
+                                           MREMAP_MAYMOVE, 0, 0)
+                               : iobmd_raw(SYS_mmap, 0, (long)size, PROT_READ | PROT_WRITE,
+                                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
     if (memory < 0 && memory > -4096) return IOBMD_NO_MEMORY;
     t->registers = (char *)memory;
-    t->slots = slots;
+    t->registers_room = size;
     return IOBMD_DONE;
 }
 
@@ -1049,14 +1147,10 @@ static int iobmd_count_thread(struct iobmd_tracer *t, pid_t tid, void *data)
 /* Reserve memory for the registers of the threads, before they are stopped. */
 static int iobmd_reserve_registers(struct iobmd_tracer *t)
 {
-    unsigned int size = 0, unused, features = 0;  /* size: of the processor's largest XSAVE area */
+    size_t each = iobmd_sets_expected() + sizeof(struct iobmd_registers) + 8 * sizeof(struct iobmd_register_set);
     int threads = 0;
-    if (__get_cpuid(1, &unused, &unused, &features, &unused) && features & bit_OSXSAVE)
-        __get_cpuid_count(0xd, 0, &unused, &unused, &size, &unused);
-    if (size < sizeof(struct user_fpregs_struct)) size = sizeof(struct user_fpregs_struct);
-    t->slot = (int)((sizeof(struct iobmd_registers) + size + 63) & ~63ul);
     iobmd_each_thread(t, iobmd_count_thread, &threads);
-    return iobmd_make_slots(t, threads + threads / 8 + 16);
+    return iobmd_make_room(t, (size_t)(threads + threads / 8 + 16) * each + IOBMD_SETS_SIZE);
 }
 
 /* Save the registers of all threads, which are stopped. */
@@ -1064,21 +1158,22 @@ static int iobmd_record(struct iobmd_tracer *t)
 {
     int status;
     t->recorded = 0;
-    if (t->frozen > t->slots && (status = iobmd_make_slots(t, t->frozen))) return status;
     for (int i = 0; i < t->frozen; i++) {
-        struct iobmd_registers *here = (struct iobmd_registers *)(t->registers + (size_t)t->recorded * (size_t)t->slot);
-        struct iovec area = { here + 1, (size_t)t->slot - sizeof *here };
+        struct iobmd_registers *here;
+        struct iobmd_sets sets;
         pid_t tid = t->threads[i].tid;
-        if (t->threads[i].ended || iobmd_ptrace(PTRACE_GETREGS, tid, 0, here->general)) continue;
-        if (iobmd_ptrace(PTRACE_GETREGSET, tid, IOBMD_XSTATE, &area)) {  /* a processor without XSAVE */
-            if (iobmd_ptrace(PTRACE_GETFPREGS, tid, 0, here + 1)) continue;
-            area.iov_len = sizeof(struct user_fpregs_struct);
-        }
+        if (t->threads[i].ended) continue;
+        if (t->registers_room - t->recorded < IOBMD_SETS_SIZE &&
+            (status = iobmd_make_room(t, 2 * t->registers_room + IOBMD_SETS_SIZE)))
+            return status;
+        here = (struct iobmd_registers *)(t->registers + t->recorded);
+        sets = (struct iobmd_sets){ (char *)(here + 1), t->registers + t->registers_room };
+        if (iobmd_save_sets(tid, &sets)) continue;
         here->tid = tid;
-        here->extended = (unsigned int)area.iov_len;
+        here->size = (unsigned int)(sets.at - (char *)(here + 1));
         here->blocked = 0;
         iobmd_ptrace(IOBMD_GETSIGMASK, tid, sizeof here->blocked, &here->blocked);
-        t->recorded++;
+        t->recorded = (size_t)(sets.at - t->registers);
     }
     return IOBMD_DONE;
 }
@@ -1135,7 +1230,7 @@ static int iobmd_copy_objects(struct iobmd_tracer *t, int prepares)
         unsigned long at, end;
         for (at = 0; at < object->size && iobmd_next_data(object, &at, &end); at = end) {
             if (prepares && object->has_holes) {
-                unsigned long first = at & ~(IOBMD_PAGE - 1ul), last = (end + IOBMD_PAGE - 1) & ~(IOBMD_PAGE - 1ul);
+                unsigned long first = at & ~(t->page - 1), last = (end + t->page - 1) & ~(t->page - 1);
                 iobmd_raw(SYS_madvise, (long)(object->to + first), (long)(last - first), 23 /* MADV_POPULATE_WRITE */, 0,
                           0, 0);
                 if (iobmd_gives_up(t)) return IOBMD_LATE;
@@ -1350,7 +1445,7 @@ static void iobmd_release(struct iobmd_tracer *t)
 {
     free(t->objects);
     if (t->threads) munmap(t->threads, (size_t)t->room * sizeof *t->threads);
-    if (t->slots) munmap(t->registers, (size_t)t->slots * (size_t)t->slot);
+    if (t->registers_room) munmap(t->registers, t->registers_room);
     IOBMD_UNMARK(t, sizeof *t);
     munmap(t, sizeof *t);
 }
@@ -1389,6 +1484,7 @@ static struct iobmd_tracer *iobmd_tracer_start(pid_t task, unsigned long instruc
     if (t == MAP_FAILED) return NULL;
     iobmd_release_ended();
     t->task = task;
+    t->page = (unsigned long)getpagesize();
     t->instruction = instruction;
     t->options = options;
     t->is_thread = is_thread;
@@ -1461,6 +1557,12 @@ static int64_t iobmd_tracer_end(struct iobmd_tracer *t)
 }
 
 #else  /* another processor */
+
+#define IOBMD_PROCESSOR ""
+#define IOBMD_INSTRUCTION ""
+enum { IOBMD_ELF = 0, IOBMD_INSTRUCTION_ALIGNMENT = 1 };
+struct iobmd_named_call { const char *name; int number; };
+static const struct iobmd_named_call iobmd_made_calls[] = { { NULL, 0 } }, iobmd_calls_ended_by_a_stop[] = { { NULL, 0 } };
 
 static struct iobmd_tracer *iobmd_tracer_start(pid_t task, unsigned long instruction, long options, int is_thread)
 {

@@ -1,4 +1,4 @@
-# A process that traces another task for this one; x86-64
+# A process that traces another task for this one
 from libc.stdint cimport int64_t
 
 cdef extern from "tracer.h" nogil:
@@ -52,9 +52,20 @@ cdef extern from "tracer.h" nogil:
         int file
     struct iobmd_registers:
         int tid
-        unsigned int extended
+        unsigned int size
         unsigned long blocked
-        unsigned long *general
+    struct iobmd_register_set:
+        unsigned int type
+        unsigned int size
+    struct iobmd_named_call:
+        const char *name
+        int number
+    const char *IOBMD_PROCESSOR
+    const char *IOBMD_INSTRUCTION
+    enum: IOBMD_INSTRUCTION_ALIGNMENT
+    enum: IOBMD_ELF
+    const iobmd_named_call *iobmd_made_calls
+    const iobmd_named_call *iobmd_calls_ended_by_a_stop
     struct iobmd_tracer:
         unsigned long instruction
         int64_t patience_ns
@@ -81,8 +92,7 @@ cdef extern from "tracer.h" nogil:
         int guest
         int child
         char *registers
-        int recorded
-        int slot
+        size_t recorded
     iobmd_tracer *iobmd_tracer_start(int task, unsigned long instruction, long options, int is_thread)
     void iobmd_tracer_begin(iobmd_tracer *tracer, int command)
     int iobmd_tracer_wait(iobmd_tracer *tracer)

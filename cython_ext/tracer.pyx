@@ -14,11 +14,12 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset, strerror, strncpy
 
 from tracer cimport (
-    IOBMD_32_BIT, IOBMD_CALLS, IOBMD_CHANGED, IOBMD_COLLECT, IOBMD_DIVERTED, IOBMD_DONE, IOBMD_ENDED, IOBMD_FAILED,
-    IOBMD_FREEZE, IOBMD_GONE, IOBMD_GUEST, IOBMD_HELD, IOBMD_LATE, IOBMD_NO_MEMORY, IOBMD_NO_PROCESS, IOBMD_REFUSED,
-    IOBMD_RUN, IOBMD_SIGNALLED, IOBMD_SNAPSHOT, IOBMD_STAND_ALONE, IOBMD_STOP, IOBMD_STRANGER, IOBMD_STUCK,
-    IOBMD_THAW, IOBMD_UNCOPIED, IOBMD_UNREADABLE, IOBMD_UNSEEN, iobmd_call, iobmd_object, iobmd_registers,
-    iobmd_thread, iobmd_tracer,
+    IOBMD_32_BIT, IOBMD_CALLS, IOBMD_CHANGED, IOBMD_COLLECT, IOBMD_DIVERTED, IOBMD_DONE, IOBMD_ELF, IOBMD_ENDED,
+    IOBMD_FAILED, IOBMD_FREEZE, IOBMD_GONE, IOBMD_GUEST, IOBMD_HELD, IOBMD_INSTRUCTION, IOBMD_INSTRUCTION_ALIGNMENT,
+    IOBMD_LATE, IOBMD_NO_MEMORY, IOBMD_NO_PROCESS, IOBMD_PROCESSOR, IOBMD_REFUSED, IOBMD_RUN, IOBMD_SIGNALLED,
+    IOBMD_SNAPSHOT, IOBMD_STAND_ALONE, IOBMD_STOP, IOBMD_STRANGER, IOBMD_STUCK, IOBMD_THAW, IOBMD_UNCOPIED,
+    IOBMD_UNREADABLE, IOBMD_UNSEEN, iobmd_call, iobmd_calls_ended_by_a_stop, iobmd_made_calls, iobmd_named_call,
+    iobmd_object, iobmd_register_set, iobmd_registers, iobmd_thread, iobmd_tracer,
     iobmd_tracer_abandon, iobmd_tracer_begin, iobmd_tracer_end, iobmd_tracer_start, iobmd_tracer_wait,
 )
 
@@ -36,8 +37,33 @@ FAILED, ENDED, STUCK, UNSEEN = IOBMD_FAILED, IOBMD_ENDED, IOBMD_STUCK, IOBMD_UNS
 UNREADABLE, NO_MEMORY, UNCOPIED = IOBMD_UNREADABLE, IOBMD_NO_MEMORY, IOBMD_UNCOPIED
 CALLS = IOBMD_CALLS
 LIMIT = 6.0  # seconds for a command, beyond its own deadline
+PROCESSOR = IOBMD_PROCESSOR.decode()
+"""The processor whose registers the tracer knows; "": it does not know those of this one."""
+ELF_MACHINE = IOBMD_ELF
+"""Its number in ELF files."""
+INSTRUCTION = <bytes>IOBMD_INSTRUCTION[:sizeof(IOBMD_INSTRUCTION) - 1]
+INSTRUCTION_ALIGNMENT = IOBMD_INSTRUCTION_ALIGNMENT
+"""Its system call instruction, and a divisor of the addresses of instructions."""
 _abandoned = []  # memory to which a tracer that takes too long may still write: it is never unmapped
 NO_PROCESS, GUEST, SNAPSHOT = IOBMD_NO_PROCESS, IOBMD_GUEST, IOBMD_SNAPSHOT
+
+
+cdef dict _numbers(const iobmd_named_call *calls):
+    """Return the numbers of system calls by name."""
+    found = {}
+    while calls.name != NULL:
+        found[calls.name.decode()] = calls.number
+        calls += 1
+    return found
+
+
+MADE_CALLS = _numbers(iobmd_made_calls)
+"""The numbers of the system calls that are made in other tasks."""
+CALLS_ENDED_BY_A_STOP = _numbers(iobmd_calls_ended_by_a_stop)
+"""The numbers of those that may return EINTR after a stop although no signal handler ran (signal(7)).
+
+They have then had no effect, and are restarted.
+"""
 
 
 @cython.final
@@ -61,7 +87,7 @@ cdef class Tracer:
     Raises
     ------
     OSError
-        No process can be created. `ENOSYS`: this is not x86-64.
+        No process can be created. `ENOSYS`: the tracer does not know this processor (`PROCESSOR`).
     """
 
     cdef iobmd_tracer *_tracer
@@ -145,20 +171,24 @@ cdef class Tracer:
     def registers(self):
         """The registers of the threads at the last `freeze` with `records`.
 
-        For each: its id; the mask of blocked signals; the general registers, in the layout of `struct
-        user_regs_struct`; and the XSAVE area, in the layout of NT_X86_XSTATE, or only its first 512 bytes.
+        For each: its id; the mask of blocked signals; and its register sets, in the order of a core file: for each
+        the type of its note (elf.h, NT_…) and its data.
         """
         cdef iobmd_registers *here
-        cdef char *at
-        cdef int index
+        cdef iobmd_register_set *one
+        cdef size_t at = 0, end
         found = []
-        if self._tracer != NULL:
-            for index in range(self._tracer.recorded):
-                at = self._tracer.registers + <size_t>index * <size_t>self._tracer.slot
-                here = <iobmd_registers *>at
-                general = (<char *>here.general)[:27 * 8]
-                extended = (at + sizeof(iobmd_registers))[:here.extended]
-                found.append((here.tid, here.blocked, general, extended))
+        while self._tracer != NULL and at < self._tracer.recorded:
+            here = <iobmd_registers *>(self._tracer.registers + at)
+            at += sizeof(iobmd_registers)
+            end = at + here.size
+            sets = []
+            while at < end:
+                one = <iobmd_register_set *>(self._tracer.registers + at)
+                at += sizeof(iobmd_register_set)
+                sets.append((one.type, (self._tracer.registers + at)[:one.size]))
+                at += (one.size + 7) & ~<size_t>7
+            found.append((here.tid, here.blocked, sets))
         return found
 
     def freeze(self, threads, int wanted=0, double deadline=0, bint records=False, objects=()):

@@ -3,6 +3,12 @@ from typing import Self, final
 
 from iobmd._native.mapping import Mapping
 
+PROCESSOR: str
+ELF_MACHINE: int
+INSTRUCTION: bytes
+INSTRUCTION_ALIGNMENT: int
+MADE_CALLS: dict[str, int]
+CALLS_ENDED_BY_A_STOP: dict[str, int]
 CALLS: int
 LIMIT: float
 CHANGED: int
@@ -43,7 +49,7 @@ class Tracer:
     @property
     def refused(self) -> int: ...
     @property
-    def registers(self) -> list[tuple[int, int, bytes, bytes]]: ...
+    def registers(self) -> list[tuple[int, int, list[tuple[int, bytes]]]]: ...
     @property
     def results(self) -> list[int]: ...
     def collect(self, threads: Sequence[tuple[int, int, int, int]], failed: bool) -> int: ...

@@ -3,7 +3,7 @@
 import errno
 import os
 
-from iobmd._native import crosstask, mman
+from iobmd._native import crosstask, mman, tracer
 from iobmd.host.fact import Fact, Status, has_seccomp_filter
 from iobmd.host.privilege import capability_remedy
 
@@ -11,9 +11,9 @@ from iobmd.host.privilege import capability_remedy
 def system_calls() -> Fact:
     """Report whether system calls can be made in other tasks, on this processor."""
     name, purpose = "calls in tasks", "allocate in other tasks, map into them, copy from them as of one moment"
-    if os.uname().machine != "x86_64":
+    if not tracer.PROCESSOR:
         return Fact(name, Status.NO, False, f"not on {os.uname().machine}", purpose, "an x86-64 host")
-    return Fact(name, Status.YES, True, "x86-64", purpose)
+    return Fact(name, Status.YES, True, tracer.PROCESSOR, purpose)
 
 
 def pidfd_getfd() -> Fact:

@@ -19,6 +19,7 @@ from iobmd._internal.arguments import check_integers
 from iobmd._internal.atomic_file import replacing
 from iobmd._native import crosstask
 from iobmd._native.crosstask import HeldBuffer
+from iobmd._native.tracer import ELF_MACHINE
 from iobmd.errors import BadArgumentError
 from iobmd.remote import core_notes
 from iobmd.remote.core_summary import CoreSummary
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     Fetch = Callable[[int, int, int], object]
 
 _HEADER, _SEGMENT, _SECTION = 64, 56, 64  # bytes of an ELF header, a program header and a section header
-_CORE, _X86_64, _NOTE, _LOAD = 4, 62, 4, 1
+_CORE, _NOTE, _LOAD = 4, 4, 1
 _MOST_SEGMENTS = 0xFFFF
 """From this number on, the section header contains the number of segments (PN_XNUM)."""
 _GAP = 32 << 10
@@ -221,7 +222,7 @@ class _Core:
         sections = _HEADER + _SEGMENT * count if has_more else 0
         header = struct.pack(
             "=4s5B7xHHIQQQIHHHHHH",
-            b"\x7fELF", 2, 1, 1, 0, 0, _CORE, _X86_64, 1, 0, _HEADER, sections, 0,
+            b"\x7fELF", 2, 1, 1, 0, 0, _CORE, ELF_MACHINE, 1, 0, _HEADER, sections, 0,
             _HEADER, _SEGMENT, min(count, _MOST_SEGMENTS), _SECTION if has_more else 0, int(has_more), 0,
         )  # fmt: skip
         parts = [header, _segment(_NOTE, 0, notes, 0, len(self._notes), 0, 4)]

@@ -16,15 +16,11 @@ if TYPE_CHECKING:
 
     from iobmd.task.task import Task
 
-    Registers = tuple[int, int, bytes, bytes]
-    """A thread: its id, its blocked signals, its general registers, and its XSAVE area."""
+    Registers = tuple[int, int, list[tuple[int, bytes]]]
+    """A thread: its id, its blocked signals, and its register sets, each with the type of its note."""
 
 _PRSTATUS, _FPREGSET, _PRPSINFO, _AUXV = 1, 2, 3, 6
-_XSTATE, _SIGINFO, _FILE = 0x202, 0x53494749, 0x46494C45
-_FXSAVE = 512
-"""Size of the first part of the XSAVE area: the registers of FXSAVE."""
-_SOFTWARE = 464
-"""Offset in it of bytes that are not registers, but describe the XSAVE area."""
+_SIGINFO, _FILE = 0x53494749, 0x46494C45
 _TIMES = (11, 12, 13, 14)
 """The processor times in stat, after the name, in clock ticks."""
 
@@ -83,7 +79,8 @@ def notes(
     """
     ordered = sorted(threads, key=lambda thread: thread[0] != task.pid)
     found: list[bytes] = []
-    for index, (tid, blocked, general, extended) in enumerate(ordered):
+    for index, (tid, blocked, sets) in enumerate(ordered):
+        (_, general), *others = sets
         found.append(_note(_PRSTATUS, _status(tid, blocked, general, state)))
         if not index:
             folder = Path(pidns.directory(holder))
@@ -93,9 +90,8 @@ def notes(
                 _note(_AUXV, (folder / "auxv").read_bytes()),
                 _note(_FILE, _files(files)),
             ]
-        found.append(_note(_FPREGSET, extended[:_SOFTWARE] + bytes(_FXSAVE - _SOFTWARE)))
-        if len(extended) > _FXSAVE:
-            found.append(_note(_XSTATE, extended, b"LINUX\0"))
+        # The owner of notes that only some processors have is the kernel (fs/binfmt_elf.c).
+        found += [_note(kind, data, b"CORE\0" if kind == _FPREGSET else b"LINUX\0") for kind, data in others]
     return b"".join(found)
 
 

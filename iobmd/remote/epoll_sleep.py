@@ -1,7 +1,7 @@
 """The time since which a thread sleeps in epoll_wait, so that a stop does not prolong its sleep.
 
-The kernel resumes most calls by itself. Those in `threads.ENDED_BY_A_STOP` return EINTR, as if a signal handler had
-run, and the tracer restarts them (`cython_ext/tracer.h`). If the C library made the call, it does not read the
+The kernel resumes most calls by itself. Those in `tracer.CALLS_ENDED_BY_A_STOP` return EINTR, as if a signal handler
+had run, and the tracer restarts them (`cython_ext/tracer.h`). If the C library made the call, it does not read the
 register of the timeout again, so the tracer sets that to the remaining time. Other calls, and those whose timeout is
 in memory or an option of a socket, restart with their whole timeout.
 """
@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import procfs
 from iobmd._internal import pidns
-from iobmd.remote import threads
+from iobmd._native import tracer as native
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from iobmd.remote import threads
     from iobmd.task.task import Task
 
-EPOLL = (threads.EPOLL_WAIT, threads.EPOLL_PWAIT)
+EPOLL = {number for name, number in native.CALLS_ENDED_BY_A_STOP.items() if name in ("epoll_wait", "epoll_pwait")}
 
 
 class Sleep(NamedTuple):

@@ -23,11 +23,6 @@ from iobmd.task.task import Task
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-SYSCALLS = {
-    "mmap": 9, "munmap": 11, "socketpair": 53, "recvfrom": 45, "recvmsg": 47, "close": 3, "clone": 56,
-    "close_range": 436, "mlock": 149, "munlock": 150, "mprotect": 10, "io_uring_setup": 425, "io_uring_register": 427,
-    "userfaultfd": 323,
-}  # fmt: skip
 SCRATCH, MAPPING = 1, 2
 """Kinds of memory that a call maps: unmapped when the guest ends, always (SCRATCH) or after a failure (MAPPING)."""
 PATIENCE = 5.0  # seconds for a call without its own deadline

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iobmd import host, procfs
+from iobmd._native.tracer import PROCESSOR
 from iobmd.errors import BadArgumentError, IOReturnError, NotPermittedError, UnsupportedError
 from iobmd.printable import printable
 from iobmd.task import diagnosis
@@ -24,8 +25,8 @@ class Traced(Exception):  # noqa: N818 (another attempt may succeed)
 
 
 def require_processor() -> None:
-    """Raise `kIOReturnUnsupported` if the processor is not an x86-64."""
-    if platform.machine() != "x86_64":
+    """Raise `kIOReturnUnsupported` if the tracer does not know this processor."""
+    if not PROCESSOR:
         message = f"system calls in another task are made on x86-64 only, and this is {platform.machine()}"
         raise UnsupportedError(message)
 

@@ -20,7 +20,7 @@ from iobmd._native import tracer as native
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NoMemoryError, NoResourcesError, TaskTimeoutError, UnsupportedError
 from iobmd.remote import epoll_sleep, freezer, preflight, syscall_instruction, threads
-from iobmd.remote.guest import SYSCALLS, Call, Guest, Result, call
+from iobmd.remote.guest import Call, Guest, Result, call
 from iobmd.task import attempt, diagnosis
 from iobmd.task.task import Task
 
@@ -210,7 +210,7 @@ class Session:
                 return pid
 
     @property
-    def registers(self) -> list[tuple[int, int, bytes, bytes]]:
+    def registers(self) -> list[tuple[int, int, list[tuple[int, bytes]]]]:
         """The registers of the task's threads when the snapshot was created, as `native.Tracer.registers`."""
         return self._tracer.registers
 
@@ -429,7 +429,7 @@ def _packed(one: Call) -> tuple[int, list[int], list[int], int]:
     """Return a call in the form that `native.Tracer` accepts."""
     values = [value.plus if isinstance(value, Result) else value for value in one.arguments]
     of = [value.of if isinstance(value, Result) else -1 for value in one.arguments]
-    return SYSCALLS[one.name], values, of, one.made
+    return native.MADE_CALLS[one.name], values, of, one.made
 
 
 def _signal(number: int) -> str:

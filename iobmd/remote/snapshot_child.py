@@ -52,7 +52,7 @@ class SnapshotChild:
         self._objects = objects
         self._session: Session | None = None
         self._stopped_ns = 0
-        self.registers: list[tuple[int, int, bytes, bytes]] = []
+        self.registers: list[tuple[int, int, list[tuple[int, bytes]]]] = []
         """The registers of the threads, as `native.Tracer.registers`."""
 
     @property

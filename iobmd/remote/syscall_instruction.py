@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iobmd import procfs
+from iobmd._native.tracer import INSTRUCTION, INSTRUCTION_ALIGNMENT
 from iobmd.errors import NotFoundError, UnsupportedError, VMError
 from iobmd.remote.areas import areas
 from iobmd.task import diagnosis
@@ -16,7 +17,6 @@ from iobmd.task import diagnosis
 if TYPE_CHECKING:
     from iobmd.task.task import Task
 
-_SYSCALL = b"\x0f\x05"  # x86-64
 _AT_SYSINFO_EHDR = 33  # getauxval(3): the address of the vDSO
 _SETTLED = 1.0  # seconds for a task to complete an exec, or to exit
 _CODE = 4 << 20  # bytes of each executable area that are searched if there is no vDSO
@@ -59,7 +59,7 @@ def _find(task: Task) -> int:
 def is_at(task: Task, address: int) -> bool:
     """Return whether the instruction is at an address."""
     try:
-        return task.read(address, len(_SYSCALL)) == _SYSCALL
+        return task.read(address, len(INSTRUCTION)) == INSTRUCTION
     except VMError:
         return False
 
@@ -87,7 +87,7 @@ def _search(task: Task, base: int) -> int:
         raise diagnosis.refused(task.pid, error.errno or 0, "memory map") from None
     for area in code:
         try:
-            found = task.read(area.start, min(area.end - area.start, _CODE)).find(_SYSCALL)
+            found = _in(task.read(area.start, min(area.end - area.start, _CODE)))
         except VMError:  # [vsyscall], or the end of a file
             continue
         if found >= 0:
@@ -95,3 +95,11 @@ def _search(task: Task, base: int) -> int:
                 _offset_in_vdso = found
             return area.start + found
     return 0
+
+
+def _in(code: bytes) -> int:
+    """Return the offset of the first one in code, or -1."""
+    found = code.find(INSTRUCTION)
+    while found % INSTRUCTION_ALIGNMENT and found >= 0:
+        found = code.find(INSTRUCTION, found + 1)
+    return found

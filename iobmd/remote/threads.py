@@ -7,22 +7,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from iobmd._internal import pidns
+from iobmd._native import tracer as native
 from iobmd.errors import NO_DESCRIPTOR
 from iobmd.task import diagnosis
 
-EPOLL_WAIT, EPOLL_PWAIT = 232, 281
-ENDED_BY_A_STOP = {
-    0: "read", 1: "write", 19: "readv", 20: "writev", 42: "connect", 43: "accept", 44: "sendto", 45: "recvfrom",
-    46: "sendmsg", 47: "recvmsg", 65: "semop", 128: "rt_sigtimedwait", 208: "io_getevents", 220: "semtimedop",
-    EPOLL_WAIT: "epoll_wait", EPOLL_PWAIT: "epoll_pwait", 288: "accept4", 299: "recvmmsg", 307: "sendmmsg",
-    333: "io_pgetevents", 426: "io_uring_enter", 441: "epoll_pwait2",
-}  # fmt: skip
-"""System calls, by number, that may return EINTR after a stop although no signal handler ran (signal(7)).
-
-They have then had no effect, and are restarted.
-"""
-_RANKS = {0: 1, 19: 1, 1: 4, 20: 4, 44: 4, 45: 4, 46: 4, 47: 4, 299: 4, 307: 4, 426: 4}
-"""Reads end only on sockets with a timeout. Calls that may have transferred some bytes would return early."""
+_PARTIAL = {"write", "writev", "sendto", "recvfrom", "sendmsg", "recvmsg", "recvmmsg", "sendmmsg", "io_uring_enter"}
+"""Calls that may have transferred some bytes, and would return early."""
+_RANKS = {
+    number: 1 if name in ("read", "readv") else 4 if name in _PARTIAL else 3
+    for name, number in native.CALLS_ENDED_BY_A_STOP.items()
+}
+"""By the numbers of calls that end with a stop. Reads do so only on sockets with a timeout."""
 _EXAMINED = 16  # threads at most; one of them can be stopped
 
 
@@ -98,8 +93,7 @@ def activity(pid: int, tid: int) -> Activity | None:
         return Activity(9, tid, cpu, -1)
     if number < 0:
         return Activity(1, tid, cpu, -1)
-    rank = 3 if number in ENDED_BY_A_STOP else 0
-    return Activity(_RANKS.get(number, rank), tid, cpu, number)
+    return Activity(_RANKS.get(number, 0), tid, cpu, number)
 
 
 def call(pid: int, tid: int) -> int | None:

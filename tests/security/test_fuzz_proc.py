@@ -16,6 +16,7 @@ from support.fuzzing import fuzzed, mutated
 from iobmd import procfs
 from iobmd._internal import pidns
 from iobmd._native import maps as native
+from iobmd._native.tracer import CALLS_ENDED_BY_A_STOP, INSTRUCTION, INSTRUCTION_ALIGNMENT
 from iobmd.host import access, cgroup, fact, pages
 from iobmd.remote import epoll_sleep, syscall_instruction, threads
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PID = os.getpid()
+EPOLL_PWAIT = CALLS_ENDED_BY_A_STOP["epoll_pwait"]
 
 anything = st.binary(max_size=15)
 hostile = st.sampled_from([
@@ -151,12 +153,12 @@ def test_stat(proc: Path, monkeypatch: pytest.MonkeyPatch, name: bytes, flags: i
     for folder in (proc, proc / "task" / "9"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "stat").write_bytes(b"9 (%b) S %b\n" % (name[:15], b" ".join(rest)))
-        (folder / "syscall").write_bytes(b"232 0x1 0x2\n")
+        (folder / "syscall").write_bytes(b"%d 0x1 0x2\n" % EPOLL_PWAIT)
     assert procfs.start_time() == start
     assert procfs.flags() == flags
     monkeypatch.setattr(pidns, "directory", lambda _pid: str(proc))
     assert threads.state(9, 9) == "S"
-    assert threads.activity(9, 9) == threads.Activity(3, 9, 39, 232)
+    assert threads.activity(9, 9) == threads.Activity(3, 9, 39, EPOLL_PWAIT)
 
 
 @fuzzed(40, name=names, last=st.floats(0, 1e12), switches=st.integers(0, 1 << 40))
@@ -252,9 +254,8 @@ class Program:
         raise VMError("nothing is mapped there")
 
 
-code = st.binary(max_size=60) | st.lists(st.sampled_from([b"\x0f", b"\x05", b"\x0f\x05", b"\x90"]), max_size=8).map(
-    b"".join
-)
+parts = st.sampled_from([INSTRUCTION[:1], INSTRUCTION[1:], INSTRUCTION, b"\x90"])
+code = st.binary(max_size=60) | st.lists(parts, max_size=8).map(b"".join)
 auxv = st.lists(st.tuples(st.sampled_from([0, 3, 33]), st.integers(0, (1 << 64) - 1)), max_size=3).map(
     lambda pairs: b"".join(key.to_bytes(8, "little") + value.to_bytes(8, "little") for key, value in pairs)
 )
@@ -293,4 +294,5 @@ def test_search_of_a_system_call(
         address = syscall_instruction.find(task)  # type: ignore[arg-type]
     except (UnsupportedError, NotFoundError):
         return
-    assert task.read(address, 2) == b"\x0f\x05"
+    assert task.read(address, len(INSTRUCTION)) == INSTRUCTION
+    assert address % INSTRUCTION_ALIGNMENT == 0

@@ -1,5 +1,6 @@
 """A parser of core files that shares no code with iobmd (elf(5))."""
 
+import os
 import struct
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ class Core:
         self.data = data
         assert data[:7] == b"\x7fELF\2\1\1"
         kind, machine = struct.unpack_from("=HH", data, 16)
-        assert (kind, machine) == (4, 62)
+        assert (kind, machine) == (4, {"x86_64": 62, "aarch64": 183}[os.uname().machine])
         (start,) = struct.unpack_from("=Q", data, 32)
         size, count = struct.unpack_from("=HH", data, 54)
         self.segments = []

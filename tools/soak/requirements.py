@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from iobmd._native.tracer import PROCESSOR
+
 from . import kernel
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ def _frames() -> str:
 
 
 def _ptrace() -> str:
-    if os.uname().machine != "x86_64":
+    if not PROCESSOR:
         return "system calls in other tasks need x86-64"
     scope = Path("/proc/sys/kernel/yama/ptrace_scope")
     if scope.exists() and int(scope.read_text()) >= (3 if kernel.has_capabilities(_CAP_SYS_PTRACE) else 2):
