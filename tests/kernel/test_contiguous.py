@@ -310,7 +310,7 @@ def test_on_a_fragmented_host() -> None:
             mman.advise(place + 4096, 2 * MIB - 4096, mman.MADV_DONTNEED)
         before = held()
         for size in (64 << 10, MIB, 2 * MIB, 64 * MIB):
-            budget = iobmd.policy(memory_budget=256 * MIB, time_budget=5)
+            budget = iobmd.policy(memory_budget=256 * MIB, time_budget=5, keep=0)
             try:
                 with budget, iobmd.allocate(size, contiguous=True) as buffer:
                     assert is_contiguous(buffer.getBytesNoCopy(), size)
