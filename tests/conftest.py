@@ -150,8 +150,9 @@ def nothing_left() -> Iterator[None]:
     after = Footprint.settled()
     assert after.descriptors == before.descriptors
     assert after.locked == before.locked
-    # glibc retains some freed memory, and the stacks and arenas of threads: less than any leaked buffer
-    assert after.resident - before.resident < 8 << 20, (before, after)
+    if not requirements.missing("own_footprint"):
+        # glibc retains some freed memory, and the stacks and arenas of threads: less than any leaked buffer
+        assert after.resident - before.resident < 8 << 20, (before, after)
 
 
 @pytest.fixture(scope="session")
