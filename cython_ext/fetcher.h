@@ -73,6 +73,9 @@ enum {
     IOBMD_SNAPSHOT_STACK = 16 << 10,
 };
 
+/* The end of user addresses on every 64-bit architecture (procfs.USER_END); unmapped ranges in it do not matter. */
+static const uintptr_t IOBMD_USER_END = (uintptr_t)1 << 56;
+
 static const int64_t IOBMD_QUIET_NS = 1000000;     /* without a fault, before the background fetch continues */
 static const int64_t IOBMD_SPIN_NS = 30000;        /* of it without sleeping: a thread that touches pages at random */
 static const int64_t IOBMD_STARVED_NS = 20000000;  /* the longest pause of the background fetch */
@@ -193,7 +196,7 @@ static int iobmd_snapshot_body(void *argument)
         if (keep[i][0] > at) iobmd_raw(SYS_madvise, (long)at, (long)(keep[i][0] - at), MADV_DONTNEED, 0, 0, 0);
         at = keep[i][1];
     }
-    iobmd_raw(SYS_madvise, (long)at, (long)(((uintptr_t)1 << 47) - at), MADV_DONTNEED, 0, 0, 0);
+    iobmd_raw(SYS_madvise, (long)at, (long)(IOBMD_USER_END - at), MADV_DONTNEED, 0, 0, 0);
     while (iobmd_raw(SYS_ppoll, (long)&life, 1, 0, 0, 0, 0) <= 0) continue;
     iobmd_raw(SYS_exit_group, 0, 0, 0, 0, 0, 0);
     return 0;

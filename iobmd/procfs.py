@@ -54,8 +54,12 @@ class VMA(NamedTuple):
 _BATCH = 64
 """Areas queried at a time: 64 calls take about as long as generating and reading one chunk of text."""
 
-USER_END = 1 << 63
-"""Above this address the kernel maps its own memory (vsyscall), which only the text of maps shows."""
+USER_END = 1 << 56
+"""The end of user addresses: no 64-bit architecture has more (x86-64 with five levels of page tables has these).
+
+Above it, x86-64 maps [vsyscall], which only the text of maps shows, and aarch64 ignores the top byte, a tag: pagemap
+would report the pages at the address without it.
+"""
 
 
 _LAST = (1 << 64) - 1

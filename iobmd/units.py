@@ -6,8 +6,26 @@ import re
 PAGE_SIZE = mmap.PAGESIZE
 """Bytes in a base page of this host (sysconf(_SC_PAGESIZE))."""
 
-HUGE_PAGE_SIZE = 2 << 20
-"""Bytes a PMD maps with 4 KiB base pages; mappings are aligned to it so that they can be huge."""
+
+def huge_page_size(page: int, reported: str) -> int:
+    """Return the size of a huge page from the text of hpage_pmd_size (Linux 4.9), which may be missing.
+
+    It is what one PMD maps: a page of page table entries, each of 8 bytes on every 64-bit architecture.
+    """
+    return int(reported) if reported.strip().isdigit() else page * (page // 8)
+
+
+def _reported_huge_page_size() -> str:
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size") as file:
+            return file.read()
+    except OSError:  # a kernel without transparent huge pages, or a container without /sys
+        return ""
+
+
+HUGE_PAGE_SIZE = huge_page_size(PAGE_SIZE, _reported_huge_page_size())
+"""Bytes in a huge page of this host: 2 MiB with base pages of 4 KiB, 32 MiB with 16 KiB, 512 MiB with 64 KiB.
+Mappings are aligned to it so that they can be huge."""
 
 _SUFFIXES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = r"(0x[0-9a-f]+|[0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(?:i?b)?"

@@ -19,6 +19,7 @@ from iobmd.memory.populate import populate_anonymous
 from iobmd.pagemap.file import counts
 from iobmd.pagemap.self import own_pagemap
 from iobmd.physical import policy, search
+from iobmd.physical.pin_attempts import PinAttempts
 from iobmd.physical.search import PhysicalConstraints
 from iobmd.purgeable.private import LazilyFreed
 from iobmd.task import clearing
@@ -88,9 +89,10 @@ class AnonymousBacking(MappedBacking):
         if wired or contents:
             absent = contents.resident if contents and self._sparse else None
             headroom.require(size, swappable=not wired, absent=absent)
-        for _attempt in range(search.TRIES):
+        attempts = PinAttempts()
+        for _attempt in attempts:
             self.mapping = placement.place(
-                round_up(size, PAGE_SIZE), lambda: self._obtain(size, want, alignment, sparse=self._sparse)
+                round_up(size, PAGE_SIZE), lambda: self._obtain(size, want, attempts, alignment)
             )
             try:
                 if purgeable:
@@ -100,11 +102,12 @@ class AnonymousBacking(MappedBacking):
                     if want:
                         self._inherit()
                     return
+                attempts.failed(self.runs)
             except BaseException:
                 self.drop()
                 raise
             self.drop()
-        raise search.kept_moving(want)
+        raise search.kept_moving(want, attempts)
 
     def _reuse(self, size: int, want: PhysicalConstraints | None, contents: Contents | None) -> bool:
         """Use kept memory; return False if none satisfies the request."""
@@ -149,14 +152,13 @@ class AnonymousBacking(MappedBacking):
             doing = f"cannot make {format_size(self.size)} inheritable (MADV_DOFORK)"
             raise limits.from_oserror(error, doing, PAGE_SIZE) from None
 
-    @staticmethod
-    def _obtain(size: int, want: PhysicalConstraints | None, alignment: int, *, sparse: bool) -> Mapping:
+    def _obtain(self, size: int, want: PhysicalConstraints | None, attempts: PinAttempts, alignment: int) -> Mapping:
         try:
             if want:
-                return search.obtain(want)
+                return search.obtain(want, attempts)
             if size >= HUGE_PAGE_SIZE:
                 alignment = max(alignment, HUGE_PAGE_SIZE)
-            return Mapping.anonymous(round_up(size, PAGE_SIZE), alignment, sparse)
+            return Mapping.anonymous(round_up(size, PAGE_SIZE), alignment, self._sparse)
         except IOReturnError:
             raise
         except (OSError, OverflowError) as error:

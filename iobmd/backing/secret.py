@@ -11,6 +11,7 @@ from iobmd.host import limits
 from iobmd.units import PAGE_SIZE, format_size, round_up
 
 if TYPE_CHECKING:
+    from iobmd.physical.pin_attempts import PinAttempts
     from iobmd.physical.search import PhysicalConstraints
 
 
@@ -31,8 +32,7 @@ class SecretBacking(AnonymousBacking):
     def __init__(self, size: int) -> None:
         super().__init__(size, wired=True)
 
-    @staticmethod
-    def _obtain(size: int, want: PhysicalConstraints | None, alignment: int, *, sparse: bool) -> Mapping:  # noqa: ARG004 (of a secret: always the same)
+    def _obtain(self, size: int, want: PhysicalConstraints | None, attempts: PinAttempts, alignment: int) -> Mapping:  # noqa: ARG002 (of a secret: always the same)
         try:
             mapping = Mapping.guarded(round_up(size, PAGE_SIZE), PAGE_SIZE)
             for advice in (mman.MADV_DONTDUMP, mman.MADV_WIPEONFORK):

@@ -20,6 +20,7 @@ from iobmd.memory import numa, reuse
 from iobmd.memory.mlock import Wiring
 from iobmd.memory.shmem import SharedObject
 from iobmd.physical import search
+from iobmd.physical.pin_attempts import PinAttempts
 from iobmd.purgeable.shared import TRAILER
 from iobmd.remote.trust import is_trusted
 from iobmd.units import PAGE_SIZE, round_up
@@ -97,16 +98,18 @@ def _make(wanted: Request, contents: Contents | None) -> MappedBacking:
         size, trailer = round_up(wanted.capacity, PAGE_SIZE), TRAILER if wanted.purgeable else 0
         new = SharedObject.create(size, trailer, wanted.name, sealed=sealed, populated=wanted.wired)
         return _show(new, wanted, contents)
-    for _attempt in range(search.TRIES):
-        backing = _show(search.obtain_shared(wanted.want, wanted.name, sealed=sealed), wanted, contents)
+    attempts = PinAttempts()
+    for _attempt in attempts:
+        backing = _show(search.obtain_shared(wanted.want, attempts, wanted.name, sealed=sealed), wanted, contents)
         try:
             if _is_as_wanted(backing, wanted.want):
                 return backing
+            attempts.failed(backing.runs)
         except BaseException:
             backing.close()
             raise
         backing.close()
-    raise search.kept_moving(wanted.want)
+    raise search.kept_moving(wanted.want, attempts)
 
 
 def _require_lazy(wanted: Request) -> None:

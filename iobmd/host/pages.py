@@ -12,6 +12,8 @@ _THP = "/sys/kernel/mm/transparent_hugepage"
 _POOLS = "/sys/kernel/mm/hugepages"
 # With 64 KiB base pages a huge page is 512 MiB: too much to fault in for a probe.
 _LARGEST_TRIED = 32 << 20
+# Huge pages above this size are rare, and few buffers fill one: smaller ones are useful too.
+_LARGE = 2 << 20
 # The size that the command in a remedy reserves; at least one page.
 _SUGGESTED_POOL = 128 << 20
 
@@ -77,7 +79,15 @@ def pool_remedy(pool: HugePool, pages: int) -> str:
     remedy = f"echo {total} > {pool.directory}/nr_hugepages  # {told}"
     if pool.size == _default_pool_size():
         remedy += f"\nsysctl vm.nr_hugepages={total}  # the same"
-    return f"{remedy}\nboot parameter: hugepagesz={pool.size >> 20}M hugepages={total}  # before memory fragments"
+    return f"{remedy}\nboot parameter: hugepagesz={boot_size(pool.size)} hugepages={total}  # before memory fragments"
+
+
+def boot_size(size: int) -> str:
+    """Return a size as the kernel reads it in a parameter (memparse in lib/cmdline.c): "64K", "2M", "1G"."""
+    exponent, unit = next(
+        (exponent, unit) for exponent, unit in ((30, "G"), (20, "M"), (10, "K")) if not size % (1 << exponent)
+    )
+    return f"{size >> exponent}{unit}"
 
 
 def _default_pool_size() -> int | None:
@@ -92,13 +102,36 @@ def _selected(path: str) -> str | None:
     return (read_text(path) or "").partition("[")[2].partition("]")[0] or None
 
 
-def huge_page_size() -> int:
-    """Return the size of a transparent huge page in bytes (transparent_hugepage/hpage_pmd_size, Linux 4.9)."""
-    return read_int(f"{_THP}/hpage_pmd_size") or HUGE_PAGE_SIZE
+def folio_sizes() -> list[int]:
+    """Return the page sizes of private memory, ascending: of base pages, of those enabled between, of huge pages.
+
+    Those between are "multi-size THP" (Linux 6.8, Documentation/admin-guide/mm/transhuge.rst), which are off by
+    default.
+    """
+    return [
+        PAGE_SIZE,
+        *(size for size in _intermediate_sizes() if _setting(size) in ("always", "madvise")),
+        HUGE_PAGE_SIZE,
+    ]
 
 
-def _own_setting() -> str:
-    return f"{_THP}/hugepages-{huge_page_size() >> 10}kB/enabled"
+def _intermediate_sizes() -> list[int]:
+    """Return the sizes between base pages and huge pages that the kernel supports, ascending."""
+    try:
+        names = os.listdir(_THP)
+    except OSError:
+        return []
+    sizes = (int(name[10:-2]) << 10 for name in names if name.startswith("hugepages-"))
+    return sorted(size for size in sizes if size < HUGE_PAGE_SIZE)
+
+
+def _own_setting(size: int) -> str:
+    return f"{_THP}/hugepages-{size >> 10}kB/enabled"
+
+
+def _setting(size: int) -> str | None:
+    own = _selected(_own_setting(size))
+    return _selected(f"{_THP}/enabled") if own in (None, "inherit") else own
 
 
 def huge_pages_setting() -> str | None:
@@ -107,9 +140,7 @@ def huge_pages_setting() -> str | None:
     The setting for the huge page size (hugepages-SIZEkB/enabled, Linux 6.8) overrides the general one
     (Documentation/admin-guide/mm/transhuge.rst).
     """
-    own = _selected(_own_setting())
-    general = _selected(f"{_THP}/enabled")
-    return general if own in (None, "inherit") else own
+    return _setting(HUGE_PAGE_SIZE)
 
 
 def huge_pages_enabled() -> bool:
@@ -131,7 +162,7 @@ def _obtains_huge_page(size: int) -> bool:
 
 def huge_pages() -> Fact:
     """Probe transparent huge pages: request one, and check whether writing one byte makes all of it resident."""
-    size, setting = huge_page_size(), huge_pages_setting()
+    size, setting = HUGE_PAGE_SIZE, huge_pages_setting()
     obtained = _obtains_huge_page(size) if size <= _LARGEST_TRIED else None
     settings: dict[str, JSON] = {name: _selected(f"{_THP}/{name}") for name in ("enabled", "defrag", "shmem_enabled")}
     value = {**settings, "size": size, "setting": setting, "obtained": obtained}
@@ -139,7 +170,19 @@ def huge_pages() -> Fact:
     if setting is None:
         told = f"{format_size(size)}, settings not visible"
     status, why, remedy = _judge_huge_pages(obtained)
+    if size > _LARGE and status is Status.YES and (smaller := _intermediate_sizes()):
+        value["smaller"] = enabled = [size for size in smaller if _setting(size) in ("always", "madvise")]
+        told += f"; smaller sizes: {', '.join(map(format_size, enabled)) or 'none enabled'}"
+        if not enabled:
+            status, remedy = Status.LIMITED, _intermediate_remedy(smaller)
     return Fact("THP", status, value, told + why, "populate and copy large buffers several times as fast", remedy)
+
+
+def _intermediate_remedy(sizes: list[int]) -> str:
+    """Return the command that enables the size nearest to 2 MiB, that of huge pages on hosts with 4 KiB pages."""
+    best = min(sizes, key=lambda size: abs(size - _LARGE))
+    purpose = f"as root: for contiguous memory of up to {format_size(best)}"
+    return f"echo madvise > {_own_setting(best)}  # {purpose}"
 
 
 def _judge_huge_pages(obtained: bool | None) -> tuple[Status, str, str]:
@@ -150,7 +193,7 @@ def _judge_huge_pages(obtained: bool | None) -> tuple[Status, str, str]:
     if own_status().get("THP_enabled") == "0":
         return Status.NO, "; disabled in this process", "start without prctl(PR_SET_THP_DISABLE), which is inherited"
     if not huge_pages_enabled():
-        own = _own_setting()
+        own = _own_setting(HUGE_PAGE_SIZE)
         commands = [f"echo madvise > {_THP}/enabled  # as root"]
         if _selected(own) == "never":
             commands = [f"echo inherit > {own}  # as root", *commands]

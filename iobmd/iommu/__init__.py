@@ -28,8 +28,9 @@ from iobmd.errors import (
     NotPermittedError,
     UnsupportedError,
 )
+from iobmd.iommu.absence import ALL_IOMMUS
 from iobmd.iommu.addresses import Addresses
-from iobmd.iommu.vfio import ALL_IOMMUS, READ, WRITE, Container, Device
+from iobmd.iommu.vfio import READ, WRITE, Container, Device
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_down, round_up
 
 if TYPE_CHECKING:

@@ -20,13 +20,11 @@ from iobmd.errors import (
     UnsupportedError,
 )
 from iobmd.host import limits
+from iobmd.iommu import absence
 from iobmd.memory.mlock import cannot_lock, within_limits
 
 READ, WRITE = 1, 2
 """Access rights of a device to a mapping."""
-
-ALL_IOMMUS = Path("/sys/class/iommu")
-"""The active IOMMUs of the host."""
 
 _CONTAINER = "/dev/vfio/vfio"
 _SET_IOMMU, _GROUP_STATUS, _SET_CONTAINER, _DEVICE = BASE + 2, BASE + 3, BASE + 4, BASE + 6
@@ -63,10 +61,7 @@ class Device(NamedTuple):
         try:
             return (folder / "iommu_group").readlink().name
         except OSError:
-            raise UnsupportedError(
-                f"no IOMMU translates for {self.name}: boot with intel_iommu=on (AMD's needs no parameter), "
-                "and enable VT-d or AMD-Vi in the firmware; virtual machines need an emulated one"
-            ) from None
+            raise UnsupportedError(absence.reason(self.name, self.bind_commands())) from None
 
     def bind_commands(self) -> str:
         """Return the commands that bind it to VFIO."""

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from iobmd._native.pagemap import KINDS, WINDOW_STATES
 from iobmd.errors import UnsupportedError
 from iobmd.host import zoneinfo
-from iobmd.host.pages import huge_page_size
 from iobmd.pagemap.frame import Frames
-from iobmd.units import PAGE_SIZE, round_down, round_up
+from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, round_down, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -225,7 +224,7 @@ class BlockTable:
     """
 
     def __init__(self, node: int | None = None) -> None:
-        self.block = huge_page_size()
+        self.block = HUGE_PAGE_SIZE
         found = [(start // self.block, end // self.block) for start, end in ranges(node, self.block)]
         self.first = found[0][0] if found else 0
         """The number of the first block: its address divided by the size of a block."""
@@ -333,7 +332,7 @@ class _Reading:
     def __init__(self, frames: Frames, layout: _Map, progress: Callable[[int, int], object] | None) -> None:
         self._frames, self._map = frames, layout
         self._progress = progress
-        self._block = huge_page_size()
+        self._block = HUGE_PAGE_SIZE
         self._total, self._done = sum(end - start for start, end in layout.ram), 0
         self._census = frames.census(
             self._block // PAGE_SIZE, len(layout.rows) * layout.cells, layout.cell // PAGE_SIZE

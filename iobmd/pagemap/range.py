@@ -1,6 +1,7 @@
 """The range that is inspected: a task, a part of one, or a buffer."""
 
 import errno
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, TypeVar, cast, runtime_checkable
 
@@ -96,7 +97,9 @@ class Where(NamedTuple):
 
 def past_the_end(address: int) -> BadArgumentError:
     """Return the error for an address outside the user address space."""
-    return BadArgumentError(f"address {address:#x} is past the end of the user address space")
+    tag = address >> 56
+    remedy = f"; remove the tag {tag:#x} from its top byte" if os.uname().machine == "aarch64" and tag else ""
+    return BadArgumentError(f"address {address:#x} is past the end of the user address space{remedy}")
 
 
 def of_task(task: Task, found: Iterator[_T], *, may_be_none: bool = False) -> Iterator[_T]:

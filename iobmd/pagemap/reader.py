@@ -11,11 +11,11 @@ from iobmd._native import pagemap as native
 from iobmd._native.pagemap import AHEAD, Tally, Walk
 from iobmd.errors import NotPrivilegedError
 from iobmd.host.fact import scratch
-from iobmd.host.pages import has_swap, huge_page_size, hugetlb_sizes
+from iobmd.host.pages import has_swap, hugetlb_sizes
 from iobmd.pagemap.file import PagemapFile, no_entries
 from iobmd.task import diagnosis
 from iobmd.task.task import kernel_task
-from iobmd.units import PAGE_SIZE, round_down, round_up
+from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, round_down, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -157,7 +157,7 @@ def _zero_frame() -> tuple[bool, int]:
 
 def _huge_zero_frame() -> int:
     """Return the first frame number of the huge zero page, 0 if it is unknown or not used."""
-    frames = _frames_after_read(huge_page_size())
+    frames = _frames_after_read(HUGE_PAGE_SIZE)
     # If the small zero page is used, it is mapped at every address.
     return frames[0] if frames and frames[0] and frames[0] != frames[-1] else 0
 
@@ -184,4 +184,4 @@ def _has_scan(fd: int) -> bool:
 
 
 def _smallest_huge_page() -> int:
-    return next(iter(hugetlb_sizes()), 0) or huge_page_size()
+    return next(iter(hugetlb_sizes()), 0) or HUGE_PAGE_SIZE

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from iobmd import host, pagemap
 from iobmd._internal import log
 from iobmd.errors import NoResourcesError, NotPrivilegedError
-from iobmd.physical import trim, windows, zones
+from iobmd.host.pages import boot_size, folio_sizes
+from iobmd.physical import pin_attempts, trim, windows, zones
 from iobmd.physical.hugetlb import PoolBlocks
+from iobmd.physical.pin_attempts import PinAttempts
 from iobmd.physical.policy import Budget
 from iobmd.physical.shmem_pages import FileBlocks
 from iobmd.physical.thp import Places, Source, TransparentBlocks
@@ -21,21 +23,22 @@ from iobmd.physical.zones import ALL_ADDRESSES
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, format_time, round_up
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from iobmd._native.mapping import Mapping
     from iobmd._native.pagemap import RunTable
     from iobmd.memory.shmem import SharedObject
     from iobmd.physical.windows import Window
 
-TRIES = 4
-"""Maximum number of searches if pinning moves the memory that was found."""
 _STEP = 8 << 20  # the minimum that is worth another attempt
 _BRIEF = 0.1  # seconds after which windows are examined
 _BRIEF_UP_TO = 64 << 20  # bytes that are often found among the first huge pages
 _COMPACTED = 16  # blocks for which the kernel compacts memory before the windows are examined again
 _ROUNDS = 64
 _ATTEMPTS = 3  # on a busy host, windows that are free are soon not
+_SMALL_BLOCK = (
+    2 << 20
+)  # bytes of huge pages that are also used for less: clearing them takes 0.1 ms, and many are free
 _GIGANTIC = 1 << 30
 _GIGANTIC_FROM = 512 << 20  # bytes from which half of a gigantic page is used
 
@@ -61,7 +64,9 @@ class PhysicalConstraints(NamedTuple):
         """Sizes of the pages to search, each if there are none of the previous one."""
         if self.lowest_hole < HUGE_PAGE_SIZE:  # no huge page consists only of such addresses
             return (PAGE_SIZE,)
-        return (HUGE_PAGE_SIZE,) if self.contiguous else (HUGE_PAGE_SIZE, PAGE_SIZE)
+        if not self.contiguous:
+            return HUGE_PAGE_SIZE, PAGE_SIZE
+        return (HUGE_PAGE_SIZE,) if HUGE_PAGE_SIZE <= _SMALL_BLOCK else blocks_for(self.size, folio_sizes())
 
     def accepts(self, table: RunTable) -> bool:
         """Return whether memory with these runs satisfies the constraints."""
@@ -76,8 +81,30 @@ class PhysicalConstraints(NamedTuple):
         return f"{kind}physical memory of {format_size(self.size)}{aligned}{under}"
 
 
-def obtain(want: PhysicalConstraints) -> Mapping:
+def blocks_for(size: int, available: Sequence[int]) -> tuple[int, ...]:
+    """Return the sizes of pages to search for contiguous memory, the most suitable first.
+
+    With base pages of 16 KiB, a huge page is 32 MiB: of 200 buffers of 64 KiB in 2 GiB, 55 succeeded from such
+    pages. Less memory than a huge page is therefore taken from the smallest page that holds it, then from
+    consecutive smaller ones, and otherwise from a huge page, which must be cleared and split.
+
+    Parameters
+    ----------
+    size : int
+        Size of the memory.
+    available : sequence of int
+        The page sizes: of base pages, of those of intermediate size (mTHP), and of huge pages, ascending.
+    """
+    *smaller, huge = available
+    single = [block for block in smaller if block >= size]
+    several = [block for block in reversed(smaller) if block < size]
+    return (*single[:1], *several, huge) if size < huge else (huge, *several)
+
+
+def obtain(want: PhysicalConstraints, attempts: PinAttempts) -> Mapping:
     """Return populated, zeroed memory that satisfies the constraints: whole pages, at least `want.size` bytes.
+
+    `attempts` learns which frames were chosen.
 
     Raises
     ------
@@ -91,10 +118,11 @@ def obtain(want: PhysicalConstraints) -> Mapping:
     gigantic = not why and search.budget.may_reserve and want.size >= _GIGANTIC_FROM
     if gigantic and (pooled := _search_pools(want, search, at_least=_GIGANTIC)):
         return pooled
-    for block in () if why else want.blocks:
+    for block in () if why else (HUGE_PAGE_SIZE,) if hidden else want.blocks:
         source = TransparentBlocks(block)
         try:
             if chosen := search.find(source):
+                attempts.expect(search.chosen, block, want.size)
                 mapping = source.assemble(chosen, want.alignment)
                 trim.trim(mapping, round_up(want.size, PAGE_SIZE))
                 return mapping
@@ -102,10 +130,12 @@ def obtain(want: PhysicalConstraints) -> Mapping:
                 return _one_huge_page(want, source)
         finally:
             source.close()
-        if search.looked_at:
+        if search.looked_at and not want.contiguous:
             break
     if pooled := _search_pools(want, search):
         return pooled
+    if pin_attempts.forget():
+        return obtain(want, attempts)
     raise _not_found(want, why or search.report())
 
 
@@ -136,25 +166,37 @@ def _require_visible(want: PhysicalConstraints) -> bool:
     return hidden
 
 
-def obtain_shared(want: PhysicalConstraints, name: str, *, sealed: bool = False) -> SharedObject:
+def obtain_shared(
+    want: PhysicalConstraints, attempts: PinAttempts, name: str, *, sealed: bool = False
+) -> SharedObject:
     """Return a shared object of that name whose pages satisfy the constraints. Raises as `obtain`."""
     search = Search(want, Budget())
     why = _out_of_reach(want, search.budget)
     hidden = _require_visible(want)
     size = round_up(want.size, PAGE_SIZE)
-    for source in () if why else _shared_sources(name, sealed=sealed, may_reserve=search.budget.may_reserve):
+    blocks = (HUGE_PAGE_SIZE,) if hidden or not want.contiguous else want.blocks
+    may_reserve = search.budget.may_reserve
+    for source in () if why else _shared_sources(blocks, name, sealed=sealed, may_reserve=may_reserve):
         try:
             if chosen := search.find(source):
+                attempts.expect(search.chosen, source.block, want.size)
                 return source.share(chosen, want.alignment, size)
             if hidden and (place := source.first()) is not None:
                 return source.share([place], want.alignment, size)
         finally:
             source.close()
+    if pin_attempts.forget():
+        return obtain_shared(want, attempts, name, sealed=sealed)
     raise _not_found(want, why or search.report())
 
 
-def _shared_sources(name: str, *, sealed: bool, may_reserve: bool) -> Iterator[FileBlocks]:
-    yield FileBlocks(name=name, sealed=sealed)
+def _shared_sources(blocks: tuple[int, ...], name: str, *, sealed: bool, may_reserve: bool) -> Iterator[FileBlocks]:
+    for block in blocks:
+        if block in (
+            PAGE_SIZE,
+            HUGE_PAGE_SIZE,
+        ):  # a memfd has no pages of other sizes unless the host's settings say so
+            yield FileBlocks(block, name, sealed=sealed)
     if sealed:  # pages that are freed to a pool in between may be allocated by other processes
         return
     for pool in host.hugetlb_pools():
@@ -175,6 +217,8 @@ class Search:
         self.looked_at = 0
         self.longest = 0
         self.fitting = 0
+        self.chosen: list[int] = []
+        """The physical addresses of the blocks that were found."""
         self.best: Window | None = None
         """The window with the fewest obstacles, if windows were examined and none was obtained."""
 
@@ -187,7 +231,7 @@ class Search:
         with zones.held_above(self.want.allowed, self.budget):
             if not self.want.contiguous or self.want.size <= source.block or source.immovable:
                 return self.run(source)
-            if not self.budget.untouched:
+            if source.block != HUGE_PAGE_SIZE or not self.budget.untouched:  # windows consist of huge pages
                 return self.run(source)
             if self.want.size <= _BRIEF_UP_TO:
                 chosen = self.run(source, brief=True)
@@ -227,6 +271,7 @@ class Search:
         kernel compacts memory for each, until it has moved all obstacles out of a candidate.
         """
         found: Places = {}
+        candidates = [each for each in candidates if pin_attempts.may_be_pinned(each.start, each.size)]
         try:
             holder = windows.Claim(candidates, self.budget)
         except OSError as error:  # no descriptor is free
@@ -284,15 +329,22 @@ class Search:
         """
         self.budget.measure(held * block)
         left = self.budget.bytes // block - held
-        step = _STEP // block
+        step = max(_STEP // block, 1)
         return min(max(needed // 2, step, held // 4), max(left // 4, min(left, step)))
 
     def _choose(self, found: Places, block: int, needed: int) -> list[int] | None:
-        allowed, alignment = self.want.allowed, self.want.alignment
+        allowed = self.want.allowed
         fitting = sorted(address for address in found if not (address | block - 1) & ~allowed)
+        if pin_attempts.any_moved():
+            fitting = [address for address in fitting if pin_attempts.may_be_pinned(address, block)]
         self.fitting = max(self.fitting, len(fitting) * block)
+        self.chosen = self._among(fitting, block, needed)
+        return self.chosen or None
+
+    def _among(self, fitting: list[int], block: int, needed: int) -> list[int]:
+        alignment = self.want.alignment
         if not self.want.contiguous:
-            return fitting[:needed] if len(fitting) >= needed else None
+            return fitting[:needed] if len(fitting) >= needed else []
         start = 0
         for index, address in enumerate(fitting):
             if index and address != fitting[index - 1] + block:
@@ -302,7 +354,7 @@ class Search:
                 start += 1
             if index + 1 - start >= needed:
                 return fitting[start : start + needed]
-        return None
+        return []
 
     def report(self) -> str:
         """Return a report of the failed search and the remedies."""
@@ -323,7 +375,7 @@ class Search:
 
     def _remedies(self) -> Iterator[str]:
         pages = 4 * -(-self.want.size // HUGE_PAGE_SIZE)
-        at_boot = f"reserve the pages at boot (hugepagesz={HUGE_PAGE_SIZE >> 20}M hugepages={pages})"
+        at_boot = f"reserve the pages at boot (hugepagesz={boot_size(HUGE_PAGE_SIZE)} hugepages={pages})"
         if self.best and self.best.obstacles:  # which neither more time, nor more memory, nor compaction moves away
             if "slab" in self.best.obstacles:
                 yield "free slabs that can be reclaimed (as root: sysctl vm.drop_caches=2)"
@@ -380,9 +432,9 @@ def _search_pools(
     return None
 
 
-def kept_moving(want: PhysicalConstraints | None) -> NoResourcesError:
-    """Return the error for memory that moved in each of `TRIES` attempts to pin it."""
-    message = f"the kernel moved the pages in each of {TRIES} attempts to pin {want}"
+def kept_moving(want: PhysicalConstraints | None, attempts: PinAttempts) -> NoResourcesError:
+    """Return the error for memory that moved in each of several attempts to pin it."""
+    message = f"the kernel moved the pages in each of {attempts.made} attempts to pin {want}"
     return NoResourcesError(message)
 
 

@@ -1,4 +1,4 @@
-"""Huge pages of a file, chosen by physical address, which can be mapped in any order and by several processes."""
+"""Pages of a file, chosen by physical address, which can be mapped in any order and by several processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from iobmd.memory import numa, shmem
 from iobmd.memory.populate import populate
 from iobmd.memory.shmem import Extent, SharedObject
 from iobmd.pagemap.self import own_runs
-from iobmd.physical.thp import blocks_of
+from iobmd.physical.thp import LONGEST, blocks_of
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 class FileBlocks:
     """Transparent huge pages of a memfd, for which they are requested, or before Linux 6.1 of a tmpfs file.
 
+    If `block` is the size of a base page, they are base pages of a memfd.
     With `sealed` it is a memfd in any case, because the size of a tmpfs file cannot be sealed.
     """
 
@@ -44,8 +45,10 @@ class FileBlocks:
 
     def create(self) -> int:
         """Return a new empty file. Raises OSError."""
-        fd = -1 if self._is_sealed or shmem.can_collapse() else shmem.create_huge(0, self.name)
-        self._collapses = self._sealable = fd < 0
+        small = self.block == PAGE_SIZE
+        fd = -1 if self._is_sealed or small or shmem.can_collapse() else shmem.create_huge(0, self.name)
+        self._sealable = fd < 0
+        self._collapses = fd < 0 and not small
         return os.memfd_create(self.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) if fd < 0 else fd
 
     def more(self, count: int, alignment: int, each: Each | None = None) -> Places:  # noqa: ARG002 (the protocol's)
@@ -70,7 +73,8 @@ class FileBlocks:
             if each:
                 each()
             try:
-                populate(batch.address + offset, step, self.block, collapse=self._collapses)
+                huge = self.block if self.block > PAGE_SIZE else LONGEST
+                populate(batch.address + offset, step, huge, collapse=self._collapses)
             except IOReturnError:
                 if not self.immovable:
                     raise

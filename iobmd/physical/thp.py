@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from iobmd._native.pagemap import RunTable
 
 _STEP = 32 << 20  # interrupts are handled at this interval
+LONGEST = 1 << 62
+"""Bytes, more than any range: as the size of huge pages, it makes `populate` disregard them."""
 Each = Callable[[], None]
 Places = dict[int, int]
 """Maps the physical address of a block to its virtual address."""
@@ -89,20 +91,29 @@ class TransparentBlocks:
         numa.place(batch.address, size)
         with contextlib.suppress(OSError):  # a kernel without huge pages: none are found
             mman.advise(batch.address, size, self._advice)
-        # From the end to the start: the kernel mostly allocates what was freed last, at descending addresses, so that
-        # huge pages arrive in ascending order and need not be moved.
-        most = self.block if each else _STEP
+        if self.block == PAGE_SIZE:  # from the start: they mostly come from larger free blocks, in ascending order
+            populate(batch.address, size, LONGEST)
+        else:
+            self._populate(batch.address, size, each)
+        table = own_runs(batch.address, size)
+        self.hidden = table.hidden > 0
+        return blocks_of(table, self.block)
+
+    def _populate(self, address: int, size: int, each: Each | None) -> None:
+        """Populate large blocks from the end to the start.
+
+        The kernel mostly allocates what was freed last, at descending addresses, so that huge pages arrive in
+        ascending order and need not be moved.
+        """
+        most = self.block if each else max(self.block, _STEP)
         for top in range(size, 0, -most):
             step = min(most, top)
             if each:
                 each()
-            done, error = mman.populate_downwards(batch.address + top - step, step, self.block, PAGE_SIZE)
+            done, error = mman.populate_downwards(address + top - step, step, self.block, PAGE_SIZE)
             if error:  # before 5.14, or out of memory, which is reported there
-                populate(batch.address, top - done)
+                populate(address, top - done)
                 break
-        table = own_runs(batch.address, size)
-        self.hidden = table.hidden > 0
-        return blocks_of(table, self.block)
 
     def assemble(self, chosen: list[int], alignment: int) -> Mapping:
         """Move the blocks to contiguous addresses, except those that are already contiguous."""

@@ -14,6 +14,7 @@ from support.probing import check, libc, run_remedy, setting
 from iobmd import host
 from iobmd.host import Status, lazyfree, pages
 from iobmd.physical import hugetlb
+from iobmd.units import HUGE_PAGE_SIZE
 
 PAGE = mmap.PAGESIZE
 THP_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -21,7 +22,7 @@ THP_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 def anonymous_huge_bytes():
     """Fault in memory of the size of two huge pages with MADV_HUGEPAGE; return the huge bytes according to smaps."""
-    size = pages.huge_page_size()
+    size = HUGE_PAGE_SIZE
     area = mmap.mmap(-1, 2 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     area.madvise(mmap.MADV_HUGEPAGE)
     start = ctypes.addressof(ctypes.c_char.from_buffer(area))
@@ -54,7 +55,7 @@ def test_transparent_huge_pages_turned_off_and_on():
 
 @pytest.mark.needs("root")
 def test_transparent_huge_pages_off_for_one_size():
-    own = THP_ENABLED.parent / f"hugepages-{pages.huge_page_size() >> 10}kB" / "enabled"
+    own = THP_ENABLED.parent / f"hugepages-{HUGE_PAGE_SIZE >> 10}kB" / "enabled"
     if not own.exists():
         pytest.skip("this kernel has no setting per huge page size (Linux 6.8)")
     with setting(own, "never"):

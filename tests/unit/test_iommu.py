@@ -1,5 +1,6 @@
 """`iobmd.iommu` without a device: addresses, and messages about missing prerequisites."""
 
+import os
 import struct
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 import iobmd
 from iobmd import IOBufferMemoryDescriptor, IOReturn, IOReturnError
-from iobmd.iommu import IOMapper, vfio
+from iobmd.iommu import IOMapper, absence, vfio
 from iobmd.iommu.addresses import Addresses
 
 MIB = 1 << 20
@@ -67,9 +68,29 @@ def test_memory_that_no_device_may_access() -> None:
                 buffer.complete()
 
 
-def test_a_device_without_an_iommu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("machine", "vendor", "active", "remedy"),
+    [
+        ("x86_64", "GenuineIntel", (), "boot with intel_iommu=on, and enable VT-d"),
+        ("x86_64", "AuthenticAMD", (), "enable AMD-Vi"),
+        ("aarch64", "", (), "iommu-map"),
+        ("riscv64", "", (), "enable it in the firmware"),
+        ("aarch64", "", ("smmu3.0x9050000",), r"\(smmu3.0x9050000\): .* bind it, as root: modprobe vfio-pci;"),
+    ],
+)
+def test_a_device_without_an_iommu(
+    machine: str, vendor: str, active: tuple[str, ...], remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The remedy is that of the host's IOMMU; none of the others is mentioned."""
     (tmp_path / "device").mkdir()
+    for name in active:
+        (tmp_path / "iommus" / name).mkdir(parents=True)
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n" if vendor else "processor\t: 0\n")
     monkeypatch.setattr(vfio.Device, "folder", tmp_path / "device")
-    with pytest.raises(IOReturnError, match="intel_iommu=on") as caught:
+    monkeypatch.setattr(absence, "ALL_IOMMUS", tmp_path / "iommus")
+    monkeypatch.setattr(absence, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result(("Linux", "", "", "", machine)))
+    with pytest.raises(IOReturnError, match=remedy) as caught:
         IOMapper("device")
     assert caught.value.code == IOReturn.kIOReturnUnsupported
+    assert ("intel_iommu" in str(caught.value)) == (vendor == "GenuineIntel")

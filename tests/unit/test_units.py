@@ -1,8 +1,21 @@
 """The text form of sizes, times and counts."""
 
+from pathlib import Path
+
 import pytest
 
-from iobmd.units import format_count, format_size, format_time, pages, parse_size, round_down, round_up
+from iobmd.units import (
+    HUGE_PAGE_SIZE,
+    PAGE_SIZE,
+    format_count,
+    format_size,
+    format_time,
+    huge_page_size,
+    pages,
+    parse_size,
+    round_down,
+    round_up,
+)
 
 
 @pytest.mark.parametrize(
@@ -50,3 +63,20 @@ def test_format_count() -> None:
 def test_rounding() -> None:
     assert (round_up(1, 4096), round_up(4096, 4096), round_down(4097, 4096)) == (4096, 4096, 4096)
     assert (pages(0), pages(1), pages(4097)) == (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("page", "huge"),
+    [(4 << 10, 2 << 20), (16 << 10, 32 << 20), (64 << 10, 512 << 20)],
+    ids=["4 KiB", "16 KiB", "64 KiB"],
+)
+def test_huge_pages_of_each_page_size(page: int, huge: int) -> None:
+    """What the kernel reports counts; without huge pages, or /sys, the size is that of a full page table."""
+    assert huge_page_size(page, "") == huge
+    assert huge_page_size(page, f"{huge}\n") == huge
+    assert huge_page_size(page, "1048576\n") == 1 << 20
+
+
+def test_huge_pages_of_this_host() -> None:
+    reported = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
+    assert (int(reported.read_text()) if reported.exists() else PAGE_SIZE**2 // 8) == HUGE_PAGE_SIZE

@@ -69,7 +69,7 @@ PROFILES = {
     "kernel": Profile(Machine(memory=2048, below_4g=1024), shlex.join(_KERNEL_TESTS)),
     "small": Profile(
         Machine(memory=640, below_4g=256, edu=8, edu_reach=256),
-        "tests/vm/test_masks.py tests/vm/test_swap.py",
+        "tests/vm/test_masks.py tests/vm/test_swap.py tests/vm/test_many_contiguous.py",
     ),
     "dmabuf": Profile(Machine(), "tests/vm/test_dmabuf.py"),
     "iommu": Profile(Machine(edu=3, ivshmem=1, iommu=True), "tests/vm/test_iommu.py tests/vm/test_vfio.py"),
