@@ -41,6 +41,8 @@ MAY_BE_MISSING: dict[str, str] = {
     "two_nodes": "a host may have one; two are those of make test-vm",
     "promtool": "Prometheus takes 330 MB; it is used if it is installed",
     "torch": "the package index only has builds for CUDA, several GB in total; it is used if it is installed",
+    "clone_buffers": "kernels before 6.12 lack it",
+    "liburing": "it requires Linux 6.15",
     "direct_io": "tmpfs supports it only since Linux 6.6, and the temporary directory may be on a tmpfs",
 }
 
@@ -208,6 +210,28 @@ def _launcher(implementation: str) -> str | None:
     return None if implementation in mpi.launchers() else f"no mpiexec of {implementation}, or no mpi4py"
 
 
+def _clone_buffers() -> str | None:
+    import ctypes
+
+    from support.ring import Ring
+
+    page = ctypes.create_string_buffer(1)
+    try:
+        with Ring() as one, Ring() as other:
+            one.register([(ctypes.addressof(page), 1)])
+            other.clone(one)
+    except OSError as error:
+        return f"no IORING_REGISTER_CLONE_BUFFERS (before Linux 6.12): {error.strerror}"
+    return None
+
+
+def _liburing() -> str | None:
+    release = os.uname().release
+    if tuple(map(int, re.findall(r"\d+", release)[:2])) < (6, 15):
+        return f"Linux {release} lacks IORING_OP_READV_FIXED (before Linux 6.15)"
+    return _library("liburing")
+
+
 def _direct_io() -> str | None:
     with tempfile.NamedTemporaryFile() as file:
         try:
@@ -248,6 +272,8 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "mpi4py": _mpi,
     "mpich": lambda: _launcher("MPICH"),
     "openmpi": lambda: _launcher("Open MPI"),
+    "clone_buffers": _clone_buffers,
+    "liburing": _liburing,
     "direct_io": _direct_io,
     "promtool": lambda: None if shutil.which("promtool") else "promtool of Prometheus is not installed",
     "prometheus_client": lambda: (
