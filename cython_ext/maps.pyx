@@ -51,7 +51,7 @@ def parse(bytes text, uint64_t low=0, uint64_t high=UINT64_MAX):
 
 
 def query(int fd, uint64_t start, uint64_t end, Py_ssize_t most):
-    """Query PROCMAP_QUERY (Linux 6.11) for at most `most` areas that overlap `start`…`end`, ascending.
+    """Return, by PROCMAP_QUERY (Linux 6.11), at most `most` areas that overlap `start`…`end`, in ascending order.
 
     `fd` is an open /proc/PID/maps. Areas are returned as by `parse`, except that newlines in names are not escaped;
     if there are fewer than `most`, these are all. Raises OSError: ENOTTY before Linux 6.11; ESRCH: the memory no

@@ -64,7 +64,7 @@ class _Description(NamedTuple):
         pieces = [(offset, size) for offset, size in extents]
         numbers = [options, capacity, length, alignment, *(number for piece in pieces for number in piece)]
         if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
-            raise ValueError("its numbers are not integers")
+            raise ValueError("its numbers are not integers of at most 62 bits")
         if not is_power_of_two(alignment) or not PAGE_SIZE <= alignment <= _LARGEST_ALIGNMENT:
             raise ValueError("its alignment is not a power of two of at least a page")
         check_request(kernel_task, options & ~_CONTIGUOUS, capacity, alignment, 0)
@@ -131,7 +131,7 @@ class Handle:
 
     @classmethod
     def receive(cls, socket: sockets.socket) -> Handle:
-        """Receive a handle. Raises `kIOReturnBadArgument` for anything else, `kIOReturnNotOpen` at the end."""
+        """Receive a handle. Raises `kIOReturnBadArgument` for other data, `kIOReturnNotOpen` if it is closed."""
         import json  # noqa: PLC0415 (as above)
 
         header, fds, uid = _received(socket)

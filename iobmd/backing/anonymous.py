@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 _SPARSE_FROM = 16
-"""The inverse of the absent part from which a source counts as sparse: its copy then uses new memory."""
+"""A source with more than one absent byte in this number is sparse: its copy uses new memory."""
 
 
 class AnonymousBacking(MappedBacking):
@@ -53,13 +53,13 @@ class AnonymousBacking(MappedBacking):
     placement : Placement
         The address.
     alignment : int
-        Alignment of any other address, if `want` implies none.
+        Alignment of the address, unless `placement` specifies the address or `want` implies an alignment.
     progress : callable, optional
         Called with the number of bytes populated so far, unless `contents` or `want` populate the memory.
     """
 
     _reusable = True
-    """Whether memory of this class can be used again."""
+    """Whether memory of this class can be reused."""
 
     def __init__(
         self,
@@ -237,7 +237,7 @@ class AnonymousBacking(MappedBacking):
         return mapping is not None
 
     def without_reuse(self) -> None:
-        """Do not keep its memory when it is freed, because something besides its bytes is its own, such as a name."""
+        """Do not keep its memory when it is freed, because it has properties other than its bytes, such as a name."""
         self._kind = None
 
     def close(self) -> None:

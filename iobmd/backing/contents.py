@@ -148,7 +148,7 @@ class FrozenCopyOf(CopyOf):
         """Like `Contents.fill`; also raises the error if the task cannot be stopped."""
         if self.task.is_snapshot:  # it is of one moment already
             return super().fill(destination, huge=huge, sparse=sparse, fresh=fresh)
-        from iobmd.remote import consistent_copy  # noqa: PLC0415 (with ctypes: half of what `import iobmd` takes)
+        from iobmd.remote import consistent_copy  # noqa: PLC0415 (with ctypes: half of the time of `import iobmd`)
 
         left_zero = stopped = False
         first = True

@@ -163,7 +163,7 @@ class MappedBacking(Pinned):
                 mapping.let_go()
 
     def exported(self) -> tuple[Mapping, int]:
-        """Return its mapping in this process, from its first byte."""
+        """Return its mapping in this process, and the position of its first byte there."""
         return self.mapping, 0
 
     def in_page(self, offset: int) -> int:

@@ -38,7 +38,7 @@ def _usage() -> str:
         "usage: iobmd [-h] [--version] COMMAND ...\n\n"
         f"{DESCRIPTION}\n\n"
         f"commands:\n{commands}\n\n"
-        "`iobmd COMMAND --help` describes its options."
+        "`iobmd COMMAND --help` describes the options of a command."
     )
 
 
@@ -86,7 +86,8 @@ def _run(name: str, arguments: list[str]) -> int:
 def _open_standard_streams() -> None:
     """Open /dev/null in place of each standard stream that the parent process has closed.
 
-    Otherwise the next file would get its number, such as the output file that of standard error, and the messages.
+    Otherwise the next file to be opened would get its number: an output file could receive the messages that are
+    written to standard error.
     """
     while (opened := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
         pass

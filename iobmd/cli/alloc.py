@@ -86,11 +86,11 @@ def _describe(buffer: IOBufferMemoryDescriptor, seconds: float) -> dict[str, Any
         "seconds": round(seconds, 6),
     }
     try:
-        lies = buffer.layout()
+        layout = buffer.layout()
         segments = [{"address": segment.address, "length": segment.length} for segment in buffer.segments()]
         return found | {
             "hidden": None,
-            "layout": lies._asdict() | {"contiguous": lies.contiguous},
+            "layout": layout._asdict() | {"contiguous": layout.contiguous},
             "segments": segments,
         }
     except IOReturnError as error:
@@ -106,10 +106,14 @@ def _show(found: dict[str, Any]) -> None:
     if found["hidden"]:
         show(f"physical addresses: {found['hidden']}", terminal_width())
         return
-    segments, lies = found["segments"], found["layout"]
-    shape = "contiguous" if lies["contiguous"] else f"{lies['runs']} runs, the largest {format_size(lies['largest'])}"
+    segments, layout = found["segments"], found["layout"]
+    shape = (
+        "contiguous"
+        if layout["contiguous"]
+        else f"{layout['runs']} runs, the largest {format_size(layout['largest'])}"
+    )
     rows = [(f"{one['address']:#x}", format_size(one["length"])) for one in segments[:SHOWN]]
-    table.show(f"{shape}; {format_size(lies['huge'])} in huge pages", ("physical", "length"), rows, right=(0, 1))
+    table.show(f"{shape}; {format_size(layout['huge'])} in huge pages", ("physical", "length"), rows, right=(0, 1))
     if len(segments) > SHOWN:
         print(f"… and {len(segments) - SHOWN} more (--json has all)", flush=True)
 

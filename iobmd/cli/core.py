@@ -63,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--limit",
         type=size,
         metavar="SIZE",
-        help="give up when more than SIZE was copied, because the process wrote to its memory",
+        help="fail if more than SIZE is copied because the process writes to its memory",
     )
     parser.add_argument(
         "--freeze-shared",

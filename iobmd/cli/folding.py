@@ -44,7 +44,7 @@ def flowed(items: Iterable[str], width: int | None) -> list[str]:
 
 
 def folded(line: str, width: int | None, indent: str = "  ") -> str:
-    """Return a line, folded to fewer than `width` columns between its words, and after the first with an indent."""
+    """Return a line, folded between words to fewer than `width` columns; all lines but the first are indented."""
     if not width or len(line) < width:
         return line
     import textwrap  # noqa: PLC0415 (not for output to a file)

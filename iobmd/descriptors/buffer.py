@@ -65,7 +65,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
     """
 
     _initializer = "initWithPhysicalMask"
-    # In C, because of many small buffers: an attribute dictionary alone takes more memory than one of them.
+    # In C, for small buffers: an attribute dictionary alone takes more memory than such a buffer.
     _owner = SmallBuffer._owner
     _state = SmallBuffer._state
     _options = SmallBuffer._options
@@ -89,8 +89,9 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
         private: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        # Construction has two steps, as in IOKit. This one only records what initWithPhysicalMask has no parameter
-        # for, unless it is the default, for the sake of many small buffers.
+        # Construction has two steps, as in IOKit. This step records arguments for which initWithPhysicalMask has no
+        # parameter, and only those that differ from the defaults, because each attribute adds to the memory of a
+        # small buffer.
         if contents is not None:
             self._contents = contents
         if node is not None:
@@ -149,17 +150,18 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
         GIL released. The source continues to run: of bytes that it changes during the copy, the old or the new values
         are copied. Nothing is allocated in it, see `Task.read`; a pageable copy is as sparse as its source.
 
-        A lazy copy holds the contents of the moment of the call: the source may change them or exit afterwards. Each
+        A lazy copy holds the contents at the time of the call: the source may change them or exit afterwards. Each
         page is fetched from a snapshot, a forked child of the source, when it is first touched (userfaultfd(2)), and
         in the background; `fetched` and `fetch` report and await it. Until then the source's writes to its private
         memory cost copies of pages, and children that this process forks lack the buffer. If the snapshot is killed,
         transfers raise `kIOReturnVMError`, and views get SIGBUS (SIGSEGV before Linux 6.6). Page faults of system
-        calls can be served with CAP_SYS_PTRACE, vm.unprivileged_userfaultfd or /dev/userfaultfd; without, views and
-        arrays are exported once everything is fetched.
+        calls can be served with CAP_SYS_PTRACE, vm.unprivileged_userfaultfd or /dev/userfaultfd; without these, views
+        and arrays are exported once everything is fetched.
 
         The bytes are copied before the call returns if they are not private anonymous memory (or a userfaultfd
-        serves them), or only a small part of the source's memory, if unreadable bytes are to be zero, and without
-        userfaultfd(2) (it needs a privilege before Linux 5.11), a free process and a free thread.
+        serves them), or only a small part of the source's memory, if unreadable bytes are to be zero, or if
+        userfaultfd(2) (which requires a privilege before Linux 5.11), a further process or a further thread is not
+        available.
         """
         check_flags(lazy=lazy)
         kind = LazyCopyOf if lazy else CopyOf
@@ -349,7 +351,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
 
     @property
     def fetched(self) -> int:
-        """How many bytes of the capacity are here; fewer than all only in a lazy copy (`withCopy`)."""
+        """Number of bytes of the capacity that have been copied: all, except in a lazy copy (`withCopy`)."""
         backing = self._memory().require_backing()
         return min(backing.fetched, self._capacity) if isinstance(backing, LazyBacking) else self._capacity
 
@@ -417,7 +419,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
         return cast("Task", self._memory().require_backing().task), start, start + len(self)
 
     def leave(self) -> None:
-        """Leave the memory to the task in which the buffer was allocated when the descriptor is released.
+        """Transfer the memory to the task in which the buffer was allocated, when the descriptor is released.
 
         It remains there, pageable, until the task unmaps it or exits; the descriptor remains usable until
         it is released.
@@ -460,8 +462,9 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
     def array(self, dtype: object = "u1", shape: int | tuple[int, ...] | None = None) -> object:
         """Return a NumPy array of the buffer's first `getLength()` bytes, not of a copy.
 
-        The array owns the memory: it stays, pinned if it was pinned, until the array and its views are gone, also
-        when the buffer was left by `with`. `free` is refused until then. NumPy is imported by the first call.
+        The array owns the memory, which remains, pinned if it was pinned, until the array and its views no longer
+        exist, even after a `with` block of the buffer has ended. `free` is refused until then. NumPy is imported by
+        the first call.
 
         Parameters
         ----------

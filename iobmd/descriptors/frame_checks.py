@@ -48,12 +48,12 @@ def require_unmoved(backing: Backing, read_recorded: Callable[[], RunTable]) -> 
     if lost is not None and (moved is None or lost <= moved):
         raise _gone(backing, lost)
     if moved is not None:
-        was, _ = recorded.segment(moved, 1)
-        lies, _ = now.segment(moved, 1)
-        if not lies:
+        former, _ = recorded.segment(moved, 1)
+        present, _ = now.segment(moved, 1)
+        if not present:
             raise _gone(backing, moved)
         message = (
-            f"the page at {moved:#x} was at physical {was:#x} and is now at {lies:#x} (it has moved, or other "
+            f"the page at {moved:#x} was at physical {former:#x} and is now at {present:#x} (it has moved, or other "
             "memory is mapped there): do not use it for I/O"
         )
         raise VMError(message, 0, moved)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from iobmd.task.task import Task
 
 _NUMBERS = {width: 1 << 8 * width for width in (1, 2, 4, 8)}
-"""How many numbers have this number of bytes."""
+"""The number of values of an unsigned integer of this width in bytes."""
 
 _changes = process_local.Guard()  # protects the users of mappings
 
@@ -72,8 +72,8 @@ class IOMemoryMap(Exporter):
 
     Created by `IOMemoryDescriptor.map` and `createMappingInTask`. It retains its descriptor, which cannot be freed
     before the map is unmapped. In this process it supports the buffer protocol, read-only if it is mapped read-only.
-    `unmap` is refused while a view of it exists; leaving `with` ends the map, and its addresses go with the last
-    view.
+    `unmap` is refused while a view of it exists; leaving `with` ends the map, and its addresses are unmapped with the
+    last view.
 
     Source: IOKit's IOMemoryMap (IOMemoryDescriptor.h).
     """
@@ -157,8 +157,8 @@ class IOMemoryMap(Exporter):
     def read32(self, offset: int) -> int:
         """Return the 32-bit number at `offset`, by one load of exactly that width.
 
-        Numbers are little-endian, as the registers of PCI devices. As after the kernel's readl, memory that the
-        device wrote before is read afterwards.
+        Numbers are little-endian, like the registers of PCI devices. As with the kernel's readl, later reads of
+        memory return the bytes that the device wrote to it before.
 
         Parameters
         ----------
@@ -188,8 +188,8 @@ class IOMemoryMap(Exporter):
     def write32(self, offset: int, value: int) -> None:
         """Store a 32-bit number at `offset`, little-endian, by one store of exactly that width.
 
-        As before the kernel's writel, stores to memory are visible to the device before: a descriptor may be written
-        by `writeBytes`, and then announced by this. In a write-combined map, stores have no order.
+        As with the kernel's writel, earlier stores to memory become visible to the device first: a descriptor may be
+        written by `writeBytes`, and then announced by this method. In a write-combined map, stores have no order.
 
         Parameters
         ----------

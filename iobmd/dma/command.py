@@ -47,7 +47,7 @@ class IODMACommand:
     `clearMemoryDescriptor()`.
 
     Source: IOKit's IODMACommand.h. Without a mapper, addresses are physical, and valid for a device behind an IOMMU
-    only if that passes them through.
+    only if the IOMMU passes them through.
     """
 
     kMapped = MappingOptions.kMapped
@@ -232,7 +232,7 @@ class IODMACommand:
         """
         with self._guard:
             if self._active and not autoComplete:
-                raise NotReadyError(f"{self!r} is prepared: call complete() as often first")
+                raise NotReadyError(f"{self!r} is prepared: call complete() for each prepare() first")
             self._complete_all()
             self._memory = None
         return kIOReturnSuccess
@@ -247,7 +247,7 @@ class IODMACommand:
         """
         with self._guard:
             if self._active:
-                raise BusyError(f"{self!r} is prepared: call complete() as often first")
+                raise BusyError(f"{self!r} is prepared: call complete() for each prepare() first")
             self._memory = None
 
     release = free

@@ -43,7 +43,7 @@ class Zone(NamedTuple):
     high: int
     """The high watermark: free memory that ordinary allocations leave."""
     listed: int
-    """Free memory in the lists of processors, which does not count as free."""
+    """Free memory in the lists of single processors, which `free` does not include."""
     counters: dict[str, int]
     """All counters, in pages; the first zone of a node also has those of the node (``nr_anon_pages``)."""
 
@@ -65,7 +65,7 @@ def zones() -> list[Zone]:
 def _zone(node: int, name: str, text: str) -> Zone:
     counters: dict[str, int] = {}
     for counter, value in _COUNTER.findall(text):
-        counters.setdefault(counter, int(value))  # the sets of pages of processors have counters named high, too
+        counters.setdefault(counter, int(value))  # the per-CPU page sets have counters named high, too
     start = counters.get("start_pfn", 0)
     present, managed, high = (counters.get(counter, 0) * PAGE_SIZE for counter in ("present", "managed", "high"))
     free = counters.get("free", 0) * PAGE_SIZE
@@ -80,7 +80,7 @@ def uninitialized(found: list[Zone]) -> int:
     Kernels that initialize memory when they need it (deferred_init=lazy) count it in MemFree nevertheless.
     """
     missing = procfs.meminfo().get("MemFree", 0) - sum(zone.free for zone in found)
-    return missing if missing >= SECTION else 0  # less may be free memory that other processors released since
+    return missing if missing >= SECTION else 0  # a smaller difference may be memory that was freed since
 
 
 def free_blocks() -> dict[tuple[int, str], list[int]]:

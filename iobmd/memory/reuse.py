@@ -69,7 +69,7 @@ def offer(mapping: Mapping, kind: Kind, limit: int) -> bool:
     kind : Kind
         The allocations that may use it.
     limit : int
-        How many bytes may be kept. Older memory is freed to keep this, first such as has no constraints.
+        How many bytes may be kept. Older memory is freed to stay within this limit, memory without constraints first.
     """
     if kind.size > limit or mapping.denied or not _make_room(kind, limit):
         return False

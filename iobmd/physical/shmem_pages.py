@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class FileBlocks:
-    """Transparent huge pages of a memfd, for which they are requested, or before Linux 6.1 of a tmpfs file.
+    """Transparent huge pages of a memfd, which are requested by MADV_COLLAPSE; before Linux 6.1, of a tmpfs file.
 
     If `block` is the size of a base page, they are base pages of a memfd.
     With `sealed` it is a memfd in any case, because the size of a tmpfs file cannot be sealed.
@@ -94,7 +94,7 @@ class FileBlocks:
         return mapping
 
     def share(self, chosen: list[int], alignment: int, size: int = 0) -> SharedObject:
-        """Return the blocks as an object, in this order; only `size` bytes of them unless 0."""
+        """Return the blocks as an object, in this order; unless `size` is 0, only their first `size` bytes."""
         offsets = [self._offset(place) for place in chosen]
         for offset in set(range(0, self._size, self.block)) - set(offsets):
             mman.punch(self._fd, offset, self.block)

@@ -185,7 +185,7 @@ def _pool_exhausted(pid: int, area: VMA, place: int, stop: int, page: int, *, re
     if missing is None:
         return None
     why = (
-        f"its page does not exist yet, and the hugetlb pool of {format_size(page)} pages has none for it (total "
+        f"its page does not exist yet, and the hugetlb pool of {format_size(page)} pages has no page for it (total "
         f"{pool.total}, free {pool.free}, reserved {pool.reserved}), in {area}"
     )
     return Obstacle(missing, NoResourcesError, why, host.pool_remedy(pool, 1).partition("  #")[0])

@@ -33,7 +33,7 @@ def behind(ranges: Sequence[Range], size: int) -> list[Range]:
 
 
 def part(ranges: Sequence[Range], starts: Sequence[int], offset: int, size: int) -> list[Range]:
-    """Return the parts of the ranges within `offset`…`offset + size` of their bytes; each begins at its `starts`."""
+    """Return the parts with the bytes `offset`…`offset + size` of the ranges; `starts`: the offset of each range."""
     found = []
     index = bisect_right(starts, offset) - 1
     while size:

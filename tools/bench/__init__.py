@@ -77,8 +77,8 @@ def make_parser() -> argparse.ArgumentParser:
         description="Compare iobmd with the bare system calls. Figures are medians; memory is warmed up first.",
         epilog="benchmarks: " + "; ".join(f"{name}: {what}" for name, (_, what) in BENCHMARKS.items()),
     )
-    parser.add_argument("benchmark", choices=[*BENCHMARKS], metavar="NAME", help="one of those below")
+    parser.add_argument("benchmark", choices=[*BENCHMARKS], metavar="NAME", help="one of those listed below")
     parser.add_argument("--size", type=size, default=512 << 20, help="size of the large copies (default: 512M)")
-    parser.add_argument("--rounds", type=int, default=7, help="measurements of each (default: 7)")
+    parser.add_argument("--rounds", type=int, default=7, help="measurements of each figure (default: 7)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser

@@ -195,10 +195,10 @@ def make_parser() -> argparse.ArgumentParser:
         usage="%(prog)s PID|self [options]\n       %(prog)s --processes [options]\n"
         "       %(prog)s --frame PFN[-PFN] [--json]\n       %(prog)s --host [SIZE] | --file PATH... [options]",
         description="Show how much memory a process has, and where: a summary, and a row for each mapping.",
-        epilog="Sizes and addresses: decimal, 0x hexadecimal, or with suffix k, M, G, T. Ranges of 8 digits or more "
-        "may also be as in /proc/PID/maps, hexadecimal without 0x, unless it could be decimal. Frame numbers and "
-        "results derived from them (runs, folio sizes) require CAP_SYS_ADMIN; the rest requires permission to "
-        "trace the process.",
+        epilog="Sizes and addresses: decimal, 0x hexadecimal, or with a suffix k, M, G, T. Ranges of 8 digits or "
+        "more may also be as in /proc/PID/maps, hexadecimal without 0x, unless the digits could be decimal. Frame "
+        "numbers and results derived from them (runs, folio sizes) require CAP_SYS_ADMIN; the rest requires "
+        "permission to trace the process.",
         # One formatter for all options, because each one loads shutil to determine the terminal's width.
         formatter_class=partial(argparse.HelpFormatter, width=80),
     )
@@ -215,7 +215,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_choices(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--name", metavar="TEXT", help="areas whose name contains this text")
+    group.add_argument("--name", metavar="TEXT", help="areas, or processes, whose name contains this text")
     group.add_argument("--min-size", type=size, metavar="SIZE", help="areas of at least this size")
     group.add_argument("--range", type=_addresses, metavar="A-B", help="the part between two addresses")
     group.add_argument(
@@ -240,7 +240,7 @@ def _add_table(group: argparse._ArgumentGroup) -> None:
 
 def _add_processes(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--processes", action="store_true", help="a row for each process, and their sum")
-    group.add_argument("--user", metavar="USER", help="processes of this user; --name TEXT: whose name contains this")
+    group.add_argument("--user", metavar="USER", help="processes of this user")
     group.add_argument("--cgroup", metavar="TEXT", help="processes whose memory cgroup contains this text")
     group.add_argument("--container", metavar="ID", help="processes of this container")
     group.add_argument("--by", choices=BY, metavar="KEY", help=f"a row for each {', '.join(BY)}")
@@ -256,7 +256,7 @@ def _add_details(group: argparse._ArgumentGroup) -> None:
         "--frame",
         type=_frames,
         metavar="PFN[-PFN]",
-        help="all processes that map these page frames; with a PID and --runs or --flags, its runs with them",
+        help="all processes that map these page frames; with a PID and --runs or --flags, its runs in these frames",
     )
     within.add_argument(
         "--physical", type=_physical, dest="frame", metavar="A[-B]", help="the same, by physical addresses"

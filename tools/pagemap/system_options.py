@@ -24,7 +24,7 @@ def add_options(group: argparse._ArgumentGroup) -> None:
         metavar="SIZE",
         help="physical memory by kind; what is in the way of contiguous memory of this size",
     )
-    group.add_argument("--file", nargs="+", metavar="PATH", help="which part of files or directories is in memory")
+    group.add_argument("--file", nargs="+", metavar="PATH", help="the part of files or directories in the page cache")
 
 
 def chosen_way(arguments: argparse.Namespace) -> str | None:
