@@ -23,6 +23,7 @@ from iobmd.cli.demo.compaction import Strewn, collapse, compact
 from iobmd.memory import pinning
 from iobmd.memory.populate import populate
 from iobmd.pagemap.self import own_runs
+from iobmd.units import PAGE_SIZE
 
 MIB = 1 << 20
 Buffer = iobmd.IOBufferMemoryDescriptor
@@ -50,17 +51,17 @@ def pins_are_counted() -> bool:
 @pytest.mark.needs("frames")
 @pytest.mark.usefixtures("nothing_left")
 def test_wired_is_pinned_and_says_where() -> None:
-    for size in (1, 4096, 300_000, 5 * MIB + 1):
+    for size in (1, PAGE_SIZE, 300_000, 5 * MIB + 1):
         with iobmd.allocate(size) as buffer:
             assert buffer.wiring is Wiring.PINNED
             assert kernel.status("VmPin") >= size or not pins_are_counted()
             seen = [
-                segment.address // 4096 + page
+                segment.address // PAGE_SIZE + page
                 for segment in buffer.segments()
-                for page in range(-(-segment.length // 4096))
+                for page in range(-(-segment.length // PAGE_SIZE))
             ]
             assert seen == frames_of(buffer)
-            assert buffer.getPhysicalAddress() == frames_of(buffer)[0] * 4096
+            assert buffer.getPhysicalAddress() == frames_of(buffer)[0] * PAGE_SIZE
             buffer.verify()
         iobmd.trim()
         assert kernel.nothing_is_pinned()
@@ -77,7 +78,7 @@ def test_prepare_and_complete() -> None:
         buffer.prepare(iobmd.kIODirectionIn)
         assert buffer.wiring is Wiring.PINNED
         assert not pins_are_counted() or kernel.pinned(64 << 10) == 64 << 10
-        assert [segment.address for segment in buffer.segments()][:1] == [frames_of(buffer)[0] * 4096]
+        assert [segment.address for segment in buffer.segments()][:1] == [frames_of(buffer)[0] * PAGE_SIZE]
         assert code_of(buffer.free) == IOReturn.kIOReturnBusy
         buffer.complete()
         assert buffer.wiring is Wiring.PINNED
@@ -87,7 +88,7 @@ def test_prepare_and_complete() -> None:
         assert code_of(buffer.complete) == IOReturn.kIOReturnNotReady
         assert code_of(buffer.getPhysicalAddress) == IOReturn.kIOReturnNotReady
         assert code_of(lambda: buffer.prepare(1 << 9)) == IOReturn.kIOReturnBadArgument
-    with iobmd.allocate(4096) as wired:
+    with iobmd.allocate(PAGE_SIZE) as wired:
         wired.prepare()
         assert code_of(wired.free) == IOReturn.kIOReturnBusy
         wired.complete()
@@ -140,12 +141,12 @@ def test_verify_finds_a_page_that_moved() -> None:
         # Without the descriptor's knowledge: the pin remains on the old page, and a new page is mapped at the
         # address.
         mman.unlock(buffer.getBytesNoCopy(), len(buffer))
-        mman.advise(buffer.getBytesNoCopy() + 4096, 4096, mman.MADV_DONTNEED)
-        buffer.writeBytes(4096, b"x")
+        mman.advise(buffer.getBytesNoCopy() + PAGE_SIZE, PAGE_SIZE, mman.MADV_DONTNEED)
+        buffer.writeBytes(PAGE_SIZE, b"x")
         with pytest.raises(IOReturnError, match="do not use") as caught:
             buffer.verify()
         assert caught.value.code == IOReturn.kIOReturnVMError
-        assert caught.value.address == buffer.getBytesNoCopy() + 4096
+        assert caught.value.address == buffer.getBytesNoCopy() + PAGE_SIZE
         assert backing.runs is recorded
 
 
@@ -164,7 +165,7 @@ def filler(size: int) -> Iterator[None]:
     if not size:
         yield
         return
-    held = Mapping.anonymous(size, 4096)
+    held = Mapping.anonymous(size, PAGE_SIZE)
     mman.advise(held.address, size, mman.MADV_NOHUGEPAGE)
     populate(held.address, size)
     try:
@@ -184,7 +185,7 @@ def test_nothing_moves_a_pinned_page(setting: Setting) -> None:
     ):
         prepared.writeBytes(0, b"y" * len(prepared))
         prepared.prepare()
-        many = [iobmd.allocate(4096) for _ in range(500)]
+        many = [iobmd.allocate(PAGE_SIZE) for _ in range(500)]
         pinned = [large, small, contiguous, prepared, copied, *many]
         before = [frames_of(buffer) for buffer in pinned]
 
@@ -215,7 +216,7 @@ def test_nothing_moves_a_pinned_page(setting: Setting) -> None:
 
         in_child(lambda: None)
         for buffer in pinned:
-            buffer.writeBytes(0, b"z" * min(len(buffer), 9 * 4096))
+            buffer.writeBytes(0, b"z" * min(len(buffer), 9 * PAGE_SIZE))
         unmoved()
 
         setting("/sys/kernel/mm/transparent_hugepage/enabled", "always")
@@ -225,7 +226,7 @@ def test_nothing_moves_a_pinned_page(setting: Setting) -> None:
         setting("/sys/kernel/mm/ksm/pages_to_scan", 10_000)
         setting("/sys/kernel/mm/ksm/run", 1)
         for buffer in (small, prepared, *many):
-            mman.advise(buffer.getBytesNoCopy(), -(-len(buffer) // 4096) * 4096, 12)  # MADV_MERGEABLE
+            mman.advise(buffer.getBytesNoCopy(), -(-len(buffer) // PAGE_SIZE) * PAGE_SIZE, 12)  # MADV_MERGEABLE
         threading.Event().wait(1.0)
         unmoved()
         setting("/sys/kernel/mm/ksm/run", 2)
@@ -253,7 +254,7 @@ def test_fork_moves_nothing_and_the_child_unpins_nothing() -> None:
 
         def child() -> list[IOReturn]:
             refused = [code_of(wired.getPhysicalAddress), code_of(prepared.segments), code_of(wired.verify)]
-            with iobmd.allocate(4096) as own:  # the child has its own ring
+            with iobmd.allocate(PAGE_SIZE) as own:  # the child has its own ring
                 assert own.wiring is Wiring.PINNED
             wired.free()
             return refused
@@ -268,7 +269,7 @@ def test_fork_moves_nothing_and_the_child_unpins_nothing() -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 def test_ring_does_not_leak_into_programs() -> None:
-    with iobmd.allocate(4096):
+    with iobmd.allocate(PAGE_SIZE):
         assert kernel.rings()
         done = subprocess.run(["ls", "-l", "/proc/self/fd"], close_fds=False, capture_output=True, check=True)
         assert b"pipe" in done.stdout
@@ -297,7 +298,7 @@ def test_limit_on_pins() -> None:
         limit = 8 * MIB
         with iobmd.allocate(5 * MIB) as first, iobmd.allocate(MIB, wired=False) as later:
             later.prepare()
-            with iobmd.allocate(2 * MIB + 4096) as second:
+            with iobmd.allocate(2 * MIB + PAGE_SIZE) as second:
                 with pytest.raises(IOReturnError) as caught:
                     second.prepare()
                 assert caught.value.code == IOReturn.kIOReturnCannotWire
@@ -356,7 +357,7 @@ def test_hugetlb_is_the_next_choice() -> None:
             mapped = kernel.smaps(buffer.getBytesNoCopy())
             return (
                 buffer.wiring,
-                runs[0] == frames_of(buffer)[0] * 4096,
+                runs[0] == frames_of(buffer)[0] * PAGE_SIZE,
                 mapped["Shared_Hugetlb"] + mapped["Private_Hugetlb"] > 0,
             )
 
@@ -368,14 +369,14 @@ def test_hugetlb_is_the_next_choice() -> None:
 @pytest.mark.usefixtures("nothing_left")
 def test_more_buffers_than_one_table_holds() -> None:
     def many() -> tuple[int, int]:
-        buffers = [iobmd.allocate(4096) for _ in range(pinning.SLOTS + 100)]
+        buffers = [iobmd.allocate(PAGE_SIZE) for _ in range(pinning.SLOTS + 100)]
         wirings = {buffer.wiring for buffer in buffers}
         assert wirings == {Wiring.PINNED}
         pinned = kernel.status("VmPin")
         for buffer in buffers:
             buffer.free()
         iobmd.trim()
-        return pinned // 4096, kernel.pinned()
+        return pinned // PAGE_SIZE, kernel.pinned()
 
     assert in_child(many) == (pinning.SLOTS + 100, 0)
 
@@ -389,10 +390,10 @@ def test_more_than_one_slot_holds() -> None:
         assert buffer.wiring is Wiring.PINNED
         assert kernel.pinned(size) == size
         assert sum(segment.length for segment in buffer.segments()) == size
-        for offset in (0, (1 << 30) - 4096, 1 << 30, size - 4096):
+        for offset in (0, (1 << 30) - PAGE_SIZE, 1 << 30, size - PAGE_SIZE):
             address, length = buffer.getPhysicalSegment(offset)
-            assert address == frames(buffer.getBytesNoCopy() + offset, 4096)[0] * 4096
-            assert length >= 4096
+            assert address == frames(buffer.getBytesNoCopy() + offset, PAGE_SIZE)[0] * PAGE_SIZE
+            assert length >= PAGE_SIZE
 
 
 def test_kernels_without_sparse_tables(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,7 +408,7 @@ def test_kernels_without_sparse_tables(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def pin() -> tuple[int, int]:
         monkeypatch.setattr(pinning.uring, "Table", no_tables)
-        buffers = [iobmd.allocate(4096) for _ in range(20)]
+        buffers = [iobmd.allocate(PAGE_SIZE) for _ in range(20)]
         assert {buffer.wiring for buffer in buffers} == {Wiring.PINNED}
         held = kernel.rings()
         for buffer in buffers:
@@ -429,8 +430,8 @@ def test_pinned_pages_out_of_the_page_table_are_not_left_out() -> None:
         mman.advise(buffer.getBytesNoCopy(), size, mman.MADV_DONTNEED)
         assert kernel.present(buffer.getBytesNoCopy(), size) == 0
         buffer.verify()
-        assert kernel.present(buffer.getBytesNoCopy(), size) == size // 4096
+        assert kernel.present(buffer.getBytesNoCopy(), size) == size // PAGE_SIZE
         mman.advise(buffer.getBytesNoCopy(), size, mman.MADV_DONTNEED)
-        assert own_runs(buffer.getBytesNoCopy(), size, pinned=True).pages == size // 4096
+        assert own_runs(buffer.getBytesNoCopy(), size, pinned=True).pages == size // PAGE_SIZE
         assert buffer.segments() == before
         buffer.complete()

@@ -36,9 +36,10 @@ import iobmd
 from iobmd import IOBufferMemoryDescriptor as Buffer
 from iobmd import IOPurgeable, IOReturn, IOReturnError
 from iobmd._native import mman
+from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE
 
 MIB = 1 << 20
-PAGES = pytest.mark.parametrize("huge", [False, True], ids=["4 KiB", "THP"])
+PAGES = pytest.mark.parametrize("huge", [False, True], ids=["small", "THP"])
 WAYS = pytest.mark.parametrize("deny", DENIALS.values(), ids=DENIALS)
 
 
@@ -84,11 +85,11 @@ def test_bad_states(word: int) -> None:
 
 
 def test_only_what_was_made_purgeable() -> None:
-    with iobmd.allocate(4096, wired=False) as pageable, iobmd.allocate(4096) as wired:
+    with iobmd.allocate(PAGE_SIZE, wired=False) as pageable, iobmd.allocate(PAGE_SIZE) as wired:
         for buffer in (pageable, wired):
             assert code_of(lambda: buffer.setPurgeable(KEEP_CURRENT)) == IOReturn.kIOReturnUnsupported  # noqa: B023
             assert buffer.lazily_freed == 0
-    assert code_of(lambda: iobmd.allocate(4096, purgeable=True)) == IOReturn.kIOReturnBadArgument
+    assert code_of(lambda: iobmd.allocate(PAGE_SIZE, purgeable=True)) == IOReturn.kIOReturnBadArgument
     options = iobmd.kIOMemoryPageable | iobmd.kIOMemoryPurgeable
     with Buffer.withOptions(options, 100) as buffer:
         assert buffer.setPurgeable(KEEP_CURRENT) is NON_VOLATILE
@@ -100,7 +101,7 @@ def test_only_what_was_made_purgeable() -> None:
 def test_obsolete_drops_at_once() -> None:
     buffer, _ = purgeable(4 * MIB)
     with buffer:
-        assert kernel.present(buffer.getBytesNoCopy(), 4 * MIB) == 1024
+        assert kernel.present(buffer.getBytesNoCopy(), 4 * MIB) == 4 * MIB // kernel.PAGE
         assert buffer.setPurgeable(VOLATILE | OBSOLETE) is NON_VOLATILE
         assert kernel.present(buffer.getBytesNoCopy(), 4 * MIB) == 0
         assert buffer.setPurgeable(NON_VOLATILE) is EMPTY
@@ -123,12 +124,12 @@ def test_empty_memory_that_is_filled_again_can_be_volatile() -> None:
 @WAYS
 @pytest.mark.parametrize("lost", ["none", "first", "one", "half", "last", "all"])
 def test_loss_is_told(lost: str, deny: dict[str, int], huge: bool) -> None:
-    size = 4 * MIB + 5 * kernel.PAGE
+    size = 2 * HUGE_PAGE_SIZE + 5 * kernel.PAGE
     spans = {
         "none": (0, 0),
         "first": (0, kernel.PAGE),
-        "one": (2 * MIB + 3 * kernel.PAGE, kernel.PAGE),
-        "half": (0, 2 * MIB),
+        "one": (HUGE_PAGE_SIZE + 3 * kernel.PAGE, kernel.PAGE),
+        "half": (0, HUGE_PAGE_SIZE),
         "last": (size - kernel.PAGE, kernel.PAGE),
         "all": (0, size),
     }
@@ -137,7 +138,7 @@ def test_loss_is_told(lost: str, deny: dict[str, int], huge: bool) -> None:
         buffer, data = purgeable(size, huge=huge)
         with buffer:
             address = buffer.getBytesNoCopy()
-            assert kernel.smaps(address)["AnonHugePages"] == (4 * MIB if huge else 0)
+            assert kernel.smaps(address)["AnonHugePages"] == (2 * HUGE_PAGE_SIZE if huge else 0)
             buffer.setPurgeable(VOLATILE)
             offset, length = spans[lost]
             if length:
@@ -192,7 +193,7 @@ def test_stores_do_not_hide_a_loss(deny: dict[str, int], huge: bool) -> None:
                 buffer.setPurgeable(VOLATILE)
                 take(buffer, 2 * MIB, 2 * MIB)
                 view[2 * MIB :: kernel.PAGE] = b"x" * 512
-            assert kernel.present(buffer.getBytesNoCopy(), 4 * MIB) == 1024
+            assert kernel.present(buffer.getBytesNoCopy(), 4 * MIB) == 4 * MIB // kernel.PAGE
             state = buffer.setPurgeable(NON_VOLATILE)
             assert reads_zero(buffer)
             return state

@@ -15,6 +15,7 @@ from support.source_process import SourceProcess
 import iobmd
 from iobmd import IOMapOptions, IOReturn, IOReturnError, Task
 from iobmd.pagemap import pages
+from iobmd.units import PAGE_SIZE
 
 MIB = 1 << 20
 ANYWHERE, UNIQUE = IOMapOptions.kIOMapAnywhere, IOMapOptions.kIOMapUnique
@@ -96,7 +97,7 @@ def test_frames_are_the_same(target: subprocess.Popen[bytes]) -> None:
 
 @pytest.mark.needs("frames")
 @pytest.mark.usefixtures("nothing_left")
-@pytest.mark.parametrize("size", [4096, MIB, 8 * MIB], ids=str)
+@pytest.mark.parametrize("size", [PAGE_SIZE, MIB, 8 * MIB], ids=str)
 def test_contiguous_in_a_task(target: subprocess.Popen[bytes], size: int) -> None:
     with iobmd.allocate(size, task=target.pid, contiguous=True, alignment=64 << 10) as buffer:
         address = buffer.getBytesNoCopy()
@@ -128,10 +129,10 @@ def test_contiguous_in_pieces_of_the_object(
         assert buffer.getPhysicalSegment(0)[1] == 8 * MIB
         for offset in range(0, 8 * MIB, 2 * MIB):
             buffer.writeBytes(offset, offset.to_bytes(8))
-        offset = 2 * MIB + 4096
+        offset = 2 * MIB + PAGE_SIZE
         with buffer.createMappingInTask(target.pid, 0, ANYWHERE | PREFAULT, offset, 4 * MIB) as part:
             address = part.getAddress()
-            assert Task(target.pid).read(address + 2 * MIB - 4096, 8) == (4 * MIB).to_bytes(8)
+            assert Task(target.pid).read(address + 2 * MIB - PAGE_SIZE, 8) == (4 * MIB).to_bytes(8)
             expected = (buffer.getPhysicalAddress() + offset) // kernel.PAGE
             assert frames(address, 4 * MIB, target.pid) == list(range(expected, expected + 1024))
 
@@ -155,9 +156,12 @@ def test_memory_of_a_pool(target: subprocess.Popen[bytes]) -> None:
     backing.write(2 * MIB, b"second")
     assert Task(target.pid).read(backing.address + 2 * MIB, 6) == b"second"
     assert backing.runs is not None
-    assert backing.runs.segment(backing.address, 4096)[0] // kernel.PAGE == frames(backing.address, 1, target.pid)[0]
+    assert (
+        backing.runs.segment(backing.address, PAGE_SIZE)[0] // kernel.PAGE
+        == frames(backing.address, 1, target.pid)[0]
+    )
     with pytest.raises(IOReturnError, match="in whole pages"):
-        shared.cut(4096, 4096)
+        shared.cut(PAGE_SIZE, PAGE_SIZE)
     backing.close()
     assert kernel.nothing_is_pinned()
     free = next(pool.free for pool in iobmd.host.hugetlb_pools() if pool.size == 2 * MIB)
@@ -188,7 +192,7 @@ def test_purgeable_in_a_task(target: subprocess.Popen[bytes]) -> None:
 @pytest.mark.usefixtures("nothing_left")
 def test_prepare_in_a_task(target: subprocess.Popen[bytes]) -> None:
     with iobmd.allocate(64 << 10, task=target.pid, wired=False) as buffer:
-        buffer.writeBytes(0, b"y" * 4096)
+        buffer.writeBytes(0, b"y" * PAGE_SIZE)
         assert buffer.getPageCounts() == (1, 1)
         assert code_of(buffer.segments) == IOReturn.kIOReturnNotReady
         buffer.prepare()
@@ -242,7 +246,7 @@ def test_no_pin_no_wired_memory_of_no_task() -> None:
     """Locked pages would need a mapping, which the buffer lacks."""
 
     def make() -> IOReturn:
-        return code_of(lambda: iobmd.allocate(4096, task=None))
+        return code_of(lambda: iobmd.allocate(PAGE_SIZE, task=None))
 
     assert in_child(make, deny={"io_uring_setup": 1}) == IOReturn.kIOReturnCannotWire
 
@@ -273,37 +277,37 @@ def test_copy_between_two_tasks(start_source: Callable[..., SourceProcess], targ
 @pytest.mark.usefixtures("nothing_left")
 def test_maps_in_a_task(target: subprocess.Popen[bytes]) -> None:
     task = Task(target.pid)
-    with iobmd.allocate(16 * 4096, shared=True, wired=False) as buffer:
-        data = os.urandom(16 * 4096)
+    with iobmd.allocate(16 * PAGE_SIZE, shared=True, wired=False) as buffer:
+        data = os.urandom(16 * PAGE_SIZE)
         buffer.writeBytes(0, data)
         first = buffer.createMappingInTask(task, 0, ANYWHERE)
-        second = buffer.createMappingInTask(task, 0, ANYWHERE, 4096, 100)
+        second = buffer.createMappingInTask(task, 0, ANYWHERE, PAGE_SIZE, 100)
         unique = buffer.createMappingInTask(task, 0, ANYWHERE | UNIQUE | READ_ONLY, 4100, 100)
-        assert second.getAddress() == first.getAddress() + 4096, "a compatible map has the same addresses"
-        assert (first.getAddressTask(), first.getLength()) == (task, 16 * 4096)
+        assert second.getAddress() == first.getAddress() + PAGE_SIZE, "a compatible map has the same addresses"
+        assert (first.getAddressTask(), first.getLength()) == (task, 16 * PAGE_SIZE)
         assert "r--s" in area(target.pid, unique.getAddress())
-        assert unique.getAddress() % 4096 == 4
+        assert unique.getAddress() % PAGE_SIZE == 4
         assert task.read(unique.getAddress(), 100) == data[4100:4200]
         assert code_of(lambda: task.write(unique.getAddress(), b"x")) == IOReturn.kIOReturnVMError
         assert code_of(lambda: memoryview(first)) == IOReturn.kIOReturnUnsupported
         assert code_of(buffer.free) == IOReturn.kIOReturnBusy
         first.unmap()
-        assert task.read(second.getAddress(), 100) == data[4096:4196], "other maps still use the addresses"
+        assert task.read(second.getAddress(), 100) == data[PAGE_SIZE:4196], "other maps still use the addresses"
         second.unmap()
         unique.unmap()
         unique.unmap()
-    with iobmd.allocate(4096, task=target.pid) as there, there.createMappingInTask(task, 0, ANYWHERE) as static:
+    with iobmd.allocate(PAGE_SIZE, task=target.pid) as there, there.createMappingInTask(task, 0, ANYWHERE) as static:
         assert static.getAddress() == there.getBytesNoCopy(), "in its own task, anywhere: at its own address"
 
 
 @pytest.mark.usefixtures("nothing_left")
 def test_at_an_address(target: subprocess.Popen[bytes]) -> None:
-    with iobmd.allocate(4 * 4096, shared=True, wired=False) as buffer:
+    with iobmd.allocate(4 * PAGE_SIZE, shared=True, wired=False) as buffer:
         with buffer.createMappingInTask(target.pid, 0, ANYWHERE) as found:
             free = found.getAddress()
-        with buffer.createMappingInTask(target.pid, free + 5, 0, 4096 + 5, 4096) as fixed:
+        with buffer.createMappingInTask(target.pid, free + 5, 0, PAGE_SIZE + 5, PAGE_SIZE) as fixed:
             assert fixed.getAddress() == free + 5
-            taken = lambda: buffer.createMappingInTask(target.pid, free, 0, 0, 4096)  # noqa: E731
+            taken = lambda: buffer.createMappingInTask(target.pid, free, 0, 0, PAGE_SIZE)  # noqa: E731
             with pytest.raises(IOReturnError, match="is not free") as caught:
                 taken()
             assert caught.value.code == IOReturn.kIOReturnNoResources
@@ -316,11 +320,11 @@ def test_at_an_address(target: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.usefixtures("nothing_left")
-@pytest.mark.parametrize(("option", "margin"), [(SMALL, 4096), (LARGE, 64 << 10)], ids=["small", "large"])
+@pytest.mark.parametrize(("option", "margin"), [(SMALL, PAGE_SIZE), (LARGE, 64 << 10)], ids=["small", "large"])
 def test_guarded_in_a_task(target: subprocess.Popen[bytes], option: int, margin: int) -> None:
-    with iobmd.allocate(4 * 4096, shared=True, wired=False) as buffer:
+    with iobmd.allocate(4 * PAGE_SIZE, shared=True, wired=False) as buffer:
         with buffer.createMappingInTask(target.pid, 0, ANYWHERE | option) as guarded:
-            begin, end = guarded.getAddress(), guarded.getAddress() + 4 * 4096
+            begin, end = guarded.getAddress(), guarded.getAddress() + 4 * PAGE_SIZE
             for address in (begin - margin, begin - 1, end, end + margin - 1):
                 assert " ---p " in area(target.pid, address)
             Task(target.pid).write(begin, b"inside")
@@ -343,20 +347,23 @@ def test_prefault(target: subprocess.Popen[bytes]) -> None:
 @pytest.mark.usefixtures("nothing_left")
 def test_redirect(target: subprocess.Popen[bytes]) -> None:
     task = Task(target.pid)
-    with iobmd.allocate(8 * 4096, shared=True, wired=False) as old, iobmd.allocate(16 * 4096, task=None) as new:
+    with (
+        iobmd.allocate(8 * PAGE_SIZE, shared=True, wired=False) as old,
+        iobmd.allocate(16 * PAGE_SIZE, task=None) as new,
+    ):
         old.writeBytes(0, b"old" * 1000)
-        new.writeBytes(4096, b"new" * 1000)
+        new.writeBytes(PAGE_SIZE, b"new" * 1000)
         with old.createMappingInTask(task, 0, ANYWHERE | UNIQUE) as mapped:
             address = mapped.getAddress()
-            mapped.redirect(new, 0, 4096)
+            mapped.redirect(new, 0, PAGE_SIZE)
             assert mapped.getAddress() == address
             assert task.read(address, 6) == b"newnew"
             assert mapped.getMemoryDescriptor() is new
             task.write(address, b"NEW")
-            assert new.readBytes(4096, 3) == b"NEW"
+            assert new.readBytes(PAGE_SIZE, 3) == b"NEW"
             old.free()
             assert code_of(new.free) == IOReturn.kIOReturnBusy
-            assert code_of(lambda: mapped.redirect(new, 0, 12 * 4096)) == IOReturn.kIOReturnBadArgument
+            assert code_of(lambda: mapped.redirect(new, 0, 12 * PAGE_SIZE)) == IOReturn.kIOReturnBadArgument
         assert not area(target.pid, address)
 
 
@@ -376,7 +383,7 @@ def test_a_forked_child_takes_nothing_away(target: subprocess.Popen[bytes]) -> N
 def test_task_that_exits(target: subprocess.Popen[bytes]) -> None:
     buffer = iobmd.allocate(64 << 10, task=target.pid, shared=True)
     private = [iobmd.allocate(8192, task=target.pid, wired=wired) for wired in (True, False)]
-    shared = iobmd.allocate(4096, shared=True, wired=False)
+    shared = iobmd.allocate(PAGE_SIZE, shared=True, wired=False)
     mapped = shared.createMappingInTask(target.pid, 0, ANYWHERE)
     buffer.writeBytes(0, b"stays")
     target.kill()
@@ -388,7 +395,7 @@ def test_task_that_exits(target: subprocess.Popen[bytes]) -> None:
         gone.free()
     mapped.unmap()
     shared.free()
-    assert code_of(lambda: iobmd.allocate(4096, task=target.pid)) == IOReturn.kIOReturnNotFound
+    assert code_of(lambda: iobmd.allocate(PAGE_SIZE, task=target.pid)) == IOReturn.kIOReturnNotFound
 
 
 @pytest.mark.usefixtures("nothing_left")

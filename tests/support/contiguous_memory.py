@@ -17,10 +17,10 @@ import pytest
 
 import iobmd
 from iobmd import IOBufferMemoryDescriptor, IOReturn, IOReturnError
+from iobmd.units import HUGE_PAGE_SIZE
 from support.kernel import frames
 
 _POOL = Path("/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages")
-_HUGE = 2 << 20
 T = TypeVar("T")
 
 
@@ -32,14 +32,14 @@ def is_found(size: int, within: int) -> bool:
     """
     size, within = 2 * size, within // 2
     Path("/proc/sys/vm/compact_memory").write_text("1")
-    with mmap.mmap(-1, within + _HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
-        area.madvise(mmap.MADV_HUGEPAGE)
+    with mmap.mmap(-1, within + HUGE_PAGE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        area.madvise(mmap.MADVHUGE_PAGE_SIZEPAGE)
         base = ctypes.addressof(ctypes.c_char.from_buffer(area))
-        first = -base % _HUGE
-        for offset in range(first, first + within, _HUGE):
+        first = -base % HUGE_PAGE_SIZE
+        for offset in range(first, first + within, HUGE_PAGE_SIZE):
             area[offset] = 1
         in_pages = frames(base + first, within)
-    huge = _HUGE // mmap.PAGESIZE
+    huge = HUGE_PAGE_SIZE // mmap.PAGESIZE
     blocks = sorted(
         in_pages[at]
         for at in range(0, len(in_pages), huge)
@@ -49,7 +49,7 @@ def is_found(size: int, within: int) -> bool:
     for one, following in pairwise(blocks):
         in_a_row = in_a_row + 1 if following == one + huge else 1
         longest = max(longest, in_a_row)
-    return longest * _HUGE >= size
+    return longest * HUGE_PAGE_SIZE >= size
 
 
 def is_made(setting: Callable[[str, object], None]) -> bool:

@@ -1,6 +1,7 @@
 """`PageStateProcess`: a process with memory in every state (page_states.c); and a reader of pages without `iobmd`."""
 
 import contextlib
+import mmap
 import re
 import struct
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 from support import source_process
 
 SOURCE = Path(__file__).with_name("page_states.c")
-PAGE = 4096
+PAGE = mmap.PAGESIZE
 HEAD, TAIL, HUGETLB, THP, ZERO_PAGE = 1 << 15, 1 << 16, 1 << 17, 1 << 22, 1 << 24
 STATES = 1 << 63 | 1 << 62 | 1 << 58
 """Bits of an entry of an existing page: present, swapped, guard (the soft-dirty bit alone does not count)."""

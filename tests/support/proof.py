@@ -1,5 +1,6 @@
 """Proof by devices: the bytes that they read and write at physical addresses are those at the virtual addresses."""
 
+import mmap
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -7,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import iobmd
 from support.edu import LARGEST, Copy, Devices
 
-PAGE = 4096
+PAGE = mmap.PAGESIZE
 
 
 class Proof:

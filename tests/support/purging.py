@@ -7,6 +7,7 @@ import time
 import iobmd
 from iobmd import IOPurgeable
 from iobmd._native import mman
+from iobmd.units import PAGE_SIZE
 from support import kernel
 
 KEEP_CURRENT = IOPurgeable.kIOMemoryPurgeableKeepCurrent
@@ -29,7 +30,7 @@ def purgeable(size: int, *, shared: bool = False, huge: bool = True) -> tuple[io
     buffer = iobmd.allocate(size, wired=False, purgeable=True, shared=shared)
     if not huge and not shared:
         mman.advise(buffer.getBytesNoCopy(), size, mman.MADV_NOHUGEPAGE)
-    data = os.urandom(4096).replace(b"\0", b"\1") * -(-size // 4096)
+    data = os.urandom(PAGE_SIZE).replace(b"\0", b"\1") * -(-size // PAGE_SIZE)
     buffer.writeBytes(0, data[:size])
     return buffer, data[:size]
 

@@ -17,10 +17,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from iobmd.units import HUGE_PAGE_SIZE
 from support import lazy
 from support.child import CAP_IPC_LOCK
 
-HUGE = 2 << 20
 MAY_BE_MISSING: dict[str, str] = {
     # requirement: why it may be missing with IOBMD_REQUIRE=all
     "go": "a compiler of 200 MB for the program of one test",
@@ -83,7 +83,7 @@ def _memory_cgroup() -> str | None:
 
 def _collapse() -> str | None:
     """MADV_COLLAPSE, Linux 6.1."""
-    with mmap.mmap(-1, 2 * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+    with mmap.mmap(-1, 2 * HUGE_PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
         area[:] = b"\1" * len(area)
         try:
             area.madvise(25, 0, len(area))
@@ -180,8 +180,8 @@ def _two_nodes() -> str | None:
 
 
 def _narrow_edu() -> str | None:
-    """In guests with 256 MiB below 4 GiB, the devices have 28 address bits (tools/vm/profiles.py)."""
-    return None if os.environ.get("IOBMD_GUEST") == "small" else "not a guest whose devices have 28 address bits"
+    """In guests of the profile "small", the devices address 256 MiB of memory (tools/vm/profiles.py)."""
+    return None if os.environ.get("IOBMD_GUEST") == "small" else "not a guest whose devices address a part of memory"
 
 
 def _registers() -> str | None:

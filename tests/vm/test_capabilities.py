@@ -16,10 +16,11 @@ from iobmd._native import mman
 from iobmd.cli import main
 from iobmd.host.fact import Status
 from iobmd.memory import pinning
+from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE
 
 pytestmark = pytest.mark.needs("guest")
 MIB = 1 << 20
-CONTENT = bytes(range(256)) * 4096
+CONTENT = bytes(range(256)) * (MIB // 256)
 
 
 def wired() -> str:
@@ -98,7 +99,7 @@ def in_another_task() -> None:
     with forked(signal.pause) as pid, iobmd.allocate(MIB, task=pid) as buffer:
         buffer.writeBytes(0, CONTENT)
         assert Task(pid).read(buffer.getBytesNoCopy(), MIB) == CONTENT
-        assert kernel.entries(buffer.getBytesNoCopy(), 4096, pid)[0] >> 63
+        assert kernel.entries(buffer.getBytesNoCopy(), PAGE_SIZE, pid)[0] >> 63
 
 
 def frozen_copy() -> None:
@@ -118,7 +119,7 @@ def looked_at() -> None:
     with iobmd.allocate(4 * MIB) as buffer:
         runs = list(pagemap.runs(buffer))
         assert sum(run.length for run in runs) == 4 * MIB
-        assert pagemap.counts(iobmd.kernel_task, buffer.getBytesNoCopy(), 4 * MIB).present == 1024
+        assert pagemap.counts(iobmd.kernel_task, buffer.getBytesNoCopy(), 4 * MIB).present == 4 * MIB // PAGE_SIZE
 
 
 def of_node_0() -> None:
@@ -127,7 +128,7 @@ def of_node_0() -> None:
 
 
 def child_is_told() -> None:
-    with iobmd.allocate(4096) as buffer:
+    with iobmd.allocate(PAGE_SIZE) as buffer:
         assert in_child(lambda: code_of(lambda: buffer.readBytes(0, 1))) == IOReturn.kIOReturnNotOpen
 
 
@@ -184,16 +185,16 @@ def test_doctor_answers(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_of_madvise(name: str, advice: int, counter: str, record_property) -> None:
     """The call has its documented effect, or the kernel does not support it."""
-    with iobmd.allocate(4 * MIB, wired=False) as buffer:
-        address = -(-buffer.getBytesNoCopy() // (2 * MIB)) * 2 * MIB
-        mman.advise(address, 2 * MIB, mman.MADV_NOHUGEPAGE if counter == "Rss" else mman.MADV_HUGEPAGE)
+    with iobmd.allocate(2 * HUGE_PAGE_SIZE, wired=False) as buffer:
+        address = -(-buffer.getBytesNoCopy() // HUGE_PAGE_SIZE) * HUGE_PAGE_SIZE
+        mman.advise(address, HUGE_PAGE_SIZE, mman.MADV_NOHUGEPAGE if counter == "Rss" else mman.MADV_HUGEPAGE)
         buffer.writeBytes(address - buffer.getBytesNoCopy(), b"x")
         try:
-            mman.advise(address, 2 * MIB, advice)
+            mman.advise(address, HUGE_PAGE_SIZE, advice)
         except OSError as error:
             assert error.errno == errno.EINVAL
             answer = f"no ({os.strerror(errno.EINVAL)})"
         else:
-            assert kernel.smaps(address)[counter] >= 2 * MIB
+            assert kernel.smaps(address)[counter] >= HUGE_PAGE_SIZE
             answer = "works"
     record_property(name, answer)

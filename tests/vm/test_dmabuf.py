@@ -13,6 +13,7 @@ from support.errors import code_of
 import iobmd
 from iobmd import IOReturn, dmabuf
 from iobmd.memory import dma_buf
+from iobmd.units import PAGE_SIZE
 
 pytestmark = pytest.mark.needs("guest")
 KIB, MIB = 1 << 10, 1 << 20
@@ -140,7 +141,7 @@ def test_attached_memory() -> None:
 
 def test_heaps(record_property) -> None:
     if not Path("/dev/dma_heap/system").exists():
-        assert code_of(lambda: dmabuf.allocate(4096)) == IOReturn.kIOReturnUnsupported
+        assert code_of(lambda: dmabuf.allocate(PAGE_SIZE)) == IOReturn.kIOReturnUnsupported
         record_property("dma-buf of a heap", "no")
         return
     with dmabuf.allocate(MIB - 100) as memory:
@@ -152,7 +153,7 @@ def test_heaps(record_property) -> None:
             assert view[-3:] == b"end"
         os.close(fd)
     assert code_of(lambda: dmabuf.allocate(1 << 40)) == IOReturn.kIOReturnNoMemory
-    assert code_of(lambda: dmabuf.allocate(4096, heap="none")) == IOReturn.kIOReturnUnsupported
+    assert code_of(lambda: dmabuf.allocate(PAGE_SIZE, heap="none")) == IOReturn.kIOReturnUnsupported
     record_property("dma-buf of a heap", "works")
 
 

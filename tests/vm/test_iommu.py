@@ -5,6 +5,7 @@ import errno
 import gc
 import mmap
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ from iobmd.iommu import IOMapper
 
 pytestmark = pytest.mark.needs("edu", "iommu")
 MIB = 1 << 20
+FAULT = re.compile(rb"DMAR: \[DMA|arm-smmu-v3 \S+: event 0x10 |arm-smmu-v3 \S+: event: F_TRANSLATION")
+"""A fault of a device, as the kernel logs it for VT-d, for an SMMU, and for an SMMU since Linux 6.14."""
 
 
 def through(mapper: IOMapper) -> edu.Edu:
@@ -203,7 +206,7 @@ def faults() -> int:
     try:
         while True:
             try:
-                count += b"DMAR: [DMA" in os.read(log, 8192)
+                count += bool(FAULT.search(os.read(log, 8192)))
             except BlockingIOError:
                 return count
             except OSError as error:  # older lines were overwritten in the meantime

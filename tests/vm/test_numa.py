@@ -10,6 +10,7 @@ from support.kernel import check_given_back, frames, held
 import iobmd
 from iobmd import IOReturn, IOReturnError
 from iobmd._native import mman
+from iobmd.units import PAGE_SIZE
 
 pytestmark = pytest.mark.needs("frames", "two_nodes")
 MIB = 1 << 20
@@ -45,15 +46,15 @@ def test_wired_memory_is_the_nodes(size: int, keywords: dict[str, object], node:
         seen = frames(buffer.getBytesNoCopy(), size)
         assert all(any(frame in span for span in mine) for frame in seen)
         assert not any(frame in span for frame in seen for span in others)
-        assert mman.count_off_node(buffer.getBytesNoCopy(), len(seen), 4096, node) == 0
-        assert mman.count_off_node(buffer.getBytesNoCopy(), len(seen), 4096, 1 - node) == len(seen)
+        assert mman.count_off_node(buffer.getBytesNoCopy(), len(seen), PAGE_SIZE, node) == 0
+        assert mman.count_off_node(buffer.getBytesNoCopy(), len(seen), PAGE_SIZE, 1 - node) == len(seen)
 
 
 @pytest.mark.parametrize("node", [0, 1])
 def test_pageable_memory_comes_from_there_as_it_is_touched(node: int) -> None:
     with iobmd.allocate(MIB, wired=False, node=node) as buffer:
         buffer.writeBytes(0, b"x" * MIB)
-        assert mman.count_off_node(buffer.getBytesNoCopy(), MIB // 4096, 4096, node) == 0
+        assert mman.count_off_node(buffer.getBytesNoCopy(), MIB // PAGE_SIZE, PAGE_SIZE, node) == 0
 
 
 def test_purgeable_memory_stays_while_nodes_are_balanced() -> None:
@@ -80,7 +81,7 @@ def made_inaccessible() -> int:
 
 
 def test_a_node_that_has_not_as_much_is_refused_and_nothing_kept() -> None:
-    total = sum(len(span) for span in spans(1)) * 4096
+    total = sum(len(span) for span in spans(1)) * PAGE_SIZE
     before = held()
     with pytest.raises(IOReturnError) as caught:
         iobmd.allocate(total + 16 * MIB, node=1)

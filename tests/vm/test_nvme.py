@@ -10,6 +10,7 @@ from support import pci
 from support.kernel import nothing_is_pinned
 
 import iobmd
+from iobmd.units import PAGE_SIZE
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs/examples"))
 
@@ -50,7 +51,7 @@ def test_all_of_the_disk_is_written_and_read_back(controller, record_property) -
             record_property("NVMe MiB written and read", PIECE // disk.MIB)
 
 
-@pytest.mark.parametrize("size", [4096, 8192, 12288, 513 * 4096])
+@pytest.mark.parametrize("size", [PAGE_SIZE, 8192, 12288, 513 * PAGE_SIZE])
 def test_transfers_of_every_form_of_entries(controller, size: int) -> None:
     """One page, two pages, a page list, and more than one command."""
     before = [disk.pattern(index)[: 1 << 20] for index in range(3)]
@@ -63,14 +64,14 @@ def test_transfers_of_every_form_of_entries(controller, size: int) -> None:
 def test_errors_of_the_controller(controller) -> None:
     from nvme.queues import CommandError
 
-    with iobmd.allocate(4096) as buffer:
+    with iobmd.allocate(PAGE_SIZE) as buffer:
         with pytest.raises(ValueError, match="within the disk"):
             controller.read(controller.identity.blocks, buffer)
         with pytest.raises(CommandError, match="status code 0x80"):  # LBA out of range
             controller._io.submit(2, 1, [buffer.getPhysicalAddress()], (controller.identity.blocks, 0, 7))
             controller._io.complete()
         controller.read(0, buffer)
-        assert buffer.readBytes(0, 4096) == disk.pattern(0)[:4096]
+        assert buffer.readBytes(0, PAGE_SIZE) == disk.pattern(0)[:PAGE_SIZE]
 
 
 @pytest.fixture

@@ -196,7 +196,7 @@ def test_a_prefetchable_region(pattern: bytes, combine: bool, mode: IOMapOptions
 def test_parts_at_any_offset(pattern: bytes) -> None:
     """Maps at offsets that are no multiples of the page size show the right bytes, as in XNU's test."""
     with IODeviceMemory.ofPCI(shared_memory().name, 2) as memory:
-        for offset, length in ((0, 1), (1, 4096), (4095, 2), (8192, 12288), (12345, 54321), ((1 << 20) - 7, 7)):
+        for offset, length in ((0, 1), (1, PAGE), (4095, 2), (8192, 12288), (12345, 54321), ((1 << 20) - 7, 7)):
             with IODeviceMemory.withSubRange(memory, offset, length) as part, part.map() as mapped:
                 assert bytes(mapped) == part.readBytes(0, length) == pattern[offset : offset + length]
                 assert mapped.getPhysicalAddress() == memory.getPhysicalAddress() + offset

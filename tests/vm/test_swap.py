@@ -10,10 +10,11 @@ from support.kernel import frames
 from support.purging import page_out
 
 import iobmd
+from iobmd.units import PAGE_SIZE
 
 pytestmark = pytest.mark.needs("guest", "swap", "frames")
 MIB = 1 << 20
-CONTENT = bytes(range(256)) * 4096
+CONTENT = bytes(range(256)) * (MIB // 256)
 
 
 @pytest.mark.usefixtures("swap")
@@ -25,7 +26,7 @@ def test_pageable_memory_goes_and_comes_back(shared: bool) -> None:
         assert kernel.present(buffer.getBytesNoCopy(), MIB) == 0
         assert swap_in_use() >= MIB // 2
         assert buffer.readBytes(0, MIB) == CONTENT
-        assert kernel.present(buffer.getBytesNoCopy(), MIB) == MIB // 4096
+        assert kernel.present(buffer.getBytesNoCopy(), MIB) == MIB // PAGE_SIZE
 
 
 def swap_in_use() -> int:

@@ -15,7 +15,7 @@ _PURGEABLE = [
     "old_state_is_a_plain_state",
     "obsolete_drops_at_once",
     "empty_memory_that_is_filled_and_swapped_out_has_content",
-    *(f"loss_is_told[{lost}-tracked-{page}]" for lost in ("none", "one", "all") for page in ("4 KiB", "THP")),
+    *(f"loss_is_told[{lost}-tracked-{page}]" for lost in ("none", "one", "all") for page in ("small", "THP")),
 ]
 _TOO_SLOW = {
     "pinning": (
