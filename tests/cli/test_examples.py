@@ -53,6 +53,13 @@ def test_tiles_under_a_limit_that_would_kill(memory_cgroup: Callable[[int], Path
     assert run("tiles.py", "--plain", *shown, procs=memory_cgroup(64 * MIB)).returncode == -signal.SIGKILL
 
 
+def test_gpu_copies_are_measured_or_the_reason_is_printed() -> None:
+    done = run("gpu_copies.py", "--size", "16", "--rounds", "2")
+    assert (done.returncode, done.stderr) == (0, "")
+    # Without a GPU: a library that is missing, or the error of one without a device.
+    assert re.match(r"not measured: .*(cuda|CUDA).*; .*(hip|ROCm)|(CUDA|ROCm), 16 MiB", done.stdout), done.stdout
+
+
 def port(name: str, *arguments: str) -> str:
     """Return the output of a program of docs/migration."""
     done = run(f"{name}.py", *arguments, folder=MIGRATION)

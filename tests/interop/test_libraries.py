@@ -1,9 +1,11 @@
 """Buffers used by third-party libraries: the same memory, for as long as they hold it."""
 
+import contextlib
 import gc
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing import shared_memory
 from typing import Any
 
 import pytest
@@ -183,3 +185,64 @@ with iobmd.allocate(1 << 20) as sent, iobmd.allocate(1 << 20) as received:
         [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False, timeout=60
     )
     assert (done.returncode, done.stdout) == (0, "b'by MPI'\nb'window'\n"), done.stderr
+
+
+@pytest.mark.parametrize("size", [1, 10, 64, 100, 1000, 2048, 3000, 4096, 1 << 20, 2 << 20, 5 << 20])
+def test_alignment_suffices_for_vectors(size: int) -> None:
+    """64 bytes for AVX-512 and Arrow; the size's own power of two up to a page; huge pages from 2 MiB on."""
+    expected = 2 << 20 if size >= 2 << 20 else min(max(1 << (size - 1).bit_length(), 64), 4096)
+    with contextlib.ExitStack() as stack:
+        for wired in (True, False):
+            buffers = [stack.enter_context(iobmd.allocate(size, wired=wired)) for _ in range(4)]
+            assert {buffer.getBytesNoCopy() % expected for buffer in buffers} == {0}
+
+
+@pytest.mark.needs("torch")
+def test_which_tensors_are_the_memory() -> None:
+    """`asarray` takes the bytes for float32, and `as_tensor` copies them: docs/howto/arrays.md warns of both."""
+    import torch
+
+    with iobmd.allocate(4096, wired=False) as buffer:
+        buffer[:2] = b"\x01\x02"
+        tensors = {
+            "from_dlpack": torch.from_dlpack(buffer),
+            "frombuffer": torch.frombuffer(memoryview(buffer), dtype=torch.uint8),
+            "asarray with a type": torch.asarray(buffer, dtype=torch.uint8),
+            "asarray": torch.asarray(buffer),
+            "as_tensor": torch.as_tensor(buffer),
+        }
+        for name, tensor in tensors.items():
+            same = tensor.data_ptr() == buffer.getBytesNoCopy()
+            expected = {"asarray": (torch.float32, 1024, True), "as_tensor": (torch.int64, 4096, False)}
+            found = (tensor.dtype, tensor.numel(), same)
+            assert found == expected.get(name, (torch.uint8, 4096, True)), name
+
+
+@pytest.mark.needs("numpy", "frames")
+def test_shared_memory_of_multiprocessing_can_be_pinned() -> None:
+    """The pages are those that another mapping of the same object shows, and they are unpinned by `complete`."""
+    import numpy
+
+    theirs = shared_memory.SharedMemory(create=True, size=SIZE)
+    try:
+        other = shared_memory.SharedMemory(theirs.name)
+        here, there = (numpy.frombuffer(one.buf, "u1") for one in (theirs, other))
+        address = here.ctypes.data
+        pinned = kernel.status("VmPin")
+        with iobmd.IOMemoryDescriptor.withAddressRange(
+            address, SIZE, iobmd.kIODirectionInOut, iobmd.kernel_task
+        ) as described:
+            described.prepare()
+            assert kernel.status("VmPin") == pinned + SIZE
+            there[:] = 7
+            assert described.readBytes(SIZE - 2, 2) == b"\x07\x07"
+            assert list(described.page_addresses()) == [
+                frame * kernel.PAGE for frame in kernel.frames(there.ctypes.data, SIZE)
+            ]
+            described.complete()
+        assert kernel.status("VmPin") == pinned
+        del here, there
+        other.close()
+    finally:
+        theirs.close()
+        theirs.unlink()
