@@ -123,8 +123,10 @@ class LazyCopyOf(CopyOf):
 
     def _begun_from_other(self, mapping: Mapping) -> Fetch:
         """Begin to fetch from a snapshot of another task."""
-        from iobmd.remote import consistent_copy, freezer, snapshot_child, task_snapshot  # noqa: PLC0415 (as FrozenCopyOf)
+        from iobmd.remote import consistent_copy, freezer, snapshot_child, task_snapshot, trust  # noqa: PLC0415 (as FrozenCopyOf)
 
+        if not trust.is_trusted(self.task):
+            raise _NotLazyError("another user may kill the snapshot, and accesses would then raise SIGBUS")
         if freezer.switches(self.task.pid) is not None:
             raise _NotLazyError("the task is frozen")
         request = consistent_copy.CopyRequest(self.task, self.address, self.size, lambda _task, _progress: None)
