@@ -126,7 +126,7 @@ def _height(mount: HierarchyMount) -> int:
 def _below(mount: HierarchyMount, path: str, pid: int) -> list[str] | None:
     """Return the path from a mount's root to the group `path`; None if the mount does not show it."""
     root, group = _parts(mount.root), _parts(path)
-    if group[: len(root)] == root:
+    if group[: len(root)] == root and ".." not in group[len(root) :]:  # otherwise it is above the mount
         return group[len(root) :]
     up = group.count("..")
     if any(part != ".." for part in root) or up > len(root):

@@ -114,6 +114,15 @@ def test_a_mount_from_outside_of_the_namespace(tmp_path: Path, proc: Callable[..
     assert names() == ["/y/mine", "/y", "/"]
 
 
+def test_a_group_outside_of_the_mount_is_no_other_directory(tmp_path: Path, proc: Callable[..., None]) -> None:
+    """A target in a group outside of the namespace would otherwise choose the directory whose limits are read."""
+    group(tmp_path / "u")
+    group(tmp_path / "tmp/planted", memory__max=0)
+    for member in ("0::/../tmp/planted", "0::/../u"):
+        proc(("/", "u", V2), member=member)
+        assert names() == []
+
+
 def test_what_was_found_is_looked_at_again(tmp_path: Path, proc: Callable[..., None]) -> None:
     first = group(tmp_path / "u/a", cgroup__procs=PID)
     group(tmp_path / "u/b", cgroup__procs="")
