@@ -27,6 +27,7 @@
 #include <sys/ptrace.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
@@ -1240,17 +1241,35 @@ static int iobmd_copy_objects(struct iobmd_tracer *t, int prepares)
     return IOBMD_DONE;
 }
 
+/* Open the file of an object; return a descriptor or a negative error number. The task may have replaced the file at
+   its path: opening a device would have effects, and opening a pipe or a file of a FUSE server may wait. */
+static long iobmd_open_object(const struct iobmd_object *object)
+{
+    const int flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK;
+    char same[48];
+    struct statx found;
+    long file, place = iobmd_raw(SYS_openat, AT_FDCWD, (long)object->path, O_PATH | O_CLOEXEC, 0, 0, 0);
+    if (place < 0) return place;
+    file = iobmd_raw(SYS_statx, place, (long)"", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_INO, (long)&found, 0);
+    if (!file && (found.stx_ino != object->inode || makedev(found.stx_dev_major, found.stx_dev_minor) != object->device))
+        file = -ESTALE;
+    if (!file) {
+        iobmd_append_number(iobmd_append(same, "/proc/thread-self/fd/"), (unsigned long)place);
+        file = iobmd_raw(SYS_openat, AT_FDCWD, (long)same, flags | O_NOATIME, 0, 0, 0);
+        if (file == -EPERM) /* permitted for the owner of the file, and with CAP_FOWNER */
+            file = iobmd_raw(SYS_openat, AT_FDCWD, (long)same, flags, 0, 0, 0);
+    }
+    iobmd_close((int)place);
+    return file;
+}
+
 static int iobmd_open_objects(struct iobmd_tracer *t)
 {
     for (t->failed = 0; t->failed < t->object_count; t->failed++) {
-        struct iobmd_object *object = &t->objects[t->failed];
-        struct stat found;
-        long file = iobmd_raw(SYS_openat, AT_FDCWD, (long)object->path, O_RDONLY | O_CLOEXEC, 0, 0, 0);
-        object->file = (int)file;
-        if (file >= 0 && !iobmd_raw(SYS_fstat, file, (long)&found, 0, 0, 0, 0) && found.st_ino == object->inode &&
-            found.st_dev == object->device)
-            continue;
-        t->error = file < 0 ? (int)-file : ESTALE;
+        long file = iobmd_open_object(&t->objects[t->failed]);
+        t->objects[t->failed].file = (int)file;
+        if (file >= 0) continue;
+        t->error = (int)-file;
         return IOBMD_UNCOPIED;
     }
     return IOBMD_DONE;

@@ -17,12 +17,13 @@ import pytest
 from support.child import NOBODY, in_child
 from support.errors import code_of
 from support.guests import before_call, one_by_one, steal
+from support.snapshot_source import Source
 from support.targets import Target, children, until_at_rest
 
 import iobmd
 from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Task, Wiring, procfs
 from iobmd.errors import NotFoundError
-from iobmd.remote import syscall_instruction
+from iobmd.remote import shared_memory, syscall_instruction
 from iobmd.remote.guest import Call, Guest
 from iobmd.remote.session import Session
 from iobmd.task import attempt
@@ -326,6 +327,27 @@ def test_no_file_is_opened_but_the_one_that_is_mapped(tmp_path: Path) -> None:
         over.set()
         thread.join()
     assert any(found), "the control"
+    with pytest.raises(BlockingIOError):
+        os.read(watch, 4096)
+    os.close(watch)
+
+
+@pytest.mark.needs("root", "compiler")
+@pytest.mark.parametrize("make", [Path.touch, os.mkfifo], ids=["file", "pipe"])
+def test_no_other_file_is_opened_as_shared_memory(
+    make: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of an object leads to another file when the tracer opens it. A pipe would make it wait."""
+    other = tmp_path / "other"
+    make(other)
+    libc = ctypes.CDLL(None, use_errno=True)
+    watch = libc.inotify_init1(os.O_NONBLOCK)
+    assert libc.inotify_add_watch(watch, os.fsencode(other), 0x20) > 0  # IN_OPEN
+    found = shared_memory._object
+    redirected = lambda *arguments: found(*arguments)._replace(path=os.fsencode(other))  # noqa: E731
+    monkeypatch.setattr(shared_memory, "_object", redirected)
+    with Source() as source, pytest.raises(iobmd.UnsupportedError, match="cannot copy the shared memory"):
+        iobmd.snapshot(source.pid, freeze_shared=1 << 30)
     with pytest.raises(BlockingIOError):
         os.read(watch, 4096)
     os.close(watch)
