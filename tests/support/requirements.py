@@ -43,6 +43,7 @@ MAY_BE_MISSING: dict[str, str] = {
     "torch": "the package index only has builds for CUDA, several GB in total; it is used if it is installed",
     "clone_buffers": "kernels before 6.12 lack it",
     "liburing": "it requires Linux 6.15",
+    "aarch64_emulation": "a compiler and an emulator of 80 MB for one file of tests; they are used if installed",
     "direct_io": "tmpfs supports it only since Linux 6.6, and the temporary directory may be on a tmpfs",
 }
 
@@ -241,6 +242,12 @@ def _direct_io() -> str | None:
     return None
 
 
+def _aarch64_emulation() -> str | None:
+    needed = ("aarch64-linux-gnu-gcc", "aarch64-linux-gnu-objdump", "qemu-aarch64-static")
+    missing = [program for program in needed if not shutil.which(program)]
+    return f"no {', '.join(missing)}" if missing else None
+
+
 PROBES: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "frames": _frames,
@@ -275,6 +282,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "clone_buffers": _clone_buffers,
     "liburing": _liburing,
     "direct_io": _direct_io,
+    "aarch64_emulation": _aarch64_emulation,
     "promtool": lambda: None if shutil.which("promtool") else "promtool of Prometheus is not installed",
     "prometheus_client": lambda: (
         None if importlib.util.find_spec("prometheus_client") else "prometheus_client is not installed (iobmd[test])"
