@@ -1,6 +1,7 @@
 """Links and pipes that another user plants where root writes a file, in a world-writable directory."""
 
 import contextlib
+import errno
 import os
 import resource
 import signal
@@ -85,6 +86,27 @@ def test_a_link_that_is_planted_after_the_look(shared: Path, monkeypatch: pytest
     os.close(reading)
     assert not out.is_symlink()
     assert out.read_bytes() == b"root's"
+
+
+def test_a_planted_draft(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each file has a name from the start (no O_TMPFILE), a link at that name is not followed."""
+
+    def refuse(*_arguments: object) -> int:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    precious = tmp_path / "precious"
+    precious.write_text("root's")
+    monkeypatch.setattr(atomic_file._Draft, "_without_name", refuse)
+    with replacing(shared / "out", 0o600) as file:
+        (draft,) = shared.iterdir()
+        file.write(b"new")
+    assert (shared / "out").read_bytes() == b"new", "the control"
+    monkeypatch.setattr(os, "urandom", lambda _size: bytes.fromhex(draft.name.rpartition(".")[2]))
+    in_child(lambda: draft.symlink_to(precious), uid=NOBODY)
+    with pytest.raises(FileExistsError), replacing(shared / "out", 0o600) as file:
+        file.write(b"newer")
+    assert precious.read_text() == "root's"
+    assert (shared / "out").read_bytes() == b"new"
 
 
 @pytest.mark.parametrize(("kind", "after"), [("link", "_descriptor"), ("pipe", "_open_existing")])
