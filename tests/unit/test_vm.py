@@ -24,6 +24,7 @@ from iobmd.tools.vm import (
     kernels,
     machine,
     modules,
+    pair,
     profiles,
     table,
     vmlinux,
@@ -92,6 +93,35 @@ def test_how_a_guest_ended(
     with guest.Guests() as guests:
         outcome = guests.boot(kernel, Machine(), tmp_path / "initramfs", timeout, lambda _line: None)
     assert (outcome.failure, outcome.came_up) == (why, came_up)
+
+
+ENDS = "echo @@UP 1 6.1; sleep 0.4; echo '=== 1 passed in 1s ==='; echo @@EXIT 0 2; exit"
+STAYS = "echo @@UP 1 6.1; exec sleep 1000"
+
+
+@pytest.mark.parametrize(
+    ("peer", "log", "why", "came_up"),
+    [
+        (STAYS, "", "", True),
+        (STAYS, "[ 9.1] Oops: 0000", "the other guest: the kernel: [ 9.1] Oops: 0000", True),
+        ("exit 3", "", "QEMU ended with status 3", False),
+    ],
+)
+def test_two_connected_guests(
+    peer: str, log: str, why: str, came_up: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second ends with the first, and its kernel must report no error either; each has one end of a socket."""
+    logged = f'for word; do case $word in file:*) echo "{log}" >"${{word#file:}}"; esac; done'
+    socket = 'test -S /dev/fd/$(expr "$*" : ".*link,fd=\\([0-9]*\\)") || exit 9'
+    emulate(tmp_path, monkeypatch, f'{socket}\ncase "$*" in *:02,*) {logged}; {peer};; esac\n{ENDS}')
+    (tmp_path / "peer").mkdir()
+    kernel = Kernel("6.1", "6.1", tmp_path, tmp_path, of_host())
+    places = (tmp_path / "initramfs", tmp_path / "peer/initramfs")
+    begin = time.monotonic()
+    with guest.Guests() as guests:
+        outcome = pair.boot(guests, kernel, Machine(), *places, 30, lambda _line: None)
+    assert (outcome.failure, outcome.came_up) == (why, came_up)
+    assert time.monotonic() - begin < 30
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,4 +1,4 @@
-"""Programs for another architecture: Debian's Python, musl, and packages of the index."""
+"""Programs that this host may lack: Debian's Python and packages, musl, and packages of the index."""
 
 import importlib.metadata
 import subprocess
@@ -20,6 +20,11 @@ def python(architecture: Architecture, version: str) -> Path:
     name = f"python{version}"
     packages = (f"{name}-minimal", f"lib{name}-minimal", f"lib{name}-stdlib", *_LIBRARIES, openssl, "busybox-static")
     return debian.unpacked(_archive(suite, architecture), name, packages)
+
+
+def packages(architecture: Architecture, version: str, names: Iterable[str]) -> Path:
+    """Return a directory with Debian's packages for a version of Python in `SUITES`, in the cache."""
+    return debian.unpacked(_archive(SUITES[version][0], architecture), f"packages-{version}", names)
 
 
 def musl(architecture: Architecture) -> Path:

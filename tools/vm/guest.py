@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from .kernels import Kernel
-from .machine import Machine
+from .machine import Link, Machine
 
 BOOT = 60
 """Seconds within which a guest must start; it takes 5 to 15, but emulated processors sometimes hang in patched
@@ -94,7 +94,7 @@ class Guests:
         log.touch()
         begin = time.monotonic()
         lines: list[str] = []
-        with self._start(machine.command(kernel, initramfs, log)) as qemu:
+        with self._start(machine.command(kernel, initramfs, log), machine.link) as qemu:
             alarm = _Alarm(qemu)
             try:
                 alarm.set(BOOT, f"not started within {BOOT} s")
@@ -117,7 +117,7 @@ class Guests:
         ended = alarm.rang or _ended(status)
         return Outcome(output, messages, ended or verdict(output, messages), seconds)
 
-    def _start(self, words: list[str]) -> subprocess.Popen[str]:
+    def _start(self, words: list[str], link: Link | None) -> subprocess.Popen[str]:
         with self._lock:
             if self._ended:
                 raise EndedError
@@ -130,6 +130,7 @@ class Guests:
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
+                pass_fds=[link.socket] if link else [],
                 start_new_session=True,
             )
             self._running.add(qemu)
@@ -159,10 +160,16 @@ class _Alarm:
         self._qemu.kill()
 
 
+def oops(log: str) -> str:
+    """Return the first error that a kernel reported, "" if none."""
+    found = _OOPS.search(log)
+    return f"the kernel: {found[0].strip()}" if found else ""
+
+
 def verdict(output: str, log: str) -> str:
     """Return why a guest failed, "" if it did not. A missing marker or test runner's summary is a failure too."""
-    if oops := _OOPS.search(log):
-        return f"the kernel: {oops[0].strip()}"
+    if found := oops(log):
+        return found
     exit_status = _EXIT.search(output)
     if not exit_status:
         return "it ended without the end marker"

@@ -1,7 +1,7 @@
 """The initramfs of a guest: Python, the packages that the tests need, and iobmd as built.
 
-It consists of consecutive archives: the payload, which is packed for each run, the kernel's modules, and the base,
-which changes only with Python and the packages, and is cached.
+It consists of consecutive archives: the payload, which is packed for each run, the kernel's modules, and, cached, the
+base and Debian's packages of some profiles, which change only with Python and the packages.
 """
 
 import compileall
@@ -25,6 +25,12 @@ def base(architecture: Architecture) -> Path:
     key = hashlib.sha256("\n".join([userland.versions(), *sources]).encode()).hexdigest()[:12]
     name = f"base-{architecture.name}-{key}.cpio"
     return cache.made(cache.folder() / name, functools.partial(_pack_base, architecture))
+
+
+def debian_packages(architecture: Architecture, names: tuple[str, ...]) -> Path:
+    """Return the archive with packages of Debian, whose Python has the version of that in `base`."""
+    place = userland.debian_packages(architecture, names)
+    return cache.made(place.with_suffix(".cpio"), functools.partial(_pack_packages, place))
 
 
 def payload(archive: Path, architecture: Architecture) -> None:
@@ -64,10 +70,22 @@ def _pack_base(architecture: Architecture, archive: Path) -> None:
         _compile(stage, Path("/"))
         with archive.open("wb") as file, cpio.Archive(file) as packed:
             packed.console()
-            for empty in ("/proc", "/sys", "/tmp", "/root", "/modules"):
+            for empty in ("/proc", "/sys", "/tmp", "/root"):
                 packed.folder(empty)
             packed.file("/etc/passwd", b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n")
             packed.copy(stage, "/")
+
+
+def _pack_packages(place: Path, archive: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder, archive.open("wb") as file, cpio.Archive(file) as packed:
+        stage = Path(folder)
+        for name, there in (("usr/lib/python3/dist-packages", "site"), ("etc", "etc"), ("lib", "lib")):
+            if (place / name).exists():
+                shutil.copytree(place / name, stage / there, symlinks=True)
+        for libraries in place.glob("usr/lib/*-linux-gnu"):
+            shutil.copytree(libraries, stage / libraries.relative_to(place), symlinks=True)
+        _compile(stage, Path("/"))
+        packed.copy(stage, "/")
 
 
 def _compile(folder: Path, where: Path) -> None:

@@ -72,7 +72,7 @@ def by_age(releases: list[str], series: str) -> list[str]:
 
 
 def _unpacked(flavor: _Flavor, series: str, release: str) -> Kernel:
-    key = hashlib.sha256(" ".join(modules.WANTED).encode()).hexdigest()[:12]
+    key = hashlib.sha256(" ".join(modules.AT_START + modules.BY_TESTS).encode()).hexdigest()[:12]
     fetch = functools.partial(_fetch, flavor, release)
     place = cache.made(cache.folder() / f"{release}-{flavor.name}-{key}", fetch)
     return Kernel(

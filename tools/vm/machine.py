@@ -11,6 +11,15 @@ from .kernels import Kernel
 MIB = 1 << 20
 
 
+class Link(NamedTuple):
+    """A network card that is connected to that of another guest."""
+
+    socket: int
+    """The descriptor of one end of a socket pair; QEMU inherits it."""
+    station: int
+    """The last byte of its MAC address."""
+
+
 class Machine(NamedTuple):
     """A guest's hardware."""
 
@@ -31,6 +40,8 @@ class Machine(NamedTuple):
     """A network card whose registers have 8, 16 and 32 bits; it is connected to nothing."""
     e1000: bool = False
     """A network card (82540EM), connected to QEMU's user mode network: the gateway 10.0.2.2 answers ARP and ping."""
+    link: Link | None = None
+    """A virtio network card, connected to another guest."""
     iommu: bool = False
     """An IOMMU, through which all devices go."""
     disk: Path | None = None
@@ -104,6 +115,9 @@ class Machine(NamedTuple):
             words += ["-device", "rtl8139,romfile="]  # no boot program, which would access the registers
         if self.e1000:
             words += ["-netdev", "user,id=network,restrict=on", "-device", "e1000,netdev=network,romfile="]
+        if self.link:
+            words += ["-netdev", f"socket,id=link,fd={self.link.socket}"]
+            words += ["-device", f"virtio-net-pci,netdev=link,mac=52:54:00:00:00:{self.link.station:02x},romfile="]
         if self.disk:
             words += ["-drive", f"file={self.disk},format=raw,if=none,id=disk,cache=unsafe"]
             words += ["-device", "nvme,serial=iobmd,drive=disk"]

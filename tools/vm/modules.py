@@ -1,24 +1,36 @@
-"""The kernel modules that guests load, decompressed and in the order of their dependencies."""
+"""The kernel modules of guests, decompressed, where modprobe finds them."""
 
 import lzma
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 
 from . import cpio
 
-WANTED = ("vfio_iommu_type1", "vfio_pci", "uio_pci_generic", "uio_cif", "zram", "lzo_rle", "lz4", "zstd")
+AT_START = ("vfio_iommu_type1", "vfio_pci", "uio_pci_generic", "uio_cif", "zram", "lzo_rle", "lz4", "zstd")
+"""Those that every guest loads when it starts."""
+BY_TESTS = ("virtio_pci", "virtio_net", "crc32_generic", "ib_uverbs", "rdma_rxe")
+"""Those that tests load, with parameters."""
 _NAME = re.compile(r"\.ko.*$")
 _DEPENDS = re.compile(rb"(?:^|\0)depends=([^\0]*)\0")
 
 
 def pack(tree: Path, archive: Path) -> None:
-    """Write the required modules of lib/modules/RELEASE to `archive`, with their order in /modules/order."""
-    found = load(tree, WANTED)
-    with archive.open("wb") as file, cpio.Archive(file) as packed:
-        packed.file("/modules/order", "".join(f"{name}\n" for name in found).encode(), 0o644)
+    """Write the required modules of `tree`, which is lib/modules/RELEASE, to `archive`, with an index for modprobe.
+
+    /modules lists those to load when a guest starts.
+    """
+    found = load(tree, AT_START + BY_TESTS)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder, "lib/modules", tree.name)
+        place.mkdir(parents=True)
         for name, code in found.items():
-            packed.file(f"/modules/{name}.ko", code, 0o644)
+            (place / f"{name}.ko").write_bytes(code)
+        subprocess.run(["busybox", "depmod", "-b", folder, tree.name], check=True)
+        with archive.open("wb") as file, cpio.Archive(file) as packed:
+            packed.file("/modules", "".join(f"{name}\n" for name in AT_START if name in found).encode(), 0o644)
+            packed.copy(place.parent, "/lib/modules")
 
 
 def load(tree: Path, wanted: tuple[str, ...]) -> dict[str, bytes]:

@@ -31,6 +31,19 @@ _KERNEL_TESTS = [
     *(f"--deselect=tests/kernel/test_{file}.py::test_{name}" for file, names in _TOO_SLOW.items() for name in names),
 ]
 
+_RDMA = (
+    *("python3-pyverbs", "libibverbs1", "ibverbs-providers", "librdmacm1"),
+    *("libnl-3-200", "libnl-route-3-200"),
+)
+# The second guest executes commands that arrive at a port.
+_PEER = """\
+modprobe virtio_pci 2>/dev/null
+modprobe virtio_net
+ip addr add 10.0.0.2/24 dev eth0
+ip link set eth0 mtu 4200 up
+exec nc -ll -p 7000 -e /bin/sh -c 'read -r command; eval "$command"'
+"""
+
 
 class Profile(NamedTuple):
     """One kind of guest."""
@@ -42,6 +55,10 @@ class Profile(NamedTuple):
     """Limit in seconds: several times the usual duration, because other processes use the processor too."""
     disk: int = 0
     """MiB of its NVMe disk, which is compared with the data that the guest must write."""
+    debian: tuple[str, ...] = ()
+    """Packages of Debian that only its tests need; their dependencies are not added."""
+    peer: str = ""
+    """The script of a second guest of the same hardware, to whose network card that of the first is connected."""
     trace: bool = False
     """Whether the accesses to registers that the guest reports are compared with those that its devices counted."""
 
@@ -55,7 +72,7 @@ class Profile(NamedTuple):
         machine = self.machine.with_all_of(other.machine)
         tests = f"{self.tests} {other.tests}"
         timeout, size = max(self.timeout, other.timeout), max(self.disk, other.disk)
-        return type(self)(machine, tests, timeout, size, self.trace or other.trace)
+        return type(self)(machine, tests, timeout, size, trace=self.trace or other.trace)
 
 
 PROFILES = {
@@ -72,15 +89,22 @@ PROFILES = {
         "tests/vm/test_masks.py tests/vm/test_swap.py tests/vm/test_many_contiguous.py",
     ),
     "dmabuf": Profile(Machine(), "tests/vm/test_dmabuf.py"),
+    "rdma": Profile(
+        Machine(memory=1792),
+        "tests/vm/test_rdma.py",
+        timeout=600,
+        debian=_RDMA,
+        peer=_PEER,
+    ),
     "iommu": Profile(Machine(edu=3, ivshmem=1, iommu=True), "tests/vm/test_iommu.py tests/vm/test_vfio.py"),
 }
 """Profiles by name. Profiles joined by + run in one guest, which starts only once; the start is a third of the time
 of a short guest."""
 
-ALONE = {"small", "iommu", "registers"}
+ALONE = {"small", "iommu", "registers", "rdma"}
 """Profiles whose machine cannot run the tests of the others."""
 
-FULL = ("device+nvme+network+dmabuf+kernel", "small", "iommu", "registers")
+FULL = ("device+nvme+network+dmabuf+kernel", "small", "iommu", "registers", "rdma")
 """The profiles of a full run on every kernel."""
 
 CI = {"5.10": ("device",), "newest": ("device+nvme+network+dmabuf", "small", "iommu", "registers")}

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from . import accesses, disk, guest, image
+from . import accesses, disk, guest, image, pair
 from .architecture import Architecture
 from .kernels import Kernel
 from .profiles import Profile, profile
@@ -70,13 +70,22 @@ def run(
         if wanted.trace:
             machine = machine._replace(trace=Path(folder, "trace"))
         initramfs = Path(folder, "initramfs")
-        image.initramfs(initramfs, wanted.command, kernel.modules, *common)
-        outcome = guests.boot(kernel, machine, initramfs, wanted.timeout, see)
+        parts = [kernel.modules, *common]
+        if wanted.debian:
+            parts.append(image.debian_packages(kernel.architecture, wanted.debian))
+        image.initramfs(initramfs, wanted.command, *parts)
+        boot = functools.partial(guests.boot, kernel, machine, initramfs, wanted.timeout, see)
+        if wanted.peer:
+            peer = Path(folder, "peer", "initramfs")
+            peer.parent.mkdir()
+            image.initramfs(peer, wanted.peer, *parts)
+            boot = functools.partial(pair.boot, guests, kernel, machine, initramfs, peer, wanted.timeout, see)
+        outcome = boot()
         for _ in range(_BOOTS - 1):
             if outcome.came_up:
                 break
             print(f"{tag} did not start ({outcome.failure}): trying again", flush=True)
-            outcome = guests.boot(kernel, machine, initramfs, wanted.timeout, see)
+            outcome = boot()
         if machine.disk and not outcome.failure:
             outcome = outcome._replace(failure=disk.compare(machine.disk))
         if machine.trace and not outcome.failure:

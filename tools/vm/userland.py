@@ -35,6 +35,11 @@ def stage(architecture: Architecture, root: Path) -> None:
     (_stage_debian if architecture.foreign else _stage_own)(architecture, root)
 
 
+def debian_packages(architecture: Architecture, names: tuple[str, ...]) -> Path:
+    """Return a directory with packages of Debian for Python of this version, in the cache."""
+    return foreign.packages(architecture, _debian_version(architecture), names)
+
+
 def _stage_own(_architecture: Architecture, root: Path) -> None:
     shutil.copytree(_STDLIB, _place(root, _STDLIB), ignore=_not_used, ignore_dangling_symlinks=True)
     for name in _with_requirements(PACKAGES):
