@@ -164,7 +164,7 @@ def _link(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes
 def _public_names() -> Iterator[str]:
     """Yield the names that the reference must describe: those that modules list, and public members of classes."""
     constants = {member for kind in _CONSTANTS for member in kind.__members__}
-    for module in (iobmd, iobmd.dmabuf, iobmd.host, iobmd.iommu, iobmd.pagemap):
+    for module in (iobmd, iobmd.dmabuf, iobmd.host, iobmd.iommu, iobmd.pagemap, iobmd.rdma):
         for name in sorted({*module.__all__} - constants - {"__version__"}):
             value = getattr(module, name)
             if inspect.ismodule(value):

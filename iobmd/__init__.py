@@ -16,7 +16,7 @@ from iobmd.constants import *  # noqa: F403
 # The whole library is imported now, not when a name is first used: at that time there may be other threads, the
 # process may have been forked, or no file descriptor may be free. None of this applies to the command.
 if TYPE_CHECKING or "iobmd_command" not in sys.modules:
-    from iobmd import dmabuf  # noqa: F401 (as iobmd.dmabuf)
+    from iobmd import dmabuf, rdma  # noqa: F401 (as iobmd.dmabuf)
     from iobmd._native.pagemap import PhysicalSegment
     from iobmd.api import allocate, copy, snapshot
     from iobmd.cache import CacheItem, CacheStatistics, PurgeableCache
@@ -124,7 +124,7 @@ if TYPE_CHECKING or "iobmd_command" not in sys.modules:
     ]
     __all__ += constants.__all__
 
-    _MODULES = ("dmabuf", "host", "iommu", "pagemap", "tools")
+    _MODULES = ("dmabuf", "host", "iommu", "pagemap", "rdma", "tools")
 
     def __dir__() -> list[str]:
         """Return the documented names, including those of documented modules that are loaded."""

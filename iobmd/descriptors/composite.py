@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Self
 
 from iobmd._internal.arguments import check_integers
-from iobmd.descriptors import memory_map
+from iobmd.descriptors import memory_map, registrations
 from iobmd.descriptors.composite_memory import CompositeBacking
 from iobmd.descriptors.descriptor import IOMemoryDescriptor
 from iobmd.descriptors.options import (
@@ -217,6 +217,7 @@ class IOInterleavedMemoryDescriptor(Derived):
         direction = check_direction(direction) or self._options & DIRECTION_MASK
         self._portions()
         owner = self._memory()
+        registrations.require_none(owner)
         if mapped := memory_map.uses(owner):
             raise BusyError(f"{self!r} is still mapped (map count {mapped}): call unmap() first")
         if owner.pins > self._prepared:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Self, SupportsIndex
 
 from iobmd._internal import with_block
-from iobmd.descriptors import memory_map
+from iobmd.descriptors import memory_map, registrations
 from iobmd.descriptors.options import COPY_ON_WRITE, DIRECTION_MASK, DIRECTION_NAMES
 from iobmd.descriptors.ownership import MemoryOwner
 from iobmd.errors import BusyError, IOReturnError, NotOpenError
@@ -43,8 +43,8 @@ class Handle:
         """Release the memory; the descriptor is unusable afterwards. Idempotent.
 
         Leaving a `with` block also releases the descriptor while views or arrays of it exist; the memory is freed
-        with the last of them. It raises only if the memory is prepared or mapped and the block has raised nothing:
-        the exception of a block is never replaced.
+        with the last of them. It raises only if the memory is prepared, mapped or registered and the block has raised
+        nothing: the exception of a block is never replaced.
 
         Memory with dependents (`IOSubMemoryDescriptor`, `IOMultiMemoryDescriptor`, descriptors of ranges of its
         addresses) is freed with the last of them.
@@ -52,8 +52,8 @@ class Handle:
         Raises
         ------
         IOReturnError
-            `kIOReturnBusy` while it is prepared or mapped, a `memoryview` of it exists, or a copy is in progress:
-            nothing is freed.
+            `kIOReturnBusy` while it is prepared, mapped or registered, a `memoryview` of it exists, or a copy
+            is in progress: nothing is freed.
         """
         self._release(in_use=False)
 
@@ -64,6 +64,7 @@ class Handle:
             return
         with owner.guard:
             if owner.has_handle:  # otherwise another thread was faster
+                registrations.require_none(owner)  # a memory region has a map too
                 if mapped := memory_map.uses(owner):
                     raise BusyError(f"{self!r} is still mapped (map count {mapped}): call unmap() first")
                 if not in_use and (views := self._views()):

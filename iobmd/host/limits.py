@@ -70,6 +70,18 @@ def memlock_of(pid: int | None = None) -> Limit | None:
         return None
 
 
+def pins(size: int) -> Limit | None:
+    """Return RLIMIT_MEMLOCK if it prevents a driver from pinning another `size` bytes of this process.
+
+    Drivers compare it with VmPin of the process, which also contains the pins of io_uring, and mlock(2) with VmLck.
+    """
+    try:
+        limit = None if lifts_memlock(None) else _of_process(_PINS, None)
+    except (OSError, KeyError):
+        return None
+    return limit if limit and _is_met(limit, size) else None
+
+
 def _is_met(limit: Limit, size: int) -> bool:
     return limit.used + (_NEARLY if limit.counted else size) > limit.value
 
@@ -103,6 +115,7 @@ class _Kind(NamedTuple):
 _SPACE = _Kind("RLIMIT_AS", resource.RLIMIT_AS, "Max address space", "VmSize", "-v", "as")
 _DATA = _Kind("RLIMIT_DATA", resource.RLIMIT_DATA, "Max data size", "VmData", "-d", "data")
 _MEMLOCK = _Kind("RLIMIT_MEMLOCK", resource.RLIMIT_MEMLOCK, "Max locked memory", "VmLck", "-l", "memlock")
+_PINS = _MEMLOCK._replace(used="VmPin")
 
 
 def _of_process(kind: _Kind, pid: int | None) -> Limit | None:

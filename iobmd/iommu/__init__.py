@@ -19,13 +19,12 @@ from iobmd.constants import (
     kIOMapperUncached,
     kIOReturnSuccess,
 )
-from iobmd.descriptors.options import DIRECTION_MASK, check_within
+from iobmd.descriptors.options import DIRECTION_MASK, check_within, require_device_access
 from iobmd.errors import (
     BadArgumentError,
     BusyError,
     NoResourcesError,
     NotOpenError,
-    NotPermittedError,
     UnsupportedError,
 )
 from iobmd.iommu.absence import ALL_IOMMUS
@@ -121,7 +120,7 @@ class IOMapper:
         if not direction:
             message = "neither the transfer nor the descriptor has a direction: the device would have no access"
             raise BadArgumentError(message)
-        _require_accessible(descriptor)
+        _require_mappable(descriptor)
         access = (READ if direction & _OUT else 0) | (WRITE if direction & _IN else 0)
         descriptor.prepare(forDirection)
         try:
@@ -302,10 +301,9 @@ class IOMapper:
             container.close()
 
 
-def _require_accessible(descriptor: IOMemoryDescriptor) -> None:
+def _require_mappable(descriptor: IOMemoryDescriptor) -> None:
     """Raise the named error for a descriptor that a device may not access, or not by this IOMMU."""
-    if descriptor.getFlags() & IOOptionBits.kIOMemoryHostOnly:
-        raise NotPermittedError(f"{descriptor!r} was created with kIOMemoryHostOnly: no device may access its memory")
+    require_device_access(descriptor, descriptor.getFlags())
     if descriptor.getMapperOptions() & kIOMapperUncached:
         raise UnsupportedError("VFIO maps memory cached, and not with kIOMapperUncached: call setMapperOptions(0)")
 

@@ -38,6 +38,7 @@ MAY_BE_MISSING: dict[str, str] = {
     "e1000": "the same",
     "narrow_edu": "the same",
     "registers": "the same",
+    "rdma": "the same, for two guests",
     "two_nodes": "a host may have one; two are those of make test-vm",
     "promtool": "Prometheus takes 330 MB; it is used if it is installed",
     "torch": "the package index only has builds for CUDA, several GB in total; it is used if it is installed",
@@ -196,6 +197,13 @@ def _library(name: str, *needs: str) -> str | None:
     return f"{', '.join(lacking)} is not installed (pip install iobmd[interop])" if lacking else None
 
 
+def _rdma() -> str | None:
+    """In guests that are connected to another one (tools/vm/profiles.py)."""
+    if os.environ.get("IOBMD_GUEST") != "rdma":
+        return "not a guest that is connected to another one"
+    return None if importlib.util.find_spec("pyverbs") else "pyverbs is not installed for this Python"
+
+
 @functools.cache
 def _mpi() -> str | None:
     if reason := _library("mpi4py"):
@@ -272,6 +280,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "e1000": lambda: _device(0x8086, 0x100E),
     "narrow_edu": _narrow_edu,
     "registers": _registers,
+    "rdma": _rdma,
     "two_nodes": _two_nodes,
     "numpy": lambda: _library("numpy"),
     "pyarrow": lambda: _library("pyarrow"),

@@ -25,7 +25,7 @@ def test_every_name_is_there_and_listed() -> None:
 def test_only_public_names_are_listed() -> None:
     """`dir` is unchanged after all modules of the library, and others, have been loaded."""
     listed = python("import iobmd, iobmd.iommu, iobmd.physical.zones; print(*dir(iobmd))").split()
-    assert {*listed} == {*iobmd.__all__, "dmabuf", "host", "iommu", "pagemap"}
+    assert {*listed} == {*iobmd.__all__, "dmabuf", "host", "iommu", "pagemap", "rdma"}
 
 
 def test_no_name_is_also_that_of_a_module() -> None:

@@ -111,7 +111,9 @@ def test_commands_run(
 
 
 @pytest.mark.parametrize(
-    "module", [iobmd, iobmd.dmabuf, iobmd.host, iobmd.iommu, iobmd.pagemap], ids=lambda module: module.__name__
+    "module",
+    [iobmd, iobmd.dmabuf, iobmd.host, iobmd.iommu, iobmd.pagemap, iobmd.rdma],
+    ids=lambda module: module.__name__,
 )
 def test_every_public_name_is_in_the_reference(module: ModuleType) -> None:
     """The members of classes are checked when the reference is built (docs/conf.py)."""

@@ -18,7 +18,7 @@ FLOORS = [
     {"tools"},
     {"cli"},
     {"__init__"},
-    {"cache", "dmabuf"},
+    {"cache", "dmabuf", "rdma"},
     {"api", "sharing", "dma"},
     {"iommu"},
     {"descriptors"},

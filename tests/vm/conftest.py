@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import edu, pci, registers
+from support import edu, pci, registers, rxe
 from support.edu import Devices
 from support.proof import PAGE, Proof
 
@@ -56,6 +56,12 @@ def name() -> str:
 def mapper(name: str) -> Iterator[IOMapper]:
     with IOMapper(name) as one:
         yield one
+
+
+@pytest.fixture(scope="session")
+def rdma_device() -> None:
+    """Create an RDMA device in this guest."""
+    rxe.start(rxe.HERE)
 
 
 @pytest.fixture
