@@ -67,10 +67,10 @@ def test_dpdk_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setenv("PATH", str(tmp_path))
     before = POOL.read_text()
 
-    def ours(_size: int) -> float:
+    def measure(_size: int) -> float:
         raise AssertionError("nothing to compare with")
 
-    (row,) = dpdk.compare(ours, 3)
+    (row,) = dpdk.compare(measure, 3)
     assert row.figure == "not installed"
     assert "apt-get install" in row.against
     assert POOL.read_text() == before
@@ -89,13 +89,13 @@ def test_pool_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     before = POOL.read_text()
     seen: list[int] = []
 
-    def ours(_size: int) -> float:
+    def measure(_size: int) -> float:
         seen.append(int(POOL.read_text()))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(dpdk, "_build", lambda _folder: Path("/bin/true"))
     monkeypatch.setattr(dpdk, "POOL", 8)
     with pytest.raises(KeyboardInterrupt):
-        dpdk.compare(ours, 3)
+        dpdk.compare(measure, 3)
     assert seen == [int(before) + 8]
     assert POOL.read_text() == before

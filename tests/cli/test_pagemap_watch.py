@@ -86,7 +86,7 @@ def watch(target: Target, *options: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def looks_until(lines: IO[str], wanted: dict[str, int]) -> None:
+def read_ticks_until(lines: IO[str], wanted: dict[str, int]) -> None:
     """Read ticks, one JSON document each, until at least the expected numbers of bytes have changed."""
     sums: dict[str, int] = {}
     for line in lines:
@@ -114,7 +114,7 @@ def test_what_happened_between_two_looks(target: Target) -> None:
             ("unmap", {"unmapped": 1 << 20}),
         ):
             target.tell(order)
-            looks_until(watching.stdout, wanted)
+            read_ticks_until(watching.stdout, wanted)
         watching.send_signal(signal.SIGINT)
         assert watching.wait(20) == 0
         assert watching.stderr
@@ -138,7 +138,7 @@ def test_a_heap_that_grows_all_the_time(target: Target) -> None:
         assert watching.stdout
         watching.stdout.readline()
         target.tell("grow")
-        looks_until(watching.stdout, {"newly resident": 30 * 65536})
+        read_ticks_until(watching.stdout, {"newly resident": 30 * 65536})
         watching.send_signal(signal.SIGINT)
 
 

@@ -18,7 +18,7 @@ STEADY = (
     "small,pageable,wired,shared,large,large-shared,contiguous,masked,guarded,prepare,existing,hold,verify,collapse,"
     "control,purge,purge-shared,purge-all,map,map-read-only,redirect,read,readinto,write,copy,share,share-child,fork"
 )
-LONELY = ("--workers", "1", "--threads", "1", "--calm", "--patience", "2")
+ONE_THREAD = ("--workers", "1", "--threads", "1", "--calm", "--patience", "2")
 PATIENCE = 90.0  # seconds for a run of a few seconds, on a busy machine
 
 
@@ -58,7 +58,7 @@ def left_of(supervisor: int) -> list[object]:
 
 def test_every_kind_can_be_loaded() -> None:
     """All functions, requirements and reasons that the table names exist."""
-    for kind in (events.KINDS | events.LIES).values():
+    for kind in (events.KINDS | events.PLANTED_FAULTS).values():
         assert callable(kind.load())
         assert not kind.needs or kind.needs in requirements.PROBES
         assert set(kind.refusals.values()) <= set(report.REASONS)
@@ -91,44 +91,44 @@ def kernel_children() -> list[int]:
     return [int(pid) for pid in text.split()]
 
 
-LIES = {
-    "lie-wrong-bytes": "wrong_bytes",
-    "lie-wrong-state": "wrong_purge_states",
-    "lie-wrong-code": "unexpected_refusals",
-    "lie-error": "unexpected_errors",
-    "lie-descriptor": "leaked_descriptors",
-    "lie-mapping": "leaked_mappings",
-    "lie-locked": "leaked_locked_bytes",
-    "lie-thread": "leaked_threads",
-    "lie-child": "leaked_processes",
+PLANTED_FAULTS = {
+    "plant-wrong-bytes": "wrong_bytes",
+    "plant-wrong-state": "wrong_purge_states",
+    "plant-wrong-code": "unexpected_refusals",
+    "plant-error": "unexpected_errors",
+    "plant-descriptor": "leaked_descriptors",
+    "plant-mapping": "leaked_mappings",
+    "plant-locked": "leaked_locked_bytes",
+    "plant-thread": "leaked_threads",
+    "plant-child": "leaked_processes",
 }
 
 
 def test_what_is_wrong_is_found(tmp_path: Path) -> None:
     """Each of these causes a fault once. 400 events are enough to choose each of nine kinds."""
-    kinds = ",".join([*LIES, "read"])
-    code, result, output = soak(tmp_path, "--seconds", "60", "--events", "400", *LONELY, "--kinds", kinds)
+    kinds = ",".join([*PLANTED_FAULTS, "read"])
+    code, result, output = soak(tmp_path, "--seconds", "60", "--events", "400", *ONE_THREAD, "--kinds", kinds)
     assert code == 1
     assert "FAILED" in output
     found = {name for name, count in result["faults"].items() if count}
-    assert found == set(LIES.values()), output
+    assert found == set(PLANTED_FAULTS.values()), output
     assert {detail["fault"] for detail in result["details"]} == found
 
 
 @pytest.mark.parametrize(
-    ("lie", "fault", "message"),
+    ("kind", "fault", "message"),
     [
-        ("lie-crash", "crashes", "a worker exited unexpectedly, with SIGSEGV"),
-        ("lie-disturb", "programs_disturbed", "its work has not progressed for 2 s"),
-        ("lie-kill", "programs_disturbed", "it ended, with SIGKILL"),
+        ("plant-crash", "crashes", "a worker exited unexpectedly, with SIGSEGV"),
+        ("plant-disturb", "programs_disturbed", "its work has not progressed for 2 s"),
+        ("plant-kill", "programs_disturbed", "it ended, with SIGKILL"),
         pytest.param(
-            "lie-moved", "frames_moved", "memory that is only locked", marks=pytest.mark.needs("frames", "collapse")
+            "plant-moved", "frames_moved", "memory that is only locked", marks=pytest.mark.needs("frames", "collapse")
         ),
     ],
 )
-def test_the_first_fault_ends_a_run(lie: str, fault: str, message: str, tmp_path: Path) -> None:
-    """`lie-moved` fails the check that pinned memory passes."""
-    code, result, output = soak(tmp_path, "--seconds", "60", "--faults", "1", *LONELY, "--kinds", lie)
+def test_the_first_fault_ends_a_run(kind: str, fault: str, message: str, tmp_path: Path) -> None:
+    """`plant-moved` fails the check that pinned memory passes."""
+    code, result, output = soak(tmp_path, "--seconds", "60", "--faults", "1", *ONE_THREAD, "--kinds", kind)
     assert code == 1
     assert result["seconds"] < 60
     assert any((one["fault"], message in one["message"]) == (fault, True) for one in result["details"]), output
@@ -136,10 +136,10 @@ def test_the_first_fault_ends_a_run(lie: str, fault: str, message: str, tmp_path
 
 def test_a_hang_is_described(tmp_path: Path) -> None:
     """A hang is reported with the stacks of the worker's threads, in Python and in the kernel."""
-    code, result, _ = soak(tmp_path, "--seconds", "60", "--faults", "1", *LONELY, "--kinds", "lie-hang")
+    code, result, _ = soak(tmp_path, "--seconds", "60", "--faults", "1", *ONE_THREAD, "--kinds", "plant-hang")
     assert code == 1
     detail = next(detail for detail in result["details"] if detail["fault"] == "hangs")
-    assert "lie-hang did not end within 2 s" in detail["message"]
+    assert "plant-hang did not end within 2 s" in detail["message"]
     assert "in hang" in detail["log"]
     assert any("futex" in line for line in detail["kernel"])
 

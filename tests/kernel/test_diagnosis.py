@@ -83,7 +83,7 @@ def present(pid: int | str, area: Area) -> bytes:
 
 
 @contextlib.contextmanager
-def elsewhere(kind: str) -> Iterator[tuple[int, Area]]:
+def area_of_another_process(kind: str) -> Iterator[tuple[int, Area]]:
     """An area in a separate process, and the pid of that process."""
     environment = os.environ | {"PYTHONPATH": str(Path(areas.__file__).parent.parent)}
     with subprocess.Popen(
@@ -125,7 +125,7 @@ def test_prepare_in_another_task(kind: str, make: Callable[[str], None]) -> None
     need_ptrace()
     make(kind)
     code, why = PINNED[kind]
-    with elsewhere(kind) as (pid, area):
+    with area_of_another_process(kind) as (pid, area):
         md = IOMemoryDescriptor.withAddressRange(area.address, area.size, OUT, pid)
         if kind in ("read-only", "shared file"):  # not pinned but locked, and completely resident
             md.prepare()
@@ -160,7 +160,7 @@ def test_read(kind: str, there: bool, make: Callable[[str], None]) -> None:
         assert error.address == area.address + area.bad + 5
 
     if there:
-        with elsewhere(kind) as (pid, area):
+        with area_of_another_process(kind) as (pid, area):
             check(pid, area)
     else:
         in_child(lambda: check(os.getpid(), areas.KINDS[kind]()))
@@ -169,7 +169,7 @@ def test_read(kind: str, there: bool, make: Callable[[str], None]) -> None:
 @pytest.mark.parametrize("kind", ["read-only", "hugetlb"])
 def test_write(kind: str, make: Callable[[str], None]) -> None:
     make(kind)
-    with elsewhere(kind) as (pid, area):
+    with area_of_another_process(kind) as (pid, area):
         error = error_of(lambda: Task(pid).write(area.address + area.bad, b"bytes"))
         assert (error.code, error.address) == (VM_ERROR, area.address + area.bad)
         assert re.search("without write permission" if kind == "read-only" else PINNED[kind][1], str(error)), error

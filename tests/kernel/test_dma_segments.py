@@ -26,7 +26,7 @@ pieces = st.lists(
 )
 
 
-def lying(found: list[tuple[int, int, int]], high: int = 0, alignment: int = 1) -> list[tuple[int, int]]:
+def ranges_at(found: list[tuple[int, int, int]], high: int = 0, alignment: int = 1) -> list[tuple[int, int]]:
     return [(high + (page * PAGE + place) // alignment * alignment, length) for page, place, length in found]
 
 
@@ -72,7 +72,7 @@ def made(bits: int, largest: int, alignment: int, boundary: int, options: int = 
 @given(limits, pieces, st.sampled_from([None, 1, 2, 7]), st.data())
 def test_in_reach_every_byte_once_in_order_within_limits(limit, found, at_a_time, data) -> None:
     """If the device can start at every piece, the segments are the memory itself, wherever iteration begins."""
-    memory = ScatteredDescriptor(lying(found, alignment=limit[2]))
+    memory = ScatteredDescriptor(ranges_at(found, alignment=limit[2]))
     first = data.draw(st.integers(0, len(found) - 1))
     into = data.draw(st.integers(0, memory.pieces[first][1] - 1))
     offset = sum(length for _, length in memory.pieces[:first]) + into // limit[2] * limit[2]
@@ -105,7 +105,7 @@ def test_out_of_reach_or_alignment_the_limits_hold(limit, found, high, at_a_time
     """Memory above the device's reach, or at which it cannot start: all bytes are covered, within its limits."""
     bits = 48 if high else limit[0]
     # The last page that 48 bits reach, and those above.
-    memory = ScatteredDescriptor(lying(found, (1 << 48) - 4 * PAGE if high else 0))
+    memory = ScatteredDescriptor(ranges_at(found, (1 << 48) - 4 * PAGE if high else 0))
     limit = (bits, *limit[1:])
     length = len(memory.bytes)
     forced = any(address % limit[2] for address, _ in memory.pieces)

@@ -19,7 +19,7 @@ import iobmd
 from iobmd import IOReturn, IOReturnError, Wiring
 from iobmd._native import mman
 from iobmd._native.mapping import Mapping
-from iobmd.cli.demo.compaction import Strewn, collapse, compact
+from iobmd.cli.demo.compaction import ScatteredPages, collapse, compact
 from iobmd.memory import pinning
 from iobmd.memory.populate import populate
 from iobmd.pagemap.self import own_runs
@@ -200,7 +200,7 @@ def test_nothing_moves_a_pinned_page(setting: Setting) -> None:
             # %), and pages that it has moved once are not moved again. The kernel allocates from gaps first, where
             # compaction moves nothing on a host that it has already compacted: the filler takes those.
             with filler((0, 256, 512, 1024, 2048)[turns % 5] * MIB):
-                control = Strewn(256 * MIB)
+                control = ScatteredPages(256 * MIB)
             assert compact()
             unmoved()
             moved += control.moved()[0]

@@ -111,7 +111,7 @@ def test_own_memory(foreign: Callable[..., Any]) -> None:
 
 @pytest.mark.needs("frames")
 def test_own_memory_of_a_child_and_of_a_thread(foreign: Callable[..., Any]) -> None:
-    def relatives() -> None:
+    def in_child_and_thread() -> None:
         own_memory()  # cached results must not be used in a child
         in_child(own_memory)
         failures: list[BaseException] = []
@@ -128,7 +128,7 @@ def test_own_memory_of_a_child_and_of_a_thread(foreign: Callable[..., Any]) -> N
         if failures:
             raise failures[0]
 
-    foreign(relatives)
+    foreign(in_child_and_thread)
 
 
 @pytest.mark.needs("frames")

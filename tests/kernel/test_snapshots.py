@@ -30,7 +30,7 @@ class Memory:
 
 
 @pytest.fixture
-def ours(tmp_path: Path) -> Iterator[Memory]:
+def memory(tmp_path: Path) -> Iterator[Memory]:
     made = Memory(tmp_path)
     yield made
     made.buffer.free()
@@ -43,47 +43,47 @@ def by_kind(found: list[Change]) -> dict[Kind, int]:
     return sums
 
 
-def test_a_snapshot_holds_what_was_there(ours: Memory) -> None:
-    saved = ours.save("one")
-    assert list(saved.spans()) == list(pagemap.spans(ours.buffer))
+def test_a_snapshot_holds_what_was_there(memory: Memory) -> None:
+    saved = memory.save("one")
+    assert list(saved.spans()) == list(pagemap.spans(memory.buffer))
     assert saved.header.page_bytes == 4096
-    assert any(area.start <= ours.address < area.end for area in saved.areas())
-    assert not list(pagemap.changes(saved, ours.save("two")))
+    assert any(area.start <= memory.address < area.end for area in saved.areas())
+    assert not list(pagemap.changes(saved, memory.save("two")))
 
 
-def test_released_and_newly_resident(ours: Memory) -> None:
-    before = ours.save("before")
-    mman.advise(ours.address + MIB, MIB, mman.MADV_DONTNEED)
-    between = ours.save("between")
+def test_released_and_newly_resident(memory: Memory) -> None:
+    before = memory.save("before")
+    mman.advise(memory.address + MIB, MIB, mman.MADV_DONTNEED)
+    between = memory.save("between")
     assert by_kind(list(pagemap.changes(before, between))) == {Kind.RELEASED: MIB}
-    ours.buffer.writeBytes(MIB, b"y" * (MIB // 2))
-    changes = list(pagemap.changes(between, ours.save("after")))
+    memory.buffer.writeBytes(MIB, b"y" * (MIB // 2))
+    changes = list(pagemap.changes(between, memory.save("after")))
     assert by_kind(changes) == {Kind.NEWLY_RESIDENT: MIB // 2}
-    assert [(change.virtual, change.length) for change in changes] == [(ours.address + MIB, MIB // 2)]
+    assert [(change.virtual, change.length) for change in changes] == [(memory.address + MIB, MIB // 2)]
 
 
 @pytest.mark.needs("swap")
 @pytest.mark.usefixtures("swap")
-def test_out_to_swap_and_back(ours: Memory) -> None:
-    before = ours.save("before")
-    mman.advise(ours.address, ours.size, mman.MADV_PAGEOUT)
-    out = ours.save("out")
-    swapped = kernel.swapped(ours.address, ours.size) * 4096
+def test_out_to_swap_and_back(memory: Memory) -> None:
+    before = memory.save("before")
+    mman.advise(memory.address, memory.size, mman.MADV_PAGEOUT)
+    out = memory.save("out")
+    swapped = kernel.swapped(memory.address, memory.size) * 4096
     assert by_kind(list(pagemap.changes(before, out)))[Kind.SWAPPED_OUT] == swapped > MIB
-    ours.buffer.readBytes(0, ours.size)
-    assert by_kind(list(pagemap.changes(out, ours.save("in"))))[Kind.SWAPPED_IN] == swapped
+    memory.buffer.readBytes(0, memory.size)
+    assert by_kind(list(pagemap.changes(out, memory.save("in"))))[Kind.SWAPPED_IN] == swapped
 
 
 @pytest.mark.needs("frames")
-def test_collapsed_and_split(ours: Memory) -> None:
-    start = -(-ours.address // (2 * MIB)) * 2 * MIB
-    before = ours.save("small")
+def test_collapsed_and_split(memory: Memory) -> None:
+    start = -(-memory.address // (2 * MIB)) * 2 * MIB
+    before = memory.save("small")
     mman.advise(start, 2 * MIB, mman.MADV_HUGEPAGE)
     mman.advise(start, 2 * MIB, mman.MADV_COLLAPSE)
-    huge = ours.save("huge")
+    huge = memory.save("huge")
     assert by_kind(list(pagemap.changes(before, huge))) == {Kind.COLLAPSED: 2 * MIB}
     mman.advise(start, 4096, mman.MADV_DONTNEED)  # the rest remains in its frames, mapped page by page
-    split = ours.save("split")
+    split = memory.save("split")
     changes = list(pagemap.changes(huge, split))
     assert by_kind(changes) == {Kind.SPLIT: 2 * MIB - 4096, Kind.RELEASED: 4096}
     assert all(change.before == change.after for change in changes if change.kind == Kind.SPLIT)

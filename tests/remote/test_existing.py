@@ -189,10 +189,10 @@ def test_who_may_not(start_source: Start) -> None:
     source = start_source()
     address = source["anonymous"].address
 
-    def stranger() -> IOReturn:
+    def another_user() -> IOReturn:
         return code_of(lambda: IOMemoryDescriptor.withAddressRange(address, 1, INOUT, source.pid))
 
-    assert in_child(stranger, uid=NOBODY) == IOReturn.kIOReturnNotPermitted
+    assert in_child(another_user, uid=NOBODY) == IOReturn.kIOReturnNotPermitted
     thread = next(iter(Path("/proc/2/task").iterdir())).name
     assert code_of(lambda: IOMemoryDescriptor.withAddressRange(4096, 1, INOUT, int(thread))) in (
         IOReturn.kIOReturnUnsupported,

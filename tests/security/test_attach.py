@@ -129,7 +129,7 @@ def test_a_file_whose_server_does_not_answer(tmp_path: Path) -> None:
         assert refused == [IOReturn.kIOReturnBadArgument]
 
 
-def lingering(stack: contextlib.ExitStack) -> socket.socket:
+def socket_whose_close_waits(stack: contextlib.ExitStack) -> socket.socket:
     """A TCP socket whose last close(2) waits for a minute, because its data is not read."""
     listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
     sender = socket.create_connection(listener.getsockname())
@@ -151,7 +151,7 @@ def test_a_socket_whose_close_waits(place: str) -> None:
     with contextlib.ExitStack() as stack:
         here, there = map(stack.enter_context, socket.socketpair())
         here.settimeout(2)
-        sender = lingering(stack)
+        sender = socket_whose_close_waits(stack)
         fd = memory(8192)
         stack.callback(os.close, fd)
         first = {"with the header": [sender.fileno()], "among many": [fd] * 30 + [sender.fileno()]}

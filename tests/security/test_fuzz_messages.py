@@ -145,7 +145,7 @@ def test_plausible_numbers(description: Any, kinds: list[str], user: int, wired:
 
 
 @st.composite
-def strange(draw: st.DrawFn) -> Any:
+def descriptions_with_wrong_fields(draw: st.DrawFn) -> Any:
     """Return a description that is valid except for some of its fields."""
     fields: list[Any] = [SHARED | PAGEABLE, 2 * PAGE, PAGE, [[0, PAGE], [PAGE, PAGE]], PAGE]
     for _ in range(draw(st.integers(1, 3))):
@@ -155,8 +155,8 @@ def strange(draw: st.DrawFn) -> Any:
     return draw(st.just(fields) | anything())
 
 
-@fuzzed(80, description=strange(), kind=st.sampled_from(["memfd", "sparse memfd"]), user=users)
-def test_strange_descriptions(description: Any, kind: str, user: int) -> None:
+@fuzzed(80, description=descriptions_with_wrong_fields(), kind=st.sampled_from(["memfd", "sparse memfd"]), user=users)
+def test_descriptions_with_wrong_fields(description: Any, kind: str, user: int) -> None:
     attach(message(description), [kind], user)
 
 

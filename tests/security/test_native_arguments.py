@@ -27,12 +27,12 @@ def view(pieces: list[tuple[int, int]], *, at: int = 0, guard: int = 0, alignmen
 
 
 def exported(offset: int, length: int) -> Callable[[], None]:
-    class Liar(Exporter):
+    class WrongExporter(Exporter):
         def _exported(self) -> tuple[None, Mapping, int, int, bool]:
             return None, Mapping.anonymous(PAGE, PAGE), offset, length, True
 
     def attack() -> None:
-        memoryview(Liar())
+        memoryview(WrongExporter())
 
     return attack
 

@@ -52,24 +52,24 @@ def test_a_thread_of_another_process_is_not_stopped(target: Target, monkeypatch:
     """A thread of the task exits, and another process reuses its id before it is seized."""
     target.line()
     seized = []
-    with sleeping() as stranger:
-        before = state(stranger.pid)
+    with sleeping() as unrelated:
+        before = state(unrelated.pid)
         real_ids, real_activity = threads.thread_ids, threads.activity
 
         def thread_ids(pid: int) -> list[int]:
             if not seized:
-                seized.append(stranger.pid)
-                return [stranger.pid]
+                seized.append(unrelated.pid)
+                return [unrelated.pid]
             return real_ids(pid)
 
         def activity(pid: int, tid: int) -> threads.Activity | None:
-            return real_activity(tid if tid == stranger.pid else pid, tid)
+            return real_activity(tid if tid == unrelated.pid else pid, tid)
 
         monkeypatch.setattr(threads, "thread_ids", thread_ids)
         monkeypatch.setattr(threads, "activity", activity)
         iobmd.allocate(8192, task=target.pid, wired=False).free()
         assert seized
-        assert state(stranger.pid) == before
+        assert state(unrelated.pid) == before
 
 
 def test_the_number_of_a_guest_goes_to_nobody_else(target: Target) -> None:
@@ -135,12 +135,12 @@ def test_bytes_for_a_thread_that_is_gone_reach_nobody() -> None:
     memory = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory[:4] = b"mine"
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    with forked(signal.pause) as number, forked(signal.pause) as stranger:
+    with forked(signal.pause) as number, forked(signal.pause) as unrelated:
         task = Task(number)
         job = Transfer(number, task.pidfd, address, address, 4096, write=True)
         memory[:4] = b"ours"
-        assert task._moved_of_thread(job, stranger).error == errno.ESRCH
-        assert Task(stranger).read(address, 4) == b"mine"
+        assert task._moved_of_thread(job, unrelated).error == errno.ESRCH
+        assert Task(unrelated).read(address, 4) == b"mine"
         assert not task._moved_of_thread(job, number).error, "the control"
         assert task.read(address, 4) == b"ours"
 

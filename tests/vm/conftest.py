@@ -65,7 +65,7 @@ def rdma_device() -> None:
 
 
 @pytest.fixture
-def restless() -> Iterator[None]:
+def moving_memory() -> Iterator[None]:
     """Make the kernel compact memory repeatedly, while most of the free memory is filled and freed again."""
     stop = threading.Event()
 

@@ -115,7 +115,7 @@ def mapped_twice() -> None:
         assert bytes(memoryview(mapping)) == CONTENT
 
 
-def looked_at() -> None:
+def read_page_positions() -> None:
     with iobmd.allocate(4 * MIB) as buffer:
         runs = list(pagemap.runs(buffer))
         assert sum(run.length for run in runs) == 4 * MIB
@@ -123,11 +123,11 @@ def looked_at() -> None:
 
 
 def of_node_0() -> None:
-    with iobmd.allocate(MIB, node=0):
-        pass
+    with iobmd.allocate(MIB, node=0) as buffer:
+        assert mman.count_off_node(buffer.getBytesNoCopy(), MIB // PAGE_SIZE, PAGE_SIZE, 0) == 0
 
 
-def child_is_told() -> None:
+def refused_in_child() -> None:
     with iobmd.allocate(PAGE_SIZE) as buffer:
         assert in_child(lambda: code_of(lambda: buffer.readBytes(0, 1))) == IOReturn.kIOReturnNotOpen
 
@@ -146,8 +146,8 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "`copy()`": copied,
     "`copy(freeze=True)`": frozen_copy,
     "memory in another task": in_another_task,
-    "`iobmd.pagemap`": looked_at,
-    "refusal of wired memory in a forked child": child_is_told,
+    "`iobmd.pagemap`": read_page_positions,
+    "refusal of wired memory in a forked child": refused_in_child,
 }
 """Features by name, each with a function that returns how this kernel supports it, or raises."""
 

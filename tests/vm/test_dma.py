@@ -17,7 +17,7 @@ MIB = 1 << 20
 BELOW_4G = 0xFFFFFFFF
 
 
-@pytest.mark.usefixtures("restless")
+@pytest.mark.usefixtures("moving_memory")
 @pytest.mark.parametrize(
     ("size", "keywords"),
     [
@@ -43,21 +43,21 @@ def test_wired(proof: Proof, size: int, keywords: dict[str, object]) -> None:
         buffer.verify()
 
 
-@pytest.mark.usefixtures("restless")
+@pytest.mark.usefixtures("moving_memory")
 def test_masked(proof: Proof) -> None:
     with contiguous_memory.allocated_beside_others(MIB, physical_mask=BELOW_4G) as buffer:
         assert all(address + length <= 1 << 32 for address, length in buffer.segments())
         proof.holds(buffer)
 
 
-@pytest.mark.usefixtures("restless")
+@pytest.mark.usefixtures("moving_memory")
 @pytest.mark.parametrize("offset", [1, 4095, 12_345])
 def test_from_odd_offsets(proof: Proof, offset: int) -> None:
     with iobmd.allocate(128 << 10) as buffer:
         proof.holds(buffer, offset, 70_001)
 
 
-@pytest.mark.usefixtures("restless")
+@pytest.mark.usefixtures("moving_memory")
 @pytest.mark.parametrize("shared", [False, True])
 def test_pageable_while_prepared(proof: Proof, shared: bool) -> None:
     """The memory is scattered first, so that it has a segment for nearly every page."""
@@ -94,17 +94,17 @@ def test_a_neighbouring_frame_does_not_deliver(proof: Proof) -> None:
         assert off_by_one[:-1] == right[1:]
 
 
-def test_locked_memory_is_elsewhere_after_compaction(proof: Proof) -> None:
+def test_locked_memory_has_moved_after_compaction(proof: Proof) -> None:
     """mlock does not pin: after a compaction, devices find other bytes at old addresses, unlike in pinned memory."""
     size = 16 * MIB
     pages = range(PAGE, 2 * size, 2 * PAGE)
-    strewn = []
+    scattered = []
     with iobmd.allocate(size) as pinned:
         for _ in range(5):  # a compaction may find enough contiguous memory, and do nothing
-            strewn.append(area := mmap.mmap(-1, 2 * size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+            scattered.append(area := mmap.mmap(-1, 2 * size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
             area.madvise(mmap.MADV_NOHUGEPAGE)
             address = ctypes.addressof(ctypes.c_char.from_buffer(area))
-            strew(area, address)
+            lock_every_second_page(area, address)
             before = frames(address, 2 * size)
             compact()
             after = frames(address, 2 * size)
@@ -121,7 +121,7 @@ def test_locked_memory_is_elsewhere_after_compaction(proof: Proof) -> None:
         proof.holds(pinned, 0, 64 << 10)
 
 
-def strew(area: mmap.mmap, address: int) -> None:
+def lock_every_second_page(area: mmap.mmap, address: int) -> None:
     """Lock every second page and free those in between, so that a compaction has holes to fill."""
     libc = ctypes.CDLL(None, use_errno=True)
     for offset in range(0, len(area), PAGE):

@@ -72,7 +72,7 @@ def window(device: edu.Edu, page: tuple[iobmd.IOBufferMemoryDescriptor, int], re
     return Window(device, page, record_property)
 
 
-@pytest.mark.usefixtures("restless")
+@pytest.mark.usefixtures("moving_memory")
 @pytest.mark.parametrize(
     ("size", "keywords"),
     [

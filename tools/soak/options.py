@@ -39,7 +39,7 @@ def parse(argv: Sequence[str]) -> Options:
     parser = make_parser()
     arguments = parser.parse_args(argv)
     kinds = list(events.KINDS) if arguments.kinds is None else arguments.kinds.split(",")
-    if unknown := [kind for kind in kinds if kind not in events.KINDS | events.LIES]:
+    if unknown := [kind for kind in kinds if kind not in events.KINDS | events.PLANTED_FAULTS]:
         parser.error(f"--kinds: no such kind: {', '.join(unknown)}")
     if min(arguments.workers, arguments.threads) < 1 or arguments.workers * arguments.threads > THREADS:
         parser.error(f"--workers times --threads must be within 1 and {THREADS}")

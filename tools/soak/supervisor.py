@@ -58,7 +58,7 @@ class Supervisor:
         self._next_inspected = 0
 
     def _possible_kinds(self) -> list[str]:
-        known = events.KINDS | events.LIES
+        known = events.KINDS | events.PLANTED_FAULTS
         for name in self.options.kinds:
             if known[name].needs in self._missing:
                 self.left_out[name] = self._missing[known[name].needs]

@@ -67,7 +67,7 @@ class Runner:
         self.context = context
         self._index = {name: number for number, name in enumerate(kinds)}
         self._schedule = events.schedule(kinds)
-        self._functions = {name: (events.KINDS | events.LIES)[name].load() for name in kinds}
+        self._functions = {name: (events.KINDS | events.PLANTED_FAULTS)[name].load() for name in kinds}
 
     def run(self, kind: Kind) -> None:
         """Execute one event, and record its result."""

@@ -16,7 +16,7 @@ from iobmd.cli import EXIT_FAILED, EXIT_OK, table
 from iobmd.cli.arguments import instead_of_wiring, size
 from iobmd.cli.demo import core, purgeable, remote
 from iobmd.cli.demo.client import GUARDED_PAGE, Client, Piece
-from iobmd.cli.demo.compaction import Strewn, collapse, compact, frames
+from iobmd.cli.demo.compaction import ScatteredPages, collapse, compact, frames
 from iobmd.cli.folding import show, terminal_width
 from iobmd.constants import IOOptionBits
 from iobmd.errors import IOReturnError
@@ -195,7 +195,7 @@ def _compact(span: int, length: int) -> dict[str, int] | None:
     with allocate(length) as ours:
         if ours.wiring is not Wiring.PINNED:
             return None
-        control = Strewn(span)
+        control = ScatteredPages(span)
         before = frames(ours.getBytesNoCopy(), len(ours))
         compact()
         after = frames(ours.getBytesNoCopy(), len(ours))

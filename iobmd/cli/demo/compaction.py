@@ -54,7 +54,7 @@ def collapse(*, pin: bool) -> int:
     return sum(old != new for old, new in zip(before, after, strict=True))
 
 
-class Strewn:
+class ScatteredPages:
     """Mlocked, unpinned memory that is scattered: every other 64 KiB of `span` bytes."""
 
     def __init__(self, span: int) -> None:

@@ -90,8 +90,8 @@ KINDS = {kind.name: kind for kind in (
     Kind("fork", 6, "forks.fork"),
 )}  # fmt: skip
 """All kinds by name."""
-LIES = {kind.name: kind for kind in (
-    Kind(f"lie-{name.replace('_', '-')}", 50, f"lies.{name}")
+PLANTED_FAULTS = {kind.name: kind for kind in (
+    Kind(f"plant-{name.replace('_', '-')}", 50, f"planted_faults.{name}")
     for name in (
         "moved", "wrong_bytes", "wrong_state", "wrong_code", "error", "descriptor", "mapping", "locked", "thread",
         "child", "hang", "crash", "disturb", "kill",
@@ -102,5 +102,5 @@ LIES = {kind.name: kind for kind in (
 
 def schedule(names: list[str]) -> list[Kind]:
     """Return each kind as often as its weight, so that a uniform choice from the list is a weighted one."""
-    kinds = [(KINDS | LIES)[name] for name in names]
+    kinds = [(KINDS | PLANTED_FAULTS)[name] for name in names]
     return list(itertools.chain.from_iterable([kind] * kind.weight for kind in kinds))

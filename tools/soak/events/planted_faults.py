@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
     from ..context import Context
 
-_told: set[tuple[int, str]] = set()
+_planted: set[tuple[int, str]] = set()
 
 
-def _once(lie: Callable[[Context], None]) -> Callable[[Context], None]:
+def _once(plant: Callable[[Context], None]) -> Callable[[Context], None]:
     def run(context: Context) -> None:
-        key = context.number, lie.__name__
-        if key in _told:
+        key = context.number, plant.__name__
+        if key in _planted:
             raise Skipped
-        _told.add(key)
+        _planted.add(key)
         try:
-            lie(context)
+            plant(context)
         except Skipped:  # there is no target yet
-            _told.remove(key)
+            _planted.remove(key)
             raise
 
     return run
