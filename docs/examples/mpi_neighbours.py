@@ -1,4 +1,4 @@
-"""One buffer for all ranks of a host, once by MPI and once by iobmd, and a pin of MPI's own memory.
+"""Memory that all ranks of a host share, allocated once by MPI and once by iobmd, and a pin of MPI's memory.
 
 Run it with `mpiexec -n 4 python -m mpi4py mpi_neighbours.py`: an exception in one rank then ends all of them.
 """

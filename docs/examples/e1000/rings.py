@@ -22,7 +22,7 @@ class Received(NamedTuple):
 
 
 class Ring:
-    """A ring of descriptors in contiguous memory, whose physical address the card has.
+    """A ring of descriptors in contiguous memory, whose physical address is programmed into the card.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""A userspace driver for NVMe disks in two small files, as an example of the use of `iobmd`.
+"""A userspace driver for NVMe disks in two small modules, as an example of the use of `iobmd`.
 
 `queues` allocates the memory that driver and controller share, and `controller` is the driver. `iobmd` maps the
 controller's registers, receives its interrupts, provides the physical addresses of that memory, and ensures that they

@@ -77,11 +77,15 @@ class Controller:
             for index, (what, namespace) in enumerate([(1, 0), (0, 1)]):  # the controller, namespace 1
                 page = answer.getPhysicalSegment(index * PAGE)[0]
                 self._ask(IDENTIFY, what, namespace=namespace, pages=(page,))
-            told = answer.readBytes(0, 2 * PAGE)
-        serial, model, firmware = (told[start:end].decode().strip() for start, end in ((4, 24), (24, 64), (64, 72)))
+            identified = answer.readBytes(0, 2 * PAGE)
+        serial, model, firmware = (
+            identified[start:end].decode().strip() for start, end in ((4, 24), (24, 64), (64, 72))
+        )
         smallest = 4096 << (self._capabilities >> 48 & 0xF)
-        largest = min(smallest << told[77] if told[77] else PAGE * 512, PAGE * 512)  # MDTS, and one page list
-        namespace_data = told[PAGE:]
+        largest = min(
+            smallest << identified[77] if identified[77] else PAGE * 512, PAGE * 512
+        )  # MDTS, and one page list
+        namespace_data = identified[PAGE:]
         blocks = int.from_bytes(namespace_data[:8], "little")
         format_at = 128 + 4 * (namespace_data[26] & 0xF)  # FLBAS chooses among the formats
         return Identity(model, serial, firmware, blocks, 1 << namespace_data[format_at + 2], largest)
