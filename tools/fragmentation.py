@@ -125,7 +125,7 @@ def main() -> None:
     )
     parser.add_argument("--block", type=parse_size, default=HUGE_PAGE_SIZE, help="memory with one pinned page")
     parser.add_argument("--interleaved", type=parse_size, default=0, help="memory that retains every other page")
-    parser.add_argument("--leave", type=parse_size, help="hold other free memory in huge pages, but for so much")
+    parser.add_argument("--leave", type=parse_size, help="memory that remains free; the rest is held in huge pages")
     parser.add_argument("--files", type=parse_size, default=0, help="page cache of small files, written before")
     arguments = parser.parse_args()
     size = procfs.meminfo()["MemAvailable"] * 8 // 10 if arguments.size is None else arguments.size

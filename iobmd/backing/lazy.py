@@ -322,7 +322,9 @@ class LazyBacking(AnonymousBacking):
         numa.place(self.address, self.size)
         self._fetch = contents.begin(self.mapping)
         if self._fetch is None:
-            mman.advise(self.address, self.size, mman.MADV_DONTNEED)  # what was fetched before it was found
+            mman.advise(
+                self.address, self.size, mman.MADV_DONTNEED
+            )  # pages that were fetched before begin() returned
             with contextlib.suppress(OSError):
                 mman.advise(self.address, self.size, mman.MADV_DOFORK)
             self.mapping.withhold(False)
@@ -344,7 +346,7 @@ class LazyBacking(AnonymousBacking):
 
     def _pending(self) -> Fetch | None:
         """Return the fetch if something may still have to be fetched, or is lost."""
-        fetch = self._fetch  # read once: another thread may find that it is over
+        fetch = self._fetch  # read once: another thread may find that it has ended
         if fetch and fetch.is_over:
             self._fetch = fetch = None
         return fetch

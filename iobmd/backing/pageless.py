@@ -1,4 +1,4 @@
-"""The common part of what descriptors describe without pages of memory: nothing can be read, moved or freed."""
+"""The common part of backings without pages of memory: nothing can be read, moved or freed."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class PagelessBacking:
         """Return zeros: there are no pages."""
         return 0, 0
 
-    # --- what requires bytes
+    # --- operations that require bytes
 
     def here(self, *, populated: bool = False) -> NoReturn:  # noqa: ARG002 (the protocol's)
         """Raise: there are no pages to map."""

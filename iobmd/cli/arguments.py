@@ -24,7 +24,7 @@ def size(text: str) -> int:
 
 @contextlib.contextmanager
 def instead_of_wiring(remedy: str) -> Iterator[None]:
-    """Replace pageable memory, in errors on memory that cannot be wired, by what the command offers instead."""
+    """In errors on memory that cannot be wired, replace the advice to use pageable memory by the command's option."""
     try:
         yield
     except CannotWireError as error:

@@ -35,7 +35,7 @@ class Statistics(NamedTuple):
     prepared: int
     """Buffers that are prepared."""
     kept: int = 0
-    """Bytes of freed memory that are kept for reuse (`iobmd.policy`), including those that the kernel has taken."""
+    """Bytes of freed memory kept for reuse (`iobmd.policy`), including those that the kernel has reclaimed."""
     slabs: int = 0
     """Slabs, the pinned memory that small wired buffers share."""
 

@@ -89,7 +89,7 @@ def offer(mapping: Mapping, kind: Kind, limit: int) -> bool:
 def take(kind: Kind) -> Mapping | None:
     """Return memory of a kind, or None if none is kept.
 
-    Each of its pages contains old bytes, or zeros if the kernel has taken it. It is not inherited by forked children:
+    Each of its pages contains old bytes, or zeros if the kernel has reclaimed it. Forked children do not inherit it:
     the caller undoes this (MADV_DOFORK, `Mapping.withhold`).
     """
     for piece in reversed(_kept):
@@ -113,7 +113,7 @@ def _is_intact(mapping: Mapping) -> bool:
 
 
 def size() -> int:
-    """Return how many bytes are kept, whether or not the kernel has taken them."""
+    """Return how many bytes are kept, whether or not the kernel has reclaimed them."""
     return sum(piece.kind.size for piece in list(_kept))
 
 

@@ -49,8 +49,8 @@ class ZoneMemory(NamedTuple):
     """The part of each kind in folios of at least a huge page, mapped as such or not."""
     windows: dict[int, dict[str, int]]
     """Numbers of aligned windows by size and state: ``free``; ``movable`` (free after compaction); ``huge`` (huge
-    pages, and otherwise free or movable memory); ``one_short`` (windows of a huge page: free or movable but for one
-    unmovable page, or a slab of up to 8); ``unmovable`` (others). None contains uninitialized memory."""
+    pages, and otherwise free or movable memory); ``one_short`` (windows of a huge page: free or movable except for
+    one unmovable page, or a slab of up to 8); ``unmovable`` (others). None contains uninitialized memory."""
     free_runs: dict[int, tuple[int, int]]
     """Runs of free frames by length, rounded down to a power of two: their number, and the memory in them."""
 

@@ -36,8 +36,8 @@ def is_available() -> bool:
 class Ballast:
     """Free memory in huge pages of a tmpfs, at first none.
 
-    It is freed with this process, whatever ends it. A child that another thread forks inherits the descriptor, but
-    not the memory: `close` truncates the file.
+    It is freed when this process ends, even if it is killed. A child that another thread forks inherits the
+    descriptor, but not the memory: `close` truncates the file.
     """
 
     def __init__(self) -> None:

@@ -20,7 +20,7 @@ DEFAULT_SECONDS = 5.0
 _FOR_OTHERS = 2 << 30
 """Bytes that programs may allocate while a search holds free memory."""
 _LEAST_HOST = 8 << 30
-"""Bytes of a host, or a limit, from which free memory is held: on a smaller one others soon need what remains."""
+"""Size of a host, or a limit, from which free memory is held: on a smaller host, others soon need the rest."""
 _KEEP_MOST = 1 << 30
 _KEEP_PART = 32
 """The inverse of the part of memory that is kept by default, up to `_KEEP_MOST`."""

@@ -35,7 +35,7 @@ _BRIEF = 0.1  # seconds after which windows are examined
 _BRIEF_UP_TO = 64 << 20  # bytes that are often found among the first huge pages
 _COMPACTED = 16  # blocks for which the kernel compacts memory before the windows are examined again
 _ROUNDS = 64
-_ATTEMPTS = 3  # on a busy host, windows that are free are soon not
+_ATTEMPTS = 3  # on a busy host, free windows are soon in use
 _SMALL_BLOCK = (
     2 << 20
 )  # bytes of huge pages that are also used for less: clearing them takes 0.1 ms, and many are free

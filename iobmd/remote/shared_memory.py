@@ -57,7 +57,7 @@ class SharedMemory:
     Attributes
     ----------
     objects : list of SharedObject
-        What is to be copied.
+        The objects to copy.
 
     Raises
     ------

@@ -185,7 +185,7 @@ class Snapshot(Task):
         -----
         The kernel is asked for each page (pagemap): this takes 2 to 10 ms for 1 GiB of small pages.
         """
-        from iobmd.pagemap import area  # noqa: PLC0415 (half of what the rest of `import iobmd` takes)
+        from iobmd.pagemap import area  # noqa: PLC0415 (half of the time of the rest of `import iobmd`)
 
         self._require_open()
         found = self._asked(lambda: [one.tally for one in area.areas(self, details=False)])

@@ -126,7 +126,7 @@ def _processes(rounds: int) -> Iterable[Result]:
             return
     what = f"`iobmd pagemap --processes` of {summary['processes']:,} processes"
     yield at_most(what, format_time(took), f"smem: {format_time(bare)}", took / bare, 2)
-    # Other processes start and exit: smem's sums before and after.
+    # Other processes start and exit, so that the mean of smem's sums before and after is compared.
     pss = sum(int(text.split()[-1]) << 10 for text in (before, after)) // 2
     yield _agreement("PSS of them", summary["pss_bytes"], "smem", pss, pss)
 

@@ -16,7 +16,7 @@ from iobmd.cli.child import python
 from . import kernel
 
 LIMIT = 256 << 20
-"""Bytes that the cgroup may use: those of a worker, and as much again to be filled."""
+"""Bytes that the cgroup may use: those of a worker, and the same number to be filled."""
 _STEP = 4 << 20
 _START = "import iobmd_command; from iobmd.tools.soak.pressure import main; main()"
 

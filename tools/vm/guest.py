@@ -121,8 +121,8 @@ class Guests:
         with self._lock:
             if self._ended:
                 raise EndedError
-            # The kernel ends the guest with this process, whatever ends that. Ctrl-C on the terminal does not reach
-            # the guest.
+            # The kernel kills the guest when this process ends, even if it is killed. Ctrl-C on the terminal does not
+            # reach the guest.
             qemu = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", *words],
                 stdin=subprocess.DEVNULL,
@@ -138,7 +138,7 @@ class Guests:
 
 
 class _Alarm:
-    """Ends a guest when its time is over; `rang` is then the reason."""
+    """Ends a guest when its time limit expires; `rang` is then the reason."""
 
     def __init__(self, qemu: subprocess.Popen[str]) -> None:
         self._qemu = qemu
