@@ -1,6 +1,6 @@
 """`iobmd bench mpi`: messages, collectives and windows over iobmd memory, and over memory that MPI allocates.
 
-Two ranks on this host (`mpi_ranks`), under MPICH and under Open MPI. One that is missing has a row that says how to
+Two ranks on this host (`ranks`), under MPICH and under Open MPI. One that is missing has a row that says how to
 install it.
 """
 
@@ -83,12 +83,12 @@ def launchers() -> dict[str, Launcher]:
 
 
 def run(_size: int, rounds: int) -> list[Result]:
-    """Measure; the sizes are those of `mpi_ranks`."""
+    """Measure; the sizes are those of `ranks`."""
     found = launchers()
     rows = []
     for name, how in _INSTALL.items():
         if name in found:
-            program = ["-m", "iobmd.tools.bench.mpi_ranks", str(rounds * SAMPLES), str(BYTES)]
+            program = ["-m", "iobmd.tools.bench.ranks", str(rounds * SAMPLES), str(BYTES)]
             printed = found[name].run(2, *program)
             rows += [_row(name, **one) for one in json.loads(printed)]
         else:

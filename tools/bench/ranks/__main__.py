@@ -23,7 +23,7 @@ from iobmd.errors import NotPrivilegedError
 from iobmd.sharing import attach, share
 from iobmd.units import PAGE_SIZE
 
-from .mpi import DIRECT
+from ..mpi import DIRECT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
