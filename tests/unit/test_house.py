@@ -13,7 +13,7 @@ import iobmd
 
 PACKAGE = Path(iobmd.__file__).parent
 TOOLS = Path(iobmd.tools.__file__).parent  # next to the package in a checkout, and inside it if installed
-FLOORS = [
+LEVELS = [
     {"__main__"},
     {"tools"},
     {"cli"},
@@ -34,7 +34,7 @@ FLOORS = [
     {"constants", "printable", "units", "_version"},
     {"_native"},
 ]
-"""From the top to the bottom; packages on one level do not import each other."""
+"""From the top to the bottom; packages of one level do not import each other."""
 
 
 MAP = Path(__file__).parents[2] / "docs" / "design.md"
@@ -53,13 +53,13 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def rooms() -> dict[Path, str]:
+def packages() -> dict[Path, str]:
     """Return every Python file, and its package."""
     return {path: (*name.split("."), "__init__")[1] for name, path in MODULES.items()}
 
 
-def floor(room: str) -> int:
-    return next(number for number, names in enumerate(FLOORS) if room in names)
+def level(package: str) -> int:
+    return next(number for number, names in enumerate(LEVELS) if package in names)
 
 
 def imported(path: Path) -> set[str]:
@@ -75,23 +75,23 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.Constant) and node.value in MODULES:
             names.add(node.value)
     found = {name.split(".")[1] for name in names if name.startswith("iobmd.")}
-    return {room if any(room in names for names in FLOORS) else "__init__" for room in found}
+    return {package if any(package in names for names in LEVELS) else "__init__" for package in found}
 
 
-@pytest.mark.parametrize("path", rooms(), ids=lambda path: "/".join(path.parts[-2:]))
+@pytest.mark.parametrize("path", packages(), ids=lambda path: "/".join(path.parts[-2:]))
 def test_imports_go_down(path: Path) -> None:
-    room = rooms()[path]
-    for other in imported(path) - {room}:
-        assert floor(other) > floor(room), f"{path.name} imports {other}, which is not below it"
+    package = packages()[path]
+    for other in imported(path) - {package}:
+        assert level(other) > level(package), f"{path.name} imports {other}, which is not below it"
 
 
-def test_the_map_shows_these_floors() -> None:
+def test_the_map_shows_these_levels() -> None:
     """The map has the packages in this order, and only existing modules."""
     (text,) = re.findall(r"^```text\n(.*?)^```$", MAP.read_text(), re.S | re.M)
     columns = [line if re.fullmatch(r"\w+(  \w+)*", line) else line[:16] for line in text.splitlines()]
     shown = [name.rstrip("/") for column in columns for name in column.split()]
-    assert sorted(["__main__", *shown]) == sorted(name for names in FLOORS for name in names)
-    assert [floor(name) for name in shown] == sorted(floor(name) for name in shown)
+    assert sorted(["__main__", *shown]) == sorted(name for names in LEVELS for name in names)
+    assert [level(name) for name in shown] == sorted(level(name) for name in shown)
     assert {*re.findall(r"\b[a-z]+_\w+\b(?!/)", text)} <= {name.rpartition(".")[2] for name in MODULES}
 
 
@@ -124,7 +124,7 @@ def test_no_modules_import_each_other() -> None:
     assert not left, "these import each other"
 
 
-@pytest.mark.parametrize("path", rooms(), ids=lambda path: "/".join(path.parts[-2:]))
+@pytest.mark.parametrize("path", packages(), ids=lambda path: "/".join(path.parts[-2:]))
 def test_files_stay_small(path: Path) -> None:
     """Docstrings do not count, because those of one public class may be long."""
     text = path.read_text()
