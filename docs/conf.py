@@ -64,7 +64,7 @@ _header = """# Sphinx inventory version 2
 """
 _inventory.write_bytes(_header.encode() + zlib.compress((_HERE / "inventories/python.txt").read_bytes()))
 intersphinx_mapping = {"python": ("https://docs.python.org/3", str(_inventory))}
-nitpick_ignore = [("py:class", "psutil.Process"), ("py:class", "S")]
+nitpick_ignore = [("py:class", "psutil.Process"), ("py:class", "PD"), ("py:class", "S")]
 nitpick_ignore_regex = [("py:class", r"numpy\..*")]
 
 _CONSTANTS = [kind for kind in vars(iobmd.constants).values() if isinstance(kind, EnumType)]
@@ -75,6 +75,7 @@ _LINKS = {
     "Buffer": "collections.abc.Buffer",
     "Cache": "iobmd.Cache",
     "Direction": "iobmd.Direction",
+    "MemoryRegion": "iobmd.rdma.memory_region.MemoryRegion",
     "Protection": "iobmd.Protection",
     "Secret": "iobmd.Secret",
     "SegmentFunction": "collections.abc.Callable",
