@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.child import NOBODY, in_child, sleeping
@@ -68,6 +69,32 @@ def send_all(peer: socket.socket, text: bytes, fds: list[int]) -> None:
     sender = socket.SOL_SOCKET, 2, struct.pack("=iII", os.getpid(), os.geteuid(), os.getegid())
     peer.sendmsg([text[:12]], [rights, sender])
     peer.sendall(text[12:])
+
+
+class SocketWithoutCredentials:
+    """A socket, as a library may wrap it, that discards the credentials of messages."""
+
+    def __init__(self, wrapped: socket.socket) -> None:
+        self._wrapped = wrapped
+        self.getsockopt, self.setsockopt, self.sendmsg = wrapped.getsockopt, wrapped.setsockopt, wrapped.sendmsg
+
+    def recvmsg(self, *arguments: int) -> tuple[bytes, list[tuple[int, int, bytes]], int, object]:
+        data, ancillary, flags, address = self._wrapped.recvmsg(*arguments)
+        return data, [one for one in ancillary if one[1] == socket.SCM_RIGHTS], flags, address
+
+
+@pytest.mark.parametrize("has_credentials", [True, False], ids=["the control", "without"])
+def test_a_sender_without_credentials_is_not_root(has_credentials: bool) -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        fd = unsealed(PAGE)
+        send_all(here, message(PAGE), [fd])
+        os.close(fd)
+        source: Any = there if has_credentials else SocketWithoutCredentials(there)
+        if has_credentials:
+            iobmd.attach(source).free()
+        else:
+            assert code_of(lambda: iobmd.attach(source)) == IOReturn.kIOReturnBadArgument
 
 
 def open_pipe(_folder: Path) -> int:
