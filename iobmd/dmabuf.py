@@ -77,7 +77,7 @@ def _exportable(origin: MemoryOwner) -> SharedBacking:
     """Return the memory of an owner, if a dma-buf can be made of it; otherwise raise `kIOReturnUnsupported`."""
     backing = origin.require_backing()
     if isinstance(backing, DmaBufBacking):
-        raise UnsupportedError("a part of this memory is that of another dma-buf: export that part alone")
+        raise UnsupportedError("a part of this memory belongs to another dma-buf: export that part alone")
     if not isinstance(backing, SharedBacking):
         raise UnsupportedError(
             "private memory cannot be exported: allocate it with kIOMemoryKernelUserShared (shared=True)"

@@ -338,7 +338,7 @@ class IOMemoryDescriptor(Handle):
         options : int
             `kIOMemoryIncoherentIOStore`: write lines back, before a device reads. `kIOMemoryIncoherentIOFlush`: also
             invalidate them, before data that a device wrote is read. `kIOMemoryClearEncrypted` and
-            `kIOMemorySetEncrypted` are refused, because Linux encrypts no single pages.
+            `kIOMemorySetEncrypted` are refused, because Linux does not encrypt single pages.
         offset, length : int
             The range in bytes; all lines that contain a byte of it are affected.
 

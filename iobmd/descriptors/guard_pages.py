@@ -48,7 +48,9 @@ class IOGuardPageMemoryDescriptor(IOMemoryDescriptor):
         """
         check_integers(size=size)
         if not 0 < size <= _MOST:
-            raise BadArgumentError(f"guard pages of {size} bytes: there must be at least one, in an address space")
+            raise BadArgumentError(
+                f"guard pages of {size} bytes: the size must be positive, and fit into an address space"
+            )
         size = round_up(int(size), PAGE_SIZE)
         self._hold(GuardBacking(size), int(IOOptionBits.kIODirectionInOut), size)
         return True

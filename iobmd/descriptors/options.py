@@ -333,7 +333,7 @@ def check_operation(operation: int) -> None:
     check_integers(options=operation)
     if operation in (IOMemoryOperation.kIOMemoryClearEncrypted, IOMemoryOperation.kIOMemorySetEncrypted):
         raise UnsupportedError(
-            "Linux encrypts no single pages: kIOMemoryClearEncrypted and SetEncrypted have no meaning"
+            "Linux does not encrypt single pages: kIOMemoryClearEncrypted and SetEncrypted have no meaning"
         )
     if operation not in (IOMemoryOperation.kIOMemoryIncoherentIOFlush, IOMemoryOperation.kIOMemoryIncoherentIOStore):
         raise UnsupportedError(f"unknown operation {int(operation):#x}")

@@ -223,7 +223,9 @@ class DeviceTransfer:
                     message = f"a segment at {address:#x} does not start at a multiple of {alignment}"
                     raise IOReturnError(IOReturn.kIOReturnNotAligned, message)
                 if size % limits.length_unit:
-                    message = f"the {size} bytes of a segment at {address:#x} are no multiple of {limits.length_unit}"
+                    message = (
+                        f"the {size} bytes of a segment at {address:#x} are not a multiple of {limits.length_unit}"
+                    )
                     raise IOReturnError(IOReturn.kIOReturnNotAligned, message)
                 if address + size - 1 > limits.highest:
                     message = f"a segment of {size} bytes at {address:#x} is out of reach of {limits.highest:#x}"

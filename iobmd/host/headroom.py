@@ -122,8 +122,8 @@ def require_pages(size: int, page_size: int, *, pid: int | None = None) -> None:
     if pool is not None and wanted > pool.available:
         remedy, *_others = pages.pool_remedy(pool, wanted - pool.available).splitlines()
         message = (
-            f"{what} do not fit: of the {pool.total} in the host's pool {pool.free} are free, {pool.reserved} of "
-            f"them reserved by others; enlarge it: {remedy}"
+            f"{what} do not fit: of the {pool.total} in the host's pool, {pool.free} are free, and others have "
+            f"reserved {pool.reserved} of these; enlarge it: {remedy}"
         )
         raise NoResourcesError(message)
     name = f"hugetlb.{_short(page_size)}"

@@ -84,7 +84,9 @@ def require_room(size: int) -> None:
     counters = _counters(node)
     available = sum(counters.get(name, 0) for name in ("MemFree", "Active(file)", "Inactive(file)", "KReclaimable"))
     if counters and available < size:
-        message = f"node {node} has {format_size(available)} of memory available, {format_size(size)} were requested"
+        message = (
+            f"node {node} has {format_size(available)} of memory available, but {format_size(size)} were requested"
+        )
         raise NoResourcesError(message)
 
 

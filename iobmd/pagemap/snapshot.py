@@ -231,7 +231,7 @@ class Snapshot:
         except (TypeError, ValueError) as error:
             raise error if isinstance(error, IOReturnError) else self._damaged(str(error)) from None
         if not found:
-            raise self._damaged("a line of spans has none")
+            raise self._damaged("a line of spans contains no span")
         return found
 
 

@@ -57,7 +57,7 @@ def out_of_reach(allowed: int, budget: Budget) -> str:
         return ""
     held = f"{format_size(above)} of free memory above it would have to be held to reach it"
     if remedy := budget.remedy(above):
-        return f"{held}, the budget is {format_size(limit)}; {remedy}, or reserve the pages at boot"
+        return f"{held}, but the budget is {format_size(limit)}; {remedy}, or reserve the pages at boot"
     return f"{held}, and {budget.why_no_more()}; reserve the pages at boot"
 
 

@@ -143,7 +143,7 @@ def _copy_stopped(request: CopyRequest) -> int:
     message = (
         f"cannot copy {request.address:#x} of task {task.pid} as of one moment: the page at {address:#x} is "
         "delivered by another program (a userfaultfd handler or a file server), and was missing at each stop of the "
-        "task: copy without freeze"
+        "task; copy without freeze"
     )
     raise UnsupportedError(message, address=address)
 

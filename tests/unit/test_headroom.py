@@ -229,7 +229,7 @@ def test_hugetlb_pools(tmp_path: Path, proc: Callable[..., None], monkeypatch: p
     group(tmp_path / "u/a", hugetlb__2MB__max="max", hugetlb__2MB__current=0)
     headroom.require_pages(10 * MIB, 2 * MIB, pid=PID)
     with pytest.raises(
-        IOReturnError, match=r"6 hugetlb pages of 2 MiB .* 8 are free, 3 of them.*echo 11 > "
+        IOReturnError, match=r"6 hugetlb pages of 2 MiB .* 8 are free, and others have reserved 3 .*echo 11 > "
     ) as raised:
         headroom.require_pages(11 * MIB, 2 * MIB, pid=PID)
     assert raised.value.code == IOReturn.kIOReturnNoResources
