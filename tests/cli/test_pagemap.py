@@ -25,6 +25,7 @@ from support.commands import shown
 from iobmd import IOReturn, IOReturnError, pagemap, procfs
 from iobmd.cli import main
 from iobmd.pagemap import frame
+from iobmd.units import PAGE_SIZE, format_size
 
 
 @pytest.fixture
@@ -65,19 +66,19 @@ def test_runs_are_broken_at_every_page_that_is_absent_or_elsewhere(
     wanted: list[list[int]] = []
     for vma in document["vmas"]:
         for index, entry in enumerate(kernel.entries(vma["start"], vma["end"] - vma["start"], target)):
-            virtual, physical = vma["start"] + index * 4096, (entry & kernel.FRAME) * 4096
+            virtual, physical = vma["start"] + index * PAGE_SIZE, (entry & kernel.FRAME) * PAGE_SIZE
             if not entry >> 63:
                 continue
             if wanted and wanted[-1][0] + wanted[-1][2] == virtual and wanted[-1][1] + wanted[-1][2] == physical:
-                wanted[-1][2] += 4096
+                wanted[-1][2] += PAGE_SIZE
             else:
-                wanted.append([virtual, physical, 4096])
+                wanted.append([virtual, physical, PAGE_SIZE])
     assert [[run["virtual"], run["physical"], run["length"]] for run in document["runs"]] == wanted
     rows = list(csv.reader(StringIO(shown(capsys, str(target), "--csv", "--runs"))))
     assert [[int(cell) for cell in row] for row in rows[1:]] == wanted
     text = shown(capsys, str(target), "--max-segment", "4096")
-    assert f"{sum(length for _virtual, _physical, length in wanted) // 4096:,} segments" in text
-    cut = [[run[1] + at, 4096] for run in wanted for at in range(0, run[2], 4096)]
+    assert f"{sum(length for _virtual, _physical, length in wanted) // PAGE_SIZE:,} segments" in text
+    cut = [[run[1] + at, PAGE_SIZE] for run in wanted for at in range(0, run[2], PAGE_SIZE)]
     document = json.loads(shown(capsys, str(target), "--json", "--max-segment", "4096"))
     assert [[segment["physical"], segment["length"]] for segment in document["segments"]] == cut
     assert "runs" not in document
@@ -116,7 +117,7 @@ def test_what_was_begun_is_ended_when_the_process_dies(
 def test_what_smaps_does_not_tell_of_a_part(target: int, capsys: pytest.CaptureFixture[str]) -> None:
     whole = json.loads(shown(capsys, str(target), "--json"))
     area = next(vma for vma in whole["vmas"] if vma["name"] == "[stack]")
-    for end, told in ((area["end"], False), (area["end"] - 4096, True)):
+    for end, told in ((area["end"], False), (area["end"] - PAGE_SIZE, True)):
         document = json.loads(shown(capsys, str(target), "--json", "--range", f"{area['start']:#x}-{end:#x}"))
         assert any("that the range cuts" in hidden["what"] for hidden in document["hidden"]) is told
         assert (document["vmas"][0]["lazy_free_bytes"] is None) is told
@@ -180,7 +181,7 @@ def test_who_maps_a_frame(target: int, capsys: pytest.CaptureFixture[str]) -> No
     index, entry = next((index, entry) for index, entry in enumerate(entries) if entry >> 63)
     frame = entry & kernel.FRAME
     document = json.loads(shown(capsys, "--frame", hex(frame), "--json"))
-    assert [(use["pid"], use["virtual"]) for use in document["users"]] == [(target, start + index * 4096)]
+    assert [(use["pid"], use["virtual"]) for use in document["users"]] == [(target, start + index * PAGE_SIZE)]
     assert "ANON" in document["frames"]["flags"]
     assert document["changed_while_read"] is False
 
@@ -190,9 +191,9 @@ def test_who_maps_a_frame(target: int, capsys: pytest.CaptureFixture[str]) -> No
 def test_a_frame_that_is_given_up_while_its_users_are_looked_for(
     form: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory[0] = 1
-    (entry,) = kernel.entries(ctypes.addressof(ctypes.c_char.from_buffer(memory)), 4096)
+    (entry,) = kernel.entries(ctypes.addressof(ctypes.c_char.from_buffer(memory)), PAGE_SIZE)
 
     def users(*asked: object, **named: object) -> Iterator[object]:
         yield from frame.users(*asked, **named)
@@ -209,19 +210,19 @@ def test_processes_that_may_not_be_looked_at_are_counted(capfd: pytest.CaptureFi
     """Run as a user that sees frames (CAP_SYS_ADMIN) and may not trace other processes (no CAP_SYS_PTRACE)."""
     with sleeping(NOBODY) as process:
         code = next(area for area in procfs.maps(process.pid) if "x" in area.perms)
-        physical = next(pagemap.runs(process.pid, code.start, 4096)).physical
+        physical = next(pagemap.runs(process.pid, code.start, PAGE_SIZE)).physical
 
         def look() -> tuple[set[int], list[int], int, str]:
             refused: list[int] = []
-            users = pagemap.users(physical, 4096, refused=lambda pid, _error: refused.append(pid))
+            users = pagemap.users(physical, PAGE_SIZE, refused=lambda pid, _error: refused.append(pid))
             found = {use.pid for use in users}
             with redirect_stdout(StringIO()) as printed:
-                ended = main(["pagemap", "--frame", hex(physical // 4096)])
-                ended |= main(["pagemap", "--frame", hex(physical // 4096), "--json"])
+                ended = main(["pagemap", "--frame", hex(physical // PAGE_SIZE)])
+                ended |= main(["pagemap", "--frame", hex(physical // PAGE_SIZE), "--json"])
             return found, refused, ended, printed.getvalue()
 
         found, refused, ended, text = in_child(look, drop=0xFFFFFFFF & ~CAP_SYS_ADMIN)
-        assert process.pid in {use.pid for use in pagemap.users(physical, 4096)}
+        assert process.pid in {use.pid for use in pagemap.users(physical, PAGE_SIZE)}
     assert process.pid not in found
     assert process.pid in refused
     assert ended == 0
@@ -236,14 +237,16 @@ def test_who_maps_a_frame_is_no_guess_without_descriptors() -> None:
         fd = os.open("/dev/null", os.O_RDONLY)  # the lowest frame, which is the only one
         resource.setrlimit(resource.RLIMIT_NOFILE, (fd + 1, fd + 1))
         os.close(fd)
-        list(pagemap.users(4096, 4096))
+        list(pagemap.users(PAGE_SIZE, PAGE_SIZE))
 
     with pytest.raises(IOReturnError) as caught:
         in_child(look)
     assert caught.value.code == IOReturn.kIOReturnNoResources
 
 
-@pytest.mark.parametrize(("physical", "length"), [(-4096, 4096), (4096, -4096), (1 << 64, 4096)])
+@pytest.mark.parametrize(
+    ("physical", "length"), [(-PAGE_SIZE, PAGE_SIZE), (PAGE_SIZE, -PAGE_SIZE), (1 << 64, PAGE_SIZE)]
+)
 def test_no_such_frames(physical: int, length: int) -> None:
     with pytest.raises(IOReturnError) as caught:
         next(pagemap.users(physical, length))
@@ -277,16 +280,17 @@ def test_frames_and_physical_addresses(target: int, capsys: pytest.CaptureFixtur
     """Both are accepted and printed, of all processes and of the runs of one."""
     whole = json.loads(shown(capsys, str(target), "--json", "--runs", "--name", "[stack]"))["runs"]
     run = whole[-1]
-    frame, physical = run["physical"] // 4096, run["physical"]
+    frame, physical = run["physical"] // PAGE_SIZE, run["physical"]
     assert run["frame"] == frame
-    for text in (f"{physical:#x}", f"{physical + 4095:#x}", f"{physical:#x}-{physical + 4096:#x}"):
-        assert parse(["--physical", text]).frame == parse(["--frame", hex(frame)]).frame == (physical, 4096)
+    for text in (f"{physical:#x}", f"{physical + PAGE_SIZE - 1:#x}", f"{physical:#x}-{physical + PAGE_SIZE:#x}"):
+        assert parse(["--physical", text]).frame == parse(["--frame", hex(frame)]).frame == (physical, PAGE_SIZE)
     found = json.loads(shown(capsys, "--physical", hex(physical), "--json"))
-    assert (found["physical"], found["length"], found["frame"]) == (physical, 4096, frame)
+    assert (found["physical"], found["length"], found["frame"]) == (physical, PAGE_SIZE, frame)
     assert (target, run["virtual"]) in {(use["pid"], use["virtual"]) for use in found["users"]}
     assert found["beyond_memory"] is False
     text = shown(capsys, "--frame", hex(frame))
-    assert text.startswith(f"frame {frame:#x}, physical {physical:#x}-{physical + 4096:#x}, 4 KiB\n")
+    end, size = physical + PAGE_SIZE, format_size(PAGE_SIZE)
+    assert text.startswith(f"frame {frame:#x}, physical {physical:#x}-{end:#x}, {size}\n")
     assert f" {physical:11x} {frame:#9x} " in text
     for option, text in (("--frame", f"{frame:#x}"), ("--physical", f"{physical:#x}")):
         rows = json.loads(shown(capsys, str(target), "--json", "--runs", option, text))["runs"]
@@ -298,12 +302,12 @@ def test_frames_and_physical_addresses(target: int, capsys: pytest.CaptureFixtur
 @pytest.mark.needs("frames")
 def test_a_frame_beyond_the_memory(capsys: pytest.CaptureFixture[str]) -> None:
     ranges = re.findall(r"^ *[0-9a-f]+-([0-9a-f]+) : System RAM$", Path("/proc/iomem").read_text(), re.M)
-    end = (max(int(last, 16) for last in ranges) + 1) // 4096
+    end = (max(int(last, 16) for last in ranges) + 1) // PAGE_SIZE
     text = shown(capsys, "--frame", f"{end:#x}")
     assert f"beyond the memory of this host, whose last frame is {end - 1:#x}" in text
     document = json.loads(shown(capsys, "--frame", f"{end - 1:#x}", "--json"))
     assert document["beyond_memory"] is False
-    assert document["memory_end"] == end * 4096
+    assert document["memory_end"] == end * PAGE_SIZE
 
 
 @pytest.mark.needs("frames")
@@ -320,7 +324,7 @@ def test_segments_as_csv(target: int, capsys: pytest.CaptureFixture[str]) -> Non
         ("94123456789012-94123456793108", 94123456789012),
         ("00400000-00401000", 0x400000),
         ("7f0000000000-7f0000200000", 0x7F0000000000),
-        ("0x1000-8192", 4096),
+        ("0x1000-8192", PAGE_SIZE),
     ],
 )
 def test_addresses_as_people_paste_them(text: str, start: int) -> None:

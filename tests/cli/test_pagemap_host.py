@@ -25,6 +25,7 @@ from iobmd.host import zoneinfo
 from iobmd.pagemap.census import FrameRun, HostMemory, ZoneMemory
 from iobmd.physical.policy import Budget
 from iobmd.physical.search import PhysicalConstraints, Search
+from iobmd.units import PAGE_SIZE
 
 GIB = 1 << 30
 
@@ -172,7 +173,7 @@ def test_a_failed_search_refers_to_the_command() -> None:
     report = Search(PhysicalConstraints((3 << 30) - 1, contiguous=True), Budget()).report()
     (command,) = re.findall(r"`iobmd pagemap (--host \S+)`", report)
     assert command == "--host 1024M"
-    assert "--host" not in Search(PhysicalConstraints(4096, allowed=0xFFFFFFFF), Budget()).report()
+    assert "--host" not in Search(PhysicalConstraints(PAGE_SIZE, allowed=0xFFFFFFFF), Budget()).report()
     assert parse(command.split()).host == 1 << 30  # the largest size that it explains
 
 

@@ -26,6 +26,7 @@ from iobmd import Task
 from iobmd.cli import main
 from iobmd.pagemap.reader import Reader
 from iobmd.task import diagnosis
+from iobmd.units import PAGE_SIZE
 
 PROGRAM = """
 import ctypes, mmap, os, sys
@@ -69,7 +70,7 @@ def running(*arguments: str) -> "Iterator[subprocess.Popen[bytes]]":
 def odd() -> Iterator[int]:
     with tempfile.TemporaryDirectory() as folder:
         for name in NAMES:
-            Path(folder, os.fsdecode(name)).write_bytes(b"x" * 4096)
+            Path(folder, os.fsdecode(name)).write_bytes(b"x" * PAGE_SIZE)
         with running(PROGRAM, folder) as process:
             yield process.pid
 

@@ -22,6 +22,7 @@ from support.terminal import lines_on_terminal
 
 from iobmd import procfs
 from iobmd.cli import main
+from iobmd.units import PAGE_SIZE
 
 PROGRAM = """
 import mmap, os, sys, threading
@@ -307,7 +308,7 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize(
     ("size", "text"),
-    [(None, "?"), (0, "-"), (512, "512B"), (4096, "4K"), (1023 << 10, "1023K"), ((1 << 20) - 512, "1M"),
+    [(None, "?"), (0, "-"), (512, "512B"), (PAGE_SIZE, "4K"), (1023 << 10, "1023K"), ((1 << 20) - 512, "1M"),
      (1 << 20, "1M"), (1536 << 10, "1.5M"), ((100 << 20) - 1, "100M"), (1023 << 20, "1023M"), (52 << 40, "52T")],
     ids=str,
 )  # fmt: skip

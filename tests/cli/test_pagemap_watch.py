@@ -19,6 +19,7 @@ from support import kernel
 from iobmd import pagemap
 from iobmd.cli import main
 from iobmd.task import diagnosis
+from iobmd.units import PAGE_SIZE
 
 PROGRAM = """
 import ctypes, mmap, sys, time
@@ -155,7 +156,8 @@ def test_an_area_that_falls_apart(target: Target) -> None:
         watching.send_signal(signal.SIGINT)
     half = 1 << 20
     assert {(one["start"], one["kind"], one["length"]) for one in changes} == {
-        (start, "released", half + 4096), (start, "unmapped", 4096), (start + half + 4096, "released", half - 4096),
+        (start, "released", half + PAGE_SIZE), (start, "unmapped", PAGE_SIZE),
+        (start + half + PAGE_SIZE, "released", half - PAGE_SIZE),
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from support.child import NOBODY, in_child
 from support.ring import Ring
 
 import iobmd
+from iobmd.units import PAGE_SIZE
 
 SIZE, MIB = 256 << 10, 1 << 20
 KINDS = {
@@ -125,7 +126,7 @@ def test_the_limit_is_reached_by_wired_memory(wired: bool, refused: bool) -> Non
 
 
 def concealed() -> iobmd.IOBufferMemoryDescriptor:
-    return iobmd.allocate(4096, secret="concealed")
+    return iobmd.allocate(PAGE_SIZE, secret="concealed")
 
 
 @pytest.mark.parametrize("make", [concealed])

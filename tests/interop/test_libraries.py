@@ -13,6 +13,7 @@ from support import kernel
 from support.memory_mark import is_there, mark
 
 import iobmd
+from iobmd.units import PAGE_SIZE
 
 SIZE = 256 << 10
 
@@ -130,7 +131,7 @@ def test_the_body_of_a_block_keeps_its_exception() -> None:
     """The exception of the block is not replaced, although an array outlives the block."""
     import numpy
 
-    with pytest.raises(RuntimeError, match="the body's own") as caught, iobmd.allocate(4096) as buffer:
+    with pytest.raises(RuntimeError, match="the body's own") as caught, iobmd.allocate(PAGE_SIZE) as buffer:
         array = numpy.frombuffer(buffer, "f8")
         raise RuntimeError("the body's own")
     assert caught.value.__context__ is None
@@ -139,7 +140,7 @@ def test_the_body_of_a_block_keeps_its_exception() -> None:
 
 @pytest.mark.needs("numpy")
 def test_no_array_of_memory_elsewhere() -> None:
-    with iobmd.allocate(4096, task=None, wired=False) as nowhere:
+    with iobmd.allocate(PAGE_SIZE, task=None, wired=False) as nowhere:
         with pytest.raises(iobmd.UnsupportedError, match="map"):
             nowhere.array()
         with nowhere.map() as mapped:
@@ -187,10 +188,10 @@ with iobmd.allocate(1 << 20) as sent, iobmd.allocate(1 << 20) as received:
     assert (done.returncode, done.stdout) == (0, "b'by MPI'\nb'window'\n"), done.stderr
 
 
-@pytest.mark.parametrize("size", [1, 10, 64, 100, 1000, 2048, 3000, 4096, 1 << 20, 2 << 20, 5 << 20])
+@pytest.mark.parametrize("size", [1, 10, 64, 100, 1000, 2048, 3000, PAGE_SIZE, 1 << 20, 2 << 20, 5 << 20])
 def test_alignment_suffices_for_vectors(size: int) -> None:
     """64 bytes for AVX-512 and Arrow; the size's own power of two up to a page; huge pages from 2 MiB on."""
-    expected = 2 << 20 if size >= 2 << 20 else min(max(1 << (size - 1).bit_length(), 64), 4096)
+    expected = 2 << 20 if size >= 2 << 20 else min(max(1 << (size - 1).bit_length(), 64), PAGE_SIZE)
     number = 1 if size > 1 << 20 else 4  # an unprivileged user may lock 8 MiB
     for wired in (True, False):
         with contextlib.ExitStack() as stack:
@@ -203,7 +204,7 @@ def test_which_tensors_are_the_memory() -> None:
     """`asarray` takes the bytes for float32, and `as_tensor` copies them: docs/howto/arrays.md warns of both."""
     import torch
 
-    with iobmd.allocate(4096, wired=False) as buffer:
+    with iobmd.allocate(PAGE_SIZE, wired=False) as buffer:
         buffer[:2] = b"\x01\x02"
         tensors = {
             "from_dlpack": torch.from_dlpack(buffer),
@@ -214,9 +215,9 @@ def test_which_tensors_are_the_memory() -> None:
         }
         for name, tensor in tensors.items():
             same = tensor.data_ptr() == buffer.getBytesNoCopy()
-            expected = {"asarray": (torch.float32, 1024, True), "as_tensor": (torch.int64, 4096, False)}
+            expected = {"asarray": (torch.float32, 1024, True), "as_tensor": (torch.int64, PAGE_SIZE, False)}
             found = (tensor.dtype, tensor.numel(), same)
-            assert found == expected.get(name, (torch.uint8, 4096, True)), name
+            assert found == expected.get(name, (torch.uint8, PAGE_SIZE, True)), name
 
 
 @pytest.mark.needs("numpy", "frames")

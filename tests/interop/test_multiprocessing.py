@@ -16,6 +16,7 @@ from support import sharing_child
 from support.kernel import frames
 
 import iobmd
+from iobmd.units import PAGE_SIZE
 
 _SHARED = iobmd.IOOptionBits.kIOMemoryKernelUserShared | iobmd.IOOptionBits.kIOMemoryPageable
 METHODS = ["fork", "spawn", "forkserver"]
@@ -94,7 +95,7 @@ def test_a_started_process_retains_no_memory(method: str) -> None:
 def test_a_subclass_stays_a_subclass() -> None:
     near, far = multiprocessing.Pipe()
     made = sharing_child.NamedBuffer("ring")
-    made.initWithPhysicalMask(iobmd.kernel_task, int(_SHARED), 4096, 1, 0)
+    made.initWithPhysicalMask(iobmd.kernel_task, int(_SHARED), PAGE_SIZE, 1, 0)
     with near, far, made:
         near.send([made])
         with far.recv()[0] as received:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import iobmd
+from iobmd.units import PAGE_SIZE
 
 SIZE = 1 << 20
 
@@ -25,7 +26,7 @@ def file(tmp_path: Path) -> Path:
 @pytest.mark.needs("direct_io")
 def test_direct_io(file: Path) -> None:
     """O_DIRECT requires aligned memory, pins it during the transfer, and bypasses the page cache."""
-    with iobmd.allocate(SIZE) as buffer, iobmd.allocate(SIZE, wired=False, alignment=4096) as pageable:
+    with iobmd.allocate(SIZE) as buffer, iobmd.allocate(SIZE, wired=False, alignment=PAGE_SIZE) as pageable:
         fd = os.open(file, os.O_RDWR | os.O_DIRECT)
         try:
             half = SIZE // 2

@@ -34,6 +34,7 @@ from iobmd import (
     kIODirectionOut,
     kIOMemoryPageable,
 )
+from iobmd.units import PAGE_SIZE
 
 MIB = 1 << 20
 RULES = pytest.mark.parametrize("wired", [True, False], ids=["wired", "pageable"])
@@ -43,7 +44,7 @@ RULES = pytest.mark.parametrize("wired", [True, False], ids=["wired", "pageable"
 
 
 @pytest.mark.usefixtures("nothing_left")
-@pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 70_000, 3 * MIB + 5])
+@pytest.mark.parametrize("size", [1, 4095, PAGE_SIZE, 4097, 70_000, 3 * MIB + 5])
 def test_wired_is_resident_and_locked(size: int) -> None:
     pages = -(-size // kernel.PAGE)
     iobmd.trim()  # the page of a small buffer may exist already
@@ -150,10 +151,10 @@ def test_designated_initialiser() -> None:
     assert repr(buffer) == "<IOBufferMemoryDescriptor not initialised>"
     assert code_of(buffer.getLength) == IOReturn.kIOReturnNotOpen
     assert code_of(lambda: buffer.initWithPhysicalMask(kernel_task, 0, 0, 1, 0)) == IOReturn.kIOReturnBadArgument
-    assert buffer.initWithPhysicalMask(kernel_task, 0, 4096, 1, 0) is True
-    assert code_of(lambda: buffer.initWithPhysicalMask(kernel_task, 0, 4096, 1, 0)) == IOReturn.kIOReturnBusy
+    assert buffer.initWithPhysicalMask(kernel_task, 0, PAGE_SIZE, 1, 0) is True
+    assert code_of(lambda: buffer.initWithPhysicalMask(kernel_task, 0, PAGE_SIZE, 1, 0)) == IOReturn.kIOReturnBusy
     buffer.free()
-    assert code_of(lambda: buffer.initWithPhysicalMask(kernel_task, 0, 4096, 1, 0)) == IOReturn.kIOReturnBusy
+    assert code_of(lambda: buffer.initWithPhysicalMask(kernel_task, 0, PAGE_SIZE, 1, 0)) == IOReturn.kIOReturnBusy
 
 
 def test_every_factory_comes_down_to_it() -> None:
@@ -258,17 +259,17 @@ def test_alignment(alignment: int) -> None:
     [
         (0, 0, 1, 0),
         (0, -1, 1, 0),
-        (0, 4096, 3, 0),
-        (0, 4096, -4096, 0),
-        (0, 4096, 4096 + 1, 0),
+        (0, PAGE_SIZE, 3, 0),
+        (0, PAGE_SIZE, -PAGE_SIZE, 0),
+        (0, PAGE_SIZE, PAGE_SIZE + 1, 0),
         (0, 1 << 63, 1, 0),
         (0, 1 << 70, 1, 0),
-        (0, 4096, 1, -1),
-        (0, 4096, 1, 1 << 64),
-        (4, 4096, 1, 0),
-        (1 << 31, 4096, 1, 0),
-        (-1, 4096, 1, 0),
-        (iobmd.kIOMemoryPurgeable, 4096, 1, 0),
+        (0, PAGE_SIZE, 1, -1),
+        (0, PAGE_SIZE, 1, 1 << 64),
+        (4, PAGE_SIZE, 1, 0),
+        (1 << 31, PAGE_SIZE, 1, 0),
+        (-1, PAGE_SIZE, 1, 0),
+        (iobmd.kIOMemoryPurgeable, PAGE_SIZE, 1, 0),
     ],
 )
 def test_bad_arguments(options: int, capacity: int, alignment: int, mask: int) -> None:
@@ -282,7 +283,7 @@ def test_bad_arguments(options: int, capacity: int, alignment: int, mask: int) -
 @pytest.mark.parametrize("options", [IOOptionBits.kIOMemoryClearEncrypt, IOOptionBits.kIOMemoryUseReserve])
 def test_options_without_a_meaning_in_linux(options: int) -> None:
     with pytest.raises(IOReturnError, match="omit it") as caught:
-        Buffer.withOptions(options, 4096)
+        Buffer.withOptions(options, PAGE_SIZE)
     assert caught.value.code == IOReturn.kIOReturnUnsupported
 
 
@@ -316,7 +317,7 @@ def test_buffer_protocol(tmp_path: Path) -> None:
 
 
 def test_free_refuses_while_a_view_is_alive() -> None:
-    buffer = iobmd.allocate(4096)
+    buffer = iobmd.allocate(PAGE_SIZE)
     view = memoryview(buffer)
     part = view[100:200]
     view.release()
@@ -338,7 +339,7 @@ def test_free_refuses_while_a_view_is_alive() -> None:
 
 
 def test_view_keeps_the_buffer() -> None:
-    view = memoryview(iobmd.allocate(4096))
+    view = memoryview(iobmd.allocate(PAGE_SIZE))
     gc.collect()
     view[0] = 1
     with pytest.warns(ResourceWarning, match="never freed"):

@@ -22,6 +22,7 @@ from iobmd.memory import pinning
 from iobmd.physical import zones
 from iobmd.physical.policy import Budget
 from iobmd.physical.thp import TransparentBlocks
+from iobmd.units import PAGE_SIZE
 
 MIB, GIB = 1 << 20, 1 << 30
 Buffer = iobmd.IOBufferMemoryDescriptor
@@ -51,18 +52,18 @@ def is_contiguous(address: int, size: int) -> bool:
 @pytest.mark.needs("frames")
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("option", [iobmd.kIOMemoryPhysicallyContiguous, iobmd.kIOMemoryHostPhysicallyContiguous])
-@pytest.mark.parametrize("size", [1, 4096, 4097, 65536, MIB, 2 * MIB, 2 * MIB + 1, 8 * MIB + 5000])
+@pytest.mark.parametrize("size", [1, PAGE_SIZE, 4097, 65536, MIB, 2 * MIB, 2 * MIB + 1, 8 * MIB + 5000])
 def test_contiguous(size: int, option: int) -> None:
     for _ in range(2):
         with Buffer.withOptions(option, size) as buffer:
             assert is_contiguous(buffer.getBytesNoCopy(), size)
             assert buffer.getPhysicalSegment(0) == (buffer.getPhysicalAddress(), size)
             assert [tuple(segment) for segment in buffer.segments()] == [(buffer.getPhysicalAddress(), size)]
-            mapped = size if size <= 2048 else -(-size // 4096) * 4096  # a small buffer is a part of a page
+            mapped = size if size <= 2048 else -(-size // PAGE_SIZE) * PAGE_SIZE  # a small buffer is a part of a page
             assert (buffer.layout().contiguous, buffer.layout().largest) == (True, mapped)
             assert buffer.wiring is Wiring.PINNED
             assert not any(memoryview(buffer)), "zero when allocated"
-            for offset in range(0, size, 4096):
+            for offset in range(0, size, PAGE_SIZE):
                 buffer.writeBytes(offset, b"\xa5")
 
 
@@ -72,7 +73,7 @@ def test_the_rest_is_given_back() -> None:
     buffers = [iobmd.allocate(64 << 10, contiguous=True) for _ in range(200)]
     for buffer in buffers:
         assert is_contiguous(buffer.getBytesNoCopy(), 64 << 10)
-    whole = [buffer for buffer in buffers if kernel.is_part_of_larger_page(buffer.getPhysicalAddress() >> 12)]
+    whole = [buffer for buffer in buffers if kernel.is_part_of_larger_page(buffer.getPhysicalAddress() // PAGE_SIZE)]
     for buffer in buffers:
         buffer.free()
     # A page to which another part of the kernel temporarily holds a reference cannot be split.
@@ -303,11 +304,11 @@ def test_on_a_fragmented_host() -> None:
         outcome = {}
         holder = Mapping.anonymous(GIB // 2, 2 * MIB)
         mman.advise(holder.address, holder.size, mman.MADV_HUGEPAGE)
-        mman.populate(holder.address, holder.size, 2 * MIB, 4096)
+        mman.populate(holder.address, holder.size, 2 * MIB, PAGE_SIZE)
         for place in range(holder.address, holder.address + holder.size, 2 * MIB):
-            mman.advise(place + 4096, 2 * MIB - 4096, mman.MADV_COLD)  # splits the huge page
-            pins.append(pinning.Pin(place, 4096))
-            mman.advise(place + 4096, 2 * MIB - 4096, mman.MADV_DONTNEED)
+            mman.advise(place + PAGE_SIZE, 2 * MIB - PAGE_SIZE, mman.MADV_COLD)  # splits the huge page
+            pins.append(pinning.Pin(place, PAGE_SIZE))
+            mman.advise(place + PAGE_SIZE, 2 * MIB - PAGE_SIZE, mman.MADV_DONTNEED)
         before = held()
         for size in (64 << 10, MIB, 2 * MIB, 64 * MIB):
             budget = iobmd.policy(memory_budget=256 * MIB, time_budget=5, keep=0)
@@ -328,4 +329,4 @@ def test_on_a_fragmented_host() -> None:
 
 def test_nothing_is_called_populated_that_is_not() -> None:
     """Before Linux 5.14 MADV_POPULATE_WRITE fails, so that all memory is populated in another way."""
-    assert mman.populate_downwards(1 << 46, 4 * MIB, 2 * MIB, 4096) == (0, errno.ENOMEM)
+    assert mman.populate_downwards(1 << 46, 4 * MIB, 2 * MIB, PAGE_SIZE) == (0, errno.ENOMEM)

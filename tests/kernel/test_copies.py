@@ -7,12 +7,13 @@ import pickle
 import pytest
 
 import iobmd
+from iobmd.units import PAGE_SIZE
 
 
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, pickle.dumps], ids=["copy", "deepcopy", "pickle"])
 def test_a_descriptor_has_one_owner(make: object) -> None:
-    with iobmd.allocate(4096, wired=False) as buffer:
+    with iobmd.allocate(PAGE_SIZE, wired=False) as buffer:
         buffer.writeBytes(0, b"mine")
         with pytest.raises(TypeError, match="use withCopy to copy it"):
             make(buffer)  # type: ignore[operator]

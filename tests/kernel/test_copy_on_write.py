@@ -93,9 +93,9 @@ def test_plain_map_shows_the_new_contents() -> None:
             buffer.writeBytes(0x2800, b"\x33" * 4)
             at = buffer.getBytesNoCopy() + 0x800
             with describe(at, 0x4018, OUT | options, kernel_task) as md, md.map(READ_ONLY) as seen:
-                assert [memoryview(seen)[page << 12] for page in range(4)] == [0x11, 0x22, 0x33, 0x44]
+                assert [memoryview(seen)[page * PAGE] for page in range(4)] == [0x11, 0x22, 0x33, 0x44]
                 buffer.writeBytes(0x2800, b"\x99" * 4)
-                assert [memoryview(seen)[page << 12] for page in range(4)] == [0x11, 0x22, expected, 0x44]
+                assert [memoryview(seen)[page * PAGE] for page in range(4)] == [0x11, 0x22, expected, 0x44]
                 assert seen.getAddress() % PAGE == at % PAGE
 
 

@@ -23,6 +23,7 @@ from iobmd import (
     IOReturn,
     Wiring,
 )
+from iobmd.units import PAGE_SIZE
 
 START = 0xFEDC_B000_0010
 
@@ -163,17 +164,17 @@ def test_parts_lists_and_concatenations() -> None:
 def test_a_command_for_another_device() -> None:
     """Devices may access each other's memory (peer to peer): its addresses are split to the limits of the device."""
     memory = IOMemoryDescriptor.withPhysicalAddress(1 << 40, 10_000, iobmd.kIODirectionOut)
-    with memory, IODMACommand.withSpecification(64, maxSegmentSize=4096) as command:
+    with memory, IODMACommand.withSpecification(64, maxSegmentSize=PAGE_SIZE) as command:
         memory.prepare()
         command.setMemoryDescriptor(memory)
         assert [tuple(one) for one in command.genIOVMSegments()] == [
-            (1 << 40, 4096), ((1 << 40) + 4096, 4096), ((1 << 40) + 8192, 1808),
+            (1 << 40, PAGE_SIZE), ((1 << 40) + PAGE_SIZE, PAGE_SIZE), ((1 << 40) + 8192, 1808),
         ]  # fmt: skip
         command.clearMemoryDescriptor()
         memory.complete()
 
 
-@pytest.mark.parametrize(("start", "length"), [(0, 0), (-1, 10), (1 << 64, 1), ((1 << 64) - 1, 2), (4096, -1)])
+@pytest.mark.parametrize(("start", "length"), [(0, 0), (-1, 10), (1 << 64, 1), ((1 << 64) - 1, 2), (PAGE_SIZE, -1)])
 def test_ranges_that_do_not_exist(start: int, length: int) -> None:
     for describe in (
         lambda: IODeviceMemory.withRange(start, length),

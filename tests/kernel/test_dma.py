@@ -1,5 +1,6 @@
 """IODMACommand: bounce buffers in each direction, pairs of prepare and complete; errors change nothing."""
 
+import mmap
 import os
 from collections.abc import Iterator
 
@@ -23,7 +24,7 @@ from iobmd import (
 )
 from iobmd.descriptors.ownership import MemoryOwner
 
-PAGE = 4096
+PAGE = mmap.PAGESIZE
 MIB = 1 << 20
 ABOVE = 1 << 48  # of the memory that a command with 48 address bits reaches
 PIECES = [(PAGE + 100, 50), (ABOVE - 10, 2 * PAGE), (9 * PAGE, PAGE), (ABOVE + 7 * PAGE - 3, 6)]

@@ -1,5 +1,6 @@
 """Scatter/gather lists: the six formats, functions for segments, cursors, and the limits of IOKit's tests."""
 
+import mmap
 import struct
 from typing import Any
 
@@ -11,7 +12,7 @@ from support.scattered import ScatteredDescriptor
 import iobmd
 from iobmd import IODMACommand, IOReturn, PhysicalSegment, kIODirectionIn, kIODirectionInOut, kIODirectionOut
 
-PAGE = 4096
+PAGE = mmap.PAGESIZE
 FORMATS = {
     "OutputHost32": "=II", "OutputBig32": ">II", "OutputLittle32": "<II",
     "OutputHost64": "=QQ", "OutputBig64": ">QQ", "OutputLittle64": "<QQ",
@@ -90,7 +91,7 @@ def test_lengths_and_internal_segments_are_aligned(ranges: list[tuple[int, int]]
         with (
             described,
             IODMACommand.withSpecification(
-                64, 4096, 0, 128 << 10, 4, alignmentLength=4, alignmentInternalSegments=0x1000
+                64, PAGE, 0, 128 << 10, 4, alignmentLength=4, alignmentInternalSegments=0x1000
             ) as command,
         ):
             assert (command.getAlignmentLength(), command.getAlignmentInternalSegments()) == (4, 0x1000)
@@ -100,7 +101,7 @@ def test_lengths_and_internal_segments_are_aligned(ranges: list[tuple[int, int]]
             assert sum(segment.length for segment in segments) == len(expected)
             assert segments[0].address % 4 == 0
             assert not [segment for segment in segments[1:] if segment.address % 0x1000]
-            assert not [segment for segment in segments if segment.length % 4 or segment.length > 4096]
+            assert not [segment for segment in segments if segment.length % 4 or segment.length > PAGE]
             seen = dict(zip(frames(base, 5 * PAGE), range(5), strict=True))
             if command.getIOMemoryDescriptor() is described:  # not bounced: the bytes of these frames
                 found = b"".join(

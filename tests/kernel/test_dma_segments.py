@@ -1,5 +1,6 @@
 """Segments of IODMACommand: every byte once, in order, within the device's limits, from any offset."""
 
+import mmap
 from collections.abc import Iterable
 
 import pytest
@@ -11,7 +12,7 @@ import iobmd
 from iobmd import IODMACommand, IOReturn, IOReturnError, PhysicalSegment
 from iobmd.pagemap import segment
 
-PAGE = 4096
+PAGE = mmap.PAGESIZE
 POWERS = [1 << shift for shift in range(14)]
 limits = st.tuples(
     st.sampled_from([0, 64, 48]),  # address bits that cover all of a host's memory, and thus bounce buffers

@@ -9,6 +9,7 @@ from support.errors import code_of
 import iobmd
 from iobmd import IOReturn, dmabuf
 from iobmd.memory import dma_buf
+from iobmd.units import PAGE_SIZE
 
 MIB = 1 << 20
 
@@ -16,8 +17,8 @@ MIB = 1 << 20
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: iobmd.allocate(4096), "private memory"),
-        (lambda: iobmd.allocate(4096, wired=False, shared=True, purgeable=True), "purgeable memory"),
+        (lambda: iobmd.allocate(PAGE_SIZE), "private memory"),
+        (lambda: iobmd.allocate(PAGE_SIZE, wired=False, shared=True, purgeable=True), "purgeable memory"),
         pytest.param(
             lambda: iobmd.allocate(4 * MIB, wired=False, shared=True), "not sealed", marks=pytest.mark.needs("root")
         ),
@@ -32,7 +33,10 @@ def test_memory_that_cannot_be_exported(make: Callable[[], iobmd.IOBufferMemoryD
 
 def test_a_kernel_without_udmabuf_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dma_buf, "_UDMABUF", "/dev/nonexistent")
-    with iobmd.allocate(4096, shared=True) as buffer, pytest.raises(iobmd.UnsupportedError, match="CONFIG_UDMABUF"):
+    with (
+        iobmd.allocate(PAGE_SIZE, shared=True) as buffer,
+        pytest.raises(iobmd.UnsupportedError, match="CONFIG_UDMABUF"),
+    ):
         dmabuf.export(buffer)
 
 
@@ -52,10 +56,10 @@ def test_descriptors_that_are_no_dma_bufs() -> None:
 @pytest.mark.parametrize("heap", ["..", "a/b", ""])
 def test_a_heap_is_the_name_of_a_file(heap: str) -> None:
     with pytest.raises(iobmd.BadArgumentError, match="name of a heap"):
-        dmabuf.allocate(4096, heap=heap)
+        dmabuf.allocate(PAGE_SIZE, heap=heap)
 
 
 def test_a_heap_that_does_not_exist() -> None:
     with pytest.raises(iobmd.UnsupportedError, match="no dma-buf heap 'nonexistent'"):
-        dmabuf.allocate(4096, heap="nonexistent")
+        dmabuf.allocate(PAGE_SIZE, heap="nonexistent")
     assert code_of(lambda: dmabuf.allocate(0)) == IOReturn.kIOReturnBadArgument

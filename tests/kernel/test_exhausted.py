@@ -17,6 +17,7 @@ from iobmd import IOMemoryDescriptor, IOReturn, IOReturnError, Task, Wiring, ker
 from iobmd._native.crosstask import HeldBuffer
 from iobmd.task import transfer
 from iobmd.task.job import Outcome
+from iobmd.units import PAGE_SIZE
 
 MIB = 1 << 20
 
@@ -32,11 +33,11 @@ def outcome(**keywords: object) -> IOReturn | Wiring:
 
 
 WISHES = (
-    {"size": 4096},
+    {"size": PAGE_SIZE},
     {"size": 65 * MIB},
     {"size": 64 << 10, "contiguous": True},
     {"size": 4 * MIB, "contiguous": True},
-    {"size": 4096, "physical_mask": (1 << 46) - 1},
+    {"size": PAGE_SIZE, "physical_mask": (1 << 46) - 1},
 )
 WITHOUT_A_RING = {
     # Memory whose ring cannot be created is resident, and has no physical address: kIOReturnNotReady.
@@ -54,7 +55,7 @@ WITHOUT_A_RING = {
 def test_no_file_descriptor(free: int, first: bool, wish: dict[str, object]) -> None:
     def full() -> tuple[object, object, int]:
         if not first:
-            iobmd.allocate(4096).free()
+            iobmd.allocate(PAGE_SIZE).free()
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
         held = []
         while True:
@@ -67,7 +68,7 @@ def test_no_file_descriptor(free: int, first: bool, wish: dict[str, object]) -> 
         told = outcome(**wish)
         for descriptor in held:
             os.close(descriptor)
-        afterwards = outcome(size=4096)
+        afterwards = outcome(size=PAGE_SIZE)
         iobmd.trim()  # wired pages are kept pinned
         return told, afterwards, kernel.pinned()
 
@@ -82,14 +83,14 @@ def test_no_file_descriptor(free: int, first: bool, wish: dict[str, object]) -> 
 @pytest.mark.parametrize("alignment", [1 << 40, 1 << 50, 1 << 62])
 def test_alignment_that_no_memory_has(alignment: int) -> None:
     with iobmd.policy(memory_budget=0), pytest.raises(IOReturnError) as caught:
-        iobmd.allocate(4096, alignment=alignment)
+        iobmd.allocate(PAGE_SIZE, alignment=alignment)
     assert caught.value.code == IOReturn.kIOReturnNoResources
 
 
 @pytest.mark.needs("frames")
 def test_no_address_space() -> None:
     def full() -> list[object]:
-        size = int(open("/proc/self/statm").read().split()[0]) * 4096  # noqa: SIM115, PTH123
+        size = int(open("/proc/self/statm").read().split()[0]) * PAGE_SIZE  # noqa: SIM115, PTH123
         resource.setrlimit(resource.RLIMIT_AS, (size + MIB, size + MIB))
         return [outcome(size=8 * MIB), outcome(size=8 * MIB, contiguous=True)]
 
@@ -98,7 +99,7 @@ def test_no_address_space() -> None:
 
 def test_lock_that_a_thread_of_the_parent_held() -> None:
     """A pageable buffer remains usable in a child that is forked while a thread is in prepare()."""
-    with iobmd.allocate(4096, wired=False) as buffer:
+    with iobmd.allocate(PAGE_SIZE, wired=False) as buffer:
         taken, leave = threading.Event(), threading.Event()
 
         def hold() -> None:

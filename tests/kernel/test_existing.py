@@ -242,10 +242,10 @@ def test_memory_that_goes_away() -> None:
     [
         ([(1 << 64, 1)], INOUT, IOReturn.kIOReturnBadArgument),
         ([(-1, 1)], INOUT, IOReturn.kIOReturnBadArgument),
-        ([(4096, -1)], INOUT, IOReturn.kIOReturnBadArgument),
+        ([(PAGE, -1)], INOUT, IOReturn.kIOReturnBadArgument),
         ([((1 << 64) - 1, 2)], INOUT, IOReturn.kIOReturnBadArgument),
         ([(0, 1)], INOUT, IOReturn.kIOReturnVMError),
-        ([(1 << 63, 4096)], INOUT, IOReturn.kIOReturnVMError),
+        ([(1 << 63, PAGE)], INOUT, IOReturn.kIOReturnVMError),
         ([(0, 0)], 1 << 28, IOReturn.kIOReturnBadArgument),
         ([(0, 0)], iobmd.kIOMemoryPageable, IOReturn.kIOReturnBadArgument),
         ([(0, 0)], iobmd.kIOMemoryPhysicallyContiguous, IOReturn.kIOReturnBadArgument),

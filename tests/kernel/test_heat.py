@@ -18,6 +18,7 @@ from support.terminal import lines_on_terminal
 from iobmd import IOReturn, IOReturnError, pagemap
 from iobmd.cli import main
 from iobmd.pagemap.sampler import tracks_accesses
+from iobmd.units import PAGE_SIZE
 
 MIB = 1 << 20
 AT, SIZE, HUGE, IDLE = 0x200000000000, 8 << 20, 0x200040000000, 0x200080000000
@@ -85,7 +86,7 @@ def pages_of(document: dict[str, object], least: int = 4) -> set[int]:
         page - AT
         for one in ranges
         if one["intervals"] >= least
-        for page in range(max(one["start"], AT), min(one["end"], AT + SIZE), 4096)
+        for page in range(max(one["start"], AT), min(one["end"], AT + SIZE), PAGE_SIZE)
     }
 
 
@@ -93,8 +94,8 @@ def test_written_pages(target: Target, capsys: pytest.CaptureFixture[str]) -> No
     """Precision and recall are 1: the same pages in each interval, and no page that is only read or idle."""
     need_ptrace()
     found = sampled(capsys, target, "--method", "written")
-    assert pages_of(found) == pages_of(found, 1) == set(range(*WRITTEN, 4096))
-    assert (found["method"], found["resolution_bytes"], found["used_is_lower_bound"]) == ("written", 4096, False)
+    assert pages_of(found) == pages_of(found, 1) == set(range(*WRITTEN, PAGE_SIZE))
+    assert (found["method"], found["resolution_bytes"], found["used_is_lower_bound"]) == ("written", PAGE_SIZE, False)
     areas = {area["start"]: area for area in found["areas"]}  # type: ignore[attr-defined]
     assert areas[AT]["used_bytes_per_interval"] == [MIB] * 5
     assert (areas[IDLE]["resident_bytes"], areas[IDLE]["used_bytes"]) == (SIZE, 0)
@@ -120,7 +121,7 @@ def test_accessed_pages(target: Target, capsys: pytest.CaptureFixture[str]) -> N
     if tracks_accesses():
         found = sampled(capsys, target)
         assert found["method"] == "accessed"
-        assert pages_of(found) == pages_of(found, 1) == {*range(*WRITTEN, 4096), *range(*READ, 4096)}
+        assert pages_of(found) == pages_of(found, 1) == {*range(*WRITTEN, PAGE_SIZE), *range(*READ, PAGE_SIZE)}
     else:
         assert main(["pagemap", str(target.pid), "--heat", "1", "--method", "accessed"]) == 1
         assert "Linux 7.3" in capsys.readouterr().err
@@ -151,7 +152,7 @@ def test_damon(target: Target, capsys: pytest.CaptureFixture[str]) -> None:
     else:
         found = json.loads(capsys.readouterr().out)
         used = pages_of(found, 1)
-        assert len(used & {*range(*WRITTEN, 4096), *range(*READ, 4096)}) > 400
+        assert len(used & {*range(*WRITTEN, PAGE_SIZE), *range(*READ, PAGE_SIZE)}) > 400
         areas = {area["start"]: area for area in found["areas"]}
         assert sum(areas[IDLE]["used_bytes_per_interval"]) < sum(areas[AT]["used_bytes_per_interval"]) / 4
     assert session() == before
@@ -197,18 +198,20 @@ def test_the_picture_fits_the_terminal(target: Target, columns: int) -> None:
 
 def test_memory_of_this_process() -> None:
     """The library samples a buffer here without injection; a page that is only in use between intervals counts."""
-    with mmap.mmap(-1, 64 * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+    with mmap.mmap(-1, 64 * PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
         area.madvise(mmap.MADV_NOHUGEPAGE)
         area[:] = b"x" * len(area)
         begin = ctypes.addressof(ctypes.c_char.from_buffer(area))
 
         def write(_elapsed: float) -> None:
-            area[8 * 4096] = 1
-            area[9 * 4096 + 5] = 2
+            area[8 * PAGE_SIZE] = 1
+            area[9 * PAGE_SIZE + 5] = 2
 
         found = pagemap.heat(area, 0.3, method="written", intervals=3, progress=write)
-        assert list(found.counted()) == [(begin + 8 * 4096, begin + 10 * 4096, 2)]  # after the first interval
-        assert (found.resident, found.by_frequency()) == (64 * 4096, {0: 62 * 4096, 2: 2 * 4096})
+        assert list(found.counted()) == [
+            (begin + 8 * PAGE_SIZE, begin + 10 * PAGE_SIZE, 2)
+        ]  # after the first interval
+        assert (found.resident, found.by_frequency()) == (64 * PAGE_SIZE, {0: 62 * PAGE_SIZE, 2: 2 * PAGE_SIZE})
         assert [found.working_set(percent) for percent in (0, 33, 50, 100)] == [0, 0, 8192, 8192]
 
 

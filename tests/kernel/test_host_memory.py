@@ -18,6 +18,7 @@ from iobmd import NotPrivilegedError, pagemap
 from iobmd._native.pagemap import WINDOW_STATES
 from iobmd.pagemap.census import kinds_between
 from iobmd.pagemap.frame import Frames
+from iobmd.units import PAGE_SIZE
 
 MIB = 1 << 20
 SIZE = 4 * MIB
@@ -39,13 +40,13 @@ def kinds_of(address: int, size: int) -> dict[str, int]:
     numbers = sorted(frames(address, size))
     for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
         run = [number for _, number in group]
-        for kind, held in kinds_between(run[0] * 4096, len(run) * 4096).items():
+        for kind, held in kinds_between(run[0] * PAGE_SIZE, len(run) * PAGE_SIZE).items():
             total[kind] = total.get(kind, 0) + held
     return {kind: held for kind, held in total.items() if held}
 
 
 def touch(address: int, size: int) -> None:
-    for at in range(address, address + size, 4096):
+    for at in range(address, address + size, PAGE_SIZE):
         ctypes.c_char.from_address(at).value = b"x"
 
 
@@ -76,7 +77,7 @@ def test_the_page_cache(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(os.urandom(SIZE))
     with file.open("r+b") as opened, mapped(opened.fileno(), mmap.MAP_SHARED) as address:
-        total = sum(ctypes.c_ubyte.from_address(at).value for at in range(address, address + SIZE, 4096))
+        total = sum(ctypes.c_ubyte.from_address(at).value for at in range(address, address + SIZE, PAGE_SIZE))
         assert total
         system = subprocess.check_output(["stat", "-f", "-c", "%T", tmp_path], text=True).strip()
         assert mostly(address, "shared" if system == "tmpfs" else "file")
@@ -98,7 +99,7 @@ def test_a_huge_page() -> None:
 
 def window_of(address: int) -> str:
     """Return the state of the window of a huge page that contains an address."""
-    first = frames(address, 4096)[0] // 512 * 512
+    first = frames(address, PAGE_SIZE)[0] // 512 * 512
     with Frames() as opened:
         census = opened.census(512, 0, 1)
         census.begin(first, 0)
@@ -158,7 +159,7 @@ def test_zones_runs_and_windows_add_up() -> None:
     assert memory.longest_free.length >= max(largest, default=0)
     for size, states in memory.windows.items():
         assert sum(states.values()) * size <= sum(kinds.values())
-    present = zone_pages("present") * 4096
+    present = zone_pages("present") * PAGE_SIZE
     assert abs(sum(kinds.values()) - present) < max(present // 100, 16 * MIB)
 
 

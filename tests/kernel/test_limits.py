@@ -19,6 +19,7 @@ import iobmd
 from iobmd import IOReturn
 from iobmd._native import mman
 from iobmd.host import limits
+from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
     pass
@@ -77,7 +78,7 @@ def test_no_mapping_is_left(kind: str) -> None:
         pytest.skip("vm.max_map_count is too large to be reached")
 
     def allocate_at_the_limit() -> tuple[IOReturn, str]:
-        iobmd.allocate(4096).free()
+        iobmd.allocate(PAGE_SIZE).free()
         iobmd.trim()
         while True:  # adjacent areas that differ are not merged
             for protection in (1, 3):
@@ -115,7 +116,7 @@ def test_contiguous_memory_that_cannot_become_inheritable(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("kind", ["wired", "pageable", "contiguous", "masked"])
 def test_limits_of_address_space(kind: str, name: str) -> None:
     def allocate_at_the_limit() -> tuple[IOReturn, str]:
-        iobmd.allocate(4096).free()
+        iobmd.allocate(PAGE_SIZE).free()
         used = kernel.status({"RLIMIT_AS": "VmSize", "RLIMIT_DATA": "VmData"}[name])
         resource.setrlimit(getattr(resource, name), (used + 3 * MIB, used + 3 * MIB))
         return refusal(lambda: allocate(kind))
@@ -143,7 +144,7 @@ def test_mlock_that_a_filter_denies(number: int) -> None:
     """With systemd's SystemCallFilter=~@memlock, the error names the filter instead of the limit."""
 
     def allocate_filtered() -> tuple[IOReturn, str]:
-        return refusal(lambda: iobmd.allocate(4096))
+        return refusal(lambda: iobmd.allocate(PAGE_SIZE))
 
     code, message = in_child(allocate_filtered, uid=NOBODY - 6, memlock=8 * MIB, deny={"mlock": number})
     assert code is IOReturn.kIOReturnCannotWire

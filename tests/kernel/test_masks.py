@@ -16,6 +16,7 @@ from iobmd import IOReturn, IOReturnError, Wiring
 from iobmd.pagemap.self import visible_runs
 from iobmd.physical.policy import Budget
 from iobmd.physical.search import PhysicalConstraints
+from iobmd.units import PAGE_SIZE
 
 MIB = 1 << 20
 Setting = Callable[[str, object], None]
@@ -33,7 +34,7 @@ def test_mask_that_most_memory_fits(size: int, bits: int) -> None:
     if bits == 34 and max_address() >> 36:
         pytest.skip("most memory of this host is above 16 GiB")
     with Buffer.inTaskWithPhysicalMask(iobmd.kernel_task, 0, size, (1 << bits) - 1) as buffer:
-        assert all(frame << 12 < 1 << bits for frame in frames(buffer.getBytesNoCopy(), size))
+        assert all(frame * PAGE_SIZE < 1 << bits for frame in frames(buffer.getBytesNoCopy(), size))
         assert buffer.wiring is Wiring.PINNED
         assert not any(memoryview(buffer))
 
@@ -51,7 +52,7 @@ def test_alignment_comes_from_the_mask() -> None:
         assert buffer.getPhysicalAddress() % 65536 == 0
         assert buffer.getBytesNoCopy() % 65536 == 0
     with iobmd.allocate(3 * MIB, physical_mask=every & ~0xFFF) as buffer:
-        assert buffer.getPhysicalAddress() % 4096 == 0
+        assert buffer.getPhysicalAddress() % PAGE_SIZE == 0
 
 
 @pytest.mark.needs("frames")
@@ -81,7 +82,7 @@ def test_mask_with_a_hole(size: int, hole: int) -> None:
     """No huge page fits a hole below 2 MiB. Half of all pages fit, and others are held until enough are found."""
     with iobmd.allocate(size, physical_mask=EVERY & ~hole) as buffer:
         assert buffer.wiring is Wiring.PINNED
-        assert not any(frame << 12 & hole for frame in frames(buffer.getBytesNoCopy(), size))
+        assert not any(frame * PAGE_SIZE & hole for frame in frames(buffer.getBytesNoCopy(), size))
         assert not any(memoryview(buffer))
 
 
@@ -91,7 +92,7 @@ def test_contiguous_under_a_mask_with_a_hole() -> None:
     with iobmd.allocate(8192, contiguous=True, physical_mask=EVERY & ~0x4000) as buffer:
         first, second = frames(buffer.getBytesNoCopy(), 8192)
         assert second == first + 1
-        assert not (first | second) << 12 & 0x4000
+        assert not (first | second) * PAGE_SIZE & 0x4000
     with pytest.raises(IOReturnError, match="have the bit 0x4000") as caught:
         iobmd.allocate(65536, contiguous=True, physical_mask=EVERY & ~0x4000)
     assert caught.value.code == IOReturn.kIOReturnNoResources
@@ -139,11 +140,11 @@ def test_pools_are_searched_before_a_refusal(setting: Setting) -> None:
         del anchor
     with iobmd.policy(memory_budget=64 * MIB):
         if has_low_page:
-            with iobmd.allocate(4096, physical_mask=0xFFFFFFFF) as buffer:
-                assert frames(buffer.getBytesNoCopy(), 4096)[0] < 1 << 20
+            with iobmd.allocate(PAGE_SIZE, physical_mask=0xFFFFFFFF) as buffer:
+                assert frames(buffer.getBytesNoCopy(), PAGE_SIZE)[0] < 1 << 20
                 assert kernel.smaps(buffer.getBytesNoCopy())["KernelPageSize"] == 2 * MIB
         else:
-            code, message = refusal(lambda: iobmd.allocate(4096, physical_mask=0xFFFFFFFF))
+            code, message = refusal(lambda: iobmd.allocate(PAGE_SIZE, physical_mask=0xFFFFFFFF))
             assert code == IOReturn.kIOReturnNoResources
             assert "would have to be held" in message
     assert pool.read_text() == "64\n"
@@ -192,7 +193,7 @@ def test_a_mask_where_no_memory_is() -> None:
     ranges = [line.split(" ")[0] for line in Path("/proc/iomem").read_text().splitlines() if ": System RAM" in line]
     end = max(int(text.split("-")[1], 16) for text in ranges)
     above = 1 << end.bit_length()  # and page 0 is never ordinary memory
-    code, message = refusal(lambda: iobmd.allocate(4096, physical_mask=above | 0xFFF))
+    code, message = refusal(lambda: iobmd.allocate(PAGE_SIZE, physical_mask=above | 0xFFF))
     assert code is IOReturn.kIOReturnNoResources
     assert "this host has no memory there" in message
     assert "policy" not in message

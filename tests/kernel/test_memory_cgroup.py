@@ -21,6 +21,7 @@ from iobmd.host import cgroup
 from iobmd.physical import zones
 from iobmd.physical.shmem_pages import FileBlocks
 from iobmd.physical.thp import TransparentBlocks
+from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -168,10 +169,10 @@ def written() -> None:
         assert 160 * MIB < offset < 256 * MIB
         private.writeBytes(0, source)  # resident memory can be written to
         source.release()
-    with iobmd.allocate(300 * MIB, wired=False, shared=True) as shared, mmap.mmap(-1, 4096) as small:
+    with iobmd.allocate(300 * MIB, wired=False, shared=True) as shared, mmap.mmap(-1, PAGE_SIZE) as small:
         refused(lambda: shared.readBytes(0, 300 * MIB))
-        small[:] = shared.readBytes(0, 4096)
-        assert shared.getPageCounts()[0] < 4096
+        small[:] = shared.readBytes(0, PAGE_SIZE)
+        assert shared.getPageCounts()[0] < PAGE_SIZE
 
 
 def bounced() -> None:

@@ -18,6 +18,7 @@ from support.errors import refusal
 
 import iobmd
 from iobmd import IOMapOptions, IOReturn, Wiring, procfs
+from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -181,7 +182,7 @@ def test_limit_of_a_process_that_locks_all(keywords: dict[str, object]) -> None:
     def allocate() -> tuple[IOReturn, str]:
         lock_all(MCL_FUTURE)
         size = MIB if "contiguous" in keywords else 16 * MIB
-        iobmd.allocate(4096, wired=False).free()
+        iobmd.allocate(PAGE_SIZE, wired=False).free()
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (MIB // 2, MIB // 2))
         return refusal(lambda: iobmd.allocate(size, **keywords))  # type: ignore[arg-type]
 

@@ -8,6 +8,7 @@ import iobmd
 from iobmd import IOReturn
 from iobmd._native import mman as native
 from iobmd.memory import numa
+from iobmd.units import PAGE_SIZE
 
 MIB = 1 << 20
 
@@ -18,8 +19,10 @@ def test_the_first_node(keywords: dict[str, bool]) -> None:
     node = numa.with_memory()[0]
     with iobmd.allocate(MIB, node=node, **keywords) as buffer:
         buffer.writeBytes(0, b"x" * MIB)
-        assert native.count_off_node(buffer.getBytesNoCopy(), MIB // 4096, 4096, node) == 0
-        assert native.count_off_node(buffer.getBytesNoCopy(), MIB // 4096, 4096, node + 1) == MIB // 4096
+        assert native.count_off_node(buffer.getBytesNoCopy(), MIB // PAGE_SIZE, PAGE_SIZE, node) == 0
+        assert (
+            native.count_off_node(buffer.getBytesNoCopy(), MIB // PAGE_SIZE, PAGE_SIZE, node + 1) == MIB // PAGE_SIZE
+        )
 
 
 def test_without_privilege() -> None:

@@ -23,6 +23,7 @@ from iobmd._native import pagemap as native
 from iobmd._native.mapping import Mapping
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.span import read_runs
+from iobmd.units import PAGE_SIZE
 
 Start = Callable[..., SourceProcess]
 
@@ -48,7 +49,7 @@ def test_every_page_as_an_independent_reader_sees_it(start_source: Start, kind: 
     ours = list(pagemap.pages(source.pid, *region))
     assert [tuple(page[1:6]) for page in ours] == independent(*region, source.pid)
     assert [page.address for page in ours] == list(
-        range(region.address // 4096 * 4096, region.address + region.size, 4096)
+        range(region.address // PAGE_SIZE * PAGE_SIZE, region.address + region.size, PAGE_SIZE)
     )
     counts = pagemap.counts(Task(source.pid), *region)
     assert counts.present == sum(page.present for page in ours)
@@ -62,7 +63,7 @@ def test_every_page_as_an_independent_reader_sees_it(start_source: Start, kind: 
 def test_frames_are_shown_to_root() -> None:
     with iobmd.allocate(64 << 10) as buffer:
         pages = list(pagemap.pages(kernel_task, buffer.getBytesNoCopy(), 64 << 10))
-        assert all(page.pfn and page.physical_address == page.pfn * 4096 for page in pages)
+        assert all(page.pfn and page.physical_address == page.pfn * PAGE_SIZE for page in pages)
         assert len({page.pfn for page in pages}) == 16
 
 
@@ -93,10 +94,10 @@ def test_swapped_pages() -> None:
 
 def test_guard_pages_are_not_swapped() -> None:
     """MADV_GUARD_INSTALL (102, Linux 6.13) leaves a marker that looks like a swap entry."""
-    with iobmd.allocate(4 * 4096, wired=False) as buffer:
+    with iobmd.allocate(4 * PAGE_SIZE, wired=False) as buffer:
         buffer.writeBytes(0, b"x" * len(buffer))
         try:
-            mman.advise(buffer.getBytesNoCopy() + 4096, 4096, 102)
+            mman.advise(buffer.getBytesNoCopy() + PAGE_SIZE, PAGE_SIZE, 102)
         except OSError as error:
             pytest.skip(f"no guard pages on this kernel: {error}")
         pages = list(pagemap.pages(kernel_task, buffer.getBytesNoCopy(), len(buffer)))
@@ -113,7 +114,7 @@ def test_what_lies_nowhere_is_not_in_the_first_frames() -> None:
             area.madvise(MADV_GUARD_INSTALL)
         except OSError:
             pytest.skip("no MADV_GUARD_INSTALL (Linux 6.13)")
-        assert os.getpid() not in {use.pid for use in pagemap.users(4096, size - 4096)}
+        assert os.getpid() not in {use.pid for use in pagemap.users(PAGE_SIZE, size - PAGE_SIZE)}
 
 
 @pytest.mark.needs("frames", "big_memory")
@@ -126,7 +127,7 @@ def test_huge_pages_that_are_neighbours_in_memory_alone() -> None:
         mman.advise(area.address, area.size, mman.MADV_HUGEPAGE)
         mman.advise(area.address, area.size, mman.MADV_POPULATE_WRITE)
         places = {
-            (kernel.entries(address, 4096)[0] & kernel.FRAME) * 4096: address
+            (kernel.entries(address, PAGE_SIZE)[0] & kernel.FRAME) * PAGE_SIZE: address
             for address in range(area.address, area.address + area.size, HUGE)
         }
         first = next(frame for frame in places if frame + HUGE in places)
@@ -139,31 +140,31 @@ def test_huge_pages_that_are_neighbours_in_memory_alone() -> None:
             assert list(found) == wanted
 
 
-@pytest.mark.parametrize("before", [0, 1, 100, 4095, 4096, 5000])
+@pytest.mark.parametrize("before", [0, 1, 100, 4095, PAGE_SIZE, 5000])
 @pytest.mark.parametrize("after", [0, 1, 5000])
 def test_many_small_areas(before: int, after: int) -> None:
     """Small areas are read several at once, even if the range begins and ends inside a page."""
     pages = 600
-    with iobmd.allocate(pages * 4096, wired=False) as buffer:
+    with iobmd.allocate(pages * PAGE_SIZE, wired=False) as buffer:
         address = buffer.getBytesNoCopy()
-        mman.advise(address, pages * 4096, mman.MADV_NOHUGEPAGE)
+        mman.advise(address, pages * PAGE_SIZE, mman.MADV_NOHUGEPAGE)
         for number in range(0, pages, 3):
-            buffer.writeBytes(number * 4096, b"x")
+            buffer.writeBytes(number * PAGE_SIZE, b"x")
         for number in range(0, pages, 2):
-            mman.advise(address + number * 4096, 4096, mmap.MADV_DONTFORK)
-        low, high = address + before, address + pages * 4096 - after
+            mman.advise(address + number * PAGE_SIZE, PAGE_SIZE, mmap.MADV_DONTFORK)
+        low, high = address + before, address + pages * PAGE_SIZE - after
         found = list(pagemap.areas(kernel_task, low, high - low))
         frames = {
-            address + number * 4096: entry & kernel.FRAME
-            for number, entry in enumerate(kernel.entries(address, pages * 4096))
+            address + number * PAGE_SIZE: entry & kernel.FRAME
+            for number, entry in enumerate(kernel.entries(address, pages * PAGE_SIZE))
             if entry >> 63
         }
-    assert len(found) == pages - before // 4096 - after // 4096
+    assert len(found) == pages - before // PAGE_SIZE - after // PAGE_SIZE
     assert (found[0].start, found[-1].end) == (low, high)
     for area in found:
-        (page,) = range(area.start // 4096 * 4096, area.end, 4096)
-        assert area.tally.present == (4096 if page in frames else 0)
-        assert area.tally.largest == (4096 if frames.get(page) else 0)
+        (page,) = range(area.start // PAGE_SIZE * PAGE_SIZE, area.end, PAGE_SIZE)
+        assert area.tally.present == (PAGE_SIZE if page in frames else 0)
+        assert area.tally.largest == (PAGE_SIZE if frames.get(page) else 0)
 
 
 def test_what_was_read_ahead_is_not_kept() -> None:
@@ -171,9 +172,9 @@ def test_what_was_read_ahead_is_not_kept() -> None:
         address = buffer.getBytesNoCopy()
         mman.advise(address, 64 << 10, mman.MADV_NOHUGEPAGE)
         buffer.writeBytes(0, bytes(64 << 10))
-        before, _rest = reader.totals([(address, address + 4096), (address + 4096, address + (64 << 10))])
+        before, _rest = reader.totals([(address, address + PAGE_SIZE), (address + PAGE_SIZE, address + (64 << 10))])
         mman.advise(address, 64 << 10, mmap.MADV_DONTNEED)
-        assert (before.present, reader.total(address, address + 4096).present) == (4096, 0)
+        assert (before.present, reader.total(address, address + PAGE_SIZE).present) == (PAGE_SIZE, 0)
 
 
 @pytest.mark.parametrize("address", [1 << 63, 0xFFFFFFFFFF600000, (1 << 64) - 8192])
@@ -182,7 +183,7 @@ def test_above_all_of_user_space(address: int) -> None:
 
     def look() -> IOReturn:
         with pytest.raises(IOReturnError) as caught:
-            list(pagemap.spans(kernel_task, address, 4096))
+            list(pagemap.spans(kernel_task, address, PAGE_SIZE))
         return caught.value.code
 
     assert in_child(look) == IOReturn.kIOReturnBadArgument
@@ -195,7 +196,12 @@ TOP = 0x7FFFFFFFF000
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="user space has another end")
 @pytest.mark.parametrize("look", [pagemap.spans, pytest.param(pagemap.runs, marks=pytest.mark.needs("frames"))])
 def test_ranges_across_the_end_of_user_space(look: Callable[..., Iterator[object]]) -> None:
-    for start, size in ((0, TOP + 4096), (TOP - 4096, 8192), (0, (1 << 64) - 1), ((1 << 64) - 4096, 4096)):
+    for start, size in (
+        (0, TOP + PAGE_SIZE),
+        (TOP - PAGE_SIZE, 8192),
+        (0, (1 << 64) - 1),
+        ((1 << 64) - PAGE_SIZE, PAGE_SIZE),
+    ):
         with pytest.raises(IOReturnError, match="past the end of the user address space") as caught:
             list(look(kernel_task, start, size))
         assert caught.value.code == IOReturn.kIOReturnBadArgument
@@ -261,9 +267,9 @@ def test_frames_of_threads_whose_main_thread_has_exited(start_source: Start) -> 
     node = next(pagemap.described(source.pid, start, size)).facts.node
     thread = without_main_thread(source)
     run, facts = next(pagemap.described(source.pid, start, size))
-    assert run.physical // 4096 == kernel.entries(start, 4096, thread)[0] & kernel.FRAME
+    assert run.physical // PAGE_SIZE == kernel.entries(start, PAGE_SIZE, thread)[0] & kernel.FRAME
     assert facts.node == node
-    assert [(use.pid, use.virtual) for use in pagemap.users(run.physical, 4096)] == [(source.pid, start)]
+    assert [(use.pid, use.virtual) for use in pagemap.users(run.physical, PAGE_SIZE)] == [(source.pid, start)]
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -275,19 +281,19 @@ def test_what_it_refuses() -> None:
 
     def code(target: Task | int, address: int) -> IOReturn:
         with pytest.raises(IOReturnError) as caught:
-            pagemap.counts(target, address, 4096)
+            pagemap.counts(target, address, PAGE_SIZE)
         return caught.value.code
 
     assert code(task, 0x400000) == IOReturn.kIOReturnNotFound
     assert code(kernel_task, 1 << 63) == IOReturn.kIOReturnBadArgument
-    assert code(kernel_task, -4096) == IOReturn.kIOReturnBadArgument
+    assert code(kernel_task, -PAGE_SIZE) == IOReturn.kIOReturnBadArgument
     assert code(2, 0x400000) == IOReturn.kIOReturnUnsupported
 
 
 @pytest.mark.needs("root")
 def test_another_users_pagemap() -> None:
     with pytest.raises(PermissionError, match="pagemap of task 1") as caught:
-        in_child(lambda: pagemap.counts(1, 0x400000, 4096), uid=NOBODY)
+        in_child(lambda: pagemap.counts(1, 0x400000, PAGE_SIZE), uid=NOBODY)
     assert caught.value.code == IOReturn.kIOReturnNotPermitted
 
 
@@ -345,20 +351,20 @@ def test_pages_of_a_pool_are_counted(monkeypatch: pytest.MonkeyPatch, scans: boo
 
 def test_pages_of_a_buffer_a_map_and_a_task() -> None:
     """As elsewhere in `pagemap`, the target is a task, a range of one, a buffer or a map."""
-    with iobmd.allocate(3 * 4096, shared=True) as buffer, buffer.map() as mapped:
+    with iobmd.allocate(3 * PAGE_SIZE, shared=True) as buffer, buffer.map() as mapped:
         address = buffer.getBytesNoCopy()
-        expected = list(pagemap.pages(kernel_task, address, 3 * 4096))
-        assert [page.address for page in expected] == [address, address + 4096, address + 8192]
+        expected = list(pagemap.pages(kernel_task, address, 3 * PAGE_SIZE))
+        assert [page.address for page in expected] == [address, address + PAGE_SIZE, address + 8192]
         assert list(pagemap.pages(buffer)) == list(pagemap.pages(memoryview(buffer))) == expected
         assert [page.pfn for page in pagemap.pages(mapped)] == [page.pfn for page in expected]
         assert list(pagemap.pages(memoryview(buffer)[5000:5001])) == expected[1:2]
-        assert pagemap.counts(buffer) == pagemap.counts(kernel_task, address, 3 * 4096)
+        assert pagemap.counts(buffer) == pagemap.counts(kernel_task, address, 3 * PAGE_SIZE)
         whole = {page.address: page.pfn for page in pagemap.pages(kernel_task)}
         assert [whole[page.address] for page in expected] == [page.pfn for page in expected]
         assert pagemap.counts(kernel_task).present > 1000
         with pytest.raises(IOReturnError, match="both an address and a size"):
             next(pagemap.pages(kernel_task, address))
-    with iobmd.allocate(4096, task=None) as nowhere, pytest.raises(IOReturnError) as caught:
+    with iobmd.allocate(PAGE_SIZE, task=None) as nowhere, pytest.raises(IOReturnError) as caught:
         next(pagemap.pages(nowhere))
     assert caught.value.code == IOReturn.kIOReturnUnsupported
 
@@ -368,7 +374,7 @@ def test_runs_of_hidden_frames() -> None:
 
     def code() -> IOReturn:
         with pytest.raises(IOReturnError) as caught:
-            next(pagemap.runs(mmap.mmap(-1, 4096)))
+            next(pagemap.runs(mmap.mmap(-1, PAGE_SIZE)))
         return caught.value.code
 
     assert in_child(code, drop=1 << 21) == IOReturn.kIOReturnNotPrivileged

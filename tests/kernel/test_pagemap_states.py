@@ -360,7 +360,7 @@ def test_runs_are_described_as_the_frame_tables_do(target: PageStateProcess) -> 
         assert {found.facts.node for found in ours} - {None} <= where or len(where) != 1, kind
 
 
-@pytest.mark.parametrize("page", [4096, 16384, 65536])
+@pytest.mark.parametrize("page", [PAGE, 16384, 65536])
 @pytest.mark.parametrize("visible", [True, False])
 def test_a_pagemap_of_other_page_sizes(tmp_path: Path, page: int, visible: bool) -> None:
     """Invented entries, in an ordinary file."""
@@ -372,7 +372,7 @@ def test_a_pagemap_of_other_page_sizes(tmp_path: Path, page: int, visible: bool)
         for _page in range(chance.choice((1, 1, 2, 17, 600))):
             words.append(1 << 63 | frame)
             frame += 1
-        words += [0] * chance.choice((0, 0, 1, 5, 4096))
+        words += [0] * chance.choice((0, 0, 1, 5, PAGE))
         others = (
             1 << 63 | zero,
             1 << 63 | 1 << 61 | frame,

@@ -16,6 +16,7 @@ from support.threads import run_all
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Wiring
+from iobmd.units import PAGE_SIZE
 
 MIB = 1 << 20
 
@@ -31,7 +32,7 @@ def test_thousand_random_sequences() -> None:
         chance = random.Random(seed)
         for turn in range(250):
             wired = chance.random() < 0.5
-            size = chance.choice([4096, 5000, 70_000, 3 * MIB])  # whole pages, unlike small wired buffers
+            size = chance.choice([PAGE_SIZE, 5000, 70_000, 3 * MIB])  # whole pages, unlike small wired buffers
             buffer = iobmd.allocate(size, wired=wired, contiguous=wired and chance.random() < 0.3)
             if not wired:
                 buffer.prepare()
@@ -86,7 +87,7 @@ def test_free_races_prepare() -> None:
 
     for turn in range(300):
         buffer = iobmd.allocate(MIB, wired=False)
-        memoryview(buffer)[::4096] = bytes(256)
+        memoryview(buffer)[::PAGE_SIZE] = bytes(256)
         start = threading.Barrier(2)
         thread = threading.Thread(target=prepare, args=(buffer, start))
         thread.start()
@@ -107,10 +108,10 @@ def test_the_garbage_collector_frees_one_buffer_while_another_is_pinned() -> Non
         warnings.simplefilter("ignore", ResourceWarning)
         gc.set_threshold(1, 1, 1)
         for _ in range(500):
-            lost = iobmd.allocate(4096)
+            lost = iobmd.allocate(PAGE_SIZE)
             lost.itself = lost  # type: ignore[attr-defined]
             del lost
-            with iobmd.allocate(4096) as buffer:
+            with iobmd.allocate(PAGE_SIZE) as buffer:
                 assert buffer.wiring is Wiring.PINNED
         gc.collect()
         iobmd.trim()

@@ -13,6 +13,7 @@ from support import kernel
 import iobmd
 from iobmd._native.mapping import Mapping
 from iobmd.host import pfns_visible
+from iobmd.units import PAGE_SIZE
 
 SIZE = 256 << 10
 KINDS = {
@@ -69,14 +70,14 @@ def test_over_a_reservation(reserved: int, keywords: dict[str, bool]) -> None:
         ctypes.memmove(reserved + 5000, b"stored there", 12)
         assert buffer.readBytes(5000, 12) == b"stored there"
         if keywords.get("wired", True):
-            assert kernel.present(reserved, SIZE) == SIZE // 4096
+            assert kernel.present(reserved, SIZE) == SIZE // PAGE_SIZE
             assert kernel.smaps(reserved)["Locked"] > 0
             if pfns_visible() and buffer.wiring is iobmd.Wiring.PINNED:
                 buffer.verify()
         if keywords.get("contiguous"):
             frames = kernel.frames(reserved, SIZE)
             assert frames == list(range(frames[0], frames[0] + len(frames)))
-            assert buffer.getPhysicalAddress() == frames[0] * 4096
+            assert buffer.getPhysicalAddress() == frames[0] * PAGE_SIZE
 
 
 def test_again_and_again(reserved: int) -> None:
@@ -106,21 +107,21 @@ def test_where_nothing_is_mapped(keywords: dict[str, bool]) -> None:
 
 def test_memory_in_use_is_never_replaced(reserved: int) -> None:
     """Only one page of the range does not belong to the caller's reservation."""
-    foreign = libc.mmap(reserved + SIZE // 2, 4096, 3, 0x32, -1, 0)
-    ctypes.memset(foreign, 7, 4096)
+    foreign = libc.mmap(reserved + SIZE // 2, PAGE_SIZE, 3, 0x32, -1, 0)
+    ctypes.memset(foreign, 7, PAGE_SIZE)
     locked = kernel.status("VmLck")
     with pytest.raises(iobmd.BadArgumentError, match=f"not reserved at {foreign:#x}"):
         iobmd.allocate(SIZE, address=reserved, overwrite=True)
-    assert ctypes.string_at(foreign, 4096) == b"\7" * 4096
+    assert ctypes.string_at(foreign, PAGE_SIZE) == b"\7" * PAGE_SIZE
     assert kernel.status("VmLck") == locked
-    libc.mmap(foreign, 4096, 0, 0x4032, -1, 0)
+    libc.mmap(foreign, PAGE_SIZE, 0, 0x4032, -1, 0)
 
 
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
         ({"address": 4097}, "not a multiple of 4096"),
-        ({"address": -4096}, "can begin at"),
+        ({"address": -PAGE_SIZE}, "can begin at"),
         ({"address": 1 << 63}, "can begin at"),
         ({"address": 1 << 21, "alignment": 1 << 22, "wired": True}, "not a multiple"),
         ({"overwrite": True}, "pass address="),
@@ -189,7 +190,7 @@ def test_failure_leaves_the_addresses_to_the_caller(failure: str, overwrite: boo
 def test_failure_midway(overwrite: bool) -> None:
     """If the second part of the memory cannot be moved, the first part does not remain at the address."""
     start = libc.mmap(LOW, 4 * SIZE, 0, 0x4022, -1, 0)
-    mapping = Mapping.anonymous(2 * SIZE, 4096)
+    mapping = Mapping.anonymous(2 * SIZE, PAGE_SIZE)
     if not overwrite:
         libc.munmap(start + SIZE, 2 * SIZE)
     before = areas(start, start + 4 * SIZE)

@@ -7,6 +7,7 @@ from support.errors import refusal
 
 import iobmd
 from iobmd import IOReturn, rdma
+from iobmd.units import PAGE_SIZE
 
 
 def test_it_names_the_library_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,7 +15,7 @@ def test_it_names_the_library_that_is_missing(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delitem(sys.modules, "iobmd.rdma.memory_region", raising=False)
     monkeypatch.setitem(sys.modules, "pyverbs", None)  # importing it fails, whether it is installed or not
-    with iobmd.allocate(4096) as buffer:
+    with iobmd.allocate(PAGE_SIZE) as buffer:
         code, message = refusal(lambda: rdma.register(buffer, None, 0))
         buffer.free()
     assert code == IOReturn.kIOReturnUnsupported

@@ -20,6 +20,7 @@ from support.source_process import SourceProcess
 import iobmd
 from iobmd import IOReturn
 from iobmd._native import mman
+from iobmd.units import PAGE_SIZE
 
 MIB = 1 << 20
 KINDS: dict[str, dict[str, object]] = {
@@ -171,11 +172,11 @@ def test_the_limit() -> None:
         for size in (MIB, 2 * MIB, 4 * MIB):
             iobmd.allocate(size).free()
         assert iobmd.statistics().kept == 3 * MIB  # the first two; the third exceeds the limit
-        iobmd.allocate(MIB + 4096).free()
-        assert iobmd.statistics().kept == MIB + 4096  # the oldest make room
+        iobmd.allocate(MIB + PAGE_SIZE).free()
+        assert iobmd.statistics().kept == MIB + PAGE_SIZE  # the oldest make room
         iobmd.allocate(64 << 10, contiguous=True).free()
         iobmd.allocate(3 * MIB).free()
-        assert iobmd.statistics().kept == MIB + 4096 + (64 << 10), "memory that was searched for is kept longest"
+        assert iobmd.statistics().kept == MIB + PAGE_SIZE + (64 << 10), "memory that was searched for is kept longest"
     assert code_of(lambda: iobmd.policy(keep=-1).__enter__()) == IOReturn.kIOReturnBadArgument
     with pytest.raises(TypeError):
         iobmd.policy(keep=1.5).__enter__()  # type: ignore[arg-type]
@@ -325,7 +326,7 @@ def test_a_failed_copy_leaves_nothing() -> None:
     unmap(at, 4 * MIB)
 
 
-@pytest.mark.parametrize("size", [100, 4096, 256 << 10, 4 * MIB])
+@pytest.mark.parametrize("size", [100, PAGE_SIZE, 256 << 10, 4 * MIB])
 def test_use_after_free_faults_without_reuse(size: int) -> None:
     program = f"""
 import ctypes, iobmd

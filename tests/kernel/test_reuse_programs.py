@@ -21,15 +21,16 @@ from support.requirements import may_lock
 import iobmd
 from iobmd import Wiring
 from iobmd._native import mman
+from iobmd.units import PAGE_SIZE
 
 OPERATIONS = int(os.environ.get("IOBMD_OPERATIONS", "12000"))
 THREADS = 4
 MOST_HELD = 60
 KINDS: list[dict[str, Any]] = [
-    *({"size": size} for size in (1, 64, 200, 256, 1000, 2048, 2049, 4096, 9000, 65536, 65537, 131072, 1 << 20)),
-    *({"size": size, "wired": False} for size in (1, 2048, 4096, 12288, 65536, 1 << 20)),
+    *({"size": size} for size in (1, 64, 200, 256, 1000, 2048, 2049, PAGE_SIZE, 9000, 65536, 65537, 131072, 1 << 20)),
+    *({"size": size, "wired": False} for size in (1, 2048, PAGE_SIZE, 12288, 65536, 1 << 20)),
     {"size": 65536, "contiguous": True},
-    {"size": 4096, "physical_mask": (1 << 40) - 1},
+    {"size": PAGE_SIZE, "physical_mask": (1 << 40) - 1},
     {"size": 65536, "alignment": 65536},
     {"size": 2 << 20},
 ]
@@ -190,7 +191,7 @@ def test_counts_are_those_of_the_kernel() -> None:
     iobmd.trim()
     before, locked, pinned = iobmd.statistics(), kernel.status("VmLck"), kernel.status("VmPin")
     chance = random.Random(1)
-    sizes = [4096, 8192, 65536, 131072, 1 << 20]
+    sizes = [PAGE_SIZE, 8192, 65536, 131072, 1 << 20]
     held: list[iobmd.IOBufferMemoryDescriptor] = []
     for turn in range(2000):
         if chance.random() < 0.55 and sum(map(len, held)) < 4 << 20:  # within the usual RLIMIT_MEMLOCK

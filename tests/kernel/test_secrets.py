@@ -21,9 +21,10 @@ from support.threads import run_all
 import iobmd
 from iobmd import IOReturn, Wiring
 from iobmd.constants import kIOMemoryIncoherentIOFlush
+from iobmd.units import PAGE_SIZE
 
 KINDS: list[tuple[int, bool | Literal["concealed"]]] = [
-    (1, True), (32, True), (992, True), (993, True), (4096, True), (5000, True),
+    (1, True), (32, True), (992, True), (993, True), (PAGE_SIZE, True), (5000, True),
     (32, "concealed"), (9000, "concealed"),
 ]  # fmt: skip
 """Sizes and kinds: those that share pages, and those that do not."""
@@ -119,7 +120,7 @@ def test_a_guard_page_follows_the_last_page_of_small_secrets() -> None:
         assert killed_by_store(page - 1)
 
 
-@pytest.mark.parametrize("alignment", [1, 2, 16, 64, 256, 4096])
+@pytest.mark.parametrize("alignment", [1, 2, 16, 64, 256, PAGE_SIZE])
 @every_kind
 def test_alignment(size: int, secret: bool | Literal["concealed"], alignment: int) -> None:
     with iobmd.allocate(size, secret=secret, alignment=alignment) as buffer:
@@ -138,7 +139,7 @@ def test_it_is_cleared_when_it_is_freed(size: int, secret: bool | Literal["conce
         buffer = iobmd.allocate(size, secret=secret)
         buffer.writeBytes(0, b"\x5a" * size)
         with memoryview(buffer):
-            pipe, page = spliced(buffer.getBytesNoCopy(), min(size, 4096 - buffer.getBytesNoCopy() % 4096))
+            pipe, page = spliced(buffer.getBytesNoCopy(), min(size, PAGE_SIZE - buffer.getBytesNoCopy() % PAGE_SIZE))
         end(buffer)
         assert not any(os.read(pipe, page))
         os.close(pipe)
@@ -306,9 +307,9 @@ def test_copies_of_a_task_into_a_secret() -> None:
                 assert "dd" in flags(buffer.getBytesNoCopy())
                 assert is_accessible(buffer.getBytesNoCopy()) == (secret is True)
         assert code_of(lambda: iobmd.copy(0, 1 << 12, 100, secret=True)) is not None
-    assert code_of(lambda: iobmd.copy(iobmd.current_task(), 4096, 100, secret=True)) == IOReturn.kIOReturnVMError
+    assert code_of(lambda: iobmd.copy(iobmd.current_task(), PAGE_SIZE, 100, secret=True)) == IOReturn.kIOReturnVMError
     with pytest.raises(iobmd.BadArgumentError, match="lazy=True"):
-        iobmd.copy(iobmd.current_task(), 4096, 100, secret=True, lazy=True)
+        iobmd.copy(iobmd.current_task(), PAGE_SIZE, 100, secret=True, lazy=True)
 
 
 @pytest.mark.parametrize(

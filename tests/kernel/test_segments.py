@@ -12,6 +12,7 @@ from support.source_process import SourceProcess
 import iobmd
 from iobmd import IOReturn, IOReturnError, PhysicalSegment, pagemap
 from iobmd.physical.layout import Layout
+from iobmd.units import PAGE_SIZE
 
 Start = Callable[..., SourceProcess]
 MIB = 1 << 20
@@ -26,9 +27,9 @@ def expected(address: int, length: int, offset: int) -> list[tuple[int, int]]:
     if not length:
         return cut
     for index, frame in enumerate(frames(start, length)):
-        page = start // 4096 * 4096 + index * 4096
-        first, last = max(start, page), min(start + length, page + 4096)
-        physical = frame * 4096 + first - page
+        page = start // PAGE_SIZE * PAGE_SIZE + index * PAGE_SIZE
+        first, last = max(start, page), min(start + length, page + PAGE_SIZE)
+        physical = frame * PAGE_SIZE + first - page
         if cut and sum(cut[-1]) == physical:
             cut[-1] = (cut[-1][0], cut[-1][1] + last - first)
         else:
@@ -70,13 +71,13 @@ def test_ends() -> None:
 
 
 def test_what_a_segment_is() -> None:
-    one, same, other = PhysicalSegment(4096, 10), PhysicalSegment(4096, 10), PhysicalSegment(4096, 11)
+    one, same, other = PhysicalSegment(PAGE_SIZE, 10), PhysicalSegment(PAGE_SIZE, 10), PhysicalSegment(PAGE_SIZE, 11)
     assert one == same != other
     assert len({one, same, other}) == 2
     address, length = one
-    assert (address, length) == (one.address, one.length) == (4096, 10)
+    assert (address, length) == (one.address, one.length) == (PAGE_SIZE, 10)
     assert repr(one) == "PhysicalSegment(address=0x1000, length=0xa)"
-    assert one != (4096, 10)
+    assert one != (PAGE_SIZE, 10)
 
 
 @pytest.mark.needs("compiler")
@@ -86,13 +87,13 @@ def test_runs_of_another_task(start_source: Start, kind: str) -> None:
     address, size = source[kind]
     wanted: list[list[int]] = []
     for index, entry in enumerate(kernel.entries(address, size, source.pid)):
-        virtual, frame = address // 4096 * 4096 + index * 4096, entry & kernel.FRAME
+        virtual, frame = address // PAGE_SIZE * PAGE_SIZE + index * PAGE_SIZE, entry & kernel.FRAME
         if not entry >> 63:
             continue
-        if wanted and wanted[-1][0] + wanted[-1][2] == virtual and wanted[-1][1] + wanted[-1][2] == frame * 4096:
-            wanted[-1][2] += 4096
+        if wanted and wanted[-1][0] + wanted[-1][2] == virtual and wanted[-1][1] + wanted[-1][2] == frame * PAGE_SIZE:
+            wanted[-1][2] += PAGE_SIZE
         else:
-            wanted.append([virtual, frame * 4096, 4096])
+            wanted.append([virtual, frame * PAGE_SIZE, PAGE_SIZE])
     assert [list(run) for run in pagemap.runs(source.pid, address, size)] == wanted
     assert bool(wanted) == (kind != "untouched")
 
@@ -104,7 +105,7 @@ def test_layout() -> None:
         assert layout.size == len(buffer)
         assert layout.runs == len(buffer.segments())
         assert layout.largest == max(segment.length for segment in buffer.segments())
-        assert (layout.lowest, layout.highest) == (min(lies) * 4096, max(lies) * 4096 + 4095)
+        assert (layout.lowest, layout.highest) == (min(lies) * PAGE_SIZE, max(lies) * PAGE_SIZE + 4095)
         assert layout.huge == kernel.smaps(buffer.getBytesNoCopy())["AnonHugePages"]
 
 
@@ -124,12 +125,12 @@ def test_page_addresses_are_those_of_pagemap(keywords: dict[str, bool]) -> None:
     with iobmd.allocate(40000, **keywords) as buffer:
         if buffer.wiring is not iobmd.Wiring.PINNED:
             pytest.skip("this kernel pins no memory here")
-        pages = [frame * 4096 for frame in kernel.frames(buffer.getBytesNoCopy(), 40000)]
+        pages = [frame * PAGE_SIZE for frame in kernel.frames(buffer.getBytesNoCopy(), 40000)]
         addresses = buffer.page_addresses()
         assert (addresses.typecode, addresses.itemsize) == ("Q", 8)
         assert addresses.tolist() == pages
         assert buffer.page_addresses(4095, 2).tolist() == pages[:2]
-        assert buffer.page_addresses(4096, 4096).tolist() == pages[1:2]
+        assert buffer.page_addresses(PAGE_SIZE, PAGE_SIZE).tolist() == pages[1:2]
         assert buffer.page_addresses(39999).tolist() == pages[-1:]
         assert buffer.page_addresses(8192, 0).tolist() == []
         with pytest.raises(iobmd.BadArgumentError):
@@ -137,7 +138,7 @@ def test_page_addresses_are_those_of_pagemap(keywords: dict[str, bool]) -> None:
         part = iobmd.IOSubMemoryDescriptor.withSubRange(buffer, 5000, 9000, iobmd.kIODirectionIn)
         part.prepare()
         assert part.page_addresses().tolist() == pages[1:4]
-        assert part.page_addresses()[0] + part.getPhysicalSegment(0)[0] % 4096 == part.getPhysicalAddress()
+        assert part.page_addresses()[0] + part.getPhysicalSegment(0)[0] % PAGE_SIZE == part.getPhysicalAddress()
         part.complete()
     with iobmd.allocate(8192, wired=False) as pageable, pytest.raises(iobmd.NotReadyError):
         pageable.page_addresses()
@@ -145,7 +146,7 @@ def test_page_addresses_are_those_of_pagemap(keywords: dict[str, bool]) -> None:
 
 def test_a_part_that_is_not_pinned_comes_before_hidden_frames() -> None:
     """A concatenation of pinned and pageable memory has no addresses, whether or not this process may see frames."""
-    with iobmd.allocate(4096) as pinned, iobmd.allocate(4096, wired=False) as pageable:
+    with iobmd.allocate(PAGE_SIZE) as pinned, iobmd.allocate(PAGE_SIZE, wired=False) as pageable:
         both = iobmd.IOMultiMemoryDescriptor.withDescriptors([pinned, pageable], iobmd.kIODirectionInOut)
         with both, pytest.raises(IOReturnError) as caught:
             both.segments()

@@ -21,6 +21,7 @@ from support.threads import run_all
 import iobmd
 from iobmd import IOPurgeable, IOReturn, IOReturnError, Wiring
 from iobmd._native import mman
+from iobmd.units import PAGE_SIZE
 
 MIB = 1 << 20
 
@@ -71,7 +72,7 @@ def test_child_sees_and_changes_the_same_bytes() -> None:
 
 
 def test_wired_shared_memory_refuses_in_a_child() -> None:
-    with iobmd.allocate(4096, shared=True) as buffer:
+    with iobmd.allocate(PAGE_SIZE, shared=True) as buffer:
 
         def look() -> IOReturn:
             with pytest.raises(IOReturnError) as caught:
@@ -89,7 +90,7 @@ def test_copy_into_shared_memory() -> None:
         with iobmd.copy(os.getpid(), source.getBytesNoCopy(), len(data), shared=True, wired=False) as copied:
             assert bytes(copied) == data
         with pytest.raises(IOReturnError):
-            iobmd.copy(os.getpid(), 0, 4096, shared=True, wired=False)
+            iobmd.copy(os.getpid(), 0, PAGE_SIZE, shared=True, wired=False)
 
 
 def test_nobody_can_cut_the_memory_away() -> None:

@@ -24,6 +24,7 @@ from support.threads import running
 
 import iobmd
 from iobmd import IOReturn
+from iobmd.units import PAGE_SIZE
 
 MIB = 1 << 20
 
@@ -37,7 +38,7 @@ def pair() -> tuple[socket.socket, socket.socket]:
 def test_over_a_socket(size: int) -> None:
     with iobmd.allocate(size, shared=True, wired=False) as buffer:
         buffer.writeBytes(0, b"hello")
-        buffer.setLength(4096)
+        buffer.setLength(PAGE_SIZE)
         here, there = pair()
 
         def receive() -> tuple[object, ...]:
@@ -49,7 +50,7 @@ def test_over_a_socket(size: int) -> None:
         with here, there:
             iobmd.share(buffer, here).close()
             seen = in_child(receive)
-        assert seen == (b"hello", 4096, size, frames(buffer.getBytesNoCopy(), 1))
+        assert seen == (b"hello", PAGE_SIZE, size, frames(buffer.getBytesNoCopy(), 1))
         assert buffer.readBytes(4000, 4) == b"back"
 
 
@@ -159,15 +160,15 @@ def test_states_changed_from_many_sides() -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 def test_refused() -> None:
-    with iobmd.allocate(4096, wired=False) as private:
+    with iobmd.allocate(PAGE_SIZE, wired=False) as private:
         assert code_of(lambda: iobmd.share(private)) == IOReturn.kIOReturnUnsupported
-    with iobmd.allocate(4096, wired=False, shared=True) as buffer, iobmd.share(buffer) as handle:
+    with iobmd.allocate(PAGE_SIZE, wired=False, shared=True) as buffer, iobmd.share(buffer) as handle:
         with pytest.raises(TypeError, match="multiprocessing"):
             pickle.dumps(handle)
         with pytest.raises(TypeError):
             pickle.dumps(buffer)
         with (
-            iobmd.allocate(4096, wired=False, shared=True, purgeable=True) as purgeable,
+            iobmd.allocate(PAGE_SIZE, wired=False, shared=True, purgeable=True) as purgeable,
             iobmd.share(purgeable) as other,
         ):
             assert code_of(lambda: iobmd.attach(other, wired=True)) == IOReturn.kIOReturnBadArgument
@@ -175,8 +176,14 @@ def test_refused() -> None:
         assert limited == IOReturn.kIOReturnCannotWire
 
 
-def message(extents: object, *, capacity: object = 4096, mark: bytes = b"iobmd1", **other: object) -> bytes:
-    fields = {"options": 0x23, "capacity": capacity, "length": 4096, "extents": extents, "alignment": 4096} | other
+def message(extents: object, *, capacity: object = PAGE_SIZE, mark: bytes = b"iobmd1", **other: object) -> bytes:
+    fields = {
+        "options": 0x23,
+        "capacity": capacity,
+        "length": PAGE_SIZE,
+        "extents": extents,
+        "alignment": PAGE_SIZE,
+    } | other
     text = json.dumps(list(fields.values())).encode()
     return struct.pack("=6sxxI", mark, len(text)) + text
 
@@ -187,23 +194,23 @@ def message(extents: object, *, capacity: object = 4096, mark: bytes = b"iobmd1"
     [
         b"",
         b"GET / HTTP/1.0\r\n\r\n",
-        message([[0, 4096]])[:20],
-        message([[0, 4096]], mark=b"iobmd9"),
+        message([[0, PAGE_SIZE]])[:20],
+        message([[0, PAGE_SIZE]], mark=b"iobmd9"),
         message([[0, 1 << 40]], capacity=1 << 40),
-        message([[4096, 4096]]),
-        message([[-4096, 4096]]),
-        message([[1, 4096]]),
-        message([[0, 4096]], capacity=4097),
-        message([[0, 4096]], capacity=0),
-        message([[0, 4096]], capacity=4096.0),
-        message([[0, 4096]], capacity=True),
-        message([[0, 4096]], length=-1),
-        message([[0, 4096]], alignment=1 << 70),
-        message([[0, 4096]], alignment=3),
-        message([[0, 4096]], alignment="a"),
-        message([[0, 4096]], options="x"),
-        message([[0, 4096]], options=1 << 40),
-        message([[0, 4096]], more=1),
+        message([[PAGE_SIZE, PAGE_SIZE]]),
+        message([[-PAGE_SIZE, PAGE_SIZE]]),
+        message([[1, PAGE_SIZE]]),
+        message([[0, PAGE_SIZE]], capacity=4097),
+        message([[0, PAGE_SIZE]], capacity=0),
+        message([[0, PAGE_SIZE]], capacity=4096.0),
+        message([[0, PAGE_SIZE]], capacity=True),
+        message([[0, PAGE_SIZE]], length=-1),
+        message([[0, PAGE_SIZE]], alignment=1 << 70),
+        message([[0, PAGE_SIZE]], alignment=3),
+        message([[0, PAGE_SIZE]], alignment="a"),
+        message([[0, PAGE_SIZE]], options="x"),
+        message([[0, PAGE_SIZE]], options=1 << 40),
+        message([[0, PAGE_SIZE]], more=1),
         message("nonsense"),
         message([["a", "b"]]),
         struct.pack("=6sxxI", b"iobmd1", 200_000) + b"[" * 200_000,
@@ -222,7 +229,7 @@ def test_what_a_stranger_sends(wrong: bytes) -> None:
     with here, there:
         if wrong:
             descriptor = os.memfd_create("strange")
-            os.ftruncate(descriptor, 4096)
+            os.ftruncate(descriptor, PAGE_SIZE)
             socket.send_fds(here, [wrong[:12]], [descriptor])
             os.close(descriptor)
         # In a thread, because the socket may not accept the whole message before it is read.
@@ -241,7 +248,7 @@ def test_no_descriptor_of_the_message_stays() -> None:
     here, there = pair()
     before = len(list(Path("/proc/self/fd").iterdir()))
     with here, there:
-        socket.send_fds(here, [message([[0, 4096]])], [0, 1, 2])
+        socket.send_fds(here, [message([[0, PAGE_SIZE]])], [0, 1, 2])
         assert code_of(lambda: iobmd.attach(there)) == IOReturn.kIOReturnBadArgument
         # A descriptor that is not memory is closed by a thread, because its server could block close(2).
         assert until(lambda: len(list(Path("/proc/self/fd").iterdir())) == before)
@@ -249,7 +256,7 @@ def test_no_descriptor_of_the_message_stays() -> None:
 
 
 def send(descriptor: int, here: socket.socket) -> None:
-    socket.send_fds(here, [message([[0, 4096]])], [descriptor])
+    socket.send_fds(here, [message([[0, PAGE_SIZE]])], [descriptor])
     os.close(descriptor)
 
 
@@ -257,9 +264,9 @@ def send(descriptor: int, here: socket.socket) -> None:
 def test_a_file_that_may_only_be_read(tmp_path: Path) -> None:
     """A service of root must not write, on behalf of other users, to files to which they may not write."""
     file = tmp_path / "precious"
-    file.write_bytes(b"x" * 4096)
+    file.write_bytes(b"x" * PAGE_SIZE)
     memory = os.memfd_create("precious")
-    os.ftruncate(memory, 4096)
+    os.ftruncate(memory, PAGE_SIZE)
 
     def received(descriptor: int) -> IOReturn:
         here, there = pair()
@@ -271,7 +278,7 @@ def test_a_file_that_may_only_be_read(tmp_path: Path) -> None:
     assert received(os.open(file, os.O_RDWR)) == IOReturn.kIOReturnBadArgument
     assert received(os.open(f"/proc/self/fd/{memory}", os.O_RDONLY)) == IOReturn.kIOReturnBadArgument
     os.close(memory)
-    assert file.read_bytes() == b"x" * 4096
+    assert file.read_bytes() == b"x" * PAGE_SIZE
 
 
 @pytest.mark.needs("root")
@@ -282,11 +289,11 @@ def test_memory_of_another_user_must_be_sealed() -> None:
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(path)
             if sealed:
-                with iobmd.allocate(4096, shared=True, wired=False) as buffer:
+                with iobmd.allocate(PAGE_SIZE, shared=True, wired=False) as buffer:
                     iobmd.share(buffer, client).close()
             else:
                 memory = os.memfd_create("unsealed")
-                os.ftruncate(memory, 4096)
+                os.ftruncate(memory, PAGE_SIZE)
                 send(memory, client)
 
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as server:

@@ -18,6 +18,7 @@ from support.threads import run_all
 import iobmd
 from iobmd import IOReturn, Wiring
 from iobmd.memory import pinning
+from iobmd.units import PAGE_SIZE
 
 SIZES = (1, 64, 65, 200, 256, 1000, 2048)
 LINE = 64
@@ -263,7 +264,7 @@ def test_the_limit_of_locked_memory() -> None:
     assert count >= 32  # a quarter of what the limit permits: a pin counts separately
 
 
-@pytest.mark.parametrize("size", [256, 4096])
+@pytest.mark.parametrize("size", [256, PAGE_SIZE])
 def test_a_subclass_with_another_destructor_returns_its_piece(size: int) -> None:
     """In a cycle the collector clears attributes in C before it deallocates the buffer."""
 

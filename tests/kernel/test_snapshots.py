@@ -10,6 +10,7 @@ import iobmd
 from iobmd import IOReturn, IOReturnError, kernel_task, pagemap
 from iobmd._native import mman
 from iobmd.pagemap import Change, Kind, Run
+from iobmd.units import PAGE_SIZE
 
 MIB = 1 << 20
 
@@ -46,7 +47,7 @@ def by_kind(found: list[Change]) -> dict[Kind, int]:
 def test_a_snapshot_holds_what_was_there(memory: Memory) -> None:
     saved = memory.save("one")
     assert list(saved.spans()) == list(pagemap.spans(memory.buffer))
-    assert saved.header.page_bytes == 4096
+    assert saved.header.page_bytes == PAGE_SIZE
     assert any(area.start <= memory.address < area.end for area in saved.areas())
     assert not list(pagemap.changes(saved, memory.save("two")))
 
@@ -68,7 +69,7 @@ def test_out_to_swap_and_back(memory: Memory) -> None:
     before = memory.save("before")
     mman.advise(memory.address, memory.size, mman.MADV_PAGEOUT)
     out = memory.save("out")
-    swapped = kernel.swapped(memory.address, memory.size) * 4096
+    swapped = kernel.swapped(memory.address, memory.size) * PAGE_SIZE
     assert by_kind(list(pagemap.changes(before, out)))[Kind.SWAPPED_OUT] == swapped > MIB
     memory.buffer.readBytes(0, memory.size)
     assert by_kind(list(pagemap.changes(out, memory.save("in"))))[Kind.SWAPPED_IN] == swapped
@@ -82,10 +83,10 @@ def test_collapsed_and_split(memory: Memory) -> None:
     mman.advise(start, 2 * MIB, mman.MADV_COLLAPSE)
     huge = memory.save("huge")
     assert by_kind(list(pagemap.changes(before, huge))) == {Kind.COLLAPSED: 2 * MIB}
-    mman.advise(start, 4096, mman.MADV_DONTNEED)  # the rest remains in its frames, mapped page by page
+    mman.advise(start, PAGE_SIZE, mman.MADV_DONTNEED)  # the rest remains in its frames, mapped page by page
     split = memory.save("split")
     changes = list(pagemap.changes(huge, split))
-    assert by_kind(changes) == {Kind.SPLIT: 2 * MIB - 4096, Kind.RELEASED: 4096}
+    assert by_kind(changes) == {Kind.SPLIT: 2 * MIB - PAGE_SIZE, Kind.RELEASED: PAGE_SIZE}
     assert all(change.before == change.after for change in changes if change.kind == Kind.SPLIT)
 
 

@@ -20,6 +20,7 @@ import iobmd
 from iobmd import IOReturn, IOReturnError, Task, kernel_task
 from iobmd._native.crosstask import HeldBuffer
 from iobmd.memory import residency
+from iobmd.units import PAGE_SIZE
 
 MIB = 1 << 20
 HUGE = 2 << 20
@@ -257,10 +258,10 @@ HOLES = """
 libc = ctypes.CDLL(None); libc.mmap.restype = ctypes.c_void_p
 start = libc.mmap(None, ctypes.c_size_t(32 << 20), 3, 0x22, -1, 0)
 ctypes.memset(start, 0x61, 32 << 20)
-def page(number): return ctypes.c_void_p(start + number * 4096)
-libc.munmap(page(3), ctypes.c_size_t(4096))
-libc.mprotect(page(10), ctypes.c_size_t(2 * 4096), 0)
-libc.munmap(page(4096), ctypes.c_size_t(8 << 20))
+def page(number): return ctypes.c_void_p(start + number * mmap.PAGESIZE)
+libc.munmap(page(3), ctypes.c_size_t(mmap.PAGESIZE))
+libc.mprotect(page(10), ctypes.c_size_t(2 * mmap.PAGESIZE), 0)
+libc.munmap(ctypes.c_void_p(start + (16 << 20)), ctypes.c_size_t(8 << 20))
 result = [start]
 """
 
@@ -272,17 +273,21 @@ def test_holes_are_listed(source: Callable[..., Source], freeze: bool) -> None:
     start, length = at + 100, (32 << 20) - 200
     with pytest.raises(IOReturnError) as caught:
         iobmd.copy(one.pid, start, length, wired=False, freeze=freeze)
-    assert caught.value.address == at + 3 * 4096
+    assert caught.value.address == at + 3 * PAGE_SIZE
     with iobmd.copy(one.pid, start, length, wired=False, freeze=freeze, unreadable="zero") as buffer:
-        assert buffer.holes == [(3 * 4096 - 100, 4096), (10 * 4096 - 100, 2 * 4096), (4096 * 4096 - 100, 8 << 20)]
+        assert buffer.holes == [
+            (3 * PAGE_SIZE - 100, PAGE_SIZE),
+            (10 * PAGE_SIZE - 100, 2 * PAGE_SIZE),
+            ((16 << 20) - 100, 8 << 20),
+        ]
         expected = bytearray(b"a" * length)
         for offset, size in buffer.holes:
             expected[offset : offset + size] = bytes(size)
         assert bytes(buffer) == expected
-    with iobmd.copy(one.pid, at, 4096, wired=False, unreadable="zero") as buffer:
+    with iobmd.copy(one.pid, at, PAGE_SIZE, wired=False, unreadable="zero") as buffer:
         assert buffer.holes == []
     with pytest.raises(ValueError, match="'raise' or 'zero'"):
-        iobmd.copy(one.pid, at, 4096, unreadable="skip")
+        iobmd.copy(one.pid, at, PAGE_SIZE, unreadable="skip")
 
 
 def test_holes_through_the_memory_file(source: Callable[..., Source]) -> None:
@@ -295,8 +300,15 @@ def test_holes_through_the_memory_file(source: Callable[..., Source]) -> None:
             return buffer.holes, bytes(buffer)
 
     holes, content = in_child(look, deny={"process_vm_readv": 1})
-    assert holes == [(3 * 4096, 4096), (10 * 4096, 2 * 4096)]
-    assert content == b"a" * 3 * 4096 + bytes(4096) + b"a" * 6 * 4096 + bytes(2 * 4096) + b"a" * 4 * 4096
+    assert holes == [(3 * PAGE_SIZE, PAGE_SIZE), (10 * PAGE_SIZE, 2 * PAGE_SIZE)]
+    assert (
+        content
+        == b"a" * 3 * PAGE_SIZE
+        + bytes(PAGE_SIZE)
+        + b"a" * 6 * PAGE_SIZE
+        + bytes(2 * PAGE_SIZE)
+        + b"a" * 4 * PAGE_SIZE
+    )
 
 
 def test_a_copy_larger_than_memory(source: Callable[..., Source]) -> None:
@@ -468,9 +480,9 @@ def test_where_no_process_can_be_made(source: Callable[..., Source], kind: str) 
         resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
         with pytest.raises(BlockingIOError):
             os.fork()
-        return Task(one.pid).read(at + 4 * MIB, 2 * MIB) + Task(one.pid).read(at, 4096)
+        return Task(one.pid).read(at + 4 * MIB, 2 * MIB) + Task(one.pid).read(at, PAGE_SIZE)
 
-    assert in_child(read, uid=NOBODY) == bytes(MIB) + b"here" + bytes(MIB - 4) + bytes(4096)
+    assert in_child(read, uid=NOBODY) == bytes(MIB) + b"here" + bytes(MIB - 4) + bytes(PAGE_SIZE)
 
 
 def test_holes_in_memory_that_was_used_before_are_cleared(source: Callable[..., Source]) -> None:
@@ -486,15 +498,16 @@ def test_holes_in_memory_that_was_used_before_are_cleared(source: Callable[..., 
 
 
 def test_many_gaps_take_no_child_each(source: Callable[..., Source]) -> None:
-    """Every other page of a file is present: there are 2,048 gaps in 16 MiB, and each child reads many of them."""
+    """Every other page of a file is present: there are thousands of gaps, and each child reads many of them."""
     one = source(
         "fd = memfd(16 << 20); m = mmap.mmap(fd, 16 << 20)\n"
-        "for number in range(4096): os.pwrite(fd, bytes([number % 251]), number * 4096)\n"
-        "for number in range(0, 4096, 2): m[number * 4096]\n"
+        "pages = (16 << 20) // mmap.PAGESIZE\n"
+        "for number in range(pages): os.pwrite(fd, bytes([number % 251]), number * mmap.PAGESIZE)\n"
+        "for number in range(0, pages, 2): m[number * mmap.PAGESIZE]\n"
         "result = [at(m)]"
     )
     (at,) = one.addresses
-    expected = b"".join(bytes([number % 251]) + bytes(4095) for number in range(4096))
+    expected = b"".join(bytes([number % 251]) + bytes(PAGE_SIZE - 1) for number in range(16 * MIB // PAGE_SIZE))
     before = forks()
     assert Task(one.pid).read(at, 16 * MIB) == expected
     # Other processes fork too, but not two thousand times.

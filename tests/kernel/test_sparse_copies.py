@@ -15,6 +15,7 @@ from support.child import in_child
 
 import iobmd
 from iobmd._native.crosstask import Ranges
+from iobmd.units import PAGE_SIZE
 
 MIB = 1 << 20
 SIZE = 64 * MIB
@@ -103,13 +104,13 @@ def test_any_layout_is_copied_as_it_is(start: Start, seed: int, scan: bool) -> N
 def test_reserved_addresses_take_no_time(start: Start) -> None:
     """Reading all of the pagemap of 4 TiB (8 GiB) takes over 4 s of processor time, even on an idle machine."""
     size = 4 << 40
-    pid, address = start(size, [(0, 4096), (size // 2, size // 2 + 8 * MIB), (size - kernel.PAGE, size)])
+    pid, address = start(size, [(0, PAGE_SIZE), (size // 2, size // 2 + 8 * MIB), (size - kernel.PAGE, size)])
     begin = time.process_time()
     with iobmd.copy(pid, address, size, wired=False) as buffer:
         took = time.process_time() - begin
         assert kernel.status("VmRSS") < 1 << 30
         assert buffer.readBytes(size - kernel.PAGE, 8) == (size - kernel.PAGE + 1).to_bytes(8, "little")
-        assert buffer.readBytes(size // 2 + 4096, 8) == (size // 2 + 4097).to_bytes(8, "little")
+        assert buffer.readBytes(size // 2 + PAGE_SIZE, 8) == (size // 2 + 4097).to_bytes(8, "little")
     assert took < 2
 
 

@@ -21,6 +21,7 @@ import iobmd
 from iobmd import IOReturn, IOReturnError, Task, current_task, get_task_map, kernel_task, pagemap, procfs
 from iobmd._native import crosstask
 from iobmd.pagemap.range import resolve
+from iobmd.units import PAGE_SIZE
 
 Start = Callable[..., SourceProcess]
 NO_SUCH_PID = 2**22 + 5  # above the kernel's largest pid_max
@@ -91,7 +92,7 @@ def test_a_reused_pid_is_another_task(tmp_path: Path) -> None:
             with pytest.raises(ProcessLookupError):
                 list(look(task))
         with pytest.raises(ProcessLookupError):
-            list(pagemap.spans(task, code, 4096))
+            list(pagemap.spans(task, code, PAGE_SIZE))
         with pytest.raises(ProcessLookupError):
             list(resolve(task).areas())
         with pytest.raises(ProcessLookupError):
@@ -164,8 +165,8 @@ def test_protections_hold(start_source: Start, tmp_path: Path, deny: dict[str, i
 
     def work() -> list[tuple[IOReturn, int | None]]:
         task = Task(source.pid)
-        assert task.read(read_only, 4096) == before[:4096]
-        return [refused(lambda: task.read(no_access, 4096)), refused(lambda: task.write(read_only + 5, b"no"))]
+        assert task.read(read_only, PAGE_SIZE) == before[:PAGE_SIZE]
+        return [refused(lambda: task.read(no_access, PAGE_SIZE)), refused(lambda: task.write(read_only + 5, b"no"))]
 
     assert in_child(work, deny=deny) == [
         (IOReturn.kIOReturnVMError, no_access),

@@ -14,6 +14,7 @@ from support.source_process import SourceProcess
 
 import iobmd
 from iobmd.host import pfns_visible
+from iobmd.units import PAGE_SIZE
 
 SIZE = 64 << 10
 
@@ -47,7 +48,7 @@ def test_statistics_are_those_of_the_kernel() -> None:
         assert now.maps - before.maps == 2
         assert now.prepared == before.prepared
         if wired.wiring is iobmd.Wiring.PINNED:
-            assert now.pinned.size - before.pinned.size == kernel.status("VmPin") - pins == SIZE + 4096
+            assert now.pinned.size - before.pinned.size == kernel.status("VmPin") - pins == SIZE + PAGE_SIZE
             pageable.prepare()
             prepared = iobmd.statistics()
             assert prepared.prepared - before.prepared == 1
@@ -69,7 +70,7 @@ def test_maps_of_parts_and_concatenations_count_once() -> None:
     with (
         iobmd.allocate(SIZE, shared=True) as one,
         iobmd.allocate(SIZE, shared=True) as other,
-        iobmd.IOSubMemoryDescriptor.withSubRange(one, 4096, 4096, 3) as part,
+        iobmd.IOSubMemoryDescriptor.withSubRange(one, PAGE_SIZE, PAGE_SIZE, 3) as part,
         iobmd.IOMultiMemoryDescriptor.withDescriptors([one, other], 3) as both,
         part.map(),
         part.map(iobmd.kIOMapUnique),

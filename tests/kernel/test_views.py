@@ -13,6 +13,7 @@ from support import kernel
 from support.memory_mark import MARK, is_there, mark
 
 import iobmd
+from iobmd.units import PAGE_SIZE
 
 SIZE = 256 << 10
 
@@ -228,7 +229,7 @@ def test_parts_and_a_view_of_their_memory() -> None:
     with iobmd.allocate(SIZE, wired=False) as buffer:
         address = mark(buffer)
         view = memoryview(buffer)
-        part = iobmd.IOSubMemoryDescriptor.withSubRange(buffer, 0, 4096, iobmd.kIODirectionIn)
+        part = iobmd.IOSubMemoryDescriptor.withSubRange(buffer, 0, PAGE_SIZE, iobmd.kIODirectionIn)
     with pytest.raises(iobmd.BusyError, match="in use"):
         part.free()
     with part:
@@ -259,7 +260,7 @@ def test_a_copy_in_another_thread_keeps_the_memory_until_it_ends() -> None:
 
 
 def test_cached_contents_become_volatile_with_the_last_view() -> None:
-    with iobmd.PurgeableCache(lambda key: bytes([key]) * 4096) as cache:
+    with iobmd.PurgeableCache(lambda key: bytes([key]) * PAGE_SIZE) as cache:
         with cache[7] as item:
             view = item.view
         with pytest.raises(iobmd.NotOpenError):
@@ -269,7 +270,7 @@ def test_cached_contents_become_volatile_with_the_last_view() -> None:
         assert view[0] == 7
         view.release()
         assert cache.statistics.held == 0
-        assert iobmd.purge() == 4096
+        assert iobmd.purge() == PAGE_SIZE
 
 
 def test_a_cache_that_is_left_keeps_contents_for_their_views() -> None:

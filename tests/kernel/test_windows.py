@@ -24,6 +24,7 @@ from iobmd.physical.ballast import Ballast
 from iobmd.physical.policy import Budget
 from iobmd.physical.thp import TransparentBlocks
 from iobmd.physical.zones import ALL_ADDRESSES
+from iobmd.units import PAGE_SIZE
 
 MIB, GIB = 1 << 20, 1 << 30
 HUGE = 2 * MIB
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.needs("root", "frames", "big_memory")
 @pytest.fixture
 def kpageflags() -> Iterator[Callable[[int], int]]:
     with Path("/proc/kpageflags").open("rb", buffering=0) as file:
-        yield lambda physical: int.from_bytes(os.pread(file.fileno(), 8, physical // 4096 * 8), "little")
+        yield lambda physical: int.from_bytes(os.pread(file.fileno(), 8, physical // PAGE_SIZE * 8), "little")
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -62,7 +63,7 @@ def test_a_chosen_window_is_obtained() -> None:
             source = TransparentBlocks()
             try:
                 places = source.more(claim.blocks, 1, claim.free_next)
-                seen = {frames(virtual, 4096)[0] * 4096 for virtual in places.values()}
+                seen = {frames(virtual, PAGE_SIZE)[0] * PAGE_SIZE for virtual in places.values()}
                 if seen == set(window.heads):
                     assert not any(source._batches[0].read(0, 16 * MIB)), "it is cleared"
                     return
@@ -124,7 +125,7 @@ def test_obstacles_are_those_of_the_flags(kpageflags: Callable[[int], int]) -> N
         if set(kinds) == {"slab"} and kinds["slab"] <= 64 << 10:
             window = windows.Window(number * HUGE, HUGE, table.free(number, 1), kinds)
             assert re.fullmatch(r"the best window, at 0x\w+, lacks \d+ pages? of slab", str(window))
-            slabs = sum(kpageflags(number * HUGE + offset) >> 7 & 1 for offset in range(0, HUGE, 4096))
+            slabs = sum(kpageflags(number * HUGE + offset) >> 7 & 1 for offset in range(0, HUGE, PAGE_SIZE))
             seen += slabs > 0  # tails before Linux 6.9 lack the flag, and slabs are freed at any time
             if seen > 8:
                 break
@@ -152,8 +153,8 @@ def test_low_memory_within_the_time_of_holding_the_rest() -> None:
     pools = POOL.read_text()
     resident = kernel.status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    with iobmd.allocate(4096, physical_mask=0xFFFFFFFF) as buffer:
-        assert frames(buffer.getBytesNoCopy(), 4096)[0] < 1 << 20
+    with iobmd.allocate(PAGE_SIZE, physical_mask=0xFFFFFFFF) as buffer:
+        assert frames(buffer.getBytesNoCopy(), PAGE_SIZE)[0] < 1 << 20
         assert POOL.read_text() == pools
     assert kernel.status("VmHWM") - resident < GIB
 

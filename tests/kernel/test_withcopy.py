@@ -19,6 +19,7 @@ from support.threads import run_all
 
 import iobmd
 from iobmd import IOBufferMemoryDescriptor, IOReturn, Task, kernel_task, kIOMemoryPageable
+from iobmd.units import PAGE_SIZE
 
 Start = Callable[..., SourceProcess]
 READABLE = ("anonymous", "thp", "memfd", "file", "readonly", "stack", "untouched")
@@ -199,7 +200,7 @@ def test_zombie_and_reaped(start_source: Start) -> None:
     os.waitid(os.P_PID, source.pid, os.WEXITED | os.WNOWAIT)
     for target in (task, source.pid, task):
         with pytest.raises(ProcessLookupError) as caught:
-            IOBufferMemoryDescriptor.withCopy(kernel_task, 0, target, source["anonymous"].address, 4096)
+            IOBufferMemoryDescriptor.withCopy(kernel_task, 0, target, source["anonymous"].address, PAGE_SIZE)
         assert caught.value.code == IOReturn.kIOReturnNotFound
         source.process.wait()
 
@@ -247,8 +248,8 @@ def test_more_than_two_gigabytes(start_source: Start, tmp_path: Path) -> None:
     source = start_source(size, "only-anonymous")
     address = source["anonymous"].address
     with iobmd.copy(source.pid, address + 1, size - 1, wired=False) as buffer:
-        for offset in (0, (2 << 30) - 4096, (2 << 30) + 12345, size - 4097):
-            assert buffer.readBytes(offset, 4096) == Task(source.pid).read(address + 1 + offset, 4096)
+        for offset in (0, (2 << 30) - PAGE_SIZE, (2 << 30) + 12345, size - 4097):
+            assert buffer.readBytes(offset, PAGE_SIZE) == Task(source.pid).read(address + 1 + offset, PAGE_SIZE)
         # The generator has no zero words, so that a page that was not copied would show.
         with memoryview(buffer) as view, view[: (size - 1) // 8 * 8].cast("Q") as words:
             assert 0 not in words[:: kernel.PAGE // 8].tolist()
@@ -303,9 +304,9 @@ def test_own_memory() -> None:
         (0x10000, -1, IOReturn.kIOReturnBadArgument),
         (-1, 10, IOReturn.kIOReturnBadArgument),
         ((1 << 64) - 5, 10, IOReturn.kIOReturnBadArgument),
-        ((1 << 64) - 4096, 4096, IOReturn.kIOReturnVMError),
-        (1 << 63, 4096, IOReturn.kIOReturnVMError),
-        (0, 4096, IOReturn.kIOReturnVMError),
+        ((1 << 64) - PAGE_SIZE, PAGE_SIZE, IOReturn.kIOReturnVMError),
+        (1 << 63, PAGE_SIZE, IOReturn.kIOReturnVMError),
+        (0, PAGE_SIZE, IOReturn.kIOReturnVMError),
         (0x10000, 1 << 70, IOReturn.kIOReturnBadArgument),
     ],
 )
@@ -319,5 +320,5 @@ def test_bad_ranges(address: int, size: int, code: IOReturn) -> None:
 @pytest.mark.usefixtures("nothing_left")
 def test_kernel_thread() -> None:
     with pytest.raises(iobmd.IOReturnError, match="kernel thread") as caught:
-        IOBufferMemoryDescriptor.withCopy(kernel_task, 0, 2, 0x10000, 4096)
+        IOBufferMemoryDescriptor.withCopy(kernel_task, 0, 2, 0x10000, PAGE_SIZE)
     assert caught.value.code == IOReturn.kIOReturnUnsupported

@@ -21,6 +21,7 @@ from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Tas
 from iobmd.remote.guest import Call, Guest
 from iobmd.remote.session import Session, guard_of
 from iobmd.remote.threads import state, thread_ids
+from iobmd.units import PAGE_SIZE
 
 ANYWHERE = IOMapOptions.kIOMapAnywhere
 MIB = 1 << 20
@@ -52,7 +53,7 @@ def test_the_task_is_killed(freeze: bool) -> None:
                 try:
                     while time.monotonic() - begin < 5:
                         if freeze:
-                            iobmd.copy(target.pid, address, 4096, freeze=True, wired=False).free()
+                            iobmd.copy(target.pid, address, PAGE_SIZE, freeze=True, wired=False).free()
                         elif number % 2:
                             iobmd.allocate(8192, task=target.pid).free()
                         else:
@@ -111,7 +112,7 @@ def use_prepare(pid: int, address: int) -> None:
 
 def use_freeze(pid: int, address: int) -> None:
     """A page is copied while the task is stopped."""
-    iobmd.copy(pid, address, 4096, freeze=True, wired=False).free()
+    iobmd.copy(pid, address, PAGE_SIZE, freeze=True, wired=False).free()
 
 
 def use_snapshot(pid: int, address: int) -> None:

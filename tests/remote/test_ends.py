@@ -23,6 +23,7 @@ import iobmd
 from iobmd import IOMapOptions, IOReturn, IOReturnError
 from iobmd.remote.guest import Call, Guest
 from iobmd.remote.session import Session, guard_of
+from iobmd.units import PAGE_SIZE
 
 ANYWHERE = IOMapOptions.kIOMapAnywhere
 MIB = 1 << 20
@@ -57,7 +58,7 @@ def locked_memory(pid: int) -> object:
     """Read-only memory cannot be pinned in another task."""
     areas = Path(f"/proc/{pid}/maps").read_text().splitlines()
     start = next(line.partition("-")[0] for line in areas if " r--p " in line)
-    memory = iobmd.IOMemoryDescriptor.withAddressRange(int(start, 16), 4096, iobmd.kIODirectionOut, pid)
+    memory = iobmd.IOMemoryDescriptor.withAddressRange(int(start, 16), PAGE_SIZE, iobmd.kIODirectionOut, pid)
     memory.prepare()
     assert memory.wiring is iobmd.Wiring.RESIDENT
     return memory
@@ -249,11 +250,11 @@ def test_a_frozen_task(target: subprocess.Popen[bytes], tmp_path: Path) -> None:
             time.sleep(0.01)
         begin = time.monotonic()
         with pytest.raises(IOReturnError, match="frozen") as caught:
-            iobmd.allocate(4096, task=target.pid, wired=False)
+            iobmd.allocate(PAGE_SIZE, task=target.pid, wired=False)
         assert caught.value.code == IOReturn.kIOReturnTimeout
         assert time.monotonic() - begin < 8
         (group / "cgroup.freeze").write_text("0")
-        iobmd.allocate(4096, task=target.pid, wired=False).free()
+        iobmd.allocate(PAGE_SIZE, task=target.pid, wired=False).free()
     finally:
         (group / "cgroup.freeze").write_text("0")
         (tmp_path / "cgroup.procs").write_text(str(target.pid))

@@ -180,7 +180,7 @@ def test_task_that_ends_while_held(start_source: Start) -> None:
         assert code_of(md.prepare) == IOReturn.kIOReturnNotFound
         md.free()
     assert (
-        code_of(lambda: IOMemoryDescriptor.withAddressRange(4096, 1, INOUT, source.pid)) == IOReturn.kIOReturnNotFound
+        code_of(lambda: IOMemoryDescriptor.withAddressRange(PAGE, 1, INOUT, source.pid)) == IOReturn.kIOReturnNotFound
     )
 
 
@@ -194,7 +194,7 @@ def test_who_may_not(start_source: Start) -> None:
 
     assert in_child(another_user, uid=NOBODY) == IOReturn.kIOReturnNotPermitted
     thread = next(iter(Path("/proc/2/task").iterdir())).name
-    assert code_of(lambda: IOMemoryDescriptor.withAddressRange(4096, 1, INOUT, int(thread))) in (
+    assert code_of(lambda: IOMemoryDescriptor.withAddressRange(PAGE, 1, INOUT, int(thread))) in (
         IOReturn.kIOReturnUnsupported,
         IOReturn.kIOReturnNotPermitted,
     )

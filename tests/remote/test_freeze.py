@@ -17,6 +17,7 @@ from support.targets import children
 import iobmd
 from iobmd import IOReturn, IOReturnError, procfs
 from iobmd.remote import session
+from iobmd.units import PAGE_SIZE
 
 MIB = 1 << 20
 SOURCE = r"""
@@ -162,7 +163,7 @@ def test_how_it_is_done(start, monkeypatch: pytest.MonkeyPatch) -> None:  # type
         assert len(made) == snapshots, kind
         assert not any(Path(f"/proc/{pid}").exists() for pid in made)
     made.clear()
-    iobmd.copy(source.pid, source.address, 4096, freeze=True, wired=False).free()
+    iobmd.copy(source.pid, source.address, PAGE_SIZE, freeze=True, wired=False).free()
     assert not made, "copying a page is faster than creating a snapshot"
 
 
@@ -184,7 +185,7 @@ def test_a_child_that_cannot_be_made(start, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_refused() -> None:
     with pytest.raises(IOReturnError, match="itself") as caught:
-        iobmd.copy(os.getpid(), 4096, 4096, freeze=True, wired=False)
+        iobmd.copy(os.getpid(), PAGE_SIZE, PAGE_SIZE, freeze=True, wired=False)
     assert caught.value.code == IOReturn.kIOReturnUnsupported
     with sleeping() as target:
         for address in (0, 1 << 46):

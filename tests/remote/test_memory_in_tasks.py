@@ -312,9 +312,9 @@ def test_at_an_address(target: subprocess.Popen[bytes]) -> None:
                 taken()
             assert caught.value.code == IOReturn.kIOReturnNoResources
         code = int(Path(f"/proc/{target.pid}/maps").read_text().split("-")[0], 16)
-        was = Task(target.pid).read(code, 4096)
+        was = Task(target.pid).read(code, PAGE_SIZE)
         assert code_of(lambda: buffer.createMappingInTask(target.pid, code, 0)) == IOReturn.kIOReturnNoResources
-        assert Task(target.pid).read(code, 4096) == was
+        assert Task(target.pid).read(code, PAGE_SIZE) == was
         odd = lambda: buffer.createMappingInTask(target.pid, free + 1, 0)  # noqa: E731
         assert code_of(odd) == IOReturn.kIOReturnBadArgument
 

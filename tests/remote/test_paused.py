@@ -18,6 +18,7 @@ from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Wir
 from iobmd._native import tracer as native
 from iobmd.errors import TaskTimeoutError
 from iobmd.remote import session
+from iobmd.units import PAGE_SIZE
 
 MIB = 1 << 20
 SIZE = 16 * MIB
@@ -171,7 +172,7 @@ def test_calls_in_a_paused_task(target: Target, freezer: Freezer) -> None:
     before = ProgramResources.of(target.pid)
     freezer.freeze()
     with IOMemoryDescriptor.withAddressRange(address, MIB, 3, target.pid) as memory:
-        for call in (lambda: iobmd.allocate(4096, task=target.pid, wired=False), memory.prepare):
+        for call in (lambda: iobmd.allocate(PAGE_SIZE, task=target.pid, wired=False), memory.prepare):
             begin = time.monotonic()
             with pytest.raises(IOReturnError, match="thaw it") as caught:
                 call()
@@ -257,10 +258,10 @@ def test_a_task_whose_main_thread_has_exited() -> None:
             assert memory.wiring is Wiring.PINNED
             assert kernel.status("VmPin", thread) >= MIB
             memory.complete()
-        for size in (4096, SIZE):
+        for size in (PAGE_SIZE, SIZE):
             with iobmd.copy(target.pid, address, size, freeze=True, wired=False) as buffer:
                 assert buffer.readBytes(0, size) == b"x" * size
-        with iobmd.allocate(4096, shared=True) as shared:
+        with iobmd.allocate(PAGE_SIZE, shared=True) as shared:
             shared.writeBytes(0, b"seen")
             try:
                 mapped = shared.createMappingInTask(target.pid, 0, IOMapOptions.kIOMapAnywhere)

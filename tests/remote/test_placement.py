@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import iobmd
+from iobmd.units import PAGE_SIZE
 
 SIZE = 64 << 10
 # Returns 42: mov eax, 42; ret, or mov w0, #42; ret
@@ -71,8 +72,8 @@ def test_protection(target: Target, protection: str, wired: bool, shared: bool) 
         buffer.writeBytes(0, b"there")
         assert target.ask("read", buffer.getBytesNoCopy()) == "there"
         if "x" in protection:
-            buffer.writeBytes(4096, bytes.fromhex(CODE[os.uname().machine]))
-            assert target.ask("call", buffer.getBytesNoCopy(4096)) == "42"
+            buffer.writeBytes(PAGE_SIZE, bytes.fromhex(CODE[os.uname().machine]))
+            assert target.ask("call", buffer.getBytesNoCopy(PAGE_SIZE)) == "42"
         assert target.permissions(buffer.getBytesNoCopy()) == expected
         if buffer.wiring is iobmd.Wiring.PINNED and iobmd.host.pfns_visible():
             buffer.verify()
@@ -130,5 +131,5 @@ def test_memory_that_is_left_behind(target: Target, wired: bool, shared: bool) -
 
 
 def test_only_another_task_keeps_memory() -> None:
-    with iobmd.allocate(4096) as here, pytest.raises(iobmd.UnsupportedError, match="not in another task"):
+    with iobmd.allocate(PAGE_SIZE) as here, pytest.raises(iobmd.UnsupportedError, match="not in another task"):
         here.leave()

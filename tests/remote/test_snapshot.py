@@ -19,6 +19,7 @@ from support.targets import PATIENCE, Target, build, children, until
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, pagemap
+from iobmd.units import PAGE_SIZE
 
 pytestmark = pytest.mark.needs("compiler")
 WALL = 0x40000000
@@ -306,7 +307,7 @@ def test_what_a_snapshot_is_not_for(source: Source) -> None:
     with iobmd.snapshot(source.pid) as snapshot:
         for refused in (
             lambda: snapshot.write(source.own, b"x"),
-            lambda: iobmd.allocate(4096, task=snapshot, wired=False),
+            lambda: iobmd.allocate(PAGE_SIZE, task=snapshot, wired=False),
             lambda: iobmd.snapshot(snapshot),
         ):
             with pytest.raises(IOReturnError) as caught:

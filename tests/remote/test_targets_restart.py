@@ -24,6 +24,7 @@ from support.targets import (
 )
 
 import iobmd
+from iobmd.units import PAGE_SIZE
 
 pytestmark = [pytest.mark.needs("compiler"), pytest.mark.usefixtures("may_trace")]
 
@@ -58,7 +59,7 @@ _FOREVER = {
     "sigwaitinfo": 1,
     "wait4": 7,
     "waitid": 7,
-    "write": 4096,
+    "write": PAGE_SIZE,
 }
 _INTERRUPTED = ("epoll_pwait_signal", "pause", "ppoll_signal", "sigsuspend")
 _EXPIRING = (

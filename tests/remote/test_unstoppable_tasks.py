@@ -18,6 +18,7 @@ from support.threads import running
 
 import iobmd
 from iobmd import IOReturn, IOReturnError
+from iobmd.units import PAGE_SIZE
 
 PTRACE_SEIZE, PTRACE_DETACH, PTRACE_INTERRUPT = 0x4206, 17, 0x4207
 PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, WALL = 0x4211, 0x40000000
@@ -25,14 +26,14 @@ PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, WALL = 0x4211, 0x40000000
 
 def refusal(pid: int, match: str) -> IOReturn:
     with pytest.raises(IOReturnError, match=match) as caught:
-        iobmd.allocate(4096, task=pid, wired=False)
+        iobmd.allocate(PAGE_SIZE, task=pid, wired=False)
     return caught.value.code
 
 
 def refused(pid: int) -> tuple[IOReturn, str]:
     """Check a refusal in a child, which cannot use pytest.raises."""
     try:
-        iobmd.allocate(4096, task=pid, wired=False).free()
+        iobmd.allocate(PAGE_SIZE, task=pid, wired=False).free()
     except IOReturnError as error:
         return error.code, str(error)
     raise AssertionError("it is not refused")
@@ -65,7 +66,7 @@ def test_traced_by_another() -> None:
             )
             # Another user of iobmd is such a tracer too, but only briefly, so that iobmd waits for it.
             threading.Timer(0.3, debugger.stdin.close).start()  # type: ignore[union-attr]
-            iobmd.allocate(4096, task=target.pid, wired=False).free()
+            iobmd.allocate(PAGE_SIZE, task=target.pid, wired=False).free()
 
 
 def test_kernel_thread() -> None:
@@ -84,7 +85,7 @@ def test_zombie_and_gone() -> None:
         task = iobmd.Task(other.pid)
     target.wait()
     with pytest.raises(IOReturnError) as caught:
-        iobmd.allocate(4096, task=task)
+        iobmd.allocate(PAGE_SIZE, task=task)
     assert caught.value.code == IOReturn.kIOReturnNotFound
 
 
@@ -113,7 +114,7 @@ def test_seccomp_without_the_right_to_suspend_it() -> None:
         code, message = in_child(lambda: refused(target.pid), deny={"userfaultfd": errno.EPERM})
         assert code == IOReturn.kIOReturnNotPermitted
         assert "itself" in message
-        with iobmd.allocate(4096, task=target.pid, wired=False) as buffer:
+        with iobmd.allocate(PAGE_SIZE, task=target.pid, wired=False) as buffer:
             buffer.writeBytes(0, b"suspended temporarily")
         target.stdout.close()
 
@@ -121,9 +122,9 @@ def test_seccomp_without_the_right_to_suspend_it() -> None:
 def test_this_process_itself() -> None:
     """This process makes its own system calls: buffers in it need no ptrace, however it is specified."""
     for itself in (os.getpid(), iobmd.kernel_task, iobmd.Task(os.getpid())):
-        with iobmd.allocate(4096, task=itself, wired=False, shared=True) as buffer:
+        with iobmd.allocate(PAGE_SIZE, task=itself, wired=False, shared=True) as buffer:
             assert buffer.task_stopped_ns == 0
-            assert len(memoryview(buffer)) == 4096
+            assert len(memoryview(buffer)) == PAGE_SIZE
 
 
 def test_no_pidfd() -> None:
@@ -194,7 +195,7 @@ def test_a_thread_that_does_not_stop(tmp_path: Path) -> None:
         target.stdin.write(b"\n")
         target.stdin.close()
         assert target.stdout.readline() == b"on\n"
-        iobmd.allocate(4096, task=target.pid, wired=False).free()
+        iobmd.allocate(PAGE_SIZE, task=target.pid, wired=False).free()
         target.stdout.close()
 
 
@@ -252,7 +253,7 @@ def test_an_interrupt_leaves_nothing_there() -> None:
             buffer, armed = None, True
             try:
                 libc.ualarm(1 + number * 7 % 1500, 0)
-                buffer = iobmd.allocate(4096, task=target.pid, wired=False)
+                buffer = iobmd.allocate(PAGE_SIZE, task=target.pid, wired=False)
                 armed = False
             except Interrupt:
                 armed = False

@@ -22,6 +22,7 @@ from support.fuse import FILE_SYSTEM
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, sharing
+from iobmd.units import PAGE_SIZE
 
 MIB = 1 << 20
 HUGE = 2 << 20
@@ -134,7 +135,7 @@ def socket_whose_close_waits(stack: contextlib.ExitStack) -> socket.socket:
     listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
     sender = socket.create_connection(listener.getsockname())
     receiver = stack.enter_context(listener.accept()[0])
-    receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, PAGE_SIZE)
     sender.setblocking(False)
     with contextlib.suppress(BlockingIOError):
         while True:
@@ -169,11 +170,11 @@ def mappings() -> int:
     return len(Path("/proc/self/maps").read_text().splitlines())
 
 
-@pytest.mark.parametrize("alignment", [0, 1, 3, 2048, 12288, 1 << 47, 1 << 61, -4096, True, 4096.0, "4096"])
+@pytest.mark.parametrize("alignment", [0, 1, 3, 2048, 12288, 1 << 47, 1 << 61, -PAGE_SIZE, True, 4096.0, "4096"])
 def test_impossible_alignments(alignment: object) -> None:
     """An alignment of 0 once made the whole address space the excess of the mapping, which was unmapped."""
     before = mappings()
-    two = message([[4096, 4096], [0, 4096]], 8192, alignment)
+    two = message([[PAGE_SIZE, PAGE_SIZE], [0, PAGE_SIZE]], 8192, alignment)
     assert attached(hostile(two, partial(memory, 8192))) == IOReturn.kIOReturnBadArgument
     assert abs(mappings() - before) < 10
 
@@ -181,19 +182,19 @@ def test_impossible_alignments(alignment: object) -> None:
 @pytest.mark.parametrize(
     "extents",
     [
-        [[0, 4096], [0, 4096]],
-        [[0, 8192], [4096, 4096]],
-        [[0, 0], [0, 4096]],
-        [[4096, 4096], [0, 1 << 61]],
+        [[0, PAGE_SIZE], [0, PAGE_SIZE]],
+        [[0, 8192], [PAGE_SIZE, PAGE_SIZE]],
+        [[0, 0], [0, PAGE_SIZE]],
+        [[PAGE_SIZE, PAGE_SIZE], [0, 1 << 61]],
         [[0, 1 << 61], [0, 1 << 61], [0, 1 << 61], [0, 1 << 61]],
-        [[0, 4096], [8192, 4096]],
-        [[2, 4096]],
+        [[0, PAGE_SIZE], [8192, PAGE_SIZE]],
+        [[2, PAGE_SIZE]],
     ],
     ids=["twice", "overlap", "empty", "huge", "sum overflows", "past the end", "within a page"],
 )
 def test_impossible_pieces(extents: list[list[int]]) -> None:
     before = mappings()
-    assert attached(hostile(message(extents, 4096), partial(memory, 8192))) == IOReturn.kIOReturnBadArgument
+    assert attached(hostile(message(extents, PAGE_SIZE), partial(memory, 8192))) == IOReturn.kIOReturnBadArgument
     assert abs(mappings() - before) < 10
     assert "hostile" not in Path("/proc/self/maps").read_text()
 
@@ -201,8 +202,8 @@ def test_impossible_pieces(extents: list[list[int]]) -> None:
 @pytest.mark.parametrize("count", [20_000, 65_000])
 def test_too_many_pieces(count: int) -> None:
     """Each piece is a mapping: 65,000 of them would exhaust vm.max_map_count; 20,000 fit the length of a message."""
-    extents = [[number * 4096, 4096] for number in reversed(range(count))]
-    peer = hostile(message(extents, count * 4096), lambda: memory(count * 4096))
+    extents = [[number * PAGE_SIZE, PAGE_SIZE] for number in reversed(range(count))]
+    peer = hostile(message(extents, count * PAGE_SIZE), lambda: memory(count * PAGE_SIZE))
     assert attached(peer) == IOReturn.kIOReturnBadArgument
 
 
@@ -212,8 +213,8 @@ def test_a_child_is_not_root_because_its_socket_was_made_by_root() -> None:
 
     def unsealed(peer: socket.socket) -> None:
         descriptor = os.memfd_create("hostile")
-        os.ftruncate(descriptor, 4096)
-        hostile(message([[0, 4096]], 4096), lambda: descriptor)(peer)
+        os.ftruncate(descriptor, PAGE_SIZE)
+        hostile(message([[0, PAGE_SIZE]], PAGE_SIZE), lambda: descriptor)(peer)
 
     assert attached(unsealed) == IOReturn.kIOReturnBadArgument
 
@@ -231,7 +232,7 @@ def test_hugetlb_memory_of_another_user(hugetlb_pool: int) -> None:
 
 def test_what_is_sealed_is_accepted_from_anybody() -> None:
     """The control of the tests above."""
-    assert attached(hostile(message([[4096, 4096], [0, 4096]], 8192), partial(memory, 8192))) is None
+    assert attached(hostile(message([[PAGE_SIZE, PAGE_SIZE], [0, PAGE_SIZE]], 8192), partial(memory, 8192))) is None
 
     def share(peer: socket.socket) -> None:
         with iobmd.allocate(3 * MIB, shared=True, wired=False) as buffer:
@@ -243,7 +244,10 @@ def test_what_is_sealed_is_accepted_from_anybody() -> None:
 def test_no_descriptor_is_left() -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(3):
-        attached(hostile(message([[0, 4096], [0, 4096]], 4096), partial(memory, 8192)), user=os.geteuid() or NOBODY)
+        attached(
+            hostile(message([[0, PAGE_SIZE], [0, PAGE_SIZE]], PAGE_SIZE), partial(memory, 8192)),
+            user=os.geteuid() or NOBODY,
+        )
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 

@@ -257,7 +257,7 @@ def test_a_recipient_gets_another_open_file_description() -> None:
     here, there = socket.socketpair()
     with here, there, iobmd.allocate(PAGE, shared=True, wired=False, purgeable=True) as buffer:
         iobmd.share(buffer, here).close()
-        _data, fds, _flags, _address = socket.recv_fds(there, 4096, 1)
+        _data, fds, _flags, _address = socket.recv_fds(there, PAGE, 1)
         require_separate(buffer, fds[0])
 
 

@@ -8,16 +8,17 @@ import pytest
 
 import iobmd
 from iobmd import IOBufferMemoryDescriptor, IODMACommand, IOMemoryDescriptor, IOReturnError, IOSubMemoryDescriptor
+from iobmd.units import PAGE_SIZE
 
 TOP = 1 << 63
 SIZES = [
     0,
     -1,
     (1 << 62) + 1,
-    TOP - 4096,
+    TOP - PAGE_SIZE,
     TOP - 1,
     TOP,
-    2 * TOP - 4096,
+    2 * TOP - PAGE_SIZE,
     2 * TOP - 1,
     2 * TOP,
     1 << 70,
@@ -51,13 +52,13 @@ def test_sizes_of_new_memory(size: int) -> None:
     Buffer, task = IOBufferMemoryDescriptor, iobmd.kernel_task  # noqa: N806 (a class)
     for wired in (False, True):
         refused_or_done(iobmd.allocate, size, wired=wired)
-        refused_or_done(iobmd.allocate, 4096, alignment=size, wired=wired)
+        refused_or_done(iobmd.allocate, PAGE_SIZE, alignment=size, wired=wired)
     for where, purgeable in itertools.product((task, None), (False, True)):
         refused_or_done(iobmd.allocate, size, wired=False, shared=True, purgeable=purgeable, task=where)
     refused_or_done(Buffer.withCapacity, size, 3)
-    refused_or_done(Buffer.withOptions, 3, 4096, size)
+    refused_or_done(Buffer.withOptions, 3, PAGE_SIZE, size)
     refused_or_done(Buffer.inTaskWithGuardPages, task, 3, size)
-    refused_or_done(Buffer.inTaskWithPhysicalMask, task, 3, 4096, min(size, 0))
+    refused_or_done(Buffer.inTaskWithPhysicalMask, task, 3, PAGE_SIZE, min(size, 0))
 
 
 @pytest.mark.parametrize("offset", OFFSETS, ids=hex)

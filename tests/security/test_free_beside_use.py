@@ -21,6 +21,7 @@ from iobmd.device import vfio as device_vfio
 from iobmd.iommu import vfio
 from iobmd.memory import shmem
 from iobmd.purgeable.monitor import Watch
+from iobmd.units import PAGE_SIZE
 
 SIZE = 8192
 MARK = b"WRITTEN BY writeBytes"
@@ -221,7 +222,7 @@ METHODS: list[Callable[[Any], object]] = [
     lambda memory: bytes(memoryview(memory)),
     lambda memory: memory.verify(),
     lambda memory: iobmd.share(memory).close(),
-    lambda memory: iobmd.IOSubMemoryDescriptor.withSubRange(memory, 0, 4096, 3).readBytes(0, 4096),
+    lambda memory: iobmd.IOSubMemoryDescriptor.withSubRange(memory, 0, PAGE_SIZE, 3).readBytes(0, PAGE_SIZE),
     repr,
     len,
 ]
@@ -289,9 +290,9 @@ def test_a_device_that_is_closed_beside_a_call(tmp_path: Path, monkeypatch: pyte
         return 0
 
     monkeypatch.setattr(device_vfio.fcntl, "ioctl", before(ioctl, other_thread))
-    container.unmap(0x1000, 4096)
+    container.unmap(0x1000, PAGE_SIZE)
     other_thread.close()
     assert reached == ["/memfd:container (deleted)"]
     with pytest.raises(IOReturnError) as caught:
-        container.map(0x1000, 0x1000, 4096, vfio.READ)
+        container.map(0x1000, 0x1000, PAGE_SIZE, vfio.READ)
     assert caught.value.code == IOReturn.kIOReturnNotOpen

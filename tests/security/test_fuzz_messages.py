@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import mmap
 import os
 import socket
 import struct
@@ -21,7 +22,7 @@ from iobmd import IOReturnError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-PAGE = 4096
+PAGE = mmap.PAGESIZE
 PAGEABLE, PURGEABLE, SHARED = 0x20, 0x40, 0x10000
 F_ADD_SEALS, SEAL_SHRINK_AND_GROW = 1033, 6
 SCM_CREDENTIALS = 2

@@ -6,6 +6,7 @@ detected by the address sanitizer (`make test-asan`).
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from iobmd._native import pagemap
 if TYPE_CHECKING:
     from pathlib import Path
 
-PAGE = 4096
+PAGE = mmap.PAGESIZE
 PRESENT, SWAPPED, FILE, GUARD, EXCLUSIVE, DIRTY = 1 << 63, 1 << 62, 1 << 61, 1 << 58, 1 << 56, 1 << 55
 PFN = DIRTY - 1
 HEAD, TAIL, THP = 1 << 15, 1 << 16, 1 << 22
@@ -164,7 +165,7 @@ addresses = st.integers(0, 5000) | numbers().filter(lambda number: 0 <= number <
 @fuzzed(
     50,
     table=flags,
-    frame=addresses.map(lambda address: address >> 12) | st.integers(0, 5000),
+    frame=addresses.map(lambda address: address // PAGE) | st.integers(0, 5000),
     many=st.integers(0, 5000),
     spans=st.lists(st.tuples(addresses, st.integers(0, 1 << 24)), max_size=4),
 )

@@ -19,6 +19,7 @@ from iobmd._native import maps as native
 from iobmd._native.tracer import CALLS_ENDED_BY_A_STOP, INSTRUCTION, INSTRUCTION_ALIGNMENT
 from iobmd.host import access, cgroup, fact, pages
 from iobmd.remote import epoll_sleep, syscall_instruction, threads
+from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,8 +57,8 @@ vmas = st.tuples(
 def maps_line(vma: tuple[int, int, bytes, bytes]) -> bytes:
     start, size, perms, name = vma
     return b"%x-%x %b 00001000 fd:01 7%b" % (
-        start << 12,
-        start + size << 12,
+        start * PAGE_SIZE,
+        (start + size) * PAGE_SIZE,
         perms,
         b"  " + escaped(name) if name else b"",
     )
@@ -67,7 +68,7 @@ def as_vma(vma: tuple[int, int, bytes, bytes]) -> procfs.VMA:
     """Undo the escapes; the kernel does not escape backslashes, so that similar text is read as an escape."""
     start, size, perms, name = vma
     text = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), decoded(escaped(name)))
-    return procfs.VMA(start << 12, start + size << 12, perms.decode(), 0x1000, 7, text, "fd:01")
+    return procfs.VMA(start * PAGE_SIZE, (start + size) * PAGE_SIZE, perms.decode(), 0x1000, 7, text, "fd:01")
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ def test_smaps(proc: Path, found: list[Details]) -> None:
 
 @fuzzed(60, text=st.binary(max_size=120) | mutated(st.lists(details.map(smaps_entry), max_size=3).map(b"".join)))
 def test_any_bytes(text: bytes) -> None:
-    for parse in (native.parse, native.parse_details, lambda text: native.parse(text, 4096, 1 << 40)):
+    for parse in (native.parse, native.parse_details, lambda text: native.parse(text, PAGE_SIZE, 1 << 40)):
         try:
             found = parse(text)
         except ValueError:

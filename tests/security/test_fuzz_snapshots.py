@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import json
+import mmap
 import tracemalloc
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from iobmd.task.task import ADDRESS_END
 if TYPE_CHECKING:
     from pathlib import Path
 
-PAGE = 4096
+PAGE = mmap.PAGESIZE
 END = '{"end": true}'
 HEADER = Header(1, 42, "program", 1.5, "6.18", PAGE, True, 0, 1 << 47)
 WINDOW = 4 << 20

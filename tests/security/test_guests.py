@@ -19,6 +19,7 @@ import iobmd
 from iobmd import IOMemoryDescriptor, IOReturn, IOReturnError, procfs
 from iobmd.remote.fd_passing import Channel
 from iobmd.remote.guest import Guest
+from iobmd.units import PAGE_SIZE
 
 pytestmark = [pytest.mark.needs("root"), pytest.mark.usefixtures("may_trace")]
 SIZE = 64 << 10
@@ -53,7 +54,7 @@ def allocate(pid: int) -> None:
 
 def prepare(pid: int) -> None:
     stack = next(area for area in procfs.maps(pid) if area.name == "[stack]")
-    with IOMemoryDescriptor.withAddressRange(stack.end - 4096, 4096, 3, pid) as memory:
+    with IOMemoryDescriptor.withAddressRange(stack.end - PAGE_SIZE, PAGE_SIZE, 3, pid) as memory:
         memory.prepare()
         memory.complete()
 

@@ -27,6 +27,7 @@ from iobmd.remote import shared_memory, syscall_instruction
 from iobmd.remote.guest import Call, Guest
 from iobmd.remote.session import Session
 from iobmd.task import attempt
+from iobmd.units import PAGE_SIZE
 
 pytestmark = pytest.mark.usefixtures("may_trace")
 MIB = 1 << 20
@@ -156,7 +157,7 @@ def test_memory_in_a_task_of_another_user_cannot_be_truncated(size: int) -> None
                 mapping = lambda: here.createMappingInTask(target.pid, 0, ANYWHERE)  # noqa: E731
                 assert code_of(mapping) == IOReturn.kIOReturnNotPermitted
             with here.createMappingInTask(target.pid, 0, ANYWHERE | READ_ONLY) as mapped:
-                assert Task(target.pid).read(mapped.getAddress(), 4096) == bytes(4096)
+                assert Task(target.pid).read(mapped.getAddress(), PAGE_SIZE) == bytes(PAGE_SIZE)
 
 
 def code_of_truncation(fd: int, size: int = 0) -> str:
@@ -204,7 +205,7 @@ def test_a_pin_of_other_memory_than_was_asked_for(monkeypatch: pytest.MonkeyPatc
 
         def write(self: Guest, where: int, data: bytes) -> None:
             real(self, where, data)
-            self.task.write(where, (int.from_bytes(data[:8], "little") + 4096).to_bytes(8, "little"))
+            self.task.write(where, (int.from_bytes(data[:8], "little") + PAGE_SIZE).to_bytes(8, "little"))
 
         monkeypatch.setattr(Guest, "write", write)
         with IOMemoryDescriptor.withAddressRange(address, 64 << 10, 3, target.pid) as memory:
@@ -291,7 +292,7 @@ def test_a_task_that_can_have_no_more_processes() -> None:
         with Target(["sh", "-c", "echo ready; exec sleep 1000"]) as target:
             resource.prlimit(target.pid, resource.RLIMIT_NPROC, (0, 0))
             try:
-                iobmd.allocate(4096, task=target.pid, wired=False).free()
+                iobmd.allocate(PAGE_SIZE, task=target.pid, wired=False).free()
             except IOReturnError as error:
                 return error.code, str(error)
         raise AssertionError("it is not refused")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from iobmd import procfs
+from iobmd.units import PAGE_SIZE
 
 
 def bytes_read() -> int:
@@ -17,7 +18,7 @@ def test_no_more_locks_are_read_than_a_few_thousand(tmp_path: Path, monkeypatch:
     """With more locks, a file counts as leased and is not opened: listing all locks takes quadratic time."""
     area = next(area for area in procfs.maps() if area.inode and area.name.startswith("/"))
     assert not procfs.is_leased(area)
-    most = 4096
+    most = PAGE_SIZE
     with (tmp_path / "locked").open("wb") as file:
         for place in range(0, 2 * 4 * most // 40, 2):  # a line has at least 40 bytes, and half of the lines are read
             fcntl.lockf(file, fcntl.LOCK_EX, 1, place)

@@ -24,6 +24,7 @@ from iobmd.errors import NotPermittedError
 from iobmd.host import cgroup
 from iobmd.remote import freezer
 from iobmd.task import extents, obstacles
+from iobmd.units import PAGE_SIZE
 
 ESCAPE = "\x1b[2J"
 LINE_ENDS = "\v\x1c\x85\u2028\r"
@@ -106,9 +107,9 @@ def test_mounts_whose_names_have_ends_of_lines(tmp_path: Path) -> None:
         text = Path(f"/proc/{target.pid}/mountinfo").read_bytes()
         assert b"first\rsecond\xff" in text, "the control"
         assert len(list(procfs.mounts(target.pid))) == text.count(b"\n")
-        found = obstacles.find(target.pid, address, address + 4096, pin=True)
+        found = obstacles.find(target.pid, address, address + PAGE_SIZE, pin=True)
         assert found is None or "shared mapping of a file" in found.why  # the directory may be in memory
-        with iobmd.copy(target.pid, address, 4096, freeze=True, wired=False) as copied:
+        with iobmd.copy(target.pid, address, PAGE_SIZE, freeze=True, wired=False) as copied:
             assert copied.readBytes(0, 1) == b"\7"
         area = next(procfs.areas(target.pid, address, address + 1))
         assert extents.Files(target.pid, 1.0, may_wait=False).find(area)
@@ -130,7 +131,7 @@ def test_a_tracer_whose_name_is_no_text() -> None:
         assert tracer.stdout is not None
         assert tracer.stdout.readline() == "0\n"
         with pytest.raises(NotPermittedError, match=f"traced by process {tracer.pid} ") as caught:
-            iobmd.allocate(4096, task=task.pid, wired=False)
+            iobmd.allocate(PAGE_SIZE, task=task.pid, wired=False)
         assert str(caught.value).isprintable()
 
 
@@ -173,7 +174,7 @@ def named(tmp_path: Path) -> Iterator[tuple[int, int]]:
 
 CALLS: dict[str, Callable[[int, int], object]] = {
     "read": lambda pid, at: iobmd.Task(pid).read(at, 8192),
-    "write": lambda pid, at: iobmd.Task(pid).write(at + 4096, b"x"),
+    "write": lambda pid, at: iobmd.Task(pid).write(at + PAGE_SIZE, b"x"),
     "copy": lambda pid, at: iobmd.copy(pid, at, 8192, wired=False),
     "prepare": lambda pid, at: iobmd.IOMemoryDescriptor.withAddressRange(at, 8192, 3, pid).prepare(),
 }

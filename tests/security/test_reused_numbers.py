@@ -21,6 +21,7 @@ from iobmd import IOMemoryDescriptor, IOReturn, IOReturnError, Task, procfs
 from iobmd.remote import areas, task_snapshot, threads
 from iobmd.remote.snapshot_child import SnapshotChild
 from iobmd.task.job import Transfer
+from iobmd.units import PAGE_SIZE
 
 WALL = 0x40000000
 REAPER = """
@@ -101,7 +102,7 @@ def memory_of(task: Task, address: int) -> IOMemoryDescriptor:
     everything = procfs.VMA(0, procfs.USER_END, "rw-p", 0, 0, "")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(areas, "overlapping", lambda *_arguments: [everything])
-        return IOMemoryDescriptor.withAddressRange(address, 4096, 3, task)
+        return IOMemoryDescriptor.withAddressRange(address, PAGE_SIZE, 3, task)
 
 
 @pytest.mark.needs("root")
@@ -137,7 +138,7 @@ def test_bytes_for_a_thread_that_is_gone_reach_nobody() -> None:
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     with forked(signal.pause) as number, forked(signal.pause) as unrelated:
         task = Task(number)
-        job = Transfer(number, task.pidfd, address, address, 4096, write=True)
+        job = Transfer(number, task.pidfd, address, address, PAGE_SIZE, write=True)
         memory[:4] = b"ours"
         assert task._moved_of_thread(job, unrelated).error == errno.ESRCH
         assert Task(unrelated).read(address, 4) == b"mine"

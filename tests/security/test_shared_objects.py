@@ -42,7 +42,7 @@ def given(buffer: iobmd.IOBufferMemoryDescriptor) -> Iterator[int]:
     here, there = socket.socketpair()
     with here, there:
         iobmd.share(buffer, here).close()
-        _data, fds, _flags, _address = socket.recv_fds(there, 4096, 1)
+        _data, fds, _flags, _address = socket.recv_fds(there, PAGE, 1)
         yield fds[0]
         os.close(fds[0])
 

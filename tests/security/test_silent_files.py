@@ -21,6 +21,7 @@ from iobmd.errors import BadArgumentError, TaskTimeoutError, VMError
 from iobmd.pagemap import file, frame
 from iobmd.remote import areas, session
 from iobmd.task import identity, job, obstacles
+from iobmd.units import PAGE_SIZE
 
 MIB = 1 << 20
 PATIENCE = 20  # seconds
@@ -122,10 +123,10 @@ def test_an_explanation_asks_no_server(target: SilentTarget) -> None:
 def test_a_path_that_leads_to_the_server_is_given_up(target: SilentTarget, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without permission to use map_files, the path is looked up, which calls the server of its directory."""
     area = next(procfs.areas(target.pid, target.at, target.at + 1))
-    other = area._replace(start=area.start + 4096)  # map_files has no such entry
+    other = area._replace(start=area.start + PAGE_SIZE)  # map_files has no such entry
     begin = time.monotonic()
     monkeypatch.setattr(procfs, "areas", lambda *_args: iter([other]))
-    assert within_patience(lambda: obstacles.find(target.pid, other.start, other.start + 4096)) is None
+    assert within_patience(lambda: obstacles.find(target.pid, other.start, other.start + PAGE_SIZE)) is None
     assert time.monotonic() - begin < PATIENCE
 
 
@@ -168,13 +169,13 @@ COMMANDS: dict[str, Callable[[iobmd.Task, int], object]] = {
     "read": lambda task, at: task.read(at, 16, timeout=SHORT),
     "read of much": lambda task, at: task.read(at - MIB, MIB, timeout=SHORT),
     "write": lambda task, at: task.write(at, b"changed", timeout=SHORT),
-    "copy": lambda task, at: iobmd.copy(task, at, 4096, timeout=SHORT, wired=False),
+    "copy": lambda task, at: iobmd.copy(task, at, PAGE_SIZE, timeout=SHORT, wired=False),
     "copy without a limit": lambda task, at: iobmd.copy(task, at - MIB, MIB, wired=False),
     "copy of readable bytes": lambda task, at: iobmd.copy(task, at - MIB, MIB, timeout=SHORT, unreadable="zero"),
-    "frozen copy": lambda task, at: iobmd.copy(task, at, 4096, timeout=SHORT, freeze=True, wired=False),
-    "allocate": lambda task, _at: iobmd.allocate(4096, task=task, wired=False),
-    "prepare": lambda task, at: iobmd.IOMemoryDescriptor.withAddressRange(at, 4096, 3, task).prepare(),
-    "pages": lambda task, at: list(pagemap.pages(task, at, 4096)),
+    "frozen copy": lambda task, at: iobmd.copy(task, at, PAGE_SIZE, timeout=SHORT, freeze=True, wired=False),
+    "allocate": lambda task, _at: iobmd.allocate(PAGE_SIZE, task=task, wired=False),
+    "prepare": lambda task, at: iobmd.IOMemoryDescriptor.withAddressRange(at, PAGE_SIZE, 3, task).prepare(),
+    "pages": lambda task, at: list(pagemap.pages(task, at, PAGE_SIZE)),
     "areas": lambda task, _at: list(pagemap.areas(task, details=True)),
 }
 
@@ -186,8 +187,8 @@ def test_no_call_waits_for_long_while_a_task_holds_the_lock_of_its_memory(
 ) -> None:
     """What was begun has no effect afterwards: nothing is written, and no child process is left."""
     task = iobmd.Task(target.pid)
-    place = next(area for area in procfs.maps(target.pid) if area.name == "[stack]").end - 4096
-    before = task.read(place, 4096)
+    place = next(area for area in procfs.maps(target.pid) if area.name == "[stack]").end - PAGE_SIZE
+    before = task.read(place, PAGE_SIZE)
     for module, name in (session, "PATIENCE"), (job, "TIMEOUT"), (file, "TIMEOUT"), (areas, "TIMEOUT"):
         monkeypatch.setattr(module, name, SHORT)
     target.hold_its_maps()
@@ -201,7 +202,7 @@ def test_no_call_waits_for_long_while_a_task_holds_the_lock_of_its_memory(
     end = time.monotonic() + PATIENCE
     while is_held(target.pid):
         assert time.monotonic() < end
-    assert task.read(place, 4096, timeout=PATIENCE) == before
+    assert task.read(place, PAGE_SIZE, timeout=PATIENCE) == before
 
 
 @pytest.mark.needs("root")
@@ -211,7 +212,7 @@ def test_no_call_waits_for_long_while_a_task_executes_a_program(
 ) -> None:
     """Another lock is held then, for which also /proc/PID/stat, and each open of these files, waits."""
     task = iobmd.Task(target.pid)
-    place = next(area for area in procfs.maps(target.pid) if area.name == "[stack]").end - 4096
+    place = next(area for area in procfs.maps(target.pid) if area.name == "[stack]").end - PAGE_SIZE
     for module, name in (session, "PATIENCE"), (job, "TIMEOUT"), (file, "TIMEOUT"), (areas, "TIMEOUT"):
         monkeypatch.setattr(module, name, SHORT)
     monkeypatch.setattr(identity, "_PATIENCE", SHORT)
@@ -266,12 +267,12 @@ def test_one_task_does_not_stall_the_search_of_all(target: SilentTarget, monkeyp
     monkeypatch.setattr(frame, "_PATIENCE", 1.0)
     monkeypatch.setattr(pidns, "pids", lambda: [target.pid, os.getpid()])  # other processes take more time
     target.hold_its_maps()
-    with iobmd.allocate(4096) as buffer:
+    with iobmd.allocate(PAGE_SIZE) as buffer:
         physical = buffer.getPhysicalAddress()
         refused: dict[int, IOReturn] = {}
 
         def search() -> list[int]:
-            found = frame.users(physical, 4096, refused=lambda pid, error: refused.update({pid: error.code}))
+            found = frame.users(physical, PAGE_SIZE, refused=lambda pid, error: refused.update({pid: error.code}))
             return [use.pid for use in found]
 
         assert within_patience(search) == [os.getpid()]

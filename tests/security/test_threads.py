@@ -34,7 +34,7 @@ from iobmd.memory import shmem
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-PAGE, MIB = 4096, 1 << 20
+PAGE, MIB = mmap.PAGESIZE, 1 << 20
 THREADS = 4
 
 
@@ -316,7 +316,7 @@ def test_census(tmp_path: Path) -> None:
     opened = os.open(path, os.O_RDONLY)
 
     def count() -> tuple[object, ...]:
-        census = pagemap.Census(opened, 512, 64, 4096)
+        census = pagemap.Census(opened, 512, 64, PAGE)
         census.begin(0, 0)
         census.read(len(words))
         census.finish()

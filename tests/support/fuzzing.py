@@ -11,6 +11,7 @@ from typing import Any
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
+from iobmd.units import PAGE_SIZE
 from support import requirements
 from support.kernel import Footprint
 
@@ -75,8 +76,22 @@ def fuzzed(
 
 def numbers(*bases: int) -> st.SearchStrategy[int]:
     """Return numbers at and around limits: of types, of pages, and of `bases`."""
-    limits = [0, 1, 4096, 2 << 20, 1 << 31, 1 << 32, 1 << 47, 1 << 61, 1 << 62, 1 << 63, 1 << 64, 1 << 200, *bases]
-    near = st.tuples(st.sampled_from(limits), st.sampled_from([0, 0, -1, 1, -4096, 4096])).map(sum)
+    limits = [
+        0,
+        1,
+        PAGE_SIZE,
+        2 << 20,
+        1 << 31,
+        1 << 32,
+        1 << 47,
+        1 << 61,
+        1 << 62,
+        1 << 63,
+        1 << 64,
+        1 << 200,
+        *bases,
+    ]
+    near = st.tuples(st.sampled_from(limits), st.sampled_from([0, 0, -1, 1, -PAGE_SIZE, PAGE_SIZE])).map(sum)
     return near | near.map(lambda number: -number) | st.integers()
 
 

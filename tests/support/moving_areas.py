@@ -10,12 +10,12 @@ import sys
 from typing import Self
 
 _PROGRAM = """
-import ctypes, sys
+import ctypes, mmap, sys
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
 libc.mmap.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long
 libc.mremap.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p
-PAGE, AREAS = 4096, int(sys.argv[1])
+PAGE, AREAS = mmap.PAGESIZE, int(sys.argv[1])
 lowest = top = 1 << 40  # below libraries and stacks, and above the heap
 for _ in range(AREAS):  # with a gap after each, because the kernel would merge them
     assert libc.mmap(top, PAGE, 3, 0x100022, -1, 0) == top  # private, anonymous, at this place

@@ -27,6 +27,7 @@ from iobmd import (
     Task,
     Wiring,
 )
+from iobmd.units import PAGE_SIZE
 
 
 class OwnBuffer(IOBufferMemoryDescriptor):
@@ -35,7 +36,7 @@ class OwnBuffer(IOBufferMemoryDescriptor):
 
 def buffers() -> None:
     """Allocate, transfer and describe."""
-    with iobmd.allocate(4096, cache="default", direction="out") as buf:
+    with iobmd.allocate(PAGE_SIZE, cache="default", direction="out") as buf:
         assert_type(buf, IOBufferMemoryDescriptor)
         assert_type(buf.readBytes(0, 5), bytes)
         assert_type(buf.writeBytes(0, b"hello"), int)
@@ -73,7 +74,7 @@ def family() -> None:
             assert_type(handle, iobmd.Handle)
             with iobmd.attach(handle) as attached:
                 assert_type(attached, IOBufferMemoryDescriptor)
-    with iobmd.allocate(4096, wired=False, purgeable=True) as purgeable:
+    with iobmd.allocate(PAGE_SIZE, wired=False, purgeable=True) as purgeable:
         assert_type(purgeable.setPurgeable(IOPurgeable.kIOMemoryPurgeableVolatile), IOPurgeable)
         with purgeable.nonvolatile() as intact:
             assert_type(intact, bool)
@@ -109,7 +110,7 @@ def tasks() -> None:
     with iobmd.policy(time_budget=1.5, memory_budget=1 << 20):
         pass
     try:
-        iobmd.allocate(4096, alignment=3)
+        iobmd.allocate(PAGE_SIZE, alignment=3)
     except iobmd.BadArgumentError as error:
         assert_type(error.code, IOReturn)
         assert_type(error.address, int | None)
@@ -119,9 +120,9 @@ def tasks() -> None:
 if TYPE_CHECKING:
     iobmd.allocate(4096.5)  # type: ignore[arg-type]
     iobmd.allocate("4k")  # type: ignore[arg-type]
-    iobmd.allocate(4096, cache="writeback")  # type: ignore[arg-type]
-    iobmd.allocate(4096, direction="outin")  # type: ignore[arg-type]
-    iobmd.allocate(4096, task="init")  # type: ignore[arg-type]
+    iobmd.allocate(PAGE_SIZE, cache="writeback")  # type: ignore[arg-type]
+    iobmd.allocate(PAGE_SIZE, direction="outin")  # type: ignore[arg-type]
+    iobmd.allocate(PAGE_SIZE, task="init")  # type: ignore[arg-type]
     iobmd.copy(1, 0, 1, wird=False)  # type: ignore[call-arg]
     iobmd.copy(1, 0, 1, unreadable="skip")  # type: ignore[arg-type]
     Task("init")  # type: ignore[arg-type]

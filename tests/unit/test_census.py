@@ -14,6 +14,7 @@ from iobmd._native.pagemap import KINDS, WINDOW_STATES, Census
 from iobmd.host import zoneinfo
 from iobmd.pagemap import census as module
 from iobmd.pagemap import frame
+from iobmd.units import PAGE_SIZE
 
 BLOCK = 16
 HEAD, TAIL, THP = 1 << 15, 1 << 16, 1 << 22
@@ -192,8 +193,8 @@ def test_the_end_of_flags(flagged: int, tmp_path: Path, monkeypatch: pytest.Monk
     opened = os.open(tmp_path / "flags", os.O_RDONLY)
     monkeypatch.setattr("iobmd.pagemap.frame.os.open", lambda _path, _flags: os.dup(opened))
     with frame.Frames() as frames:
-        assert frames.end_of_flags(0, 100_000 * 4096) == flagged * 4096
-        assert frames.end_of_flags(99_999 * 4096, 100_000 * 4096) == max(flagged, 99_999) * 4096
+        assert frames.end_of_flags(0, 100_000 * PAGE_SIZE) == flagged * PAGE_SIZE
+        assert frames.end_of_flags(99_999 * PAGE_SIZE, 100_000 * PAGE_SIZE) == max(flagged, 99_999) * PAGE_SIZE
     os.close(opened)
 
 
@@ -203,7 +204,7 @@ def test_memory_without_flags_is_uninitialized_if_memfree_counts_it(
 ) -> None:
     """The allocator has received half of a zone of 64 MiB: without flags, the rest may be a driver's as well."""
     half = 32 << 20
-    made(tmp_path / "flags", [WORDS["free"]] * (half // 4096) + [0] * (half // 4096))
+    made(tmp_path / "flags", [WORDS["free"]] * (half // PAGE_SIZE) + [0] * (half // PAGE_SIZE))
     opened = os.open(tmp_path / "flags", os.O_RDONLY)
     monkeypatch.setattr("iobmd.pagemap.frame.os.open", lambda _path, _flags: os.dup(opened))
     zone = zoneinfo.Zone(0, "Normal", 0, 2 * half, 2 * half, half, half, 0, 0, {})
@@ -228,7 +229,11 @@ def test_empty_blocks_and_cells_are_refused(arguments: tuple[int, int, int]) -> 
 
 def test_a_map_has_at_most_the_requested_rows() -> None:
     gib = 1 << 30
-    for ram in ([(4096, 640 << 10), (1 << 20, 3 * gib), (4 * gib, 25 * gib)], [(0, 64 << 20)], [(4 * gib, 1 << 42)]):
+    for ram in (
+        [(PAGE_SIZE, 640 << 10), (1 << 20, 3 * gib), (4 * gib, 25 * gib)],
+        [(0, 64 << 20)],
+        [(4 * gib, 1 << 42)],
+    ):
         for rows in (1, 8, 24):
             for cells in (8, 56, 280):
                 layout = module._Map(ram, rows, cells)

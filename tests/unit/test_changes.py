@@ -1,6 +1,7 @@
 """Changes between two invented snapshots, compared with a comparison page by page."""
 
 import json
+import mmap
 import tempfile
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from iobmd import pagemap
 from iobmd.pagemap import Kind
 
-PAGE = 4096
+PAGE = mmap.PAGESIZE
 PRESENT, SWAPPED, FILE, HUGE = 1, 2, 4, 64
 STEP = 16
 """Pages after which a line ends, as between the steps of a walk; spans may extend beyond."""

@@ -1,5 +1,6 @@
 """The grid of pictures: whatever the input, nothing is lost, nothing is counted twice, and it remains small."""
 
+import mmap
 from collections import Counter
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from iobmd.tools.pagemap.grid import Grid
 
-PAGE = 4096
+PAGE = mmap.PAGESIZE
 STATES = ("huge", "present", "swapped")
 
 
@@ -25,7 +26,7 @@ def spans(draw: st.DrawFn) -> list[Pages]:
     address = draw(st.integers(0, 1 << 34))
     for _ in range(draw(st.integers(0, 30))):
         address += draw(st.sampled_from([0, 0, 1, 7, 512, 1 << 20, 1 << 33]))
-        length = draw(st.sampled_from([1, 2, 5, 511, 512, 4096, 1 << 15]))
+        length = draw(st.sampled_from([1, 2, 5, 511, 512, PAGE, 1 << 15]))
         physical = draw(st.none() | st.integers(0, 1 << 24))
         state = draw(st.sampled_from(STATES))
         found.append(Pages(address * PAGE, None if physical is None else physical * PAGE, length * PAGE, state))

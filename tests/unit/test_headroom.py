@@ -13,6 +13,7 @@ from support.child import in_child
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError
 from iobmd.host import cgroup, headroom
+from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -251,7 +252,7 @@ def test_small_requests_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(headroom, "_recent", headroom._Recent())
     monkeypatch.setattr(headroom, "_VALID", -1)
     for _ in range(1024):
-        headroom.require(4096, swappable=True)
+        headroom.require(PAGE_SIZE, swappable=True)
     assert len(looks) == 8, "512 KiB of pages, and as much overhead, in each MiB"
 
 

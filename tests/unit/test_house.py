@@ -150,3 +150,51 @@ def test_extensions_carry_no_debug_information() -> None:
     built = [*PACKAGE.glob("_native/*.so"), *TOOLS.glob("bench/*.so")]
     assert built
     assert not [path.name for path in built if b".debug_info" in path.read_bytes()]
+
+
+TESTS = Path(__file__).parents[1]
+FIGURES = {
+    "support/edu.py": "the size of a buffer of QEMU's device",
+    "support/fuse.py": "block sizes in messages of the protocol",
+    "support/inherited.py": "a number of descriptors",
+    "support/targets.py": "the size of a message",
+    "unit/test_blocks.py": "page sizes of invented hosts",
+    "unit/test_cacheline_aarch64.py": "a number of bytes",
+    "unit/test_errors.py": "an invented address",
+    "unit/test_iommu.py": "addresses of a device",
+    "unit/test_limits.py": "a number of descriptors",
+    "unit/test_units.py": "numbers and their text",
+}
+"""Tests in which 4096 is not the size of a page of this host."""
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS)))
+def test_no_test_assumes_a_page_size(path: Path) -> None:
+    """Pages are 4, 16 or 64 KiB: tests use `PAGE_SIZE` or mmap.PAGESIZE, except for sizes of messages."""
+    text = path.read_text()
+    nodes = list(ast.walk(ast.parse(text)))
+    messages = {id(size) for node in nodes if isinstance(node, ast.Call) and _receives(node) for size in node.args}
+    lines = text.splitlines()
+    found = [
+        node.lineno
+        for node in nodes
+        if (isinstance(node, ast.BinOp) and _converts_frames(node))
+        or (isinstance(node, ast.Constant) and id(node) not in messages and _is_written(node, lines))
+    ]
+    assert not found or str(path.relative_to(TESTS)) in FIGURES, f"lines {found} of {path.name} contain a page size"
+
+
+def _receives(call: ast.Call) -> bool:
+    return isinstance(call.func, ast.Attribute) and call.func.attr in {"read", "recv", "pread"}
+
+
+def _is_written(number: ast.Constant, lines: list[str]) -> bool:
+    """Return whether a number is written as the size of a small page; in hexadecimal it is a flag or an address."""
+    return type(number.value) is int and lines[number.lineno - 1].encode()[number.col_offset :].startswith(b"4096")
+
+
+def _converts_frames(shift: ast.BinOp) -> bool:
+    """Return whether a shift by 12 converts between frames and addresses; 1 << 12 is a flag."""
+    is_flag = isinstance(shift.left, ast.Constant) and shift.left.value == 1
+    is_shift = isinstance(shift.op, ast.LShift | ast.RShift) and not is_flag
+    return is_shift and isinstance(shift.right, ast.Constant) and shift.right.value == 12

@@ -158,7 +158,7 @@ def test_any_bytes_behind_an_area(text: bytes) -> None:
 
 def test_newlines_in_names(tmp_path: Path) -> None:
     file = tmp_path / "two\nlines"
-    file.write_bytes(b"x" * 4096)
+    file.write_bytes(b"x" * PAGE_SIZE)
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ):
         assert str(file) in [area.name for area in procfs.maps()]
         assert str(file) in [area.name for area, _counters in procfs.smaps()]
@@ -241,13 +241,13 @@ def test_areas_of_all_kinds(way: str, tmp_path: Path) -> None:
     file = tmp_path / "two\nlines \\ and \udcff"
     gone = tmp_path / "gone"
     for path in (file, gone):
-        path.write_bytes(b"x" * 4096)
+        path.write_bytes(b"x" * PAGE_SIZE)
     with (
         file.open("rb") as opened,
         gone.open("r+b") as deleted,
         mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ),
         mmap.mmap(deleted.fileno(), 0),
-        mmap.mmap(-1, 4096),
+        mmap.mmap(-1, PAGE_SIZE),
     ):
         gone.unlink()
         expected = [area for area in procfs.maps() if area.name and area.name != "[heap]"]

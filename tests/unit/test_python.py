@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 import iobmd
+from iobmd.units import PAGE_SIZE
 
 
 def test_methods_that_return_an_ioreturn_return_success() -> None:
     """`if ret != kIOReturnSuccess` of ported code is true only if the call failed, which raises here."""
     returned: dict[str, object] = {}
-    with iobmd.allocate(8192, wired=False, shared=True) as buffer, iobmd.allocate(4096, shared=True) as other:
+    with iobmd.allocate(8192, wired=False, shared=True) as buffer, iobmd.allocate(PAGE_SIZE, shared=True) as other:
         with buffer.map(iobmd.kIOMapUnique) as mapped:
             returned["redirect"] = mapped.redirect(buffer, 0, 0)
             returned["unmap"] = mapped.unmap()
@@ -32,7 +33,7 @@ def test_methods_that_return_an_ioreturn_return_success() -> None:
 @pytest.mark.needs("frames")
 def test_methods_of_a_dma_command_return_success() -> None:
     returned: dict[str, object] = {}
-    with iobmd.allocate(4096) as buffer, iobmd.IODMACommand.withSpecification() as command:
+    with iobmd.allocate(PAGE_SIZE) as buffer, iobmd.IODMACommand.withSpecification() as command:
         returned["setMemoryDescriptor"] = command.setMemoryDescriptor(buffer, False)
         returned["prepare"] = command.prepare()
         returned["synchronize"] = command.synchronize(iobmd.kIODirectionOut)
@@ -68,10 +69,10 @@ class Arguments:
         one, wired, address, here = self.one, self.wired, self.address, self.here
         return {
             "allocate size": iobmd.allocate,
-            "allocate alignment": lambda bad: iobmd.allocate(4096, alignment=bad),
-            "allocate physical_mask": lambda bad: iobmd.allocate(4096, physical_mask=bad),
-            "allocate node": lambda bad: iobmd.allocate(4096, node=bad),
-            "allocate address": lambda bad: iobmd.allocate(4096, address=bad),
+            "allocate alignment": lambda bad: iobmd.allocate(PAGE_SIZE, alignment=bad),
+            "allocate physical_mask": lambda bad: iobmd.allocate(PAGE_SIZE, physical_mask=bad),
+            "allocate node": lambda bad: iobmd.allocate(PAGE_SIZE, node=bad),
+            "allocate address": lambda bad: iobmd.allocate(PAGE_SIZE, address=bad),
             "copy address": lambda bad: iobmd.copy(here, bad, 10),
             "copy size": lambda bad: iobmd.copy(here, address, bad),
             "read address": lambda bad: here.read(bad, 10),
@@ -116,15 +117,15 @@ class Arguments:
             "policy memory_budget": lambda bad: iobmd.policy(memory_budget=bad).__enter__(),
             "purge target_bytes": iobmd.purge,
             "IOMapper address_bits": lambda bad: iobmd.IOMapper("0000:00:03.0", address_bits=bad),
-            "pages address": lambda bad: list(iobmd.pagemap.pages(here, bad, 4096)),
+            "pages address": lambda bad: list(iobmd.pagemap.pages(here, bad, PAGE_SIZE)),
             "pages size": lambda bad: list(iobmd.pagemap.pages(here, address, bad)),
         }
 
     def others(self) -> dict[str, Callable[[Any], object]]:
         one = self.one
         return {
-            "allocate cache": lambda bad: iobmd.allocate(4096, cache=bad),
-            "allocate direction": lambda bad: iobmd.allocate(4096, direction=bad),
+            "allocate cache": lambda bad: iobmd.allocate(PAGE_SIZE, cache=bad),
+            "allocate direction": lambda bad: iobmd.allocate(PAGE_SIZE, direction=bad),
             "copy timeout": lambda bad: iobmd.copy(self.here, self.address, 10, timeout=bad),
             "read timeout": lambda bad: self.here.read(self.address, 1 << 20, timeout=bad),
             "policy time_budget": lambda bad: iobmd.policy(time_budget=bad).__enter__(),
@@ -140,7 +141,7 @@ class Arguments:
 
 def test_a_wrong_type_is_a_type_error_that_names_the_parameter() -> None:
     wrong = []
-    with iobmd.allocate(2 << 20, wired=False, shared=True) as one, iobmd.allocate(4096) as wired:
+    with iobmd.allocate(2 << 20, wired=False, shared=True) as one, iobmd.allocate(PAGE_SIZE) as wired:
         calls = Arguments(one, wired)
         tried = [(name, call, bad) for name, call in calls.integers().items() for bad in (4096.5, 8.0, "4k", None)]
         tried += [(name, call, [1]) for name, call in calls.others().items()]
@@ -174,7 +175,7 @@ def test_a_text_is_not_true(flag: str) -> None:
     def call(bad: Any) -> object:
         if flag in ("freeze", "lazy"):
             return iobmd.copy(iobmd.kernel_task, 0, 1, **{flag: bad})
-        return iobmd.allocate(4096, address=1 << 40, **{flag: bad})
+        return iobmd.allocate(PAGE_SIZE, address=1 << 40, **{flag: bad})
 
     for bad in ("no", None, 0.0, [1]):
         with pytest.raises(TypeError, match=f"^{flag} must be True or False"):
@@ -184,10 +185,10 @@ def test_a_text_is_not_true(flag: str) -> None:
 def test_what_operator_index_accepts_is_an_integer() -> None:
     class Number:
         def __index__(self) -> int:
-            return 4096
+            return PAGE_SIZE
 
     with iobmd.allocate(Number(), wired=False, alignment=Number()) as buffer:  # type: ignore[arg-type]
-        assert len(buffer) == 4096
+        assert len(buffer) == PAGE_SIZE
         assert type(buffer.getCapacity()) is int
 
 
@@ -203,9 +204,9 @@ def test_copy_takes_every_keyword_of_allocate_but_task() -> None:
     allocate, copy = (inspect.signature(function).parameters for function in (iobmd.allocate, iobmd.copy))
     only = {"size", "task", "address", "overwrite", "protection"}
     assert {name: allocate[name] for name in allocate if name not in only}.items() <= copy.items()
-    with iobmd.allocate(4096) as source:
+    with iobmd.allocate(PAGE_SIZE) as source:
         source.writeBytes(0, b"here")
-        with iobmd.copy(iobmd.kernel_task, source.getBytesNoCopy(), 4096, node=0) as copied:
+        with iobmd.copy(iobmd.kernel_task, source.getBytesNoCopy(), PAGE_SIZE, node=0) as copied:
             assert copied.readBytes(0, 4) == b"here"
 
 

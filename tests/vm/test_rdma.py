@@ -19,6 +19,7 @@ from support.kernel import status
 
 import iobmd
 from iobmd import IOOptionBits, IOReturn, rdma
+from iobmd.units import PAGE_SIZE
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs/examples"))
 
@@ -114,8 +115,8 @@ def test_atomics(pairs, record_property) -> None:
 
     one, other = pairs
     with (
-        iobmd.allocate(4096) as result,
-        iobmd.allocate(4096, wired=False) as counters,
+        iobmd.allocate(PAGE_SIZE) as result,
+        iobmd.allocate(PAGE_SIZE, wired=False) as counters,
         rdma.register(result, one.domain, LOCAL_WRITE) as here,
         rdma.register(counters, other.domain, ALL) as there,
     ):
@@ -290,29 +291,29 @@ def test_kept_memory_makes_room_for_a_region() -> None:
 def test_a_wrong_key_reaches_nothing(pairs) -> None:
     one, other = pairs
     with (
-        iobmd.allocate(4096) as source,
-        iobmd.allocate(4096) as target,
+        iobmd.allocate(PAGE_SIZE) as source,
+        iobmd.allocate(PAGE_SIZE) as target,
         rdma.register(source, one.domain, LOCAL_WRITE) as here,
         rdma.register(target, other.domain, ALL) as there,
     ):
-        source.writeBytes(0, b"\1" * 4096)
+        source.writeBytes(0, b"\1" * PAGE_SIZE)
         assert code_of(lambda: write(one, here, there.address, there.rkey ^ 1)) == IOReturn.kIOReturnNotPermitted
-        assert target.readBytes(0, 4096) == bytes(4096)
+        assert target.readBytes(0, PAGE_SIZE) == bytes(PAGE_SIZE)
 
 
 def test_a_closed_region_is_not_reached(pairs) -> None:
     one, other = pairs
     with (
-        iobmd.allocate(4096) as source,
-        iobmd.allocate(4096) as target,
+        iobmd.allocate(PAGE_SIZE) as source,
+        iobmd.allocate(PAGE_SIZE) as target,
         rdma.register(source, one.domain, LOCAL_WRITE) as here,
     ):
         there = rdma.register(target, other.domain, ALL)
         address, key = there.address, there.rkey
         there.close()
-        source.writeBytes(0, b"\1" * 4096)
+        source.writeBytes(0, b"\1" * PAGE_SIZE)
         assert code_of(lambda: write(one, here, address, key)) == IOReturn.kIOReturnNotPermitted
-        assert target.readBytes(0, 4096) == bytes(4096)
+        assert target.readBytes(0, PAGE_SIZE) == bytes(PAGE_SIZE)
 
 
 @pytest.mark.parametrize(
@@ -332,7 +333,7 @@ def test_refused(domain, options: dict[str, bool], access: int, code: IOReturn, 
 
 def test_memory_for_no_device_is_refused(domain) -> None:
     options = int(IOOptionBits.kIOMemoryHostOnly | IOOptionBits.kIODirectionInOut)
-    with iobmd.IOBufferMemoryDescriptor.withOptions(options, 4096) as buffer:
+    with iobmd.IOBufferMemoryDescriptor.withOptions(options, PAGE_SIZE) as buffer:
         assert code_of(lambda: rdma.register(buffer, domain, READ)) == IOReturn.kIOReturnNotPermitted
 
 
