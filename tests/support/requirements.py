@@ -33,6 +33,7 @@ MAY_BE_MISSING: dict[str, str] = {
     "guest": "make test-vm runs the tests that need it",
     "edu": "the same, for a device of QEMU",
     "udmabuf": "most hosts have no dma-bufs of memory of processes; guests have",
+    "dma_heap": "the same",
     "iommu": "the same",
     "nvme": "the same",
     "e1000": "the same",
@@ -177,6 +178,10 @@ def _iommu() -> str | None:
     return None if groups.exists() and any(groups.iterdir()) else "no IOMMU translates for a device"
 
 
+def _access(path: str) -> str | None:
+    return None if os.access(path, os.R_OK | os.W_OK) else f"no access to {path}"
+
+
 def _two_nodes() -> str | None:
     return None if Path("/sys/devices/system/node/node1").exists() else "one NUMA node"
 
@@ -274,7 +279,8 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "lazy_copies": _lazy_copies,
     "guest": _guest,
     "edu": lambda: _device(0x1234, 0x11E8),
-    "udmabuf": lambda: None if os.access("/dev/udmabuf", os.R_OK | os.W_OK) else "no access to /dev/udmabuf",
+    "udmabuf": lambda: _access("/dev/udmabuf"),
+    "dma_heap": lambda: _access("/dev/dma_heap/system"),
     "iommu": _iommu,
     "nvme": lambda: _device(0x1B36, 0x0010),
     "e1000": lambda: _device(0x8086, 0x100E),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.errors import code_of
+from support.ring import Ring
 
 import iobmd
 from iobmd import IOReturn, dmabuf
@@ -137,6 +138,21 @@ def test_attached_memory() -> None:
                 os.close(again)
                 assert other.readBytes(0, 4) == b"back"
         buffer.free()
+
+
+@pytest.mark.needs("udmabuf")
+def test_files_are_read_into_it_but_not_by_fixed_buffers(tmp_path: Path) -> None:
+    """The mapping of a dma-buf has no pages that io_uring could pin (VM_PFNMAP)."""
+    (tmp_path / "file").write_bytes(b"content")
+    with iobmd.allocate(64 * KIB, shared=True) as buffer:
+        fd = dmabuf.export(buffer)
+        with dmabuf.attach(fd, "inout") as attached, attached.map() as mapped, memoryview(mapped) as view:
+            os.close(fd)
+            with Ring() as ring, pytest.raises(OSError, match="Bad address"):
+                ring.register([(mapped.getAddress(), 64 * KIB)])
+            with (tmp_path / "file").open("rb", buffering=0) as file:
+                assert file.readinto(view) == 7
+            assert buffer.readBytes(0, 7) == b"content"
 
 
 def test_heaps(record_property) -> None:

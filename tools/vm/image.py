@@ -34,15 +34,16 @@ def debian_packages(architecture: Architecture, names: tuple[str, ...]) -> Path:
 
 
 def payload(archive: Path, architecture: Architecture) -> None:
-    """Write the archive with iobmd, its tests, and the C programs of the tests."""
+    """Write the archive with iobmd, its tests and documentation, and the C programs of the tests."""
     with tempfile.TemporaryDirectory() as folder:
         stage = Path(folder)
         built = ("*.so",) if architecture.foreign else ()
         ignored = shutil.ignore_patterns("__pycache__", "_build", *built)
-        for name in ("iobmd", "tests", "docs/examples"):
+        for name in ("iobmd", "tests", "docs"):
             shutil.copytree(TREE / name, stage / name, ignore=ignored)
         shutil.copytree(TREE / "tools", stage / "iobmd/tools", ignore=ignored)
-        shutil.copy(TREE / "pyproject.toml", stage)
+        for name in ("README.md", "pyproject.toml"):
+            shutil.copy(TREE / name, stage)
         if architecture.foreign:
             shutil.copytree(cross.extensions(architecture), stage, dirs_exist_ok=True)
         _compile(stage, Path("/iobmd"))

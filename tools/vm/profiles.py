@@ -45,6 +45,11 @@ exec nc -ll -p 7000 -e /bin/sh -c 'read -r command; eval "$command"'
 """
 
 
+def _page(blocks: str) -> str:
+    """Return the test that runs blocks of a page of the documentation as written."""
+    return shlex.quote(f"tests/unit/test_documentation.py::test_python_blocks_run[{blocks}]")
+
+
 class Profile(NamedTuple):
     """One kind of guest."""
 
@@ -88,7 +93,7 @@ PROFILES = {
         Machine(memory=640, below_4g=256, edu=8, edu_reach=256),
         "tests/vm/test_masks.py tests/vm/test_swap.py tests/vm/test_many_contiguous.py",
     ),
-    "dmabuf": Profile(Machine(), "tests/vm/test_dmabuf.py"),
+    "dmabuf": Profile(Machine(), f"tests/vm/test_dmabuf.py {_page('dmabuf.md-dma_heap-udmabuf')}"),
     "rdma": Profile(
         Machine(memory=1792),
         "tests/vm/test_rdma.py",
