@@ -37,6 +37,7 @@ MAY_BE_MISSING: dict[str, str] = {
     "iommu": "the same",
     "nvme": "the same",
     "e1000": "the same",
+    "vivid": "the same",
     "narrow_edu": "the same",
     "registers": "the same",
     "rdma": "the same, for two guests",
@@ -186,6 +187,12 @@ def _two_nodes() -> str | None:
     return None if Path("/sys/devices/system/node/node1").exists() else "one NUMA node"
 
 
+def _vivid() -> str | None:
+    """In guests: the test driver of V4L2, with the library of the tests."""
+    module = Path("/lib/modules", os.uname().release, "vivid.ko")
+    return _guest() or (None if module.exists() else f"no {module}") or _library("linuxpy", "numpy")
+
+
 def _narrow_edu() -> str | None:
     """In guests of the profile "small", the devices address 256 MiB of memory (tools/vm/profiles.py)."""
     return None if os.environ.get("IOBMD_GUEST") == "small" else "not a guest whose devices address a part of memory"
@@ -284,6 +291,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "iommu": _iommu,
     "nvme": lambda: _device(0x1B36, 0x0010),
     "e1000": lambda: _device(0x8086, 0x100E),
+    "vivid": _vivid,
     "narrow_edu": _narrow_edu,
     "registers": _registers,
     "rdma": _rdma,

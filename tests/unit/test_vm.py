@@ -136,6 +136,7 @@ def test_an_interrupt_ends_the_guests(
     monkeypatch.setattr(machine, "missing", lambda _architecture: "")
     monkeypatch.setattr(kernels, "kernel", lambda one, series: Kernel(series, series, Path(), Path(), one))
     monkeypatch.setattr(image, "base", lambda _architecture: Path())
+    monkeypatch.setattr(image, "packages", lambda _architecture, _names: Path())
     monkeypatch.setattr(image, "payload", lambda file, _architecture: file.touch())
     monkeypatch.setattr(image, "initramfs", lambda file, *_parts: file.touch())
 
@@ -225,6 +226,19 @@ def test_modules_come_after_what_they_need(tmp_path: Path) -> None:
     (tmp_path / "kernel/vfio.ko").write_bytes(b"\0depends=\0")
     (tmp_path / "kernel/irqbypass.ko").write_bytes(b"no such field")
     assert list(modules.load(tmp_path, ("vfio_pci", "built_in"))) == ["vfio", "irqbypass", "vfio_pci"]
+
+
+def test_modules_are_where_modprobe_finds_them(tmp_path: Path) -> None:
+    tree = tmp_path / "6.1.0"
+    (tree / "kernel").mkdir(parents=True)
+    (tree / "kernel/vivid.ko").write_bytes(b"\0depends=videodev\0")
+    (tree / "kernel/videodev.ko").write_bytes(b"\0depends=\0")
+    (tree / "kernel/zram.ko").write_bytes(b"\0depends=\0")
+    modules.pack(tree, tmp_path / "archive")
+    found = unpacked((tmp_path / "archive").read_bytes())
+    assert found["modules"] == b"zram\n"
+    assert found["lib/modules/6.1.0/vivid.ko"] == b"\0depends=videodev\0"
+    assert b"vivid.ko: videodev.ko\n" in found["lib/modules/6.1.0/modules.dep"]
 
 
 def test_what_fails_halfway_is_not_kept(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def install(architecture: Architecture, names: Iterable[str], site: Path) -> Non
     """Install packages of the index into a directory, in the versions that are installed here."""
     wanted = [f"{name}=={importlib.metadata.version(name)}" for name in names]
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    choice = ["--platform", f"manylinux2014_{architecture.name}", "--only-binary=:all:", "--no-compile"]
+    platforms = [f"--platform={name}_{architecture.name}" for name in ("manylinux2014", "manylinux_2_28")]
+    choice = [*platforms, "--only-binary=:all:", "--no-compile"]
     subprocess.run([*command, *choice, "--target", site, *wanted], check=True)
 
 

@@ -1,7 +1,7 @@
 """The initramfs of a guest: Python, the packages that the tests need, and iobmd as built.
 
-It consists of consecutive archives: the payload, which is packed for each run, the kernel's modules, and, cached, the
-base and Debian's packages of some profiles, which change only with Python and the packages.
+It consists of consecutive archives: the payload, which is packed for each run, the modules of the kernel, and, in the
+cache, the base and the packages of some profiles, which change only with their versions.
 """
 
 import compileall
@@ -10,6 +10,7 @@ import hashlib
 import py_compile
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from . import cache, cpio, cross, userland
@@ -21,16 +22,25 @@ _HERE = Path(__file__).parent
 
 def base(architecture: Architecture) -> Path:
     """Return the archive with Python, its standard library, the packages and a shell."""
+    return _cached("base", architecture, userland.versions(userland.PACKAGES), _pack_base)
+
+
+def packages(architecture: Architecture, names: frozenset[str]) -> Path:
+    """Return the archive with packages that only some tests need."""
+    return _cached("packages", architecture, userland.versions(names), functools.partial(_pack_packages, names))
+
+
+def _cached(kind: str, architecture: Architecture, versions: str, pack: Callable[[Architecture, Path], None]) -> Path:
     sources = [(_HERE / name).read_text() for name in ("image.py", "cpio.py", "userland.py", "foreign.py")]
-    key = hashlib.sha256("\n".join([userland.versions(), *sources]).encode()).hexdigest()[:12]
-    name = f"base-{architecture.name}-{key}.cpio"
-    return cache.made(cache.folder() / name, functools.partial(_pack_base, architecture))
+    key = hashlib.sha256("\n".join([versions, *sources]).encode()).hexdigest()[:12]
+    name = f"{kind}-{architecture.name}-{key}.cpio"
+    return cache.made(cache.folder() / name, functools.partial(pack, architecture))
 
 
 def debian_packages(architecture: Architecture, names: tuple[str, ...]) -> Path:
     """Return the archive with packages of Debian, whose Python has the version of that in `base`."""
     place = userland.debian_packages(architecture, names)
-    return cache.made(place.with_suffix(".cpio"), functools.partial(_pack_packages, place))
+    return cache.made(place.with_suffix(".cpio"), functools.partial(_pack_debian_packages, place))
 
 
 def payload(archive: Path, architecture: Architecture) -> None:
@@ -77,7 +87,16 @@ def _pack_base(architecture: Architecture, archive: Path) -> None:
             packed.copy(stage, "/")
 
 
-def _pack_packages(place: Path, archive: Path) -> None:
+def _pack_packages(names: frozenset[str], architecture: Architecture, archive: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        stage = Path(folder)
+        userland.stage_packages(architecture, names, stage)
+        _compile(stage, Path("/"))
+        with archive.open("wb") as file, cpio.Archive(file) as packed:
+            packed.copy(stage, "/")
+
+
+def _pack_debian_packages(place: Path, archive: Path) -> None:
     with tempfile.TemporaryDirectory() as folder, archive.open("wb") as file, cpio.Archive(file) as packed:
         stage = Path(folder)
         for name, there in (("usr/lib/python3/dist-packages", "site"), ("etc", "etc"), ("lib", "lib")):

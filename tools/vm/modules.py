@@ -10,7 +10,7 @@ from . import cpio
 
 AT_START = ("vfio_iommu_type1", "vfio_pci", "uio_pci_generic", "uio_cif", "zram", "lzo_rle", "lz4", "zstd")
 """Those that every guest loads when it starts."""
-BY_TESTS = ("virtio_pci", "virtio_net", "crc32_generic", "ib_uverbs", "rdma_rxe")
+BY_TESTS = ("vivid", "virtio_pci", "virtio_net", "crc32_generic", "ib_uverbs", "rdma_rxe")
 """Those that tests load, with parameters."""
 _NAME = re.compile(r"\.ko.*$")
 _DEPENDS = re.compile(rb"(?:^|\0)depends=([^\0]*)\0")

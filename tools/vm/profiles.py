@@ -27,6 +27,7 @@ _TOO_SLOW = {
 _KERNEL_TESTS = [
     *(f"tests/kernel/test_{name}.py" for name in _TOO_SLOW),
     *(f"tests/kernel/test_purgeable.py::test_{name}" for name in _PURGEABLE),
+    "tests/interop/test_io_uring.py",
     "tests/remote/test_memory_in_tasks.py",
     *(f"--deselect=tests/kernel/test_{file}.py::test_{name}" for file, names in _TOO_SLOW.items() for name in names),
 ]
@@ -60,6 +61,8 @@ class Profile(NamedTuple):
     """Limit in seconds: several times the usual duration, because other processes use the processor too."""
     disk: int = 0
     """MiB of its NVMe disk, which is compared with the data that the guest must write."""
+    packages: frozenset[str] = frozenset()
+    """Python packages that only its tests need."""
     debian: tuple[str, ...] = ()
     """Packages of Debian that only its tests need; their dependencies are not added."""
     peer: str = ""
@@ -77,7 +80,8 @@ class Profile(NamedTuple):
         machine = self.machine.with_all_of(other.machine)
         tests = f"{self.tests} {other.tests}"
         timeout, size = max(self.timeout, other.timeout), max(self.disk, other.disk)
-        return type(self)(machine, tests, timeout, size, trace=self.trace or other.trace)
+        packages, trace = self.packages | other.packages, self.trace or other.trace
+        return type(self)(machine, tests, timeout, size, packages, trace=trace)
 
 
 PROFILES = {
@@ -94,6 +98,7 @@ PROFILES = {
         "tests/vm/test_masks.py tests/vm/test_swap.py tests/vm/test_many_contiguous.py",
     ),
     "dmabuf": Profile(Machine(), f"tests/vm/test_dmabuf.py {_page('dmabuf.md-dma_heap-udmabuf')}"),
+    "video": Profile(Machine(), "tests/vm/test_video.py", packages=frozenset({"linuxpy", "numpy"})),
     "rdma": Profile(
         Machine(memory=1792),
         "tests/vm/test_rdma.py",
@@ -109,10 +114,10 @@ of a short guest."""
 ALONE = {"small", "iommu", "registers", "rdma"}
 """Profiles whose machine cannot run the tests of the others."""
 
-FULL = ("device+nvme+network+dmabuf+kernel", "small", "iommu", "registers", "rdma")
+FULL = ("device+nvme+network+dmabuf+video+kernel", "small", "iommu", "registers", "rdma")
 """The profiles of a full run on every kernel."""
 
-CI = {"5.10": ("device",), "newest": ("device+nvme+network+dmabuf", "small", "iommu", "registers")}
+CI = {"5.10": ("device",), "newest": ("device+nvme+network+dmabuf+video", "small", "iommu", "registers")}
 """The runs of CI: the oldest kernel and the newest."""
 
 

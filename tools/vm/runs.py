@@ -70,7 +70,7 @@ def run(
         if wanted.trace:
             machine = machine._replace(trace=Path(folder, "trace"))
         initramfs = Path(folder, "initramfs")
-        parts = [kernel.modules, *common]
+        parts = [kernel.modules, image.packages(kernel.architecture, wanted.packages), *common]
         if wanted.debian:
             parts.append(image.debian_packages(kernel.architecture, wanted.debian))
         image.initramfs(initramfs, wanted.command, *parts)

@@ -14,7 +14,8 @@ from pathlib import Path
 from . import foreign
 from .architecture import Architecture
 
-PACKAGES = ("pytest", "pytest-timeout", "hypothesis", "psutil", "rich", "typing_extensions")
+PACKAGES = frozenset({"pytest", "pytest-timeout", "hypothesis", "psutil", "rich", "typing_extensions"})
+"""Those that all tests need."""
 UNUSED = {
     *("__pycache__", "dist-packages", "distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages"),
     *("test", "tests", "tkinter", "turtledemo"),
@@ -24,15 +25,31 @@ _STDLIB = Path(sysconfig.get_path("stdlib"))
 _REQUIRED = re.compile(r"[\w.-]+")
 
 
-def versions() -> str:
-    """Return the versions of all programs, for the name of the archive."""
-    packages = [f"{name} {importlib.metadata.version(name)}" for name in _with_requirements(PACKAGES)]
+def versions(names: frozenset[str]) -> str:
+    """Return the versions of Python and of packages, for the name of an archive."""
+    packages = [f"{name} {importlib.metadata.version(name)}" for name in _with_requirements(names)]
     return "\n".join([sys.version, sys.base_prefix, *packages])
 
 
 def stage(architecture: Architecture, root: Path) -> None:
     """Write the programs into the directory `root` of a guest, the packages into its directory `site`."""
     (_stage_debian if architecture.foreign else _stage_own)(architecture, root)
+    stage_packages(architecture, PACKAGES, root)
+
+
+def stage_packages(architecture: Architecture, names: frozenset[str], root: Path) -> None:
+    """Write packages, with those that they require, into the directory `site` of a guest's directory `root`."""
+    required, site = _with_requirements(names), root / "site"
+    if architecture.foreign and required:
+        foreign.install(architecture, required, site)
+        for unused in [path for path in site.rglob("*") if path.name in UNUSED]:
+            if unused.exists():  # it may have been deleted with its parent
+                shutil.rmtree(unused)
+        return
+    for name in required:
+        _copy_package(name, site)
+    for path in _libraries([*site.rglob("*.so*")], root):
+        _copy(path, _place(root, path))
 
 
 def debian_packages(architecture: Architecture, names: tuple[str, ...]) -> Path:
@@ -42,8 +59,6 @@ def debian_packages(architecture: Architecture, names: tuple[str, ...]) -> Path:
 
 def _stage_own(_architecture: Architecture, root: Path) -> None:
     shutil.copytree(_STDLIB, _place(root, _STDLIB), ignore=_not_used, ignore_dangling_symlinks=True)
-    for name in _with_requirements(PACKAGES):
-        _copy_package(name, root / "site")
     interpreter = Path(sys._base_executable).resolve()  # type: ignore[attr-defined]
     _copy(Path(shutil.which("busybox") or f"/{_SHELL}"), root / _SHELL)
     for path in (interpreter, *_libraries([interpreter, *root.rglob("*.so*")], root)):
@@ -56,9 +71,6 @@ def _stage_debian(architecture: Architecture, root: Path) -> None:
     for name in ("bin", "lib", "usr/bin", "usr/lib"):
         if (packages / name).is_dir() and not (packages / name).is_symlink():
             shutil.copytree(packages / name, root / name, ignore=_not_used, symlinks=True)
-    foreign.install(architecture, _with_requirements(PACKAGES), root / "site")
-    for unused in [path for path in (root / "site").rglob("*") if path.name in UNUSED]:
-        shutil.rmtree(unused)
     (interpreter,) = (root / "usr/bin").glob("python3.*")
     (root / "bin").mkdir(exist_ok=True)
     (root / "bin/python3").symlink_to(f"/usr/bin/{interpreter.name}")
@@ -76,7 +88,7 @@ def _debian_version(architecture: Architecture) -> str:
     return version
 
 
-def _with_requirements(names: tuple[str, ...]) -> list[str]:
+def _with_requirements(names: frozenset[str]) -> list[str]:
     found: set[str] = set()
     waiting = list(names)
     while waiting:
