@@ -76,7 +76,7 @@ def allocate(
         The task in whose address space the buffer is mapped.
     wired : bool
         Whether the memory is wired: resident, and pinned if the kernel permits it. False: pageable. ``"try"``: wired
-        if the limit of locked memory permits it, otherwise pageable; `wiring` of the buffer is the result.
+        if the limit of locked memory permits it, otherwise pageable; the buffer's `wiring` shows which.
     contiguous, purgeable, physical_mask
         As the IOKit options of these names.
     shared : bool
@@ -188,7 +188,8 @@ def copy(
         private memory), or for the whole copy if that is faster or the memory is shared. `source_stopped_ns` of the
         buffer is the duration of the stop.
     lazy : bool
-        Return before the bytes are copied, as of the moment of the call: see `IOBufferMemoryDescriptor.withCopy`.
+        Return before the bytes are copied, with the contents at the time of the call: see
+        `IOBufferMemoryDescriptor.withCopy`.
         Requires ``wired=False``.
     unreadable : str
         ``"raise"``: the copy is exact, or an error is raised. ``"zero"``: bytes that cannot be read are zero, and

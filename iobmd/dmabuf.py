@@ -1,4 +1,4 @@
-"""dma-bufs: memory that drivers accept by a file descriptor (V4L2, DRM, RDMA, GPUs), from iobmd and for iobmd."""
+"""dma-bufs: memory that drivers accept through a file descriptor (V4L2, DRM, RDMA, GPUs), from and for iobmd."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def attach(fd: int, direction: Direction | int) -> IOMemoryDescriptor:
     Parameters
     ----------
     fd : int
-        The descriptor of the dma-buf. It remains the caller's, who may close it.
+        The descriptor of the dma-buf. The caller retains it, and may close it.
     direction : {"in", "out", "inout"} or IOOptionBits
         The direction of transfers: ``"in"``: a device writes, and this process reads; ``"out"``: the reverse.
 

@@ -143,7 +143,7 @@ class IOMemoryDescriptor(Handle):
         memoryDescriptorCreateOptions : int
             `IOMemoryCreateOptions`: the direction, and `kIOMemoryDisableCopyOnWrite` for maps of the memory itself.
         segments, client
-            The ranges and the task of `withAddressRanges`. Raises as that, and `kIOReturnBadArgument`.
+            The ranges and the task of `withAddressRanges`. Raises the same errors, and `kIOReturnBadArgument`.
         """
         return cls.withAddressRanges(segments, driverkit.create_options(memoryDescriptorCreateOptions), client)
 
@@ -226,8 +226,8 @@ class IOMemoryDescriptor(Handle):
     def withPhysicalAddress(cls, address: int, length: int, direction: int) -> IOMemoryDescriptor:
         """Describe `length` bytes at a physical address, which are mapped by /dev/mem where the kernel permits it.
 
-        Nothing pins them, and they have no page frames, as those of `IODeviceMemory`: `segments` returns the address
-        at any time. The caller must know which device is there.
+        The bytes have no page frames and are not pinned, like those of `IODeviceMemory`: `segments` returns the
+        address at any time. The caller must know which device is there.
 
         Parameters
         ----------
@@ -413,7 +413,7 @@ class IOMemoryDescriptor(Handle):
         forDirection : int
             The directions of the transfer, with the flags of `prepare`, `kIODirectionCompleteWithError` and
             `kIODirectionCompleteWithDataValid`. They have no effect: the processor and the device mark the pages that
-            they write, and pages are zeroed before they are prepared, so that none becomes valid only now.
+            they write, and pages are zeroed before they are prepared, so that completion makes no page valid.
 
         Returns
         -------
@@ -595,11 +595,11 @@ class IOMemoryDescriptor(Handle):
 
         Notes
         -----
-        A map of a descriptor with `kIOMemoryMapCopyOnWrite` shows the bytes of the moment at which it was made, and
-        later writes to the map stay in it. The bytes are copied at once, private memory too: pages that do not exist
-        remain absent, and bytes that another thread changes during the call are the old or the new ones. Memory of
-        another task is copied as of one moment, for which the task is stopped, or a snapshot is made (see
-        `iobmd.copy`).
+        A map of a descriptor with `kIOMemoryMapCopyOnWrite` shows the bytes at the time of its creation, and later
+        writes to the map do not reach the source. The bytes are copied at once, private memory too: pages that do
+        not exist remain absent, and bytes that another thread changes during the call are the old or the new ones.
+        Memory of another task is copied as of one moment: the task is stopped for the copy, or a snapshot is made
+        (see `iobmd.copy`).
 
         One thread of another task is stopped for about a tenth of a millisecond (ptrace(2)), and then resumes.
         """

@@ -94,7 +94,7 @@ class Area(NamedTuple):
 
     @property
     def shared(self) -> int:
-        """Resident bytes that other processes map too, or that are mapped more than once; of files or anonymous."""
+        """Resident bytes that other processes map too, or that are mapped more than once: of files, or anonymous."""
         return max(0, self.resident - self.tally.exclusive)
 
     @property

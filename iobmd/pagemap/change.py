@@ -30,7 +30,7 @@ class Kind(StrEnum):
     UNMAPPED = "unmapped"
     """An area that no longer exists."""
     NEWLY_RESIDENT = "newly resident"
-    """In memory, but before neither in memory nor in swap, or shared memory in swap. Zero pages do not count."""
+    """In memory; previously neither in memory nor in swap, or in swap as shared memory. Zero pages do not count."""
     RELEASED = "released"
     """No longer in memory or in swap; or shared memory that is now in swap, which pagemap does not show."""
     SWAPPED_OUT = "swapped out"

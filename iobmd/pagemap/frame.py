@@ -33,7 +33,7 @@ FLAGS = {
     33: "MLOCKED", 34: "MAPPEDTODISK", 35: "PRIVATE", 36: "PRIVATE_2", 37: "OWNER_PRIVATE", 38: "ARCH",
     39: "UNCACHED", 40: "SOFTDIRTY", 41: "ARCH_2", 42: "ARCH_3",
 }  # fmt: skip
-"""Names of the bits of /proc/kpageflags (linux/kernel-page-flags.h; from 32 on: fs/proc/page.c, for hackers)."""
+"""Names of the bits of /proc/kpageflags (linux/kernel-page-flags.h; from 32 on: fs/proc/page.c, for developers)."""
 
 _NODES = 4096
 """Number of pages whose nodes are queried in one call."""
@@ -181,7 +181,7 @@ def _memory_cgroups() -> dict[int, str]:
 def described(target: Target, address: int | None = None, size: int | None = None) -> Iterator[DescribedRun]:
     """Iterate over the physically contiguous runs, with the properties of their frames.
 
-    Parameters as those of `runs`.
+    The parameters are those of `runs`.
 
     Raises
     ------

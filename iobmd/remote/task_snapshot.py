@@ -80,7 +80,7 @@ class Snapshot(Task):
     task : Task
         The task.
     stopped_ns : int
-        For how many nanoseconds the task was stopped, at most.
+        Upper bound of the time for which the task was stopped, in nanoseconds.
     missing : list[Missing]
         The memory of the task that the snapshot does not contain.
     shared : list[procfs.VMA]

@@ -44,7 +44,7 @@ class Task:
     IOReturnError
         `kIOReturnNotFound`: there is no such process. `kIOReturnBadArgument`: not a process id.
         `kIOReturnNotPermitted`: /proc hides it (hidepid). `kIOReturnUnsupported`: /proc is not mounted, or belongs to
-        another pid namespace and a psutil.Process is given.
+        another pid namespace and a psutil.Process is passed.
 
     Notes
     -----
@@ -138,7 +138,7 @@ class Task:
         timeout : float, optional
             Seconds to wait for another program that must supply a page: the task's userfaultfd(2) handler, or the
             server of a file that it maps. Also the limit of every wait for the lock of the task's address space,
-            which it can hold as long as it likes. By default 10 s, except that a read of at most 64 KiB, and a
+            which it can hold indefinitely. By default 10 s, except that a read of at most 64 KiB, and a
             transfer that has begun, wait for that lock without a limit: a limit costs time (see the notes).
 
         Raises
@@ -151,11 +151,11 @@ class Task:
         Notes
         -----
         Reading does not increase the memory of the task. Its present pages are read by process_vm_readv(2), and those
-        that it shares with others since a fork through /proc/PID/mem, because the call would copy them. Absent pages
-        are zero, or are read from the mapped object. If that object cannot be opened (by a user other than root, when
-        its path and descriptors are gone), the kernel must create the pages in the task. Their size is first compared
-        with the free memory of the task's memory cgroup, or of the hugetlb pool, and the call is refused if they do
-        not fit. Pages read from swap are returned there (CAP_SYS_NICE).
+        that it shares with others since a fork through /proc/PID/mem, because the former would copy them. Absent
+        pages are zero, or are read from the mapped object. If that object cannot be opened (by a user other than
+        root, when its path and descriptors are gone), the kernel must create the pages in the task. Their size is
+        first compared with the free memory of the task's memory cgroup, or of the hugetlb pool, and the call is
+        refused if they do not fit. Pages read from swap are returned there (CAP_SYS_NICE).
 
         Only SIGKILL ends a wait for the lock of an address space (`mmap_lock`), and process_vm_readv(2) not even that
         (measured, Linux 6.18). With `timeout`, child processes make all calls that may wait for it: 4 KiB take 0.2 ms
