@@ -167,6 +167,7 @@ struct iobmd_tracer {
     int guest_is_stuck, ending, unmaps_once_more, is_alone;
     int spins;             /* whether to spin before sleeping: the stopped thread runs on another processor */
     long guest_there, child_there;  /* in the pid namespace of the task */
+    long guest_began, child_began;  /* iobmd_began */
     pid_t made;                 /* by the last clone */
     struct iobmd_thread late[IOBMD_LATE_THREADS];
     int lates;
@@ -328,6 +329,22 @@ static long iobmd_status_field(const struct iobmd_tracer *t, pid_t tid, const ch
             number = *found < '0' || *found > '9' ? 0 : number * 10 + *found - '0';
     }
     return number;
+}
+
+/* Return when a process began, in clock ticks since boot, which distinguishes it from a later one with its id; -1 if it
+   does not exist. */
+static long iobmd_began(const struct iobmd_tracer *t, pid_t pid)
+{
+    char text[1024];
+    long ticks = 0, at, size, file = iobmd_open(t, pid, "stat", O_RDONLY);
+    if (file < 0) return -1;
+    size = iobmd_raw(SYS_read, file, (long)text, sizeof text, 0, 0, 0);
+    iobmd_close(file);
+    for (at = size - 1; at >= 0 && text[at] != ')'; at--);  /* names may contain any byte */
+    if (at < 0) return -1;
+    for (int field = 2; field < 22 && at < size; at++) field += text[at] == ' ';
+    for (; at < size && text[at] >= '0' && text[at] <= '9'; at++) ticks = ticks * 10 + text[at] - '0';
+    return ticks;
 }
 
 static int iobmd_is_dead(const struct iobmd_tracer *t, pid_t tid)
@@ -876,6 +893,7 @@ static void iobmd_take_guest(struct iobmd_tracer *t, const struct iobmd_call *ca
             t->guest = t->made;
             /* A thread that exits during the call returns no pid. */
             t->guest_there = calls[i].result > 0 ? calls[i].result : iobmd_status_field(t, t->made, "NSpid:");
+            t->guest_began = iobmd_began(t, t->made);
         }
 }
 
@@ -976,14 +994,16 @@ static void iobmd_unmap_left(struct iobmd_tracer *t)
     iobmd_kill(t, t->guest);
 }
 
-/* Make the task reap the guest, which would otherwise remain a zombie, in one of the
-   threads in `known`, or in any thread if there are none; then unmap what the guest has not unmapped. */
+/* Make the task reap the guest, which would otherwise remain a zombie, in one of the threads in `known`, or in any thread
+   if there are none; then unmap what the guest has not unmapped. If another process has killed the guest, and the task has
+   reaped it, its id may be that of another child of the task. */
 static int iobmd_collect(struct iobmd_tracer *t)
 {
     struct iobmd_call wait = iobmd_new_call(SYS_wait4, (unsigned long)t->guest_there, 0, __WALL | WNOHANG);
     struct iobmd_collection left = { &wait, 1, 0, 0 };
-    int status;
-    if (t->knows) status = iobmd_stop(t, t->known, t->knows, &wait, 1);
+    int status = IOBMD_DONE;
+    if (iobmd_began(t, t->guest) != t->guest_began) wait.result = t->guest_there;
+    else if (t->knows) status = iobmd_stop(t, t->known, t->knows, &wait, 1);
     else if (!(status = iobmd_each_thread(t, iobmd_collect_by, &left))) {
         /* No thread has done it. The code is unreadable in all if the task has executed another program. */
         status = left.unreadable ? IOBMD_UNREADABLE : left.alive ? IOBMD_LATE : IOBMD_GONE;
@@ -994,6 +1014,7 @@ static int iobmd_collect(struct iobmd_tracer *t)
         /* The snapshot that it has created takes its place: it will be reaped in the same way. */
         t->guest = t->child;
         t->guest_there = t->child_there;
+        t->guest_began = t->child_began;
         t->child = 0;
         t->guest_is_stuck = 0;
         if (!t->guest && !t->unmaps_once_more) {
@@ -1096,6 +1117,7 @@ static int iobmd_snapshot(struct iobmd_tracer *t)
     int status = iobmd_run_guest(t, &fork, 1, t->deadline_ns, 1);
     t->child = t->made;
     t->child_there = fork.result;
+    t->child_began = iobmd_began(t, t->made);
     if (status) return status;
     return t->child ? iobmd_receive(t, t->child) : IOBMD_UNSEEN;
 }

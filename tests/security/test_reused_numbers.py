@@ -6,8 +6,8 @@ import errno
 import mmap
 import os
 import signal
+import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,13 +24,7 @@ from iobmd.task.job import Transfer
 from iobmd.units import PAGE_SIZE
 
 WALL = 0x40000000
-REAPER = """
-import ctypes, os, sys
-memory = ctypes.create_string_buffer(b"x" * (64 << 10))
-print("ready", ctypes.addressof(memory), sep="\\n", flush=True)
-for line in sys.stdin:
-    print(os.waitpid(int(line), 0x40000000)[0], flush=True)
-"""
+WAITING = "import sys; print('ready', flush=True); sys.stdin.read()"
 
 
 def state(pid: int) -> tuple[list[str], list[str]]:
@@ -45,13 +39,12 @@ def state(pid: int) -> tuple[list[str], list[str]]:
 @pytest.fixture
 def target() -> Iterator[Target]:
     need_ptrace()
-    with Target([sys.executable, "-c", REAPER]) as program:
+    with Target([sys.executable, "-c", WAITING]) as program:
         yield program
 
 
 def test_a_thread_of_another_process_is_not_stopped(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread of the task exits, and another process reuses its id before it is seized."""
-    target.line()
     seized = []
     with sleeping() as unrelated:
         before = state(unrelated.pid)
@@ -73,20 +66,36 @@ def test_a_thread_of_another_process_is_not_stopped(target: Target, monkeypatch:
         assert state(unrelated.pid) == before
 
 
-def test_the_number_of_a_guest_goes_to_nobody_else(target: Target) -> None:
-    """The task, and a thread of this process, wait for the killed guest: only its tracer can reap it."""
-    target.line()
-    snapshot = SnapshotChild(Task(target.pid), 1 << 20)
-    with snapshot:
-        assert snapshot._session
-        number = snapshot._session._tracer.guest
-        os.kill(number, signal.SIGKILL)
-        with pytest.raises(ChildProcessError):
+@pytest.mark.needs("root")
+@pytest.mark.usefixtures("may_trace")
+def test_the_next_child_with_the_number_of_a_guest_is_not_reaped() -> None:
+    """The guest of a snapshot is killed, the task reaps it, and its next child gets the number and exits."""
+
+    def body() -> int:
+        ours, theirs = socket.socketpair()
+        task = os.fork()
+        if not task:
+            number = int(ours.recv(64))
             os.waitpid(number, WALL)
-        target.tell(str(number))
-        time.sleep(0.1)  # its wait does not return yet
-        assert ") Z " in Path(f"/proc/{number}/stat").read_text()
-    assert int(target.line()) == number
+            successor = fork_as(number)
+            os.kill(successor, signal.SIGTERM)
+            ours.send(b"replaced")
+            ours.recv(64)
+            _, status = os.waitpid(number, 0)
+            os._exit(os.WTERMSIG(status))
+        snapshot = SnapshotChild(Task(task), 1 << 20)
+        with snapshot:
+            assert snapshot._session
+            number = snapshot._session._tracer.guest
+            os.kill(number, signal.SIGKILL)
+            with pytest.raises(ChildProcessError):
+                os.waitpid(number, WALL)
+            theirs.send(str(number).encode())
+            assert theirs.recv(64) == b"replaced"
+        theirs.send(b"snapshot has ended")
+        return os.waitstatus_to_exitcode(os.waitpid(task, 0)[1])
+
+    assert in_namespaces(body, proc=mount_proc) == signal.SIGTERM
 
 
 WRITES: dict[str, Callable[[Task, int], object]] = {
