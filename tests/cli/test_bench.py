@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from iobmd.tools.bench import contiguous, dpdk, host, mpi, purgeable, snapshot
+from support.namespaces import WITH_OWN_SHM
 
 import iobmd
 from iobmd.cli import main
@@ -60,6 +61,19 @@ def test_every_figure_has_its_floor(name: str, rows: int, capsys: Captured, monk
 def test_table(capsys: Captured) -> None:
     assert main(["bench", "copy", "--size", "1M", "--rounds", "1"]) == 0
     assert "process_vm_readv" in capsys.readouterr().out
+
+
+@pytest.mark.needs("mpi4py", "mpich", "root")
+def test_ranks_that_fail_have_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of an ordinary user, whose limit of locked memory is smaller than the buffers."""
+    launcher = mpi.launchers()["MPICH"]
+    limited = ["prlimit", "--memlock=1048576", "setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock"]
+    launcher = launcher._replace(command=[*WITH_OWN_SHM, *limited, *launcher.command])
+    monkeypatch.setattr(mpi, "launchers", lambda: {"MPICH": launcher})
+    failed, absent = mpi.run(0, 1)
+    assert (failed.figure, failed.met) == ("failed", False)
+    assert "RLIMIT_MEMLOCK" in failed.against
+    assert (absent.what, absent.figure) == ("Open MPI", "not installed")
 
 
 def test_dpdk_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

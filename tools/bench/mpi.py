@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -88,12 +89,19 @@ def run(_size: int, rounds: int) -> list[Result]:
     rows = []
     for name, how in _INSTALL.items():
         if name in found:
-            program = ["-m", "iobmd.tools.bench.ranks", str(rounds * SAMPLES), str(BYTES)]
-            printed = found[name].run(2, *program)
-            rows += [_row(name, **one) for one in json.loads(printed)]
+            rows += _rows(name, found[name], rounds)
         else:
             rows.append(Result(name, "not installed", how, 0.0, "reported", True))
     return rows
+
+
+def _rows(name: str, launcher: Launcher, rounds: int) -> list[Result]:
+    try:
+        printed = launcher.run(2, "-m", "iobmd.tools.bench.ranks", str(rounds * SAMPLES), str(BYTES))
+    except subprocess.CalledProcessError as error:  # RLIMIT_MEMLOCK, or an MPI that does not start
+        reason = re.search(r"^[\w.]+Error: (.*)$", error.stderr, re.MULTILINE)
+        return [Result(name, "failed", reason[1] if reason else error.stderr.strip(), 0.0, "reported", False)]
+    return [_row(name, **one) for one in json.loads(printed)]
 
 
 def _row(name: str, what: str, size: int, against: str, theirs: float, ours: dict[str, float]) -> Result:
