@@ -93,7 +93,7 @@ struct iobmd_thread {
     int64_t since_ns;      /* CLOCK_MONOTONIC */
     unsigned long switches;
     int64_t begun_ns;      /* when its stop began */
-    char stands, ended;
+    char stands, ended, reaped;
     char restarts;         /* its call returned EINTR because of the stop, and was prepared to start again */
 };
 
@@ -165,10 +165,13 @@ struct iobmd_tracer {
     int alarm;                  /* a timer that kills this process, or -1 */
     int shares;                 /* whether kcmp(2) can confirm that the maker has the memory of this process */
     int guest_is_stuck, ending, unmaps_once_more, is_alone;
+    volatile int seizing;       /* iobmd_seizing */
+    int64_t reaped_ns;          /* when dead threads were last reaped */
     int spins;             /* whether to spin before sleeping: the stopped thread runs on another processor */
     long guest_there, child_there;  /* in the pid namespace of the task */
     long guest_began, child_began;  /* iobmd_began */
     pid_t made;                 /* by the last clone */
+    int clones;                 /* whether the last call is a clone that has begun */
     struct iobmd_thread late[IOBMD_LATE_THREADS];
     int lates;
     struct iobmd_thread *threads;  /* those that are frozen */
@@ -240,9 +243,12 @@ static int iobmd_gives_up(const struct iobmd_tracer *t)
     return !t->ending && (t->cancelled || iobmd_is_orphan(t));
 }
 
-/* Reap the tracees that have exited. As long as a dead thread is not reaped, the exit of its process is not reported to
-   the parent, and another thread that executes a program waits, holding a lock for which PTRACE_SEIZE waits. */
-static void iobmd_reap(void)
+/* -- tracees that have exited --
+
+   As long as a dead thread is not reaped, the exit of its process is not reported to the parent, and another thread that
+   executes a program waits, holding a lock for which PTRACE_SEIZE waits. */
+
+static void iobmd_reap_all(void)
 {
     siginfo_t end;
     do end.si_pid = 0;
@@ -252,7 +258,33 @@ static void iobmd_reap(void)
 static void iobmd_reap_one(int number)
 {
     (void)number;
-    iobmd_reap();
+    iobmd_reap_all();
+}
+
+/* Reap a thread if it is dead, for a tracer that is a thread of the maker. */
+static void iobmd_reap_thread(struct iobmd_thread *thread, int options)
+{
+    siginfo_t end = { 0 };
+    if (thread->reaped) return;  /* another process may have its id now */
+    iobmd_raw(SYS_waitid, P_PID, thread->tid, (long)&end, options | WEXITED | WNOHANG | __WALL, 0, 0);
+    thread->reaped = end.si_pid && end.si_code != CLD_TRAPPED;  /* stops are reported in any case */
+}
+
+/* Reap the dead threads among those that a thread of the maker traces: it must not wait for the maker's children. Without
+   __WNOTHREAD in `options`, those of another thread of the maker. The first thread of the task may be such a child. */
+static void iobmd_reap_threads(struct iobmd_tracer *t, int options)
+{
+    for (int i = 0; i < t->frozen; i++)
+        if (t->threads[i].tid != t->task) iobmd_reap_thread(&t->threads[i], options);
+    for (int i = 0; i < t->lates; i++)
+        if (t->late[i].tid != t->task) iobmd_reap_thread(&t->late[i], options);
+}
+
+static void iobmd_reap(struct iobmd_tracer *t)
+{
+    if (!t->is_thread) iobmd_reap_all();
+    else iobmd_reap_threads(t, __WNOTHREAD);
+    t->reaped_ns = iobmd_now();
 }
 
 /* Block or unblock SIGCHLD. While it is unblocked, it interrupts calls, and dead tracees are reaped at once. */
@@ -264,15 +296,17 @@ static void iobmd_admit_reports(const struct iobmd_tracer *t, int how)
 
 /* Wait at most 2 ms for a report of a tracee; return whether there was one. A tracer thread of the maker must not
    consume the maker's signals, and only sleeps. */
-static int iobmd_doze(const struct iobmd_tracer *t)
+static int iobmd_doze(struct iobmd_tracer *t)
 {
     struct timespec moment = { 0, t->is_thread ? 50000 : 2 * IOBMD_MS };
     unsigned long reports = 1ul << (SIGCHLD - 1);
     int reported = 0;
-    if (t->is_thread) iobmd_raw(SYS_nanosleep, (long)&moment, 0, 0, 0, 0, 0);
-    else {
+    if (t->is_thread) {
+        iobmd_raw(SYS_nanosleep, (long)&moment, 0, 0, 0, 0, 0);
+        if (iobmd_now() - t->reaped_ns > 5 * IOBMD_MS) iobmd_reap(t);
+    } else {
         reported = iobmd_raw(SYS_rt_sigtimedwait, (long)&reports, 0, (long)&moment, sizeof reports, 0, 0) > 0;
-        iobmd_reap();
+        iobmd_reap_all();
     }
     return reported;
 }
@@ -617,6 +651,7 @@ static int iobmd_make(struct iobmd_tracer *t, pid_t tid, const struct iobmd_stat
             iobmd_run_to(t, tid, IOBMD_EXIT, iobmd_now() + IOBMD_BEGIN, 0, &info);
             return IOBMD_CHANGED;
         }
+        t->clones = call->number == SYS_clone;
         if ((status = iobmd_run_to(t, tid, IOBMD_EXIT, until, may_give_up, &info))) return status;
         call->result = info.exit.result;
         /* The kernel would restart the call after a SIGSTOP. */
@@ -671,14 +706,43 @@ static int iobmd_program(struct iobmd_tracer *t, pid_t tid, const struct iobmd_s
 
 /* -- a thread of the task -- */
 
+/* A tracer that is a thread of the maker has no signal that could interrupt its PTRACE_SEIZE while this waits for a thread
+   that executes a program, and that waits for a dead thread to be reaped. The maker reaps it then. */
+enum iobmd_seizing { IOBMD_NOT_SEIZING, IOBMD_SEIZING, IOBMD_HELPED };
+
+static void iobmd_begin_seizing(struct iobmd_tracer *t)
+{
+    if (t->is_thread) __atomic_store_n(&t->seizing, IOBMD_SEIZING, __ATOMIC_RELEASE);
+}
+
+static void iobmd_end_seizing(struct iobmd_tracer *t)
+{
+    int seizing = IOBMD_SEIZING;
+    while (t->is_thread && !__atomic_compare_exchange_n(&t->seizing, &seizing, IOBMD_NOT_SEIZING, 0, __ATOMIC_ACQ_REL,
+                                                        __ATOMIC_RELAXED)) {
+        seizing = IOBMD_SEIZING;
+        iobmd_raw(SYS_sched_yield, 0, 0, 0, 0, 0, 0);  /* the maker reads the lists of threads */
+    }
+}
+
+static void iobmd_help_seizing(struct iobmd_tracer *t)
+{
+    int seizing = IOBMD_SEIZING;
+    if (!__atomic_compare_exchange_n(&t->seizing, &seizing, IOBMD_HELPED, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) return;
+    iobmd_reap_threads(t, 0);
+    __atomic_store_n(&t->seizing, IOBMD_SEIZING, __ATOMIC_RELEASE);
+}
+
 /* Begin to stop a thread. Only when it is traced, and cannot disappear, can its process be determined; until then,
    nothing in it is changed. */
 static int iobmd_seize(struct iobmd_tracer *t, struct iobmd_thread *thread)
 {
     long error;
     iobmd_admit_reports(t, SIG_UNBLOCK);
-    if (!t->is_thread) iobmd_reap();
+    iobmd_reap(t);
+    iobmd_begin_seizing(t);
     error = iobmd_ptrace(IOBMD_SEIZE, thread->tid, 0, NULL);
+    iobmd_end_seizing(t);
     iobmd_admit_reports(t, SIG_BLOCK);
     thread->stands = thread->restarts = 0;
     /* A thread that executes a program takes over the id of its process: it is already seized. */
@@ -703,13 +767,20 @@ static int iobmd_seize(struct iobmd_tracer *t, struct iobmd_thread *thread)
     return iobmd_ptrace(IOBMD_INTERRUPT, thread->tid, 0, NULL) ? IOBMD_ENDED : IOBMD_DONE;
 }
 
+/* Return the signal that a stopped tracee is about to get; 0 if it stopped for another reason. */
+static long iobmd_signal_of(const siginfo_t *why)
+{
+    int is_report = why->si_signo == SIGTRAP && (why->si_code == (SIGTRAP | 0x80) || why->si_code >> 8 > 0);
+    return is_report ? 0 : why->si_signo;
+}
+
 /* Wait until a thread is stopped between two of its own instructions. */
 static int iobmd_stand(struct iobmd_tracer *t, struct iobmd_thread *thread, int64_t until)
 {
     siginfo_t why;
     int status;
     while (!(status = iobmd_await(t, thread->tid, until, 1, &why)) && !iobmd_is_event_stop(&why)) {
-        iobmd_ptrace(PTRACE_CONT, thread->tid, 0, (void *)(long)why.si_signo);  /* deliver the signal */
+        iobmd_ptrace(PTRACE_CONT, thread->tid, 0, (void *)iobmd_signal_of(&why));
         iobmd_ptrace(IOBMD_INTERRUPT, thread->tid, 0, NULL);  /* again: any other stop cancels a pending one */
     }
     if (status) return status;
@@ -718,17 +789,19 @@ static int iobmd_stand(struct iobmd_tracer *t, struct iobmd_thread *thread, int6
     return IOBMD_DONE;
 }
 
-/* Detach from a thread. Return 0 if it has not stopped yet and cannot be detached: the exit of this process detaches
-   it. */
+/* Detach from a thread, or reap it. Return 0 if it has not stopped yet, or has not exited yet: the exit of this process
+   detaches it. */
 static int iobmd_let_go(struct iobmd_tracer *t, struct iobmd_thread *thread)
 {
-    int status = thread->stands ? IOBMD_DONE : iobmd_stand(t, thread, 1);
-    if (!status) {
-        iobmd_before_detaching(t, thread);
-        iobmd_ptrace(PTRACE_DETACH, thread->tid, 0, NULL);
-    }
+    int stands = thread->stands || !iobmd_stand(t, thread, 1);
+    if (stands) iobmd_before_detaching(t, thread);
     thread->stands = 0;
-    return status != IOBMD_LATE || iobmd_is_gone(t, thread->tid);
+    if (stands && !iobmd_ptrace(PTRACE_DETACH, thread->tid, 0, NULL)) return 1;
+    if (!t->is_thread) iobmd_reap_all();
+    /* The kernel reports the exit of a child of the maker to the maker, and also while it is traced. */
+    else if (thread->tid != t->task || iobmd_status_field(t, thread->tid, "PPid:") != t->maker)
+        iobmd_reap_thread(thread, __WNOTHREAD);
+    return iobmd_status_field(t, thread->tid, "TracerPid:") != t->self;
 }
 
 /* Abort a restartable sequence, as the kernel does when it interrupts one; an injected call hides the interruption
@@ -785,13 +858,43 @@ static void iobmd_close_pagemap(struct iobmd_tracer *t)
     t->pagemap = -1;
 }
 
-/* Detach from threads that stopped too late to be used; those that have not stopped yet remain for the next call. */
+/* Detach from threads that stopped too late to be used, or reap them; the others remain for the next call. */
 static void iobmd_let_go_late(struct iobmd_tracer *t)
 {
     int left = 0;
     for (int i = 0; i < t->lates; i++)
         if (!iobmd_let_go(t, &t->late[i])) t->late[left++] = t->late[i];
     t->lates = left;
+}
+
+static void iobmd_add_late(struct iobmd_tracer *t, const struct iobmd_thread *thread)
+{
+    if (t->lates < IOBMD_LATE_THREADS) t->late[t->lates++] = *thread;
+}
+
+/* Return whether a thread that has not stopped is executing a program, or may be. */
+static int iobmd_may_execute(const struct iobmd_tracer *t, const struct iobmd_thread *thread)
+{
+    char text[16] = "";
+    int digits = 0;
+    long number = 0, file;
+    if (thread->stands || thread->tid == t->task) return 0;
+    file = iobmd_open(t, thread->tid, "syscall", O_RDONLY);
+    if (file < 0) return 1;
+    iobmd_raw(SYS_read, file, (long)text, sizeof text - 1, 0, 0, 0);
+    iobmd_close(file);
+    for (; text[digits] >= '0' && text[digits] <= '9'; digits++) number = number * 10 + (text[digits] - '0');
+    return !digits || number == SYS_execve || number == SYS_execveat;  /* no digits: "running" */
+}
+
+/* Return whether a thread that is traced and has not stopped yet may take over the id of the first thread, by executing a
+   program: what is done to the first thread would then be done to the new program. */
+static int iobmd_may_be_replaced(const struct iobmd_tracer *t)
+{
+    int may = 0;
+    for (int i = 0; i < t->lates; i++) may |= iobmd_may_execute(t, &t->late[i]);
+    for (int i = 0; i < t->frozen; i++) may |= iobmd_may_execute(t, &t->threads[i]);
+    return may;
 }
 
 /* Stop the first of several threads that stops soon, make system calls in it, and resume it. */
@@ -803,6 +906,7 @@ static int iobmd_stop(struct iobmd_tracer *t, const struct iobmd_thread *threads
         struct iobmd_thread thread = threads[i];
         int64_t ended, stood;
         int status = IOBMD_DONE, late;
+        if (thread.tid == t->task && iobmd_may_be_replaced(t)) continue;
         for (late = 0; late < t->lates && t->late[late].tid != thread.tid;) late++;
         iobmd_run_near(t, thread.cpu);
         if (late == t->lates) {
@@ -811,8 +915,7 @@ static int iobmd_stop(struct iobmd_tracer *t, const struct iobmd_thread *threads
         } else thread = t->late[late];
         if (!status) status = iobmd_stand(t, &thread, iobmd_now() + t->short_ns);
         if (status) iobmd_close_pagemap(t);
-        if (status == IOBMD_LATE && late == t->lates && t->lates < IOBMD_LATE_THREADS) t->late[t->lates++] = thread;
-        if (status && late < t->lates && status != IOBMD_LATE) t->late[late] = t->late[--t->lates];
+        if ((status == IOBMD_LATE || status == IOBMD_ENDED) && late == t->lates) iobmd_add_late(t, &thread);
         gone += status == IOBMD_ENDED;
         if (status == IOBMD_REFUSED || status == IOBMD_STRANGER) return status;
         if (status) continue;
@@ -820,15 +923,16 @@ static int iobmd_stop(struct iobmd_tracer *t, const struct iobmd_thread *threads
         t->spins = !t->is_thread && iobmd_now() - thread.begun_ns > IOBMD_FAR_NS;
         result = iobmd_use(t, &thread, calls, count);
         t->spins = 0;
-        iobmd_let_go(t, &thread);
+        if (!iobmd_let_go(t, &thread)) iobmd_add_late(t, &thread);
         ended = iobmd_now();
         iobmd_close_pagemap(t);
         stood = ended - thread.begun_ns;
         if (stood > t->stopped_ns) t->stopped_ns = stood;
         if (result != IOBMD_UNREADABLE) break;
     }
-    if (result == IOBMD_LATE) return gone == known ? IOBMD_GONE : IOBMD_LATE;
+    if (result == IOBMD_LATE && gone < known) return IOBMD_LATE;
     iobmd_let_go_late(t);
+    if (result == IOBMD_LATE) return IOBMD_GONE;
     return result;
 }
 
@@ -884,10 +988,9 @@ static void iobmd_find_made(struct iobmd_tracer *t)
 
 static void iobmd_take_guest(struct iobmd_tracer *t, const struct iobmd_call *calls, int count, int status)
 {
-    int clones = 0;
-    for (int i = 0; i < count; i++) clones |= calls[i].number == SYS_clone;
     /* A thread of the maker must not wait for the maker's own children. */
-    if (status == IOBMD_ENDED && clones && !t->made && !t->is_thread) iobmd_find_made(t);
+    if (status == IOBMD_ENDED && t->clones && !t->made && !t->is_thread) iobmd_find_made(t);
+    t->clones = 0;
     for (int i = 0; i < count; i++)
         if (calls[i].number == SYS_clone && t->made) {
             t->guest = t->made;
@@ -918,7 +1021,7 @@ static int iobmd_run_guest(struct iobmd_tracer *t, struct iobmd_call *calls, int
 }
 
 /* Kill a guest or snapshot, and reap it as its tracer. */
-static void iobmd_kill(const struct iobmd_tracer *t, pid_t pid)
+static void iobmd_kill(struct iobmd_tracer *t, pid_t pid)
 {
     int64_t until = iobmd_now() + IOBMD_DEATH;
     /* If it has ended by itself, it has been reaped, and its id may be that of another process now. */
@@ -1052,15 +1155,12 @@ static int iobmd_add_thread(struct iobmd_tracer *t, pid_t tid, void *data)
     return iobmd_now() > t->deadline_ns ? IOBMD_LATE : IOBMD_DONE;
 }
 
-/* Resume the threads that are stopped, and with `all` also release the others. */
+/* Resume the threads that are stopped and, with `all`, detach from the others as soon as they have stopped. */
 static void iobmd_thaw(struct iobmd_tracer *t, int all)
 {
     int left = 0;
     for (int i = 0; i < t->frozen; i++)
-        if (!t->threads[i].ended) {
-            if (all || t->threads[i].stands) iobmd_let_go(t, &t->threads[i]);
-            else t->threads[left++] = t->threads[i];
-        }
+        if (!(all || t->threads[i].stands) || !iobmd_let_go(t, &t->threads[i])) t->threads[left++] = t->threads[i];
     t->frozen = left;
     if (t->froze_ns) t->stopped_ns += iobmd_now() - t->froze_ns;
     t->froze_ns = 0;
@@ -1365,7 +1465,7 @@ static void iobmd_end(struct iobmd_tracer *t)
 static int iobmd_do(struct iobmd_tracer *t, int command)
 {
     int status;
-    t->error = t->failed = t->made = 0;
+    t->error = t->failed = t->made = t->clones = 0;
     /* After unshare(CLONE_NEWPID), this process is in another pid namespace than its maker. */
     if ((command == IOBMD_STOP || command == IOBMD_FREEZE) && iobmd_is_orphan(t)) return IOBMD_UNSEEN;
     switch (command) {
@@ -1442,12 +1542,14 @@ static int iobmd_tracer_body(void *argument)
                 iobmd_end(t);
                 break;
             }
+            if (t->frozen && !t->froze_ns) iobmd_thaw(t, 1);
             iobmd_let_go_late(t);
+            iobmd_reap(t);
             iobmd_idle(t);
             continue;
         }
         t->status = iobmd_do(t, command);
-        if (!t->is_thread) iobmd_reap();  /* before the maker asks whether the task has exited */
+        iobmd_reap(t);  /* before the maker asks whether the task has exited */
         __atomic_store_n(&t->command, IOBMD_NOTHING, __ATOMIC_RELEASE);
         iobmd_raw(SYS_futex, (long)&t->command, FUTEX_WAKE_PRIVATE, 1, 0, 0, 0);
         if (command == IOBMD_END) break;
@@ -1557,13 +1659,16 @@ static void iobmd_tracer_begin(struct iobmd_tracer *t, int command)
    killed. */
 static int iobmd_tracer_wait(struct iobmd_tracer *t)
 {
-    struct timespec moment = { 0, 50 * IOBMD_MS };
+    struct timespec moment = { 0, (t->is_thread ? 10 : 50) * IOBMD_MS };
     siginfo_t end = { 0 };
     int command = __atomic_load_n(&t->command, __ATOMIC_ACQUIRE);
     if (command == IOBMD_NOTHING) return 1;
-    if (iobmd_raw(SYS_futex, (long)&t->command, FUTEX_WAIT_PRIVATE, command, (long)&moment, 0, 0) != -ETIMEDOUT ||
-        t->is_thread)
+    if (iobmd_raw(SYS_futex, (long)&t->command, FUTEX_WAIT_PRIVATE, command, (long)&moment, 0, 0) != -ETIMEDOUT)
         return 0;
+    if (t->is_thread) {
+        iobmd_help_seizing(t);
+        return 0;
+    }
     /* Another thread may have reaped it, like any child. */
     return iobmd_raw(SYS_waitid, P_PID, t->pid, (long)&end, WEXITED | WNOHANG | WNOWAIT | __WALL, 0, 0) || end.si_pid
                ? -1 : 0;

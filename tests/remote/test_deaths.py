@@ -17,7 +17,7 @@ from support.kernel import Footprint
 from support.targets import ProgramResources, Stopping, Target, build, check_unchanged, until, until_blocked
 
 import iobmd
-from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Task, procfs
+from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Task, host, procfs
 from iobmd.remote.guest import Call, Guest
 from iobmd.remote.session import Session, guard_of
 from iobmd.remote.threads import state, thread_ids
@@ -70,10 +70,19 @@ def test_the_task_is_killed(freeze: bool) -> None:
     assert "iobmd (deleted)" not in Path("/proc/self/maps").read_text()
 
 
+@pytest.fixture(params=["process", "thread"])
+def tracer_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Trace by a process, or by a thread of this process as Yama's scope 1 requires without CAP_SYS_PTRACE."""
+    if request.param == "thread":
+        monkeypatch.setattr(host, "yama_scope", lambda: 1)
+        monkeypatch.setattr(host, "has_capability", lambda name: name != "CAP_SYS_PTRACE")
+    return str(request.param)
+
+
 @pytest.mark.needs("compiler")
 @pytest.mark.usefixtures("may_trace")
 @pytest.mark.parametrize("others", [0, 3])
-def test_a_task_that_is_killed_while_frozen_exits(others: int) -> None:
+def test_a_task_that_is_killed_while_frozen_exits(tracer_kind: str, others: int) -> None:
     """Its parent learns of it at once, although its threads are traced."""
     with Target([build("busy"), "threads", str(others)]) as target:
         task = Task(target.pid)
@@ -82,6 +91,8 @@ def test_a_task_that_is_killed_while_frozen_exits(others: int) -> None:
             try:
                 session.freeze()
                 assert {state(target.pid, tid) for tid in thread_ids(target.pid)} == {"t"}
+                tracer = procfs.status(target.pid)["TracerPid"]
+                assert Path(f"/proc/self/task/{tracer}").exists() == (tracer_kind == "thread"), "the control"
                 os.kill(target.pid, signal.SIGKILL)
                 assert target.process.wait(5) == -signal.SIGKILL
             finally:
@@ -89,15 +100,31 @@ def test_a_task_that_is_killed_while_frozen_exits(others: int) -> None:
 
 
 @pytest.mark.needs("compiler")
-@pytest.mark.usefixtures("may_trace")
+@pytest.mark.usefixtures("may_trace", "tracer_kind")
 def test_a_task_of_several_threads_exits_while_it_is_stopped() -> None:
     """The call that stops it reports that it is gone, not that it does not stop. Repeated many times."""
-    for _ in range(100):
+    for _ in range(60):
         with Target([build("busy"), "threads", "8"]) as target, Stopping(target.pid) as stopping:
             assert until(lambda: stopping.count)
             time.sleep(random.uniform(0, 0.01))
             target.tell()
             assert target.end()[0] == 5
+
+
+@pytest.mark.needs("compiler")
+@pytest.mark.usefixtures("may_trace", "tracer_kind")
+def test_a_thread_executes_a_program_while_others_are_stopped() -> None:
+    """The kernel waits until the other threads, which it kills, are reaped by their tracer."""
+    for _ in range(2):
+        with Target([build("busy"), "executes", "100"]) as target:
+            task = Task(target.pid)
+            while task.alive:
+                try:
+                    iobmd.snapshot(task).close()
+                except IOReturnError as error:
+                    # kIOReturnError: the program was replaced during a system call that was made in it
+                    assert error.code in (IOReturn.kIOReturnNotFound, IOReturn.kIOReturnError), error
+            assert target.end() == (9, "")
 
 
 def use_allocate(pid: int, _address: int) -> None:

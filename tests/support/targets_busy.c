@@ -5,6 +5,7 @@
  * busy threads N         the same, while N other threads compute and sleep
  * busy timerfd|sleep|signal
  *                        a tick each millisecond until a line arrives; prints the numbers of ticks and of lost ticks
+ * busy executes N        runs itself N times, by a thread other than the first, while others compute; exit code 9
  * busy compute N         four threads; prints a checksum
  * busy rseq N            two threads count N each on one processor in restartable sequences (rseq(2)); prints the sum
  * busy filter N          sleeps N times and waits for a line, behind a seccomp filter that kills it for most calls
@@ -342,6 +343,34 @@ static int beside_threads(int count)
     return wait_for_line();
 }
 
+static char *next_command[4];
+
+static void *execute_next(void *argument)
+{
+    const struct timespec moment = {.tv_nsec = 2 * MS};
+    nanosleep(&moment, NULL);
+    execv(next_command[0], next_command);
+    return argument;
+}
+
+static int execute_repeatedly(char **argv, int count)
+{
+    static char left[16];
+    pthread_t other;
+    if (!count)
+        return 9;
+    if (!getenv("AGAIN"))
+        puts("ready");
+    setenv("AGAIN", "", 1);
+    snprintf(left, sizeof left, "%d", count - 1);
+    next_command[0] = argv[0], next_command[1] = argv[1], next_command[2] = left;
+    pthread_create(&other, NULL, execute_next, NULL);
+    for (int i = 0; i < 4; i++)
+        pthread_create(&other, NULL, compute_and_sleep, NULL);
+    pause();
+    return 1;
+}
+
 int main(int argc, char **argv)
 {
     const char *what = argc > 1 ? argv[1] : "";
@@ -353,6 +382,8 @@ int main(int argc, char **argv)
         return wait_for_line();
     if (!strcmp(what, "threads"))
         return beside_threads(count);
+    if (!strcmp(what, "executes"))
+        return execute_repeatedly(argv, count);
     if (!strcmp(what, "leaderless"))
         return without_first_thread();
     if (!strcmp(what, "timerfd"))
