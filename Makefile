@@ -52,7 +52,7 @@ ASAN_TESTS := $(patsubst %,tests/kernel/test_%.py,buffer cache cache_modes copie
     $(patsubst %,tests/remote/test_%.py,freeze lazy_copies snapshot) $(FUZZ_TESTS) tests/security/test_threads.py \
     tests/unit/test_census.py
 test-asan:
-	tools/sanitize address "$(PYTHON)" build/asan $(or $(PYTEST_ARGS),$(ASAN_TESTS))
+	tools/sanitize address "$(PYTHON)" build/asan --timeout 600 $(or $(PYTEST_ARGS),$(ASAN_TESTS))
 
 # The native layer by several threads, under the thread sanitizer: SECONDS=600
 test-tsan:

@@ -17,7 +17,7 @@ from support.fuse import FILE_SYSTEM
 import iobmd
 from iobmd import IOReturn, dmabuf, pagemap, procfs
 from iobmd._internal import pidns
-from iobmd.errors import BadArgumentError, TaskTimeoutError, VMError
+from iobmd.errors import BadArgumentError, TaskTimeoutError, UnsupportedError, VMError
 from iobmd.pagemap import file, frame
 from iobmd.remote import areas, session
 from iobmd.task import identity, job, obstacles
@@ -143,6 +143,14 @@ def test_its_descriptor_is_no_dma_buf(target: SilentTarget) -> None:
         os.kill(target.server, signal.SIGCONT)
         with contextlib.suppress(OSError):  # the server permits no writing
             os.close(fd)
+
+
+@pytest.mark.needs("root")
+def test_its_shared_memory_is_not_frozen(target: SilentTarget) -> None:
+    """The server may be a thread of the target, which could not answer while it is stopped."""
+    os.kill(target.server, signal.SIGCONT)
+    with pytest.raises(UnsupportedError, match="another program serves its file"):
+        within_patience(lambda: iobmd.snapshot(target.pid, freeze_shared=1 << 30))
 
 
 @pytest.mark.needs("root")
