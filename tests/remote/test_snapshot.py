@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from support import kernel
-from support.child import NOBODY, in_child
+from support.child import NOBODY, SYSCALLS, in_child
 from support.core_file import Core
+from support.fuse import FILE_SYSTEM
 from support.kernel import Footprint
 from support.snapshot_source import SIZE, Source
 from support.targets import PATIENCE, Target, build, children, until
@@ -113,6 +114,52 @@ def test_shared_memory_that_only_root_can_freeze() -> None:
     assert (code, offset, left) == (IOReturn.kIOReturnUnsupported, 0, "")
     assert "cannot open its file, for which CAP_CHECKPOINT_RESTORE is required" in message
     assert is_closed
+
+
+SERVED = (
+    FILE_SYSTEM
+    + """
+import mmap, sys
+_server, file = served_file(sys.argv[1])
+memory = mmap.mmap(file, SIZE)
+print("ready", ctypes.addressof(ctypes.c_char.from_buffer(memory)), sep="\\n", flush=True)
+sys.stdin.readline()
+"""
+)
+BY_USERFAULTFD = """
+import ctypes, fcntl, mmap, os, struct, sys
+SIZE = 1 << 20
+file = os.memfd_create("shared")
+os.ftruncate(file, SIZE)
+memory = mmap.mmap(file, SIZE)
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+faults = ctypes.CDLL(None).syscall(int(sys.argv[1]), os.O_CLOEXEC)
+fcntl.ioctl(faults, 0xC018AA3F, struct.pack("3Q", 0xAA, 0, 0))  # UFFDIO_API
+fcntl.ioctl(faults, 0xC020AA00, struct.pack("4Q", start, SIZE, 1, 0))  # UFFDIO_REGISTER
+print("ready", start, sep="\\n", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.needs("root")
+@pytest.mark.parametrize("supplier", ["FUSE", "userfaultfd"])
+def test_shared_memory_that_a_stopped_thread_may_supply_is_refused(tmp_path: Path, supplier: str) -> None:
+    """It is refused before the stop: the copy could wait for the stopped program itself."""
+    if supplier == "FUSE":
+        script, argument, why = SERVED, str(tmp_path), "another program serves its file"
+    else:
+        script, argument, why = BY_USERFAULTFD, str(SYSCALLS["userfaultfd"]), "a userfaultfd supplies its pages"
+    with Target([sys.executable, "-c", script, argument]) as program:
+        address = int(program.line())
+        before = children(program.pid)
+        with pytest.raises(IOReturnError, match=why) as caught:
+            iobmd.snapshot(program.pid, freeze_shared=1 << 30)
+        assert (caught.value.code, caught.value.address) == (IOReturn.kIOReturnUnsupported, address)
+        assert children(program.pid) == before
+        with iobmd.snapshot(program.pid) as snapshot:  # the control: without that memory
+            assert snapshot.stopped_ns > 0
+        program.tell()
+        assert program.end()[0] == 0
 
 
 BETWEEN = """
