@@ -18,6 +18,7 @@ from iobmd._internal import pidns
 from iobmd._native import maps as native
 from iobmd._native.tracer import CALLS_ENDED_BY_A_STOP, INSTRUCTION, INSTRUCTION_ALIGNMENT
 from iobmd.host import access, cgroup, fact, pages
+from iobmd.memory import dma_buf
 from iobmd.remote import epoll_sleep, syscall_instruction, threads
 from iobmd.units import PAGE_SIZE
 
@@ -30,7 +31,8 @@ EPOLL_PWAIT = CALLS_ENDED_BY_A_STOP["epoll_pwait"]
 anything = st.binary(max_size=15)
 hostile = st.sampled_from([
     b"", b" ", b")", b") R 1 1", b"\n", b"\nVmFlags: ht", b"\nVmRSS:\t1 kB", b"\nPid:\t1", b"\nNSpid:\t1",
-    b"\nse.exec_start:", b"\r", b"\v", b"\xc2\x85", b" - ", b"\\012", b" (deleted)", b":", b"0::/", b"/..", b"\\",
+    b"\ncount:\t1", b"\ncount:\tx", b"\nse.exec_start:", b"\r", b"\v", b"\xc2\x85", b" - ",
+    b"\\012", b" (deleted)", b":", b"0::/", b"/..", b"\\",
     b"\t", b"\x1b[2J", b"\xff\xfe", b"rw-p 00000000 00:00 0", b"7f00-7f01 rw-p",
 ])  # fmt: skip
 names = st.lists(anything | hostile, max_size=4).map(b"".join).map(lambda name: name.replace(b"\0", b"0"))
@@ -213,7 +215,9 @@ def test_cgroups(
     member = b"1:name=x:/\n%b:%b:%b" % (number, b"" if number == b"0" else b"memory", escaped(path))
     for group in cgroup.around("memory", member=decoded(member)):
         assert group.unified == (number == b"0")
-        assert group.directory.startswith(tuple(decoded(place).rstrip("/") for _root, place, _kind, _source in mount))
+        places = [decoded(place).rstrip("/") for _root, place, _kind, _source in mount]
+        below = [group.directory.removeprefix(place) for place in places if group.directory.startswith(place)]
+        assert any(".." not in path.split("/") for path in below), "outside of the mount"
 
 
 @fuzzed(40, name=paths, size=st.integers(0, 1 << 50))
@@ -223,6 +227,15 @@ def test_swaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: bytes, siz
     (tmp_path / "swaps").write_bytes(head + b"%-40b file\t\t%d\t\t0\t\t-2\n" % (name, size))
     reading(monkeypatch, pages, tmp_path, "/proc/swaps")
     assert [(area.size, area.priority) for area in pages.swap_areas()] == [(size << 10, -2)]
+
+
+@fuzzed(40, count=st.integers(1, 1 << 40), name=names)
+def test_names_of_dma_bufs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, name: bytes) -> None:
+    """Any process with a descriptor sets the name, which fdinfo shows last."""
+    fields = b"pos:\t0\nflags:\t02\nmnt_id:\t15\nino:\t7\nsize:\t65536\ncount:\t%d\nexp_name:\tudmabuf\nname:\t%b\n"
+    (tmp_path / "fdinfo").write_bytes(fields % (count, name))
+    monkeypatch.setattr(dma_buf, "Path", lambda _path: tmp_path / "fdinfo")
+    assert dma_buf.references(0) == count
 
 
 def reading(monkeypatch: pytest.MonkeyPatch, module: object, folder: Path, path: str) -> None:
