@@ -96,8 +96,11 @@ class FileBlocks:
     def share(self, chosen: list[int], alignment: int, size: int = 0) -> SharedObject:
         """Return the blocks as an object, in this order; unless `size` is 0, only their first `size` bytes."""
         offsets = [self._offset(place) for place in chosen]
-        for offset in set(range(0, self._size, self.block)) - set(offsets):
-            mman.punch(self._fd, offset, self.block)
+        end = 0  # of the blocks before a gap: one call for each gap, not for each of thousands of base pages
+        for offset in (*sorted(offsets), self._size):
+            if offset > end:
+                mman.punch(self._fd, end, offset - end)
+            end = offset + self.block
         extents = self._joined(offsets)
         if size and self.block == HUGE_PAGE_SIZE and not self.immovable:
             last = extents[-1]

@@ -77,7 +77,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def _wanted(architecture: Architecture, series: list[str], profiles: list[str]) -> list[tuple[kernels.Kernel, str]]:
     """Return which profiles to run on which kernels, each kernel once."""
-    only = CI if "ci" in profiles else {}
+    only = CI[architecture.name] if "ci" in profiles else {}
     names = [name for name in profiles if name != "ci"] or FULL
     found: dict[str, kernels.Kernel] = {}
     for each in series or only or architecture.series:

@@ -117,8 +117,11 @@ ALONE = {"small", "iommu", "registers", "rdma"}
 FULL = ("device+nvme+network+dmabuf+video+kernel", "small", "iommu", "registers", "rdma")
 """The profiles of a full run on every kernel."""
 
-CI = {"5.10": ("device",), "newest": ("device+nvme+network+dmabuf+video", "small", "iommu", "registers")}
-"""The runs of CI: the oldest kernel and the newest."""
+CI: dict[str, dict[str, tuple[str, ...]]] = {
+    "x86_64": {"5.10": ("device",), "newest": ("device+nvme+network+dmabuf+video", "small", "iommu", "registers")},
+    "aarch64": {"6.12": ("iommu",), "6.12-16k": ("small",)},
+}
+"""The runs of CI by architecture: the oldest kernel and the newest, and for aarch64 the two page sizes."""
 
 
 def profile(names: str) -> Profile:
