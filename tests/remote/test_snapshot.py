@@ -13,7 +13,6 @@ import pytest
 from support import kernel
 from support.child import NOBODY, SYSCALLS, in_child
 from support.core_file import Core
-from support.fuse import FILE_SYSTEM
 from support.kernel import Footprint
 from support.snapshot_source import SIZE, Source
 from support.targets import PATIENCE, Target, build, children, until
@@ -116,16 +115,6 @@ def test_shared_memory_that_only_root_can_freeze() -> None:
     assert is_closed
 
 
-SERVED = (
-    FILE_SYSTEM
-    + """
-import mmap, sys
-_server, file = served_file(sys.argv[1])
-memory = mmap.mmap(file, SIZE)
-print("ready", ctypes.addressof(ctypes.c_char.from_buffer(memory)), sep="\\n", flush=True)
-sys.stdin.readline()
-"""
-)
 BY_USERFAULTFD = """
 import ctypes, fcntl, mmap, os, struct, sys
 SIZE = 1 << 20
@@ -142,17 +131,12 @@ sys.stdin.readline()
 
 
 @pytest.mark.needs("root")
-@pytest.mark.parametrize("supplier", ["FUSE", "userfaultfd"])
-def test_shared_memory_that_a_stopped_thread_may_supply_is_refused(tmp_path: Path, supplier: str) -> None:
-    """It is refused before the stop: the copy could wait for the stopped program itself."""
-    if supplier == "FUSE":
-        script, argument, why = SERVED, str(tmp_path), "another program serves its file"
-    else:
-        script, argument, why = BY_USERFAULTFD, str(SYSCALLS["userfaultfd"]), "a userfaultfd supplies its pages"
-    with Target([sys.executable, "-c", script, argument]) as program:
+def test_shared_memory_of_a_userfaultfd_is_refused() -> None:
+    """It is refused before the stop: a stopped thread of the program may supply its pages."""
+    with Target([sys.executable, "-c", BY_USERFAULTFD, str(SYSCALLS["userfaultfd"])]) as program:
         address = int(program.line())
         before = children(program.pid)
-        with pytest.raises(IOReturnError, match=why) as caught:
+        with pytest.raises(IOReturnError, match="a userfaultfd supplies its pages") as caught:
             iobmd.snapshot(program.pid, freeze_shared=1 << 30)
         assert (caught.value.code, caught.value.address) == (IOReturn.kIOReturnUnsupported, address)
         assert children(program.pid) == before
