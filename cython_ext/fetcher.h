@@ -474,7 +474,6 @@ static int iobmd_fetch_block(struct iobmd_fetching *w)
 static void *iobmd_helper_body(void *argument)
 {
     struct iobmd_fetcher *f = argument;
-    size_t block = IOBMD_BLOCK / f->page;
     prctl(PR_SET_NAME, "iobmd-fetch");
     while (!f->helper_stops && !f->stop && f->done_pages < f->pages && !f->helper_failed) {
         if (iobmd_clock() < f->quiet_until) usleep(IOBMD_QUIET_NS / 1000);

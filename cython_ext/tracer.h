@@ -8,8 +8,8 @@
 
    Only this process waits for its tracees, so that the id of a tracee that it has not reaped cannot be reused.
 
-   What depends on the processor is in a header for it (`tracer_x86_64.h`), included below at "the processor", where its
-   contents are described. */
+   What depends on the processor is in one header for each (`tracer_x86_64.h`, `tracer_aarch64.h`), included below at
+   "the processor", where its contents are described. */
 #ifndef IOBMD_TRACER_H
 #define IOBMD_TRACER_H
 #include <errno.h>
@@ -94,6 +94,8 @@ struct iobmd_thread {
     unsigned long switches;
     int64_t begun_ns;      /* when its stop began */
     char stands, ended, reaped;
+    long call, slept;      /* where the processor requires it: the call in which it sleeps, or -1; how often it had slept */
+    unsigned long argument;  /* the first one of that call */
     char restarts;         /* its call returned EINTR because of the stop, and was prepared to start again */
 };
 
@@ -182,7 +184,7 @@ struct iobmd_tracer {
     char stack[IOBMD_TRACER_STACK] __attribute__((aligned(64)));
 };
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) || defined(__aarch64__)
 
 /* From linux/ptrace.h, which cannot be included together with sys/ptrace.h. */
 enum {
@@ -505,6 +507,7 @@ static int iobmd_run_to(struct iobmd_tracer *t, pid_t tid, int at, int64_t until
    iobmd_position(), iobmd_move()      read and set the program counter in a state
    iobmd_set_call()                    write the number and the arguments of a call into a state
    iobmd_skip()                        at the start of a call: let the kernel do nothing instead
+   iobmd_before_stopping()             record what a stop makes invisible
    iobmd_undo_eintr()                  after a stop: restart a call that returned EINTR because of the stop
    iobmd_leave_call()                  before calls are injected: leave the interrupted call; save what injected calls
                                        change
@@ -595,7 +598,11 @@ static int iobmd_make(struct iobmd_tracer *t, pid_t tid, const struct iobmd_stat
                       struct iobmd_call *call, int64_t until, int may_give_up);
 static int iobmd_begin(struct iobmd_tracer *t, pid_t tid, struct iobmd_syscall_info *info);
 
+#if defined(__x86_64__)
 #include "tracer_x86_64.h"
+#else
+#include "tracer_aarch64.h"
+#endif
 
 /* -- calls of a tracee -- */
 
@@ -738,6 +745,7 @@ static void iobmd_help_seizing(struct iobmd_tracer *t)
 static int iobmd_seize(struct iobmd_tracer *t, struct iobmd_thread *thread)
 {
     long error;
+    iobmd_before_stopping(t, thread);
     iobmd_admit_reports(t, SIG_UNBLOCK);
     iobmd_reap(t);
     iobmd_begin_seizing(t);

@@ -51,6 +51,8 @@ static void iobmd_skip(pid_t tid)
     iobmd_ptrace(PTRACE_SETREGS, tid, 0, &regs);
 }
 
+static void iobmd_before_stopping(struct iobmd_tracer *t, struct iobmd_thread *thread) { (void)t, (void)thread; }
+
 /* The kernel's code for "restart unless a handler runs" replaces EINTR. It acts on that when the thread continues,
    even if other calls were made since, because orig_rax identifies the interrupted call. */
 static void iobmd_undo_eintr(struct iobmd_tracer *t, struct iobmd_thread *thread)

@@ -12,7 +12,7 @@ def system_calls() -> Fact:
     """Report whether system calls can be made in other tasks, on this processor."""
     name, purpose = "calls in tasks", "allocate in other tasks, map into them, copy from them as of one moment"
     if not tracer.PROCESSOR:
-        return Fact(name, Status.NO, False, f"not on {os.uname().machine}", purpose, "an x86-64 host")
+        return Fact(name, Status.NO, False, f"not on {os.uname().machine}", purpose, "an x86-64 or aarch64 host")
     return Fact(name, Status.YES, True, tracer.PROCESSOR, purpose)
 
 

@@ -27,7 +27,7 @@ class Traced(Exception):  # noqa: N818 (another attempt may succeed)
 def require_processor() -> None:
     """Raise `kIOReturnUnsupported` if the tracer does not know this processor."""
     if not PROCESSOR:
-        message = f"system calls in another task are made on x86-64 only, and this is {platform.machine()}"
+        message = f"system calls in another task need x86-64 or aarch64, and this is {platform.machine()}"
         raise UnsupportedError(message)
 
 

@@ -246,7 +246,10 @@ def test_another_thread_runs_another_program(others: int) -> None:
             assert not children(target.pid)
 
 
-OTHER_CALL = b"\xb8\x5f\0\0\0" + b"\xbf\x15\0\0\0" + b"\x0f\x05"
+OTHER_CALL = {
+    "x86_64": b"\xb8\x5f\0\0\0" + b"\xbf\x15\0\0\0" + b"\x0f\x05",
+    "aarch64": b"\xc8\x14\x80\xd2" + b"\xa0\x02\x80\xd2" + b"\x01\0\0\xd4",
+}[os.uname().machine]
 """umask(025), instead of the intended call, stands for a call that a filter of the task could forbid."""
 
 

@@ -252,21 +252,30 @@ static int ring_entered(int submitted_before)
     return result < 0 ? result : (int)(10 * done + result);
 }
 
-#ifdef __x86_64__
-/* The kernel preserves all registers except rax, rcx and r11, and compilers rely on that. */
+/* The kernel preserves all registers except that of the result and, on x86-64, rcx and r11; compilers rely on that. */
 static long epoll_keeping(int timeout, long *kept)
 {
     struct epoll_event event;
+#ifdef __x86_64__
     register long fourth __asm__("r10") = timeout;
     long result;
     __asm__ volatile("syscall"
                      : "=a"(result), "+r"(fourth)
                      : "a"(SYS_epoll_wait), "D"(epoll), "S"(&event), "d"(1)
                      : "rcx", "r11", "memory");
+#else
+    register long number __asm__("x8") = SYS_epoll_pwait;
+    register long result __asm__("x0") = epoll;
+    register void *second __asm__("x1") = &event;
+    register long third __asm__("x2") = 1;
+    register long fourth __asm__("x3") = timeout;
+    register long mask __asm__("x4") = 0, size __asm__("x5") = 8;
+    __asm__ volatile("svc 0" : "+r"(result), "+r"(fourth) : "r"(number), "r"(second), "r"(third), "r"(mask), "r"(size)
+                     : "memory");
+#endif
     *kept = fourth;
     return result;
 }
-#endif
 
 enum { SOON_MS = 800 };
 
@@ -396,13 +405,11 @@ static long make(void)
         return ring_entered(1);
     if (is("io_uring_submit_and_wait"))
         return ring_entered(0);
-#ifdef __x86_64__
     if (is("epoll_wait_keeps_registers")) {
         long kept;
         result = epoll_keeping(60000, &kept);
         return result == 1 ? kept : result;
     }
-#endif
     (void)result;
     fprintf(stderr, "no such call: %s\n", name);
     exit(2);

@@ -22,7 +22,7 @@ def _frames() -> str:
 
 def _ptrace() -> str:
     if not PROCESSOR:
-        return "system calls in other tasks need x86-64"
+        return "system calls in other tasks need x86-64 or aarch64"
     scope = Path("/proc/sys/kernel/yama/ptrace_scope")
     if scope.exists() and int(scope.read_text()) >= (3 if kernel.has_capabilities(_CAP_SYS_PTRACE) else 2):
         return f"{scope} is {scope.read_text().strip()}: tracing is not permitted"
