@@ -1456,11 +1456,20 @@ static void iobmd_end_guest(struct iobmd_tracer *t)
     if (t->guest) iobmd_kill(t, t->guest);
 }
 
+/* Whoever kills the maker may kill every process with its command line (pkill -f), and thus also this one. A thread of the
+   task that it had stopped for a call would then continue with the registers of that call, and crash the task. */
+static void iobmd_outlast_killers(void)
+{
+    struct timespec moment = { 0, 200 * IOBMD_MS };
+    iobmd_raw(SYS_nanosleep, (long)&moment, 0, 0, 0, 0, 0);
+}
+
 static void iobmd_end(struct iobmd_tracer *t)
 {
     int64_t until = iobmd_now() + t->patience_ns;
     int status, gone = 0;  /* counted, because no thread may be visible briefly while one executes a program */
     if (!t->ending) iobmd_end_guest(t);
+    if (t->guest && !t->is_thread && iobmd_is_orphan(t)) iobmd_outlast_killers();
     t->knows = 0;
     while (t->guest && iobmd_now() < until) {
         status = iobmd_collect(t);

@@ -232,3 +232,35 @@ def test_we_are_killed_while_a_guest_is_there(monkeypatch: pytest.MonkeyPatch) -
             target.tell("hello")
             assert target.line(5) == "hello"
             check_unchanged(target.pid, before)
+
+
+@pytest.mark.usefixtures("may_trace")
+def test_the_task_runs_on_for_a_while_after_we_are_killed() -> None:
+    """Programs that kill this process often kill its tracer next, with which its command line and memory are shared.
+
+    In the middle of a call in the task, that would crash the task.
+    """
+    with Target([sys.executable, "-c", ECHO]) as target:
+        target.line()
+        until_blocked(target.pid)
+        reading, writing = os.pipe()
+
+        def hold() -> None:
+            with iobmd.snapshot(target.pid):
+                os.write(writing, b".")
+                signal.pause()
+
+        with forked(hold):  # and killed
+            assert os.read(reading, 1) == b"."
+            before = switches(target.pid)
+        time.sleep(0.1)
+        assert switches(target.pid) == before
+        os.close(reading)
+        os.close(writing)
+        assert until(lambda: is_left_alone(target.pid), 20), target.state()
+        assert switches(target.pid) > before, "the control: it was stopped"
+
+
+def switches(pid: int) -> int:
+    """Return how often a thread has slept or been stopped."""
+    return int(procfs.status(pid)["voluntary_ctxt_switches"])
