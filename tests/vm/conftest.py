@@ -64,6 +64,13 @@ def rdma_device() -> None:
     rxe.start(rxe.HERE)
 
 
+@pytest.fixture(scope="session")
+def rdma_machines(rdma_device: None) -> None:
+    """Create one in the other guest too."""
+    rxe.wait_for_the_other()
+    assert rxe.run_there(f"python3 -m support.rxe {rxe.THERE}") == f"{rxe.DEVICE}\n"
+
+
 @pytest.fixture
 def moving_memory() -> Iterator[None]:
     """Make the kernel compact memory repeatedly, while most of the free memory is filled and freed again."""

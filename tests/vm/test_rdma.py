@@ -337,6 +337,13 @@ def test_memory_for_no_device_is_refused(domain) -> None:
         assert code_of(lambda: rdma.register(buffer, domain, READ)) == IOReturn.kIOReturnNotPermitted
 
 
+def test_memory_of_a_device_is_refused(domain) -> None:
+    with iobmd.IODeviceMemory.ofPCI("0000:00:1f.2", 5) as registers:  # the SATA controller of every such machine
+        code, message = refusal(lambda: rdma.register(registers, domain, READ))
+    assert code == IOReturn.kIOReturnUnsupported
+    assert "memory of a device" in message
+
+
 def test_a_dma_buf_is_refused(domain) -> None:
     if not Path("/dev/dma_heap/system").exists():
         pytest.skip("this kernel has no dma-buf heap")

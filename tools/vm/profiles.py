@@ -36,12 +36,14 @@ _RDMA = (
     *("python3-pyverbs", "libibverbs1", "ibverbs-providers", "librdmacm1"),
     *("libnl-3-200", "libnl-route-3-200"),
 )
-# The second guest executes commands that arrive at a port.
+# The second guest executes commands that arrive at a port, and serves callers of docs/examples/far at another.
 _PEER = """\
 modprobe virtio_pci 2>/dev/null
 modprobe virtio_net
 ip addr add 10.0.0.2/24 dev eth0
 ip link set eth0 mtu 4200 up
+cd docs/examples || exit
+nc -ll -p 7001 -e /bin/sh -c 'exec python3 -m far.agent rxe0 2>/dev/$IOBMD_RESULTS' &
 exec nc -ll -p 7000 -e /bin/sh -c 'read -r command; eval "$command"'
 """
 
@@ -100,9 +102,9 @@ PROFILES = {
     "dmabuf": Profile(Machine(), f"tests/vm/test_dmabuf.py {_page('dmabuf.md-dma_heap-udmabuf')}"),
     "video": Profile(Machine(), "tests/vm/test_video.py", packages=frozenset({"linuxpy", "numpy"})),
     "rdma": Profile(
-        Machine(memory=1792),
-        "tests/vm/test_rdma.py",
-        timeout=600,
+        Machine(memory=2560),
+        "tests/vm/test_rdma.py tests/vm/test_far.py tests/vm/test_rdma_machines.py",
+        timeout=1800,
         debian=_RDMA,
         peer=_PEER,
     ),
