@@ -253,16 +253,20 @@ def test_what_fails_halfway_is_not_kept(tmp_path: Path) -> None:
     assert cache.made(made, fail).read_text() == "whole"
 
 
-def test_two_threads_may_make_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_two_threads_may_make_the_same(kind: str, tmp_path: Path) -> None:
     both = threading.Barrier(2)
 
     def make(draft: Path) -> None:
-        draft.write_text("whole")
+        if kind == "directory":
+            draft.mkdir()
+        (draft / "file" if kind == "directory" else draft).write_text("whole")
         both.wait(10)
 
     with ThreadPoolExecutor(2) as pool:
         made = list(pool.map(lambda _: cache.made(tmp_path / "base", make), range(2)))
-    assert [path.read_text() for path in made] == ["whole", "whole"]
+    files = [path / "file" if kind == "directory" else path for path in made]
+    assert [path.read_text() for path in files] == ["whole", "whole"]
     assert len(list(tmp_path.iterdir())) == 1
 
 

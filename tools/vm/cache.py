@@ -23,6 +23,9 @@ def made(path: Path, make: Callable[[Path], None]) -> Path:
     try:
         make(draft)
         draft.rename(path)
+    except OSError:
+        if not path.exists():  # otherwise another process has made the same directory in the meantime
+            raise
     finally:
         if draft.is_dir():
             shutil.rmtree(draft)
