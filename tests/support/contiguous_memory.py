@@ -33,7 +33,7 @@ def is_found(size: int, within: int) -> bool:
     size, within = 2 * size, within // 2
     Path("/proc/sys/vm/compact_memory").write_text("1")
     with mmap.mmap(-1, within + HUGE_PAGE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
-        area.madvise(mmap.MADVHUGE_PAGE_SIZEPAGE)
+        area.madvise(mmap.MADV_HUGEPAGE)
         base = ctypes.addressof(ctypes.c_char.from_buffer(area))
         first = -base % HUGE_PAGE_SIZE
         for offset in range(first, first + within, HUGE_PAGE_SIZE):
