@@ -14,7 +14,7 @@ import pytest
 from support import kernel
 from support.core_file import Core
 from support.snapshot_source import SIZE, Source
-from support.targets import Target, build, children, need_program, until
+from support.targets import Target, build, children, need_program, until, until_at_rest
 
 import iobmd
 from iobmd import IOReturn, IOReturnError
@@ -180,6 +180,7 @@ def test_gdb_shows_the_same_as_of_gcore(compiler: str, tmp_path: Path) -> None:
     text = Path(__file__).parents[1] / "support" / "targets_snapshot.c"
     subprocess.run([need_program(compiler), *options, "-pthread", "-o", program, text], check=True)
     with Source(threads=THREADS, program=program) as source:
+        until_at_rest(source.pid)
         assert main(["core", str(source.pid), "-o", str(tmp_path / "ours")]) == 0
         subprocess.run(
             [gcore, "-o", tmp_path / "theirs", str(source.pid)], check=True, capture_output=True, timeout=60
