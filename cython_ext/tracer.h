@@ -1537,12 +1537,16 @@ static void iobmd_settle(struct iobmd_tracer *t)
     t->shares = iobmd_has_our_memory(t);
 }
 
-/* Wait briefly for a command. Threads may be frozen and, if they are killed, the task exits now. */
+/* Wait briefly for a command. Threads may be frozen and, if they are killed, the task exits now. A thread that stops only
+   now does not end the wait: the next command can use it, if the thread is not released before. */
 static void iobmd_idle(const struct iobmd_tracer *t)
 {
-    struct timespec moment = { 0, 20 * IOBMD_MS };
+    int64_t left, until = iobmd_now() + 20 * IOBMD_MS;
     iobmd_admit_reports(t, SIG_UNBLOCK);
-    iobmd_raw(SYS_futex, (long)&t->command, FUTEX_WAIT_PRIVATE, IOBMD_NOTHING, (long)&moment, 0, 0);
+    while ((left = until - iobmd_now()) > 0) {
+        struct timespec moment = { 0, left };
+        if (iobmd_raw(SYS_futex, (long)&t->command, FUTEX_WAIT_PRIVATE, IOBMD_NOTHING, (long)&moment, 0, 0) != -EINTR) break;
+    }
     iobmd_admit_reports(t, SIG_BLOCK);
 }
 

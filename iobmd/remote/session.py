@@ -236,9 +236,10 @@ class Session:
         if status in (native.GONE, native.LATE, native.UNREADABLE):
             if not self.task.alive:
                 raise diagnosis.gone(f"task {self.task.pid} is gone: it exited")
-            if status == native.UNREADABLE:
+            if status == native.UNREADABLE:  # at once, because it may soon execute yet another program
                 self._tracer.use(syscall_instruction.find(self.task))
-            time.sleep(0.001)
+            elif status == native.GONE:  # all threads that were known; others may not be visible yet
+                time.sleep(0.001)
             return time.monotonic() < self._deadline
         if status != native.REFUSED:
             return False

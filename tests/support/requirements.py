@@ -271,6 +271,8 @@ def _direct_io() -> str | None:
 def _aarch64_emulation() -> str | None:
     needed = ("aarch64-linux-gnu-gcc", "aarch64-linux-gnu-objdump", "qemu-aarch64-static")
     missing = [program for program in needed if not shutil.which(program)]
+    if not (Path(__file__).parents[2] / "cython_ext").exists():
+        missing.append("source of the extensions")
     return f"no {', '.join(missing)}" if missing else None
 
 
