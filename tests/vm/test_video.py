@@ -130,7 +130,7 @@ def test_a_driver_for_contiguous_memory_has_no_userptr(record_property) -> None:
 @pytest.mark.parametrize("driver", [CONTIGUOUS], indirect=True)
 @pytest.mark.usefixtures("driver", "nothing_left")
 def test_a_driver_for_contiguous_memory_refuses_other_memory(record_property) -> None:
-    """The halves of a buffer in reverse order are contiguous in no case."""
+    """The halves of a buffer in reverse order are not contiguous, except in bounce buffers for memory above 4 GiB."""
     from linuxpy.video.device import BufferType, Device, Memory, enqueue_buffer_raw, raw
 
     half = 128 << 10

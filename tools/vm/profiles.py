@@ -29,6 +29,7 @@ _KERNEL_TESTS = [
     *(f"tests/kernel/test_purgeable.py::test_{name}" for name in _PURGEABLE),
     "tests/interop/test_io_uring.py",
     "tests/remote/test_memory_in_tasks.py",
+    "tests/vm/test_many_contiguous.py",
     *(f"--deselect=tests/kernel/test_{file}.py::test_{name}" for file, names in _TOO_SLOW.items() for name in names),
 ]
 
@@ -96,8 +97,7 @@ PROFILES = {
     "registers": Profile(Machine(edu=1, ivshmem=1, rtl8139=True), "tests/vm/test_registers.py", trace=True),
     "kernel": Profile(Machine(memory=2048, below_4g=1024), shlex.join(_KERNEL_TESTS)),
     "small": Profile(
-        Machine(memory=640, below_4g=256, edu=8, edu_reach=256),
-        "tests/vm/test_masks.py tests/vm/test_swap.py tests/vm/test_many_contiguous.py",
+        Machine(memory=640, below_4g=256, edu=8, edu_reach=256), "tests/vm/test_masks.py tests/vm/test_swap.py"
     ),
     "dmabuf": Profile(Machine(), f"tests/vm/test_dmabuf.py {_page('dmabuf.md-dma_heap-udmabuf')}"),
     "video": Profile(Machine(), "tests/vm/test_video.py", packages=frozenset({"linuxpy", "numpy"})),
@@ -113,14 +113,14 @@ PROFILES = {
 """Profiles by name. Profiles joined by + run in one guest, which starts only once; the start is a third of the time
 of a short guest."""
 
-ALONE = {"small", "iommu", "registers", "rdma"}
+ALONE = {"video", "small", "iommu", "registers", "rdma"}  # video: no memory above 4 GiB
 """Profiles whose machine cannot run the tests of the others."""
 
-FULL = ("device+nvme+network+dmabuf+video+kernel", "small", "iommu", "registers", "rdma")
+FULL = ("device+nvme+network+dmabuf+kernel", "video", "small", "iommu", "registers", "rdma")
 """The profiles of a full run on every kernel."""
 
 CI: dict[str, dict[str, tuple[str, ...]]] = {
-    "x86_64": {"5.10": ("device",), "newest": ("device+nvme+network+dmabuf+video", "small", "iommu", "registers")},
+    "x86_64": {"5.10": ("device",), "newest": ("device+nvme+network+dmabuf", "video", "small", "iommu", "registers")},
     "aarch64": {"6.12": ("iommu",), "6.12-16k": ("small",)},
 }
 """The runs of CI by architecture: the oldest kernel and the newest, and for aarch64 the two page sizes."""
