@@ -3,37 +3,17 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support.child import sleeping
 from support.core_file import Core
+from support.examples import EXAMPLES, run
 from support.targets import until_at_rest
 
-EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 MIGRATION = EXAMPLES.parent / "migration"
 MIB = 1 << 20
-
-
-def run(*arguments: str, folder: Path = EXAMPLES, procs: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run an example, in a cgroup if one is given."""
-
-    def enter() -> None:
-        if procs:
-            procs.write_text(str(os.getpid()))
-
-    return subprocess.run(
-        [sys.executable, "-W", "error", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=enter,
-        timeout=120,
-    )
 
 
 def test_tiles() -> None:

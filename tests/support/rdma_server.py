@@ -7,12 +7,12 @@ import json
 import os
 import sys
 import zlib
-from pathlib import Path
 
 import iobmd
 from iobmd import rdma
+from support.examples import EXAMPLES
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "docs/examples"))
+sys.path.insert(0, str(EXAMPLES))
 
 ALL = 0xF  # IBV_ACCESS_LOCAL_WRITE, …REMOTE_WRITE, …REMOTE_READ and …REMOTE_ATOMIC
 MIB = 1 << 20

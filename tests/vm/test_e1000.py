@@ -1,16 +1,14 @@
 """The Ethernet driver of docs/examples: frames are exchanged with QEMU's network, which answers ARP and ping."""
 
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from support import pci
+from support.examples import EXAMPLES, run
 from support.kernel import nothing_is_pinned
 
-EXAMPLES = Path(__file__).parents[2] / "docs/examples"
 sys.path.insert(0, str(EXAMPLES))
 
 pytestmark = pytest.mark.needs("e1000")
@@ -68,14 +66,7 @@ def test_nothing_arrives(card) -> None:
 
 
 def test_the_program(name: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "e1000", name, OWN, GATEWAY, "1400"],
-        cwd=EXAMPLES,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    done = run("-m", "e1000", name, OWN, GATEWAY, "1400")
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{GATEWAY} is at 52:55:0a:00:02:02" in done.stdout
     assert "1400 bytes returned" in done.stdout

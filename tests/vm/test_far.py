@@ -6,17 +6,17 @@ import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from support import rxe
 from support.errors import code_of
+from support.examples import EXAMPLES
 
 import iobmd
 from iobmd import IOReturn
 from iobmd.units import PAGE_SIZE
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "docs/examples"))
+sys.path.insert(0, str(EXAMPLES))
 
 pytestmark = [pytest.mark.needs("rdma"), pytest.mark.usefixtures("rdma_machines")]
 MIB = 1 << 20

@@ -2,17 +2,17 @@
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from iobmd.tools.vm import disk
 from support import pci
+from support.examples import EXAMPLES
 from support.kernel import nothing_is_pinned
 
 import iobmd
 from iobmd.units import PAGE_SIZE
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "docs/examples"))
+sys.path.insert(0, str(EXAMPLES))
 
 pytestmark = pytest.mark.needs("nvme")
 PIECE = 8 * disk.MIB

@@ -15,13 +15,14 @@ import pytest
 from support import rxe
 from support.child import CAP_IPC_LOCK, in_child, sleeping
 from support.errors import code_of, refusal
+from support.examples import EXAMPLES
 from support.kernel import status
 
 import iobmd
 from iobmd import IOOptionBits, IOReturn, rdma
 from iobmd.units import PAGE_SIZE
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "docs/examples"))
+sys.path.insert(0, str(EXAMPLES))
 
 pytestmark = [pytest.mark.needs("rdma"), pytest.mark.usefixtures("rdma_device")]
 KIB, MIB = 1 << 10, 1 << 20

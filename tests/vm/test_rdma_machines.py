@@ -4,15 +4,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from support import rdma_server, rxe
+from support.examples import EXAMPLES
 
 import iobmd
 from iobmd import rdma
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "docs/examples"))
+sys.path.insert(0, str(EXAMPLES))
 
 pytestmark = [pytest.mark.needs("rdma"), pytest.mark.usefixtures("rdma_machines")]
 MIB = 1 << 20

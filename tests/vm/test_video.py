@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.errors import code_of
+from support.examples import EXAMPLES, run
 
 import iobmd
 from iobmd import IOReturn
@@ -17,7 +18,6 @@ from iobmd import IOReturn
 if TYPE_CHECKING:
     import numpy as np
 
-EXAMPLES = Path(__file__).parents[2] / "docs/examples"
 sys.path.insert(0, str(EXAMPLES))
 
 pytestmark = pytest.mark.needs("vivid")
@@ -167,14 +167,7 @@ def test_a_kernel_without_udmabuf_is_named(driver: str, record_property) -> None
 @pytest.mark.parametrize("memory", [pytest.param("dmabuf", marks=pytest.mark.needs("udmabuf")), "userptr"])
 @pytest.mark.usefixtures("driver")
 def test_the_program(memory: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "capture.py", CAMERA, "--size", f"{WIDTH}x{HEIGHT}", "--count", "10", "--memory", memory],
-        cwd=EXAMPLES,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    done = run("capture.py", CAMERA, "--size", f"{WIDTH}x{HEIGHT}", "--count", "10", "--memory", memory)
     assert (done.returncode, done.stderr) == (0, "")
     first, second = done.stdout.splitlines()
     assert first.startswith("10 pictures of 320 x 180 in ")
