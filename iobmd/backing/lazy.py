@@ -322,9 +322,8 @@ class LazyBacking(AnonymousBacking):
         numa.place(self.address, self.size)
         self._fetch = contents.begin(self.mapping)
         if self._fetch is None:
-            mman.advise(
-                self.address, self.size, mman.MADV_DONTNEED
-            )  # pages that were fetched before begin() returned
+            # Pages may have been fetched before `begin` failed.
+            mman.advise(self.address, self.size, mman.MADV_DONTNEED)
             with contextlib.suppress(OSError):
                 mman.advise(self.address, self.size, mman.MADV_DOFORK)
             self.mapping.withhold(False)

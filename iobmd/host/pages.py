@@ -75,8 +75,8 @@ def _pool_directory(size: int) -> str:
 def pool_remedy(pool: HugePool, pages: int) -> str:
     """Return the commands that enlarge `pool` by `pages` pages, one alternative per line."""
     total = pool.total + pages
-    told = f"as root: {pages} more of {format_size(pool.size)}"
-    remedy = f"echo {total} > {pool.directory}/nr_hugepages  # {told}"
+    comment = f"as root: {pages} more of {format_size(pool.size)}"
+    remedy = f"echo {total} > {pool.directory}/nr_hugepages  # {comment}"
     if pool.size == _default_pool_size():
         remedy += f"\nsysctl vm.nr_hugepages={total}  # the same"
     return f"{remedy}\nboot parameter: hugepagesz={boot_size(pool.size)} hugepages={total}  # before memory fragments"
@@ -166,16 +166,16 @@ def huge_pages() -> Fact:
     obtained = _obtains_huge_page(size) if size <= _LARGEST_TRIED else None
     settings: dict[str, JSON] = {name: _selected(f"{_THP}/{name}") for name in ("enabled", "defrag", "shmem_enabled")}
     value = {**settings, "size": size, "setting": setting, "obtained": obtained}
-    told = f"{format_size(size)}: {setting}, defrag {settings['defrag']}, shmem {settings['shmem_enabled']}"
+    report = f"{format_size(size)}: {setting}, defrag {settings['defrag']}, shmem {settings['shmem_enabled']}"
     if setting is None:
-        told = f"{format_size(size)}, settings not visible"
+        report = f"{format_size(size)}, settings not visible"
     status, why, remedy = _judge_huge_pages(obtained)
     if size > _LARGE and status is Status.YES and (smaller := _intermediate_sizes()):
         value["smaller"] = enabled = [size for size in smaller if _setting(size) in ("always", "madvise")]
-        told += f"; smaller sizes: {', '.join(map(format_size, enabled)) or 'none enabled'}"
+        report += f"; smaller sizes: {', '.join(map(format_size, enabled)) or 'none enabled'}"
         if not enabled:
             status, remedy = Status.LIMITED, _intermediate_remedy(smaller)
-    return Fact("THP", status, value, told + why, "populate and copy large buffers several times as fast", remedy)
+    return Fact("THP", status, value, report + why, "populate and copy large buffers several times as fast", remedy)
 
 
 def _intermediate_remedy(sizes: list[int]) -> str:

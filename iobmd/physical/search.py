@@ -36,9 +36,8 @@ _BRIEF_UP_TO = 64 << 20  # bytes that are often found among the first huge pages
 _COMPACTED = 16  # blocks for which the kernel compacts memory before the windows are examined again
 _ROUNDS = 64
 _ATTEMPTS = 3  # on a busy host, free windows are soon in use
-_SMALL_BLOCK = (
-    2 << 20
-)  # bytes of huge pages that are also used for less: clearing them takes 0.1 ms, and many are free
+# Huge pages of up to this size are also used for less memory: clearing one takes 0.1 ms, and many are free.
+_SMALL_BLOCK = 2 << 20
 _GIGANTIC = 1 << 30
 _GIGANTIC_FROM = 512 << 20  # bytes from which half of a gigantic page is used
 
@@ -192,10 +191,8 @@ def obtain_shared(
 
 def _shared_sources(blocks: tuple[int, ...], name: str, *, sealed: bool, may_reserve: bool) -> Iterator[FileBlocks]:
     for block in blocks:
-        if block in (
-            PAGE_SIZE,
-            HUGE_PAGE_SIZE,
-        ):  # a memfd has no pages of other sizes unless the host's settings say so
+        # A memfd has pages of other sizes only if the host's settings request them.
+        if block in (PAGE_SIZE, HUGE_PAGE_SIZE):
             yield FileBlocks(block, name, sealed=sealed)
     if sealed:  # pages that are freed to a pool in between may be allocated by other processes
         return

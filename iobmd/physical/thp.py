@@ -102,8 +102,8 @@ class TransparentBlocks:
     def _populate(self, address: int, size: int, each: Each | None) -> None:
         """Populate large blocks from the end to the start.
 
-        The kernel mostly allocates what was freed last, at descending addresses, so that huge pages arrive in
-        ascending order and need not be moved.
+        The kernel mostly allocates the most recently freed pages first, which are at descending addresses. Huge pages
+        thus arrive in ascending order, and need not be moved.
         """
         most = self.block if each else max(self.block, _STEP)
         for top in range(size, 0, -most):

@@ -114,13 +114,13 @@ def test_what_was_begun_is_ended_when_the_process_dies(
         assert "it exited while it was read" in (printed.err if form == "--csv" else printed.out)
 
 
-def test_what_smaps_does_not_tell_of_a_part(target: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_that_smaps_lacks_for_a_part(target: int, capsys: pytest.CaptureFixture[str]) -> None:
     whole = json.loads(shown(capsys, str(target), "--json"))
     area = next(vma for vma in whole["vmas"] if vma["name"] == "[stack]")
-    for end, told in ((area["end"], False), (area["end"] - PAGE_SIZE, True)):
+    for end, is_cut in ((area["end"], False), (area["end"] - PAGE_SIZE, True)):
         document = json.loads(shown(capsys, str(target), "--json", "--range", f"{area['start']:#x}-{end:#x}"))
-        assert any("that the range cuts" in hidden["what"] for hidden in document["hidden"]) is told
-        assert (document["vmas"][0]["lazy_free_bytes"] is None) is told
+        assert any("that the range cuts" in hidden["what"] for hidden in document["hidden"]) is is_cut
+        assert (document["vmas"][0]["lazy_free_bytes"] is None) is is_cut
 
 
 def test_a_row_for_each_area_and_a_summary(target: int, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,16 +65,16 @@ def test_no_file_descriptor(free: int, first: bool, wish: dict[str, object]) -> 
                 break
         for _ in range(free):
             os.close(held.pop())
-        told = outcome(**wish)
+        found = outcome(**wish)
         for descriptor in held:
             os.close(descriptor)
         afterwards = outcome(size=PAGE_SIZE)
         iobmd.trim()  # wired pages are kept pinned
-        return told, afterwards, kernel.pinned()
+        return found, afterwards, kernel.pinned()
 
-    told, afterwards, pinned = in_child(full)
+    found, afterwards, pinned = in_child(full)
     expected = WITHOUT_A_RING["anywhere" if len(wish) == 1 else "searched"][free] if first else Wiring.PINNED
-    assert told == expected
+    assert found == expected
     assert afterwards is Wiring.PINNED
     assert pinned == 0
 

@@ -105,9 +105,9 @@ def test_shared_memory_that_only_root_can_freeze() -> None:
             with pytest.raises(IOReturnError) as caught:
                 iobmd.snapshot(program.pid, freeze_shared=1 << 30)
             error = caught.value
-            told = error.code, error.address - program.shared, str(error), children(program.pid)
+            refusal = error.code, error.address - program.shared, str(error), children(program.pid)
             del caught, error  # its traceback refers to the task
-            return *told, Footprint.settled().descriptors == before
+            return *refusal, Footprint.settled().descriptors == before
 
     code, offset, message, left, is_closed = in_child(refused, uid=NOBODY)
     assert (code, offset, left) == (IOReturn.kIOReturnUnsupported, 0, "")

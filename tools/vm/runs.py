@@ -26,8 +26,8 @@ class Run(NamedTuple):
     outcome: guest.Outcome
 
     def __str__(self) -> str:
-        told = f"FAILED: {self.outcome.failure}" if self.outcome.failure else self.outcome.summary
-        return f"{self.kernel.release:28} {self.profile:18} {self.outcome.seconds:5.0f} s  {told}"
+        result = f"FAILED: {self.outcome.failure}" if self.outcome.failure else self.outcome.summary
+        return f"{self.kernel.release:28} {self.profile:18} {self.outcome.seconds:5.0f} s  {result}"
 
 
 def run_all(

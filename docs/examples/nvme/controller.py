@@ -82,9 +82,8 @@ class Controller:
             identified[start:end].decode().strip() for start, end in ((4, 24), (24, 64), (64, 72))
         )
         smallest = 4096 << (self._capabilities >> 48 & 0xF)
-        largest = min(
-            smallest << identified[77] if identified[77] else PAGE * 512, PAGE * 512
-        )  # MDTS, and one page list
+        listed = PAGE * 512  # by one page list
+        largest = min(smallest << identified[77], listed) if identified[77] else listed  # MDTS; 0: no limit
         namespace_data = identified[PAGE:]
         blocks = int.from_bytes(namespace_data[:8], "little")
         format_at = 128 + 4 * (namespace_data[26] & 0xF)  # FLBAS chooses among the formats
