@@ -8,6 +8,8 @@ import multiprocessing
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
+from multiprocessing import resource_sharer
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
@@ -20,6 +22,13 @@ from iobmd.units import PAGE_SIZE
 
 _SHARED = iobmd.IOOptionBits.kIOMemoryKernelUserShared | iobmd.IOOptionBits.kIOMemoryPageable
 METHODS = ["fork", "spawn", "forkserver"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_in_transit() -> Iterator[None]:
+    """End multiprocessing's thread, which closes what it has sent some time after the receiver has got it."""
+    yield
+    resource_sharer.stop(timeout=30)
 
 
 @pytest.fixture(params=METHODS)
