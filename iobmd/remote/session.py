@@ -234,6 +234,7 @@ class Session:
     def _isagain(self, status: int) -> bool:
         """Wait briefly and return whether another attempt may succeed."""
         if status in (native.GONE, native.LATE, native.UNREADABLE):
+            self._refusals = 0  # the earlier ones were of a thread that another one, executing a program, replaced
             if not self.task.alive:
                 raise diagnosis.gone(f"task {self.task.pid} is gone: it exited")
             if status == native.UNREADABLE:  # at once, because it may soon execute yet another program
