@@ -116,6 +116,10 @@ class Frames:
         """Return a reader of all flags; the parameters are those of the native class."""
         return native.Census(self._flags, block, cells, cell)
 
+    def are_unused(self, frames: Sequence[int]) -> bool:
+        """Return whether frames have no user: they are free, or in a processor's list of free pages."""
+        return not any(word & ~(1 << _BUDDY) for word in array("Q", bytes(native.flag_words(self._flags, frames))))
+
     def free(self, frames: Sequence[int]) -> bytes:
         """Return a byte for each of some frames, 1 if it is free."""
         return bytes(word >> _BUDDY & 1 for word in array("Q", bytes(native.flag_words(self._flags, frames))))

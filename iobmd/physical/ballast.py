@@ -18,6 +18,7 @@ from iobmd.memory import shmem
 from iobmd.units import HUGE_PAGE_SIZE, round_down
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Self
 
 _STEP = 256 << 20
@@ -41,10 +42,15 @@ class Ballast:
     """
 
     def __init__(self) -> None:
-        self.size = 0
-        """Bytes held."""
+        self._end = 0  # of the file, which has holes where memory was freed
+        self._held: set[int] = set()  # offsets of huge pages
         self._reserved = 0
         self._fd = shmem.create_huge(0)
+
+    @property
+    def size(self) -> int:
+        """Bytes held."""
+        return len(self._held) * HUGE_PAGE_SIZE
 
     @property
     def is_available(self) -> bool:
@@ -61,20 +67,21 @@ class Ballast:
         while (step := self._step(begin + size - self.size)) > 0:
             before = _in_huge_pages()
             try:
-                os.ftruncate(self._fd, self.size + step)
-                mman.allocate_pages(self._fd, self.size, step)
+                os.ftruncate(self._fd, self._end + step)
+                mman.allocate_pages(self._fd, self._end, step)
             except InterruptedError:  # the handlers of signals have run, and raised nothing
                 continue
             except OSError:  # a limit of the memory cgroup
                 break
             if _in_huge_pages() - before < step // 2:
-                self.free(self.size, step)
+                mman.punch(self._fd, self._end, step)
                 failures += 1
                 if failures == _TRIES:
                     self._reserved = min(self._spare(), _MOST_RESERVED)
                     break
                 continue  # another process may have freed huge pages of a tmpfs
-            self.size += step
+            self._held.update(range(self._end, self._end + step, HUGE_PAGE_SIZE))
+            self._end += step
             failures = 0
         return self.size - begin
 
@@ -86,9 +93,20 @@ class Ballast:
     def _spare(self) -> int:
         return zoneinfo.free_in_blocks(HUGE_PAGE_SIZE)
 
+    def parts(self, size: int) -> Iterator[tuple[int, int]]:
+        """Iterate over the offsets and sizes of what is held, in parts of at most `size` bytes, the last first."""
+        held = sorted(self._held)
+        while held:
+            start = len(held) - 1
+            while start and held[start - 1] == held[start] - HUGE_PAGE_SIZE and held[-1] - held[start - 1] < size:
+                start -= 1
+            yield held[start], held[-1] + HUGE_PAGE_SIZE - held[start]
+            del held[start:]
+
     def free(self, offset: int, size: int) -> None:
         """Free a part of it: whole huge pages."""
         mman.punch(self._fd, offset, size)
+        self._held.difference_update(range(offset, offset + size, HUGE_PAGE_SIZE))
 
     @property
     def fd(self) -> int:
@@ -101,7 +119,7 @@ class Ballast:
             os.ftruncate(self._fd, 0)
             os.close(self._fd)
             self._fd = -1
-        self.size = 0
+        self._held.clear()
 
     def __enter__(self) -> Self:
         return self

@@ -255,6 +255,8 @@ class Search:
             self.best = survey.best()
             if not candidates:
                 break
+        if self.budget.over and self.looked_at:
+            return None
         # What looks like kernel memory may be free pages in the lists of processors, which compaction empties.
         return self.run(source)
 
@@ -278,7 +280,9 @@ class Search:
             for _round in range(_ROUNDS):  # another process may be faster to allocate some of the blocks
                 more: Places = {}
                 if claim.hold_one(found):
-                    more = source.more(claim.blocks, self.want.alignment, claim.free_next)
+                    room = self.budget.bytes // source.block - len(found)
+                    most = min(2 * claim.blocks, max(claim.blocks, room))  # some are allocated elsewhere
+                    more = source.more(most, self.want.alignment, claim.free_next)
                 elif compact and not self.budget.over and len(found) * source.block < self.budget.bytes:
                     more = source.more(_COMPACTED, self.want.alignment)
                 found |= more

@@ -70,8 +70,8 @@ class FileBlocks:
         self._size += size
         step = self.block if each else size
         for offset in range(0, size, step):
-            if each:
-                each()
+            if each and not each(batch.address + offset - step if offset else 0):
+                break
             try:
                 huge = self.block if self.block > PAGE_SIZE else LONGEST
                 populate(batch.address + offset, step, huge, collapse=self._collapses)

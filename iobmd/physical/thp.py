@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 _STEP = 32 << 20  # interrupts are handled at this interval
 LONGEST = 1 << 62
 """Bytes, more than any range: as the size of huge pages, it makes `populate` disregard them."""
-Each = Callable[[], None]
+Each = Callable[[int], bool]
+"""Called before each block with the address of the previous one (0: none); returns whether to allocate another."""
 Places = dict[int, int]
 """Maps the physical address of a block to its virtual address."""
 
@@ -35,7 +36,10 @@ class Source(Protocol):
     """Whether the kernel hides the frames of this process's pages."""
 
     def more(self, count: int, alignment: int, each: Each | None = None) -> Places:
-        """Allocate about `count` more blocks, one by one after a call of `each`; empty if none are available."""
+        """Allocate about `count` more blocks; empty if none are available.
+
+        With `each`, they are allocated one by one, up to `count`, as long as it returns True.
+        """
 
     def assemble(self, chosen: list[int], alignment: int) -> Mapping:
         """Return a mapping of the blocks at these positions, in this order, aligned to `alignment`."""
@@ -108,8 +112,8 @@ class TransparentBlocks:
         most = self.block if each else max(self.block, _STEP)
         for top in range(size, 0, -most):
             step = min(most, top)
-            if each:
-                each()
+            if each and not each(address + top if top < size else 0):
+                break
             done, error = mman.populate_downwards(address + top - step, step, self.block, PAGE_SIZE)
             if error:  # before 5.14, or out of memory, which is reported there
                 populate(address, top - done)

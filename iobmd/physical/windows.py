@@ -19,6 +19,8 @@ from iobmd.memory import numa
 from iobmd.pagemap import census
 from iobmd.pagemap.census import BlockTable
 from iobmd.pagemap.frame import Frames
+from iobmd.pagemap.self import own_runs
+from iobmd.physical import zones
 from iobmd.physical.ballast import Ballast
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_down, round_up
 
@@ -32,7 +34,7 @@ _STEP = 256 << 20
 _CANDIDATES = 16
 """Windows that are tried."""
 _SAMPLED = 32  # every such frame of a window is examined
-_CHUNK = 64  # blocks that are freed at a time to locate those of a window
+_CHUNK = 64  # blocks that are freed at a time, to locate those of a window, or as slack
 _SLACK = 128 << 20
 """Bytes that remain free: below its watermark and the reserve for low addresses, a zone has none for page faults."""
 _NAMES = {"page_tables": "page tables", "kernel": "kernel memory", "hugetlb": "hugetlb pages", "none": "no memory"}
@@ -187,7 +189,9 @@ class Claim:
         self._windows = windows
         self._budget = budget
         self._undo = contextlib.ExitStack()
-        self._located: list[int] = []
+        self._located: list[tuple[int, int]] = []  # the frames of its blocks and their offsets in the ballast
+        self._freed = 0  # the frame of the block that was freed last
+        self._preferred: set[tuple[int, str]] = set()  # zones above the window's
         self.ballast = Ballast()
         self._undo.callback(self.ballast.close)
         try:
@@ -217,37 +221,65 @@ class Claim:
         """How many blocks of the window are held."""
         return len(self._located)
 
-    def free_next(self) -> None:
-        """Free a block of the window, the highest first.
+    def free_next(self, previous: int) -> bool:
+        """Free a block of the window, the highest first, so that the next page fault of this thread allocates it.
 
-        A page fault of this thread must follow, which allocates that block: it is the first in its processor's list.
+        It is the first in its processor's list. But if other processes have freed huge pages in a zone that the
+        kernel prefers, these are allocated first: the next block is not freed until this one is allocated.
+
+        Parameters
+        ----------
+        previous : int
+            The address at which the last page fault allocated a block; 0 before the first.
+
+        Returns
+        -------
+        bool
+            Whether a page fault must follow; False: all blocks are allocated, or another process has one of them, or
+            the budget is exhausted.
         """
-        self.ballast.free(self._located.pop(), HUGE_PAGE_SIZE)
+        if previous and not _is_at(previous, self._freed):
+            if self._budget.over or not self._frames.are_unused([self._freed]):
+                return False
+            zones.hold_free(self.ballast, self._preferred, self._budget)
+            return True
+        if not self._located or self._budget.over:
+            return False
+        self._freed, offset = self._located.pop()
+        self.ballast.free(offset, HUGE_PAGE_SIZE)
+        return True
 
     def _find(self, frames: list[int]) -> bool:
         """Determine the positions of blocks in the ballast; return False if it does not have all of them."""
         located: dict[int, int] = {}
-        step = _CHUNK * HUGE_PAGE_SIZE
-        for offset in reversed(range(0, self.ballast.size, step)):  # windows are completed by the last blocks
-            blocks = min(step, self.ballast.size - offset) // HUGE_PAGE_SIZE
-            found = self._locate(offset, blocks, frames)
+        for offset, size in self.ballast.parts(_CHUNK * HUGE_PAGE_SIZE):  # windows are completed by the last blocks
+            found = self._locate(offset, size // HUGE_PAGE_SIZE, frames)
             frames = [frame for frame in frames if frame not in found]
             located |= found
             if not frames or self._budget.over:
                 break
         if frames:
             return False
-        self._located = [located[frame] for frame in sorted(located)]
-        self._free_slack(set(self._located))
+        self._located = sorted(located.items())
+        self._free_others()
         return True
 
-    def _free_slack(self, needed: set[int]) -> None:
-        freed, offset = 0, self.ballast.size
-        while freed < _SLACK and offset:  # what was held last is in the zone of the window
-            offset -= HUGE_PAGE_SIZE
-            if offset not in needed:
-                self.ballast.free(offset, HUGE_PAGE_SIZE)
-                freed += HUGE_PAGE_SIZE
+    def _free_others(self) -> None:
+        """Free what is not in the window: all of it, unless its zone is only reached while others are held.
+
+        Then as much of it as the zone needs, and what is free in the zones that the kernel prefers is held as well.
+        """
+        lowest = self._located[0][0] * PAGE_SIZE
+        needed = {offset for _frame, offset in self._located}
+        self._preferred = zones.zones_above(lowest)
+        wanted = zones.free_around(lowest) + _SLACK
+        for start, size in self.ballast.parts(_CHUNK * HUGE_PAGE_SIZE):
+            if self._preferred and zones.free_around(lowest) >= wanted:
+                break
+            for offset in range(start, start + size, HUGE_PAGE_SIZE):
+                if offset not in needed:
+                    self.ballast.free(offset, HUGE_PAGE_SIZE)
+        zones.hold_free(self.ballast, self._preferred, self._budget)
 
     def _locate(self, offset: int, blocks: int, frames: list[int]) -> dict[int, int]:
         """Return the offsets of those blocks, by their first frames, that are in a part of the ballast.
@@ -271,6 +303,12 @@ class Claim:
 
     def __exit__(self, *_error: object) -> None:
         self._undo.close()
+
+
+def _is_at(address: int, frame: int) -> bool:
+    """Return whether a page of this process is in a page frame."""
+    table = own_runs(address, PAGE_SIZE)
+    return table.count == 1 and table[0][1] == frame * PAGE_SIZE
 
 
 @contextlib.contextmanager

@@ -29,17 +29,32 @@ _SHOWN = 8  # ranges of RAM in a message
 @contextlib.contextmanager
 def held_above(allowed: int, budget: Budget) -> Iterator[None]:
     """Hold the free huge pages of the zones above the mask `allowed`, so that the next ones come from lower zones."""
-    above = {(zone.node, zone.name) for zone in _zones() if zone.start > allowed} if allowed < ALL_ADDRESSES else None
+    above = zones_above(allowed)
     if not above:
         yield
         return
     with Ballast() as held:
-        for _attempt in range(_ATTEMPTS):
-            amount = min(zoneinfo.free_in_blocks(HUGE_PAGE_SIZE, zones=above), budget.untouched - held.size)
-            if not held.hold(amount):
-                break
+        hold_free(held, above, budget)
         budget.measure(held.size)
         yield
+
+
+def zones_above(address: int) -> set[tuple[int, str]]:
+    """Return the nodes and names of the zones above an address, from which the kernel prefers to allocate."""
+    return {(zone.node, zone.name) for zone in _zones() if zone.start > address} if address < ALL_ADDRESSES else set()
+
+
+def free_around(address: int) -> int:
+    """Return the free memory, in bytes, of the zone that contains an address; 0 if it is hidden."""
+    return sum(zone.free + zone.listed for zone in _zones() if zone.start <= address < zone.end)
+
+
+def hold_free(held: Ballast, zones: set[tuple[int, str]], budget: Budget) -> None:
+    """Hold the free huge pages of some zones too."""
+    for _attempt in range(_ATTEMPTS):
+        amount = min(zoneinfo.free_in_blocks(HUGE_PAGE_SIZE, zones=zones), budget.untouched - held.size)
+        if not held.hold(amount):
+            break
 
 
 def out_of_reach(allowed: int, budget: Budget) -> str:

@@ -62,13 +62,36 @@ def test_a_chosen_window_is_obtained() -> None:
                 continue
             source = TransparentBlocks()
             try:
-                places = source.more(claim.blocks, 1, claim.free_next)
+                places = source.more(2 * claim.blocks, 1, claim.free_next)
                 seen = {frames(virtual, PAGE_SIZE)[0] * PAGE_SIZE for virtual in places.values()}
                 if seen == set(window.heads):
                     assert not any(source._batches[0].read(0, 16 * MIB)), "it is cleared"
                     return
             finally:
                 source.close()
+    pytest.fail("another process took a block of a free window eight times")
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_window_is_obtained_while_memory_that_is_preferred_becomes_free() -> None:
+    """Page faults are served from the highest zone: pages freed there must not replace those of the window."""
+    for _ in range(8):
+        higher, source = TransparentBlocks(), TransparentBlocks()
+        try:
+            places = higher.more(16, 1)
+            with windows.Claim(windows.free_windows(16 * MIB, HUGE, 0xFFFFFFFF), Budget()) as claim:
+                if not (window := claim.hold_one()) or min(places) <= 0xFFFFFFFF:
+                    continue  # other processes have used the memory
+                higher.close()
+                places = source.more(4 * claim.blocks, 1, claim.free_next)
+                freed = window.heads[claim.blocks :]
+            assert len(set(freed) - set(places)) <= 1, "no block is free for longer than it takes to allocate it"
+            assert {frames(virtual, PAGE_SIZE)[0] * PAGE_SIZE for virtual in places.values()} == set(places)
+            if set(places) >= set(window.heads):
+                return
+        finally:
+            higher.close()
+            source.close()
     pytest.fail("another process took a block of a free window eight times")
 
 
