@@ -58,6 +58,7 @@ class Capture:
                 self._queue(index)
             self._device.stream_on(_VIDEO)
             undo.callback(self._device.stream_off, _VIDEO)
+            self._access = undo.enter_context(contextlib.ExitStack())
             self._opened = undo.pop_all()
 
     def __enter__(self) -> Self:
@@ -68,14 +69,14 @@ class Capture:
 
     def pictures(self, timeout: float = 5) -> Iterator[np.ndarray]:
         """Yield pictures: rows, columns, and red, green, blue. Each is valid until the next one is requested."""
-        while True:
+        while not self._device.closed:
+            self._access.close()
             if not select.select([self._device], [], [], timeout)[0]:
                 raise TimeoutError(f"no picture within {timeout} s")
             filled = self._device.dequeue_buffer(_VIDEO, self.memory)
+            self._begin_access(filled.index)
             if not filled.flags & BufferFlag.ERROR:  # otherwise it is incomplete, and filled again
-                with self._access(filled.index):
-                    yield self._picture(self.buffers[filled.index])
-            self._queue(filled.index)
+                yield self._picture(self.buffers[filled.index])
 
     def _picture(self, buffer: iobmd.IOBufferMemoryDescriptor) -> np.ndarray:
         width, height = self.format.width, self.format.height
@@ -91,18 +92,13 @@ class Capture:
             undo.callback(os.close, fd)
             self._dma_bufs.append((fd, undo.enter_context(iobmd.dmabuf.attach(fd, "in"))))
 
-    @contextlib.contextmanager
-    def _access(self, index: int) -> Iterator[None]:
-        """Announce accesses by the processor to a dma-buf, because the driver does this only for USERPTR."""
-        if self.memory != Memory.DMABUF:
-            yield
-            return
-        _fd, attached = self._dma_bufs[index]
-        attached.prepare()
-        try:
-            yield
-        finally:
-            attached.complete()
+    def _begin_access(self, index: int) -> None:
+        """Own a buffer until `_access` is closed, by the next request or at the end, which queues it again."""
+        self._access.callback(self._queue, index)
+        if self.memory == Memory.DMABUF:  # otherwise the driver announces the processor's accesses itself
+            _fd, attached = self._dma_bufs[index]
+            attached.prepare()
+            self._access.callback(attached.complete)
 
     def _queue(self, index: int) -> None:
         """Pass a buffer to the driver, to be filled."""

@@ -118,6 +118,18 @@ def test_a_picture_holds_its_buffer(memory: str) -> None:
     assert int(picture[0, 0, 0]) == BARS[0][0]
 
 
+@pytest.mark.parametrize("driver", [ANY], indirect=True)
+@pytest.mark.parametrize("memory", [pytest.param("DMABUF", marks=pytest.mark.needs("udmabuf")), "USERPTR"])
+@pytest.mark.usefixtures("driver", "nothing_left")
+def test_pictures_that_are_abandoned(memory: str) -> None:
+    """The buffer of the last picture is filled again when another one is requested, by whichever iterator."""
+    with capture(memory) as camera:
+        iterators = [camera.pictures() for _buffer in (*camera.buffers, "one more than the driver can have lost")]
+        for pictures in iterators:
+            next(pictures)
+    assert not any(list(pictures) for pictures in iterators)  # they end with the capture
+
+
 @pytest.mark.parametrize("driver", [CONTIGUOUS], indirect=True)
 @pytest.mark.usefixtures("driver", "nothing_left")
 def test_a_driver_for_contiguous_memory_has_no_userptr(record_property) -> None:
