@@ -287,7 +287,7 @@ class Session:
         if status == native.NO_MEMORY:
             return NoMemoryError(f"no memory for the threads of task {pid}")
         if status == native.IS_32_BIT:
-            return UnsupportedError(f"task {pid} is a 32-bit program, whose system calls iobmd does not make")
+            return diagnosis.of_32_bits(pid)
         if status == native.DIVERTED:
             message = f"task {pid} diverts its system calls to a handler (PR_SET_SYSCALL_USER_DISPATCH)"
             return UnsupportedError(message)

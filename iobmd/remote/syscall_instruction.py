@@ -17,7 +17,8 @@ from iobmd.task import diagnosis
 if TYPE_CHECKING:
     from iobmd.task.task import Task
 
-_AT_SYSINFO_EHDR = 33  # getauxval(3): the address of the vDSO
+_AT_PHENT, _AT_SYSINFO_EHDR = 4, 33  # getauxval(3): the size of a program header, the address of the vDSO
+_PHENT_32_BIT = 32  # sizeof(Elf32_Phdr)
 _SETTLED = 1.0  # seconds for a task to complete an exec, or to exit
 _CODE = 4 << 20  # bytes of each executable area that are searched if there is no vDSO
 
@@ -40,6 +41,8 @@ def find(task: Task) -> int:
         except NotFoundError:  # the task is executing a program, or exiting
             if not task.alive:
                 raise
+        if _is_32_bit(task):  # on aarch64, their instruction differs
+            raise diagnosis.of_32_bits(task.pid)
         # During an exec a task has no code, and while it exits no memory.
         if not task.alive or (time.monotonic() > deadline and not areas(task)):
             raise diagnosis.without_memory(task.pid)
@@ -65,12 +68,21 @@ def is_at(task: Task, address: int) -> bool:
 
 
 def _vdso(task: Task) -> int:
+    return _auxiliary_vector(task, "=QQ").get(_AT_SYSINFO_EHDR, 0)
+
+
+def _is_32_bit(task: Task) -> bool:
+    return _auxiliary_vector(task, "=II").get(_AT_PHENT) == _PHENT_32_BIT
+
+
+def _auxiliary_vector(task: Task, entry: str) -> dict[int, int]:
+    """Return the values by key, {} if the task is exiting. Keys and values have the size of an address."""
     try:
         raw = Path(procfs.memory_file(task.pid, "auxv")).read_bytes()
     except OSError:
-        return 0
-    entries = struct.iter_unpack("=QQ", raw[: len(raw) // 16 * 16])
-    return next((int(value) for key, value in entries if key == _AT_SYSINFO_EHDR), 0)
+        return {}
+    size = struct.calcsize(entry)
+    return dict(struct.iter_unpack(entry, raw[: len(raw) // size * size]))
 
 
 def _search(task: Task, base: int) -> int:

@@ -229,6 +229,11 @@ def without_memory(pid: int) -> IOReturnError:
     return gone(f"the memory of task {pid} no longer exists: it exited, or executed another program")
 
 
+def of_32_bits(pid: int) -> UnsupportedError:
+    """Return the error for a 32-bit program."""
+    return UnsupportedError(f"task {pid} is a 32-bit program, whose system calls iobmd does not make")
+
+
 def is_kernel_thread(pid: int) -> bool:
     """Return whether `pid` is a kernel thread."""
     try:

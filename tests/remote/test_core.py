@@ -41,7 +41,7 @@ def test_contents(source: Source, tmp_path: Path) -> None:
         summary = snapshot.core(path)
     core = Core(path.read_bytes())
     assert core.read(source.own, SIZE)[:: kernel.PAGE] == b"\1" * (SIZE // kernel.PAGE)
-    assert core.read(source.shared, 1 << 20)[:: kernel.PAGE] == b"\1" * 256
+    assert core.read(source.shared, 1 << 20)[:: kernel.PAGE] == b"\1" * ((1 << 20) // kernel.PAGE)
     assert core.read(source.closed, 1) == b"\1"
     for left_out in (source.hidden, source.wiped):
         assert core.area(left_out).size == 0

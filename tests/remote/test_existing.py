@@ -80,6 +80,7 @@ def test_pinned_in_its_task(start_source: Start, kind: str) -> None:
     source.command(f"dump {kind} /dev/null")
 
 
+@pytest.mark.needs("disk_files")
 def test_locked_where_it_cannot_be_pinned(start_source: Start) -> None:
     """The kernel does not permit long-term pins of memory of a file."""
     source = start_source()
@@ -114,6 +115,7 @@ def test_read_only_memory_is_locked(start_source: Start) -> None:
         md.complete()
 
 
+@pytest.mark.needs("disk_files")
 def test_what_it_has_locked_itself_stays_locked(start_source: Start) -> None:
     source = start_source()
     address = source["file"].address

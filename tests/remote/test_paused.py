@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support import kernel
-from support.targets import ProgramResources, Target, build_from, check_unchanged, until
+from support.targets import ProgramResources, Target, build, check_unchanged, until
 
 import iobmd
 from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Wiring, procfs
@@ -22,34 +22,6 @@ from iobmd.units import PAGE_SIZE
 
 MIB = 1 << 20
 SIZE = 16 * MIB
-COUNTER = r"""
-#include <pthread.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
-/* Counts in the first word of every page of 16 MiB, in a thread; "alone": the main thread exits before. */
-static volatile char *area;
-static void *count(void *unused) {
-    (void)unused;
-    for (uint64_t round = 1;; round++)
-        for (size_t at = 0; at < 16 << 20; at += 4096) *(volatile uint64_t *)(area + at) = round;
-    return 0;
-}
-static void *wait_(void *unused) { (void)unused; for (;;) pause(); return 0; }
-int main(int argc, char **argv) {
-    pthread_t thread;
-    area = mmap(0, 16 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    memset((char *)area, 'x', 16 << 20);
-    pthread_create(&thread, 0, strcmp(argv[1], "alone") ? count : wait_, 0);
-    printf("ready\n%lu\n", (unsigned long)area);
-    fflush(stdout);
-    if (!strcmp(argv[1], "alone")) pthread_exit(0);
-    for (;;) pause();
-    return argc;
-}
-"""
 
 pytestmark = [pytest.mark.needs("compiler", "root"), pytest.mark.usefixtures("nothing_left")]
 
@@ -103,7 +75,7 @@ def mounted(kind: str, folder: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def target() -> Iterator[Target]:
-    with Target([build_from("cc", COUNTER, ".c", "-x", "c", "-O2", "-pthread"), "counts"]) as program:
+    with Target([build("paused"), "counts"]) as program:
         yield program
 
 
@@ -247,7 +219,7 @@ def test_paused_in_the_middle_of_a_stop(target: Target, freezer: Freezer, monkey
 
 
 def test_a_task_whose_main_thread_has_exited() -> None:
-    program = build_from("cc", COUNTER, ".c", "-x", "c", "-O2", "-pthread")
+    program = build("paused")
     with Target([program, "alone"]) as target:
         address = int(target.line())
         assert until(lambda: Path(f"/proc/{target.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")

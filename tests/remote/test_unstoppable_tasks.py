@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import program_32_bit
 from support.child import CAP_SYS_ADMIN, in_child, until_asleep
 from support.targets import Target, until, until_at_rest
 from support.threads import running
@@ -135,13 +136,10 @@ def test_no_pidfd() -> None:
         assert not [name for name in Path(f"/proc/{target.pid}/fd").iterdir() if name.name not in "012"]
 
 
-@pytest.mark.needs("compiler")
+@pytest.mark.needs("programs_32_bit")
 def test_32_bit_program(tmp_path: Path) -> None:
-    source = tmp_path / "small.c"
-    source.write_text('void _start(void) { for (;;) __asm__ volatile ("int $0x80" : : "a"(29)); }\n')  # pause
-    # Without the C library, because its 32-bit version is rarely installed.
-    command = ["cc", "-m32", "-nostdlib", "-static", "-ffreestanding", "-fno-pic", "-no-pie"]
-    subprocess.run([*command, "-o", tmp_path / "small", source], check=True)
+    """On aarch64, its system call instruction differs, so that none is found."""
+    program_32_bit.write(tmp_path / "small")
     with program(str(tmp_path / "small")) as target:
         until_at_rest(target.pid)
         assert refusal(target.pid, "32-bit program") == IOReturn.kIOReturnUnsupported
@@ -156,6 +154,7 @@ print(sys.stdin.readline().strip(), flush=True)
 """
 
 
+@pytest.mark.needs("diverted_calls")
 def test_a_program_that_diverts_its_system_calls() -> None:
     """Its handler would receive those of iobmd, as soon as it sets its selector."""
     libc, config = ctypes.CDLL(None), (ctypes.c_uint64 * 4)()
@@ -174,28 +173,32 @@ def test_a_program_that_diverts_its_system_calls() -> None:
         assert target.line() == "continues"
 
 
-@pytest.mark.needs("compiler")
+# The C library creates the child by vfork, and opens its input there, before it executes the program.
+FORKS = """
+import os, sys
+action = (os.POSIX_SPAWN_OPEN, 0, sys.argv[1], os.O_RDONLY, 0)
+os.posix_spawn("/bin/sleep", ["sleep", "0"], {}, file_actions=[action])
+print("on", flush=True)
+sys.stdin.read()
+"""
+
+
 def test_a_thread_that_does_not_stop(tmp_path: Path) -> None:
     """A parent that waits for its vfork child to execute a program can be stopped when the child has done so."""
-    source = tmp_path / "parent.c"
-    source.write_text(
-        "#include <unistd.h>\n"
-        "int main() { char c; if (!vfork()) { read(0, &c, 1); _exit(0); }\n"
-        'write(1, "on\\n", 3); for (;;) pause(); }\n'
-    )
-    subprocess.run(["cc", "-o", tmp_path / "parent", source], check=True)
-    with program(str(tmp_path / "parent"), stdin=-1, stdout=-1) as target:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with program(sys.executable, "-c", FORKS, pipe, stdin=-1, stdout=-1) as target:
         assert until(lambda: "State:\tD" in Path(f"/proc/{target.pid}/status").read_text())
         assert refusal(target.pid, "did not stop within 2 s") == IOReturn.kIOReturnTimeout
-        # The tracer ends with this thread, and the parent still waits until the line arrives.
+        # The tracer ends with this thread, and the parent still waits until the pipe is opened.
         assert until(lambda: "TracerPid:\t0" in Path(f"/proc/{target.pid}/status").read_text())
         assert "State:\tD" in Path(f"/proc/{target.pid}/status").read_text()
         assert target.stdin
         assert target.stdout
-        target.stdin.write(b"\n")
-        target.stdin.close()
+        pipe.write_bytes(b"")
         assert target.stdout.readline() == b"on\n"
         iobmd.allocate(PAGE_SIZE, task=target.pid, wired=False).free()
+        target.stdin.close()
         target.stdout.close()
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from iobmd.units import HUGE_PAGE_SIZE
-from support import lazy
+from support import lazy, program_32_bit
 from support.child import CAP_IPC_LOCK
 
 MAY_BE_MISSING: dict[str, str] = {
@@ -29,6 +29,8 @@ MAY_BE_MISSING: dict[str, str] = {
     "two_processors": "a host may have one",
     "procmap_query": "kernels before 6.11 lack it, and maps is searched",
     "pagemap_scan": "kernels before 6.7 lack it, and pagemap is read",
+    "diverted_calls": "kernels for aarch64 lack PR_SET_SYSCALL_USER_DISPATCH",
+    "programs_32_bit": "a kernel may be built without them",
     "area_names": "a kernel may be built without CONFIG_ANON_VMA_NAME",
     "guest": "make test-vm runs the tests that need it",
     "edu": "the same, for a device of QEMU",
@@ -47,6 +49,7 @@ MAY_BE_MISSING: dict[str, str] = {
     "clone_buffers": "kernels before 6.12 lack it",
     "liburing": "it requires Linux 6.15",
     "aarch64_emulation": "a compiler and an emulator of 80 MB for one file of tests; they are used if installed",
+    "disk_files": "the temporary directory may be on a tmpfs, as in guests",
     "direct_io": "tmpfs supports it only since Linux 6.6, and the temporary directory may be on a tmpfs",
 }
 
@@ -142,6 +145,14 @@ def _area_names() -> str | None:
     return None if named else "this kernel does not name anonymous memory (CONFIG_ANON_VMA_NAME)"
 
 
+def _diverted_calls() -> str | None:
+    import ctypes
+
+    off = [ctypes.c_ulong(0)] * 4
+    permitted = ctypes.CDLL(None).prctl(59, *off) == 0  # PR_SET_SYSCALL_USER_DISPATCH
+    return None if permitted else "this kernel does not divert system calls (PR_SET_SYSCALL_USER_DISPATCH)"
+
+
 def _procmap_query() -> str | None:
     import fcntl
 
@@ -200,7 +211,7 @@ def _vivid() -> str | None:
 
 
 def _narrow_edu() -> str | None:
-    """In guests of the profile "small", the devices address 256 MiB of memory (tools/vm/profiles.py)."""
+    """In guests of the profile "small", the devices address the memory below 4 GiB (tools/vm/profiles.py)."""
     return None if os.environ.get("IOBMD_GUEST") == "small" else "not a guest whose devices address a part of memory"
 
 
@@ -268,6 +279,13 @@ def _direct_io() -> str | None:
     return None
 
 
+def _disk_files() -> str | None:
+    """Files whose file system tracks dirty pages: the kernel permits no long-term pins of them."""
+    folder = tempfile.gettempdir()
+    kind = subprocess.check_output(["stat", "-f", "-c", "%T", folder], text=True).strip()
+    return f"{folder} is on a {kind}" if kind in ("tmpfs", "ramfs") else None
+
+
 def _aarch64_emulation() -> str | None:
     needed = ("aarch64-linux-gnu-gcc", "aarch64-linux-gnu-objdump", "qemu-aarch64-static")
     missing = [program for program in needed if not shutil.which(program)]
@@ -292,6 +310,8 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "procmap_query": _procmap_query,
     "pagemap_scan": _pagemap_scan,
     "lazy_copies": _lazy_copies,
+    "diverted_calls": _diverted_calls,
+    "programs_32_bit": functools.cache(program_32_bit.why_not),
     "guest": _guest,
     "edu": lambda: _device(0x1234, 0x11E8),
     "udmabuf": lambda: _access("/dev/udmabuf"),
@@ -312,6 +332,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "openmpi": lambda: _launcher("Open MPI"),
     "clone_buffers": _clone_buffers,
     "liburing": _liburing,
+    "disk_files": _disk_files,
     "direct_io": _direct_io,
     "aarch64_emulation": _aarch64_emulation,
     "promtool": lambda: None if shutil.which("promtool") else "promtool of Prometheus is not installed",
