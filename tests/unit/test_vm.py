@@ -27,6 +27,7 @@ from iobmd.tools.vm import (
     pair,
     profiles,
     table,
+    userland,
     vmlinux,
 )
 from iobmd.tools.vm.__main__ import main
@@ -270,6 +271,13 @@ def test_two_threads_may_make_the_same(kind: str, tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_archives_of_packages_are_those_of_an_architecture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(userland, "debian_packages", lambda one, _names: tmp_path / f"packages-3.11-{one.debian}-1")
+    monkeypatch.setattr(image, "_pack_debian_packages", lambda place, archive: archive.write_text(place.name))
+    packed = [image.debian_packages(one, ("python3-pyverbs",)).read_text() for one in ARCHITECTURES.values()]
+    assert packed == [f"packages-3.11-{one.debian}-1" for one in ARCHITECTURES.values()]
+
+
 def test_the_disk_is_compared(tmp_path: Path) -> None:
     image = disk.make(tmp_path / "disk", 2)
     assert "MiB 0" in disk.compare(image)
@@ -288,16 +296,18 @@ def command(name: str, **keywords: Any) -> list[str]:
     ("name", "machine", "mask", "parameter"),
     [
         ("x86_64", "q35,max-ram-below-4g=256M", 0xFFFFFFF, "intel_iommu=on"),
-        ("aarch64", "virt,gic-version=3,iommu=smmuv3", 0x4FFFFFFF, "console=ttyAMA0"),
+        ("aarch64", "virt,gic-version=3,iommu=smmuv3", 0xFFFFFFFF, "console=ttyAMA0"),
     ],
 )
 def test_devices_of_a_machine(name: str, machine: str, mask: int, parameter: str) -> None:
-    """The same machine in each architecture: where memory begins at 1 GiB, masks include that."""
-    words = command(name, memory=512, below_4g=256, edu=2, edu_reach=256, iommu=True, nodes=2)
+    """256 MiB of memory are above 4 GiB in each architecture; where it begins at 1 GiB, 3 GiB are below."""
+    words = command(name, memory=512, below_4g=256, edu=2, edu_narrow=True, iommu=True, nodes=2)
     assert words.count(f"edu,dma_mask={mask:#x}") == 2
     assert machine in words
     assert ("intel-iommu,intremap=on" in words) == (name == "x86_64")
-    assert "memory-backend-ram,id=memory1,size=256M" in words
+    size = 512 if name == "x86_64" else (3 << 10) + 256
+    assert words[words.index("-m") + 1] == str(size)
+    assert f"memory-backend-ram,id=memory1,size={size // 2}M" in words
     parameters = words[words.index("-append") + 1].split()
     assert parameter in parameters
     assert f"IOBMD_EDU_MASK={mask:#x}" in parameters

@@ -5,6 +5,7 @@ import errno
 import gc
 import mmap
 import os
+import platform
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -173,7 +174,10 @@ def test_a_device_that_nobody_mapped_for_reaches_nothing(record_property) -> Non
         content = os.urandom(2 * PAGE)
         buffer.writeBytes(0, content)
         places = [buffer.getPhysicalSegment(offset)[0] for offset in (0, PAGE)]
-        assert is_faulted(lambda: device_copy(device, places[0], places[1], 4000))
+        if platform.machine() == "x86_64":
+            assert is_faulted(lambda: device_copy(device, places[0], places[1], 4000))
+        else:  # an SMMU aborts transfers of a device without a driver, and reports no event
+            device_copy(device, places[0], places[1], 4000)
         record_property("DMA transfers", 2)
         assert buffer.readBytes(0, 2 * PAGE) == content
 

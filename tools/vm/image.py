@@ -40,7 +40,7 @@ def _cached(kind: str, architecture: Architecture, versions: str, pack: Callable
 def debian_packages(architecture: Architecture, names: tuple[str, ...]) -> Path:
     """Return the archive with packages of Debian, whose Python has the version of that in `base`."""
     place = userland.debian_packages(architecture, names)
-    return cache.made(place.with_suffix(".cpio"), functools.partial(_pack_debian_packages, place))
+    return cache.made(place.with_name(f"{place.name}.cpio"), functools.partial(_pack_debian_packages, place))
 
 
 def payload(archive: Path, architecture: Architecture) -> None:

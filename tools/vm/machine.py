@@ -9,6 +9,7 @@ from .architecture import Architecture
 from .kernels import Kernel
 
 MIB = 1 << 20
+_BITS_32 = 1 << 32
 
 
 class Link(NamedTuple):
@@ -31,9 +32,9 @@ class Machine(NamedTuple):
     """NUMA nodes, 1 or 2: memory and the two processors are divided among them evenly."""
     edu: int = 0
     """Educational devices, which do DMA of up to 4 KiB at a time in either direction (QEMU, docs/specs/edu)."""
-    edu_reach: int = 0
-    """MiB of memory that the edu devices address, a power of two: they truncate other addresses, and silently read a
-    wrong frame. 0: all."""
+    edu_narrow: bool = False
+    """Whether the edu devices address only the memory below 4 GiB, whose size must be a power of two: they truncate
+    other addresses, and silently read a wrong frame. There is memory above in any case."""
     ivshmem: int = 0
     """MiB of memory of an ivshmem-plain device, whose region 2 is prefetchable (docs/specs/ivshmem-spec); 0: none."""
     rtl8139: bool = False
@@ -68,11 +69,11 @@ class Machine(NamedTuple):
         architecture = kernel.architecture
         return [
             *(architecture.qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-            *("-accel", "tcg", "-cpu", architecture.cpu, "-smp", f"2,sockets={self.nodes}", "-m", str(self.memory)),
+            *("-accel", "tcg", "-cpu", architecture.cpu, "-smp", f"2,sockets={self.nodes}"),
             *("-machine", self._machine(architecture), "-kernel", str(kernel.image), "-initrd", str(initramfs)),
             *("-append", self._parameters(architecture)),
             *("-serial", f"file:{log}", "-chardev", "stdio,id=results,signal=off", *architecture.results),
-            *self._memory(),
+            *self._memory(architecture),
             *self._devices(architecture),
             *self._tracing(),
         ]
@@ -90,18 +91,27 @@ class Machine(NamedTuple):
         words = [f"console={architecture.console}", "panic=-1", "oops=panic", "mitigations=off", "loglevel=5"]
         words += [architecture.parameters, architecture.iommu_parameters if self.iommu else "", self.append]
         words += [f"IOBMD_RESULTS={architecture.terminal}"]
-        if self.edu_reach:
+        if self.edu_narrow:
             words += [f"IOBMD_EDU_MASK={self._edu_mask(architecture):#x}"]
         return " ".join(filter(None, words))
 
     def _edu_mask(self, architecture: Architecture) -> int:
-        """Return the address bits of the edu devices: those of `edu_reach` and of the beginning of memory."""
-        return architecture.memory | (self.edu_reach * MIB if self.edu_reach else 1 << 64) - 1
+        """Return the address bits of the edu devices."""
+        if not self.edu_narrow:
+            return (1 << 64) - 1
+        return (self.below_4g * MIB if architecture.limits_low_memory else _BITS_32) - 1
 
-    def _memory(self) -> list[str]:
-        words: list[str] = []
+    def _size(self, architecture: Architecture) -> int:
+        """Return the MiB of memory, larger where there must be some above 4 GiB, and that below cannot be limited."""
+        if not self.edu_narrow or architecture.limits_low_memory:
+            return self.memory
+        return (_BITS_32 - architecture.memory) // MIB + self.memory - self.below_4g
+
+    def _memory(self, architecture: Architecture) -> list[str]:
+        size = self._size(architecture)
+        words = ["-m", str(size)]
         for node in range(self.nodes if self.nodes > 1 else 0):
-            words += ["-object", f"memory-backend-ram,id=memory{node},size={self.memory // self.nodes}M"]
+            words += ["-object", f"memory-backend-ram,id=memory{node},size={size // self.nodes}M"]
             words += ["-numa", f"node,nodeid={node},cpus={node},memdev=memory{node}"]
         return words
 

@@ -97,7 +97,7 @@ PROFILES = {
     "registers": Profile(Machine(edu=1, ivshmem=1, rtl8139=True), "tests/vm/test_registers.py", trace=True),
     "kernel": Profile(Machine(memory=2048, below_4g=1024), shlex.join(_KERNEL_TESTS)),
     "small": Profile(
-        Machine(memory=640, below_4g=256, edu=8, edu_reach=256), "tests/vm/test_masks.py tests/vm/test_swap.py"
+        Machine(memory=640, below_4g=256, edu=8, edu_narrow=True), "tests/vm/test_masks.py tests/vm/test_swap.py"
     ),
     "dmabuf": Profile(Machine(), f"tests/vm/test_dmabuf.py {_page('dmabuf.md-dma_heap-udmabuf')}"),
     "video": Profile(Machine(), "tests/vm/test_video.py", packages=frozenset({"linuxpy", "numpy"})),
