@@ -22,13 +22,7 @@ from iobmd.descriptors import frame_checks
 from iobmd.descriptors.composite_memory import CompositeBacking
 from iobmd.descriptors.options import check_within, require_cache_instruction
 from iobmd.descriptors.purge_control import PurgeControl
-from iobmd.errors import (
-    BusyError,
-    IOReturnError,
-    NotOpenError,
-    NotReadyError,
-    UnsupportedError,
-)
+from iobmd.errors import BusyError, IOReturnError, NotOpenError, NotReadyError, UnsupportedError
 from iobmd.memory.mlock import Wiring
 from iobmd.purgeable import EMPTY, VOLATILE, purger
 
@@ -40,6 +34,10 @@ if TYPE_CHECKING:
     from iobmd.descriptors.mapping_cache import CachedMapping
 
 
+# As plain integers: with members of an enumeration, `&` takes 2 µs.
+_NO_FAULT = int(kIODirectionPrepareNoFault)
+_TO_PHYS_32 = int(kIODirectionPrepareToPhys32)
+_NON_COHERENT = int(kIODirectionPrepareNonCoherent)
 _preparation_ids = itertools.count(1 << 32)  # as in IOKit: distinct from the values of IOPreparationID
 
 
@@ -330,13 +328,13 @@ class MemoryOwner:
         undo = fresh and not backing.composite  # the parts undo a failed pin themselves
         try:
             if fresh:
-                if direction & kIODirectionPrepareNoFault:
+                if direction & _NO_FAULT:
                     frame_checks.require_resident(backing)
                 backing.pin()
                 undo, self._wired_by = True, os.getpid()
-            if direction & kIODirectionPrepareToPhys32:
+            if direction & _TO_PHYS_32:
                 frame_checks.require_low(self._runs(backing))
-            if direction & kIODirectionPrepareNonCoherent:
+            if direction & _NON_COHERENT:
                 self.write_back(0, self.length, drop=True)
         except BaseException:
             if undo:
@@ -420,7 +418,7 @@ class MemoryOwner:
         """As `IOMemoryDescriptor.segments`."""
         backing = self.require_range(offset, length)
         found = self._runs(backing).segments(backing.address + offset, length)
-        if sum(segment.length for segment in found) < length and backing.has_guard_pages(offset, length):
+        if backing.has_guard_pages(offset, length) and sum(segment.length for segment in found) < length:
             raise frame_checks.no_frames()
         return found
 

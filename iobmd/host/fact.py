@@ -1,5 +1,6 @@
 """The result of a probe, and helpers of probes: reading optional files, a scratch page."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -49,8 +50,8 @@ class Fact(NamedTuple):
 def read_text(path: str) -> str | None:
     """Return the text of a kernel file without its last newline, or None if it is missing or unreadable."""
     try:
-        with open(path, errors="surrogateescape", newline="\n") as file:
-            return file.read().rstrip("\n")
+        with open(path, "rb", buffering=0) as file:  # half the time of a text file
+            return os.fsdecode(file.readall()).rstrip("\n")
     except OSError:
         return None
 
