@@ -164,9 +164,14 @@ def test_demo(capsys: Captured) -> None:
 def test_search_of_the_demo_is_not_copy_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The search for contiguous memory precedes the copy, whose speed is shown."""
 
-    def copy_after_search(task: Task, address: int, size: int, *, contiguous: bool, **rest: Any) -> Any:
-        time.sleep(0.5 if contiguous else 0)
-        return iobmd.copy(task, address, size, **rest | {"wired": False})
+    def copy_after_search(
+        task: Task, address: int, size: int, *, progress: Callable[[int], object], **rest: Any
+    ) -> Any:
+        time.sleep(0.5)
+        # Without `progress`: on a busy machine, other threads may copy all chunks before its first call.
+        buffer = iobmd.copy(task, address, size, **rest | {"wired": False, "contiguous": False})
+        progress(size // 2)
+        return buffer
 
     monkeypatch.setattr(command, "copy", copy_after_search)
     size = 16 << 20
