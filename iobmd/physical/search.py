@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from iobmd.physical.windows import Window
 
 _STEP = 8 << 20  # the minimum that is worth another attempt
-_BRIEF = 0.1  # seconds after which windows are examined
+_BRIEF = 0.1  # seconds, and
+_BRIEF_FROM = 32 << 20  # bytes, after which windows are examined: on a busy host, one batch takes longer
 _BRIEF_UP_TO = 64 << 20  # bytes that are often found among the first huge pages
 _COMPACTED = 16  # blocks for which the kernel compacts memory before the windows are examined again
 _ROUNDS = 64
@@ -312,7 +313,9 @@ class Search:
             if chosen := self._choose(found, source.block, needed):
                 log.debug("%s: found in %s, %s", self.want, type(source).__name__, self._effort())
                 return [found[block] for block in chosen]
-            if not more or source.hidden or self.budget.over or (brief and self.budget.elapsed > _BRIEF):
+            if not more or source.hidden or self.budget.over:
+                break
+            if brief and self.budget.elapsed > _BRIEF and held * source.block >= _BRIEF_FROM:
                 break
             batch = self._next_batch(held, needed, source.block)
         log.debug("%s: not found in %s, %s", self.want, type(source).__name__, self._effort())
