@@ -181,7 +181,7 @@ cdef extern from * nogil:
         return done == 0 || (done == -EIO && !job->paths) ? -EFAULT : done;
     }
 
-    /* Transfer one range through the buffer `bytes`; return an error number. Each call shows progress in `moved`. */
+    /* Transfer one range through the buffer `bytes`; return an error number. Each call adds to `moved`. */
     static long iobmd_attempt_bounced(struct iobmd_attempt *job, long fd, struct iobmd_range range)
     {
         while (range.size) {
@@ -354,7 +354,7 @@ cdef extern from * nogil:
     {
         struct iobmd_attempt *job = (struct iobmd_attempt *)argument;
         long fd = job->file, error = 0;
-        /* The child exits with its creator, whether that is killed before or after this line. */
+        /* The child exits with its creator, whether the creator is killed before or after this line. */
         iobmd_raw(SYS_prctl, PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0, 0);
         if (iobmd_raw(SYS_getppid, 0, 0, 0, 0, 0, 0) != job->maker)
             return 0;

@@ -33,7 +33,7 @@ cdef enum:
     # Maximum number of pages found by one read of pagemap: a few huge pages of 2 MiB in pages of 4 KiB, or one of 32
     # MiB in 16 KiB. They are transferred before the next read, so that few have changed since.
     PAGES = 2048
-    # Maximum number of ranges of such pages; PAGEMAP_SCAN finds at most as many in one walk.
+    # Maximum number of ranges of such pages; PAGEMAP_SCAN finds at most this number in one walk.
     RUNS = 512
     # Maximum number of pages of the address range that one PAGEMAP_SCAN walks: mmap calls of the task wait for it,
     # for 0.5 ms if page tables are empty.
@@ -513,7 +513,7 @@ cdef int _transfer(const Way *way, int pagemap, Piece all, size_t huge, uint64_t
                 last += 1
             start, stop = max(look.runs[first].start, at), min(stop, end)
             if huge and last == look.count and stop == reached and reached < end:
-                # The run may continue: the next look sees the rest of a huge page together with its beginning.
+                # The run may continue: the next scan finds the rest of a huge page together with its beginning.
                 cut = max(start, stop - min(stop, (stop + all.ours - all.theirs) % huge))
                 if cut > at:
                     stop = reached = cut
@@ -539,7 +539,7 @@ NEEDS_FILE = C_NEEDS_FILE
 
 def transfer(int pid, int memory, int pagemap, int pidfd, bint write, bint skip, uint64_t theirs, uint64_t ours,
              size_t size, size_t page, size_t huge=0, Ranges readable=None):
-    """Copy between `theirs` in a task and `ours` in this process all that requires no new page in the task.
+    """Copy the bytes that require no new page in a task, between `theirs` in the task and `ours` in this process.
 
     Parameters
     ----------
@@ -589,8 +589,8 @@ cdef bint _is_unmapped(int pagemap, const char *maps, uint64_t address, size_t p
     cdef uint64_t walked, start = address - address % page
     cdef iobmd_procmap_query arg
     cdef int failed, found, fd
-    # A scan (Linux 6.7) shows the absent pages of an area without opening maps, which takes a third of the time of
-    # all calls for the page. It skips device memory (VM_PFNMAP), which cannot be read either.
+    # A scan (Linux 6.7) reports the absent pages of an area, except of device memory (VM_PFNMAP), which cannot be
+    # read. Opening maps instead would take a third of the time of all calls for the page.
     memset(&anything, 0, sizeof(anything))
     found = iobmd_scan(pagemap, start, start + page, &anything, &region, 1, &walked)
     if found >= 0:

@@ -2,7 +2,8 @@
  *
  * A compiler may split, repeat or merge accesses to ordinary memory, and so may memcpy(3) and the idioms of Python:
  * ctypes reads a register before it writes it, and struct.pack_into stores zeros first. A device counts every access.
- * Assembly leaves no choice: also not of an addressing mode that a hypervisor cannot emulate (arm64, writeback).
+ * Assembly leaves the compiler no choice, not even of an addressing mode that a hypervisor cannot emulate (arm64,
+ * writeback).
  */
 #ifndef IOBMD_DEVICE_ACCESS_H
 #define IOBMD_DEVICE_ACCESS_H

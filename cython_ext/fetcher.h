@@ -53,7 +53,7 @@ enum iobmd_fetch_state {
     IOBMD_FETCHING,  /* faults are served */
     IOBMD_COMPLETE,  /* all contents were fetched */
     IOBMD_LOST,      /* the snapshot ended before all contents were fetched; accesses to the rest fail */
-    IOBMD_REFUSED,   /* nothing was begun: `error` */
+    IOBMD_REFUSED,   /* nothing was started, for the reason in `error` */
     IOBMD_STOPPED,
 };
 
@@ -77,7 +77,7 @@ enum {
 static const uintptr_t IOBMD_USER_END = (uintptr_t)1 << 56;
 
 static const int64_t IOBMD_QUIET_NS = 1000000;     /* without a fault, before the background fetch continues */
-static const int64_t IOBMD_SPIN_NS = 30000;        /* of it without sleeping: a thread that touches pages at random */
+static const int64_t IOBMD_SPIN_NS = 30000;        /* of that without sleeping, for a thread that touches random pages */
 static const int64_t IOBMD_STARVED_NS = 20000000;  /* the longest pause of the background fetch */
 
 struct iobmd_fetcher;
@@ -112,13 +112,13 @@ struct iobmd_fetcher {
     struct iobmd_wanted_pages *wanted;
     volatile int stop;
 
-    /* The answer, before the state is FETCHING. */
+    /* The results of the start, valid before the state is FETCHING. */
     int is_lazy;             /* whether faults are served; if not, the thread copies everything and then is COMPLETE */
     int serves_kernel;       /* whether faults of system calls are served too */
     int64_t snapshot_ns;     /* the duration of clone(2) */
     pid_t tid;
 
-    /* The thread's own. */
+    /* Private to the thread. */
     int has_child, pidfd, uffd, pagemap, memory;  /* pidfd: of the child; the latter two are files of the snapshot */
     int life[2];             /* a pipe; its writing end is only in the thread's descriptor table, which the helper uses */
     struct iobmd_fetching own, helper;
@@ -220,7 +220,7 @@ static int iobmd_take_snapshot(struct iobmd_fetcher *f)
 static void iobmd_end_snapshot(struct iobmd_fetcher *f)
 {
     if (!f->has_child) return;
-    /* Not by its pid, which a process of others has if the program has reaped the child (__WALL). */
+    /* Not by its pid, which may belong to another process if the program has reaped the child (__WALL). */
     if (f->pidfd >= 0) syscall(SYS_pidfd_send_signal, f->pidfd, SIGKILL, NULL, 0);
     else kill(f->snapshot, SIGKILL);
     if (f->pidfd >= 0) close(f->pidfd);
@@ -234,10 +234,10 @@ static void iobmd_end_snapshot(struct iobmd_fetcher *f)
 static int iobmd_is_gone(const struct iobmd_fetcher *f)
 {
     uint64_t entry;
-    return pread(f->pagemap, &entry, sizeof entry, 0) != sizeof entry;  /* it has no memory any more */
+    return pread(f->pagemap, &entry, sizeof entry, 0) != sizeof entry;  /* its memory no longer exists */
 }
 
-/* Read bytes of the snapshot; return how many were read until the first that cannot be. Not by process_vm_readv(2),
+/* Read bytes of the snapshot; return the number read before the first unreadable one. Not by process_vm_readv(2),
    which pins the pages: the kernel first copies a page that the snapshot shares with its source (gup_must_unshare(),
    Linux 6.0), so that the contents would be in memory three times, and charged to the source (measured: 505 MiB for
    512 MiB, at a third of the speed). */
@@ -400,7 +400,7 @@ static void iobmd_resolve(struct iobmd_fetcher *f, size_t page)
 
 static size_t iobmd_least(size_t one, size_t other) { return one < other ? one : other; }
 
-/* Serve a fault: fetch one page, more of them if the previous ones were accessed in order, and in the end blocks.
+/* Serve a fault: fetch one page, or more if the previous ones were accessed in order, up to whole blocks.
    Returns -1 if the snapshot has ended, 1 if accesses are in order, otherwise 0. */
 static int iobmd_serve(struct iobmd_fetcher *f, size_t page)
 {
@@ -425,7 +425,7 @@ static int iobmd_serve(struct iobmd_fetcher *f, size_t page)
     return f->window == block;
 }
 
-/* Serve one block of what a thread waits for; return whether there was any, or -1. */
+/* Serve one block of a range that a thread waits for; return whether there was one, or -1. */
 static int iobmd_serve_wanted(struct iobmd_fetcher *f)
 {
     struct iobmd_wanted_pages *one;
@@ -556,8 +556,8 @@ static int iobmd_fetch_begin(struct iobmd_fetcher *f)
     f->uffd = iobmd_uffd_open_missing((uintptr_t)f->destination, f->size, &f->serves_kernel);
     if (f->uffd < 0) return 0;
     if ((error = iobmd_map_staging(&f->own)) || (error = iobmd_map_staging(&f->helper))) return error;
-    /* A fault in memory that may have huge pages allocates no page table, which would prevent that a huge page is moved
-       there. */
+    /* A fault in memory that may have huge pages allocates no page table, which would prevent a huge page from being
+       moved there. */
     if (f->moves && madvise(f->destination, f->size, MADV_HUGEPAGE)) f->moves = 0;
     f->is_lazy = 1;
     return 0;
@@ -571,7 +571,7 @@ static void iobmd_set_state(struct iobmd_fetcher *f, int state)
     pthread_mutex_unlock(&f->lock);
 }
 
-/* Without one, because no thread or no second processor is available, this thread fetches all. */
+/* If there is none, because no thread or no second processor is available, this thread fetches everything. */
 static void iobmd_start_helper(struct iobmd_fetcher *f)
 {
     pthread_attr_t attributes;

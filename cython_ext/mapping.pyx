@@ -172,8 +172,9 @@ cdef size_t _move_within(_Copy *job, int *error) noexcept nogil:
         source.iov_base = <char *>job.source + done
         to.iov_len = source.iov_len = job.size - done
         # process_vm_readv(2) pins the source, and the kernel first copies each page that a forked child shares. This
-        # call pins only the destination, which may be memory of a device when that is read into: it cannot be pinned.
-        # Not by the wrapper, in which the thread sanitizer reports a race with threads that map other memory there.
+        # call pins only the destination. It fails if the destination is memory of a device, which cannot be pinned:
+        # the other call then reads into it. Not by the wrapper, in which the thread sanitizer reports a race with
+        # threads that map other memory there.
         moved = syscall(SYS_process_vm_writev, <long>getpid(), &source, <long>1, &to, <long>1, <long>0)
         if moved < 0 and errno == EFAULT and not job.writing:
             moved = process_vm_readv(getpid(), &to, 1, &source, 1, 0)
@@ -608,7 +609,7 @@ cdef class Mapping:
         cdef uint64_t start = self.address, end = start + self.size, place = start, stop = start
         cdef int error = EINVAL if self.size != space.size else 0
         if self.users or self.borrowed or self.margin or not start:
-            raise ValueError("the mapping is in use, or not this one's to move")
+            raise ValueError("the mapping is in use, or its memory belongs to another object")
         while not error and place < end:
             error = _move_area(&place, &stop, end, space.address - start)
         if error:
@@ -677,13 +678,13 @@ cdef class Mapping:
         cdef Mapping other = Mapping.__new__(Mapping)
         self.seal()
         if self.borrowed or self.margin or self.kind != PRIVATE:
-            raise ValueError("only private memory that is its own can have a new mapping object")
+            raise ValueError("only private memory that this object owns can have a new mapping object")
         other.address, other.size, other.writable, other.kind = self.address, self.size, self.writable, self.kind
         self.address = self.size = 0
         return other
 
     def lost(self):
-        """Return the first address where the mapping was removed or replaced, None without any (see `close`)."""
+        """Return the first address where the mapping was removed or replaced, or None (see `close`)."""
         cdef uint64_t start, end, from_, to = self.address
         if not self.address or self.borrowed or self.kind == UNKNOWN:
             return None

@@ -28,7 +28,7 @@ cdef bint _is_canary(uint64_t at) noexcept nogil:
 
 
 cdef class Slab:
-    """Memory in pieces of equal size. It exists as long as its pool has it, or a piece is in use.
+    """Memory in pieces of equal size. It exists as long as its pool contains it or a piece is in use.
 
     Free pieces contain zeros. `keeper` owns the memory.
     """
@@ -298,7 +298,7 @@ cdef class Pool:
         slab._buffers[buffer._index] = <PyObject *>buffer
 
     cdef bint _counts(self, int taken_in) noexcept:
-        """Return whether it counts a piece that was taken in a process; False in a child that does not inherit it."""
+        """Return whether it counts a piece acquired in a process; False in a child that does not inherit it."""
         return taken_in == _generation or self._inherited
 
     cdef void _put(self, Slab slab, uint32_t index, int taken_in) noexcept:

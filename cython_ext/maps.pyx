@@ -54,8 +54,8 @@ def query(int fd, uint64_t start, uint64_t end, Py_ssize_t most):
     """Return, by PROCMAP_QUERY (Linux 6.11), at most `most` areas that overlap `start`…`end`, in ascending order.
 
     `fd` is an open /proc/PID/maps. Areas are returned as by `parse`, except that newlines in names are not escaped;
-    if there are fewer than `most`, these are all. Raises OSError: ENOTTY before Linux 6.11; ESRCH: the memory no
-    longer exists; ENAMETOOLONG.
+    if fewer than `most` are returned, there are no others. Raises OSError: ENOTTY before Linux 6.11; ESRCH: the
+    memory no longer exists; ENAMETOOLONG.
     """
     cdef char name[NAME]
     cdef char device[32]

@@ -408,7 +408,7 @@ def cachestat(int fd, uint64_t offset, uint64_t length):
     Returns
     -------
     tuple[int, int, int, int]
-        Pages that are cached, dirty, being written back, and evicted a short time ago.
+        Pages that are cached, dirty, being written back, and recently evicted.
     """
     cdef iobmd_cachestat_range asked
     cdef iobmd_cachestat_t found

@@ -245,9 +245,9 @@ def flag_words(int fd, frames):
 
 
 def flag_words_without(int fd, frames, int file, uint64_t offset, size_t size):
-    """As `flag_words`, at a moment when a part of a file in memory is freed; it is allocated again at once.
+    """As `flag_words`, while a part of a file in memory is freed for about 50 µs; it is then allocated again.
 
-    Other processes may allocate what is free in between: some 50 µs.
+    Other processes may allocate that memory in between.
     """
     cdef bytearray numbers = _numbers(frames)
     cdef bytearray words = bytearray(len(numbers))

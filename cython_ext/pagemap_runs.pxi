@@ -54,8 +54,8 @@ def bounds(list pieces):
     Returns
     -------
     tuple
-        The total length; the longest length; the highest address of a byte; the bitwise OR of the addresses but the
-        first, and of the lengths but the last: a power of two divides all of them if it divides these.
+        The total length; the longest length; the highest address of a byte; the bitwise OR of all addresses but the
+        first, and of all lengths but the last: a power of two divides all of them if it divides these.
     """
     cdef uint64_t total = 0, longest = 0, highest = 0, addresses = 0, lengths = 0
     cdef PhysicalSegment piece

@@ -149,7 +149,7 @@ struct iobmd_tracer {
     int object_count;
     int failed_session;         /* COLLECT, END: unmap all that was mapped */
 
-    /* The answer. */
+    /* The results. */
     int status, error, failed;
     volatile int peeks;         /* it reads the memory of a stopped thread: only its alarm kills it then */
     pid_t refused;              /* the thread that may not be traced */
@@ -158,7 +158,7 @@ struct iobmd_tracer {
     char *registers;            /* FREEZE: `recorded` bytes: each thread's iobmd_registers and its sets */
     size_t recorded;
 
-    /* Its own. */
+    /* Private to the tracer. */
     pid_t maker, maker_thread, pid, self;
     pthread_t thread;
     long pagemap;               /* of the thread to be stopped, opened before the stop, or -1 */
@@ -502,11 +502,11 @@ static int iobmd_run_to(struct iobmd_tracer *t, pid_t tid, int at, int64_t until
    IOBMD_PROCESSOR                     its name
    IOBMD_AUDIT, IOBMD_ELF              its numbers in linux/audit.h and linux/elf-em.h
    IOBMD_INSTRUCTION, .._ALIGNMENT     the system call instruction, and a divisor of its addresses
-   struct iobmd_state                  the registers of a stopped thread, and what system calls change besides
+   struct iobmd_state                  the registers of a stopped thread, and other state that system calls change
    iobmd_load(), iobmd_store()         read and write the registers; load returns IOBMD_32_BIT for other programs
    iobmd_position(), iobmd_move()      read and set the program counter in a state
    iobmd_set_call()                    write the number and the arguments of a call into a state
-   iobmd_skip()                        at the start of a call: let the kernel do nothing instead
+   iobmd_skip()                        at the start of a call: make the kernel skip it
    iobmd_before_stopping()             record what a stop makes invisible
    iobmd_undo_eintr()                  after a stop: restart a call that returned EINTR because of the stop
    iobmd_leave_call()                  before calls are injected: leave the interrupted call; save what injected calls
@@ -554,9 +554,9 @@ static int iobmd_is_ended_by_a_stop(unsigned long call)
     return 0;
 }
 
-/* Return the remaining timeout of a thread's epoll_wait in milliseconds, for the register that contains it, because the C
-   library does not read it again. If the timeout is in memory or is a socket option, the call starts again with the
-   whole timeout. */
+/* Return the remaining timeout of a thread's epoll_wait in milliseconds, to be stored in the register of the timeout,
+   which the C library does not read again. If the timeout is in memory or is a socket option, the call starts again with
+   the whole timeout. */
 static unsigned long iobmd_remaining(const struct iobmd_tracer *t, const struct iobmd_thread *thread,
                                      unsigned long timeout)
 {
@@ -713,8 +713,8 @@ static int iobmd_program(struct iobmd_tracer *t, pid_t tid, const struct iobmd_s
 
 /* -- a thread of the task -- */
 
-/* A tracer that is a thread of the maker has no signal that could interrupt its PTRACE_SEIZE while this waits for a thread
-   that executes a program, and that waits for a dead thread to be reaped. The maker reaps it then. */
+/* PTRACE_SEIZE waits for a thread that executes a program, and that thread waits until a dead thread is reaped. If the
+   tracer is a thread of the maker, no signal can interrupt its wait: the maker reaps the dead thread. */
 enum iobmd_seizing { IOBMD_NOT_SEIZING, IOBMD_SEIZING, IOBMD_HELPED };
 
 static void iobmd_begin_seizing(struct iobmd_tracer *t)
@@ -1328,7 +1328,7 @@ static int iobmd_next_data(const struct iobmd_object *object, unsigned long *at,
     return *at < *end;
 }
 
-/* Read a range of an object. What is behind the end of a file that was truncated is zero. */
+/* Read a range of an object. Bytes past the end of a truncated file are zero. */
 static int iobmd_read_object(struct iobmd_tracer *t, const struct iobmd_object *object, unsigned long at,
                              unsigned long end)
 {
@@ -1456,8 +1456,8 @@ static void iobmd_end_guest(struct iobmd_tracer *t)
     if (t->guest) iobmd_kill(t, t->guest);
 }
 
-/* Whoever kills the maker may kill every process with its command line (pkill -f), and thus also this one. A thread of the
-   task that it had stopped for a call would then continue with the registers of that call, and crash the task. */
+/* A user who kills the maker by its command line (pkill -f) also kills this process, which has the same one. A thread of
+   the task that is stopped for a call would then continue with the registers of that call, and crash the task. */
 static void iobmd_outlast_killers(void)
 {
     struct timespec moment = { 0, 200 * IOBMD_MS };
@@ -1467,7 +1467,7 @@ static void iobmd_outlast_killers(void)
 static void iobmd_end(struct iobmd_tracer *t)
 {
     int64_t until = iobmd_now() + t->patience_ns;
-    int status, gone = 0;  /* counted, because no thread may be visible briefly while one executes a program */
+    int status, gone = 0;  /* in succession, because briefly no thread may be visible while one executes a program */
     if (!t->ending) iobmd_end_guest(t);
     if (t->guest && !t->is_thread && iobmd_is_orphan(t)) iobmd_outlast_killers();
     t->knows = 0;

@@ -2,10 +2,11 @@
    instruction, how calls restart after a stop, and the notes of a core file.
 
    Unlike on x86-64, the kernel itself sets the registers back to the start of a call that it restarts, before the stop,
-   and remembers why only until the thread continues (arch/arm64/kernel/signal.c). The thread then stands at its `svc`,
-   with the arguments of the call. That is forgotten if other calls are made, and whether the call is to be continued
-   (restart_syscall(2)) is not visible. A thread that is to make other calls is therefore first run to the start of its
-   own call, where the kernel shows which call it makes; that call is skipped, and begun again at the end.
+   and remembers why only until the thread continues (arch/arm64/kernel/signal.c). The thread is then stopped at its
+   `svc` instruction, with the arguments of the call. The kernel forgets the reason if other calls are made, and does
+   not show whether the call is to be continued (restart_syscall(2)). A thread that is to make other calls is therefore
+   first run to the start of its own call, where the kernel shows which call it makes; that call is skipped, and begun
+   again at the end.
 
    A call that returned EINTR because of the stop has lost its first argument, which /proc shows before (`syscall`). */
 #ifndef IOBMD_TRACER_AARCH64_H
@@ -33,7 +34,7 @@ enum {
 #define IOBMD_PEEKSIGINFO 0x4209
 
 enum iobmd_interrupted {
-    IOBMD_NO_CALL,      /* the thread computes */
+    IOBMD_NO_CALL,      /* the thread is not in a system call */
     IOBMD_BEGINS_CALL,  /* its next instruction is a system call, which the kernel begins again; `number` */
 };
 

@@ -91,7 +91,7 @@ static inline int iobmd_uffd_protect(int fd, uint64_t start, uint64_t len, int p
 }
 
 /* Return a descriptor that reports faults at missing pages of a range, or -1; `kernel`: whether also those of system
-   calls. That requires CAP_SYS_PTRACE, vm.unprivileged_userfaultfd, or access to /dev/userfaultfd (6.1). Without,
+   calls. That requires CAP_SYS_PTRACE, vm.unprivileged_userfaultfd, or access to /dev/userfaultfd (6.1). Without these,
    faults of system calls fail (UFFD_USER_MODE_ONLY, 5.11). */
 static inline int iobmd_uffd_open_missing(uint64_t start, uint64_t len, int *kernel)
 {
