@@ -351,7 +351,7 @@ class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
         return self
 
     def __exit__(self, *_error: object) -> None:
-        """Remove all keys, also those in use: views that still exist keep their memory, which goes with the last."""
+        """Remove all keys, also those in use: existing views retain their memory, which the last one frees."""
         for key, entry in list(self._entries.items()):
             with entry.guard:
                 self._entries.pop(key, None)

@@ -141,7 +141,8 @@ def allocate(size: int, *, heap: str = "system") -> IOMemoryDescriptor:
     size : int
         Bytes, which are rounded up to pages.
     heap : str
-        The name of the heap in /dev/dma_heap. ``"system"`` has any pages, others contiguous or reserved memory.
+        The name of the heap in /dev/dma_heap. ``"system"`` allocates any pages, other heaps contiguous or reserved
+        memory.
 
     Returns
     -------

@@ -139,7 +139,7 @@ class BusyError(NamedError, BufferError, code=IOReturn.kIOReturnBusy):
     """The memory is in use: prepared, mapped or viewed by a `memoryview`; or a task keeps moving its memory."""
 
     viewed: bool = False
-    """Whether only views, arrays or copies in progress use the memory, which keep it themselves."""
+    """Whether only views, arrays or copies in progress use the memory; these retain it themselves."""
 
 
 class NotOpenError(NamedError, ValueError, code=IOReturn.kIOReturnNotOpen):

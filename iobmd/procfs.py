@@ -147,7 +147,7 @@ def areas(pid: int | str, start: int, end: int, read: Read | None = None) -> Ite
     start, end : int
         In bytes. Areas that overlap the range partly are returned whole.
     read : callable, optional
-        Reads the text of maps, instead of the queries (see the notes), because it is to wait no longer than a time.
+        Reads the text of maps, with a time limit; used instead of the queries (see the notes).
 
     Raises
     ------
@@ -233,7 +233,7 @@ class Details(NamedTuple):
 def details(pid: int | str = "self", read: Read | None = None) -> Iterator[Details]:
     """Iterate over /proc/PID/smaps, ascending by address. The kernel walks all pages of each area.
 
-    Raises as `areas`, and what `read` raises, which reads instead of os.read.
+    `read` is used instead of os.read. Raises as `areas`, and as `read`.
     """
     read = read or os.read
     rest = b""

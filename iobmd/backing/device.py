@@ -92,7 +92,7 @@ class DeviceBacking(PagelessBacking):
         return 0
 
     def require_bytes(self, _offset: int, _length: int) -> None:
-        """Do nothing: it has bytes."""
+        """Do nothing: its bytes can be accessed."""
 
     def write(self, offset: int, data: Buffer) -> None:
         """Copy `data` to `offset`, by the widest aligned accesses."""

@@ -135,7 +135,7 @@ class LazyCopyOf(CopyOf):
             raise _NotLazyError("a snapshot would take longer, or lack some of the memory")
         try:
             task_snapshot.require_room(self.task)
-        except NoMemoryError as error:  # the task would have to pay for it
+        except NoMemoryError as error:  # it would be charged to the task
             raise _NotLazyError(str(error)) from None
         child = snapshot_child.SnapshotChild(self.task, resident)
         try:
@@ -164,7 +164,7 @@ class _NotLazyError(Exception):
 
 
 def _reason(error: Exception) -> Exception:
-    """Return the reason that an error of the kernel is; other errors are those of the copy."""
+    """Return an error of the kernel as the reason to copy at once, and any other error unchanged."""
     return error if isinstance(error, IOReturnError) else _NotLazyError(str(error))
 
 

@@ -180,7 +180,7 @@ class CompositeBacking:
                 owner.read_into(place, target[start : start + size])
 
     def require_bytes(self, offset: int, length: int) -> None:
-        """Raise the error of a part in a range that has no bytes, before others are written."""
+        """If a part within a range has no bytes, raise its error before any other part is accessed."""
         if self.has_bytes:
             return
         for owner, place, _start, size in self._pieces(offset, length):
@@ -294,8 +294,8 @@ class CompositeBacking:
         """Seal the memory of all parts that have no other user, or of none.
 
         Memory that was unmapped in one task cannot be restored if another task then refuses. All of them are
-        therefore stopped before: a task that another tracer holds, or that is frozen, refuses now. One that begins to
-        refuse between this and its turn leaves the parts in tasks before it unmapped there.
+        therefore stopped before: a task that another tracer holds, or that is frozen, refuses now. If a task begins
+        to refuse after this check, the parts in the tasks before it have already been unmapped.
         """
         if len(tasks := set(self.tasks_to_stop())) > 1:
             for task in tasks:

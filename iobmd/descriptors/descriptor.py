@@ -657,8 +657,8 @@ class IOMemoryDescriptor(Handle):
             short; optionally combined with `…VolatileGroup0` to `7`, `…VolatileBehaviorFifo` or `Lifo`, or
             `…VolatileOrderingObsolete`, which drops private memory immediately. `kIOMemoryPurgeableEmpty`: drop the
             contents. `kIOMemoryPurgeableFaultOnAccess`, with Volatile or Empty, finds accesses to memory that may be
-            lost: until its next state, every access of this process through the buffer's addresses, views or arrays
-            raises SIGSEGV, and reads and writes of descriptors raise `kIOReturnVMError`.
+            lost: until its state is set again, every access of this process through the buffer's addresses, views or
+            arrays raises SIGSEGV, and reads and writes of descriptors raise `kIOReturnVMError`.
 
         Returns
         -------
@@ -671,9 +671,10 @@ class IOMemoryDescriptor(Handle):
         ------
         IOReturnError
             `kIOReturnUnsupported`: not allocated as purgeable, not supported by the kernel, or FaultOnAccess for
-            memory that this process does not map. `kIOReturnBusy`: prepared memory cannot become Volatile or Empty,
-            nor memory with maps at other addresses with FaultOnAccess. `kIOReturnCannotWire`: a change from Volatile
-            must lock at least a page (RLIMIT_MEMLOCK). `kIOReturnBadArgument`. After an error the state is unchanged.
+            memory that this process does not map. `kIOReturnBusy`: it is prepared and cannot become Volatile or
+            Empty, or it is mapped at other addresses, where FaultOnAccess would have no effect.
+            `kIOReturnCannotWire`: a change from Volatile must lock at least a page (RLIMIT_MEMLOCK).
+            `kIOReturnBadArgument`. After an error the state is unchanged.
 
         Notes
         -----

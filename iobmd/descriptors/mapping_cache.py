@@ -78,7 +78,7 @@ class MapRequest:
     def require_cache(self, backing: Backing) -> None:
         """Raise `kIOReturnUnsupported` if the memory, or its copy, is not mapped with the requested cache mode.
 
-        A process cannot map main memory otherwise than cached, because the kernel and others map it cached.
+        Processes can map main memory only as cached memory, because the kernel and other processes map it cached.
         """
         mode = self.options & CACHE_MASK
         available = IOMapOptions.kIOMapCopybackCache if self.copies else backing.cache_mode
@@ -232,7 +232,7 @@ class CachedMapping:
         return request.anywhere or request.at == self.own.address + request.first - self.first
 
     def let_go(self, user: int) -> None:
-        """End one use; the last one unmaps it, or the last view, if views exist that its maps have left."""
+        """End one use. It is unmapped at the end of its last use, or of the last view if views remain."""
         if self.own and self.users <= {user}:
             try:
                 self.own.close()

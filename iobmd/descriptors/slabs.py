@@ -42,7 +42,7 @@ SHARED = 2 << 10
 
 _SMALLEST = mapping.LINE_SIZE  # no two owners share a cache line, which a device might write to
 _PAGES = 16
-"""The most pages of a slab."""
+"""The maximum number of pages of a slab."""
 _SPARE = 128 << 10
 """Bytes of whole pages that are retained for each size: at most 2 MiB in all remain pinned."""
 
@@ -67,7 +67,7 @@ _BY_LINES = _shared_pools(SHARED)
 _WIRED = _page_pools(inherited=False)
 _PAGEABLE = _page_pools(inherited=True)
 _CANARIES = 16
-"""The least number of canary bytes on each side of a secret that shares pages with others."""
+"""The minimum number of canary bytes on each side of a secret that shares pages with others."""
 _SECRETS_BY_LINES = _shared_pools(1 << 10)
 _LARGE_SECRETS = mapping.Pool(0, 0)
 _ALL = [*dict.fromkeys(_BY_LINES + _SECRETS_BY_LINES), _LARGE_SECRETS, *_WIRED, *_PAGEABLE]
@@ -79,7 +79,7 @@ def all_slabs() -> list[Slab]:
 
 
 def allocate(buffer: SmallBuffer, wanted: Request) -> bool:
-    """Make cleared memory that of a buffer of at most `SMALL` bytes; return False if none is so aligned.
+    """Assign cleared memory to a buffer of at most `SMALL` bytes; return False if none has this alignment.
 
     Raises
     ------
@@ -120,7 +120,7 @@ def _next_size(pool: Pool) -> int:
 def allocate_secret(
     buffer: SmallBuffer, size: int, alignment: int, contents: Contents | None, *, separate: bool, concealed: bool
 ) -> SecretSlab:
-    """Make memory that is not dumped or inherited that of a buffer; return its slab.
+    """Assign memory that is neither dumped nor inherited to a buffer; return its slab.
 
     A secret of up to 992 bytes shares pages with others, between canaries. Larger ones, and those with `separate`
     pages, which can be `concealed`, end where the guard page begins, unless `alignment` prevents that; the rest of

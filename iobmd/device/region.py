@@ -127,7 +127,7 @@ def opened(path: str, what: str, absent: str, flags: int = 0) -> Fd:
     path : str
         The file.
     what : str
-        Its meaning, for messages.
+        The name of its contents, for messages.
     absent : str
         Why it may be absent.
     flags : int

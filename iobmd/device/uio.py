@@ -98,7 +98,7 @@ class UIORegion(Region):
         return start, size
 
     def refusal(self, error: OSError) -> None:
-        """Return None: nothing but the arguments is refused."""
+        """Return None: the kernel refuses only invalid arguments."""
 
 
 class UIOLine:

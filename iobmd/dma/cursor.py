@@ -109,7 +109,7 @@ class IOMemoryCursor:
     ) -> tuple[int, int]:
         """Store segments in a writable buffer, in the format of the class; return their number and total length.
 
-        Parameters and errors are those of `getPhysicalSegments`. Not more segments are stored than the buffer holds.
+        Parameters and errors are those of `getPhysicalSegments`. No more segments are stored than fit in the buffer.
         """
         room = memoryview(segments).nbytes // self.format.size
         found = self.getPhysicalSegments(descriptor, fromPosition, min(maxSegments, room), maxTransferSize)

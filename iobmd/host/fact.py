@@ -37,7 +37,7 @@ class Fact(NamedTuple):
     summary: str
     """The finding in a few words."""
     purpose: str
-    """What the feature is good for."""
+    """The purpose of the feature."""
     remedy: str = ""
     """How to enable it, one alternative per line; empty if nothing can be done."""
 

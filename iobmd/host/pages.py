@@ -103,10 +103,10 @@ def _selected(path: str) -> str | None:
 
 
 def folio_sizes() -> list[int]:
-    """Return the page sizes of private memory, ascending: of base pages, of those enabled between, of huge pages.
+    """Return the page sizes of private memory, ascending: base pages, enabled intermediate sizes, huge pages.
 
-    Those between are "multi-size THP" (Linux 6.8, Documentation/admin-guide/mm/transhuge.rst), which are off by
-    default.
+    The intermediate sizes are "multi-size THP" (Linux 6.8, Documentation/admin-guide/mm/transhuge.rst), which are off
+    by default.
     """
     return [
         PAGE_SIZE,

@@ -116,7 +116,7 @@ def _require_limit(name: str, wanted: int, what: str) -> None:
 
 @functools.cache
 def reads_huge_pages_wrongly() -> bool:
-    """Return whether drivers that map a udmabuf in the kernel reach wrong pages if it has huge pages (Linux 6.12).
+    """Return whether drivers that map a udmabuf in the kernel access wrong pages if it has huge pages (Linux 6.12).
 
     No process can see that, but the kernel that corrected it (6.13) also began to map all pages of a dma-buf at the
     first fault, which is visible. Raises as `export`.
@@ -197,8 +197,8 @@ def references(fd: int) -> int:
 def _information(fd: int) -> dict[bytes, bytes]:
     """Return the fields of a descriptor, the first of each name.
 
-    The last field of a dma-buf, its name, consists of any bytes, also line breaks, that a process with a descriptor
-    has set (DMA_BUF_SET_NAME).
+    The last field of a dma-buf, its name, may contain any bytes, including line breaks, which a process with a
+    descriptor has set (DMA_BUF_SET_NAME).
     """
     fields: dict[bytes, bytes] = {}
     for line in Path(f"/proc/self/fdinfo/{fd}").read_bytes().split(b"\n"):

@@ -74,7 +74,7 @@ def place(address: int, size: int) -> None:
 
 
 def require_room(size: int) -> None:
-    """Raise `kIOReturnNoResources` if the requested node lacks the memory for `size` bytes, even without page cache.
+    """Raise `kIOReturnNoResources` if the requested node lacks memory for `size` bytes, even without its page cache.
 
     This is for large memory, which takes long to populate before `require` can refuse it.
     """

@@ -1,9 +1,9 @@
 """Freed private memory of this process that is kept for later allocations of the same kind.
 
 It is not wired, lazily freed (MADV_FREE, Linux 4.5) and not inherited by forked children (MADV_DONTFORK): the kernel
-takes its pages before it swaps or kills, without asking, and MemAvailable includes them. The remaining pages save a
-later allocation page faults, and for contiguous or masked memory the search. It contains the bytes of its former
-owner, and is cleared or overwritten before it gets another.
+reclaims its pages before it swaps memory out or kills a process, and MemAvailable includes them. The remaining pages
+save a later allocation page faults, and for contiguous or masked memory the search. The memory contains the bytes of
+its former owner, and is cleared or overwritten before it has another.
 
 The list is changed by single calls of C functions, between two bytecodes, and needs no lock: threads, signal handlers
 and forks find each piece in it once or not at all.
@@ -27,7 +27,7 @@ LEAST = 128 << 10
 """Bytes from which memory without constraints is kept: the smaller the memory, the less there is to save."""
 
 _MOST = 256
-"""The most pieces: each is a separate area (vm.max_map_count)."""
+"""The maximum number of pieces: each is a separate area (vm.max_map_count)."""
 
 
 class Kind(NamedTuple):

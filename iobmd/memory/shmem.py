@@ -103,8 +103,9 @@ class SharedObject:
     ) -> SharedObject:
         """Create a zeroed object of `size` bytes (whole pages), followed by `trailer` bytes.
 
-        With `sealed` it cannot be truncated. That is true of all objects but those which get huge pages page by page,
-        when they are touched: one that is `populated` now can have huge pages as a memfd, too (Linux 6.1).
+        With `sealed` it cannot be truncated. Other objects cannot be truncated either, unless they receive huge pages
+        one by one as they are touched. An object that is `populated` now can be a memfd and nevertheless have huge
+        pages (Linux 6.1).
 
         Raises
         ------
@@ -325,7 +326,7 @@ def not_reserved(where: str, error: OSError) -> BadArgumentError:
 
 
 _numbers = itertools.count()
-# Only whole huge pages, not for the end of an object; as many as are available.
+# Huge pages are used only within the size of an object, and as far as they are available.
 _huge = process_local.LazyFd(lambda: mman.mount_tmpfs({"huge": "within_size", "size": "0", "nr_inodes": "0"}))
 
 

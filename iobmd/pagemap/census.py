@@ -98,7 +98,7 @@ class HostMemory(NamedTuple):
     longest_free: FrameRun
     """The longest run of free memory."""
     longest_movable: FrameRun
-    """The longest run of free and movable memory, in a zone: what compaction can free at most."""
+    """The longest run of free and movable memory, in a zone: the most that compaction can free."""
     closest: dict[int, int]
     """By size: the address of the aligned window with the fewest unmovable pages."""
     lonely: list[LonelyPage]
@@ -137,7 +137,7 @@ class HostMemory(NamedTuple):
 
     @property
     def after_compaction(self) -> int:
-        """The longest contiguous memory that compaction can free at most, in bytes.
+        """The maximum length of contiguous memory that compaction can free, in bytes.
 
         Movable memory must fit elsewhere: no run can be longer than all free memory. Pinned pages look movable.
         """
@@ -262,7 +262,7 @@ class BlockTable:
         return self._between(self._free, start, blocks) * PAGE_SIZE
 
     def obstacles(self, start: int, blocks: int) -> int:
-        """Return the memory of consecutive blocks that compaction cannot move, in bytes; not pinned pages."""
+        """Return the bytes of consecutive blocks that compaction cannot move; pinned pages do not count."""
         return self._between(self._unmovable, start, blocks) * PAGE_SIZE
 
     def has_memory(self, start: int, blocks: int) -> bool:

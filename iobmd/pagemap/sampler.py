@@ -37,10 +37,10 @@ def heat(
     target : Task, int, psutil.Process, a buffer or a map of iobmd, or anything with the buffer protocol
         The process, or the buffer.
     seconds : float
-        How long.
+        The duration of the sampling.
     method : Method or str, optional
-        How use is detected. By default ``accessed`` if the kernel supports it and `userfaultfd` is not needed, or
-        given; otherwise ``referenced``.
+        How use is detected. By default ``accessed``, if the kernel supports it and `userfaultfd` is either not needed
+        or passed; otherwise ``referenced``.
     intervals : int
         The number of intervals into which the time is divided; each is at least `sampling.SHORTEST` seconds long.
     userfaultfd : int, optional

@@ -49,7 +49,7 @@ class Unseen(NamedTuple):
     """Resident memory whose use a method cannot see."""
 
     what: str
-    """What it is, and why it is not seen."""
+    """The memory, and why its use is not seen."""
     size: int | None
     """In bytes; None if unknown."""
 
@@ -273,7 +273,7 @@ def sampled(
     target : Task, int, psutil.Process, a buffer or a map of iobmd, or anything with the buffer protocol
         What the sampler observes.
     seconds : float
-        How long.
+        The duration of the sampling.
     intervals : int
         The number of intervals into which that is divided.
     progress : callable, optional

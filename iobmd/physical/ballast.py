@@ -35,7 +35,7 @@ def is_available() -> bool:
 
 
 class Ballast:
-    """Free memory in huge pages of a tmpfs, at first none.
+    """Free memory in huge pages of a tmpfs, initially none.
 
     It is freed when this process ends, even if it is killed. A child that another thread forks inherits the
     descriptor, but not the memory: `close` truncates the file.
@@ -86,7 +86,7 @@ class Ballast:
         return self.size - begin
 
     def _step(self, size: int) -> int:
-        """Return how many bytes to allocate next, towards the end less and less."""
+        """Return how many bytes to allocate next, decreasing towards the end."""
         spare = self._spare() - self._reserved if self.is_available else 0
         return round_down(min(_STEP, size, max(spare // 2, min(spare, _STEP // 16))), HUGE_PAGE_SIZE)
 
@@ -129,5 +129,5 @@ class Ballast:
 
 
 def _in_huge_pages() -> int:
-    """Return the size of the huge pages of tmpfs on this host, which hardly any other program uses."""
+    """Return the bytes in huge pages of tmpfs on this host, which hardly any other program uses."""
     return procfs.meminfo().get("ShmemHugePages", 0)

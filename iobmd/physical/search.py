@@ -104,7 +104,7 @@ def blocks_for(size: int, available: Sequence[int]) -> tuple[int, ...]:
 def obtain(want: PhysicalConstraints, attempts: PinAttempts) -> Mapping:
     """Return populated, zeroed memory that satisfies the constraints: whole pages, at least `want.size` bytes.
 
-    `attempts` learns which frames were chosen.
+    The chosen frames are recorded in `attempts`.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""RDMA: memory of descriptors as memory regions of pyverbs, which other machines read and write by themselves."""
+"""RDMA: memory of descriptors as memory regions of pyverbs, which other machines read and write directly."""
 
 from __future__ import annotations
 

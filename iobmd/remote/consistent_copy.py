@@ -66,7 +66,7 @@ def copy(request: CopyRequest) -> int:
         userfaultfd handler delivers were missing.
     """
     if _copy_frozen(request):
-        log.debug("task %d was copied as its frozen cgroup held it: it was not stopped", request.task.pid)
+        log.debug("task %d was copied while its cgroup was frozen: it was not stopped", request.task.pid)
         return 0
     copied, stopped = False, 0
     if resident := worth_a_child(request):

@@ -99,7 +99,7 @@ def write(
     ----------
     fetch : callable
         Copies memory of the snapshot from an address to one of this process, whether or not the snapshot contains all
-        of it. The third argument is the size in bytes. What cannot be read is zero.
+        of it. The third argument is the size in bytes. Unreadable bytes are zero.
     """
     if dump_filter is not None:
         check_integers(filter=dump_filter)

@@ -5,7 +5,7 @@ Linux 5.6), so that the namespaces and the root directory of the task do not mat
 table: no thread of the task can copy, replace or redirect a descriptor in it. The task can overwrite the memory that
 these calls use; nothing is read back from it.
 
-A process that may trace the task can copy the descriptor from the guest all the same (pidfd_getfd). Memory that is
+A process that may trace the task can nevertheless copy the descriptor from the guest (pidfd_getfd). Memory that is
 mapped read-only there is therefore sent by `read_only`, other memory by `separate`.
 """
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def why(pid: int) -> str:
-    """Return which frozen cgroup is why a task does not run, and the remedy; "" if none is frozen."""
+    """Return a text with the frozen cgroup that stops a task, and the remedy; "" if none is frozen."""
     frozen = _frozen_around(pid)
     if not frozen:
         return ""

@@ -116,7 +116,7 @@ class Session:
         IOReturnError
             As the constructor; `kIOReturnTimeout`: no thread stops.
         OSError
-            As a system call failed there.
+            The error of the system call that failed there.
         StrangerSeized
         """
         program = [_packed(one) for one in calls]

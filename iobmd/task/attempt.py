@@ -137,7 +137,7 @@ def count(file: File, ranges: Sequence[Range], timeout: float) -> int:
 
 
 def resident(file: File, start: int, end: int, timeout: float) -> int:
-    """Return how many bytes of a range of offsets in a file, whole pages, are in memory; 0 if that stays unknown."""
+    """Return how many bytes of a range of offsets in a file, whole pages, are in memory; 0 if that is unknown."""
     batch = [(start, end - start)]
     attempt = crosstask.Attempt(batch, resident=True, page=PAGE_SIZE, **_named(file))
     try:

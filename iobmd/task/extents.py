@@ -84,7 +84,7 @@ class Files:
     may_wait
         False: the task is stopped, and may itself be the server.
     is_bounded
-        Whether also the lock of its address space is awaited no longer than that.
+        Whether the limit also applies to waits for the lock of its address space.
     """
 
     def __init__(self, pid: int, timeout: float, *, may_wait: bool = True, is_bounded: bool = False) -> None:
@@ -97,7 +97,7 @@ class Files:
 
     @property
     def read(self) -> procfs.Read | None:
-        """What reads the next file of /proc/PID; None: os.read, without a limit."""
+        """The reader of the next file of /proc/PID; None: os.read, without a limit."""
         return attempt.read_file(self._timeout) if self._is_bounded else None
 
     def find(self, area: VMA) -> File | Origin | None:

@@ -15,7 +15,7 @@ _PATIENCE = 10.0  # seconds for a process that executes a program
 
 
 class Process(Protocol):
-    """What a task needs of a psutil.Process. As a protocol it is known to type checkers without psutil's stubs."""
+    """The part of a psutil.Process that a task uses. Type checkers know this protocol without psutil's stubs."""
 
     @property
     def pid(self) -> int:

@@ -48,7 +48,7 @@ class SharedPages:
     job, pagemap
         The transfer, and the open pagemap of the task.
     is_bounded
-        Whether the lock of the address space is awaited only as long as the job permits.
+        Whether the job's time limit also applies to waits for the lock of the address space.
     """
 
     def __init__(self, job: Transfer, pagemap: int, *, is_bounded: bool) -> None:
