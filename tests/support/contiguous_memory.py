@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def is_found(size: int, within: int) -> bool:
-    """Compact memory, allocate half of `within` bytes in huge pages, and return if twice `size` is contiguous.
+    """Compact memory, allocate huge pages for half of `within` bytes; return whether twice `size` is contiguous.
 
     The kernel does not allocate the same pages each time; with this reserve, a search for `size` in `within` bytes
     succeeds too.
@@ -56,7 +56,7 @@ def is_made(setting: Callable[[str, object], None]) -> bool:
     """Make the kernel free a contiguous GiB, and return whether it could. As root, by the fixture `setting`."""
     Path("/proc/sys/vm/compact_memory").write_text("1")
     if not _POOL.exists():
-        return True  # a processor without such pages: a refusal is not excused
+        return True  # a processor without such pages: a refusal would be a fault
     before = int(_POOL.read_text())
     try:
         setting(str(_POOL), before + 1)  # which waits for the lock under which the library enlarges pools

@@ -36,7 +36,7 @@ def serve(device):
         os.write(device, struct.pack("<IiQ", 16 + len(body or b""), error, unique) + (body or b""))
 
 def mount(folder):
-    "In a mount namespace of this process's own: it goes with the process."
+    "In a separate mount namespace, which ends with the process."
     assert LIBC.unshare(0x20000) == 0 and LIBC.mount(b"none", b"/", None, 0x44000, None) == 0
     device = os.open("/dev/fuse", os.O_RDWR)
     options = f"fd={device},rootmode=40000,user_id=0,group_id=0".encode()

@@ -1,4 +1,4 @@
-"""What each rank of tests/interop/test_mpi.py runs: windows and in-place collectives over buffers of one kind.
+"""The program of each rank of tests/interop/test_mpi.py: windows and in-place collectives over buffers of one kind.
 
 Arguments: the size of the buffers, and the kinds. Rank 0 prints each kind after all ranks have passed its checks.
 """

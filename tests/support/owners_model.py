@@ -12,7 +12,7 @@ from support.threads import run_all
 def check_owners(
     seed: int, allocate: Callable[[random.Random], IOBufferMemoryDescriptor], *, turns: int, most: int
 ) -> None:
-    """Allocate and free up to `most` buffers at a time in each of four threads; a child does the same now and then.
+    """Allocate and free up to `most` buffers at a time in each of four threads, and occasionally in a forked child.
 
     No byte has two owners, and none of an earlier owner is seen: each buffer has a unique pattern.
     """

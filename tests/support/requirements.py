@@ -34,7 +34,7 @@ MAY_BE_MISSING: dict[str, str] = {
     "area_names": "a kernel may be built without CONFIG_ANON_VMA_NAME",
     "guest": "make test-vm runs the tests that need it",
     "edu": "the same, for a device of QEMU",
-    "udmabuf": "most hosts have no dma-bufs of memory of processes; guests have",
+    "udmabuf": "most hosts have no dma-bufs of memory of processes; guests do",
     "dma_heap": "the same",
     "iommu": "the same",
     "nvme": "the same",

@@ -26,7 +26,7 @@ WARM = 4 << 30
 
 
 def run(_size: int, rounds: int) -> list[Result]:
-    """Measure; the sizes are those of the goals. With fewer than 7 `rounds`, only as many attempts are made."""
+    """Measure; the sizes are those of the goals. With fewer than 7 `rounds`, only this number of attempts is made."""
     _warm_up()
     tries = TRIES if rounds >= 7 else rounds
     results = [_found(size << 20, tries, limit) for size, limit in ((2, 1.5), (16, 1.5), (64, 4.0), (256, None))]

@@ -28,7 +28,7 @@ _PARTS = 256
 
 
 def run(size: int, rounds: int) -> list[Result]:
-    """Measure maps of `size` bytes at most 256 MiB, and their end."""
+    """Measure maps of `size` bytes, at most 256 MiB, and their end."""
     size = min(size, _PARTS * _MIB)
     with _filled(size, shared=True) as shared, _filled(size, shared=False) as private:
         plain, bare, parts, bare_parts = medians(

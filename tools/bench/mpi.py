@@ -1,7 +1,7 @@
 """`iobmd bench mpi`: messages, collectives and windows over iobmd memory, and over memory that MPI allocates.
 
-Two ranks on this host (`ranks`), under MPICH and under Open MPI. One that is missing has a row that says how to
-install it.
+Two ranks on this host (`ranks`), under MPICH and under Open MPI. A missing one has a row with the command that
+installs it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from iobmd.units import format_size
 from .result import Result, at_least
 
 DIRECT = "`Win.Allocate`"
-"""MPI knows that the ranks of a host share this memory; other memory is copied in more steps."""
+"""Memory that MPI knows to be shared by the ranks of a host; other memory is copied in more steps."""
 SAMPLES, BYTES = 8, 8 << 20
 """Samples for each round, because one takes milliseconds, and the bytes that each moves at least."""
 _INSTALL = {

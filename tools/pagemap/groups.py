@@ -39,7 +39,7 @@ class Group(NamedTuple):
     name: str
     """The path of the file, or a name in brackets: unique."""
     label: str
-    """The name without the directories that all groups of that name can do without; unique as well."""
+    """The name, or as much of the end of its path as distinguishes it from other groups; unique as well."""
     total: Total
     """Their sums."""
 

@@ -1,4 +1,4 @@
-"""`--host`: the physical memory of the host, drawn in the terminal; what is in the way of contiguous memory."""
+"""`--host`: the physical memory of the host, drawn in the terminal, and the obstacles to contiguous memory."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ class _Report:
             self._say(f"{format_size(wanted)} are available: {_where_free(memory, wanted)}")
 
     def _explain(self, memory: HostMemory, size: int) -> None:
-        """Print what is in the way of contiguous memory of a size."""
+        """Print the obstacles to contiguous memory of a size."""
         at = memory.closest[size]
         kinds = kinds_between(at, size)
         there = ", ".join(f"{format_size(held)} {KINDS[kind].word}" for kind, held in kinds.items() if held)

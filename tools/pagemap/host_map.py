@@ -22,7 +22,7 @@ _UNUSED = {"free": "·", "uninitialized": ":"}
 """The signs of memory that is not in use."""
 _PIPE_LINES = 40
 _BARS = 8
-"""The least columns of a bar that is worth drawing."""
+"""The minimum number of columns of a bar."""
 
 
 class Ink(NamedTuple):
@@ -56,7 +56,7 @@ KINDS = {
 
 
 def map_shape(columns: int) -> tuple[int, int]:
-    """Return the most rows of a map, and its cells in a row, that fit the terminal."""
+    """Return the maximum number of rows of a map that fit the terminal, and of cells in a row."""
     lines = shutil.get_terminal_size((100, _PIPE_LINES)).lines if sys.stdout.isatty() else _PIPE_LINES
     cells = max(8, columns - _MARGIN)
     return max(16, min(24, lines - len(KINDS) - 6)), cells - cells % 8

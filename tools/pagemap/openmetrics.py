@@ -166,6 +166,6 @@ def _of_frames(memory: HostMemory) -> Iterator[Gauge]:
     for name, size, text in (
         ("offline", memory.offline, "Memory in blocks that are offline."),
         ("longest_free_run", memory.longest_free.length, "The longest run of free memory."),
-        ("after_compaction", memory.after_compaction, "The longest run that compaction can free at most."),
+        ("after_compaction", memory.after_compaction, "The maximum length of a run that compaction can free."),
     ):
         yield Gauge(f"iobmd_host_{name}_bytes", text, [({}, size)])

@@ -1,4 +1,4 @@
-"""A progress bar on stderr for what takes long; rich, which is slow to load, is loaded when it does."""
+"""A progress bar on stderr for long operations; rich, which is slow to load, is loaded only for these."""
 
 from __future__ import annotations
 

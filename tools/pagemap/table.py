@@ -40,7 +40,7 @@ _WIDE, _NARROW = 140, 60
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print a row for each area, and the summary below: a long list ends where the terminal shows it."""
+    """Print a row for each area, and the summary below it, which a terminal still shows after a long list."""
     look = Look(arguments)
     width = terminal_width()
     columns = [column(name) for name in arguments.columns or DEFAULT]

@@ -93,7 +93,7 @@ def wheel(tools: Path, sdist: Path, target: Target, work: Path, output: Path) ->
     run(auditwheel, variables={"PATH": f"{tools / 'bin'}:{os.environ['PATH']}"})
     (found,) = tagged.glob("*.whl")
     if target.platform not in found.stem.split("-")[-1].split("."):
-        raise ValueError(f"{found.name} is not for {target.platform}: auditwheel show --verbose {built} says why")
+        raise ValueError(f"{found.name} is not for {target.platform}: auditwheel show --verbose {built} shows why")
     return Path(shutil.move(found, output / found.name))
 
 

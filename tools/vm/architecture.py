@@ -1,4 +1,4 @@
-"""What guests of one architecture have in common: QEMU's machine, Debian's kernels, and the compiler."""
+"""The common properties of guests of one architecture: QEMU's machine, Debian's kernels, and the compiler."""
 
 import platform
 from collections.abc import Callable

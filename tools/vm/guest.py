@@ -114,7 +114,7 @@ class Guests:
             raise EndedError
         output, messages = "".join(lines), log.read_text(errors="replace")
         seconds = time.monotonic() - begin
-        ended = alarm.rang or _ended(status)
+        ended = alarm.expired or _ended(status)
         return Outcome(output, messages, ended or verdict(output, messages), seconds)
 
     def _start(self, words: list[str], link: Link | None) -> subprocess.Popen[str]:
@@ -138,25 +138,25 @@ class Guests:
 
 
 class _Alarm:
-    """Ends a guest when its time limit expires; `rang` is then the reason."""
+    """Ends a guest when its time limit expires; `expired` is then the reason."""
 
     def __init__(self, qemu: subprocess.Popen[str]) -> None:
         self._qemu = qemu
-        self._timer = threading.Timer(0, self._ring)
-        self.rang = ""
+        self._timer = threading.Timer(0, self._expire)
+        self.expired = ""
 
     def set(self, seconds: float, why: str) -> None:
         """Set the timer to a number of seconds from now, replacing the previous setting."""
         self.cancel()
-        self._timer = threading.Timer(seconds, self._ring, [why])
+        self._timer = threading.Timer(seconds, self._expire, [why])
         self._timer.start()
 
     def cancel(self) -> None:
         """Cancel the timer."""
         self._timer.cancel()
 
-    def _ring(self, why: str) -> None:
-        self.rang = why
+    def _expire(self, why: str) -> None:
+        self.expired = why
         self._qemu.kill()
 
 

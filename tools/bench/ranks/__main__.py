@@ -1,4 +1,4 @@
-"""What each rank of `iobmd bench mpi` runs: the same calls over iobmd memory and over memory that MPI allocates.
+"""The program of each rank of `iobmd bench mpi`: the same calls over iobmd memory and over memory that MPI allocates.
 
 Rank 0 prints a JSON list with the arguments of the rows. All memory is accessed by a `memoryview`: passing the buffer
 itself takes 0.8 µs more for each call, which is an eighth of a message of 64 KiB.
