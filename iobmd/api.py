@@ -72,24 +72,32 @@ def allocate(
     ----------
     size : int
         In bytes.
-    task : Task, int or psutil.Process
-        The task in whose address space the buffer is mapped.
-    wired : bool
+    task : Task, int or psutil.Process, optional
+        The task in whose address space the buffer is mapped; None: it is mapped in no task until `map` is called.
+    wired : bool or str
         Whether the memory is wired: resident, and pinned if the kernel permits it. False: pageable. ``"try"``: wired
         if the limit of locked memory permits it, otherwise pageable; the buffer's `wiring` shows which.
-    contiguous, purgeable, physical_mask
-        As the IOKit options of these names.
+    contiguous : bool
+        Whether its physical addresses are contiguous; wired memory only.
+    purgeable : bool
+        Whether the kernel may reclaim it while it is volatile (`IOMemoryDescriptor.setPurgeable`); pageable memory
+        only (``wired=False``).
     shared : bool
         Whether other processes can map it, and forked children share it. False: it is private, also in another task,
         which alone maps it and is charged for it; this process reads and writes it there, and cannot map it. Memory
         in another task that is contiguous, masked, aligned above a page, purgeable, on a `node` or with a `cache`
         mode is shared in any case.
     alignment : int
-        A power of two. Above the page size it implies contiguity, except for pageable memory.
+        A power of two, in bytes. Above the page size it implies contiguity, except for pageable memory.
+    physical_mask : int
+        The bits that physical addresses may have, such as ``0xffffffff`` for memory below 4 GiB; 0: any address.
+        Wired memory only. If `alignment` is 1, the lowest bit of the mask is the alignment, which is at least a page.
     cache : str
-        ``"default"``, ``"inhibit"``, ``"writethru"``, ``"copyback"`` or ``"writecombine"``.
+        How reads and writes by the descriptor treat the processor caches: ``"default"``, ``"inhibit"``,
+        ``"writethru"``, ``"copyback"`` or ``"writecombine"`` (see `IOMemoryDescriptor.cache_mode`).
     direction : str
-        ``"none"``, ``"in"``, ``"out"`` or ``"inout"``.
+        The direction of transfers: ``"in"``: a device writes the memory, ``"out"``: a device reads it, ``"inout"``:
+        both, or ``"none"``.
     node : int, optional
         The NUMA node to allocate from (mbind(2)). All wired memory is on that node; pageable memory is allocated
         there when it is touched, as long as the node has free memory.
@@ -294,7 +302,7 @@ def _options_for(
     return options
 
 
-# A small buffer takes less time than to check its request: programs repeat a few.
+# Allocating a small buffer takes less time than checking its request, and programs repeat a few requests.
 @functools.lru_cache(maxsize=256, typed=True)
 def _known_request(
     size: int,
