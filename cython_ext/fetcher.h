@@ -202,7 +202,7 @@ static int iobmd_snapshot_body(void *argument)
     return 0;
 }
 
-static int iobmd_take_snapshot(struct iobmd_fetcher *f)
+static int iobmd_create_snapshot(struct iobmd_fetcher *f)
 {
     int64_t begin;
     if (pipe2(f->life, O_CLOEXEC)) return errno;
@@ -547,7 +547,7 @@ static int iobmd_fetch_begin(struct iobmd_fetcher *f)
     uint64_t entry;
     int error;
     if (iobmd_raw(SYS_close_range, 0, UINT_MAX, 2 /* CLOSE_RANGE_UNSHARE */, 0, 0, 0)) return ENOSYS;
-    if (!f->snapshot && (error = iobmd_take_snapshot(f))) return error;
+    if (!f->snapshot && (error = iobmd_create_snapshot(f))) return error;
     if ((f->pagemap = iobmd_open_file(f, "pagemap")) < 0 || (f->memory = iobmd_open_file(f, "mem")) < 0) return errno;
     if (iobmd_pull(f, &byte, 0, 1) != 1) return EFAULT;
     for (size_t i = 0; i < f->samples_count; i++)

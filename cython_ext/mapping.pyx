@@ -655,11 +655,11 @@ cdef class Mapping:
         self.denied = denied
 
     def hold(self):
-        """Keep it mapped until `let_go`, as a copy in progress does. Raises as `read`."""
+        """Keep it mapped until `release`, as a copy in progress does. Raises as `read`."""
         self._check(0, 0)
         self._begin_use()
 
-    def let_go(self):
+    def release(self):
         """Undo `hold`."""
         self._end_use()
 

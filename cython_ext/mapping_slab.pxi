@@ -184,7 +184,7 @@ cdef class SecretSlab(Slab):
         cdef uint32_t index = buffer._index
         cdef uint64_t start = self.address + <uint64_t>index * self.piece_size
         cdef uint64_t begin = start + self._offsets[index], at, found = 0
-        if buffer._taken_in != _generation:  # a forked child has zeros
+        if buffer._acquired_in != _generation:  # a forked child has zeros
             return 0
         if self._whole is not None:
             if self._whole.lost() is not None:  # the program has unmapped or replaced it
@@ -270,7 +270,7 @@ cdef class Pool:
         self._slabs.add(slab)
         self._with_room.append(slab)
 
-    def take(self, SmallBuffer buffer not None):
+    def acquire(self, SmallBuffer buffer not None):
         """Make a free piece the memory of a buffer; return False if no piece is free."""
         cdef Slab slab
         self._renew()
@@ -279,7 +279,7 @@ cdef class Pool:
         slab = <Slab>self._with_room[-1]
         if slab._free == 1:
             self._with_room.pop()
-        self._lend(slab, buffer)
+        self._assign(slab, buffer)
         return True
 
     def add_for(self, Slab slab not None, SmallBuffer buffer not None):
@@ -287,23 +287,23 @@ cdef class Pool:
         self._renew()
         slab._pool = self
         self._slabs.add(slab)
-        self._lend(slab, buffer)
+        self._assign(slab, buffer)
 
-    cdef void _lend(self, Slab slab, SmallBuffer buffer) noexcept:
+    cdef void _assign(self, Slab slab, SmallBuffer buffer) noexcept:
         slab._free -= 1
         Py_INCREF(slab)
         buffer._held = <PyObject *>slab
         buffer._index = slab._stack[slab._free]
-        buffer._taken_in = _generation
+        buffer._acquired_in = _generation
         slab._buffers[buffer._index] = <PyObject *>buffer
 
-    cdef bint _counts(self, int taken_in) noexcept:
+    cdef bint _counts(self, int acquired_in) noexcept:
         """Return whether it counts a piece acquired in a process; False in a child that does not inherit it."""
-        return taken_in == _generation or self._inherited
+        return acquired_in == _generation or self._inherited
 
-    cdef void _put(self, Slab slab, uint32_t index, int taken_in) noexcept:
+    cdef void _put(self, Slab slab, uint32_t index, int acquired_in) noexcept:
         """Clear a piece, and make it free; drop the slab if it is empty and enough others have room."""
-        if not self._counts(taken_in):  # a forked child's copies are not used again
+        if not self._counts(acquired_in):  # a forked child's copies are not used again
             return
         slab._buffers[index] = NULL
         if not slab._clear(slab.address + <uint64_t>index * slab.piece_size):
@@ -357,14 +357,14 @@ cdef class SmallBuffer(Exporter):
     cdef public uint32_t _options
     cdef PyObject *_held  # the slab: a reference that the collector would clear before the piece could be released
     cdef uint32_t _index
-    cdef int _taken_in
+    cdef int _acquired_in
 
     @property
     def _slab(self):
         """The slab with its piece; None if it has no piece, or its owner has it."""
         return <object>self._held if self._held != NULL else None
 
-    cdef Slab _let_go(self):
+    cdef Slab _detach(self):
         """Return the slab with its piece, which is no longer this buffer's; None if it has none."""
         if self._held == NULL:
             return None
@@ -394,29 +394,29 @@ cdef class SmallBuffer(Exporter):
 
     def _own(self, owner, Piece piece not None):
         """Pass the piece to its owner, which is stored; return False if another thread was faster."""
-        cdef Slab slab = self._let_go()
+        cdef Slab slab = self._detach()
         if slab is None:
             return False
-        piece._slab, piece._index, piece._taken_in = slab, self._index, self._taken_in
+        piece._slab, piece._index, piece._acquired_in = slab, self._index, self._acquired_in
         slab._buffers[self._index] = NULL
-        if slab._pool._counts(self._taken_in):
+        if slab._pool._counts(self._acquired_in):
             slab.owned += 1
         self._owner = owner
         return True
 
     def _release_piece(self):
         """Clear and release the piece, with which the buffer ends; return False if it has none."""
-        cdef Slab slab = self._let_go()
+        cdef Slab slab = self._detach()
         if slab is None:
             return False
         self._state = "released"
-        slab._pool._put(slab, self._index, self._taken_in)
+        slab._pool._put(slab, self._index, self._acquired_in)
         return True
 
     def __dealloc__(self):
-        cdef Slab slab = self._let_go()
+        cdef Slab slab = self._detach()
         if slab is not None:
-            slab._pool._put(slab, self._index, self._taken_in)
+            slab._pool._put(slab, self._index, self._acquired_in)
 
 
 cdef Py_ssize_t DICTIONARY = SmallBuffer.__dictoffset__
@@ -428,7 +428,7 @@ cdef class Piece(Mapping):
 
     cdef Slab _slab
     cdef uint32_t _index
-    cdef int _taken_in
+    cdef int _acquired_in
 
     def lost(self):
         """Return None: it is a part of pages that belong to the slab."""
@@ -456,9 +456,9 @@ cdef class Piece(Mapping):
         self._slab = None
         self.address = self.size = 0
         if slab is not None:
-            if slab._pool._counts(self._taken_in):
+            if slab._pool._counts(self._acquired_in):
                 slab.owned -= 1
-            slab._pool._put(slab, self._index, self._taken_in)
+            slab._pool._put(slab, self._index, self._acquired_in)
 
     def __dealloc__(self):
         self._end()

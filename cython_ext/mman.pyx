@@ -56,7 +56,7 @@ cdef enum:
     PAGES_A_CALL = 256
     INCORE = 16384  # pages a call
 
-# The calls of `take_back`, to identify the one that failed.
+# The calls of `restore`, to identify the one that failed.
 cdef enum:
     C_LOCK = 1
     C_SCAN
@@ -317,7 +317,7 @@ def rewrite(uint64_t address, size_t size, size_t page):
             offset += page
 
 
-def take_back(int tracker, int pagemap, uint64_t start, uint64_t end):
+def restore(int tracker, int pagemap, uint64_t start, uint64_t end):
     """Restore a lazily freed, protected range if all its pages are still present.
 
     Lock on fault (mlock2: nothing is reclaimed from then on), inspect, lift the protection, populate for writing

@@ -176,7 +176,7 @@ cdef class Census:
             self._end_free_run()
             self._end_movable_run()
 
-    def take(self):
+    def collect(self):
         """Return the counts since the last call.
 
         Returns

@@ -141,7 +141,7 @@ cdef class Walk:
         """From now on keep only spans that overlap the physical addresses `low`…`high`."""
         self.low, self.high, self.present_only = low, high, True
 
-    def take(self):
+    def collect(self):
         """Return the `Tally` since the last call, and reset it."""
         cdef Tally tally = self.tally
         self.tally = Tally.__new__(Tally)
@@ -161,7 +161,7 @@ cdef class Walk:
         return until
 
     def total(self, uint64_t start, uint64_t end):
-        """Walk from `start` to `end` and finish, without recording spans; return the same as `take`."""
+        """Walk from `start` to `end` and finish, without recording spans; return the same as `collect`."""
         cdef int error = 0
         self.keeps = False
         with nogil:
@@ -172,7 +172,7 @@ cdef class Walk:
         self.keeps = True
         if error:
             raise OSError(error, f"read of pagemap: {strerror(error).decode()}")
-        return self.take()
+        return self.collect()
 
     def totals(self, list ranges):
         """Return the result of `total` for each of several ranges (start, end), extended to whole pages.

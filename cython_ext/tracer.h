@@ -55,7 +55,7 @@ enum iobmd_status {
     IOBMD_DONE,
     IOBMD_GONE,        /* the task has no threads left */
     IOBMD_REFUSED,     /* the kernel does not permit tracing it: `error` */
-    IOBMD_STRANGER,    /* a thread of another process reused a thread's id, and is traced until this tracer ends */
+    IOBMD_FOREIGN_THREAD,    /* a thread of another process reused a thread's id, and is traced until this tracer ends */
     IOBMD_LATE,        /* no thread stopped, or one of those to be frozen did not */
     IOBMD_HELD,        /* it stops, but does not proceed to a system call: it is frozen, or not scheduled */
     IOBMD_CHANGED,     /* the task has changed its code, and would have made a different call */
@@ -768,7 +768,7 @@ static int iobmd_seize(struct iobmd_tracer *t, struct iobmd_thread *thread)
         folder = iobmd_raw(SYS_openat, AT_FDCWD, (long)path, O_PATH | O_CLOEXEC, 0, 0, 0);
         if (folder < 0) return IOBMD_ENDED;
         iobmd_close(folder);
-        return IOBMD_STRANGER;
+        return IOBMD_FOREIGN_THREAD;
     }
     iobmd_close(folder);
     thread->begun_ns = iobmd_now();
@@ -799,7 +799,7 @@ static int iobmd_stand(struct iobmd_tracer *t, struct iobmd_thread *thread, int6
 
 /* Detach from a thread, or reap it. Return 0 if it has not stopped yet, or has not exited yet: the exit of this process
    detaches it. */
-static int iobmd_let_go(struct iobmd_tracer *t, struct iobmd_thread *thread)
+static int iobmd_detach(struct iobmd_tracer *t, struct iobmd_thread *thread)
 {
     int stands = thread->stands || !iobmd_stand(t, thread, 1);
     if (stands) iobmd_before_detaching(t, thread);
@@ -867,11 +867,11 @@ static void iobmd_close_pagemap(struct iobmd_tracer *t)
 }
 
 /* Detach from threads that stopped too late to be used, or reap them; the others remain for the next call. */
-static void iobmd_let_go_late(struct iobmd_tracer *t)
+static void iobmd_detach_late(struct iobmd_tracer *t)
 {
     int left = 0;
     for (int i = 0; i < t->lates; i++)
-        if (!iobmd_let_go(t, &t->late[i])) t->late[left++] = t->late[i];
+        if (!iobmd_detach(t, &t->late[i])) t->late[left++] = t->late[i];
     t->lates = left;
 }
 
@@ -925,13 +925,13 @@ static int iobmd_stop(struct iobmd_tracer *t, const struct iobmd_thread *threads
         if (status) iobmd_close_pagemap(t);
         if ((status == IOBMD_LATE || status == IOBMD_ENDED) && late == t->lates) iobmd_add_late(t, &thread);
         gone += status == IOBMD_ENDED;
-        if (status == IOBMD_REFUSED || status == IOBMD_STRANGER) return status;
+        if (status == IOBMD_REFUSED || status == IOBMD_FOREIGN_THREAD) return status;
         if (status) continue;
         if (late < t->lates) t->late[late] = t->late[--t->lates];
         t->spins = !t->is_thread && iobmd_now() - thread.begun_ns > IOBMD_FAR_NS;
         result = iobmd_use(t, &thread, calls, count);
         t->spins = 0;
-        if (!iobmd_let_go(t, &thread)) iobmd_add_late(t, &thread);
+        if (!iobmd_detach(t, &thread)) iobmd_add_late(t, &thread);
         ended = iobmd_now();
         iobmd_close_pagemap(t);
         stood = ended - thread.begun_ns;
@@ -939,7 +939,7 @@ static int iobmd_stop(struct iobmd_tracer *t, const struct iobmd_thread *threads
         if (result != IOBMD_UNREADABLE) break;
     }
     if (result == IOBMD_LATE && gone < known) return IOBMD_LATE;
-    iobmd_let_go_late(t);
+    iobmd_detach_late(t);
     if (result == IOBMD_LATE) return IOBMD_GONE;
     return result;
 }
@@ -1075,7 +1075,7 @@ static int iobmd_collect_by(struct iobmd_tracer *t, pid_t tid, void *data)
     left->alive += status != IOBMD_GONE;
     left->unreadable += status == IOBMD_UNREADABLE;
     if (status == IOBMD_DONE) return left->calls[left->count - 1].result ? IOBMD_FAILED : IOBMD_LATE;
-    return status == IOBMD_FAILED || status == IOBMD_STRANGER ? status : IOBMD_DONE;
+    return status == IOBMD_FAILED || status == IOBMD_FOREIGN_THREAD ? status : IOBMD_DONE;
 }
 
 static int iobmd_clone_by(struct iobmd_tracer *t, pid_t tid, void *data)
@@ -1168,7 +1168,7 @@ static void iobmd_thaw(struct iobmd_tracer *t, int all)
 {
     int left = 0;
     for (int i = 0; i < t->frozen; i++)
-        if (!(all || t->threads[i].stands) || !iobmd_let_go(t, &t->threads[i])) t->threads[left++] = t->threads[i];
+        if (!(all || t->threads[i].stands) || !iobmd_detach(t, &t->threads[i])) t->threads[left++] = t->threads[i];
     t->frozen = left;
     if (t->froze_ns) t->stopped_ns += iobmd_now() - t->froze_ns;
     t->froze_ns = 0;
@@ -1449,7 +1449,7 @@ static void iobmd_end_guest(struct iobmd_tracer *t)
     int count;
     t->ending = 1;
     iobmd_thaw(t, 1);
-    iobmd_let_go_late(t);
+    iobmd_detach_late(t);
     if (t->child) iobmd_kill(t, t->child);
     if (t->guest && (count = iobmd_ranges_left(t, calls)))
         iobmd_run_guest(t, calls, count, iobmd_now() + IOBMD_DEATH, 0);
@@ -1474,7 +1474,7 @@ static void iobmd_end(struct iobmd_tracer *t)
     while (t->guest && iobmd_now() < until) {
         status = iobmd_collect(t);
         gone = status == IOBMD_GONE ? gone + 1 : 0;
-        if (gone == 20 || status == IOBMD_STRANGER) break;
+        if (gone == 20 || status == IOBMD_FOREIGN_THREAD) break;
         iobmd_doze(t);
     }
 }
@@ -1564,7 +1564,7 @@ static int iobmd_tracer_body(void *argument)
                 break;
             }
             if (t->frozen && !t->froze_ns) iobmd_thaw(t, 1);
-            iobmd_let_go_late(t);
+            iobmd_detach_late(t);
             iobmd_reap(t);
             iobmd_idle(t);
             continue;

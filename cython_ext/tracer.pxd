@@ -16,7 +16,7 @@ cdef extern from "tracer.h" nogil:
     enum: IOBMD_DONE
     enum: IOBMD_GONE
     enum: IOBMD_REFUSED
-    enum: IOBMD_STRANGER
+    enum: IOBMD_FOREIGN_THREAD
     enum: IOBMD_LATE
     enum: IOBMD_HELD
     enum: IOBMD_CHANGED

@@ -113,7 +113,7 @@ class AnonymousBacking(MappedBacking):
         """Use kept memory; return False if none satisfies the request."""
         if self._kind is None or (self._sparse and contents and contents.resident() < size - size // _SPARSE_FROM):
             return False
-        while kept := reuse.take(self._kind):
+        while kept := reuse.acquire(self._kind):
             self.mapping = kept
             try:
                 self._refill(contents)
@@ -198,7 +198,7 @@ class AnonymousBacking(MappedBacking):
                 log.debug("%s; trying hugetlb pages, which do not move", error)
             else:
                 log.debug("%s; its address rules out hugetlb pages", error)
-            if not self._anywhere or not self._take_hugetlb(want or PhysicalConstraints(size)):
+            if not self._anywhere or not self._use_hugetlb(want or PhysicalConstraints(size)):
                 if want:
                     raise
                 self.pin_refusal = str(error)
@@ -226,7 +226,7 @@ class AnonymousBacking(MappedBacking):
         now = pinning.visible_runs(self.address, self.size, gaps=True)
         return None if now is None else self.runs.common(now)
 
-    def _take_hugetlb(self, want: PhysicalConstraints) -> bool:
+    def _use_hugetlb(self, want: PhysicalConstraints) -> bool:
         """Use hugetlb pages if pins are not available: compaction does not move them."""
         mapping = search.from_pools(want)
         if mapping:

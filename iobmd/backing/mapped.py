@@ -68,7 +68,7 @@ class MappedBacking(Pinned):
         with self.here() as mapping:
             self._require_room(mapping, 0, self.size, swappable=False)
             pin = pinning.Pin(mapping.address, self.size)
-        self._take(pin)
+        self._hold_pin(pin)
 
     def _require_room(self, mapping: Mapping, offset: int, length: int, *, swappable: bool = True) -> None:
         """Check that the pages of a range can be faulted in. Hugetlb pages are reserved for their mapping."""
@@ -80,7 +80,7 @@ class MappedBacking(Pinned):
         try:
             residency.require(mapping.address + first, end - first, swappable=swappable, shared=shared)
         finally:
-            mapping.let_go()
+            mapping.release()
 
     def _require_room_to_read(self, mapping: Mapping, offset: int, length: int) -> None:
         """As `_require_room`: reading allocates untouched shared pages, but maps the zero page in private memory."""
@@ -160,7 +160,7 @@ class MappedBacking(Pinned):
             try:
                 return copied(CopyOf(kernel_task, mapping.address + offset, length), destination)
             finally:
-                mapping.let_go()
+                mapping.release()
 
     def exported(self) -> tuple[Mapping, int]:
         """Return its mapping in this process, and the position of its first byte there."""

@@ -47,7 +47,7 @@ class Pinned(abc.ABC):
     def read_runs(self, *, gaps: bool = False) -> RunTable | None:
         """Read the present physical runs of the pages."""
 
-    def _take(self, pin: Pin) -> None:
+    def _hold_pin(self, pin: Pin) -> None:
         """Hold a pin until `unpin`, or release it if the page frames cannot be read."""
         try:
             # Read afterwards, because pinning may move a page once.

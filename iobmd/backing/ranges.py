@@ -87,7 +87,7 @@ class RangeBacking(Pinned):
                 if error.address is not None:  # it may precede the first byte, in the same page
                     error.address = max(error.address, self.address)
                 raise
-            self._take(pin)
+            self._hold_pin(pin)
             return
         try:
             pin = RemotePin(self.task, self._first, self.size)
@@ -100,7 +100,7 @@ class RangeBacking(Pinned):
         except BaseException:
             pin.release()
             raise
-        self._take(pin)
+        self._hold_pin(pin)
 
     def _require_wirable(self, *, pin: bool = True) -> None:
         found = None

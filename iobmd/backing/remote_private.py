@@ -92,7 +92,7 @@ class RemotePrivateBacking(RangeBacking):
         if not pin.holds_frames:
             pin.release()
             raise CannotWireError(pin.refusal)
-        self._take(pin)
+        self._hold_pin(pin)
 
     def _require(self, *, writable: bool) -> None:
         """Do nothing: it has just been mapped, and each use checks that it still is."""
@@ -126,7 +126,7 @@ class RemotePrivateBacking(RangeBacking):
                 self._require_own(self.address + offset, self.address + offset + length)
             yield
         finally:
-            self._transfers.let_go()
+            self._transfers.release()
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes, starting at `offset`. Raises as `Task.read`."""

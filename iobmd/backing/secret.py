@@ -41,6 +41,6 @@ class SecretBacking(AnonymousBacking):
             raise limits.from_oserror(error, f"cannot map {format_size(size)} for a secret", size) from None
         return mapping
 
-    def _take_hugetlb(self, want: PhysicalConstraints) -> bool:  # noqa: ARG002
+    def _use_hugetlb(self, want: PhysicalConstraints) -> bool:  # noqa: ARG002
         """Return False: hugetlb pages are inherited by forked children."""
         return False

@@ -291,7 +291,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
             wanted, self._progress = wanted._replace(progress=self._progress, piece_alignment=0), None
         if self._contents:
             self._contents.check()
-        elif wanted.piece_alignment and self._node is None and self._take_piece(wanted):
+        elif wanted.piece_alignment and self._node is None and self._acquire_piece(wanted):
             return True
         with numa.on(self._node):
             backing = allocation.allocate(wanted, self._contents)
@@ -307,9 +307,9 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
     def _small(cls, wanted: Request) -> Self | None:
         """Allocate a buffer with a piece of a slab, for `iobmd.allocate`; None if it must be allocated otherwise."""
         self = cls.__new__(cls)  # without __init__, which only records differences from the defaults
-        return self if self._take_piece(wanted) else None
+        return self if self._acquire_piece(wanted) else None
 
-    def _take_piece(self, wanted: Request) -> bool:
+    def _acquire_piece(self, wanted: Request) -> bool:
         """Use a piece of a slab; return False if none is suitable, or nothing may be reused."""
         if not policy.keep_limit() or not slabs.allocate(self, wanted):
             return False

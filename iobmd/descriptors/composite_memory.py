@@ -337,11 +337,11 @@ class CompositeState:
         """Return the common state."""
         return _combined([owner.set_purgeable(KEEP_CURRENT) for owner in self._owners])
 
-    def keep(self) -> int:
+    def make_nonvolatile(self) -> int:
         """Make all of it non-volatile."""
         return _combined([owner.set_purgeable(NON_VOLATILE) for owner in self._owners])
 
-    def give(self, modifiers: int) -> int:
+    def make_volatile(self, modifiers: int) -> int:
         """Make all of it volatile, or none while one is prepared; if one refuses, the others remain non-volatile."""
         self._require_unpinned()
         before: list[tuple[MemoryOwner, int]] = []
@@ -379,7 +379,7 @@ class CompositeState:
     def hold(self) -> None:
         """Do nothing: the owners are pinned, and refuse if they are volatile."""
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Do nothing, as `hold`."""
 
     def lazily_freed(self) -> int:

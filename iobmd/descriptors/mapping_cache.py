@@ -231,7 +231,7 @@ class CachedMapping:
             return False
         return request.anywhere or request.at == self.own.address + request.first - self.first
 
-    def let_go(self, user: int) -> None:
+    def end_use(self, user: int) -> None:
         """End one use. It is unmapped at the end of its last use, or of the last view if views remain."""
         if self.own and self.users <= {user}:
             try:

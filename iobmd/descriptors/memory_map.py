@@ -331,7 +331,7 @@ class IOMemoryMap(Exporter):
                     raise BusyError(
                         f"{self!r} is in use (view count {self.exports}): release its memoryviews and arrays first"
                     )
-                mapping.let_go(id(self))
+                mapping.end_use(id(self))
                 self._mapping = self._window = None
 
     def _open(self) -> CachedMapping:

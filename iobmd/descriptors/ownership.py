@@ -378,7 +378,7 @@ class MemoryOwner:
     def _release_pin(self, backing: Backing, *, wait: bool = True) -> None:
         backing.unpin(wait=wait)
         if self.purge_control:
-            self.purge_control.memory.let_go()
+            self.purge_control.memory.release()
 
     # --- its physical addresses
 

@@ -81,16 +81,16 @@ class PurgeControl:
                 self._deny(deniable)
             except IOReturnError:  # such as too many areas
                 if old == NON_VOLATILE:
-                    self.memory.keep()
+                    self.memory.make_nonvolatile()
                 raise
         return old
 
     def _set(self, state: int, modifiers: int) -> int:
         if state == NON_VOLATILE:
-            return self.memory.keep()
+            return self.memory.make_nonvolatile()
         if state == EMPTY:
             return self.memory.empty()
-        old = self.memory.give(modifiers)
+        old = self.memory.make_volatile(modifiers)
         self._modifiers = modifiers
         if self.memory.shared:
             purger.watch()
@@ -151,7 +151,7 @@ class PurgeControl:
         """Make it non-volatile for a `with` block, and set whether the contents are intact."""
         order = self.memory.order()
         with self._permitted():
-            old = self.memory.keep()
+            old = self.memory.make_nonvolatile()
         if old == VOLATILE:
             self._volatile_again = order.modifiers if order else self._modifiers or 0
         elif old == EMPTY:

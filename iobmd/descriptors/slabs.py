@@ -91,13 +91,13 @@ def allocate(buffer: SmallBuffer, wanted: Request) -> bool:
         pool = _BY_LINES[_lines(size)]
         if wanted.piece_alignment > pool.piece_size:
             return False
-        while not pool.take(buffer):
+        while not pool.acquire(buffer):
             _extend(pool)
         return True
     if wanted.piece_alignment > PAGE_SIZE:
         return False
     pool = (_WIRED if wired else _PAGEABLE)[(size - 1) // PAGE_SIZE]
-    while not pool.take(buffer):
+    while not pool.acquire(buffer):
         _map_pages(pool, wired=wired)
     return True
 
@@ -138,7 +138,7 @@ def allocate_secret(
         _LARGE_SECRETS.add_for(_secret_slab(backing, backing.size, 0, backing.mapping), buffer)
     else:
         pool = _SECRETS_BY_LINES[lines]
-        while not pool.take(buffer):
+        while not pool.acquire(buffer):
             pool.add(_secret_slab(SecretBacking(_next_size(pool)), pool.piece_size, _CANARIES))
     slab = cast("SecretSlab", buffer._slab)
     slab.put(buffer, size, alignment)
@@ -254,7 +254,7 @@ class PieceBacking(MappedBacking):
                 self._keeper.pin()
                 self._pinned = True
         finally:
-            self.mapping.let_go()
+            self.mapping.release()
         self.runs = self._cut(self._pages.runs)
 
     def unpin(self, *, wait: bool = True) -> None:

@@ -76,7 +76,7 @@ def why_not_pinned(error: OSError) -> tuple[str, str]:
     return f"{error.strerror}", "see the error: descriptors (ulimit -n) or memory may be exhausted"
 
 
-def _why_forbidden(told: str) -> tuple[str, str]:
+def _why_forbidden(reason: str) -> tuple[str, str]:
     disabled = io_uring_disabled()
     open_again = f"sysctl {_SYSCTL}=0  # as root"
     if disabled == 2:
@@ -86,4 +86,4 @@ def _why_forbidden(told: str) -> tuple[str, str]:
         return f"{_SYSCTL} is 1: requires CAP_SYS_ADMIN or membership in its group", f"{open_again}\n{group}"
     if has_seccomp_filter():
         return "a seccomp filter forbids it (EPERM)", _SECCOMP
-    return f"{told}; a security module forbids it", "allow io_uring in its policy (SELinux: io_uring permissions)"
+    return f"{reason}; a security module forbids it", "allow io_uring in its policy (SELinux: io_uring permissions)"

@@ -138,14 +138,14 @@ class IOMapper:
             start = round_down(mapping.address, PAGE_SIZE)
             size = round_up(mapping.address + backing.size, PAGE_SIZE) - start
             alignment = max(alignment, HUGE_PAGE_SIZE if size >= HUGE_PAGE_SIZE else PAGE_SIZE)  # for larger pages
-            address = self._addresses.take(size, alignment, highest)
+            address = self._addresses.allocate(size, alignment, highest)
             if address is None:
                 message = f"{self.name} has no {format_size(size)} of free addresses"
                 raise NoResourcesError(message)
             try:
                 container.map(start, address, size, access)
             except BaseException:
-                self._addresses.give_back(address, size)
+                self._addresses.release(address, size)
                 raise
         prepared = IOVMRange(self, descriptor, address, size, backing.in_page(0))
         self._ranges.add(prepared)
@@ -154,7 +154,7 @@ class IOMapper:
     def _unmap(self, prepared: IOVMRange, address: int, size: int) -> None:
         """Undo `_map`, with the guard held."""
         self._open().unmap(address, size)
-        self._addresses.give_back(address, size)
+        self._addresses.release(address, size)
         self._ranges.discard(prepared)
 
     # --- IOKit's names

@@ -27,20 +27,20 @@ class Addresses:
         self.usable = [
             (max(first, PAGE_SIZE), min(last, highest)) for first, last in sorted(usable) if first <= highest
         ]
-        self._taken: list[tuple[int, int]] = []
+        self._allocated: list[tuple[int, int]] = []
 
-    def take(self, size: int, alignment: int, highest: int | None = None) -> int | None:
+    def allocate(self, size: int, alignment: int, highest: int | None = None) -> int | None:
         """Allocate the lowest free `size` bytes, aligned to `alignment` and up to `highest`, or None."""
         for first, last in self.usable:
             at = round_up(first, alignment)
-            for start, end in self._taken:
+            for start, end in self._allocated:
                 if end > at and start < at + size:
                     at = round_up(end, alignment)
             if at + size - 1 <= (last if highest is None else min(last, highest)):
-                bisect.insort(self._taken, (at, at + size))
+                bisect.insort(self._allocated, (at, at + size))
                 return at
         return None
 
-    def give_back(self, address: int, size: int) -> None:
+    def release(self, address: int, size: int) -> None:
         """Free them."""
-        self._taken.remove((address, address + size))
+        self._allocated.remove((address, address + size))

@@ -86,7 +86,7 @@ def offer(mapping: Mapping, kind: Kind, limit: int) -> bool:
     return True
 
 
-def take(kind: Kind) -> Mapping | None:
+def acquire(kind: Kind) -> Mapping | None:
     """Return memory of a kind, or None if none is kept.
 
     Each of its pages contains old bytes, or zeros if the kernel has reclaimed it. Forked children do not inherit it:

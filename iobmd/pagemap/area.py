@@ -77,9 +77,9 @@ class Area(NamedTuple):
         if self.is_device:
             return 0
         if not self.visible and not self.scans:  # then only smaps shows the zero page
-            told = self._counters("Rss", "Private_Hugetlb", "Shared_Hugetlb")
-            if told is not None:
-                return min(self.tally.present, told)
+            counted = self._counters("Rss", "Private_Hugetlb", "Shared_Hugetlb")
+            if counted is not None:
+                return min(self.tally.present, counted)
         return self.tally.present - self.tally.zero
 
     @property
@@ -119,10 +119,10 @@ class Area(NamedTuple):
         Without smaps, it is known only if nothing is shared. The kernel rounds it down to 1 KiB and does not report
         the share of a task in hugetlb pages of several tasks: these do not count.
         """
-        told = self._counters("Pss", "Private_Hugetlb")
-        if told is None:
+        counted = self._counters("Pss", "Private_Hugetlb")
+        if counted is None:
             return None if self.shared else self.resident
-        return 0 if self.is_device else told
+        return 0 if self.is_device else counted
 
     @property
     def anonymous(self) -> int:
@@ -134,12 +134,12 @@ class Area(NamedTuple):
         """Bytes in swap. Pagemap does not show shared memory in swap, for which smaps is used; None if unknown."""
         if not self.can_swap:
             return 0
-        told = self._counter("Swap")
-        if told is None:
+        counted = self._counter("Swap")
+        if counted is None:
             may_be_shared = self.vma.inode and self.vma.device.startswith("00:")  # possibly on a tmpfs
             return None if may_be_shared else self.tally.swapped
         # If frames are hidden, pagemap does not distinguish swap from userfaultfd markers.
-        return max(self.tally.swapped, told) if self.visible else told
+        return max(self.tally.swapped, counted) if self.visible else counted
 
     @property
     def marker(self) -> int | None:
@@ -149,8 +149,8 @@ class Area(NamedTuple):
         """
         if self.visible or not self.can_swap:
             return self.tally.marker
-        told = self._counter("Swap")
-        return None if told is None else self.tally.marker + max(0, self.tally.swapped - told)
+        counted = self._counter("Swap")
+        return None if counted is None else self.tally.marker + max(0, self.tally.swapped - counted)
 
     @property
     def huge(self) -> int | None:
@@ -185,8 +185,8 @@ class Area(NamedTuple):
         return self._counter("LazyFree")
 
     def _counters(self, *names: str) -> int | None:
-        told = [self._counter(name) for name in names]
-        return None if None in told else sum(filter(None, told))
+        counted = [self._counter(name) for name in names]
+        return None if None in counted else sum(filter(None, counted))
 
     def _counter(self, name: str) -> int | None:
         # The counters refer to the whole area, not to a part of it.
@@ -324,7 +324,7 @@ def _with_folios(
         sizes: dict[int, int] = {}
         for step in reader.steps(start, end):
             frames.add_folios(step.raw(), pagemap.PRESENT, pagemap.HUGE | pagemap.ZERO, sizes)
-        yield reader.take(), sizes
+        yield reader.collect(), sizes
 
 
 def is_bearable(where: Where, reader: Reader) -> bool:

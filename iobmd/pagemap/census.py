@@ -189,7 +189,7 @@ def kinds_between(physical: int, length: int) -> dict[str, int]:
         census.begin(physical // PAGE_SIZE, 0)
         census.read((physical + length) // PAGE_SIZE)
         census.finish()
-        return _by_kind(census.take()[0])
+        return _by_kind(census.collect()[0])
 
 
 def ranges(node: int | None, block: int) -> list[tuple[int, int]]:
@@ -419,7 +419,7 @@ def _online() -> list[tuple[int, int]]:
 
 
 def _zone_memory(zone: Zone, census: Census, block: int) -> ZoneMemory:
-    frames, huge, windows, runs, held = census.take()
+    frames, huge, windows, runs, held = census.collect()
     sizes = {
         block << level: dict(zip(WINDOW_STATES, states, strict=True))
         for level, states in enumerate(windows)

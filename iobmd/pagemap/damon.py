@@ -131,7 +131,7 @@ class Damon:
     def begin(self) -> None:
         """Begin the first interval; it has begun with the constructor."""
 
-    def take(self) -> list[tuple[int, int, int]]:
+    def sample(self) -> list[tuple[int, int, int]]:
         """Return the resident pages of accessed regions. Raises `kIOReturnNotFound`."""
         task = self._where.task
         try:

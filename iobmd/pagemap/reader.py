@@ -123,9 +123,9 @@ class Reader:
         if not os.pread(self._opened.fd, 8, 0):
             raise no_entries(self.task, 0, self.page)
 
-    def take(self) -> Tally:
+    def collect(self) -> Tally:
         """Return the tally of the pages walked since the last call."""
-        return self._walk.take()
+        return self._walk.collect()
 
     def close(self) -> None:
         """Close the pagemap."""

@@ -68,7 +68,7 @@ class ReferencedBits:
             )
             raise NotPermittedError(message, error.errno or 0) from None
 
-    def take(self) -> list[tuple[int, int, int]]:
+    def sample(self) -> list[tuple[int, int, int]]:
         """Return the referenced bytes of each area, and clear the bits. Raises as `begin`."""
         self._read()
         self.begin()

@@ -234,7 +234,7 @@ class Sampler(Protocol):
     def begin(self) -> None:
         """Begin the first interval."""
 
-    def take(self) -> list[tuple[int, int, int]]:
+    def sample(self) -> list[tuple[int, int, int]]:
         """End an interval, begin the next, and return what was used in it, as for `Sample`."""
 
     def parts(self) -> tuple[list[Part], list[Unseen]]:
@@ -315,7 +315,7 @@ def _intervals(
         for number in range(intervals):
             time.sleep(max(0.0, begin + (number + 1) * interval - time.monotonic()))
             now = time.monotonic()
-            used = sampler.take()
+            used = sampler.sample()
             samples.append(Sample(now - begin, now - last, time.monotonic() - now, used))
             faults, last = _page_faults(where) - before, now
             if progress:

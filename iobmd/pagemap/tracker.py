@@ -84,9 +84,9 @@ class Tracker:
 
     def begin(self) -> None:
         """Register the areas, and protect their pages. Raises `kIOReturnNotFound`."""
-        self.take()
+        self.sample()
 
-    def take(self) -> list[tuple[int, int, int]]:
+    def sample(self) -> list[tuple[int, int, int]]:
         """Return the pages that were used since the last call, and protect them. Raises `kIOReturnNotFound`."""
         found = []
         for start, end in self._ranges():

@@ -403,7 +403,7 @@ class Search:
 
 def _one_huge_page(want: PhysicalConstraints, source: TransparentBlocks) -> Mapping:
     """Find memory without frame numbers: a huge page is contiguous and aligned to its size."""
-    mapping = source.take_first()
+    mapping = source.detach_first()
     if pagemap.is_huge(mapping.address, mapping.size):
         return mapping
     mapping.close()

@@ -140,7 +140,7 @@ class TransparentBlocks:
         target.filled()
         return target
 
-    def take_first(self) -> Mapping:
+    def detach_first(self) -> Mapping:
         """Return the mapping of the first batch unchanged."""
         return self._batches.pop(0)
 

@@ -76,10 +76,10 @@ class Purgeable(Protocol):
     def current(self) -> int:
         """Determine the state."""
 
-    def keep(self) -> int:
+    def make_nonvolatile(self) -> int:
         """Make it non-volatile; if `VOLATILE` is returned, every byte is intact and remains so."""
 
-    def give(self, modifiers: int) -> int:
+    def make_volatile(self, modifiers: int) -> int:
         """Make it volatile."""
 
     def empty(self) -> int:
@@ -95,9 +95,9 @@ class Purgeable(Protocol):
         """Ensure that volatile bytes which are about to be written are retained like the others."""
 
     def hold(self) -> None:
-        """Prevent it from becoming volatile until `let_go`; raise `kIOReturnNotReady` if it is volatile."""
+        """Prevent it from becoming volatile until `release`; raise `kIOReturnNotReady` if it is volatile."""
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Undo `hold`."""
 
     def lazily_freed(self) -> int:

@@ -39,13 +39,13 @@ class LazilyFreed:
             self._drop()
         return self._state
 
-    def keep(self) -> int:
+    def make_nonvolatile(self) -> int:
         """Make it non-volatile: restore all pages, or drop them."""
         old = self._settle()
         self._state = NON_VOLATILE
         return old
 
-    def give(self, modifiers: int) -> int:
+    def make_volatile(self, modifiers: int) -> int:
         """Make it volatile: lazily free it, or drop it immediately if it is obsolete."""
         old = self._settle()
         if modifiers & OBSOLETE:
@@ -79,7 +79,7 @@ class LazilyFreed:
         """Restore the pages that are about to be written to, so that the write does not count as a loss."""
         if self._state != VOLATILE or not length:
             return
-        if not self._take_back(self._address + offset, self._address + offset + length):
+        if not self._restore(self._address + offset, self._address + offset + length):
             self._drop()
 
     def hold(self) -> None:
@@ -87,7 +87,7 @@ class LazilyFreed:
         if self.current() == VOLATILE:
             raise wanted_non_volatile()
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Do nothing: the descriptor records whether it is prepared."""
 
     def lazily_freed(self) -> int:
@@ -107,23 +107,23 @@ class LazilyFreed:
 
     def _settle(self) -> int:
         """Restore all pages, or drop them if one is lost; return the previous state, or `EMPTY`."""
-        taken_back = self._state != VOLATILE or (
-            self._ranges is not None and restore.take_back(self._ranges, self._here)
+        restored = self._state != VOLATILE or (
+            self._ranges is not None and restore.restore_all(self._ranges, self._here)
         )
-        if self._half_dropped or not taken_back:
+        if self._half_dropped or not restored:
             self._drop()
         return self._state
 
     def _all_there(self) -> bool:
         return self._ranges is not None and restore.all_there(self._ranges, self._here)
 
-    def _take_back(self, first: int, end: int) -> bool:
+    def _restore(self, first: int, end: int) -> bool:
         """Restore the pages between two addresses if all are present."""
         if self._ranges is None:
             return False
         inside, outside = _split(self._ranges, first, end)
         try:
-            return restore.take_back(inside, self._here)
+            return restore.restore_all(inside, self._here)
         finally:
             self._ranges = outside + inside
 
@@ -140,7 +140,7 @@ class LazilyFreed:
                 self._advise_free(start, end)
                 freed.append((start, end))
         except OSError as error:
-            if restore.take_back(freed, self._here):
+            if restore.restore_all(freed, self._here):
                 self._state, self._ranges = before, []
             raise _cannot_free(error) from None
         self._ranges = ranges

@@ -47,7 +47,7 @@ class _LockError(Exception):
         self.number = number
 
 
-def take_back(ranges: list[Range], tracker: int) -> bool:
+def restore_all(ranges: list[Range], tracker: int) -> bool:
     """Restore ranges if every page is present. Restored ranges are removed from the list, also on an error.
 
     Parameters
@@ -70,7 +70,7 @@ def take_back(ranges: list[Range], tracker: int) -> bool:
     if tracker < 0:
         with _alone:
             return _each(ranges, partial(_by_smaps, rewrite=True))
-    return _each(ranges, partial(_take_back_tracked, tracker, own_pagemap()))
+    return _each(ranges, partial(_restore_tracked, tracker, own_pagemap()))
 
 
 def all_there(ranges: list[Range], tracker: int) -> bool:
@@ -106,8 +106,8 @@ def _each(ranges: list[Range], look: _Look) -> bool:
     return True
 
 
-def _take_back_tracked(tracker: int, pagemap: int, start: int, end: int) -> bool:
-    there, step, number = mman.take_back(tracker, pagemap, start, end)
+def _restore_tracked(tracker: int, pagemap: int, start: int, end: int) -> bool:
+    there, step, number = mman.restore(tracker, pagemap, start, end)
     if step == mman.LOCKING:
         raise _LockError(number)
     if step:

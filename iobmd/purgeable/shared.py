@@ -63,13 +63,13 @@ class SharedState:
         with self._exclusively() as word:
             return word & _STATE
 
-    def keep(self) -> int:
+    def make_nonvolatile(self) -> int:
         """Make it non-volatile."""
         with self._exclusively() as word:
             self._set(NON_VOLATILE)
             return word & _STATE
 
-    def give(self, modifiers: int) -> int:
+    def make_volatile(self, modifiers: int) -> int:
         """Make it volatile, unless another process has it prepared."""
         with self._exclusively() as word:
             self._require_unprepared()
@@ -111,7 +111,7 @@ class SharedState:
                 raise wanted_non_volatile()
             self._set_lock(fcntl.F_RDLCK, self._preparing)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Undo `hold`, for this user."""
         self._set_lock(fcntl.F_UNLCK, self._preparing)
 

@@ -59,7 +59,7 @@ class SharedObject(NamedTuple):
     """Whether its file system supports SEEK_DATA, so that holes are not copied."""
 
 
-class StrangerSeized(Exception):  # noqa: N818 (it is detached, and another attempt is made)
+class ForeignThreadSeized(Exception):  # noqa: N818 (it is detached, and another attempt is made)
     """The thread ended before it was seized, and a thread of another process had reused its number."""
 
 
@@ -117,7 +117,7 @@ class Session:
             As the constructor; `kIOReturnTimeout`: no thread stops.
         OSError
             The error of the system call that failed there.
-        StrangerSeized
+        ForeignThreadSeized
         """
         program = [_packed(one) for one in calls]
         while True:
@@ -263,8 +263,8 @@ class Session:
         name = calls[tracer.failed].name if tracer.failed < len(calls) else "a system call"
         if status == native.FAILED:
             raise OSError(tracer.error, f"{name} in task {pid}: {os.strerror(tracer.error)}")
-        if status == native.STRANGER:
-            raise StrangerSeized
+        if status == native.FOREIGN_THREAD:
+            raise ForeignThreadSeized
         if status in (native.GONE, native.LATE, native.UNREADABLE):
             raise _never_stopped(self.task)
         if status == native.UNSEEN:
@@ -373,7 +373,7 @@ def again(task: Task, attempt: Callable[[], _T]) -> _T:
     """Return the result of an attempt, which is repeated while it fails for a temporary reason."""
     deadline = time.monotonic() + PATIENCE
     for _ in range(_ATTEMPTS):
-        with contextlib.suppress(StrangerSeized):
+        with contextlib.suppress(ForeignThreadSeized):
             return attempt()
         if time.monotonic() > deadline:  # a task that creates threads endlessly may cause this each time
             break

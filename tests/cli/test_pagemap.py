@@ -201,8 +201,8 @@ def test_a_frame_that_is_given_up_while_its_users_are_looked_for(
 
     monkeypatch.setattr(frame_command, "users", users)
     text = shown(capsys, "--frame", hex(entry & kernel.FRAME), *form)
-    told = json.loads(text)["changed_while_read"] if form else "mapped or unmapped during" in text
-    assert told is True
+    is_reported = json.loads(text)["changed_while_read"] if form else "mapped or unmapped during" in text
+    assert is_reported is True
 
 
 @pytest.mark.needs("frames", "root")

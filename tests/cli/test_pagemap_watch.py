@@ -176,9 +176,9 @@ def test_a_range_that_cuts_areas(target: Target, tmp_path: Path, capsys: pytest.
         watching.send_signal(signal.SIGINT)
     capsys.readouterr()
     assert main(["pagemap", pid, "--diff", str(tmp_path / "file"), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)["changes"]
+    left = json.loads(capsys.readouterr().out)["changes"]
     assert {(one["kind"], one["length"]) for one in changes} == {("unmapped", 65536), ("released", 65536)}
-    assert {(one["kind"], one["end"] - one["start"]) for one in told} == {("unmapped", 65536), ("released", 65536)}
+    assert {(one["kind"], one["end"] - one["start"]) for one in left} == {("unmapped", 65536), ("released", 65536)}
 
 
 def test_areas_that_were_not_chosen(target: Target) -> None:

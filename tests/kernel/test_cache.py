@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 from support import kernel
 from support.child import in_child
-from support.purging import EMPTY, KEEP_CURRENT, NON_VOLATILE, VOLATILE, take
+from support.purging import EMPTY, KEEP_CURRENT, NON_VOLATILE, VOLATILE, discard
 from support.threads import run_all
 
 import iobmd
@@ -46,7 +46,7 @@ def test_hit_purge_and_rebuild() -> None:
         gc.collect()
         assert buffer.setPurgeable(KEEP_CURRENT) is VOLATILE
         assert buffer.lazily_freed == SIZE
-        take(buffer, 0, kernel.PAGE)
+        discard(buffer, 0, kernel.PAGE)
         with cache[1] as item:
             assert bytes(item) == b"\1" * SIZE
         found = cache.statistics
@@ -217,7 +217,7 @@ def test_sweep_forgets_what_was_taken() -> None:
             cache[key].release()
         in_use = cache[0]
         for key in (1, 2):
-            take(cache._entries[key].buffer, 0, kernel.PAGE)
+            discard(cache._entries[key].buffer, 0, kernel.PAGE)
         assert cache.sweep() == 2
         assert sorted(cache) == [0, 3, 4]
         assert cache.sweep() == 0

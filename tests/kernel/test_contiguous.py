@@ -264,9 +264,9 @@ def test_one_huge_page_unprivileged() -> None:
             refused.append(caught.value.code)
             return huge, repr(whole), refused
 
-    huge, told, refused = in_child(look, uid=NOBODY - 3, memlock=8 * MIB)
+    huge, shown, refused = in_child(look, uid=NOBODY - 3, memlock=8 * MIB)
     assert huge >= 2 * MIB
-    assert "pinned, contiguous in one huge page, addresses hidden" in told
+    assert "pinned, contiguous in one huge page, addresses hidden" in shown
     assert refused == [IOReturn.kIOReturnNotPrivileged] * 4
 
 

@@ -53,8 +53,8 @@ def make(request: pytest.FixtureRequest) -> Callable[[str], None]:
             if free:
                 pytest.skip(f"{free} free pages in the pool, which belong to others")
         if kind == "shared file":
-            told = subprocess.run(["stat", "-f", "-c", "%T", areas.DISK], capture_output=True, text=True, check=True)
-            if told.stdout.strip() in ("tmpfs", "ramfs"):
+            found = subprocess.run(["stat", "-f", "-c", "%T", areas.DISK], capture_output=True, text=True, check=True)
+            if found.stdout.strip() in ("tmpfs", "ramfs"):
                 pytest.skip(f"{areas.DISK} is kept in memory")
         if kind in ("guard", "secret"):
             with_probe(kind)

@@ -41,8 +41,8 @@ def command(memory, options=0):
     made.setMemoryDescriptor(memory)
     return made
 
-def cycle(*things):
-    things[0].cycle = list(things)
+def cycle(*objects):
+    objects[0].cycle = list(objects)
 
 def descriptors():
     return len(os.listdir("/proc/self/fd"))

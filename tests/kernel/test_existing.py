@@ -103,9 +103,9 @@ def test_segments_across_ranges(foreign: ForeignPages) -> None:
             offset = data.draw(st.integers(0, len(md)))
             length = data.draw(st.integers(0, len(md) - offset))
             md.prepare()
-            lies = frames(foreign.address, 16 * PAGE)
+            actual = frames(foreign.address, 16 * PAGE)
             places = [index for start, size in chosen for index in range(start, start + size)]
-            wanted = [lies[place // PAGE] * PAGE + place % PAGE for place in places[offset : offset + length]]
+            wanted = [actual[place // PAGE] * PAGE + place % PAGE for place in places[offset : offset + length]]
             got = md.segments(offset, length)
             assert [at for address, size in got for at in range(address, address + size)] == wanted
             assert all(sum(one) != other.address for one, other in itertools.pairwise(got)), "they touch"
@@ -175,14 +175,14 @@ def test_zero_length() -> None:
 def test_dma_map_length(foreign: ForeignPages) -> None:
     at = foreign.address
 
-    def told(*ranges: tuple[int, int]) -> tuple[int, int]:
+    def map_length(*ranges: tuple[int, int]) -> tuple[int, int]:
         with IOMemoryDescriptor.withAddressRanges(ranges, INOUT, kernel_task) as md:
             return md.getDMAMapLength()
 
-    assert told((at, 2)) == (PAGE, 0)
-    assert told((at + PAGE - 2, 4)) == (2 * PAGE, PAGE - 2)
-    assert told((at + 4 * PAGE, 4 * PAGE), (at, 4 * PAGE)) == (8 * PAGE, 0)
-    assert told((at + 1, 1), (at + 3, 1), (at + 2 * PAGE - 1, 2)) == (4 * PAGE, 1)
+    assert map_length((at, 2)) == (PAGE, 0)
+    assert map_length((at + PAGE - 2, 4)) == (2 * PAGE, PAGE - 2)
+    assert map_length((at + 4 * PAGE, 4 * PAGE), (at, 4 * PAGE)) == (8 * PAGE, 0)
+    assert map_length((at + 1, 1), (at + 3, 1), (at + 2 * PAGE - 1, 2)) == (4 * PAGE, 1)
     with iobmd.allocate(5000, wired=False) as buffer:
         assert buffer.getDMAMapLength() == (2 * PAGE, 0)
         buffer.setLength(5)
@@ -298,8 +298,8 @@ def test_shared_memory_is_known_again(options: IOMapOptions) -> None:
             assert len(mapped) == 5 * PAGE - 5 + 77
             model = bytes(memoryview(buffer)[8 * PAGE + 5 : 11 * PAGE]) + buffer.readBytes(0, 2 * PAGE)
             assert bytes(mapped) == model + buffer.readBytes(4 * PAGE, 77)
-            lies = frames(at, 16 * PAGE)
-            assert frames(mapped.getAddress(), len(mapped)) == [lies[page] for page in (8, 9, 10, 0, 1, 4)]
+            actual = frames(at, 16 * PAGE)
+            assert frames(mapped.getAddress(), len(mapped)) == [actual[page] for page in (8, 9, 10, 0, 1, 4)]
             with memoryview(mapped) as view:
                 view[3 * PAGE - 5] ^= 0xFF
             assert buffer.readBytes(0, 1)[0] == model[3 * PAGE - 5] ^ 0xFF

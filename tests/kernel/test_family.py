@@ -75,10 +75,10 @@ def places(of: Bytes) -> list[list[int]]:
     """Return the physical ranges, from pagemap page by page, with adjacent ones joined."""
     found: list[list[int]] = []
     for buffer, start, size in of:
-        lies = frames(buffer.getBytesNoCopy(), buffer.getCapacity())
+        actual = frames(buffer.getBytesNoCopy(), buffer.getCapacity())
         for page in range(start // PAGE, (start + size - 1) // PAGE + 1):
             low, high = max(start, page * PAGE), min(start + size, page * PAGE + PAGE)
-            physical = lies[page] * PAGE + low % PAGE
+            physical = actual[page] * PAGE + low % PAGE
             if found and sum(found[-1]) == physical:
                 found[-1][1] += high - low
             else:
@@ -458,7 +458,7 @@ def test_a_refused_free_loses_no_part(*, nested: bool) -> None:
     last.free()
     copied.hold()
     assert code_of(both.free) == IOReturn.kIOReturnBusy
-    copied.let_go()
+    copied.release()
     assert all(kernel.smaps(address) for address in addresses)
     assert both.readBytes(0, 2 * PAGE) == data
     both.writeBytes(0, data[::-1])
@@ -485,7 +485,7 @@ def test_a_task_that_refuses_loses_no_part(monkeypatch: pytest.MonkeyPatch) -> N
         assert both.readBytes(2 * PAGE, PAGE) == both.readBytes(0, PAGE) == data
         copied.hold()
         assert code_of(both.free) == IOReturn.kIOReturnBusy
-        copied.let_go()
+        copied.release()
         assert kernel.smaps(address, program.pid), "unmapped there before the other part refused"
         both.free()
         assert not kernel.smaps(address, program.pid)

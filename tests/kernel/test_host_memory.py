@@ -105,7 +105,7 @@ def window_of(address: int) -> str:
         census.begin(first, 0)
         census.read(first + 512)
         census.finish()
-        (states,) = census.take()[2][:1]
+        (states,) = census.collect()[2][:1]
     return WINDOW_STATES[states.index(1)]
 
 

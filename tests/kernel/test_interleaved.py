@@ -34,9 +34,9 @@ def test_portions_are_seen_as_one() -> None:
         assert (whole.wiring, second.wiring) == (Wiring.PINNED,) * 2
         assert kernel.pinned(5 * PAGE) == 5 * PAGE, "each page once: that of the wired buffer, and the other buffer"
         if os.geteuid() == 0:
-            lies = frames(first.getBytesNoCopy(), 2 * PAGE)
-            assert whole.getPhysicalSegment(5)[0] == lies[1] * PAGE + 5
-            assert whole.getPhysicalSegment(3 * PAGE)[0] == lies[0] * PAGE
+            actual = frames(first.getBytesNoCopy(), 2 * PAGE)
+            assert whole.getPhysicalSegment(5)[0] == actual[1] * PAGE + 5
+            assert whole.getPhysicalSegment(3 * PAGE)[0] == actual[0] * PAGE
         whole.complete()
         assert second.wiring is Wiring.PAGEABLE
         with whole.map(IOMapOptions.kIOMapGuardedSmall) as mapped:

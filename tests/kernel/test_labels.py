@@ -38,9 +38,9 @@ def test_tag_names_shared_memory(capsys: pytest.CaptureFixture[str]) -> None:
         with buffer.map(IOMapOptions.kIOMapUnique) as mapped:
             assert name_of(mapped.getAddress()) == "/memfd:iobmd:7"
         assert main(["pagemap", str(os.getpid())]) == 0
-        told = capsys.readouterr().out
-        assert "memfd:iobmd:7" in told
-        assert "memfd:iobmd:9" in told
+        output = capsys.readouterr().out
+        assert "memfd:iobmd:7" in output
+        assert "memfd:iobmd:9" in output
     with make(kernel_task, SHARED, PAGE) as buffer:
         assert name_of(buffer.getBytesNoCopy()) == "/memfd:iobmd"
 

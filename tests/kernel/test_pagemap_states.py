@@ -393,7 +393,7 @@ def test_a_pagemap_of_other_page_sizes(tmp_path: Path, page: int, visible: bool)
         while at < len(words) * page:
             at = walk.step(at, len(words) * page)
         walk.finish()
-        tally = walk.take()
+        tally = walk.collect()
         found = [walk[index] for index in range(len(walk))]
         with pytest.raises(OSError, match="read of pagemap"):
             walk.total(0, (len(words) + 1) * page)

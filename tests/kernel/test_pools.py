@@ -111,13 +111,13 @@ def test_refused_while_another_takes_the_rest(memory_cgroup: Callable[[int], Pat
         procs.write_text(str(os.getpid()))
         taken: list[bytearray] = []
 
-        def take(_done: int) -> None:
+        def fill(_done: int) -> None:
             if not taken:
                 taken.append(bytearray(b"x") * (256 * MIB))
             time.sleep(0.02)
 
         try:
-            iobmd.allocate(384 * MIB, progress=take)
+            iobmd.allocate(384 * MIB, progress=fill)
         except IOReturnError as error:
             return error.code, str(error), kernel.status("VmLck")
         raise AssertionError("384 MiB and 256 MiB were allocated within 512 MiB")

@@ -24,10 +24,10 @@ from support.purging import (
     NON_VOLATILE,
     OBSOLETE,
     VOLATILE,
+    discard,
     page_out,
     purgeable,
     reads_zero,
-    take,
 )
 from support.requirements import may_lock
 from support.threads import run_all, running
@@ -142,7 +142,7 @@ def test_loss_is_told(lost: str, deny: dict[str, int], huge: bool) -> None:
             buffer.setPurgeable(VOLATILE)
             offset, length = spans[lost]
             if length:
-                take(buffer, offset, length)
+                discard(buffer, offset, length)
             there = kernel.present(address, size)
             states = [buffer.setPurgeable(KEEP_CURRENT)]
             if states == [EMPTY]:
@@ -171,7 +171,7 @@ def test_readers_do_not_hide_a_loss(deny: dict[str, int], huge: bool) -> None:
         buffer, _ = purgeable(4 * MIB, huge=huge)
         with buffer, memoryview(buffer) as view:
             buffer.setPurgeable(VOLATILE)
-            take(buffer, 2 * MIB, 2 * MIB)
+            discard(buffer, 2 * MIB, 2 * MIB)
             seen = bytes(view[2 * MIB :])
             assert 0 not in mman.incore(buffer.getBytesNoCopy(), 1024, kernel.PAGE), (
                 "reading makes all pages resident"
@@ -191,7 +191,7 @@ def test_stores_do_not_hide_a_loss(deny: dict[str, int], huge: bool) -> None:
         with buffer:
             with memoryview(buffer) as view:
                 buffer.setPurgeable(VOLATILE)
-                take(buffer, 2 * MIB, 2 * MIB)
+                discard(buffer, 2 * MIB, 2 * MIB)
                 view[2 * MIB :: kernel.PAGE] = b"x" * 512
             assert kernel.present(buffer.getBytesNoCopy(), 4 * MIB) == 4 * MIB // kernel.PAGE
             state = buffer.setPurgeable(NON_VOLATILE)
@@ -223,7 +223,7 @@ def test_writes_by_the_descriptor_while_volatile(deny: dict[str, int]) -> None:
             found.append(buffer.setPurgeable(NON_VOLATILE))
             assert bytes(buffer) == data[: kernel.PAGE] + b"ef" + data[kernel.PAGE + 2 :]
             buffer.setPurgeable(VOLATILE)
-            take(buffer, 5 * kernel.PAGE, kernel.PAGE)
+            discard(buffer, 5 * kernel.PAGE, kernel.PAGE)
             buffer.writeBytes(5 * kernel.PAGE, b"new")  # to the page that was lost
             found.append(buffer.setPurgeable(NON_VOLATILE))
             assert buffer.readBytes(5 * kernel.PAGE, 4) == b"new\0"
@@ -256,7 +256,7 @@ def test_untouched_pages_are_no_loss() -> None:
         assert buffer.setPurgeable(NON_VOLATILE) is VOLATILE
         assert buffer.readBytes(10 * kernel.PAGE, 4) == b"here"
         buffer.setPurgeable(VOLATILE)
-        take(buffer, 10 * kernel.PAGE, kernel.PAGE)
+        discard(buffer, 10 * kernel.PAGE, kernel.PAGE)
         assert buffer.setPurgeable(NON_VOLATILE) is EMPTY
 
 
@@ -299,7 +299,7 @@ def test_a_store_that_went_through_swap_does_not_hide_a_loss(deny: dict[str, int
         buffer, _ = purgeable(64 * kernel.PAGE)
         with buffer:
             buffer.setPurgeable(VOLATILE)
-            take(buffer, 0, kernel.PAGE)
+            discard(buffer, 0, kernel.PAGE)
             with memoryview(buffer) as view:
                 view[0] = 7
                 while not kernel.swapped(buffer.getBytesNoCopy(), kernel.PAGE):
@@ -442,7 +442,7 @@ def test_with_little_to_lock(limit: int, deny: dict[str, int], huge: bool) -> No
             states = [buffer.setPurgeable(NON_VOLATILE)]
             assert bytes(buffer) == data
             buffer.setPurgeable(VOLATILE)
-            take(buffer, size - kernel.PAGE, kernel.PAGE)
+            discard(buffer, size - kernel.PAGE, kernel.PAGE)
             states.append(buffer.setPurgeable(NON_VOLATILE))
             assert reads_zero(buffer)
             return states, kernel.status("VmLck")
@@ -482,9 +482,9 @@ def test_a_refusal_midway_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     from iobmd._native import mman
 
     buffer, data = purgeable(64 * kernel.PAGE)
-    real, calls = mman.take_back, 0
+    real, calls = mman.restore, 0
 
-    def take_back(tracker: int, pagemap: int, start: int, end: int) -> tuple[bool, int, int]:
+    def restore(tracker: int, pagemap: int, start: int, end: int) -> tuple[bool, int, int]:
         nonlocal calls
         if end - start > 16 * kernel.PAGE:
             return False, mman.LOCKING, errno.ENOMEM
@@ -494,7 +494,7 @@ def test_a_refusal_midway_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     with buffer:
         buffer.setPurgeable(VOLATILE)
         with monkeypatch.context() as patch:
-            patch.setattr(mman, "take_back", take_back)
+            patch.setattr(mman, "restore", restore)
             assert code_of(lambda: buffer.setPurgeable(NON_VOLATILE)) == IOReturn.kIOReturnCannotWire
         assert buffer.setPurgeable(KEEP_CURRENT) is VOLATILE
         assert buffer.lazily_freed == 32 * kernel.PAGE
@@ -563,7 +563,7 @@ def test_fork_while_volatile(deny: dict[str, int]) -> None:
             found.append((state, bytes(buffer) == data))
             if not child_first:
                 buffer.setPurgeable(VOLATILE)
-                take(buffer, 0, kernel.PAGE)
+                discard(buffer, 0, kernel.PAGE)
                 found.append(in_child(child))
                 assert buffer.setPurgeable(NON_VOLATILE) is EMPTY
             buffer.free()
@@ -587,7 +587,7 @@ def test_fork_after_which_the_parent_goes_on() -> None:
             for lost in (False, True, False, True):
                 buffer.setPurgeable(VOLATILE)
                 if lost:
-                    take(buffer, 5 * kernel.PAGE, kernel.PAGE)
+                    discard(buffer, 5 * kernel.PAGE, kernel.PAGE)
                 gone = kernel.present(buffer.getBytesNoCopy(), 64 * kernel.PAGE) < 64
                 assert buffer.setPurgeable(NON_VOLATILE) is (EMPTY if gone else VOLATILE)
                 assert bytes(buffer) == (bytes(len(data)) if gone else data)
@@ -622,7 +622,7 @@ def test_nonvolatile_context() -> None:
             with buffer.nonvolatile() as inner:
                 assert inner is True
             assert buffer.setPurgeable(KEEP_CURRENT) is NON_VOLATILE, "the inner one does not end the outer one"
-        take(buffer, 0, kernel.PAGE)
+        discard(buffer, 0, kernel.PAGE)
         with buffer.nonvolatile() as intact:
             assert intact is False
             buffer.writeBytes(0, data)
@@ -632,7 +632,7 @@ def test_nonvolatile_context() -> None:
             assert intact is False
             buffer.writeBytes(0, data)
         assert buffer.setPurgeable(KEEP_CURRENT) is VOLATILE, "although it was found Empty before"
-        take(buffer, 0, kernel.PAGE)
+        discard(buffer, 0, kernel.PAGE)
         with pytest.raises(KeyError), buffer.nonvolatile() as intact:
             buffer.writeBytes(0, b"half of i")
             raise KeyError
@@ -782,7 +782,7 @@ def test_purge_frees_memory_and_says_how_much() -> None:
     buffers = [purgeable(MIB)[0] for _ in range(8)]
     for buffer in buffers[:6]:
         buffer.setPurgeable(VOLATILE)
-    take(buffers[0], 0, MIB // 2)
+    discard(buffers[0], 0, MIB // 2)
     before = kernel.status("VmRSS")
     freed = iobmd.purge()
     assert freed == 5 * MIB + MIB // 2, "pages that the kernel had already reclaimed do not count"

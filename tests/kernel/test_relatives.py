@@ -406,12 +406,12 @@ def places(one: Relative, offset: int, length: int) -> list[list[int]]:
     """Return the physical ranges of a range, from pagemap page by page, with adjacent ones joined."""
     found: list[list[int]] = []
     for piece in one.bytes_at(offset, length):
-        lies = list(frames(piece.of.address, len(piece.of.content)))
+        actual = list(frames(piece.of.address, len(piece.of.content)))
         base = piece.of.address % PAGE
         start, end = base + piece.start, base + piece.start + piece.length
         for page in range(start // PAGE, (end - 1) // PAGE + 1):
             low, high = max(start, page * PAGE), min(end, page * PAGE + PAGE)
-            physical = lies[page] * PAGE + low % PAGE
+            physical = actual[page] * PAGE + low % PAGE
             if found and sum(found[-1]) == physical:
                 found[-1][1] += high - low
             else:

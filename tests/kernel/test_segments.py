@@ -101,11 +101,11 @@ def test_runs_of_another_task(start_source: Start, kind: str) -> None:
 def test_layout() -> None:
     with iobmd.allocate(16 * MIB) as buffer:
         layout = buffer.layout()
-        lies = frames(buffer.getBytesNoCopy(), len(buffer))
+        actual = frames(buffer.getBytesNoCopy(), len(buffer))
         assert layout.size == len(buffer)
         assert layout.runs == len(buffer.segments())
         assert layout.largest == max(segment.length for segment in buffer.segments())
-        assert (layout.lowest, layout.highest) == (min(lies) * PAGE_SIZE, max(lies) * PAGE_SIZE + 4095)
+        assert (layout.lowest, layout.highest) == (min(actual) * PAGE_SIZE, max(actual) * PAGE_SIZE + 4095)
         assert layout.huge == kernel.smaps(buffer.getBytesNoCopy())["AnonHugePages"]
 
 

@@ -396,9 +396,9 @@ def test_pressure_takes_shared_memory(memory_cgroup: Callable[[int], Path], uid:
                 buffer.writeBytes(offset, content)
             buffer.setPurgeable(VOLATILE | group << 8)
             buffers.append(buffer)
-        hog = iobmd.allocate(64 * MIB, wired=False)
+        filler = iobmd.allocate(64 * MIB, wired=False)
         for offset in range(0, 64 * MIB, MIB):
-            hog.writeBytes(offset, content)
+            filler.writeBytes(offset, content)
             time.sleep(0.01)
         states, right = [], True
         for buffer in buffers:
@@ -409,7 +409,7 @@ def test_pressure_takes_shared_memory(memory_cgroup: Callable[[int], Path], uid:
                 for part in parts:
                     part.release()
             buffer.free()
-        hog.free()
+        filler.free()
         return states, right
 
     def inside() -> tuple[list[IOPurgeable], bool]:
@@ -467,9 +467,9 @@ def test_memory_of_a_sharer_that_died_is_taken(memory_cgroup: Callable[[int], Pa
             buffer.setPurgeable(VOLATILE)
             os._exit(0)
         os.waitpid(pid, 0)
-        with iobmd.allocate(60 * MIB, wired=False) as hog, buffer:
+        with iobmd.allocate(60 * MIB, wired=False) as filler, buffer:
             for offset in range(0, 60 * MIB, MIB):
-                hog.writeBytes(offset, content)
+                filler.writeBytes(offset, content)
                 time.sleep(0.005)
             return buffer.setPurgeable(KEEP_CURRENT)
 

@@ -63,15 +63,15 @@ def test_pinned_in_its_task(start_source: Start, kind: str) -> None:
         assert md.wiring is Wiring.PINNED
         assert resources(source.pid) == before
         assert kernel.status("VmPin", source.pid) >= size
-        lies = frames(address, size, source.pid)
-        assert all(lies)
-        told = [
+        expected = frames(address, size, source.pid)
+        assert all(expected)
+        reported = [
             page for start, length in md.segments() for page in range(start // PAGE, -(-(start + length) // PAGE))
         ]
-        assert told == lies
-        assert md.getPhysicalAddress() == lies[0] * PAGE + 9
+        assert reported == expected
+        assert md.getPhysicalAddress() == expected[0] * PAGE + 9
         Path("/proc/sys/vm/compact_memory").write_text("1")
-        assert frames(address, size, source.pid) == lies
+        assert frames(address, size, source.pid) == expected
         md.verify()
         assert md.layout().size == -(-size // PAGE) * PAGE
         md.complete()

@@ -82,12 +82,12 @@ def test_frames_are_the_same(target: subprocess.Popen[bytes]) -> None:
         there = frames(buffer.getBytesNoCopy(), 64 << 10, target.pid)
         assert there == frames(here.getAddress(), 64 << 10)
         assert all(there), "a wired buffer is in the page tables of its task"
-        told = [
+        reported = [
             address // kernel.PAGE + page
             for address, length in buffer.segments()
             for page in range(length // kernel.PAGE)
         ]
-        assert told == there
+        assert reported == there
         assert buffer.getPhysicalSegment(5)[0] == there[0] * kernel.PAGE + 5
         buffer.verify()
         Path("/proc/sys/vm/compact_memory").write_text("1")

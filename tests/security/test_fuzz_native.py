@@ -102,7 +102,7 @@ def check_spans(walker: pagemap.Walk, asked: list[tuple[int, int]], table: list[
             if physical and not flags & pagemap.ZERO:
                 for offset in range(0, length, PAGE):
                     assert physical + offset == (table[(virtual + offset) // PAGE] & PFN) * PAGE
-    walker.take()
+    walker.collect()
 
 
 @fuzzed(50, table=tables, first=st.integers(0, 3000), many=st.integers(0, 3000), gaps=st.booleans())

@@ -237,13 +237,13 @@ def test_a_planted_file_that_another_user_keeps_open(shared: Path, command: str)
     """The output has its name, but is another file, which that user cannot open."""
     out = shared / "out"
     reading, writing = os.pipe()
-    told, tell = os.pipe()
+    waiting, wake = os.pipe()
 
-    def spy() -> tuple[bytes, bool]:
+    def try_to_read() -> tuple[bytes, bool]:
         with out.open("w+b") as opened:
             out.chmod(0o666)
             os.write(writing, b".")
-            os.read(told, 1)
+            os.read(waiting, 1)
             try:
                 out.open("rb").close()
             except PermissionError:
@@ -251,16 +251,16 @@ def test_a_planted_file_that_another_user_keeps_open(shared: Path, command: str)
             return opened.read(), True
 
     with ThreadPoolExecutor() as pool:
-        found = pool.submit(in_child, spy, uid=NOBODY)
+        found = pool.submit(in_child, try_to_read, uid=NOBODY)
         os.read(reading, 1)
         try:
             assert main(WRITES[command](out)) == 0
         finally:
-            os.write(tell, b".")
+            os.write(wake, b".")
         assert found.result() == (b"", False)
     assert out.stat().st_size
     assert (out.stat().st_uid, out.stat().st_mode & 0o777) == (os.geteuid(), 0o600)
-    for end in (reading, writing, told, tell):
+    for end in (reading, writing, waiting, wake):
         os.close(end)
 
 

@@ -320,7 +320,7 @@ def test_census(tmp_path: Path) -> None:
         census.begin(0, 0)
         census.read(len(words))
         census.finish()
-        return census.take()
+        return census.collect()
 
     expected = count()
 

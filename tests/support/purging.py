@@ -44,7 +44,7 @@ def page_out(buffer: iobmd.IOBufferMemoryDescriptor, offset: int = 0, size: int 
     mman.advise(buffer.getBytesNoCopy() + offset, length, mman.MADV_PAGEOUT)
 
 
-def take(buffer: iobmd.IOBufferMemoryDescriptor, offset: int, size: int) -> None:
+def discard(buffer: iobmd.IOBufferMemoryDescriptor, offset: int, size: int) -> None:
     """Make the kernel discard all pages of a range of a volatile buffer.
 
     Pages that a processor has just faulted in wait in a per-CPU batch, and MADV_FREE skips them.

@@ -6,9 +6,6 @@ from iobmd.tools.vm.accesses import Access
 
 import iobmd
 
-WIDTHS = (1, 2, 4, 8)
-
-
 REPORT: list[str] = []
 """Lines for the host, printed at the end of the tests (tests/vm/conftest.py)."""
 

@@ -89,5 +89,5 @@ for refused in (lambda: iobmd.Task(1), lambda: iobmd.allocate(4096, shared=True)
         print(error.code.name)
 print(sorted(set(sys.modules) - before))
 """
-    told = python(program).splitlines()
-    assert told == ["kIOReturnNoResources", "kIOReturnNoResources", "[]"]
+    lines = python(program).splitlines()
+    assert lines == ["kIOReturnNoResources", "kIOReturnNoResources", "[]"]

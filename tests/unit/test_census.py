@@ -91,7 +91,7 @@ def test_counts_are_those_of_single_frames(tmp_path: Path, seed: int, tail_flags
         for end in sorted({source.randrange(1, count) for _ in range(5)} | {count + 100}):
             assert census.read(end) == min(end, count)
         census.finish()
-    frames, huge, windows, _runs, in_runs = census.take()
+    frames, huge, windows, _runs, in_runs = census.collect()
     assert dict(zip(KINDS, frames, strict=True)) == {kind: kinds.count(kind) for kind in KINDS}
     in_huge = Counter(kind for kind, whole in zip(kinds, is_huge, strict=True) if whole)
     assert dict(zip(KINDS, huge, strict=True)) == {kind: in_huge[kind] for kind in KINDS}
@@ -172,7 +172,7 @@ def test_frames_that_are_skipped_are_uninitialized(tmp_path: Path) -> None:
         census.read(count)
         census.skip(4 * BLOCK)
         census.finish()
-    frames, _huge, windows, runs, _in_runs = census.take()
+    frames, _huge, windows, runs, _in_runs = census.collect()
     counts = {kind: many for kind, many in zip(KINDS, frames, strict=True) if many}
     assert counts == {"free": count, "uninitialized": 4 * BLOCK - count}
     assert dict(zip(WINDOW_STATES, windows[0], strict=True))["free"] == sum(windows[0]) == 1

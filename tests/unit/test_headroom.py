@@ -28,8 +28,8 @@ PID = 4242
 def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Write files of /proc; each mount is its root, its path below `tmp_path`, and the text after the dash."""
     real = cgroup.read_text
-    told: dict[str, str] = {}
-    monkeypatch.setattr(cgroup, "read_text", lambda path: told[path] if path in told else real(path))
+    files: dict[str, str] = {}
+    monkeypatch.setattr(cgroup, "read_text", lambda path: files[path] if path in files else real(path))
     monkeypatch.setattr(cgroup.procfs, "memory_file", lambda pid, name: f"/proc/{pid}/{name}")
     monkeypatch.setattr(cgroup, "_found", {})
 
@@ -38,8 +38,8 @@ def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
             f"{40 + number} 31 0:{number} {root} {tmp_path}/{place} rw,nosuid shared:7 - {system}"
             for number, (root, place, system) in enumerate(mounts)
         ]
-        told["/proc/self/mountinfo"] = "\n".join(["23 1 0:1 / / rw - ext4 /dev/vda rw", *lines])
-        told[f"/proc/{pid}/cgroup"] = member
+        files["/proc/self/mountinfo"] = "\n".join(["23 1 0:1 / / rw - ext4 /dev/vda rw", *lines])
+        files[f"/proc/{pid}/cgroup"] = member
 
     return make
 

@@ -32,8 +32,8 @@ def test_io_uring_agrees_with_a_raw_call():
 
 
 @pytest.mark.parametrize("call", ["io_uring_setup", "io_uring_register"])
-@pytest.mark.parametrize(("number", "told"), [(errno.EPERM, "forbids"), (errno.ENOSYS, "hides")])
-def test_io_uring_denied_by_seccomp(call, number, told):
+@pytest.mark.parametrize(("number", "verb"), [(errno.EPERM, "forbids"), (errno.ENOSYS, "hides")])
+def test_io_uring_denied_by_seccomp(call, number, verb):
     if not io_uring.io_uring().usable:
         pytest.skip("io_uring is already disabled here, so that a filter has nothing to deny")
 
@@ -43,7 +43,7 @@ def test_io_uring_denied_by_seccomp(call, number, told):
 
     fact = in_child(denied)
     assert (fact.status, fact.value) == (Status.NO, {"pins": False, "errno": number})
-    assert f"seccomp filter {told}" in fact.summary
+    assert f"seccomp filter {verb}" in fact.summary
     assert "seccomp" in fact.remedy
 
 

@@ -86,8 +86,8 @@ def default_pool():
 
 def assert_pool_is_meminfos():
     pool = default_pool()
-    told = [meminfo(f"HugePages_{field}") for field in ("Total", "Free", "Rsvd", "Surp")]
-    assert [pool.total, pool.free, pool.reserved, pool.surplus] == told
+    expected = [meminfo(f"HugePages_{field}") for field in ("Total", "Free", "Rsvd", "Surp")]
+    assert [pool.total, pool.free, pool.reserved, pool.surplus] == expected
 
 
 def test_pools_are_those_of_the_kernel():

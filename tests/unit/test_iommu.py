@@ -16,19 +16,19 @@ MIB = 1 << 20
 
 def test_addresses_are_taken_from_below_and_given_back() -> None:
     addresses = Addresses([(0, 0xFEDFFFFF), (0xFEF00000, (1 << 39) - 1)], (1 << 32) - 1)
-    assert addresses.take(4096, 4096) == 4096  # many devices treat 0 as no address
-    assert addresses.take(4 * MIB, 2 * MIB) == 2 * MIB
-    assert addresses.take(4096, 4096) == 8192  # the gap that the alignment left
-    addresses.give_back(2 * MIB, 4 * MIB)
-    assert addresses.take(8 * MIB, 2 * MIB) == 2 * MIB
+    assert addresses.allocate(4096, 4096) == 4096  # many devices treat 0 as no address
+    assert addresses.allocate(4 * MIB, 2 * MIB) == 2 * MIB
+    assert addresses.allocate(4096, 4096) == 8192  # the gap that the alignment left
+    addresses.release(2 * MIB, 4 * MIB)
+    assert addresses.allocate(8 * MIB, 2 * MIB) == 2 * MIB
 
 
 def test_no_address_above_the_limit_nor_in_a_hole() -> None:
     addresses = Addresses([(0, 0xFEDFFFFF), (0xFEF00000, (1 << 39) - 1)], (1 << 32) - 1)
-    assert addresses.take(0xFEE00000 - 4096, 4096) == 4096  # all addresses below the interrupts
-    assert addresses.take(16 * MIB, 4096) == 0xFEF00000
-    assert addresses.take(2 * MIB, 4096) is None
-    assert Addresses([(1 << 32, (1 << 39) - 1)], (1 << 32) - 1).take(4096, 4096) is None
+    assert addresses.allocate(0xFEE00000 - 4096, 4096) == 4096  # all addresses below the interrupts
+    assert addresses.allocate(16 * MIB, 4096) == 0xFEF00000
+    assert addresses.allocate(2 * MIB, 4096) is None
+    assert Addresses([(1 << 32, (1 << 39) - 1)], (1 << 32) - 1).allocate(4096, 4096) is None
 
 
 def test_what_the_kernel_tells_of_addresses() -> None:

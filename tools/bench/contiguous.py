@@ -76,14 +76,14 @@ def _populate(mapping: Mapping) -> None:
 def populated(size: int) -> float:
     """Return the seconds for populating and pinning the same amount of arbitrary huge pages."""
 
-    def take() -> None:
+    def fill() -> None:
         mapping = Mapping.anonymous(size, HUGE_PAGE_SIZE)
         _populate(mapping)
         pin = pinning.Pin(mapping.address, size)
         pin.release()
         mapping.close()
 
-    return seconds(take)
+    return seconds(fill)
 
 
 def _ours(size: int, *, reserve: bool = False) -> float | None:

@@ -113,8 +113,8 @@ def _compare(size: int, samples: list[float | None], peers: dict[str, dict[int, 
     # The time to the first buffer: DPDK collects its memory at startup, iobmd on request.
     fastest = min(((one.start + one.reserve) / 1e6 for one in theirs.values() if one.found), default=0.0)
     ratio = ours / fastest if fastest else 0.0
-    told = "DPDK " + ("; ".join(against) or "did not run")
-    return Result(what, f"{ours * 1e3:.2f} ms", told, ratio, "reported", True)
+    summary = "DPDK " + ("; ".join(against) or "did not run")
+    return Result(what, f"{ours * 1e3:.2f} ms", summary, ratio, "reported", True)
 
 
 @contextlib.contextmanager

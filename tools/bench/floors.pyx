@@ -201,7 +201,7 @@ cdef int _protect(int pagemap, uint64_t start, uint64_t end) noexcept nogil:
     return iobmd_scan(pagemap, start, end, &wanted, &region, 1, &walked)
 
 
-def free_and_take_back(int tracker, int pagemap, uint64_t address, size_t size, size_t page):
+def free_and_restore(int tracker, int pagemap, uint64_t address, size_t size, size_t page):
     """Return the seconds for the bare calls of a round trip of lazily freed memory that remains intact.
 
     The calls are MADV_FREE, mlock2 on fault, an inspection, MADV_POPULATE_WRITE and munlock. The inspection is

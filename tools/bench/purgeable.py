@@ -49,21 +49,21 @@ def _round_trip(name: str, buffer: IOBufferMemoryDescriptor, rounds: int) -> lis
     tracker = track_writes(address, SIZE)
     bare, tracked, ours = medians(
         rounds,
-        partial(floors.free_and_take_back, -1, -1, address, SIZE, PAGE_SIZE),
-        partial(floors.free_and_take_back, tracker, own_pagemap(), address, SIZE, PAGE_SIZE),
-        partial(seconds, partial(_give_and_keep, buffer)),
+        partial(floors.free_and_restore, -1, -1, address, SIZE, PAGE_SIZE),
+        partial(floors.free_and_restore, tracker, own_pagemap(), address, SIZE, PAGE_SIZE),
+        partial(seconds, partial(_make_volatile_and_back, buffer)),
     )
     what = f"Volatile and back, {format_size(SIZE)}, {name}"
     figure = f"{ours * 1e6:.0f} µs"
-    untruthful = f"madvise, mlock2, mincore, populate, munlock in C: {bare * 1e6:.0f} µs"
+    untracked = f"madvise, mlock2, mincore, populate, munlock in C: {bare * 1e6:.0f} µs"
     floor = f"its calls in C, with writes tracked: {tracked * 1e6:.0f} µs"
     return [
         at_most(what, figure, floor, ours / tracked, 1.3),
-        Result(what, figure, untruthful, ours / bare, "reported", True),
+        Result(what, figure, untracked, ours / bare, "reported", True),
     ]
 
 
-def _give_and_keep(buffer: IOBufferMemoryDescriptor) -> None:
+def _make_volatile_and_back(buffer: IOBufferMemoryDescriptor) -> None:
     buffer.setPurgeable(VOLATILE)
     buffer.setPurgeable(NON_VOLATILE)
 
@@ -80,11 +80,11 @@ def _under_a_limit() -> Result:
     if not (free and tight):
         return Result(what, "killed", "without a limit: not killed", 0.0, "≥ 0.8", False)
     with_bytes = f"{plain['rate']:,.0f}/s" if plain else "killed"
-    against = f"no limit: {_told(free)}; with bytes in the limit: {with_bytes}"
-    return at_least(what, _told(tight), against, tight["rate"] / free["rate"], 0.8)
+    against = f"no limit: {_hits(free)}; with bytes in the limit: {with_bytes}"
+    return at_least(what, _hits(tight), against, tight["rate"] / free["rate"], 0.8)
 
 
-def _told(found: dict[str, float]) -> str:
+def _hits(found: dict[str, float]) -> str:
     return f"{found['rate']:,.0f}/s ({found['share']:.0%} hits)"
 
 

@@ -42,7 +42,7 @@ class Disturbances:
         self.left_out: dict[str, str] = {}
         self._chance = random.Random(f"{options.seed}/disturbances")
         self._workers, self._targets, self._cgroup = workers, targets, cgroup
-        self._hog: subprocess.Popen[bytes] | None = None
+        self._filler: subprocess.Popen[bytes] | None = None
         self._compaction: threading.Thread | None = None
         self._means: dict[Callable[[], None], float] = {
             self._kill_worker: 5.0,
@@ -71,8 +71,8 @@ class Disturbances:
             if now >= due:
                 action()
                 self._due[action] = time.monotonic() + self._chance.expovariate(1 / self._means[action])
-        if self._cgroup is not None and (self._hog is None or self._hog.poll() is not None):
-            self._hog = pressure.start_hog(self._cgroup)
+        if self._cgroup is not None and (self._filler is None or self._filler.poll() is not None):
+            self._filler = pressure.start_filler(self._cgroup)
         if self._cgroup is not None:
             self.counts["oom_kills"] = pressure.kills(self._cgroup)
 
@@ -107,9 +107,9 @@ class Disturbances:
         """Stop disturbing."""
         if self._compaction is not None:
             self._compaction.join(60)
-        if self._hog is not None:
-            self._hog.kill()
-            self._hog.wait()
+        if self._filler is not None:
+            self._filler.kill()
+            self._filler.wait()
 
 
 def _can_compact() -> bool:

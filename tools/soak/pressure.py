@@ -48,7 +48,7 @@ def kills(group: Path) -> int:
     return 0
 
 
-def start_hog(group: Path) -> subprocess.Popen[bytes]:
+def start_filler(group: Path) -> subprocess.Popen[bytes]:
     """Start the program that fills the cgroup."""
     return subprocess.Popen(
         python("-c", _START, str(group), str(os.getpid())),

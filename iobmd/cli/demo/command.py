@@ -79,8 +79,8 @@ def main(argv: Sequence[str]) -> int:
     _progress("purging memory")
     purged = purgeable.demonstrate(min(big, 16 << 20))
     _progress("")
-    passed = all(row.equal for row in rows) and refusal is not None and still and purgeable.truthful(purged)
-    passed = passed and remote.truthful(allocated) and core.truthful(dumped)
+    passed = all(row.equal for row in rows) and refusal is not None and still and purgeable.is_as_documented(purged)
+    passed = passed and remote.is_as_documented(allocated) and core.is_as_documented(dumped)
     if arguments.json:
         document = {"version": 1, "pid": task.pid, "copies": [row._asdict() for row in rows], "refusal": refusal}
         document |= {"contiguous": getattr(contiguous, "size", contiguous), "compaction": compaction}

@@ -61,7 +61,7 @@ def _opened(gdb: str, task: Task, piece: Piece, folder: str) -> dict[str, Any]:
     return {"equal": hashlib.sha256(data).hexdigest() == piece.sha256, "frame": frame and printable(frame[1])}
 
 
-def truthful(found: dict[str, Any] | str) -> bool:
+def is_as_documented(found: dict[str, Any] | str) -> bool:
     """Return whether the result is as documented."""
     return isinstance(found, str) or found["gdb"] is None or found["gdb"]["equal"]
 

@@ -39,10 +39,10 @@ def demonstrate(size: int) -> dict[str, int | bool]:
         return found | {"intact": intact, "taken": taken, "lost": lost, "zero": _holds(buffer, bytes(len(content)))}
 
 
-def truthful(found: dict[str, int | bool]) -> bool:
+def is_as_documented(found: dict[str, int | bool]) -> bool:
     """Return whether the result is as documented."""
-    told = found["lost"] and found["zero"] if found["taken"] else not found["lost"]
-    return bool(found["intact"] and told)
+    reported = found["lost"] and found["zero"] if found["taken"] else not found["lost"]
+    return bool(found["intact"] and reported)
 
 
 def show(found: dict[str, int | bool]) -> None:

@@ -46,7 +46,7 @@ def _frames(task: Task | int, address: int) -> list[int | None]:
     return [page.pfn for page in pagemap.pages(task, address, _SIZE)]
 
 
-def truthful(found: dict[str, Any] | str) -> bool:
+def is_as_documented(found: dict[str, Any] | str) -> bool:
     """Return whether the result is as documented."""
     return isinstance(found, str) or (found["seen"] and found["same_frames"] is not False)
 

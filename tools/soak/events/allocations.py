@@ -44,13 +44,13 @@ def check_addresses(context: Context, buffer: iobmd.IOMemoryDescriptor, address:
         return frames
     at = address % _PAGE
     expected = [frame * _PAGE for frame in frames]
-    told: list[int] = []
+    reported: list[int] = []
     for start, length in buffer.segments():
-        first = start - (at if not told else 0)
-        told += range(first, start + length, _PAGE)
-    if told != expected:
+        first = start - (at if not reported else 0)
+        reported += range(first, start + length, _PAGE)
+    if reported != expected:
         raise Found(
-            "wrong_addresses", f"pages {list(map(hex, expected))[:8]}, iobmd reports {list(map(hex, told))[:8]}"
+            "wrong_addresses", f"pages {list(map(hex, expected))[:8]}, iobmd reports {list(map(hex, reported))[:8]}"
         )
     return frames
 

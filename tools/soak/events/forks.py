@@ -40,7 +40,7 @@ def in_child(context: Context, work: Callable[[], bool]) -> bool:
         if os.WIFSIGNALED(status):
             number = signal.Signals(os.WTERMSIG(status))
             if number is signal.SIGKILL and context.profile.squeezed:
-                raise Skipped  # the hog's cgroup ran out of memory
+                raise Skipped  # the cgroup that is filled ran out of memory
             fault = "hangs" if number is signal.SIGALRM else "crashes"
             trace = os.pread(stack, 4096, 0).decode(errors="replace")
             raise Found(fault, f"a forked child was ended by {number.name}\n{trace}".rstrip())

@@ -26,10 +26,11 @@ def _check_frames(context: Context, descriptor: IOMemoryDescriptor, peer: Peer, 
         expected = [frame * kernel.PAGE for frame in pagemap.frames(address, size)]
     finally:
         pagemap.close()
-    told = [page for start, length in descriptor.segments() for page in range(start, start + length, kernel.PAGE)]
-    if told != expected and not peer.was_killed:
+    reported = [page for start, length in descriptor.segments() for page in range(start, start + length, kernel.PAGE)]
+    if reported != expected and not peer.was_killed:
         raise Found(
-            "wrong_addresses", f"in a target: pages {list(map(hex, expected))}, iobmd reports {list(map(hex, told))}"
+            "wrong_addresses",
+            f"in a target: pages {list(map(hex, expected))}, iobmd reports {list(map(hex, reported))}",
         )
 
 
