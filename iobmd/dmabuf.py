@@ -95,7 +95,7 @@ def _exportable(origin: MemoryOwner) -> SharedBacking:
             )
     if (backing.shared.page > PAGE_SIZE or backing.huge_bytes()) and dma_buf.reads_huge_pages_wrongly():
         raise UnsupportedError(
-            "drivers of this kernel would reach wrong pages of memory in huge pages (Linux 6.12): concatenate "
+            "drivers of this kernel would access wrong pages of memory in huge pages (Linux 6.12): concatenate "
             "buffers of less than 2 MiB (IOMultiMemoryDescriptor)"
         )
     return backing
