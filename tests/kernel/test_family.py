@@ -17,7 +17,7 @@ from support import kernel
 from support.child import in_child, sleeping
 from support.errors import code_of
 from support.faulting import faults
-from support.kernel import frames
+from support.kernel import frames, physical_ranges
 from support.targets import need_ptrace
 from support.threads import running
 
@@ -72,18 +72,7 @@ def content(of: Bytes) -> bytes:
 
 
 def places(of: Bytes) -> list[list[int]]:
-    """Return the physical ranges, from pagemap page by page, with adjacent ones joined."""
-    found: list[list[int]] = []
-    for buffer, start, size in of:
-        actual = frames(buffer.getBytesNoCopy(), buffer.getCapacity())
-        for page in range(start // PAGE, (start + size - 1) // PAGE + 1):
-            low, high = max(start, page * PAGE), min(start + size, page * PAGE + PAGE)
-            physical = actual[page] * PAGE + low % PAGE
-            if found and sum(found[-1]) == physical:
-                found[-1][1] += high - low
-            else:
-                found.append([physical, high - low])
-    return found
+    return physical_ranges((buffer.getBytesNoCopy() + start, size) for buffer, start, size in of)
 
 
 @pytest.mark.needs("frames")

@@ -27,7 +27,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from support import kernel, requirements
-from support.kernel import frames
+from support.kernel import physical_ranges
 from support.relatives import EMPTY, NON_VOLATILE, VOLATILE, Memory, Piece, Relative
 
 import iobmd
@@ -403,20 +403,7 @@ def is_interleaved(one: Relative) -> bool:
 
 
 def places(one: Relative, offset: int, length: int) -> list[list[int]]:
-    """Return the physical ranges of a range, from pagemap page by page, with adjacent ones joined."""
-    found: list[list[int]] = []
-    for piece in one.bytes_at(offset, length):
-        actual = list(frames(piece.of.address, len(piece.of.content)))
-        base = piece.of.address % PAGE
-        start, end = base + piece.start, base + piece.start + piece.length
-        for page in range(start // PAGE, (end - 1) // PAGE + 1):
-            low, high = max(start, page * PAGE), min(end, page * PAGE + PAGE)
-            physical = actual[page] * PAGE + low % PAGE
-            if found and sum(found[-1]) == physical:
-                found[-1][1] += high - low
-            else:
-                found.append([physical, high - low])
-    return found
+    return physical_ranges((piece.of.address + piece.start, piece.length) for piece in one.bytes_at(offset, length))
 
 
 def is_mapped(address: int) -> bool:

@@ -157,19 +157,7 @@ def test_its_shared_memory_is_not_frozen(target: SilentTarget) -> None:
 def test_ctrl_c_ends_a_command_that_the_kernel_keeps_waiting(target: SilentTarget) -> None:
     """Only SIGKILL ends the wait for the lock of an address space: a child process waits for it."""
     target.hold_its_maps()
-    program = [sys.executable, "-c", "import iobmd_command; raise SystemExit(iobmd_command.main())"]
-    program += ["pagemap", str(target.pid)]
-    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as command:
-        try:
-            end = time.monotonic() + PATIENCE
-            while not children(command.pid):  # which waits for it
-                assert time.monotonic() < end
-                time.sleep(0.01)
-            command.send_signal(signal.SIGINT)
-            command.communicate(timeout=PATIENCE)
-            assert command.returncode == 130
-        finally:
-            command.kill()
+    interrupt("pagemap", str(target.pid))
 
 
 SHORT = 0.3  # seconds
@@ -251,11 +239,16 @@ def is_held(pid: int) -> bool:
 def test_ctrl_c_ends_a_read_of_such_a_file(target: SilentTarget) -> None:
     """Ctrl-C ends the wait for a page that its server does not supply, long before the time limit."""
     where = [str(target.pid), hex(target.at + MIB // 2), "4096", "--pageable", "--timeout", "600"]
-    program = [sys.executable, "-c", "import iobmd_command; raise SystemExit(iobmd_command.main())", "copy", *where]
+    interrupt("copy", *where)
+
+
+def interrupt(*arguments: str) -> None:
+    """Run a command, and send it SIGINT when a child process waits on its behalf: it must end."""
+    program = [sys.executable, "-c", "import iobmd_command; raise SystemExit(iobmd_command.main())", *arguments]
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as command:
         try:
             end = time.monotonic() + PATIENCE
-            while not children(command.pid):  # which reads on its behalf
+            while not children(command.pid):
                 assert time.monotonic() < end
                 assert command.poll() is None
                 time.sleep(0.01)

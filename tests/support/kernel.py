@@ -17,7 +17,7 @@ import iobmd
 from iobmd._native import mman
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from iobmd import IOBufferMemoryDescriptor
 
@@ -61,6 +61,22 @@ def frames(address: int, size: int, pid: int | str = "self") -> list[int]:
 def frames_of(buffer: IOBufferMemoryDescriptor) -> list[int]:
     """Return the frame of each page of a buffer of this process."""
     return frames(buffer.getBytesNoCopy(), buffer.getCapacity())
+
+
+def physical_ranges(ranges: Iterable[tuple[int, int]]) -> list[list[int]]:
+    """Return the physical ranges of virtual ones (address and length), page by page, with adjacent ones joined."""
+    found: list[list[int]] = []
+    for start, length in ranges:
+        page = start - start % PAGE
+        for frame in frames(start, length):
+            low, high = max(start, page), min(start + length, page + PAGE)
+            physical = frame * PAGE + low % PAGE
+            if found and sum(found[-1]) == physical:
+                found[-1][1] += high - low
+            else:
+                found.append([physical, high - low])
+            page += PAGE
+    return found
 
 
 def available() -> int:
