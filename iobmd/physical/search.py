@@ -36,6 +36,7 @@ _BRIEF_FROM = 32 << 20  # bytes, after which windows are examined: on a busy hos
 _BRIEF_UP_TO = 64 << 20  # bytes that are often found among the first huge pages
 _COMPACTED = 16  # blocks for which the kernel compacts memory before the windows are examined again
 _ROUNDS = 64
+_ELSEWHERE = 32  # blocks that page faults may allocate outside of a window before the search continues
 _ATTEMPTS = 3  # on a busy host, free windows are soon in use
 # Huge pages of up to this size are also used for less memory: clearing one takes 0.1 ms, and many are free.
 _SMALL_BLOCK = 2 << 20
@@ -281,9 +282,9 @@ class Search:
             for _round in range(_ROUNDS):  # another process may be faster to allocate some of the blocks
                 more: Places = {}
                 if claim.hold_one(found):
-                    room = self.budget.bytes // source.block - len(found)
-                    most = min(2 * claim.blocks, max(claim.blocks, room))  # some are allocated elsewhere
-                    more = source.more(most, self.want.alignment, claim.free_next)
+                    room = max(0, self.budget.bytes // source.block - len(found) - claim.blocks)
+                    elsewhere = min(room, claim.blocks, _ELSEWHERE)
+                    more = source.more(claim.blocks + elsewhere, self.want.alignment, claim.free_next)
                 elif compact and not self.budget.over and len(found) * source.block < self.budget.bytes:
                     more = source.more(_COMPACTED, self.want.alignment)
                 found |= more
