@@ -32,7 +32,9 @@ from support.relatives import EMPTY, NON_VOLATILE, VOLATILE, Memory, Piece, Rela
 
 import iobmd
 from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, kernel_task
+from iobmd._internal.process_local import Fd
 from iobmd._native import mman as native
+from iobmd.device.region import Region
 
 PAGE, BAD = kernel.PAGE, IOReturn.kIOReturnBadArgument
 INOUT = iobmd.kIODirectionInOut
@@ -48,6 +50,7 @@ KINDS = {
 NIGHTLY = "IOBMD_NIGHTLY" in os.environ
 STEPS = 50_000 if NIGHTLY else 2_000
 MOST = 14  # descriptors at a time
+BUS = 0xFEDC_B000_0000  # of the first device's memory
 DATA = st.binary(min_size=1, max_size=64)
 
 
@@ -63,6 +66,7 @@ class Family(RuleBasedStateMachine):
         self.maps: list[tuple[Any, Relative, int, int]] = []
         self.copies: list[tuple[Any, bytes, list[Relative]]] = []
         self.views: list[tuple[memoryview, Relative]] = []
+        self.devices: list[tuple[int, Memory]] = []
         self.theirs = mmap.mmap(-1, 4 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.theirs[:] = os.urandom(4 * PAGE)
         self._held = ctypes.c_char.from_buffer(self.theirs)
@@ -123,6 +127,20 @@ class Family(RuleBasedStateMachine):
         guard = iobmd.IOGuardPageMemoryDescriptor.withSize(pages * PAGE)
         none = Memory(bytearray(pages * PAGE), 0, shared=True, ours=False, inaccessible=True)
         self.relatives.append(Relative(guard, [Piece(none, 0, pages * PAGE)]))
+
+    @precondition(lambda self: len(self.relatives) < MOST)
+    @rule(pages=st.integers(1, 3), data=DATA)
+    def describe_device_memory(self, pages: int, data: bytes) -> None:
+        """Describe a file as a region of a device: this process's own view of the file shows its bytes."""
+        file = os.memfd_create("region")
+        content = bytearray((data * pages * PAGE)[: pages * PAGE])
+        os.pwrite(file, content, 0)
+        one = Memory(content, BUS + len(self.devices) * 16 * PAGE, shared=True, ours=False, device=True)
+        region = Region("a file", Fd(os.dup(file), "a file"), 0, pages * PAGE, address=one.address)
+        self.devices.append((file, one))
+        md = iobmd.IODeviceMemory._of_region(region)
+        assert [tuple(segment) for segment in md.segments()] == [(one.address, len(md))], "without a pin or privilege"
+        self.relatives.append(Relative(md, [Piece(one, 0, len(md))]))
 
     @precondition(lambda self: len(self.relatives) < MOST)
     @rule()
@@ -365,6 +383,8 @@ class Family(RuleBasedStateMachine):
                 assert bytes(mapped) == one.read(offset, length)
         for mapped, content, _ in getattr(self, "copies", []):
             assert bytes(mapped) == content
+        for file, memory in getattr(self, "devices", []):
+            assert os.pread(file, len(memory.content), 0) == memory.content
 
     def happens(self, expected: set[IOReturn], action: Callable[[], Any]) -> Any:
         """Return the result of an operation (True for None), or None if it was refused as expected."""
@@ -390,6 +410,8 @@ class Family(RuleBasedStateMachine):
         for one in self.relatives:
             one.real.free()
         self.relatives, self.maps, self.copies, self.views = [], [], [], []
+        for file, _memory in self.devices:
+            os.close(file)
         one = seen = mapped = None  # type: ignore[assignment]
         del self._held
         self.theirs.close()
@@ -403,7 +425,16 @@ def is_interleaved(one: Relative) -> bool:
 
 
 def places(one: Relative, offset: int, length: int) -> list[list[int]]:
-    return physical_ranges((piece.of.address + piece.start, piece.length) for piece in one.bytes_at(offset, length))
+    """Return the addresses of a range, with adjacent ones joined: physical ones by pagemap, or those of a device."""
+    found: list[list[int]] = []
+    for piece in one.bytes_at(offset, length):
+        start = piece.of.address + piece.start
+        for place in [[start, piece.length]] if piece.of.device else physical_ranges([(start, piece.length)]):
+            if found and sum(found[-1]) == place[0]:
+                found[-1][1] += place[1]
+            else:
+                found.append(place)
+    return found
 
 
 def is_mapped(address: int) -> bool:

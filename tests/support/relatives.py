@@ -29,6 +29,8 @@ class Memory:
     """Whether it was allocated by iobmd."""
     inaccessible: bool = False
     """Whether it is guard pages, without bytes and frames."""
+    device: bool = False
+    """Whether it is memory of a device: `address` is its bus address, which is fixed, and nothing pins it."""
     state: int = NON_VOLATILE
     filled: bool = True
     """Whether it has been written to since it was dropped."""
@@ -152,7 +154,8 @@ class Relative:
         if self.memory:
             return self.memory.wired or self.is_prepared()
         others = [piece.of for piece in self.parts if isinstance(piece.of, Relative)]
-        existing = [piece.of for piece in self.parts if isinstance(piece.of, Memory) and not piece.of.inaccessible]
+        here = [piece.of for piece in self.parts if isinstance(piece.of, Memory)]
+        existing = [memory for memory in here if not memory.inaccessible and not memory.device]
         return all(other.is_pinned() for other in others) and (not existing or self.is_prepared())
 
     # --- refusals
