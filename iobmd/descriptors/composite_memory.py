@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _FIRMNESS = (Wiring.PAGEABLE, Wiring.RESIDENT, Wiring.PINNED, Wiring.DEVICE)
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """The portion of a range in one part."""
 
     owner: MemoryOwner
@@ -63,17 +63,18 @@ class CompositeBacking:
         """Its parts, in order."""
         return self._parts
 
-    def _pieces(self, offset: int, length: int) -> Iterator[_Piece]:
+    def pieces(self, offset: int, length: int) -> Iterator[Piece]:
+        """Yield the portions of a range in the parts, in order."""
         begin = 0
         for part in self._parts:
             low, high = max(offset, begin), min(offset + length, begin + part.length)
             if low < high:
-                yield _Piece(part.owner, part.offset + low - begin, low - offset, high - low)
+                yield Piece(part.owner, part.offset + low - begin, low - offset, high - low)
             begin += part.length
 
     def has_guard_pages(self, offset: int, length: int) -> bool:
         """Return whether a part of a range is guard pages; those elsewhere in its parts' memory do not count."""
-        pieces = self._pieces(offset, length)
+        pieces = self.pieces(offset, length)
         return any(one.owner.require_backing().has_guard_pages(one.offset, one.length) for one in pieces)
 
     # --- addresses and mappings
@@ -123,13 +124,13 @@ class CompositeBacking:
 
     def in_page(self, offset: int) -> int:
         """Return the offset of a byte in its page."""
-        for piece in self._pieces(offset, 1):
+        for piece in self.pieces(offset, 1):
             return piece.owner.require_backing().in_page(piece.offset)
         return 0
 
     def span(self, offset: int, length: int) -> int:
         """Return the size of the pages that contain a range, counted separately for each part."""
-        pieces = self._pieces(offset, length)
+        pieces = self.pieces(offset, length)
         return sum(piece.owner.require_backing().span(piece.offset, piece.length) for piece in pieces)
 
     def exported(self) -> tuple[Mapping, int]:
@@ -153,7 +154,7 @@ class CompositeBacking:
         """Return the pages that contain a range. Its parts meet at page boundaries, or continue in the same page."""
         found: list[FileExtent] = []
         end = 0  # the offset in its page at which the previous part ends
-        for piece in self._pieces(offset, length):
+        for piece in self.pieces(offset, length):
             backing = piece.owner.require_backing()
             begin, more = backing.in_page(piece.offset), backing.file_extents(piece.offset, piece.length)
             if piece.start and (begin or end):
@@ -176,14 +177,14 @@ class CompositeBacking:
         """Fill `buffer` with the bytes at `offset`."""
         with memoryview(buffer) as view, view.cast("B") as target:
             self.require_bytes(offset, target.nbytes)
-            for owner, place, start, size in self._pieces(offset, target.nbytes):
+            for owner, place, start, size in self.pieces(offset, target.nbytes):
                 owner.read_into(place, target[start : start + size])
 
     def require_bytes(self, offset: int, length: int) -> None:
         """If a part within a range has no bytes, raise its error before any other part is accessed."""
         if self.has_bytes:
             return
-        for owner, place, _start, size in self._pieces(offset, length):
+        for owner, place, _start, size in self.pieces(offset, length):
             backing = owner.require_backing()
             if isinstance(backing, (CompositeBacking, PagelessBacking)):
                 backing.require_bytes(place, size)
@@ -191,7 +192,7 @@ class CompositeBacking:
     def copy_to(self, offset: int, length: int, destination: int) -> int:
         """As `Backing.copy_to`; parts in other tasks are copied one after the other."""
         stopped = 0
-        for owner, place, start, size in self._pieces(offset, length):
+        for owner, place, start, size in self.pieces(offset, length):
             stopped = max(stopped, owner.require_backing().copy_to(place, size, destination + start))
         return stopped
 
@@ -199,12 +200,12 @@ class CompositeBacking:
         """Copy `data` to `offset`."""
         with memoryview(data) as view, view.cast("B") as source:
             self.require_bytes(offset, source.nbytes)
-            for owner, place, start, size in self._pieces(offset, source.nbytes):
+            for owner, place, start, size in self.pieces(offset, source.nbytes):
                 owner.write(place, source[start : start + size])
 
     def write_back(self, offset: int, length: int, *, drop: bool) -> None:
         """Write the cache lines of a range back to memory, and `drop` them from the caches if requested."""
-        for owner, place, _start, size in self._pieces(offset, length):
+        for owner, place, _start, size in self.pieces(offset, length):
             owner.write_back(place, size, drop=drop)
 
     # --- wiring

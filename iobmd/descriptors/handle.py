@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Self, SupportsIndex
 
 from iobmd._internal import with_block
-from iobmd.descriptors import memory_map, registrations
+from iobmd.descriptors import device_access, memory_map, registrations
 from iobmd.descriptors.options import COPY_ON_WRITE, DIRECTION_MASK, DIRECTION_NAMES
 from iobmd.descriptors.ownership import MemoryOwner
 from iobmd.errors import BusyError, IOReturnError, NotOpenError
@@ -30,6 +30,7 @@ class Handle:
         """Initialize as the handle of memory, after releasing the previous memory if there is any."""
         self._release(in_use=False)
         self._owner = MemoryOwner(backing, length, type(self).__name__)
+        device_access.restrict(self._owner, options)
         self._options = options
         self._state = "open"
         return self

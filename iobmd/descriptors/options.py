@@ -10,7 +10,7 @@ from iobmd._internal.arguments import check_integers
 from iobmd._native import mapping
 from iobmd.backing.placement import ANYWHERE, PROTECTIONS, Placement
 from iobmd.constants import IODirection, IOMapOptions, IOMemoryOperation, IOMemoryTypes, IOOptionBits
-from iobmd.errors import BadArgumentError, NotPermittedError, UnsupportedError
+from iobmd.errors import BadArgumentError, UnsupportedError
 from iobmd.memory.shmem import NAME
 from iobmd.physical.search import PhysicalConstraints
 from iobmd.physical.zones import ALL_ADDRESSES
@@ -52,6 +52,7 @@ _NOT_POOLED = _PURGEABLE | _SHARED | CACHE_MODES
 _OF_NEW_MEMORY = _CONTIGUOUS | _PAGEABLE | _PURGEABLE
 
 COPY_ON_WRITE = int(IOOptionBits.kIOMemoryMapCopyOnWrite)
+HOST_ONLY = int(IOOptionBits.kIOMemoryHostOnly)
 
 _REMOTE = int(IOOptionBits.kIOMemoryRemote)
 
@@ -430,9 +431,3 @@ def require_cache_instruction(instruction: int) -> None:
 def cache_of_copies(options: int) -> int:
     """Return the value of `Mapping.cache` for these options."""
     return (options & CACHE_MODES) >> 8
-
-
-def require_device_access(descriptor: object, options: int) -> None:
-    """Raise `kIOReturnNotPermitted` for a descriptor whose memory no device may access, by its options."""
-    if options & IOOptionBits.kIOMemoryHostOnly:
-        raise NotPermittedError(f"{descriptor!r} was created with kIOMemoryHostOnly: no device may access its memory")

@@ -21,6 +21,7 @@ from iobmd._native.pagemap import concatenated
 from iobmd.backing.anonymous import AnonymousBacking
 from iobmd.backing.mapped import MappedBacking
 from iobmd.backing.secret import SecretBacking
+from iobmd.descriptors import device_access
 from iobmd.descriptors.options import SMALL
 from iobmd.descriptors.ownership import MemoryOwner
 from iobmd.errors import NotOpenError
@@ -190,6 +191,7 @@ def own(buffer: SmallBuffer) -> MemoryOwner | None:
         return None
     keeper: MemoryOwner = slab.keeper
     owner = MemoryOwner(PieceBacking(piece, keeper), buffer._capacity, type(buffer).__name__, maker=keeper.maker)
+    device_access.restrict(owner, buffer._options)
     return owner if buffer._own(owner, piece) else None
 
 

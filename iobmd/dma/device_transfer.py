@@ -18,6 +18,7 @@ from iobmd.constants import (
 )
 from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
 from iobmd.errors import IOReturnError, NotReadyError, UnsupportedError
+from iobmd.iommu import device_pages
 from iobmd.pagemap import segment
 from iobmd.task.task import kernel_task
 from iobmd.units import PAGE_SIZE, pages
@@ -117,12 +118,18 @@ class DeviceTransfer:
             return []
         if self.limits.iterates_only:
             return [BounceRange(0, self.length, None)]
-        self.double = self.double or _must_move(lying, self.limits)
+        self.double = self.double or _must_move(lying, self.limits) or self._has_border_inside_page()
         if self.double:
             return [BounceRange(0, self.length, 0)]
         if self._mapper or bounds(lying)[2] <= self.limits.highest:
             return [BounceRange(0, self.length, None)]
         return _split(lying, self.limits.highest)
+
+    def _has_border_inside_page(self) -> bool:
+        """Whether the memory cannot be mapped for the device as one range, so that a bounce buffer must be."""
+        if self._mapper is None:
+            return False
+        return device_pages.border_inside_page(self.memory, self.descriptor.getLength()) is not None
 
     def _allocate(self) -> IOBufferMemoryDescriptor | None:
         bounced = [piece for piece in self._ranges if piece.place is not None]
@@ -152,10 +159,12 @@ class DeviceTransfer:
 
     def _map(self, mapper: IOMapper) -> list[PhysicalSegment]:
         """Map the memory for the device, and return its position there."""
+        if not self.length:
+            return []
         source, offset = (self.descriptor, self.offset) if self.bounce is None else (self.bounce, 0)
         limits = self.limits
         self._mapped = mapper.prepare(source, alignment=limits.buffer_alignment, highest=limits.highest)
-        return [PhysicalSegment(self._mapped.address + offset, self.length)] if self.length else []
+        return [PhysicalSegment(self._mapped.address + offset, self.length)]
 
     def _check(self) -> bool:
         """Check that all bytes were located; return whether the pieces are segments that satisfy every limit."""

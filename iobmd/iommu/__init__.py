@@ -19,7 +19,8 @@ from iobmd.constants import (
     kIOMapperUncached,
     kIOReturnSuccess,
 )
-from iobmd.descriptors.options import DIRECTION_MASK, check_within, require_device_access
+from iobmd.descriptors.device_access import require_device_access
+from iobmd.descriptors.options import DIRECTION_MASK, check_within
 from iobmd.errors import (
     BadArgumentError,
     BusyError,
@@ -27,10 +28,11 @@ from iobmd.errors import (
     NotOpenError,
     UnsupportedError,
 )
+from iobmd.iommu import device_pages
 from iobmd.iommu.absence import ALL_IOMMUS
 from iobmd.iommu.addresses import Addresses
 from iobmd.iommu.vfio import READ, WRITE, Container, Device
-from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_down, round_up
+from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 
 if TYPE_CHECKING:
     from iobmd.descriptors.descriptor import IOMemoryDescriptor
@@ -99,8 +101,9 @@ class IOMapper:
         Parameters
         ----------
         descriptor
-            Any buffer: wired or pageable, contiguous or not, of this process, another, or none; and existing memory
-            of this process. For parts and concatenations, prepare the underlying descriptors.
+            Any buffer: wired or pageable, contiguous or not, of this process, another, or none; existing memory of
+            this process; and parts and concatenations of these. Of a part, the pages that contain it are mapped. The
+            parts of a concatenation meet at page boundaries.
         forDirection : int
             `kIODirectionOut`: the device reads it; `kIODirectionIn`: the device writes it; 0: the descriptor's own.
         alignment : int
@@ -112,9 +115,10 @@ class IOMapper:
         ------
         IOReturnError
             As `IOMemoryDescriptor.prepare`; `kIOReturnNoResources`: no addresses are free below the device's limit;
-            `kIOReturnBadArgument`: no direction; `kIOReturnUnsupported`: several parts, existing memory of another
-            task, or the mapper option `kIOMapperUncached`; `kIOReturnNotPermitted`: memory that no device may access
-            (`kIOMemoryHostOnly`). After an error, nothing is prepared or mapped.
+            `kIOReturnBadArgument`: no direction, no bytes, or parts that meet inside a page (an `IODMACommand` with
+            this mapper copies those); `kIOReturnVMError`: guard pages; `kIOReturnUnsupported`: memory of a device,
+            existing memory of another task, or the mapper option `kIOMapperUncached`; `kIOReturnNotPermitted`: memory
+            that no device may access (`kIOMemoryHostOnly`). After an error, nothing is prepared or mapped.
         """
         direction = forDirection & DIRECTION_MASK or int(descriptor.getDirection())
         if not direction:
@@ -132,22 +136,23 @@ class IOMapper:
         return prepared
 
     def _map(self, descriptor: IOMemoryDescriptor, access: int, alignment: int, highest: int | None) -> IOVMRange:
-        container, backing = self._open(), descriptor._memory().require_backing()
-        with backing.here(populated=True) as mapping:
-            # Whole pages, even for a small buffer, which is a part of one.
-            start = round_down(mapping.address, PAGE_SIZE)
-            size = round_up(mapping.address + backing.size, PAGE_SIZE) - start
+        container, memory, length = self._open(), descriptor._memory(), descriptor.getLength()
+        with device_pages.of_memory(memory, length) as parts:
+            size = sum(part.size for part in parts)
             alignment = max(alignment, HUGE_PAGE_SIZE if size >= HUGE_PAGE_SIZE else PAGE_SIZE)  # for larger pages
             address = self._addresses.allocate(size, alignment, highest)
             if address is None:
                 message = f"{self.name} has no {format_size(size)} of free addresses"
                 raise NoResourcesError(message)
-            try:
-                container.map(start, address, size, access)
-            except BaseException:
-                self._addresses.release(address, size)
-                raise
-        prepared = IOVMRange(self, descriptor, address, size, backing.in_page(0))
+            with contextlib.ExitStack() as undo:
+                undo.callback(self._addresses.release, address, size)
+                end = address
+                for part in parts:
+                    container.map(part.address, end, part.size, access)
+                    undo.callback(container.unmap, end, part.size)
+                    end += part.size
+                undo.pop_all()
+        prepared = IOVMRange(self, descriptor, address, size, memory.require_backing().in_page(0))
         self._ranges.add(prepared)
         return prepared
 
@@ -303,7 +308,7 @@ class IOMapper:
 
 def _require_mappable(descriptor: IOMemoryDescriptor) -> None:
     """Raise the named error for a descriptor that a device may not access, or not by this IOMMU."""
-    require_device_access(descriptor, descriptor.getFlags())
+    require_device_access(descriptor)
     if descriptor.getMapperOptions() & kIOMapperUncached:
         raise UnsupportedError("VFIO maps memory cached, and not with kIOMapperUncached: call setMapperOptions(0)")
 

@@ -16,7 +16,7 @@ from iobmd._internal.arguments import check_type
 from iobmd.backing.dma_buf import DmaBufBacking
 from iobmd.constants import IOMapOptions
 from iobmd.descriptors import registrations
-from iobmd.descriptors.options import require_device_access
+from iobmd.descriptors.device_access import require_device_access
 from iobmd.errors import (
     BadArgumentError,
     BusyError,
@@ -151,7 +151,7 @@ class MemoryRegion(MR):  # type: ignore[misc]
 
 def _require_registrable(descriptor: IOMemoryDescriptor) -> None:
     """Raise the named error for memory that no device can pin, or that it would keep when it is purged."""
-    require_device_access(descriptor, descriptor.getFlags())
+    require_device_access(descriptor)
     owner = descriptor._usable_memory()
     if descriptor._copies_when_mapped:
         raise UnsupportedError("kIOMemoryMapCopyOnWrite: the region would be a copy of the memory")

@@ -68,6 +68,22 @@ def test_memory_that_no_device_may_access() -> None:
                 buffer.complete()
 
 
+@pytest.mark.parametrize("size", [100, 4096, 1 << 20])
+def test_parts_of_memory_that_no_device_may_access(size: int) -> None:
+    """Neither parts nor concatenations make it accessible."""
+    mapper, inout = IOMapper.__new__(IOMapper), iobmd.kIODirectionInOut
+    with (
+        IOBufferMemoryDescriptor.withOptions(inout | iobmd.kIOMemoryHostOnly, size) as host_only,
+        iobmd.allocate(size) as other,
+        iobmd.IOSubMemoryDescriptor.withSubRange(host_only, 0, 50, inout) as part,
+        iobmd.IOMultiMemoryDescriptor.withDescriptors([other, part], inout) as whole,
+        iobmd.IOSubMemoryDescriptor.withSubRange(whole, size, 1, inout) as end,
+    ):
+        for refused in (host_only, part, whole, end):
+            with pytest.raises(iobmd.NotPermittedError, match="kIOMemoryHostOnly"):
+                mapper.prepare(refused)
+
+
 @pytest.mark.parametrize(
     ("machine", "vendor", "active", "remedy"),
     [

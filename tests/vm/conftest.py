@@ -1,6 +1,7 @@
 """Helpers of the tests in guests: devices that do DMA, and a kernel that continuously moves memory."""
 
 import contextlib
+import gc
 import os
 import subprocess
 import threading
@@ -54,6 +55,7 @@ def name() -> str:
 
 @pytest.fixture
 def mapper(name: str) -> Iterator[IOMapper]:
+    gc.collect()  # expected errors of an earlier test may refer to registers of the device, and thus hold it
     with IOMapper(name) as one:
         yield one
 

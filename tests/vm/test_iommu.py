@@ -320,6 +320,106 @@ def test_a_forked_child_must_not_use_it(mapper: IOMapper) -> None:
         pass
 
 
+# --- concatenations and parts
+
+
+def test_a_concatenation_is_one_range(mapper: IOMapper, window: Window) -> None:
+    """Its parts are of different memory, one repeatedly; the device sees them end to end, also across borders."""
+    with (
+        iobmd.allocate(3 * PAGE) as wired,
+        iobmd.allocate(2 * PAGE, wired=False, shared=True) as shared,
+        iobmd.allocate(4 * PAGE, wired=False) as pageable,
+        iobmd.IOSubMemoryDescriptor.withSubRange(pageable, PAGE + 100, PAGE - 100, iobmd.kIODirectionInOut) as begin,
+        iobmd.IOMultiMemoryDescriptor.withDescriptors([shared, wired], iobmd.kIODirectionInOut) as nested,
+        iobmd.IOMultiMemoryDescriptor.withDescriptors([begin, nested, shared], iobmd.kIODirectionInOut) as whole,
+    ):
+        content = os.urandom(len(whole) - 2 * PAGE)
+        whole.writeBytes(0, content)
+        content += content[PAGE - 100 : 3 * PAGE - 100]
+        with mapper.prepare(whole) as prepared:
+            assert (prepared.address % PAGE, prepared.length) == (100, len(whole))
+            for offset in range(0, len(whole), 4000):
+                length = min(4000, len(whole) - offset)
+                assert window.read(prepared.address + offset, length) == content[offset : offset + length]
+            window.write(prepared.address + 3 * PAGE - 105, b"borders of parts")
+            assert whole.readBytes(3 * PAGE - 105, 16) == b"borders of parts"
+            assert wired.readBytes(0, 11) == b"rs of parts"
+            for offset in (0, PAGE, 4 * PAGE, len(whole) - 1):
+                assert mapper.mapToPhysicalAddress(prepared.address + offset) == whole.getPhysicalSegment(offset)[0]
+        assert is_faulted(lambda: window.write(prepared.address, b"after"))
+        assert whole.readBytes(0, 5) != b"after"
+
+
+def test_a_part_exposes_only_its_pages(mapper: IOMapper, window: Window) -> None:
+    with iobmd.allocate(4 * PAGE, wired=False) as buffer:
+        buffer.writeBytes(0, bytes(4 * PAGE))
+        part = iobmd.IOSubMemoryDescriptor.withSubRange(buffer, PAGE, PAGE, iobmd.kIODirectionInOut)
+        with part, mapper.prepare(part) as prepared:
+            window.write(prepared.address, b"within")
+            assert is_faulted(lambda: window.write(prepared.address + PAGE, b"beyond"))
+            assert buffer.readBytes(0, 4 * PAGE) == bytes(PAGE) + b"within" + bytes(3 * PAGE - 6)
+
+
+def test_parts_that_meet_inside_a_page(mapper: IOMapper, window: Window) -> None:
+    """The mapper refuses them by name; a command with the mapper maps a bounce buffer instead."""
+    with (
+        iobmd.allocate(PAGE + 100, wired=False) as first,
+        iobmd.allocate(2 * PAGE, wired=False) as second,
+        iobmd.IOMultiMemoryDescriptor.withDescriptors([first, second], iobmd.kIODirectionInOut) as whole,
+    ):
+        code, message = refusal(lambda: mapper.prepare(whole))
+        assert (code, f"offset {PAGE + 100}" in message) == (IOReturn.kIOReturnBadArgument, True)
+        assert "IODMACommand" in message
+        content = os.urandom(len(whole))
+        whole.writeBytes(0, content)
+        whole.prepare()
+        with iobmd.IODMACommand.withSpecification(64, mapper=mapper) as command:
+            command.setMemoryDescriptor(whole)
+            ((address, length),) = command.genIOVMSegments()
+            assert length == len(whole)
+            assert window.read(address + PAGE, 200) == content[PAGE : PAGE + 200]
+            window.write(address + PAGE + 98, b"both")
+            command.complete()
+        whole.complete()
+        assert first.readBytes(PAGE + 98, 2) + second.readBytes(0, 2) == b"both"
+
+
+def test_a_mapped_command_of_a_concatenation(mapper: IOMapper, window: Window) -> None:
+    with (
+        scattered(16 * PAGE) as first,
+        scattered(8 * PAGE) as second,
+        iobmd.IOMultiMemoryDescriptor.withDescriptors([first, second], iobmd.kIODirectionInOut) as whole,
+        iobmd.IODMACommand.withSpecification(32, mapper=mapper) as command,
+    ):
+        command.setMemoryDescriptor(whole, autoPrepare=False)
+        command.prepare(0xA00, 20 * PAGE)
+        ((address, length),) = command.genIOVMSegments()
+        assert length == 20 * PAGE
+        assert "bounced" not in repr(command)
+        assert window.read(address + 15 * PAGE, 4000) == whole.readBytes(0xA00 + 15 * PAGE, 4000)
+        command.complete()
+        first.complete()
+        second.complete()
+
+
+def test_a_refused_part_leaves_nothing_mapped(mapper: IOMapper) -> None:
+    """The parts before it are unmapped, and their addresses are free again."""
+    with iobmd.allocate(2 * PAGE, wired=False) as first, mapper.prepare(first) as alone:
+        lowest = alone.address
+    folder = pci.find(0x1AF4, 0x1110)[0]
+    guard = iobmd.IOGuardPageMemoryDescriptor.withSize(PAGE)
+    with iobmd.allocate(2 * PAGE, wired=False) as first, iobmd.IODeviceMemory.ofPCI(folder.name, 2) as memory:
+        for last, code in ((guard, IOReturn.kIOReturnVMError), (memory, IOReturn.kIOReturnUnsupported)):
+            whole = iobmd.IOMultiMemoryDescriptor.withDescriptors([first, last], iobmd.kIODirectionInOut)
+            assert code_of(lambda whole=whole: mapper.prepare(whole)) == code
+            whole.free()
+        assert nothing_is_pinned()
+        with mapper.prepare(first) as prepared:
+            assert prepared.address == lowest
+        empty = iobmd.IOMultiMemoryDescriptor.withDescriptors([], iobmd.kIODirectionInOut)
+        assert code_of(lambda: mapper.prepare(empty)) == IOReturn.kIOReturnBadArgument
+
+
 # --- DMA commands with a mapper, and IOKit's names
 
 
