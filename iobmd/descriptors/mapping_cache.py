@@ -169,7 +169,10 @@ class CachedMapping:
     ) -> CachedMapping:
         """Map pages of the memory or of a copy, or use its own addresses if they satisfy the request."""
         if request.overwrites and not task.is_current:
-            message = f"kIOMapOverwrite replaces address space of this process, not of task {task.pid}: omit it there"
+            message = (
+                f"kIOMapOverwrite replaces address space of this process, not of task {task.pid}: its threads could "
+                "map memory there at the same time, which would be lost; omit it, and unmap the reservation there"
+            )
             raise UnsupportedError(message)
         if request.uses_addresses_of(owner.require_backing(), task):
             return cls(descriptor, owner, task, request, None)
