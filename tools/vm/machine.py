@@ -41,6 +41,8 @@ class Machine(NamedTuple):
     """A network card whose registers have 8, 16 and 32 bits; it is connected to nothing."""
     e1000: bool = False
     """A network card (82540EM), connected to QEMU's user mode network: the gateway 10.0.2.2 answers ARP and ping."""
+    nvme: bool = False
+    """An NVMe controller with four message interrupts (MSI-X), without a disk."""
     link: Link | None = None
     """A virtio network card, connected to another guest."""
     iommu: bool = False
@@ -62,6 +64,7 @@ class Machine(NamedTuple):
             ivshmem=max(self.ivshmem, other.ivshmem),
             rtl8139=self.rtl8139 or other.rtl8139,
             e1000=self.e1000 or other.e1000,
+            nvme=self.nvme or other.nvme,
         )
 
     def command(self, kernel: Kernel, initramfs: Path, log: Path) -> list[str]:
@@ -125,6 +128,8 @@ class Machine(NamedTuple):
             words += ["-device", "rtl8139,romfile="]  # no boot program, which would access the registers
         if self.e1000:
             words += ["-netdev", "user,id=network,restrict=on", "-device", "e1000,netdev=network,romfile="]
+        if self.nvme:
+            words += ["-device", "nvme,serial=vectors,max_ioqpairs=3,msix_qsize=4"]
         if self.link:
             words += ["-netdev", f"socket,id=link,fd={self.link.socket}"]
             words += ["-device", f"virtio-net-pci,netdev=link,mac=52:54:00:00:00:{self.link.station:02x},romfile="]

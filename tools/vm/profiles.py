@@ -108,7 +108,10 @@ PROFILES = {
         debian=_RDMA,
         peer=_PEER,
     ),
-    "iommu": Profile(Machine(edu=3, ivshmem=1, iommu=True), "tests/vm/test_iommu.py tests/vm/test_vfio.py"),
+    "iommu": Profile(
+        Machine(edu=3, ivshmem=1, nvme=True, iommu=True),
+        "tests/vm/test_iommu.py tests/vm/test_vfio.py tests/vm/test_message_interrupts.py",
+    ),
 }
 """Profiles by name. Profiles joined by + run in one guest, which starts only once; the start is a third of the time
 of a short guest."""
