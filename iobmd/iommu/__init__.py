@@ -31,7 +31,8 @@ from iobmd.errors import (
 from iobmd.iommu import device_pages
 from iobmd.iommu.absence import ALL_IOMMUS
 from iobmd.iommu.addresses import Addresses
-from iobmd.iommu.vfio import READ, WRITE, Container, Device
+from iobmd.iommu.attachment import Attachment, attach
+from iobmd.iommu.vfio import READ, WRITE
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 
 if TYPE_CHECKING:
@@ -67,10 +68,11 @@ class IOMapper:
 
     Notes
     -----
-    This is a VFIO container with a type 1 IOMMU (Documentation/driver-api/vfio.rst, Linux 3.6). Physical addresses
-    are meaningless to the device: the kernel, not the driver, guarantees that it can access only prepared memory. A
-    mapper may be used from any thread, but not in a forked child, whose memory is not mapped. Source: IOMapper of
-    IOKit.
+    This is an address space of iommufd and the device's character device in /dev/vfio/devices
+    (Documentation/userspace-api/iommufd.rst, Linux 6.6), where this process may open both; otherwise a container of
+    VFIO with a type 1 IOMMU (Documentation/driver-api/vfio.rst, Linux 3.6). Physical addresses are meaningless to the
+    device: the kernel, not the driver, guarantees that it can access only prepared memory. A mapper may be used from
+    any thread, but not in a forked child, whose memory is not mapped. Source: IOMapper of IOKit.
     """
 
     def __init__(self, device: str, *, address_bits: int = 64) -> None:
@@ -84,8 +86,10 @@ class IOMapper:
         self._guard = process_local.Guard()
         self._ranges: weakref.WeakSet[IOVMRange] = weakref.WeakSet()
         self._mapped: dict[tuple[int, int], list[IOVMRange]] = {}
-        self._container: Container | None = Container(Device(device))
-        self._addresses = Addresses(self._container.ranges(), (1 << address_bits) - 1)
+        self._attachment: Attachment | None = attach(device)
+        self.interface = self._attachment.interface
+        """The kernel's interface: "iommufd", or "container" (VFIO's group and container)."""
+        self._addresses = Addresses(self._attachment.ranges(), (1 << address_bits) - 1)
         _mappers[device] = self
 
     def prepare(
@@ -136,7 +140,7 @@ class IOMapper:
         return prepared
 
     def _map(self, descriptor: IOMemoryDescriptor, access: int, alignment: int, highest: int | None) -> IOVMRange:
-        container, memory, length = self._open(), descriptor._memory(), descriptor.getLength()
+        attachment, memory, length = self._open(), descriptor._memory(), descriptor.getLength()
         with device_pages.of_memory(memory, length) as parts:
             size = sum(part.size for part in parts)
             alignment = max(alignment, HUGE_PAGE_SIZE if size >= HUGE_PAGE_SIZE else PAGE_SIZE)  # for larger pages
@@ -148,8 +152,8 @@ class IOMapper:
                 undo.callback(self._addresses.release, address, size)
                 end = address
                 for part in parts:
-                    container.map(part.address, end, part.size, access)
-                    undo.callback(container.unmap, end, part.size)
+                    attachment.map(part.address, end, part.size, access)
+                    undo.callback(attachment.unmap, end, part.size)
                     end += part.size
                 undo.pop_all()
         prepared = IOVMRange(self, descriptor, address, size, memory.require_backing().in_page(0))
@@ -174,7 +178,7 @@ class IOMapper:
         check_type(str, device=device)
         with _creation:
             found = _mappers.get(device)
-            if found is not None and found._container is not None and found._maker == os.getpid():
+            if found is not None and found._attachment is not None and found._maker == os.getpid():
                 return found
             return IOMapper(device, address_bits=address_bits)
 
@@ -277,22 +281,22 @@ class IOMapper:
             `kIOReturnBusy` while memory is prepared for it.
         """
         with self._guard:
-            if self._container is None:
+            if self._attachment is None:
                 return
             if self._ranges and self._maker == os.getpid():
                 message = f"memory is still prepared for {self.name} (count {len(self._ranges)}): complete() it first"
                 raise BusyError(message)
-            self._container.close()
-            self._container = None
+            self._attachment.close()
+            self._attachment = None
 
-    def _open(self) -> Container:
-        container = self._container  # read once: another thread may close it
-        if container is None:
+    def _open(self) -> Attachment:
+        attachment = self._attachment  # read once: another thread may close it
+        if attachment is None:
             raise NotOpenError(f"the mapper of {self.name} is closed")
         if self._maker != os.getpid():
             message = f"the mapper of {self.name} belongs to process {self._maker}, whose memory it maps"
             raise NotOpenError(message)
-        return container
+        return attachment
 
     def __enter__(self) -> Self:
         self._open()
@@ -302,8 +306,8 @@ class IOMapper:
         with_block.leave(self.close, error)
 
     def __del__(self) -> None:
-        if container := getattr(self, "_container", None):
-            container.close()
+        if attachment := getattr(self, "_attachment", None):
+            attachment.close()
 
 
 def _require_mappable(descriptor: IOMemoryDescriptor) -> None:

@@ -63,6 +63,15 @@ class Device(NamedTuple):
         except OSError:
             raise UnsupportedError(absence.reason(self.name, self.bind_commands())) from None
 
+    def group_file(self) -> str:
+        """Return the path of VFIO's file of its IOMMU group. Raises as `group`."""
+        return f"/dev/vfio/{self.group()}"
+
+    def group_members(self) -> list[str]:
+        """Return the addresses of the devices of its IOMMU group. Raises as `group`."""
+        folder = Path("/sys/kernel/iommu_groups", self.group(), "devices")
+        return sorted(path.name for path in folder.iterdir())
+
     def bind_commands(self) -> str:
         """Return the commands that bind it to VFIO."""
         return (
@@ -74,13 +83,15 @@ class Device(NamedTuple):
 class Container:
     """An I/O address space with the group of a device. Raises as `iobmd.iommu.IOMapper`."""
 
+    interface = "container"
+
     def __init__(self, device: Device) -> None:
         group = device.group()
-        self._container = _open(_CONTAINER, "load it: modprobe vfio_iommu_type1 vfio-pci")
+        self._container = opened(_CONTAINER, "load it: modprobe vfio_iommu_type1 vfio-pci")
         self._group: Fd | None = None
         self._device: Fd | None = None
         try:
-            self._group = _open(f"/dev/vfio/{group}", f"bind it to VFIO, as root: {device.bind_commands()}")
+            self._group = opened(device.group_file(), f"bind it to VFIO, as root: {device.bind_commands()}")
             self._require_viable(device, group, self._group)
             with self._container.use() as container:
                 control(self._group, _SET_CONTAINER, struct.pack("=i", container))
@@ -106,10 +117,9 @@ class Container:
         control(descriptor, _GROUP_STATUS, status)
         if struct.unpack("=II", status)[1] & _VIABLE:
             return
-        members = sorted(path.name for path in Path(f"/sys/kernel/iommu_groups/{group}/devices").iterdir())
         raise BusyError(
             f"the IOMMU group {group} of {device.name} is shared with devices that other drivers use: bind each of "
-            f"{', '.join(members)} to vfio-pci as well, or to no driver"
+            f"{', '.join(device.group_members())} to vfio-pci as well, or to no driver"
         )
 
     def ranges(self) -> list[tuple[int, int]]:
@@ -166,7 +176,8 @@ def _iova_ranges(info: bytearray) -> list[tuple[int, int]]:
     return [struct.unpack_from("=QQ", info, begin + 16 * index) for index in range(count)]
 
 
-def _open(path: str, absent: str) -> Fd:
+def opened(path: str, absent: str) -> Fd:
+    """Open a file of VFIO or iommufd. `absent` is the remedy if there is none. Raises as `iobmd.iommu.IOMapper`."""
     try:
         return Fd(os.open(path, os.O_RDWR | os.O_CLOEXEC), path)
     except PermissionError as error:
@@ -182,13 +193,18 @@ def _open(path: str, absent: str) -> Fd:
         raise limits.from_oserror(error, f"cannot open {path}") from None
 
 
+def unsafe_interrupts(device: Device, module: str) -> IOReturnError:
+    """Return the error for a device whose interrupts are not isolated; `module` refuses it."""
+    message = (
+        f"VFIO refuses {device.name}: its interrupts are not remapped; enable interrupt remapping, or, if the "
+        f"device is trusted, `echo 1 > /sys/module/{module}/parameters/allow_unsafe_interrupts` as root"
+    )
+    return NotPrivilegedError(message, errno.EPERM)
+
+
 def _not_attached(device: Device, error: OSError) -> IOReturnError:
     if error.errno == errno.EPERM:
-        message = (
-            f"VFIO refuses {device.name}: its interrupts are not remapped; enable interrupt remapping, or, if the "
-            "device is trusted, `echo 1 > /sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts` as root"
-        )
-        return NotPrivilegedError(message, errno.EPERM)
+        return unsafe_interrupts(device, "vfio_iommu_type1")
     if error.errno == errno.ENODEV:
         message = f"{device.name} is not bound to vfio-pci: bind it to VFIO, as root: {device.bind_commands()}"
         return NotReadyError(message, errno.ENODEV)

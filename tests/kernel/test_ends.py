@@ -243,7 +243,7 @@ def a_command() -> Abandoned:
 def a_device_range() -> Abandoned:
     memory, mapper = pageable(), IOMapper("")
     prepared = mapper.prepare(memory)
-    held = lambda: len(mapper._container.mapped) + kernel.status("VmPin")  # type: ignore[union-attr]  # noqa: E731
+    held = lambda: len(mapper._attachment.mapped) + kernel.status("VmPin")  # type: ignore[union-attr]  # noqa: E731
     return Abandoned([prepared], [memory, mapper], mapper._guard, held)
 
 
@@ -277,7 +277,9 @@ def a_map() -> Abandoned:
 
 
 class Mapped:
-    """A VFIO container without a device."""
+    """An I/O address space without a device."""
+
+    interface = "none"
 
     def __init__(self, _device: object) -> None:
         self.mapped: dict[int, int] = {}
@@ -303,7 +305,7 @@ USES = [
 
 @pytest.fixture
 def abandoned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Abandoned]:
-    monkeypatch.setattr(iommu, "Container", Mapped)
+    monkeypatch.setattr(iommu, "attach", Mapped)
     found: Abandoned = request.param()
     assert found.held()
     yield found

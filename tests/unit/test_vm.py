@@ -5,12 +5,13 @@ import lzma
 import os
 import signal
 import struct
+import tarfile
 import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from iobmd.tools.vm import (
@@ -28,10 +29,12 @@ from iobmd.tools.vm import (
     profiles,
     table,
     userland,
+    vfio_modules,
     vmlinux,
 )
 from iobmd.tools.vm.__main__ import main
 from iobmd.tools.vm.architecture import ARCHITECTURES, Architecture, of_host
+from iobmd.tools.vm.debian import Archive
 from iobmd.tools.vm.guest import Outcome, verdict
 from iobmd.tools.vm.kernels import Kernel
 from iobmd.tools.vm.machine import Machine
@@ -240,6 +243,67 @@ def test_modules_are_where_modprobe_finds_them(tmp_path: Path) -> None:
     assert found["modules"] == b"zram\n"
     assert found["lib/modules/6.1.0/vivid.ko"] == b"\0depends=videodev\0"
     assert b"vivid.ko: videodev.ko\n" in found["lib/modules/6.1.0/modules.dep"]
+
+
+class Source:
+    """Debian's packages that compile modules, with a `make` that creates empty ones."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.unpacked: list[str] = []
+        self.script = folder / "bin/make"
+        self.script.parent.mkdir()
+        code = (
+            'for word; do case $word in M=*) cd "${word#M=}";; esac; done; touch iommufd/iommufd.ko vfio/vfio-pci.ko'
+        )
+        self.script.write_text(f'#!/bin/sh\necho "$*" >{folder}/command\n{code}\n')
+        self.script.chmod(0o755)
+        monkeypatch.setenv("PATH", str(self.script.parent), prepend=":")
+
+    def apt(self, *_command: str) -> str:
+        return "Package: linux-headers\nVersion: 6.12.9-1~deb12u1\n"
+
+    def unpack(self, packages: tuple[str, ...], place: Path) -> None:
+        self.unpacked += packages
+        headers = place / "usr/src/linux-headers-6.12.9+deb12-amd64"
+        headers.mkdir(parents=True)
+        (headers / "Makefile").write_text("include /usr/src/linux-headers-6.12.9+deb12-common/Makefile\n")
+        with tarfile.open(place / "usr/src/linux-source-6.12.tar.xz", "w:xz") as archive:
+            for name in (
+                *("drivers/iommu/iommufd/Makefile", "drivers/iommu/iommu-priv.h", "drivers/iommu/iommu.c"),
+                *("drivers/vfio/Makefile", "lib/interval_tree.c", "lib/string.c"),
+            ):
+                archive.addfile(tarfile.TarInfo(f"linux-source-6.12/{name}"))
+
+
+def test_modules_with_iommufd_replace_those_of_vfio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are compiled from the source of the same version; only the required files of it are unpacked."""
+    tree, place, packages = tmp_path / "6.12.9+deb12-amd64", tmp_path / "build", Source(tmp_path, monkeypatch)
+    (tree / "kernel/drivers/vfio/pci").mkdir(parents=True)
+    for name in ("vfio_iommu_type1.ko.xz", "pci/vfio-pci.ko.xz", "pci/vfio-pci-core.ko.xz"):
+        (tree / "kernel/drivers/vfio" / name).write_bytes(b"Debian's")
+    vfio_modules.replace_vfio(cast("Archive", packages), "6.12.9+deb12", "amd64", tree, place)
+    assert "linux-source-6.12=6.12.9-1~deb12u1" in packages.unpacked
+    assert {path.name for path in tree.glob("kernel/**/*.ko*")} == {
+        *("iommufd.ko", "vfio-pci.ko", "vfio-pci-core.ko.xz", "vfio_iommu_type1.ko.xz")
+    }
+    code = place / "code"
+    assert (code / "Kbuild").read_text() == "obj-m += iommufd/ vfio/\n"
+    assert (code / "iommufd/Makefile").read_text().endswith("iommufd-y += spans.o\n")
+    assert (code / "iommu-priv.h").exists()
+    assert not list(place.glob("**/string.c"))
+    assert not list(place.glob("**/iommu.c"))
+    assert str(place) in (place / "usr/src/linux-headers-6.12.9+deb12-amd64/Makefile").read_text()
+    command = (tmp_path / "command").read_text()
+    assert "CONFIG_IOMMUFD=m" in command
+    assert "-DCONFIG_VFIO_DEVICE_CDEV=1" in command
+
+
+def test_modules_are_compiled_for_a_kernel_of_this_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their compiler is then that of the kernel."""
+    monkeypatch.setattr(vfio_modules.platform, "freedesktop_os_release", lambda: {"VERSION_ID": "12"})
+    listed = ["6.12.118+deb13", "6.12.117+deb12", "6.12.115+deb12"]
+    assert vfio_modules.suitable(listed) == listed[1:]
+    assert vfio_modules.suitable(listed[:1]) == listed[:1]
 
 
 def test_what_fails_halfway_is_not_kept(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from iobmd.cli.signals import terminable
 
 from . import kernels, machine, runs, shell, table
 from .architecture import ARCHITECTURES, Architecture, of_host
-from .profiles import ALONE, CI, FULL, PROFILES, profile
+from .profiles import ALONE, CI, FULL, PARTLY, PROFILES, profile
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,17 +77,18 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def _wanted(architecture: Architecture, series: list[str], profiles: list[str]) -> list[tuple[kernels.Kernel, str]]:
     """Return which profiles to run on which kernels, each kernel once."""
-    only = CI[architecture.name] if "ci" in profiles else {}
+    ci = "ci" in profiles
+    only = CI[architecture.name] if ci else {} if profiles else PARTLY
     names = [name for name in profiles if name != "ci"] or FULL
     found: dict[str, kernels.Kernel] = {}
-    for each in series or only or architecture.series:
+    for each in series or (only if ci else architecture.series):
         kernel = kernels.kernel(architecture, each)
         version = each.partition("-")[0]
         other = (
             "" if version == "newest" or kernel.release.startswith(f"{version}.") else ": the mirror has none of it"
         )
         print(f"{each}: {kernel.release}{other}", flush=True)
-        found.setdefault(kernel.release, kernel)
+        found.setdefault(str(kernel.modules), kernel)
     pairs = [(kernel, name) for kernel in found.values() for name in only.get(kernel.series, names)]
     return sorted(pairs, key=lambda pair: -pair[1].count("+"))  # long ones first: none runs alone at the end
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from . import cache, modules
+from . import cache, modules, vfio_modules
 from .architecture import Architecture
 from .debian import Archive
 
@@ -43,6 +43,8 @@ class _Flavor(NamedTuple):
 
     architecture: Architecture
     name: str
+    iommufd: bool
+    """Whether its modules of VFIO are replaced by those with iommufd."""
 
     @property
     def packages(self) -> Archive:
@@ -52,12 +54,13 @@ class _Flavor(NamedTuple):
 def kernel(architecture: Architecture, series: str) -> Kernel:
     """Return the newest kernel of a series, downloaded if necessary; if the mirror has none, the newest of all.
 
-    A series such as "6.12-16k" is one of kernels with pages of 16 KiB. A mirror may list a version that it no longer
-    carries: the previous one is then used.
+    A series such as "6.12-16k" is one of kernels with pages of 16 KiB, and "6.12-iommufd" one with modules that
+    Debian does not build. A mirror may list a version that it no longer carries: the previous one is then used.
     Raises `subprocess.CalledProcessError` if apt fails for each.
     """
-    version, *pages = series.split("-")
-    flavor = _Flavor(architecture, "-".join([architecture.debian, *pages]))
+    version, *words = series.split("-")
+    pages = [word for word in words if word != "iommufd"]
+    flavor = _Flavor(architecture, "-".join([architecture.debian, *pages]), pages != words)
     *others, last = by_age(_releases(flavor), version)[:_TRIES]
     for release in others:
         with contextlib.suppress(subprocess.CalledProcessError):
@@ -74,7 +77,8 @@ def by_age(releases: list[str], series: str) -> list[str]:
 def _unpacked(flavor: _Flavor, series: str, release: str) -> Kernel:
     key = hashlib.sha256(" ".join(modules.AT_START + modules.BY_TESTS).encode()).hexdigest()[:12]
     fetch = functools.partial(_fetch, flavor, release)
-    place = cache.made(cache.folder() / f"{release}-{flavor.name}-{key}", fetch)
+    kind = f"{flavor.name}{'-iommufd' * flavor.iommufd}"
+    place = cache.made(cache.folder() / f"{release}-{kind}-{key}", fetch)
     return Kernel(
         series, (place / "release").read_text(), place / "vmlinux", place / "modules.cpio", flavor.architecture
     )
@@ -86,7 +90,8 @@ def _releases(flavor: _Flavor) -> list[str]:
     if known.exists() and time.time() - known.stat().st_mtime > _LOOK_AGAIN:
         with contextlib.suppress(subprocess.CalledProcessError):
             cache.made(known.with_name(f"{known.name}.new"), ask).replace(known)
-    return cache.made(known, ask).read_text().split()
+    releases = cache.made(known, ask).read_text().split()
+    return vfio_modules.suitable(releases) if flavor.iommufd else releases
 
 
 def _ask_mirror(flavor: _Flavor, file: Path) -> None:
@@ -106,5 +111,7 @@ def _fetch(flavor: _Flavor, release: str, place: Path) -> None:
         (tree,) = (path for path in root.glob("**/lib/modules/*") if (path / "kernel").is_dir())
         (packed,) = {*root.glob("boot/vmlinuz-*"), *tree.glob("vmlinuz*")}
         (place / "vmlinux").write_bytes(flavor.architecture.kernel(packed.read_bytes()))
+        if flavor.iommufd:
+            vfio_modules.replace_vfio(flavor.packages, release, flavor.name, tree, root / "iommufd")
         modules.pack(tree, place / "modules.cpio")
         (place / "release").write_text(tree.name)

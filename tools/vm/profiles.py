@@ -110,7 +110,8 @@ PROFILES = {
     ),
     "iommu": Profile(
         Machine(edu=3, ivshmem=1, nvme=True, iommu=True),
-        "tests/vm/test_iommu.py tests/vm/test_vfio.py tests/vm/test_message_interrupts.py",
+        "tests/vm/test_iommu.py tests/vm/test_iommu_interfaces.py tests/vm/test_vfio.py "
+        "tests/vm/test_message_interrupts.py",
     ),
 }
 """Profiles by name. Profiles joined by + run in one guest, which starts only once; the start is a third of the time
@@ -121,6 +122,9 @@ ALONE = {"video", "small", "iommu", "registers", "rdma"}  # video: no memory abo
 
 FULL = ("device+nvme+network+dmabuf+kernel", "video", "small", "iommu", "registers", "rdma")
 """The profiles of a full run on every kernel."""
+
+PARTLY = {"6.12-iommufd": ("iommu",)}
+"""The profiles of a full run on kernels that differ from those of the same series in what these profiles test."""
 
 CI: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {"5.10": ("device",), "newest": ("device+nvme+network+dmabuf", "video", "small", "iommu", "registers")},
