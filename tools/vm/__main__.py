@@ -79,7 +79,7 @@ def _wanted(architecture: Architecture, series: list[str], profiles: list[str]) 
     """Return which profiles to run on which kernels, each kernel once."""
     ci = "ci" in profiles
     only = CI[architecture.name] if ci else {} if profiles else PARTLY
-    names = [name for name in profiles if name != "ci"] or FULL
+    names = [name for name in profiles if name != "ci"] or FULL[architecture.name]
     found: dict[str, kernels.Kernel] = {}
     for each in series or (only if ci else architecture.series):
         kernel = kernels.kernel(architecture, each)

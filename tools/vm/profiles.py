@@ -33,6 +33,15 @@ _KERNEL_TESTS = [
     *(f"--deselect=tests/kernel/test_{file}.py::test_{name}" for file, names in _TOO_SLOW.items() for name in names),
 ]
 
+# Those that depend on the processor, without those that stop a task thousands of times.
+_REMOTE = ("core", "existing", "freeze", "lazy_copies", "snapshot", "unstoppable_tasks", "vector_registers")
+_RESTARTED = ("signal_handler_ends_the_call", "timeout_is_kept")
+_REMOTE_TESTS = [
+    *(f"tests/remote/test_{name}.py" for name in _REMOTE),
+    *(f"tests/remote/test_targets_restart.py::test_{name}" for name in _RESTARTED),
+    "--deselect=tests/remote/test_unstoppable_tasks.py::test_two_users_at_once",
+]
+
 _RDMA = (
     *("python3-pyverbs", "libibverbs1", "ibverbs-providers", "librdmacm1"),
     *("libnl-3-200", "libnl-route-3-200"),
@@ -96,6 +105,7 @@ PROFILES = {
     "network": Profile(Machine(e1000=True), "tests/vm/test_e1000.py"),
     "registers": Profile(Machine(edu=1, ivshmem=1, rtl8139=True), "tests/vm/test_registers.py", trace=True),
     "kernel": Profile(Machine(memory=2048, below_4g=1024), shlex.join(_KERNEL_TESTS)),
+    "remote": Profile(Machine(memory=2048), shlex.join(_REMOTE_TESTS), timeout=1200),
     "small": Profile(
         Machine(memory=640, below_4g=256, edu=8, edu_narrow=True), "tests/vm/test_masks.py tests/vm/test_swap.py"
     ),
@@ -120,8 +130,9 @@ of a short guest."""
 ALONE = {"video", "small", "iommu", "registers", "rdma"}  # video: no memory above 4 GiB
 """Profiles whose machine cannot run the tests of the others."""
 
-FULL = ("device+nvme+network+dmabuf+kernel", "video", "small", "iommu", "registers", "rdma")
-"""The profiles of a full run on every kernel."""
+_FULL = ("device+nvme+network+dmabuf+kernel", "video", "small", "iommu", "registers", "rdma")
+FULL = {"x86_64": _FULL, "aarch64": (*_FULL, "remote")}
+"""The profiles of a full run on every kernel, by architecture: the suite runs those of `remote` on x86-64 hosts."""
 
 PARTLY = {"6.12-iommufd": ("iommu",)}
 """The profiles of a full run on kernels that differ from those of the same series in what these profiles test."""
