@@ -1512,12 +1512,23 @@ static void iobmd_close_objects(struct iobmd_tracer *t)
     }
 }
 
+/* Schedule this process before others, because stopped threads wait for it, or like others. It may be refused. */
+static void iobmd_schedule(const struct iobmd_tracer *t, int policy)
+{
+    struct sched_param first = { policy == SCHED_RR };
+    if (!t->is_thread) iobmd_raw(SYS_sched_setscheduler, 0, policy, (long)&first, 0, 0, 0);
+}
+
 static int iobmd_freeze(struct iobmd_tracer *t)
 {
     int64_t begin, snapshot_deadline = t->deadline_ns;
     int status;
     if (t->records && (status = iobmd_reserve_registers(t))) return status;
-    if ((status = iobmd_open_objects(t)) || (status = iobmd_copy_objects(t, 1))) return status;
+    if ((status = iobmd_open_objects(t))) return status;
+    if (t->object_count) iobmd_schedule(t, SCHED_OTHER);  /* no thread is stopped yet, and this may take long */
+    status = iobmd_copy_objects(t, 1);
+    if (t->object_count) iobmd_schedule(t, SCHED_RR);
+    if (status) return status;
     begin = iobmd_now();
     t->deadline_ns = begin + t->patience_ns;
     while ((status = iobmd_stop_all(t)) == IOBMD_LATE && !iobmd_gives_up(t)) {
@@ -1612,7 +1623,6 @@ static int iobmd_do(struct iobmd_tracer *t, int command)
 static void iobmd_settle(struct iobmd_tracer *t)
 {
     struct sigaction reports;
-    struct sched_param first = { 1 };
     char path[32];
     struct sigevent killed = { .sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGKILL };
     t->pagemap = t->writes = t->alarm = -1;
@@ -1626,8 +1636,7 @@ static void iobmd_settle(struct iobmd_tracer *t)
         reports.sa_handler = iobmd_reap_one;
         sigaction(SIGCHLD, &reports, NULL);  /* of this process only; an ignored SIGCHLD would report nothing */
         iobmd_raw(SYS_setsid, 0, 0, 0, 0, 0, 0);  /* no SIGKILL or SIGSTOP of the maker's group reaches it */
-        /* Stopped threads wait for this process: if permitted, it is scheduled before others. */
-        iobmd_raw(SYS_sched_setscheduler, 0, SCHED_RR, (long)&first, 0, 0, 0);
+        iobmd_schedule(t, SCHED_RR);
         iobmd_raw(SYS_prctl, PR_SET_NAME, (long)"iobmd-tracer", 0, 0, 0, 0);
     }
     iobmd_append_number(iobmd_append(path, "/proc/"), (unsigned long)t->task);
