@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -113,6 +114,33 @@ def test_shared_memory_that_only_root_can_freeze() -> None:
     assert (code, offset, left) == (IOReturn.kIOReturnUnsupported, 0, "")
     assert "cannot open its file, for which CAP_CHECKPOINT_RESTORE is required" in message
     assert is_closed
+
+
+def test_user_other_than_root() -> None:
+    """Each use of a snapshot of one's own program works without privileges, except `pagemap.changes`."""
+    build("snapshot")
+
+    def use() -> tuple[list[bytes], int, IOReturn, str]:
+        with Source() as program, iobmd.snapshot(program.pid) as snapshot:
+            program.write(0, SIZE // PAGE_SIZE, 7)
+            read = [snapshot.read(program.own, 1)]
+            for source in (snapshot, program.pid):
+                for how in ({}, {"freeze": True}, {"lazy": True}):
+                    with iobmd.copy(source, program.own, SIZE, wired=False, **how) as copied:
+                        read.append(copied.readBytes(SIZE - PAGE_SIZE, 1))
+            with tempfile.TemporaryDirectory() as folder:
+                snapshot.core(Path(folder, "core"))
+                core = Core(Path(folder, "core").read_bytes())
+                read.append(core.read(program.own, 1))
+            (area,) = pagemap.areas(snapshot, program.own, SIZE)
+            with iobmd.snapshot(program.pid, limit=SIZE) as later, pytest.raises(IOReturnError) as caught:
+                pagemap.changes(snapshot, later)
+            return read, area.resident, caught.value.code, str(caught.value)
+
+    read, resident, code, message = in_child(use, uid=NOBODY)
+    assert (read, resident) == ([b"\1"] * 4 + [b"\7"] * 3 + [b"\1"], SIZE)
+    assert code == IOReturn.kIOReturnNotPrivileged
+    assert "run as root" in message
 
 
 BY_USERFAULTFD = """
