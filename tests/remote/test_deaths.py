@@ -138,7 +138,7 @@ def test_a_thread_executes_a_program_while_others_are_stopped() -> None:
             assert target.end() == (9, "")
 
 
-@pytest.mark.needs("compiler")
+@pytest.mark.needs("compiler", "root")  # otherwise Yama may require the tracer to be an ancestor
 @pytest.mark.usefixtures("may_trace", "tracer_kind")
 def test_a_thread_is_killed_after_it_has_created_the_guest() -> None:
     """The kernel does not report the process: it is found, killed and reaped."""

@@ -22,7 +22,7 @@ from iobmd.remote import session, signal_return, threads
 from iobmd.task.task import Task
 
 pytestmark = [
-    pytest.mark.needs("compiler"),
+    pytest.mark.needs("compiler", "root"),  # otherwise Yama may require the tracer to be a thread of an ancestor
     pytest.mark.usefixtures("may_trace"),
     pytest.mark.skipif(os.uname().machine != "x86_64", reason="threads are not protected on other processors"),
 ]
