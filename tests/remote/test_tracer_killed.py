@@ -1,6 +1,6 @@
 """The tracer alone is killed (kill -9) at each point of a stop: the task is as before, and nothing remains in it.
 
-At every third point; IOBMD_NIGHTLY=1: at each.
+Only with IOBMD_NIGHTLY=1: on a busy machine, processes that are resumed may take longer than these tests wait.
 """
 
 import ctypes
@@ -24,10 +24,9 @@ from iobmd.task.task import Task
 pytestmark = [
     pytest.mark.needs("compiler", "root"),  # otherwise Yama may require the tracer to be a thread of an ancestor
     pytest.mark.usefixtures("may_trace"),
+    pytest.mark.skipif("IOBMD_NIGHTLY" not in os.environ, reason="a minute on an idle machine, with IOBMD_NIGHTLY=1"),
     pytest.mark.skipif(os.uname().machine != "x86_64", reason="threads are not protected on other processors"),
 ]
-
-STEP = 1 if "IOBMD_NIGHTLY" in os.environ else 3
 
 
 def use_guest(pid: int) -> None:
@@ -61,7 +60,7 @@ def kill_at_each_point(use: Callable[[int], None], pid: int, *, exact: bool = Tr
     assert until(lambda: not blocks_signals(pid))
     before, others = ProgramResources.of(pid), children(pid)
     use(pid)
-    for point in itertools.count(step=STEP):
+    for point in itertools.count():
         if not kill_tracer(lambda: use(pid), point):
             break
         # The kernel has resumed the thread, which may not have run yet.
