@@ -9,7 +9,17 @@ from pathlib import Path
 from . import debian
 from .architecture import Architecture
 
-_LIBRARIES = ("libc6", "libgcc-s1", "libexpat1", "libffi8", "zlib1g", "libbz2-1.0", "liblzma5", "libuuid1")
+_LIBRARIES = (
+    "libc6",
+    "libgcc-s1",
+    "libexpat1",
+    "libffi8",
+    "zlib1g",
+    "libbz2-1.0",
+    "liblzma5",
+    "libuuid1",
+    "libstdc++6",
+)
 SUITES = {"3.11": ("bookworm", "libssl3"), "3.13": ("trixie", "libssl3t64")}
 """By version of Python: the release of Debian that has it, and the name of OpenSSL there."""
 
