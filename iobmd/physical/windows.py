@@ -3,7 +3,8 @@
 The kernel allocates huge pages in the order of its lists, which is not that of their addresses. A search that only
 collects them must hold nearly all free memory before the blocks of one window are among those that it has. Here
 /proc/kpageflags shows in advance which windows are free. All free huge pages are then held without being cleared
-(`ballast`), and only those of the chosen window are freed again, so that the next page faults must allocate them.
+(`ballast`), to have those of the chosen window among them. Then the others are freed, unless the kernel would
+allocate these first, and those of the window one by one, each for the next page fault.
 """
 
 from __future__ import annotations
@@ -206,6 +207,9 @@ class Claim:
         while self._windows:
             for window in list(self._windows):
                 frames = [head // PAGE_SIZE for head in window.heads if head not in owned]
+                if not frames:  # all of it was allocated, but one of its frames cannot be pinned
+                    self._windows.remove(window)
+                    continue
                 if self._frames.untouched(frames) < len(frames):
                     continue
                 if self._find(frames):
@@ -236,14 +240,14 @@ class Claim:
         -------
         bool
             Whether a page fault must follow; False: all blocks are allocated, or another process has one of them, or
-            the budget is exhausted.
+            the budget was exhausted before the last one was allocated.
         """
         if previous and not _is_at(previous, self._freed):
             if self._budget.over or not self._frames.are_unused([self._freed]):
                 return False
             zones.hold_free(self.ballast, self._preferred, self._budget)
             return True
-        if not self._located or self._budget.over:
+        if not self._located:
             return False
         self._freed, offset = self._located.pop()
         self.ballast.free(offset, HUGE_PAGE_SIZE)
@@ -265,21 +269,31 @@ class Claim:
         return True
 
     def _free_others(self) -> None:
-        """Free what is not in the window: all of it, unless its zone is only reached while others are held.
+        """Free what is not in the window: all of it, if page faults are served from its zone first.
 
-        Then as much of it as the zone needs, and what is free in the zones that the kernel prefers is held as well.
+        Otherwise as much as the zone needs, and what is free in the zones that the kernel prefers is held as well.
         """
-        lowest = self._located[0][0] * PAGE_SIZE
+        lowest, highest = (self._located[index][0] * PAGE_SIZE for index in (0, -1))
+        preferred = zones.preferred_to(highest + HUGE_PAGE_SIZE)
+        free_all = preferred is not None and not preferred
         needed = {offset for _frame, offset in self._located}
-        self._preferred = zones.zones_above(lowest)
         wanted = zones.free_around(lowest) + _SLACK
-        for start, size in self.ballast.parts(_CHUNK * HUGE_PAGE_SIZE):
-            if self._preferred and zones.free_around(lowest) >= wanted:
+        for start, size in self.ballast.parts(_CHUNK * HUGE_PAGE_SIZE):  # what was held last is mostly in that zone
+            if not free_all and zones.free_around(lowest) >= wanted:
                 break
-            for offset in range(start, start + size, HUGE_PAGE_SIZE):
-                if offset not in needed:
-                    self.ballast.free(offset, HUGE_PAGE_SIZE)
+            self._free_part(start, start + size, needed)
+        self._preferred = preferred or set()
         zones.hold_free(self.ballast, self._preferred, self._budget)
+
+    def _free_part(self, start: int, end: int, needed: set[int]) -> None:
+        begin = start
+        for offset in range(start, end, HUGE_PAGE_SIZE):
+            if offset in needed:
+                if offset > begin:
+                    self.ballast.free(begin, offset - begin)
+                begin = offset + HUGE_PAGE_SIZE
+        if end > begin:
+            self.ballast.free(begin, end - begin)
 
     def _locate(self, offset: int, blocks: int, frames: list[int]) -> dict[int, int]:
         """Return the offsets of those blocks, by their first frames, that are in a part of the ballast.

@@ -29,7 +29,7 @@ _SHOWN = 8  # ranges of RAM in a message
 @contextlib.contextmanager
 def held_above(allowed: int, budget: Budget) -> Iterator[None]:
     """Hold the free huge pages of the zones above the mask `allowed`, so that the next ones come from lower zones."""
-    above = zones_above(allowed)
+    above = {(zone.node, zone.name) for zone in _zones() if zone.start > allowed} if allowed < ALL_ADDRESSES else None
     if not above:
         yield
         return
@@ -39,9 +39,15 @@ def held_above(allowed: int, budget: Budget) -> Iterator[None]:
         yield
 
 
-def zones_above(address: int) -> set[tuple[int, str]]:
-    """Return the nodes and names of the zones above an address, from which the kernel prefers to allocate."""
-    return {(zone.node, zone.name) for zone in _zones() if zone.start > address} if address < ALL_ADDRESSES else set()
+def preferred_to(end: int) -> set[tuple[int, str]] | None:
+    """Return the zones from which page faults are served before memory below `end`: those that begin above it.
+
+    None if that depends on the processor, because the host has several nodes, or if the zones are hidden.
+    """
+    found = _zones()
+    if len({zone.node for zone in found}) != 1:
+        return None
+    return {(zone.node, zone.name) for zone in found if zone.start >= end}
 
 
 def free_around(address: int) -> int:
@@ -51,7 +57,8 @@ def free_around(address: int) -> int:
 
 def hold_free(held: Ballast, zones: set[tuple[int, str]], budget: Budget) -> None:
     """Hold the free huge pages of some zones too."""
-    for _attempt in range(_ATTEMPTS):
+    for _attempt in range(_ATTEMPTS if zones else 0):
+        budget.measure(held.size)
         amount = min(zoneinfo.free_in_blocks(HUGE_PAGE_SIZE, zones=zones), budget.untouched - held.size)
         if not held.hold(amount):
             break
