@@ -100,7 +100,7 @@ class IOMapper:
         alignment: int = 1,
         highest: int | None = None,
     ) -> IOVMRange:
-        """Pin a descriptor's memory and map all of it for the device, at one address, until `IOVMRange.complete`.
+        """Pin a descriptor's memory and map its bytes for the device, at one address, until `IOVMRange.complete`.
 
         Parameters
         ----------
@@ -152,11 +152,11 @@ class IOMapper:
                 undo.callback(self._addresses.release, address, size)
                 end = address
                 for part in parts:
+                    undo.callback(_unmap_if_mapped, attachment, end, part.size)  # Ctrl-C may follow the mapping
                     attachment.map(part.address, end, part.size, access)
-                    undo.callback(attachment.unmap, end, part.size)
                     end += part.size
                 undo.pop_all()
-        prepared = IOVMRange(self, descriptor, address, size, memory.require_backing().in_page(0))
+        prepared = IOVMRange(self, descriptor, (address, size), memory.require_backing().in_page(0), length)
         self._ranges.add(prepared)
         return prepared
 
@@ -317,17 +317,22 @@ def _require_mappable(descriptor: IOMemoryDescriptor) -> None:
         raise UnsupportedError("VFIO maps memory cached, and not with kIOMapperUncached: call setMapperOptions(0)")
 
 
+def _unmap_if_mapped(attachment: Attachment, address: int, size: int) -> None:
+    with contextlib.suppress(OSError):  # ENOENT, by iommufd
+        attachment.unmap(address, size)
+
+
 class IOVMRange:
     """A descriptor's memory as a device sees it, from `IOMapper.prepare` to `complete` or the end of `with`."""
 
     def __init__(
-        self, mapper: IOMapper, descriptor: IOMemoryDescriptor, address: int, mapped: int, offset: int
+        self, mapper: IOMapper, descriptor: IOMemoryDescriptor, mapped: tuple[int, int], offset: int, length: int
     ) -> None:
-        self._mapped = address, mapped
-        self.address = address + offset
+        self._mapped = mapped
+        self.address = mapped[0] + offset
         """The device's address of the first byte."""
-        self.length = descriptor.getLength()
-        """In bytes."""
+        self.length = length
+        """In bytes: the length of the descriptor when it was mapped."""
         self.descriptor = descriptor
         """The memory."""
         self._mapper: IOMapper | None = mapper

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Protocol
 
-from iobmd.errors import NotPrivilegedError
+from iobmd.errors import NotPrivilegedError, UnsupportedError
 from iobmd.iommu import iommufd
 from iobmd.iommu.vfio import Container, Device
 
@@ -45,7 +45,10 @@ def attach(name: str) -> Attachment:
         return Container(device)
     try:
         return iommufd.IOAS(device, place)
-    except NotPrivilegedError:
-        if not Path(device.group_file()).exists():  # the kernel has no groups of VFIO (CONFIG_VFIO_GROUP)
+    except NotPrivilegedError as refused:
+        if not os.path.exists(device.group_file()):  # noqa: PTH110 (the kernel may have no groups: CONFIG_VFIO_GROUP)
             raise
-        return Container(device)
+        try:
+            return Container(device)
+        except UnsupportedError:  # there is no container
+            raise refused from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import struct
 from array import array
 from pathlib import Path
@@ -42,7 +43,7 @@ def node(device: Device) -> str | None:
     """
     for path in device.folder.glob("vfio-dev/vfio*"):
         place = Path("/dev/vfio/devices", path.name)
-        if place.exists() and Path(_FILE).exists():
+        if os.path.exists(place) and os.path.exists(_FILE):  # noqa: PTH110 (Path.exists() raises PermissionError)
             return str(place)
     return None
 
