@@ -38,5 +38,7 @@ def why_not() -> str | None:
         except OSError as error:
             if error.errno == errno.ENOEXEC:
                 return "this kernel runs no 32-bit programs"
+            if error.errno == errno.EACCES:
+                return f"no program may be executed in {folder}"
             raise
     return None

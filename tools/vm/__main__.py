@@ -78,10 +78,12 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def _wanted(architecture: Architecture, series: list[str], profiles: list[str]) -> list[tuple[kernels.Kernel, str]]:
     """Return which profiles to run on which kernels, each kernel once."""
     ci = "ci" in profiles
-    only = CI[architecture.name] if ci else {} if profiles else PARTLY
+    only = CI[architecture.name] if ci else {} if series else PARTLY
     names = [name for name in profiles if name != "ci"] or FULL[architecture.name]
     found: dict[str, kernels.Kernel] = {}
     for each in series or (only if ci else architecture.series):
+        if not series and each in PARTLY and not {*PARTLY[each]} & {*names}:
+            continue
         kernel = kernels.kernel(architecture, each)
         version = each.partition("-")[0]
         other = (
