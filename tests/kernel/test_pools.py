@@ -34,7 +34,7 @@ def test_progress_ends_with_the_size(keywords: dict[str, bool]) -> None:
     assert done[-1] == size
     assert done[:-1] == sorted(done[:-1])
     if not keywords:
-        assert len(done) >= 4, "this thread populates at least some of the chunks"
+        assert len(done) >= 2, "this thread populates at least one of the chunks, however busy the machine is"
 
 
 def test_small_memory_reports_its_end() -> None:

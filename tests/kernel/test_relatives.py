@@ -228,7 +228,8 @@ class Family(RuleBasedStateMachine):
         expected = set() if one.is_pinned() else {IOReturn.kIOReturnNotReady}
         if not expected and not one.is_accessible(offset, length):
             expected = {IOReturn.kIOReturnUnsupported}
-        if expected or self.seen:
+        of_devices = {piece.of.device for piece in one.bytes_at(offset, length)} == {True}
+        if expected or self.seen or of_devices:
             if self.happens(expected, lambda: one.real.segments(offset, length)):
                 assert [list(segment) for segment in one.real.segments(offset, length)] == places(one, offset, length)
         elif length:

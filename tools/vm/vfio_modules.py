@@ -62,7 +62,9 @@ def replace_vfio(packages: Archive, release: str, flavor: str, tree: Path, place
 def _sources(archive: Path, code: Path) -> None:
     with tarfile.open(archive) as packed:
         wanted = [member for member in packed if member.name.partition("/")[2].startswith(_PARTS)]
-        packed.extractall(archive.parent, wanted, filter="data")
+        if hasattr(tarfile, "data_filter"):  # Python 3.11.4
+            packed.extraction_filter = tarfile.data_filter
+        packed.extractall(archive.parent, wanted)
     tree = archive.parent / archive.name.removesuffix(".tar.xz")
     code.mkdir()
     for part in _PARTS[:-1]:
