@@ -22,7 +22,7 @@ from support.targets import Target, children, until_at_rest
 
 import iobmd
 from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Task, Wiring, procfs
-from iobmd.errors import NotFoundError
+from iobmd.errors import NotFoundError, NotPermittedError
 from iobmd.remote import shared_memory, syscall_instruction
 from iobmd.remote.guest import Call, Guest
 from iobmd.remote.session import Session
@@ -239,9 +239,11 @@ def test_another_thread_runs_another_program(others: int) -> None:
             name, begin = Path(f"/proc/{target.pid}/comm"), time.monotonic()
             threading.Timer(number * 0.001, target.tell).start()
             while name.read_text() != "sleep\n" or time.monotonic() < begin + 0.05:
-                with contextlib.suppress(NotFoundError):
+                # A user other than root may also be refused for the moment in which the guest ends.
+                with contextlib.suppress(NotFoundError, *([NotPermittedError] if os.getuid() else [])):
                     iobmd.allocate(8192, task=target.pid, wired=False).free()
-            assert time.monotonic() - begin < 5
+            # Rarely, the tracer searches for 5 s for a guest that may not have been created.
+            assert time.monotonic() - begin < 15
             assert "TracerPid:\t0\n" in Path(f"/proc/{target.pid}/status").read_text()
             assert not children(target.pid)
 
