@@ -110,6 +110,6 @@ def redirect_in_target(context: Context) -> None:
 
 
 def _check_gone(pid: int, address: int) -> None:
-    for area in kernel.mappings(pid):  # another worker may have mapped memory there in between
-        if area.start <= address < area.end and "iobmd" not in area.name:
+    for area in kernel.mappings(pid):  # another worker may have mapped (private) memory there
+        if area.start <= address < area.end and not ("iobmd" in area.name or area.name == "/dev/zero"):
             raise Found("programs_disturbed", f"{area} is mapped in a target where iobmd had mapped memory")
