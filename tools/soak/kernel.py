@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import re
 import signal
@@ -91,6 +92,8 @@ def map_private(size: int, *, readable: bool = True) -> int:
     protection, flags = (3 if readable else 0), 0x22  # PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS
     address = _libc.mmap(None, ctypes.c_size_t(size), protection, flags, -1, ctypes.c_long(0))
     if address in (None, ctypes.c_void_p(-1).value):
+        if ctypes.get_errno() == errno.ENOMEM:  # a worker may have a limit (RLIMIT_AS)
+            raise MemoryError(f"mmap of {size} bytes")
         _check(-1, "mmap")
     return int(address)
 
