@@ -4,8 +4,9 @@
    HANDLER  how its handler waits: "poll" or "read"
    MAIN     what its main thread does: "read" executes the commands of its input, "spin" computes
    MODE     "serve" answers faults of missing pages; "stall" does so only after the line "serve"; "protect" answers
-            faults of write-protected pages, which are all present; "drop" serves, and a thread drops pages
-            repeatedly; "fork" also reads reports of forks, and the range "plain" is not registered
+            faults of write-protected pages, which are all present; "drop" serves, and then drops the page that it
+            served before, so that one is present at most; "fork" also reads reports of forks, and the range "plain"
+            is not registered
 
    It prints "ready", and the addresses of the registered range and of a plain one, of 1 MiB each. */
 #define _GNU_SOURCE
@@ -28,7 +29,7 @@
 
 static char *area, *plain;
 static char content[PAGE] __attribute__((aligned(PAGE)));
-static int faults, waits_by_poll, protects;
+static int faults, waits_by_poll, protects, drops;
 static volatile int serves = 1;
 
 static void fail(const char *what) { perror(what); exit(1); }
@@ -36,6 +37,7 @@ static void fail(const char *what) { perror(what); exit(1); }
 static void *handle(void *unused)
 {
     (void)unused;
+    uint64_t served = 0;
     for (;;) {
         struct uffd_msg message;
         if (waits_by_poll) {
@@ -58,15 +60,10 @@ static void *handle(void *unused)
                 struct uffdio_range range = { at, PAGE };
                 ioctl(faults, UFFDIO_WAKE, &range);
             }
+            if (drops && served && served != at) madvise((void *)(uintptr_t)served, PAGE, MADV_DONTNEED);
+            served = at;
         }
     }
-    return 0;
-}
-
-static void *drop(void *unused)
-{
-    (void)unused;
-    for (;;) madvise(area, SIZE, MADV_DONTNEED);
     return 0;
 }
 
@@ -84,6 +81,7 @@ int main(int argc, char **argv)
     const char *mode = argv[3];
     waits_by_poll = !strcmp(argv[1], "poll");
     protects = !strcmp(mode, "protect");
+    drops = !strcmp(mode, "drop");
     serves = strcmp(mode, "stall") != 0;
     memset(content, 'u', PAGE);
     area = map(), plain = map();
@@ -99,7 +97,6 @@ int main(int argc, char **argv)
     if (protects && ioctl(faults, UFFDIO_WRITEPROTECT, &closed)) fail("UFFDIO_WRITEPROTECT");
     pthread_t thread;
     pthread_create(&thread, 0, handle, 0);
-    if (!strcmp(mode, "drop")) pthread_create(&thread, 0, drop, 0);
     printf("ready\n%lu %lu\n", (unsigned long)area, (unsigned long)plain);
     fflush(stdout);
     if (!strcmp(argv[2], "spin")) for (;;) __asm__ volatile ("");
