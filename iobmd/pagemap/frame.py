@@ -116,20 +116,21 @@ class Frames:
         """Return a reader of all flags; the parameters are those of the native class."""
         return native.Census(self._flags, block, cells, cell)
 
-    def are_unused(self, frames: Sequence[int]) -> bool:
-        """Return whether frames have no user: they are free, or in a processor's list of free pages."""
-        return not any(word & ~(1 << _BUDDY) for word in array("Q", bytes(native.flag_words(self._flags, frames))))
+    def is_unused(self, frame: int) -> bool:
+        """Return whether a frame has no user: it is free, or in a processor's list of free pages."""
+        (word,) = self._words([frame])
+        return not word & ~(1 << _BUDDY)
 
     def free(self, frames: Sequence[int]) -> bytes:
         """Return a byte for each of some frames, 1 if it is free."""
-        return bytes(word >> _BUDDY & 1 for word in array("Q", bytes(native.flag_words(self._flags, frames))))
+        return bytes(word >> _BUDDY & 1 for word in self._words(frames))
 
     def untouched(self, frames: Sequence[int]) -> int:
         """Return how many of some frames, up to the first other one, begin a huge page that was never used.
 
         Such a page was allocated in a tmpfs, but is not cleared yet.
         """
-        found = map(_is_untouched, array("Q", bytes(native.flag_words(self._flags, frames))))
+        found = map(_is_untouched, self._words(frames))
         return next((index for index, is_untouched in enumerate(found) if not is_untouched), len(frames))
 
     def freed_with(self, frames: Sequence[int], file: int, offset: int, size: int) -> list[int]:
@@ -137,6 +138,9 @@ class Frames:
         raw = native.flag_words_without(self._flags, frames, file, offset, size)
         words = array("Q", bytes(raw))
         return [frame for frame, word in zip(frames, words, strict=True) if not _is_untouched(word)]
+
+    def _words(self, frames: Sequence[int]) -> "array[int]":
+        return array("Q", bytes(native.flag_words(self._flags, frames)))
 
     def end_of_flags(self, start: int, end: int) -> int:
         """Return the end of the last frame that has a flag between two physical addresses; `start` if none has."""

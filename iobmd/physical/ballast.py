@@ -19,6 +19,7 @@ from iobmd.units import HUGE_PAGE_SIZE, round_down
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from collections.abc import Set as AbstractSet
     from typing import Self
 
 _STEP = 256 << 20
@@ -93,9 +94,12 @@ class Ballast:
     def _spare(self) -> int:
         return zoneinfo.free_in_blocks(HUGE_PAGE_SIZE)
 
-    def parts(self, size: int) -> Iterator[tuple[int, int]]:
-        """Iterate over the offsets and sizes of what is held, in parts of at most `size` bytes, the last first."""
-        held = sorted(self._held)
+    def parts(self, size: int, *, without: AbstractSet[int] = frozenset()) -> Iterator[tuple[int, int]]:
+        """Iterate over contiguous parts, as offsets and sizes of at most `size` bytes, in descending order.
+
+        Huge pages at the offsets `without` are omitted.
+        """
+        held = sorted(self._held - without)
         while held:
             start = len(held) - 1
             while start and held[start - 1] == held[start] - HUGE_PAGE_SIZE and held[-1] - held[start - 1] < size:

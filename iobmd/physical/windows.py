@@ -192,7 +192,7 @@ class Claim:
         self._undo = contextlib.ExitStack()
         self._located: list[tuple[int, int]] = []  # the frames of its blocks and their offsets in the ballast
         self._freed = 0  # the frame of the block that was freed last
-        self._preferred: set[tuple[int, str]] = set()  # zones above the window's
+        self._preferred: set[tuple[int, str]] = set()  # the zones that serve page faults before the window's
         self.ballast = Ballast()
         self._undo.callback(self.ballast.close)
         try:
@@ -243,7 +243,7 @@ class Claim:
             the budget was exhausted before the last one was allocated.
         """
         if previous and not _is_at(previous, self._freed):
-            if self._budget.over or not self._frames.are_unused([self._freed]):
+            if self._budget.over or not self._frames.is_unused(self._freed):
                 return False
             zones.hold_free(self.ballast, self._preferred, self._budget)
             return True
@@ -269,31 +269,21 @@ class Claim:
         return True
 
     def _free_others(self) -> None:
-        """Free what is not in the window: all of it, if page faults are served from its zone first.
+        """Free the held memory outside of the window: all of it if its zone is the first to serve page faults.
 
-        Otherwise as much as the zone needs, and what is free in the zones that the kernel prefers is held as well.
+        Otherwise, free as much as that zone needs, and also hold the free memory of the zones before it.
         """
         lowest, highest = (self._located[index][0] * PAGE_SIZE for index in (0, -1))
         preferred = zones.preferred_to(highest + HUGE_PAGE_SIZE)
-        free_all = preferred is not None and not preferred
-        needed = {offset for _frame, offset in self._located}
+        is_first = preferred is not None and not preferred
         wanted = zones.free_around(lowest) + _SLACK
-        for start, size in self.ballast.parts(_CHUNK * HUGE_PAGE_SIZE):  # what was held last is mostly in that zone
-            if not free_all and zones.free_around(lowest) >= wanted:
+        needed = {offset for _frame, offset in self._located}
+        for start, size in self.ballast.parts(_CHUNK * HUGE_PAGE_SIZE, without=needed):  # most are in that zone
+            if not is_first and zones.free_around(lowest) >= wanted:
                 break
-            self._free_part(start, start + size, needed)
+            self.ballast.free(start, size)
         self._preferred = preferred or set()
         zones.hold_free(self.ballast, self._preferred, self._budget)
-
-    def _free_part(self, start: int, end: int, needed: set[int]) -> None:
-        begin = start
-        for offset in range(start, end, HUGE_PAGE_SIZE):
-            if offset in needed:
-                if offset > begin:
-                    self.ballast.free(begin, offset - begin)
-                begin = offset + HUGE_PAGE_SIZE
-        if end > begin:
-            self.ballast.free(begin, end - begin)
 
     def _locate(self, offset: int, blocks: int, frames: list[int]) -> dict[int, int]:
         """Return the offsets of those blocks, by their first frames, that are in a part of the ballast.

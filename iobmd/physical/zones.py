@@ -56,8 +56,10 @@ def free_around(address: int) -> int:
 
 
 def hold_free(held: Ballast, zones: set[tuple[int, str]], budget: Budget) -> None:
-    """Hold the free huge pages of some zones too."""
-    for _attempt in range(_ATTEMPTS if zones else 0):
+    """Hold the free huge pages of some zones as well."""
+    if not zones:  # memory that is not initialized yet counts for any zones
+        return
+    for _attempt in range(_ATTEMPTS):
         budget.measure(held.size)
         amount = min(zoneinfo.free_in_blocks(HUGE_PAGE_SIZE, zones=zones), budget.untouched - held.size)
         if not held.hold(amount):
