@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import TYPE_CHECKING
 
 from iobmd.descriptors.composite_memory import CompositeBacking
@@ -14,13 +13,10 @@ if TYPE_CHECKING:
     from iobmd.descriptors.ownership import MemoryOwner
 
 
-_host_only: weakref.WeakSet[MemoryOwner] = weakref.WeakSet()
-
-
 def restrict(owner: MemoryOwner, options: int) -> None:
     """Apply the options of new memory, or of a part or concatenation, to its owner."""
     if options & HOST_ONLY:
-        _host_only.add(owner)
+        owner.host_only = True
 
 
 def require_device_access(descriptor: IOMemoryDescriptor) -> None:
@@ -33,4 +29,4 @@ def require_device_access(descriptor: IOMemoryDescriptor) -> None:
 def _is_host_only(owner: MemoryOwner) -> bool:
     backing = owner.require_backing()
     parts = backing.parts if isinstance(backing, CompositeBacking) else ()
-    return owner in _host_only or any(_is_host_only(part.owner) for part in parts)
+    return owner.host_only or any(_is_host_only(part.owner) for part in parts)

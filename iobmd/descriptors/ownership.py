@@ -87,6 +87,7 @@ class MemoryOwner:
         "backing",
         "guard",
         "has_handle",
+        "host_only",
         "length",
         "maker",
         "pins",
@@ -105,6 +106,7 @@ class MemoryOwner:
         self.maker = self._wired_by = os.getpid() if maker is None else maker
         self.guard = process_local.Guard()
         self.has_handle = has_handle
+        self.host_only = False  # set by `device_access.restrict`
         self.length = length
         self._mappings: weakref.WeakSet[CachedMapping] | None = None
         self._viewable: WeakRegistry[mapping.Mapping] | None = None
