@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from iobmd.cli import EXIT_INTERRUPTED
@@ -77,13 +78,17 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def _wanted(architecture: Architecture, series: list[str], profiles: list[str]) -> list[tuple[kernels.Kernel, str]]:
     """Return which profiles to run on which kernels, each kernel once."""
-    ci = "ci" in profiles
-    only = CI[architecture.name] if ci else {} if series else PARTLY
     names = [name for name in profiles if name != "ci"] or FULL[architecture.name]
+    only: Mapping[str, Collection[str]] = {}
+    if "ci" in profiles:
+        only = CI[architecture.name]
+        series = series or [*only]
+    elif not series:
+        partly = PARTLY[architecture.name].items()
+        only = {each: tested for each, differing in partly if (tested := differing & {*names})}
+        series = [*architecture.series, *only]
     found: dict[str, kernels.Kernel] = {}
-    for each in series or (only if ci else architecture.series):
-        if not series and each in PARTLY and not {*PARTLY[each]} & {*names}:
-            continue
+    for each in series:
         kernel = kernels.kernel(architecture, each)
         version = each.partition("-")[0]
         other = (

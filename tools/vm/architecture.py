@@ -74,7 +74,7 @@ ARCHITECTURES = {
             iommu_parameters="intel_iommu=on",
             kernel=vmlinux.extract,
             # Every long-term series since io_uring's pins are usable, and the newest kernel.
-            series=("5.10", "6.1", "6.12", "6.12-iommufd", "6.18", "newest"),
+            series=("5.10", "6.1", "6.12", "6.18", "newest"),
         ),
         Architecture(
             name="aarch64",
