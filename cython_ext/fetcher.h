@@ -571,7 +571,7 @@ static void iobmd_set_state(struct iobmd_fetcher *f, int state)
     pthread_mutex_unlock(&f->lock);
 }
 
-/* If there is none, because no thread or no second processor is available, this thread fetches everything. */
+/* If it cannot be started, because no thread or no second processor is available, this thread fetches everything. */
 static void iobmd_start_helper(struct iobmd_fetcher *f)
 {
     pthread_attr_t attributes;

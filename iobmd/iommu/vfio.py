@@ -177,7 +177,7 @@ def _iova_ranges(info: bytearray) -> list[tuple[int, int]]:
 
 
 def opened(path: str, absent: str) -> Fd:
-    """Open a file of VFIO or iommufd. `absent` is the remedy if there is none. Raises as `iobmd.iommu.IOMapper`."""
+    """Open a file of VFIO or iommufd; `absent` is the remedy if it is missing. Raises as `iobmd.iommu.IOMapper`."""
     try:
         return Fd(os.open(path, os.O_RDWR | os.O_CLOEXEC), path)
     except PermissionError as error:

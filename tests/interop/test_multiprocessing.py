@@ -26,7 +26,7 @@ METHODS = ["fork", "spawn", "forkserver"]
 
 @pytest.fixture(autouse=True)
 def nothing_in_transit() -> Iterator[None]:
-    """End multiprocessing's thread, which closes what it has sent some time after the receiver has got it."""
+    """End multiprocessing's thread, which closes a descriptor some time after the receiver has received it."""
     yield
     resource_sharer.stop(timeout=30)
 
