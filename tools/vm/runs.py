@@ -4,7 +4,7 @@ import functools
 import tempfile
 import threading
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from .profiles import Profile, profile
 
 _BOOTS = 3  # emulated processors sometimes crash in code that the kernel patches while it boots
 _LOG_TAIL = 30  # number of kernel messages that are shown if the guest failed
+_LOOK = 0.5  # seconds after which a wait begins again
 _speaking = threading.Lock()
 
 
@@ -45,7 +46,19 @@ def run_all(
         payload = Path(folder, "payload.cpio")
         image.payload(payload, architecture)
         common = (payload, image.base(architecture))
-        return list(pool.map(lambda pair: run(guests, pair[0], _wanted(pair[1], tests), common, verbose), pairs))
+        running = [pool.submit(run, guests, kernel, _wanted(name, tests), common, verbose) for kernel, name in pairs]
+        try:
+            return [_result(each) for each in running]
+        finally:
+            for each in running:
+                each.cancel()
+
+
+def _result(running: Future[Run]) -> Run:
+    """Wait for a run. A signal that arrives directly before a wait without a time limit would not end that wait."""
+    while not wait([running], _LOOK).done:
+        pass
+    return running.result()
 
 
 def _wanted(name: str, tests: str) -> tuple[str, Profile]:
