@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import pickle
 import resource
@@ -51,6 +52,7 @@ def in_child(
     if not pid:
         os.close(reading)
         die_with_parent()
+        gc.freeze()  # inherited garbage closes no descriptors and frees no memory, at times that are not known
         try:
             _restrict(uid, memlock, deny or {}, drop)
             outcome: tuple[bool, Any] = True, function()
