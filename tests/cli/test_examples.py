@@ -2,12 +2,13 @@
 
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.child import sleeping
+from support.child import sleeping, started, until_asleep
 from support.core_file import Core
 from support.examples import EXAMPLES, run
 from support.targets import until_at_rest
@@ -79,8 +80,11 @@ def unchanged(name: str, pid: int, *fields: tuple[str, ...]) -> tuple[str, list[
     pytest.fail(f"the memory of a sleeping process changed 20 times: {before}")
 
 
-def test_port_of_smem() -> None:
-    with sleeping() as target:
+def test_port_of_smem(tmp_path: Path) -> None:
+    """The program is a copy, because its pages are not private while another process executes the same file."""
+    program = shutil.copy(shutil.which("sleep") or "", tmp_path)
+    with started([program, "1000"]) as target:
+        until_asleep(target.pid)
         output, sizes = unchanged("smem", target.pid, ("Private_Clean", "Private_Dirty"), ("Rss",))
         row = output.splitlines()[1].split()
         assert [int(row[1]), int(row[3])] == sizes
