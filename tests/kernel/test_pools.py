@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import in_child
+from support.threads import on_one_processor
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Wiring
@@ -37,12 +38,9 @@ def test_progress_ends_with_the_size(keywords: dict[str, bool]) -> None:
 
 def test_progress_of_each_chunk() -> None:
     """On one processor no other thread populates a chunk, however busy the machine is."""
-    allowed, done = os.sched_getaffinity(0), []
-    os.sched_setaffinity(0, {min(allowed)})
-    try:
+    done: list[int] = []
+    with on_one_processor():
         iobmd.allocate(SIZE, progress=done.append).free()
-    finally:
-        os.sched_setaffinity(0, allowed)
     assert len(done) >= 4
     assert done == sorted(done)
 
@@ -79,7 +77,8 @@ def test_an_interrupt_ends_it() -> None:
 
     signal_of_python = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        assert allocate() == ("interrupted", kernel.status("VmLck"))
+        with on_one_processor():  # this thread populates several chunks
+            assert allocate() == ("interrupted", kernel.status("VmLck"))
     finally:
         signal.signal(signal.SIGINT, signal_of_python)
     assert seen[-1] < SIZE
@@ -127,7 +126,8 @@ def test_refused_while_another_takes_the_rest(memory_cgroup: Callable[[int], Pat
             time.sleep(0.02)
 
         try:
-            iobmd.allocate(384 * MIB, progress=fill)
+            with on_one_processor():  # `fill` is called after the first chunk
+                iobmd.allocate(384 * MIB, progress=fill)
         except IOReturnError as error:
             return error.code, str(error), kernel.status("VmLck")
         raise AssertionError("384 MiB and 256 MiB were allocated within 512 MiB")

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import os
 import threading
 from collections.abc import Callable, Iterator
 
@@ -39,6 +40,21 @@ def run_all(*works: Callable[[], object]) -> None:
     """Call each of `works` in a separate thread, and wait for all of them; raises as `running`."""
     with running(*works):
         pass
+
+
+@contextlib.contextmanager
+def on_one_processor() -> Iterator[None]:
+    """Run this thread on one processor during a `with` block.
+
+    Large memory is then populated and copied by this thread alone, which reports its progress after each chunk. With
+    more processors, others may process all chunks before a busy machine runs this thread, and no progress is reported.
+    """
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def collects_without_waiting(
