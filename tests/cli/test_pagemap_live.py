@@ -16,7 +16,7 @@ from typing import Self
 
 import pytest
 from support.child import die_with_parent
-from support.targets import Target
+from support.targets import Target, until_at_rest
 
 PROGRAM = """
 import mmap, sys
@@ -28,6 +28,8 @@ for line in sys.stdin:
     print("done", flush=True)
 """
 ENTERED, LEFT = "\x1b[?1049h", "\x1b[?1049l"
+PATIENCE = 60  # seconds for what takes one interval, on a busy machine
+MARK = "<end of the output>"
 
 
 class Terminal:
@@ -57,6 +59,7 @@ class Terminal:
             preexec_fn=control,  # noqa: PLW1509 (no thread of this process holds a lock that it needs)
         )
         self.text = ""
+        self._seen = 0  # where the screen begins that `until` has returned
 
     def resize(self, columns: int, lines: int) -> None:
         """Set the size; the kernel sends SIGWINCH."""
@@ -66,20 +69,31 @@ class Terminal:
     def press(self, keys: str) -> None:
         os.write(self._leader, keys.encode())
 
-    @property
-    def screen(self) -> str:
-        """What is shown, without colors: the last complete text that begins at the top of the screen."""
-        shown = (text for text in reversed(self.text.split("\x1b[H")) if text.count("\n") == self._lines - 1)
-        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", next(shown, ""))
-        return re.sub(r" *\r?$", "", text, flags=re.MULTILINE)
+    def screens(self) -> list[tuple[int, str]]:
+        """Return where each complete text of a screen begins, and the text without colors, from the one last seen."""
+        found = []
+        for part in re.finditer(r"\x1b\[H((?:(?!\x1b\[H).)*)", self.text[self._seen :], re.DOTALL):
+            if part[1].count("\n") == self._lines - 1:
+                text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", part[1])
+                found.append((self._seen + part.start(), re.sub(r" *\r?$", "", text, flags=re.MULTILINE)))
+        return found
 
     def until(self, pattern: str) -> str:
-        """Wait until the screen matches a pattern, and return it."""
-        end = time.monotonic() + 10
-        while not re.search(pattern, self.screen):
-            assert time.monotonic() < end, f"no {pattern} on the screen:\n{self.screen}"
+        """Wait for a screen that matches a pattern, and return it.
+
+        It may have been replaced since: if this process did not run for some intervals, it reads several screens.
+        """
+        end = time.monotonic() + PATIENCE
+        while not (found := [(start, text) for start, text in self.screens() if re.search(pattern, text)]):
+            shown = self.screens()[-1:]
+            assert time.monotonic() < end, f"no {pattern} on the screen:\n{shown and shown[0][1]}"
             self.read()
-        return self.screen
+        self._seen, text = found[0]
+        return text
+
+    def forget(self) -> None:
+        """Discard what was shown."""
+        self.text, self._seen = "", 0
 
     def read(self) -> bool:
         """Read more, briefly; return whether the terminal is still open."""
@@ -93,18 +107,22 @@ class Terminal:
 
     def wait_for(self, text: str, count: int) -> None:
         """Wait until a text was written this number of times."""
-        end = time.monotonic() + 10
+        end = time.monotonic() + PATIENCE
         while self.text.count(text) < count:
             assert time.monotonic() < end, self.text[-2000:]
             self.read()
 
     def end(self) -> int:
-        """Wait until the command has exited; return its exit code."""
-        end = time.monotonic() + 10
+        """Wait until the command has exited, and read all that it wrote; return its exit code."""
+        end = time.monotonic() + PATIENCE
         while self.process.poll() is None:
             assert time.monotonic() < end
             self.read()
-        self.read()
+        os.write(self.side, MARK.encode())  # follows the output, which is read in parts of 4 KiB
+        while MARK not in self.text:
+            assert time.monotonic() < end
+            self.read()
+        self.text = self.text.replace(MARK, "")
         return self.process.returncode
 
     def is_restored(self) -> bool:
@@ -126,6 +144,7 @@ class Terminal:
 @pytest.fixture
 def target() -> Iterator[Target]:
     with Target([sys.executable, "-c", PROGRAM]) as made:
+        until_at_rest(made.pid)  # before that, its own pages count as newly resident
         yield made
 
 
@@ -168,11 +187,12 @@ def test_keys(target: Target) -> None:
         end = time.monotonic() + 0.7  # three intervals
         while time.monotonic() < end:
             terminal.read()
-        assert "newly resident" not in terminal.screen
+        assert not any("newly resident" in text for _start, text in terminal.screens())
         terminal.press("p")
-        terminal.until(r"this tick: +\+4(\.\d)?M newly resident")
-        size = r"\+4(\.\d)?M"
-        terminal.until(rf"(?s)this tick: +-\nsince [\d:]+: {size} newly resident.*{size}[^\n]* \[anon\]")
+        terminal.until(r"this tick: .*\+4(\.\d)?M newly resident")
+        shown = terminal.until(r"this tick: +-\n")
+        assert re.search(r"since [\d:]+: .*\+4(\.\d)?M newly resident", shown)
+        assert re.search(r"\+4(\.\d)?M .*\[anon\]", shown), shown  # the kernel may also have moved pages
         assert "\x1b[32m+4" in terminal.text  # in the color of the legend
         terminal.press("r")
         terminal.until(r"since [\d:]+: -\n")
@@ -264,7 +284,7 @@ def test_suspending(target: Target) -> None:
             assert terminal.is_restored()
             job = re.search(r"job (\d+)", terminal.text.rpartition(LEFT)[2])
             assert job
-            terminal.text = ""
+            terminal.forget()
             os.kill(int(job[1]), signal.SIGCONT)
             terminal.wait_for(ENTERED, 1)
         terminal.until("group:mapping")
@@ -283,7 +303,7 @@ def test_without_a_keyboard(target: Target) -> None:
     with Terminal("-c", program) as terminal:
         terminal.until("mapping")
         fill(target)
-        terminal.until(r"since [\d:]+: \+4(\.\d)?M newly resident")
+        terminal.until(r"since [\d:]+: .*\+4(\.\d)?M newly resident")
         terminal.process.send_signal(signal.SIGINT)
         assert terminal.end() == 0
         assert terminal.is_restored()
