@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 import pytest
 from iobmd.tools.pagemap import snapshots as snapshots_command
+from iobmd.tools.pagemap import watch as watch_command
 from iobmd.tools.pagemap.arguments import parse
 from iobmd.tools.pagemap.look import Look
 from iobmd.tools.pagemap.ticks import ticks
@@ -122,15 +124,28 @@ def test_what_happened_between_two_looks(target: Target) -> None:
         assert watching.stderr.read() == ""
 
 
-def test_lines_name_unnamed_areas(target: Target) -> None:
+@pytest.fixture
+def watched(
+    target: Target, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., list[str]]:
+    """Return a function that shows what an order changed: the lines of two ticks, between which it is executed.
+
+    A process that watches on its own may read the memory while the order is executed, and thus half of its changes.
+    """
+
+    def look(order: str, *options: str) -> list[str]:
+        monkeypatch.setattr(watch_command, "ticks", partial(ticks, wait=lambda _seconds: target.tell(order)))
+        assert main(["pagemap", str(target.process.pid), "--watch", "1", "--count", "2", *options]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    return look
+
+
+def test_lines_name_unnamed_areas(watched: Callable[..., list[str]]) -> None:
     """A line of an area begins with its addresses, that of a tick with the time."""
-    with watch(target) as watching:
-        assert watching.stdout
-        next(line for line in watching.stdout if " areas, resident " in line)
-        target.tell("fill")
-        of_areas = (line for line in watching.stdout if line.startswith(" "))
-        assert next(line for line in of_areas if " 4 MiB newly resident" in line).endswith("  [anon]\n")
-        watching.send_signal(signal.SIGINT)
+    of_areas = [line for line in watched("fill") if line.startswith(" ")]
+    (filled,) = (line for line in of_areas if " 4 MiB newly resident" in line)
+    assert filled.endswith("  [anon]")
 
 
 def test_a_heap_that_grows_all_the_time(target: Target) -> None:
@@ -143,55 +158,34 @@ def test_a_heap_that_grows_all_the_time(target: Target) -> None:
         watching.send_signal(signal.SIGINT)
 
 
-def test_an_area_that_falls_apart(target: Target) -> None:
+def test_an_area_that_falls_apart(watched: Callable[..., list[str]]) -> None:
     """A change of contiguous pages is attributed to both parts of a split area, and the unmapped page to neither."""
-    start = 0x200000000000
-    with watch(target, "--json", "--range", f"{start:#x}-{start + (2 << 20):#x}") as watching:
-        assert watching.stdout
-        watching.stdout.readline()
-        target.tell("cut")
-        changes: list[dict[str, object]] = []
-        while len(changes) < 3:
-            changes += json.loads(watching.stdout.readline())["changes"]
-        watching.send_signal(signal.SIGINT)
-    half = 1 << 20
-    assert {(one["start"], one["kind"], one["length"]) for one in changes} == {
+    start, half = 0x200000000000, 1 << 20
+    first, second = watched("cut", "--json", "--range", f"{start:#x}-{start + (2 << 20):#x}")
+    assert json.loads(first)["changes"] == []
+    assert {(one["start"], one["kind"], one["length"]) for one in json.loads(second)["changes"]} == {
         (start, "released", half + PAGE_SIZE), (start, "unmapped", PAGE_SIZE),
         (start + half + PAGE_SIZE, "released", half - PAGE_SIZE),
     }  # fmt: skip
 
 
-def test_a_range_that_cuts_areas(target: Target, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_range_that_cuts_areas(
+    target: Target, watched: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Neither --diff nor --watch reports changes outside the range."""
     start, pid = 0x200000000000 - (1 << 20), str(target.process.pid)
     part = f"{start + (1 << 20):#x}-{start + (1 << 20) + 65536:#x}"
     assert main(["pagemap", pid, "--save", str(tmp_path / "file"), "--range", part]) == 0
-    with watch(target, "--json", "--range", part) as watching:
-        assert watching.stdout
-        watching.stdout.readline()
-        target.tell("drop-all")
-        changes: list[dict[str, object]] = []
-        while not changes:
-            changes += json.loads(watching.stdout.readline())["changes"]
-        watching.send_signal(signal.SIGINT)
-    capsys.readouterr()
+    _first, second = watched("drop-all", "--json", "--range", part)
+    changes = json.loads(second)["changes"]
     assert main(["pagemap", pid, "--diff", str(tmp_path / "file"), "--json"]) == 0
     left = json.loads(capsys.readouterr().out)["changes"]
     assert {(one["kind"], one["length"]) for one in changes} == {("unmapped", 65536), ("released", 65536)}
     assert {(one["kind"], one["end"] - one["start"]) for one in left} == {("unmapped", 65536), ("released", 65536)}
 
 
-def test_areas_that_were_not_chosen(target: Target) -> None:
-    with watch(target, "--json", "--only", "huge") as watching:
-        assert watching.stdout
-        looks = [json.loads(watching.stdout.readline())]
-        before = kernel.status("VmRSS", target.process.pid)
-        target.tell("fill")
-        while kernel.status("VmRSS", target.process.pid) < before + (4 << 20):
-            pass
-        looks += [json.loads(watching.stdout.readline()) for _look in range(3)]
-        watching.send_signal(signal.SIGINT)
-    assert not [change for one in looks for change in one["changes"]]
+def test_areas_that_were_not_chosen(watched: Callable[..., list[str]]) -> None:
+    assert [json.loads(line)["changes"] for line in watched("fill", "--json", "--only", "huge")] == [[], []]
 
 
 def test_a_process_that_runs_another_program_has_not_ended(

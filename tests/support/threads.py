@@ -47,7 +47,7 @@ def on_one_processor() -> Iterator[None]:
     """Run this thread on one processor during a `with` block.
 
     Large memory is then populated and copied by this thread alone, which reports its progress after each chunk. With
-    more processors, others may process all chunks before a busy machine runs this thread, and no progress is reported.
+    more processors, others may process all chunks before a busy machine runs this thread, which then reports nothing.
     """
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})
