@@ -7,7 +7,6 @@ import json
 import mmap
 import os
 import re
-import subprocess
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 from iobmd.tools.pagemap import host, openmetrics
 from iobmd.tools.pagemap.arguments import parse
-from support.child import NOBODY, in_child
+from support.child import NOBODY, in_child, sleeping
 from support.commands import shown
 from support.kernel import frames
 from support.terminal import lines_on_terminal
@@ -215,12 +214,9 @@ def test_metrics_of_the_host(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.needs("prometheus_client")
 def test_metrics_of_a_process(capsys: pytest.CaptureFixture[str]) -> None:
-    with subprocess.Popen(["sleep", "60"]) as process:
-        try:
-            samples, _ = official(shown(capsys, str(process.pid), "--openmetrics"))
-            status = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-        finally:
-            process.kill()
+    with sleeping() as process:
+        samples, _ = official(shown(capsys, str(process.pid), "--openmetrics"))
+        status = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
     rss = re.search(r"^Rss: +(\d+) kB", status, re.MULTILINE)
     assert rss
     ((labels, value),) = samples["iobmd_process_resident_bytes"].items()

@@ -181,6 +181,8 @@ def test_prepared_in_another_process() -> None:
 @pytest.mark.parametrize("moment", ["holding the lock", "before the punch", "after the punch"])
 def test_sharer_killed_between_states(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """kill -9 during a purge: the next process finds the mark and completes the purge, without waiting."""
+    from iobmd.purgeable import shared
+
     buffer, data = purgeable(16 * kernel.PAGE, shared=True)
     with buffer:
         buffer.setPurgeable(VOLATILE)
@@ -201,7 +203,7 @@ def test_sharer_killed_between_states(moment: str, monkeypatch: pytest.MonkeyPat
         assert os.waitpid(pid, 0)[1] == signal.SIGKILL
         begin = time.monotonic()
         state = buffer.setPurgeable(NON_VOLATILE)
-        assert time.monotonic() - begin < 1
+        assert time.monotonic() - begin < shared._PATIENCE
         if moment == "holding the lock":
             assert (state, bytes(buffer)) == (VOLATILE, data)
         else:

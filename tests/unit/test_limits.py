@@ -115,7 +115,7 @@ from pathlib import Path
 import pytest
 from support import guard
 guard.MARGIN = 1
-@pytest.mark.timeout(1)
+@pytest.mark.timeout(5)  # within which a busy machine lets it hang
 def test_hangs(setting):
     setting({setting!r}, "changed")
     sleeper = subprocess.Popen(["sleep", "1000"])
@@ -133,7 +133,7 @@ def test_a_test_that_hangs_in_native_code_is_ended_and_the_host_restored(tmp_pat
     text = HANGS.format(setting=str(tmp_path / "setting"), pid=str(tmp_path / "pid"))
     status, output, seconds = run_tests(tmp_path, text, "--timeout-method=signal")
     assert status == -signal.SIGABRT
-    assert "test_inner.py::test_hangs did not end within 2 s" in output
+    assert "test_inner.py::test_hangs did not end within 6 s" in output
     assert re.search(r'File ".*test_inner\.py", line \d+ in test_hangs', output), "its stack is printed"
     end = time.monotonic() + 20
     while (tmp_path / "setting").read_text() != "before" or _lives(int((tmp_path / "pid").read_text())):
