@@ -154,7 +154,10 @@ def fill_and_free(size: int, content: bytearray) -> None:
 @pytest.mark.needs("memory_cgroup")
 @pytest.mark.parametrize("size", [256 << 10, 4 * MIB], ids=["4 KiB", "THP"])
 def test_real_pressure(size: int, memory_cgroup: Callable[[int], Path]) -> None:
-    """1,000 cycles in a cgroup of 96 MiB, in which another program repeatedly fills a half."""
+    """Cycles in a cgroup of 96 MiB, in which another program repeatedly fills a half.
+
+    At least 1,000, and until memory was often lost and often kept: the other program may start late.
+    """
     procs = memory_cgroup(96 * MIB)
     choice = contents(size)  # created outside the cgroup, which would be charged for it
     content = choice[0][:MIB]
@@ -163,6 +166,7 @@ def test_real_pressure(size: int, memory_cgroup: Callable[[int], Path]) -> None:
         procs.write_text(str(os.getpid()))
         outcomes: Counter[str] = Counter()
         many = 48 * MIB // size
+        end = time.monotonic() + 60
 
         def work(number: int) -> None:
             chance = random.Random(number)
@@ -170,7 +174,9 @@ def test_real_pressure(size: int, memory_cgroup: Callable[[int], Path]) -> None:
             for filled in all_filled:
                 filled.fill()
                 filled.buffer.setPurgeable(VOLATILE)
-            for _ in range(1000 // THREADS):
+            done = 0
+            while done < 1000 // THREADS or (both(outcomes) <= 20 and time.monotonic() < end):
+                done += 1
                 filled = chance.choice(all_filled)
                 state = filled.buffer.setPurgeable(NON_VOLATILE)
                 assert filled.is_right(state)
@@ -187,7 +193,7 @@ def test_real_pressure(size: int, memory_cgroup: Callable[[int], Path]) -> None:
         return outcomes
 
     outcomes = in_child(squeezed)
-    assert outcomes.total() == 1000
+    assert outcomes.total() >= 1000
     assert both(outcomes) > 20, outcomes
 
 

@@ -43,19 +43,25 @@ def entries(address: int, size: int, pid: int | str = "self") -> list[int]:
     return list(struct.unpack(f"={len(raw) // 8}Q", raw))
 
 
-def frames(address: int, size: int, pid: int | str = "self") -> list[int]:
-    """Return the frame of each page, 0 for a page without one.
+def _settled_entries(address: int, size: int, pid: int | str, patience: float) -> list[int]:
+    """Return the raw pagemap entries of a range while the kernel moves none of its pages.
 
     While the kernel tries to move a page, its entry appears as swapped (a migration entry), even if the kernel then
     finds the page pinned and does not move it. Compaction by any process can cause this at any time, so that such a
-    page is read again.
+    page is read again; after `patience` seconds, it counts as swapped.
     """
-    end = time.monotonic() + _PATIENCE
+    end = time.monotonic() + patience
     while True:
         found = entries(address, size, pid)
         if not any(entry & (_PRESENT | _SWAPPED | _GUARD) == _SWAPPED for entry in found) or time.monotonic() > end:
-            return [entry & FRAME if entry & _PRESENT else 0 for entry in found]
+            return found
         time.sleep(0.001)
+
+
+def frames(address: int, size: int, pid: int | str = "self") -> list[int]:
+    """Return the frame of each page, 0 for a page without one."""
+    found = _settled_entries(address, size, pid, _PATIENCE)
+    return [entry & FRAME if entry & _PRESENT else 0 for entry in found]
 
 
 def frames_of(buffer: IOBufferMemoryDescriptor) -> list[int]:
@@ -116,7 +122,7 @@ def is_part_of_larger_page(frame: int) -> bool:
 
 def present(address: int, size: int) -> int:
     """Count the pages with a frame."""
-    return sum(entry >> 63 for entry in entries(address, size))
+    return sum(entry >> 63 for entry in _settled_entries(address, size, "self", 1))
 
 
 def swapped(address: int, size: int) -> int:
