@@ -355,7 +355,7 @@ def _discard(fds: list[int]) -> None:
                 os.close(fd)
 
     try:
-        threading.Thread(target=close, daemon=True).start()
+        threading.Thread(target=close, name="iobmd-close", daemon=True).start()
     except RuntimeError:  # no thread can be started
         close()
 

@@ -72,6 +72,7 @@ class Family(RuleBasedStateMachine):
         self._held = ctypes.c_char.from_buffer(self.theirs)
         self.foreign = Memory(bytearray(self.theirs), ctypes.addressof(self._held), ours=False)
         self.seen = requirements.missing("frames") is None
+        settle()  # a thread of earlier tests may still be ending
         self.before = footprint()
 
     # --- making them

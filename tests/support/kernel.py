@@ -191,10 +191,13 @@ class Footprint(NamedTuple):
 
     @classmethod
     def settled(cls) -> Footprint:
-        """Return the resources after garbage collection and, if nothing is volatile, the end of the purger."""
+        """Return the resources after garbage collection and the end of threads that release some.
+
+        The purger ends if nothing is volatile; descriptors of foreign files are closed by a thread.
+        """
         gc.collect()
         for thread in threading.enumerate():
-            if thread.name == "iobmd-purger":
+            if thread.name in ("iobmd-purger", "iobmd-close"):
                 thread.join(10)
         ctypes.CDLL(None).malloc_trim(0)  # glibc retains freed memory of large objects, in an arena for each thread
         return cls.now()
@@ -210,9 +213,9 @@ class Footprint(NamedTuple):
 @contextlib.contextmanager
 def no_growth(resident: int) -> Iterator[None]:
     """Assert that a block leaves no descriptor or locked page, and less than `resident` bytes of memory."""
-    before = Footprint.now()
+    before = Footprint.settled()
     yield
-    after = Footprint.now()
+    after = Footprint.settled()
     assert after.mappings <= before.mappings + 1  # Python's allocator may add an arena
     assert (after.descriptors, after.locked) == (before.descriptors, before.locked)
     assert after.resident - before.resident < resident
