@@ -1,6 +1,7 @@
 """Requirements, the report header, and the fixtures that change the host and restore it."""
 
 import contextlib
+import errno
 import fcntl
 import gc
 import mmap
@@ -221,6 +222,20 @@ def _swap_off(device: str) -> None:
         time.sleep(0.1)
 
 
+def _when_unused(action: Callable[[], object]) -> None:
+    """Do something that fails with EBUSY while its object is used: by udev, or by a process that is exiting."""
+    end = time.monotonic() + 30
+    while True:
+        try:
+            action()
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+        else:
+            return
+
+
 @pytest.fixture
 def swap(undoing: Undoing) -> Iterator[None]:
     """64 MiB of swap on zram, removed afterwards."""
@@ -236,7 +251,7 @@ def swap(undoing: Undoing) -> Iterator[None]:
             finally:
                 _swap_off("/dev/zram0")
         finally:
-            (device / "reset").write_text("1")
+            _when_unused(lambda: (device / "reset").write_text("1"))
 
 
 @pytest.fixture
@@ -259,4 +274,4 @@ def memory_cgroup(
 
         yield make
         for group in made:
-            group.rmdir()
+            _when_unused(group.rmdir)
