@@ -54,7 +54,7 @@ def programs() -> Iterator[list[int]]:
 
 
 def wait(pid: int, until: Callable[[int], bool]) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not until(pid):
         assert time.monotonic() < end, Path(f"/proc/{pid}/stat").read_text()
         time.sleep(0.02)
@@ -80,8 +80,8 @@ def rollup(pid: int) -> dict[str, int]:
     return {name: found[name] for name in ("Rss", "Swap", "LazyFree")}
 
 
-def compare(pid: int, details: bool) -> None:
-    theirs, ours = quiet(lambda: rollup(pid), lambda: list(pagemap.areas(pid, details=details)))
+def compare(pid: int, details: bool, patience: float = 20) -> None:
+    theirs, ours = quiet(lambda: rollup(pid), lambda: list(pagemap.areas(pid, details=details)), patience)
     resident = sum(area.resident for area in ours)
     assert abs(resident - theirs["Rss"]) <= theirs["Rss"] // 100, (pid, resident, theirs)
     assert sum(area.swapped or 0 for area in ours) == theirs["Swap"], (pid, theirs)
@@ -100,7 +100,7 @@ def test_programs_hold_what_the_kernel_adds_up(programs: list[int], details: boo
         # A program that exits, wakes up or allocates concurrently proves nothing; those started above must agree.
         with contextlib.suppress(OSError, IOReturnError, AssertionError):
             if is_asleep(pid) and rollup(pid)["Rss"]:
-                compare(pid, details)
+                compare(pid, details, patience=0)
                 seen += 1
     assert seen >= 20
 
@@ -127,31 +127,42 @@ def users(physical: int, length: int = PAGE, pids: Container[int] | None = None)
     return unique
 
 
+def users_of(
+    target: PageStateProcess, kind: str, page: int, length: int = PAGE
+) -> tuple[int, set[tuple[int, int, int, int]]]:
+    """Return the physical address of a page, and the users of its memory; the kernel may move it at any time."""
+
+    def physical() -> int:
+        return frame(target, kind, page) * PAGE
+
+    return quiet(physical, lambda: users(physical(), length))
+
+
 def test_users_of_shared_memory_are_all_found(family: PageStateProcess) -> None:
-    physical = frame(family, "shared", 5) * PAGE
+    physical, found = users_of(family, "shared", 5)
     (child, child_pid), (moved, moved_pid) = family["child"], family["moved-child"]
     theirs = {(family.pid, family["shared"][0]), (child_pid, child), (moved_pid, moved)}
     assert family["shared"][0] == child != moved
-    assert users(physical) == {(pid, address + 5 * PAGE, physical, PAGE) for pid, address in theirs}
+    assert found == {(pid, address + 5 * PAGE, physical, PAGE) for pid, address in theirs}
 
 
 def test_users_of_memory_that_fork_shares(family: PageStateProcess) -> None:
     pids = (family.pid, family["child"][1], family["moved-child"][1])
-    physical = frame(family, "forked", 100) * PAGE
-    assert users(physical) == {(pid, family["forked"][0] + 100 * PAGE, physical, PAGE) for pid in pids}
+    physical, found = users_of(family, "forked", 100)
+    assert found == {(pid, family["forked"][0] + 100 * PAGE, physical, PAGE) for pid in pids}
     # In the first half of a huge page, which one child still maps by small pages, and in the second, which no child
     # maps.
     for page, mappers in ((100, pids[:2]), (400, pids[:1])):
-        physical = frame(family, "half-shared", page) * PAGE
+        physical, found = users_of(family, "half-shared", page, 3 * PAGE)
         address = family["half-shared"][0] + page * PAGE
-        assert users(physical, 3 * PAGE) == {(pid, address, physical, 3 * PAGE) for pid in mappers}
+        assert found == {(pid, address, physical, 3 * PAGE) for pid in mappers}
 
 
 def test_private_memory_has_one_user(family: PageStateProcess) -> None:
     """One child maps other memory at this address."""
-    physical = frame(family, "own", 2) * PAGE
+    physical, found = users_of(family, "own", 2)
     assert family["own"][0] == family["moved-child"][0]
-    assert users(physical) == {(family.pid, family["own"][0] + 2 * PAGE, physical, PAGE)}
+    assert found == {(family.pid, family["own"][0] + 2 * PAGE, physical, PAGE)}
 
 
 def test_the_zero_page_has_no_neighbours(family: PageStateProcess) -> None:
@@ -249,15 +260,16 @@ def test_what_is_read_while_the_target_dies_is_whole_or_refused(
             whole = total(read(target.pid))
             killer = threading.Timer(0.003 * attempt, os.kill, (target.pid, signal.SIGKILL))
             killer.start()
+            end = time.monotonic() + 60
             try:
-                for _read in range(200):
+                while time.monotonic() < end:
                     gone = target.process.poll() is not None
                     assert total(read(target.pid)) >= whole, "truncated without an error"  # it may touch more
                     assert not gone, "it had exited, but was read"
             except IOReturnError as error:
                 assert error.code == IOReturn.kIOReturnNotFound, error
             else:
-                pytest.fail("it did not exit during two hundred reads")
+                pytest.fail("it did not exit, or was read for a minute")
             finally:
                 killer.join()
 

@@ -5,6 +5,7 @@ import mmap
 import re
 import struct
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -197,9 +198,14 @@ def table(name: str = "kpageflags") -> Iterator[FrameTable]:
         opened.close()
 
 
-def quiet(look: Callable[[], S], ours: Callable[[], T]) -> tuple[S, T]:
-    """Return the results of `look` and `ours` if `look` returns the same before and after, because pages may move."""
-    for _attempt in range(5):
+def quiet(look: Callable[[], S], ours: Callable[[], T], patience: float = 20) -> tuple[S, T]:
+    """Return the results of `look` and `ours` when `look` returns the same before and after: pages may move.
+
+    They are tried five times, and for `patience` seconds.
+    """
+    end, attempts = time.monotonic() + patience, 0
+    while attempts < 5 or time.monotonic() < end:
+        attempts += 1
         before, found = look(), ours()
         if before == look():
             return before, found
