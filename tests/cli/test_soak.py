@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 from iobmd.tools.soak import events, options, profiles, report, requirements
+from support.targets import until
 
 SOAK = [sys.executable, "-m", "iobmd.tools.soak"]
 STEADY = (
     "small,pageable,wired,shared,large,large-shared,contiguous,masked,guarded,prepare,existing,hold,verify,collapse,"
     "control,purge,purge-shared,purge-all,map,map-read-only,redirect,read,readinto,write,copy,share,share-child,fork"
 )
-ONE_THREAD = ("--workers", "1", "--threads", "1", "--calm", "--patience", "2")
+ONE_THREAD = ("--workers", "1", "--threads", "1", "--calm")
 PATIENCE = 90.0  # seconds for a run of a few seconds, on a busy machine
 
 
@@ -31,7 +32,8 @@ def soak(folder: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
             output, errors = program.communicate(timeout=PATIENCE)
         finally:
             program.kill()
-        assert not left_of(program.pid), errors
+        # The children of workers, which the kernel kills with these, exit some time later.
+        assert until(lambda: not left_of(program.pid)), errors
     assert report.exists(), errors
     return program.returncode, json.loads(report.read_text()), output + errors
 
@@ -119,7 +121,8 @@ def test_what_is_wrong_is_found(tmp_path: Path) -> None:
     ("kind", "fault", "message"),
     [
         ("plant-crash", "crashes", "a worker exited unexpectedly, with SIGSEGV"),
-        ("plant-disturb", "programs_disturbed", "its work has not progressed for 2 s"),
+        # An inspection of the target may come first.
+        ("plant-disturb", "programs_disturbed", "its work has not progressed for 5 s|it remains traced or stopped"),
         ("plant-kill", "programs_disturbed", "it ended, with SIGKILL"),
         pytest.param(
             "plant-moved", "frames_moved", "memory that is only locked", marks=pytest.mark.needs("frames", "collapse")
@@ -127,19 +130,25 @@ def test_what_is_wrong_is_found(tmp_path: Path) -> None:
     ],
 )
 def test_the_first_fault_ends_a_run(kind: str, fault: str, message: str, tmp_path: Path) -> None:
-    """`plant-moved` fails the check that pinned memory passes."""
-    code, result, output = soak(tmp_path, "--seconds", "60", "--faults", "1", *ONE_THREAD, "--kinds", kind)
+    """`plant-moved` fails the check that pinned memory passes.
+
+    The default patience is 60 s: on a busy machine, targets take seconds to start and to complete a piece of work.
+    """
+    patience = ("--patience", "5") if kind == "plant-disturb" else ()
+    command = ("--seconds", "60", "--faults", "1", *ONE_THREAD, *patience, "--kinds", kind)
+    code, result, output = soak(tmp_path, *command)
     assert code == 1
     assert result["seconds"] < 60
-    assert any((one["fault"], message in one["message"]) == (fault, True) for one in result["details"]), output
+    assert any(one["fault"] == fault and re.search(message, one["message"]) for one in result["details"]), output
 
 
 def test_a_hang_is_described(tmp_path: Path) -> None:
     """A hang is reported with the stacks of the worker's threads, in Python and in the kernel."""
-    code, result, _ = soak(tmp_path, "--seconds", "60", "--faults", "1", *ONE_THREAD, "--kinds", "plant-hang")
+    command = ("--seconds", "60", "--faults", "1", *ONE_THREAD, "--patience", "10", "--kinds", "plant-hang")
+    code, result, _ = soak(tmp_path, *command)
     assert code == 1
     detail = next(detail for detail in result["details"] if detail["fault"] == "hangs")
-    assert "plant-hang did not end within 2 s" in detail["message"]
+    assert "plant-hang did not end within 10 s" in detail["message"]
     assert "in hang" in detail["log"]
     assert any("futex" in line for line in detail["kernel"])
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _LIFE = (15.0, 40.0)
 """Minimum and maximum lifetime of a worker in seconds."""
+_STACKS = 10.0
+"""Seconds for a worker to begin with its stacks: on a busy machine, it may not run at once."""
 _TAIL = 6000
 """Number of characters of a worker's log that are included in the report of a fault."""
 
@@ -137,9 +139,13 @@ class WorkerProcess:
 
     def _stacks(self) -> str:
         """Make the worker write the stacks of its threads to its log, and return them."""
+        before = self._log.stat().st_size
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGUSR2)
-            time.sleep(0.5)
+            deadline = time.monotonic() + _STACKS
+            while self._log.stat().st_size == before and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.5)  # they are written line by line
         return self.log()
 
     def _kernel_state(self) -> list[str]:
