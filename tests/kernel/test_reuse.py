@@ -7,13 +7,13 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import pytest
 from support import kernel
 from support.child import in_child
 from support.errors import code_of, error_of
+from support.purging import take
 from support.rawmemory import map_memory, protect, unmap
 from support.source_process import SourceProcess
 
@@ -105,13 +105,7 @@ def test_the_kernel_may_take_it(kind: str) -> None:
     for part in (1, 2):  # all of it, and half
         with allocate(kind) as buffer:
             address, size = fill(buffer), len(buffer)
-        for _ in range(100):
-            mman.advise(address, size // part, mman.MADV_FREE)
-            mman.advise(address, size // part, mman.MADV_PAGEOUT)
-            if not kernel.present(address, size // part):
-                break
-            time.sleep(0.001)
-        assert kernel.present(address, size // part) == 0
+        take(address, size // part)
         with allocate(kind) as again:
             assert is_zero(again)
             again.verify()

@@ -1,6 +1,7 @@
 """Helpers of the tests of purgeable memory: buffers with known bytes, and pages reclaimed on demand."""
 
 import errno
+import itertools
 import os
 import time
 
@@ -45,17 +46,27 @@ def page_out(buffer: iobmd.IOBufferMemoryDescriptor, offset: int = 0, size: int 
 
 
 def discard(buffer: iobmd.IOBufferMemoryDescriptor, offset: int, size: int) -> None:
-    """Make the kernel discard all pages of a range of a volatile buffer.
+    """Make the kernel discard all pages of a range of a volatile buffer."""
+    take(buffer.getBytesNoCopy() + offset, size)
 
-    Pages that a processor has just faulted in wait in a per-CPU batch, and MADV_FREE skips them.
+
+def take(address: int, size: int) -> None:
+    """Make the kernel discard all pages of lazily freed memory.
+
+    Pages that a processor has just faulted in wait in a batch, and MADV_FREE skips them. MADV_FREE and MADV_PAGEOUT
+    empty only the batch of the processor that they run on; another that is idle keeps its batch for any time.
     """
-    address = buffer.getBytesNoCopy() + offset
-    for _ in range(1000):
-        page_out(buffer, offset, size)
-        if not kernel.present(address, size):
-            return
-        time.sleep(0.001)
-        mman.advise(address, size, mman.MADV_FREE)
+    allowed = os.sched_getaffinity(0)
+    try:
+        for processor in itertools.islice(itertools.cycle(allowed), 1000):
+            mman.advise(address, size, mman.MADV_PAGEOUT)
+            if not kernel.present(address, size):
+                return
+            time.sleep(0.001)
+            os.sched_setaffinity(0, {processor})
+            mman.advise(address, size, mman.MADV_FREE)
+    finally:
+        os.sched_setaffinity(0, allowed)
     raise AssertionError("the kernel retains the pages")
 
 
