@@ -18,6 +18,7 @@ import pytest
 from support import requirements
 from support.child import CAP_IPC_LOCK, NOBODY, in_child
 from support.kernel import Footprint
+from support.moving import again_if_pages_move
 from support.source_process import SourceProcess
 from support.terminal import lines_on_terminal
 
@@ -87,6 +88,7 @@ def test_errors_fit_the_terminal() -> None:
 
 @pytest.mark.needs("root", "frames")
 @pytest.mark.parametrize("columns", [40, 80])
+@again_if_pages_move
 def test_frames_fit_the_terminal(columns: int, start_source: Start) -> None:
     """Above the rows of --flags are the flags of their frames; --frame finds the process again."""
     pid = str(start_source().pid)

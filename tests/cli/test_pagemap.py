@@ -21,6 +21,7 @@ from iobmd.tools.pagemap.arguments import parse
 from support import kernel
 from support.child import CAP_SYS_ADMIN, NOBODY, in_child, sleeping, started
 from support.commands import shown
+from support.moving import again_if_pages_move
 from support.page_states import quiet
 
 from iobmd import IOReturn, IOReturnError, pagemap, procfs
@@ -63,6 +64,7 @@ def test_json_has_every_area_and_its_resident_memory(target: int, capsys: pytest
 
 
 @pytest.mark.needs("frames")
+@again_if_pages_move
 def test_runs_are_broken_at_every_page_that_is_absent_or_elsewhere(
     target: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,6 +180,7 @@ def test_an_ordinary_user_is_refused_frame_numbers(options: list[str]) -> None:
 
 
 @pytest.mark.needs("frames")
+@again_if_pages_move
 def test_who_maps_a_frame(target: int, capsys: pytest.CaptureFixture[str]) -> None:
     stack = next(line for line in Path(f"/proc/{target}/maps").read_text().splitlines() if "[stack]" in line)
     start, end = (int(part, 16) for part in stack.split()[0].split("-"))
@@ -283,6 +286,7 @@ def test_flags_that_are_hidden(
 
 
 @pytest.mark.needs("frames")
+@again_if_pages_move
 def test_frames_and_physical_addresses(target: int, capsys: pytest.CaptureFixture[str]) -> None:
     """Both are accepted and printed, of all processes and of the runs of one."""
     whole = json.loads(shown(capsys, str(target), "--json", "--runs", "--name", "[stack]"))["runs"]
@@ -388,6 +392,7 @@ def test_unnamed_areas_in_changes(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert {one["name"] for one in document["changes"] if one["end"] - one["start"] == 3 << 20} == {""}
 
 
+@again_if_pages_move
 def test_save_and_diff(target: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown(capsys, str(target), "--save", str(tmp_path / "file"))
     assert "nothing changed" in shown(capsys, str(target), "--diff", str(tmp_path / "file"))

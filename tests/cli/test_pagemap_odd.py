@@ -20,6 +20,7 @@ import pytest
 from support import kernel
 from support.child import started
 from support.commands import shown
+from support.moving import again_if_pages_move
 from support.source_process import SourceProcess
 
 from iobmd import Task
@@ -165,6 +166,7 @@ def test_every_name_comes_whole(odd: int, capsys: pytest.CaptureFixture[str]) ->
     assert len(rows) == len(document["vmas"])
 
 
+@again_if_pages_move
 def test_a_snapshot_of_odd_names(odd: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown(capsys, str(odd), "--save", str(tmp_path / "file"))
     assert "nothing changed" in shown(capsys, str(odd), "--diff", str(tmp_path / "file"))
@@ -345,6 +347,7 @@ def test_what_was_released_is_told(tmp_path: Path, capsys: pytest.CaptureFixture
         )
 
 
+@again_if_pages_move
 def test_a_snapshot_keeps_its_range(odd: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stack = next(
         line for line in Path(f"/proc/{odd}/maps").read_text(errors="replace").split("\n") if "[stack]" in line

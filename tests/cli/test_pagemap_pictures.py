@@ -22,6 +22,7 @@ from PIL import Image
 from support import kernel
 from support.child import CAP_SYS_ADMIN, in_child
 from support.commands import shown
+from support.moving import again_if_pages_move
 from support.targets import PATIENCE, Target, need_program
 from support.terminal import lines_on_terminal
 
@@ -188,6 +189,7 @@ def test_the_legend_adds_up_to_the_sums_of_the_kernel(
 
 
 @pytest.mark.needs("frames")
+@again_if_pages_move
 def test_a_cell_for_every_place_where_memory_lies(
     memory: Memory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

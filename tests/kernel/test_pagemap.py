@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import NOBODY, in_child
+from support.moving import again_if_pages_move
 from support.source_process import SourceProcess
 
 import iobmd
@@ -43,6 +44,7 @@ def independent(address: int, size: int, pid: int | str = "self") -> list[tuple[
 
 @pytest.mark.needs("compiler")
 @pytest.mark.parametrize("kind", ["anonymous", "thp", "memfd", "file", "readonly", "stack", "untouched"])
+@again_if_pages_move
 def test_every_page_as_an_independent_reader_sees_it(start_source: Start, kind: str) -> None:
     source = start_source(40 << 20)  # more pages than one read of pagemap returns
     region = source[kind]
@@ -247,6 +249,7 @@ def without_main_thread(source: SourceProcess) -> int:
 
 
 @pytest.mark.needs("compiler")
+@again_if_pages_move
 def test_memory_of_threads_whose_main_thread_has_exited(start_source: Start) -> None:
     source = start_source()
     thread = without_main_thread(source)
@@ -261,6 +264,7 @@ def test_memory_of_threads_whose_main_thread_has_exited(start_source: Start) -> 
 
 
 @pytest.mark.needs("compiler", "frames")
+@again_if_pages_move
 def test_frames_of_threads_whose_main_thread_has_exited(start_source: Start) -> None:
     source = start_source()
     start, size = source["anonymous"]
@@ -349,6 +353,7 @@ def test_pages_of_a_pool_are_counted(monkeypatch: pytest.MonkeyPatch, scans: boo
     twice.close()
 
 
+@again_if_pages_move
 def test_pages_of_a_buffer_a_map_and_a_task() -> None:
     """As elsewhere in `pagemap`, the target is a task, a range of one, a buffer or a map."""
     with iobmd.allocate(3 * PAGE_SIZE, shared=True) as buffer, buffer.map() as mapped:

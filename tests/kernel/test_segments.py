@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import kernel
 from support.kernel import frames
+from support.moving import again_if_pages_move
 from support.source_process import SourceProcess
 
 import iobmd
@@ -82,6 +83,7 @@ def test_what_a_segment_is() -> None:
 
 @pytest.mark.needs("compiler")
 @pytest.mark.parametrize("kind", ["anonymous", "thp", "memfd", "stack", "untouched"])
+@again_if_pages_move
 def test_runs_of_another_task(start_source: Start, kind: str) -> None:
     source = start_source(40 * MIB)
     address, size = source[kind]

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from support import kernel, rawmemory
 from support.child import die_with_parent, in_child
+from support.moving import again_if_pages_move
 from support.python_source import PATIENCE, Source, leave
 
 import iobmd
@@ -105,6 +106,7 @@ WAYS: dict[str, Callable[[int, int, int], bytes]] = {
 
 @pytest.mark.parametrize("advice", ["NOHUGEPAGE", "HUGEPAGE"])
 @pytest.mark.parametrize("way", WAYS)
+@again_if_pages_move
 def test_reading_copies_no_page(way: str, advice: str) -> None:
     with Forked(f"m.madvise(mmap.MADV_{advice})") as tasks:
         before = tasks.entries()
@@ -125,6 +127,7 @@ def test_the_call_would_copy_them() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
+@again_if_pages_move
 def test_pages_written_since_are_read_between_shared_ones(way: str) -> None:
     child = "\n    ".join(
         (f"for offset in range(0, {SIZE}, 3 << 12): m[offset] = 251", "m.madvise(4, 5 << 12, 2 << 12)")  # DONTNEED
@@ -150,6 +153,7 @@ PROTECTED = """libc = ctypes.CDLL(None)
 
 
 @pytest.mark.parametrize("timeout", [None, PATIENCE])
+@again_if_pages_move
 def test_protections_of_the_task_hold(timeout: float | None) -> None:
     """/proc/PID/mem would read pages that the task itself may not read."""
     page = kernel.PAGE
@@ -229,6 +233,7 @@ def sleeping_child() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("way", [*(way for way in WAYS if way != "frozen copy"), "readinto"])
+@again_if_pages_move
 def test_memory_of_this_process(way: str) -> None:
     """A forked child, such as a worker of multiprocessing, shares it."""
     address = rawmemory.map_memory(SIZE)
@@ -302,6 +307,7 @@ def test_where_the_memory_file_cannot_be_opened() -> None:
         assert in_child(read) == content(SIZE)
 
 
+@again_if_pages_move
 def test_writing_copies_the_pages_of_the_writer() -> None:
     """As after its own write: the other task keeps its contents."""
     with Forked() as tasks:
