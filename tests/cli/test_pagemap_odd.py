@@ -22,6 +22,7 @@ from support.child import started
 from support.commands import shown
 from support.moving import again_if_pages_move
 from support.source_process import SourceProcess
+from support.targets import until_at_rest
 
 from iobmd import Task
 from iobmd.cli import main
@@ -73,6 +74,7 @@ def odd() -> Iterator[int]:
         for name in NAMES:
             Path(folder, os.fsdecode(name)).write_bytes(b"x" * PAGE_SIZE)
         with running(PROGRAM, folder) as process:
+            until_at_rest(process.pid)  # until then, it touches pages of its heap
             yield process.pid
 
 

@@ -18,6 +18,7 @@ from iobmd.tools.pagemap.columns import OF_AREAS, brief
 from iobmd.tools.pagemap.summary import bar
 from support.child import NOBODY, in_child, sleeping, started
 from support.commands import shown
+from support.targets import until_at_rest
 from support.terminal import lines_on_terminal
 
 from iobmd import procfs
@@ -56,7 +57,9 @@ def running() -> Iterator[Target]:
     command = [sys.executable, "-c", PROGRAM]
     with started(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout
-        yield Target(process.pid, f"/proc/{process.pid}/fd/{int(process.stdout.readline())}")
+        pool = int(process.stdout.readline())
+        until_at_rest(process.pid)  # until then, it touches pages of its heap
+        yield Target(process.pid, f"/proc/{process.pid}/fd/{pool}")
 
 
 @pytest.fixture

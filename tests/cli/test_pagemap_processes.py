@@ -19,6 +19,7 @@ from iobmd.tools.pagemap import usage
 from iobmd.tools.pagemap.usage import container_of, memory_cgroup
 from support.child import NOBODY, in_child, sleeping, started
 from support.commands import shown
+from support.targets import until_at_rest
 from support.terminal import lines_on_terminal
 
 from iobmd.cli import main
@@ -59,6 +60,7 @@ def pair(pool: int) -> Iterator[list[int]]:
             )
             assert process.stdout
             assert process.stdout.readline() == b"ready\n"
+            until_at_rest(process.pid)  # until then, it touches pages of its heap
             pids.append(process.pid)
         yield pids
 

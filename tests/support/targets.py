@@ -275,8 +275,9 @@ def until_at_rest(pid: int) -> None:
     def looks() -> list[tuple[str, str]]:
         found = []
         for task in Path(f"/proc/{pid}/task").iterdir():
-            status = dict(line.split(":\t", 1) for line in (task / "status").read_text().splitlines())
-            found.append((status["State"][0], status["voluntary_ctxt_switches"]))
+            text = (task / "status").read_bytes().decode(errors="replace")  # any name, also with a carriage return
+            status = dict(re.findall(r"^(State|voluntary_ctxt_switches):\t(\w+)", text, re.MULTILINE))
+            found.append((status["State"], status["voluntary_ctxt_switches"]))
         return found
 
     def rests() -> bool:
