@@ -97,6 +97,7 @@ struct iobmd_thread {
     long call, slept;      /* where the processor requires it: the call in which it sleeps, or -1; how often it had slept */
     unsigned long argument;  /* the first one of that call */
     char restarts;         /* its call returned EINTR because of the stop, and was prepared to start again */
+    unsigned long stack_low, stack_high;  /* its stack: what is below its stack pointer there is unused; 0: unknown */
 };
 
 /* The registers of a stopped thread, as for a core file. */
@@ -129,6 +130,8 @@ struct iobmd_tracer {
     pid_t task;
     unsigned long page;         /* bytes of a page */
     unsigned long instruction;  /* the address of a system call instruction of the task */
+    unsigned long returning;    /* the addresses of IOBMD_RETURNING and IOBMD_CALLING in the task; 0: unknown */
+    unsigned long calling;
     long options;               /* of ptrace(2) */
     int is_thread;              /* of the maker: see iobmd_tracer_start() */
     int64_t patience_ns;        /* for the stop of all threads, and for one of several */
@@ -151,7 +154,7 @@ struct iobmd_tracer {
 
     /* The results. */
     int status, error, failed;
-    volatile int peeks;         /* it reads the memory of a stopped thread: only its alarm kills it then */
+    volatile int64_t alarm_ns;  /* when its alarm kills it, because a read of a stopped thread's memory waits; 0: never */
     pid_t refused;              /* the thread that may not be traced */
     int64_t stopped_ns;         /* upper bound of the time for which a thread was stopped */
     pid_t guest, child;         /* in the pid namespace of this process; 0: none */
@@ -161,19 +164,22 @@ struct iobmd_tracer {
     /* Private to the tracer. */
     pid_t maker, maker_thread, pid, self;
     pthread_t thread;
-    long pagemap;               /* of the thread to be stopped, opened before the stop, or -1 */
+    long pagemap, writes;       /* "pagemap" and "mem" of the thread to be stopped, opened before the stop, or -1 */
     int folder;                 /* /proc/PID of the task, and of no other process that may reuse the pid */
     int memory;                 /* memory of the program that the task runs now, not of a later one; or -1 */
     int alarm;                  /* a timer that kills this process, or -1 */
     int shares;                 /* whether kcmp(2) can confirm that the maker has the memory of this process */
     int guest_is_stuck, ending, unmaps_once_more, is_alone;
+    int succeeds;               /* it takes the place of one that was killed */
     volatile int seizing;       /* iobmd_seizing */
     int64_t reaped_ns;          /* when dead threads were last reaped */
     int spins;             /* whether to spin before sleeping: the stopped thread runs on another processor */
     long guest_there, child_there;  /* in the pid namespace of the task */
     long guest_began, child_began;  /* iobmd_began */
     pid_t made;                 /* by the last clone */
+    struct iobmd_thread used;   /* the thread in which calls were made last */
     int clones;                 /* whether the last call is a clone that has begun */
+    long cloned;                /* when it began, in clock ticks since boot */
     struct iobmd_thread late[IOBMD_LATE_THREADS];
     int lates;
     struct iobmd_thread *threads;  /* those that are frozen */
@@ -194,11 +200,14 @@ enum {
     IOBMD_EXITKILL = 1 << 20, IOBMD_ENTRY = 1, IOBMD_EXIT = 2,
 };
 enum { IOBMD_NO_STACK = 8 };
+/* Bits of a pagemap entry: a write to a page that a userfaultfd protects would wait for its handler (Linux 5.13). */
+static const unsigned long IOBMD_PRESENT = 1ul << 63, IOBMD_SWAPPED = 1ul << 62, IOBMD_PROTECTED = 1ul << 57;
 
 /* The results by which the kernel marks a call that it will restart (linux/errno.h). */
-enum { IOBMD_ERESTARTSYS = 512, IOBMD_ERESTARTNOINTR = 513, IOBMD_ERESTARTNOHAND = 514 };
+enum { IOBMD_ERESTARTSYS = 512, IOBMD_ERESTARTNOINTR = 513, IOBMD_ERESTARTNOHAND = 514, IOBMD_ERESTARTBLOCK = 516 };
 
 static const int64_t IOBMD_MS = 1000000;
+static const long IOBMD_HZ = 100;                /* clock ticks per second in /proc (USER_HZ) */
 static const int64_t IOBMD_FAR_NS = 25000;       /* a stop takes longer than this if it needs two processors */
 static const int64_t IOBMD_SPIN_NS = 60000;      /* the longest spin; a stop that takes longer ends the spinning */
 static const int64_t IOBMD_END_NS = 20000000000; /* ns within which a tracer must exit */
@@ -367,20 +376,31 @@ static long iobmd_status_field(const struct iobmd_tracer *t, pid_t tid, const ch
     return number;
 }
 
-/* Return when a process began, in clock ticks since boot, which distinguishes it from a later one with its id; -1 if it
-   does not exist. */
-static long iobmd_began(const struct iobmd_tracer *t, pid_t pid)
+/* Return a field of a process's stat (proc_pid_stat(5)) that contains a number; -1 if there is no such process. */
+static long iobmd_stat_field(const struct iobmd_tracer *t, pid_t pid, int wanted)
 {
     char text[1024];
-    long ticks = 0, at, size, file = iobmd_open(t, pid, "stat", O_RDONLY);
+    long number = 0, at, size, file = iobmd_open(t, pid, "stat", O_RDONLY);
     if (file < 0) return -1;
     size = iobmd_raw(SYS_read, file, (long)text, sizeof text, 0, 0, 0);
     iobmd_close(file);
     for (at = size - 1; at >= 0 && text[at] != ')'; at--);  /* names may contain any byte */
     if (at < 0) return -1;
-    for (int field = 2; field < 22 && at < size; at++) field += text[at] == ' ';
-    for (; at < size && text[at] >= '0' && text[at] <= '9'; at++) ticks = ticks * 10 + text[at] - '0';
-    return ticks;
+    for (int field = 2; field < wanted && at < size; at++) field += text[at] == ' ';
+    for (; at < size && text[at] >= '0' && text[at] <= '9'; at++) number = number * 10 + text[at] - '0';
+    return number;
+}
+
+/* Return when a process began, in clock ticks since boot, which distinguishes it from a later one with its id; -1 if it
+   does not exist. */
+static long iobmd_began(const struct iobmd_tracer *t, pid_t pid) { return iobmd_stat_field(t, pid, 22); }
+
+/* Return the time as iobmd_began() does. */
+static long iobmd_ticks(void)
+{
+    struct timespec now;
+    iobmd_raw(SYS_clock_gettime, CLOCK_BOOTTIME, (long)&now, 0, 0, 0, 0);
+    return now.tv_sec * IOBMD_HZ + now.tv_nsec / (1000 * IOBMD_MS / IOBMD_HZ);
 }
 
 static int iobmd_is_dead(const struct iobmd_tracer *t, pid_t tid)
@@ -397,22 +417,32 @@ static int iobmd_is_gone(const struct iobmd_tracer *t, pid_t tid)
 }
 
 /* Kill this process after a time (0: never); the kernel then resumes the threads that it has stopped. */
-static void iobmd_set_alarm(const struct iobmd_tracer *t, int64_t after_ns)
+static void iobmd_set_alarm(struct iobmd_tracer *t, int64_t after_ns)
 {
     struct itimerspec when = { { 0, 0 }, { after_ns / (1000 * IOBMD_MS), after_ns % (1000 * IOBMD_MS) } };
+    t->alarm_ns = after_ns ? iobmd_now() + after_ns : 0;
     if (t->alarm >= 0) iobmd_raw(SYS_timer_settime, t->alarm, 0, (long)&when, 0, 0, 0);
+}
+
+/* Return whether all pages of a range of a thread have these bits of their pagemap entry clear, and one of these set. */
+static int iobmd_all_pages(const struct iobmd_tracer *t, pid_t tid, unsigned long address, size_t size,
+                           unsigned long clear, unsigned long set)
+{
+    unsigned long page, entry;
+    long file = t->pagemap >= 0 ? t->pagemap : iobmd_open(t, tid, "pagemap", O_RDONLY);
+    if (file < 0) return 0;
+    for (page = address / t->page; page <= (address + size - 1) / t->page; page++)
+        if (iobmd_raw(SYS_pread64, file, (long)&entry, 8, (long)(page * 8), 0, 0) != 8 || entry & clear ||
+            !(entry & set))
+            break;
+    if (file != t->pagemap) iobmd_close(file);
+    return page > (address + size - 1) / t->page;
 }
 
 static int iobmd_read_words(const struct iobmd_tracer *t, pid_t tid, unsigned long address, void *data, size_t size)
 {
-    unsigned long page, entry, word, at = address & ~7ul;
-    long file = t->pagemap >= 0 ? t->pagemap : iobmd_open(t, tid, "pagemap", O_RDONLY);
-    if (file < 0) return IOBMD_UNREADABLE;
-    for (page = address / t->page; page <= (address + size - 1) / t->page; page++)
-        /* Neither present nor in swap. */
-        if (iobmd_raw(SYS_pread64, file, (long)&entry, 8, (long)(page * 8), 0, 0) != 8 || !(entry >> 62)) break;
-    if (file != t->pagemap) iobmd_close(file);
-    if (page <= (address + size - 1) / t->page) return IOBMD_UNREADABLE;
+    unsigned long word, at = address & ~7ul;
+    if (!iobmd_all_pages(t, tid, address, size, 0, IOBMD_PRESENT | IOBMD_SWAPPED)) return IOBMD_UNREADABLE;
     for (; at < address + size; at += 8) {
         if (iobmd_ptrace(PTRACE_PEEKDATA, tid, at, &word)) return IOBMD_UNREADABLE;
         for (unsigned long byte = at; byte < at + 8; byte++)
@@ -429,11 +459,9 @@ static int iobmd_read_words(const struct iobmd_tracer *t, pid_t tid, unsigned lo
 static int iobmd_peek(struct iobmd_tracer *t, pid_t tid, unsigned long address, void *data, size_t size)
 {
     int status;
-    t->peeks = 1;
     iobmd_set_alarm(t, IOBMD_BEGIN);
     status = iobmd_read_words(t, tid, address, data, size);
     iobmd_set_alarm(t, 0);
-    t->peeks = 0;
     return status;
 }
 
@@ -502,17 +530,23 @@ static int iobmd_run_to(struct iobmd_tracer *t, pid_t tid, int at, int64_t until
    IOBMD_PROCESSOR                     its name
    IOBMD_AUDIT, IOBMD_ELF              its numbers in linux/audit.h and linux/elf-em.h
    IOBMD_INSTRUCTION, .._ALIGNMENT     the system call instruction, and a divisor of its addresses
+   IOBMD_RETURNING, IOBMD_CALLING      code for iobmd_protect(): that which makes the call rt_sigreturn(2), and any call
+                                       followed by a return; "": unused
    struct iobmd_state                  the registers of a stopped thread, and other state that system calls change
    iobmd_load(), iobmd_store()         read and write the registers; load returns IOBMD_32_BIT for other programs
    iobmd_position(), iobmd_move()      read and set the program counter in a state
    iobmd_set_call()                    write the number and the arguments of a call into a state
+   iobmd_protect()                     before calls are injected: let the thread restore its registers and its signal mask
+                                       by itself, should this process be killed
+   iobmd_start_call()                  run a tracee to the start of a call that is injected
    iobmd_skip()                        at the start of a call: make the kernel skip it
    iobmd_before_stopping()             record what a stop makes invisible
    iobmd_undo_eintr()                  after a stop: restart a call that returned EINTR because of the stop
+   iobmd_know_processor()              called in the maker
    iobmd_leave_call()                  before calls are injected: leave the interrupted call; save what injected calls
                                        change
-   iobmd_reenter_call()                afterwards: restore the registers so that the interrupted call restarts; `made`:
-                                       all calls were made, so that others can be
+   iobmd_reenter_call()                afterwards: restore the signal mask, and the registers so that the interrupted call
+                                       restarts; `made`: all calls were made, so that others can be
    iobmd_before_detaching()            restart the call of a thread that made no other calls
    iobmd_sets_expected(), IOBMD_SETS_SIZE, iobmd_save_sets()
                                        the register sets of a thread: their usual and largest size in bytes, and how to
@@ -597,6 +631,8 @@ static int iobmd_is_at(struct iobmd_tracer *t, pid_t tid, unsigned long address,
 static int iobmd_make(struct iobmd_tracer *t, pid_t tid, const struct iobmd_state *base, unsigned long instruction,
                       struct iobmd_call *call, int64_t until, int may_give_up);
 static int iobmd_begin(struct iobmd_tracer *t, pid_t tid, struct iobmd_syscall_info *info);
+static int iobmd_begin_call(struct iobmd_tracer *t, pid_t tid, const struct iobmd_state *state,
+                            unsigned long instruction, const struct iobmd_call *call);
 
 #if defined(__x86_64__)
 #include "tracer_x86_64.h"
@@ -640,25 +676,31 @@ static int iobmd_is_call(const struct iobmd_syscall_info *info, unsigned long in
     return info->entry.number == (unsigned long)call->number;
 }
 
+/* Set the registers of a stopped tracee, and run it to the start of the system call that they contain. */
+static int iobmd_begin_call(struct iobmd_tracer *t, pid_t tid, const struct iobmd_state *state,
+                            unsigned long instruction, const struct iobmd_call *call)
+{
+    struct iobmd_syscall_info info;
+    int status;
+    if ((status = iobmd_store(tid, state)) || (status = iobmd_begin(t, tid, &info))) return status;
+    if (iobmd_is_call(&info, instruction, call)) return IOBMD_DONE;
+    iobmd_skip(tid);
+    iobmd_run_to(t, tid, IOBMD_EXIT, iobmd_now() + IOBMD_BEGIN, 0, &info);
+    return IOBMD_CHANGED;
+}
+
 /* Make one system call in a stopped tracee; `base` contains its other registers. */
 static int iobmd_make(struct iobmd_tracer *t, pid_t tid, const struct iobmd_state *base, unsigned long instruction,
                       struct iobmd_call *call, int64_t until, int may_give_up)
 {
-    struct iobmd_state state = *base;
     struct iobmd_syscall_info info;
     int64_t begin = iobmd_now() + IOBMD_BEGIN;
     int status;
-    iobmd_move(&state, instruction);
-    iobmd_set_call(&state, call);
     t->made = 0;
     do {
-        if ((status = iobmd_store(tid, &state)) || (status = iobmd_begin(t, tid, &info))) return status;
-        if (!iobmd_is_call(&info, instruction, call)) {
-            iobmd_skip(tid);
-            iobmd_run_to(t, tid, IOBMD_EXIT, iobmd_now() + IOBMD_BEGIN, 0, &info);
-            return IOBMD_CHANGED;
-        }
+        if ((status = iobmd_start_call(t, tid, base, instruction, call))) return status;
         t->clones = call->number == SYS_clone;
+        t->cloned = t->clones ? iobmd_ticks() : 0;
         if ((status = iobmd_run_to(t, tid, IOBMD_EXIT, until, may_give_up, &info))) return status;
         call->result = info.exit.result;
         /* The kernel would restart the call after a SIGSTOP. */
@@ -835,6 +877,9 @@ static int iobmd_use(struct iobmd_tracer *t, struct iobmd_thread *thread, struct
     unsigned long mask, all = ~0ul, dispatch[4] = { 0, 0, 0, 0 };
     int status, found;
     if (!count) return IOBMD_DONE;
+    if (!thread->stack_high && tid == t->used.tid)  /* it ran when the maker looked for its stack, or the maker is dead */
+        thread->stack_low = t->used.stack_low, thread->stack_high = t->used.stack_high;
+    t->used = *thread;
     if ((status = iobmd_load(tid, &before))) return status;
     if (!iobmd_ptrace(IOBMD_DISPATCH, tid, sizeof dispatch, dispatch) && dispatch[0]) return IOBMD_DIVERTED;
     /* It may have executed another program since the instruction was found. */
@@ -844,10 +889,12 @@ static int iobmd_use(struct iobmd_tracer *t, struct iobmd_thread *thread, struct
     if (iobmd_ptrace(PTRACE_SETOPTIONS, tid, 0, (void *)(t->options | PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACECLONE)))
         return IOBMD_ENDED;
     if (iobmd_ptrace(IOBMD_GETSIGMASK, tid, sizeof mask, &mask)) return IOBMD_ENDED;
-    iobmd_ptrace(IOBMD_SETSIGMASK, tid, sizeof all, &all);
-    if (!(status = iobmd_leave_call(t, thread, &before))) status = iobmd_program(t, tid, &before, calls, count, 0, 0);
-    iobmd_reenter_call(t, thread, &before, !status || status == IOBMD_FAILED);
-    iobmd_ptrace(IOBMD_SETSIGMASK, tid, sizeof mask, &mask);
+    if (!(status = iobmd_protect(t, thread, &before, mask))) {
+        iobmd_ptrace(IOBMD_SETSIGMASK, tid, sizeof all, &all);
+        if (!(status = iobmd_leave_call(t, thread, &before)))
+            status = iobmd_program(t, tid, &before, calls, count, 0, 0);
+    }
+    iobmd_reenter_call(t, thread, &before, !status || status == IOBMD_FAILED, mask);
     return status;
 }
 
@@ -860,10 +907,17 @@ static void iobmd_run_near(const struct iobmd_tracer *t, int cpu)
     iobmd_raw(SYS_sched_setaffinity, 0, sizeof set, (long)set, 0, 0, 0);
 }
 
-static void iobmd_close_pagemap(struct iobmd_tracer *t)
+static void iobmd_open_files(struct iobmd_tracer *t, pid_t tid)
+{
+    t->pagemap = iobmd_open(t, tid, "pagemap", O_RDONLY);
+    if (t->returning) t->writes = iobmd_open(t, tid, "mem", O_WRONLY);
+}
+
+static void iobmd_close_files(struct iobmd_tracer *t)
 {
     if (t->pagemap >= 0) iobmd_close(t->pagemap);
-    t->pagemap = -1;
+    if (t->writes >= 0) iobmd_close(t->writes);
+    t->pagemap = t->writes = -1;
 }
 
 /* Detach from threads that stopped too late to be used, or reap them; the others remain for the next call. */
@@ -918,11 +972,11 @@ static int iobmd_stop(struct iobmd_tracer *t, const struct iobmd_thread *threads
         for (late = 0; late < t->lates && t->late[late].tid != thread.tid;) late++;
         iobmd_run_near(t, thread.cpu);
         if (late == t->lates) {
-            t->pagemap = iobmd_open(t, thread.tid, "pagemap", O_RDONLY);
+            iobmd_open_files(t, thread.tid);
             status = iobmd_seize(t, &thread);
         } else thread = t->late[late];
         if (!status) status = iobmd_stand(t, &thread, iobmd_now() + t->short_ns);
-        if (status) iobmd_close_pagemap(t);
+        if (status) iobmd_close_files(t);
         if ((status == IOBMD_LATE || status == IOBMD_ENDED) && late == t->lates) iobmd_add_late(t, &thread);
         gone += status == IOBMD_ENDED;
         if (status == IOBMD_REFUSED || status == IOBMD_FOREIGN_THREAD) return status;
@@ -933,7 +987,7 @@ static int iobmd_stop(struct iobmd_tracer *t, const struct iobmd_thread *threads
         t->spins = 0;
         if (!iobmd_detach(t, &thread)) iobmd_add_late(t, &thread);
         ended = iobmd_now();
-        iobmd_close_pagemap(t);
+        iobmd_close_files(t);
         stood = ended - thread.begun_ns;
         if (stood > t->stopped_ns) t->stopped_ns = stood;
         if (result != IOBMD_UNREADABLE) break;
@@ -975,30 +1029,65 @@ static int iobmd_receive(struct iobmd_tracer *t, pid_t pid)
     return status;
 }
 
-/* Find the process that a thread created by a clone during which the thread was killed, for example by another
-   thread's execve(2). Its event is not reported in that case, but the process is traced nevertheless, and stops at
-   its first instruction. */
-static void iobmd_find_made(struct iobmd_tracer *t)
+/* A process that a thread of the task, or a guest, has created by a clone whose event was not reported. */
+struct iobmd_lost { int is_dead, lives; pid_t found; };
+
+/* Search the children of a thread for the process. Its parent learns nothing of its death: its exit signal is 0. */
+static int iobmd_find_child(struct iobmd_tracer *t, pid_t tid, void *data)
 {
-    int64_t until = iobmd_now() + IOBMD_DEATH;
-    do {
-        siginfo_t report = { 0 };
-        /* An error means that nothing is traced, so that there is no such process. */
-        if (iobmd_raw(SYS_waitid, P_ALL, 0, (long)&report, WEXITED | WSTOPPED | WNOHANG | __WALL, 0, 0)) return;
-        if (report.si_pid && report.si_code == CLD_TRAPPED) {
-            t->guest = report.si_pid;  /* iobmd_open() finds it by this */
-            if (iobmd_status_field(t, report.si_pid, "Tgid:") == report.si_pid && report.si_pid != t->task)
-                t->made = report.si_pid;
-            t->guest = 0;
-        } else if (!report.si_pid) iobmd_doze(t);
-    } while (!t->made && iobmd_now() < until);
+    struct iobmd_lost *lost = data;
+    char text[8192];
+    pid_t guest = t->guest;
+    long size, file = iobmd_open(t, tid, "children", O_RDONLY);
+    if (file < 0) return IOBMD_DONE;
+    size = iobmd_raw(SYS_read, file, (long)text, sizeof text, 0, 0, 0);
+    iobmd_close(file);
+    for (long at = 0; at < size && !lost->found; at++) {
+        pid_t pid = 0;
+        for (; at < size && text[at] != ' '; at++) pid = pid * 10 + (text[at] - '0');
+        t->guest = pid;  /* iobmd_open() finds it by this */
+        if (pid != guest && !iobmd_stat_field(t, pid, 38) && iobmd_began(t, pid) >= t->cloned) {
+            long signal_number = iobmd_stat_field(t, pid, 52) & 0x7f;  /* that killed it */
+            int died = iobmd_is_dead(t, pid) && (signal_number == SIGKILL || signal_number == SIGSEGV);
+            if (lost->is_dead ? died : !iobmd_is_gone(t, pid)) lost->found = pid;
+            else if (!iobmd_is_dead(t, pid)) lost->lives = 1;
+        }
+    }
+    t->guest = guest;
+    return lost->found ? IOBMD_LATE : IOBMD_DONE;
+}
+
+/* Return the process that a thread has created by a clone during which the thread was killed, for example by another
+   thread's execve(2). Its event is not reported in that case, but the process is traced nevertheless, and stops at its
+   first instruction; waitid(2) has reported that stop to iobmd_reap_all() before. With `is_dead`, the process has died
+   with a tracer that was killed. 0: there is none. */
+static pid_t iobmd_find_lost(struct iobmd_tracer *t, int is_dead)
+{
+    struct iobmd_lost lost = { is_dead, 0, 0 };
+    int64_t begun = iobmd_now(), wait;
+    for (;;) {
+        lost.lives = 0;
+        iobmd_each_thread(t, iobmd_find_child, &lost);
+        if (lost.found) return lost.found;
+        wait = 10 * IOBMD_MS;  /* a thread that executes a program changes its id */
+        /* The thread, which blocks all signals then, may still have to make the call, and the process to die. */
+        if (is_dead && (lost.lives || iobmd_status_field(t, t->used.tid, "SigBlk:") == 'f')) wait = 3 * IOBMD_BEGIN;
+        if (iobmd_now() - begun >= wait) return 0;
+        iobmd_doze(t);
+    }
+}
+
+/* Record the process that a guest has created. */
+static void iobmd_take_snapshot(struct iobmd_tracer *t, long child_there)
+{
+    t->child = t->made;
+    t->child_there = child_there > 0 ? child_there : iobmd_status_field(t, t->made, "NSpid:");
+    t->child_began = iobmd_began(t, t->made);
 }
 
 static void iobmd_take_guest(struct iobmd_tracer *t, const struct iobmd_call *calls, int count, int status)
 {
-    /* A thread of the maker must not wait for the maker's own children. */
-    if (status == IOBMD_ENDED && t->clones && !t->made && !t->is_thread) iobmd_find_made(t);
-    t->clones = 0;
+    if (status == IOBMD_ENDED && t->clones && !t->made) t->made = iobmd_find_lost(t, 0);
     for (int i = 0; i < count; i++)
         if (calls[i].number == SYS_clone && t->made) {
             t->guest = t->made;
@@ -1006,6 +1095,20 @@ static void iobmd_take_guest(struct iobmd_tracer *t, const struct iobmd_call *ca
             t->guest_there = calls[i].result > 0 ? calls[i].result : iobmd_status_field(t, t->made, "NSpid:");
             t->guest_began = iobmd_began(t, t->made);
         }
+    t->clones = 0;
+}
+
+/* Complete the record of a tracer that was killed in the middle of a command: threads were resumed, guests died. */
+static void iobmd_inherit(struct iobmd_tracer *t)
+{
+    const struct iobmd_call clone = { .number = SYS_clone };
+    t->frozen = t->lates = t->knows = t->seizing = 0;
+    t->froze_ns = t->alarm_ns = 0;
+    if (t->clones && !t->made) t->made = iobmd_find_lost(t, 1);
+    if (t->clones && t->made && t->guest && t->guest != t->made) iobmd_take_snapshot(t, 0);
+    else if (t->clones) iobmd_take_guest(t, &clone, 1, IOBMD_DONE);
+    t->clones = 0;
+    t->guest_is_stuck = 1;
 }
 
 /* Make system calls in a guest or a snapshot, which may block until the deadline. */
@@ -1223,9 +1326,7 @@ static int iobmd_snapshot(struct iobmd_tracer *t)
 {
     struct iobmd_call fork = iobmd_new_call(SYS_clone, CLONE_PARENT | CLONE_FS | CLONE_FILES, IOBMD_NO_STACK, 0);
     int status = iobmd_run_guest(t, &fork, 1, t->deadline_ns, 1);
-    t->child = t->made;
-    t->child_there = fork.result;
-    t->child_began = iobmd_began(t, t->made);
+    iobmd_take_snapshot(t, fork.result);
     if (status) return status;
     return t->child ? iobmd_receive(t, t->child) : IOBMD_UNSEEN;
 }
@@ -1526,7 +1627,7 @@ static void iobmd_settle(struct iobmd_tracer *t)
     struct sigaction reports;
     char path[32];
     struct sigevent killed = { .sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGKILL };
-    t->pagemap = t->alarm = -1;
+    t->pagemap = t->writes = t->alarm = -1;
     if (!t->is_thread) iobmd_raw(SYS_timer_create, CLOCK_MONOTONIC, (long)&killed, (long)&t->alarm, 0, 0, 0);
     t->self = (pid_t)iobmd_raw(SYS_gettid, 0, 0, 0, 0, 0, 0);
     /* A separate descriptor table, in which descriptors are always free. It is not copied, because all of it is
@@ -1563,6 +1664,7 @@ static int iobmd_tracer_body(void *argument)
 {
     struct iobmd_tracer *t = argument;
     iobmd_settle(t);
+    if (t->succeeds) iobmd_inherit(t);
     for (;;) {
         int command = __atomic_load_n(&t->command, __ATOMIC_ACQUIRE);
         if (command == IOBMD_NOTHING) {
@@ -1644,13 +1746,29 @@ static void iobmd_tracer_abandon(struct iobmd_tracer *t)
     iobmd_retain(t);
 }
 
+/* Start the process or thread of a tracer; return 0 or an error number. */
+static int iobmd_start(struct iobmd_tracer *t)
+{
+    sigset_t all, before;
+    int error;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    if (t->is_thread)
+        error = pthread_create(&t->thread, NULL, iobmd_tracer_thread, t);
+    else {
+        t->pid = clone(iobmd_tracer_body, t->stack + sizeof t->stack, CLONE_VM | CLONE_FS | CLONE_FILES, t);
+        error = t->pid < 0 ? errno : 0;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return error;
+}
+
 /* Start a tracer: a process, or a thread of the maker. If Yama permits a process to trace only its descendants
    (kernel.yama.ptrace_scope 1, without CAP_SYS_PTRACE), a separate process may not trace them, and only the target
    could permit it (PR_SET_PTRACER). In that case a thread of the maker must trace, and if the maker is killed during
    a stop, the stop is not completed. Returns NULL with errno if no tracer can be created. */
 static struct iobmd_tracer *iobmd_tracer_start(pid_t task, unsigned long instruction, long options, int is_thread)
 {
-    sigset_t all, before;
     int error;
     struct iobmd_tracer *t = mmap(NULL, sizeof *t, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE,
                                   -1, 0);
@@ -1661,21 +1779,24 @@ static struct iobmd_tracer *iobmd_tracer_start(pid_t task, unsigned long instruc
     t->instruction = instruction;
     t->options = options;
     t->is_thread = is_thread;
+    iobmd_know_processor();
     t->maker = getpid();
     t->maker_thread = (pid_t)syscall(SYS_gettid);
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    if (is_thread)
-        error = pthread_create(&t->thread, NULL, iobmd_tracer_thread, t);
-    else {
-        t->pid = clone(iobmd_tracer_body, t->stack + sizeof t->stack, CLONE_VM | CLONE_FS | CLONE_FILES, t);
-        error = t->pid < 0 ? errno : 0;
-    }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (!error) return t;
+    if (!(error = iobmd_start(t))) return t;
     munmap(t, sizeof *t);
     errno = error;
     return NULL;
+}
+
+/* Start another process in place of a tracer that was killed, so that it removes what this has created in the task;
+   return whether it was started. */
+static int iobmd_tracer_succeed(struct iobmd_tracer *t)
+{
+    if (t->is_thread || t->maker != getpid()) return 0;
+    while (iobmd_raw(SYS_wait4, t->pid, 0, __WALL, 0, 0, 0) == -EINTR) continue;
+    t->succeeds = 1;
+    t->command = IOBMD_NOTHING;
+    return !iobmd_start(t);
 }
 
 /* Start a command, whose parameters must have been set. */
@@ -1683,6 +1804,12 @@ static void iobmd_tracer_begin(struct iobmd_tracer *t, int command)
 {
     __atomic_store_n(&t->command, command, __ATOMIC_RELEASE);
     iobmd_raw(SYS_futex, (long)&t->command, FUTEX_WAKE_PRIVATE, 1, 0, 0, 0);
+}
+
+/* Return whether a tracer that was killed was killed by its alarm, because the lock of the task's memory was held. */
+static int iobmd_tracer_was_held(const struct iobmd_tracer *t)
+{
+    return t->alarm_ns && iobmd_now() >= t->alarm_ns;
 }
 
 /* Wait briefly for the end of a command. Returns 1: it is done, 0: not yet, or a signal arrived, -1: the tracer was
@@ -1736,6 +1863,8 @@ static int64_t iobmd_tracer_end(struct iobmd_tracer *t)
 
 #define IOBMD_PROCESSOR ""
 #define IOBMD_INSTRUCTION ""
+#define IOBMD_RETURNING ""
+#define IOBMD_CALLING ""
 enum { IOBMD_ELF = 0, IOBMD_INSTRUCTION_ALIGNMENT = 1 };
 struct iobmd_named_call { const char *name; int number; };
 static const struct iobmd_named_call iobmd_made_calls[] = { { NULL, 0 } }, iobmd_calls_ended_by_a_stop[] = { { NULL, 0 } };
@@ -1748,6 +1877,8 @@ static struct iobmd_tracer *iobmd_tracer_start(pid_t task, unsigned long instruc
 }
 static void iobmd_tracer_begin(struct iobmd_tracer *t, int command) { (void)t; (void)command; }
 static int iobmd_tracer_wait(struct iobmd_tracer *t) { (void)t; return 1; }
+static int iobmd_tracer_was_held(const struct iobmd_tracer *t) { (void)t; return 0; }
+static int iobmd_tracer_succeed(struct iobmd_tracer *t) { (void)t; return 0; }
 static int64_t iobmd_tracer_end(struct iobmd_tracer *t) { (void)t; return 0; }
 static void iobmd_tracer_abandon(struct iobmd_tracer *t) { (void)t; }
 #endif

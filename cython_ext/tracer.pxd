@@ -41,6 +41,8 @@ cdef extern from "tracer.h" nogil:
         int cpu
         int64_t since_ns
         unsigned long switches
+        unsigned long stack_low
+        unsigned long stack_high
     struct iobmd_object:
         char *path
         unsigned long inode
@@ -62,17 +64,20 @@ cdef extern from "tracer.h" nogil:
         int number
     const char *IOBMD_PROCESSOR
     const char *IOBMD_INSTRUCTION
+    const char *IOBMD_RETURNING
+    const char *IOBMD_CALLING
     enum: IOBMD_INSTRUCTION_ALIGNMENT
     enum: IOBMD_ELF
     const iobmd_named_call *iobmd_made_calls
     const iobmd_named_call *iobmd_calls_ended_by_a_stop
     struct iobmd_tracer:
         unsigned long instruction
+        unsigned long returning
+        unsigned long calling
         int64_t patience_ns
         int64_t short_ns
         int command
         int cancelled
-        int peeks
         iobmd_call *calls
         int count
         const iobmd_thread *known
@@ -96,5 +101,7 @@ cdef extern from "tracer.h" nogil:
     iobmd_tracer *iobmd_tracer_start(int task, unsigned long instruction, long options, int is_thread)
     void iobmd_tracer_begin(iobmd_tracer *tracer, int command)
     int iobmd_tracer_wait(iobmd_tracer *tracer)
+    int iobmd_tracer_was_held(const iobmd_tracer *tracer)
+    int iobmd_tracer_succeed(iobmd_tracer *tracer)
     void iobmd_tracer_abandon(iobmd_tracer *tracer)
     int64_t iobmd_tracer_end(iobmd_tracer *tracer)

@@ -14,13 +14,14 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset, strerror, strncpy
 
 from tracer cimport (
-    IOBMD_32_BIT, IOBMD_CALLS, IOBMD_CHANGED, IOBMD_COLLECT, IOBMD_DIVERTED, IOBMD_DONE, IOBMD_ELF, IOBMD_ENDED,
-    IOBMD_FAILED, IOBMD_FREEZE, IOBMD_GONE, IOBMD_GUEST, IOBMD_HELD, IOBMD_INSTRUCTION, IOBMD_INSTRUCTION_ALIGNMENT,
-    IOBMD_LATE, IOBMD_NO_MEMORY, IOBMD_NO_PROCESS, IOBMD_PROCESSOR, IOBMD_REFUSED, IOBMD_RUN, IOBMD_SIGNALLED,
-    IOBMD_SNAPSHOT, IOBMD_STAND_ALONE, IOBMD_STOP, IOBMD_FOREIGN_THREAD, IOBMD_STUCK, IOBMD_THAW, IOBMD_UNCOPIED,
-    IOBMD_UNREADABLE, IOBMD_UNSEEN, iobmd_call, iobmd_calls_ended_by_a_stop, iobmd_made_calls, iobmd_named_call,
-    iobmd_object, iobmd_register_set, iobmd_registers, iobmd_thread, iobmd_tracer,
-    iobmd_tracer_abandon, iobmd_tracer_begin, iobmd_tracer_end, iobmd_tracer_start, iobmd_tracer_wait,
+    IOBMD_32_BIT, IOBMD_CALLING, IOBMD_CALLS, IOBMD_CHANGED, IOBMD_COLLECT, IOBMD_DIVERTED, IOBMD_DONE, IOBMD_ELF,
+    IOBMD_ENDED, IOBMD_FAILED, IOBMD_FOREIGN_THREAD, IOBMD_FREEZE, IOBMD_GONE, IOBMD_GUEST, IOBMD_HELD,
+    IOBMD_INSTRUCTION, IOBMD_INSTRUCTION_ALIGNMENT, IOBMD_LATE, IOBMD_NO_MEMORY, IOBMD_NO_PROCESS,
+    IOBMD_PROCESSOR, IOBMD_REFUSED, IOBMD_RETURNING, IOBMD_RUN, IOBMD_SIGNALLED, IOBMD_SNAPSHOT,
+    IOBMD_STAND_ALONE, IOBMD_STOP, IOBMD_STUCK, IOBMD_THAW, IOBMD_UNCOPIED, IOBMD_UNREADABLE, IOBMD_UNSEEN,
+    iobmd_call, iobmd_calls_ended_by_a_stop, iobmd_made_calls, iobmd_named_call, iobmd_object, iobmd_register_set,
+    iobmd_registers, iobmd_thread, iobmd_tracer, iobmd_tracer_abandon, iobmd_tracer_begin, iobmd_tracer_end,
+    iobmd_tracer_start, iobmd_tracer_succeed, iobmd_tracer_wait, iobmd_tracer_was_held,
 )
 
 cdef extern from "<limits.h>":
@@ -44,6 +45,9 @@ ELF_MACHINE = IOBMD_ELF
 INSTRUCTION = <bytes>IOBMD_INSTRUCTION[:sizeof(IOBMD_INSTRUCTION) - 1]
 INSTRUCTION_ALIGNMENT = IOBMD_INSTRUCTION_ALIGNMENT
 """Its system call instruction, and a divisor of the addresses of instructions."""
+RETURNING = <bytes>IOBMD_RETURNING[:sizeof(IOBMD_RETURNING) - 1]
+CALLING = <bytes>IOBMD_CALLING[:sizeof(IOBMD_CALLING) - 1]
+"""The code that makes the call rt_sigreturn(2), and that which makes any call and returns."""
 _abandoned = []  # memory to which a tracer that takes too long may still write: it is never unmapped
 NO_PROCESS, GUEST, SNAPSHOT = IOBMD_NO_PROCESS, IOBMD_GUEST, IOBMD_SNAPSHOT
 
@@ -77,6 +81,8 @@ cdef class Tracer:
         The pid.
     instruction : int
         The address of a system call instruction in the task.
+    returning, calling : int
+        The addresses of `RETURNING` and `CALLING` in the task; 0: unknown.
     options : int
         Options of ptrace(2) (PTRACE_O_…).
     is_thread : bool
@@ -92,15 +98,19 @@ cdef class Tracer:
 
     cdef iobmd_tracer *_tracer
     cdef object _objects
+    cdef readonly bint was_killed
+    """Whether another process has killed it (ChildProcessError)."""
     cdef readonly int64_t stopped_ns
     """Upper bound of the total time for which a thread of the task was stopped, in nanoseconds."""
 
     def __cinit__(
-        self, int task, unsigned long instruction, long options, bint is_thread, double patience, double short
+        self, int task, unsigned long instruction, unsigned long returning, unsigned long calling,
+        long options, bint is_thread, double patience, double short
     ):
         self._tracer = iobmd_tracer_start(task, instruction, options, is_thread)
         if self._tracer == NULL:
             raise OSError(errno, f"clone: {strerror(errno).decode()}")
+        self._tracer.returning, self._tracer.calling = returning, calling
         self._tracer.patience_ns = <int64_t>(patience * 1e9)
         self._tracer.short_ns = <int64_t>(short * 1e9)
         self._tracer.failed_session = 1
@@ -135,10 +145,10 @@ cdef class Tracer:
         """The results of the calls of the last program."""
         return [self._tracer.calls[index].result for index in range(self._tracer.count)] if self._tracer else []
 
-    def use(self, unsigned long instruction):
-        """Use another system call instruction from now on, because the task has executed another program."""
+    def use(self, unsigned long instruction, unsigned long returning, unsigned long calling):
+        """Use other code of the task from now on, because it has executed another program."""
         if self._tracer:
-            self._tracer.instruction = instruction
+            self._tracer.instruction, self._tracer.returning, self._tracer.calling = instruction, returning, calling
 
     def stop(self, threads, calls):
         """Stop the first of several threads that stops, make system calls in it, and resume it; return the status.
@@ -147,7 +157,8 @@ cdef class Tracer:
         ----------
         threads
             For each: its id; its processor, or -1; the time since which it has been sleeping in epoll_wait, in ns of
-            the monotonic clock, or 0; and how often it had slept before.
+            the monotonic clock, or 0; how often it had slept before; and the addresses between which it has its
+            stack, or 0.
         calls
             For each: its number; its arguments; for each argument the index of the previous call to whose result it
             is relative, or -1; and whether it maps a range: 0: no, 1: always unmapped at the end, 2: unmapped only
@@ -255,6 +266,11 @@ cdef class Tracer:
         self._tracer.failed_session = failed
         return self._command(IOBMD_COLLECT, threads)
 
+    def succeed(self):
+        """Start another tracer, for `collect`, in place of one that was killed; return whether it was started."""
+        self.was_killed = False
+        return self._tracer != NULL and iobmd_tracer_succeed(self._tracer) != 0
+
     def end(self):
         """End it, and remove what it has created in the task; idempotent."""
         if self._tracer != NULL:
@@ -316,9 +332,10 @@ cdef class Tracer:
         if known == NULL:
             raise MemoryError()
         try:
-            for tid, cpu, since_ns, switches in threads:
+            for tid, cpu, since_ns, switches, low, high in threads:
                 known[count].tid, known[count].cpu = tid, cpu
                 known[count].since_ns, known[count].switches = since_ns, switches
+                known[count].stack_low, known[count].stack_high = low, high
                 count += 1
         except BaseException:
             free(known)
@@ -366,9 +383,10 @@ cdef class Tracer:
                     if self._objects:
                         _abandoned.append(self._objects)
                     iobmd_tracer_abandon(tracer)
-            if not done or (done < 0 and tracer.peeks):
+            if not done or (done < 0 and iobmd_tracer_was_held(tracer)):
                 return IOBMD_HELD
             if done < 0:
+                self.was_killed = True
                 raise ChildProcessError("the process that traces another for iobmd was killed")
             self.stopped_ns = tracer.stopped_ns
             return tracer.status

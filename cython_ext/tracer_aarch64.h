@@ -18,6 +18,8 @@
 
 #define IOBMD_PROCESSOR "aarch64"
 #define IOBMD_INSTRUCTION "\x01\0\0\xd4"  /* svc #0 */
+#define IOBMD_RETURNING ""
+#define IOBMD_CALLING ""
 /* Notes that older headers lack. */
 enum { IOBMD_SYSTEM_CALL = 0x404, IOBMD_SVE = 0x405, IOBMD_PAC_MASK = 0x406, IOBMD_TAGGED_CONTROL = 0x409,
        IOBMD_PAC_KEYS = 0x40a, IOBMD_SSVE = 0x40b, IOBMD_ZA = 0x40c, IOBMD_ZT = 0x40d, IOBMD_FPMR = 0x40e };
@@ -183,7 +185,8 @@ static int iobmd_pretend_interrupted(struct iobmd_tracer *t, pid_t tid, const st
 /* A call that a stop ends with EINTR must not begin yet, because detaching the thread would end it too. Any other one is
    begun: if a signal arrived since the stop, it is interrupted by the signal, as it would have been without the stop, and
    not begun after the handler. */
-static void iobmd_reenter_call(struct iobmd_tracer *t, struct iobmd_thread *thread, struct iobmd_state *state, int made)
+static void iobmd_reenter_call(struct iobmd_tracer *t, struct iobmd_thread *thread, struct iobmd_state *state, int made,
+                               unsigned long mask)
 {
     struct iobmd_syscall_info info;
     pid_t tid = thread->tid;
@@ -198,7 +201,28 @@ static void iobmd_reenter_call(struct iobmd_tracer *t, struct iobmd_thread *thre
     } else if (!iobmd_store(tid, state) && iobmd_begin(t, tid, &info)) {
         iobmd_store(tid, state);
     }
+    iobmd_ptrace(IOBMD_SETSIGMASK, tid, sizeof mask, &mask);
     thread->restarts = 0;
+}
+
+static void iobmd_know_processor(void) {}
+
+/* A frame on the stack would not be enough here: a thread is first run to the start of its own call, which cannot be
+   skipped, and the thread sent to the frame, at once. */
+static int iobmd_protect(struct iobmd_tracer *t, const struct iobmd_thread *thread, struct iobmd_state *before,
+                         unsigned long mask)
+{
+    (void)t, (void)thread, (void)before, (void)mask;
+    return IOBMD_DONE;
+}
+
+static int iobmd_start_call(struct iobmd_tracer *t, pid_t tid, const struct iobmd_state *base,
+                            unsigned long instruction, const struct iobmd_call *call)
+{
+    struct iobmd_state state = *base;
+    iobmd_move(&state, instruction);
+    iobmd_set_call(&state, call);
+    return iobmd_begin_call(t, tid, &state, instruction, call);
 }
 
 /* Return whether a signal is queued for a stopped thread. */

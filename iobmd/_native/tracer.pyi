@@ -7,6 +7,8 @@ PROCESSOR: str
 ELF_MACHINE: int
 INSTRUCTION: bytes
 INSTRUCTION_ALIGNMENT: int
+RETURNING: bytes
+CALLING: bytes
 MADE_CALLS: dict[str, int]
 CALLS_ENDED_BY_A_STOP: dict[str, int]
 CALLS: int
@@ -35,8 +37,17 @@ UNSEEN: int
 @final
 class Tracer:
     stopped_ns: int
+    was_killed: bool
     def __new__(
-        cls, task: int, instruction: int, options: int, is_thread: bool, patience: float, short: float
+        cls,
+        task: int,
+        instruction: int,
+        returning: int,
+        calling: int,
+        options: int,
+        is_thread: bool,
+        patience: float,
+        short: float,
     ) -> Self: ...
     @property
     def child(self) -> int: ...
@@ -52,11 +63,11 @@ class Tracer:
     def registers(self) -> list[tuple[int, int, list[tuple[int, bytes]]]]: ...
     @property
     def results(self) -> list[int]: ...
-    def collect(self, threads: Sequence[tuple[int, int, int, int]], failed: bool) -> int: ...
+    def collect(self, threads: Sequence[tuple[int, int, int, int, int, int]], failed: bool) -> int: ...
     def end(self) -> None: ...
     def freeze(
         self,
-        threads: Sequence[tuple[int, int, int, int]],
+        threads: Sequence[tuple[int, int, int, int, int, int]],
         wanted: int = 0,
         deadline: float = 0.0,
         records: bool = False,
@@ -65,11 +76,12 @@ class Tracer:
     def run(
         self, calls: Sequence[tuple[int, Sequence[int], Sequence[int], int]], deadline: float, may_wait: bool
     ) -> int: ...
-    def stand_alone(self, threads: Sequence[tuple[int, int, int, int]], deadline: float) -> int: ...
+    def stand_alone(self, threads: Sequence[tuple[int, int, int, int, int, int]], deadline: float) -> int: ...
     def stop(
         self,
-        threads: Sequence[tuple[int, int, int, int]],
+        threads: Sequence[tuple[int, int, int, int, int, int]],
         calls: Sequence[tuple[int, Sequence[int], Sequence[int], int]],
     ) -> int: ...
+    def succeed(self) -> bool: ...
     def thaw(self) -> int: ...
-    def use(self, instruction: int) -> None: ...
+    def use(self, instruction: int, returning: int, calling: int) -> None: ...

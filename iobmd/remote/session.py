@@ -19,7 +19,7 @@ from iobmd._internal import process_local
 from iobmd._native import tracer as native
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NoMemoryError, NoResourcesError, TaskTimeoutError, UnsupportedError
-from iobmd.remote import epoll_sleep, freezer, preflight, syscall_instruction, threads
+from iobmd.remote import epoll_sleep, freezer, preflight, signal_return, syscall_instruction, threads
 from iobmd.remote.guest import Call, Guest, Result, call
 from iobmd.task import attempt, diagnosis
 from iobmd.task.task import Task
@@ -94,9 +94,7 @@ class Session:
         # At Yama's scope 1 only an ancestor may trace, such as this process.
         is_thread = host.yama_scope() == 1 and not host.has_capability("CAP_SYS_PTRACE")
         try:
-            self._tracer = native.Tracer(
-                task.pid, syscall_instruction.find(task), options, is_thread, PATIENCE, _SHORT
-            )
+            self._tracer = native.Tracer(task.pid, *_code(task), options, is_thread, PATIENCE, _SHORT)
         except OSError as error:
             if isinstance(error, IOReturnError):
                 raise
@@ -218,18 +216,27 @@ class Session:
         """End the guest or snapshot and release the task; with `failed`, also unmap memory that was mapped."""
         self._deadline = time.monotonic() + PATIENCE
         try:
-            while self._tracer.guest:
-                # If the task cannot be stopped again, because of busy processors or another tracer, a zombie remains
-                # until the task exits.
-                status = self._tracer.collect(_candidates(self.task), failed)
-                # If the thread ends during this, because another one executes a program, other threads remain.
-                ended = status == native.ENDED and time.monotonic() < self._deadline
-                if not ended and not self._isagain(status):
-                    break
+            with contextlib.suppress(ChildProcessError):
+                if self._tracer.guest and not self._tracer.was_killed:
+                    self._collect(failed)
+            if self._tracer.was_killed and self._tracer.succeed():  # the guest has died with the first one
+                self._deadline = time.monotonic() + 3 * PATIENCE  # it must first die
+                self._collect(failed)
         except OSError:  # it has exited, or refuses
             pass
         finally:
             self._tracer.end()
+
+    def _collect(self, failed: bool) -> None:
+        """Make the task reap the guest and the snapshot. Raises OSError."""
+        while True:
+            # If the task cannot be stopped again, because of busy processors or another tracer, a zombie remains
+            # until the task exits.
+            status = self._tracer.collect(_candidates(self.task), failed)
+            # If the thread ends during this, because another one executes a program, other threads remain.
+            ended = status == native.ENDED and time.monotonic() < self._deadline
+            if not self._tracer.guest or (not ended and not self._isagain(status)):
+                break
 
     def _isagain(self, status: int) -> bool:
         """Wait briefly and return whether another attempt may succeed."""
@@ -237,8 +244,9 @@ class Session:
             self._refusals = 0  # the earlier ones were of a thread that another one, executing a program, replaced
             if not self.task.alive:
                 raise diagnosis.gone(f"task {self.task.pid} is gone: it exited")
-            if status == native.UNREADABLE:  # at once, because it may soon execute yet another program
-                self._tracer.use(syscall_instruction.find(self.task))
+            if status == native.UNREADABLE:
+                # At once: it may soon execute yet another program, before the code for a return would be found.
+                self._tracer.use(syscall_instruction.find(self.task), 0, 0)
             elif status == native.GONE:  # all threads that were known; others may not be visible yet
                 time.sleep(0.001)
             return time.monotonic() < self._deadline
@@ -402,7 +410,13 @@ def insist(action: Callable[[], None]) -> None:
         raise
 
 
-_Known = tuple[int, int, int, int]
+def _code(task: Task) -> tuple[int, int, int]:
+    """Return the addresses of a system call instruction, and of the code of `signal_return`."""
+    instruction = syscall_instruction.find(task)
+    return instruction, *signal_return.code(task, instruction)
+
+
+_Known = tuple[int, int, int, int, int, int]
 """A thread, in the form that `native.Tracer.stop` accepts."""
 
 
@@ -411,20 +425,21 @@ def _candidates(task: Task) -> list[_Known]:
 
 
 def _sleeping(task: Task) -> list[_Known]:
-    """Return the threads that sleep in epoll_wait, with the start of their sleep."""
+    """Return the threads that sleep in epoll_wait, with the start of their sleep, and the main thread."""
     found = []
     deadline = time.monotonic() + PATIENCE / 2
     for tid in threads.thread_ids(task.pid):
         if time.monotonic() > deadline:  # the others will begin their sleep again
             break
-        if threads.call(task.pid, tid) in epoll_sleep.EPOLL and (one := threads.activity(task.pid, tid)):
+        is_wanted = tid == task.pid or threads.call(task.pid, tid) in epoll_sleep.EPOLL
+        if is_wanted and (one := threads.activity(task.pid, tid)):
             found.append(_known(task, one))
     return found
 
 
 def _known(task: Task, activity: threads.Activity) -> _Known:
     sleep = epoll_sleep.measure(task, activity)
-    return activity.tid, activity.cpu, *(sleep or (0, 0))
+    return activity.tid, activity.cpu, *(sleep or (0, 0)), *signal_return.stack(task, activity)
 
 
 def _packed(one: Call) -> tuple[int, list[int], list[int], int]:

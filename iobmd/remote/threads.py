@@ -30,6 +30,8 @@ class Activity(NamedTuple):
     """The processor on which it last ran; -1: unknown, or not usable by this process."""
     call: int
     """The system call in which it sleeps; -1: it does not sleep."""
+    stack_pointer: int = 0
+    """Its stack pointer if it sleeps; 0: unknown."""
 
 
 def candidates(pid: int) -> list[Activity]:
@@ -86,20 +88,27 @@ def activity(pid: int, tid: int) -> Activity | None:
     now, cpu = _stat(pid, tid)
     if now in ("", "Z", "X", "x"):
         return None
-    number = call(pid, tid)
-    if number is None:  # unknown: no thread is better than another
+    sleep = _sleep(pid, tid)
+    if sleep is None:  # unknown: no thread is better than another
         return Activity(2, tid, cpu, -1)
+    number, stack_pointer = sleep
     if now == "D":
         return Activity(9, tid, cpu, -1)
     if number < 0:
-        return Activity(1, tid, cpu, -1)
-    return Activity(_RANKS.get(number, 0), tid, cpu, number)
+        return Activity(1, tid, cpu, -1, stack_pointer)
+    return Activity(_RANKS.get(number, 0), tid, cpu, number, stack_pointer)
 
 
 def call(pid: int, tid: int) -> int | None:
     """Return the system call in which a thread sleeps; -1: it does not sleep; None: the kernel does not report it."""
+    sleep = _sleep(pid, tid)
+    return sleep[0] if sleep else None
+
+
+def _sleep(pid: int, tid: int) -> tuple[int, int] | None:
+    """Return the system call in which a thread sleeps, or -1, and its stack pointer, or 0 if it runs."""
     try:
-        name = Path(f"{pidns.directory(pid)}/task/{tid}/syscall").read_text().split()[0]
-    except (OSError, IndexError):
+        fields = Path(f"{pidns.directory(pid)}/task/{tid}/syscall").read_text().split()
+        return (-1, 0) if fields[0] == "running" else (int(fields[0]), int(fields[-2], 16))
+    except (OSError, IndexError, ValueError):
         return None
-    return -1 if name == "running" else int(name)

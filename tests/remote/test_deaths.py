@@ -14,12 +14,23 @@ from pathlib import Path
 import pytest
 from support.child import forked, sleeping
 from support.kernel import Footprint
-from support.targets import ProgramResources, Stopping, Target, build, check_unchanged, until, until_blocked
+from support.targets import (
+    ProgramResources,
+    Stopping,
+    Target,
+    build,
+    check_unchanged,
+    children,
+    until,
+    until_at_rest,
+    until_blocked,
+)
+from support.tracer_killer import before_call
 
 import iobmd
 from iobmd import IOMapOptions, IOMemoryDescriptor, IOReturn, IOReturnError, Task, host, procfs
 from iobmd.remote.guest import Call, Guest
-from iobmd.remote.session import Session, guard_of
+from iobmd.remote.session import Session, guard_of, with_guest
 from iobmd.remote.threads import state, thread_ids
 from iobmd.units import PAGE_SIZE
 
@@ -125,6 +136,29 @@ def test_a_thread_executes_a_program_while_others_are_stopped() -> None:
                     # kIOReturnError: the program was replaced during a system call that was made in it
                     assert error.code in (IOReturn.kIOReturnNotFound, IOReturn.kIOReturnError), error
             assert target.end() == (9, "")
+
+
+@pytest.mark.needs("compiler", "root")  # otherwise Yama may require the tracer to be an ancestor
+@pytest.mark.usefixtures("may_trace", "tracer_kind")
+def test_a_thread_is_killed_after_it_has_created_the_guest() -> None:
+    """The kernel does not report the process: it is found, killed and reaped."""
+    with Target([build("busy"), "executes_then", "1"]) as target:
+        until_at_rest(target.pid)
+        task = Task(target.pid)
+
+        def execute(_tracer: int) -> None:
+            target.tell()  # another thread executes a program
+            assert until(lambda: target.line() == "ready")
+
+        get_event_message = 0x4201
+        assert before_call(
+            lambda: with_guest(task, lambda _guest: None),
+            lambda request: request == get_event_message,
+            execute,
+        )
+        assert until(lambda: is_left_alone(target.pid), 5), children(target.pid)
+        target.tell()
+        assert target.end() == (5, "woken\n")
 
 
 def use_allocate(pid: int, _address: int) -> None:

@@ -156,12 +156,12 @@ def test_stat(proc: Path, monkeypatch: pytest.MonkeyPatch, name: bytes, flags: i
     for folder in (proc, proc / "task" / "9"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "stat").write_bytes(b"9 (%b) S %b\n" % (name[:15], b" ".join(rest)))
-        (folder / "syscall").write_bytes(b"%d 0x1 0x2\n" % EPOLL_PWAIT)
+        (folder / "syscall").write_bytes(b"%d 0x1 0x7ff0 0x2\n" % EPOLL_PWAIT)
     assert procfs.start_time() == start
     assert procfs.flags() == flags
     monkeypatch.setattr(pidns, "directory", lambda _pid: str(proc))
     assert threads.state(9, 9) == "S"
-    assert threads.activity(9, 9) == threads.Activity(3, 9, 39, EPOLL_PWAIT)
+    assert threads.activity(9, 9) == threads.Activity(3, 9, 39, EPOLL_PWAIT, 0x7FF0)
 
 
 @fuzzed(40, name=names, last=st.floats(0, 1e12), switches=st.integers(0, 1 << 40))

@@ -6,6 +6,8 @@
  * busy timerfd|sleep|signal
  *                        a tick each millisecond until a line arrives; prints the numbers of ticks and of lost ticks
  * busy executes N        runs itself N times, by a thread other than the first, while others compute; exit code 9
+ * busy executes_then N   runs itself with N 0 when a line arrives, by a thread other than the first, which sleeps; then
+ *                        the same as wait
  * busy compute N         four threads; prints a checksum
  * busy rseq N            two threads count N each on one processor in restartable sequences (rseq(2)); prints the sum
  * busy filter N          sleeps N times and waits for a line, behind a seccomp filter that kills it for most calls
@@ -371,6 +373,25 @@ static int execute_repeatedly(char **argv, int count)
     return 1;
 }
 
+static void *execute_then(void *argument)
+{
+    getchar();
+    return execute_next(argument);
+}
+
+static int execute_when_told(char **argv, int count)
+{
+    static char zero[] = "0";
+    pthread_t other;
+    if (!count)
+        return wait_for_line();
+    next_command[0] = argv[0], next_command[1] = argv[1], next_command[2] = zero;
+    pthread_create(&other, NULL, execute_then, NULL);
+    puts("ready");
+    pause();
+    return 1;
+}
+
 int main(int argc, char **argv)
 {
     const char *what = argc > 1 ? argv[1] : "";
@@ -384,6 +405,8 @@ int main(int argc, char **argv)
         return beside_threads(count);
     if (!strcmp(what, "executes"))
         return execute_repeatedly(argv, count);
+    if (!strcmp(what, "executes_then"))
+        return execute_when_told(argv, count);
     if (!strcmp(what, "leaderless"))
         return without_first_thread();
     if (!strcmp(what, "timerfd"))
