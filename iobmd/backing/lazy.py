@@ -312,6 +312,7 @@ class LazyBacking(AnonymousBacking):
     """
 
     _fetch: Fetch | None = None
+    _over: Fetch | None = None  # complete, but another thread may still have to end its snapshot
     _reusable = False  # the fetch begins with absent pages
 
     def __init__(self, size: int, contents: LazyCopyOf) -> None:
@@ -338,15 +339,19 @@ class LazyBacking(AnonymousBacking):
         return fetch.fetched if fetch else self.size
 
     def fetch(self) -> None:
-        """Wait until everything is fetched. Raises as `Fetch.require`."""
+        """Wait until everything is fetched, and the snapshot has ended. Raises as `Fetch.require`."""
         if fetch := self._pending():
             fetch.all()
             self._pending()
+        if over := self._over:
+            over.stop()
+            self._over = None
 
     def _pending(self) -> Fetch | None:
         """Return the fetch if something may still have to be fetched, or is lost."""
         fetch = self._fetch  # read once: another thread may find that it has ended
         if fetch and fetch.is_over:
+            self._over = fetch
             self._fetch = fetch = None
         return fetch
 
@@ -416,9 +421,9 @@ class LazyBacking(AnonymousBacking):
 
     def _close(self, *, wait: bool) -> None:
         self.seal()
-        if fetch := self._pending():
+        if fetch := self._pending() or self._over:
             fetch.stop(wait=wait)
-            self._fetch = None
+            self._fetch = self._over = None
         super().close()
 
 

@@ -18,6 +18,7 @@ from support.lazy import MIB
 
 import iobmd
 from iobmd import IOBufferMemoryDescriptor, IOReturn
+from iobmd.backing import lazy as lazy_backing
 
 pytestmark = pytest.mark.needs("lazy_copies")
 SIZE = 32 * MIB
@@ -76,8 +77,28 @@ def test_the_contents_are_those_of_the_call(program: Program) -> None:
         assert memoryview(copy)[SIZE - MIB :] == CONTENTS[-MIB:]
         copy.fetch()
         assert copy.readBytes(0, SIZE) == CONTENTS
-        assert program.is_alone()
+        assert not program.children
+        assert lazy.is_soon(program.is_alone)  # a thread that was joined is listed until it has run once more
         assert iobmd.Task(program.process.pid).read(program.address, SIZE) == b"a" * SIZE
+
+
+@pytest.mark.parametrize("end", ["fetch", "free"])
+def test_the_snapshot_has_ended_also_if_all_was_fetched_before(
+    program: Program, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread ends it then, which may not have run yet."""
+    end_holder, may_run = lazy_backing._end_holder, threading.Event()
+    late = lambda *arguments: may_run.wait(60) and end_holder(*arguments)  # noqa: E731
+    monkeypatch.setattr(lazy_backing, "_end_holder", late)
+    copy = program.copied()
+    try:
+        assert lazy.is_soon(lambda: not lazy.is_incomplete(copy))
+        assert program.children, "the control"
+        getattr(copy, end)()
+        assert not program.children
+    finally:
+        may_run.set()
+        copy.free()
 
 
 def test_the_source_may_exit(program: Program) -> None:
@@ -130,7 +151,8 @@ def test_a_killed_snapshot(program: Program) -> None:
     for _ in range(20):
         with program.copied() as copy:
             for pid in program.children.split():
-                os.kill(int(pid), signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # everything was fetched in the meantime
+                    os.kill(int(pid), signal.SIGKILL)
             error = None
             if lazy.is_incomplete(copy):
                 error = error_of(lambda: copy.readBytes(0, SIZE)) if _is_lost(copy) else None
