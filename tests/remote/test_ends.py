@@ -17,7 +17,7 @@ from ptrace.debugger import PtraceDebugger
 from support import kernel
 from support.child import in_child, sleeping
 from support.targets import Target, children, until_blocked
-from support.threads import collects_without_waiting
+from support.threads import collects_without_waiting, running
 
 import iobmd
 from iobmd import IOMapOptions, IOReturn, IOReturnError
@@ -85,7 +85,8 @@ def test_a_destructor_waits_for_no_stop(
 
 
 def registers(pid: int) -> dict[str, int]:
-    """Read the registers of a thread by python-ptrace, which shares no code with the tracer."""
+    """Read the registers of a thread in its call by python-ptrace, which shares no code with the tracer."""
+    until_blocked(pid)  # released by a tracer, it must run until it has begun its call again
     debugger = PtraceDebugger()
     try:
         seen = debugger.addProcess(pid, is_attached=False).getregs()
@@ -96,7 +97,6 @@ def registers(pid: int) -> dict[str, int]:
 
 def test_registers_are_as_before() -> None:
     with Target([sys.executable, "-c", "import signal; print('ready', flush=True); signal.pause()"]) as target:
-        until_blocked(target.pid)
         before = registers(target.pid)
         with iobmd.allocate(64 << 10, task=target.pid, wired=False) as buffer:
             assert buffer.task_stopped_ns
@@ -154,36 +154,26 @@ def test_signals_to_the_whole_group(target: subprocess.Popen[bytes]) -> None:
 
 def test_free_while_it_is_read(target: subprocess.Popen[bytes]) -> None:
     """The task refuses the call, and the memory remains mapped there."""
-    buffer = iobmd.allocate(256 * MIB, task=target.pid, wired=False, shared=True)
-    address = buffer.getBytesNoCopy()
-    begun, over = threading.Event(), threading.Event()
+    into = bytearray(256 * MIB)
+    for _ in range(50):  # until the reader has begun, which may take long on a busy machine
+        buffer = iobmd.allocate(256 * MIB, task=target.pid, wired=False, shared=True)
+        address, begun = buffer.getBytesNoCopy(), threading.Event()
 
-    def read() -> None:
-        into = bytearray(256 * MIB)
-        while not over.is_set():
+        def read(buffer: iobmd.IOBufferMemoryDescriptor = buffer, begun: threading.Event = begun) -> None:
             begun.set()
-            buffer.readBytesInto(0, into)
+            with contextlib.suppress(iobmd.NotOpenError):  # it was freed before
+                buffer.readBytesInto(0, into)
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    begun.wait()
-    busy = 0
-    try:
-        deadline = time.monotonic() + 10
-        while not busy and time.monotonic() < deadline:
+        with running(read):
+            begun.wait()
             time.sleep(0.01)
             try:
                 buffer.free()
-            except IOReturnError as error:
-                assert error.code == IOReturn.kIOReturnBusy
-                busy += 1
+            except iobmd.BusyError:
                 assert f"{address:x}-" in Path(f"/proc/{target.pid}/maps").read_text()
-            else:
                 break
-    finally:
-        over.set()
-        reader.join()
-    assert busy
+    else:
+        raise AssertionError("it was never refused")
     buffer.free()
     assert f"{address:x}-" not in Path(f"/proc/{target.pid}/maps").read_text()
 

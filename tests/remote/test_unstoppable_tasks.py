@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 from support import program_32_bit
 from support.child import CAP_SYS_ADMIN, in_child, until_asleep
-from support.targets import Target, until, until_at_rest
+from support.targets import Target, children, until, until_at_rest, until_blocked
 from support.threads import running
 
 import iobmd
 from iobmd import IOReturn, IOReturnError
+from iobmd.remote import session
 from iobmd.units import PAGE_SIZE
 
 PTRACE_SEIZE, PTRACE_DETACH, PTRACE_INTERRUPT = 0x4206, 17, 0x4207
@@ -44,6 +45,8 @@ def refused(pid: int) -> tuple[IOReturn, str]:
 def program(*command: str, **options: object) -> Iterator[subprocess.Popen[bytes]]:
     one = subprocess.Popen(command, **options)  # type: ignore[call-overload]
     try:
+        if command[0] == "sleep":
+            until_asleep(one.pid)
         yield one
         assert one.poll() is None, "it did not survive"
     finally:
@@ -51,7 +54,7 @@ def program(*command: str, **options: object) -> Iterator[subprocess.Popen[bytes
         one.wait()
 
 
-def test_traced_by_another() -> None:
+def test_traced_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """A task that a debugger traces is refused, with the debugger's name, until it detaches."""
     with program("sleep", "1000") as target:
         script = (
@@ -66,6 +69,7 @@ def test_traced_by_another() -> None:
                 refusal(target.pid, rf"traced by process {debugger.pid} \(python") == IOReturn.kIOReturnNotPermitted
             )
             # Another user of iobmd is such a tracer too, but only briefly, so that iobmd waits for it.
+            monkeypatch.setattr(session, "PATIENCE", 60)
             threading.Timer(0.3, debugger.stdin.close).start()  # type: ignore[union-attr]
             iobmd.allocate(PAGE_SIZE, task=target.pid, wired=False).free()
 
@@ -159,6 +163,7 @@ def test_a_program_that_diverts_its_system_calls() -> None:
     """Its handler would receive those of iobmd, as soon as it sets its selector."""
     libc, config = ctypes.CDLL(None), (ctypes.c_uint64 * 4)()
     with Target([sys.executable, "-c", DIVERTED]) as target:
+        until_blocked(target.pid)
         assert libc.ptrace(PTRACE_SEIZE, target.pid, 0, 0) == 0
         assert libc.ptrace(PTRACE_INTERRUPT, target.pid, 0, 0) == 0
         os.waitpid(target.pid, WALL)
@@ -188,7 +193,8 @@ def test_a_thread_that_does_not_stop(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with program(sys.executable, "-c", FORKS, pipe, stdin=-1, stdout=-1) as target:
-        assert until(lambda: "State:\tD" in Path(f"/proc/{target.pid}/status").read_text())
+        # Not only in this state, in which it also waits for a disk.
+        assert until(lambda: children(target.pid) and "State:\tD" in Path(f"/proc/{target.pid}/status").read_text())
         assert refusal(target.pid, "did not stop within 2 s") == IOReturn.kIOReturnTimeout
         # The tracer ends with this thread, and the parent still waits until the pipe is opened.
         assert until(lambda: "TracerPid:\t0" in Path(f"/proc/{target.pid}/status").read_text())
@@ -209,7 +215,6 @@ def test_no_address_space_there() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (256 << 20, 256 << 20))
 
     with program("sleep", "1000", preexec_fn=limit) as target:
-        until_asleep(target.pid)
         maps = Path(f"/proc/{target.pid}/maps").read_text()
         with pytest.raises(IOReturnError, match="RLIMIT_AS") as caught:
             iobmd.allocate(1 << 30, task=target.pid, wired=False)

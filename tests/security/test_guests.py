@@ -34,7 +34,7 @@ def target() -> Iterator[Target]:
         until_at_rest(program.pid)
         before = state(program.pid)
         yield program
-        until(lambda: state(program.pid) == before, 5)  # a worker of the kernel releases pins
+        until(lambda: state(program.pid) == before)  # a worker of the kernel releases pins
         assert state(program.pid) == before
         assert not children(program.pid)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.child import NOBODY, in_child
+from support.child import NOBODY, in_child, until_asleep
 from support.errors import code_of
 from support.guests import before_call, one_by_one, steal
 from support.snapshot_source import Source
@@ -72,7 +72,10 @@ def descriptors(pid: int) -> list[str]:
 
 
 def sleeping_victim() -> Target:
-    return Target(["sh", "-c", "echo ready; exec sleep 1000"], user=NOBODY)
+    """Start a program of another user; its memory would be lost if it had yet to execute sleep(1)."""
+    target = Target(["sh", "-c", "echo ready; exec sleep 1000"], user=NOBODY)
+    until_asleep(target.pid)
+    return target
 
 
 def attempts(fd: int, size: int) -> dict[str, bool]:
@@ -295,6 +298,7 @@ def test_code_that_is_changed_makes_no_other_call(name: str, monkeypatch: pytest
 def test_a_task_that_can_have_no_more_processes() -> None:
     def limited() -> tuple[IOReturn, str]:
         with Target(["sh", "-c", "echo ready; exec sleep 1000"]) as target:
+            until_asleep(target.pid)
             resource.prlimit(target.pid, resource.RLIMIT_NPROC, (0, 0))
             try:
                 iobmd.allocate(PAGE_SIZE, task=target.pid, wired=False).free()
