@@ -72,7 +72,7 @@ _EXPIRING = (
     "ppoll_expires",
     "select_expires",
 )
-SOON_MS = 800  # as in targets_blocked.c
+SOON_MS, LATER_MS = 800, 3000  # as in targets_blocked.c
 
 
 def _result(target: Target, patience: float = PATIENCE) -> tuple[int, int, float, int]:
@@ -99,6 +99,7 @@ def test_signal_handler_ends_the_call(call: str) -> None:
     with Target([build("blocked"), call]) as target:
         until_blocked(target.pid)
         exercise(target.pid, 4)
+        until_blocked(target.pid)  # if the signal is handled before the call begins again, it does not end the call
         target.tell()
         result, number, _elapsed, handled = _result(target)
     assert (result, errno.errorcode[number], handled) == (-1, "EINTR", 1)
@@ -120,6 +121,16 @@ def test_timeout_is_kept(call: str) -> None:
 
 
 def _check_timeout(call: str, processors: tuple[int, int] | None = None) -> None:
+    stops = 0
+    for _ in range(10):  # on a busy machine, the timeout may expire before the first stop
+        stops += _stopped_until_timeout(call, processors)
+        if stops > 1:  # under emulation, a stop takes 100 ms
+            return
+    raise AssertionError("there were no stops")
+
+
+def _stopped_until_timeout(call: str, processors: tuple[int, int] | None) -> int:
+    """Check that a call lasts for its timeout, and return how often its program was stopped."""
     with Target([build("blocked"), call]) as target, contextlib.ExitStack() as stack:
         until_blocked(target.pid)
         if processors:
@@ -127,33 +138,33 @@ def _check_timeout(call: str, processors: tuple[int, int] | None = None) -> None
         with Stopping(target.pid, 0.02) as stopping:
             result, number, elapsed, _handled = _result(target)
     print(f"{call}: {elapsed:.1f} of {SOON_MS} ms, {stopping.count} stops")
-    assert stopping.count > 1  # under emulation, a stop takes 100 ms
     if call.startswith("futex"):
         assert (result, errno.errorcode[number]) == (-1, "ETIMEDOUT")
     else:
         assert (result, number) == (0, 0)
     # A timeout that started again with each stop would not end under stops. The kernel rounds some timeouts to
     # milliseconds, which adds one for each stop, and the program may have to wait for a processor.
-    assert SOON_MS - 1 <= elapsed < SOON_MS + 2000
+    assert SOON_MS - 1 <= elapsed < SOON_MS + 10_000
+    return stopping.count
 
 
 @pytest.mark.parametrize(
-    ("call", "due", "expected"),
+    ("call", "expected"),
     [
-        ("recv_expires", 1000, (-1, "EAGAIN")),
-        ("semtimedop_expires", 1500, (-1, "EAGAIN")),
-        ("sigtimedwait_expires", 1500, (-1, "EAGAIN")),
-        ("epoll_pwait2_expires", 1500, (0, 0)),
+        ("recv_expires", (-1, "EAGAIN")),
+        ("semtimedop_expires", (-1, "EAGAIN")),
+        ("sigtimedwait_expires", (-1, "EAGAIN")),
+        ("epoll_pwait2_expires", (0, 0)),
     ],
 )
-def test_timeout_begins_again_but_comes(call: str, due: int, expected: tuple[int, object]) -> None:
+def test_timeout_begins_again_but_comes(call: str, expected: tuple[int, object]) -> None:
     # The kernel does not record the rest of these timeouts: they start again with each stop, and are never shortened.
     with Target([build("blocked"), call]) as target:
         until_blocked(target.pid)
         exercise(target.pid, 4)
         result, number, elapsed, _handled = _result(target)
     assert (result, errno.errorcode.get(number, number)) == expected
-    assert due - 1 <= elapsed < due + 10_000
+    assert LATER_MS - 1 <= elapsed < LATER_MS + 10_000
 
 
 @pytest.mark.parametrize(

@@ -270,14 +270,18 @@ def until_blocked(pid: int) -> None:
 
 
 def until_at_rest(pid: int) -> None:
-    """Wait until all threads of a program sleep and have not run for a short time: its start is complete."""
+    """Wait until all threads of a program sleep and have not run for a short time: its start is complete.
+
+    The same applies to its children, because a parent may be waiting until a child has executed a program.
+    """
 
     def looks() -> list[tuple[str, str]]:
         found = []
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            text = (task / "status").read_bytes().decode(errors="replace")  # any name, also with a carriage return
-            status = dict(re.findall(r"^(State|voluntary_ctxt_switches):\t(\w+)", text, re.MULTILINE))
-            found.append((status["State"], status["voluntary_ctxt_switches"]))
+        for process in (pid, *children(pid).split()):
+            for task in Path(f"/proc/{process}/task").iterdir():
+                text = (task / "status").read_bytes().decode(errors="replace")  # with any name
+                status = dict(re.findall(r"^(State|voluntary_ctxt_switches):\t(\w+)", text, re.MULTILINE))
+                found.append((status["State"], status["voluntary_ctxt_switches"]))
         return found
 
     def rests() -> bool:
@@ -307,7 +311,9 @@ class ProgramResources(NamedTuple):
         found = []
         for entry in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):  # it was closed
-                found.append((int(entry.name), str(entry.readlink())))
+                link = str(entry.readlink())
+                if not link.startswith("/proc/"):  # redis reads its own files there ten times a second
+                    found.append((int(entry.name), link))
         return cls(maps, names, tuple(sorted(found)))
 
     def comparable(self, exact: bool) -> tuple[object, object]:
@@ -315,7 +321,7 @@ class ProgramResources(NamedTuple):
         return (self.maps if exact else self.names), self.descriptors
 
 
-def check_unchanged(pid: int, before: ProgramResources, *, exact: bool = True, patience: float = 3) -> None:
+def check_unchanged(pid: int, before: ProgramResources, *, exact: bool = True, patience: float = PATIENCE) -> None:
     """Check that a program has its previous resources and none of iobmd; it may close files that it opened."""
     until(lambda: ProgramResources.of(pid).comparable(exact) == before.comparable(exact), patience)
     after = ProgramResources.of(pid)
@@ -468,8 +474,9 @@ import json, select, socket, sys, time
 kind, where = sys.argv[1:]
 family = socket.AF_INET if where.isdigit() else socket.AF_UNIX
 peer = socket.socket(family)
-peer.connect(("127.0.0.1", int(where)) if where.isdigit() else where)
-peer.settimeout(10)
+while peer.connect_ex(("127.0.0.1", int(where)) if where.isdigit() else where):
+    time.sleep(0.01)  # the server has created its socket, but does not listen yet
+peer.settimeout(60)
 asked = {"http": b"GET /page HTTP/1.1\r\nHost: x\r\n\r\n", "redis": b"INCR n\r\nGET k\r\n"}[kind]
 def answer(number):
     return b":%d\r\n$4\r\nkept\r\n" % number

@@ -49,6 +49,10 @@
         checked;                                                                                                      \
     })
 
+/* `SOON_MS` must be exact to the millisecond under stops; `LATER_S` starts again with each, and must exceed the time
+   between two on a busy machine; no call waits for as long as `LONG_S`. */
+enum { SOON_MS = 800, LATER_S = 3, LONG_S = 60 };
+
 static const char *name;
 static volatile sig_atomic_t handled;
 static int channel[2];  /* data is read or received from the second one */
@@ -129,11 +133,11 @@ static void prepare(void)
     if (is("recv_waitall"))
         CHECK(send(pair[1], block, 1, 0));
     else if (strncmp(name, "recv", 4) == 0 && !is("recv"))
-        set_timeout(pair[0], SO_RCVTIMEO, is("recv_expires") ? 1 : 10);
+        set_timeout(pair[0], SO_RCVTIMEO, is("recv_expires") ? LATER_S : LONG_S);
     if (is("read_socket"))
-        set_timeout(pair[0], SO_RCVTIMEO, 10);
+        set_timeout(pair[0], SO_RCVTIMEO, LONG_S);
     if (is("send"))
-        set_timeout(pair[0], SO_SNDTIMEO, 10);
+        set_timeout(pair[0], SO_SNDTIMEO, LONG_S);
     if (is("send"))
         fill(pair[0]);
     if (is("write"))
@@ -277,19 +281,15 @@ static long epoll_keeping(int timeout, long *kept)
     return result;
 }
 
-enum { SOON_MS = 800 };
-
 static long make(void)
 {
     struct epoll_event event;
     struct pollfd polled = {.fd = waited_for, .events = POLLIN};
-    /* `soon` must be exact to the millisecond under stops; `later` starts again with each, and must exceed their
-       total. */
-    struct timespec soon = {.tv_nsec = SOON_MS * 1000000}, later = {.tv_sec = 1, .tv_nsec = 500000000}, until;
+    struct timespec soon = {.tv_nsec = SOON_MS * 1000000}, later = {.tv_sec = LATER_S}, until;
     struct timeval soon_us = {.tv_usec = SOON_MS * 1000};
     struct { long type; char text[512]; } message = {.type = 1};
     struct sembuf down = {.sem_op = -1};
-    struct timespec ten = {.tv_sec = 10};
+    struct timespec far = {.tv_sec = LONG_S};
     struct flock lock = {.l_type = F_WRLCK};
     sigset_t none, usr1 = only(SIGUSR1), usr2 = only(SIGUSR2);
     fd_set set;
@@ -316,7 +316,7 @@ static long make(void)
     if (is("futex_expires"))
         return syscall(SYS_futex, word, FUTEX_WAIT, 0, &soon, NULL, 0);
     if (is("futex_timed"))
-        return syscall(SYS_futex, word, FUTEX_WAIT, 0, &ten, NULL, 0);
+        return syscall(SYS_futex, word, FUTEX_WAIT, 0, &far, NULL, 0);
     if (is("read"))
         return read(channel[0], block, 1);
     if (is("read_socket"))
@@ -378,7 +378,7 @@ static long make(void)
     if (is("sigwaitinfo"))
         return sigwaitinfo(&usr1, &info) == SIGUSR1;
     if (is("sigtimedwait") || is("sigtimedwait_expires"))
-        return sigtimedwait(&usr1, &info, is("sigtimedwait") ? &ten : &later) > 0 ? 1 : -1;
+        return sigtimedwait(&usr1, &info, is("sigtimedwait") ? &far : &later) > 0 ? 1 : -1;
     if (is("signalfd"))
         return read(CHECK(signalfd(-1, &usr1, 0)), block, 128);
     if (is("sigsuspend"))
@@ -388,7 +388,7 @@ static long make(void)
     if (is("semop"))
         return semop(semaphore, &down, 1);
     if (is("semtimedop") || is("semtimedop_expires"))
-        return semtimedop(semaphore, &down, 1, is("semtimedop") ? &ten : &later);
+        return semtimedop(semaphore, &down, 1, is("semtimedop") ? &far : &later);
     if (is("msgrcv"))
         return msgrcv(queue, &message, sizeof message.text, 1, 0);
     if (is("msgsnd"))
