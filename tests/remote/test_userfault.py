@@ -33,7 +33,7 @@ class ServedTarget(Target):
 
     def check_unharmed(self) -> None:
         """Check that it runs untraced with its original resources, and that its handler still serves faults."""
-        assert until(lambda: not traced(self.pid) and not children(self.pid), 4), (self.state(), children(self.pid))
+        assert until(lambda: not traced(self.pid) and not children(self.pid)), (self.state(), children(self.pid))
         check_unchanged(self.pid, self.before)
         if self.reads_commands:
             self.tell("check")
@@ -147,7 +147,7 @@ def test_prefault_with_a_stalled_handler() -> None:
 def test_copy_with_a_stalled_handler(freeze: bool) -> None:
     """The error is raised within the caller's time limit; the program continues to run."""
     with ServedTarget(mode="stall") as target:
-        error = soon(failing(lambda: copied(target, freeze=freeze, timeout=0.5)), 3)
+        error = soon(failing(lambda: copied(target, freeze=freeze, timeout=0.5)), 8)  # without a limit: 10 s
         assert isinstance(error, IOReturnError)
         assert error.code == IOReturn.kIOReturnTimeout
         assert error.address == target.area
@@ -196,7 +196,7 @@ def test_interrupt(call: str) -> None:
         script = (
             "import iobmd, sys\n"
             f"pid, area, size = {target.pid}, {target.area}, {MIB}\n"
-            f"print('begin', flush=True)\ntry: {CALLS[call]}\n"
+            f"try:\n    print('begin', flush=True)\n    {CALLS[call]}\n"
             "except KeyboardInterrupt: sys.exit(7)\n"
         )
         with started([sys.executable, "-c", script], stdout=subprocess.PIPE) as program:
@@ -210,7 +210,7 @@ def test_interrupt(call: str) -> None:
                 assert program.wait(10) == 7
             finally:
                 program.kill()
-            assert time.monotonic() - begin < 2
+            assert time.monotonic() - begin < 4, "the shortest time limit is 5 s, and 0.5 s of it are over"
         target.tell("serve")
         assert target.line() == "intact"
         target.check_unharmed()
@@ -230,7 +230,7 @@ def test_killed_as_it_waits(call: str) -> None:
             assert program.poll() is None, "it waits"
             program.kill()
             program.wait(10)
-        assert until(lambda: not traced(target.pid), 3)
+        assert until(lambda: not traced(target.pid))
         target.tell("serve")
         assert target.line() == "intact"
         target.check_unharmed()
