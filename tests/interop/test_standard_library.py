@@ -75,9 +75,12 @@ def test_asyncio() -> None:
             with await copying as copied:
                 return copied.readBytes(0, 18), turns
 
-    contents, turns = asyncio.run(main())
-    assert contents == b"copied in a thread"
-    assert turns > 1
+    for _ in range(20):  # on a busy machine, this thread may not run during the copy
+        contents, turns = asyncio.run(main())
+        assert contents == b"copied in a thread"
+        if turns > 100:
+            break
+    assert turns > 100
 
 
 def test_threads_use_one_buffer() -> None:

@@ -30,7 +30,7 @@ def source() -> Iterator[Source]:
     with Source(threads=THREADS) as program:
         yield program
         assert program.process.poll() is None, "it did not survive"
-        assert until(lambda: not children(program.pid), 3), "a snapshot was left behind"
+        assert until(lambda: not children(program.pid)), "a snapshot was left behind"
 
 
 def test_contents(source: Source, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def shared(tmp_path: Path, setting: Callable[[str, object], None]) -> Path:
 
 
 WRITES = {
-    "copy -o": lambda path: ["copy", str(os.getppid()), "[stack]", "4096", "--pageable", "-o", str(path)],
+    "copy -o": lambda path: ["copy", str(os.getpid()), "[stack]", "4096", "--pageable", "-o", str(path)],
     "pagemap --save": lambda path: ["pagemap", "self", "--save", str(path)],
     "pagemap --svg": lambda path: ["pagemap", "self", "--svg", str(path)],
     "pagemap --html": lambda path: ["pagemap", "self", "--html", str(path)],

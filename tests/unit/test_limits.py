@@ -94,7 +94,7 @@ def test_a_test_that_takes_too_long_fails_and_the_next_one_runs(tmp_path: Path) 
     text = f"""
 import subprocess
 import pytest
-@pytest.mark.timeout(1)
+@pytest.mark.timeout(1, func_only=True)
 def test_waits(setting):
     setting({str(tmp_path / "setting")!r}, "changed")
     subprocess.run(["sleep", "1000"])
@@ -115,7 +115,7 @@ from pathlib import Path
 import pytest
 from support import guard
 guard.MARGIN = 1
-@pytest.mark.timeout(5)  # within which a busy machine lets it hang
+@pytest.mark.timeout(5, func_only=True)  # within which a busy machine lets it hang
 def test_hangs(setting):
     setting({setting!r}, "changed")
     sleeper = subprocess.Popen(["sleep", "1000"])
