@@ -74,8 +74,12 @@ class _Pins:
         for slot in slots:
             slot.release()
         if self._no_tables:
-            self._closed_at = time.monotonic()
+            self.expect_uncharging()
             self._single = [table for table in self._single if table.ring >= 0]
+
+    def expect_uncharging(self) -> None:
+        """Note that a ring was closed, which temporarily still counts towards the RLIMIT_MEMLOCK of this user."""
+        self._closed_at = time.monotonic()
 
     def forget(self) -> None:
         """Drop the rings in a forked child, which has closed its copies; the parent continues to use them."""
@@ -83,6 +87,7 @@ class _Pins:
 
 
 _pins = _Pins()
+expect_uncharging = _pins.expect_uncharging
 os.register_at_fork(after_in_child=_pins.forget)
 
 

@@ -21,6 +21,7 @@ from iobmd import host, procfs
 from iobmd._internal import log
 from iobmd._native import uring
 from iobmd.errors import CannotWireError, IOReturnError, NotFoundError, TaskTimeoutError
+from iobmd.memory import pinning
 from iobmd.remote import areas, session
 from iobmd.remote.guest import map_scratch
 from iobmd.task import diagnosis
@@ -177,6 +178,7 @@ class RemotePin:
         ring, self._ring = self._ring, None
         if ring:
             ring.close()
+            pinning.expect_uncharging()
         if not self._locked:
             return
         if wait:

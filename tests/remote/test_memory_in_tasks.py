@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support import contiguous_memory, kernel
-from support.child import in_child, sleeping, until_asleep
+from support.child import NOBODY, in_child, sleeping, until_asleep
 from support.errors import code_of
 from support.kernel import frames
 from support.source_process import SourceProcess
@@ -15,7 +15,9 @@ from support.targets import until
 
 import iobmd
 from iobmd import IOMapOptions, IOReturn, IOReturnError, Task
+from iobmd.memory import pinning
 from iobmd.pagemap import pages
+from iobmd.remote import pin
 from iobmd.units import PAGE_SIZE
 
 MIB = 1 << 20
@@ -53,7 +55,7 @@ def area(pid: int, address: int) -> str:
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("wired", [False, True], ids=["pageable", "wired"])
 @pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
-@pytest.mark.parametrize("size", [1, 5000, 64 << 10, 4 * MIB + 5], ids=str)
+@pytest.mark.parametrize("size", [1, 5000, 64 << 10, 3 * MIB + 5], ids=str)  # two may count towards 8 MiB
 def test_buffer_in_a_task(target: subprocess.Popen[bytes], size: int, shared: bool, wired: bool) -> None:
     task = Task(target.pid)
     with iobmd.allocate(size, task=target.pid, wired=wired, shared=shared) as buffer:
@@ -73,6 +75,25 @@ def test_buffer_in_a_task(target: subprocess.Popen[bytes], size: int, shared: bo
     assert not area(target.pid, address)
     buffer.free()
     assert code_of(buffer.getLength) == IOReturn.kIOReturnNotOpen
+
+
+@pytest.mark.needs("root")
+def test_pins_that_have_ended_and_still_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel uncharges the ring of a pin in another task some time after it was closed."""
+    for module in (pin, pinning):
+        monkeypatch.setattr(module, "_LATE", 20)
+
+    def pinned() -> set[iobmd.Wiring]:
+        found = set()
+        with sleeping() as program:
+            for _ in range(5):
+                for task in (program.pid, iobmd.kernel_task):
+                    with iobmd.allocate(5 * MIB, task=task) as buffer:
+                        found.add(buffer.wiring)
+                    iobmd.trim()
+        return found
+
+    assert in_child(pinned, uid=NOBODY - 34, memlock=8 * MIB) == {iobmd.Wiring.PINNED}
 
 
 @pytest.mark.needs("frames")
