@@ -445,7 +445,7 @@ class Stopping:
                 self._over.wait(self._pause)
         except IOReturnError as error:
             # It may exit; the error for a task that is about to exit must be the same.
-            if error.code != IOReturn.kIOReturnNotFound or not until(lambda: not self._task.alive, 2):
+            if error.code != IOReturn.kIOReturnNotFound or not until(lambda: not self._task.alive):
                 self._error = error
 
     def _free(self, buffer: IOBufferMemoryDescriptor) -> None:
@@ -453,7 +453,7 @@ class Stopping:
             buffer.free()
         except IOReturnError as error:  # not even if the target exits at this moment
             self._error = error
-            until(lambda: not self._task.alive, 2)
+            until(lambda: not self._task.alive)
             buffer.free()
 
     def __enter__(self) -> Self:
