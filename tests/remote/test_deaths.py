@@ -224,7 +224,7 @@ def kill_in_the_middle(use: Callable[[], None], others: int) -> None:
 
     try:
         with forked(report):
-            assert select.select([reading], [], [], 20)[0]
+            assert select.select([reading], [], [], 60)[0]
             time.sleep(random.uniform(0, 0.1 if others else 0.02))
     finally:
         os.close(writing)
