@@ -52,6 +52,9 @@ def program(*command: str, **options: object) -> Iterator[subprocess.Popen[bytes
     finally:
         one.kill()
         one.wait()
+        for pipe in (one.stdin, one.stdout):
+            if pipe:
+                pipe.close()
 
 
 def test_traced_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +124,6 @@ def test_seccomp_without_the_right_to_suspend_it() -> None:
         assert "itself" in message
         with iobmd.allocate(PAGE_SIZE, task=target.pid, wired=False) as buffer:
             buffer.writeBytes(0, b"suspended temporarily")
-        target.stdout.close()
 
 
 def test_this_process_itself() -> None:
@@ -199,13 +201,10 @@ def test_a_thread_that_does_not_stop(tmp_path: Path) -> None:
         # The tracer ends with this thread, and the parent still waits until the pipe is opened.
         assert until(lambda: "TracerPid:\t0" in Path(f"/proc/{target.pid}/status").read_text())
         assert "State:\tD" in Path(f"/proc/{target.pid}/status").read_text()
-        assert target.stdin
         assert target.stdout
         pipe.write_bytes(b"")
         assert target.stdout.readline() == b"on\n"
         iobmd.allocate(PAGE_SIZE, task=target.pid, wired=False).free()
-        target.stdin.close()
-        target.stdout.close()
 
 
 def test_no_address_space_there() -> None:
